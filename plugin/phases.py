@@ -1,0 +1,120 @@
+"""The phases of a replica: one state machine that launch drives and the proxy, the metrics, the log and the display read.
+
+A cold start goes mounting → starting → loading → warming → shrinking → checkpointing → resuming → serving;
+a restore goes mounting → restoring → waking → verifying → serving; serving and asleep alternate; any phase may end in failed,
+and a failed restore goes on as a cold start (failed → mounting).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class Phase(StrEnum):
+    """Where a replica is. The values are public: `/-/status`, metrics and manifests carry them."""
+
+    IDLE = "idle"
+    MOUNTING = "mounting"
+    STARTING = "starting"
+    LOADING = "loading"
+    WARMING = "warming"
+    SHRINKING = "shrinking"
+    CHECKPOINTING = "checkpointing"
+    RESUMING = "resuming"
+    RESTORING = "restoring"
+    WAKING = "waking"
+    VERIFYING = "verifying"
+    SERVING = "serving"
+    ASLEEP = "asleep"
+    FAILED = "failed"
+    STOPPED = "stopped"
+
+
+_NEXT: dict[Phase, frozenset[Phase]] = {
+    Phase.IDLE: frozenset({Phase.MOUNTING}),
+    Phase.MOUNTING: frozenset({Phase.STARTING, Phase.RESTORING}),
+    Phase.STARTING: frozenset({Phase.LOADING}),
+    Phase.LOADING: frozenset({Phase.WARMING}),
+    Phase.WARMING: frozenset({Phase.SHRINKING, Phase.SERVING}),
+    Phase.SHRINKING: frozenset({Phase.CHECKPOINTING, Phase.RESUMING}),
+    Phase.CHECKPOINTING: frozenset({Phase.RESUMING}),
+    Phase.RESUMING: frozenset({Phase.SERVING}),
+    Phase.RESTORING: frozenset({Phase.WAKING}),
+    Phase.WAKING: frozenset({Phase.VERIFYING}),
+    Phase.VERIFYING: frozenset({Phase.SERVING}),
+    # serving → shrinking is a snapshot taken later; serving → mounting is a replica started afresh after it died.
+    Phase.SERVING: frozenset({Phase.ASLEEP, Phase.SHRINKING, Phase.MOUNTING}),
+    Phase.ASLEEP: frozenset({Phase.WAKING, Phase.MOUNTING, Phase.SERVING}),
+    Phase.FAILED: frozenset({Phase.MOUNTING}),
+    Phase.STOPPED: frozenset(),
+}
+
+
+class IllegalTransition(RuntimeError):
+    """A phase change that the state machine does not know: a defect of ours, never of the user's."""
+
+    code = "illegal-phase-transition"
+
+
+@dataclass(frozen=True)
+class Span:
+    """One phase of a start: its name, when it began (seconds since the start began) and how long it took (seconds)."""
+
+    phase: Phase
+    at_s: float
+    took_s: float
+
+
+@dataclass
+class PhaseTracker:
+    """The current phase of one replica and the timeline of its current start.
+
+    Listeners are called in the thread that makes the transition, with (old, new, reason); they must not block.
+    """
+
+    clock: Callable[[], float] = time.monotonic
+    phase: Phase = Phase.IDLE
+    reason: str = ""
+    _since: float = field(default=0.0)
+    _began: float = field(default=0.0)
+    _spans: list[Span] = field(default_factory=list)
+    _listeners: list[Callable[[Phase, Phase, str], None]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._since = self._began = self.clock()
+
+    def listen(self, listener: Callable[[Phase, Phase, str], None]) -> None:
+        """Call `listener(old, new, reason)` at every later transition."""
+        self._listeners.append(listener)
+
+    def to(self, phase: Phase, reason: str = "") -> None:
+        """Move to `phase`; `reason` says why where that is not obvious (a failure's code and message).
+
+        Raises:
+            IllegalTransition: the state machine has no such edge.
+        """
+        old, now = self.phase, self.clock()
+        if phase not in (Phase.FAILED, Phase.STOPPED) and phase not in _NEXT[old]:
+            raise IllegalTransition(f"no transition from {old} to {phase}")
+        if old is Phase.STOPPED and phase is not Phase.STOPPED:
+            raise IllegalTransition(f"no transition from {old} to {phase}")
+        if phase is Phase.MOUNTING and old is not Phase.FAILED:
+            self._spans, self._began = [], now
+        elif old not in (Phase.IDLE, Phase.SERVING, Phase.ASLEEP):
+            self._spans.append(Span(old, self._since - self._began, now - self._since))
+        self.phase, self.reason, self._since = phase, reason, now
+        for listener in self._listeners:
+            listener(old, phase, reason)
+
+    @property
+    def seconds_in_phase(self) -> float:
+        """How long the replica has been in its current phase, in seconds."""
+        return self.clock() - self._since
+
+    @property
+    def timeline(self) -> tuple[Span, ...]:
+        """The finished phases of the current start, in order; a failed restore and the cold start after it are one start."""
+        return tuple(self._spans)

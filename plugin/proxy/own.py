@@ -1,0 +1,122 @@
+"""The proxy's own pages: `ready` and `status` answered here, so that a probe during a restore costs no import; the
+rest by a Starlette app
+that is imported, in a thread, when it is first asked for.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import time
+from typing import TYPE_CHECKING
+from urllib.parse import parse_qs
+
+from plugin.phases import Phase
+
+from .errors import ClientFault
+
+if TYPE_CHECKING:
+    from .front import ClientConnection
+    from .pool import ReplicaPool
+    from .request import Request
+    from .server import ProxyServer
+
+_JSON = [(b"content-type", b"application/json"), (b"cache-control", b"no-store")]
+
+
+def pool_document(pool: ReplicaPool) -> dict[str, object]:
+    """The state of one pool as plain data."""
+    progress = pool.progress()
+    failure = pool.last_failure
+    return {
+        "name": pool.name,
+        "ready": any(r.tracker.phase is Phase.SERVING and not r.held_back for r in pool.replicas.values()),
+        "held": pool.held,
+        "outstanding": pool.outstanding,
+        "wakes": pool.wakes,
+        "sleeps": pool.sleeps,
+        "failed_starts": pool.failed_starts,
+        "idle_timeout_s": pool.idle_timeout_s,
+        "idle_s": round(time.monotonic() - pool.last_active, 3),
+        "progress": {
+            "phase": progress.phase,
+            "kind": progress.kind,
+            "elapsed_s": round(progress.elapsed_s, 3),
+            "expected_s": round(progress.expected_s, 3),
+            "left_s": round(progress.left_s, 3),
+        },
+        "last_failure": None if failure is None else {"code": failure.code, "message": failure.message},
+        "starts": {
+            str(kind): [{"phase": s.phase, "at_s": round(s.at_s, 4), "took_s": round(s.took_s, 4)} for s in spans]
+            for kind, spans in pool.history.last.items()
+        },
+        "replicas": [
+            {
+                "name": replica.name,
+                "phase": replica.tracker.phase,
+                "reason": replica.tracker.reason,
+                "seconds_in_phase": round(replica.tracker.seconds_in_phase, 3),
+                "upstream": replica.upstream.name if replica.upstream else None,
+                "outstanding": replica.outstanding,
+                "served": replica.served,
+                "held_back": replica.held_back,
+                "timeline": [
+                    {"phase": s.phase, "at_s": round(s.at_s, 4), "took_s": round(s.took_s, 4)}
+                    for s in replica.tracker.timeline
+                ],
+            }
+            for replica in pool.replicas.values()
+        ],
+    }
+
+
+def status_document(server: ProxyServer) -> dict[str, object]:
+    """The state of the whole proxy as plain data: what `/-/status` answers and the page draws."""
+    stats = server.stats
+    return {
+        "uptime_s": round(time.time() - server.started_at, 1),
+        "draining": server.draining,
+        "clients": len(server.clients),
+        "held_bytes": server.buffered,
+        "requests": stats.requests,
+        "held_total": stats.held_total,
+        "outcomes": dict(stats.outcomes),
+        "upstream_errors": dict(stats.upstream_errors),
+        "pools": [pool_document(pool) for pool in server.router.pools()],
+    }
+
+
+def is_ready(server: ProxyServer) -> bool:
+    """True when some replica answers requests at once."""
+    return not server.draining and any(
+        r.tracker.phase is Phase.SERVING and not r.held_back
+        for pool in server.router.pools()
+        for r in pool.replicas.values()
+    )
+
+
+def _authorised(request: Request, token: str) -> bool:
+    for lower, _, value in request.headers:
+        if lower == b"authorization" and hmac.compare_digest(value, b"Bearer " + token.encode()):
+            return True
+    query = parse_qs(request.target.partition(b"?")[2].decode("ascii", "replace"))
+    return any(hmac.compare_digest(given.encode(), token.encode()) for given in query.get("token", ()))
+
+
+async def serve_own(server: ProxyServer, client: ClientConnection, request: Request) -> int:
+    """Answer one of the own pages; returns the status."""
+    name = request.path.removeprefix(server.settings.own_prefix).strip("/")
+    if request.method not in (b"GET", b"HEAD"):
+        raise ClientFault("method-not-allowed", "the proxy's own pages are read with GET", status=405)
+    if name == "ready":
+        ready = is_ready(server)
+        client.respond(request, 200 if ready else 503, _JSON, b'{"ready":true}' if ready else b'{"ready":false}')
+        return 200 if ready else 503
+    if server.settings.token is not None and not _authorised(request, server.settings.token):
+        raise ClientFault("token", "this page needs the proxy's token", status=401)
+    if name == "status":
+        client.respond(request, 200, _JSON, json.dumps(status_document(server)).encode())
+        return 200
+    from .pages import serve_page
+
+    return await serve_page(server, client, request, name)

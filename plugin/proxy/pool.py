@@ -1,0 +1,517 @@
+"""The replicas behind one name, the one wake that all waiting requests share, and the sleep that no request falls into.
+
+An owner (launch, restore, `quickthaw proxy`) makes a `ReplicaPool`, adds replicas with their `PhaseTracker`, and may
+give hooks: `wake` brings
+at least one replica to serving or raises an exception with a `code`; `sleep` stops or puts to sleep what is idle;
+`suspect` hears that a
+replica refused a connection. Trackers may move in any thread; everything else happens on the loop that `bind` was
+called on.
+
+Promises: at most one wake at a time; a request is handed a replica only while that replica is serving and not being
+put to sleep or
+quiesced, decided in one step with its count of outstanding requests; a waiting request ends in a replica, a coded
+error, or its own
+cancellation. A failed start ends waiting requests only when the owner says that it is final (`start_failed`, or
+`wake` raising).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from plugin.phases import Phase, PhaseTracker
+
+from .errors import ProxyError, StartFailed, Unavailable
+from .history import History, Kind, kind_of
+from .upstream import Upstream
+
+if TYPE_CHECKING:
+    from .back import BackConnection
+
+log = logging.getLogger("quickthaw.proxy")
+
+STARTING = frozenset(
+    {Phase.MOUNTING, Phase.STARTING, Phase.LOADING, Phase.WARMING, Phase.SHRINKING, Phase.CHECKPOINTING}
+    | {Phase.RESUMING, Phase.RESTORING, Phase.WAKING, Phase.VERIFYING}
+)
+_TICK_S = 0.1
+_BACKOFF_S = (1.0, 2.0, 5.0, 10.0, 30.0)
+_SUSPECT_S = 0.5
+
+
+class Replica:
+    """One running engine as the proxy sees it. `upstream` may be set later, but before the tracker says serving."""
+
+    def __init__(self, name: str, tracker: PhaseTracker, upstream: Upstream | None = None) -> None:
+        self.name, self.tracker, self.upstream = name, tracker, upstream
+        self.outstanding = 0
+        self.served = 0
+        self.held_back = False
+        """True while the replica is quiesced or being put to sleep: it keeps what it has and gets nothing new."""
+        self.suspect_until = 0.0
+        self.idle: list[BackConnection] = []
+        self.connecting: asyncio.Semaphore | None = None
+        self.emptied: asyncio.Event | None = None
+        self._phases: list[Phase] = []
+        self._began = time.monotonic()
+
+    def note(self, old: Phase, new: Phase) -> None:
+        """Follow the start that is under way, for its kind and its age."""
+        if (new is Phase.MOUNTING and old is not Phase.FAILED) or (
+            old in (Phase.ASLEEP, Phase.IDLE) and new in STARTING
+        ):
+            self._phases = []
+        if not self._phases:
+            self._began = time.monotonic()
+        self._phases.append(new)
+
+    @property
+    def start_kind(self) -> Kind | None:
+        """The kind of the current start, None while nothing tells."""
+        return kind_of(self._phases)
+
+    @property
+    def start_age_s(self) -> float:
+        """Seconds since the current start began."""
+        return time.monotonic() - self._began
+
+
+@dataclass(eq=False)
+class Waiter:
+    """One held request. `limit_s` is its own deadline (a client's or a configured one); None means the measured one."""
+
+    ready: asyncio.Future[Replica]
+    limit_s: float | None
+    began: float = field(default_factory=time.monotonic)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where the start that requests wait for is: phase, age, expected total, seconds left (all measured or a stated
+    guess).
+    """
+
+    phase: Phase
+    kind: Kind
+    elapsed_s: float
+    expected_s: float
+    left_s: float
+
+    def sentence(self) -> str:
+        """`waking, restoring 0.6 of 1.1 s`: what early streams and people read."""
+        return f"waking, {self.phase} {self.elapsed_s:.1f} of {self.expected_s:.1f} s"
+
+
+class ReplicaPool:
+    """Replicas that answer the same requests."""
+
+    def __init__(
+        self,
+        *,
+        name: str = "default",
+        wake: Callable[[], Awaitable[None]] | None = None,
+        sleep: Callable[[], Awaitable[None]] | None = None,
+        suspect: Callable[[Replica, str], None] | None = None,
+        history: History | None = None,
+        idle_timeout_s: float | None = None,
+        wake_limit_s: float = 1800.0,
+        sleep_limit_s: float = 300.0,
+        max_held: int = 4096,
+        hold_timeout_s: float | None = None,
+    ) -> None:
+        self.name = name
+        self.replicas: dict[str, Replica] = {}
+        self.history = history or History()
+        self.wakes = 0
+        self.sleeps = 0
+        self.failed_starts = 0
+        self.idle_timeout_s = idle_timeout_s
+        self.max_held, self.hold_timeout_s = max_held, hold_timeout_s
+        self.last_active = time.monotonic()
+        self.last_failure: ProxyError | None = None
+        self.on_change: list[Callable[[], None]] = []
+        """Called on the loop after any change of phase or of waiting requests' fate."""
+        self._wake_hook, self._sleep_hook, self._suspect_hook = wake, sleep, suspect
+        self._wake_limit_s, self._sleep_limit_s = wake_limit_s, sleep_limit_s
+        self._waiters: dict[Waiter, None] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._early: list[tuple[Replica, Phase, Phase, str]] = []
+        self._wake_task: asyncio.Task[None] | None = None
+        self._sleep_task: asyncio.Task[None] | None = None
+        self._ticking = False
+        self._closed: ProxyError | None = None
+        self._failures_in_row = 0
+        self._blocked_until = 0.0
+        self._final: ProxyError | None = None
+        self._turn = 0
+
+    # -- what an owner calls -----------------------------------------------------------------------
+
+    def bind(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Tie the pool to the loop that serves it. `ProxyServer.start` does this; transitions before it are kept."""
+        self._loop = loop
+        early, self._early = self._early, []
+        for replica, old, new, reason in early:
+            self._moved(replica, old, new, reason)
+
+    def add(self, name: str, tracker: PhaseTracker, upstream: Upstream | None = None) -> Replica:
+        """Add a replica; it gets requests whenever its tracker says serving."""
+        replica = Replica(name, tracker, upstream)
+        if tracker.phase is not Phase.IDLE:
+            replica.note(Phase.IDLE, tracker.phase)
+        self.replicas[name] = replica
+        tracker.listen(lambda old, new, reason: self._heard(replica, old, new, reason))
+        if tracker.phase is Phase.SERVING and self._loop is not None:
+            self._dispatch()
+        return replica
+
+    def remove(self, name: str) -> None:
+        """Take a replica out; what it is answering goes on to its end."""
+        replica = self.replicas.pop(name, None)
+        if replica is not None:
+            replica.held_back = True
+            self._close_idle(replica)
+
+    def start_failed(self, error: Exception) -> None:
+        """Say, on the loop, that a start has finally failed: every held request ends with its code, and so do new
+        ones until a start begins.
+        """
+        self._final = self._coded(error)
+        self._fail(self._final)
+
+    async def wake(self) -> None:
+        """Return when at least one replica is serving; start the one wake if none is on its way.
+
+        Raises:
+            ProxyError: the start has failed for good, with the owner's code.
+        """
+        self.release(await self.acquire(self._wake_limit_s, unbounded=True))
+
+    async def sleep(self) -> bool:
+        """Put the pool to sleep if nothing is in flight and nobody waits; True when it went to sleep."""
+        if self._sleep_hook is None or self._sleep_task is not None or self._wake_task is not None:
+            return False
+        if self._waiters or any(r.outstanding for r in self.replicas.values()) or self._ready() is None:
+            return False
+        self._sleep_task = asyncio.get_running_loop().create_task(self._run_sleep())
+        await asyncio.shield(self._sleep_task)
+        return True
+
+    @asynccontextmanager
+    async def quiesced(self, name: str, limit_s: float) -> AsyncIterator[Replica]:
+        """Hold new requests back from one replica and wait until it answers none, as before a snapshot of it.
+
+        Raises:
+            TimeoutError: it was still answering after `limit_s` seconds.
+        """
+        replica = self.replicas[name]
+        replica.held_back = True
+        try:
+            async with asyncio.timeout(limit_s):
+                while replica.outstanding:
+                    replica.emptied = asyncio.Event()
+                    await replica.emptied.wait()
+            self._close_idle(replica)
+            yield replica
+        finally:
+            replica.held_back = False
+            self._dispatch()
+
+    def close(self, error: ProxyError) -> None:
+        """Answer everything held, and everything that comes later, with `error`; stop what was under way."""
+        self._closed = error
+        self._fail(error)
+        for replica in self.replicas.values():
+            self._close_idle(replica)
+        for task in (self._wake_task, self._sleep_task):
+            if task is not None:
+                task.cancel()
+
+    # -- what the proxy calls ----------------------------------------------------------------------
+
+    @property
+    def held(self) -> int:
+        """Requests waiting for a replica."""
+        return len(self._waiters)
+
+    @property
+    def outstanding(self) -> int:
+        """Requests that replicas are answering."""
+        return sum(replica.outstanding for replica in self.replicas.values())
+
+    def try_acquire(self) -> Replica | None:
+        """A serving replica with one more outstanding request, least loaded first, or None when the request must be
+        held.
+        """
+        if self._waiters or self._closed is not None:
+            return None
+        replica = self._ready()
+        if replica is not None:
+            replica.outstanding += 1
+        return replica
+
+    async def acquire(self, limit_s: float | None = None, *, unbounded: bool = False) -> Replica:
+        """A serving replica, waking the pool and waiting if need be.
+
+        Args:
+            limit_s: this request's own deadline in seconds; None takes the configured or measured one.
+            unbounded: do not count against `max_held` (an owner's own wait).
+
+        Raises:
+            Unavailable: too many are held, or the deadline passed.
+            StartFailed: the start failed for good.
+        """
+        if self._closed is not None:
+            raise self._closed.fresh()
+        replica = self.try_acquire()
+        if replica is not None:
+            return replica
+        if not unbounded and len(self._waiters) >= self.max_held:
+            raise Unavailable(
+                "held-too-many", f"{self.max_held} requests are held already", retry_after_s=self.left_s()
+            )
+        if self._final is not None:
+            raise self._final.fresh()
+        if time.monotonic() < self._blocked_until and self.last_failure is not None:
+            failure = self.last_failure
+            raise StartFailed(failure.code, failure.message, retry_after_s=self._blocked_until - time.monotonic())
+        loop = asyncio.get_running_loop()
+        waiter = Waiter(loop.create_future(), limit_s)
+        self._waiters[waiter] = None
+        self._demand()
+        self._tick_soon(loop)
+        try:
+            return await waiter.ready
+        except asyncio.CancelledError:
+            if waiter.ready.done() and not waiter.ready.cancelled() and waiter.ready.exception() is None:
+                self.release(waiter.ready.result())
+            raise
+        finally:
+            self._waiters.pop(waiter, None)
+            self.last_active = time.monotonic()
+
+    def nudge(self) -> None:
+        """A request is on its way: start the wake now, if one is needed, though the request does not wait here yet."""
+        self.last_active = time.monotonic()
+        self._demand()
+
+    def release(self, replica: Replica) -> None:
+        """Give back what `acquire` gave; every acquire has exactly one release."""
+        replica.outstanding -= 1
+        if replica.outstanding == 0 and replica.emptied is not None:
+            replica.emptied.set()
+        self.last_active = time.monotonic()
+
+    def refused(self, replica: Replica, why: str) -> None:
+        """A serving replica could not be connected to: prefer others for a moment, and tell the owner."""
+        replica.suspect_until = time.monotonic() + _SUSPECT_S
+        self._close_idle(replica)
+        if self._suspect_hook is not None:
+            self._suspect_hook(replica, why)
+
+    def progress(self) -> Progress:
+        """Where the start that requests wait for is now."""
+        best = max(self.replicas.values(), key=lambda r: (r.tracker.phase in STARTING, r.start_age_s), default=None)
+        if best is None or best.tracker.phase not in STARTING:
+            kind = self.history.guess_kind()
+            expected = self.history.typical(kind)
+            return Progress(best.tracker.phase if best else Phase.IDLE, kind, 0.0, expected, expected)
+        kind = best.start_kind or self.history.guess_kind()
+        elapsed = best.start_age_s
+        left = self.history.left(kind, elapsed)
+        return Progress(best.tracker.phase, kind, elapsed, max(self.history.typical(kind), elapsed), left)
+
+    def left_s(self) -> float:
+        """Seconds until a replica is expected to serve, for Retry-After."""
+        return self.progress().left_s
+
+    # -- inside ------------------------------------------------------------------------------------
+
+    def _ready(self) -> Replica | None:
+        now, best, load = time.monotonic(), None, 0
+        replicas = self.replicas
+        if len(replicas) > 1:
+            self._turn += 1
+            order = list(replicas.values())
+            cut = self._turn % len(order)
+            candidates = order[cut:] + order[:cut]
+        else:
+            candidates = list(replicas.values())
+        for replica in candidates:
+            if replica.tracker.phase is not Phase.SERVING or replica.held_back or replica.suspect_until > now:
+                continue
+            if replica.upstream is None:
+                continue
+            if best is None or replica.outstanding < load:
+                best, load = replica, replica.outstanding
+        return best
+
+    def _heard(self, replica: Replica, old: Phase, new: Phase, reason: str) -> None:
+        """A tracker moved, in whatever thread."""
+        if self._loop is None:
+            self._early.append((replica, old, new, reason))
+            return
+        try:
+            self._loop.call_soon_threadsafe(self._moved, replica, old, new, reason)
+        except RuntimeError:
+            log.debug("a replica moved after the proxy's loop had closed", extra={"fields": {"phase": str(new)}})
+
+    def _moved(self, replica: Replica, old: Phase, new: Phase, reason: str) -> None:
+        replica.note(old, new)
+        fields = {"pool": self.name, "replica": replica.name, "from": str(old), "to": str(new), "reason": reason}
+        log.info("phase", extra={"fields": fields})
+        if new in STARTING:
+            self._final = None
+        if old is Phase.SERVING and new is not Phase.SERVING:
+            self._close_idle(replica)
+        if new is Phase.SERVING:
+            replica.suspect_until = 0.0
+            self._failures_in_row, self._blocked_until = 0, 0.0
+            kind = replica.start_kind
+            if kind is not None and old in STARTING:
+                self.history.record(kind, replica.start_age_s, replica.tracker.timeline)
+            self.last_active = time.monotonic()
+        self._dispatch()
+
+    def _dispatch(self) -> None:
+        """Hand replicas to those who wait, first come first served; then see whether a wake is needed."""
+        if self._closed is None:
+            for waiter in list(self._waiters):
+                if waiter.ready.done():
+                    continue
+                replica = self._ready()
+                if replica is None:
+                    break
+                replica.outstanding += 1
+                waiter.ready.set_result(replica)
+                self._waiters.pop(waiter, None)
+            if self._waiters:
+                self._demand()
+        for listener in self.on_change:
+            listener()
+
+    def _demand(self) -> None:
+        """Start the one wake unless one is running, a start is under way, or a replica will take requests again by
+        itself.
+        """
+        if self._wake_hook is None or self._wake_task is not None or self._closed is not None:
+            return
+        if any(r.tracker.phase in STARTING or r.held_back for r in self.replicas.values()) or self._ready() is not None:
+            return
+        assert self._loop is not None, "the pool is bound to a loop before it serves"
+        self._wake_task = self._loop.create_task(self._run_wake())
+
+    async def _run_wake(self) -> None:
+        assert self._wake_hook is not None
+        failure: ProxyError | None = None
+        self.wakes += 1
+        try:
+            async with asyncio.timeout(self._wake_limit_s):
+                await self._wake_hook()
+        except TimeoutError:
+            failure = StartFailed("wake-timeout", f"the wake was not done after {self._wake_limit_s:.0f} s")
+        except Exception as exc:  # noqa: BLE001 - an owner's hook may raise anything; it is answered by code
+            failure = self._coded(exc)
+        finally:
+            self._wake_task = None
+        for replica in self.replicas.values():
+            replica.suspect_until = 0.0
+        if (
+            failure is None
+            and self._ready() is None
+            and not any(r.tracker.phase in STARTING or r.held_back for r in self.replicas.values())
+        ):
+            failure = StartFailed("wake-without-replica", "the wake ended, and no replica serves")
+        if failure is not None:
+            self._failures_in_row += 1
+            pause = _BACKOFF_S[min(self._failures_in_row, len(_BACKOFF_S)) - 1]
+            self._blocked_until = time.monotonic() + pause
+            self._fail(failure)
+        else:
+            self._dispatch()
+
+    async def _run_sleep(self) -> None:
+        assert self._sleep_hook is not None
+        for replica in self.replicas.values():
+            replica.held_back = True
+            self._close_idle(replica)
+        self.sleeps += 1
+        try:
+            async with asyncio.timeout(self._sleep_limit_s):
+                await self._sleep_hook()
+        except Exception as exc:  # noqa: BLE001 - what would not sleep goes on serving; the reason is logged
+            log.warning("sleep failed", extra={"fields": {"pool": self.name, "reason": f"{exc!r}"}})
+        finally:
+            for replica in self.replicas.values():
+                replica.held_back = False
+            self._sleep_task = None
+            self.last_active = time.monotonic()
+            self._dispatch()
+
+    def _coded(self, error: Exception) -> ProxyError:
+        if isinstance(error, ProxyError):
+            return error
+        code = getattr(error, "code", None)
+        return StartFailed(code if isinstance(code, str) else "start-failed", f"{error}" or type(error).__name__)
+
+    def _fail(self, error: ProxyError) -> None:
+        self.last_failure = error
+        if self._closed is None:
+            self.failed_starts += 1
+            log.error(
+                "start failed", extra={"fields": {"pool": self.name, "code": error.code, "reason": error.message}}
+            )
+        for waiter in list(self._waiters):
+            if not waiter.ready.done():
+                waiter.ready.set_exception(error.fresh())
+        self._waiters.clear()
+        for listener in self.on_change:
+            listener()
+
+    def _close_idle(self, replica: Replica) -> None:
+        idle, replica.idle = replica.idle, []
+        for connection in idle:
+            connection.abort()
+
+    def _tick_soon(self, loop: asyncio.AbstractEventLoop) -> None:
+        if not self._ticking:
+            self._ticking = True
+            loop.call_later(_TICK_S, self._tick, loop)
+
+    def _tick(self, loop: asyncio.AbstractEventLoop) -> None:
+        """While anybody waits: expire deadlines (the measured one follows the start from restore to cold), retry
+        suspects, see to a wake.
+        """
+        self._ticking = False
+        if not self._waiters:
+            return
+        now, progress = time.monotonic(), self.progress()
+        measured = self.hold_timeout_s if self.hold_timeout_s is not None else self.history.deadline(progress.kind)
+        for waiter in list(self._waiters):
+            limit = measured if waiter.limit_s is None else waiter.limit_s
+            if now - waiter.began >= limit and not waiter.ready.done():
+                message = f"no replica was ready within {limit:.1f} s ({progress.sentence()})"
+                waiter.ready.set_exception(Unavailable("hold-deadline", message, retry_after_s=progress.left_s))
+                self._waiters.pop(waiter, None)
+        self._dispatch()
+        if self._waiters:
+            self._tick_soon(loop)
+
+    async def watch_idle(self) -> None:
+        """Run for ever: put the pool to sleep once nothing has been in flight for `idle_timeout_s`. Cancelled by
+        the server's shutdown.
+        """
+        while self.idle_timeout_s is not None:
+            idle = time.monotonic() - self.last_active
+            if self.outstanding or self._waiters or self._ready() is None:
+                idle = 0.0
+            if idle >= self.idle_timeout_s:
+                await self.sleep()
+                idle = 0.0
+            await asyncio.sleep(max(0.02, min(self.idle_timeout_s - idle, 5.0)))

@@ -1,0 +1,387 @@
+"""The port: accepts clients, holds or forwards their requests, and stops in order.
+
+`ProxyServer(target, settings)` serves a `ReplicaPool` or a `Router` of several on listening sockets that the owner
+gives. The owner owns the
+signals and calls `shutdown`. `serve` is the same as one coroutine.
+
+Promises: every request that was read gets exactly one answer, or its connection is cut; a request is written to a
+replica at most once,
+and written anew only after a connection that could not be made.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+from . import wire
+from .back import BackConnection, connect
+from .errors import ClientFault, ProxyError, Unavailable, UpstreamFault
+from .exchange import Exchange
+from .front import ClientConnection
+from .paths import PathRules, Verdict
+from .pool import Replica, ReplicaPool
+from .request import Request
+from .settings import Settings
+from .stats import Stats
+
+log = logging.getLogger("quickthaw.proxy")
+
+
+class Router(Protocol):
+    """Chooses the pool that answers a request; `ReplicaPool` itself is the router of one."""
+
+    def pools(self) -> Sequence[ReplicaPool]:
+        """Every pool, for status and metrics."""
+
+    def needs_body(self, request: Request) -> bool:
+        """True when the body must be complete before `route`."""
+
+    async def route(self, request: Request) -> ReplicaPool:
+        """The pool for `request`; raises ProxyError when there is none."""
+
+
+class SinglePool:
+    """The router of one pool."""
+
+    def __init__(self, pool: ReplicaPool) -> None:
+        self.pool = pool
+
+    def pools(self) -> Sequence[ReplicaPool]:
+        """The one pool."""
+        return (self.pool,)
+
+    def needs_body(self, request: Request) -> bool:
+        """Never: there is one place to go."""
+        return False
+
+    async def route(self, request: Request) -> ReplicaPool:
+        """The one pool."""
+        return self.pool
+
+
+class ProxyServer:
+    """One worker: its listeners, its clients, its counts."""
+
+    def __init__(self, target: ReplicaPool | Router, settings: Settings | None = None) -> None:
+        self.settings = settings or Settings()
+        self.router: Router = SinglePool(target) if isinstance(target, ReplicaPool) else target
+        self.stats = Stats()
+        self.clients: set[ClientConnection] = set()
+        self.draining = False
+        self.buffered = 0
+        self.emptied: asyncio.Event | None = None
+        self.started_at = time.time()
+        self.loop: asyncio.AbstractEventLoop = None  # type: ignore[assignment]  # set by start
+        self.rules = PathRules(self.settings.own_prefix, self.settings.denied_paths)
+        self._servers: list[asyncio.Server] = []
+        self._chores: list[asyncio.Task[None]] = []
+        self._stopped: asyncio.Event | None = None
+        self._single = target if isinstance(target, ReplicaPool) else None
+
+    # -- the owner's side --------------------------------------------------------------------------
+
+    async def start(self, sock: socket.socket, *, own_sock: socket.socket | None = None) -> None:
+        """Begin to accept on `sock` (bound and listening); `own_sock` carries the own pages when they have a port
+        of their own.
+        """
+        self.loop = asyncio.get_running_loop()
+        self._stopped = asyncio.Event()
+        for pool in self.router.pools():
+            pool.bind(self.loop)
+            if pool.idle_timeout_s is not None:
+                self._chores.append(self.loop.create_task(pool.watch_idle()))
+        await self._listen(sock, own_port=False)
+        if own_sock is not None:
+            await self._listen(own_sock, own_port=True)
+        self._chores.append(self.loop.create_task(self._sweep()))
+
+    async def _listen(self, sock: socket.socket, *, own_port: bool) -> None:
+        sock.setblocking(False)
+
+        def protocol() -> ClientConnection:
+            return ClientConnection(self, own_port=own_port)
+
+        if sock.family == socket.AF_UNIX:
+            server = await self.loop.create_unix_server(protocol, sock=sock, backlog=self.settings.backlog)
+        else:
+            server = await self.loop.create_server(protocol, sock=sock, backlog=self.settings.backlog)
+        self._servers.append(server)
+
+    async def wait_stopped(self) -> None:
+        """Return once `shutdown` is done."""
+        assert self._stopped is not None, "start comes first"
+        await self._stopped.wait()
+
+    async def shutdown(self, limit_s: float | None = None) -> None:
+        """Stop accepting, answer what is held with 503, finish what is in flight within `limit_s` seconds, then
+        close everything.
+        """
+        if self.draining:
+            await self.wait_stopped()
+            return
+        self.draining = True
+        for server in self._servers:
+            server.close()
+        for task in self._chores:
+            task.cancel()
+        ending = Unavailable("shutting-down", "the proxy is shutting down", retry_after_s=1.0)
+        for pool in self.router.pools():
+            pool.close(ending)
+        for client in tuple(self.clients):
+            client.drain()
+        self.emptied = asyncio.Event()
+        if self.clients:
+            try:
+                async with asyncio.timeout(self.settings.drain_s if limit_s is None else limit_s):
+                    await self.emptied.wait()
+            except TimeoutError:
+                log.warning("cut at the end", extra={"fields": {"clients": len(self.clients)}})
+        for client in tuple(self.clients):
+            client.cut()
+        await asyncio.gather(*self._chores, return_exceptions=True)
+        await asyncio.sleep(0)
+        if self._stopped is not None:
+            self._stopped.set()
+
+    async def _sweep(self) -> None:
+        settings = self.settings
+        limits = (settings.keepalive_s, settings.head_timeout_s, settings.body_timeout_s, settings.upstream_keepalive_s)
+        every = min(1.0, max(0.02, min(*limits, settings.upstream_timeout_s) / 4))
+        while True:
+            await asyncio.sleep(every)
+            now = time.monotonic()
+            for client in tuple(self.clients):
+                client.sweep(now)
+                exchange = client.exchange
+                if exchange is None or exchange.back is None or client.tunnel is not None:
+                    continue
+                back = exchange.back
+                if back.answer is exchange and not back.reading_paused:
+                    silent = now - max(back.last_byte, client.last_in if not exchange.request.complete else 0.0)
+                    if silent > settings.upstream_timeout_s:
+                        text = f"the replica sent nothing for {settings.upstream_timeout_s:g} s"
+                        client.interrupt(UpstreamFault("upstream-timeout", text, status=504))
+            for pool in self.router.pools():
+                for replica in pool.replicas.values():
+                    for connection in tuple(replica.idle):
+                        if now - connection.idle_since > settings.upstream_keepalive_s:
+                            replica.idle.remove(connection)
+                            connection.abort()
+
+    # -- one request -------------------------------------------------------------------------------
+
+    def forget(self, client: ClientConnection) -> None:
+        """A client's connection has ended."""
+        self.clients.discard(client)
+        if not self.clients and self.emptied is not None:
+            self.emptied.set()
+
+    async def serve_request(self, client: ClientConnection, request: Request) -> None:
+        """Give `request` its one answer. Ends in every case with the connection told (`finished`) and the counts
+        kept.
+        """
+        stats = self.stats
+        stats.requests += 1
+        exchange = client.exchange = Exchange(client, request, self.loop)
+        try:
+            await self._serve(client, request, exchange)
+            exchange.outcome = exchange.outcome or ("tunnel" if exchange.tunnel else "forwarded")
+        except ProxyError as error:
+            self._answer_error(client, request, exchange, error)
+        except asyncio.CancelledError:
+            if request.interrupt is None:
+                exchange.outcome = "client-gone"
+            else:
+                self._answer_error(client, request, exchange, request.interrupt)
+        except Exception:
+            log.exception("a defect of the proxy", extra={"fields": {"request_id": request.id.decode()}})
+            fault = ProxyError("proxy-defect", "the proxy failed on this request", status=500)
+            self._answer_error(client, request, exchange, fault)
+        finally:
+            back = exchange.back
+            if back is not None and back.answer is exchange and not exchange.tunnel:
+                back.abort()
+            request.sink = None
+            if exchange.early is not None:
+                exchange.early.close()
+            self._count(request, exchange)
+            if exchange.close_after:
+                request.keep_alive = False
+            client.finished(request)
+
+    def _answer_error(self, client: ClientConnection, request: Request, exchange: Exchange, error: ProxyError) -> None:
+        exchange.outcome = error.code
+        if isinstance(error, UpstreamFault):
+            self.stats.upstream_errors[error.code] += 1
+        if exchange.early is not None and not exchange.early.answered:
+            exchange.early.error(error)
+            exchange.status = error.status
+        elif exchange.head_sent:
+            client.cut()
+        else:
+            exchange.status = error.status
+            client.refuse(request, error)
+
+    async def _serve(self, client: ClientConnection, request: Request, exchange: Exchange) -> None:
+        if request.fault is not None:
+            raise request.fault
+        verdict = self.rules.judge(request.target)
+        if verdict is not Verdict.PASS or client.own_port:
+            await self._serve_own(client, request, exchange, verdict)
+            return
+        if self.draining:
+            raise Unavailable("shutting-down", "the proxy is shutting down")
+        if request.expect and not request.complete:
+            client.write(wire.CONTINUE)
+        pool = self._single
+        if pool is None:
+            pool = await self.router.route(request)
+        exchange.pool_name = pool.name
+        while True:
+            replica = pool.try_acquire()
+            if replica is None:
+                replica = await self._hold(client, request, exchange, pool)
+            try:
+                back = await self._connection(pool, replica)
+                if back is not None:
+                    exchange.replica_name = replica.name
+                    await self._forward(client, request, exchange, replica, back)
+                    return
+            finally:
+                pool.release(replica)
+
+    async def _hold(self, client: ClientConnection, request: Request, exchange: Exchange, pool: ReplicaPool) -> Replica:
+        began = time.monotonic()
+        if self.buffered > self.settings.max_held_bytes:
+            raise Unavailable(
+                "held-bytes", "the held requests' bodies take all the room there is", retry_after_s=pool.left_s()
+            )
+        self.stats.held_total += exchange.held_s == 0.0
+        if self.settings.early_stream and exchange.early is None:
+            from .early import begin_early
+
+            await begin_early(client, request, exchange, pool, self.settings)
+        limit = self.settings.hold_timeout_s
+        if request.hold_s is not None:
+            limit = request.hold_s if limit is None else min(limit, request.hold_s)
+        try:
+            replica = await pool.acquire(limit)
+        finally:
+            exchange.held_s += time.monotonic() - began
+        if client.gone():
+            pool.release(replica)
+            raise asyncio.CancelledError
+        return replica
+
+    async def _connection(self, pool: ReplicaPool, replica: Replica) -> BackConnection | None:
+        """A connection that is open now, kept or new; None when the replica could not be reached, so that nothing
+        was sent.
+        """
+        idle = replica.idle
+        now = time.monotonic()
+        while idle:
+            back = idle.pop()
+            if now - back.idle_since <= self.settings.upstream_keepalive_s and back.alive():
+                return back
+            back.abort()
+        if replica.connecting is None:
+            replica.connecting = asyncio.Semaphore(self.settings.max_connecting)
+        async with replica.connecting:
+            try:
+                return await connect(replica, self.settings.connect_timeout_s)
+            except OSError as exc:
+                self.stats.upstream_errors["upstream-refused"] += 1
+                pool.refused(replica, f"{type(exc).__name__}: {exc}")
+                return None
+
+    async def _forward(
+        self, client: ClientConnection, request: Request, exchange: Exchange, replica: Replica, back: BackConnection
+    ) -> None:
+        """Write the request once, and see its answer through."""
+        transport = client.transport
+        upstream = replica.upstream
+        if transport is None or transport.is_closing() or upstream is None:
+            back.abort()
+            raise asyncio.CancelledError
+        exchange.back = back
+        drop = request.drop if exchange.early is None else request.drop | {b"accept-encoding"}
+        head = wire.request_head(
+            request.method,
+            request.target,
+            request.headers,
+            drop=drop,
+            host=upstream.authority or request.host or b"localhost",
+            client_host=request.host,
+            peer=client.peer,
+            request_id=request.id,
+            trust_forwarded=self.settings.trust_forwarded,
+            chunked=request.chunked,
+            upgrade=request.upgrade,
+        )
+        self.buffered -= request.buffered
+        back.begin(exchange, head, chunked=request.chunked)
+        client.hold("body", False)
+        if client.writing_paused:
+            back.pause(True)
+        await exchange.done
+        replica.served += 1
+
+    def _count(self, request: Request, exchange: Exchange) -> None:
+        stats = self.stats
+        stats.outcomes[exchange.outcome] += 1
+        stats.bytes_out += exchange.written
+        if exchange.held_s:
+            stats.held.add(exchange.held_s)
+        if exchange.first_byte:
+            stats.first_byte.add(exchange.first_byte - request.arrived)
+        level = logging.INFO if self.settings.access_log or exchange.held_s else logging.DEBUG
+        if exchange.outcome not in ("forwarded", "own", "tunnel", "client-gone"):
+            level = logging.WARNING
+        if log.isEnabledFor(level):
+            now = time.monotonic()
+            fields = {
+                "request_id": request.id.decode("ascii", "replace"),
+                "method": request.method.decode("ascii", "replace"),
+                "path": request.path,
+                "status": exchange.status,
+                "outcome": exchange.outcome,
+                "pool": exchange.pool_name,
+                "replica": exchange.replica_name,
+                "held_s": round(exchange.held_s, 4),
+                "first_byte_s": round(exchange.first_byte - request.arrived, 4) if exchange.first_byte else None,
+                "total_s": round(now - request.arrived, 4),
+                "bytes_in": request.body_bytes,
+                "bytes_out": exchange.written,
+            }
+            log.log(level, "request", extra={"fields": fields})
+
+    async def _serve_own(
+        self, client: ClientConnection, request: Request, exchange: Exchange, verdict: Verdict
+    ) -> None:
+        if verdict is not Verdict.OWN or not (client.own_port or self.settings.own_on_main):
+            raise ClientFault("not-found", "there is no such path", status=404)
+        from .own import serve_own
+
+        exchange.outcome = "own"
+        exchange.status = await serve_own(self, client, request)
+
+
+async def serve(
+    target: ReplicaPool | Router,
+    sock: socket.socket,
+    settings: Settings | None = None,
+    *,
+    own_sock: socket.socket | None = None,
+) -> None:
+    """Serve until this coroutine is cancelled, which shuts down in order."""
+    server = ProxyServer(target, settings)
+    await server.start(sock, own_sock=own_sock)
+    try:
+        await server.wait_stopped()
+    finally:
+        await server.shutdown()

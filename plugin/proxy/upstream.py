@@ -1,0 +1,170 @@
+"""Where a replica listens: a way to get a connecting socket, so that it may lie on TCP, a UNIX path or in another
+network namespace.
+
+Promises that `open()` never blocks: the socket it returns is non-blocking and its connect has been started.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+if TYPE_CHECKING:
+    import ssl
+
+Connect = Callable[[], socket.socket]
+_CLONE_NEWNET = 0x40000000
+# EAGAIN is not among them: on a UNIX socket it means that the backlog is full and nothing was started.
+_IN_PROGRESS = (0, errno.EINPROGRESS)
+
+
+@dataclass(frozen=True)
+class Upstream:
+    """One listening place. `connect` returns a new non-blocking socket whose connect is started or done, or raises
+    OSError.
+
+    `authority`, when set, replaces the Host header (an endpoint with virtual hosts); `tls` wraps the connection.
+    `spec` is the place as plain data, for a worker process that must connect by itself; None when only `connect`
+    knows it.
+    """
+
+    connect: Connect
+    name: str
+    authority: bytes | None = None
+    tls: ssl.SSLContext | None = None
+    server_hostname: str | None = None
+    spec: dict[str, str | int] | None = None
+
+
+def _start(sock: socket.socket, address: object) -> socket.socket:
+    sock.setblocking(False)
+    try:
+        code = sock.connect_ex(address)  # type: ignore[arg-type]
+    except OSError:
+        sock.close()
+        raise
+    if code not in _IN_PROGRESS:
+        sock.close()
+        raise OSError(code, os.strerror(code))
+    return sock
+
+
+def _tcp_socket(family: int) -> socket.socket:
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return sock
+
+
+def tcp(host: str, port: int, **more: object) -> Upstream:
+    """An upstream at `host:port`. A numeric address costs nothing; a name is resolved at each connect (a few ms at
+    worst).
+    """
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        socket.inet_pton(family, host)
+        numeric = True
+    except OSError:
+        numeric = False
+
+    def connect() -> socket.socket:
+        if numeric:
+            return _start(_tcp_socket(family), (host, port))
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        fault: OSError | None = None
+        for kind, _, _, _, address in found:
+            try:
+                return _start(_tcp_socket(kind), address)
+            except OSError as exc:
+                fault = exc
+        raise fault or OSError(errno.EHOSTUNREACH, f"{host} has no address")
+
+    return Upstream(connect, f"{host}:{port}", spec={"kind": "tcp", "host": host, "port": port}, **more)  # type: ignore[arg-type]
+
+
+def unix(path: str | os.PathLike[str]) -> Upstream:
+    """An upstream at a UNIX socket path."""
+    text = os.fspath(path)
+    return Upstream(
+        lambda: _start(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM), text),
+        f"unix:{text}",
+        authority=b"localhost",
+        spec={"kind": "unix", "path": text},
+    )
+
+
+def in_netns(netns: str, host: str, port: int) -> Upstream:
+    """An upstream at `host:port` inside the network namespace file `netns` (`/proc/PID/ns/net`); needs CAP_SYS_ADMIN.
+
+    A socket belongs to the namespace it was made in for ever, so the calling thread visits the namespace only for
+    that moment.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def enter(fd: int) -> None:
+        if libc.setns(fd, _CLONE_NEWNET) != 0:
+            code = ctypes.get_errno()
+            raise OSError(code, f"setns {netns}: {os.strerror(code)}")
+
+    def connect() -> socket.socket:
+        home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            there = os.open(netns, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                enter(there)
+                try:
+                    sock = _tcp_socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+                finally:
+                    enter(home)
+            finally:
+                os.close(there)
+        finally:
+            os.close(home)
+        return _start(sock, (host, port))
+
+    spec: dict[str, str | int] = {"kind": "netns", "netns": netns, "host": host, "port": port}
+    return Upstream(connect, f"{netns}:{host}:{port}", authority=f"{host}:{port}".encode(), spec=spec)
+
+
+def from_url(url: str) -> Upstream:
+    """An upstream from `http://host:port`, `https://host` or `unix:/path`.
+
+    Raises:
+        ValueError: the URL is none of these, or carries a path, a query or a user.
+    """
+    if url.startswith("unix:"):
+        path = url.removeprefix("unix:").removeprefix("//")
+        if not path.startswith("/"):
+            raise ValueError(f"{url!r}: a UNIX upstream needs an absolute path, as in unix:/run/engine.sock")
+        return unix(path)
+    parts = urlsplit(url if "://" in url else f"http://{url}")
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"{url!r} is not an upstream: give http://host:port, https://host or unix:/path")
+    if parts.path.strip("/") or parts.query or parts.fragment or parts.username:
+        raise ValueError(f"{url!r}: an upstream is a place, without path, query or user")
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    authority = parts.netloc.encode()
+    if parts.scheme == "http":
+        return tcp(parts.hostname, port, authority=authority)
+    import ssl
+
+    return tcp(
+        parts.hostname, port, authority=authority, tls=ssl.create_default_context(), server_hostname=parts.hostname
+    )
+
+
+def from_spec(spec: dict[str, str | int]) -> Upstream:
+    """The upstream that `spec` (an `Upstream.spec` sent to a worker process) describes."""
+    kind = spec["kind"]
+    if kind == "tcp":
+        return tcp(str(spec["host"]), int(spec["port"]))
+    if kind == "unix":
+        return unix(str(spec["path"]))
+    if kind == "netns":
+        return in_netns(str(spec["netns"]), str(spec["host"]), int(spec["port"]))
+    raise ValueError(f"unknown kind of upstream: {kind!r}")

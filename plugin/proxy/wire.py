@@ -1,0 +1,166 @@
+"""HTTP/1.1 heads and framing, as bytes: which headers end at a hop, what a proxy adds, how chunks are written. No I/O.
+
+Header fields are (lower-case name, name as sent, value). Names and values come from a strict parser (llhttp), so none
+holds CR, LF or NUL.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from http import HTTPStatus
+
+Field = tuple[bytes, bytes, bytes]
+
+HOP_BY_HOP = frozenset(
+    {b"connection", b"keep-alive", b"proxy-connection", b"proxy-authorization", b"te", b"transfer-encoding", b"upgrade"}
+)
+# Named in Connection by an attacker, these would be taken off a request that needs them (or that was authorised by
+# them).
+_NEVER_NAMED = frozenset({b"host", b"content-length", b"content-type", b"authorization", b"cookie", b"x-api-key"})
+_FORWARDED = frozenset({b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-host", b"x-real-ip", b"forwarded"})
+# RFC 9110 6.5.1: fields that steer framing, routing or authentication must not come after the body.
+_NO_TRAILER = HOP_BY_HOP | {
+    b"content-length",
+    b"host",
+    b"authorization",
+    b"content-encoding",
+    b"content-type",
+    b"set-cookie",
+}
+
+_REASONS = {int(status): status.phrase.encode() for status in HTTPStatus}
+LAST_CHUNK = b"0\r\n\r\n"
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+
+def reason(status: int) -> bytes:
+    """The standard phrase of a status."""
+    return _REASONS.get(status, b"Unknown")
+
+
+def new_request_id() -> str:
+    """A fresh request id: 24 hex digits."""
+    return os.urandom(12).hex()
+
+
+def usable_request_id(value: bytes) -> bool:
+    """True when a client's own id may be kept: at most 128 visible ASCII characters without quotes."""
+    return 0 < len(value) <= 128 and value.isascii() and all(33 <= c < 127 and c != 34 for c in value)
+
+
+def named_in_connection(values: Iterable[bytes]) -> frozenset[bytes]:
+    """The header names that `Connection` declares to end here."""
+    named = {token.strip().lower() for value in values for token in value.split(b",")}
+    return frozenset(named - _NEVER_NAMED)
+
+
+def chunk(data: bytes) -> bytes:
+    """One chunk of chunked coding around `data`, which must not be empty."""
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+def last_chunk(trailers: Iterable[Field]) -> bytes:
+    """The end of a chunked body with the trailers that may be passed on."""
+    kept = [b"%b: %b\r\n" % (name, value) for lower, name, value in trailers if lower not in _NO_TRAILER]
+    return b"0\r\n" + b"".join(kept) + b"\r\n" if kept else LAST_CHUNK
+
+
+def request_head(
+    method: bytes,
+    target: bytes,
+    headers: Iterable[Field],
+    *,
+    drop: frozenset[bytes],
+    host: bytes,
+    client_host: bytes,
+    peer: bytes,
+    request_id: bytes,
+    trust_forwarded: bool,
+    chunked: bool,
+    upgrade: bytes | None,
+) -> bytes:
+    """The head that a replica gets: hop-by-hop fields gone, forwarding fields and the request id set."""
+    out = [b"%b %b HTTP/1.1\r\nhost: %b\r\n" % (method, target, host)]
+    came_through = b""
+    proto = forwarded_host = False
+    for lower, name, value in headers:
+        if lower in drop:
+            continue
+        if lower in _FORWARDED:
+            if not trust_forwarded:
+                continue
+            if lower == b"x-forwarded-for":
+                came_through += value + b", "
+                continue
+            proto = proto or lower == b"x-forwarded-proto"
+            forwarded_host = forwarded_host or lower == b"x-forwarded-host"
+        out.append(b"%b: %b\r\n" % (name, value))
+    out.append(b"x-request-id: %b\r\nx-forwarded-for: %b%b\r\n" % (request_id, came_through, peer))
+    if not proto:
+        out.append(b"x-forwarded-proto: http\r\n")
+    if not forwarded_host and client_host:
+        out.append(b"x-forwarded-host: %b\r\n" % client_host)
+    if chunked:
+        out.append(b"transfer-encoding: chunked\r\n")
+    if upgrade is not None:
+        out.append(b"connection: upgrade\r\nupgrade: %b\r\n" % upgrade)
+    out.append(b"\r\n")
+    return b"".join(out)
+
+
+REQUEST_DROP = HOP_BY_HOP | {b"host", b"expect", b"x-request-id"}
+
+
+def response_head(
+    status: int,
+    phrase: bytes,
+    headers: Iterable[Field],
+    *,
+    request_id: bytes,
+    chunked: bool,
+    close: bool,
+    upgrade: bytes | None = None,
+) -> bytes:
+    """The head that a client gets for a replica's answer: hop-by-hop fields gone, the request id added unless the
+    replica set one.
+    """
+    out = [b"HTTP/1.1 %d %b\r\n" % (status, phrase)]
+    named: frozenset[bytes] = frozenset()
+    has_id = False
+    for lower, name, value in headers:
+        if lower in HOP_BY_HOP:
+            if lower == b"connection":
+                named = named | named_in_connection((value,))
+            continue
+        if lower == b"x-request-id":
+            has_id = True
+        out.append(b"%b: %b\r\n" % (name, value))
+    extra = named - {b"close", b"keep-alive", b"upgrade"}
+    if extra:
+        out[1:] = [line for line in out[1:] if line.partition(b":")[0].lower() not in extra]
+    if not has_id:
+        out.append(b"x-request-id: %b\r\n" % request_id)
+    if chunked:
+        out.append(b"transfer-encoding: chunked\r\n")
+    if upgrade is not None:
+        out.append(b"connection: upgrade\r\nupgrade: %b\r\n" % upgrade)
+    elif close:
+        out.append(b"connection: close\r\n")
+    out.append(b"\r\n")
+    return b"".join(out)
+
+
+def own_response(
+    status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes, *, request_id: bytes, close: bool, head_only: bool
+) -> bytes:
+    """A whole answer of the proxy itself."""
+    out = [b"HTTP/1.1 %d %b\r\n" % (status, reason(status))]
+    out += [b"%b: %b\r\n" % field for field in headers]
+    out.append(b"content-length: %d\r\nx-request-id: %b\r\n" % (len(body), request_id))
+    if close:
+        out.append(b"connection: close\r\n")
+    out.append(b"\r\n")
+    if not head_only:
+        out.append(body)
+    return b"".join(out)

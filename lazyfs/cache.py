@@ -1,0 +1,280 @@
+"""The cache on local disk: one sparse image per file, filled chunk by chunk, shared by every mount and process of a
+host.
+
+    images/ab/<file digest>/data    the file itself, with holes where a chunk is absent
+    images/ab/<file digest>/have    a header, then one byte per chunk: ABSENT, PRESENT or UNPROVEN
+    images/ab/<file digest>/lock    held shared by whoever has the image pinned, exclusively by whoever evicts it
+    quarantine/                     bodies that did not hash to their name, for a post-mortem
+
+Promises. A byte of `have` says PRESENT only after the whole chunk was written and had hashed to its digest; so killing
+any process at any moment loses work and nothing else. A power cut may lose written pages: `have` carries the boot it
+was written in, and in another boot every PRESENT of an image that was not sealed (flushed when complete) becomes
+UNPROVEN, to be hashed before it is served. One byte-range lock per chunk on `have` makes fetching single-flight across
+processes; the kernel frees it when its holder dies. A complete image never has holes, so the kernel may pass reads
+through to it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import mmap
+import os
+import shutil
+import struct
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from lazyfs.errors import Temporary, from_os_error
+from lazyfs.manifest import File
+from lazyfs.paths import private_dir
+
+ABSENT, PRESENT, UNPROVEN = 0, 1, 2
+_HEADER = struct.Struct("<4sI36sI16x")
+_MAGIC = b"QTI1"
+_SEALED = 1
+_FLOCK = struct.Struct("hhqqi4x")
+
+
+def boot_id() -> bytes:
+    """The kernel's name for this boot (36 bytes)."""
+    return Path("/proc/sys/kernel/random/boot_id").read_bytes().strip()
+
+
+class Image:
+    """One file's image, opened. Safe to share between threads; `close` when done."""
+
+    def __init__(self, folder: Path, file: File) -> None:
+        self.folder = folder
+        self.file = file
+        try:
+            private_dir(folder)
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+            self.lock_fd = os.open(folder / "lock", flags, 0o600)
+            try:
+                self.data_fd = os.open(folder / "data", flags, 0o600)
+                self.have_fd = os.open(folder / "have", flags, 0o600)
+                self._prepare()
+            except BaseException:
+                os.close(self.lock_fd)
+                raise
+        except OSError as error:
+            raise from_os_error(error, f"cannot open the cache image {folder}") from error
+        self._complete = False
+
+    def _prepare(self) -> None:
+        count = len(self.file.chunks)
+        size = _HEADER.size + count
+        fcntl.flock(self.have_fd, fcntl.LOCK_EX)
+        try:
+            header = os.pread(self.have_fd, _HEADER.size, 0)
+            good = len(header) == _HEADER.size and os.fstat(self.have_fd).st_size == size
+            magic, n, boot, flags = _HEADER.unpack(header) if good else (b"", 0, b"", 0)
+            if magic != _MAGIC or n != count or os.fstat(self.data_fd).st_size != self.file.size:
+                os.ftruncate(self.have_fd, 0)
+                os.ftruncate(self.data_fd, self.file.size)
+                os.pwrite(self.have_fd, _HEADER.pack(_MAGIC, count, boot_id(), 0) + bytes(count), 0)
+            elif boot != boot_id() and not flags & _SEALED:
+                states = os.pread(self.have_fd, count, _HEADER.size)
+                states = states.replace(bytes([PRESENT]), bytes([UNPROVEN]))
+                os.pwrite(self.have_fd, states, _HEADER.size)
+                os.pwrite(self.have_fd, _HEADER.pack(_MAGIC, count, boot_id(), 0), 0)
+            self.states = mmap.mmap(self.have_fd, size)
+        finally:
+            fcntl.flock(self.have_fd, fcntl.LOCK_UN)
+
+    # -- what is there
+
+    def state(self, index: int) -> int:
+        """ABSENT, PRESENT or UNPROVEN."""
+        return self.states[_HEADER.size + index]
+
+    def complete(self) -> bool:
+        """Whether every chunk is present."""
+        if not self._complete:
+            self._complete = self.states[_HEADER.size :].count(PRESENT) == len(self.file.chunks)
+        return self._complete
+
+    def present_bytes(self) -> int:
+        """How many bytes of the file are here."""
+        if self._complete:
+            return self.file.size
+        states = self.states[_HEADER.size :]
+        return sum(c.length for c, s in zip(self.file.chunks, states, strict=True) if s == PRESENT)
+
+    def read(self, index: int) -> bytes:
+        """The chunk's bytes as they lie on disk, unverified."""
+        return os.pread(self.data_fd, self.file.chunks[index].length, self.file.offsets[index])
+
+    # -- changing it
+
+    def write(self, index: int, data: bytes | memoryview, *, hole: bool = False) -> None:
+        """Store a chunk that the caller has verified. DiskFull when it does not fit. `hole`: it is all zeros."""
+        if not (hole and self.state(index) == ABSENT):
+            view, offset = memoryview(data), self.file.offsets[index]
+            try:
+                while view:
+                    n = os.pwrite(self.data_fd, view, offset)
+                    view, offset = view[n:], offset + n
+            except OSError as error:
+                raise from_os_error(error, f"cannot write to the cache image {self.folder}") from error
+        self.mark(index, PRESENT)
+
+    def mark(self, index: int, state: int) -> None:
+        """Set a chunk's state."""
+        self.states[_HEADER.size + index] = state
+        if state != PRESENT:
+            self._complete = False
+
+    def seal(self) -> None:
+        """Flush a complete image, so that it need not be proven again after a power cut."""
+        os.fdatasync(self.data_fd)
+        os.pwrite(self.have_fd, struct.pack("<I", _SEALED), _HEADER.size - 20)
+        os.fdatasync(self.have_fd)
+
+    @contextlib.contextmanager
+    def chunk_lock(self, index: int, limit_s: float) -> Iterator[None]:
+        """Hold the chunk against other processes. Temporary when it was not free within the limit."""
+        deadline, pause = time.monotonic() + limit_s, 0.001
+        spot = _HEADER.size + index
+        while True:
+            try:
+                fcntl.fcntl(self.have_fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, spot, 1, 0))
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise Temporary(
+                        f"chunk {index} of {self.file.path} is held by another process", code="cache-locked"
+                    ) from None
+                time.sleep(pause)
+                pause = min(0.05, pause * 1.5)
+        try:
+            yield
+        finally:
+            fcntl.fcntl(self.have_fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, spot, 1, 0))
+
+    def pin(self) -> None:
+        """Keep the image from eviction as long as this object is open, and count it as used now."""
+        fcntl.flock(self.lock_fd, fcntl.LOCK_SH)
+        os.utime(self.lock_fd)
+
+    def unpin(self) -> None:
+        """Allow eviction again."""
+        fcntl.flock(self.lock_fd, fcntl.LOCK_UN)
+
+    def close(self) -> None:
+        """Give back the descriptors; locks and pins go with them."""
+        self.states.close()
+        for fd in (self.data_fd, self.have_fd, self.lock_fd):
+            os.close(fd)
+
+
+class Cache:
+    """The folder of images. `limit` bounds the blocks they occupy together, in bytes (None: no bound but the disk)."""
+
+    def __init__(self, root: Path, limit: int | None = None) -> None:
+        self.root = private_dir(root)
+        self.limit = limit
+        self._room = 0
+
+    def folder(self, file: File) -> Path:
+        """Where the image of `file` lies."""
+        return self.root / "images" / file.digest[:2] / file.digest
+
+    def open(self, file: File) -> Image:
+        """The image, created empty if needed, pinned. DiskFull or Permanent when it cannot be."""
+        while True:
+            image = Image(self.folder(file), file)
+            image.pin()
+            # An evictor may have removed the folder between our open and our pin.
+            try:
+                if os.fstat(image.lock_fd).st_ino == (image.folder / "lock").stat().st_ino:
+                    return image
+            except FileNotFoundError:
+                pass
+            image.close()
+
+    def usage(self) -> int:
+        """Bytes of disk the images occupy."""
+        total = 0
+        for data in self.root.glob("images/*/*/data"):
+            with contextlib.suppress(FileNotFoundError):
+                total += data.stat().st_blocks * 512
+        return total
+
+    def reserve(self, need: int) -> bool:
+        """Make room for `need` more bytes under the limit, evicting what is least recently used; False if
+        impossible.
+        """
+        if self.limit is None:
+            return True
+        if self._room >= need:
+            self._room -= need
+            return True
+        # Counting walks the folder, so it is done for 64 MiB at a time.
+        batch = max(need, min(64 << 20, self.limit // 8))
+        free = self.limit - self.usage()
+        if free < batch:
+            free += self.evict(batch - free)
+        if free < need:
+            return False
+        self._room = min(free, batch) - need
+        return True
+
+    def evict(self, amount: int) -> int:
+        """Remove unpinned images, oldest use first, until `amount` bytes are free; returns the bytes freed."""
+        ages = []
+        for lock in self.root.glob("images/*/*/lock"):
+            with contextlib.suppress(FileNotFoundError):
+                ages.append((lock.stat().st_mtime_ns, lock))
+        freed = 0
+        for _, lock in sorted(ages):
+            if freed >= amount:
+                break
+            freed += self._remove(lock)
+        return freed
+
+    @staticmethod
+    def _remove(lock: Path) -> int:
+        try:
+            fd = os.open(lock, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return 0
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            size = (lock.parent / "data").stat().st_blocks * 512
+            # The lock file goes last: an opener that got it before sees that it is gone and starts again.
+            for name in ("have", "data", "lock"):
+                (lock.parent / name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                lock.parent.rmdir()
+            return size
+        except (BlockingIOError, FileNotFoundError):
+            return 0
+        finally:
+            os.close(fd)
+
+    def drop(self, file: File) -> int:
+        """Forget one file's image unless it is in use; returns the bytes freed."""
+        return self._remove(self.folder(file) / "lock")
+
+    def quarantine(self, digest: str, data: bytes, keep: int = 16) -> Path | None:
+        """Keep a body that failed verification, the newest `keep` of them; None when the disk has no room for it."""
+        folder = private_dir(self.root / "quarantine")
+        path = folder / f"{digest}.{time.time_ns()}"
+        try:
+            path.write_bytes(data)
+            path.chmod(0o600)
+        except OSError:
+            path.unlink(missing_ok=True)
+            return None
+        for old in sorted(folder.iterdir(), key=lambda p: p.name.rpartition(".")[2])[:-keep]:
+            old.unlink(missing_ok=True)
+        return path
+
+    def clear(self) -> None:
+        """Remove every image that nothing uses."""
+        for lock in self.root.glob("images/*/*/lock"):
+            self._remove(lock)
+        shutil.rmtree(self.root / "quarantine", ignore_errors=True)

@@ -1,0 +1,93 @@
+"""Where a file is cut into chunks: at tensor borders in safetensors, every 8 MiB elsewhere.
+
+The promise: borders depend only on the sizes of the tensors, so two checkpoints of one architecture share every chunk
+whose tensors are equal, and a tensor of 4 MiB or more always begins a chunk, so that an inserted tensor shifts nothing
+beyond the next large one.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+
+MIN_CHUNK = 4 << 20
+MAX_CHUNK = 8 << 20
+# The safetensors format limits its header to 100 MB; a larger number means that this is not such a file.
+_MAX_HEADER = 100_000_000
+
+ReadAt = Callable[[int, int], bytes]
+
+
+def chunk_lengths(name: str, size: int, read_at: ReadAt) -> list[int]:
+    """Lengths in bytes, in order, that add up to `size`. `read_at(offset, length)` is asked for the header only."""
+    if size == 0:
+        return []
+    if name.endswith(".safetensors"):
+        starts = _tensor_starts(size, read_at)
+        if starts is not None:
+            return _group(starts, size)
+    return _even(size)
+
+
+def _even(size: int) -> list[int]:
+    full, rest = divmod(size, MAX_CHUNK)
+    return [MAX_CHUNK] * full + ([rest] if rest else [])
+
+
+def _split(size: int) -> list[int]:
+    """Cut one large piece into the fewest parts of at most MAX_CHUNK, page-sized but for the last."""
+    if size <= MAX_CHUNK:
+        return [size] if size else []
+    parts = -(-size // MAX_CHUNK)
+    step = (-(-size // parts) + 4095) & ~4095
+    lengths = []
+    while size > 0:
+        lengths.append(min(step, size))
+        size -= step
+    return lengths
+
+
+def _tensor_starts(size: int, read_at: ReadAt) -> list[int] | None:
+    """Offsets in the file at which a tensor begins, the first being the end of the header; None if malformed."""
+    if size < 8:
+        return None
+    (length,) = struct.unpack("<Q", read_at(0, 8))
+    if not 2 <= length <= min(_MAX_HEADER, size - 8):
+        return None
+    try:
+        header = json.loads(read_at(8, length))
+        base = 8 + length
+        starts = {base}
+        for name, entry in header.items():
+            if name != "__metadata__":
+                begin, end = entry["data_offsets"]
+                if not 0 <= begin <= end <= size - base:
+                    return None
+                starts.add(base + begin)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return sorted(starts - {size})
+
+
+def _group(starts: list[int], size: int) -> list[int]:
+    """The header on its own, then whole tensors gathered until 4 MiB; what is 4 MiB or more begins its own chunk."""
+    lengths = _split(starts[0]) if starts else []
+    if not starts:
+        return _split(size)
+    gathered = 0
+    for begin, end in zip(starts, [*starts[1:], size], strict=True):
+        tensor = end - begin
+        if gathered and (tensor >= MIN_CHUNK or gathered + tensor > MAX_CHUNK):
+            lengths.append(gathered)
+            gathered = 0
+        if tensor >= MIN_CHUNK:
+            lengths.extend(_split(tensor))
+            continue
+        gathered += tensor
+        if gathered >= MIN_CHUNK:
+            lengths.append(gathered)
+            gathered = 0
+    if gathered:
+        lengths.append(gathered)
+    return lengths

@@ -1,0 +1,239 @@
+"""Chunks, manifests and refs over a store: the content-addressed layer that weights and snapshots share.
+
+    chunks/ab/<digest>        plain bytes           manifests/<digest>   a manifest, named by its own digest
+    chunks/ab/<digest>.zst    the same, zstd        refs/<kind>/<name>   the digest of a manifest, by name
+
+A digest is BLAKE3 in hex of the *plain* bytes. `get` never returns bytes that do not hash to what was asked for. A
+manifest is written after all its chunks; so whatever a reader can name is complete. Ref kinds in use: `tags` (name:tag
+of weights) and `snapshots`. Garbage is a chunk that no manifest in the store mentions.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import blake3
+import msgspec
+import zstandard
+
+from lazyfs.errors import Integrity, NotFound, Usage
+from lazyfs.manifest import RAW, ZSTD, Chunk, Manifest, decode, encode, is_digest
+from lazyfs.stores.base import Store
+
+_REF = re.compile(
+    r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}(/[A-Za-z0-9_][A-Za-z0-9._-]{0,127})*(:[A-Za-z0-9_][A-Za-z0-9._-]{0,127})?"
+)
+# A chunk is compressed only if a sample of it shrinks below this: decompression costs a core about a second per GB,
+# which a network repays from 20 % on and a local disk hardly ever.
+PAYS_REMOTE, PAYS_LOCAL = 0.80, 0.50
+_SAMPLE = 256 << 10
+# What is met again by an import is made young when older than this, so that a collection running beside spares it.
+GRACE_S = 24 * 3600.0
+_local = threading.local()
+
+
+@dataclass(frozen=True)
+class PutResult:
+    """What `put_chunk` did: `stored` is the bytes written, 0 when the store had the chunk."""
+
+    chunk: Chunk
+    stored: int
+
+
+def digest_of(data: bytes | memoryview) -> str:
+    """BLAKE3 in hex."""
+    return blake3.blake3(data).hexdigest()
+
+
+@functools.lru_cache(maxsize=256)
+def zero_digest(length: int) -> str:
+    """The digest of `length` zero bytes (holes of sparse files)."""
+    return digest_of(bytes(length))
+
+
+def _compressor(level: int) -> zstandard.ZstdCompressor:
+    # Compressors are not safe to share between threads, and making one costs more than compressing a small chunk.
+    made: dict[int, zstandard.ZstdCompressor] = _local.__dict__.setdefault("compressors", {})
+    if level not in made:
+        made[level] = zstandard.ZstdCompressor(level=level, write_content_size=True)
+    return made[level]
+
+
+def chunk_key(digest: str, encoding: int = RAW) -> str:
+    """The object that holds the chunk in that encoding."""
+    return f"chunks/{digest[:2]}/{digest}" + (".zst" if encoding == ZSTD else "")
+
+
+class ChunkStore:
+    """The blob API. `zstd`: "auto" compresses where a sample shows that it pays, None never, a number always
+    (level).
+    """
+
+    def __init__(self, store: Store, *, zstd: int | str | None = "auto") -> None:
+        if not (zstd is None or zstd == "auto" or (isinstance(zstd, int) and 1 <= zstd <= 19)):
+            raise Usage(f"zstd must be 'auto', None or a level from 1 to 19, not {zstd!r}")
+        self.store = store
+        self.zstd = zstd
+
+    # -- chunks
+
+    def put(self, data: bytes | memoryview) -> str:
+        """Store one chunk, unless it is there; returns its digest."""
+        return self.put_chunk(data).chunk.digest
+
+    def put_chunk(self, data: bytes | memoryview, digest: str | None = None) -> PutResult:
+        """Like `put`, and tells the encoding and the bytes written. `digest` saves hashing what was hashed already."""
+        digest = digest or digest_of(data)
+        length = len(data)
+        for encoding in (RAW, ZSTD):
+            info = self.store.head(chunk_key(digest, encoding))
+            # A size that cannot be right is what a power cut left: write it again.
+            if info is not None and info.size > 0 and (encoding == ZSTD or info.size == length):
+                if time.time() - info.modified > GRACE_S / 2:
+                    self.store.touch(info.key)
+                return PutResult(Chunk(digest, length, encoding), 0)
+        encoding, body = self._encode(data)
+        self.store.put(chunk_key(digest, encoding), body)
+        return PutResult(Chunk(digest, length, encoding), len(body))
+
+    def _encode(self, data: bytes | memoryview) -> tuple[int, bytes | memoryview]:
+        if self.zstd is None:
+            return RAW, data
+        if isinstance(self.zstd, int):
+            body = _compressor(self.zstd).compress(data)
+            return (ZSTD, body) if len(body) < len(data) else (RAW, data)
+        pays = PAYS_REMOTE if self.store.remote else PAYS_LOCAL
+        sample = memoryview(data)[:_SAMPLE]
+        if len(sample) < 512 or len(_compressor(1).compress(sample)) > pays * len(sample):
+            return RAW, data
+        body = _compressor(1).compress(data)
+        return (ZSTD, body) if len(body) <= pays * len(data) else (RAW, data)
+
+    def get(self, digest: str, length: int | None = None, encoding: int = RAW) -> bytes:
+        """The plain bytes of a chunk, verified. NotFound, Integrity, or what the store raises. `encoding` is a
+        guess.
+        """
+        if not is_digest(digest):
+            raise Usage(f"{digest!r} is not a chunk digest")
+        for form in (encoding, ZSTD if encoding == RAW else RAW):
+            try:
+                body = self.store.get(chunk_key(digest, form))
+            except NotFound:
+                continue
+            data = self.decode(digest, body, form, length)
+            if digest_of(data) != digest:
+                raise Integrity(f"chunk {digest[:12]} in {self.store.url} does not match its digest")
+            return data
+        raise NotFound(f"chunk {digest[:12]} is not in {self.store.url}")
+
+    @staticmethod
+    def decode(digest: str, body: bytes, encoding: int, length: int | None) -> bytes:
+        """Undo the encoding; Integrity when it cannot be undone or has not the expected length."""
+        if encoding == ZSTD:
+            try:
+                body = zstandard.ZstdDecompressor().decompress(body, max_output_size=length or 0)
+            except zstandard.ZstdError as error:
+                raise Integrity(f"chunk {digest[:12]} does not decompress: {error}") from error
+        if length is not None and len(body) != length:
+            raise Integrity(f"chunk {digest[:12]} has {len(body)} bytes instead of {length}")
+        return body
+
+    def has(self, digest: str) -> bool:
+        """Whether the store has the chunk in any encoding."""
+        return any(self.store.head(chunk_key(digest, e)) is not None for e in (RAW, ZSTD))
+
+    # -- manifests
+
+    def put_manifest(self, manifest: Manifest) -> str:
+        """Flush the chunks, then write the manifest; returns its digest."""
+        digest, data = encode(manifest)
+        self.store.flush()
+        key = f"manifests/{digest}"
+        if self.store.head(key) is None:
+            self.store.put(key, data)
+            self.store.flush()
+        return digest
+
+    def get_manifest(self, digest: str) -> Manifest:
+        """The manifest, verified. NotFound or Integrity."""
+        try:
+            return decode(bytes(self.store.get(f"manifests/{digest}")), digest)
+        except NotFound:
+            raise NotFound(
+                f"no manifest {digest[:12]} in {self.store.url}; `quickthaw weights ls` shows what is there"
+            ) from None
+
+    def has_manifest(self, digest: str) -> bool:
+        return self.store.head(f"manifests/{digest}") is not None
+
+    def manifests(self) -> Iterator[str]:
+        """Digests of all manifests in the store."""
+        for info in self.store.list("manifests/"):
+            name = info.key.removeprefix("manifests/")
+            if is_digest(name):
+                yield name
+
+    # -- refs
+
+    def set_ref(self, kind: str, name: str, digest: str) -> None:
+        """Let `name` mean that manifest. Raises Usage for a name that is not of the form a/b:tag."""
+        self._check_ref(kind, name)
+        body = msgspec.json.encode({"manifest": digest, "at": int(time.time())})
+        self.store.put(self._ref_key(kind, name), body)
+
+    def get_ref(self, kind: str, name: str) -> str:
+        """The digest `name` means. NotFound."""
+        self._check_ref(kind, name)
+        try:
+            body = msgspec.json.decode(self.store.get(self._ref_key(kind, name)), type=dict[str, str | int])
+        except NotFound:
+            raise NotFound(f"no {kind.removesuffix('s')} named {name!r} in {self.store.url}") from None
+        except msgspec.DecodeError as error:
+            raise Integrity(f"the {kind.removesuffix('s')} {name!r} is damaged: {error}") from error
+        digest = body.get("manifest")
+        if not isinstance(digest, str) or not is_digest(digest):
+            raise Integrity(f"the {kind.removesuffix('s')} {name!r} is damaged: it names no manifest")
+        return digest
+
+    def delete_ref(self, kind: str, name: str) -> None:
+        self._check_ref(kind, name)
+        self.store.delete(self._ref_key(kind, name))
+
+    def refs(self, kind: str) -> Iterator[tuple[str, str]]:
+        """(name, manifest digest) of every ref of a kind; damaged ones raise Integrity."""
+        prefix = f"refs/{kind}/"
+        for info in self.store.list(prefix):
+            name = info.key.removeprefix(prefix).replace("@", ":")
+            yield name, self.get_ref(kind, name)
+
+    def resolve(self, name: str) -> str:
+        """A digest, a unique prefix of one (8 digits or more), a tag or a snapshot's name → the manifest's digest."""
+        if is_digest(name):
+            return name
+        if re.fullmatch(r"[0-9a-f]{8,63}", name):
+            found = [d for d in self.manifests() if d.startswith(name)]
+            if len(found) == 1:
+                return found[0]
+            if found:
+                raise Usage(f"{name!r} is the beginning of {len(found)} manifests; give more digits")
+        for kind, full in (("tags", name if ":" in name else f"{name}:latest"), ("snapshots", name)):
+            try:
+                return self.get_ref(kind, full)
+            except (NotFound, Usage):
+                continue
+        raise NotFound(f"no manifest, tag or snapshot {name!r} in {self.store.url}; `quickthaw weights ls` shows them")
+
+    @staticmethod
+    def _ref_key(kind: str, name: str) -> str:
+        # ":" is legal in object keys and yet not everywhere in file names; "@" is in no ref's name.
+        return f"refs/{kind}/{name.replace(':', '@')}"
+
+    @staticmethod
+    def _check_ref(kind: str, name: str) -> None:
+        if not re.fullmatch(r"[a-z]{1,32}", kind) or not _REF.fullmatch(name) or ".." in name:
+            raise Usage(f"{name!r} is not a name: use letters, digits, '.', '_', '-', '/', with an optional ':tag'")

@@ -1,0 +1,73 @@
+"""What a mount is told, checked where it is made, and carried to the daemon and its fetcher as one JSON document."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Self
+
+from lazyfs.errors import Usage
+
+TRANSPORTS = ("auto", "raw", "pyfuse3")
+NATIVE = ("auto", "passthrough", "off")
+
+
+@dataclass(frozen=True)
+class MountConfig:
+    """`cache_limit` in bytes (0: only the disk bounds it); times in seconds.
+
+    transport: `raw` speaks the kernel's protocol itself and can pass complete files through; `pyfuse3` needs no
+    privilege.
+    native: whether complete files are passed through. read_limit_s: a reader gets an error rather than wait longer.
+    idle_exit_s: unmount after so long without an open file (0: never). background_mb_s: the bound on completing files
+    that nobody asked for (0: no completion). record: "auto" records a trace when none is known; "always", "never".
+    """
+
+    manifest: str
+    mountpoint: str
+    store_url: str
+    cache_dir: str
+    log_file: str
+    socket: str
+    state_file: str
+    home: str
+    transport: str = "auto"
+    native: str = "auto"
+    cache_limit: int = 0
+    read_limit_s: float = 60.0
+    fetch_limit_s: float = 30.0
+    idle_exit_s: float = 0.0
+    background_mb_s: float = 400.0
+    fetch_threads: int = 0
+    record: str = "auto"
+    use_origin: bool = True
+    prefetch: bool = True
+    memory_mb: int = 128
+
+    def __post_init__(self) -> None:
+        if self.transport not in TRANSPORTS:
+            raise Usage(f"transport must be one of {', '.join(TRANSPORTS)}, not {self.transport!r}")
+        if self.native not in NATIVE:
+            raise Usage(f"native must be one of {', '.join(NATIVE)}, not {self.native!r}")
+        if self.record not in ("auto", "always", "never"):
+            raise Usage(f"record must be auto, always or never, not {self.record!r}")
+        if min(self.read_limit_s, self.fetch_limit_s) <= 0:
+            raise Usage("read_limit_s and fetch_limit_s must be above 0")
+        if min(self.idle_exit_s, self.background_mb_s, self.cache_limit, self.fetch_threads, self.memory_mb) < 0:
+            raise Usage("limits and rates must not be negative")
+        if not Path(self.mountpoint).is_absolute():
+            raise Usage(f"the mount point must be an absolute path, not {self.mountpoint!r}")
+
+    def dump(self) -> str:
+        """As JSON."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def load(cls, text: str) -> Self:
+        """From JSON; unknown keys are refused."""
+        values: dict[str, Any] = json.loads(text)
+        unknown = values.keys() - {f.name for f in fields(cls)}
+        if unknown:
+            raise Usage(f"unknown mount settings: {', '.join(sorted(unknown))}")
+        return cls(**values)

@@ -1,0 +1,67 @@
+"""The control socket of a mount, the caller's half: one JSON request a line, one JSON answer a line, over a Unix
+socket.
+
+Requests: {"op": "ping"}, or status, metrics, prefetch, pin, drop, unmount. Answers carry "ok": true, or "ok": false
+with "code" and "error". Only the quick part of the standard library is imported: this is on the path of a restore.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lazyfs.errors import LazyfsError, NotFound, Temporary
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+LIMIT_S = 10.0
+_PATH_LIMIT = 100
+
+
+@contextlib.contextmanager
+def address(path: Path) -> Iterator[str]:
+    """A name for the socket that fits into sockaddr_un, however deep the state folder lies."""
+    if len(str(path)) <= _PATH_LIMIT:
+        yield str(path)
+        return
+    fd = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{fd}/{path.name}"
+    finally:
+        os.close(fd)
+
+
+def ask(path: Path, request: dict[str, Any], limit_s: float = LIMIT_S) -> dict[str, Any]:
+    """Send one request. NotFound when nobody listens, Temporary when no answer comes in time, LazyfsError when it is a
+    no.
+    """
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as channel:
+            channel.settimeout(limit_s)
+            with address(path) as name:
+                channel.connect(name)
+            channel.sendall(json.dumps(request).encode() + b"\n")
+            line = bytearray()
+            while not line.endswith(b"\n"):
+                part = channel.recv(65536)
+                if not part:
+                    break
+                line += part
+    except TimeoutError:
+        raise Temporary(
+            f"the mount's daemon did not answer on {path} within {limit_s:g} s", code="daemon-silent"
+        ) from None
+    except (FileNotFoundError, ConnectionError):
+        raise NotFound(f"no daemon listens on {path}", code="daemon-gone") from None
+    try:
+        answer: dict[str, Any] = json.loads(line)
+    except ValueError:
+        raise NotFound(f"the daemon on {path} ended before it answered", code="daemon-gone") from None
+    if not answer.get("ok"):
+        raise LazyfsError(str(answer.get("error", "refused")), code=str(answer.get("code", "refused")))
+    return answer

@@ -1,0 +1,162 @@
+"""Getting one verified chunk into the cache: from the original on this disk, another image, or the store.
+
+`ChunkSource.fetch` is the only way bytes enter the cache. It promises: nothing is admitted that does not hash to its
+digest; a body that fails is quarantined and fetched once more before Integrity is raised; every wait has a limit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from lazyfs.cache import PRESENT, UNPROVEN, Cache, Image
+from lazyfs.chunkstore import ChunkStore, chunk_key, digest_of, zero_digest
+from lazyfs.errors import DiskFull, Integrity, NotFound
+from lazyfs.manifest import RAW, ZSTD, File
+from lazyfs.retry import RetryPolicy, retrying
+
+log = logging.getLogger("lazyfs.fetch")
+
+
+class ByteSource(Protocol):
+    """Where plain chunk bytes come from. `fresh` asks for a way around any cache in between."""
+
+    def fetch(self, file: File, index: int, *, fresh: bool = False) -> bytes: ...
+
+
+@dataclass
+class FetchStats:
+    """Counters of one process, by tier, in bytes unless named otherwise."""
+
+    tiers: dict[str, int] = field(default_factory=lambda: {"origin": 0, "image": 0, "store": 0, "proven": 0})
+    retries: int = 0
+    quarantined: int = 0
+    seconds: float = 0.0
+    fetches: int = 0
+
+
+class StoreSource:
+    """Chunks of an imported manifest, out of a chunk store."""
+
+    def __init__(self, chunks: ChunkStore) -> None:
+        self.chunks = chunks
+
+    def fetch(self, file: File, index: int, *, fresh: bool = False) -> bytes:
+        """The plain bytes, not verified. NotFound, Integrity (undecodable) or what the store raises."""
+        chunk = file.chunks[index]
+        missing: NotFound | None = None
+        for encoding in (chunk.encoding, ZSTD if chunk.encoding == RAW else RAW):
+            try:
+                body = self.chunks.store.get(chunk_key(chunk.digest, encoding))
+            except NotFound as error:
+                missing = missing or error
+                continue
+            return self.chunks.decode(chunk.digest, body, encoding, chunk.length)
+        assert missing is not None
+        raise missing
+
+
+class ChunkFetcher:
+    """Fills images. Safe to use from many threads."""
+
+    def __init__(
+        self, cache: Cache, source: ByteSource, origins: dict[str, tuple[str, list[int]]], limit_s: float
+    ) -> None:
+        self.cache = cache
+        self.source = source
+        self.origins = origins
+        self.limit_s = limit_s
+        self.stats = FetchStats()
+        self.policy = RetryPolicy(limit=limit_s)
+
+    def fill(self, image: Image, index: int) -> bytes | None:
+        """Make the chunk PRESENT in `image`; None. When the disk has no room the verified bytes are returned instead.
+
+        Raises Integrity, NotFound, Temporary (limit reached) or Permanent.
+        """
+        if image.state(index) == PRESENT:
+            return None
+        with image.chunk_lock(index, self.limit_s):
+            state = image.state(index)
+            if state == PRESENT:
+                return None
+            file, chunk = image.file, image.file.chunks[index]
+            if state == UNPROVEN and digest_of(image.read(index)) == chunk.digest:
+                image.mark(index, PRESENT)
+                self.stats.tiers["proven"] += chunk.length
+                return None
+            data = self._get(file, index)
+            try:
+                if not self.cache.reserve(chunk.length):
+                    return data
+                image.write(index, data, hole=chunk.digest == zero_digest(chunk.length))
+            except DiskFull as error:
+                log.warning("streaming %s without the cache: %s", file.path, error)
+                return data
+        return None
+
+    def _get(self, file: File, index: int) -> bytes:
+        chunk = file.chunks[index]
+        start = time.monotonic()
+        data = self._from_origin(file, index)
+        if data is None:
+            data = self._from_store(file, index)
+            self.stats.tiers["store"] += chunk.length
+        else:
+            self.stats.tiers["origin"] += chunk.length
+        self.stats.seconds += time.monotonic() - start
+        self.stats.fetches += 1
+        return data
+
+    def _from_store(self, file: File, index: int) -> bytes:
+        chunk = file.chunks[index]
+
+        def attempt(fresh: bool) -> bytes:
+            data = retrying(lambda: self.source.fetch(file, index, fresh=fresh), self.policy, on_retry=self._retried)
+            if digest_of(data) != chunk.digest:
+                self.stats.quarantined += 1
+                where = self.cache.quarantine(chunk.digest, data)
+                raise Integrity(f"chunk {chunk.digest[:12]} of {file.path} does not hash to its name; kept as {where}")
+            return data
+
+        try:
+            return attempt(False)
+        except Integrity as error:
+            log.warning("%s; fetching it once more", error)
+            return attempt(True)
+
+    def _from_origin(self, file: File, index: int) -> bytes | None:
+        """Out of the file it was imported from, if that is unchanged; verified like everything else."""
+        found = self.origins.get(file.path)
+        if found is None:
+            return None
+        with open_origin(*found) as fd:
+            if fd is None:
+                return None
+            chunk = file.chunks[index]
+            data = os.pread(fd, chunk.length, file.offsets[index])
+            return data if digest_of(data) == chunk.digest else None
+
+    def _retried(self, error: Exception, attempt: int) -> None:
+        self.stats.retries += 1
+        log.info("attempt %d failed: %s", attempt, error)
+
+
+@contextlib.contextmanager
+def open_origin(path: str, stats: list[int]) -> Iterator[int | None]:
+    """A descriptor of the original file, or None when it is gone or its size, mtime, ctime or inode differ."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        yield None
+        return
+    try:
+        st = os.fstat(fd)
+        yield fd if [st.st_size, st.st_mtime_ns, st.st_ctime_ns, st.st_ino] == stats else None
+    finally:
+        os.close(fd)

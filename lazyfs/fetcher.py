@@ -1,0 +1,213 @@
+"""The fetcher: the process beside a mount's server that reads the network, hashes and decompresses.
+
+It is told what a reader waits for (first), what one will want soon, and completes the rest at a bounded rate (last),
+and answers when a chunk is there. It ends when the server's end of the socket closes. Killed at any moment it loses
+nothing but work; the server starts another.
+"""
+
+from __future__ import annotations
+
+import heapq
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+
+from lazyfs import wire
+from lazyfs.cache import Cache, Image
+from lazyfs.chunkstore import ChunkStore
+from lazyfs.config import MountConfig
+from lazyfs.errors import LazyfsError, to_errno
+from lazyfs.fetch import ChunkFetcher, StoreSource
+from lazyfs.manifest import Manifest
+from lazyfs.trace import Trace
+
+log = logging.getLogger("lazyfs.fetcher")
+_LOCAL_THREADS, _REMOTE_THREADS = 4, 24
+_IDLE_TICK_S = 5.0
+
+
+class Queue:
+    """Chunks to fetch, most urgent first; a chunk asked for again with more urgency moves up. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[int, int, tuple[int, int]]] = []
+        self._urgency: dict[tuple[int, int], int] = {}
+        self._order = 0
+        self._ready = threading.Condition()
+        self.closed = False
+
+    def put(self, key: tuple[int, int], urgency: int) -> None:
+        """Add, or move up."""
+        with self._ready:
+            if self._urgency.get(key, 99) <= urgency:
+                return
+            self._urgency[key] = urgency
+            self._order += 1
+            heapq.heappush(self._heap, (urgency, self._order, key))
+            self._ready.notify()
+
+    def get(self, worst: int, limit_s: float) -> tuple[tuple[int, int], int] | None:
+        """The most urgent one, if at least as urgent as `worst`; None after `limit_s` or when closed."""
+        with self._ready:
+            deadline = time.monotonic() + limit_s
+            while not self.closed:
+                while self._heap and self._urgency.get(self._heap[0][2]) != self._heap[0][0]:
+                    heapq.heappop(self._heap)
+                if self._heap and self._heap[0][0] <= worst:
+                    urgency, _, key = heapq.heappop(self._heap)
+                    del self._urgency[key]
+                    return key, urgency
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    return None
+                self._ready.wait(left)
+            return None
+
+    def close(self) -> None:
+        """Let every waiter go."""
+        with self._ready:
+            self.closed = True
+            self._ready.notify_all()
+
+    def __len__(self) -> int:
+        return len(self._urgency)
+
+
+class Fetcher:
+    """Worker threads over one queue, and the loop that hears the server."""
+
+    def __init__(self, config: MountConfig, manifest: Manifest, engine: ChunkFetcher, channel: socket.socket) -> None:
+        self.config = config
+        self.manifest = manifest
+        self.engine = engine
+        self.channel = channel
+        self.queue = Queue()
+        self.images: dict[int, Image] = {}
+        self.images_lock = threading.Lock()
+        self.sending = threading.Lock()
+        remote = getattr(getattr(getattr(engine.source, "chunks", None), "store", None), "remote", True)
+        self.threads = config.fetch_threads or (_REMOTE_THREADS if remote else _LOCAL_THREADS)
+        self.next_background = 0.0
+        self.rate_lock = threading.Lock()
+
+    def image(self, index: int) -> Image:
+        """The image of a file of the manifest, opened once."""
+        with self.images_lock:
+            image = self.images.get(index)
+            if image is None:
+                image = self.images[index] = self.engine.cache.open(self.manifest.files[index])
+            return image
+
+    def run(self) -> None:
+        """Serve until the server closes the channel or says stop."""
+        workers = [threading.Thread(target=self._work, args=(i,), daemon=True) for i in range(self.threads)]
+        for worker in workers:
+            worker.start()
+        if self.config.prefetch:
+            self._plan()
+        try:
+            while True:
+                message = self.channel.recv(wire.BUFFER)
+                if len(message) < wire.REQUEST.size:
+                    return
+                kind, file, chunk = wire.REQUEST.unpack(message)
+                if kind == wire.STOP:
+                    return
+                self.queue.put((file, chunk), kind)
+        except ConnectionError:
+            return
+        finally:
+            self.queue.close()
+
+    def _plan(self) -> None:
+        """The recorded trace first, in its order; then everything else, at the bounded rate."""
+        files = self.manifest.files
+        absent = [i for i, f in enumerate(files) if f.path not in self.engine.origins]
+        wanted = set(absent)
+        known = Trace(Path(self.config.home) / "traces" / f"{self.config.manifest}.json", record="never").known
+        for file, chunk in known:
+            if file in wanted and chunk < len(files[file].chunks):
+                self.queue.put((file, chunk), wire.AHEAD)
+        if self.config.background_mb_s > 0:
+            for file in absent:
+                for chunk in range(len(files[file].chunks)):
+                    self.queue.put((file, chunk), wire.COMPLETE)
+
+    def _work(self, number: int) -> None:
+        # One thread never takes what is not urgent, so that a reader does not wait behind the background.
+        worst = wire.AHEAD if number == 0 and self.threads > 1 else wire.COMPLETE
+        while not self.queue.closed:
+            taken = self.queue.get(worst, _IDLE_TICK_S)
+            if taken is None:
+                continue
+            (file, chunk), urgency = taken
+            if urgency == wire.COMPLETE:
+                self._throttle(self.manifest.files[file].chunks[chunk].length)
+            self._answer(file, chunk)
+
+    def _throttle(self, size: int) -> None:
+        rate = self.config.background_mb_s * 1e6
+        if rate <= 0:
+            return
+        with self.rate_lock:
+            now = time.monotonic()
+            at = max(now, self.next_background)
+            self.next_background = at + size / rate
+        time.sleep(min(1.0, at - now))
+
+    def _answer(self, file: int, chunk: int) -> None:
+        try:
+            image = self.image(file)
+            data = self.engine.fill(image, chunk)
+            if data is None:
+                self._send(wire.STORED, file, chunk, 0)
+                if image.complete():
+                    self._send(wire.SOURCE_FULL, file, chunk, 0)
+            else:
+                self._send(wire.FAILED, file, chunk, 28)
+        except LazyfsError as error:
+            log.error("%s chunk %d: %s: %s", self.manifest.files[file].path, chunk, error.code, error)
+            self._send(wire.FAILED, file, chunk, to_errno(error))
+        except OSError as error:
+            log.error("%s chunk %d: %s", self.manifest.files[file].path, chunk, error)
+            self._send(wire.FAILED, file, chunk, to_errno(error))
+
+    def _send(self, kind: int, file: int, chunk: int, argument: int) -> None:
+        with self.sending:
+            try:
+                self.channel.send(wire.ANSWER.pack(kind, file, chunk, argument))
+            except ConnectionError:
+                self.queue.close()
+
+
+def build(config: MountConfig, manifest: Manifest) -> ChunkFetcher:
+    """The fetching engine of a mount: its cache, its store, and the originals on this disk."""
+    from lazyfs.directory import origins
+    from lazyfs.stores import open_store
+
+    cache = Cache(Path(config.cache_dir), config.cache_limit or None)
+    source = StoreSource(ChunkStore(open_store(config.store_url)))
+    known = origins(config.manifest, config.store_url) if config.use_origin else {}
+    return ChunkFetcher(cache, source, known, config.fetch_limit_s)
+
+
+def main() -> None:
+    """`python -m lazyfs.fetcher CHANNEL-FD CONFIG-JSON`; the server starts it."""
+    from lazyfs.loading import load_manifest
+    from lazyfs.logs import configure
+
+    channel = socket.socket(fileno=int(sys.argv[1]))
+    config = MountConfig.load(sys.argv[2])
+    configure("fetcher")
+    manifest = load_manifest(config)
+    Fetcher(config, manifest, build(config, manifest), channel).run()
+    # Worker threads may sit in a network read with a limit; nothing they hold needs tidying.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""The server's end of its fetcher: starts the process when first needed, hears its answers, replaces it when it
+dies.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from lazyfs import wire
+from lazyfs.config import MountConfig
+
+log = logging.getLogger("lazyfs.link")
+# A fetcher that dies at once each time must not be restarted in a tight loop.
+_RESTART_PAUSE_S = (0.05, 5.0)
+
+
+class FetcherLink:
+    """`request` never blocks for long and never raises; answers arrive in a thread of this object through
+    `on_answer`.
+    """
+
+    def __init__(self, config: MountConfig) -> None:
+        self.config = config
+        self.on_answer: Callable[[int, int, int, int], None] = lambda kind, file, chunk, argument: None
+        self.on_restart: Callable[[], None] = lambda: None
+        self.process: subprocess.Popen[bytes] | None = None
+        self.restarts = 0
+        self._channel: socket.socket | None = None
+        self._lock = threading.Lock()
+        self._closing = False
+        self._pause = _RESTART_PAUSE_S[0]
+
+    def request(self, kind: int, file: int, chunk: int) -> None:
+        """Ask the fetcher; it is started by the first request."""
+        with self._lock:
+            if self._closing:
+                return
+            channel = self._channel or self._start()
+        try:
+            # What is merely wanted soon is not worth waiting for room in the socket.
+            flags = 0 if kind == wire.DEMAND else socket.MSG_DONTWAIT
+            channel.send(wire.REQUEST.pack(kind, file, chunk), flags)
+        except OSError:
+            # It died; the thread that hears its answers starts another and asks again for what is waited for.
+            log.debug("request lost: the fetcher is gone")
+
+    def ensure(self) -> None:
+        """Start it now, so that its start-up overlaps with the mount's."""
+        with self._lock:
+            if self._channel is None and not self._closing:
+                self._start()
+
+    def _start(self) -> socket.socket:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for end in (ours, theirs):
+            # Many small records: room for a whole manifest's worth of requests.
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
+        root = str(Path(__file__).resolve().parent.parent)
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "lazyfs.fetcher", str(theirs.fileno()), self.config.dump()],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": root + os.pathsep + os.environ.get("PYTHONPATH", "")},
+        )
+        theirs.close()
+        self._channel = ours
+        threading.Thread(target=self._hear, args=(ours, self.process), name="answers", daemon=True).start()
+        return ours
+
+    def _hear(self, channel: socket.socket, process: subprocess.Popen[bytes]) -> None:
+        while True:
+            try:
+                message = channel.recv(wire.BUFFER)
+            except OSError:
+                break
+            if len(message) < wire.ANSWER.size:
+                break
+            self._pause = _RESTART_PAUSE_S[0]
+            self.on_answer(*wire.ANSWER.unpack(message))
+        if self._closing:
+            return
+        log.error("the fetcher (pid %d) ended with %s; starting another", process.pid, process.wait(10))
+        time.sleep(self._pause)
+        self._pause = min(_RESTART_PAUSE_S[1], self._pause * 2)
+        with self._lock:
+            channel.close()
+            if not self._closing:
+                self.restarts += 1
+                self._start()
+        self.on_restart()
+
+    def close(self) -> None:
+        """End the fetcher."""
+        with self._lock:
+            self._closing = True
+            channel, process = self._channel, self.process
+        if channel is not None:
+            # The hearing thread owns recv; shutdown wakes both ends.
+            try:
+                channel.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass
+        if process is not None:
+            try:
+                process.wait(5)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait(5)

@@ -1,0 +1,33 @@
+"""Getting a mount's manifest: from the copy beside the cache if there is one, else from the store (and then copied)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lazyfs.chunkstore import ChunkStore
+from lazyfs.config import MountConfig
+from lazyfs.errors import Integrity, LazyfsError
+from lazyfs.manifest import Manifest, decode, encode
+from lazyfs.paths import private_dir, write_atomic
+from lazyfs.retry import RetryPolicy, retrying
+from lazyfs.stores import open_store
+
+
+def load_manifest(config: MountConfig) -> Manifest:
+    """The manifest, verified. NotFound, Integrity, or what the store raises after retries."""
+    copy = Path(config.cache_dir) / "manifests" / config.manifest
+    try:
+        return decode(copy.read_bytes(), config.manifest)
+    except FileNotFoundError:
+        pass
+    except Integrity:
+        copy.unlink(missing_ok=True)
+    chunks = ChunkStore(open_store(config.store_url))
+    manifest = retrying(lambda: chunks.get_manifest(config.manifest), RetryPolicy(limit=config.fetch_limit_s))
+    try:
+        private_dir(copy.parent)
+        write_atomic(copy, encode(manifest)[1], sync=False)
+    except LazyfsError:
+        # A full or read-only disk costs the next mount a round trip, nothing more.
+        copy.unlink(missing_ok=True)
+    return manifest

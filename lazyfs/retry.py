@@ -1,0 +1,50 @@
+"""Trying again: jittered exponential backoff for what is Temporary, bounded by attempts and by a deadline."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from lazyfs.errors import Temporary
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class RetryPolicy:
+    """Seconds. The n-th pause is drawn from 0 to min(cap, base * 2**n) ("full jitter"); `limit` bounds all of it."""
+
+    attempts: int = 8
+    base: float = 0.05
+    cap: float = 5.0
+    limit: float = 60.0
+
+    def __post_init__(self) -> None:
+        if self.attempts < 1 or min(self.base, self.cap, self.limit) < 0:
+            raise ValueError("attempts must be at least 1, and no duration may be negative")
+
+
+def retrying(
+    call: Callable[[], T], policy: RetryPolicy, *, on_retry: Callable[[Temporary, int], None] | None = None
+) -> T:
+    """Call until it returns, raises something that is not Temporary, or the policy is spent (then the last
+    Temporary).
+    """
+    deadline = time.monotonic() + policy.limit
+    attempt = 0
+    while True:
+        try:
+            return call()
+        except Temporary as error:
+            attempt += 1
+            pause = random.uniform(0, min(policy.cap, policy.base * 2**attempt))
+            if error.retry_after is not None:
+                pause = min(max(pause, error.retry_after), policy.cap)
+            if attempt >= policy.attempts or time.monotonic() + pause > deadline:
+                raise
+            if on_retry is not None:
+                on_retry(error, attempt)
+            time.sleep(pause)

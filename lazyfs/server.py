@@ -1,0 +1,176 @@
+"""Putting one mount's parts together, and its life: start, housekeeping, end."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lazyfs import kernel, wire
+from lazyfs.cache import Cache
+from lazyfs.config import MountConfig
+from lazyfs.control_server import ControlServer
+from lazyfs.directory import origins
+from lazyfs.errors import Busy, LazyfsError, Usage
+from lazyfs.link import FetcherLink
+from lazyfs.loading import load_manifest
+from lazyfs.logs import configure
+from lazyfs.manifest import Manifest
+from lazyfs.paths import write_atomic
+from lazyfs.service import Service
+from lazyfs.transport_raw import RawTransport
+
+log = logging.getLogger("lazyfs.server")
+_TICK_S = 1.0
+
+
+def serve(config_text: str, ready: Callable[[dict[str, Any]], None]) -> None:
+    """Mount as told, call `ready` once it answers, return when the mount is gone. Raises what kept it from mounting."""
+    configure("mount")
+    # Reads are answered in short turns of the interpreter; a waiting thread should not hold it for the default 5 ms.
+    sys.setswitchinterval(0.0005)
+    config = MountConfig.load(config_text)
+    manifest = load_manifest(config)
+    server = Server(config, manifest)
+    server.start()
+    ready({"ok": True, **server.identity()})
+    server.run()
+
+
+class Server:
+    """One mount: its service, its transport, its control socket."""
+
+    def __init__(self, config: MountConfig, manifest: Manifest) -> None:
+        self.config = config
+        self.manifest = manifest
+        self.cache = Cache(Path(config.cache_dir), config.cache_limit or None)
+        self.link = FetcherLink(config)
+        self.service = Service(config, manifest, self.cache, self.link)
+        if config.use_origin:
+            self.service.origins = origins(config.manifest, config.store_url)
+        self.link.on_restart = self.service.resend
+        self.transport = RawTransport(
+            self.service, config.mountpoint, f"quickthaw:{config.manifest[:16]}", native=config.native != "off"
+        )
+        self.control = ControlServer(
+            Path(config.socket),
+            {
+                "ping": lambda request: self.identity(),
+                "status": lambda request: self.status(),
+                "prefetch": self._prefetch,
+                "drop": self._drop,
+                "unmount": self._unmount,
+            },
+        )
+        self._gone = threading.Event()
+
+    def start(self) -> None:
+        """Mount and begin to answer."""
+        needed = [f for f in self.manifest.files if f.path not in self.service.origins]
+        if needed:
+            self.link.ensure()
+        self.transport.start()
+        self.control.start()
+        write_atomic(Path(self.config.state_file), json.dumps(self.identity()).encode(), sync=False)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: self._on_signal())
+        log.info("mounted %s at %s", self.config.manifest[:12], self.config.mountpoint)
+
+    def run(self) -> None:
+        """Housekeeping until the mount is gone; then tidy up."""
+        try:
+            while not self.transport.wait(_TICK_S):
+                self.service.expire()
+                self._idle()
+        finally:
+            self.service.trace.save()
+            self.link.close()
+            self.control.close()
+            Path(self.config.state_file).unlink(missing_ok=True)
+            log.info("unmounted %s", self.config.mountpoint)
+
+    def identity(self) -> dict[str, Any]:
+        """What a caller needs to recognise this mount."""
+        return {
+            "pid": os.getpid(),
+            "manifest": self.config.manifest,
+            "mountpoint": self.config.mountpoint,
+            "socket": self.config.socket,
+            "store": self.config.store_url,
+            "log": self.config.log_file,
+        }
+
+    def status(self) -> dict[str, Any]:
+        """Identity, counters, and how much of the manifest is here."""
+        counters = self.service.counters
+        size = self.manifest.size
+        here = sum(self.service.cached_share(n) * n.size for n in self.service.tree.files)
+        return {
+            **self.identity(),
+            "transport": self.transport.name,
+            "passthrough": self.transport.passthrough,
+            "up_s": round(time.monotonic() - self.service.started, 3),
+            "files": len(self.manifest.files),
+            "bytes": size,
+            "cached_bytes": int(here),
+            "open_files": len(self.service.open_files),
+            "waiting": len(self.service.by_unique),
+            "fetcher_restarts": self.link.restarts,
+            "counters": dict(vars(counters)),
+        }
+
+    def _prefetch(self, request: dict[str, Any]) -> dict[str, Any]:
+        asked = 0
+        for node in self._named(request):
+            for chunk in range(len(self.manifest.files[node.index].chunks)):
+                self.link.request(wire.AHEAD, node.index, chunk)
+                asked += 1
+        return {"chunks": asked}
+
+    def _drop(self, request: dict[str, Any]) -> dict[str, Any]:
+        freed = 0
+        for node in self._named(request):
+            assert node.file is not None
+            freed += self.cache.drop(node.file)
+        return {"freed": freed}
+
+    def _named(self, request: dict[str, Any]) -> list[Any]:
+        path = request.get("path")
+        if path is None:
+            return self.service.tree.files
+        node = self.service.tree.at(str(path))
+        if node is None or node.file is None:
+            raise Usage(f"{path!r} is not a file of this mount")
+        return [node]
+
+    def _unmount(self, request: dict[str, Any]) -> dict[str, Any]:
+        self._take_down(lazy=bool(request.get("force")))
+        return {}
+
+    def _take_down(self, *, lazy: bool) -> None:
+        kernel.unmount(self.config.mountpoint, lazy=lazy)
+
+    def _idle(self) -> None:
+        limit = self.config.idle_exit_s
+        if limit and not self.service.open_files and time.monotonic() - self.service.last_use > limit:
+            try:
+                self._take_down(lazy=False)
+            except Busy:
+                log.debug("idle, yet in use (a working directory?)")
+
+    def _on_signal(self) -> None:
+        # In a thread: the main thread may be anywhere, and a mount in use makes this wait for nobody.
+        threading.Thread(target=self._end, daemon=True).start()
+
+    def _end(self) -> None:
+        try:
+            self._take_down(lazy=True)
+        except LazyfsError as error:
+            log.error("cannot unmount on a signal: %s", error)

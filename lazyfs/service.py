@@ -1,0 +1,345 @@
+"""What a mount does, whatever carries the requests: opening, reading, waiting for chunks, recording first touches.
+
+A read that finds its chunks is answered at once, with a memoryview of the mapped image: no copy is made in this
+process. One that does not is put aside, the fetcher is asked, and whichever thread hears of the last missing chunk
+answers. No thread ever waits, so a stalled network cannot stop reads of what is here. Every put-aside read has a
+deadline.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import mmap
+import os
+import threading
+import time
+from bisect import bisect_right
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lazyfs import wire
+from lazyfs.cache import PRESENT, Cache, Image
+from lazyfs.config import MountConfig
+from lazyfs.errors import LazyfsError, to_errno
+from lazyfs.fetch import open_origin
+from lazyfs.link import FetcherLink
+from lazyfs.manifest import File, Manifest
+from lazyfs.trace import Trace
+from lazyfs.tree import Node, Tree
+
+log = logging.getLogger("lazyfs.service")
+# A reply is data, or an errno. Called exactly once, from any thread.
+Reply = Callable[[memoryview | int], None]
+# Pages of an image that were served count as this process's memory until dropped.
+_DROP_MAPPED = 128 << 20
+_LOOKAHEAD = (2, 32)
+
+
+@dataclass
+class Waiter:
+    """One read that was put aside."""
+
+    reply: Reply
+    opened: Opened
+    offset: int
+    size: int
+    missing: set[int]
+    deadline: float
+    started: float
+    unique: int
+
+
+@dataclass
+class Counters:
+    """Since the mount began: bytes and reads by how they were answered, and what readers waited."""
+
+    reads: int = 0
+    bytes_read: int = 0
+    hits: int = 0
+    waits: int = 0
+    wait_seconds: float = 0.0
+    failed: int = 0
+    opens: int = 0
+    native_opens: int = 0
+    streamed: int = 0
+    prefetched: int = 0
+    first_byte_s: float = 0.0
+
+
+class Backing:
+    """An open, mapped file that holds (or will hold) the bytes of one manifest file."""
+
+    def __init__(self, fd: int, size: int, image: Image | None) -> None:
+        self.fd = fd
+        self.image = image
+        self.map = mmap.mmap(fd, size, prot=mmap.PROT_READ) if size else None
+        self.view = memoryview(self.map) if self.map is not None else memoryview(b"")
+        self.served = 0
+
+    def complete(self) -> bool:
+        """Whether every byte may be read."""
+        return self.image is None or self.image.complete()
+
+    def count(self, size: int) -> None:
+        """Bound the mapped pages that are charged to this process."""
+        self.served += size
+        if self.served >= _DROP_MAPPED and self.map is not None:
+            self.served = 0
+            self.map.madvise(mmap.MADV_DONTNEED)
+
+    def close(self) -> None:
+        """Unmap; views handed out before must be gone."""
+        self.view.release()
+        if self.map is not None:
+            self.map.close()
+        if self.image is not None:
+            self.image.close()
+        else:
+            os.close(self.fd)
+
+
+@dataclass
+class Opened:
+    """One inode while the kernel has it open, however often: `cached` opens go through reads, `native` ones do not."""
+
+    node: Node
+    file: File
+    backing: Backing
+    cached: int = 0
+    native: int = 0
+    backing_id: int = 0
+    last_chunk: int = -2
+    window: int = _LOOKAHEAD[0]
+    touched: set[int] = field(default_factory=set)
+
+
+class Service:
+    """One mount's state. `link` is the fetcher; all public methods may be called from any thread."""
+
+    def __init__(self, config: MountConfig, manifest: Manifest, cache: Cache, link: FetcherLink) -> None:
+        self.config = config
+        self.manifest = manifest
+        self.tree = Tree(manifest)
+        self.cache = cache
+        self.link = link
+        self.counters = Counters()
+        self.started = time.monotonic()
+        self.last_use = self.started
+        self.lock = threading.Lock()
+        self.open_files: dict[int, Opened] = {}
+        self.waiting: dict[tuple[int, int], list[Waiter]] = {}
+        self.by_unique: dict[int, Waiter] = {}
+        self.origins: dict[str, tuple[str, list[int]]] = {}
+        self.trace = Trace(Path(config.home) / "traces" / f"{config.manifest}.json", record=config.record)
+        self.on_present: list[Callable[[int, int], None]] = []
+        link.on_answer = self._answered
+
+    # -- opening
+
+    def open(self, node: Node, *, may_pass: bool) -> tuple[Opened, bool]:
+        """Open a file; (its state, whether this open is to be passed through). Raises what the cache raises."""
+        assert node.file is not None
+        with self.lock:
+            self.last_use = time.monotonic()
+            opened = self.open_files.get(node.ino)
+            if opened is None:
+                opened = self.open_files[node.ino] = Opened(node, node.file, self._backing(node.file))
+            # The kernel refuses a mixture on one inode: as long as cached opens last, all are cached.
+            native = may_pass and node.size > 0 and opened.cached == 0 and opened.backing.complete()
+            if native:
+                opened.native += 1
+                self.counters.native_opens += 1
+            else:
+                opened.cached += 1
+            self.counters.opens += 1
+            return opened, native
+
+    def _backing(self, file: File) -> Backing:
+        found = self.origins.get(file.path)
+        if found is not None:
+            with open_origin(*found) as fd:
+                if fd is not None:
+                    return Backing(os.dup(fd), file.size, None)
+        image = self.cache.open(file)
+        return Backing(image.data_fd, file.size, image)
+
+    def release(self, opened: Opened, *, native: bool) -> bool:
+        """The kernel closed one open of the inode; True when it was the last (the backing is given back then)."""
+        with self.lock:
+            self.last_use = time.monotonic()
+            if native:
+                opened.native -= 1
+            else:
+                opened.cached -= 1
+            if opened.cached or opened.native:
+                return False
+            self.open_files.pop(opened.node.ino, None)
+        self.trace.save()
+        # Reads that were put aside belong to opens, and the kernel has waited for them; only replies in flight may
+        # hold views.
+        try:
+            opened.backing.close()
+        except BufferError:
+            log.debug("a reply still holds %s; the collector closes it", opened.file.path)
+        return True
+
+    # -- reading
+
+    def read(self, opened: Opened, offset: int, size: int, unique: int, reply: Reply) -> None:
+        """Answer, now or when the chunks are here."""
+        backing, file = opened.backing, opened.file
+        end = min(file.size, offset + size)
+        self.counters.reads += 1
+        if offset >= end:
+            reply(memoryview(b""))
+            return
+        image = backing.image
+        if image is None or image.complete():
+            self._serve(opened, offset, end, reply)
+            if self.trace.recording:
+                self._touch(opened, offset, end)
+            return
+        first = bisect_right(file.offsets, offset) - 1
+        last = bisect_right(file.offsets, end - 1) - 1
+        self._touch(opened, offset, end)
+        missing = {i for i in range(first, last + 1) if image.state(i) != PRESENT}
+        if not missing:
+            self._serve(opened, offset, end, reply)
+            self._look_ahead(opened, image, first, last)
+            return
+        now = time.monotonic()
+        waiter = Waiter(reply, opened, offset, end - offset, missing, now + self.config.read_limit_s, now, unique)
+        with self.lock:
+            self.counters.waits += 1
+            self.by_unique[unique] = waiter
+            for index in missing:
+                self.waiting.setdefault((opened.node.index, index), []).append(waiter)
+        for index in sorted(missing):
+            self.link.request(wire.DEMAND, opened.node.index, index)
+        self._look_ahead(opened, image, first, last)
+        # A chunk may have come between looking and waiting.
+        for index in missing.copy():
+            if image.state(index) == PRESENT:
+                self._arrived(opened.node.index, index)
+
+    def _serve(self, opened: Opened, offset: int, end: int, reply: Reply) -> None:
+        counters = self.counters
+        counters.hits += 1
+        counters.bytes_read += end - offset
+        if not counters.first_byte_s:
+            counters.first_byte_s = time.monotonic() - self.started
+        reply(opened.backing.view[offset:end])
+        opened.backing.count(end - offset)
+
+    def _touch(self, opened: Opened, offset: int, end: int) -> None:
+        file = opened.file
+        for index in range(bisect_right(file.offsets, offset) - 1, bisect_right(file.offsets, end - 1)):
+            if index not in opened.touched:
+                opened.touched.add(index)
+                self.trace.touch(opened.node.index, index)
+
+    def _look_ahead(self, opened: Opened, image: Image, first: int, last: int) -> None:
+        """Ask for what a sequential reader will want, in a window that doubles as long as the guess holds."""
+        if last == opened.last_chunk:
+            return
+        low, high = _LOOKAHEAD
+        opened.window = min(high, opened.window * 2) if 0 <= first - opened.last_chunk <= 1 else low
+        opened.last_chunk = last
+        for index in range(last + 1, min(last + 1 + opened.window, len(opened.file.chunks))):
+            if image.state(index) != PRESENT:
+                self.link.request(wire.AHEAD, opened.node.index, index)
+
+    # -- waiting
+
+    def _answered(self, kind: int, file: int, chunk: int, argument: int) -> None:
+        if kind == wire.STORED:
+            self._arrived(file, chunk)
+            for hook in self.on_present:
+                hook(file, chunk)
+        elif kind == wire.FAILED:
+            self._failed(file, chunk, argument or errno.EIO)
+
+    def _arrived(self, file: int, chunk: int) -> None:
+        ready: list[Waiter] = []
+        with self.lock:
+            for waiter in self.waiting.pop((file, chunk), ()):
+                waiter.missing.discard(chunk)
+                if not waiter.missing and self.by_unique.pop(waiter.unique, None) is waiter:
+                    ready.append(waiter)
+        for waiter in ready:
+            self.counters.wait_seconds += time.monotonic() - waiter.started
+            self._serve(waiter.opened, waiter.offset, waiter.offset + waiter.size, waiter.reply)
+
+    def _failed(self, file: int, chunk: int, number: int) -> None:
+        with self.lock:
+            failed = [w for w in self.waiting.pop((file, chunk), ()) if self.by_unique.pop(w.unique, None) is w]
+        for waiter in failed:
+            self._fail(waiter, number)
+
+    def _fail(self, waiter: Waiter, number: int) -> None:
+        self.counters.failed += 1
+        self._forget(waiter)
+        waiter.reply(number)
+
+    def _forget(self, waiter: Waiter) -> None:
+        with self.lock:
+            for index in waiter.missing:
+                key = (waiter.opened.node.index, index)
+                others = [w for w in self.waiting.get(key, ()) if w is not waiter]
+                if others:
+                    self.waiting[key] = others
+                else:
+                    self.waiting.pop(key, None)
+
+    def interrupt(self, unique: int) -> None:
+        """The reader of a put-aside read got a signal: let it go with EINTR."""
+        with self.lock:
+            waiter = self.by_unique.pop(unique, None)
+        if waiter is not None:
+            self._fail(waiter, errno.EINTR)
+
+    def expire(self) -> None:
+        """Fail what is past its deadline; called about once a second."""
+        now = time.monotonic()
+        with self.lock:
+            late = [w for w in self.by_unique.values() if w.deadline < now]
+            for waiter in late:
+                del self.by_unique[waiter.unique]
+        for waiter in late:
+            log.error(
+                "%s: no data within %.0f s for the read at %d",
+                waiter.opened.file.path,
+                self.config.read_limit_s,
+                waiter.offset,
+            )
+            self._fail(waiter, errno.ETIMEDOUT)
+
+    def resend(self) -> None:
+        """Ask again for everything waited for: the fetcher was replaced."""
+        with self.lock:
+            keys = list(self.waiting)
+        for file, chunk in keys:
+            self.link.request(wire.DEMAND, file, chunk)
+
+    def cached_share(self, node: Node) -> float:
+        """What part of a file is here, 0 to 1."""
+        if node.file is None or not node.file.size:
+            return 1.0
+        if node.file.path in self.origins:
+            return 1.0
+        opened = self.open_files.get(node.ino)
+        if opened is not None and opened.backing.image is not None:
+            return opened.backing.image.present_bytes() / node.file.size
+        if not (self.cache.folder(node.file) / "have").exists():
+            return 0.0
+        try:
+            image = self.cache.open(node.file)
+        except LazyfsError as error:
+            log.warning("%s: %s (errno %d)", node.file.path, error, to_errno(error))
+            return 0.0
+        try:
+            return image.present_bytes() / node.file.size
+        finally:
+            image.close()

@@ -1,0 +1,21 @@
+"""Stores: where chunks and manifests lie. `open_store(url)` picks the implementation by the URL's scheme.
+
+Implementations are imported only when their scheme is asked for: obstore alone costs 50 ms.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import cast
+
+from lazyfs.stores.base import ObjectInfo, Store
+from lazyfs.urls import SCHEMES, normal_url
+
+__all__ = ["ObjectInfo", "Store", "open_store"]
+
+
+def open_store(url: str) -> Store:
+    """The store at `url`. Raises Usage for a scheme that is not known."""
+    url = normal_url(url)
+    module, _, function = SCHEMES[url.partition("://")[0]].partition(":")
+    return cast(Store, getattr(importlib.import_module(module), function)(url))

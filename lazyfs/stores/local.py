@@ -1,0 +1,137 @@
+"""A store in a directory: one file per object, mode 0600, written under a temporary name and renamed.
+
+Objects are not flushed one by one (a model has thousands): `flush()` syncs the whole file system once, and whoever
+writes a manifest calls it first. A chunk that a power cut left short is recognised by its size when it is met again.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from lazyfs.errors import NotFound, from_os_error
+from lazyfs.paths import private_dir
+from lazyfs.stores.base import ObjectInfo
+from lazyfs.urls import local_path
+
+# A temporary file older than this belongs to a writer that was killed.
+_STALE_S = 3600
+
+
+def open_url(url: str) -> LocalStore:
+    """The store of a file:// URL."""
+    path = local_path(url)
+    assert path is not None
+    return LocalStore(path)
+
+
+class LocalStore:
+    """Objects as files under `root`, which is created on the first put."""
+
+    remote = False
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.url = f"file://{root}"
+
+    def path(self, key: str) -> Path:
+        """Where the object of `key` lies (or would lie)."""
+        return self.root / key
+
+    def get(self, key: str, start: int = 0, length: int | None = None) -> bytes:
+        try:
+            fd = os.open(self.path(key), os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise NotFound(f"{self.url} has no {key}") from None
+        except OSError as error:
+            raise from_os_error(error, f"cannot open {self.path(key)}") from error
+        try:
+            if length is None:
+                length = max(0, os.fstat(fd).st_size - start)
+            buffer = bytearray(length)
+            view, got = memoryview(buffer), 0
+            while got < length:
+                n = os.preadv(fd, [view[got:]], start + got)
+                if n == 0:
+                    return bytes(view[:got])
+                got += n
+            return bytes(buffer) if length < 65536 else buffer  # type: ignore[return-value]
+        except OSError as error:
+            raise from_os_error(error, f"cannot read {self.path(key)}") from error
+        finally:
+            os.close(fd)
+
+    def put(self, key: str, data: bytes | memoryview) -> None:
+        path = self.path(key)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
+        try:
+            private_dir(path.parent)
+            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            try:
+                view = memoryview(data)
+                while view:
+                    view = view[os.write(fd, view) :]
+            finally:
+                os.close(fd)
+            temporary.rename(path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise from_os_error(error, f"cannot write {path}") from error
+
+    def head(self, key: str) -> ObjectInfo | None:
+        try:
+            st = self.path(key).stat()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise from_os_error(error, f"cannot stat {self.path(key)}") from error
+        return ObjectInfo(key, st.st_size, st.st_mtime, f"{st.st_size}-{st.st_mtime_ns}-{st.st_ctime_ns}-{st.st_ino}")
+
+    def touch(self, key: str) -> None:
+        try:
+            os.utime(self.path(key))
+        except FileNotFoundError:
+            raise NotFound(f"{self.url} has no {key}") from None
+        except OSError as error:
+            raise from_os_error(error, f"cannot touch {self.path(key)}") from error
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        base = self.path(prefix.rstrip("/")) if prefix else self.root
+        for folder, _, names in os.walk(base):
+            for name in sorted(names):
+                path = Path(folder) / name
+                if name.startswith(".") and name.endswith(".tmp"):
+                    self._sweep(path)
+                    continue
+                key = str(path.relative_to(self.root))
+                info = self.head(key)
+                if info is not None:
+                    yield info
+
+    def delete(self, key: str) -> None:
+        try:
+            self.path(key).unlink(missing_ok=True)
+        except OSError as error:
+            raise from_os_error(error, f"cannot delete {self.path(key)}") from error
+
+    def flush(self) -> None:
+        if not self.root.is_dir():
+            return
+        fd = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            libc = ctypes.CDLL(None, use_errno=True)
+            if libc.syncfs(fd) != 0:
+                raise from_os_error(OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno())), f"syncfs {self.root}")
+        finally:
+            os.close(fd)
+
+    def _sweep(self, temporary: Path) -> None:
+        """Remove what a killed writer left, once it is too old to be a living writer's."""
+        try:
+            if time.time() - temporary.stat().st_mtime > _STALE_S:
+                temporary.unlink()
+        except FileNotFoundError:
+            pass

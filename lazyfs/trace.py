@@ -1,0 +1,63 @@
+"""The recorded order of first touches of a manifest's chunks: what a later mount fetches ahead of its readers.
+
+One JSON file per manifest, merged never: the first complete recording stands until it is removed, since a replay
+disturbs what a second recording would see. Times are seconds since the mount began.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from pathlib import Path
+
+from lazyfs.errors import LazyfsError
+from lazyfs.paths import private_dir, write_atomic
+
+log = logging.getLogger("lazyfs.trace")
+_FORMAT = 1
+
+
+class Trace:
+    """`known` is the recorded order as (file index, chunk index); `touch` records while `recording`."""
+
+    def __init__(self, path: Path, record: str = "auto") -> None:
+        self.path = path
+        self.known: list[tuple[int, int]] = self._load()
+        self.recording = record == "always" or (record == "auto" and not self.known)
+        self._events: list[tuple[int, int, float]] = []
+        self._saved = 0
+        self._start = time.monotonic()
+        self._lock = threading.Lock()
+
+    def _load(self) -> list[tuple[int, int]]:
+        try:
+            document = json.loads(self.path.read_bytes())
+            if document["format"] != _FORMAT:
+                return []
+            return [(int(f), int(c)) for f, c, _ in document["touches"] if f >= 0 and c >= 0]
+        except FileNotFoundError:
+            return []
+        except (ValueError, KeyError, TypeError):
+            log.warning("the trace %s is damaged and is ignored", self.path)
+            return []
+
+    def touch(self, file: int, chunk: int) -> None:
+        """Record a first touch; the caller sees to it that it is the first."""
+        if self.recording:
+            with self._lock:
+                self._events.append((file, chunk, round(time.monotonic() - self._start, 4)))
+
+    def save(self) -> None:
+        """Write what was recorded since the last time, if anything."""
+        with self._lock:
+            if not self.recording or len(self._events) == self._saved:
+                return
+            events = list(self._events)
+            self._saved = len(events)
+        try:
+            private_dir(self.path.parent)
+            write_atomic(self.path, json.dumps({"format": _FORMAT, "touches": events}).encode(), sync=False)
+        except LazyfsError as error:
+            log.warning("the trace could not be saved: %s", error)

@@ -1,0 +1,34 @@
+"""Store URLs: which schemes there are, and which of them is a directory of this machine. Quick to import."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from lazyfs.errors import Usage
+
+# scheme → "module:function", called with the URL
+SCHEMES = {
+    "file": "lazyfs.stores.local:open_url",
+    "s3": "lazyfs.stores.objects:open_url",
+    "gs": "lazyfs.stores.objects:open_url",
+    "az": "lazyfs.stores.objects:open_url",
+    "http": "lazyfs.stores.web:open_url",
+    "https": "lazyfs.stores.web:open_url",
+}
+
+
+def normal_url(url: str) -> str:
+    """A plain path becomes file://; anything else is returned as it is. Raises Usage for an unknown scheme."""
+    scheme, found, _ = url.partition("://")
+    if not found:
+        return f"file://{os.path.abspath(Path(url).expanduser())}"  # noqa: PTH100 (a link in the path is to be kept)
+    if scheme not in SCHEMES:
+        raise Usage(f"unknown store URL {url!r}: use a path or one of {', '.join(f'{s}://' for s in SCHEMES)}")
+    return url.rstrip("/") if scheme != "file" else url
+
+
+def local_path(url: str) -> Path | None:
+    """The folder of a file:// URL (taken literally: no percent escapes), else None."""
+    scheme, _, rest = normal_url(url).partition("://")
+    return Path(rest) if scheme == "file" else None

@@ -1,0 +1,144 @@
+"""CRIU: which binary, with which options, and what its log says when it fails.
+
+CRIU runs inside the sandbox it dumps or restores, so that namespaces are not part of the images: what is dumped is the process tree,
+and what it sees (its /proc, mounts and network) is made anew by checkpoint.init before a restore.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from checkpoint.errors import Failed, HostLacks
+from checkpoint.sandbox import Sandbox
+
+MINIMUM_VERSION = (4, 2)
+# Earlier ones fail on kernels >= 6.16 at the first TCP socket (SO_PASSCRED), see docs/limits.md.
+
+# Every connection of an engine is inside its tree or goes to a client that is told to come again: nothing has to be locked in the
+# network, and iptables may be absent. What is in flight at a listening socket is dropped (the proxy holds and resends).
+# Images leave out cgroups: a restore belongs where the launcher is.
+_COMMON = (
+    "--tcp-established",
+    "--ext-unix-sk",
+    "--file-locks",
+    "--link-remap",
+    "--network-lock=skip",
+    "--manage-cgroups=ignore",
+)
+
+
+@dataclass(frozen=True)
+class Criu:
+    """A CRIU binary."""
+
+    program: Path
+
+    @classmethod
+    def find(cls, home: Path, explicit: Path | None = None) -> Criu:
+        """The first of: `explicit`, $QUICKTHAW_CRIU, the one `make setup` unpacked under `home`, the one on PATH.
+
+        Raises HostLacks where there is none or it is too old.
+        """
+        named = explicit or (Path(os.environ["QUICKTHAW_CRIU"]) if os.environ.get("QUICKTHAW_CRIU") else None)
+        private = home / "criu" / "criu"
+        on_path = shutil.which("criu")
+        for candidate in (named, private if private.exists() else None, Path(on_path) if on_path else None):
+            if candidate:
+                return cls(candidate)
+        raise HostLacks("criu-missing", "no CRIU on this host; run setup/criu.sh (unpacks one privately) or install criu >= 4.2")
+
+    @cached_property
+    def version(self) -> str:
+        """`4.2.1`, as the binary says. Raises HostLacks when it does not start or is too old."""
+        try:
+            out = subprocess.run([self.program, "--version"], capture_output=True, text=True, timeout=10, check=False).stdout
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise HostLacks("criu-broken", f"{self.program} does not start ({error}); run setup/criu.sh") from error
+        match = re.search(r"Version: (\d+)\.(\d+)(\S*)", out)
+        if not match:
+            raise HostLacks("criu-broken", f"{self.program} --version says nothing of use; run setup/criu.sh")
+        if (int(match[1]), int(match[2])) < MINIMUM_VERSION:
+            raise HostLacks("criu-too-old", f"CRIU {match[1]}.{match[2]} cannot dump on current kernels; run setup/criu.sh for >= 4.2")
+        return f"{match[1]}.{match[2]}{match[3]}"
+
+    def dump(self, sandbox: Sandbox, root_pid: int, images: Path, while_frozen: Path, timeout_s: float) -> None:
+        """Write the tree's images into `images`; it goes on running afterwards.
+
+        `while_frozen` is a script that CRIU runs after the images are written and before the tree runs on.
+        Raises Failed with CRIU's own last error.
+        """
+        argv = [
+            str(self.program),
+            "dump",
+            f"--tree={root_pid}",
+            f"--images-dir={images}",
+            "--log-file=dump.log",
+            "-v2",
+            "--skip-in-flight",
+            "--leave-running",
+            f"--action-script={while_frozen}",
+            *_COMMON,
+        ]
+        code = sandbox.execute(argv, _environment(), timeout_s)
+        if code:
+            raise Failed("criu-dump-failed", f"CRIU could not dump the engine: {last_error(images / 'dump.log', code)}")
+
+    def restore(
+        self,
+        sandbox: Sandbox,
+        root_pid: int,
+        images: Path,
+        timeout_s: float,
+        work: Path,
+        pipes: dict[str, int],
+        lazy_pages: bool = False,
+    ) -> None:
+        """Bring a dumped tree back inside `sandbox`; returns when every process runs.
+
+        `work` is a folder for the log and CRIU's sockets (images may be read-only). `pipes` maps the name of a pipe whose other end
+        was outside the tree (`pipe:[123]`) to one of our descriptors. With `lazy_pages` a page server listens in `work`.
+        Raises Failed with CRIU's own last error.
+        """
+        keep = {20 + index: fd for index, fd in enumerate(pipes.values())}
+        argv = [
+            str(self.program),
+            "restore",
+            f"--images-dir={images}",
+            f"--work-dir={work}",
+            "--log-file=restore.log",
+            "-v1",
+            "--restore-detached",
+            *(f"--inherit-fd=fd[{20 + index}]:{name}" for index, name in enumerate(pipes)),
+            *(["--lazy-pages"] if lazy_pages else []),
+            *_COMMON,
+        ]
+        code = sandbox.execute(argv, _environment(), timeout_s, keep_fds=keep, adopts=root_pid)
+        if code:
+            raise Failed("criu-restore-failed", f"CRIU could not restore: {last_error(work / 'restore.log', code)}")
+
+
+def _environment() -> dict[str, str]:
+    # Nothing of ours: CRIU reads CRIU_CONFIG_FILE, and its helpers need only a PATH.
+    return {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "CRIU_CONFIG_FILE": "/dev/null"}
+
+
+# Said on every run on hosts without CAP_SYS_RESOURCE, and harmless.
+_NOISE = re.compile(r"Can't setup RLIMIT_NOFILE|Dumping FAILED|Restoring FAILED|Unable to open.*ip_?tables", re.IGNORECASE)
+
+
+def last_error(log: Path, code: int) -> str:
+    """The first line of a CRIU log that says what went wrong, for a message of one line."""
+    try:
+        lines = log.read_text(errors="replace").splitlines()
+    except OSError:
+        return f"exit code {code}, and it wrote no log"
+    errors = [line for line in lines if "Error (" in line and not _NOISE.search(line)]
+    if not errors:
+        return f"exit code {code}; its log is {log}"
+    return re.sub(r"^\(\d+\.\d+\)\s*(\d+: )?", "", errors[0]) + f" (log: {log})"

@@ -1,0 +1,308 @@
+"""Process 1 of a sandbox: makes the namespaces, starts, dumps and restores what it is told to, and takes everything down with it.
+
+Run as `python -I -S init.py CONTROL_FD` by checkpoint.sandbox, with its configuration as the first message on the control
+socket (one JSON object a message, SOCK_SEQPACKET). Standard library only, so that it starts in 15 ms: it is on the path of every restore.
+
+Promises:
+- The control socket's other end is the owner. When the owner is gone, however it died, every process of the sandbox is killed and
+  this process exits: with process 1 the kernel ends the PID namespace, the mounts and the network with it.
+- Two processes: the outer one enters the namespaces and waits; the inner one is process 1. Either's death is the other's.
+- Orphans of the tree are reaped; the exit of a started or restored root process is reported as an event.
+"""
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import json
+import os
+import selectors
+import signal
+import socket
+import struct
+import sys
+import time
+
+CLONE_NEWTIME, CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWPID, CLONE_NEWNET = 0x80, 0x20000, 0x8000000, 0x20000000, 0x40000000
+MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND, MS_REC, MS_SLAVE, MS_RDONLY, MS_REMOUNT = 2, 4, 8, 4096, 16384, 1 << 19, 1, 32
+PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15
+MESSAGE_BYTES = 1 << 20
+# Processes of the engine get numbers above this one, so that a restore, which needs those numbers free, can use the ones below
+# for process 1, CRIU and its helpers.
+FIRST_ENGINE_PID = 1000
+
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+def check(result, what):
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{what}: {os.strerror(number)}")
+    return result
+
+
+def mount(source, target, kind, flags, data=""):
+    check(
+        libc.mount(source.encode(), target.encode(), kind.encode() or None, ctypes.c_ulong(flags), data.encode() or None),
+        f"mount {target}",
+    )
+
+
+def loopback_up():
+    """`ip link set lo up` without iproute2 (netdevice(7): SIOCGIFFLAGS, SIOCSIFFLAGS, IFF_UP)."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        request = struct.pack("16sh22x", b"lo", 0)
+        flags = struct.unpack_from("16sh", fcntl.ioctl(sock, 0x8913, request))[1]
+        fcntl.ioctl(sock, 0x8914, struct.pack("16sh22x", b"lo", flags | 1))
+
+
+def set_monotonic(wanted_ns):
+    """Let the children's monotonic and boot clocks stand at `wanted_ns` now (time_namespaces(7)); before the first child."""
+    offset = wanted_ns - time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+    seconds, nanoseconds = divmod(offset, 10**9)
+    with open("/proc/self/timens_offsets", "w") as file:
+        file.write(f"monotonic {seconds} {nanoseconds}\nboottime {seconds} {nanoseconds}\n")
+
+
+def enter_namespaces(config):
+    flags = CLONE_NEWNS | CLONE_NEWIPC | CLONE_NEWPID
+    if config["private_network"]:
+        flags |= CLONE_NEWNET
+    check(libc.unshare(flags), "unshare")
+    if config["private_clock"]:
+        check(libc.unshare(CLONE_NEWTIME), "unshare(time)")
+        if config["monotonic_ns"]:
+            set_monotonic(config["monotonic_ns"])
+
+
+def prepare_mounts(config):
+    # Slave: an unmount on the host reaches the copies in here, so a sandbox never keeps a lazy mount of the host alive.
+    mount("none", "/", "", MS_REC | MS_SLAVE)
+    mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
+    mount("shm", "/dev/shm", "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777")
+    root = config["run_dir"]
+    mount("quickthaw", root, "tmpfs", MS_NOSUID | MS_NODEV, "mode=0755")
+    for name in ("tmp", "cache"):
+        os.mkdir(f"{root}/{name}", 0o700)
+    for source, target, read_only in config["binds"]:
+        if not os.path.isdir(target):
+            os.makedirs(target)
+        mount(source, target, "", MS_BIND)
+        if read_only:
+            mount("none", target, "", MS_BIND | MS_REMOUNT | MS_RDONLY | MS_NOSUID | MS_NODEV)
+    if config["private_network"]:
+        loopback_up()
+
+
+def refuse_io_uring(site_packages):
+    """Answer ENOSYS to io_uring: CRIU cannot dump its rings, and libuv opens one unasked. The filter lives on in the snapshot."""
+    sys.path.append(site_packages)
+    import pyseccomp
+
+    rules = pyseccomp.SyscallFilter(pyseccomp.ALLOW)
+    # Process 1 has CAP_SYS_ADMIN, so no_new_privs, which would break setuid helpers of the engine, is not needed.
+    rules.set_attr(pyseccomp.Attr.CTL_NNP, 0)
+    for call in ("io_uring_setup", "io_uring_enter", "io_uring_register"):
+        rules.add_rule(pyseccomp.ERRNO(errno.ENOSYS), call)
+    rules.load()
+
+
+class Init:
+    def __init__(self, control, config):
+        self.control = control
+        self.config = config
+        self.roots = set()  # processes whose exit the owner is told
+        self.commands = {}  # pid of a running helper → (message id, pid it shall report)
+
+    def send(self, **message):
+        self.control.send(json.dumps(message).encode())
+
+    def run(self):
+        wake_r, wake_w = os.pipe()
+        for end in (wake_r, wake_w):
+            os.set_blocking(end, False)
+        signal.set_wakeup_fd(wake_w, warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        selector = selectors.DefaultSelector()
+        selector.register(self.control, selectors.EVENT_READ, "control")
+        selector.register(wake_r, selectors.EVENT_READ, "wake")
+        self.send(event="ready")
+        while True:
+            for key, _ in selector.select():
+                if key.data == "wake":
+                    with contextlib.suppress(BlockingIOError):
+                        os.read(wake_r, 4096)
+                    self.reap()
+                    continue
+                data, fds, _, _ = socket.recv_fds(self.control, MESSAGE_BYTES, 16)
+                if not data:
+                    return  # the owner is gone
+                message = json.loads(data)
+                if fds:
+                    message["fds"] = fds
+                try:
+                    if not self.handle(message):
+                        return
+                except OSError as error:
+                    self.send(id=message["id"], error=f"{message['op']}: {error.strerror or error}", errno=error.errno or 0)
+
+    def handle(self, message):
+        op = message["op"]
+        if op == "stop":
+            return False
+        if op == "start":
+            self.raise_pids(FIRST_ENGINE_PID)
+            pid = self.spawn(message, seccomp=self.config["refuse_io_uring"])
+            self.roots.add(pid)
+            self.send(id=message["id"], pid=pid)
+        elif op == "exec":
+            self.commands[self.spawn(message, seccomp=False)] = (message["id"], message.get("adopts"))
+        elif op == "signal":
+            os.kill(message["pid"], message["signal"])
+            self.send(id=message["id"])
+        elif op == "take":
+            # Descriptors that the owner lends for a later message; recvmsg made them without close-on-exec.
+            for fd in message["fds"]:
+                os.set_inheritable(fd, False)
+            self.send(id=message["id"], fds=message["fds"])
+        elif op == "close":
+            for fd in message["fds"]:
+                os.close(fd)
+            self.send(id=message["id"])
+        elif op == "unpack":
+            # What the snapshot links to, back in its place before CRIU looks for it.
+            for source, target in message["copies"]:
+                self.copy_tree(source, target)
+            self.send(id=message["id"])
+        elif op == "raise-pids":
+            self.raise_pids(message["above"])
+            self.send(id=message["id"])
+        else:
+            raise OSError(errno.EINVAL, f"unknown operation {op}")
+        return True
+
+    @staticmethod
+    def raise_pids(above):
+        with open("/proc/sys/kernel/ns_last_pid", "r+") as file:
+            if int(file.read()) < above:
+                file.seek(0)
+                file.write(str(above))
+
+    @classmethod
+    def copy_tree(cls, source, target):
+        """Folders, files and links with their modes; sockets are left out, since CRIU makes them anew when it binds them."""
+        os.makedirs(target, exist_ok=True)
+        for entry in os.scandir(source):
+            to = os.path.join(target, entry.name)
+            if entry.is_symlink():
+                os.symlink(os.readlink(entry.path), to)
+            elif entry.is_dir():
+                cls.copy_tree(entry.path, to)
+                os.chmod(to, entry.stat().st_mode & 0o7777)
+            elif entry.is_file():
+                with open(entry.path, "rb") as data, open(to, "wb") as copy:
+                    size = os.fstat(data.fileno()).st_size
+                    done = 0
+                    while done < size and (sent := os.sendfile(copy.fileno(), data.fileno(), done, size - done)):
+                        done += sent
+                os.chmod(to, entry.stat().st_mode & 0o7777)
+
+    def spawn(self, message, seccomp):
+        """fork and exec; the new process tells through a close-on-exec pipe why it could not start."""
+        report_r, report_w = os.pipe()
+        pid = os.fork()
+        if pid:
+            os.close(report_w)
+            with open(report_r, "rb") as report:
+                failure = report.read(4096)
+            if failure:
+                os.waitpid(pid, 0)
+                number, _, text = failure.decode().partition(" ")
+                raise OSError(int(number), text)
+            return pid
+        try:
+            os.close(report_r)
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            os.setsid()
+            null = os.open("/dev/null", os.O_RDWR)
+            out = message.get("stdout", null)
+            err = message.get("stderr", out)
+            streams = [null, out, err]
+            # Above 2 first, so that no target is overwritten before it has been read.
+            streams = [fcntl.fcntl(stream, fcntl.F_DUPFD_CLOEXEC, 64) for stream in streams]
+            for number, stream in enumerate(streams):
+                os.dup2(stream, number, inheritable=True)
+            keep = message.get("keep_fds", {})
+            moved = {int(to): fcntl.fcntl(int(fd), fcntl.F_DUPFD_CLOEXEC, 128) for to, fd in keep.items()}
+            for to, fd in moved.items():
+                os.dup2(fd, to, inheritable=True)
+            # Everything that this process inherited or opened carries close-on-exec, but for what was just laid out.
+            os.chdir(message["cwd"])
+            os.umask(message.get("umask", 0o022))
+            if seccomp:
+                refuse_io_uring(self.config["site_packages"])
+            os.execvpe(message["argv"][0], message["argv"], message["env"])
+        except BaseException as error:  # noqa: BLE001 - a forked child has no caller to raise to
+            number = getattr(error, "errno", None) or errno.EIO
+            os.write(report_w, f"{number} {message['argv'][0]}: {getattr(error, 'strerror', None) or error}".encode())
+        finally:
+            os._exit(127)
+
+    def reap(self):
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if not pid:
+                return
+            code = os.waitstatus_to_exitcode(status)
+            if pid in self.commands:
+                ident, adopts = self.commands.pop(pid)
+                if adopts and not code:
+                    self.roots.add(adopts)
+                self.send(id=ident, code=code)
+            elif pid in self.roots:
+                self.roots.discard(pid)
+                self.send(event="exit", pid=pid, code=code)
+
+
+def close_on_exec():
+    """Nothing that the owner passed down may leak into an engine: a snapshot would name it."""
+    for name in os.listdir("/proc/self/fd"):
+        fd = int(name)
+        if fd > 2:
+            with contextlib.suppress(OSError):
+                os.set_inheritable(fd, False)
+
+
+def main():
+    control = socket.socket(fileno=int(sys.argv[1]))
+    config = json.loads(control.recv(MESSAGE_BYTES))
+    close_on_exec()
+    try:
+        enter_namespaces(config)
+    except OSError as error:
+        control.send(json.dumps({"event": "failed", "errno": error.errno, "error": str(error.strerror)}).encode())
+        return 1
+    inner = os.fork()
+    if inner:
+        control.close()
+        _, status = os.waitpid(inner, 0)
+        return os.waitstatus_to_exitcode(status) & 0xFF
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    libc.prctl(PR_SET_NAME, b"quickthaw-init")
+    try:
+        prepare_mounts(config)
+    except OSError as error:
+        control.send(json.dumps({"event": "failed", "errno": error.errno, "error": str(error.strerror)}).encode())
+        os._exit(1)
+    os.setsid()
+    Init(control, config).run()
+    os._exit(0)  # process 1: the kernel kills everything else in here
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,323 @@
+"""The sandbox an engine runs in, from the owner's side: namespaces of its own for processes, mounts, network, IPC and clocks,
+a private /dev/shm and TMPDIR, and no io_uring, so that a snapshot holds nothing of the host and replicas run side by side.
+
+The sandbox lives exactly as long as its owner's `Sandbox` object or process, whichever ends first (see checkpoint/init.py).
+A replica's port exists only inside its network namespace; `Sandbox.connect` makes sockets in there for the proxy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from checkpoint.errors import Failed, HostLacks
+
+RUN_DIR = "/run/quickthaw"
+"""Where every sandbox finds its own temporary files, caches and models: the same path in each, so that snapshots carry it."""
+TMP_DIR = f"{RUN_DIR}/tmp"
+CACHE_DIR = f"{RUN_DIR}/cache"
+READY_TIMEOUT_S = 10.0
+REQUEST_TIMEOUT_S = 30.0
+_CLONE_NEWNET = 0x40000000
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+@dataclass(frozen=True)
+class Bind:
+    """Show folder `source` of the host at `target` inside the sandbox."""
+
+    source: Path
+    target: Path
+    read_only: bool = True
+
+
+@dataclass(frozen=True)
+class SandboxConfig:
+    """How a sandbox is set up.
+
+    `monotonic_ns`: where the monotonic clock shall stand at the start (a snapshot's, in nanoseconds); 0 leaves it as the host's.
+    """
+
+    binds: Sequence[Bind] = ()
+    private_network: bool = True
+    private_clock: bool = True
+    refuse_io_uring: bool = True
+    monotonic_ns: int = 0
+
+
+@dataclass
+class Sandbox:
+    """A running sandbox. Use as a context manager, or call `close`; a dead owner closes it as well."""
+
+    config: SandboxConfig = field(default_factory=SandboxConfig)
+    on_exit: Callable[[int, int], None] | None = None
+    """Called as `on_exit(pid, exit code)` from the sandbox's reader thread when a started or restored root process ends."""
+
+    def __post_init__(self) -> None:
+        self._pending: dict[int, Future[dict[str, Any]]] = {}
+        self._lock = threading.Lock()
+        self._next_id = 0
+        self._closed = False
+        self._exits: dict[int, int] = {}
+        try:
+            Path(RUN_DIR).mkdir(mode=0o755, exist_ok=True)
+        except OSError as error:
+            raise HostLacks("sandbox-run-dir", f"cannot make {RUN_DIR} ({error.strerror}); run as root") from error
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._control = ours
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", "-S", str(Path(__file__).with_name("init.py")), str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=None,
+            )
+        self._control.send(
+            json.dumps(
+                {
+                    "binds": [[str(b.source), str(b.target), b.read_only] for b in self.config.binds],
+                    "private_network": self.config.private_network,
+                    "private_clock": self.config.private_clock,
+                    "refuse_io_uring": self.config.refuse_io_uring,
+                    "monotonic_ns": self.config.monotonic_ns,
+                    "run_dir": RUN_DIR,
+                    "site_packages": sysconfig.get_path("purelib"),
+                }
+            ).encode()
+        )
+        self._control.settimeout(READY_TIMEOUT_S)
+        try:
+            first = json.loads(self._control.recv(1 << 20) or b'{"event": "failed", "error": "process 1 died", "errno": 0}')
+        except TimeoutError as error:
+            self.close()
+            raise Failed("sandbox-stalled", f"the sandbox did not come up within {READY_TIMEOUT_S:.0f} s") from error
+        if first["event"] != "ready":
+            self.close()
+            raise HostLacks("sandbox-refused", f"cannot make a sandbox: {first['error']}; it needs root with CAP_SYS_ADMIN")
+        self._control.settimeout(None)
+        self._init_pid = self._find_init()
+        self._network = (
+            os.open(f"/proc/{self._init_pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC) if self.config.private_network else None
+        )
+        self._host_network = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        self._reader = threading.Thread(target=self._read, name="sandbox-reader", daemon=True)
+        self._reader.start()
+
+    def __enter__(self) -> Sandbox:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def init_pid(self) -> int:
+        """Process 1 of the sandbox, by its number on the host."""
+        return self._init_pid
+
+    def _find_init(self) -> int:
+        children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text().split()
+        if not children:
+            self.close()
+            raise Failed("sandbox-died", "the sandbox's first process died; see the kernel log for an out-of-memory kill")
+        return int(children[0])
+
+    # Talking to process 1
+
+    def _read(self) -> None:
+        while True:
+            try:
+                data = self._control.recv(1 << 20)
+            except OSError:
+                data = b""
+            if not data:
+                break
+            message = json.loads(data)
+            if message.get("event") == "exit":
+                self._exits[message["pid"]] = message["code"]
+                if self.on_exit:
+                    self.on_exit(message["pid"], message["code"])
+                continue
+            with self._lock:
+                future = self._pending.pop(message["id"], None)
+            if future and not future.done():
+                future.set_result(message)
+        with self._lock:
+            self._closed = True
+            pending, self._pending = list(self._pending.values()), {}
+        for future in pending:
+            if not future.done():
+                future.set_exception(Failed("sandbox-gone", "the sandbox ended under the operation"))
+
+    def _ask(self, timeout_s: float = REQUEST_TIMEOUT_S, **message: Any) -> dict[str, Any]:
+        future: Future[dict[str, Any]] = Future()
+        with self._lock:
+            if self._closed:
+                raise Failed("sandbox-gone", "the sandbox has ended")
+            self._next_id += 1
+            message["id"] = self._next_id
+            self._pending[self._next_id] = future
+            try:
+                self._control.send(json.dumps(message).encode())
+            except OSError as error:
+                raise Failed("sandbox-gone", "the sandbox has ended") from error
+        try:
+            answer = future.result(timeout_s)
+        except TimeoutError as error:
+            raise Failed("sandbox-stalled", f"{message['op']} took longer than {timeout_s:.0f} s") from error
+        if "error" in answer:
+            raise Failed("sandbox-operation", answer["error"])
+        return answer
+
+    def start(
+        self, argv: Sequence[str], env: Mapping[str, str], cwd: str, stdout: int | None = None, stderr: int | None = None
+    ) -> int:
+        """Start a root process with its output on the given file descriptors of this process.
+
+        Returns its number inside the sandbox. Raises Failed when it cannot be executed.
+        """
+        message: dict[str, Any] = {"op": "start", "argv": list(argv), "env": dict(env), "cwd": cwd}
+        with self._lent({"stdout": stdout, "stderr": stderr}) as lent:
+            return int(self._ask(**message, **lent)["pid"])
+
+    def execute(
+        self,
+        argv: Sequence[str],
+        env: Mapping[str, str],
+        timeout_s: float,
+        cwd: str = "/",
+        keep_fds: Mapping[int, int] | None = None,
+        adopts: int | None = None,
+    ) -> int:
+        """Run a helper (CRIU) to its end and return its exit code.
+
+        `keep_fds` maps a number in the helper to one of this process's descriptors. `adopts` is the process that a successful
+        helper leaves behind as a root process of the sandbox.
+        """
+        with self._lent({str(to): fd for to, fd in (keep_fds or {}).items()}) as lent:
+            answer = self._ask(
+                timeout_s, op="exec", argv=list(argv), env=dict(env), cwd=cwd, keep_fds=lent, **({"adopts": adopts} if adopts else {})
+            )
+        return int(answer["code"])
+
+    @contextlib.contextmanager
+    def _lent(self, fds: Mapping[str, int | None]) -> Any:
+        """Hand descriptors to process 1 for the length of one request, over the control socket as SCM_RIGHTS."""
+        wanted = {name: fd for name, fd in fds.items() if fd is not None}
+        if not wanted:
+            yield {}
+            return
+        numbers = self._pass_fds(list(wanted.values()))
+        try:
+            yield dict(zip(wanted, numbers, strict=True))
+        finally:
+            with contextlib.suppress(Failed):
+                self._ask(op="close", fds=numbers)
+
+    def _pass_fds(self, fds: list[int]) -> list[int]:
+        future: Future[dict[str, Any]] = Future()
+        with self._lock:
+            if self._closed:
+                raise Failed("sandbox-gone", "the sandbox has ended")
+            self._next_id += 1
+            self._pending[self._next_id] = future
+            socket.send_fds(self._control, [json.dumps({"op": "take", "id": self._next_id}).encode()], fds)
+        return list(future.result(REQUEST_TIMEOUT_S)["fds"])
+
+    def signal(self, pid: int, number: int) -> None:
+        """Send a signal to a process of the sandbox by its number inside; Failed when it is gone."""
+        self._ask(op="signal", pid=pid, signal=number)
+
+    def unpack(self, copies: Sequence[tuple[Path, str]]) -> None:
+        """Copy folders of the host over folders of the sandbox (its /dev/shm, its TMPDIR)."""
+        self._ask(op="unpack", copies=[[str(source), target] for source, target in copies])
+
+    def raise_pids(self, above: int) -> None:
+        """Let every later process get a number above this one (restored trees keep theirs, and new ones must not meet them)."""
+        self._ask(op="raise-pids", above=above)
+
+    def exit_code(self, pid: int) -> int | None:
+        """The exit code of a root process (negative for a signal), or None while it runs."""
+        return self._exits.get(pid)
+
+    @property
+    def alive(self) -> bool:
+        """Whether process 1 still answers."""
+        return not self._closed
+
+    # Sockets inside
+
+    def connect(self, port: int, host: str = "127.0.0.1") -> socket.socket:
+        """A non-blocking TCP socket inside the sandbox's network on which a connect has been started.
+
+        A socket belongs to the namespace it was made in, whoever uses it later: the calling thread enters, makes it, and returns.
+        The two setns calls take about 10 µs.
+        """
+        if self._network is None:
+            sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        else:
+            if _libc.setns(self._network, _CLONE_NEWNET):
+                raise Failed("sandbox-gone", "the sandbox's network is gone")
+            try:
+                sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+            finally:
+                if _libc.setns(self._host_network, _CLONE_NEWNET):
+                    # This thread would stay in the wrong network for ever, and serve the wrong side: nothing after it can be right.
+                    os.abort()
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        error = sock.connect_ex((host, port))
+        if error not in (0, 115, 11):  # EINPROGRESS, EAGAIN
+            sock.close()
+            raise ConnectionRefusedError(error, os.strerror(error))
+        return sock
+
+    # The end
+
+    def close(self, timeout_s: float = 10.0) -> None:
+        """Kill every process of the sandbox and wait until the kernel has taken its namespaces down. May be called twice."""
+        with contextlib.suppress(OSError):
+            self._control.send(b'{"op": "stop", "id": 0}')
+        with contextlib.suppress(OSError):
+            self._control.shutdown(socket.SHUT_RDWR)
+        try:
+            self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            # Process 1 dies with its parent (PDEATHSIG); what is left is a process in uninterruptible sleep.
+            self._process.send_signal(signal.SIGKILL)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(timeout_s)
+        self._control.close()
+        for name in ("_network", "_host_network"):
+            fd = getattr(self, name, None)
+            if fd is not None:
+                os.close(fd)
+                setattr(self, name, None)
+
+    def wait(self, pid: int, timeout_s: float) -> int | None:
+        """Wait until a root process has ended; its exit code, or None when it still runs after `timeout_s` seconds."""
+        limit = time.monotonic() + timeout_s
+        while (code := self._exits.get(pid)) is None and time.monotonic() < limit and not self._closed:
+            time.sleep(0.005)
+        return self._exits.get(pid, code)
+
+
+def stop_gently(sandbox: Sandbox, pid: int, grace_s: float) -> int | None:
+    """SIGTERM to a root process, up to `grace_s` seconds, and its exit code where it gave one in time."""
+    with contextlib.suppress(Failed):
+        sandbox.signal(pid, signal.SIGTERM)
+    return sandbox.wait(pid, grace_s)

@@ -1,0 +1,62 @@
+"""Giving memory back before a dump, so that a snapshot does not carry what is empty or garbage.
+
+The KV cache of an idle engine is as large as its memory and means nothing. Its pages are dropped where they are
+(madvise MADV_DONTNEED): the addresses stay valid and read as zeros, so the engine goes on as if the cache had just been allocated,
+and CRIU finds no pages to write.
+"""
+
+import ctypes
+import gc
+import mmap
+
+MADV_DONTNEED = 4
+SMALLEST_DISCARD = 1 << 20  # bytes; below it the calls cost more than the pages
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+
+def tensors_in(holder):
+    """Every tensor that an object holds directly or in a list, tuple or dict of its own attributes."""
+    import torch
+
+    stack = list(vars(holder).values())
+    while stack:
+        value = stack.pop()
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            stack.extend(value)
+        elif isinstance(value, dict):
+            stack.extend(value.values())
+
+
+def discard(tensors):
+    """Drop the pages of CPU tensors whose contents mean nothing; they read as zeros from then on. Returns the bytes dropped.
+
+    Whole pages inside a storage only: what shares its first and last page stays. Storages are dropped once, however many views there are.
+    Shared memory is left alone, since the call would not empty it.
+    """
+    page, dropped, seen = mmap.PAGESIZE, 0, set()
+    for tensor in tensors:
+        if tensor.device.type != "cpu" or tensor.is_shared() or tensor.is_pinned():
+            continue
+        storage = tensor.untyped_storage()
+        start, length = storage.data_ptr(), storage.nbytes()
+        if length < SMALLEST_DISCARD or start in seen:
+            continue
+        seen.add(start)
+        first = -(-start // page) * page
+        whole = (start + length) // page * page - first
+        if whole > 0:
+            if _libc.madvise(first, whole, MADV_DONTNEED):
+                raise OSError(ctypes.get_errno(), "madvise")
+            dropped += whole
+    return dropped
+
+
+def trim():
+    """Collect garbage and give the allocator's free pages back to the kernel."""
+    gc.collect()
+    if hasattr(_libc, "malloc_trim"):
+        _libc.malloc_trim(0)

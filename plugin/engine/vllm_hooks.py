@@ -1,0 +1,32 @@
+"""The vLLM plugin (entry-point group vllm.general_plugins): loaded in the API server, the engine core and every worker.
+
+Adds one method to the workers, called through vLLM's own `/collective_rpc`: `quickthaw_shrink` drops the KV cache's pages.
+May be loaded more than once in a process, as vLLM's contract asks.
+"""
+
+from . import control, memory
+
+
+def _shrink(self):
+    """Drop the KV cache's pages in this worker; the prefix cache has been reset by then. Returns the bytes dropped."""
+    worker = getattr(self, "worker", self)
+    runner = worker.model_runner
+    dropped = memory.discard(_flat(getattr(runner, "kv_caches", ())))
+    memory.trim()
+    return dropped
+
+
+def _flat(tensors):
+    for item in tensors:
+        if isinstance(item, (list, tuple)):
+            yield from _flat(item)
+        elif item is not None:
+            yield item
+
+
+def register():
+    """Called by vLLM in each of its processes."""
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    control.install()
+    WorkerBase.quickthaw_shrink = _shrink

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# System packages by apt. Quick when they are all there.
+. "$(dirname "$0")/common.sh"
+missing=()
+for package in $(grep -v '^#' "$here/system-packages.txt"); do
+    dpkg-query -W -f '${Status}' "$package" 2>/dev/null | grep -q 'ok installed' || missing+=("$package")
+done
+[ ${#missing[@]} = 0 ] && exit 0
+say "system packages: ${missing[*]}"
+install() {
+    root apt-get update -qq && root apt-get install -y -qq --no-install-recommends "${missing[@]}"
+}
+step system install

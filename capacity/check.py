@@ -1,0 +1,129 @@
+"""Does a plan satisfy every constraint? Written from docs/capacity.md with plain loops; shares nothing with the solver.
+
+It imports the model only, takes whole numbers, and names each violated constraint with the step.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from capacity.model import Problem, slot
+
+SLACK = 1e-6
+Blocks = list[dict[tuple[int, int], int]]
+
+
+def violations(problem: Problem, need: Any, instances: Any, replicas: Any, blocks: Blocks) -> list[str]:
+    """Violated constraints, in words; empty when the plan is good.
+
+    `instances[step][pool]`, `replicas[step][pool][service]`, `blocks[step][(pool, GPUs)]` are whole numbers; `need` holds what
+    is required (need.Need).
+    """
+    found: list[str] = []
+    before = [pool.held for pool in problem.pools]
+    for t in range(problem.demand.steps):
+        now = [int(value) for value in instances[t]]
+        placed = [[int(value) for value in row] for row in replicas[t]]
+        if min(now, default=0) < 0 or min((min(row) for row in placed), default=0) < 0:
+            found.append(f"step {t + 1}: a negative count")
+        for text in (
+            _capacity(problem, now, placed, blocks[t])
+            + _demand(problem, need, t, placed)
+            + _idle(problem, need, t, blocks[t])
+            + _limits(problem, t, before, now)
+            + _shares(problem, now)
+            + _zones(problem, need, t, placed)
+        ):
+            found.append(f"step {t + 1}: {text}")
+        before = now
+    return found
+
+
+def _over(left: float, right: float) -> bool:
+    return left > right + SLACK * max(1.0, abs(left), abs(right))
+
+
+def _capacity(problem: Problem, now: list[int], placed: list[list[int]], blocks: dict[tuple[int, int], int]) -> list[str]:
+    found = []
+    for i, pool in enumerate(problem.pools):
+        used = sum(width * many for (where, width), many in blocks.items() if where == i)
+        for j, service in enumerate(problem.services):
+            if placed[i][j] and not service.fits(pool):
+                found.append(f"service {service.name} does not fit pool {pool.name}")
+            used += placed[i][j] * slot(service.gpus, pool.gpus)
+        if used > pool.gpus * now[i]:
+            found.append(f"pool {pool.name} holds {pool.gpus * now[i]} GPUs and {used} are used")
+    return found
+
+
+def _demand(problem: Problem, need: Any, t: int, placed: list[list[int]]) -> list[str]:
+    found = []
+    for j, service in enumerate(problem.services):
+        served = sum(placed[i][j] * float(need.rate[i][j]) for i in range(len(problem.pools)))
+        if _over(float(need.target[j][t]), served):
+            found.append(f"service {service.name} needs {need.target[j][t]:g} {service.unit}/s, {served:g} are served")
+        total = sum(placed[i][j] for i in range(len(problem.pools)))
+        if total < service.minimum or (service.maximum is not None and total > service.maximum):
+            found.append(f"service {service.name} has {total} replicas")
+    return found
+
+
+def _idle(problem: Problem, need: Any, t: int, blocks: dict[tuple[int, int], int]) -> list[str]:
+    found = []
+    for group in need.groups:
+        worth = 0.0
+        for (i, width), many in blocks.items():
+            weight = group.weights.get(need.place[i])
+            if weight is not None and width >= weight[0]:
+                worth += many * width * weight[1]
+        if _over(float(group.required[t]), worth):
+            found.append(f"{group.name}: {worth:g} of {group.required[t]:g} GPUs")
+    return found
+
+
+def _limits(problem: Problem, t: int, before: list[int], now: list[int]) -> list[str]:
+    found = []
+    starts = [max(0, b - a) for a, b in zip(before, now, strict=True)]
+    stops = [max(0, a - b) for a, b in zip(before, now, strict=True)]
+    for i, pool in enumerate(problem.pools):
+        if pool.quota is not None and now[i] > pool.quota:
+            found.append(f"pool {pool.name} is over its quota of {pool.quota}")
+        if starts[i] > pool.start_bound(t == 0):
+            found.append(f"pool {pool.name} starts {starts[i]}, more than its supply")
+    for quota in problem.quotas:
+        inside = [i for i, pool in enumerate(problem.pools) if quota.covers(pool)]
+        held = sum(now[i] * problem.pools[i].gpus for i in inside)
+        both = sum((before[i] + starts[i]) * problem.pools[i].gpus for i in inside)
+        already = sum(before[i] * problem.pools[i].gpus for i in inside)
+        if held > quota.gpus or both > max(quota.gpus, already):
+            found.append(f"quota {quota.name} is passed")
+    if problem.policy.max_start is not None and sum(starts) > problem.policy.max_start:
+        found.append("max_start is passed")
+    if problem.policy.max_stop is not None and sum(stops) > problem.policy.max_stop:
+        found.append("max_stop is passed")
+    return found
+
+
+def _shares(problem: Problem, now: list[int]) -> list[str]:
+    found = []
+    total = sum(pool.gpus * now[i] for i, pool in enumerate(problem.pools))
+    for region, share in problem.policy.region_mix.items():
+        here = sum(pool.gpus * now[i] for i, pool in enumerate(problem.pools) if pool.region == region)
+        if _over(share.least * total, here) or _over(here, share.most * total):
+            found.append(f"region_mix of {region}: {here} of {total} GPUs")
+    return found
+
+
+def _zones(problem: Problem, need: Any, t: int, placed: list[list[int]]) -> list[str]:
+    found = []
+    for j, service in enumerate(problem.services):
+        by_zone: dict[tuple[str, str], float] = {}
+        for i, pool in enumerate(problem.pools):
+            if need.rate[i][j] > 0:
+                zone = (pool.region, pool.zone)
+                by_zone[zone] = by_zone.get(zone, 0.0) + placed[i][j] * float(need.rate[i][j])
+        if problem.policy.zone_loss > 0 and len(by_zone) > 1:
+            rest = sum(by_zone.values()) - max(by_zone.values())
+            if _over(problem.policy.zone_loss * float(need.median[j][t]), rest):
+                found.append(f"service {service.name} serves {rest:g} when its largest zone is lost")
+    return found

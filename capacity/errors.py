@@ -1,0 +1,76 @@
+"""The errors of the capacity layer, by kind of failure, each with a stable code and a message of one line.
+
+    CapacityError
+     ├─ InputError        the plan file, a trace or a lead-time file says something that cannot be meant
+     ├─ InfeasibleError   no plan satisfies every constraint; carries the conflict and the nearest change
+     └─ SolverError       HiGHS gave up (time limit, numerical trouble), or an emitted plan failed the independent check
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+class CapacityError(Exception):
+    """Base of all; `code` is kebab-case and does not change between versions."""
+
+    exit_code = 1
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+
+    def __str__(self) -> str:
+        return f"{self.message} [{self.code}]"
+
+
+class InputError(CapacityError):
+    """Names the file, the line (1-based, None where there is none) and the field."""
+
+    exit_code = 2
+
+    def __init__(self, code: str, message: str, *, file: str = "", line: int | None = None, where: str = "") -> None:
+        place = file + (f":{line}" if line is not None else "")
+        super().__init__(code, ": ".join(part for part in (place, where, message) if part))
+        self.file = file
+        self.line = line
+        self.field = where
+
+
+@dataclass(frozen=True)
+class Change:
+    """One move of the nearest feasible change: set `what` from `now` to `needed`."""
+
+    what: str
+    now: float
+    needed: float
+    unit: str
+
+    def __str__(self) -> str:
+        return f"{self.what}: from {self.now:g} to {self.needed:g} {self.unit}".rstrip()
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """Constraints that cannot hold together (none can be left out), and the cheapest way to make them hold."""
+
+    constraints: tuple[str, ...]
+    smallest: bool
+    changes: tuple[Change, ...] = field(default_factory=tuple)
+
+
+class InfeasibleError(CapacityError):
+    """No plan exists."""
+
+    def __init__(self, conflict: Conflict) -> None:
+        cause = "; ".join(conflict.constraints) or "the constraints contradict each other"
+        way_out = "; ".join(str(change) for change in conflict.changes)
+        super().__init__(
+            "infeasible", f"these cannot hold together: {cause}" + (f" | nearest change: {way_out}" if way_out else "")
+        )
+        self.conflict = conflict
+
+
+class SolverError(CapacityError):
+    """HiGHS returned no usable answer."""

@@ -1,0 +1,223 @@
+"""What a plan is made from: pools, services, quotas, demand and policy, as immutable values.
+
+Units everywhere: seconds, GiB, dollars an instance-hour, requests (or tokens) a second, fractions. `load.py` makes these
+from a file and names lines; code that makes them by hand goes through the same checks in `Problem.__post_init__`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from capacity.errors import InputError
+
+Kind = Literal["cold", "restored"]
+Floats = npt.NDArray[np.float64]
+KINDS: tuple[Kind, Kind] = ("cold", "restored")
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Instances of one type in one zone. `supply` bounds how many can be started in a step; None is unknown."""
+
+    name: str
+    instance: str
+    gpu: str
+    gpus: int
+    memory: float
+    region: str
+    zone: str
+    price: float
+    quota: int | None = None
+    supply: int | None = None
+    held: int = 0
+    boot: tuple[float, ...] = (0.0,)
+    interruptions: float = 0.0
+    refused: tuple[int, int] | None = None  # asked, got in the last step
+
+    def start_bound(self, first: bool) -> float:
+        """Most instances that can be started in a step; what was refused in the last step bounds the first only."""
+        bound = math.inf if self.supply is None else float(self.supply)
+        if first and self.refused is not None and self.refused[1] < self.refused[0]:
+            bound = min(bound, float(self.refused[1]))
+        return bound
+
+
+@dataclass(frozen=True)
+class Service:
+    """One model behind one endpoint. `rates` maps a GPU type to what one replica serves a second; "*" is any type."""
+
+    name: str
+    gpus: int
+    rates: dict[str, float]
+    cold: tuple[float, ...]
+    restored: tuple[float, ...]
+    memory: float = 0.0
+    unit: str = "requests"
+    target_wait: float = 0.0
+    probability: float = 0.99
+    regions: tuple[str, ...] | None = None
+    minimum: int = 0
+    maximum: int | None = None
+    concurrency: int = 1
+
+    def rate_on(self, gpu: str) -> float | None:
+        return self.rates.get(gpu, self.rates.get("*"))
+
+    def fits(self, pool: Pool) -> bool:
+        """Whether a replica can run there (memory a GPU, region, a known rate)."""
+        return (
+            self.memory <= pool.memory
+            and (self.regions is None or pool.region in self.regions)
+            and self.rate_on(pool.gpu) is not None
+        )
+
+    def lead_samples(self, kind: Kind) -> tuple[float, ...]:
+        return self.cold if kind == "cold" else self.restored
+
+
+@dataclass(frozen=True)
+class Quota:
+    """GPUs of one type that may be held over several pools; region None is everywhere."""
+
+    name: str
+    gpu: str
+    region: str | None
+    gpus: int
+
+    def covers(self, pool: Pool) -> bool:
+        return pool.gpu == self.gpu and self.region in (None, pool.region)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Demand of one service, units a second: `levels` ascending in (0, 1), `values[level][step]`."""
+
+    levels: tuple[float, ...]
+    values: tuple[tuple[float, ...], ...]
+
+    def at(self, level: float) -> Floats:
+        """The value at a level, interpolated between the two nearest given; outside them the nearest given holds."""
+        table = np.asarray(self.values, dtype=np.float64)
+        above = int(np.searchsorted(self.levels, level))
+        if above == 0 or above == len(self.levels):
+            edge: Floats = table[min(above, len(self.levels) - 1)]
+            return edge
+        low, high = self.levels[above - 1], self.levels[above]
+        share = (level - low) / (high - low)
+        between: Floats = table[above - 1] * (1 - share) + table[above] * share
+        return between
+
+
+@dataclass(frozen=True)
+class History:
+    """Rates seen in the past on a common grid: `rates[service, bin]`, units a second; what growth is learned from."""
+
+    bin_seconds: float
+    rates: Floats
+
+
+@dataclass(frozen=True)
+class Demand:
+    """`quantile` is the level to be served without a wait."""
+
+    quantile: float
+    forecasts: dict[str, Forecast]
+    history: History | None = None
+
+    @property
+    def steps(self) -> int:
+        return min((len(f.values[0]) for f in self.forecasts.values()), default=0)
+
+
+@dataclass(frozen=True)
+class Share:
+    """Least and most of all GPUs held that may lie in a region."""
+
+    least: float = 0.0
+    most: float = 1.0
+
+
+@dataclass(frozen=True)
+class Hysteresis:
+    """`band`: demand within this of what was last planned for counts as unchanged. `saving`: a change that only saves
+    must save this share of the cost. `hold_down`: seconds a lower need must last before anything is stopped."""
+
+    band: float = 0.05
+    saving: float = 0.02
+    hold_down: float = 300.0
+
+
+@dataclass(frozen=True)
+class Policy:
+    """`switching_cost` is in hours of an instance's own price, so that plans do not depend on the currency."""
+
+    headroom: float = 0.1
+    region_mix: dict[str, Share] = field(default_factory=dict)
+    hysteresis: Hysteresis = Hysteresis()
+    switching_cost: float = 0.1
+    zone_loss: float = 1.0
+    max_start: int | None = None
+    max_stop: int | None = None
+    lead_quantile: float = 0.9
+    correlation: float = 0.2
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Everything a plan needs. Raises InputError when names clash or nothing fits."""
+
+    pools: tuple[Pool, ...]
+    services: tuple[Service, ...]
+    demand: Demand
+    policy: Policy = Policy()
+    quotas: tuple[Quota, ...] = ()
+    step_seconds: float = 3600.0
+    source: str = "plan"
+
+    def __post_init__(self) -> None:
+        for what, names in (("pools", [p.name for p in self.pools]), ("services", [s.name for s in self.services])):
+            if not names:
+                raise InputError("empty", f"no {what}", file=self.source, where=what)
+            twice = sorted({name for name in names if names.count(name) > 1})
+            if twice:
+                raise InputError("repeated-name", f"two of one name: {', '.join(twice)}", file=self.source, where=what)
+        for service in self.services:
+            if service.name not in self.demand.forecasts:
+                raise InputError(
+                    "no-demand", f"no forecast for {service.name}", file=self.source, where="demand.forecast"
+                )
+            if not any(service.fits(pool) for pool in self.pools):
+                raise InputError(
+                    "no-pool",
+                    f"service {service.name} fits no pool: it needs {service.memory:g} GiB a GPU, in "
+                    f"{', '.join(service.regions or ('any region',))}, with a rate known for the GPU type",
+                    file=self.source,
+                    where="services",
+                )
+        if self.demand.steps < 1:
+            raise InputError("empty", "the forecast has no step", file=self.source, where="demand")
+
+
+def slot(gpus: int, instance_gpus: int) -> int:
+    """GPUs that a replica of `gpus` takes on an instance: whole instances when it needs more than one, else the next size
+    up in a chain of divisors of the instance (8, 4, 2, 1). Since each size divides the next, any set of replicas whose
+    slots sum to no more than the GPUs held can be packed, so no bin packing is left to do."""
+    if gpus >= instance_gpus:
+        return -(-gpus // instance_gpus) * instance_gpus
+    size = instance_gpus
+    while True:
+        divisor = next((d for d in range(2, size + 1) if size % d == 0), None)
+        if divisor is None or size // divisor < gpus:
+            return size
+        size //= divisor
+
+
+def quantile(samples: tuple[float, ...], level: float) -> float:
+    """Order statistic at or above `level` ("higher" rule: never optimistic on few samples)."""
+    ordered = sorted(samples)
+    return ordered[min(len(ordered) - 1, max(0, math.ceil(level * len(ordered)) - 1))]

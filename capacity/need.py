@@ -1,0 +1,196 @@
+"""What must be covered, before any solver is asked: serving rate, hot spares and pooled idle GPUs, from demand and lead times.
+
+For service s with lead time L (a quantile of its samples), target wait W and boot time B of the slowest pool it fits:
+- growth within (L - W) cannot wait for a replica to start: it is covered by replicas already running ("hot", not poolable);
+- growth within (B + L - W) can be covered by an idle GPU on which any service may start: pooled over services, less the
+  hot spares they hold already.
+A restored lead time below W leaves no hot spare at all: that is what restoring is worth. docs/capacity.md has the equations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+
+from capacity.model import Floats, History, Kind, Problem, quantile, slot
+
+MAX_GROUPS = 128
+PoolKind = tuple[str, float, str, int]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Services whose growth is covered together by idle blocks of at least `size` GPUs a replica.
+
+    `weights[place]` is (slot size there, normalised GPUs that one GPU of such a block is worth); `required[step]` is in
+    normalised GPUs: GPUs of each service's own fastest place. Places are numbered as in `Need.place`.
+    """
+
+    name: str
+    services: tuple[int, ...]
+    size: int
+    weights: dict[int, tuple[int, float]]
+    required: Floats
+
+
+@dataclass(frozen=True)
+class Need:
+    """Arrays are [service, step] in units a second unless said otherwise."""
+
+    kind: Kind
+    lead: Floats  # [service] seconds
+    boot: Floats  # [pool] seconds
+    rate: Floats  # [pool, service] what a replica serves on average, interruptions counted; 0 where it does not fit
+    median: Floats
+    target: Floats  # quantile, headroom and hot spare
+    hot: Floats
+    groups: tuple[Group, ...]
+    place: tuple[int, ...]  # [pool] number of its place: pools alike but for the zone share one
+
+
+def growth_samples(history: History, service: int, window: float) -> Floats:
+    """max over (t, t + window] of the rate, less the rate at t, at every bin of the past; zero when the window is empty.
+
+    A window shorter than a bin takes its share of what one bin shows.
+    """
+    rates = history.rates[service]
+    if window <= 0 or rates.size < 2:
+        return np.zeros(max(1, rates.size - 1))
+    width = max(1, int(np.ceil(window / history.bin_seconds - 1e-9)))
+    width = min(width, rates.size - 1)
+    padded = np.concatenate([rates[1:], np.full(width - 1, rates[-1])])
+    peak = np.lib.stride_tricks.sliding_window_view(padded, width).max(axis=1)
+    share = min(1.0, window / history.bin_seconds)
+    grown: Floats = np.maximum(0.0, peak[: rates.size - 1] - rates[:-1]) * share
+    return grown
+
+
+def _spread(problem: Problem) -> tuple[Floats, Floats]:
+    """Standard deviation and upward trend to the next step, [service, step], from the forecast's quantiles."""
+    sigma, trend = [], []
+    for service in problem.services:
+        forecast = problem.demand.forecasts[service.name]
+        steps = problem.demand.steps
+        median = forecast.at(0.5)[:steps]
+        top = forecast.levels[-1]
+        z = NormalDist().inv_cdf(top) if top > 0.5 else 0.0
+        sigma.append(np.maximum(0.0, forecast.at(top)[:steps] - median) / z if z > 0 else np.zeros(steps))
+        trend.append(np.maximum(0.0, np.append(median[1:], median[-1]) - median))
+    return np.array(sigma), np.array(trend)
+
+
+class Growth:
+    """Answers what demand can grow by, from one problem; the forecasts are read once."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.sigma, self.trend = _spread(problem)
+
+    def pooled(self, members: tuple[int, ...], windows: Floats, per_unit: Floats) -> Floats:
+        return _pooled(self, members, windows, per_unit)
+
+
+def _pooled(growth: Growth, members: tuple[int, ...], windows: Floats, per_unit: Floats) -> Floats:
+    """What the demand of `members` grows by, in normalised GPUs, [step], at the largest target probability among them.
+
+    With a history: the quantile of the sum, taken at the same moments, so correlation is what it was. Without: the forecast's
+    spread grows with the square root of time (a random walk), pooled with correlation rho, plus the trend.
+    """
+    problem = growth.problem
+    steps = problem.demand.steps
+    level = max(problem.services[s].probability for s in members)
+    history = problem.demand.history
+    if history is not None and history.rates.shape[1] >= 2:
+        total = sum(per_unit[s] * growth_samples(history, s, float(windows[s])) for s in members)
+        return np.full(steps, float(np.quantile(np.asarray(total), level, method="higher")))
+    sigma, trend = growth.sigma, growth.trend
+    ids = list(members)
+    scale = windows[ids][:, None] / problem.step_seconds
+    spread = sigma[ids] * np.sqrt(np.maximum(0.0, scale)) * per_unit[ids][:, None]
+    rho = problem.policy.correlation
+    pooled = np.sqrt((1 - rho) * (spread**2).sum(axis=0) + rho * spread.sum(axis=0) ** 2)
+    drift = (trend[ids] * np.minimum(1.0, np.maximum(0.0, scale)) * per_unit[ids][:, None]).sum(axis=0)
+    grown: Floats = max(0.0, NormalDist().inv_cdf(level)) * pooled + drift
+    return grown
+
+
+def _families(reach: list[frozenset[PoolKind]]) -> list[frozenset[PoolKind]]:
+    """The sets of places for which a Hall condition is written: what each service can use, closed under union of sets that
+    overlap (disjoint unions follow by subadditivity), the smallest first, at most MAX_GROUPS."""
+    found = list(dict.fromkeys(sorted(set(reach), key=lambda r: (len(r), sorted(map(repr, r))))))
+    queue = list(found)
+    seen = set(found)
+    base = list(found)
+    while queue and len(found) < MAX_GROUPS:
+        current = queue.pop(0)
+        for other in base:
+            union = current | other
+            if union not in seen and current & other:
+                seen.add(union)
+                found.append(union)
+                queue.append(union)
+    return found[:MAX_GROUPS]
+
+
+def compute(problem: Problem, kind: Kind) -> Need:
+    """The requirement of a problem with cold or with restored lead times."""
+    policy, demand, steps = problem.policy, problem.demand, problem.demand.steps
+    pools, services = problem.pools, problem.services
+    lead = np.array([quantile(s.lead_samples(kind), policy.lead_quantile) for s in services])
+    boot = np.array([quantile(p.boot, policy.lead_quantile) for p in pools])
+    rate = np.zeros((len(pools), len(services)))
+    for i, pool in enumerate(pools):
+        for j, service in enumerate(services):
+            if service.fits(pool):
+                lost = min(0.5, pool.interruptions * (boot[i] + lead[j]) / 3600)
+                rate[i, j] = (service.rate_on(pool.gpu) or 0.0) * (1 - lost)
+    wait = np.array([s.target_wait for s in services])
+    slowest_boot = np.array([max(boot[i] for i in range(len(pools)) if rate[i, j] > 0) for j in range(len(services))])
+    hot_window = np.maximum(0.0, lead - wait)
+    idle_window = np.maximum(0.0, slowest_boot + lead - wait)
+
+    one = np.ones(len(services))
+    growth = Growth(problem)
+    hot = np.array([growth.pooled((j,), hot_window, one) for j in range(len(services))])
+    median = np.array([demand.forecasts[s.name].at(0.5)[:steps] for s in services])
+    planned = np.array([demand.forecasts[s.name].at(demand.quantile)[:steps] for s in services])
+    target = planned * (1 + policy.headroom) + hot
+    places: list[PoolKind] = [(p.gpu, p.memory, p.region, p.gpus) for p in pools]
+    number = {key: k for k, key in enumerate(dict.fromkeys(places))}
+    groups = _groups(growth, places, number, rate, hot, idle_window)
+    return Need(kind, lead, boot, rate, median, target, hot, groups, tuple(number[key] for key in places))
+
+
+def _groups(
+    growth: Growth, place: list[PoolKind], number: dict[PoolKind, int], rate: Floats, hot: Floats, window: Floats
+) -> tuple[Group, ...]:
+    pools, services = growth.problem.pools, growth.problem.services
+    width = np.array([[slot(s.gpus, p.gpus) for s in services] for p in pools], dtype=np.float64)
+    density = rate / width
+    best = density.max(axis=0)
+    per_unit = 1.0 / best
+    reach = [frozenset(place[i] for i in range(len(pools)) if rate[i, j] > 0) for j in range(len(services))]
+    groups: list[Group] = []
+    for family in _families(reach):
+        inside = [j for j in range(len(services)) if reach[j] <= family]
+        for size in sorted({services[j].gpus for j in inside}):
+            members = tuple(j for j in inside if services[j].gpus >= size)
+            already = (hot[list(members)] * per_unit[list(members)][:, None]).sum(axis=0)
+            required = np.maximum(0.0, growth.pooled(members, window, per_unit) - already)
+            if not np.any(required > 1e-9):
+                continue
+            weights: dict[int, tuple[int, float]] = {}
+            ids = list(members)
+            relative = np.where(rate[:, ids] > 0, density[:, ids] / best[ids], np.inf).min(axis=1)
+            for i in np.flatnonzero(np.isfinite(relative)):
+                here = number[place[i]]
+                worth = float(relative[i])
+                weights[here] = (slot(size, pools[i].gpus), min(worth, weights[here][1]) if here in weights else worth)
+            gpus = sorted({p[0] for p in family})
+            regions = sorted({p[2] for p in family})
+            names = ", ".join(services[j].name for j in members[:3]) + (", …" if len(members) > 3 else "")
+            name = f"idle {'/'.join(gpus)} in {'/'.join(regions)} for {names}"
+            groups.append(Group(name, members, size, weights, required))
+    return tuple(groups)

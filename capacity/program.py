@@ -1,0 +1,266 @@
+"""The linear program as arrays: one block of rows and columns a step, the same matrix for each, only bounds differ.
+
+Columns of a step: n (instances held, a pool), u (instances started, a pool), x (replicas, a pool-service pair that fits),
+b (idle blocks, a pool and slot size), B (idle blocks of a place, over its zones), y (capacity in the largest zone, a service that spans zones). docs/capacity.md states the
+rows as equations. Each row and each bounded column carries the name of the constraint it belongs to, for `explain.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from capacity.model import Floats, Problem, slot
+from capacity.need import Need
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Name:
+    """What a constraint is: its sort, the thing in the file it is about, and how it reads."""
+
+    sort: str
+    key: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Program:
+    """min cost·z, row_lower <= A z <= row_upper, lower <= z <= upper; `columns` a step, step-major. A is in triplets."""
+
+    steps: int
+    columns: int
+    rows: int
+    row: Ints
+    col: Ints
+    val: Floats
+    row_lower: Floats
+    row_upper: Floats
+    lower: Floats
+    upper: Floats
+    cost: Floats
+    integer: npt.NDArray[np.bool_]
+    row_names: tuple[Name, ...]  # one a row of a step
+    column_names: dict[int, Name]  # column of a step -> whose upper bound it is
+    pairs: Ints  # [x column, 2]: pool, service
+    blocks: Ints  # [b column, 2]: pool, slot size
+    spread: tuple[int, ...]  # services with a y column
+    at_u: int
+    at_x: int
+    at_b: int
+    at_s: int
+    at_y: int
+    price_scale: float
+
+
+class _Rows:
+    """Collects the rows of one step."""
+
+    def __init__(self) -> None:
+        self.row: list[Ints] = []
+        self.col: list[Ints] = []
+        self.val: list[Floats] = []
+        self.names: list[Name] = []
+        self.lower: list[Floats] = []
+        self.upper: list[Floats] = []
+        self.previous: list[tuple[int, int, float]] = []  # row, column of the step before, coefficient
+
+    def add(self, name: Name, cols: Ints, vals: Floats, lower: Floats, upper: Floats) -> int:
+        index = len(self.names)
+        self.row.append(np.full(len(cols), index, dtype=np.int64))
+        self.col.append(np.asarray(cols, dtype=np.int64))
+        self.val.append(np.asarray(vals, dtype=np.float64))
+        self.names.append(name)
+        self.lower.append(lower)
+        self.upper.append(upper)
+        return index
+
+
+def build(problem: Problem, need: Need) -> Program:
+    """The program of a problem. Prices are divided by the largest, so that a solver's tolerances do not see the currency."""
+    pools, services, policy, steps = problem.pools, problem.services, problem.policy, problem.demand.steps
+    count = len(pools)
+    gpus = np.array([p.gpus for p in pools], dtype=np.float64)
+    held = np.array([p.held for p in pools], dtype=np.float64)
+    pairs = np.argwhere(need.rate > 0).astype(np.int64)
+    width = np.array([slot(services[j].gpus, pools[i].gpus) for i, j in pairs], dtype=np.float64)
+    sums = sorted({(k, w) for g in need.groups for k, (w, _) in g.weights.items()})
+    blocks = np.array(
+        [(i, w) for i in range(count) for k, w in sums if k == need.place[i]], dtype=np.int64
+    ).reshape(-1, 2)
+    zone = [f"{p.region}/{p.zone}" for p in pools]
+    zones_of = [sorted({zone[i] for i in range(count) if need.rate[i, j] > 0}) for j in range(len(services))]
+    spread = tuple(j for j in range(len(services)) if policy.zone_loss > 0 and len(zones_of[j]) > 1)
+    at_u, at_x = count, 2 * count
+    at_b = at_x + len(pairs)
+    at_s = at_b + len(blocks)
+    at_y = at_s + len(sums)
+    columns = at_y + len(spread)
+    none, free = np.full(steps, -np.inf), np.full(steps, np.inf)
+    zero = np.zeros(steps)
+    rows = _Rows()
+
+    by_pool = [np.flatnonzero(pairs[:, 0] == i) for i in range(count)]
+    by_service = [np.flatnonzero(pairs[:, 1] == j) for j in range(len(services))]
+    served = need.rate[pairs[:, 0], pairs[:, 1]]
+    for i, pool in enumerate(pools):
+        mine = np.flatnonzero(blocks[:, 0] == i)
+        cols = np.concatenate([[i], at_x + by_pool[i], at_b + mine])
+        vals = np.concatenate([[gpus[i]], -width[by_pool[i]], -blocks[mine, 1].astype(np.float64)])
+        rows.add(Name("capacity", pool.name, f"GPUs of pool {pool.name}"), cols, vals, zero, free)
+    for i, pool in enumerate(pools):
+        lower = zero.copy()
+        lower[0] = -held[i]
+        index = rows.add(
+            Name("flow", pool.name, f"starts of pool {pool.name}"),
+            np.array([at_u + i, i]),
+            np.array([1.0, -1.0]),
+            lower,
+            free,
+        )
+        rows.previous.append((index, i, 1.0))
+    for j, service in enumerate(services):
+        cols = at_x + by_service[j]
+        peak = float(need.target[j].max())
+        rows.add(
+            Name("demand", service.name, f"demand of service {service.name} (up to {peak:.4g} {service.unit}/s)"),
+            cols,
+            served[by_service[j]],
+            need.target[j],
+            free,
+        )
+        if service.minimum > 0:
+            name = Name("minimum", service.name, f"services {service.name} min {service.minimum}")
+            rows.add(name, cols, np.ones(len(cols)), np.full(steps, float(service.minimum)), free)
+        if service.maximum is not None:
+            name = Name("maximum", service.name, f"services {service.name} max {service.maximum}")
+            rows.add(name, cols, np.ones(len(cols)), none, np.full(steps, float(service.maximum)))
+    for m, (place, block) in enumerate(sums):
+        alike = np.array([k for k, (i, w) in enumerate(blocks) if need.place[i] == place and w == block], dtype=np.int64)
+        name = Name("blocks", f"{place}/{block}", "idle blocks of a place")
+        cols = np.concatenate([[at_s + m], at_b + alike])
+        rows.add(name, cols, np.concatenate([[-1.0], np.ones(len(alike))]), zero, zero)
+    for group in need.groups:
+        cols_list, vals_list = [], []
+        for m, (place, block) in enumerate(sums):
+            weight = group.weights.get(place)
+            if weight is not None and block >= weight[0]:
+                cols_list.append(at_s + m)
+                vals_list.append(weight[1] * block)
+        peak = float(group.required.max())
+        name = Name("idle", group.name, f"{group.name} (up to {peak:.4g} GPUs)")
+        rows.add(name, np.array(cols_list, dtype=np.int64), np.array(vals_list), group.required, free)
+    for quota in problem.quotas:
+        inside = np.array([i for i in range(count) if quota.covers(pools[i])], dtype=np.int64)
+        if not len(inside):
+            continue
+        where = f" in {quota.region}" if quota.region else ""
+        name = Name("quota", quota.name, f"quota {quota.name} of {quota.gpus} {quota.gpu}{where}")
+        rows.add(name, inside, gpus[inside], none, np.full(steps, float(quota.gpus)))
+        # Started before stopped: while both run, both count.
+        upper = np.full(steps, float(quota.gpus))
+        upper[0] = max(0.0, quota.gpus - float((gpus * held)[inside].sum()))
+        index = rows.add(name, at_u + inside, gpus[inside], none, upper)
+        rows.previous.extend((index, int(i), float(gpus[i])) for i in inside)
+    everywhere = np.arange(count)
+    for region, share in sorted(policy.region_mix.items()):
+        here = np.array([p.region == region for p in pools], dtype=np.float64)
+        if share.least > 0:
+            name = Name("region-min", region, f"region_mix {region} min {share.least:g}")
+            rows.add(name, everywhere, gpus * (here - share.least), zero, free)
+        if share.most < 1:
+            name = Name("region-max", region, f"region_mix {region} max {share.most:g}")
+            rows.add(name, everywhere, gpus * (here - share.most), none, zero)
+    for k, j in enumerate(spread):
+        name = Name("zones", services[j].name, f"service {services[j].name} serves on when its largest zone is lost")
+        mine = by_service[j]
+        for one in zones_of[j]:
+            inside = mine[[zone[pairs[m, 0]] == one for m in mine]]
+            cols = np.concatenate([[at_y + k], at_x + inside])
+            rows.add(name, cols, np.concatenate([[1.0], -served[inside]]), zero, free)
+        cols = np.concatenate([[at_y + k], at_x + mine])
+        rows.add(name, cols, np.concatenate([[-1.0], served[mine]]), need.median[j] * policy.zone_loss, free)
+    if policy.max_start is not None:
+        name = Name("start-limit", "", f"policy max_start {policy.max_start}")
+        rows.add(name, at_u + everywhere, np.ones(count), none, np.full(steps, float(policy.max_start)))
+    if policy.max_stop is not None:
+        name = Name("stop-limit", "", f"policy max_stop {policy.max_stop}")
+        upper = np.full(steps, float(policy.max_stop))
+        upper[0] -= held.sum()
+        cols = np.concatenate([at_u + everywhere, everywhere])
+        index = rows.add(name, cols, np.concatenate([np.ones(count), -np.ones(count)]), none, upper)
+        rows.previous.extend((index, i, 1.0) for i in range(count))
+    return _tile(problem, rows, columns, pairs, blocks, spread, (at_u, at_x, at_b, at_s, at_y))
+
+
+def _tile(
+    problem: Problem,
+    rows: _Rows,
+    columns: int,
+    pairs: Ints,
+    blocks: Ints,
+    spread: tuple[int, ...],
+    at: tuple[int, int, int, int, int],
+) -> Program:
+    pools, steps = problem.pools, problem.demand.steps
+    at_u, at_x, at_b, at_s, at_y = at
+    count, high = len(pools), len(rows.names)
+    row, col, val = np.concatenate(rows.row), np.concatenate(rows.col), np.concatenate(rows.val)
+    step = np.arange(steps)[:, None]
+    all_rows = [(row[None, :] + step * high).ravel()]
+    all_cols = [(col[None, :] + step * columns).ravel()]
+    all_vals = [np.tile(val, steps)]
+    if steps > 1 and rows.previous:
+        late = np.arange(1, steps)[:, None]
+        prow = np.array([r for r, _, _ in rows.previous], dtype=np.int64)
+        pcol = np.array([c for _, c, _ in rows.previous], dtype=np.int64)
+        pval = np.array([v for _, _, v in rows.previous])
+        all_rows.append((prow[None, :] + late * high).ravel())
+        all_cols.append((pcol[None, :] + (late - 1) * columns).ravel())
+        all_vals.append(np.tile(pval, steps - 1))
+    upper = np.full((steps, columns), np.inf)
+    names: dict[int, Name] = {}
+    for i, pool in enumerate(pools):
+        if pool.quota is not None:
+            upper[:, i] = pool.quota
+            names[i] = Name("pool-quota", pool.name, f"quota of pool {pool.name}, {pool.quota} instances")
+        bounds = np.array([pool.start_bound(t == 0) for t in range(steps)])
+        upper[:, at_u + i] = bounds
+        if np.isfinite(bounds).any():
+            names[at_u + i] = Name("supply", pool.name, f"supply of pool {pool.name}, {bounds.min():g} starts a step")
+    price = np.array([p.price for p in pools])
+    scale = float(price.max()) or 1.0
+    cost = np.zeros((steps, columns))
+    cost[:, :count] = price / scale * (problem.step_seconds / 3600)
+    cost[:, at_u : at_u + count] = price / scale * problem.policy.switching_cost
+    integer = np.ones((steps, columns), dtype=np.bool_)
+    integer[:, count : 2 * count] = False  # starts are whole when instances are
+    integer[:, at_s:] = False
+    return Program(
+        steps=steps,
+        columns=columns,
+        rows=high,
+        row=np.concatenate(all_rows),
+        col=np.concatenate(all_cols),
+        val=np.concatenate(all_vals),
+        row_lower=np.array(rows.lower).T.ravel(),
+        row_upper=np.array(rows.upper).T.ravel(),
+        lower=np.zeros(steps * columns),
+        upper=upper.ravel(),
+        cost=cost.ravel(),
+        integer=integer.ravel(),
+        row_names=tuple(rows.names),
+        column_names=names,
+        pairs=pairs,
+        blocks=blocks,
+        spread=spread,
+        at_u=at_u,
+        at_x=at_x,
+        at_b=at_b,
+        at_s=at_s,
+        at_y=at_y,
+        price_scale=scale,
+    )

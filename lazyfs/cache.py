@@ -62,6 +62,7 @@ class Image:
         except OSError as error:
             raise from_os_error(error, f"cannot open the cache image {folder}") from error
         self._complete = False
+        self.settled = False
 
     def _prepare(self) -> None:
         count = len(self.file.chunks)
@@ -165,9 +166,18 @@ class Image:
 
     def close(self) -> None:
         """Give back the descriptors; locks and pins go with them."""
-        self.states.close()
-        for fd in (self.data_fd, self.have_fd, self.lock_fd):
-            os.close(fd)
+        self.settle()
+        os.close(self.lock_fd)
+
+    def settle(self) -> None:
+        """Give back all but the pin, once the image is complete: a mount of a thousand files has only so many
+        descriptors.
+        """
+        if not self.settled:
+            self.settled = True
+            self.states.close()
+            os.close(self.data_fd)
+            os.close(self.have_fd)
 
 
 class Cache:

@@ -56,6 +56,8 @@ class MountConfig:
             raise Usage("read_limit_s and fetch_limit_s must be above 0")
         if min(self.idle_exit_s, self.background_mb_s, self.cache_limit, self.fetch_threads, self.memory_mb) < 0:
             raise Usage("limits and rates must not be negative")
+        if self.memory_mb < 64:
+            raise Usage("memory_mb must be at least 64: reads that span chunks need several slots at once")
         if not Path(self.mountpoint).is_absolute():
             raise Usage(f"the mount point must be an absolute path, not {self.mountpoint!r}")
 

@@ -35,6 +35,9 @@ class ControlServer:
         finally:
             os.umask(before)
         self.socket.listen(16)
+        self._inode = path.stat().st_ino
+        self._closing = threading.Lock()
+        self.closed = False
         self._thread = threading.Thread(target=self._accept, name="control", daemon=True)
 
     def start(self) -> None:
@@ -77,6 +80,19 @@ class ControlServer:
             return {"ok": False, "code": "internal", "error": f"{type(error).__name__}: {error}"}
 
     def close(self) -> None:
-        """Stop listening and remove the socket."""
-        self.socket.close()
-        self.path.unlink(missing_ok=True)
+        """Stop listening and remove the socket, unless another daemon has put its own there meanwhile."""
+        with self._closing:
+            if self.closed:
+                return
+            self.closed = True
+            try:
+                if self.path.stat().st_ino == self._inode:
+                    self.path.unlink()
+            except FileNotFoundError:
+                pass
+            # Wakes the accepting thread, which close() alone does not.
+            try:
+                self.socket.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass
+            self.socket.close()

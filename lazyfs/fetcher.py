@@ -7,6 +7,7 @@ nothing but work; the server starts another.
 
 from __future__ import annotations
 
+import errno
 import heapq
 import logging
 import os
@@ -23,10 +24,11 @@ from lazyfs.config import MountConfig
 from lazyfs.errors import LazyfsError, to_errno
 from lazyfs.fetch import ChunkFetcher, StoreSource
 from lazyfs.manifest import Manifest
+from lazyfs.memory import SlotWriter
 from lazyfs.trace import Trace
 
 log = logging.getLogger("lazyfs.fetcher")
-_LOCAL_THREADS, _REMOTE_THREADS = 4, 24
+_LOCAL_THREADS, _REMOTE_THREADS = 4, 16
 _IDLE_TICK_S = 5.0
 
 
@@ -80,11 +82,21 @@ class Queue:
 class Fetcher:
     """Worker threads over one queue, and the loop that hears the server."""
 
-    def __init__(self, config: MountConfig, manifest: Manifest, engine: ChunkFetcher, channel: socket.socket) -> None:
+    def __init__(
+        self,
+        config: MountConfig,
+        manifest: Manifest,
+        engine: ChunkFetcher,
+        channel: socket.socket,
+        memory: SlotWriter,
+    ) -> None:
         self.config = config
         self.manifest = manifest
         self.engine = engine
         self.channel = channel
+        self.memory = memory
+        self.slots: dict[tuple[int, int], int] = {}
+        self.sealed: set[int] = set()
         self.queue = Queue()
         self.images: dict[int, Image] = {}
         self.images_lock = threading.Lock()
@@ -107,6 +119,7 @@ class Fetcher:
         workers = [threading.Thread(target=self._work, args=(i,), daemon=True) for i in range(self.threads)]
         for worker in workers:
             worker.start()
+        threading.Thread(target=self._report_forever, daemon=True).start()
         if self.config.prefetch:
             self._plan()
         try:
@@ -114,9 +127,11 @@ class Fetcher:
                 message = self.channel.recv(wire.BUFFER)
                 if len(message) < wire.REQUEST.size:
                     return
-                kind, file, chunk = wire.REQUEST.unpack(message)
+                kind, file, chunk, slot = wire.REQUEST.unpack(message)
                 if kind == wire.STOP:
                     return
+                if slot >= 0:
+                    self.slots[file, chunk] = slot
                 self.queue.put((file, chunk), kind)
         except ConnectionError:
             return
@@ -139,15 +154,34 @@ class Fetcher:
 
     def _work(self, number: int) -> None:
         # One thread never takes what is not urgent, so that a reader does not wait behind the background.
-        worst = wire.AHEAD if number == 0 and self.threads > 1 else wire.COMPLETE
+        worst = wire.AHEAD if number == 0 and self.threads > 1 else wire.SEAL
         while not self.queue.closed:
             taken = self.queue.get(worst, _IDLE_TICK_S)
             if taken is None:
                 continue
             (file, chunk), urgency = taken
+            if urgency == wire.SEAL:
+                self._seal(file)
+                continue
             if urgency == wire.COMPLETE:
                 self._throttle(self.manifest.files[file].chunks[chunk].length)
             self._answer(file, chunk)
+
+    def report(self) -> None:
+        """Send the counters to the server."""
+        stats = self.engine.stats
+        tiers = stats.tiers
+        values = (
+            tiers["store"], tiers["origin"], tiers["proven"], stats.fetches, int(stats.seconds * 1000),
+            stats.retries, stats.quarantined, len(self.queue),
+        )  # fmt: skip
+        for number, value in enumerate(values):
+            self._send(wire.STATS, number, value >> 31, value & 0x7FFFFFFF)
+
+    def _report_forever(self) -> None:
+        while not self.queue.closed:
+            self.report()
+            time.sleep(1.0)
 
     def _throttle(self, size: int) -> None:
         rate = self.config.background_mb_s * 1e6
@@ -160,26 +194,38 @@ class Fetcher:
         time.sleep(min(1.0, at - now))
 
     def _answer(self, file: int, chunk: int) -> None:
+        slot = self.slots.pop((file, chunk), -1)
         try:
             image = self.image(file)
-            data = self.engine.fill(image, chunk)
+            data = None if image.settled else self.engine.fill(image, chunk)
             if data is None:
-                self._send(wire.STORED, file, chunk, 0)
-                if image.complete():
-                    self._send(wire.SOURCE_FULL, file, chunk, 0)
+                self._send(wire.STORED, file, chunk, 0, slot)
+                if file not in self.sealed and image.complete():
+                    self.sealed.add(file)
+                    self.queue.put((file, 0), wire.SEAL)
+            elif slot >= 0:
+                self.memory.write(slot, data)
+                self._send(wire.SLOT, file, chunk, 0, slot)
             else:
-                self._send(wire.FAILED, file, chunk, 28)
-        except LazyfsError as error:
-            log.error("%s chunk %d: %s: %s", self.manifest.files[file].path, chunk, error.code, error)
-            self._send(wire.FAILED, file, chunk, to_errno(error))
-        except OSError as error:
-            log.error("%s chunk %d: %s", self.manifest.files[file].path, chunk, error)
-            self._send(wire.FAILED, file, chunk, to_errno(error))
+                self._send(wire.FAILED, file, chunk, errno.ENOSPC, slot)
+        except (LazyfsError, OSError) as error:
+            code = error.code if isinstance(error, LazyfsError) else "io-error"
+            log.error("%s chunk %d: %s: %s", self.manifest.files[file].path, chunk, code, error)
+            self._send(wire.FAILED, file, chunk, to_errno(error), slot)
 
-    def _send(self, kind: int, file: int, chunk: int, argument: int) -> None:
+    def _seal(self, file: int) -> None:
+        image = self.image(file)
+        try:
+            image.seal()
+        except OSError as error:
+            # Unsealed means proven again after a power cut, which is right for a disk that fails to flush.
+            log.warning("cannot flush the image of %s: %s", image.file.path, error)
+        image.settle()
+
+    def _send(self, kind: int, file: int, chunk: int, argument: int, slot: int = -1) -> None:
         with self.sending:
             try:
-                self.channel.send(wire.ANSWER.pack(kind, file, chunk, argument))
+                self.channel.send(wire.ANSWER.pack(kind, file, chunk, argument, slot))
             except ConnectionError:
                 self.queue.close()
 
@@ -196,15 +242,16 @@ def build(config: MountConfig, manifest: Manifest) -> ChunkFetcher:
 
 
 def main() -> None:
-    """`python -m lazyfs.fetcher CHANNEL-FD CONFIG-JSON`; the server starts it."""
+    """`python -m lazyfs.fetcher CHANNEL-FD MEMORY-FD CONFIG-JSON`; the server starts it."""
     from lazyfs.loading import load_manifest
     from lazyfs.logs import configure
 
     channel = socket.socket(fileno=int(sys.argv[1]))
-    config = MountConfig.load(sys.argv[2])
+    memory = SlotWriter(int(sys.argv[2]))
+    config = MountConfig.load(sys.argv[3])
     configure("fetcher")
     manifest = load_manifest(config)
-    Fetcher(config, manifest, build(config, manifest), channel).run()
+    Fetcher(config, manifest, build(config, manifest), channel, memory).run()
     # Worker threads may sit in a network read with a limit; nothing they hold needs tidying.
     os._exit(0)
 

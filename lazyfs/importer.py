@@ -17,6 +17,7 @@ from pathlib import Path
 from lazyfs.chunking import chunk_lengths
 from lazyfs.chunkstore import ChunkStore, PutResult
 from lazyfs.errors import NotFound, Permanent, Usage, from_os_error
+from lazyfs.maintenance import store_lock
 from lazyfs.manifest import VERSION, Directory, File, Manifest, Symlink
 
 # Two chunks per worker in flight bound memory to WORKERS * 2 * 8 MiB.
@@ -109,18 +110,11 @@ def import_tree(
     """
     listing = listing or walk(root)
     job = _Import(chunks, sum(st.st_size for _, _, st in listing.files), progress)
-    with ThreadPoolExecutor(WORKERS, thread_name_prefix="import") as pool:
-        files = [job.file(pool, path, source, st) for path, source, st in listing.files]
-        job.drain()
-    manifest = Manifest(
-        VERSION,
-        kind,
-        tuple(listing.directories),
-        tuple(File(p, m, s, tuple(r.result().chunk for r in c)) for p, m, s, c in files),
-        tuple(listing.symlinks),
-        meta or {},
-    )
-    return chunks.put_manifest(manifest), manifest
+    with store_lock(chunks, exclusive=False):
+        with ThreadPoolExecutor(WORKERS, thread_name_prefix="import") as pool:
+            files = [job.file(pool, path, source, st) for path, source, st in listing.files]
+            job.drain()
+        return job.finish(kind, listing, files, meta or {})
 
 
 class _Import:
@@ -163,6 +157,24 @@ class _Import:
         """Wait for everything in flight."""
         while self.pending:
             self._collect("")
+
+    def finish(
+        self,
+        kind: str,
+        listing: Listing,
+        files: list[tuple[str, int, int, list[Future[PutResult]]]],
+        meta: dict[str, str],
+    ) -> tuple[str, Manifest]:
+        """Write the manifest, now that all chunks are stored."""
+        manifest = Manifest(
+            VERSION,
+            kind,
+            tuple(listing.directories),
+            tuple(File(p, mode, size, tuple(f.result().chunk for f in futures)) for p, mode, size, futures in files),
+            tuple(listing.symlinks),
+            meta,
+        )
+        return self.chunks.put_manifest(manifest), manifest
 
     def _collect(self, path: str) -> None:
         # Every put has its own limit (the store's), so this wait ends.

@@ -5,10 +5,9 @@ Nothing here touches a path below the mount: a process that serves it must not w
 
 from __future__ import annotations
 
-import ctypes
 import os
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from lazyfs.errors import Busy, HostLacks, NotFound, from_os_error
 
@@ -19,8 +18,7 @@ _MS_RDONLY, _MS_NOSUID, _MS_NODEV = 1, 2, 4
 READ_AHEAD_KIB = 1024
 
 
-@dataclass(frozen=True)
-class MountEntry:
+class MountEntry(NamedTuple):
     """A line of /proc/self/mountinfo."""
 
     device: str
@@ -51,6 +49,8 @@ def mount_at(mountpoint: str) -> MountEntry | None:
 
 def mount_fuse(fd: int, mountpoint: str, source: str) -> None:
     """Mount the connection of an open /dev/fuse, read-only, for all users. HostLacks without the privilege."""
+    import ctypes
+
     libc = ctypes.CDLL(None, use_errno=True)
     data = f"fd={fd},rootmode=40000,user_id={os.getuid()},group_id={os.getgid()},allow_other,default_permissions"
     flags = _MS_RDONLY | _MS_NOSUID | _MS_NODEV
@@ -65,6 +65,8 @@ def mount_fuse(fd: int, mountpoint: str, source: str) -> None:
 
 def unmount(mountpoint: str, *, lazy: bool = False) -> None:
     """Detach the mount. Busy while something has files open below it (unless lazy), NotFound if nothing is mounted."""
+    import ctypes
+
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.umount2(os.fsencode(mountpoint), UMOUNT_NOFOLLOW | (MNT_DETACH if lazy else 0)) != 0:
         number = ctypes.get_errno()

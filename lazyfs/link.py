@@ -27,9 +27,10 @@ class FetcherLink:
     `on_answer`.
     """
 
-    def __init__(self, config: MountConfig) -> None:
+    def __init__(self, config: MountConfig, memory_fd: int) -> None:
         self.config = config
-        self.on_answer: Callable[[int, int, int, int], None] = lambda kind, file, chunk, argument: None
+        self.memory_fd = memory_fd
+        self.on_answer: Callable[[int, int, int, int, int], None] = lambda kind, file, chunk, argument, slot: None
         self.on_restart: Callable[[], None] = lambda: None
         self.process: subprocess.Popen[bytes] | None = None
         self.restarts = 0
@@ -38,19 +39,21 @@ class FetcherLink:
         self._closing = False
         self._pause = _RESTART_PAUSE_S[0]
 
-    def request(self, kind: int, file: int, chunk: int) -> None:
-        """Ask the fetcher; it is started by the first request."""
+    def request(self, kind: int, file: int, chunk: int, slot: int = -1) -> bool:
+        """Ask the fetcher; it is started by the first request. False if the request could not be sent."""
         with self._lock:
             if self._closing:
-                return
+                return False
             channel = self._channel or self._start()
         try:
             # What is merely wanted soon is not worth waiting for room in the socket.
             flags = 0 if kind == wire.DEMAND else socket.MSG_DONTWAIT
-            channel.send(wire.REQUEST.pack(kind, file, chunk), flags)
+            channel.send(wire.REQUEST.pack(kind, file, chunk, slot), flags)
         except OSError:
             # It died; the thread that hears its answers starts another and asks again for what is waited for.
-            log.debug("request lost: the fetcher is gone")
+            log.debug("request lost: the fetcher is gone, or busy with more urgent ones")
+            return False
+        return True
 
     def ensure(self) -> None:
         """Start it now, so that its start-up overlaps with the mount's."""
@@ -65,8 +68,8 @@ class FetcherLink:
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
         root = str(Path(__file__).resolve().parent.parent)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "lazyfs.fetcher", str(theirs.fileno()), self.config.dump()],
-            pass_fds=[theirs.fileno()],
+            [sys.executable, "-m", "lazyfs.fetcher", str(theirs.fileno()), str(self.memory_fd), self.config.dump()],
+            pass_fds=[theirs.fileno(), self.memory_fd],
             stdin=subprocess.DEVNULL,
             env={**os.environ, "PYTHONPATH": root + os.pathsep + os.environ.get("PYTHONPATH", "")},
         )
@@ -87,6 +90,8 @@ class FetcherLink:
             self.on_answer(*wire.ANSWER.unpack(message))
         if self._closing:
             return
+        # Its end of the channel is closed, yet the process may linger: it must not write to shared memory any more.
+        process.kill()
         log.error("the fetcher (pid %d) ended with %s; starting another", process.pid, process.wait(10))
         time.sleep(self._pause)
         self._pause = min(_RESTART_PAUSE_S[1], self._pause * 2)

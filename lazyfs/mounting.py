@@ -137,6 +137,13 @@ def _healthy(socket: Path) -> MountHandle | None:
         answer = ask(socket, {"op": "ping"}, _PING_S)
     except LazyfsError:
         return None
+    from lazyfs import kernel
+
+    if kernel.mount_at(str(answer["mountpoint"])) is None:
+        # Unmounted behind its back, and alive since another namespace uses it: it must not keep the name.
+        with contextlib.suppress(LazyfsError):
+            ask(socket, {"op": "withdraw"}, _PING_S)
+        return None
     return _handle(answer)
 
 

@@ -23,6 +23,7 @@ from lazyfs.link import FetcherLink
 from lazyfs.loading import load_manifest
 from lazyfs.logs import configure
 from lazyfs.manifest import Manifest
+from lazyfs.memory import SlotMemory
 from lazyfs.paths import write_atomic
 from lazyfs.service import Service
 from lazyfs.transport_raw import RawTransport
@@ -51,8 +52,9 @@ class Server:
         self.config = config
         self.manifest = manifest
         self.cache = Cache(Path(config.cache_dir), config.cache_limit or None)
-        self.link = FetcherLink(config)
-        self.service = Service(config, manifest, self.cache, self.link)
+        self.memory = SlotMemory(config.memory_mb)
+        self.link = FetcherLink(config, self.memory.fd)
+        self.service = Service(config, manifest, self.cache, self.link, self.memory)
         if config.use_origin:
             self.service.origins = origins(config.manifest, config.store_url)
         self.link.on_restart = self.service.resend
@@ -67,9 +69,10 @@ class Server:
                 "prefetch": self._prefetch,
                 "drop": self._drop,
                 "unmount": self._unmount,
+                "withdraw": self._detach,
             },
         )
-        self._gone = threading.Event()
+        self._withdrawing = threading.Lock()
 
     def start(self) -> None:
         """Mount and begin to answer."""
@@ -92,8 +95,7 @@ class Server:
         finally:
             self.service.trace.save()
             self.link.close()
-            self.control.close()
-            Path(self.config.state_file).unlink(missing_ok=True)
+            self._withdraw()
             log.info("unmounted %s", self.config.mountpoint)
 
     def identity(self) -> dict[str, Any]:
@@ -155,7 +157,23 @@ class Server:
         return {}
 
     def _take_down(self, *, lazy: bool) -> None:
+        """Unmount here. Other mount namespaces may still show the mount; it is served until the last of them is
+        gone.
+        """
         kernel.unmount(self.config.mountpoint, lazy=lazy)
+        self._withdraw()
+
+    def _withdraw(self) -> None:
+        """Give up the name: a new daemon may serve this mount point, whatever still uses the old mount."""
+        with self._withdrawing:
+            if not self.control.closed:
+                self.control.close()
+                Path(self.config.state_file).unlink(missing_ok=True)
+
+    def _detach(self, request: dict[str, Any]) -> dict[str, Any]:
+        if kernel.mount_at(self.config.mountpoint) is None:
+            self._withdraw()
+        return {}
 
     def _idle(self) -> None:
         limit = self.config.idle_exit_s

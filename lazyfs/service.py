@@ -26,6 +26,7 @@ from lazyfs.errors import LazyfsError, to_errno
 from lazyfs.fetch import open_origin
 from lazyfs.link import FetcherLink
 from lazyfs.manifest import File, Manifest
+from lazyfs.memory import SlotMemory
 from lazyfs.trace import Trace
 from lazyfs.tree import Node, Tree
 
@@ -33,7 +34,7 @@ log = logging.getLogger("lazyfs.service")
 # A reply is data, or an errno. Called exactly once, from any thread.
 Reply = Callable[[memoryview | int], None]
 # Pages of an image that were served count as this process's memory until dropped.
-_DROP_MAPPED = 128 << 20
+_DROP_MAPPED = 64 << 20
 _LOOKAHEAD = (2, 32)
 
 
@@ -76,17 +77,14 @@ class Backing:
         self.image = image
         self.map = mmap.mmap(fd, size, prot=mmap.PROT_READ) if size else None
         self.view = memoryview(self.map) if self.map is not None else memoryview(b"")
-        self.served = 0
 
     def complete(self) -> bool:
         """Whether every byte may be read."""
         return self.image is None or self.image.complete()
 
-    def count(self, size: int) -> None:
-        """Bound the mapped pages that are charged to this process."""
-        self.served += size
-        if self.served >= _DROP_MAPPED and self.map is not None:
-            self.served = 0
+    def forget_pages(self) -> None:
+        """Drop this process's mapping of what was served; the page cache keeps it."""
+        if self.map is not None:
             self.map.madvise(mmap.MADV_DONTNEED)
 
     def close(self) -> None:
@@ -118,12 +116,18 @@ class Opened:
 class Service:
     """One mount's state. `link` is the fetcher; all public methods may be called from any thread."""
 
-    def __init__(self, config: MountConfig, manifest: Manifest, cache: Cache, link: FetcherLink) -> None:
+    def __init__(
+        self, config: MountConfig, manifest: Manifest, cache: Cache, link: FetcherLink, memory: SlotMemory
+    ) -> None:
         self.config = config
         self.manifest = manifest
         self.tree = Tree(manifest)
         self.cache = cache
         self.link = link
+        self.memory = memory
+        self.starved: list[tuple[int, int]] = []
+        self.mapped = 0
+        self.streaming = False
         self.counters = Counters()
         self.started = time.monotonic()
         self.last_use = self.started
@@ -133,6 +137,7 @@ class Service:
         self.by_unique: dict[int, Waiter] = {}
         self.origins: dict[str, tuple[str, list[int]]] = {}
         self.trace = Trace(Path(config.home) / "traces" / f"{config.manifest}.json", record=config.record)
+        self.fetcher_stats: dict[str, int] = {}
         self.on_present: list[Callable[[int, int], None]] = []
         link.on_answer = self._answered
 
@@ -189,49 +194,94 @@ class Service:
 
     def read(self, opened: Opened, offset: int, size: int, unique: int, reply: Reply) -> None:
         """Answer, now or when the chunks are here."""
+        self.counters.reads += 1
+        self._read(opened, offset, size, unique, reply, time.monotonic())
+
+    def _read(self, opened: Opened, offset: int, size: int, unique: int, reply: Reply, started: float) -> None:
         backing, file = opened.backing, opened.file
         end = min(file.size, offset + size)
-        self.counters.reads += 1
         if offset >= end:
             reply(memoryview(b""))
             return
         image = backing.image
         if image is None or image.complete():
-            self._serve(opened, offset, end, reply)
+            self._serve(opened, offset, end, unique, reply, started)
             if self.trace.recording:
                 self._touch(opened, offset, end)
             return
         first = bisect_right(file.offsets, offset) - 1
         last = bisect_right(file.offsets, end - 1) - 1
         self._touch(opened, offset, end)
-        missing = {i for i in range(first, last + 1) if image.state(i) != PRESENT}
+        missing = {i for i in range(first, last + 1) if not self._here(opened, image, i)}
         if not missing:
-            self._serve(opened, offset, end, reply)
+            self._serve(opened, offset, end, unique, reply, started)
             self._look_ahead(opened, image, first, last)
             return
-        now = time.monotonic()
-        waiter = Waiter(reply, opened, offset, end - offset, missing, now + self.config.read_limit_s, now, unique)
+        deadline = started + self.config.read_limit_s
+        waiter = Waiter(reply, opened, offset, end - offset, missing, deadline, started, unique)
         with self.lock:
             self.counters.waits += 1
             self.by_unique[unique] = waiter
             for index in missing:
                 self.waiting.setdefault((opened.node.index, index), []).append(waiter)
         for index in sorted(missing):
-            self.link.request(wire.DEMAND, opened.node.index, index)
+            self._request(wire.DEMAND, opened.node.index, index)
         self._look_ahead(opened, image, first, last)
         # A chunk may have come between looking and waiting.
         for index in missing.copy():
-            if image.state(index) == PRESENT:
+            if self._here(opened, image, index):
                 self._arrived(opened.node.index, index)
 
-    def _serve(self, opened: Opened, offset: int, end: int, reply: Reply) -> None:
+    def _here(self, opened: Opened, image: Image, index: int) -> bool:
+        return image.state(index) == PRESENT or self.memory.holds((opened.node.index, index))
+
+    def _request(self, kind: int, file: int, chunk: int) -> None:
+        slot = self.memory.lend((file, chunk))
+        if not self.link.request(kind, file, chunk, slot):
+            self.memory.take_back((file, chunk), slot)
+
+    def _serve(self, opened: Opened, offset: int, end: int, unique: int, reply: Reply, started: float) -> None:
+        """Answer a read whose chunks are here, out of the image or, where the disk was full, out of memory."""
+        data: memoryview | None = opened.backing.view[offset:end]
+        if not opened.backing.complete():
+            data = self._gather(opened, offset, end)
         counters = self.counters
+        if data is None:
+            # A slot was reused between arrival and answer: the read is put aside again, its deadline unchanged.
+            self._read(opened, offset, end - offset, unique, reply, started)
+            return
         counters.hits += 1
         counters.bytes_read += end - offset
         if not counters.first_byte_s:
             counters.first_byte_s = time.monotonic() - self.started
-        reply(opened.backing.view[offset:end])
-        opened.backing.count(end - offset)
+        reply(data)
+        self.mapped += end - offset
+        if self.mapped >= _DROP_MAPPED:
+            self.mapped = 0
+            with self.lock:
+                for other in self.open_files.values():
+                    other.backing.forget_pages()
+
+    def _gather(self, opened: Opened, offset: int, end: int) -> memoryview | None:
+        image, file = opened.backing.image, opened.file
+        assert image is not None
+        first = bisect_right(file.offsets, offset) - 1
+        last = bisect_right(file.offsets, end - 1) - 1
+        if all(image.state(i) == PRESENT for i in range(first, last + 1)):
+            return opened.backing.view[offset:end]
+        parts: list[bytes | memoryview] = []
+        for index in range(first, last + 1):
+            low, high = max(offset, file.offsets[index]), min(end, file.offsets[index + 1])
+            if image.state(index) == PRESENT:
+                parts.append(opened.backing.view[low:high])
+                continue
+            base = file.offsets[index]
+            part = self.memory.copy((opened.node.index, index), low - base, high - base, file.chunks[index].length)
+            if part is None:
+                return None
+            parts.append(part)
+        self.counters.streamed += end - offset
+        return memoryview(b"".join(parts))
 
     def _touch(self, opened: Opened, offset: int, end: int) -> None:
         file = opened.file
@@ -245,21 +295,52 @@ class Service:
         if last == opened.last_chunk:
             return
         low, high = _LOOKAHEAD
+        if self.streaming:
+            # Without the disk, what is fetched ahead must fit beside what is being read.
+            high = max(1, min(high, self.memory.count // 4))
         opened.window = min(high, opened.window * 2) if 0 <= first - opened.last_chunk <= 1 else low
         opened.last_chunk = last
         for index in range(last + 1, min(last + 1 + opened.window, len(opened.file.chunks))):
-            if image.state(index) != PRESENT:
-                self.link.request(wire.AHEAD, opened.node.index, index)
+            if not self._here(opened, image, index):
+                self._request(wire.AHEAD, opened.node.index, index)
 
     # -- waiting
 
-    def _answered(self, kind: int, file: int, chunk: int, argument: int) -> None:
-        if kind == wire.STORED:
+    def _answered(self, kind: int, file: int, chunk: int, argument: int, slot: int) -> None:
+        key = (file, chunk)
+        if kind == wire.STATS:
+            self.fetcher_stats[wire.STAT_NAMES[file]] = chunk << 31 | argument
+            return
+        if kind == wire.SLOT:
+            self.streaming = True
+            self.memory.filled(key, slot)
+        else:
+            self.memory.take_back(key, slot)
+        if kind == wire.FAILED and argument == errno.ENOSPC:
+            # Neither disk nor slot: it waits for a slot, within its deadline.
+            with self.lock:
+                if key in self.waiting and key not in self.starved:
+                    self.starved.append(key)
+        elif kind == wire.FAILED:
+            self._failed(file, chunk, argument or errno.EIO)
+        else:
             self._arrived(file, chunk)
             for hook in self.on_present:
                 hook(file, chunk)
-        elif kind == wire.FAILED:
-            self._failed(file, chunk, argument or errno.EIO)
+        self._feed_starved()
+
+    def _feed_starved(self) -> None:
+        with self.lock:
+            keys, self.starved = self.starved, []
+        for key in keys:
+            if self.memory.holds(key):
+                self._arrived(*key)
+            elif key in self.waiting and not self.memory.pending(key):
+                slot = self.memory.lend(key)
+                if slot < 0 or not self.link.request(wire.DEMAND, *key, slot):
+                    self.memory.take_back(key, slot)
+                    with self.lock:
+                        self.starved.append(key)
 
     def _arrived(self, file: int, chunk: int) -> None:
         ready: list[Waiter] = []
@@ -270,7 +351,8 @@ class Service:
                     ready.append(waiter)
         for waiter in ready:
             self.counters.wait_seconds += time.monotonic() - waiter.started
-            self._serve(waiter.opened, waiter.offset, waiter.offset + waiter.size, waiter.reply)
+            end = waiter.offset + waiter.size
+            self._serve(waiter.opened, waiter.offset, end, waiter.unique, waiter.reply, waiter.started)
 
     def _failed(self, file: int, chunk: int, number: int) -> None:
         with self.lock:
@@ -302,6 +384,7 @@ class Service:
 
     def expire(self) -> None:
         """Fail what is past its deadline; called about once a second."""
+        self._feed_starved()
         now = time.monotonic()
         with self.lock:
             late = [w for w in self.by_unique.values() if w.deadline < now]
@@ -318,10 +401,11 @@ class Service:
 
     def resend(self) -> None:
         """Ask again for everything waited for: the fetcher was replaced."""
+        self.memory.reset()
         with self.lock:
             keys = list(self.waiting)
         for file, chunk in keys:
-            self.link.request(wire.DEMAND, file, chunk)
+            self._request(wire.DEMAND, file, chunk)
 
     def cached_share(self, node: Node) -> float:
         """What part of a file is here, 0 to 1."""

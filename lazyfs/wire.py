@@ -6,14 +6,15 @@ from __future__ import annotations
 
 import struct
 
-# server → fetcher
-REQUEST = struct.Struct("<BII")  # kind, file index, chunk index
-DEMAND, AHEAD, COMPLETE, DROP, STOP = 1, 2, 3, 4, 5
+# server → fetcher: kind (also its urgency: less is sooner), file index, chunk index, slot lent in shared memory or -1
+REQUEST = struct.Struct("<BIIi")
+DEMAND, AHEAD, COMPLETE, SEAL, STOP = 1, 2, 3, 4, 9
 
-# fetcher → server
-ANSWER = struct.Struct("<BIIi")  # kind, file index, chunk index, argument
+# fetcher → server: kind, file index, chunk index, argument, the slot this answer gives back (or fills) or -1
+ANSWER = struct.Struct("<BIIii")
 STORED = 1  # the chunk is in the image
-SLOT = 2  # the chunk is in the shared memory, at slot `argument` (the disk is full)
+SLOT = 2  # the chunk is in the slot named: the disk is full
 FAILED = 3  # `argument` is an errno; the reason is in the log
-SOURCE_FULL = 4  # argument unused: every chunk of `file` is in the image
+STATS = 4  # `argument` counts; `file` says what of (index into STAT_NAMES), `chunk` the high 31 bits
 BUFFER = 64
+STAT_NAMES = ("store_bytes", "origin_bytes", "proven_bytes", "fetches", "fetch_ms", "retries", "quarantined", "queued")

@@ -1,0 +1,255 @@
+"""Looking after a store and a cache: listing, verifying, removing, and collecting garbage.
+
+Collection on a local store excludes imports by a lock. On a remote one there is no lock: chunks younger than the grace
+period are spared, and an import makes young what it meets again, so an import that runs shorter than half of it is
+safe.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lazyfs.cache import PRESENT, UNPROVEN, Cache
+from lazyfs.chunkstore import GRACE_S, ChunkStore, chunk_key, digest_of
+from lazyfs.errors import Busy, Integrity, LazyfsError, NotFound
+from lazyfs.manifest import RAW, ZSTD, Chunk, File, Manifest, decode, is_digest
+from lazyfs.paths import private_dir
+from lazyfs.stores.local import LocalStore
+
+_WORKERS = 4
+
+
+@contextlib.contextmanager
+def store_lock(chunks: ChunkStore, *, exclusive: bool) -> Iterator[None]:
+    """Imports share it, collection has it alone (local stores only). Busy instead of waiting."""
+    if not isinstance(chunks.store, LocalStore):
+        yield
+        return
+    fd = os.open(private_dir(chunks.store.root) / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        other = "an import is" if exclusive else "a garbage collection is"
+        raise Busy(f"{other} running on {chunks.store.url}; try again when it is done", code="store-busy") from None
+    finally:
+        os.close(fd)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One manifest of a store. `names` are its tags and snapshot names; `unshared` bytes are in no other manifest."""
+
+    manifest: str
+    kind: str
+    names: tuple[str, ...]
+    files: int
+    size: int
+    unshared: int
+
+
+def listing(chunks: ChunkStore) -> list[Entry]:
+    """All manifests, named ones first."""
+    names: dict[str, list[str]] = {}
+    for kind in ("tags", "snapshots"):
+        for name, digest in chunks.refs(kind):
+            names.setdefault(digest, []).append(name)
+    manifests = {digest: chunks.get_manifest(digest) for digest in chunks.manifests()}
+    users: dict[str, int] = {}
+    for manifest in manifests.values():
+        for digest in manifest.chunk_digests():
+            users[digest] = users.get(digest, 0) + 1
+    entries = []
+    for digest, manifest in manifests.items():
+        lengths = {c.digest: c.length for f in manifest.files for c in f.chunks}
+        unshared = sum(length for d, length in lengths.items() if users.get(d) == 1)
+        called = tuple(sorted(names.get(digest, ())))
+        entries.append(Entry(digest, manifest.kind, called, len(manifest.files), manifest.size, unshared))
+    return sorted(entries, key=lambda e: (not e.names, e.names, e.manifest))
+
+
+@dataclass
+class Damage:
+    """What `verify` found. `bad` chunks are damaged, `missing` ones are not there; both by digest, with a path."""
+
+    manifests: int = 0
+    chunks: int = 0
+    bytes: int = 0
+    bad: dict[str, str] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+    broken_manifests: dict[str, str] = field(default_factory=dict)
+    cache_bad: int = 0
+    cache_chunks: int = 0
+
+    @property
+    def clean(self) -> bool:
+        return not (self.bad or self.missing or self.broken_manifests or self.cache_bad)
+
+
+def verify(
+    chunks: ChunkStore,
+    digests: list[str] | None = None,
+    *,
+    repair: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Damage:
+    """Read and hash every chunk that the manifests (default: all) mention. `repair` deletes damaged ones, so that the
+    next import writes them again. Errors other than damage (a store that cannot be reached) are raised."""
+    report = Damage()
+    wanted: dict[str, tuple[Chunk, str]] = {}
+    for digest in digests if digests is not None else list(chunks.manifests()):
+        try:
+            manifest = chunks.get_manifest(digest)
+        except (Integrity, NotFound) as error:
+            report.broken_manifests[digest] = str(error)
+            if repair and isinstance(error, Integrity):
+                chunks.store.delete(f"manifests/{digest}")
+            continue
+        report.manifests += 1
+        for file in manifest.files:
+            for chunk in file.chunks:
+                wanted.setdefault(chunk.digest, (chunk, file.path))
+
+    def one(item: tuple[Chunk, str]) -> None:
+        chunk, path = item
+        try:
+            chunks.get(chunk.digest, chunk.length, chunk.encoding)
+        except Integrity:
+            report.bad[chunk.digest] = path
+            if repair:
+                for encoding in (RAW, ZSTD):
+                    chunks.store.delete(chunk_key(chunk.digest, encoding))
+        except NotFound:
+            report.missing[chunk.digest] = path
+        report.chunks += 1
+        report.bytes += chunk.length
+        if progress is not None:
+            progress(report.chunks, len(wanted))
+
+    with ThreadPoolExecutor(_WORKERS) as pool:
+        for _ in pool.map(one, wanted.values()):
+            pass
+    return report
+
+
+def verify_cache(cache: Cache, chunks: ChunkStore | None, report: Damage) -> None:
+    """Hash every present chunk of every image whose manifest is known; damaged ones become absent, to be fetched
+    again.
+    """
+    seen: set[str] = set()
+    for manifest in known_manifests(cache, chunks):
+        for file in manifest.files:
+            if file.digest in seen or file.version or not (cache.folder(file) / "have").exists():
+                continue
+            seen.add(file.digest)
+            _verify_image(cache, file, report)
+
+
+def _verify_image(cache: Cache, file: File, report: Damage) -> None:
+    image = cache.open(file)
+    try:
+        for index, chunk in enumerate(file.chunks):
+            if image.state(index) not in (PRESENT, UNPROVEN):
+                continue
+            report.cache_chunks += 1
+            data = image.read(index)
+            if digest_of(data) == chunk.digest:
+                image.mark(index, PRESENT)
+            else:
+                report.cache_bad += 1
+                image.mark(index, 0)
+                cache.quarantine(chunk.digest, data)
+    finally:
+        image.close()
+
+
+def known_manifests(cache: Cache, chunks: ChunkStore | None) -> Iterator[Manifest]:
+    """Manifests copied beside the cache, then those of the store; damaged ones are passed over (`verify` names
+    them).
+    """
+    for copy in sorted((cache.root / "manifests").glob("*")):
+        if is_digest(copy.name):
+            with contextlib.suppress(Integrity):
+                yield decode(copy.read_bytes(), copy.name)
+    if chunks is not None:
+        for digest in chunks.manifests():
+            with contextlib.suppress(LazyfsError):
+                yield chunks.get_manifest(digest)
+
+
+def remove(chunks: ChunkStore, name: str) -> list[str]:
+    """Remove a tag or snapshot name, and the manifest when no name is left; by digest: all its names and the manifest.
+
+    Chunks stay until garbage is collected. Returns what was removed. NotFound.
+    """
+    digest = chunks.resolve(name)
+    removed = []
+    by_digest = digest.startswith(name)
+    others = 0
+    for kind in ("tags", "snapshots"):
+        for ref, target in list(chunks.refs(kind)):
+            if target != digest:
+                continue
+            if by_digest or ref in (name, f"{name}:latest"):
+                chunks.delete_ref(kind, ref)
+                removed.append(f"{kind[:-1]} {ref}")
+            else:
+                others += 1
+    if not others:
+        chunks.store.delete(f"manifests/{digest}")
+        removed.append(f"manifest {digest}")
+    return removed
+
+
+@dataclass
+class Collected:
+    """What a collection did (or would do): counts and bytes."""
+
+    chunks: int = 0
+    bytes: int = 0
+    kept: int = 0
+    young: int = 0
+    manifests: int = 0
+
+
+def collect(
+    chunks: ChunkStore, *, grace_s: float = GRACE_S, untagged: bool = False, dry_run: bool = False
+) -> Collected:
+    """Delete chunks that no manifest mentions. `untagged` first deletes weights that no tag names (never snapshots).
+
+    A manifest that cannot be read stops the collection (Integrity): its chunks would count as garbage.
+    """
+    result = Collected()
+    now = time.time()
+    with store_lock(chunks, exclusive=True):
+        named = {digest for kind in ("tags", "snapshots") for _, digest in chunks.refs(kind)}
+        used: set[str] = set()
+        for digest in list(chunks.manifests()):
+            manifest = chunks.get_manifest(digest)
+            info = chunks.store.head(f"manifests/{digest}")
+            old = info is not None and now - info.modified >= grace_s
+            if untagged and digest not in named and manifest.kind == "weights" and old:
+                result.manifests += 1
+                if not dry_run:
+                    chunks.store.delete(f"manifests/{digest}")
+                continue
+            used |= manifest.chunk_digests()
+        for info in chunks.store.list("chunks/"):
+            digest = Path(info.key).name.removesuffix(".zst")
+            if digest in used:
+                result.kept += 1
+            elif now - info.modified < grace_s:
+                result.young += 1
+            else:
+                result.chunks += 1
+                result.bytes += info.size
+                if not dry_run:
+                    chunks.store.delete(info.key)
+    return result

@@ -39,6 +39,7 @@ def import_directory(
     *,
     tag: str | None = None,
     progress: Callable[[Progress], None] | None = None,
+    zstd: int | str | None = "auto",
 ) -> str:
     """The digest (hex) of the manifest of `path`, importing into the store what it has not yet.
 
@@ -56,11 +57,16 @@ def import_directory(
             _tag(url, tag, digest)
             _save(record_file, {**record, "tags": [*record["tags"], tag]})
         return digest
-    return _import(path, url, record_file, tag, progress)
+    return _import(path, url, record_file, tag, progress, zstd)
 
 
 def _import(
-    path: Path, url: str, record_file: Path, tag: str | None, progress: Callable[[Progress], None] | None
+    path: Path,
+    url: str,
+    record_file: Path,
+    tag: str | None,
+    progress: Callable[[Progress], None] | None,
+    zstd: int | str | None,
 ) -> str:
     from lazyfs.chunkstore import ChunkStore
     from lazyfs.importer import import_tree, walk
@@ -71,7 +77,7 @@ def _import(
     if newest <= time.time():
         time.sleep(max(0.0, min(_GRANULE_S, newest + _GRANULE_S - time.time())))
     before = _stats(path)
-    digest, _ = import_tree(path, ChunkStore(open_store(url)), progress=progress, listing=listing)
+    digest, _ = import_tree(path, ChunkStore(open_store(url), zstd=zstd), progress=progress, listing=listing)
     if tag is not None:
         _tag(url, tag, digest)
     # A clock that was set back makes ctimes useless as evidence; then every call reads again.

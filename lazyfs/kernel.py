@@ -75,8 +75,31 @@ def unmount(mountpoint: str, *, lazy: bool = False) -> None:
         if number in (2, 22):
             raise NotFound(f"nothing is mounted at {mountpoint}")
         if number == 1:
-            raise HostLacks(f"cannot unmount {mountpoint}: CAP_SYS_ADMIN is needed")
+            _fusermount(mountpoint, lazy=lazy)
+            return
         raise from_os_error(OSError(number, os.strerror(number)), f"cannot unmount {mountpoint}")
+
+
+def may_mount() -> bool:
+    """Whether this process has CAP_SYS_ADMIN (bit 21 of its effective set) and can reach /dev/fuse."""
+    with open("/proc/self/status", encoding="ascii", errors="replace") as status:
+        caps = next((int(line.split()[1], 16) for line in status if line.startswith("CapEff:")), 0)
+    return bool(caps >> 21 & 1) and os.access("/dev/fuse", os.R_OK | os.W_OK)
+
+
+def _fusermount(mountpoint: str, *, lazy: bool) -> None:
+    """Unmount without privilege, through libfuse's setuid helper."""
+    import subprocess
+
+    command = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", mountpoint]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except FileNotFoundError:
+        raise HostLacks(f"cannot unmount {mountpoint}: neither CAP_SYS_ADMIN nor fusermount3 is here") from None
+    if done.returncode != 0:
+        if "busy" in done.stderr.lower():
+            raise Busy(f"{mountpoint} is in use; stop what reads it, or unmount with force")
+        raise HostLacks(f"cannot unmount {mountpoint}: {done.stderr.strip() or 'fusermount3 failed'}")
 
 
 def set_read_ahead(mountpoint: str, kib: int = READ_AHEAD_KIB) -> bool:
@@ -89,6 +112,15 @@ def set_read_ahead(mountpoint: str, kib: int = READ_AHEAD_KIB) -> bool:
     except OSError:
         return False
     return True
+
+
+def read_ahead(mountpoint: str) -> int:
+    """The mount's read-ahead in KiB, 0 when it is not known."""
+    entry = mount_at(mountpoint)
+    try:
+        return int(Path(f"/sys/class/bdi/{entry.device}/read_ahead_kb").read_text()) if entry else 0
+    except (OSError, ValueError):
+        return 0
 
 
 def abort(device: str) -> bool:

@@ -34,11 +34,12 @@ def store_lock(chunks: ChunkStore, *, exclusive: bool) -> Iterator[None]:
         return
     fd = os.open(private_dir(chunks.store.root) / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        fcntl.flock(fd, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(fd, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            other = "an import is" if exclusive else "a garbage collection is"
+            raise Busy(f"{other} running on {chunks.store.url}; try again after it", code="store-busy") from None
         yield
-    except BlockingIOError:
-        other = "an import is" if exclusive else "a garbage collection is"
-        raise Busy(f"{other} running on {chunks.store.url}; try again when it is done", code="store-busy") from None
     finally:
         os.close(fd)
 

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from lazyfs import kernel, wire
 from lazyfs.cache import Cache
@@ -26,7 +26,7 @@ from lazyfs.manifest import Manifest
 from lazyfs.memory import SlotMemory
 from lazyfs.paths import write_atomic
 from lazyfs.service import Service
-from lazyfs.transport_raw import RawTransport
+from lazyfs.tree import Node
 
 log = logging.getLogger("lazyfs.server")
 _TICK_S = 1.0
@@ -45,6 +45,29 @@ def serve(config_text: str, ready: Callable[[dict[str, Any]], None]) -> None:
     server.run()
 
 
+class Transport(Protocol):
+    """What carries a mount's requests."""
+
+    name: str
+    passthrough: bool
+
+    def start(self) -> None: ...
+    def wait(self, limit_s: float) -> bool: ...
+    def notify_store(self, node: Node, offset: int, data: memoryview) -> None: ...
+
+
+def choose_transport(service: Service, config: MountConfig) -> Transport:
+    """The transport that the config names; `auto` is raw where this process may mount, else pyfuse3."""
+    source = f"quickthaw:{config.manifest[:16]}"
+    if config.transport == "raw" or (config.transport == "auto" and kernel.may_mount()):
+        from lazyfs.transport_raw import RawTransport
+
+        return RawTransport(service, config.mountpoint, source, native=config.native != "off")
+    from lazyfs.transport_pyfuse3 import Pyfuse3Transport
+
+    return Pyfuse3Transport(service, config.mountpoint, source)
+
+
 class Server:
     """One mount: its service, its transport, its control socket."""
 
@@ -58,9 +81,7 @@ class Server:
         if config.use_origin:
             self.service.origins = origins(config.manifest, config.store_url)
         self.link.on_restart = self.service.resend
-        self.transport = RawTransport(
-            self.service, config.mountpoint, f"quickthaw:{config.manifest[:16]}", native=config.native != "off"
-        )
+        self.transport = choose_transport(self.service, config)
         self.control = ControlServer(
             Path(config.socket),
             {

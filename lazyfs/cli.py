@@ -1,0 +1,368 @@
+"""`quickthaw weights …` and `quickthaw mount …`: lazyfs for people who use nothing else of the project."""
+
+from __future__ import annotations
+
+import functools
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from lazyfs.errors import LazyfsError
+
+if TYPE_CHECKING:
+    from lazyfs.chunkstore import ChunkStore
+    from lazyfs.importer import Progress
+    from lazyfs.mounting import MountHandle
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _guarded(command: F) -> F:
+    """Errors become one line on standard error and the right exit code."""
+
+    @functools.wraps(command)
+    def inner(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except LazyfsError as error:
+            click.echo(f"quickthaw: {error} [{error.code}]", err=True)
+            sys.exit(error.exit_code)
+
+    return inner  # type: ignore[return-value]
+
+
+_store = click.option(
+    "--store",
+    envvar="QUICKTHAW_STORE",
+    metavar="URL",
+    help="A directory, s3://, gs://, az://, http(s)://. Default: the directory store/ under $QUICKTHAW_HOME.",
+)
+_json = click.option("--json", "as_json", is_flag=True, envvar="QUICKTHAW_JSON", help="Print JSON instead of text.")
+
+
+def _chunks(store: str | None, zstd: int | str | None = "auto") -> ChunkStore:
+    from lazyfs.chunkstore import ChunkStore
+    from lazyfs.paths import default_store_url
+    from lazyfs.stores import open_store
+
+    return ChunkStore(open_store(store or default_store_url()), zstd=zstd)
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+@click.group()
+def weights() -> None:
+    """Keep model weights as content-addressed chunks in a store.
+
+    \b
+    quickthaw weights import ./SmolLM2 --tag smollm2:v1
+    quickthaw mount smollm2:v1 /mnt/smollm2
+    """
+
+
+@weights.command("import")
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.option("--tag", envvar="QUICKTHAW_TAG", metavar="NAME[:TAG]", help="A name for the manifest (tag: latest).")
+@click.option("--zstd", envvar="QUICKTHAW_ZSTD", default="auto", metavar="auto|never|1-19", help="When to compress.")
+@_store
+@_json
+@_guarded
+def import_(directory: Path, tag: str | None, zstd: str, store: str | None, as_json: bool) -> None:
+    """Store DIRECTORY as chunks and print the digest of its manifest.
+
+    What the store has is skipped, so an interrupted import goes on where it was, and a fine-tune costs only what
+    differs.
+
+    \b
+    quickthaw weights import ./model --tag model:v2
+    quickthaw weights import ./model --store s3://bucket/weights
+    """
+    from lazyfs.directory import import_directory
+
+    level: int | str | None = "auto" if zstd == "auto" else None
+    if zstd not in ("auto", "never"):
+        try:
+            level = int(zstd)
+        except ValueError:
+            raise click.UsageError("--zstd is auto, never or a level from 1 to 19") from None
+    last: list[Progress] = []
+    show = sys.stderr.isatty()
+    started = time.monotonic()
+
+    def progress(now: Progress) -> None:
+        last[:] = [now]
+        if show:
+            share = 100 * now.done / max(1, now.total)
+            click.echo(
+                f"\r{share:5.1f} %  {_size(now.done)} of {_size(now.total)}  {now.path[-40:]:40}", nl=False, err=True
+            )
+
+    digest = import_directory(directory, store, tag=tag, progress=progress, zstd=level)
+    if show and last:
+        click.echo("\r" + " " * 78 + "\r", nl=False, err=True)
+    final = last[0] if last else None
+    answer = {
+        "manifest": digest,
+        "tag": tag,
+        "bytes": final.total if final else 0,
+        "stored_bytes": final.stored if final else 0,
+        "shared_bytes": final.skipped if final else 0,
+        "unchanged": final is None,
+        "seconds": round(time.monotonic() - started, 3),
+    }
+    if as_json:
+        click.echo(json.dumps(answer))
+        return
+    click.echo(digest)
+    if final is None:
+        click.echo("unchanged since the last import", err=True)
+    else:
+        shared = f"{_size(final.skipped)} shared with what the store had"
+        click.echo(f"{_size(final.total)} read, {_size(final.stored)} written, {shared}", err=True)
+
+
+@weights.command()
+@_store
+@_json
+@_guarded
+def ls(store: str | None, as_json: bool) -> None:
+    """List the manifests of a store, with their names and how much of each is shared with others."""
+    from lazyfs.maintenance import listing
+
+    entries = listing(_chunks(store))
+    if as_json:
+        click.echo(json.dumps([asdict(e) for e in entries]))
+        return
+    for e in entries:
+        shared = _size(e.size - e.unshared)
+        name = ", ".join(e.names) or "-"
+        click.echo(f"{e.manifest[:16]}  {e.kind:8}  {_size(e.size):>9}  shared {shared:>9}  {e.files:5} files  {name}")
+
+
+@weights.command()
+@click.argument("names", nargs=-1, metavar="[MANIFEST]...")
+@click.option(
+    "--repair", is_flag=True, envvar="QUICKTHAW_REPAIR", help="Delete damaged chunks: the next import writes them."
+)
+@click.option(
+    "--cache/--no-cache", "with_cache", default=True, envvar="QUICKTHAW_VERIFY_CACHE", help="The cache as well."
+)
+@_store
+@_json
+@_guarded
+def verify(names: tuple[str, ...], repair: bool, with_cache: bool, store: str | None, as_json: bool) -> None:
+    """Read and hash every chunk of the manifests (default: all). Exit code 1 when anything is damaged or missing."""
+    from lazyfs.cache import Cache
+    from lazyfs.maintenance import verify as check
+    from lazyfs.maintenance import verify_cache
+    from lazyfs.paths import home
+
+    chunks = _chunks(store)
+    report = check(chunks, [chunks.resolve(n) for n in names] or None, repair=repair)
+    cache = Cache(home() / "cache")
+    if with_cache:
+        verify_cache(cache, chunks, report)
+    quarantined = sorted(p.name for p in (cache.root / "quarantine").glob("*"))
+    if as_json:
+        click.echo(json.dumps({**asdict(report), "quarantine": quarantined, "clean": report.clean}))
+    else:
+        click.echo(f"{report.manifests} manifests, {report.chunks} chunks, {_size(report.bytes)} read", err=True)
+        for kind, found in (("damaged", report.bad), ("missing", report.missing)):
+            for digest, path in found.items():
+                click.echo(f"{kind} chunk {digest[:16]} of {path}")
+        for digest, why in report.broken_manifests.items():
+            click.echo(f"manifest {digest[:16]}: {why}")
+        if report.cache_bad:
+            click.echo(f"{report.cache_bad} damaged chunks in the cache were dropped; they will be fetched again")
+        if quarantined:
+            click.echo(
+                f"{len(quarantined)} bodies that failed verification are kept in {cache.root / 'quarantine'}", err=True
+            )
+        click.echo("clean" if report.clean else "NOT clean")
+    sys.exit(0 if report.clean else 1)
+
+
+@weights.command()
+@click.argument("name", metavar="MANIFEST")
+@_store
+@_json
+@_guarded
+def rm(name: str, store: str | None, as_json: bool) -> None:
+    """Remove a tag, or a manifest by digest. Chunks stay until `quickthaw weights gc`."""
+    from lazyfs.maintenance import remove
+
+    removed = remove(_chunks(store), name)
+    click.echo(json.dumps({"removed": removed}) if as_json else "\n".join(f"removed {r}" for r in removed))
+
+
+@weights.command()
+@click.option("--grace", default=24.0, envvar="QUICKTHAW_GC_GRACE", metavar="HOURS", help="Spare what is younger (24).")
+@click.option("--untagged", is_flag=True, envvar="QUICKTHAW_GC_UNTAGGED", help="Remove weights that no tag names, too.")
+@click.option("--dry-run", is_flag=True, envvar="QUICKTHAW_DRY_RUN", help="Only say what would go.")
+@_store
+@_json
+@_guarded
+def gc(grace: float, untagged: bool, dry_run: bool, store: str | None, as_json: bool) -> None:
+    """Delete chunks that no manifest mentions. Snapshots and tags are roots; nothing they need is touched."""
+    from lazyfs.maintenance import collect
+
+    if grace < 0:
+        raise click.UsageError("--grace must not be negative")
+    done = collect(_chunks(store), grace_s=grace * 3600, untagged=untagged, dry_run=dry_run)
+    if as_json:
+        click.echo(json.dumps({**asdict(done), "dry_run": dry_run}))
+        return
+    verb = "would delete" if dry_run else "deleted"
+    click.echo(
+        f"{verb} {done.chunks} chunks ({_size(done.bytes)}) and {done.manifests} manifests; {done.kept} in use, {done.young} too young"
+    )
+
+
+@click.command()
+@click.argument("manifest", required=False)
+@click.argument("directory", required=False, type=click.Path(path_type=Path))
+@click.option("--detach", is_flag=True, envvar="QUICKTHAW_DETACH", help="Return once mounted; the daemon goes on.")
+@click.option("--unmount", "unmount_at", type=click.Path(path_type=Path), metavar="DIR", help="Unmount DIR instead.")
+@click.option("--force", is_flag=True, help="With --unmount: even while files are open.")
+@click.option(
+    "--status", "status_of", type=click.Path(path_type=Path), metavar="DIR", help="Print what the mount at DIR does."
+)
+@click.option(
+    "--native",
+    type=click.Choice(["auto", "passthrough", "off"]),
+    default="auto",
+    envvar="QUICKTHAW_NATIVE",
+    help="Kernel passthrough of complete files.",
+)
+@click.option(
+    "--transport",
+    type=click.Choice(["auto", "raw", "pyfuse3"]),
+    default="auto",
+    envvar="QUICKTHAW_TRANSPORT",
+    help="Who speaks to the kernel; pyfuse3 needs no root.",
+)
+@click.option(
+    "--cache-limit",
+    default=0.0,
+    envvar="QUICKTHAW_CACHE_LIMIT",
+    metavar="GB",
+    help="Bound of the disk cache (0: the disk).",
+)
+@click.option(
+    "--idle-exit",
+    default=0.0,
+    envvar="QUICKTHAW_IDLE_EXIT",
+    metavar="SECONDS",
+    help="Unmount after so long unused (0: never).",
+)
+@click.option(
+    "--log-file", type=click.Path(path_type=Path), envvar="QUICKTHAW_MOUNT_LOG", help="Where the daemon writes."
+)
+@_store
+@_json
+@_guarded
+def mount(
+    manifest: str | None,
+    directory: Path | None,
+    detach: bool,
+    unmount_at: Path | None,
+    force: bool,
+    status_of: Path | None,
+    native: str,
+    transport: str,
+    cache_limit: float,
+    idle_exit: float,
+    log_file: Path | None,
+    store: str | None,
+    as_json: bool,
+) -> None:
+    """Show MANIFEST (a digest, the beginning of one, a tag, a snapshot, or a model directory or URL read in place) at
+    DIRECTORY, read-only.
+
+    In the foreground it unmounts on Ctrl-C or SIGTERM. A stale mount point of a killed daemon is recovered.
+
+    \b
+    quickthaw mount smollm2:v1 /mnt/smollm2 --detach
+    quickthaw mount --status /mnt/smollm2
+    quickthaw mount --unmount /mnt/smollm2
+    """
+    from lazyfs import mounting
+
+    if unmount_at is not None:
+        mounting.unmount(unmount_at, force=force)
+        click.echo(json.dumps({"unmounted": str(unmount_at)}) if as_json else f"unmounted {unmount_at}")
+        return
+    if status_of is not None:
+        _print_status(status_of, as_json)
+        return
+    if manifest is None or directory is None:
+        raise click.UsageError("give MANIFEST and DIRECTORY, or --unmount DIR, or --status DIR")
+    digest, url = _what(manifest, store)
+    handle = mounting.mount(
+        digest,
+        directory,
+        store_url=url,
+        log_file=log_file,
+        native=native,
+        transport=transport,
+        cache_limit=int(cache_limit * 1e9),
+        idle_exit_s=idle_exit,
+    )
+    answer = {"pid": handle.pid, "mountpoint": str(handle.mountpoint), "manifest": digest, "socket": str(handle.socket)}
+    click.echo(json.dumps(answer) if as_json else f"ready: {digest[:16]} at {handle.mountpoint} (pid {handle.pid})")
+    if not detach:
+        _stay(handle)
+
+
+def _what(name: str, store: str | None) -> tuple[str, str | None]:
+    """The manifest's digest and the store, from whatever the user named."""
+    from lazyfs.paths import default_store_url
+
+    return _chunks(store).resolve(name), store or default_store_url()
+
+
+def _print_status(where: Path, as_json: bool) -> None:
+    from lazyfs.errors import NotFound
+    from lazyfs.mounting import find_mount
+
+    found = find_mount(where)
+    if found is None:
+        raise NotFound(f"no daemon serves {where}")
+    status = found.status()
+    status.pop("ok")
+    if as_json:
+        click.echo(json.dumps(status))
+        return
+    for key, value in status.items():
+        if isinstance(value, dict):
+            for name, number in value.items():
+                click.echo(f"{key}.{name}: {number}")
+        else:
+            click.echo(f"{key}: {value}")
+
+
+def _stay(handle: MountHandle) -> None:
+    """Be the mount's foreground: unmount on a signal, end when the daemon ends."""
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        while Path(f"/proc/{handle.pid}").exists():
+            time.sleep(0.5)
+    except KeyboardInterrupt:
+        handle.unmount(force=True)

@@ -1,0 +1,204 @@
+"""The transport over pyfuse3 (libfuse): needs no privilege beyond fusermount3, and cannot pass files through.
+
+Answers are memoryviews of the mapped image, handed over in the trio thread without a hop: a thread hop costs 45 % of
+the throughput. Reads that must wait for chunks sleep on an event that the fetcher's thread sets.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import pyfuse3
+import trio
+
+from lazyfs import kernel
+from lazyfs.errors import HostLacks, LazyfsError, to_errno
+from lazyfs.service import Opened, Service
+from lazyfs.tree import Node
+from lazyfs.xattrs import get_xattr, list_xattrs
+
+log = logging.getLogger("lazyfs.pyfuse3")
+_FOREVER_S = 86400 * 365
+# Longer than libfuse takes for its greeting on a busy machine; missing it costs throughput, not correctness.
+_GREETING_S = 1.0
+_T_NS = 1_000_000_000 * 10**9
+
+
+class Pyfuse3Transport:
+    """One mounted connection. `start` mounts and serves in a thread; `wait` tells when the mount is gone."""
+
+    name = "pyfuse3"
+    passthrough = False
+
+    def __init__(self, service: Service, mountpoint: str, source: str) -> None:
+        self.service = service
+        self.mountpoint = mountpoint
+        self.source = source
+        self._thread = threading.Thread(target=self._run, name="fuse", daemon=True)
+
+    def start(self) -> None:
+        """Mount and begin to serve. HostLacks when the host does not allow it."""
+        options = set(pyfuse3.default_options) | {"ro", f"fsname={self.source}", "subtype=quickthaw"}
+        if os.geteuid() == 0:
+            options.add("allow_other")
+        try:
+            pyfuse3.init(_Operations(self.service), self.mountpoint, options)
+        except RuntimeError as error:
+            raise HostLacks(
+                f"cannot mount at {self.mountpoint}: {error}; is /dev/fuse there, and fusermount3?"
+            ) from error
+        # The kernel cuts the read-ahead to libfuse's default when it gets the greeting, which is handled in the loop: a
+        # marker value that vanishes tells that it has happened. Unprivileged, neither can be set, and 128 KiB stay.
+        settable = kernel.set_read_ahead(self.mountpoint)
+        self._thread.start()
+        deadline = time.monotonic() + _GREETING_S
+        while settable and time.monotonic() < deadline:
+            if kernel.read_ahead(self.mountpoint) != kernel.READ_AHEAD_KIB:
+                kernel.set_read_ahead(self.mountpoint)
+                break
+            time.sleep(0.001)
+
+    def wait(self, limit_s: float) -> bool:
+        """Whether the mount is gone; waits for it no longer than `limit_s`."""
+        self._thread.join(limit_s)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        try:
+            # More than one task, or a read that waits for the network would hold up all others.
+            trio.run(pyfuse3.main, 1, 99)
+        finally:
+            pyfuse3.close(unmount=False)
+
+    def notify_store(self, node: Node, offset: int, data: memoryview) -> None:
+        """Put bytes into the kernel's page cache before anybody asks. OSError when the kernel refuses."""
+        pyfuse3.notify_store(node.ino, offset, data)  # type: ignore[arg-type]  # any buffer is taken
+
+
+class _Operations(pyfuse3.Operations):  # type: ignore[misc]
+    enable_writeback_cache = False
+    supports_dot_lookup = False
+
+    def __init__(self, service: Service) -> None:
+        super().__init__()
+        self.service = service
+        self.handles: dict[int, Opened] = {}
+        self.next_handle = 1
+        self.next_unique = 1
+        self.token: trio.lowlevel.TrioToken | None = None
+
+    def _node(self, inode: int) -> Node:
+        node = self.service.tree.get(inode)
+        if node is None:
+            raise pyfuse3.FUSEError(errno.ENOENT)
+        return node
+
+    def _attributes(self, node: Node) -> Any:
+        entry = pyfuse3.EntryAttributes()
+        entry.st_ino, entry.st_mode, entry.st_nlink, entry.st_size = node.ino, node.mode, node.nlink, node.size
+        entry.st_uid, entry.st_gid = os.getuid(), os.getgid()
+        entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = _T_NS
+        entry.st_blksize, entry.st_blocks = 1 << 20, (node.size + 511) // 512
+        entry.entry_timeout = entry.attr_timeout = _FOREVER_S
+        return entry
+
+    async def lookup(self, parent_inode: int, name: bytes, ctx: Any = None) -> Any:
+        parent = self._node(parent_inode)
+        node = {b".": parent, b"..": self._node(parent.parent)}.get(name) or parent.children.get(name)
+        if node is None:
+            raise pyfuse3.FUSEError(errno.ENAMETOOLONG if len(name) > 255 else errno.ENOENT)
+        return self._attributes(node)
+
+    async def getattr(self, inode: int, ctx: Any = None) -> Any:
+        return self._attributes(self._node(inode))
+
+    async def readlink(self, inode: int, ctx: Any) -> bytes:
+        node = self._node(inode)
+        if not node.target:
+            raise pyfuse3.FUSEError(errno.EINVAL)
+        return node.target
+
+    async def opendir(self, inode: int, ctx: Any) -> int:
+        if not self._node(inode).is_dir:
+            raise pyfuse3.FUSEError(errno.ENOTDIR)
+        return inode
+
+    async def readdir(self, fh: int, start_id: int, token: Any) -> None:
+        children = list(self._node(fh).children.items())
+        for position in range(start_id, len(children)):
+            name, node = children[position]
+            if not pyfuse3.readdir_reply(token, name, self._attributes(node), position + 1):
+                return
+
+    async def open(self, inode: int, flags: int, ctx: Any) -> Any:
+        node = self._node(inode)
+        if flags & os.O_ACCMODE != os.O_RDONLY:
+            raise pyfuse3.FUSEError(errno.EROFS)
+        if node.file is None:
+            raise pyfuse3.FUSEError(errno.EISDIR if node.is_dir else errno.EINVAL)
+        try:
+            opened, _ = self.service.open(node, may_pass=False)
+        except LazyfsError as error:
+            log.error("%s: %s: %s", node.file.path, error.code, error)
+            raise pyfuse3.FUSEError(to_errno(error)) from error
+        handle, self.next_handle = self.next_handle, self.next_handle + 1
+        self.handles[handle] = opened
+        return pyfuse3.FileInfo(fh=handle, keep_cache=True)
+
+    async def read(self, fh: int, off: int, size: int) -> memoryview | bytes:
+        opened = self.handles.get(fh)
+        if opened is None:
+            raise pyfuse3.FUSEError(errno.EBADF)
+        if self.token is None:
+            self.token = trio.lowlevel.current_trio_token()
+        token, arrived = self.token, trio.Event()
+        answer: list[memoryview | int] = []
+
+        def reply(data: memoryview | int) -> None:
+            answer.append(data)
+            if threading.get_ident() != here:
+                try:
+                    token.run_sync_soon(arrived.set)
+                except trio.RunFinishedError:
+                    # Unmounted meanwhile: nobody waits any more.
+                    return
+
+        here = threading.get_ident()
+        self.next_unique += 1
+        self.service.read(opened, off, size, self.next_unique, reply)
+        if not answer:
+            await arrived.wait()
+        data = answer[0]
+        if isinstance(data, int):
+            raise pyfuse3.FUSEError(data)
+        return data
+
+    async def release(self, fh: int) -> None:
+        opened = self.handles.pop(fh, None)
+        if opened is not None:
+            self.service.release(opened, native=False)
+
+    async def statfs(self, ctx: Any) -> Any:
+        stats = pyfuse3.StatvfsData()
+        stats.f_bsize = stats.f_frsize = 4096
+        stats.f_blocks = -(-self.service.tree.size // 4096)
+        stats.f_files, stats.f_namemax = len(self.service.tree.nodes) - 1, 255
+        return stats
+
+    async def getxattr(self, inode: int, name: bytes, ctx: Any) -> bytes:
+        try:
+            return get_xattr(self.service, self._node(inode), name)
+        except OSError as error:
+            raise pyfuse3.FUSEError(error.errno or errno.EIO) from error
+
+    async def listxattr(self, inode: int, ctx: Any) -> Sequence[bytes]:
+        return [n for n in list_xattrs(self._node(inode)).split(b"\0") if n]
+
+    async def forget(self, inode_list: Any) -> None:
+        return

@@ -53,7 +53,7 @@ class Exchange:
         self.out: list[bytes] = []
         self.head_sent = False
         self.chunked = False
-        self.close_after = not request.keep_alive
+        self.close_after = not request.keep_alive or request.upgrade is not None
         self.tunnel = False
         self.status = 0
         self.first_byte = 0.0

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 import httptools
 
 from . import wire
-from .errors import ClientFault, ProxyError, render
+from .errors import ClientFault, ProxyError, Unavailable, render
 from .request import Request
 
 if TYPE_CHECKING:
@@ -63,6 +63,8 @@ class ClientConnection(asyncio.Protocol):
         self.current: Request | None = None
         self.last_in = self.last_out = time.monotonic()
         self.writing_paused = False
+        self.running = False
+        """True from the first step of the task that serves the current request to its last."""
         self._task: asyncio.Task[None] | None = None
         self._queue: deque[Request] = deque()
         self._parsing: Request | None = None
@@ -112,8 +114,7 @@ class ClientConnection(asyncio.Protocol):
         """End what is being served with `error` (a fault of the body, a limit of time, the server's end)."""
         if self.current is not None and self.current.interrupt is None:
             self.current.interrupt = error
-            if self._task is not None:
-                self._task.cancel()
+            self._cancel()
 
     def open_tunnel(self, back: BackConnection) -> None:
         """From here on bytes pass unparsed in both directions."""
@@ -183,7 +184,8 @@ class ClientConnection(asyncio.Protocol):
             if now > self._linger_until:
                 self.cut()
         elif self.tunnel is not None:
-            return
+            if now - max(self.last_in, self.tunnel.last_byte) > settings.tunnel_idle_s:
+                self.cut()
         elif self.writing_paused and now - self.last_out > settings.body_timeout_s:
             self.cut()
         elif self._in_head and now - self._head_began > settings.head_timeout_s:
@@ -206,10 +208,10 @@ class ClientConnection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Called by the loop."""
+        self.last_in = time.monotonic()
         if self.tunnel is not None:
             self.tunnel.write_tunnel(data)
             return
-        self.last_in = time.monotonic()
         if self._linger_until:
             self._lingered += len(data)
             if self._lingered > _LINGER_BYTES:
@@ -251,11 +253,8 @@ class ClientConnection(asyncio.Protocol):
         tunnel, self.tunnel = self.tunnel, None
         if tunnel is not None:
             tunnel.finish_tunnel()
-        if self._task is not None:
-            self._task.cancel()
-        for request in self._queue:
-            self.host.buffered -= request.buffered
-        self._queue.clear()
+        self._cancel()
+        self._drop_queue()
 
     def pause_writing(self) -> None:
         """Called by the loop: the client takes no more for now, so the replica is paused too."""
@@ -342,6 +341,8 @@ class ClientConnection(asyncio.Protocol):
         kept = request.feed(data)
         if kept:
             self.host.buffered += kept
+            if self.host.buffered > self.settings.max_held_bytes and request is self.current:
+                self.interrupt(Unavailable("held-bytes", "the held requests' bodies take all the room there is"))
             if request.buffered > (self.settings.body_buffer if request.enough is None else self._wide):
                 self.hold("body", True)
                 if request.enough is not None and not request.enough.done():
@@ -410,6 +411,7 @@ class ClientConnection(asyncio.Protocol):
         self.current = None
         self.exchange = None
         self._task = None
+        self.running = False
         transport = self.transport
         if transport is None or transport.is_closing():
             return
@@ -429,12 +431,22 @@ class ClientConnection(asyncio.Protocol):
         if not self._queue:
             self.hold("pipeline", False)
 
+    def _cancel(self) -> None:
+        """Cancel the task that serves; one that has not run yet looks for itself, since its cleanup would never run."""
+        if self._task is not None and self.running:
+            self._task.cancel()
+
+    def _drop_queue(self) -> None:
+        for request in self._queue:
+            self.host.buffered -= request.buffered
+        self._queue.clear()
+
     def _linger(self) -> None:
         """Close without losing the answer: unread bytes at close would make the kernel send a reset, and the client
         drop what it got.
         """
         self._stopped = True
-        self._queue.clear()
+        self._drop_queue()
         transport = self.transport
         assert transport is not None
         self._linger_until = time.monotonic() + _LINGER_S

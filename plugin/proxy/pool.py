@@ -122,8 +122,6 @@ class ReplicaPool:
         idle_timeout_s: float | None = None,
         wake_limit_s: float = 1800.0,
         sleep_limit_s: float = 300.0,
-        max_held: int = 4096,
-        hold_timeout_s: float | None = None,
     ) -> None:
         self.name = name
         self.replicas: dict[str, Replica] = {}
@@ -132,7 +130,8 @@ class ReplicaPool:
         self.sleeps = 0
         self.failed_starts = 0
         self.idle_timeout_s = idle_timeout_s
-        self.max_held, self.hold_timeout_s = max_held, hold_timeout_s
+        self.max_held = 4096
+        self.max_hold_s = 3600.0
         self.last_active = time.monotonic()
         self.last_failure: ProxyError | None = None
         self.on_change: list[Callable[[], None]] = []
@@ -153,9 +152,10 @@ class ReplicaPool:
 
     # -- what an owner calls -----------------------------------------------------------------------
 
-    def bind(self, loop: asyncio.AbstractEventLoop) -> None:
+    def bind(self, loop: asyncio.AbstractEventLoop, *, max_held: int = 4096, max_hold_s: float = 3600.0) -> None:
         """Tie the pool to the loop that serves it. `ProxyServer.start` does this; transitions before it are kept."""
         self._loop = loop
+        self.max_held, self.max_hold_s = max_held, max_hold_s
         early, self._early = self._early, []
         for replica, old, new, reason in early:
             self._moved(replica, old, new, reason)
@@ -281,6 +281,11 @@ class ReplicaPool:
         if time.monotonic() < self._blocked_until and self.last_failure is not None:
             failure = self.last_failure
             raise StartFailed(failure.code, failure.message, retry_after_s=self._blocked_until - time.monotonic())
+        if limit_s is not None and limit_s <= 0:
+            self.nudge()
+            raise Unavailable(
+                "hold-deadline", "no replica is ready, and the request may not wait", retry_after_s=self.left_s()
+            )
         loop = asyncio.get_running_loop()
         waiter = Waiter(loop.create_future(), limit_s)
         self._waiters[waiter] = None
@@ -492,9 +497,9 @@ class ReplicaPool:
         if not self._waiters:
             return
         now, progress = time.monotonic(), self.progress()
-        measured = self.hold_timeout_s if self.hold_timeout_s is not None else self.history.deadline(progress.kind)
+        measured = self.history.deadline(progress.kind)
         for waiter in list(self._waiters):
-            limit = measured if waiter.limit_s is None else waiter.limit_s
+            limit = min(self.max_hold_s, measured if waiter.limit_s is None else waiter.limit_s)
             if now - waiter.began >= limit and not waiter.ready.done():
                 message = f"no replica was ready within {limit:.1f} s ({progress.sentence()})"
                 waiter.ready.set_exception(Unavailable("hold-deadline", message, retry_after_s=progress.left_s))

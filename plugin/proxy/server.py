@@ -92,7 +92,7 @@ class ProxyServer:
         self.loop = asyncio.get_running_loop()
         self._stopped = asyncio.Event()
         for pool in self.router.pools():
-            pool.bind(self.loop)
+            pool.bind(self.loop, max_held=self.settings.max_held, max_hold_s=self.settings.max_hold_s)
             if pool.idle_timeout_s is not None:
                 self._chores.append(self.loop.create_task(pool.watch_idle()))
         await self._listen(sock, own_port=False)
@@ -188,14 +188,17 @@ class ProxyServer:
         stats = self.stats
         stats.requests += 1
         exchange = client.exchange = Exchange(client, request, self.loop)
+        client.running = True
         try:
+            if request.interrupt is not None or client.transport is None or client.transport.is_closing():
+                raise asyncio.CancelledError
             await self._serve(client, request, exchange)
             exchange.outcome = exchange.outcome or ("tunnel" if exchange.tunnel else "forwarded")
         except ProxyError as error:
             self._answer_error(client, request, exchange, error)
         except asyncio.CancelledError:
             if request.interrupt is None:
-                exchange.outcome = "client-gone"
+                exchange.outcome = "tunnel" if exchange.tunnel else "client-gone"
             else:
                 self._answer_error(client, request, exchange, request.interrupt)
         except Exception:
@@ -248,10 +251,13 @@ class ProxyServer:
                 replica = await self._hold(client, request, exchange, pool)
             try:
                 back = await self._connection(pool, replica)
-                if back is not None:
+                if back is not None and client.transport is not None and not client.transport.is_closing():
                     exchange.replica_name = replica.name
                     await self._forward(client, request, exchange, replica, back)
                     return
+                if back is not None:
+                    back.abort()
+                    raise asyncio.CancelledError
             finally:
                 pool.release(replica)
 
@@ -267,7 +273,7 @@ class ProxyServer:
 
             await begin_early(client, request, exchange, pool, self.settings)
         limit = self.settings.hold_timeout_s
-        if request.hold_s is not None:
+        if request.hold_s is not None:  # a client may lower the limit, never raise it
             limit = request.hold_s if limit is None else min(limit, request.hold_s)
         try:
             replica = await pool.acquire(limit)
@@ -293,21 +299,23 @@ class ProxyServer:
             replica.connecting = asyncio.Semaphore(self.settings.max_connecting)
         async with replica.connecting:
             try:
-                return await connect(replica, self.settings.connect_timeout_s)
+                back = await connect(replica, self.settings.connect_timeout_s)
+                if back.alive():
+                    return back
+                why = "it closed the connection before anything was sent"
+                back.abort()
             except OSError as exc:
-                self.stats.upstream_errors["upstream-refused"] += 1
-                pool.refused(replica, f"{type(exc).__name__}: {exc}")
-                return None
+                why = f"{type(exc).__name__}: {exc}"
+        self.stats.upstream_errors["upstream-refused"] += 1
+        pool.refused(replica, why)
+        return None
 
     async def _forward(
         self, client: ClientConnection, request: Request, exchange: Exchange, replica: Replica, back: BackConnection
     ) -> None:
         """Write the request once, and see its answer through."""
-        transport = client.transport
         upstream = replica.upstream
-        if transport is None or transport.is_closing() or upstream is None:
-            back.abort()
-            raise asyncio.CancelledError
+        assert upstream is not None
         exchange.back = back
         drop = request.drop if exchange.early is None else request.drop | {b"accept-encoding"}
         head = wire.request_head(

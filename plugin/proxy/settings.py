@@ -25,7 +25,7 @@ class Settings:
     max_held: int = 4096
     max_held_bytes: int = 256 << 20
     hold_timeout_s: float | None = None
-    """Deadline of a held request; None computes it from the measured starts."""
+    """Deadline of a held request; None computes it from the measured starts. A client's header can lower it."""
     max_hold_s: float = 3600.0
     early_stream: bool = False
     early_comment_every_s: float = 1.0
@@ -40,6 +40,8 @@ class Settings:
     keepalive_s: float = 75.0
     body_timeout_s: float = 300.0
     """A client that sends no byte of its body, or takes no byte of its answer, for this long is dropped."""
+    tunnel_idle_s: float = 3600.0
+    """A WebSocket over which nothing passes for this long is closed."""
     upstream_keepalive_s: float = 3.0
     """Shorter than the engines' own (uvicorn: 5 s), so that a kept connection is not one that is being closed."""
     upstream_timeout_s: float = 600.0

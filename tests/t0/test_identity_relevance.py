@@ -1,0 +1,201 @@
+"""Command lines and environments that mean the same launch, or another one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from checkpoint.relevance import (
+    IRRELEVANT_ARGUMENTS,
+    IRRELEVANT_ENVIRONMENT,
+    RELEVANT_ENVIRONMENT,
+    looks_secret,
+    normalised_arguments,
+    relevant_environment,
+    secret_names,
+)
+
+pytestmark = pytest.mark.t0
+
+LINE = ["--model", "/m", "--max-model-len", "4096", "--enforce-eager", "--lora-modules", "a=1", "b=2"]
+
+
+@pytest.mark.parametrize(
+    "same",
+    [
+        ["--enforce-eager", "--lora-modules", "a=1", "b=2", "--max-model-len", "4096", "--model", "/m"],
+        ["--model=/m", "--max_model_len=4096", "--enforce_eager", "--lora-modules", "a=1", "b=2"],
+        [*LINE, "--port", "9000", "--host=0.0.0.0", "--uvicorn-log-level", "debug", "--disable-uvicorn-access-log"],
+        ["--disable_uvicorn_access_log", *LINE, "--port=1"],
+    ],
+)
+def test_one_launch_in_other_words(same: list[str]) -> None:
+    assert normalised_arguments("vllm", same) == normalised_arguments("vllm", LINE)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        [*LINE, "--enable-log-requests"],
+        [*LINE, "--seed", "1"],
+        ["/m", "--max-model-len", "4096", "--enforce-eager", "--lora-modules", "a=1", "b=2"],
+        [
+            "--model",
+            "/m",
+            "--max-model-len",
+            "4096",
+            "--enforce-eager",
+            "--lora-modules",
+            "a=1",
+            "--lora-modules",
+            "b=2",
+        ],
+        ["--model", "/m", "--max-model-len", "4096", "--enforce-eager", "--lora-modules", "b=2", "a=1"],
+        ["--model", "/m", "--max-model-len", "40960", "--enforce-eager", "--lora-modules", "a=1", "b=2"],
+        ["--model", "/n", "--max-model-len", "4096", "--enforce-eager", "--lora-modules", "a=1", "b=2"],
+    ],
+)
+def test_another_launch(other: list[str]) -> None:
+    assert normalised_arguments("vllm", other) != normalised_arguments("vllm", LINE)
+
+
+def test_what_follows_an_irrelevant_switch_is_kept() -> None:
+    assert normalised_arguments("vllm", ["--disable-uvicorn-access-log", "/m"]) == {"": (("/m",),)}
+    assert normalised_arguments("sglang", ["--show-time-cost", "--tp", "2", "--log-level", "error"]) == {
+        "--tp": (("2",),)
+    }
+
+
+def test_a_value_may_look_like_a_negative_number() -> None:
+    assert normalised_arguments("vllm", ["--seed", "-1", "--x"]) == {"--seed": (("-1",),), "--x": ((),)}
+
+
+def test_words_after_two_dashes_are_positional() -> None:
+    assert normalised_arguments("vllm", ["--a", "--", "--port", "1"]) == {"": (("--port", "1"),), "--a": ((),)}
+
+
+def test_a_flag_without_its_value_at_the_end_is_no_crash() -> None:
+    assert normalised_arguments("vllm", ["--port"]) == {}
+
+
+def test_the_model_counts_by_its_digest_not_by_its_path() -> None:
+    here = normalised_arguments("vllm", ["--model", "/home/a/models/m"], ["/home/a/models/m"])
+    there = normalised_arguments("vllm", ["--model", "/srv/m"], ["/srv/m"])
+    assert here == there == {"--model": (("{model}",),)}
+
+
+def test_a_file_counts_by_its_content(tmp_path: Path) -> None:
+    one, two = tmp_path / "chat.jinja", tmp_path / "elsewhere"
+    one.write_text("{{ messages }}")
+    two.write_text("{{ messages }}")
+    before = normalised_arguments("vllm", ["--chat-template", str(one)])
+    assert normalised_arguments("vllm", ["--chat-template", str(two)]) == before
+    one.write_text("{{ messages }}!")
+    assert normalised_arguments("vllm", ["--chat-template", str(one)]) != before
+
+
+def test_a_value_too_long_for_a_path_is_a_value() -> None:
+    value = '{"a/b": "' + "x" * 5000 + '"}'
+    assert normalised_arguments("vllm", ["--speculative-config", value]) == {"--speculative-config": ((value,),)}
+
+
+def test_an_unknown_engine_loses_only_what_the_proxy_takes() -> None:
+    assert normalised_arguments("other", ["--port", "1", "--log-level", "x"]) == {"--log-level": (("x",),)}
+
+
+flags = st.sampled_from(["--alpha", "--beta", "--gamma-delta", "-O3"])
+groups = st.lists(
+    st.tuples(flags, st.lists(st.sampled_from(["1", "x", "y=z", "-2"]), max_size=2)),
+    max_size=5,
+    unique_by=lambda g: g[0],
+)
+
+
+@given(groups, st.randoms())
+def test_the_order_of_flags_does_not_matter(line: list[tuple[str, list[str]]], random: object) -> None:
+    shuffled = list(line)
+    random.shuffle(shuffled)  # type: ignore[attr-defined]
+    flat = [[w for flag, words in groups for w in (flag, *words)] for groups in (line, shuffled)]
+    assert normalised_arguments("vllm", flat[0]) == normalised_arguments("vllm", flat[1])
+
+
+@pytest.mark.parametrize("engine", IRRELEVANT_ARGUMENTS)
+def test_every_irrelevant_argument_is_taken_out_wherever_it_stands(engine: str) -> None:
+    base = ["--alpha", "1", "--beta"]
+    for name, takes in IRRELEVANT_ARGUMENTS[engine].items():
+        extra = [f"--{name}", *["value"] * takes]
+        for line in ([*extra, *base], [*base, *extra], [*base[:2], *extra, *base[2:]]):
+            assert normalised_arguments(engine, line) == normalised_arguments(engine, base), line
+
+
+def test_relevant_variables_are_those_that_change_a_process() -> None:
+    environment = {
+        "VLLM_USE_V1": "1",
+        "VLLM_PORT": "5",
+        "VLLM_LOGGING_LEVEL": "DEBUG",
+        "OMP_NUM_THREADS": "2",
+        "PYTHONHASHSEED": "0",
+        "PYTHONUNBUFFERED": "1",
+        "LD_PRELOAD": "/x.so",
+        "NCCL_P2P_DISABLE": "1",
+        "CUDA_VISIBLE_DEVICES": "3",
+        "TORCHINDUCTOR_CACHE_DIR": "/c",
+        "HOME": "/root",
+        "PATH": "/bin",
+        "LANG": "C",
+        "HOSTNAME": "pod-7",
+    }
+    assert list(relevant_environment(environment)) == [
+        "LD_PRELOAD",
+        "NCCL_P2P_DISABLE",
+        "OMP_NUM_THREADS",
+        "PYTHONHASHSEED",
+        "VLLM_USE_V1",
+    ]
+
+
+def test_every_exception_is_one() -> None:
+    assert [name for name in IRRELEVANT_ENVIRONMENT if not name.startswith(RELEVANT_ENVIRONMENT)] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("HF_TOKEN", "hf_x"),
+        ("AWS_SECRET_ACCESS_KEY", "wJalrXUtnFEMI"),
+        ("VLLM_API_KEY", "let-me-in"),
+        ("--api-key", "let-me-in"),
+        ("--api-k", "let-me-in"),
+        ("DATABASE_URL", "postgres://u:hunter2@db/x"),
+        ("INNOCENT", "sk-abcdefghijklmnopqrstuvwx"),
+        ("X", "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxIn0.c2ln"),
+        ("PEM", "-----BEGIN RSA PRIVATE KEY-----\nMII"),
+    ],
+)
+def test_secrets_are_known_by_name_or_by_form(name: str, value: str) -> None:
+    assert looks_secret(name, value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("TOKENIZERS_PARALLELISM", "false"),
+        ("--max-num-batched-tokens", "2048"),
+        ("--tokenizer", "/m"),
+        ("PWD", "/root"),
+        ("VLLM_HTTP", "http://host:80/x"),
+        ("--return-token-ids", "true"),
+        ("HF_TOKEN", ""),
+        ("--kv-cache-dtype", "auto"),
+        ("--seed", "1"),
+    ],
+)
+def test_what_is_no_secret(name: str, value: str) -> None:
+    assert not looks_secret(name, value)
+
+
+def test_names_of_secrets_without_values() -> None:
+    assert secret_names({"B_TOKEN": "abc", "A_PASSWORD": "abc", "HOME": "/"}) == ("A_PASSWORD", "B_TOKEN")

@@ -4,7 +4,7 @@ needed.
 
 from __future__ import annotations
 
-from lazyfs.directory import import_directory
-from lazyfs.mounting import MountHandle, find_mount, mount
+from lazyfs.directory import import_directory, read_through
+from lazyfs.mounting import MountHandle, find_mount, mount, unmount
 
-__all__ = ["MountHandle", "find_mount", "import_directory", "mount"]
+__all__ = ["MountHandle", "find_mount", "import_directory", "mount", "read_through", "unmount"]

@@ -329,9 +329,13 @@ def mount(
 
 def _what(name: str, store: str | None) -> tuple[str, str | None]:
     """The manifest's digest and the store, from whatever the user named."""
+    from lazyfs.directory import read_through
     from lazyfs.paths import default_store_url
 
-    return _chunks(store).resolve(name), store or default_store_url()
+    url = store or default_store_url()
+    if "://" in name or Path(name).is_dir():
+        return read_through(name), url
+    return _chunks(store).resolve(name), url
 
 
 def _print_status(where: Path, as_json: bool) -> None:

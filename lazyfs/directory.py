@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lazyfs.errors import LazyfsError
-from lazyfs.paths import default_store_url, state_dir, write_atomic
+from lazyfs.paths import default_store_url, home, private_dir, state_dir, write_atomic
 from lazyfs.urls import local_path, normal_url
 
 if TYPE_CHECKING:
@@ -60,6 +60,34 @@ def import_directory(
     return _import(path, url, record_file, tag, progress, zstd)
 
 
+def read_through(source: Path | str, *, cache_dir: Path | None = None) -> str:
+    """The digest of a manifest that shows a directory, or an object prefix's URL, without importing it.
+
+    Nothing is copied: an unchanged local directory is read in place (and passed through), a remote one is cached as it
+    is read. The manifest is kept beside the cache. Raises what `lazyfs.readthrough.describe` raises.
+    """
+    url = normal_url(str(source))
+    folder = local_path(url)
+    record_file = _record_file(folder or Path("/"), f"source:{url}")
+    manifests = private_dir((cache_dir or home() / "cache") / "manifests")
+    stats = _stats(folder) if folder is not None else None
+    record = _load(record_file) if stats is not None else None
+    if record is not None and record["stats"] == stats and (manifests / record["manifest"]).exists():
+        return str(record["manifest"])
+    from lazyfs.manifest import encode
+    from lazyfs.readthrough import describe
+
+    digest, data = encode(describe(url))
+    write_atomic(manifests / digest, data)
+    if folder is not None and stats is not None and stats == _stats(folder):
+        _save(record_file, _record(folder, f"source:{url}", digest, [], stats))
+    return digest
+
+
+def _record(path: Path, store: str, digest: str, tags: list[str], stats: list[list[Any]]) -> dict[str, Any]:
+    return {"format": _FORMAT, "path": str(path), "store": store, "manifest": digest, "tags": tags, "stats": stats}
+
+
 def _import(
     path: Path,
     url: str,
@@ -82,17 +110,7 @@ def _import(
         _tag(url, tag, digest)
     # A clock that was set back makes ctimes useless as evidence; then every call reads again.
     if before is not None and before == _stats(path) and newest <= time.time():
-        _save(
-            record_file,
-            {
-                "format": _FORMAT,
-                "path": str(path),
-                "store": url,
-                "manifest": digest,
-                "tags": [tag] if tag is not None else [],
-                "stats": before,
-            },
-        )
+        _save(record_file, _record(path, url, digest, [tag] if tag is not None else [], before))
     return digest
 
 

@@ -18,13 +18,17 @@ from lazyfs.cache import PRESENT, UNPROVEN, Cache, Image
 from lazyfs.chunkstore import ChunkStore, chunk_key, digest_of, zero_digest
 from lazyfs.errors import DiskFull, Integrity, NotFound
 from lazyfs.manifest import RAW, ZSTD, File
+from lazyfs.readthrough import DigestLog
 from lazyfs.retry import RetryPolicy, retrying
+from lazyfs.stores.base import Store
 
 log = logging.getLogger("lazyfs.fetch")
 
 
 class ByteSource(Protocol):
     """Where plain chunk bytes come from. `fresh` asks for a way around any cache in between."""
+
+    store: Store
 
     def fetch(self, file: File, index: int, *, fresh: bool = False) -> bytes: ...
 
@@ -45,6 +49,7 @@ class StoreSource:
 
     def __init__(self, chunks: ChunkStore) -> None:
         self.chunks = chunks
+        self.store = chunks.store
 
     def fetch(self, file: File, index: int, *, fresh: bool = False) -> bytes:
         """The plain bytes, not verified. NotFound, Integrity (undecodable) or what the store raises."""
@@ -65,12 +70,18 @@ class ChunkFetcher:
     """Fills images. Safe to use from many threads."""
 
     def __init__(
-        self, cache: Cache, source: ByteSource, origins: dict[str, tuple[str, list[int]]], limit_s: float
+        self,
+        cache: Cache,
+        source: ByteSource,
+        origins: dict[str, tuple[str, list[int]]],
+        limit_s: float,
+        digests: DigestLog | None = None,
     ) -> None:
         self.cache = cache
         self.source = source
         self.origins = origins
         self.limit_s = limit_s
+        self.digests = digests
         self.stats = FetchStats()
         self.policy = RetryPolicy(limit=limit_s)
 
@@ -86,7 +97,7 @@ class ChunkFetcher:
             if state == PRESENT:
                 return None
             file, chunk = image.file, image.file.chunks[index]
-            if state == UNPROVEN and digest_of(image.read(index)) == chunk.digest:
+            if state == UNPROVEN and self._matches(file, index, image.read(index)):
                 image.mark(index, PRESENT)
                 self.stats.tiers["proven"] += chunk.length
                 return None
@@ -118,10 +129,11 @@ class ChunkFetcher:
 
         def attempt(fresh: bool) -> bytes:
             data = retrying(lambda: self.source.fetch(file, index, fresh=fresh), self.policy, on_retry=self._retried)
-            if digest_of(data) != chunk.digest:
+            if not self._matches(file, index, data):
                 self.stats.quarantined += 1
-                where = self.cache.quarantine(chunk.digest, data)
-                raise Integrity(f"chunk {chunk.digest[:12]} of {file.path} does not hash to its name; kept as {where}")
+                name = chunk.digest or f"{file.digest}-{index}"
+                where = self.cache.quarantine(name, data)
+                raise Integrity(f"chunk {name[:12]} of {file.path} does not hash to its digest; kept as {where}")
             return data
 
         try:
@@ -129,6 +141,20 @@ class ChunkFetcher:
         except Integrity as error:
             log.warning("%s; fetching it once more", error)
             return attempt(True)
+
+    def _matches(self, file: File, index: int, data: bytes) -> bool:
+        """Whether these are the chunk's bytes. A read-through chunk met for the first time defines its digest."""
+        chunk = file.chunks[index]
+        if len(data) != chunk.length:
+            return False
+        if chunk.digest:
+            return digest_of(data) == chunk.digest
+        assert self.digests is not None
+        expected = self.digests.expected(file, index)
+        if not expected:
+            self.digests.record(file, index, data)
+            return True
+        return digest_of(data) == expected
 
     def _from_origin(self, file: File, index: int) -> bytes | None:
         """Out of the file it was imported from, if that is unchanged; verified like everything else."""
@@ -140,7 +166,7 @@ class ChunkFetcher:
                 return None
             chunk = file.chunks[index]
             data = os.pread(fd, chunk.length, file.offsets[index])
-            return data if digest_of(data) == chunk.digest else None
+            return data if self._matches(file, index, data) else None
 
     def _retried(self, error: Exception, attempt: int) -> None:
         self.stats.retries += 1

@@ -23,8 +23,11 @@ from lazyfs.chunkstore import ChunkStore
 from lazyfs.config import MountConfig
 from lazyfs.errors import LazyfsError, to_errno
 from lazyfs.fetch import ChunkFetcher, StoreSource
+from lazyfs.loading import origins_of
 from lazyfs.manifest import Manifest
 from lazyfs.memory import SlotWriter
+from lazyfs.readthrough import DigestLog, ReadThroughSource
+from lazyfs.stores import open_store
 from lazyfs.trace import Trace
 
 log = logging.getLogger("lazyfs.fetcher")
@@ -101,8 +104,7 @@ class Fetcher:
         self.images: dict[int, Image] = {}
         self.images_lock = threading.Lock()
         self.sending = threading.Lock()
-        remote = getattr(getattr(getattr(engine.source, "chunks", None), "store", None), "remote", True)
-        self.threads = config.fetch_threads or (_REMOTE_THREADS if remote else _LOCAL_THREADS)
+        self.threads = config.fetch_threads or (_REMOTE_THREADS if engine.source.store.remote else _LOCAL_THREADS)
         self.next_background = 0.0
         self.rate_lock = threading.Lock()
 
@@ -232,12 +234,13 @@ class Fetcher:
 
 def build(config: MountConfig, manifest: Manifest) -> ChunkFetcher:
     """The fetching engine of a mount: its cache, its store, and the originals on this disk."""
-    from lazyfs.directory import origins
-    from lazyfs.stores import open_store
-
     cache = Cache(Path(config.cache_dir), config.cache_limit or None)
+    known = origins_of(config, manifest)
+    if manifest.kind == "source":
+        log_of_digests = DigestLog(cache.root / "digests")
+        through = ReadThroughSource(open_store(manifest.source))
+        return ChunkFetcher(cache, through, known, config.fetch_limit_s, log_of_digests)
     source = StoreSource(ChunkStore(open_store(config.store_url)))
-    known = origins(config.manifest, config.store_url) if config.use_origin else {}
     return ChunkFetcher(cache, source, known, config.fetch_limit_s)
 
 

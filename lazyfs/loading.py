@@ -31,3 +31,16 @@ def load_manifest(config: MountConfig) -> Manifest:
         # A full or read-only disk costs the next mount a round trip, nothing more.
         copy.unlink(missing_ok=True)
     return manifest
+
+
+def origins_of(config: MountConfig, manifest: Manifest) -> dict[str, tuple[str, list[int]]]:
+    """Files that may be read where they were imported from (or, for a local source, where they are)."""
+    if not config.use_origin:
+        return {}
+    if manifest.kind == "source":
+        from lazyfs.readthrough import source_origins
+
+        return source_origins(manifest)
+    from lazyfs.directory import origins
+
+    return origins(config.manifest, config.store_url)

@@ -17,10 +17,9 @@ from lazyfs import kernel, wire
 from lazyfs.cache import Cache
 from lazyfs.config import MountConfig
 from lazyfs.control_server import ControlServer
-from lazyfs.directory import origins
 from lazyfs.errors import Busy, LazyfsError, Usage
 from lazyfs.link import FetcherLink
-from lazyfs.loading import load_manifest
+from lazyfs.loading import load_manifest, origins_of
 from lazyfs.logs import configure
 from lazyfs.manifest import Manifest
 from lazyfs.memory import SlotMemory
@@ -78,8 +77,7 @@ class Server:
         self.memory = SlotMemory(config.memory_mb)
         self.link = FetcherLink(config, self.memory.fd)
         self.service = Service(config, manifest, self.cache, self.link, self.memory)
-        if config.use_origin:
-            self.service.origins = origins(config.manifest, config.store_url)
+        self.service.origins = origins_of(config, manifest)
         self.link.on_restart = self.service.resend
         self.transport = choose_transport(self.service, config)
         self.control = ControlServer(

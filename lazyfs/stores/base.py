@@ -28,8 +28,11 @@ class Store(Protocol):
     # Whether another machine may be behind it: decides compression, tracing and prefetching.
     remote: bool
 
-    def get(self, key: str, start: int = 0, length: int | None = None) -> bytes:
-        """Bytes from `start`; fewer than `length` only at the object's end. NotFound when there is no such object."""
+    def get(self, key: str, start: int = 0, length: int | None = None, version: str = "") -> bytes:
+        """Bytes from `start`; fewer than `length` only at the object's end. NotFound when there is no such object.
+
+        With `version` (of an ObjectInfo), Permanent("source-changed") unless the object still has it.
+        """
 
     def put(self, key: str, data: bytes | memoryview) -> None:
         """Write the whole object, atomically: no reader ever sees a part of it."""

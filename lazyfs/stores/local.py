@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from lazyfs.errors import NotFound, from_os_error
+from lazyfs.errors import NotFound, Permanent, from_os_error
 from lazyfs.paths import private_dir
 from lazyfs.stores.base import ObjectInfo
 from lazyfs.urls import local_path
@@ -28,6 +28,10 @@ def open_url(url: str) -> LocalStore:
     return LocalStore(path)
 
 
+def _version(st: os.stat_result) -> str:
+    return f"{st.st_size}-{st.st_mtime_ns}-{st.st_ctime_ns}-{st.st_ino}"
+
+
 class LocalStore:
     """Objects as files under `root`, which is created on the first put."""
 
@@ -41,7 +45,7 @@ class LocalStore:
         """Where the object of `key` lies (or would lie)."""
         return self.root / key
 
-    def get(self, key: str, start: int = 0, length: int | None = None) -> bytes:
+    def get(self, key: str, start: int = 0, length: int | None = None, version: str = "") -> bytes:
         try:
             fd = os.open(self.path(key), os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
@@ -49,6 +53,8 @@ class LocalStore:
         except OSError as error:
             raise from_os_error(error, f"cannot open {self.path(key)}") from error
         try:
+            if version and _version(os.fstat(fd)) != version:
+                raise Permanent(f"{self.path(key)} was changed; mount or import it again", code="source-changed")
             if length is None:
                 length = max(0, os.fstat(fd).st_size - start)
             buffer = bytearray(length)
@@ -88,7 +94,7 @@ class LocalStore:
             return None
         except OSError as error:
             raise from_os_error(error, f"cannot stat {self.path(key)}") from error
-        return ObjectInfo(key, st.st_size, st.st_mtime, f"{st.st_size}-{st.st_mtime_ns}-{st.st_ctime_ns}-{st.st_ino}")
+        return ObjectInfo(key, st.st_size, st.st_mtime, _version(st))
 
     def touch(self, key: str) -> None:
         try:

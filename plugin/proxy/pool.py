@@ -55,6 +55,8 @@ class Replica:
         self.held_back = False
         """True while the replica is quiesced or being put to sleep: it keeps what it has and gets nothing new."""
         self.suspect_until = 0.0
+        self.generation = 0
+        """How often it has come to serving: a refusal by an earlier incarnation says nothing about this one."""
         self.idle: list[BackConnection] = []
         self.connecting: asyncio.Semaphore | None = None
         self.emptied: asyncio.Event | None = None
@@ -313,8 +315,12 @@ class ReplicaPool:
             replica.emptied.set()
         self.last_active = time.monotonic()
 
-    def refused(self, replica: Replica, why: str) -> None:
-        """A serving replica could not be connected to: prefer others for a moment, and tell the owner."""
+    def refused(self, replica: Replica, generation: int, why: str) -> None:
+        """A serving replica of that generation could not be connected to: prefer others for a moment, and tell the
+        owner.
+        """
+        if generation != replica.generation:
+            return
         replica.suspect_until = time.monotonic() + _SUSPECT_S
         self._close_idle(replica)
         if self._suspect_hook is not None:
@@ -359,6 +365,8 @@ class ReplicaPool:
 
     def _heard(self, replica: Replica, old: Phase, new: Phase, reason: str) -> None:
         """A tracker moved, in whatever thread."""
+        if new is Phase.SERVING:
+            replica.generation += 1  # here and now: a refusal of the old incarnation may be on its way on the loop
         if self._loop is None:
             self._early.append((replica, old, new, reason))
             return

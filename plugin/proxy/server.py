@@ -289,6 +289,7 @@ class ProxyServer:
         was sent.
         """
         idle = replica.idle
+        generation = replica.generation
         now = time.monotonic()
         while idle:
             back = idle.pop()
@@ -307,7 +308,7 @@ class ProxyServer:
             except OSError as exc:
                 why = f"{type(exc).__name__}: {exc}"
         self.stats.upstream_errors["upstream-refused"] += 1
-        pool.refused(replica, why)
+        pool.refused(replica, generation, why)
         return None
 
     async def _forward(

@@ -1,6 +1,8 @@
-"""What the proxy's tests stand on: a real upstream on a real socket whose behaviour each request chooses, and a running proxy.
+"""What the proxy's tests stand on: a real upstream on a real socket whose behaviour each request chooses, and a
+running proxy.
 
-The upstream is written on plain asyncio streams, apart from the proxy's own code, and counts every request head it has read whole: an
+The upstream is written on plain asyncio streams, apart from the proxy's own code, and counts every request head it
+has read whole: an
 invariant such as "at most once" is read off `Upstream.seen`.
 """
 

@@ -1,4 +1,6 @@
-"""The proxy in front of a serving replica: what passes, what is changed on the way, and that nothing is gathered or lost."""
+"""The proxy in front of a serving replica: what passes, what is changed on the way, and that nothing is gathered or
+lost.
+"""
 
 from __future__ import annotations
 
@@ -121,7 +123,9 @@ def test_pipelined_requests_are_answered_in_order(run):
         async with upstream() as up, proxy() as rig:
             rig.add("a", up.port)
             reader, writer = await asyncio.open_connection("127.0.0.1", rig.port)
-            writer.write(b"".join(b"POST /%d HTTP/1.1\r\nHost: t\r\nContent-Length: 2\r\n\r\nab" % n for n in range(10)))
+            writer.write(
+                b"".join(b"POST /%d HTTP/1.1\r\nHost: t\r\nContent-Length: 2\r\n\r\nab" % n for n in range(10))
+            )
             for n in range(10):
                 assert (await read_answer(reader)).json() == {"ok": True, "target": f"/{n}", "length": 2}
             writer.close()
@@ -314,7 +318,9 @@ def test_a_gibibyte_passes_in_constant_memory(run):
 def test_websocket_bytes_pass_both_ways_and_both_ends_close(run):
     async def socket_end(up: Upstream, seen: Seen, reader, writer) -> bool:
         assert seen.header("upgrade") == ["websocket"] and seen.header("connection") == ["upgrade"]
-        writer.write(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-X: 1\r\n\r\nfirst")
+        writer.write(
+            b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-X: 1\r\n\r\nfirst"
+        )
         while data := await reader.read(1000):
             writer.write(data[::-1])
             await writer.drain()
@@ -325,7 +331,9 @@ def test_websocket_bytes_pass_both_ways_and_both_ends_close(run):
         async with upstream(socket_end) as up, proxy() as rig:
             rig.add("a", up.port)
             reader, writer = await asyncio.open_connection("127.0.0.1", rig.port)
-            writer.write(b"GET /v1/realtime HTTP/1.1\r\nHost: t\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\nabc")
+            writer.write(
+                b"GET /v1/realtime HTTP/1.1\r\nHost: t\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\nabc"
+            )
             head = await reader.readuntil(b"\r\n\r\n")
             assert head.startswith(b"HTTP/1.1 101") and b"Sec-X: 1" in head
             assert await reader.readexactly(8) == b"firstcba"

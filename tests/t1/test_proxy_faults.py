@@ -1,0 +1,291 @@
+"""Every fault of an upstream at every point of its answer: exactly one answer or a cut, never a second try of what
+may have run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from proxy_rig import LIMIT_S, Seen, Upstream, answer, ordinary, proxy, read_answer, reset, run, until, upstream
+
+from plugin.phases import Phase
+from plugin.proxy.settings import Settings
+
+pytestmark = pytest.mark.t1
+
+WHOLE = {
+    "length": b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: 20\r\n\r\n0123456789abcdefghij",
+    "chunked": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\na\r\n0123456789\r\na\r\nabcdefghij\r\n0\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("framing", WHOLE)
+@pytest.mark.parametrize("fault", ["reset", "close", "stall"])
+def test_a_fault_after_every_byte_of_the_answer(framing, fault):
+    """At each point: a whole and right answer, a coded 502/504, or a cut; the upstream has seen the request once."""
+    whole = WHOLE[framing]
+    head_end = whole.index(b"\r\n\r\n") + 4
+
+    async def broken(up: Upstream, seen: Seen, reader, writer) -> bool:
+        point = int(seen.target[1:])
+        writer.write(whole[:point])
+        await writer.drain()
+        if fault == "stall" and point < len(whole):
+            await reader.read(1)  # until the proxy gives up
+        elif fault == "reset":
+            if point:
+                await asyncio.sleep(0.002)  # a reset may overtake the bytes before it
+            reset(writer)
+        return False
+
+    async def one(rig, up, point: int) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", rig.port)
+        writer.write(b"POST /%d HTTP/1.1\r\nHost: t\r\nContent-Length: 3\r\n\r\nabc" % point)
+        async with asyncio.timeout(LIMIT_S):
+            try:
+                got = await read_answer(reader)
+            except asyncio.IncompleteReadError as exc:
+                raise AssertionError(f"at {point}: no answer at all, {exc.partial!r}") from exc
+            rest = b"" if got.whole and got.headers.get("connection") != "close" else await reader.read(100)
+        writer.close()
+        assert rest == b"", f"at {point}: something after the answer"
+        if got.status == 200:
+            assert point >= head_end or fault == "stall"
+            assert got.whole == (point == len(whole)), f"at {point}: a cut answer passed for a whole one"
+            assert b"0123456789abcdefghij".startswith(got.body)
+            assert not got.whole or got.body == b"0123456789abcdefghij"
+        else:
+            assert point < head_end or fault == "reset", f"at {point}"
+            assert got.status == (504 if fault == "stall" else 502)
+            assert got.json()["error"]["code"] in ("upstream-cut", "upstream-closed", "upstream-timeout")
+
+    async def main():
+        async with upstream(broken) as up, proxy(Settings(upstream_timeout_s=0.25)) as rig:
+            rig.add("a", up.port)
+            points = range(len(whole) + 1)
+            await asyncio.gather(*(one(rig, up, point) for point in points))
+            assert sorted(seen.target for seen in up.seen) == sorted(f"/{point}" for point in points)
+            await until(lambda: rig.pool.outstanding == 0)
+
+    run(main())
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        b"SSH-2.0-OpenSSH_9\r\n",
+        b"HTTP/1.1 2000 OK\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\nabc",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip\r\n\r\nabc",
+        b"HTTP/1.1 200 OK\r\nX: a\rb\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.1 200 OK\nContent-Length: 0\n\n",
+        b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nX: " + b"a" * 300_000,
+        b"\0" * 100,
+    ],
+)
+def test_an_answer_that_is_not_http(garbage):
+    async def talk(up: Upstream, seen: Seen, reader, writer) -> bool:
+        writer.write(garbage)
+        await writer.drain()
+        await reader.read(1)
+        return False
+
+    async def main():
+        async with upstream(talk) as up, proxy() as rig:
+            rig.add("a", up.port)
+            got = await rig.get("/")
+            assert got.status == 502 and got.json()["error"]["code"] in ("upstream-garbage", "upstream-head")
+            assert len(up.seen) == 1
+
+    run(main())
+
+
+def test_garbage_inside_a_chunked_answer_cuts_it():
+    async def talk(up: Upstream, seen: Seen, reader, writer) -> bool:
+        writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\nzz\r\n")
+        await writer.drain()
+        await reader.read(1)
+        return False
+
+    async def main():
+        async with upstream(talk) as up, proxy() as rig:
+            rig.add("a", up.port)
+            got = await rig.get("/")
+            assert got.status == 200 and not got.whole and got.body in (b"", b"abc")
+
+    run(main())
+
+
+def test_an_answer_nobody_asked_for_spoils_its_connection():
+    async def twice(up: Upstream, seen: Seen, reader, writer) -> bool:
+        writer.write(answer(b"mine") + answer(b"stolen"))
+        return True
+
+    async def main():
+        async with upstream(twice) as up, proxy() as rig:
+            rig.add("a", up.port)
+            for _ in range(10):
+                assert (await rig.get("/")).body == b"mine"
+            assert len(up.seen) == 10
+
+    run(main())
+
+
+def test_refused_connections_go_to_another_replica_and_never_twice():
+    async def main():
+        async with upstream() as dead:
+            dead_port = dead.port
+        async with upstream() as up, proxy() as rig:
+            rig.add("dead", dead_port)
+            rig.add("live", up.port)
+            got = await asyncio.gather(*(rig.get(f"/{n}") for n in range(40)))
+            assert {a.status for a in got} == {200}
+            assert sorted(s.target for s in up.seen) == sorted(f"/{n}" for n in range(40))
+            assert rig.server.stats.upstream_errors["upstream-refused"] >= 1
+
+    run(main())
+
+
+def test_a_replica_that_accepts_and_closes_before_anything_was_sent_is_passed_over():
+    async def slam(reader, writer):
+        reset(writer)
+
+    async def main():
+        server = await asyncio.start_server(slam, "127.0.0.1", 0)
+        async with upstream() as up, proxy() as rig:
+            rig.add("slams", server.sockets[0].getsockname()[1])
+            rig.add("live", up.port)
+            got = await asyncio.gather(*(rig.get(f"/{n}") for n in range(20)))
+            # a close that comes after the head was written may have followed a run: that one is a 502, never a second
+            # try
+            assert {a.status for a in got} <= {200, 502}
+            assert len(up.seen) == sum(a.status == 200 for a in got)
+        server.close()
+
+    run(main())
+
+
+def test_a_dead_replica_is_woken_again():
+    async def main():
+        async with upstream() as dead:
+            dead_port = dead.port
+        async with upstream() as up:
+
+            async def wake() -> None:
+                tracker = rig.trackers["a"]
+                rig.pool.replicas["a"].upstream = alive
+                for phase in (
+                    Phase.FAILED,
+                    Phase.MOUNTING,
+                    Phase.RESTORING,
+                    Phase.WAKING,
+                    Phase.VERIFYING,
+                    Phase.SERVING,
+                ):
+                    tracker.to(phase)
+
+            async with proxy(wake=wake) as rig:
+                from plugin.proxy.upstream import tcp
+
+                alive = tcp("127.0.0.1", up.port)
+                rig.add("a", dead_port)
+                got = await asyncio.gather(*(rig.get("/") for _ in range(10)))
+                assert {a.status for a in got} == {200} and len(up.seen) == 10 and rig.pool.wakes == 1
+
+    run(main())
+
+
+def test_a_replica_that_answers_before_the_body_is_through():
+    async def early(up: Upstream, seen: Seen, reader, writer) -> bool:
+        writer.write(answer(b"too large", "413 Content Too Large"))
+        return False
+
+    async def main():
+        async with upstream(early, read_body=False) as up, proxy() as rig:
+            rig.add("a", up.port)
+            reader, writer = await asyncio.open_connection("127.0.0.1", rig.port)
+            writer.write(b"POST / HTTP/1.1\r\nHost: t\r\nContent-Length: 5000000\r\n\r\n" + bytes(100_000))
+            async with asyncio.timeout(LIMIT_S):
+                got = await read_answer(reader)
+                assert got.status in (413, 502)
+                assert await reader.read(-1) == b"", "the connection ends, for its body is not all there"
+            writer.close()
+            assert len(up.seen) == 1
+
+    run(main())
+
+
+def test_slow_loris_is_dropped_in_head_and_in_body():
+    async def main():
+        settings = Settings(head_timeout_s=0.2, body_timeout_s=0.2)
+        async with upstream() as up, proxy(settings) as rig:
+            rig.add("a", up.port)
+            for start in (
+                b"GET / HTTP/1.1\r\nHost: t\r\nX-",
+                b"POST / HTTP/1.1\r\nHost: t\r\nContent-Length: 9\r\n\r\nab",
+            ):
+                reader, writer = await asyncio.open_connection("127.0.0.1", rig.port)
+                writer.write(start)
+                async with asyncio.timeout(LIMIT_S):
+                    raw = await reader.read(-1)
+                assert raw.startswith(b"HTTP/1.1 408 "), raw
+                writer.close()
+            assert all(seen.gone or not seen.body for seen in up.seen)
+
+    run(main())
+
+
+def test_idle_clients_are_let_go():
+    async def main():
+        async with upstream() as up, proxy(Settings(keepalive_s=0.1)) as rig:
+            rig.add("a", up.port)
+            reader, writer = await asyncio.open_connection("127.0.0.1", rig.port)
+            writer.write(b"GET / HTTP/1.1\r\nHost: t\r\n\r\n")
+            assert (await read_answer(reader)).status == 200
+            async with asyncio.timeout(LIMIT_S):
+                assert await reader.read(1) == b""
+            writer.close()
+
+    run(main())
+
+
+def test_a_client_that_breaks_its_own_body_reaches_an_end():
+    async def main():
+        async with upstream() as up, proxy() as rig:
+            rig.add("a", up.port)
+            raw = await rig.raw(
+                b"POST / HTTP/1.1\r\nHost: t\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\nQ\r\n", until_close=True
+            )
+            assert raw.startswith(b"HTTP/1.1 400 ")
+            await until(lambda: rig.pool.outstanding == 0)
+            assert (await rig.get("/")).status == 200
+
+    run(main())
+
+
+@pytest.mark.parametrize("handler", [ordinary])
+def test_many_at_once_with_clients_going_at_random(handler):
+    async def main():
+        async with upstream(handler) as up, proxy() as rig:
+            rig.add("a", up.port)
+
+            async def one(n: int) -> int:
+                task = asyncio.create_task(rig.get(f"/stream/{n}" if n % 2 else f"/{n}"))
+                if n % 3 == 0:
+                    await asyncio.sleep(0.001 * (n % 40))
+                    task.cancel()
+                try:
+                    return (await task).status
+                except (asyncio.CancelledError, asyncio.IncompleteReadError):
+                    return 0
+
+            got = await asyncio.gather(*(one(n) for n in range(300)))
+            assert all(status == 200 for n, status in enumerate(got) if n % 3)
+            targets = [seen.target for seen in up.seen]
+            assert len(targets) == len(set(targets)), "a request was seen twice"
+            await until(lambda: rig.pool.outstanding == 0)
+
+    run(main())

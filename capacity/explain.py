@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from capacity import solver
+from capacity import highs
 from capacity.errors import Change, Conflict, InfeasibleError, SolverError
 from capacity.model import Floats, Problem
 from capacity.program import Ints, Name, Program
@@ -120,7 +120,7 @@ def _elastic(program: Program) -> _Elastic:
     return _Elastic(flat, tuple(listed), np.array(owner, dtype=np.int64), steps * wide, np.array(weight))
 
 
-def _solve(elastic: _Elastic, hard: set[int], deadline: float, *, whole: bool) -> solver.Outcome:
+def _solve(elastic: _Elastic, hard: set[int], deadline: float, *, whole: bool) -> highs.Outcome:
     """The cheapest violation when the constraints in `hard` may not be passed."""
     left = deadline - time.perf_counter()
     if left <= 0:
@@ -129,7 +129,7 @@ def _solve(elastic: _Elastic, hard: set[int], deadline: float, *, whole: bool) -
     upper = elastic.program.upper.copy()
     upper[elastic.columns :][closed] = 0.0
     part = replace(elastic.program, upper=upper)
-    return solver.run(solver.load(part, whole=whole, limit=left), whole=whole)
+    return highs.run(highs.load(part, whole=whole, limit=left), whole=whole)
 
 
 def _hitting(sets: list[frozenset[int]], count: int, deadline: float) -> set[int]:
@@ -162,9 +162,10 @@ def _hitting(sets: list[frozenset[int]], count: int, deadline: float) -> set[int
         at_s=0,
         at_y=0,
         price_scale=1.0,
+        pair_price=np.zeros(0),
     )
     left = max(0.05, deadline - time.perf_counter())
-    outcome = solver.run(solver.load(program, whole=True, limit=left), whole=True)
+    outcome = highs.run(highs.load(program, whole=True, limit=left), whole=True)
     if outcome.values is None:
         raise SolverError("solver-gave-up", "no hitting set")
     return {members[k] for k in np.flatnonzero(outcome.values > 0.5)}
@@ -205,7 +206,7 @@ def _certificate(elastic: _Elastic, duals: Floats) -> list[int]:
 def _nearest(problem: Problem, elastic: _Elastic, deadline: float) -> tuple[Change, ...]:
     """The cheapest violation in whole numbers: of what people can move if that suffices, else of anything."""
     kept = {n for n, name in enumerate(elastic.names) if name.sort not in MOVABLE}
-    outcome: solver.Outcome | None = None
+    outcome: highs.Outcome | None = None
     for hard in (kept, set()):
         for whole in (True, False):
             try:

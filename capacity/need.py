@@ -42,7 +42,8 @@ class Need:
     kind: Kind
     lead: Floats  # [service] seconds
     boot: Floats  # [pool] seconds
-    rate: Floats  # [pool, service] what a replica serves on average, interruptions counted; 0 where it does not fit
+    loss: Floats  # [pool] share of its price that interruptions cost on top
+    rate: Floats  # [pool, service] what a replica serves; 0 where it does not fit
     median: Floats
     target: Floats  # quantile, headroom and hot spare
     hot: Floats
@@ -140,12 +141,10 @@ def compute(problem: Problem, kind: Kind) -> Need:
     pools, services = problem.pools, problem.services
     lead = np.array([quantile(s.lead_samples(kind), policy.lead_quantile) for s in services])
     boot = np.array([quantile(p.boot, policy.lead_quantile) for p in pools])
-    rate = np.zeros((len(pools), len(services)))
-    for i, pool in enumerate(pools):
-        for j, service in enumerate(services):
-            if service.fits(pool):
-                lost = min(0.5, pool.interruptions * (boot[i] + lead[j]) / 3600)
-                rate[i, j] = (service.rate_on(pool.gpu) or 0.0) * (1 - lost)
+    rate = np.array([[(s.rate_on(p.gpu) or 0.0) if s.fits(p) else 0.0 for s in services] for p in pools])
+    # What an interrupted instance costs again while its replacement boots and its slowest service starts.
+    slowest_lead = np.where(rate > 0, lead, 0.0).max(axis=1)
+    loss = np.array([p.interruptions for p in pools]) * (boot + slowest_lead) / 3600
     wait = np.array([s.target_wait for s in services])
     slowest_boot = np.array([max(boot[i] for i in range(len(pools)) if rate[i, j] > 0) for j in range(len(services))])
     hot_window = np.maximum(0.0, lead - wait)
@@ -160,7 +159,7 @@ def compute(problem: Problem, kind: Kind) -> Need:
     places: list[PoolKind] = [(p.gpu, p.memory, p.region, p.gpus) for p in pools]
     number = {key: k for k, key in enumerate(dict.fromkeys(places))}
     groups = _groups(growth, places, number, rate, hot, idle_window)
-    return Need(kind, lead, boot, rate, median, target, hot, groups, tuple(number[key] for key in places))
+    return Need(kind, lead, boot, loss, rate, median, target, hot, groups, tuple(number[key] for key in places))
 
 
 def _groups(

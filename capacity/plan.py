@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from capacity import explain, need, program, solver
+from capacity import explain, highs, need, program, solver
 from capacity.check import violations
 from capacity.errors import SolverError
 from capacity.model import Floats, Kind, Problem
@@ -112,8 +112,8 @@ def solve(problem: Problem, kind: Kind = "restored", *, exact: bool = False, lim
     relaxed = solver.relax(built, limit=limit)
     if relaxed.values is None:
         raise explain.infeasible(problem, built, whole=False)
-    best = solver.exact(built, limit=limit) if exact else None
     rounded = solver.round_whole(built, relaxed.values, limit=limit)
+    best = solver.exact(built, start=rounded.values, limit=limit) if exact else None
     chosen = rounded if best is None else best
     if chosen.values is None:
         raise explain.infeasible(problem, built, whole=True)
@@ -137,13 +137,13 @@ def _read(
     problem: Problem,
     required: need.Need,
     built: program.Program,
-    relaxed: solver.Outcome,
+    relaxed: highs.Outcome,
     values: Floats,
     kind: Kind,
     exact: bool,
     seconds: float,
-    rounded: solver.Outcome,
-    best: solver.Outcome | None,
+    rounded: highs.Outcome,
+    best: highs.Outcome | None,
 ) -> Plan:
     steps, pools = built.steps, len(problem.pools)
     table = values.reshape(steps, built.columns)
@@ -159,7 +159,7 @@ def _read(
     starts = np.maximum(0, instances - before)
     prices = np.array([pool.price for pool in problem.pools])
     cost = float(
-        (instances @ prices).sum() * problem.step_seconds / 3600
+        (instances @ (prices * (1 + required.loss))).sum() * problem.step_seconds / 3600
         + (starts @ prices).sum() * problem.policy.switching_cost
     )
     scale = built.price_scale
@@ -191,7 +191,7 @@ _UNITS = {
 }
 
 
-def _shadows(problem: Problem, built: program.Program, relaxed: solver.Outcome) -> tuple[Shadow, ...]:
+def _shadows(problem: Problem, built: program.Program, relaxed: highs.Outcome) -> tuple[Shadow, ...]:
     """Duals of the bounds a person can move, summed over the horizon, in dollars an hour saved; largest first."""
     if relaxed.row_dual is None or relaxed.column_dual is None:
         return ()

@@ -54,6 +54,7 @@ class Program:
     at_s: int
     at_y: int
     price_scale: float
+    pair_price: Floats  # [x column] dollars a unit of demand served there; which places to try first
 
 
 class _Rows:
@@ -77,6 +78,12 @@ class _Rows:
         self.lower.append(lower)
         self.upper.append(upper)
         return index
+
+
+def whole_up(values: Floats) -> Floats:
+    """The next whole number, with room for rounding errors of a division."""
+    result: Floats = np.ceil(values - 1e-9)
+    return result
 
 
 def build(problem: Problem, need: Need) -> Program:
@@ -125,13 +132,13 @@ def build(problem: Problem, need: Need) -> Program:
     for j, service in enumerate(services):
         cols = at_x + by_service[j]
         peak = float(need.target[j].max())
-        rows.add(
-            Name("demand", service.name, f"demand of service {service.name} (up to {peak:.4g} {service.unit}/s)"),
-            cols,
-            served[by_service[j]],
-            need.target[j],
-            free,
-        )
+        name = Name("demand", service.name, f"demand of service {service.name} (up to {peak:.4g} {service.unit}/s)")
+        speeds = sorted(set(served[by_service[j]]))
+        if len(speeds) == 1:
+            # Replicas alike everywhere: counted, so that the linear program sees whole replicas.
+            rows.add(name, cols, np.ones(len(cols)), whole_up(need.target[j] / speeds[0]), free)
+        else:
+            rows.add(name, cols, served[by_service[j]], need.target[j], free)
         if service.minimum > 0:
             name = Name("minimum", service.name, f"services {service.name} min {service.minimum}")
             rows.add(name, cols, np.ones(len(cols)), np.full(steps, float(service.minimum)), free)
@@ -152,7 +159,10 @@ def build(problem: Problem, need: Need) -> Program:
                 vals_list.append(weight[1] * block)
         peak = float(group.required.max())
         name = Name("idle", group.name, f"{group.name} (up to {peak:.4g} GPUs)")
-        rows.add(name, np.array(cols_list, dtype=np.int64), np.array(vals_list), group.required, free)
+        required = group.required
+        if all(abs(v / vals_list[0] - round(v / vals_list[0])) < 1e-9 for v in vals_list) and vals_list[0] <= min(vals_list):
+            required = whole_up(required / vals_list[0]) * vals_list[0]  # only whole blocks count
+        rows.add(name, np.array(cols_list, dtype=np.int64), np.array(vals_list), required, free)
     for quota in problem.quotas:
         inside = np.array([i for i in range(count) if quota.covers(pools[i])], dtype=np.int64)
         if not len(inside):
@@ -177,12 +187,16 @@ def build(problem: Problem, need: Need) -> Program:
     for k, j in enumerate(spread):
         name = Name("zones", services[j].name, f"service {services[j].name} serves on when its largest zone is lost")
         mine = by_service[j]
+        speeds = sorted(set(served[mine]))
+        unit = speeds[0] if len(speeds) == 1 else 1.0
+        rest = need.median[j] * policy.zone_loss / unit
         for one in zones_of[j]:
             inside = mine[[zone[pairs[m, 0]] == one for m in mine]]
             cols = np.concatenate([[at_y + k], at_x + inside])
-            rows.add(name, cols, np.concatenate([[1.0], -served[inside]]), zero, free)
+            rows.add(name, cols, np.concatenate([[1.0], -served[inside] / unit]), zero, free)
         cols = np.concatenate([[at_y + k], at_x + mine])
-        rows.add(name, cols, np.concatenate([[-1.0], served[mine]]), need.median[j] * policy.zone_loss, free)
+        vals = np.concatenate([[-1.0], served[mine] / unit])
+        rows.add(name, cols, vals, whole_up(rest) if len(speeds) == 1 else rest, free)
     if policy.max_start is not None:
         name = Name("start-limit", "", f"policy max_start {policy.max_start}")
         rows.add(name, at_u + everywhere, np.ones(count), none, np.full(steps, float(policy.max_start)))
@@ -193,17 +207,21 @@ def build(problem: Problem, need: Need) -> Program:
         cols = np.concatenate([at_u + everywhere, everywhere])
         index = rows.add(name, cols, np.concatenate([np.ones(count), -np.ones(count)]), none, upper)
         rows.previous.extend((index, i, 1.0) for i in range(count))
-    return _tile(problem, rows, columns, pairs, blocks, spread, (at_u, at_x, at_b, at_s, at_y))
+    price = np.array([p.price / p.gpus for p in pools])
+    pair_price = price[pairs[:, 0]] * width / served
+    return _tile(problem, need.loss, rows, columns, pairs, blocks, spread, (at_u, at_x, at_b, at_s, at_y), pair_price)
 
 
 def _tile(
     problem: Problem,
+    loss: Floats,
     rows: _Rows,
     columns: int,
     pairs: Ints,
     blocks: Ints,
     spread: tuple[int, ...],
     at: tuple[int, int, int, int, int],
+    pair_price: Floats,
 ) -> Program:
     pools, steps = problem.pools, problem.demand.steps
     at_u, at_x, at_b, at_s, at_y = at
@@ -234,11 +252,11 @@ def _tile(
     price = np.array([p.price for p in pools])
     scale = float(price.max()) or 1.0
     cost = np.zeros((steps, columns))
-    cost[:, :count] = price / scale * (problem.step_seconds / 3600)
+    cost[:, :count] = price / scale * (1 + loss) * (problem.step_seconds / 3600)
     cost[:, at_u : at_u + count] = price / scale * problem.policy.switching_cost
     integer = np.ones((steps, columns), dtype=np.bool_)
     integer[:, count : 2 * count] = False  # starts are whole when instances are
-    integer[:, at_s:] = False
+    integer[:, at_y:] = False
     return Program(
         steps=steps,
         columns=columns,
@@ -263,4 +281,5 @@ def _tile(
         at_s=at_s,
         at_y=at_y,
         price_scale=scale,
+        pair_price=pair_price,
     )

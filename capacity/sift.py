@@ -1,0 +1,188 @@
+"""The linear program when it is large: columns as they are needed, and steps one after the other first.
+
+Two ideas, both exact (the last solve prices every column of the whole program):
+- sifting (Forrest; Bixby et al. 1992): only the cheapest places of each service enter at first, the rest when their
+  reduced cost asks for it;
+- the steps share one matrix, so each is solved from the basis of the step before, and the bases of all steps together are a
+  nearly optimal basis of the whole.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import highspy
+import numpy as np
+import numpy.typing as npt
+
+from capacity import highs
+from capacity.highs import Outcome
+from capacity.model import Floats
+from capacity.program import Ints, Program
+
+FIRST = 8  # cheapest pairs of a service that enter at first
+MORE = 16  # pairs of a service that enter a round
+ROUNDS = 60
+PRICE = 1e-7
+Flags = npt.NDArray[np.bool_]
+
+
+@dataclass
+class _Basis:
+    """Status of every column and row of one step, by HiGHS's own values."""
+
+    columns: npt.NDArray[np.object_]
+    rows: list[Any]
+
+
+def relax(program: Program, *, limit: float) -> Outcome:
+    """Same answer as a plain solve, sooner; falls back to the plain solve whenever a shortcut does not hold."""
+    began = time.perf_counter()
+    keep = cheapest(program)
+    view = highs.view(program)
+    bases: list[_Basis] = []
+    previous: Floats | None = None
+    basis: _Basis | None = None
+    for t in range(program.steps):
+        step = highs.step(program, view, t, previous)
+        outcome, basis, keep = _sift(step, keep, basis, limit)
+        if outcome.values is None:
+            break  # alone, this step cannot follow the one before: only the whole program can tell
+        bases.append(basis)
+        previous = outcome.values
+        if program.steps == 1:
+            return replace(outcome, seconds=time.perf_counter() - began)
+    else:
+        whole = _whole(program, keep, bases, limit)
+        if whole is not None:
+            return replace(whole, seconds=time.perf_counter() - began)
+    return highs.run(highs.load(program, whole=False, limit=limit), whole=False)
+
+
+def cheapest(program: Program) -> Flags:
+    """Which columns of a step enter at first: all but the dear pairs of each service."""
+    keep = np.ones(program.columns, dtype=np.bool_)
+    pairs = program.pairs
+    if not len(pairs):
+        return keep
+    order = np.lexsort((program.pair_price, pairs[:, 1]))
+    rank = np.empty(len(pairs), dtype=np.int64)
+    rank[order] = _rank(pairs[order, 1])
+    keep[program.at_x : program.at_b] = rank < FIRST
+    return keep
+
+
+def _rank(groups: Ints) -> Ints:
+    """0, 1, 2, … within each run of equal values."""
+    starts = np.flatnonzero(np.r_[True, groups[1:] != groups[:-1]])
+    return np.arange(len(groups)) - np.repeat(starts, np.diff(np.r_[starts, len(groups)]))
+
+
+def masked(program: Program, keep: Flags) -> tuple[Program, Ints]:
+    """The program without the columns of a step that are not kept; and which (of all) remain."""
+    every = np.tile(keep, program.steps)
+    columns = np.flatnonzero(every)
+    position = np.full(len(every), -1, dtype=np.int64)
+    position[columns] = np.arange(len(columns))
+    inside = every[program.col]
+    part = replace(
+        program,
+        columns=int(keep.sum()),
+        row=program.row[inside],
+        col=position[program.col[inside]],
+        val=program.val[inside],
+        lower=program.lower[columns],
+        upper=program.upper[columns],
+        cost=program.cost[columns],
+        integer=program.integer[columns],
+    )
+    return part, columns
+
+
+def _reduced(program: Program, row_dual: Floats) -> Floats:
+    priced = np.bincount(program.col, row_dual[program.row] * program.val, minlength=len(program.cost))
+    reduced: Floats = program.cost - priced
+    return reduced
+
+
+def _enter(program: Program, reduced: Floats, keep: Flags) -> Flags:
+    """Columns to add: of each service the pairs with the most negative reduced cost over the steps."""
+    worst = reduced.reshape(program.steps, program.columns).min(axis=0)
+    candidates = np.flatnonzero((worst < -PRICE) & ~keep)
+    added = keep.copy()
+    if len(candidates):
+        service = program.pairs[candidates - program.at_x, 1]
+        order = np.lexsort((worst[candidates], service))
+        added[candidates[order][_rank(service[order]) < MORE]] = True
+    return added
+
+
+def _spread_out(program: Program, part: Outcome, columns: Ints, row_dual: Floats) -> Outcome:
+    values = np.zeros(len(program.cost))
+    if part.values is not None:
+        values[columns] = part.values
+    return replace(part, values=values, column_dual=_reduced(program, row_dual))
+
+
+def _sift(
+    step: Program, keep: Flags, basis: _Basis | None, limit: float
+) -> tuple[Outcome, _Basis, Flags]:
+    """One step to optimality, from a basis if there is one."""
+    warm = basis
+    for _ in range(ROUNDS):
+        part, columns = masked(step, keep)
+        solver = highs.load(part, whole=False, limit=limit)
+        if warm is not None:
+            _set(solver, list(warm.columns[columns]), warm.rows)
+        outcome = highs.run(solver, whole=False)
+        if outcome.values is None or outcome.row_dual is None:
+            if keep.all():
+                return outcome, _Basis(np.array([]), []), keep
+            keep = np.ones_like(keep)
+            warm = None
+            continue
+        warm = _get(solver, step.columns, columns)
+        added = _enter(step, _reduced(step, outcome.row_dual), keep)
+        if (added == keep).all():
+            return _spread_out(step, outcome, columns, outcome.row_dual), warm, keep
+        keep = added
+    keep = np.ones_like(keep)
+    solver = highs.load(step, whole=False, limit=limit)
+    outcome = highs.run(solver, whole=False)
+    return outcome, _get(solver, step.columns, np.arange(step.columns)), keep
+
+
+def _get(solver: highspy.Highs, width: int, columns: Ints) -> _Basis:
+    found = solver.getBasis()
+    status = np.full(width, highspy.HighsBasisStatus.kLower, dtype=np.object_)
+    status[columns] = np.array(list(found.col_status), dtype=np.object_)
+    return _Basis(status, list(found.row_status))
+
+
+def _set(solver: highspy.Highs, columns: list[Any], rows: list[Any]) -> None:
+    basis = highspy.HighsBasis()
+    basis.col_status = columns
+    basis.row_status = rows
+    basis.valid = True
+    solver.setBasis(basis)
+
+
+def _whole(program: Program, keep: Flags, bases: list[_Basis], limit: float) -> Outcome | None:
+    rows = [status for basis in bases for status in basis.rows]
+    columns_status = np.concatenate([basis.columns for basis in bases])
+    for _ in range(ROUNDS):
+        part, columns = masked(program, keep)
+        solver = highs.load(part, whole=False, limit=limit)
+        _set(solver, list(columns_status[columns]), rows)
+        outcome = highs.run(solver, whole=False)
+        if outcome.values is None or outcome.row_dual is None:
+            return None
+        added = _enter(program, _reduced(program, outcome.row_dual), keep)
+        if (added == keep).all():
+            return _spread_out(program, outcome, columns, outcome.row_dual)
+        found = _get(solver, len(program.cost), columns)
+        columns_status, rows = found.columns, found.rows
+        keep = added
+    return None

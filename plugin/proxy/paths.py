@@ -13,6 +13,7 @@ from enum import Enum
 from urllib.parse import unquote_to_bytes
 
 _ABSOLUTE = re.compile(rb"^[a-zA-Z][a-zA-Z0-9+.\-]*://")
+_INVISIBLE = bytes(range(33)) + b"\x7f"
 _CACHE_MAX = 4096
 
 
@@ -35,7 +36,7 @@ def canonical(path: bytes) -> str:
         path = decoded
     parts: list[bytes] = []
     for part in path.replace(b"\\", b"/").split(b"?", 1)[0].split(b"#", 1)[0].split(b"/"):
-        part = part.split(b";", 1)[0].strip()
+        part = part.split(b";", 1)[0].translate(None, _INVISIBLE)
         if part == b"..":
             if parts:
                 parts.pop()

@@ -270,5 +270,5 @@ async def read_answer(reader: asyncio.StreamReader, *, head_only: bool = False) 
 async def until(condition: Callable[[], bool], what: str = "the condition") -> None:
     """Wait, with a limit, until something observable has happened."""
     async with asyncio.timeout(LIMIT_S):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 - what is waited for has no event of its own
             await asyncio.sleep(0.005)

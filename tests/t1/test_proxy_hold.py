@@ -295,8 +295,7 @@ def test_idle_goes_to_sleep_and_the_next_request_wakes_it_none_falls_between():
                     for turn in range(15):
                         assert (await rig.get(f"/{n}/{turn}")).status == 200
                         done += 1
-                        await asyncio.sleep(0.013 * ((n + turn) % 5))  # before, at and after the moment of falling
-                        asleep
+                        await asyncio.sleep(0.013 * ((n + turn) % 5))  # around the moment of sleep
 
                 await asyncio.gather(*(client(n) for n in range(3)))
                 await until(lambda: rig.pool.sleeps >= 1)

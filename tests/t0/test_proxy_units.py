@@ -1,0 +1,163 @@
+"""The proxy's pure parts: paths, heads, measured starts, errors, settings, logs."""
+
+from __future__ import annotations
+
+import json
+import logging
+import string
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from plugin.phases import Phase, Span
+from plugin.proxy import wire
+from plugin.proxy.errors import ClientFault, StartFailed, Unavailable, UpstreamFault, render
+from plugin.proxy.history import History, Kind, kind_of
+from plugin.proxy.logs import JsonFormatter
+from plugin.proxy.paths import PathRules, Verdict, absolute_form, canonical
+from plugin.proxy.settings import Settings
+from plugin.proxy.stats import Histogram
+from plugin.proxy.upstream import from_spec, from_url, tcp, unix
+
+pytestmark = pytest.mark.t0
+
+
+@given(st.text(alphabet=string.ascii_letters + "/.%2fF5cC;?#\\ \t", max_size=40))
+def test_canonical_is_a_fixed_point_without_dots_or_doubles(text):
+    seen = canonical(b"/" + text.encode())
+    assert canonical(seen.encode()) == seen
+    assert seen.startswith("/") and "//" not in seen and "/./" not in seen and "/../" not in seen
+
+
+@given(st.data())
+def test_every_percent_spelling_of_a_denied_path_is_denied(data):
+    path = "/release_memory_occupation"
+    spelled = "".join(
+        c
+        if c == "/" or not data.draw(st.booleans())
+        else data.draw(st.sampled_from([f"%{ord(c):02x}", f"%25{ord(c):02X}"]))
+        for c in path
+    )
+    rules = PathRules("/-", frozenset({path}))
+    assert rules.judge(spelled.encode() + b"?x=1") is Verdict.DENIED
+    assert rules.judge(b"/v1/completions") is Verdict.PASS
+
+
+def test_own_paths_are_own_only_when_spelled_plainly():
+    rules = PathRules("/-", frozenset())
+    assert rules.judge(b"/-/status") is rules.judge(b"/-") is Verdict.OWN
+    for spelling in (b"/%2d/status", b"//-/status", b"/x/../-/status", b"/-/%73tatus"):
+        assert rules.judge(spelling) is Verdict.DENIED
+    assert rules.judge(b"/--/status") is Verdict.PASS
+
+
+def test_verdicts_are_kept_but_not_for_ever():
+    rules = PathRules("/-", frozenset({"/sleep"}))
+    for n in range(10_000):
+        assert rules.judge(b"/%d" % n) is Verdict.PASS
+    assert len(rules._cache) <= 4096
+
+
+def test_absolute_form():
+    assert absolute_form(b"http://h:1/a?b") == (b"h:1", b"/a?b")
+    assert absolute_form(b"http://h?b") == (b"h", b"/?b")
+    assert absolute_form(b"/a") is None
+
+
+def test_what_a_start_is_called():
+    assert kind_of([Phase.MOUNTING]) is None
+    assert kind_of([Phase.MOUNTING, Phase.RESTORING, Phase.WAKING]) is Kind.RESTORED
+    assert kind_of([Phase.MOUNTING, Phase.RESTORING, Phase.FAILED, Phase.MOUNTING, Phase.STARTING]) is Kind.COLD
+    assert kind_of([Phase.WAKING]) is Kind.WOKEN
+
+
+def test_deadlines_and_what_is_left_follow_what_was_measured():
+    history = History()
+    assert history.deadline(Kind.RESTORED) == 30.0 and history.typical(Kind.COLD) == 120.0
+    for seconds in (0.5, 0.6, 20.0):
+        history.record(Kind.RESTORED, seconds, (Span(Phase.RESTORING, 0.0, seconds),))
+    assert history.typical(Kind.RESTORED) == 0.6
+    assert history.deadline(Kind.RESTORED) == 80.0
+    assert history.left(Kind.RESTORED, 0.1) == 0.5
+    assert history.left(Kind.RESTORED, 5.0) == 15.0
+    assert history.left(Kind.RESTORED, 40.0) == 20.0
+    assert history.last[Kind.RESTORED][0].took_s == 20.0
+    for _ in range(1000):
+        history.record(Kind.COLD, 1.0)
+    assert len(history.seen(Kind.COLD)) == 64
+
+
+@given(st.lists(st.floats(0.001, 1000), min_size=1, max_size=64), st.floats(0, 5000))
+def test_something_is_always_left(durations, elapsed):
+    history = History(cold=durations)
+    assert 0 < history.left(Kind.COLD, elapsed) <= max(*durations, 1.0, elapsed)
+
+
+def test_error_shapes():
+    status, headers, body = render(Unavailable("hold-deadline", "m", retry_after_s=1.2), "/v1/completions", "id")
+    assert status == 503 and (b"retry-after", b"2") in headers
+    assert json.loads(body)["error"] == {"message": "m", "type": "server_error", "param": None, "code": "hold-deadline"}
+    status, _, body = render(ClientFault("x", "m", status=413), "/v1/messages", "id")
+    document = json.loads(body)
+    assert status == 413 and document["type"] == "error" and document["error"]["type"] == "request_too_large"
+    assert render(UpstreamFault("u", "m", status=504), "/", "id")[0] == 504
+
+
+def test_an_error_for_thousands_keeps_its_kind_and_not_its_traceback():
+    try:
+        raise StartFailed("no-gpu", "no GPU", retry_after_s=3)
+    except StartFailed as error:
+        twin = error.fresh()
+    assert type(twin) is StartFailed and (twin.code, twin.message, twin.retry_after_s) == ("no-gpu", "no GPU", 3)
+    assert twin.__traceback__ is None and str(twin) == "no GPU"
+
+
+def test_trailers_that_steer_are_dropped():
+    fields = [(b"x-a", b"X-A", b"1"), (b"content-length", b"Content-Length", b"5"), (b"host", b"Host", b"h")]
+    assert wire.last_chunk(fields) == b"0\r\nX-A: 1\r\n\r\n"
+    assert wire.last_chunk(fields[1:]) == b"0\r\n\r\n"
+
+
+def test_request_ids():
+    assert wire.usable_request_id(b"req_1-x") and not wire.usable_request_id(b"") and not wire.usable_request_id(b"a b")
+    assert not wire.usable_request_id("é".encode()) and not wire.usable_request_id(b"a" * 129)
+    assert len(wire.new_request_id()) == 24
+
+
+@pytest.mark.parametrize(
+    "bad", [{"max_held": -1}, {"own_prefix": "x"}, {"own_prefix": "/"}, {"own_prefix": "/-/"}, {"drain_s": -0.1}]
+)
+def test_settings_refuse_nonsense(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        Settings(**bad)
+
+
+def test_upstreams_from_urls_and_specs():
+    assert from_url("http://127.0.0.1:81").name == "127.0.0.1:81"
+    assert from_url("127.0.0.1:81").authority == b"127.0.0.1:81"
+    assert from_url("unix:/run/x.sock").name == "unix:/run/x.sock"
+    assert from_url("https://example.test").tls is not None
+    for bad in ("ftp://x", "http://x/path", "unix:relative", "http://u:p@x", "http://"):
+        with pytest.raises(ValueError):
+            from_url(bad)
+    for upstream in (tcp("127.0.0.1", 1), unix("/x")):
+        assert upstream.spec is not None and from_spec(upstream.spec).name == upstream.name
+    with pytest.raises(ValueError, match="kind"):
+        from_spec({"kind": "pigeon"})
+
+
+def test_histograms():
+    histogram = Histogram((1.0, 2.0))
+    for value in (0.5, 1.0, 1.5, 9.0):
+        histogram.add(value)
+    assert histogram.counts == [2, 1, 1] and histogram.total == 12.0
+    histogram.merge(histogram)
+    assert histogram.counts == [4, 2, 2]
+
+
+def test_a_log_line_is_one_json_object():
+    record = logging.LogRecord("quickthaw.proxy", logging.INFO, __file__, 1, "request", (), None)
+    record.fields = {"request_id": "a\nb", "held_s": 0.5}
+    line = JsonFormatter().format(record)
+    assert "\n" not in line and json.loads(line)["request_id"] == "a\nb" and json.loads(line)["event"] == "request"

@@ -47,7 +47,9 @@ class Program:
     column_names: dict[int, Name]  # column of a step -> whose upper bound it is
     pairs: Ints  # [x column, 2]: pool, service
     blocks: Ints  # [b column, 2]: pool, slot size
+    sums: tuple[tuple[int, int], ...]  # [B column]: place, slot size
     spread: tuple[int, ...]  # services with a y column
+    spread_unit: tuple[float, ...]  # what y counts: replicas of this rate, or 1.0 a second
     at_u: int
     at_x: int
     at_b: int
@@ -184,11 +186,13 @@ def build(problem: Problem, need: Need) -> Program:
         if share.most < 1:
             name = Name("region-max", region, f"region_mix {region} max {share.most:g}")
             rows.add(name, everywhere, gpus * (here - share.most), none, zero)
+    spread_unit: list[float] = []
     for k, j in enumerate(spread):
         name = Name("zones", services[j].name, f"service {services[j].name} serves on when its largest zone is lost")
         mine = by_service[j]
         speeds = sorted(set(served[mine]))
         unit = speeds[0] if len(speeds) == 1 else 1.0
+        spread_unit.append(unit)
         rest = need.median[j] * policy.zone_loss / unit
         for one in zones_of[j]:
             inside = mine[[zone[pairs[m, 0]] == one for m in mine]]
@@ -209,7 +213,8 @@ def build(problem: Problem, need: Need) -> Program:
         rows.previous.extend((index, i, 1.0) for i in range(count))
     price = np.array([p.price / p.gpus for p in pools])
     pair_price = price[pairs[:, 0]] * width / served
-    return _tile(problem, need.loss, rows, columns, pairs, blocks, spread, (at_u, at_x, at_b, at_s, at_y), pair_price)
+    units = tuple(float(u) for u in spread_unit)
+    return _tile(problem, need.loss, rows, columns, pairs, blocks, tuple(sums), (spread, units), (at_u, at_x, at_b, at_s, at_y), pair_price)
 
 
 def _tile(
@@ -219,7 +224,8 @@ def _tile(
     columns: int,
     pairs: Ints,
     blocks: Ints,
-    spread: tuple[int, ...],
+    sums: tuple[tuple[int, int], ...],
+    spread: tuple[tuple[int, ...], tuple[float, ...]],
     at: tuple[int, int, int, int, int],
     pair_price: Floats,
 ) -> Program:
@@ -274,7 +280,9 @@ def _tile(
         column_names=names,
         pairs=pairs,
         blocks=blocks,
-        spread=spread,
+        sums=sums,
+        spread=spread[0],
+        spread_unit=spread[1],
         at_u=at_u,
         at_x=at_x,
         at_b=at_b,

@@ -1,0 +1,303 @@
+"""Whole instances from a linear program by construction, for steps too large for an integer program.
+
+Round replicas by largest remainder, add what demand and zones still lack, lay the idle blocks into GPUs that are free, open
+instances where nothing is free, then close instances whose tenants fit elsewhere, the dearest first. Every move keeps demand,
+zones, idle blocks, quotas and supply; limits on stops keep instances open; what remains (region mix, limits on starts, a
+maximum of replicas) is left to the check of the caller, who falls back to an integer program.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from capacity.model import Floats, Problem, slot
+from capacity.need import Need
+from capacity.program import Program
+
+EPS = 1e-7
+SWEEPS = 3
+
+
+@dataclass
+class _State:
+    """One step being built. `tenants[pool][service]` replicas, `blocks[pool][size]` idle blocks."""
+
+    problem: Problem
+    need: Need
+    t: int
+    most: list[int]  # instances a pool can hold in this step
+    n: list[int]
+    free: list[int]
+    tenants: list[dict[int, int]]
+    blocks: list[dict[int, int]]
+    served: list[float]
+    total: list[int]
+    by_zone: list[dict[str, float]]
+    quota_left: list[int]  # GPUs
+    quotas_of: list[list[int]]
+    width: list[list[int]] = field(default_factory=list)
+    rate: list[list[float]] = field(default_factory=list)
+    zone: list[str] = field(default_factory=list)
+    spread: frozenset[int] = frozenset()
+
+    def can_open(self, p: int) -> bool:
+        gpus = self.problem.pools[p].gpus
+        return self.n[p] < self.most[p] and all(self.quota_left[q] >= gpus for q in self.quotas_of[p])
+
+    def open(self, p: int, count: int = 1) -> None:
+        gpus = self.problem.pools[p].gpus * count
+        self.n[p] += count
+        self.free[p] += gpus
+        for q in self.quotas_of[p]:
+            self.quota_left[q] -= gpus
+
+    def put(self, p: int, j: int, count: int) -> None:
+        self.tenants[p][j] = self.tenants[p].get(j, 0) + count
+        if not self.tenants[p][j]:
+            del self.tenants[p][j]
+        self.free[p] -= self.width[p][j] * count
+        self.served[j] += self.rate[p][j] * count
+        self.total[j] += count
+        zone = self.zone[p]
+        self.by_zone[j][zone] = self.by_zone[j].get(zone, 0.0) + self.rate[p][j] * count
+
+    def lacks(self, j: int) -> bool:
+        """Demand or minimum not met yet."""
+        target = float(self.need.target[j, self.t])
+        return self.served[j] < target - EPS * max(1.0, target) or self.total[j] < self.problem.services[j].minimum
+
+    def zone_lacks(self, j: int) -> bool:
+        if j not in self.spread:
+            return False
+        rest = float(self.need.median[j, self.t]) * self.problem.policy.zone_loss
+        return self.served[j] - max(self.by_zone[j].values(), default=0.0) < rest - EPS * max(1.0, rest)
+
+    def block_worth(self, g: int) -> float:
+        group = self.need.groups[g]
+        worth = 0.0
+        for p, sizes in enumerate(self.blocks):
+            weight = group.weights.get(self.need.place[p])
+            if weight is not None:
+                worth += sum(size * many * weight[1] for size, many in sizes.items() if size >= weight[0])
+        return worth
+
+    def add_block(self, p: int, size: int, count: int) -> None:
+        self.blocks[p][size] = self.blocks[p].get(size, 0) + count
+        if not self.blocks[p][size]:
+            del self.blocks[p][size]
+        self.free[p] -= size * count
+
+
+def step(problem: Problem, need: Need, program: Program, t: int, want: Floats, before: list[int]) -> Floats | None:
+    """Values of step `t` after `before` instances a pool, near the fractional `want`; None when something does not fit."""
+    state = _start(problem, need, program, t, before)
+    fraction = [float(v) for v in want[: len(problem.pools)]]
+    price = [p.price / p.gpus for p in problem.pools]
+    table: list[dict[int, float]] = [{} for _ in problem.services]
+    for k, (i, j) in enumerate(program.pairs):
+        value = float(want[program.at_x + k])
+        if value > EPS:
+            table[int(j)][int(i)] = value
+    for p, value in enumerate(fraction):
+        for _ in range(math.floor(value + EPS)):
+            if state.can_open(p):
+                state.open(p)
+    order = sorted(range(len(problem.services)), key=lambda j: (-problem.services[j].gpus, j))
+    for j in order:
+        if not _place(state, j, table[j], price):
+            return None
+    if not _lay_blocks(state, fraction, price):
+        return None
+    _close(state, before, price)
+    return _values(state, program, before)
+
+
+def _start(problem: Problem, need: Need, program: Program, t: int, before: list[int]) -> _State:
+    pools, count = problem.pools, len(problem.pools)
+    most = []
+    for p, pool in enumerate(pools):
+        bound = min(pool.quota if pool.quota is not None else 10**9, before[p] + pool.start_bound(t == 0))
+        most.append(int(bound))
+    inside = [[q for q, quota in enumerate(problem.quotas) if quota.covers(pool)] for pool in pools]
+    return _State(
+        problem=problem,
+        need=need,
+        t=t,
+        most=most,
+        n=[0] * count,
+        free=[0] * count,
+        tenants=[{} for _ in pools],
+        blocks=[{} for _ in pools],
+        served=[0.0] * len(problem.services),
+        total=[0] * len(problem.services),
+        by_zone=[{} for _ in problem.services],
+        quota_left=[quota.gpus for quota in problem.quotas],
+        quotas_of=inside,
+        width=[[slot(s.gpus, p.gpus) for s in problem.services] for p in pools],
+        rate=[[float(r) for r in row] for row in need.rate],
+        zone=[f"{p.region}/{p.zone}" for p in pools],
+        spread=frozenset(program.spread),
+    )
+
+
+def _seat(state: _State, j: int, p: int) -> bool:
+    """One replica of j on p, opening instances when that is allowed."""
+    width, gpus = state.width[p][j], state.problem.pools[p].gpus
+    while state.free[p] < width:
+        if not state.can_open(p):
+            return False
+        state.open(p)
+        if width > gpus and state.free[p] < width:
+            continue
+    state.put(p, j, 1)
+    return True
+
+
+def _place(state: _State, j: int, share: dict[int, float], price: list[float]) -> bool:
+    for p, value in sorted(share.items()):
+        for _ in range(math.floor(value + EPS)):
+            if not _seat(state, j, p):
+                break
+    fits = [p for p in range(len(price)) if state.rate[p][j] > 0]
+    while state.lacks(j) or state.zone_lacks(j):
+        heavy = max(state.by_zone[j], key=lambda z: state.by_zone[j][z]) if state.zone_lacks(j) and state.by_zone[j] else ""
+        left = {p: v - math.floor(v + EPS) for p, v in share.items()}
+        choices = sorted(
+            (p for p in fits if state.zone[p] != heavy),
+            key=lambda p: (
+                state.free[p] < state.width[p][j],
+                -left.get(p, 0.0),
+                price[p] * state.width[p][j] / state.rate[p][j],
+                p,
+            ),
+        )
+        if not any(_seat(state, j, p) for p in choices):
+            return False
+        for p in left:
+            if p in share and state.tenants[p].get(j, 0) > share[p]:
+                share = {**share, p: math.floor(share[p] + EPS)}
+    return True
+
+
+def _lay_blocks(state: _State, fraction: list[float], price: list[float]) -> bool:
+    groups = state.need.groups
+    order = sorted(range(len(groups)), key=lambda g: (-groups[g].size, len(groups[g].weights)))
+    for g in order:
+        group = groups[g]
+        required = float(group.required[state.t])
+        worth = state.block_worth(g)
+        pools = [p for p in range(len(price)) if state.need.place[p] in group.weights]
+        while worth < required - EPS * max(1.0, required):
+            ranked = sorted(
+                pools,
+                key=lambda p: (
+                    state.free[p] < group.weights[state.need.place[p]][0],
+                    state.n[p] - fraction[p] if state.free[p] < group.weights[state.need.place[p]][0] else 0.0,
+                    price[p] / group.weights[state.need.place[p]][1],
+                    p,
+                ),
+            )
+            for p in ranked:
+                size, weight = group.weights[state.need.place[p]]
+                while state.free[p] < size and state.can_open(p):
+                    state.open(p)
+                if state.free[p] >= size:
+                    state.add_block(p, size, 1)
+                    worth += size * weight
+                    break
+            else:
+                return False
+    return True
+
+
+def _close(state: _State, before: list[int], price: list[float]) -> None:
+    """Close instances that are empty, and those whose tenants find room elsewhere."""
+    for p, pool in enumerate(state.problem.pools):
+        spare = state.free[p] // pool.gpus
+        if spare:
+            state.open(p, -spare)
+    for _ in range(SWEEPS):
+        closed = False
+        order = sorted(range(len(price)), key=lambda p: (-state.free[p] * price[p], -price[p], p))
+        for p in order:
+            while state.n[p] and _empty_one(state, p):
+                closed = True
+        if not closed:
+            break
+    limit = state.problem.policy.max_stop
+    if limit is not None:
+        over = sum(max(0, b - n) for b, n in zip(before, state.n, strict=True)) - limit
+        for p in sorted(range(len(price)), key=lambda p: state.problem.pools[p].price):
+            while over > 0 and state.n[p] < before[p] and state.can_open(p):
+                state.open(p)
+                over -= 1
+
+
+def _empty_one(state: _State, p: int) -> bool:
+    """Move tenants until one whole instance of pool p is free, then close it; all or nothing."""
+    gpus = state.problem.pools[p].gpus
+    undo: list[tuple[str, int, int, int]] = []
+    while state.free[p] < gpus:
+        if not (_move_replica(state, p, undo) or _move_block(state, p, undo)):
+            for sort, j, source, target in reversed(undo):
+                if sort == "replica":
+                    state.put(target, j, -1)
+                    state.put(source, j, 1)
+                else:
+                    state.add_block(target, j, -1)
+                    state.add_block(source, j, 1)
+            return False
+    state.open(p, -1)
+    return True
+
+
+def _move_replica(state: _State, p: int, undo: list[tuple[str, int, int, int]]) -> bool:
+    for j in sorted(state.tenants[p], key=lambda j: state.width[p][j]):
+        state.put(p, j, -1)
+        targets = [
+            q
+            for q in range(len(state.n))
+            if q != p and state.rate[q][j] > 0 and state.free[q] >= state.width[q][j]
+        ]
+        targets.sort(key=lambda q: (state.free[q] - state.width[q][j], q))
+        for q in targets:
+            state.put(q, j, 1)
+            if not state.lacks(j) and not state.zone_lacks(j):
+                undo.append(("replica", j, p, q))
+                return True
+            state.put(q, j, -1)
+        state.put(p, j, 1)
+    return False
+
+
+def _move_block(state: _State, p: int, undo: list[tuple[str, int, int, int]]) -> bool:
+    for size in sorted(state.blocks[p]):
+        for q in range(len(state.n)):
+            if q != p and state.need.place[q] == state.need.place[p] and state.free[q] >= size:
+                state.add_block(p, size, -1)
+                state.add_block(q, size, 1)
+                undo.append(("block", size, p, q))
+                return True
+    return False
+
+
+def _values(state: _State, program: Program, before: list[int]) -> Floats:
+    count = len(state.n)
+    values = np.zeros(program.columns)
+    values[:count] = state.n
+    values[program.at_u : program.at_u + count] = np.maximum(0, np.array(state.n) - np.array(before))
+    for k, (i, j) in enumerate(program.pairs):
+        values[program.at_x + k] = state.tenants[int(i)].get(int(j), 0)
+    for k, (i, size) in enumerate(program.blocks):
+        values[program.at_b + k] = state.blocks[int(i)].get(int(size), 0)
+    for m, (place, size) in enumerate(program.sums):
+        values[program.at_s + m] = sum(
+            state.blocks[p].get(size, 0) for p in range(count) if state.need.place[p] == place
+        )
+    for k, j in enumerate(program.spread):
+        unit = program.spread_unit[k]
+        values[program.at_y + k] = max(state.by_zone[j].values(), default=0.0) / unit
+    return values

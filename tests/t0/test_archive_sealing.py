@@ -1,0 +1,201 @@
+"""One flipped byte, a truncated, missing, additional or exchanged file: refused by name. What was verified here is not read again."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from checkpoint import sealing
+from checkpoint.errors import Failed, Integrity
+from checkpoint.manifest import SnapshotFile
+from checkpoint.sealing import LEDGER, digest_file, seal, verify
+
+pytestmark = pytest.mark.t0
+
+
+@pytest.fixture
+def snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    # Still longer than a tick of any Linux file system's clock, and it is waited for in every test.
+    monkeypatch.setattr(sealing, "RACY_NS", 20_000_000)
+    folder = tmp_path / "s"
+    (folder / "images").mkdir(parents=True)
+    (folder / "shm/deep").mkdir(parents=True)
+    (folder / "images/pages-1.img").write_bytes(os.urandom(300_000))
+    (folder / "images/core-1.img").write_bytes(b"core")
+    (folder / "images/empty.img").write_bytes(b"")
+    (folder / "shm/deep/sem").write_bytes(bytes(32))
+    (folder / "shm/link").symlink_to("deep/sem")
+    (folder / "manifest.json").write_text("{}")
+    with socket.socket(socket.AF_UNIX) as sock:
+        here = Path.cwd()
+        os.chdir(folder / "shm")  # a socket's path must be short
+        try:
+            sock.bind("sock")
+        finally:
+            os.chdir(here)
+    return folder
+
+
+def test_everything_below_the_subfolders_is_sealed_and_verifies(snapshot: Path) -> None:
+    files = seal(snapshot)
+    assert list(files) == ["images/core-1.img", "images/empty.img", "images/pages-1.img", "shm/deep/sem", "shm/link"]
+    assert files["images/pages-1.img"].size == 300_000
+    assert verify(snapshot, files).files == 5
+    assert verify(snapshot, files, always=True).hashed == sum(f.size for f in files.values())
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def flip_in_place_with_old_times(path: Path) -> None:
+    info = path.stat()
+    flip(path)
+    os.utime(path, ns=(info.st_atime_ns, info.st_mtime_ns))
+
+
+def exchange(path: Path) -> None:
+    other = path.with_name("other")
+    other.write_bytes(bytes(300_000))
+    os.utime(other, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns))
+    other.replace(path)
+
+
+DAMAGE: dict[str, tuple[str, Callable[[Path], object], str]] = {
+    "a flipped bit": ("images/pages-1.img", flip, "file-digest-differs"),
+    "a flipped bit with the old times": ("images/pages-1.img", flip_in_place_with_old_times, "file-digest-differs"),
+    "an exchanged file": ("images/pages-1.img", exchange, "file-digest-differs"),
+    "a truncated file": ("images/pages-1.img", lambda p: os.truncate(p, 299_999), "file-size-differs"),
+    "a longer file": ("images/core-1.img", lambda p: p.write_bytes(b"core\0"), "file-size-differs"),
+    "a missing file": ("images/empty.img", lambda p: p.unlink(), "file-missing"),
+    "an additional file": ("images/pages-2.img", lambda p: p.write_bytes(b""), "file-unexpected"),
+    "a link that points elsewhere": (
+        "shm/link",
+        lambda p: (p.unlink(), p.symlink_to("deep/sea")),
+        "file-digest-differs",
+    ),
+    "a file in the place of a link": (
+        "shm/link",
+        lambda p: (p.unlink(), p.write_bytes(b"deep/sem")),
+        "file-digest-differs",
+    ),
+    "a folder in the place of a file": ("shm/link", lambda p: (p.unlink(), p.mkdir()), "file-missing"),
+}
+
+
+@pytest.mark.parametrize("always", [False, True])
+@pytest.mark.parametrize("what", DAMAGE)
+def test_damage_is_refused_by_name(snapshot: Path, what: str, always: bool) -> None:
+    name, damage, code = DAMAGE[what]
+    files = seal(snapshot)
+    damage(snapshot / name)
+    with pytest.raises(Integrity) as caught:
+        verify(snapshot, files, always=always)
+    assert caught.value.code == code
+    assert name in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_single_bit_counts(snapshot: Path) -> None:
+    files = seal(snapshot)
+    file = snapshot / "images/pages-1.img"
+    before = file.read_bytes()
+
+    @settings(max_examples=30, deadline=None)
+    @given(place=st.integers(0, 299_999), bit=st.integers(0, 7))
+    def flipped(place: int, bit: int) -> None:
+        damaged = bytearray(before)
+        damaged[place] ^= 1 << bit
+        file.write_bytes(damaged)
+        with pytest.raises(Integrity, match="file-digest-differs"):
+            verify(snapshot, files)
+
+    flipped()
+
+
+def test_what_was_hashed_here_is_not_read_again(snapshot: Path) -> None:
+    files = seal(snapshot)
+    total = sum(f.size for f in files.values())
+    first = verify(snapshot, files)
+    assert (first.hashed, first.trusted) == (0, total)
+    os.utime(snapshot / "images/pages-1.img")
+    again = verify(snapshot, files)
+    assert (again.hashed, again.trusted) == (300_000, total - 300_000)
+
+
+def test_a_copy_is_hashed_in_full(snapshot: Path) -> None:
+    files = seal(snapshot)
+    copy = snapshot.with_name("copy")
+    shutil.copytree(snapshot, copy, symlinks=True, ignore=shutil.ignore_patterns("sock"))
+    assert (copy / LEDGER).exists()
+    assert verify(copy, files).trusted == 0
+
+
+def test_a_file_changed_just_now_is_not_trusted_next_time(snapshot: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = seal(snapshot)
+    (snapshot / LEDGER).unlink()
+    monkeypatch.setattr(sealing, "RACY_NS", 10**18)
+    assert verify(snapshot, files).trusted == 0
+    assert verify(snapshot, files).trusted == 0
+
+
+def test_a_ledger_of_another_manifest_is_not_believed(snapshot: Path) -> None:
+    files = seal(snapshot)
+    other = {**files, "images/core-1.img": SnapshotFile(4, "0" * 64)}
+    with pytest.raises(Integrity, match=r"file-digest-differs.*core-1"):
+        verify(snapshot, other)
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"\xff", b'{"sealed": 1, "stamps": {}}'])
+def test_a_damaged_ledger_only_costs_time(snapshot: Path, content: bytes) -> None:
+    files = seal(snapshot)
+    (snapshot / LEDGER).write_bytes(content)
+    assert verify(snapshot, files).trusted == 0
+    assert verify(snapshot, files).hashed == 0
+
+
+def test_a_failed_verification_writes_no_ledger(snapshot: Path) -> None:
+    files = seal(snapshot)
+    (snapshot / LEDGER).unlink()
+    flip(snapshot / "images/pages-1.img")
+    with pytest.raises(Integrity):
+        verify(snapshot, files)
+    assert not (snapshot / LEDGER).exists()
+
+
+def test_the_ledger_is_private_and_leaves_no_temporary_file(snapshot: Path) -> None:
+    seal(snapshot)
+    assert (snapshot / LEDGER).stat().st_mode & 0o777 == 0o600
+    assert sorted(p.name for p in snapshot.iterdir()) == [LEDGER, "images", "manifest.json", "shm"]
+
+
+def test_a_file_that_goes_away_while_it_is_sealed_is_said(snapshot: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def vanish(path: Path, size: int) -> str:
+        if path.name == "core-1.img":
+            path.unlink()
+        return digest_file(path, size)
+
+    monkeypatch.setattr(sealing, "digest_file", vanish)
+    with pytest.raises(Failed) as caught:
+        seal(snapshot)
+    assert caught.value.code == "seal-failed"
+    assert "core-1.img" in str(caught.value)
+
+
+def test_a_large_file_hashed_by_several_threads_has_the_same_digest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "f"
+    file.write_bytes(os.urandom(20_000_001))
+    alone = digest_file(file, file.stat().st_size)
+    monkeypatch.setattr(sealing, "_PARALLEL", 1)
+    assert digest_file(file, file.stat().st_size) == alone

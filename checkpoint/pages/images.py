@@ -1,0 +1,185 @@
+"""What CRIU's images say about memory: which pages a process has, where they lie in `pages-N.img`, and where its mappings end.
+
+Standard library only, and fast: the page server reads every page map of a snapshot while CRIU itself starts.
+The format is CRIU's (images/pagemap.proto, images/mm.proto): two magic words, then messages of a 32-bit length and a protocol buffer.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from bisect import bisect_right
+
+PAGE = 4096
+
+# enum of pagemap_entry.flags in images/pagemap.proto
+_LAZY, _PRESENT = 2, 4
+# VmaEntry.madv is a bit mask by MADV_… number.
+_MADV_WIPEONFORK = 18
+
+
+class BadImage(ValueError):
+    """An image file is not what CRIU writes; the message names the file."""
+
+
+class ProcessImage:
+    """The pages of one process, as its page map lists them.
+
+    `runs` holds (first address, end address, offset in the pages file) of every run of lazy pages, ascending; a run never crosses the
+    border of a mapping, since the kernel fills one mapping at a time. `eager_pages` counts those that CRIU itself puts in place.
+    """
+
+    __slots__ = ("border_set", "borders", "eager_pages", "pages_file", "pid", "runs", "wiped_on_fork")
+
+    def __init__(self, pid: int, pages_file: str) -> None:
+        self.pid = pid
+        self.pages_file = pages_file
+        self.runs: list[tuple[int, int, int]] = []
+        self.eager_pages = 0
+        self.wiped_on_fork: list[tuple[int, int]] = []
+        self.borders: list[int] = []
+        self.border_set: set[int] = set()
+
+    @property
+    def lazy_pages(self) -> int:
+        return sum(end - start for start, end, _ in self.runs) // PAGE
+
+    def split(self, start: int, end: int) -> list[tuple[int, int]]:
+        """[start, end) cut at the borders of mappings."""
+        found = []
+        index = bisect_right(self.borders, start)
+        while start < end:
+            stop = min(end, self.borders[index]) if index < len(self.borders) else end
+            found.append((start, stop))
+            start = stop
+            index += 1
+        return found
+
+    def within(self, start: int, end: int) -> list[tuple[int, int, int]]:
+        """The parts of runs that lie in [start, end), as (start, end, offset)."""
+        index = max(bisect_right(self.runs, (start,)) - 1, 0)
+        found = []
+        while index < len(self.runs) and self.runs[index][0] < end:
+            low, high = max(start, self.runs[index][0]), min(end, self.runs[index][1])
+            if low < high:
+                found.append((low, high, self.runs[index][2] + low - self.runs[index][0]))
+            index += 1
+        return found
+
+
+def _messages(path: str) -> list[bytes]:
+    with open(path, "rb") as file:
+        data = file.read()
+    at, found = 8, []
+    while at < len(data):
+        if at + 4 > len(data):
+            raise BadImage(f"{path} ends in the middle of a message")
+        (size,) = struct.unpack_from("<I", data, at)
+        at += 4
+        if at + size > len(data):
+            raise BadImage(f"{path} ends in the middle of a message")
+        found.append(data[at : at + size])
+        at += size
+    if not found:
+        raise BadImage(f"{path} is empty")
+    return found
+
+
+def _fields(message: bytes) -> list[tuple[int, int | bytes]]:
+    """(field number, value) of every field of a protocol buffer; nested messages and strings stay bytes."""
+    at, size, found = 0, len(message), []
+    value: int | bytes
+    while at < size:
+        key = message[at]
+        at += 1
+        if key & 0x80:
+            shift = 7
+            key &= 0x7F
+            while True:
+                byte = message[at]
+                at += 1
+                key |= (byte & 0x7F) << shift
+                if byte < 0x80:
+                    break
+                shift += 7
+        kind = key & 7
+        if kind == 0 or kind == 2:
+            number = message[at]
+            at += 1
+            if number & 0x80:
+                number &= 0x7F
+                shift = 7
+                while True:
+                    byte = message[at]
+                    at += 1
+                    number |= (byte & 0x7F) << shift
+                    if byte < 0x80:
+                        break
+                    shift += 7
+            if kind == 2:
+                value = message[at : at + number]
+                at += number
+            else:
+                value = number
+        elif kind == 1:
+            value = int.from_bytes(message[at : at + 8], "little")
+            at += 8
+        elif kind == 5:
+            value = int.from_bytes(message[at : at + 4], "little")
+            at += 4
+        else:
+            raise BadImage(f"a protocol buffer with wire type {kind}")
+        found.append((key >> 3, value))
+    return found
+
+
+def _mappings(path: str) -> list[tuple[int, int, int]]:
+    """(start, end, madvise bits) of every mapping of a process, ascending."""
+    found = []
+    for number, value in _fields(_messages(path)[0]):
+        if number == 14 and isinstance(value, bytes):  # MmEntry.vmas
+            vma = dict(_fields(value))
+            start, end, madv = vma.get(1, 0), vma.get(2, 0), vma.get(9, 0)
+            if isinstance(start, int) and isinstance(end, int) and isinstance(madv, int):
+                found.append((start, end, madv))
+    found.sort()
+    return found
+
+
+def read_process(folder: str, pid: int) -> ProcessImage:
+    """The page map of one process. Raises BadImage, or OSError where a file is missing."""
+    path = f"{folder}/pagemap-{pid}.img"
+    try:
+        messages = _messages(path)
+        head = dict(_fields(messages[0]))
+        image = ProcessImage(pid, f"pages-{head[1]}.img")
+        mappings = _mappings(f"{folder}/mm-{pid}.img")
+        image.wiped_on_fork = [(start, end) for start, end, madv in mappings if madv >> _MADV_WIPEONFORK & 1]
+        image.border_set = {border for start, end, _ in mappings for border in (start, end)}
+        image.borders = sorted(image.border_set)
+        offset = 0
+        for message in messages[1:]:
+            entry = dict(_fields(message))
+            start, flags = entry[1], entry.get(4, _PRESENT)
+            pages = entry.get(5) or entry[2]
+            if not isinstance(start, int) or not isinstance(pages, int) or not isinstance(flags, int):
+                raise BadImage(f"{path} is not a page map")
+            if not flags & _PRESENT:
+                continue
+            if not flags & _LAZY:
+                image.eager_pages += pages
+                offset += pages * PAGE
+                continue
+            for low, high in image.split(start, start + pages * PAGE):
+                image.runs.append((low, high, offset))
+                offset += high - low
+    except (KeyError, IndexError) as error:
+        raise BadImage(f"{path} or mm-{pid}.img is damaged") from error
+    return image
+
+
+def process_ids(folder: str) -> list[int]:
+    """The processes of a snapshot that have memory, ascending."""
+    return sorted(
+        int(name[8:-4]) for name in os.listdir(folder) if name.startswith("pagemap-") and name[8:-4].isdigit()
+    )

@@ -1,0 +1,103 @@
+"""Which pages of one address space still have to be brought from the image, and from where.
+
+A `PageMap` is a set of disjoint intervals of addresses, each with the image offset of its first byte. What is not in it needs nothing
+from the image: either it is in place already, or the process dropped it, and then it reads as zeros. So the whole of correctness is
+that an interval is cut the moment its pages are placed, dropped or unmapped, and moves when the process moves it.
+
+Standard library only; see tests/t0/test_pages_pagemap.py for the reference it is compared with.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator
+
+
+class PageMap:
+    """Disjoint intervals [start, end) → offset, with the operations the kernel reports. Addresses and offsets in bytes."""
+
+    __slots__ = ("_ends", "_offsets", "_starts")
+
+    def __init__(self, runs: Iterable[tuple[int, int, int]] = ()) -> None:
+        """`runs`: disjoint and ascending (start, end, offset)."""
+        self._starts: list[int] = []
+        self._ends: list[int] = []
+        self._offsets: list[int] = []
+        for start, end, offset in runs:
+            self._starts.append(start)
+            self._ends.append(end)
+            self._offsets.append(offset)
+
+    def __bool__(self) -> bool:
+        return bool(self._starts)
+
+    def __iter__(self) -> Iterator[tuple[int, int, int]]:
+        return iter(list(zip(self._starts, self._ends, self._offsets, strict=True)))
+
+    @property
+    def size(self) -> int:
+        """Bytes still to be brought."""
+        return sum(self._ends) - sum(self._starts)
+
+    def copy(self) -> PageMap:
+        """A child's map after a fork."""
+        twin = PageMap()
+        twin._starts, twin._ends, twin._offsets = self._starts[:], self._ends[:], self._offsets[:]
+        return twin
+
+    def find(self, address: int) -> tuple[int, int, int] | None:
+        """The interval that `address` lies in."""
+        index = bisect_right(self._starts, address) - 1
+        if index >= 0 and address < self._ends[index]:
+            return self._starts[index], self._ends[index], self._offsets[index]
+        return None
+
+    def at_or_after(self, address: int) -> tuple[int, int, int] | None:
+        """The first interval, or rest of one, at or above `address`."""
+        index = bisect_right(self._ends, address)
+        if index == len(self._starts):
+            return None
+        start, end, offset = self._starts[index], self._ends[index], self._offsets[index]
+        if start < address:
+            return address, end, offset + address - start
+        return start, end, offset
+
+    def within(self, start: int, end: int) -> list[tuple[int, int, int]]:
+        """The parts of intervals that lie in [start, end), ascending."""
+        found = []
+        index = bisect_right(self._ends, start)
+        while index < len(self._starts) and self._starts[index] < end:
+            low, high = max(start, self._starts[index]), min(end, self._ends[index])
+            found.append((low, high, self._offsets[index] + low - self._starts[index]))
+            index += 1
+        return found
+
+    def cut(self, start: int, end: int) -> None:
+        """Forget [start, end): placed, dropped or unmapped."""
+        low = bisect_right(self._ends, start)
+        high = bisect_left(self._starts, end)
+        if low >= high:
+            return
+        starts, ends, offsets = [], [], []
+        if self._starts[low] < start:
+            starts.append(self._starts[low])
+            ends.append(start)
+            offsets.append(self._offsets[low])
+        if self._ends[high - 1] > end:
+            starts.append(end)
+            ends.append(self._ends[high - 1])
+            offsets.append(self._offsets[high - 1] + end - self._starts[high - 1])
+        self._starts[low:high], self._ends[low:high], self._offsets[low:high] = starts, ends, offsets
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """mremap: what was to be brought to `source` now belongs at `target`; nothing is to be brought to `source` any more."""
+        moved = self.within(source, source + length)
+        self.cut(source, source + length)
+        self.cut(target, target + length)
+        if not moved:
+            return
+        shift = target - source
+        index = bisect_left(self._starts, target)
+        self._starts[index:index] = [start + shift for start, _, _ in moved]
+        self._ends[index:index] = [end + shift for _, end, _ in moved]
+        self._offsets[index:index] = [offset for _, _, offset in moved]

@@ -1,0 +1,265 @@
+"""The owner's side of the page server: starts it, tells it what the replica has reached, hears when it is done or dead.
+
+    server = PageServer.start(images, work, working_set, record=False)
+    criu.restore(…, lazy_pages=True, work=work)
+    … first token …
+    server.first_token()
+    … a few requests later …
+    server.requests_done()
+    server.wait_complete(60)
+
+One server process per replica: it maps the images shared, so replicas of one host read one copy in the page cache. Should it die while
+pages are missing, `on_death` is called at once: the owner must kill the sandbox, since its faults wait for ever (this object holds
+the userfaultfds, so that they do not read zeros instead), and restore the plain way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from checkpoint.errors import Failed
+
+SOCKET_NAME = "lazy-pages.socket"
+"""The name that CRIU looks for in its work folder."""
+
+_ROOT = Path(__file__).resolve().parents[2]
+_PROGRAM = "import sys; sys.path.insert(0, sys.argv[1]); from checkpoint.pages.daemon import main; sys.exit(main(int(sys.argv[2]), int(sys.argv[3])))"
+
+
+class PageServer:
+    """A running page server. Make it with `start`; `close` it after the sandbox, or after `wait_complete`."""
+
+    def __init__(
+        self,
+        process: subprocess.Popen[bytes],
+        control: socket.socket,
+        socket_path: Path,
+        on_death: Callable[[str], None] | None,
+        on_warning: Callable[[str], None] | None,
+    ) -> None:
+        self._process = process
+        self._control = control
+        self._socket_path = socket_path
+        self._on_death = on_death
+        self._on_warning = on_warning
+        self._lock = threading.Lock()
+        self._spaces: dict[int, int] = {}  # the server's number of an address space → our duplicate of its userfaultfd
+        self._stats: dict[str, float] = {}
+        self._answered = threading.Condition()
+        self._answers = 0
+        self._saved = 0
+        self._closing = False
+        self._failure = ""
+        self.complete = threading.Event()
+        """Set when every page is in place and the server has gone away."""
+        self.ended = threading.Event()
+        """Set when the server process is gone, for whatever reason."""
+        self._reader = threading.Thread(target=self._read, name="page-server-reader", daemon=True)
+        self._reader.start()
+
+    @classmethod
+    def start(
+        cls,
+        images: Path,
+        work: Path,
+        working_set: Path | None,
+        record: bool = False,
+        *,
+        rest_bytes_per_s: float = 800e6,
+        first_token_timeout_s: float = 60.0,
+        on_death: Callable[[str], None] | None = None,
+        on_warning: Callable[[str], None] | None = None,
+    ) -> PageServer:
+        """Start serving the snapshot in `images` to the `criu restore --lazy-pages --work-dir WORK` that follows; returns in about 3 ms.
+
+        `working_set`: the file recorded earlier (None, or missing: single faults only until the first token). `record`: serve single
+        pages and remember their order. `rest_bytes_per_s` bounds how fast what nobody asked for is brought after the first token.
+        Without a word of the first token, that starts after `first_token_timeout_s`. `on_death(reason)` is called from a thread of this
+        object when the server ends before its work is done. Raises Failed when it cannot be started.
+        """
+        path = work / SOCKET_NAME
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with listener, theirs:
+            try:
+                path.unlink(missing_ok=True)
+                _bind(listener, path)
+                listener.listen(1)
+                process = subprocess.Popen(
+                    [
+                        sys.executable,
+                        "-I",
+                        "-S",
+                        "-c",
+                        _PROGRAM,
+                        str(_ROOT),
+                        str(theirs.fileno()),
+                        str(listener.fileno()),
+                    ],
+                    pass_fds=[theirs.fileno(), listener.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                )
+                ours.send(
+                    json.dumps(
+                        {
+                            "images": str(images.resolve()),
+                            "working_set": str(working_set.resolve()) if working_set else "",
+                            "record": record,
+                            "rest_bytes_per_s": rest_bytes_per_s,
+                            "first_token_timeout_s": first_token_timeout_s,
+                        }
+                    ).encode()
+                )
+            except OSError as error:
+                ours.close()
+                raise Failed(
+                    "page-server-start", f"cannot start the page server in {work}: {error.strerror or error}"
+                ) from error
+        return cls(process, ours, path, on_death, on_warning)
+
+    @property
+    def pid(self) -> int:
+        """The server's process, on the host."""
+        return self._process.pid
+
+    # Telling
+
+    def first_token(self) -> None:
+        """The first token was seen: the rest may be brought now."""
+        self._tell(op="first-token")
+
+    def requests_done(self, save: Path | None = None) -> None:
+        """A few requests were answered: the working set ends here. With `save`, write what was recorded (or, where nothing is recorded,
+        the known working set and every fault that it missed) to that file."""
+        self._tell(op="requests-done", save=str(save) if save else "")
+
+    def _tell(self, **message: Any) -> None:
+        with contextlib.suppress(OSError):  # gone: on_death tells, or everything is in place
+            self._control.send(json.dumps(message).encode())
+
+    # Hearing
+
+    def _read(self) -> None:
+        while True:
+            try:
+                data, fds, _, _ = socket.recv_fds(self._control, 1 << 16, 4)
+            except OSError:
+                data, fds = b"", []
+            if not data:
+                break
+            message = json.loads(data)
+            self._hear(message.pop("event"), message, fds)
+        self._end()
+
+    def _hear(self, event: str, message: dict[str, Any], fds: list[int]) -> None:
+        if event == "space":
+            with self._lock:
+                self._spaces[message["number"]] = fds[0]
+            os.set_inheritable(fds[0], False)
+        elif event in ("placed", "gone"):
+            with self._lock:
+                fd = self._spaces.pop(message["number"], None)
+            if fd is not None:
+                os.close(fd)
+            if event == "placed":
+                self._tell(op="released", number=message["number"])
+        elif event == "warning":
+            if self._on_warning:
+                self._on_warning(message["message"])
+        elif event == "failed":
+            self._failure = message["message"]
+        else:
+            if event in ("stats", "complete"):
+                self._stats = message
+            with self._answered:
+                self._answers += event == "stats"
+                self._saved += event == "saved"
+                self._answered.notify_all()
+            if event == "complete":
+                self.complete.set()
+
+    def _end(self) -> None:
+        code: int | None = None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            code = self._process.wait(5)
+        unfinished = not self.complete.is_set() and not self._closing
+        if unfinished and self._on_death:
+            reason = self._failure or (
+                f"it ended with code {code}" if code is not None else "it closed its control socket"
+            )
+            self._on_death(f"the page server is gone before every page was in place: {reason}")
+        self.ended.set()
+        with self._answered:
+            self._answered.notify_all()
+
+    # Asking
+
+    def stats(self, timeout_s: float = 1.0) -> dict[str, float]:
+        """Counts of this restore, bytes and seconds: faults, stall_s, bytes_ahead, bytes_faulted, bytes_rest, bytes_zero, bytes_cold, …
+
+        The last known ones when the server has gone or does not answer in time.
+        """
+        with self._answered:
+            before = self._answers
+            self._tell(op="stats")
+            self._answered.wait_for(
+                lambda: self._answers > before or self.complete.is_set() or self.ended.is_set(), timeout_s
+            )
+            return dict(self._stats)
+
+    def wait_saved(self, timeout_s: float) -> bool:
+        """Wait until a `requests_done(save=…)` has written its file; False when it has not within `timeout_s`."""
+        with self._answered:
+            return (
+                self._answered.wait_for(lambda: self._saved > 0 or self.ended.is_set(), timeout_s) and self._saved > 0
+            )
+
+    def wait_complete(self, timeout_s: float) -> bool:
+        """Wait until every page is in place; False when that takes longer than `timeout_s`, or the server has died."""
+        limit = time.monotonic() + timeout_s
+        self.ended.wait(max(0.0, limit - time.monotonic()))
+        return self.complete.is_set()
+
+    def close(self, timeout_s: float = 5.0) -> None:
+        """End the server and let go of everything. Before completion only after the sandbox was closed: pages not yet in place are lost."""
+        self._closing = True
+        with contextlib.suppress(OSError):
+            self._control.shutdown(socket.SHUT_RDWR)
+        try:
+            self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait(timeout_s)
+        self._reader.join(timeout_s)
+        with self._lock:
+            fds, self._spaces = list(self._spaces.values()), {}
+        for fd in fds:
+            os.close(fd)
+        self._control.close()
+        self._socket_path.unlink(missing_ok=True)
+
+    def __enter__(self) -> PageServer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _bind(listener: socket.socket, path: Path) -> None:
+    """bind() with a path of any length: a socket's name has 108 bytes, so name the folder by its descriptor."""
+    folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        listener.bind(f"/proc/self/fd/{folder}/{path.name}")
+    finally:
+        os.close(folder)

@@ -1,0 +1,132 @@
+"""The kernel's userfaultfd interface (include/uapi/linux/userfaultfd.h), as far as a server of another process's faults needs it.
+
+Standard library only. Every call releases the interpreter lock while the kernel works.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import struct
+
+PAGE = 4096
+PAGEFAULT, FORK, REMAP, REMOVE, UNMAP = 0x12, 0x13, 0x14, 0x15, 0x16
+_COPY, _ZEROPAGE, _WAKE = 0xC028AA03, 0xC020AA04, 0x8010AA02
+_MESSAGE = struct.Struct("<B7x3Q")
+_MESSAGES_AT_ONCE = 64
+
+_PROT_READ, _MAP_SHARED, _MAP_PRIVATE, _MAP_ANONYMOUS, _MADV_POPULATE_READ = 1, 1, 2, 0x20, 22
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_ioctl = _libc.ioctl
+_ioctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
+_madvise = _libc.madvise
+_madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_mincore = _libc.mincore
+_mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
+
+
+class _Range(ctypes.Structure):
+    _fields_ = [("start", ctypes.c_uint64), ("len", ctypes.c_uint64)]
+
+
+class _Copy(ctypes.Structure):
+    _fields_ = [
+        ("dst", ctypes.c_uint64),
+        ("src", ctypes.c_uint64),
+        ("len", ctypes.c_uint64),
+        ("mode", ctypes.c_uint64),
+        ("copy", ctypes.c_int64),
+    ]
+
+
+class _Zero(ctypes.Structure):
+    _fields_ = [
+        ("start", ctypes.c_uint64),
+        ("len", ctypes.c_uint64),
+        ("mode", ctypes.c_uint64),
+        ("zeropage", ctypes.c_int64),
+    ]
+
+
+def read_events(fd: int) -> list[tuple[int, int, int, int]]:
+    """What a process did, without waiting; empty when nothing. Each event is (kind, a, b, c):
+
+    PAGEFAULT: flags, address, 0. FORK: descriptor of the child's userfaultfd, 0, 0. REMAP: from, to, length.
+    REMOVE, UNMAP: start, end, 0.
+    """
+    try:
+        data = os.read(fd, _MESSAGE.size * _MESSAGES_AT_ONCE)
+    except BlockingIOError:
+        return []
+    return list(_MESSAGE.iter_unpack(data))
+
+
+def copy(fd: int, target: int, source: int, length: int) -> tuple[int, int]:
+    """Put `length` bytes from this process's `source` in place at `target`, where no page may be yet, and wake who waits for them.
+
+    Returns (bytes placed, errno); errno is 0 when all were. A page that exists is never overwritten (EEXIST). EAGAIN: the process is
+    changing its mappings and an event is waiting to be read. ENOENT: not (or no longer) a registered mapping, or two of them. ESRCH: gone.
+    """
+    request = _Copy(target, source, length, 0, 0)
+    if _ioctl(fd, _COPY, ctypes.byref(request)) == 0:
+        return length, 0
+    number = ctypes.get_errno()
+    return max(request.copy, 0), number
+
+
+def zero(fd: int, target: int, length: int) -> tuple[int, int]:
+    """Let `target` read as zeros where no page is yet; returns as `copy` does."""
+    request = _Zero(target, length, 0, 0)
+    if _ioctl(fd, _ZEROPAGE, ctypes.byref(request)) == 0:
+        return length, 0
+    number = ctypes.get_errno()
+    return max(request.zeropage, 0), number
+
+
+def wake(fd: int, target: int, length: int) -> None:
+    """Let whoever waits for a page of [target, target + length) try again."""
+    request = _Range(target, length)
+    if _ioctl(fd, _WAKE, ctypes.byref(request)) and ctypes.get_errno() not in (errno.ESRCH, errno.ENOENT):
+        raise OSError(ctypes.get_errno(), "UFFDIO_WAKE")
+
+
+def map_file(path: str) -> tuple[int, int]:
+    """Map a whole file, shared and read-only, and return (address, length): every replica reads the same page cache."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        size = os.fstat(fd).st_size
+        if size == 0:
+            return 0, 0
+        address = _libc.mmap(None, size, _PROT_READ, _MAP_SHARED, fd, 0)
+        if address in (None, ctypes.c_void_p(-1).value):
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number), path)
+        return int(address), size
+    finally:
+        os.close(fd)
+
+
+def populate(address: int, length: int) -> int:
+    """Read [address, address + length) of a mapping of ours in and map it; returns an errno (EIO, EFAULT: the file cannot be read)."""
+    return ctypes.get_errno() if _madvise(address, length, _MADV_POPULATE_READ) else 0
+
+
+def resident(address: int, length: int) -> bool:
+    """Whether every page of a mapping of ours lies in the page cache, so that a copy from it does not wait for a disk."""
+    vector = (ctypes.c_ubyte * (length // PAGE))()
+    if _mincore(address, length, vector):
+        return False
+    return b"\0" not in bytes(vector)
+
+
+def zero_pages(length: int) -> int:
+    """The address of `length` bytes of zeros of our own."""
+    address = _libc.mmap(None, length, _PROT_READ, _MAP_PRIVATE | _MAP_ANONYMOUS, -1, 0)
+    if address in (None, ctypes.c_void_p(-1).value):
+        raise OSError(ctypes.get_errno(), "mmap of zeros")
+    populate(address, length)
+    return int(address)

@@ -82,8 +82,10 @@ def prepare_mounts(config):
     mount("shm", "/dev/shm", "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777")
     root = config["run_dir"]
     mount("quickthaw", root, "tmpfs", MS_NOSUID | MS_NODEV, "mode=0755")
-    for name in ("tmp", "cache"):
+    for name in ("tmp", "cache", "control"):
         os.mkdir(f"{root}/{name}", 0o700)
+    # Inductor keeps precompiled headers (150 MB) below TMPDIR whatever its cache setting says; they belong into the cache.
+    os.symlink(f"{root}/cache/tmp-inductor", f"{root}/tmp/torchinductor_{config['user']}")
     for source, target, read_only in config["binds"]:
         if not os.path.isdir(target):
             os.makedirs(target)
@@ -175,6 +177,10 @@ class Init:
             for source, target in message["copies"]:
                 self.copy_tree(source, target)
             self.send(id=message["id"])
+        elif op == "attach":
+            # move_mount(2), MOVE_MOUNT_F_EMPTY_PATH: the descriptor is the mount.
+            check(libc.syscall(429, message["fd"], b"", -100, message["target"].encode(), 4), f"attach {message['target']}")
+            self.send(id=message["id"])
         elif op == "raise-pids":
             self.raise_pids(message["above"])
             self.send(id=message["id"])
@@ -196,7 +202,8 @@ class Init:
         for entry in os.scandir(source):
             to = os.path.join(target, entry.name)
             if entry.is_symlink():
-                os.symlink(os.readlink(entry.path), to)
+                if not os.path.lexists(to):
+                    os.symlink(os.readlink(entry.path), to)
             elif entry.is_dir():
                 cls.copy_tree(entry.path, to)
                 os.chmod(to, entry.stat().st_mode & 0o7777)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import getpass
 import json
 import os
 import signal
@@ -30,9 +31,11 @@ RUN_DIR = "/run/quickthaw"
 """Where every sandbox finds its own temporary files, caches and models: the same path in each, so that snapshots carry it."""
 TMP_DIR = f"{RUN_DIR}/tmp"
 CACHE_DIR = f"{RUN_DIR}/cache"
+CONTROL_DIR = f"{RUN_DIR}/control"
 READY_TIMEOUT_S = 10.0
 REQUEST_TIMEOUT_S = 30.0
 _CLONE_NEWNET = 0x40000000
+_SYS_OPEN_TREE, _AT_FDCWD, _OPEN_TREE_CLONE = 428, -100, 1  # the same on every architecture
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -72,6 +75,7 @@ class Sandbox:
         self._lock = threading.Lock()
         self._next_id = 0
         self._closed = False
+        self._began_ns = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
         self._exits: dict[int, int] = {}
         try:
             Path(RUN_DIR).mkdir(mode=0o755, exist_ok=True)
@@ -96,6 +100,7 @@ class Sandbox:
                     "refuse_io_uring": self.config.refuse_io_uring,
                     "monotonic_ns": self.config.monotonic_ns,
                     "run_dir": RUN_DIR,
+                    "user": getpass.getuser(),
                     "site_packages": sysconfig.get_path("purelib"),
                 }
             ).encode()
@@ -128,6 +133,16 @@ class Sandbox:
     def init_pid(self) -> int:
         """Process 1 of the sandbox, by its number on the host."""
         return self._init_pid
+
+    def monotonic_ns(self) -> int:
+        """The monotonic clock as the sandbox's processes read it, in nanoseconds."""
+        now = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+        return now - self._began_ns + self.config.monotonic_ns if self.config.monotonic_ns else now
+
+    @property
+    def control_dir(self) -> Path:
+        """The sandbox's control folder as the host sees it: where engine processes leave their answers."""
+        return Path(f"/proc/{self._init_pid}/root{CONTROL_DIR}")
 
     def _find_init(self) -> int:
         children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text().split()
@@ -245,6 +260,25 @@ class Sandbox:
     def unpack(self, copies: Sequence[tuple[Path, str]]) -> None:
         """Copy folders of the host over folders of the sandbox (its /dev/shm, its TMPDIR)."""
         self._ask(op="unpack", copies=[[str(source), target] for source, target in copies])
+
+    def attach(self, source: Path, target: Path) -> None:
+        """Show folder `source` of the host at `target` inside, in a sandbox that runs already (a lazy mount that came up meanwhile).
+
+        The mount is cloned here and moved there through its descriptor (open_tree(2), move_mount(2)); read-only as its source is.
+        """
+        fd = _libc.syscall(_SYS_OPEN_TREE, _AT_FDCWD, str(source).encode(), _OPEN_TREE_CLONE | os.O_CLOEXEC)
+        if fd < 0:
+            error = ctypes.get_errno()
+            raise Failed("attach-failed", f"{source} cannot be shown in the sandbox: {os.strerror(error)}")
+        try:
+            number = self._pass_fds([fd])[0]
+            try:
+                self._ask(op="attach", fd=number, target=str(target))
+            finally:
+                with contextlib.suppress(Failed):
+                    self._ask(op="close", fds=[number])
+        finally:
+            os.close(fd)
 
     def raise_pids(self, above: int) -> None:
         """Let every later process get a number above this one (restored trees keep theirs, and new ones must not meet them)."""

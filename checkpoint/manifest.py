@@ -1,0 +1,94 @@
+"""What a snapshot says of itself: one JSON document beside its images, written last, so that a folder without it is not a snapshot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from checkpoint.errors import Incompatible, Integrity
+
+FORMAT = 1
+"""Raised whenever an older quickthaw could not restore what a newer one wrote."""
+FILE_NAME = "manifest.json"
+
+
+class Phase(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One phase of the start that the snapshot was taken in; seconds."""
+
+    phase: str
+    took_s: float
+
+
+class Canary(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A greedy generation recorded before the dump; a replica that does not repeat it exactly is not served."""
+
+    prompt: str
+    token_ids: list[int]
+
+
+class SnapshotFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One file: bytes, and its BLAKE3 in hexadecimal."""
+
+    size: int
+    blake3: str
+
+
+class Snapshot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A snapshot's manifest.
+
+    `pipes` names the engine's output pipes as the images know them (`pipe:[123]`); `monotonic_ns` is the sandbox's monotonic clock at
+    the dump; `top_pid` the highest process or thread number in use; sizes in bytes; `cold_s` the start this snapshot saves.
+    """
+
+    format: int
+    name: str
+    created: str
+    engine: str
+    model: str
+    model_digest: str
+    weights: str
+    identity: dict[str, Any]
+    root_pid: int
+    top_pid: int
+    port: int
+    pipes: dict[str, str]
+    monotonic_ns: int
+    canary: Canary
+    image_bytes: int
+    kv_cache_bytes: int
+    cold_s: float
+    timeline: list[Phase]
+    files: dict[str, SnapshotFile]
+
+
+def load(folder: Path) -> Snapshot:
+    """Read the manifest of a snapshot folder.
+
+    Raises Integrity where it is missing or garbled, Incompatible where a newer quickthaw wrote it.
+    """
+    file = folder / FILE_NAME
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise Integrity("manifest-unreadable", f"{file}: {error.strerror}; remove the snapshot: quickthaw snapshot rm {folder.name}") from error
+    try:
+        found = msgspec.json.decode(data, type=dict[str, msgspec.Raw]).get("format")
+        version = msgspec.json.decode(found, type=int) if found is not None else None
+    except msgspec.MsgspecError as error:
+        raise Integrity("manifest-garbled", f"{file} is damaged ({error}); quickthaw snapshot rm {folder.name}") from error
+    if version is None or version > FORMAT:
+        raise Incompatible("format-newer", f"{folder.name} has format {version} and this quickthaw knows {FORMAT}; upgrade, or take it anew")
+    try:
+        snapshot = msgspec.json.decode(data, type=Snapshot)
+    except msgspec.MsgspecError as error:
+        raise Integrity("manifest-garbled", f"{file} is damaged ({error}); quickthaw snapshot rm {folder.name}") from error
+    if snapshot.name != folder.name:
+        raise Integrity("manifest-misplaced", f"{file} belongs to {snapshot.name}; quickthaw snapshot rm {folder.name}")
+    return snapshot
+
+
+def dump(snapshot: Snapshot) -> bytes:
+    """The manifest as bytes, the same for the same contents (what a signature is made over)."""
+    return msgspec.json.format(msgspec.json.encode(snapshot, order="deterministic"), indent=1) + b"\n"

@@ -1,0 +1,242 @@
+"""Taking a snapshot of a sandboxed engine, and bringing replicas back from it.
+
+A snapshot folder holds `manifest.json`, `images/` (CRIU's), and what the images link to, copied while the tree was frozen: `shm/`
+(/dev/shm), `tmp/` (TMPDIR), `cache/` (compiled code that is mapped). All of it is kept, so one snapshot restores any number of times,
+and several at the same moment: each restore gets a sandbox of its own with copies of the small parts.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+
+from checkpoint import manifest
+from checkpoint.criu import Criu
+from checkpoint.errors import Failed
+from checkpoint.library import Library
+from checkpoint.manifest import Snapshot, SnapshotFile
+from checkpoint.sandbox import CACHE_DIR, TMP_DIR, Bind, Sandbox, SandboxConfig
+
+DUMP_TIMEOUT_S = 600.0
+RESTORE_TIMEOUT_S = 600.0
+
+# Runs inside the sandbox, after the images are written and before the tree runs on: what the images link to must be of the same
+# moment. CRIU leaves its own hard links to deleted files behind (link_remap.N); one that stays makes the next dump fail.
+_WHILE_FROZEN = """\
+#!/bin/sh
+[ "$CRTOOLS_SCRIPT_ACTION" = post-dump ] || exit 0
+set -e
+cp -a --sparse=always /dev/shm "{folder}/shm"
+cp -a --sparse=always {tmp} "{folder}/tmp"
+rm -f /dev/shm/link_remap.*
+"""
+
+
+def processes(init_pid: int) -> list[int]:
+    """Every process below process 1 of a sandbox, by its number on the host."""
+    found: list[int] = []
+    waiting = [init_pid]
+    while waiting:
+        pid = waiting.pop()
+        try:
+            for task in os.listdir(f"/proc/{pid}/task"):
+                waiting.extend(int(child) for child in Path(f"/proc/{pid}/task/{task}/children").read_text().split())
+        except OSError:
+            continue  # ended under our eyes
+        if pid != init_pid:
+            found.append(pid)
+    return found
+
+
+def _inner_numbers(pids: Sequence[int]) -> list[int]:
+    """The numbers of processes and their threads inside their PID namespace."""
+    numbers = []
+    for pid in pids:
+        try:
+            for task in os.listdir(f"/proc/{pid}/task"):
+                for line in Path(f"/proc/{pid}/task/{task}/status").read_text().splitlines():
+                    if line.startswith("NSpid:"):
+                        numbers.append(int(line.split()[-1]))
+        except OSError:
+            continue
+    return numbers
+
+
+def private_bytes(pids: Sequence[int]) -> int:
+    """Bytes of private memory of some processes: about what CRIU will write (smaps_rollup: Private_Dirty, and swapped)."""
+    total = 0
+    for pid in pids:
+        try:
+            text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+        except OSError:
+            continue
+        for line in text.splitlines():
+            if line.startswith(("Private_Dirty:", "Swap:")):
+                total += int(line.split()[1]) * 1024
+    return total
+
+
+def _mapped_cache_files(pids: Sequence[int]) -> set[str]:
+    """Files of the compile cache that the tree has mapped, relative to it: a restore needs each at its path and size."""
+    found = set()
+    for pid in pids:
+        try:
+            maps = Path(f"/proc/{pid}/maps").read_text()
+        except OSError:
+            continue
+        for line in maps.splitlines():
+            _, _, path = line.partition(f" {CACHE_DIR}/")
+            if path and not path.endswith(" (deleted)"):
+                found.add(path)
+    return found
+
+
+def image_bytes(folder: Path) -> int:
+    """Bytes of the files below a folder."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def take(
+    library: Library,
+    criu: Criu,
+    sandbox: Sandbox,
+    draft: Snapshot,
+    compile_cache: Path,
+    seal: Callable[[Path], Mapping[str, SnapshotFile]],
+    sign: Callable[[bytes], bytes] | None = None,
+) -> Snapshot:
+    """Dump the tree below `draft.root_pid` into the library as `draft.name`; the engine goes on running, whatever happens.
+
+    `draft` is the manifest but for what only the dump knows. `seal` computes the digests of a folder's files.
+
+    Raises Busy when another process takes the same snapshot, Failed when CRIU, the disk or the engine fail; then nothing is left.
+    """
+    pids = processes(sandbox.init_pid)
+    wanted = private_bytes(pids)
+    library.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    free = shutil.disk_usage(library.folder).free
+    if free < wanted * 1.05 + (64 << 20):
+        raise Failed(
+            "disk-full",
+            f"the snapshot needs about {wanted / 1e9:.1f} GB and {library.folder} has {free / 1e9:.1f} GB free; "
+            "make room (quickthaw snapshot rm, quickthaw weights gc) or set QUICKTHAW_HOME",
+        )
+    with library.writing(draft.name) as folder:
+        images = folder / "images"
+        images.mkdir(mode=0o700)
+        script = folder / "while-frozen.sh"
+        script.write_text(_WHILE_FROZEN.format(folder=folder, tmp=TMP_DIR))
+        script.chmod(0o700)
+        mapped = _mapped_cache_files(pids)
+        monotonic_ns = sandbox.monotonic_ns()
+        criu.dump(sandbox, draft.root_pid, images, script, DUMP_TIMEOUT_S)
+        script.unlink()
+        for name in mapped:
+            target = folder / "cache" / name
+            target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            shutil.copyfile(compile_cache / name, target)
+        for noise in ("dump.log", "stats-dump", "irmap-cache"):
+            (images / noise).unlink(missing_ok=True)
+        for directory, _, files in os.walk(folder):
+            if not Path(directory).is_relative_to(folder / "shm") and not Path(directory).is_relative_to(folder / "tmp"):
+                for file in files:
+                    Path(directory, file).chmod(0o600)
+        done = msgspec.structs.replace(
+            draft,
+            monotonic_ns=monotonic_ns,
+            top_pid=max(_inner_numbers(pids), default=draft.root_pid),
+            image_bytes=image_bytes(images),
+            files=dict(seal(folder)),
+        )
+        data = manifest.dump(done)
+        if sign:
+            (folder / "manifest.sig").write_bytes(sign(data))
+        (folder / manifest.FILE_NAME).write_bytes(data)
+        (folder / manifest.FILE_NAME).chmod(0o600)
+    return done
+
+
+@dataclass
+class Restored:
+    """A tree that came back. `close` ends it and everything that was made for it."""
+
+    sandbox: Sandbox
+    root_pid: int
+    work: Path
+    spans: dict[str, float] = field(default_factory=dict)
+    """Seconds by part: sandbox, unpack, criu."""
+
+    def close(self) -> None:
+        """Kill the replica and remove its work folder. May be called twice."""
+        self.sandbox.close()
+        shutil.rmtree(self.work, ignore_errors=True)
+
+
+def unpack_cache(folder: Path, compile_cache: Path) -> None:
+    """Put mapped compiled code back where the tree has it mapped; what is there with the right size is left alone."""
+    source = folder / "cache"
+    if not source.is_dir():
+        return
+    for file in source.rglob("*"):
+        if not file.is_file():
+            continue
+        target = compile_cache / file.relative_to(source)
+        try:
+            if target.stat().st_size == file.stat().st_size:
+                continue
+        except FileNotFoundError:
+            pass
+        target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        new = target.with_name(f".{target.name}.{os.getpid()}")
+        shutil.copyfile(file, new)
+        new.chmod(0o755)
+        new.replace(target)
+
+
+def restore(
+    library: Library,
+    criu: Criu,
+    snapshot: Snapshot,
+    binds: Sequence[Bind],
+    compile_cache: Path,
+    pipes: Mapping[str, int],
+    on_exit: Callable[[int, int], None] | None = None,
+    run_folder: Path | None = None,
+) -> Restored:
+    """Bring a replica back into a new sandbox.
+
+    `pipes` maps the snapshot's names (`stdout`, `stderr`) to descriptors for the engine's output. The canary is the caller's to check.
+
+    Raises a CheckpointError; then nothing is left: no process, mount, namespace or file.
+    """
+    run_folder = run_folder or library.home / "run"
+    run_folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix="restore-", dir=run_folder))
+    began = time.monotonic()
+    sandbox: Sandbox | None = None
+    try:
+        with library.in_use(snapshot.name) as folder:
+            unpack_cache(folder, compile_cache)
+            sandbox = Sandbox(SandboxConfig(binds=binds, monotonic_ns=snapshot.monotonic_ns), on_exit=on_exit)
+            up = time.monotonic()
+            sandbox.unpack([(folder / "shm", "/dev/shm"), (folder / "tmp", TMP_DIR)])
+            unpacked = time.monotonic()
+            named = {snapshot.pipes[stream]: fd for stream, fd in pipes.items() if stream in snapshot.pipes}
+            criu.restore(sandbox, snapshot.root_pid, folder / "images", RESTORE_TIMEOUT_S, work, named)
+            sandbox.raise_pids(snapshot.top_pid)
+        spans = {"sandbox": up - began, "unpack": unpacked - up, "criu": time.monotonic() - unpacked}
+        return Restored(sandbox, snapshot.root_pid, work, spans)
+    except BaseException as error:
+        if sandbox:
+            sandbox.close()
+        shutil.rmtree(work, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise Failed("restore-failed", f"{snapshot.name}: {error.strerror or error}") from error
+        raise

@@ -1,0 +1,227 @@
+"""What every engine's launcher does: read its command line, start it, know when it is ready, make it small, wake it.
+
+One module an engine (launchers/vllm.py, launchers/sglang.py); `launchers.engine(name)` chooses by name. Everything here is blocking
+and runs in the thread that drives one replica.
+"""
+
+from __future__ import annotations
+
+import abc
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from checkpoint.sandbox import CONTROL_DIR, RUN_DIR, TMP_DIR
+from launchers.client import Client
+from launchers.errors import BadModel, EngineDied, EngineFailed, Usage
+
+INNER_PORT = 8000
+"""The engine's port inside its sandbox: the same for every replica, since each has a network of its own."""
+ENGINE_SITE = f"{RUN_DIR}/engine"
+CANARY_PROMPT = "The capital of France is"
+CANARY_TOKENS = 4
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".npz")
+
+
+@dataclass(frozen=True)
+class EngineCommand:
+    """An engine's command line, taken apart: what the proxy takes over, and what passes through untouched."""
+
+    engine: str
+    arguments: tuple[str, ...]
+    """The user's own arguments without host and port."""
+    model: str
+    host: str
+    port: int
+    api_key: str | None = None
+    fixed_seed: bool = False
+
+
+@dataclass
+class Probe:
+    """How a start is watched: whether the engine still lives, and how long it may take."""
+
+    died: Callable[[], int | None]
+    """The engine's exit code, or None while it runs."""
+    last_lines: Callable[[], str]
+    limit_s: float
+    began: float = field(default_factory=time.monotonic)
+
+    def check(self) -> None:
+        """Raises EngineDied or EngineFailed when there is nothing left to wait for."""
+        code = self.died()
+        if code is not None:
+            how = f"was ended by signal {-code}" if code < 0 else f"exited with code {code}"
+            raise EngineDied("engine-died", f"the engine {how} before it served; its last words: {self.last_lines()}", code)
+        if time.monotonic() - self.began > self.limit_s:
+            raise EngineFailed(
+                "engine-start-timeout",
+                f"the engine did not serve within {self.limit_s:.0f} s; raise --start-timeout, or see its log",
+            )
+
+
+class Engine(abc.ABC):
+    """One inference engine. Stateless: everything particular to a launch is passed in."""
+
+    name: str
+    default_port: int
+    default_host: str
+    model_flags: tuple[str, ...]
+    switches: frozenset[str] = frozenset()
+    """Flags that take no value, where a positional model may follow them."""
+    denied_paths: frozenset[str]
+    """Endpoints that our own environment opens or that we use for control: never reachable through the proxy."""
+    seed_flags: tuple[str, ...] = ()
+
+    # Command line
+
+    def parse(self, arguments: Sequence[str], environment: Mapping[str, str]) -> EngineCommand:
+        """Take the model, host, port and key out of the engine's own arguments. Raises Usage where there is no model."""
+        words = list(arguments)
+        if words and words[0] == "serve":
+            words = words[1:]
+        kept: list[str] = []
+        values: dict[str, str] = {}
+        takes = {flag: "model" for flag in self.model_flags} | {"--host": "host", "--port": "port", "--api-key": "api_key"}
+        takes |= {flag: "seed" for flag in self.seed_flags}
+        index = 0
+        if words and not words[0].startswith("-"):
+            values["model"] = words[0]
+            kept += [self.model_flags[0], words[0]]
+            index = 1
+        while index < len(words):
+            flag, equals, inline = words[index].partition("=")
+            name = takes.get(flag.replace("_", "-") if flag.startswith("--") else flag)
+            if name is None:
+                kept.append(words[index])
+                index += 1
+                continue
+            if equals:
+                value, used = inline, 1
+            elif index + 1 < len(words):
+                value, used = words[index + 1], 2
+            else:
+                raise Usage("argument-without-value", f"{flag} needs a value")
+            values[name] = value
+            if name not in ("host", "port"):
+                kept += words[index : index + used]
+            index += used
+        if "model" not in values:
+            raise Usage("no-model", f"no model given; add {self.model_flags[0]} DIR to the engine's arguments")
+        try:
+            port = int(values.get("port", self.default_port))
+            if not 0 <= port < 65536:
+                raise ValueError
+        except ValueError:
+            raise Usage("bad-port", f"--port must be a number from 0 to 65535, not {values['port']!r}") from None
+        return EngineCommand(
+            self.name,
+            tuple(kept),
+            values["model"],
+            values.get("host", self.default_host),
+            port,
+            values.get("api_key") or self.key_from(environment),
+            "seed" in values,
+        )
+
+    def key_from(self, environment: Mapping[str, str]) -> str | None:
+        """The key that clients must send, where the environment sets one."""
+        return None
+
+    @abc.abstractmethod
+    def command(self, python: str, command: EngineCommand, host: str, port: int) -> list[str]:
+        """The process to start."""
+
+    def environment(self, user: Mapping[str, str], command: EngineCommand, *, sandboxed: bool, site: str, cache: str) -> dict[str, str]:
+        """The engine's environment: the user's, what reaching into it needs, and no calls home (the sandbox has no way out).
+
+        A variable that the user has set keeps its value, except where a snapshot would not work with it (TMPDIR).
+        """
+        env = dict(user)
+        env.pop("PYTHONDONTWRITEBYTECODE", None)
+        for name, value in self.defaults().items():
+            env.setdefault(name, value)
+        env.update(self.control())
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, [site, user.get("PYTHONPATH", "")]))
+        env["PYTHONUNBUFFERED"] = "1"
+        if command.fixed_seed:
+            env["QUICKTHAW_FIXED_SEED"] = "1"
+        env.setdefault("VLLM_CACHE_ROOT", f"{cache}/vllm")
+        env.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{cache}/inductor")
+        env.setdefault("TRITON_CACHE_DIR", f"{cache}/triton")
+        env.setdefault("FLASHINFER_WORKSPACE_BASE", f"{cache}/flashinfer")
+        if sandboxed:
+            env["TMPDIR"] = TMP_DIR
+            env["QUICKTHAW_CONTROL_DIR"] = CONTROL_DIR
+        return env
+
+    def defaults(self) -> dict[str, str]:
+        """Variables that hold unless the user has set them."""
+        return {"DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+
+    @abc.abstractmethod
+    def control(self) -> dict[str, str]:
+        """Variables that our control of the engine needs, whatever the user has set."""
+
+    # Its life
+
+    def wait_ready(self, client: Client, probe: Probe, on_listening: Callable[[], None]) -> None:
+        """Wait until the engine generates: a bound port is not enough. `on_listening` is called when it answers at all."""
+        listening = False
+        while True:
+            probe.check()
+            try:
+                status, _ = client.call("GET", "/health", timeout_s=5.0)
+            except OSError:
+                status = 0
+            if status and not listening:
+                listening = True
+                on_listening()
+            if status == 200:
+                break
+            time.sleep(0.1)
+        while True:
+            try:
+                self.generate(client, CANARY_PROMPT, 1, timeout_s=120.0)
+                return
+            except EngineFailed:
+                probe.check()
+                time.sleep(0.2)
+
+    @abc.abstractmethod
+    def generate(self, client: Client, prompt: str, tokens: int, timeout_s: float = 60.0) -> list[int]:
+        """The token ids of a greedy generation."""
+
+    @abc.abstractmethod
+    def warm_up(self, client: Client, command: EngineCommand) -> None:
+        """Send what users send, so that the first of them meets code that has run before."""
+
+    @abc.abstractmethod
+    def shrink(self, client: Client) -> None:
+        """Empty the KV cache and give its pages back; our hooks leave the bytes as `<pid>.kv` (launchers/control.py).
+
+        The engine must be idle; EngineFailed with code `shrink-busy` where it is not.
+        """
+
+    @abc.abstractmethod
+    def reload_weights(self, client: Client, model: str) -> None:
+        """Put the weights back in place from the model directory (after a thin restore)."""
+
+    def canary(self, client: Client, timeout_s: float = 60.0) -> list[int]:
+        """The greedy generation that a restored replica must repeat exactly."""
+        return self.generate(client, CANARY_PROMPT, CANARY_TOKENS, timeout_s)
+
+
+def check_model(model: Path) -> None:
+    """Raises BadModel where a directory cannot be served: each with what is missing and what to do."""
+    if not model.exists():
+        raise BadModel("model-missing", f"there is no model directory {model}; give the path of one with config.json and weights")
+    if not model.is_dir():
+        raise BadModel("model-not-a-directory", f"{model} is a file; give the directory that holds it")
+    names = [entry.name for entry in os.scandir(model)]
+    if "config.json" not in names and "params.json" not in names and not any(name.endswith(".gguf") for name in names):
+        raise BadModel("model-without-config", f"{model} has no config.json; is it the right directory?")
+    if not any(name.endswith(WEIGHT_SUFFIXES) for name in names):
+        raise BadModel("model-without-weights", f"{model} holds no weights ({', '.join(WEIGHT_SUFFIXES[:3])} …); was the download completed?")

@@ -1,0 +1,74 @@
+"""The launcher's side of the signals that every engine process answers (plugin/engine/control.py): shrink before a dump, wake after
+a restore.
+
+Only processes that have installed the handler are signalled: the default action of a real-time signal ends a process.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+from checkpoint.snapshot import processes
+
+SHRINK = signal.SIGRTMIN + 7
+WAKE = signal.SIGRTMIN + 8
+
+
+def _answers(pid: int, number: int) -> bool:
+    """Whether the process catches the signal (proc(5): SigCgt)."""
+    try:
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("SigCgt:"):
+                return bool(int(line.split()[1], 16) >> (number - 1) & 1)
+    except OSError:
+        pass  # ended under our eyes
+    return False
+
+
+def tell(init_pid: int, number: int) -> list[int]:
+    """Signal every process of the sandbox that listens; their numbers on the host."""
+    told = []
+    for pid in processes(init_pid):
+        if _answers(pid, number):
+            try:
+                os.kill(pid, number)
+            except ProcessLookupError:
+                continue
+            told.append(pid)
+    return told
+
+
+def _inner_pid(pid: int) -> int:
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("NSpid:"):
+            return int(line.split()[-1])
+    return pid
+
+
+def shrink_all(init_pid: int, answers: Path, limit_s: float = 10.0) -> int:
+    """Tell every process to collect garbage and trim, and wait for their answers in `answers` (as seen from the host).
+
+    Returns how many answered within `limit_s` seconds; one that is too busy costs memory in the snapshot, not correctness.
+    """
+    wanted = []
+    for pid in tell(init_pid, SHRINK):
+        try:
+            wanted.append(answers / f"{_inner_pid(pid)}.shrunk")
+        except OSError:
+            continue
+    limit = time.monotonic() + limit_s
+    while time.monotonic() < limit and not all(file.exists() for file in wanted):
+        time.sleep(0.01)
+    return sum(file.exists() for file in wanted)
+
+
+def kv_bytes_dropped(answers: Path) -> int:
+    """The bytes of KV cache that the engine's processes said they dropped at the last shrinking; their notes are removed."""
+    total = 0
+    for note in answers.glob("*.kv"):
+        total += int(note.read_text())
+        note.unlink()
+    return total

@@ -1,0 +1,79 @@
+"""SGLang: `python -m sglang.launch_server`, controlled through its own endpoints, which the proxy keeps to itself.
+
+Seen with sglang 0.5.23 (CPU, `--device cpu --attention-backend torch_native`, SGLANG_USE_CPU_ENGINE=1).
+"""
+
+from __future__ import annotations
+
+from launchers.base import Engine, EngineCommand
+from launchers.client import Client
+from launchers.errors import EngineFailed
+
+
+class Sglang(Engine):
+    """SGLang's HTTP server."""
+
+    name = "sglang"
+    default_port = 30000
+    default_host = "127.0.0.1"
+    model_flags = ("--model-path", "--model")
+    seed_flags = ("--random-seed",)
+    denied_paths = frozenset(
+        {
+            "/flush_cache",
+            "/clear_hicache_storage_backend",
+            "/update_weights_from_disk",
+            "/update_weights_from_tensor",
+            "/update_weights_from_distributed",
+            "/update_weights_from_ipc",
+            "/init_weights_update_group",
+            "/destroy_weights_update_group",
+            "/release_memory_occupation",
+            "/resume_memory_occupation",
+            "/pause_generation",
+            "/continue_generation",
+            "/set_internal_state",
+            "/freeze_gc",
+            "/configure_logging",
+            "/start_profile",
+            "/stop_profile",
+        }
+    )
+
+    def command(self, python: str, command: EngineCommand, host: str, port: int) -> list[str]:
+        """The module form, which exists in every release."""
+        return [python, "-m", "sglang.launch_server", *command.arguments, f"--host={host}", f"--port={port}"]
+
+    def control(self) -> dict[str, str]:
+        """Nothing has to be opened."""
+        return {}
+
+    def generate(self, client: Client, prompt: str, tokens: int, timeout_s: float = 60.0) -> list[int]:
+        """SGLang's native endpoint, which reports the ids it sampled."""
+        body = {"text": prompt, "sampling_params": {"max_new_tokens": tokens, "temperature": 0, "ignore_eos": True}}
+        answer = client.json("POST", "/generate", body, timeout_s)
+        ids = answer.get("output_ids")
+        if not ids:
+            raise EngineFailed("engine-no-token-ids", "this SGLang reports no output ids; quickthaw needs sglang >= 0.5")
+        return [int(i) for i in ids]
+
+    def warm_up(self, client: Client, command: EngineCommand) -> None:
+        """Generations of two lengths, an OpenAI completion, and streamed chats where the model has a template."""
+        for words in (4, 64):
+            self.generate(client, "one two three four " * (words // 4), 4)
+        body = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4, "stream": True, "temperature": 0.7}
+        for _ in range(2):
+            client.call("POST", "/v1/chat/completions", body | {"model": "default"}, timeout_s=60.0)
+        client.call("POST", "/v1/completions", {"model": "default", "prompt": "Hello", "max_tokens": 2}, timeout_s=60.0)
+
+    def shrink(self, client: Client) -> None:
+        """Flush the radix cache; our hook then drops the pool's pages (plugin/engine/sglang_hooks.py)."""
+        status, _ = client.call("POST", "/flush_cache", timeout_s=60.0)
+        if status != 200:
+            raise EngineFailed("shrink-busy", "SGLang did not flush its cache; a request is still running")
+
+    def reload_weights(self, client: Client, model: str) -> None:
+        """SGLang's own reload from the path it was started with."""
+        answer = client.json("POST", "/update_weights_from_disk", {"model_path": model}, timeout_s=600.0)
+        if not answer.get("success"):
+            raise EngineFailed("reload-failed", f"SGLang did not reload its weights: {answer.get('message')}")

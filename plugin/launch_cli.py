@@ -1,0 +1,118 @@
+"""The options of `quickthaw launch`, apart from plugin.launch so that help needs none of it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+# Everything after the engine's name is the engine's own.
+PASS_THROUGH = {"allow_interspersed_args": False, "ignore_unknown_options": True, "auto_envvar_prefix": "QUICKTHAW"}
+
+
+def start_log(quiet: bool = False) -> None:
+    """Our own lines, to standard error, beside the engine's."""
+    log = logging.getLogger("quickthaw")
+    if not log.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("quickthaw: %(message)s"))
+        log.addHandler(handler)
+    log.setLevel(logging.WARNING if quiet else logging.INFO)
+
+
+def seconds(text: str) -> float:
+    """`90`, `90s`, `10m`, `1h` as seconds."""
+    unit = {"s": 1.0, "m": 60.0, "h": 3600.0}.get(text[-1:])
+    try:
+        value = float(text[:-1]) * unit if unit else float(text)
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is not a time; write 90, 90s, 10m or 1h") from None
+    if value < 0:
+        raise click.BadParameter("a time must not be negative")
+    return value
+
+
+class Seconds(click.ParamType):
+    """A time with an optional unit."""
+
+    name = "time"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """To seconds."""
+        return value if isinstance(value, float) else seconds(str(value))
+
+
+@click.command(context_settings=PASS_THROUGH)
+@click.option("--engine-python", metavar="PYTHON", show_envvar=True, help="The engine's interpreter.  [default: this one]")
+@click.option("--name", metavar="NAME", show_envvar=True, help="The snapshot's name.  [default: engine, model and a digest of what matters]")
+@click.option("--replicas", type=click.IntRange(1), default=1, show_default=True, show_envvar=True, help="Replicas behind the one port.")
+@click.option("--weights", type=click.Choice(["auto", "full", "thin"]), default="auto", show_default=True, show_envvar=True,
+              help="Carry the weights in the snapshot, or read them again at a restore.")
+@click.option("--store", metavar="URL", show_envvar=True, help="Where weights are kept as chunks.  [default: a folder in $QUICKTHAW_HOME]")
+@click.option("--mount/--no-mount", default=True, show_envvar=True, help="Show the weights through the lazy mount.")
+@click.option("--snapshot/--no-snapshot", default=True, show_envvar=True, help="Take a snapshot where there is none.")
+@click.option("--restore/--no-restore", default=True, show_envvar=True, help="Restore where there is a snapshot.")
+@click.option("--verify", type=click.Choice(["auto", "always", "never"]), default="auto", show_default=True, show_envvar=True,
+              help="Digests: of files that changed since the last check, of all, or of none.")
+@click.option("--strict", is_flag=True, show_envvar=True, help="Fail where a layer is off or a restore fails, instead of going on without.")
+@click.option("--idle-timeout", type=Seconds(), default="0", show_envvar=True, help="Stop the engine after so long without a request; the next wakes it.")
+@click.option("--start-timeout", type=Seconds(), default="30m", show_default=True, show_envvar=True, help="How long a cold start may take.")
+@click.option("--grace", type=Seconds(), default="30s", show_default=True, show_envvar=True, help="How long a stop may take.")
+@click.option("--scrub-env", metavar="NAME", multiple=True, show_envvar=True, help="Keep a variable from the engine (and its snapshot). Repeatable.")
+@click.option("--sign-key", type=click.Path(path_type=Path), show_envvar=True, help="Sign the snapshot with this Ed25519 key.")
+@click.option("--trust-key", "trust_keys", type=click.Path(path_type=Path), multiple=True, show_envvar=True,
+              help="Restore only what one of these keys has signed. Repeatable.")
+@click.option("--quiet", is_flag=True, show_envvar=True, help="Only warnings and errors of ours.")
+@click.argument("engine", metavar="vllm|sglang")
+@click.argument("engine_arguments", nargs=-1, type=click.UNPROCESSED, metavar="ENGINE-ARGS…")
+def launch(engine: str, engine_arguments: tuple[str, ...], **options: Any) -> int:
+    """Start an engine with its own arguments; the second time in about a second.
+
+    Restores where a snapshot of this very launch exists; else starts cold through the lazy mount, warms up, takes a snapshot, and serves.
+    The port answers from the first moment; requests are held until a replica is verified.
+
+    \b
+    quickthaw launch vllm --model /models/llama --port 8000
+    quickthaw launch --engine-python /opt/sglang/bin/python sglang --model-path /models/qwen --port 30000
+    quickthaw launch --idle-timeout 10m --replicas 2 vllm --model /models/llama
+    docker run … --entrypoint quickthaw IMAGE launch vllm --model /models/llama
+    """
+    import launchers
+    from launchers.errors import Usage
+    from plugin.launch import launch as start
+    from plugin.settings import LaunchSettings, state_home
+
+    start_log(options["quiet"])
+    environment = dict(os.environ)
+    command = launchers.engine(engine).parse(engine_arguments, environment)
+    python = options["engine_python"] or sys.executable
+    if not os.access(python, os.X_OK):
+        raise Usage("engine-python", f"{python} cannot be executed; give the engine's interpreter with --engine-python")
+    return start(
+        LaunchSettings(
+            engine=engine,
+            command=command,
+            engine_python=os.path.abspath(python),
+            home=state_home(),
+            store_url=options["store"],
+            name=options["name"],
+            replicas=options["replicas"],
+            weights=options["weights"],
+            mount=options["mount"],
+            take_snapshot=options["snapshot"],
+            use_snapshot=options["restore"],
+            strict=options["strict"],
+            verify=options["verify"],
+            idle_timeout_s=options["idle_timeout"],
+            start_timeout_s=options["start_timeout"],
+            grace_s=options["grace"],
+            scrub_env=options["scrub_env"],
+            sign_key=options["sign_key"],
+            trust_keys=options["trust_keys"],
+            environment=environment,
+        )
+    )

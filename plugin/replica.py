@@ -1,0 +1,412 @@
+"""One replica's life: cold start with a snapshot at its end, or restore, then serving, until it is stopped.
+
+Everything here blocks and runs in a thread of its own; the `PhaseTracker` tells the proxy, the log and the display where it is.
+
+Promises: a start that fails leaves no process, mount, namespace or file. A failed restore goes on as a cold start of the same replica
+(held requests stay held) unless `strict`. A snapshot that cannot be taken costs the snapshot, never the engine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from checkpoint import snapshot as snapshots
+from checkpoint.criu import Criu
+from checkpoint.errors import Busy, CheckpointError, Failed, HostLacks, Incompatible, Integrity
+from checkpoint.library import Library
+from checkpoint.manifest import FORMAT, Canary, Snapshot
+from checkpoint.manifest import Phase as TimelinePhase
+from checkpoint.sandbox import CACHE_DIR, Bind, Sandbox, SandboxConfig
+from launchers import control
+from launchers.bare import BareProcess, free_port
+from launchers.base import CANARY_PROMPT, ENGINE_SITE, INNER_PORT, Engine, Probe
+from launchers.client import Client
+from launchers.engine_site import engine_site
+from launchers.errors import EngineFailed, LauncherError
+from plugin.layers import Layers
+from plugin.output import Output
+from plugin.phases import Phase, PhaseTracker
+from plugin.settings import LaunchSettings
+from plugin.weights import Weights
+
+if TYPE_CHECKING:
+    from checkpoint.identity import Here
+
+log = logging.getLogger("quickthaw")
+Place = Sandbox | BareProcess
+
+
+@dataclass
+class Running:
+    """An engine that runs somewhere, and how to reach it."""
+
+    place: Place
+    pid: int
+    port: int
+    client: Client
+    outputs: dict[str, Output]
+    work: Path | None = None
+
+    def close(self) -> None:
+        """End it and everything made for it."""
+        self.place.close()
+        if self.work:
+            import shutil
+
+            shutil.rmtree(self.work, ignore_errors=True)
+
+
+@dataclass
+class Replica:
+    """Drives one replica. `start`, `stop` and `sleep` are called from one thread at a time."""
+
+    settings: LaunchSettings
+    engine: Engine
+    layers: Layers
+    criu: Criu | None
+    weights: Weights
+    tracker: PhaseTracker
+    on_death: Callable[[int], None] | None = None
+    """Called with the exit code when the engine ends without having been told to, from a thread of its own."""
+    stdout: int | None = 1
+    stderr: int | None = 2
+    running: Running | None = None
+    exit_code: int | None = None
+    restored: bool = False
+    snapshot: Snapshot | None = None
+    spans: dict[str, float] = field(default_factory=dict)
+    """Parts of the last restore in seconds, finer than the phases."""
+
+    def __post_init__(self) -> None:
+        self.library = Library(self.settings.home)
+        self._expected_end = False
+        self._identity: Here | None = None
+
+    # Starting
+
+    def start(self) -> None:
+        """Bring the engine to serving. Raises LauncherError or CheckpointError when that has finally failed."""
+        self._expected_end = False
+        self.exit_code = None
+        name = self._restorable()
+        if name:
+            try:
+                self._restore(name)
+                return
+            except (CheckpointError, LauncherError) as error:
+                self._restore_failed(name, error)
+                if self.settings.strict:
+                    raise
+        try:
+            self._cold()
+        except BaseException as error:
+            self._clear()
+            self.tracker.to(Phase.FAILED, str(error))
+            raise
+
+    @property
+    def identity(self) -> Here:
+        """What this launch is, for choosing and checking a snapshot."""
+        if self._identity is None:
+            from checkpoint import identity
+
+            model = self.weights.path
+            self._identity = identity.here(
+                self.settings.engine,
+                Path(self.settings.engine_python),
+                self.settings.command.arguments,
+                {k: v for k, v in self.settings.environment.items() if k not in self.settings.scrub_env},
+                model=self.weights.digest,
+                model_paths=(self.settings.command.model, str(model)) if model else (),
+                weights="thin" if self.settings.weights == "thin" else "full",
+                criu=self.criu.cached_version(self.settings.home) if self.criu else "",
+            )
+        return self._identity
+
+    @property
+    def snapshot_name(self) -> str:
+        """The user's name for the snapshot, or one made of engine, model and identity."""
+        if self.settings.name:
+            return self.settings.name
+        model = Path(self.settings.command.model).name or "model"
+        slug = "".join(c if c.isalnum() or c in "._" else "-" for c in model.lower()).strip("-.")[:60] or "model"
+        return f"{self.settings.engine}-{slug}-{self.identity.key[:10]}"
+
+    def _restorable(self) -> str | None:
+        """The snapshot to restore, or None; why not is said once where it is not obvious."""
+        if not self.settings.use_snapshot or self.layers.snapshots:
+            return None
+        name = self.snapshot_name
+        if not self.library.has(name):
+            return None
+        health = self.library.health(name)
+        if health.quarantined:
+            log.warning("snapshot %s is in quarantine after %d failed restores (%s); starting cold", name, health.failures, health.reason)
+            return None
+        return name
+
+    def _restore_failed(self, name: str, error: Exception) -> None:
+        code = getattr(error, "code", "restore-failed")
+        if not isinstance(error, Incompatible | HostLacks | Busy):
+            self.library.failed(name, str(error))
+        self._clear()
+        self.tracker.to(Phase.FAILED, str(error))
+        log.warning("restore of %s failed (%s): %s; starting cold under the same held requests", name, code, error)
+
+    # Restore
+
+    def _restore(self, name: str) -> None:
+        from checkpoint import identity as identities
+
+        assert self.criu is not None
+        began = time.monotonic()
+        self.tracker.to(Phase.MOUNTING)
+        snapshot = self.library.load(name)
+        identities.refuse(identities.check(identities.Identity.decode(snapshot.identity), self.identity))
+        binds = self._binds(mounted=self.weights.mounted())
+        self.spans = {"identity": time.monotonic() - began}
+        self.tracker.to(Phase.RESTORING)
+        outputs = {"stdout": Output(self.stdout), "stderr": Output(self.stderr)}
+        try:
+            self._verify(name, snapshot)
+            restored = snapshots.restore(
+                self.library,
+                self.criu,
+                snapshot,
+                binds,
+                self._compile_cache(),
+                {stream: output.write_fd for stream, output in outputs.items()},
+                on_exit=self._ended,
+            )
+        finally:
+            for output in outputs.values():
+                output.handed_over()
+        self.spans |= restored.spans
+        sandbox = restored.sandbox
+        client = Client(lambda: sandbox.connect(snapshot.port), self.settings.command.api_key)
+        self.running = Running(sandbox, restored.root_pid, snapshot.port, client, outputs, restored.work)
+        self.tracker.to(Phase.WAKING)
+        control.tell(sandbox.init_pid, control.WAKE)
+        if snapshot.weights == "thin":
+            self._wait_weights(sandbox)
+            self.engine.reload_weights(client, self.settings.command.model)
+        self.tracker.to(Phase.VERIFYING)
+        self._compare(snapshot)
+        self.library.succeeded(name)
+        self.snapshot, self.restored = snapshot, True
+        self._serve()
+
+    def _verify(self, name: str, snapshot: Snapshot) -> None:
+        if self.settings.verify == "never":
+            return
+        from checkpoint.sealing import verify
+
+        verify(self.library.path(name), snapshot.files, always=self.settings.verify == "always")
+
+    def _compare(self, snapshot: Snapshot) -> None:
+        assert self.running is not None
+        try:
+            got = self.engine.generate(self.running.client, snapshot.canary.prompt, len(snapshot.canary.token_ids))
+        except LauncherError as error:
+            raise Failed("canary-failed", f"the restored engine does not generate: {error}") from error
+        if got != snapshot.canary.token_ids:
+            raise Integrity("canary-differs", f"the restored engine generates {got} where {snapshot.canary.token_ids} was recorded")
+
+    def _wait_weights(self, sandbox: Sandbox) -> None:
+        mounted = self.weights.mount()
+        if mounted:
+            sandbox.attach(mounted, Path(self.weights.shown_at))
+
+    # Cold start
+
+    def _cold(self) -> None:
+        self.tracker.to(Phase.MOUNTING)
+        mounted = None if self.layers.mount or not self.settings.mount else self.weights.mount()
+        self.tracker.to(Phase.STARTING)
+        outputs = {"stdout": Output(self.stdout), "stderr": Output(self.stderr)}
+        sandboxed = not self.layers.sandbox
+        site = engine_site(self.settings.home, Path(__file__).parent / "engine")
+        cache = self._compile_cache()
+        place: Place
+        if sandboxed:
+            place = Sandbox(SandboxConfig(binds=self._binds(mounted)), on_exit=self._ended)
+            port = INNER_PORT
+        else:
+            place = BareProcess(on_exit=self._ended)
+            port = free_port()
+        environment = self.engine.environment(
+            {k: v for k, v in self.settings.environment.items() if k not in self.settings.scrub_env},
+            self.settings.command,
+            sandboxed=sandboxed,
+            site=ENGINE_SITE if sandboxed else str(site),
+            cache=CACHE_DIR if sandboxed else str(cache),
+        )
+        argv = self.engine.command(self.settings.engine_python, self.settings.command, "127.0.0.1", port)
+        client = Client(lambda: place.connect(port), self.settings.command.api_key)
+        try:
+            pid = place.start(argv, environment, os.getcwd(), outputs["stdout"].write_fd, outputs["stderr"].write_fd)
+        except (CheckpointError, LauncherError) as error:
+            place.close()
+            raise LauncherError("engine-not-started", f"{error}; give the engine's interpreter with --engine-python") from error
+        finally:
+            for output in outputs.values():
+                output.handed_over()
+        self.running = Running(place, pid, port, client, outputs)
+        self.tracker.to(Phase.LOADING)
+        probe = Probe(lambda: place.exit_code(pid), lambda: self._last_words(outputs), self.settings.start_timeout_s)
+        self.engine.wait_ready(client, probe, lambda: None)
+        self.tracker.to(Phase.WARMING)
+        cold_s = sum(span.took_s for span in self.tracker.timeline)
+        self.engine.warm_up(client, self.settings.command)
+        self.restored = False
+        if self._wanted_snapshot(place):
+            assert isinstance(place, Sandbox)
+            self._take(place, pid, port, outputs, cold_s)
+        self._serve()
+
+    @staticmethod
+    def _last_words(outputs: dict[str, Output]) -> str:
+        words = outputs["stderr"].last()
+        return outputs["stdout"].last() if words.startswith("(") else words
+
+    def _wanted_snapshot(self, place: Place) -> bool:
+        if not self.settings.take_snapshot or self.layers.snapshots or not isinstance(place, Sandbox):
+            return False
+        name = self.snapshot_name
+        # A snapshot that is there and was not restored is somebody else's to judge, unless its bytes are known to be wrong.
+        return not self.library.has(name) or self.library.health(name).reason.startswith(_DAMAGED)
+
+    def _take(self, sandbox: Sandbox, pid: int, port: int, outputs: dict[str, Output], cold_s: float) -> None:
+        """Shrink, dump and go on. Failures are said and survived: the engine serves without a snapshot."""
+        assert self.criu is not None
+        running = self.running
+        assert running is not None
+        try:
+            self.tracker.to(Phase.SHRINKING)
+            token_ids = self.engine.canary(running.client)
+            self.engine.shrink(running.client)
+            kv_bytes = control.kv_bytes_dropped(sandbox.control_dir)
+            control.shrink_all(sandbox.init_pid, sandbox.control_dir)
+            self.tracker.to(Phase.CHECKPOINTING)
+            draft = Snapshot(
+                format=FORMAT,
+                name=self.snapshot_name,
+                created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+                engine=self.settings.engine,
+                model=self.settings.command.model,
+                model_digest=self.weights.digest,
+                weights="full",
+                identity=self.identity.record().encode(),
+                root_pid=pid,
+                top_pid=pid,
+                port=port,
+                pipes={stream: output.name for stream, output in outputs.items()},
+                monotonic_ns=0,
+                canary=Canary(CANARY_PROMPT, token_ids),
+                image_bytes=0,
+                kv_cache_bytes=kv_bytes,
+                cold_s=round(cold_s, 3),
+                timeline=[TimelinePhase(str(span.phase), round(span.took_s, 4)) for span in self.tracker.timeline],
+                files={},
+            )
+            from checkpoint.sealing import seal
+
+            self.snapshot = snapshots.take(self.library, self.criu, sandbox, draft, self._compile_cache(), seal, self._signer())
+            self.library.succeeded(draft.name)
+        except Busy as error:
+            log.info("no snapshot by this launch: %s", error)
+        except (CheckpointError, LauncherError, OSError) as error:
+            log.warning("no snapshot: %s; the engine serves without one", _one_line(error))
+            if self.settings.strict:
+                raise
+        self.tracker.to(Phase.RESUMING)
+        again = self.engine.canary(running.client)
+        if self.snapshot and again != self.snapshot.canary.token_ids:
+            log.warning("the engine answers differently after its own dump (%s, %s); the snapshot is removed", again, self.snapshot.canary)
+            self.library.remove(self.snapshot.name)
+            self.snapshot = None
+
+    def _signer(self) -> Callable[[bytes], bytes] | None:
+        if self.settings.sign_key is None:
+            return None
+        from checkpoint.signing import signer
+
+        return signer(self.settings.sign_key)
+
+    # Common parts
+
+    def _serve(self) -> None:
+        running = self.running
+        if running is None or running.place.exit_code(running.pid) is not None:
+            raise EngineFailed("engine-died", "the engine ended just before it served; see its log")
+        self.tracker.to(Phase.SERVING)
+
+    def _compile_cache(self) -> Path:
+        folder = self.settings.home / "compile" / self.settings.engine
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        (folder / "tmp-inductor").mkdir(mode=0o700, exist_ok=True)
+        return folder
+
+    def _binds(self, mounted: Path | None) -> list[Bind]:
+        binds = [
+            Bind(self._compile_cache(), Path(CACHE_DIR), read_only=False),
+            Bind(engine_site(self.settings.home, Path(__file__).parent / "engine"), Path(ENGINE_SITE)),
+        ]
+        if mounted:
+            binds.append(Bind(mounted, Path(self.weights.shown_at)))
+        return binds
+
+    def _ended(self, pid: int, code: int) -> None:
+        """The engine's root process ended (called from the sandbox's thread)."""
+        self.exit_code = code
+        if self.tracker.phase is Phase.SERVING and not self._expected_end and self.on_death:
+            threading.Thread(target=self.on_death, args=(code,), name="engine-died", daemon=True).start()
+
+    def _clear(self) -> None:
+        running, self.running = self.running, None
+        if running:
+            self._expected_end = True
+            running.close()
+
+    # Ending
+
+    def stop(self, grace_s: float | None = None) -> int:
+        """End the engine as its own operator would: SIGTERM, up to `grace_s` seconds, then the sandbox goes. Its exit code."""
+        self._expected_end = True
+        running = self.running
+        code: int | None = self.exit_code
+        if running:
+            if code is None:
+                with contextlib.suppress(CheckpointError, OSError):
+                    running.place.signal(running.pid, signal.SIGTERM)
+                    code = running.place.wait(running.pid, self.settings.grace_s if grace_s is None else grace_s)
+            self._clear()
+        if self.tracker.phase is not Phase.STOPPED:
+            self.tracker.to(Phase.STOPPED)
+        return -signal.SIGKILL if code is None else code
+
+    def sleep(self) -> None:
+        """End the engine because nobody needs it; its snapshot brings it back."""
+        self._expected_end = True
+        self.tracker.to(Phase.ASLEEP)
+        self._clear()
+
+
+_DAMAGED = ("manifest-", "file-", "canary-differs", "signature-")
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"disk-full: {error.filename or 'the state folder'} is full; make room or set QUICKTHAW_HOME"
+    return str(error)

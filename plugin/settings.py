@@ -1,0 +1,58 @@
+"""What a launch is told: one frozen object, checked where it is made. Precedence: option > environment > default (click does it)."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from launchers.base import EngineCommand
+
+WEIGHTS = ("auto", "full", "thin")
+
+
+def state_home() -> Path:
+    """`$QUICKTHAW_HOME`, or `~/.cache/quickthaw`."""
+    return Path(os.environ.get("QUICKTHAW_HOME") or Path.home() / ".cache" / "quickthaw")
+
+
+@dataclass(frozen=True)
+class LaunchSettings:
+    """How one launch goes. Times in seconds.
+
+    weights: whether a snapshot carries the weights (`full`), or a restore reads them again through the lazy mount (`thin`);
+    `auto` lets measured rates decide. name: the snapshot's name where the user gave one. idle_timeout_s 0: never sleep.
+    strict: fail where a layer is off or a restore fails, rather than going on without.
+    """
+
+    engine: str
+    command: EngineCommand
+    engine_python: str
+    home: Path
+    store_url: str | None = None
+    name: str | None = None
+    replicas: int = 1
+    weights: str = "auto"
+    mount: bool = True
+    take_snapshot: bool = True
+    use_snapshot: bool = True
+    strict: bool = False
+    lazy_restore: bool = True
+    verify: str = "auto"
+    idle_timeout_s: float = 0.0
+    start_timeout_s: float = 1800.0
+    grace_s: float = 30.0
+    scrub_env: tuple[str, ...] = ()
+    sign_key: Path | None = None
+    trust_keys: tuple[Path, ...] = ()
+    environment: dict[str, str] = field(default_factory=lambda: dict(os.environ))
+
+    def __post_init__(self) -> None:
+        if self.weights not in WEIGHTS:
+            raise ValueError(f"--weights must be one of {', '.join(WEIGHTS)}, not {self.weights!r}")
+        if self.verify not in ("auto", "always", "never"):
+            raise ValueError(f"--verify must be auto, always or never, not {self.verify!r}")
+        if self.replicas < 1:
+            raise ValueError(f"--replicas must be at least 1, not {self.replicas}")
+        if min(self.idle_timeout_s, self.grace_s) < 0 or self.start_timeout_s <= 0:
+            raise ValueError("times must not be negative, and --start-timeout must be above 0")

@@ -74,7 +74,10 @@ def _walk(folder: Path, real_root: Path, prefix: str, out: Listing, above: froze
             if entry.is_symlink():
                 target = str(Path(entry.path).readlink())
                 real = Path(entry.path).resolve(strict=True)
-                if not target.startswith("/") and real.is_relative_to(real_root):
+                # Kept only if it stays inside by its own words too: "../<this folder>" would not below a mount.
+                words = os.path.normpath(f"{prefix}{target}")
+                inside = not target.startswith("/") and words.split("/")[0] != ".."
+                if inside and real.is_relative_to(real_root):
                     out.symlinks.append(Symlink(path, target))
                     continue
             st = entry.stat()

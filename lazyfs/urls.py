@@ -15,6 +15,7 @@ SCHEMES = {
     "az": "lazyfs.stores.objects:open_url",
     "http": "lazyfs.stores.web:open_url",
     "https": "lazyfs.stores.web:open_url",
+    "faulty": "lazyfs.stores.faulty:open_url",
 }
 
 

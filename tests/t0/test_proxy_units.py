@@ -17,7 +17,7 @@ from plugin.proxy.history import History, Kind, kind_of
 from plugin.proxy.logs import JsonFormatter
 from plugin.proxy.paths import PathRules, Verdict, absolute_form, canonical
 from plugin.proxy.settings import Settings
-from plugin.proxy.stats import Histogram
+from plugin.proxy.stats import Histogram, Stats, merged
 from plugin.proxy.upstream import from_spec, from_url, tcp, unix
 
 pytestmark = pytest.mark.t0
@@ -152,8 +152,20 @@ def test_histograms():
     for value in (0.5, 1.0, 1.5, 9.0):
         histogram.add(value)
     assert histogram.counts == [2, 1, 1] and histogram.total == 12.0
-    histogram.merge(histogram)
-    assert histogram.counts == [4, 2, 2]
+    assert histogram.document() == {"bounds": [1.0, 2.0], "counts": [2, 1, 1], "sum": 12.0}
+
+
+def test_workers_counts_add_up():
+    one, two = Stats(), Stats()
+    one.outcomes["forwarded"] += 2
+    two.outcomes["forwarded"] += 3
+    two.upstream_errors["upstream-cut"] += 1
+    one.held.add(0.2)
+    two.held.add(400.0)
+    one.requests, two.requests = 2, 4
+    both = merged([one.document(), two.document()])
+    assert both["outcomes"] == {"forwarded": 5} and both["upstream_errors"] == {"upstream-cut": 1}
+    assert both["requests"] == 6 and sum(both["held_seconds"]["counts"]) == 2 and both["held_seconds"]["sum"] == 400.2
 
 
 def test_a_log_line_is_one_json_object():

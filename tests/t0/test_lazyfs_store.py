@@ -1,0 +1,312 @@
+"""The chunk store over a directory: content addressing, refs, import, verification, removal, collection."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import shutil
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lazyfs_kit import make_model, write_safetensors
+
+from lazyfs import importer
+from lazyfs.chunkstore import ChunkStore, chunk_key, digest_of
+from lazyfs.directory import import_directory, read_through
+from lazyfs.errors import Busy, DiskFull, Integrity, LazyfsError, NotFound, Permanent, Usage
+from lazyfs.importer import import_tree
+from lazyfs.maintenance import collect, listing, remove, store_lock, verify
+from lazyfs.manifest import RAW, ZSTD
+from lazyfs.stores import open_store
+from lazyfs.stores.local import LocalStore
+from lazyfs.trees import get_tree, put_tree
+
+pytestmark = pytest.mark.t0
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("QUICKTHAW_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("QUICKTHAW_STORE", raising=False)
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def chunks(tmp_path):
+    return ChunkStore(LocalStore(tmp_path / "store"))
+
+
+def files_below(folder):
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+@given(st.binary(max_size=4096), st.sampled_from(["auto", None, 1, 19]))
+@settings(max_examples=50, deadline=None)
+def test_a_chunk_comes_back_as_it_was(tmp_path_factory, data, zstd):
+    chunks = ChunkStore(LocalStore(tmp_path_factory.mktemp("s")), zstd=zstd)
+    digest = chunks.put(data)
+    assert digest == digest_of(data)
+    assert chunks.get(digest) == data
+    assert chunks.get(digest, len(data), ZSTD) == data
+    assert chunks.put_chunk(data).stored == (0 if data else chunks.put_chunk(data).stored)
+
+
+def test_compression_only_where_it_pays(tmp_path):
+    noise, text = random.Random(1).randbytes(1 << 20), b"the same words " * 70_000
+    auto = ChunkStore(LocalStore(tmp_path / "a"))
+    assert auto.put_chunk(noise).chunk.encoding == RAW
+    assert auto.put_chunk(text).chunk.encoding == ZSTD
+    assert ChunkStore(LocalStore(tmp_path / "b"), zstd=None).put_chunk(text).chunk.encoding == RAW
+    forced = ChunkStore(LocalStore(tmp_path / "c"), zstd=3)
+    assert forced.put_chunk(text).stored < len(text) // 50
+    assert forced.put_chunk(noise).chunk.encoding == RAW
+    with pytest.raises(Usage):
+        ChunkStore(LocalStore(tmp_path), zstd=99)
+
+
+@pytest.mark.parametrize("spoil", ["flip", "truncate", "extend", "empty", "zstd-garbage"])
+def test_damaged_chunks_never_come_back(chunks, spoil):
+    data = random.Random(2).randbytes(10_000)
+    digest = chunks.put(data)
+    path = chunks.store.path(chunk_key(digest))
+    body = bytearray(path.read_bytes())
+    if spoil == "flip":
+        body[5000] ^= 1
+    elif spoil == "truncate":
+        del body[9000:]
+    elif spoil == "extend":
+        body += b"x"
+    elif spoil == "empty":
+        body.clear()
+    else:
+        path.unlink()
+        path = chunks.store.path(chunk_key(digest, ZSTD))
+    path.write_bytes(body)
+    with pytest.raises(Integrity):
+        chunks.get(digest, len(data))
+
+
+def test_bad_names(chunks):
+    for name in ("", "../x", "a b", "a:b:c", "a//b", "x" * 200, "/a", "a/", "-x", "a\n"):
+        with pytest.raises(Usage):
+            chunks.set_ref("tags", name, "0" * 64)
+    with pytest.raises(Usage):
+        chunks.get("../../etc/passwd")
+    with pytest.raises(Usage):
+        open_store("gopher://x")
+
+
+def test_import_skips_what_is_there_and_shares_tensors(tmp_path, chunks, monkeypatch):
+    rng = random.Random(3)
+    base = {f"t{i}": rng.randbytes(4 << 20) for i in range(3)}
+    for name, tensors in (("base", base), ("tuned", {**base, "t1": rng.randbytes(4 << 20)})):
+        (tmp_path / name).mkdir()
+        write_safetensors(tmp_path / name / "model.safetensors", tensors)
+    reports = []
+    first, _ = import_tree(tmp_path / "base", chunks, progress=reports.append)
+    assert reports[-1].done == reports[-1].total == reports[-1].stored
+    second, _ = import_tree(tmp_path / "tuned", chunks, progress=reports.append)
+    assert first != second
+    assert reports[-1].stored == 4 << 20
+    again, _ = import_tree(tmp_path / "base", chunks, progress=reports.append)
+    assert again == first and reports[-1].stored == 0
+    by_digest = {e.manifest: e for e in listing(chunks)}
+    assert by_digest[second].unshared == 4 << 20
+
+
+def test_each_byte_is_read_once(tmp_path, chunks, monkeypatch):
+    model = make_model(tmp_path / "model", megabytes=12)
+    read = []
+    real = importer._read
+    monkeypatch.setattr(importer, "_read", lambda fd, at, n, source: read.append(n) or real(fd, at, n, source))
+    _, manifest = import_tree(model, chunks)
+    header = 8 + int.from_bytes((model / "model.safetensors").read_bytes()[:8], "little")
+    assert sum(read) == manifest.size + header
+
+
+def test_tree_round_trip(tmp_path, chunks):
+    model = make_model(tmp_path / "model", megabytes=5)
+    (model / "config.json").chmod(0o640)
+    digest = put_tree(model, chunks, name="m1", meta={"engine": "toy"})
+    assert chunks.resolve("m1") == digest
+    get_tree(digest, chunks, tmp_path / "out")
+    assert files_below(tmp_path / "out") == files_below(model)
+    for path in files_below(model):
+        assert (tmp_path / "out" / path).read_bytes() == (model / path).read_bytes()
+        assert (tmp_path / "out" / path).stat().st_mode == (model / path).stat().st_mode
+    assert os.readlink(tmp_path / "out" / "sub" / "up") == "../config.json"
+    assert put_tree(tmp_path / "out", chunks, meta={"engine": "toy"}) == digest
+    with pytest.raises(Permanent) as caught:
+        get_tree(digest, chunks, tmp_path / "out")
+    assert caught.value.code == "exists"
+
+
+def test_a_failed_export_leaves_nothing(tmp_path, chunks):
+    model = make_model(tmp_path / "model", megabytes=5)
+    digest, manifest = import_tree(model, chunks)
+    victim = manifest.files[2].chunks[-1].digest
+    chunks.store.path(chunk_key(victim)).write_bytes(b"nonsense")
+    with pytest.raises(LazyfsError):
+        get_tree(digest, chunks, tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "store"]
+
+
+def test_holes_cost_nothing(tmp_path, chunks):
+    (tmp_path / "m").mkdir()
+    with open(tmp_path / "m" / "sparse.bin", "wb") as f:
+        f.truncate(64 << 20)
+    digest, manifest = import_tree(tmp_path / "m", chunks)
+    assert len(manifest.chunk_digests()) == 1
+    get_tree(digest, chunks, tmp_path / "out")
+    assert (tmp_path / "out" / "sparse.bin").stat().st_blocks * 512 < 1 << 20
+    assert (tmp_path / "out" / "sparse.bin").read_bytes() == bytes(64 << 20)
+
+
+def test_links_that_lead_out_are_followed(tmp_path, chunks):
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "abc").write_text("weights")
+    (tmp_path / "snapshot").mkdir()
+    (tmp_path / "snapshot" / "model.bin").symlink_to("../blobs/abc")
+    _, manifest = import_tree(tmp_path / "snapshot", chunks)
+    assert [f.path for f in manifest.files] == ["model.bin"] and not manifest.symlinks
+    (tmp_path / "snapshot" / "loop").symlink_to("../snapshot")
+    with pytest.raises(Permanent) as caught:
+        import_tree(tmp_path / "snapshot", chunks)
+    assert caught.value.code == "link-loop"
+    (tmp_path / "snapshot" / "loop").unlink()
+    (tmp_path / "snapshot" / "broken").symlink_to("nowhere")
+    with pytest.raises(NotFound):
+        import_tree(tmp_path / "snapshot", chunks)
+
+
+def test_what_cannot_be_imported(tmp_path, chunks):
+    with pytest.raises(NotFound):
+        import_tree(tmp_path / "none", chunks)
+    (tmp_path / "file").touch()
+    with pytest.raises(Usage):
+        import_tree(tmp_path / "file", chunks)
+    (tmp_path / "d").mkdir()
+    os.mkfifo(tmp_path / "d" / "pipe")
+    with pytest.raises(Permanent) as caught:
+        import_tree(tmp_path / "d", chunks)
+    assert caught.value.code == "bad-file-type"
+    assert not (tmp_path / "store" / "manifests").exists()
+
+
+def test_a_full_disk_leaves_no_half_import(tmp_path, home):
+    model = make_model(tmp_path / "model", megabytes=12)
+    chunks = ChunkStore(LocalStore(tmp_path / "store"))
+    real_write = os.write
+    spent = []
+
+    def write(fd, data):
+        spent.append(len(data))
+        if sum(spent) > 9 << 20:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real_write(fd, data)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lazyfs.stores.local.os.write", write)
+        with pytest.raises(DiskFull) as caught:
+            import_tree(model, chunks)
+    assert "free some space" in str(caught.value)
+    assert not [p for p in files_below(tmp_path / "store") if ".tmp" in p or p.startswith("manifests")]
+    assert verify(chunks).clean
+    digest, _ = import_tree(model, chunks)
+    assert verify(chunks, [digest]).clean
+
+
+def test_a_source_that_changes_while_read_gets_no_digest(tmp_path, chunks):
+    model = make_model(tmp_path / "model", megabytes=12)
+    listed = importer.walk(model)
+    (model / "config.json").write_text("changed meanwhile")
+    with pytest.raises(Permanent) as caught:
+        import_tree(model, chunks, listing=listed)
+    assert caught.value.code == "source-changed"
+
+
+def test_import_directory_knows_what_it_knows(tmp_path, home, monkeypatch):
+    model = make_model(tmp_path / "model", megabytes=5)
+    digest = import_directory(model, tag="toy:v1")
+    calls = []
+    monkeypatch.setattr("lazyfs.importer.import_tree", lambda *a, **k: calls.append(a))
+    assert import_directory(model) == digest and not calls
+    assert import_directory(model, tag="toy:v2") == digest and not calls
+    store = ChunkStore(open_store(f"file://{home / 'store'}"))
+    assert dict(store.refs("tags")) == {"toy:v1": digest, "toy:v2": digest}
+    monkeypatch.undo()
+    monkeypatch.setenv("QUICKTHAW_HOME", str(home))
+    same_size = (model / "config.json").read_text().replace("toy", "toz")
+    before = (model / "config.json").stat()
+    (model / "config.json").write_text(same_size)
+    os.utime(model / "config.json", ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert import_directory(model) != digest
+    shutil.rmtree(home / "store" / "manifests")
+    assert import_directory(model) in [p.name for p in (home / "store" / "manifests").iterdir()]
+    assert (home.stat().st_mode & 0o777) == 0o700
+    assert not [p for p in home.rglob("*") if p.is_file() and p.stat().st_mode & 0o077]
+
+
+def test_read_through_copies_nothing(tmp_path, home):
+    model = make_model(tmp_path / "model", megabytes=5)
+    digest = read_through(model)
+    assert read_through(model) == digest
+    assert sum(p.stat().st_size for p in home.rglob("*") if p.is_file()) < 100_000
+    (model / "config.json").write_text("another")
+    assert read_through(model) != digest
+
+
+def test_verify_names_what_is_wrong_and_repairs(tmp_path, chunks):
+    model = make_model(tmp_path / "model", megabytes=12)
+    digest, manifest = import_tree(model, chunks)
+    big = next(f for f in manifest.files if f.path == "model.safetensors")
+    bad, gone = big.chunks[1].digest, big.chunks[-1].digest
+    path = chunks.store.path(chunk_key(bad))
+    path.write_bytes(b"\0" * path.stat().st_size)
+    chunks.store.delete(chunk_key(gone))
+    report = verify(chunks)
+    assert report.bad == {bad: "model.safetensors"} and report.missing == {gone: "model.safetensors"}
+    assert not report.clean
+    verify(chunks, repair=True)
+    import_tree(model, chunks)
+    assert verify(chunks, [digest]).clean
+    chunks.store.path(f"manifests/{digest}").write_bytes(b"{}")
+    assert list(verify(chunks).broken_manifests) == [digest]
+
+
+def test_collection_spares_what_is_named_young_or_a_snapshot(tmp_path, chunks):
+    one = put_tree(make_model(tmp_path / "a", megabytes=5, seed=1), chunks, kind="weights", name="a:1")
+    two = put_tree(make_model(tmp_path / "b", megabytes=5, seed=2), chunks, kind="weights")
+    snapshot = put_tree(make_model(tmp_path / "c", megabytes=5, seed=3), chunks)
+    assert collect(chunks, grace_s=0).chunks == 0
+    assert collect(chunks, grace_s=0, untagged=True, dry_run=True).manifests == 1
+    assert verify(chunks).manifests == 3
+    done = collect(chunks, grace_s=0, untagged=True)
+    assert done.manifests == 1 and done.bytes > 4 << 20
+    assert set(chunks.manifests()) == {one, snapshot} and two not in set(chunks.manifests())
+    assert verify(chunks).clean
+    assert remove(chunks, "a:1") == ["tag a:1", f"manifest {one}"]
+    assert collect(chunks, grace_s=3600).chunks == 0
+    assert collect(chunks, grace_s=0).bytes > 4 << 20
+    assert verify(chunks).clean and list(chunks.manifests()) == [snapshot]
+
+
+def test_collection_and_import_exclude_each_other(tmp_path, chunks):
+    with store_lock(chunks, exclusive=False):
+        with store_lock(chunks, exclusive=False):
+            pass
+        with pytest.raises(Busy):
+            collect(chunks, grace_s=0)
+    with store_lock(chunks, exclusive=True), pytest.raises(Busy):
+        import_tree(make_model(tmp_path / "m", megabytes=1), chunks)
+
+
+def test_resolving(tmp_path, chunks):
+    digest = put_tree(make_model(tmp_path / "m", megabytes=1), chunks, kind="weights", name="m:latest")
+    assert chunks.resolve("m") == chunks.resolve("m:latest") == chunks.resolve(digest) == digest
+    assert chunks.resolve(digest[:10]) == digest
+    for name in ("nothing", "0" * 12, "m:other"):
+        with pytest.raises(NotFound):
+            chunks.resolve(name)

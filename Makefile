@@ -1,0 +1,39 @@
+# Two commands do everything, set-up included: `make demo` (ENGINE=vllm or sglang) and `make test`.
+SHELL := /bin/bash
+ENGINE ?= vllm
+QUICKTHAW_HOME ?= $(HOME)/.cache/quickthaw
+export QUICKTHAW_HOME
+PYTHON := $(QUICKTHAW_HOME)/venvs/project/bin/python
+PYTEST := $(PYTHON) -m pytest -q
+
+.PHONY: demo test test-fast lint check setup setup-fast bench clean
+
+demo:
+	@setup/setup.sh $(ENGINE)
+	@$(PYTHON) -m plugin.cli demo --engine $(ENGINE)
+
+setup:
+	@setup/setup.sh vllm sglang
+
+setup-fast:
+	@setup/setup.sh
+
+test: setup
+	$(PYTEST) -n 2 --dist loadgroup tests/t0 tests/t1
+	$(PYTEST) tests/t2 tests/gpu
+
+test-fast: setup-fast
+	@$(PYTEST) -n 2 --dist loadgroup -m "not slow" tests/t0 tests/t1
+
+lint: setup-fast
+	@$(PYTHON) -m ruff check .
+	@$(PYTHON) -m ruff format --check .
+	@$(PYTHON) -m mypy
+
+check: lint test
+
+bench: setup
+	$(PYTHON) -m plugin.cli bench coldstart --engine $(ENGINE) --runs 5
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# engine.sh vllm|sglang: an engine's own virtual environment (the two want different versions of torch).
+. "$(dirname "$0")/common.sh"
+engine="${1:?engine.sh vllm|sglang}"
+requirements="$here/requirements/$engine.txt"
+[ -f "$requirements" ] || die "there is no engine $engine; known: vllm, sglang"
+venv="$home/venvs/$engine"
+inputs="$(cat "$requirements" "$here/engine.sh" "$here/sgl_kernel.py" | sha256sum | cut -c1-16)"
+done_before "$engine" "$inputs" && [ -x "$venv/bin/python" ] && exit 0
+say "$engine's environment (about two minutes)"
+make_venv() {
+    rm -rf "$venv"
+    python3 -m venv "$venv"
+    "$venv/bin/pip" install -q --no-compile --no-deps -r "$requirements"
+    if [ "$engine" = sglang ]; then
+        # SGLang publishes no CPU wheel of sgl_kernel and imports it at start; nothing of it is called when a Llama is served on CPU.
+        mkdir -p "$venv"/lib/python3*/site-packages/sgl_kernel
+        cp "$here/sgl_kernel.py" "$(echo "$venv"/lib/python3*/site-packages/sgl_kernel)/__init__.py"
+    fi
+    # A fair baseline needs compiled bytecode: without it every cold start would compile a thousand modules.
+    "$venv/bin/python" -m compileall -q -j 2 "$venv/lib" >/dev/null || true # packages carry files of other Pythons
+}
+step "$engine" make_venv
+mark_done "$engine" "$inputs"

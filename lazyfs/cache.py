@@ -205,6 +205,12 @@ class Cache:
                 pass
             image.close()
 
+    def pin(self, file: File) -> int:
+        """A descriptor that keeps the file's image from eviction until it is closed."""
+        image = self.open(file)
+        image.settle()
+        return image.lock_fd
+
     def usage(self) -> int:
         """Bytes of disk the images occupy."""
         total = 0

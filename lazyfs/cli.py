@@ -321,6 +321,9 @@ def mount(
         cache_limit=int(cache_limit * 1e9),
         idle_exit_s=idle_exit,
     )
+    if not detach:
+        # Before anybody is told that it is ready, or a signal sent at once would leave the mount behind.
+        signal.signal(signal.SIGTERM, _interrupt)
     answer = {"pid": handle.pid, "mountpoint": str(handle.mountpoint), "manifest": digest, "socket": str(handle.socket)}
     click.echo(json.dumps(answer) if as_json else f"ready: {digest[:16]} at {handle.mountpoint} (pid {handle.pid})")
     if not detach:
@@ -358,13 +361,12 @@ def _print_status(where: Path, as_json: bool) -> None:
             click.echo(f"{key}: {value}")
 
 
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
 def _stay(handle: MountHandle) -> None:
     """Be the mount's foreground: unmount on a signal, end when the daemon ends."""
-
-    def stop(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, stop)
     try:
         while Path(f"/proc/{handle.pid}").exists():
             time.sleep(0.5)

@@ -87,11 +87,13 @@ class Server:
                 "status": lambda request: self.status(),
                 "prefetch": self._prefetch,
                 "drop": self._drop,
+                "pin": self._pin,
                 "unmount": self._unmount,
                 "withdraw": self._detach,
             },
         )
         self._withdrawing = threading.Lock()
+        self._pins: dict[int, int] = {}
 
     def start(self) -> None:
         """Mount and begin to answer."""
@@ -155,9 +157,21 @@ class Server:
                 asked += 1
         return {"chunks": asked}
 
+    def _pin(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Keep the images from eviction as long as this mount lives, and fetch what is absent."""
+        nodes = [n for n in self._named(request) if n.file.path not in self.service.origins]
+        for node in nodes:
+            if node.index not in self._pins:
+                self._pins[node.index] = self.cache.pin(node.file)
+        asked = self._prefetch(request)
+        return {"files": len(self._pins), **asked}
+
     def _drop(self, request: dict[str, Any]) -> dict[str, Any]:
         freed = 0
         for node in self._named(request):
+            fd = self._pins.pop(node.index, None)
+            if fd is not None:
+                os.close(fd)
             assert node.file is not None
             freed += self.cache.drop(node.file)
         return {"freed": freed}

@@ -5,6 +5,7 @@ that the client sent.
 from __future__ import annotations
 
 import asyncio
+import itertools
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -20,7 +21,7 @@ SLOW = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCh
 
 def split(data: bytes, cuts: list[int]) -> list[bytes]:
     at = sorted({cut % (len(data) + 1) for cut in cuts} | {0, len(data)})
-    return [data[a:b] for a, b in zip(at, at[1:], strict=False) if a != b]
+    return [data[a:b] for a, b in itertools.pairwise(at)]
 
 
 pieces = st.lists(st.binary(min_size=1, max_size=300), max_size=8)

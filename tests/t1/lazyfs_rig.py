@@ -1,0 +1,176 @@
+"""Mounts for lazyfs's tests: always read from another process, always taken down through the kernel if need be."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from lazyfs import kernel
+from lazyfs.mounting import MountHandle, mount
+
+ROOT = Path(__file__).resolve().parents[2]
+# Generous, since a loaded CI machine is slow; a wait that ends sooner costs nothing.
+LIMIT_S = 60
+
+# Runs in a process of its own and answers one JSON line per request: reading one's own mount from the process that
+# controls it could never be undone.
+READER = r"""
+import json, mmap, os, sys, hashlib
+fds, maps = {}, {}
+for line in sys.stdin:
+    name, args = json.loads(line)
+    try:
+        if name == "open":
+            fds[args[0]] = os.open(args[1], os.O_RDONLY); out = True
+        elif name == "close":
+            maps.pop(args[0], None); os.close(fds.pop(args[0])); out = True
+        elif name == "pread":
+            out = os.pread(fds[args[0]], args[2], args[1]).hex()
+        elif name == "mmap":
+            m = maps.get(args[0])
+            if m is None:
+                m = maps[args[0]] = mmap.mmap(fds[args[0]], 0, prot=mmap.PROT_READ)
+            out = m[args[1]:args[1] + args[2]].hex()
+        elif name == "digest":
+            h = hashlib.blake2b()
+            with open(args[0], "rb") as f:
+                while part := f.read(1 << 20):
+                    h.update(part)
+            out = h.hexdigest()
+        elif name == "call":
+            out = eval(args[0], {"os": os})
+    except OSError as e:
+        out = {"errno": e.errno}
+    print(json.dumps(out), flush=True)
+"""
+
+
+class Reader:
+    """A process that reads on request. `ask` raises TimeoutError instead of waiting for ever."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", READER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+        )
+
+    def send(self, name: str, *args: object) -> None:
+        self.process.stdin.write(json.dumps([name, args]) + "\n")
+        self.process.stdin.flush()
+
+    def receive(self, limit_s: float = LIMIT_S) -> object:
+        import select
+
+        if not select.select([self.process.stdout], [], [], limit_s)[0]:
+            raise TimeoutError("the reader did not answer")
+        return json.loads(self.process.stdout.readline())
+
+    def ask(self, name: str, *args: object, limit_s: float = LIMIT_S) -> object:
+        self.send(name, *args)
+        return self.receive(limit_s)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait(LIMIT_S)
+        self.process.stdin.close()
+        self.process.stdout.close()
+
+
+class Rig:
+    """Mounts and readers of one test; `close` removes them all, through the kernel's abort where nothing else helps."""
+
+    def __init__(self, tmp: Path) -> None:
+        self.tmp = tmp
+        self.handles: list[MountHandle] = []
+        self.readers: list[Reader] = []
+
+    def mount(self, digest: str, name: str = "mnt", **settings: object) -> MountHandle:
+        handle = mount(digest, self.tmp / name, ready_timeout_s=LIMIT_S, **settings)
+        self.handles.append(handle)
+        return handle
+
+    def reader(self) -> Reader:
+        self.readers.append(Reader())
+        return self.readers[-1]
+
+    def fetcher_of(self, handle: MountHandle) -> int:
+        """The pid of the daemon's fetcher; waits for it."""
+        return wait_for(lambda: fetcher_pid(handle.pid))
+
+    def close(self) -> None:
+        for handle in self.handles:
+            entry = kernel.mount_at(str(handle.mountpoint))
+            if entry is not None:
+                kernel.abort(entry.device)
+        for reader in self.readers:
+            reader.close()
+        for handle in self.handles:
+            while kernel.mount_at(str(handle.mountpoint)) is not None:
+                kernel.unmount(str(handle.mountpoint), lazy=True)
+            with contextlib.suppress(ProcessLookupError):
+                if is_daemon(handle.pid):
+                    wait_for(lambda pid=handle.pid: not is_daemon(pid), limit_s=10, kill=handle.pid)
+
+
+def fetcher_pid(daemon: int) -> int | None:
+    try:
+        children = Path(f"/proc/{daemon}/task/{daemon}/children").read_text().split()
+        tasks = Path(f"/proc/{daemon}/task").iterdir()
+        children = [c for t in tasks for c in (t / "children").read_text().split()]
+    except FileNotFoundError:
+        return None
+    for child in children:
+        with contextlib.suppress(OSError):
+            if b"lazyfs.fetcher" in Path(f"/proc/{child}/cmdline").read_bytes():
+                return int(child)
+    return None
+
+
+def is_daemon(pid: int) -> bool:
+    try:
+        return b"lazyfs.daemon" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def wait_for(check, *, limit_s: float = LIMIT_S, kill: int | None = None):
+    """Poll until `check()` is true; its value. Past the limit: kill the pid given, or fail."""
+    deadline = time.monotonic() + limit_s
+    while time.monotonic() < deadline:
+        value = check()
+        if value:
+            return value
+        time.sleep(0.01)
+    if kill is not None:
+        os.kill(kill, signal.SIGKILL)
+        return None
+    raise AssertionError("what was waited for did not happen")
+
+
+def write_model(folder: Path, sizes: list[int], seed: int = 1) -> Path:
+    """A model directory whose safetensors file has tensors of those sizes, and two small files."""
+    rng = random.Random(seed)
+    folder.mkdir()
+    header, at = {}, 0
+    for i, size in enumerate(sizes):
+        header[f"t{i}"] = {"dtype": "U8", "shape": [size], "data_offsets": [at, at + size]}
+        at += size
+    raw = json.dumps(header).encode()
+    raw += b" " * (-len(raw) % 8)
+    with open(folder / "model.safetensors", "wb") as f:
+        f.write(struct.pack("<Q", len(raw)) + raw)
+        for size in sizes:
+            f.write(rng.randbytes(size))
+    (folder / "config.json").write_text('{"model_type": "toy"}')
+    (folder / "sub").mkdir()
+    (folder / "sub" / "tokenizer.json").write_bytes(rng.randbytes(100_000))
+    (folder / "link").symlink_to("sub/tokenizer.json")
+    (folder / "empty").touch()
+    return folder

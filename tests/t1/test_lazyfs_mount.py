@@ -1,0 +1,350 @@
+"""Real mounts: what they show, how they come and go, and that complete files are passed through."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from lazyfs_rig import LIMIT_S, ROOT, Rig, is_daemon, wait_for, write_model
+
+from lazyfs import kernel
+from lazyfs.api import find_mount, import_directory, read_through, unmount
+from lazyfs.control import ask
+from lazyfs.errors import Busy, LazyfsError, NotFound
+
+pytestmark = [
+    pytest.mark.t1,
+    pytest.mark.skipif(not kernel.may_mount(), reason="needs /dev/fuse and CAP_SYS_ADMIN"),
+]
+SIZES = [1000, 5 << 20, 70_001, 2 << 20, 3 << 20, 9 << 20]
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """One model and one home for the module: importing is tested elsewhere."""
+    folder = tmp_path_factory.mktemp("lazyfs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QUICKTHAW_HOME", str(folder / "home"))
+        patch.delenv("QUICKTHAW_STORE", raising=False)
+        model = write_model(folder / "model", SIZES)
+        yield model, import_directory(model)
+
+
+@pytest.fixture
+def rig(tmp_path):
+    rig = Rig(tmp_path)
+    yield rig
+    rig.close()
+
+
+def assert_same(reader, model, mountpoint):
+    for path in sorted(p for p in model.rglob("*") if p.is_file()):
+        there = mountpoint / path.relative_to(model)
+        assert reader.ask("digest", str(there)) == reader.ask("digest", str(path)), path
+
+
+@pytest.mark.parametrize("transport", ["raw", "pyfuse3"])
+@pytest.mark.parametrize("native", ["auto", "off"])
+@pytest.mark.parametrize("use_origin", [True, False])
+def test_every_byte_and_name(shared, rig, tmp_path, transport, native, use_origin):
+    model, digest = shared
+    handle = rig.mount(digest, transport=transport, native=native, use_origin=use_origin, cache_dir=tmp_path / "cache")
+    reader = rig.reader()
+    assert_same(reader, model, handle.mountpoint)
+    listing = reader.ask("call", f"sorted(os.listdir({str(handle.mountpoint)!r}))")
+    assert listing == sorted(os.listdir(model))
+    assert reader.ask("call", f"os.readlink({str(handle.mountpoint / 'link')!r})") == "sub/tokenizer.json"
+    status = handle.status()
+    assert status["transport"] == transport
+    assert status["counters"]["failed"] == 0
+    if transport == "raw" and native == "auto":
+        assert status["counters"]["native_opens"] > 0
+    else:
+        assert status["counters"]["native_opens"] == 0
+    if native == "auto" and transport == "raw" and use_origin:
+        assert status["counters"]["reads"] == 0
+    handle.unmount()
+    assert kernel.mount_at(str(handle.mountpoint)) is None
+    assert not is_daemon(handle.pid)
+
+
+def test_errno_of_everything_but_reading(shared, rig):
+    _, digest = shared
+    handle = rig.mount(digest)
+    reader = rig.reader()
+    m = str(handle.mountpoint)
+
+    def number(expression):
+        answer = reader.ask("call", expression)
+        return answer["errno"] if isinstance(answer, dict) else answer
+
+    assert number(f"os.open('{m}/none', os.O_RDONLY)") == errno.ENOENT
+    assert number(f"os.open('{m}/config.json/x', os.O_RDONLY)") == errno.ENOTDIR
+    assert number(f"os.open('{m}/{'x' * 300}', os.O_RDONLY)") == errno.ENAMETOOLONG
+    assert number(f"os.open('{m}/config.json', os.O_WRONLY)") == errno.EROFS
+    assert number(f"os.open('{m}/new', os.O_WRONLY | os.O_CREAT)") == errno.EROFS
+    assert number(f"os.unlink('{m}/config.json')") == errno.EROFS
+    assert number(f"os.mkdir('{m}/d')") == errno.EROFS
+    assert number(f"os.rename('{m}/config.json', '{m}/x')") == errno.EROFS
+    assert number(f"os.truncate('{m}/config.json', 0)") == errno.EROFS
+    assert number(f"os.chmod('{m}/config.json', 0o777)") == errno.EROFS
+    assert number(f"os.symlink('a', '{m}/s')") == errno.EROFS
+    assert number(f"os.setxattr('{m}/config.json', 'user.a', b'1')") == errno.EROFS
+    assert number(f"os.getxattr('{m}/config.json', 'user.none')") == errno.ENODATA
+    assert number(f"os.readlink('{m}/config.json')") == errno.EINVAL
+    assert number(f"os.read(os.open('{m}/sub', os.O_RDONLY), 1)") == errno.EISDIR
+    assert number(f"os.pread(os.open('{m}/config.json', os.O_RDONLY), 10, 1 << 40).hex()") == ""
+
+
+@pytest.mark.parametrize("transport", ["raw", "pyfuse3"])
+def test_extended_attributes(shared, rig, tmp_path, transport):
+    _, digest = shared
+    handle = rig.mount(
+        digest, transport=transport, use_origin=False, cache_dir=tmp_path / "c", background_mb_s=0.0, prefetch=False
+    )
+    reader, path = rig.reader(), str(handle.mountpoint / "model.safetensors")
+    names = reader.ask("call", f"os.listxattr({path!r})")
+    assert names == ["user.quickthaw.digest", "user.quickthaw.chunks", "user.quickthaw.cached"]
+    share = f"os.getxattr({path!r}, 'user.quickthaw.cached').decode()"
+    assert reader.ask("call", share) == "0.0000"
+    reader.ask("digest", path)
+    assert reader.ask("call", share) == "1.0000"
+    assert len(reader.ask("call", f"os.getxattr({path!r}, 'user.quickthaw.digest').decode()")) == 64
+    top = f"os.getxattr({str(handle.mountpoint)!r}, 'user.quickthaw.manifest').decode()"
+    assert reader.ask("call", top) == digest
+
+
+def test_mounting_again_is_the_same_mount(shared, rig, tmp_path):
+    _, digest = shared
+    first = rig.mount(digest)
+    assert rig.mount(digest).pid == first.pid
+    assert find_mount(tmp_path / "mnt").pid == first.pid
+    with pytest.raises(Busy) as caught:
+        rig.mount("0" * 64)
+    assert caught.value.code == "mounted-otherwise"
+
+
+def test_many_at_once_start_one_daemon(shared, rig):
+    _, digest = shared
+    pids, failures = [], []
+
+    def go():
+        try:
+            pids.append(rig.mount(digest).pid)
+        except LazyfsError as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=go) for _ in range(6)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join(LIMIT_S)
+    assert not failures and len(pids) == 6 and len(set(pids)) == 1
+
+
+def test_a_killed_daemon_is_replaced(shared, rig):
+    model, digest = shared
+    first = rig.mount(digest)
+    os.kill(first.pid, signal.SIGKILL)
+    reader = rig.reader()
+    wait_for(lambda: not is_daemon(first.pid))
+    assert reader.ask("call", f"os.listdir({str(first.mountpoint)!r})") == {"errno": errno.ENOTCONN}
+    second = rig.mount(digest)
+    assert second.pid != first.pid
+    assert_same(reader, model, second.mountpoint)
+
+
+def test_a_stopped_daemon_is_replaced(shared, rig, monkeypatch):
+    _, digest = shared
+    monkeypatch.setattr("lazyfs.mounting._PING_S", 0.3)
+    first = rig.mount(digest)
+    os.kill(first.pid, signal.SIGSTOP)
+    second = rig.mount(digest)
+    assert second.pid != first.pid and not is_daemon(first.pid)
+
+
+def test_unmounting(shared, rig, tmp_path):
+    _, digest = shared
+    handle = rig.mount(digest, native="off")
+    reader = rig.reader()
+    assert reader.ask("open", "f", str(handle.mountpoint / "config.json")) is True
+    with pytest.raises(Busy):
+        handle.unmount()
+    assert handle.status()["open_files"] == 1
+    handle.unmount(force=True)
+    assert not is_daemon(handle.pid)
+    with pytest.raises(NotFound):
+        unmount(tmp_path / "mnt")
+    with pytest.raises(NotFound):
+        handle.status()
+    leftovers = [p.name for p in handle.socket.parent.parent.glob("mounts/*.json")]
+    assert not handle.socket.exists() and not leftovers
+
+
+def test_a_mount_used_in_another_namespace_goes_on(shared, rig, tmp_path):
+    """What an engine's sandbox does: it binds the mount into a namespace of its own, and the host unmounts."""
+    model, digest = shared
+    first = rig.mount(digest)
+    (tmp_path / "inner").mkdir()
+    script = f"""
+import os, sys
+sys.stdin.readline()
+data = open({str(tmp_path / "inner" / "config.json")!r}).read()
+print(data, flush=True)
+"""
+    inner = subprocess.Popen(
+        [
+            "unshare", "-m", "--propagation", "private", "sh", "-c",
+            f"mount --bind {first.mountpoint} {tmp_path / 'inner'} && echo bound && exec {sys.executable} -c \"$0\"",
+            script,
+        ],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert inner.stdout.readline() == "bound\n"
+        with pytest.raises(Busy):
+            first.unmount(limit_s=0.5)
+        second = rig.mount(digest)
+        assert second.pid != first.pid and is_daemon(first.pid)
+        out, _ = inner.communicate("go\n", timeout=LIMIT_S)
+        assert out == (model / "config.json").read_text() + "\n"
+    finally:
+        inner.kill()
+        inner.wait(LIMIT_S)
+    wait_for(lambda: not is_daemon(first.pid))
+    assert find_mount(first.mountpoint).pid == second.pid
+
+
+def test_it_unmounts_itself_when_idle(shared, rig):
+    _, digest = shared
+    handle = rig.mount(digest, idle_exit_s=0.2)
+    wait_for(lambda: not is_daemon(handle.pid))
+    assert kernel.mount_at(str(handle.mountpoint)) is None
+
+
+def test_a_manifest_that_is_not_there(rig, shared, tmp_path):
+    with pytest.raises(NotFound) as caught:
+        rig.mount("0" * 64)
+    assert "weights ls" in str(caught.value)
+    assert kernel.mount_at(str(tmp_path / "mnt")) is None
+
+
+def test_not_over_another_file_system(shared, rig, tmp_path):
+    _, digest = shared
+    (tmp_path / "mnt").mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "none", tmp_path / "mnt"], check=True, timeout=LIMIT_S)
+    try:
+        with pytest.raises(Busy):
+            rig.mount(digest)
+    finally:
+        subprocess.run(["umount", tmp_path / "mnt"], check=True, timeout=LIMIT_S)
+
+
+def test_a_changed_original_is_not_served(shared, rig, tmp_path):
+    model = write_model(tmp_path / "own", [5 << 20])
+    digest = import_directory(model)
+    handle = rig.mount(digest)
+    reader, path = rig.reader(), model / "config.json"
+    before = reader.ask("digest", str(path))
+    stat = path.stat()
+    path.write_text(path.read_text().replace("toy", "bad"))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert reader.ask("digest", str(handle.mountpoint / "config.json")) == before != reader.ask("digest", str(path))
+
+
+def test_reading_a_directory_in_place(rig, tmp_path, shared):
+    model = write_model(tmp_path / "own", [5 << 20, 1000])
+    handle = rig.mount(read_through(model), cache_dir=None)
+    reader = rig.reader()
+    assert_same(reader, model, handle.mountpoint)
+    assert handle.status()["counters"]["reads"] == 0
+    handle.unmount()
+    cached = rig.mount(read_through(model), use_origin=False, cache_dir=None)
+    assert_same(reader, model, cached.mountpoint)
+    (model / "sub" / "tokenizer.json").write_bytes(b"y" * 100_000)
+    stale = rig.mount(cached.manifest, "second", use_origin=False, cache_dir=None)
+    assert_same_or_error(reader, stale.mountpoint / "sub" / "tokenizer.json", 100_000)
+
+
+def assert_same_or_error(reader, path, size):
+    """Of a source that changed under a mount: the old bytes (cached) or an error, never the new ones."""
+    answer = reader.ask("call", f"open({str(path)!r}, 'rb').read().count(b'y')")
+    assert isinstance(answer, dict) or answer < size // 2
+
+
+def test_control_socket(shared, rig, tmp_path):
+    _, digest = shared
+    cache = tmp_path / "c"
+    handle = rig.mount(digest, use_origin=False, cache_dir=cache, background_mb_s=0.0, prefetch=False)
+    assert handle.status()["cached_bytes"] == 0
+    assert handle.control("prefetch", path="model.safetensors")["chunks"] > 3
+    wait_for(lambda: handle.status()["cached_bytes"] >= sum(SIZES))
+    assert (handle.socket.stat().st_mode & 0o777) == 0o600
+    for bad in ({"op": "nonsense"}, {"op": "prefetch", "path": "none"}):
+        with pytest.raises(LazyfsError) as caught:
+            ask(handle.socket, bad)
+        assert caught.value.code == "usage"
+    assert handle.control("pin")["files"] == 4
+    with pytest.raises(NotFound):
+        ask(tmp_path / "nobody.sock", {"op": "ping"})
+
+
+def test_the_command_line(shared, tmp_path):
+    _, digest = shared
+    runner = (
+        "import click; from lazyfs.cli import mount, weights\n"
+        "click.Group(commands={'weights': weights, 'mount': mount})()"
+    )
+
+    def run(*arguments, code=0):
+        done = subprocess.run(
+            [sys.executable, "-c", runner, *map(str, arguments)],
+            capture_output=True, text=True, timeout=LIMIT_S, cwd=ROOT,
+        )  # fmt: skip
+        assert done.returncode == code, done.stderr
+        return done
+
+    assert digest in run("weights", "ls", "--json").stdout
+    mnt = tmp_path / "m"
+    try:
+        answer = json.loads(run("mount", digest[:12], mnt, "--detach", "--json").stdout)
+        assert answer["manifest"] == digest
+        assert json.loads(run("mount", "--status", mnt, "--json").stdout)["pid"] == answer["pid"]
+    finally:
+        run("mount", "--unmount", mnt, "--force")
+    refused = run("mount", "nothing-like-it", mnt, code=1)
+    assert refused.stderr.count("\n") == 1 and "[not-found]" in refused.stderr
+    assert "[not-found]" in run("weights", "import", tmp_path / "none", code=1).stderr
+    run("mount", code=2)
+    foreground = subprocess.Popen(
+        [sys.executable, "-c", runner, "mount", digest, str(mnt)], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    try:
+        assert foreground.stdout.readline().startswith("ready: ")
+        foreground.send_signal(signal.SIGTERM)
+        assert foreground.wait(LIMIT_S) == 0
+    finally:
+        foreground.kill()
+        foreground.stdout.close()
+    assert kernel.mount_at(str(mnt)) is None
+
+
+def test_thousand_files(rig, tmp_path, shared):
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for i in range(1000):
+        (folder / f"f{i:04}").write_text(f"file {i}")
+    digest = import_directory(folder)
+    started = time.monotonic()
+    handle = rig.mount(digest, use_origin=False, cache_dir=tmp_path / "c")
+    reader = rig.reader()
+    assert reader.ask("call", f"open('{handle.mountpoint}/f0777').read()") == "file 777"
+    assert time.monotonic() - started < LIMIT_S
+    assert reader.ask("call", f"len(os.listdir('{handle.mountpoint}'))") == 1000

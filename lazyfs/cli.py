@@ -6,6 +6,7 @@ import functools
 import json
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -19,7 +20,6 @@ from lazyfs.errors import LazyfsError
 if TYPE_CHECKING:
     from lazyfs.chunkstore import ChunkStore
     from lazyfs.importer import Progress
-    from lazyfs.mounting import MountHandle
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -321,13 +321,18 @@ def mount(
         cache_limit=int(cache_limit * 1e9),
         idle_exit_s=idle_exit,
     )
+    stop = threading.Event()
     if not detach:
         # Before anybody is told that it is ready, or a signal sent at once would leave the mount behind.
-        signal.signal(signal.SIGTERM, _interrupt)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stop.set())
     answer = {"pid": handle.pid, "mountpoint": str(handle.mountpoint), "manifest": digest, "socket": str(handle.socket)}
     click.echo(json.dumps(answer) if as_json else f"ready: {digest[:16]} at {handle.mountpoint} (pid {handle.pid})")
     if not detach:
-        _stay(handle)
+        while not stop.wait(0.5) and Path(f"/proc/{handle.pid}").exists():
+            pass
+        if stop.is_set():
+            handle.unmount(force=True)
 
 
 def _what(name: str, store: str | None) -> tuple[str, str | None]:
@@ -359,16 +364,3 @@ def _print_status(where: Path, as_json: bool) -> None:
                 click.echo(f"{key}.{name}: {number}")
         else:
             click.echo(f"{key}: {value}")
-
-
-def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
-
-
-def _stay(handle: MountHandle) -> None:
-    """Be the mount's foreground: unmount on a signal, end when the daemon ends."""
-    try:
-        while Path(f"/proc/{handle.pid}").exists():
-            time.sleep(0.5)
-    except KeyboardInterrupt:
-        handle.unmount(force=True)

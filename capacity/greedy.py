@@ -42,6 +42,8 @@ class _State:
     rate: list[list[float]] = field(default_factory=list)
     zone: list[str] = field(default_factory=list)
     spread: frozenset[int] = frozenset()
+    fits: list[list[int]] = field(default_factory=list)  # [service] pools
+    alike: list[list[int]] = field(default_factory=list)  # [place] pools
 
     def can_open(self, p: int) -> bool:
         gpus = self.problem.pools[p].gpus
@@ -79,6 +81,8 @@ class _State:
         group = self.need.groups[g]
         worth = 0.0
         for p, sizes in enumerate(self.blocks):
+            if not sizes:
+                continue
             weight = group.weights.get(self.need.place[p])
             if weight is not None:
                 worth += sum(size * many * weight[1] for size, many in sizes.items() if size >= weight[0])
@@ -140,6 +144,8 @@ def _start(problem: Problem, need: Need, program: Program, t: int, before: list[
         rate=[[float(r) for r in row] for row in need.rate],
         zone=[f"{p.region}/{p.zone}" for p in pools],
         spread=frozenset(program.spread),
+        fits=[[int(p) for p in np.flatnonzero(need.rate[:, j] > 0)] for j in range(len(problem.services))],
+        alike=[[p for p in range(count) if need.place[p] == k] for k in range(max(need.place) + 1)],
     )
 
 
@@ -161,12 +167,11 @@ def _place(state: _State, j: int, share: dict[int, float], price: list[float]) -
         for _ in range(math.floor(value + EPS)):
             if not _seat(state, j, p):
                 break
-    fits = [p for p in range(len(price)) if state.rate[p][j] > 0]
     while state.lacks(j) or state.zone_lacks(j):
         heavy = max(state.by_zone[j], key=lambda z: state.by_zone[j][z]) if state.zone_lacks(j) and state.by_zone[j] else ""
         left = {p: v - math.floor(v + EPS) for p, v in share.items()}
         choices = sorted(
-            (p for p in fits if state.zone[p] != heavy),
+            (p for p in state.fits[j] if state.zone[p] != heavy),
             key=lambda p: (
                 state.free[p] < state.width[p][j],
                 -left.get(p, 0.0),
@@ -257,11 +262,8 @@ def _empty_one(state: _State, p: int) -> bool:
 def _move_replica(state: _State, p: int, undo: list[tuple[str, int, int, int]]) -> bool:
     for j in sorted(state.tenants[p], key=lambda j: state.width[p][j]):
         state.put(p, j, -1)
-        targets = [
-            q
-            for q in range(len(state.n))
-            if q != p and state.rate[q][j] > 0 and state.free[q] >= state.width[q][j]
-        ]
+        free = state.free
+        targets = [q for q in state.fits[j] if free[q] and q != p and free[q] >= state.width[q][j]]
         targets.sort(key=lambda q: (state.free[q] - state.width[q][j], q))
         for q in targets:
             state.put(q, j, 1)
@@ -275,8 +277,8 @@ def _move_replica(state: _State, p: int, undo: list[tuple[str, int, int, int]]) 
 
 def _move_block(state: _State, p: int, undo: list[tuple[str, int, int, int]]) -> bool:
     for size in sorted(state.blocks[p]):
-        for q in range(len(state.n)):
-            if q != p and state.need.place[q] == state.need.place[p] and state.free[q] >= size:
+        for q in state.alike[state.need.place[p]]:
+            if q != p and state.free[q] >= size:
                 state.add_block(p, size, -1)
                 state.add_block(q, size, 1)
                 undo.append(("block", size, p, q))

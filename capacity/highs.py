@@ -48,9 +48,9 @@ def compress(program: Program) -> Matrix:
     return Matrix(start.astype(np.int32), program.col[order].astype(np.int32), program.val[order])
 
 
-def load(program: Program, *, whole: bool, limit: float, gap: float = 0.0, matrix: Matrix | None = None) -> highspy.Highs:
-    """A HiGHS instance holding the program. `whole`: with integrality. `limit` seconds."""
-    matrix = compress(program) if matrix is None else matrix
+def load(program: Program, *, whole: bool, limit: float, gap: float = 0.0, nodes: int = 0) -> highspy.Highs:
+    """A HiGHS instance holding the program. `whole`: with integrality. `limit` seconds; `nodes` of the search, 0 for any."""
+    matrix = compress(program)
     lp = highspy.HighsLp()
     lp.num_col_ = program.columns * program.steps
     lp.num_row_ = program.rows * program.steps
@@ -73,6 +73,8 @@ def load(program: Program, *, whole: bool, limit: float, gap: float = 0.0, matri
     solver.setOptionValue("time_limit", max(0.01, limit))
     solver.setOptionValue("primal_feasibility_tolerance", FEASIBILITY)
     solver.setOptionValue("mip_feasibility_tolerance", INTEGRALITY)
+    if nodes:
+        solver.setOptionValue("mip_max_nodes", nodes)
     solver.setOptionValue("mip_rel_gap", gap)
     solver.setOptionValue("mip_abs_gap", 1e-9 if gap == 0 else 0.0)
     if solver.passModel(lp) == highspy.HighsStatus.kError:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -203,6 +204,7 @@ class Problem:
             raise InputError("empty", "the forecast has no step", file=self.source, where="demand")
 
 
+@lru_cache(maxsize=4096)
 def slot(gpus: int, instance_gpus: int) -> int:
     """GPUs that a replica of `gpus` takes on an instance: whole instances when it needs more than one, else the next size
     up in a chain of divisors of the instance (8, 4, 2, 1). Since each size divides the next, any set of replicas whose

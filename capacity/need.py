@@ -141,7 +141,9 @@ def compute(problem: Problem, kind: Kind) -> Need:
     pools, services = problem.pools, problem.services
     lead = np.array([quantile(s.lead_samples(kind), policy.lead_quantile) for s in services])
     boot = np.array([quantile(p.boot, policy.lead_quantile) for p in pools])
-    rate = np.array([[(s.rate_on(p.gpu) or 0.0) if s.fits(p) else 0.0 for s in services] for p in pools])
+    alike = {(p.gpu, p.memory, p.region): p for p in pools}
+    rates = {k: [(s.rate_on(p.gpu) or 0.0) if s.fits(p) else 0.0 for s in services] for k, p in alike.items()}
+    rate = np.array([rates[p.gpu, p.memory, p.region] for p in pools])
     # What an interrupted instance costs again while its replacement boots and its slowest service starts.
     slowest_lead = np.where(rate > 0, lead, 0.0).max(axis=1)
     loss = np.array([p.interruptions for p in pools]) * (boot + slowest_lead) / 3600
@@ -166,11 +168,13 @@ def _groups(
     growth: Growth, place: list[PoolKind], number: dict[PoolKind, int], rate: Floats, hot: Floats, window: Floats
 ) -> tuple[Group, ...]:
     pools, services = growth.problem.pools, growth.problem.services
-    width = np.array([[slot(s.gpus, p.gpus) for s in services] for p in pools], dtype=np.float64)
-    density = rate / width
+    first = [place.index(key) for key in number]  # one pool stands for its place: all else there is equal
+    width = np.array([[slot(s.gpus, pools[i].gpus) for s in services] for i in first], dtype=np.float64)
+    density = rate[first] / width
     best = density.max(axis=0)
     per_unit = 1.0 / best
-    reach = [frozenset(place[i] for i in range(len(pools)) if rate[i, j] > 0) for j in range(len(services))]
+    keys = list(number)
+    reach = [frozenset(keys[k] for k in np.flatnonzero(density[:, j] > 0)) for j in range(len(services))]
     groups: list[Group] = []
     for family in _families(reach):
         inside = [j for j in range(len(services)) if reach[j] <= family]
@@ -180,13 +184,12 @@ def _groups(
             required = np.maximum(0.0, growth.pooled(members, window, per_unit) - already)
             if not np.any(required > 1e-9):
                 continue
-            weights: dict[int, tuple[int, float]] = {}
             ids = list(members)
-            relative = np.where(rate[:, ids] > 0, density[:, ids] / best[ids], np.inf).min(axis=1)
-            for i in np.flatnonzero(np.isfinite(relative)):
-                here = number[place[i]]
-                worth = float(relative[i])
-                weights[here] = (slot(size, pools[i].gpus), min(worth, weights[here][1]) if here in weights else worth)
+            relative = np.where(density[:, ids] > 0, density[:, ids] / best[ids], np.inf).min(axis=1)
+            weights = {
+                int(k): (slot(size, pools[first[k]].gpus), float(relative[k]))
+                for k in np.flatnonzero(np.isfinite(relative))
+            }
             gpus = sorted({p[0] for p in family})
             regions = sorted({p[2] for p in family})
             names = ", ".join(services[j].name for j in members[:3]) + (", …" if len(members) > 3 else "")

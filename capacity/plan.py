@@ -112,7 +112,7 @@ def solve(problem: Problem, kind: Kind = "restored", *, exact: bool = False, lim
     relaxed = solver.relax(built, limit=limit)
     if relaxed.values is None:
         raise explain.infeasible(problem, built, whole=False)
-    rounded = solver.round_whole(built, relaxed.values, limit=limit)
+    rounded = solver.round_whole(built, relaxed.values, problem, required, limit=limit)
     best = solver.exact(built, start=rounded.values, limit=limit) if exact else None
     chosen = rounded if best is None else best
     if chosen.values is None:

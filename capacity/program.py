@@ -95,13 +95,19 @@ def build(problem: Problem, need: Need) -> Program:
     gpus = np.array([p.gpus for p in pools], dtype=np.float64)
     held = np.array([p.held for p in pools], dtype=np.float64)
     pairs = np.argwhere(need.rate > 0).astype(np.int64)
-    width = np.array([slot(services[j].gpus, pools[i].gpus) for i, j in pairs], dtype=np.float64)
+    sizes, size_of = np.unique([p.gpus for p in pools], return_inverse=True)
+    wants, want_of = np.unique([s.gpus for s in services], return_inverse=True)
+    slots = np.array([[slot(int(w), int(g)) for w in wants] for g in sizes], dtype=np.float64)
+    width = slots[size_of[pairs[:, 0]], want_of[pairs[:, 1]]]
     sums = sorted({(k, w) for g in need.groups for k, (w, _) in g.weights.items()})
+    sizes_of: dict[int, list[int]] = {}
+    for k, w in sums:
+        sizes_of.setdefault(k, []).append(w)
     blocks = np.array(
-        [(i, w) for i in range(count) for k, w in sums if k == need.place[i]], dtype=np.int64
+        [(i, w) for i in range(count) for w in sizes_of.get(need.place[i], ())], dtype=np.int64
     ).reshape(-1, 2)
-    zone = [f"{p.region}/{p.zone}" for p in pools]
-    zones_of = [sorted({zone[i] for i in range(count) if need.rate[i, j] > 0}) for j in range(len(services))]
+    zone = np.unique([f"{p.region}/{p.zone}" for p in pools], return_inverse=True)[1]
+    zones_of = [np.unique(zone[need.rate[:, j] > 0]) for j in range(len(services))]
     spread = tuple(j for j in range(len(services)) if policy.zone_loss > 0 and len(zones_of[j]) > 1)
     at_u, at_x = count, 2 * count
     at_b = at_x + len(pairs)
@@ -147,8 +153,9 @@ def build(problem: Problem, need: Need) -> Program:
         if service.maximum is not None:
             name = Name("maximum", service.name, f"services {service.name} max {service.maximum}")
             rows.add(name, cols, np.ones(len(cols)), none, np.full(steps, float(service.maximum)))
+    block_place = np.array(need.place, dtype=np.int64)[blocks[:, 0]]
     for m, (place, block) in enumerate(sums):
-        alike = np.array([k for k, (i, w) in enumerate(blocks) if need.place[i] == place and w == block], dtype=np.int64)
+        alike = np.flatnonzero((block_place == place) & (blocks[:, 1] == block))
         name = Name("blocks", f"{place}/{block}", "idle blocks of a place")
         cols = np.concatenate([[at_s + m], at_b + alike])
         rows.add(name, cols, np.concatenate([[-1.0], np.ones(len(alike))]), zero, zero)
@@ -195,7 +202,7 @@ def build(problem: Problem, need: Need) -> Program:
         spread_unit.append(unit)
         rest = need.median[j] * policy.zone_loss / unit
         for one in zones_of[j]:
-            inside = mine[[zone[pairs[m, 0]] == one for m in mine]]
+            inside = mine[zone[pairs[mine, 0]] == one]
             cols = np.concatenate([[at_y + k], at_x + inside])
             rows.add(name, cols, np.concatenate([[1.0], -served[inside] / unit]), zero, free)
         cols = np.concatenate([[at_y + k], at_x + mine])

@@ -26,6 +26,7 @@ FIRST = 8  # cheapest pairs of a service that enter at first
 MORE = 16  # pairs of a service that enter a round
 ROUNDS = 60
 PRICE = 1e-7
+PRIMAL = 4  # HiGHS: simplex_strategy
 Flags = npt.NDArray[np.bool_]
 
 
@@ -136,6 +137,8 @@ def _sift(
         solver = highs.load(part, whole=False, limit=limit)
         if warm is not None:
             _set(solver, list(warm.columns[columns]), warm.rows)
+            if warm is not basis:
+                solver.setOptionValue("simplex_strategy", PRIMAL)  # new columns leave the basis feasible
         outcome = highs.run(solver, whole=False)
         if outcome.values is None or outcome.row_dual is None:
             if keep.all():
@@ -172,10 +175,12 @@ def _set(solver: highspy.Highs, columns: list[Any], rows: list[Any]) -> None:
 def _whole(program: Program, keep: Flags, bases: list[_Basis], limit: float) -> Outcome | None:
     rows = [status for basis in bases for status in basis.rows]
     columns_status = np.concatenate([basis.columns for basis in bases])
-    for _ in range(ROUNDS):
+    for turn in range(ROUNDS):
         part, columns = masked(program, keep)
         solver = highs.load(part, whole=False, limit=limit)
         _set(solver, list(columns_status[columns]), rows)
+        if turn:
+            solver.setOptionValue("simplex_strategy", PRIMAL)
         outcome = highs.run(solver, whole=False)
         if outcome.values is None or outcome.row_dual is None:
             return None

@@ -3,7 +3,7 @@
 The rounding works step by step: an integer program over one step, the step before it fixed. A large step is confined to the
 whole numbers next to its linear program (relaxation-enforced neighbourhood search, Berthold 2014), so that it is the size of
 that step's basis. Then windows of two steps are solved again with the rest fixed (fix-and-optimize, Helber and Sahling 2010)
-until the time for it is spent or nothing improves.
+until nothing improves or the rounds for it are spent. Steps too large for that are built by `greedy.py`.
 """
 
 from __future__ import annotations
@@ -14,15 +14,20 @@ from dataclasses import replace
 import highspy
 import numpy as np
 
-from capacity import highs, sift
+from capacity import greedy, highs, sift
 from capacity.errors import SolverError
 from capacity.highs import INTEGRALITY, Outcome
-from capacity.model import Floats
+from capacity.model import Floats, Problem
+from capacity.need import Need
 from capacity.program import Program
 
 SMALL = 4000  # columns up to which a plain solve is the fastest
 FREE = 600  # whole-number columns of a step that need no neighbourhood
-POLISH_SECONDS = 1.0
+# Work is limited by nodes and rounds, not by time, so that a busy machine plans the same.
+STEP_GAP = 1e-4
+STEP_NODES = 3000
+POLISH_NODES = 300
+POLISH_ROUNDS = 4
 
 
 def relax(program: Program, *, limit: float = 60.0) -> Outcome:
@@ -49,31 +54,48 @@ def snap(program: Program, values: Floats) -> Floats:
     return result
 
 
-def round_whole(
-    program: Program, relaxed: Floats, *, limit: float = 10.0, gap: float = 1e-3, polish: float = POLISH_SECONDS
-) -> Outcome:
+def round_whole(program: Program, relaxed: Floats, problem: Problem, need: Need, *, limit: float = 30.0) -> Outcome:
     """A whole-number plan near `relaxed`, all constraints kept; falls back to the integer program over all steps.
 
     Returns an Outcome without values when even the integer program is infeasible.
     """
     began = time.perf_counter()
     deadline = began + limit
-    values: Floats | None = None
-    for reach in (0, 2, None):
-        values = _by_step(program, relaxed, reach, deadline, gap)
-        if values is not None:
-            break
+    values = _constructed(program, relaxed, problem, need) if program.integer[: program.columns].sum() > FREE else None
     if values is None:
-        outcome = highs.run(highs.load(program, whole=True, limit=max(limit, 30.0), gap=gap), whole=True)
-        if outcome.values is None:
-            return outcome
-        values = snap(program, outcome.values)
-    values = _polish(program, values, min(deadline, time.perf_counter() + polish), gap)
+        for reach in (0, 2, None):
+            values = _by_step(program, relaxed, reach, deadline)
+            if values is not None:
+                break
+        if values is None:
+            outcome = highs.run(highs.load(program, whole=True, limit=limit, gap=STEP_GAP), whole=True)
+            if outcome.values is None:
+                return outcome
+            values = snap(program, outcome.values)
+        values = _polish(program, values, deadline)
     objective = float(program.cost @ values)
     return Outcome(values, objective, -np.inf, seconds=time.perf_counter() - began, proven=False)
 
 
-def _by_step(program: Program, relaxed: Floats, reach: int | None, deadline: float, gap: float) -> Floats | None:
+def _constructed(program: Program, relaxed: Floats, problem: Problem, need: Need) -> Floats | None:
+    """By `greedy.py`, step after step; None when any constraint is not kept."""
+    before = [pool.held for pool in problem.pools]
+    found: list[Floats] = []
+    for t in range(program.steps):
+        want = relaxed[t * program.columns : (t + 1) * program.columns]
+        values = greedy.step(problem, need, program, t, want, before)
+        if values is None:
+            return None
+        found.append(values)
+        before = [int(v) for v in values[: len(before)]]
+    result = np.concatenate(found)
+    reached = np.bincount(program.row, program.val * result[program.col], minlength=len(program.row_lower))
+    slack = highs.FEASIBILITY * np.maximum(1.0, np.abs(reached)) * 10
+    kept = (reached >= program.row_lower - slack) & (reached <= program.row_upper + slack)
+    return result if bool(kept.all() and (result <= program.upper + INTEGRALITY).all()) else None
+
+
+def _by_step(program: Program, relaxed: Floats, reach: int | None, deadline: float) -> Floats | None:
     """`reach`: how far beyond the neighbouring whole numbers instances may go; None is anywhere."""
     cut = highs.view(program)
     steps, wide, count = program.steps, program.columns, program.at_u
@@ -97,7 +119,7 @@ def _by_step(program: Program, relaxed: Floats, reach: int | None, deadline: flo
         if left <= 0:
             return None
         try:
-            outcome = highs.run(highs.load(part, whole=True, limit=left / (steps - t), gap=gap), whole=True)
+            outcome = highs.run(highs.load(part, whole=True, limit=left, gap=STEP_GAP, nodes=STEP_NODES), whole=True)
         except SolverError:
             return None
         if outcome.values is None:
@@ -106,14 +128,13 @@ def _by_step(program: Program, relaxed: Floats, reach: int | None, deadline: flo
     return result.ravel()
 
 
-def _polish(program: Program, values: Floats, deadline: float, gap: float) -> Floats:
+def _polish(program: Program, values: Floats, deadline: float) -> Floats:
     """Solves windows of two steps again, the others fixed, while that saves money and time is left."""
     steps, wide = program.steps, program.columns
     if steps == 1 or program.integer.sum() > FREE * 8:
         return values
     best, cost = values, float(program.cost @ values)
-    improved = True
-    while improved:
+    for _ in range(POLISH_ROUNDS):
         improved = False
         for t in range(steps - 1):
             left = deadline - time.perf_counter()
@@ -128,7 +149,7 @@ def _polish(program: Program, values: Floats, deadline: float, gap: float) -> Fl
                 lower[starts], upper[starts] = program.lower[starts], program.upper[starts]
             part = replace(program, lower=lower, upper=upper)
             try:
-                outcome = highs.run(highs.load(part, whole=True, limit=left, gap=gap), whole=True)
+                outcome = highs.run(highs.load(part, whole=True, limit=left, gap=STEP_GAP, nodes=POLISH_NODES), whole=True)
             except SolverError:
                 return best
             if outcome.values is not None:
@@ -136,4 +157,6 @@ def _polish(program: Program, values: Floats, deadline: float, gap: float) -> Fl
                 price = float(program.cost @ found)
                 if price < cost - 1e-7 * max(1.0, cost):
                     best, cost, improved = found, price, True
+        if not improved:
+            break
     return best

@@ -29,7 +29,7 @@ def violations(problem: Problem, need: Any, instances: Any, replicas: Any, block
         for text in (
             _capacity(problem, now, placed, blocks[t])
             + _demand(problem, need, t, placed)
-            + _idle(problem, need, t, blocks[t])
+            + _idle(problem, need, t, placed, blocks[t])
             + _limits(problem, t, before, now)
             + _shares(problem, now)
             + _zones(problem, need, t, placed)
@@ -68,10 +68,16 @@ def _demand(problem: Problem, need: Any, t: int, placed: list[list[int]]) -> lis
     return found
 
 
-def _idle(problem: Problem, need: Any, t: int, blocks: dict[tuple[int, int], int]) -> list[str]:
+def _idle(
+    problem: Problem, need: Any, t: int, placed: list[list[int]], blocks: dict[tuple[int, int], int]
+) -> list[str]:
     found = []
+    surplus = []
+    for j in range(len(problem.services)):
+        served = sum(placed[i][j] * float(need.rate[i][j]) for i in range(len(problem.pools)))
+        surplus.append(min(float(need.cap[j][t]), max(0.0, served - float(need.base[j][t]))))
     for group in need.groups:
-        worth = 0.0
+        worth = sum(surplus[j] * each for j, each in group.relief.items())
         for (i, width), many in blocks.items():
             weight = group.weights.get(need.place[i])
             if weight is not None and width >= weight[0]:

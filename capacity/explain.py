@@ -26,7 +26,7 @@ ROUNDS = 200
 MOVABLE = frozenset(
     ("quota", "pool-quota", "supply", "start-limit", "stop-limit", "maximum", "region-min", "region-max")
 )
-FIXED = frozenset(("capacity", "flow", "blocks"))
+FIXED = frozenset(("capacity", "flow", "blocks", "spare"))
 
 
 @dataclass(frozen=True)
@@ -156,12 +156,14 @@ def _hitting(sets: list[frozenset[int]], count: int, deadline: float) -> set[int
         pairs=np.zeros((0, 2), dtype=np.int64),
         blocks=np.zeros((0, 2), dtype=np.int64),
         sums=(),
+        spare=(),
         spread=(),
         spread_unit=(),
         at_u=0,
         at_x=0,
         at_b=0,
         at_s=0,
+        at_h=0,
         at_y=0,
         price_scale=1.0,
         pair_price=np.zeros(0),

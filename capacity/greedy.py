@@ -77,9 +77,13 @@ class _State:
         rest = float(self.need.median[j, self.t]) * self.problem.policy.zone_loss
         return self.served[j] - max(self.by_zone[j].values(), default=0.0) < rest - EPS * max(1.0, rest)
 
+    def surplus(self, j: int) -> float:
+        """What runs beyond the plan, as far as it counts as spare; units a second."""
+        return min(float(self.need.cap[j, self.t]), max(0.0, self.served[j] - float(self.need.base[j, self.t])))
+
     def block_worth(self, g: int) -> float:
         group = self.need.groups[g]
-        worth = 0.0
+        worth = sum(self.surplus(j) * each for j, each in group.relief.items())
         for p, sizes in enumerate(self.blocks):
             if not sizes:
                 continue
@@ -262,12 +266,12 @@ def _empty_one(state: _State, p: int) -> bool:
 def _move_replica(state: _State, p: int, undo: list[tuple[str, int, int, int]]) -> bool:
     for j in sorted(state.tenants[p], key=lambda j: state.width[p][j]):
         state.put(p, j, -1)
-        free = state.free
-        targets = [q for q in state.fits[j] if free[q] and q != p and free[q] >= state.width[q][j]]
+        free, rate = state.free, state.rate[p][j]  # nowhere slower: surplus may be spare
+        targets = [q for q in state.fits[j] if free[q] >= state.width[q][j] and q != p and state.rate[q][j] >= rate]
         targets.sort(key=lambda q: (state.free[q] - state.width[q][j], q))
         for q in targets:
             state.put(q, j, 1)
-            if not state.lacks(j) and not state.zone_lacks(j):
+            if not state.zone_lacks(j):
                 undo.append(("replica", j, p, q))
                 return True
             state.put(q, j, -1)
@@ -299,6 +303,8 @@ def _values(state: _State, program: Program, before: list[int]) -> Floats:
         values[program.at_s + m] = sum(
             state.blocks[p].get(size, 0) for p in range(count) if state.need.place[p] == place
         )
+    for k, j in enumerate(program.spare):
+        values[program.at_h + k] = state.surplus(j)
     for k, j in enumerate(program.spread):
         unit = program.spread_unit[k]
         values[program.at_y + k] = max(state.by_zone[j].values(), default=0.0) / unit

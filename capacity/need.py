@@ -2,8 +2,9 @@
 
 For service s with lead time L (a quantile of its samples), target wait W and boot time B of the slowest pool it fits:
 - growth within (L - W) cannot wait for a replica to start: it is covered by replicas already running ("hot", not poolable);
-- growth within (B + L - W) can be covered by an idle GPU on which any service may start: pooled over services, less the
-  hot spares they hold already.
+- growth within (B + L - W) can be covered by an idle GPU on which any service may start: pooled over services. Replicas
+  that run beyond what is planned (hot spares, and what whole numbers leave over) relieve the pool by no more than their own
+  service adds to it.
 A restored lead time below W leaves no hot spare at all: that is what restoring is worth. docs/capacity.md has the equations.
 """
 
@@ -24,6 +25,7 @@ PoolKind = tuple[str, float, str, int]
 class Group:
     """Services whose growth is covered together by idle blocks of at least `size` GPUs a replica.
 
+    `relief[service]`: normalised GPUs that one unit a second of that service's own surplus is worth, up to `Need.cap`.
     `weights[place]` is (slot size there, normalised GPUs that one GPU of such a block is worth); `required[step]` is in
     normalised GPUs: GPUs of each service's own fastest place. Places are numbered as in `Need.place`.
     """
@@ -32,6 +34,7 @@ class Group:
     services: tuple[int, ...]
     size: int
     weights: dict[int, tuple[int, float]]
+    relief: dict[int, float]
     required: Floats
 
 
@@ -45,8 +48,10 @@ class Need:
     loss: Floats  # [pool] share of its price that interruptions cost on top
     rate: Floats  # [pool, service] what a replica serves; 0 where it does not fit
     median: Floats
-    target: Floats  # quantile, headroom and hot spare
+    base: Floats  # quantile and headroom
+    target: Floats  # base and hot spare
     hot: Floats
+    cap: Floats  # most surplus that counts as spare: what the service's own demand can grow by
     groups: tuple[Group, ...]
     place: tuple[int, ...]  # [pool] number of its place: pools alike but for the zone share one
 
@@ -89,32 +94,41 @@ class Growth:
         self.problem = problem
         self.sigma, self.trend = _spread(problem)
 
-    def pooled(self, members: tuple[int, ...], windows: Floats, per_unit: Floats) -> Floats:
-        return _pooled(self, members, windows, per_unit)
+    def pooled(self, members: tuple[int, ...], windows: Floats, per_unit: Floats) -> tuple[Floats, Floats]:
+        """What the demand of `members` grows by, in normalised GPUs, [step], at the largest target probability among
+        them; and the share of it that each adds to the others, [member, step].
 
+        With a history: the quantile of the sum, taken at the same moments, so correlation is what it was. Without: the
+        forecast's spread grows with the square root of time (a random walk), pooled with correlation rho, plus the trend.
+        """
+        problem = self.problem
+        level = max(problem.services[s].probability for s in members)
+        history = problem.demand.history
+        if history is not None and history.rates.shape[1] >= 2:
+            return self._learned(history, members, windows, per_unit, level)
+        ids = list(members)
+        scale = np.maximum(0.0, windows[ids][:, None] / problem.step_seconds)
+        spread = self.sigma[ids] * np.sqrt(scale) * per_unit[ids][:, None]
+        drift = self.trend[ids] * np.minimum(1.0, scale) * per_unit[ids][:, None]
+        rho, z = problem.policy.correlation, max(0.0, NormalDist().inv_cdf(level))
+        squares, total = (spread**2).sum(axis=0), spread.sum(axis=0)
+        grown: Floats = z * np.sqrt((1 - rho) * squares + rho * total**2)
+        others = (1 - rho) * np.maximum(0.0, squares - spread**2) + rho * np.maximum(0.0, total - spread) ** 2
+        adds: Floats = grown - z * np.sqrt(others) + drift
+        return grown + drift.sum(axis=0), adds
 
-def _pooled(growth: Growth, members: tuple[int, ...], windows: Floats, per_unit: Floats) -> Floats:
-    """What the demand of `members` grows by, in normalised GPUs, [step], at the largest target probability among them.
-
-    With a history: the quantile of the sum, taken at the same moments, so correlation is what it was. Without: the forecast's
-    spread grows with the square root of time (a random walk), pooled with correlation rho, plus the trend.
-    """
-    problem = growth.problem
-    steps = problem.demand.steps
-    level = max(problem.services[s].probability for s in members)
-    history = problem.demand.history
-    if history is not None and history.rates.shape[1] >= 2:
-        total = sum(per_unit[s] * growth_samples(history, s, float(windows[s])) for s in members)
-        return np.full(steps, float(np.quantile(np.asarray(total), level, method="higher")))
-    sigma, trend = growth.sigma, growth.trend
-    ids = list(members)
-    scale = windows[ids][:, None] / problem.step_seconds
-    spread = sigma[ids] * np.sqrt(np.maximum(0.0, scale)) * per_unit[ids][:, None]
-    rho = problem.policy.correlation
-    pooled = np.sqrt((1 - rho) * (spread**2).sum(axis=0) + rho * spread.sum(axis=0) ** 2)
-    drift = (trend[ids] * np.minimum(1.0, np.maximum(0.0, scale)) * per_unit[ids][:, None]).sum(axis=0)
-    grown: Floats = max(0.0, NormalDist().inv_cdf(level)) * pooled + drift
-    return grown
+    def _learned(
+        self, history: History, members: tuple[int, ...], windows: Floats, per_unit: Floats, level: float
+    ) -> tuple[Floats, Floats]:
+        steps = self.problem.demand.steps
+        each = np.array([per_unit[s] * growth_samples(history, s, float(windows[s])) for s in members])
+        total = each.sum(axis=0)
+        grown = float(np.quantile(total, level, method="higher"))
+        if len(members) == 1:
+            adds = np.array([grown])
+        else:
+            adds = grown - np.quantile(total - each, level, axis=1, method="higher")
+        return np.full(steps, grown), np.repeat(np.maximum(0.0, adds)[:, None], steps, axis=1)
 
 
 def _families(reach: list[frozenset[PoolKind]]) -> list[frozenset[PoolKind]]:
@@ -154,18 +168,19 @@ def compute(problem: Problem, kind: Kind) -> Need:
 
     one = np.ones(len(services))
     growth = Growth(problem)
-    hot = np.array([growth.pooled((j,), hot_window, one) for j in range(len(services))])
+    hot = np.array([growth.pooled((j,), hot_window, one)[0] for j in range(len(services))])
+    cap = np.array([growth.pooled((j,), idle_window, one)[0] for j in range(len(services))])
     median = np.array([demand.forecasts[s.name].at(0.5)[:steps] for s in services])
     planned = np.array([demand.forecasts[s.name].at(demand.quantile)[:steps] for s in services])
-    target = planned * (1 + policy.headroom) + hot
+    base = planned * (1 + policy.headroom)
     places: list[PoolKind] = [(p.gpu, p.memory, p.region, p.gpus) for p in pools]
     number = {key: k for k, key in enumerate(dict.fromkeys(places))}
-    groups = _groups(growth, places, number, rate, hot, idle_window)
-    return Need(kind, lead, boot, loss, rate, median, target, hot, groups, tuple(number[key] for key in places))
+    groups = _groups(growth, places, number, rate, cap, idle_window)
+    return Need(kind, lead, boot, loss, rate, median, base, base + hot, hot, cap, groups, tuple(number[key] for key in places))
 
 
 def _groups(
-    growth: Growth, place: list[PoolKind], number: dict[PoolKind, int], rate: Floats, hot: Floats, window: Floats
+    growth: Growth, place: list[PoolKind], number: dict[PoolKind, int], rate: Floats, cap: Floats, window: Floats
 ) -> tuple[Group, ...]:
     pools, services = growth.problem.pools, growth.problem.services
     first = [place.index(key) for key in number]  # one pool stands for its place: all else there is equal
@@ -176,12 +191,15 @@ def _groups(
     keys = list(number)
     reach = [frozenset(keys[k] for k in np.flatnonzero(density[:, j] > 0)) for j in range(len(services))]
     groups: list[Group] = []
+    seen: set[tuple[int, ...]] = set()
     for family in _families(reach):
         inside = [j for j in range(len(services)) if reach[j] <= family]
         for size in sorted({services[j].gpus for j in inside}):
             members = tuple(j for j in inside if services[j].gpus >= size)
-            already = (hot[list(members)] * per_unit[list(members)][:, None]).sum(axis=0)
-            required = np.maximum(0.0, growth.pooled(members, window, per_unit) - already)
+            if members in seen:
+                continue  # a larger family adds places that none of these can use
+            seen.add(members)
+            required, adds = growth.pooled(members, window, per_unit)
             if not np.any(required > 1e-9):
                 continue
             ids = list(members)
@@ -192,7 +210,11 @@ def _groups(
             }
             gpus = sorted({p[0] for p in family})
             regions = sorted({p[2] for p in family})
+            own = cap[ids]
+            ratio = np.where(own > 1e-9, adds / np.maximum(own, 1e-9), np.inf).min(axis=1)
+            worth = np.where(np.isfinite(ratio), np.minimum(ratio, per_unit[ids]), 0.0)
+            relief = {j: float(v) for j, v in zip(members, worth, strict=True) if v > 1e-9}
             names = ", ".join(services[j].name for j in members[:3]) + (", …" if len(members) > 3 else "")
             name = f"idle {'/'.join(gpus)} in {'/'.join(regions)} for {names}"
-            groups.append(Group(name, members, size, weights, required))
+            groups.append(Group(name, members, size, weights, relief, required))
     return tuple(groups)

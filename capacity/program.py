@@ -1,7 +1,8 @@
 """The linear program as arrays: one block of rows and columns a step, the same matrix for each, only bounds differ.
 
 Columns of a step: n (instances held, a pool), u (instances started, a pool), x (replicas, a pool-service pair that fits),
-b (idle blocks, a pool and slot size), B (idle blocks of a place, over its zones), y (capacity in the largest zone, a service that spans zones). docs/capacity.md states the
+b (idle blocks, a pool and slot size), B (idle blocks of a place, over its zones), h (surplus of
+a service that counts as spare), y (capacity in the largest zone, a service that spans zones). docs/capacity.md states the
 rows as equations. Each row and each bounded column carries the name of the constraint it belongs to, for `explain.py`.
 """
 
@@ -48,12 +49,14 @@ class Program:
     pairs: Ints  # [x column, 2]: pool, service
     blocks: Ints  # [b column, 2]: pool, slot size
     sums: tuple[tuple[int, int], ...]  # [B column]: place, slot size
+    spare: tuple[int, ...]  # services with an h column
     spread: tuple[int, ...]  # services with a y column
     spread_unit: tuple[float, ...]  # what y counts: replicas of this rate, or 1.0 a second
     at_u: int
     at_x: int
     at_b: int
     at_s: int
+    at_h: int
     at_y: int
     price_scale: float
     pair_price: Floats  # [x column] dollars a unit of demand served there; which places to try first
@@ -112,7 +115,9 @@ def build(problem: Problem, need: Need) -> Program:
     at_u, at_x = count, 2 * count
     at_b = at_x + len(pairs)
     at_s = at_b + len(blocks)
-    at_y = at_s + len(sums)
+    spare = tuple(sorted({j for g in need.groups for j in g.relief}))
+    at_h = at_s + len(sums)
+    at_y = at_h + len(spare)
     columns = at_y + len(spread)
     none, free = np.full(steps, -np.inf), np.full(steps, np.inf)
     zero = np.zeros(steps)
@@ -168,10 +173,15 @@ def build(problem: Problem, need: Need) -> Program:
                 vals_list.append(weight[1] * block)
         peak = float(group.required.max())
         name = Name("idle", group.name, f"{group.name} (up to {peak:.4g} GPUs)")
-        required = group.required
-        if all(abs(v / vals_list[0] - round(v / vals_list[0])) < 1e-9 for v in vals_list) and vals_list[0] <= min(vals_list):
-            required = whole_up(required / vals_list[0]) * vals_list[0]  # only whole blocks count
-        rows.add(name, np.array(cols_list, dtype=np.int64), np.array(vals_list), required, free)
+        relieved = [j for j in spare if j in group.relief]
+        cols_list += [at_h + spare.index(j) for j in relieved]
+        vals_list += [group.relief[j] for j in relieved]
+        rows.add(name, np.array(cols_list, dtype=np.int64), np.array(vals_list), group.required, free)
+    for k, j in enumerate(spare):
+        mine = at_x + by_service[j]
+        name = Name("spare", services[j].name, f"surplus of service {services[j].name}")
+        cols, vals = np.concatenate([[at_h + k], mine]), np.concatenate([[-1.0], served[by_service[j]]])
+        rows.add(name, cols, vals, need.base[j], free)
     for quota in problem.quotas:
         inside = np.array([i for i in range(count) if quota.covers(pools[i])], dtype=np.int64)
         if not len(inside):
@@ -221,7 +231,7 @@ def build(problem: Problem, need: Need) -> Program:
     price = np.array([p.price / p.gpus for p in pools])
     pair_price = price[pairs[:, 0]] * width / served
     units = tuple(float(u) for u in spread_unit)
-    return _tile(problem, need.loss, rows, columns, pairs, blocks, tuple(sums), (spread, units), (at_u, at_x, at_b, at_s, at_y), pair_price)
+    return _tile(problem, need.loss, rows, columns, pairs, blocks, tuple(sums), (spread, units), (at_u, at_x, at_b, at_s, at_h, at_y), spare, need.cap, pair_price)
 
 
 def _tile(
@@ -233,11 +243,13 @@ def _tile(
     blocks: Ints,
     sums: tuple[tuple[int, int], ...],
     spread: tuple[tuple[int, ...], tuple[float, ...]],
-    at: tuple[int, int, int, int, int],
+    at: tuple[int, int, int, int, int, int],
+    spare: tuple[int, ...],
+    cap: Floats,
     pair_price: Floats,
 ) -> Program:
     pools, steps = problem.pools, problem.demand.steps
-    at_u, at_x, at_b, at_s, at_y = at
+    at_u, at_x, at_b, at_s, at_h, at_y = at
     count, high = len(pools), len(rows.names)
     row, col, val = np.concatenate(rows.row), np.concatenate(rows.col), np.concatenate(rows.val)
     step = np.arange(steps)[:, None]
@@ -262,6 +274,8 @@ def _tile(
         upper[:, at_u + i] = bounds
         if np.isfinite(bounds).any():
             names[at_u + i] = Name("supply", pool.name, f"supply of pool {pool.name}, {bounds.min():g} starts a step")
+    for k, j in enumerate(spare):
+        upper[:, at_h + k] = cap[j]
     price = np.array([p.price for p in pools])
     scale = float(price.max()) or 1.0
     cost = np.zeros((steps, columns))
@@ -269,7 +283,7 @@ def _tile(
     cost[:, at_u : at_u + count] = price / scale * problem.policy.switching_cost
     integer = np.ones((steps, columns), dtype=np.bool_)
     integer[:, count : 2 * count] = False  # starts are whole when instances are
-    integer[:, at_y:] = False
+    integer[:, at_h:] = False
     return Program(
         steps=steps,
         columns=columns,
@@ -288,12 +302,14 @@ def _tile(
         pairs=pairs,
         blocks=blocks,
         sums=sums,
+        spare=spare,
         spread=spread[0],
         spread_unit=spread[1],
         at_u=at_u,
         at_x=at_x,
         at_b=at_b,
         at_s=at_s,
+        at_h=at_h,
         at_y=at_y,
         price_scale=scale,
         pair_price=pair_price,

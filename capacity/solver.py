@@ -25,9 +25,9 @@ SMALL = 4000  # columns up to which a plain solve is the fastest
 FREE = 600  # whole-number columns of a step that need no neighbourhood
 # Work is limited by nodes and rounds, not by time, so that a busy machine plans the same.
 STEP_GAP = 1e-4
-STEP_NODES = 3000
-POLISH_NODES = 300
-POLISH_ROUNDS = 4
+STEP_NODES = 500
+POLISH_NODES = 50
+POLISH_ROUNDS = 2
 
 
 def relax(program: Program, *, limit: float = 60.0) -> Outcome:

@@ -1,0 +1,380 @@
+"""What lazyfs reaches, side by side with the raw file in the same run, as ratios.
+
+    python benchmarks/lazyfs.py                 everything (a few minutes, 4 GB of /dev/shm)
+    python benchmarks/lazyfs.py local remote    some parts: local, remote, first-byte, memory, sharing, peers
+    python benchmarks/lazyfs.py local --json
+
+"First read" has the mount's page cache cold and the bytes in the backing file's page cache, so that the cost of the file
+system itself is measured and not the disk. Every read is done by a process of its own. Ratios are medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+# This file is called like the package it measures: its own folder must not come first.
+sys.path[:] = [str(ROOT), *[p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]]
+
+from lazyfs.api import import_directory, mount, read_through  # noqa: E402
+
+LIMIT_S = 300
+READER = r"""
+import mmap, os, sys, threading, time
+import numpy as np
+path, how = sys.argv[1:3]
+fd = os.open(path, os.O_RDONLY); size = os.fstat(fd).st_size
+def span(lo, hi):
+    buf = memoryview(bytearray(1 << 20))
+    while lo < hi:
+        n = os.preadv(fd, [buf[:min(1 << 20, hi - lo)]], lo)
+        assert n > 0
+        lo += n
+t = time.perf_counter()
+if how == "sequential":
+    span(0, size)
+elif how == "mmap":
+    m = mmap.mmap(fd, size, prot=mmap.PROT_READ)
+    int(np.frombuffer(m, dtype=np.uint8)[::4096].max())
+elif how == "4 threads":
+    step = -(-size // 4)
+    ts = [threading.Thread(target=span, args=(i * step, min(size, (i + 1) * step))) for i in range(4)]
+    [x.start() for x in ts]; [x.join() for x in ts]
+print(size / (time.perf_counter() - t) / 1e9)
+"""
+WAYS = ("sequential", "mmap", "4 threads")
+
+
+def read(path: Path, how: str) -> float:
+    """GB/s of one reading process."""
+    done = subprocess.run(
+        [sys.executable, "-c", READER, path, how], capture_output=True, text=True, timeout=LIMIT_S, check=True
+    )
+    return float(done.stdout)
+
+
+def write_model(folder: Path, megabytes: int, *, sparse: bool = False, changed: int = 0) -> Path:
+    """A safetensors file of 16 MiB tensors (zeros without blocks when sparse), the last `changed` of them different."""
+    folder.mkdir(parents=True, exist_ok=True)
+    count, size = megabytes // 16, 16 << 20
+    header = {
+        f"t{i:05}": {"dtype": "F16", "shape": [size // 2], "data_offsets": [i * size, (i + 1) * size]}
+        for i in range(count)
+    }
+    raw = json.dumps(header).encode()
+    raw += b" " * (-(8 + len(raw)) % 4096)
+    with open(folder / "model.safetensors", "wb") as f:
+        f.write(struct.pack("<Q", len(raw)) + raw)
+        if sparse:
+            f.truncate(8 + len(raw) + count * size)
+        else:
+            import random
+
+            for i in range(count):
+                rng = random.Random(i if i < count - changed else -i)
+                f.write(rng.randbytes(1 << 20) * 16 if not changed else rng.randbytes(size))
+    return folder
+
+
+class Bench:
+    """Scratch space, one QUICKTHAW_HOME, and the rows of the table."""
+
+    def __init__(self, scratch: Path, megabytes: int, runs: int) -> None:
+        self.scratch = scratch
+        self.megabytes = megabytes
+        self.runs = runs
+        self.rows: list[dict[str, object]] = []
+        self.model = scratch / "model"
+        os.environ["QUICKTHAW_HOME"] = str(scratch / "home")
+
+    def row(self, part: str, what: str, value: float, target: float, unit: str, note: str = "") -> None:
+        """`target` is a least value for ratios ("x") and a greatest one for anything else."""
+        met = value >= target if unit == "of raw" or unit == "of link" else value <= target
+        if not target:
+            met = True
+        self.rows.append(
+            {"part": part, "what": what, "value": value, "target": target, "unit": unit, "met": met, "note": note}
+        )
+        shown = f"{target:g}" if target else "-"
+        print(
+            f"{part:10} {what:52} {value:8.3f} {unit:8} target {shown:5} {'ok' if met else 'MISSED':6} {note}",
+            flush=True,
+        )
+
+    @contextlib.contextmanager
+    def mounted(self, digest: str, **settings: object) -> Iterator[Path]:
+        handle = mount(digest, self.scratch / "mnt", **settings)
+        try:
+            yield handle.mountpoint
+        finally:
+            handle.unmount(force=True)
+
+    def ensure_model(self) -> Path:
+        if not (self.model / "model.safetensors").exists():
+            write_model(self.model, self.megabytes)
+        return self.model
+
+    # -- parts
+
+    def local(self) -> None:
+        """Reads of a file that is complete on this host."""
+        model = self.ensure_model()
+        digest = read_through(model)
+        cases = [
+            ("passed through, first read", {}, False, (0.9, 0.9, 0.9)),
+            ("pyfuse3, not passed through, first read", {"transport": "pyfuse3"}, False, (0.42, 0.24, 0.24)),
+            ("raw, not passed through, first read", {"native": "off"}, False, (0.42, 0.24, 0.24)),
+            ("pyfuse3, second read", {"transport": "pyfuse3"}, True, (0.85, 0.85, 0.85)),
+            ("raw, second read", {"native": "off"}, True, (0.85, 0.85, 0.85)),
+        ]
+        for title, settings, again, targets in cases:
+            for how, target in zip(WAYS, targets, strict=True):
+                ratios, speeds = [], []
+                for _ in range(self.runs):
+                    raw = read(model / "model.safetensors", how)
+                    with self.mounted(digest, **settings) as where:
+                        if again:
+                            read(where / "model.safetensors", "sequential")
+                        speed = read(where / "model.safetensors", how)
+                    raw = max(raw, read(model / "model.safetensors", how)) if not again else raw
+                    ratios.append(speed / raw)
+                    speeds.append(speed)
+                note = f"{statistics.median(speeds):.2f} GB/s"
+                self.row("local", f"{title}: {how}", statistics.median(ratios), target, "of raw", note)
+
+    def first_byte(self) -> None:
+        """From calling mount to the first byte of a file of a manifest with a thousand files."""
+        folder = self.scratch / "many"
+        folder.mkdir()
+        for i in range(1000):
+            (folder / f"shard-{i:04}.bin").write_bytes(os.urandom(20_000))
+        digest = import_directory(folder)
+        script = (
+            "import os, sys, time; t = time.perf_counter(); sys.path.insert(0, sys.argv[1])\n"
+            "from pathlib import Path; from lazyfs.api import mount\n"
+            "h = mount(sys.argv[2], Path(sys.argv[3]), use_origin=False, cache_dir=Path(sys.argv[4]))\n"
+            "assert len(open(f'{h.mountpoint}/shard-0999.bin', 'rb').read(1)) == 1\n"
+            "print(time.perf_counter() - t); h.unmount()"
+        )
+        times = []
+        for i in range(max(3, self.runs)):
+            arguments = [str(ROOT), digest, str(self.scratch / "mnt"), str(self.scratch / f"cache{i}")]
+            done = subprocess.run(
+                [sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=LIMIT_S, check=True
+            )
+            times.append(float(done.stdout))
+        title = "mount + first byte of one of 1,000 files, cold cache"
+        self.row("first-byte", title, statistics.median(times), 0.3, "s", f"worst {max(times):.3f} s")
+
+    def memory(self) -> None:
+        """The server's peak while a 20 GB model is read through it."""
+        folder = write_model(self.scratch / "sparse", 20_000, sparse=True)
+        digest = import_directory(folder)
+        cache = self.scratch / "sparse-cache"
+        handle = mount(digest, self.scratch / "mnt", native="off", use_origin=False, cache_dir=cache)
+        try:
+            speed = read(handle.mountpoint / "model.safetensors", "sequential")
+            peak = _peak_mb(handle.pid)
+            children = [
+                int(c) for t in Path(f"/proc/{handle.pid}/task").iterdir() for c in (t / "children").read_text().split()
+            ]
+            fetcher = max((_peak_mb(c) for c in children), default=0.0)
+        finally:
+            handle.unmount(force=True)
+        shutil.rmtree(folder)
+        self.row("memory", "server, peak RSS over a 20 GB sparse model", peak, 300, "MB", f"{speed:.2f} GB/s")
+        self.row("memory", "its fetcher, peak RSS", fetcher, 0, "MB")
+
+    def sharing(self) -> None:
+        """What a fine-tune with two tensors changed costs in the store."""
+        base, tuned = (write_model(self.scratch / n, 256, changed=c) for n, c in (("base", 0), ("tuned", 2)))
+        shutil.rmtree(base)
+        write_model(base, 256, changed=0)
+        del tuned
+        reports: list[object] = []
+        store = str(self.scratch / "sharing-store")
+        import_directory(base, store)
+        import_directory(self.scratch / "tuned", store, progress=reports.append)
+        last = reports[-1]
+        self.row("sharing", "bytes shared by a variant with 2 of 16 tensors changed", last.skipped / last.total, 0, "")
+
+    def remote(self) -> None:
+        """An HTTP store 20 ms and 5 Gbit/s away."""
+        model = self.ensure_model()
+        store = self.scratch / "home" / "store"
+        digest = import_directory(model, str(store))
+        with far_origin(store) as url:
+            link = download(url, store)
+            self.row("remote", "the link itself, 16 parallel downloads", link, 0, "GB/s")
+            for title, trace, target in (("no trace", False, 0.6), ("trace known", True, 0.85)):
+                ratios = []
+                for run in range(self.runs):
+                    cache = self.scratch / f"remote-{trace}-{run}"
+                    traces = self.scratch / "home" / "traces"
+                    if not trace:
+                        shutil.rmtree(traces, ignore_errors=True)
+                    settings = {"store_url": url, "cache_dir": cache, "use_origin": False}
+                    if not trace:
+                        settings |= {"prefetch": False}
+                    with self.mounted(digest, **settings) as where:
+                        ratios.append(read(where / "model.safetensors", "sequential") / link)
+                    shutil.rmtree(cache)
+                self.row("remote", f"first read, {title}: sequential", statistics.median(ratios), target, "of link")
+
+    def peers(self) -> None:
+        """The same file through other mounts, same run: over the same far origin, then a second read."""
+        model = self.ensure_model()
+        raw = read(model / "model.safetensors", "sequential")
+        store = self.scratch / "home" / "store"
+        digest = import_directory(model, str(store))
+        with far_origin(store) as store_url, far_origin(model, port=8181) as plain:
+            link = download(store_url, store)
+            shutil.rmtree(self.scratch / "home" / "traces", ignore_errors=True)
+            settings = {"store_url": store_url, "cache_dir": self.scratch / "peer-cache", "use_origin": False}
+            with self.mounted(digest, **settings) as where:
+                self._pair("lazyfs", where / "model.safetensors", link, raw)
+            with self.mounted(digest, **settings) as where:
+                again = read(where / "model.safetensors", "sequential")
+                self.row("peers", "lazyfs: remounted, from its cache", again / raw, 0, "of raw")
+            for name, command in _peers(plain, self.scratch):
+                where = self.scratch / f"peer-{name.split()[0]}"
+                where.mkdir()
+                process = subprocess.Popen([*command, str(where)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                try:
+                    _wait_mounted(where)
+                    self._pair(name, where / "model.safetensors", link, raw)
+                finally:
+                    subprocess.run(["umount", "-l", str(where)], check=False, timeout=30)
+                    process.terminate()
+                    process.wait(30)
+
+    def _pair(self, name: str, path: Path, link: float, raw: float) -> None:
+        first, second = read(path, "sequential"), read(path, "sequential")
+        self.row("peers", f"{name}: first read", first / link, 0, "of link", f"{first:.2f} GB/s")
+        self.row("peers", f"{name}: second read", second / raw, 0, "of raw", f"{second:.2f} GB/s")
+
+
+def _peers(url: str, scratch: Path) -> list[tuple[str, list[str]]]:
+    found = []
+    if shutil.which("rclone"):
+        flags = ["--vfs-cache-mode", "full", "--cache-dir", str(scratch / "rclone"), "--vfs-read-chunk-size", "32M"]
+        flags += ["--buffer-size", "64M", "--allow-other", "--config", "/dev/null"]
+        found.append(("rclone mount", ["rclone", "mount", f":http,url='{url}':", *flags]))
+    if shutil.which("httpdirfs"):
+        flags = ["-f", "--cache", "--cache-location", str(scratch / "httpdirfs"), "--dl-seg-size", "32"]
+        found.append(("httpdirfs", ["httpdirfs", *flags, url]))
+    return found
+
+
+def _wait_mounted(where: Path) -> None:
+    deadline = time.monotonic() + 30
+    while f" {where} " not in Path("/proc/mounts").read_text():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"nothing mounted at {where}")
+        time.sleep(0.05)
+
+
+def _peak_mb(pid: int) -> float:
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) / 1024
+    return 0.0
+
+
+@contextlib.contextmanager
+def far_origin(folder: Path, *, port: int = 8080, delay_s: float = 0.02, rate: str = "5gbit") -> Iterator[str]:
+    """An origin in a network namespace of its own, behind a link of that rate; its URL."""
+    name, n = f"qt-bench-{os.getpid()}-{port}", port % 250
+    commands = [
+        f"ip netns add {name}",
+        f"ip link add qb{port} type veth peer name eth0 netns {name}",
+        f"ip addr add 198.18.{n}.1/24 dev qb{port}",
+        f"ip link set qb{port} up",
+        f"ip -n {name} addr add 198.18.{n}.2/24 dev eth0",
+        f"ip -n {name} link set eth0 up",
+        f"ip -n {name} link set lo up",
+        f"ip netns exec {name} tc qdisc add dev eth0 root tbf rate {rate} burst 8mb latency 100ms",
+    ]
+    process = None
+    try:
+        for command in commands:
+            subprocess.run(command.split(), check=True, timeout=30)
+        origin = Path(__file__).with_name("lazyfs_origin.py")
+        process = subprocess.Popen(
+            ["ip", "netns", "exec", name, sys.executable, origin, folder, f"198.18.{n}.2", str(port), str(delay_s)],
+            stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        yield f"http://198.18.{n}.2:{port}"
+    finally:
+        if process is not None:
+            process.kill()
+            process.wait(30)
+        subprocess.run(["ip", "link", "del", f"qb{port}"], check=False, timeout=30, capture_output=True)
+        subprocess.run(["ip", "netns", "del", name], check=False, timeout=30)
+
+
+DOWNLOAD = r"""
+import http.client, os, sys, threading, time
+host, *paths = sys.argv[1:]
+lock, it, total = threading.Lock(), iter(paths), [0]
+def go():
+    c = http.client.HTTPConnection(host); buf = bytearray(8 << 20)
+    while True:
+        with lock: p = next(it, None)
+        if p is None: return
+        c.request("GET", p); r = c.getresponse(); n = 0
+        while k := r.readinto(memoryview(buf)[:1 << 20]): n += k
+        with lock: total[0] += n
+t = time.perf_counter(); ts = [threading.Thread(target=go) for _ in range(16)]
+[x.start() for x in ts]; [x.join() for x in ts]
+print(total[0] / (time.perf_counter() - t) / 1e9)
+"""
+
+
+def download(url: str, store: Path) -> float:
+    """GB/s of fetching every chunk and throwing it away: what the link gives."""
+    paths = ["/" + str(p.relative_to(store)) for p in (store / "chunks").rglob("*") if p.is_file()]
+    done = subprocess.run(
+        [sys.executable, "-c", DOWNLOAD, url.removeprefix("http://"), *paths],
+        capture_output=True, text=True, timeout=LIMIT_S, check=True,
+    )  # fmt: skip
+    return float(done.stdout)
+
+
+PARTS = ("local", "remote", "first-byte", "memory", "sharing", "peers")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", help=", ".join(PARTS))
+    parser.add_argument("--megabytes", type=int, default=1024, help="size of the model file")
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--scratch", type=Path, default=Path("/dev/shm"), help="where files lie; memory by default")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    unknown = set(arguments.parts) - set(PARTS)
+    if unknown:
+        parser.error(f"unknown part {', '.join(unknown)}")
+    with tempfile.TemporaryDirectory(dir=arguments.scratch, prefix="qt-bench-") as scratch:
+        bench = Bench(Path(scratch), arguments.megabytes, arguments.runs)
+        for part in arguments.parts or PARTS:
+            getattr(bench, part.replace("-", "_"))()
+    if arguments.json:
+        print(json.dumps(bench.rows))
+
+
+if __name__ == "__main__":
+    main()

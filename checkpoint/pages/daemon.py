@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import array
 import contextlib
-import errno
 import json
 import os
 import select
@@ -30,39 +29,26 @@ from collections import deque
 
 from checkpoint.pages import uffd
 from checkpoint.pages.fetch import Fetcher, Source
-from checkpoint.pages.images import PAGE, ProcessImage, process_ids, read_process
+from checkpoint.pages.images import PAGE, process_ids, read_process
 from checkpoint.pages.pagemap import PageMap
+from checkpoint.pages.space import CHUNK, Again, Gone, Plan, Space, zero_source
 from checkpoint.pages.workingset import BadWorkingSet, Range, WorkingSet
 
 # What CRIU sends in place of a process number when every process runs (LAZY_PAGES_RESTORE_FINISHED in criu/uffd.c).
 _RESTORED = 0x52535446
-# One call places at most this much: a fault waits for at most one, 0.2 ms.
-_CHUNK = 512 << 10
-# A fault brings its neighbours in this block with it.
+# A fault outside the working set brings its neighbours in this block with it.
 _AROUND = 64 << 10
-# How far reading ahead may be in front of placing, once the first token was seen.
-_WINDOW = 32
+# Ranges fetched as one job, and how many of the rest are fetched ahead of being placed.
 _BATCH = 32
-_ZEROS = 1 << 20
+_WINDOW = 32
+# How much is placed between two looks at the events.
+_STEP_BYTES = CHUNK
+_STEP_PIECES = 32
 _RETRY_S = 0.0005
 
 
-class Space:
-    """One address space: a restored process or a child that it forked since."""
-
-    __slots__ = ("fd", "image", "map", "number", "pid", "source")
-
-    def __init__(self, number: int, pid: int, fd: int, pages: PageMap, image: ProcessImage, source: Source) -> None:
-        self.number = number
-        self.pid = pid
-        self.fd = fd
-        self.map = pages
-        self.image = image
-        self.source = source
-
-
 class Stats:
-    """What the owner is told; bytes and seconds."""
+    """What the owner is told; bytes, and seconds (those of moments since this process started)."""
 
     __slots__ = (
         "bytes_ahead",
@@ -73,11 +59,14 @@ class Stats:
         "faults",
         "faults_before_first_token",
         "faults_zero",
+        "first_placed_s",
         "forks",
         "hot_done_s",
+        "listening_s",
         "moved",
         "removed",
         "restored_s",
+        "spaces_s",
         "stall_s",
         "stall_worst_s",
     )
@@ -106,36 +95,37 @@ class Daemon:
         self.criu: socket.socket | None = None
         self.spaces: dict[int, Space] = {}  # by descriptor
         self.numbers = 0
-        self.restored = False
-        self.first_token = False
-        self.after_requests = False
+        self.released: set[int] = set()  # spaces that need nothing more, and whose owner was told
+        self.restored = self.first_token = self.after_requests = False
         self.started = time.monotonic()
         self.first_token_limit = 0.0
-        self.faults: deque[tuple[Space, int, float]] = deque()  # (where, address, since when at most)
+        self.faults: deque[tuple[Space, int, float]] = deque()  # (where, address, since when)
         self.trace_before: list[tuple[int, int]] = []
         self.trace_after: list[tuple[int, int]] = []
         self.images = {pid: read_process(self.images_dir, pid) for pid in process_ids(self.images_dir)}
-        self.sources: dict[str, Source] = {}
-        for image in self.images.values():
-            if image.runs and image.pages_file not in self.sources:
-                self.sources[image.pages_file] = Source(f"{self.images_dir}/{image.pages_file}")
+        self.sources = {
+            image.pages_file: Source(f"{self.images_dir}/{image.pages_file}")
+            for image in self.images.values()
+            if image.runs
+        }
+        self.zeros = zero_source()
         self.working_set = self.load_working_set(str(config["working_set"] or ""))
-        self.zeros = uffd.zero_pages(_ZEROS)
-        # Work by plan: a list of ranges, fetched in batches ahead of being placed, and placed process by process in turn.
-        self.plan: list[Range] = []
-        self.plan_name = ""
-        self.next_submit = 0
-        self.placed = 0  # ranges
-        self.fetched: set[int] = set()
-        self.queues: dict[int, deque[tuple[int, int, int]]] = {}  # process → (start, end, batch)
-        self.deferred: dict[int, float] = {}  # process → not before
-        self.not_before = 0.0
-        self.completing: set[int] = set()
         self.ahead = Fetcher("ahead", self.wake)
         self.cold = Fetcher("cold", self.wake)
-        self.cold_faults: dict[int, list[tuple[Space, int, float]]] = {}
+        self.cold_faults: dict[int, tuple[Space, int, float]] = {}
+        self.cold_number = 0
         for thread in (self.ahead, self.cold):
             thread.start()
+        # The phase: what is placed ahead of faults now.
+        self.phase = ""
+        self.plans: dict[int, Plan] = {}  # hot and later, by process
+        self.rest: deque[Range] = deque()
+        self.rest_batch = 0
+        self.rest_queued = 0
+        self.fetched: set[int] = set()
+        self.fetch_number = 0
+        self.deferred: dict[int, float] = {}  # process → not before
+        self.not_before = 0.0
         self.begin("hot", [] if self.record else self.working_set.before_first_token)
 
     def load_working_set(self, path: str) -> WorkingSet:
@@ -154,10 +144,16 @@ class Daemon:
     def tell(self, fds: tuple[int, ...] = (), **message: object) -> None:
         socket.send_fds(self.control, [json.dumps(message).encode()], list(fds))
 
+    def now(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self.started
+
     # The loop
 
     def run(self) -> None:
-        self.tell(event="listening", ready_s=time.monotonic() - self.started)
+        """Until every page is in place, or the owner is gone."""
+        self.stats.listening_s = self.now()
+        self.tell(event="listening")
         for fd in (self.control.fileno(), self.listener.fileno(), self.wake_fd):
             self.epoll.register(fd, select.EPOLLIN)
         while True:
@@ -183,36 +179,28 @@ class Daemon:
                 )
                 self.saw_first_token()
             self.step(time.monotonic())
-            while self.placed == len(self.plan) and self.next_plan():
+            while self.advance():
                 pass
             if self.restored and not self.spaces:
                 self.tell(event="complete", **self.stats.as_dict())
                 return
 
     def timeout(self, now: float) -> float:
-        """How long the loop may sleep: until the next range may be placed, at most."""
+        """How long the loop may sleep: until the next piece may be placed, at most."""
         limits = [_RETRY_S] if self.faults else []
-        if any(self.ready(pid) for pid in self.queues):
-            soonest = min(self.deferred.get(pid, 0.0) for pid in self.queues if self.ready(pid))
-            limits.append(max(0.0, soonest - now, self.not_before - now))
+        if self.phase == "rest":
+            if self.rest and self.rest_ready():
+                limits.append(max(0.0, self.not_before - now))
+        else:
+            limits += [max(0.0, self.deferred.get(pid, 0.0) - now) for pid in self.plans if self.ready(pid) is not None]
         if self.restored and not self.first_token:
             limits.append(max(0.0, self.first_token_limit - now))
         return min(limits, default=-1)
 
-    def ready(self, pid: int) -> bool:
-        """Whether the next range of a process could be placed, but for the time."""
-        queue = self.queues[pid]
-        return bool(queue) and queue[0][2] in self.fetched and (self.restored or self.has_space(pid))
-
-    def has_space(self, pid: int) -> bool:
-        return any(space.pid == pid for space in self.spaces.values())
-
     # What the owner and CRIU say
 
     def hear(self) -> bool:
-        data, fds, _, _ = socket.recv_fds(self.control, 1 << 16, 4)
-        for fd in fds:
-            os.close(fd)
+        data = self.control.recv(1 << 16)
         if not data:
             return False  # the owner is gone, and with it the sandbox
         message = json.loads(data)
@@ -224,17 +212,17 @@ class Daemon:
             if message["save"]:
                 self.save(message["save"])
         elif message["op"] == "released":
-            self.release(message["number"])
+            for space in [space for space in self.spaces.values() if space.number == message["number"]]:
+                self.drop(space)
         elif message["op"] == "stats":
             left = sum(space.map.size for space in self.spaces.values())
             self.tell(event="stats", left=left, **self.stats.as_dict())
         return True
 
     def saw_first_token(self) -> None:
-        if self.first_token:
-            return
-        self.first_token = True
-        self.stats.faults_before_first_token = self.stats.faults
+        if not self.first_token:
+            self.first_token = True
+            self.stats.faults_before_first_token = self.stats.faults
 
     def save(self, path: str) -> None:
         base = None if self.record else self.working_set
@@ -264,28 +252,29 @@ class Daemon:
         (number,) = struct.unpack("<i", data)
         if number == _RESTORED:
             self.restored = True
-            self.stats.restored_s = time.monotonic() - self.started
+            self.stats.restored_s = self.now()
             self.first_token_limit = time.monotonic() + self.patience_s
+            for space in self.spaces.values():
+                space.settled = True
             self.tell(event="restored")
         elif number > 0:  # a negative one is a zombie, which has no memory
             _, ancillary, _, _ = criu.recvmsg(1, socket.CMSG_LEN(4))
             fds = array.array("i")
             fds.frombytes(ancillary[0][2][:4])
-            self.adopt(number, fds[0])
+            image = self.images.get(number)
+            if image is None:
+                raise RuntimeError(f"CRIU restores process {number}, which is not in {self.images_dir}")
+            source = self.sources.get(image.pages_file) or next(iter(self.sources.values()))
+            self.add(Space(0, number, fds[0], PageMap(image.runs), image, source))
 
-    def adopt(self, pid: int, fd: int) -> None:
-        image = self.images.get(pid)
-        if image is None:
-            raise RuntimeError(f"CRIU restores process {pid}, which is not in {self.images_dir}")
-        self.add(pid, fd, PageMap(image.runs), image)
-
-    def add(self, pid: int, fd: int, pages: PageMap, image: ProcessImage) -> None:
-        os.set_inheritable(fd, False)
+    def add(self, space: Space) -> None:
+        os.set_inheritable(space.fd, False)
         self.numbers += 1
-        source = self.sources.get(image.pages_file) or next(iter(self.sources.values()))
-        self.spaces[fd] = Space(self.numbers, pid, fd, pages, image, source)
-        self.tell((fd,), event="space", number=self.numbers, pid=pid, left=pages.size)
-        self.epoll.register(fd, select.EPOLLIN)
+        space.number = self.numbers
+        self.stats.spaces_s = self.now()
+        self.spaces[space.fd] = space
+        self.tell((space.fd,), event="space", number=space.number, pid=space.pid, left=space.map.size)
+        self.epoll.register(space.fd, select.EPOLLIN)
 
     # What the processes do
 
@@ -302,18 +291,22 @@ class Daemon:
                 self.faults.append((space, address, since))
                 if not self.after_requests:
                     (self.trace_after if self.first_token else self.trace_before).append((space.pid, address))
-            elif kind in (uffd.REMOVE, uffd.UNMAP):
+                continue
+            if kind == uffd.FORK:
+                self.stats.forks += 1
+                child = Space(0, space.pid, a & 0xFFFFFFFF, space.map.copy(), space.image, space.source)
+                for start, end in space.image.wiped_on_fork:
+                    child.map.cut(start, end)
+                child.settled = child.changed = True
+                self.add(child)
+                continue
+            space.changed = True
+            if kind in (uffd.REMOVE, uffd.UNMAP):
                 self.stats.removed += 1
                 space.map.cut(a, b)
             elif kind == uffd.REMAP:
                 self.stats.moved += 1
                 space.map.move(a, b, c)
-            elif kind == uffd.FORK:
-                self.stats.forks += 1
-                pages = space.map.copy()
-                for start, end in space.image.wiped_on_fork:
-                    pages.cut(start, end)
-                self.add(space.pid, a & 0xFFFFFFFF, pages, space.image)
 
     def serve_faults(self) -> None:
         """Once through the faults; those that meet a change of mappings come again after it has been read."""
@@ -321,232 +314,215 @@ class Daemon:
             space, address, since = self.faults.popleft()
             if space.fd not in self.spaces:
                 continue
-            found = space.map.find(address)
-            if found is None:
-                served = self.zero_fault(space, address)
-            else:
-                start, end, offset = found
-                low, high = address, address + PAGE
-                if not self.record:
-                    block = address & ~(_AROUND - 1)
-                    low, high = max(start, block), min(end, block + _AROUND)
-                if not space.source.resident(offset + low - start, high - low):
-                    self.fetch_cold(space, address, since, offset + low - start, high - low)
-                    continue
-                served = self.place_fault(space, address, low, high, offset + low - start)
+            try:
+                served = self.serve(space, address, since)
+            except Gone:
+                self.drop(space)
+                continue
+            except Again:
+                self.faults.append((space, address, since))
+                return
             if served:
                 stall = time.monotonic() - since
                 self.stats.stall_s += stall
                 self.stats.stall_worst_s = max(self.stats.stall_worst_s, stall)
+
+    def serve(self, space: Space, address: int, since: float) -> bool:
+        """Serve one fault; False when its pages must be read from a disk first, which another thread does."""
+        plan = self.plans.get(space.pid)
+        piece = plan.find(address) if plan and not space.changed else None
+        if plan and piece is not None:
+            low, high = plan.starts[piece], plan.ends[piece]
+        elif self.record:
+            low, high = address, address + PAGE
+        else:
+            low = address & ~(_AROUND - 1)
+            high = low + _AROUND
+        found = space.map.find(address)
+        if found is None:
+            if plan and piece is not None:
+                self.stats.bytes_zero += space.run(plan, piece, self.zeros)
+                uffd.wake(space.fd, address, PAGE)
             else:
-                self.faults.append((space, address, since))
-                return  # read what waits first
-
-    def place_fault(self, space: Space, address: int, low: int, high: int, offset: int) -> bool:
-        """Bring [low, high) around a fault; False when the process is changing its mappings."""
-        code = self.place(space, low, high, offset)
-        if code == errno.EAGAIN:
+                following = space.map.at_or_after(address)
+                end = min(high, following[0]) if following else high
+                self.stats.bytes_zero += space.zero_fault(address, end)
+            self.stats.faults_zero += 1
+            return True
+        low, high = max(low, found[0]), min(high, found[1])
+        offset = found[2] + low - found[0]
+        if not space.source.resident(offset, high - low):
+            self.cold_number += 1
+            self.cold_faults[self.cold_number] = (space, address, since)
+            self.cold.submit(self.cold_number, [(space.source, offset, high - low)])
             return False
-        self.stats.bytes_faulted += high - low
-        if code == errno.ENOENT and self.place(space, address, address + PAGE, offset + address - low) == errno.ENOENT:
-            # Not ours any more: whoever waits there sees what is there now.
-            space.map.cut(address, address + PAGE)
-            uffd.wake(space.fd, address, PAGE)
+        if plan and piece is not None:
+            self.stats.bytes_faulted += space.run(plan, piece, self.zeros)
+        else:
+            self.stats.bytes_faulted += space.place(low, high)
+        # What came meanwhile by another way, or is no mapping of ours any more, woke nobody.
+        uffd.wake(space.fd, address, PAGE)
         return True
 
-    def zero_fault(self, space: Space, address: int) -> bool:
-        end = address + PAGE
-        if not self.record:
-            end = (address & ~(_AROUND - 1)) + _AROUND
-            following = space.map.at_or_after(address)
-            if following:
-                end = min(end, following[0])
-        done, code = uffd.zero(space.fd, address, end - address)
-        if code == errno.ENOENT and end - address > PAGE:
-            done, code = uffd.zero(space.fd, address, PAGE)
-        if not done:
-            if code == errno.EAGAIN:
-                return False
-            if code == errno.ESRCH:
-                self.drop(space)
-                return True
-            if code not in (errno.EEXIST, errno.ENOENT):
-                raise OSError(code, f"UFFDIO_ZEROPAGE in process {space.pid}: {os.strerror(code)}")
-            uffd.wake(space.fd, address, PAGE)
-        self.stats.faults_zero += 1
-        self.stats.bytes_zero += done
-        return True
+    # Ahead of faults
 
-    def fetch_cold(self, space: Space, address: int, since: float, offset: int, length: int) -> None:
-        number = len(self.cold_faults) + 1 if not self.cold_faults else max(self.cold_faults) + 1
-        self.cold_faults[number] = [(space, address, since)]
-        self.cold.submit(number, [(space.source, offset, length)])
-
-    def place(self, space: Space, start: int, end: int, offset: int) -> int:
-        """Place image pages; returns 0 when all are there, or the errno that the caller must deal with (EAGAIN, ENOENT)."""
-        while start < end:
-            done, code = uffd.copy(space.fd, start, space.source.address + offset, end - start)
-            if code == errno.EEXIST and not done:
-                done = PAGE
-            if done:
-                space.map.cut(start, start + done)
-                start += done
-                offset += done
-                continue
-            if code == errno.ESRCH:
-                self.drop(space)
-                return 0
-            if code in (errno.EAGAIN, errno.ENOENT):
-                return code
-            raise OSError(code, f"UFFDIO_COPY in process {space.pid}: {os.strerror(code)}")
-        return 0
-
-    # The plan
-
-    def begin(self, name: str, ranges: list[Range]) -> None:
-        self.plan_name = name
-        self.plan = ranges
-        self.next_submit = self.placed = 0
-        self.fetched.clear()
-        self.queues = {}
-        for index, (pid, start, end) in enumerate(ranges):
-            self.queues.setdefault(pid, deque()).append((start, end, index // _BATCH))
-        self.submit_ahead()
-
-    def submit_ahead(self) -> None:
-        """Let the fetcher run ahead: through all of the working set, and a window's worth of the rest."""
-        limit = len(self.plan) if self.plan_name != "rest" else min(len(self.plan), self.placed + _WINDOW)
-        while self.next_submit < limit:
+    def begin(self, phase: str, ranges: list[Range]) -> None:
+        """Plan a phase of the working set, and let the fetcher run through all of it."""
+        self.phase = phase
+        self.plans = {pid: Plan() for pid in self.images}
+        cold = not all(source.warm for source in self.sources.values())
+        for at in range(0, len(ranges), _BATCH):
+            self.fetch_number += 1
             parts = []
-            for pid, start, end in self.plan[self.next_submit : self.next_submit + _BATCH]:
+            for pid, start, end in ranges[at : at + _BATCH]:
                 image = self.images.get(pid)
-                if image is not None:
-                    source = self.sources.get(image.pages_file)
-                    if source:
-                        parts += [(source, offset, high - low) for low, high, offset in image.within(start, end)]
-            self.ahead.submit(self.next_submit // _BATCH, parts)
-            self.next_submit += _BATCH
+                source = self.sources.get(image.pages_file) if image else None
+                if image is None or source is None:
+                    continue
+                plan, position = self.plans[pid], start
+                for low, high, offset in image.within(start, end):
+                    plan.add(position, low, self.zeros, True, self.fetch_number)
+                    plan.add(low, high, source.address + offset, False, self.fetch_number)
+                    parts.append((source, offset, high - low))
+                    position = high
+                plan.add(position, end, self.zeros, True, self.fetch_number)
+            if cold:
+                self.ahead.submit(self.fetch_number, parts)
+            else:
+                self.fetched.add(self.fetch_number)
+        for plan in self.plans.values():
+            plan.seal()
+
+    def begin_rest(self) -> None:
+        self.phase, self.plans = "rest", {}
+        self.rest = deque(
+            (space.number, low, min(low + CHUNK // 2, end))
+            for space in self.spaces.values()
+            for start, end, _ in space.map
+            for low in range(start, end, CHUNK // 2)
+        )
+        self.rest_batch = self.fetch_number + 1
+        self.rest_queued = 0
+        self.fetch_rest()
+
+    def fetch_rest(self) -> None:
+        """Keep the fetcher a window ahead in the rest: one job for every range."""
+        by_number = {space.number: space for space in self.spaces.values()}
+        for number, start, end in (
+            list(self.rest)[self.rest_queued : _WINDOW] if self.rest_queued < _WINDOW // 2 else []
+        ):
+            space = by_number.get(number)
+            parts = (
+                [(space.source, offset, high - low) for low, high, offset in space.map.within(start, end)]
+                if space
+                else []
+            )
+            self.fetch_number += 1
+            self.rest_queued += 1
+            if space is None or space.source.warm:
+                self.fetched.add(self.fetch_number)
+            else:
+                self.ahead.submit(self.fetch_number, parts)
+
+    def rest_ready(self) -> bool:
+        return self.rest_batch in self.fetched
 
     def collect(self) -> None:
         """What the fetchers have brought."""
-        while self.ahead.done:
-            number, code, cold = self.ahead.done.popleft()
-            self.failed_read(code)
-            self.stats.bytes_cold += cold
-            self.fetched.add(number)
-        while self.cold.done:
-            number, code, cold = self.cold.done.popleft()
-            self.failed_read(code)
-            self.stats.bytes_cold += cold
-            self.faults.extend(self.cold_faults.pop(number))
+        for fetcher in (self.ahead, self.cold):
+            while fetcher.done:
+                number, code, cold = fetcher.done.popleft()
+                if code:
+                    raise OSError(code, f"an image file cannot be read: {os.strerror(code)}")
+                self.stats.bytes_cold += cold
+                if fetcher is self.ahead:
+                    self.fetched.add(number)
+                else:
+                    self.faults.append(self.cold_faults.pop(number))
 
-    @staticmethod
-    def failed_read(code: int) -> None:
-        if code:
-            raise OSError(code, f"an image file cannot be read: {os.strerror(code)}")
+    def ready(self, pid: int) -> int | None:
+        """The next piece of a process that can be placed, but for the time."""
+        plan = self.plans[pid]
+        index = plan.next()
+        if index is None or plan.batches[index] not in self.fetched:
+            return None
+        return index if self.restored or any(space.pid == pid for space in self.spaces.values()) else None
 
     def step(self, now: float) -> None:
-        """Place one chunk of the plan, of the next process that is ready for one."""
-        if now < self.not_before:
+        """Place a little ahead of faults, of the next process that is ready for it."""
+        if self.phase == "rest":
+            self.step_rest(now)
             return
-        for pid, queue in self.queues.items():
-            if self.deferred.get(pid, 0.0) <= now and self.ready(pid):
+        for pid in list(self.plans):
+            if self.deferred.get(pid, 0.0) <= now and self.ready(pid) is not None:
                 break
         else:
             return
-        # Take turns.
-        del self.queues[pid]
-        self.queues[pid] = queue
-        start, end, batch = queue[0]
-        stop = min(end, start + _CHUNK)
-        for space in [space for space in self.spaces.values() if space.pid == pid]:
-            if not self.fill(space, start, stop):
+        plan = self.plans.pop(pid)  # and to the end: processes take turns
+        self.plans[pid] = plan
+        spaces = [space for space in self.spaces.values() if space.pid == pid and not space.changed] or [
+            space for space in self.spaces.values() if space.pid == pid
+        ]
+        placed = 0
+        for _ in range(_STEP_PIECES):
+            index = self.ready(pid)
+            if index is None or placed >= _STEP_BYTES:
+                return
+            if not spaces:
+                plan.finish(index)  # its process is gone
+                continue
+            try:
+                size = spaces[0].run(plan, index, self.zeros)
+            except Gone:
+                self.drop(spaces.pop(0))
+            except Again:
                 self.deferred[pid] = now + _RETRY_S
                 return
-        if stop < end:
-            queue[0] = (stop, end, batch)
-        else:
-            queue.popleft()
-            self.placed += 1
-        if self.plan_name == "rest":
-            self.not_before = max(self.not_before, now - 0.01) + (stop - start) / self.rate
-            self.submit_ahead()
-
-    def fill(self, space: Space, start: int, end: int) -> bool:
-        """Place what the image has of [start, end), and zeros elsewhere if this is working set; False: try again later."""
-        position = start
-        for low, high, offset in space.map.within(start, end):
-            if not (self.fill_zeros(space, position, low) and self.fill_pages(space, low, high, offset)):
-                return False
-            position = high
-        return self.fill_zeros(space, position, end)
-
-    def fill_pages(self, space: Space, start: int, end: int, offset: int) -> bool:
-        while True:
-            code = self.place(space, start, end, offset)
-            if not code:
-                if self.plan_name == "rest":
-                    self.stats.bytes_rest += end - start
-                else:
-                    self.stats.bytes_ahead += end - start
-                return True
-            if code == errno.EAGAIN or not self.restored:
-                return False
-            # Mappings were split or unmapped since the snapshot: find out page by page, halving.
-            left = space.map.within(start, end)
-            if not left:
-                return True
-            start, end, offset = left[0][0], left[-1][1], left[0][2]
-            if end - start <= PAGE:
-                space.map.cut(start, end)
-                return True
-            half = start + (end - start) // PAGE // 2 * PAGE
-            return all(self.fill_pages(space, *piece) for piece in space.map.within(start, half)) and all(
-                self.fill_pages(space, *piece) for piece in space.map.within(half, end)
-            )
-
-    def fill_zeros(self, space: Space, start: int, end: int) -> bool:
-        if self.plan_name == "rest":
-            return True
-        while start < end:
-            done, code = uffd.copy(space.fd, start, self.zeros, min(end - start, _ZEROS))
-            if not done:
-                if code == errno.EAGAIN or (code == errno.ENOENT and not self.restored):
-                    return False
-                if code == errno.ESRCH:
-                    return True
-                if code not in (errno.EEXIST, errno.ENOENT):
-                    raise OSError(code, f"UFFDIO_COPY of zeros in process {space.pid}: {os.strerror(code)}")
-                done = PAGE
             else:
-                self.stats.bytes_zero += done
-            start += done
-        return True
+                placed += plan.ends[index] - plan.starts[index]
+                if plan.zero[index]:
+                    self.stats.bytes_zero += size
+                else:
+                    self.stats.bytes_ahead += size
+                    self.stats.first_placed_s = self.stats.first_placed_s or self.now()
 
-    def next_plan(self) -> bool:
-        """What comes after a plan that is done: nothing until the owner says that the first token was seen. True when it began."""
-        if self.plan_name == "hot" and self.restored:
-            self.stats.hot_done_s = self.stats.hot_done_s or time.monotonic() - self.started
+    def step_rest(self, now: float) -> None:
+        if not self.rest or now < self.not_before or not self.rest_ready():
+            return
+        number, start, end = self.rest[0]
+        for space in list(self.spaces.values()):
+            if space.number == number:
+                try:
+                    size = space.place(start, end)
+                except Gone:
+                    self.drop(space)
+                except Again:
+                    self.not_before = now + _RETRY_S
+                    return
+                else:
+                    self.stats.bytes_rest += size
+                    self.not_before = max(self.not_before, now - 0.01) + size / self.rate
+        self.rest.popleft()
+        self.fetched.discard(self.rest_batch)
+        self.rest_batch += 1
+        self.rest_queued -= 1
+        self.fetch_rest()
+
+    def advance(self) -> bool:
+        """To the next phase, when this one is done; True when one began. The owner's word of the first token starts what follows hot."""
+        if self.phase == "rest":
+            return not self.rest and self.finish()
+        if any(plan.left for plan in self.plans.values()):
+            return False
+        if self.phase == "hot" and self.restored:
+            self.stats.hot_done_s = self.stats.hot_done_s or self.now()
             if self.first_token:
                 self.begin("later", [] if self.record else self.working_set.after_first_token)
                 return True
-        elif self.plan_name == "later" and (self.after_requests or not self.record):
+        if self.phase == "later" and (self.after_requests or not self.record):
             self.begin_rest()
             return True
-        elif self.plan_name == "rest":
-            return self.finish()
         return False
-
-    def begin_rest(self) -> None:
-        self.begin(
-            "rest",
-            [
-                (space.pid, low, min(low + _CHUNK, end))
-                for space in self.spaces.values()
-                for start, end, _ in space.map
-                for low in range(start, end, _CHUNK)
-            ],
-        )
 
     # The end
 
@@ -556,15 +532,10 @@ class Daemon:
             self.begin_rest()  # moved or forked while the rest was brought
             return True
         for space in self.spaces.values():
-            if space.number not in self.completing:
-                self.completing.add(space.number)
+            if space.number not in self.released:
+                self.released.add(space.number)
                 self.tell(event="placed", number=space.number)
         return False
-
-    def release(self, number: int) -> None:
-        for space in list(self.spaces.values()):
-            if space.number == number:
-                self.drop(space)
 
     def drop(self, space: Space) -> None:
         if self.spaces.pop(space.fd, None) is not None:
@@ -579,6 +550,9 @@ def main(control_fd: int, listener_fd: int) -> int:
     listener = socket.socket(fileno=listener_fd)
     for fd in (control_fd, listener_fd):
         os.set_inheritable(fd, False)
+    with contextlib.suppress(OSError):
+        # The restored processes wait for this one, whatever else the host computes.
+        os.setpriority(os.PRIO_PROCESS, 0, -20)
     config = json.loads(control.recv(1 << 16))
     try:
         Daemon(control, listener, config).run()

@@ -78,6 +78,15 @@ def copy(fd: int, target: int, source: int, length: int) -> tuple[int, int]:
     return max(request.copy, 0), number
 
 
+REQUEST_BYTES = 40
+"""A request of UFFDIO_COPY is five 64-bit numbers: target, source, length, mode (0), and room for the answer."""
+
+
+def request(fd: int, address: int) -> int:
+    """UFFDIO_COPY with a request that lies ready at `address`; 0 when all of it was placed, else an errno (EAGAIN: part of it, or none)."""
+    return ctypes.get_errno() if _ioctl(fd, _COPY, address) else 0
+
+
 def zero(fd: int, target: int, length: int) -> tuple[int, int]:
     """Let `target` read as zeros where no page is yet; returns as `copy` does."""
     request = _Zero(target, length, 0, 0)

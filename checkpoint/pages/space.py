@@ -1,0 +1,201 @@
+"""One address space being filled: a restored process, or a child that it forked since.
+
+Nothing here waits, and nothing reads events: the daemon's one thread does both in turn, which is what makes placing safe (see daemon).
+Standard library only.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from array import array
+from bisect import bisect_right
+
+from checkpoint.pages import uffd
+from checkpoint.pages.fetch import Source
+from checkpoint.pages.images import PAGE, ProcessImage
+from checkpoint.pages.pagemap import PageMap
+
+# One call places at most this much: a fault waits for at most one, 0.2 ms.
+CHUNK = 512 << 10
+
+
+class Gone(Exception):
+    """The process has exited; nothing is left to fill."""
+
+
+class Again(Exception):
+    """The kernel places nothing now: an event waits to be read, or CRIU has not registered this memory yet."""
+
+
+class Plan:
+    """What one process needs, in order, as requests that the kernel takes as they are.
+
+    Pieces are disjoint, at most CHUNK long, and never cross the border of a mapping. A piece is data of the image or zeros.
+    """
+
+    __slots__ = (
+        "_buffer",
+        "_by_address",
+        "_sorted",
+        "address",
+        "batches",
+        "cursor",
+        "done",
+        "ends",
+        "left",
+        "starts",
+        "zero",
+    )
+
+    def __init__(self) -> None:
+        self.starts: list[int] = []
+        self.ends: list[int] = []
+        self.zero: list[bool] = []
+        self.batches: list[int] = []
+        self.done = bytearray()
+        self.cursor = 0
+        self.left = 0
+        self.address = 0
+        self._buffer = array("Q")
+        self._sorted: list[int] = []
+        self._by_address: list[int] = []
+
+    def add(self, start: int, end: int, source: int, zero: bool, batch: int) -> None:
+        """Append [start, end), to be copied from our own address `source`."""
+        while start < end:
+            stop = min(end, start + CHUNK)
+            self.starts.append(start)
+            self.ends.append(stop)
+            self.zero.append(zero)
+            self.batches.append(batch)
+            self._buffer.extend((start, source, stop - start, 0, 0))
+            if not zero:
+                source += stop - start
+            start = stop
+
+    def seal(self) -> None:
+        """No more pieces: the requests stay where they are from now on."""
+        self.done = bytearray(len(self.starts))
+        self.left = len(self.starts)
+        self.address = self._buffer.buffer_info()[0]
+        self._by_address = sorted(range(len(self.starts)), key=self.starts.__getitem__)
+        self._sorted = [self.starts[index] for index in self._by_address]
+
+    def find(self, address: int) -> int | None:
+        """The piece that `address` lies in and that is not done."""
+        at = bisect_right(self._sorted, address) - 1
+        if at < 0:
+            return None
+        index = self._by_address[at]
+        return index if address < self.ends[index] and not self.done[index] else None
+
+    def next(self) -> int | None:
+        """The first piece that is not done."""
+        done = self.done.find(0, self.cursor)
+        if done < 0:
+            self.cursor = len(self.done)
+            return None
+        self.cursor = done
+        return done
+
+    def finish(self, index: int) -> None:
+        if not self.done[index]:
+            self.done[index] = 1
+            self.left -= 1
+
+
+class Space:
+    """See the module. `map` tells what of the image is still to be brought."""
+
+    __slots__ = ("changed", "fd", "image", "map", "number", "pid", "settled", "source")
+
+    def __init__(self, number: int, pid: int, fd: int, pages: PageMap, image: ProcessImage, source: Source) -> None:
+        self.number = number
+        self.pid = pid
+        self.fd = fd
+        self.map = pages
+        self.image = image
+        self.source = source
+        self.settled = False
+        """Whether every mapping is registered: before, ENOENT means not yet; after, it means no longer."""
+        self.changed = False
+        """Whether the process has dropped, moved or unmapped anything: from then on every placing asks the map."""
+
+    def place(self, start: int, end: int) -> int:
+        """Bring what the image has of [start, end); returns how many bytes that was. Raises Again, Gone, OSError."""
+        placed = 0
+        for low, high, offset in self.map.within(start, end):
+            placed += self._place(low, high, offset)
+        return placed
+
+    def _place(self, start: int, end: int, offset: int) -> int:
+        placed = 0
+        while start < end:
+            done, code = uffd.copy(self.fd, start, self.source.address + offset, end - start)
+            placed += done
+            if not done:
+                if code == errno.ENOENT and self.settled and end - start > PAGE:
+                    # Mappings were split or unmapped since the snapshot: find the border by halving.
+                    half = (end - start) // PAGE // 2 * PAGE
+                    placed += self._place(start, start + half, offset)
+                    start, offset = start + half, offset + half
+                    continue
+                self._refused(code, "UFFDIO_COPY")
+                done = PAGE
+            self.map.cut(start, start + done)
+            start, offset = start + done, offset + done
+        return placed
+
+    def zero(self, start: int, end: int, zeros: int) -> int:
+        """Put pages of zeros where nothing is in [start, end), which the map has nothing of. `zeros`: our own address of CHUNK zeros."""
+        placed = 0
+        while start < end:
+            done, code = uffd.copy(self.fd, start, zeros, min(end - start, CHUNK))
+            if not done:
+                self._refused(code, "UFFDIO_COPY of zeros")
+                start += PAGE
+            start += done
+            placed += done
+        return placed
+
+    def zero_fault(self, address: int, end: int) -> int:
+        """Let [address, end) read as zeros up to the first page that exists, and wake who waits for `address`; returns bytes."""
+        done, code = uffd.zero(self.fd, address, end - address)
+        if code == errno.ENOENT and end - address > PAGE:
+            done, code = uffd.zero(self.fd, address, PAGE)
+        if not done:
+            self._refused(code, "UFFDIO_ZEROPAGE")
+            # A page came meanwhile, or the mapping is not ours any more: whoever waits sees what is there now.
+            uffd.wake(self.fd, address, PAGE)
+        return done
+
+    def run(self, plan: Plan, index: int, zeros: int) -> int:
+        """Place one piece of the plan; returns bytes. Raises Again, Gone, OSError."""
+        start, end = plan.starts[index], plan.ends[index]
+        if not self.changed and uffd.request(self.fd, plan.address + uffd.REQUEST_BYTES * index) == 0:
+            self.map.cut(start, end)
+            placed = end - start
+        else:
+            placed, position = 0, start
+            for low, high, _ in self.map.within(start, end):
+                placed += self.zero(position, low, zeros) + self.place(low, high)
+                position = high
+            placed += self.zero(position, end, zeros)
+        plan.finish(index)
+        return placed
+
+    def _refused(self, code: int, what: str) -> None:
+        """What it means that the kernel placed nothing: returns when the page is there already or not ours any more."""
+        if code == errno.EEXIST or (code == errno.ENOENT and self.settled):
+            return
+        if code in (errno.EAGAIN, errno.ENOENT):
+            raise Again
+        if code == errno.ESRCH:
+            raise Gone
+        raise OSError(code, f"{what} in process {self.pid}: {os.strerror(code)}")
+
+
+def zero_source() -> int:
+    """Our own address of CHUNK bytes of zeros."""
+    return uffd.zero_pages(CHUNK)

@@ -113,7 +113,12 @@ class Library:
         finally:
             os.close(fd)
         shutil.rmtree(doomed)
+        self._forget(name)
+
+    def _forget(self, name: str) -> None:
+        """Remove what was learned about a snapshot that is gone."""
         self._health_file(name).unlink(missing_ok=True)
+        self.working_set(name).unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def writing(self, name: str) -> Iterator[Path]:
@@ -136,6 +141,7 @@ class Library:
                 yield partial
                 if target.exists():
                     self.remove(name)
+                self._forget(name)
                 partial.rename(target)
             except OSError as error:
                 raise Failed("snapshot-not-written", f"{name} could not be written: {error.strerror or error} ({self.folder})") from error
@@ -170,6 +176,12 @@ class Library:
             raise Busy("snapshot-being-taken", f"another process is taking {name}") from None
         finally:
             os.close(lock)
+
+    # The working set
+
+    def working_set(self, name: str) -> Path:
+        """Where the recorded working set of a snapshot lies; it goes when the snapshot does (checkpoint/pages)."""
+        return self.folder / f".{name}.working-set"
 
     # Failures and quarantine
 

@@ -22,6 +22,7 @@ from checkpoint.criu import Criu
 from checkpoint.errors import Failed
 from checkpoint.library import Library
 from checkpoint.manifest import Snapshot, SnapshotFile
+from checkpoint.pages.server import PageServer
 from checkpoint.sandbox import CACHE_DIR, TMP_DIR, Bind, Sandbox, SandboxConfig
 
 DUMP_TIMEOUT_S = 600.0
@@ -163,6 +164,16 @@ def take(
     return done
 
 
+@dataclass(frozen=True)
+class LazyRestore:
+    """How the page server is used: the recorded working set (None: none yet), whether to record one, and who is told of its death."""
+
+    working_set: Path | None
+    record: bool
+    on_death: Callable[[str], None]
+    on_warning: Callable[[str], None]
+
+
 @dataclass
 class Restored:
     """A tree that came back. `close` ends it and everything that was made for it."""
@@ -172,10 +183,14 @@ class Restored:
     work: Path
     spans: dict[str, float] = field(default_factory=dict)
     """Seconds by part: sandbox, unpack, criu."""
+    pages: PageServer | None = None
+    """Brings the rest of the pages; to be closed after the sandbox, or when it is complete."""
 
     def close(self) -> None:
         """Kill the replica and remove its work folder. May be called twice."""
         self.sandbox.close()
+        if self.pages:
+            self.pages.close()
         shutil.rmtree(self.work, ignore_errors=True)
 
 
@@ -209,9 +224,11 @@ def restore(
     pipes: Mapping[str, int],
     on_exit: Callable[[int, int], None] | None = None,
     run_folder: Path | None = None,
+    lazy: LazyRestore | None = None,
 ) -> Restored:
     """Bring a replica back into a new sandbox.
 
+    `lazy`: pages come from a page server, the recorded working set first; without it CRIU puts every page in place before it returns.
     `pipes` maps the snapshot's names (`stdout`, `stderr`) to descriptors for the engine's output. The canary is the caller's to check.
 
     Raises a CheckpointError; then nothing is left: no process, mount, namespace or file.
@@ -221,21 +238,28 @@ def restore(
     work = Path(tempfile.mkdtemp(prefix="restore-", dir=run_folder))
     began = time.monotonic()
     sandbox: Sandbox | None = None
+    pages: PageServer | None = None
     try:
         with library.in_use(snapshot.name) as folder:
+            if lazy:
+                pages = PageServer.start(
+                    folder / "images", work, lazy.working_set, lazy.record, on_death=lazy.on_death, on_warning=lazy.on_warning
+                )
             unpack_cache(folder, compile_cache)
             sandbox = Sandbox(SandboxConfig(binds=binds, monotonic_ns=snapshot.monotonic_ns), on_exit=on_exit)
             up = time.monotonic()
             sandbox.unpack([(folder / "shm", "/dev/shm"), (folder / "tmp", TMP_DIR)])
             unpacked = time.monotonic()
             named = {snapshot.pipes[stream]: fd for stream, fd in pipes.items() if stream in snapshot.pipes}
-            criu.restore(sandbox, snapshot.root_pid, folder / "images", RESTORE_TIMEOUT_S, work, named)
+            criu.restore(sandbox, snapshot.root_pid, folder / "images", RESTORE_TIMEOUT_S, work, named, lazy_pages=lazy is not None)
             sandbox.raise_pids(snapshot.top_pid)
         spans = {"sandbox": up - began, "unpack": unpacked - up, "criu": time.monotonic() - unpacked}
-        return Restored(sandbox, snapshot.root_pid, work, spans)
+        return Restored(sandbox, snapshot.root_pid, work, spans, pages)
     except BaseException as error:
         if sandbox:
             sandbox.close()
+        if pages:
+            pages.close()
         shutil.rmtree(work, ignore_errors=True)
         if isinstance(error, OSError):
             raise Failed("restore-failed", f"{snapshot.name}: {error.strerror or error}") from error

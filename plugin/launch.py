@@ -185,7 +185,8 @@ class Launch:
             idle_timeout_s=self.settings.idle_timeout_s or None,
         )
         for index, replica in enumerate(self.replicas):
-            pool.add(f"r{index}", replica.tracker, Upstream(self._connector(replica), f"r{index}"))
+            behind = pool.add(f"r{index}", replica.tracker, Upstream(self._connector(replica), f"r{index}"))
+            replica.served = self._counter(behind)
         denied = self.replicas[0].engine.denied_paths - self._opened_by_user()
         self._server = ProxyServer(pool, Settings(denied_paths=frozenset(denied)))
         await self._server.start(self.sock)
@@ -193,6 +194,15 @@ class Launch:
             self._stop.set()
         await self._stop.wait()
         await self._shut_down()
+
+    @staticmethod
+    def _counter(behind: Any) -> Callable[[], int]:
+        before = behind.served
+
+        def served() -> int:
+            return int(behind.served - before)
+
+        return served
 
     @staticmethod
     def _connector(replica: Replica) -> Callable[[], socket.socket]:

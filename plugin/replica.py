@@ -42,8 +42,15 @@ from plugin.weights import Weights
 
 if TYPE_CHECKING:
     from checkpoint.identity import Here
+    from checkpoint.pages.server import PageServer
 
 log = logging.getLogger("quickthaw")
+FIRST_ANSWER_WAIT_S = 2.0
+WORKING_SET_REQUESTS = 3
+WORKING_SET_WAIT_S = 10.0
+DRIFT_FAULTS = 500
+"""Single faults above which a known working set has drifted and is recorded anew."""
+PAGES_LIMIT_S = 600.0
 Place = Sandbox | BareProcess
 
 
@@ -56,15 +63,14 @@ class Running:
     port: int
     client: Client
     outputs: dict[str, Output]
-    work: Path | None = None
+    restored: snapshots.Restored | None = None
 
     def close(self) -> None:
         """End it and everything made for it."""
-        self.place.close()
-        if self.work:
-            import shutil
-
-            shutil.rmtree(self.work, ignore_errors=True)
+        if self.restored:
+            self.restored.close()
+        else:
+            self.place.close()
 
 
 @dataclass
@@ -81,6 +87,8 @@ class Replica:
     """Called with the exit code when the engine ends without having been told to, from a thread of its own."""
     stdout: int | None = 1
     stderr: int | None = 2
+    served: Callable[[], int] = lambda: 0
+    """How many requests this replica has answered since it began to serve (the proxy knows)."""
     running: Running | None = None
     exit_code: int | None = None
     restored: bool = False
@@ -91,23 +99,35 @@ class Replica:
     def __post_init__(self) -> None:
         self.library = Library(self.settings.home)
         self._expected_end = False
+        self._lazy_works = True
+        self.page_stats: dict[str, float] = {}
         self._identity: Here | None = None
 
     # Starting
 
     def start(self) -> None:
-        """Bring the engine to serving. Raises LauncherError or CheckpointError when that has finally failed."""
+        """Bring the engine to serving. Raises LauncherError or CheckpointError when that has finally failed.
+
+        Three ways, each after the one before it failed: restore with the working set first, restore the plain way, start cold.
+        """
         self._expected_end = False
         self.exit_code = None
         name = self._restorable()
-        if name:
+        ways = ((True, False) if self.settings.lazy_restore and self._lazy_works else (False,)) if name else ()
+        for lazy in ways:
+            assert name is not None
             try:
-                self._restore(name)
+                self._restore(name, lazy)
                 return
             except (CheckpointError, LauncherError) as error:
-                self._restore_failed(name, error)
+                again = lazy and not isinstance(error, Incompatible | Integrity | HostLacks | Busy)
+                self._restore_failed(name, error, again)
+                if again:
+                    self._lazy_works = False
+                    continue
                 if self.settings.strict:
                     raise
+                break
         try:
             self._cold()
         except BaseException as error:
@@ -156,17 +176,19 @@ class Replica:
             return None
         return name
 
-    def _restore_failed(self, name: str, error: Exception) -> None:
-        code = getattr(error, "code", "restore-failed")
-        if not isinstance(error, Incompatible | HostLacks | Busy):
-            self.library.failed(name, str(error))
+    def _restore_failed(self, name: str, error: Exception, again: bool) -> None:
         self._clear()
         self.tracker.to(Phase.FAILED, str(error))
-        log.warning("restore of %s failed (%s): %s; starting cold under the same held requests", name, code, error)
+        if again:
+            log.warning("restoring %s with its working set first failed (%s); restoring the plain way", name, error)
+            return
+        if not isinstance(error, Incompatible | HostLacks | Busy):
+            self.library.failed(name, str(error))
+        log.warning("restore of %s failed: %s; starting cold under the same held requests", name, error)
 
     # Restore
 
-    def _restore(self, name: str) -> None:
+    def _restore(self, name: str, lazy: bool) -> None:
         from checkpoint import identity as identities
 
         assert self.criu is not None
@@ -188,6 +210,7 @@ class Replica:
                 self._compile_cache(),
                 {stream: output.write_fd for stream, output in outputs.items()},
                 on_exit=self._ended,
+                lazy=self._lazy(name) if lazy else None,
             )
         finally:
             for output in outputs.values():
@@ -195,7 +218,7 @@ class Replica:
         self.spans |= restored.spans
         sandbox = restored.sandbox
         client = Client(lambda: sandbox.connect(snapshot.port), self.settings.command.api_key)
-        self.running = Running(sandbox, restored.root_pid, snapshot.port, client, outputs, restored.work)
+        self.running = Running(sandbox, restored.root_pid, snapshot.port, client, outputs, restored)
         self.tracker.to(Phase.WAKING)
         control.tell(sandbox.init_pid, control.WAKE)
         if snapshot.weights == "thin":
@@ -206,6 +229,43 @@ class Replica:
         self.library.succeeded(name)
         self.snapshot, self.restored = snapshot, True
         self._serve()
+        if restored.pages:
+            threading.Thread(target=self._follow, args=(name, restored.pages), name="page-follower", daemon=True).start()
+
+    # Pages that come later
+
+    def _lazy(self, name: str) -> snapshots.LazyRestore:
+        known = self.library.working_set(name)
+        recorded = known.exists()
+        return snapshots.LazyRestore(known if recorded else None, not recorded, self._pages_lost, lambda text: log.warning("%s", text))
+
+    def _pages_lost(self, reason: str) -> None:
+        """The page server died: what faults now would wait for ever. End the replica; it comes back the plain way."""
+        self._lazy_works = False
+        running = self.running
+        if running:
+            log.warning("%s; ending the replica and restoring it the plain way", reason)
+            with contextlib.suppress(CheckpointError, OSError):
+                running.place.signal(running.pid, signal.SIGKILL)
+
+    def _follow(self, name: str, pages: PageServer) -> None:
+        """Tell the page server how far the replica is: the rest of the pages waits for the first token, so as not to compete with it."""
+        recording = not self.library.working_set(name).exists()
+        self._wait_served(1, FIRST_ANSWER_WAIT_S)
+        log.debug("pages at the first token: %s", pages.stats())
+        pages.first_token()
+        self._wait_served(WORKING_SET_REQUESTS, WORKING_SET_WAIT_S)
+        drifted = not recording and pages.stats().get("faults", 0) > DRIFT_FAULTS
+        pages.requests_done(save=self.library.working_set(name) if recording or drifted else None)
+        pages.wait_complete(PAGES_LIMIT_S)
+        self.page_stats = pages.stats()
+        log.debug("pages: %s", self.page_stats)
+        pages.close()
+
+    def _wait_served(self, count: int, limit_s: float) -> None:
+        limit = time.monotonic() + limit_s
+        while self.served() < count and time.monotonic() < limit and self.running is not None:
+            time.sleep(0.02)
 
     def _verify(self, name: str, snapshot: Snapshot) -> None:
         if self.settings.verify == "never":

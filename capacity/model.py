@@ -116,10 +116,16 @@ class Forecast:
 
 @dataclass(frozen=True)
 class History:
-    """Rates seen in the past on a common grid: `rates[service, bin]`, units a second; what growth is learned from."""
+    """Rates seen in the past on a common grid: `rates[service, bin]`, units a second; what growth is learned from.
+
+    `levels` is what each moment would have been planned for (the rates themselves if None): growth is counted from there.
+    `nearest`: the share of past moments, those whose level was nearest to the last one, that count; 1.0 is all.
+    """
 
     bin_seconds: float
     rates: Floats
+    levels: Floats | None = None
+    nearest: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
+import numpy.typing as npt
 
 from capacity.model import Floats, History, Kind, Problem, quantile, slot
 
 MAX_GROUPS = 128
+FEWEST = 40  # past moments that are too few to choose among
 PoolKind = tuple[str, float, str, int]
 
 
@@ -57,20 +59,34 @@ class Need:
 
 
 def growth_samples(history: History, service: int, window: float) -> Floats:
-    """max over (t, t + window] of the rate, less the rate at t, at every bin of the past; zero when the window is empty.
+    """max over (t, t + window] of the rate, less the level at t, at every past moment t whose window has passed.
 
-    A window shorter than a bin takes its share of what one bin shows.
+    A window shorter than a bin takes its share of what one bin shows; no window, or no past, is no growth.
     """
     rates = history.rates[service]
+    levels = rates if history.levels is None else history.levels[service]
     if window <= 0 or rates.size < 2:
         return np.zeros(max(1, rates.size - 1))
     width = max(1, int(np.ceil(window / history.bin_seconds - 1e-9)))
     width = min(width, rates.size - 1)
-    padded = np.concatenate([rates[1:], np.full(width - 1, rates[-1])])
-    peak = np.lib.stride_tricks.sliding_window_view(padded, width).max(axis=1)
+    peak = np.lib.stride_tricks.sliding_window_view(rates[1:], width).max(axis=1)
+    # The last moments have seen only part of their window; they count with what they have seen.
+    tail = np.maximum.accumulate(rates[::-1])[: width - 1][::-1]
     share = min(1.0, window / history.bin_seconds)
-    grown: Floats = np.maximum(0.0, peak[: rates.size - 1] - rates[:-1]) * share
+    grown: Floats = np.maximum(0.0, np.concatenate([peak, tail]) - levels[:-1]) * share
     return grown
+
+
+def _alike(history: History, members: tuple[int, ...], per_unit: Floats) -> npt.NDArray[np.int64] | None:
+    """The past moments whose level was nearest to now; None is all."""
+    count = history.rates.shape[1] - 1
+    wanted = max(FEWEST, int(history.nearest * count))
+    if history.nearest >= 1.0 or wanted >= count:
+        return None
+    levels = history.rates if history.levels is None else history.levels
+    ids = list(members)
+    distance = (np.abs(levels[ids, :-1] - levels[ids, -1:]) * per_unit[ids][:, None]).sum(axis=0)
+    return np.sort(np.argsort(distance, kind="stable")[:wanted])
 
 
 def _spread(problem: Problem) -> tuple[Floats, Floats]:
@@ -122,6 +138,9 @@ class Growth:
     ) -> tuple[Floats, Floats]:
         steps = self.problem.demand.steps
         each = np.array([per_unit[s] * growth_samples(history, s, float(windows[s])) for s in members])
+        alike = _alike(history, members, per_unit)
+        if alike is not None:
+            each = each[:, alike]
         total = each.sum(axis=0)
         grown = float(np.quantile(total, level, method="higher"))
         if len(members) == 1:

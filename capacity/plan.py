@@ -13,7 +13,7 @@ import numpy as np
 
 from capacity import explain, highs, need, program, solver
 from capacity.check import violations
-from capacity.errors import SolverError
+from capacity.errors import Conflict, InfeasibleError, SolverError
 from capacity.model import Floats, Kind, Problem
 from capacity.program import Ints
 
@@ -104,19 +104,20 @@ class Plan:
         return dict(sorted(found.items()))
 
 
-def solve(problem: Problem, kind: Kind = "restored", *, exact: bool = False, limit: float = 60.0) -> Plan:
-    """The plan. Raises InfeasibleError with the conflict and the nearest change, SolverError when HiGHS gives up."""
+def solve(problem: Problem, kind: Kind = "restored", *, exact: bool = False, quick: bool = False, explained: bool = True, limit: float = 60.0) -> Plan:
+    """The plan. `quick` builds whole numbers by construction first, also where a search would be
+    affordable; `explained` finds out why when there is no plan. Raises InfeasibleError with the conflict and the nearest change, SolverError when HiGHS gives up."""
     began = time.perf_counter()
     required = need.compute(problem, kind)
     built = program.build(problem, required)
     relaxed = solver.relax(built, limit=limit)
     if relaxed.values is None:
-        raise explain.infeasible(problem, built, whole=False)
-    rounded = solver.round_whole(built, relaxed.values, problem, required, limit=limit)
+        raise explain.infeasible(problem, built, whole=False) if explained else InfeasibleError(Conflict((), False))
+    rounded = solver.round_whole(built, relaxed.values, problem, required, quick=quick, limit=limit)
     best = solver.exact(built, start=rounded.values, limit=limit) if exact else None
     chosen = rounded if best is None else best
     if chosen.values is None:
-        raise explain.infeasible(problem, built, whole=True)
+        raise explain.infeasible(problem, built, whole=True) if explained else InfeasibleError(Conflict((), False))
     seconds = time.perf_counter() - began
     plan = _read(problem, required, built, relaxed, chosen.values, kind, exact, seconds, rounded, best)
     broken = violations(problem, required, plan.instances, plan.replicas, blocks_of(built, chosen.values))

@@ -54,14 +54,17 @@ def snap(program: Program, values: Floats) -> Floats:
     return result
 
 
-def round_whole(program: Program, relaxed: Floats, problem: Problem, need: Need, *, limit: float = 30.0) -> Outcome:
+def round_whole(
+    program: Program, relaxed: Floats, problem: Problem, need: Need, *, quick: bool = False, limit: float = 30.0
+) -> Outcome:
     """A whole-number plan near `relaxed`, all constraints kept; falls back to the integer program over all steps.
 
     Returns an Outcome without values when even the integer program is infeasible.
     """
     began = time.perf_counter()
     deadline = began + limit
-    values = _constructed(program, relaxed, problem, need) if program.integer[: program.columns].sum() > FREE else None
+    large = quick or int(program.integer[: program.columns].sum()) > FREE
+    values = _constructed(program, relaxed, problem, need) if large else None
     if values is None:
         for reach in (0, 2, None):
             values = _by_step(program, relaxed, reach, deadline)

@@ -1,0 +1,321 @@
+"""The simulated fleet: instances that boot, replicas that start, requests that wait for one, in order of arrival.
+
+Time moves in ticks; inside a tick requests are served at their exact times. A request waits from its arrival until a slot of a
+ready replica takes it. A replica has `concurrency` slots and serves its rate when all are busy. Instances are paid from the
+moment they are asked for and granted until they are gone; a replica that is removed finishes what it has begun. An
+interrupted instance takes its replicas along, and their requests wait again, at the head of the queue.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import dataclass, field
+from heapq import heappop, heappush, heapreplace
+
+import numpy as np
+
+from capacity.model import Floats, Kind, Problem, Service, slot
+
+NEVER = float("inf")
+
+
+@dataclass(eq=False)
+class Instance:
+    pool: int
+    asked: float
+    ready: float
+    free: int  # GPUs
+    replicas: list[Replica] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class Replica:
+    service: int
+    hosts: list[Instance]
+    ready: float
+    seconds: float  # of one slot for one unit of work
+    inflight: list[int]  # request of each slot, -1 before the first
+    alive: bool = True
+    drained: float = NEVER
+    finishing: list[tuple[float, int]] = field(default_factory=list)  # end, request: of one that is removed
+
+
+@dataclass
+class Queue:
+    """Requests of one service. `slots` is a heap of (free at, order, slot, replica)."""
+
+    at: list[float]
+    work: list[float]
+    waits: Floats
+    total: Floats  # work of all before each request
+    head: int = 0
+    retry: list[int] = field(default_factory=list)
+    slots: list[tuple[float, int, int, Replica]] = field(default_factory=list)
+    busy_gpu_seconds: float = 0.0
+
+
+class Fleet:
+    """State and what can be done to it. `kind` says which lead times replicas have."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        arrivals: list[tuple[Floats, Floats]],
+        kind: Kind,
+        *,
+        seed: int,
+        refusals: float,
+        interruptions: float,
+    ) -> None:
+        self.problem = problem
+        self.kind = kind
+        self.random = np.random.default_rng(seed)
+        self.refusals = refusals
+        self.interruptions = interruptions
+        self.now = 0.0
+        self.instances: list[list[Instance]] = [[] for _ in problem.pools]
+        self.replicas: list[list[Replica]] = [[] for _ in problem.services]
+        self.queues = [
+            Queue(at.tolist(), work.tolist(), np.full(len(at), NEVER), np.concatenate([[0.0], np.cumsum(work)]))
+            for at, work in arrivals
+        ]
+        self.going: list[Replica] = []
+        self.paid_gpu_seconds = 0.0
+        self.cost = 0.0
+        self.actions = 0
+        self.order = 0
+        self.refused: dict[int, tuple[int, int]] = {}
+        self.width = [[slot(s.gpus, p.gpus) for s in problem.services] for p in problem.pools]
+        self.cheapest = [self._by_price(s) for s in problem.services]
+
+    def _by_price(self, service: Service) -> list[int]:
+        fits = [i for i, pool in enumerate(self.problem.pools) if service.fits(pool)]
+
+        def price(i: int) -> tuple[float, int]:
+            pool = self.problem.pools[i]
+            return pool.price / pool.gpus * slot(service.gpus, pool.gpus) / (service.rate_on(pool.gpu) or 1.0), i
+
+        return sorted(fits, key=price)
+
+    def sample(self, samples: tuple[float, ...]) -> float:
+        return samples[int(self.random.integers(len(samples)))]
+
+    # What policies do.
+
+    def room(self, i: int) -> int:
+        """Instances of a pool that its quotas still allow."""
+        pool = self.problem.pools[i]
+        left = 10**9 if pool.quota is None else pool.quota - len(self.instances[i])
+        for quota in self.problem.quotas:
+            if quota.covers(pool):
+                held = sum(
+                    len(self.instances[k]) * other.gpus
+                    for k, other in enumerate(self.problem.pools)
+                    if quota.covers(other)
+                )
+                left = min(left, (quota.gpus - held) // pool.gpus)
+        return max(0, left)
+
+    def start_instances(self, i: int, count: int, *, booted: bool = False) -> int:
+        """Ask for instances; returns how many were granted. `booted`: there from the beginning."""
+        pool = self.problem.pools[i]
+        count = min(count, self.room(i))
+        granted = 0
+        for _ in range(count):
+            if not booted and self.refusals and self.random.random() < self.refusals:
+                break
+            ready = self.now if booted else self.now + self.sample(pool.boot)
+            self.instances[i].append(Instance(i, self.now, ready, pool.gpus))
+            granted += 1
+        if granted < count:
+            self.refused[i] = (count, granted)
+        if not booted:
+            self.actions += granted
+        return granted
+
+    def stop_empty(self, i: int, count: int) -> int:
+        """Stop up to `count` instances of a pool that hold no replica, the youngest first."""
+        stopped = 0
+        for instance in reversed(self.instances[i]):
+            if stopped == count:
+                break
+            if not instance.replicas:
+                self._end(instance)
+                stopped += 1
+        self.actions += stopped
+        return stopped
+
+    def _end(self, instance: Instance) -> None:
+        self.instances[instance.pool].remove(instance)
+        self._pay(instance)
+
+    def _pay(self, instance: Instance) -> None:
+        pool = self.problem.pools[instance.pool]
+        seconds = self.now - instance.asked
+        self.paid_gpu_seconds += seconds * pool.gpus
+        self.cost += seconds / 3600 * pool.price
+
+    def start_replica(self, j: int, *, booting: bool = True, warm: bool = False) -> bool:
+        """Start one replica where GPUs are free, the fullest booted instance first; then, with `booting`, on one that
+        boots. `warm`: running from the beginning. False when there is no room."""
+        service = self.problem.services[j]
+        best: tuple[tuple[float, int, int], list[Instance]] | None = None
+        for rank, i in enumerate(self.cheapest[j]):
+            width, gpus = self.width[i][j], self.problem.pools[i].gpus
+            if width <= gpus:
+                for instance in self.instances[i]:
+                    if instance.free >= width and (booting or instance.ready <= self.now):
+                        key = (max(instance.ready, self.now), rank, instance.free)
+                        if best is None or key < best[0]:
+                            best = key, [instance]
+            else:
+                whole = [
+                    inst for inst in self.instances[i] if inst.free == gpus and (booting or inst.ready <= self.now)
+                ]
+                whole.sort(key=lambda inst: inst.ready)
+                if len(whole) >= width // gpus:
+                    chosen = whole[: width // gpus]
+                    key = (max(chosen[-1].ready, self.now), rank, 0)
+                    if best is None or key < best[0]:
+                        best = key, chosen
+        if best is None:
+            return False
+        hosts = best[1]
+        pool = self.problem.pools[hosts[0].pool]
+        ready = self.now if warm else best[0][0] + self.sample(service.lead_samples(self.kind))
+        rate = service.rate_on(pool.gpu) or 1.0
+        replica = Replica(j, hosts, ready, service.concurrency / rate, [-1] * service.concurrency)
+        for host in hosts:
+            host.free -= min(self.width[hosts[0].pool][j], pool.gpus)
+            host.replicas.append(replica)
+        self.replicas[j].append(replica)
+        for k in range(service.concurrency):
+            self.order += 1
+            heappush(self.queues[j].slots, (ready, self.order, k, replica))
+        if not warm:
+            self.actions += 1
+        return True
+
+    def stop_replica(self, j: int) -> bool:
+        """Stop the replica of a service whose instance is the emptiest, not yet ready ones first."""
+        live = self.replicas[j]
+        if not live:
+            return False
+        replica = max(live, key=lambda r: (r.ready > self.now, r.hosts[0].free, r.ready))
+        live.remove(replica)
+        entries = [e for e in self.queues[j].slots if e[3] is replica]
+        self.queues[j].slots = [e for e in self.queues[j].slots if e[3] is not replica]
+        self.queues[j].slots.sort()
+        replica.finishing = [(e[0], replica.inflight[e[2]]) for e in entries if replica.inflight[e[2]] >= 0]
+        replica.drained = max([self.now] + [end for end, _ in replica.finishing])
+        self.going.append(replica)
+        self.actions += 1
+        return True
+
+    def _leave(self, replica: Replica) -> None:
+        replica.alive = False
+        for host in replica.hosts:
+            pool = self.problem.pools[host.pool]
+            host.free += min(self.width[host.pool][replica.service], pool.gpus)
+            host.replicas.remove(replica)
+
+    # What time does.
+
+    def advance(self, until: float) -> None:
+        """Serve all that starts before `until`, then let go what is drained or interrupted."""
+        for j, queue in enumerate(self.queues):
+            if queue.slots and (queue.retry or (queue.head < len(queue.at) and queue.at[queue.head] < until)):
+                self._serve(j, queue, until)
+        seconds = until - self.now
+        self.now = until
+        for replica in [r for r in self.going if r.drained <= until]:
+            self.going.remove(replica)
+            if replica.alive:
+                self._leave(replica)
+        if self.interruptions:
+            self._interrupt(seconds)
+
+    def _serve(self, j: int, queue: Queue, until: float) -> None:
+        at, work, waits, slots = queue.at, queue.work, queue.waits, queue.slots
+        gpus = self.problem.services[j].gpus / self.problem.services[j].concurrency
+        count, head = len(at), queue.head
+        busy = 0.0
+        while slots:
+            if queue.retry:
+                request = queue.retry[0]
+            elif head < count:
+                request = head
+            else:
+                break
+            free, order, k, replica = slots[0]
+            arrived = at[request]
+            begin = free if free > arrived else arrived
+            if begin >= until:
+                break
+            if queue.retry:
+                heappop(queue.retry)
+                begin = max(begin, self.now)
+            else:
+                head += 1
+            seconds = work[request] * replica.seconds
+            heapreplace(slots, (begin + seconds, order, k, replica))
+            replica.inflight[k] = request
+            waits[request] = begin - arrived
+            busy += seconds
+        queue.head = head
+        queue.busy_gpu_seconds += busy * gpus
+
+    def _interrupt(self, seconds: float) -> None:
+        for i, pool in enumerate(self.problem.pools):
+            rate = pool.interruptions * self.interruptions
+            if rate <= 0 or not self.instances[i]:
+                continue
+            lost = self.random.random(len(self.instances[i])) < rate * seconds / 3600
+            for instance in [inst for inst, gone in zip(list(self.instances[i]), lost, strict=True) if gone]:
+                for replica in list(instance.replicas):
+                    self._kill(replica)
+                self._end(instance)
+
+    def _kill(self, replica: Replica) -> None:
+        queue = self.queues[replica.service]
+        if replica in self.replicas[replica.service]:
+            self.replicas[replica.service].remove(replica)
+        size = self.problem.services[replica.service].gpus / len(replica.inflight)
+        keep = [entry for entry in queue.slots if entry[3] is not replica]
+        begun = [(e[0], replica.inflight[e[2]]) for e in queue.slots if e[3] is replica] or replica.finishing
+        for end, request in begun:
+            if end > self.now and request >= 0:
+                heappush(queue.retry, request)
+                queue.waits[request] = NEVER
+                queue.busy_gpu_seconds -= (end - self.now) * size
+        keep.sort()
+        queue.slots = keep
+        if replica in self.going:
+            self.going.remove(replica)
+        self._leave(replica)
+
+    def finish(self) -> None:
+        """Close the books at the end of the trace."""
+        for held in self.instances:
+            for instance in held:
+                self._pay(instance)
+
+    # What policies may look at.
+
+    def waiting(self, j: int) -> tuple[int, float]:
+        """Requests of a service that have arrived and not begun, and their work."""
+        queue = self.queues[j]
+        tail = bisect_left(queue.at, self.now, queue.head)
+        work = float(queue.total[tail] - queue.total[queue.head]) + sum(queue.work[r] for r in queue.retry)
+        return tail - queue.head + len(queue.retry), work
+
+    @property
+    def done(self) -> bool:
+        return all(queue.head == len(queue.at) and not queue.retry for queue in self.queues)
+
+    def idle_gpus(self) -> int:
+        """GPUs of booted instances on which nothing runs or starts."""
+        return sum(inst.free for held in self.instances for inst in held if inst.ready <= self.now)
+
+    def held_gpus(self) -> int:
+        return sum(len(held) * pool.gpus for held, pool in zip(self.instances, self.problem.pools, strict=True))

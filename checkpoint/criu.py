@@ -51,20 +51,27 @@ class Criu:
         for candidate in (named, private if private.exists() else None, Path(on_path) if on_path else None):
             if candidate:
                 return cls(candidate)
-        raise HostLacks("criu-missing", "no CRIU on this host; run setup/criu.sh (unpacks one privately) or install criu >= 4.2")
+        raise HostLacks(
+            "criu-missing", "no CRIU on this host; run setup/criu.sh (unpacks one privately) or install criu >= 4.2"
+        )
 
     @cached_property
     def version(self) -> str:
         """`4.2.1`, as the binary says. Raises HostLacks when it does not start or is too old."""
         try:
-            out = subprocess.run([self.program, "--version"], capture_output=True, text=True, timeout=10, check=False).stdout
+            out = subprocess.run(
+                [self.program, "--version"], capture_output=True, text=True, timeout=10, check=False
+            ).stdout
         except (OSError, subprocess.TimeoutExpired) as error:
             raise HostLacks("criu-broken", f"{self.program} does not start ({error}); run setup/criu.sh") from error
         match = re.search(r"Version: (\d+)\.(\d+)(\S*)", out)
         if not match:
             raise HostLacks("criu-broken", f"{self.program} --version says nothing of use; run setup/criu.sh")
         if (int(match[1]), int(match[2])) < MINIMUM_VERSION:
-            raise HostLacks("criu-too-old", f"CRIU {match[1]}.{match[2]} cannot dump on current kernels; run setup/criu.sh for >= 4.2")
+            raise HostLacks(
+                "criu-too-old",
+                f"CRIU {match[1]}.{match[2]} cannot dump on current kernels; run setup/criu.sh for >= 4.2",
+            )
         return f"{match[1]}.{match[2]}{match[3]}"
 
     def cached_version(self, home: Path) -> str:
@@ -147,7 +154,9 @@ def _environment() -> dict[str, str]:
 
 
 # Said on every run on hosts without CAP_SYS_RESOURCE, and harmless.
-_NOISE = re.compile(r"Can't setup RLIMIT_NOFILE|Dumping FAILED|Restoring FAILED|Unable to open.*ip_?tables", re.IGNORECASE)
+_NOISE = re.compile(
+    r"Can't setup RLIMIT_NOFILE|Dumping FAILED|Restoring FAILED|Unable to open.*ip_?tables", re.IGNORECASE
+)
 
 
 def last_error(log: Path, code: int) -> str:

@@ -22,6 +22,7 @@ import socket
 import struct
 import sys
 import time
+from typing import Any
 
 CLONE_NEWTIME, CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWPID, CLONE_NEWNET = 0x80, 0x20000, 0x8000000, 0x20000000, 0x40000000
 MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND, MS_REC, MS_SLAVE, MS_RDONLY, MS_REMOUNT = 2, 4, 8, 4096, 16384, 1 << 19, 1, 32
@@ -31,24 +32,27 @@ MESSAGE_BYTES = 1 << 20
 # for process 1, CRIU and its helpers.
 FIRST_ENGINE_PID = 1000
 
+Message = dict[str, Any]
 libc = ctypes.CDLL(None, use_errno=True)
 
 
-def check(result, what):
+def check(result: int, what: str) -> int:
     if result < 0:
         number = ctypes.get_errno()
         raise OSError(number, f"{what}: {os.strerror(number)}")
     return result
 
 
-def mount(source, target, kind, flags, data=""):
+def mount(source: str, target: str, kind: str, flags: int, data: str = "") -> None:
     check(
-        libc.mount(source.encode(), target.encode(), kind.encode() or None, ctypes.c_ulong(flags), data.encode() or None),
+        libc.mount(
+            source.encode(), target.encode(), kind.encode() or None, ctypes.c_ulong(flags), data.encode() or None
+        ),
         f"mount {target}",
     )
 
 
-def loopback_up():
+def loopback_up() -> None:
     """`ip link set lo up` without iproute2 (netdevice(7): SIOCGIFFLAGS, SIOCSIFFLAGS, IFF_UP)."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         request = struct.pack("16sh22x", b"lo", 0)
@@ -56,7 +60,7 @@ def loopback_up():
         fcntl.ioctl(sock, 0x8914, struct.pack("16sh22x", b"lo", flags | 1))
 
 
-def set_monotonic(wanted_ns):
+def set_monotonic(wanted_ns: int) -> None:
     """Let the children's monotonic and boot clocks stand at `wanted_ns` now (time_namespaces(7)); before the first child."""
     offset = wanted_ns - time.clock_gettime_ns(time.CLOCK_MONOTONIC)
     seconds, nanoseconds = divmod(offset, 10**9)
@@ -64,7 +68,7 @@ def set_monotonic(wanted_ns):
         file.write(f"monotonic {seconds} {nanoseconds}\nboottime {seconds} {nanoseconds}\n")
 
 
-def enter_namespaces(config):
+def enter_namespaces(config: Message) -> None:
     flags = CLONE_NEWNS | CLONE_NEWIPC | CLONE_NEWPID
     if config["private_network"]:
         flags |= CLONE_NEWNET
@@ -75,7 +79,7 @@ def enter_namespaces(config):
             set_monotonic(config["monotonic_ns"])
 
 
-def prepare_mounts(config):
+def prepare_mounts(config: Message) -> None:
     # Slave: an unmount on the host reaches the copies in here, so a sandbox never keeps a lazy mount of the host alive.
     mount("none", "/", "", MS_REC | MS_SLAVE)
     mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
@@ -96,7 +100,7 @@ def prepare_mounts(config):
         loopback_up()
 
 
-def refuse_io_uring(site_packages):
+def refuse_io_uring(site_packages: str) -> None:
     """Answer ENOSYS to io_uring: CRIU cannot dump its rings, and libuv opens one unasked. The filter lives on in the snapshot."""
     sys.path.append(site_packages)
     import pyseccomp
@@ -110,16 +114,18 @@ def refuse_io_uring(site_packages):
 
 
 class Init:
-    def __init__(self, control, config):
+    def __init__(self, control: socket.socket, config: Message) -> None:
         self.control = control
         self.config = config
-        self.roots = set()  # processes whose exit the owner is told
-        self.commands = {}  # pid of a running helper → (message id, pid it shall report)
+        self.roots: set[int] = set()  # processes whose exit the owner is told
+        self.commands: dict[
+            int, tuple[int, int | None]
+        ] = {}  # pid of a running helper → (message id, pid it shall report)
 
-    def send(self, **message):
+    def send(self, **message: object) -> None:
         self.control.send(json.dumps(message).encode())
 
-    def run(self):
+    def run(self) -> None:
         wake_r, wake_w = os.pipe()
         for end in (wake_r, wake_w):
             os.set_blocking(end, False)
@@ -147,9 +153,11 @@ class Init:
                     if not self.handle(message):
                         return
                 except OSError as error:
-                    self.send(id=message["id"], error=f"{message['op']}: {error.strerror or error}", errno=error.errno or 0)
+                    self.send(
+                        id=message["id"], error=f"{message['op']}: {error.strerror or error}", errno=error.errno or 0
+                    )
 
-    def handle(self, message):
+    def handle(self, message: Message) -> bool:
         op = message["op"]
         if op == "stop":
             return False
@@ -179,7 +187,10 @@ class Init:
             self.send(id=message["id"])
         elif op == "attach":
             # move_mount(2), MOVE_MOUNT_F_EMPTY_PATH: the descriptor is the mount.
-            check(libc.syscall(429, message["fd"], b"", -100, message["target"].encode(), 4), f"attach {message['target']}")
+            check(
+                libc.syscall(429, message["fd"], b"", -100, message["target"].encode(), 4),
+                f"attach {message['target']}",
+            )
             self.send(id=message["id"])
         elif op == "raise-pids":
             self.raise_pids(message["above"])
@@ -189,14 +200,14 @@ class Init:
         return True
 
     @staticmethod
-    def raise_pids(above):
+    def raise_pids(above: int) -> None:
         with open("/proc/sys/kernel/ns_last_pid", "r+") as file:
             if int(file.read()) < above:
                 file.seek(0)
                 file.write(str(above))
 
     @classmethod
-    def copy_tree(cls, source, target):
+    def copy_tree(cls, source: str, target: str) -> None:
         """Folders, files and links with their modes; sockets are left out, since CRIU makes them anew when it binds them."""
         os.makedirs(target, exist_ok=True)
         for entry in os.scandir(source):
@@ -215,18 +226,18 @@ class Init:
                         done += sent
                 os.chmod(to, entry.stat().st_mode & 0o7777)
 
-    def spawn(self, message, seccomp):
+    def spawn(self, message: Message, seccomp: bool) -> int:
         """fork and exec; the new process tells through a close-on-exec pipe why it could not start."""
         report_r, report_w = os.pipe()
         pid = os.fork()
         if pid:
             os.close(report_w)
-            with open(report_r, "rb") as report:
-                failure = report.read(4096)
+            with open(report_r, "rb") as answer:
+                failure = answer.read(4096)
             if failure:
                 os.waitpid(pid, 0)
-                number, _, text = failure.decode().partition(" ")
-                raise OSError(int(number), text)
+                code, _, text = failure.decode().partition(" ")
+                raise OSError(int(code), text)
             return pid
         try:
             os.close(report_r)
@@ -252,12 +263,12 @@ class Init:
                 refuse_io_uring(self.config["site_packages"])
             os.execvpe(message["argv"][0], message["argv"], message["env"])
         except BaseException as error:  # noqa: BLE001 - a forked child has no caller to raise to
-            number = getattr(error, "errno", None) or errno.EIO
-            os.write(report_w, f"{number} {message['argv'][0]}: {getattr(error, 'strerror', None) or error}".encode())
+            why = getattr(error, "errno", None) or errno.EIO
+            os.write(report_w, f"{why} {message['argv'][0]}: {getattr(error, 'strerror', None) or error}".encode())
         finally:
             os._exit(127)
 
-    def reap(self):
+    def reap(self) -> None:
         while True:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
@@ -276,7 +287,7 @@ class Init:
                 self.send(event="exit", pid=pid, code=code)
 
 
-def close_on_exec():
+def close_on_exec() -> None:
     """Nothing that the owner passed down may leak into an engine: a snapshot would name it."""
     for name in os.listdir("/proc/self/fd"):
         fd = int(name)
@@ -285,7 +296,7 @@ def close_on_exec():
                 os.set_inheritable(fd, False)
 
 
-def main():
+def main() -> int:
     control = socket.socket(fileno=int(sys.argv[1]))
     config = json.loads(control.recv(MESSAGE_BYTES))
     close_on_exec()

@@ -134,7 +134,9 @@ class Library:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise Busy("snapshot-being-taken", f"another process is taking {name}; this replica goes on without") from None
+                raise Busy(
+                    "snapshot-being-taken", f"another process is taking {name}; this replica goes on without"
+                ) from None
             shutil.rmtree(partial, ignore_errors=True)  # a killed writer's: we hold its lock
             try:
                 partial.mkdir(mode=0o700)
@@ -144,7 +146,9 @@ class Library:
                 self._forget(name)
                 partial.rename(target)
             except OSError as error:
-                raise Failed("snapshot-not-written", f"{name} could not be written: {error.strerror or error} ({self.folder})") from error
+                raise Failed(
+                    "snapshot-not-written", f"{name} could not be written: {error.strerror or error} ({self.folder})"
+                ) from error
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
         finally:

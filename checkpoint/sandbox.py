@@ -107,17 +107,23 @@ class Sandbox:
         )
         self._control.settimeout(READY_TIMEOUT_S)
         try:
-            first = json.loads(self._control.recv(1 << 20) or b'{"event": "failed", "error": "process 1 died", "errno": 0}')
+            first = json.loads(
+                self._control.recv(1 << 20) or b'{"event": "failed", "error": "process 1 died", "errno": 0}'
+            )
         except TimeoutError as error:
             self.close()
             raise Failed("sandbox-stalled", f"the sandbox did not come up within {READY_TIMEOUT_S:.0f} s") from error
         if first["event"] != "ready":
             self.close()
-            raise HostLacks("sandbox-refused", f"cannot make a sandbox: {first['error']}; it needs root with CAP_SYS_ADMIN")
+            raise HostLacks(
+                "sandbox-refused", f"cannot make a sandbox: {first['error']}; it needs root with CAP_SYS_ADMIN"
+            )
         self._control.settimeout(None)
         self._init_pid = self._find_init()
         self._network = (
-            os.open(f"/proc/{self._init_pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC) if self.config.private_network else None
+            os.open(f"/proc/{self._init_pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+            if self.config.private_network
+            else None
         )
         self._host_network = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         self._reader = threading.Thread(target=self._read, name="sandbox-reader", daemon=True)
@@ -148,7 +154,9 @@ class Sandbox:
         children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text().split()
         if not children:
             self.close()
-            raise Failed("sandbox-died", "the sandbox's first process died; see the kernel log for an out-of-memory kill")
+            raise Failed(
+                "sandbox-died", "the sandbox's first process died; see the kernel log for an out-of-memory kill"
+            )
         return int(children[0])
 
     # Talking to process 1
@@ -199,7 +207,12 @@ class Sandbox:
         return answer
 
     def start(
-        self, argv: Sequence[str], env: Mapping[str, str], cwd: str, stdout: int | None = None, stderr: int | None = None
+        self,
+        argv: Sequence[str],
+        env: Mapping[str, str],
+        cwd: str,
+        stdout: int | None = None,
+        stderr: int | None = None,
     ) -> int:
         """Start a root process with its output on the given file descriptors of this process.
 
@@ -225,7 +238,13 @@ class Sandbox:
         """
         with self._lent({str(to): fd for to, fd in (keep_fds or {}).items()}) as lent:
             answer = self._ask(
-                timeout_s, op="exec", argv=list(argv), env=dict(env), cwd=cwd, keep_fds=lent, **({"adopts": adopts} if adopts else {})
+                timeout_s,
+                op="exec",
+                argv=list(argv),
+                env=dict(env),
+                cwd=cwd,
+                keep_fds=lent,
+                **({"adopts": adopts} if adopts else {}),
             )
         return int(answer["code"])
 

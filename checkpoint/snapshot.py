@@ -47,8 +47,8 @@ def processes(init_pid: int) -> list[int]:
     while waiting:
         pid = waiting.pop()
         try:
-            for task in os.listdir(f"/proc/{pid}/task"):
-                waiting.extend(int(child) for child in Path(f"/proc/{pid}/task/{task}/children").read_text().split())
+            for task in Path(f"/proc/{pid}/task").iterdir():
+                waiting.extend(int(child) for child in (task / "children").read_text().split())
         except OSError:
             continue  # ended under our eyes
         if pid != init_pid:
@@ -61,8 +61,8 @@ def _inner_numbers(pids: Sequence[int]) -> list[int]:
     numbers = []
     for pid in pids:
         try:
-            for task in os.listdir(f"/proc/{pid}/task"):
-                for line in Path(f"/proc/{pid}/task/{task}/status").read_text().splitlines():
+            for task in Path(f"/proc/{pid}/task").iterdir():
+                for line in (task / "status").read_text().splitlines():
                     if line.startswith("NSpid:"):
                         numbers.append(int(line.split()[-1]))
         except OSError:
@@ -146,7 +146,9 @@ def take(
         for noise in ("dump.log", "stats-dump", "irmap-cache"):
             (images / noise).unlink(missing_ok=True)
         for directory, _, files in os.walk(folder):
-            if not Path(directory).is_relative_to(folder / "shm") and not Path(directory).is_relative_to(folder / "tmp"):
+            if not Path(directory).is_relative_to(folder / "shm") and not Path(directory).is_relative_to(
+                folder / "tmp"
+            ):
                 for file in files:
                     Path(directory, file).chmod(0o600)
         done = msgspec.structs.replace(
@@ -243,7 +245,12 @@ def restore(
         with library.in_use(snapshot.name) as folder:
             if lazy:
                 pages = PageServer.start(
-                    folder / "images", work, lazy.working_set, lazy.record, on_death=lazy.on_death, on_warning=lazy.on_warning
+                    folder / "images",
+                    work,
+                    lazy.working_set,
+                    lazy.record,
+                    on_death=lazy.on_death,
+                    on_warning=lazy.on_warning,
                 )
             unpack_cache(folder, compile_cache)
             sandbox = Sandbox(SandboxConfig(binds=binds, monotonic_ns=snapshot.monotonic_ns), on_exit=on_exit)
@@ -251,7 +258,15 @@ def restore(
             sandbox.unpack([(folder / "shm", "/dev/shm"), (folder / "tmp", TMP_DIR)])
             unpacked = time.monotonic()
             named = {snapshot.pipes[stream]: fd for stream, fd in pipes.items() if stream in snapshot.pipes}
-            criu.restore(sandbox, snapshot.root_pid, folder / "images", RESTORE_TIMEOUT_S, work, named, lazy_pages=lazy is not None)
+            criu.restore(
+                sandbox,
+                snapshot.root_pid,
+                folder / "images",
+                RESTORE_TIMEOUT_S,
+                work,
+                named,
+                lazy_pages=lazy is not None,
+            )
             sandbox.raise_pids(snapshot.top_pid)
         spans = {"sandbox": up - began, "unpack": unpacked - up, "criu": time.monotonic() - unpacked}
         return Restored(sandbox, snapshot.root_pid, work, spans, pages)

@@ -24,15 +24,28 @@ class BareProcess:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(
-        self, argv: Sequence[str], env: Mapping[str, str], cwd: str, stdout: int | None = None, stderr: int | None = None
+        self,
+        argv: Sequence[str],
+        env: Mapping[str, str],
+        cwd: str,
+        stdout: int | None = None,
+        stderr: int | None = None,
     ) -> int:
         """Start the engine; its process number. Raises LauncherError when it cannot be executed."""
         try:
             self._process = subprocess.Popen(
-                list(argv), env=dict(env), cwd=cwd, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, start_new_session=True
+                list(argv),
+                env=dict(env),
+                cwd=cwd,
+                stdin=subprocess.DEVNULL,
+                stdout=stdout,
+                stderr=stderr,
+                start_new_session=True,
             )
         except OSError as error:
-            raise LauncherError("engine-not-started", f"{argv[0]}: {error.strerror}; give the interpreter with --engine-python") from error
+            raise LauncherError(
+                "engine-not-started", f"{argv[0]}: {error.strerror}; give the interpreter with --engine-python"
+            ) from error
         threading.Thread(target=self._watch, args=(self._process,), name="engine-watch", daemon=True).start()
         return self._process.pid
 

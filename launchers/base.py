@@ -54,7 +54,9 @@ class Probe:
         code = self.died()
         if code is not None:
             how = f"was ended by signal {-code}" if code < 0 else f"exited with code {code}"
-            raise EngineDied("engine-died", f"the engine {how} before it served; its last words: {self.last_lines()}", code)
+            raise EngineDied(
+                "engine-died", f"the engine {how} before it served; its last words: {self.last_lines()}", code
+            )
         if time.monotonic() - self.began > self.limit_s:
             raise EngineFailed(
                 "engine-start-timeout",
@@ -84,8 +86,12 @@ class Engine(abc.ABC):
             words = words[1:]
         kept: list[str] = []
         values: dict[str, str] = {}
-        takes = {flag: "model" for flag in self.model_flags} | {"--host": "host", "--port": "port", "--api-key": "api_key"}
-        takes |= {flag: "seed" for flag in self.seed_flags}
+        takes = dict.fromkeys(self.model_flags, "model") | {
+            "--host": "host",
+            "--port": "port",
+            "--api-key": "api_key",
+        }
+        takes |= dict.fromkeys(self.seed_flags, "seed")
         index = 0
         if words and not words[0].startswith("-"):
             values["model"] = words[0]
@@ -134,7 +140,9 @@ class Engine(abc.ABC):
     def command(self, python: str, command: EngineCommand, host: str, port: int) -> list[str]:
         """The process to start."""
 
-    def environment(self, user: Mapping[str, str], command: EngineCommand, *, sandboxed: bool, site: str, cache: str) -> dict[str, str]:
+    def environment(
+        self, user: Mapping[str, str], command: EngineCommand, *, sandboxed: bool, site: str, cache: str
+    ) -> dict[str, str]:
         """The engine's environment: the user's, what reaching into it needs, and no calls home (the sandbox has no way out).
 
         A variable that the user has set keeps its value, except where a snapshot would not work with it (TMPDIR).
@@ -217,11 +225,16 @@ class Engine(abc.ABC):
 def check_model(model: Path) -> None:
     """Raises BadModel where a directory cannot be served: each with what is missing and what to do."""
     if not model.exists():
-        raise BadModel("model-missing", f"there is no model directory {model}; give the path of one with config.json and weights")
+        raise BadModel(
+            "model-missing", f"there is no model directory {model}; give the path of one with config.json and weights"
+        )
     if not model.is_dir():
         raise BadModel("model-not-a-directory", f"{model} is a file; give the directory that holds it")
     names = [entry.name for entry in os.scandir(model)]
     if "config.json" not in names and "params.json" not in names and not any(name.endswith(".gguf") for name in names):
         raise BadModel("model-without-config", f"{model} has no config.json; is it the right directory?")
     if not any(name.endswith(WEIGHT_SUFFIXES) for name in names):
-        raise BadModel("model-without-weights", f"{model} holds no weights ({', '.join(WEIGHT_SUFFIXES[:3])} …); was the download completed?")
+        raise BadModel(
+            "model-without-weights",
+            f"{model} holds no weights ({', '.join(WEIGHT_SUFFIXES[:3])} …); was the download completed?",
+        )

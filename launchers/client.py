@@ -68,7 +68,9 @@ class Client:
         try:
             status, data = self.call(method, path, body, timeout_s)
         except TimeoutError as error:
-            raise EngineFailed("engine-stalled", f"{method} {path} got no answer within {timeout_s:.0f} s; see the engine's log") from error
+            raise EngineFailed(
+                "engine-stalled", f"{method} {path} got no answer within {timeout_s:.0f} s; see the engine's log"
+            ) from error
         except OSError as error:
             raise EngineFailed("engine-unreachable", f"{method} {path}: {error}; see the engine's log") from error
         if status != 200:
@@ -77,4 +79,6 @@ class Client:
         try:
             return json.loads(data)
         except ValueError as error:
-            raise EngineFailed("engine-garbled", f"{method} {path} answered something that is not JSON; see the engine's log") from error
+            raise EngineFailed(
+                "engine-garbled", f"{method} {path} answered something that is not JSON; see the engine's log"
+            ) from error

@@ -54,7 +54,9 @@ class Sglang(Engine):
         answer = client.json("POST", "/generate", body, timeout_s)
         ids = answer.get("output_ids")
         if not ids:
-            raise EngineFailed("engine-no-token-ids", "this SGLang reports no output ids; quickthaw needs sglang >= 0.5")
+            raise EngineFailed(
+                "engine-no-token-ids", "this SGLang reports no output ids; quickthaw needs sglang >= 0.5"
+            )
         return [int(i) for i in ids]
 
     def warm_up(self, client: Client, command: EngineCommand) -> None:

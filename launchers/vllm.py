@@ -66,7 +66,9 @@ class Vllm(Engine):
         """Developer mode opens `/collective_rpc`; the proxy denies it from outside."""
         return {"VLLM_SERVER_DEV_MODE": "1"}
 
-    def environment(self, user: Mapping[str, str], command: EngineCommand, *, sandboxed: bool, site: str, cache: str) -> dict[str, str]:
+    def environment(
+        self, user: Mapping[str, str], command: EngineCommand, *, sandboxed: bool, site: str, cache: str
+    ) -> dict[str, str]:
         """As for every engine; a list of allowed plugins gets ours added."""
         env = super().environment(user, command, sandboxed=sandboxed, site=site, cache=cache)
         if env.get("VLLM_PLUGINS"):
@@ -93,7 +95,9 @@ class Vllm(Engine):
             self.generate(client, "one two three four " * (words // 4), 4)
         body = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4, "stream": True, "temperature": 0.7}
         for _ in range(2):
-            client.call("POST", "/v1/chat/completions", body, timeout_s=60.0)  # 400 where there is no chat template: nothing to warm
+            client.call(
+                "POST", "/v1/chat/completions", body, timeout_s=60.0
+            )  # 400 where there is no chat template: nothing to warm
 
     def shrink(self, client: Client) -> None:
         """Reset the prefix cache, then drop the pages in every worker (plugin/engine/vllm_hooks.py)."""

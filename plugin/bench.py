@@ -62,16 +62,50 @@ class Bench:
 
     def command(self, kind: str, port: int, run: str) -> measure.Command:
         """The command of a kind, listening on `port`."""
-        environment = {**os.environ, **self.preset.environment, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+        environment = {
+            **os.environ,
+            **self.preset.environment,
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            "DO_NOT_TRACK": "1",
+        }
         environment.pop("PYTHONDONTWRITEBYTECODE", None)
         cwd = Path(__file__).resolve().parent.parent
         if kind == "alone":
-            module = {"vllm": "vllm.entrypoints.openai.api_server", "sglang": "sglang.launch_server"}[self.preset.engine]
-            argv = [str(self.preset.python), "-m", module, *self.preset.arguments, "--host", "127.0.0.1", "--port", str(port)]
+            module = {"vllm": "vllm.entrypoints.openai.api_server", "sglang": "sglang.launch_server"}[
+                self.preset.engine
+            ]
+            argv = [
+                str(self.preset.python),
+                "-m",
+                module,
+                *self.preset.arguments,
+                "--host",
+                "127.0.0.1",
+                "--port",
+                str(port),
+            ]
             return measure.Command(argv, environment, self.logs / f"{kind}-{run}.log", self.logs)
         how = {"cold": ["--no-restore", "--no-snapshot"], "restored": []}[kind]
-        argv = [sys.executable, "-m", "plugin.launch", "--name", self.name, "--engine-python", str(self.preset.python), *how]
-        argv += [*self.launch_options, self.preset.engine, *self.preset.arguments, "--host", "127.0.0.1", "--port", str(port)]
+        argv = [
+            sys.executable,
+            "-m",
+            "plugin.launch",
+            "--name",
+            self.name,
+            "--engine-python",
+            str(self.preset.python),
+            *how,
+        ]
+        argv += [
+            *self.launch_options,
+            self.preset.engine,
+            *self.preset.arguments,
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+        ]
         return measure.Command(argv, environment, self.logs / f"{kind}-{run}.log", cwd)
 
     def run(self, kind: str, run: str, series: Series | None) -> measure.FirstToken:
@@ -146,11 +180,23 @@ def bench() -> None:
 
 @bench.command(context_settings=PASS_THROUGH)
 @click.option("--engine", type=click.Choice(["vllm", "sglang"]), required=True)
-@click.option("--model", type=click.Path(path_type=Path, exists=True, file_okay=False), help="Model directory.  [default: the demo's]")
-@click.option("--engine-python", type=click.Path(path_type=Path, exists=True), help="The engine's interpreter.  [default: make setup's]")
+@click.option(
+    "--model",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Model directory.  [default: the demo's]",
+)
+@click.option(
+    "--engine-python",
+    type=click.Path(path_type=Path, exists=True),
+    help="The engine's interpreter.  [default: make setup's]",
+)
 @click.option("--runs", type=click.IntRange(1, 100), default=5, show_default=True)
-@click.option("--kinds", default="alone,restored", show_default=True, help="Which starts, in turn: alone, cold, restored.")
-@click.option("--limit", "limit_s", type=float, default=900.0, show_default=True, help="Seconds that one start may take.")
+@click.option(
+    "--kinds", default="alone,restored", show_default=True, help="Which starts, in turn: alone, cold, restored."
+)
+@click.option(
+    "--limit", "limit_s", type=float, default=900.0, show_default=True, help="Seconds that one start may take."
+)
 @click.option("--launch-option", "launch_options", multiple=True, help="An option for quickthaw launch. Repeatable.")
 @click.option("--keep", is_flag=True, help="Keep the snapshot and the logs.")
 @click.option("--json", "as_json", is_flag=True, help="Plain data instead of the table.")
@@ -187,7 +233,9 @@ def coldstart(
         if model is None:
             raise click.UsageError("--engine-python needs --model too")
         found = Preset(engine, engine_python.absolute(), model, (flag, str(model)), {})
-    found = Preset(found.engine, found.python, found.model.absolute(), (*found.arguments, *engine_arguments), found.environment)
+    found = Preset(
+        found.engine, found.python, found.model.absolute(), (*found.arguments, *engine_arguments), found.environment
+    )
     name = f"bench-{engine}-{os.getpid()}"
     logs = Path(tempfile.mkdtemp(prefix="quickthaw-bench-"))
     library = Library(state_home())
@@ -217,7 +265,10 @@ def _table(result: dict[str, Any], kinds: tuple[str, ...], runs: int) -> None:
     from rich.table import Table
 
     console = Console()
-    table = Table(title=f"{result['engine']} · {result['model']} · {result['cores']} cores · {runs} runs each, in turn", title_justify="left")
+    table = Table(
+        title=f"{result['engine']} · {result['model']} · {result['cores']} cores · {runs} runs each, in turn",
+        title_justify="left",
+    )
     for column, justify in (("to the first token", "left"), ("median", "right"), ("spread", "right"), ("", "left")):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     for kind in kinds:
@@ -229,9 +280,14 @@ def _table(result: dict[str, Any], kinds: tuple[str, ...], runs: int) -> None:
             console.print(f"restored is [bold]{result[f'ratio_to_{base}']} times[/bold] faster than {base}")
     for kind in kinds:
         if result[kind]["phases_s"]:
-            console.print(f"{kind}: " + ", ".join(f"{phase} {took:.2f} s" for phase, took in result[kind]["phases_s"].items()))
+            console.print(
+                f"{kind}: " + ", ".join(f"{phase} {took:.2f} s" for phase, took in result[kind]["phases_s"].items())
+            )
     if "image_bytes" in result:
         console.print(
-            f"snapshot images {result['image_bytes'] / 1e9:.2f} GB, without {result['kv_cache_bytes_left_out'] / 1e9:.2f} GB of empty KV cache"
+            f"snapshot images {result['image_bytes'] / 1e9:.2f} GB, "
+            f"without {result['kv_cache_bytes_left_out'] / 1e9:.2f} GB of empty KV cache"
         )
-    console.print(f"answers {'identical' if result['answers_equal'] else 'DIFFERENT'} in every run: {result['answer']!r}")
+    console.print(
+        f"answers {'identical' if result['answers_equal'] else 'DIFFERENT'} in every run: {result['answer']!r}"
+    )

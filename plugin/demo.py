@@ -80,7 +80,9 @@ class Story:
                 # A wake begins a new timeline; the old one is not this start's.
                 if replica and replica["phase"] not in ("asleep", "idle"):
                     for span in spans[shown:]:
-                        self.console.print(f"  [green]✓[/green] {span['phase']:<14}{span['took_s']:8.2f} s   [dim]{WORDS.get(span['phase'], '')}[/dim]")
+                        self.console.print(
+                            f"  [green]✓[/green] {span['phase']:<14}{span['took_s']:8.2f} s   [dim]{WORDS.get(span['phase'], '')}[/dim]"
+                        )
                     shown = max(shown, len(spans))
                     if live and replica["phase"] != "serving":
                         text = f"{replica['phase']} {time.monotonic() - since:6.1f} s   [dim]{WORDS.get(replica['phase'], '')}[/dim]"
@@ -103,7 +105,13 @@ def chat(port: int, model: str, timeout_s: float) -> tuple[str, float, float]:
     """One streamed chat: (text, seconds to the first token, seconds in all). Waits while the port is still closed."""
     began = time.monotonic()
     body = json.dumps(
-        {"model": model, "messages": [{"role": "user", "content": ASK}], "max_tokens": 24, "temperature": 0, "stream": True}
+        {
+            "model": model,
+            "messages": [{"role": "user", "content": ASK}],
+            "max_tokens": 24,
+            "temperature": 0,
+            "stream": True,
+        }
     )
     while True:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout_s)
@@ -155,22 +163,39 @@ def demo(engine: str, keep: bool) -> int:
         library.remove(name)
     logs = Path(tempfile.mkdtemp(prefix="quickthaw-demo-"))
     options = ["--name", name, "--idle-timeout", "1.5s", "--engine-python", str(setting.python)]
-    argv = [sys.executable, "-m", "plugin.launch", *options, engine, *setting.arguments, "--host", "127.0.0.1", "--port", str(port)]
+    argv = [
+        sys.executable,
+        "-m",
+        "plugin.launch",
+        *options,
+        engine,
+        *setting.arguments,
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
     environment = {**os.environ, **setting.environment}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
     command = measure.Command(argv, environment, logs / "launch.log", Path(__file__).resolve().parent.parent)
-    story.say(f"\n[bold]1. {engine} starts cold[/bold], {setting.model.name} through the lazy mount; a chat request waits at port {port}")
+    story.say(
+        f"\n[bold]1. {engine} starts cold[/bold], {setting.model.name} through the lazy mount; a chat request waits at port {port}"
+    )
     failed = True
     process = command.start()
     try:
         with story.watching(port, command.began):
-            cold_text, cold_first, _ = _with_process(process, lambda: chat(port, model, 900.0))
+            cold_text, _, _ = _with_process(process, lambda: chat(port, model, 900.0))
         snapshot = library.load(name)
         story.say(f"  first answer: [italic]{cold_text.strip()!r}[/italic]\n")
-        story.say("[bold]2. Nobody asks; the engine is stopped[/bold] (--idle-timeout), and nothing runs behind the port")
+        story.say(
+            "[bold]2. Nobody asks; the engine is stopped[/bold] (--idle-timeout), and nothing runs behind the port"
+        )
         _wait_asleep(port)
         story.say(f"  [green]✓[/green] asleep: {_engine_processes(process.pid)} engine processes\n")
-        story.say("[bold]3. A chat request arrives[/bold] while nothing is running; it is held, and a replica is restored")
+        story.say(
+            "[bold]3. A chat request arrives[/bold] while nothing is running; it is held, and a replica is restored"
+        )
         began = time.monotonic()
         with story.watching(port, began):
             text, first, _ = _with_process(process, lambda: chat(port, model, 120.0))
@@ -192,7 +217,9 @@ def demo(engine: str, keep: bool) -> int:
         variables = " ".join(f"{key}={value}" for key, value in setting.environment.items())
         story.say("Try it yourself: the first start takes a snapshot, the second uses it.\n")
         words = " ".join(setting.arguments)
-        story.say(f"  {variables} {sys.executable} -m plugin.launch --engine-python {setting.python} \\\n      {engine} {words} --port 8000", )
+        story.say(
+            f"  {variables} {sys.executable} -m plugin.launch --engine-python {setting.python} \\\n      {engine} {words} --port 8000",
+        )
         story.say(
             "  curl localhost:8000/v1/chat/completions -H 'Content-Type: application/json' \\\n"
             f"""      -d '{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'\n"""
@@ -222,16 +249,23 @@ def _wait_asleep(port: int, limit_s: float = 60.0) -> None:
 
 
 def _engine_processes(launcher: int) -> int:
-    """Processes below the launcher, itself not counted: an engine's would be among them."""
+    """Processes below the launcher that live in a PID namespace of their own: an engine's."""
     from checkpoint.snapshot import processes
 
-    return len(processes(launcher))
+    ours = os.readlink("/proc/self/ns/pid")
+    count = 0
+    for pid in processes(launcher):
+        with contextlib.suppress(OSError):
+            count += os.readlink(f"/proc/{pid}/ns/pid") != ours
+    return count
 
 
 def _table(story: Story, engine: str, snapshot: Any, first: float, same: bool) -> None:
     from rich.table import Table
 
-    table = Table(title=f"{engine}, {Path(snapshot.model).name}, {len(os.sched_getaffinity(0))} cores", title_justify="left")
+    table = Table(
+        title=f"{engine}, {Path(snapshot.model).name}, {len(os.sched_getaffinity(0))} cores", title_justify="left"
+    )
     for column in ("cold start", "restored, to first token", "ratio", "snapshot", "token ids"):
         table.add_column(column, justify="right")
     table.add_row(

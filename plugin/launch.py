@@ -17,7 +17,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from checkpoint.errors import CheckpointError
@@ -48,9 +47,15 @@ def bind(host: str, port: int) -> socket.socket:
         sock.listen(4096)
     except OSError as error:
         sock.close()
-        why = {98: "another process listens there", 13: "this user may not bind it", 99: "this host has no such address"}
+        why = {
+            98: "another process listens there",
+            13: "this user may not bind it",
+            99: "this host has no such address",
+        }
         reason = why.get(error.errno or 0, error.strerror)
-        raise Usage("port-in-use", f"cannot listen on {host}:{port} ({reason}); choose another with the engine's --port") from error
+        raise Usage(
+            "port-in-use", f"cannot listen on {host}:{port} ({reason}); choose another with the engine's --port"
+        ) from error
     return sock
 
 
@@ -83,7 +88,9 @@ class Launch:
         self.weights = weights
         for index in range(self.settings.replicas):
             tracker = PhaseTracker()
-            replica = Replica(self.settings, engine, self.layers, criu, weights, tracker, stdout=self.stdout, stderr=self.stderr)
+            replica = Replica(
+                self.settings, engine, self.layers, criu, weights, tracker, stdout=self.stdout, stderr=self.stderr
+            )
             replica.on_death = self._death_of(replica)
             tracker.listen(self._teller(index))
             self.replicas.append(replica)
@@ -145,7 +152,9 @@ class Launch:
         if self._ending.is_set():
             return
         if len(self._deaths) > RESTARTS_IN_A_MINUTE:
-            log.error("engine-keeps-dying: %d deaths within a minute, the last with %s; giving up", len(self._deaths), how)
+            log.error(
+                "engine-keeps-dying: %d deaths within a minute, the last with %s; giving up", len(self._deaths), how
+            )
             self.exit_code = _shell_code(code)
             self.end()
             return
@@ -294,7 +303,7 @@ def launch(settings: LaunchSettings, stdout: int | None = 1, stderr: int | None 
     layers, criu = detect(settings.home)
     settings.home.mkdir(mode=0o700, parents=True, exist_ok=True)
     weights = Weights(settings.command.model, settings.home, settings.store_url, settings.mount and not layers.mount)
-    if weights.path is None:
+    if weights.path is None and not settings.named:
         layers = Layers(
             mount="the model is not a directory on this host; download it first, and give its path",
             sandbox=layers.sandbox or "the engine has to download the model, and a sandbox has no network",
@@ -303,7 +312,9 @@ def launch(settings: LaunchSettings, stdout: int | None = 1, stderr: int | None 
     for layer, why in layers.off().items():
         log.warning("%s off: %s", layer, why)
     if settings.strict and layers.off():
-        raise LauncherError("layer-off", f"--strict, and {', '.join(layers.off())} cannot be had here; see quickthaw doctor")
+        raise LauncherError(
+            "layer-off", f"--strict, and {', '.join(layers.off())} cannot be had here; see quickthaw doctor"
+        )
     sock = bind(settings.command.host, settings.command.port)
     run = Launch(settings, sock, layers, stdout=stdout, stderr=stderr)
     try:

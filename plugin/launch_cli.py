@@ -36,7 +36,7 @@ def seconds(text: str) -> float:
     return value
 
 
-class Seconds(click.ParamType):
+class Seconds(click.ParamType[float]):
     """A time with an optional unit."""
 
     name = "time"
@@ -47,25 +47,90 @@ class Seconds(click.ParamType):
 
 
 @click.command(context_settings=PASS_THROUGH)
-@click.option("--engine-python", metavar="PYTHON", show_envvar=True, help="The engine's interpreter.  [default: this one]")
-@click.option("--name", metavar="NAME", show_envvar=True, help="The snapshot's name.  [default: engine, model and a digest of what matters]")
-@click.option("--replicas", type=click.IntRange(1), default=1, show_default=True, show_envvar=True, help="Replicas behind the one port.")
-@click.option("--weights", type=click.Choice(["auto", "full", "thin"]), default="auto", show_default=True, show_envvar=True,
-              help="Carry the weights in the snapshot, or read them again at a restore.")
-@click.option("--store", metavar="URL", show_envvar=True, help="Where weights are kept as chunks.  [default: a folder in $QUICKTHAW_HOME]")
+@click.option(
+    "--engine-python", metavar="PYTHON", show_envvar=True, help="The engine's interpreter.  [default: this one]"
+)
+@click.option(
+    "--name",
+    metavar="NAME",
+    show_envvar=True,
+    help="The snapshot's name.  [default: engine, model and a digest of what matters]",
+)
+@click.option(
+    "--replicas",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    show_envvar=True,
+    help="Replicas behind the one port.",
+)
+@click.option(
+    "--weights",
+    type=click.Choice(["auto", "full", "thin"]),
+    default="auto",
+    show_default=True,
+    show_envvar=True,
+    help="Carry the weights in the snapshot, or read them again at a restore.",
+)
+@click.option(
+    "--store",
+    metavar="URL",
+    show_envvar=True,
+    help="Where weights are kept as chunks.  [default: a folder in $QUICKTHAW_HOME]",
+)
 @click.option("--mount/--no-mount", default=True, show_envvar=True, help="Show the weights through the lazy mount.")
 @click.option("--snapshot/--no-snapshot", default=True, show_envvar=True, help="Take a snapshot where there is none.")
 @click.option("--restore/--no-restore", default=True, show_envvar=True, help="Restore where there is a snapshot.")
-@click.option("--verify", type=click.Choice(["auto", "always", "never"]), default="auto", show_default=True, show_envvar=True,
-              help="Digests: of files that changed since the last check, of all, or of none.")
-@click.option("--strict", is_flag=True, show_envvar=True, help="Fail where a layer is off or a restore fails, instead of going on without.")
-@click.option("--idle-timeout", type=Seconds(), default="0", show_envvar=True, help="Stop the engine after so long without a request; the next wakes it.")
-@click.option("--start-timeout", type=Seconds(), default="30m", show_default=True, show_envvar=True, help="How long a cold start may take.")
-@click.option("--grace", type=Seconds(), default="30s", show_default=True, show_envvar=True, help="How long a stop may take.")
-@click.option("--scrub-env", metavar="NAME", multiple=True, show_envvar=True, help="Keep a variable from the engine (and its snapshot). Repeatable.")
-@click.option("--sign-key", type=click.Path(path_type=Path), show_envvar=True, help="Sign the snapshot with this Ed25519 key.")
-@click.option("--trust-key", "trust_keys", type=click.Path(path_type=Path), multiple=True, show_envvar=True,
-              help="Restore only what one of these keys has signed. Repeatable.")
+@click.option(
+    "--verify",
+    type=click.Choice(["auto", "always", "never"]),
+    default="auto",
+    show_default=True,
+    show_envvar=True,
+    help="Digests: of files that changed since the last check, of all, or of none.",
+)
+@click.option(
+    "--strict",
+    is_flag=True,
+    show_envvar=True,
+    help="Fail where a layer is off or a restore fails, instead of going on without.",
+)
+@click.option(
+    "--idle-timeout",
+    type=Seconds(),
+    default="0",
+    show_envvar=True,
+    help="Stop the engine after so long without a request; the next wakes it.",
+)
+@click.option(
+    "--start-timeout",
+    type=Seconds(),
+    default="30m",
+    show_default=True,
+    show_envvar=True,
+    help="How long a cold start may take.",
+)
+@click.option(
+    "--grace", type=Seconds(), default="30s", show_default=True, show_envvar=True, help="How long a stop may take."
+)
+@click.option(
+    "--scrub-env",
+    metavar="NAME",
+    multiple=True,
+    show_envvar=True,
+    help="Keep a variable from the engine (and its snapshot). Repeatable.",
+)
+@click.option(
+    "--sign-key", type=click.Path(path_type=Path), show_envvar=True, help="Sign the snapshot with this Ed25519 key."
+)
+@click.option(
+    "--trust-key",
+    "trust_keys",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    show_envvar=True,
+    help="Restore only what one of these keys has signed. Repeatable.",
+)
 @click.option("--quiet", is_flag=True, show_envvar=True, help="Only warnings and errors of ours.")
 @click.argument("engine", metavar="vllm|sglang")
 @click.argument("engine_arguments", nargs=-1, type=click.UNPROCESSED, metavar="ENGINE-ARGS…")

@@ -45,7 +45,9 @@ def free_port() -> int:
 
 def stream_completion(port: int, model: str, began: float, tokens: int, timeout_s: float) -> FirstToken:
     """One streamed greedy completion. Raises OSError or MeasureError where there is no answer yet (or none at all)."""
-    body = json.dumps({"model": model, "prompt": PROMPT, "max_tokens": tokens, "temperature": 0, "stream": True}).encode()
+    body = json.dumps(
+        {"model": model, "prompt": PROMPT, "max_tokens": tokens, "temperature": 0, "stream": True}
+    ).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     with socket.create_connection(("127.0.0.1", port), timeout=2.0) as sock:
         sock.settimeout(timeout_s)
@@ -73,7 +75,9 @@ def _text(data: bytes) -> str:
     return text
 
 
-def waiting_client(port: int, model: str, began: float, limit_s: float, process: subprocess.Popen[bytes], tokens: int = 16) -> FirstToken:
+def waiting_client(
+    port: int, model: str, began: float, limit_s: float, process: subprocess.Popen[bytes], tokens: int = 16
+) -> FirstToken:
     """Ask until there is an answer: every 5 ms while the port is closed or says that it is not ready. Raises MeasureError."""
     limit = began + limit_s
     while time.monotonic() < limit:
@@ -102,7 +106,13 @@ class Command:
         with open(self.log, "wb") as log:
             self.began = time.monotonic()
             self.process = subprocess.Popen(
-                list(self.argv), env=dict(self.environment), cwd=self.cwd, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                list(self.argv),
+                env=dict(self.environment),
+                cwd=self.cwd,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
         return self.process
 

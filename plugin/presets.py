@@ -29,5 +29,14 @@ def preset(engine: str, home: Path, model: Path | None = None) -> Preset:
         raise Usage("engine-not-set-up", f"there is no {python}; run: make setup (or give --engine-python)")
     if engine == "vllm":
         return Preset(engine, python, model, ("--model", str(model)), {"VLLM_CPU_KVCACHE_SPACE": "1"})
-    arguments = ("--model-path", str(model), "--device", "cpu", "--attention-backend", "torch_native", "--max-total-tokens", "16384")
+    arguments = (
+        "--model-path",
+        str(model),
+        "--device",
+        "cpu",
+        "--attention-backend",
+        "torch_native",
+        "--max-total-tokens",
+        "16384",
+    )
     return Preset(engine, python, model, arguments, {"SGLANG_USE_CPU_ENGINE": "1"})

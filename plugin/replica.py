@@ -36,7 +36,7 @@ from launchers.engine_site import engine_site
 from launchers.errors import EngineFailed, LauncherError
 from plugin.layers import Layers
 from plugin.output import Output
-from plugin.phases import Phase, PhaseTracker
+from plugin.phases import Phase, PhaseTracker, Span
 from plugin.settings import LaunchSettings
 from plugin.weights import Weights
 
@@ -125,9 +125,14 @@ class Replica:
                 if again:
                     self._lazy_works = False
                     continue
-                if self.settings.strict:
+                if self.settings.strict or self.settings.named:
                     raise
                 break
+        if self.settings.named:
+            raise HostLacks(
+                "cannot-restore",
+                self.layers.snapshots or f"snapshot {self.settings.name} is in quarantine; see snapshot inspect",
+            )
         try:
             self._cold()
         except BaseException as error:
@@ -172,7 +177,12 @@ class Replica:
             return None
         health = self.library.health(name)
         if health.quarantined:
-            log.warning("snapshot %s is in quarantine after %d failed restores (%s); starting cold", name, health.failures, health.reason)
+            log.warning(
+                "snapshot %s is in quarantine after %d failed restores (%s); starting cold",
+                name,
+                health.failures,
+                health.reason,
+            )
             return None
         return name
 
@@ -195,7 +205,21 @@ class Replica:
         began = time.monotonic()
         self.tracker.to(Phase.MOUNTING)
         snapshot = self.library.load(name)
-        identities.refuse(identities.check(identities.Identity.decode(snapshot.identity), self.identity))
+        if self.settings.trust_keys:
+            from checkpoint.signing import check_folder
+
+            check_folder(self.library.path(name), self.settings.trust_keys)
+        recorded = identities.Identity.decode(snapshot.identity)
+        if self.settings.named:
+            # The arguments and the environment are the snapshot's own: the user named it, and gave none.
+            here = self.identity
+            reasons = (
+                *identities.check_host(recorded, here.host),
+                *identities.check_engine(recorded.engine, here.engine),
+            )
+        else:
+            reasons = identities.check(recorded, self.identity)
+        identities.refuse(reasons)
         binds = self._binds(mounted=self.weights.mounted())
         self.spans = {"identity": time.monotonic() - began}
         self.tracker.to(Phase.RESTORING)
@@ -230,14 +254,18 @@ class Replica:
         self.snapshot, self.restored = snapshot, True
         self._serve()
         if restored.pages:
-            threading.Thread(target=self._follow, args=(name, restored.pages), name="page-follower", daemon=True).start()
+            threading.Thread(
+                target=self._follow, args=(name, restored.pages), name="page-follower", daemon=True
+            ).start()
 
     # Pages that come later
 
     def _lazy(self, name: str) -> snapshots.LazyRestore:
         known = self.library.working_set(name)
         recorded = known.exists()
-        return snapshots.LazyRestore(known if recorded else None, not recorded, self._pages_lost, lambda text: log.warning("%s", text))
+        return snapshots.LazyRestore(
+            known if recorded else None, not recorded, self._pages_lost, lambda text: log.warning("%s", text)
+        )
 
     def _pages_lost(self, reason: str) -> None:
         """The page server died: what faults now would wait for ever. End the replica; it comes back the plain way."""
@@ -281,7 +309,9 @@ class Replica:
         except LauncherError as error:
             raise Failed("canary-failed", f"the restored engine does not generate: {error}") from error
         if got != snapshot.canary.token_ids:
-            raise Integrity("canary-differs", f"the restored engine generates {got} where {snapshot.canary.token_ids} was recorded")
+            raise Integrity(
+                "canary-differs", f"the restored engine generates {got} where {snapshot.canary.token_ids} was recorded"
+            )
 
     def _wait_weights(self, sandbox: Sandbox) -> None:
         mounted = self.weights.mount()
@@ -318,7 +348,9 @@ class Replica:
             pid = place.start(argv, environment, os.getcwd(), outputs["stdout"].write_fd, outputs["stderr"].write_fd)
         except (CheckpointError, LauncherError) as error:
             place.close()
-            raise LauncherError("engine-not-started", f"{error}; give the engine's interpreter with --engine-python") from error
+            raise LauncherError(
+                "engine-not-started", f"{error}; give the engine's interpreter with --engine-python"
+            ) from error
         finally:
             for output in outputs.values():
                 output.handed_over()
@@ -327,13 +359,19 @@ class Replica:
         probe = Probe(lambda: place.exit_code(pid), lambda: self._last_words(outputs), self.settings.start_timeout_s)
         self.engine.wait_ready(client, probe, lambda: None)
         self.tracker.to(Phase.WARMING)
-        cold_s = sum(span.took_s for span in self.tracker.timeline)
+        cold_s = sum(span.took_s for span in self._this_start())
         self.engine.warm_up(client, self.settings.command)
         self.restored = False
         if self._wanted_snapshot(place):
             assert isinstance(place, Sandbox)
             self._take(place, pid, port, outputs, cold_s)
         self._serve()
+
+    def _this_start(self) -> tuple[Span, ...]:
+        """The spans of the current cold start, without those of a restore that failed before it."""
+        spans = self.tracker.timeline
+        starts = [index for index, span in enumerate(spans) if span.phase is Phase.MOUNTING]
+        return spans[starts[-1] :] if starts else spans
 
     @staticmethod
     def _last_words(outputs: dict[str, Output]) -> str:
@@ -377,12 +415,14 @@ class Replica:
                 image_bytes=0,
                 kv_cache_bytes=kv_bytes,
                 cold_s=round(cold_s, 3),
-                timeline=[TimelinePhase(str(span.phase), round(span.took_s, 4)) for span in self.tracker.timeline],
+                timeline=[TimelinePhase(str(span.phase), round(span.took_s, 4)) for span in self._this_start()],
                 files={},
             )
             from checkpoint.sealing import seal
 
-            self.snapshot = snapshots.take(self.library, self.criu, sandbox, draft, self._compile_cache(), seal, self._signer())
+            self.snapshot = snapshots.take(
+                self.library, self.criu, sandbox, draft, self._compile_cache(), seal, self._signer()
+            )
             self.library.succeeded(draft.name)
         except Busy as error:
             log.info("no snapshot by this launch: %s", error)
@@ -393,7 +433,11 @@ class Replica:
         self.tracker.to(Phase.RESUMING)
         again = self.engine.canary(running.client)
         if self.snapshot and again != self.snapshot.canary.token_ids:
-            log.warning("the engine answers differently after its own dump (%s, %s); the snapshot is removed", again, self.snapshot.canary)
+            log.warning(
+                "the engine answers differently after its own dump (%s, %s); the snapshot is removed",
+                again,
+                self.snapshot.canary,
+            )
             self.library.remove(self.snapshot.name)
             self.snapshot = None
 

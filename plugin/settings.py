@@ -21,7 +21,7 @@ class LaunchSettings:
     """How one launch goes. Times in seconds.
 
     weights: whether a snapshot carries the weights (`full`), or a restore reads them again through the lazy mount (`thin`);
-    `auto` lets measured rates decide. name: the snapshot's name where the user gave one. idle_timeout_s 0: never sleep.
+    `auto` lets measured rates decide. named: serve exactly the snapshot `name`, or fail (`quickthaw restore`). name: the snapshot's name where the user gave one. idle_timeout_s 0: never sleep.
     strict: fail where a layer is off or a restore fails, rather than going on without.
     """
 
@@ -31,6 +31,7 @@ class LaunchSettings:
     home: Path
     store_url: str | None = None
     name: str | None = None
+    named: bool = False
     replicas: int = 1
     weights: str = "auto"
     mount: bool = True

@@ -27,13 +27,15 @@ IDLE_EXIT_S = 15.0
 class Weights:
     """One model directory. `digest` names what it holds; `shown_at` is where the engine reads it."""
 
-    def __init__(self, model: str, home: Path, store_url: str | None, enabled: bool, progress: Callable[..., None] | None = None) -> None:
+    def __init__(
+        self, model: str, home: Path, store_url: str | None, enabled: bool, progress: Callable[..., None] | None = None
+    ) -> None:
         self.home, self.store_url, self.enabled = home, store_url, enabled
         self.progress = progress
         self.path = local_directory(model)
-        if self.path is None and looks_like_path(model):
+        if enabled and self.path is None and looks_like_path(model):
             check_model(Path(model))
-        if self.path is not None:
+        if enabled and self.path is not None:
             check_model(self.path)
         self._lock = threading.Lock()
         self._digest: str | None = None
@@ -122,7 +124,10 @@ def local_directory(model: str) -> Path | None:
         return path
     if looks_like_path(model):
         return None
-    hub = Path(os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface") / "hub")
+    hub = Path(
+        os.environ.get("HF_HUB_CACHE")
+        or Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface") / "hub"
+    )
     repo = hub / f"models--{model.replace('/', '--')}"
     try:
         commit = (repo / "refs" / "main").read_text().strip()

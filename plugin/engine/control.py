@@ -17,7 +17,8 @@ SHRINK = signal.SIGRTMIN + 7
 WAKE = signal.SIGRTMIN + 8
 
 
-def _answer(name, text):
+def answer(name, text):
+    """Leave `text` for the launcher as `<pid>.<name>`; nothing where no launcher listens."""
     folder = os.environ.get("QUICKTHAW_CONTROL_DIR")
     if not folder:
         return
@@ -32,12 +33,12 @@ def _on_shrink(number, frame):
     from . import memory
 
     memory.trim()
-    _answer("shrunk", "ok")
+    answer("shrunk", "ok")
 
 
 def _on_wake(number, frame):
     reseed()
-    _answer("woken", "ok")
+    answer("woken", "ok")
 
 
 def reseed():

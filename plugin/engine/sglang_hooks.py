@@ -4,11 +4,7 @@ SGLang has no way to call into a scheduler by name, so shrinking hangs on what i
 after it has succeeded the KV pool holds nothing, so its pages are dropped.
 """
 
-import logging
-
 from . import control, memory
-
-logger = logging.getLogger("sglang.quickthaw")
 
 
 def _after_flush(result, scheduler, *args, **kwargs):
@@ -16,7 +12,7 @@ def _after_flush(result, scheduler, *args, **kwargs):
         pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
         dropped = memory.discard(memory.tensors_in(pool))
         memory.trim()
-        logger.info("quickthaw: dropped %d bytes of empty KV cache", dropped)
+        control.answer("kv", str(dropped))
     return result
 
 

@@ -13,6 +13,7 @@ def _shrink(self):
     runner = worker.model_runner
     dropped = memory.discard(_flat(getattr(runner, "kv_caches", ())))
     memory.trim()
+    control.answer("kv", str(dropped))
     return dropped
 
 

@@ -1,0 +1,227 @@
+"""`quickthaw snapshot …`: what snapshots there are, what is in them, whether they are sound, and moving and removing them."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+
+from checkpoint.errors import CheckpointError
+from checkpoint.library import Library
+
+
+def _library() -> Library:
+    return Library(Path(os.environ.get("QUICKTHAW_HOME") or Path.home() / ".cache" / "quickthaw"))
+
+
+def _row(library: Library, name: str) -> dict[str, Any]:
+    health = library.health(name)
+    row: dict[str, Any] = {
+        "name": name,
+        "failures": health.failures,
+        "quarantined": health.quarantined,
+        "reason": health.reason,
+    }
+    try:
+        snapshot = library.load(name)
+    except CheckpointError as error:
+        return row | {"damaged": str(error)}
+    return row | {
+        "created": snapshot.created,
+        "engine": snapshot.engine,
+        "model": snapshot.model,
+        "weights": snapshot.weights,
+        "image_bytes": snapshot.image_bytes,
+        "kv_cache_bytes_left_out": snapshot.kv_cache_bytes,
+        "cold_s": snapshot.cold_s,
+        "damaged": None,
+    }
+
+
+@click.group()
+def snapshot() -> None:
+    """Snapshots of warmed-up engines on this host.
+
+    \b
+    quickthaw snapshot ls
+    quickthaw snapshot inspect NAME --contents
+    quickthaw snapshot rm NAME
+    """
+
+
+@snapshot.command("ls")
+@click.option("--json", "as_json", is_flag=True, help="Plain data instead of the table.")
+def ls(as_json: bool) -> None:
+    """List the snapshots of this host, oldest first.
+
+    \b
+    quickthaw snapshot ls --json
+    """
+    library = _library()
+    rows = [_row(library, name) for name in library.names()]
+    if as_json:
+        click.echo(json.dumps(rows, indent=1))
+        return
+    if not rows:
+        click.echo("no snapshots yet; quickthaw launch takes one at the first start")
+        return
+    width = max(len(row["name"]) for row in rows)
+    click.echo(f"{'NAME':<{width}}  {'ENGINE':<7} {'IMAGES':>9} {'SAVES':>8}  CREATED               STATE")
+    for row in rows:
+        if row["damaged"]:
+            click.echo(f"{row['name']:<{width}}  damaged: {row['damaged']}")
+            continue
+        state = (
+            f"quarantined: {row['reason']}"
+            if row["quarantined"]
+            else f"{row['failures']} failed restores"
+            if row["failures"]
+            else "ok"
+        )
+        size = f"{row['image_bytes'] / 1e9:.2f} GB"
+        click.echo(
+            f"{row['name']:<{width}}  {row['engine']:<7} {size:>9} {row['cold_s']:>6.1f} s  {row['created']:<20}  {state}"
+        )
+
+
+@snapshot.command("inspect")
+@click.argument("name")
+@click.option("--check", "check_here", is_flag=True, help="Say what speaks against a restore on this host.")
+@click.option("--contents", is_flag=True, help="Say what the bytes are: by process and kind, zero and duplicate pages.")
+@click.option("--json", "as_json", is_flag=True, help="Plain data.")
+def inspect(name: str, check_here: bool, contents: bool, as_json: bool) -> int:
+    """Show what a snapshot is, and why it would or would not be restored here.
+
+    \b
+    quickthaw snapshot inspect NAME --check
+    quickthaw snapshot inspect NAME --contents
+    """
+    library = _library()
+    found = library.load(name)
+    data: dict[str, Any] = msgspec.to_builtins(found)
+    files = data.pop("files")
+    data["file_bytes"] = sum(file["size"] for file in files.values())
+    data["health"] = msgspec.to_builtins(library.health(name)) | {"quarantined": library.health(name).quarantined}
+    data["secrets_present"] = found.identity.get("secret_names", [])
+    mismatches: list[dict[str, str]] = []
+    if check_here:
+        from checkpoint import identity
+        from checkpoint.criu import Criu
+        from checkpoint.facts import engine_facts, host_facts
+
+        recorded = identity.Identity.decode(found.identity)
+        here = host_facts(Criu.find(library.home).cached_version(library.home))
+        reasons = list(identity.check_host(recorded, here))
+        reasons += identity.check_engine(recorded.engine, engine_facts(found.engine, Path(recorded.engine.interpreter)))
+        mismatches = [{"code": reason.code, "message": reason.message} for reason in reasons]
+        data["mismatches"] = mismatches
+    inside = None
+    if contents:
+        from checkpoint import contents as reader
+
+        inside = reader.inspect(library.path(name))
+        data["contents"] = msgspec.to_builtins(inside)
+    if as_json:
+        click.echo(json.dumps(data, indent=1))
+        return 1 if mismatches else 0
+    for key in ("name", "created", "engine", "model", "model_digest", "weights", "root_pid"):
+        click.echo(f"{key:<22} {data[key]}")
+    click.echo(
+        f"{'images':<22} {found.image_bytes / 1e9:.3f} GB, without {found.kv_cache_bytes / 1e9:.3f} GB of empty KV cache"
+    )
+    click.echo(f"{'saves':<22} {found.cold_s:.1f} s: " + ", ".join(f"{p.phase} {p.took_s:.1f}" for p in found.timeline))
+    click.echo(f"{'canary':<22} {found.canary.prompt!r} → {found.canary.token_ids}")
+    click.echo(
+        f"{'secrets present':<22} {', '.join(data['secrets_present']) or 'none recognised'} (names only; --scrub-env leaves them out)"
+    )
+    health = library.health(name)
+    click.echo(f"{'failed restores':<22} {health.failures}{': ' + health.reason if health.reason else ''}")
+    if check_here:
+        for one in mismatches:
+            click.echo(f"{'against a restore':<22} {one['code']}: {one['message']}")
+        if not mismatches:
+            click.echo(f"{'against a restore':<22} nothing on this host")
+    if inside is not None:
+        click.echo()
+        for line in reader.render(inside):
+            click.echo(line)
+    return 1 if mismatches else 0
+
+
+@snapshot.command("verify")
+@click.argument("names", nargs=-1)
+@click.option("--json", "as_json", is_flag=True, help="Plain data.")
+@click.option(
+    "--trust-key",
+    "trust_keys",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="Ask for a signature by one of these keys.",
+)
+def verify(names: tuple[str, ...], as_json: bool, trust_keys: tuple[Path, ...]) -> int:
+    """Read every byte of snapshots and compare with their digests (all of them, where none is named).
+
+    \b
+    quickthaw snapshot verify
+    quickthaw snapshot verify NAME --trust-key release.pub
+    """
+    from checkpoint import sealing, signing
+
+    library = _library()
+    results: list[dict[str, Any]] = []
+    for name in names or library.names():
+        try:
+            if trust_keys:
+                signing.check_folder(library.path(name), trust_keys)
+            files = library.load(name).files
+            done = sealing.verify(library.path(name), files, always=True)
+            results.append({"name": name, "ok": True, "bytes": done.hashed, "error": None})
+        except CheckpointError as error:
+            results.append({"name": name, "ok": False, "bytes": 0, "error": str(error)})
+    if as_json:
+        click.echo(json.dumps(results, indent=1))
+    else:
+        for one in results:
+            click.echo(
+                f"{one['name']}: " + (f"ok, {one['bytes'] / 1e9:.2f} GB read" if one["ok"] else f"{one['error']}")
+            )
+    return 0 if all(one["ok"] for one in results) else 1
+
+
+@snapshot.command("rm")
+@click.argument("names", nargs=-1, required=True)
+def rm(names: tuple[str, ...]) -> None:
+    """Remove snapshots. One that is being restored is left alone, with an error.
+
+    \b
+    quickthaw snapshot rm NAME NAME
+    """
+    library = _library()
+    for name in names:
+        library.remove(name)
+        click.echo(f"removed {name}")
+
+
+@snapshot.command("gc")
+def gc() -> None:
+    """Remove what killed launches left half-written."""
+    click.echo(f"removed {_library().sweep()} unfinished")
+
+
+@snapshot.command("keygen")
+@click.argument("private", type=click.Path(path_type=Path))
+def keygen(private: Path) -> None:
+    """Make an Ed25519 key pair, PRIVATE and PRIVATE.pub, for --sign-key and --trust-key.
+
+    \b
+    quickthaw snapshot keygen release.key
+    quickthaw launch --sign-key release.key vllm …
+    quickthaw launch --trust-key release.key.pub vllm …
+    """
+    from checkpoint import signing
+
+    click.echo(f"key {signing.keygen(private)}: {private} (keep it secret), {private}.pub")

@@ -1,0 +1,97 @@
+"""`python -m plugin.restore [OPTIONS] SNAPSHOT`: a replica from a named snapshot, behind the proxy.
+
+Unlike `launch` it needs no engine arguments and never starts cold: what it serves is this snapshot, or nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from plugin.launch_cli import Seconds, start_log
+
+
+@click.command(context_settings={"auto_envvar_prefix": "QUICKTHAW"})
+@click.argument("snapshot")
+@click.option(
+    "--host", default=None, show_envvar=True, help="Address to listen on.  [default: the engine's own default]"
+)
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=None,
+    show_envvar=True,
+    help="Port.  [default: the engine's own default]",
+)
+@click.option("--replicas", type=click.IntRange(1), default=1, show_default=True, show_envvar=True)
+@click.option("--api-key", default=None, show_envvar=True, help="The key the engine was started with, for the canary.")
+@click.option("--store", default=None, metavar="URL", show_envvar=True, help="Where weights are kept as chunks.")
+@click.option(
+    "--verify", type=click.Choice(["auto", "always", "never"]), default="auto", show_default=True, show_envvar=True
+)
+@click.option("--trust-key", "trust_keys", type=click.Path(path_type=Path), multiple=True, show_envvar=True)
+@click.option(
+    "--idle-timeout",
+    type=Seconds(),
+    default="0",
+    show_envvar=True,
+    help="Stop after so long without a request; the next wakes it.",
+)
+@click.option("--grace", type=Seconds(), default="30s", show_default=True, show_envvar=True)
+@click.option("--quiet", is_flag=True, show_envvar=True)
+def restore(snapshot: str, **options: Any) -> int:
+    """Serve a replica from a named snapshot.
+
+    \b
+    quickthaw snapshot ls
+    quickthaw restore vllm-llama-3f9a1c2b7d --port 8000
+    quickthaw restore NAME --replicas 4
+    """
+    import launchers
+    from checkpoint.library import Library
+    from launchers.base import EngineCommand
+    from plugin.launch import launch
+    from plugin.settings import LaunchSettings, state_home
+
+    start_log(options["quiet"])
+    home = state_home()
+    found = Library(home).load(snapshot)
+    engine = launchers.engine(found.engine)
+    host = options["host"] or engine.default_host
+    port = engine.default_port if options["port"] is None else options["port"]
+    interpreter = found.identity.get("engine", {}).get("interpreter", sys.executable)
+    key = options["api_key"] or engine.key_from(os.environ)
+    return launch(
+        LaunchSettings(
+            engine=found.engine,
+            command=EngineCommand(found.engine, (), found.model, host, port, key),
+            engine_python=str(interpreter),
+            home=home,
+            store_url=options["store"],
+            name=snapshot,
+            replicas=options["replicas"],
+            mount=Path(found.model).is_dir(),
+            take_snapshot=False,
+            named=True,
+            verify=options["verify"],
+            trust_keys=options["trust_keys"],
+            idle_timeout_s=options["idle_timeout"],
+            grace_s=options["grace"],
+            strict=False,
+        )
+    )
+
+
+def main() -> None:
+    """The entry point of `python -m plugin.restore`."""
+    from plugin.cli import run
+
+    run(["restore", *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    main()

@@ -83,8 +83,8 @@ def write_model(folder: Path, megabytes: int, *, sparse: bool = False, changed: 
             import random
 
             for i in range(count):
-                rng = random.Random(i if i < count - changed else -i)
-                f.write(rng.randbytes(1 << 20) * 16 if not changed else rng.randbytes(size))
+                rng = random.Random(i if i < count - changed else i + 1_000_000)
+                f.write(rng.randbytes(1 << 20) * 16)
     return folder
 
 
@@ -199,14 +199,11 @@ class Bench:
 
     def sharing(self) -> None:
         """What a fine-tune with two tensors changed costs in the store."""
-        base, tuned = (write_model(self.scratch / n, 256, changed=c) for n, c in (("base", 0), ("tuned", 2)))
-        shutil.rmtree(base)
-        write_model(base, 256, changed=0)
-        del tuned
+        base, tuned = write_model(self.scratch / "base", 256), write_model(self.scratch / "tuned", 256, changed=2)
         reports: list[object] = []
         store = str(self.scratch / "sharing-store")
         import_directory(base, store)
-        import_directory(self.scratch / "tuned", store, progress=reports.append)
+        import_directory(tuned, store, progress=reports.append)
         last = reports[-1]
         self.row("sharing", "bytes shared by a variant with 2 of 16 tensors changed", last.skipped / last.total, 0, "")
 

@@ -16,9 +16,9 @@ from typing import Protocol
 
 from lazyfs.cache import PRESENT, UNPROVEN, Cache, Image
 from lazyfs.chunkstore import ChunkStore, chunk_key, digest_of, zero_digest
-from lazyfs.errors import DiskFull, Integrity, NotFound
+from lazyfs.digests import DigestLog
+from lazyfs.errors import DiskFull, Integrity, NotFound, Permanent
 from lazyfs.manifest import RAW, ZSTD, File
-from lazyfs.readthrough import DigestLog
 from lazyfs.retry import RetryPolicy, retrying
 from lazyfs.stores.base import Store
 
@@ -64,6 +64,21 @@ class StoreSource:
             return self.chunks.decode(chunk.digest, body, encoding, chunk.length)
         assert missing is not None
         raise missing
+
+
+class ReadThroughSource:
+    """Plain bytes by range from the source, pinned to the version in the manifest."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    def fetch(self, file: File, index: int, *, fresh: bool = False) -> bytes:
+        """The chunk. Permanent("source-changed") when the source is not the one the manifest describes."""
+        length = file.chunks[index].length
+        data = self.store.get(file.path, file.offsets[index], length, file.version)
+        if len(data) != length:
+            raise Permanent(f"{file.path} ends early; the source has changed, mount it again", code="source-changed")
+        return data
 
 
 class ChunkFetcher:

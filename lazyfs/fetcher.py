@@ -21,12 +21,12 @@ from lazyfs import wire
 from lazyfs.cache import Cache, Image
 from lazyfs.chunkstore import ChunkStore
 from lazyfs.config import MountConfig
+from lazyfs.digests import DigestLog
 from lazyfs.errors import LazyfsError, to_errno
-from lazyfs.fetch import ChunkFetcher, StoreSource
+from lazyfs.fetch import ChunkFetcher, ReadThroughSource, StoreSource
 from lazyfs.loading import origins_of
 from lazyfs.manifest import Manifest
 from lazyfs.memory import SlotWriter
-from lazyfs.readthrough import DigestLog, ReadThroughSource
 from lazyfs.stores import open_store
 from lazyfs.trace import Trace
 

@@ -6,11 +6,13 @@ from pathlib import Path
 
 from lazyfs.chunkstore import ChunkStore
 from lazyfs.config import MountConfig
+from lazyfs.directory import origins
 from lazyfs.errors import Integrity, LazyfsError
 from lazyfs.manifest import Manifest, decode, encode
 from lazyfs.paths import private_dir, write_atomic
 from lazyfs.retry import RetryPolicy, retrying
 from lazyfs.stores import open_store
+from lazyfs.urls import local_path
 
 
 def load_manifest(config: MountConfig) -> Manifest:
@@ -33,14 +35,18 @@ def load_manifest(config: MountConfig) -> Manifest:
     return manifest
 
 
+def source_origins(manifest: Manifest) -> dict[str, tuple[str, list[int]]]:
+    """Where the files of a local source lie, for reading them in place; empty for a remote one."""
+    folder = local_path(manifest.source) if manifest.source else None
+    if folder is None:
+        return {}
+    return {f.path: (str(folder / f.path), [int(x) for x in f.version.split("-")]) for f in manifest.files}
+
+
 def origins_of(config: MountConfig, manifest: Manifest) -> dict[str, tuple[str, list[int]]]:
     """Files that may be read where they were imported from (or, for a local source, where they are)."""
     if not config.use_origin:
         return {}
     if manifest.kind == "source":
-        from lazyfs.readthrough import source_origins
-
         return source_origins(manifest)
-    from lazyfs.directory import origins
-
     return origins(config.manifest, config.store_url)

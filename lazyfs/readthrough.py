@@ -8,20 +8,15 @@ a different manifest. The digest of a chunk is recorded when it is first read, a
 from __future__ import annotations
 
 import os
-import threading
 from pathlib import Path
 
 from lazyfs.chunking import ReadAt, chunk_lengths
-from lazyfs.chunkstore import digest_of
 from lazyfs.errors import NotFound, Permanent
 from lazyfs.importer import walk
 from lazyfs.manifest import VERSION, Chunk, Directory, File, Manifest
-from lazyfs.paths import private_dir
 from lazyfs.retry import RetryPolicy, retrying
 from lazyfs.stores import Store, open_store
 from lazyfs.urls import local_path, normal_url
-
-_DIGEST = 32
 
 
 def describe(url: str) -> Manifest:
@@ -74,52 +69,3 @@ def _reader(fd: int) -> ReadAt:
 
 def _object_reader(store: Store, key: str) -> ReadAt:
     return lambda at, n: bytes(retrying(lambda: store.get(key, at, n), RetryPolicy()))
-
-
-def source_origins(manifest: Manifest) -> dict[str, tuple[str, list[int]]]:
-    """Where the files of a local source lie, for reading them in place; empty for a remote one."""
-    folder = local_path(manifest.source) if manifest.source else None
-    if folder is None:
-        return {}
-    return {f.path: (str(folder / f.path), [int(x) for x in f.version.split("-")]) for f in manifest.files}
-
-
-class ReadThroughSource:
-    """Plain bytes by range from the source, pinned to the version in the manifest."""
-
-    def __init__(self, store: Store) -> None:
-        self.store = store
-
-    def fetch(self, file: File, index: int, *, fresh: bool = False) -> bytes:
-        """The chunk. Permanent("source-changed") when the source is not the one the manifest describes."""
-        length = file.chunks[index].length
-        data = self.store.get(file.path, file.offsets[index], length, file.version)
-        if len(data) != length:
-            raise Permanent(f"{file.path} ends early; the source has changed, mount it again", code="source-changed")
-        return data
-
-
-class DigestLog:
-    """The digests met so far, one file of 32-byte records per source file; a record of zeros is not known yet."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._lock = threading.Lock()
-        self._open: dict[str, int] = {}
-
-    def expected(self, file: File, index: int) -> str:
-        """The digest recorded for the chunk, or ""."""
-        raw = os.pread(self._fd(file), _DIGEST, index * _DIGEST)
-        return raw.hex() if any(raw) and len(raw) == _DIGEST else ""
-
-    def record(self, file: File, index: int, data: bytes) -> None:
-        """Remember the digest of a chunk that was read for the first time."""
-        os.pwrite(self._fd(file), bytes.fromhex(digest_of(data)), index * _DIGEST)
-
-    def _fd(self, file: File) -> int:
-        with self._lock:
-            fd = self._open.get(file.digest)
-            if fd is None:
-                path = private_dir(self.folder) / file.digest
-                fd = self._open[file.digest] = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            return fd

@@ -17,6 +17,7 @@ from lazyfs import kernel, wire
 from lazyfs.cache import Cache
 from lazyfs.config import MountConfig
 from lazyfs.control_server import ControlServer
+from lazyfs.directory import origins
 from lazyfs.errors import Busy, LazyfsError, Usage
 from lazyfs.link import FetcherLink
 from lazyfs.loading import load_manifest, origins_of
@@ -37,8 +38,13 @@ def serve(config_text: str, ready: Callable[[dict[str, Any]], None]) -> None:
     # Reads are answered in short turns of the interpreter; a waiting thread should not hold it for the default 5 ms.
     sys.setswitchinterval(0.0005)
     config = MountConfig.load(config_text)
+    memory = SlotMemory(config.memory_mb)
+    link = FetcherLink(config, memory.fd)
+    if not (config.use_origin and origins(config.manifest, config.store_url)):
+        # Its start-up takes as long as ours: both at once.
+        link.ensure()
     manifest = load_manifest(config)
-    server = Server(config, manifest)
+    server = Server(config, manifest, link, memory)
     server.start()
     ready({"ok": True, **server.identity()})
     server.run()
@@ -70,12 +76,12 @@ def choose_transport(service: Service, config: MountConfig) -> Transport:
 class Server:
     """One mount: its service, its transport, its control socket."""
 
-    def __init__(self, config: MountConfig, manifest: Manifest) -> None:
+    def __init__(self, config: MountConfig, manifest: Manifest, link: FetcherLink, memory: SlotMemory) -> None:
         self.config = config
         self.manifest = manifest
         self.cache = Cache(Path(config.cache_dir), config.cache_limit or None)
-        self.memory = SlotMemory(config.memory_mb)
-        self.link = FetcherLink(config, self.memory.fd)
+        self.memory = memory
+        self.link = link
         self.service = Service(config, manifest, self.cache, self.link, self.memory)
         self.service.origins = origins_of(config, manifest)
         self.link.on_restart = self.service.resend

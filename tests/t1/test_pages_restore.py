@@ -1,0 +1,265 @@
+"""The page server under a real CRIU: memory comes back as it was, whatever the processes do to it while it is being brought."""
+
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from checkpoint.criu import Criu
+from checkpoint.errors import HostLacks
+from checkpoint.pages.images import process_ids, read_process
+from checkpoint.pages.server import PageServer
+from checkpoint.pages.workingset import WorkingSet
+from checkpoint.sandbox import TMP_DIR, Sandbox, SandboxConfig
+
+pytestmark = pytest.mark.t1
+
+HOME = Path(os.environ.get("QUICKTHAW_HOME", Path.home() / ".cache" / "quickthaw"))
+LIMIT_S = 60.0
+LOOP = 4
+
+
+def wait_for(path: Path, limit_s: float = LIMIT_S) -> bytes:
+    limit = time.monotonic() + limit_s
+    while time.monotonic() < limit:
+        try:
+            return path.read_bytes()
+        except FileNotFoundError:
+            time.sleep(0.005)
+    raise AssertionError(f"{path.name} did not come within {limit_s:.0f} s")
+
+
+def inside(sandbox: Sandbox) -> Path:
+    """The sandbox's TMPDIR, from the host."""
+    return Path(f"/proc/{sandbox.init_pid}/root{TMP_DIR}")
+
+
+class Frozen:
+    """A dumped workload, and the ways to bring it back."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.images = folder / "images"
+        self.images.mkdir()
+        self.criu = Criu.find(HOME)
+        self.working_set = folder / "working-set.qws"
+        self.deaths: list[str] = []
+        self.warnings: list[str] = []
+        self.count = 0
+        script = folder / "frozen.sh"
+        script.write_text("#!/bin/sh\nexit 0\n")
+        script.chmod(0o755)
+        with Sandbox() as sandbox:
+            workload = str(Path(__file__).with_name("pages_workload.py"))
+            # Not through a virtual environment's link: the path that is mapped is the one that CRIU opens.
+            python = os.path.realpath(sys.executable)
+            self.root = sandbox.start([python, "-I", "-S", workload, TMP_DIR], {}, "/")
+            wait_for(inside(sandbox) / "ready")
+            self.monotonic_ns = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+            self.criu.dump(sandbox, self.root, self.images, script, LIMIT_S)
+
+    def sandbox(self) -> Sandbox:
+        return Sandbox(SandboxConfig(monotonic_ns=self.monotonic_ns))
+
+    def serve(self, record: bool = False, known: bool = True, rate: float = 800e6) -> tuple[PageServer, Path]:
+        self.count += 1
+        work = self.folder / f"work-{self.count}"
+        work.mkdir()
+        server = PageServer.start(
+            self.images,
+            work,
+            self.working_set if known and not record else None,
+            record,
+            rest_bytes_per_s=rate,
+            on_death=self.deaths.append,
+            on_warning=self.warnings.append,
+        )
+        return server, work
+
+    def restore(self, sandbox: Sandbox, work: Path) -> None:
+        self.criu.restore(sandbox, self.root, self.images, LIMIT_S, work, {}, lazy_pages=True)
+
+    @staticmethod
+    def order(sandbox: Sandbox, **what: int) -> None:
+        folder = inside(sandbox)
+        (folder / "go.tmp").write_text(json.dumps(what))
+        (folder / "go.tmp").rename(folder / "go")
+
+    @staticmethod
+    def result(sandbox: Sandbox) -> dict[str, object]:
+        path = inside(sandbox) / "result"
+        found: dict[str, object] = json.loads(wait_for(path))
+        path.unlink()
+        return found
+
+
+@pytest.fixture(scope="module")
+def frozen(tmp_path_factory: pytest.TempPathFactory) -> Frozen:
+    try:
+        found = Criu.find(HOME)
+        assert found.version
+    except HostLacks as error:
+        pytest.skip(str(error))
+    return Frozen(tmp_path_factory.mktemp("frozen"))
+
+
+@pytest.fixture(autouse=True)
+def nothing_unexpected(frozen: Frozen):  # type: ignore[no-untyped-def]
+    frozen.deaths.clear()
+    frozen.warnings.clear()
+    yield
+    assert not frozen.warnings
+    assert not list(frozen.folder.glob("work-*/lazy-pages.socket"))
+    for work in frozen.folder.glob("work-*"):
+        shutil.rmtree(work)
+
+
+def test_recorded_then_replayed(frozen: Frozen) -> None:
+    """What the first restore touched is in place before it is touched at the second one, and the server then goes away."""
+    server, work = frozen.serve(record=True)
+    with server, frozen.sandbox() as sandbox:
+        frozen.restore(sandbox, work)
+        frozen.order(sandbox, seed=1, touch=1500)
+        assert frozen.result(sandbox)["errors"] == []
+        server.first_token()
+        frozen.order(sandbox, seed=1, touch=1800)
+        assert frozen.result(sandbox)["errors"] == []
+        recorded = server.stats()
+        server.requests_done(save=frozen.working_set)
+        assert server.wait_saved(LIMIT_S)
+        assert server.wait_complete(LIMIT_S)
+    assert not frozen.deaths
+    known = WorkingSet.load(str(frozen.working_set))
+    assert known.first > 0
+    assert recorded["faults_before_first_token"] >= 1500
+    assert sum(end - start for _, start, end in known.before_first_token) >= 1500 * 4096
+    assert sum(end - start for _, start, end in known.after_first_token) >= 250 * 4096
+
+    server, work = frozen.serve()
+    with server, frozen.sandbox() as sandbox:
+        frozen.restore(sandbox, work)
+        # Let it place the working set before anything is touched, so that what still faults was missed by it.
+        limit = time.monotonic() + LIMIT_S
+        while not server.stats()["hot_done_s"]:
+            assert time.monotonic() < limit
+        frozen.order(sandbox, seed=1, touch=1500)
+        assert frozen.result(sandbox)["errors"] == []
+        replayed = server.stats()
+        server.first_token()
+        server.requests_done()
+        assert server.wait_complete(LIMIT_S)
+        frozen.order(sandbox, seed=1, steps=50)
+        assert frozen.result(sandbox)["errors"] == []
+    assert not frozen.deaths
+    assert replayed["faults"] < recorded["faults_before_first_token"] / 10
+    assert replayed["bytes_ahead"] >= 1500 * 4096
+
+
+def drive(frozen: Frozen, seed: int, steps: int, known: bool, rate: float) -> dict[str, float]:
+    server, work = frozen.serve(known=known, rate=rate)
+    with server, frozen.sandbox() as sandbox:
+        frozen.restore(sandbox, work)
+        frozen.order(sandbox, seed=seed, steps=steps)
+        server.first_token()
+        result = frozen.result(sandbox)
+        assert result["errors"] == [], f"seed {seed}"
+        assert result["children"]
+        counts = server.stats()
+        server.requests_done()
+        assert server.wait_complete(LIMIT_S), f"seed {seed}"
+        frozen.order(sandbox, seed=seed + 1, steps=steps // 2)
+        assert frozen.result(sandbox)["errors"] == [], f"seed {seed}, after completion"
+    assert not frozen.deaths
+    return counts
+
+
+def test_memory_is_as_it_was_while_pages_come(frozen: Frozen) -> None:
+    """Random munmap, mremap, madvise, mprotect and fork, with a reading thread, while the rest is brought slowly."""
+    counts = drive(frozen, seed=11, steps=240, known=True, rate=20e6)
+    assert counts["removed"] and counts["moved"] and counts["forks"] and counts["faults"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("rate", [5e6, 40e6, 4e9])
+def test_memory_is_as_it_was_many(frozen: Frozen, known: bool, rate: float) -> None:
+    """The same, with other seeds, at rates between "everything faults" and "everything is copied at once"."""
+    for round_number in range(LOOP):
+        drive(frozen, seed=int(rate) + 100 * round_number + known, steps=400, known=known, rate=rate)
+
+
+def test_a_dead_server_never_shows_zeros(frozen: Frozen) -> None:
+    """The owner is told at once, and the processes wait (they read nothing wrong) until it has killed them."""
+    server, work = frozen.serve(known=False)
+    with server, frozen.sandbox() as sandbox:
+        frozen.restore(sandbox, work)
+        frozen.order(sandbox, seed=1, touch=5)
+        assert frozen.result(sandbox)["errors"] == []
+        os.kill(server.pid, signal.SIGKILL)
+        assert server.ended.wait(LIMIT_S)
+        assert len(frozen.deaths) == 1 and "page server" in frozen.deaths[0]
+        assert not server.wait_complete(0.1)
+        frozen.order(sandbox, seed=1, touch=1900)
+        # It must not finish: a page of its is neither there nor replaced by zeros. Half a second is ample for 1,900 reads.
+        time.sleep(0.5)
+        assert not (inside(sandbox) / "result").exists()
+        began = time.monotonic()
+        sandbox.close()
+        assert time.monotonic() - began < LIMIT_S
+
+
+def test_a_dead_owner_ends_the_server(frozen: Frozen) -> None:
+    """Nothing is left of a server whose owner closed its side."""
+    server, _ = frozen.serve()
+    pid = server.pid
+    server.close()
+    assert not Path(f"/proc/{pid}").exists()
+    assert not frozen.deaths
+
+
+def test_criu_that_fails_is_told(frozen: Frozen) -> None:
+    """A client that breaks off before every process was restored ends the server with a reason."""
+    import socket
+
+    server, work = frozen.serve()
+    with server:
+        client = socket.socket(socket.AF_UNIX)
+        client.connect(str(work / "lazy-pages.socket"))
+        client.close()
+        assert server.ended.wait(LIMIT_S)
+    assert frozen.deaths and "CRIU ended" in frozen.deaths[0]
+
+
+def test_a_damaged_working_set_is_left_aside(frozen: Frozen) -> None:
+    """The restore goes on without it, and says so."""
+    bad = frozen.folder / "bad.qws"
+    bad.write_bytes(b"QTWS\xff\xff")
+    good, frozen.working_set = frozen.working_set, bad
+    try:
+        server, work = frozen.serve()
+    finally:
+        frozen.working_set = good
+    with server, frozen.sandbox() as sandbox:
+        frozen.restore(sandbox, work)
+        frozen.order(sandbox, seed=1, touch=50)
+        assert frozen.result(sandbox)["errors"] == []
+        server.first_token()
+        server.requests_done()
+        assert server.wait_complete(LIMIT_S)
+    assert len(frozen.warnings) == 1 and "restoring without it" in frozen.warnings[0]
+    frozen.warnings.clear()
+
+
+def test_images_tell_what_is_lazy(frozen: Frozen) -> None:
+    """CRIU's own page maps, read by us: offsets and lengths add up to the pages files."""
+    for pid in process_ids(str(frozen.images)):
+        image = read_process(str(frozen.images), pid)
+        size = (frozen.images / image.pages_file).stat().st_size
+        assert (image.lazy_pages + image.eager_pages) * 4096 == size
+        assert all(start < end and offset + end - start <= size for start, end, offset in image.runs)
+        assert any(end - start == 8 * 4096 for start, end in image.wiped_on_fork)

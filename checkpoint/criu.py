@@ -49,6 +49,8 @@ class Criu:
         private = home / "criu" / "criu"
         on_path = shutil.which("criu")
         for candidate in (named, private if private.exists() else None, Path(on_path) if on_path else None):
+            if candidate and not os.access(candidate, os.X_OK):
+                raise HostLacks("criu-missing", f"{candidate} cannot be executed; set QUICKTHAW_CRIU to a criu >= 4.2, or run setup/criu.sh")
             if candidate:
                 return cls(candidate)
         raise HostLacks(

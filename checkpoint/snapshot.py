@@ -27,6 +27,7 @@ from checkpoint.sandbox import CACHE_DIR, TMP_DIR, Bind, Sandbox, SandboxConfig
 
 DUMP_TIMEOUT_S = 600.0
 RESTORE_TIMEOUT_S = 600.0
+_MARGIN = 64 << 20  # bytes beside the pages: images of descriptors, shared memory, temporary files
 
 # Runs inside the sandbox, after the images are written and before the tree runs on: what the images link to must be of the same
 # moment. CRIU leaves its own hard links to deleted files behind (link_remap.N); one that stays makes the next dump fail.
@@ -123,7 +124,7 @@ def take(
     wanted = private_bytes(pids)
     library.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     free = shutil.disk_usage(library.folder).free
-    if free < wanted * 1.05 + (64 << 20):
+    if free < wanted * 1.05 + _MARGIN:
         raise Failed(
             "disk-full",
             f"the snapshot needs about {wanted / 1e9:.1f} GB and {library.folder} has {free / 1e9:.1f} GB free; "

@@ -82,6 +82,18 @@ class Seconds(click.ParamType[float]):
 @click.option("--snapshot/--no-snapshot", default=True, show_envvar=True, help="Take a snapshot where there is none.")
 @click.option("--restore/--no-restore", default=True, show_envvar=True, help="Restore where there is a snapshot.")
 @click.option(
+    "--shrink/--no-shrink",
+    default=True,
+    show_envvar=True,
+    help="Leave the empty KV cache out of the snapshot; the other way only to measure what that is worth.",
+)
+@click.option(
+    "--lazy/--no-lazy",
+    default=True,
+    show_envvar=True,
+    help="Restore the recorded working set first and the rest after the first token.",
+)
+@click.option(
     "--verify",
     type=click.Choice(["auto", "always", "never"]),
     default="auto",
@@ -171,6 +183,8 @@ def launch(engine: str, engine_arguments: tuple[str, ...], **options: Any) -> in
             take_snapshot=options["snapshot"],
             use_snapshot=options["restore"],
             strict=options["strict"],
+            shrink=options["shrink"],
+            lazy_restore=options["lazy"],
             verify=options["verify"],
             idle_timeout_s=options["idle_timeout"],
             start_timeout_s=options["start_timeout"],

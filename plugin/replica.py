@@ -393,9 +393,11 @@ class Replica:
         try:
             self.tracker.to(Phase.SHRINKING)
             token_ids = self.engine.canary(running.client)
-            self.engine.shrink(running.client)
-            kv_bytes = control.kv_bytes_dropped(sandbox.control_dir)
-            control.shrink_all(sandbox.init_pid, sandbox.control_dir)
+            kv_bytes = 0
+            if self.settings.shrink:
+                self.engine.shrink(running.client)
+                kv_bytes = control.kv_bytes_dropped(sandbox.control_dir)
+                control.shrink_all(sandbox.init_pid, sandbox.control_dir)
             self.tracker.to(Phase.CHECKPOINTING)
             draft = Snapshot(
                 format=FORMAT,

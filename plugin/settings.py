@@ -22,6 +22,7 @@ class LaunchSettings:
 
     weights: whether a snapshot carries the weights (`full`), or a restore reads them again through the lazy mount (`thin`);
     `auto` lets measured rates decide. named: serve exactly the snapshot `name`, or fail (`quickthaw restore`). name: the snapshot's name where the user gave one. idle_timeout_s 0: never sleep.
+    shrink False: leave the KV cache in the snapshot (to measure what leaving it out is worth).
     strict: fail where a layer is off or a restore fails, rather than going on without.
     """
 
@@ -39,6 +40,7 @@ class LaunchSettings:
     use_snapshot: bool = True
     strict: bool = False
     lazy_restore: bool = True
+    shrink: bool = True
     verify: str = "auto"
     idle_timeout_s: float = 0.0
     start_timeout_s: float = 1800.0

@@ -1,0 +1,287 @@
+"""The main job with the real engines: nothing here is a double. One cold start of each engine, and everything that its snapshot can do.
+
+A skipped test in this folder is a failure in CI (.ci/run counts).
+"""
+
+import contextlib
+import http.client
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from checkpoint.library import Library
+from plugin import measure
+from plugin.presets import preset
+from plugin.settings import state_home
+from tests.leftovers import Watch
+
+pytestmark = [pytest.mark.t2, pytest.mark.timeout(1200)]
+REPO = Path(__file__).parents[2]
+NAME = "under-test"
+COLD_LIMIT_S = 900.0
+
+
+class Rig:
+    """One engine with a state folder of its own; compile caches and CRIU are the machine's."""
+
+    def __init__(self, engine, home):
+        self.engine, self.home = engine, home
+        self.preset = preset(engine, state_home())
+        self.library = Library(home)
+        self.cold_text = ""
+        self.cold_status = {}
+        self.watch = Watch(home)
+
+    def command(self, *options, words=("launch",), arguments=None, **environment):
+        port = measure.free_port()
+        env = {**os.environ, **self.preset.environment, "QUICKTHAW_HOME": str(self.home), **environment}
+        env.pop("PYTHONDONTWRITEBYTECODE", None)
+        argv = [sys.executable, "-m", "plugin.cli", *words, *options]
+        if words[0] == "launch":
+            argv += ["--engine-python", str(self.preset.python), *([] if "--name" in options else ["--name", NAME]), self.engine]
+            argv += [*(self.preset.arguments if arguments is None else arguments), "--host", "127.0.0.1"]
+        argv += ["--port", str(port)]
+        return port, measure.Command(argv, env, self.home / f"{'-'.join(words)}-{port}.log", REPO)
+
+    @contextlib.contextmanager
+    def running(self, *options, limit_s=COLD_LIMIT_S, **more):
+        """A command with its first answer; stopped with SIGTERM at the end, and everything of it gone."""
+        port, command = self.command(*options, **more)
+        process = command.start()
+        try:
+            answer = measure.waiting_client(port, str(self.preset.model), command.began, limit_s, process)
+            yield port, answer, process, command
+        finally:
+            code = command.stop()
+            text = command.log.read_text(errors="replace")
+            assert "Traceback" not in _ours(text), _ours(text)[-3000:]
+        assert code in (0, 143), text[-2000:]
+        assert self.watch.gone() == set()
+
+
+def _ours(text):
+    """The log's lines that are quickthaw's own, with what follows a traceback of ours."""
+    return "\n".join(line for line in text.splitlines() if line.startswith(("quickthaw:", "Traceback")) and "site-packages" not in line)
+
+
+def post(port, path, body, timeout_s=60.0):
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout_s)
+    with contextlib.closing(connection):
+        connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        return response.status, response.read()
+
+
+def phases(port):
+    return [[span["phase"] for span in r["timeline"]] for r in measure.status(port)["pools"][0]["replicas"]]
+
+
+@pytest.fixture(scope="module", params=["sglang", "vllm"])
+def rig(request, tmp_path_factory):
+    """Cold start of a real engine through the lazy mount, with a snapshot at its end."""
+    home = tmp_path_factory.mktemp(request.param)
+    shared = state_home()
+    (shared / "compile").mkdir(mode=0o700, exist_ok=True)
+    (home / "compile").symlink_to(shared / "compile")
+    (home / "criu").symlink_to(shared / "criu")
+    rig = Rig(request.param, home)
+    with rig.running() as (port, answer, _, _):
+        rig.cold_text = answer.text
+        rig.cold_status = measure.status(port)
+        rig.denied = [post(port, path, {})[0] for path in sorted(_denied(request.param))[:3]]
+        rig.mounts = [line for line in Path("/proc/self/mounts").read_text().splitlines() if str(home) in line and "fuse" in line]
+    yield rig
+    shutil.rmtree(home, ignore_errors=True)
+
+
+def _denied(engine):
+    import launchers
+
+    return launchers.engine(engine).denied_paths
+
+
+def test_the_cold_start_answers_serves_on_and_leaves_a_snapshot(rig):
+    assert "Paris" in rig.cold_text
+    timeline = [span["phase"] for span in rig.cold_status["pools"][0]["replicas"][0]["timeline"]]
+    assert timeline == ["mounting", "starting", "loading", "warming", "shrinking", "checkpointing", "resuming"]
+    assert len(rig.mounts) == 1
+    snapshot = rig.library.load(NAME)
+    assert snapshot.kv_cache_bytes > 300e6
+    assert snapshot.canary.token_ids
+    assert rig.denied == [404, 404, 404]
+
+
+def test_ten_restores_in_a_row_all_verify_and_answer_the_same(rig):
+    for _ in range(10):
+        with rig.running(limit_s=120.0) as (port, answer, _, _):
+            assert answer.text == rig.cold_text
+            assert phases(port) == [["mounting", "restoring", "waking", "verifying"]]
+
+
+def test_two_replicas_of_one_snapshot_answer_at_the_same_time(rig):
+    with rig.running("--replicas", "2", NAME, words=("restore",), limit_s=120.0) as (port, answer, _, _):
+        assert answer.text == rig.cold_text
+        limit = time.monotonic() + 60
+        while time.monotonic() < limit:
+            replicas = measure.status(port)["pools"][0]["replicas"]
+            if all(replica["phase"] == "serving" for replica in replicas):
+                break
+            time.sleep(0.1)
+        body = {"model": str(rig.preset.model), "prompt": measure.PROMPT, "max_tokens": 16, "temperature": 0}
+        with ThreadPoolExecutor(6) as pool:
+            answers = list(pool.map(lambda _: post(port, "/v1/completions", body), range(6)))
+        assert {status for status, _ in answers} == {200}
+        assert {json.loads(data)["choices"][0]["text"] for _, data in answers} == {rig.cold_text}
+        served = [replica["served"] for replica in measure.status(port)["pools"][0]["replicas"]]
+        assert min(served) > 0, served
+
+
+def test_plain_restores_work_too(rig):
+    with rig.running("--no-lazy", limit_s=120.0) as (port, answer, _, _):
+        assert answer.text == rig.cold_text
+        assert phases(port) == [["mounting", "restoring", "waking", "verifying"]]
+
+
+def test_replicas_that_sample_differ_after_a_restore(rig):
+    body = {"model": str(rig.preset.model), "prompt": "Once upon a time", "max_tokens": 24, "temperature": 1.0}
+    texts = []
+    for _ in range(2):
+        with rig.running(limit_s=120.0) as (port, _, _, _):
+            status, data = post(port, "/v1/completions", body)
+            assert status == 200
+            texts.append(json.loads(data)["choices"][0]["text"])
+    assert texts[0] != texts[1]
+
+
+def test_a_request_to_a_sleeping_engine_wakes_it(rig):
+    with rig.running("--idle-timeout", "1", limit_s=120.0) as (port, answer, _, _):
+        limit = time.monotonic() + 60
+        while measure.status(port)["pools"][0]["replicas"][0]["phase"] != "asleep":
+            assert time.monotonic() < limit
+            time.sleep(0.1)
+        again = measure.stream_completion(port, str(rig.preset.model), time.monotonic(), 16, 120.0)
+        assert again.text == answer.text == rig.cold_text
+
+
+def test_an_engine_that_dies_while_serving_comes_back(rig):
+    from checkpoint.snapshot import processes
+
+    with rig.running(limit_s=120.0) as (port, _, process, _):
+        ours = os.readlink("/proc/self/ns/pid")
+        inside = [pid for pid in processes(process.pid) if os.path.exists(f"/proc/{pid}/ns/pid") and os.readlink(f"/proc/{pid}/ns/pid") != ours]
+        # The engine's root is the first child of process 1.
+        root = min(pid for pid in inside if _inner(pid) > 1000)
+        os.kill(root, 9)
+        limit = time.monotonic() + 120
+        while True:
+            try:
+                answer = measure.stream_completion(port, str(rig.preset.model), time.monotonic(), 16, 120.0)
+                break
+            except (OSError, measure.MeasureError):
+                assert time.monotonic() < limit
+        assert answer.text == rig.cold_text
+
+
+def _inner(pid):
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("NSpid:"):
+            return int(line.split()[-1])
+    return 0
+
+
+def test_a_damaged_snapshot_is_refused_by_name_and_serves_nothing(rig):
+    images = rig.library.path(NAME) / "images"
+    largest = max(images.glob("pages-*.img"), key=lambda path: path.stat().st_size)
+    with open(largest, "r+b") as file:
+        file.seek(1 << 20)
+        byte = file.read(1)
+        file.seek(1 << 20)
+        file.write(bytes([byte[0] ^ 255]))
+    try:
+        port, command = rig.command(NAME, words=("restore",))
+        process = command.start()
+        assert process.wait(120) == 1
+        text = command.log.read_text()
+        assert "file-digest-differs" in text and largest.name in text
+    finally:
+        with open(largest, "r+b") as file:
+            file.seek(1 << 20)
+            file.write(byte)
+    rig.library.succeeded(NAME)
+    assert rig.watch.gone() == set()
+
+
+def test_a_wrong_canary_goes_the_cold_way_under_the_same_held_request(rig):
+    if rig.engine != "sglang":
+        return  # the same code for both engines, and a cold start of a minute
+    manifest = rig.library.path(NAME) / "manifest.json"
+    good = manifest.read_bytes()
+    data = json.loads(good)
+    data["canary"]["token_ids"][-1] += 1
+    manifest.write_text(json.dumps(data))
+    try:
+        with rig.running("--no-snapshot") as (port, answer, _, command):
+            assert answer.text == rig.cold_text
+            assert phases(port)[0] == ["mounting", "restoring", "waking", "verifying", "failed", "mounting", "starting", "loading", "warming"]
+            assert "canary-differs" in command.log.read_text()
+    finally:
+        manifest.write_bytes(good)
+        rig.library.succeeded(NAME)
+
+
+def test_without_fuse_and_criu_the_engine_still_serves(rig):
+    if rig.engine != "sglang":
+        return  # the same code for both engines, and a cold start of a minute
+    with rig.running("--no-mount", QUICKTHAW_CRIU="/nowhere/criu") as (port, answer, _, command):
+        assert answer.text == rig.cold_text
+        assert phases(port) == [["mounting", "starting", "loading", "warming"]]
+        assert command.log.read_text().count("snapshots off: criu-missing") == 1
+
+
+def test_the_image_without_the_kv_cache_is_smaller_by_at_least_its_size(rig):
+    if rig.engine != "sglang":
+        return  # the same measurement for both engines is in benchmarks/, and a cold start takes a minute
+    small = rig.library.load(NAME)
+    with rig.running("--no-restore", "--no-shrink", "--name", "naive") as (_, answer, _, _):
+        assert answer.text == rig.cold_text
+    naive = rig.library.load("naive")
+    rig.library.remove("naive")
+    assert naive.kv_cache_bytes == 0
+    assert naive.image_bytes - small.image_bytes >= small.kv_cache_bytes * 0.99
+
+
+def test_an_engine_that_cannot_load_says_so_in_one_line(rig, tmp_path):
+    if rig.engine != "sglang":
+        return  # vLLM's own failure takes half a minute longer and shows nothing else
+    broken = tmp_path / "model"
+    shutil.copytree(rig.preset.model, broken)
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | {"architectures": ["NoSuchModel"], "model_type": "nosuch"}))
+    arguments = ["--model-path", str(broken), "--device", "cpu", "--attention-backend", "torch_native"]
+    port, command = rig.command(arguments=arguments)
+    process = command.start()
+    assert process.wait(300) not in (0, None)
+    lines = [line for line in command.log.read_text().splitlines() if line.startswith("quickthaw: engine-died")]
+    assert len(lines) == 1, command.log.read_text()[-2000:]
+    assert rig.watch.gone() == set()
+
+
+def test_the_snapshot_commands_tell_the_truth(rig):
+    env = {**os.environ, "QUICKTHAW_HOME": str(rig.home)}
+
+    def cli(*words):
+        return subprocess.run([sys.executable, "-m", "plugin.cli", *words], env=env, cwd=REPO, capture_output=True, text=True, timeout=120)
+
+    rows = json.loads(cli("snapshot", "ls", "--json").stdout)
+    assert [row["name"] for row in rows] == [NAME]
+    found = json.loads(cli("snapshot", "inspect", NAME, "--check", "--contents", "--json").stdout)
+    assert found["mismatches"] == []
+    assert found["contents"]["total"]["bytes"] == pytest.approx(found["image_bytes"], rel=0.02)
+    assert cli("snapshot", "verify", NAME).returncode == 0

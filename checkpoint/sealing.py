@@ -5,12 +5,12 @@ them: it refuses a missing, truncated, longer, changed or additional file by nam
 
 Reading gigabytes again before each of many restores would cost more than a restore may. So `verify` keeps a ledger in the folder
 (`.verified`) of what it hashed on this host, and on the next call takes a file for unchanged whose device, inode, size, mtime and
-ctime are all as they were when it was hashed, at least RACY_NS after its last change. What that catches: every change made through
-the file system by any program, also one that sets mtime back (ctime cannot be set), and a copy or a restored backup (other inodes).
-What it does not catch: bits that rot below the file system after the last full verification; whoever can write to the block device,
-set the system clock back, or write both a file and the ledger, which takes the owner's or root's rights on the folder (0700). Where
-that matters, verify with `always=True` (`--verify=always`): then nothing but the bytes is believed. A pulled snapshot is verified
-chunk by chunk as it arrives (checkpoint.archive), and in full at its first restore.
+ctime are all as they were when it was hashed in this boot of the host, at least RACY_NS after its last change. What that catches:
+every change made through the file system by any program, also one that sets mtime back (ctime cannot be set), a copy or a restored
+backup (other inodes), and what a power cut lost (another boot). What it does not catch: bits that rot below the file system after the
+last full verification; whoever can write to the block device, set the system clock back, or write both a file and the ledger, which
+takes the owner's or root's rights on the folder (0700). Where that matters, verify with `always=True` (`--verify=always`): then
+nothing but the bytes is believed. A pulled snapshot is verified in full before it gets its name (checkpoint.archive).
 
 Neither way covers a change between the verification and CRIU's reading of the same file.
 """
@@ -43,9 +43,11 @@ _Stamp = tuple[int, int, int, int, int]
 
 
 class _Ledger(msgspec.Struct, forbid_unknown_fields=True):
-    """`sealed`: digest of the manifest's file list it belongs to; `stamps`: device, inode, size, mtime, ctime when hashed."""
+    """`sealed`: digest of the manifest's file list it belongs to; `boot`: of the kernel that hashed; `stamps`: device, inode, size,
+    mtime, ctime when hashed."""
 
     sealed: str
+    boot: str
     stamps: dict[str, _Stamp]
 
 
@@ -187,17 +189,22 @@ def _sealed(files: Mapping[str, SnapshotFile]) -> str:
     return blake3.blake3(msgspec.json.encode(dict(files), order="deterministic")).hexdigest()
 
 
+def _boot() -> str:
+    """Bytes that were hashed in the page cache may not be those that a power cut left on the disk; so each boot hashes once."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
 def _read_ledger(folder: Path, files: Mapping[str, SnapshotFile]) -> _Ledger | None:
     try:
         ledger = msgspec.json.decode((folder / LEDGER).read_bytes(), type=_Ledger)
     except (OSError, msgspec.MsgspecError):
         return None  # none yet, or damaged: then everything is hashed
-    return ledger if ledger.sealed == _sealed(files) else None
+    return ledger if ledger.sealed == _sealed(files) and ledger.boot == _boot() else None
 
 
 def _write_ledger(folder: Path, files: Mapping[str, SnapshotFile], stamps: dict[str, _Stamp]) -> None:
     new = folder / f"{LEDGER}.{os.getpid()}.{os.urandom(4).hex()}"
-    data = msgspec.json.encode(_Ledger(_sealed(files), stamps))
+    data = msgspec.json.encode(_Ledger(_sealed(files), _boot(), stamps))
     # A folder that cannot be written (read-only, full) only means that the next verification hashes again.
     with contextlib.suppress(OSError):
         try:

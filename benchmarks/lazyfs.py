@@ -218,6 +218,7 @@ class Bench:
             for title, trace, target in (("no trace", False, 0.6), ("trace known", True, 0.85)):
                 ratios = []
                 for run in range(self.runs):
+                    link = download(url, store)
                     cache = self.scratch / f"remote-{trace}-{run}"
                     traces = self.scratch / "home" / "traces"
                     if not trace:

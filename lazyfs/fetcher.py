@@ -7,6 +7,7 @@ nothing but work; the server starts another.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import heapq
 import logging
@@ -15,10 +16,12 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from lazyfs import wire
 from lazyfs.cache import Cache, Image
+from lazyfs.chunking import MAX_CHUNK
 from lazyfs.chunkstore import ChunkStore
 from lazyfs.config import MountConfig
 from lazyfs.digests import DigestLog
@@ -42,7 +45,10 @@ class Queue:
         self._heap: list[tuple[int, int, tuple[int, int]]] = []
         self._urgency: dict[tuple[int, int], int] = {}
         self._order = 0
-        self._ready = threading.Condition()
+        lock = threading.Lock()
+        self._ready = threading.Condition(lock)
+        # Those that may take demanded chunks only wait apart: waking them for anything else would be for nothing.
+        self._demanded = threading.Condition(lock)
         self.closed = False
 
     def put(self, key: tuple[int, int], urgency: int) -> None:
@@ -54,32 +60,84 @@ class Queue:
             self._order += 1
             heapq.heappush(self._heap, (urgency, self._order, key))
             self._ready.notify()
+            if urgency == wire.DEMAND:
+                self._demanded.notify()
 
-    def get(self, worst: int, limit_s: float) -> tuple[tuple[int, int], int] | None:
-        """The most urgent one, if at least as urgent as `worst`; None after `limit_s` or when closed."""
+    def get(self, worst: Callable[[], int], limit_s: float) -> tuple[tuple[int, int], int] | None:
+        """The most urgent one, if at least as urgent as `worst()`; None after `limit_s` or when closed."""
         with self._ready:
             deadline = time.monotonic() + limit_s
             while not self.closed:
                 while self._heap and self._urgency.get(self._heap[0][2]) != self._heap[0][0]:
                     heapq.heappop(self._heap)
-                if self._heap and self._heap[0][0] <= worst:
+                if self._heap and self._heap[0][0] <= worst():
                     urgency, _, key = heapq.heappop(self._heap)
                     del self._urgency[key]
                     return key, urgency
                 left = deadline - time.monotonic()
                 if left <= 0:
                     return None
-                self._ready.wait(left)
+                (self._demanded if worst() == wire.DEMAND else self._ready).wait(left)
             return None
+
+    def wake(self) -> None:
+        """Let waiters look again: what they may take has changed."""
+        with self._ready:
+            self._ready.notify_all()
+            self._demanded.notify_all()
 
     def close(self) -> None:
         """Let every waiter go."""
         with self._ready:
             self.closed = True
             self._ready.notify_all()
+            self._demanded.notify_all()
 
     def __len__(self) -> int:
         return len(self._urgency)
+
+
+class Window:
+    """How many fetches that nobody waits for run at once: doubled as long as that makes the whole faster.
+
+    Every chunk in flight takes bandwidth from the one that a reader will want first, so more than fills the link costs
+    latency at the start and at the end; a store that is slow per connection needs many. Two batches are measured at each
+    width (the first one fills the pipe), and the widening ends when the second gains less than a fifth.
+    """
+
+    START, GAIN = 4, 1.2
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.width = min(self.START, most)
+        self._best = 0.0
+        self._batch = 0
+        self._bytes = 0
+        self._since = time.monotonic()
+        self._settled = self.width == most
+        self._lock = threading.Lock()
+
+    def fetched(self, size: int) -> bool:
+        """A fetch ended; whether the width has changed."""
+        with self._lock:
+            if self._settled:
+                return False
+            self._bytes += size
+            if self._bytes < self.width * MAX_CHUNK:
+                return False
+            now = time.monotonic()
+            rate = self._bytes / max(1e-6, now - self._since)
+            self._bytes, self._since, self._batch = 0, now, self._batch + 1
+            if self._batch % 2:
+                return False
+            if rate < self.GAIN * self._best:
+                self.width = max(self.START, self.width // 2)
+                self._settled = True
+            else:
+                self._best = rate
+                self.width = min(self.most, self.width * 2)
+                self._settled = self.width == self.most
+            return True
 
 
 class Fetcher:
@@ -102,19 +160,27 @@ class Fetcher:
         self.sealed: set[int] = set()
         self.queue = Queue()
         self.images: dict[int, Image] = {}
+        self.users: dict[int, int] = {}
         self.images_lock = threading.Lock()
         self.sending = threading.Lock()
         self.threads = config.fetch_threads or (_REMOTE_THREADS if engine.source.store.remote else _LOCAL_THREADS)
+        self.window = Window(self.threads)
         self.next_background = 0.0
         self.rate_lock = threading.Lock()
 
-    def image(self, index: int) -> Image:
-        """The image of a file of the manifest, opened once."""
+    @contextlib.contextmanager
+    def using(self, index: int) -> Iterator[Image]:
+        """The image of a file of the manifest, opened once; not settled while it is used."""
         with self.images_lock:
             image = self.images.get(index)
             if image is None:
                 image = self.images[index] = self.engine.cache.open(self.manifest.files[index])
-            return image
+            self.users[index] = self.users.get(index, 0) + 1
+        try:
+            yield image
+        finally:
+            with self.images_lock:
+                self.users[index] -= 1
 
     def run(self) -> None:
         """Serve until the server closes the channel or says stop."""
@@ -155,8 +221,12 @@ class Fetcher:
                     self.queue.put((file, chunk), wire.COMPLETE)
 
     def _work(self, number: int) -> None:
-        # One thread never takes what is not urgent, so that a reader does not wait behind the background.
-        worst = wire.AHEAD if number == 0 and self.threads > 1 else wire.SEAL
+        def worst() -> int:
+            if number >= self.window.width:
+                return wire.DEMAND
+            # One thread never takes what is not urgent, so that a reader does not wait behind the background.
+            return wire.AHEAD if number == 0 and self.threads > 1 else wire.SEAL
+
         while not self.queue.closed:
             taken = self.queue.get(worst, _IDLE_TICK_S)
             if taken is None:
@@ -168,6 +238,8 @@ class Fetcher:
             if urgency == wire.COMPLETE:
                 self._throttle(self.manifest.files[file].chunks[chunk].length)
             self._answer(file, chunk)
+            if self.window.fetched(self.manifest.files[file].chunks[chunk].length):
+                self.queue.wake()
 
     def report(self) -> None:
         """Send the counters to the server."""
@@ -198,11 +270,12 @@ class Fetcher:
     def _answer(self, file: int, chunk: int) -> None:
         slot = self.slots.pop((file, chunk), -1)
         try:
-            image = self.image(file)
-            data = None if image.settled else self.engine.fill(image, chunk)
+            with self.using(file) as image:
+                data = None if image.settled else self.engine.fill(image, chunk)
+                complete = not image.settled and image.complete()
             if data is None:
                 self._send(wire.STORED, file, chunk, 0, slot)
-                if file not in self.sealed and image.complete():
+                if complete and file not in self.sealed:
                     self.sealed.add(file)
                     self.queue.put((file, 0), wire.SEAL)
             elif slot >= 0:
@@ -216,13 +289,18 @@ class Fetcher:
             self._send(wire.FAILED, file, chunk, to_errno(error), slot)
 
     def _seal(self, file: int) -> None:
-        image = self.image(file)
-        try:
-            image.seal()
-        except OSError as error:
-            # Unsealed means proven again after a power cut, which is right for a disk that fails to flush.
-            log.warning("cannot flush the image of %s: %s", image.file.path, error)
-        image.settle()
+        with self.using(file) as image:
+            if image.settled:
+                return
+            try:
+                image.seal()
+            except OSError as error:
+                # Unsealed means proven again after a power cut, which is right for a disk that fails to flush.
+                log.warning("cannot flush the image of %s: %s", image.file.path, error)
+        with self.images_lock:
+            # Whoever still uses it keeps its descriptors; they go with the process then.
+            if not self.users[file]:
+                image.settle()
 
     def _send(self, kind: int, file: int, chunk: int, argument: int, slot: int = -1) -> None:
         with self.sending:

@@ -122,7 +122,7 @@ def unmount(mountpoint: Path, *, force: bool = False, limit_s: float = 10.0) -> 
 
 def _absolute(mountpoint: Path) -> str:
     # Not resolve(): a stale mount point answers every stat of itself with an error. Its parent is resolved instead.
-    path = Path(os.path.abspath(Path(mountpoint).expanduser()))  # noqa: PTH100
+    path = Path(os.path.abspath(Path(mountpoint).expanduser()))
     return str(Path(os.path.realpath(path.parent)) / path.name)
 
 

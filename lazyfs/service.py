@@ -182,13 +182,13 @@ class Service:
             if opened.cached or opened.native:
                 return False
             self.open_files.pop(opened.node.ino, None)
+            # Reads that were put aside belong to opens, and the kernel has waited for them; only a reply that is being
+            # written may still hold a view.
+            try:
+                opened.backing.close()
+            except BufferError:
+                log.debug("a reply still holds %s; the collector closes it", opened.file.path)
         self.trace.save()
-        # Reads that were put aside belong to opens, and the kernel has waited for them; only replies in flight may
-        # hold views.
-        try:
-            opened.backing.close()
-        except BufferError:
-            log.debug("a reply still holds %s; the collector closes it", opened.file.path)
         return True
 
     # -- reading
@@ -429,9 +429,10 @@ class Service:
             return 1.0
         if node.file.path in self.origins:
             return 1.0
-        opened = self.open_files.get(node.ino)
-        if opened is not None and opened.backing.image is not None:
-            return opened.backing.image.present_bytes() / node.file.size
+        with self.lock:
+            opened = self.open_files.get(node.ino)
+            if opened is not None and opened.backing.image is not None:
+                return opened.backing.image.present_bytes() / node.file.size
         if not (self.cache.folder(node.file) / "have").exists():
             return 0.0
         try:

@@ -23,7 +23,7 @@ def normal_url(url: str) -> str:
     """A plain path becomes file://; anything else is returned as it is. Raises Usage for an unknown scheme."""
     scheme, found, _ = url.partition("://")
     if not found:
-        return f"file://{os.path.abspath(Path(url).expanduser())}"  # noqa: PTH100 (a link in the path is to be kept)
+        return f"file://{os.path.abspath(Path(url).expanduser())}"
     if scheme not in SCHEMES:
         raise Usage(f"unknown store URL {url!r}: use a path or one of {', '.join(f'{s}://' for s in SCHEMES)}")
     return url.rstrip("/") if scheme != "file" else url

@@ -1,63 +1,238 @@
-"""`quickthaw plan FILE`, and `quickthaw plan simulate FILE --trace CSV`."""
+"""`quickthaw plan FILE`, `quickthaw plan simulate FILE --trace CSV`, `quickthaw plan generate CSV`."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import signal
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NoReturn
 
 import click
 from rich.console import Console
 
 from capacity import report
 from capacity.errors import CapacityError
-from capacity.load import load
-from capacity.plan import solve
 
 
 class PlanGroup(click.Group):
     """A group whose first word may be a file instead of a subcommand; then `solve` is meant."""
 
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args and args[0] not in self.commands:
-            args = ["solve", *args]
-        return super().resolve_command(ctx, args)
-
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        # Options before the file (`plan --json FILE`) belong to `solve` too.
         if args and args[0] not in self.commands and args[0] not in ("--help", "-h"):
             args = ["solve", *args]
         return super().parse_args(ctx, args)
 
 
-def fail(error: CapacityError) -> None:
+def option(*names: str, **attributes: Any) -> Callable[[Any], Any]:
+    """A click option that QUICKTHAW_PLAN_… sets too."""
+    word = next(name for name in names if name.startswith("--")).split("/")[0]
+    variable = "QUICKTHAW_PLAN_" + word.removeprefix("--").upper().replace("-", "_")
+    return click.option(*names, envvar=variable, show_envvar=True, **attributes)
+
+
+def fail(error: CapacityError) -> NoReturn:
     """One line on standard error, and the exit code of its kind."""
     click.echo(f"quickthaw plan: {error}", err=True)
     sys.exit(error.exit_code)
 
 
-@click.group(cls=PlanGroup, invoke_without_command=False)
+@click.group(cls=PlanGroup, invoke_without_command=False, no_args_is_help=True)
 def plan() -> None:
-    """How many GPUs to hold, where, and how many of them idle."""
+    """How many GPUs to hold, where, and how many of them idle.
+
+    \b
+    quickthaw plan plan.yaml                        what to start and stop now, and what a faster restore is worth
+    quickthaw plan plan.yaml --exact --explain      the integer program, and where each number comes from
+    quickthaw plan plan.yaml --json | jq .delta     for programs
+    quickthaw plan plan.yaml --emit kubernetes      the idle buffer as pause pods and as CapacityBuffers
+    quickthaw plan plan.yaml --watch 60             plan again each minute; changes pass hysteresis first
+    quickthaw plan simulate plan.yaml --trace requests.csv --plot day
+    quickthaw plan generate day.csv --requests 100000
+
+    The file is described in docs/capacity.md; its options are those of `quickthaw plan solve`.
+    """
 
 
 @plan.command("solve")
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.option("--exact", is_flag=True, help="Solve the integer program.")
-@click.option("--explain", is_flag=True, help="Say where each number comes from.")
-def solve_command(file: Path, as_json: bool, exact: bool, explain: bool) -> None:
+@option("--json", "as_json", is_flag=True, help="Print JSON.")
+@option("--exact", is_flag=True, help="Solve the integer program too, and print the gap of the rounding.")
+@option("--explain", is_flag=True, help="Say where each number comes from.")
+@option("--emit", type=click.Choice(["kubernetes"]), help="Print the idle buffer as objects instead.")
+@option("--idle-by", type=click.Choice(["pause-pods", "capacity-buffer"]), help="With --emit: only this way.")
+@option("--namespace", default="default", show_default=True, help="With --emit: namespace of the objects.")
+@option("--pause-image", default="pause", show_default=True, help="With --emit: image of the pods that hold GPUs.")
+@option("--watch", type=click.FloatRange(min=0.1), metavar="SECONDS", help="Plan again on this interval.")
+@option("--apply", "command", metavar="COMMAND", help="With --watch: run this with the delta as JSON on its input.")
+@option("--state", type=click.Path(path_type=Path), help="With --watch: where to remember; default under QUICKTHAW_HOME.")
+@option("--rounds", type=click.IntRange(min=0), default=0, help="With --watch: end after this many plans; 0 is never.")
+@option("--limit", type=click.FloatRange(min=1), default=60.0, show_default=True, help="Seconds for each solve.")
+def solve_command(
+    file: Path,
+    as_json: bool,
+    exact: bool,
+    explain: bool,
+    emit: str | None,
+    idle_by: str | None,
+    namespace: str,
+    pause_image: str,
+    watch: float | None,
+    command: str | None,
+    state: Path | None,
+    rounds: int,
+    limit: float,
+) -> None:
     """The plan of FILE."""
+    from capacity.load import load
+    from capacity.plan import solve
+
     try:
+        if watch is not None:
+            _watch(file, watch, command, state, rounds, as_json, exact)
+            return
         problem = load(file)
-        chosen = solve(problem, "restored", exact=exact)
-        other = solve(problem, "cold", exact=exact)
+        chosen = solve(problem, "restored", exact=exact, limit=limit)
+        if emit:
+            from capacity.kubernetes import manifest
+
+            click.echo(manifest(chosen, namespace=namespace, way=idle_by, pause_image=pause_image), nl=False)
+            return
+        other = _cold(problem, exact, limit)
     except CapacityError as error:
         fail(error)
-        return
     if as_json:
         click.echo(json.dumps(report.to_json(chosen, other), indent=2))
     else:
         report.print_plan(Console(), chosen, other, explain=explain)
+
+
+def _cold(problem: Any, exact: bool, limit: float) -> Any:
+    """The same plan with cold lead times; None when they leave no feasible plan, which the report says."""
+    from capacity.errors import InfeasibleError
+    from capacity.plan import solve
+
+    try:
+        return solve(problem, "cold", exact=exact, explained=False, limit=limit)
+    except InfeasibleError:
+        return None
+
+
+def _watch(
+    file: Path, interval: float, command: str | None, state: Path | None, rounds: int, as_json: bool, exact: bool
+) -> None:
+    from capacity.load import load
+    from capacity.watch import loop
+
+    if state is None:
+        home = Path(os.environ.get("QUICKTHAW_HOME") or Path.home() / ".cache" / "quickthaw")
+        state = home / f"plan-{hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:12]}.json"
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    loop(
+        lambda: load(file),
+        state,
+        interval,
+        stop,
+        lambda outcome: report.print_round(outcome, as_json=as_json),
+        command=command,
+        rounds=rounds,
+        exact=exact,
+    )
+
+
+@plan.command("simulate")
+@click.argument("file", type=click.Path(path_type=Path))
+@option("--trace", "trace_file", type=click.Path(path_type=Path), required=True, help="CSV of requests.")
+@option("--policy", "chosen", multiple=True, help="Only these (a name as printed); default all five.")
+@option("--fixed", type=click.IntRange(min=0), default=1, show_default=True, help="Replicas' worth of GPUs a service in the fixed buffer.")
+@option("--restored-baselines", is_flag=True, help="Also the others with restored lead times.")
+@option("--equal-wait", is_flag=True, help="Also the cheapest setting of each program whose p99 is no worse than the autoscaler's.")
+@option("--seed", type=int, default=1, show_default=True)
+@option("--refusals", type=click.FloatRange(0, 1), default=0.0, show_default=True, help="Chance that a start is refused.")
+@option("--interruptions", type=click.FloatRange(min=0), default=1.0, show_default=True, help="Multiple of the pools' rates.")
+@option("--plot", type=click.Path(path_type=Path), metavar="STEM", help="Write STEM.png and STEM.svg.")
+@option("--json", "as_json", is_flag=True, help="Print JSON.")
+def simulate_command(
+    file: Path,
+    trace_file: Path,
+    chosen: tuple[str, ...],
+    fixed: int,
+    restored_baselines: bool,
+    equal_wait: bool,
+    seed: int,
+    refusals: float,
+    interruptions: float,
+    plot: Path | None,
+    as_json: bool,
+) -> None:
+    """Replay a trace against policies side by side.
+
+    \b
+    quickthaw plan simulate plan.yaml --trace requests.csv
+    quickthaw plan simulate plan.yaml --trace requests.csv --equal-wait --plot day --seed 7 --refusals 0.1
+    """
+    from capacity import simulate
+    from capacity.load import load
+    from capacity.trace import read
+
+    try:
+        problem, trace = load(file), read(trace_file)
+        options = simulate.Options(seed=seed, refusals=refusals, interruptions=interruptions)
+        policies = simulate.default_policies(fixed)
+        if restored_baselines:
+            policies += simulate.restored_baselines(fixed)
+        known = [policy.name for policy in policies]
+        strange = [name for name in chosen if name not in known]
+        if strange:
+            raise click.UsageError(f"no policy is named {strange[0]!r}; known: {', '.join(known)}")
+        results = [
+            simulate.run(problem, trace, policy, options) for policy in policies if not chosen or policy.name in chosen
+        ]
+        matched = simulate.equal_wait(problem, trace, options, results) if equal_wait else []
+        if plot is not None:
+            from capacity.plot import draw
+
+            for path in draw(results, plot, title=f"{trace_file.name}, seed {seed}"):
+                click.echo(f"wrote {path}", err=True)
+    except CapacityError as error:
+        fail(error)
+    if as_json:
+        click.echo(json.dumps(report.simulation_json(results, matched), indent=2))
+    else:
+        report.print_simulation(Console(), results, matched)
+
+
+@plan.command("generate")
+@click.argument("file", type=click.Path(path_type=Path))
+@option("--requests", type=click.IntRange(min=1), default=100_000, show_default=True, help="Expected number.")
+@option("--hours", type=click.FloatRange(min=0, min_open=True), default=24.0, show_default=True)
+@option("--services", default="chat,code,embed", show_default=True, help="Names, with commas.")
+@option("--bursts", type=click.FloatRange(min=0), default=6.0, show_default=True, help="A service and day.")
+@option("--launches", type=click.IntRange(min=0), default=1, show_default=True, help="Services whose demand steps up.")
+@option("--swing", type=click.FloatRange(0, 0.99), default=0.6, show_default=True, help="Of the daily rhythm.")
+@option("--seed", type=int, default=1, show_default=True)
+def generate_command(
+    file: Path, requests: int, hours: float, services: str, bursts: float, launches: int, swing: float, seed: int
+) -> None:
+    """Write a synthetic day of requests to FILE, as CSV that `simulate` reads.
+
+    \b
+    quickthaw plan generate day.csv --requests 100000 --seed 3
+    """
+    from capacity.synthetic import Day, generate, write
+
+    try:
+        names = tuple(name.strip() for name in services.split(",") if name.strip())
+        trace = generate(Day(names, requests, hours, swing, bursts, launches, seed))
+        write(trace, file)
+    except CapacityError as error:
+        fail(error)
+    except OSError as error:
+        fail(CapacityError("cannot-write", f"{file}: {error.strerror}"))
+    click.echo(f"{len(trace.at)} requests over {trace.seconds / 3600:.1f} h to {file}")

@@ -44,6 +44,7 @@ class _State:
     spread: frozenset[int] = frozenset()
     fits: list[list[int]] = field(default_factory=list)  # [service] pools
     alike: list[list[int]] = field(default_factory=list)  # [place] pools
+    least: list[int] = field(default_factory=list)  # instances a pool must hold
 
     def can_open(self, p: int) -> bool:
         gpus = self.problem.pools[p].gpus
@@ -102,6 +103,9 @@ class _State:
 def step(problem: Problem, need: Need, program: Program, t: int, want: Floats, before: list[int]) -> Floats | None:
     """Values of step `t` after `before` instances a pool, near the fractional `want`; None when something does not fit."""
     state = _start(problem, need, program, t, before)
+    bounds = slice(t * program.columns, t * program.columns + len(problem.pools))
+    state.least = [int(v) for v in program.lower[bounds]]
+    state.most = [int(min(a, b)) for a, b in zip(state.most, program.upper[bounds], strict=True)]
     fraction = [float(v) for v in want[: len(problem.pools)]]
     price = [p.price / p.gpus for p in problem.pools]
     table: list[dict[int, float]] = [{} for _ in problem.services]
@@ -110,7 +114,7 @@ def step(problem: Problem, need: Need, program: Program, t: int, want: Floats, b
         if value > EPS:
             table[int(j)][int(i)] = value
     for p, value in enumerate(fraction):
-        for _ in range(math.floor(value + EPS)):
+        for _ in range(max(math.floor(value + EPS), state.least[p])):
             if state.can_open(p):
                 state.open(p)
     order = sorted(range(len(problem.services)), key=lambda j: (-problem.services[j].gpus, j))
@@ -225,14 +229,14 @@ def _lay_blocks(state: _State, fraction: list[float], price: list[float]) -> boo
 def _close(state: _State, before: list[int], price: list[float]) -> None:
     """Close instances that are empty, and those whose tenants find room elsewhere."""
     for p, pool in enumerate(state.problem.pools):
-        spare = state.free[p] // pool.gpus
-        if spare:
+        spare = min(state.free[p] // pool.gpus, state.n[p] - state.least[p])
+        if spare > 0:
             state.open(p, -spare)
     for _ in range(SWEEPS):
         closed = False
         order = sorted(range(len(price)), key=lambda p: (-state.free[p] * price[p], -price[p], p))
         for p in order:
-            while state.n[p] and _empty_one(state, p):
+            while state.n[p] > state.least[p] and _empty_one(state, p):
                 closed = True
         if not closed:
             break

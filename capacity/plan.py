@@ -45,8 +45,12 @@ class Plan:
     cost: float  # dollars over the horizon, held and started
     relaxed_cost: float
     exact_cost: float | None
+    rounded_cost: float
     shadows: tuple[Shadow, ...]
     seconds: float
+    blocks: tuple[dict[tuple[int, int], int], ...]  # [step] (pool, GPUs a block) -> how many
+    block_sizes: tuple[tuple[int, int], ...]  # (pool, GPUs a block) that there could be
+    proven: bool  # the integer program was solved to the end
 
     @property
     def hours(self) -> float:
@@ -104,12 +108,29 @@ class Plan:
         return dict(sorted(found.items()))
 
 
-def solve(problem: Problem, kind: Kind = "restored", *, exact: bool = False, quick: bool = False, explained: bool = True, limit: float = 60.0) -> Plan:
-    """The plan. `quick` builds whole numbers by construction first, also where a search would be
-    affordable; `explained` finds out why when there is no plan. Raises InfeasibleError with the conflict and the nearest change, SolverError when HiGHS gives up."""
+def solve(
+    problem: Problem,
+    kind: Kind = "restored",
+    *,
+    exact: bool = False,
+    quick: bool = False,
+    explained: bool = True,
+    stay: bool = False,
+    limit: float = 60.0,
+) -> Plan:
+    """The plan of a problem with lead times of `kind`; at most `limit` seconds for each of the solves.
+
+    `quick` builds whole numbers by construction first, also where a search would be affordable. `explained` finds out why when
+    there is no plan. `stay` allows no start and no stop in the first step. Raises InfeasibleError with the conflict and the
+    nearest change, SolverError when HiGHS gives up.
+    """
     began = time.perf_counter()
     required = need.compute(problem, kind)
     built = program.build(problem, required)
+    if stay:
+        built = program.stay(built, [pool.held for pool in problem.pools])
+        if (built.lower > built.upper).any():  # more is held than a quota allows
+            raise InfeasibleError(Conflict((), False))
     relaxed = solver.relax(built, limit=limit)
     if relaxed.values is None:
         raise explain.infeasible(problem, built, whole=False) if explained else InfeasibleError(Conflict((), False))
@@ -177,8 +198,12 @@ def _read(
         cost=cost,
         relaxed_cost=relaxed.objective * scale,
         exact_cost=None if best is None else best.objective * scale,
+        rounded_cost=rounded.objective * scale,
         shadows=_shadows(problem, built, relaxed),
         seconds=seconds,
+        blocks=tuple(blocks_of(built, values)),
+        block_sizes=tuple((int(i), int(w)) for i, w in built.blocks),
+        proven=best is not None and best.proven,
     )
 
 

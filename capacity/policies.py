@@ -22,6 +22,7 @@ from capacity.model import Demand, Floats, Forecast, History, Kind, Problem
 
 BIN = 15.0
 MINUTE = 4  # bins
+DRAIN = 60.0  # seconds within which what waits is to be served, for policies that know no lead time
 REMEMBER = 8 * 3600.0
 
 
@@ -31,7 +32,7 @@ class Past:
     def __init__(self, rates: Floats, bin_seconds: float = BIN) -> None:
         self._rates = rates
         self.bin_seconds = bin_seconds
-        self._levels = np.maximum(rates, self._rolling(rates))
+        self._levels = self._rolling(rates)
 
     @staticmethod
     def _rolling(rates: Floats) -> Floats:
@@ -42,7 +43,7 @@ class Past:
         return mean
 
     def until(self, now: float) -> tuple[Floats, Floats]:
-        """Rates and levels (the larger of the last bin and the last minute's mean) up to `now`: [service, bin]."""
+        """Rates and levels (the mean of the last minute) up to `now`: [service, bin]."""
         end = int(now / self.bin_seconds + 1e-9)
         start = max(0, end - int(REMEMBER / self.bin_seconds))
         return self._rates[:, start:end], self._levels[:, start:end]
@@ -101,7 +102,7 @@ def wanted(fleet: Fleet, past: Past, j: int, share: float) -> float:
     level = float(levels[j, -1]) if levels.shape[1] else 0.0
     rate = service.rate_on(fleet.problem.pools[fleet.cheapest[j][0]].gpu) or 1.0
     _, work = fleet.waiting(j)
-    return (level / share + work / max(service.target_wait, past.bin_seconds)) / rate
+    return (level / share + work / max(service.target_wait, DRAIN)) / rate
 
 
 @dataclass
@@ -286,7 +287,9 @@ class Program(Autoscaler):
             drain = max(patience, 1.0)
             if work / (max(1, live) * rate) <= drain and live:
                 continue
-            wish = min(math.ceil(wanted(fleet, past, j, 1.0)), live + math.ceil(work / (rate * drain)))
+            _, levels = past.until(fleet.now)
+            level = float(levels[j, -1]) if levels.shape[1] else 0.0
+            wish = min(math.ceil((level + work / drain) / rate), live + math.ceil(work / (rate * drain)))
             if service.maximum is not None:
                 wish = min(wish, service.maximum)
             while len(fleet.replicas[j]) < max(wish, 1):

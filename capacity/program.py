@@ -8,7 +8,7 @@ rows as equations. Each row and each bounded column carries the name of the cons
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -314,3 +314,13 @@ def _tile(
         price_scale=scale,
         pair_price=pair_price,
     )
+
+
+def stay(program: Program, held: list[int]) -> Program:
+    """The program in which the first step holds what is held now."""
+    lower, upper = program.lower.copy(), program.upper.copy()
+    count = len(held)
+    lower[:count] = held
+    upper[:count] = np.minimum(upper[:count], held)  # what is held over a quota is no plan
+    upper[program.at_u : program.at_u + count] = 0.0
+    return replace(program, lower=lower, upper=upper)

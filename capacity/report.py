@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
+import click
 from rich.console import Console
 from rich.table import Table
 
+from capacity.errors import CapacityError
 from capacity.plan import Plan
+from capacity.simulate import Result
 from capacity.units import duration_text
+from capacity.watch import Decision
 
 
 def delta(plan: Plan) -> list[dict[str, Any]]:
@@ -50,6 +55,8 @@ def to_json(plan: Plan, other: Plan | None = None) -> dict[str, Any]:
         "cost": round(plan.cost, 6),
         "cost_of_linear_program": round(plan.relaxed_cost, 6),
         "cost_of_integer_program": None if plan.exact_cost is None else round(plan.exact_cost, 6),
+        "cost_of_rounding": round(plan.rounded_cost, 6),
+        "proven": plan.proven,
         "gap": _gap(plan),
         "gpus": int(plan.gpus[0]),
         "gpu_allocation_utilization": round(plan.utilization, 6),
@@ -61,9 +68,9 @@ def to_json(plan: Plan, other: Plan | None = None) -> dict[str, Any]:
     if other is not None:
         report["comparison"] = {
             one.kind: {
-                "gpus": int(one.gpus[0]),
-                "idle_gpus": round(sum(one.idle_by_type().values()), 6),
-                "buffer_gpus": sum(one.buffer_by_type().values()),
+                "gpus": round(float(one.gpus.mean()), 6),
+                "idle_gpus": round(_mean_idle(one), 6),
+                "buffer_gpus": round(float(one.idle.sum(axis=1).mean()), 6),
                 "cost_per_hour": round(float(one.hourly_cost.mean()), 6),
                 "gpu_allocation_utilization": round(one.utilization, 6),
             }
@@ -72,10 +79,14 @@ def to_json(plan: Plan, other: Plan | None = None) -> dict[str, Any]:
     return report
 
 
+def _mean_idle(plan: Plan) -> float:
+    return sum(sum(plan.idle_by_type(t).values()) for t in range(len(plan.instances))) / len(plan.instances)
+
+
 def _gap(plan: Plan) -> float:
-    """Of the plan over the linear program, or of the integer program over it under --exact."""
-    base = plan.relaxed_cost
-    return round(plan.cost / base - 1, 6) if base > 0 else 0.0
+    """Of the rounding over the integer program where that was solved, else over the linear program (an upper bound of it)."""
+    base = plan.relaxed_cost if plan.exact_cost is None else plan.exact_cost
+    return round(plan.rounded_cost / base - 1, 6) if base > 0 else 0.0
 
 
 def print_plan(console: Console, plan: Plan, other: Plan | None, *, explain: bool) -> None:
@@ -102,20 +113,32 @@ def print_plan(console: Console, plan: Plan, other: Plan | None, *, explain: boo
             )  # fmt: skip
     console.print(table)
     if other is not None:
-        table = Table(title="What a faster start is worth", title_justify="left")
+        table = Table(title="What a faster start is worth (mean of the steps)", title_justify="left")
         for heading in ("lead times", "GPUs", "idle GPUs", "of them blocks", "$/h", "utilization"):
             table.add_column(heading, justify="left" if heading == "lead times" else "right")
         for one in (other, plan):
             table.add_row(
-                one.kind, str(int(one.gpus[0])), f"{sum(one.idle_by_type().values()):.1f}",
-                str(sum(one.buffer_by_type().values())), f"{one.hourly_cost.mean():.2f}", f"{one.utilization:.1%}",
+                one.kind, f"{one.gpus.mean():.1f}", f"{_mean_idle(one):.1f}",
+                f"{one.idle.sum(axis=1).mean():.1f}", f"{one.hourly_cost.mean():.2f}", f"{one.utilization:.1%}",
             )  # fmt: skip
         console.print(table)
-    sort = "integer program" if plan.exact else "rounded linear program"
-    console.print(
-        f"{sort}: ${plan.cost:.2f} over {len(plan.instances)} step(s); linear program ${plan.relaxed_cost:.2f}, "
-        f"gap {_gap(plan):.2%}; solved in {duration_text(plan.seconds)}"
-    )
+        spare = float(other.gpus.mean() - plan.gpus.mean())
+        saved = float(other.hourly_cost.mean() - plan.hourly_cost.mean())
+        console.print(f"restoring instead of starting cold: {spare:+.1f} GPUs and ${saved:+.2f} an hour that are not needed")
+    else:
+        console.print("With cold lead times there is no feasible plan.")
+    steps = len(plan.instances)
+    if plan.exact_cost is None:
+        console.print(
+            f"${plan.cost:.2f} over {steps} step(s); linear program ${plan.relaxed_cost:.2f}; gap at most {_gap(plan):.2%}; "
+            f"solved in {duration_text(plan.seconds)}"
+        )
+    else:
+        word = "" if plan.proven else " (best found in the time given, not proven)"
+        console.print(
+            f"integer program ${plan.exact_cost:.2f}{word} over {steps} step(s); rounding ${plan.rounded_cost:.2f}, "
+            f"gap {_gap(plan):.2%}; linear program ${plan.relaxed_cost:.2f}; solved in {duration_text(plan.seconds)}"
+        )
     for shadow in plan.shadows[:5]:
         console.print(f"one more {shadow.unit} {shadow.constraint} saves ${shadow.saves:.2f} an hour")
     if explain:
@@ -136,3 +159,70 @@ def _explain(console: Console, plan: Plan) -> None:
     console.print(table)
     for group in plan.need.groups:
         console.print(f"{group.name}: {group.required[0]:.2f} GPUs, in blocks for {group.size} GPUs a replica or more")
+
+
+def print_round(outcome: Decision | CapacityError, *, as_json: bool) -> None:
+    """One line a round of --watch."""
+    if isinstance(outcome, CapacityError):
+        if as_json:
+            click.echo(json.dumps({"error": outcome.code, "message": outcome.message}))
+        else:
+            click.echo(f"quickthaw plan: {outcome}", err=True)
+        return
+    if as_json:
+        click.echo(
+            json.dumps(
+                {
+                    "start": outcome.starts,
+                    "stop": outcome.stops,
+                    "held_back": outcome.held_back,
+                    "cost_per_hour": round(float(outcome.plan.hourly_cost[0]), 6),
+                    "buffer_gpus": outcome.plan.buffer_by_type(),
+                }
+            )
+        )
+        return
+    words = [f"start {n} {pool}" for pool, n in outcome.starts.items()]
+    words += [f"stop {n} {pool}" for pool, n in outcome.stops.items()]
+    words += [f"{pool} held back by {why}" for pool, why in outcome.held_back.items()]
+    click.echo("; ".join(words) or "no change")
+
+
+def _row(result: Result) -> dict[str, Any]:
+    return {
+        "policy": result.policy,
+        "requests": result.requests,
+        "waited": result.waited,
+        "unserved": result.unserved,
+        "wait_p50_s": round(result.p50, 3),
+        "wait_p99_s": round(result.p99, 3),
+        "wait_max_s": round(result.longest, 3),
+        "gpu_hours": round(result.gpu_hours, 3),
+        "cost": round(result.cost, 2),
+        "gpu_allocation_utilization": round(result.utilization, 4),
+        "actions": result.actions,
+    }
+
+
+def simulation_json(results: list[Result], matched: list[Result]) -> dict[str, Any]:
+    report: dict[str, Any] = {"policies": [_row(result) for result in results]}
+    if matched:
+        report["at_equal_p99"] = [_row(result) for result in matched]
+    return report
+
+
+def print_simulation(console: Console, results: list[Result], matched: list[Result]) -> None:
+    tables = [("Policies side by side", results)]
+    if matched:
+        tables.append(("At the autoscaler's p99 wait or better: the cheapest setting of each", matched))
+    for title, rows in tables:
+        table = Table(title=title, title_justify="left")
+        for heading in ("policy", "waited", "p50 s", "p99 s", "max s", "GPU hours", "$", "utilization", "actions"):
+            table.add_column(heading, justify="left" if heading == "policy" else "right")
+        for r in rows:
+            lost = f" ({r.unserved} unserved)" if r.unserved else ""
+            table.add_row(
+                r.policy + lost, f"{r.waited}/{r.requests}", f"{r.p50:.2f}", f"{r.p99:.2f}", f"{r.longest:.1f}",
+                f"{r.gpu_hours:.2f}", f"{r.cost:.2f}", f"{r.utilization:.1%}", str(r.actions),
+            )  # fmt: skip
+        console.print(table)

@@ -7,14 +7,14 @@ injected. The same trace, fleet and start for every policy: one replica a servic
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from capacity import trace as traces
 from capacity.errors import InputError
 from capacity.fleet import NEVER, Fleet
-from capacity.model import Floats, Problem
+from capacity.model import Floats, Kind, Problem
 from capacity.policies import BIN, Autoscaler, Buffered, Hpa, Past, Program
 from capacity.trace import Trace
 
@@ -73,6 +73,45 @@ def default_policies(fixed: int = 1) -> list[Autoscaler]:
         Program(name="lp cold", kind="cold"),
         Program(name="lp restored", kind="restored"),
     ]
+
+
+def restored_baselines(fixed: int = 1) -> list[Autoscaler]:
+    """The three that are not programs, given restored lead times: what restoring alone is worth."""
+    return [
+        Buffered(name="no buffer, restored", kind="restored"),
+        Buffered(name=f"fixed buffer {fixed}, restored", kind="restored", buffer=fixed),
+        Hpa(name="hpa, restored", kind="restored"),
+    ]
+
+
+def equal_wait(problem: Problem, trace: Trace, options: Options, results: list[Result]) -> list[Result]:
+    """The reactive autoscaler, and for each program the setting with the fewest GPU hours whose p99 wait is no longer.
+
+    The settings tried are a grid of target wait, probability and hold-down; what is compared is thus what each can reach,
+    not what one setting happens to give. Programs for which no setting is as good are left out.
+    """
+    bar = next((r for r in results if r.policy == "hpa"), None) or run(problem, trace, Hpa(), options)
+    found = [bar]
+    kinds: tuple[Kind, Kind] = ("cold", "restored")
+    for kind in kinds:
+        best: Result | None = None
+        for hold in (30.0, 300.0):
+            hysteresis = replace(problem.policy.hysteresis, hold_down=hold)
+            changed = replace(problem, policy=replace(problem.policy, hysteresis=hysteresis))
+            for wait, level in _settings(bar.p99):
+                name = f"lp {kind} (wait {wait:.0f} s, probability {level:g}, hold {hold:.0f} s)"
+                policy = Program(name=name, kind=kind, target_wait=wait, probability=level)
+                result = run(changed, trace, policy, options)
+                if result.p99 <= bar.p99 and (best is None or result.gpu_hours < best.gpu_hours):
+                    best = result
+        if best is not None:
+            found.append(best)
+    return found
+
+
+def _settings(p99: float) -> list[tuple[float, float]]:
+    waits = sorted({2.0, *(round(max(2.0, p99 * share), 1) for share in (0.25, 0.5, 0.75, 1.0))})
+    return [(wait, level) for wait in waits for level in (0.5, 0.8, 0.9, 0.99)]
 
 
 def arrivals_of(problem: Problem, trace: Trace) -> list[tuple[Floats, Floats]]:

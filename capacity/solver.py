@@ -95,7 +95,8 @@ def _constructed(program: Program, relaxed: Floats, problem: Problem, need: Need
     reached = np.bincount(program.row, program.val * result[program.col], minlength=len(program.row_lower))
     slack = highs.FEASIBILITY * np.maximum(1.0, np.abs(reached)) * 10
     kept = (reached >= program.row_lower - slack) & (reached <= program.row_upper + slack)
-    return result if bool(kept.all() and (result <= program.upper + INTEGRALITY).all()) else None
+    inside = (result <= program.upper + INTEGRALITY) & (result >= program.lower - INTEGRALITY)
+    return result if bool(kept.all() and inside.all()) else None
 
 
 def _by_step(program: Program, relaxed: Floats, reach: int | None, deadline: float) -> Floats | None:

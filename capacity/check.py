@@ -43,7 +43,9 @@ def _over(left: float, right: float) -> bool:
     return left > right + SLACK * max(1.0, abs(left), abs(right))
 
 
-def _capacity(problem: Problem, now: list[int], placed: list[list[int]], blocks: dict[tuple[int, int], int]) -> list[str]:
+def _capacity(
+    problem: Problem, now: list[int], placed: list[list[int]], blocks: dict[tuple[int, int], int]
+) -> list[str]:
     found = []
     for i, pool in enumerate(problem.pools):
         used = sum(width * many for (where, width), many in blocks.items() if where == i)

@@ -35,6 +35,12 @@ def option(*names: str, **attributes: Any) -> Callable[[Any], Any]:
     return click.option(*names, envvar=variable, show_envvar=True, **attributes)
 
 
+def _console() -> Console:
+    """Tables keep their columns apart in a pipe, too."""
+    console = Console()
+    return console if console.is_terminal else Console(width=130)
+
+
 def fail(error: CapacityError) -> NoReturn:
     """One line on standard error, and the exit code of its kind."""
     click.echo(f"quickthaw plan: {error}", err=True)
@@ -69,7 +75,9 @@ def plan() -> None:
 @option("--pause-image", default="pause", show_default=True, help="With --emit: image of the pods that hold GPUs.")
 @option("--watch", type=click.FloatRange(min=0.1), metavar="SECONDS", help="Plan again on this interval.")
 @option("--apply", "command", metavar="COMMAND", help="With --watch: run this with the delta as JSON on its input.")
-@option("--state", type=click.Path(path_type=Path), help="With --watch: where to remember; default under QUICKTHAW_HOME.")
+@option(
+    "--state", type=click.Path(path_type=Path), help="With --watch: where to remember; default under QUICKTHAW_HOME."
+)
 @option("--rounds", type=click.IntRange(min=0), default=0, help="With --watch: end after this many plans; 0 is never.")
 @option("--limit", type=click.FloatRange(min=1), default=60.0, show_default=True, help="Seconds for each solve.")
 def solve_command(
@@ -108,7 +116,7 @@ def solve_command(
     if as_json:
         click.echo(json.dumps(report.to_json(chosen, other), indent=2))
     else:
-        report.print_plan(Console(), chosen, other, explain=explain)
+        report.print_plan(_console(), chosen, other, explain=explain)
 
 
 def _cold(problem: Any, exact: bool, limit: float) -> Any:
@@ -150,12 +158,30 @@ def _watch(
 @click.argument("file", type=click.Path(path_type=Path))
 @option("--trace", "trace_file", type=click.Path(path_type=Path), required=True, help="CSV of requests.")
 @option("--policy", "chosen", multiple=True, help="Only these (a name as printed); default all five.")
-@option("--fixed", type=click.IntRange(min=0), default=1, show_default=True, help="Replicas' worth of GPUs a service in the fixed buffer.")
+@option(
+    "--fixed",
+    type=click.IntRange(min=0),
+    default=1,
+    show_default=True,
+    help="Replicas' worth of GPUs a service in the fixed buffer.",
+)
 @option("--restored-baselines", is_flag=True, help="Also the others with restored lead times.")
-@option("--equal-wait", is_flag=True, help="Also the cheapest setting of each program whose p99 is no worse than the autoscaler's.")
+@option(
+    "--equal-wait",
+    is_flag=True,
+    help="Also the cheapest setting of each program whose p99 is no worse than the autoscaler's.",
+)
 @option("--seed", type=int, default=1, show_default=True)
-@option("--refusals", type=click.FloatRange(0, 1), default=0.0, show_default=True, help="Chance that a start is refused.")
-@option("--interruptions", type=click.FloatRange(min=0), default=1.0, show_default=True, help="Multiple of the pools' rates.")
+@option(
+    "--refusals", type=click.FloatRange(0, 1), default=0.0, show_default=True, help="Chance that a start is refused."
+)
+@option(
+    "--interruptions",
+    type=click.FloatRange(min=0),
+    default=1.0,
+    show_default=True,
+    help="Multiple of the pools' rates.",
+)
 @option("--plot", type=click.Path(path_type=Path), metavar="STEM", help="Write STEM.png and STEM.svg.")
 @option("--json", "as_json", is_flag=True, help="Print JSON.")
 def simulate_command(
@@ -205,7 +231,7 @@ def simulate_command(
     if as_json:
         click.echo(json.dumps(report.simulation_json(results, matched), indent=2))
     else:
-        report.print_simulation(Console(), results, matched)
+        report.print_simulation(_console(), results, matched)
 
 
 @plan.command("generate")

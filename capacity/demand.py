@@ -48,7 +48,7 @@ def learn(field: Field, services: tuple[Service, ...], level: float, step: float
 
 def from_history(history: History, services: tuple[Service, ...], level: float, step: float, steps: int) -> Demand:
     """Flat forecast: the quantiles of the rates of the last step's length (or all there is), each averaged over a bin."""
-    bins = max(1, int(round(step / history.bin_seconds)))
+    bins = max(1, round(step / history.bin_seconds))
     forecasts: dict[str, Forecast] = {}
     for j, service in enumerate(services):
         recent: Floats = history.rates[j, -bins:]

@@ -1,9 +1,9 @@
 """The errors of the capacity layer, by kind of failure, each with a stable code and a message of one line.
 
-    CapacityError
-     ├─ InputError        the plan file, a trace or a lead-time file says something that cannot be meant
-     ├─ InfeasibleError   no plan satisfies every constraint; carries the conflict and the nearest change
-     └─ SolverError       HiGHS gave up (time limit, numerical trouble), or an emitted plan failed the independent check
+CapacityError
+ ├─ InputError        the plan file, a trace or a lead-time file says something that cannot be meant
+ ├─ InfeasibleError   no plan satisfies every constraint; carries the conflict and the nearest change
+ └─ SolverError       HiGHS gave up (time limit, numerical trouble), or an emitted plan failed the independent check
 """
 
 from __future__ import annotations

@@ -245,7 +245,9 @@ def _change(problem: Problem, name: Name, amount: float, values: Floats) -> Chan
         now = float(next(quota.gpus for quota in problem.quotas if quota.name == name.key))
         return Change(f"quotas {name.key} gpus", now, now + up, "GPUs")
     if name.sort == "start-limit":
-        return Change("policy max_start", float(policy.max_start or 0), (policy.max_start or 0) + up, "instances a step")
+        return Change(
+            "policy max_start", float(policy.max_start or 0), (policy.max_start or 0) + up, "instances a step"
+        )
     if name.sort == "stop-limit":
         return Change("policy max_stop", float(policy.max_stop or 0), (policy.max_stop or 0) + up, "instances a step")
     if name.sort in ("maximum", "minimum"):
@@ -264,7 +266,9 @@ def _change(problem: Problem, name: Name, amount: float, values: Floats) -> Chan
             return Change(f"policy region_mix {name.key} min", share.least, math.floor(min(shares) * 1000) / 1000, "")
         return Change(f"policy region_mix {name.key} max", share.most, math.ceil(max(shares) * 1000) / 1000, "")
     if name.sort == "demand":
-        return Change(f"demand of {name.key}, at its worst step, served", 0.0, -amount, services[name.key].unit + "/s less")
+        return Change(
+            f"demand of {name.key}, at its worst step, served", 0.0, -amount, services[name.key].unit + "/s less"
+        )
     if name.sort == "zones":
         return Change(f"{name.key} served on the loss of a zone", 0.0, -amount, services[name.key].unit + "/s less")
     return Change(name.text, 0.0, -amount, "GPUs less")

@@ -176,7 +176,9 @@ def _place(state: _State, j: int, share: dict[int, float], price: list[float]) -
             if not _seat(state, j, p):
                 break
     while state.lacks(j) or state.zone_lacks(j):
-        heavy = max(state.by_zone[j], key=lambda z: state.by_zone[j][z]) if state.zone_lacks(j) and state.by_zone[j] else ""
+        heavy = (
+            max(state.by_zone[j], key=lambda z: state.by_zone[j][z]) if state.zone_lacks(j) and state.by_zone[j] else ""
+        )
         left = {p: v - math.floor(v + EPS) for p, v in share.items()}
         choices = sorted(
             (p for p in state.fits[j] if state.zone[p] != heavy),

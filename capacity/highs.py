@@ -5,6 +5,10 @@ Deterministic: one thread, a fixed seed, no wall-clock choice other than the lim
 
 from __future__ import annotations
 
+import ctypes
+import os
+import sys
+import threading
 import time
 from dataclasses import dataclass, replace
 
@@ -30,6 +34,33 @@ class Outcome:
     column_dual: Floats | None = None
     seconds: float = 0.0
     proven: bool = True
+
+
+_banner = threading.Lock()
+_printed = False
+
+
+def _silent() -> highspy.Highs:
+    """A new HiGHS. The first of a process prints its name to file descriptor 1 before any option can be set, which would
+    spoil JSON on standard output, so that one is made while the descriptor points elsewhere."""
+    global _printed
+    with _banner:
+        if _printed:
+            return highspy.Highs()
+        sys.stdout.flush()
+        libc = ctypes.CDLL(None)
+        kept = os.dup(1)
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        try:
+            os.dup2(nowhere, 1)
+            solver = highspy.Highs()
+            libc.fflush(None)
+        finally:
+            os.dup2(kept, 1)
+            os.close(kept)
+            os.close(nowhere)
+        _printed = True
+        return solver
 
 
 @dataclass(frozen=True)
@@ -66,7 +97,7 @@ def load(program: Program, *, whole: bool, limit: float, gap: float = 0.0, nodes
     if whole:
         kinds = (highspy.HighsVarType.kContinuous, highspy.HighsVarType.kInteger)
         lp.integrality_ = [kinds[int(flag)] for flag in program.integer]
-    solver = highspy.Highs()
+    solver = _silent()
     solver.setOptionValue("output_flag", False)
     solver.setOptionValue("threads", 1)
     solver.setOptionValue("random_seed", 1)
@@ -101,9 +132,7 @@ def run(solver: highspy.Highs, *, whole: bool) -> Outcome:
     values = np.array(solution.col_value)
     objective = float(info.objective_function_value)
     if whole:
-        return Outcome(
-            values, objective, float(info.mip_dual_bound), seconds=seconds, proven=status == known.kOptimal
-        )
+        return Outcome(values, objective, float(info.mip_dual_bound), seconds=seconds, proven=status == known.kOptimal)
     return Outcome(values, objective, objective, np.array(solution.row_dual), np.array(solution.col_dual), seconds)
 
 

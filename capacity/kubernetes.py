@@ -28,7 +28,16 @@ def name(pool: str, gpus: int) -> str:
     return f"idle-{clean[:45].strip('-')}-{gpus}gpu"
 
 
-def objects(plan: Plan, *, namespace: str = "default", way: str | None = None, pause_image: str = "pause") -> list[dict[str, Any]]:
+class _Plain(yaml.SafeDumper):
+    """Without anchors: people read and edit manifests."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def objects(
+    plan: Plan, *, namespace: str = "default", way: str | None = None, pause_image: str = "pause"
+) -> list[dict[str, Any]]:
     """Objects for the idle blocks of the plan's first step; `way` limits them to one of WAYS. Pools that hold none get zero
     replicas, so that applying a new plan takes the old buffer away."""
     found: list[dict[str, Any]] = []
@@ -55,7 +64,7 @@ def objects(plan: Plan, *, namespace: str = "default", way: str | None = None, p
 
 def _sizes(plan: Plan) -> dict[tuple[int, int], int]:
     """(pool, GPUs a pod) -> pods; a block of several instances is one pod an instance."""
-    found = {(i, width): 0 for i, width in sorted(plan.block_sizes)}
+    found = dict.fromkeys(sorted(plan.block_sizes), 0)
     found.update(plan.blocks[0])
     pods: dict[tuple[int, int], int] = {}
     for (i, width), count in sorted(found.items()):
@@ -147,4 +156,4 @@ def manifest(plan: Plan, *, namespace: str, way: str | None, pause_image: str) -
         else ""
     )
     documents = objects(plan, namespace=namespace, way=way, pause_image=pause_image)
-    return head + yaml.safe_dump_all(documents, sort_keys=False, explicit_start=True)
+    return head + yaml.dump_all(documents, Dumper=_Plain, sort_keys=False, explicit_start=True)

@@ -85,7 +85,9 @@ def _journal(text: str, path: Path, model: str | None, engine: str | None) -> Sa
                 continue
             raise InputError("not-json", f"{bad.msg}", file=str(path), line=number) from bad
         if not isinstance(entry, dict) or entry.get("kind") not in found:
-            raise InputError("bad-sample", 'expected an object with kind "cold" or "restored"', file=str(path), line=number)
+            raise InputError(
+                "bad-sample", 'expected an object with kind "cold" or "restored"', file=str(path), line=number
+            )
         try:
             at = datetime.fromisoformat(str(entry["at"]))
         except (KeyError, ValueError) as bad:

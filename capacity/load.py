@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
 
@@ -81,7 +82,22 @@ def _need(field: Field, entries: dict[str, Field], *keys: str) -> None:
 
 
 def _pool(field: Field) -> Pool:
-    known = "name instance gpu gpus memory region zone price quota supply held boot interruptions refused".split()
+    known = (
+        "name",
+        "instance",
+        "gpu",
+        "gpus",
+        "memory",
+        "region",
+        "zone",
+        "price",
+        "quota",
+        "supply",
+        "held",
+        "boot",
+        "interruptions",
+        "refused",
+    )
     e = field.mapping(known)
     _need(field, e, "name", "gpu", "gpus", "memory", "region", "price")
     refused = None
@@ -112,7 +128,20 @@ def _pool(field: Field) -> Pool:
 
 
 def _service(field: Field, path: Path) -> Service:
-    known = "name gpus memory rate unit lead_time target_wait probability regions min max concurrency".split()
+    known = (
+        "name",
+        "gpus",
+        "memory",
+        "rate",
+        "unit",
+        "lead_time",
+        "target_wait",
+        "probability",
+        "regions",
+        "min",
+        "max",
+        "concurrency",
+    )
     e = field.mapping(known)
     _need(field, e, "name", "gpus", "rate", "lead_time")
     rates: dict[str, float] = {}
@@ -184,7 +213,17 @@ def _quota(field: Field, pools: tuple[Pool, ...]) -> Quota:
 
 
 def _policy(field: Field, regions: set[str]) -> Policy:
-    known = "headroom region_mix hysteresis switching_cost zone_loss max_start max_stop lead_quantile correlation".split()
+    known = (
+        "headroom",
+        "region_mix",
+        "hysteresis",
+        "switching_cost",
+        "zone_loss",
+        "max_start",
+        "max_stop",
+        "lead_quantile",
+        "correlation",
+    )
     e = field.mapping(known)
     default = Policy()
     mix: dict[str, Share] = {}
@@ -261,12 +300,16 @@ def _forecast(field: Field) -> Forecast:
         except ValueError:
             level = math.nan
         if not 0 < level < 1:
-            raise value.error("out-of-range", f"a quantile is a fraction such as 0.9 or a percentile such as p90, found {key}")
+            raise value.error(
+                "out-of-range", f"a quantile is a fraction such as 0.9 or a percentile such as p90, found {key}"
+            )
         rows.append((level, value.samples("rate"), value))
     if len(rows) < 2:
-        raise field.error("too-few", "give at least two quantiles, such as 0.5 and 0.9: their distance is the uncertainty")
+        raise field.error(
+            "too-few", "give at least two quantiles, such as 0.5 and 0.9: their distance is the uncertainty"
+        )
     rows.sort(key=lambda row: row[0])
-    for (low, below, _), (high, above, where) in zip(rows, rows[1:], strict=False):
+    for (low, below, _), (high, above, where) in pairwise(rows):
         if low == high:
             raise where.error("repeated-field", f"the quantile {low:g} is given twice")
         if len(below) != len(above):

@@ -195,7 +195,9 @@ def compute(problem: Problem, kind: Kind) -> Need:
     places: list[PoolKind] = [(p.gpu, p.memory, p.region, p.gpus) for p in pools]
     number = {key: k for k, key in enumerate(dict.fromkeys(places))}
     groups = _groups(growth, places, number, rate, cap, idle_window)
-    return Need(kind, lead, boot, loss, rate, median, base, base + hot, hot, cap, groups, tuple(number[key] for key in places))
+    return Need(
+        kind, lead, boot, loss, rate, median, base, base + hot, hot, cap, groups, tuple(number[key] for key in places)
+    )
 
 
 def _groups(

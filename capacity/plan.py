@@ -60,13 +60,14 @@ class Plan:
     def hourly_cost(self) -> Floats:
         """Dollars an hour of what is held, [step]."""
         prices = np.array([pool.price for pool in self.problem.pools])
-        cost: Floats = self.instances @ prices
+        cost: Floats = self.instances.astype(np.float64) @ prices
         return cost
 
     @property
     def gpus(self) -> Floats:
         """GPUs held, [step]."""
-        held: Floats = self.instances @ np.array([pool.gpus for pool in self.problem.pools], dtype=np.float64)
+        sizes = np.array([pool.gpus for pool in self.problem.pools], dtype=np.float64)
+        held: Floats = self.instances.astype(np.float64) @ sizes
         return held
 
     @property
@@ -98,7 +99,7 @@ class Plan:
                 for j, service in enumerate(self.problem.services)
             )
             found[pool.gpu] = found.get(pool.gpu, 0.0) + float(self.instances[step, i] * pool.gpus) - busy
-        return {gpu: value for gpu, value in sorted(found.items())}
+        return dict(sorted(found.items()))
 
     def buffer_by_type(self, step: int = 0) -> dict[str, int]:
         """GPUs reserved as idle blocks, by type."""
@@ -151,7 +152,7 @@ def blocks_of(built: program.Program, values: Floats) -> list[dict[tuple[int, in
     """Idle blocks of each step: (pool, GPUs a block) -> how many."""
     table = values.reshape(built.steps, built.columns)[:, built.at_b : built.at_s]
     return [
-        {(int(i), int(w)): int(round(v)) for (i, w), v in zip(built.blocks, row, strict=True) if v > 0.5} for row in table
+        {(int(i), int(w)): round(v) for (i, w), v in zip(built.blocks, row, strict=True) if v > 0.5} for row in table
     ]
 
 

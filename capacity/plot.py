@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from capacity.errors import CapacityError
+from capacity.model import Floats
 from capacity.simulate import Result
 
 
@@ -56,7 +57,7 @@ def draw(results: list[Result], stem: Path, *, title: str = "") -> list[Path]:
     return written
 
 
-def _worst(result: Result, edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[type-arg]
+def _worst(result: Result, edges: Floats) -> tuple[Floats, Floats]:
     """99th percentile of the waits of those that arrived in each bin that has any."""
     where = np.digitize(result.arrivals, edges) - 1
     order = np.argsort(where, kind="stable")

@@ -72,7 +72,8 @@ class Autoscaler:
             if not start_instances:
                 return
             if not any(
-                fleet.start_instances(i, -(-fleet.width[i][j] // fleet.problem.pools[i].gpus)) for i in fleet.cheapest[j]
+                fleet.start_instances(i, -(-fleet.width[i][j] // fleet.problem.pools[i].gpus))
+                for i in fleet.cheapest[j]
             ):
                 return
             if not fleet.start_replica(j):
@@ -98,7 +99,7 @@ class Autoscaler:
 def wanted(fleet: Fleet, past: Past, j: int, share: float) -> float:
     """Replicas that the last minute's work and what waits need at a utilization of `share`."""
     service = fleet.problem.services[j]
-    rates, levels = past.until(fleet.now)
+    _, levels = past.until(fleet.now)
     level = float(levels[j, -1]) if levels.shape[1] else 0.0
     rate = service.rate_on(fleet.problem.pools[fleet.cheapest[j][0]].gpu) or 1.0
     _, work = fleet.waiting(j)

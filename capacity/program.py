@@ -106,9 +106,9 @@ def build(problem: Problem, need: Need) -> Program:
     sizes_of: dict[int, list[int]] = {}
     for k, w in sums:
         sizes_of.setdefault(k, []).append(w)
-    blocks = np.array(
-        [(i, w) for i in range(count) for w in sizes_of.get(need.place[i], ())], dtype=np.int64
-    ).reshape(-1, 2)
+    blocks = np.array([(i, w) for i in range(count) for w in sizes_of.get(need.place[i], ())], dtype=np.int64).reshape(
+        -1, 2
+    )
     zone = np.unique([f"{p.region}/{p.zone}" for p in pools], return_inverse=True)[1]
     zones_of = [np.unique(zone[need.rate[:, j] > 0]) for j in range(len(services))]
     spread = tuple(j for j in range(len(services)) if policy.zone_loss > 0 and len(zones_of[j]) > 1)
@@ -231,7 +231,10 @@ def build(problem: Problem, need: Need) -> Program:
     price = np.array([p.price / p.gpus for p in pools])
     pair_price = price[pairs[:, 0]] * width / served
     units = tuple(float(u) for u in spread_unit)
-    return _tile(problem, need.loss, rows, columns, pairs, blocks, tuple(sums), (spread, units), (at_u, at_x, at_b, at_s, at_h, at_y), spare, need.cap, pair_price)
+    at = (at_u, at_x, at_b, at_s, at_h, at_y)
+    return _tile(
+        problem, need.loss, rows, columns, pairs, blocks, tuple(sums), (spread, units), at, spare, need.cap, pair_price
+    )
 
 
 def _tile(

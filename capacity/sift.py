@@ -127,9 +127,7 @@ def _spread_out(program: Program, part: Outcome, columns: Ints, row_dual: Floats
     return replace(part, values=values, column_dual=_reduced(program, row_dual))
 
 
-def _sift(
-    step: Program, keep: Flags, basis: _Basis | None, limit: float
-) -> tuple[Outcome, _Basis, Flags]:
+def _sift(step: Program, keep: Flags, basis: _Basis | None, limit: float) -> tuple[Outcome, _Basis, Flags]:
     """One step to optimality, from a basis if there is one."""
     warm = basis
     for _ in range(ROUNDS):

@@ -153,7 +153,9 @@ def _polish(program: Program, values: Floats, deadline: float) -> Floats:
                 lower[starts], upper[starts] = program.lower[starts], program.upper[starts]
             part = replace(program, lower=lower, upper=upper)
             try:
-                outcome = highs.run(highs.load(part, whole=True, limit=left, gap=STEP_GAP, nodes=POLISH_NODES), whole=True)
+                outcome = highs.run(
+                    highs.load(part, whole=True, limit=left, gap=STEP_GAP, nodes=POLISH_NODES), whole=True
+                )
             except SolverError:
                 return best
             if outcome.values is not None:

@@ -52,8 +52,8 @@ def rates(day: Day) -> Floats:
             begin, length = int(random.integers(seconds)), int(random.integers(60, 600))
             rate[begin : begin + length] *= random.uniform(2.0, 5.0)
         if k < day.launches:
-            begin = random.uniform(0.3, 0.7) * seconds
-            rate += random.uniform(0.5, 1.5) * np.clip((np.arange(seconds) - begin) / 600, 0.0, 1.0)
+            launch = random.uniform(0.3, 0.7) * seconds
+            rate += random.uniform(0.5, 1.5) * np.clip((np.arange(seconds) - launch) / 600, 0.0, 1.0)
         rows.append(rate / rate.sum() * shares[k] * day.requests)
     return np.array(rows)
 
@@ -64,7 +64,7 @@ def generate(day: Day) -> Trace:
     at, who = [], []
     for k, rate in enumerate(rates(day)):
         counts = random.poisson(rate)
-        times = np.repeat(np.arange(len(rate), dtype=np.float64), counts) + random.random(int(counts.sum()))
+        times: Floats = np.repeat(np.arange(len(rate), dtype=np.float64), counts) + random.random(int(counts.sum()))
         at.append(times)
         who.append(np.full(len(times), k, dtype=np.int64))
     times, services = np.concatenate(at), np.concatenate(who)

@@ -22,6 +22,7 @@ import logging
 import os
 import signal
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from plugin.phases import Phase, PhaseTracker
@@ -32,6 +33,9 @@ from .pool import ReplicaPool
 from .upstream import Upstream
 
 log = logging.getLogger("quickthaw.proxy")
+
+Wake = Callable[[], Awaitable[None]]
+Guard = Callable[[str, Wake], Wake]
 
 _PROBE_LIMIT_S = 2.0
 _GENERATION_LIMIT_S = 60.0
@@ -64,16 +68,17 @@ class EndpointSpec:
 class Endpoint:
     """Owns the pool of one endpoint."""
 
-    def __init__(self, name: str, spec: EndpointSpec) -> None:
+    def __init__(self, name: str, spec: EndpointSpec, *, room: Guard | None = None) -> None:
+        """`room` wraps the wake, for owners that limit how many endpoints are awake at once."""
         self.name, self.spec = name, spec
         self.tracker = PhaseTracker(phase=Phase.ASLEEP)
         self._process: asyncio.subprocess.Process | None = None
         self.pool = ReplicaPool(
             name=name,
-            wake=self.wake,
+            wake=self.wake if room is None else room(name, self.wake),
             sleep=self.sleep if spec.can_sleep else None,
             idle_timeout_s=spec.idle_timeout_s,
-            wake_limit_s=spec.wake_limit_s + 5.0,
+            wake_limit_s=(spec.wake_limit_s + 5.0) if room is None else 86400.0,
             sleep_limit_s=spec.sleep_limit_s + _STOP_GRACE_S + 5.0,
         )
         self.pool.add(name, self.tracker, spec.upstream)
@@ -120,6 +125,11 @@ class Endpoint:
             await self._hook(spec.sleep_url, spec.sleep_limit_s, "sleep")
         await self._stop_process()
         self.tracker.to(Phase.ASLEEP)
+
+    def kill(self) -> None:
+        """End what this endpoint started, at once."""
+        if self._process is not None and self._process.returncode is None:
+            self._signal(self._process, signal.SIGKILL)
 
     async def close(self) -> None:
         """End what this endpoint started."""

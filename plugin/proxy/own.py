@@ -8,7 +8,7 @@ from __future__ import annotations
 import hmac
 import json
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs
 
 from plugin.phases import Phase
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _JSON = [(b"content-type", b"application/json"), (b"cache-control", b"no-store")]
 
 
-def pool_document(pool: ReplicaPool) -> dict[str, object]:
+def pool_document(pool: ReplicaPool) -> dict[str, Any]:
     """The state of one pool as plain data."""
     progress = pool.progress()
     failure = pool.last_failure
@@ -70,18 +70,14 @@ def pool_document(pool: ReplicaPool) -> dict[str, object]:
     }
 
 
-def status_document(server: ProxyServer) -> dict[str, object]:
-    """The state of the whole proxy as plain data: what `/-/status` answers and the page draws."""
-    stats = server.stats
+def status_document(server: ProxyServer) -> dict[str, Any]:
+    """The state of this worker as plain data: what `/-/status` answers, the page draws and the metrics are made of."""
     return {
         "uptime_s": round(time.time() - server.started_at, 1),
         "draining": server.draining,
         "clients": len(server.clients),
         "held_bytes": server.buffered,
-        "requests": stats.requests,
-        "held_total": stats.held_total,
-        "outcomes": dict(stats.outcomes),
-        "upstream_errors": dict(stats.upstream_errors),
+        **server.stats.document(),
         "pools": [pool_document(pool) for pool in server.router.pools()],
     }
 
@@ -115,7 +111,7 @@ async def serve_own(server: ProxyServer, client: ClientConnection, request: Requ
     if server.settings.token is not None and not _authorised(request, server.settings.token):
         raise ClientFault("token", "this page needs the proxy's token", status=401)
     if name == "status":
-        client.respond(request, 200, _JSON, json.dumps(status_document(server)).encode())
+        client.respond(request, 200, _JSON, json.dumps(await server.document()).encode())
         return 200
     from .pages import serve_page
 

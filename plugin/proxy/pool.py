@@ -73,6 +73,13 @@ class Replica:
             self._began = time.monotonic()
         self._phases.append(new)
 
+    async def quiet(self) -> None:
+        """Return once it answers nothing; bounded by the limits of the requests in flight, and by whoever calls."""
+        while self.outstanding:
+            self.emptied = self.emptied or asyncio.Event()
+            self.emptied.clear()
+            await self.emptied.wait()
+
     @property
     def start_kind(self) -> Kind | None:
         """The kind of the current start, None while nothing tells."""
@@ -136,8 +143,13 @@ class ReplicaPool:
         self.max_hold_s = 3600.0
         self.last_active = time.monotonic()
         self.last_failure: ProxyError | None = None
-        self.on_change: list[Callable[[], None]] = []
-        """Called on the loop after any change of phase or of waiting requests' fate."""
+        self.on_phase: list[Callable[[Replica, Phase, str], None]] = []
+        """Called on the loop after each change of phase, with the new one and its reason."""
+        self.on_failed: list[Callable[[ProxyError], None]] = []
+        """Called on the loop when a start has finally failed."""
+        self.elsewhere: Callable[[], int] = lambda: 0
+        """How many requests are held or in flight in worker processes that share this pool."""
+        self.evicting = False
         self._wake_hook, self._sleep_hook, self._suspect_hook = wake, sleep, suspect
         self._wake_limit_s, self._sleep_limit_s = wake_limit_s, sleep_limit_s
         self._waiters: dict[Waiter, None] = {}
@@ -199,11 +211,30 @@ class ReplicaPool:
         """Put the pool to sleep if nothing is in flight and nobody waits; True when it went to sleep."""
         if self._sleep_hook is None or self._sleep_task is not None or self._wake_task is not None:
             return False
-        if self._waiters or any(r.outstanding for r in self.replicas.values()) or self._ready() is None:
+        if self._waiters or self.outstanding or self.elsewhere() or self._ready() is None:
             return False
         self._sleep_task = asyncio.get_running_loop().create_task(self._run_sleep())
         await asyncio.shield(self._sleep_task)
         return True
+
+    async def evict(self) -> None:
+        """Put the pool to sleep for another's sake: new requests wait, what is in flight ends first. For an owner
+        with a sleep hook.
+        """
+        if self._sleep_task is None and self._sleep_hook is not None:
+            self._sleep_task = asyncio.get_running_loop().create_task(self._run_sleep())
+        if self._sleep_task is not None:
+            self.evicting = True
+            try:
+                await asyncio.shield(self._sleep_task)
+            finally:
+                self.evicting = False
+
+    def around_sleep(self, wrap: Callable[[Callable[[], Awaitable[None]]], Awaitable[None]]) -> None:
+        """Let `wrap(sleep)` run the sleep hook: for whoever must make other processes quiet first."""
+        inner = self._sleep_hook
+        if inner is not None:
+            self._sleep_hook = lambda: wrap(inner)
 
     @asynccontextmanager
     async def quiesced(self, name: str, limit_s: float) -> AsyncIterator[Replica]:
@@ -216,9 +247,7 @@ class ReplicaPool:
         replica.held_back = True
         try:
             async with asyncio.timeout(limit_s):
-                while replica.outstanding:
-                    replica.emptied = asyncio.Event()
-                    await replica.emptied.wait()
+                await replica.quiet()
             self._close_idle(replica)
             yield replica
         finally:
@@ -234,6 +263,12 @@ class ReplicaPool:
         for task in (self._wake_task, self._sleep_task):
             if task is not None:
                 task.cancel()
+
+    async def settled(self, limit_s: float = 20.0) -> None:
+        """After `close`: return once the wake or sleep that it cancelled has cleaned up."""
+        tasks = [task for task in (self._wake_task, self._sleep_task) if task is not None]
+        if tasks:
+            await asyncio.wait(tasks, timeout=limit_s)
 
     # -- what the proxy calls ----------------------------------------------------------------------
 
@@ -302,6 +337,15 @@ class ReplicaPool:
         finally:
             self._waiters.pop(waiter, None)
             self.last_active = time.monotonic()
+
+    @property
+    def can_wake(self) -> bool:
+        """True when the owner gave a wake hook."""
+        return self._wake_hook is not None
+
+    def poke(self) -> None:
+        """Look again at who can be served: a replica is no longer held back."""
+        self._dispatch()
 
     def nudge(self) -> None:
         """A request is on its way: start the wake now, if one is needed, though the request does not wait here yet."""
@@ -390,6 +434,8 @@ class ReplicaPool:
             if kind is not None and old in STARTING:
                 self.history.record(kind, replica.start_age_s, replica.tracker.timeline)
             self.last_active = time.monotonic()
+        for told in self.on_phase:
+            told(replica, new, reason)
         self._dispatch()
 
     def _dispatch(self) -> None:
@@ -406,8 +452,6 @@ class ReplicaPool:
                 self._waiters.pop(waiter, None)
             if self._waiters:
                 self._demand()
-        for listener in self.on_change:
-            listener()
 
     def _demand(self) -> None:
         """Start the one wake unless one is running, a start is under way, or a replica will take requests again by
@@ -453,13 +497,16 @@ class ReplicaPool:
         assert self._sleep_hook is not None
         for replica in self.replicas.values():
             replica.held_back = True
-            self._close_idle(replica)
         self.sleeps += 1
         try:
+            for replica in self.replicas.values():
+                await replica.quiet()
+                self._close_idle(replica)
             async with asyncio.timeout(self._sleep_limit_s):
                 await self._sleep_hook()
         except Exception as exc:  # noqa: BLE001 - what would not sleep goes on serving; the reason is logged
-            log.warning("sleep failed", extra={"fields": {"pool": self.name, "reason": f"{exc!r}"}})
+            if getattr(exc, "code", None) != "busy":  # a request came at that very moment: it has won
+                log.warning("sleep failed", extra={"fields": {"pool": self.name, "reason": f"{exc!r}"}})
         finally:
             for replica in self.replicas.values():
                 replica.held_back = False
@@ -480,12 +527,12 @@ class ReplicaPool:
             log.error(
                 "start failed", extra={"fields": {"pool": self.name, "code": error.code, "reason": error.message}}
             )
+            for told in self.on_failed:
+                told(error)
         for waiter in list(self._waiters):
             if not waiter.ready.done():
                 waiter.ready.set_exception(error.fresh())
         self._waiters.clear()
-        for listener in self.on_change:
-            listener()
 
     def _close_idle(self, replica: Replica) -> None:
         idle, replica.idle = replica.idle, []
@@ -522,7 +569,7 @@ class ReplicaPool:
         """
         while self.idle_timeout_s is not None:
             idle = time.monotonic() - self.last_active
-            if self.outstanding or self._waiters or self._ready() is None:
+            if self.outstanding or self._waiters or self.elsewhere() or self._ready() is None:
                 idle = 0.0
             if idle >= self.idle_timeout_s:
                 await self.sleep()

@@ -12,11 +12,12 @@ and written anew only after a connection that could not be made.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import socket
 import time
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Protocol
 
 from . import wire
 from .back import BackConnection, connect
@@ -38,10 +39,10 @@ class Router(Protocol):
     def pools(self) -> Sequence[ReplicaPool]:
         """Every pool, for status and metrics."""
 
-    def needs_body(self, request: Request) -> bool:
-        """True when the body must be complete before `route`."""
+    def answer(self, request: Request) -> dict[str, Any] | None:
+        """A JSON answer of the router's own, or None."""
 
-    async def route(self, request: Request) -> ReplicaPool:
+    async def route(self, client: ClientConnection, request: Request) -> ReplicaPool:
         """The pool for `request`; raises ProxyError when there is none."""
 
 
@@ -55,11 +56,11 @@ class SinglePool:
         """The one pool."""
         return (self.pool,)
 
-    def needs_body(self, request: Request) -> bool:
-        """Never: there is one place to go."""
-        return False
+    def answer(self, request: Request) -> dict[str, Any] | None:
+        """Nothing of its own."""
+        return None
 
-    async def route(self, request: Request) -> ReplicaPool:
+    async def route(self, client: ClientConnection, request: Request) -> ReplicaPool:
         """The one pool."""
         return self.pool
 
@@ -82,6 +83,18 @@ class ProxyServer:
         self._chores: list[asyncio.Task[None]] = []
         self._stopped: asyncio.Event | None = None
         self._single = target if isinstance(target, ReplicaPool) else None
+
+        self.pages_app: Any = None
+        self.gather: Callable[[], Awaitable[dict[str, Any]]] | None = None
+        """Set in a worker of several: the document of them all."""
+
+    async def document(self) -> dict[str, Any]:
+        """The state of the proxy, of all its workers where there are several."""
+        if self.gather is not None:
+            return await self.gather()
+        from .own import status_document
+
+        return status_document(self)
 
     # -- the owner's side --------------------------------------------------------------------------
 
@@ -143,7 +156,7 @@ class ProxyServer:
                 log.warning("cut at the end", extra={"fields": {"clients": len(self.clients)}})
         for client in tuple(self.clients):
             client.cut()
-        await asyncio.gather(*self._chores, return_exceptions=True)
+        await asyncio.gather(*self._chores, *(pool.settled() for pool in self.router.pools()), return_exceptions=True)
         await asyncio.sleep(0)
         if self._stopped is not None:
             self._stopped.set()
@@ -243,7 +256,12 @@ class ProxyServer:
             client.write(wire.CONTINUE)
         pool = self._single
         if pool is None:
-            pool = await self.router.route(request)
+            own = self.router.answer(request)
+            if own is not None:
+                exchange.outcome, exchange.status = "own", 200
+                client.respond(request, 200, [(b"content-type", b"application/json")], json.dumps(own).encode())
+                return
+            pool = await self.router.route(client, request)
         exchange.pool_name = pool.name
         while True:
             replica = pool.try_acquire()

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
+from collections.abc import Sequence
+from typing import Any
 
 HELD_BUCKETS = (0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 FIRST_BYTE_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 120.0)
@@ -26,10 +28,9 @@ class Histogram:
         self.counts[bisect_left(self.bounds, seconds)] += 1
         self.total += seconds
 
-    def merge(self, other: Histogram) -> None:
-        """Add another worker's counts of the same bounds."""
-        self.counts = [a + b for a, b in zip(self.counts, other.counts, strict=True)]
-        self.total += other.total
+    def document(self) -> dict[str, object]:
+        """Plain data: bounds, counts per bucket (one more than bounds), sum of all observations."""
+        return {"bounds": list(self.bounds), "counts": list(self.counts), "sum": round(self.total, 6)}
 
 
 class Stats:
@@ -43,3 +44,32 @@ class Stats:
         self.bytes_out = 0
         self.held = Histogram(HELD_BUCKETS)
         self.first_byte = Histogram(FIRST_BYTE_BUCKETS)
+
+    def document(self) -> dict[str, object]:
+        """All counts as plain data, which `merged` can add up."""
+        return {
+            "requests": self.requests,
+            "held_total": self.held_total,
+            "bytes_out": self.bytes_out,
+            "outcomes": dict(self.outcomes),
+            "upstream_errors": dict(self.upstream_errors),
+            "held_seconds": self.held.document(),
+            "first_byte_seconds": self.first_byte.document(),
+        }
+
+
+def merged(documents: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The sum of several workers' documents."""
+    total = Stats().document()
+    for document in documents:
+        total = {key: _add(value, document[key]) for key, value in total.items()}
+    return total
+
+
+def _add(left: Any, right: Any) -> Any:
+    if isinstance(left, dict) and "bounds" in left:
+        counts = [a + b for a, b in zip(left["counts"], right["counts"], strict=True)]
+        return {"bounds": left["bounds"], "counts": counts, "sum": left["sum"] + right["sum"]}
+    if isinstance(left, dict):
+        return dict(Counter(left) + Counter(right))
+    return left + right

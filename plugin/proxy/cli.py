@@ -1,0 +1,200 @@
+"""`quickthaw proxy`: the proxy in front of an endpoint that exists already, or of several models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from .settings import Settings
+
+EPILOG = """\b
+Examples:
+  # in front of an engine that may be down, starting or scaled to zero
+  quickthaw proxy --listen 0.0.0.0:8000 --upstream http://127.0.0.1:8001
+\b
+  # start the engine when a request comes, stop it after ten idle minutes
+  quickthaw proxy --upstream http://127.0.0.1:8001 --idle-timeout 600 \\
+      --wake 'exec vllm serve my-model --port 8001' --ready-model my-model
+\b
+  # several models, at most one awake
+  quickthaw proxy --config models.yaml
+"""
+
+
+def _place(text: str) -> tuple[str, int]:
+    host, _, port = text.rpartition(":")
+    host = host.strip("[]") or "127.0.0.1"
+    if not port.isdigit() or int(port) > 65535:
+        raise click.BadParameter(f"{text!r} is not HOST:PORT")
+    return host, int(port)
+
+
+@click.command(epilog=EPILOG, context_settings={"show_default": True, "auto_envvar_prefix": "QUICKTHAW_PROXY"})
+@click.option("--upstream", help="Where the engine listens: http://host:port, https://host or unix:/path.")
+@click.option(
+    "--config", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="A YAML file of several models."
+)
+@click.option("--listen", default="127.0.0.1:8000", help="HOST:PORT of the public port; port 0 takes a free one.")
+@click.option("--wake", help="A command that brings the engine up. It may return, or stay as the engine itself.")
+@click.option("--sleep", help="A command that puts it down. Without one, a wake command that stays is ended.")
+@click.option("--wake-url", help="A URL to POST to instead of running a command.")
+@click.option("--sleep-url", help="A URL to POST to instead of running a command.")
+@click.option("--ready-path", default="/health", help="Answers 200 once the engine is ready.")
+@click.option("--ready-model", help="Also generate one token with this model before it counts as ready.")
+@click.option("--wake-timeout", type=click.FloatRange(min=0.1), default=600.0, help="Seconds a wake may take.")
+@click.option("--idle-timeout", type=click.FloatRange(min=0), default=0.0, help="Idle seconds before sleep; 0: never.")
+@click.option(
+    "--hold-timeout",
+    type=click.FloatRange(min=0),
+    help="Seconds a request may wait. Default: from the measured starts, with a margin.",
+)
+@click.option("--max-held", type=click.IntRange(min=0), default=4096, help="Requests that may wait at once.")
+@click.option("--max-held-mb", type=click.IntRange(min=0), default=256, help="Megabytes of their bodies that are kept.")
+@click.option(
+    "--early-stream", is_flag=True, help="Answer waiting streams at once, with comments on the start's progress."
+)
+@click.option(
+    "--deny", multiple=True, help="A path of the engine that must not be reached; may be given several times."
+)
+@click.option(
+    "--workers", type=click.IntRange(1, 64), default=1, help="Processes on the one port; they share one wake."
+)
+@click.option("--token", help="The own pages ask for this bearer token.")
+@click.option(
+    "--own-prefix", default="/-", help="Where the own pages live: PREFIX/status, /ready, /metrics, and PREFIX/."
+)
+@click.option("--own-listen", help="HOST:PORT for the own pages alone; they leave the public port. One worker only.")
+@click.option(
+    "--trust-forwarded", is_flag=True, help="Keep X-Forwarded-* of the client: a trusted proxy stands in front."
+)
+@click.option("--drain", type=click.FloatRange(min=0), default=30.0, help="Seconds for what is in flight, at the end.")
+@click.option("--access-log", is_flag=True, help="Log every request, not only those that waited or failed.")
+@click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info")
+def proxy(**options: Any) -> None:
+    """Hold requests while an engine is down, starting or asleep, and forward each exactly once.
+
+    In front of one endpoint (--upstream), woken by a command or a hook when a request comes and put to sleep when
+    idle; or of several models
+    behind one port (--config). The log is JSON lines on standard error; /-/ is a page for people, /-/metrics for
+    Prometheus.
+    """
+    if (options["upstream"] is None) == (options["config"] is None):
+        raise click.UsageError("give either --upstream or --config")
+    if options["own_listen"] and options["workers"] > 1:
+        raise click.UsageError("--own-listen is for one worker; with several, the own pages stay on the public port")
+    settings = _settings(options)
+
+    import asyncio
+
+    import uvloop
+
+    from . import logs
+
+    logs.configure(options["log_level"])
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(_serve(options, settings))
+    except OSError as exc:
+        raise click.ClickException(f"cannot listen: {exc.strerror or exc}") from exc
+
+
+def _settings(options: dict[str, Any]) -> Settings:
+    from .settings import Settings
+
+    try:
+        return Settings(
+            own_prefix=options["own_prefix"],
+            token=options["token"],
+            own_on_main=options["own_listen"] is None,
+            denied_paths=frozenset(options["deny"]),
+            max_held=options["max_held"],
+            max_held_bytes=options["max_held_mb"] << 20,
+            hold_timeout_s=options["hold_timeout"],
+            early_stream=options["early_stream"],
+            trust_forwarded=options["trust_forwarded"],
+            access_log=options["access_log"],
+            drain_s=options["drain"],
+        )
+    except ValueError as exc:
+        raise click.UsageError(str(exc)) from exc
+
+
+async def _serve(options: dict[str, Any], settings: Settings) -> None:
+    import asyncio
+    import os
+    import signal
+
+    from .endpoint import Endpoint, EndpointSpec
+    from .pool import ReplicaPool
+    from .server import ProxyServer, Router
+    from .upstream import from_url
+    from .workers import Supervisor, listening_sockets
+
+    host, port = _place(options["listen"])
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    interrupts = 0
+
+    def interrupted() -> None:
+        nonlocal interrupts
+        interrupts += 1
+        if interrupts > 1:
+            owner.kill()
+            os._exit(1)  # a second Ctrl-C: now, without draining
+        stop.set()
+
+    loop.add_signal_handler(signal.SIGTERM, stop.set)
+    loop.add_signal_handler(signal.SIGINT, interrupted)
+
+    owner: Any
+    target: ReplicaPool | Router
+    try:
+        if options["config"] is not None:
+            from .models import ModelRouter, Models, load
+
+            config = load(options["config"])
+            owner = Models(config)
+            pools = owner.pools
+            target = ModelRouter(config, pools)
+        else:
+            spec = EndpointSpec(
+                upstream=from_url(options["upstream"]),
+                wake=options["wake"],
+                sleep=options["sleep"],
+                wake_url=options["wake_url"],
+                sleep_url=options["sleep_url"],
+                ready_path=options["ready_path"],
+                ready_model=options["ready_model"],
+                wake_limit_s=options["wake_timeout"],
+                idle_timeout_s=options["idle_timeout"] or None,
+            )
+            owner = Endpoint("default", spec)
+            target = owner.pool
+            pools = {"default": owner.pool}
+    except ValueError as exc:
+        raise click.UsageError(str(exc)) from exc
+
+    sockets = listening_sockets(host, port, options["workers"], settings.backlog)
+    shown = f"[{host}]" if ":" in host else host
+    where = f"http://{shown}:{sockets[0].getsockname()[1]}"
+    await owner.start()
+    if options["workers"] == 1:
+        own_sock = None
+        if options["own_listen"]:
+            own_sock = listening_sockets(*_place(options["own_listen"]), 1, 128)[0]
+        server = ProxyServer(target, settings)
+        await server.start(sockets[0], own_sock=own_sock)
+        click.echo(f"listening on {where}", err=True)
+        await stop.wait()
+        await server.shutdown()
+    else:
+        config_path = str(options["config"]) if options["config"] is not None else None
+        supervisor = Supervisor(list(pools.values()), settings, sockets, config=config_path)
+        await supervisor.start()
+        click.echo(f"listening on {where} with {options['workers']} workers", err=True)
+        await stop.wait()
+        await supervisor.shutdown(settings.drain_s)
+    await owner.close()

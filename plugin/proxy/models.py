@@ -1,0 +1,339 @@
+"""Several models behind one port: which endpoint a request is for, how many may be awake at once, and who is put to
+sleep for whom.
+
+The configuration is a YAML file (`Config`); unknown keys are refused. A model is chosen by the request's `model`: the
+JSON body's field, a
+multipart form's field, a `?model=` in the query (WebSockets), or the file's `default`. Bodies are kept whole (up to
+`max_body`) to be read.
+
+Promises: never more than `max_awake` models awake or waking; a model is put to sleep only when it answers nothing,
+and what arrives for it
+meanwhile waits for its next turn; no model is put to sleep sooner than `min_awake_s` after it came up, so that two
+models in
+demand take turns instead of thrashing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import socket
+import sys
+import time
+import zlib
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import parse_qs
+
+import msgspec
+
+from plugin.phases import Phase
+
+from .endpoint import Endpoint, EndpointSpec
+from .errors import ClientFault
+from .front import ClientConnection
+from .pool import STARTING, ReplicaPool
+from .request import Request
+from .upstream import from_url
+
+Seconds = Annotated[float, msgspec.Meta(ge=0)]
+_FORM_MODEL = re.compile(rb'name="model"\r\n(?:[^\r\n]+\r\n)*\r\n([^\r\n]{1,256})\r\n')
+_LIST_PATHS = ("/v1/models", "/models")
+
+
+class ModelConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """One model: exactly one of `snapshot` (restored by name), `command` (a server; `${PORT}` is its port), or
+    `upstream` (exists already).
+    """
+
+    snapshot: str | None = None
+    command: str | None = None
+    upstream: str | None = None
+    wake: str | None = None
+    sleep: str | None = None
+    wake_url: str | None = None
+    sleep_url: str | None = None
+    aliases: tuple[str, ...] = ()
+    ready_path: str = "/health"
+    ready_model: str | None = None
+    idle_timeout: Seconds | None = None
+    wake_timeout: Seconds = 600.0
+    priority: int = 0
+    """Lower ones are put to sleep first."""
+
+
+class Config(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """The whole file."""
+
+    models: dict[str, ModelConfig]
+    max_awake: Annotated[int, msgspec.Meta(ge=0)] = 0
+    """How many models may be awake at once; 0 is no limit."""
+    evict: str = "lru"
+    """`lru`: the longest idle first; `priority`: the lowest priority first, then the longest idle."""
+    min_awake: Seconds = 5.0
+    default: str | None = None
+    idle_timeout: Seconds | None = None
+    max_body: Annotated[int, msgspec.Meta(ge=1024)] = 64 << 20
+
+
+def load(path: Path) -> Config:
+    """Read and check the file.
+
+    Raises:
+        ValueError: it is not YAML, or not this configuration; the message names the place.
+        OSError: it cannot be read.
+    """
+    import yaml
+
+    try:
+        config = msgspec.convert(yaml.safe_load(path.read_text("utf-8")), Config)
+    except yaml.YAMLError as exc:
+        raise ValueError(f"{path}: not YAML: {' '.join(str(exc).split())}") from exc
+    except msgspec.ValidationError as exc:
+        raise ValueError(f"{path}: {exc}") from exc
+    if not config.models:
+        raise ValueError(f"{path}: `models` names no model")
+    if config.evict not in ("lru", "priority"):
+        raise ValueError(f"{path}: `evict` is lru or priority, not {config.evict!r}")
+    names: dict[str, str] = {}
+    for name, model in config.models.items():
+        if sum(x is not None for x in (model.snapshot, model.command, model.upstream)) != 1:
+            raise ValueError(f"{path}: model {name!r} needs exactly one of snapshot, command and upstream")
+        if model.upstream is not None:
+            from_url(model.upstream)
+        for alias in (name, *model.aliases):
+            if alias in names:
+                raise ValueError(f"{path}: {alias!r} names both {names[alias]!r} and {name!r}")
+            names[alias] = name
+        able = model.upstream is None or model.sleep or model.sleep_url
+        if config.max_awake and not able:
+            raise ValueError(f"{path}: with max_awake, model {name!r} needs `sleep` or `sleep_url`")
+    if config.default is not None and config.default not in names:
+        raise ValueError(f"{path}: the default {config.default!r} is no model")
+    return config
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        return int(sock.getsockname()[1])
+
+
+def spec_of(model: ModelConfig, idle_timeout: float | None) -> EndpointSpec:
+    """The endpoint that a model's configuration describes; a command's port is chosen here."""
+    idle = model.idle_timeout if model.idle_timeout is not None else idle_timeout
+    wake, upstream, environment = model.wake, model.upstream, dict[str, str]()
+    if upstream is None:
+        port = _free_port()
+        upstream = f"http://127.0.0.1:{port}"
+        environment["PORT"] = str(port)
+        if model.command is not None:
+            wake = model.command.replace("${PORT}", str(port))
+        else:
+            command = [
+                sys.executable,
+                "-m",
+                "plugin.restore",
+                "--host",
+                "127.0.0.1",
+                "--port",
+                str(port),
+                model.snapshot or "",
+            ]
+            wake = "exec " + " ".join(_quoted(part) for part in command)
+    ready_path = "/-/ready" if model.snapshot is not None and model.ready_path == "/health" else model.ready_path
+    return EndpointSpec(
+        upstream=from_url(upstream),
+        wake=wake,
+        sleep=model.sleep,
+        wake_url=model.wake_url,
+        sleep_url=model.sleep_url,
+        ready_path=ready_path,
+        ready_model=model.ready_model,
+        wake_limit_s=model.wake_timeout,
+        idle_timeout_s=idle or None,
+        environment=tuple(environment.items()),
+    )
+
+
+def _quoted(text: str) -> str:
+    import shlex
+
+    return shlex.quote(text)
+
+
+class Room:
+    """Who may be awake: makes room for one endpoint by putting others to sleep, one wake's need after the other."""
+
+    def __init__(self, limit: int, order: str, min_awake_s: float) -> None:
+        self.limit, self.order, self.min_awake_s = limit, order, min_awake_s
+        self.endpoints: list[tuple[Endpoint, int]] = []
+        self.up_since: dict[str, float] = {}
+        self._turn = asyncio.Lock()
+        self._claimed: set[str] = set()
+
+    def guard(self, name: str, wake: Callable[[], Awaitable[None]]) -> Callable[[], Awaitable[None]]:
+        """`wake`, but only once there is room for `name`."""
+
+        async def guarded() -> None:
+            async with self._turn:
+                await self._make_room(name)
+                self._claimed.add(name)
+            try:
+                await wake()
+                self.up_since[name] = time.monotonic()
+            finally:
+                self._claimed.discard(name)
+
+        return guarded
+
+    def _awake(self, but: str) -> list[tuple[Endpoint, int]]:
+        down = (Phase.ASLEEP, Phase.FAILED, Phase.IDLE, Phase.STOPPED)
+        return [
+            (endpoint, priority)
+            for endpoint, priority in self.endpoints
+            if endpoint.name != but and (endpoint.tracker.phase not in down or endpoint.name in self._claimed)
+        ]
+
+    async def _make_room(self, name: str) -> None:
+        while self.limit:
+            awake = self._awake(name)
+            if len(awake) < self.limit:
+                return
+            settled = [
+                pair for pair in awake if pair[0].tracker.phase not in STARTING and pair[0].name not in self._claimed
+            ]
+            if not settled:
+                await asyncio.sleep(0.05)
+                continue
+            victim, _ = min(settled, key=self._rank)
+            young = self.min_awake_s - (time.monotonic() - self.up_since.get(victim.name, 0.0))
+            if young > 0 and (victim.pool.outstanding or victim.pool.held):
+                await asyncio.sleep(min(young, 0.25))
+                continue
+            await victim.pool.evict()
+
+    def _rank(self, pair: tuple[Endpoint, int]) -> tuple[float, ...]:
+        endpoint, priority = pair
+        busy = float(endpoint.pool.outstanding > 0)
+        idle_since = endpoint.pool.last_active
+        return (busy, priority, idle_since) if self.order == "priority" else (busy, idle_since)
+
+
+class Models:
+    """Owns the endpoints of all models, and the room they share."""
+
+    def __init__(self, config: Config) -> None:
+        room = Room(config.max_awake, config.evict, config.min_awake)
+        self.endpoints: dict[str, Endpoint] = {}
+        for name, model in config.models.items():
+            endpoint = Endpoint(name, spec_of(model, config.idle_timeout), room=room.guard)
+            self.endpoints[name] = endpoint
+            room.endpoints.append((endpoint, model.priority))
+
+    @property
+    def pools(self) -> dict[str, ReplicaPool]:
+        """Every model's pool by its name."""
+        return {name: endpoint.pool for name, endpoint in self.endpoints.items()}
+
+    async def start(self) -> None:
+        """Look once at each model whether it is up already."""
+        await asyncio.gather(*(endpoint.start() for endpoint in self.endpoints.values()))
+
+    def kill(self) -> None:
+        """End what was started, at once."""
+        for endpoint in self.endpoints.values():
+            endpoint.kill()
+
+    async def close(self) -> None:
+        """End what was started."""
+        await asyncio.gather(*(endpoint.close() for endpoint in self.endpoints.values()))
+
+
+class ModelRouter:
+    """The router of several models (`server.Router`); it only chooses, so that each of several workers can have its
+    own.
+    """
+
+    def __init__(self, config: Config, pools: dict[str, ReplicaPool]) -> None:
+        self.config, self._pools = config, pools
+        self._names = {alias: name for name, model in config.models.items() for alias in (name, *model.aliases)}
+
+    def pools(self) -> Sequence[ReplicaPool]:
+        """Every model's pool."""
+        return list(self._pools.values())
+
+    def answer(self, request: Request) -> dict[str, Any] | None:
+        """The list of models is the proxy's own answer: it wakes nobody."""
+        if request.method not in (b"GET", b"HEAD") or request.path not in _LIST_PATHS:
+            return None
+        data = [
+            {"id": name, "object": "model", "created": 0, "owned_by": "quickthaw", "phase": str(replica.tracker.phase)}
+            for name, pool in self._pools.items()
+            for replica in pool.replicas.values()
+        ]
+        return {"object": "list", "data": data}
+
+    async def route(self, client: ClientConnection, request: Request) -> ReplicaPool:
+        """The pool of the model that the request names; reads the whole body if it must."""
+        name = await self._name(client, request)
+        if name is None:
+            name = self.config.default
+        if name is None and len(self._pools) == 1:
+            name = next(iter(self._pools))
+        if name is None:
+            raise ClientFault("model-missing", "the request names no model, and there is no default")
+        if name not in self._names:
+            raise ClientFault("model-not-found", f"there is no model {name[:100]!r}", status=404)
+        return self._pools[self._names[name]]
+
+    async def _name(self, client: ClientConnection, request: Request) -> str | None:
+        query = request.target.partition(b"?")[2]
+        if query:
+            given = parse_qs(query.decode("ascii", "replace")).get("model")
+            if given:
+                return given[0]
+        if not request.has_body:
+            return None
+        if not await client.whole_body(request, self.config.max_body):
+            raise ClientFault(
+                "body-too-large",
+                f"over {self.config.max_body} bytes, which is what is kept to find the model",
+                status=413,
+            )
+        body = b"".join(request.body)
+        coding = kind = b""
+        for lower, _, value in request.headers:
+            if lower == b"content-encoding":
+                coding = value.lower().strip()
+            elif lower == b"content-type":
+                kind = value.lower()
+        body = _decoded(body, coding, self.config.max_body)
+        if kind.startswith(b"multipart/form-data"):
+            found = _FORM_MODEL.search(body)
+            return found[1].decode("utf-8", "replace") if found else None
+        try:
+            document = msgspec.json.decode(body, type=_Named)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            return None
+        return document.model
+
+
+class _Named(msgspec.Struct):
+    model: str | None = None
+
+
+def _decoded(body: bytes, coding: bytes, limit: int) -> bytes:
+    """A copy of the body without its content coding, to look into; what is sent on stays as it came."""
+    if coding in (b"", b"identity"):
+        return body
+    if coding not in (b"gzip", b"x-gzip", b"deflate"):
+        raise ClientFault("content-encoding", "to find the model, only gzip and deflate are read", status=415)
+    try:
+        engine = zlib.decompressobj(wbits=47 if coding != b"deflate" else zlib.MAX_WBITS)
+        plain = engine.decompress(body, limit)
+    except zlib.error as exc:
+        raise ClientFault("content-encoding", f"the body is not {coding.decode()}: {exc}") from exc
+    if engine.unconsumed_tail:
+        raise ClientFault("body-too-large", "the body grows beyond what is kept to find the model", status=413)
+    return plain

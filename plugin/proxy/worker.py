@@ -1,0 +1,91 @@
+"""A worker process: `python -m plugin.proxy.worker CONTROL-FD LISTEN-FD`, started by `workers.Supervisor` and by
+nobody else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import sys
+from collections.abc import Awaitable
+from pathlib import Path
+from typing import Any
+
+import uvloop
+
+from . import logs
+from .own import status_document
+from .server import ProxyServer
+from .settings import Settings
+from .workers import _LINE, _REPLY_S, Line, Mirror
+
+
+async def work(control_fd: int, listen_fd: int) -> None:
+    """Serve until the supervisor says so or goes."""
+    control = socket.socket(fileno=control_fd)
+    reader, writer = await asyncio.open_connection(sock=control, limit=_LINE)
+    line = Line(reader, writer)
+    mirror = Mirror(line)
+    async with asyncio.timeout(30.0):
+        hello = await _first(reader)
+    values = hello["settings"]
+    values["denied_paths"] = frozenset(values["denied_paths"])
+    mirror.build(hello["pools"])
+    if hello["config"] is None:
+        server = ProxyServer(next(iter(mirror.pools.values())), Settings(**values))
+    else:
+        from .models import ModelRouter, load
+
+        server = ProxyServer(ModelRouter(load(Path(hello["config"])), mirror.pools), Settings(**values))
+
+    async def gather() -> dict[str, Any]:
+        document: dict[str, Any] = await line.ask(2 * _REPLY_S, op="gather")
+        return document
+
+    async def own_document() -> dict[str, Any]:
+        return status_document(server)
+
+    server.gather = gather
+    await server.start(socket.socket(fileno=listen_fd))
+    ending: list[asyncio.Task[None]] = []
+
+    def handle(message: dict[str, Any]) -> Awaitable[Any] | None:
+        if message["op"] == "document":
+            return own_document()
+        if message["op"] == "shutdown":
+            ending.append(asyncio.get_running_loop().create_task(server.shutdown(message["limit_s"])))
+            return None
+        return mirror.handle(message)
+
+    report = asyncio.get_running_loop().create_task(mirror.report())
+    listening = asyncio.get_running_loop().create_task(line.run(handle))
+    line.send(op="ready")
+    stopped = asyncio.get_running_loop().create_task(server.wait_stopped())
+    await asyncio.wait((listening, stopped), return_when=asyncio.FIRST_COMPLETED)
+    if not ending:
+        await server.shutdown()  # the supervisor has gone
+    await stopped
+    report.cancel()
+    listening.cancel()
+    await asyncio.gather(report, listening, return_exceptions=True)
+
+
+async def _first(reader: asyncio.StreamReader) -> dict[str, Any]:
+    import json
+
+    message: dict[str, Any] = json.loads(await reader.readline())
+    return message
+
+
+def main() -> None:
+    """The process."""
+    # The supervisor decides when a worker stops: a terminal's Ctrl-C reaches the whole group.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logs.configure()
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(work(int(sys.argv[1]), int(sys.argv[2])))
+
+
+if __name__ == "__main__":
+    main()

@@ -49,7 +49,7 @@ def ask(sandbox, **request):
 
 def start_tree(sandbox, output, megabytes=16):
     """The tree inside a sandbox; its process number in there."""
-    env = {"PATH": os.environ["PATH"], "TMPDIR": TMP_DIR, "HOME": "/"}
+    env = {name: os.environ[name] for name in ("PATH", "QUICKTHAW_TEST_HOME")} | {"TMPDIR": TMP_DIR, "HOME": "/"}
     pid = sandbox.start([sys.executable, str(PROGRAM), str(megabytes)], env, "/", output.write_fd, output.write_fd)
     output.handed_over()
     ask(sandbox, op="count")
@@ -86,9 +86,16 @@ def criu():
 
 
 @pytest.fixture
-def home(tmp_path):
-    """A state folder, and proof that nothing is left behind."""
+def watch(tmp_path, monkeypatch):
     watch = Watch(tmp_path)
+    for name, value in watch.environment.items():
+        monkeypatch.setenv(name, value)
+    return watch
+
+
+@pytest.fixture
+def home(tmp_path, watch):
+    """A state folder, and proof that nothing is left behind."""
     (tmp_path / "compile").mkdir()
     yield tmp_path
     assert watch.gone() == set()
@@ -142,8 +149,7 @@ def test_an_exit_code_and_a_missing_program_are_told(home):
 
 
 @pytest.mark.parametrize("victim", ["owner", "outer", "init"])
-def test_the_death_of_any_part_takes_the_sandbox_down(home, victim):
-    watch = Watch()
+def test_the_death_of_any_part_takes_the_sandbox_down(home, watch, victim):
     script = (
         "import sys, time; sys.path.insert(0, sys.argv[1])\n"
         "from checkpoint.sandbox import Sandbox\n"

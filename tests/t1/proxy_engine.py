@@ -1,0 +1,29 @@
+"""A small engine to be woken by a command: `proxy_engine.py PORT [NAME]`. Standard library only, so that it starts at once."""
+
+import http.server
+import json
+import os
+import sys
+
+
+class Engine(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        length = int(self.headers.get("content-length") or 0)
+        self.rfile.read(length)
+        name = sys.argv[2] if len(sys.argv) > 2 else ""
+        body = json.dumps({"pid": os.getpid(), "name": name, "path": self.path, "length": length}).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_POST = do_GET
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Engine).serve_forever()

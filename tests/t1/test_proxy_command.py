@@ -1,0 +1,541 @@
+"""`quickthaw proxy` as a process: wake and sleep commands and hooks, several models, several workers, real clients, a real browser."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gzip
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from proxy_rig import Seen, Upstream, proxy, run, until, upstream
+
+from plugin.phases import Phase, Span
+from plugin.proxy.history import Kind
+
+pytestmark = pytest.mark.t1
+
+ENGINE = Path(__file__).with_name("proxy_engine.py")
+LIMIT_S = 60
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        return sock.getsockname()[1]
+
+
+@contextmanager
+def command(*arguments: str, stop: bool = True) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A running `quickthaw proxy`; its URL. Ends it by SIGTERM and expects a clean end."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from plugin.proxy.cli import proxy; proxy()", "--listen", "127.0.0.1:0", *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    assert process.stderr is not None
+    seen = []
+    try:
+        for line in process.stderr:
+            seen.append(line)
+            if found := re.match(r"listening on (\S+)", line):
+                break
+        else:
+            raise AssertionError("".join(seen))
+        with ThreadPoolExecutor(1) as reader:
+            log = reader.submit(process.stderr.read)
+            try:
+                yield process, found[1]
+            finally:
+                if process.poll() is None:
+                    process.send_signal(signal.SIGTERM)
+                code = process.wait(LIMIT_S)
+                seen.append(log.result(LIMIT_S))
+        assert code == 0, "".join(seen)[-3000:]
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+        process.stderr.close()
+
+
+def call(url: str, body: Any = None, **headers: str) -> tuple[int, Any]:
+    data = None if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json", **headers})
+    try:
+        with urllib.request.urlopen(request, timeout=LIMIT_S) as answer:
+            return answer.status, json.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, json.loads(error.read())
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def eventually(condition: Any, what: str) -> None:
+    end = time.monotonic() + LIMIT_S
+    while not condition():
+        assert time.monotonic() < end, what
+        time.sleep(0.02)
+
+
+def engine(port: int, *more: str) -> str:
+    return f"exec {sys.executable} -S {ENGINE} {port} " + " ".join(more)
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_woken_by_a_request_once_put_to_sleep_and_woken_again(workers):
+    port = free_port()
+    arguments = ["--upstream", f"http://127.0.0.1:{port}", "--wake", engine(port), "--ready-model", "m", "--workers", workers]
+    with command(*arguments, "--idle-timeout", "0.5") as (_, url):
+        with ThreadPoolExecutor(12) as pool:
+            got = list(pool.map(lambda n: call(f"{url}/v1/x?{n}", {"n": n}), range(12)))
+        assert {status for status, _ in got} == {200}
+        pids = {body["pid"] for _, body in got}
+        assert len(pids) == 1, "one wake for all"
+        _, status = call(f"{url}/-/status")
+        assert status["outcomes"]["forwarded"] == 12 and status["pools"][0]["wakes"] == 1
+        assert status["pools"][0]["replicas"][0]["served"] == 12
+        eventually(lambda: not alive(*pids), "the idle engine is stopped")
+        code, body = call(f"{url}/v1/again", {})
+        assert code == 200 and body["pid"] not in pids
+        last = body["pid"]
+        with urllib.request.urlopen(f"{url}/-/metrics", timeout=LIMIT_S) as answer:
+            text = answer.read().decode()
+        from prometheus_client.parser import text_string_to_metric_families
+
+        samples = {
+            (sample.name, tuple(sorted(sample.labels.values()))): sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+        }
+        assert samples["quickthaw_proxy_requests_total", ("forwarded",)] == 13
+        assert samples["quickthaw_proxy_wakes_total", ("default",)] == 2
+        assert samples["quickthaw_proxy_sleeps_total", ("default",)] == 1
+        assert samples["quickthaw_proxy_replica_phase", ("default", "default", "serving")] == 1
+        assert samples["quickthaw_proxy_first_byte_seconds_count", ()] == 13
+    eventually(lambda: not alive(last), "the engine ends with the proxy that started it")
+
+
+def test_a_worker_that_dies_is_replaced_and_its_port_goes_on(tmp_path):
+    port = free_port()
+    arguments = ["--upstream", f"http://127.0.0.1:{port}", "--wake", engine(port), "--workers", "2"]
+    with command(*arguments) as (process, url):
+        assert call(f"{url}/v1/x", {})[0] == 200
+        children = [int(p) for p in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+        workers = [p for p in children if b"plugin.proxy.worker" in Path(f"/proc/{p}/cmdline").read_bytes()]
+        assert len(workers) == 2
+        os.kill(workers[0], signal.SIGKILL)
+
+        def answered() -> bool:
+            with contextlib.suppress(OSError):
+                return call(f"{url}/-/status")[1]["workers"] == 2
+            return False
+
+        eventually(answered, "the worker is replaced")
+        assert {call(f"{url}/v1/{n}", {})[0] for n in range(10)} == {200}
+
+
+def test_a_wake_command_that_fails_is_said_in_the_answer():
+    port = free_port()
+    with command("--upstream", f"http://127.0.0.1:{port}", "--wake", "exit 7") as (_, url):
+        status, body = call(f"{url}/v1/chat/completions", {})
+        assert status == 503 and body["error"]["code"] == "wake-command-failed" and "7" in body["error"]["message"]
+
+
+def test_an_engine_that_dies_is_woken_anew():
+    port = free_port()
+    with command("--upstream", f"http://127.0.0.1:{port}", "--wake", engine(port)) as (_, url):
+        first = call(f"{url}/v1/x", {})[1]["pid"]
+        os.kill(first, signal.SIGKILL)
+        status, body = call(f"{url}/v1/y", {})
+        # killed under the connection that carried the request: it may have run, so it is told, and the next one wakes
+        if status != 200:
+            assert status == 502 and body["error"]["code"] in ("upstream-closed", "upstream-cut")
+            status, body = call(f"{url}/v1/z", {})
+        assert status == 200 and body["pid"] != first
+
+
+def test_an_endpoint_of_somebody_elses_is_only_waited_for():
+    port = free_port()
+    with command("--upstream", f"http://127.0.0.1:{port}") as (_, url), ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(call, f"{url}/v1/x", {})
+        eventually(lambda: call(f"{url}/-/status")[1]["pools"][0]["held"] == 1, "held")
+        other = subprocess.Popen([sys.executable, "-S", str(ENGINE), str(port)])
+        try:
+            assert waiting.result(LIMIT_S)[0] == 200
+        finally:
+            other.terminate()
+            other.wait(LIMIT_S)
+
+
+def test_hooks_by_url_wake_and_put_to_sleep():
+    async def main():
+        calls = []
+
+        async def hooked(up: Upstream, seen: Seen, reader, writer) -> bool:
+            calls.append((seen.method, seen.target))
+            awake = [c for c in calls if c[0] == "POST"][-1:] == [("POST", "/wake")]
+            ok = seen.target in ("/wake", "/sleep") or awake
+            writer.write(b"HTTP/1.1 %s\r\nContent-Length: 2\r\n\r\n{}" % (b"200 OK" if ok else b"503 Asleep"))
+            return True
+
+        async with upstream(hooked) as up:
+            base = f"http://127.0.0.1:{up.port}"
+            arguments = ["--upstream", base, "--wake-url", f"{base}/wake", "--sleep-url", f"{base}/sleep"]
+
+            def use() -> None:
+                with command(*arguments, "--idle-timeout", "0.2", "--deny", "/wake", "--deny", "/sleep") as (_, url):
+                    assert call(f"{url}/v1/x")[0] == 200
+                    eventually(lambda: ("POST", "/sleep") in calls, "put to sleep")
+                    eventually(lambda: call(f"{url}/-/status")[1]["pools"][0]["replicas"][0]["phase"] == "asleep", "asleep")
+                    assert call(f"{url}/v1/x")[0] == 200
+                    assert call(f"{url}/sleep", b"")[0] == 404
+                    assert calls.count(("POST", "/wake")) == 2
+
+            await asyncio.to_thread(use)
+
+    run(main())
+
+
+def models_file(tmp_path: Path, text: str) -> str:
+    path = tmp_path / "models.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_several_models_take_turns_in_the_one_place_there_is(tmp_path):
+    config = models_file(
+        tmp_path,
+        f"""
+max_awake: 1
+min_awake: 0
+models:
+  red:   {{command: "{engine("${PORT}", "red")}", aliases: [crimson]}}
+  green: {{command: "{engine("${PORT}", "green")}"}}
+  blue:  {{command: "{engine("${PORT}", "blue")}"}}
+""",
+    )
+    with command("--config", config) as (_, url):
+        listed = call(f"{url}/v1/models")[1]
+        assert [m["id"] for m in listed["data"]] == ["red", "green", "blue"]
+        order = ["red", "green", "blue", "crimson", "red", "green"]
+        with ThreadPoolExecutor(6) as pool:
+            got = list(pool.map(lambda name: call(f"{url}/v1/chat/completions", {"messages": [], "model": name}), order))
+        assert [body["name"] for _, body in got] == ["red", "green", "blue", "red", "red", "green"]
+        phases = [m["phase"] for m in call(f"{url}/v1/models")[1]["data"]]
+        assert phases.count("serving") == 1 and phases.count("asleep") == 2
+        assert call(f"{url}/v1/x", {"model": "pink"})[1]["error"]["code"] == "model-not-found"
+        assert call(f"{url}/v1/x", {})[1]["error"]["code"] == "model-missing"
+        assert call(f"{url}/v1/x?model=blue")[1]["name"] == "blue"
+        squeezed = gzip.compress(json.dumps({"model": "blue"}).encode())
+        got = call(f"{url}/v1/x", squeezed, **{"Content-Encoding": "gzip"})
+        assert got[1]["name"] == "blue" and got[1]["length"] == len(squeezed), "what is sent on stays as it came"
+        assert call(f"{url}/v1/x", b"no gzip", **{"Content-Encoding": "gzip"})[1]["error"]["code"] == "content-encoding"
+        form = b'--b\r\nContent-Disposition: form-data; name="model"\r\n\r\nblue\r\n--b--\r\n'
+        got = call(f"{url}/v1/audio/transcriptions", form, **{"Content-Type": "multipart/form-data; boundary=b"})
+        assert got[1]["name"] == "blue"
+
+
+def test_the_lowest_priority_sleeps_first(tmp_path):
+    config = models_file(
+        tmp_path,
+        f"""
+max_awake: 2
+min_awake: 0
+evict: priority
+models:
+  pet:    {{command: "{engine("${PORT}", "pet")}", priority: 9}}
+  cattle: {{command: "{engine("${PORT}", "cattle")}"}}
+  third:  {{command: "{engine("${PORT}", "third")}"}}
+""",
+    )
+    with command("--config", config, "--workers", "2") as (_, url):
+        for name in ("pet", "cattle", "third"):
+            assert call(f"{url}/v1/x", {"model": name})[1]["name"] == name
+
+        def phases() -> dict[str, str]:
+            return {m["id"]: m["phase"] for m in call(f"{url}/v1/models")[1]["data"]}
+
+        expected = {"pet": "serving", "cattle": "asleep", "third": "serving"}
+        eventually(lambda: phases() == expected, f"{phases()}")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("models: {}", "names no model"),
+        ("models: {a: {}}", "exactly one of"),
+        ("models: {a: {upstream: 'http://x', command: y}}", "exactly one of"),
+        ("models: {a: {upstream: 'http://x', typo: 1}}", "typo"),
+        ("models: {a: {upstream: 'http://x'}}\nmax_awake: 1", "needs `sleep`"),
+        ("models: {a: {command: x}, b: {command: x, aliases: [a]}}", "names both"),
+        ("models: {a: {command: x}}\ndefault: b", "default"),
+        ("models: {a: {command: x}}\nevict: never", "evict"),
+        ("models: {a: {upstream: 'ftp://x'}}", "upstream"),
+        ("models: [", "not YAML"),
+    ],
+)
+def test_a_bad_file_is_refused_in_one_line(tmp_path, text, said):
+    from click.testing import CliRunner
+
+    from plugin.proxy.cli import proxy as entry
+
+    result = CliRunner().invoke(entry, ["--config", models_file(tmp_path, text), "--listen", "127.0.0.1:0"])
+    assert result.exit_code == 2 and said in result.output
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "either --upstream or --config"),
+        (["--upstream", "http://127.0.0.1:1", "--listen", "nowhere"], "HOST:PORT"),
+        (["--upstream", "http://127.0.0.1:1", "--own-prefix", "x"], "own_prefix"),
+        (["--upstream", "ftp://x", "--listen", "127.0.0.1:0"], "upstream"),
+        (["--upstream", "http://127.0.0.1:1", "--workers", "2", "--own-listen", "127.0.0.1:0"], "one worker"),
+    ],
+)
+def test_bad_options_are_refused_in_one_line(arguments, said):
+    from click.testing import CliRunner
+
+    from plugin.proxy.cli import proxy as entry
+
+    result = CliRunner().invoke(entry, arguments)
+    assert result.exit_code == 2 and said in result.output
+
+
+def test_a_port_in_use_is_one_line():
+    from click.testing import CliRunner
+
+    from plugin.proxy.cli import proxy as entry
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        arguments = ["--upstream", "http://127.0.0.1:1", "--listen", f"127.0.0.1:{taken.getsockname()[1]}"]
+        result = CliRunner().invoke(entry, arguments)
+    assert result.exit_code == 1 and "in use" in result.output
+
+
+def test_own_pages_on_a_port_of_their_own():
+    own, port = free_port(), free_port()
+    with command("--upstream", f"http://127.0.0.1:{port}", "--own-listen", f"127.0.0.1:{own}") as (_, url):
+        assert call(f"http://127.0.0.1:{own}/-/status")[0] == 200
+        assert call(f"{url}/-/status")[0] == 404
+        assert call(f"http://127.0.0.1:{own}/v1/models")[0] == 404, "the engine is not reached through it"
+
+
+def chat(up: Upstream, seen: Seen) -> bytes:
+    body = json.loads(seen.body)
+    base = {"id": "c1", "created": 1, "model": body["model"]}
+    if not body.get("stream"):
+        message = {"role": "assistant", "content": "hello there"}
+        choice = {"index": 0, "finish_reason": "stop", "message": message}
+        data = json.dumps(base | {"object": "chat.completion", "choices": [choice]}).encode()
+        return b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(data), data)
+    out = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+    for word in ("hello", " there"):
+        choice = {"index": 0, "delta": {"content": word}}
+        event = b"data: %b\n\n" % json.dumps(base | {"object": "chat.completion.chunk", "choices": [choice]}).encode()
+        out += b"%x\r\n%b\r\n" % (len(event), event)
+    event = b"data: [DONE]\n\n"
+    return out + b"%x\r\n%b\r\n0\r\n\r\n" % (len(event), event)
+
+
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize("retries", [0, 2])
+def test_the_openai_client_waits_and_gets_its_answer(early, retries):
+    openai = pytest.importorskip("openai")
+    from plugin.proxy.settings import Settings
+
+    async def talk(up: Upstream, seen: Seen, reader, writer) -> bool:
+        writer.write(chat(up, seen))
+        return True
+
+    async def main():
+        async with upstream(talk) as up, proxy(Settings(early_stream=early, early_comment_every_s=0.02)) as rig:
+            rig.add("a", up.port, phase=Phase.IDLE)
+            messages = [{"role": "user", "content": "hi"}]
+            async with openai.AsyncOpenAI(base_url=f"{rig.url}/v1", api_key="k", max_retries=retries) as client:
+                whole = asyncio.create_task(client.chat.completions.create(model="m", messages=messages))
+
+                async def streamed() -> str:
+                    stream = await client.chat.completions.create(model="m", messages=messages, stream=True)
+                    return "".join([event.choices[0].delta.content or "" async for event in stream])
+
+                parts = asyncio.create_task(streamed())
+                await until(lambda: rig.pool.held == 2)
+                await asyncio.sleep(0.1)
+                rig.restore("a")
+                assert (await whole).choices[0].message.content == "hello there"
+                assert await parts == "hello there"
+                assert len(up.seen) == 2, "each was sent once"
+
+                # a start that has finally failed is an APIStatusError (or, in a stream that was begun early, an APIError)
+                rig.trackers["a"].to(Phase.FAILED, "gone")
+                from plugin.proxy.errors import StartFailed
+
+                rig.pool.start_failed(StartFailed("engine-died", "the engine ended", retry_after_s=0.1))
+                with pytest.raises(openai.InternalServerError) as caught:
+                    await client.chat.completions.create(model="m", messages=messages)
+                assert caught.value.status_code == 503 and caught.value.code == "engine-died"
+                assert rig.server.stats.outcomes["engine-died"] == retries + 1
+
+    run(main())
+
+
+def test_the_openai_client_reads_an_early_streams_error():
+    openai = pytest.importorskip("openai")
+    from plugin.proxy.errors import StartFailed
+    from plugin.proxy.settings import Settings
+
+    async def main():
+        async with proxy(Settings(early_stream=True)) as rig:
+            async with openai.AsyncOpenAI(base_url=f"{rig.url}/v1", api_key="k", max_retries=0) as client:
+                stream = await client.chat.completions.create(
+                    model="m", messages=[{"role": "user", "content": "hi"}], stream=True
+                )
+                await until(lambda: rig.pool.held == 1)
+                rig.pool.start_failed(StartFailed("engine-died", "the engine ended"))
+                with pytest.raises(openai.APIError, match="the engine ended") as caught:
+                    async for _ in stream:
+                        pass
+                assert caught.value.code == "engine-died"
+
+    run(main())
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_curl():
+    async def main():
+        async with upstream() as up, proxy() as rig:
+            rig.add("a", up.port)
+
+            async def curl(*arguments: str) -> str:
+                process = await asyncio.create_subprocess_exec(
+                    "curl", "-sS", "-m", "30", *arguments, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+                )
+                out, _ = await process.communicate()
+                return out.decode()
+
+            assert json.loads(await curl(f"{rig.url}/a"))["target"] == "/a"
+            assert json.loads(await curl(f"{rig.url}/b", "-d", "x" * 5000))["length"] == 5000  # with Expect: 100-continue
+            assert json.loads(await curl(f"{rig.url}/b", "-H", "Transfer-Encoding: chunked", "-d", "abc"))["length"] == 3
+            assert (await curl("-N", f"{rig.url}/stream")).count("data: ") == 5
+            assert "200 OK" in await curl("-I", f"{rig.url}/stream")
+            assert json.loads(await curl("--http2", f"{rig.url}/c", "-d", "abc"))["length"] == 3
+            assert json.loads(await curl("--http1.0", f"{rig.url}/c"))["target"] == "/c"
+            # curl itself takes dots out of a path unless told not to
+            assert "not-found" in await curl("--path-as-is", f"{rig.url}/x/../-/status")
+
+    run(main())
+
+
+def test_a_real_websocket_client_and_server():
+    websockets = pytest.importorskip("websockets.asyncio.client")
+    from websockets.asyncio.server import serve
+
+    async def main():
+        async def echo(connection):
+            async for message in connection:
+                await connection.send(message)
+
+        async with serve(echo, "127.0.0.1", 0, max_size=None) as server, proxy() as rig:
+            rig.add("a", server.sockets[0].getsockname()[1], phase=Phase.IDLE)
+            asyncio.get_running_loop().call_later(0.1, rig.restore, "a")
+            async with websockets.connect(f"ws://127.0.0.1:{rig.port}/v1/realtime?model=m", max_size=None) as client:
+                for message in ("hello", b"\0\1", "x" * 3_000_000):
+                    await client.send(message)
+                    assert await client.recv() == message
+            await until(lambda: rig.server.stats.outcomes["tunnel"] == 1)
+
+    run(main())
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--hide-scrollbars",
+    "--window-size=1180,1000",
+]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+def test_the_page_in_a_real_browser(tmp_path):
+    async def main():
+        async with upstream() as up, proxy() as rig:
+            rig.add("first", up.port)
+            rig.add("<b>second</b>", up.port, phase=Phase.ASLEEP)
+            for kind, phases in (
+                (Kind.COLD, [("starting", 11.2), ("loading", 4.6), ("warming", 24.5)]),
+                (Kind.RESTORED, [("restoring", 0.29), ("waking", 0.11), ("verifying", 0.08)]),
+            ):
+                at, spans = 0.0, []
+                for name, took in phases:
+                    spans.append(Span(Phase(name), at, took))
+                    at += took
+                rig.pool.history.record(kind, at, tuple(spans))
+            for n in range(7):
+                await rig.get(f"/{n}")
+
+            async def browse(*arguments: str) -> bytes:
+                assert CHROMIUM is not None
+                profile = tmp_path / f"profile{len(list(tmp_path.iterdir()))}"
+                process = await asyncio.create_subprocess_exec(
+                    CHROMIUM,
+                    *FLAGS,
+                    f"--user-data-dir={profile}",
+                    "--virtual-time-budget=3000",
+                    *arguments,
+                    f"{rig.url}/-/",
+                    stdout=asyncio.subprocess.PIPE,
+                    stderr=asyncio.subprocess.DEVNULL,
+                )
+                async with asyncio.timeout(60):
+                    return (await process.communicate())[0]
+
+            dom = (await browse("--dump-dom")).decode()
+            assert "84 times faster" in dom and "first" in dom and "<td>&lt;b&gt;second&lt;/b&gt;</td>" in dom
+            assert dom.count("<rect ") == 6 and "40.3 s" in dom and "0.48 s" in dom
+            assert ">up " in dom, "the page has heard from the proxy"
+            shot = tmp_path / "page.png"
+            await browse(f"--screenshot={shot}")
+            from PIL import Image
+
+            with Image.open(shot) as image:
+                assert image.size == (1180, 1000)
+                colours = {colour: n for n, colour in image.convert("RGB").getcolors(1 << 20)}
+            # the bars of restoring and of loading are really painted
+            assert colours.get((0x16, 0x99, 0xB8), 0) > 500 and colours.get((0xE3, 0xAB, 0x3D), 0) > 500
+            assert not any(seen.target.startswith("/-") for seen in up.seen)
+            raw = (await rig.get("/-/")).body.decode()
+            assert "http://" not in raw.replace("http://www.w3.org/2000/svg", "") and "https://" not in raw
+
+    run(main())

@@ -1,4 +1,6 @@
-"""`quickthaw proxy` as a process: wake and sleep commands and hooks, several models, several workers, real clients, a real browser."""
+"""`quickthaw proxy` as a process: wake and sleep commands and hooks, several models, several workers, real clients,
+a real browser.
+"""
 
 from __future__ import annotations
 
@@ -104,10 +106,19 @@ def engine(port: int, *more: str) -> str:
     return f"exec {sys.executable} -S {ENGINE} {port} " + " ".join(more)
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.slow)])
 def test_woken_by_a_request_once_put_to_sleep_and_woken_again(workers):
     port = free_port()
-    arguments = ["--upstream", f"http://127.0.0.1:{port}", "--wake", engine(port), "--ready-model", "m", "--workers", workers]
+    arguments = [
+        "--upstream",
+        f"http://127.0.0.1:{port}",
+        "--wake",
+        engine(port),
+        "--ready-model",
+        "m",
+        "--workers",
+        workers,
+    ]
     with command(*arguments, "--idle-timeout", "0.5") as (_, url):
         with ThreadPoolExecutor(12) as pool:
             got = list(pool.map(lambda n: call(f"{url}/v1/x?{n}", {"n": n}), range(12)))
@@ -138,6 +149,7 @@ def test_woken_by_a_request_once_put_to_sleep_and_woken_again(workers):
     eventually(lambda: not alive(last), "the engine ends with the proxy that started it")
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_is_replaced_and_its_port_goes_on(tmp_path):
     port = free_port()
     arguments = ["--upstream", f"http://127.0.0.1:{port}", "--wake", engine(port), "--workers", "2"]
@@ -209,7 +221,9 @@ def test_hooks_by_url_wake_and_put_to_sleep():
                 with command(*arguments, "--idle-timeout", "0.2", "--deny", "/wake", "--deny", "/sleep") as (_, url):
                     assert call(f"{url}/v1/x")[0] == 200
                     eventually(lambda: ("POST", "/sleep") in calls, "put to sleep")
-                    eventually(lambda: call(f"{url}/-/status")[1]["pools"][0]["replicas"][0]["phase"] == "asleep", "asleep")
+                    eventually(
+                        lambda: call(f"{url}/-/status")[1]["pools"][0]["replicas"][0]["phase"] == "asleep", "asleep"
+                    )
                     assert call(f"{url}/v1/x")[0] == 200
                     assert call(f"{url}/sleep", b"")[0] == 404
                     assert calls.count(("POST", "/wake")) == 2
@@ -242,7 +256,9 @@ models:
         assert [m["id"] for m in listed["data"]] == ["red", "green", "blue"]
         order = ["red", "green", "blue", "crimson", "red", "green"]
         with ThreadPoolExecutor(6) as pool:
-            got = list(pool.map(lambda name: call(f"{url}/v1/chat/completions", {"messages": [], "model": name}), order))
+            got = list(
+                pool.map(lambda name: call(f"{url}/v1/chat/completions", {"messages": [], "model": name}), order)
+            )
         assert [body["name"] for _, body in got] == ["red", "green", "blue", "red", "red", "green"]
         phases = [m["phase"] for m in call(f"{url}/v1/models")[1]["data"]]
         assert phases.count("serving") == 1 and phases.count("asleep") == 2
@@ -258,6 +274,7 @@ models:
         assert got[1]["name"] == "blue"
 
 
+@pytest.mark.slow
 def test_the_lowest_priority_sleeps_first(tmp_path):
     config = models_file(
         tmp_path,
@@ -363,7 +380,7 @@ def chat(up: Upstream, seen: Seen) -> bytes:
 
 
 @pytest.mark.parametrize("early", [False, True])
-@pytest.mark.parametrize("retries", [0, 2])
+@pytest.mark.parametrize("retries", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_openai_client_waits_and_gets_its_answer(early, retries):
     openai = pytest.importorskip("openai")
     from plugin.proxy.settings import Settings
@@ -391,7 +408,8 @@ def test_the_openai_client_waits_and_gets_its_answer(early, retries):
                 assert await parts == "hello there"
                 assert len(up.seen) == 2, "each was sent once"
 
-                # a start that has finally failed is an APIStatusError (or, in a stream that was begun early, an APIError)
+                # a start that has finally failed is an APIStatusError (or, in a stream that was begun early, an
+                # APIError)
                 rig.trackers["a"].to(Phase.FAILED, "gone")
                 from plugin.proxy.errors import StartFailed
 
@@ -410,17 +428,19 @@ def test_the_openai_client_reads_an_early_streams_error():
     from plugin.proxy.settings import Settings
 
     async def main():
-        async with proxy(Settings(early_stream=True)) as rig:
-            async with openai.AsyncOpenAI(base_url=f"{rig.url}/v1", api_key="k", max_retries=0) as client:
-                stream = await client.chat.completions.create(
-                    model="m", messages=[{"role": "user", "content": "hi"}], stream=True
-                )
-                await until(lambda: rig.pool.held == 1)
-                rig.pool.start_failed(StartFailed("engine-died", "the engine ended"))
-                with pytest.raises(openai.APIError, match="the engine ended") as caught:
-                    async for _ in stream:
-                        pass
-                assert caught.value.code == "engine-died"
+        async with (
+            proxy(Settings(early_stream=True)) as rig,
+            openai.AsyncOpenAI(base_url=f"{rig.url}/v1", api_key="k", max_retries=0) as client,
+        ):
+            stream = await client.chat.completions.create(
+                model="m", messages=[{"role": "user", "content": "hi"}], stream=True
+            )
+            await until(lambda: rig.pool.held == 1)
+            rig.pool.start_failed(StartFailed("engine-died", "the engine ended"))
+            with pytest.raises(openai.APIError, match="the engine ended") as caught:
+                async for _ in stream:
+                    pass
+            assert caught.value.code == "engine-died"
 
     run(main())
 
@@ -433,14 +453,24 @@ def test_curl():
 
             async def curl(*arguments: str) -> str:
                 process = await asyncio.create_subprocess_exec(
-                    "curl", "-sS", "-m", "30", *arguments, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+                    "curl",
+                    "-sS",
+                    "-m",
+                    "30",
+                    *arguments,
+                    stdout=asyncio.subprocess.PIPE,
+                    stderr=asyncio.subprocess.STDOUT,
                 )
                 out, _ = await process.communicate()
                 return out.decode()
 
             assert json.loads(await curl(f"{rig.url}/a"))["target"] == "/a"
-            assert json.loads(await curl(f"{rig.url}/b", "-d", "x" * 5000))["length"] == 5000  # with Expect: 100-continue
-            assert json.loads(await curl(f"{rig.url}/b", "-H", "Transfer-Encoding: chunked", "-d", "abc"))["length"] == 3
+            assert (
+                json.loads(await curl(f"{rig.url}/b", "-d", "x" * 5000))["length"] == 5000
+            )  # with Expect: 100-continue
+            assert (
+                json.loads(await curl(f"{rig.url}/b", "-H", "Transfer-Encoding: chunked", "-d", "abc"))["length"] == 3
+            )
             assert (await curl("-N", f"{rig.url}/stream")).count("data: ") == 5
             assert "200 OK" in await curl("-I", f"{rig.url}/stream")
             assert json.loads(await curl("--http2", f"{rig.url}/c", "-d", "abc"))["length"] == 3
@@ -487,6 +517,7 @@ FLAGS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
 def test_the_page_in_a_real_browser(tmp_path):
     async def main():

@@ -22,6 +22,7 @@ import mmap
 import os
 import shutil
 import struct
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,6 +64,8 @@ class Image:
             raise from_os_error(error, f"cannot open the cache image {folder}") from error
         self._complete = False
         self.settled = False
+        self._busy: set[int] = set()
+        self._free = threading.Condition()
 
     def _prepare(self) -> None:
         count = len(self.file.chunks)
@@ -136,24 +139,35 @@ class Image:
 
     @contextlib.contextmanager
     def chunk_lock(self, index: int, limit_s: float) -> Iterator[None]:
-        """Hold the chunk against other processes. Temporary when it was not free within the limit."""
+        """Hold the chunk against other threads and processes. Temporary when it was not free within the limit."""
         deadline, pause = time.monotonic() + limit_s, 0.001
         spot = _HEADER.size + index
-        while True:
-            try:
-                fcntl.fcntl(self.have_fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, spot, 1, 0))
-                break
-            except BlockingIOError:
+        # The kernel's lock belongs to the descriptor, which all threads share: among them this set decides.
+        with self._free:
+            if not self._free.wait_for(lambda: index not in self._busy, limit_s):
+                raise Temporary(f"chunk {index} of {self.file.path} is being fetched already", code="cache-locked")
+            self._busy.add(index)
+        try:
+            while not self._lock(spot, fcntl.F_WRLCK):
                 if time.monotonic() > deadline:
-                    raise Temporary(
-                        f"chunk {index} of {self.file.path} is held by another process", code="cache-locked"
-                    ) from None
+                    raise Temporary(f"chunk {index} of {self.file.path} is held elsewhere", code="cache-locked")
                 time.sleep(pause)
                 pause = min(0.05, pause * 1.5)
-        try:
-            yield
+            try:
+                yield
+            finally:
+                self._lock(spot, fcntl.F_UNLCK)
         finally:
-            fcntl.fcntl(self.have_fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, spot, 1, 0))
+            with self._free:
+                self._busy.discard(index)
+                self._free.notify_all()
+
+    def _lock(self, spot: int, kind: int) -> bool:
+        try:
+            fcntl.fcntl(self.have_fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, spot, 1, 0))
+        except BlockingIOError:
+            return False
+        return True
 
     def pin(self) -> None:
         """Keep the image from eviction as long as this object is open, and count it as used now."""

@@ -269,24 +269,25 @@ class Fetcher:
 
     def _answer(self, file: int, chunk: int) -> None:
         slot = self.slots.pop((file, chunk), -1)
+        began = time.monotonic()
         try:
             with self.using(file) as image:
                 data = None if image.settled else self.engine.fill(image, chunk)
                 complete = not image.settled and image.complete()
             if data is None:
-                self._send(wire.STORED, file, chunk, 0, slot)
+                self._send(wire.STORED, file, chunk, 0, slot, began)
                 if complete and file not in self.sealed:
                     self.sealed.add(file)
                     self.queue.put((file, 0), wire.SEAL)
             elif slot >= 0:
                 self.memory.write(slot, data)
-                self._send(wire.SLOT, file, chunk, 0, slot)
+                self._send(wire.SLOT, file, chunk, 0, slot, began)
             else:
-                self._send(wire.FAILED, file, chunk, errno.ENOSPC, slot)
+                self._send(wire.FAILED, file, chunk, errno.ENOSPC, slot, began)
         except (LazyfsError, OSError) as error:
             code = error.code if isinstance(error, LazyfsError) else "io-error"
             log.error("%s chunk %d: %s: %s", self.manifest.files[file].path, chunk, code, error)
-            self._send(wire.FAILED, file, chunk, to_errno(error), slot)
+            self._send(wire.FAILED, file, chunk, to_errno(error), slot, began)
 
     def _seal(self, file: int) -> None:
         with self.using(file) as image:
@@ -302,10 +303,10 @@ class Fetcher:
             if not self.users[file]:
                 image.settle()
 
-    def _send(self, kind: int, file: int, chunk: int, argument: int, slot: int = -1) -> None:
+    def _send(self, kind: int, file: int, chunk: int, argument: int, slot: int = -1, began: float = 0.0) -> None:
         with self.sending:
             try:
-                self.channel.send(wire.ANSWER.pack(kind, file, chunk, argument, slot))
+                self.channel.send(wire.ANSWER.pack(kind, file, chunk, argument, slot, began))
             except ConnectionError:
                 self.queue.close()
 

@@ -30,7 +30,7 @@ class FetcherLink:
     def __init__(self, config: MountConfig, memory_fd: int) -> None:
         self.config = config
         self.memory_fd = memory_fd
-        self.on_answer: Callable[[int, int, int, int, int], None] = lambda kind, file, chunk, argument, slot: None
+        self.on_answer: Callable[[int, int, int, int, int, float], None] = lambda *answer: None
         self.on_restart: Callable[[], None] = lambda: None
         self.process: subprocess.Popen[bytes] | None = None
         self.restarts = 0

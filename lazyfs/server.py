@@ -153,6 +153,7 @@ class Server:
             "waiting": len(self.service.by_unique),
             "fetcher_restarts": self.link.restarts,
             "counters": dict(vars(counters)),
+            "fetcher": dict(self.service.fetcher_stats),
         }
 
     def _prefetch(self, request: dict[str, Any]) -> dict[str, Any]:

@@ -89,13 +89,15 @@ class Backing:
 
     def close(self) -> None:
         """Unmap; views handed out before must be gone."""
-        self.view.release()
-        if self.map is not None:
-            self.map.close()
-        if self.image is not None:
-            self.image.close()
-        else:
-            os.close(self.fd)
+        try:
+            self.view.release()
+            if self.map is not None:
+                self.map.close()
+        finally:
+            if self.image is not None:
+                self.image.close()
+            else:
+                os.close(self.fd)
 
 
 @dataclass
@@ -322,7 +324,7 @@ class Service:
 
     # -- waiting
 
-    def _answered(self, kind: int, file: int, chunk: int, argument: int, slot: int) -> None:
+    def _answered(self, kind: int, file: int, chunk: int, argument: int, slot: int, began: float) -> None:
         key = (file, chunk)
         if kind == wire.STATS:
             self.fetcher_stats[wire.STAT_NAMES[file]] = chunk << 31 | argument
@@ -338,7 +340,7 @@ class Service:
                 if key in self.waiting and key not in self.starved:
                     self.starved.append(key)
         elif kind == wire.FAILED:
-            self._failed(file, chunk, argument or errno.EIO)
+            self._failed(file, chunk, argument or errno.EIO, began)
         else:
             self._arrived(file, chunk)
             for hook in self.on_present:
@@ -370,11 +372,18 @@ class Service:
             end = waiter.offset + waiter.size
             self._serve(waiter.opened, waiter.offset, end, waiter.unique, waiter.reply, waiter.started)
 
-    def _failed(self, file: int, chunk: int, number: int) -> None:
+    def _failed(self, file: int, chunk: int, number: int, began: float) -> None:
+        """Fail those who asked before this fetch began; the failure says nothing to those who asked later."""
         with self.lock:
-            failed = [w for w in self.waiting.pop((file, chunk), ()) if self.by_unique.pop(w.unique, None) is w]
+            waiters = self.waiting.pop((file, chunk), [])
+            failed = [w for w in waiters if w.started <= began and self.by_unique.pop(w.unique, None) is w]
+            later = [w for w in waiters if w.started > began]
+            if later:
+                self.waiting[file, chunk] = later
         for waiter in failed:
             self._fail(waiter, number)
+        if later:
+            self._request(wire.DEMAND, file, chunk)
 
     def _fail(self, waiter: Waiter, number: int) -> None:
         self.counters.failed += 1

@@ -10,8 +10,9 @@ import struct
 REQUEST = struct.Struct("<BIIi")
 DEMAND, AHEAD, COMPLETE, SEAL, STOP = 1, 2, 3, 4, 9
 
-# fetcher → server: kind, file index, chunk index, argument, the slot this answer gives back (or fills) or -1
-ANSWER = struct.Struct("<BIIii")
+# fetcher → server: kind, file index, chunk index, argument, the slot this answer gives back (or fills) or -1, and when
+# the fetch began (CLOCK_MONOTONIC, which all processes share): an answer says nothing to those who asked later
+ANSWER = struct.Struct("<BIIiid")
 STORED = 1  # the chunk is in the image
 SLOT = 2  # the chunk is in the slot named: the disk is full
 FAILED = 3  # `argument` is an errno; the reason is in the log

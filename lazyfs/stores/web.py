@@ -42,6 +42,7 @@ class WebStore:
         self.whole_s = whole_s
         self._headers = {"User-Agent": "quickthaw", "Accept-Encoding": "identity", **_authorization(url)}
         self._local = threading.local()
+        self._all: list[http.client.HTTPConnection] = []
 
     def get(self, key: str, start: int = 0, length: int | None = None, version: str = "") -> bytes:
         if length == 0:
@@ -153,6 +154,7 @@ class WebStore:
         if place not in kept:
             kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
             kept[place] = kind(parts.hostname or "", parts.port, timeout=self.inactivity_s)
+            self._all.append(kept[place])
         return kept[place]
 
     def _drop(self, url: str) -> None:
@@ -160,6 +162,12 @@ class WebStore:
         connection = self._local.__dict__.get("kept", {}).pop((parts.scheme, parts.netloc), None)
         if connection is not None:
             connection.close()
+            self._all.remove(connection)
+
+    def close(self) -> None:
+        """Close every thread's connection; the store opens new ones if it is used again."""
+        while self._all:
+            self._all.pop().close()
 
     def _refusal(self, status: int, url: str, answer: http.client.HTTPMessage) -> LazyfsError:
         text = f"{url}: HTTP {status}"

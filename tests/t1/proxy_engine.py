@@ -1,4 +1,6 @@
-"""A small engine to be woken by a command: `proxy_engine.py PORT [NAME]`. Standard library only, so that it starts at once."""
+"""A small engine to be woken by a command: `proxy_engine.py PORT [NAME]`. Standard library only, so that it starts
+at once.
+"""
 
 import http.server
 import json

@@ -1,0 +1,401 @@
+"""Stores that fail in every way, disks that are full, and damaged caches: no wrong byte, no reader that hangs, recovery."""
+
+from __future__ import annotations
+
+import errno
+import http.server
+import json
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from lazyfs_rig import LIMIT_S, Rig, wait_for, write_model
+
+from lazyfs import kernel
+from lazyfs.api import import_directory
+from lazyfs.cache import PRESENT, UNPROVEN, Cache
+from lazyfs.chunkstore import ChunkStore
+from lazyfs.errors import Integrity, LazyfsError, NotFound, Permanent, Temporary
+from lazyfs.maintenance import Damage, verify, verify_cache
+from lazyfs.stores import open_store
+from lazyfs.stores.faulty import FAULTS
+from lazyfs.stores.local import LocalStore
+from lazyfs.stores.web import WebStore
+
+pytestmark = [
+    pytest.mark.t1,
+    pytest.mark.skipif(not kernel.may_mount(), reason="needs /dev/fuse and CAP_SYS_ADMIN"),
+]
+# Long enough for a retry or two, short enough for a test.
+QUICK = {"fetch_limit_s": 1.0, "read_limit_s": 4.0, "use_origin": False, "prefetch": False}
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lazyfs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QUICKTHAW_HOME", str(folder / "home"))
+        patch.delenv("QUICKTHAW_STORE", raising=False)
+        model = write_model(folder / "model", [5 << 20, 1000, 4 << 20, 6 << 20])
+        yield model, import_directory(model), folder / "home" / "store"
+
+
+@pytest.fixture
+def rig(tmp_path):
+    rig = Rig(tmp_path)
+    yield rig
+    rig.close()
+
+
+@pytest.fixture
+def control(tmp_path, shared):
+    """Sets the fault of a store, while a mount uses it."""
+    path = tmp_path / "control.json"
+
+    def set_fault(fault=None, **values):
+        text = json.dumps({"store": f"file://{shared[2]}", "fault": fault, "only": "chunks/", **values})
+        path.with_suffix(".new").write_text(text)
+        path.with_suffix(".new").rename(path)
+
+    set_fault()
+    set_fault.url = f"faulty://{path}"
+    return set_fault
+
+
+def digest_or_errno(reader, path):
+    answer = reader.ask("digest", str(path))
+    return answer["errno"] if isinstance(answer, dict) else answer
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_store_that_fails_always(shared, rig, control, tmp_path, fault):
+    """Every read fails within its limit, none returns a wrong byte, and all is well once the fault ends."""
+    model, digest, _ = shared
+    handle = rig.mount(digest, store_url=control.url, cache_dir=tmp_path / "c", **QUICK)
+    reader, path = rig.reader(), handle.mountpoint / "model.safetensors"
+    right = reader.ask("digest", str(model / "model.safetensors"))
+    control(fault, seconds=0.05)
+    started = time.monotonic()
+    answer = digest_or_errno(reader, path)
+    if fault == "slow":
+        assert answer == right
+    else:
+        assert answer in (errno.EIO, errno.ETIMEDOUT, errno.ENOENT)
+    assert time.monotonic() - started < LIMIT_S
+    control()
+    assert digest_or_errno(reader, path) == right
+
+
+@pytest.mark.parametrize("fault", ["corrupt", "truncate", "reset", "503", "empty"])
+def test_a_store_that_fails_half_the_time(shared, rig, control, tmp_path, fault):
+    """Retries hide what is temporary; a corrupt body is fetched once more, and never served."""
+    model, digest, _ = shared
+    handle = rig.mount(digest, store_url=control.url, cache_dir=tmp_path / "c", **{**QUICK, "fetch_limit_s": 8.0})
+    reader, path = rig.reader(), handle.mountpoint / "model.safetensors"
+    right = reader.ask("digest", str(model / "model.safetensors"))
+    control(fault, share=0.4, seconds=0.01)
+    for _ in range(20):
+        answer = digest_or_errno(reader, path)
+        assert answer in (right, errno.EIO)
+        if answer == right:
+            break
+    assert answer == right
+
+
+def test_a_corrupt_chunk_is_quarantined(shared, rig, control, tmp_path):
+    _, digest, _ = shared
+    handle = rig.mount(digest, store_url=control.url, cache_dir=tmp_path / "c", **QUICK)
+    reader = rig.reader()
+    control("corrupt")
+    assert digest_or_errno(reader, handle.mountpoint / "config.json") == errno.EIO
+    # The first body and the one fetched to make sure, for each of the kernel's attempts.
+    assert len(list((tmp_path / "c" / "quarantine").iterdir())) >= 2
+    log = handle.log_file.read_text()
+    assert "does not hash" in log and "config.json" in log
+
+
+def test_a_stalled_store_holds_up_nobody_else(shared, rig, control, tmp_path):
+    _, digest, _ = shared
+    handle = rig.mount(digest, store_url=control.url, cache_dir=tmp_path / "c", **QUICK)
+    reader, other = rig.reader(), rig.reader()
+    assert other.ask("digest", str(handle.mountpoint / "config.json"))
+    control("stall", seconds=3.0)
+    reader.send("digest", str(handle.mountpoint / "model.safetensors"))
+    wait_for(lambda: handle.status()["waiting"] > 0)
+    assert isinstance(other.ask("digest", str(handle.mountpoint / "config.json"), limit_s=LIMIT_S), str)
+    assert reader.receive()["errno"] in (errno.EIO, errno.ETIMEDOUT)
+
+
+def test_a_killed_reader_is_let_go(shared, rig, control, tmp_path):
+    """A reader waiting for the network dies of SIGKILL at once, not when the network answers."""
+    _, digest, _ = shared
+    settings = {**QUICK, "read_limit_s": 600.0, "fetch_limit_s": 300.0}
+    handle = rig.mount(digest, store_url=control.url, cache_dir=tmp_path / "c", **settings)
+    reader = rig.reader()
+    control("stall", seconds=20.0)
+    started = time.monotonic()
+    reader.send("digest", str(handle.mountpoint / "config.json"))
+    wait_for(lambda: handle.status()["waiting"] > 0)
+    reader.process.kill()
+    reader.process.wait(LIMIT_S)
+    # Well before its own limits: it did not have to wait for the network.
+    assert time.monotonic() - started < settings["read_limit_s"]
+
+
+def test_a_full_disk_streams(shared, rig, tmp_path):
+    """The cache on a tiny file system: every byte right, nothing fails, nothing half-written stays."""
+    model, digest, _ = shared
+    small = tmp_path / "small"
+    small.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=9m", "none", small], check=True, timeout=LIMIT_S)
+    try:
+        handle = rig.mount(digest, cache_dir=small / "c", use_origin=False)
+        reader = rig.reader()
+        for _ in range(2):
+            for name in ("model.safetensors", "config.json", "sub/tokenizer.json"):
+                right = reader.ask("digest", str(model / name))
+                assert digest_or_errno(reader, handle.mountpoint / name) == right
+        assert handle.status()["counters"]["failed"] == 0
+        assert handle.status()["counters"]["streamed"] > 0
+        handle.unmount()
+        report = Damage()
+        verify_cache(Cache(small / "c"), None, report)
+        assert report.clean
+    finally:
+        rig.close()
+        subprocess.run(["umount", small], check=True, timeout=LIMIT_S)
+
+
+@pytest.mark.usefixtures("shared")
+def test_a_bounded_cache_stays_bounded_and_evicts_the_oldest(tmp_path, rig):
+    reader = rig.reader()
+    limit = 24 << 20
+    for i in range(3):
+        other = write_model(tmp_path / f"m{i}", [6 << 20, 5 << 20], seed=10 + i)
+        handle = rig.mount(
+            import_directory(other), f"mnt{i}", use_origin=False, cache_dir=tmp_path / "c", cache_limit=limit
+        )
+        right = reader.ask("digest", str(other / "model.safetensors"))
+        assert digest_or_errno(reader, handle.mountpoint / "model.safetensors") == right
+        handle.unmount()
+        assert Cache(tmp_path / "c").usage() <= limit
+    kept = rig.mount(import_directory(tmp_path / "m2"), "again", use_origin=False, cache_dir=tmp_path / "c")
+    assert kept.status()["cached_bytes"] > 10 << 20
+
+
+def test_a_damaged_cache_is_found_and_mended(shared, rig, tmp_path):
+    _, digest, store = shared
+    cache = Cache(tmp_path / "c")
+    handle = rig.mount(digest, use_origin=False, cache_dir=tmp_path / "c")
+    reader, path = rig.reader(), handle.mountpoint / "model.safetensors"
+    right = reader.ask("digest", str(path))
+    handle.unmount()
+    chunks = ChunkStore(LocalStore(store))
+    file = next(f for f in chunks.get_manifest(digest).files if f.path == "model.safetensors")
+    data = cache.folder(file) / "data"
+    with open(data, "r+b") as f:
+        f.seek(6 << 20)
+        f.write(b"damaged by somebody")
+    report = Damage()
+    verify_cache(cache, chunks, report)
+    assert report.cache_bad == 1 and not report.clean
+    handle = rig.mount(digest, use_origin=False, cache_dir=tmp_path / "c")
+    assert digest_or_errno(reader, path) == right
+
+
+def test_after_a_power_cut_everything_is_proven_again(shared, rig, tmp_path):
+    """An image of another boot that was not sealed: what the disk lost is noticed, the rest is used."""
+    model, digest, store = shared
+    cache, chunks = Cache(tmp_path / "c"), ChunkStore(LocalStore(store))
+    file = next(f for f in chunks.get_manifest(digest).files if f.path == "model.safetensors")
+    image = cache.open(file)
+    for index, chunk in enumerate(file.chunks):
+        image.write(index, chunks.get(chunk.digest))
+    image.close()
+    have = cache.folder(file) / "have"
+    body = bytearray(have.read_bytes())
+    body[8:44] = b"f" * 36
+    have.write_bytes(body)
+    with open(cache.folder(file) / "data", "r+b") as f:
+        f.seek(file.offsets[2])
+        f.write(bytes(4096))
+    image = cache.open(file)
+    assert {image.state(i) for i in range(len(file.chunks))} == {UNPROVEN}
+    image.close()
+    handle = rig.mount(digest, use_origin=False, cache_dir=tmp_path / "c")
+    reader = rig.reader()
+    right = reader.ask("digest", str(model / "model.safetensors"))
+    assert digest_or_errno(reader, handle.mountpoint / "model.safetensors") == right
+    image = cache.open(file)
+    wait_for(lambda: {image.state(i) for i in range(len(file.chunks))} == {PRESENT})
+    image.close()
+
+
+def test_a_lost_store_does_not_hurt_what_is_cached(shared, rig, tmp_path):
+    model = write_model(tmp_path / "own", [5 << 20])
+    digest = import_directory(model, str(tmp_path / "store"))
+    settings = {"store_url": str(tmp_path / "store"), "use_origin": False, "cache_dir": tmp_path / "c"}
+    handle = rig.mount(digest, **settings)
+    wait_for(lambda: handle.status()["cached_bytes"] == handle.status()["bytes"])
+    handle.unmount()
+    subprocess.run(["rm", "-rf", tmp_path / "store"], check=True, timeout=LIMIT_S)
+    handle = rig.mount(digest, **settings)
+    reader = rig.reader()
+    right = reader.ask("digest", str(model / "model.safetensors"))
+    assert digest_or_errno(reader, handle.mountpoint / "model.safetensors") == right
+
+
+def test_replicas_fetch_a_chunk_once(shared, rig, control, tmp_path):
+    """Two mounts of one manifest over one cache: each chunk crosses the network once."""
+    _, digest, _ = shared
+    control("slow", seconds=0.3)
+    settings = {**QUICK, "fetch_limit_s": 20.0, "read_limit_s": 30.0}
+    handles = [rig.mount(digest, f"m{i}", store_url=control.url, cache_dir=tmp_path / "c", **settings) for i in "ab"]
+    readers = [rig.reader() for _ in handles]
+    for handle, reader in zip(handles, readers, strict=True):
+        reader.send("digest", str(handle.mountpoint / "model.safetensors"))
+    first, second = (r.receive() for r in readers)
+    assert first == second and isinstance(first, str)
+
+    def fetched():
+        return sum(h.status()["fetcher"].get("store_bytes", 0) for h in handles)
+
+    size = (shared[0] / "model.safetensors").stat().st_size
+    wait_for(lambda: fetched() >= size)
+    # The fetchers report once a second: a second fetch of anything would show by then.
+    time.sleep(1.2)
+    assert fetched() == size
+
+
+class FaultyHandler(http.server.BaseHTTPRequestHandler):
+    """Serves b"0123456789" with the fault named by the path."""
+
+    protocol_version = "HTTP/1.1"
+    body = b"0123456789" * 100_000
+
+    def do_GET(self):
+        fault, body = self.path.strip("/"), self.body
+        if fault in ("404", "403", "429", "503", "500", "412"):
+            self.send_response(int(fault))
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        if fault == "hang-before":
+            time.sleep(1.0)
+            return
+        start, end = 0, len(body) - 1
+        status = 200
+        if "Range" in self.headers and fault != "no-range":
+            first, _, last = self.headers["Range"].removeprefix("bytes=").partition("-")
+            start, end, status = int(first), min(int(last or end), end), 206
+        if fault == "wrong-range":
+            start, end = start + 1, end + 1
+        self.send_response(status)
+        if status == 206:
+            self.send_header("Content-Range", f"bytes {start}-{end}/{len(body)}")
+        self.send_header("Content-Length", str(end - start + 1))
+        self.send_header("ETag", '"v1"')
+        self.end_headers()
+        part = body[start : end + 1]
+        if fault in ("reset", "hang-within"):
+            self.wfile.write(part[:1000])
+            self.wfile.flush()
+            if fault == "hang-within":
+                time.sleep(1.0)
+            self.close_connection = True
+            self.connection.close()
+            return
+        self.wfile.write(part)
+
+    def log_message(self, *arguments):
+        pass
+
+    def handle(self):
+        try:
+            super().handle()
+        except OSError:
+            pass
+
+    def finish(self):
+        try:
+            super().finish()
+        except (OSError, ValueError):
+            pass
+
+
+@pytest.fixture(scope="module")
+def origin():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), FaultyHandler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+    thread.join(LIMIT_S)
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind"),
+    [
+        ("404", NotFound),
+        ("403", Permanent),
+        ("412", Permanent),
+        ("429", Temporary),
+        ("503", Temporary),
+        ("500", Temporary),
+        ("hang-before", Temporary),
+        ("hang-within", Temporary),
+        ("reset", Temporary),
+        ("wrong-range", Temporary),
+    ],
+)
+def test_http_failures_have_their_kind(origin, fault, kind):
+    store = WebStore(origin, inactivity_s=0.3, whole_s=2.0)
+    with pytest.raises(kind) as caught:
+        store.get(fault, 5, 10_000)
+    assert "\n" not in str(caught.value)
+    assert store.get("fine", 5, 10) == b"5678901234"
+    store.close()
+
+
+def test_http_ranges(origin):
+    store = WebStore(origin)
+    assert store.get("fine", 3, 4) == b"3456"
+    assert store.get("no-range", 3, 4) == b"3456"
+    assert store.get("fine", 999_998) == b"89"
+    assert len(store.get("fine")) == 1_000_000
+    assert store.get("fine", 0, 5, '"v1"') == b"01234"
+    with pytest.raises(Permanent) as caught:
+        store.get("fine", 0, 5, '"v2"')
+    assert caught.value.code == "source-changed"
+    for write in (lambda: store.put("x", b""), lambda: list(store.list("x")), lambda: store.delete("x")):
+        with pytest.raises(Permanent):
+            write()
+    store.close()
+
+
+def test_http_silence_has_a_limit():
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        store = WebStore(f"http://127.0.0.1:{silent.getsockname()[1]}", inactivity_s=0.2)
+        with pytest.raises(Temporary):
+            store.get("x")
+    with pytest.raises(Temporary):
+        store.get("x")
+    store.close()
+
+
+def test_the_wrong_bytes_behind_a_right_name(shared, tmp_path):
+    _, _, store = shared
+    chunks = ChunkStore(open_store(str(store)))
+    names = [i.key for i in chunks.store.list("chunks/")]
+    with pytest.raises(Integrity):
+        chunks.decode("0" * 64, b"not zstd", 1, 100)
+    assert names and verify(chunks).clean
+    with pytest.raises(LazyfsError):
+        chunks.get("0" * 64)
+    assert Path(store).is_dir()

@@ -5,27 +5,27 @@ import time
 from pathlib import Path
 
 
-def _ours(pid):
-    """Whether a process is one of quickthaw's or lives in a PID namespace that is not the host's."""
+def _marked(pid, marker):
+    """Whether a process was started, directly or not, with `marker` in its environment; process 1 of a sandbox and engines inherit it."""
     try:
-        if os.readlink(f"/proc/{pid}/ns/pid") != os.readlink("/proc/self/ns/pid"):
-            return True
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        return marker in Path(f"/proc/{pid}/environ").read_bytes()
     except OSError:
         return False
-    text = b" ".join(words)
-    return any(name in text for name in (b"checkpoint/init.py", b"checkpoint.pages", b"criu", b"plugin.launch", b"lazyfs.daemon"))
 
 
-def processes():
-    """The numbers of processes that would be leftovers once a test is over."""
-    return {int(name) for name in os.listdir("/proc") if name.isdigit() and _ours(int(name))}
+def processes(marker):
+    """The numbers of processes that carry the marker, but for this one and its ancestors."""
+    skip, pid = set(), os.getpid()
+    while pid > 1:
+        skip.add(pid)
+        pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return {int(name) for name in os.listdir("/proc") if name.isdigit() and int(name) not in skip and _marked(name, marker)}
 
 
-def mounts():
-    """Mount points of the host that are FUSE or ours."""
+def mounts(below):
+    """Mount points below a folder."""
     lines = Path("/proc/self/mounts").read_text().splitlines()
-    return {line.split()[1] for line in lines if " fuse" in line and "fusectl" not in line or "quickthaw" in line}
+    return {line.split()[1] for line in lines if line.split()[1].startswith(str(below) + "/")}
 
 
 def state(home):
@@ -37,22 +37,23 @@ def state(home):
 
 
 class Watch:
-    """Remembers what was there; `gone` waits until nothing more is."""
+    """Watches one state folder and the processes that carry its path in their environment, so that other tests beside it do not count.
 
-    def __init__(self, home=None):
-        self.home = home
-        self._processes, self._mounts = processes(), mounts()
+    `environment` is what a test's commands must be given; Sandboxes made in this process inherit it from os.environ.
+    """
+
+    def __init__(self, home):
+        self.home = Path(home)
+        self.environment = {"QUICKTHAW_TEST_HOME": str(home)}
+        self._marker = f"QUICKTHAW_TEST_HOME={home}\0".encode()
 
     def new(self):
-        """What is there now and was not before."""
-        found = {f"process {pid}: {_name(pid)}" for pid in processes() - self._processes}
-        found |= {f"mount {where}" for where in mounts() - self._mounts}
-        if self.home:
-            found |= state(self.home)
-        return found
+        """What is there now and must not be once a test is over."""
+        found = {f"process {pid}: {_name(pid)}" for pid in processes(self._marker)}
+        return found | {f"mount {where}" for where in mounts(self.home)} | state(self.home)
 
-    def gone(self, limit_s=20.0):
-        """Wait for everything new to go; what is still there after `limit_s` seconds."""
+    def gone(self, limit_s=30.0):
+        """Wait for everything to go; what is still there after `limit_s` seconds."""
         limit = time.monotonic() + limit_s
         while (left := self.new()) and time.monotonic() < limit:
             time.sleep(0.05)

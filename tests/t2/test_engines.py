@@ -41,7 +41,7 @@ class Rig:
 
     def command(self, *options, words=("launch",), arguments=None, **environment):
         port = measure.free_port()
-        env = {**os.environ, **self.preset.environment, "QUICKTHAW_HOME": str(self.home), **environment}
+        env = {**os.environ, **self.preset.environment, "QUICKTHAW_HOME": str(self.home), **self.watch.environment, **environment}
         env.pop("PYTHONDONTWRITEBYTECODE", None)
         argv = [sys.executable, "-m", "plugin.cli", *words, *options]
         if words[0] == "launch":

@@ -26,7 +26,7 @@ ROUNDS = 200
 MOVABLE = frozenset(
     ("quota", "pool-quota", "supply", "start-limit", "stop-limit", "maximum", "region-min", "region-max")
 )
-FIXED = frozenset(("capacity", "flow", "blocks", "spare"))
+FIXED = frozenset(("capacity", "flow", "blocks"))
 
 
 @dataclass(frozen=True)

@@ -179,7 +179,9 @@ def build(problem: Problem, need: Need) -> Program:
         rows.add(name, np.array(cols_list, dtype=np.int64), np.array(vals_list), group.required, free)
     for k, j in enumerate(spare):
         mine = at_x + by_service[j]
-        name = Name("spare", services[j].name, f"surplus of service {services[j].name}")
+        name = next(
+            n for n in rows.names if n.sort == "demand" and n.key == services[j].name
+        )  # it asks for the demand, too
         cols, vals = np.concatenate([[at_h + k], mine]), np.concatenate([[-1.0], served[by_service[j]]])
         rows.add(name, cols, vals, need.base[j], free)
     for quota in problem.quotas:

@@ -124,9 +124,7 @@ def print_plan(console: Console, plan: Plan, other: Plan | None, *, explain: boo
         console.print(table)
         spare = float(other.gpus.mean() - plan.gpus.mean())
         saved = float(other.hourly_cost.mean() - plan.hourly_cost.mean())
-        console.print(
-            f"restoring instead of starting cold: {spare:+.1f} GPUs and ${saved:+.2f} an hour that are not needed"
-        )
+        console.print(f"restoring instead of starting cold saves {spare:.1f} GPUs and ${saved:.2f} an hour")
     else:
         console.print("With cold lead times there is no feasible plan.")
     steps = len(plan.instances)

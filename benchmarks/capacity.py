@@ -1,0 +1,279 @@
+"""Measures what the capacity planner promises, and prints it side by side with the target.
+
+    python benchmarks/capacity.py                 everything; two to four minutes on two cores
+    python benchmarks/capacity.py --only solve    one section: solve, gap, scipy, million, trace
+    python benchmarks/capacity.py --json
+
+`trace` needs the Azure code trace (../shared/data/azure_llm_2023_code.csv, or --trace); without it the section is left out and says so.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+REPO = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPO))
+
+from capacity import plan, report, simulate, synthetic, trace  # noqa: E402
+from capacity.errors import InfeasibleError  # noqa: E402
+from capacity.load import load  # noqa: E402
+from capacity.model import Demand, Forecast, Policy, Pool, Problem, Service  # noqa: E402
+from capacity.policies import Hpa, Program  # noqa: E402
+from tests.t0.capacity_kit import naive, random_problem  # noqa: E402
+
+TYPES = (("H100", 8, 80.0, 24.0), ("A100", 8, 80.0, 14.0), ("L40S", 4, 48.0, 6.0), ("H200", 8, 141.0, 33.0))
+
+
+def large(pools, services, steps, seed=1):
+    """Four GPU types, five regions of three zones; services of 1 to 8 GPUs allowed in three regions each, with a rate on every
+    type; zone loss on; a daily rhythm with p50 and p90."""
+    random = np.random.default_rng(seed)
+    made = []
+    for i in range(pools):
+        gpu, gpus, memory, price = TYPES[i % 4]
+        made.append(
+            Pool(
+                f"p{i}", f"{gpus}x{gpu}", gpu, gpus, memory, f"r{i // 4 % 5}", f"z{i // 20 % 3}",
+                round(price * float(random.uniform(0.9, 1.2)), 2), quota=int(random.integers(20, 60)),
+                held=int(random.integers(0, 5)), boot=tuple(random.uniform(60, 240, 5)),
+                interruptions=float(random.uniform(0, 0.02)),
+            )
+        )  # fmt: skip
+    listed, forecasts = [], {}
+    for j in range(services):
+        gpus = int(random.choice([1, 1, 1, 2, 4, 8]))
+        regions = tuple(f"r{k}" for k in sorted(random.choice(5, 3, replace=False)))
+        listed.append(
+            Service(
+                f"s{j}", gpus, {"H100": 10.0, "A100": 5.0, "L40S": 2.5, "H200": 13.0},
+                cold=tuple(random.uniform(60, 130, 5)), restored=tuple(random.uniform(0.6, 2, 5)),
+                memory=float(random.choice([20, 40, 60])), target_wait=5.0, regions=regions,
+            )
+        )  # fmt: skip
+        base = random.uniform(5, 200) / max(1, gpus / 2)
+        median = base * (1 + 0.5 * np.sin(np.arange(steps) / steps * 2 * np.pi + random.uniform(0, 6)))
+        forecasts[f"s{j}"] = Forecast((0.5, 0.9), (tuple(median.tolist()), tuple((median * 1.25).tolist())))
+    return Problem(tuple(made), tuple(listed), Demand(0.9, forecasts), Policy())
+
+
+def timed(work, runs):
+    """Medians of wall and CPU seconds."""
+    wall, cpu = [], []
+    for _ in range(runs):
+        a, b = time.perf_counter(), time.process_time()
+        work()
+        wall.append(time.perf_counter() - a)
+        cpu.append(time.process_time() - b)
+    return round(statistics.median(wall), 3), round(statistics.median(cpu), 3)
+
+
+def solve_section(runs):
+    """From the problem to whole instances: requirement, program, linear program, rounding, check."""
+    rows = []
+    for pools, services, steps, target in ((40, 60, 24, 2.0), (400, 200, 1, 1.0)):
+        problem = large(pools, services, steps)
+        found = plan.solve(problem)
+        wall, cpu = timed(lambda problem=problem: plan.solve(problem), runs)
+        wall_lp, cpu_lp = timed(lambda problem=problem: linear(problem), runs)
+        rows.append(
+            {
+                "what": f"{pools} pools x {services} services x {steps} steps",
+                "linear_program_wall_s": wall_lp,
+                "linear_program_cpu_s": cpu_lp,
+                "whole_plan_wall_s": wall,
+                "whole_plan_cpu_s": cpu,
+                "target_s": target,
+                "over_linear_program": round(found.rounded_cost / found.relaxed_cost - 1, 4),
+            }
+        )
+    return rows
+
+
+def linear(problem):
+    """The linear program from the problem on: requirement, arrays, solve."""
+    from capacity import need, program, solver
+
+    return solver.relax(program.build(problem, need.compute(problem, "restored")))
+
+
+def gap_section(count):
+    """Rounding against the proven optimum of the integer program, by search (small steps) and by construction (large ones)."""
+    found = {"search": [], "construction": []}
+    seed = 0
+    while len(found["search"]) < count:
+        seed += 1
+        problem = random_problem(50_000 + seed, pools=4, services=3, steps=1 + seed % 2)
+        try:
+            searched = plan.solve(problem, exact=True, explained=False)
+            built = plan.solve(problem, quick=True, explained=False)
+        except InfeasibleError:
+            continue
+        if searched.proven:
+            found["search"].append(searched.rounded_cost / searched.exact_cost - 1)
+            found["construction"].append(built.rounded_cost / searched.exact_cost - 1)
+    return [
+        {
+            "rounding": name,
+            "instances": len(gaps),
+            "mean": round(statistics.fmean(gaps), 5),
+            "worst": round(max(gaps), 5),
+            "within_2_percent": round(sum(g <= 0.02 for g in gaps) / len(gaps), 4),
+            "target": 0.02 if name == "search" else None,
+        }
+        for name, gaps in found.items()
+    ]
+
+
+def scipy_section(count):
+    """The same integer programs, written down twice, solved by both."""
+    same = infeasible = differ = seed = 0
+    worst = 0.0
+    while same + differ < count:
+        seed += 1
+        problem = random_problem(10_000 + seed)
+        expected = naive(problem)
+        try:
+            cost = plan.solve(problem, exact=True, explained=False).exact_cost
+        except InfeasibleError:
+            cost = None
+        if cost is None or expected is None:
+            infeasible += 1
+            differ += cost is not expected
+            continue
+        off = abs(cost - expected) / expected
+        worst = max(worst, off)
+        same += off <= 1e-6
+        differ += off > 1e-6
+    return [
+        {
+            "instances": count,
+            "same_optimum": same,
+            "different": differ,
+            "both_infeasible_besides": infeasible,
+            "worst_difference": worst,
+        }
+    ]
+
+
+SERVICES = """
+pools:
+  - {{name: h100-a, gpu: H100, gpus: 8, memory: 80, region: east, zone: a, price: 24, quota: 40, boot: [95s, 110s, 130s], interruptions: 0.01/h}}
+  - {{name: h100-b, gpu: H100, gpus: 8, memory: 80, region: east, zone: b, price: 24, quota: 40, boot: [95s, 110s, 130s], interruptions: 0.01/h}}
+services:
+  - {{name: chat, gpus: 4, rate: 2, target_wait: 10s, probability: 0.95, lead_time: {{cold: [97s, 127s], restored: [1.2s, 1.9s]}}}}
+  - {{name: code, gpus: 1, rate: 3, target_wait: 5s, probability: 0.95, lead_time: {{cold: [67s, 97s], restored: [0.7s, 1.1s]}}}}
+  - {{name: embed, gpus: 1, rate: 8, target_wait: 5s, probability: 0.95, lead_time: {{cold: [40s, 52s], restored: [0.7s, 0.8s]}}}}
+demand: {{forecast: {{chat: {q}, code: {q}, embed: {q}}}}}
+policy: {{zone_loss: 0, hysteresis: {{hold_down: 5m}}}}
+"""
+
+
+def million_section(requests):
+    """A synthetic day of three services, every policy in turn."""
+    from capacity import document
+    from capacity.load import from_field
+
+    text = SERVICES.format(q="{0.5: [1], 0.9: [2]}")
+    problem = from_field(document.parse_text(text, "benchmark"), Path("benchmark"))
+    day = synthetic.generate(synthetic.Day(requests=requests, seed=1))
+    rows = []
+    for policy in simulate.default_policies():
+        wall, cpu = time.perf_counter(), time.process_time()
+        result = simulate.run(problem, day, policy, simulate.Options())
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        row = report.simulation_json([result], [])["policies"][0]
+        rows.append({**row, "wall_s": round(wall, 2), "cpu_s": round(cpu, 2), "target_s": 30.0})
+    return rows
+
+
+def trace_section(path):
+    """The real hour. At equal p99 for each program's cheapest setting; and the autoscaler with restored lead times, which asks
+    how much of it restoring alone would give."""
+    problem, requests = load(REPO / "examples" / "plan_trace.yaml"), trace.read(path)
+    options = simulate.Options()
+    results = [
+        simulate.run(problem, requests, p, options) for p in simulate.default_policies() + simulate.restored_baselines()
+    ]
+    rows = {"as_in_the_file": report.simulation_json(results, [])["policies"]}
+    rows["at_equal_p99"] = report.simulation_json(simulate.equal_wait(problem, requests, options, results), [])[
+        "policies"
+    ]
+    frontier = []
+    for target in (0.5, 0.6, 0.7, 0.8, 0.9):
+        for kind in ("cold", "restored"):
+            frontier.append(
+                simulate.run(
+                    problem, requests, Hpa(name=f"hpa {kind}, target {target}", kind=kind, target=target), options
+                )
+            )
+    for hold, wait, level in (
+        (30.0, 79.0, 0.5),
+        (300.0, 79.0, 0.5),
+        (300.0, 40.0, 0.5),
+        (300.0, 15.0, 0.5),
+        (300.0, 15.0, 0.9),
+    ):
+        changed = replace(
+            problem, policy=replace(problem.policy, hysteresis=replace(problem.policy.hysteresis, hold_down=hold))
+        )
+        for kind in ("cold", "restored"):
+            name = f"lp {kind}, wait {wait:g} s, probability {level:g}, hold {hold:g} s"
+            frontier.append(
+                simulate.run(
+                    changed, requests, Program(name=name, kind=kind, target_wait=wait, probability=level), options
+                )
+            )
+    rows["what_each_can_reach"] = report.simulation_json(frontier, [])["policies"]
+    return rows
+
+
+def show(title, rows):
+    table = Table(title=title, title_justify="left")
+    for key in rows[0]:
+        table.add_column(key, justify="left" if isinstance(rows[0][key], str) else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*("" if v is None else f"{v:g}" if isinstance(v, float) else str(v) for v in row.values()))
+    Console(width=170).print(table)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=("solve", "gap", "scipy", "million", "trace"), action="append")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--instances", type=int, default=300)
+    parser.add_argument("--requests", type=int, default=1_000_000)
+    parser.add_argument("--trace", type=Path, default=REPO.parent / "shared" / "data" / "azure_llm_2023_code.csv")
+    options = parser.parse_args()
+    wanted = options.only or ["solve", "gap", "scipy", "million", "trace"]
+    found = {}
+    if "solve" in wanted:
+        found["solve"] = solve_section(options.runs)
+    if "gap" in wanted:
+        found["gap"] = gap_section(min(100, options.instances))
+    if "scipy" in wanted:
+        found["scipy"] = scipy_section(options.instances)
+    if "million" in wanted:
+        found["million"] = million_section(options.requests)
+    if "trace" in wanted:
+        if options.trace.exists():
+            found.update({f"trace_{key}": rows for key, rows in trace_section(options.trace).items()})
+        else:
+            print(f"no trace at {options.trace}: that section is left out", file=sys.stderr)
+    if options.json:
+        print(json.dumps(found, indent=2))
+        return
+    for title, rows in found.items():
+        show(title.replace("_", " "), rows)
+
+
+if __name__ == "__main__":
+    main()

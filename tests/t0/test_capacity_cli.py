@@ -1,0 +1,87 @@
+"""The command as it is typed."""
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from capacity.cli import plan
+
+pytestmark = pytest.mark.t0
+
+REPO = Path(__file__).resolve().parents[2]
+EXAMPLE = str(REPO / "examples" / "plan_trace.yaml")
+
+
+def typed(*words, code=0, **options):
+    result = CliRunner().invoke(plan, [str(word) for word in words], **options)
+    assert result.exit_code == code, result.output + result.stderr
+    return result
+
+
+@pytest.mark.parametrize("words", [(EXAMPLE, "--json"), ("--json", EXAMPLE), ("solve", EXAMPLE, "--json")])
+def test_a_file_needs_no_subcommand(words):
+    report = json.loads(typed(*words).stdout)
+    assert [entry["action"] for entry in report["delta"]] == ["start"] * len(report["delta"])
+    assert report["comparison"]["cold"]["gpus"] >= report["comparison"]["restored"]["gpus"]
+    assert report["cost"] >= report["cost_of_linear_program"] - 1e-6
+
+
+def test_tables_for_people():
+    text = typed(EXAMPLE, "--explain", "--exact").stdout
+    for words in ("What a faster start is worth", "integer program", "gap", "hot spare"):
+        assert words in text
+
+
+def test_exact_prints_the_gap():
+    report = json.loads(typed(EXAMPLE, "--exact", "--json").stdout)
+    assert report["proven"] is True
+    assert report["gap"] == pytest.approx(report["cost_of_rounding"] / report["cost_of_integer_program"] - 1, abs=1e-5)
+
+
+def test_errors_are_one_line_and_have_an_exit_code(tmp_path):
+    missing = typed(tmp_path / "none.yaml", code=2)
+    assert missing.stderr.count("\n") == 1
+    assert "[unreadable]" in missing.stderr
+    tight = Path(EXAMPLE).read_text().replace("quota: 24", "quota: 1").replace("min: 1", "min: 2")
+    (tmp_path / "tight.yaml").write_text(tight)
+    infeasible = typed(tmp_path / "tight.yaml", code=1)
+    assert infeasible.stderr.count("\n") == 1
+    assert "quota of pool h100-a" in infeasible.stderr
+    typed("simulate", EXAMPLE, code=2)
+
+
+def test_options_have_variables():
+    report = json.loads(typed(EXAMPLE, env={"QUICKTHAW_PLAN_JSON": "1"}).stdout)
+    assert "delta" in report
+
+
+def test_generate_then_simulate(tmp_path):
+    day = tmp_path / "day.csv"
+    assert "requests" in typed("generate", day, "--requests", 600, "--hours", 0.3, "--services", "code").stdout
+    report = json.loads(typed("simulate", EXAMPLE, "--trace", day, "--json", "--seed", 3).stdout)
+    names = [row["policy"] for row in report["policies"]]
+    assert names == ["no buffer", "fixed buffer 1", "hpa", "lp cold", "lp restored"]
+    assert len({row["requests"] for row in report["policies"]}) == 1
+    one = typed("simulate", EXAMPLE, "--trace", day, "--policy", "hpa").stdout
+    assert "GPU hours" in one
+    assert "lp" not in one
+    bad = typed("simulate", EXAMPLE, "--trace", day, "--policy", "magic", code=2)
+    assert "no policy is named 'magic'" in bad.stderr
+
+
+def test_emit_is_yaml(tmp_path):
+    text = typed(EXAMPLE, "--emit", "kubernetes", "--idle-by", "pause-pods").stdout
+    assert text.startswith("---\n")
+    assert "CapacityBuffer" not in text
+    assert "CapacityBuffer" in typed(EXAMPLE, "--emit", "kubernetes").stdout
+
+
+def test_watch_remembers_and_settles(tmp_path):
+    state = tmp_path / "state.json"
+    words = (EXAMPLE, "--watch", 0.1, "--rounds", 2, "--json", "--state", state, "--apply", "cat > /dev/null")
+    first, second = (json.loads(line) for line in typed(*words).stdout.splitlines())
+    assert first["start"]["h100-a"] > 0
+    assert second["start"] == second["stop"] == {}
+    assert json.loads(state.read_text())["held"] == first["start"]

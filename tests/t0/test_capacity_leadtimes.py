@@ -1,0 +1,84 @@
+"""Lead-time samples come from the benchmark's JSON and from the journal of starts by themselves."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from capacity import document, leadtimes, load
+from capacity.errors import InputError
+
+pytestmark = pytest.mark.t0
+
+
+def start(kind, seconds, model="m", engine="vllm", at="2026-01-01T00:00:00+00:00"):
+    return json.dumps({"model": model, "engine": engine, "kind": kind, "seconds": seconds, "at": at})
+
+
+def test_the_benchmark_report(tmp_path):
+    path = tmp_path / "bench.json"
+    path.write_text(json.dumps({"engine": "vllm", "cold": {"runs_s": [97, 99.5]}, "restored": {"runs_s": [1.2]}}))
+    assert leadtimes.read(path) == {"cold": (97.0, 99.5), "restored": (1.2,)}
+    assert leadtimes.read(path, engine="vllm")["cold"] == (97.0, 99.5)
+    with pytest.raises(InputError, match="not sglang"):
+        leadtimes.read(path, engine="sglang")
+
+
+def test_the_journal_is_sorted_by_time_and_filtered(tmp_path):
+    path = tmp_path / "lead-times.jsonl"
+    lines = [
+        start("restored", 2.0, at="2026-01-01T02:00:00+02:00"),
+        start("restored", 1.0, at="2025-12-31T23:00:00+00:00"),
+        start("cold", 90),
+        start("cold", 50, model="other"),
+        start("cold", 20, engine="sglang"),
+    ]
+    path.write_text("\n".join(lines) + "\n")
+    assert leadtimes.read(path, model="m", engine="vllm") == {"cold": (90.0,), "restored": (1.0, 2.0)}
+    with pytest.raises(InputError, match="model nobody"):
+        leadtimes.read(path, model="nobody")
+
+
+def test_a_line_cut_off_at_the_end_is_left_out_and_any_other_is_an_error(tmp_path):
+    path = tmp_path / "lead-times.jsonl"
+    path.write_text(start("cold", 90) + "\n" + start("cold", 91)[:20])
+    assert leadtimes.read(path)["cold"] == (90.0,)
+    path.write_text(start("cold", 90)[:20] + "\n" + start("cold", 91) + "\n")
+    with pytest.raises(InputError, match=":1:"):
+        leadtimes.read(path)
+
+
+@pytest.mark.parametrize("seconds", [-1, float("nan"), "1", True, None])
+def test_bad_samples(tmp_path, seconds):
+    path = tmp_path / "lead-times.jsonl"
+    path.write_text(start("cold", 1) + "\n" + start("cold", seconds) + "\n")
+    with pytest.raises(InputError) as caught:
+        leadtimes.read(path)
+    assert (caught.value.code, caught.value.line) == ("bad-sample", 2)
+
+
+def test_only_the_newest_count(tmp_path):
+    path = tmp_path / "lead-times.jsonl"
+    many = [start("cold", i, at=f"2026-01-01T{i // 60:02d}:{i % 60:02d}:00+00:00") for i in range(300)]
+    path.write_text("\n".join(many) + "\n")
+    cold = leadtimes.read(path)["cold"]
+    assert len(cold) == leadtimes.NEWEST
+    assert cold[-1] == 299
+
+
+def test_a_plan_reads_them_and_what_the_file_says_comes_first(tmp_path, monkeypatch):
+    monkeypatch.setenv("QUICKTHAW_HOME", str(tmp_path))
+    (tmp_path / "lead-times.jsonl").write_text(start("cold", 90) + "\n" + start("restored", 1.5) + "\n")
+    text = """
+pools: [{name: a, gpu: H100, gpus: 8, memory: 80, region: east, price: 24}]
+services: [{name: s, gpus: 1, rate: 2, lead_time: {from: $QUICKTHAW_HOME/lead-times.jsonl, model: m%s}}]
+demand: {forecast: {s: {0.5: [1], 0.9: [2]}}}
+"""
+    read = load.from_field(document.parse_text(text % "", "p"), Path("p"))
+    assert (read.services[0].cold, read.services[0].restored) == ((90.0,), (1.5,))
+    read = load.from_field(document.parse_text(text % ", cold: 10s", "p"), Path("p"))
+    assert (read.services[0].cold, read.services[0].restored) == ((10.0,), (1.5,))
+    (tmp_path / "lead-times.jsonl").unlink()
+    with pytest.raises(InputError) as caught:
+        load.from_field(document.parse_text(text % "", "p"), Path("p"))
+    assert caught.value.code == "unreadable"

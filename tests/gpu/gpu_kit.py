@@ -1,0 +1,94 @@
+"""What the tests on a real GPU need: why they are skipped where there is none, and a process that computes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+GPU_PYTHON = os.environ.get("QUICKTHAW_GPU_PYTHON", sys.executable)
+"""An interpreter with a CUDA build of torch (and, for the engine's test, the engine)."""
+
+# One line in, one line out: `step` replays a captured graph and answers a digest of the result; `sleep` keeps the GPU busy for about
+# 20 s and answers at once; `hold N` allocates N MiB.
+_PROGRAM = """
+import sys, torch
+torch.manual_seed(7)
+weights = torch.randn(4096, 4096, device="cuda", dtype=torch.float32)
+x = torch.randn(64, 4096, device="cuda")
+y = torch.empty_like(x)
+stream = torch.cuda.Stream()
+with torch.cuda.stream(stream):
+    for _ in range(3):
+        y.copy_(torch.tanh(x @ weights))
+torch.cuda.synchronize()
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    y.copy_(torch.tanh(x @ weights))
+    x.add_(y, alpha=0.01)
+held = []
+print("ready", flush=True)
+for line in sys.stdin:
+    word, *rest = line.split()
+    if word == "step":
+        graph.replay()
+        torch.cuda.synchronize()
+        print(y.double().sum().item().hex(), flush=True)
+    elif word == "sleep":
+        for _ in range(20):
+            torch.cuda._sleep(1_500_000_000)
+        print("sleeping", flush=True)
+    elif word == "hold":
+        held.append(torch.empty(int(rest[0]) << 20, dtype=torch.uint8, device="cuda").fill_(1))
+        torch.cuda.synchronize()
+        print("held", flush=True)
+"""
+
+
+def why_not() -> str:
+    """Why no test can run on a GPU here; empty where one can."""
+    if not Path("/dev/nvidiactl").exists():
+        return "no NVIDIA device on this host (/dev/nvidiactl is missing)"
+    try:
+        import pynvml  # noqa: F401
+        from cuda.bindings import driver  # noqa: F401
+    except ImportError as error:
+        return f"pip install 'quickthaw[cuda]' first: {error}"
+    return ""
+
+
+def why_no_torch() -> str:
+    """Why no PyTorch process can be started on the GPU; empty where one can."""
+    probe = [GPU_PYTHON, "-c", "import torch, sys; sys.exit(0 if torch.cuda.is_available() else 3)"]
+    code = subprocess.run(probe, capture_output=True, timeout=120, check=False).returncode
+    return "" if code == 0 else f"{GPU_PYTHON} has no PyTorch that sees the GPU; set QUICKTHAW_GPU_PYTHON"
+
+
+class Torch:
+    """A PyTorch process on the GPU that answers line by line."""
+
+    def __init__(self) -> None:
+        argv = [GPU_PYTHON, "-c", _PROGRAM]
+        self.process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+        assert self._line() == "ready"
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def _line(self) -> str:
+        assert self.process.stdout
+        return self.process.stdout.readline().strip()
+
+    def ask(self, line: str) -> str:
+        assert self.process.stdin
+        self.process.stdin.write(line + "\n")
+        return self._line()
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait(60)
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe:
+                pipe.close()

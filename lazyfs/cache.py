@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import mmap
 import os
 import shutil
@@ -27,10 +28,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from lazyfs.errors import Temporary, from_os_error
+from lazyfs.errors import DiskFull, Permanent, Temporary, from_os_error
 from lazyfs.manifest import File
 from lazyfs.paths import private_dir
 
+log = logging.getLogger("lazyfs.cache")
 ABSENT, PRESENT, UNPROVEN = 0, 1, 2
 _HEADER = struct.Struct("<4sI36sI16x")
 _MAGIC = b"QTI1"
@@ -194,6 +196,50 @@ class Image:
             os.close(self.have_fd)
 
 
+class NoImage:
+    """What stands for an image when the disk has no room even for an empty one: nothing is ever here."""
+
+    settled = False
+    data_fd = -1
+
+    def __init__(self, file: File) -> None:
+        self.file = file
+
+    def state(self, index: int) -> int:
+        return ABSENT
+
+    def complete(self) -> bool:
+        return False
+
+    def present_bytes(self) -> int:
+        return 0
+
+    def read(self, index: int) -> bytes:
+        return b""
+
+    def write(self, index: int, data: bytes | memoryview, *, hole: bool = False) -> None:
+        raise DiskFull("no room for a cache image")
+
+    def mark(self, index: int, state: int) -> None:
+        return
+
+    def seal(self) -> None:
+        return
+
+    @contextlib.contextmanager
+    def chunk_lock(self, index: int, limit_s: float) -> Iterator[None]:
+        yield
+
+    def settle(self) -> None:
+        return
+
+    def close(self) -> None:
+        return
+
+
+AnyImage = Image | NoImage
+
+
 class Cache:
     """The folder of images. `limit` bounds the blocks they occupy together, in bytes (None: no bound but the disk)."""
 
@@ -218,6 +264,14 @@ class Cache:
             except FileNotFoundError:
                 pass
             image.close()
+
+    def open_any(self, file: File) -> AnyImage:
+        """The image, or a stand-in when it cannot be made (a full or read-only disk), so that reading goes on."""
+        try:
+            return self.open(file)
+        except (DiskFull, Permanent) as error:
+            log.warning("no cache for %s: %s", file.path, error)
+            return NoImage(file)
 
     def pin(self, file: File) -> int:
         """A descriptor that keeps the file's image from eviction until it is closed."""

@@ -20,7 +20,8 @@ class MountConfig:
     transport: `raw` speaks the kernel's protocol itself and can pass complete files through; `pyfuse3` needs no
     privilege.
     native: whether complete files are passed through. read_limit_s: a reader gets an error rather than wait longer.
-    idle_exit_s: unmount after so long without an open file (0: never). background_mb_s: the bound on completing files
+    idle_exit_s: unmount after so long without an open file (0: never). orphan_exit_s: once unmounted, end after so long
+    without an open file even though another mount namespace still shows the mount. background_mb_s: the bound on completing files
     that nobody asked for (0: no completion). record: "auto" records a trace when none is known; "always", "never".
     """
 
@@ -38,6 +39,7 @@ class MountConfig:
     read_limit_s: float = 60.0
     fetch_limit_s: float = 30.0
     idle_exit_s: float = 0.0
+    orphan_exit_s: float = 60.0
     background_mb_s: float = 400.0
     fetch_threads: int = 0
     record: str = "auto"
@@ -54,7 +56,17 @@ class MountConfig:
             raise Usage(f"record must be auto, always or never, not {self.record!r}")
         if min(self.read_limit_s, self.fetch_limit_s) <= 0:
             raise Usage("read_limit_s and fetch_limit_s must be above 0")
-        if min(self.idle_exit_s, self.background_mb_s, self.cache_limit, self.fetch_threads, self.memory_mb) < 0:
+        if (
+            min(
+                self.idle_exit_s,
+                self.orphan_exit_s,
+                self.background_mb_s,
+                self.cache_limit,
+                self.fetch_threads,
+                self.memory_mb,
+            )
+            < 0
+        ):
             raise Usage("limits and rates must not be negative")
         if self.memory_mb < 64:
             raise Usage("memory_mb must be at least 64: reads that span chunks need several slots at once")

@@ -36,6 +36,8 @@ def main() -> None:
         from lazyfs.server import serve
 
         serve(text, lambda answer: _tell(ready_fd, answer))
+        # Threads may still sit in reads of a connection that other namespaces keep; closing it is what ends them.
+        os._exit(0)
     except Exception as error:
         _tell(
             ready_fd,

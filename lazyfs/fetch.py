@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from lazyfs.cache import PRESENT, UNPROVEN, Cache, Image
+from lazyfs.cache import PRESENT, UNPROVEN, AnyImage, Cache
 from lazyfs.chunkstore import ChunkStore, chunk_key, digest_of, zero_digest
 from lazyfs.digests import DigestLog
 from lazyfs.errors import DiskFull, Integrity, NotFound, Permanent
@@ -100,7 +100,7 @@ class ChunkFetcher:
         self.stats = FetchStats()
         self.policy = RetryPolicy(limit=limit_s)
 
-    def fill(self, image: Image, index: int) -> bytes | None:
+    def fill(self, image: AnyImage, index: int) -> bytes | None:
         """Make the chunk PRESENT in `image`; None. When the disk has no room the verified bytes are returned instead.
 
         Raises Integrity, NotFound, Temporary (limit reached) or Permanent.

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from lazyfs import wire
-from lazyfs.cache import Cache, Image
+from lazyfs.cache import AnyImage, Cache
 from lazyfs.chunking import MAX_CHUNK
 from lazyfs.chunkstore import ChunkStore
 from lazyfs.config import MountConfig
@@ -159,7 +159,7 @@ class Fetcher:
         self.slots: dict[tuple[int, int], int] = {}
         self.sealed: set[int] = set()
         self.queue = Queue()
-        self.images: dict[int, Image] = {}
+        self.images: dict[int, AnyImage] = {}
         self.users: dict[int, int] = {}
         self.images_lock = threading.Lock()
         self.sending = threading.Lock()
@@ -169,12 +169,12 @@ class Fetcher:
         self.rate_lock = threading.Lock()
 
     @contextlib.contextmanager
-    def using(self, index: int) -> Iterator[Image]:
+    def using(self, index: int) -> Iterator[AnyImage]:
         """The image of a file of the manifest, opened once; not settled while it is used."""
         with self.images_lock:
             image = self.images.get(index)
             if image is None:
-                image = self.images[index] = self.engine.cache.open(self.manifest.files[index])
+                image = self.images[index] = self.engine.cache.open_any(self.manifest.files[index])
             self.users[index] = self.users.get(index, 0) + 1
         try:
             yield image

@@ -124,11 +124,46 @@ def read_ahead(mountpoint: str) -> int:
 
 
 def abort(device: str) -> bool:
-    """Cut a FUSE connection: everything waiting in it gets an error. `device` is major:minor. False if it is not
-    there.
+    """Cut a FUSE connection: everything waiting in it gets an error. `device` is major:minor. False if it is not there.
+
+    Works where fusectl is mounted nowhere (containers): a mount that is attached to no namespace does as well.
     """
+    name = f"{device.partition(':')[2]}/abort"
     try:
-        Path(f"/sys/fs/fuse/connections/{device.partition(':')[2]}/abort").write_text("1")
+        Path(f"/sys/fs/fuse/connections/{name}").write_text("1")
+    except OSError:
+        return _abort_detached(name)
+    return True
+
+
+# <linux/mount.h> and asm-generic/unistd.h: the same numbers on every architecture of Linux >= 5.2
+_FSOPEN, _FSCONFIG, _FSMOUNT = 430, 431, 432
+_FSCONFIG_CMD_CREATE = 6
+
+
+def _abort_detached(name: str) -> bool:
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    context = libc.syscall(_FSOPEN, b"fusectl", 1)
+    if context < 0:
+        return False
+    try:
+        if libc.syscall(_FSCONFIG, context, _FSCONFIG_CMD_CREATE, None, None, 0) != 0:
+            return False
+        folder = libc.syscall(_FSMOUNT, context, 1, 0)
+        if folder < 0:
+            return False
+    finally:
+        os.close(context)
+    try:
+        fd = os.open(name, os.O_WRONLY | os.O_CLOEXEC, dir_fd=folder)
+        try:
+            os.write(fd, b"1")
+        finally:
+            os.close(fd)
     except OSError:
         return False
+    finally:
+        os.close(folder)
     return True

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import faulthandler
 import logging
+import signal
 import sys
 
 
 def configure(role: str, level: int = logging.INFO) -> None:
-    """Send the process's log records to standard error as `time role level message`."""
+    """Send the process's log records to standard error as `time role level message`.
+
+    SIGUSR1 writes the stacks of all threads there: what to send when a mount seems stuck.
+    """
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter(f"%(asctime)s {role}[%(process)d] %(levelname)s %(message)s"))
     root = logging.getLogger()

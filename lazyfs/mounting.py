@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 _PING_S = 2.0
 _LOCK_S = 60.0
+_END_S = 1.0
 
 
 class MountHandle(NamedTuple):
@@ -48,9 +49,11 @@ class MountHandle(NamedTuple):
         """Any request to the control socket (see `lazyfs.control`)."""
         return ask(self.socket, {"op": op, **values})
 
-    def unmount(self, *, force: bool = False, limit_s: float = 10.0) -> None:
-        """Unmount and wait for the daemon's end. Busy while files are open below it; `force` cuts them off instead."""
-        _unmount(str(self.mountpoint), self.socket, self.pid, force=force, limit_s=limit_s)
+    def unmount(self, *, force: bool = False, limit_s: float = 10.0) -> bool:
+        """Unmount, and wait for the daemon's end; whether it ended. It goes on while another mount namespace still shows
+        the mount (a sandbox), and ends with that. Busy while files are open below it here; `force` cuts them off instead.
+        """
+        return _unmount(str(self.mountpoint), self.socket, self.pid, force=force, limit_s=limit_s)
 
 
 def mount(
@@ -104,7 +107,7 @@ def find_mount(mountpoint: Path) -> MountHandle | None:
     return _healthy(state_dir("run") / f"{_name(where)}.sock")
 
 
-def unmount(mountpoint: Path, *, force: bool = False, limit_s: float = 10.0) -> None:
+def unmount(mountpoint: Path, *, force: bool = False, limit_s: float = 10.0) -> bool:
     """Unmount what is mounted there, its daemon alive or not. NotFound when nothing is."""
     from lazyfs import kernel
 
@@ -113,11 +116,11 @@ def unmount(mountpoint: Path, *, force: bool = False, limit_s: float = 10.0) -> 
     socket = state_dir("run") / f"{name}.sock"
     found = _healthy(socket)
     if found is not None:
-        found.unmount(force=force, limit_s=limit_s)
-        return
+        return found.unmount(force=force, limit_s=limit_s)
     if kernel.mount_at(where) is None:
         raise NotFound(f"nothing is mounted at {where}")
     _recover(where, name, socket)
+    return True
 
 
 def _absolute(mountpoint: Path) -> str:
@@ -300,7 +303,7 @@ def _same_kind(answer: dict[str, Any], config: MountConfig) -> LazyfsError:
     return kind(f"{answer['error']} (log: {config.log_file})", code=str(answer["code"]))
 
 
-def _unmount(where: str, socket: Path, pid: int, *, force: bool, limit_s: float) -> None:
+def _unmount(where: str, socket: Path, pid: int, *, force: bool, limit_s: float) -> bool:
     from lazyfs import kernel
 
     try:
@@ -313,17 +316,17 @@ def _unmount(where: str, socket: Path, pid: int, *, force: bool, limit_s: float)
         if error.code == "busy":
             raise Busy(str(error)) from None
         raise
-    if _gone(pid, limit_s if not force else 0.5):
-        return
+    # Ending takes milliseconds, unless another namespace keeps the mount: then there is nothing to wait for.
+    if _gone(pid, min(limit_s, _END_S)):
+        return True
     if not force:
-        raise Busy(
-            f"{where} is unmounted here, yet used in another mount namespace; its daemon (pid {pid}) stays until then"
-        )
+        return False
     # Whatever still holds it (another namespace, an open file) is cut off: SIGKILL closes the connection.
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
     if not _gone(pid, limit_s):
         raise Busy(f"the daemon of {where} (pid {pid}) does not end")
+    return True
 
 
 __all__ = ["HostLacks", "MountHandle", "find_mount", "mount", "unmount"]

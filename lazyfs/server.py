@@ -119,6 +119,9 @@ class Server:
             while not self.transport.wait(_TICK_S):
                 self.service.expire()
                 self._idle()
+                if self._orphaned():
+                    log.info("unmounted, and nothing open in any other namespace for long: ending")
+                    break
         finally:
             self.service.trace.save()
             self.link.close()
@@ -222,6 +225,11 @@ class Server:
                 self._take_down(lazy=False)
             except Busy:
                 log.debug("idle, yet in use (a working directory?)")
+
+    def _orphaned(self) -> bool:
+        """Whether only copies of the mount in other namespaces, with nothing open in them, keep this process."""
+        idle = time.monotonic() - self.service.last_use
+        return self.control.closed and not self.service.open_files and idle > self.config.orphan_exit_s
 
     def _on_signal(self) -> None:
         # In a thread: the main thread may be anywhere, and a mount in use makes this wait for nobody.

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lazyfs import wire
-from lazyfs.cache import PRESENT, Cache, Image
+from lazyfs.cache import PRESENT, AnyImage, Cache
 from lazyfs.config import MountConfig
 from lazyfs.errors import LazyfsError, to_errno
 from lazyfs.fetch import open_origin
@@ -72,10 +72,10 @@ class Counters:
 class Backing:
     """An open, mapped file that holds (or will hold) the bytes of one manifest file."""
 
-    def __init__(self, fd: int, size: int, image: Image | None) -> None:
+    def __init__(self, fd: int, size: int, image: AnyImage | None) -> None:
         self.fd = fd
         self.image = image
-        self.map = mmap.mmap(fd, size, prot=mmap.PROT_READ) if size else None
+        self.map = mmap.mmap(fd, size, prot=mmap.PROT_READ) if size and fd >= 0 else None
         self.view = memoryview(self.map) if self.map is not None else memoryview(b"")
 
     def complete(self) -> bool:
@@ -170,7 +170,7 @@ class Service:
             with open_origin(*found) as fd:
                 if fd is not None:
                     return Backing(os.dup(fd), file.size, None)
-        image = self.cache.open(file)
+        image = self.cache.open_any(file)
         return Backing(image.data_fd, file.size, image)
 
     def release(self, opened: Opened, *, native: bool) -> bool:
@@ -247,7 +247,7 @@ class Service:
             if self._here(opened, image, index):
                 self._arrived(opened.node.index, index)
 
-    def _here(self, opened: Opened, image: Image, index: int) -> bool:
+    def _here(self, opened: Opened, image: AnyImage, index: int) -> bool:
         return image.state(index) == PRESENT or self.memory.holds((opened.node.index, index))
 
     def _request(self, kind: int, file: int, chunk: int) -> None:
@@ -308,7 +308,7 @@ class Service:
                 opened.touched.add(index)
                 self.trace.touch(opened.node.index, index)
 
-    def _look_ahead(self, opened: Opened, image: Image, first: int, last: int) -> None:
+    def _look_ahead(self, opened: Opened, image: AnyImage, first: int, last: int) -> None:
         """Ask for what a sequential reader will want, in a window that doubles as long as the guess holds."""
         if last == opened.last_chunk:
             return

@@ -50,9 +50,17 @@ def assert_same(reader, model, mountpoint):
         assert reader.ask("digest", str(there)) == reader.ask("digest", str(path)), path
 
 
-@pytest.mark.parametrize("transport", ["raw", "pyfuse3"])
-@pytest.mark.parametrize("native", ["auto", "off"])
-@pytest.mark.parametrize("use_origin", [True, False])
+@pytest.mark.parametrize(
+    ("transport", "native", "use_origin"),
+    [
+        ("raw", "auto", True),
+        ("raw", "auto", False),
+        pytest.param("raw", "off", True, marks=pytest.mark.slow),
+        pytest.param("raw", "off", False, marks=pytest.mark.slow),
+        pytest.param("pyfuse3", "auto", True, marks=pytest.mark.slow),
+        ("pyfuse3", "auto", False),
+    ],
+)
 def test_every_byte_and_name(shared, rig, tmp_path, transport, native, use_origin):
     model, digest = shared
     handle = rig.mount(digest, transport=transport, native=native, use_origin=use_origin, cache_dir=tmp_path / "cache")
@@ -70,7 +78,7 @@ def test_every_byte_and_name(shared, rig, tmp_path, transport, native, use_origi
         assert status["counters"]["native_opens"] == 0
     if native == "auto" and transport == "raw" and use_origin:
         assert status["counters"]["reads"] == 0
-    handle.unmount()
+    handle.unmount(force=True)
     assert kernel.mount_at(str(handle.mountpoint)) is None
     assert not is_daemon(handle.pid)
 
@@ -161,6 +169,7 @@ def test_a_killed_daemon_is_replaced(shared, rig):
     assert_same(reader, model, second.mountpoint)
 
 
+@pytest.mark.slow
 def test_a_stopped_daemon_is_replaced(shared, rig, monkeypatch):
     _, digest = shared
     monkeypatch.setattr("lazyfs.mounting._PING_S", 0.3)
@@ -209,8 +218,7 @@ print(data, flush=True)
     )  # fmt: skip
     try:
         assert inner.stdout.readline() == "bound\n"
-        with pytest.raises(Busy):
-            first.unmount(limit_s=0.5)
+        assert first.unmount(limit_s=0.5) is False
         second = rig.mount(digest)
         assert second.pid != first.pid and is_daemon(first.pid)
         out, _ = inner.communicate("go\n", timeout=LIMIT_S)
@@ -222,11 +230,12 @@ print(data, flush=True)
     assert find_mount(first.mountpoint).pid == second.pid
 
 
+@pytest.mark.slow
 def test_it_unmounts_itself_when_idle(shared, rig):
     _, digest = shared
-    handle = rig.mount(digest, idle_exit_s=0.2)
+    handle = rig.mount(digest, idle_exit_s=0.2, orphan_exit_s=0.2)
+    wait_for(lambda: kernel.mount_at(str(handle.mountpoint)) is None)
     wait_for(lambda: not is_daemon(handle.pid))
-    assert kernel.mount_at(str(handle.mountpoint)) is None
 
 
 def test_a_manifest_that_is_not_there(rig, shared, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from checkpoint.errors import Incompatible, Integrity
 from checkpoint.facts import EngineFacts, Gpu, HostFacts
 from checkpoint.identity import Here, Identity, Mismatch, check, check_host, refuse
+from checkpoint.relevance import IRRELEVANT_ARGUMENTS, RELEVANT_ENVIRONMENT
 
 pytestmark = pytest.mark.t0
 
@@ -247,3 +249,22 @@ def test_cpu_features_need_only_be_a_superset(then: set[str], now: set[str]) -> 
     missing = then - now - {"constant_tsc", "smep"}
     found = check_host(host(cpu_flags=tuple(sorted(then))).record(), host(cpu_flags=tuple(sorted(now))).host)
     assert [m.code for m in found] == ([f"cpu-features-missing: {' '.join(sorted(missing))}"] if missing else [])
+
+
+DOCUMENT = (Path(__file__).parents[2] / "docs/identity.md").read_text()
+
+
+def test_every_code_is_documented_and_every_documented_code_exists() -> None:
+    emitted = {code.partition(":")[0] for _, code in RELEVANT.values()} | {"format-too-old"}
+    documented = {
+        word.partition(":")[0]
+        for row in re.findall(r"^\| (`.*?`) \|", DOCUMENT, re.M)
+        for word in re.findall(r"`([^`]+)`", row)
+    }
+    assert documented == emitted
+
+
+def test_what_is_irrelevant_is_documented() -> None:
+    for flags in IRRELEVANT_ARGUMENTS.values():
+        assert [flag for flag in flags if f"`--{flag}`" not in DOCUMENT] == []
+    assert [prefix for prefix in RELEVANT_ENVIRONMENT if f"`{prefix}`" not in DOCUMENT] == []

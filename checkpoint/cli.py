@@ -206,6 +206,79 @@ def rm(names: tuple[str, ...]) -> None:
         click.echo(f"removed {name}")
 
 
+def _store(url: str | None) -> str:
+    return url or os.environ.get("QUICKTHAW_STORE") or str(_library().home / "store")
+
+
+@snapshot.command("push")
+@click.argument("name")
+@click.argument("store", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Plain data.")
+def push(name: str, store: str | None, as_json: bool) -> None:
+    """Store a snapshot as content-addressed chunks; what the store has already is not sent again.
+
+    \b
+    quickthaw snapshot push NAME s3://bucket/quickthaw
+    quickthaw snapshot push NAME /mnt/shared/store
+    """
+    from checkpoint import archive
+
+    library = _library()
+    with library.in_use(name) as folder:
+        done = archive.push(folder, archive.open_chunks(_store(store)), progress=None if as_json else _meter("pushed"))
+    if as_json:
+        click.echo(json.dumps(msgspec.to_builtins(done)))
+    else:
+        again = done.zero + done.copies + done.shared
+        click.echo(
+            f"pushed {name} to {_store(store)}: {done.size / 1e9:.2f} GB, {done.stored / 1e9:.2f} GB of it written compressed, "
+            f"{again / 1e9:.2f} GB empty or there already"
+        )
+
+
+@snapshot.command("pull")
+@click.argument("name")
+@click.argument("store", required=False)
+@click.option("--trust-key", "trust_keys", type=click.Path(path_type=Path), multiple=True, help="Ask for a signature by one of these keys.")
+@click.option("--json", "as_json", is_flag=True, help="Plain data.")
+def pull(name: str, store: str | None, trust_keys: tuple[Path, ...], as_json: bool) -> None:
+    """Fetch a snapshot from a store; every byte is verified before the snapshot gets its name. An interrupted pull goes on where it was.
+
+    \b
+    quickthaw snapshot pull NAME s3://bucket/quickthaw
+    quickthaw snapshot pull NAME s3://bucket/quickthaw --trust-key release.pub
+    """
+    from checkpoint import archive, signing
+
+    def accept(manifest: bytes, signatures: bytes | None) -> None:
+        if trust_keys:
+            signing.check(manifest, signatures, trust_keys)
+
+    library = _library()
+    chunks = archive.open_chunks(_store(store))
+    done = archive.pull(name, chunks, library.path(name), accept, None if as_json else _meter("pulled"))
+    if as_json:
+        click.echo(json.dumps(msgspec.to_builtins(done)))
+    else:
+        click.echo(f"pulled {name}: {done.size / 1e9:.2f} GB in {done.files} files, {done.fetched / 1e9:.2f} GB of it fetched")
+
+
+def _meter(word: str) -> Any:
+    """Progress on standard error, at most ten times a second."""
+    import sys
+    import time
+
+    last = [0.0]
+
+    def tell(progress: Any) -> None:
+        now = time.monotonic()
+        if now - last[0] > 0.1 and sys.stderr.isatty():
+            last[0] = now
+            click.echo(f"\r{word} {progress.done / 1e9:.2f} of {progress.total / 1e9:.2f} GB ", nl=False, err=True)
+
+    return tell
+
+
 @snapshot.command("gc")
 def gc() -> None:
     """Remove what killed launches left half-written."""

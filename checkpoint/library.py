@@ -118,7 +118,6 @@ class Library:
     def _forget(self, name: str) -> None:
         """Remove what was learned about a snapshot that is gone."""
         self._health_file(name).unlink(missing_ok=True)
-        self.working_set(name).unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def writing(self, name: str) -> Iterator[Path]:
@@ -184,8 +183,11 @@ class Library:
     # The working set
 
     def working_set(self, name: str) -> Path:
-        """Where the recorded working set of a snapshot lies; it goes when the snapshot does (checkpoint/pages)."""
-        return self.folder / f".{name}.working-set"
+        """Where the recorded working set of a snapshot lies (checkpoint/pages): in its folder, so that it travels and goes with it.
+
+        Outside what the manifest's digests cover: it is learned later, and names pages without holding any.
+        """
+        return self.path(name) / "working-set"
 
     # Failures and quarantine
 

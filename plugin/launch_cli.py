@@ -21,6 +21,8 @@ def start_log(quiet: bool = False) -> None:
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(logging.Formatter("quickthaw: %(message)s"))
         log.addHandler(handler)
+    # A line a request belongs into an access log, which the proxy's own command offers; here the phases tell enough.
+    logging.getLogger("quickthaw.proxy").setLevel(logging.WARNING)
     log.setLevel(logging.WARNING if quiet else logging.DEBUG if os.environ.get("QUICKTHAW_DEBUG") else logging.INFO)
 
 

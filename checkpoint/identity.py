@@ -68,6 +68,18 @@ _IGNORED_CPU_FLAGS = frozenset(
 )  # fmt: skip
 
 
+_COMPILERS = (
+    "torch",
+    "triton",
+    "flashinfer_python",
+    "sgl_kernel",
+    "cuda_bindings",
+    "nvidia_cuda_nvrtc",
+    "nvidia_cuda_runtime",
+    "llvmlite",
+)
+
+
 class Identity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What is written into a snapshot's manifest; no secret is in it.
 
@@ -140,6 +152,18 @@ class Here:
         return blake3.blake3(b"quickthaw identity 1\0" + msgspec.json.encode(parts, order="deterministic")).hexdigest()[
             :24
         ]
+
+    @property
+    def compile_cache(self) -> str:
+        """Name for an archive of the engine's compile caches: they are of use wherever engine, compilers and processors are the same."""
+        compilers = {name: self.engine.packages.get(name, "") for name in _COMPILERS}
+        features = sorted(set(self.host.cpu_flags) - _IGNORED_CPU_FLAGS)
+        parts = [self.engine.version, self.engine.build, self.engine.python, compilers, self.host.machine, features]
+        parts.append([[gpu.name for gpu in self.host.gpus], self.host.driver])
+        digest = blake3.blake3(
+            b"quickthaw compile cache 1\0" + msgspec.json.encode(parts, order="deterministic")
+        ).hexdigest()
+        return f"compile-{self.engine.name}-{digest[:16]}"
 
     def record(self, salt: str | None = None) -> Identity:
         """What goes into a manifest, with the secrets digested under `salt` (32 hex digits; a new random one by default)."""

@@ -182,6 +182,23 @@ def test_the_key_is_stable_across_versions_of_this_code() -> None:
     assert HERE.key == "e43962a9c91692e7fe843239"
 
 
+def test_a_compile_cache_is_shared_by_all_launches_it_helps() -> None:
+    assert re.fullmatch(r"compile-vllm-[0-9a-f]{16}", HERE.compile_cache)
+    for same in ("argument", "environment", "model", "weights", "secret", "kernel older"):
+        assert RELEVANT[same][0].compile_cache == HERE.compile_cache
+    for other in (
+        "engine build",
+        "dependency",
+        "a CPU feature",
+        "another GPU",
+        "driver newer",
+        "machine",
+        "Python version",
+    ):
+        assert RELEVANT[other][0].compile_cache != HERE.compile_cache, other
+    assert IRRELEVANT["GPU's UUID"].compile_cache == HERE.compile_cache
+
+
 def test_several_reasons_are_all_named() -> None:
     now = replace(host(kernel="5.1", page_size=16384), model="")
     with pytest.raises(Incompatible) as caught:

@@ -158,7 +158,14 @@ class Here:
         """Name for an archive of the engine's compile caches: they are of use wherever engine, compilers and processors are the same."""
         compilers = {name: self.engine.packages.get(name, "") for name in _COMPILERS}
         features = sorted(set(self.host.cpu_flags) - _IGNORED_CPU_FLAGS)
-        parts = [self.engine.version, self.engine.build, self.engine.python, compilers, self.host.machine, features]
+        parts: list[object] = [
+            self.engine.version,
+            self.engine.build,
+            self.engine.python,
+            compilers,
+            self.host.machine,
+            features,
+        ]
         parts.append([[gpu.name for gpu in self.host.gpus], self.host.driver])
         digest = blake3.blake3(
             b"quickthaw compile cache 1\0" + msgspec.json.encode(parts, order="deterministic")
@@ -198,7 +205,7 @@ def here(
     """Gather the identity of a launch on this host.
 
     `arguments`: what follows the engine's module, as the engine will see it. `environment`: what the engine will be given.
-    `model`: digest of the model's manifest; `model_paths`: how the command line may name it. `criu`: its version. `gpus`, `driver`:
+    `model`: digest of the model's manifest; `model_paths`: how the command line may name its folder (see normalised_arguments). `criu`: its version. `gpus`, `driver`:
     from a running CUDA helper, else NVML is asked where there is a device.
     Raises HostLacks where the interpreter or the engine is missing.
     """

@@ -74,7 +74,18 @@ IRRELEVANT_ENVIRONMENT = frozenset(
 # A secret is known by its name …
 _SECRET_WORDS = frozenset(
     (
-        *("key", "apikey", "token", "secret", "secrets", "password", "passwd", "passphrase", "credential", "credentials"),
+        *(
+            "key",
+            "apikey",
+            "token",
+            "secret",
+            "secrets",
+            "password",
+            "passwd",
+            "passphrase",
+            "credential",
+            "credentials",
+        ),
         *("auth", "authorization", "cookie", "dsn", "jwt"),
     )
 )
@@ -121,10 +132,13 @@ def relevant_environment(environment: Mapping[str, str]) -> dict[str, str]:
 def normalised_arguments(engine: str, arguments: Sequence[str], model_paths: Sequence[str] = ()) -> Arguments:
     """What of an engine's command line matters, independent of the order of flags, of `-` or `_` in them and of `=` or a space.
 
-    `arguments` is what follows the module or the word `serve`. Values equal to one of `model_paths` become `{model}` (the model
-    counts by its digest); the path of a file up to 1 MiB becomes a digest of the content, so that an edited chat template or
+    `arguments` is what follows the module or the word `serve`. Where a name to serve under is given (`--served-model-name`), values
+    equal to one of `model_paths` become `{model}`, since the model then counts by its digest alone; without it the path is the name
+    that clients ask for. The path of a file up to 1 MiB becomes a digest of the content, so that an edited chat template or
     configuration file is another launch, and the same file elsewhere is not.
     """
+    if not any(word.replace("_", "-").partition("=")[0] == "--served-model-name" for word in arguments):
+        model_paths = ()
     irrelevant = IRRELEVANT_ARGUMENTS.get(engine, _EVERY_ENGINE)
     found: dict[str, list[tuple[str, ...]]] = {}
     positional: list[str] = []

@@ -169,7 +169,7 @@ def test_a_whole_launch_and_its_secret_arguments(tmp_path: Path) -> None:
 
     now = launch(line, environment)
     record = now.record()
-    assert record.arguments == {"--model": (("{model}",),)}
+    assert record.arguments == {"--model": (("/m",),)}
     assert record.environment == {"OMP_NUM_THREADS": "2"}
     assert sorted(record.secrets) == ["--api-key", "VLLM_API_KEY"]
     assert record.secret_names == ("HF_TOKEN", "VLLM_API_KEY")

@@ -81,10 +81,15 @@ def test_a_flag_without_its_value_at_the_end_is_no_crash() -> None:
     assert normalised_arguments("vllm", ["--port"]) == {}
 
 
-def test_the_model_counts_by_its_digest_not_by_its_path() -> None:
-    here = normalised_arguments("vllm", ["--model", "/home/a/models/m"], ["/home/a/models/m"])
-    there = normalised_arguments("vllm", ["--model", "/srv/m"], ["/srv/m"])
-    assert here == there == {"--model": (("{model}",),)}
+def test_the_model_counts_by_its_digest_where_it_has_a_name_to_be_served_under() -> None:
+    named = ["--served-model-name", "chat"]
+    here = normalised_arguments("vllm", ["--model", "/home/a/models/m", *named], ["/home/a/models/m"])
+    there = normalised_arguments("vllm", ["--model", "/srv/m", "--served_model_name=chat"], ["/srv/m"])
+    assert here == there == {"--model": (("{model}",),), "--served-model-name": (("chat",),)}
+
+
+def test_without_one_its_path_is_the_name_that_clients_ask_for() -> None:
+    assert normalised_arguments("vllm", ["--model", "/srv/m"], ["/srv/m"]) == {"--model": (("/srv/m",),)}
 
 
 def test_a_file_counts_by_its_content(tmp_path: Path) -> None:

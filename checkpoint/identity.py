@@ -205,8 +205,8 @@ def here(
     """Gather the identity of a launch on this host.
 
     `arguments`: what follows the engine's module, as the engine will see it. `environment`: what the engine will be given.
-    `model`: digest of the model's manifest; `model_paths`: how the command line may name its folder (see normalised_arguments). `criu`: its version. `gpus`, `driver`:
-    from a running CUDA helper, else NVML is asked where there is a device.
+    `model`: digest of the model's manifest; `model_paths`: how the command line may name its folder (see normalised_arguments).
+    `criu`: its version. `gpus`, `driver`: from a running CUDA helper, else NVML is asked where there is a device.
     Raises HostLacks where the interpreter or the engine is missing.
     """
     normalised = normalised_arguments(engine, arguments, model_paths)

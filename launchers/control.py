@@ -65,10 +65,19 @@ def shrink_all(init_pid: int, answers: Path, limit_s: float = 10.0) -> int:
     return sum(file.exists() for file in wanted)
 
 
-def kv_bytes_dropped(answers: Path) -> int:
-    """The bytes of KV cache that the engine's processes said they dropped at the last shrinking; their notes are removed."""
+def bytes_dropped(answers: Path, what: str) -> int:
+    """The bytes of `kv` cache or `weights` that the engine's processes said they dropped at the last shrinking; the notes are removed."""
     total = 0
-    for note in answers.glob("*.kv"):
+    for note in answers.glob(f"*.{what}"):
         total += int(note.read_text())
         note.unlink()
     return total
+
+
+def ask_for_thin(answers: Path, wanted: bool) -> None:
+    """Whether the next shrinking drops the weights too."""
+    flag = answers / "thin"
+    if wanted:
+        flag.touch()
+    else:
+        flag.unlink(missing_ok=True)

@@ -28,7 +28,7 @@ class Finding:
 
 def _kernel() -> Finding:
     release = os.uname().release
-    major, minor = (int("".join(filter(str.isdigit, part)) or 0) for part in (release.split(".") + ["0", "0"])[:2])
+    major, minor = (int("".join(filter(str.isdigit, part)) or 0) for part in [*release.split("."), "0", "0"][:2])
     if (major, minor) < (5, 11):
         return Finding(
             "kernel",

@@ -51,6 +51,10 @@ WORKING_SET_WAIT_S = 10.0
 DRIFT_FAULTS = 500
 """Single faults above which a known working set has drifted and is recorded anew."""
 PAGES_LIMIT_S = 600.0
+THIN_WORTH_BYTES = 1 << 30
+"""Weights below this are carried in the snapshot without measuring: they cost less than a reload's own overhead."""
+RESTORE_RATE = 1.4e9
+"""Bytes of weights a second that a restore brings back inside the images (docs/measurements.md)."""
 Place = Sandbox | BareProcess
 
 
@@ -220,7 +224,11 @@ class Replica:
         else:
             reasons = identities.check(recorded, self.identity)
         identities.refuse(reasons)
-        binds = self._binds(mounted=self.weights.mounted())
+        if snapshot.weights == "thin":
+            # The mount prefetches what the last load read while CRIU is still at work.
+            threading.Thread(target=self.weights.mount, name="weights", daemon=True).start()
+        mounted = self.weights.mounted()
+        binds = self._binds(mounted)
         self.spans = {"identity": time.monotonic() - began}
         self.tracker.to(Phase.RESTORING)
         outputs = {"stdout": Output(self.stdout), "stderr": Output(self.stderr)}
@@ -246,7 +254,8 @@ class Replica:
         self.tracker.to(Phase.WAKING)
         control.tell(sandbox.init_pid, control.WAKE)
         if snapshot.weights == "thin":
-            self._wait_weights(sandbox)
+            if mounted is None:
+                self._wait_weights(sandbox)
             self.engine.reload_weights(client, self.settings.command.model)
         self.tracker.to(Phase.VERIFYING)
         self._compare(snapshot)
@@ -390,13 +399,18 @@ class Replica:
         assert self.criu is not None
         running = self.running
         assert running is not None
+        weight_bytes = 0
         try:
             self.tracker.to(Phase.SHRINKING)
             token_ids = self.engine.canary(running.client)
             kv_bytes = 0
+            thin = self._thin(running.client)
             if self.settings.shrink:
+                control.ask_for_thin(sandbox.control_dir, thin)
                 self.engine.shrink(running.client)
-                kv_bytes = control.kv_bytes_dropped(sandbox.control_dir)
+                control.ask_for_thin(sandbox.control_dir, False)
+                kv_bytes = control.bytes_dropped(sandbox.control_dir, "kv")
+                weight_bytes = control.bytes_dropped(sandbox.control_dir, "weights")
                 control.shrink_all(sandbox.init_pid, sandbox.control_dir)
             self.tracker.to(Phase.CHECKPOINTING)
             draft = Snapshot(
@@ -406,7 +420,7 @@ class Replica:
                 engine=self.settings.engine,
                 model=self.settings.command.model,
                 model_digest=self.weights.digest,
-                weights="full",
+                weights="thin" if weight_bytes else "full",
                 identity=self.identity.record().encode(),
                 root_pid=pid,
                 top_pid=pid,
@@ -433,6 +447,8 @@ class Replica:
             if self.settings.strict:
                 raise
         self.tracker.to(Phase.RESUMING)
+        if weight_bytes:
+            self.engine.reload_weights(running.client, self.settings.command.model)
         again = self.engine.canary(running.client)
         if self.snapshot and again != self.snapshot.canary.token_ids:
             log.warning(
@@ -442,6 +458,26 @@ class Replica:
             )
             self.library.remove(self.snapshot.name)
             self.snapshot = None
+
+    def _thin(self, client: Client) -> bool:
+        """Whether the snapshot leaves the weights out: as told, or whichever is faster as measured here and now."""
+        if self.settings.weights != "auto":
+            return self.settings.weights == "thin"
+        size = self.weights.size
+        if size < THIN_WORTH_BYTES:
+            return False
+        began = time.monotonic()
+        self.engine.reload_weights(client, self.settings.command.model)
+        reload_s, carry_s = time.monotonic() - began, size / RESTORE_RATE
+        chosen = "thin" if reload_s < carry_s else "full"
+        log.info(
+            "weights %s: reading %.1f GB again took %.1f s, carrying it would take %.1f s",
+            chosen,
+            size / 1e9,
+            reload_s,
+            carry_s,
+        )
+        return chosen == "thin"
 
     def _signer(self) -> Callable[[bytes], bytes] | None:
         if self.settings.sign_key is None:

@@ -20,10 +20,10 @@ def state_home() -> Path:
 class LaunchSettings:
     """How one launch goes. Times in seconds.
 
-    weights: whether a snapshot carries the weights (`full`), or a restore reads them again through the lazy mount (`thin`);
-    `auto` lets measured rates decide. named: serve exactly the snapshot `name`, or fail (`quickthaw restore`). name: the snapshot's name where the user gave one. idle_timeout_s 0: never sleep.
-    shrink False: leave the KV cache in the snapshot (to measure what leaving it out is worth).
-    strict: fail where a layer is off or a restore fails, rather than going on without.
+    weights: whether a snapshot carries the weights (`full`), or a restore reads them again through the lazy mount (`thin`); `auto` lets
+    measured rates decide. name: the snapshot's name where the user gave one. named: serve exactly the snapshot `name`, or fail
+    (`quickthaw restore`). idle_timeout_s 0: never sleep. shrink False: leave the KV cache in the snapshot (to measure what leaving it
+    out is worth). strict: fail where a layer is off or a restore fails, rather than going on without.
     """
 
     engine: str

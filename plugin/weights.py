@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launchers.base import check_model
+from launchers.base import WEIGHT_SUFFIXES, check_model
 
 if TYPE_CHECKING:
     from lazyfs.api import MountHandle
@@ -60,6 +60,13 @@ class Weights:
 
                     self._digest = import_directory(self.path, self.store_url, progress=self.progress)
             return self._digest
+
+    @property
+    def size(self) -> int:
+        """Bytes of the directory's weight files."""
+        if self.path is None:
+            return 0
+        return sum(entry.stat().st_size for entry in os.scandir(self.path) if entry.name.endswith(WEIGHT_SUFFIXES))
 
     def _mountpoint(self) -> Path:
         return self.home / "mounts" / self.digest[:16]

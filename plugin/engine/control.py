@@ -29,6 +29,12 @@ def answer(name, text):
         os.replace(path + ".new", path)
 
 
+def thin():
+    """Whether the launcher wants the weights dropped too, at this shrinking."""
+    folder = os.environ.get("QUICKTHAW_CONTROL_DIR")
+    return folder is not None and os.path.exists(os.path.join(folder, "thin"))
+
+
 def _on_shrink(number, frame):
     from . import memory
 

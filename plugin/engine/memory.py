@@ -55,6 +55,14 @@ def discard(tensors):
     return dropped
 
 
+def drop_weights(model):
+    """Drop the pages of a model's parameters, which the engine will read again from disk (a thin snapshot). Returns the bytes dropped.
+
+    Buffers stay: what is computed at start, such as rotary tables, is in no checkpoint.
+    """
+    return discard(parameter.data for parameter in model.parameters())
+
+
 def trim():
     """Collect garbage and give the allocator's free pages back to the kernel."""
     gc.collect()

@@ -11,6 +11,8 @@ def _after_flush(result, scheduler, *args, **kwargs):
     if result:
         pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
         dropped = memory.discard(memory.tensors_in(pool))
+        if control.thin():
+            control.answer("weights", str(memory.drop_weights(scheduler.tp_worker.model_runner.model)))
         memory.trim()
         control.answer("kv", str(dropped))
     return result

@@ -12,6 +12,8 @@ def _shrink(self):
     worker = getattr(self, "worker", self)
     runner = worker.model_runner
     dropped = memory.discard(_flat(getattr(runner, "kv_caches", ())))
+    if control.thin():
+        control.answer("weights", str(memory.drop_weights(runner.get_model())))
     memory.trim()
     control.answer("kv", str(dropped))
     return dropped

@@ -67,15 +67,21 @@ class EngineFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     packages: dict[str, str]
 
 
-def host_facts(criu: str = "", gpus: tuple[Gpu, ...] | None = None, driver: str = "") -> HostFacts:
+def host_facts(
+    criu: str = "",
+    gpus: tuple[Gpu, ...] | None = None,
+    driver: str = "",
+    environment: Mapping[str, str] | None = None,
+) -> HostFacts:
     """This machine. `criu`: the version, when known. `gpus` and `driver`: as a running CUDA helper says (which saves NVML's start).
+    `environment`: the engine's, for the GPUs it will see.
 
     Raises HostLacks where there is an NVIDIA driver and NVML does not answer.
     """
     uname = os.uname()
     model, flags = _cpu()
     if gpus is None:
-        gpus, driver = gpu_facts()
+        gpus, driver = gpu_facts(environment)
     return HostFacts(
         kernel=uname.release,
         machine=uname.machine,
@@ -110,7 +116,7 @@ def engine_facts(engine: str, interpreter: Path) -> EngineFacts:
 
     Raises HostLacks when there is no such interpreter or no such engine beside it.
     """
-    interpreter = Path(os.path.abspath(interpreter))  # noqa: PTH100 - resolve() would leave the virtual environment
+    interpreter = Path(os.path.abspath(interpreter))  # resolve() would leave the virtual environment
     binary = interpreter.resolve()
     if not binary.is_file():
         raise HostLacks("interpreter-missing", f"there is no Python at {interpreter}; give --engine-python")

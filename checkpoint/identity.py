@@ -219,7 +219,7 @@ def here(
         else:
             shown[flag] = occurrences
     return Here(
-        host=host_facts(criu, gpus, driver),
+        host=host_facts(criu, gpus, driver, environment),
         engine=engine_facts(engine, interpreter),
         arguments=shown,
         environment={name: value for name, value in relevant.items() if name not in hidden},

@@ -159,6 +159,75 @@ def test_visible_devices_are_chosen_as_cuda_does(visible: str | None, expected: 
     assert "".join(g.name[1:] for g in select_visible(GPUS, visible)) == expected
 
 
+class Nvml:
+    """What libnvidia-ml answers, for two GPUs; `fails` names a function that returns an error."""
+
+    def __init__(self, fails: str = "") -> None:
+        self.fails = fails
+        self.calls: list[str] = []
+
+    def __getattr__(self, name: str) -> object:
+        def call(*arguments: object) -> int:
+            self.calls.append(name)
+            if name == self.fails:
+                return 999
+            *_, last = (getattr(a, "_obj", a) for a in arguments) if arguments else (None,)
+            first = arguments[0] if arguments else None
+            index = getattr(first, "value", None)
+            if name == "nvmlDeviceGetCount_v2":
+                last.value = 2  # type: ignore[attr-defined]
+            elif name == "nvmlDeviceGetHandleByIndex_v2":
+                last.value = 100 + int(first)  # type: ignore[attr-defined,call-overload]
+            elif name == "nvmlDeviceGetMemoryInfo":
+                last.total = 80 << 30  # type: ignore[attr-defined]
+            elif name in ("nvmlDeviceGetName", "nvmlDeviceGetUUID"):
+                arguments[1].value = b"H100" if name.endswith("Name") else f"GPU-{index}".encode()  # type: ignore[attr-defined]
+            elif name == "nvmlSystemGetDriverVersion":
+                arguments[0].value = b"580.159.03"  # type: ignore[attr-defined]
+            return 0
+
+        return call
+
+
+def test_gpus_are_read_where_there_is_a_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(facts, "_NVML_CONTROL", tmp_path)
+    nvml = Nvml()
+    monkeypatch.setattr(facts.ctypes, "CDLL", lambda _: nvml)
+    gpus, driver = facts.gpu_facts({})
+    assert gpus == (Gpu("H100", 80 << 30, "GPU-100"), Gpu("H100", 80 << 30, "GPU-101"))
+    assert driver == "580.159.03"
+    assert nvml.calls[-1] == "nvmlShutdown"
+    assert [g.uuid for g in host_facts(environment={"CUDA_VISIBLE_DEVICES": "1"}).gpus] == ["GPU-101"]
+
+
+@pytest.mark.parametrize(
+    "function", ["nvmlInit_v2", "nvmlDeviceGetCount_v2", "nvmlDeviceGetUUID", "nvmlSystemGetDriverVersion"]
+)
+def test_a_driver_that_does_not_answer_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str) -> None:
+    monkeypatch.setattr(facts, "_NVML_CONTROL", tmp_path)
+    nvml = Nvml(function)
+    monkeypatch.setattr(facts.ctypes, "CDLL", lambda _: nvml)
+    with pytest.raises(HostLacks, match="nvml-failed"):
+        facts.gpu_facts({})
+    assert (nvml.calls[-1] == "nvmlShutdown") == (function != "nvmlInit_v2")
+
+
+def test_a_driver_without_nvml_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(facts, "_NVML_CONTROL", tmp_path)
+
+    def missing(_: str) -> object:
+        raise OSError("libnvidia-ml.so.1: cannot open shared object file")
+
+    monkeypatch.setattr(facts.ctypes, "CDLL", missing)
+    with pytest.raises(HostLacks, match="nvml-missing"):
+        facts.gpu_facts({})
+
+
+def test_no_driver_is_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(facts, "_NVML_CONTROL", tmp_path / "nothing")
+    assert facts.gpu_facts() == ((), "")
+
+
 def test_a_whole_launch_and_its_secret_arguments(tmp_path: Path) -> None:
     interpreter = venv(tmp_path, {"vllm": "0.33"})
     line = ["--model", "/m", "--api-key", "open sesame", "--port", "80"]

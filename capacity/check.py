@@ -23,8 +23,8 @@ def violations(problem: Problem, need: Any, instances: Any, replicas: Any, block
     before = [pool.held for pool in problem.pools]
     for t in range(problem.demand.steps):
         now = [int(value) for value in instances[t]]
-        placed = [[int(value) for value in row] for row in replicas[t]]
-        if min(now, default=0) < 0 or min((min(row) for row in placed), default=0) < 0:
+        placed = [{j: int(value) for j, value in enumerate(row) if value} for row in _plain(replicas[t])]
+        if min(now, default=0) < 0 or any(value < 0 for row in placed for value in row.values()):
             found.append(f"step {t + 1}: a negative count")
         for text in (
             _capacity(problem, now, placed, blocks[t])
@@ -44,39 +44,39 @@ def _over(left: float, right: float) -> bool:
 
 
 def _capacity(
-    problem: Problem, now: list[int], placed: list[list[int]], blocks: dict[tuple[int, int], int]
+    problem: Problem, now: list[int], placed: list[dict[int, int]], blocks: dict[tuple[int, int], int]
 ) -> list[str]:
     found = []
     for i, pool in enumerate(problem.pools):
         used = sum(width * many for (where, width), many in blocks.items() if where == i)
-        for j, service in enumerate(problem.services):
-            if placed[i][j] and not service.fits(pool):
+        for j, many in placed[i].items():
+            service = problem.services[j]
+            if not service.fits(pool):
                 found.append(f"service {service.name} does not fit pool {pool.name}")
-            used += placed[i][j] * slot(service.gpus, pool.gpus)
+            used += many * slot(service.gpus, pool.gpus)
         if used > pool.gpus * now[i]:
             found.append(f"pool {pool.name} holds {pool.gpus * now[i]} GPUs and {used} are used")
     return found
 
 
-def _demand(problem: Problem, need: Any, t: int, placed: list[list[int]]) -> list[str]:
+def _demand(problem: Problem, need: Any, t: int, placed: list[dict[int, int]]) -> list[str]:
     found = []
+    rates, totals = _served(problem, placed)
     for j, service in enumerate(problem.services):
-        served = sum(placed[i][j] * float(need.rate[i][j]) for i in range(len(problem.pools)))
+        served, total = rates[j], totals[j]
         if _over(float(need.target[j][t]), served):
             found.append(f"service {service.name} needs {need.target[j][t]:g} {service.unit}/s, {served:g} are served")
-        total = sum(placed[i][j] for i in range(len(problem.pools)))
         if total < service.minimum or (service.maximum is not None and total > service.maximum):
             found.append(f"service {service.name} has {total} replicas")
     return found
 
 
 def _idle(
-    problem: Problem, need: Any, t: int, placed: list[list[int]], blocks: dict[tuple[int, int], int]
+    problem: Problem, need: Any, t: int, placed: list[dict[int, int]], blocks: dict[tuple[int, int], int]
 ) -> list[str]:
     found = []
     surplus = []
-    for j in range(len(problem.services)):
-        served = sum(placed[i][j] * float(need.rate[i][j]) for i in range(len(problem.pools)))
+    for j, served in enumerate(_served(problem, placed)[0]):
         surplus.append(min(float(need.cap[j][t]), max(0.0, served - float(need.base[j][t]))))
     for group in need.groups:
         worth = sum(surplus[j] * each for j, each in group.relief.items())
@@ -122,16 +122,36 @@ def _shares(problem: Problem, now: list[int]) -> list[str]:
     return found
 
 
-def _zones(problem: Problem, need: Any, t: int, placed: list[list[int]]) -> list[str]:
+def _zones(problem: Problem, need: Any, t: int, placed: list[dict[int, int]]) -> list[str]:
     found = []
+    spans: list[dict[tuple[str, str], float]] = [{} for _ in problem.services]
+    fits = {(p.gpu, p.memory, p.region): [s.fits(p) for s in problem.services] for p in problem.pools}
+    for i, pool in enumerate(problem.pools):
+        for j, here in enumerate(fits[pool.gpu, pool.memory, pool.region]):
+            if here:
+                spans[j].setdefault((pool.region, pool.zone), 0.0)
+        for j, many in placed[i].items():
+            zone = (pool.region, pool.zone)
+            spans[j][zone] = spans[j].get(zone, 0.0) + many * (problem.services[j].rate_on(pool.gpu) or 0.0)
     for j, service in enumerate(problem.services):
-        by_zone: dict[tuple[str, str], float] = {}
-        for i, pool in enumerate(problem.pools):
-            if need.rate[i][j] > 0:
-                zone = (pool.region, pool.zone)
-                by_zone[zone] = by_zone.get(zone, 0.0) + placed[i][j] * float(need.rate[i][j])
+        by_zone = spans[j]
         if problem.policy.zone_loss > 0 and len(by_zone) > 1:
             rest = sum(by_zone.values()) - max(by_zone.values())
             if _over(problem.policy.zone_loss * float(need.median[j][t]), rest):
                 found.append(f"service {service.name} serves {rest:g} when its largest zone is lost")
     return found
+
+
+def _plain(rows: Any) -> Any:
+    """Nested lists; numpy scalars are slow to loop over."""
+    return rows.tolist() if hasattr(rows, "tolist") else rows
+
+
+def _served(problem: Problem, placed: list[dict[int, int]]) -> tuple[list[float], list[int]]:
+    """Units a second and replicas of each service."""
+    rates, totals = [0.0] * len(problem.services), [0] * len(problem.services)
+    for i, pool in enumerate(problem.pools):
+        for j, many in placed[i].items():
+            rates[j] += many * (problem.services[j].rate_on(pool.gpu) or 0.0)
+            totals[j] += many
+    return rates, totals

@@ -86,6 +86,7 @@ class Fleet:
         self.order = 0
         self.refused: dict[int, tuple[int, int]] = {}
         self.width = [[slot(s.gpus, p.gpus) for s in problem.services] for p in problem.pools]
+        self.last = max((queue.at[-1] for queue in self.queues if queue.at), default=0.0)  # length of the trace
         self.cheapest = [self._by_price(s) for s in problem.services]
 
     def _by_price(self, service: Service) -> list[int]:

@@ -9,6 +9,7 @@ maximum of replicas) is left to the check of the caller, who falls back to an in
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -44,6 +45,7 @@ class _State:
     spread: frozenset[int] = frozenset()
     fits: list[list[int]] = field(default_factory=list)  # [service] pools
     alike: list[list[int]] = field(default_factory=list)  # [place] pools
+    by_price: list[list[int]] = field(default_factory=list)  # [service] pools it fits, the cheapest a unit served first
     least: list[int] = field(default_factory=list)  # instances a pool must hold
 
     def can_open(self, p: int) -> bool:
@@ -104,15 +106,18 @@ def step(problem: Problem, need: Need, program: Program, t: int, want: Floats, b
     """Values of step `t` after `before` instances a pool, near the fractional `want`; None when something does not fit."""
     state = _start(problem, need, program, t, before)
     bounds = slice(t * program.columns, t * program.columns + len(problem.pools))
+    order_of = np.lexsort((program.pairs[:, 0], program.pair_price, program.pairs[:, 1]))
+    state.by_price = [[] for _ in problem.services]
+    for k in order_of:
+        state.by_price[int(program.pairs[k, 1])].append(int(program.pairs[k, 0]))
     state.least = [int(v) for v in program.lower[bounds]]
     state.most = [int(min(a, b)) for a, b in zip(state.most, program.upper[bounds], strict=True)]
     fraction = [float(v) for v in want[: len(problem.pools)]]
     price = [p.price / p.gpus for p in problem.pools]
     table: list[dict[int, float]] = [{} for _ in problem.services]
-    for k, (i, j) in enumerate(program.pairs):
-        value = float(want[program.at_x + k])
-        if value > EPS:
-            table[int(j)][int(i)] = value
+    shares = want[program.at_x : program.at_b]
+    for k in np.flatnonzero(shares > EPS):
+        table[int(program.pairs[k, 1])][int(program.pairs[k, 0])] = float(shares[k])
     for p, value in enumerate(fraction):
         for _ in range(max(math.floor(value + EPS), state.least[p])):
             if state.can_open(p):
@@ -134,6 +139,7 @@ def _start(problem: Problem, need: Need, program: Program, t: int, before: list[
         bound = min(pool.quota if pool.quota is not None else 10**9, before[p] + pool.start_bound(t == 0))
         most.append(int(bound))
     inside = [[q for q, quota in enumerate(problem.quotas) if quota.covers(pool)] for pool in pools]
+    widths = {gpus: [slot(s.gpus, gpus) for s in problem.services] for gpus in {p.gpus for p in pools}}
     return _State(
         problem=problem,
         need=need,
@@ -148,8 +154,8 @@ def _start(problem: Problem, need: Need, program: Program, t: int, before: list[
         by_zone=[{} for _ in problem.services],
         quota_left=[quota.gpus for quota in problem.quotas],
         quotas_of=inside,
-        width=[[slot(s.gpus, p.gpus) for s in problem.services] for p in pools],
-        rate=[[float(r) for r in row] for row in need.rate],
+        width=[widths[p.gpus] for p in pools],
+        rate=need.rate.tolist(),
         zone=[f"{p.region}/{p.zone}" for p in pools],
         spread=frozenset(program.spread),
         fits=[[int(p) for p in np.flatnonzero(need.rate[:, j] > 0)] for j in range(len(problem.services))],
@@ -159,13 +165,11 @@ def _start(problem: Problem, need: Need, program: Program, t: int, before: list[
 
 def _seat(state: _State, j: int, p: int) -> bool:
     """One replica of j on p, opening instances when that is allowed."""
-    width, gpus = state.width[p][j], state.problem.pools[p].gpus
+    width = state.width[p][j]
     while state.free[p] < width:
         if not state.can_open(p):
             return False
         state.open(p)
-        if width > gpus and state.free[p] < width:
-            continue
     state.put(p, j, 1)
     return True
 
@@ -180,21 +184,23 @@ def _place(state: _State, j: int, share: dict[int, float], price: list[float]) -
             max(state.by_zone[j], key=lambda z: state.by_zone[j][z]) if state.zone_lacks(j) and state.by_zone[j] else ""
         )
         left = {p: v - math.floor(v + EPS) for p, v in share.items()}
-        choices = sorted(
-            (p for p in state.fits[j] if state.zone[p] != heavy),
-            key=lambda p: (
-                state.free[p] < state.width[p][j],
-                -left.get(p, 0.0),
-                price[p] * state.width[p][j] / state.rate[p][j],
-                p,
-            ),
-        )
-        if not any(_seat(state, j, p) for p in choices):
+        if not any(_seat(state, j, p) for p in _choices(state, j, left, heavy)):
             return False
         for p in left:
             if p in share and state.tenants[p].get(j, 0) > share[p]:
                 share = {**share, p: math.floor(share[p] + EPS)}
     return True
+
+
+def _choices(state: _State, j: int, left: dict[int, float], heavy: str) -> Iterator[int]:
+    """Places for one more replica, the best first: where GPUs are free before where an instance must be opened, and each
+    time what the linear program has a share left for before the cheapest."""
+    asked = sorted((p for p, v in left.items() if v > EPS and state.zone[p] != heavy), key=lambda p: (-left[p], p))
+    cheap = state.by_price[j]
+    yield from (p for p in asked if state.free[p] >= state.width[p][j])
+    yield from (p for p in cheap if state.free[p] >= state.width[p][j] and state.zone[p] != heavy)
+    yield from asked
+    yield from (p for p in cheap if state.zone[p] != heavy)
 
 
 def _lay_blocks(state: _State, fraction: list[float], price: list[float]) -> bool:
@@ -301,8 +307,11 @@ def _values(state: _State, program: Program, before: list[int]) -> Floats:
     values = np.zeros(program.columns)
     values[:count] = state.n
     values[program.at_u : program.at_u + count] = np.maximum(0, np.array(state.n) - np.array(before))
-    for k, (i, j) in enumerate(program.pairs):
-        values[program.at_x + k] = state.tenants[int(i)].get(int(j), 0)
+    placed = np.zeros((count, len(state.total)))
+    for p, tenants in enumerate(state.tenants):
+        for j, many in tenants.items():
+            placed[p, j] = many
+    values[program.at_x : program.at_b] = placed[program.pairs[:, 0], program.pairs[:, 1]]
     for k, (i, size) in enumerate(program.blocks):
         values[program.at_b + k] = state.blocks[int(i)].get(int(size), 0)
     for m, (place, size) in enumerate(program.sums):

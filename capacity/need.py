@@ -86,7 +86,7 @@ def _alike(history: History, members: tuple[int, ...], per_unit: Floats) -> npt.
     levels = history.rates if history.levels is None else history.levels
     ids = list(members)
     distance = (np.abs(levels[ids, :-1] - levels[ids, -1:]) * per_unit[ids][:, None]).sum(axis=0)
-    return np.sort(np.argsort(distance, kind="stable")[:wanted])
+    return np.argpartition(distance, wanted)[:wanted]
 
 
 def _spread(problem: Problem) -> tuple[Floats, Floats]:
@@ -109,6 +109,13 @@ class Growth:
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         self.sigma, self.trend = _spread(problem)
+        self.seen: dict[tuple[int, float], Floats] = {}
+
+    def samples(self, history: History, service: int, window: float) -> Floats:
+        key = (service, window)
+        if key not in self.seen:
+            self.seen[key] = growth_samples(history, service, window)
+        return self.seen[key]
 
     def pooled(self, members: tuple[int, ...], windows: Floats, per_unit: Floats) -> tuple[Floats, Floats]:
         """What the demand of `members` grows by, in normalised GPUs, [step], at the largest target probability among
@@ -137,7 +144,7 @@ class Growth:
         self, history: History, members: tuple[int, ...], windows: Floats, per_unit: Floats, level: float
     ) -> tuple[Floats, Floats]:
         steps = self.problem.demand.steps
-        each = np.array([per_unit[s] * growth_samples(history, s, float(windows[s])) for s in members])
+        each = np.array([per_unit[s] * self.samples(history, s, float(windows[s])) for s in members])
         alike = _alike(history, members, per_unit)
         if alike is not None:
             each = each[:, alike]

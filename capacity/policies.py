@@ -195,7 +195,7 @@ class Program(Autoscaler):
 
     name: str = "lp-restored"
     kind: Kind = "restored"
-    interval: float = 15.0
+    interval: float | None = None  # None: 15 s, for traces of over three hours 30 s
     nearest: float = 0.3
     probability: float | None = None
     target_wait: float | None = None
@@ -203,12 +203,14 @@ class Program(Autoscaler):
 
     def __post_init__(self) -> None:
         self.next = 0.0
+        self.every = 15.0
         self.instances: list[deque[tuple[float, int]]] = []
         self.replicas: list[deque[tuple[float, int]]] = []
 
     def tick(self, fleet: Fleet, past: Past) -> None:
+        self.every = self.interval or (15.0 if fleet.last <= 3 * 3600 else 30.0)
         if fleet.now >= self.next - 1e-9:
-            self.next = fleet.now + self.interval
+            self.next = fleet.now + self.every
             self._plan(fleet, past)
         self._wake(fleet, past)
 
@@ -257,7 +259,7 @@ class Program(Autoscaler):
         forecasts = {}
         for j, service in enumerate(services):
             _, work = fleet.waiting(j)
-            level = float(levels[j, -1]) + work / max(service.target_wait, self.interval)
+            level = float(levels[j, -1]) + work / max(service.target_wait, self.every)
             mean = float(rates[j, -MINUTE:].mean())
             forecasts[service.name] = Forecast((0.5, 0.9), ((min(mean, level),), (level,)))
         pools = tuple(
@@ -266,9 +268,7 @@ class Program(Autoscaler):
         )
         history = History(width, rates, levels, self.nearest)
         demand = Demand(0.9, forecasts, history)
-        return replace(
-            problem, pools=pools, services=services, demand=demand, policy=policy, step_seconds=self.interval
-        )
+        return replace(problem, pools=pools, services=services, demand=demand, policy=policy, step_seconds=self.every)
 
     def _solve(self, problem: Problem) -> plan.Plan | None:
         try:

@@ -62,8 +62,8 @@ def relax(program: Program, *, limit: float) -> Outcome:
     return highs.run(highs.load(program, whole=False, limit=limit), whole=False)
 
 
-def cheapest(program: Program) -> Flags:
-    """Which columns of a step enter at first: all but the dear pairs of each service."""
+def cheapest(program: Program, first: int = FIRST) -> Flags:
+    """Which columns of a step enter at first: of the pairs of each service only the `first` cheapest."""
     keep = np.ones(program.columns, dtype=np.bool_)
     pairs = program.pairs
     if not len(pairs):
@@ -71,7 +71,7 @@ def cheapest(program: Program) -> Flags:
     order = np.lexsort((program.pair_price, pairs[:, 1]))
     rank = np.empty(len(pairs), dtype=np.int64)
     rank[order] = _rank(pairs[order, 1])
-    keep[program.at_x : program.at_b] = rank < FIRST
+    keep[program.at_x : program.at_b] = rank < first
     return keep
 
 
@@ -129,7 +129,7 @@ def _spread_out(program: Program, part: Outcome, columns: Ints, row_dual: Floats
 
 def _sift(step: Program, keep: Flags, basis: _Basis | None, limit: float) -> tuple[Outcome, _Basis, Flags]:
     """One step to optimality, from a basis if there is one."""
-    warm = basis
+    warm, first = basis, FIRST
     for _ in range(ROUNDS):
         part, columns = masked(step, keep)
         solver = highs.load(part, whole=False, limit=limit)
@@ -141,7 +141,8 @@ def _sift(step: Program, keep: Flags, basis: _Basis | None, limit: float) -> tup
         if outcome.values is None or outcome.row_dual is None:
             if keep.all():
                 return outcome, _Basis(np.array([]), []), keep
-            keep = np.ones_like(keep)
+            first *= 4  # too few places to fit: let in more before all
+            keep = keep | cheapest(step, first)
             warm = None
             continue
         warm = _get(solver, step.columns, columns)

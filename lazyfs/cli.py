@@ -20,6 +20,7 @@ from lazyfs.errors import LazyfsError
 if TYPE_CHECKING:
     from lazyfs.chunkstore import ChunkStore
     from lazyfs.importer import Progress
+    from lazyfs.mounting import MountHandle
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -241,6 +242,9 @@ def gc(grace: float, untagged: bool, dry_run: bool, store: str | None, as_json: 
     "--status", "status_of", type=click.Path(path_type=Path), metavar="DIR", help="Print what the mount at DIR does."
 )
 @click.option(
+    "--metrics", "metrics_of", type=click.Path(path_type=Path), metavar="DIR", help="The same for Prometheus."
+)
+@click.option(
     "--native",
     type=click.Choice(["auto", "passthrough", "off"]),
     default="auto",
@@ -281,6 +285,7 @@ def mount(
     unmount_at: Path | None,
     force: bool,
     status_of: Path | None,
+    metrics_of: Path | None,
     native: str,
     transport: str,
     cache_limit: float,
@@ -307,6 +312,9 @@ def mount(
         return
     if status_of is not None:
         _print_status(status_of, as_json)
+        return
+    if metrics_of is not None:
+        click.echo(_living(metrics_of).control("metrics")["text"], nl=False)
         return
     if manifest is None or directory is None:
         raise click.UsageError("give MANIFEST and DIRECTORY, or --unmount DIR, or --status DIR")
@@ -346,14 +354,18 @@ def _what(name: str, store: str | None) -> tuple[str, str | None]:
     return _chunks(store).resolve(name), url
 
 
-def _print_status(where: Path, as_json: bool) -> None:
+def _living(where: Path) -> MountHandle:
     from lazyfs.errors import NotFound
     from lazyfs.mounting import find_mount
 
     found = find_mount(where)
     if found is None:
         raise NotFound(f"no daemon serves {where}")
-    status = found.status()
+    return found
+
+
+def _print_status(where: Path, as_json: bool) -> None:
+    status = _living(where).status()
     status.pop("ok")
     if as_json:
         click.echo(json.dumps(status))

@@ -21,8 +21,9 @@ class MountConfig:
     privilege.
     native: whether complete files are passed through. read_limit_s: a reader gets an error rather than wait longer.
     idle_exit_s: unmount after so long without an open file (0: never). orphan_exit_s: once unmounted, end after so long
-    without an open file even though another mount namespace still shows the mount. background_mb_s: the bound on completing files
-    that nobody asked for (0: no completion). record: "auto" records a trace when none is known; "always", "never".
+    without an open file even though another mount namespace still shows the mount. background_mb_s: the bound on
+    completing files that nobody asked for (0: no completion). record: "auto" records a trace when none is known;
+    "always", "never".
     """
 
     manifest: str

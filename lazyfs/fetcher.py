@@ -25,13 +25,13 @@ from lazyfs.chunking import MAX_CHUNK
 from lazyfs.chunkstore import ChunkStore
 from lazyfs.config import MountConfig
 from lazyfs.digests import DigestLog
-from lazyfs.errors import LazyfsError, to_errno
+from lazyfs.errors import LazyfsError, NotFound, to_errno
 from lazyfs.fetch import ChunkFetcher, ReadThroughSource, StoreSource
 from lazyfs.loading import origins_of
 from lazyfs.manifest import Manifest
 from lazyfs.memory import SlotWriter
 from lazyfs.stores import open_store
-from lazyfs.trace import Trace
+from lazyfs.trace import Trace, parse, shared_key
 
 log = logging.getLogger("lazyfs.fetcher")
 _LOCAL_THREADS, _REMOTE_THREADS = 4, 16
@@ -101,8 +101,8 @@ class Window:
     """How many fetches that nobody waits for run at once: doubled as long as that makes the whole faster.
 
     Every chunk in flight takes bandwidth from the one that a reader will want first, so more than fills the link costs
-    latency at the start and at the end; a store that is slow per connection needs many. Two batches are measured at each
-    width (the first one fills the pipe), and the widening ends when the second gains less than a fifth.
+    latency at the start and at the end; a store that is slow per connection needs many. Two batches are measured at
+    each width (the first one fills the pipe), and the widening ends when the second gains less than a fifth.
     """
 
     START, GAIN = 4, 1.2
@@ -158,6 +158,7 @@ class Fetcher:
         self.memory = memory
         self.slots: dict[tuple[int, int], int] = {}
         self.sealed: set[int] = set()
+        self.trace_was_shared = False
         self.queue = Queue()
         self.images: dict[int, AnyImage] = {}
         self.users: dict[int, int] = {}
@@ -196,8 +197,9 @@ class Fetcher:
                 if len(message) < wire.REQUEST.size:
                     return
                 kind, file, chunk, slot = wire.REQUEST.unpack(message)
-                if kind == wire.STOP:
-                    return
+                if kind == wire.PUBLISH:
+                    self.publish_trace()
+                    continue
                 if slot >= 0:
                     self.slots[file, chunk] = slot
                 self.queue.put((file, chunk), kind)
@@ -211,7 +213,7 @@ class Fetcher:
         files = self.manifest.files
         absent = [i for i, f in enumerate(files) if f.path not in self.engine.origins]
         wanted = set(absent)
-        known = Trace(Path(self.config.home) / "traces" / f"{self.config.manifest}.json", record="never").known
+        known = self._known_trace()
         for file, chunk in known:
             if file in wanted and chunk < len(files[file].chunks):
                 self.queue.put((file, chunk), wire.AHEAD)
@@ -219,6 +221,34 @@ class Fetcher:
             for file in absent:
                 for chunk in range(len(files[file].chunks)):
                     self.queue.put((file, chunk), wire.COMPLETE)
+
+    def _known_trace(self) -> list[tuple[int, int]]:
+        """This host's recording, else the one that another host left in a remote store."""
+        local = Trace(Path(self.config.home) / "traces" / f"{self.config.manifest}.json", record="never").known
+        store = self.engine.source.store
+        if local or not store.remote or self.manifest.kind == "source":
+            return local
+        try:
+            found = parse(store.get(shared_key(self.config.manifest)))
+            self.trace_was_shared = True
+            return found
+        except NotFound:
+            return []
+        except (LazyfsError, ValueError) as error:
+            log.warning("no trace from %s: %s", store.url, error)
+            return []
+
+    def publish_trace(self) -> None:
+        """Leave this host's recording in a remote store that had none, for other hosts' first starts."""
+        store = self.engine.source.store
+        path = Path(self.config.home) / "traces" / f"{self.config.manifest}.json"
+        if not store.remote or self.manifest.kind == "source" or self.trace_was_shared or not path.exists():
+            return
+        try:
+            store.put(shared_key(self.config.manifest), path.read_bytes())
+        except LazyfsError as error:
+            # A read-only store is no fault of the mount's.
+            log.info("the trace was not shared: %s", error)
 
     def _work(self, number: int) -> None:
         def worst() -> int:

@@ -50,8 +50,9 @@ class MountHandle(NamedTuple):
         return ask(self.socket, {"op": op, **values})
 
     def unmount(self, *, force: bool = False, limit_s: float = 10.0) -> bool:
-        """Unmount, and wait for the daemon's end; whether it ended. It goes on while another mount namespace still shows
-        the mount (a sandbox), and ends with that. Busy while files are open below it here; `force` cuts them off instead.
+        """Unmount, and wait for the daemon's end; whether it ended. It goes on while another mount namespace still
+        shows the mount (a sandbox), and ends with that. Busy while files are open below it here; `force` cuts them off
+        instead.
         """
         return _unmount(str(self.mountpoint), self.socket, self.pid, force=force, limit_s=limit_s)
 

@@ -24,12 +24,15 @@ from lazyfs.loading import load_manifest, origins_of
 from lazyfs.logs import configure
 from lazyfs.manifest import Manifest
 from lazyfs.memory import SlotMemory
+from lazyfs.metrics import render
 from lazyfs.paths import write_atomic
 from lazyfs.service import Service
 from lazyfs.tree import Node
 
 log = logging.getLogger("lazyfs.server")
 _TICK_S = 1.0
+# A recording is shared with other hosts once nothing new was touched for so long.
+_QUIET_S = 5.0
 
 
 def serve(config_text: str, ready: Callable[[dict[str, Any]], None]) -> None:
@@ -91,6 +94,7 @@ class Server:
             {
                 "ping": lambda request: self.identity(),
                 "status": lambda request: self.status(),
+                "metrics": lambda request: {"text": render(self.status(), self.service.waits)},
                 "prefetch": self._prefetch,
                 "drop": self._drop,
                 "pin": self._pin,
@@ -118,6 +122,9 @@ class Server:
         try:
             while not self.transport.wait(_TICK_S):
                 self.service.expire()
+                self.service.trace.save()
+                if self.service.trace.settled(_QUIET_S):
+                    self.link.request(wire.PUBLISH, 0, 0)
                 self._idle()
                 if self._orphaned():
                     log.info("unmounted, and nothing open in any other namespace for long: ending")

@@ -27,6 +27,7 @@ from lazyfs.fetch import open_origin
 from lazyfs.link import FetcherLink
 from lazyfs.manifest import File, Manifest
 from lazyfs.memory import SlotMemory
+from lazyfs.metrics import Histogram
 from lazyfs.trace import Trace
 from lazyfs.tree import Node, Tree
 
@@ -65,7 +66,6 @@ class Counters:
     opens: int = 0
     native_opens: int = 0
     streamed: int = 0
-    prefetched: int = 0
     first_byte_s: float = 0.0
 
 
@@ -132,6 +132,7 @@ class Service:
         self.mapped = 0
         self.streaming = False
         self.counters = Counters()
+        self.waits = Histogram()
         self.started = time.monotonic()
         self.last_use = self.started
         self.lock = threading.Lock()
@@ -190,7 +191,6 @@ class Service:
                 opened.backing.close()
             except BufferError:
                 log.debug("a reply still holds %s; the collector closes it", opened.file.path)
-        self.trace.save()
         return True
 
     # -- reading
@@ -368,7 +368,9 @@ class Service:
                 if not waiter.missing and self.by_unique.pop(waiter.unique, None) is waiter:
                     ready.append(waiter)
         for waiter in ready:
-            self.counters.wait_seconds += time.monotonic() - waiter.started
+            waited = time.monotonic() - waiter.started
+            self.counters.wait_seconds += waited
+            self.waits.add(waited)
             end = waiter.offset + waiter.size
             self._serve(waiter.opened, waiter.offset, end, waiter.unique, waiter.reply, waiter.started)
 

@@ -19,28 +19,43 @@ log = logging.getLogger("lazyfs.trace")
 _FORMAT = 1
 
 
+def parse(data: bytes) -> list[tuple[int, int]]:
+    """The touches in a trace's bytes. ValueError when it is not one."""
+    try:
+        document = json.loads(data)
+        if document["format"] != _FORMAT:
+            return []
+        return [(int(f), int(c)) for f, c, _ in document["touches"] if f >= 0 and c >= 0]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"not a trace: {error}") from error
+
+
+def shared_key(manifest: str) -> str:
+    """The object that carries a manifest's trace to other hosts."""
+    return f"traces/{manifest}"
+
+
 class Trace:
     """`known` is the recorded order as (file index, chunk index); `touch` records while `recording`."""
 
     def __init__(self, path: Path, record: str = "auto") -> None:
         self.path = path
-        self.known: list[tuple[int, int]] = self._load()
+        self.known: list[tuple[int, int]] = self.load()
         self.recording = record == "always" or (record == "auto" and not self.known)
         self._events: list[tuple[int, int, float]] = []
         self._saved = 0
+        self._shared = 0
         self._start = time.monotonic()
         self._lock = threading.Lock()
 
-    def _load(self) -> list[tuple[int, int]]:
+    def load(self) -> list[tuple[int, int]]:
+        """What the file says now; empty when it is not there or damaged."""
         try:
-            document = json.loads(self.path.read_bytes())
-            if document["format"] != _FORMAT:
-                return []
-            return [(int(f), int(c)) for f, c, _ in document["touches"] if f >= 0 and c >= 0]
+            return parse(self.path.read_bytes())
         except FileNotFoundError:
             return []
-        except (ValueError, KeyError, TypeError):
-            log.warning("the trace %s is damaged and is ignored", self.path)
+        except ValueError as error:
+            log.warning("the trace %s is ignored: %s", self.path, error)
             return []
 
     def touch(self, file: int, chunk: int) -> None:
@@ -49,11 +64,21 @@ class Trace:
             with self._lock:
                 self._events.append((file, chunk, round(time.monotonic() - self._start, 4)))
 
-    def save(self) -> None:
-        """Write what was recorded since the last time, if anything."""
+    def settled(self, quiet_s: float) -> bool:
+        """Whether a recording has come to rest since it was last shared: true once for each."""
+        with self._lock:
+            if not self.recording or len(self._events) == self._shared or self._saved != len(self._events):
+                return False
+            if time.monotonic() - self._start - self._events[-1][2] < quiet_s:
+                return False
+            self._shared = len(self._events)
+            return True
+
+    def save(self) -> bool:
+        """Write what was recorded since the last time; whether there was anything."""
         with self._lock:
             if not self.recording or len(self._events) == self._saved:
-                return
+                return False
             events = list(self._events)
             self._saved = len(events)
         try:
@@ -61,3 +86,5 @@ class Trace:
             write_atomic(self.path, json.dumps({"format": _FORMAT, "touches": events}).encode(), sync=False)
         except LazyfsError as error:
             log.warning("the trace could not be saved: %s", error)
+            return False
+        return True

@@ -51,7 +51,7 @@ def test_watch_follows_the_file_and_ends_on_a_signal(tmp_path):
             assert time.monotonic() < deadline
         assert set(told) == {"negative"}
 
-        part.write_text(good.replace("[12000]", "[60000]").replace("[5000]", "[30000]"))
+        part.write_text(good.replace("[12000]", "[16000]").replace("[5000]", "[9000]"))
         part.replace(plan)
         while not any(line.get("start") for line in lines(process, 1)):
             assert time.monotonic() < deadline

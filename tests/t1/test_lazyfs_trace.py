@@ -1,0 +1,147 @@
+"""Recording first touches, replaying them, and an S3 dialect: what one host learned, another starts with."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+
+import pytest
+from lazyfs_rig import LIMIT_S, Rig, wait_for, write_model
+
+from lazyfs import kernel
+from lazyfs.api import import_directory, read_through
+from lazyfs.chunkstore import ChunkStore
+from lazyfs.errors import NotFound
+from lazyfs.maintenance import collect, remove, verify
+from lazyfs.stores import open_store
+from lazyfs.trace import Trace
+
+pytestmark = [
+    pytest.mark.t1,
+    pytest.mark.skipif(not kernel.may_mount(), reason="needs /dev/fuse and CAP_SYS_ADMIN"),
+]
+SIZES = [5 << 20, 1000, 4 << 20, 6 << 20]
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("QUICKTHAW_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("QUICKTHAW_STORE", raising=False)
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def rig(tmp_path):
+    rig = Rig(tmp_path)
+    yield rig
+    rig.close()
+
+
+def test_a_trace_is_recorded_and_replayed(home, rig, tmp_path):
+    model = write_model(tmp_path / "model", SIZES)
+    digest = import_directory(model)
+    settings = {"use_origin": False, "background_mb_s": 0.0}
+    first = rig.mount(digest, cache_dir=tmp_path / "c1", **settings)
+    reader, size = rig.reader(), (model / "model.safetensors").stat().st_size
+    reader.ask("open", "m", str(first.mountpoint / "model.safetensors"))
+    # Backwards, and not the smaller files: only what was touched, in that order.
+    for place in (size - 100, 6 << 20, 100):
+        reader.ask("pread", "m", place, 10)
+    reader.ask("close", "m")
+    path = home / "traces" / f"{digest}.json"
+    wait_for(path.exists)
+    first.unmount(force=True)
+    known = Trace(path).known
+    assert known and known[0][1] > known[-1][1] and len({f for f, _ in known}) == 1
+    second = rig.mount(digest, "again", cache_dir=tmp_path / "c2", **settings)
+    wait_for(lambda: second.status()["cached_bytes"] > 0)
+    wait_for(lambda: second.status()["fetcher"].get("fetches") == len(known))
+    assert second.status()["counters"]["reads"] == 0
+    text = second.control("metrics")["text"]
+    assert f'quickthaw_lazyfs_cached_bytes{{manifest="{digest[:16]}"}}' in text
+    assert 'quickthaw_lazyfs_wait_seconds_bucket{le="+Inf"} 0' in text
+
+
+def test_a_damaged_trace_is_ignored(home, rig, tmp_path):
+    model = write_model(tmp_path / "model", [5 << 20])
+    digest = import_directory(model)
+    (home / "traces").mkdir()
+    for damage in (b"", b"{", b"[]", b'{"format": 1}', json.dumps({"format": 1, "touches": [[99, 99, 0.0]]}).encode()):
+        (home / "traces" / f"{digest}.json").write_bytes(damage)
+        handle = rig.mount(digest, use_origin=False, cache_dir=tmp_path / "c")
+        reader = rig.reader()
+        right = reader.ask("digest", str(model / "model.safetensors"))
+        assert reader.ask("digest", str(handle.mountpoint / "model.safetensors")) == right
+        handle.unmount(force=True)
+
+
+@pytest.fixture
+def s3(monkeypatch):
+    """moto's server, a real S3 dialect over HTTP, with one bucket."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    server = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": url,
+    }.items():
+        monkeypatch.setenv(name, value)
+
+    def up():
+        try:
+            request = urllib.request.Request(f"{url}/weights", method="PUT")
+            with urllib.request.urlopen(request, timeout=LIMIT_S) as answer:
+                return answer.status == 200
+        except (urllib.error.URLError, ConnectionError):
+            return False
+
+    try:
+        wait_for(up)
+        yield "s3://weights/here"
+    finally:
+        server.kill()
+        server.wait(LIMIT_S)
+
+
+@pytest.mark.slow
+def test_an_s3_dialect(home, rig, tmp_path, s3):
+    model = write_model(tmp_path / "model", SIZES)
+    digest = import_directory(model, s3, tag="toy:v1")
+    chunks = ChunkStore(open_store(s3))
+    assert chunks.resolve("toy:v1") == digest and verify(chunks).clean
+    with pytest.raises(NotFound):
+        chunks.get("0" * 64)
+    handle = rig.mount(digest, store_url=s3, use_origin=False, cache_dir=tmp_path / "c")
+    reader = rig.reader()
+    for name in ("model.safetensors", "sub/tokenizer.json", "empty"):
+        assert reader.ask("digest", str(handle.mountpoint / name)) == reader.ask("digest", str(model / name))
+    # Another host, which has neither cache nor trace, finds the trace in the store.
+    wait_for(lambda: chunks.store.head(f"traces/{digest}") is not None)
+    handle.unmount(force=True)
+    os.environ["QUICKTHAW_HOME"] = str(tmp_path / "other-host")
+    other = rig.mount(digest, "other", store_url=s3, use_origin=False, background_mb_s=0.0)
+    wait_for(lambda: other.status()["cached_bytes"] >= sum(SIZES))
+    assert other.status()["counters"]["reads"] == 0
+    other.unmount(force=True)
+    # Read-through: the same files, unconverted, under another prefix.
+    plain = open_store("s3://weights/plain")
+    for name in ("model.safetensors", "sub/tokenizer.json"):
+        plain.put(name, (model / name).read_bytes())
+    through = rig.mount(read_through("s3://weights/plain"), "through")
+    for name in ("model.safetensors", "sub/tokenizer.json"):
+        assert reader.ask("digest", str(through.mountpoint / name)) == reader.ask("digest", str(model / name))
+    through.unmount(force=True)
+    assert len(remove(chunks, "toy:v1")) == 2
+    assert collect(chunks, grace_s=0).bytes >= sum(SIZES) and not list(chunks.manifests())

@@ -277,6 +277,6 @@ def _table(story: Story, engine: str, snapshot: Any, first: float, same: bool) -
     )
     story.console.print(table)
     story.say(
-        "[dim]The cold start ends at the engine's first generated token, before the snapshot is taken. For a fair comparison with the engine\n"
-        "alone and warm caches, several runs each: quickthaw bench coldstart.[/dim]\n"
+        "[dim]The cold start ends at the engine's first generated token, before the snapshot is taken.\n"
+        "For a fair comparison with the engine alone, several runs each: quickthaw bench coldstart.[/dim]\n"
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from criu_image_kit import ANON_PRIVATE, FILE_PRIVATE, HEAP, PAGE, image, message, process, vma
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checkpoint import contents
@@ -126,6 +126,7 @@ def test_damaged_images_are_refused(snapshot: Path, file: str, content: bytes | 
     assert caught.value.code == code
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 500), st.integers(0, 2**64 - 1) | st.binary(max_size=300)), max_size=20))
 def test_messages_are_decoded_as_written(fields: list[tuple[int, int | bytes]]) -> None:
     found = decode(message(*fields))
@@ -135,6 +136,7 @@ def test_messages_are_decoded_as_written(fields: list[tuple[int, int | bytes]]) 
     assert found == expected
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_garbage_is_refused_not_believed_nor_crashed_on(data: bytes) -> None:
     try:
@@ -143,6 +145,7 @@ def test_garbage_is_refused_not_believed_nor_crashed_on(data: bytes) -> None:
         return
 
 
+@settings(deadline=None)
 @given(cut=st.integers(9, 40))
 def test_an_image_that_ends_early(tmp_path_factory: pytest.TempPathFactory, cut: int) -> None:
     path = tmp_path_factory.mktemp("i") / "x.img"

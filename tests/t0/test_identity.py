@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checkpoint.errors import Incompatible, Integrity
@@ -244,6 +244,7 @@ values = st.text(min_size=0, max_size=20)
 environments = st.dictionaries(names.map(lambda n: f"VLLM_{n}"), values, max_size=6)
 
 
+@settings(deadline=None)
 @given(environments, environments)
 def test_environments_match_exactly_when_equal(then: dict[str, str], now: dict[str, str]) -> None:
     before, after = replace(HERE, environment=then), replace(HERE, environment=now)
@@ -254,6 +255,7 @@ def test_environments_match_exactly_when_equal(then: dict[str, str], now: dict[s
     assert all(isinstance(m, Mismatch) and "\n" not in m.message for m in found)
 
 
+@settings(deadline=None)
 @given(st.tuples(st.integers(1, 9), st.integers(0, 30)), st.tuples(st.integers(1, 9), st.integers(0, 30)))
 def test_the_kernel_policy_is_the_stated_range(then: tuple[int, int], now: tuple[int, int]) -> None:
     recorded = host(kernel=f"{then[0]}.{then[1]}.0").record()
@@ -261,6 +263,7 @@ def test_the_kernel_policy_is_the_stated_range(then: tuple[int, int], now: tuple
     assert (check_host(recorded, host(kernel=f"{now[0]}.{now[1]}.7-x").host) == ()) == allowed
 
 
+@settings(deadline=None)
 @given(st.sets(st.sampled_from(HOST.cpu_flags)), st.sets(st.sampled_from(HOST.cpu_flags)))
 def test_cpu_features_need_only_be_a_superset(then: set[str], now: set[str]) -> None:
     missing = then - now - {"constant_tsc", "smep"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checkpoint.relevance import (
@@ -119,6 +119,7 @@ groups = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(groups, st.randoms())
 def test_the_order_of_flags_does_not_matter(line: list[tuple[str, list[str]]], random: object) -> None:
     shuffled = list(line)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checkpoint.errors import Failed, Integrity
@@ -61,6 +61,7 @@ def test_another_key_that_calls_itself_by_the_trusted_ones_name(keys: Path) -> N
     assert caught.value.code == "signature-wrong"
 
 
+@settings(deadline=None)
 @given(place=st.integers(0, len(MANIFEST) * 8 - 1))
 def test_one_changed_bit_of_the_manifest(keys: Path, place: int) -> None:
     changed = bytearray(MANIFEST)
@@ -69,6 +70,7 @@ def test_one_changed_bit_of_the_manifest(keys: Path, place: int) -> None:
         check(bytes(changed), signer(keys / "a")(MANIFEST), [keys / "a.pub"])
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_one_changed_character_of_the_signature(keys: Path, data: st.DataObject) -> None:
     signature = bytearray(signer(keys / "a")(MANIFEST).rstrip())
@@ -80,6 +82,7 @@ def test_one_changed_character_of_the_signature(keys: Path, data: st.DataObject)
         check(MANIFEST, bytes(signature), [keys / "a.pub"])
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=300))
 def test_garbage_is_no_signature(keys: Path, garbage: bytes) -> None:
     with pytest.raises(Integrity, match="signature-"):

@@ -350,7 +350,15 @@ def test_any_mixture_of_faults_ends_all_running_all_off_or_named(
         write(children.folder / f"{pid}.json", {"state": "RUNNING", "memory": {GPU0: 1 << 20}})
 
     def told(faults: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return [{**f, "pid": None if f["op"] == "devices" else pids[f["which"]]} for f in faults]
+        moving = ("lock", "checkpoint", "restore", "unlock")
+        return [
+            {
+                **f,
+                "pid": None if f["op"] == "devices" else pids[f["which"]],
+                "state": f["state"] if f["op"] in moving else None,  # a question harms no process
+            }
+            for f in faults
+        ]
 
     def ended_well(error: CheckpointError) -> None:
         for pid in pids:

@@ -239,7 +239,13 @@ def push(name: str, store: str | None, as_json: bool) -> None:
 @snapshot.command("pull")
 @click.argument("name")
 @click.argument("store", required=False)
-@click.option("--trust-key", "trust_keys", type=click.Path(path_type=Path), multiple=True, help="Ask for a signature by one of these keys.")
+@click.option(
+    "--trust-key",
+    "trust_keys",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="Ask for a signature by one of these keys.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Plain data.")
 def pull(name: str, store: str | None, trust_keys: tuple[Path, ...], as_json: bool) -> None:
     """Fetch a snapshot from a store; every byte is verified before the snapshot gets its name. An interrupted pull goes on where it was.
@@ -260,7 +266,9 @@ def pull(name: str, store: str | None, trust_keys: tuple[Path, ...], as_json: bo
     if as_json:
         click.echo(json.dumps(msgspec.to_builtins(done)))
     else:
-        click.echo(f"pulled {name}: {done.size / 1e9:.2f} GB in {done.files} files, {done.fetched / 1e9:.2f} GB of it fetched")
+        click.echo(
+            f"pulled {name}: {done.size / 1e9:.2f} GB in {done.files} files, {done.fetched / 1e9:.2f} GB of it fetched"
+        )
 
 
 def _meter(word: str) -> Any:

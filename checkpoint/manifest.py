@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 
+from checkpoint.cuda import Needs
 from checkpoint.errors import Incompatible, Integrity
 
 FORMAT = 1
@@ -39,7 +40,7 @@ class Snapshot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A snapshot's manifest.
 
     `pipes` names the engine's output pipes as the images know them (`pipe:[123]`); `monotonic_ns` is the sandbox's monotonic clock at
-    the dump; `top_pid` the highest process or thread number in use; sizes in bytes; `cold_s` the start this snapshot saves.
+    the dump; `top_pid` the highest process or thread number in use; `gpu` what bringing CUDA processes back needs; sizes in bytes; `cold_s` the start this snapshot saves.
     """
 
     format: int
@@ -61,6 +62,7 @@ class Snapshot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     cold_s: float
     timeline: list[Phase]
     files: dict[str, SnapshotFile]
+    gpu: Needs = Needs()
 
 
 def load(folder: Path) -> Snapshot:

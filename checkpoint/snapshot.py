@@ -17,9 +17,10 @@ from pathlib import Path
 
 import msgspec
 
-from checkpoint import manifest
+from checkpoint import cuda, manifest
 from checkpoint.criu import Criu
-from checkpoint.errors import Failed
+from checkpoint.cuda.driver import Driver
+from checkpoint.errors import Failed, HostLacks
 from checkpoint.library import Library
 from checkpoint.manifest import Snapshot, SnapshotFile
 from checkpoint.pages.server import PageServer
@@ -113,12 +114,14 @@ def take(
     compile_cache: Path,
     seal: Callable[[Path], Mapping[str, SnapshotFile]],
     sign: Callable[[bytes], bytes] | None = None,
+    driver: Driver | None = None,
 ) -> Snapshot:
     """Dump the tree below `draft.root_pid` into the library as `draft.name`; the engine goes on running, whatever happens.
 
-    `draft` is the manifest but for what only the dump knows. `seal` computes the digests of a folder's files.
+    `draft` is the manifest but for what only the dump knows. `seal` computes the digests of a folder's files. `driver`: the CUDA driver, where
+    this host has a GPU; processes with a context are taken off it for the dump and brought back.
 
-    Raises Busy when another process takes the same snapshot, Failed when CRIU, the disk or the engine fail; then nothing is left.
+    Raises Busy when another process takes the same snapshot, Incompatible (multi-gpu), Failed when CRIU, the disk or the engine fail; then nothing is left.
     """
     pids = processes(sandbox.init_pid)
     wanted = private_bytes(pids)
@@ -138,7 +141,14 @@ def take(
         script.chmod(0o700)
         mapped = _mapped_cache_files(pids)
         monotonic_ns = sandbox.monotonic_ns()
-        criu.dump(sandbox, draft.root_pid, images, script, DUMP_TIMEOUT_S)
+        needs = cuda.Needs()
+        if driver:
+            _, needs = cuda.suspend(driver, pids, released=cuda.check_released)
+        try:
+            criu.dump(sandbox, draft.root_pid, images, script, DUMP_TIMEOUT_S)
+        finally:
+            if driver and needs.processes:
+                cuda.resume(driver, pids, needs)
         script.unlink()
         for name in mapped:
             target = folder / "cache" / name
@@ -158,6 +168,7 @@ def take(
             top_pid=max(_inner_numbers(pids), default=draft.root_pid),
             image_bytes=image_bytes(images),
             files=dict(seal(folder)),
+            gpu=needs,
         )
         data = manifest.dump(done)
         if sign:
@@ -228,14 +239,24 @@ def restore(
     on_exit: Callable[[int, int], None] | None = None,
     run_folder: Path | None = None,
     lazy: LazyRestore | None = None,
+    driver: Driver | None = None,
+    gpu_pairs: Sequence[tuple[str, str]] = (),
 ) -> Restored:
     """Bring a replica back into a new sandbox.
 
     `lazy`: pages come from a page server, the recorded working set first; without it CRIU puts every page in place before it returns.
-    `pipes` maps the snapshot's names (`stdout`, `stderr`) to descriptors for the engine's output. The canary is the caller's to check.
+    `driver` and `gpu_pairs` (uuid then, uuid now) as in checkpoint.cuda; a snapshot with GPU state is never restored lazily, since the
+    driver reads all of it at once. `pipes` maps the snapshot's names (`stdout`, `stderr`) to descriptors for the engine's output. The canary is the caller's to check.
 
     Raises a CheckpointError; then nothing is left: no process, mount, namespace or file.
     """
+    if snapshot.gpu.processes:
+        lazy = None
+        if driver is None:
+            raise HostLacks(
+                "gpu-missing",
+                f"{snapshot.name} holds GPU state and this host has no NVIDIA device; see quickthaw doctor",
+            )
     run_folder = run_folder or library.home / "run"
     run_folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix="restore-", dir=run_folder))
@@ -269,6 +290,8 @@ def restore(
                 lazy_pages=lazy is not None,
             )
             sandbox.raise_pids(snapshot.top_pid)
+            if driver and snapshot.gpu.processes:
+                cuda.resume(driver, processes(sandbox.init_pid), snapshot.gpu, gpu_pairs)
         spans = {"sandbox": up - began, "unpack": unpacked - up, "criu": time.monotonic() - unpacked}
         return Restored(sandbox, snapshot.root_pid, work, spans, pages)
     except BaseException as error:

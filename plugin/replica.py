@@ -41,7 +41,10 @@ from plugin.settings import LaunchSettings
 from plugin.weights import Weights
 
 if TYPE_CHECKING:
+    from checkpoint.cuda.driver import Driver
+    from checkpoint.cuda.helper import Helper
     from checkpoint.identity import Here
+    from checkpoint.identity import Identity as IdentityRecord
     from checkpoint.pages.server import PageServer
 
 log = logging.getLogger("quickthaw")
@@ -55,6 +58,7 @@ THIN_WORTH_BYTES = 1 << 30
 """Weights below this are carried in the snapshot without measuring: they cost less than a reload's own overhead."""
 RESTORE_RATE = 1.4e9
 """Bytes of weights a second that a restore brings back inside the images (docs/measurements.md)."""
+NVIDIA = Path("/dev/nvidiactl")
 Place = Sandbox | BareProcess
 
 
@@ -105,6 +109,7 @@ class Replica:
         self._expected_end = False
         self._lazy_works = True
         self.page_stats: dict[str, float] = {}
+        self._cuda: Helper | None = None
         self._identity: Here | None = None
 
     # Starting
@@ -243,6 +248,8 @@ class Replica:
                 {stream: output.write_fd for stream, output in outputs.items()},
                 on_exit=self._ended,
                 lazy=self._lazy(name) if lazy else None,
+                driver=self._driver(),
+                gpu_pairs=self._gpu_pairs(recorded),
             )
         finally:
             for output in outputs.values():
@@ -303,6 +310,21 @@ class Replica:
         limit = time.monotonic() + limit_s
         while self.served() < count and time.monotonic() < limit and self.running is not None:
             time.sleep(0.02)
+
+    def _driver(self) -> Driver | None:
+        """The CUDA driver's checkpoint calls, where this host has an NVIDIA device; one helper process for the life of this replica."""
+        if self._cuda is None and NVIDIA.exists():
+            from checkpoint.cuda.helper import Helper
+
+            self._cuda = Helper()
+        return self._cuda
+
+    def _gpu_pairs(self, recorded: IdentityRecord) -> list[tuple[str, str]]:
+        if not recorded.host.gpus:
+            return []
+        from checkpoint.cuda import gpu_pairs
+
+        return gpu_pairs(recorded.host.gpus, self.identity.host.gpus)
 
     def _verify(self, name: str, snapshot: Snapshot) -> None:
         if self.settings.verify == "never":
@@ -534,6 +556,9 @@ class Replica:
                     running.place.signal(running.pid, signal.SIGTERM)
                     code = running.place.wait(running.pid, self.settings.grace_s if grace_s is None else grace_s)
             self._clear()
+        if self._cuda:
+            self._cuda.close()
+            self._cuda = None
         if self.tracker.phase is not Phase.STOPPED:
             self.tracker.to(Phase.STOPPED)
         return -signal.SIGKILL if code is None else code

@@ -39,6 +39,7 @@ def _on_shrink(number, frame):
     from . import memory
 
     memory.trim()
+    memory.close_nvml()
     answer("shrunk", "ok")
 
 

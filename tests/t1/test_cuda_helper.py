@@ -54,12 +54,12 @@ def test_a_refusal_of_the_driver_keeps_its_name(children: Children, helper: Help
     assert caught.value.result == "CUDA_ERROR_ILLEGAL_STATE"
 
 
-@pytest.mark.parametrize("how", [{"hang": 60}, {"exit": True}])
-@pytest.mark.parametrize("operation", ["checkpoint", "lock"])
+@pytest.mark.parametrize(
+    ("operation", "how"), [("checkpoint", {"hang": 60}), ("checkpoint", {"exit": True}), ("lock", {"exit": True})]
+)
 def test_a_helper_that_hangs_or_dies_is_replaced_and_everything_brought_back(
-    children: Children, helper: Helper, how: dict[str, object], operation: str, monkeypatch: pytest.MonkeyPatch
+    children: Children, helper: Helper, operation: str, how: dict[str, object]
 ) -> None:
-    monkeypatch.setattr("checkpoint.cuda.helper.QUERY_TIMEOUT_S", 2.0)
     pids = [children.start(), children.start()]
     children.faults({"op": operation, "pid": pids[1], **how})
     first = helper.pid

@@ -146,7 +146,8 @@ class Library:
                 partial.rename(target)
             except OSError as error:
                 raise Failed(
-                    "snapshot-not-written", f"{name} could not be written: {error.strerror or error} ({self.folder})"
+                    "snapshot-not-written",
+                    f"{name} could not be written: {error.strerror or error} ({error.filename or self.folder})",
                 ) from error
             finally:
                 shutil.rmtree(partial, ignore_errors=True)

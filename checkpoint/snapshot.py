@@ -301,5 +301,8 @@ def restore(
             pages.close()
         shutil.rmtree(work, ignore_errors=True)
         if isinstance(error, OSError):
-            raise Failed("restore-failed", f"{snapshot.name}: {error.strerror or error}") from error
+            raise Failed(
+                "restore-failed",
+                f"{snapshot.name}: {error.strerror or error}{': ' + str(error.filename) if error.filename else ''}",
+            ) from error
         raise

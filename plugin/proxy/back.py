@@ -11,6 +11,7 @@ nothing a replica sends can shift where one answer ends and the next begins.
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import socket
 import time
@@ -20,9 +21,10 @@ import httptools
 
 from . import wire
 from .errors import UpstreamFault
+from .upstream import start_at
 
 if TYPE_CHECKING:
-    from .pool import Replica
+    from .replica import Replica
     from .request import Request
 
 _MAX_HEAD = 256 << 10
@@ -330,10 +332,14 @@ async def connect(replica: Replica, limit_s: float) -> BackConnection:
     if upstream is None:
         raise ConnectionRefusedError(f"{replica.name} has no address yet")
     loop = asyncio.get_running_loop()
-    sock = upstream.connect()
+    sock: socket.socket | None = None
     try:
         async with asyncio.timeout(limit_s):
-            await _established(loop, sock)
+            if upstream.name_to_resolve is None:
+                sock = upstream.connect()
+                await _established(loop, sock)
+            else:
+                sock = await _resolved(loop, *upstream.name_to_resolve)
             back = BackConnection(replica, sock)
             if sock.family == socket.AF_UNIX:
                 await loop.create_unix_connection(lambda: back, sock=sock)
@@ -344,9 +350,31 @@ async def connect(replica: Replica, limit_s: float) -> BackConnection:
             else:
                 await loop.create_connection(lambda: back, sock=sock)
     except BaseException:
-        sock.close()
+        if sock is not None:
+            sock.close()
         raise
     return back
+
+
+async def _resolved(loop: asyncio.AbstractEventLoop, host: str, port: int) -> socket.socket:
+    """A connected socket to the first address of `host` that takes it."""
+    fault: OSError = OSError(errno.EHOSTUNREACH, f"{host} has no address")
+    for family, _, _, _, address in await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+        sock: socket.socket | None = None
+        try:
+            sock = start_at(family, address)
+            await _established(loop, sock)
+        except OSError as exc:
+            fault = exc
+            if sock is not None:
+                sock.close()
+        except BaseException:
+            if sock is not None:
+                sock.close()
+            raise
+        else:
+            return sock
+    raise fault
 
 
 async def _established(loop: asyncio.AbstractEventLoop, sock: socket.socket) -> None:

@@ -134,21 +134,6 @@ async def _serve(options: dict[str, Any], settings: Settings) -> None:
     from .workers import Supervisor, listening_sockets
 
     host, port = _place(options["listen"])
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    interrupts = 0
-
-    def interrupted() -> None:
-        nonlocal interrupts
-        interrupts += 1
-        if interrupts > 1:
-            owner.kill()
-            os._exit(1)  # a second Ctrl-C: now, without draining
-        stop.set()
-
-    loop.add_signal_handler(signal.SIGTERM, stop.set)
-    loop.add_signal_handler(signal.SIGINT, interrupted)
-
     owner: Any
     target: ReplicaPool | Router
     try:
@@ -178,6 +163,20 @@ async def _serve(options: dict[str, Any], settings: Settings) -> None:
         raise click.UsageError(str(exc)) from exc
 
     sockets = listening_sockets(host, port, options["workers"], settings.backlog)
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    interrupts = 0
+
+    def interrupted() -> None:
+        nonlocal interrupts
+        interrupts += 1
+        if interrupts > 1:
+            owner.kill()
+            os._exit(1)  # a second Ctrl-C: now, without draining
+        stop.set()
+
+    loop.add_signal_handler(signal.SIGTERM, stop.set)
+    loop.add_signal_handler(signal.SIGINT, interrupted)
     shown = f"[{host}]" if ":" in host else host
     where = f"http://{shown}:{sockets[0].getsockname()[1]}"
     await owner.start()

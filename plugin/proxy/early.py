@@ -59,13 +59,15 @@ class EarlyStream:
         self._timer = client.host.loop.call_later(0, self._comment)
 
     def _comment(self) -> None:
-        text = f": {self.pool.progress().sentence()}\n\n"
+        started = self.exchange.back is not None
+        text = ": waiting for the first event\n\n" if started else f": {self.pool.progress().sentence()}\n\n"
         self.client.write(wire.chunk(text.encode()))
         self._timer = self.client.host.loop.call_later(self.every_s, self._comment)
 
     def head(self, status: int, headers: list[wire.Field]) -> None:
-        """The replica's head: its events pass from here on, or its error becomes an event."""
-        self._timer.cancel()
+        """The replica's head: its events pass from here on, or its error becomes an event. Comments go on until the
+        first of them.
+        """
         self._status = status
         kind = b"".join(value for lower, _, value in headers if lower == b"content-type").lower()
         self._passing = status == 200 and kind.startswith(b"text/event-stream")
@@ -73,6 +75,7 @@ class EarlyStream:
     def data(self, data: bytes) -> None:
         """A piece of the replica's body."""
         if self._passing:
+            self._timer.cancel()
             self.answered = True
             self.exchange.out.append(wire.chunk(data))
         elif len(self._body) < _MAX_ERROR_BODY:
@@ -80,6 +83,7 @@ class EarlyStream:
 
     def end(self) -> None:
         """The replica's answer is complete."""
+        self._timer.cancel()
         if self._passing:
             self.answered = True
             self.exchange.out.append(wire.LAST_CHUNK)
@@ -101,6 +105,7 @@ class EarlyStream:
         self._event(document(error, self.exchange.request.path, self.exchange.request.id.decode()))
 
     def _event(self, body: dict[str, object]) -> None:
+        self._timer.cancel()
         self.answered = True
         name = b"event: error\n" if self.exchange.request.path.startswith("/v1/messages") else b""
         data = name + b"data: " + json.dumps(body, separators=(",", ":")).encode() + b"\n\n"

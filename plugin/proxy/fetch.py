@@ -12,7 +12,7 @@ from plugin.phases import PhaseTracker
 from . import wire
 from .back import connect
 from .errors import UpstreamFault
-from .pool import Replica
+from .replica import Replica
 from .request import Request
 from .upstream import Upstream, from_url
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 import httptools
 
 from . import wire
-from .errors import ClientFault, ProxyError, Unavailable, render
+from .errors import ClientFault, ProxyError, render
 from .request import Request
 
 if TYPE_CHECKING:
@@ -45,6 +45,9 @@ class Host(Protocol):
 
     def forget(self, client: ClientConnection) -> None:
         """The client has gone."""
+
+    def no_room(self) -> ProxyError:
+        """What to say when the bodies that are kept take all the room there is."""
 
     async def serve_request(self, client: ClientConnection, request: Request) -> None:
         """Give `request` its one answer."""
@@ -342,7 +345,7 @@ class ClientConnection(asyncio.Protocol):
         if kept:
             self.host.buffered += kept
             if self.host.buffered > self.settings.max_held_bytes and request is self.current:
-                self.interrupt(Unavailable("held-bytes", "the held requests' bodies take all the room there is"))
+                self.interrupt(self.host.no_room())
             if request.buffered > (self.settings.body_buffer if request.enough is None else self._wide):
                 self.hold("body", True)
                 if request.enough is not None and not request.enough.done():

@@ -33,7 +33,8 @@ from plugin.phases import Phase
 from .endpoint import Endpoint, EndpointSpec
 from .errors import ClientFault
 from .front import ClientConnection
-from .pool import STARTING, ReplicaPool
+from .pool import ReplicaPool
+from .replica import STARTING
 from .request import Request
 from .upstream import from_url
 

@@ -22,73 +22,20 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 from plugin.phases import Phase, PhaseTracker
 
 from .errors import ProxyError, StartFailed, Unavailable
-from .history import History, Kind, kind_of
+from .history import History, Kind
+from .replica import STARTING, Replica
 from .upstream import Upstream
-
-if TYPE_CHECKING:
-    from .back import BackConnection
 
 log = logging.getLogger("quickthaw.proxy")
 
-STARTING = frozenset(
-    {Phase.MOUNTING, Phase.STARTING, Phase.LOADING, Phase.WARMING, Phase.SHRINKING, Phase.CHECKPOINTING}
-    | {Phase.RESUMING, Phase.RESTORING, Phase.WAKING, Phase.VERIFYING}
-)
 _TICK_S = 0.1
 _BACKOFF_S = (1.0, 2.0, 5.0, 10.0, 30.0)
 _SUSPECT_S = 0.5
-
-
-class Replica:
-    """One running engine as the proxy sees it. `upstream` may be set later, but before the tracker says serving."""
-
-    def __init__(self, name: str, tracker: PhaseTracker, upstream: Upstream | None = None) -> None:
-        self.name, self.tracker, self.upstream = name, tracker, upstream
-        self.outstanding = 0
-        self.served = 0
-        self.held_back = False
-        """True while the replica is quiesced or being put to sleep: it keeps what it has and gets nothing new."""
-        self.suspect_until = 0.0
-        self.generation = 0
-        """How often it has come to serving: a refusal by an earlier incarnation says nothing about this one."""
-        self.idle: list[BackConnection] = []
-        self.connecting: asyncio.Semaphore | None = None
-        self.emptied: asyncio.Event | None = None
-        self._phases: list[Phase] = []
-        self._began = time.monotonic()
-
-    def note(self, old: Phase, new: Phase) -> None:
-        """Follow the start that is under way, for its kind and its age."""
-        if (new is Phase.MOUNTING and old is not Phase.FAILED) or (
-            old in (Phase.ASLEEP, Phase.IDLE) and new in STARTING
-        ):
-            self._phases = []
-        if not self._phases:
-            self._began = time.monotonic()
-        self._phases.append(new)
-
-    async def quiet(self) -> None:
-        """Return once it answers nothing; bounded by the limits of the requests in flight, and by whoever calls."""
-        while self.outstanding:
-            self.emptied = self.emptied or asyncio.Event()
-            self.emptied.clear()
-            await self.emptied.wait()
-
-    @property
-    def start_kind(self) -> Kind | None:
-        """The kind of the current start, None while nothing tells."""
-        return kind_of(self._phases)
-
-    @property
-    def start_age_s(self) -> float:
-        """Seconds since the current start began."""
-        return time.monotonic() - self._began
 
 
 @dataclass(eq=False)
@@ -97,7 +44,7 @@ class Waiter:
 
     ready: asyncio.Future[Replica]
     limit_s: float | None
-    began: float = field(default_factory=time.monotonic)
+    began: float
 
 
 @dataclass(frozen=True)
@@ -193,11 +140,23 @@ class ReplicaPool:
             self._close_idle(replica)
 
     def start_failed(self, error: Exception) -> None:
-        """Say, on the loop, that a start has finally failed: every held request ends with its code, and so do new
-        ones until a start begins.
+        """Say, in any thread, that a start has finally failed.
+
+        What is held ends with its code, and so does what comes until a start begins.
         """
-        self._final = self._coded(error)
-        self._fail(self._final)
+        assert self._loop is not None, "the pool is bound to a loop before it serves"
+        try:
+            here = asyncio.get_running_loop() is self._loop
+        except RuntimeError:
+            here = False
+        if here:
+            self._finally_failed(self._coded(error))
+        else:
+            self._loop.call_soon_threadsafe(self._finally_failed, self._coded(error))
+
+    def _finally_failed(self, error: ProxyError) -> None:
+        self._final = error
+        self._fail(error)
 
     async def wake(self) -> None:
         """Return when at least one replica is serving; start the one wake if none is on its way.
@@ -293,11 +252,14 @@ class ReplicaPool:
             replica.outstanding += 1
         return replica
 
-    async def acquire(self, limit_s: float | None = None, *, unbounded: bool = False) -> Replica:
+    async def acquire(
+        self, limit_s: float | None = None, *, since: float | None = None, unbounded: bool = False
+    ) -> Replica:
         """A serving replica, waking the pool and waiting if need be.
 
         Args:
             limit_s: this request's own deadline in seconds; None takes the configured or measured one.
+            since: when the request arrived (monotonic seconds), from which its deadline counts; None is now.
             unbounded: do not count against `max_held` (an owner's own wait).
 
         Raises:
@@ -318,13 +280,15 @@ class ReplicaPool:
         if time.monotonic() < self._blocked_until and self.last_failure is not None:
             failure = self.last_failure
             raise StartFailed(failure.code, failure.message, retry_after_s=self._blocked_until - time.monotonic())
-        if limit_s is not None and limit_s <= 0:
+        now = time.monotonic()
+        since = now if since is None else since
+        if limit_s is not None and now - since >= limit_s:
             self.nudge()
             raise Unavailable(
-                "hold-deadline", "no replica is ready, and the request may not wait", retry_after_s=self.left_s()
+                "hold-deadline", f"no replica was ready within {limit_s:.1f} s", retry_after_s=self.left_s()
             )
         loop = asyncio.get_running_loop()
-        waiter = Waiter(loop.create_future(), limit_s)
+        waiter = Waiter(loop.create_future(), limit_s, since)
         self._waiters[waiter] = None
         self._demand()
         self._tick_soon(loop)
@@ -432,7 +396,16 @@ class ReplicaPool:
             self._failures_in_row, self._blocked_until = 0, 0.0
             kind = replica.start_kind
             if kind is not None and old in STARTING:
-                self.history.record(kind, replica.start_age_s, replica.tracker.timeline)
+                spans = replica.tracker.timeline
+                self.history.record(kind, replica.start_age_s, spans)
+                phases = {str(span.phase): round(span.took_s, 4) for span in spans}
+                took = {
+                    "kind": str(kind),
+                    "seconds": round(replica.start_age_s, 4),
+                    "phases": phases,
+                    "held": self.held,
+                }
+                log.info("started", extra={"fields": {"pool": self.name, "replica": replica.name} | took})
             self.last_active = time.monotonic()
         for told in self.on_phase:
             told(replica, new, reason)

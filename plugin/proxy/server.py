@@ -25,7 +25,8 @@ from .errors import ClientFault, ProxyError, Unavailable, UpstreamFault
 from .exchange import Exchange
 from .front import ClientConnection
 from .paths import PathRules, Verdict
-from .pool import Replica, ReplicaPool
+from .pool import ReplicaPool
+from .replica import Replica
 from .request import Request
 from .settings import Settings
 from .stats import Stats
@@ -194,6 +195,11 @@ class ProxyServer:
         if not self.clients and self.emptied is not None:
             self.emptied.set()
 
+    def no_room(self) -> ProxyError:
+        """What to say when the bodies that are kept take all the room there is."""
+        left = min(pool.left_s() for pool in self.router.pools())
+        return Unavailable("held-bytes", "the held requests' bodies take all the room there is", retry_after_s=left)
+
     async def serve_request(self, client: ClientConnection, request: Request) -> None:
         """Give `request` its one answer. Ends in every case with the connection told (`finished`) and the counts
         kept.
@@ -282,9 +288,7 @@ class ProxyServer:
     async def _hold(self, client: ClientConnection, request: Request, exchange: Exchange, pool: ReplicaPool) -> Replica:
         began = time.monotonic()
         if self.buffered > self.settings.max_held_bytes:
-            raise Unavailable(
-                "held-bytes", "the held requests' bodies take all the room there is", retry_after_s=pool.left_s()
-            )
+            raise self.no_room()
         self.stats.held_total += exchange.held_s == 0.0
         if self.settings.early_stream and exchange.early is None:
             from .early import begin_early
@@ -294,7 +298,7 @@ class ProxyServer:
         if request.hold_s is not None:  # a client may lower the limit, never raise it
             limit = request.hold_s if limit is None else min(limit, request.hold_s)
         try:
-            replica = await pool.acquire(limit)
+            replica = await pool.acquire(limit, since=request.arrived)
         finally:
             exchange.held_s += time.monotonic() - began
         if client.gone():

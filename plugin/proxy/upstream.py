@@ -1,7 +1,7 @@
 """Where a replica listens: a way to get a connecting socket, so that it may lie on TCP, a UNIX path or in another
 network namespace.
 
-Promises that `open()` never blocks: the socket it returns is non-blocking and its connect has been started.
+Promises that `connect()` never blocks: the socket it returns is non-blocking and its connect has been started.
 """
 
 from __future__ import annotations
@@ -40,6 +40,10 @@ class Upstream:
     tls: ssl.SSLContext | None = None
     server_hostname: str | None = None
     spec: dict[str, str | int] | None = None
+    name_to_resolve: tuple[str, int] | None = None
+    """Set instead of a working `connect` when the host is a name: resolving may take seconds, so it must not be
+    done on the loop.
+    """
 
 
 def _start(sock: socket.socket, address: object) -> socket.socket:
@@ -62,29 +66,36 @@ def _tcp_socket(family: int) -> socket.socket:
 
 
 def tcp(host: str, port: int, **more: object) -> Upstream:
-    """An upstream at `host:port`. A numeric address costs nothing; a name is resolved at each connect (a few ms at
-    worst).
-    """
-    try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        socket.inet_pton(family, host)
-        numeric = True
-    except OSError:
-        numeric = False
+    """An upstream at `host:port`. A name, unlike an address, is resolved anew for each connection, off the loop."""
+    family = _family(host)
+    spec: dict[str, str | int] = {"kind": "tcp", "host": host, "port": port}
+    if family is None:
+        return Upstream(_unresolved, f"{host}:{port}", spec=spec, name_to_resolve=(host, port), **more)  # type: ignore[arg-type]
+    kind = family
 
     def connect() -> socket.socket:
-        if numeric:
-            return _start(_tcp_socket(family), (host, port))
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        fault: OSError | None = None
-        for kind, _, _, _, address in found:
-            try:
-                return _start(_tcp_socket(kind), address)
-            except OSError as exc:
-                fault = exc
-        raise fault or OSError(errno.EHOSTUNREACH, f"{host} has no address")
+        return _start(_tcp_socket(kind), (host, port))
 
-    return Upstream(connect, f"{host}:{port}", spec={"kind": "tcp", "host": host, "port": port}, **more)  # type: ignore[arg-type]
+    return Upstream(connect, f"{host}:{port}", spec=spec, **more)  # type: ignore[arg-type]
+
+
+def _family(host: str) -> socket.AddressFamily | None:
+    for family in (socket.AF_INET, socket.AF_INET6):
+        try:
+            socket.inet_pton(family, host)
+        except OSError:
+            continue
+        return family
+    return None
+
+
+def _unresolved() -> socket.socket:
+    raise OSError(errno.EDESTADDRREQ, "a name must be resolved first")
+
+
+def start_at(family: int, address: object) -> socket.socket:
+    """A connecting TCP socket to a resolved address. Raises OSError."""
+    return _start(_tcp_socket(family), address)
 
 
 def unix(path: str | os.PathLike[str]) -> Upstream:

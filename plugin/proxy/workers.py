@@ -29,7 +29,8 @@ from plugin.phases import Phase, PhaseTracker
 from .errors import ProxyError, StartFailed, Unavailable
 from .history import Kind
 from .own import pool_document
-from .pool import Replica, ReplicaPool
+from .pool import ReplicaPool
+from .replica import Replica
 from .settings import Settings
 from .stats import merged
 from .upstream import from_spec

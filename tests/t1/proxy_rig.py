@@ -21,7 +21,8 @@ from typing import Any
 import uvloop
 
 from plugin.phases import Phase, PhaseTracker
-from plugin.proxy.pool import Replica, ReplicaPool
+from plugin.proxy.pool import ReplicaPool
+from plugin.proxy.replica import Replica
 from plugin.proxy.server import ProxyServer
 from plugin.proxy.settings import Settings
 from plugin.proxy.upstream import tcp

@@ -432,7 +432,7 @@ def test_a_host_by_name_and_a_unix_socket_and_tls(run, tmp_path):
     )
 
     async def main():
-        async with upstream() as up, proxy(Settings(hold_timeout_s=1)) as rig:
+        async with upstream() as up, proxy(Settings(hold_timeout_s=0.7)) as rig:
             serving = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             serving.load_cert_chain(pem)
             secure = await asyncio.start_server(up.serve, "127.0.0.1", 0, ssl=serving)
@@ -464,7 +464,6 @@ def test_a_host_by_name_and_a_unix_socket_and_tls(run, tmp_path):
 
 def test_a_replica_in_another_network_namespace(run):
     import shutil
-    import subprocess
     import sys
 
     from plugin.phases import Phase, PhaseTracker
@@ -477,7 +476,7 @@ def test_a_replica_in_another_network_namespace(run):
     code = up + f"import runpy, sys; sys.argv = ['e', '8000', 'inside']; runpy.run_path({engine!r})"
 
     async def main():
-        process = subprocess.Popen(["unshare", "-n", sys.executable, "-S", "-c", code])
+        process = await asyncio.create_subprocess_exec("unshare", "-n", sys.executable, "-S", "-c", code)
         try:
             async with proxy() as rig:
                 place = in_netns(f"/proc/{process.pid}/ns/net", "127.0.0.1", 8000)
@@ -489,7 +488,7 @@ def test_a_replica_in_another_network_namespace(run):
                 assert got.status == 200 and got.json()["name"] == "inside"
                 assert os.readlink("/proc/thread-self/ns/net") == home, "the thread came home"
         finally:
-            process.terminate()
-            process.wait(LIMIT_S)
+            process.kill()
+            await process.wait()
 
     run(main())

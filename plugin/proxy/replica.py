@@ -1,0 +1,66 @@
+"""One running engine as the proxy sees it: where it listens, what phase it is in, and how much it is doing."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING
+
+from plugin.phases import Phase, PhaseTracker
+
+from .history import Kind, kind_of
+from .upstream import Upstream
+
+if TYPE_CHECKING:
+    from .back import BackConnection
+
+STARTING = frozenset(
+    {Phase.MOUNTING, Phase.STARTING, Phase.LOADING, Phase.WARMING, Phase.SHRINKING, Phase.CHECKPOINTING}
+    | {Phase.RESUMING, Phase.RESTORING, Phase.WAKING, Phase.VERIFYING}
+)
+
+
+class Replica:
+    """One running engine as the proxy sees it. `upstream` may be set later, but before the tracker says serving."""
+
+    def __init__(self, name: str, tracker: PhaseTracker, upstream: Upstream | None = None) -> None:
+        self.name, self.tracker, self.upstream = name, tracker, upstream
+        self.outstanding = 0
+        self.served = 0
+        self.held_back = False
+        """True while the replica is quiesced or being put to sleep: it keeps what it has and gets nothing new."""
+        self.suspect_until = 0.0
+        self.generation = 0
+        """How often it has come to serving: a refusal by an earlier incarnation says nothing about this one."""
+        self.idle: list[BackConnection] = []
+        self.connecting: asyncio.Semaphore | None = None
+        self.emptied: asyncio.Event | None = None
+        self._phases: list[Phase] = []
+        self._began = time.monotonic()
+
+    def note(self, old: Phase, new: Phase) -> None:
+        """Follow the start that is under way, for its kind and its age."""
+        if (new is Phase.MOUNTING and old is not Phase.FAILED) or (
+            old in (Phase.ASLEEP, Phase.IDLE) and new in STARTING
+        ):
+            self._phases = []
+        if not self._phases:
+            self._began = time.monotonic()
+        self._phases.append(new)
+
+    async def quiet(self) -> None:
+        """Return once it answers nothing; bounded by the limits of the requests in flight, and by whoever calls."""
+        while self.outstanding:
+            self.emptied = self.emptied or asyncio.Event()
+            self.emptied.clear()
+            await self.emptied.wait()
+
+    @property
+    def start_kind(self) -> Kind | None:
+        """The kind of the current start, None while nothing tells."""
+        return kind_of(self._phases)
+
+    @property
+    def start_age_s(self) -> float:
+        """Seconds since the current start began."""
+        return time.monotonic() - self._began

@@ -298,7 +298,10 @@ def close_on_exec() -> None:
 
 def main() -> int:
     control = socket.socket(fileno=int(sys.argv[1]))
-    config = json.loads(control.recv(MESSAGE_BYTES))
+    first = control.recv(MESSAGE_BYTES)
+    if not first:
+        return 0  # started beforehand (checkpoint.prefork), and not needed
+    config = json.loads(first)
     close_on_exec()
     try:
         enter_namespaces(config)

@@ -15,7 +15,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import sysconfig
 import threading
 import time
@@ -25,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from checkpoint import prefork
 from checkpoint.errors import Failed, HostLacks
 
 RUN_DIR = "/run/quickthaw"
@@ -81,16 +81,7 @@ class Sandbox:
             Path(RUN_DIR).mkdir(mode=0o755, exist_ok=True)
         except OSError as error:
             raise HostLacks("sandbox-run-dir", f"cannot make {RUN_DIR} ({error.strerror}); run as root") from error
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._control = ours
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-I", "-S", str(Path(__file__).with_name("init.py")), str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=None,
-            )
+        self._process, self._control = prefork.take()
         self._control.send(
             json.dumps(
                 {

@@ -19,7 +19,7 @@ from typing import Any
 import click
 
 from plugin import measure
-from plugin.launch_cli import PASS_THROUGH
+from plugin.launch import PASS_THROUGH
 from plugin.presets import Preset, preset
 from plugin.settings import state_home
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import click
 
 COMMANDS = {
-    "launch": ("plugin.launch_cli", "launch", "Start an engine with its own arguments, in about a second when it can."),
+    "launch": ("plugin.launch", "launch", "Start an engine with its own arguments, in about a second when it can."),
     "restore": ("plugin.restore", "restore", "Serve a replica from a named snapshot."),
     "proxy": ("plugin.proxy.cli", "proxy", "Hold requests in front of an endpoint that exists already."),
     "weights": ("lazyfs.cli", "weights", "Import, list, verify and remove models in the store."),
@@ -98,6 +98,10 @@ def run(arguments: Sequence[str]) -> None:
 
 def main() -> None:
     """The console script."""
+    if sys.argv[1:2] in (["launch"], ["restore"]):
+        from checkpoint import prefork
+
+        prefork.start()
     run(sys.argv[1:])
 
 

@@ -2,336 +2,218 @@
 
 One idempotent word: restore where a snapshot of this very launch exists, else start cold through the lazy mount, warm up, take a
 snapshot, serve. The proxy takes the engine's host and port from the first moment on and holds requests meanwhile.
-
-Order matters here: the port is bound, and the thread that restores is on its way, before the proxy's modules are imported.
 """
 
 from __future__ import annotations
 
+# First of all: process 1 of the sandbox starts (30 ms) while this process imports what it needs.
+if __name__ == "__main__":
+    from checkpoint import prefork
+
+    prefork.start()
+
 import logging
 import os
-import signal
-import socket
 import sys
-import threading
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
-from checkpoint.errors import CheckpointError
-from launchers.errors import EngineDied, LauncherError, Usage
-from plugin.layers import Layers, detect
-from plugin.phases import Phase, PhaseTracker
-from plugin.replica import Replica
-from plugin.settings import LaunchSettings
-from plugin.weights import Weights
+import click
 
-if TYPE_CHECKING:
-    import asyncio
-
-    from plugin.proxy.pool import ReplicaPool
-    from plugin.proxy.server import ProxyServer
-
-log = logging.getLogger("quickthaw")
-RESTARTS_IN_A_MINUTE = 3
+# Everything after the engine's name is the engine's own.
+PASS_THROUGH = {"allow_interspersed_args": False, "ignore_unknown_options": True, "auto_envvar_prefix": "QUICKTHAW"}
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """The public port, listening. Raises Usage when it is taken or not ours to take."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
+def start_log(quiet: bool = False) -> None:
+    """Our own lines, to standard error, beside the engine's."""
+    log = logging.getLogger("quickthaw")
+    if not log.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("quickthaw: %(message)s"))
+        log.addHandler(handler)
+    # A line a request belongs into an access log, which the proxy's own command offers; here the phases tell enough.
+    logging.getLogger("quickthaw.proxy").setLevel(logging.WARNING)
+    log.setLevel(logging.WARNING if quiet else logging.DEBUG if os.environ.get("QUICKTHAW_DEBUG") else logging.INFO)
+
+
+def seconds(text: str) -> float:
+    """`90`, `90s`, `10m`, `1h` as seconds."""
+    unit = {"s": 1.0, "m": 60.0, "h": 3600.0}.get(text[-1:])
     try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind((host, port))
-        sock.listen(4096)
-    except OSError as error:
-        sock.close()
-        why = {
-            98: "another process listens there",
-            13: "this user may not bind it",
-            99: "this host has no such address",
-        }
-        reason = why.get(error.errno or 0, error.strerror)
-        raise Usage(
-            "port-in-use", f"cannot listen on {host}:{port} ({reason}); choose another with the engine's --port"
-        ) from error
-    return sock
+        value = float(text[:-1]) * unit if unit else float(text)
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is not a time; write 90, 90s, 10m or 1h") from None
+    if value < 0:
+        raise click.BadParameter("a time must not be negative")
+    return value
 
 
-@dataclass
-class Launch:
-    """One running launch: the replicas, the pool in front of them, and the way down."""
+class Seconds(click.ParamType[float]):
+    """A time with an optional unit."""
 
-    settings: LaunchSettings
-    sock: socket.socket
-    layers: Layers
-    replicas: list[Replica] = field(default_factory=list)
-    weights: Weights | None = None
-    exit_code: int = 0
-    stdout: int | None = 1
-    stderr: int | None = 2
+    name = "time"
 
-    def __post_init__(self) -> None:
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._pool: ReplicaPool | None = None
-        self._server: ProxyServer | None = None
-        self._ending = threading.Event()
-        self._deaths: list[float] = []
-        self._began = time.monotonic()
-        self._failure: Exception | None = None
-
-    # The replicas' side: threads
-
-    def begin(self, criu: Any, engine: Any, weights: Weights) -> None:
-        """Start the first replica in a thread of its own; the others follow it, from its snapshot where it takes one."""
-        self.weights = weights
-        for index in range(self.settings.replicas):
-            tracker = PhaseTracker()
-            replica = Replica(
-                self.settings, engine, self.layers, criu, weights, tracker, stdout=self.stdout, stderr=self.stderr
-            )
-            replica.on_death = self._death_of(replica)
-            tracker.listen(self._teller(index))
-            self.replicas.append(replica)
-        threading.Thread(target=self._start_all, name="starter", daemon=True).start()
-
-    def _teller(self, index: int) -> Callable[[Phase, Phase, str], None]:
-        who = f"replica {index}: " if self.settings.replicas > 1 else ""
-
-        def tell(old: Phase, new: Phase, reason: str) -> None:
-            took = time.monotonic() - self._began
-            log.info("%s%s (%.2f s)%s", who, new, took, f": {reason}" if reason else "")
-
-        return tell
-
-    def _start_all(self) -> None:
-        first, *others = self.replicas
-        if not self._start_one(first):
-            return
-        threads = [threading.Thread(target=self._start_one, args=(other,), daemon=True) for other in others]
-        for thread in threads:
-            thread.start()
-
-    def _start_one(self, replica: Replica) -> bool:
-        try:
-            replica.start()
-        except (CheckpointError, LauncherError) as error:
-            self._start_failed(error)
-            return False
-        except Exception as error:
-            log.exception("a defect of quickthaw's, please report it")
-            self._start_failed(error)
-            return False
-        if self._ending.is_set():
-            replica.stop(0)
-            return False
-        _remember(self.settings, replica, time.monotonic() - self._began)
-        return True
-
-    def _start_failed(self, error: Exception) -> None:
-        if self._ending.is_set() or any(r.tracker.phase is Phase.SERVING for r in self.replicas):
-            log.error("%s", error)
-            return
-        self._failure = error
-        self.exit_code = error.exit_code if isinstance(error, EngineDied) and 0 < error.exit_code < 256 else 1
-        self.end()
-
-    def _death_of(self, replica: Replica) -> Callable[[int], None]:
-        def died(code: int) -> None:
-            self._restart(replica, code)
-
-        return died
-
-    def _restart(self, replica: Replica, code: int) -> None:
-        """An engine ended by itself while it served: bring it back, unless it keeps dying."""
-        now = time.monotonic()
-        self._deaths = [at for at in self._deaths if now - at < 60.0] + [now]
-        how = f"signal {-code}" if code < 0 else f"code {code}"
-        replica.tracker.to(Phase.FAILED, f"engine-died: it ended with {how}")
-        if self._ending.is_set():
-            return
-        if len(self._deaths) > RESTARTS_IN_A_MINUTE:
-            log.error(
-                "engine-keeps-dying: %d deaths within a minute, the last with %s; giving up", len(self._deaths), how
-            )
-            self.exit_code = _shell_code(code)
-            self.end()
-            return
-        log.warning("the engine ended with %s while it served; starting it again", how)
-        replica._clear()
-        self._start_one(replica)
-
-    # The proxy's side: the event loop in the main thread
-
-    def run(self) -> int:
-        """Serve until told to stop; the exit code."""
-        import asyncio
-
-        import uvloop
-
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(self._serve())
-        return self.exit_code
-
-    async def _serve(self) -> None:
-        import asyncio
-
-        from plugin.history import history_for
-        from plugin.proxy.pool import ReplicaPool
-        from plugin.proxy.server import ProxyServer
-        from plugin.proxy.settings import Settings
-        from plugin.proxy.upstream import Upstream
-
-        self._loop = loop = asyncio.get_running_loop()
-        self._stop = asyncio.Event()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._signalled)
-        self._pool = pool = ReplicaPool(
-            history=history_for(self.settings),
-            wake=self._wake if self.settings.idle_timeout_s else None,
-            sleep=self._sleep if self.settings.idle_timeout_s else None,
-            idle_timeout_s=self.settings.idle_timeout_s or None,
-        )
-        for index, replica in enumerate(self.replicas):
-            behind = pool.add(f"r{index}", replica.tracker, Upstream(self._connector(replica), f"r{index}"))
-            replica.served = self._counter(behind)
-        denied = self.replicas[0].engine.denied_paths - self._opened_by_user()
-        self._server = ProxyServer(pool, Settings(denied_paths=frozenset(denied)))
-        await self._server.start(self.sock)
-        if self._ending.is_set():
-            self._stop.set()
-        await self._stop.wait()
-        await self._shut_down()
-
-    @staticmethod
-    def _counter(behind: Any) -> Callable[[], int]:
-        before = behind.served
-
-        def served() -> int:
-            return int(behind.served - before)
-
-        return served
-
-    @staticmethod
-    def _connector(replica: Replica) -> Callable[[], socket.socket]:
-        def connect() -> socket.socket:
-            running = replica.running
-            if running is None:
-                raise ConnectionRefusedError("the replica is gone")
-            return running.place.connect(running.port)
-
-        return connect
-
-    def _opened_by_user(self) -> frozenset[str]:
-        """Developer endpoints stay open to those who opened them themselves."""
-        if self.settings.environment.get("VLLM_SERVER_DEV_MODE") == "1" and self.settings.engine == "vllm":
-            return self.replicas[0].engine.denied_paths
-        return frozenset()
-
-    async def _wake(self) -> None:
-        import asyncio
-
-        self._began = time.monotonic()
-        asleep = [replica for replica in self.replicas if replica.running is None]
-        if asleep:
-            await asyncio.to_thread(asleep[0].start)
-            for replica in asleep[1:]:
-                threading.Thread(target=self._start_one, args=(replica,), daemon=True).start()
-
-    async def _sleep(self) -> None:
-        import asyncio
-
-        for replica in self.replicas:
-            if replica.snapshot is not None:
-                await asyncio.to_thread(replica.sleep)
-
-    def end(self) -> None:
-        """Begin the way down, from any thread."""
-        self._ending.set()
-        if self._loop is not None:
-            self._loop.call_soon_threadsafe(self._stop.set)
-
-    def _signalled(self) -> None:
-        if self._ending.is_set():
-            log.warning("told a second time: killing the engine")
-            for replica in self.replicas:
-                if replica.running:
-                    replica.running.close()
-            os._exit(130)
-        log.info("stopping: no new requests, finishing what is in flight")
-        self._ending.set()
-        self._stop.set()
-
-    async def _shut_down(self) -> None:
-        import asyncio
-
-        assert self._server is not None and self._pool is not None
-        if self._failure is not None:
-            from plugin.proxy.errors import StartFailed
-
-            log.error("%s", self._failure)
-            code = getattr(self._failure, "code", "internal")
-            message = self._failure.args[0] if self._failure.args else str(self._failure)
-            self._pool.start_failed(StartFailed(code, str(message)))
-            await asyncio.sleep(0)  # the answers to held requests are written by their own tasks
-        await self._server.shutdown(self.settings.grace_s)
-        codes = await asyncio.gather(*(asyncio.to_thread(replica.stop) for replica in self.replicas))
-        if self.weights:
-            await asyncio.to_thread(self.weights.close)
-        if self._failure is None and not self.exit_code:
-            self.exit_code = max((_shell_code(code) for code in codes), default=0)
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """To seconds."""
+        return value if isinstance(value, float) else seconds(str(value))
 
 
-def _shell_code(code: int) -> int:
-    """An exit code as a shell reports it: 128 plus the signal for a process that one ended."""
-    return 128 - code if code < 0 else code
+@click.command(context_settings=PASS_THROUGH)
+@click.option(
+    "--engine-python", metavar="PYTHON", show_envvar=True, help="The engine's interpreter.  [default: this one]"
+)
+@click.option(
+    "--name",
+    metavar="NAME",
+    show_envvar=True,
+    help="The snapshot's name.  [default: engine, model and a digest of what matters]",
+)
+@click.option(
+    "--replicas",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    show_envvar=True,
+    help="Replicas behind the one port.",
+)
+@click.option(
+    "--weights",
+    type=click.Choice(["auto", "full", "thin"]),
+    default="auto",
+    show_default=True,
+    show_envvar=True,
+    help="Carry the weights in the snapshot, or read them again at a restore.",
+)
+@click.option(
+    "--store",
+    metavar="URL",
+    show_envvar=True,
+    help="Where weights are kept as chunks.  [default: a folder in $QUICKTHAW_HOME]",
+)
+@click.option("--mount/--no-mount", default=True, show_envvar=True, help="Show the weights through the lazy mount.")
+@click.option("--snapshot/--no-snapshot", default=True, show_envvar=True, help="Take a snapshot where there is none.")
+@click.option("--restore/--no-restore", default=True, show_envvar=True, help="Restore where there is a snapshot.")
+@click.option(
+    "--shrink/--no-shrink",
+    default=True,
+    show_envvar=True,
+    help="Leave the empty KV cache out of the snapshot; the other way only to measure what that is worth.",
+)
+@click.option(
+    "--lazy/--no-lazy",
+    default=True,
+    show_envvar=True,
+    help="Restore the recorded working set first and the rest after the first token.",
+)
+@click.option(
+    "--verify",
+    type=click.Choice(["auto", "always", "never"]),
+    default="auto",
+    show_default=True,
+    show_envvar=True,
+    help="Digests: of files that changed since the last check, of all, or of none.",
+)
+@click.option(
+    "--strict",
+    is_flag=True,
+    show_envvar=True,
+    help="Fail where a layer is off or a restore fails, instead of going on without.",
+)
+@click.option(
+    "--idle-timeout",
+    type=Seconds(),
+    default="0",
+    show_envvar=True,
+    help="Stop the engine after so long without a request; the next wakes it.",
+)
+@click.option(
+    "--start-timeout",
+    type=Seconds(),
+    default="30m",
+    show_default=True,
+    show_envvar=True,
+    help="How long a cold start may take.",
+)
+@click.option(
+    "--grace", type=Seconds(), default="30s", show_default=True, show_envvar=True, help="How long a stop may take."
+)
+@click.option(
+    "--scrub-env",
+    metavar="NAME",
+    multiple=True,
+    show_envvar=True,
+    help="Keep a variable from the engine (and its snapshot). Repeatable.",
+)
+@click.option(
+    "--sign-key", type=click.Path(path_type=Path), show_envvar=True, help="Sign the snapshot with this Ed25519 key."
+)
+@click.option(
+    "--trust-key",
+    "trust_keys",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    show_envvar=True,
+    help="Restore only what one of these keys has signed. Repeatable.",
+)
+@click.option("--quiet", is_flag=True, show_envvar=True, help="Only warnings and errors of ours.")
+@click.argument("engine", metavar="vllm|sglang")
+@click.argument("engine_arguments", nargs=-1, type=click.UNPROCESSED, metavar="ENGINE-ARGS…")
+def launch(engine: str, engine_arguments: tuple[str, ...], **options: Any) -> int:
+    """Start an engine with its own arguments; the second time in about a second.
 
+    Restores where a snapshot of this very launch exists; else starts cold through the lazy mount, warms up, takes a snapshot, and serves.
+    The port answers from the first moment; requests are held until a replica is verified.
 
-def _remember(settings: LaunchSettings, replica: Replica, seconds: float) -> None:
-    """Add this start to the measured lead times (the proxy's deadlines and the capacity plan read them)."""
-    from plugin.history import remember
-
-    remember(settings, "restored" if replica.restored else "cold", seconds)
-
-
-def launch(settings: LaunchSettings, stdout: int | None = 1, stderr: int | None = 2) -> int:
-    """Run a launch to its end; the exit code. Raises LauncherError for what is wrong before anything has started."""
+    \b
+    quickthaw launch vllm --model /models/llama --port 8000
+    quickthaw launch --engine-python /opt/sglang/bin/python sglang --model-path /models/qwen --port 30000
+    quickthaw launch --idle-timeout 10m --replicas 2 vllm --model /models/llama
+    docker run … --entrypoint quickthaw IMAGE launch vllm --model /models/llama
+    """
     import launchers
+    from launchers.errors import Usage
+    from plugin.settings import LaunchSettings, state_home
+    from plugin.supervisor import launch as start
 
-    engine = launchers.engine(settings.engine)
-    layers, criu = detect(settings.home)
-    settings.home.mkdir(mode=0o700, parents=True, exist_ok=True)
-    weights = Weights(settings.command.model, settings.home, settings.store_url, settings.mount and not layers.mount)
-    if weights.path is None and not settings.named:
-        layers = Layers(
-            mount="the model is not a directory on this host; download it first, and give its path",
-            sandbox=layers.sandbox or "the engine has to download the model, and a sandbox has no network",
-            snapshots=layers.snapshots or "no sandbox",
+    start_log(options["quiet"])
+    environment = dict(os.environ)
+    command = launchers.engine(engine).parse(engine_arguments, environment)
+    python = options["engine_python"] or sys.executable
+    if not os.access(python, os.X_OK):
+        raise Usage("engine-python", f"{python} cannot be executed; give the engine's interpreter with --engine-python")
+    return start(
+        LaunchSettings(
+            engine=engine,
+            command=command,
+            engine_python=os.path.abspath(python),
+            home=state_home(),
+            store_url=options["store"],
+            name=options["name"],
+            replicas=options["replicas"],
+            weights=options["weights"],
+            mount=options["mount"],
+            take_snapshot=options["snapshot"],
+            use_snapshot=options["restore"],
+            strict=options["strict"],
+            shrink=options["shrink"],
+            lazy_restore=options["lazy"],
+            verify=options["verify"],
+            idle_timeout_s=options["idle_timeout"],
+            start_timeout_s=options["start_timeout"],
+            grace_s=options["grace"],
+            scrub_env=options["scrub_env"],
+            sign_key=options["sign_key"],
+            trust_keys=options["trust_keys"],
+            environment=environment,
         )
-    for layer, why in layers.off().items():
-        log.warning("%s off: %s", layer, why)
-    if settings.strict and layers.off():
-        raise LauncherError(
-            "layer-off", f"--strict, and {', '.join(layers.off())} cannot be had here; see quickthaw doctor"
-        )
-    sock = bind(settings.command.host, settings.command.port)
-    run = Launch(settings, sock, layers, stdout=stdout, stderr=stderr)
-    try:
-        run.begin(criu, engine, weights)
-        return run.run()
-    finally:
-        sock.close()
-        for replica in run.replicas:
-            if replica.running:
-                replica.running.close()
-        weights.close()
+    )
 
 
 def main() -> None:
     """The entry point of `python -m plugin.launch`."""
     from plugin.cli import run
 
+    sys.modules["plugin.launch"] = sys.modules["__main__"]  # the command group must not execute this file again
     run(["launch", *sys.argv[1:]])
 
 

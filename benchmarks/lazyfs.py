@@ -248,6 +248,7 @@ class Bench:
                 self.row("peers", "lazyfs: remounted, from its cache", again / raw, 0, "of raw")
             for name, command in _peers(plain, self.scratch):
                 where = self.scratch / f"peer-{name.split()[0]}"
+                (self.scratch / name.split()[0]).mkdir()
                 where.mkdir()
                 process = subprocess.Popen([*command, str(where)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
                 try:

@@ -343,7 +343,7 @@ class Cache:
         """Forget one file's image unless it is in use; returns the bytes freed."""
         return self._remove(self.folder(file) / "lock")
 
-    def quarantine(self, digest: str, data: bytes, keep: int = 16) -> Path | None:
+    def quarantine(self, digest: str, data: bytes | memoryview, keep: int = 16) -> Path | None:
         """Keep a body that failed verification, the newest `keep` of them; None when the disk has no room for it."""
         folder = private_dir(self.root / "quarantine")
         path = folder / f"{digest}.{time.time_ns()}"

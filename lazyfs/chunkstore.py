@@ -128,11 +128,11 @@ class ChunkStore:
             data = self.decode(digest, body, form, length)
             if digest_of(data) != digest:
                 raise Integrity(f"chunk {digest[:12]} in {self.store.url} does not match its digest")
-            return data
+            return bytes(data) if isinstance(data, memoryview) else data
         raise NotFound(f"chunk {digest[:12]} is not in {self.store.url}")
 
     @staticmethod
-    def decode(digest: str, body: bytes, encoding: int, length: int | None) -> bytes:
+    def decode(digest: str, body: bytes | memoryview, encoding: int, length: int | None) -> bytes | memoryview:
         """Undo the encoding; Integrity when it cannot be undone or has not the expected length."""
         if encoding == ZSTD:
             try:

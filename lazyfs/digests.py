@@ -26,7 +26,7 @@ class DigestLog:
         raw = os.pread(self._fd(file), _DIGEST, index * _DIGEST)
         return raw.hex() if any(raw) and len(raw) == _DIGEST else ""
 
-    def record(self, file: File, index: int, data: bytes) -> None:
+    def record(self, file: File, index: int, data: bytes | memoryview) -> None:
         """Remember the digest of a chunk that was read for the first time."""
         os.pwrite(self._fd(file), bytes.fromhex(digest_of(data)), index * _DIGEST)
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from lazyfs.cache import PRESENT, UNPROVEN, AnyImage, Cache
+from lazyfs.chunking import MAX_CHUNK
 from lazyfs.chunkstore import ChunkStore, chunk_key, digest_of, zero_digest
 from lazyfs.digests import DigestLog
 from lazyfs.errors import DiskFull, Integrity, NotFound, Permanent
@@ -23,6 +25,7 @@ from lazyfs.retry import RetryPolicy, retrying
 from lazyfs.stores.base import Store
 
 log = logging.getLogger("lazyfs.fetch")
+_local = threading.local()
 
 
 class ByteSource(Protocol):
@@ -30,7 +33,7 @@ class ByteSource(Protocol):
 
     store: Store
 
-    def fetch(self, file: File, index: int, *, fresh: bool = False) -> bytes: ...
+    def fetch(self, file: File, index: int, *, fresh: bool = False) -> bytes | memoryview: ...
 
 
 @dataclass
@@ -44,6 +47,14 @@ class FetchStats:
     fetches: int = 0
 
 
+def scratch() -> memoryview:
+    """This thread's buffer of one chunk: what a fetch returns may lie in it, and is gone with the thread's next fetch."""
+    view: memoryview | None = getattr(_local, "scratch", None)
+    if view is None:
+        view = _local.scratch = memoryview(bytearray(MAX_CHUNK))
+    return view
+
+
 class StoreSource:
     """Chunks of an imported manifest, out of a chunk store."""
 
@@ -51,13 +62,13 @@ class StoreSource:
         self.chunks = chunks
         self.store = chunks.store
 
-    def fetch(self, file: File, index: int, *, fresh: bool = False) -> bytes:
+    def fetch(self, file: File, index: int, *, fresh: bool = False) -> bytes | memoryview:
         """The plain bytes, not verified. NotFound, Integrity (undecodable) or what the store raises."""
         chunk = file.chunks[index]
         missing: NotFound | None = None
         for encoding in (chunk.encoding, ZSTD if chunk.encoding == RAW else RAW):
             try:
-                body = self.chunks.store.get(chunk_key(chunk.digest, encoding))
+                body = self.chunks.store.get(chunk_key(chunk.digest, encoding), into=scratch())
             except NotFound as error:
                 missing = missing or error
                 continue
@@ -72,10 +83,10 @@ class ReadThroughSource:
     def __init__(self, store: Store) -> None:
         self.store = store
 
-    def fetch(self, file: File, index: int, *, fresh: bool = False) -> bytes:
+    def fetch(self, file: File, index: int, *, fresh: bool = False) -> bytes | memoryview:
         """The chunk. Permanent("source-changed") when the source is not the one the manifest describes."""
         length = file.chunks[index].length
-        data = self.store.get(file.path, file.offsets[index], length, file.version)
+        data = self.store.get(file.path, file.offsets[index], length, file.version, scratch())
         if len(data) != length:
             raise Permanent(f"{file.path} ends early; the source has changed, mount it again", code="source-changed")
         return data
@@ -100,7 +111,7 @@ class ChunkFetcher:
         self.stats = FetchStats()
         self.policy = RetryPolicy(limit=limit_s)
 
-    def fill(self, image: AnyImage, index: int) -> bytes | None:
+    def fill(self, image: AnyImage, index: int) -> bytes | memoryview | None:
         """Make the chunk PRESENT in `image`; None. When the disk has no room the verified bytes are returned instead.
 
         Raises Integrity, NotFound, Temporary (limit reached) or Permanent.
@@ -126,7 +137,7 @@ class ChunkFetcher:
                 return data
         return None
 
-    def _get(self, file: File, index: int) -> bytes:
+    def _get(self, file: File, index: int) -> bytes | memoryview:
         chunk = file.chunks[index]
         start = time.monotonic()
         data = self._from_origin(file, index)
@@ -139,10 +150,10 @@ class ChunkFetcher:
         self.stats.fetches += 1
         return data
 
-    def _from_store(self, file: File, index: int) -> bytes:
+    def _from_store(self, file: File, index: int) -> bytes | memoryview:
         chunk = file.chunks[index]
 
-        def attempt(fresh: bool) -> bytes:
+        def attempt(fresh: bool) -> bytes | memoryview:
             data = retrying(lambda: self.source.fetch(file, index, fresh=fresh), self.policy, on_retry=self._retried)
             if not self._matches(file, index, data):
                 self.stats.quarantined += 1
@@ -157,7 +168,7 @@ class ChunkFetcher:
             log.warning("%s; fetching it once more", error)
             return attempt(True)
 
-    def _matches(self, file: File, index: int, data: bytes) -> bool:
+    def _matches(self, file: File, index: int, data: bytes | memoryview) -> bool:
         """Whether these are the chunk's bytes. A read-through chunk met for the first time defines its digest."""
         chunk = file.chunks[index]
         if len(data) != chunk.length:
@@ -171,7 +182,7 @@ class ChunkFetcher:
             return True
         return digest_of(data) == expected
 
-    def _from_origin(self, file: File, index: int) -> bytes | None:
+    def _from_origin(self, file: File, index: int) -> bytes | memoryview | None:
         """Out of the file it was imported from, if that is unchanged; verified like everything else."""
         found = self.origins.get(file.path)
         if found is None:

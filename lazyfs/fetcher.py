@@ -229,7 +229,7 @@ class Fetcher:
         if local or not store.remote or self.manifest.kind == "source":
             return local
         try:
-            found = parse(store.get(shared_key(self.config.manifest)))
+            found = parse(bytes(store.get(shared_key(self.config.manifest))))
             self.trace_was_shared = True
             return found
         except NotFound:

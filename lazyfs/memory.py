@@ -101,7 +101,7 @@ class SlotWriter:
     def __init__(self, fd: int) -> None:
         self._view = memoryview(mmap.mmap(fd, os.fstat(fd).st_size))
 
-    def write(self, slot: int, data: bytes) -> None:
+    def write(self, slot: int, data: bytes | memoryview) -> None:
         """Put a verified chunk into a lent slot."""
         base = slot * MAX_CHUNK
         self._view[base : base + len(data)] = data

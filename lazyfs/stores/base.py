@@ -28,10 +28,18 @@ class Store(Protocol):
     # Whether another machine may be behind it: decides compression, tracing and prefetching.
     remote: bool
 
-    def get(self, key: str, start: int = 0, length: int | None = None, version: str = "") -> bytes:
+    def get(
+        self,
+        key: str,
+        start: int = 0,
+        length: int | None = None,
+        version: str = "",
+        into: memoryview | None = None,
+    ) -> bytes | memoryview:
         """Bytes from `start`; fewer than `length` only at the object's end. NotFound when there is no such object.
 
-        With `version` (of an ObjectInfo), Permanent("source-changed") unless the object still has it.
+        With `version` (of an ObjectInfo), Permanent("source-changed") unless the object still has it. `into`: memory that
+        the implementation may read into, and then return a view of: fresh memory for every 8 MiB costs more than the copy.
         """
 
     def put(self, key: str, data: bytes | memoryview) -> None:

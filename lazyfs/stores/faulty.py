@@ -42,7 +42,14 @@ class FaultyStore:
             raise Usage(f"unknown fault {settings['fault']!r}; known: {', '.join(FAULTS)}")
         return settings
 
-    def get(self, key: str, start: int = 0, length: int | None = None, version: str = "") -> bytes:
+    def get(
+        self,
+        key: str,
+        start: int = 0,
+        length: int | None = None,
+        version: str = "",
+        into: memoryview | None = None,
+    ) -> bytes | memoryview:
         settings = self._settings()
         fault = settings.get("fault")
         hit = fault is not None and key.startswith(settings.get("only", ""))

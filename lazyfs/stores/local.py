@@ -19,6 +19,8 @@ from lazyfs.urls import local_path
 
 # A temporary file older than this belongs to a writer that was killed.
 _STALE_S = 3600
+# Below this, bytes of one's own cost nothing and are easier to handle than a view.
+_COPY = 65536
 
 
 def open_url(url: str) -> LocalStore:
@@ -45,7 +47,14 @@ class LocalStore:
         """Where the object of `key` lies (or would lie)."""
         return self.root / key
 
-    def get(self, key: str, start: int = 0, length: int | None = None, version: str = "") -> bytes:
+    def get(
+        self,
+        key: str,
+        start: int = 0,
+        length: int | None = None,
+        version: str = "",
+        into: memoryview | None = None,
+    ) -> bytes | memoryview:
         try:
             fd = os.open(self.path(key), os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
@@ -57,14 +66,22 @@ class LocalStore:
                 raise Permanent(f"{self.path(key)} was changed; mount or import it again", code="source-changed")
             if length is None:
                 length = max(0, os.fstat(fd).st_size - start)
-            buffer = bytearray(length)
-            view, got = memoryview(buffer), 0
+            own = None
+            if into is not None and len(into) >= length:
+                view = into[:length]
+            else:
+                own = bytearray(length)
+                view = memoryview(own)
+            got = 0
             while got < length:
                 n = os.preadv(fd, [view[got:]], start + got)
                 if n == 0:
-                    return bytes(view[:got])
+                    break
                 got += n
-            return bytes(buffer) if length < 65536 else buffer  # type: ignore[return-value]
+            if own is not None and got == length >= _COPY:
+                # A bytearray serves as bytes for every reader, and a copy of 8 MiB would be felt.
+                return own  # type: ignore[return-value]
+            return view[:got] if length >= _COPY else bytes(view[:got])
         except OSError as error:
             raise from_os_error(error, f"cannot read {self.path(key)}") from error
         finally:

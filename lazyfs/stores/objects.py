@@ -59,7 +59,14 @@ class ObstoreStore:
         except (failures.BaseError, ValueError) as error:
             raise Permanent(f"cannot open {url}: {_line(error)}", code="store-config") from error
 
-    def get(self, key: str, start: int = 0, length: int | None = None, version: str = "") -> bytes:
+    def get(
+        self,
+        key: str,
+        start: int = 0,
+        length: int | None = None,
+        version: str = "",
+        into: memoryview | None = None,
+    ) -> bytes | memoryview:
         try:
             if length is None and start == 0 and not version:
                 return bytes(obstore.get(self._store, key).bytes())

@@ -22,6 +22,7 @@ from lazyfs.stores.base import ObjectInfo
 INACTIVITY_S, WHOLE_S = 10.0, 60.0
 _REDIRECTS = 5
 _PIECE = 1 << 20
+_COPY = 65536
 
 
 def open_url(url: str) -> WebStore:
@@ -44,7 +45,14 @@ class WebStore:
         self._local = threading.local()
         self._all: list[http.client.HTTPConnection] = []
 
-    def get(self, key: str, start: int = 0, length: int | None = None, version: str = "") -> bytes:
+    def get(
+        self,
+        key: str,
+        start: int = 0,
+        length: int | None = None,
+        version: str = "",
+        into: memoryview | None = None,
+    ) -> bytes | memoryview:
         if length == 0:
             return b""
         headers = {}
@@ -52,7 +60,7 @@ class WebStore:
             headers["Range"] = f"bytes={start}-{'' if length is None else start + length - 1}"
         if version:
             headers["If-Match"] = version
-        status, answer, body = self._request("GET", key, headers)
+        status, answer, body = self._request("GET", key, headers, into)
         if status == 416:
             return b""
         etag = answer.get("ETag", "")
@@ -67,7 +75,7 @@ class WebStore:
 
     def head(self, key: str) -> ObjectInfo | None:
         try:
-            _, answer, _ = self._request("HEAD", key, {})
+            _, answer, _ = self._request("HEAD", key, {}, None)
         except NotFound:
             return None
         modified = email.utils.parsedate_tz(answer.get("Last-Modified", ""))
@@ -92,12 +100,14 @@ class WebStore:
     def _read_only(self) -> LazyfsError:
         return Permanent(f"{self.url} is read-only; import into a directory or a bucket", code="read-only-store")
 
-    def _request(self, method: str, key: str, headers: dict[str, str]) -> tuple[int, http.client.HTTPMessage, bytes]:
+    def _request(
+        self, method: str, key: str, headers: dict[str, str], into: memoryview | None
+    ) -> tuple[int, http.client.HTTPMessage, bytes | memoryview]:
         url = f"{self.base}/{quote(key)}"
         deadline = time.monotonic() + self.whole_s
         for _ in range(_REDIRECTS):
             try:
-                status, answer, body = self._once(method, url, headers, deadline)
+                status, answer, body = self._once(method, url, headers, deadline, into)
             except (OSError, http.client.HTTPException) as error:
                 self._drop(url)
                 raise Temporary(f"{url}: {error or type(error).__name__}") from error
@@ -110,8 +120,8 @@ class WebStore:
         raise Permanent(f"{url}: too many redirections")
 
     def _once(
-        self, method: str, url: str, headers: dict[str, str], deadline: float
-    ) -> tuple[int, http.client.HTTPMessage, bytes]:
+        self, method: str, url: str, headers: dict[str, str], deadline: float, into: memoryview | None
+    ) -> tuple[int, http.client.HTTPMessage, bytes | memoryview]:
         parts = urlsplit(url)
         connection = self._connection(url)
         same_host = url.startswith(self.base)
@@ -122,30 +132,35 @@ class WebStore:
         target = parts.path + (f"?{parts.query}" if parts.query else "")
         connection.request(method, target, headers=sent)
         response = connection.getresponse()
+        body: bytes | memoryview = b""
+        if method != "HEAD":
+            body = self._body(response, deadline, into)
+        response.close()
+        if response.will_close:
+            self._drop(url)
+        return response.status, response.headers, body
+
+    def _body(self, response: http.client.HTTPResponse, deadline: float, into: memoryview | None) -> bytes | memoryview:
         length = response.length
-        body = bytearray() if length is None or method == "HEAD" else bytearray(length)
-        view, got = memoryview(body), 0
-        while method != "HEAD":
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"not complete after {self.whole_s:g} s")
-            if length is None:
-                piece = response.read(_PIECE)
-                if not piece:
-                    break
-                view.release()
-                body += piece
-                view = memoryview(body)
-                continue
-            if got == length:
-                break
+        if length is None:
+            pieces = []
+            while piece := response.read(_PIECE):
+                pieces.append(piece)
+                self._in_time(deadline)
+            return b"".join(pieces)
+        view = memoryview(bytearray(length)) if into is None or len(into) < length else into[:length]
+        got = 0
+        while got < length:
+            self._in_time(deadline)
             n = response.readinto(view[got : got + _PIECE])
             if not n:
                 raise http.client.IncompleteRead(bytes(view[:got]), length - got)
             got += n
-        response.close()
-        if response.will_close:
-            self._drop(url)
-        return response.status, response.headers, bytes(body) if len(body) < 65536 else body  # type: ignore[return-value]
+        return view if length >= _COPY else bytes(view)
+
+    def _in_time(self, deadline: float) -> None:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"not complete after {self.whole_s:g} s")
 
     def _connection(self, url: str) -> http.client.HTTPConnection:
         parts = urlsplit(url)

@@ -167,7 +167,7 @@ def drive(frozen: Frozen, seed: int, steps: int, known: bool, rate: float) -> di
         frozen.order(sandbox, seed=seed, steps=steps)
         server.first_token()
         result = frozen.result(sandbox)
-        assert result["errors"] == [], f"seed {seed}"
+        assert result["errors"] == [], f"seed {seed}: {result['errors']}"
         assert result["children"]
         counts = server.stats()
         server.requests_done()

@@ -1,0 +1,35 @@
+"""Use the chunk store for something that is no model: keep versions of a folder, each costing only what changed.
+
+python examples/lazyfs_blobs.py FOLDER STORE
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from lazyfs.chunkstore import ChunkStore
+from lazyfs.stores import open_store
+from lazyfs.trees import get_tree, put_tree
+
+
+def run(folder: Path, store: str) -> str:
+    """Store the folder twice (the second time costs nothing), fetch it back; the digest of its manifest."""
+    chunks = ChunkStore(open_store(store), zstd=1)
+    blob = chunks.put(b"a chunk of one's own")
+    assert chunks.get(blob) == b"a chunk of one's own"
+
+    written: list[int] = []
+    digest = put_tree(folder, chunks, name="example", progress=lambda p: written.append(p.stored))
+    again = put_tree(folder, chunks, name="example", progress=lambda p: written.append(p.stored))
+    assert again == digest
+    print(f"{digest[:16]}: at most {max(written, default=0)} bytes written, then {written[-1] if written else 0}")
+
+    copy = folder.with_name(folder.name + ".copy")
+    get_tree(digest, chunks, copy)
+    print(f"the same files again in {copy}")
+    return digest
+
+
+if __name__ == "__main__":
+    run(Path(sys.argv[1]), sys.argv[2])

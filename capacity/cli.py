@@ -68,6 +68,9 @@ def plan() -> None:
 @click.argument("file", type=click.Path(path_type=Path))
 @option("--json", "as_json", is_flag=True, help="Print JSON.")
 @option("--exact", is_flag=True, help="Solve the integer program too, and print the gap of the rounding.")
+@option(
+    "--thorough", is_flag=True, help="Search for a better rounding at any size; large plans are constructed otherwise."
+)
 @option("--explain", is_flag=True, help="Say where each number comes from.")
 @option("--emit", type=click.Choice(["kubernetes"]), help="Print the idle buffer as objects instead.")
 @option("--idle-by", type=click.Choice(["pause-pods", "capacity-buffer"]), help="With --emit: only this way.")
@@ -84,6 +87,7 @@ def solve_command(
     file: Path,
     as_json: bool,
     exact: bool,
+    thorough: bool,
     explain: bool,
     emit: str | None,
     idle_by: str | None,
@@ -104,13 +108,13 @@ def solve_command(
             _watch(file, watch, command, state, rounds, as_json, exact)
             return
         problem = load(file)
-        chosen = solve(problem, "restored", exact=exact, limit=limit)
+        chosen = solve(problem, "restored", exact=exact, thorough=thorough, limit=limit)
         if emit:
             from capacity.kubernetes import manifest
 
             click.echo(manifest(chosen, namespace=namespace, way=idle_by, pause_image=pause_image), nl=False)
             return
-        other = _cold(problem, exact, limit)
+        other = _cold(problem, exact, thorough, limit)
     except CapacityError as error:
         fail(error)
     if as_json:
@@ -119,13 +123,13 @@ def solve_command(
         report.print_plan(_console(), chosen, other, explain=explain)
 
 
-def _cold(problem: Any, exact: bool, limit: float) -> Any:
+def _cold(problem: Any, exact: bool, thorough: bool, limit: float) -> Any:
     """The same plan with cold lead times; None when they leave no feasible plan, which the report says."""
     from capacity.errors import InfeasibleError
     from capacity.plan import solve
 
     try:
-        return solve(problem, "cold", exact=exact, explained=False, limit=limit)
+        return solve(problem, "cold", exact=exact, thorough=thorough, explained=False, limit=limit)
     except InfeasibleError:
         return None
 

@@ -129,6 +129,8 @@ def step(problem: Problem, need: Need, program: Program, t: int, want: Floats, b
     if not _lay_blocks(state, fraction, price):
         return None
     _close(state, before, price)
+    if _trim(state, price):
+        _close(state, before, price)
     return _values(state, program, before)
 
 
@@ -232,6 +234,32 @@ def _lay_blocks(state: _State, fraction: list[float], price: list[float]) -> boo
             else:
                 return False
     return True
+
+
+def _trim(state: _State, price: list[float]) -> bool:
+    """Take away replicas that nothing needs: rounding up for demand and for zones may have asked for the same one twice."""
+    taken = False
+    uses: list[list[int]] = [[] for _ in state.served]
+    for g, group in enumerate(state.need.groups):
+        for j in group.relief:
+            uses[j].append(g)
+    for j in range(len(state.served)):
+        held = [p for p in state.fits[j] if state.tenants[p].get(j)]
+        for p in sorted(held, key=lambda p: (-price[p] * state.width[p][j], p)):
+            while state.tenants[p].get(j):
+                before = state.surplus(j)
+                state.put(p, j, -1)
+                spare = before > EPS and state.surplus(j) < before - EPS
+                if state.lacks(j) or state.zone_lacks(j) or (spare and any(_short(state, g) for g in uses[j])):
+                    state.put(p, j, 1)
+                    break
+                taken = True
+    return taken
+
+
+def _short(state: _State, g: int) -> bool:
+    required = float(state.need.groups[g].required[state.t])
+    return state.block_worth(g) < required - EPS * max(1.0, required)
 
 
 def _close(state: _State, before: list[int], price: list[float]) -> None:

@@ -115,13 +115,15 @@ def solve(
     *,
     exact: bool = False,
     quick: bool = False,
+    thorough: bool = False,
     explained: bool = True,
     stay: bool = False,
     limit: float = 60.0,
 ) -> Plan:
     """The plan of a problem with lead times of `kind`; at most `limit` seconds for each of the solves.
 
-    `quick` builds whole numbers by construction first, also where a search would be affordable. `explained` finds out why when
+    `quick` builds whole numbers by construction only where that succeeds; `thorough` improves them by
+    search at any size. `explained` finds out why when
     there is no plan. `stay` allows no start and no stop in the first step. Raises InfeasibleError with the conflict and the
     nearest change, SolverError when HiGHS gives up.
     """
@@ -135,7 +137,7 @@ def solve(
     relaxed = solver.relax(built, limit=limit)
     if relaxed.values is None:
         raise explain.infeasible(problem, built, whole=False) if explained else InfeasibleError(Conflict((), False))
-    rounded = solver.round_whole(built, relaxed.values, problem, required, quick=quick, limit=limit)
+    rounded = solver.round_whole(built, relaxed.values, problem, required, quick=quick, thorough=thorough, limit=limit)
     best = solver.exact(built, start=rounded.values, limit=limit) if exact else None
     chosen = rounded if best is None else best
     if chosen.values is None:

@@ -1,9 +1,10 @@
 """The three solves: the linear program with its duals, a rounding that keeps every constraint, the exact integer program.
 
-The rounding works step by step: an integer program over one step, the step before it fixed. A large step is confined to the
-whole numbers next to its linear program (relaxation-enforced neighbourhood search, Berthold 2014), so that it is the size of
-that step's basis. Then windows of two steps are solved again with the rest fixed (fix-and-optimize, Helber and Sahling 2010)
-until nothing improves or the rounds for it are spent. Steps too large for that are built by `greedy.py`.
+The rounding works step by step, the step before it fixed. A small step is an integer program of its own, and then windows of
+two steps are solved again with the rest fixed (fix-and-optimize, Helber and Sahling 2010). A larger one is built by
+`greedy.py` and improved by solving it again with the pools of one region free and the others as they are (large neighbourhood
+search, Shaw 1998), unless it is so large that this is left to those who ask for it. When nothing can be built, the whole
+numbers next to the linear program are searched (relaxation-enforced neighbourhoods, Berthold 2014), and then all.
 """
 
 from __future__ import annotations
@@ -22,12 +23,17 @@ from capacity.need import Need
 from capacity.program import Program
 
 SMALL = 4000  # columns up to which a plain solve is the fastest
-FREE = 600  # whole-number columns of a step that need no neighbourhood
+FREE = 120  # whole-number columns of a step up to which it is searched as one
+MIDDLING = 1500  # whole-number columns of all steps up to which constructed steps are improved without being asked
 # Work is limited by nodes and rounds, not by time, so that a busy machine plans the same.
 STEP_GAP = 1e-4
 STEP_NODES = 500
 POLISH_NODES = 50
 POLISH_ROUNDS = 2
+NEIGHBOUR_NODES = 30
+NEIGHBOUR_GAP = 2e-3
+NEIGHBOUR_LIMIT = 30.0
+WINDOW = 8  # pools
 
 
 def relax(program: Program, *, limit: float = 60.0) -> Outcome:
@@ -55,7 +61,14 @@ def snap(program: Program, values: Floats) -> Floats:
 
 
 def round_whole(
-    program: Program, relaxed: Floats, problem: Problem, need: Need, *, quick: bool = False, limit: float = 30.0
+    program: Program,
+    relaxed: Floats,
+    problem: Problem,
+    need: Need,
+    *,
+    quick: bool = False,
+    thorough: bool = False,
+    limit: float = 30.0,
 ) -> Outcome:
     """A whole-number plan near `relaxed`, all constraints kept; falls back to the integer program over all steps.
 
@@ -63,8 +76,9 @@ def round_whole(
     """
     began = time.perf_counter()
     deadline = began + limit
+    better = thorough or (not quick and int(program.integer.sum()) <= MIDDLING)
     large = quick or int(program.integer[: program.columns].sum()) > FREE
-    values = _constructed(program, relaxed, problem, need) if large else None
+    values = _constructed(program, relaxed, problem, need, thorough=better) if large else None
     if values is None:
         for reach in (0, 2, None):
             values = _by_step(program, relaxed, reach, deadline)
@@ -80,7 +94,7 @@ def round_whole(
     return Outcome(values, objective, -np.inf, seconds=time.perf_counter() - began, proven=False)
 
 
-def _constructed(program: Program, relaxed: Floats, problem: Problem, need: Need) -> Floats | None:
+def _constructed(program: Program, relaxed: Floats, problem: Problem, need: Need, *, thorough: bool) -> Floats | None:
     """By `greedy.py`, step after step; None when any constraint is not kept."""
     before = [pool.held for pool in problem.pools]
     found: list[Floats] = []
@@ -89,14 +103,52 @@ def _constructed(program: Program, relaxed: Floats, problem: Problem, need: Need
         values = greedy.step(problem, need, program, t, want, before)
         if values is None:
             return None
-        found.append(values)
-        before = [int(v) for v in values[: len(before)]]
+        found.append(_neighbours(program, t, values, before, problem) if thorough else values)
+        before = [int(v) for v in found[-1][: len(before)]]
     result = np.concatenate(found)
     reached = np.bincount(program.row, program.val * result[program.col], minlength=len(program.row_lower))
     slack = highs.FEASIBILITY * np.maximum(1.0, np.abs(reached)) * 10
     kept = (reached >= program.row_lower - slack) & (reached <= program.row_upper + slack)
     inside = (result <= program.upper + INTEGRALITY) & (result >= program.lower - INTEGRALITY)
     return result if bool(kept.all() and inside.all()) else None
+
+
+def _neighbours(program: Program, t: int, values: Floats, before: list[int], problem: Problem) -> Floats:
+    """The step again with the pools of one region free and all others as they are, region after region."""
+    previous = np.zeros(program.columns)
+    previous[: len(before)] = before
+    one = highs.step(program, highs.view(program), t, previous if t else None)
+    best = values
+    for window in _windows(problem):
+        inside = np.zeros(len(before), dtype=np.bool_)
+        inside[window] = True
+        free = np.ones(program.columns, dtype=np.bool_)  # the sums over places, surplus and zones follow
+        free[: program.at_u] = inside
+        free[program.at_u : program.at_x] = inside
+        free[program.at_x : program.at_b] = inside[program.pairs[:, 0]]
+        free[program.at_b : program.at_s] = inside[program.blocks[:, 0]]
+        part = replace(one, lower=np.where(free, one.lower, best), upper=np.where(free, one.upper, best))
+        try:
+            solver = highs.load(part, whole=True, limit=NEIGHBOUR_LIMIT, gap=NEIGHBOUR_GAP, nodes=NEIGHBOUR_NODES)
+            outcome = highs.run(solver, whole=True)
+        except SolverError:
+            continue  # no better plan within the nodes
+        if outcome.values is not None:
+            found = snap(part, outcome.values)
+            if float(part.cost @ found) < float(part.cost @ best) - 1e-9:
+                best = found
+    return best
+
+
+def _windows(problem: Problem) -> list[list[int]]:
+    """Pools that can stand in for each other: of a region, at most WINDOW at a time."""
+    found = []
+    for region in sorted({pool.region for pool in problem.pools}):
+        inside = [i for i, pool in enumerate(problem.pools) if pool.region == region]
+        inside.sort(key=lambda i: (problem.pools[i].gpu, problem.pools[i].zone, i))
+        parts = -(-len(inside) // WINDOW)
+        found += [inside[k::parts] for k in range(parts)]
+    return found
 
 
 def _by_step(program: Program, relaxed: Floats, reach: int | None, deadline: float) -> Floats | None:

@@ -302,3 +302,14 @@ def test_restored_lead_times_leave_no_hot_spare_and_pool_the_rest():
     pooled = next(g for g in restored.groups if len(g.services) == 2)
     assert pooled.required.tolist() == [10.0]
     assert restored.cap.tolist() == [[10.0], [10.0]]
+
+
+def test_neighbourhoods_only_improve_what_was_constructed():
+    problem = random_problem(21, pools=9, services=9, steps=1)
+    problem = replace(problem, quotas=(), policy=replace(problem.policy, region_mix={}, max_start=None, max_stop=None))
+    problem = replace(problem, pools=tuple(replace(p, quota=60, supply=None, refused=None) for p in problem.pools))
+    built = program.build(problem, need.compute(problem, "restored"))
+    assert int(built.integer.sum()) > solver.FREE
+    quick, default = solve(problem, quick=True), solve(problem)
+    assert default.cost <= quick.cost * (1 + 1e-9)
+    assert violations(problem, default.need, default.instances, default.replicas, default.blocks) == []

@@ -115,7 +115,7 @@ def test_an_engine_that_dies_at_once_gives_its_own_code_and_last_words(rig, tmp_
 
 def test_a_request_that_waits_for_an_engine_that_dies_is_told_why(rig, tmp_path):
     engine = tmp_path / "engine"
-    engine.write_text("#!/bin/sh\nsleep 3\nexit 4\n")
+    engine.write_text("#!/bin/sh\nsleep 1\nexit 4\n")
     engine.chmod(0o755)
     port = free_port()
     env = {**os.environ, "QUICKTHAW_HOME": str(rig.home), **rig.watch.environment}
@@ -196,6 +196,7 @@ def test_stopping_before_the_engine_serves_leaves_nothing(rig, tmp_path):
         assert process.returncode == 143
 
 
+@pytest.mark.slow  # the lazy mount outlives its last user by 15 s
 @pytest.mark.parametrize("moment", ["mounting", "starting", "loading"])
 def test_kill_9_of_the_launcher_leaves_nothing(rig, tmp_path, moment):
     engine = tmp_path / "engine"

@@ -1,0 +1,49 @@
+"""An owner that takes snapshots of the tree and restores them, over and over, saying what it does: something to kill at any moment.
+
+owner.py HOME ROUNDS
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from checkpoint.criu import Criu
+from checkpoint.library import Library
+from checkpoint.sandbox import CACHE_DIR, Bind, Sandbox, SandboxConfig
+from checkpoint.sealing import seal, verify
+from checkpoint.snapshot import LazyRestore, restore, take
+from plugin.output import Output
+from plugin.settings import state_home
+from tests.t1.test_checkpoint_tree import ask, draft, start_tree
+
+
+def main():
+    home, rounds = Path(sys.argv[1]), int(sys.argv[2])
+    library, criu = Library(home), Criu.find(state_home())
+    library.sweep()
+    binds = [Bind(home / "compile", Path(CACHE_DIR), read_only=False)]
+    for _ in range(rounds):
+        print("sandbox", flush=True)
+        output = Output(None)
+        with Sandbox(SandboxConfig(binds=binds)) as sandbox:
+            pid = start_tree(sandbox, output, 8)
+            print("take", flush=True)
+            snapshot = take(library, criu, sandbox, draft("tree", pid, output), home / "compile", seal)
+            print("taken", flush=True)
+            ask(sandbox, op="count")
+        for lazy in (None, LazyRestore(None, True, print, print)):
+            print("restore", flush=True)
+            snapshot = library.load("tree")
+            verify(library.path("tree"), snapshot.files, always=True)
+            output = Output(None)
+            replica = restore(library, criu, snapshot, binds, home / "compile", {"stdout": output.write_fd}, lazy=lazy)
+            output.handed_over()
+            print("restored", flush=True)
+            assert ask(replica.sandbox, op="ballast")["wrong"] == 0
+            replica.close()
+    print("done", flush=True)
+
+
+if __name__ == "__main__":
+    main()

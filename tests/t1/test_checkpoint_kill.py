@@ -1,0 +1,88 @@
+"""kill -9 at each phase of a take and of a restore: nothing is left behind, what is in the library is whole, and the next run works."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from checkpoint.library import Library
+from checkpoint.sealing import verify
+from tests.leftovers import Watch, processes
+
+pytestmark = [pytest.mark.t1, pytest.mark.xdist_group("criu"), pytest.mark.slow]
+OWNER = Path(__file__).parents[1] / "programs" / "owner.py"
+
+
+@pytest.fixture
+def rig(tmp_path):
+    (tmp_path / "compile").mkdir()
+    watch = Watch(tmp_path)
+
+    def start(rounds):
+        env = {**os.environ, **watch.environment}
+        argv = [sys.executable, str(OWNER), str(tmp_path), str(rounds)]
+        return subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    yield tmp_path, watch, start
+
+
+def sound(home):
+    """Every snapshot that has a name is whole."""
+    library = Library(home)
+    for name in library.names():
+        verify(library.path(name), library.load(name).files, always=True)
+    return library
+
+
+@pytest.mark.parametrize("victim", ["owner", "criu", "init", "tree"])
+@pytest.mark.parametrize("moment", ["sandbox", "take", "restore"])
+def test_killed_at_a_phase(rig, moment, victim):
+    home, watch, start = rig
+    draw = random.Random(f"{moment} {victim}")
+    # What a restore needs is there, whatever moment is chosen.
+    assert start(1).wait(120) == 0
+    process = start(3)
+    with process:
+        for line in process.stdout:
+            if line.strip() == moment:
+                break
+        time.sleep(draw.uniform(0.0, 0.3))
+        if victim == "owner":
+            process.kill()
+        else:
+            name = {"criu": b"criu.bin", "init": b"init.py", "tree": b"tree.py"}[victim]
+            for pid in processes(watch._marker):
+                try:
+                    if name in Path(f"/proc/{pid}/cmdline").read_bytes():
+                        os.kill(pid, signal.SIGKILL)
+                except (OSError, ProcessLookupError):
+                    continue
+        # Whatever it says about it, it ends: with an error, or (nothing was there to be killed) well.
+        _, errors = process.communicate(timeout=120)
+        assert "Traceback" not in errors or "checkpoint.errors" in errors or "AssertionError" in errors, errors[-2000:]
+    assert {left for left in watch.gone() if not left.startswith(str(home))} == set()
+    sound(home)
+    again = start(1)
+    out, errors = again.communicate(timeout=120)
+    assert out.splitlines()[-1] == "done", errors[-2000:]
+    assert watch.gone() == {str(path) for path in home.glob("run/restore-*")}
+
+
+def test_killed_at_any_moment(rig):
+    home, watch, start = rig
+    draw = random.Random(7)
+    for _ in range(12):
+        process = start(2)
+        time.sleep(draw.uniform(0.2, 3.0))
+        process.kill()
+        process.communicate(timeout=60)
+    assert {left for left in watch.gone() if not left.startswith(str(home))} == set()
+    library = sound(home)
+    library.sweep()
+    assert [p.name for p in library.folder.glob(".partial-*")] == []
+    assert start(1).wait(120) == 0

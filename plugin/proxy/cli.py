@@ -80,6 +80,8 @@ def proxy(**options: Any) -> None:
     idle; or of several models
     behind one port (--config). The log is JSON lines on standard error; /-/ is a page for people, /-/metrics for
     Prometheus.
+
+    Every option can be set by a variable: --idle-timeout is QUICKTHAW_PROXY_IDLE_TIMEOUT.
     """
     if (options["upstream"] is None) == (options["config"] is None):
         raise click.UsageError("give either --upstream or --config")

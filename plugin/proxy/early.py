@@ -29,7 +29,7 @@ def wants_stream(request: Request) -> bool:
     if not request.complete or not request.http11 or request.method != b"POST":
         return False
     coding = [value for lower, _, value in request.headers if lower == b"content-encoding"]
-    body = b"".join(request.body)
+    body = bytes(request.body)
     if coding or b"stream" not in body:
         return False
     try:

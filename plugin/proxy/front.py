@@ -72,7 +72,8 @@ class ClientConnection(asyncio.Protocol):
         self._queue: deque[Request] = deque()
         self._parsing: Request | None = None
         self._parser = httptools.HttpRequestParser(self)
-        self._head_seen = 0
+        self._unparsed = 0
+        """Bytes since the parser last finished something: a head, a piece of body, a request."""
         self._head_began = 0.0
         self._in_head = False
         self._stopped = False
@@ -227,8 +228,7 @@ class ClientConnection(asyncio.Protocol):
         self._feed(data)
 
     def _feed(self, data: bytes) -> None:
-        if self._in_head or self._parsing is None:
-            self._head_seen += len(data)
+        self._unparsed += len(data)
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade as exc:
@@ -240,8 +240,8 @@ class ClientConnection(asyncio.Protocol):
             elif not self._stopped:
                 self._fault(ClientFault("malformed-request", f"this is not a well-formed HTTP request: {exc}"))
             return
-        if self._in_head and self._head_seen > 2 * self.settings.max_head:
-            self._fault(ClientFault("head-too-large", "the request's head is too large", status=431))
+        if self._unparsed > 2 * self.settings.max_head:
+            self._fault(ClientFault("head-too-large", "the request's head or trailers are too large", status=431))
 
     def eof_received(self) -> bool:
         """Called by the loop: a client that closes its side has gone, which is the only sign of going there is."""
@@ -292,7 +292,6 @@ class ClientConnection(asyncio.Protocol):
         self._parsing = Request()
         self._in_head = True
         self._head_began = time.monotonic()
-        self._head_seen = 0
 
     def on_url(self, url: bytes) -> None:
         """A piece of the target."""
@@ -319,7 +318,7 @@ class ClientConnection(asyncio.Protocol):
         request = self._parsing
         assert request is not None
         self._in_head = False
-        self._head_seen = 0
+        self._unparsed = 0
         size = len(request.target) + sum(len(name) + len(value) + 4 for name, _, value in request.headers)
         if size > self.settings.max_head:
             raise ClientFault("head-too-large", f"the head is over {self.settings.max_head} bytes", status=431)
@@ -341,6 +340,7 @@ class ClientConnection(asyncio.Protocol):
         """A piece of the body."""
         request = self._parsing
         assert request is not None
+        self._unparsed = 0
         kept = request.feed(data)
         if kept:
             self.host.buffered += kept
@@ -358,7 +358,7 @@ class ClientConnection(asyncio.Protocol):
         request = self._parsing
         assert request is not None
         self._parsing = None
-        self._head_seen = 0
+        self._unparsed = 0
         if not request.keep_alive or request.upgrade is not None:
             self._stopped = True
         request.finish()

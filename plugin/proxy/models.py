@@ -302,7 +302,7 @@ class ModelRouter:
                 f"over {self.config.max_body} bytes, which is what is kept to find the model",
                 status=413,
             )
-        body = b"".join(request.body)
+        body = bytes(request.body)
         coding = kind = b""
         for lower, _, value in request.headers:
             if lower == b"content-encoding":

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
 from typing import Protocol
 
 from . import paths, wire
@@ -76,7 +75,7 @@ class Request:
         self.id = b""
         self.hold_s: float | None = None
         self.token = b""
-        self.body: deque[bytes] = deque()
+        self.body = bytearray()
         self.buffered = 0
         self.body_bytes = 0
         self.complete = False
@@ -182,7 +181,7 @@ class Request:
         if self.sink is not None:
             self.sink.send_body(data)
             return 0
-        self.body.append(data)
+        self.body += data
         self.buffered += len(data)
         return len(data)
 
@@ -196,7 +195,7 @@ class Request:
 
     def take_body(self) -> bytes:
         """Everything kept so far; it is no longer kept."""
-        data = b"".join(self.body)
+        data = bytes(self.body)
         self.body.clear()
         self.buffered = 0
         return data

@@ -279,6 +279,17 @@ class Cache:
         image.settle()
         return image.lock_fd
 
+    def present_bytes(self, file: File) -> int:
+        """How many of the file's bytes are here and proven, without opening or pinning the image."""
+        try:
+            body = (self.folder(file) / "have").read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return 0
+        states = body[_HEADER.size :]
+        if len(states) != len(file.chunks):
+            return 0
+        return sum(c.length for c, s in zip(file.chunks, states, strict=True) if s == PRESENT)
+
     def usage(self) -> int:
         """Bytes of disk the images occupy."""
         total = 0

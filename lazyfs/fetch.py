@@ -48,7 +48,9 @@ class FetchStats:
 
 
 def scratch() -> memoryview:
-    """This thread's buffer of one chunk: what a fetch returns may lie in it, and is gone with the thread's next fetch."""
+    """This thread's buffer of one chunk: what a fetch returns may lie in it, and is gone with the thread's next
+    fetch.
+    """
     view: memoryview | None = getattr(_local, "scratch", None)
     if view is None:
         view = _local.scratch = memoryview(bytearray(MAX_CHUNK))

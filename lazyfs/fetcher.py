@@ -36,6 +36,7 @@ from lazyfs.trace import Trace, parse, shared_key
 log = logging.getLogger("lazyfs.fetcher")
 _LOCAL_THREADS, _REMOTE_THREADS = 4, 16
 _IDLE_TICK_S = 5.0
+_DROP_LIMIT_S = 5.0
 
 
 class Queue:
@@ -200,6 +201,9 @@ class Fetcher:
                 if kind == wire.PUBLISH:
                     self.publish_trace()
                     continue
+                if kind == wire.DROP:
+                    self.drop(file)
+                    continue
                 if slot >= 0:
                     self.slots[file, chunk] = slot
                 self.queue.put((file, chunk), kind)
@@ -249,6 +253,27 @@ class Fetcher:
         except LazyfsError as error:
             # A read-only store is no fault of the mount's.
             log.info("the trace was not shared: %s", error)
+
+    def drop(self, index: int) -> None:
+        """Let go of a file's image and remove it, once nothing fills or flushes it; not if somebody has it open."""
+        threading.Thread(target=self._drop, args=(index,), daemon=True).start()
+
+    def _drop(self, index: int) -> None:
+        file = self.manifest.files[index]
+        deadline = time.monotonic() + _DROP_LIMIT_S
+        while time.monotonic() < deadline:
+            with self.images_lock:
+                if not self.users.get(index):
+                    image = self.images.pop(index, None)
+                    if image is not None:
+                        image.close()
+                    self.sealed.discard(index)
+                    freed = self.engine.cache.drop(file)
+                    if freed or not self.engine.cache.folder(file).exists():
+                        log.info("dropped %s: %d bytes freed", file.path, freed)
+                        return
+            time.sleep(0.05)
+        log.info("%s is in use and was not dropped", file.path)
 
     def _work(self, number: int) -> None:
         def worst() -> int:

@@ -184,14 +184,14 @@ class Server:
         return {"files": len(self._pins), **asked}
 
     def _drop(self, request: dict[str, Any]) -> dict[str, Any]:
-        freed = 0
-        for node in self._named(request):
+        """Have images removed that nobody has open; the fetcher does it when it has heard."""
+        nodes = self._named(request)
+        for node in nodes:
             fd = self._pins.pop(node.index, None)
             if fd is not None:
                 os.close(fd)
-            assert node.file is not None
-            freed += self.cache.drop(node.file)
-        return {"freed": freed}
+            self.link.request(wire.DROP, node.index, 0)
+        return {"files": len(nodes)}
 
     def _named(self, request: dict[str, Any]) -> list[Any]:
         path = request.get("path")

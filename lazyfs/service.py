@@ -22,7 +22,6 @@ from pathlib import Path
 from lazyfs import wire
 from lazyfs.cache import PRESENT, AnyImage, Cache
 from lazyfs.config import MountConfig
-from lazyfs.errors import LazyfsError, to_errno
 from lazyfs.fetch import open_origin
 from lazyfs.link import FetcherLink
 from lazyfs.manifest import File, Manifest
@@ -440,18 +439,4 @@ class Service:
             return 1.0
         if node.file.path in self.origins:
             return 1.0
-        with self.lock:
-            opened = self.open_files.get(node.ino)
-            if opened is not None and opened.backing.image is not None:
-                return opened.backing.image.present_bytes() / node.file.size
-        if not (self.cache.folder(node.file) / "have").exists():
-            return 0.0
-        try:
-            image = self.cache.open(node.file)
-        except LazyfsError as error:
-            log.warning("%s: %s (errno %d)", node.file.path, error, to_errno(error))
-            return 0.0
-        try:
-            return image.present_bytes() / node.file.size
-        finally:
-            image.close()
+        return self.cache.present_bytes(node.file) / node.file.size

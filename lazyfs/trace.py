@@ -1,7 +1,7 @@
 """The recorded order of first touches of a manifest's chunks: what a later mount fetches ahead of its readers.
 
-One JSON file per manifest, merged never: the first complete recording stands until it is removed, since a replay
-disturbs what a second recording would see. Times are seconds since the mount began.
+One JSON file per manifest. What a later mount touches and no earlier one did is appended; the order of what is known
+stands, since a replay disturbs what a second recording would see. Times are seconds since the mount began.
 """
 
 from __future__ import annotations
@@ -36,15 +36,16 @@ def shared_key(manifest: str) -> str:
 
 
 class Trace:
-    """`known` is the recorded order as (file index, chunk index); `touch` records while `recording`."""
+    """`known` is the recorded order as (file index, chunk index); `touch` records while `recording`
+    ("auto": what is new; "always": anew from nothing; "never")."""
 
     def __init__(self, path: Path, record: str = "auto") -> None:
         self.path = path
-        self.known: list[tuple[int, int]] = self.load()
-        self.recording = record == "always" or (record == "auto" and not self.known)
-        self._events: list[tuple[int, int, float]] = []
-        self._saved = 0
-        self._shared = 0
+        self.known: list[tuple[int, int]] = [] if record == "always" else self.load()
+        self.recording = record != "never"
+        self._events: list[tuple[int, int, float]] = [(f, c, 0.0) for f, c in self.known]
+        self._seen = set(self.known)
+        self._saved = self._shared = len(self._events)
         self._start = time.monotonic()
         self._lock = threading.Lock()
 
@@ -59,9 +60,10 @@ class Trace:
             return []
 
     def touch(self, file: int, chunk: int) -> None:
-        """Record a first touch; the caller sees to it that it is the first."""
-        if self.recording:
+        """Record a touch, if it is the first that any mount has seen."""
+        if self.recording and (file, chunk) not in self._seen:
             with self._lock:
+                self._seen.add((file, chunk))
                 self._events.append((file, chunk, round(time.monotonic() - self._start, 4)))
 
     def settled(self, quiet_s: float) -> bool:

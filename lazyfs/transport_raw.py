@@ -59,12 +59,13 @@ class RawTransport:
     name = "raw"
 
     def __init__(
-        self, service: Service, mountpoint: str, source: str, *, threads: int = 2, native: bool = True
+        self, service: Service, mountpoint: str, source: str, *, threads: int = 0, native: bool = True
     ) -> None:
         self.service = service
         self.mountpoint = mountpoint
         self.source = source
-        self.thread_count = threads
+        # Replying is one system call; more than half the processors would only wait for the interpreter.
+        self.thread_count = threads or max(2, min(8, (os.cpu_count() or 2) // 2))
         self.native = native
         self.passthrough = False
         self.fd = -1

@@ -301,6 +301,8 @@ def test_control_socket(shared, rig, tmp_path):
             ask(handle.socket, bad)
         assert caught.value.code == "usage"
     assert handle.control("pin")["files"] == 4
+    assert handle.control("drop")["files"] == 4
+    wait_for(lambda: handle.status()["cached_bytes"] == 0)
     with pytest.raises(NotFound):
         ask(tmp_path / "nobody.sock", {"op": "ping"})
 

@@ -62,9 +62,13 @@ def test_a_trace_is_recorded_and_replayed(home, rig, tmp_path):
     wait_for(lambda: second.status()["cached_bytes"] > 0)
     wait_for(lambda: second.status()["fetcher"].get("fetches") == len(known))
     assert second.status()["counters"]["reads"] == 0
+    again = rig.reader()
+    again.ask("digest", str(second.mountpoint / "config.json"))
+    wait_for(lambda: len(Trace(path).known) == len(known) + 1)
+    assert Trace(path).known[: len(known)] == known
     text = second.control("metrics")["text"]
     assert f'quickthaw_lazyfs_cached_bytes{{manifest="{digest[:16]}"}}' in text
-    assert 'quickthaw_lazyfs_wait_seconds_bucket{le="+Inf"} 0' in text
+    assert 'quickthaw_lazyfs_wait_seconds_bucket{le="+Inf"} 1' in text
 
 
 def test_a_damaged_trace_is_ignored(home, rig, tmp_path):

@@ -19,9 +19,10 @@ from lazyfs.chunkstore import ChunkStore, PutResult
 from lazyfs.errors import NotFound, Permanent, Usage, from_os_error
 from lazyfs.maintenance import store_lock
 from lazyfs.manifest import VERSION, Directory, File, Manifest, Symlink
+from lazyfs.retry import RetryPolicy, retrying
 
-# Two chunks per worker in flight bound memory to WORKERS * 2 * 8 MiB.
-WORKERS = 4
+# Two chunks per worker in flight bound the memory; a remote store answers slowly and takes many at once.
+WORKERS, REMOTE_WORKERS = 4, 12
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def import_tree(
     listing = listing or walk(root)
     job = _Import(chunks, sum(st.st_size for _, _, st in listing.files), progress)
     with store_lock(chunks, exclusive=False):
-        with ThreadPoolExecutor(WORKERS, thread_name_prefix="import") as pool:
+        with ThreadPoolExecutor(job.workers, thread_name_prefix="import") as pool:
             files = [job.file(pool, path, source, st) for path, source, st in listing.files]
             job.drain()
         return job.finish(kind, listing, files, meta or {})
@@ -125,6 +126,7 @@ class _Import:
 
     def __init__(self, chunks: ChunkStore, total: int, progress: Callable[[Progress], None] | None) -> None:
         self.chunks = chunks
+        self.workers = REMOTE_WORKERS if chunks.store.remote else WORKERS
         self.total = total
         self.progress = progress
         self.pending: set[Future[PutResult]] = set()
@@ -133,7 +135,7 @@ class _Import:
     def file(
         self, pool: ThreadPoolExecutor, path: str, source: Path, st: os.stat_result
     ) -> tuple[str, int, int, list[Future[PutResult]]]:
-        """Read one file and hand its chunks to the pool, at most 2 * WORKERS at a time."""
+        """Read one file and hand its chunks to the pool, at most two per worker at a time."""
         futures: list[Future[PutResult]] = []
         try:
             fd = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
@@ -141,9 +143,9 @@ class _Import:
                 os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
                 offset = 0
                 for length in chunk_lengths(source.name, st.st_size, lambda at, n: _read(fd, at, n, source)):
-                    while len(self.pending) >= 2 * WORKERS:
+                    while len(self.pending) >= 2 * self.workers:
                         self._collect(path)
-                    future = pool.submit(self.chunks.put_chunk, _read(fd, offset, length, source))
+                    future = pool.submit(self._store, _read(fd, offset, length, source))
                     futures.append(future)
                     self.pending.add(future)
                     offset += length
@@ -177,7 +179,10 @@ class _Import:
             tuple(listing.symlinks),
             meta,
         )
-        return self.chunks.put_manifest(manifest), manifest
+        return retrying(lambda: self.chunks.put_manifest(manifest), RetryPolicy()), manifest
+
+    def _store(self, data: bytes) -> PutResult:
+        return retrying(lambda: self.chunks.put_chunk(data), RetryPolicy())
 
     def _collect(self, path: str) -> None:
         # Every put has its own limit (the store's), so this wait ends.

@@ -21,6 +21,7 @@ from lazyfs.chunkstore import GRACE_S, ChunkStore, chunk_key, digest_of
 from lazyfs.errors import Busy, Integrity, LazyfsError, NotFound
 from lazyfs.manifest import RAW, ZSTD, Chunk, File, Manifest, decode, is_digest
 from lazyfs.paths import private_dir
+from lazyfs.retry import RetryPolicy, retrying
 from lazyfs.stores.local import LocalStore
 
 _WORKERS = 4
@@ -121,7 +122,7 @@ def verify(
     def one(item: tuple[Chunk, str]) -> None:
         chunk, path = item
         try:
-            chunks.get(chunk.digest, chunk.length, chunk.encoding)
+            retrying(lambda: chunks.get(chunk.digest, chunk.length, chunk.encoding), RetryPolicy())
         except Integrity:
             report.bad[chunk.digest] = path
             if repair:

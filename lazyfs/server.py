@@ -27,7 +27,6 @@ from lazyfs.memory import SlotMemory
 from lazyfs.metrics import render
 from lazyfs.paths import write_atomic
 from lazyfs.service import Service
-from lazyfs.tree import Node
 
 log = logging.getLogger("lazyfs.server")
 _TICK_S = 1.0
@@ -61,7 +60,6 @@ class Transport(Protocol):
 
     def start(self) -> None: ...
     def wait(self, limit_s: float) -> bool: ...
-    def notify_store(self, node: Node, offset: int, data: memoryview) -> None: ...
 
 
 def choose_transport(service: Service, config: MountConfig) -> Transport:

@@ -141,7 +141,6 @@ class Service:
         self.origins: dict[str, tuple[str, list[int]]] = {}
         self.trace = Trace(Path(config.home) / "traces" / f"{config.manifest}.json", record=config.record)
         self.fetcher_stats: dict[str, int] = {}
-        self.on_present: list[Callable[[int, int], None]] = []
         link.on_answer = self._answered
 
     # -- opening
@@ -342,8 +341,6 @@ class Service:
             self._failed(file, chunk, argument or errno.EIO, began)
         else:
             self._arrived(file, chunk)
-            for hook in self.on_present:
-                hook(file, chunk)
         self._feed_starved()
 
     def _feed_starved(self) -> None:

@@ -76,10 +76,6 @@ class Pyfuse3Transport:
         finally:
             pyfuse3.close(unmount=False)
 
-    def notify_store(self, node: Node, offset: int, data: memoryview) -> None:
-        """Put bytes into the kernel's page cache before anybody asks. OSError when the kernel refuses."""
-        pyfuse3.notify_store(node.ino, offset, data)  # type: ignore[arg-type]  # any buffer is taken
-
 
 class _Operations(pyfuse3.Operations):  # type: ignore[misc]
     enable_writeback_cache = False

@@ -34,7 +34,6 @@ _INIT_OUT = struct.Struct("<IIIIHHIIHHIIH22x")
 _OPEN_OUT = struct.Struct("<QIi")
 _STATFS = struct.Struct("<QQQQQIIII24x")
 _DIRENT = struct.Struct("<QQII")
-_STORE_OUT = struct.Struct("<QQII")
 
 (_LOOKUP, _FORGET, _GETATTR, _READLINK, _OPEN, _READ_OP, _STATFS_OP, _RELEASE) = (1, 2, 3, 5, 14, 15, 17, 18)
 (_GETXATTR, _LISTXATTR, _FLUSH, _INIT, _OPENDIR, _READDIR, _RELEASEDIR) = (22, 23, 25, 26, 27, 28, 29)
@@ -46,7 +45,6 @@ _CLONE, _BACKING_OPEN, _BACKING_CLOSE = 0x8004E500, 0x4010E501, 0x4004E502
 _ASYNC_READ, _EXPORT, _PARALLEL_DIROPS, _MAX_PAGES = 1, 1 << 4, 1 << 18, 1 << 22
 _CACHE_SYMLINKS, _NO_OPENDIR, _INIT_EXT, _PASSTHROUGH = 1 << 23, 1 << 24, 1 << 30, 1 << 37
 _KEEP_CACHE, _NOFLUSH, _FOPEN_PASSTHROUGH = 2, 32, 128
-_NOTIFY_STORE = 4
 # The manifest is immutable: names and attributes never change while the mount lives.
 _FOREVER_S = 86400 * 365
 _BUFFER = 64 << 10
@@ -244,11 +242,6 @@ class RawTransport:
             if self.service.release(opened, native=native) and opened.backing_id:
                 fcntl.ioctl(self.fd, _BACKING_CLOSE, struct.pack("<I", opened.backing_id))
         return b""
-
-    def notify_store(self, node: Node, offset: int, data: memoryview) -> None:
-        """Put bytes into the kernel's page cache before anybody asks. OSError when the kernel refuses."""
-        head = _OUT.pack(_OUT.size + _STORE_OUT.size + len(data), _NOTIFY_STORE, 0)
-        os.writev(self.fd, [head + _STORE_OUT.pack(node.ino, offset, len(data), 0), data])
 
     # -- names and attributes
 

@@ -123,7 +123,10 @@ class Init:
         ] = {}  # pid of a running helper → (message id, pid it shall report)
 
     def send(self, **message: object) -> None:
-        self.control.send(json.dumps(message).encode())
+        try:
+            self.control.send(json.dumps(message).encode())
+        except (BrokenPipeError, ConnectionResetError):
+            os._exit(0)  # the owner is gone, and everything in here goes with this process
 
     def run(self) -> None:
         wake_r, wake_w = os.pipe()

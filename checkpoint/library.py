@@ -154,11 +154,27 @@ class Library:
         finally:
             os.close(lock)
 
+    @contextlib.contextmanager
+    def _unused(self, folder: str) -> Iterator[None]:
+        """Hold a work folder that nobody else holds; raises Busy where somebody does."""
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
+        except BlockingIOError:
+            raise Busy("in-use", f"{folder} is in use") from None
+        finally:
+            os.close(fd)
+
     def sweep(self) -> int:
-        """Remove what killed writers and removers left; how many folders. Folders of living writers stay."""
+        """Remove what killed writers, removers and restores left; how many folders. Those of the living stay."""
         removed = 0
+        for work in (self.home / "run").glob("restore-*"):
+            with contextlib.suppress(Busy, OSError), self._unused(str(work)):
+                shutil.rmtree(work, ignore_errors=True)
+                removed += 1
         if not self.folder.is_dir():
-            return 0
+            return removed
         for entry in list(os.scandir(self.folder)):
             if entry.name.startswith(".partial-"):
                 name = entry.name.removeprefix(".partial-")

@@ -77,48 +77,63 @@ class Sandbox:
         self._closed = False
         self._began_ns = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
         self._exits: dict[int, int] = {}
+        self._network: int | None = None
+        self._host_network: int | None = None
         try:
             Path(RUN_DIR).mkdir(mode=0o755, exist_ok=True)
         except OSError as error:
             raise HostLacks("sandbox-run-dir", f"cannot make {RUN_DIR} ({error.strerror}); run as root") from error
         self._process, self._control = prefork.take()
-        self._control.send(
-            json.dumps(
-                {
-                    "binds": [[str(b.source), str(b.target), b.read_only] for b in self.config.binds],
-                    "private_network": self.config.private_network,
-                    "private_clock": self.config.private_clock,
-                    "refuse_io_uring": self.config.refuse_io_uring,
-                    "monotonic_ns": self.config.monotonic_ns,
-                    "run_dir": RUN_DIR,
-                    "user": getpass.getuser(),
-                    "site_packages": sysconfig.get_path("purelib"),
-                }
-            ).encode()
-        )
-        self._control.settimeout(READY_TIMEOUT_S)
         try:
-            first = json.loads(
-                self._control.recv(1 << 20) or b'{"event": "failed", "error": "process 1 died", "errno": 0}'
-            )
+            self._configure()
+            self._enter()
+        except OSError as error:
+            self.close()
+            raise Failed(
+                "sandbox-died", f"the sandbox ended while it was made ({error.strerror or error}); try again"
+            ) from error
+        except BaseException:
+            self.close()
+            raise
+        self._reader = threading.Thread(target=self._read, name="sandbox-reader", daemon=True)
+        self._reader.start()
+
+    def _configure(self) -> None:
+        """Tell process 1 what to be, and wait until it is."""
+        config = {
+            "binds": [[str(b.source), str(b.target), b.read_only] for b in self.config.binds],
+            "private_network": self.config.private_network,
+            "private_clock": self.config.private_clock,
+            "refuse_io_uring": self.config.refuse_io_uring,
+            "monotonic_ns": self.config.monotonic_ns,
+            "run_dir": RUN_DIR,
+            "user": getpass.getuser(),
+            "site_packages": sysconfig.get_path("purelib"),
+        }
+        self._control.settimeout(READY_TIMEOUT_S)
+        self._control.send(json.dumps(config).encode())
+        try:
+            answer = self._control.recv(1 << 20)
         except TimeoutError as error:
-            self.close()
             raise Failed("sandbox-stalled", f"the sandbox did not come up within {READY_TIMEOUT_S:.0f} s") from error
+        if not answer:
+            raise ConnectionResetError(0, "process 1 died")
+        first = json.loads(answer)
         if first["event"] != "ready":
-            self.close()
             raise HostLacks(
                 "sandbox-refused", f"cannot make a sandbox: {first['error']}; it needs root with CAP_SYS_ADMIN"
             )
         self._control.settimeout(None)
-        self._init_pid = self._find_init()
-        self._network = (
-            os.open(f"/proc/{self._init_pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-            if self.config.private_network
-            else None
-        )
+
+    def _enter(self) -> None:
+        """Take hold of process 1 and of the sandbox's network."""
+        children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text().split()
+        if not children:
+            raise ConnectionResetError(0, "process 1 died")
+        self._init_pid = int(children[0])
+        if self.config.private_network:
+            self._network = os.open(f"/proc/{self._init_pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         self._host_network = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-        self._reader = threading.Thread(target=self._read, name="sandbox-reader", daemon=True)
-        self._reader.start()
 
     def __enter__(self) -> Sandbox:
         return self
@@ -140,15 +155,6 @@ class Sandbox:
     def control_dir(self) -> Path:
         """The sandbox's control folder as the host sees it: where engine processes leave their answers."""
         return Path(f"/proc/{self._init_pid}/root{CONTROL_DIR}")
-
-    def _find_init(self) -> int:
-        children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text().split()
-        if not children:
-            self.close()
-            raise Failed(
-                "sandbox-died", "the sandbox's first process died; see the kernel log for an out-of-memory kill"
-            )
-        return int(children[0])
 
     # Talking to process 1
 
@@ -311,8 +317,10 @@ class Sandbox:
         A socket belongs to the namespace it was made in, whoever uses it later: the calling thread enters, makes it, and returns.
         The two setns calls take about 10 µs.
         """
-        if self._network is None:
+        if not self.config.private_network:
             sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        elif self._network is None or self._host_network is None:
+            raise Failed("sandbox-gone", "the sandbox has ended")
         else:
             if _libc.setns(self._network, _CLONE_NEWNET):
                 raise Failed("sandbox-gone", "the sandbox's network is gone")
@@ -346,11 +354,10 @@ class Sandbox:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(timeout_s)
         self._control.close()
-        for name in ("_network", "_host_network"):
-            fd = getattr(self, name, None)
+        network, host, self._network, self._host_network = self._network, self._host_network, None, None
+        for fd in (network, host):
             if fd is not None:
                 os.close(fd)
-                setattr(self, name, None)
 
     def wait(self, pid: int, timeout_s: float) -> int | None:
         """Wait until a root process has ended; its exit code, or None when it still runs after `timeout_s` seconds."""

@@ -7,6 +7,7 @@ and several at the same moment: each restore gets a sandbox of its own with copi
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import tempfile
@@ -195,6 +196,8 @@ class Restored:
     sandbox: Sandbox
     root_pid: int
     work: Path
+    held: int
+    """A descriptor that keeps the work folder locked."""
     spans: dict[str, float] = field(default_factory=dict)
     """Seconds by part: sandbox, unpack, criu."""
     pages: PageServer | None = None
@@ -206,6 +209,9 @@ class Restored:
         if self.pages:
             self.pages.close()
         shutil.rmtree(self.work, ignore_errors=True)
+        if self.held >= 0:
+            os.close(self.held)
+            self.held = -1
 
 
 def unpack_cache(folder: Path, compile_cache: Path) -> None:
@@ -260,6 +266,8 @@ def restore(
     run_folder = run_folder or library.home / "run"
     run_folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix="restore-", dir=run_folder))
+    held = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    fcntl.flock(held, fcntl.LOCK_EX)  # a folder that nobody holds is a killed restore's (Library.sweep)
     began = time.monotonic()
     sandbox: Sandbox | None = None
     pages: PageServer | None = None
@@ -293,13 +301,14 @@ def restore(
             if driver and snapshot.gpu.processes:
                 cuda.resume(driver, processes(sandbox.init_pid), snapshot.gpu, gpu_pairs)
         spans = {"sandbox": up - began, "unpack": unpacked - up, "criu": time.monotonic() - unpacked}
-        return Restored(sandbox, snapshot.root_pid, work, spans, pages)
+        return Restored(sandbox, snapshot.root_pid, work, held, spans, pages)
     except BaseException as error:
         if sandbox:
             sandbox.close()
         if pages:
             pages.close()
         shutil.rmtree(work, ignore_errors=True)
+        os.close(held)
         if isinstance(error, OSError):
             raise Failed(
                 "restore-failed",

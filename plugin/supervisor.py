@@ -5,6 +5,7 @@ Order matters here: the port is bound, and the thread that restores is on its wa
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("quickthaw")
 RESTARTS_IN_A_MINUTE = 3
+SWEEP_AFTER_S = 5.0
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -103,11 +105,18 @@ class Launch:
 
     def _start_all(self) -> None:
         first, *others = self.replicas
+        threading.Thread(target=self._sweep, name="sweeper", daemon=True).start()
         if not self._start_one(first):
             return
         threads = [threading.Thread(target=self._start_one, args=(other,), daemon=True) for other in others]
         for thread in threads:
             thread.start()
+
+    def _sweep(self) -> None:
+        """What killed launches left goes while this one has better to do than wait for it."""
+        self._ending.wait(SWEEP_AFTER_S)
+        with contextlib.suppress(OSError):
+            self.replicas[0].library.sweep()
 
     def _start_one(self, replica: Replica) -> bool:
         try:
@@ -215,7 +224,10 @@ class Launch:
             running = replica.running
             if running is None:
                 raise ConnectionRefusedError("the replica is gone")
-            return running.place.connect(running.port)
+            try:
+                return running.place.connect(running.port)
+            except CheckpointError as error:
+                raise ConnectionRefusedError(str(error)) from error
 
         return connect
 

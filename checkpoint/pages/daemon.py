@@ -200,7 +200,10 @@ class Daemon:
     # What the owner and CRIU say
 
     def hear(self) -> bool:
-        data = self.control.recv(1 << 16)
+        try:
+            data = self.control.recv(1 << 16)
+        except ConnectionResetError:
+            data = b""
         if not data:
             return False  # the owner is gone, and with it the sandbox
         message = json.loads(data)

@@ -154,6 +154,8 @@ class PageServer:
         while True:
             try:
                 data, fds, _, _ = socket.recv_fds(self._control, 1 << 16, 4)
+            except ConnectionResetError:
+                continue  # it left words of ours unread; what it said before can still be read (unix(7), SOCK_SEQPACKET)
             except OSError:
                 data, fds = b"", []
             if not data:

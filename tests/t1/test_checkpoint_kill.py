@@ -28,7 +28,13 @@ def rig(tmp_path):
         argv = [sys.executable, str(OWNER), str(tmp_path), str(rounds)]
         return subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
-    yield tmp_path, watch, start
+    def finish(rounds):
+        """Run to the end, and well."""
+        with start(rounds) as process:
+            out, errors = process.communicate(timeout=120)
+        assert process.returncode == 0 and out.splitlines()[-1] == "done", errors[-2000:]
+
+    yield tmp_path, watch, start, finish
 
 
 def sound(home):
@@ -42,10 +48,10 @@ def sound(home):
 @pytest.mark.parametrize("victim", ["owner", "criu", "init", "tree"])
 @pytest.mark.parametrize("moment", ["sandbox", "take", "restore"])
 def test_killed_at_a_phase(rig, moment, victim):
-    home, watch, start = rig
+    home, watch, start, finish = rig
     draw = random.Random(f"{moment} {victim}")
     # What a restore needs is there, whatever moment is chosen.
-    assert start(1).wait(120) == 0
+    finish(1)
     process = start(3)
     with process:
         for line in process.stdout:
@@ -67,22 +73,22 @@ def test_killed_at_a_phase(rig, moment, victim):
         assert "Traceback" not in errors or "checkpoint.errors" in errors or "AssertionError" in errors, errors[-2000:]
     assert {left for left in watch.gone() if not left.startswith(str(home))} == set()
     sound(home)
-    again = start(1)
-    out, errors = again.communicate(timeout=120)
-    assert out.splitlines()[-1] == "done", errors[-2000:]
-    assert watch.gone() == {str(path) for path in home.glob("run/restore-*")}
+    finish(1)
+    Library(home).sweep()
+    assert watch.gone() == set()
 
 
 def test_killed_at_any_moment(rig):
-    home, watch, start = rig
+    home, watch, start, finish = rig
     draw = random.Random(7)
     for _ in range(12):
-        process = start(2)
-        time.sleep(draw.uniform(0.2, 3.0))
-        process.kill()
-        process.communicate(timeout=60)
+        with start(2) as process:
+            time.sleep(draw.uniform(0.2, 3.0))
+            process.kill()
+            process.communicate(timeout=60)
     assert {left for left in watch.gone() if not left.startswith(str(home))} == set()
     library = sound(home)
     library.sweep()
+    assert watch.gone() == set()
     assert [p.name for p in library.folder.glob(".partial-*")] == []
-    assert start(1).wait(120) == 0
+    finish(1)

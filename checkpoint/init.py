@@ -113,6 +113,25 @@ def refuse_io_uring(site_packages: str) -> None:
     rules.load()
 
 
+def copy_sparse(source: str, target: str) -> None:
+    """Copy a file and keep its holes: shared memory segments are mapped large and used little (vLLM's: 160 MB, 0.1 MB of it written)."""
+    with open(source, "rb") as data, open(target, "wb") as copy:
+        size = os.fstat(data.fileno()).st_size
+        os.ftruncate(copy.fileno(), size)
+        at = 0
+        while at < size:
+            try:
+                at = os.lseek(data.fileno(), at, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno == errno.ENXIO:
+                    return  # nothing but a hole from here on
+                raise
+            end = os.lseek(data.fileno(), at, os.SEEK_HOLE)
+            os.lseek(copy.fileno(), at, os.SEEK_SET)
+            while at < end and (sent := os.sendfile(copy.fileno(), data.fileno(), at, end - at)):
+                at += sent
+
+
 class Init:
     def __init__(self, control: socket.socket, config: Message) -> None:
         self.control = control
@@ -222,11 +241,7 @@ class Init:
                 cls.copy_tree(entry.path, to)
                 os.chmod(to, entry.stat().st_mode & 0o7777)
             elif entry.is_file():
-                with open(entry.path, "rb") as data, open(to, "wb") as copy:
-                    size = os.fstat(data.fileno()).st_size
-                    done = 0
-                    while done < size and (sent := os.sendfile(copy.fileno(), data.fileno(), done, size - done)):
-                        done += sent
+                copy_sparse(entry.path, to)
                 os.chmod(to, entry.stat().st_mode & 0o7777)
 
     def spawn(self, message: Message, seccomp: bool) -> int:

@@ -21,7 +21,7 @@ INNER_PORT = 8000
 """The engine's port inside its sandbox: the same for every replica, since each has a network of its own."""
 ENGINE_SITE = f"{RUN_DIR}/engine"
 CANARY_PROMPT = "The capital of France is"
-CANARY_TOKENS = 4
+CANARY_TOKENS = 2
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".npz")
 
 

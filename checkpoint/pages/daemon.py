@@ -70,6 +70,24 @@ class Stats:
         "stall_s",
         "stall_worst_s",
     )
+    bytes_ahead: float
+    bytes_cold: float
+    bytes_faulted: float
+    bytes_rest: float
+    bytes_zero: float
+    faults: float
+    faults_before_first_token: float
+    faults_zero: float
+    first_placed_s: float
+    forks: float
+    hot_done_s: float
+    listening_s: float
+    moved: float
+    removed: float
+    restored_s: float
+    spaces_s: float
+    stall_s: float
+    stall_worst_s: float
 
     def __init__(self) -> None:
         for name in self.__slots__:
@@ -182,7 +200,7 @@ class Daemon:
             while self.advance():
                 pass
             if self.restored and not self.spaces:
-                self.tell(event="complete", **self.stats.as_dict())
+                self.tell(event="complete", **self.stats.as_dict())  # type: ignore[arg-type]  # no count is named fds
                 return
 
     def timeout(self, now: float) -> float:
@@ -219,7 +237,7 @@ class Daemon:
                 self.drop(space)
         elif message["op"] == "stats":
             left = sum(space.map.size for space in self.spaces.values())
-            self.tell(event="stats", left=left, **self.stats.as_dict())
+            self.tell(event="stats", left=left, **self.stats.as_dict())  # type: ignore[arg-type]  # no count is named fds
         return True
 
     def saw_first_token(self) -> None:

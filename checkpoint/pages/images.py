@@ -152,7 +152,7 @@ def read_process(folder: str, pid: int) -> ProcessImage:
     try:
         messages = _messages(path)
         head = dict(_fields(messages[0]))
-        image = ProcessImage(pid, f"pages-{head[1]}.img")
+        image = ProcessImage(pid, f"pages-{int(head[1])}.img")
         mappings = _mappings(f"{folder}/mm-{pid}.img")
         image.wiped_on_fork = [(start, end) for start, end, madv in mappings if madv >> _MADV_WIPEONFORK & 1]
         image.border_set = {border for start, end, _ in mappings for border in (start, end)}

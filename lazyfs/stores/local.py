@@ -70,8 +70,8 @@ class LocalStore:
             if into is not None and len(into) >= length:
                 view = into[:length]
             else:
-                own = bytearray(length)
-                view = memoryview(own)
+                fresh = bytearray(length)
+                own, view = fresh, memoryview(fresh)
             got = 0
             while got < length:
                 n = os.preadv(fd, [view[got:]], start + got)

@@ -127,6 +127,7 @@ def test_many_killed_mounts(home, tmp_path, rig):
     kill_mounts(home, tmp_path, rig, KILLS // 2)
 
 
+@pytest.mark.slow
 def test_an_interrupted_import_goes_on(home, tmp_path):
     """What the killed run had stored is not written again."""
     model = write_model(tmp_path / "model", [8 << 20] * 6)

@@ -347,6 +347,7 @@ def test_the_command_line(shared, tmp_path):
     assert kernel.mount_at(str(mnt)) is None
 
 
+@pytest.mark.slow
 def test_thousand_files(rig, tmp_path, shared):
     folder = tmp_path / "many"
     folder.mkdir()

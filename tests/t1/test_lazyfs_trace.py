@@ -71,6 +71,7 @@ def test_a_trace_is_recorded_and_replayed(home, rig, tmp_path):
     assert 'quickthaw_lazyfs_wait_seconds_bucket{le="+Inf"} 1' in text
 
 
+@pytest.mark.slow
 def test_a_damaged_trace_is_ignored(home, rig, tmp_path):
     model = write_model(tmp_path / "model", [5 << 20])
     digest = import_directory(model)

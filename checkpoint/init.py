@@ -229,8 +229,12 @@ class Init:
                 file.write(str(above))
 
     @classmethod
-    def copy_tree(cls, source: str, target: str) -> None:
-        """Folders, files and links with their modes; sockets are left out, since CRIU makes them anew when it binds them."""
+    def copy_tree(cls, source: str, target: str, seen: dict[tuple[int, int], str] | None = None) -> None:
+        """Folders, files and links with their modes; sockets are left out, since CRIU makes them anew when it binds them.
+
+        Hard links stay links: `link_remap.N` and the semaphore it stands for are one file to the processes that share it.
+        """
+        seen = {} if seen is None else seen
         os.makedirs(target, exist_ok=True)
         for entry in os.scandir(source):
             to = os.path.join(target, entry.name)
@@ -238,11 +242,17 @@ class Init:
                 if not os.path.lexists(to):
                     os.symlink(os.readlink(entry.path), to)
             elif entry.is_dir():
-                cls.copy_tree(entry.path, to)
+                cls.copy_tree(entry.path, to, seen)
                 os.chmod(to, entry.stat().st_mode & 0o7777)
             elif entry.is_file():
+                stat = entry.stat()
+                inode = (stat.st_dev, stat.st_ino)
+                if stat.st_nlink > 1 and inode in seen:
+                    os.link(seen[inode], to)
+                    continue
                 copy_sparse(entry.path, to)
-                os.chmod(to, entry.stat().st_mode & 0o7777)
+                os.chmod(to, stat.st_mode & 0o7777)
+                seen[inode] = to
 
     def spawn(self, message: Message, seccomp: bool) -> int:
         """fork and exec; the new process tells through a close-on-exec pipe why it could not start."""

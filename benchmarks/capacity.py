@@ -178,8 +178,10 @@ def scipy_section(count):
 
 SERVICES = """
 pools:
-  - {{name: h100-a, gpu: H100, gpus: 8, memory: 80, region: east, zone: a, price: 24, quota: 40, boot: [95s, 110s, 130s], interruptions: 0.01/h}}
-  - {{name: h100-b, gpu: H100, gpus: 8, memory: 80, region: east, zone: b, price: 24, quota: 40, boot: [95s, 110s, 130s], interruptions: 0.01/h}}
+  - {{name: h100-a, gpu: H100, gpus: 8, memory: 80, region: east, zone: a, price: 24, quota: 40,
+     boot: [95s, 110s, 130s], interruptions: 0.01/h}}
+  - {{name: h100-b, gpu: H100, gpus: 8, memory: 80, region: east, zone: b, price: 24, quota: 40,
+     boot: [95s, 110s, 130s], interruptions: 0.01/h}}
 services:
   - {{name: chat, gpus: 4, rate: 2, target_wait: 10s, probability: 0.95, lead_time: {{cold: [97s, 127s], restored: [1.2s, 1.9s]}}}}
   - {{name: code, gpus: 1, rate: 3, target_wait: 5s, probability: 0.95, lead_time: {{cold: [67s, 97s], restored: [0.7s, 1.1s]}}}}

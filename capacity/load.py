@@ -48,6 +48,13 @@ def from_field(root: Field, path: Path) -> Problem:
         if rates.is_mapping:
             for gpu in rates.mapping().values():
                 _known_key(gpu, {pool.gpu for pool in pools}, "GPU type")
+    for field, service in zip(top["services"].items(), services, strict=True):
+        if not any(service.fits(pool) for pool in pools):
+            raise field.error(
+                "no-pool",
+                f"{service.name} fits no pool: {service.memory:g} GiB a GPU, in {', '.join(service.regions or ('any region',))}, "
+                f"with a rate for the GPU type",
+            )
     policy = _policy(top["policy"], regions) if "policy" in top else Policy()
     demand = _demand(top["demand"], services, step, path)
     return Problem(pools, services, demand, policy, quotas, step, str(path))

@@ -71,6 +71,18 @@ def test_generate_then_simulate(tmp_path):
     assert "no policy is named 'magic'" in bad.stderr
 
 
+def test_a_trace_instead_of_a_forecast(tmp_path):
+    """Demand learned from requests: the rates' quantiles, and growth from the past; a relative path is beside the plan."""
+    typed("generate", tmp_path / "past.csv", "--requests", 2000, "--hours", 0.5, "--services", "code", "--bursts", 200)
+    text = Path(EXAMPLE).read_text()
+    start, end = text.index("  forecast:"), text.index("policy:")
+    (tmp_path / "plan.yaml").write_text(text[:start] + "  trace: {path: past.csv, bin: 5s, steps: 2}\n" + text[end:])
+    report = json.loads(typed(tmp_path / "plan.yaml", "--json").stdout)
+    assert len(report["steps"]) == 2
+    assert report["comparison"]["cold"]["gpus"] >= report["comparison"]["restored"]["gpus"] > 0
+    assert report["steps"][0]["instances"]["h100-a"] >= 1
+
+
 def test_emit_is_yaml(tmp_path):
     text = typed(EXAMPLE, "--emit", "kubernetes", "--idle-by", "pause-pods").stdout
     assert text.startswith("---\n")

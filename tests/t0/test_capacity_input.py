@@ -75,7 +75,7 @@ CASES = [
     ("{H100: 3/s}", "{A100: 3/s}", "unknown-name", 14, "services[0].rate.A100"),
     ("{H100: 3/s}", "0", "out-of-range", 14, "services[0].rate"),
     ("memory: 70GiB", "regions: [mars]", "unknown-name", 15, "services[0].regions[0]"),
-    ("memory: 70GiB", "memory: 141GiB", "no-pool", None, "services"),
+    ("memory: 70GiB", "memory: 141GiB", "no-pool", 12, "services[0]"),
     ("0.9: [7, 8]", "0.9: [4, 8]", "out-of-order", 21, "demand.forecast.chat.0.9"),
     ("0.9: [7, 8]", "0.9: [7]", "unequal-length", 21, "demand.forecast.chat.0.9"),
     ("0.9: [7, 8]", "p50: [7, 8]", "repeated-field", 21, "demand.forecast.chat.p50"),

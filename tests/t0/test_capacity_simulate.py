@@ -139,7 +139,7 @@ def test_refusals_and_interruptions_happen_by_rate_and_every_request_is_served()
 
 
 def test_the_same_seed_gives_the_same_run():
-    trace = synthetic.generate(synthetic.Day(("s",), 1000, 0.3, seed=4))
+    trace = synthetic.generate(synthetic.Day(("s",), 500, 0.12, seed=4))
     made = problem(interruptions=2.0)
     one, two, other = (
         simulate.run(made, trace, Program(), simulate.Options(seed=seed, refusals=0.2)) for seed in (1, 1, 2)
@@ -228,6 +228,7 @@ def test_synthetic_days_are_what_was_asked_for(tmp_path):
     assert list(tmp_path.iterdir()) == [tmp_path / "day.csv"]
 
 
+@pytest.mark.slow  # three seconds of drawing
 def test_the_plot_is_written_twice_and_the_same(tmp_path):
     from capacity.plot import draw
 

@@ -50,7 +50,9 @@ class Criu:
         on_path = shutil.which("criu")
         for candidate in (named, private if private.exists() else None, Path(on_path) if on_path else None):
             if candidate and not os.access(candidate, os.X_OK):
-                raise HostLacks("criu-missing", f"{candidate} cannot be executed; set QUICKTHAW_CRIU to a criu >= 4.2, or unset it")
+                raise HostLacks(
+                    "criu-missing", f"{candidate} cannot be executed; set QUICKTHAW_CRIU to a criu >= 4.2, or unset it"
+                )
             if candidate:
                 return cls(candidate)
         raise HostLacks(

@@ -40,7 +40,8 @@ class Snapshot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A snapshot's manifest.
 
     `pipes` names the engine's output pipes as the images know them (`pipe:[123]`); `monotonic_ns` is the sandbox's monotonic clock at
-    the dump; `top_pid` the highest process or thread number in use; `gpu` what bringing CUDA processes back needs; sizes in bytes; `cold_s` the start this snapshot saves.
+    the dump; `top_pid` the highest process or thread number in use; `gpu` what bringing CUDA processes back needs; sizes in
+    bytes; `cold_s` the start this snapshot saves.
     """
 
     format: int

@@ -119,10 +119,12 @@ def take(
 ) -> Snapshot:
     """Dump the tree below `draft.root_pid` into the library as `draft.name`; the engine goes on running, whatever happens.
 
-    `draft` is the manifest but for what only the dump knows. `seal` computes the digests of a folder's files. `driver`: the CUDA driver, where
+    `draft` is the manifest but for what only the dump knows. `seal` computes the digests of a folder's files. `driver`: the CUDA
+    driver, where
     this host has a GPU; processes with a context are taken off it for the dump and brought back.
 
-    Raises Busy when another process takes the same snapshot, Incompatible (multi-gpu), Failed when CRIU, the disk or the engine fail; then nothing is left.
+    Raises Busy when another process takes the same snapshot, Incompatible (multi-gpu), Failed when CRIU, the disk or the engine
+    fail; then nothing is left.
     """
     pids = processes(sandbox.init_pid)
     wanted = private_bytes(pids)
@@ -252,7 +254,8 @@ def restore(
 
     `lazy`: pages come from a page server, the recorded working set first; without it CRIU puts every page in place before it returns.
     `driver` and `gpu_pairs` (uuid then, uuid now) as in checkpoint.cuda; a snapshot with GPU state is never restored lazily, since the
-    driver reads all of it at once. `pipes` maps the snapshot's names (`stdout`, `stderr`) to descriptors for the engine's output. The canary is the caller's to check.
+    driver reads all of it at once. `pipes` maps the snapshot's names (`stdout`, `stderr`) to descriptors for the engine's output.
+    The canary is the caller's to check.
 
     Raises a CheckpointError; then nothing is left: no process, mount, namespace or file.
     """

@@ -391,10 +391,11 @@ class Replica:
         self.engine.wait_ready(client, probe, lambda: None)
         self.tracker.to(Phase.WARMING)
         cold_s = sum(span.took_s for span in self._this_start())
-        self.engine.warm_up(client, self.settings.command)
         self.restored = False
         if self._wanted_snapshot(place):
             assert isinstance(place, Sandbox)
+            # Without a snapshot to warm for, those who wait are served at once, as the engine alone would serve them.
+            self.engine.warm_up(client, self.settings.command)
             self._take(place, pid, port, outputs, cold_s)
         self._serve()
 

@@ -19,7 +19,9 @@ def processes(marker):
     while pid > 1:
         skip.add(pid)
         pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    return {int(name) for name in os.listdir("/proc") if name.isdigit() and int(name) not in skip and _marked(name, marker)}
+    return {
+        int(name) for name in os.listdir("/proc") if name.isdigit() and int(name) not in skip and _marked(name, marker)
+    }
 
 
 def mounts(below):

@@ -33,7 +33,10 @@ SOCKET_NAME = "lazy-pages.socket"
 """The name that CRIU looks for in its work folder."""
 
 _ROOT = Path(__file__).resolve().parents[2]
-_PROGRAM = "import sys; sys.path.insert(0, sys.argv[1]); from checkpoint.pages.daemon import main; sys.exit(main(int(sys.argv[2]), int(sys.argv[3])))"
+_PROGRAM = (
+    "import sys; sys.path.insert(0, sys.argv[1]); "
+    "from checkpoint.pages.daemon import main; sys.exit(main(int(sys.argv[2]), int(sys.argv[3])))"
+)
 
 
 class PageServer:

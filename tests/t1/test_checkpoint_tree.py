@@ -133,8 +133,13 @@ def test_a_sandbox_hides_the_host_and_refuses_io_uring(home):
         pid = start_tree(sandbox, output, 1)
         assert pid > 1000
         assert ask(sandbox, op="uring") == {"result": -1, "errno": 38}
-        assert sandbox.execute(["/bin/sh", "-c", "[ $(ls /proc | grep -c '^[0-9]') -lt 12 ]"], {"PATH": "/bin:/usr/bin"}, 10) == 0
-        assert sandbox.execute(["/bin/sh", "-c", f"[ -z \"$(ls {CACHE_DIR})\" ]"], {"PATH": "/bin:/usr/bin"}, 10) == 0
+        assert (
+            sandbox.execute(
+                ["/bin/sh", "-c", "[ $(ls /proc | grep -c '^[0-9]') -lt 12 ]"], {"PATH": "/bin:/usr/bin"}, 10
+            )
+            == 0
+        )
+        assert sandbox.execute(["/bin/sh", "-c", f'[ -z "$(ls {CACHE_DIR})" ]'], {"PATH": "/bin:/usr/bin"}, 10) == 0
     assert sandbox.exit_code(pid) is None
 
 
@@ -276,12 +281,15 @@ def test_damage_is_named_before_anything_is_restored(taken, harm):
         (images / "core-666.img").write_bytes(b"x")
     with pytest.raises(Integrity) as caught:
         verify(library.path("tree"), snapshot.files)
-    assert caught.value.code == {
-        "flip": "file-digest-differs",
-        "truncate": "file-size-differs",
-        "remove": "file-missing",
-        "add": "file-unexpected",
-    }[harm]
+    assert (
+        caught.value.code
+        == {
+            "flip": "file-digest-differs",
+            "truncate": "file-size-differs",
+            "remove": "file-missing",
+            "add": "file-unexpected",
+        }[harm]
+    )
     assert "\n" not in str(caught.value)
 
 

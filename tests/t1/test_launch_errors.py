@@ -30,7 +30,9 @@ def rig(tmp_path):
     def run(*words, limit_s=60.0, **environment):
         env = {**os.environ, "QUICKTHAW_HOME": str(home), **watch.environment, **environment}
         argv = [sys.executable, "-m", "plugin.cli", *words]
-        return subprocess.run(argv, env=env, cwd=REPO, capture_output=True, text=True, timeout=limit_s, stdin=subprocess.DEVNULL)
+        return subprocess.run(
+            argv, env=env, cwd=REPO, capture_output=True, text=True, timeout=limit_s, stdin=subprocess.DEVNULL
+        )
 
     run.model, run.home, run.watch = str(model), home, watch
     yield run
@@ -107,7 +109,18 @@ def test_an_engine_that_dies_at_once_gives_its_own_code_and_last_words(rig, tmp_
     engine = tmp_path / "engine"
     engine.write_text("#!/bin/sh\necho 'RuntimeError: out of luck' >&2\nexit 17\n")
     engine.chmod(0o755)
-    result = rig("launch", "--engine-python", str(engine), "vllm", "--model", rig.model, "--host", "127.0.0.1", "--port", free_port())
+    result = rig(
+        "launch",
+        "--engine-python",
+        str(engine),
+        "vllm",
+        "--model",
+        rig.model,
+        "--host",
+        "127.0.0.1",
+        "--port",
+        free_port(),
+    )
     assert result.returncode == 17
     line = only_line(result, "quickthaw: engine-died")
     assert "code 17" in line and "out of luck" in line
@@ -187,7 +200,9 @@ def test_stopping_before_the_engine_serves_leaves_nothing(rig, tmp_path):
     env = {**os.environ, "QUICKTHAW_HOME": str(rig.home), **rig.watch.environment}
     argv = [sys.executable, "-m", "plugin.cli", "launch", "--engine-python", str(engine), "vllm"]
     argv += ["--model", rig.model, "--host", "127.0.0.1", "--port", port]
-    with subprocess.Popen(argv, env=env, cwd=REPO, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+    with subprocess.Popen(
+        argv, env=env, cwd=REPO, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    ) as process:
         for line in process.stderr:
             if "loading" in line:
                 break
@@ -205,7 +220,9 @@ def test_kill_9_of_the_launcher_leaves_nothing(rig, tmp_path, moment):
     env = {**os.environ, "QUICKTHAW_HOME": str(rig.home), **rig.watch.environment}
     argv = [sys.executable, "-m", "plugin.cli", "launch", "--engine-python", str(engine), "vllm"]
     argv += ["--model", rig.model, "--host", "127.0.0.1", "--port", free_port()]
-    with subprocess.Popen(argv, env=env, cwd=REPO, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+    with subprocess.Popen(
+        argv, env=env, cwd=REPO, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    ) as process:
         for line in process.stderr:
             if moment in line:
                 break

@@ -41,11 +41,22 @@ class Rig:
 
     def command(self, *options, words=("launch",), arguments=None, **environment):
         port = measure.free_port()
-        env = {**os.environ, **self.preset.environment, "QUICKTHAW_HOME": str(self.home), **self.watch.environment, **environment}
+        env = {
+            **os.environ,
+            **self.preset.environment,
+            "QUICKTHAW_HOME": str(self.home),
+            **self.watch.environment,
+            **environment,
+        }
         env.pop("PYTHONDONTWRITEBYTECODE", None)
         argv = [sys.executable, "-m", "plugin.cli", *words, *options]
         if words[0] == "launch":
-            argv += ["--engine-python", str(self.preset.python), *([] if "--name" in options else ["--name", NAME]), self.engine]
+            argv += [
+                "--engine-python",
+                str(self.preset.python),
+                *([] if "--name" in options else ["--name", NAME]),
+                self.engine,
+            ]
             argv += [*(self.preset.arguments if arguments is None else arguments), "--host", "127.0.0.1"]
         argv += ["--port", str(port)]
         return port, measure.Command(argv, env, self.home / f"{'-'.join(words)}-{port}.log", REPO)
@@ -68,7 +79,11 @@ class Rig:
 
 def _ours(text):
     """The log's lines that are quickthaw's own, with what follows a traceback of ours."""
-    return "\n".join(line for line in text.splitlines() if line.startswith(("quickthaw:", "Traceback")) and "site-packages" not in line)
+    return "\n".join(
+        line
+        for line in text.splitlines()
+        if line.startswith(("quickthaw:", "Traceback")) and "site-packages" not in line
+    )
 
 
 def post(port, path, body, timeout_s=60.0):
@@ -96,7 +111,9 @@ def rig(request, tmp_path_factory):
         rig.cold_text = answer.text
         rig.cold_status = measure.status(port)
         rig.denied = [post(port, path, {})[0] for path in sorted(_denied(request.param))[:3]]
-        rig.mounts = [line for line in Path("/proc/self/mounts").read_text().splitlines() if str(home) in line and "fuse" in line]
+        rig.mounts = [
+            line for line in Path("/proc/self/mounts").read_text().splitlines() if str(home) in line and "fuse" in line
+        ]
     yield rig
     shutil.rmtree(home, ignore_errors=True)
 
@@ -175,7 +192,11 @@ def test_an_engine_that_dies_while_serving_comes_back(rig):
 
     with rig.running(limit_s=120.0) as (port, _, process, _):
         ours = os.readlink("/proc/self/ns/pid")
-        inside = [pid for pid in processes(process.pid) if os.path.exists(f"/proc/{pid}/ns/pid") and os.readlink(f"/proc/{pid}/ns/pid") != ours]
+        inside = [
+            pid
+            for pid in processes(process.pid)
+            if os.path.exists(f"/proc/{pid}/ns/pid") and os.readlink(f"/proc/{pid}/ns/pid") != ours
+        ]
         # The engine's root is the first child of process 1.
         root = min(pid for pid in inside if _inner(pid) > 1000)
         os.kill(root, 9)
@@ -229,7 +250,17 @@ def test_a_wrong_canary_goes_the_cold_way_under_the_same_held_request(rig):
     try:
         with rig.running("--no-snapshot") as (port, answer, _, command):
             assert answer.text == rig.cold_text
-            assert phases(port)[0] == ["mounting", "restoring", "waking", "verifying", "failed", "mounting", "starting", "loading", "warming"]
+            assert phases(port)[0] == [
+                "mounting",
+                "restoring",
+                "waking",
+                "verifying",
+                "failed",
+                "mounting",
+                "starting",
+                "loading",
+                "warming",
+            ]
             assert "canary-differs" in command.log.read_text()
     finally:
         manifest.write_bytes(good)
@@ -277,7 +308,9 @@ def test_the_snapshot_commands_tell_the_truth(rig):
     env = {**os.environ, "QUICKTHAW_HOME": str(rig.home)}
 
     def cli(*words):
-        return subprocess.run([sys.executable, "-m", "plugin.cli", *words], env=env, cwd=REPO, capture_output=True, text=True, timeout=120)
+        return subprocess.run(
+            [sys.executable, "-m", "plugin.cli", *words], env=env, cwd=REPO, capture_output=True, text=True, timeout=120
+        )
 
     rows = json.loads(cli("snapshot", "ls", "--json").stdout)
     assert [row["name"] for row in rows] == [NAME]

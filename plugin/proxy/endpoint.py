@@ -248,8 +248,7 @@ class Endpoint:
             async with asyncio.timeout(_STOP_GRACE_S):
                 await process.wait()
         except TimeoutError:
-            log.warning(
-                "killed", extra={"fields": {"pool": self.name, "reason": f"no end {_STOP_GRACE_S:g} s after SIGTERM"}}
-            )
+            fields = {"pool": self.name, "reason": f"no end {_STOP_GRACE_S:g} s after SIGTERM"}
+            log.warning("%s: killed, %s", self.name, fields["reason"], extra={"event": "killed", "fields": fields})
         self._signal(process, signal.SIGKILL)
         await process.wait()

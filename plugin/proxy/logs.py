@@ -11,7 +11,7 @@ import sys
 
 
 class JsonFormatter(logging.Formatter):
-    """`{"time": …, "level": …, "event": …, …fields}`; an exception's text under `exception`."""
+    """`{"time": …, "level": …, "event": …, "message": …, …fields}`; an exception's text under `exception`."""
 
     def format(self, record: logging.LogRecord) -> str:
         """One line."""
@@ -19,7 +19,8 @@ class JsonFormatter(logging.Formatter):
         line: dict[str, object] = {
             "time": when.isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
-            "event": record.getMessage(),
+            "event": getattr(record, "event", "message"),
+            "message": record.getMessage(),
         }
         line.update(getattr(record, "fields", {}))
         if record.exc_info:

@@ -385,8 +385,9 @@ class ReplicaPool:
 
     def _moved(self, replica: Replica, old: Phase, new: Phase, reason: str) -> None:
         replica.note(old, new)
+        fields: dict[str, object]
         fields = {"pool": self.name, "replica": replica.name, "from": str(old), "to": str(new), "reason": reason}
-        log.info("phase", extra={"fields": fields})
+        log.info("%s: %s → %s", replica.name, old, new, extra={"event": "phase", "fields": fields})
         if new in STARTING:
             self._final = None
         if old is Phase.SERVING and new is not Phase.SERVING:
@@ -405,7 +406,9 @@ class ReplicaPool:
                     "phases": phases,
                     "held": self.held,
                 }
-                log.info("started", extra={"fields": {"pool": self.name, "replica": replica.name} | took})
+                fields = {"pool": self.name, "replica": replica.name} | took
+                text = "%s: serving after %.2f s (%s)"
+                log.info(text, replica.name, replica.start_age_s, kind, extra={"event": "started", "fields": fields})
             self.last_active = time.monotonic()
         for told in self.on_phase:
             told(replica, new, reason)
@@ -479,7 +482,10 @@ class ReplicaPool:
                 await self._sleep_hook()
         except Exception as exc:  # noqa: BLE001 - what would not sleep goes on serving; the reason is logged
             if getattr(exc, "code", None) != "busy":  # a request came at that very moment: it has won
-                log.warning("sleep failed", extra={"fields": {"pool": self.name, "reason": f"{exc!r}"}})
+                fields = {"pool": self.name, "reason": f"{exc!r}"}
+                log.warning(
+                    "%s did not go to sleep: %s", self.name, exc, extra={"event": "sleep-failed", "fields": fields}
+                )
         finally:
             for replica in self.replicas.values():
                 replica.held_back = False
@@ -497,9 +503,8 @@ class ReplicaPool:
         self.last_failure = error
         if self._closed is None:
             self.failed_starts += 1
-            log.error(
-                "start failed", extra={"fields": {"pool": self.name, "code": error.code, "reason": error.message}}
-            )
+            fields = {"pool": self.name, "code": error.code, "reason": error.message}
+            log.error("%s: %s", error.code, error.message, extra={"event": "start-failed", "fields": fields})
             for told in self.on_failed:
                 told(error)
         for waiter in list(self._waiters):

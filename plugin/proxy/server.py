@@ -154,7 +154,8 @@ class ProxyServer:
                 async with asyncio.timeout(self.settings.drain_s if limit_s is None else limit_s):
                     await self.emptied.wait()
             except TimeoutError:
-                log.warning("cut at the end", extra={"fields": {"clients": len(self.clients)}})
+                left = len(self.clients)
+                log.warning("%d clients cut at the end", left, extra={"event": "cut", "fields": {"clients": left}})
         for client in tuple(self.clients):
             client.cut()
         await asyncio.gather(*self._chores, *(pool.settled() for pool in self.router.pools()), return_exceptions=True)
@@ -221,7 +222,8 @@ class ProxyServer:
             else:
                 self._answer_error(client, request, exchange, request.interrupt)
         except Exception:
-            log.exception("a defect of the proxy", extra={"fields": {"request_id": request.id.decode()}})
+            fields = {"request_id": request.id.decode()}
+            log.exception("a defect of the proxy", extra={"event": "defect", "fields": fields})
             fault = ProxyError("proxy-defect", "the proxy failed on this request", status=500)
             self._answer_error(client, request, exchange, fault)
         finally:
@@ -389,7 +391,8 @@ class ProxyServer:
                 "bytes_in": request.body_bytes,
                 "bytes_out": exchange.written,
             }
-            log.log(level, "request", extra={"fields": fields})
+            text = "{method} {path}: {status} {outcome}, held {held_s:.2f} s, {total_s:.2f} s in all".format_map(fields)
+            log.log(level, "%s", text, extra={"event": "request", "fields": fields})
 
     async def _serve_own(
         self, client: ClientConnection, request: Request, exchange: Exchange, verdict: Verdict

@@ -180,7 +180,8 @@ class Supervisor:
             if self.stopping:
                 return
             tries = 0 if time.monotonic() - began > 30 else tries + 1
-            log.error("a worker ended", extra={"fields": {"worker": worker.number}})
+            fields = {"worker": worker.number}
+            log.error("worker %d ended", worker.number, extra={"event": "worker-ended", "fields": fields})
             await asyncio.sleep(_RESPAWN_S[min(tries, len(_RESPAWN_S) - 1)])
 
     async def _run(self, worker: _Worker, ready: asyncio.Future[None]) -> None:

@@ -170,6 +170,7 @@ def test_workers_counts_add_up():
 
 def test_a_log_line_is_one_json_object():
     record = logging.LogRecord("quickthaw.proxy", logging.INFO, __file__, 1, "request", (), None)
+    record.event = "request"
     record.fields = {"request_id": "a\nb", "held_s": 0.5}
     line = JsonFormatter().format(record)
     assert "\n" not in line and json.loads(line)["request_id"] == "a\nb" and json.loads(line)["event"] == "request"

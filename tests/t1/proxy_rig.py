@@ -217,7 +217,7 @@ async def proxy(settings: Settings | None = None, **pool_options: Any) -> AsyncI
     try:
         yield Rig(server, pool, sock.getsockname()[1])
     finally:
-        await server.shutdown(0.2)
+        await server.shutdown(0.02)
 
 
 @dataclass

@@ -42,8 +42,8 @@ def free_port() -> int:
 
 
 @contextmanager
-def command(*arguments: str, stop: bool = True) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A running `quickthaw proxy`; its URL. Ends it by SIGTERM and expects a clean end."""
+def command(*arguments: str, code: int = 0) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A running `quickthaw proxy`; its URL. Ends it by SIGTERM unless it has ended, and expects `code`."""
     process = subprocess.Popen(
         [sys.executable, "-c", "from plugin.proxy.cli import proxy; proxy()", "--listen", "127.0.0.1:0", *arguments],
         stderr=subprocess.PIPE,
@@ -66,9 +66,9 @@ def command(*arguments: str, stop: bool = True) -> Iterator[tuple[subprocess.Pop
             finally:
                 if process.poll() is None:
                     process.send_signal(signal.SIGTERM)
-                code = process.wait(LIMIT_S)
+                ended = process.wait(LIMIT_S)
                 seen.append(log.result(LIMIT_S))
-        assert code == 0, "".join(seen)[-3000:]
+        assert ended == code, "".join(seen)[-3000:]
     finally:
         if process.poll() is None:
             process.kill()
@@ -93,6 +93,11 @@ def alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def refused(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) != 0
 
 
 def eventually(condition: Any, what: str) -> None:
@@ -182,13 +187,25 @@ def test_an_engine_that_dies_is_woken_anew():
         first = call(f"{url}/v1/x", {})[1]["pid"]
         os.kill(first, signal.SIGKILL)
 
-        def refuses() -> bool:
-            with socket.socket() as probe:
-                return probe.connect_ex(("127.0.0.1", port)) != 0
-
-        eventually(refuses, "the engine is gone")
+        eventually(lambda: refused(port), "the engine is gone")
         status, body = call(f"{url}/v1/y", {})
         assert status == 200 and body["pid"] != first
+
+
+@pytest.mark.slow
+def test_a_second_interrupt_ends_it_at_once_with_its_engine():
+    port = free_port()
+    with command("--upstream", f"http://127.0.0.1:{port}", "--wake", engine(port), code=1) as (p, url):
+        pid = call(f"{url}/v1/x", {})[1]["pid"]
+        with socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1]))) as busy:
+            busy.sendall(b"POST /v1/x HTTP/1.1\r\nHost: t\r\nContent-Length: 5\r\n\r\nab")
+            eventually(lambda: call(f"{url}/-/status")[1]["pools"][0]["outstanding"] == 1, "in flight")
+            p.send_signal(signal.SIGINT)
+            eventually(lambda: refused(int(url.rsplit(":", 1)[1])), "it no longer accepts")
+            assert p.poll() is None, "it waits for what is in flight"
+            p.send_signal(signal.SIGINT)
+            assert p.wait(LIMIT_S) == 1
+        eventually(lambda: not alive(pid), "the engine ends with it")
 
 
 def test_an_endpoint_of_somebody_elses_is_only_waited_for():

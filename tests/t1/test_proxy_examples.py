@@ -17,6 +17,7 @@ pytestmark = pytest.mark.t1
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
+@pytest.mark.slow
 def test_an_engine_of_your_own(capsys):
     example = runpy.run_path(str(EXAMPLES / "proxy_own_engine.py"))
     answers = asyncio.run(example["run"](5))

@@ -289,3 +289,44 @@ def test_many_at_once_with_clients_going_at_random(handler):
             await until(lambda: rig.pool.outstanding == 0)
 
     run(main())
+
+
+@pytest.mark.parametrize("framing", ["length", "chunked"])
+@pytest.mark.parametrize("reset_it", [False, True])
+def test_a_client_that_goes_after_every_byte_of_its_request(framing, reset_it):
+    """The engine never takes a part of a request for a whole one, and nothing is left behind."""
+    if framing == "length":
+        body = b"Content-Length: 5\r\n\r\nhello"
+    else:
+        body = b"Transfer-Encoding: chunked\r\n\r\n3\r\nhel\r\n2\r\nlo\r\n0\r\n\r\n"
+
+    async def main():
+        whole: list[str] = []
+
+        async def note(up: Upstream, seen: Seen, reader, writer) -> bool:
+            whole.append(seen.target)
+            return await ordinary(up, seen, reader, writer)
+
+        async with upstream(note) as up, proxy() as rig:
+            rig.add("a", up.port)
+            size = 0
+
+            async def one(point: int) -> None:
+                request = b"POST /%03d HTTP/1.1\r\nHost: t\r\n" % point + body
+                nonlocal size
+                size = len(request)
+                _, writer = await asyncio.open_connection("127.0.0.1", rig.port)
+                writer.write(request[:point])
+                await writer.drain()
+                if reset_it:
+                    reset(writer)
+                else:
+                    writer.close()
+
+            await one(0)
+            await asyncio.gather(*(one(point) for point in range(1, size)))
+            await until(lambda: not rig.server.clients and rig.pool.outstanding == 0)
+            assert whole == [], "a request that never was whole was answered as one"
+            assert rig.server.buffered == 0
+
+    run(main())

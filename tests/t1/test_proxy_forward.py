@@ -19,7 +19,7 @@ from plugin.proxy.settings import Settings
 pytestmark = pytest.mark.t1
 
 
-@pytest.fixture(params=["uvloop", "asyncio"])
+@pytest.fixture(params=["uvloop", pytest.param("asyncio", marks=pytest.mark.slow)])
 def run(request):
     """Both loops: the owner chooses."""
     return functools.partial(run_on, loop=request.param)

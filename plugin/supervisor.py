@@ -278,7 +278,7 @@ class Launch:
         if self._failure is not None:
             from plugin.proxy.errors import StartFailed
 
-            log.error("%s", self._failure)
+            # The pool logs it, and answers those who are held with it.
             code = getattr(self._failure, "code", "internal")
             message = self._failure.args[0] if self._failure.args else str(self._failure)
             self._pool.start_failed(StartFailed(code, str(message)))

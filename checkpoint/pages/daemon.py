@@ -333,7 +333,7 @@ class Daemon:
         """Once through the faults; those that meet a change of mappings come again after it has been read."""
         for _ in range(len(self.faults)):
             space, address, since = self.faults.popleft()
-            if space.fd not in self.spaces:
+            if self.spaces.get(space.fd) is not space:  # gone, and its number perhaps given anew
                 continue
             try:
                 served = self.serve(space, address, since)

@@ -1,0 +1,142 @@
+"""Three ways to bring a snapshot's pages back, side by side in one run on the same snapshot: plain CRIU, CRIU's own lazy-pages daemon, ours.
+
+    python benchmarks/pages.py NAME [--runs 5] [--json]
+
+For each: seconds until CRIU returns, until the first token of a greedy generation, and of the second. The images are in the page cache. Without the
+launcher, the proxy and the canary: what they add is in `quickthaw bench coldstart`. NAME: see `quickthaw snapshot ls`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:] = [str(ROOT), *[p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]]
+
+import launchers  # noqa: E402
+from checkpoint.criu import Criu  # noqa: E402
+from checkpoint.library import Library  # noqa: E402
+from checkpoint.manifest import Snapshot  # noqa: E402
+from checkpoint.sandbox import CACHE_DIR, TMP_DIR, Bind, Sandbox, SandboxConfig  # noqa: E402
+from checkpoint.snapshot import LazyRestore, restore, unpack_cache  # noqa: E402
+from launchers.base import ENGINE_SITE  # noqa: E402
+from launchers.client import Client  # noqa: E402
+from launchers.engine_site import engine_site  # noqa: E402
+from plugin.output import Output  # noqa: E402
+from plugin.settings import state_home  # noqa: E402
+
+WAYS = ("plain", "criu-lazy", "ours")
+
+
+def ask(sandbox: Sandbox, snapshot: Snapshot) -> tuple[float, float]:
+    """Seconds of the first and of the second generation of one token."""
+    client, engine = Client(lambda: sandbox.connect(snapshot.port)), launchers.engine(snapshot.engine)
+    took = []
+    for _ in range(2):
+        began = time.monotonic()
+        if engine.generate(client, snapshot.canary.prompt, 1) != snapshot.canary.token_ids[:1]:
+            raise SystemExit("the restored engine answers differently")
+        took.append(time.monotonic() - began)
+    return took[0], took[1]
+
+
+def run(way: str, library: Library, criu: Criu, snapshot: Snapshot, record: bool = False) -> dict[str, float]:
+    """One restore; seconds, and the faults that our server saw."""
+    home = library.home
+    cache = home / "compile" / snapshot.engine
+    site = engine_site(home, ROOT / "plugin" / "engine")
+    binds = [Bind(cache, Path(CACHE_DIR), read_only=False), Bind(site, Path(ENGINE_SITE))]
+    outputs = {"stdout": Output(None), "stderr": Output(None)}
+    pipes = {name: output.write_fd for name, output in outputs.items()}
+    began = time.monotonic()
+    if way == "criu-lazy":
+        return _criu_lazy(library, criu, snapshot, binds, pipes, outputs)
+    known = library.working_set(snapshot.name)
+    lazy = LazyRestore(None if record else known, record, print, print) if way == "ours" else None
+    replica = restore(library, criu, snapshot, binds, cache, pipes, lazy=lazy)
+    try:
+        returned = time.monotonic() - began
+        for output in outputs.values():
+            output.handed_over()
+        first, second = ask(replica.sandbox, snapshot)
+        found = {"criu_s": returned, "first_token_s": returned + first, "second_s": second}
+        if replica.pages:
+            found["faults"] = replica.pages.stats()["faults"]
+            replica.pages.first_token()
+            if record:
+                replica.pages.requests_done(save=known)
+                replica.pages.wait_saved(20.0)
+        return found
+    finally:
+        replica.close()
+
+
+def _criu_lazy(
+    library: Library, criu: Criu, snapshot: Snapshot, binds: list[Bind], pipes: dict[str, int], outputs: dict[str, Output]
+) -> dict[str, float]:
+    work = Path(tempfile.mkdtemp(prefix="quickthaw-pages-"))
+    folder = library.path(snapshot.name)
+    began = time.monotonic()
+    argv = [str(criu.program), "lazy-pages", f"--images-dir={folder / 'images'}", f"--work-dir={work}", "--log-file=lazy.log"]
+    with subprocess.Popen(argv, env={**os.environ, "CRIU_CONFIG_FILE": "/dev/null"}, stderr=subprocess.DEVNULL) as daemon:
+        try:
+            while not (work / "lazy-pages.socket").exists():
+                if time.monotonic() - began > 10 or daemon.poll() is not None:
+                    raise SystemExit(f"criu lazy-pages does not listen: {(work / 'lazy.log').read_text()[-500:]}")
+                time.sleep(0.002)
+            unpack_cache(folder, library.home / "compile" / snapshot.engine)
+            with Sandbox(SandboxConfig(binds=binds, monotonic_ns=snapshot.monotonic_ns)) as sandbox:
+                sandbox.unpack([(folder / "shm", "/dev/shm"), (folder / "tmp", TMP_DIR)])
+                named = {snapshot.pipes[stream]: fd for stream, fd in pipes.items()}
+                criu.restore(sandbox, snapshot.root_pid, folder / "images", 60.0, work, named, lazy_pages=True)
+                returned = time.monotonic() - began
+                for output in outputs.values():
+                    output.handed_over()
+                first, second = ask(sandbox, snapshot)
+            return {"criu_s": returned, "first_token_s": returned + first, "second_s": second}
+        finally:
+            daemon.kill()
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def main() -> None:
+    """Run and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name")
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    library, criu = Library(state_home()), Criu.find(state_home())
+    snapshot = library.load(options.name)
+    if not library.working_set(snapshot.name).exists():
+        run("ours", library, criu, snapshot, record=True)
+    series: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+    for index in range(options.runs + 1):
+        for way in WAYS:
+            found = run(way, library, criu, snapshot)
+            if index:  # the first round warms the page cache
+                series[way].append(found)
+    medians: dict[str, dict[str, Any]] = {
+        way: {key: round(statistics.median(one[key] for one in runs), 3) for key in runs[0]} for way, runs in series.items()
+    }
+    if options.json:
+        print(json.dumps({"snapshot": snapshot.name, "image_bytes": snapshot.image_bytes, "runs": options.runs, **medians}, indent=1))
+        return
+    print(f"{snapshot.name}, images {snapshot.image_bytes / 1e9:.2f} GB, medians of {options.runs}")
+    print(f"{'':<12}{'CRIU returns':>14}{'first token':>14}{'second':>10}{'faults':>9}")
+    for way, one in medians.items():
+        print(f"{way:<12}{one['criu_s']:>12.3f} s{one['first_token_s']:>12.3f} s{one['second_s']:>8.3f} s{one.get('faults', '-'):>9}")
+
+
+if __name__ == "__main__":
+    main()

@@ -190,6 +190,11 @@ class Init:
             self.send(id=message["id"], pid=pid)
         elif op == "exec":
             self.commands[self.spawn(message, seccomp=False)] = (message["id"], message.get("adopts"))
+        elif op == "abandon":
+            for pid, (ident, _) in self.commands.items():
+                if ident == message["command"]:
+                    os.kill(pid, signal.SIGKILL)
+            self.send(id=message["id"])
         elif op == "signal":
             os.kill(message["pid"], message["signal"])
             self.send(id=message["id"])

@@ -198,6 +198,9 @@ class Sandbox:
         try:
             answer = future.result(timeout_s)
         except TimeoutError as error:
+            if message["op"] == "exec":
+                # A CRIU that hangs holds the tree frozen; its death lets the tree go.
+                self._ask(op="abandon", command=message["id"])
             raise Failed("sandbox-stalled", f"{message['op']} took longer than {timeout_s:.0f} s") from error
         if "error" in answer:
             raise Failed("sandbox-operation", answer["error"])

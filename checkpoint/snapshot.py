@@ -27,7 +27,9 @@ from checkpoint.manifest import Snapshot, SnapshotFile
 from checkpoint.pages.server import PageServer
 from checkpoint.sandbox import CACHE_DIR, TMP_DIR, Bind, Sandbox, SandboxConfig
 
-DUMP_TIMEOUT_S = 600.0
+DUMP_TIMEOUT_S = 30.0
+"""For a dump of nothing; every DUMP_SLOWEST bytes add a second. A process killed under CRIU's hands can leave it waiting for ever."""
+DUMP_SLOWEST = 50e6
 RESTORE_TIMEOUT_S = 600.0
 _MARGIN = 64 << 20  # bytes beside the pages: images of descriptors, shared memory, temporary files
 
@@ -148,7 +150,7 @@ def take(
         if driver:
             _, needs = cuda.suspend(driver, pids, released=cuda.check_released)
         try:
-            criu.dump(sandbox, draft.root_pid, images, script, DUMP_TIMEOUT_S)
+            criu.dump(sandbox, draft.root_pid, images, script, DUMP_TIMEOUT_S + wanted / DUMP_SLOWEST)
         finally:
             if driver and needs.processes:
                 cuda.resume(driver, pids, needs)

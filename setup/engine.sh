@@ -14,8 +14,10 @@ make_venv() {
     "$venv/bin/pip" install -q --no-compile --no-deps -r "$requirements"
     if [ "$engine" = sglang ]; then
         # SGLang publishes no CPU wheel of sgl_kernel and imports it at start; nothing of it is called when a Llama is served on CPU.
-        mkdir -p "$venv"/lib/python3*/site-packages/sgl_kernel
-        cp "$here/sgl_kernel.py" "$(echo "$venv"/lib/python3*/site-packages/sgl_kernel)/__init__.py"
+        local site
+        site="$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+        mkdir -p "$site/sgl_kernel"
+        cp "$here/sgl_kernel.py" "$site/sgl_kernel/__init__.py"
     fi
     # A fair baseline needs compiled bytecode: without it every cold start would compile a thousand modules.
     "$venv/bin/python" -m compileall -q -j 2 "$venv/lib" >/dev/null || true # packages carry files of other Pythons

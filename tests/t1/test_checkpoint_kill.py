@@ -14,7 +14,7 @@ from checkpoint.library import Library
 from checkpoint.sealing import verify
 from tests.leftovers import Watch, processes
 
-pytestmark = [pytest.mark.t1, pytest.mark.xdist_group("criu"), pytest.mark.slow]
+pytestmark = [pytest.mark.t1, pytest.mark.xdist_group("criu"), pytest.mark.slow, pytest.mark.timeout(400)]
 OWNER = Path(__file__).parents[1] / "programs" / "owner.py"
 
 

@@ -358,3 +358,13 @@ def test_a_killed_writer_is_swept_up(home):
         assert library.sweep() == 2
         assert folder.exists()
     assert library.names() == ["busy"]
+
+
+def test_a_helper_that_hangs_is_ended_at_its_limit(home):
+    with Sandbox() as sandbox:
+        with pytest.raises(Failed, match="sandbox-stalled"):
+            sandbox.execute(["/bin/sleep", "1000"], {}, timeout_s=0.3)
+        limit = time.monotonic() + 10
+        while sandbox.execute(["/bin/sh", "-c", "pgrep -x sleep"], {"PATH": "/bin:/usr/bin"}, 10) == 0:
+            assert time.monotonic() < limit
+            time.sleep(0.02)

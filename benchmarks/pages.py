@@ -1,9 +1,9 @@
-"""Three ways to bring a snapshot's pages back, side by side in one run on the same snapshot: plain CRIU, CRIU's own lazy-pages daemon, ours.
+"""Three ways to bring a snapshot's pages back, in one run on the same snapshot: plain CRIU, CRIU's own lazy-pages daemon, ours.
 
     python benchmarks/pages.py NAME [--runs 5] [--json]
 
-For each: seconds until CRIU returns, until the first token of a greedy generation, and of the second. The images are in the page cache. Without the
-launcher, the proxy and the canary: what they add is in `quickthaw bench coldstart`. NAME: see `quickthaw snapshot ls`.
+For each: seconds until CRIU returns, until the first token of a greedy generation, and of the second. The images are in the page
+cache. Without the launcher, the proxy and the canary: what they add is in `quickthaw bench coldstart`. NAME: see `quickthaw snapshot ls`.
 """
 
 from __future__ import annotations

@@ -82,13 +82,26 @@ def run(way: str, library: Library, criu: Criu, snapshot: Snapshot, record: bool
 
 
 def _criu_lazy(
-    library: Library, criu: Criu, snapshot: Snapshot, binds: list[Bind], pipes: dict[str, int], outputs: dict[str, Output]
+    library: Library,
+    criu: Criu,
+    snapshot: Snapshot,
+    binds: list[Bind],
+    pipes: dict[str, int],
+    outputs: dict[str, Output],
 ) -> dict[str, float]:
     work = Path(tempfile.mkdtemp(prefix="quickthaw-pages-"))
     folder = library.path(snapshot.name)
     began = time.monotonic()
-    argv = [str(criu.program), "lazy-pages", f"--images-dir={folder / 'images'}", f"--work-dir={work}", "--log-file=lazy.log"]
-    with subprocess.Popen(argv, env={**os.environ, "CRIU_CONFIG_FILE": "/dev/null"}, stderr=subprocess.DEVNULL) as daemon:
+    argv = [
+        str(criu.program),
+        "lazy-pages",
+        f"--images-dir={folder / 'images'}",
+        f"--work-dir={work}",
+        "--log-file=lazy.log",
+    ]
+    with subprocess.Popen(
+        argv, env={**os.environ, "CRIU_CONFIG_FILE": "/dev/null"}, stderr=subprocess.DEVNULL
+    ) as daemon:
         try:
             while not (work / "lazy-pages.socket").exists():
                 if time.monotonic() - began > 10 or daemon.poll() is not None:
@@ -127,15 +140,23 @@ def main() -> None:
             if index:  # the first round warms the page cache
                 series[way].append(found)
     medians: dict[str, dict[str, Any]] = {
-        way: {key: round(statistics.median(one[key] for one in runs), 3) for key in runs[0]} for way, runs in series.items()
+        way: {key: round(statistics.median(one[key] for one in runs), 3) for key in runs[0]}
+        for way, runs in series.items()
     }
     if options.json:
-        print(json.dumps({"snapshot": snapshot.name, "image_bytes": snapshot.image_bytes, "runs": options.runs, **medians}, indent=1))
+        print(
+            json.dumps(
+                {"snapshot": snapshot.name, "image_bytes": snapshot.image_bytes, "runs": options.runs, **medians},
+                indent=1,
+            )
+        )
         return
     print(f"{snapshot.name}, images {snapshot.image_bytes / 1e9:.2f} GB, medians of {options.runs}")
     print(f"{'':<12}{'CRIU returns':>14}{'first token':>14}{'second':>10}{'faults':>9}")
     for way, one in medians.items():
-        print(f"{way:<12}{one['criu_s']:>12.3f} s{one['first_token_s']:>12.3f} s{one['second_s']:>8.3f} s{one.get('faults', '-'):>9}")
+        print(
+            f"{way:<12}{one['criu_s']:>12.3f} s{one['first_token_s']:>12.3f} s{one['second_s']:>8.3f} s{one.get('faults', '-'):>9}"
+        )
 
 
 if __name__ == "__main__":

@@ -291,6 +291,6 @@ def _table(story: Story, engine: str, snapshot: Any, restores: tuple[float, floa
     )
     story.console.print(table)
     story.say(
-        "[dim]The cold start ends at the engine's first generated token, before the snapshot is taken; restores at the first token of the chat.\n"
+        "[dim]The cold start ends at the engine's first generated token, before the snapshot is taken.\n"
         "For a fair comparison with the engine alone, several runs each: quickthaw bench coldstart.[/dim]\n"
     )

@@ -567,8 +567,9 @@ class Replica:
     def sleep(self) -> None:
         """End the engine because nobody needs it; its snapshot brings it back."""
         self._expected_end = True
-        self.tracker.to(Phase.ASLEEP)
+        # The pool gives this replica nothing by now; asleep is said when nothing of it is left.
         self._clear()
+        self.tracker.to(Phase.ASLEEP)
 
 
 _DAMAGED = ("manifest-", "file-", "canary-differs", "signature-")

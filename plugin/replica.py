@@ -107,6 +107,7 @@ class Replica:
     def __post_init__(self) -> None:
         self.library = Library(self.settings.home)
         self._expected_end = False
+        self._stopped = False
         self._lazy_works = True
         self.page_stats: dict[str, float] = {}
         self._cuda: Helper | None = None
@@ -118,8 +119,8 @@ class Replica:
         """Bring the engine to serving. Raises LauncherError or CheckpointError when that has finally failed.
 
         Three ways, each after the one before it failed: restore with the working set first, restore the plain way, start cold.
+        A start that `stop` interrupts raises as well, and tries no other way.
         """
-        self._expected_end = False
         self.exit_code = None
         name = self._restorable()
         ways = ((True, False) if self.settings.lazy_restore and self._lazy_works else (False,)) if name else ()
@@ -129,6 +130,9 @@ class Replica:
                 self._restore(name, lazy)
                 return
             except (CheckpointError, LauncherError) as error:
+                if self._stopped:
+                    self._clear()
+                    raise
                 again = lazy and not isinstance(error, Incompatible | Integrity | HostLacks | Busy)
                 self._restore_failed(name, error, again)
                 if again:
@@ -146,7 +150,8 @@ class Replica:
             self._cold()
         except BaseException as error:
             self._clear()
-            self.tracker.to(Phase.FAILED, str(error))
+            if not self._stopped:
+                self.tracker.to(Phase.FAILED, str(error))
             raise
 
     @property
@@ -257,7 +262,7 @@ class Replica:
         self.spans |= restored.spans
         sandbox = restored.sandbox
         client = Client(lambda: sandbox.connect(snapshot.port), self.settings.command.api_key)
-        self.running = Running(sandbox, restored.root_pid, snapshot.port, client, outputs, restored)
+        self._now_running(Running(sandbox, restored.root_pid, snapshot.port, client, outputs, restored))
         self.tracker.to(Phase.WAKING)
         control.tell(sandbox.init_pid, control.WAKE)
         if snapshot.weights == "thin":
@@ -385,7 +390,7 @@ class Replica:
         finally:
             for output in outputs.values():
                 output.handed_over()
-        self.running = Running(place, pid, port, client, outputs)
+        self._now_running(Running(place, pid, port, client, outputs))
         self.tracker.to(Phase.LOADING)
         probe = Probe(lambda: place.exit_code(pid), lambda: self._last_words(outputs), self.settings.start_timeout_s)
         self.engine.wait_ready(client, probe, lambda: None)
@@ -538,6 +543,14 @@ class Replica:
         if self.tracker.phase is Phase.SERVING and not self._expected_end and self.on_death:
             threading.Thread(target=self.on_death, args=(code,), name="engine-died", daemon=True).start()
 
+    def _now_running(self, running: Running) -> None:
+        """From here on an end of the engine is its own, until we say otherwise."""
+        self._expected_end = self._stopped
+        self.running = running
+        if self._stopped:
+            self._clear()
+            raise EngineFailed("stopped", "told to stop while the engine started")
+
     def _clear(self) -> None:
         running, self.running = self.running, None
         if running:
@@ -548,7 +561,7 @@ class Replica:
 
     def stop(self, grace_s: float | None = None) -> int:
         """End the engine as its own operator would: SIGTERM, up to `grace_s` seconds, then the sandbox goes. Its exit code."""
-        self._expected_end = True
+        self._expected_end = self._stopped = True
         running = self.running
         code: int | None = self.exit_code
         if running:

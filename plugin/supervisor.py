@@ -125,7 +125,9 @@ class Launch:
             self._start_failed(error)
             return False
         except Exception as error:
-            log.exception("a defect of quickthaw's, please report it")
+            # A stop that comes between two phases of a start cuts it short wherever it is.
+            if not self._ending.is_set():
+                log.exception("a defect of quickthaw's, please report it")
             self._start_failed(error)
             return False
         if self._ending.is_set():
@@ -135,7 +137,10 @@ class Launch:
         return True
 
     def _start_failed(self, error: Exception) -> None:
-        if self._ending.is_set() or any(r.tracker.phase is Phase.SERVING for r in self.replicas):
+        if self._ending.is_set():
+            log.debug("a start that was interrupted by the stop: %s", error)
+            return
+        if any(r.tracker.phase is Phase.SERVING for r in self.replicas):
             log.error("%s", error)
             return
         self._failure = error

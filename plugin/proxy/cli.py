@@ -9,6 +9,7 @@ import click
 
 if TYPE_CHECKING:
     from .settings import Settings
+    from .upstream import Upstream
 
 EPILOG = """\b
 Examples:
@@ -32,6 +33,15 @@ def _place(text: str) -> tuple[str, int]:
     return host, int(port)
 
 
+def _not_itself(upstream: Upstream | None, host: str, port: int) -> None:
+    """Refuse an upstream that is the proxy's own port: each request would come back as a new one, for ever."""
+    spec = upstream.spec if upstream is not None else None
+    if spec is None or spec["kind"] != "tcp" or spec["port"] != port:
+        return
+    if spec["host"] == host or (host in ("0.0.0.0", "::") and spec["host"] in ("localhost", "127.0.0.1", "::1")):
+        raise click.UsageError(f"the upstream {spec['host']}:{port} is where this proxy itself listens")
+
+
 @click.command(epilog=EPILOG, context_settings={"show_default": True, "auto_envvar_prefix": "QUICKTHAW_PROXY"})
 @click.option("--upstream", help="Where the engine listens: http://host:port, https://host or unix:/path.")
 @click.option(
@@ -40,7 +50,9 @@ def _place(text: str) -> tuple[str, int]:
 @click.option("--listen", default="127.0.0.1:8000", help="HOST:PORT of the public port; port 0 takes a free one.")
 @click.option("--wake", help="A command that brings the engine up. It may return, or stay as the engine itself.")
 @click.option("--sleep", help="A command that puts it down. Without one, a wake command that stays is ended.")
-@click.option("--wake-url", help="A URL to POST to instead of running a command.")
+@click.option(
+    "--wake-url", help="A URL to POST to instead of a command; beside one, it wakes an engine that sleeps and stays up."
+)
 @click.option("--sleep-url", help="A URL to POST to instead of running a command.")
 @click.option("--ready-path", default="/health", help="Answers 200 once the engine is ready.")
 @click.option("--ready-model", help="Also generate one token with this model before it counts as ready.")
@@ -66,7 +78,7 @@ def _place(text: str) -> tuple[str, int]:
 @click.option(
     "--own-prefix", default="/-", help="Where the own pages live: PREFIX/status, /ready, /metrics, and PREFIX/."
 )
-@click.option("--own-listen", help="HOST:PORT for the own pages alone; they leave the public port. One worker only.")
+@click.option("--own-listen", help="HOST:PORT for the own pages alone; they leave the public port.")
 @click.option(
     "--trust-forwarded", is_flag=True, help="Keep X-Forwarded-* of the client: a trusted proxy stands in front."
 )
@@ -85,8 +97,6 @@ def proxy(**options: Any) -> None:
     """
     if (options["upstream"] is None) == (options["config"] is None):
         raise click.UsageError("give either --upstream or --config")
-    if options["own_listen"] and options["workers"] > 1:
-        raise click.UsageError("--own-listen is for one worker; with several, the own pages stay on the public port")
     settings = _settings(options)
 
     import asyncio
@@ -130,12 +140,14 @@ async def _serve(options: dict[str, Any], settings: Settings) -> None:
     import signal
 
     from .endpoint import Endpoint, EndpointSpec
+    from .limits import raise_files
     from .pool import ReplicaPool
     from .server import ProxyServer, Router
     from .upstream import from_url
     from .workers import Supervisor, listening_sockets
 
     host, port = _place(options["listen"])
+    own_place = _place(options["own_listen"]) if options["own_listen"] else None
     owner: Any
     target: ReplicaPool | Router
     try:
@@ -164,7 +176,14 @@ async def _serve(options: dict[str, Any], settings: Settings) -> None:
     except ValueError as exc:
         raise click.UsageError(str(exc)) from exc
 
+    raise_files()
     sockets = listening_sockets(host, port, options["workers"], settings.backlog)
+    own_sock = listening_sockets(*own_place, 1, 128)[0] if own_place else None
+    port = sockets[0].getsockname()[1]
+    for pool in pools.values():
+        for replica in pool.replicas.values():
+            _not_itself(replica.upstream, host, port)
+    supervisor: Supervisor | None = None
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     interrupts = 0
@@ -174,18 +193,17 @@ async def _serve(options: dict[str, Any], settings: Settings) -> None:
         interrupts += 1
         if interrupts > 1:
             owner.kill()
+            if supervisor is not None:
+                supervisor.kill()
             os._exit(1)  # a second Ctrl-C: now, without draining
         stop.set()
 
     loop.add_signal_handler(signal.SIGTERM, stop.set)
     loop.add_signal_handler(signal.SIGINT, interrupted)
     shown = f"[{host}]" if ":" in host else host
-    where = f"http://{shown}:{sockets[0].getsockname()[1]}"
+    where = f"http://{shown}:{port}"
     await owner.start()
     if options["workers"] == 1:
-        own_sock = None
-        if options["own_listen"]:
-            own_sock = listening_sockets(*_place(options["own_listen"]), 1, 128)[0]
         server = ProxyServer(target, settings)
         await server.start(sockets[0], own_sock=own_sock)
         click.echo(f"listening on {where}", err=True)
@@ -193,7 +211,7 @@ async def _serve(options: dict[str, Any], settings: Settings) -> None:
         await server.shutdown()
     else:
         config_path = str(options["config"]) if options["config"] is not None else None
-        supervisor = Supervisor(list(pools.values()), settings, sockets, config=config_path)
+        supervisor = Supervisor(list(pools.values()), settings, sockets, config=config_path, own_sock=own_sock)
         await supervisor.start()
         click.echo(f"listening on {where} with {options['workers']} workers", err=True)
         await stop.wait()

@@ -2,15 +2,16 @@
 and put down.
 
 The owner of one pool with one replica. It may be woken by a command (which may return, or stay as the engine itself),
-by an HTTP hook, or by
-nobody (then the wake only waits for it). It is ready when its readiness path answers 200 and, where a model is named,
-when a one-token
-generation succeeds. Its phases are what can be seen from outside: starting (nothing listens), loading (listens, not
-ready), warming (the
-generation is tried), serving, asleep.
+by an HTTP hook, or by nobody (then the wake only waits for it). It is ready when its readiness path answers 200 and,
+where a model is named, when a one-token generation succeeds.
+
+Its phases are what can be seen from outside: starting (nothing listens), loading (listens, not ready), warming (the
+generation is tried), serving, asleep; waking, when it was told to sleep and went on answering its readiness path (as
+engines with a sleep mode do, so that path proves nothing until the wake has been called). What quickthaw itself
+restores (`restores`) says its phases at `/-/status`, and they are followed.
 
 Promises: at most one command of ours runs at a time, in a session of its own; when the endpoint is put down or
-closed, its whole group ends.
+closed, its whole group ends; an engine of ours that ends by itself is known to be down at once.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ from plugin.phases import Phase, PhaseTracker
 
 from .errors import ProxyError, StartFailed, UpstreamFault
 from .fetch import fetch, post_url
+from .history import History
 from .pool import ReplicaPool
+from .replica import FOUND_UP
 from .upstream import Upstream
 
 log = logging.getLogger("quickthaw.proxy")
@@ -39,13 +42,25 @@ Guard = Callable[[str, Wake], Wake]
 
 _PROBE_LIMIT_S = 2.0
 _GENERATION_LIMIT_S = 60.0
-_POLL_S = (0.02, 0.05, 0.1, 0.1, 0.2, 0.25)
+_FIRST_GENERATION_LIMIT_S = 5.0
 _STOP_GRACE_S = 10.0
+_COLD = (Phase.MOUNTING, Phase.STARTING, Phase.LOADING, Phase.WARMING)
+_RESTORED = (Phase.MOUNTING, Phase.RESTORING, Phase.WAKING, Phase.VERIFYING)
+
+
+def _pause_s(waited_s: float) -> float:
+    """Between two looks at an endpoint that is not ready: a twentieth of what was waited, so that looking late costs
+    little beside the start itself.
+    """
+    return min(0.5, max(0.02, waited_s / 20))
 
 
 @dataclass(frozen=True)
 class EndpointSpec:
-    """What is known of an endpoint. `wake` and `sleep` are shell commands, `wake_url` and `sleep_url` are POSTed to."""
+    """What is known of an endpoint. `wake` and `sleep` are shell commands, `wake_url` and `sleep_url` are POSTed to.
+
+    With both `wake` and `wake_url`, the command starts it when it is down, and the URL wakes it when it sleeps.
+    """
 
     upstream: Upstream
     wake: str | None = None
@@ -58,6 +73,8 @@ class EndpointSpec:
     sleep_limit_s: float = 60.0
     idle_timeout_s: float | None = None
     environment: tuple[tuple[str, str], ...] = ()
+    restores: bool = False
+    """True for a `quickthaw restore`, which says its phases at `/-/status`."""
 
     @property
     def can_sleep(self) -> bool:
@@ -68,11 +85,18 @@ class EndpointSpec:
 class Endpoint:
     """Owns the pool of one endpoint."""
 
-    def __init__(self, name: str, spec: EndpointSpec, *, room: Guard | None = None) -> None:
-        """`room` wraps the wake, for owners that limit how many endpoints are awake at once."""
+    def __init__(
+        self, name: str, spec: EndpointSpec, *, room: Guard | None = None, history: History | None = None
+    ) -> None:
+        """`room` wraps the wake, for owners that limit how many endpoints are awake at once; `history` is what is
+        known of its earlier starts.
+        """
         self.name, self.spec = name, spec
         self.tracker = PhaseTracker(phase=Phase.ASLEEP)
         self._process: asyncio.subprocess.Process | None = None
+        self._watcher: asyncio.Task[None] | None = None
+        self._slept = False
+        """True from being told to sleep to the next successful wake: until then being ready proves nothing."""
         self.pool = ReplicaPool(
             name=name,
             wake=self.wake if room is None else room(name, self.wake),
@@ -80,13 +104,14 @@ class Endpoint:
             idle_timeout_s=spec.idle_timeout_s,
             wake_limit_s=(spec.wake_limit_s + 5.0) if room is None else 86400.0,
             sleep_limit_s=spec.sleep_limit_s + _STOP_GRACE_S + 5.0,
+            history=history,
         )
         self.pool.add(name, self.tracker, spec.upstream)
 
     async def start(self) -> None:
         """Look once whether the endpoint is up already."""
-        if await self._ready() is None:
-            self.tracker.to(Phase.SERVING, "found up")
+        if await self._ready() is None and await self._answers():
+            self.tracker.to(Phase.SERVING, FOUND_UP)
 
     async def wake(self) -> None:
         """Bring the endpoint to serving.
@@ -94,20 +119,34 @@ class Endpoint:
         Raises:
             StartFailed: the command or hook failed, or the endpoint was not ready in time.
         """
-        if await self._ready() is None:
-            self._found_up()
-            return
         spec, tracker = self.spec, self.tracker
         began = time.monotonic()
-        tracker.to(Phase.MOUNTING, "woken")
+        up = await self._ready() is None
+        if up and not self._slept:
+            if await self._answers():
+                self._found_up()
+                return
+            self._slept = spec.wake_url is not None  # it is up and does not generate: if it sleeps, the hook helps
+        asleep = up and self._slept
+        ladder = _RESTORED if spec.restores else _COLD
+        tracker.to(Phase.WAKING if asleep and tracker.phase is Phase.ASLEEP else Phase.MOUNTING, "woken")
         try:
-            await self._kick()
-            tracker.to(Phase.STARTING)
-            await self._until_ready(began)
+            if not up or self._slept:
+                await self._kick(asleep)
+            if tracker.phase is Phase.MOUNTING and not spec.restores:
+                tracker.to(Phase.STARTING)
+            await self._until_ready(began, asleep)
+            if tracker.phase is Phase.WAKING:
+                tracker.to(Phase.VERIFYING)
             if spec.ready_model is not None:
+                if tracker.phase is not Phase.VERIFYING:
+                    self._rise(ladder, ladder[-1])
                 await self._generate(began)
-            self._rise(Phase.WARMING)
+            if tracker.phase is not Phase.VERIFYING:
+                self._rise(ladder, ladder[-1])
+            self._slept = False
             tracker.to(Phase.SERVING)
+            self._watch()
         except BaseException as exc:
             tracker.to(Phase.FAILED, getattr(exc, "code", type(exc).__name__))
             await self._stop_process()
@@ -119,11 +158,18 @@ class Endpoint:
         running = self._process is not None and self._process.returncode is None
         if spec.sleep is None and spec.sleep_url is None and not running:
             raise StartFailed("no-way-to-sleep", "the wake command has returned, and there is no sleep command or hook")
-        if spec.sleep is not None:
-            await self._command(spec.sleep, spec.sleep_limit_s, "sleep")
-        elif spec.sleep_url is not None:
-            await self._hook(spec.sleep_url, spec.sleep_limit_s, "sleep")
-        await self._stop_process()
+        self._unwatch()
+        try:
+            if spec.sleep is not None:
+                await self._command(spec.sleep, spec.sleep_limit_s, "sleep")
+            elif spec.sleep_url is not None:
+                await self._hook(spec.sleep_url, spec.sleep_limit_s, "sleep")
+        except BaseException:
+            self._watch()
+            raise
+        if spec.wake is None or spec.wake_url is None:
+            await self._stop_process()  # otherwise it stays, asleep, for the wake hook
+        self._slept = True
         self.tracker.to(Phase.ASLEEP)
 
     def kill(self) -> None:
@@ -133,46 +179,86 @@ class Endpoint:
 
     async def close(self) -> None:
         """End what this endpoint started."""
+        self._unwatch()
         await self._stop_process()
         self.tracker.to(Phase.STOPPED)
 
     def _found_up(self) -> None:
         if self.tracker.phase is Phase.ASLEEP:
-            self.tracker.to(Phase.SERVING, "found up")
+            self.tracker.to(Phase.SERVING, FOUND_UP)
         elif self.tracker.phase is not Phase.SERVING:
             self.tracker.to(Phase.MOUNTING)
-            self._rise(Phase.WARMING)
-            self.tracker.to(Phase.SERVING, "found up")
+            self._rise(_COLD, Phase.WARMING)
+            self.tracker.to(Phase.SERVING, FOUND_UP)
 
-    def _rise(self, phase: Phase) -> None:
+    def _rise(self, ladder: tuple[Phase, ...], phase: Phase) -> None:
         """Go up the ladder of a start to `phase`, step by step, as the state machine asks."""
-        ladder = (Phase.MOUNTING, Phase.STARTING, Phase.LOADING, Phase.WARMING)
         at = ladder.index(self.tracker.phase)
         for step in ladder[at + 1 : ladder.index(phase) + 1]:
             self.tracker.to(step)
 
-    async def _kick(self) -> None:
-        spec = self.spec
-        if spec.wake is not None and (self._process is None or self._process.returncode is not None):
-            self._process = await self._spawn(spec.wake)
-        if spec.wake_url is not None:
-            await self._hook(spec.wake_url, spec.wake_limit_s, "wake")
+    def _watch(self) -> None:
+        """See to it that an engine of ours that ends is not taken for serving until somebody asks for it."""
+        if self._process is not None:
+            self._watcher = asyncio.get_running_loop().create_task(self._died(self._process))
 
-    async def _until_ready(self, began: float) -> None:
-        tries = 0
+    def _unwatch(self) -> None:
+        watcher, self._watcher = self._watcher, None
+        if watcher is not None:
+            watcher.cancel()
+
+    async def _died(self, process: asyncio.subprocess.Process) -> None:
+        code = await process.wait()
+        # A command that has started an engine elsewhere and returned is no death.
+        if await self._ready() is not None and self._process is process and self.tracker.phase is Phase.SERVING:
+            self.tracker.to(Phase.FAILED, f"engine-died: the wake command ended with code {code}")
+
+    async def _kick(self, asleep: bool) -> None:
+        spec = self.spec
+        if spec.wake_url is not None and (asleep or spec.wake is None):
+            await self._hook(spec.wake_url, spec.wake_limit_s, "wake")
+        elif spec.wake is not None and (self._process is None or self._process.returncode is not None):
+            self._unwatch()
+            self._process = await self._spawn(spec.wake)
+
+    async def _until_ready(self, began: float, asleep: bool) -> None:
+        """Return once it is ready. One that sleeps looks ready all the time: there the wake command must have ended,
+        unless the endpoint was seen down in between.
+        """
+        proof = not asleep
         while True:
-            why = await self._ready()
-            if why is None:
-                return
-            if not why.startswith("refused") and self.tracker.phase is Phase.STARTING:
-                self.tracker.to(Phase.LOADING, why)
             process = self._process
-            if process is not None and process.returncode not in (None, 0):
-                raise StartFailed("wake-command-failed", f"the wake command ended with code {process.returncode}")
-            if time.monotonic() - began > self.spec.wake_limit_s:
+            code = process.returncode if process is not None else 0
+            why = await self._ready()
+            if why is None and (proof or code == 0):
+                return
+            proof = proof or why is not None
+            if why is not None and not why.startswith("refused"):
+                await self._listens(why)
+            if code not in (None, 0):
+                raise StartFailed("wake-command-failed", f"the wake command ended with code {code}")
+            waited = time.monotonic() - began
+            if waited > self.spec.wake_limit_s:
+                why = why or "the wake command goes on"
                 raise StartFailed("wake-timeout", f"not ready after {self.spec.wake_limit_s:g} s: {why}")
-            await asyncio.sleep(_POLL_S[min(tries, len(_POLL_S) - 1)])
-            tries += 1
+            await asyncio.sleep(_pause_s(waited))
+
+    async def _listens(self, why: str) -> None:
+        """It answers, and is not ready: show how far it says it is."""
+        if self.tracker.phase is Phase.STARTING:
+            self.tracker.to(Phase.LOADING, why)
+        if self.spec.restores and self.tracker.phase in _RESTORED:
+            phase = await self._inner_phase()
+            if phase in _RESTORED and _RESTORED.index(phase) > _RESTORED.index(self.tracker.phase):
+                self._rise(_RESTORED, phase)
+
+    async def _inner_phase(self) -> Phase | None:
+        """The phase that a quickthaw behind this proxy says it is in; None when it says none that is known."""
+        try:
+            _, body = await fetch(self.spec.upstream, "GET", "/-/status", limit_s=_PROBE_LIMIT_S)
+            return Phase(json.loads(body)["pools"][0]["replicas"][0]["phase"])
+        except (OSError, UpstreamFault, ValueError, LookupError, TypeError):
+            return None
 
     async def _ready(self) -> str | None:
         """None when the readiness path answers 200, else why not."""
@@ -184,25 +270,26 @@ class Endpoint:
             return f"refused ({type(exc).__name__})"
         return None if status == 200 else f"{self.spec.ready_path} answers {status}"
 
+    async def _answers(self) -> bool:
+        """True when it generates a token at once, or when no model is named to ask for one."""
+        return self.spec.ready_model is None or await self._generation(_FIRST_GENERATION_LIMIT_S) is None
+
     async def _generate(self, began: float) -> None:
         """A real generation of one token: a bound port and a health page are not yet an engine that answers."""
-        self._rise(Phase.WARMING)
-        body = json.dumps({"model": self.spec.ready_model, "prompt": "a", "max_tokens": 1, "temperature": 0}).encode()
-        tries = 0
-        while True:
-            try:
-                status, answer = await fetch(
-                    self.spec.upstream, "POST", "/v1/completions", body, limit_s=_GENERATION_LIMIT_S
-                )
-                if status == 200:
-                    return
-                why = f"{status} {answer[:200].decode('utf-8', 'replace')}"
-            except (UpstreamFault, OSError) as exc:
-                why = f"{exc}" or type(exc).__name__
-            if time.monotonic() - began > self.spec.wake_limit_s:
+        while (why := await self._generation(_GENERATION_LIMIT_S)) is not None:
+            waited = time.monotonic() - began
+            if waited > self.spec.wake_limit_s:
                 raise StartFailed("wake-no-generation", f"no token after {self.spec.wake_limit_s:g} s: {why}")
-            await asyncio.sleep(_POLL_S[min(tries, len(_POLL_S) - 1)])
-            tries += 1
+            await asyncio.sleep(_pause_s(waited))
+
+    async def _generation(self, limit_s: float) -> str | None:
+        """None when one token was generated, else why not."""
+        body = json.dumps({"model": self.spec.ready_model, "prompt": "a", "max_tokens": 1, "temperature": 0}).encode()
+        try:
+            status, answer = await fetch(self.spec.upstream, "POST", "/v1/completions", body, limit_s=limit_s)
+        except (UpstreamFault, OSError) as exc:
+            return f"{exc}" or type(exc).__name__
+        return None if status == 200 else f"{status} {answer[:200].decode('utf-8', 'replace')}"
 
     async def _spawn(self, command: str) -> asyncio.subprocess.Process:
         return await asyncio.create_subprocess_exec(
@@ -220,9 +307,11 @@ class Endpoint:
             async with asyncio.timeout(limit_s):
                 code = await process.wait()
         except TimeoutError:
-            self._signal(process, signal.SIGKILL)
-            await process.wait()
             raise StartFailed(f"{what}-command-timeout", f"the {what} command ran over {limit_s:g} s") from None
+        finally:
+            if process.returncode is None:
+                self._signal(process, signal.SIGKILL)
+                await process.wait()
         if code != 0:
             raise StartFailed(f"{what}-command-failed", f"the {what} command ended with code {code}")
 

@@ -28,6 +28,8 @@ class ProxyError(Exception):
     def __init__(self, code: str, message: str, *, status: int, retry_after_s: float | None = None) -> None:
         super().__init__(message)
         self.code, self.message, self.status, self.retry_after_s = code, message, status, retry_after_s
+        self.headers: tuple[tuple[bytes, bytes], ...] = ()
+        """Header fields that belong to the status: `Allow`, `WWW-Authenticate`."""
 
     def fresh(self) -> ProxyError:
         """An equal error without a traceback: one failure may end thousands of requests, each with its own."""
@@ -40,8 +42,11 @@ class ProxyError(Exception):
 class ClientFault(ProxyError):
     """The request itself is at fault: it is refused, and no replica sees it."""
 
-    def __init__(self, code: str, message: str, *, status: int = 400) -> None:
+    def __init__(
+        self, code: str, message: str, *, status: int = 400, headers: tuple[tuple[bytes, bytes], ...] = ()
+    ) -> None:
         super().__init__(code, message, status=status)
+        self.headers = headers
 
 
 class Unavailable(ProxyError):
@@ -73,7 +78,7 @@ def render(error: ProxyError, path: str, request_id: str) -> tuple[int, list[tup
     Anthropic's shape on /v1/messages, OpenAI's everywhere else; both carry the stable code.
     """
     body = json.dumps(document(error, path, request_id), separators=(",", ":")).encode()
-    headers = [(b"content-type", b"application/json")]
+    headers = [(b"content-type", b"application/json"), *error.headers]
     if error.retry_after_s is not None:
         headers.append((b"retry-after", b"%d" % max(1, math.ceil(error.retry_after_s))))
     return error.status, headers, body

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 import httptools
 
 from . import wire
-from .errors import ClientFault, ProxyError, render
+from .errors import ClientFault, ProxyError, Unavailable, render
 from .request import Request
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ class Host(Protocol):
     clients: set[ClientConnection]
     draining: bool
     buffered: int
+    max_clients: int
     loop: asyncio.AbstractEventLoop
 
     def forget(self, client: ClientConnection) -> None:
@@ -209,6 +210,9 @@ class ClientConnection(asyncio.Protocol):
         peer = transport.get_extra_info("peername")
         self.peer = peer[0].encode() if isinstance(peer, tuple) else b"unix"
         self.host.clients.add(self)
+        if len(self.host.clients) > self.host.max_clients and not self.own_port:
+            crowd = Unavailable("too-many-clients", f"{self.host.max_clients} clients are connected already")
+            self._fault(crowd)
 
     def data_received(self, data: bytes) -> None:
         """Called by the loop."""

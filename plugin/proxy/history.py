@@ -54,12 +54,15 @@ class History:
         }
         self.last: dict[Kind, tuple[Span, ...]] = {}
         """The spans of the last start of each kind: the waterfall on the page."""
+        self._phases: dict[tuple[Kind, Phase], deque[float]] = {}
 
     def record(self, kind: Kind, seconds: float, spans: tuple[Span, ...] = ()) -> None:
         """Add one finished start."""
         self._taken[kind].append(seconds)
         if spans:
             self.last[kind] = spans
+        for span in spans:
+            self._phases.setdefault((kind, span.phase), deque(maxlen=KEPT)).append(span.took_s)
 
     def seen(self, kind: Kind) -> tuple[float, ...]:
         """The durations measured so far, oldest first."""
@@ -67,8 +70,7 @@ class History:
 
     def quantile(self, kind: Kind, q: float) -> float | None:
         """The q-quantile (nearest rank) of the measured durations in seconds, or None when there are none."""
-        values = sorted(self._taken[kind])
-        return values[min(len(values) - 1, int(q * len(values)))] if values else None
+        return _quantile(self._taken[kind], q)
 
     def typical(self, kind: Kind) -> float:
         """The median in seconds, or the stated guess for that kind."""
@@ -82,15 +84,19 @@ class History:
                 return kind
         return Kind.COLD
 
-    def left(self, kind: Kind, elapsed_s: float) -> float:
-        """Seconds that a start `elapsed_s` old still takes: to the median, then to the slowest seen, then half its
-        age again.
+    def left(self, kind: Kind, elapsed_s: float, phase: Phase | None = None, in_phase_s: float = 0.0) -> float:
+        """Seconds that a start `elapsed_s` old still takes.
+
+        Where `phase` has been measured: what is left of it (`in_phase_s` have passed) and the medians of the phases
+        that follow it. Otherwise what is left of the whole start.
         """
-        typical, slowest = self.typical(kind), self.quantile(kind, 1.0) or 0.0
-        for total in (typical, slowest):
-            if elapsed_s < total:
-                return total - elapsed_s
-        return max(1.0, elapsed_s * 0.5)
+        order = [span.phase for span in self.last.get(kind, ())]
+        if phase not in order:
+            return _left(self.typical(kind), self.quantile(kind, 1.0) or 0.0, elapsed_s, least_s=1.0)
+        last = len(order) - 1 - order[::-1].index(phase)  # a failed restore's phases come before the cold start's own
+        here = self._phases[kind, phase]
+        later = sum(_quantile(self._phases[kind, after], 0.5) or 0.0 for after in order[last + 1 :])
+        return _left(_quantile(here, 0.5) or 0.0, max(here), in_phase_s, least_s=0.1) + later
 
     def deadline(self, kind: Kind) -> float:
         """How long a request may be held for such a start: its slowest measured one times a margin, never under a
@@ -98,3 +104,16 @@ class History:
         """
         slowest = self.quantile(kind, 1.0)
         return max(_FLOOR_S[kind], MARGIN * (_GUESS_S[kind] if slowest is None else slowest))
+
+
+def _quantile(taken: Iterable[float], q: float) -> float | None:
+    values = sorted(taken)
+    return values[min(len(values) - 1, int(q * len(values)))] if values else None
+
+
+def _left(typical_s: float, slowest_s: float, elapsed_s: float, *, least_s: float) -> float:
+    """To the median, then to the slowest seen, then half its age again."""
+    for total in (typical_s, slowest_s):
+        if elapsed_s < total:
+            return total - elapsed_s
+    return max(least_s, elapsed_s * 0.5)

@@ -16,6 +16,7 @@ demand take turns instead of thrashing.
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 import socket
 import sys
@@ -24,7 +25,7 @@ import zlib
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, unquote
 
 import msgspec
 
@@ -33,10 +34,13 @@ from plugin.phases import Phase
 from .endpoint import Endpoint, EndpointSpec
 from .errors import ClientFault
 from .front import ClientConnection
+from .history import History
 from .pool import ReplicaPool
 from .replica import STARTING
 from .request import Request
 from .upstream import from_url
+
+log = logging.getLogger("quickthaw.proxy")
 
 Seconds = Annotated[float, msgspec.Meta(ge=0)]
 _FORM_MODEL = re.compile(rb'name="model"\r\n(?:[^\r\n]+\r\n)*\r\n([^\r\n]{1,256})\r\n')
@@ -154,7 +158,29 @@ def spec_of(model: ModelConfig, idle_timeout: float | None) -> EndpointSpec:
         wake_limit_s=model.wake_timeout,
         idle_timeout_s=idle or None,
         environment=tuple(environment.items()),
+        restores=model.snapshot is not None,
     )
+
+
+def _history_of(snapshot: str | None) -> History | None:
+    """The measured starts of what a snapshot holds; nothing is known of one that cannot be read here (yet)."""
+    if snapshot is None:
+        return None
+    from checkpoint.errors import CheckpointError
+    from checkpoint.library import Library
+    from launchers.base import EngineCommand
+    from plugin.history import history_for
+    from plugin.settings import LaunchSettings, state_home
+
+    home = state_home()
+    try:
+        found = Library(home).load(snapshot)
+    except CheckpointError as error:
+        fields = {"code": error.code, "snapshot": snapshot}
+        log.warning("%s", error, extra={"event": "snapshot-unknown", "fields": fields})
+        return None
+    command = EngineCommand(found.engine, (), found.model, "", 0)
+    return history_for(LaunchSettings(found.engine, command, "", home))
 
 
 def _quoted(text: str) -> str:
@@ -228,7 +254,9 @@ class Models:
         room = Room(config.max_awake, config.evict, config.min_awake)
         self.endpoints: dict[str, Endpoint] = {}
         for name, model in config.models.items():
-            endpoint = Endpoint(name, spec_of(model, config.idle_timeout), room=room.guard)
+            endpoint = Endpoint(
+                name, spec_of(model, config.idle_timeout), room=room.guard, history=_history_of(model.snapshot)
+            )
             self.endpoints[name] = endpoint
             room.endpoints.append((endpoint, model.priority))
 
@@ -265,15 +293,22 @@ class ModelRouter:
         return list(self._pools.values())
 
     def answer(self, request: Request) -> dict[str, Any] | None:
-        """The list of models is the proxy's own answer: it wakes nobody."""
-        if request.method not in (b"GET", b"HEAD") or request.path not in _LIST_PATHS:
+        """The list of models, and each of them, is the proxy's own answer: it wakes nobody."""
+        if request.method not in (b"GET", b"HEAD"):
             return None
-        data = [
-            {"id": name, "object": "model", "created": 0, "owned_by": "quickthaw", "phase": str(replica.tracker.phase)}
-            for name, pool in self._pools.items()
-            for replica in pool.replicas.values()
-        ]
-        return {"object": "list", "data": data}
+        if request.path in _LIST_PATHS:
+            return {"object": "list", "data": [self._described(name) for name in self._pools]}
+        for folder in _LIST_PATHS:
+            if request.path.startswith(folder + "/"):
+                asked = unquote(request.path.removeprefix(folder + "/"))
+                if asked not in self._names:
+                    raise ClientFault("model-not-found", f"there is no model {asked[:100]!r}", status=404)
+                return self._described(self._names[asked])
+        return None
+
+    def _described(self, name: str) -> dict[str, Any]:
+        phase = next(str(replica.tracker.phase) for replica in self._pools[name].replicas.values())
+        return {"id": name, "object": "model", "created": 0, "owned_by": "quickthaw", "phase": phase}
 
     async def route(self, client: ClientConnection, request: Request) -> ReplicaPool:
         """The pool of the model that the request names; reads the whole body if it must."""

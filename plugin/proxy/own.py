@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from .request import Request
     from .server import ProxyServer
 
+_ALLOW = ((b"allow", b"GET, HEAD"),)
+_ASK = ((b"www-authenticate", b'Bearer realm="quickthaw"'),)
 _JSON = [(b"content-type", b"application/json"), (b"cache-control", b"no-store")]
 
 
@@ -93,23 +95,24 @@ def is_ready(server: ProxyServer) -> bool:
 
 def _authorised(request: Request, token: str) -> bool:
     for lower, _, value in request.headers:
-        if lower == b"authorization" and hmac.compare_digest(value, b"Bearer " + token.encode()):
-            return True
+        scheme, _, given = value.partition(b" ")
+        if lower == b"authorization" and scheme.lower() == b"bearer":
+            return hmac.compare_digest(given.strip(), token.encode())
     query = parse_qs(request.target.partition(b"?")[2].decode("ascii", "replace"))
-    return any(hmac.compare_digest(given.encode(), token.encode()) for given in query.get("token", ()))
+    return any(hmac.compare_digest(text.encode(), token.encode()) for text in query.get("token", ()))
 
 
 async def serve_own(server: ProxyServer, client: ClientConnection, request: Request) -> int:
     """Answer one of the own pages; returns the status."""
     name = request.path.removeprefix(server.settings.own_prefix).strip("/")
     if request.method not in (b"GET", b"HEAD"):
-        raise ClientFault("method-not-allowed", "the proxy's own pages are read with GET", status=405)
+        raise ClientFault("method-not-allowed", "the proxy's own pages are read with GET", status=405, headers=_ALLOW)
     if name == "ready":
         ready = is_ready(server)
         client.respond(request, 200 if ready else 503, _JSON, b'{"ready":true}' if ready else b'{"ready":false}')
         return 200 if ready else 503
     if server.settings.token is not None and not _authorised(request, server.settings.token):
-        raise ClientFault("token", "this page needs the proxy's token", status=401)
+        raise ClientFault("token", "this page needs the proxy's token", status=401, headers=_ASK)
     if name == "status":
         client.respond(request, 200, _JSON, json.dumps(await server.document()).encode())
         return 200

@@ -28,7 +28,7 @@ from plugin.phases import Phase, PhaseTracker
 
 from .errors import ProxyError, StartFailed, Unavailable
 from .history import History, Kind
-from .replica import STARTING, Replica
+from .replica import FOUND_UP, STARTING, Replica
 from .upstream import Upstream
 
 log = logging.getLogger("quickthaw.proxy")
@@ -343,7 +343,7 @@ class ReplicaPool:
             return Progress(best.tracker.phase if best else Phase.IDLE, kind, 0.0, expected, expected)
         kind = best.start_kind or self.history.guess_kind()
         elapsed = best.start_age_s
-        left = self.history.left(kind, elapsed)
+        left = self.history.left(kind, elapsed, best.tracker.phase, best.tracker.seconds_in_phase)
         return Progress(best.tracker.phase, kind, elapsed, max(self.history.typical(kind), elapsed), left)
 
     def left_s(self) -> float:
@@ -396,7 +396,7 @@ class ReplicaPool:
             replica.suspect_until = 0.0
             self._failures_in_row, self._blocked_until = 0, 0.0
             kind = replica.start_kind
-            if kind is not None and old in STARTING:
+            if kind is not None and old in STARTING and reason != FOUND_UP:
                 spans = replica.tracker.timeline
                 self.history.record(kind, replica.start_age_s, spans)
                 phases = {str(span.phase): round(span.took_s, 4) for span in spans}
@@ -465,6 +465,7 @@ class ReplicaPool:
             self._failures_in_row += 1
             pause = _BACKOFF_S[min(self._failures_in_row, len(_BACKOFF_S)) - 1]
             self._blocked_until = time.monotonic() + pause
+            failure.retry_after_s = pause
             self._fail(failure)
         else:
             self._dispatch()

@@ -19,6 +19,9 @@ STARTING = frozenset(
     | {Phase.RESUMING, Phase.RESTORING, Phase.WAKING, Phase.VERIFYING}
 )
 
+FOUND_UP = "found up"
+"""The reason of a serving replica that somebody else has started: how long that took is not known here."""
+
 
 class Replica:
     """One running engine as the proxy sees it. `upstream` may be set later, but before the tracker says serving."""

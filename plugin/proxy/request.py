@@ -7,12 +7,14 @@ until a sink takes it.
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from typing import Protocol
 
 from . import paths, wire
 from .errors import ClientFault, ProxyError
 
+_SECONDS = re.compile(rb"[0-9]{1,5}(\.[0-9]{1,9})?")
 _TOKEN_METHODS_REFUSED = (b"CONNECT", b"TRACE", b"PRI")
 
 
@@ -126,8 +128,8 @@ class Request:
                     self.id = value
             elif lower == b"x-quickthaw-hold":
                 self.hold_s = self._seconds(value)
-            elif lower == b"prefer" and self.hold_s is None and value.lower().startswith(b"wait="):
-                self.hold_s = self._seconds(value[5:])
+            elif lower == b"prefer" and self.hold_s is None:
+                self.hold_s = self._preferred(value)
         if hosts > 1 or (hosts == 0 and self.http11):
             raise ClientFault("host", "exactly one Host header is needed")
         if self.chunked and self.length is not None:
@@ -159,6 +161,15 @@ class Request:
             raise ClientFault("target", "a request target has no fragment")
         self.target = target
         self.path = target.partition(b"?")[0].decode("ascii", "replace")
+
+    @staticmethod
+    def _preferred(value: bytes) -> float | None:
+        """`wait=N` of RFC 7240, among other preferences; what is not understood is ignored, as that RFC says."""
+        for preference in value.lower().split(b","):
+            name, _, seconds = preference.partition(b";")[0].partition(b"=")
+            if name.strip() == b"wait" and _SECONDS.fullmatch(seconds.strip()):
+                return float(seconds)
+        return None
 
     @staticmethod
     def _seconds(value: bytes) -> float:

@@ -24,6 +24,7 @@ from .back import BackConnection, connect
 from .errors import ClientFault, ProxyError, Unavailable, UpstreamFault
 from .exchange import Exchange
 from .front import ClientConnection
+from .limits import SHORTAGE, most_clients
 from .paths import PathRules, Verdict
 from .pool import ReplicaPool
 from .replica import Replica
@@ -76,6 +77,7 @@ class ProxyServer:
         self.clients: set[ClientConnection] = set()
         self.draining = False
         self.buffered = 0
+        self.max_clients = self.settings.max_clients or most_clients()
         self.emptied: asyncio.Event | None = None
         self.started_at = time.time()
         self.loop: asyncio.AbstractEventLoop = None  # type: ignore[assignment]  # set by start
@@ -330,6 +332,8 @@ class ProxyServer:
                 why = "it closed the connection before anything was sent"
                 back.abort()
             except OSError as exc:
+                if exc.errno in SHORTAGE:
+                    raise Unavailable("no-connection", f"this host has no connection to give: {exc}") from exc
                 why = f"{type(exc).__name__}: {exc}"
         self.stats.upstream_errors["upstream-refused"] += 1
         pool.refused(replica, generation, why)

@@ -22,6 +22,10 @@ class Settings:
     """Paths of the engine that must not be reached from outside (its developer endpoints), and everything below
     them.
     """
+    max_clients: int | None = None
+    """Client connections at once; None: as many as the limit on open files allows, with a connection to a replica for
+    each.
+    """
     max_held: int = 4096
     max_held_bytes: int = 256 << 20
     hold_timeout_s: float | None = None

@@ -1,5 +1,5 @@
-"""A worker process: `python -m plugin.proxy.worker CONTROL-FD LISTEN-FD`, started by `workers.Supervisor` and by
-nobody else.
+"""A worker process: `python -m plugin.proxy.worker CONTROL-FD LISTEN-FD [OWN-FD]`, started by `workers.Supervisor`
+and by nobody else. One of them serves the own pages where these have a port of their own.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .settings import Settings
 from .workers import _LINE, _REPLY_S, Line, Mirror
 
 
-async def work(control_fd: int, listen_fd: int) -> None:
+async def work(control_fd: int, listen_fd: int, own_fd: int | None = None) -> None:
     """Serve until the supervisor says so or goes."""
     control = socket.socket(fileno=control_fd)
     reader, writer = await asyncio.open_connection(sock=control, limit=_LINE)
@@ -47,7 +47,8 @@ async def work(control_fd: int, listen_fd: int) -> None:
         return status_document(server)
 
     server.gather = gather
-    await server.start(socket.socket(fileno=listen_fd))
+    own_sock = None if own_fd is None else socket.socket(fileno=own_fd)
+    await server.start(socket.socket(fileno=listen_fd), own_sock=own_sock)
     ending: list[asyncio.Task[None]] = []
 
     def handle(message: dict[str, Any]) -> Awaitable[Any] | None:
@@ -84,7 +85,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logs.configure()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(work(int(sys.argv[1]), int(sys.argv[2])))
+        runner.run(work(*(int(fd) for fd in sys.argv[1:])))
 
 
 if __name__ == "__main__":

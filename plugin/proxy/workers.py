@@ -119,10 +119,12 @@ class Supervisor:
         sockets: Sequence[socket.socket],
         *,
         config: str | None = None,
+        own_sock: socket.socket | None = None,
     ) -> None:
         """`sockets` are bound and listening, one a worker; `config` is the path of the models' file where there are
-        several models.
+        several models; `own_sock` carries the own pages where these have a port of their own.
         """
+        self.own_sock = own_sock
         self.pools = {pool.name: pool for pool in pools}
         self.settings, self.config = settings, config
         self.workers = [_Worker(n, sock) for n, sock in enumerate(sockets)]
@@ -169,6 +171,12 @@ class Supervisor:
         for worker in self.workers:
             worker.sock.close()
 
+    def kill(self) -> None:
+        """End every worker at once."""
+        for worker in self.workers:
+            if worker.process is not None and worker.process.returncode is None:
+                worker.process.kill()
+
     # -- inside ------------------------------------------------------------------------------------
 
     async def _keep(self, worker: _Worker, ready: asyncio.Future[None]) -> None:
@@ -186,14 +194,16 @@ class Supervisor:
 
     async def _run(self, worker: _Worker, ready: asyncio.Future[None]) -> None:
         ours, theirs = socket.socketpair()
+        fds = [theirs.fileno(), worker.sock.fileno()]
+        if self.own_sock is not None and worker.number == 0:
+            fds.append(self.own_sock.fileno())
         try:
             worker.process = process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-m",
                 "plugin.proxy.worker",
-                str(theirs.fileno()),
-                str(worker.sock.fileno()),
-                pass_fds=(theirs.fileno(), worker.sock.fileno()),
+                *map(str, fds),
+                pass_fds=fds,
                 stdin=asyncio.subprocess.DEVNULL,
             )
         finally:

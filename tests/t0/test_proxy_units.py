@@ -16,6 +16,7 @@ from plugin.proxy.errors import ClientFault, StartFailed, Unavailable, UpstreamF
 from plugin.proxy.history import History, Kind, kind_of
 from plugin.proxy.logs import JsonFormatter
 from plugin.proxy.paths import PathRules, Verdict, absolute_form, canonical
+from plugin.proxy.request import Request
 from plugin.proxy.settings import Settings
 from plugin.proxy.stats import Histogram, Stats, merged
 from plugin.proxy.upstream import from_spec, from_url, tcp, unix
@@ -86,6 +87,48 @@ def test_deadlines_and_what_is_left_follow_what_was_measured():
     for _ in range(1000):
         history.record(Kind.COLD, 1.0)
     assert len(history.seen(Kind.COLD)) == 64
+
+
+def test_what_is_left_is_told_by_the_phase():
+    history = History()
+    phases = ((Phase.MOUNTING, 1.0), (Phase.STARTING, 10.0), (Phase.LOADING, 4.0), (Phase.WARMING, 20.0))
+    for factor in (1.0, 1.0, 2.0):
+        spans, at = [], 0.0
+        for phase, took in phases:
+            spans.append(Span(phase, at, took * factor))
+            at += took * factor
+        history.record(Kind.COLD, at, tuple(spans))
+    # mounting took far longer than ever; what follows it takes no longer for that
+    assert history.left(Kind.COLD, 100.0, Phase.STARTING, 0.0) == 34.0
+    assert history.left(Kind.COLD, 100.0, Phase.WARMING, 5.0) == 15.0
+    assert history.left(Kind.COLD, 100.0, Phase.WARMING, 25.0) == 15.0, "to the slowest that was seen"
+    assert history.left(Kind.COLD, 100.0, Phase.WARMING, 50.0) == 25.0, "then half its age again"
+    assert history.left(Kind.COLD, 5.0, Phase.RESTORING, 1.0) == 30.0, "a phase that was never measured"
+    # a restore that failed comes first in the one timeline: its mounting is not the one meant
+    failed = (Span(Phase.MOUNTING, 0, 3.0), Span(Phase.RESTORING, 3, 2.0), Span(Phase.MOUNTING, 5, 1.0))
+    history.record(Kind.COLD, 8.0, (*failed, Span(Phase.STARTING, 6, 2.0)))
+    assert history.left(Kind.COLD, 6.0, Phase.MOUNTING, 0.5) == 0.5 + 10.0
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [
+        (b"wait=10", 10.0),
+        (b"respond-async, wait=3.5; x=y", 3.5),
+        (b"Wait = 2", 2.0),
+        (b"respond-async", None),
+        (b"wait=soon", None),
+        (b"wait=-1", None),
+        (b"wait=nan", None),
+        (b"", None),
+    ],
+)
+def test_a_preference_is_advice(value, seconds):
+    request = Request()
+    request.target = b"/"
+    request.headers = [(b"host", b"Host", b"t"), (b"prefer", b"Prefer", value)]
+    request.judge(b"GET", "1.1", True)
+    assert request.hold_s == seconds
 
 
 @given(st.lists(st.floats(0.001, 1000), min_size=1, max_size=64), st.floats(0, 5000))

@@ -350,7 +350,9 @@ def test_a_bad_file_is_refused_in_one_line(tmp_path, text, said):
         (["--upstream", "http://127.0.0.1:1", "--listen", "nowhere"], "HOST:PORT"),
         (["--upstream", "http://127.0.0.1:1", "--own-prefix", "x"], "own_prefix"),
         (["--upstream", "ftp://x", "--listen", "127.0.0.1:0"], "upstream"),
-        (["--upstream", "http://127.0.0.1:1", "--workers", "2", "--own-listen", "127.0.0.1:0"], "one worker"),
+        (["--upstream", "http://127.0.0.1:1", "--own-listen", "nowhere", "--listen", "127.0.0.1:0"], "HOST:PORT"),
+        (["--upstream", "http://127.0.0.1:47113", "--listen", "127.0.0.1:47113"], "where this proxy itself listens"),
+        (["--upstream", "http://localhost:47113", "--listen", "0.0.0.0:47113"], "where this proxy itself listens"),
     ],
 )
 def test_bad_options_are_refused_in_one_line(arguments, said):

@@ -176,13 +176,13 @@ async def _serve(options: dict[str, Any], settings: Settings) -> None:
     except ValueError as exc:
         raise click.UsageError(str(exc)) from exc
 
+    for pool in pools.values():
+        for replica in pool.replicas.values():
+            _not_itself(replica.upstream, host, port)
     raise_files()
     sockets = listening_sockets(host, port, options["workers"], settings.backlog)
     own_sock = listening_sockets(*own_place, 1, 128)[0] if own_place else None
     port = sockets[0].getsockname()[1]
-    for pool in pools.values():
-        for replica in pool.replicas.values():
-            _not_itself(replica.upstream, host, port)
     supervisor: Supervisor | None = None
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()

@@ -157,6 +157,9 @@ class Supervisor:
         for worker in self.workers:
             if worker.line is not None:
                 worker.line.send(op="shutdown", limit_s=limit_s)
+            worker.sock.close()  # a listening socket accepts for as long as any process holds it
+        if self.own_sock is not None:
+            self.own_sock.close()
         processes = [w.process for w in self.workers if w.process is not None]
         try:
             async with asyncio.timeout(limit_s + 5.0):
@@ -168,8 +171,6 @@ class Supervisor:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, *(pool.settled() for pool in self.pools.values()), return_exceptions=True)
-        for worker in self.workers:
-            worker.sock.close()
 
     def kill(self) -> None:
         """End every worker at once."""
@@ -182,7 +183,7 @@ class Supervisor:
     async def _keep(self, worker: _Worker, ready: asyncio.Future[None]) -> None:
         """Run one worker, again and again, until the supervisor stops."""
         tries = 0
-        while True:
+        while not self.stopping:
             began = time.monotonic()
             await self._run(worker, ready)
             if self.stopping:

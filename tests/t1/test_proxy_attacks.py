@@ -7,8 +7,9 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from proxy_rig import LIMIT_S, proxy, run, upstream
+from proxy_rig import LIMIT_S, proxy, read_answer, run, until, upstream
 
+from plugin.phases import Phase
 from plugin.proxy.settings import Settings
 
 pytestmark = pytest.mark.t1
@@ -188,6 +189,48 @@ def test_a_request_id_that_could_forge_a_log_is_replaced():
             for evil in ("x" * 200, 'a"b', "a b"):
                 got = await rig.get("/", f"X-Request-Id: {evil}")
                 assert got.headers["x-request-id"] != evil and len(got.headers["x-request-id"]) == 24
+
+    run(main())
+
+
+def test_a_crowd_is_turned_away_with_an_answer_and_those_inside_are_served():
+    async def main():
+        async with upstream() as up, proxy(Settings(max_clients=5)) as rig:
+            rig.add("a", up.port)
+            inside = [await asyncio.open_connection("127.0.0.1", rig.port) for _ in range(5)]
+            await until(lambda: len(rig.server.clients) == 5)
+            got = await asyncio.gather(*(rig.raw(b"", until_close=True) for _ in range(20)))
+            assert all(raw.startswith(b"HTTP/1.1 503 ") and b"too-many-clients" in raw for raw in got)
+            for reader, writer in inside:
+                writer.write(b"GET / HTTP/1.1\r\nHost: t\r\n\r\n")
+                assert (await read_answer(reader)).status == 200
+                writer.close()
+            await until(lambda: len(rig.server.clients) < 5)
+            assert (await rig.get("/")).status == 200
+
+    run(main())
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_a_client_that_closes_its_half_is_taken_for_gone(held):
+    """A close and a half-close look alike from here; that nothing runs for nobody weighs more (as nginx has it)."""
+
+    async def main():
+        async with upstream() as up, proxy() as rig:
+            rig.add("a", up.port, phase=Phase.IDLE if held else Phase.SERVING)
+            reader, writer = await asyncio.open_connection("127.0.0.1", rig.port)
+            writer.write(b"POST / HTTP/1.1\r\nHost: t\r\nContent-Length: 5\r\n\r\nab")
+            await until(lambda: rig.pool.held == 1 if held else len(up.seen) == 1)
+            writer.write_eof()
+            async with asyncio.timeout(LIMIT_S):
+                try:
+                    assert await reader.read(-1) == b""
+                except ConnectionError:
+                    pass
+            writer.close()
+            await until(lambda: rig.server.stats.outcomes["client-gone"] == 1)
+            assert len(up.seen) == (not held)
+            await until(lambda: all(seen.gone for seen in up.seen))
 
     run(main())
 

@@ -42,8 +42,12 @@ def free_port() -> int:
 
 
 @contextmanager
-def command(*arguments: str, code: int = 0) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A running `quickthaw proxy`; its URL. Ends it by SIGTERM unless it has ended, and expects `code`."""
+def command(
+    *arguments: str, code: int = 0, kept: list[str] | None = None
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A running `quickthaw proxy`; its URL. Ends it by SIGTERM unless it has ended, and expects `code`; what it said
+    is added to `kept`.
+    """
     process = subprocess.Popen(
         [sys.executable, "-c", "from plugin.proxy.cli import proxy; proxy()", "--listen", "127.0.0.1:0", *arguments],
         stderr=subprocess.PIPE,
@@ -51,7 +55,7 @@ def command(*arguments: str, code: int = 0) -> Iterator[tuple[subprocess.Popen[s
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
     )
     assert process.stderr is not None
-    seen = []
+    seen = [] if kept is None else kept
     try:
         for line in process.stderr:
             seen.append(line)
@@ -88,11 +92,11 @@ def call(url: str, body: Any = None, **headers: str) -> tuple[int, Any]:
 
 
 def alive(pid: int) -> bool:
+    """True for a process that runs; a zombie waits only for whoever adopted it."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
         return False
-    return True
 
 
 def refused(port: int) -> bool:
@@ -193,9 +197,12 @@ def test_an_engine_that_dies_is_woken_anew():
 
 
 @pytest.mark.slow
-def test_a_second_interrupt_ends_it_at_once_with_its_engine():
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_second_interrupt_ends_it_at_once_with_its_engine(workers):
     port = free_port()
-    with command("--upstream", f"http://127.0.0.1:{port}", "--wake", engine(port), code=1) as (p, url):
+    arguments = ["--upstream", f"http://127.0.0.1:{port}", "--wake", engine(port), "--workers", workers]
+    with command(*arguments, code=1) as (p, url):
+        children = [int(n) for n in Path(f"/proc/{p.pid}/task/{p.pid}/children").read_text().split()]
         pid = call(f"{url}/v1/x", {})[1]["pid"]
         with socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1]))) as busy:
             busy.sendall(b"POST /v1/x HTTP/1.1\r\nHost: t\r\nContent-Length: 5\r\n\r\nab")
@@ -205,7 +212,7 @@ def test_a_second_interrupt_ends_it_at_once_with_its_engine():
             assert p.poll() is None, "it waits for what is in flight"
             p.send_signal(signal.SIGINT)
             assert p.wait(LIMIT_S) == 1
-        eventually(lambda: not alive(pid), "the engine ends with it")
+        eventually(lambda: not any(alive(n) for n in (pid, *children)), "the engine and the workers end with it")
 
 
 def test_an_endpoint_of_somebody_elses_is_only_waited_for():
@@ -281,6 +288,7 @@ models:
         assert [body["name"] for _, body in got] == ["red", "green", "blue", "red", "red", "green"]
         phases = [m["phase"] for m in call(f"{url}/v1/models")[1]["data"]]
         assert phases.count("serving") == 1 and phases.count("asleep") == 2
+        assert call(f"{url}/v1/models/crimson")[1]["id"] == "red" and call(f"{url}/v1/models/pink")[0] == 404
         assert call(f"{url}/v1/x", {"model": "pink"})[1]["error"]["code"] == "model-not-found"
         assert call(f"{url}/v1/x", {})[1]["error"]["code"] == "model-missing"
         assert call(f"{url}/v1/x?model=blue")[1]["name"] == "blue"
@@ -375,12 +383,40 @@ def test_a_port_in_use_is_one_line():
     assert result.exit_code == 1 and "in use" in result.output
 
 
-def test_own_pages_on_a_port_of_their_own():
+@pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.slow)])
+def test_own_pages_on_a_port_of_their_own(workers):
     own, port = free_port(), free_port()
-    with command("--upstream", f"http://127.0.0.1:{port}", "--own-listen", f"127.0.0.1:{own}") as (_, url):
-        assert call(f"http://127.0.0.1:{own}/-/status")[0] == 200
-        assert call(f"{url}/-/status")[0] == 404
+    arguments = ["--upstream", f"http://127.0.0.1:{port}", "--own-listen", f"127.0.0.1:{own}", "--workers", workers]
+    with command(*arguments, "--own-prefix", "/quick/thaw") as (_, url):
+        assert call(f"http://127.0.0.1:{own}/quick/thaw/status")[0] == 200
+        assert call(f"{url}/quick/thaw/status")[0] == 404
         assert call(f"http://127.0.0.1:{own}/v1/models")[0] == 404, "the engine is not reached through it"
+
+
+@pytest.mark.slow
+def test_own_pages_moved_and_the_log_read_by_a_machine(tmp_path):
+    port = free_port()
+    arguments = ["--upstream", f"http://127.0.0.1:{port}", "--wake", engine(port), "--own-prefix", "/admin"]
+    with command(*arguments, "--token", "s3cret", kept=(kept := [])) as (_, url):
+        assert call(f"{url}/v1/x", {}, **{"X-Request-Id": "mine-1"})[0] == 200
+        assert call(f"{url}/-/status")[1]["path"] == "/-/status", "no longer the proxy's: the engine answers"
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(f"{url}/admin/status", timeout=LIMIT_S)
+        assert refused.value.code == 401 and refused.value.headers["www-authenticate"].startswith("Bearer")
+        refused.value.close()
+        assert call(f"{url}/admin/status", Authorization="bearer s3cret")[0] == 200
+        with urllib.request.urlopen(f"{url}/admin/?token=s3cret", timeout=LIMIT_S) as answer:
+            assert '"/admin/status"' in answer.read().decode()
+    lines = [json.loads(line) for line in "".join(kept).splitlines() if not line.startswith("listening on ")]
+    held = next(line for line in lines if line["event"] == "request" and line["request_id"] == "mine-1")
+    assert held["held_s"] > 0 and held["first_byte_s"] >= held["held_s"] and held["outcome"] == "forwarded"
+    started = next(line for line in lines if line["event"] == "started")
+    assert started["phases"]["starting"] > 0 and started["kind"] == "cold"
+    assert {(line["from"], line["to"]) for line in lines if line["event"] == "phase"} >= {
+        ("asleep", "mounting"),
+        ("warming", "serving"),
+    }
+    assert "s3cret" not in "".join(kept)
 
 
 def chat(up: Upstream, seen: Seen) -> bytes:

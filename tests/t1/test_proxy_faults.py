@@ -71,6 +71,146 @@ def test_a_fault_after_every_byte_of_the_answer(framing, fault):
     run(main())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["reset", "close", "stall"])
+def test_a_fault_after_every_byte_of_the_request(fault):
+    """A replica that goes having read so much of the request: what it may have run is never sent to the other one."""
+    touched: set[str] = set()
+    injected = 0
+
+    async def break_at(reader, writer) -> None:
+        nonlocal injected
+        point, injected = injected, injected + 1
+        got = b""
+        try:
+            while len(got) < point:
+                data = await reader.read(point - len(got))
+                if not data:
+                    return  # less came than that: it was a whole request
+                got += data
+            if got:
+                touched.add(got.split(b" ")[1].decode() if got.count(b" ") > 1 else "?")
+            if fault == "stall":
+                await reader.read(1 << 20)
+                await reader.read(1)
+            elif fault == "reset":
+                reset(writer)
+        finally:
+            writer.close()
+
+    async def main():
+        server = await asyncio.start_server(break_at, "127.0.0.1", 0)
+        settings = Settings(upstream_timeout_s=0.25)
+        async with upstream() as live, proxy(settings) as rig:
+            rig.add("broken", server.sockets[0].getsockname()[1])
+            statuses = []
+            for n in range(300):
+                if n == 1:
+                    rig.add("live", live.port)
+                got = await rig.get(f"/{n}", method="POST", body=b"hello")
+                statuses.append(got.status)
+                assert got.status in (200, 502, 504) and got.whole
+                if got.status != 200:
+                    expected = ("upstream-closed", "upstream-timeout", "upstream-refused")
+                    assert got.json()["error"]["code"] in expected
+                if fault == "stall" and injected > 12:
+                    break
+            assert 502 in statuses or 504 in statuses
+            sent_on = [seen.target for seen in live.seen]
+            assert len(sent_on) == len(set(sent_on)) == statuses.count(200), "each answered is one that was seen"
+            assert not touched & set(sent_on), "the other replica got what the first may have run"
+            assert injected > 12
+            await until(lambda: rig.pool.outstanding == 0)
+        server.close()
+
+    run(main())
+
+
+def test_an_answer_that_comes_a_byte_at_a_time_comes_whole():
+    """A slow replica is not a silent one: its limit counts from its last byte."""
+    whole = WHOLE["chunked"]
+
+    async def dribble(up: Upstream, seen: Seen, reader, writer) -> bool:
+        for n in range(len(whole)):
+            writer.write(whole[n : n + 1])
+            await writer.drain()
+            await asyncio.sleep(0.002)
+        return True
+
+    async def main():
+        async with upstream(dribble) as up, proxy(Settings(upstream_timeout_s=0.15)) as rig:
+            rig.add("a", up.port)
+            got = await rig.get("/")
+            assert got.status == 200 and got.whole and got.body == b"0123456789abcdefghij" and len(up.seen) == 1
+
+    run(main())
+
+
+def test_a_slow_replica_pauses_the_client():
+    async def deaf(up: Upstream, seen: Seen, reader, writer) -> bool:
+        await listening.wait()
+        left = int(seen.header("content-length")[0])
+        while left:
+            left -= len(await reader.read(1 << 16))
+        writer.write(answer(b"all of it"))
+        return True
+
+    async def main():
+        nonlocal listening
+        listening = asyncio.Event()
+        async with upstream(deaf, read_body=False) as up, proxy() as rig:
+            rig.add("a", up.port)
+            reader, writer = await asyncio.open_connection("127.0.0.1", rig.port)
+            size, sent, last = 64 << 20, 0, -1
+            writer.write(b"POST / HTTP/1.1\r\nHost: t\r\nContent-Length: %d\r\n\r\n" % size)
+            block = bytes(1 << 18)
+
+            async def push() -> None:
+                nonlocal sent
+                while sent < size:
+                    writer.write(block)
+                    await writer.drain()
+                    sent += len(block)
+
+            pushing = asyncio.create_task(push())
+            while last != sent:  # until it has stopped by itself
+                last = sent
+                await asyncio.sleep(0.1)
+            assert sent < size // 2, "the client was read although the replica took nothing"
+            (client,) = rig.server.clients
+            assert client.exchange.back.transport.get_write_buffer_size() < 1 << 20, "gathered in between"
+            listening.set()
+            await pushing
+            assert (await read_answer(reader)).body == b"all of it"
+            writer.close()
+
+    listening = asyncio.Event()
+    run(main())
+
+
+def test_a_host_without_connections_to_give_is_no_death_of_the_replica(monkeypatch):
+    """The proxy's own lack of descriptors must not wake a second engine beside one that is well."""
+    import errno
+
+    from plugin.proxy import server as module
+
+    async def main():
+        async with upstream() as up, proxy(wake=lambda: pytest.fail("woken")) as rig:
+            rig.add("a", up.port)
+            working = module.connect
+
+            async def short(*_: object) -> object:
+                raise OSError(errno.EMFILE, "Too many open files")
+
+            monkeypatch.setattr(module, "connect", short)
+            got = await rig.get("/")
+            assert got.status == 503 and got.json()["error"]["code"] == "no-connection" and "retry-after" in got.headers
+            monkeypatch.setattr(module, "connect", working)
+            assert (await rig.get("/")).status == 200 and rig.pool.wakes == 0
+
+    run(main())
+
+
 @pytest.mark.parametrize(
     "garbage",
     [

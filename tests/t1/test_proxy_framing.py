@@ -86,6 +86,64 @@ def test_bytes_are_kept_however_they_are_cut(exchanges, held, pipelined):
 
 
 @SLOW
+@given(
+    up_pieces=pieces,
+    down_pieces=pieces,
+    order=st.lists(st.sampled_from(["client", "replica", "turn", "while"]), max_size=24),
+    chunked=st.booleans(),
+    until_close=st.booleans(),
+)
+def test_any_order_of_events_in_both_directions(up_pieces, down_pieces, order, chunked, until_close):
+    """The replica answers while the request still comes: each gets the bytes that the other sent."""
+    down = b"".join(down_pieces)
+    chunked = chunked or not down
+    last = down_pieces[-1] if down_pieces else b""  # kept to the end: an answer that is whole ends the request under it
+
+    async def main():
+        turns: asyncio.Queue[bytes | None] = asyncio.Queue()
+        got_up = bytearray()
+
+        async def both_ways(up: Upstream, seen: Seen, reader, writer) -> bool:
+            def framed(piece: bytes) -> bytes:
+                return b"%x\r\n%b\r\n" % (len(piece), piece) if chunked and not until_close and piece else piece
+
+            listening = asyncio.create_task(up.body(seen, reader))
+            length = b"Transfer-Encoding: chunked\r\n" if chunked else b"Content-Length: %d\r\n" % len(down)
+            writer.write(b"HTTP/1.1 200 OK\r\n%b\r\n" % (b"" if until_close else length))
+            while (piece := await turns.get()) is not None:
+                writer.write(framed(piece))
+                await writer.drain()
+            got_up.extend(await listening)
+            writer.write(framed(last) + (b"0\r\n\r\n" if chunked and not until_close else b""))
+            return not until_close
+
+        async with upstream(both_ways, read_body=False) as up, proxy() as rig:
+            rig.add("a", up.port)
+            reader, writer = await asyncio.open_connection("127.0.0.1", rig.port)
+            writer.write(b"POST / HTTP/1.1\r\nHost: t\r\nTransfer-Encoding: chunked\r\n\r\n")
+            to_send, to_answer = list(up_pieces), list(down_pieces[:-1])
+            for step in [*order, *["client"] * len(to_send), *["replica"] * len(to_answer)]:
+                if step == "client" and to_send:
+                    piece = to_send.pop(0)
+                    writer.write(b"%x\r\n%b\r\n" % (len(piece), piece))
+                elif step == "replica" and to_answer:
+                    turns.put_nowait(to_answer.pop(0))
+                elif step == "turn":
+                    await asyncio.sleep(0)
+                elif step == "while":
+                    await asyncio.sleep(0.001)
+            writer.write(b"0\r\n\r\n")
+            turns.put_nowait(None)
+            async with asyncio.timeout(LIMIT_S):
+                got = await read_answer(reader)
+            writer.close()
+            assert got.status == 200 and got.whole and got.body == down
+            assert bytes(got_up) == b"".join(up_pieces)
+
+    run(main())
+
+
+@SLOW
 @given(junk=st.binary(min_size=1, max_size=400), where=cuts, good=st.booleans())
 def test_junk_from_a_client_never_hangs_and_never_reaches_the_engine_as_two(junk, where, good):
     async def main():

@@ -1,6 +1,4 @@
-"""`quickthaw proxy` as a process: wake and sleep commands and hooks, several models, several workers, real clients,
-a real browser.
-"""
+"""`quickthaw proxy` as a process: wake and sleep commands and hooks, several models, several workers, real clients."""
 
 from __future__ import annotations
 
@@ -27,8 +25,7 @@ from typing import Any
 import pytest
 from proxy_rig import Seen, Upstream, proxy, run, until, upstream
 
-from plugin.phases import Phase, Span
-from plugin.proxy.history import Kind
+from plugin.phases import Phase
 
 pytestmark = pytest.mark.t1
 
@@ -555,75 +552,5 @@ def test_a_real_websocket_client_and_server():
                     await client.send(message)
                     assert await client.recv() == message
             await until(lambda: rig.server.stats.outcomes["tunnel"] == 1)
-
-    run(main())
-
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-FLAGS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--hide-scrollbars",
-    "--window-size=1180,1000",
-]
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
-def test_the_page_in_a_real_browser(tmp_path):
-    async def main():
-        async with upstream() as up, proxy() as rig:
-            rig.add("first", up.port)
-            rig.add("<b>second</b>", up.port, phase=Phase.ASLEEP)
-            for kind, phases in (
-                (Kind.COLD, [("starting", 11.2), ("loading", 4.6), ("warming", 24.5)]),
-                (Kind.RESTORED, [("restoring", 0.29), ("waking", 0.11), ("verifying", 0.08)]),
-            ):
-                at, spans = 0.0, []
-                for name, took in phases:
-                    spans.append(Span(Phase(name), at, took))
-                    at += took
-                rig.pool.history.record(kind, at, tuple(spans))
-            for n in range(7):
-                await rig.get(f"/{n}")
-
-            async def browse(*arguments: str) -> bytes:
-                assert CHROMIUM is not None
-                profile = tmp_path / f"profile{len(list(tmp_path.iterdir()))}"
-                process = await asyncio.create_subprocess_exec(
-                    CHROMIUM,
-                    *FLAGS,
-                    f"--user-data-dir={profile}",
-                    "--virtual-time-budget=3000",
-                    *arguments,
-                    f"{rig.url}/-/",
-                    stdout=asyncio.subprocess.PIPE,
-                    stderr=asyncio.subprocess.DEVNULL,
-                )
-                async with asyncio.timeout(60):
-                    return (await process.communicate())[0]
-
-            dom = (await browse("--dump-dom")).decode()
-            assert "84 times faster" in dom and "first" in dom and "<td>&lt;b&gt;second&lt;/b&gt;</td>" in dom
-            assert dom.count("<rect ") == 6 and "40.3 s" in dom and "0.48 s" in dom
-            assert ">up " in dom, "the page has heard from the proxy"
-            shot = tmp_path / "page.png"
-            await browse(f"--screenshot={shot}")
-            from PIL import Image
-
-            with Image.open(shot) as image:
-                assert image.size == (1180, 1000)
-                colours = {colour: n for n, colour in image.convert("RGB").getcolors(1 << 20)}
-            # the bars of restoring and of loading are really painted
-            assert colours.get((0x16, 0x99, 0xB8), 0) > 500 and colours.get((0xE3, 0xAB, 0x3D), 0) > 500
-            assert not any(seen.target.startswith("/-") for seen in up.seen)
-            raw = (await rig.get("/-/")).body.decode()
-            assert "http://" not in raw.replace("http://www.w3.org/2000/svg", "") and "https://" not in raw
 
     run(main())

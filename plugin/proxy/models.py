@@ -60,6 +60,10 @@ class ModelConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     wake_url: str | None = None
     sleep_url: str | None = None
     aliases: tuple[str, ...] = ()
+    served_name: str | None = None
+    """What the engine itself calls the model: put in place of the request's `model` in JSON bodies. Without it the
+    name is sent on as it came.
+    """
     ready_path: str = "/health"
     ready_model: str | None = None
     idle_timeout: Seconds | None = None
@@ -321,7 +325,39 @@ class ModelRouter:
             raise ClientFault("model-missing", "the request names no model, and there is no default")
         if name not in self._names:
             raise ClientFault("model-not-found", f"there is no model {name[:100]!r}", status=404)
-        return self._pools[self._names[name]]
+        chosen = self._names[name]
+        served = self.config.models[chosen].served_name
+        if served is not None and served != name and request.complete:
+            before = request.buffered
+            self._rename(request, served)
+            client.host.buffered += request.buffered - before
+        return self._pools[chosen]
+
+    def _rename(self, request: Request, served: str) -> None:
+        """Name the model as its engine does; every other value stays as it was written, a content coding goes."""
+        try:
+            document = msgspec.json.decode(self._plain(request)[0], type=dict[str, msgspec.Raw])
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            return
+        document["model"] = msgspec.Raw(msgspec.json.encode(served))
+        body = msgspec.json.encode(document)
+        request.body[:] = body
+        request.buffered = len(body)
+        gone = (b"content-length", b"content-encoding")
+        request.headers = [field for field in request.headers if field[0] not in gone]
+        if not request.chunked:
+            request.length = len(body)
+            request.headers.append((b"content-length", b"Content-Length", b"%d" % len(body)))
+
+    def _plain(self, request: Request) -> tuple[bytes, bytes]:
+        """The body without its content coding, and its type."""
+        coding = kind = b""
+        for lower, _, value in request.headers:
+            if lower == b"content-encoding":
+                coding = value.lower().strip()
+            elif lower == b"content-type":
+                kind = value.lower()
+        return _decoded(bytes(request.body), coding, self.config.max_body), kind
 
     async def _name(self, client: ClientConnection, request: Request) -> str | None:
         query = request.target.partition(b"?")[2]
@@ -337,14 +373,7 @@ class ModelRouter:
                 f"over {self.config.max_body} bytes, which is what is kept to find the model",
                 status=413,
             )
-        body = bytes(request.body)
-        coding = kind = b""
-        for lower, _, value in request.headers:
-            if lower == b"content-encoding":
-                coding = value.lower().strip()
-            elif lower == b"content-type":
-                kind = value.lower()
-        body = _decoded(body, coding, self.config.max_body)
+        body, kind = self._plain(request)
         if kind.startswith(b"multipart/form-data"):
             found = _FORM_MODEL.search(body)
             return found[1].decode("utf-8", "replace") if found else None

@@ -183,7 +183,7 @@ class Supervisor:
     async def _keep(self, worker: _Worker, ready: asyncio.Future[None]) -> None:
         """Run one worker, again and again, until the supervisor stops."""
         tries = 0
-        while not self.stopping:
+        while not self._over():
             began = time.monotonic()
             await self._run(worker, ready)
             if self.stopping:
@@ -192,6 +192,9 @@ class Supervisor:
             fields = {"worker": worker.number}
             log.error("worker %d ended", worker.number, extra={"event": "worker-ended", "fields": fields})
             await asyncio.sleep(_RESPAWN_S[min(tries, len(_RESPAWN_S) - 1)])
+
+    def _over(self) -> bool:
+        return self.stopping  # a call, since another task changes it behind the type checker's back
 
     async def _run(self, worker: _Worker, ready: asyncio.Future[None]) -> None:
         ours, theirs = socket.socketpair()

@@ -13,9 +13,12 @@ class Engine(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         length = int(self.headers.get("content-length") or 0)
-        self.rfile.read(length)
+        body = self.rfile.read(length)
         name = sys.argv[2] if len(sys.argv) > 2 else ""
-        body = json.dumps({"pid": os.getpid(), "name": name, "path": self.path, "length": length}).encode()
+        answer = {"pid": os.getpid(), "name": name, "path": self.path, "length": length}
+        if self.headers.get("x-echo"):
+            answer["body"] = body.decode()
+        body = json.dumps(answer).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))

@@ -271,7 +271,7 @@ min_awake: 0
 models:
   red:   {{command: "{engine("${PORT}", "red")}", aliases: [crimson]}}
   green: {{command: "{engine("${PORT}", "green")}"}}
-  blue:  {{command: "{engine("${PORT}", "blue")}"}}
+  blue:  {{command: "{engine("${PORT}", "blue")}", served_name: org/blue-7b}}
 """,
     )
     with command("--config", config) as (_, url):
@@ -290,8 +290,15 @@ models:
         assert call(f"{url}/v1/x", {})[1]["error"]["code"] == "model-missing"
         assert call(f"{url}/v1/x?model=blue")[1]["name"] == "blue"
         squeezed = gzip.compress(json.dumps({"model": "blue"}).encode())
+        renamed = '{"model":"org/blue-7b"}'
+        got = call(f"{url}/v1/x", squeezed, **{"Content-Encoding": "gzip", "X-Echo": "1"})
+        assert got[1]["name"] == "blue" and got[1]["body"] == renamed, "named as its engine knows it"
+        text = b'{"seed": 12345678901234567890, "x": {"model": "a"}, "model": "blue", "t": 1.10}'
+        got = call(f"{url}/v1/x", text, **{"X-Echo": "1"})
+        assert got[1]["body"] == '{"seed":12345678901234567890,"x":{"model": "a"},"model":"org/blue-7b","t":1.10}'
+        squeezed = gzip.compress(json.dumps({"model": "green"}).encode())
         got = call(f"{url}/v1/x", squeezed, **{"Content-Encoding": "gzip"})
-        assert got[1]["name"] == "blue" and got[1]["length"] == len(squeezed), "what is sent on stays as it came"
+        assert got[1]["name"] == "green" and got[1]["length"] == len(squeezed), "what is sent on stays as it came"
         assert call(f"{url}/v1/x", b"no gzip", **{"Content-Encoding": "gzip"})[1]["error"]["code"] == "content-encoding"
         form = b'--b\r\nContent-Disposition: form-data; name="model"\r\n\r\nblue\r\n--b--\r\n'
         got = call(f"{url}/v1/audio/transcriptions", form, **{"Content-Type": "multipart/form-data; boundary=b"})

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
+    import socket
+
     from .settings import Settings
     from .upstream import Upstream
 
@@ -31,6 +33,11 @@ def _place(text: str) -> tuple[str, int]:
     if not port.isdigit() or int(port) > 65535:
         raise click.BadParameter(f"{text!r} is not HOST:PORT")
     return host, int(port)
+
+
+def _url(sock: socket.socket) -> str:
+    host, port = sock.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _not_itself(upstream: Upstream | None, host: str, port: int) -> None:
@@ -85,12 +92,15 @@ def _not_itself(upstream: Upstream | None, host: str, port: int) -> None:
 @click.option("--drain", type=click.FloatRange(min=0), default=30.0, help="Seconds for what is in flight, at the end.")
 @click.option("--access-log", is_flag=True, help="Log every request, not only those that waited or failed.")
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info")
+@click.option(
+    "--log-format", type=click.Choice(["auto", "json", "text"]), default="auto", help="auto: text at a terminal."
+)
 def proxy(**options: Any) -> None:
     """Hold requests while an engine is down, starting or asleep, and forward each exactly once.
 
     In front of one endpoint (--upstream), woken by a command or a hook when a request comes and put to sleep when
     idle; or of several models
-    behind one port (--config). The log is JSON lines on standard error; /-/ is a page for people, /-/metrics for
+    behind one port (--config). The log goes to standard error (JSON lines, text at a terminal); /-/ is a page for people, /-/metrics for
     Prometheus.
 
     Every option can be set by a variable: --idle-timeout is QUICKTHAW_PROXY_IDLE_TIMEOUT.
@@ -105,7 +115,7 @@ def proxy(**options: Any) -> None:
 
     from . import logs
 
-    logs.configure(options["log_level"])
+    logs.configure(options["log_level"], options["log_format"])
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_serve(options, settings))
@@ -200,20 +210,21 @@ async def _serve(options: dict[str, Any], settings: Settings) -> None:
 
     loop.add_signal_handler(signal.SIGTERM, stop.set)
     loop.add_signal_handler(signal.SIGINT, interrupted)
-    shown = f"[{host}]" if ":" in host else host
-    where = f"http://{shown}:{port}"
+    where = _url(sockets[0])
+    page = f"(for people: {_url(own_sock) if own_sock else where}{settings.own_prefix}/)"
     await owner.start()
     if options["workers"] == 1:
         server = ProxyServer(target, settings)
         await server.start(sockets[0], own_sock=own_sock)
-        click.echo(f"listening on {where}", err=True)
+        click.echo(f"listening on {where} {page}", err=True)
         await stop.wait()
         await server.shutdown()
     else:
         config_path = str(options["config"]) if options["config"] is not None else None
-        supervisor = Supervisor(list(pools.values()), settings, sockets, config=config_path, own_sock=own_sock)
+        log = (options["log_level"], options["log_format"])
+        supervisor = Supervisor(list(pools.values()), settings, sockets, config=config_path, own_sock=own_sock, log=log)
         await supervisor.start()
-        click.echo(f"listening on {where} with {options['workers']} workers", err=True)
+        click.echo(f"listening on {where} with {options['workers']} workers {page}", err=True)
         await stop.wait()
         await supervisor.shutdown(settings.drain_s)
     await owner.close()

@@ -148,7 +148,8 @@ class Endpoint:
             tracker.to(Phase.SERVING)
             self._watch()
         except BaseException as exc:
-            tracker.to(Phase.FAILED, getattr(exc, "code", type(exc).__name__))
+            cancelled = isinstance(exc, asyncio.CancelledError)
+            tracker.to(Phase.FAILED, "cancelled" if cancelled else getattr(exc, "code", type(exc).__name__))
             await self._stop_process()
             raise
 

@@ -28,10 +28,27 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line, default=str)
 
 
-def configure(level: str = "info") -> None:
-    """Send this package's log to standard error as JSON lines."""
+class TextFormatter(logging.Formatter):
+    """`08:41:33 info  r0: asleep → waking (woken)`: for a person at a terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One line, and an exception's below it."""
+        when = datetime.datetime.fromtimestamp(record.created).astimezone()
+        fields: dict[str, object] = getattr(record, "fields", {})
+        why = fields.get("reason") if getattr(record, "event", "") == "phase" else None
+        request = f" [{fields['request_id']}]" if "request_id" in fields else ""
+        line = (
+            f"{when:%H:%M:%S} {record.levelname.lower():7} {record.getMessage()}{f' ({why})' if why else ''}{request}"
+        )
+        line = "".join(c if c.isprintable() else "�" for c in line)  # an engine's own words may be in it
+        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+
+
+def configure(level: str = "info", form: str = "auto") -> None:
+    """Send this package's log to standard error: `json` lines, `text` lines, or (`auto`) text at a terminal only."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter())
+    text = form == "text" or (form == "auto" and sys.stderr.isatty())
+    handler.setFormatter(TextFormatter() if text else JsonFormatter())
     logger = logging.getLogger("quickthaw.proxy")
     logger.handlers[:] = [handler]
     logger.setLevel(level.upper())

@@ -29,6 +29,7 @@ async def work(control_fd: int, listen_fd: int, own_fd: int | None = None) -> No
     mirror = Mirror(line)
     async with asyncio.timeout(30.0):
         hello = await _first(reader)
+    logs.configure(*hello["log"])
     values = hello["settings"]
     values["denied_paths"] = frozenset(values["denied_paths"])
     mirror.build(hello["pools"])

@@ -120,11 +120,13 @@ class Supervisor:
         *,
         config: str | None = None,
         own_sock: socket.socket | None = None,
+        log: tuple[str, str] = ("info", "auto"),
     ) -> None:
         """`sockets` are bound and listening, one a worker; `config` is the path of the models' file where there are
-        several models; `own_sock` carries the own pages where these have a port of their own.
+        several models; `own_sock` carries the own pages where these have a port of their own; `log` is the
+        level and the format of the workers' logs.
         """
-        self.own_sock = own_sock
+        self.own_sock, self.log = own_sock, log
         self.pools = {pool.name: pool for pool in pools}
         self.settings, self.config = settings, config
         self.workers = [_Worker(n, sock) for n, sock in enumerate(sockets)]
@@ -218,6 +220,7 @@ class Supervisor:
             op="hello",
             settings=self._settings(),
             config=self.config,
+            log=self.log,
             pools=[self._mirror(p) for p in self.pools.values()],
         )
 

@@ -14,7 +14,7 @@ from plugin.phases import Phase, Span
 from plugin.proxy import wire
 from plugin.proxy.errors import ClientFault, StartFailed, Unavailable, UpstreamFault, render
 from plugin.proxy.history import History, Kind, kind_of
-from plugin.proxy.logs import JsonFormatter
+from plugin.proxy.logs import JsonFormatter, TextFormatter
 from plugin.proxy.paths import PathRules, Verdict, absolute_form, canonical
 from plugin.proxy.request import Request
 from plugin.proxy.settings import Settings
@@ -217,3 +217,11 @@ def test_a_log_line_is_one_json_object():
     record.fields = {"request_id": "a\nb", "held_s": 0.5}
     line = JsonFormatter().format(record)
     assert "\n" not in line and json.loads(line)["request_id"] == "a\nb" and json.loads(line)["event"] == "request"
+
+
+def test_a_log_line_for_people_says_why_and_which():
+    record = logging.LogRecord("quickthaw.proxy", logging.INFO, __file__, 1, "r0: asleep → waking", (), None)
+    record.event, record.fields = "phase", {"reason": "woken"}
+    assert TextFormatter().format(record).endswith("info    r0: asleep → waking (woken)")
+    record.event, record.fields = "request", {"request_id": "abc", "reason": "x"}
+    assert TextFormatter().format(record).endswith("waking [abc]")

@@ -6,6 +6,7 @@ and what it sees (its /proc, mounts and network) is made anew by checkpoint.init
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -96,6 +97,33 @@ class Criu:
         new.replace(note)
         return version
 
+    @cached_property
+    def _argv(self) -> tuple[str, ...]:
+        """How to start it: the private one's wrapper (setup/criu.sh) is a shell script, which costs a restore 5 ms."""
+        folder = self.program.resolve().parent
+        loader = folder / "lib" / "ld-linux-x86-64.so.2"
+        if self.program.name == "criu" and (folder / "criu.bin").exists() and loader.exists():
+            return (str(loader), "--library-path", str(folder / "lib"), str(folder / "criu.bin"))
+        return (str(self.program),)
+
+    def kernel_facts(self, home: Path) -> Path:
+        """Where what this CRIU learnt about this kernel is kept between sandboxes: a file for each boot and binary."""
+        stat = self.program.stat()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
+        return home / "run" / f"criu-kernel-{boot}-{stat.st_size}-{stat.st_mtime_ns}"
+
+    def keep_kernel_facts(self, sandbox: Sandbox) -> None:
+        """Keep what CRIU left in a sandbox's own /run, where it is not there yet (see checkpoint.init, cover_run)."""
+        target = sandbox.config.kernel_facts
+        if target is None or target.exists():
+            return
+        with contextlib.suppress(OSError):  # /run is the host's, or the disk is full: then CRIU asks the kernel again
+            data = Path(f"/proc/{sandbox.init_pid}/root/run/criu.kdat").read_bytes()
+            target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            new = target.with_name(f".{target.name}.{os.getpid()}")
+            new.write_bytes(data)
+            new.replace(target)
+
     def dump(self, sandbox: Sandbox, root_pid: int, images: Path, while_frozen: Path, timeout_s: float) -> None:
         """Write the tree's images into `images`; it goes on running afterwards.
 
@@ -103,7 +131,7 @@ class Criu:
         Raises Failed with CRIU's own last error.
         """
         argv = [
-            str(self.program),
+            *self._argv,
             "dump",
             f"--tree={root_pid}",
             f"--images-dir={images}",
@@ -117,6 +145,7 @@ class Criu:
         code = sandbox.execute(argv, _environment(), timeout_s)
         if code:
             raise Failed("criu-dump-failed", f"CRIU could not dump the engine: {last_error(images / 'dump.log', code)}")
+        self.keep_kernel_facts(sandbox)
 
     def restore(
         self,
@@ -136,7 +165,7 @@ class Criu:
         """
         keep = {20 + index: fd for index, fd in enumerate(pipes.values())}
         argv = [
-            str(self.program),
+            *self._argv,
             "restore",
             f"--images-dir={images}",
             f"--work-dir={work}",
@@ -150,6 +179,7 @@ class Criu:
         code = sandbox.execute(argv, _environment(), timeout_s, keep_fds=keep, adopts=root_pid)
         if code:
             raise Failed("criu-restore-failed", f"CRIU could not restore: {last_error(work / 'restore.log', code)}")
+        self.keep_kernel_facts(sandbox)
 
 
 def _environment() -> dict[str, str]:

@@ -1,7 +1,8 @@
-"""Process 1 of the first sandbox, started before it is known what the sandbox will be: it boots while its owner still imports.
+"""Helper processes started before it is known what they will be for: they boot while their owner still imports.
 
-`start` is called as the very first thing of a command that will want a sandbox; `take` hands what it started to the first `Sandbox`. Where
-none is made, the process sees its control socket close at the owner's end and exits.
+Process 1 of the first sandbox, and the page server of the first restore. `start` is called as the very first thing of a command that will
+want them; `take_init` and `take_page_server` hand over what was started, or start one. What nobody takes sees its control socket close,
+at `discard` or at the owner's end, and exits.
 """
 
 from __future__ import annotations
@@ -11,15 +12,19 @@ import subprocess
 import sys
 from pathlib import Path
 
-_waiting: list[tuple[subprocess.Popen[bytes], socket.socket]] = []
+Started = tuple["subprocess.Popen[bytes]", socket.socket]
+
+_PAGE_SERVER = "import sys; sys.path.insert(0, sys.argv[1]); from checkpoint.pages.daemon import main; sys.exit(main(int(sys.argv[2])))"
+_init: list[Started] = []
+_page_server: list[Started] = []
 
 
-def spawn() -> tuple[subprocess.Popen[bytes], socket.socket]:
-    """Start process 1's program; it waits for its configuration on the socket. Returns the process and our end."""
+def _spawn(*program: str) -> Started:
+    """Start a helper; it waits for its configuration on a socket. Returns the process and our end of it."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
         process = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(Path(__file__).with_name("init.py")), str(theirs.fileno())],
+            [sys.executable, "-I", "-S", *program, str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -27,16 +32,42 @@ def spawn() -> tuple[subprocess.Popen[bytes], socket.socket]:
     return process, ours
 
 
+def _spawn_init() -> Started:
+    return _spawn(str(Path(__file__).with_name("init.py")))
+
+
+def _spawn_page_server() -> Started:
+    return _spawn("-c", _PAGE_SERVER, str(Path(__file__).resolve().parents[1]))
+
+
 def start() -> None:
-    """Start one beforehand."""
-    _waiting.append(spawn())
+    """Start one of each beforehand."""
+    _init.append(_spawn_init())
+    _page_server.append(_spawn_page_server())
 
 
-def take() -> tuple[subprocess.Popen[bytes], socket.socket]:
-    """The one that was started beforehand, or a new one."""
-    while _waiting:
-        process, ours = _waiting.pop()
+def _take(waiting: list[Started]) -> Started | None:
+    while waiting:
+        process, ours = waiting.pop()
         if process.poll() is None:
             return process, ours
         ours.close()
-    return spawn()
+    return None
+
+
+def take_init() -> Started:
+    """Process 1 of a sandbox: the one that was started beforehand, or a new one."""
+    return _take(_init) or _spawn_init()
+
+
+def take_page_server() -> Started:
+    """A page server: the one that was started beforehand, or a new one."""
+    return _take(_page_server) or _spawn_page_server()
+
+
+def discard() -> None:
+    """Let go of a page server that nobody will want."""
+    while _page_server:
+        process, ours = _page_server.pop()
+        ours.close()
+        process.wait()

@@ -53,13 +53,13 @@ class SandboxConfig:
     """How a sandbox is set up.
 
     `monotonic_ns`: where the monotonic clock shall stand at the start (a snapshot's, in nanoseconds); 0 leaves it as the host's.
+    `kernel_facts`: what CRIU learnt about this kernel before (Criu.kernel_facts); it need not exist.
     """
 
     binds: Sequence[Bind] = ()
-    private_network: bool = True
-    private_clock: bool = True
     refuse_io_uring: bool = True
     monotonic_ns: int = 0
+    kernel_facts: Path | None = None
 
 
 @dataclass
@@ -83,7 +83,7 @@ class Sandbox:
             Path(RUN_DIR).mkdir(mode=0o755, exist_ok=True)
         except OSError as error:
             raise HostLacks("sandbox-run-dir", f"cannot make {RUN_DIR} ({error.strerror}); run as root") from error
-        self._process, self._control = prefork.take()
+        self._process, self._control = prefork.take_init()
         try:
             self._configure()
             self._enter()
@@ -102,10 +102,9 @@ class Sandbox:
         """Tell process 1 what to be, and wait until it is."""
         config = {
             "binds": [[str(b.source), str(b.target), b.read_only] for b in self.config.binds],
-            "private_network": self.config.private_network,
-            "private_clock": self.config.private_clock,
             "refuse_io_uring": self.config.refuse_io_uring,
             "monotonic_ns": self.config.monotonic_ns,
+            "kernel_facts": str(self.config.kernel_facts or ""),
             "run_dir": RUN_DIR,
             "user": getpass.getuser(),
             "site_packages": sysconfig.get_path("purelib"),
@@ -131,8 +130,7 @@ class Sandbox:
         if not children:
             raise ConnectionResetError(0, "process 1 died")
         self._init_pid = int(children[0])
-        if self.config.private_network:
-            self._network = os.open(f"/proc/{self._init_pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        self._network = os.open(f"/proc/{self._init_pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         self._host_network = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
 
     def __enter__(self) -> Sandbox:
@@ -320,19 +318,16 @@ class Sandbox:
         A socket belongs to the namespace it was made in, whoever uses it later: the calling thread enters, makes it, and returns.
         The two setns calls take about 10 µs.
         """
-        if not self.config.private_network:
-            sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-        elif self._network is None or self._host_network is None:
+        if self._network is None or self._host_network is None:
             raise Failed("sandbox-gone", "the sandbox has ended")
-        else:
-            if _libc.setns(self._network, _CLONE_NEWNET):
-                raise Failed("sandbox-gone", "the sandbox's network is gone")
-            try:
-                sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-            finally:
-                if _libc.setns(self._host_network, _CLONE_NEWNET):
-                    # This thread would stay in the wrong network for ever, and serve the wrong side: nothing after it can be right.
-                    os.abort()
+        if _libc.setns(self._network, _CLONE_NEWNET):
+            raise Failed("sandbox-gone", "the sandbox's network is gone")
+        try:
+            sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        finally:
+            if _libc.setns(self._host_network, _CLONE_NEWNET):
+                # This thread would stay in the wrong network for ever, and serve the wrong side: nothing after it can be right.
+                os.abort()
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         error = sock.connect_ex((host, port))

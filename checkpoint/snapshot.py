@@ -288,7 +288,10 @@ def restore(
                     on_warning=lazy.on_warning,
                 )
             unpack_cache(folder, compile_cache)
-            sandbox = Sandbox(SandboxConfig(binds=binds, monotonic_ns=snapshot.monotonic_ns), on_exit=on_exit)
+            config = SandboxConfig(
+                binds=binds, monotonic_ns=snapshot.monotonic_ns, kernel_facts=criu.kernel_facts(library.home)
+            )
+            sandbox = Sandbox(config, on_exit=on_exit)
             up = time.monotonic()
             sandbox.unpack([(folder / "shm", "/dev/shm"), (folder / "tmp", TMP_DIR)])
             unpacked = time.monotonic()

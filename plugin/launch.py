@@ -29,7 +29,8 @@ def start_log(quiet: bool = False) -> None:
     log = logging.getLogger("quickthaw")
     if not log.handlers:
         handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("quickthaw: %(message)s"))
+        debug = bool(os.environ.get("QUICKTHAW_DEBUG"))
+        handler.setFormatter(logging.Formatter(f"quickthaw: {'%(created).4f ' if debug else ''}%(message)s"))
         log.addHandler(handler)
     # A line a request belongs into an access log, which the proxy's own command offers; here the phases tell enough.
     logging.getLogger("quickthaw.proxy").setLevel(logging.WARNING)

@@ -21,6 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from checkpoint import prefork
 from checkpoint import snapshot as snapshots
 from checkpoint.criu import Criu
 from checkpoint.errors import Busy, CheckpointError, Failed, HostLacks, Incompatible, Integrity
@@ -51,8 +52,8 @@ log = logging.getLogger("quickthaw")
 FIRST_ANSWER_WAIT_S = 2.0
 WORKING_SET_REQUESTS = 3
 WORKING_SET_WAIT_S = 10.0
-DRIFT_FAULTS = 500
-"""Single faults above which a known working set has drifted and is recorded anew."""
+DRIFT_FAULTS = 100
+"""Faults beside a known working set above which it has drifted and what it missed is added."""
 PAGES_LIMIT_S = 600.0
 THIN_WORTH_BYTES = 1 << 30
 """Weights below this are carried in the snapshot without measuring: they cost less than a reload's own overhead."""
@@ -260,6 +261,7 @@ class Replica:
             for output in outputs.values():
                 output.handed_over()
         self.spans |= restored.spans
+        log.debug("parts of the restore: %s", {part: round(took, 4) for part, took in self.spans.items()})
         sandbox = restored.sandbox
         client = Client(lambda: sandbox.connect(snapshot.port), self.settings.command.api_key)
         self._now_running(Running(sandbox, restored.root_pid, snapshot.port, client, outputs, restored))
@@ -300,11 +302,12 @@ class Replica:
     def _follow(self, name: str, pages: PageServer) -> None:
         """Tell the page server how far the replica is: the rest of the pages waits for the first token, so as not to compete with it."""
         recording = not self.library.working_set(name).exists()
-        self._wait_served(1, FIRST_ANSWER_WAIT_S)
+        # While a working set is recorded, page by page, the first answer takes seconds; it belongs into the first part all the same.
+        self._wait_served(1, FIRST_ANSWER_WAIT_S * (10 if recording else 1))
         log.debug("pages at the first token: %s", pages.stats())
         pages.first_token()
         self._wait_served(WORKING_SET_REQUESTS, WORKING_SET_WAIT_S)
-        drifted = not recording and pages.stats().get("faults", 0) > DRIFT_FAULTS
+        drifted = not recording and pages.stats().get("faults_missed", 0) > DRIFT_FAULTS
         pages.requests_done(save=self.library.working_set(name) if recording or drifted else None)
         pages.wait_complete(PAGES_LIMIT_S)
         self.page_stats = pages.stats()
@@ -357,6 +360,7 @@ class Replica:
     # Cold start
 
     def _cold(self) -> None:
+        prefork.discard()
         self.tracker.to(Phase.MOUNTING)
         mounted = None if self.layers.mount or not self.settings.mount else self.weights.mount()
         self.tracker.to(Phase.STARTING)
@@ -366,7 +370,8 @@ class Replica:
         cache = self._compile_cache()
         place: Place
         if sandboxed:
-            place = Sandbox(SandboxConfig(binds=self._binds(mounted)), on_exit=self._ended)
+            facts = self.criu.kernel_facts(self.settings.home) if self.criu else None
+            place = Sandbox(SandboxConfig(binds=self._binds(mounted), kernel_facts=facts), on_exit=self._ended)
             port = INNER_PORT
         else:
             place = BareProcess(on_exit=self._ended)

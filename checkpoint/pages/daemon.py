@@ -1,6 +1,6 @@
 """The page server's own process: puts the pages of one restored process tree in place.
 
-Run as `python -I -S -c '…main(control, listener)'` by checkpoint.pages.server. Standard library only: it starts in 25 ms, beside CRIU.
+Run as `python -I -S -c '…main(control)'` by checkpoint.prefork. Standard library only: it starts in 25 ms, beside CRIU.
 
 Order of work: the recorded working set as soon as CRIU has registered a process's memory (while CRIU goes on with the rest); single
 faults in between; after the owner says that the first token was seen, what the next requests need; then everything else, at a bounded
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import gc
 import json
 import os
 import select
@@ -27,11 +28,13 @@ import struct
 import time
 from collections import deque
 
-from checkpoint.pages import uffd
+from checkpoint.pages import index, uffd
 from checkpoint.pages.fetch import Fetcher, Source
-from checkpoint.pages.images import PAGE, process_ids, read_process
+from checkpoint.pages.images import PAGE
 from checkpoint.pages.pagemap import PageMap
-from checkpoint.pages.space import CHUNK, Again, Gone, Plan, Space, zero_source
+from checkpoint.pages.second import SecondCopier
+from checkpoint.pages.space import CHUNK, CLAIMED, Again, Gone, Plan, Space, zero_source
+from checkpoint.pages.stats import Stats
 from checkpoint.pages.workingset import BadWorkingSet, Range, WorkingSet
 
 # What CRIU sends in place of a process number when every process runs (LAZY_PAGES_RESTORE_FINISHED in criu/uffd.c).
@@ -45,56 +48,8 @@ _WINDOW = 32
 _STEP_BYTES = CHUNK
 _STEP_PIECES = 32
 _RETRY_S = 0.0005
-
-
-class Stats:
-    """What the owner is told; bytes, and seconds (those of moments since this process started)."""
-
-    __slots__ = (
-        "bytes_ahead",
-        "bytes_cold",
-        "bytes_faulted",
-        "bytes_rest",
-        "bytes_zero",
-        "faults",
-        "faults_before_first_token",
-        "faults_zero",
-        "first_placed_s",
-        "forks",
-        "hot_done_s",
-        "listening_s",
-        "moved",
-        "removed",
-        "restored_s",
-        "spaces_s",
-        "stall_s",
-        "stall_worst_s",
-    )
-    bytes_ahead: float
-    bytes_cold: float
-    bytes_faulted: float
-    bytes_rest: float
-    bytes_zero: float
-    faults: float
-    faults_before_first_token: float
-    faults_zero: float
-    first_placed_s: float
-    forks: float
-    hot_done_s: float
-    listening_s: float
-    moved: float
-    removed: float
-    restored_s: float
-    spaces_s: float
-    stall_s: float
-    stall_worst_s: float
-
-    def __init__(self) -> None:
-        for name in self.__slots__:
-            setattr(self, name, 0)
-
-    def as_dict(self) -> dict[str, float]:
-        return {name: getattr(self, name) for name in self.__slots__}
+# How many ranges of the working set are asked whether they are in the page cache.
+_SAMPLES = 200
 
 
 class Daemon:
@@ -120,7 +75,7 @@ class Daemon:
         self.faults: deque[tuple[Space, int, float]] = deque()  # (where, address, since when)
         self.trace_before: list[tuple[int, int]] = []
         self.trace_after: list[tuple[int, int]] = []
-        self.images = {pid: read_process(self.images_dir, pid) for pid in process_ids(self.images_dir)}
+        self.images, self.indexed = index.read(self.images_dir)
         self.sources = {
             image.pages_file: Source(f"{self.images_dir}/{image.pages_file}")
             for image in self.images.values()
@@ -130,9 +85,10 @@ class Daemon:
         self.working_set = self.load_working_set(str(config["working_set"] or ""))
         self.ahead = Fetcher("ahead", self.wake)
         self.cold = Fetcher("cold", self.wake)
+        self.second = SecondCopier(self.wake)
         self.cold_faults: dict[int, tuple[Space, int, float]] = {}
         self.cold_number = 0
-        for thread in (self.ahead, self.cold):
+        for thread in (self.ahead, self.cold, self.second):
             thread.start()
         # The phase: what is placed ahead of faults now.
         self.phase = ""
@@ -144,6 +100,7 @@ class Daemon:
         self.fetch_number = 0
         self.deferred: dict[int, float] = {}  # process → not before
         self.not_before = 0.0
+        self.helped = False  # whether the second copier may help: it does not wait for a fetcher
         self.begin("hot", [] if self.record else self.working_set.before_first_token)
 
     def load_working_set(self, path: str) -> WorkingSet:
@@ -296,15 +253,21 @@ class Daemon:
         self.spaces[space.fd] = space
         self.tell((space.fd,), event="space", number=space.number, pid=space.pid, left=space.map.size)
         self.epoll.register(space.fd, select.EPOLLIN)
+        if self.phase == "hot" and self.helped and (plan := self.plans.get(space.pid)):
+            self.second.submit(space, plan)
 
     # What the processes do
 
     def read_events(self, space: Space, since: float) -> None:
         try:
-            events = uffd.read_events(space.fd)
+            with space.placing:
+                events = uffd.read_events(space.fd)
+                # Before the second copier looks again.
+                space.changed = space.changed or any(event[0] not in (uffd.PAGEFAULT, uffd.FORK) for event in events)
         except OSError:
             self.drop(space)
             return
+        self.collect_second()
         for kind, a, b, c in events:
             if kind == uffd.PAGEFAULT:
                 address = b & ~(PAGE - 1)
@@ -321,7 +284,6 @@ class Daemon:
                 child.settled = child.changed = True
                 self.add(child)
                 continue
-            space.changed = True
             if kind in (uffd.REMOVE, uffd.UNMAP):
                 self.stats.removed += 1
                 space.map.cut(a, b)
@@ -353,12 +315,15 @@ class Daemon:
         plan = self.plans.get(space.pid)
         piece = plan.find(address) if plan and not space.changed else None
         if plan and piece is not None:
+            if plan.done[piece] == CLAIMED:
+                return True  # the second copier is at it, and its placing wakes who waits
             low, high = plan.starts[piece], plan.ends[piece]
         elif self.record:
             low, high = address, address + PAGE
         else:
             low = address & ~(_AROUND - 1)
             high = low + _AROUND
+            self.stats.faults_missed += 1
         found = space.map.find(address)
         if found is None:
             if plan and piece is not None:
@@ -371,6 +336,10 @@ class Daemon:
             self.stats.faults_zero += 1
             return True
         low, high = max(low, found[0]), min(high, found[1])
+        if piece is None and not self.record and not self.after_requests:
+            # What this fault brings with it would otherwise be the next restore's faults.
+            trace = self.trace_after if self.first_token else self.trace_before
+            trace.extend((space.pid, page) for page in range(low, high, PAGE))
         offset = found[2] + low - found[0]
         if not space.source.resident(offset, high - low):
             self.cold_number += 1
@@ -385,13 +354,35 @@ class Daemon:
         uffd.wake(space.fd, address, PAGE)
         return True
 
+    def collect_second(self) -> None:
+        """What the second copier has placed, or could not."""
+        while self.second.done:
+            space, plan, piece, placed = self.second.done.popleft()
+            if not placed:
+                plan.give_back(piece)
+            elif self.spaces.get(space.fd) is space:
+                self.stats.bytes_ahead += space.placed(plan, piece)
+            else:
+                plan.finish(piece)  # its process is gone
+
     # Ahead of faults
+
+    def warm(self, ranges: list[Range]) -> bool:
+        """Whether some of the ranges, evenly chosen, are in the page cache: then all are taken for it (else a copy waits for the disk)."""
+        for process, start, end in ranges[:: max(1, len(ranges) // _SAMPLES)]:
+            image = self.images.get(process)
+            if image and any(
+                not self.sources[image.pages_file].resident(offset, high - low)
+                for low, high, offset in image.within(start, end)
+            ):
+                return False
+        return True
 
     def begin(self, phase: str, ranges: list[Range]) -> None:
         """Plan a phase of the working set, and let the fetcher run through all of it."""
         self.phase = phase
         self.plans = {pid: Plan() for pid in self.images}
-        cold = not all(source.warm for source in self.sources.values())
+        cold = not self.warm(ranges)
         for at in range(0, len(ranges), _BATCH):
             self.fetch_number += 1
             parts = []
@@ -413,8 +404,12 @@ class Daemon:
                 self.fetched.add(self.fetch_number)
         for plan in self.plans.values():
             plan.seal()
+        self.helped = not cold
 
     def begin_rest(self) -> None:
+        if not self.indexed:
+            index.keep(self.images_dir, self.images)
+            self.indexed = True
         self.phase, self.plans = "rest", {}
         self.rest = deque(
             (space.number, low, min(low + CHUNK // 2, end))
@@ -440,7 +435,7 @@ class Daemon:
             )
             self.fetch_number += 1
             self.rest_queued += 1
-            if space is None or space.source.warm:
+            if space is None or all(source.resident(offset, length) for source, offset, length in parts):
                 self.fetched.add(self.fetch_number)
             else:
                 self.ahead.submit(self.fetch_number, parts)
@@ -449,7 +444,8 @@ class Daemon:
         return self.rest_batch in self.fetched
 
     def collect(self) -> None:
-        """What the fetchers have brought."""
+        """What the fetchers and the second copier have brought."""
+        self.collect_second()
         for fetcher in (self.ahead, self.cold):
             while fetcher.done:
                 number, code, cold = fetcher.done.popleft()
@@ -561,20 +557,29 @@ class Daemon:
     def drop(self, space: Space) -> None:
         if self.spaces.pop(space.fd, None) is not None:
             self.epoll.unregister(space.fd)
-            os.close(space.fd)
+            with space.placing:
+                space.open = False
+                os.close(space.fd)
             self.tell(event="gone", number=space.number)
 
 
-def main(control_fd: int, listener_fd: int) -> int:
-    """Serve until everything is in place or the owner is gone. A failure is told to the owner in one line."""
+def main(control_fd: int) -> int:
+    """Wait to be told what to serve, and serve until everything is in place or the owner is gone.
+
+    The first message carries the listening socket. A failure is told to the owner in one line.
+    """
     control = socket.socket(fileno=control_fd)
-    listener = socket.socket(fileno=listener_fd)
-    for fd in (control_fd, listener_fd):
-        os.set_inheritable(fd, False)
+    os.set_inheritable(control_fd, False)
     with contextlib.suppress(OSError):
         # The restored processes wait for this one, whatever else the host computes.
         os.setpriority(os.PRIO_PROCESS, 0, -20)
-    config = json.loads(control.recv(1 << 16))
+    data, fds, _, _ = socket.recv_fds(control, 1 << 16, 1)
+    if not data:
+        return 0  # started beforehand (checkpoint.prefork), and not needed
+    os.set_inheritable(fds[0], False)
+    listener = socket.socket(fileno=fds[0])
+    config = json.loads(data)
+    gc.disable()  # thousands of tuples that all live on: collecting would find nothing, several times
     try:
         Daemon(control, listener, config).run()
     except (OSError, RuntimeError, ValueError) as error:

@@ -26,11 +26,9 @@ class Source:
         self.address, self.size = uffd.map_file(path)
         self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
-        # A page cache that holds the whole file is asked once, not at every fault; should it lose some, a copy waits for the disk.
-        self.warm = not self.size or uffd.resident(self.address, self.size & ~(uffd.PAGE - 1))
-
     def resident(self, offset: int, length: int) -> bool:
-        return self.warm or uffd.resident(self.address + offset, length)
+        """Whether a copy from there would not wait for a disk."""
+        return uffd.resident(self.address + offset, length)
 
     def advise(self, offset: int, length: int) -> None:
         """Start reading; returns before it is there."""

@@ -29,7 +29,7 @@ class ProcessImage:
     border of a mapping, since the kernel fills one mapping at a time. `eager_pages` counts those that CRIU itself puts in place.
     """
 
-    __slots__ = ("border_set", "borders", "eager_pages", "pages_file", "pid", "runs", "wiped_on_fork")
+    __slots__ = ("borders", "eager_pages", "pages_file", "pid", "runs", "wiped_on_fork")
 
     def __init__(self, pid: int, pages_file: str) -> None:
         self.pid = pid
@@ -38,7 +38,6 @@ class ProcessImage:
         self.eager_pages = 0
         self.wiped_on_fork: list[tuple[int, int]] = []
         self.borders: list[int] = []
-        self.border_set: set[int] = set()
 
     @property
     def lazy_pages(self) -> int:
@@ -155,8 +154,7 @@ def read_process(folder: str, pid: int) -> ProcessImage:
         image = ProcessImage(pid, f"pages-{int(head[1])}.img")
         mappings = _mappings(f"{folder}/mm-{pid}.img")
         image.wiped_on_fork = [(start, end) for start, end, madv in mappings if madv >> _MADV_WIPEONFORK & 1]
-        image.border_set = {border for start, end, _ in mappings for border in (start, end)}
-        image.borders = sorted(image.border_set)
+        image.borders = sorted({border for start, end, _ in mappings for border in (start, end)})
         offset = 0
         for message in messages[1:]:
             entry = dict(_fields(message))

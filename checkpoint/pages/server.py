@@ -20,23 +20,17 @@ import json
 import os
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from checkpoint import prefork
 from checkpoint.errors import Failed
 
 SOCKET_NAME = "lazy-pages.socket"
 """The name that CRIU looks for in its work folder."""
-
-_ROOT = Path(__file__).resolve().parents[2]
-_PROGRAM = (
-    "import sys; sys.path.insert(0, sys.argv[1]); "
-    "from checkpoint.pages.daemon import main; sys.exit(main(int(sys.argv[2]), int(sys.argv[3])))"
-)
 
 
 class PageServer:
@@ -92,40 +86,27 @@ class PageServer:
         """
         path = work / SOCKET_NAME
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with listener, theirs:
+        process: subprocess.Popen[bytes] | None = None
+        ours: socket.socket | None = None
+        with listener:
             try:
                 path.unlink(missing_ok=True)
                 _bind(listener, path)
                 listener.listen(1)
-                process = subprocess.Popen(
-                    [
-                        sys.executable,
-                        "-I",
-                        "-S",
-                        "-c",
-                        _PROGRAM,
-                        str(_ROOT),
-                        str(theirs.fileno()),
-                        str(listener.fileno()),
-                    ],
-                    pass_fds=[theirs.fileno(), listener.fileno()],
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                )
-                ours.send(
-                    json.dumps(
-                        {
-                            "images": str(images.resolve()),
-                            "working_set": str(working_set.resolve()) if working_set else "",
-                            "record": record,
-                            "rest_bytes_per_s": rest_bytes_per_s,
-                            "first_token_timeout_s": first_token_timeout_s,
-                        }
-                    ).encode()
-                )
+                process, ours = prefork.take_page_server()
+                config = {
+                    "images": str(images.resolve()),
+                    "working_set": str(working_set.resolve()) if working_set else "",
+                    "record": record,
+                    "rest_bytes_per_s": rest_bytes_per_s,
+                    "first_token_timeout_s": first_token_timeout_s,
+                }
+                socket.send_fds(ours, [json.dumps(config).encode()], [listener.fileno()])
             except OSError as error:
-                ours.close()
+                if ours:
+                    ours.close()
+                if process:
+                    process.wait(5)
                 raise Failed(
                     "page-server-start", f"cannot start the page server in {work}: {error.strerror or error}"
                 ) from error

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from array import array
 from bisect import bisect_right
 
@@ -18,6 +19,8 @@ from checkpoint.pages.pagemap import PageMap
 
 # One call places at most this much: a fault waits for at most one, 0.2 ms.
 CHUNK = 512 << 10
+# What has become of a piece.
+OPEN, DONE, CLAIMED = 0, 1, 2
 
 
 class Gone(Exception):
@@ -83,16 +86,16 @@ class Plan:
         self._sorted = [self.starts[index] for index in self._by_address]
 
     def find(self, address: int) -> int | None:
-        """The piece that `address` lies in and that is not done."""
+        """The piece that `address` lies in and that is not done (it may be claimed)."""
         at = bisect_right(self._sorted, address) - 1
         if at < 0:
             return None
         index = self._by_address[at]
-        return index if address < self.ends[index] and not self.done[index] else None
+        return index if address < self.ends[index] and self.done[index] != DONE else None
 
     def next(self) -> int | None:
-        """The first piece that is not done."""
-        done = self.done.find(0, self.cursor)
+        """The first piece that is neither done nor claimed."""
+        done = self.done.find(OPEN, self.cursor)
         if done < 0:
             self.cursor = len(self.done)
             return None
@@ -100,15 +103,26 @@ class Plan:
         return done
 
     def finish(self, index: int) -> None:
-        if not self.done[index]:
-            self.done[index] = 1
+        if self.done[index] != DONE:
+            self.done[index] = DONE
             self.left -= 1
+
+    def claim(self, index: int) -> None:
+        """For the second copier, which places it outside of the daemon's turn."""
+        if self.done[index] == OPEN:
+            self.done[index] = CLAIMED
+
+    def give_back(self, index: int) -> None:
+        """Claimed, and not placed."""
+        if self.done[index] == CLAIMED:
+            self.done[index] = OPEN
+            self.cursor = min(self.cursor, index)
 
 
 class Space:
     """See the module. `map` tells what of the image is still to be brought."""
 
-    __slots__ = ("changed", "fd", "image", "map", "number", "pid", "settled", "source")
+    __slots__ = ("changed", "fd", "image", "map", "number", "open", "pid", "placing", "settled", "source")
 
     def __init__(self, number: int, pid: int, fd: int, pages: PageMap, image: ProcessImage, source: Source) -> None:
         self.number = number
@@ -121,6 +135,9 @@ class Space:
         """Whether every mapping is registered: before, ENOENT means not yet; after, it means no longer."""
         self.changed = False
         """Whether the process has dropped, moved or unmapped anything: from then on every placing asks the map."""
+        self.open = True
+        self.placing = threading.Lock()
+        """Held by the second copier while it places, and by the daemon while it reads events or closes the descriptor."""
 
     def place(self, start: int, end: int) -> int:
         """Bring what the image has of [start, end); returns how many bytes that was. Raises Again, Gone, OSError."""
@@ -174,16 +191,21 @@ class Space:
         """Place one piece of the plan; returns bytes. Raises Again, Gone, OSError."""
         start, end = plan.starts[index], plan.ends[index]
         if not self.changed and uffd.request(self.fd, plan.address + uffd.REQUEST_BYTES * index) == 0:
-            self.map.cut(start, end)
-            placed = end - start
-        else:
-            placed, position = 0, start
-            for low, high, _ in self.map.within(start, end):
-                placed += self.zero(position, low, zeros) + self.place(low, high)
-                position = high
-            placed += self.zero(position, end, zeros)
+            return self.placed(plan, index)
+        placed, position = 0, start
+        for low, high, _ in self.map.within(start, end):
+            placed += self.zero(position, low, zeros) + self.place(low, high)
+            position = high
+        placed += self.zero(position, end, zeros)
         plan.finish(index)
         return placed
+
+    def placed(self, plan: Plan, index: int) -> int:
+        """Note that a whole piece is in place; returns its bytes."""
+        start, end = plan.starts[index], plan.ends[index]
+        self.map.cut(start, end)
+        plan.finish(index)
+        return end - start
 
     def _refused(self, code: int, what: str) -> None:
         """What it means that the kernel placed nothing: returns when the page is there already or not ours any more."""

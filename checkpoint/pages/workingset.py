@@ -157,6 +157,7 @@ def _coalesce(
             seen.add(address)
             blocks.setdefault((process, address // _BLOCK), []).append(address)
     found: list[Range] = []
+    borders_of: dict[int, set[int]] = {}
     for (process, _), addresses in blocks.items():
         addresses.sort()
         start, end = addresses[0], addresses[0] + PAGE
@@ -168,11 +169,12 @@ def _coalesce(
             end = address + PAGE
         ranges.append((start, end))
         image = images.get(process)
+        borders = borders_of.setdefault(process, set(image.borders if image else ()))
         for low, high in ranges:
             for piece in image.split(low, high) if image else [(low, high)]:
                 last = found[-1] if found else (0, 0, 0)
                 joined = last[0] == process and last[2] == piece[0]
-                if joined and not (image and piece[0] in image.border_set):
+                if joined and piece[0] not in borders:
                     found[-1] = (process, last[1], piece[1])
                 else:
                     found.append((process, *piece))

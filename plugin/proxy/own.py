@@ -63,8 +63,7 @@ def pool_document(pool: ReplicaPool) -> dict[str, Any]:
                 "served": replica.served,
                 "held_back": replica.held_back,
                 "timeline": [
-                    {"phase": s.phase, "at_s": round(s.at_s, 4), "took_s": round(s.took_s, 4)}
-                    for s in replica.tracker.timeline
+                    {"phase": s.phase, "at_s": round(s.at_s, 4), "took_s": round(s.took_s, 4)} for s in replica.spans
                 ],
             }
             for replica in pool.replicas.values()

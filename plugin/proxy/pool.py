@@ -24,7 +24,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from plugin.phases import Phase, PhaseTracker
+from plugin.phases import Phase, PhaseTracker, Span
 
 from .errors import ProxyError, StartFailed, Unavailable
 from .history import History, Kind
@@ -61,7 +61,8 @@ class Progress:
 
     def sentence(self) -> str:
         """`waking, restoring 0.6 of 1.1 s`: what early streams and people read."""
-        return f"waking, {self.phase} {self.elapsed_s:.1f} of {self.expected_s:.1f} s"
+        what = f"{self.phase} " if self.phase in STARTING else ""
+        return f"waking, {what}{self.elapsed_s:.1f} of {self.expected_s:.1f} s"
 
 
 class ReplicaPool:
@@ -101,7 +102,7 @@ class ReplicaPool:
         self._wake_limit_s, self._sleep_limit_s = wake_limit_s, sleep_limit_s
         self._waiters: dict[Waiter, None] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._early: list[tuple[Replica, Phase, Phase, str]] = []
+        self._early: list[tuple[Replica, Phase, Phase, str, tuple[Span, ...]]] = []
         self._wake_task: asyncio.Task[None] | None = None
         self._sleep_task: asyncio.Task[None] | None = None
         self._ticking = False
@@ -118,8 +119,8 @@ class ReplicaPool:
         self._loop = loop
         self.max_held, self.max_hold_s = max_held, max_hold_s
         early, self._early = self._early, []
-        for replica, old, new, reason in early:
-            self._moved(replica, old, new, reason)
+        for change in early:
+            self._moved(*change)
 
     def add(self, name: str, tracker: PhaseTracker, upstream: Upstream | None = None) -> Replica:
         """Add a replica; it gets requests whenever its tracker says serving."""
@@ -375,16 +376,17 @@ class ReplicaPool:
         """A tracker moved, in whatever thread."""
         if new is Phase.SERVING:
             replica.generation += 1  # here and now: a refusal of the old incarnation may be on its way on the loop
+        before = replica.tracker.timeline
         if self._loop is None:
-            self._early.append((replica, old, new, reason))
+            self._early.append((replica, old, new, reason, before))
             return
         try:
-            self._loop.call_soon_threadsafe(self._moved, replica, old, new, reason)
+            self._loop.call_soon_threadsafe(self._moved, replica, old, new, reason, before)
         except RuntimeError:
             log.debug("a replica moved after the proxy's loop had closed", extra={"fields": {"phase": str(new)}})
 
-    def _moved(self, replica: Replica, old: Phase, new: Phase, reason: str) -> None:
-        replica.note(old, new)
+    def _moved(self, replica: Replica, old: Phase, new: Phase, reason: str, before: tuple[Span, ...]) -> None:
+        replica.note(old, new, before)
         fields: dict[str, object]
         fields = {"pool": self.name, "replica": replica.name, "from": str(old), "to": str(new), "reason": reason}
         log.info("%s: %s → %s", replica.name, old, new, extra={"event": "phase", "fields": fields})
@@ -397,7 +399,7 @@ class ReplicaPool:
             self._failures_in_row, self._blocked_until = 0, 0.0
             kind = replica.start_kind
             if kind is not None and old in STARTING and reason != FOUND_UP:
-                spans = replica.tracker.timeline
+                spans = replica.spans
                 self.history.record(kind, replica.start_age_s, spans)
                 phases = {str(span.phase): round(span.took_s, 4) for span in spans}
                 took = {
@@ -502,6 +504,8 @@ class ReplicaPool:
 
     def _fail(self, error: ProxyError) -> None:
         self.last_failure = error
+        for replica in self.replicas.values():
+            replica.over = replica.over or replica.tracker.phase is Phase.FAILED
         if self._closed is None:
             self.failed_starts += 1
             fields = {"pool": self.name, "code": error.code, "reason": error.message}

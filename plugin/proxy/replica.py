@@ -6,7 +6,7 @@ import asyncio
 import time
 from typing import TYPE_CHECKING
 
-from plugin.phases import Phase, PhaseTracker
+from plugin.phases import Phase, PhaseTracker, Span
 
 from .history import Kind, kind_of
 from .upstream import Upstream
@@ -38,18 +38,31 @@ class Replica:
         self.idle: list[BackConnection] = []
         self.connecting: asyncio.Semaphore | None = None
         self.emptied: asyncio.Event | None = None
+        self.over = True
+        """True once the last start has ended, well or finally badly: what begins then is another start. A restore that
+        failed and goes on cold is still the same one.
+        """
         self._phases: list[Phase] = []
         self._began = time.monotonic()
+        self._skip = 0
 
-    def note(self, old: Phase, new: Phase) -> None:
-        """Follow the start that is under way, for its kind and its age."""
-        if (new is Phase.MOUNTING and old is not Phase.FAILED) or (
-            old in (Phase.ASLEEP, Phase.IDLE) and new in STARTING
-        ):
-            self._phases = []
-        if not self._phases:
+    def note(self, old: Phase, new: Phase, before: tuple[Span, ...] = ()) -> None:
+        """Follow the start that is under way, for its kind, its age and its spans; `before` is the tracker's timeline
+        at this change.
+        """
+        if new in STARTING and (self.over or old is not Phase.FAILED) and old not in STARTING:
+            self._phases, self.over = [], False
             self._began = time.monotonic()
+            self._skip = len(before)
         self._phases.append(new)
+        if new is Phase.SERVING:
+            self.over = True
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """The finished phases of the current start alone, from its own beginning."""
+        mine = self.tracker.timeline[self._skip :]
+        return tuple(Span(span.phase, span.at_s - mine[0].at_s, span.took_s) for span in mine)
 
     async def quiet(self) -> None:
         """Return once it answers nothing; bounded by the limits of the requests in flight, and by whoever calls."""

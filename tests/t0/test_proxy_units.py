@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import string
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -209,6 +211,20 @@ def test_workers_counts_add_up():
     both = merged([one.document(), two.document()])
     assert both["outcomes"] == {"forwarded": 5} and both["upstream_errors"] == {"upstream-cut": 1}
     assert both["requests"] == 6 and sum(both["held_seconds"]["counts"]) == 2 and both["held_seconds"]["sum"] == 400.2
+
+
+def test_the_metrics_are_those_that_are_documented():
+    from plugin.proxy.metrics import exposition
+    from plugin.proxy.own import status_document
+    from plugin.proxy.pool import ReplicaPool
+    from plugin.proxy.server import ProxyServer
+
+    text = exposition(status_document(ProxyServer(ReplicaPool()))).decode()
+    exported = set(re.findall(r"^# TYPE quickthaw_proxy_(\w+)", text, re.MULTILINE))
+    page = (Path(__file__).parents[2] / "docs" / "proxy.md").read_text("utf-8")
+    table = page.partition("| metric (`quickthaw_proxy_…`)")[2].partition("\n\n")[0]
+    rows = [row.split("|")[1] for row in table.splitlines() if row.startswith("| `")]
+    assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} == exported
 
 
 def test_a_log_line_is_one_json_object():

@@ -105,6 +105,8 @@ def test_an_engine_that_sleeps_and_looks_healthy_is_woken_all_the_same(by):
                 await until(lambda: engine.calls[-1] == "/sleep")
                 assert engine.calls[:4] == ["/sleep", "/wake_up"] * 2 and engine.asked_asleep == 0
                 assert len(rig.pool.history.seen(Kind.WOKEN)) == 2 and not rig.pool.history.seen(Kind.COLD)
+                assert [str(s.phase) for s in rig.pool.history.last[Kind.WOKEN]] == ["waking", "verifying"]
+                assert rig.pool.history.last[Kind.WOKEN][0].at_s == 0
 
     run(main())
 
@@ -200,8 +202,16 @@ def test_an_engine_of_ours_that_dies_is_known_to_be_down_before_anybody_asks():
             await until(lambda: endpoint.tracker.phase is Phase.FAILED)
             assert "engine-died" in endpoint.tracker.reason
             assert (await rig.get("/-/ready")).status == 503
+            endpoint.tracker._since -= 1000.0  # it has been down for long, and was up for longer
+            endpoint.tracker._began -= 5000.0
             assert (await rig.get("/")).json()["pid"] != first
             assert rig.pool.wakes == 2
+            assert max(rig.pool.history.seen(Kind.COLD)) < 100, "a start lasts from its own beginning"
+            spans = rig.pool.history.last[Kind.COLD]
+            assert [str(s.phase) for s in spans] == ["mounting", "starting", "loading", "warming"]
+            assert spans[0].at_s == 0 and spans[-1].at_s < 100
+            document = (await rig.get("/-/status")).json()["pools"][0]
+            assert document["replicas"][0]["timeline"][0] == document["starts"]["cold"][0]
 
     run(main())
 
@@ -223,6 +233,23 @@ def test_a_command_that_starts_it_elsewhere_and_returns_is_no_death(tmp_path):
             await until(lambda: not Path(f"/proc/{first}/fd/0").exists())
             assert (await rig.get("/")).json()["pid"] != first
             assert await rig.pool.sleep()
+
+    run(main())
+
+
+def test_a_start_after_one_that_failed_counts_from_its_own_beginning(tmp_path):
+    async def main():
+        port = free_port()
+        wake = f"test -e {tmp_path}/ok || exit 3; exec {sys.executable} -S {ENGINE} {port}"
+        async with in_front_of(EndpointSpec(tcp("127.0.0.1", port), wake=wake)) as (rig, endpoint):
+            assert (await rig.get("/")).status == 503
+            endpoint.tracker._since -= 1000.0
+            rig.pool.replicas["default"]._began -= 1000.0
+            rig.pool._blocked_until = 0.0
+            (tmp_path / "ok").touch()
+            assert (await rig.get("/")).status == 200
+            assert 0 < max(rig.pool.history.seen(Kind.COLD)) < 100
+            assert "failed" not in [str(s.phase) for s in rig.pool.history.last[Kind.COLD]]
 
     run(main())
 

@@ -46,4 +46,4 @@ def test_the_benchmark_runs_and_counts_right(tmp_path):
     results = json.loads(out.read_text())
     held = results["held"]
     assert held["answered_200"] == held["upstream_requests"] == held["upstream_distinct"] == 2000
-    assert held["rss_peak_mb"] < 150 and results["body"]["arrived"] is True
+    assert held["rss_peak_mb"] < 150 and results["body"]["quickthaw"]["arrived"] is True

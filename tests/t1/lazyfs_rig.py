@@ -90,14 +90,14 @@ class Rig:
         self.tmp = tmp
         self.handles: list[MountHandle] = []
         self.readers: list[Reader] = []
-        self.devices: set[str] = set()
+        self.devices: dict[str, int] = {}
 
     def mount(self, digest: str, name: str = "mnt", **settings: object) -> MountHandle:
         handle = mount(digest, self.tmp / name, ready_timeout_s=LIMIT_S, **settings)
         self.handles.append(handle)
         entry = kernel.mount_at(str(handle.mountpoint))
         if entry is not None:
-            self.devices.add(entry.device)
+            self.devices[entry.device] = handle.pid
         return handle
 
     def reader(self) -> Reader:
@@ -109,9 +109,11 @@ class Rig:
         return wait_for(lambda: fetcher_pid(handle.pid))
 
     def close(self) -> None:
-        # Even what is unmounted here may live on: a sandbox of another test has copied this namespace's mounts.
-        for device in self.devices:
-            kernel.abort(device)
+        # Even what is unmounted here may live on: a sandbox of another test has copied this namespace's mounts. What no
+        # daemon serves any more is another test's by now: device numbers are used again.
+        for device, daemon in self.devices.items():
+            if is_daemon(daemon):
+                kernel.abort(device)
         for reader in self.readers:
             reader.close()
         for handle in self.handles:

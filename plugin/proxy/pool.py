@@ -345,7 +345,7 @@ class ReplicaPool:
         kind = best.start_kind or self.history.guess_kind()
         elapsed = best.start_age_s
         left = self.history.left(kind, elapsed, best.tracker.phase, best.tracker.seconds_in_phase)
-        return Progress(best.tracker.phase, kind, elapsed, max(self.history.typical(kind), elapsed), left)
+        return Progress(best.tracker.phase, kind, elapsed, elapsed + left, left)
 
     def left_s(self) -> float:
         """Seconds until a replica is expected to serve, for Retry-After."""

@@ -16,7 +16,7 @@ import click
 from rich.console import Console
 
 from capacity import report
-from capacity.errors import CapacityError
+from capacity.errors import CapacityError, InfeasibleError, InputError
 
 
 class PlanGroup(click.Group):
@@ -41,9 +41,18 @@ def _console() -> Console:
     return console if console.is_terminal else Console(width=130)
 
 
-def fail(error: CapacityError) -> NoReturn:
-    """One line on standard error, and the exit code of its kind."""
-    click.echo(f"quickthaw plan: {error}", err=True)
+def fail(error: CapacityError, *, file: Path | None = None, as_json: bool = False) -> NoReturn:
+    """One line on standard error, a few where there is no plan, and the exit code of its kind. As JSON on standard output, too,
+    where JSON was asked for."""
+    if isinstance(error, InfeasibleError) and error.conflict.constraints:
+        first, *rest = error.lines()
+        click.echo(f"quickthaw plan: {f'{file}: ' if file else ''}{first} [{error.code}]", err=True)
+        for line in rest:
+            click.echo(line, err=True)
+    else:
+        click.echo(f"quickthaw plan: {error}", err=True)
+    if as_json:
+        click.echo(json.dumps(report.error_json(error), indent=2))
     sys.exit(error.exit_code)
 
 
@@ -52,19 +61,19 @@ def plan() -> None:
     """How many GPUs to hold, where, and how many of them idle.
 
     \b
-    quickthaw plan plan.yaml                        what to start and stop now, and what a faster restore is worth
-    quickthaw plan plan.yaml --exact --explain      the integer program, and where each number comes from
-    quickthaw plan plan.yaml --json | jq .delta     for programs
-    quickthaw plan plan.yaml --emit kubernetes      the idle buffer as pause pods and as CapacityBuffers
-    quickthaw plan plan.yaml --watch 60             plan again each minute; changes pass hysteresis first
+    quickthaw plan plan.yaml                     what to start and stop now
+    quickthaw plan plan.yaml --exact --explain   the optimum, and why each number
+    quickthaw plan plan.yaml --json              for programs
+    quickthaw plan plan.yaml --emit kubernetes   the idle buffer as objects
+    quickthaw plan plan.yaml --watch 60          plan again each minute
     quickthaw plan simulate plan.yaml --trace requests.csv --plot day
     quickthaw plan generate day.csv --requests 100000
 
-    The file is described in docs/capacity.md; its options are those of `quickthaw plan solve`.
+    What the file holds: docs/capacity.md, and examples/plan.yaml to start from. All options of a plan: quickthaw plan solve --help
     """
 
 
-@plan.command("solve")
+@plan.command("solve", short_help="The plan of FILE; the word may be left out.")
 @click.argument("file", type=click.Path(path_type=Path))
 @option("--json", "as_json", is_flag=True, help="Print JSON.")
 @option("--exact", is_flag=True, help="Solve the integer program too, and print the gap of the rounding.")
@@ -99,13 +108,25 @@ def solve_command(
     rounds: int,
     limit: float,
 ) -> None:
-    """The plan of FILE."""
+    """The plan of FILE: what to start and stop, and what a faster start is worth. The word `solve` may be left out.
+
+    \b
+    quickthaw plan plan.yaml
+    quickthaw plan plan.yaml --exact --limit 300
+    quickthaw plan plan.yaml --watch 60 --apply ./apply-delta
+    """
     from capacity.load import load
     from capacity.plan import solve
 
+    if watch is None and (command is not None or state is not None or rounds):
+        raise click.UsageError("--apply, --state and --rounds belong to --watch")
+    if watch is not None and (emit or thorough or explain):
+        raise click.UsageError("--watch takes none of --emit, --thorough and --explain")
+    if emit is None and idle_by is not None:
+        raise click.UsageError("--idle-by belongs to --emit")
     try:
         if watch is not None:
-            _watch(file, watch, command, state, rounds, as_json, exact)
+            _watch(file, watch, command, state, rounds, as_json, exact, limit)
             return
         problem = load(file)
         chosen = solve(problem, "restored", exact=exact, thorough=thorough, limit=limit)
@@ -116,7 +137,7 @@ def solve_command(
             return
         other = _cold(problem, exact, thorough, limit)
     except CapacityError as error:
-        fail(error)
+        fail(error, file=file, as_json=as_json)
     if as_json:
         click.echo(json.dumps(report.to_json(chosen, other), indent=2))
     else:
@@ -125,7 +146,6 @@ def solve_command(
 
 def _cold(problem: Any, exact: bool, thorough: bool, limit: float) -> Any:
     """The same plan with cold lead times; None when they leave no feasible plan, which the report says."""
-    from capacity.errors import InfeasibleError
     from capacity.plan import solve
 
     try:
@@ -135,7 +155,14 @@ def _cold(problem: Any, exact: bool, thorough: bool, limit: float) -> Any:
 
 
 def _watch(
-    file: Path, interval: float, command: str | None, state: Path | None, rounds: int, as_json: bool, exact: bool
+    file: Path,
+    interval: float,
+    command: str | None,
+    state: Path | None,
+    rounds: int,
+    as_json: bool,
+    exact: bool,
+    limit: float,
 ) -> None:
     from capacity.load import load
     from capacity.watch import loop
@@ -155,6 +182,7 @@ def _watch(
             command=command,
             rounds=rounds,
             exact=exact,
+            limit=limit,
         )
     finally:
         for number, handler in before.items():
@@ -215,6 +243,8 @@ def simulate_command(
     from capacity.trace import read
 
     try:
+        if plot is not None and not plot.absolute().parent.is_dir():
+            raise InputError("cannot-write", f"there is no folder {plot.parent}", where="--plot")
         problem, trace = load(file), read(trace_file)
         options = simulate.Options(seed=seed, refusals=refusals, interruptions=interruptions)
         policies = simulate.default_policies(fixed)
@@ -241,7 +271,7 @@ def simulate_command(
         report.print_simulation(_console(), results, matched)
 
 
-@plan.command("generate")
+@plan.command("generate", short_help="Write a synthetic day of requests as CSV.")
 @click.argument("file", type=click.Path(path_type=Path))
 @option("--requests", type=click.IntRange(min=1), default=100_000, show_default=True, help="Expected number.")
 @option("--hours", type=click.FloatRange(min=0, min_open=True), default=24.0, show_default=True)

@@ -42,6 +42,10 @@ class Field:
             key = str(key_node.value)
             path = f"{self.path}.{key}" if self.path else key
             here = Field(key_node, path, self.file)
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                raise here.error(
+                    "unknown-field", "merge keys are not read; repeat the fields (an alias of a value is fine)"
+                )
             if allowed is not None and key not in allowed:
                 near = difflib.get_close_matches(key, allowed, 1)
                 hint = f"; did you mean {near[0]}?" if near else f"; known here: {', '.join(sorted(allowed))}"
@@ -73,7 +77,8 @@ class Field:
         try:
             value: object = yaml.constructor.SafeConstructor().construct_object(self.node)
         except (yaml.YAMLError, ValueError) as bad:
-            raise self.error("wrong-type", f"cannot read {self.node.value!r}: {bad}") from bad
+            reason = getattr(bad, "problem", None) or bad
+            raise self.error("wrong-type", f"cannot read {self.node.value!r}: {reason}") from bad
         return value
 
     def text(self) -> str:
@@ -90,8 +95,8 @@ class Field:
 
     def integer(self, low: int = 0, high: int = 10_000_000) -> int:
         value = self.scalar()
-        if isinstance(value, float) and math.isnan(value):
-            raise self.error("not-a-number", "NaN is not a count")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise self.error("not-a-number", f"expected a whole number, found {value}")
         if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value):
             raise self.error("wrong-type", f"expected a whole number, found {value!r}")
         if not low <= value <= high:
@@ -100,8 +105,9 @@ class Field:
 
     def quantity(self, kind: str, low: float = 0.0, high: float = math.inf, *, open_low: bool = False) -> float:
         """A number in the base unit of `kind` (see units.py), within [low, high]."""
+        said = self.scalar()
         try:
-            value = parse(self.scalar(), kind)
+            value = parse(said, kind)
         except InputError as bad:
             raise self.error(bad.code, bad.message) from bad
         if value < low or (open_low and value == low):
@@ -109,6 +115,8 @@ class Field:
                 raise self.error("negative", f"must not be negative, found {value:g}")
             raise self.error("out-of-range", f"must be {'over' if open_low else 'at least'} {low:g}, found {value:g}")
         if value > high:
+            if value == 1 and kind == "fraction":
+                raise self.error("out-of-range", f"must be below 1, found {said}: nothing is enough for every case")
             if kind == "fraction" and value <= 100:
                 raise self.error(
                     "wrong-unit", f"is a fraction of at most {high:g}, found {value:g}; did you mean {value:g}%?"
@@ -150,6 +158,8 @@ def parse_text(text: str, file: str) -> Field:
         mark = getattr(bad, "problem_mark", None)
         reason = str(getattr(bad, "problem", None) or bad).replace("\n", " ")
         raise InputError("not-yaml", reason, file=file, line=None if mark is None else mark.line + 1) from bad
+    except RecursionError as bad:
+        raise InputError("not-yaml", "is nested too deeply", file=file) from bad
     if node is None:
         raise InputError("empty", "the file is empty", file=file)
     return Field(node, "", file)

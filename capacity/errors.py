@@ -40,15 +40,18 @@ class InputError(CapacityError):
 
 @dataclass(frozen=True)
 class Change:
-    """One move of the nearest feasible change: set `what` from `now` to `needed`."""
+    """One move of the nearest feasible change: set `what` from `now` to `needed`. `step`, from 1, is the one that asks for most of
+    it; None where there is one step only."""
 
     what: str
     now: float
     needed: float
     unit: str
+    step: int | None = None
 
     def __str__(self) -> str:
-        return f"{self.what}: from {self.now:g} to {self.needed:g} {self.unit}".rstrip()
+        text = f"{self.what}: from {self.now:g} to {self.needed:g} {self.unit}".rstrip()
+        return text if self.step is None else f"{text} (for step {self.step})"
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,16 @@ class InfeasibleError(CapacityError):
             "infeasible", f"these cannot hold together: {cause}" + (f" | nearest change: {way_out}" if way_out else "")
         )
         self.conflict = conflict
+
+    def lines(self) -> list[str]:
+        """The same for people, a constraint a line."""
+        found = ["no plan is possible: these cannot hold together"]
+        if not self.conflict.smallest:
+            found = ["no plan is possible: these cannot hold together (there may be fewer: time ran out)"]
+        found += [f"  - {text}" for text in self.conflict.constraints]
+        if self.conflict.changes:
+            found += ["the nearest change that makes one possible", *(f"  - {c}" for c in self.conflict.changes)]
+        return found
 
 
 class SolverError(CapacityError):

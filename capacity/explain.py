@@ -36,6 +36,7 @@ class _Elastic:
     program: Program
     names: tuple[Name, ...]
     owner: Ints  # [slack] which name
+    step: Ints  # [slack] of which step, from 0
     columns: int  # before the slacks
     weight: Floats  # [slack]
 
@@ -64,15 +65,17 @@ def _elastic(program: Program) -> _Elastic:
     row, col, val = [program.row], [program.col], [program.val]
     lower, upper = [program.row_lower], [program.row_upper]
     owner: list[int] = []
+    at_step: list[int] = []
     weight: list[float] = []
     next_column, next_row = steps * wide, steps * high
 
-    def slack(at_row: int, sign: float, name: Name, scale: float) -> None:
+    def slack(at_row: int, sign: float, name: Name, scale: float, t: int) -> None:
         nonlocal next_column
         row.append(np.array([at_row]))
         col.append(np.array([next_column]))
         val.append(np.array([sign]))
         owner.append(number(name))
+        at_step.append(t)
         weight.append(1.0 / max(1.0, abs(scale)))
         next_column += 1
 
@@ -83,9 +86,9 @@ def _elastic(program: Program) -> _Elastic:
             at = t * high + index
             low, top = program.row_lower[at], program.row_upper[at]
             if np.isfinite(low):
-                slack(at, 1.0, name, low)
+                slack(at, 1.0, name, low, t)
             if np.isfinite(top):
-                slack(at, -1.0, name, top)
+                slack(at, -1.0, name, top, t)
     column_upper = program.upper.copy()
     for index, name in program.column_names.items():
         for t in range(steps):
@@ -98,7 +101,7 @@ def _elastic(program: Program) -> _Elastic:
             val.append(np.array([1.0]))
             lower.append(np.array([-np.inf]))
             upper.append(np.array([bound]))
-            slack(next_row, -1.0, name, bound)
+            slack(next_row, -1.0, name, bound, t)
             column_upper[at] = np.inf
             next_row += 1
     slacks = len(owner)
@@ -117,7 +120,8 @@ def _elastic(program: Program) -> _Elastic:
         cost=np.concatenate([np.zeros(steps * wide), np.array(weight)]),
         integer=np.concatenate([program.integer, np.zeros(slacks, dtype=np.bool_)]),
     )
-    return _Elastic(flat, tuple(listed), np.array(owner, dtype=np.int64), steps * wide, np.array(weight))
+    which = (np.array(owner, dtype=np.int64), np.array(at_step, dtype=np.int64))
+    return _Elastic(flat, tuple(listed), *which, steps * wide, np.array(weight))
 
 
 def _solve(elastic: _Elastic, hard: set[int], deadline: float, *, whole: bool) -> highs.Outcome:
@@ -223,14 +227,21 @@ def _nearest(problem: Problem, elastic: _Elastic, deadline: float) -> tuple[Chan
     if outcome is None or outcome.values is None:
         return ()
     slacks = outcome.values[elastic.columns :]
-    most: dict[int, float] = {}
+    most: dict[int, tuple[float, int]] = {}
     for k in np.flatnonzero(slacks > TOLERANCE):
-        name = int(elastic.owner[k])
-        most[name] = max(most.get(name, 0.0), float(slacks[k]))
-    return tuple(_change(problem, elastic.names[n], amount, outcome.values) for n, amount in sorted(most.items()))
+        name, t = int(elastic.owner[k]), int(elastic.step[k])
+        if name not in most or float(slacks[k]) > most[name][0] + TOLERANCE:
+            most[name] = float(slacks[k]), t
+    table = outcome.values[: elastic.columns].reshape(problem.demand.steps, -1)
+    changes = []
+    for n, (amount, t) in sorted(most.items()):
+        change = _change(problem, elastic.names[n], amount, t, table)
+        changes.append(replace(change, step=t + 1) if problem.demand.steps > 1 else change)
+    return tuple(changes)
 
 
-def _change(problem: Problem, name: Name, amount: float, values: Floats) -> Change:
+def _change(problem: Problem, name: Name, amount: float, t: int, table: Floats) -> Change:
+    """`amount` is what is lacking at step `t`, the worst; `table` is [step, column] of what would do."""
     up = float(math.ceil(amount - TOLERANCE))
     pools = {pool.name: pool for pool in problem.pools}
     services = {service.name: service for service in problem.services}
@@ -239,8 +250,9 @@ def _change(problem: Problem, name: Name, amount: float, values: Floats) -> Chan
         now = float(pools[name.key].quota or 0)
         return Change(f"pools {name.key} quota", now, now + up, "instances")
     if name.sort == "supply":
-        now = pools[name.key].start_bound(True)
-        return Change(f"pools {name.key} supply", now, now + up, "instances a step")
+        now = pools[name.key].start_bound(t == 0)
+        refused = now < pools[name.key].start_bound(False)
+        return Change(f"pools {name.key} {'refused got' if refused else 'supply'}", now, now + up, "instances a step")
     if name.sort == "quota":
         now = float(next(quota.gpus for quota in problem.quotas if quota.name == name.key))
         return Change(f"quotas {name.key} gpus", now, now + up, "GPUs")
@@ -257,11 +269,10 @@ def _change(problem: Problem, name: Name, amount: float, values: Floats) -> Chan
         return Change(f"services {name.key} min", service.minimum, service.minimum - up, "replicas")
     if name.sort in ("region-min", "region-max"):
         share = policy.region_mix[name.key]
-        count, wide = len(problem.pools), len(values)
         gpus = np.array([pool.gpus for pool in problem.pools], dtype=np.float64)
         here = np.array([pool.region == name.key for pool in problem.pools], dtype=np.float64)
-        held = [values[at : at + count] * gpus for at in _starts(problem, wide)]
-        shares = [float((h * here).sum() / h.sum()) for h in held if h.sum() > 0] or [0.0]
+        held = table[:, : len(gpus)] * gpus
+        shares = [float((row * here).sum() / row.sum()) for row in held if row.sum() > 0] or [0.0]
         if name.sort == "region-min":
             return Change(f"policy region_mix {name.key} min", share.least, math.floor(min(shares) * 1000) / 1000, "")
         return Change(f"policy region_mix {name.key} max", share.most, math.ceil(max(shares) * 1000) / 1000, "")
@@ -272,7 +283,3 @@ def _change(problem: Problem, name: Name, amount: float, values: Floats) -> Chan
     if name.sort == "zones":
         return Change(f"{name.key} served on the loss of a zone", 0.0, -amount, services[name.key].unit + "/s less")
     return Change(name.text, 0.0, -amount, "GPUs less")
-
-
-def _starts(problem: Problem, wide: int) -> list[int]:
-    return [0] if wide else []

@@ -296,7 +296,12 @@ class Fleet:
         self._leave(replica)
 
     def finish(self) -> None:
-        """Close the books at the end of the trace."""
+        """Close the books at the end of the trace: what still runs is paid, and has worked, up to now."""
+        for j, queue in enumerate(self.queues):
+            size = self.problem.services[j].gpus / self.problem.services[j].concurrency
+            ends = [free for free, _, _, _ in queue.slots]
+            ends += [end for replica in self.going if replica.service == j for end, _ in replica.finishing]
+            queue.busy_gpu_seconds -= sum(end - self.now for end in ends if self.now < end < NEVER) * size
         for held in self.instances:
             for instance in held:
                 self._pay(instance)

@@ -1,25 +1,31 @@
 """Whole instances from a linear program by construction, for steps too large for an integer program.
 
-Round replicas by largest remainder, add what demand and zones still lack, lay the idle blocks into GPUs that are free, open
-instances where nothing is free, then close instances whose tenants fit elsewhere, the dearest first. Every move keeps demand,
-zones, idle blocks, quotas and supply; limits on stops keep instances open; what remains (region mix, limits on starts, a
-maximum of replicas) is left to the check of the caller, who falls back to an integer program.
+Replicas of each service as `cover.py` finds them at the linear program's prices of a GPU, and again at prices that come closer to
+the pools' own (where the duals of quotas leave a quota unused, its GPUs are cheap after all); then the idle blocks into GPUs that
+are free, instances opened where nothing is free, and instances closed whose tenants fit elsewhere, the dearest first. Every
+move keeps demand, zones, idle blocks, quotas and supply; limits on stops keep instances open; what remains (region mix, limits on
+starts, a maximum of replicas) is left to the check of the caller, who falls back to an integer program.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from capacity import cover
 from capacity.model import Floats, Problem, slot
 from capacity.need import Need
 from capacity.program import Program
 
 EPS = 1e-7
 SWEEPS = 3
+# Of what the duals add to a GPU's own price, pass after pass, in the first step and in the others.
+SLOWLY = (1.0, 0.7, 0.4, 0.2, 0.0)
+FIRST = (1.0, 0.0)
+CAREFUL = 4000  # pairs of a pool and a service up to which the first step, which is acted upon, goes slowly
+NEXT = (0.0,)
 
 
 @dataclass
@@ -45,12 +51,20 @@ class _State:
     spread: frozenset[int] = frozenset()
     fits: list[list[int]] = field(default_factory=list)  # [service] pools
     alike: list[list[int]] = field(default_factory=list)  # [place] pools
-    by_price: list[list[int]] = field(default_factory=list)  # [service] pools it fits, the cheapest a unit served first
     least: list[int] = field(default_factory=list)  # instances a pool must hold
+    cells_of: list[list[list[int]]] = field(
+        default_factory=list
+    )  # [service] pools it fits, those of one type and zone together
 
     def can_open(self, p: int) -> bool:
         gpus = self.problem.pools[p].gpus
         return self.n[p] < self.most[p] and all(self.quota_left[q] >= gpus for q in self.quotas_of[p])
+
+    def room(self, p: int) -> int:
+        """GPUs free, or of instances that may still be opened."""
+        gpus = self.problem.pools[p].gpus
+        more = min([self.most[p] - self.n[p], *(self.quota_left[q] // gpus for q in self.quotas_of[p])])
+        return self.free[p] + max(0, more) * gpus
 
     def open(self, p: int, count: int = 1) -> None:
         gpus = self.problem.pools[p].gpus * count
@@ -102,16 +116,29 @@ class _State:
         self.free[p] -= size * count
 
 
-def step(problem: Problem, need: Need, program: Program, t: int, want: Floats, before: list[int]) -> Floats | None:
-    """Values of step `t` after `before` instances a pool, near the fractional `want`; None when something does not fit."""
+def step(
+    problem: Problem,
+    need: Need,
+    program: Program,
+    t: int,
+    want: Floats,
+    before: list[int],
+    worth: Floats,
+    last: Floats | None,
+    *,
+    careful: bool,
+) -> Floats | None:
+    """Values of step `t` after `before` instances a pool, near the fractional `want`; None when something does not fit.
+
+    `worth` is what the linear program says one GPU of each pool costs in this step; `last` are the values of the step before, from
+    whose replicas this one starts, so that plans do not move without need; `careful`
+    spends more time on a step that has none before it.
+    """
     state = _start(problem, need, program, t, before)
     bounds = slice(t * program.columns, t * program.columns + len(problem.pools))
-    order_of = np.lexsort((program.pairs[:, 0], program.pair_price, program.pairs[:, 1]))
-    state.by_price = [[] for _ in problem.services]
-    for k in order_of:
-        state.by_price[int(program.pairs[k, 1])].append(int(program.pairs[k, 0]))
     state.least = [int(v) for v in program.lower[bounds]]
     state.most = [int(min(a, b)) for a, b in zip(state.most, program.upper[bounds], strict=True)]
+    own = program.cost[bounds] / np.array([p.gpus for p in problem.pools])
     fraction = [float(v) for v in want[: len(problem.pools)]]
     price = [p.price / p.gpus for p in problem.pools]
     table: list[dict[int, float]] = [{} for _ in problem.services]
@@ -123,9 +150,17 @@ def step(problem: Problem, need: Need, program: Program, t: int, want: Floats, b
             if state.can_open(p):
                 state.open(p)
     order = sorted(range(len(problem.services)), key=lambda j: (-problem.services[j].gpus, j))
-    for j in order:
-        if not _place(state, j, table[j], price):
-            return None
+    if last is not None:
+        table = [{} for _ in problem.services]
+        held = last[program.at_x : program.at_b]
+        for k in np.flatnonzero(held > 0.5):
+            table[int(program.pairs[k, 1])][int(program.pairs[k, 0])] = float(held[k])
+    careful = careful and last is None and len(program.pairs) <= CAREFUL
+    for keep in SLOWLY if careful else FIRST if last is None else NEXT:
+        mixed = own + keep * (worth - own)
+        for j in order:
+            if not _place(state, j, table[j], mixed, careful=careful):
+                return None
     if not _lay_blocks(state, fraction, price):
         return None
     _close(state, before, price)
@@ -142,6 +177,10 @@ def _start(problem: Problem, need: Need, program: Program, t: int, before: list[
         most.append(int(bound))
     inside = [[q for q, quota in enumerate(problem.quotas) if quota.covers(pool)] for pool in pools]
     widths = {gpus: [slot(s.gpus, gpus) for s in problem.services] for gpus in {p.gpus for p in pools}}
+    cells: dict[tuple[str, float, str, str, int], list[int]] = {}
+    for p, pool in enumerate(pools):
+        cells.setdefault((pool.gpu, pool.memory, pool.region, pool.zone, pool.gpus), []).append(p)
+    together = list(cells.values())
     return _State(
         problem=problem,
         need=need,
@@ -161,48 +200,71 @@ def _start(problem: Problem, need: Need, program: Program, t: int, before: list[
         zone=[f"{p.region}/{p.zone}" for p in pools],
         spread=frozenset(program.spread),
         fits=[[int(p) for p in np.flatnonzero(need.rate[:, j] > 0)] for j in range(len(problem.services))],
+        cells_of=[[cell for cell in together if need.rate[cell[0], j] > 0] for j in range(len(problem.services))],
         alike=[[p for p in range(count) if need.place[p] == k] for k in range(max(need.place) + 1)],
     )
 
 
-def _seat(state: _State, j: int, p: int) -> bool:
-    """One replica of j on p, opening instances when that is allowed."""
-    width = state.width[p][j]
-    while state.free[p] < width:
-        if not state.can_open(p):
+def _seat(state: _State, j: int, p: int, count: int) -> bool:
+    """Replicas of j on p, opening instances when that is allowed; all or none."""
+    width, gpus = state.width[p][j], state.problem.pools[p].gpus
+    lacking = -(-max(0, width * count - state.free[p]) // gpus)
+    if lacking:
+        if state.room(p) < width * count:
             return False
-        state.open(p)
-    state.put(p, j, 1)
+        state.open(p, lacking)
+    state.put(p, j, count)
     return True
 
 
-def _place(state: _State, j: int, share: dict[int, float], price: list[float]) -> bool:
-    for p, value in sorted(share.items()):
-        for _ in range(math.floor(value + EPS)):
-            if not _seat(state, j, p):
-                break
-    while state.lacks(j) or state.zone_lacks(j):
-        heavy = (
-            max(state.by_zone[j], key=lambda z: state.by_zone[j][z]) if state.zone_lacks(j) and state.by_zone[j] else ""
+def _place(state: _State, j: int, share: dict[int, float], worth: Floats, *, careful: bool) -> bool:
+    """The cheapest replicas of a service where there is room, by what a GPU of each pool is worth; those it has already,
+    which are put back when nothing cheaper is found."""
+    had = [(p, state.tenants[p][j]) for p in state.fits[j] if j in state.tenants[p]]
+    for p, count in had:
+        state.put(p, j, -count)
+    options, pools = _options(state, j, worth)
+    counts = None
+    if pools:
+        near = dict(had) if had else share
+        counts = cover.cheapest(
+            options, np.array([int(near.get(p, 0) + EPS) for p in pools], dtype=np.int64), careful=careful
         )
-        left = {p: v - math.floor(v + EPS) for p, v in share.items()}
-        if not any(_seat(state, j, p) for p in _choices(state, j, left, heavy)):
-            return False
-        for p in left:
-            if p in share and state.tenants[p].get(j, 0) > share[p]:
-                share = {**share, p: math.floor(share[p] + EPS)}
-    return True
+    before = sum(float(worth[p]) * state.width[p][j] * count for p, count in had)
+    if counts is not None and (not had or float(options.cost @ counts) < before * (1 - EPS)):
+        chosen = [(p, count) for p, count in zip(pools, counts.tolist(), strict=True) if count]
+        if all(_seat(state, j, p, count) for p, count in chosen):
+            return True
+        for p in pools:  # pools that share a quota have less room together
+            state.put(p, j, -state.tenants[p].get(j, 0))
+    for p, count in had:
+        _seat(state, j, p, count)
+    return bool(had) or not (state.lacks(j) or state.zone_lacks(j))
 
 
-def _choices(state: _State, j: int, left: dict[int, float], heavy: str) -> Iterator[int]:
-    """Places for one more replica, the best first: where GPUs are free before where an instance must be opened, and each
-    time what the linear program has a share left for before the cheapest."""
-    asked = sorted((p for p, v in left.items() if v > EPS and state.zone[p] != heavy), key=lambda p: (-left[p], p))
-    cheap = state.by_price[j]
-    yield from (p for p in asked if state.free[p] >= state.width[p][j])
-    yield from (p for p in cheap if state.free[p] >= state.width[p][j] and state.zone[p] != heavy)
-    yield from asked
-    yield from (p for p in cheap if state.zone[p] != heavy)
+def _options(state: _State, j: int, worth: Floats) -> tuple[cover.Options, list[int]]:
+    """Of the pools that are alike (type, zone), the cheapest that hold all the service could need."""
+    need, t = state.need, state.t
+    target = float(need.target[j, t])
+    rest = float(need.median[j, t]) * state.problem.policy.zone_loss if j in state.spread else 0.0
+    least = state.problem.services[j].minimum
+    chosen: list[int] = []
+    rooms: list[int] = []
+    for cell in state.cells_of[j]:
+        enough = max(math.ceil((target + rest) / state.rate[cell[0]][j]), least, 1)
+        for p in sorted(cell, key=lambda p: worth[p]) if len(cell) > 1 else cell:
+            room = state.room(p) // state.width[p][j]
+            if room > 0:
+                chosen.append(p)
+                rooms.append(min(room, enough))
+                enough -= room
+            if enough <= 0:
+                break
+    numbers: dict[str, int] = {}
+    zone = np.array([numbers.setdefault(state.zone[p], len(numbers)) for p in chosen], dtype=np.int64)
+    rate = np.array([state.rate[p][j] for p in chosen])
+    cost = np.array([worth[p] * state.width[p][j] for p in chosen])
+    return cover.Options(cost, rate, zone, np.array(rooms, dtype=np.int64), target, rest, least, len(numbers)), chosen
 
 
 def _lay_blocks(state: _State, fraction: list[float], price: list[float]) -> bool:

@@ -9,11 +9,13 @@ Every object carries the label `quickthaw.dev/idle-by` with one of these, for `k
 
 from __future__ import annotations
 
+import hashlib
 import re
 from typing import Any
 
 import yaml
 
+from capacity.errors import InputError
 from capacity.model import Pool
 from capacity.plan import Plan
 
@@ -22,10 +24,34 @@ PRIORITY = "quickthaw-idle"
 LABEL = "quickthaw.dev/idle-by"
 
 
+_LABEL_VALUE = re.compile(r"[A-Za-z0-9](?:[-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
+
+
 def name(pool: str, gpus: int) -> str:
-    """A DNS label of at most 63 characters."""
+    """A DNS label of at most 63 characters. What a label cannot hold is replaced, and a digest keeps such names apart."""
     clean = re.sub(r"[^a-z0-9-]+", "-", pool.lower()).strip("-") or "pool"
-    return f"idle-{clean[:45].strip('-')}-{gpus}gpu"
+    if clean != pool or len(clean) > 45:
+        clean = f"{clean[:38].strip('-')}-{hashlib.sha256(pool.encode()).hexdigest()[:6]}"
+    return f"idle-{clean}-{gpus}gpu"
+
+
+def _selector(pool: Pool) -> dict[str, str]:
+    """The labels by which nodes of a pool are known. Raises InputError for what cannot be one."""
+    found = {}
+    for field, label in (
+        ("instance", "node.kubernetes.io/instance-type"),
+        ("region", "topology.kubernetes.io/region"),
+        ("zone", "topology.kubernetes.io/zone"),
+    ):
+        value = str(getattr(pool, field))
+        if not _LABEL_VALUE.fullmatch(value):
+            raise InputError(
+                "not-a-label",
+                f"{value!r} cannot be the value of node label {label}",
+                where=f"pool {pool.name}: {field}",
+            )
+        found[label] = value
+    return found
 
 
 class _Plain(yaml.SafeDumper):
@@ -74,15 +100,10 @@ def _sizes(plan: Plan) -> dict[tuple[int, int], int]:
 
 
 def _pod(pool: Pool, gpus: int, image: str) -> dict[str, Any]:
-    selector = {
-        "node.kubernetes.io/instance-type": pool.instance,
-        "topology.kubernetes.io/region": pool.region,
-        "topology.kubernetes.io/zone": pool.zone,
-    }
     return {
         "terminationGracePeriodSeconds": 0,
         "automountServiceAccountToken": False,
-        "nodeSelector": selector,
+        "nodeSelector": _selector(pool),
         "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],
         "containers": [
             {

@@ -19,6 +19,7 @@ from capacity.model import Demand, Forecast, Hysteresis, Policy, Pool, Problem, 
 
 LONGEST_START = 6 * 3600.0
 MOST_MEMORY = 4096.0
+MOST_RATE = 1e9  # units a second
 MAX_STEPS = 10_000
 Named = TypeVar("Named", Pool, Service, Quota)
 
@@ -150,20 +151,20 @@ def _service(field: Field, path: Path) -> Service:
         "concurrency",
     )
     e = field.mapping(known)
-    _need(field, e, "name", "gpus", "rate", "lead_time")
+    _need(field, e, "name", "gpus", "rate")
     rates: dict[str, float] = {}
     if e["rate"].is_mapping:
         for gpu, value in e["rate"].mapping().items():
-            rates[gpu] = value.quantity("rate", 0.0, open_low=True)
+            rates[gpu] = value.quantity("rate", 0.0, MOST_RATE, open_low=True)
         if not rates:
             raise e["rate"].error("empty", "no rate given")
     else:
-        rates["*"] = e["rate"].quantity("rate", 0.0, open_low=True)
+        rates["*"] = e["rate"].quantity("rate", 0.0, MOST_RATE, open_low=True)
     unit = e["unit"].text() if "unit" in e else "requests"
     if unit not in ("requests", "tokens"):
         raise e["unit"].error("unknown-name", f"expected requests or tokens, found {unit}")
     name = e["name"].text()
-    cold, restored = _lead_times(e["lead_time"], name, path)
+    cold, restored = _lead_times(field, e.get("lead_time"), name, path)
     minimum = e["min"].integer() if "min" in e else 0
     maximum = e["max"].integer() if "max" in e else None
     if maximum is not None and maximum < minimum:
@@ -185,26 +186,37 @@ def _service(field: Field, path: Path) -> Service:
     )
 
 
-def _lead_times(field: Field, service: str, path: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    e = field.mapping(("cold", "restored", "from", "model", "engine"))
+def _lead_times(
+    field: Field, given: Field | None, service: str, path: Path
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Cold and restored samples, seconds. What the file does not say was measured: `from` says where, else it is
+    `$QUICKTHAW_HOME`, where the model is called what the service is called, if nothing else is said."""
+    e = {} if given is None else given.mapping(("cold", "restored", "from", "model", "engine"))
+    here = field if given is None else given
     samples: dict[str, tuple[float, ...]] = {}
     for kind in ("cold", "restored"):
         if kind in e:
             samples[kind] = e[kind].samples("duration", 0.0, LONGEST_START)
-    if "from" in e and len(samples) < 2:
-        source = path.parent / Path(leadtimes.expand(e["from"].text()))
-        model = e["model"].text() if "model" in e else None
-        engine = e["engine"].text() if "engine" in e else None
-        try:
-            found = leadtimes.read(source, model=model, engine=engine)
-        except InputError as bad:
-            raise e["from"].error(bad.code, bad.message) from bad
-        for kind, values in found.items():
+    if len(samples) == 2:
+        return samples["cold"], samples["restored"]
+    model = e["model"].text() if "model" in e else None if "from" in e else service
+    engine = e["engine"].text() if "engine" in e else None
+    if "from" in e:
+        here, source = e["from"], path.parent / Path(leadtimes.expand(e["from"].text()))
+    else:
+        source = leadtimes.home()
+    lacking = " and ".join(kind for kind in ("cold", "restored") if kind not in samples)
+    advice = f"service {service}: write the {lacking} samples here, or measure them: quickthaw bench coldstart"
+    try:
+        for kind, values in leadtimes.read(source, model=model, engine=engine).items():
             if values:
                 samples.setdefault(kind, values)
+    except InputError as bad:
+        more = "" if "from" in e else f"; {advice}"
+        raise here.error(bad.code, f"lead times: {bad.message}{more}") from bad
     for kind in ("cold", "restored"):
         if kind not in samples:
-            raise field.error("missing-field", f"service {service} has no {kind} lead-time samples")
+            raise here.error("missing-field", f"{source} has no {kind} start of {model or 'any model'}; {advice}")
     return samples["cold"], samples["restored"]
 
 
@@ -293,6 +305,11 @@ def _demand(field: Field, services: tuple[Service, ...], step: float, path: Path
         if length is not None and len(forecasts[name].values[0]) != length:
             raise value.error("unequal-length", f"has {len(forecasts[name].values[0])} steps, others have {length}")
         length = len(forecasts[name].values[0])
+        if level > forecasts[name].levels[-1] + 1e-9:
+            raise value.error(
+                "out-of-range",
+                f"ends at quantile {forecasts[name].levels[-1]:g}, and {level:g} is to be served (demand.quantile)",
+            )
     for service in services:
         if service.name not in forecasts:
             raise e["forecast"].error("no-demand", f"no forecast for service {service.name}")
@@ -310,7 +327,7 @@ def _forecast(field: Field) -> Forecast:
             raise value.error(
                 "out-of-range", f"a quantile is a fraction such as 0.9 or a percentile such as p90, found {key}"
             )
-        rows.append((level, value.samples("rate"), value))
+        rows.append((level, value.samples("rate", 0.0, MOST_RATE), value))
     if len(rows) < 2:
         raise field.error(
             "too-few", "give at least two quantiles, such as 0.5 and 0.9: their distance is the uncertainty"

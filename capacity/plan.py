@@ -31,7 +31,7 @@ class Shadow:
 
 @dataclass(frozen=True)
 class Plan:
-    """Arrays are [step, pool] or [step, pool, service]. `gap`: rounded over exact (or over the linear program) less one."""
+    """Arrays are [step, pool] or [step, pool, service]. `gap`: rounded over exact (or over the bound) less one."""
 
     problem: Problem
     need: need.Need
@@ -51,6 +51,7 @@ class Plan:
     blocks: tuple[dict[tuple[int, int], int], ...]  # [step] (pool, GPUs a block) -> how many
     block_sizes: tuple[tuple[int, int], ...]  # (pool, GPUs a block) that there could be
     proven: bool  # the integer program was solved to the end
+    bound: float  # dollars: no plan in whole numbers costs less
 
     @property
     def hours(self) -> float:
@@ -137,8 +138,8 @@ def solve(
     relaxed = solver.relax(built, limit=limit)
     if relaxed.values is None:
         raise explain.infeasible(problem, built, whole=False) if explained else InfeasibleError(Conflict((), False))
-    rounded = solver.round_whole(built, relaxed.values, problem, required, quick=quick, thorough=thorough, limit=limit)
-    best = solver.exact(built, start=rounded.values, limit=limit) if exact else None
+    rounded = solver.round_whole(built, relaxed, problem, required, quick=quick, thorough=thorough, limit=limit)
+    best = solver.exact(built, start=rounded.values, bound=relaxed.objective, limit=limit) if exact else None
     chosen = rounded if best is None else best
     if chosen.values is None:
         raise explain.infeasible(problem, built, whole=True) if explained else InfeasibleError(Conflict((), False))
@@ -207,16 +208,17 @@ def _read(
         blocks=tuple(blocks_of(built, values)),
         block_sizes=tuple((int(i), int(w)) for i, w in built.blocks),
         proven=best is not None and best.proven,
+        bound=(relaxed.objective if best is None else best.objective if best.proven else best.bound) * scale,
     )
 
 
 _UNITS = {
-    "quota": "GPU of",
-    "pool-quota": "instance of",
-    "supply": "start a step of",
-    "start-limit": "start a step of",
-    "stop-limit": "stop a step of",
-    "maximum": "replica of",
+    "quota": "GPU",
+    "pool-quota": "instance",
+    "supply": "start a step",
+    "start-limit": "start a step",
+    "stop-limit": "stop a step",
+    "maximum": "replica",
 }
 
 

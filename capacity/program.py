@@ -145,7 +145,7 @@ def build(problem: Problem, need: Need) -> Program:
     for j, service in enumerate(services):
         cols = at_x + by_service[j]
         peak = float(need.target[j].max())
-        name = Name("demand", service.name, f"demand of service {service.name} (up to {peak:.4g} {service.unit}/s)")
+        name = Name("demand", service.name, f"demand of service {service.name} (up to {peak:.6g} {service.unit}/s)")
         speeds = sorted(set(served[by_service[j]]))
         if len(speeds) == 1:
             # Replicas alike everywhere: counted, so that the linear program sees whole replicas.
@@ -172,7 +172,7 @@ def build(problem: Problem, need: Need) -> Program:
                 cols_list.append(at_s + m)
                 vals_list.append(weight[1] * block)
         peak = float(group.required.max())
-        name = Name("idle", group.name, f"{group.name} (up to {peak:.4g} GPUs)")
+        name = Name("idle", group.name, f"{group.name} (up to {peak:.6g} GPUs)")
         relieved = [j for j in spare if j in group.relief]
         cols_list += [at_h + spare.index(j) for j in relieved]
         vals_list += [group.relief[j] for j in relieved]
@@ -278,7 +278,10 @@ def _tile(
         bounds = np.array([pool.start_bound(t == 0) for t in range(steps)])
         upper[:, at_u + i] = bounds
         if np.isfinite(bounds).any():
-            names[at_u + i] = Name("supply", pool.name, f"supply of pool {pool.name}, {bounds.min():g} starts a step")
+            text = f"supply of pool {pool.name}, {bounds.min():g} starts a step"
+            if pool.refused is not None and bounds[0] < pool.start_bound(False):
+                text += f" (the last step got {pool.refused[1]} of {pool.refused[0]} asked)"
+            names[at_u + i] = Name("supply", pool.name, text)
     for k, j in enumerate(spare):
         upper[:, at_h + k] = cap[j]
     price = np.array([p.price for p in pools])

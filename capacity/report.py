@@ -9,7 +9,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from capacity.errors import CapacityError
+from capacity.errors import CapacityError, InfeasibleError
 from capacity.plan import Plan
 from capacity.simulate import Result
 from capacity.units import duration_text
@@ -57,6 +57,7 @@ def to_json(plan: Plan, other: Plan | None = None) -> dict[str, Any]:
         "cost_of_integer_program": None if plan.exact_cost is None else round(plan.exact_cost, 6),
         "cost_of_rounding": round(plan.rounded_cost, 6),
         "proven": plan.proven,
+        "lower_bound": round(plan.bound, 6),
         "gap": _gap(plan),
         "gpus": int(plan.gpus[0]),
         "gpu_allocation_utilization": round(plan.utilization, 6),
@@ -84,9 +85,9 @@ def _mean_idle(plan: Plan) -> float:
 
 
 def _gap(plan: Plan) -> float:
-    """Of the rounding over the integer program where that was solved, else over the linear program (an upper bound of it)."""
-    base = plan.relaxed_cost if plan.exact_cost is None else plan.exact_cost
-    return round(plan.rounded_cost / base - 1, 6) if base > 0 else 0.0
+    """Of the rounding over the integer program where that was solved to the end, else over the bound that is proven: then it is at
+    most this."""
+    return round(plan.rounded_cost / plan.bound - 1, 6) if plan.bound > 0 else 0.0
 
 
 def print_plan(console: Console, plan: Plan, other: Plan | None, *, explain: bool) -> None:
@@ -101,8 +102,8 @@ def print_plan(console: Console, plan: Plan, other: Plan | None, *, explain: boo
         console.print(table)
     else:
         console.print("Nothing to start, nothing to stop.")
-    table = Table(title="Held", title_justify="left")
-    for heading in ("pool", "GPU", "zone", "instances", "GPUs", "idle blocks", "$/h"):
+    table = Table(title="Held, before and after", title_justify="left")
+    for heading in ("pool", "GPU", "zone", "instances", "GPUs", "idle buffer", "$/h"):
         table.add_column(heading, justify="left" if heading in ("pool", "GPU", "zone") else "right")
     for i, pool in enumerate(problem.pools):
         n = int(plan.instances[0, i])
@@ -114,7 +115,7 @@ def print_plan(console: Console, plan: Plan, other: Plan | None, *, explain: boo
     console.print(table)
     if other is not None:
         table = Table(title="What a faster start is worth (mean of the steps)", title_justify="left")
-        for heading in ("lead times", "GPUs", "idle GPUs", "of them blocks", "$/h", "utilization"):
+        for heading in ("lead times", "GPUs", "idle GPUs", "of them buffer", "$/h", "utilization"):
             table.add_column(heading, justify="left" if heading == "lead times" else "right")
         for one in (other, plan):
             table.add_row(
@@ -127,22 +128,33 @@ def print_plan(console: Console, plan: Plan, other: Plan | None, *, explain: boo
         console.print(f"restoring instead of starting cold saves {spare:.1f} GPUs and ${saved:.2f} an hour")
     else:
         console.print("With cold lead times there is no feasible plan.")
-    steps = len(plan.instances)
-    if plan.exact_cost is None:
-        console.print(
-            f"${plan.cost:.2f} over {steps} step(s); linear program ${plan.relaxed_cost:.2f}; gap at most {_gap(plan):.2%}; "
-            f"solved in {duration_text(plan.seconds)}"
-        )
-    else:
-        word = "" if plan.proven else " (best found in the time given, not proven)"
-        console.print(
-            f"integer program ${plan.exact_cost:.2f}{word} over {steps} step(s); rounding ${plan.rounded_cost:.2f}, "
-            f"gap {_gap(plan):.2%}; linear program ${plan.relaxed_cost:.2f}; solved in {duration_text(plan.seconds)}"
-        )
+    console.print(_solved(plan))
     for shadow in plan.shadows[:5]:
-        console.print(f"one more {shadow.unit} {shadow.constraint} saves ${shadow.saves:.2f} an hour")
+        console.print(f"{shadow.constraint}: one more {shadow.unit} saves ${shadow.saves:.2f} an hour")
     if explain:
         _explain(console, plan)
+
+
+def _solved(plan: Plan) -> str:
+    """How good the plan is known to be."""
+    steps, took = len(plan.instances), duration_text(plan.seconds)
+    over = f"over {steps} step{'s' if steps > 1 else ''}"
+    if plan.exact_cost is None:
+        return (
+            f"${plan.cost:.2f} {over}; the linear program, which no plan undercuts, ${plan.relaxed_cost:.2f}: gap at most "
+            f"{_gap(plan):.2%}; solved in {took}"
+        )
+    if plan.proven:
+        return (
+            f"integer program ${plan.exact_cost:.2f} {over}, the optimum; rounding ${plan.rounded_cost:.2f}, gap {_gap(plan):.2%}; "
+            f"linear program ${plan.relaxed_cost:.2f}; solved in {took}"
+        )
+    more = plan.exact_cost / plan.bound - 1 if plan.bound > 0 else 0.0
+    return (
+        f"integer program: time ran out (--limit). Best found ${plan.exact_cost:.2f} {over}; no plan costs less than "
+        f"${plan.bound:.2f}, so it is within {more:.2%} of the optimum; rounding ${plan.rounded_cost:.2f}, gap at most "
+        f"{_gap(plan):.2%}; linear program ${plan.relaxed_cost:.2f}; {took}"
+    )
 
 
 def _explain(console: Console, plan: Plan) -> None:
@@ -161,11 +173,21 @@ def _explain(console: Console, plan: Plan) -> None:
         console.print(f"{group.name}: {group.required[0]:.2f} GPUs, in blocks for {group.size} GPUs a replica or more")
 
 
+def error_json(error: CapacityError) -> dict[str, Any]:
+    """An error as plain values; for one of no plan the conflict and the nearest change."""
+    found: dict[str, Any] = {"error": error.code, "message": error.message}
+    if isinstance(error, InfeasibleError):
+        found["conflict"] = list(error.conflict.constraints)
+        found["smallest"] = error.conflict.smallest
+        found["changes"] = [vars(change) for change in error.conflict.changes]
+    return found
+
+
 def print_round(outcome: Decision | CapacityError, *, as_json: bool) -> None:
     """One line a round of --watch."""
     if isinstance(outcome, CapacityError):
         if as_json:
-            click.echo(json.dumps({"error": outcome.code, "message": outcome.message}))
+            click.echo(json.dumps(error_json(outcome)))
         else:
             click.echo(f"quickthaw plan: {outcome}", err=True)
         return

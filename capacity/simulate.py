@@ -121,9 +121,14 @@ def arrivals_of(problem: Problem, trace: Trace) -> list[tuple[Floats, Floats]]:
         names = [problem.services[0].name]
     known = {service.name for service in problem.services}
     strange = sorted(set(names) - known)
+    if strange == [""]:
+        raise InputError(
+            "unknown-name",
+            f"the trace has no Service column, and {problem.source} has {len(problem.services)} services: whose are they?",
+        )
     if strange:
         raise InputError(
-            "unknown-name", f"the trace has requests of {strange[0] or 'unnamed services'}, which is no service here"
+            "unknown-name", f"the trace has requests of {strange[-1]}, which is no service of {problem.source}"
         )
     empty = np.zeros(0)
     return [

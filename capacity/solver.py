@@ -30,6 +30,7 @@ STEP_GAP = 1e-4
 STEP_NODES = 500
 POLISH_NODES = 50
 POLISH_ROUNDS = 2
+SHADE = 1e-3  # of a price, where duals do not decide
 NEIGHBOUR_NODES = 30
 NEIGHBOUR_GAP = 2e-3
 NEIGHBOUR_LIMIT = 30.0
@@ -43,15 +44,26 @@ def relax(program: Program, *, limit: float = 60.0) -> Outcome:
     return sift.relax(program, limit=limit)
 
 
-def exact(program: Program, *, start: Floats | None = None, limit: float = 60.0) -> Outcome:
-    """The integer program, to a gap of zero; `start` is a known plan. `proven` is False when time ran out before."""
+def exact(program: Program, *, start: Floats | None = None, bound: float = 0.0, limit: float = 60.0) -> Outcome:
+    """The integer program, to a gap of zero; `start` is a known plan and `bound` what none can be cheaper than. `proven` is False
+    when time ran out before; then the best found is at least as good as `start`."""
     solver = highs.load(program, whole=True, limit=limit)
     if start is not None:
         known = highspy.HighsSolution()
         known.col_value = list(start)
         solver.setSolution(known)
-    outcome = highs.run(solver, whole=True)
-    return outcome if outcome.values is None else replace(outcome, values=snap(program, outcome.values))
+    try:
+        outcome = highs.run(solver, whole=True)
+    except SolverError:
+        if start is None:
+            raise
+        return Outcome(start, float(program.cost @ start), bound, seconds=limit, proven=False)
+    values = outcome.values
+    if values is None:
+        return outcome
+    if start is not None and outcome.objective > float(program.cost @ start):
+        outcome, values = replace(outcome, objective=float(program.cost @ start)), start
+    return replace(outcome, values=snap(program, values), bound=max(bound, outcome.bound))
 
 
 def snap(program: Program, values: Floats) -> Floats:
@@ -62,7 +74,7 @@ def snap(program: Program, values: Floats) -> Floats:
 
 def round_whole(
     program: Program,
-    relaxed: Floats,
+    relaxed: Outcome,
     problem: Problem,
     need: Need,
     *,
@@ -78,10 +90,11 @@ def round_whole(
     deadline = began + limit
     better = thorough or (not quick and int(program.integer.sum()) <= MIDDLING)
     large = quick or int(program.integer[: program.columns].sum()) > FREE
-    values = _constructed(program, relaxed, problem, need, thorough=better) if large else None
+    assert relaxed.values is not None
+    values = _constructed(program, relaxed, problem, need, thorough=better, careful=not quick) if large else None
     if values is None:
         for reach in (0, 2, None):
-            values = _by_step(program, relaxed, reach, deadline)
+            values = _by_step(program, relaxed.values, reach, deadline)
             if values is not None:
                 break
         if values is None:
@@ -94,13 +107,19 @@ def round_whole(
     return Outcome(values, objective, -np.inf, seconds=time.perf_counter() - began, proven=False)
 
 
-def _constructed(program: Program, relaxed: Floats, problem: Problem, need: Need, *, thorough: bool) -> Floats | None:
+def _constructed(
+    program: Program, relaxed: Outcome, problem: Problem, need: Need, *, thorough: bool, careful: bool
+) -> Floats | None:
     """By `greedy.py`, step after step; None when any constraint is not kept."""
+    assert relaxed.values is not None
+    worth = _worth(program, relaxed)
     before = [pool.held for pool in problem.pools]
     found: list[Floats] = []
     for t in range(program.steps):
-        want = relaxed[t * program.columns : (t + 1) * program.columns]
-        values = greedy.step(problem, need, program, t, want, before)
+        want = relaxed.values[t * program.columns : (t + 1) * program.columns]
+        values = greedy.step(
+            problem, need, program, t, want, before, worth[t], found[-1] if found else None, careful=careful
+        )
         if values is None:
             return None
         found.append(_neighbours(program, t, values, before, problem) if thorough else values)
@@ -111,6 +130,21 @@ def _constructed(program: Program, relaxed: Floats, problem: Problem, need: Need
     kept = (reached >= program.row_lower - slack) & (reached <= program.row_upper + slack)
     inside = (result <= program.upper + INTEGRALITY) & (result >= program.lower - INTEGRALITY)
     return result if bool(kept.all() and inside.all()) else None
+
+
+def _worth(program: Program, relaxed: Outcome) -> Floats:
+    """What one GPU of a pool costs in a step by the linear program, [step, pool]: the dual of the row that counts its GPUs,
+    and a little of its price, which decides where duals are equal or zero."""
+    pools = program.at_u
+    price = program.cost.reshape(program.steps, program.columns)[:, :pools]
+    if relaxed.row_dual is None:
+        return price
+    dual: Floats = np.maximum(0.0, relaxed.row_dual.reshape(program.steps, program.rows)[:, :pools])
+    own = (program.row < pools) & (program.col == program.row)
+    gpus = np.ones(pools)
+    gpus[program.row[own]] = program.val[own]
+    worth: Floats = dual + SHADE * price / gpus
+    return worth
 
 
 def _neighbours(program: Program, t: int, values: Floats, before: list[int], problem: Problem) -> Floats:

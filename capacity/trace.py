@@ -17,6 +17,8 @@ from capacity.errors import InputError
 from capacity.model import Floats
 from capacity.program import Ints
 
+LONGEST = 62 * 86400.0  # seconds
+
 
 @dataclass(frozen=True)
 class Trace:
@@ -42,7 +44,7 @@ class Trace:
 def read(path: Path) -> Trace:
     """Raises InputError naming file, line and column."""
     try:
-        file = path.open(newline="", encoding="utf-8")
+        file = path.open(newline="", encoding="utf-8-sig")  # spreadsheets put a mark in front
     except OSError as bad:
         raise InputError("unreadable", f"cannot be read: {bad}", file=str(path)) from bad
     at: list[float] = []
@@ -85,6 +87,13 @@ def read(path: Path) -> Trace:
     if not at:
         raise InputError("empty", "the trace has no request", file=str(path))
     times = np.array(at) - at[0]
+    if times[-1] > LONGEST:
+        raise InputError(
+            "out-of-range",
+            f"spans {times[-1] / 86400:.0f} days, more than {LONGEST / 86400:.0f}; is every time in seconds, or ISO?",
+            file=str(path),
+            where="TIMESTAMP",
+        )
     return Trace(times, np.array(context), np.array(generated), np.array(who, dtype=np.int64), tuple(names))
 
 

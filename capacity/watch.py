@@ -94,9 +94,9 @@ def banded(problem: Problem, state: State) -> Problem:
     return replace(problem, demand=Demand(problem.demand.quantile, forecasts, problem.demand.history))
 
 
-def decide(problem: Problem, state: State, now: float, *, exact: bool = False) -> Decision:
+def decide(problem: Problem, state: State, now: float, *, exact: bool = False, limit: float = 60.0) -> Decision:
     """The plan and what of it may be done at `now` (seconds, any clock that does not go back). Changes `state` but for
-    `held`. Raises InfeasibleError, SolverError."""
+    `held`. `limit`: seconds for each solve. Raises InfeasibleError, SolverError."""
     pools = tuple(
         replace(
             pool,
@@ -106,7 +106,7 @@ def decide(problem: Problem, state: State, now: float, *, exact: bool = False) -
         for pool in problem.pools
     )
     problem = banded(replace(problem, pools=pools), state)
-    solved = planning.solve(problem, exact=exact)
+    solved = planning.solve(problem, exact=exact, limit=limit)
     held_back: dict[str, str] = {}
     wanted_starts = {p.name: int(n) for p, n in zip(pools, solved.starts[0], strict=True) if n}
     wanted_stops = {p.name: int(n) for p, n in zip(pools, solved.stops[0], strict=True) if n}
@@ -190,6 +190,7 @@ def loop(
     command: str | None,
     rounds: int = 0,
     exact: bool = False,
+    limit: float = 60.0,
 ) -> None:
     """Until `stop` is set, or for `rounds` plans. An error of one round (a file half written, no feasible plan) is reported
     and the next round tries again: nothing is changed meanwhile."""
@@ -199,7 +200,7 @@ def loop(
         try:
             problem = load()
             state = State.read(state_path)
-            decision = decide(problem, state, time.time(), exact=exact)
+            decision = decide(problem, state, time.time(), exact=exact, limit=limit)
             if command is not None:
                 granted = apply(decision, command) if not decision.quiet else {}
                 record(state, problem, decision, granted)

@@ -1,11 +1,13 @@
 """The command as it is typed."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
+from capacity import program, solver
 from capacity.cli import plan
 
 pytestmark = pytest.mark.t0
@@ -40,21 +42,72 @@ def test_exact_prints_the_gap():
     assert report["gap"] == pytest.approx(report["cost_of_rounding"] / report["cost_of_integer_program"] - 1, abs=1e-5)
 
 
-def test_errors_are_one_line_and_have_an_exit_code(tmp_path):
+def test_exact_says_when_time_ran_out():
+    """What was found then, and what no plan undercuts; the rounding is never worse than what is given."""
+    from capacity import report
+    from capacity.plan import solve
+    from tests.t0.capacity_kit import random_problem
+
+    problem = random_problem(21, pools=9, services=9, steps=1)
+    problem = replace(problem, quotas=(), policy=replace(problem.policy, region_mix={}, max_start=None, max_stop=None))
+    problem = replace(problem, pools=tuple(replace(p, quota=60, supply=None, refused=None) for p in problem.pools))
+    plan = solve(problem, exact=True, quick=True)
+    assert plan.proven
+    short = replace(plan, proven=False, bound=plan.exact_cost * 0.99, rounded_cost=plan.exact_cost * 1.01)
+    text = report._solved(short)
+    assert "time ran out" in text
+    assert f"no plan costs less than ${short.bound:.2f}" in text
+    assert "within 1.01% of the optimum" in text
+    told = report.to_json(short)
+    assert (told["proven"], told["lower_bound"]) == (False, round(short.bound, 6))
+    assert told["gap"] == pytest.approx(1.01 / 0.99 - 1, abs=1e-5)
+    built = program.build(problem, plan.need)
+    start = solver.round_whole(built, solver.relax(built), problem, plan.need, quick=True).values
+    none = solver.exact(built, start=start, bound=1.0, limit=1e-9)
+    assert not none.proven
+    assert none.objective <= float(built.cost @ start) * (1 + 1e-9)
+    assert 1.0 <= none.bound <= none.objective
+
+
+def test_errors_are_clear_and_have_an_exit_code(tmp_path):
     missing = typed(tmp_path / "none.yaml", code=2)
     assert missing.stderr.count("\n") == 1
     assert "[unreadable]" in missing.stderr
     tight = Path(EXAMPLE).read_text().replace("quota: 24", "quota: 1").replace("min: 1", "min: 2")
     (tmp_path / "tight.yaml").write_text(tight)
     infeasible = typed(tmp_path / "tight.yaml", code=1)
-    assert infeasible.stderr.count("\n") == 1
-    assert "quota of pool h100-a" in infeasible.stderr
+    first, *rest = infeasible.stderr.splitlines()
+    assert "tight.yaml: no plan is possible" in first
+    assert "[infeasible]" in first
+    assert rest == [
+        "  - demand of service code (up to 13200 tokens/s)",
+        "  - quota of pool h100-a, 1 instances",
+        "the nearest change that makes one possible",
+        "  - pools h100-a quota: from 1 to 7 instances",
+    ]
+    told = json.loads(typed(tmp_path / "tight.yaml", "--json", code=1).stdout)
+    assert (told["error"], told["smallest"]) == ("infeasible", True)
+    assert told["changes"] == [{"what": "pools h100-a quota", "now": 1, "needed": 7, "unit": "instances", "step": None}]
     typed("simulate", EXAMPLE, code=2)
 
 
 def test_options_have_variables():
     report = json.loads(typed(EXAMPLE, env={"QUICKTHAW_PLAN_JSON": "1"}).stdout)
     assert "delta" in report
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--apply", "true"), "belong to --watch"),
+        (("--rounds", "2"), "belong to --watch"),
+        (("--watch", "1", "--emit", "kubernetes"), "--watch takes none of"),
+        (("--idle-by", "pause-pods"), "belongs to --emit"),
+        (("--watch", "0"), "0.0 is not in the range"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(words, said):
+    assert said in typed(EXAMPLE, *words, code=2).stderr
 
 
 def test_generate_then_simulate(tmp_path):
@@ -67,6 +120,8 @@ def test_generate_then_simulate(tmp_path):
     one = typed("simulate", EXAMPLE, "--trace", day, "--policy", "hpa").stdout
     assert "GPU hours" in one
     assert "lp" not in one
+    nowhere = typed("simulate", EXAMPLE, "--trace", day, "--plot", tmp_path / "no" / "plot", code=2)
+    assert "there is no folder" in nowhere.stderr
     bad = typed("simulate", EXAMPLE, "--trace", day, "--policy", "magic", code=2)
     assert "no policy is named 'magic'" in bad.stderr
 

@@ -82,12 +82,27 @@ CASES = [
     (", 0.9: [7, 8]", "", "too-few", 21, "demand.forecast.chat"),
     ("chat: {p50", "chatt: {p50", "unknown-name", 21, "demand.forecast.chatt"),
     ("headroom: 10%", "headroom: 1%", "out-of-range", 23, "policy"),
+    ("quantile: 90%", "quantile: 100%", "out-of-range", 19, "demand.quantile"),
+    ("quantile: 90%", "quantile: 99%", "out-of-range", 21, "demand.forecast.chat"),
+    ("quota: 4", "quota: .inf", "not-a-number", 10, "pools[0].quota"),
+    ("quota: 4", "<<: {quota: 4}", "unknown-field", 10, "pools[0].<<"),
+    ("quota: 4", "quota: !!python/name:os.system 4", "wrong-type", 10, "pools[0].quota"),
+    ("price: 24.0 $/h", "price: !strange 24", "wrong-type", 9, "pools[0].price"),
+    ("price: 24.0 $/h", "price: 24 EUR/h", "wrong-unit", 9, "pools[0].price"),
+    ("{H100: 3/s}", "1e300", "out-of-range", 14, "services[0].rate"),
+    ("p50: [5, 6]", "p50: [-5, 6]", "negative", 21, "demand.forecast.chat.p50[0]"),
+    ("memory: 70GiB", "regions: []", "empty", 15, "services[0].regions"),
+    ("memory: 70GiB", "regions: east", "wrong-type", 15, "services[0].regions"),
+    ("memory: 70GiB", "probability: 1.0", "out-of-range", 15, "services[0].probability"),
+    ("cold: [97s, 2m]", "cold: 10d", "out-of-range", 17, "services[0].lead_time.cold"),
+    ("version: 1", "version: " + "[" * 400, "not-yaml", None, ""),
+    ("policy:", "pools:", "repeated-field", 22, "pools"),
     ("version: 1", "version: 2", "unknown-version", 1, "version"),
     ("version: 1", "version: [1", "not-yaml", 2, ""),
 ]
 
 
-@pytest.mark.parametrize(("old", "new", "code", "line", "where"), CASES, ids=[f"{c[1]}" for c in CASES])
+@pytest.mark.parametrize(("old", "new", "code", "line", "where"), CASES, ids=[f"{c[1][:40]}" for c in CASES])
 def test_one_error_with_line_and_field(old, new, code, line, where):
     assert old in GOOD
     with pytest.raises(InputError) as caught:
@@ -122,6 +137,19 @@ def test_nothing_is_read_from_an_empty_or_missing_file(tmp_path):
         with pytest.raises(InputError) as caught:
             load.load(tmp_path / name)
         assert caught.value.code == code
+
+
+def test_an_alias_of_a_value_is_that_value():
+    read = problem(GOOD.replace("price: 24.0 $/h", "price: &dear 24").replace("quota: 4", "quota: *dear"))
+    assert (read.pools[0].price, read.pools[0].quota) == (24.0, 24)
+
+
+def test_no_demand_needs_nothing():
+    from capacity.plan import solve
+
+    plan = solve(problem(GOOD.replace("[5, 6]", "[0, 0]").replace("[7, 8]", "[0, 0]")))
+    assert plan.instances.tolist() == [[0], [0]]
+    assert (plan.cost, plan.utilization) == (0.0, 1.0)
 
 
 def test_aliases_do_not_blow_up():
@@ -159,6 +187,7 @@ TRACE = (
         (TRACE + "nan,1,1\n", "not-a-number", 4),
         (TRACE + "2023-11-16 18:17:05,1\n", "bad-row", 4),
         (TRACE.splitlines()[0] + "\n", "empty", None),
+        (TRACE.splitlines()[0] + "\n0,1,1\n1700000000,1,1\n", "out-of-range", None),
         ("TIMESTAMP,Tokens\n", "missing-field", 1),
         ("", "missing-field", 1),
     ],
@@ -169,6 +198,15 @@ def test_bad_traces(tmp_path, text, code, line):
     with pytest.raises(InputError) as caught:
         trace.read(path)
     assert (caught.value.code, caught.value.line) == (code, line), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["\ufeff" + TRACE, TRACE.replace("\n", "\r\n"), TRACE + "\n\n"], ids=["mark", "crlf", "blank"]
+)
+def test_traces_from_spreadsheets(tmp_path, text):
+    path = tmp_path / "trace.csv"
+    path.write_bytes(text.encode())
+    assert trace.read(path).context.tolist() == [4808, 3180]
 
 
 def test_times_keep_their_seventh_digit(tmp_path):

@@ -1,5 +1,8 @@
 """The emitted objects are valid against the published schemas, and say what the plan says."""
 
+import os
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import jsonschema
@@ -8,6 +11,7 @@ import pytest
 import yaml
 
 from capacity import kubernetes
+from capacity.errors import InputError
 from capacity.load import load
 from capacity.plan import solve
 
@@ -15,8 +19,11 @@ pytestmark = pytest.mark.t0
 
 REPO = Path(__file__).resolve().parents[2]
 
-# The published CustomResourceDefinition of CapacityBuffer v1beta1, as far as a spec goes: fields, types, bounds, and its
-# two rules (exactly one reference; a template needs replicas or limits). An API server prunes or refuses anything else.
+# What the published CustomResourceDefinition of CapacityBuffer v1beta1 says of a spec, in our words (the file itself is not ours
+# to copy): fields, types, bounds, and its two rules. An API server drops or refuses anything else. With the file at hand
+# (kubernetes/autoscaler, cluster-autoscaler/apis/config/crd/autoscaling.x-k8s.io_capacitybuffers.yaml), its path in
+# QUICKTHAW_TEST_CAPACITYBUFFER_CRD makes the tests below hold both against it.
+CRD = os.environ.get("QUICKTHAW_TEST_CAPACITYBUFFER_CRD")
 REFERENCE = {
     "type": "object",
     "properties": {"name": {"type": "string", "minLength": 1}},
@@ -37,15 +44,105 @@ BUFFER = {
             "properties": {
                 "provisioningStrategy": {"type": "string"},
                 "podTemplateRef": REFERENCE,
+                "scalableRef": {"type": "object"},
                 "replicas": {"type": "integer", "minimum": 0, "maximum": 2**31 - 1},
-                "percentage": {"type": "integer", "minimum": 0},
+                "percentage": {"type": "integer", "minimum": 0, "maximum": 2**31 - 1},
                 "limits": {"type": "object"},
             },
-            "required": ["podTemplateRef"],
-            "anyOf": [{"required": ["replicas"]}, {"required": ["limits"]}],
+            "allOf": [
+                {
+                    "anyOf": [
+                        {"not": {"required": ["podTemplateRef"]}},
+                        {"required": ["replicas"]},
+                        {"required": ["limits"]},
+                    ]
+                },
+                {"not": {"required": ["podTemplateRef", "scalableRef"]}},
+            ],
         },
     },
 }
+
+
+def closed(schema):
+    """The schema with no field allowed that it does not name, and int32 as a bound."""
+    if isinstance(schema, list):
+        return [closed(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    made = {key: closed(value) for key, value in schema.items()}
+    if made.get("type") == "object" and isinstance(made.get("properties"), dict):
+        made.setdefault("additionalProperties", False)
+    if made.get("format") == "int32":
+        made["maximum"] = 2**31 - 1
+    return made
+
+
+def published(item):
+    """Raises when the published definition would not take the object: its schema, then the rules of its spec (CEL, of which they use
+    `has`, `!`, `&&` and `||` only)."""
+    crd = yaml.safe_load(Path(CRD).read_text())
+    (version,) = [v for v in crd["spec"]["versions"] if v["name"] == item["apiVersion"].rpartition("/")[2]]
+    assert version["served"]
+    assert not version.get("deprecated")
+    assert (item["kind"], item["apiVersion"].partition("/")[0]) == (crd["spec"]["names"]["kind"], crd["spec"]["group"])
+    schema = version["schema"]["openAPIV3Schema"]
+    strict = closed(schema)
+    strict["properties"]["metadata"] = {"type": "object"}
+    jsonschema.Draft4Validator(strict).validate(item)
+    for rule in schema["properties"]["spec"]["x-kubernetes-validations"]:
+        said = re.sub(r"has\(self\.(\w+)\)", lambda m: str(m[1] in item["spec"]), rule["rule"])
+        said = said.replace("!", " not ").replace("&&", " and ").replace("||", " or ")
+        assert re.fullmatch(r"(?:True|False|not|and|or|[() ])+", said), rule
+        if not eval(said.strip()):
+            raise jsonschema.ValidationError(rule["message"])
+
+
+def refused(check, item):
+    try:
+        check(item)
+    except jsonschema.ValidationError:
+        return True
+    return False
+
+
+SPECS = [
+    ({"podTemplateRef": {"name": "a"}, "replicas": 2}, False),
+    (
+        {"podTemplateRef": {"name": "a"}, "replicas": 0, "provisioningStrategy": "buffer.x-k8s.io/active-capacity"},
+        False,
+    ),
+    ({"podTemplateRef": {"name": "a"}, "limits": {"nvidia.com/gpu": "8"}}, False),
+    ({"podTemplateRef": {"name": "a"}}, True),
+    ({"podTemplateRef": {"name": ""}, "replicas": 1}, True),
+    ({"podTemplateRef": {}, "replicas": 1}, True),
+    ({"podTemplateRef": {"name": "a"}, "replicas": -1}, True),
+    ({"podTemplateRef": {"name": "a"}, "replicas": 2**31}, True),
+    ({"podTemplateRef": {"name": "a"}, "replicas": "1"}, True),
+    ({"podTemplateRef": {"name": "a"}, "replicas": 1, "replica": 1}, True),
+    ({"podTemplateRef": {"name": "a"}, "scalableRef": {"kind": "Deployment", "name": "b"}, "replicas": 1}, True),
+]
+
+
+@pytest.mark.parametrize(("spec", "bad"), SPECS, ids=str)
+def test_our_words_and_the_published_definition_refuse_the_same(spec, bad):
+    item = {
+        "apiVersion": "autoscaling.x-k8s.io/v1beta1",
+        "kind": "CapacityBuffer",
+        "metadata": {"name": "x"},
+        "spec": spec,
+    }
+    assert refused(lambda one: jsonschema.validate(one, BUFFER), item) is bad
+    if CRD:
+        assert refused(published, item) is bad
+
+
+@pytest.mark.skipif(not CRD, reason="QUICKTHAW_TEST_CAPACITYBUFFER_CRD names no file")
+def test_every_buffer_is_valid_against_the_published_definition(plan):
+    items = [item for item in kubernetes.objects(plan) if item["kind"] == "CapacityBuffer"]
+    assert items
+    for item in items:
+        published(item)
 
 
 @pytest.fixture(scope="module")
@@ -105,8 +202,22 @@ def test_the_stream_is_plain_yaml(plan):
 
 @pytest.mark.parametrize("name", ["H100 East/A_1", "x" * 200, "--", "ß", "a."])
 def test_names_are_dns_labels(name):
-    import re
-
     made = kubernetes.name(name, 8)
     assert re.fullmatch(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?", made)
     assert len(made) <= 63
+
+
+def test_names_that_read_alike_stay_apart():
+    names = [kubernetes.name(pool, 8) for pool in ("h100-a", "H100-a", "h100_a", "h100 a", "x" * 60, "x" * 61)]
+    assert names[0] == "idle-h100-a-8gpu"
+    assert len(set(names)) == len(names)
+    assert all(len(one) <= 63 for one in names)
+
+
+@pytest.mark.parametrize("change", [{"instance": "8 x H100"}, {"zone": "a/b"}, {"region": "-east"}])
+def test_what_cannot_be_a_node_label_is_said(plan, change):
+    pools = (replace(plan.problem.pools[0], **change), *plan.problem.pools[1:])
+    with pytest.raises(
+        InputError, match=f"pool h100-east-a: {next(iter(change))}: .* cannot be the value of node label"
+    ):
+        kubernetes.objects(replace(plan, problem=replace(plan.problem, pools=pools)))

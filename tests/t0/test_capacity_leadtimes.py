@@ -20,7 +20,7 @@ def test_the_benchmark_report(tmp_path):
     path.write_text(json.dumps({"engine": "vllm", "cold": {"runs_s": [97, 99.5]}, "restored": {"runs_s": [1.2]}}))
     assert leadtimes.read(path) == {"cold": (97.0, 99.5), "restored": (1.2,)}
     assert leadtimes.read(path, engine="vllm")["cold"] == (97.0, 99.5)
-    with pytest.raises(InputError, match="not sglang"):
+    with pytest.raises(InputError, match="of engine sglang; there are starts of a model .vllm."):
         leadtimes.read(path, engine="sglang")
 
 
@@ -37,6 +37,75 @@ def test_the_journal_is_sorted_by_time_and_filtered(tmp_path):
     assert leadtimes.read(path, model="m", engine="vllm") == {"cold": (90.0,), "restored": (1.0, 2.0)}
     with pytest.raises(InputError, match="model nobody"):
         leadtimes.read(path, model="nobody")
+
+
+PLAN = """
+pools: [{name: a, gpu: H100, gpus: 8, memory: 80, region: east, price: 24}]
+services: [{name: llama-8b, gpus: 1, rate: 2%s}]
+demand: {forecast: {llama-8b: {0.5: [1], 0.9: [2]}}}
+"""
+
+
+def service(lead_time):
+    return load.from_field(document.parse_text(PLAN % lead_time, "p"), Path("p")).services[0]
+
+
+def snapshot(home, name, cold_s, model="/models/llama-8b", engine="vllm"):
+    """As checkpoint/manifest.py writes it."""
+    from checkpoint import manifest
+
+    folder = home / "snapshots" / name
+    folder.mkdir(parents=True)
+    fields = dict.fromkeys(manifest.Snapshot.__struct_fields__, None)
+    assert {"model", "engine", "cold_s"} <= fields.keys()
+    fields |= {"format": manifest.FORMAT, "name": name, "model": model, "engine": engine, "cold_s": cold_s}
+    (folder / manifest.FILE_NAME).write_text(json.dumps(fields))
+
+
+def test_what_was_measured_on_this_host_is_found_without_being_named(tmp_path, monkeypatch):
+    """A service with no lead time at all: the starts of the model it is called after, in the home."""
+    from types import SimpleNamespace
+
+    from plugin.history import remember
+
+    monkeypatch.setenv("QUICKTHAW_HOME", str(tmp_path))
+    for engine, kind, seconds in (("vllm", "cold", 97.0), ("vllm", "restored", 1.5), ("sglang", "restored", 0.7)):
+        command = SimpleNamespace(model="/models/llama-8b")
+        remember(SimpleNamespace(command=command, engine=engine, home=tmp_path), kind, seconds)
+    assert (service("").cold, service("").restored) == ((97.0,), (1.5, 0.7))
+    assert service(", lead_time: {model: /models/llama-8b, engine: vllm}").restored == (1.5,)
+    assert service(", lead_time: {cold: 10s}").cold == (10.0,)
+    for words in (", lead_time: {model: qwen}", ", lead_time: {engine: tgi}"):
+        with pytest.raises(
+            InputError, match=r"there are starts of llama-8b .sglang., llama-8b .vllm.; service llama-8b"
+        ):
+            service(words)
+
+
+def test_a_snapshot_remembers_the_start_it_was_taken_from(tmp_path, monkeypatch):
+    """It counts where the journal has no cold start of the model, and not twice where it has."""
+    monkeypatch.setenv("QUICKTHAW_HOME", str(tmp_path))
+    snapshot(tmp_path, "one", 88.0)
+    snapshot(tmp_path, "two", 41.0, engine="sglang")
+    snapshot(tmp_path, ".partial-three", 1.0)
+    assert leadtimes.read(tmp_path) == {"cold": (88.0, 41.0), "restored": ()}
+    assert leadtimes.read(tmp_path / "snapshots" / "one")["cold"] == (88.0,)
+    with pytest.raises(InputError, match="has no restored start of llama-8b") as caught:
+        service("")
+    assert (caught.value.code, caught.value.line) == ("missing-field", 3)
+    (tmp_path / "lead-times.jsonl").write_text(start("restored", 2.0, model="/models/llama-8b") + "\n")
+    assert (service("").cold, service("").restored) == ((88.0, 41.0), (2.0,))
+    assert service(", lead_time: {engine: vllm}").cold == (88.0,)
+    with open(tmp_path / "lead-times.jsonl", "a") as file:
+        file.write(start("cold", 90.0, model="/models/llama-8b") + "\n")
+    assert service("").cold == (90.0,)
+
+
+def test_nothing_measured_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setenv("QUICKTHAW_HOME", str(tmp_path / "none"))
+    with pytest.raises(InputError, match="quickthaw bench coldstart") as caught:
+        service("")
+    assert caught.value.line == 3
 
 
 def test_a_line_cut_off_at_the_end_is_left_out_and_any_other_is_an_error(tmp_path):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from capacity import simulate, synthetic
+from capacity.errors import InputError
 from capacity.fleet import Fleet
 from capacity.load import load
 from capacity.model import Demand, Forecast, Policy, Pool, Problem, Service
@@ -44,6 +45,21 @@ def requests(at, work=None):
     at = np.asarray(at, dtype=np.float64)
     work = np.ones(len(at)) if work is None else np.asarray(work, dtype=np.float64)
     return Trace(at, work, np.zeros(len(at)), np.zeros(len(at), dtype=np.int64), ("s",))
+
+
+@pytest.mark.parametrize("work", [0.0, 1.0, 1e9])
+def test_a_trace_of_one_request(work):
+    """Served at once by the replica that runs from the beginning; work beyond the end of the run is not counted."""
+    for policy in policies():
+        result = simulate.run(problem(minimum=1), requests([0.0], [work]), policy, simulate.Options())
+        assert (result.requests, result.waited, result.unserved) == (1, 0, 0)
+        assert 0 <= result.utilization <= 1
+
+
+def test_a_trace_without_names_of_several_services_is_refused():
+    several = load(REPO / "examples" / "plan.yaml")
+    with pytest.raises(InputError, match=r"no Service column, and .*plan\.yaml has 3 services"):
+        simulate.arrivals_of(several, Trace(np.zeros(1), np.ones(1), np.ones(1), np.zeros(1, dtype=np.int64), ("",)))
 
 
 class Still(Autoscaler):

@@ -114,3 +114,110 @@ def test_the_message_is_one_line_with_the_code(problem):
     assert "\n" not in text
     assert text.endswith("[infeasible]")
     assert "pools east-a quota: from 2 to 5 instances" in text
+
+
+FLEET = """
+pools:
+  - {name: east-a, gpu: H100, gpus: 8, memory: 80, region: east, zone: a, price: 24, quota: 4, supply: 6}
+  - {name: east-b, gpu: H100, gpus: 8, memory: 80, region: east, zone: b, price: 25, quota: 4, supply: 6}
+  - {name: west-a, gpu: L40S, gpus: 4, memory: 48, region: west, zone: a, price: 6, quota: 10, supply: 10}
+quotas:
+  - {name: h100-all, gpu: H100, gpus: 64}
+services:
+  - {name: chat, gpus: 4, memory: 70, rate: 2, target_wait: 5s, regions: [east], lead_time: {cold: 97, restored: 1.9}}
+  - {name: embed, gpus: 1, memory: 20, rate: {H100: 10, L40S: 4}, target_wait: 5s, lead_time: {cold: 50, restored: 1}}
+demand:
+  forecast:
+    chat: {0.5: [5, 6], 0.9: [7, 8]}
+    embed: {0.5: [20, 20], 0.9: [25, 30]}
+policy: {headroom: 10%, zone_loss: 50%}
+"""
+EAST_A, EAST_B = "price: 24, quota: 4, supply: 6", "price: 25, quota: 4, supply: 6"
+
+WRONG = {
+    "demand over a quota": (
+        {"0.9: [7, 8]": "0.9: [40, 50]"},
+        {"demand of service chat (up to 55 requests/s)", "quota h100-all of 64 H100"},
+    ),
+    "shared quota": ({"gpus: 64}": "gpus: 16}"}, {"demand of service chat (up to 8.8 requests/s)", "quota h100-all of 16 H100"}),
+    "no supply in a zone": (
+        {EAST_B: "price: 25, quota: 4, supply: 0"},
+        {"service chat serves on when its largest zone is lost", "supply of pool east-b, 0 starts a step"},
+    ),
+    "refused": (
+        {EAST_A: EAST_A + ", refused: {asked: 3, got: 0}"},
+        {
+            "service chat serves on when its largest zone is lost",
+            "supply of pool east-a, 0 starts a step (the last step got 0 of 3 asked)",
+        },
+    ),
+    "max_start": ({"zone_loss: 50%": "zone_loss: 50%, max_start: 1"}, {"policy max_start 1"}),
+    "max": (
+        {"rate: 2, t": "rate: 2, max: 2, t"},
+        {"demand of service chat (up to 8.8 requests/s)", "services chat max 2"},
+    ),
+    "min": ({"rate: 2, t": "rate: 2, min: 40, t"}, {"services chat min 40", "quota h100-all of 64 H100"}),
+    "region min": (
+        {"zone_loss: 50%": "zone_loss: 50%, region_mix: {west: {min: 80%}}"},
+        {"region_mix west min 0.8", "quota of pool west-a, 10 instances"},
+    ),
+    "region max": (
+        {"zone_loss: 50%": "zone_loss: 50%, region_mix: {east: {max: 10%}}"},
+        {"region_mix east max 0.1", "quota of pool west-a, 10 instances", "demand of service chat (up to 8.8 requests/s)"},
+    ),
+    "stop limit": (
+        {EAST_A: "price: 24, quota: 2, supply: 6, held: 6", "zone_loss: 50%": "zone_loss: 50%, max_stop: 1"},
+        {"policy max_stop 1", "quota of pool east-a, 2 instances"},
+    ),
+    "a later step": (
+        {"chat: {0.5: [5, 6], 0.9: [7, 8]}": "chat: {0.5: [5, 40], 0.9: [7, 44]}", "gpus: 64}": "gpus: 640}"},
+        {"quota of pool east-b, 4 instances"},
+    ),
+    "a replica over many instances": (
+        {"name: chat, gpus: 4": "name: chat, gpus: 64"},
+        {"demand of service chat (up to 8.8 requests/s)", "quota h100-all of 64 H100"},
+    ),
+}  # fmt: skip
+
+
+def changed(problem, changes):
+    """The problem with the changes made that are proposed."""
+    pools, quotas, services = list(problem.pools), list(problem.quotas), list(problem.services)
+    policy = problem.policy
+    for change in changes:
+        section, *rest = change.what.split(" ")
+        if section == "pools":
+            k = next(k for k, p in enumerate(pools) if p.name == rest[0])
+            if rest[1:] == ["refused", "got"]:
+                pools[k] = replace(pools[k], refused=(pools[k].refused[0], int(change.needed)))
+            else:
+                pools[k] = replace(pools[k], **{rest[1]: int(change.needed)})
+        elif section == "quotas":
+            k = next(k for k, q in enumerate(quotas) if q.name == rest[0])
+            quotas[k] = replace(quotas[k], gpus=int(change.needed))
+        elif section == "services":
+            k = next(k for k, s in enumerate(services) if s.name == rest[0])
+            services[k] = replace(services[k], **{{"max": "maximum", "min": "minimum"}[rest[1]]: int(change.needed)})
+        elif rest[0] == "region_mix":
+            share = policy.region_mix[rest[1]]
+            share = replace(share, **{{"min": "least", "max": "most"}[rest[2]]: change.needed})
+            policy = replace(policy, region_mix={**policy.region_mix, rest[1]: share})
+        else:
+            assert section == "policy", change
+            policy = replace(policy, **{rest[0]: int(change.needed)})
+    return replace(problem, pools=tuple(pools), quotas=tuple(quotas), services=tuple(services), policy=policy)
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_wrong_is_named_and_the_change_makes_a_plan_possible(case):
+    edits, named = WRONG[case]
+    text = FLEET
+    for old, new in edits.items():
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    problem = load.from_field(document.parse_text(text, "plan.yaml"), Path("plan.yaml"))
+    conflict = conflict_of(problem)
+    assert conflict.smallest
+    assert named <= set(conflict.constraints)
+    assert conflict.changes
+    solve(changed(problem, conflict.changes))

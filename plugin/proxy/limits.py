@@ -7,8 +7,10 @@ import resource
 
 _WANTED = 65536
 _RESERVED = 32  # listeners, pipes, logs, a hook, and what an import opens
-SHORTAGE = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL)
-"""Errors of a connect that say something of this host, and nothing of the replica."""
+SHORTAGE = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+"""Errors of a connect that say something of this host, and nothing of the replica. EADDRNOTAVAIL is not among them: it
+may also mean that the replica's address family is absent here.
+"""
 
 
 def raise_files() -> int:

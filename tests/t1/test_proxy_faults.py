@@ -146,6 +146,7 @@ def test_an_answer_that_comes_a_byte_at_a_time_comes_whole():
     run(main())
 
 
+@pytest.mark.slow
 def test_a_slow_replica_pauses_the_client():
     async def deaf(up: Upstream, seen: Seen, reader, writer) -> bool:
         await listening.wait()

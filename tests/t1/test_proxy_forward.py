@@ -247,6 +247,7 @@ def test_the_client_goes_and_the_replica_sees_it_within_the_limit(run):
     run(main())
 
 
+@pytest.mark.slow
 def test_a_slow_client_pauses_the_replica(run):
     sent = 0
 

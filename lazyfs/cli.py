@@ -190,8 +190,11 @@ def verify(names: tuple[str, ...], repair: bool, with_cache: bool, store: str | 
             click.echo(f"{report.cache_bad} damaged chunks in the cache were dropped; they will be fetched again")
         if quarantined:
             click.echo(
-                f"{len(quarantined)} bodies that failed verification are kept in {cache.root / 'quarantine'}", err=True
+                f"{len(quarantined)} bodies that did not hash to their digest are kept in {cache.root / 'quarantine'}:",
+                err=True,
             )
+            for name in quarantined:
+                click.echo(f"  {name}", err=True)
         click.echo("clean" if report.clean else "NOT clean")
     sys.exit(0 if report.clean else 1)
 
@@ -245,6 +248,17 @@ def gc(grace: float, untagged: bool, dry_run: bool, store: str | None, as_json: 
     "--metrics", "metrics_of", type=click.Path(path_type=Path), metavar="DIR", help="The same for Prometheus."
 )
 @click.option(
+    "--prefetch",
+    "prefetch_in",
+    type=click.Path(path_type=Path),
+    metavar="PATH",
+    help="Fetch a mount, or one file of it.",
+)
+@click.option("--pin", "pin_in", type=click.Path(path_type=Path), metavar="PATH", help="Fetch it and never evict it.")
+@click.option(
+    "--drop", "drop_in", type=click.Path(path_type=Path), metavar="PATH", help="Free its disk cache where not in use."
+)
+@click.option(
     "--native",
     type=click.Choice(["auto", "passthrough", "off"]),
     default="auto",
@@ -286,6 +300,9 @@ def mount(
     force: bool,
     status_of: Path | None,
     metrics_of: Path | None,
+    prefetch_in: Path | None,
+    pin_in: Path | None,
+    drop_in: Path | None,
     native: str,
     transport: str,
     cache_limit: float,
@@ -316,6 +333,10 @@ def mount(
     if metrics_of is not None:
         click.echo(_living(metrics_of).control("metrics")["text"], nl=False)
         return
+    for op, path in (("prefetch", prefetch_in), ("pin", pin_in), ("drop", drop_in)):
+        if path is not None:
+            _control(op, path, as_json)
+            return
     if manifest is None or directory is None:
         raise click.UsageError("give MANIFEST and DIRECTORY, or --unmount DIR, or --status DIR")
     digest, url = _what(manifest, store)
@@ -362,6 +383,23 @@ def _living(where: Path) -> MountHandle:
     if found is None:
         raise NotFound(f"no daemon serves {where}")
     return found
+
+
+def _control(op: str, path: Path, as_json: bool) -> None:
+    """Send a request about a mount, or about one file below it. Never touches the path: its mount may hang."""
+    from lazyfs.errors import NotFound
+    from lazyfs.mounting import find_mount
+
+    where = Path(path).expanduser().absolute()
+    for folder in (*reversed(where.parents), where):
+        found = find_mount(folder)
+        if found is not None:
+            below = str(where.relative_to(folder))
+            answer = found.control(op, **({} if below == "." else {"path": below}))
+            answer.pop("ok")
+            click.echo(json.dumps(answer) if as_json else "  ".join(f"{k}: {v}" for k, v in answer.items()))
+            return
+    raise NotFound(f"no daemon serves {path}")
 
 
 def _print_status(where: Path, as_json: bool) -> None:

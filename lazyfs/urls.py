@@ -25,7 +25,9 @@ def normal_url(url: str) -> str:
     if not found:
         return f"file://{os.path.abspath(Path(url).expanduser())}"
     if scheme not in SCHEMES:
-        raise Usage(f"unknown store URL {url!r}: use a path or one of {', '.join(f'{s}://' for s in SCHEMES)}")
+        raise Usage(
+            f"unknown store URL {url!r}: use a path or one of {', '.join(f'{s}://' for s in SCHEMES if s != 'faulty')}"
+        )
     return url.rstrip("/") if scheme != "file" else url
 
 

@@ -26,6 +26,11 @@ pytestmark = [
 SIZES = [1000, 5 << 20, 70_001, 2 << 20, 3 << 20, 9 << 20]
 
 
+COMMAND = (
+    "import click; from lazyfs.cli import mount, weights\nclick.Group(commands={'weights': weights, 'mount': mount})()"
+)
+
+
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
     """One model and one home for the module: importing is tested elsewhere."""
@@ -42,6 +47,11 @@ def rig(tmp_path):
     rig = Rig(tmp_path)
     yield rig
     rig.close()
+
+
+# Both carry the same service; test-fast runs the one that root gets.
+TRANSPORTS = ["raw", pytest.param("pyfuse3", marks=pytest.mark.slow)]
+both = pytest.mark.parametrize("transport", TRANSPORTS)
 
 
 def assert_same(reader, model, mountpoint):
@@ -83,9 +93,10 @@ def test_every_byte_and_name(shared, rig, tmp_path, transport, native, use_origi
     assert not is_daemon(handle.pid)
 
 
-def test_errno_of_everything_but_reading(shared, rig):
+@both
+def test_errno_of_everything_but_reading(shared, rig, transport):
     _, digest = shared
-    handle = rig.mount(digest)
+    handle = rig.mount(digest, transport=transport)
     reader = rig.reader()
     m = str(handle.mountpoint)
 
@@ -129,10 +140,11 @@ def test_extended_attributes(shared, rig, tmp_path, transport):
     assert reader.ask("call", top) == digest
 
 
-def test_mounting_again_is_the_same_mount(shared, rig, tmp_path):
+@both
+def test_mounting_again_is_the_same_mount(shared, rig, tmp_path, transport):
     _, digest = shared
-    first = rig.mount(digest)
-    assert rig.mount(digest).pid == first.pid
+    first = rig.mount(digest, transport=transport)
+    assert rig.mount(digest, transport=transport).pid == first.pid
     assert find_mount(tmp_path / "mnt").pid == first.pid
     with pytest.raises(Busy) as caught:
         rig.mount("0" * 64)
@@ -157,14 +169,15 @@ def test_many_at_once_start_one_daemon(shared, rig):
     assert not failures and len(pids) == 6 and len(set(pids)) == 1
 
 
-def test_a_killed_daemon_is_replaced(shared, rig):
+@both
+def test_a_killed_daemon_is_replaced(shared, rig, transport):
     model, digest = shared
-    first = rig.mount(digest)
+    first = rig.mount(digest, transport=transport)
     os.kill(first.pid, signal.SIGKILL)
     reader = rig.reader()
     wait_for(lambda: not is_daemon(first.pid))
     assert reader.ask("call", f"os.listdir({str(first.mountpoint)!r})") == {"errno": errno.ENOTCONN}
-    second = rig.mount(digest)
+    second = rig.mount(digest, transport=transport)
     assert second.pid != first.pid
     assert_same(reader, model, second.mountpoint)
 
@@ -179,9 +192,10 @@ def test_a_stopped_daemon_is_replaced(shared, rig, monkeypatch):
     assert second.pid != first.pid and not is_daemon(first.pid)
 
 
-def test_unmounting(shared, rig, tmp_path):
+@both
+def test_unmounting(shared, rig, tmp_path, transport):
     _, digest = shared
-    handle = rig.mount(digest, native="off")
+    handle = rig.mount(digest, native="off", transport=transport)
     reader = rig.reader()
     assert reader.ask("open", "f", str(handle.mountpoint / "config.json")) is True
     with pytest.raises(Busy):
@@ -197,10 +211,11 @@ def test_unmounting(shared, rig, tmp_path):
     assert not handle.socket.exists() and not leftovers
 
 
-def test_a_mount_used_in_another_namespace_goes_on(shared, rig, tmp_path):
+@both
+def test_a_mount_used_in_another_namespace_goes_on(shared, rig, tmp_path, transport):
     """What an engine's sandbox does: it binds the mount into a namespace of its own, and the host unmounts."""
     model, digest = shared
-    first = rig.mount(digest)
+    first = rig.mount(digest, transport=transport)
     (tmp_path / "inner").mkdir()
     script = f"""
 import os, sys
@@ -219,7 +234,7 @@ print(data, flush=True)
     try:
         assert inner.stdout.readline() == "bound\n"
         assert first.unmount(limit_s=0.5) is False
-        second = rig.mount(digest)
+        second = rig.mount(digest, transport=transport)
         assert second.pid != first.pid and is_daemon(first.pid)
         out, _ = inner.communicate("go\n", timeout=LIMIT_S)
         assert out == (model / "config.json").read_text() + "\n"
@@ -230,10 +245,11 @@ print(data, flush=True)
     assert find_mount(first.mountpoint).pid == second.pid
 
 
+@both
 @pytest.mark.slow
-def test_it_unmounts_itself_when_idle(shared, rig):
+def test_it_unmounts_itself_when_idle(shared, rig, transport):
     _, digest = shared
-    handle = rig.mount(digest, idle_exit_s=0.2, orphan_exit_s=0.2)
+    handle = rig.mount(digest, transport=transport, idle_exit_s=0.2, orphan_exit_s=0.2)
     wait_for(lambda: kernel.mount_at(str(handle.mountpoint)) is None)
     wait_for(lambda: not is_daemon(handle.pid))
 
@@ -243,6 +259,57 @@ def test_a_manifest_that_is_not_there(rig, shared, tmp_path):
         rig.mount("0" * 64)
     assert "weights ls" in str(caught.value)
     assert kernel.mount_at(str(tmp_path / "mnt")) is None
+
+
+@both
+@pytest.mark.slow
+def test_unmounted_while_it_is_read(shared, rig, tmp_path, transport):
+    """A reader in the middle of a file when its mount is forced away gets an error at once, and the daemon is gone."""
+    _, digest = shared
+    handle = rig.mount(digest, transport=transport, native="off", cache_dir=tmp_path / "c", use_origin=False)
+    reader, path = rig.reader(), handle.mountpoint / "model.safetensors"
+    assert reader.ask("open", "m", str(path)) is True
+    reader.ask("pread", "m", 0, 10)
+    with pytest.raises(Busy):
+        handle.unmount()
+    assert handle.unmount(force=True) is True
+    assert not is_daemon(handle.pid)
+    size = sum(SIZES)
+    answers = [reader.ask("pread", "m", place, 4096) for place in range(0, size, 1 << 20)]
+    failed = [a for a in answers if isinstance(a, dict)]
+    # What the kernel's page cache holds is still right; everything else is refused, not waited for.
+    assert failed and {a["errno"] for a in failed} <= {errno.ENOTCONN, errno.ECONNABORTED, errno.EIO}
+    assert kernel.mount_at(str(handle.mountpoint)) is None
+
+
+@both
+@pytest.mark.slow
+def test_a_file_in_place_that_is_cut_short_fails_and_hurts_nobody(rig, tmp_path, shared, transport):
+    """Read in place, truncated while open: EIO for what is gone, and the daemon goes on."""
+    model = write_model(tmp_path / "own", [5 << 20, 3 << 20])
+    handle = rig.mount(read_through(model), transport=transport, native="off", cache_dir=None)
+    reader, path = rig.reader(), handle.mountpoint / "model.safetensors"
+    assert reader.ask("open", "m", str(path)) is True
+    os.truncate(model / "model.safetensors", 1 << 20)
+    assert reader.ask("pread", "m", 6 << 20, 4096) == {"errno": errno.EIO}
+    assert reader.ask("digest", str(handle.mountpoint / "config.json")) == reader.ask(
+        "digest", str(model / "config.json")
+    )
+    assert is_daemon(handle.pid)
+
+
+@pytest.mark.slow
+def test_direct_reads_of_any_alignment(shared, rig, tmp_path):
+    """O_DIRECT past the page cache: offsets and lengths reach the daemon as they are, and need more pages than fit."""
+    model, digest = shared
+    handle = rig.mount(digest, transport="raw", native="off", cache_dir=tmp_path / "c", use_origin=False)
+    reader, path = rig.reader(), str(handle.mountpoint / "model.safetensors")
+    data = (model / "model.safetensors").read_bytes()
+    for place, length in ((0, 4096), (1, 1 << 20), (4095, (1 << 20) + 1), (70_001, 3 << 20), (len(data) - 5, 4096)):
+        call = f"os.pread(os.open({path!r}, os.O_RDONLY | os.O_DIRECT), {length}, {place}).hex()"
+        got = bytes.fromhex(reader.ask("call", call))
+        assert got == data[place : place + len(got)] and len(got) > 0
+        assert len(got) == min(length, len(data) - place) or length > 1 << 20
 
 
 def test_not_over_another_file_system(shared, rig, tmp_path):
@@ -256,10 +323,11 @@ def test_not_over_another_file_system(shared, rig, tmp_path):
         subprocess.run(["umount", tmp_path / "mnt"], check=True, timeout=LIMIT_S)
 
 
-def test_a_changed_original_is_not_served(shared, rig, tmp_path):
+@both
+def test_a_changed_original_is_not_served(shared, rig, tmp_path, transport):
     model = write_model(tmp_path / "own", [5 << 20])
     digest = import_directory(model)
-    handle = rig.mount(digest)
+    handle = rig.mount(digest, transport=transport)
     reader, path = rig.reader(), model / "config.json"
     before = reader.ask("digest", str(path))
     stat = path.stat()
@@ -288,10 +356,13 @@ def assert_same_or_error(reader, path, size):
     assert isinstance(answer, dict) or answer < size // 2
 
 
-def test_control_socket(shared, rig, tmp_path):
+@both
+def test_control_socket(shared, rig, tmp_path, transport):
     _, digest = shared
     cache = tmp_path / "c"
-    handle = rig.mount(digest, use_origin=False, cache_dir=cache, background_mb_s=0.0, prefetch=False)
+    handle = rig.mount(
+        digest, use_origin=False, cache_dir=cache, transport=transport, background_mb_s=0.0, prefetch=False
+    )
     assert handle.status()["cached_bytes"] == 0
     assert handle.control("prefetch", path="model.safetensors")["chunks"] > 3
     wait_for(lambda: handle.status()["cached_bytes"] >= sum(SIZES))
@@ -307,21 +378,33 @@ def test_control_socket(shared, rig, tmp_path):
         ask(tmp_path / "nobody.sock", {"op": "ping"})
 
 
+def run(*arguments, code=0):
+    """One `quickthaw weights …` or `quickthaw mount …`, ended with that exit code."""
+    done = subprocess.run(
+        [sys.executable, "-c", COMMAND, *map(str, arguments)],
+        capture_output=True, text=True, timeout=LIMIT_S, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    return done
+
+
+@pytest.mark.slow
+def test_the_command_line_prefetches_pins_and_drops(shared, rig, tmp_path):
+    _, digest = shared
+    cache = tmp_path / "c"
+    handle = rig.mount(digest, use_origin=False, cache_dir=cache, background_mb_s=0.0, prefetch=False)
+    mnt = handle.mountpoint
+    assert json.loads(run("mount", "--pin", mnt / "config.json", "--json").stdout) == {"files": 1, "chunks": 1}
+    assert run("mount", "--prefetch", mnt).stdout.startswith("chunks: ")
+    wait_for(lambda: handle.status()["cached_bytes"] == handle.status()["bytes"])
+    assert json.loads(run("mount", "--drop", mnt, "--json").stdout)["files"] == 4
+    wait_for(lambda: handle.status()["cached_bytes"] == 0)
+    assert "[usage]" in run("mount", "--prefetch", mnt / "none", code=1).stderr
+    assert "[not-found]" in run("mount", "--drop", tmp_path, code=1).stderr
+
+
 def test_the_command_line(shared, tmp_path):
     _, digest = shared
-    runner = (
-        "import click; from lazyfs.cli import mount, weights\n"
-        "click.Group(commands={'weights': weights, 'mount': mount})()"
-    )
-
-    def run(*arguments, code=0):
-        done = subprocess.run(
-            [sys.executable, "-c", runner, *map(str, arguments)],
-            capture_output=True, text=True, timeout=LIMIT_S, cwd=ROOT,
-        )  # fmt: skip
-        assert done.returncode == code, done.stderr
-        return done
-
     assert digest in run("weights", "ls", "--json").stdout
     mnt = tmp_path / "m"
     try:
@@ -335,7 +418,7 @@ def test_the_command_line(shared, tmp_path):
     assert "[not-found]" in run("weights", "import", tmp_path / "none", code=1).stderr
     run("mount", code=2)
     foreground = subprocess.Popen(
-        [sys.executable, "-c", runner, "mount", digest, str(mnt)], stdout=subprocess.PIPE, text=True, cwd=ROOT
+        [sys.executable, "-c", COMMAND, "mount", digest, str(mnt)], stdout=subprocess.PIPE, text=True, cwd=ROOT
     )
     try:
         assert foreground.stdout.readline().startswith("ready: ")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import subprocess
@@ -138,6 +139,61 @@ else:
             [sys.executable, "-c", script, str(handle.mountpoint)], capture_output=True, text=True, timeout=LIMIT_S
         )
         assert done.stdout == "equal\n", done.stderr
+    finally:
+        rig.close()
+
+
+def torch_python() -> Path | None:
+    """An interpreter with torch: an engine's, as `make setup` lays them out (the project itself has none)."""
+    home = Path(os.environ.get("QUICKTHAW_HOME") or "~/.cache/quickthaw").expanduser()
+    found = [home / "venvs" / engine / "bin" / "python" for engine in ("vllm", "sglang")]
+    return next((path for path in found if path.exists()), None)
+
+
+TORCH = torch_python()
+TORCH_SCRIPT = """
+import sys, torch
+from safetensors.torch import save_file, safe_open
+how, plain, where = sys.argv[1:]
+if how == "make":
+    torch.manual_seed(1)
+    tensors = {f"w{i}": torch.randn(900, 700).to(torch.bfloat16) for i in range(8)}
+    torch.save(tensors, plain + "/model.pt"); save_file(tensors, plain + "/model.safetensors")
+else:
+    a = torch.load(plain + "/model.pt", weights_only=True)
+    b = torch.load(where + "/model.pt", mmap=True, weights_only=True)
+    assert len(a) == 8 and a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert where in open("/proc/self/maps").read()
+    with safe_open(where + "/model.safetensors", "pt") as f:
+        assert all(torch.equal(a[k], f.get_tensor(k)) for k in reversed(list(a)))
+        assert torch.equal(f.get_slice("w3")[5:9, 7:], a["w3"][5:9, 7:])
+    print("equal")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(TORCH is None, reason="needs an engine's interpreter with torch (make setup)")
+@pytest.mark.parametrize("options", [{"native": "off"}, {"transport": "pyfuse3"}, {}], ids=["raw", "pyfuse3", "native"])
+def test_torch_maps_the_mount(home, tmp_path, options):
+    """torch.load(mmap=True) and safetensors into torch tensors, equal to the plain directory's."""
+    plain, rig = tmp_path / "torch", Rig(tmp_path)
+    plain.mkdir()
+
+    def run(how: str, where: Path) -> str:
+        command = [str(TORCH), "-c", TORCH_SCRIPT, how, str(plain), str(where)]
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=LIMIT_S, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    try:
+        run("make", plain)
+        cold = rig.mount(import_directory(plain), use_origin=False, cache_dir=tmp_path / "c", **options)
+        assert run("check", cold.mountpoint) == "equal\n"
+        assert run("check", cold.mountpoint) == "equal\n"
+        if not options:
+            assert cold.status()["counters"]["native_opens"] > 0
     finally:
         rig.close()
 

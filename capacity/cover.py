@@ -60,13 +60,16 @@ class Options:
         return self.missing(self.loads(count)) <= self.slack and int(count.sum()) >= self.least
 
 
-def cheapest(options: Options, near: Ints, *, careful: bool = False) -> Ints | None:
-    """Replicas an option. `near` is where to look first: a solution already, or what the linear program has, rounded down.
-    `careful` improves every starting point, not the cheapest alone. None when there is no room."""
+def cheapest(options: Options, near: Ints, effort: int = 1) -> Ints | None:
+    """Replicas an option; None when there is no room.
+
+    `near` is where to look first: a solution already, or what the linear program has, rounded down. `effort` 0 looks there only, unless
+    that leads nowhere; 1 takes the cheapest of all starting points when `near` is no solution yet; 2 improves every one of them.
+    """
     start = np.minimum(near, options.room)
     done = options.enough(start)
     found = [start] if done else [c for c in (_complete(options, start),) if c is not None]
-    if careful or not done:
+    if not found or effort > 0:
         found += [c for c in (_spread(options),) if c is not None]
     if not found:
         return None
@@ -74,7 +77,7 @@ def cheapest(options: Options, near: Ints, *, careful: bool = False) -> Ints | N
     def price(count: Ints) -> float:
         return float(options.cost @ count)
 
-    if careful:
+    if effort > 1:
         return min((_exchange(options, count) for count in found), key=price)
     return _exchange(options, min(found, key=price))
 

@@ -17,15 +17,26 @@ import numpy as np
 from capacity import cover
 from capacity.model import Floats, Problem, slot
 from capacity.need import Need
-from capacity.program import Program
+from capacity.program import Ints, Program
 
 EPS = 1e-7
 SWEEPS = 3
 # Of what the duals add to a GPU's own price, pass after pass, in the first step and in the others.
 SLOWLY = (1.0, 0.7, 0.4, 0.2, 0.0)
 FIRST = (1.0, 0.0)
-CAREFUL = 4000  # pairs of a pool and a service up to which the first step, which is acted upon, goes slowly
 NEXT = (0.0,)
+
+
+@dataclass(frozen=True)
+class _Known:
+    """The options of a service over `pools`, as far as they do not change."""
+
+    pools: list[int]
+    index: Ints
+    zone: Ints
+    rate: Floats
+    width: Floats
+    zones: int
 
 
 @dataclass
@@ -52,6 +63,7 @@ class _State:
     fits: list[list[int]] = field(default_factory=list)  # [service] pools
     alike: list[list[int]] = field(default_factory=list)  # [place] pools
     least: list[int] = field(default_factory=list)  # instances a pool must hold
+    known: dict[int, _Known] = field(default_factory=dict)  # [service]
     cells_of: list[list[list[int]]] = field(
         default_factory=list
     )  # [service] pools it fits, those of one type and zone together
@@ -132,7 +144,7 @@ def step(
 
     `worth` is what the linear program says one GPU of each pool costs in this step; `last` are the values of the step before, from
     whose replicas this one starts, so that plans do not move without need; `careful`
-    spends more time on a step that has none before it.
+    takes twice the time.
     """
     state = _start(problem, need, program, t, before)
     bounds = slice(t * program.columns, t * program.columns + len(problem.pools))
@@ -155,11 +167,12 @@ def step(
         held = last[program.at_x : program.at_b]
         for k in np.flatnonzero(held > 0.5):
             table[int(program.pairs[k, 1])][int(program.pairs[k, 0])] = float(held[k])
-    careful = careful and last is None and len(program.pairs) <= CAREFUL
-    for keep in SLOWLY if careful else FIRST if last is None else NEXT:
+    first = last is None
+    effort = 2 if careful else 1
+    for keep in (SLOWLY if careful else FIRST) if first else NEXT:
         mixed = own + keep * (worth - own)
         for j in order:
-            if not _place(state, j, table[j], mixed, careful=careful):
+            if not _place(state, j, table[j], mixed, effort):
                 return None
     if not _lay_blocks(state, fraction, price):
         return None
@@ -217,7 +230,7 @@ def _seat(state: _State, j: int, p: int, count: int) -> bool:
     return True
 
 
-def _place(state: _State, j: int, share: dict[int, float], worth: Floats, *, careful: bool) -> bool:
+def _place(state: _State, j: int, share: dict[int, float], worth: Floats, effort: int) -> bool:
     """The cheapest replicas of a service where there is room, by what a GPU of each pool is worth; those it has already,
     which are put back when nothing cheaper is found."""
     had = [(p, state.tenants[p][j]) for p in state.fits[j] if j in state.tenants[p]]
@@ -227,9 +240,7 @@ def _place(state: _State, j: int, share: dict[int, float], worth: Floats, *, car
     counts = None
     if pools:
         near = dict(had) if had else share
-        counts = cover.cheapest(
-            options, np.array([int(near.get(p, 0) + EPS) for p in pools], dtype=np.int64), careful=careful
-        )
+        counts = cover.cheapest(options, np.array([int(near.get(p, 0) + EPS) for p in pools], dtype=np.int64), effort)
     before = sum(float(worth[p]) * state.width[p][j] * count for p, count in had)
     if counts is not None and (not had or float(options.cost @ counts) < before * (1 - EPS)):
         chosen = [(p, count) for p, count in zip(pools, counts.tolist(), strict=True) if count]
@@ -260,11 +271,20 @@ def _options(state: _State, j: int, worth: Floats) -> tuple[cover.Options, list[
                 enough -= room
             if enough <= 0:
                 break
-    numbers: dict[str, int] = {}
-    zone = np.array([numbers.setdefault(state.zone[p], len(numbers)) for p in chosen], dtype=np.int64)
-    rate = np.array([state.rate[p][j] for p in chosen])
-    cost = np.array([worth[p] * state.width[p][j] for p in chosen])
-    return cover.Options(cost, rate, zone, np.array(rooms, dtype=np.int64), target, rest, least, len(numbers)), chosen
+    known = state.known.get(j)
+    if known is None or known.pools != chosen:
+        numbers: dict[str, int] = {}
+        known = state.known[j] = _Known(
+            chosen,
+            np.array(chosen, dtype=np.int64),
+            np.array([numbers.setdefault(state.zone[p], len(numbers)) for p in chosen], dtype=np.int64),
+            np.array([state.rate[p][j] for p in chosen]),
+            np.array([float(state.width[p][j]) for p in chosen]),
+            len(numbers),
+        )
+    room = np.array(rooms, dtype=np.int64)
+    cost = worth[known.index] * known.width
+    return cover.Options(cost, known.rate, known.zone, room, target, rest, least, known.zones), chosen
 
 
 def _lay_blocks(state: _State, fraction: list[float], price: list[float]) -> bool:

@@ -112,7 +112,14 @@ def print_plan(console: Console, plan: Plan, other: Plan | None, *, explain: boo
                 pool.name, pool.gpu, f"{pool.region}/{pool.zone}", f"{pool.held} → {n}", str(n * pool.gpus),
                 str(int(plan.idle[0, i])), f"{n * pool.price:.2f}",
             )  # fmt: skip
+    table.add_section()
+    table.add_row(
+        "all", "", "", f"{sum(p.held for p in problem.pools)} → {int(plan.instances[0].sum())}", f"{plan.gpus[0]:.0f}",
+        str(int(plan.idle[0].sum())), f"{float(plan.hourly_cost[0]):.2f}",
+    )  # fmt: skip
     console.print(table)
+    buffer = ", ".join(f"{gpus} {gpu}" for gpu, gpus in plan.buffer_by_type().items() if gpus) or "none"
+    console.print(f"Idle buffer now: {buffer}. GPU Allocation Utilization over the plan: {plan.utilization:.1%}")
     if other is not None:
         table = Table(title="What a faster start is worth (mean of the steps)", title_justify="left")
         for heading in ("lead times", "GPUs", "idle GPUs", "of them buffer", "$/h", "utilization"):

@@ -30,6 +30,7 @@ STEP_GAP = 1e-4
 STEP_NODES = 500
 POLISH_NODES = 50
 POLISH_ROUNDS = 2
+CAREFUL = 20_000  # pairs of a pool and a service, over the steps, up to which construction takes its time
 SHADE = 1e-3  # of a price, where duals do not decide
 NEIGHBOUR_NODES = 30
 NEIGHBOUR_GAP = 2e-3
@@ -91,7 +92,7 @@ def round_whole(
     better = thorough or (not quick and int(program.integer.sum()) <= MIDDLING)
     large = quick or int(program.integer[: program.columns].sum()) > FREE
     assert relaxed.values is not None
-    values = _constructed(program, relaxed, problem, need, thorough=better, careful=not quick) if large else None
+    values = _constructed(program, relaxed, problem, need, thorough=better, hasty=quick) if large else None
     if values is None:
         for reach in (0, 2, None):
             values = _by_step(program, relaxed.values, reach, deadline)
@@ -108,17 +109,28 @@ def round_whole(
 
 
 def _constructed(
-    program: Program, relaxed: Outcome, problem: Problem, need: Need, *, thorough: bool, careful: bool
+    program: Program, relaxed: Outcome, problem: Problem, need: Need, *, thorough: bool, hasty: bool
 ) -> Floats | None:
     """By `greedy.py`, step after step; None when any constraint is not kept."""
     assert relaxed.values is not None
     worth = _worth(program, relaxed)
+    pairs = len(program.pairs)
+    careful = thorough or (not hasty and pairs * program.steps <= CAREFUL)
+    first = thorough or (not hasty and pairs <= CAREFUL)  # what is acted upon
     before = [pool.held for pool in problem.pools]
     found: list[Floats] = []
     for t in range(program.steps):
         want = relaxed.values[t * program.columns : (t + 1) * program.columns]
         values = greedy.step(
-            problem, need, program, t, want, before, worth[t], found[-1] if found else None, careful=careful
+            problem,
+            need,
+            program,
+            t,
+            want,
+            before,
+            worth[t],
+            found[-1] if found else None,
+            careful=careful if found else first,
         )
         if values is None:
             return None

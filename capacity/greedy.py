@@ -21,6 +21,7 @@ from capacity.program import Ints, Program
 
 EPS = 1e-7
 SWEEPS = 3
+RETRIES = 6  # orders of the services that are tried
 # Of what the duals add to a GPU's own price, pass after pass, in the first step and in the others.
 SLOWLY = (1.0, 0.7, 0.4, 0.2, 0.0)
 FIRST = (1.0, 0.0)
@@ -46,6 +47,7 @@ class _State:
     problem: Problem
     need: Need
     t: int
+    before: list[int]  # instances held in the step before
     most: list[int]  # instances a pool can hold in this step
     n: list[int]
     free: list[int]
@@ -69,21 +71,34 @@ class _State:
     )  # [service] pools it fits, those of one type and zone together
 
     def can_open(self, p: int) -> bool:
+        return self.more(p) > 0
+
+    def more(self, p: int) -> int:
+        """Instances that may still be opened. What was held before counts towards a quota until all starts are done, so that only
+        starts use up what is left of one."""
+        again = max(0, self.before[p] - self.n[p])
         gpus = self.problem.pools[p].gpus
-        return self.n[p] < self.most[p] and all(self.quota_left[q] >= gpus for q in self.quotas_of[p])
+        starts = min((self.quota_left[q] // gpus for q in self.quotas_of[p]), default=10**9)
+        return min(self.most[p] - self.n[p], again + max(0, starts))
 
     def room(self, p: int) -> int:
         """GPUs free, or of instances that may still be opened."""
-        gpus = self.problem.pools[p].gpus
-        more = min([self.most[p] - self.n[p], *(self.quota_left[q] // gpus for q in self.quotas_of[p])])
-        return self.free[p] + max(0, more) * gpus
+        return self.free[p] + max(0, self.more(p)) * self.problem.pools[p].gpus
 
     def open(self, p: int, count: int = 1) -> None:
-        gpus = self.problem.pools[p].gpus * count
+        """Open instances, or close them (`count` below zero)."""
+        gpus = self.problem.pools[p].gpus
+        started = max(0, self.n[p] + count - self.before[p]) - max(0, self.n[p] - self.before[p])
         self.n[p] += count
-        self.free[p] += gpus
+        self.free[p] += gpus * count
         for q in self.quotas_of[p]:
-            self.quota_left[q] -= gpus
+            self.quota_left[q] -= gpus * started
+
+    def release(self, p: int) -> None:
+        """Close what is empty."""
+        spare = min(self.free[p] // self.problem.pools[p].gpus, self.n[p] - self.least[p])
+        if spare > 0:
+            self.open(p, -spare)
 
     def put(self, p: int, j: int, count: int) -> None:
         self.tenants[p][j] = self.tenants[p].get(j, 0) + count
@@ -146,40 +161,42 @@ def step(
     whose replicas this one starts, so that plans do not move without need; `careful`
     takes twice the time.
     """
-    state = _start(problem, need, program, t, before)
     bounds = slice(t * program.columns, t * program.columns + len(problem.pools))
-    state.least = [int(v) for v in program.lower[bounds]]
-    state.most = [int(min(a, b)) for a, b in zip(state.most, program.upper[bounds], strict=True)]
     own = program.cost[bounds] / np.array([p.gpus for p in problem.pools])
     fraction = [float(v) for v in want[: len(problem.pools)]]
     price = [p.price / p.gpus for p in problem.pools]
     table: list[dict[int, float]] = [{} for _ in problem.services]
-    shares = want[program.at_x : program.at_b]
+    shares = (want if last is None else last)[program.at_x : program.at_b]
     for k in np.flatnonzero(shares > EPS):
         table[int(program.pairs[k, 1])][int(program.pairs[k, 0])] = float(shares[k])
-    for p, value in enumerate(fraction):
-        for _ in range(max(math.floor(value + EPS), state.least[p])):
-            if state.can_open(p):
-                state.open(p)
     order = sorted(range(len(problem.services)), key=lambda j: (-problem.services[j].gpus, j))
-    if last is not None:
-        table = [{} for _ in problem.services]
-        held = last[program.at_x : program.at_b]
-        for k in np.flatnonzero(held > 0.5):
-            table[int(program.pairs[k, 1])][int(program.pairs[k, 0])] = float(held[k])
-    first = last is None
-    effort = 2 if careful else 1
-    for keep in (SLOWLY if careful else FIRST) if first else NEXT:
-        mixed = own + keep * (worth - own)
-        for j in order:
-            if not _place(state, j, table[j], mixed, effort):
-                return None
+    keeps = (SLOWLY if careful else FIRST) if last is None else NEXT
+    for _ in range(RETRIES):
+        state = _start(problem, need, program, t, before)
+        failed = _fill(state, order, table, [own + keep * (worth - own) for keep in keeps], 2 if careful else 1)
+        if failed is None:
+            break
+        order = [failed, *(j for j in order if j != failed)]  # what finds no room goes first
+    else:
+        return None
     if not _lay_blocks(state, fraction, price):
         return None
-    _close(state, before, price)
+    _close(state, price)
     if _trim(state, price):
-        _close(state, before, price)
+        _close(state, price)
+    _run_spares(state)
     return _values(state, program, before)
+
+
+def _fill(
+    state: _State, order: list[int], table: list[dict[int, float]], prices: list[Floats], effort: int
+) -> int | None:
+    """Every service at the first prices, then again at each of the others; the service that finds no room, if one does not."""
+    for worth in prices:
+        for j in order:
+            if not _place(state, j, table[j], worth, effort):
+                return j
+    return None
 
 
 def _start(problem: Problem, need: Need, program: Program, t: int, before: list[int]) -> _State:
@@ -188,16 +205,19 @@ def _start(problem: Problem, need: Need, program: Program, t: int, before: list[
     for p, pool in enumerate(pools):
         bound = min(pool.quota if pool.quota is not None else 10**9, before[p] + pool.start_bound(t == 0))
         most.append(int(bound))
+    bounds = slice(t * program.columns, t * program.columns + count)
+    most = [int(min(a, b)) for a, b in zip(most, program.upper[bounds], strict=True)]
     inside = [[q for q, quota in enumerate(problem.quotas) if quota.covers(pool)] for pool in pools]
     widths = {gpus: [slot(s.gpus, gpus) for s in problem.services] for gpus in {p.gpus for p in pools}}
     cells: dict[tuple[str, float, str, str, int], list[int]] = {}
     for p, pool in enumerate(pools):
         cells.setdefault((pool.gpu, pool.memory, pool.region, pool.zone, pool.gpus), []).append(p)
     together = list(cells.values())
-    return _State(
+    state = _State(
         problem=problem,
         need=need,
         t=t,
+        before=before,
         most=most,
         n=[0] * count,
         free=[0] * count,
@@ -206,7 +226,10 @@ def _start(problem: Problem, need: Need, program: Program, t: int, before: list[
         served=[0.0] * len(problem.services),
         total=[0] * len(problem.services),
         by_zone=[{} for _ in problem.services],
-        quota_left=[quota.gpus for quota in problem.quotas],
+        quota_left=[
+            quota.gpus - sum(pool.gpus * before[p] for p, pool in enumerate(pools) if quota.covers(pool))
+            for quota in problem.quotas
+        ],
         quotas_of=inside,
         width=[widths[p.gpus] for p in pools],
         rate=need.rate.tolist(),
@@ -215,7 +238,11 @@ def _start(problem: Problem, need: Need, program: Program, t: int, before: list[
         fits=[[int(p) for p in np.flatnonzero(need.rate[:, j] > 0)] for j in range(len(problem.services))],
         cells_of=[[cell for cell in together if need.rate[cell[0], j] > 0] for j in range(len(problem.services))],
         alike=[[p for p in range(count) if need.place[p] == k] for k in range(max(need.place) + 1)],
+        least=[int(v) for v in program.lower[bounds]],
     )
+    for p, least in enumerate(state.least):
+        state.open(p, least)
+    return state
 
 
 def _seat(state: _State, j: int, p: int, count: int) -> bool:
@@ -236,6 +263,7 @@ def _place(state: _State, j: int, share: dict[int, float], worth: Floats, effort
     had = [(p, state.tenants[p][j]) for p in state.fits[j] if j in state.tenants[p]]
     for p, count in had:
         state.put(p, j, -count)
+        state.release(p)
     options, pools = _options(state, j, worth)
     counts = None
     if pools:
@@ -248,6 +276,7 @@ def _place(state: _State, j: int, share: dict[int, float], worth: Floats, effort
             return True
         for p in pools:  # pools that share a quota have less room together
             state.put(p, j, -state.tenants[p].get(j, 0))
+            state.release(p)
     for p, count in had:
         _seat(state, j, p, count)
     return bool(had) or not (state.lacks(j) or state.zone_lacks(j))
@@ -282,9 +311,9 @@ def _options(state: _State, j: int, worth: Floats) -> tuple[cover.Options, list[
             np.array([float(state.width[p][j]) for p in chosen]),
             len(numbers),
         )
-    room = np.array(rooms, dtype=np.int64)
+    most = np.array(rooms, dtype=np.int64)
     cost = worth[known.index] * known.width
-    return cover.Options(cost, known.rate, known.zone, room, target, rest, least, known.zones), chosen
+    return cover.Options(cost, known.rate, known.zone, most, target, rest, least, known.zones), chosen
 
 
 def _lay_blocks(state: _State, fraction: list[float], price: list[float]) -> bool:
@@ -339,17 +368,33 @@ def _trim(state: _State, price: list[float]) -> bool:
     return taken
 
 
+def _run_spares(state: _State) -> None:
+    """Replicas where idle blocks are held for one service only: they cost the same, and nobody waits for their start."""
+    for group in state.need.groups:
+        if len(group.services) > 1:
+            continue
+        j = group.services[0]
+        most = state.problem.services[j].maximum
+        for p in state.fits[j]:
+            size = state.width[p][j]
+            while state.blocks[p].get(size) and (most is None or state.total[j] < most):
+                state.add_block(p, size, -1)
+                state.put(p, j, 1)
+                if any(_short(state, g) for g in range(len(state.need.groups))):
+                    state.put(p, j, -1)
+                    state.add_block(p, size, 1)
+                    break
+
+
 def _short(state: _State, g: int) -> bool:
     required = float(state.need.groups[g].required[state.t])
     return state.block_worth(g) < required - EPS * max(1.0, required)
 
 
-def _close(state: _State, before: list[int], price: list[float]) -> None:
+def _close(state: _State, price: list[float]) -> None:
     """Close instances that are empty, and those whose tenants find room elsewhere."""
-    for p, pool in enumerate(state.problem.pools):
-        spare = min(state.free[p] // pool.gpus, state.n[p] - state.least[p])
-        if spare > 0:
-            state.open(p, -spare)
+    for p in range(len(price)):
+        state.release(p)
     for _ in range(SWEEPS):
         closed = False
         order = sorted(range(len(price)), key=lambda p: (-state.free[p] * price[p], -price[p], p))
@@ -360,9 +405,9 @@ def _close(state: _State, before: list[int], price: list[float]) -> None:
             break
     limit = state.problem.policy.max_stop
     if limit is not None:
-        over = sum(max(0, b - n) for b, n in zip(before, state.n, strict=True)) - limit
+        over = sum(max(0, b - n) for b, n in zip(state.before, state.n, strict=True)) - limit
         for p in sorted(range(len(price)), key=lambda p: state.problem.pools[p].price):
-            while over > 0 and state.n[p] < before[p] and state.can_open(p):
+            while over > 0 and state.n[p] < state.before[p] and state.can_open(p):
                 state.open(p)
                 over -= 1
 

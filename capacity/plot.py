@@ -36,15 +36,20 @@ def draw(results: list[Result], stem: Path, *, title: str = "") -> list[Path]:
                 for axis, values in ((1, result.series.replicas), (2, result.series.held), (3, result.series.idle)):
                     axes[axis].step(at, values, where="post", linewidth=1.0, label=result.policy)
                 middle, worst = _worst(result, edges)
-                axes[4].plot(middle / unit, worst, linewidth=1.0)
-            for axis, label in ((1, "replicas ready"), (2, "GPUs held"), (3, "GPUs idle"), (4, "p99 wait, s")):
+                axes[4].plot(middle / unit, worst, linewidth=1.0, marker=".", markersize=2.5)
+            for axis, label in (
+                (1, "replicas ready"),
+                (2, "GPUs held"),
+                (3, "idle buffer, GPUs"),
+                (4, "p99 wait of arrivals, s"),
+            ):
                 axes[axis].set_ylabel(label)
                 axes[axis].grid(alpha=0.3)
+                axes[axis].set_ylim(bottom=0, top=max(1.0, axes[axis].get_ylim()[1]))
             axes[4].set_yscale("symlog", linthresh=1.0)
             axes[4].set_xlabel(word)
-            axes[1].legend(loc="upper right", ncols=min(5, len(results)))
-            if title:
-                figure.suptitle(title)
+            lines, labels = axes[1].get_legend_handles_labels()
+            figure.legend(lines, labels, loc="outside upper center", ncols=min(5, len(results)), title=title or None)
             written = []
             for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None})):
                 path = stem.with_name(stem.name + suffix)
@@ -58,9 +63,10 @@ def draw(results: list[Result], stem: Path, *, title: str = "") -> list[Path]:
 
 
 def _worst(result: Result, edges: Floats) -> tuple[Floats, Floats]:
-    """99th percentile of the waits of those that arrived in each bin that has any."""
+    """99th percentile of the waits of those that arrived in each bin; NaN, a gap in the line, where nobody did."""
     where = np.digitize(result.arrivals, edges) - 1
     order = np.argsort(where, kind="stable")
     bins, starts = np.unique(where[order], return_index=True)
-    parts = np.split(result.waits[order], starts[1:])
-    return edges[bins] + (edges[1] - edges[0]) / 2, np.array([np.quantile(part, 0.99) for part in parts])
+    worst = np.full(len(edges), np.nan)
+    worst[bins] = [np.quantile(part, 0.99) for part in np.split(result.waits[order], starts[1:])]
+    return edges + (edges[1] - edges[0]) / 2, worst

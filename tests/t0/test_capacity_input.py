@@ -95,7 +95,7 @@ CASES = [
     ("memory: 70GiB", "regions: east", "wrong-type", 15, "services[0].regions"),
     ("memory: 70GiB", "probability: 1.0", "out-of-range", 15, "services[0].probability"),
     ("cold: [97s, 2m]", "cold: 10d", "out-of-range", 17, "services[0].lead_time.cold"),
-    ("version: 1", "version: " + "[" * 400, "not-yaml", None, ""),
+    ("version: 1", "version: " + "[" * 1000, "not-yaml", None, ""),
     ("policy:", "pools:", "repeated-field", 22, "pools"),
     ("version: 1", "version: 2", "unknown-version", 1, "version"),
     ("version: 1", "version: [1", "not-yaml", 2, ""),

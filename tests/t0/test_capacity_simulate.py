@@ -155,7 +155,7 @@ def test_refusals_and_interruptions_happen_by_rate_and_every_request_is_served()
 
 
 def test_the_same_seed_gives_the_same_run():
-    trace = synthetic.generate(synthetic.Day(("s",), 500, 0.12, seed=4))
+    trace = synthetic.generate(synthetic.Day(("s",), 250, 0.06, seed=4))
     made = problem(interruptions=2.0)
     one, two, other = (
         simulate.run(made, trace, Program(), simulate.Options(seed=seed, refusals=0.2)) for seed in (1, 1, 2)

@@ -293,14 +293,24 @@ class Endpoint:
         return None if status == 200 else f"{status} {answer[:200].decode('utf-8', 'replace')}"
 
     async def _spawn(self, command: str) -> asyncio.subprocess.Process:
-        return await asyncio.create_subprocess_exec(
-            "/bin/sh",
-            "-c",
-            command,
-            stdin=asyncio.subprocess.DEVNULL,
-            start_new_session=True,
-            env=os.environ | dict(self.spec.environment),
+        starting = asyncio.ensure_future(
+            asyncio.create_subprocess_exec(
+                "/bin/sh",
+                "-c",
+                command,
+                stdin=asyncio.subprocess.DEVNULL,
+                start_new_session=True,
+                env=os.environ | dict(self.spec.environment),
+            )
         )
+        try:
+            return await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            # Cancelled between its start and this: nobody would know of it, and nobody would end it.
+            process = await starting
+            self._signal(process, signal.SIGKILL)
+            await process.wait()
+            raise
 
     async def _command(self, command: str, limit_s: float, what: str) -> None:
         process = await self._spawn(command)

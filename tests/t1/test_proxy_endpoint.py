@@ -172,6 +172,27 @@ def test_a_wake_that_hangs_is_given_up_with_all_it_started():
     run(main())
 
 
+@pytest.mark.slow
+def test_a_proxy_that_ends_while_its_command_starts_leaves_nothing():
+    """However far the start of the command has come when everything is cancelled."""
+
+    async def main():
+        port = free_port()
+        for turns in range(12):
+            word = f"273.{port}{turns:02}"
+            async with in_front_of(EndpointSpec(tcp("127.0.0.1", port), wake=f"sleep {word}")) as (rig, endpoint):
+                waking = asyncio.create_task(endpoint.wake())
+                while endpoint.tracker.phase is Phase.ASLEEP:  # noqa: ASYNC110 - counted in turns of the loop
+                    await asyncio.sleep(0)
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+                waking.cancel()
+                await asyncio.gather(waking, return_exceptions=True)
+            await until(lambda word=word: not running(f"sleep\0{word}"))
+
+    run(main())
+
+
 @pytest.mark.parametrize("how", ["fails", "hangs"])
 def test_a_sleep_command_that_does_not_do_it(how):
     """It goes on serving; a command that still runs when the proxy ends does not outlive it."""

@@ -368,11 +368,13 @@ def _what(name: str, store: str | None) -> tuple[str, str | None]:
     """The manifest's digest and the store, from whatever the user named."""
     from lazyfs.directory import read_through
     from lazyfs.paths import default_store_url
+    from lazyfs.retry import RetryPolicy, retrying
 
     url = store or default_store_url()
     if "://" in name or Path(name).is_dir():
         return read_through(name), url
-    return _chunks(store).resolve(name), url
+    chunks = _chunks(store)
+    return retrying(lambda: chunks.resolve(name), RetryPolicy()), url
 
 
 def _living(where: Path) -> MountHandle:

@@ -116,9 +116,11 @@ def _import(
 
 def _tag(url: str, tag: str, digest: str) -> None:
     from lazyfs.chunkstore import ChunkStore
+    from lazyfs.retry import RetryPolicy, retrying
     from lazyfs.stores import open_store
 
-    ChunkStore(open_store(url)).set_ref("tags", tag if ":" in tag else f"{tag}:latest", digest)
+    chunks = ChunkStore(open_store(url))
+    retrying(lambda: chunks.set_ref("tags", tag if ":" in tag else f"{tag}:latest", digest), RetryPolicy())
 
 
 def _still_there(url: str, digest: str) -> bool:

@@ -81,6 +81,12 @@ class Queue:
                 (self._demanded if worst() == wire.DEMAND else self._ready).wait(left)
             return None
 
+    def forget(self, file: int) -> None:
+        """Take out what nobody waits for of a file."""
+        with self._ready:
+            for key in [k for k, u in self._urgency.items() if k[0] == file and u != wire.DEMAND]:
+                del self._urgency[key]
+
     def wake(self) -> None:
         """Let waiters look again: what they may take has changed."""
         with self._ready:
@@ -256,6 +262,7 @@ class Fetcher:
 
     def drop(self, index: int) -> None:
         """Let go of a file's image and remove it, once nothing fills or flushes it; not if somebody has it open."""
+        self.queue.forget(index)
         threading.Thread(target=self._drop, args=(index,), daemon=True).start()
 
     def _drop(self, index: int) -> None:

@@ -1,8 +1,8 @@
 """A wrapper that makes any store misbehave on command: for fault drills and for the project's own tests.
 
 `faulty://PATH` names a JSON file, read anew at every call, so faults begin and end while a mount is running:
-`{"store": "file:///…", "fault": "corrupt", "share": 0.5, "seconds": 1.0, "only": "chunks/"}`. Without "fault"
-everything passes.
+`{"store": "file:///…", "fault": "corrupt", "share": 0.5, "seconds": 1.0, "only": "chunks/", "calls": ["get"]}`. Without
+"fault" everything passes. "calls" are those that may fail (default: get); bodies are spoiled in get alone.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def open_url(url: str) -> FaultyStore:
 
 
 class FaultyStore:
-    """Delegates to the store named in the control file, spoiling a share of the reads whose key begins with "only"."""
+    """Delegates to the store named in the control file, spoiling a share of the calls whose key begins with "only"."""
 
     def __init__(self, control: Path, *, remote: bool = True) -> None:
         from lazyfs.stores import open_store
@@ -50,25 +50,10 @@ class FaultyStore:
         version: str = "",
         into: memoryview | None = None,
     ) -> bytes | memoryview:
-        settings = self._settings()
-        fault = settings.get("fault")
-        hit = fault is not None and key.startswith(settings.get("only", ""))
-        if not hit or random.random() >= float(settings.get("share", 1.0)):
-            return self.inner.get(key, start, length, version)
-        seconds = float(settings.get("seconds", 0.0))
-        if fault == "stall":
-            # What a client with an inactivity limit sees of a server that goes silent.
-            time.sleep(seconds)
-            raise Temporary(f"{self.url}: get {key}: nothing came for {seconds:g} s")
-        if fault == "reset":
-            raise Temporary(f"{self.url}: get {key}: connection reset by peer")
-        if fault in ("429", "503"):
-            raise Temporary(f"{self.url}: get {key}: HTTP {fault}", code="throttled", retry_after=seconds or None)
-        if fault == "forbidden":
-            raise Permanent(f"{self.url}: get {key}: HTTP 403", code="permission-denied")
-        if fault == "missing":
-            raise NotFound(f"{self.url} has no {key}")
+        fault, seconds = self._hit("get", key)
         data = self.inner.get(key, start, length, version)
+        if not fault:
+            return data
         if fault == "slow":
             time.sleep(seconds)
             return data
@@ -83,20 +68,49 @@ class FaultyStore:
             spoiled[random.randrange(len(spoiled))] ^= 1 << random.randrange(8)
         return bytes(spoiled)
 
+    def _hit(self, call: str, key: str) -> tuple[str, float]:
+        """Raise the fault that this call is to have; one that concerns the body is returned, with its seconds."""
+        settings = self._settings()
+        fault = settings.get("fault")
+        named = call in settings.get("calls", ["get"]) and key.startswith(settings.get("only", ""))
+        if fault is None or not named or random.random() >= float(settings.get("share", 1.0)):
+            return "", 0.0
+        seconds = float(settings.get("seconds", 0.0))
+        what = f"{self.url}: {call} {key}"
+        if fault == "stall":
+            # What a client with an inactivity limit sees of a server that goes silent.
+            time.sleep(seconds)
+            raise Temporary(f"{what}: nothing came for {seconds:g} s")
+        if fault == "reset":
+            raise Temporary(f"{what}: connection reset by peer")
+        if fault in ("429", "503"):
+            raise Temporary(f"{what}: HTTP {fault}", code="throttled", retry_after=seconds or None)
+        if fault == "forbidden":
+            raise Permanent(f"{what}: HTTP 403", code="permission-denied")
+        if fault == "missing":
+            raise NotFound(f"{self.url} has no {key}")
+        return fault, seconds
+
     def put(self, key: str, data: bytes | memoryview) -> None:
+        self._hit("put", key)
         self.inner.put(key, data)
 
     def head(self, key: str) -> ObjectInfo | None:
+        self._hit("head", key)
         return self.inner.head(key)
 
     def touch(self, key: str) -> None:
+        self._hit("touch", key)
         self.inner.touch(key)
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        self._hit("list", prefix)
         return self.inner.list(prefix)
 
     def delete(self, key: str) -> None:
+        self._hit("delete", key)
         self.inner.delete(key)
 
     def flush(self) -> None:
+        self._hit("flush", "")
         self.inner.flush()

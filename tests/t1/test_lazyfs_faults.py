@@ -112,6 +112,43 @@ def test_a_store_that_fails_half_the_time(shared, rig, control, tmp_path, fault)
     assert answer == right
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["503", "429", "reset", "stall"])
+def test_an_import_into_a_store_that_fails_at_every_call(shared, tmp_path, fault):
+    """A tenth of all calls fail, of every kind: the import gets there, and what it leaves verifies clean."""
+    path = tmp_path / "control.json"
+    calls = ["get", "put", "head", "touch", "list", "flush"]
+    settings = {"store": f"file://{tmp_path / 'store'}", "fault": fault, "share": 0.1, "seconds": 0.01, "calls": calls}
+    path.write_text(json.dumps(settings))
+    digest = import_directory(shared[0], f"faulty://{path}", tag="toy:v1")
+    chunks = ChunkStore(LocalStore(tmp_path / "store"))
+    assert digest == shared[1] and chunks.resolve("toy:v1") == digest and verify(chunks).clean
+    path.write_text(json.dumps({**settings, "share": 1.0, "fault": "forbidden"}))
+    with pytest.raises(Permanent):
+        import_directory(write_model(tmp_path / "other", [5 << 20], seed=3), f"faulty://{path}")
+    assert list(chunks.manifests()) == [digest]
+
+
+@pytest.mark.slow
+def test_interleaved_reads_of_tensors_fetch_whole_chunks_once(rig, control, tmp_path, shared):
+    """Three readers hop between tensors in small pieces: the store sees each chunk once, whole."""
+    model = write_model(tmp_path / "many", [(1 << 20) + 4096 * i for i in range(24)], seed=9)
+    digest = import_directory(model)
+    handle = rig.mount(digest, store_url=control.url, cache_dir=tmp_path / "c", **{**QUICK, "fetch_limit_s": 20.0})
+    data = (model / "model.safetensors").read_bytes()
+    file = next(f for f in ChunkStore(LocalStore(shared[2])).get_manifest(digest).files if f.path.startswith("model"))
+    readers = [rig.reader() for _ in range(3)]
+    for number, reader in enumerate(readers):
+        assert reader.ask("open", "m", str(handle.mountpoint / "model.safetensors")) is True
+        for place in range(number * (1 << 18), len(data), 3 << 18):
+            there = (place * 7919) % len(data)
+            assert reader.ask("pread", "m", there, 20_000) == data[there : there + 20_000].hex()
+    wait_for(lambda: handle.status()["fetcher"].get("fetches", 0) >= len(file.chunks))
+    time.sleep(1.2)
+    asked = handle.status()["fetcher"]
+    assert asked["fetches"] == len(file.chunks) and asked["store_bytes"] == len(data)
+
+
 def test_a_corrupt_chunk_is_quarantined(shared, rig, control, tmp_path):
     _, digest, _ = shared
     handle = rig.mount(digest, store_url=control.url, cache_dir=tmp_path / "c", **QUICK)

@@ -251,13 +251,14 @@ def restore(
     lazy: LazyRestore | None = None,
     driver: Driver | None = None,
     gpu_pairs: Sequence[tuple[str, str]] = (),
+    underway: Callable[[], None] = lambda: None,
 ) -> Restored:
     """Bring a replica back into a new sandbox.
 
     `lazy`: pages come from a page server, the recorded working set first; without it CRIU puts every page in place before it returns.
     `driver` and `gpu_pairs` (uuid then, uuid now) as in checkpoint.cuda; a snapshot with GPU state is never restored lazily, since the
     driver reads all of it at once. `pipes` maps the snapshot's names (`stdout`, `stderr`) to descriptors for the engine's output.
-    The canary is the caller's to check.
+    The canary is the caller's to check. `underway` is called when CRIU is at work and this process has nothing to do but wait.
 
     Raises a CheckpointError; then nothing is left: no process, mount, namespace or file.
     """
@@ -295,6 +296,7 @@ def restore(
             up = time.monotonic()
             sandbox.unpack([(folder / "shm", "/dev/shm"), (folder / "tmp", TMP_DIR)])
             unpacked = time.monotonic()
+            underway()
             named = {snapshot.pipes[stream]: fd for stream, fd in pipes.items() if stream in snapshot.pipes}
             criu.restore(
                 sandbox,

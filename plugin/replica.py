@@ -98,6 +98,8 @@ class Replica:
     stderr: int | None = 2
     served: Callable[[], int] = lambda: 0
     """How many requests this replica has answered since it began to serve (the proxy knows)."""
+    underway: threading.Event = field(default_factory=threading.Event)
+    """Set when other processes do the work of the start, so that this one may turn to something else."""
     running: Running | None = None
     exit_code: int | None = None
     restored: bool = False
@@ -256,6 +258,7 @@ class Replica:
                 lazy=self._lazy(name) if lazy else None,
                 driver=self._driver(),
                 gpu_pairs=self._gpu_pairs(recorded),
+                underway=self.underway.set,
             )
         finally:
             for output in outputs.values():
@@ -272,6 +275,9 @@ class Replica:
                 self._wait_weights(sandbox)
             self.engine.reload_weights(client, self.settings.command.model)
         self.tracker.to(Phase.VERIFYING)
+        if os.environ.get("QT_HOTWAIT") and restored.pages:
+            restored.pages.working_set_placed.wait(0.5)
+            log.debug("working set placed")
         self._compare(snapshot)
         self.library.succeeded(name)
         self.snapshot, self.restored = snapshot, True
@@ -361,6 +367,7 @@ class Replica:
 
     def _cold(self) -> None:
         prefork.discard()
+        self.underway.set()
         self.tracker.to(Phase.MOUNTING)
         mounted = None if self.layers.mount or not self.settings.mount else self.weights.mount()
         self.tracker.to(Phase.STARTING)

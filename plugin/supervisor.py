@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from checkpoint import prefork
 from checkpoint.errors import CheckpointError
 from launchers.errors import EngineDied, LauncherError, Usage
 from plugin.layers import Layers, detect
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("quickthaw")
 RESTARTS_IN_A_MINUTE = 3
 SWEEP_AFTER_S = 5.0
+UNDERWAY_S = 0.2
+"""How long the event loop's imports (60 ms) wait for the thread that restores to get CRIU going: they would take the interpreter from it."""
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -130,6 +133,7 @@ class Launch:
                 log.exception("a defect of quickthaw's, please report it")
             self._start_failed(error)
             return False
+        prefork.settled()
         if self._ending.is_set():
             replica.stop(0)
             return False
@@ -176,6 +180,7 @@ class Launch:
 
     def run(self) -> int:
         """Serve until told to stop; the exit code."""
+        self.replicas[0].underway.wait(UNDERWAY_S)
         import asyncio
 
         import uvloop

@@ -275,9 +275,6 @@ class Replica:
                 self._wait_weights(sandbox)
             self.engine.reload_weights(client, self.settings.command.model)
         self.tracker.to(Phase.VERIFYING)
-        if os.environ.get("QT_HOTWAIT") and restored.pages:
-            restored.pages.working_set_placed.wait(0.5)
-            log.debug("working set placed")
         self._compare(snapshot)
         self.library.succeeded(name)
         self.snapshot, self.restored = snapshot, True

@@ -35,7 +35,7 @@ log = logging.getLogger("quickthaw")
 RESTARTS_IN_A_MINUTE = 3
 SWEEP_AFTER_S = 5.0
 UNDERWAY_S = 0.2
-"""How long the event loop's imports (60 ms) wait for the thread that restores to get CRIU going: they would take the interpreter from it."""
+"""How long the event loop's imports (60 ms) wait for the restoring thread to get CRIU going, from which they take the interpreter."""
 
 
 def bind(host: str, port: int) -> socket.socket:

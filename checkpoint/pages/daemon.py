@@ -532,9 +532,7 @@ class Daemon:
         if any(plan.left for plan in self.plans.values()):
             return False
         if self.phase == "hot" and self.restored:
-            if not self.stats.hot_done_s:
-                self.stats.hot_done_s = self.now()
-                self.tell(event="working-set-placed")
+            self.stats.hot_done_s = self.stats.hot_done_s or self.now()
             if self.first_token:
                 self.begin("later", [] if self.record else self.working_set.after_first_token)
                 return True

@@ -57,8 +57,6 @@ class PageServer:
         self._saved = 0
         self._closing = False
         self._failure = ""
-        self.working_set_placed = threading.Event()
-        """Set when what is needed before the first token is in place; never set where the server dies before."""
         self.complete = threading.Event()
         """Set when every page is in place and the server has gone away."""
         self.ended = threading.Event()
@@ -162,8 +160,6 @@ class PageServer:
                 os.close(fd)
             if event == "placed":
                 self._tell(op="released", number=message["number"])
-        elif event == "working-set-placed":
-            self.working_set_placed.set()
         elif event == "warning":
             if self._on_warning:
                 self._on_warning(message["message"])

@@ -223,8 +223,8 @@ class Engine(abc.ABC):
         """Arguments that `put_away` needs and the user has not given; none where what they need is not installed (`packages`)."""
         return ()
 
-    def put_away(self, client: Client, thin: bool) -> bool:
-        """Release the KV cache, and with `thin` the weights, from the GPU; False where this engine was not started so that it can.
+    def put_away(self, client: Client, command: EngineCommand, thin: bool) -> bool:
+        """Release the KV cache, and with `thin` the weights, from the GPU; False where `command` did not start the engine so that it can.
 
         The engine generates nothing until `take_up`. Raises EngineFailed where it fails, and then nothing has been put away.
         """

@@ -94,8 +94,10 @@ class Sglang(Engine):
             return ()
         return ("--enable-memory-saver",)
 
-    def put_away(self, client: Client, thin: bool) -> bool:
-        """Release the KV cache, with `thin` the weights too. Without the memory saver SGLang answers and releases nothing."""
+    def put_away(self, client: Client, command: EngineCommand, thin: bool) -> bool:
+        """Release the KV cache, with `thin` the weights too. Without the memory saver SGLang would answer and release nothing."""
+        if not has_flag(command, "--enable-memory-saver"):
+            return False
         tags = ["kv_cache", "weights"] if thin else ["kv_cache"]
         status, data = client.call("POST", "/release_memory_occupation", {"tags": tags}, timeout_s=600.0)
         if status != 200:

@@ -117,8 +117,10 @@ class Vllm(Engine):
         """Sleep mode: allocations that can be released and taken up at the same addresses, so that captured graphs stay valid."""
         return () if has_flag(command, "--enable-sleep-mode", "--no-enable-sleep-mode") else ("--enable-sleep-mode",)
 
-    def put_away(self, client: Client, thin: bool) -> bool:
+    def put_away(self, client: Client, command: EngineCommand, thin: bool) -> bool:
         """Level 2 drops weights and KV cache, level 1 keeps the weights in host memory (described for 0.26 in docs/measurements.md)."""
+        if not has_flag(command, "--enable-sleep-mode"):
+            return False
         status, data = client.call("POST", f"/sleep?level={2 if thin else 1}", timeout_s=600.0)
         if status != 200:
             log.info(
@@ -129,7 +131,7 @@ class Vllm(Engine):
         return status == 200
 
     def take_up(self, client: Client, model: str, thin: bool) -> None:
-        """Weights first: the KV cache takes what is left. Level 1 brings the weights back by itself."""
+        """Weights first: the KV cache takes what is left. Level 1 brings the weights back by itself. As vllm/snapshot/server.py does it."""
         _expect(client, "/wake_up?tags=weights")
         if thin:
             self.reload_weights(client, model)

@@ -111,6 +111,8 @@ class Replica:
         self._cuda: Helper | None = None
         self._identity: Here | None = None
         self._multi_gpu: bool | None = None
+        self.command = self.settings.command
+        """What the engine was started with: the user's, and on a GPU what `put_away` needs."""
         self.refused: Incompatible | None = None
         """Why the last restore was refused, where it was."""
 
@@ -460,6 +462,7 @@ class Replica:
         if sandboxed and taking.on_gpu(self):
             extra = self.engine.gpu_arguments(command, self.identity.engine.packages)
             command = replace(command, arguments=(*command.arguments, *extra))
+        self.command = command
         argv = self.engine.command(self.settings.engine_python, command, "127.0.0.1", port)
         client = Client(lambda: place.connect(port), self.settings.command.api_key)
         try:

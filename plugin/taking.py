@@ -84,7 +84,7 @@ def take(
             engine.shrink(client)
             control.ask_for_thin(sandbox.control_dir, False)
             if gpu:
-                asleep = engine.put_away(client, thin)
+                asleep = engine.put_away(client, replica.command, thin)
             kv_bytes = control.bytes_dropped(sandbox.control_dir, "kv")
             weight_bytes = control.bytes_dropped(sandbox.control_dir, "weights")
             control.shrink_all(sandbox.init_pid, sandbox.control_dir)

@@ -78,7 +78,7 @@ _FILES = {
     "vllm/v1/worker/worker_base.py": "class WorkerBase:\n    pass\n",
     **{
         f"{name}-0.0.1.dist-info/{file}": text
-        for name in ("sglang", "vllm")
+        for name in ("sglang", "vllm", "torch_memory_saver")
         for file, text in (("METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.0.1\n"), ("RECORD", ""))
     },
 }

@@ -83,6 +83,7 @@ class Worker:
 
     def __init__(self, engine, options):
         self.engine, self.model_runner = engine, Runner(options["model"])
+        self.sleeps = GPU and {"enable-sleep-mode", "enable-memory-saver"} & options.keys()
         self.away = set()
         self.calls = []
         self.tp_worker = self.token_to_kv_pool_allocator = self
@@ -119,26 +120,25 @@ class Worker:
             raise RuntimeError(f"{what} is not on the device")
 
     def release(self, tags):
-        if not GPU:
-            os._exit(7)  # SGLang on a CPU does that
-        if self.away & set(tags):
-            os._exit(7)
+        if not GPU or self.away & set(tags):
+            os._exit(7)  # as SGLang's scheduler does
         self.away |= set(tags)
-        # Level 1 keeps the weights in host memory, level 2 and a release without a backup do not.
         for what in tags:
-            if what == "weights":
+            if what == "weights" and self.sleeps:  # without its memory saver SGLang only takes a note
                 for tensor in self.model_runner.model.tensors:
                     tensor.memory[:] = bytes(len(tensor.memory))
 
     def resume(self, tags):
         if not set(tags) <= self.away:
-            os._exit(7)  # SGLang: a redundant resume kills the scheduler
+            os._exit(7)  # a redundant resume ends SGLang's scheduler
         self.away -= set(tags)
 
     def sleep(self, level):
         """vLLM's: the KV cache goes, the weights go to the host (1) or go (2)."""
         if not GPU:
             return
+        if not self.sleeps:
+            raise RuntimeError("Sleep mode is not enabled")
         if level == 2:
             self.release(["weights", "kv_cache"])
         else:

@@ -340,6 +340,21 @@ def test_the_image_without_the_kv_cache_is_smaller_by_at_least_its_size(rig):
     assert naive.image_bytes - small.image_bytes >= small.kv_cache_bytes * 0.99
 
 
+def test_a_thin_snapshot_carries_no_weights_and_answers_the_same(rig):
+    """The weights are read again through the lazy mount, by the engine's own reload."""
+    with rig.running("--weights", "thin", "--name", "thin") as (_, answer, _, _):
+        assert answer.text == rig.cold_text
+    full, thin = rig.library.load(NAME), rig.library.load("thin")
+    assert thin.weights == "thin"
+    # Weights smaller than a megabyte, and those that share a page with something else, stay.
+    assert full.image_bytes - thin.image_bytes > 150e6
+    for _ in range(2):
+        with rig.running("--weights", "thin", "--name", "thin", limit_s=120.0) as (port, answer, _, _):
+            assert answer.text == rig.cold_text
+            assert phases(port) == [["mounting", "restoring", "waking", "verifying"]]
+    rig.library.remove("thin")
+
+
 def test_an_engine_that_cannot_load_says_so_in_one_line(rig, tmp_path):
     if rig.engine != "sglang":
         return  # vLLM's own failure takes half a minute longer and shows nothing else

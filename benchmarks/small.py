@@ -4,7 +4,8 @@
 
 Naive: the engine as it stands after its warm-up, dumped with nothing made small (`--no-shrink`: KV cache in, no garbage collected) and
 nothing compressed. Ours: the same engine made small, `snapshot push` to a store that holds nothing else, at the level of a disk and of
-a link. Both are taken here, one after the other, by `quickthaw launch` (two cold starts: minutes). Target: a quarter, for vLLM with SmolLM2.
+a link. Both are taken here, one after the other, by `quickthaw launch` (two cold starts: minutes). Target: a quarter, for vLLM with
+SmolLM2.
 """
 
 from __future__ import annotations

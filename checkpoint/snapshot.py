@@ -234,7 +234,8 @@ def unpack_cache(folder: Path, compile_cache: Path) -> None:
         target = compile_cache / file.relative_to(source)
         mode = file.stat().st_mode & 0o777
         with contextlib.suppress(FileNotFoundError):
-            if target.stat().st_mode & 0o777 == mode and filecmp.cmp(file, target, shallow=False):
+            # 0600 is what snapshots had for every mode before modes were kept.
+            if mode in (target.stat().st_mode & 0o777, 0o600) and filecmp.cmp(file, target, shallow=False):
                 continue
         target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         new = target.with_name(f".{target.name}.{os.getpid()}")

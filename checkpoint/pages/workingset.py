@@ -109,13 +109,13 @@ class WorkingSet:
             (size,) = struct.unpack_from("<I", data, 4)
             head = json.loads(data[8 : 8 + size])
             processes, first, count = head["processes"], head["first"], head["ranges"]
-            if head["version"] != _VERSION:
+            if head["version"] not in (1, _VERSION):
                 raise BadWorkingSet(f"{path} is of version {head['version']}, and this reads {_VERSION}")
             body = data[8 + size :]
             if len(body) != count * _ENTRY.size or not 0 <= first <= count:
                 raise BadWorkingSet(f"{path} is truncated")
-            crc = head.pop("crc")
-            if crc != zlib.crc32(json.dumps(head).encode() + body):
+            crc = head.pop("crc", None)  # version 1 had none
+            if head["version"] > 1 and crc != zlib.crc32(json.dumps(head).encode() + body):
                 raise BadWorkingSet(f"{path} is damaged")
             ranges = [
                 (processes[index], start, start + pages * PAGE) for start, pages, index in _ENTRY.iter_unpack(body)

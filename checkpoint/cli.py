@@ -12,6 +12,7 @@ import msgspec
 
 from checkpoint.errors import CheckpointError
 from checkpoint.library import Library
+from checkpoint.manifest import Snapshot
 
 
 def _library() -> Library:
@@ -104,42 +105,45 @@ def inspect(name: str, check_here: bool, contents: bool, as_json: bool) -> int:
     found = library.load(name)
     data: dict[str, Any] = msgspec.to_builtins(found)
     files = data.pop("files")
+    del data["weight_areas"]
     data["file_bytes"] = sum(file["size"] for file in files.values())
     data["health"] = msgspec.to_builtins(library.health(name)) | {"quarantined": library.health(name).quarantined}
     data["secrets_present"] = found.identity.get("secret_names", [])
     mismatches: list[dict[str, str]] = []
     if check_here:
-        from checkpoint import identity
-        from checkpoint.criu import Criu
-        from checkpoint.facts import engine_facts, host_facts
-
-        recorded = identity.Identity.decode(found.identity)
-        here = host_facts(Criu.find(library.home).cached_version(library.home))
-        reasons = list(identity.check_host(recorded, here))
-        reasons += identity.check_engine(recorded.engine, engine_facts(found.engine, Path(recorded.engine.interpreter)))
-        mismatches = [{"code": reason.code, "message": reason.message} for reason in reasons]
+        mismatches = [{"code": code, "message": message} for code, message in _against(library, found)]
         data["mismatches"] = mismatches
     inside = None
     if contents:
         from checkpoint import contents as reader
 
-        inside = reader.inspect(library.path(name))
+        inside = reader.inspect(library.path(name), weights=found.weight_areas)
         data["contents"] = msgspec.to_builtins(inside)
     if as_json:
         click.echo(json.dumps(data, indent=1))
         return 1 if mismatches else 0
-    for key in ("name", "created", "engine", "model", "model_digest", "weights", "root_pid"):
-        click.echo(f"{key:<22} {data[key]}")
+    for key in ("name", "created", "engine", "model", "model_digest"):
+        click.echo(f"{key.replace('_', ' '):<22} {data[key]}")
+    where = "left out; read again at a restore" if found.weights == "thin" else "in the images"
+    click.echo(f"{'weights':<22} {found.weights} ({where})")
     click.echo(
         f"{'images':<22} {found.image_bytes / 1e9:.3f} GB, without {found.kv_cache_bytes / 1e9:.3f} GB of empty KV cache"
     )
-    click.echo(f"{'saves':<22} {found.cold_s:.1f} s: " + ", ".join(f"{p.phase} {p.took_s:.1f}" for p in found.timeline))
+    if found.gpu.processes:
+        memory = ", ".join(f"{size / 1e9:.1f} GB on {uuid}" for uuid, size in found.gpu.memory.items())
+        click.echo(f"{'GPU':<22} {found.gpu.processes} processes, {memory or 'nothing on it'}")
+    parts = ", ".join(f"{p.phase} {p.took_s:.1f}" for p in found.timeline if p.took_s >= 0.05)
+    click.echo(f"{'saves a cold start of':<22} {found.cold_s:.1f} s ({parts})")
     click.echo(f"{'canary':<22} {found.canary.prompt!r} → {found.canary.token_ids}")
     click.echo(
         f"{'secrets present':<22} {', '.join(data['secrets_present']) or 'none recognised'} (names only; --scrub-env leaves them out)"
     )
     health = library.health(name)
-    click.echo(f"{'failed restores':<22} {health.failures}{': ' + health.reason if health.reason else ''}")
+    click.echo(f"{'failed restores':<22} {health.failures}{' (last: ' + health.reason + ')' if health.reason else ''}")
+    if health.quarantined:
+        click.echo(
+            f"{'quarantined':<22} since {health.at}; launches pass it over until it is removed: quickthaw snapshot rm {name}"
+        )
     if check_here:
         for one in mismatches:
             click.echo(f"{'against a restore':<22} {one['code']}: {one['message']}")
@@ -150,6 +154,49 @@ def inspect(name: str, check_here: bool, contents: bool, as_json: bool) -> int:
         for line in reader.render(inside):
             click.echo(line)
     return 1 if mismatches else 0
+
+
+def _against(library: Library, found: Snapshot) -> list[tuple[str, str]]:
+    """Everything that speaks against a restore here, whatever launch asks for it: (stable code, one line)."""
+    from checkpoint import identity, sealing
+    from checkpoint.criu import Criu
+    from checkpoint.facts import engine_facts, host_facts
+    from lazyfs.directory import known_digest
+
+    recorded = identity.Identity.decode(found.identity)
+    reasons: list[tuple[str, str]] = []
+    criu = ""
+    try:
+        criu = Criu.find(library.home).cached_version(library.home)
+    except CheckpointError as error:
+        reasons.append((error.code, str(error.args[0])))
+    try:
+        reasons += [
+            (m.code, m.message)
+            for m in identity.check_host(recorded, host_facts(criu))
+            if criu or m.code != "criu-older"
+        ]
+        now = engine_facts(found.engine, Path(recorded.engine.interpreter))
+        reasons += [(m.code, m.message) for m in identity.check_engine(recorded.engine, now)]
+    except CheckpointError as error:
+        reasons.append((error.code, str(error.args[0])))
+    for folder, code in ((found.model_path, "model-path-missing"), (found.cwd, "working-folder-missing")):
+        if folder and not Path(folder).is_dir():
+            reasons.append((code, f"the engine expects the folder {folder}, which is not here"))
+    if found.model_path and Path(found.model_path).is_dir():
+        digest = known_digest(Path(found.model_path))
+        if digest and recorded.model and digest != recorded.model:
+            reasons.append(
+                ("model-differs", f"model manifest {recorded.model[:12]} in the snapshot, {digest[:12]} here")
+            )
+    try:
+        sealing.verify(library.path(found.name), found.files)
+    except CheckpointError as error:
+        reasons.append((error.code, str(error.args[0])))
+    health = library.health(found.name)
+    if health.quarantined:
+        reasons.append(("quarantined", f"{health.failures} restores in a row failed, the last with {health.reason}"))
+    return reasons
 
 
 @snapshot.command("verify")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -20,9 +20,12 @@ from checkpoint.errors import Integrity
 from checkpoint.imagefile import Message, messages, nested, number, text
 
 LARGE = 32 << 20
-"""A private anonymous mapping with at least this many dumped bytes is called `large`: weights, KV cache, buffers."""
-KINDS = ("heap", "stack", "anonymous", "large", "private file", "shared", "other")
+"""A private anonymous mapping with at least this many dumped bytes is called `large`: buffers, pools, arenas.
+Weights are told apart where the engine said where they lie (Snapshot.weight_areas): its allocator may have put them into the heap."""
+KINDS = ("weights", "heap", "stack", "anonymous", "large", "private file", "shared", "other")
 _BLOCK = 4 << 20
+_NAMED = 8 << 20
+"""Bytes from which on an area gets a line of its own in the text."""
 
 # Bits of VmaEntry.status, see criu/include/image.h.
 _STACK, _HEAP, _FILE_PRIVATE, _FILE_SHARED, _ANON_SHARED, _ANON_PRIVATE, _SYSVIPC, _MEMFD = (
@@ -91,21 +94,27 @@ class _Run(msgspec.Struct):
     pages: int
 
 
-def inspect(folder: Path, page: int = 4096, largest: int = 6) -> Contents:
+Places = Mapping[str, Sequence[tuple[int, int]]]
+"""By process number, (address, bytes) of its weights."""
+
+
+def inspect(folder: Path, page: int = 4096, largest: int = 6, weights: Places | None = None) -> Contents:
     """Read the images of a snapshot folder (with `images/` and maybe `shm/` in it).
 
-    `page`: the page size in bytes of the machine it was taken on. `largest`: how many areas to name for each process.
+    `page`: the page size in bytes of the machine it was taken on. `largest`: how many areas to name for each process. `weights`: a
+    manifest's `weight_areas`; pages wholly inside them are counted as weights and not as what the kernel calls their mapping.
     Raises Integrity where images are missing or garbled.
     """
     images = folder / "images"
     try:
-        return _Reader(images, page, largest).read(folder)
+        return _Reader(images, page, largest, weights or {}).read(folder)
     except (ValueError, KeyError) as error:
         raise Integrity("image-garbled", f"{images} holds an image that does not fit the others: {error}") from error
 
 
 class _Reader:
-    def __init__(self, images: Path, page: int, largest: int) -> None:
+    def __init__(self, images: Path, page: int, largest: int, weights: Places) -> None:
+        self.weights = weights
         self.images = images
         self.page = page
         self.largest = largest
@@ -227,7 +236,26 @@ class _Reader:
             file = self.files.get(number(vma, 4), "") if status & (_FILE_PRIVATE | _FILE_SHARED) else ""
             kind = "stack" if start <= main_stack < end else _kind(status)
             areas.append(Area(kind, start, end - start, Share(), file))
-        return sorted(areas, key=lambda area: area.start)
+        return _with_weights(sorted(areas, key=lambda area: area.start), self.weights.get(str(pid), ()), self.page)
+
+
+def _with_weights(areas: list[Area], weights: Sequence[tuple[int, int]], page: int) -> list[Area]:
+    """The areas, in order, cut where whole pages of weights begin and end."""
+    whole = [(-(-start // page) * page, (start + size) // page * page) for start, size in weights]
+    found: list[Area] = []
+    for area in areas:
+        at, end = area.start, area.start + area.mapped
+        for low, high in whole:
+            low, high = max(low, at), min(high, end)
+            if low >= high:
+                continue
+            if at < low:
+                found.append(Area(area.kind, at, low - at, Share(), area.file))
+            found.append(Area("weights", low, high - low, Share(), area.file))
+            at = high
+        if at < end:
+            found.append(Area(area.kind, at, end - at, Share(), area.file))
+    return found
 
 
 def _kind(status: int) -> str:
@@ -277,21 +305,35 @@ def _occupied(folder: Path) -> dict[str, int]:
 
 
 def render(contents: Contents) -> list[str]:
-    """Lines of text for a terminal."""
+    """Lines of text for a terminal: every process with its memory by kind, its largest areas, then what all have together."""
 
     def row(name: str, share: Share, note: str = "") -> str:
         return f"{name:<34}{share.bytes / 1e6:>10.1f}{share.zero / 1e6:>10.1f}{share.duplicate / 1e6:>12.1f}  {note}".rstrip()
 
-    lines = [f"{'MB':<34}{'dumped':>10}{'zero':>10}{'duplicate':>12}"]
+    def part(of: int) -> str:
+        return f"{of / max(contents.total.bytes, 1):.1%} of all memory"
+
+    lines = [f"{'memory, MB':<34}{'dumped':>10}{'zero':>10}{'duplicate':>12}"]
     for process in contents.processes:
-        lines.append(row(f"{process.pid} {process.name}", process.total, f"{process.threads} threads"))
+        lines.append(row(f"{process.pid} {process.name}", process.total, _threads(process.threads)))
         lines += [row(f"  {kind}", share) for kind, share in process.kinds.items()]
         for area in process.largest:
-            where = f"{area.start:#x} {area.kind}, {area.mapped / 1e6:.1f} MB mapped"
-            lines.append(row("    largest", area.dumped, f"{where} {area.file}".rstrip()))
+            if area.dumped.bytes >= _NAMED:
+                lines.append(row(f"    at {area.start:#x}", area.dumped, f"{area.kind} {area.file}".rstrip()))
     lines += [row(f"shared {name}", share) for name, share in contents.shared.items()]
+    lines.append("")
+    by_kind: dict[str, Share] = {}
+    for process in contents.processes:
+        for kind, share in process.kinds.items():
+            by_kind.setdefault(kind, Share()).add(share)
+    lines += [row(f"all {kind}", by_kind[kind], part(by_kind[kind].bytes)) for kind in KINDS if kind in by_kind]
     lines.append(row("all memory", contents.total))
-    lines.append(f"{'of it between processes':<34}{'':>10}{'':>10}{contents.between_processes / 1e6:>12.1f}")
-    lines += [f"{'shm/' + name:<34}{size / 1e6:>10.1f}" for name, size in contents.shared_memory.items()]
-    lines.append(f"{'other files':<34}{contents.other / 1e6:>10.1f}")
+    lines.append(f"{'of it equal in several processes':<34}{'':>10}{'':>10}{contents.between_processes / 1e6:>12.1f}")
+    files = sum(contents.shared_memory.values())
+    lines.append(f"{'shared memory files':<34}{files / 1e6:>10.1f}{'':>24}{len(contents.shared_memory)} in /dev/shm")
+    lines.append(f"{'other files':<34}{contents.other / 1e6:>10.1f}{'':>24}registers, descriptors, compiled code")
     return lines
+
+
+def _threads(number: int) -> str:
+    return f"{number} thread{'' if number == 1 else 's'}"

@@ -1,10 +1,16 @@
-"""What a snapshot says of itself: one JSON document beside its images, written last, so that a folder without it is not a snapshot."""
+"""What a snapshot says of itself: one JSON document beside its images, written last, so that a folder without it is not a snapshot.
+
+The document carries a digest of itself, so that a flipped bit in it is found as one in an image is. That is no protection against
+somebody who writes a new one: signatures are (checkpoint.signing).
+"""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
+import blake3
 import msgspec
 
 from checkpoint.cuda import Needs
@@ -36,13 +42,17 @@ class SnapshotFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     blake3: str
 
 
-class Snapshot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Snapshot(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A snapshot's manifest.
 
-    `pipes` names the engine's output pipes as the images know them (`pipe:[123]`); `monotonic_ns` is the sandbox's monotonic clock at
-    the dump; `top_pid` the highest process or thread number in use; `gpu` what bringing CUDA processes back needs; sizes in
-    bytes; `cold_s` the start this snapshot saves.
+    `digest`: BLAKE3 of the document with zeros in the digest's place, "" where it has none. `pipes` names the engine's output pipes as
+    the images know them (`pipe:[123]`); `monotonic_ns` is the sandbox's monotonic clock at the dump; `top_pid` the highest process or
+    thread number in use; `gpu` what bringing CUDA processes back needs; `asleep`: the engine had put away what it has on a GPU and has
+    to be woken; `model` as the command line has it, `model_path` the folder the engine reads, `cwd` the one it runs in;
+    `weight_areas`: by process number, (address, bytes) of the weights in its memory; sizes in bytes; `cold_s` the start this saves.
     """
+
+    digest: str = ""
 
     format: int
     name: str
@@ -64,6 +74,10 @@ class Snapshot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     timeline: list[Phase]
     files: dict[str, SnapshotFile]
     gpu: Needs = Needs()
+    asleep: bool = False
+    model_path: str = ""
+    cwd: str = ""
+    weight_areas: dict[str, list[tuple[int, int]]] = {}
 
 
 def load(folder: Path) -> Snapshot:
@@ -96,11 +110,26 @@ def load(folder: Path) -> Snapshot:
         raise Integrity(
             "manifest-garbled", f"{file} is damaged ({error}); quickthaw snapshot rm {folder.name}"
         ) from error
+    if snapshot.digest and snapshot.digest != _digest(data):
+        raise Integrity(
+            "manifest-garbled",
+            f"{file} is damaged (its digest is not the one it names); quickthaw snapshot rm {folder.name}",
+        )
     if snapshot.name != folder.name:
         raise Integrity("manifest-misplaced", f"{file} belongs to {snapshot.name}; quickthaw snapshot rm {folder.name}")
     return snapshot
 
 
 def dump(snapshot: Snapshot) -> bytes:
-    """The manifest as bytes, the same for the same contents (what a signature is made over)."""
-    return msgspec.json.format(msgspec.json.encode(snapshot, order="deterministic"), indent=1) + b"\n"
+    """The manifest as bytes, the same for the same contents (what a signature is made over), with its digest filled in."""
+    blank = msgspec.structs.replace(snapshot, digest=_BLANK)
+    data = msgspec.json.format(msgspec.json.encode(blank, order="deterministic"), indent=1) + b"\n"
+    return data.replace(_BLANK.encode(), _digest(data).encode(), 1)
+
+
+_BLANK = "0" * 64
+
+
+def _digest(data: bytes) -> str:
+    """BLAKE3 of a document with zeros in the place of its first digest, which is the document's own."""
+    return blake3.blake3(re.sub(rb'("digest": ?")[0-9a-f]{64}', rb"\g<1>" + _BLANK.encode(), data, count=1)).hexdigest()

@@ -29,6 +29,8 @@ def _spawn(*program: str) -> Started:
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
+            # An interrupt at a terminal goes to the whole foreground group, and would end the sandbox before its owner can stop the engine.
+            start_new_session=True,
         )
     return process, ours
 

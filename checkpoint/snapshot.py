@@ -7,7 +7,9 @@ and several at the same moment: each restore gets a sandbox of its own with copi
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import filecmp
 import os
 import shutil
 import tempfile
@@ -158,13 +160,15 @@ def take(
         for name in mapped:
             target = folder / "cache" / name
             target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            shutil.copyfile(compile_cache / name, target)
+            shutil.copy(compile_cache / name, target)
+        # What is in these keeps the modes that a restore compares; the folders keep others out.
+        kept = [folder / name for name in ("shm", "tmp", "cache") if (folder / name).is_dir()]
+        for copied in kept:
+            copied.chmod(0o700)
         for noise in ("dump.log", "stats-dump", "irmap-cache"):
             (images / noise).unlink(missing_ok=True)
         for directory, _, files in os.walk(folder):
-            if not Path(directory).is_relative_to(folder / "shm") and not Path(directory).is_relative_to(
-                folder / "tmp"
-            ):
+            if not any(Path(directory).is_relative_to(copied) for copied in kept):
                 for file in files:
                     Path(directory, file).chmod(0o600)
         done = msgspec.structs.replace(
@@ -178,6 +182,7 @@ def take(
         data = manifest.dump(done)
         if sign:
             (folder / "manifest.sig").write_bytes(sign(data))
+            (folder / "manifest.sig").chmod(0o600)
         (folder / manifest.FILE_NAME).write_bytes(data)
         (folder / manifest.FILE_NAME).chmod(0o600)
     return done
@@ -219,7 +224,7 @@ class Restored:
 
 
 def unpack_cache(folder: Path, compile_cache: Path) -> None:
-    """Put mapped compiled code back where the tree has it mapped; what is there with the right size is left alone."""
+    """Put mapped compiled code back where the tree has it mapped, with its mode; what is there and the same is left alone."""
     source = folder / "cache"
     if not source.is_dir():
         return
@@ -227,15 +232,15 @@ def unpack_cache(folder: Path, compile_cache: Path) -> None:
         if not file.is_file():
             continue
         target = compile_cache / file.relative_to(source)
-        try:
-            if target.stat().st_size == file.stat().st_size:
+        mode = file.stat().st_mode & 0o777
+        with contextlib.suppress(FileNotFoundError):
+            # 0600 is what snapshots had for every mode before modes were kept.
+            if mode in (target.stat().st_mode & 0o777, 0o600) and filecmp.cmp(file, target, shallow=False):
                 continue
-        except FileNotFoundError:
-            pass
         target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         new = target.with_name(f".{target.name}.{os.getpid()}")
         shutil.copyfile(file, new)
-        new.chmod(0o755)
+        new.chmod(mode)
         new.replace(target)
 
 

@@ -217,9 +217,32 @@ class Engine(abc.ABC):
     def reload_weights(self, client: Client, model: str) -> None:
         """Put the weights back in place from the model directory (after a thin restore)."""
 
+    # On a GPU. What is put away here need not pass through the images; the rest goes into host memory by the driver's own checkpoint.
+
+    def gpu_arguments(self, command: EngineCommand, packages: Mapping[str, str]) -> tuple[str, ...]:
+        """Arguments that `put_away` needs and the user has not given; none where what they need is not installed (`packages`)."""
+        return ()
+
+    def put_away(self, client: Client, command: EngineCommand, thin: bool) -> bool:
+        """Release the KV cache, and with `thin` the weights, from the GPU; False where `command` did not start the engine so that it can.
+
+        The engine generates nothing until `take_up`. Raises EngineFailed where it fails, and then nothing has been put away.
+        """
+        return False
+
+    def take_up(self, client: Client, model: str, thin: bool) -> None:
+        """Undo `put_away`, also in a restored engine: weights allocated and read again from `model`, then the KV cache."""
+        raise EngineFailed("wake-unknown", f"{self.name} has nothing to be woken from; take the snapshot anew")
+
     def canary(self, client: Client, timeout_s: float = 60.0) -> list[int]:
         """The greedy generation that a restored replica must repeat exactly."""
         return self.generate(client, CANARY_PROMPT, CANARY_TOKENS, timeout_s)
+
+
+def has_flag(command: EngineCommand, *flags: str) -> bool:
+    """Whether the user gave one of these flags (with `-` or `_`, with or without a value)."""
+    given = {word.partition("=")[0].replace("_", "-") for word in command.arguments if word.startswith("--")}
+    return not given.isdisjoint(flags)
 
 
 def check_model(model: Path) -> None:

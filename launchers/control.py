@@ -6,6 +6,7 @@ Only processes that have installed the handler are signalled: the default action
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -72,6 +73,23 @@ def bytes_dropped(answers: Path, what: str) -> int:
         total += int(note.read_text())
         note.unlink()
     return total
+
+
+def weight_areas(answers: Path) -> dict[str, list[tuple[int, int]]]:
+    """Where the engine's processes said their weights lie, as (address, bytes) by process number inside; the notes are removed.
+
+    Only to say what the bytes of a snapshot are: a note that cannot be read is left out.
+    """
+    found: dict[str, list[tuple[int, int]]] = {}
+    for note in answers.glob("*.areas"):
+        try:
+            areas = [(int(start), int(size)) for start, size in json.loads(note.read_text())]
+        except (ValueError, TypeError):
+            areas = []
+        if areas:
+            found[note.name.partition(".")[0]] = areas
+        note.unlink()
+    return found
 
 
 def ask_for_thin(answers: Path, wanted: bool) -> None:

@@ -5,9 +5,14 @@ Seen with sglang 0.5.23 (CPU, `--device cpu --attention-backend torch_native`, S
 
 from __future__ import annotations
 
-from launchers.base import Engine, EngineCommand
+import logging
+from collections.abc import Mapping
+
+from launchers.base import Engine, EngineCommand, has_flag
 from launchers.client import Client
 from launchers.errors import EngineFailed
+
+log = logging.getLogger("quickthaw")
 
 
 class Sglang(Engine):
@@ -79,3 +84,36 @@ class Sglang(Engine):
         answer = client.json("POST", "/update_weights_from_disk", {"model_path": model}, timeout_s=600.0)
         if not answer.get("success"):
             raise EngineFailed("reload-failed", f"SGLang did not reload its weights: {answer.get('message')}")
+
+    def gpu_arguments(self, command: EngineCommand, packages: Mapping[str, str]) -> tuple[str, ...]:
+        """The memory saver, where its package is installed: an engine told to use it without would not start."""
+        if (
+            has_flag(command, "--enable-memory-saver")
+            or not {"torch_memory_saver", "torch-memory-saver"} & packages.keys()
+        ):
+            return ()
+        return ("--enable-memory-saver",)
+
+    def put_away(self, client: Client, command: EngineCommand, thin: bool) -> bool:
+        """Release the KV cache, with `thin` the weights too. Without the memory saver SGLang would answer and release nothing."""
+        if not has_flag(command, "--enable-memory-saver"):
+            return False
+        tags = ["kv_cache", "weights"] if thin else ["kv_cache"]
+        status, data = client.call("POST", "/release_memory_occupation", {"tags": tags}, timeout_s=600.0)
+        if status != 200:
+            words = data[:200].decode(errors="replace")
+            log.info("SGLang does not release its memory (%d: %s); the driver carries it", status, words)
+        return status == 200
+
+    def take_up(self, client: Client, model: str, thin: bool) -> None:
+        """Each tag exactly once: a resume of what is there ends SGLang's scheduler."""
+        if thin:
+            self._resume(client, "weights")
+            self.reload_weights(client, model)
+        self._resume(client, "kv_cache")
+
+    def _resume(self, client: Client, tag: str) -> None:
+        status, data = client.call("POST", "/resume_memory_occupation", {"tags": [tag]}, timeout_s=600.0)
+        if status != 200:
+            words = " ".join(data.decode(errors="replace").split())[:200]
+            raise EngineFailed("wake-failed", f"SGLang answered {status} to resuming {tag}: {words}")

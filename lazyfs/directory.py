@@ -60,6 +60,14 @@ def import_directory(
     return _import(path, url, record_file, tag, progress, zstd)
 
 
+def known_digest(path: Path, store_url: str | None = None) -> str | None:
+    """What `import_directory` would answer without reading anything; None where the directory is new or has changed since."""
+    path = Path(path).expanduser().absolute()
+    url = normal_url(store_url or default_store_url())
+    record = _load(_record_file(path, url))
+    return str(record["manifest"]) if record is not None and record["stats"] == _stats(path) else None
+
+
 def read_through(source: Path | str, *, cache_dir: Path | None = None) -> str:
     """The digest of a manifest that shows a directory, or an object prefix's URL, without importing it.
 

@@ -100,7 +100,9 @@ def main() -> None:
     """The console script."""
     if sys.argv[1:2] in (["launch"], ["restore"]):
         from checkpoint import prefork
+        from plugin import first
 
+        first.stand_in()
         prefork.start()
     run(sys.argv[1:])
 

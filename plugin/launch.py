@@ -9,7 +9,9 @@ from __future__ import annotations
 # First of all: process 1 of the sandbox starts (30 ms) while this process imports what it needs.
 if __name__ == "__main__":
     from checkpoint import prefork
+    from plugin import first
 
+    first.stand_in()
     prefork.start()
 
 import logging
@@ -90,6 +92,12 @@ class Seconds(click.ParamType[float]):
     metavar="URL",
     show_envvar=True,
     help="Where weights are kept as chunks.  [default: a folder in $QUICKTHAW_HOME]",
+)
+@click.option(
+    "--snapshot-store",
+    metavar="URL",
+    show_envvar=True,
+    help="Where compile caches are kept: fetched before a cold start, stored after one.",
 )
 @click.option("--mount/--no-mount", default=True, show_envvar=True, help="Show the weights through the lazy mount.")
 @click.option("--snapshot/--no-snapshot", default=True, show_envvar=True, help="Take a snapshot where there is none.")
@@ -189,6 +197,7 @@ def launch(engine: str, engine_arguments: tuple[str, ...], **options: Any) -> in
             engine_python=os.path.abspath(python),
             home=state_home(),
             store_url=options["store"],
+            snapshot_store=options["snapshot_store"],
             name=options["name"],
             replicas=options["replicas"],
             weights=options["weights"],

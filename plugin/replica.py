@@ -9,15 +9,13 @@ Promises: a start that fails leaves no process, mount, namespace or file. A fail
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,15 +24,15 @@ from checkpoint import snapshot as snapshots
 from checkpoint.criu import Criu
 from checkpoint.errors import Busy, CheckpointError, Failed, HostLacks, Incompatible, Integrity
 from checkpoint.library import Library
-from checkpoint.manifest import FORMAT, Canary, Snapshot
-from checkpoint.manifest import Phase as TimelinePhase
+from checkpoint.manifest import Snapshot
 from checkpoint.sandbox import CACHE_DIR, Bind, Sandbox, SandboxConfig
 from launchers import control
 from launchers.bare import BareProcess, free_port
-from launchers.base import CANARY_PROMPT, ENGINE_SITE, INNER_PORT, Engine, Probe
+from launchers.base import ENGINE_SITE, INNER_PORT, Engine, Probe
 from launchers.client import Client
 from launchers.engine_site import engine_site
 from launchers.errors import EngineFailed, LauncherError
+from plugin import rates, taking
 from plugin.layers import Layers
 from plugin.output import Output
 from plugin.phases import Phase, PhaseTracker, Span
@@ -47,6 +45,7 @@ if TYPE_CHECKING:
     from checkpoint.identity import Here
     from checkpoint.identity import Identity as IdentityRecord
     from checkpoint.pages.server import PageServer
+    from plugin.compile_cache import CompileCache
 
 log = logging.getLogger("quickthaw")
 FIRST_ANSWER_WAIT_S = 2.0
@@ -55,10 +54,6 @@ WORKING_SET_WAIT_S = 10.0
 DRIFT_FAULTS = 100
 """Faults beside a known working set above which it has drifted and what it missed is added."""
 PAGES_LIMIT_S = 600.0
-THIN_WORTH_BYTES = 1 << 30
-"""Weights below this are carried in the snapshot without measuring: they cost less than a reload's own overhead."""
-RESTORE_RATE = 1.4e9
-"""Bytes of weights a second that a restore brings back inside the images (docs/measurements.md)."""
 NVIDIA = Path("/dev/nvidiactl")
 Place = Sandbox | BareProcess
 
@@ -115,35 +110,30 @@ class Replica:
         self.page_stats: dict[str, float] = {}
         self._cuda: Helper | None = None
         self._identity: Here | None = None
+        self._multi_gpu: bool | None = None
+        self.command = self.settings.command
+        """What the engine was started with: the user's, and on a GPU what `put_away` needs."""
+        self.refused: Incompatible | None = None
+        """Why the last restore was refused, where it was."""
 
     # Starting
 
-    def start(self) -> None:
+    def start(self, before_cold: Callable[[], object] | None = None) -> None:
         """Bring the engine to serving. Raises LauncherError or CheckpointError when that has finally failed.
 
-        Three ways, each after the one before it failed: restore with the working set first, restore the plain way, start cold.
+        Three ways, each after the one before it failed: restore with the working set first, restore the plain way, start cold. With
+        `before_cold`, that is called (it may wait for another replica's snapshot) and restoring tried once more before a cold start.
         A start that `stop` interrupts raises as well, and tries no other way.
         """
         self.exit_code = None
-        name = self._restorable()
-        ways = ((True, False) if self.settings.lazy_restore and self._lazy_works else (False,)) if name else ()
-        for lazy in ways:
-            assert name is not None
-            try:
-                self._restore(name, lazy)
+        if self._start_from_snapshot():
+            return
+        if before_cold is not None:
+            before_cold()
+            if self._stopped:
+                raise EngineFailed("stopped", "told to stop while the engine started")
+            if self._start_from_snapshot():
                 return
-            except (CheckpointError, LauncherError) as error:
-                if self._stopped:
-                    self._clear()
-                    raise
-                again = lazy and not isinstance(error, Incompatible | Integrity | HostLacks | Busy)
-                self._restore_failed(name, error, again)
-                if again:
-                    self._lazy_works = False
-                    continue
-                if self.settings.strict or self.settings.named:
-                    raise
-                break
         if self.settings.named:
             raise HostLacks(
                 "cannot-restore",
@@ -156,6 +146,30 @@ class Replica:
             if not self._stopped:
                 self.tracker.to(Phase.FAILED, str(error))
             raise
+
+    def _start_from_snapshot(self) -> bool:
+        """Restore where there is something to restore; whether the replica serves. Raises only where a cold start may not follow."""
+        self.refused = None
+        name = self.restorable()
+        ways = ((True, False) if self.settings.lazy_restore and self._lazy_works else (False,)) if name else ()
+        for lazy in ways:
+            assert name is not None
+            try:
+                self._restore(name, lazy)
+                return True
+            except (CheckpointError, LauncherError) as error:
+                if self._stopped:
+                    self._clear()
+                    raise
+                again = lazy and not isinstance(error, Incompatible | Integrity | HostLacks | Busy)
+                self._restore_failed(name, error, again)
+                if again:
+                    self._lazy_works = False
+                    continue
+                if self.settings.strict or self.settings.named:
+                    raise
+                break
+        return False
 
     @property
     def identity(self) -> Here:
@@ -181,16 +195,18 @@ class Replica:
         """The user's name for the snapshot, or one made of engine, model and identity."""
         if self.settings.name:
             return self.settings.name
-        model = Path(self.settings.command.model).name or "model"
+        # Where clients ask for a name of its own, the folder's does not matter: the model counts by its digest.
+        served = self.identity.arguments.get("--served-model-name", ())
+        model = served[-1][0] if served and served[-1] else Path(self.settings.command.model).name or "model"
         slug = "".join(c if c.isalnum() or c in "._" else "-" for c in model.lower()).strip("-.")[:60] or "model"
         return f"{self.settings.engine}-{slug}-{self.identity.key[:10]}"
 
-    def _restorable(self) -> str | None:
+    def restorable(self) -> str | None:
         """The snapshot to restore, or None; why not is said once where it is not obvious."""
         if not self.settings.use_snapshot or self.layers.snapshots:
             return None
         name = self.snapshot_name
-        if not self.library.has(name):
+        if not self.library.has(name) or self.multi_gpu():
             return None
         health = self.library.health(name)
         if health.quarantined:
@@ -203,15 +219,37 @@ class Replica:
             return None
         return name
 
+    def multi_gpu(self) -> bool:
+        """Whether this launch is one that no driver can checkpoint; said once, with the way out."""
+        if self._multi_gpu is None:
+            from checkpoint.cuda import refuse_parallel
+
+            self._multi_gpu = False
+            if self.identity.host.gpus:
+                try:
+                    refuse_parallel(self.identity.arguments)
+                except Incompatible as error:
+                    log.warning("no snapshots: %s", error)
+                    self._multi_gpu = True
+        return self._multi_gpu
+
     def _restore_failed(self, name: str, error: Exception, again: bool) -> None:
         self._clear()
         self.tracker.to(Phase.FAILED, str(error))
         if again:
             log.warning("restoring %s with its working set first failed (%s); restoring the plain way", name, error)
             return
-        if not isinstance(error, Incompatible | HostLacks | Busy):
+        if isinstance(error, Incompatible):
+            self.refused = error
+        elif not isinstance(error, HostLacks | Busy):
             self.library.failed(name, str(error))
-        log.warning("restore of %s failed: %s; starting cold under the same held requests", name, error)
+        what = taking.refusal(error) if isinstance(error, Incompatible) else error
+        log.warning(
+            "restore of %s failed: %s%s",
+            name,
+            what,
+            "" if self.settings.strict or self.settings.named else "; starting cold under the same held requests",
+        )
 
     # Restore
 
@@ -241,7 +279,8 @@ class Replica:
             # The mount prefetches what the last load read while CRIU is still at work.
             threading.Thread(target=self.weights.mount, name="weights", daemon=True).start()
         mounted = self.weights.mounted()
-        binds = self._binds(mounted)
+        place = self._model_place(snapshot)
+        binds = self._binds(mounted, place)
         self.spans = {"identity": time.monotonic() - began}
         self.tracker.to(Phase.RESTORING)
         outputs = {"stdout": Output(self.stdout), "stderr": Output(self.stderr)}
@@ -252,11 +291,11 @@ class Replica:
                 self.criu,
                 snapshot,
                 binds,
-                self._compile_cache(),
+                self.compile_cache(),
                 {stream: output.write_fd for stream, output in outputs.items()},
                 on_exit=self._ended,
                 lazy=self._lazy(name) if lazy else None,
-                driver=self._driver(),
+                driver=self.driver(),
                 gpu_pairs=self._gpu_pairs(recorded),
                 underway=self.underway.set,
             )
@@ -270,15 +309,21 @@ class Replica:
         self._now_running(Running(sandbox, restored.root_pid, snapshot.port, client, outputs, restored))
         self.tracker.to(Phase.WAKING)
         control.tell(sandbox.init_pid, control.WAKE)
-        if snapshot.weights == "thin":
-            if mounted is None:
-                self._wait_weights(sandbox)
-            self.engine.reload_weights(client, self.settings.command.model)
+        if snapshot.weights == "thin" and mounted is None:
+            self._wait_weights(sandbox, place)
+        if snapshot.asleep:
+            self.engine.take_up(client, snapshot.model, snapshot.weights == "thin")
+        elif snapshot.weights == "thin":
+            self.engine.reload_weights(client, snapshot.model)
         self.tracker.to(Phase.VERIFYING)
         self._compare(snapshot)
         self.library.succeeded(name)
         self.snapshot, self.restored = snapshot, True
         self._serve()
+        if not restored.pages:
+            rates.remember(
+                self.settings.home, snapshot.image_bytes, restored.spans["criu"], bool(snapshot.gpu.processes)
+            )
         if restored.pages:
             threading.Thread(
                 target=self._follow, args=(name, restored.pages), name="page-follower", daemon=True
@@ -307,7 +352,10 @@ class Replica:
         recording = not self.library.working_set(name).exists()
         # While a working set is recorded, page by page, the first answer takes seconds; it belongs into the first part all the same.
         self._wait_served(1, FIRST_ANSWER_WAIT_S * (10 if recording else 1))
-        log.debug("pages at the first token: %s", pages.stats())
+        early = pages.stats()
+        log.debug("pages at the first token: %s", early)
+        placing_s = early.get("hot_done_s", 0.0) - early.get("first_placed_s", 0.0)
+        rates.remember(self.settings.home, early.get("bytes_ahead", 0.0), placing_s, gpu=False)
         pages.first_token()
         self._wait_served(WORKING_SET_REQUESTS, WORKING_SET_WAIT_S)
         drifted = not recording and pages.stats().get("faults_missed", 0) > DRIFT_FAULTS
@@ -322,7 +370,7 @@ class Replica:
         while self.served() < count and time.monotonic() < limit and self.running is not None:
             time.sleep(0.02)
 
-    def _driver(self) -> Driver | None:
+    def driver(self) -> Driver | None:
         """The CUDA driver's checkpoint calls, where this host has an NVIDIA device; one helper process for the life of this replica."""
         if self._cuda is None and NVIDIA.exists():
             from checkpoint.cuda.helper import Helper
@@ -355,10 +403,26 @@ class Replica:
                 "canary-differs", f"the restored engine generates {got} where {snapshot.canary.token_ids} was recorded"
             )
 
-    def _wait_weights(self, sandbox: Sandbox) -> None:
+    def _wait_weights(self, sandbox: Sandbox, place: str) -> None:
         mounted = self.weights.mount()
         if mounted:
-            sandbox.attach(mounted, Path(self.weights.shown_at))
+            sandbox.attach(mounted, Path(place))
+
+    def _model_place(self, snapshot: Snapshot) -> str:
+        """Where the restored engine reads its model: the folder it was started with, whatever path this launch names the model by.
+
+        Raises Incompatible where this host has no such folder, or not the one the engine was running in.
+        """
+        here = self.weights.shown_at if self.weights.path else ""
+        place = snapshot.model_path or here
+        if self.settings.named and snapshot.weights == "full":
+            return place  # its weights are in the images, and there is no cold start to go to
+        for folder, code in ((place, "model-path-missing"), (snapshot.cwd, "working-folder-missing")):
+            if folder and not Path(folder).is_dir():
+                raise Incompatible(
+                    code, f"the engine of {snapshot.name} expects the folder {folder}, which is not here; make it"
+                )
+        return place
 
     # Cold start
 
@@ -366,16 +430,20 @@ class Replica:
         prefork.discard()
         self.underway.set()
         self.tracker.to(Phase.MOUNTING)
+        cache = self._kept_cache()
+        if cache:
+            cache.pull()
         mounted = None if self.layers.mount or not self.settings.mount else self.weights.mount()
         self.tracker.to(Phase.STARTING)
         outputs = {"stdout": Output(self.stdout), "stderr": Output(self.stderr)}
         sandboxed = not self.layers.sandbox
         site = engine_site(self.settings.home, Path(__file__).parent / "engine")
-        cache = self._compile_cache()
+        folder = self.compile_cache()
         place: Place
         if sandboxed:
             facts = self.criu.kernel_facts(self.settings.home) if self.criu else None
-            place = Sandbox(SandboxConfig(binds=self._binds(mounted), kernel_facts=facts), on_exit=self._ended)
+            binds = self._binds(mounted, self.weights.shown_at if mounted else "")
+            place = Sandbox(SandboxConfig(binds=binds, kernel_facts=facts), on_exit=self._ended)
             port = INNER_PORT
         else:
             place = BareProcess(on_exit=self._ended)
@@ -385,9 +453,14 @@ class Replica:
             self.settings.command,
             sandboxed=sandboxed,
             site=ENGINE_SITE if sandboxed else str(site),
-            cache=CACHE_DIR if sandboxed else str(cache),
+            cache=CACHE_DIR if sandboxed else str(folder),
         )
-        argv = self.engine.command(self.settings.engine_python, self.settings.command, "127.0.0.1", port)
+        command = self.settings.command
+        if sandboxed and taking.on_gpu(self):
+            extra = self.engine.gpu_arguments(command, self.identity.engine.packages)
+            command = replace(command, arguments=(*command.arguments, *extra))
+        self.command = command
+        argv = self.engine.command(self.settings.engine_python, command, "127.0.0.1", port)
         client = Client(lambda: place.connect(port), self.settings.command.api_key)
         try:
             pid = place.start(argv, environment, os.getcwd(), outputs["stdout"].write_fd, outputs["stderr"].write_fd)
@@ -404,16 +477,17 @@ class Replica:
         probe = Probe(lambda: place.exit_code(pid), lambda: self._last_words(outputs), self.settings.start_timeout_s)
         self.engine.wait_ready(client, probe, lambda: None)
         self.tracker.to(Phase.WARMING)
-        cold_s = sum(span.took_s for span in self._this_start())
+        cold_s = sum(span.took_s for span in self.this_start())
         self.restored = False
-        if self._wanted_snapshot(place):
-            assert isinstance(place, Sandbox)
+        if isinstance(place, Sandbox) and taking.wanted(self):
             # Without a snapshot to warm for, those who wait are served at once, as the engine alone would serve them.
             self.engine.warm_up(client, self.settings.command)
-            self._take(place, pid, port, outputs, cold_s)
+            taking.take(self, place, pid, port, outputs, client, cold_s)
         self._serve()
+        if cache:
+            cache.push_later()
 
-    def _this_start(self) -> tuple[Span, ...]:
+    def this_start(self) -> tuple[Span, ...]:
         """The spans of the current cold start, without those of a restore that failed before it."""
         spans = self.tracker.timeline
         starts = [index for index, span in enumerate(spans) if span.phase is Phase.MOUNTING]
@@ -424,105 +498,6 @@ class Replica:
         words = outputs["stderr"].last()
         return outputs["stdout"].last() if words.startswith("(") else words
 
-    def _wanted_snapshot(self, place: Place) -> bool:
-        if not self.settings.take_snapshot or self.layers.snapshots or not isinstance(place, Sandbox):
-            return False
-        name = self.snapshot_name
-        # A snapshot that is there and was not restored is somebody else's to judge, unless its bytes are known to be wrong.
-        return not self.library.has(name) or self.library.health(name).reason.startswith(_DAMAGED)
-
-    def _take(self, sandbox: Sandbox, pid: int, port: int, outputs: dict[str, Output], cold_s: float) -> None:
-        """Shrink, dump and go on. Failures are said and survived: the engine serves without a snapshot."""
-        assert self.criu is not None
-        running = self.running
-        assert running is not None
-        weight_bytes = 0
-        try:
-            self.tracker.to(Phase.SHRINKING)
-            token_ids = self.engine.canary(running.client)
-            kv_bytes = 0
-            thin = self._thin(running.client)
-            if self.settings.shrink:
-                control.ask_for_thin(sandbox.control_dir, thin)
-                self.engine.shrink(running.client)
-                control.ask_for_thin(sandbox.control_dir, False)
-                kv_bytes = control.bytes_dropped(sandbox.control_dir, "kv")
-                weight_bytes = control.bytes_dropped(sandbox.control_dir, "weights")
-                control.shrink_all(sandbox.init_pid, sandbox.control_dir)
-            self.tracker.to(Phase.CHECKPOINTING)
-            draft = Snapshot(
-                format=FORMAT,
-                name=self.snapshot_name,
-                created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-                engine=self.settings.engine,
-                model=self.settings.command.model,
-                model_digest=self.weights.digest,
-                weights="thin" if weight_bytes else "full",
-                identity=self.identity.record().encode(),
-                root_pid=pid,
-                top_pid=pid,
-                port=port,
-                pipes={stream: output.name for stream, output in outputs.items()},
-                monotonic_ns=0,
-                canary=Canary(CANARY_PROMPT, token_ids),
-                image_bytes=0,
-                kv_cache_bytes=kv_bytes,
-                cold_s=round(cold_s, 3),
-                timeline=[TimelinePhase(str(span.phase), round(span.took_s, 4)) for span in self._this_start()],
-                files={},
-            )
-            from checkpoint.sealing import seal
-
-            self.snapshot = snapshots.take(
-                self.library, self.criu, sandbox, draft, self._compile_cache(), seal, self._signer()
-            )
-            self.library.succeeded(draft.name)
-        except Busy as error:
-            log.info("no snapshot by this launch: %s", error)
-        except (CheckpointError, LauncherError, OSError) as error:
-            log.warning("no snapshot: %s; the engine serves without one", _one_line(error))
-            if self.settings.strict:
-                raise
-        self.tracker.to(Phase.RESUMING)
-        if weight_bytes:
-            self.engine.reload_weights(running.client, self.settings.command.model)
-        again = self.engine.canary(running.client)
-        if self.snapshot and again != self.snapshot.canary.token_ids:
-            log.warning(
-                "the engine answers differently after its own dump (%s, %s); the snapshot is removed",
-                again,
-                self.snapshot.canary,
-            )
-            self.library.remove(self.snapshot.name)
-            self.snapshot = None
-
-    def _thin(self, client: Client) -> bool:
-        """Whether the snapshot leaves the weights out: as told, or whichever is faster as measured here and now."""
-        if self.settings.weights != "auto":
-            return self.settings.weights == "thin"
-        size = self.weights.size
-        if size < THIN_WORTH_BYTES:
-            return False
-        began = time.monotonic()
-        self.engine.reload_weights(client, self.settings.command.model)
-        reload_s, carry_s = time.monotonic() - began, size / RESTORE_RATE
-        chosen = "thin" if reload_s < carry_s else "full"
-        log.info(
-            "weights %s: reading %.1f GB again took %.1f s, carrying it would take %.1f s",
-            chosen,
-            size / 1e9,
-            reload_s,
-            carry_s,
-        )
-        return chosen == "thin"
-
-    def _signer(self) -> Callable[[bytes], bytes] | None:
-        if self.settings.sign_key is None:
-            return None
-        from checkpoint.signing import signer
-
-        return signer(self.settings.sign_key)
-
     # Common parts
 
     def _serve(self) -> None:
@@ -531,19 +506,37 @@ class Replica:
             raise EngineFailed("engine-died", "the engine ended just before it served; see its log")
         self.tracker.to(Phase.SERVING)
 
-    def _compile_cache(self) -> Path:
+    def _kept_cache(self) -> CompileCache | None:
+        """The archive of compiled code in the snapshot store, where one is given; None else, or where it may not be believed."""
+        url = self.settings.snapshot_store
+        if url is None:
+            return None
+        try:
+            name = self.identity.compile_cache
+        except CheckpointError as error:
+            log.warning("compile cache not used: %s", error)
+            return None
+        from plugin.compile_cache import CompileCache
+
+        return CompileCache(self.compile_cache(), url, name, believed=not self.settings.trust_keys)
+
+    def compile_cache(self) -> Path:
         folder = self.settings.home / "compile" / self.settings.engine
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         (folder / "tmp-inductor").mkdir(mode=0o700, exist_ok=True)
         return folder
 
-    def _binds(self, mounted: Path | None) -> list[Bind]:
+    def _binds(self, mounted: Path | None, place: str) -> list[Bind]:
+        """What the sandbox shows of the host; the model at `place`, where the engine reads it."""
         binds = [
-            Bind(self._compile_cache(), Path(CACHE_DIR), read_only=False),
+            Bind(self.compile_cache(), Path(CACHE_DIR), read_only=False),
             Bind(engine_site(self.settings.home, Path(__file__).parent / "engine"), Path(ENGINE_SITE)),
         ]
         if mounted:
-            binds.append(Bind(mounted, Path(self.weights.shown_at)))
+            binds.append(Bind(mounted, Path(place)))
+        elif self.weights.path and place not in ("", self.weights.shown_at) and Path(place).is_dir():
+            # Another folder than the user named: what lies there now is unknown, and what the user named is checked.
+            binds.append(Bind(self.weights.path.absolute(), Path(place)))
         return binds
 
     def _ended(self, pid: int, code: int) -> None:
@@ -592,12 +585,3 @@ class Replica:
         # The pool gives this replica nothing by now; asleep is said when nothing of it is left.
         self._clear()
         self.tracker.to(Phase.ASLEEP)
-
-
-_DAMAGED = ("manifest-", "file-", "canary-differs", "signature-")
-
-
-def _one_line(error: Exception) -> str:
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"disk-full: {error.filename or 'the state folder'} is full; make room or set QUICKTHAW_HOME"
-    return str(error)

@@ -8,7 +8,9 @@ from __future__ import annotations
 # First of all: process 1 of the sandbox starts (30 ms) while this process imports what it needs.
 if __name__ == "__main__":
     from checkpoint import prefork
+    from plugin import first
 
+    first.stand_in()
     prefork.start()
 
 import os
@@ -71,16 +73,18 @@ def restore(snapshot: str, **options: Any) -> int:
     port = engine.default_port if options["port"] is None else options["port"]
     interpreter = found.identity.get("engine", {}).get("interpreter", sys.executable)
     key = options["api_key"] or engine.key_from(os.environ)
+    # The folder the engine reads, wherever this command is called from; the name on its command line may be relative to another place.
+    model = found.model_path if Path(found.model_path or "/nonexistent").is_dir() else found.model
     return launch(
         LaunchSettings(
             engine=found.engine,
-            command=EngineCommand(found.engine, (), found.model, host, port, key),
+            command=EngineCommand(found.engine, (), model, host, port, key),
             engine_python=str(interpreter),
             home=home,
             store_url=options["store"],
             name=snapshot,
             replicas=options["replicas"],
-            mount=Path(found.model).is_dir(),
+            mount=Path(model).is_dir(),
             take_snapshot=False,
             named=True,
             verify=options["verify"],

@@ -85,7 +85,7 @@ class Launch:
     # The replicas' side: threads
 
     def begin(self, criu: Any, engine: Any, weights: Weights) -> None:
-        """Start the first replica in a thread of its own; the others follow it, from its snapshot where it takes one."""
+        """Start the replicas in threads of their own: all at once from a snapshot that is there, else the others from the first one's."""
         self.weights = weights
         for index in range(self.settings.replicas):
             tracker = PhaseTracker()
@@ -109,11 +109,27 @@ class Launch:
     def _start_all(self) -> None:
         first, *others = self.replicas
         threading.Thread(target=self._sweep, name="sweeper", daemon=True).start()
-        if not self._start_one(first):
-            return
-        threads = [threading.Thread(target=self._start_one, args=(other,), daemon=True) for other in others]
-        for thread in threads:
-            thread.start()
+        first_done = threading.Event()
+        together = others and self._something_to_restore(first)
+        if together:
+            self._start_in_threads(others, first_done.wait)
+        try:
+            served = self._start_one(first)
+        finally:
+            first_done.set()
+        if served and not together:
+            self._start_in_threads(others, None)
+
+    def _start_in_threads(self, replicas: list[Replica], before_cold: Callable[[], object] | None) -> None:
+        for replica in replicas:
+            threading.Thread(target=self._start_one, args=(replica, before_cold), daemon=True).start()
+
+    @staticmethod
+    def _something_to_restore(replica: Replica) -> bool:
+        try:
+            return replica.restorable() is not None
+        except (CheckpointError, LauncherError):
+            return False  # the start itself says why
 
     def _sweep(self) -> None:
         """What killed launches left goes while this one has better to do than wait for it."""
@@ -121,9 +137,9 @@ class Launch:
         with contextlib.suppress(OSError):
             self.replicas[0].library.sweep()
 
-    def _start_one(self, replica: Replica) -> bool:
+    def _start_one(self, replica: Replica, before_cold: Callable[[], object] | None = None) -> bool:
         try:
-            replica.start()
+            replica.start(before_cold)
         except (CheckpointError, LauncherError) as error:
             self._start_failed(error)
             return False

@@ -234,7 +234,7 @@ def multi_gpu_refusal(subject: str) -> Incompatible:
     return Incompatible(
         "multi-gpu",
         f"{subject} cannot checkpoint memory shared between GPUs; "
-        "it starts cold, each rank reading the lazy mount and the kept compile cache",
+        "it starts cold, each rank reading the lazy mount; --snapshot-store keeps its compiled code for other hosts",
     )
 
 

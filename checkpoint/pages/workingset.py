@@ -14,6 +14,7 @@ import contextlib
 import json
 import os
 import struct
+import zlib
 from collections.abc import Iterable, Sequence
 
 from checkpoint.pages.images import PAGE, ProcessImage
@@ -23,7 +24,7 @@ Range = tuple[int, int, int]
 
 FILE_NAME = "working-set.qws"
 _MAGIC = b"QTWS"
-_VERSION = 1
+_VERSION = 2
 _ENTRY = struct.Struct("<QII")
 
 # Pages are put together that lie this near to each other: one more page costs 1.6 µs to copy, one more call 3 µs.
@@ -78,16 +79,17 @@ class WorkingSet:
         """Write the file, whole or not at all, mode 0600."""
         processes = sorted({process for process, _, _ in self.ranges})
         index = {process: number for number, process in enumerate(processes)}
-        head = json.dumps(
-            {"version": _VERSION, "processes": processes, "first": self.first, "ranges": len(self.ranges)}
-        ).encode()
+        body = b"".join(
+            _ENTRY.pack(start, (end - start) // PAGE, index[process]) for process, start, end in self.ranges
+        )
+        # The manifest's digests do not cover this file, and a wild range would keep a restore waiting for pages that no image has.
+        facts = {"version": _VERSION, "processes": processes, "first": self.first, "ranges": len(self.ranges)}
+        head = json.dumps({**facts, "crc": zlib.crc32(json.dumps(facts).encode() + body)}).encode()
         temporary = f"{path}.{os.getpid()}.tmp"
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         try:
             with open(fd, "wb") as file:
-                file.write(_MAGIC + struct.pack("<I", len(head)) + head)
-                for process, start, end in self.ranges:
-                    file.write(_ENTRY.pack(start, (end - start) // PAGE, index[process]))
+                file.write(_MAGIC + struct.pack("<I", len(head)) + head + body)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
@@ -107,11 +109,14 @@ class WorkingSet:
             (size,) = struct.unpack_from("<I", data, 4)
             head = json.loads(data[8 : 8 + size])
             processes, first, count = head["processes"], head["first"], head["ranges"]
-            if head["version"] != _VERSION:
+            if head["version"] not in (1, _VERSION):
                 raise BadWorkingSet(f"{path} is of version {head['version']}, and this reads {_VERSION}")
             body = data[8 + size :]
             if len(body) != count * _ENTRY.size or not 0 <= first <= count:
                 raise BadWorkingSet(f"{path} is truncated")
+            crc = head.pop("crc", None)  # version 1 had none
+            if head["version"] > 1 and crc != zlib.crc32(json.dumps(head).encode() + body):
+                raise BadWorkingSet(f"{path} is damaged")
             ranges = [
                 (processes[index], start, start + pages * PAGE) for start, pages, index in _ENTRY.iter_unpack(body)
             ]

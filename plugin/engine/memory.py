@@ -65,6 +65,22 @@ def drop_weights(model):
     return discard(parameter.data for parameter in model.parameters())
 
 
+def areas(tensors):
+    """Where CPU tensors lie: (address, bytes) of each storage, in order, neighbours put together."""
+    spans = set()
+    for tensor in tensors:
+        if tensor.device.type == "cpu":
+            storage = tensor.untyped_storage()
+            spans.add((storage.data_ptr(), storage.nbytes()))
+    found: list[list[int]] = []
+    for start, size in sorted(spans):
+        if found and start <= sum(found[-1]):
+            found[-1][1] = max(found[-1][1], start + size - found[-1][0])
+        else:
+            found.append([start, size])
+    return found
+
+
 def close_nvml():
     """Shut NVML down in this process, as often as it was initialised: an open /dev/nvidiactl is what CRIU refuses to dump.
 

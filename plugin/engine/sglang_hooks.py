@@ -4,6 +4,8 @@ SGLang has no way to call into a scheduler by name, so shrinking hangs on what i
 after it has succeeded the KV pool holds nothing, so its pages are dropped.
 """
 
+import json
+
 from . import control, memory
 
 
@@ -11,8 +13,10 @@ def _after_flush(result, scheduler, *args, **kwargs):
     if result:
         pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
         dropped = memory.discard(memory.tensors_in(pool))
+        model = scheduler.tp_worker.model_runner.model
+        control.answer("areas", json.dumps(memory.areas(parameter.data for parameter in model.parameters())))
         if control.thin():
-            control.answer("weights", str(memory.drop_weights(scheduler.tp_worker.model_runner.model)))
+            control.answer("weights", str(memory.drop_weights(model)))
         memory.trim()
         control.answer("kv", str(dropped))
     return result

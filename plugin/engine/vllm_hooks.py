@@ -4,6 +4,8 @@ Adds one method to the workers, called through vLLM's own `/collective_rpc`: `qu
 May be loaded more than once in a process, as vLLM's contract asks.
 """
 
+import json
+
 from . import control, memory
 
 
@@ -12,8 +14,10 @@ def _shrink(self):
     worker = getattr(self, "worker", self)
     runner = worker.model_runner
     dropped = memory.discard(_flat(getattr(runner, "kv_caches", ())))
+    model = runner.get_model()
+    control.answer("areas", json.dumps(memory.areas(parameter.data for parameter in model.parameters())))
     if control.thin():
-        control.answer("weights", str(memory.drop_weights(runner.get_model())))
+        control.answer("weights", str(memory.drop_weights(model)))
     memory.trim()
     control.answer("kv", str(dropped))
     return dropped

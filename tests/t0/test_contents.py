@@ -96,7 +96,19 @@ def test_pages_of_a_parent_snapshot_are_not_counted(snapshot: Path) -> None:
     assert shares(inspect(snapshot).processes[1].total) == (4, 1, 2)
 
 
-def test_the_text_names_every_process_and_adds_up(snapshot: Path) -> None:
+def test_weights_are_told_apart_wherever_the_allocator_put_them(snapshot: Path) -> None:
+    server = inspect(snapshot).processes[0]
+    heap = next(area for area in server.largest if area.kind == "heap")
+    # From the middle of the first page on: only what is wholly weights counts as such.
+    found = inspect(snapshot, weights={"10": [(heap.start + PAGE // 2, 2 * PAGE)]}).processes[0]
+    assert found.kinds["weights"].bytes == PAGE
+    assert found.kinds["weights"].bytes + found.kinds["heap"].bytes == server.kinds["heap"].bytes
+    assert shares(found.total) == shares(server.total)
+    assert inspect(snapshot, weights={"20": [(heap.start, PAGE)]}).processes[0].kinds == server.kinds
+
+
+def test_the_text_names_every_process_and_adds_up(snapshot: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contents, "_NAMED", PAGE)
     lines = render(inspect(snapshot))
     assert any("10 server" in line for line in lines)
     assert any("/usr/lib/libx.so" in line for line in lines)

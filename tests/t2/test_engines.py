@@ -14,9 +14,12 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from checkpoint.archive import open_chunks, pull_cache
 from checkpoint.library import Library
+from checkpoint.manifest import Canary, dump
 from plugin import measure
 from plugin.presets import preset
 from plugin.settings import state_home
@@ -107,13 +110,17 @@ def rig(request, tmp_path_factory):
     (home / "compile").symlink_to(shared / "compile")
     (home / "criu").symlink_to(shared / "criu")
     rig = Rig(request.param, home)
-    with rig.running() as (port, answer, _, _):
+    with rig.running("--snapshot-store", str(home / "kept")) as (port, answer, _, command):
         rig.cold_text = answer.text
         rig.cold_status = measure.status(port)
         rig.denied = [post(port, path, {})[0] for path in sorted(_denied(request.param))[:3]]
         rig.mounts = [
             line for line in Path("/proc/self/mounts").read_text().splitlines() if str(home) in line and "fuse" in line
         ]
+        if request.param == "vllm":
+            limit = time.monotonic() + 120
+            while "kept in" not in command.log.read_text() and time.monotonic() < limit:
+                time.sleep(0.2)
     yield rig
     shutil.rmtree(home, ignore_errors=True)
 
@@ -168,13 +175,57 @@ def test_plain_restores_work_too(rig):
 
 def test_replicas_that_sample_differ_after_a_restore(rig):
     body = {"model": str(rig.preset.model), "prompt": "Once upon a time", "max_tokens": 24, "temperature": 1.0}
-    texts = []
+    texts, idents = [], []
     for _ in range(2):
         with rig.running(limit_s=120.0) as (port, _, _, _):
             status, data = post(port, "/v1/completions", body)
             assert status == 200
             texts.append(json.loads(data)["choices"][0]["text"])
+            idents.append(json.loads(data)["id"])
     assert texts[0] != texts[1]
+    assert idents[0] != idents[1]
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_the_engines_own_torch_and_numpy_are_reseeded(rig, fixed):
+    """What every process does when it is woken, with the libraries of this engine."""
+    script = (
+        "import random, sys; sys.path.insert(0, sys.argv[1]); import numpy, torch\n"
+        "from plugin.engine import control\n"
+        "draw = lambda: (random.random(), float(numpy.random.rand()), float(torch.rand(1)))\n"
+        "seed = lambda: (random.seed(1), numpy.random.seed(1), torch.manual_seed(1))\n"
+        "seed(); first = draw(); seed(); control.reseed(); second = draw()\n"
+        "print([a == b for a, b in zip(first, second)])\n"
+    )
+    env = {**os.environ, **rig.preset.environment, "QUICKTHAW_FIXED_SEED": "1" if fixed else "0"}
+    out = subprocess.run(
+        [str(rig.preset.python), "-c", script, str(REPO)], env=env, capture_output=True, text=True, timeout=120
+    )
+    assert out.stdout.strip() == str([fixed] * 3), out.stderr[-2000:]
+
+
+def test_the_compiled_code_was_kept_and_comes_back_elsewhere(rig, tmp_path):
+    """What the cold start left in the snapshot store, beside the snapshot."""
+    names = [p.name for p in (rig.home / "kept").rglob(f"compile-{rig.engine}-*")]
+    if rig.engine == "sglang" and not names:
+        return  # on a CPU with the native attention SGLang compiles nothing
+    assert len(set(names)) == 1, names
+    folder = tmp_path / "compile"
+    assert pull_cache(names[0], open_chunks(str(rig.home / "kept")), folder) > 0
+    have = {str(p.relative_to(folder)): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
+    original = state_home() / "compile" / rig.engine
+    assert have == {name: (original / name).stat().st_size for name in have}
+    if rig.engine == "vllm":
+        assert any("torch_compile_cache" in name or "inductor" in name for name in have), sorted(have)[:20]
+
+
+def test_weights_are_told_apart_in_the_images(rig):
+    from checkpoint.contents import inspect
+
+    snapshot = rig.library.load(NAME)
+    found = inspect(rig.library.path(NAME), weights=snapshot.weight_areas)
+    weights = sum(process.kinds["weights"].bytes for process in found.processes if "weights" in process.kinds)
+    assert 260e6 < weights < 300e6  # SmolLM2 in bf16 has 269 MB
 
 
 def test_a_request_to_a_sleeping_engine_wakes_it(rig):
@@ -244,9 +295,10 @@ def test_a_wrong_canary_goes_the_cold_way_under_the_same_held_request(rig):
         return  # the same code for both engines, and a cold start of a minute
     manifest = rig.library.path(NAME) / "manifest.json"
     good = manifest.read_bytes()
-    data = json.loads(good)
-    data["canary"]["token_ids"][-1] += 1
-    manifest.write_text(json.dumps(data))
+    # A manifest that is whole and says something else: only the engine itself can tell.
+    found = rig.library.load(NAME)
+    wrong = [*found.canary.token_ids[:-1], found.canary.token_ids[-1] + 1]
+    manifest.write_bytes(dump(msgspec.structs.replace(found, canary=Canary(found.canary.prompt, wrong))))
     try:
         with rig.running("--no-snapshot") as (port, answer, _, command):
             assert answer.text == rig.cold_text
@@ -286,6 +338,21 @@ def test_the_image_without_the_kv_cache_is_smaller_by_at_least_its_size(rig):
     rig.library.remove("naive")
     assert naive.kv_cache_bytes == 0
     assert naive.image_bytes - small.image_bytes >= small.kv_cache_bytes * 0.99
+
+
+def test_a_thin_snapshot_carries_no_weights_and_answers_the_same(rig):
+    """The weights are read again through the lazy mount, by the engine's own reload."""
+    with rig.running("--weights", "thin", "--name", "thin") as (_, answer, _, _):
+        assert answer.text == rig.cold_text
+    full, thin = rig.library.load(NAME), rig.library.load("thin")
+    assert thin.weights == "thin"
+    # Weights smaller than a megabyte, and those that share a page with something else, stay.
+    assert full.image_bytes - thin.image_bytes > 150e6
+    for _ in range(2):
+        with rig.running("--weights", "thin", "--name", "thin", limit_s=120.0) as (port, answer, _, _):
+            assert answer.text == rig.cold_text
+            assert phases(port) == [["mounting", "restoring", "waking", "verifying"]]
+    rig.library.remove("thin")
 
 
 def test_an_engine_that_cannot_load_says_so_in_one_line(rig, tmp_path):

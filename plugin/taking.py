@@ -1,0 +1,210 @@
+"""Taking a replica's snapshot at the end of its cold start: make the engine small, dump it, let it go on.
+
+Promises: a snapshot that cannot be taken costs the snapshot, never the engine (unless `strict`); after it the engine has back what was
+put away, and generates what it generated before, or the snapshot is removed.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from checkpoint import snapshot as snapshots
+from checkpoint.errors import Busy, CheckpointError, Incompatible
+from checkpoint.manifest import FORMAT, Canary, Snapshot
+from checkpoint.manifest import Phase as TimelinePhase
+from launchers import control
+from launchers.base import CANARY_PROMPT
+from launchers.client import Client
+from launchers.errors import LauncherError
+from plugin import rates
+from plugin.phases import Phase
+
+if TYPE_CHECKING:
+    from checkpoint.cuda.driver import Driver
+    from checkpoint.sandbox import Sandbox
+    from plugin.output import Output
+    from plugin.replica import Replica
+
+log = logging.getLogger("quickthaw")
+SMALL = 64 << 20
+"""Bytes of weights below which neither way is measured."""
+WORTH_S = 0.5
+"""Weights whose carrying costs a restore less than this are carried without trying a reload: there is nothing to win."""
+DAMAGED = ("manifest-", "file-", "canary-differs", "signature-")
+"""Reasons of a failed restore that say the snapshot's own bytes are wrong: the next cold start takes it anew."""
+PASSING = ("gpu-memory-short", "gpu-gone", "format-newer")
+"""Mismatches that say nothing against the snapshot: it stays."""
+
+
+def wanted(replica: Replica) -> bool:
+    """Whether this cold start shall end with a snapshot; why not is said where it is not obvious."""
+    settings, name = replica.settings, replica.snapshot_name
+    if not settings.take_snapshot or replica.layers.snapshots:
+        return False
+    if settings.trust_keys and settings.sign_key is None:
+        log.info("no snapshot by this launch: --trust-key without --sign-key would refuse it")
+        return False
+    if replica.multi_gpu():
+        return False
+    if not replica.library.has(name) or replica.library.health(name).reason.startswith(DAMAGED):
+        return True
+    refused = replica.refused
+    if refused is None or refused.code in PASSING:
+        # One that is there and was not restored is somebody else's to judge.
+        return False
+    if settings.name:
+        log.info("snapshot %s is another launch's or host's and is left alone; give another --name, or remove it", name)
+        return False
+    log.info("snapshot %s fits this host no longer and is taken anew", name)
+    return True
+
+
+def take(
+    replica: Replica, sandbox: Sandbox, pid: int, port: int, outputs: dict[str, Output], client: Client, cold_s: float
+) -> None:
+    """Warmed up → small → dumped → serving again. Failures are said and survived: the engine serves without a snapshot."""
+    settings, engine, tracker = replica.settings, replica.engine, replica.tracker
+    assert replica.criu is not None
+    weight_bytes, asleep, thin = 0, False, False
+    try:
+        tracker.to(Phase.SHRINKING)
+        token_ids = engine.canary(client)
+        driver = replica.driver()
+        gpu = driver is not None and _uses_gpu(driver, sandbox)
+        thin = _thin(replica, client, gpu)
+        kv_bytes = 0
+        if settings.shrink:
+            control.ask_for_thin(sandbox.control_dir, thin)
+            engine.shrink(client)
+            control.ask_for_thin(sandbox.control_dir, False)
+            if gpu:
+                asleep = engine.put_away(client, replica.command, thin)
+            kv_bytes = control.bytes_dropped(sandbox.control_dir, "kv")
+            weight_bytes = control.bytes_dropped(sandbox.control_dir, "weights")
+            control.shrink_all(sandbox.init_pid, sandbox.control_dir)
+        tracker.to(Phase.CHECKPOINTING)
+        draft = Snapshot(
+            format=FORMAT,
+            name=replica.snapshot_name,
+            created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            engine=settings.engine,
+            model=settings.command.model,
+            model_digest=replica.weights.digest,
+            weights="thin" if weight_bytes or (asleep and thin) else "full",
+            identity=replica.identity.record().encode(),
+            root_pid=pid,
+            top_pid=pid,
+            port=port,
+            pipes={stream: output.name for stream, output in outputs.items()},
+            monotonic_ns=0,
+            canary=Canary(CANARY_PROMPT, token_ids),
+            image_bytes=0,
+            kv_cache_bytes=kv_bytes,
+            cold_s=round(cold_s, 3),
+            timeline=[TimelinePhase(str(span.phase), round(span.took_s, 4)) for span in replica.this_start()],
+            files={},
+            asleep=asleep,
+            model_path=replica.weights.shown_at if replica.weights.path else "",
+            cwd=os.getcwd(),
+            weight_areas=control.weight_areas(sandbox.control_dir),
+        )
+        from checkpoint.sealing import seal
+
+        replica.snapshot = snapshots.take(
+            replica.library, replica.criu, sandbox, draft, replica.compile_cache(), seal, _signer(replica), driver
+        )
+        replica.library.succeeded(draft.name)
+    except Busy as error:
+        log.info("no snapshot by this launch: %s", error)
+    except (CheckpointError, LauncherError, OSError) as error:
+        log.warning("no snapshot: %s; the engine serves without one", one_line(error))
+        if settings.strict:
+            raise
+    tracker.to(Phase.RESUMING)
+    if asleep:
+        engine.take_up(client, settings.command.model, thin)
+    elif weight_bytes:
+        engine.reload_weights(client, settings.command.model)
+    again = engine.canary(client)
+    if replica.snapshot and again != replica.snapshot.canary.token_ids:
+        log.warning(
+            "the engine answers differently after its own dump (%s, %s); the snapshot is removed",
+            again,
+            replica.snapshot.canary,
+        )
+        replica.library.remove(replica.snapshot.name)
+        replica.snapshot = None
+
+
+def on_gpu(replica: Replica) -> bool:
+    """Whether a snapshot by this launch will hold GPU state, as far as can be told before the engine runs."""
+    settings = replica.settings
+    return (
+        settings.take_snapshot
+        and not replica.layers.snapshots
+        and replica.driver() is not None
+        and bool(replica.identity.host.gpus)
+        and not replica.multi_gpu()
+    )
+
+
+def _uses_gpu(driver: Driver, sandbox: Sandbox) -> bool:
+    """Whether a process of the engine holds a CUDA context: an engine may be told to compute on the CPU beside a GPU."""
+    from checkpoint import cuda
+
+    return bool(cuda.holders(driver, snapshots.processes(sandbox.init_pid)))
+
+
+def _thin(replica: Replica, client: Client, gpu: bool) -> bool:
+    """Whether the snapshot leaves the weights out: as told, or whichever is faster as measured on this host."""
+    told = replica.settings.weights
+    if told != "auto":
+        return told == "thin"
+    size, home = replica.weights.size, replica.settings.home
+    if size < SMALL:
+        log.info("weights full: %.0f MB cost a restore next to nothing", size / 1e6)
+        return False
+    known = rates.measured(home, gpu)
+    rate, source = (known[0], f"{known[1]} restores here") if known else (rates.probe(home), "a probe, no restore yet")
+    carry_s = size / rate
+    said = f"carrying {size / 1e9:.2f} GB costs a restore {carry_s:.2f} s at {rate / 1e9:.1f} GB/s ({source})"
+    if carry_s < WORTH_S:
+        log.info("weights full: %s, and leaving them out could not win much", said)
+        return False
+    began = time.monotonic()
+    try:
+        replica.engine.reload_weights(client, replica.settings.command.model)
+    except LauncherError as error:
+        log.warning("weights full: the engine cannot read them again (%s)", error)
+        return False
+    reload_s = time.monotonic() - began
+    chosen = "thin" if reload_s < carry_s else "full"
+    log.info("weights %s: %s, reading them again took %.2f s", chosen, said, reload_s)
+    return chosen == "thin"
+
+
+def _signer(replica: Replica) -> Callable[[bytes], bytes] | None:
+    if replica.settings.sign_key is None:
+        return None
+    from checkpoint.signing import signer
+
+    return signer(replica.settings.sign_key)
+
+
+def one_line(error: Exception) -> str:
+    """An error for the log."""
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"disk-full: {error.filename or 'the state folder'} is full; make room or set QUICKTHAW_HOME"
+    return str(error)
+
+
+def refusal(error: Incompatible) -> str:
+    """Every reason of a refusal, for the log."""
+    more = [reason for reason in error.reasons if reason != error.code]
+    return f"{error}; also: {', '.join(more)}" if more else str(error)

@@ -1,0 +1,368 @@
+"""A double of an engine: the world's side of a launch, small enough to start in a second. Everything of ours around it is real.
+
+Speaks as much of SGLang's and of vLLM's HTTP interface as quickthaw uses, in two processes (server and worker) that talk over a socket pair, as
+the engines' do. What it generates is a function of the weights it holds in anonymous memory and of the prompt, so weights that were
+dropped and not read again, or those of another model, show in its answers; at a temperature it samples with torch's generator. It "compiles" once
+for each cache folder and maps what it compiled. On a "GPU" (ENGINE_DOUBLE_GPU=1) it sleeps and wakes as the engines do: it refuses to generate while
+something is away, and a redundant resume ends SGLang's worker.
+
+Standard library, and the double of torch beside it. tests/launch_rig.py lays it out as an environment of its own.
+"""
+
+import json
+import mmap
+import os
+import random
+import signal
+import socket
+import sys
+import threading
+import time
+import uuid
+import zlib
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import torch
+
+GPU = os.environ.get("ENGINE_DOUBLE_GPU") == "1"
+KV_BYTES = 24 << 20
+
+
+def read_weights(model):
+    """The model's weight files in anonymous memory, as tensors of whole files."""
+    found = []
+    for file in sorted(Path(model).glob("*.safetensors")):
+        data = file.read_bytes()
+        memory = mmap.mmap(-1, len(data))
+        memory[:] = data
+        found.append(torch.Tensor(memory))
+    return found
+
+
+class Model:
+    def __init__(self, path):
+        self.path = path
+        self.tensors = read_weights(path)
+
+    def parameters(self):
+        return iter(self.tensors)
+
+    def reload(self):
+        for tensor, fresh in zip(self.tensors, read_weights(self.path), strict=True):
+            tensor.memory[:] = fresh.memory[:]
+
+    def digest(self):
+        value = 0
+        for tensor in self.tensors:
+            value = zlib.crc32(tensor.memory, value)
+        return value
+
+
+class Pool:
+    """The KV cache: filled, so that whoever forgets to drop it carries it."""
+
+    def __init__(self):
+        memory = mmap.mmap(-1, KV_BYTES)
+        memory[:] = os.urandom(1 << 20) * (KV_BYTES >> 20)
+        self.k_buffer = [torch.Tensor(memory)]
+
+
+class Runner:
+    def __init__(self, path):
+        self.model, self.pool = Model(path), Pool()
+        self.kv_caches = self.pool.k_buffer
+
+    def get_model(self):
+        return self.model
+
+
+class Worker:
+    """The second process: the model, the cache, and what is asleep of them."""
+
+    def __init__(self, engine, options):
+        self.engine, self.model_runner = engine, Runner(options["model"])
+        self.sleeps = GPU and {"enable-sleep-mode", "enable-memory-saver"} & options.keys()
+        self.away = set()
+        self.calls = []
+        self.tp_worker = self.token_to_kv_pool_allocator = self
+        self.armed = None
+        self.fired_at = None
+        self.model_name = options.get("served-model-name", options["model"])
+        load_plugins(engine)
+        if "random-seed" in options or "seed" in options:
+            random.seed(7)
+            torch.default_generator.manual_seed(7)
+        if os.environ.get("ENGINE_DOUBLE_ARM_S"):
+            self.arm(float(os.environ["ENGINE_DOUBLE_ARM_S"]))
+
+    def get_kvcache(self):
+        return self.model_runner.pool
+
+    # What the two engines call by name
+
+    def flush_cache(self):
+        from sglang.srt.plugins.hook_registry import HookRegistry
+
+        return HookRegistry.after("flush_cache", True, self)
+
+    def collective_rpc(self, method):
+        from vllm.v1.worker.worker_base import WorkerBase
+
+        if method == "reload_weights":
+            self.require_awake("weights")
+            return self.model_runner.model.reload()
+        return getattr(WorkerBase, method)(self)
+
+    def require_awake(self, what):
+        if what in self.away:
+            raise RuntimeError(f"{what} is not on the device")
+
+    def release(self, tags):
+        if not GPU or self.away & set(tags):
+            os._exit(7)  # as SGLang's scheduler does
+        self.away |= set(tags)
+        for what in tags:
+            if what == "weights" and self.sleeps:  # without its memory saver SGLang only takes a note
+                for tensor in self.model_runner.model.tensors:
+                    tensor.memory[:] = bytes(len(tensor.memory))
+
+    def resume(self, tags):
+        if not set(tags) <= self.away:
+            os._exit(7)  # a redundant resume ends SGLang's scheduler
+        self.away -= set(tags)
+
+    def sleep(self, level):
+        """vLLM's: the KV cache goes, the weights go to the host (1) or go (2)."""
+        if not GPU:
+            return
+        if not self.sleeps:
+            raise RuntimeError("Sleep mode is not enabled")
+        if level == 2:
+            self.release(["weights", "kv_cache"])
+        else:
+            self.away |= {"weights", "kv_cache"}
+
+    def wake_up(self, tags):
+        self.away -= set(tags or ["weights", "kv_cache"])
+
+    def generate(self, prompt, tokens, temperature):
+        if self.away:
+            raise RuntimeError(f"asleep: {sorted(self.away)}")
+        # A KV cache that lost its pages is an empty one; this writes as a prefill does.
+        self.model_runner.pool.k_buffer[0].memory[:8] = b"prefilled"[:8]
+        if temperature:
+            draw = random.Random(torch.default_generator.state)
+            torch.default_generator.state = draw.getrandbits(62)
+            return [draw.randrange(50000) for _ in range(tokens)]
+        seed = zlib.crc32(prompt.encode(), self.model_runner.model.digest())
+        draw = random.Random(seed)
+        return [draw.randrange(50000) for _ in range(tokens)]
+
+    # For the tests
+
+    def facts(self):
+        return {
+            "random": random.random(),
+            "torch": torch.default_generator.state,
+            "pid": os.getpid(),
+            "calls": self.calls,
+            "away": sorted(self.away),
+            "fired": self.fired_at,
+            "environment": sorted(os.environ),
+        }
+
+    def arm(self, seconds):
+        """A time-out on the monotonic clock, as engines have them."""
+        due = time.monotonic() + seconds
+
+        def wait():
+            while time.monotonic() < due:
+                time.sleep(0.01)
+            self.fired_at = time.monotonic()
+
+        threading.Thread(target=wait, daemon=True).start()
+
+    def serve(self, sock):
+        file = sock.makefile("rwb")
+        for line in file:
+            method, arguments = json.loads(line)
+            self.calls.append([method, *arguments]) if method not in ("facts", "generate") else None
+            try:
+                answer = {"result": getattr(self, method)(*arguments)}
+            except Exception as error:
+                answer = {"error": f"{type(error).__name__}: {error}"}
+            file.write(json.dumps(answer).encode() + b"\n")
+            file.flush()
+
+
+def load_plugins(engine):
+    group = "sglang.srt.plugins" if engine == "sglang" else "vllm.general_plugins"
+    for entry in entry_points(group=group):
+        entry.load()()
+
+
+def compile_once():
+    """What torch.compile does: found in the cache, or made and kept; mapped either way."""
+    folder = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    kernel = folder / "kernel.so"
+    if kernel.exists():
+        print("engine double: found its compiled code", flush=True)
+    else:
+        time.sleep(float(os.environ.get("ENGINE_DOUBLE_COMPILE_S", "0.1")))
+        folder.mkdir(parents=True, exist_ok=True)
+        kernel.write_bytes(b"\x7fELF" + b"compiled" * 4096)
+        print("engine double: compiled", flush=True)
+    with kernel.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ | mmap.PROT_EXEC, flags=mmap.MAP_PRIVATE)
+
+
+def options_of(words):
+    found, index = {}, 0
+    while index < len(words):
+        flag, equals, value = words[index].lstrip("-").partition("=")
+        index += 1
+        if not equals and index < len(words) and not words[index].startswith("-"):
+            value, index = words[index], index + 1
+        found[flag.replace("model-path", "model")] = value
+    return found
+
+
+class Asking:
+    """The server's side of the socket pair; one question at a time."""
+
+    def __init__(self, sock):
+        self.file, self.lock = sock.makefile("rwb"), threading.Lock()
+
+    def __call__(self, method, *arguments):
+        with self.lock:
+            self.file.write(json.dumps([method, arguments]).encode() + b"\n")
+            self.file.flush()
+            line = self.file.readline()
+        if not line:
+            os._exit(9)  # the engines' servers end with their workers
+        answer = json.loads(line)
+        if "error" in answer:
+            raise RuntimeError(answer["error"])
+        return answer["result"]
+
+
+def handler(engine, ask, options):
+    name = options.get("served-model-name", options["model"])
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *_):
+            pass
+
+        def reply(self, body, status=200):
+            data = body if isinstance(body, bytes) else json.dumps(body).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def do_GET(self):
+            path = self.path.partition("?")[0]
+            if path == "/health":
+                return self.reply(b"")
+            if path == "/v1/models":
+                return self.reply({"object": "list", "data": [{"id": name}]})
+            if path == "/facts":
+                own = {"random": random.random(), "pid": os.getpid(), "torch": torch.default_generator.state}
+                return self.reply({"server": own, "worker": ask("facts")})
+            return self.reply({"error": "not found"}, 404)
+
+        def do_POST(self):
+            length = int(self.headers.get("Content-Length") or 0)
+            text = self.rfile.read(length)
+            body = json.loads(text) if text else {}
+            path, _, query = self.path.partition("?")
+            try:
+                self.reply(*self.answer(path, query, body))
+            except RuntimeError as error:
+                self.reply({"error": str(error)}, 500)
+
+        def answer(self, path, query, body):
+            if path in ("/v1/completions", "/v1/chat/completions"):
+                prompt = body.get("prompt") or json.dumps(body.get("messages"))
+                if body.get("slow"):
+                    time.sleep(body["slow"])
+                ids = ask("generate", prompt, body.get("max_tokens", 16), body.get("temperature", 1.0))
+                text = " ".join(map(str, ids))
+                choice = {"index": 0, "text": text, "token_ids": ids, "finish_reason": "length"}
+                return ({"id": f"cmpl-{uuid.uuid4().hex}", "model": name, "choices": [choice]},)
+            if engine == "sglang":
+                return self.sglang(path, body)
+            return self.vllm(path, query, body)
+
+        def sglang(self, path, body):
+            if path == "/generate":
+                sampling = body["sampling_params"]
+                ids = ask("generate", body["text"], sampling["max_new_tokens"], sampling["temperature"])
+                return ({"text": " ".join(map(str, ids)), "output_ids": ids},)
+            if path == "/flush_cache":
+                return (b"", 200 if ask("flush_cache") else 400)
+            if path == "/update_weights_from_disk":
+                ask("require_awake", "weights")
+                ask("collective_reload", body["model_path"])
+                return ({"success": True, "message": "ok"},)
+            if path in ("/release_memory_occupation", "/resume_memory_occupation"):
+                tags = body.get("tags") or ["weights", "kv_cache"]
+                ask("release" if path.startswith("/release") else "resume", tags)
+                return (b"",)
+            return ({"error": "not found"}, 404)
+
+        def vllm(self, path, query, body):
+            asked = [pair.partition("=")[2] for pair in query.split("&") if pair.startswith("tags=")]
+            if path == "/reset_prefix_cache":
+                return (b"true",)
+            if path == "/collective_rpc":
+                return ({"results": [ask("collective_rpc", body["method"])]},)
+            if path == "/sleep":
+                level = next((p.partition("=")[2] for p in query.split("&") if p.startswith("level=")), "1")
+                ask("sleep", int(level))
+                return (b"",)
+            if path == "/wake_up":
+                ask("wake_up", asked)
+                return (b"",)
+            return ({"error": "not found"}, 404)
+
+    return Handler
+
+
+def collective_reload(self, path):
+    if path != self.model_runner.model.path:
+        raise RuntimeError(f"{path} is not the path that the engine was started with")
+    self.model_runner.model.reload()
+
+
+Worker.collective_reload = collective_reload
+
+
+def main(engine):
+    options = options_of(sys.argv[1:])
+    if os.environ.get("ENGINE_DOUBLE_STUBBORN") == "1":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    ours, theirs = socket.socketpair()
+    if os.fork() == 0:
+        ours.close()
+        compiled = compile_once()
+        Worker(engine, options).serve(theirs)
+        del compiled
+        os._exit(0)
+    theirs.close()
+    load_plugins(engine)
+    if "random-seed" in options or "seed" in options:
+        random.seed(7)
+    ask = Asking(ours)
+    ask("facts")
+
+    class Server(ThreadingHTTPServer):
+        daemon_threads = True
+
+    with Server((options["host"], int(options["port"])), handler(engine, ask, options)) as server:
+        server.serve_forever()

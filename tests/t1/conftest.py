@@ -1,0 +1,25 @@
+"""Launches with the engine double, for the tests that drive the whole command."""
+
+import os
+
+import pytest
+
+from tests.launch_rig import Rig, environment
+
+
+@pytest.fixture(scope="session")
+def double(tmp_path_factory):
+    """The interpreter that has the engine double installed."""
+    return environment(tmp_path_factory.mktemp("double") / "venv")
+
+
+@pytest.fixture
+def launch_rig(tmp_path, double):
+    """A state folder, a model, and the engine double as SGLang; and proof that nothing is left behind."""
+    rig = Rig(tmp_path, double)
+    yield rig
+    left = rig.watch.gone()
+    for line in left:
+        if line.startswith("process "):
+            os.kill(int(line.split()[1].rstrip(":")), 9)  # ours: it carries this test's own marker
+    assert left == set()

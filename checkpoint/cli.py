@@ -213,19 +213,31 @@ def _store(url: str | None) -> str:
 @snapshot.command("push")
 @click.argument("name")
 @click.argument("store", required=False)
+@click.option(
+    "--sign-key",
+    type=click.Path(path_type=Path),
+    help="Sign the archive, so that hosts with a trust key can restore before all of it is there.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Plain data.")
-def push(name: str, store: str | None, as_json: bool) -> None:
+def push(name: str, store: str | None, sign_key: Path | None, as_json: bool) -> None:
     """Store a snapshot as content-addressed chunks; what the store has already is not sent again.
+
+    What a restore needs first lies together in the archive, as the snapshot's restores have recorded it.
 
     \b
     quickthaw snapshot push NAME s3://bucket/quickthaw
     quickthaw snapshot push NAME /mnt/shared/store
     """
-    from checkpoint import archive
+    from checkpoint import archive, signing
 
     library = _library()
     with library.in_use(name) as folder:
-        done = archive.push(folder, archive.open_chunks(_store(store)), progress=None if as_json else _meter("pushed"))
+        done = archive.push(
+            folder,
+            archive.open_chunks(_store(store)),
+            progress=None if as_json else _meter("pushed"),
+            sign=signing.signer(sign_key) if sign_key else None,
+        )
     if as_json:
         click.echo(json.dumps(msgspec.to_builtins(done)))
     else:
@@ -234,6 +246,10 @@ def push(name: str, store: str | None, as_json: bool) -> None:
             f"pushed {name} to {_store(store)}: {done.size / 1e9:.2f} GB, {done.stored / 1e9:.2f} GB of it written compressed, "
             f"{again / 1e9:.2f} GB empty or there already"
         )
+        if not library.working_set(name).exists():
+            click.echo(
+                "its working set is not known yet (its first restore records it): a restore from there waits for all of it"
+            )
 
 
 @snapshot.command("pull")
@@ -289,8 +305,8 @@ def _meter(word: str) -> Any:
 
 @snapshot.command("gc")
 def gc() -> None:
-    """Remove what killed launches left half-written."""
-    click.echo(f"removed {_library().sweep()} unfinished")
+    """Remove what killed launches and interrupted pulls left half-written; to go on with a pull, pull again instead."""
+    click.echo(f"removed {_library().sweep(pulls_older_s=0.0)} unfinished")
 
 
 @snapshot.command("keygen")

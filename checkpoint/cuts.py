@@ -10,6 +10,7 @@ The hashes (XXH3, 64 bits) only choose borders; whether chunks are equal is deci
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,8 +42,8 @@ class Found:
     copies: int
 
 
-def plan(images: Path) -> Found:
-    """Cut every `pages-N.img` of a folder.
+def plan(images: Path, holes: Mapping[str, Sequence[tuple[int, int]]] = {}) -> Found:
+    """Cut every `pages-N.img` of a folder. `holes`: bytes (start, end) by file that are stored elsewhere and equal nothing here.
 
     Raises Integrity when an image cannot be read; a page file that no page map describes is cut evenly.
     """
@@ -53,6 +54,12 @@ def plan(images: Path) -> Found:
     ends = np.cumsum([len(h) for h in hashes])
     bounds = np.concatenate([[0], ends])
     joined = np.concatenate(hashes)
+    for file, low in zip(files, bounds.tolist(), strict=False):
+        for start, end in holes.get(file.name, ()):
+            # Unlike anything else, and unlike each other: no copies, and no runs of zeros with borders of their own.
+            joined[low + start // PAGE : low + end // PAGE] = (
+                np.arange(start // PAGE, end // PAGE, dtype=np.uint64) + low
+            )
     cuts, zero, copies = _cuts(joined, ends)
     lengths = {}
     for index, file in enumerate(files):

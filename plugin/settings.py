@@ -22,7 +22,7 @@ class LaunchSettings:
 
     weights: whether a snapshot carries the weights (`full`), or a restore reads them again through the lazy mount (`thin`); `auto` lets
     measured rates decide. name: the snapshot's name where the user gave one. named: serve exactly the snapshot `name`, or fail
-    (`quickthaw restore`). idle_timeout_s 0: never sleep. shrink False: leave the KV cache in the snapshot (to measure what leaving it
+    (`quickthaw restore`). snapshot_store: where to look for a snapshot that this host has not. idle_timeout_s 0: never sleep. shrink False: leave the KV cache in the snapshot (to measure what leaving it
     out is worth). strict: fail where a layer is off or a restore fails, rather than going on without.
     """
 
@@ -31,6 +31,7 @@ class LaunchSettings:
     engine_python: str
     home: Path
     store_url: str | None = None
+    snapshot_store: str | None = None
     name: str | None = None
     named: bool = False
     replicas: int = 1

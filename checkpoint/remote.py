@@ -99,6 +99,8 @@ class Remote:
             key = (library.home, name)
             found = _open.get(key)
             if found is not None and found.failure is None and not found._ended.is_set():
+                if accept:
+                    accept(found.opened.document, found.opened.signature)
                 return found
             chunks = archives.open_chunks(url)
             with translated(f"cannot fetch {name}"):

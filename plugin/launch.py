@@ -91,6 +91,12 @@ class Seconds(click.ParamType[float]):
     show_envvar=True,
     help="Where weights are kept as chunks.  [default: a folder in $QUICKTHAW_HOME]",
 )
+@click.option(
+    "--snapshot-store",
+    metavar="URL",
+    show_envvar=True,
+    help="Where to fetch a snapshot from that this host has not, restoring it meanwhile.",
+)
 @click.option("--mount/--no-mount", default=True, show_envvar=True, help="Show the weights through the lazy mount.")
 @click.option("--snapshot/--no-snapshot", default=True, show_envvar=True, help="Take a snapshot where there is none.")
 @click.option("--restore/--no-restore", default=True, show_envvar=True, help="Restore where there is a snapshot.")
@@ -189,6 +195,7 @@ def launch(engine: str, engine_arguments: tuple[str, ...], **options: Any) -> in
             engine_python=os.path.abspath(python),
             home=state_home(),
             store_url=options["store"],
+            snapshot_store=options["snapshot_store"],
             name=options["name"],
             replicas=options["replicas"],
             weights=options["weights"],

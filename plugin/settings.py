@@ -22,8 +22,9 @@ class LaunchSettings:
 
     weights: whether a snapshot carries the weights (`full`), or a restore reads them again through the lazy mount (`thin`); `auto` lets
     measured rates decide. name: the snapshot's name where the user gave one. named: serve exactly the snapshot `name`, or fail
-    (`quickthaw restore`). snapshot_store: where to look for a snapshot that this host has not. idle_timeout_s 0: never sleep. shrink False: leave the KV cache in the snapshot (to measure what leaving it
-    out is worth). strict: fail where a layer is off or a restore fails, rather than going on without.
+    (`quickthaw restore`). snapshot_store: where to look for a snapshot that this host has not. idle_timeout_s 0: never sleep.
+    shrink False: leave the KV cache in the snapshot (to measure what leaving it out is worth). strict: fail where a layer is off or a
+    restore fails, rather than going on without.
     """
 
     engine: str

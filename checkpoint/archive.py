@@ -86,7 +86,7 @@ def push(
 
     Raises Integrity when a file changes meanwhile or an image is damaged, Failed when the store or the disk does.
     """
-    from checkpoint.cuts import plan
+    from checkpoint.cuts import CHUNK, plan
 
     with translated(f"cannot push {folder.name}"):
         listing = _list(folder)
@@ -95,7 +95,9 @@ def push(
         if (folder / "images").is_dir():
             links = {path: names[0] for names in listing.names.values() for path in names[1:]}
             layout = layouts.plan(folder, listing.files, links) if kind == KIND else None
-            cuts = plan(folder / "images", layout.holes_by_name() if layout else {})
+            cuts = plan(
+                folder / "images", layout.holes_by_name() if layout else {}, layouts.REST_CHUNK if layout else CHUNK
+            )
             lengths = {f"images/{file}": cut for file, cut in cuts.lengths.items()}
         job = Push(chunks, sum(size for _, size, _ in listing.files), progress)
         from lazyfs.maintenance import store_lock

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import stat
 import threading
 import time
 from bisect import bisect_right
@@ -239,7 +240,8 @@ class Arrival:
         """Modes and contents to the disk, when everything has come. Raises OSError."""
         for path, (_, mode) in self.files.items():
             with self._opened(path) as fd:
-                os.fchmod(fd, mode & 0o777)
+                if stat.S_IMODE(os.fstat(fd).st_mode) != mode & 0o777:
+                    os.fchmod(fd, mode & 0o777)
                 os.fdatasync(fd)
 
     def set_modes(self) -> None:
@@ -281,6 +283,8 @@ class Arrival:
                 self._end(error)
                 return
             except Exception as error:
+                if self._closed:
+                    return  # its connection was closed under it
                 log.exception("fetching %s", self.folder.name)
                 self._end(Failed("remote-failed", f"fetching {self.folder.name}: {error}"))
                 return

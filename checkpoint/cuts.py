@@ -42,8 +42,8 @@ class Found:
     copies: int
 
 
-def plan(images: Path, holes: Mapping[str, Sequence[tuple[int, int]]] = {}) -> Found:
-    """Cut every `pages-N.img` of a folder. `holes`: bytes (start, end) by file that are stored elsewhere and equal nothing here.
+def plan(images: Path, holes: Mapping[str, Sequence[tuple[int, int]]] = {}, longest: int = CHUNK) -> Found:
+    """Cut every `pages-N.img` of a folder. `holes`: bytes (start, end) by file that are stored elsewhere and equal nothing here. `longest`: bytes of a chunk.
 
     Raises Integrity when an image cannot be read; a page file that no page map describes is cut evenly.
     """
@@ -65,7 +65,9 @@ def plan(images: Path, holes: Mapping[str, Sequence[tuple[int, int]]] = {}) -> F
     for index, file in enumerate(files):
         low, high = int(bounds[index]), int(bounds[index + 1])
         own = {int(c) - low for c in cuts[(cuts > low) & (cuts < high)]} | set(_mappings(images, file.name))
-        lengths[file.name] = _split(sorted(c for c in own if 0 < c < high - low), high - low, file.stat().st_size)
+        lengths[file.name] = _split(
+            sorted(c for c in own if 0 < c < high - low), high - low, file.stat().st_size, longest
+        )
     return Found(lengths, zero * PAGE, copies * PAGE)
 
 
@@ -146,13 +148,13 @@ def _mappings(images: Path, pages_file: str) -> list[int]:
     return []
 
 
-def _split(cuts: list[int], pages: int, size: int) -> list[int]:
-    """Lengths in bytes: no chunk is longer than CHUNK, and equal stretches are split alike."""
+def _split(cuts: list[int], pages: int, size: int, longest: int) -> list[int]:
+    """Lengths in bytes: no chunk is longer than `longest`, and equal stretches are split alike."""
     lengths: list[int] = []
     for low, high in zip([0, *cuts], [*cuts, pages], strict=True):
         left = (high - low) * PAGE
         while left > 0:
-            lengths.append(min(left, CHUNK))
-            left -= CHUNK
+            lengths.append(min(left, longest))
+            left -= longest
     rest = size - pages * PAGE
     return [*lengths, rest] if rest else lengths

@@ -37,6 +37,8 @@ SMALL = 256 << 10
 """Bytes. Larger files keep chunks of their own, which other snapshots may share."""
 CHUNK = 2 << 20
 """The longest chunk of `first.bytes`: several are in flight, and the last one's way through this host is what a first token waits for."""
+REST_CHUNK = 1 << 20
+"""The longest chunk of a `.rest` file: a page that nobody foresaw is waited for with its whole chunk."""
 _VERSION = 1
 _PAGES = re.compile(r"images/pages-\d+\.img")
 _ALONE = ("manifest.json", "manifest.sig")

@@ -30,7 +30,7 @@ import blake3
 
 from checkpoint import archive as archives
 from checkpoint import manifest as manifests
-from checkpoint import signing
+from checkpoint import sealing, signing
 from checkpoint.arrival import EVERYTHING, FIRST, START, Arrival
 from checkpoint.errors import CheckpointError, Failed, Integrity
 from checkpoint.library import Library
@@ -227,12 +227,19 @@ class Remote:
             self._told.set()
             self.arrival.close()
             self._ended.wait(10.0)
+        else:
+            self._close_store()
         with _open_lock:
             if _open.get((self.library.home, self.name)) is self:
                 del _open[(self.library.home, self.name)]
         if discard and not self.complete.is_set():
             with contextlib.suppress(CheckpointError):
                 archives.discard(self.target)
+
+    def _close_store(self) -> None:
+        close = getattr(self.chunks.store, "close", None)
+        if close:
+            close()
 
     # The thread that sees it through
 
@@ -248,6 +255,7 @@ class Remote:
             self._failure = Failed("remote-failed", f"fetching {self.name}: {error}")
         finally:
             self.arrival.close()
+            self._close_store()
             self._ended.set()
             with _open_lock:
                 if _open.get((self.library.home, self.name)) is self:
@@ -272,6 +280,7 @@ class Remote:
         arrival.settle()
         if not self._verified:
             self.opened.link(self.folder)
+        time.sleep(sealing.RACY_NS / 1e9)  # so that the next restore may believe what is hashed now
         archives.check(self.folder, self.name)
         with self._changed:
             while self._uses:

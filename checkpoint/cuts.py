@@ -43,7 +43,8 @@ class Found:
 
 
 def plan(images: Path, holes: Mapping[str, Sequence[tuple[int, int]]] = {}, longest: int = CHUNK) -> Found:
-    """Cut every `pages-N.img` of a folder. `holes`: bytes (start, end) by file that are stored elsewhere and equal nothing here. `longest`: bytes of a chunk.
+    """Cut every `pages-N.img` of a folder. `holes`: bytes (start, end) by file that are stored elsewhere and equal nothing here.
+    `longest`: bytes of a chunk.
 
     Raises Integrity when an image cannot be read; a page file that no page map describes is cut evenly.
     """

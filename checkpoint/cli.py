@@ -92,14 +92,22 @@ def ls(as_json: bool) -> None:
 @click.argument("name")
 @click.option("--check", "check_here", is_flag=True, help="Say what speaks against a restore on this host.")
 @click.option("--contents", is_flag=True, help="Say what the bytes are: by process and kind, zero and duplicate pages.")
+@click.option(
+    "--picture",
+    type=click.Path(path_type=Path),
+    help="Draw the working set, address space by order of need (.svg or .png).",
+)
 @click.option("--json", "as_json", is_flag=True, help="Plain data.")
-def inspect(name: str, check_here: bool, contents: bool, as_json: bool) -> int:
+def inspect(name: str, check_here: bool, contents: bool, picture: Path | None, as_json: bool) -> int:
     """Show what a snapshot is, and why it would or would not be restored here.
 
     \b
     quickthaw snapshot inspect NAME --check
     quickthaw snapshot inspect NAME --contents
+    quickthaw snapshot inspect NAME --picture working-set.svg
     """
+    from checkpoint import picture as pictures
+
     library = _library()
     found = library.load(name)
     data: dict[str, Any] = msgspec.to_builtins(found)
@@ -125,6 +133,10 @@ def inspect(name: str, check_here: bool, contents: bool, as_json: bool) -> int:
 
         inside = reader.inspect(library.path(name))
         data["contents"] = msgspec.to_builtins(inside)
+    needed = pictures.shares(library.path(name)) if library.working_set(name).exists() else []
+    data["working_set"] = msgspec.to_builtins(needed)
+    if picture:
+        pictures.draw(library.path(name), picture)
     if as_json:
         click.echo(json.dumps(data, indent=1))
         return 1 if mismatches else 0
@@ -145,6 +157,12 @@ def inspect(name: str, check_here: bool, contents: bool, as_json: bool) -> int:
             click.echo(f"{'against a restore':<22} {one['code']}: {one['message']}")
         if not mismatches:
             click.echo(f"{'against a restore':<22} nothing on this host")
+    if needed:
+        click.echo()
+        for line in pictures.render(needed):
+            click.echo(line)
+    else:
+        click.echo(f"{'working set':<22} not recorded yet; the first restore does")
     if inside is not None:
         click.echo()
         for line in reader.render(inside):

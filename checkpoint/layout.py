@@ -225,7 +225,7 @@ def plan(folder: Path, files: Sequence[tuple[str, int, int]], links: Mapping[str
     if not known.first or any(size % PAGE for size in pages.values()):
         return None
     small = [path for path, size in sorted(sizes.items()) if 0 < size < SMALL and path not in pages]
-    small = [path for path in small if path not in _ALONE]
+    small = [path for path in small if "/" in path or path == _WORKING_SET]
     paths = [*small, *pages]
     numbers = {path: index for index, path in enumerate(paths)}
     start = [(numbers[path], 0, sizes[path]) for path in small]

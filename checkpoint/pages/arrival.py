@@ -91,6 +91,11 @@ class ArrivingSource(Source):
         return not self.presence.has(self.name, offset, length)
 
 
+def open_source(path: str, presence: Presence | None) -> Source:
+    """The page file at `path`: one that is being filled where there is a map of what is in place."""
+    return ArrivingSource(path, presence) if presence else Source(path)
+
+
 class Waiting:
     """Jobs that wait for pages to come; takes the place of checkpoint.pages.fetch.Fetcher, without a thread.
 

@@ -29,8 +29,8 @@ import time
 from collections import deque
 
 from checkpoint.pages import index, uffd
-from checkpoint.pages.arrival import ArrivingSource, Presence, Waiting
-from checkpoint.pages.fetch import Fetcher, Source
+from checkpoint.pages.arrival import ArrivingSource, Presence, Waiting, open_source
+from checkpoint.pages.fetch import Fetcher
 from checkpoint.pages.images import PAGE
 from checkpoint.pages.pagemap import PageMap
 from checkpoint.pages.second import SecondCopier
@@ -77,13 +77,11 @@ class Daemon:
         self.trace_before: list[tuple[int, int]] = []
         self.trace_after: list[tuple[int, int]] = []
         self.images, self.indexed = index.read(self.images_dir)
-        arriving = str(config.get("arriving") or "")
-        presence = Presence.open(arriving) if arriving else None
-        paths = {
-            image.pages_file: f"{self.images_dir}/{image.pages_file}" for image in self.images.values() if image.runs
-        }
+        presence = Presence.open(str(config["arriving"])) if config.get("arriving") else None
         self.sources = {
-            name: ArrivingSource(path, presence) if presence else Source(path) for name, path in paths.items()
+            image.pages_file: open_source(f"{self.images_dir}/{image.pages_file}", presence)
+            for image in self.images.values()
+            if image.runs
         }
         self.zeros = zero_source()
         self.working_set = self.load_working_set(str(config["working_set"] or ""))

@@ -5,6 +5,7 @@ The fetching itself is checkpoint.remote's; here is when to begin, whom to wait 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -155,7 +156,11 @@ def _open(
 
 
 def manifest_of(library: Library, store: str | None, name: str, trust_keys: Sequence[Path]) -> Snapshot:
-    """The manifest of a snapshot that is here, or else in the store. Raises NotFound and what else speaks against it."""
+    """The manifest of a snapshot that is here, or else in the store; then fetching it begins. Raises NotFound and what else speaks
+    against it."""
     if store is None or library.has(name):
         return library.load(name)
-    return _open(library, store, name, lambda _: None, trust_keys).snapshot
+    remote = _open(library, store, name, lambda _: None, trust_keys)
+    with contextlib.suppress(Busy):  # another process is at it; the replica waits for that one
+        remote.begin()  # what is asked for by name is wanted, and the launcher has yet to be set up
+    return remote.snapshot

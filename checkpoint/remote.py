@@ -31,7 +31,7 @@ import blake3
 from checkpoint import archive as archives
 from checkpoint import manifest as manifests
 from checkpoint import sealing, signing
-from checkpoint.arrival import EVERYTHING, FIRST, START, Arrival
+from checkpoint.arrival import EVERYTHING, FIRST, LATER, START, Arrival
 from checkpoint.errors import CheckpointError, Failed, Integrity
 from checkpoint.library import Library
 from checkpoint.transfer import translated
@@ -269,6 +269,7 @@ class Remote:
     def _see_through(self, arrival: Arrival, lock: int) -> None:
         arrival.wait(FIRST)
         self.spans["first"] = time.monotonic() - self._began
+        arrival.release(LATER)  # the link would be idle otherwise
         while not self._told.wait(1.0):
             if arrival.failure is not None:
                 raise arrival.failure

@@ -171,7 +171,8 @@ class Replica:
                 Path(self.settings.engine_python),
                 self.settings.command.arguments,
                 {k: v for k, v in self.settings.environment.items() if k not in self.settings.scrub_env},
-                model=self.weights.digest,
+                # A snapshot that the user named is compared with the host and the engine only: spare reading the model.
+                model="" if self.settings.named else self.weights.digest,
                 model_paths=(self.settings.command.model, str(model)) if model else (),
                 weights="thin" if self.settings.weights == "thin" else "full",
                 criu=self.criu.cached_version(self.settings.home) if self.criu else "",

@@ -225,7 +225,7 @@ def tree(folder: Path) -> dict[str, tuple[bytes, int]]:
     return {
         str(p.relative_to(folder)): (p.read_bytes(), p.stat().st_mode)
         for p in folder.rglob("*")
-        if p.is_file() and p.name != sealing.LEDGER
+        if p.is_file() and not p.name.startswith(sealing.LEDGER)
     }
 
 

@@ -18,16 +18,20 @@ import os
 import shutil
 import stat
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
+from checkpoint import layout as layouts
 from checkpoint import manifest as manifests
 from checkpoint import sealing, signing
-from checkpoint.errors import Busy, CheckpointError, Failed, HostLacks, Integrity, NotFound
-from checkpoint.transfer import LINKS, Listing, Progress, Pull, Push, Pushed, get
+from checkpoint.arrival import EVERYTHING, Arrival
+from checkpoint.errors import Busy, CheckpointError, Failed, Integrity, NotFound
+from checkpoint.transfer import LINKS, WORKERS, Listing, Progress, Push, Pushed, get, translated
 
 if TYPE_CHECKING:
     from lazyfs.chunkstore import ChunkStore
@@ -59,7 +63,7 @@ def open_chunks(url: str, level: int | None = None) -> ChunkStore:
     from lazyfs.chunkstore import ChunkStore
     from lazyfs.stores import open_store
 
-    with _translated(f"cannot open {url}"):
+    with translated(f"cannot open {url}"):
         store = open_store(url)
         return ChunkStore(store, zstd=level or (LEVEL_REMOTE if store.remote else LEVEL_LOCAL))
 
@@ -73,31 +77,85 @@ def push(
     name: str | None = None,
     progress: Callable[[Progress], None] | None = None,
     kind: str = KIND,
+    sign: Callable[[bytes], bytes] | None = None,
 ) -> Pushed:
     """Store a snapshot folder under `name` (default: the folder's). The name is set last: a reader sees a whole archive or none.
 
+    A snapshot whose working set is known is stored by it (checkpoint.layout). `sign`: sign the archive as a whole too, so that whoever
+    asks for a signature need not have all of it before a process may use a part.
+
     Raises Integrity when a file changes meanwhile or an image is damaged, Failed when the store or the disk does.
     """
-    from checkpoint.cuts import plan
+    from checkpoint.cuts import CHUNK, plan
 
-    with _translated(f"cannot push {folder.name}"):
+    with translated(f"cannot push {folder.name}"):
         listing = _list(folder)
-        lengths = (
-            {f"images/{file}": cut for file, cut in plan(folder / "images").lengths.items()}
-            if (folder / "images").is_dir()
-            else {}
-        )
+        layout = None
+        lengths: dict[str, list[int]] = {}
+        if (folder / "images").is_dir():
+            links = {path: names[0] for names in listing.names.values() for path in names[1:]}
+            layout = layouts.plan(folder, listing.files, links) if kind == KIND else None
+            cuts = plan(
+                folder / "images", layout.holes_by_name() if layout else {}, layouts.REST_CHUNK if layout else CHUNK
+            )
+            lengths = {f"images/{file}": cut for file, cut in cuts.lengths.items()}
         job = Push(chunks, sum(size for _, size, _ in listing.files), progress)
         from lazyfs.maintenance import store_lock
 
         with store_lock(chunks, exclusive=False):
             try:
-                for path, size, _ in listing.files:
-                    job.file(folder, path, size, lengths.get(path))
+                if layout:
+                    modes = _push_by_layout(job, folder, listing, layout, lengths)
+                else:
+                    modes = {path: mode for path, _, mode in listing.files}
+                    for path, size, _ in listing.files:
+                        job.file(folder, path, size, lengths.get(path))
                 job.drain()
             finally:
                 job.pool.shutdown(cancel_futures=True)
-            return job.finish(listing, kind, name or folder.name)
+            done = job.finish(listing, kind, name or folder.name, modes)
+            if sign:
+                chunks.store.put(signature_key(done.digest), sign(signed_words(done.digest)))
+            return done
+
+
+def signature_key(digest: str) -> str:
+    """Where the signature of an archive lies in its store."""
+    return f"manifests/{digest}.sig"
+
+
+def signed_words(digest: str) -> bytes:
+    """What an archive's signature is made over (checkpoint.signing puts its own prefix before it)."""
+    return f"archive {digest}".encode()
+
+
+def _push_by_layout(
+    job: Push, folder: Path, listing: Listing, layout: layouts.Layout, lengths: dict[str, list[int]]
+) -> dict[str, int]:
+    """The files of the archive, what is needed first before the others; their modes."""
+    modes = {layouts.INDEX: 0o600, layouts.BYTES: 0o600}
+    sizes = {path: size for path, size, _ in listing.files}
+    job.made(layouts.INDEX, layout.encode())
+    job.gathered(
+        folder,
+        layouts.BYTES,
+        layout.lengths(),
+        lambda offset, length: layout.pieces(layouts.BYTES, offset, length),
+        {path: sizes[path] for path in layout.index.paths},
+    )
+    other_names = {path for names in listing.names.values() for path in names[1:]}
+    for path, size, mode in listing.files:
+        if path in layout.small or path in other_names:
+            continue
+        if path not in layout.holes:
+            job.file(folder, path, size, None)
+            modes[path] = mode
+            continue
+        rest = layouts.rest_of(path)
+        pieces = partial(layout.pieces, rest)
+        job.gathered(folder, rest, lengths[path], pieces, {path: size})
+        modes[rest] = mode
+    return modes
 
 
 def _list(folder: Path) -> Listing:
@@ -137,7 +195,7 @@ def pull_cache(name: str, chunks: ChunkStore, folder: Path) -> int:
 
     Each file appears whole or not at all, so an engine may be using the folder. Raises NotFound, Integrity or Failed.
     """
-    with _translated(f"cannot pull {name}"):
+    with translated(f"cannot pull {name}"):
         archive = chunks.get_manifest(chunks.resolve(name))
         if archive.kind != CACHE_KIND:
             raise NotFound(
@@ -188,43 +246,85 @@ def pull(
         raise Failed(
             "snapshot-exists", f"{folder.name} is here already; remove it first: quickthaw snapshot rm {folder.name}"
         )
-    with _partial(folder) as partial:
-        digest = chunks.resolve(name)
+    with partial_folder(folder) as (partial, lock):
+        opened = Opened.of(name, chunks)
+        if accept:
+            accept(opened.document, opened.signature)
+        opened.prepare(partial)
+        arrival = Arrival(
+            chunks, opened.archive, opened.layout, partial, opened.links, workers=WORKERS, progress=progress
+        )
+        try:
+            arrival.begin()
+            arrival.wait(EVERYTHING)
+            arrival.settle()
+        finally:
+            arrival.close()
+        opened.link(partial)
+        check(partial, folder.name)
+        put_in_place(partial, folder, lock)
+        size = sum(size for size, _ in arrival.files.values())
+        return Pulled(opened.digest, len(arrival.files) + len(opened.links), size, arrival.kept, arrival.fetched)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A snapshot's archive of which the manifests are here and nothing else. `document`, `signature`: the snapshot's own."""
+
+    digest: str
+    archive: Manifest
+    layout: layouts.Layout | None
+    document: bytes
+    signature: bytes | None
+    links: dict[str, str]
+
+    @classmethod
+    def of(cls, name: str, chunks: ChunkStore) -> Opened:
+        """Read the manifests and the layout. Raises NotFound, Integrity, and what the store raises."""
+        digest = chunks.resolve(name) if "-" not in name else chunks.get_ref("snapshots", name)
         archive = chunks.get_manifest(digest)
         by_path = {file.path: file for file in archive.files}
         if archive.kind != KIND or manifests.FILE_NAME not in by_path:
             raise NotFound(
                 "not-a-snapshot", f"{name} in {chunks.store.url} is an archive of {archive.kind}, not of a snapshot"
             )
-        document = _content(by_path[manifests.FILE_NAME], chunks)
-        signature = _content(by_path[signing.FILE_NAME], chunks) if signing.FILE_NAME in by_path else None
-        if accept:
-            accept(document, signature)
-        links = _links(archive)
-        _prepare(partial, archive)
-        fetch = Pull(chunks, partial, archive.size, progress)
-        try:
-            for file in archive.files:
-                if file.path not in links:
-                    fetch.file(file)
-            fetch.drain()
-        finally:
-            fetch.close()
-        for path, original in links.items():
+        wanted = [path for path in (manifests.FILE_NAME, signing.FILE_NAME, layouts.INDEX) if path in by_path]
+        with ThreadPoolExecutor(len(wanted), thread_name_prefix="open") as pool:
+            read = dict(zip(wanted, pool.map(lambda path: _content(by_path[path], chunks), wanted), strict=True))
+        layout = layouts.decode(read[layouts.INDEX]) if layouts.INDEX in read else None
+        files = set(by_path)
+        if layout:
+            layout.check(archive)
+            files = (files - {layouts.INDEX, layouts.BYTES}) | set(layout.small)
+        document, signature = read[manifests.FILE_NAME], read.get(signing.FILE_NAME)
+        return cls(digest, archive, layout, document, signature, _links(archive, files))
+
+    def prepare(self, partial: Path) -> None:
+        """Folders, no foreign entries, and room on the disk."""
+        archive, layout = self.archive, self.layout
+        files = {layout.target(f.path) if layout else f.path for f in archive.files} | set(
+            layout.small if layout else ()
+        )
+        _clear_foreign(partial, {d.path for d in archive.directories} | (files - {layouts.INDEX, layouts.BYTES}))
+        for directory in archive.directories:
+            (partial / directory.path).mkdir(mode=0o700, exist_ok=True)
+        _check_room(partial, archive)
+
+    def link(self, partial: Path) -> None:
+        """Further names, symbolic links, and the folders' modes: after the files are there."""
+        for path, original in self.links.items():
             (partial / path).unlink(missing_ok=True)
             (partial / path).hardlink_to(partial / original)
-        for link in archive.symlinks:
+        for link in self.archive.symlinks:
+            (partial / link.path).unlink(missing_ok=True)
             (partial / link.path).symlink_to(link.target)
-        _check(partial, folder.name)
-        for directory in reversed(archive.directories):
+        for directory in reversed(self.archive.directories):
             (partial / directory.path).chmod(directory.mode & 0o777)
-        _rename(partial, folder)
-        return Pulled(digest, len(archive.files), archive.size, fetch.kept, fetch.fetched)
 
 
 @contextlib.contextmanager
-def _partial(folder: Path) -> Iterator[Path]:
-    """The hidden folder that a pull fills, locked; it stays when the pull fails."""
+def partial_folder(folder: Path) -> Iterator[tuple[Path, int]]:
+    """The hidden folder that a pull fills, and the descriptor that keeps it locked; it stays when the pull fails."""
     partial = folder.with_name(f".pull-{folder.name}")
     folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     partial.mkdir(mode=0o700, exist_ok=True)
@@ -235,8 +335,8 @@ def _partial(folder: Path) -> Iterator[Path]:
         os.close(lock)
         raise Busy("snapshot-being-pulled", f"another process is pulling {folder.name}; wait for it") from None
     try:
-        with _translated(f"cannot pull {folder.name}"):
-            yield partial
+        with translated(f"cannot pull {folder.name}"):
+            yield partial, lock
     except CheckpointError as error:
         # Trying again continues where the store or the link failed; nothing else is worth keeping.
         if not isinstance(error, Failed | Busy) or error.code == "disk-full":
@@ -249,21 +349,20 @@ def _partial(folder: Path) -> Iterator[Path]:
 def discard(folder: Path) -> None:
     """Remove what an interrupted pull of `folder` left, if anything. Raises Busy while it is running."""
     if folder.with_name(f".pull-{folder.name}").exists():
-        with _partial(folder) as partial:
+        with partial_folder(folder) as (partial, _):
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def _prepare(partial: Path, archive: Manifest) -> None:
-    """Folders, no foreign entries, and room on the disk."""
-    wanted = {d.path for d in archive.directories} | {f.path for f in archive.files}
+def _clear_foreign(partial: Path, wanted: set[str]) -> None:
     for below, folders, files in os.walk(partial, topdown=False):
         for name in (*files, *folders):
             path = Path(below, name)
             if str(path.relative_to(partial)) not in wanted or path.is_symlink():
                 # Of another version of this archive; links are made anew at the end.
                 path.unlink() if path.is_symlink() or not path.is_dir() else shutil.rmtree(path)
-    for directory in archive.directories:
-        (partial / directory.path).mkdir(mode=0o700, exist_ok=True)
+
+
+def _check_room(partial: Path, archive: Manifest) -> None:
     from lazyfs.chunkstore import zero_digest
 
     size = sum(c.length for file in archive.files for c in file.chunks if c.digest != zero_digest(c.length))
@@ -277,14 +376,16 @@ def _prepare(partial: Path, archive: Manifest) -> None:
         )
 
 
-def _links(archive: Manifest) -> dict[str, str]:
-    """Path → the file it is another name of."""
-    paths = {file.path for file in archive.files}
+def _links(archive: Manifest, files: set[str]) -> dict[str, str]:
+    """Path → the file it is another name of. `files`: those of the archive by their names in the snapshot."""
     try:
         groups = msgspec.json.decode(archive.meta.get(LINKS, "[]"), type=list[list[str]])
     except msgspec.MsgspecError as error:
         raise Integrity("archive-garbled", f"the archive's list of hard links is damaged: {error}") from error
-    if any(path not in paths for group in groups for path in group):
+    listed = {path for group in groups for path in group[1:]}
+    folders = {""} | {d.path for d in archive.directories}
+    bad = any(path.rpartition("/")[0] not in folders or path.split("/")[-1] in ("", ".", "..") for path in listed)
+    if bad or any(group[0] not in files for group in groups if group):
         raise Integrity("archive-garbled", "the archive's list of hard links names a file that is not in it")
     return {path: group[0] for group in groups for path in group[1:]}
 
@@ -293,7 +394,7 @@ def _content(file: File, chunks: ChunkStore) -> bytes:
     return b"".join(get(chunks, chunk) for chunk in file.chunks)
 
 
-def _check(partial: Path, name: str) -> None:
+def check(partial: Path, name: str) -> None:
     """The finished folder against its own manifest, in full; this also spares the first restore from hashing again."""
     document = (partial / manifests.FILE_NAME).read_bytes()
     try:
@@ -312,7 +413,10 @@ class _Essentials(msgspec.Struct):
     files: dict[str, manifests.SnapshotFile]
 
 
-def _rename(partial: Path, folder: Path) -> None:
+def put_in_place(partial: Path, folder: Path, lock: int) -> None:
+    """Give a finished folder its name. Raises Failed (snapshot-exists)."""
+    # From now on as whoever restores from it holds it: what waits for the name must not find it locked.
+    fcntl.flock(lock, fcntl.LOCK_SH)
     try:
         partial.rename(folder)
     except OSError as error:
@@ -324,25 +428,3 @@ def _rename(partial: Path, folder: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-@contextlib.contextmanager
-def _translated(what: str) -> Iterator[None]:
-    """lazyfs' errors and the operating system's, as this package's."""
-    from lazyfs import errors as lazy
-
-    kinds: tuple[tuple[type[lazy.LazyfsError], type[CheckpointError]], ...] = (
-        (lazy.Integrity, Integrity),
-        (lazy.NotFound, NotFound),
-        (lazy.Busy, Busy),
-        (lazy.HostLacks, HostLacks),
-    )
-    try:
-        yield
-    except lazy.LazyfsError as error:
-        kind = next((ours for theirs, ours in kinds if isinstance(error, theirs)), Failed)
-        raise kind(f"archive-{error.code}" if kind is not Failed else error.code, f"{what}: {error}") from error
-    except OSError as error:
-        raise Failed(
-            "disk-full" if error.errno == 28 else "archive-io", f"{what}: {error.strerror or error}"
-        ) from error

@@ -93,14 +93,22 @@ def ls(as_json: bool) -> None:
 @click.argument("name")
 @click.option("--check", "check_here", is_flag=True, help="Say what speaks against a restore on this host.")
 @click.option("--contents", is_flag=True, help="Say what the bytes are: by process and kind, zero and duplicate pages.")
+@click.option(
+    "--picture",
+    type=click.Path(path_type=Path),
+    help="Draw the working set, address space by order of need (.svg or .png).",
+)
 @click.option("--json", "as_json", is_flag=True, help="Plain data.")
-def inspect(name: str, check_here: bool, contents: bool, as_json: bool) -> int:
+def inspect(name: str, check_here: bool, contents: bool, picture: Path | None, as_json: bool) -> int:
     """Show what a snapshot is, and why it would or would not be restored here.
 
     \b
     quickthaw snapshot inspect NAME --check
     quickthaw snapshot inspect NAME --contents
+    quickthaw snapshot inspect NAME --picture working-set.svg
     """
+    from checkpoint import picture as pictures
+
     library = _library()
     found = library.load(name)
     data: dict[str, Any] = msgspec.to_builtins(found)
@@ -119,6 +127,10 @@ def inspect(name: str, check_here: bool, contents: bool, as_json: bool) -> int:
 
         inside = reader.inspect(library.path(name), weights=found.weight_areas)
         data["contents"] = msgspec.to_builtins(inside)
+    needed = pictures.shares(library.path(name)) if library.working_set(name).exists() else []
+    data["working_set"] = msgspec.to_builtins(needed)
+    if picture:
+        pictures.draw(library.path(name), picture)
     if as_json:
         click.echo(json.dumps(data, indent=1))
         return 1 if mismatches else 0
@@ -149,6 +161,12 @@ def inspect(name: str, check_here: bool, contents: bool, as_json: bool) -> int:
             click.echo(f"{'against a restore':<22} {one['code']}: {one['message']}")
         if not mismatches:
             click.echo(f"{'against a restore':<22} nothing on this host")
+    if needed:
+        click.echo()
+        for line in pictures.render(needed):
+            click.echo(line)
+    else:
+        click.echo(f"{'working set':<22} not recorded yet; the first restore does")
     if inside is not None:
         click.echo()
         for line in reader.render(inside):
@@ -260,19 +278,31 @@ def _store(url: str | None) -> str:
 @snapshot.command("push")
 @click.argument("name")
 @click.argument("store", required=False)
+@click.option(
+    "--sign-key",
+    type=click.Path(path_type=Path),
+    help="Sign the archive, so that hosts with a trust key can restore before all of it is there.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Plain data.")
-def push(name: str, store: str | None, as_json: bool) -> None:
+def push(name: str, store: str | None, sign_key: Path | None, as_json: bool) -> None:
     """Store a snapshot as content-addressed chunks; what the store has already is not sent again.
+
+    What a restore needs first lies together in the archive, as the snapshot's restores have recorded it.
 
     \b
     quickthaw snapshot push NAME s3://bucket/quickthaw
     quickthaw snapshot push NAME /mnt/shared/store
     """
-    from checkpoint import archive
+    from checkpoint import archive, signing
 
     library = _library()
     with library.in_use(name) as folder:
-        done = archive.push(folder, archive.open_chunks(_store(store)), progress=None if as_json else _meter("pushed"))
+        done = archive.push(
+            folder,
+            archive.open_chunks(_store(store)),
+            progress=None if as_json else _meter("pushed"),
+            sign=signing.signer(sign_key) if sign_key else None,
+        )
     if as_json:
         click.echo(json.dumps(msgspec.to_builtins(done)))
     else:
@@ -281,6 +311,10 @@ def push(name: str, store: str | None, as_json: bool) -> None:
             f"pushed {name} to {_store(store)}: {done.size / 1e9:.2f} GB, {done.stored / 1e9:.2f} GB of it written compressed, "
             f"{again / 1e9:.2f} GB empty or there already"
         )
+        if not library.working_set(name).exists():
+            click.echo(
+                "its working set is not known yet (its first restore records it): a restore from there waits for all of it"
+            )
 
 
 @snapshot.command("pull")
@@ -336,8 +370,8 @@ def _meter(word: str) -> Any:
 
 @snapshot.command("gc")
 def gc() -> None:
-    """Remove what killed launches left half-written."""
-    click.echo(f"removed {_library().sweep()} unfinished")
+    """Remove what killed launches and interrupted pulls left half-written; to go on with a pull, pull again instead."""
+    click.echo(f"removed {_library().sweep(pulls_older_s=0.0)} unfinished")
 
 
 @snapshot.command("keygen")

@@ -10,6 +10,7 @@ The hashes (XXH3, 64 bits) only choose borders; whether chunks are equal is deci
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,8 +42,9 @@ class Found:
     copies: int
 
 
-def plan(images: Path) -> Found:
-    """Cut every `pages-N.img` of a folder.
+def plan(images: Path, holes: Mapping[str, Sequence[tuple[int, int]]] = {}, longest: int = CHUNK) -> Found:
+    """Cut every `pages-N.img` of a folder. `holes`: bytes (start, end) by file that are stored elsewhere and equal nothing here.
+    `longest`: bytes of a chunk.
 
     Raises Integrity when an image cannot be read; a page file that no page map describes is cut evenly.
     """
@@ -53,12 +55,20 @@ def plan(images: Path) -> Found:
     ends = np.cumsum([len(h) for h in hashes])
     bounds = np.concatenate([[0], ends])
     joined = np.concatenate(hashes)
+    for file, low in zip(files, bounds.tolist(), strict=False):
+        for start, end in holes.get(file.name, ()):
+            # Unlike anything else, and unlike each other: no copies, and no runs of zeros with borders of their own.
+            joined[low + start // PAGE : low + end // PAGE] = (
+                np.arange(start // PAGE, end // PAGE, dtype=np.uint64) + low
+            )
     cuts, zero, copies = _cuts(joined, ends)
     lengths = {}
     for index, file in enumerate(files):
         low, high = int(bounds[index]), int(bounds[index + 1])
         own = {int(c) - low for c in cuts[(cuts > low) & (cuts < high)]} | set(_mappings(images, file.name))
-        lengths[file.name] = _split(sorted(c for c in own if 0 < c < high - low), high - low, file.stat().st_size)
+        lengths[file.name] = _split(
+            sorted(c for c in own if 0 < c < high - low), high - low, file.stat().st_size, longest
+        )
     return Found(lengths, zero * PAGE, copies * PAGE)
 
 
@@ -139,13 +149,13 @@ def _mappings(images: Path, pages_file: str) -> list[int]:
     return []
 
 
-def _split(cuts: list[int], pages: int, size: int) -> list[int]:
-    """Lengths in bytes: no chunk is longer than CHUNK, and equal stretches are split alike."""
+def _split(cuts: list[int], pages: int, size: int, longest: int) -> list[int]:
+    """Lengths in bytes: no chunk is longer than `longest`, and equal stretches are split alike."""
     lengths: list[int] = []
     for low, high in zip([0, *cuts], [*cuts, pages], strict=True):
         left = (high - low) * PAGE
         while left > 0:
-            lengths.append(min(left, CHUNK))
-            left -= CHUNK
+            lengths.append(min(left, longest))
+            left -= longest
     rest = size - pages * PAGE
     return [*lengths, rest] if rest else lengths

@@ -27,6 +27,9 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,120}")
 QUARANTINE_AFTER = 3
 """Failed restores in a row after which a snapshot is left alone until somebody looks (`snapshot inspect` says why)."""
 
+PULLS_KEPT_S = 24 * 3600.0
+"""How long an interrupted pull is kept for another attempt."""
+
 
 class Health(msgspec.Struct, forbid_unknown_fields=True):
     """How restores of a snapshot went on this host: failures in a row, and the last reason."""
@@ -166,8 +169,9 @@ class Library:
         finally:
             os.close(fd)
 
-    def sweep(self) -> int:
-        """Remove what killed writers, removers and restores left; how many folders. Those of the living stay."""
+    def sweep(self, pulls_older_s: float = PULLS_KEPT_S) -> int:
+        """Remove what killed writers, removers and restores left, and what has come of a snapshot that nobody has gone on fetching for
+        `pulls_older_s`; how many folders. Those of the living stay."""
         removed = 0
         for work in (self.home / "run").glob("restore-*"):
             with contextlib.suppress(Busy, OSError), self._unused(str(work)):
@@ -181,6 +185,11 @@ class Library:
                 with contextlib.suppress(Busy), self._only_writer(name):
                     shutil.rmtree(entry.path, ignore_errors=True)
                     removed += 1
+            elif entry.name.startswith(".pull-"):
+                with contextlib.suppress(Busy, OSError), self._unused(entry.path):
+                    if time.time() - _touched(Path(entry.path)) >= pulls_older_s:
+                        shutil.rmtree(entry.path, ignore_errors=True)
+                        removed += 1
             elif entry.name.startswith(".removed-"):
                 shutil.rmtree(entry.path, ignore_errors=True)
                 removed += 1
@@ -233,3 +242,8 @@ class Library:
     def succeeded(self, name: str) -> None:
         """Forget earlier failures."""
         self._health_file(name).unlink(missing_ok=True)
+
+
+def _touched(folder: Path) -> float:
+    """When anything below a folder was last written, in seconds since the epoch."""
+    return max(path.lstat().st_mtime for path in (folder, *folder.glob("*"), *folder.glob("images/*")))

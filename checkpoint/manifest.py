@@ -92,31 +92,33 @@ def load(folder: Path) -> Snapshot:
         raise Integrity(
             "manifest-unreadable", f"{file}: {error.strerror}; remove the snapshot: quickthaw snapshot rm {folder.name}"
         ) from error
+    return parse(data, folder, folder.name)
+
+
+def parse(data: bytes, folder: Path, name: str) -> Snapshot:
+    """The manifest of the snapshot `name`; `folder` is named in errors. Raises as `load`."""
+    file = folder / FILE_NAME
     try:
         found = msgspec.json.decode(data, type=dict[str, msgspec.Raw]).get("format")
         version = msgspec.json.decode(found, type=int) if found is not None else None
     except msgspec.MsgspecError as error:
-        raise Integrity(
-            "manifest-garbled", f"{file} is damaged ({error}); quickthaw snapshot rm {folder.name}"
-        ) from error
+        raise Integrity("manifest-garbled", f"{file} is damaged ({error}); quickthaw snapshot rm {name}") from error
     if version is None or version > FORMAT:
         raise Incompatible(
             "format-newer",
-            f"{folder.name} has format {version} and this quickthaw knows {FORMAT}; upgrade, or take it anew",
+            f"{name} has format {version} and this quickthaw knows {FORMAT}; upgrade, or take it anew",
         )
     try:
         snapshot = msgspec.json.decode(data, type=Snapshot)
     except msgspec.MsgspecError as error:
-        raise Integrity(
-            "manifest-garbled", f"{file} is damaged ({error}); quickthaw snapshot rm {folder.name}"
-        ) from error
+        raise Integrity("manifest-garbled", f"{file} is damaged ({error}); quickthaw snapshot rm {name}") from error
     if snapshot.digest and snapshot.digest != _digest(data):
         raise Integrity(
             "manifest-garbled",
-            f"{file} is damaged (its digest is not the one it names); quickthaw snapshot rm {folder.name}",
+            f"{file} is damaged (its digest is not the one it names); quickthaw snapshot rm {name}",
         )
-    if snapshot.name != folder.name:
-        raise Integrity("manifest-misplaced", f"{file} belongs to {snapshot.name}; quickthaw snapshot rm {folder.name}")
+    if snapshot.name != name:
+        raise Integrity("manifest-misplaced", f"{file} belongs to {snapshot.name}; quickthaw snapshot rm {name}")
     return snapshot
 
 

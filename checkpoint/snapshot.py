@@ -26,7 +26,7 @@ from checkpoint.cuda.driver import Driver
 from checkpoint.errors import Failed, HostLacks
 from checkpoint.library import Library
 from checkpoint.manifest import Snapshot, SnapshotFile
-from checkpoint.pages.server import PageServer
+from checkpoint.pages.server import Arriving, PageServer
 from checkpoint.sandbox import CACHE_DIR, TMP_DIR, Bind, Sandbox, SandboxConfig
 
 DUMP_TIMEOUT_S = 30.0
@@ -196,6 +196,8 @@ class LazyRestore:
     record: bool
     on_death: Callable[[str], None]
     on_warning: Callable[[str], None]
+    arriving: Arriving | None = None
+    """The images are being filled from a store (checkpoint.remote)."""
 
 
 @dataclass
@@ -292,6 +294,7 @@ def restore(
                     lazy.record,
                     on_death=lazy.on_death,
                     on_warning=lazy.on_warning,
+                    arriving=lazy.arriving,
                 )
             unpack_cache(folder, compile_cache)
             config = SandboxConfig(

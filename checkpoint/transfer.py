@@ -1,6 +1,8 @@
-"""Moving an archive's chunks: several at a time between files and a store, each named by the BLAKE3 of its plain bytes.
+"""Storing an archive's chunks, several at a time, each named by the BLAKE3 of its plain bytes; and what pushing and
+pulling share.
 
-What checkpoint.archive is built of. Memory is bounded by WORKERS * 2 chunks; every wait ends with the store's own limits.
+What checkpoint.archive is built of; how chunks come back is in checkpoint.arrival. Memory is bounded by WORKERS * 2 chunks; every wait
+ends with the store's own limits.
 """
 
 from __future__ import annotations
@@ -8,20 +10,20 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import blake3
 import msgspec
 
-from checkpoint.errors import Integrity
+from checkpoint.errors import Busy, CheckpointError, Failed, HostLacks, Integrity, NotFound
+from checkpoint.layout import Piece
 
 if TYPE_CHECKING:
     from lazyfs.chunkstore import ChunkStore
-    from lazyfs.manifest import Chunk, File
+    from lazyfs.manifest import Chunk
 
 WORKERS = 4
 _ATTEMPTS = 3
@@ -73,38 +75,61 @@ class Push:
         self.progress = progress
         self.pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="push")
         self.pending: set[Future[tuple[int, int]]] = set()
-        self.files: list[tuple[str, list[Future[tuple[int, int]]], list[str]]] = []
+        self.files: list[tuple[str, list[str]]] = []  # of the archive, with the digests of their chunks
         self.known: dict[str, Chunk] = {}
         self.claimed: set[str] = set()
         self.lock = threading.Lock()
 
     def file(self, folder: Path, path: str, size: int, lengths: list[int] | None) -> None:
+        """Store one file as it is."""
         from lazyfs.chunking import MAX_CHUNK
 
         if lengths is None or sum(lengths) != size:
             lengths = [min(MAX_CHUNK, size - at) for at in range(0, size, MAX_CHUNK)]
+        self.gathered(folder, path, lengths, lambda offset, length: [(path, offset, 0, length)], {path: size})
+
+    def gathered(
+        self,
+        folder: Path,
+        path: str,
+        lengths: list[int],
+        pieces: Callable[[int, int], list[Piece]],
+        sizes: Mapping[str, int],
+    ) -> None:
+        """Store a file of the archive that consists of pieces of the folder's files, and of zeros between them.
+
+        `sizes`: of the files it is made of. Raises Integrity (file-changed) when one of them changes meanwhile.
+        """
         digests = [""] * len(lengths)
-        futures = []
-        fd = os.open(folder / path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        fds = {name: os.open(folder / name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW) for name in sizes}
         try:
-            before = os.fstat(fd)
+            before = {name: os.fstat(fd) for name, fd in fds.items()}
             offset = 0
             for index, length in enumerate(lengths):
                 while len(self.pending) >= 2 * WORKERS:
                     self._collect()
-                data = _read_fully(fd, offset, length, path)
-                future = self.pool.submit(self._put, data, digests, index)
-                futures.append(future)
-                self.pending.add(future)
+                data = bytearray(length)
+                for name, at, within, size in pieces(offset, length):
+                    _read_fully(fds[name], at, memoryview(data)[within : within + size], name)
+                self.pending.add(self.pool.submit(self._put, memoryview(data), digests, index))
                 offset += length
-            after = os.fstat(fd)
+            after = {name: os.fstat(fd) for name, fd in fds.items()}
         finally:
-            os.close(fd)
-        if before.st_size != size or (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
-            raise Integrity("file-changed", f"{path} was written to while it was pushed; push again")
-        self.files.append((path, futures, digests))
+            for fd in fds.values():
+                os.close(fd)
+        for name, size in sizes.items():
+            then, now = before[name], after[name]
+            if then.st_size != size or (now.st_size, now.st_mtime_ns) != (then.st_size, then.st_mtime_ns):
+                raise Integrity("file-changed", f"{name} was written to while it was pushed; push again")
+        self.files.append((path, digests))
 
-    def _put(self, data: bytes, digests: list[str], index: int) -> tuple[int, int]:
+    def made(self, path: str, data: bytes) -> None:
+        """Store a file of the archive that is in no folder."""
+        digests = [""]
+        self.pending.add(self.pool.submit(self._put, data, digests, 0))
+        self.files.append((path, digests))
+
+    def _put(self, data: bytes | memoryview, digests: list[str], index: int) -> tuple[int, int]:
         """Store one chunk unless it was met in this push; returns its plain bytes and the bytes written."""
         from lazyfs.chunkstore import digest_of, zero_digest
         from lazyfs.retry import RetryPolicy, retrying
@@ -140,17 +165,19 @@ class Push:
         if self.progress:
             self.progress(Progress(self.total, self.done, self.stored))
 
-    def finish(self, listing: Listing, kind: str, name: str) -> Pushed:
+    def finish(self, listing: Listing, kind: str, name: str, modes: Mapping[str, int]) -> Pushed:
+        """Write the archive's manifest and set its name. `modes`: of the archive's files."""
         from lazyfs.manifest import VERSION, Directory, File, Manifest, Symlink
 
-        modes = {path: (size, mode) for path, size, mode in listing.files}
         manifest = Manifest(
             VERSION,
             kind,
             tuple(Directory(path, mode) for path, mode in listing.directories),
             tuple(
-                File(path, modes[path][1], modes[path][0], tuple(self.known[digest] for digest in digests))
-                for path, _, digests in self.files
+                File(
+                    path, modes[path], sum(self.known[d].length for d in digests), tuple(self.known[d] for d in digests)
+                )
+                for path, digests in self.files
             ),
             tuple(Symlink(path, target) for path, target in listing.symlinks),
             {
@@ -164,14 +191,12 @@ class Push:
         return Pushed(digest, len(listing.files), self.count, size, self.zero, self.copies, self.shared, self.stored)
 
 
-def _read_fully(fd: int, offset: int, length: int, path: str) -> bytes:
-    data = os.pread(fd, length, offset)
-    while len(data) < length:
-        more = os.pread(fd, length - len(data), offset + len(data))
-        if not more:
+def _read_fully(fd: int, offset: int, into: memoryview, path: str) -> None:
+    while into:
+        got = os.preadv(fd, [into], offset)
+        if not got:
             raise Integrity("file-changed", f"{path} became shorter while it was pushed; push again")
-        data += more
-    return data
+        into, offset = into[got:], offset + got
 
 
 def get(chunks: ChunkStore, chunk: Chunk) -> bytes:
@@ -189,107 +214,23 @@ def get(chunks: ChunkStore, chunk: Chunk) -> bytes:
     return once()
 
 
-class Pull:
-    """One pull: chunks into files, each compared with its digest before it is written. A chunk that is there several times is
-    fetched once and copied from the first file that has it."""
+@contextlib.contextmanager
+def translated(what: str) -> Iterator[None]:
+    """lazyfs' errors and the operating system's, as this package's."""
+    from lazyfs import errors as lazy
 
-    def __init__(
-        self, chunks: ChunkStore, partial: Path, total: int, progress: Callable[[Progress], None] | None
-    ) -> None:
-        self.chunks, self.partial, self.total, self.progress = chunks, partial, total, progress
-        self.done = self.kept = self.fetched = 0
-        self.lock = threading.Lock()
-        self.pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="pull")
-        self.pending: set[Future[int]] = set()
-        self.first: dict[str, tuple[Future[int], Path, int]] = {}
-        self.open: dict[int, int] = {}  # descriptor → chunks still to be written
-
-    def file(self, file: File) -> None:
-        """Start writing one file; what is in flight is waited for when it is too much."""
-        path = self.partial / file.path
-        resumed = path.exists() and path.stat().st_size == file.size
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        with self.lock:
-            self.open[fd] = max(1, len(file.chunks))
-        if not resumed:
-            os.ftruncate(fd, 0)
-            os.ftruncate(fd, file.size)
-        if not file.chunks:
-            self._written(fd, file.mode)
-        for chunk, offset in zip(file.chunks, file.offsets, strict=False):
-            while len(self.pending) >= 2 * WORKERS:
-                self._collect()
-            before = self.first.get(chunk.digest)
-            future = self.pool.submit(self._one, fd, file.mode, chunk, offset, resumed, before)
-            self.pending.add(future)
-            if before is None:
-                self.first[chunk.digest] = (future, path, offset)
-
-    def _one(
-        self, fd: int, mode: int, chunk: Chunk, offset: int, resumed: bool, before: tuple[Future[int], Path, int] | None
-    ) -> int:
-        from lazyfs.chunkstore import digest_of, zero_digest
-
-        if resumed and digest_of(os.pread(fd, chunk.length, offset)) == chunk.digest:
-            with self.lock:
-                self.kept += chunk.length
-        elif chunk.digest == zero_digest(chunk.length):
-            if resumed:  # something else lies there
-                _write_fully(fd, bytes(chunk.length), offset)
-        else:
-            data = self._copy(chunk, before) or self._fetch(chunk)
-            _write_fully(fd, data, offset)
-        self._written(fd, mode)
-        return chunk.length
-
-    def _copy(self, chunk: Chunk, before: tuple[Future[int], Path, int] | None) -> bytes | None:
-        if before is None:
-            return None
-        future, path, offset = before
-        future.result()  # submitted earlier, so running or done: the pool starts tasks in their order
-        with path.open("rb") as source:
-            data = os.pread(source.fileno(), chunk.length, offset)
-        return data if blake3.blake3(data).hexdigest() == chunk.digest else None
-
-    def _fetch(self, chunk: Chunk) -> bytes:
-        data = get(self.chunks, chunk)
-        with self.lock:
-            self.fetched += chunk.length
-        return data
-
-    def _written(self, fd: int, mode: int) -> None:
-        with self.lock:
-            self.open[fd] -= 1
-            if self.open[fd]:
-                return
-        os.fchmod(fd, mode & 0o777)
-        os.fdatasync(fd)
-        with self.lock:
-            del self.open[fd]
-        os.close(fd)
-
-    def drain(self) -> None:
-        """Wait until everything is written."""
-        while self.pending:
-            self._collect()
-
-    def close(self) -> None:
-        """End the workers (each finishes the chunk it is at) and close what a failure left open."""
-        self.pool.shutdown(cancel_futures=True)
-        for fd in self.open:
-            os.close(fd)
-
-    def _collect(self) -> None:
-        # Every get has a limit of its own (the store's, times the attempts), so this ends.
-        ready, self.pending = wait(self.pending, return_when=FIRST_COMPLETED)
-        for future in ready:
-            self.done += future.result()
-        if self.progress:
-            self.progress(Progress(self.total, self.done, self.fetched))
-
-
-def _write_fully(fd: int, data: bytes, offset: int) -> None:
-    view = memoryview(data)
-    while view:
-        written = os.pwrite(fd, view, offset)
-        view, offset = view[written:], offset + written
+    kinds: tuple[tuple[type[lazy.LazyfsError], type[CheckpointError]], ...] = (
+        (lazy.Integrity, Integrity),
+        (lazy.NotFound, NotFound),
+        (lazy.Busy, Busy),
+        (lazy.HostLacks, HostLacks),
+    )
+    try:
+        yield
+    except lazy.LazyfsError as error:
+        kind = next((ours for theirs, ours in kinds if isinstance(error, theirs)), Failed)
+        raise kind(f"archive-{error.code}" if kind is not Failed else error.code, f"{what}: {error}") from error
+    except OSError as error:
+        raise Failed(
+            "disk-full" if error.errno == 28 else "archive-io", f"{what}: {error.strerror or error}"
+        ) from error

@@ -97,7 +97,7 @@ class Seconds(click.ParamType[float]):
     "--snapshot-store",
     metavar="URL",
     show_envvar=True,
-    help="Where compile caches are kept: fetched before a cold start, stored after one.",
+    help="Where to fetch what this host has not: a snapshot, restored while it comes, or compile caches (stored there, too).",
 )
 @click.option("--mount/--no-mount", default=True, show_envvar=True, help="Show the weights through the lazy mount.")
 @click.option("--snapshot/--no-snapshot", default=True, show_envvar=True, help="Take a snapshot where there is none.")

@@ -36,6 +36,7 @@ from plugin import rates, taking
 from plugin.layers import Layers
 from plugin.output import Output
 from plugin.phases import Phase, PhaseTracker, Span
+from plugin.remote import Fetching
 from plugin.settings import LaunchSettings
 from plugin.weights import Weights
 
@@ -107,6 +108,7 @@ class Replica:
         self._expected_end = False
         self._stopped = False
         self._lazy_works = True
+        self._fetching = Fetching(self.settings)
         self.page_stats: dict[str, float] = {}
         self._cuda: Helper | None = None
         self._identity: Here | None = None
@@ -183,7 +185,8 @@ class Replica:
                 Path(self.settings.engine_python),
                 self.settings.command.arguments,
                 {k: v for k, v in self.settings.environment.items() if k not in self.settings.scrub_env},
-                model=self.weights.digest,
+                # A snapshot that the user named is compared with the host and the engine only: spare reading the model.
+                model="" if self.settings.named else self.weights.digest,
                 model_paths=(self.settings.command.model, str(model)) if model else (),
                 weights="thin" if self.settings.weights == "thin" else "full",
                 criu=self.criu.cached_version(self.settings.home) if self.criu else "",
@@ -206,7 +209,7 @@ class Replica:
         if not self.settings.use_snapshot or self.layers.snapshots:
             return None
         name = self.snapshot_name
-        if not self.library.has(name) or self.multi_gpu():
+        if self.multi_gpu():
             return None
         health = self.library.health(name)
         if health.quarantined:
@@ -217,6 +220,11 @@ class Replica:
                 health.reason,
             )
             return None
+        if not self.library.has(name):
+            found = self._fetching.find(name, self._check_identity)
+            if found is None:
+                return None
+            self.library = found
         return name
 
     def multi_gpu(self) -> bool:
@@ -241,8 +249,10 @@ class Replica:
             return
         if isinstance(error, Incompatible):
             self.refused = error
-        elif not isinstance(error, HostLacks | Busy):
+        elif not isinstance(error, HostLacks | Busy) and not self._fetching.outage():
             self.library.failed(name, str(error))
+        self._fetching.give_up()
+        self.library = Library(self.settings.home)
         what = taking.refusal(error) if isinstance(error, Incompatible) else error
         log.warning(
             "restore of %s failed: %s%s",
@@ -254,27 +264,15 @@ class Replica:
     # Restore
 
     def _restore(self, name: str, lazy: bool) -> None:
-        from checkpoint import identity as identities
-
         assert self.criu is not None
         began = time.monotonic()
         self.tracker.to(Phase.MOUNTING)
         snapshot = self.library.load(name)
-        if self.settings.trust_keys:
+        if self.settings.trust_keys and not self._fetching.unfinished:
             from checkpoint.signing import check_folder
 
             check_folder(self.library.path(name), self.settings.trust_keys)
-        recorded = identities.Identity.decode(snapshot.identity)
-        if self.settings.named:
-            # The arguments and the environment are the snapshot's own: the user named it, and gave none.
-            here = self.identity
-            reasons = (
-                *identities.check_host(recorded, here.host),
-                *identities.check_engine(recorded.engine, here.engine),
-            )
-        else:
-            reasons = identities.check(recorded, self.identity)
-        identities.refuse(reasons)
+        recorded = self._check_identity(snapshot)
         if snapshot.weights == "thin":
             # The mount prefetches what the last load read while CRIU is still at work.
             threading.Thread(target=self.weights.mount, name="weights", daemon=True).start()
@@ -285,7 +283,8 @@ class Replica:
         self.tracker.to(Phase.RESTORING)
         outputs = {"stdout": Output(self.stdout), "stderr": Output(self.stderr)}
         try:
-            self._verify(name, snapshot)
+            if not self._fetching.ready(lazy, snapshot):
+                self._verify(name, snapshot)
             restored = snapshots.restore(
                 self.library,
                 self.criu,
@@ -307,6 +306,7 @@ class Replica:
         sandbox = restored.sandbox
         client = Client(lambda: sandbox.connect(snapshot.port), self.settings.command.api_key)
         self._now_running(Running(sandbox, restored.root_pid, snapshot.port, client, outputs, restored))
+        self._fetching.watch(self._pages_lost)
         self.tracker.to(Phase.WAKING)
         control.tell(sandbox.init_pid, control.WAKE)
         if snapshot.weights == "thin" and mounted is None:
@@ -329,21 +329,42 @@ class Replica:
                 target=self._follow, args=(name, restored.pages), name="page-follower", daemon=True
             ).start()
 
+    def _check_identity(self, snapshot: Snapshot) -> IdentityRecord:
+        """What the snapshot is of; raises Incompatible where it may not be restored here."""
+        from checkpoint import identity as identities
+
+        recorded = identities.Identity.decode(snapshot.identity)
+        if self.settings.named:
+            # The arguments and the environment are the snapshot's own: the user named it, and gave none.
+            here = self.identity
+            reasons = (
+                *identities.check_host(recorded, here.host),
+                *identities.check_engine(recorded.engine, here.engine),
+            )
+        else:
+            reasons = identities.check(recorded, self.identity)
+        identities.refuse(reasons)
+        return recorded
+
     # Pages that come later
 
     def _lazy(self, name: str) -> snapshots.LazyRestore:
         known = self.library.working_set(name)
         recorded = known.exists()
         return snapshots.LazyRestore(
-            known if recorded else None, not recorded, self._pages_lost, lambda text: log.warning("%s", text)
+            known if recorded else None,
+            not recorded,
+            self._pages_lost,
+            lambda text: log.warning("%s", text),
+            self._fetching.arriving,
         )
 
     def _pages_lost(self, reason: str) -> None:
-        """The page server died: what faults now would wait for ever. End the replica; it comes back the plain way."""
+        """The page server died, or pages will not come: what faults now would wait for ever. End the replica; it comes back another way."""
         self._lazy_works = False
         running = self.running
         if running:
-            log.warning("%s; ending the replica and restoring it the plain way", reason)
+            log.warning("%s; ending the replica and bringing it back another way", reason)
             with contextlib.suppress(CheckpointError, OSError):
                 running.place.signal(running.pid, signal.SIGKILL)
 
@@ -357,10 +378,12 @@ class Replica:
         placing_s = early.get("hot_done_s", 0.0) - early.get("first_placed_s", 0.0)
         rates.remember(self.settings.home, early.get("bytes_ahead", 0.0), placing_s, gpu=False)
         pages.first_token()
+        self._fetching.first_token()
         self._wait_served(WORKING_SET_REQUESTS, WORKING_SET_WAIT_S)
         drifted = not recording and pages.stats().get("faults_missed", 0) > DRIFT_FAULTS
         pages.requests_done(save=self.library.working_set(name) if recording or drifted else None)
-        pages.wait_complete(PAGES_LIMIT_S)
+        while not pages.wait_complete(PAGES_LIMIT_S) and self._fetching.unfinished:
+            pass  # a slow link is no failure; one that stalls ends the fetching
         self.page_stats = pages.stats()
         log.debug("pages: %s", self.page_stats)
         pages.close()
@@ -572,6 +595,7 @@ class Replica:
                     running.place.signal(running.pid, signal.SIGTERM)
                     code = running.place.wait(running.pid, self.settings.grace_s if grace_s is None else grace_s)
             self._clear()
+        self._fetching.close()
         if self._cuda:
             self._cuda.close()
             self._cuda = None

@@ -39,6 +39,13 @@ from plugin.launch import Seconds, start_log
 @click.option("--api-key", default=None, show_envvar=True, help="The key the engine was started with, for the canary.")
 @click.option("--store", default=None, metavar="URL", show_envvar=True, help="Where weights are kept as chunks.")
 @click.option(
+    "--snapshot-store",
+    default=None,
+    metavar="URL",
+    show_envvar=True,
+    help="Where to fetch the snapshot from if this host has it not, restoring it meanwhile.",
+)
+@click.option(
     "--verify", type=click.Choice(["auto", "always", "never"]), default="auto", show_default=True, show_envvar=True
 )
 @click.option("--trust-key", "trust_keys", type=click.Path(path_type=Path), multiple=True, show_envvar=True)
@@ -58,16 +65,18 @@ def restore(snapshot: str, **options: Any) -> int:
     quickthaw snapshot ls
     quickthaw restore vllm-llama-3f9a1c2b7d --port 8000
     quickthaw restore NAME --replicas 4
+    quickthaw restore NAME --snapshot-store s3://bucket/quickthaw
     """
     import launchers
     from checkpoint.library import Library
     from launchers.base import EngineCommand
+    from plugin.remote import manifest_of
     from plugin.settings import LaunchSettings, state_home
     from plugin.supervisor import launch
 
     start_log(options["quiet"])
     home = state_home()
-    found = Library(home).load(snapshot)
+    found = manifest_of(Library(home), options["snapshot_store"], snapshot, options["trust_keys"])
     engine = launchers.engine(found.engine)
     host = options["host"] or engine.default_host
     port = engine.default_port if options["port"] is None else options["port"]
@@ -82,6 +91,7 @@ def restore(snapshot: str, **options: Any) -> int:
             engine_python=str(interpreter),
             home=home,
             store_url=options["store"],
+            snapshot_store=options["snapshot_store"],
             name=snapshot,
             replicas=options["replicas"],
             mount=Path(model).is_dir(),

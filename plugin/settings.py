@@ -23,8 +23,8 @@ class LaunchSettings:
     weights: whether a snapshot carries the weights (`full`), or a restore reads them again through the lazy mount (`thin`); `auto` lets
     measured rates decide. name: the snapshot's name where the user gave one. named: serve exactly the snapshot `name`, or fail
     (`quickthaw restore`). idle_timeout_s 0: never sleep. shrink False: leave the KV cache in the snapshot (to measure what leaving it
-    out is worth). snapshot_store: URL of the store that compile caches are kept in. strict: fail where a
-    layer is off or a restore fails, rather than going on without.
+    out is worth). snapshot_store: URL of a store to fetch a snapshot from that this host has not, and that compile caches are kept in.
+    strict: fail where a layer is off or a restore fails, rather than going on without.
     """
 
     engine: str

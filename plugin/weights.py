@@ -73,8 +73,8 @@ class Weights:
 
     def mounted(self) -> Path | None:
         """The mount, where a healthy daemon serves it already; never starts one."""
-        if self.path is None or not self.enabled:
-            return None
+        if self.path is None or not self.enabled or not (self.home / "mounts").is_dir():
+            return None  # nothing is mounted anywhere below this home: spare computing the model's digest
         from lazyfs.api import find_mount
 
         handle = find_mount(self._mountpoint())

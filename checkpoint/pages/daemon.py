@@ -29,7 +29,8 @@ import time
 from collections import deque
 
 from checkpoint.pages import index, uffd
-from checkpoint.pages.fetch import Fetcher, Source
+from checkpoint.pages.arrival import ArrivingSource, Presence, Waiting, open_source
+from checkpoint.pages.fetch import Fetcher
 from checkpoint.pages.images import PAGE
 from checkpoint.pages.pagemap import PageMap
 from checkpoint.pages.second import SecondCopier
@@ -76,15 +77,16 @@ class Daemon:
         self.trace_before: list[tuple[int, int]] = []
         self.trace_after: list[tuple[int, int]] = []
         self.images, self.indexed = index.read(self.images_dir)
+        presence = Presence.open(str(config["arriving"])) if config.get("arriving") else None
         self.sources = {
-            image.pages_file: Source(f"{self.images_dir}/{image.pages_file}")
+            image.pages_file: open_source(f"{self.images_dir}/{image.pages_file}", presence)
             for image in self.images.values()
             if image.runs
         }
         self.zeros = zero_source()
         self.working_set = self.load_working_set(str(config["working_set"] or ""))
-        self.ahead = Fetcher("ahead", self.wake)
-        self.cold = Fetcher("cold", self.wake)
+        self.ahead = Waiting(self.wake) if presence else Fetcher("ahead", self.wake)
+        self.cold = Waiting(self.wake, self.want) if presence else Fetcher("cold", self.wake)
         self.second = SecondCopier(self.wake)
         self.cold_faults: dict[int, tuple[Space, int, float]] = {}
         self.cold_number = 0
@@ -115,6 +117,10 @@ class Daemon:
     def wake(self) -> None:
         with contextlib.suppress(BlockingIOError):
             os.eventfd_write(self.wake_fd, 1)
+
+    def want(self, path: str, offset: int, length: int) -> None:
+        """A fault waits for what has not arrived."""
+        self.tell(event="wanted", path=path, offset=offset, length=length)
 
     def tell(self, fds: tuple[int, ...] = (), **message: object) -> None:
         socket.send_fds(self.control, [json.dumps(message).encode()], list(fds))
@@ -189,6 +195,10 @@ class Daemon:
             self.after_requests = True
             if message["save"]:
                 self.save(message["save"])
+        elif message["op"] == "arrived":
+            for waiting in (self.ahead, self.cold):
+                if isinstance(waiting, Waiting):
+                    waiting.look()
         elif message["op"] == "released":
             for space in [space for space in self.spaces.values() if space.number == message["number"]]:
                 self.drop(space)
@@ -341,6 +351,8 @@ class Daemon:
             trace = self.trace_after if self.first_token else self.trace_before
             trace.extend((space.pid, page) for page in range(low, high, PAGE))
         offset = found[2] + low - found[0]
+        if piece is None and isinstance(space.source, ArrivingSource) and not space.source.resident(offset, high - low):
+            offset, low, high = offset + address - low, address, address + PAGE  # its neighbours need not be waited for
         if not space.source.resident(offset, high - low):
             self.cold_number += 1
             self.cold_faults[self.cold_number] = (space, address, since)

@@ -30,6 +30,10 @@ class Source:
         """Whether a copy from there would not wait for a disk."""
         return uffd.resident(self.address + offset, length)
 
+    def absent(self, offset: int, length: int) -> bool:
+        """Whether the range must not be read yet, since the file is still being filled (checkpoint.pages.arrival)."""
+        return False
+
     def advise(self, offset: int, length: int) -> None:
         """Start reading; returns before it is there."""
         for at in range(offset, offset + length, _ADVISE):

@@ -24,13 +24,27 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from checkpoint import prefork
 from checkpoint.errors import Failed
 
 SOCKET_NAME = "lazy-pages.socket"
 """The name that CRIU looks for in its work folder."""
+
+
+class Arriving(Protocol):
+    """Images that are being filled from a store (checkpoint.remote.Remote)."""
+
+    @property
+    def presence(self) -> Path:
+        """The map of pages in place (checkpoint.pages.arrival.Presence)."""
+
+    def listen(self, told: Callable[[], None]) -> None:
+        """Call `told` whenever pages have come."""
+
+    def wanted(self, path: str, offset: int, length: int) -> None:
+        """A process waits for these bytes of a page file."""
 
 
 class PageServer:
@@ -43,12 +57,14 @@ class PageServer:
         socket_path: Path,
         on_death: Callable[[str], None] | None,
         on_warning: Callable[[str], None] | None,
+        arriving: Arriving | None = None,
     ) -> None:
         self._process = process
         self._control = control
         self._socket_path = socket_path
         self._on_death = on_death
         self._on_warning = on_warning
+        self._arriving = arriving
         self._lock = threading.Lock()
         self._spaces: dict[int, int] = {}  # the server's number of an address space → our duplicate of its userfaultfd
         self._stats: dict[str, float] = {}
@@ -76,13 +92,15 @@ class PageServer:
         first_token_timeout_s: float = 60.0,
         on_death: Callable[[str], None] | None = None,
         on_warning: Callable[[str], None] | None = None,
+        arriving: Arriving | None = None,
     ) -> PageServer:
         """Start serving the snapshot in `images` to the `criu restore --lazy-pages --work-dir WORK` that follows; returns in about 3 ms.
 
         `working_set`: the file recorded earlier (None, or missing: single faults only until the first token). `record`: serve single
         pages and remember their order. `rest_bytes_per_s` bounds how fast what nobody asked for is brought after the first token.
         Without a word of the first token, that starts after `first_token_timeout_s`. `on_death(reason)` is called from a thread of this
-        object when the server ends before its work is done. Raises Failed when it cannot be started.
+        object when the server ends before its work is done. `arriving`: the images are being filled from a store.
+        Raises Failed when it cannot be started.
         """
         path = work / SOCKET_NAME
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -100,6 +118,7 @@ class PageServer:
                     "record": record,
                     "rest_bytes_per_s": rest_bytes_per_s,
                     "first_token_timeout_s": first_token_timeout_s,
+                    "arriving": str(arriving.presence.resolve()) if arriving else "",
                 }
                 socket.send_fds(ours, [json.dumps(config).encode()], [listener.fileno()])
             except OSError as error:
@@ -110,7 +129,10 @@ class PageServer:
                 raise Failed(
                     "page-server-start", f"cannot start the page server in {work}: {error.strerror or error}"
                 ) from error
-        return cls(process, ours, path, on_death, on_warning)
+        server = cls(process, ours, path, on_death, on_warning, arriving)
+        if arriving:
+            arriving.listen(server.arrived)
+        return server
 
     @property
     def pid(self) -> int:
@@ -127,6 +149,12 @@ class PageServer:
         """A few requests were answered: the working set ends here. With `save`, write what was recorded (or, where nothing is recorded,
         the known working set and every fault that it missed) to that file."""
         self._tell(op="requests-done", save=str(save) if save else "")
+
+    def arrived(self) -> None:
+        """Pages have come that the server may be waiting for."""
+        with contextlib.suppress(OSError):
+            # Should its queue be full, it has enough unread words of ours to look again after this.
+            self._control.send(b'{"op": "arrived"}', socket.MSG_DONTWAIT)
 
     def _tell(self, **message: Any) -> None:
         with contextlib.suppress(OSError):  # gone: on_death tells, or everything is in place
@@ -160,6 +188,9 @@ class PageServer:
                 os.close(fd)
             if event == "placed":
                 self._tell(op="released", number=message["number"])
+        elif event == "wanted":
+            if self._arriving:
+                self._arriving.wanted(message["path"], message["offset"], message["length"])
         elif event == "warning":
             if self._on_warning:
                 self._on_warning(message["message"])

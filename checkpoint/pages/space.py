@@ -28,7 +28,7 @@ class Gone(Exception):
 
 
 class Again(Exception):
-    """The kernel places nothing now: an event waits to be read, or CRIU has not registered this memory yet."""
+    """Nothing can be placed now: an event waits to be read, CRIU has not registered this memory yet, or its pages are still to arrive."""
 
 
 class Plan:
@@ -143,6 +143,8 @@ class Space:
         """Bring what the image has of [start, end); returns how many bytes that was. Raises Again, Gone, OSError."""
         placed = 0
         for low, high, offset in self.map.within(start, end):
+            if self.source.absent(offset, high - low):
+                raise Again  # moved here from where nothing has arrived yet
             placed += self._place(low, high, offset)
         return placed
 

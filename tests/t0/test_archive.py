@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from checkpoint import archive, sealing, transfer
+from checkpoint import archive, arrival, sealing, transfer
 from checkpoint.archive import Progress, discard, open_chunks, pull, pull_cache, push, push_cache
 from checkpoint.errors import Busy, CheckpointError, Failed, Integrity, NotFound
 from checkpoint.sealing import seal, verify
@@ -35,7 +35,7 @@ def pages(count: int, seed: int) -> bytes:
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sealing, "RACY_NS", 20_000_000)
     quick = RetryPolicy(attempts=2, base=0.001, cap=0.002, limit=1.0)
-    monkeypatch.setattr("lazyfs.retry.RetryPolicy", lambda: quick)
+    monkeypatch.setattr("lazyfs.retry.RetryPolicy", lambda **_: quick)
 
 
 @pytest.fixture
@@ -350,7 +350,7 @@ def test_a_disk_that_fills_up_meanwhile_leaves_nothing(
     def full(fd: int, data: bytes, offset: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(transfer, "_write_fully", full)
+    monkeypatch.setattr(arrival, "_write_fully", full)
     with pytest.raises(Failed) as caught:
         pull("snap", chunks, tmp_path / "other/snap")
     assert caught.value.code == "disk-full"
@@ -362,11 +362,11 @@ def test_a_file_that_changes_under_a_push_makes_no_archive(
 ) -> None:
     real = transfer._read_fully
 
-    def growing(fd: int, offset: int, length: int, path: str) -> bytes:
+    def growing(fd: int, offset: int, into: memoryview, path: str) -> None:
         if path == "images/pages-2.img":
             with (snapshot / path).open("ab") as file:
                 file.write(b"more")
-        return real(fd, offset, length, path)
+        real(fd, offset, into, path)
 
     monkeypatch.setattr(transfer, "_read_fully", growing)
     with pytest.raises(Integrity, match="file-changed"):

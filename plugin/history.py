@@ -6,6 +6,7 @@ The proxy takes its deadlines from them, `quickthaw plan` its samples.
 from __future__ import annotations
 
 import json
+import logging
 import os
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -59,3 +60,22 @@ def history_for(settings: LaunchSettings) -> History:
     from plugin.proxy.history import History
 
     return History(**lead_times(settings))
+
+
+def history_of_snapshot(snapshot: str | None) -> History | None:
+    """The measured starts of what a snapshot of this host holds; None where nothing is known of it (yet), which the log says."""
+    if snapshot is None:
+        return None
+    from checkpoint.errors import CheckpointError
+    from checkpoint.library import Library
+    from launchers.base import EngineCommand
+    from plugin.settings import LaunchSettings, state_home
+
+    home = state_home()
+    try:
+        found = Library(home).load(snapshot)
+    except CheckpointError as error:
+        fields = {"code": error.code, "snapshot": snapshot}
+        logging.getLogger("quickthaw.proxy").warning("%s", error, extra={"event": "snapshot-unknown", "fields": fields})
+        return None
+    return history_for(LaunchSettings(found.engine, EngineCommand(found.engine, (), found.model, "", 0), "", home))

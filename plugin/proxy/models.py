@@ -16,7 +16,6 @@ demand take turns instead of thrashing.
 from __future__ import annotations
 
 import asyncio
-import logging
 import re
 import socket
 import sys
@@ -34,13 +33,10 @@ from plugin.phases import Phase
 from .endpoint import Endpoint, EndpointSpec
 from .errors import ClientFault
 from .front import ClientConnection
-from .history import History
 from .pool import ReplicaPool
 from .replica import STARTING
 from .request import Request
 from .upstream import from_url
-
-log = logging.getLogger("quickthaw.proxy")
 
 Seconds = Annotated[float, msgspec.Meta(ge=0)]
 _FORM_MODEL = re.compile(rb'name="model"\r\n(?:[^\r\n]+\r\n)*\r\n([^\r\n]{1,256})\r\n')
@@ -166,27 +162,6 @@ def spec_of(model: ModelConfig, idle_timeout: float | None) -> EndpointSpec:
     )
 
 
-def _history_of(snapshot: str | None) -> History | None:
-    """The measured starts of what a snapshot holds; nothing is known of one that cannot be read here (yet)."""
-    if snapshot is None:
-        return None
-    from checkpoint.errors import CheckpointError
-    from checkpoint.library import Library
-    from launchers.base import EngineCommand
-    from plugin.history import history_for
-    from plugin.settings import LaunchSettings, state_home
-
-    home = state_home()
-    try:
-        found = Library(home).load(snapshot)
-    except CheckpointError as error:
-        fields = {"code": error.code, "snapshot": snapshot}
-        log.warning("%s", error, extra={"event": "snapshot-unknown", "fields": fields})
-        return None
-    command = EngineCommand(found.engine, (), found.model, "", 0)
-    return history_for(LaunchSettings(found.engine, command, "", home))
-
-
 def _quoted(text: str) -> str:
     import shlex
 
@@ -255,11 +230,13 @@ class Models:
     """Owns the endpoints of all models, and the room they share."""
 
     def __init__(self, config: Config) -> None:
+        from plugin.history import history_of_snapshot  # what it imports, only this mode needs
+
         room = Room(config.max_awake, config.evict, config.min_awake)
         self.endpoints: dict[str, Endpoint] = {}
         for name, model in config.models.items():
             endpoint = Endpoint(
-                name, spec_of(model, config.idle_timeout), room=room.guard, history=_history_of(model.snapshot)
+                name, spec_of(model, config.idle_timeout), room=room.guard, history=history_of_snapshot(model.snapshot)
             )
             self.endpoints[name] = endpoint
             room.endpoints.append((endpoint, model.priority))

@@ -279,7 +279,7 @@ def test_several_gpus_are_refused_by_name(children: Children, driver: Double, mo
     with pytest.raises(Incompatible) as caught:
         suspend(driver, pids)
     assert caught.value.code == "multi-gpu"
-    assert "compile cache" in str(caught.value)
+    assert "--snapshot-store" in str(caught.value)
     assert children.states(pids) == ["RUNNING"] * 2
     monkeypatch.setattr(cuda, "MULTI_GPU_SINCE", (580,))
     assert suspend(driver, pids)[1] == Needs(2, {GPU0: 1 << 20, GPU1: 1 << 20})

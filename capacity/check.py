@@ -125,7 +125,8 @@ def _shares(problem: Problem, now: list[int]) -> list[str]:
 def _zones(problem: Problem, need: Any, t: int, placed: list[dict[int, int]]) -> list[str]:
     found = []
     spans: list[dict[tuple[str, str], float]] = [{} for _ in problem.services]
-    fits = {(p.gpu, p.memory, p.region): [s.fits(p) for s in problem.services] for p in problem.pools}
+    alike = {(p.gpu, p.memory, p.region): p for p in problem.pools}
+    fits = {key: [s.fits(p) for s in problem.services] for key, p in alike.items()}
     for i, pool in enumerate(problem.pools):
         for j, here in enumerate(fits[pool.gpu, pool.memory, pool.region]):
             if here:

@@ -100,9 +100,14 @@ def _spread(options: Options) -> Ints | None:
             if options.rest > 0:
                 each = max(each, options.rest / (many - 1))
             each = max(each - EPS, EPS)
-            counts = [(o, math.ceil(each / rates[o])) for o in chosen[:many]]
-            price = sum(costs[o] * count for o, count in counts)
-            if all(count <= rooms[o] for o, count in counts) and (best is None or price < best[0]):
+            price, counts = 0.0, []
+            for o in chosen[:many]:
+                count = math.ceil(each / rates[o])
+                price += costs[o] * count
+                if count > rooms[o] or (best is not None and price >= best[0]):
+                    break
+                counts.append((o, count))
+            else:
                 best = price, counts
     if best is None:
         return None
@@ -139,18 +144,20 @@ def _exchange(options: Options, count: Ints) -> Ints:
     cost, rate, zone = options.cost, options.rate, options.zone
     take = _worth_taking(options)
     its_cost, its_rate, its_zone = cost[take][None, None, :], rate[take][None, None, :], zone[take]
-    won = TAKE * its_rate
+    won, paid = TAKE * its_rate, TAKE * its_cost
+    gained = TAKE - GIVE
     tolerance, floor = -1e-9 * float(cost.max()), options.target - options.slack
     count = count.copy()
     loads = options.loads(count)
     for _ in range(ROUNDS):
         give = np.flatnonzero(count)
-        saving = TAKE * its_cost - GIVE * cost[give][None, :, None]
+        saving = paid - GIVE * cost[give][None, :, None]
         lost = GIVE * rate[give][None, :, None]
         after = float(loads.sum()) + won - lost
         kept = (saving < tolerance) & (after >= floor)
         kept &= (count[give][None, :, None] >= GIVE) & ((options.room - count)[take][None, None, :] >= TAKE)
-        kept &= int(count.sum()) - GIVE + TAKE >= options.least
+        if options.least:
+            kept &= int(count.sum()) + gained >= options.least
         if not kept.any():
             break
         if options.rest > 0:
@@ -164,9 +171,15 @@ def _exchange(options: Options, count: Ints) -> Ints:
         how, i, o = np.unravel_index(k, kept.shape)
         if not kept[how, i, o]:
             break
-        count[give[i]] -= int(GIVE[how, 0, 0])
-        count[take[o]] += int(TAKE[how, 0, 0])
-        loads = options.loads(count)
+        while True:  # the same again while it is possible: most starting points are far off
+            count[give[i]] -= int(GIVE[how, 0, 0])
+            count[take[o]] += int(TAKE[how, 0, 0])
+            loads = options.loads(count)
+            again = count.copy()
+            again[give[i]] -= int(GIVE[how, 0, 0])
+            again[take[o]] += int(TAKE[how, 0, 0])
+            if again[give[i]] < 0 or again[take[o]] > options.room[take[o]] or not options.enough(again):
+                break
     return count
 
 

@@ -25,6 +25,8 @@ RETRIES = 6  # orders of the services that are tried
 # Of what the duals add to a GPU's own price, pass after pass, in the first step and in the others.
 SLOWLY = (1.0, 0.7, 0.4, 0.2, 0.0)
 FIRST = (1.0, 0.0)
+HUGE = (0.5,)
+MANY = 20_000  # pairs of a pool and a service from which a step is huge
 NEXT = (0.0,)
 
 
@@ -38,6 +40,41 @@ class _Known:
     rate: Floats
     width: Floats
     zones: int
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What all steps of a problem share."""
+
+    quotas_of: list[list[int]]  # [pool]
+    width: list[list[int]]  # [pool][service] GPUs
+    rate: list[list[float]]  # [pool][service] units a second
+    zone: list[str]  # [pool]
+    spread: frozenset[int]  # services over several zones
+    fits: list[list[int]]  # [service] pools
+    alike: list[list[int]]  # [place] pools
+    cells_of: list[list[list[int]]]  # [service] pools it fits, those of one type and zone together
+    known: dict[int, _Known] = field(default_factory=dict)  # [service]
+
+
+def shape(problem: Problem, need: Need, program: Program) -> Shape:
+    """What `step` needs to know of a problem, once for all its steps."""
+    pools, services = problem.pools, problem.services
+    widths = {gpus: [slot(s.gpus, gpus) for s in services] for gpus in {p.gpus for p in pools}}
+    cells: dict[tuple[str, float, str, str, int], list[int]] = {}
+    for p, pool in enumerate(pools):
+        cells.setdefault((pool.gpu, pool.memory, pool.region, pool.zone, pool.gpus), []).append(p)
+    together = list(cells.values())
+    return Shape(
+        quotas_of=[[q for q, quota in enumerate(problem.quotas) if quota.covers(pool)] for pool in pools],
+        width=[widths[p.gpus] for p in pools],
+        rate=need.rate.tolist(),
+        zone=[f"{p.region}/{p.zone}" for p in pools],
+        spread=frozenset(program.spread),
+        fits=[[int(p) for p in np.flatnonzero(need.rate[:, j] > 0)] for j in range(len(services))],
+        cells_of=[[cell for cell in together if need.rate[cell[0], j] > 0] for j in range(len(services))],
+        alike=[[p for p in range(len(pools)) if need.place[p] == k] for k in range(max(need.place) + 1)],
+    )
 
 
 @dataclass
@@ -57,18 +94,15 @@ class _State:
     total: list[int]
     by_zone: list[dict[str, float]]
     quota_left: list[int]  # GPUs
-    quotas_of: list[list[int]]
-    width: list[list[int]] = field(default_factory=list)
-    rate: list[list[float]] = field(default_factory=list)
-    zone: list[str] = field(default_factory=list)
-    spread: frozenset[int] = frozenset()
-    fits: list[list[int]] = field(default_factory=list)  # [service] pools
-    alike: list[list[int]] = field(default_factory=list)  # [place] pools
-    least: list[int] = field(default_factory=list)  # instances a pool must hold
-    known: dict[int, _Known] = field(default_factory=dict)  # [service]
-    cells_of: list[list[list[int]]] = field(
-        default_factory=list
-    )  # [service] pools it fits, those of one type and zone together
+    least: list[int]  # instances a pool must hold
+    shape: Shape
+    target: list[
+        float
+    ]  # [service] units a second to serve, what of it is demand, most that counts as spare, and without a zone
+    base: list[float]
+    cap: list[float]
+    rest: list[float]
+    with_blocks: dict[int, None] = field(default_factory=dict)  # pools; ordered, so that sums are the same each time
 
     def can_open(self, p: int) -> bool:
         return self.more(p) > 0
@@ -78,7 +112,7 @@ class _State:
         starts use up what is left of one."""
         again = max(0, self.before[p] - self.n[p])
         gpus = self.problem.pools[p].gpus
-        starts = min((self.quota_left[q] // gpus for q in self.quotas_of[p]), default=10**9)
+        starts = min((self.quota_left[q] // gpus for q in self.shape.quotas_of[p]), default=10**9)
         return min(self.most[p] - self.n[p], again + max(0, starts))
 
     def room(self, p: int) -> int:
@@ -91,7 +125,7 @@ class _State:
         started = max(0, self.n[p] + count - self.before[p]) - max(0, self.n[p] - self.before[p])
         self.n[p] += count
         self.free[p] += gpus * count
-        for q in self.quotas_of[p]:
+        for q in self.shape.quotas_of[p]:
             self.quota_left[q] -= gpus * started
 
     def release(self, p: int) -> None:
@@ -104,42 +138,46 @@ class _State:
         self.tenants[p][j] = self.tenants[p].get(j, 0) + count
         if not self.tenants[p][j]:
             del self.tenants[p][j]
-        self.free[p] -= self.width[p][j] * count
-        self.served[j] += self.rate[p][j] * count
+        self.free[p] -= self.shape.width[p][j] * count
+        self.served[j] += self.shape.rate[p][j] * count
         self.total[j] += count
-        zone = self.zone[p]
-        self.by_zone[j][zone] = self.by_zone[j].get(zone, 0.0) + self.rate[p][j] * count
+        zone = self.shape.zone[p]
+        self.by_zone[j][zone] = self.by_zone[j].get(zone, 0.0) + self.shape.rate[p][j] * count
 
     def lacks(self, j: int) -> bool:
         """Demand or minimum not met yet."""
-        target = float(self.need.target[j, self.t])
+        target = self.target[j]
         return self.served[j] < target - EPS * max(1.0, target) or self.total[j] < self.problem.services[j].minimum
 
     def zone_lacks(self, j: int) -> bool:
-        if j not in self.spread:
+        if j not in self.shape.spread:
             return False
-        rest = float(self.need.median[j, self.t]) * self.problem.policy.zone_loss
+        rest = self.rest[j]
         return self.served[j] - max(self.by_zone[j].values(), default=0.0) < rest - EPS * max(1.0, rest)
 
     def surplus(self, j: int) -> float:
         """What runs beyond the plan, as far as it counts as spare; units a second."""
-        return min(float(self.need.cap[j, self.t]), max(0.0, self.served[j] - float(self.need.base[j, self.t])))
+        return min(self.cap[j], max(0.0, self.served[j] - self.base[j]))
 
     def block_worth(self, g: int) -> float:
         group = self.need.groups[g]
         worth = sum(self.surplus(j) * each for j, each in group.relief.items())
-        for p, sizes in enumerate(self.blocks):
-            if not sizes:
-                continue
+        for p in self.with_blocks:
             weight = group.weights.get(self.need.place[p])
             if weight is not None:
-                worth += sum(size * many * weight[1] for size, many in sizes.items() if size >= weight[0])
+                for size, many in self.blocks[p].items():
+                    if size >= weight[0]:
+                        worth += size * many * weight[1]
         return worth
 
     def add_block(self, p: int, size: int, count: int) -> None:
         self.blocks[p][size] = self.blocks[p].get(size, 0) + count
         if not self.blocks[p][size]:
             del self.blocks[p][size]
+        if self.blocks[p]:
+            self.with_blocks[p] = None
+        else:
+            self.with_blocks.pop(p, None)
         self.free[p] -= size * count
 
 
@@ -152,6 +190,7 @@ def step(
     before: list[int],
     worth: Floats,
     last: Floats | None,
+    shared: Shape,
     *,
     careful: bool,
 ) -> Floats | None:
@@ -170,9 +209,11 @@ def step(
     for k in np.flatnonzero(shares > EPS):
         table[int(program.pairs[k, 1])][int(program.pairs[k, 0])] = float(shares[k])
     order = sorted(range(len(problem.services)), key=lambda j: (-problem.services[j].gpus, j))
-    keeps = (SLOWLY if careful else FIRST) if last is None else NEXT
+    keeps: tuple[float, ...] = HUGE if len(program.pairs) > MANY else FIRST
+    if careful or last is not None:
+        keeps = SLOWLY if last is None else NEXT
     for _ in range(RETRIES):
-        state = _start(problem, need, program, t, before)
+        state = _start(problem, need, program, t, before, shared)
         failed = _fill(state, order, table, [own + keep * (worth - own) for keep in keeps], 2 if careful else 1)
         if failed is None:
             break
@@ -199,20 +240,13 @@ def _fill(
     return None
 
 
-def _start(problem: Problem, need: Need, program: Program, t: int, before: list[int]) -> _State:
+def _start(problem: Problem, need: Need, program: Program, t: int, before: list[int], shared: Shape) -> _State:
     pools, count = problem.pools, len(problem.pools)
-    most = []
-    for p, pool in enumerate(pools):
-        bound = min(pool.quota if pool.quota is not None else 10**9, before[p] + pool.start_bound(t == 0))
-        most.append(int(bound))
     bounds = slice(t * program.columns, t * program.columns + count)
-    most = [int(min(a, b)) for a, b in zip(most, program.upper[bounds], strict=True)]
-    inside = [[q for q, quota in enumerate(problem.quotas) if quota.covers(pool)] for pool in pools]
-    widths = {gpus: [slot(s.gpus, gpus) for s in problem.services] for gpus in {p.gpus for p in pools}}
-    cells: dict[tuple[str, float, str, str, int], list[int]] = {}
-    for p, pool in enumerate(pools):
-        cells.setdefault((pool.gpu, pool.memory, pool.region, pool.zone, pool.gpus), []).append(p)
-    together = list(cells.values())
+    most = []
+    for p, (pool, upper) in enumerate(zip(pools, program.upper[bounds], strict=True)):
+        bound = min(pool.quota if pool.quota is not None else 10**9, before[p] + pool.start_bound(t == 0))
+        most.append(int(min(bound, upper)))
     state = _State(
         problem=problem,
         need=need,
@@ -230,24 +264,22 @@ def _start(problem: Problem, need: Need, program: Program, t: int, before: list[
             quota.gpus - sum(pool.gpus * before[p] for p, pool in enumerate(pools) if quota.covers(pool))
             for quota in problem.quotas
         ],
-        quotas_of=inside,
-        width=[widths[p.gpus] for p in pools],
-        rate=need.rate.tolist(),
-        zone=[f"{p.region}/{p.zone}" for p in pools],
-        spread=frozenset(program.spread),
-        fits=[[int(p) for p in np.flatnonzero(need.rate[:, j] > 0)] for j in range(len(problem.services))],
-        cells_of=[[cell for cell in together if need.rate[cell[0], j] > 0] for j in range(len(problem.services))],
-        alike=[[p for p in range(count) if need.place[p] == k] for k in range(max(need.place) + 1)],
         least=[int(v) for v in program.lower[bounds]],
+        shape=shared,
+        target=need.target[:, t].tolist(),
+        base=need.base[:, t].tolist(),
+        cap=need.cap[:, t].tolist(),
+        rest=(need.median[:, t] * problem.policy.zone_loss).tolist(),
     )
     for p, least in enumerate(state.least):
-        state.open(p, least)
+        if least:
+            state.open(p, least)
     return state
 
 
 def _seat(state: _State, j: int, p: int, count: int) -> bool:
     """Replicas of j on p, opening instances when that is allowed; all or none."""
-    width, gpus = state.width[p][j], state.problem.pools[p].gpus
+    width, gpus = state.shape.width[p][j], state.problem.pools[p].gpus
     lacking = -(-max(0, width * count - state.free[p]) // gpus)
     if lacking:
         if state.room(p) < width * count:
@@ -260,7 +292,7 @@ def _seat(state: _State, j: int, p: int, count: int) -> bool:
 def _place(state: _State, j: int, share: dict[int, float], worth: Floats, effort: int) -> bool:
     """The cheapest replicas of a service where there is room, by what a GPU of each pool is worth; those it has already,
     which are put back when nothing cheaper is found."""
-    had = [(p, state.tenants[p][j]) for p in state.fits[j] if j in state.tenants[p]]
+    had = [(p, state.tenants[p][j]) for p in state.shape.fits[j] if j in state.tenants[p]]
     for p, count in had:
         state.put(p, j, -count)
         state.release(p)
@@ -269,7 +301,7 @@ def _place(state: _State, j: int, share: dict[int, float], worth: Floats, effort
     if pools:
         near = dict(had) if had else share
         counts = cover.cheapest(options, np.array([int(near.get(p, 0) + EPS) for p in pools], dtype=np.int64), effort)
-    before = sum(float(worth[p]) * state.width[p][j] * count for p, count in had)
+    before = sum(float(worth[p]) * state.shape.width[p][j] * count for p, count in had)
     if counts is not None and (not had or float(options.cost @ counts) < before * (1 - EPS)):
         chosen = [(p, count) for p, count in zip(pools, counts.tolist(), strict=True) if count]
         if all(_seat(state, j, p, count) for p, count in chosen):
@@ -284,31 +316,30 @@ def _place(state: _State, j: int, share: dict[int, float], worth: Floats, effort
 
 def _options(state: _State, j: int, worth: Floats) -> tuple[cover.Options, list[int]]:
     """Of the pools that are alike (type, zone), the cheapest that hold all the service could need."""
-    need, t = state.need, state.t
-    target = float(need.target[j, t])
-    rest = float(need.median[j, t]) * state.problem.policy.zone_loss if j in state.spread else 0.0
+    target = state.target[j]
+    rest = state.rest[j] if j in state.shape.spread else 0.0
     least = state.problem.services[j].minimum
     chosen: list[int] = []
     rooms: list[int] = []
-    for cell in state.cells_of[j]:
-        enough = max(math.ceil((target + rest) / state.rate[cell[0]][j]), least, 1)
+    for cell in state.shape.cells_of[j]:
+        enough = max(math.ceil((target + rest) / state.shape.rate[cell[0]][j]), least, 1)
         for p in sorted(cell, key=lambda p: worth[p]) if len(cell) > 1 else cell:
-            room = state.room(p) // state.width[p][j]
+            room = state.room(p) // state.shape.width[p][j]
             if room > 0:
                 chosen.append(p)
                 rooms.append(min(room, enough))
                 enough -= room
             if enough <= 0:
                 break
-    known = state.known.get(j)
+    known = state.shape.known.get(j)
     if known is None or known.pools != chosen:
         numbers: dict[str, int] = {}
-        known = state.known[j] = _Known(
+        known = state.shape.known[j] = _Known(
             chosen,
             np.array(chosen, dtype=np.int64),
-            np.array([numbers.setdefault(state.zone[p], len(numbers)) for p in chosen], dtype=np.int64),
-            np.array([state.rate[p][j] for p in chosen]),
-            np.array([float(state.width[p][j]) for p in chosen]),
+            np.array([numbers.setdefault(state.shape.zone[p], len(numbers)) for p in chosen], dtype=np.int64),
+            np.array([state.shape.rate[p][j] for p in chosen]),
+            np.array([float(state.shape.width[p][j]) for p in chosen]),
             len(numbers),
         )
     most = np.array(rooms, dtype=np.int64)
@@ -355,8 +386,8 @@ def _trim(state: _State, price: list[float]) -> bool:
         for j in group.relief:
             uses[j].append(g)
     for j in range(len(state.served)):
-        held = [p for p in state.fits[j] if state.tenants[p].get(j)]
-        for p in sorted(held, key=lambda p: (-price[p] * state.width[p][j], p)):
+        held = [p for p in state.shape.fits[j] if state.tenants[p].get(j)]
+        for p in sorted(held, key=lambda p: (-price[p] * state.shape.width[p][j], p)):
             while state.tenants[p].get(j):
                 before = state.surplus(j)
                 state.put(p, j, -1)
@@ -370,20 +401,32 @@ def _trim(state: _State, price: list[float]) -> bool:
 
 def _run_spares(state: _State) -> None:
     """Replicas where idle blocks are held for one service only: they cost the same, and nobody waits for their start."""
-    for group in state.need.groups:
+    groups, t = state.need.groups, state.t
+    if not state.with_blocks or all(len(group.services) > 1 for group in groups):
+        return
+    slack = [state.block_worth(g) - float(group.required[t]) for g, group in enumerate(groups)]
+    for group in groups:
         if len(group.services) > 1:
             continue
         j = group.services[0]
         most = state.problem.services[j].maximum
-        for p in state.fits[j]:
-            size = state.width[p][j]
+        for p in state.shape.fits[j]:
+            size, place = state.shape.width[p][j], state.need.place[p]
             while state.blocks[p].get(size) and (most is None or state.total[j] < most):
+                before = state.surplus(j)
                 state.add_block(p, size, -1)
                 state.put(p, j, 1)
-                if any(_short(state, g) for g in range(len(state.need.groups))):
+                won = state.surplus(j) - before
+                after = list(slack)
+                for g, other in enumerate(groups):
+                    weight = other.weights.get(place)
+                    lost = size * weight[1] if weight is not None and size >= weight[0] else 0.0
+                    after[g] += won * other.relief.get(j, 0.0) - lost
+                if any(now < -EPS * max(1.0, float(g.required[t])) for now, g in zip(after, groups, strict=True)):
                     state.put(p, j, -1)
                     state.add_block(p, size, 1)
                     break
+                slack = after
 
 
 def _short(state: _State, g: int) -> bool:
@@ -431,11 +474,12 @@ def _empty_one(state: _State, p: int) -> bool:
 
 
 def _move_replica(state: _State, p: int, undo: list[tuple[str, int, int, int]]) -> bool:
-    for j in sorted(state.tenants[p], key=lambda j: state.width[p][j]):
+    roomy = [q for q, free in enumerate(state.free) if free > 0 and q != p]
+    for j in sorted(state.tenants[p], key=lambda j: state.shape.width[p][j]):
         state.put(p, j, -1)
-        free, rate = state.free, state.rate[p][j]  # nowhere slower: surplus may be spare
-        targets = [q for q in state.fits[j] if free[q] >= state.width[q][j] and q != p and state.rate[q][j] >= rate]
-        targets.sort(key=lambda q: (state.free[q] - state.width[q][j], q))
+        free, rate = state.free, state.shape.rate[p][j]  # nowhere slower: surplus may be spare
+        targets = [q for q in roomy if free[q] >= state.shape.width[q][j] and state.shape.rate[q][j] >= rate]
+        targets.sort(key=lambda q: (state.free[q] - state.shape.width[q][j], q))
         for q in targets:
             state.put(q, j, 1)
             if not state.zone_lacks(j):
@@ -448,7 +492,7 @@ def _move_replica(state: _State, p: int, undo: list[tuple[str, int, int, int]]) 
 
 def _move_block(state: _State, p: int, undo: list[tuple[str, int, int, int]]) -> bool:
     for size in sorted(state.blocks[p]):
-        for q in state.alike[state.need.place[p]]:
+        for q in state.shape.alike[state.need.place[p]]:
             if q != p and state.free[q] >= size:
                 state.add_block(p, size, -1)
                 state.add_block(q, size, 1)

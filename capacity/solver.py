@@ -114,6 +114,7 @@ def _constructed(
     """By `greedy.py`, step after step; None when any constraint is not kept."""
     assert relaxed.values is not None
     worth = _worth(program, relaxed)
+    shared = greedy.shape(problem, need, program)
     pairs = len(program.pairs)
     careful = thorough or (not hasty and pairs * program.steps <= CAREFUL)
     first = thorough or (not hasty and pairs <= CAREFUL)  # what is acted upon
@@ -130,6 +131,7 @@ def _constructed(
             before,
             worth[t],
             found[-1] if found else None,
+            shared,
             careful=careful if found else first,
         )
         if values is None:

@@ -30,6 +30,7 @@ from checkpoint import layout as layouts
 from checkpoint import manifest as manifests
 from checkpoint import sealing, signing
 from checkpoint.arrival import EVERYTHING, Arrival
+from checkpoint.aside import aside
 from checkpoint.errors import Busy, CheckpointError, Failed, Integrity, NotFound
 from checkpoint.transfer import LINKS, WORKERS, Listing, Progress, Push, Pushed, get, translated
 
@@ -209,14 +210,10 @@ def pull_cache(name: str, chunks: ChunkStore, folder: Path) -> int:
             target = folder / file.path
             if target.exists():
                 continue
-            new = target.with_name(f".{target.name}.{os.getpid()}")
-            try:
+            with aside(target) as new:
                 new.touch(0o600)
                 new.write_bytes(_content(file, chunks))
                 new.chmod(file.mode & 0o777)
-                new.replace(target)
-            finally:
-                new.unlink(missing_ok=True)
             written += 1
         for link in archive.symlinks:
             with contextlib.suppress(FileExistsError):
@@ -281,6 +278,7 @@ class Opened:
     @classmethod
     def of(cls, name: str, chunks: ChunkStore) -> Opened:
         """Read the manifests and the layout. Raises NotFound, Integrity, and what the store raises."""
+        # A name that cannot be a digest or a tag is looked up once only: over a link, each look costs a restore a round trip.
         digest = chunks.resolve(name) if "-" not in name else chunks.get_ref("snapshots", name)
         archive = chunks.get_manifest(digest)
         by_path = {file.path: file for file in archive.files}

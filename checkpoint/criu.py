@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from checkpoint.aside import aside
 from checkpoint.errors import Failed, HostLacks
 from checkpoint.sandbox import Sandbox
 
@@ -92,9 +93,8 @@ class Criu:
             pass  # the first time
         version = self.version
         note.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        new = note.with_name(f".{note.name}.{os.getpid()}")
-        new.write_text(f"{key}\n{version}")
-        new.replace(note)
+        with aside(note) as new:
+            new.write_text(f"{key}\n{version}")
         return version
 
     @cached_property
@@ -120,9 +120,8 @@ class Criu:
         with contextlib.suppress(OSError):  # /run is the host's, or the disk is full: then CRIU asks the kernel again
             data = Path(f"/proc/{sandbox.init_pid}/root/run/criu.kdat").read_bytes()
             target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            new = target.with_name(f".{target.name}.{os.getpid()}")
-            new.write_bytes(data)
-            new.replace(target)
+            with aside(target) as new:
+                new.write_bytes(data)
 
     def dump(self, sandbox: Sandbox, root_pid: int, images: Path, while_frozen: Path, timeout_s: float) -> None:
         """Write the tree's images into `images`; it goes on running afterwards.

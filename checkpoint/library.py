@@ -20,6 +20,7 @@ from pathlib import Path
 import msgspec
 
 from checkpoint import manifest
+from checkpoint.aside import aside
 from checkpoint.errors import Busy, Failed, NotFound
 from checkpoint.manifest import Snapshot
 
@@ -233,10 +234,9 @@ class Library:
         health.failures += 1
         health.reason, health.at = reason, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         file = self._health_file(name)
-        new = file.with_name(f"{file.name}.{os.getpid()}")
-        new.write_bytes(msgspec.json.encode(health))
-        new.chmod(0o600)
-        new.replace(file)
+        with aside(file) as new:
+            new.touch(0o600)
+            new.write_bytes(msgspec.json.encode(health))
         return health
 
     def succeeded(self, name: str) -> None:

@@ -2,7 +2,7 @@
 
 Process 1 of the first sandbox, and the page server of the first restore. `start` is called as the very first thing of a command that will
 want them; `take_init` and `take_page_server` hand over what was started, or start one. What nobody takes sees its control socket close,
-at `discard` or at the owner's end, and exits.
+at `settled` or at the owner's end, and exits.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 Started = tuple["subprocess.Popen[bytes]", socket.socket]
 
 _PAGE_SERVER = "import sys; sys.path.insert(0, sys.argv[1]); from checkpoint.pages.daemon import main; sys.exit(main(int(sys.argv[2])))"
+_END_LIMIT_S = 5.0
 _init: list[Started] = []
 _page_server: list[Started] = []
 
@@ -56,11 +57,22 @@ def start() -> None:
 
 
 def settled() -> None:
-    """The start is over: back to an interpreter's usual ways. What has been imported stays out of every later collection."""
+    """The start is over, or no longer this process's to hurry: back to an interpreter's usual ways, without a page server that nobody took.
+
+    What has been imported stays out of every later collection.
+    """
     if not gc.isenabled():
         sys.setswitchinterval(0.005)
         gc.freeze()
         gc.enable()
+    while _page_server:
+        process, ours = _page_server.pop()
+        ours.close()
+        try:
+            process.wait(_END_LIMIT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def _take(waiting: list[Started]) -> Started | None:
@@ -80,11 +92,3 @@ def take_init() -> Started:
 def take_page_server() -> Started:
     """A page server: the one that was started beforehand, or a new one."""
     return _take(_page_server) or _spawn_page_server()
-
-
-def discard() -> None:
-    """Let go of a page server that nobody will want."""
-    while _page_server:
-        process, ours = _page_server.pop()
-        ours.close()
-        process.wait()

@@ -21,6 +21,7 @@ from pathlib import Path
 import msgspec
 
 from checkpoint import cuda, manifest
+from checkpoint.aside import aside
 from checkpoint.criu import Criu
 from checkpoint.cuda.driver import Driver
 from checkpoint.errors import Failed, HostLacks
@@ -240,10 +241,9 @@ def unpack_cache(folder: Path, compile_cache: Path) -> None:
             if mode in (target.stat().st_mode & 0o777, 0o600) and filecmp.cmp(file, target, shallow=False):
                 continue
         target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        new = target.with_name(f".{target.name}.{os.getpid()}")
-        shutil.copyfile(file, new)
-        new.chmod(mode)
-        new.replace(target)
+        with aside(target) as new:
+            shutil.copyfile(file, new)
+            new.chmod(mode)
 
 
 def restore(

@@ -7,8 +7,8 @@ search for on sys.path. Its name is the digest of its contents, so a new version
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
+import tempfile
 from pathlib import Path
 
 ENTRY_POINTS = """\
@@ -34,16 +34,16 @@ def engine_site(home: Path, sources: Path) -> Path:
     if target.is_dir():
         return target
     target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    new = target.with_name(f".{target.name}.{os.getpid()}")
-    shutil.rmtree(new, ignore_errors=True)
+    new = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    new.chmod(0o755)
     package, info = new / "quickthaw_engine", new / "quickthaw_engine-0.1.0.dist-info"
-    package.mkdir(parents=True)
-    info.mkdir()
-    for name, data in files.items():
-        (package / name).write_bytes(data)
-    (info / "entry_points.txt").write_text(ENTRY_POINTS)
-    (info / "METADATA").write_text(METADATA)
     try:
+        package.mkdir()
+        info.mkdir()
+        for name, data in files.items():
+            (package / name).write_bytes(data)
+        (info / "entry_points.txt").write_text(ENTRY_POINTS)
+        (info / "METADATA").write_text(METADATA)
         new.rename(target)
     except OSError:
         shutil.rmtree(new, ignore_errors=True)

@@ -20,6 +20,8 @@ from pathlib import Path
 
 import blake3
 
+from checkpoint.aside import aside
+
 log = logging.getLogger("quickthaw")
 PULL_LIMIT_S = 60.0
 """A start waits no longer than this for a pull; compiling costs about as much (docs/measurements.md)."""
@@ -45,22 +47,21 @@ class CompileCache:
             found += [(str(Path(below, n).relative_to(self.folder)), Path(below, n).lstat().st_size) for n in names]
         return _digest(found)
 
-    def _same(self) -> bool:
+    def _same(self, listing: str) -> bool:
         """Whether the store had exactly these files when it was last asked."""
         try:
-            return self._note.read_text() == f"{self.store}\n{self.listing()}"
+            return self._note.read_text() == f"{self.store}\n{listing}"
         except OSError:
             return False
 
     def _remember(self, listing: str) -> None:
         """What the store has now."""
-        new = self._note.with_name(f"{self._note.name}.{os.getpid()}")
-        new.write_text(f"{self.store}\n{listing}")
-        new.replace(self._note)
+        with aside(self._note) as new:
+            new.write_text(f"{self.store}\n{listing}")
 
     def pull(self, limit_s: float = PULL_LIMIT_S) -> None:
         """Fill in what the store has and the folder has not; returns after `limit_s` seconds at the latest."""
-        if self._same():
+        if self._same(self.listing()):
             return
         if not self.believed:
             log.warning(
@@ -124,12 +125,11 @@ class CompileCache:
         from checkpoint.errors import CheckpointError
 
         try:
-            if self._same() or not self.listing():
-                return
-            os.setpriority(
-                os.PRIO_PROCESS, threading.get_native_id(), 10
-            )  # of this thread alone: the engine serves meanwhile
             listing = self.listing()
+            if not listing or self._same(listing):
+                return
+            # Of this thread alone: the engine serves meanwhile.
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
             pushed = archive.push_cache(self.folder, archive.open_chunks(self.store), self.name)
             self._remember(listing)
         except (CheckpointError, OSError) as error:

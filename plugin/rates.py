@@ -7,7 +7,6 @@ file from the page cache into fresh memory, which is the least that a restore ha
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
 import statistics
@@ -15,42 +14,31 @@ import tempfile
 import time
 from pathlib import Path
 
+from plugin import journal
+
 FILE = "restore-rates.jsonl"
 KEPT = 20
 LEAST_BYTES = 32 << 20
 """Less than this measures fixed costs, not a rate."""
 PROBE_BYTES = 64 << 20
-_LINE = 200
 
 
 def remember(home: Path, size: float, seconds: float, gpu: bool) -> None:
     """Add a restore that put `size` bytes in place in `seconds`; too small ones are left out. `gpu`: with state of a GPU among them."""
     if size < LEAST_BYTES or seconds <= 0:
         return
-    line = {"bytes": int(size), "seconds": round(seconds, 4), "gpu": gpu}
-    fd = os.open(home / FILE, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        os.write(fd, json.dumps(line).encode() + b"\n")
-    finally:
-        os.close(fd)
+    journal.append(home / FILE, {"bytes": int(size), "seconds": round(seconds, 4), "gpu": gpu})
 
 
 def measured(home: Path, gpu: bool) -> tuple[float, int] | None:
     """Median bytes a second of this host's latest restores with or without a GPU, and of how many; None where there was none."""
-    try:
-        with open(home / FILE, "rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - KEPT * _LINE))
-            lines = file.read().splitlines()
-    except OSError:
-        return None
     found = []
-    for line in lines:
+    for entry in journal.latest(home / FILE, 2 * KEPT):
         try:
-            entry = json.loads(line)
             if entry["gpu"] is gpu:
                 found.append(float(entry["bytes"]) / float(entry["seconds"]))
         except (ValueError, KeyError, TypeError, ZeroDivisionError):
-            continue  # the first line may be cut, and a full disk may have torn one
+            continue  # of another version
     return (statistics.median(found[-KEPT:]), len(found[-KEPT:])) if found else None
 
 

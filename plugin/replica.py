@@ -80,7 +80,7 @@ class Running:
 
 @dataclass
 class Replica:
-    """Drives one replica. `start`, `stop` and `sleep` are called from one thread at a time."""
+    """Drives one replica. `start` may be called by several threads, which share one start; `stop` and `sleep` are for one at a time."""
 
     settings: LaunchSettings
     engine: Engine
@@ -105,6 +105,7 @@ class Replica:
 
     def __post_init__(self) -> None:
         self.library = Library(self.settings.home)
+        self._starting = threading.Lock()
         self._expected_end = False
         self._stopped = False
         self._lazy_works = True
@@ -121,13 +122,27 @@ class Replica:
     # Starting
 
     def start(self, before_cold: Callable[[], object] | None = None) -> None:
-        """Bring the engine to serving. Raises LauncherError or CheckpointError when that has finally failed.
+        """Bring the engine to serving, or wait until another thread has. Raises LauncherError or CheckpointError when that has failed.
 
         Three ways, each after the one before it failed: restore with the working set first, restore the plain way, start cold. With
         `before_cold`, that is called (it may wait for another replica's snapshot) and restoring tried once more before a cold start.
         A start that `stop` interrupts raises as well, and tries no other way.
         """
-        self.exit_code = None
+        with self._starting:
+            if self.running is not None and self.tracker.phase is Phase.SERVING:
+                return
+            self.exit_code = None
+            # At once: reading a model for the first time takes a while, and whoever looks must see that a start is under way.
+            self._mounting()
+            try:
+                self._start(before_cold)
+            except BaseException as error:
+                self._clear()
+                if not self._stopped and self.tracker.phase is not Phase.FAILED:
+                    self.tracker.to(Phase.FAILED, str(error))
+                raise
+
+    def _start(self, before_cold: Callable[[], object] | None) -> None:
         if self._start_from_snapshot():
             return
         if before_cold is not None:
@@ -141,13 +156,11 @@ class Replica:
                 "cannot-restore",
                 self.layers.snapshots or f"snapshot {self.settings.name} is in quarantine; see snapshot inspect",
             )
-        try:
-            self._cold()
-        except BaseException as error:
-            self._clear()
-            if not self._stopped:
-                self.tracker.to(Phase.FAILED, str(error))
-            raise
+        self._cold()
+
+    def _mounting(self) -> None:
+        if self.tracker.phase is not Phase.MOUNTING:
+            self.tracker.to(Phase.MOUNTING)
 
     def _start_from_snapshot(self) -> bool:
         """Restore where there is something to restore; whether the replica serves. Raises only where a cold start may not follow."""
@@ -266,7 +279,7 @@ class Replica:
     def _restore(self, name: str, lazy: bool) -> None:
         assert self.criu is not None
         began = time.monotonic()
-        self.tracker.to(Phase.MOUNTING)
+        self._mounting()
         snapshot = self.library.load(name)
         if self.settings.trust_keys and not self._fetching.unfinished:
             from checkpoint.signing import check_folder
@@ -320,14 +333,14 @@ class Replica:
         self.library.succeeded(name)
         self.snapshot, self.restored = snapshot, True
         self._serve()
-        if not restored.pages:
-            rates.remember(
-                self.settings.home, snapshot.image_bytes, restored.spans["criu"], bool(snapshot.gpu.processes)
-            )
         if restored.pages:
             threading.Thread(
                 target=self._follow, args=(name, restored.pages), name="page-follower", daemon=True
             ).start()
+        else:
+            rates.remember(
+                self.settings.home, snapshot.image_bytes, restored.spans["criu"], bool(snapshot.gpu.processes)
+            )
 
     def _check_identity(self, snapshot: Snapshot) -> IdentityRecord:
         """What the snapshot is of; raises Incompatible where it may not be restored here."""
@@ -375,10 +388,10 @@ class Replica:
         self._wait_served(1, FIRST_ANSWER_WAIT_S * (10 if recording else 1))
         early = pages.stats()
         log.debug("pages at the first token: %s", early)
-        placing_s = early.get("hot_done_s", 0.0) - early.get("first_placed_s", 0.0)
-        rates.remember(self.settings.home, early.get("bytes_ahead", 0.0), placing_s, gpu=False)
         pages.first_token()
         self._fetching.first_token()
+        placing_s = early.get("hot_done_s", 0.0) - early.get("first_placed_s", 0.0)
+        rates.remember(self.settings.home, early.get("bytes_ahead", 0.0), placing_s, gpu=False)
         self._wait_served(WORKING_SET_REQUESTS, WORKING_SET_WAIT_S)
         drifted = not recording and pages.stats().get("faults_missed", 0) > DRIFT_FAULTS
         pages.requests_done(save=self.library.working_set(name) if recording or drifted else None)
@@ -450,9 +463,9 @@ class Replica:
     # Cold start
 
     def _cold(self) -> None:
-        prefork.discard()
+        prefork.settled()
         self.underway.set()
-        self.tracker.to(Phase.MOUNTING)
+        self._mounting()
         cache = self._kept_cache()
         if cache:
             cache.pull()

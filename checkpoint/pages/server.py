@@ -125,7 +125,8 @@ class PageServer:
                 if ours:
                     ours.close()
                 if process:
-                    process.wait(5)
+                    process.kill()
+                    process.wait()
                 raise Failed(
                     "page-server-start", f"cannot start the page server in {work}: {error.strerror or error}"
                 ) from error

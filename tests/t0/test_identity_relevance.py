@@ -83,7 +83,7 @@ def test_a_flag_without_its_value_at_the_end_is_no_crash() -> None:
 
 def test_the_model_counts_by_its_digest_where_it_has_a_name_to_be_served_under() -> None:
     named = ["--served-model-name", "chat"]
-    here = normalised_arguments("vllm", ["--model", "/home/a/models/m", *named], ["/home/a/models/m"])
+    here = normalised_arguments("vllm", ["--model", "/models/one", *named], ["/models/one"])
     there = normalised_arguments("vllm", ["--model", "/srv/m", "--served_model_name=chat"], ["/srv/m"])
     assert here == there == {"--model": (("{model}",),), "--served-model-name": (("chat",),)}
 

@@ -10,11 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
+from checkpoint_kit import draft
 
 from checkpoint.criu import Criu
 from checkpoint.errors import Busy, CheckpointError, Failed, HostLacks, Integrity, NotFound
 from checkpoint.library import Library
-from checkpoint.manifest import FORMAT, Canary, Snapshot
 from checkpoint.sandbox import CACHE_DIR, TMP_DIR, Bind, Sandbox, SandboxConfig
 from checkpoint.sealing import seal, verify
 from checkpoint.snapshot import restore, take
@@ -56,30 +56,6 @@ def start_tree(sandbox, output, megabytes=16):
     return pid
 
 
-def draft(name, pid, output):
-    return Snapshot(
-        format=FORMAT,
-        name=name,
-        created="2026-01-01T00:00:00Z",
-        engine="none",
-        model="none",
-        model_digest="",
-        weights="full",
-        identity={},
-        root_pid=pid,
-        top_pid=pid,
-        port=8000,
-        pipes={"stdout": output.name},
-        monotonic_ns=0,
-        canary=Canary("", []),
-        image_bytes=0,
-        kv_cache_bytes=0,
-        cold_s=0.0,
-        timeline=[],
-        files={},
-    )
-
-
 @pytest.fixture
 def criu():
     return Criu.find(state_home())
@@ -108,7 +84,7 @@ def taken(home, criu):
     with Sandbox(SandboxConfig(binds=[Bind(home / "compile", Path(CACHE_DIR), read_only=False)])) as sandbox:
         pid = start_tree(sandbox, output)
         ask(sandbox, op="count")
-        snapshot = take(library, criu, sandbox, draft("tree", pid, output), home / "compile", seal)
+        snapshot = take(library, criu, sandbox, draft("tree", pid, {"stdout": output.name}), home / "compile", seal)
         yield library, snapshot, sandbox
 
 
@@ -125,6 +101,25 @@ def bring_back(library, criu, snapshot, output=None):
         )
     finally:
         output.handed_over()
+
+
+def test_a_sandbox_shows_the_hosts_run_and_keeps_what_criu_learns_apart(home, criu):
+    facts = criu.kernel_facts(home)
+    facts.parent.mkdir(exist_ok=True)
+    facts.write_bytes(b"of an earlier sandbox")
+    with Sandbox(SandboxConfig(kernel_facts=facts)) as sandbox:
+        run = Path(f"/proc/{sandbox.init_pid}/root/run")
+        here = {path.name for path in Path("/run").iterdir() if not path.name.startswith("criu.kdat")}
+        assert here <= {path.name for path in run.iterdir()}
+        on_host = " /run tmpfs " in Path("/proc/mounts").read_text()
+        assert " /run tmpfs " in Path(f"/proc/{sandbox.init_pid}/mounts").read_text()
+        if not on_host:
+            assert (run / "criu.kdat").read_bytes() == b"of an earlier sandbox"
+            (run / "criu.kdat").write_bytes(b"learnt here")
+            assert not Path("/run/criu.kdat").exists()
+            facts.unlink()
+            criu.keep_kernel_facts(sandbox)
+            assert facts.read_bytes() == b"learnt here"
 
 
 def test_a_sandbox_hides_the_host_and_refuses_io_uring(home):

@@ -125,3 +125,15 @@ def test_a_timeout_that_was_running_at_the_dump_runs_on_and_does_not_fire_at_onc
         while started.facts()["worker"]["fired"] is None:
             assert time.monotonic() < limit, "the clock stands still"
             time.sleep(0.1)
+
+
+def test_a_request_that_comes_while_a_new_model_is_read_starts_nothing_of_its_own(launch_rig):
+    rig = launch_rig
+    with (rig.model / "more.bin").open("wb") as file:
+        file.truncate(3 << 30)  # reading it once takes a second or two, before the first phase that starts anything
+    with rig.running("--idle-timeout", "60s", "--no-snapshot") as started:
+        started.ask()
+        assert [phases[:3] for phases in started.phases()] == [["mounting", "starting", "loading"]]
+        (mounting,) = (span["took_s"] for span in started.status()[0]["timeline"] if span["phase"] == "mounting")
+        assert mounting > 0.2, "the model was read too quickly for this test"
+        assert started.ours().count("mounting") == 1, started.ours()

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from checkpoint_kit import LIMIT_S, inside, wait_for
 
 from checkpoint.criu import Criu
 from checkpoint.errors import HostLacks
@@ -20,23 +21,7 @@ from checkpoint.sandbox import TMP_DIR, Sandbox, SandboxConfig
 pytestmark = pytest.mark.t1
 
 HOME = Path(os.environ.get("QUICKTHAW_HOME", Path.home() / ".cache" / "quickthaw"))
-LIMIT_S = 60.0
 LOOP = 4
-
-
-def wait_for(path: Path, limit_s: float = LIMIT_S) -> bytes:
-    limit = time.monotonic() + limit_s
-    while time.monotonic() < limit:
-        try:
-            return path.read_bytes()
-        except FileNotFoundError:
-            time.sleep(0.005)
-    raise AssertionError(f"{path.name} did not come within {limit_s:.0f} s")
-
-
-def inside(sandbox: Sandbox) -> Path:
-    """The sandbox's TMPDIR, from the host."""
-    return Path(f"/proc/{sandbox.init_pid}/root{TMP_DIR}")
 
 
 class Frozen:

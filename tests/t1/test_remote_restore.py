@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from checkpoint_kit import LIMIT_S, draft, inside, wait_for
 
 from checkpoint import archive, arrival, layout, sealing, signing
 from checkpoint import remote as remotes
@@ -24,7 +25,6 @@ from checkpoint.archive import open_chunks, pull, push
 from checkpoint.criu import Criu
 from checkpoint.errors import Busy, CheckpointError, Failed, HostLacks, Integrity, NotFound
 from checkpoint.library import Library
-from checkpoint.manifest import FORMAT, Canary, Snapshot
 from checkpoint.remote import ArrivingLibrary, Remote
 from checkpoint.sandbox import TMP_DIR, Sandbox
 from checkpoint.snapshot import LazyRestore, Restored, restore, take
@@ -33,22 +33,7 @@ pytestmark = [pytest.mark.t1, pytest.mark.slow, pytest.mark.xdist_group("criu")]
 
 HOME = Path(os.environ.get("QUICKTHAW_HOME", Path.home() / ".cache" / "quickthaw"))
 REPO = Path(__file__).resolve().parents[2]
-LIMIT_S = 60.0
 TOUCHED = 1500  # pages that the recorded restore read
-
-
-def inside(sandbox: Sandbox) -> Path:
-    return Path(f"/proc/{sandbox.init_pid}/root{TMP_DIR}")
-
-
-def wait_for(path: Path, limit_s: float = LIMIT_S) -> bytes:
-    limit = time.monotonic() + limit_s
-    while time.monotonic() < limit:
-        try:
-            return path.read_bytes()
-        except FileNotFoundError:
-            time.sleep(0.005)
-    raise AssertionError(f"{path.name} did not come within {limit_s:.0f} s")
 
 
 def order(sandbox: Sandbox, **what: int) -> None:
@@ -121,28 +106,7 @@ def taken(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         program = str(Path(__file__).with_name("pages_workload.py"))
         pid = sandbox.start([os.path.realpath(sys.executable), "-I", "-S", program, TMP_DIR], {}, "/")
         wait_for(inside(sandbox) / "ready")
-        draft = Snapshot(
-            format=FORMAT,
-            name="workload",
-            created="",
-            engine="none",
-            model="none",
-            model_digest="",
-            weights="full",
-            identity={},
-            root_pid=pid,
-            top_pid=pid,
-            port=1,
-            pipes={},
-            monotonic_ns=0,
-            canary=Canary("", []),
-            image_bytes=0,
-            kv_cache_bytes=0,
-            cold_s=0.0,
-            timeline=[],
-            files={},
-        )
-        take(host.library, criu, sandbox, draft, host.library.home / "compile", sealing.seal)
+        take(host.library, criu, sandbox, draft("workload", pid), host.library.home / "compile", sealing.seal)
     replica = host.restore(record=True)
     assert replica.pages
     order(replica.sandbox, seed=1, touch=TOUCHED)

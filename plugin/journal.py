@@ -1,0 +1,44 @@
+"""Journals of measurements in `$QUICKTHAW_HOME`: a line of JSON each, appended by who measures, the latest read by who decides."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger("quickthaw")
+_LINE = 200  # bytes; no line is longer
+
+
+def append(file: Path, line: Mapping[str, Any]) -> None:
+    """Add a line, in one write, so that processes do not tear each other's. A full disk costs the line, never what was measured."""
+    try:
+        fd = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            os.write(fd, json.dumps(line).encode() + b"\n")
+        finally:
+            os.close(fd)
+    except OSError as error:
+        log.warning("%s: %s; this measurement is not kept", file, error.strerror)
+
+
+def latest(file: Path, count: int) -> list[dict[str, Any]]:
+    """The last `count` lines that can be read, the oldest first; none where there is no file."""
+    try:
+        with open(file, "rb") as lines:
+            lines.seek(max(0, lines.seek(0, os.SEEK_END) - count * _LINE))
+            raw = lines.read().splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in raw[-count:]:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue  # the first line may be cut, and a full disk may have torn one
+        if isinstance(entry, dict):
+            found.append(entry)
+    return found

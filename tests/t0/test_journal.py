@@ -1,0 +1,63 @@
+"""Journals of measurements, and files that are written aside."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from pathlib import Path
+
+import pytest
+
+from checkpoint.aside import aside
+from plugin import journal
+
+pytestmark = pytest.mark.t0
+
+
+def test_the_latest_lines_in_order(tmp_path: Path) -> None:
+    file = tmp_path / "j"
+    assert journal.latest(file, 3) == []
+    for number in range(10):
+        journal.append(file, {"n": number})
+    assert [line["n"] for line in journal.latest(file, 3)] == [7, 8, 9]
+    assert file.stat().st_mode & 0o777 == 0o600
+
+
+def test_torn_lines_are_left_out(tmp_path: Path) -> None:
+    file = tmp_path / "j"
+    file.write_bytes(b'": 1}\n{"n": 1}\n[]\n{"n"\n{"n": 2}\n')
+    assert journal.latest(file, 9) == [{"n": 1}, {"n": 2}]
+
+
+def test_a_line_that_cannot_be_kept_is_said_and_survived(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "quickthaw"):
+        journal.append(tmp_path / "none" / "j", {"n": 1})
+    assert "not kept" in caplog.text
+
+
+def test_threads_put_the_same_file_in_place(tmp_path: Path) -> None:
+    target, both = tmp_path / "file", threading.Barrier(2)
+    failures: list[BaseException] = []
+
+    def write(text: str) -> None:
+        try:
+            with aside(target) as new:
+                new.write_text(text)
+                both.wait(10)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=write, args=(text,)) for text in ("one", "two")]
+    [thread.start() for thread in threads]
+    [thread.join(20) for thread in threads]
+    assert not failures and target.read_text() in ("one", "two")
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_what_fails_leaves_what_was_there(tmp_path: Path) -> None:
+    target = tmp_path / "file"
+    target.write_text("old")
+    with pytest.raises(ValueError, match="stop"), aside(target) as new:
+        new.write_text("half")
+        raise ValueError("stop")
+    assert target.read_text() == "old" and list(tmp_path.iterdir()) == [target]

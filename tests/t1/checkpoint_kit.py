@@ -1,0 +1,52 @@
+"""What the tests with real process trees share."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from checkpoint.manifest import FORMAT, Canary, Snapshot
+from checkpoint.sandbox import TMP_DIR, Sandbox
+
+LIMIT_S = 60.0
+
+
+def draft(name: str, pid: int, pipes: dict[str, str] | None = None) -> Snapshot:
+    """The manifest of a tree that is no engine, before its dump."""
+    return Snapshot(
+        format=FORMAT,
+        name=name,
+        created="2026-01-01T00:00:00Z",
+        engine="none",
+        model="none",
+        model_digest="",
+        weights="full",
+        identity={},
+        root_pid=pid,
+        top_pid=pid,
+        port=8000,
+        pipes=pipes or {},
+        monotonic_ns=0,
+        canary=Canary("", []),
+        image_bytes=0,
+        kv_cache_bytes=0,
+        cold_s=0.0,
+        timeline=[],
+        files={},
+    )
+
+
+def inside(sandbox: Sandbox) -> Path:
+    """The sandbox's TMPDIR, from the host."""
+    return Path(f"/proc/{sandbox.init_pid}/root{TMP_DIR}")
+
+
+def wait_for(path: Path, limit_s: float = LIMIT_S) -> bytes:
+    """What a file holds, once it is there."""
+    limit = time.monotonic() + limit_s
+    while time.monotonic() < limit:
+        try:
+            return path.read_bytes()
+        except FileNotFoundError:
+            time.sleep(0.005)
+    raise AssertionError(f"{path.name} did not come within {limit_s:.0f} s")

@@ -192,7 +192,6 @@ async def _serve(options: dict[str, Any], settings: Settings) -> None:
     raise_files()
     sockets = listening_sockets(host, port, options["workers"], settings.backlog)
     own_sock = listening_sockets(*own_place, 1, 128)[0] if own_place else None
-    port = sockets[0].getsockname()[1]
     supervisor: Supervisor | None = None
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()

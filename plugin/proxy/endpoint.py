@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from plugin.phases import Phase, PhaseTracker
 
 from .errors import ProxyError, StartFailed, UpstreamFault
-from .fetch import fetch, post_url
+from .fetch import fetch, hook_place, post_url
 from .history import History
 from .pool import ReplicaPool
 from .replica import FOUND_UP
@@ -76,6 +76,12 @@ class EndpointSpec:
     restores: bool = False
     """True for a `quickthaw restore`, which says its phases at `/-/status`."""
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for a hook that is no URL."""
+        for url in (self.wake_url, self.sleep_url):
+            if url is not None:
+                hook_place(url)
+
     @property
     def can_sleep(self) -> bool:
         """True when the proxy can put it down: by a command, a hook, or by ending the command that it woke it with."""
@@ -110,7 +116,7 @@ class Endpoint:
 
     async def start(self) -> None:
         """Look once whether the endpoint is up already."""
-        if await self._ready() is None and await self._answers():
+        if await self._up():
             self.tracker.to(Phase.SERVING, FOUND_UP)
 
     async def wake(self) -> None:
@@ -154,7 +160,12 @@ class Endpoint:
             raise
 
     async def sleep(self) -> None:
-        """Put the endpoint down. Raises StartFailed when the command or hook fails; it then goes on serving."""
+        """Put the endpoint down.
+
+        Raises:
+            StartFailed: the command or hook failed, and the endpoint goes on serving. One that answers no more is down
+                whatever they said.
+        """
         spec = self.spec
         running = self._process is not None and self._process.returncode is None
         if spec.sleep is None and spec.sleep_url is None and not running:
@@ -165,9 +176,13 @@ class Endpoint:
                 await self._command(spec.sleep, spec.sleep_limit_s, "sleep")
             elif spec.sleep_url is not None:
                 await self._hook(spec.sleep_url, spec.sleep_limit_s, "sleep")
-        except BaseException:
-            self._watch()
-            raise
+        except BaseException as exc:
+            if not isinstance(exc, ProxyError) or await self._up():
+                self._watch()
+                raise
+            fields = {"pool": self.name, "code": exc.code, "reason": exc.message}
+            text = "%s: %s; it answers no more, and counts as asleep"
+            log.warning(text, self.name, exc.message, extra={"event": "sleep-failed", "fields": fields})
         if spec.wake is None or spec.wake_url is None:
             await self._stop_process()  # otherwise it stays, asleep, for the wake hook
         self._slept = True
@@ -270,6 +285,9 @@ class Endpoint:
         except OSError as exc:
             return f"refused ({type(exc).__name__})"
         return None if status == 200 else f"{self.spec.ready_path} answers {status}"
+
+    async def _up(self) -> bool:
+        return await self._ready() is None and await self._answers()
 
     async def _answers(self) -> bool:
         """True when it generates a token at once, or when no model is named to ask for one."""

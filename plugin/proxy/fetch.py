@@ -94,11 +94,15 @@ async def fetch(
     return answer.status, bytes(answer.body)
 
 
-async def post_url(url: str, *, limit_s: float) -> int:
-    """POST to a hook's URL without a body; returns the status. Raises what `fetch` raises, and ValueError for a bad
-    URL.
-    """
+def hook_place(url: str) -> tuple[Upstream, str]:
+    """Where a hook's URL leads, and the target to ask for there. Raises ValueError for one that is not http or https."""
     parts = urlsplit(url)
     target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    status, _ = await fetch(from_url(f"{parts.scheme}://{parts.netloc}"), "POST", target, limit_s=limit_s)
+    return from_url(f"{parts.scheme}://{parts.netloc}"), target
+
+
+async def post_url(url: str, *, limit_s: float) -> int:
+    """POST to a hook's URL without a body; returns the status. Raises what `fetch` and `hook_place` raise."""
+    upstream, target = hook_place(url)
+    status, _ = await fetch(upstream, "POST", target, limit_s=limit_s)
     return status

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import resource
 
-_WANTED = 65536
+_WANTED = 65535  # what vLLM and SGLang raise their own to
 _RESERVED = 32  # listeners, pipes, logs, a hook, and what an import opens
 SHORTAGE = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 """Errors of a connect that say something of this host, and nothing of the replica. EADDRNOTAVAIL is not among them: it
@@ -16,7 +16,7 @@ may also mean that the replica's address family is absent here.
 def raise_files() -> int:
     """Raise the soft limit on open files as far as the hard one and need go (shells give 1,024); the limit now.
 
-    For a process that is only the proxy: what it starts inherits the limit.
+    What this process starts from now on inherits it.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _WANTED if hard == resource.RLIM_INFINITY else min(hard, _WANTED)

@@ -17,17 +17,18 @@ from __future__ import annotations
 
 import asyncio
 import re
-import socket
+import shlex
 import sys
 import time
 import zlib
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from urllib.parse import parse_qs, unquote
 
 import msgspec
 
+from launchers.bare import free_port
 from plugin.phases import Phase
 
 from .endpoint import Endpoint, EndpointSpec
@@ -74,7 +75,7 @@ class Config(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     models: dict[str, ModelConfig]
     max_awake: Annotated[int, msgspec.Meta(ge=0)] = 0
     """How many models may be awake at once; 0 is no limit."""
-    evict: str = "lru"
+    evict: Literal["lru", "priority"] = "lru"
     """`lru`: the longest idle first; `priority`: the lowest priority first, then the longest idle."""
     min_awake: Seconds = 5.0
     default: str | None = None
@@ -99,8 +100,6 @@ def load(path: Path) -> Config:
         raise ValueError(f"{path}: {exc}") from exc
     if not config.models:
         raise ValueError(f"{path}: `models` names no model")
-    if config.evict not in ("lru", "priority"):
-        raise ValueError(f"{path}: `evict` is lru or priority, not {config.evict!r}")
     names: dict[str, str] = {}
     for name, model in config.models.items():
         if sum(x is not None for x in (model.snapshot, model.command, model.upstream)) != 1:
@@ -119,33 +118,19 @@ def load(path: Path) -> Config:
     return config
 
 
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return int(sock.getsockname()[1])
-
-
 def spec_of(model: ModelConfig, idle_timeout: float | None) -> EndpointSpec:
     """The endpoint that a model's configuration describes; a command's port is chosen here."""
     idle = model.idle_timeout if model.idle_timeout is not None else idle_timeout
     wake, upstream, environment = model.wake, model.upstream, dict[str, str]()
     if upstream is None:
-        port = _free_port()
+        port = free_port()
         upstream = f"http://127.0.0.1:{port}"
         environment["PORT"] = str(port)
         if model.command is not None:
             wake = model.command.replace("${PORT}", str(port))
         else:
-            command = [
-                sys.executable,
-                "-m",
-                "plugin.restore",
-                "--host",
-                "127.0.0.1",
-                "--port",
-                str(port),
-                model.snapshot or "",
-            ]
-            wake = "exec " + " ".join(_quoted(part) for part in command)
+            options = ["--host", "127.0.0.1", "--port", str(port)]
+            wake = "exec " + shlex.join([sys.executable, "-m", "plugin.restore", *options, model.snapshot or ""])
     ready_path = "/-/ready" if model.snapshot is not None and model.ready_path == "/health" else model.ready_path
     return EndpointSpec(
         upstream=from_url(upstream),
@@ -160,12 +145,6 @@ def spec_of(model: ModelConfig, idle_timeout: float | None) -> EndpointSpec:
         environment=tuple(environment.items()),
         restores=model.snapshot is not None,
     )
-
-
-def _quoted(text: str) -> str:
-    import shlex
-
-    return shlex.quote(text)
 
 
 class Room:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -40,10 +41,11 @@ _SUSPECT_S = 0.5
 
 @dataclass(eq=False)
 class Waiter:
-    """One held request. `limit_s` is its own deadline (a client's or a configured one); None means the measured one."""
+    """One held request. `limit_s` is its deadline; None means the measured one. `at_most_s` lowers it."""
 
     ready: asyncio.Future[Replica]
     limit_s: float | None
+    at_most_s: float
     began: float
 
 
@@ -254,12 +256,18 @@ class ReplicaPool:
         return replica
 
     async def acquire(
-        self, limit_s: float | None = None, *, since: float | None = None, unbounded: bool = False
+        self,
+        limit_s: float | None = None,
+        *,
+        at_most_s: float = math.inf,
+        since: float | None = None,
+        unbounded: bool = False,
     ) -> Replica:
         """A serving replica, waking the pool and waiting if need be.
 
         Args:
-            limit_s: this request's own deadline in seconds; None takes the configured or measured one.
+            limit_s: the configured deadline in seconds; None takes the measured one.
+            at_most_s: what the client asked for, in seconds: it lowers the deadline and never raises it.
             since: when the request arrived (monotonic seconds), from which its deadline counts; None is now.
             unbounded: do not count against `max_held` (an owner's own wait).
 
@@ -283,13 +291,14 @@ class ReplicaPool:
             raise StartFailed(failure.code, failure.message, retry_after_s=self._blocked_until - time.monotonic())
         now = time.monotonic()
         since = now if since is None else since
-        if limit_s is not None and now - since >= limit_s:
+        least = at_most_s if limit_s is None else min(limit_s, at_most_s)
+        if now - since >= least:
             self.nudge()
             raise Unavailable(
-                "hold-deadline", f"no replica was ready within {limit_s:.1f} s", retry_after_s=self.left_s()
+                "hold-deadline", f"no replica was ready within {least:.1f} s", retry_after_s=self.left_s()
             )
         loop = asyncio.get_running_loop()
-        waiter = Waiter(loop.create_future(), limit_s, since)
+        waiter = Waiter(loop.create_future(), limit_s, at_most_s, since)
         self._waiters[waiter] = None
         self._demand()
         self._tick_soon(loop)
@@ -537,7 +546,8 @@ class ReplicaPool:
         now, progress = time.monotonic(), self.progress()
         measured = self.history.deadline(progress.kind)
         for waiter in list(self._waiters):
-            limit = min(self.max_hold_s, measured if waiter.limit_s is None else waiter.limit_s)
+            limit = measured if waiter.limit_s is None else waiter.limit_s
+            limit = min(self.max_hold_s, limit, waiter.at_most_s)
             if now - waiter.began >= limit and not waiter.ready.done():
                 message = f"no replica was ready within {limit:.1f} s ({progress.sentence()})"
                 waiter.ready.set_exception(Unavailable("hold-deadline", message, retry_after_s=progress.left_s))

@@ -7,6 +7,7 @@ until a sink takes it.
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 import time
 from typing import Protocol
@@ -75,7 +76,8 @@ class Request:
         self.upgrade: bytes | None = None
         self.drop = wire.REQUEST_DROP
         self.id = b""
-        self.hold_s: float | None = None
+        self.hold_s = math.inf
+        """How long the client would be held at most."""
         self.token = b""
         self.body = bytearray()
         self.buffered = 0
@@ -128,7 +130,7 @@ class Request:
                     self.id = value
             elif lower == b"x-quickthaw-hold":
                 self.hold_s = self._seconds(value)
-            elif lower == b"prefer" and self.hold_s is None:
+            elif lower == b"prefer" and self.hold_s == math.inf:
                 self.hold_s = self._preferred(value)
         if hosts > 1 or (hosts == 0 and self.http11):
             raise ClientFault("host", "exactly one Host header is needed")
@@ -163,13 +165,13 @@ class Request:
         self.path = target.partition(b"?")[0].decode("ascii", "replace")
 
     @staticmethod
-    def _preferred(value: bytes) -> float | None:
+    def _preferred(value: bytes) -> float:
         """`wait=N` of RFC 7240, among other preferences; what is not understood is ignored, as that RFC says."""
         for preference in value.lower().split(b","):
             name, _, seconds = preference.partition(b";")[0].partition(b"=")
             if name.strip() == b"wait" and _SECONDS.fullmatch(seconds.strip()):
                 return float(seconds)
-        return None
+        return math.inf
 
     @staticmethod
     def _seconds(value: bytes) -> float:

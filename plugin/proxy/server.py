@@ -298,11 +298,8 @@ class ProxyServer:
             from .early import begin_early
 
             await begin_early(client, request, exchange, pool, self.settings)
-        limit = self.settings.hold_timeout_s
-        if request.hold_s is not None:  # a client may lower the limit, never raise it
-            limit = request.hold_s if limit is None else min(limit, request.hold_s)
         try:
-            replica = await pool.acquire(limit, since=request.arrived)
+            replica = await pool.acquire(self.settings.hold_timeout_s, at_most_s=request.hold_s, since=request.arrived)
         finally:
             exchange.held_s += time.monotonic() - began
         if client.gone():

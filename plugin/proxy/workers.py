@@ -185,7 +185,7 @@ class Supervisor:
     async def _keep(self, worker: _Worker, ready: asyncio.Future[None]) -> None:
         """Run one worker, again and again, until the supervisor stops."""
         tries = 0
-        while not self._over():
+        while True:
             began = time.monotonic()
             await self._run(worker, ready)
             if self.stopping:
@@ -195,10 +195,9 @@ class Supervisor:
             log.error("worker %d ended", worker.number, extra={"event": "worker-ended", "fields": fields})
             await asyncio.sleep(_RESPAWN_S[min(tries, len(_RESPAWN_S) - 1)])
 
-    def _over(self) -> bool:
-        return self.stopping  # a call, since another task changes it behind the type checker's back
-
     async def _run(self, worker: _Worker, ready: asyncio.Future[None]) -> None:
+        if self.stopping:
+            return
         ours, theirs = socket.socketpair()
         fds = [theirs.fileno(), worker.sock.fileno()]
         if self.own_sock is not None and worker.number == 0:

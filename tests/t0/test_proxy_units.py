@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 import string
 from pathlib import Path
@@ -118,11 +119,11 @@ def test_what_is_left_is_told_by_the_phase():
         (b"wait=10", 10.0),
         (b"respond-async, wait=3.5; x=y", 3.5),
         (b"Wait = 2", 2.0),
-        (b"respond-async", None),
-        (b"wait=soon", None),
-        (b"wait=-1", None),
-        (b"wait=nan", None),
-        (b"", None),
+        (b"respond-async", math.inf),
+        (b"wait=soon", math.inf),
+        (b"wait=-1", math.inf),
+        (b"wait=nan", math.inf),
+        (b"", math.inf),
     ],
 )
 def test_a_preference_is_advice(value, seconds):

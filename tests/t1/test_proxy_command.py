@@ -25,17 +25,13 @@ from typing import Any
 import pytest
 from proxy_rig import Seen, Upstream, proxy, run, until, upstream
 
+from launchers.bare import free_port
 from plugin.phases import Phase
 
 pytestmark = pytest.mark.t1
 
 ENGINE = Path(__file__).with_name("proxy_engine.py")
 LIMIT_S = 60
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return sock.getsockname()[1]
 
 
 @contextmanager
@@ -362,6 +358,7 @@ def test_a_bad_file_is_refused_in_one_line(tmp_path, text, said):
         (["--upstream", "http://127.0.0.1:1", "--listen", "nowhere"], "HOST:PORT"),
         (["--upstream", "http://127.0.0.1:1", "--own-prefix", "x"], "own_prefix"),
         (["--upstream", "ftp://x", "--listen", "127.0.0.1:0"], "upstream"),
+        (["--upstream", "http://127.0.0.1:1", "--wake-url", "scaler/up", "--listen", "127.0.0.1:0"], "http"),
         (["--upstream", "http://127.0.0.1:1", "--own-listen", "nowhere", "--listen", "127.0.0.1:0"], "HOST:PORT"),
         (["--upstream", "http://127.0.0.1:47113", "--listen", "127.0.0.1:47113"], "where this proxy itself listens"),
         (["--upstream", "http://localhost:47113", "--listen", "0.0.0.0:47113"], "where this proxy itself listens"),

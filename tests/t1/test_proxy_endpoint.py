@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from proxy_rig import Rig, Seen, Upstream, answer, ordinary, run, until, upstream
 
+from launchers.bare import free_port
 from plugin.phases import Phase
 from plugin.proxy.endpoint import Endpoint, EndpointSpec
 from plugin.proxy.history import Kind
@@ -43,11 +44,6 @@ async def in_front_of(spec: EndpointSpec, settings: Settings | None = None) -> A
         await endpoint.close()
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return sock.getsockname()[1]
-
-
 def running(word: str) -> list[int]:
     """Processes with `word` in their command line that are not zombies."""
     found = []
@@ -64,8 +60,8 @@ def running(word: str) -> list[int]:
 class SleepMode:
     """An engine that sleeps and goes on answering its health page, as vLLM's sleep mode does."""
 
-    def __init__(self, *, awake: bool = True) -> None:
-        self.awake = awake
+    def __init__(self, *, awake: bool = True, lies: bool = False) -> None:
+        self.awake, self.lies = awake, lies
         self.calls: list[str] = []
         self.asked_asleep = 0
 
@@ -74,6 +70,9 @@ class SleepMode:
             self.calls.append(seen.target)
             await asyncio.sleep(0.03)
             self.awake = seen.target == "/wake_up"
+            if self.lies and not self.awake:
+                writer.write(answer(b"no", "500 Internal Server Error"))
+                return True
         elif seen.target != "/health" and not self.awake:
             self.asked_asleep += seen.target != "/v1/completions"
             writer.write(answer(b"asleep", "500 Internal Server Error"))
@@ -209,6 +208,22 @@ def test_a_sleep_command_that_does_not_do_it(how):
                 else:
                     await until(lambda: running(f"sleep\0{word}"))
             await until(lambda: not running(f"sleep\0{word}"))  # its group was killed; its end may take a moment
+
+    run(main())
+
+
+def test_a_sleep_hook_that_fails_after_the_engine_slept_leaves_nothing_serving():
+    async def main():
+        engine = SleepMode(lies=True)
+        async with upstream(engine) as up:
+            base = f"http://127.0.0.1:{up.port}"
+            spec = EndpointSpec(
+                tcp("127.0.0.1", up.port), wake_url=f"{base}/wake_up", sleep_url=f"{base}/sleep", ready_model="m"
+            )
+            async with in_front_of(spec) as (rig, endpoint):
+                assert await rig.pool.sleep() and endpoint.tracker.phase is Phase.ASLEEP
+                assert (await rig.get("/x")).status == 200
+                assert engine.calls == ["/sleep", "/wake_up"] and engine.asked_asleep == 0
 
     run(main())
 

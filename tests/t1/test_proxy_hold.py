@@ -139,6 +139,10 @@ def test_deadlines_of_the_setting_and_of_the_client():
             for header in ("X-Quickthaw-Hold: 0.2", "Prefer: wait=0.2", "X-Quickthaw-Hold: 0"):
                 assert (await rig.get("/", header)).json()["error"]["code"] == "hold-deadline"
             assert (await rig.get("/", "X-Quickthaw-Hold: soon")).status == 400
+        async with proxy(Settings(max_hold_s=500)) as rig:
+            rig.pool.history.deadline = lambda kind: 0.2
+            got = await rig.get("/", "X-Quickthaw-Hold: 400")
+            assert got.json()["error"]["code"] == "hold-deadline", "a client lowers it, and does not raise it"
 
     run(main())
 

@@ -20,7 +20,6 @@ import asyncio
 import contextlib
 import json
 import os
-import resource
 import shutil
 import signal
 import socket
@@ -49,6 +48,8 @@ from proxy_loads import (
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from plugin.measure import free_port  # noqa: E402
+from plugin.proxy.limits import raise_files  # noqa: E402
 
 # -- the upstream: as fast as Python allows, so that it is not what is measured ----------------------
 
@@ -155,11 +156,6 @@ async def ours(port: int, upstream_port: int, held: bool) -> None:
 
 
 # -- starting and stopping ---------------------------------------------------------------------------
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return sock.getsockname()[1]
 
 
 def wait_port(port: int, process: subprocess.Popen[bytes], limit_s: float, path: str | None = None) -> None:
@@ -301,6 +297,7 @@ def latency_part(ports: Ports, peer: Ports, quick: bool) -> tuple[dict[str, Any]
     bare, ours_ = results["200"]["bare"], results["200"]["quickthaw"]
     met.append(verdict("added median", ours_["median_ms"] - bare["median_ms"], 0.7, "ms"))
     met.append(verdict("added p99", ours_["p99_ms"] - bare["p99_ms"], 4.0, "ms"))
+    met.append(verdict("failed", ours_["failed"], 0, "requests"))
     return results, met
 
 
@@ -313,8 +310,11 @@ def throughput_part(ports: Ports, peer: Ports, quick: bool) -> tuple[dict[str, A
         cells = [f"{r['requests_per_s']:,.0f} ({r['p99_ms']:.1f})" + ("!" if r["errors"] else "") for r in series]
         rows.append([name, *cells])
     table("Throughput, closed loop, small JSON ('!': some failed)", rows)
-    best = max(r["requests_per_s"] for r in got["quickthaw"])
-    return got, [verdict("throughput", best, 1800, "requests/s", least=True)]
+    met = [
+        verdict("throughput", max(r["requests_per_s"] for r in got["quickthaw"]), 1800, "requests/s", least=True),
+        verdict("failed", sum(r["errors"] for r in got["quickthaw"]), 0, "requests"),
+    ]
+    return got, met
 
 
 def streams_part(ports: Ports, peer: Ports, quick: bool) -> tuple[dict[str, Any], list[bool]]:
@@ -328,7 +328,9 @@ def streams_part(ports: Ports, peer: Ports, quick: bool) -> tuple[dict[str, Any]
         rows.append([name, *figures, f"{r['events']:,}", "yes" if r["complete"] else "no"])
     table("Streams: how late an event is", rows)
     late = got["quickthaw"]["p99_ms"] - got["bare"]["p99_ms"]
-    return got, [verdict("p99 later than bare", late, 5.0, "ms")]
+    met = [verdict("p99 later than bare", late, 5.0, "ms")]
+    met.append(verdict("streams that came whole", 64 if got["quickthaw"]["complete"] else 0, 64, "streams", least=True))
+    return got, met
 
 
 def cancel_part(ports: Ports, peer: Ports, upstream_port: int, quick: bool) -> tuple[dict[str, Any], list[bool]]:
@@ -356,7 +358,9 @@ def body_part(ports: Ports, pid: int, quick: bool) -> tuple[dict[str, Any], list
         rows.append([name, f"{r['gb_per_s']:.2f}", *memory, "yes" if r["arrived"] else "NO"])
     table("A large body", rows)
     r = got["quickthaw"]
-    return got, [verdict("memory it took", r["rss_peak_mb"] - r["rss_before_mb"], 32, "MB")]
+    met = [verdict("memory it took", r["rss_peak_mb"] - r["rss_before_mb"], 32, "MB")]
+    met.append(verdict("bodies that came whole", int(r["arrived"]), 1, "bodies", least=True))
+    return got, met
 
 
 def held_part(stack: contextlib.ExitStack, up: int, ports: Ports, peer: Ports) -> tuple[dict[str, Any], list[bool]]:
@@ -397,8 +401,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     parts, quick = options.only.split(","), options.quick
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 65536) if hard > 0 else 65536, hard))
+    raise_files()
     results: dict[str, Any] = {"cpus": os.cpu_count(), "absent": []}
     met: list[bool] = []
     up = free_port()

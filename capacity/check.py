@@ -5,12 +5,13 @@ It imports the model only, takes whole numbers, and names each violated constrai
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from capacity.model import Problem, slot
 
 SLACK = 1e-6
-Blocks = list[dict[tuple[int, int], int]]
+Blocks = Sequence[dict[tuple[int, int], int]]
 
 
 def violations(problem: Problem, need: Any, instances: Any, replicas: Any, blocks: Blocks) -> list[str]:

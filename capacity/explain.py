@@ -120,8 +120,14 @@ def _elastic(program: Program) -> _Elastic:
         cost=np.concatenate([np.zeros(steps * wide), np.array(weight)]),
         integer=np.concatenate([program.integer, np.zeros(slacks, dtype=np.bool_)]),
     )
-    which = (np.array(owner, dtype=np.int64), np.array(at_step, dtype=np.int64))
-    return _Elastic(flat, tuple(listed), *which, steps * wide, np.array(weight))
+    return _Elastic(
+        program=flat,
+        names=tuple(listed),
+        owner=np.array(owner, dtype=np.int64),
+        step=np.array(at_step, dtype=np.int64),
+        columns=steps * wide,
+        weight=np.array(weight),
+    )
 
 
 def _solve(elastic: _Elastic, hard: set[int], deadline: float, *, whole: bool) -> highs.Outcome:
@@ -136,7 +142,7 @@ def _solve(elastic: _Elastic, hard: set[int], deadline: float, *, whole: bool) -
     return highs.run(highs.load(part, whole=whole, limit=left), whole=whole)
 
 
-def _hitting(sets: list[frozenset[int]], count: int, deadline: float) -> set[int]:
+def _hitting(sets: list[frozenset[int]], deadline: float) -> set[int]:
     """A smallest set that meets each of `sets`."""
     members = sorted(set().union(*sets))
     place = {name: k for k, name in enumerate(members)}
@@ -196,7 +202,7 @@ def _conflict(elastic: _Elastic, whole: bool, deadline: float) -> tuple[list[int
             if not correction:
                 break
             corrections.append(correction)
-            hard = _hitting(corrections, len(elastic.names), deadline)
+            hard = _hitting(corrections, deadline)
     except SolverError:
         pass  # out of time: the certificate is still a conflict
     return certificate or list(range(len(elastic.names))), False

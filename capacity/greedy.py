@@ -22,11 +22,12 @@ from capacity.program import Ints, Program
 EPS = 1e-7
 SWEEPS = 3
 RETRIES = 6  # orders of the services that are tried
-# Of what the duals add to a GPU's own price, pass after pass, in the first step and in the others.
+MANY = 20_000  # pairs of a pool and a service up to which construction takes its time
+# What is kept, pass after pass, of what the duals add to a GPU's own price: in the first step with care, without, with over MANY
+# pairs and no care; in every later step.
 SLOWLY = (1.0, 0.7, 0.4, 0.2, 0.0)
 FIRST = (1.0, 0.0)
 HUGE = (0.5,)
-MANY = 20_000  # pairs of a pool and a service from which a step is huge
 NEXT = (0.0,)
 
 
@@ -96,9 +97,8 @@ class _State:
     quota_left: list[int]  # GPUs
     least: list[int]  # instances a pool must hold
     shape: Shape
-    target: list[
-        float
-    ]  # [service] units a second to serve, what of it is demand, most that counts as spare, and without a zone
+    # [service] units a second: to serve, what of it is demand, the most that counts as spare, and what stays without a zone
+    target: list[float]
     base: list[float]
     cap: list[float]
     rest: list[float]
@@ -197,8 +197,7 @@ def step(
     """Values of step `t` after `before` instances a pool, near the fractional `want`; None when something does not fit.
 
     `worth` is what the linear program says one GPU of each pool costs in this step; `last` are the values of the step before, from
-    whose replicas this one starts, so that plans do not move without need; `careful`
-    takes twice the time.
+    whose replicas this one starts, so that plans do not move without need; `careful` takes twice the time.
     """
     bounds = slice(t * program.columns, t * program.columns + len(problem.pools))
     own = program.cost[bounds] / np.array([p.gpus for p in problem.pools])
@@ -209,9 +208,13 @@ def step(
     for k in np.flatnonzero(shares > EPS):
         table[int(program.pairs[k, 1])][int(program.pairs[k, 0])] = float(shares[k])
     order = sorted(range(len(problem.services)), key=lambda j: (-problem.services[j].gpus, j))
-    keeps: tuple[float, ...] = HUGE if len(program.pairs) > MANY else FIRST
-    if careful or last is not None:
-        keeps = SLOWLY if last is None else NEXT
+    keeps: tuple[float, ...]
+    if last is not None:
+        keeps = NEXT
+    elif careful:
+        keeps = SLOWLY
+    else:
+        keeps = HUGE if len(program.pairs) > MANY else FIRST
     for _ in range(RETRIES):
         state = _start(problem, need, program, t, before, shared)
         failed = _fill(state, order, table, [own + keep * (worth - own) for keep in keeps], 2 if careful else 1)
@@ -243,10 +246,10 @@ def _fill(
 def _start(problem: Problem, need: Need, program: Program, t: int, before: list[int], shared: Shape) -> _State:
     pools, count = problem.pools, len(problem.pools)
     bounds = slice(t * program.columns, t * program.columns + count)
-    most = []
-    for p, (pool, upper) in enumerate(zip(pools, program.upper[bounds], strict=True)):
-        bound = min(pool.quota if pool.quota is not None else 10**9, before[p] + pool.start_bound(t == 0))
-        most.append(int(min(bound, upper)))
+    most = [
+        int(min(10**9, upper, before[p] + pool.start_bound(t == 0)))
+        for p, (pool, upper) in enumerate(zip(pools, program.upper[bounds], strict=True))
+    ]
     state = _State(
         problem=problem,
         need=need,
@@ -514,9 +517,7 @@ def _values(state: _State, program: Program, before: list[int]) -> Floats:
     for k, (i, size) in enumerate(program.blocks):
         values[program.at_b + k] = state.blocks[int(i)].get(int(size), 0)
     for m, (place, size) in enumerate(program.sums):
-        values[program.at_s + m] = sum(
-            state.blocks[p].get(size, 0) for p in range(count) if state.need.place[p] == place
-        )
+        values[program.at_s + m] = sum(state.blocks[p].get(size, 0) for p in state.shape.alike[place])
     for k, j in enumerate(program.spare):
         values[program.at_h + k] = state.surplus(j)
     for k, j in enumerate(program.spread):

@@ -9,7 +9,6 @@ import ctypes
 import os
 import sys
 import threading
-import time
 from dataclasses import dataclass, replace
 
 import highspy
@@ -32,7 +31,6 @@ class Outcome:
     bound: float
     row_dual: Floats | None = None
     column_dual: Floats | None = None
-    seconds: float = 0.0
     proven: bool = True
 
 
@@ -115,15 +113,13 @@ def load(program: Program, *, whole: bool, limit: float, gap: float = 0.0, nodes
 
 def run(solver: highspy.Highs, *, whole: bool) -> Outcome:
     """Solves what is loaded. Raises SolverError on a time limit without a solution, or on numerical failure."""
-    began = time.perf_counter()
     solver.run()
-    seconds = time.perf_counter() - began
     status = solver.getModelStatus()
     info = solver.getInfo()
     known = highspy.HighsModelStatus
     if status in (known.kInfeasible, known.kUnboundedOrInfeasible):
         # Costs are not negative and variables not below zero, so unbounded is impossible.
-        return Outcome(None, np.inf, np.inf, seconds=seconds)
+        return Outcome(None, np.inf, np.inf)
     if status != known.kOptimal:
         usable = whole and info.primal_solution_status == int(highspy.SolutionStatus.kSolutionStatusFeasible)
         if not usable:
@@ -132,8 +128,8 @@ def run(solver: highspy.Highs, *, whole: bool) -> Outcome:
     values = np.array(solution.col_value)
     objective = float(info.objective_function_value)
     if whole:
-        return Outcome(values, objective, float(info.mip_dual_bound), seconds=seconds, proven=status == known.kOptimal)
-    return Outcome(values, objective, objective, np.array(solution.row_dual), np.array(solution.col_dual), seconds)
+        return Outcome(values, objective, float(info.mip_dual_bound), proven=status == known.kOptimal)
+    return Outcome(values, objective, objective, np.array(solution.row_dual), np.array(solution.col_dual))
 
 
 @dataclass(frozen=True)

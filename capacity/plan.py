@@ -36,7 +36,6 @@ class Plan:
     problem: Problem
     need: need.Need
     kind: Kind
-    exact: bool
     instances: Ints
     starts: Ints
     stops: Ints
@@ -123,10 +122,9 @@ def solve(
 ) -> Plan:
     """The plan of a problem with lead times of `kind`; at most `limit` seconds for each of the solves.
 
-    `quick` builds whole numbers by construction only where that succeeds; `thorough` improves them by
-    search at any size. `explained` finds out why when
-    there is no plan. `stay` allows no start and no stop in the first step. Raises InfeasibleError with the conflict and the
-    nearest change, SolverError when HiGHS gives up.
+    `quick` builds whole numbers by construction only where that succeeds; `thorough` improves them by search at any size.
+    `explained` finds out why when there is no plan. `stay` allows no start and no stop in the first step. Raises InfeasibleError
+    with the conflict and the nearest change, SolverError when HiGHS gives up.
     """
     began = time.perf_counter()
     required = need.compute(problem, kind)
@@ -139,24 +137,25 @@ def solve(
     if relaxed.values is None:
         raise explain.infeasible(problem, built, whole=False) if explained else InfeasibleError(Conflict((), False))
     rounded = solver.round_whole(built, relaxed, problem, required, quick=quick, thorough=thorough, limit=limit)
-    best = solver.exact(built, start=rounded.values, bound=relaxed.objective, limit=limit) if exact else None
-    chosen = rounded if best is None else best
-    if chosen.values is None:
+    if rounded.values is None:
         raise explain.infeasible(problem, built, whole=True) if explained else InfeasibleError(Conflict((), False))
+    best = solver.exact(built, start=rounded.values, bound=relaxed.objective, limit=limit) if exact else None
+    values = rounded.values if best is None else best.values
+    assert values is not None
     seconds = time.perf_counter() - began
-    plan = _read(problem, required, built, relaxed, chosen.values, kind, exact, seconds, rounded, best)
-    broken = violations(problem, required, plan.instances, plan.replicas, blocks_of(built, chosen.values))
+    plan = _read(problem, required, built, relaxed, values, kind, seconds, rounded, best)
+    broken = violations(problem, required, plan.instances, plan.replicas, plan.blocks)
     if broken:
         raise SolverError("plan-breaks-constraint", f"the solver's plan breaks {broken[0]}; please report the input")
     return plan
 
 
-def blocks_of(built: program.Program, values: Floats) -> list[dict[tuple[int, int], int]]:
+def _blocks(built: program.Program, values: Floats) -> tuple[dict[tuple[int, int], int], ...]:
     """Idle blocks of each step: (pool, GPUs a block) -> how many."""
     table = values.reshape(built.steps, built.columns)[:, built.at_b : built.at_s]
-    return [
+    return tuple(
         {(int(i), int(w)): round(v) for (i, w), v in zip(built.blocks, row, strict=True) if v > 0.5} for row in table
-    ]
+    )
 
 
 def _read(
@@ -166,7 +165,6 @@ def _read(
     relaxed: highs.Outcome,
     values: Floats,
     kind: Kind,
-    exact: bool,
     seconds: float,
     rounded: highs.Outcome,
     best: highs.Outcome | None,
@@ -179,8 +177,9 @@ def _read(
     placed = np.round(table[:, built.at_x : built.at_b]).astype(np.int64)
     replicas[:, built.pairs[:, 0], built.pairs[:, 1]] = placed
     idle = np.zeros((steps, pools), dtype=np.int64)
-    for t, blocks in enumerate(blocks_of(built, values)):
-        for (i, width), many in blocks.items():
+    blocks = _blocks(built, values)
+    for t, sizes in enumerate(blocks):
+        for (i, width), many in sizes.items():
             idle[t, i] += width * many
     starts = np.maximum(0, instances - before)
     prices = np.array([pool.price for pool in problem.pools])
@@ -193,7 +192,6 @@ def _read(
         problem=problem,
         need=required,
         kind=kind,
-        exact=exact,
         instances=instances,
         starts=starts,
         stops=np.maximum(0, before - instances),
@@ -205,7 +203,7 @@ def _read(
         rounded_cost=rounded.objective * scale,
         shadows=_shadows(problem, built, relaxed),
         seconds=seconds,
-        blocks=tuple(blocks_of(built, values)),
+        blocks=blocks,
         block_sizes=tuple((int(i), int(w)) for i, w in built.blocks),
         proven=best is not None and best.proven,
         bound=(relaxed.objective if best is None else best.objective if best.proven else best.bound) * scale,

@@ -30,7 +30,6 @@ STEP_GAP = 1e-4
 STEP_NODES = 500
 POLISH_NODES = 50
 POLISH_ROUNDS = 2
-CAREFUL = 20_000  # pairs of a pool and a service, over the steps, up to which construction takes its time
 SHADE = 1e-3  # of a price, where duals do not decide
 NEIGHBOUR_NODES = 30
 NEIGHBOUR_GAP = 2e-3
@@ -45,26 +44,24 @@ def relax(program: Program, *, limit: float = 60.0) -> Outcome:
     return sift.relax(program, limit=limit)
 
 
-def exact(program: Program, *, start: Floats | None = None, bound: float = 0.0, limit: float = 60.0) -> Outcome:
+def exact(program: Program, *, start: Floats, bound: float, limit: float = 60.0) -> Outcome:
     """The integer program, to a gap of zero; `start` is a known plan and `bound` what none can be cheaper than. `proven` is False
-    when time ran out before; then the best found is at least as good as `start`."""
+    when time ran out before; the best found is at least as good as `start`."""
     solver = highs.load(program, whole=True, limit=limit)
-    if start is not None:
-        known = highspy.HighsSolution()
-        known.col_value = list(start)
-        solver.setSolution(known)
+    known = highspy.HighsSolution()
+    known.col_value = list(start)
+    solver.setSolution(known)
+    price = float(program.cost @ start)
     try:
         outcome = highs.run(solver, whole=True)
     except SolverError:
-        if start is None:
+        if solver.getModelStatus() != highspy.HighsModelStatus.kTimeLimit:
             raise
-        return Outcome(start, float(program.cost @ start), bound, seconds=limit, proven=False)
-    values = outcome.values
-    if values is None:
-        return outcome
-    if start is not None and outcome.objective > float(program.cost @ start):
-        outcome, values = replace(outcome, objective=float(program.cost @ start)), start
-    return replace(outcome, values=snap(program, values), bound=max(bound, outcome.bound))
+        return Outcome(start, price, bound, proven=False)
+    if outcome.values is None:
+        raise SolverError("solver-gave-up", "HiGHS calls a program infeasible that a known plan satisfies")
+    values, objective = (start, price) if outcome.objective > price else (outcome.values, outcome.objective)
+    return replace(outcome, values=snap(program, values), objective=objective, bound=max(bound, outcome.bound))
 
 
 def snap(program: Program, values: Floats) -> Floats:
@@ -87,8 +84,7 @@ def round_whole(
 
     Returns an Outcome without values when even the integer program is infeasible.
     """
-    began = time.perf_counter()
-    deadline = began + limit
+    deadline = time.perf_counter() + limit
     better = thorough or (not quick and int(program.integer.sum()) <= MIDDLING)
     large = quick or int(program.integer[: program.columns].sum()) > FREE
     assert relaxed.values is not None
@@ -104,8 +100,7 @@ def round_whole(
                 return outcome
             values = snap(program, outcome.values)
         values = _polish(program, values, deadline)
-    objective = float(program.cost @ values)
-    return Outcome(values, objective, -np.inf, seconds=time.perf_counter() - began, proven=False)
+    return Outcome(values, float(program.cost @ values), -np.inf, proven=False)
 
 
 def _constructed(
@@ -116,8 +111,8 @@ def _constructed(
     worth = _worth(program, relaxed)
     shared = greedy.shape(problem, need, program)
     pairs = len(program.pairs)
-    careful = thorough or (not hasty and pairs * program.steps <= CAREFUL)
-    first = thorough or (not hasty and pairs <= CAREFUL)  # what is acted upon
+    careful = thorough or (not hasty and pairs * program.steps <= greedy.MANY)
+    first = thorough or (not hasty and pairs <= greedy.MANY)  # what is acted upon
     before = [pool.held for pool in problem.pools]
     found: list[Floats] = []
     for t in range(program.steps):

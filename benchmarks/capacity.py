@@ -149,9 +149,8 @@ def gap_section(count):
 def bound_section(seconds):
     """40 pools x 60 services x 1 step, for which no optimum is known: the rounding against what the integer program proves that no
     plan undercuts, and against the best plan it finds in the time given."""
-    rows = []
+    problem, rows = large(40, 60, 1), []
     for name, options in (("construction alone", {"quick": True}), ("default", {}), ("--thorough", {"thorough": True})):
-        problem = large(40, 60, 1)
         wall = time.perf_counter()
         found = plan.solve(problem, **options)
         rows.append({"rounding": name, "wall_s": round(time.perf_counter() - wall, 2), "cost": found.rounded_cost})

@@ -87,6 +87,16 @@ async def ordinary(up: Upstream, seen: Seen, reader: asyncio.StreamReader, write
     return True
 
 
+def saying(data: bytes, *, keep: bool = True) -> Handler:
+    """Answers every request with these bytes, and keeps the connection or not."""
+
+    async def say(up: Upstream, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        writer.write(data)
+        return keep
+
+    return say
+
+
 @dataclass
 class Upstream:
     """The engine's stand-in: an HTTP server that does to each request what `handler` says."""

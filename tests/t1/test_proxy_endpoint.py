@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from proxy_rig import Rig, Seen, Upstream, answer, ordinary, run, until, upstream
+from proxy_rig import Rig, Seen, Upstream, answer, ordinary, run, saying, until, upstream
 
 from launchers.bare import free_port
 from plugin.phases import Phase
@@ -291,12 +291,8 @@ def test_a_start_after_one_that_failed_counts_from_its_own_beginning(tmp_path):
 
 
 def test_a_hook_that_fails_is_said_in_the_answer():
-    async def broken(up: Upstream, seen: Seen, reader, writer) -> bool:
-        writer.write(answer(b"no quota", "429 Too Many Requests"))
-        return True
-
     async def main():
-        async with upstream(broken) as hook:
+        async with upstream(saying(answer(b"no quota", "429 Too Many Requests"))) as hook:
             spec = EndpointSpec(tcp("127.0.0.1", free_port()), wake_url=f"http://127.0.0.1:{hook.port}/scale?n=1")
             async with in_front_of(spec) as (rig, endpoint):
                 error = (await rig.get("/v1/chat/completions")).json()["error"]

@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from proxy_rig import LIMIT_S, Seen, Upstream, answer, ordinary, proxy, read_answer, reset, run, until, upstream
+from proxy_rig import LIMIT_S, Seen, Upstream, answer, ordinary, proxy, read_answer, reset, run, saying, until, upstream
 
 from plugin.phases import Phase
 from plugin.proxy.settings import Settings
@@ -228,14 +228,8 @@ def test_a_host_without_connections_to_give_is_no_death_of_the_replica(monkeypat
     ],
 )
 def test_an_answer_that_is_not_http(garbage):
-    async def talk(up: Upstream, seen: Seen, reader, writer) -> bool:
-        writer.write(garbage)
-        await writer.drain()
-        await reader.read(1)
-        return False
-
     async def main():
-        async with upstream(talk) as up, proxy() as rig:
+        async with upstream(saying(garbage)) as up, proxy() as rig:
             rig.add("a", up.port)
             got = await rig.get("/")
             assert got.status == 502 and got.json()["error"]["code"] in ("upstream-garbage", "upstream-head")
@@ -245,14 +239,10 @@ def test_an_answer_that_is_not_http(garbage):
 
 
 def test_garbage_inside_a_chunked_answer_cuts_it():
-    async def talk(up: Upstream, seen: Seen, reader, writer) -> bool:
-        writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\nzz\r\n")
-        await writer.drain()
-        await reader.read(1)
-        return False
+    broken = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\nzz\r\n"
 
     async def main():
-        async with upstream(talk) as up, proxy() as rig:
+        async with upstream(saying(broken)) as up, proxy() as rig:
             rig.add("a", up.port)
             got = await rig.get("/")
             assert got.status == 200 and not got.whole and got.body in (b"", b"abc")
@@ -261,12 +251,8 @@ def test_garbage_inside_a_chunked_answer_cuts_it():
 
 
 def test_an_answer_nobody_asked_for_spoils_its_connection():
-    async def twice(up: Upstream, seen: Seen, reader, writer) -> bool:
-        writer.write(answer(b"mine") + answer(b"stolen"))
-        return True
-
     async def main():
-        async with upstream(twice) as up, proxy() as rig:
+        async with upstream(saying(answer(b"mine") + answer(b"stolen"))) as up, proxy() as rig:
             rig.add("a", up.port)
             for _ in range(10):
                 assert (await rig.get("/")).body == b"mine"
@@ -340,9 +326,7 @@ def test_a_dead_replica_is_woken_again():
 
 
 def test_a_replica_that_answers_before_the_body_is_through():
-    async def early(up: Upstream, seen: Seen, reader, writer) -> bool:
-        writer.write(answer(b"too large", "413 Content Too Large"))
-        return False
+    early = saying(answer(b"too large", "413 Content Too Large"), keep=False)
 
     async def main():
         async with upstream(early, read_body=False) as up, proxy() as rig:

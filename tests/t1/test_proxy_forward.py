@@ -11,7 +11,7 @@ import os
 import resource
 
 import pytest
-from proxy_rig import LIMIT_S, Seen, Upstream, answer, proxy, read_answer, reset, until, upstream
+from proxy_rig import LIMIT_S, Seen, Upstream, answer, proxy, read_answer, reset, saying, until, upstream
 from proxy_rig import run as run_on
 
 from plugin.proxy.settings import Settings
@@ -348,12 +348,8 @@ def test_websocket_bytes_pass_both_ways_and_both_ends_close(run):
 
 
 def test_a_refused_websocket_gets_the_replicas_own_answer(run):
-    async def no(up: Upstream, seen: Seen, reader, writer) -> bool:
-        writer.write(answer(b"no", "403 Forbidden"))
-        return True
-
     async def main():
-        async with upstream(no) as up, proxy() as rig:
+        async with upstream(saying(answer(b"no", "403 Forbidden"))) as up, proxy() as rig:
             rig.add("a", up.port)
             raw = await rig.raw(
                 b"GET /ws HTTP/1.1\r\nHost: t\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n", until_close=True

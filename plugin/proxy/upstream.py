@@ -11,7 +11,8 @@ import errno
 import os
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -162,11 +163,16 @@ def from_url(url: str) -> Upstream:
     authority = parts.netloc.encode()
     if parts.scheme == "http":
         return tcp(parts.hostname, port, authority=authority)
+    secure = tcp(parts.hostname, port, authority=authority, tls=_trust(), server_hostname=parts.hostname)
+    return replace(secure, spec={"kind": "https", "url": url})  # a worker must not speak to it in the clear
+
+
+@cache
+def _trust() -> ssl.SSLContext:
+    """This host's trust in certificates; reading it takes tens of milliseconds."""
     import ssl
 
-    return tcp(
-        parts.hostname, port, authority=authority, tls=ssl.create_default_context(), server_hostname=parts.hostname
-    )
+    return ssl.create_default_context()
 
 
 def from_spec(spec: dict[str, str | int]) -> Upstream:
@@ -174,6 +180,8 @@ def from_spec(spec: dict[str, str | int]) -> Upstream:
     kind = spec["kind"]
     if kind == "tcp":
         return tcp(str(spec["host"]), int(spec["port"]))
+    if kind == "https":
+        return from_url(str(spec["url"]))
     if kind == "unix":
         return unix(str(spec["path"]))
     if kind == "netns":

@@ -187,8 +187,10 @@ def test_upstreams_from_urls_and_specs():
     for bad in ("ftp://x", "http://x/path", "unix:relative", "http://u:p@x", "http://"):
         with pytest.raises(ValueError):
             from_url(bad)
-    for upstream in (tcp("127.0.0.1", 1), unix("/x")):
-        assert upstream.spec is not None and from_spec(upstream.spec).name == upstream.name
+    for upstream in (tcp("127.0.0.1", 1), unix("/x"), from_url("https://example.test")):
+        assert upstream.spec is not None
+        twin = from_spec(upstream.spec)
+        assert (twin.name, twin.tls, twin.server_hostname) == (upstream.name, upstream.tls, upstream.server_hostname)
     with pytest.raises(ValueError, match="kind"):
         from_spec({"kind": "pigeon"})
 

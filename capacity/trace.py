@@ -17,7 +17,7 @@ from capacity.errors import InputError
 from capacity.model import Floats
 from capacity.program import Ints
 
-LONGEST = 62 * 86400.0  # seconds
+LONGEST = 62 * 86400.0  # seconds; what is longer mixes units or epochs, and the simulator would tick through all of it
 
 
 @dataclass(frozen=True)

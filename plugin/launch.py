@@ -22,6 +22,8 @@ from typing import Any
 
 import click
 
+from plugin.proxy.options import knobs, shared
+
 # Everything after the engine's name is the engine's own.
 PASS_THROUGH = {"allow_interspersed_args": False, "ignore_unknown_options": True, "auto_envvar_prefix": "QUICKTHAW"}
 
@@ -164,6 +166,7 @@ class Seconds(click.ParamType[float]):
     show_envvar=True,
     help="Restore only what one of these keys has signed. Repeatable.",
 )
+@shared
 @click.option("--quiet", is_flag=True, show_envvar=True, help="Only warnings and errors of ours.")
 @click.argument("engine", metavar="vllm|sglang")
 @click.argument("engine_arguments", nargs=-1, type=click.UNPROCESSED, metavar="ENGINE-ARGS…")
@@ -215,6 +218,8 @@ def launch(engine: str, engine_arguments: tuple[str, ...], **options: Any) -> in
             sign_key=options["sign_key"],
             trust_keys=options["trust_keys"],
             environment=environment,
+            proxy=knobs(options),
+            own_listen=options["own_listen"],
         )
     )
 

@@ -101,9 +101,9 @@ class PhaseTracker:
             raise IllegalTransition(f"no transition from {old} to {phase}")
         if old is Phase.STOPPED and phase is not Phase.STOPPED:
             raise IllegalTransition(f"no transition from {old} to {phase}")
-        if phase is Phase.MOUNTING and old is not Phase.FAILED:
+        if (phase is Phase.MOUNTING and old is not Phase.FAILED) or old is Phase.ASLEEP:
             self._spans, self._began = [], now
-        elif old not in (Phase.IDLE, Phase.SERVING, Phase.ASLEEP):
+        elif old not in (Phase.IDLE, Phase.SERVING):
             self._spans.append(Span(old, self._since - self._began, now - self._since))
         self.phase, self.reason, self._since = phase, reason, now
         for listener in self._listeners:

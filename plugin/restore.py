@@ -21,6 +21,7 @@ from typing import Any
 import click
 
 from plugin.launch import Seconds, start_log
+from plugin.proxy.options import knobs, shared
 
 
 @click.command(context_settings={"auto_envvar_prefix": "QUICKTHAW"})
@@ -57,6 +58,7 @@ from plugin.launch import Seconds, start_log
     help="Stop after so long without a request; the next wakes it.",
 )
 @click.option("--grace", type=Seconds(), default="30s", show_default=True, show_envvar=True)
+@shared
 @click.option("--quiet", is_flag=True, show_envvar=True)
 def restore(snapshot: str, **options: Any) -> int:
     """Serve a replica from a named snapshot.
@@ -102,6 +104,8 @@ def restore(snapshot: str, **options: Any) -> int:
             idle_timeout_s=options["idle_timeout"],
             grace_s=options["grace"],
             strict=False,
+            proxy=knobs(options),
+            own_listen=options["own_listen"],
         )
     )
 

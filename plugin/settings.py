@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from launchers.base import EngineCommand
 
@@ -24,7 +26,8 @@ class LaunchSettings:
     measured rates decide. name: the snapshot's name where the user gave one. named: serve exactly the snapshot `name`, or fail
     (`quickthaw restore`). idle_timeout_s 0: never sleep. shrink False: leave the KV cache in the snapshot (to measure what leaving it
     out is worth). snapshot_store: URL of a store to fetch a snapshot from that this host has not, and that compile caches are kept in.
-    strict: fail where a layer is off or a restore fails, rather than going on without.
+    strict: fail where a layer is off or a restore fails, rather than going on without. proxy: what the user set of
+    plugin.proxy.settings.Settings; own_listen: host and port for the proxy's own pages alone.
     """
 
     engine: str
@@ -50,6 +53,8 @@ class LaunchSettings:
     scrub_env: tuple[str, ...] = ()
     sign_key: Path | None = None
     trust_keys: tuple[Path, ...] = ()
+    proxy: Mapping[str, Any] = field(default_factory=dict)
+    own_listen: tuple[str, int] | None = None
     environment: dict[str, str] = field(default_factory=lambda: dict(os.environ))
 
     def __post_init__(self) -> None:

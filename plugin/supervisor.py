@@ -28,6 +28,8 @@ from plugin.weights import Weights
 if TYPE_CHECKING:
     import asyncio
 
+    from checkpoint.criu import Criu
+    from launchers.base import Engine
     from plugin.proxy.pool import ReplicaPool
     from plugin.proxy.server import ProxyServer
 
@@ -67,6 +69,7 @@ class Launch:
     settings: LaunchSettings
     sock: socket.socket
     layers: Layers
+    own_sock: socket.socket | None = None
     replicas: list[Replica] = field(default_factory=list)
     weights: Weights | None = None
     exit_code: int = 0
@@ -84,7 +87,7 @@ class Launch:
 
     # The replicas' side: threads
 
-    def begin(self, criu: Any, engine: Any, weights: Weights) -> None:
+    def begin(self, criu: Criu | None, engine: Engine, weights: Weights) -> None:
         """Start the replicas in threads of their own: all at once from a snapshot that is there, else the others from the first one's."""
         self.weights = weights
         for index in range(self.settings.replicas):
@@ -209,6 +212,7 @@ class Launch:
         import asyncio
 
         from plugin.history import history_for
+        from plugin.proxy.limits import raise_files
         from plugin.proxy.pool import ReplicaPool
         from plugin.proxy.server import ProxyServer
         from plugin.proxy.settings import Settings
@@ -228,8 +232,13 @@ class Launch:
             behind = pool.add(f"r{index}", replica.tracker, Upstream(self._connector(replica), f"r{index}"))
             replica.served = self._counter(behind)
         denied = self.replicas[0].engine.denied_paths - self._opened_by_user()
-        self._server = ProxyServer(pool, Settings(denied_paths=frozenset(denied)))
-        await self._server.start(self.sock)
+        behaviour = Settings(denied_paths=frozenset(denied), **self.settings.proxy)
+        if behaviour.access_log:
+            logging.getLogger("quickthaw.proxy").setLevel(logging.INFO)
+        # Process 1 of the first sandbox runs already with the limit as it was; both engines raise their own.
+        raise_files()
+        self._server = ProxyServer(pool, behaviour)
+        await self._server.start(self.sock, own_sock=self.own_sock)
         if self._ending.is_set():
             self._stop.set()
         await self._stop.wait()
@@ -349,13 +358,17 @@ def launch(settings: LaunchSettings, stdout: int | None = 1, stderr: int | None 
         raise LauncherError(
             "layer-off", f"--strict, and {', '.join(layers.off())} cannot be had here; see quickthaw doctor"
         )
-    sock = bind(settings.command.host, settings.command.port)
-    run = Launch(settings, sock, layers, stdout=stdout, stderr=stderr)
+    with contextlib.ExitStack() as bound:
+        sock = bound.enter_context(bind(settings.command.host, settings.command.port))
+        own_sock = bound.enter_context(bind(*settings.own_listen)) if settings.own_listen else None
+        return _run(Launch(settings, sock, layers, own_sock, stdout=stdout, stderr=stderr), criu, engine, weights)
+
+
+def _run(run: Launch, criu: Criu | None, engine: Engine, weights: Weights) -> int:
     try:
         run.begin(criu, engine, weights)
         return run.run()
     finally:
-        sock.close()
         for replica in run.replicas:
             if replica.running:
                 replica.running.close()

@@ -8,7 +8,6 @@ import http.client
 import json
 import os
 import signal
-import socket
 import struct
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import time
 from pathlib import Path
 
 from checkpoint.library import Library
+from launchers.bare import free_port
 from plugin.settings import state_home
 from tests.leftovers import Watch
 
@@ -110,12 +110,6 @@ def model(folder: Path, seed: int = 1) -> Path:
     body = bytes((i * 7 + seed) % 251 for i in range(4096)) * (WEIGHT_BYTES // 4096)
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + body)
     return folder
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 def call(port, method, path, body=None, limit_s=60.0):

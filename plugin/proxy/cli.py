@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .options import Place, knobs, shared
+
 if TYPE_CHECKING:
     import socket
 
@@ -25,14 +27,6 @@ Examples:
   # several models, at most one awake
   quickthaw proxy --config models.yaml
 """
-
-
-def _place(text: str) -> tuple[str, int]:
-    host, _, port = text.rpartition(":")
-    host = host.strip("[]") or "127.0.0.1"
-    if not port.isdigit() or int(port) > 65535:
-        raise click.BadParameter(f"{text!r} is not HOST:PORT")
-    return host, int(port)
 
 
 def _url(sock: socket.socket) -> str:
@@ -54,7 +48,9 @@ def _not_itself(upstream: Upstream | None, host: str, port: int) -> None:
 @click.option(
     "--config", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="A YAML file of several models."
 )
-@click.option("--listen", default="127.0.0.1:8000", help="HOST:PORT of the public port; port 0 takes a free one.")
+@click.option(
+    "--listen", type=Place(), default="127.0.0.1:8000", help="HOST:PORT of the public port; port 0 takes a free one."
+)
 @click.option("--wake", help="A command that brings the engine up. It may return, or stay as the engine itself.")
 @click.option("--sleep", help="A command that puts it down. Without one, a wake command that stays is ended.")
 @click.option(
@@ -65,32 +61,19 @@ def _not_itself(upstream: Upstream | None, host: str, port: int) -> None:
 @click.option("--ready-model", help="Also generate one token with this model before it counts as ready.")
 @click.option("--wake-timeout", type=click.FloatRange(min=0.1), default=600.0, help="Seconds a wake may take.")
 @click.option("--idle-timeout", type=click.FloatRange(min=0), default=0.0, help="Idle seconds before sleep; 0: never.")
-@click.option(
-    "--hold-timeout",
-    type=click.FloatRange(min=0),
-    help="Seconds a request may wait. Default: from the measured starts, with a margin.",
-)
 @click.option("--max-held", type=click.IntRange(min=0), default=4096, help="Requests that may wait at once.")
 @click.option("--max-held-mb", type=click.IntRange(min=0), default=256, help="Megabytes of their bodies that are kept.")
-@click.option(
-    "--early-stream", is_flag=True, help="Answer waiting streams at once, with comments on the start's progress."
-)
 @click.option(
     "--deny", multiple=True, help="A path of the engine that must not be reached; may be given several times."
 )
 @click.option(
     "--workers", type=click.IntRange(1, 64), default=1, help="Processes on the one port; they share one wake."
 )
-@click.option("--token", help="The own pages ask for this bearer token.")
-@click.option(
-    "--own-prefix", default="/-", help="Where the own pages live: PREFIX/status, /ready, /metrics, and PREFIX/."
-)
-@click.option("--own-listen", help="HOST:PORT for the own pages alone; they leave the public port.")
 @click.option(
     "--trust-forwarded", is_flag=True, help="Keep X-Forwarded-* of the client: a trusted proxy stands in front."
 )
 @click.option("--drain", type=click.FloatRange(min=0), default=30.0, help="Seconds for what is in flight, at the end.")
-@click.option("--access-log", is_flag=True, help="Log every request, not only those that waited or failed.")
+@shared
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info")
 @click.option(
     "--log-format", type=click.Choice(["auto", "json", "text"]), default="auto", help="auto: text at a terminal."
@@ -128,16 +111,11 @@ def _settings(options: dict[str, Any]) -> Settings:
 
     try:
         return Settings(
-            own_prefix=options["own_prefix"],
-            token=options["token"],
-            own_on_main=options["own_listen"] is None,
+            **knobs(options),
             denied_paths=frozenset(options["deny"]),
             max_held=options["max_held"],
             max_held_bytes=options["max_held_mb"] << 20,
-            hold_timeout_s=options["hold_timeout"],
-            early_stream=options["early_stream"],
             trust_forwarded=options["trust_forwarded"],
-            access_log=options["access_log"],
             drain_s=options["drain"],
         )
     except ValueError as exc:
@@ -156,8 +134,8 @@ async def _serve(options: dict[str, Any], settings: Settings) -> None:
     from .upstream import from_url
     from .workers import Supervisor, listening_sockets
 
-    host, port = _place(options["listen"])
-    own_place = _place(options["own_listen"]) if options["own_listen"] else None
+    host, port = options["listen"]
+    own_place = options["own_listen"]
     owner: Any
     target: ReplicaPool | Router
     try:
@@ -191,7 +169,7 @@ async def _serve(options: dict[str, Any], settings: Settings) -> None:
             _not_itself(replica.upstream, host, port)
     raise_files()
     sockets = listening_sockets(host, port, options["workers"], settings.backlog)
-    own_sock = listening_sockets(*own_place, 1, 128)[0] if own_place else None
+    own_sock = listening_sockets(own_place[0], own_place[1], 1, 128)[0] if own_place else None
     supervisor: Supervisor | None = None
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()

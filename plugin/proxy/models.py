@@ -28,7 +28,7 @@ from urllib.parse import parse_qs, unquote
 
 import msgspec
 
-from launchers.bare import free_port
+from plugin.measure import free_port
 from plugin.phases import Phase
 
 from .endpoint import Endpoint, EndpointSpec

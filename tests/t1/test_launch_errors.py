@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from launchers.bare import free_port
 from tests.leftovers import Watch
 
 pytestmark = [pytest.mark.t1, pytest.mark.xdist_group("launch")]
@@ -47,12 +48,6 @@ def only_line(result, code):
     return lines[0]
 
 
-def free_port():
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return str(sock.getsockname()[1])
-
-
 def test_an_unknown_engine(rig):
     result = rig("launch", "llama.cpp", "--model", rig.model)
     assert result.returncode == 2
@@ -60,7 +55,7 @@ def test_an_unknown_engine(rig):
 
 
 def test_no_model(rig):
-    result = rig("launch", "vllm", "--port", free_port())
+    result = rig("launch", "vllm", "--port", str(free_port()))
     assert result.returncode == 2
     assert "--model DIR" in only_line(result, "no-model")
 
@@ -74,13 +69,13 @@ def test_no_model(rig):
 )
 def test_a_model_directory_that_cannot_be_served(rig, spoil, code):
     spoil(Path(rig.model))
-    result = rig("launch", "vllm", "--model", rig.model, "--port", free_port())
+    result = rig("launch", "vllm", "--model", rig.model, "--port", str(free_port()))
     assert result.returncode == 2
     assert rig.model in only_line(result, code)
 
 
 def test_a_model_directory_that_is_not_there(rig):
-    result = rig("launch", "sglang", "--model-path", rig.model + "-gone", "--port", free_port())
+    result = rig("launch", "sglang", "--model-path", rig.model + "-gone", "--port", str(free_port()))
     assert result.returncode == 2
     only_line(result, "model-missing")
 
@@ -100,7 +95,9 @@ def test_a_port_that_is_none(rig):
 
 
 def test_an_interpreter_that_is_none(rig):
-    result = rig("launch", "--engine-python", "/nowhere/python", "vllm", "--model", rig.model, "--port", free_port())
+    result = rig(
+        "launch", "--engine-python", "/nowhere/python", "vllm", "--model", rig.model, "--port", str(free_port())
+    )
     assert result.returncode == 2
     only_line(result, "engine-python")
 
@@ -119,7 +116,7 @@ def test_an_engine_that_dies_at_once_gives_its_own_code_and_last_words(rig, tmp_
         "--host",
         "127.0.0.1",
         "--port",
-        free_port(),
+        str(free_port()),
     )
     assert result.returncode == 17
     line = only_line(result, "quickthaw: engine-died")
@@ -130,7 +127,7 @@ def test_a_request_that_waits_for_an_engine_that_dies_is_told_why(rig, tmp_path)
     engine = tmp_path / "engine"
     engine.write_text("#!/bin/sh\nsleep 1\nexit 4\n")
     engine.chmod(0o755)
-    port = free_port()
+    port = str(free_port())
     env = {**os.environ, "QUICKTHAW_HOME": str(rig.home), **rig.watch.environment}
     argv = [sys.executable, "-m", "plugin.cli", "launch", "--engine-python", str(engine), "vllm"]
     argv += ["--model", rig.model, "--host", "127.0.0.1", "--port", port]
@@ -196,7 +193,7 @@ def test_stopping_before_the_engine_serves_leaves_nothing(rig, tmp_path):
     engine = tmp_path / "engine"
     engine.write_text("#!/bin/sh\nexec sleep 600\n")
     engine.chmod(0o755)
-    port = free_port()
+    port = str(free_port())
     env = {**os.environ, "QUICKTHAW_HOME": str(rig.home), **rig.watch.environment}
     argv = [sys.executable, "-m", "plugin.cli", "launch", "--engine-python", str(engine), "vllm"]
     argv += ["--model", rig.model, "--host", "127.0.0.1", "--port", port]
@@ -219,7 +216,7 @@ def test_kill_9_of_the_launcher_leaves_nothing(rig, tmp_path, moment):
     engine.chmod(0o755)
     env = {**os.environ, "QUICKTHAW_HOME": str(rig.home), **rig.watch.environment}
     argv = [sys.executable, "-m", "plugin.cli", "launch", "--engine-python", str(engine), "vllm"]
-    argv += ["--model", rig.model, "--host", "127.0.0.1", "--port", free_port()]
+    argv += ["--model", rig.model, "--host", "127.0.0.1", "--port", str(free_port())]
     with subprocess.Popen(
         argv, env=env, cwd=REPO, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
     ) as process:

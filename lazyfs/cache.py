@@ -36,7 +36,7 @@ log = logging.getLogger("lazyfs.cache")
 ABSENT, PRESENT, UNPROVEN = 0, 1, 2
 _HEADER = struct.Struct("<4sI36sI16x")
 _MAGIC = b"QTI1"
-_SEALED = 1
+_FLAGS, _SEALED = 44, 1
 _FLOCK = struct.Struct("hhqqi4x")
 
 
@@ -132,11 +132,13 @@ class Image:
         self.states[_HEADER.size + index] = state
         if state != PRESENT:
             self._complete = False
+            # What will be written there is not flushed yet.
+            self.states[_FLAGS : _FLAGS + 4] = struct.pack("<I", 0)
 
     def seal(self) -> None:
         """Flush a complete image, so that it need not be proven again after a power cut."""
         os.fdatasync(self.data_fd)
-        os.pwrite(self.have_fd, struct.pack("<I", _SEALED), _HEADER.size - 20)
+        os.pwrite(self.have_fd, struct.pack("<I", _SEALED), _FLAGS)
         os.fdatasync(self.have_fd)
 
     @contextlib.contextmanager

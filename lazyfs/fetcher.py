@@ -7,7 +7,6 @@ nothing but work; the server starts another.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import heapq
 import logging
@@ -16,7 +15,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from lazyfs import wire
@@ -36,7 +35,8 @@ from lazyfs.trace import Trace, parse, shared_key
 log = logging.getLogger("lazyfs.fetcher")
 _LOCAL_THREADS, _REMOTE_THREADS = 4, 16
 _IDLE_TICK_S = 5.0
-_DROP_LIMIT_S = 5.0
+# How often, and how far apart, an image that another process has open is tried to be dropped: a close may be on its way.
+_DROP_TRIES, _DROP_PAUSE_S = 100, 0.05
 
 
 class Queue:
@@ -45,6 +45,7 @@ class Queue:
     def __init__(self) -> None:
         self._heap: list[tuple[int, int, tuple[int, int]]] = []
         self._urgency: dict[tuple[int, int], int] = {}
+        self._taken: dict[int, int] = {}
         self._order = 0
         lock = threading.Lock()
         self._ready = threading.Condition(lock)
@@ -65,7 +66,9 @@ class Queue:
                 self._demanded.notify()
 
     def get(self, worst: Callable[[], int], limit_s: float) -> tuple[tuple[int, int], int] | None:
-        """The most urgent one, if at least as urgent as `worst()`; None after `limit_s` or when closed."""
+        """The most urgent one, if at least as urgent as `worst()`; None after `limit_s` or when closed. To be ended with
+        `done`.
+        """
         with self._ready:
             deadline = time.monotonic() + limit_s
             while not self.closed:
@@ -74,6 +77,7 @@ class Queue:
                 if self._heap and self._heap[0][0] <= worst():
                     urgency, _, key = heapq.heappop(self._heap)
                     del self._urgency[key]
+                    self._taken[key[0]] = self._taken.get(key[0], 0) + 1
                     return key, urgency
                 left = deadline - time.monotonic()
                 if left <= 0:
@@ -81,11 +85,22 @@ class Queue:
                 (self._demanded if worst() == wire.DEMAND else self._ready).wait(left)
             return None
 
-    def forget(self, file: int) -> None:
-        """Take out what nobody waits for of a file."""
+    def done(self, file: int) -> None:
+        """What was taken of the file has been dealt with."""
         with self._ready:
-            for key in [k for k, u in self._urgency.items() if k[0] == file and u != wire.DEMAND]:
+            self._taken[file] -= 1
+
+    def taken(self, file: int) -> int:
+        """How many things of the file were taken and are not done."""
+        return self._taken.get(file, 0)
+
+    def forget(self, file: int) -> list[tuple[int, int]]:
+        """Take out what nobody waits for of a file; what that was."""
+        with self._ready:
+            keys = [k for k, u in self._urgency.items() if k[0] == file and u != wire.DEMAND]
+            for key in keys:
                 del self._urgency[key]
+            return keys
 
     def wake(self) -> None:
         """Let waiters look again: what they may take has changed."""
@@ -168,7 +183,7 @@ class Fetcher:
         self.trace_was_shared = False
         self.queue = Queue()
         self.images: dict[int, AnyImage] = {}
-        self.users: dict[int, int] = {}
+        self.dropping: dict[int, int] = {}
         self.images_lock = threading.Lock()
         self.sending = threading.Lock()
         self.threads = config.fetch_threads or (_REMOTE_THREADS if engine.source.store.remote else _LOCAL_THREADS)
@@ -176,19 +191,13 @@ class Fetcher:
         self.next_background = 0.0
         self.rate_lock = threading.Lock()
 
-    @contextlib.contextmanager
-    def using(self, index: int) -> Iterator[AnyImage]:
-        """The image of a file of the manifest, opened once; not settled while it is used."""
+    def _image(self, index: int) -> AnyImage:
+        """The image of a file of the manifest, opened once; neither settled nor dropped while the queue has it taken."""
         with self.images_lock:
             image = self.images.get(index)
             if image is None:
                 image = self.images[index] = self.engine.cache.open_any(self.manifest.files[index])
-            self.users[index] = self.users.get(index, 0) + 1
-        try:
-            yield image
-        finally:
-            with self.images_lock:
-                self.users[index] -= 1
+            return image
 
     def run(self) -> None:
         """Serve until the server closes the channel or says stop."""
@@ -197,7 +206,8 @@ class Fetcher:
             worker.start()
         threading.Thread(target=self._report_forever, daemon=True).start()
         if self.config.prefetch:
-            self._plan()
+            # It may ask the store for a trace, and readers must not wait for that.
+            threading.Thread(target=self._plan, daemon=True).start()
         try:
             while True:
                 message = self.channel.recv(wire.BUFFER)
@@ -205,7 +215,7 @@ class Fetcher:
                     return
                 kind, file, chunk, slot = wire.REQUEST.unpack(message)
                 if kind == wire.PUBLISH:
-                    self.publish_trace()
+                    threading.Thread(target=self.publish_trace, daemon=True).start()
                     continue
                 if kind == wire.DROP:
                     self.drop(file)
@@ -262,25 +272,50 @@ class Fetcher:
 
     def drop(self, index: int) -> None:
         """Let go of a file's image and remove it, once nothing fills or flushes it; not if somebody has it open."""
-        self.queue.forget(index)
-        threading.Thread(target=self._drop, args=(index,), daemon=True).start()
+        for key in self.queue.forget(index):
+            slot = self.slots.pop(key, -1)
+            if slot >= 0:
+                # Begun never, so that whoever has come to wait for the chunk asks again.
+                self._send(wire.FAILED, *key, errno.ECANCELED, slot)
+        with self.images_lock:
+            idle = not self.dropping
+            self.dropping[index] = _DROP_TRIES
+        if idle:
+            threading.Thread(target=self._drop_all, daemon=True).start()
 
-    def _drop(self, index: int) -> None:
-        file = self.manifest.files[index]
-        deadline = time.monotonic() + _DROP_LIMIT_S
-        while time.monotonic() < deadline:
+    def _drop_all(self) -> None:
+        while not self.queue.closed:
+            for index in list(self.dropping):
+                with self.images_lock:
+                    self._try_to_drop(index)
             with self.images_lock:
-                if not self.users.get(index):
-                    image = self.images.pop(index, None)
-                    if image is not None:
-                        image.close()
-                    self.sealed.discard(index)
-                    freed = self.engine.cache.drop(file)
-                    if freed or not self.engine.cache.folder(file).exists():
-                        log.info("dropped %s: %d bytes freed", file.path, freed)
-                        return
-            time.sleep(0.05)
-        log.info("%s is in use and was not dropped", file.path)
+                if not self.dropping:
+                    return
+            time.sleep(_DROP_PAUSE_S)
+
+    def _try_to_drop(self, index: int) -> None:
+        # However long a flush takes on a busy disk: only what others hold counts as a try.
+        if self.queue.taken(index):
+            return
+        file = self.manifest.files[index]
+        image = self.images.pop(index, None)
+        if image is not None:
+            image.close()
+        self.sealed.discard(index)
+        self.dropping[index] -= 1
+        try:
+            freed = self.engine.cache.drop(file)
+        except OSError as error:
+            log.error("cannot drop %s: %s", file.path, error)
+            del self.dropping[index]
+            return
+        if freed or not self.engine.cache.folder(file).exists():
+            log.info("dropped %s: %d bytes freed", file.path, freed)
+        elif not self.dropping[index]:
+            log.info("%s is in use and was not dropped", file.path)
+        else:
+            return
+        del self.dropping[index]
 
     def _work(self, number: int) -> None:
         def worst() -> int:
@@ -294,14 +329,21 @@ class Fetcher:
             if taken is None:
                 continue
             (file, chunk), urgency = taken
-            if urgency == wire.SEAL:
-                self._seal(file)
-                continue
-            if urgency == wire.COMPLETE:
-                self._throttle(self.manifest.files[file].chunks[chunk].length)
-            self._answer(file, chunk)
-            if self.window.fetched(self.manifest.files[file].chunks[chunk].length):
-                self.queue.wake()
+            try:
+                self._do(file, chunk, urgency)
+            finally:
+                self.queue.done(file)
+
+    def _do(self, file: int, chunk: int, urgency: int) -> None:
+        if urgency == wire.SEAL:
+            self._seal(file)
+            return
+        size = self.manifest.files[file].chunks[chunk].length
+        if urgency == wire.COMPLETE:
+            self._throttle(size)
+        self._answer(file, chunk)
+        if self.window.fetched(size):
+            self.queue.wake()
 
     def report(self) -> None:
         """Send the counters to the server."""
@@ -333,9 +375,9 @@ class Fetcher:
         slot = self.slots.pop((file, chunk), -1)
         began = time.monotonic()
         try:
-            with self.using(file) as image:
-                data = None if image.settled else self.engine.fill(image, chunk)
-                complete = not image.settled and image.complete()
+            image = self._image(file)
+            data = None if image.settled else self.engine.fill(image, chunk)
+            complete = not image.settled and image.complete()
             if data is None:
                 self._send(wire.STORED, file, chunk, 0, slot, began)
                 if complete and file not in self.sealed:
@@ -352,17 +394,18 @@ class Fetcher:
             self._send(wire.FAILED, file, chunk, to_errno(error), slot, began)
 
     def _seal(self, file: int) -> None:
-        with self.using(file) as image:
-            if image.settled:
-                return
-            try:
-                image.seal()
-            except OSError as error:
-                # Unsealed means proven again after a power cut, which is right for a disk that fails to flush.
-                log.warning("cannot flush the image of %s: %s", image.file.path, error)
+        # It may have been dropped since, and an image that is not whole must not pass for flushed.
+        image = self.images.get(file)
+        if image is None or image.settled or not image.complete():
+            return
+        try:
+            image.seal()
+        except OSError as error:
+            # Unsealed means proven again after a power cut, which is right for a disk that fails to flush.
+            log.warning("cannot flush the image of %s: %s", image.file.path, error)
         with self.images_lock:
-            # Whoever still uses it keeps its descriptors; they go with the process then.
-            if not self.users[file]:
+            # Whoever else has taken something of it keeps its descriptors; they go with the process then.
+            if self.queue.taken(file) == 1:
                 image.settle()
 
     def _send(self, kind: int, file: int, chunk: int, argument: int, slot: int = -1, began: float = 0.0) -> None:

@@ -15,7 +15,8 @@ from checkpoint.sealing import seal, verify
 from checkpoint.snapshot import LazyRestore, restore, take
 from plugin.output import Output
 from plugin.settings import state_home
-from tests.t1.test_checkpoint_tree import ask, draft, start_tree
+from tests.t1.checkpoint_kit import draft
+from tests.t1.test_checkpoint_tree import ask, start_tree
 
 
 def main():
@@ -29,7 +30,7 @@ def main():
         with Sandbox(SandboxConfig(binds=binds)) as sandbox:
             pid = start_tree(sandbox, output, 8)
             print("take", flush=True)
-            snapshot = take(library, criu, sandbox, draft("tree", pid, output), home / "compile", seal)
+            snapshot = take(library, criu, sandbox, draft("tree", pid, {"stdout": output.name}), home / "compile", seal)
             print("taken", flush=True)
             ask(sandbox, op="count")
         for lazy in (None, LazyRestore(None, True, print, print)):

@@ -19,7 +19,8 @@ from checkpoint.snapshot import processes, restore, take
 from plugin.output import Output
 from plugin.settings import state_home
 from tests.leftovers import Watch
-from tests.t1.test_checkpoint_tree import ask, draft, start_tree
+from tests.t1.checkpoint_kit import draft
+from tests.t1.test_checkpoint_tree import ask, start_tree
 
 pytestmark = [pytest.mark.t1, pytest.mark.xdist_group("criu")]
 
@@ -60,7 +61,7 @@ def rig(tmp_path, monkeypatch):
         root = min(processes(sandbox.init_pid))
         write(gpu / f"{root}.json", {"state": "RUNNING", "memory": {GPU0: 1 << 20}})
         (gpu / f"{root}.vram").write_text("contents")
-        yield library, sandbox, draft("tree", pid, output), Following(str(gpu), pid), root
+        yield library, sandbox, draft("tree", pid, {"stdout": output.name}), Following(str(gpu), pid), root
     assert watch.gone() == set()
 
 

@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 import pytest
-from checkpoint_kit import draft
 
 from checkpoint.criu import Criu
 from checkpoint.errors import Busy, CheckpointError, Failed, HostLacks, Integrity, NotFound
@@ -21,6 +20,7 @@ from checkpoint.snapshot import restore, take
 from plugin.output import Output
 from plugin.settings import state_home
 from tests.leftovers import Watch
+from tests.t1.checkpoint_kit import draft
 
 pytestmark = [pytest.mark.t1, pytest.mark.xdist_group("criu")]
 

@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 import pytest
-from checkpoint_kit import LIMIT_S, inside, wait_for
 
 from checkpoint.criu import Criu
 from checkpoint.errors import HostLacks
@@ -17,6 +16,7 @@ from checkpoint.pages.images import process_ids, read_process
 from checkpoint.pages.server import PageServer
 from checkpoint.pages.workingset import WorkingSet
 from checkpoint.sandbox import TMP_DIR, Sandbox, SandboxConfig
+from tests.t1.checkpoint_kit import LIMIT_S, inside, wait_for
 
 pytestmark = pytest.mark.t1
 

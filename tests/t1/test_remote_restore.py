@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from checkpoint_kit import LIMIT_S, draft, inside, wait_for
 
 from checkpoint import archive, arrival, layout, sealing, signing
 from checkpoint import remote as remotes
@@ -28,6 +27,7 @@ from checkpoint.library import Library
 from checkpoint.remote import ArrivingLibrary, Remote
 from checkpoint.sandbox import TMP_DIR, Sandbox
 from checkpoint.snapshot import LazyRestore, Restored, restore, take
+from tests.t1.checkpoint_kit import LIMIT_S, draft, inside, wait_for
 
 pytestmark = [pytest.mark.t1, pytest.mark.slow, pytest.mark.xdist_group("criu")]
 

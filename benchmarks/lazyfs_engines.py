@@ -34,6 +34,7 @@ from lazyfs_link import far_origin  # noqa: E402
 from lazyfs.api import MountHandle, import_directory, mount  # noqa: E402
 from plugin import measure  # noqa: E402
 from plugin.presets import preset  # noqa: E402
+from plugin.settings import state_home  # noqa: E402
 
 KINDS = ("plain", "local", "remote")
 MODULES = {"vllm": "vllm.entrypoints.openai.api_server", "sglang": "sglang.launch_server"}
@@ -41,17 +42,13 @@ LOADING = re.compile(r"(?:Loading weights took|Load weight end\.[^\n]*?elapsed=)
 LIMIT_S = 600.0
 
 
-_USER_HOME = os.environ.get("QUICKTHAW_HOME")
-
-
-def state_home_of_user() -> Path:
-    """The state folder with the engines in it, whatever this program has put into the environment since."""
-    return Path(_USER_HOME or "~/.cache/quickthaw").expanduser()
+# With the engines in it; the mount's own things go to another, which is put into the environment later.
+USER_HOME = state_home()
 
 
 def start_once(engine: str, kind: str, scratch: Path, digest: str, url: str) -> dict[str, float]:
     """One start to its first token: seconds in all, of the mount, and of the loading phase as the engine logs it."""
-    found = preset(engine, state_home_of_user())
+    found = preset(engine, USER_HOME)
     port, log = measure.free_port(), scratch / f"{kind}.log"
     environment = {**os.environ, **found.environment, "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
     environment |= {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
@@ -90,7 +87,7 @@ def start_once(engine: str, kind: str, scratch: Path, digest: str, url: str) -> 
 def prepare(engine: str, scratch: Path) -> str:
     """Import the model, fill the local cache, and record a trace by reading in the order of the file."""
     os.environ["QUICKTHAW_HOME"] = str(scratch / "home")
-    model = preset(engine, state_home_of_user()).model
+    model = preset(engine, USER_HOME).model
     store = str(scratch / "store")
     digest = import_directory(model, store)
     settings = {"store_url": store, "cache_dir": scratch / "local-cache", "use_origin": False}
@@ -98,7 +95,10 @@ def prepare(engine: str, scratch: Path) -> str:
     try:
         reader = "import sys; from pathlib import Path\nfor p in sorted(Path(sys.argv[1]).rglob('*')): p.read_bytes()"
         subprocess.run([sys.executable, "-c", reader, str(handle.mountpoint)], check=True, timeout=LIMIT_S)
-        while handle.status()["cached_bytes"] < handle.status()["bytes"]:
+        limit = time.monotonic() + LIMIT_S
+        while (status := handle.status())["cached_bytes"] < status["bytes"]:
+            if time.monotonic() > limit:
+                raise SystemExit(f"the local cache did not fill: {status['cached_bytes']} of {status['bytes']} bytes")
             time.sleep(0.1)
     finally:
         handle.unmount(force=True)
@@ -129,7 +129,7 @@ def main() -> None:
         scratch = Path(folder)
         (scratch / "mnt").mkdir()
         digest = prepare(arguments.engine, scratch)
-        environment = {**os.environ, "QUICKTHAW_HOME": str(state_home_of_user())}
+        environment = {**os.environ, "QUICKTHAW_HOME": str(USER_HOME)}
         with far_origin(scratch / "store", rate=arguments.rate, port=8190) as url:
             for number in range(arguments.rounds + 1):
                 for kind in kinds:

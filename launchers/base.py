@@ -7,6 +7,7 @@ and runs in the thread that drives one replica.
 from __future__ import annotations
 
 import abc
+import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,11 +18,14 @@ from checkpoint.sandbox import CONTROL_DIR, RUN_DIR, TMP_DIR
 from launchers.client import Client
 from launchers.errors import BadModel, EngineDied, EngineFailed, Usage
 
+log = logging.getLogger("quickthaw")
 INNER_PORT = 8000
 """The engine's port inside its sandbox: the same for every replica, since each has a network of its own."""
 ENGINE_SITE = f"{RUN_DIR}/engine"
 CANARY_PROMPT = "The capital of France is"
 CANARY_TOKENS = 2
+RELOAD_LIMIT_S = 600.0
+"""For moving or reading all of a model's weights."""
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".npz")
 
 
@@ -224,11 +228,19 @@ class Engine(abc.ABC):
         return ()
 
     def put_away(self, client: Client, command: EngineCommand, thin: bool) -> bool:
-        """Release the KV cache, and with `thin` the weights, from the GPU; False where `command` did not start the engine so that it can.
+        """Release the KV cache, and with `thin` the weights, from the GPU; False where it was not started so that it can, or refuses.
 
-        The engine generates nothing until `take_up`. Raises EngineFailed where it fails, and then nothing has been put away.
+        The engine generates nothing until `take_up`. Raises OSError where it does not answer.
         """
         return False
+
+    def released(self, client: Client, path: str, body: object = None) -> bool:
+        """Ask for a release; whether it was granted. What was not is carried by the driver."""
+        status, data = client.call("POST", path, body, timeout_s=RELOAD_LIMIT_S)
+        if status != 200:
+            words = " ".join(data.decode(errors="replace").split())[:200]
+            log.info("%s answered %d to %s (%s); the driver carries its GPU memory", self.name, status, path, words)
+        return status == 200
 
     def take_up(self, client: Client, model: str, thin: bool) -> None:
         """Undo `put_away`, also in a restored engine: weights allocated and read again from `model`, then the KV cache."""

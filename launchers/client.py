@@ -93,8 +93,8 @@ class Client:
                     raise ConnectionError(f"{method} {path}: {error!r}") from error
         return int(parser.get_status_code()), bytes(answer.body)
 
-    def json(self, method: str, path: str, body: object = None, timeout_s: float = 30.0) -> Any:
-        """The decoded answer of a request that must succeed. Raises EngineFailed with the engine's own words when it does not."""
+    def ok(self, method: str, path: str, body: object = None, timeout_s: float = 30.0) -> bytes:
+        """The body of an answer that must be a 200. Raises EngineFailed with the engine's own words when it is not."""
         try:
             status, data = self.call(method, path, body, timeout_s)
         except TimeoutError as error:
@@ -106,6 +106,11 @@ class Client:
         if status != 200:
             words = " ".join(data.decode(errors="replace").split())[:300]
             raise EngineFailed("engine-refused", f"{method} {path} answered {status}: {words}")
+        return data
+
+    def json(self, method: str, path: str, body: object = None, timeout_s: float = 30.0) -> Any:
+        """The decoded answer of a request that must succeed. Raises EngineFailed where it does not."""
+        data = self.ok(method, path, body, timeout_s)
         try:
             return json.loads(data)
         except ValueError as error:

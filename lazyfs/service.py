@@ -42,6 +42,14 @@ class Span(NamedTuple):
     size: int
 
 
+def read_span(span: Span) -> bytes:
+    """The bytes themselves. OSError where they cannot be read: a failing disk, or a file read in place that was cut short."""
+    data = os.pread(span.fd, span.size, span.offset)
+    if len(data) != span.size:
+        raise OSError(errno.EIO, "the file is shorter than it was")
+    return data
+
+
 # A reply is data, or where it lies, or an errno. Called exactly once, from any thread.
 Reply = Callable[[Span | bytes | int], None]
 _LOOKAHEAD = (2, 32)
@@ -244,10 +252,17 @@ class Service:
 
     def _serve(self, opened: Opened, offset: int, end: int, unique: int, reply: Reply, started: float) -> None:
         """Answer a read whose chunks are here, out of the image or, where the disk was full, out of memory."""
+        counters = self.counters
         data: Span | bytes | None = Span(opened.backing.fd, offset, end - offset)
         if not opened.backing.complete():
-            data = self._gather(opened, offset, end)
-        counters = self.counters
+            try:
+                data = self._gather(opened, offset, end)
+            except OSError as error:
+                # This may be the thread that hears the fetcher: every other reader depends on it.
+                log.error("%s: %d bytes at %d: %s", opened.file.path, end - offset, offset, error.strerror)
+                counters.failed += 1
+                reply(error.errno or errno.EIO)
+                return
         if data is None:
             # A slot was reused between arrival and answer: the read is put aside again, its deadline unchanged.
             self._read(opened, offset, end - offset, unique, reply, started)
@@ -269,7 +284,7 @@ class Service:
         for index in range(first, last + 1):
             low, high = max(offset, file.offsets[index]), min(end, file.offsets[index + 1])
             if image.state(index) == PRESENT:
-                parts.append(os.pread(opened.backing.fd, high - low, low))
+                parts.append(read_span(Span(opened.backing.fd, low, high - low)))
                 continue
             base = file.offsets[index]
             part = self.memory.copy((opened.node.index, index), low - base, high - base, file.chunks[index].length)

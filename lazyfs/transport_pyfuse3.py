@@ -21,7 +21,7 @@ import trio
 
 from lazyfs import kernel
 from lazyfs.errors import HostLacks, LazyfsError, to_errno
-from lazyfs.service import Opened, Service, Span
+from lazyfs.service import Opened, Service, Span, read_span
 from lazyfs.tree import Node
 from lazyfs.xattrs import get_xattr, list_xattrs
 
@@ -182,15 +182,15 @@ class _Operations(pyfuse3.Operations):  # type: ignore[misc]
 
     def _bytes(self, span: Span) -> memoryview | bytes:
         """The bytes, in the one buffer: pyfuse3 sends them before this thread runs any other task."""
-        data: memoryview | bytes
-        if span.size <= _BUFFER:
-            data = self.buffer[: os.preadv(span.fd, [self.buffer[: span.size]], span.offset)]
-        else:
-            data = os.pread(span.fd, span.size, span.offset)
-        if len(data) != span.size:
-            log.error("%d bytes at %d are not there: the file was cut short", span.size, span.offset)
-            raise pyfuse3.FUSEError(errno.EIO)
-        return data
+        try:
+            if span.size > _BUFFER:
+                return read_span(span)
+            if os.preadv(span.fd, [self.buffer[: span.size]], span.offset) < span.size:
+                raise OSError(errno.EIO, "the file is shorter than it was")
+        except OSError as error:
+            log.error("%d bytes at %d cannot be read: %s", span.size, span.offset, error.strerror)
+            raise pyfuse3.FUSEError(error.errno or errno.EIO) from error
+        return self.buffer[: span.size]
 
     async def release(self, fh: int) -> None:
         opened = self.handles.pop(fh, None)

@@ -21,7 +21,7 @@ from collections.abc import Callable
 
 from lazyfs import kernel
 from lazyfs.errors import HostLacks, LazyfsError, to_errno
-from lazyfs.service import Opened, Service, Span
+from lazyfs.service import Opened, Service, Span, read_span
 from lazyfs.tree import Node
 from lazyfs.xattrs import get_xattr, list_xattrs
 
@@ -67,6 +67,21 @@ class Pipe:
         except OSError:
             # Users have a bound on what their pipes hold together; the default is 16 pages.
             self.slots = fcntl.fcntl(self.into, fcntl.F_GETPIPE_SZ) // _PAGE
+
+    def fill(self, header: bytes, span: Span) -> bool:
+        """Put a reply into the empty pipe; False where it is too small. Raises OSError where the file cannot be spliced."""
+        pages = (span.offset % _PAGE + span.size + _PAGE - 1) // _PAGE
+        if pages + 1 > self.slots:
+            # A direct read that is not aligned to pages, or a pipe that could not be made large.
+            return False
+        os.write(self.into, header)
+        offset, end = span.offset, span.offset + span.size
+        while offset < end:
+            n = os.splice(span.fd, self.into, end - offset, offset_src=offset, flags=_NONBLOCK)
+            if n == 0:
+                raise OSError(errno.EIO, "the file is shorter than it was")
+            offset += n
+        return True
 
     def close(self) -> None:
         """Throw away what is in it."""
@@ -209,32 +224,25 @@ class RawTransport:
 
     def _reply_span(self, fd: int, unique: int, span: Span) -> None:
         pipe: Pipe | None = getattr(self._local, "pipe", None)
-        if pipe is None:
-            pipe = self._local.pipe = Pipe()
-        pages = (span.offset % _PAGE + span.size + _PAGE - 1) // _PAGE
-        if pages + 1 > pipe.slots:
-            # A direct read that is not aligned to pages, or a pipe that could not be made large.
-            data = os.pread(span.fd, span.size, span.offset)
-            self._reply(fd, unique, 0 if len(data) == span.size else errno.EIO, data if len(data) == span.size else b"")
-            return
         try:
-            os.write(pipe.into, _OUT.pack(_OUT.size + span.size, 0, unique))
-            offset, end = span.offset, span.offset + span.size
-            while offset < end:
-                n = os.splice(span.fd, pipe.into, end - offset, offset_src=offset, flags=_NONBLOCK)
-                if n == 0:
-                    # A file read in place was cut short under us.
-                    raise OSError(errno.EIO, "the file is shorter than it was")
-                offset += n
-            os.splice(pipe.out, fd, _OUT.size + span.size)
-            return
+            if pipe is None:
+                pipe = self._local.pipe = Pipe()
+            if pipe.fill(_OUT.pack(_OUT.size + span.size, 0, unique), span):
+                os.splice(pipe.out, fd, _OUT.size + span.size)
+                return
         except OSError as error:
-            del self._local.pipe
-            pipe.close()
+            if pipe is not None:
+                del self._local.pipe
+                pipe.close()
             if error.errno in (errno.ENOENT, errno.ENODEV, errno.ECONNABORTED):
                 return
-            log.error("%d bytes at %d could not be sent: %s", span.size, span.offset, error.strerror)
-        self._reply(fd, unique, errno.EIO, b"")
+            log.debug("%d bytes at %d could not be spliced: %s", span.size, span.offset, error.strerror)
+        # What cannot be spliced is copied; only what cannot be read either is the reader's error.
+        try:
+            self._reply(fd, unique, 0, read_span(span))
+        except OSError as error:
+            log.error("%d bytes at %d cannot be read: %s", span.size, span.offset, error.strerror)
+            self._reply(fd, unique, error.errno or errno.EIO, b"")
 
     # -- reading
 
@@ -253,7 +261,12 @@ class RawTransport:
         if found is None:
             reply(errno.EBADF)
             return
-        self.service.read(found[0], offset, size, unique, reply)
+        try:
+            self.service.read(found[0], offset, size, unique, reply)
+        except Exception:
+            # As in `_handle`: neither this thread nor this reader may be lost.
+            log.exception("the read of %d bytes at %d failed", size, offset)
+            reply(errno.EIO)
 
     def _open(self, node: Node, body: memoryview) -> bytes:
         (flags,) = struct.unpack_from("<I", body)

@@ -16,6 +16,7 @@ from lazyfs_rig import LIMIT_S, ROOT, Rig, write_model
 
 from lazyfs import kernel
 from lazyfs.api import import_directory
+from plugin.settings import state_home
 
 pytestmark = [
     pytest.mark.t1,
@@ -148,8 +149,7 @@ else:
 
 def torch_python() -> Path | None:
     """An interpreter with torch: an engine's, as `make setup` lays them out (the project itself has none)."""
-    home = Path(os.environ.get("QUICKTHAW_HOME") or "~/.cache/quickthaw").expanduser()
-    found = [home / "venvs" / engine / "bin" / "python" for engine in ("vllm", "sglang")]
+    found = [state_home() / "venvs" / engine / "bin" / "python" for engine in ("vllm", "sglang")]
     return next((path for path in found if path.exists()), None)
 
 

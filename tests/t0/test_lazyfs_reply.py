@@ -1,0 +1,64 @@
+"""How a read is answered out of a file that cannot be spliced, or not be read: copied, or refused with the file's own error."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import struct
+
+import pytest
+
+from lazyfs.service import Span
+from lazyfs.transport_raw import RawTransport
+
+pytestmark = pytest.mark.t0
+
+
+@pytest.fixture
+def answer():
+    """What the kernel would get: (error number, bytes)."""
+    transport = RawTransport(None, "/nowhere", "test", native=False)
+    out, into = os.pipe()
+
+    def ask(span):
+        transport._reply_span(into, 7, span)
+        data = os.read(out, 1 << 16)
+        length, number, unique = struct.unpack_from("<IiQ", data)
+        assert (length, unique) == (len(data), 7)
+        return -number, data[16:]
+
+    yield ask
+    os.close(out)
+    os.close(into)
+    if hasattr(transport._local, "pipe"):
+        transport._local.pipe.close()
+
+
+def test_a_file_that_cannot_be_spliced_is_copied(answer):
+    memory = mmap.mmap(-1, 1 << 16)
+    memory[:] = os.urandom(1 << 16)
+    at = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    fd = os.open("/proc/self/mem", os.O_RDONLY)
+    out, into = os.pipe()
+    try:
+        with pytest.raises(OSError):
+            os.splice(fd, into, 4096, offset_src=at)
+        assert answer(Span(fd, at + 5, 20_000)) == (0, memory[5:20_005])
+    finally:
+        for one in (fd, out, into):
+            os.close(one)
+
+
+def test_what_cannot_be_read_is_an_error_and_the_next_read_is_right(answer, tmp_path):
+    (tmp_path / "file").write_bytes(b"abc" * 5000)
+    fd = os.open(tmp_path / "file", os.O_RDONLY)
+    folder = os.open(tmp_path, os.O_RDONLY)
+    try:
+        assert answer(Span(fd, 10_000, 9000)) == (errno.EIO, b"")
+        assert answer(Span(folder, 0, 10)) == (errno.EISDIR, b"")
+        assert answer(Span(fd, 1, 9000)) == (0, (b"abc" * 5000)[1:9001])
+    finally:
+        os.close(fd)
+        os.close(folder)

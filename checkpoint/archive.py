@@ -33,6 +33,7 @@ from checkpoint.arrival import EVERYTHING, Arrival
 from checkpoint.aside import aside
 from checkpoint.errors import Busy, CheckpointError, Failed, Integrity, NotFound
 from checkpoint.transfer import LINKS, WORKERS, Listing, Progress, Push, Pushed, get, translated
+from lazyfs.records import ready
 
 if TYPE_CHECKING:
     from lazyfs.chunkstore import ChunkStore
@@ -396,7 +397,7 @@ def check(partial: Path, name: str) -> None:
     """The finished folder against its own manifest, in full; this also spares the first restore from hashing again."""
     document = (partial / manifests.FILE_NAME).read_bytes()
     try:
-        found = msgspec.json.decode(document, type=_Essentials)
+        found = msgspec.json.decode(document, type=ready(_Essentials))
     except msgspec.MsgspecError as error:
         raise Integrity("manifest-garbled", f"the archive's manifest is damaged: {error}") from error
     if found.name != name:

@@ -37,6 +37,7 @@ from checkpoint.errors import Incompatible, Integrity
 from checkpoint.facts import EngineFacts, Gpu, HostFacts, engine_facts, host_facts
 from checkpoint.manifest import FORMAT
 from checkpoint.relevance import Arguments, looks_secret, normalised_arguments, relevant_environment, secret_names
+from lazyfs.records import ready
 
 OLDEST_FORMAT = 1
 """The oldest layout of a snapshot (manifest.FORMAT) that can still be restored."""
@@ -102,7 +103,7 @@ class Identity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def decode(cls, builtins: Mapping[str, Any]) -> Identity:
         """From a manifest's `identity`. Raises Integrity when it is not one."""
         try:
-            return msgspec.convert(builtins, cls)
+            return msgspec.convert(builtins, ready(cls))
         except msgspec.ValidationError as error:
             raise Integrity(
                 "identity-garbled", f"the snapshot's identity cannot be read ({error}); take it anew"

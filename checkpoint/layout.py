@@ -26,6 +26,7 @@ import msgspec
 
 from checkpoint.errors import Integrity
 from checkpoint.imagefile import messages, number
+from lazyfs.records import ready
 
 if TYPE_CHECKING:
     from lazyfs.manifest import Manifest
@@ -172,7 +173,7 @@ def rest_of(path: str) -> str:
 def decode(data: bytes) -> Layout:
     """The layout in an index file. Raises Integrity (layout-garbled) for one that cannot be meant."""
     try:
-        index = msgspec.json.decode(data, type=_Index)
+        index = msgspec.json.decode(data, type=ready(_Index))
     except msgspec.MsgspecError as error:
         raise Integrity("layout-garbled", f"the archive's index is damaged: {error}") from error
     if index.version != _VERSION:

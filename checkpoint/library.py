@@ -23,6 +23,7 @@ from checkpoint import manifest
 from checkpoint.aside import aside
 from checkpoint.errors import Busy, Failed, NotFound
 from checkpoint.manifest import Snapshot
+from lazyfs.records import ready
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,120}")
 QUARANTINE_AFTER = 3
@@ -224,7 +225,7 @@ class Library:
     def health(self, name: str) -> Health:
         """How restores of a snapshot went here; a fresh record where there is none or it is damaged."""
         try:
-            return msgspec.json.decode(self._health_file(name).read_bytes(), type=Health)
+            return msgspec.json.decode(self._health_file(name).read_bytes(), type=ready(Health))
         except (OSError, msgspec.MsgspecError):
             return Health()
 

@@ -15,6 +15,7 @@ import msgspec
 
 from checkpoint.cuda import Needs
 from checkpoint.errors import Incompatible, Integrity
+from lazyfs.records import ready
 
 FORMAT = 1
 """Raised whenever an older quickthaw could not restore what a newer one wrote."""
@@ -109,7 +110,7 @@ def parse(data: bytes, folder: Path, name: str) -> Snapshot:
             f"{name} has format {version} and this quickthaw knows {FORMAT}; upgrade, or take it anew",
         )
     try:
-        snapshot = msgspec.json.decode(data, type=Snapshot)
+        snapshot = msgspec.json.decode(data, type=ready(Snapshot))
     except msgspec.MsgspecError as error:
         raise Integrity("manifest-garbled", f"{file} is damaged ({error}); quickthaw snapshot rm {name}") from error
     if snapshot.digest and snapshot.digest != _digest(data):

@@ -30,6 +30,7 @@ import msgspec
 
 from checkpoint.errors import Failed, Integrity
 from checkpoint.manifest import SnapshotFile
+from lazyfs.records import ready
 
 LEDGER = ".verified"
 RACY_NS = 100_000_000
@@ -196,7 +197,7 @@ def _boot() -> str:
 
 def _read_ledger(folder: Path, files: Mapping[str, SnapshotFile]) -> _Ledger | None:
     try:
-        ledger = msgspec.json.decode((folder / LEDGER).read_bytes(), type=_Ledger)
+        ledger = msgspec.json.decode((folder / LEDGER).read_bytes(), type=ready(_Ledger))
     except (OSError, msgspec.MsgspecError):
         return None  # none yet, or damaged: then everything is hashed
     return ledger if ledger.sealed == _sealed(files) and ledger.boot == _boot() else None

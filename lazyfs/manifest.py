@@ -14,6 +14,7 @@ import blake3
 import msgspec
 
 from lazyfs.errors import Integrity
+from lazyfs.records import ready
 
 VERSION: Literal[1] = 1
 RAW, ZSTD = 0, 1
@@ -98,7 +99,7 @@ def decode(data: bytes, digest: str) -> Manifest:
     if blake3.blake3(data).hexdigest() != digest:
         raise Integrity(f"manifest {digest[:12]} does not match its digest; fetch or import it again")
     try:
-        manifest = msgspec.json.decode(data, type=Manifest)
+        manifest = msgspec.json.decode(data, type=ready(Manifest))
     except msgspec.DecodeError as error:
         raise Integrity(f"manifest {digest[:12]} is malformed: {error}") from error
     _check(manifest, digest)

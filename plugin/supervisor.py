@@ -84,6 +84,8 @@ class Launch:
         self._deaths: list[float] = []
         self._began = time.monotonic()
         self._failure: Exception | None = None
+        self._starting = 0
+        self._counting = threading.Lock()
 
     # The replicas' side: threads
 
@@ -124,8 +126,11 @@ class Launch:
             self._start_in_threads(others, None)
 
     def _start_in_threads(self, replicas: list[Replica], before_cold: Callable[[], object] | None) -> None:
+        # Counted before they run: one that fails at once must not take the launch with it.
+        with self._counting:
+            self._starting += len(replicas)
         for replica in replicas:
-            threading.Thread(target=self._start_one, args=(replica, before_cold), daemon=True).start()
+            threading.Thread(target=self._start_counted, args=(replica, before_cold), daemon=True).start()
 
     @staticmethod
     def _something_to_restore(replica: Replica) -> bool:
@@ -140,17 +145,27 @@ class Launch:
         with contextlib.suppress(OSError):
             self.replicas[0].library.sweep()
 
-    def _start_one(self, replica: Replica, before_cold: Callable[[], object] | None = None) -> bool:
+    def _start_one(self, replica: Replica) -> bool:
+        with self._counting:
+            self._starting += 1
+        return self._start_counted(replica)
+
+    def _start_counted(self, replica: Replica, before_cold: Callable[[], object] | None = None) -> bool:
+        failure: Exception | None = None
         try:
             replica.start(before_cold)
         except (CheckpointError, LauncherError) as error:
-            self._start_failed(error)
-            return False
+            failure = error
         except Exception as error:
             # A stop that comes between two phases of a start cuts it short wherever it is.
             if not self._ending.is_set():
                 log.exception("a defect of quickthaw's, please report it")
-            self._start_failed(error)
+            failure = error
+        with self._counting:
+            self._starting -= 1
+            others = self._starting
+        if failure is not None:
+            self._start_failed(failure, others)
             return False
         prefork.settled()
         if self._ending.is_set():
@@ -159,11 +174,12 @@ class Launch:
         _remember(self.settings, replica, time.monotonic() - self._began)
         return True
 
-    def _start_failed(self, error: Exception) -> None:
+    def _start_failed(self, error: Exception, others: int) -> None:
+        """What becomes of the launch: it goes on with replicas that serve, or with `others` that are still starting; else it ends."""
         if self._ending.is_set():
             log.debug("a start that was interrupted by the stop: %s", error)
             return
-        if any(r.tracker.phase is Phase.SERVING for r in self.replicas):
+        if others or any(r.tracker.phase is Phase.SERVING for r in self.replicas):
             log.error("%s", error)
             return
         self._failure = error

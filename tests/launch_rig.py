@@ -266,6 +266,9 @@ class Rig:
         started = self.start(*options, **more)
         try:
             yield started
+        except BaseException as error:
+            error.add_note(f"the launch ended with {started.process.poll()}, and said:\n{started.text()[-4000:]}")
+            raise
         finally:
             code = started.stop()
         assert "Traceback" not in started.ours(), started.text()[-4000:]

@@ -25,6 +25,7 @@ import msgspec
 
 from checkpoint.cuda.driver import DeviceMemory, Driver, DriverError, State
 from checkpoint.errors import HostLacks
+from lazyfs.records import ready
 
 READY_TIMEOUT_S = 60.0
 """cuInit on a host with eight GPUs and no persistence mode takes tens of seconds."""
@@ -156,7 +157,7 @@ class Helper:
         return str(self._call("version"))
 
     def devices(self) -> list[DeviceMemory]:
-        return [msgspec.convert(d, DeviceMemory) for d in self._call("devices")]
+        return [msgspec.convert(d, ready(DeviceMemory)) for d in self._call("devices")]
 
     def usage(self, pid: int) -> dict[str, int]:
         return {str(uuid): int(size) for uuid, size in self._call("usage", pid).items()}

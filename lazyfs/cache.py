@@ -249,6 +249,8 @@ class Cache:
         self.root = private_dir(root)
         self.limit = limit
         self._room = 0
+        self._unwritten = 0
+        self._reserving = threading.Lock()
 
     def folder(self, file: File) -> Path:
         """Where the image of `file` lies."""
@@ -301,23 +303,32 @@ class Cache:
         return total
 
     def reserve(self, need: int) -> bool:
-        """Make room for `need` more bytes under the limit, evicting what is least recently used; False if
-        impossible.
+        """Make room for `need` more bytes under the limit, evicting what is least recently used; False if impossible.
+
+        What was granted is given back with `written`, whether it was written or not.
         """
         if self.limit is None:
             return True
-        if self._room >= need:
+        # One thread at a time: two that count the same usage would both find too little, or both take the same room.
+        with self._reserving:
+            if self._room < need:
+                # Counting walks the folder, so it is done for 64 MiB at a time.
+                batch = max(need, min(64 << 20, self.limit // 8))
+                free = self.limit - self.usage() - self._unwritten
+                if free < batch:
+                    free += self.evict(batch - free)
+                if free < need:
+                    return False
+                self._room = min(free, batch)
             self._room -= need
-            return True
-        # Counting walks the folder, so it is done for 64 MiB at a time.
-        batch = max(need, min(64 << 20, self.limit // 8))
-        free = self.limit - self.usage()
-        if free < batch:
-            free += self.evict(batch - free)
-        if free < need:
-            return False
-        self._room = min(free, batch) - need
+            self._unwritten += need
         return True
+
+    def written(self, need: int) -> None:
+        """What `reserve` granted is on the disk by now, where `usage` counts it, or will not be."""
+        if self.limit is not None:
+            with self._reserving:
+                self._unwritten -= need
 
     def evict(self, amount: int) -> int:
         """Remove unpinned images, oldest use first, until `amount` bytes are free; returns the bytes freed."""

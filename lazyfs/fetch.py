@@ -132,13 +132,15 @@ class ChunkFetcher:
                 self.stats.tiers["proven"] += chunk.length
                 return None
             data = self._get(file, index)
+            if not self.cache.reserve(chunk.length):
+                return data
             try:
-                if not self.cache.reserve(chunk.length):
-                    return data
                 image.write(index, data, hole=chunk.digest == zero_digest(chunk.length))
             except DiskFull as error:
                 log.warning("streaming %s without the cache: %s", file.path, error)
                 return data
+            finally:
+                self.cache.written(chunk.length)
         return None
 
     def _get(self, file: File, index: int) -> bytes | memoryview:

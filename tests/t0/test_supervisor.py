@@ -1,0 +1,43 @@
+"""What becomes of a launch whose replicas fail to start, one after the other."""
+
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from launchers.errors import EngineFailed
+from plugin.phases import PhaseTracker
+from plugin.supervisor import Launch
+
+pytestmark = pytest.mark.t0
+
+
+class Replica:
+    """One that fails when it is told to."""
+
+    def __init__(self):
+        self.fail, self.failed, self.tracker = threading.Event(), threading.Event(), PhaseTracker()
+        self.library = SimpleNamespace(sweep=lambda: None)
+
+    def restorable(self):
+        return "a snapshot"
+
+    def start(self, before_cold=None):
+        assert self.fail.wait(10)
+        self.failed.set()
+        raise EngineFailed("no-start", "it does not start")
+
+
+def test_one_failed_start_does_not_end_those_that_go_on_and_the_last_does():
+    launch = Launch(SimpleNamespace(idle_timeout_s=None), None, None)
+    launch.replicas = replicas = [Replica() for _ in range(3)]
+    threading.Thread(target=launch._start_all, daemon=True).start()
+    for replica in replicas[:0:-1]:
+        replica.fail.set()
+        assert replica.failed.wait(10)
+    time.sleep(0.2)
+    assert not launch._ending.is_set()
+    replicas[0].fail.set()
+    assert launch._ending.wait(10)
+    assert launch.exit_code == 1 and "it does not start" in str(launch._failure)

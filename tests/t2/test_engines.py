@@ -58,6 +58,8 @@ class Rig:
                 "--engine-python",
                 str(self.preset.python),
                 *([] if "--name" in options else ["--name", NAME]),
+                # What `auto` would choose depends on how busy the machine is.
+                *([] if "--weights" in options else ["--weights", "full"]),
                 self.engine,
             ]
             argv += [*(self.preset.arguments if arguments is None else arguments), "--host", "127.0.0.1"]

@@ -22,6 +22,7 @@ from lazyfs.chunkstore import ChunkStore, chunk_key, digest_of, zero_digest
 from lazyfs.digests import DigestLog
 from lazyfs.errors import DiskFull, Integrity, NotFound, Permanent
 from lazyfs.manifest import RAW, ZSTD, File
+from lazyfs.metrics import Histogram
 from lazyfs.retry import RetryPolicy, retrying
 from lazyfs.stores.base import Store
 
@@ -41,11 +42,11 @@ class ByteSource(Protocol):
 class FetchStats:
     """Counters of one process, by tier, in bytes unless named otherwise."""
 
-    tiers: dict[str, int] = field(default_factory=lambda: {"origin": 0, "image": 0, "store": 0, "proven": 0})
+    tiers: dict[str, int] = field(default_factory=lambda: {"origin": 0, "store": 0, "proven": 0})
     retries: int = 0
     quarantined: int = 0
-    seconds: float = 0.0
     fetches: int = 0
+    latency: Histogram = field(default_factory=Histogram)
 
 
 def scratch() -> memoryview:
@@ -118,8 +119,9 @@ class ChunkFetcher:
     def fill(self, image: AnyImage, index: int) -> bytes | memoryview | None:
         """Make the chunk PRESENT in `image`; None. When the disk has no room the verified bytes are returned instead.
 
-        Raises Integrity, NotFound, Temporary (limit reached) or Permanent.
+        Raises Integrity, NotFound, Temporary (limit reached) or Permanent. `source_of_last` then tells where it came from.
         """
+        _local.source = "other"
         if image.state(index) == PRESENT:
             return None
         with image.chunk_lock(index, self.limit_s):
@@ -130,6 +132,7 @@ class ChunkFetcher:
             if state == UNPROVEN and self._matches(file, index, image.read(index)):
                 image.mark(index, PRESENT)
                 self.stats.tiers["proven"] += chunk.length
+                _local.source = "proof"
                 return None
             data = self._get(file, index)
             if not self.cache.reserve(chunk.length):
@@ -143,6 +146,12 @@ class ChunkFetcher:
                 self.cache.written(chunk.length)
         return None
 
+    @staticmethod
+    def source_of_last() -> str:
+        """Where the chunk of this thread's last `fill` came from: one of `wire.SOURCES`."""
+        source: str = getattr(_local, "source", "other")
+        return source
+
     def _get(self, file: File, index: int) -> bytes | memoryview:
         chunk = file.chunks[index]
         start = time.monotonic()
@@ -150,9 +159,11 @@ class ChunkFetcher:
         if data is None:
             data = self._from_store(file, index)
             self.stats.tiers["store"] += chunk.length
+            _local.source = "store"
         else:
             self.stats.tiers["origin"] += chunk.length
-        self.stats.seconds += time.monotonic() - start
+            _local.source = "origin"
+        self.stats.latency.add(time.monotonic() - start)
         self.stats.fetches += 1
         return data
 

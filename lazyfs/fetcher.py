@@ -350,8 +350,8 @@ class Fetcher:
         stats = self.engine.stats
         tiers = stats.tiers
         values = (
-            tiers["store"], tiers["origin"], tiers["proven"], stats.fetches, int(stats.seconds * 1000),
-            stats.retries, stats.quarantined, len(self.queue),
+            tiers["store"], tiers["origin"], tiers["proven"], stats.fetches, int(stats.latency.total * 1000),
+            stats.retries, stats.quarantined, len(self.queue), *stats.latency.counts,
         )  # fmt: skip
         for number, value in enumerate(values):
             self._send(wire.STATS, number, value >> 31, value & 0x7FFFFFFF)
@@ -377,15 +377,16 @@ class Fetcher:
         try:
             image = self._image(file)
             data = None if image.settled else self.engine.fill(image, chunk)
+            source = wire.SOURCES.index("other" if image.settled else self.engine.source_of_last())
             complete = not image.settled and image.complete()
             if data is None:
-                self._send(wire.STORED, file, chunk, 0, slot, began)
+                self._send(wire.STORED, file, chunk, source, slot, began)
                 if complete and file not in self.sealed:
                     self.sealed.add(file)
                     self.queue.put((file, 0), wire.SEAL)
             elif slot >= 0:
                 self.memory.write(slot, data)
-                self._send(wire.SLOT, file, chunk, 0, slot, began)
+                self._send(wire.SLOT, file, chunk, source, slot, began)
             else:
                 self._send(wire.FAILED, file, chunk, errno.ENOSPC, slot, began)
         except (LazyfsError, OSError) as error:

@@ -4,15 +4,15 @@ for.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
-# Upper bounds in seconds of the histogram of waits: from a local chunk to a store in trouble.
-WAIT_BUCKETS = (0.001, 0.005, 0.02, 0.1, 0.5, 2.0, 10.0)
+from lazyfs.wire import BUCKETS_S, SOURCES
 
 _COUNTERS = {
     "reads": ("reads_total", "Reads that the kernel sent"),
     "bytes_read": ("read_bytes_total", "Bytes answered"),
-    "hits": ("read_hits_total", "Reads answered, at once or after a wait"),
+    "hits": ("read_hits_total", "Reads answered at once, from what was here"),
     "waits": ("read_waits_total", "Reads that had to wait for a chunk"),
     "failed": ("read_failures_total", "Reads answered with an error"),
     "opens": ("opens_total", "Files opened"),
@@ -28,15 +28,15 @@ _TIERS = {"store_bytes": "store", "origin_bytes": "origin", "proven_bytes": "dis
 
 
 class Histogram:
-    """Counts of waits by duration. Losing one to a race of threads would not matter; none is lost under the GIL."""
+    """Counts of durations by bucket. Losing one to a race of threads would not matter; none is lost under the GIL."""
 
     def __init__(self) -> None:
-        self.counts = [0] * (len(WAIT_BUCKETS) + 1)
+        self.counts = [0] * (len(BUCKETS_S) + 1)
         self.total = 0.0
 
     def add(self, seconds: float) -> None:
         """Count one."""
-        place = next((i for i, bound in enumerate(WAIT_BUCKETS) if seconds <= bound), len(WAIT_BUCKETS))
+        place = next((i for i, bound in enumerate(BUCKETS_S) if seconds <= bound), len(BUCKETS_S))
         self.counts[place] += 1
         self.total += seconds
 
@@ -61,17 +61,32 @@ def render(status: dict[str, Any], waits: Histogram) -> str:
     fetcher = status["fetcher"]
     for key, (name, text) in _FETCHER.items():
         metric(name, "counter", text, fetcher.get(key, 0))
-    metric("fetch_seconds_total", "counter", "Time spent in fetches", fetcher.get("fetch_ms", 0) / 1000)
     metric("queued_chunks", "gauge", "Chunks waiting to be fetched", fetcher.get("queued", 0))
     out.append("# HELP quickthaw_lazyfs_tier_bytes_total Bytes by where they came from")
     out.append("# TYPE quickthaw_lazyfs_tier_bytes_total counter")
     for key, tier in _TIERS.items():
         out.append(f'quickthaw_lazyfs_tier_bytes_total{{tier="{tier}"}} {fetcher.get(key, 0):g}')
-    out.append("# HELP quickthaw_lazyfs_wait_seconds How long reads waited for chunks")
-    out.append("# TYPE quickthaw_lazyfs_wait_seconds histogram")
-    running = 0
-    for bound, count in zip((*map(str, WAIT_BUCKETS), "+Inf"), waits.counts, strict=True):
-        running += count
-        out.append(f'quickthaw_lazyfs_wait_seconds_bucket{{le="{bound}"}} {running}')
-    out.append(f"quickthaw_lazyfs_wait_seconds_sum {waits.total:g}\nquickthaw_lazyfs_wait_seconds_count {running}")
+    counters = status["counters"]
+    out.append("# HELP quickthaw_lazyfs_answered_bytes_total Bytes answered to readers, by where they lay")
+    out.append("# TYPE quickthaw_lazyfs_answered_bytes_total counter")
+    for tier, value in (("memory", counters["streamed"]), ("disk", counters["bytes_read"] - counters["streamed"])):
+        out.append(f'quickthaw_lazyfs_answered_bytes_total{{tier="{tier}"}} {value:g}')
+    out.append("# HELP quickthaw_lazyfs_waited_seconds_total What reads waited for")
+    out.append("# TYPE quickthaw_lazyfs_waited_seconds_total counter")
+    for source in SOURCES:
+        out.append(
+            f'quickthaw_lazyfs_waited_seconds_total{{source="{source}"}} {status["waited_for"].get(source, 0):g}'
+        )
+    fetches = [fetcher.get(f"fetches_{i}", 0) for i in range(len(BUCKETS_S) + 1)]
+    out += _histogram("fetch_seconds", "How long fetches of chunks took", fetches, fetcher.get("fetch_ms", 0) / 1000)
+    out += _histogram("wait_seconds", "How long reads waited for chunks", waits.counts, waits.total)
     return "\n".join(out) + "\n"
+
+
+def _histogram(name: str, text: str, counts: Iterable[int], total: float) -> list[str]:
+    name = f"quickthaw_lazyfs_{name}"
+    out, running = [f"# HELP {name} {text}\n# TYPE {name} histogram"], 0
+    for bound, count in zip((*map(str, BUCKETS_S), "+Inf"), counts, strict=True):
+        running += count
+        out.append(f'{name}_bucket{{le="{bound}"}} {running}')
+    return [*out, f"{name}_sum {total:g}\n{name}_count {running}"]

@@ -161,6 +161,7 @@ class Server:
             "waiting": len(self.service.by_unique),
             "fetcher_restarts": self.link.restarts,
             "counters": dict(vars(counters)),
+            "waited_for": dict(self.service.waited_for),
             "fetcher": dict(self.service.fetcher_stats),
         }
 

@@ -136,6 +136,7 @@ class Service:
         self.streaming = False
         self.counters = Counters()
         self.waits = Histogram()
+        self.waited_for = dict.fromkeys(wire.SOURCES, 0.0)
         self.started = time.monotonic()
         self.last_use = self.started
         self.lock = threading.Lock()
@@ -201,6 +202,7 @@ class Service:
             # The path that decides the throughput of a complete file: nothing but the answer.
             size = max(0, min(size, opened.file.size - offset))
             counters.bytes_read += size
+            counters.hits += 1
             reply(Span(opened.backing.fd, offset, size) if size else b"")
             return
         self._read(opened, offset, size, unique, reply, time.monotonic())
@@ -215,6 +217,7 @@ class Service:
         if image is None or image.complete():
             # While a trace is recorded, first touches are wanted of complete files too.
             opened.whole = not self.trace.recording or len(opened.touched) == len(file.chunks)
+            self.counters.hits += 1
             self._serve(opened, offset, end, unique, reply, started)
             if self.trace.recording:
                 self._touch(opened, offset, end)
@@ -224,6 +227,7 @@ class Service:
         self._touch(opened, offset, end)
         missing = {i for i in range(first, last + 1) if not self._here(opened, image, i)}
         if not missing:
+            self.counters.hits += 1
             self._serve(opened, offset, end, unique, reply, started)
             self._look_ahead(opened, image, first, last)
             return
@@ -267,7 +271,6 @@ class Service:
             # A slot was reused between arrival and answer: the read is put aside again, its deadline unchanged.
             self._read(opened, offset, end - offset, unique, reply, started)
             return
-        counters.hits += 1
         counters.bytes_read += end - offset
         if not counters.first_byte_s:
             counters.first_byte_s = time.monotonic() - self.started
@@ -335,7 +338,7 @@ class Service:
         elif kind == wire.FAILED:
             self._failed(file, chunk, argument or errno.EIO, began)
         else:
-            self._arrived(file, chunk)
+            self._arrived(file, chunk, wire.SOURCES[argument])
         self._feed_starved()
 
     def _feed_starved(self) -> None:
@@ -351,7 +354,7 @@ class Service:
                     with self.lock:
                         self.starved.append(key)
 
-    def _arrived(self, file: int, chunk: int) -> None:
+    def _arrived(self, file: int, chunk: int, source: str = "other") -> None:
         ready: list[Waiter] = []
         with self.lock:
             for waiter in self.waiting.pop((file, chunk), ()):
@@ -362,6 +365,8 @@ class Service:
             waited = time.monotonic() - waiter.started
             self.counters.wait_seconds += waited
             self.waits.add(waited)
+            # Of a read that spans chunks, the last one is what it waited for.
+            self.waited_for[source] += waited
             end = waiter.offset + waiter.size
             self._serve(waiter.opened, waiter.offset, end, waiter.unique, waiter.reply, waiter.started)
 

@@ -69,6 +69,7 @@ def test_a_trace_is_recorded_and_replayed(home, rig, tmp_path):
     text = second.control("metrics")["text"]
     assert f'quickthaw_lazyfs_cached_bytes{{manifest="{digest[:16]}"}}' in text
     assert 'quickthaw_lazyfs_wait_seconds_bucket{le="+Inf"} 1' in text
+    assert second.status()["counters"]["waits"] == 1 and second.status()["waited_for"]["store"] > 0
 
 
 @pytest.mark.slow

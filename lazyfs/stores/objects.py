@@ -2,12 +2,13 @@
 
 Credentials and endpoints come as each ecosystem expects them, from the environment and metadata services:
 AWS_ACCESS_KEY_ID, AWS_PROFILE and AWS_ENDPOINT_URL (with AWS_ALLOW_HTTP for plain ones),
-GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_ACCOUNT_NAME and so on. Retrying is ours, so that backoff and limits are
+GOOGLE_APPLICATION_CREDENTIALS, STORAGE_EMULATOR_HOST, AZURE_STORAGE_ACCOUNT_NAME and so on. Retrying is ours, so that backoff and limits are
 the same for every store.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -45,13 +46,20 @@ class ObstoreStore:
         }
         if _allow_http():
             options["allow_http"] = True
-        config = {}
+        config: dict[str, Any] = {}
         if url.startswith("s3://"):
             # The AWS tools read this variable; the library underneath another one.
             endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
             if endpoint:
                 config["endpoint"] = endpoint
             config["region"] = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
+        emulator = os.environ.get("STORAGE_EMULATOR_HOST")
+        if url.startswith("gs://") and emulator:
+            # As Google's own client libraries do: that host instead of theirs, and no credentials for it.
+            # ("skip_signature" would not do: uploads ask the metadata service for a token all the same.)
+            account = {"gcs_base_url": _emulator_url(emulator), "disable_oauth": True}
+            account |= dict.fromkeys(("client_email", "private_key", "private_key_id"), "")
+            config = {"service_account_key": json.dumps(account)}
         try:
             self._store: Any = from_url(
                 url, config=config or None, client_options=options, retry_config={"max_retries": 0}
@@ -139,9 +147,14 @@ class ObstoreStore:
 
 
 def _allow_http() -> bool:
-    endpoints = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AZURE_STORAGE_ENDPOINT", "GOOGLE_BASE_URL")
+    endpoints = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AZURE_STORAGE_ENDPOINT")
     plain = any(os.environ.get(e, "").startswith("http://") for e in endpoints)
+    plain = plain or _emulator_url(os.environ.get("STORAGE_EMULATOR_HOST", "https://")).startswith("http://")
     return plain or os.environ.get("AWS_ALLOW_HTTP", "").lower() in ("1", "true")
+
+
+def _emulator_url(host: str) -> str:
+    return host if "://" in host else f"http://{host}"
 
 
 def _info(meta: Any) -> ObjectInfo:

@@ -2,8 +2,8 @@
 
 Credentials and endpoints come as each ecosystem expects them, from the environment and metadata services:
 AWS_ACCESS_KEY_ID, AWS_PROFILE and AWS_ENDPOINT_URL (with AWS_ALLOW_HTTP for plain ones),
-GOOGLE_APPLICATION_CREDENTIALS, STORAGE_EMULATOR_HOST, AZURE_STORAGE_ACCOUNT_NAME and so on. Retrying is ours, so that backoff and limits are
-the same for every store.
+GOOGLE_APPLICATION_CREDENTIALS, STORAGE_EMULATOR_HOST, AZURE_STORAGE_ACCOUNT_NAME and so on. Retrying is ours, so that
+backoff and limits are the same for every store.
 """
 
 from __future__ import annotations

@@ -177,6 +177,7 @@ def _hitting(sets: list[frozenset[int]], deadline: float) -> set[int]:
         at_y=0,
         price_scale=1.0,
         pair_price=np.zeros(0),
+        stand_in=np.zeros(0, dtype=np.int64),
     )
     left = max(0.05, deadline - time.perf_counter())
     outcome = highs.run(highs.load(program, whole=True, limit=left), whole=True)

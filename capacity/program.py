@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from capacity.model import Floats, Problem, slot
+from capacity.model import Floats, Pool, Problem, slot
 from capacity.need import Need
 
 Ints = npt.NDArray[np.int64]
@@ -60,6 +60,9 @@ class Program:
     at_y: int
     price_scale: float
     pair_price: Floats  # [x column] dollars a unit of demand served there; which places to try first
+    stand_in: (
+        Ints  # [pool] the cheapest of the pools that differ from it in no more than price, quota, supply and boot time
+    )
 
 
 class _Rows:
@@ -233,10 +236,20 @@ def build(problem: Problem, need: Need) -> Program:
     price = np.array([p.price / p.gpus for p in pools])
     pair_price = price[pairs[:, 0]] * width / served
     units = tuple(float(u) for u in spread_unit)
+    cheapest: dict[tuple[str, float, str, str, int], int] = {}
+    for i in np.argsort([p.price for p in pools], kind="stable").tolist():
+        cheapest.setdefault(_sort_of(pools[i]), i)
+    stand_in = np.array([cheapest[_sort_of(p)] for p in pools], dtype=np.int64)
     at = (at_u, at_x, at_b, at_s, at_h, at_y)
     return _tile(
-        problem, need.loss, rows, columns, pairs, blocks, tuple(sums), (spread, units), at, spare, need.cap, pair_price
-    )
+        problem, need.loss, rows, columns, pairs, blocks, tuple(sums), (spread, units), at, spare, need.cap, pair_price,
+        stand_in,
+    )  # fmt: skip
+
+
+def _sort_of(pool: Pool) -> tuple[str, float, str, str, int]:
+    """Pools of one sort hold the same replicas at the same rate, and count in the same zone."""
+    return pool.gpu, pool.memory, pool.region, pool.zone, pool.gpus
 
 
 def _tile(
@@ -252,6 +265,7 @@ def _tile(
     spare: tuple[int, ...],
     cap: Floats,
     pair_price: Floats,
+    stand_in: Ints,
 ) -> Program:
     pools, steps = problem.pools, problem.demand.steps
     at_u, at_x, at_b, at_s, at_h, at_y = at
@@ -321,6 +335,7 @@ def _tile(
         at_y=at_y,
         price_scale=scale,
         pair_price=pair_price,
+        stand_in=stand_in,
     )
 
 

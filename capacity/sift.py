@@ -1,6 +1,8 @@
 """The linear program when it is large: columns as they are needed, and steps one after the other first.
 
-Two ideas, both exact (the last solve prices every column of the whole program):
+Three ideas, all exact (the last solve prices every column of the whole program):
+- pools that differ only in price, quota, supply or boot time share the columns of replicas and blocks and the row that counts
+  GPUs: what runs on them together can be divided among them as their instances are;
 - sifting (Forrest; Bixby et al. 1992): only the cheapest places of each service enter at first, the rest when their
   reduced cost asks for it;
 - the steps share one matrix, so each is solved from the basis of the step before, and the bases of all steps together are a
@@ -21,9 +23,10 @@ from capacity.highs import Outcome
 from capacity.model import Floats
 from capacity.program import Ints, Program
 
-FIRST = 8  # cheapest pairs of a service that enter at first
+FIRST = 6  # cheapest pairs of a service that enter at first
 MORE = 16  # pairs of a service that enter a round
 ROUNDS = 60
+ALONE = 0.1  # of the switching cost, in a step alone: what it starts runs in later steps too
 PRICE = 1e-7
 PRIMAL = 4  # HiGHS: simplex_strategy
 Flags = npt.NDArray[np.bool_]
@@ -39,6 +42,73 @@ class _Basis:
 
 def relax(program: Program, *, limit: float) -> Outcome:
     """Same answer as a plain solve, sooner; falls back to the plain solve whenever a shortcut does not hold."""
+    if (program.stand_in == np.arange(program.at_u)).all():
+        return _relax(program, limit)
+    together, row_of = merged(program)
+    return _divided(program, together, row_of, _relax(together, limit))
+
+
+def merged(program: Program) -> tuple[Program, Ints]:
+    """The program with replicas and blocks counted on stand-ins only; and where each row of a step has gone."""
+    stand_in, pools = program.stand_in, program.at_u
+    stands = stand_in == np.arange(pools)
+    keep = np.ones(program.columns, dtype=np.bool_)
+    keep[program.at_x : program.at_b] = stands[program.pairs[:, 0]]
+    keep[program.at_b : program.at_s] = stands[program.blocks[:, 0]]
+    part, _ = masked(program, keep)
+    stays = np.ones(program.rows, dtype=np.bool_)
+    stays[:pools] = stands  # the first rows count the GPUs of a pool each
+    position = np.cumsum(stays) - 1
+    row_of = position.copy()
+    row_of[:pools] = position[stand_in]
+    every = np.tile(stays, program.steps)
+    rows = int(stays.sum())
+    pairs, blocks = keep[program.at_x : program.at_b], keep[program.at_b : program.at_s]
+    at_b = program.at_x + int(pairs.sum())
+    at_s = at_b + int(blocks.sum())
+    less = program.at_s - at_s
+    return replace(
+        part,
+        rows=rows,
+        row=row_of[part.row % program.rows] + part.row // program.rows * rows,
+        row_lower=program.row_lower[every],
+        row_upper=program.row_upper[every],
+        row_names=tuple(name for name, flag in zip(program.row_names, stays.tolist(), strict=True) if flag),
+        pairs=program.pairs[pairs],
+        blocks=program.blocks[blocks],
+        pair_price=program.pair_price[pairs],
+        at_b=at_b,
+        at_s=at_s,
+        at_h=program.at_h - less,
+        at_y=program.at_y - less,
+    ), row_of
+
+
+def _divided(program: Program, together: Program, row_of: Ints, outcome: Outcome) -> Outcome:
+    """A solution of the merged program, given to the pools in proportion to their instances."""
+    if outcome.values is None or outcome.row_dual is None:
+        return outcome
+    steps, stand_in = program.steps, program.stand_in
+    found = outcome.values.reshape(steps, together.columns)
+    held = found[:, : program.at_u]
+    of_all = np.array([np.bincount(stand_in, row, minlength=program.at_u) for row in held])
+    share = np.divide(held, of_all[:, stand_in], out=np.zeros_like(held), where=of_all[:, stand_in] > 0)
+    values = np.zeros((steps, program.columns))
+    values[:, : program.at_x] = found[:, : program.at_x]
+    for listed, columns, source, start in (
+        (program.pairs, slice(program.at_x, program.at_b), together.pairs, together.at_x),
+        (program.blocks, slice(program.at_b, program.at_s), together.blocks, together.at_b),
+    ):
+        if len(listed):
+            index = np.full((program.at_u, int(listed[:, 1].max()) + 1), -1, dtype=np.int64)
+            index[source[:, 0], source[:, 1]] = start + np.arange(len(source))
+            values[:, columns] = found[:, index[stand_in[listed[:, 0]], listed[:, 1]]] * share[:, listed[:, 0]]
+    values[:, program.at_s :] = found[:, together.at_s :]
+    row_dual = outcome.row_dual.reshape(steps, together.rows)[:, row_of].ravel()
+    return replace(outcome, values=values.ravel(), row_dual=row_dual, column_dual=_reduced(program, row_dual))
+
+
+def _relax(program: Program, limit: float) -> Outcome:
     keep = cheapest(program)
     view = highs.view(program)
     bases: list[_Basis] = []
@@ -46,6 +116,10 @@ def relax(program: Program, *, limit: float) -> Outcome:
     basis: _Basis | None = None
     for t in range(program.steps):
         step = highs.step(program, view, t, previous)
+        if program.steps > 1:
+            cost = step.cost.copy()
+            cost[program.at_u : program.at_x] *= ALONE
+            step = replace(step, cost=cost)
         outcome, basis, keep = _sift(step, keep, basis, limit)
         if outcome.values is None:
             break  # alone, this step cannot follow the one before: only the whole program can tell

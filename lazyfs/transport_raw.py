@@ -14,6 +14,7 @@ import errno
 import fcntl
 import logging
 import os
+import queue
 import struct
 import threading
 import time
@@ -55,6 +56,27 @@ _PAGE = os.sysconf("SC_PAGE_SIZE")
 _PIPE = 1 << 20
 _MOST_PAGES = _PIPE // _PAGE - 1
 _NONBLOCK = 2
+
+
+# Reads that wait for the local disk at once; they do nothing else.
+_DISK_THREADS = 4
+
+
+def in_memory(span: Span) -> bool:
+    """Whether the kernel has both ends of it in its page cache, so that a read will hardly wait for the disk.
+
+    True also where the file system cannot tell (tmpfs, which has no disk to wait for).
+    """
+    probe = bytearray(1)
+    try:
+        for place in (span.offset, span.offset + span.size - 1):
+            os.preadv(span.fd, [probe], place, os.RWF_NOWAIT)
+    except BlockingIOError:
+        return False
+    except OSError:
+        # What is wrong with it is found, and reported, where it is read.
+        return True
+    return True
 
 
 class Pipe:
@@ -100,13 +122,15 @@ class RawTransport:
         self.service = service
         self.mountpoint = mountpoint
         self.source = source
-        # Replying is one system call; more than half the processors would only wait for the interpreter.
-        self.thread_count = threads or max(2, min(8, (os.cpu_count() or 2) // 2))
+        # Replying is one system call; more than half the processors would only wait for the interpreter, and take the
+        # reader's: on two of them a second thread costs a reader of a mapping a fifth (docs/lazyfs.md).
+        self.thread_count = threads or max(1, min(8, (os.cpu_count() or 2) // 2))
         self.native = native
         self.passthrough = False
         self.fd = -1
         self._libc = ctypes.CDLL(None, use_errno=True)
         self._threads: list[threading.Thread] = []
+        self._from_disk: queue.SimpleQueue[tuple[int, int, Span]] = queue.SimpleQueue()
         self._handles: dict[int, tuple[Opened, bool]] = {}
         self._next_handle = 1
         self._lock = threading.Lock()
@@ -146,6 +170,8 @@ class RawTransport:
             thread = threading.Thread(target=self._serve, args=(fd,), name=f"fuse-{number}", daemon=True)
             thread.start()
             self._threads.append(thread)
+        for number in range(_DISK_THREADS):
+            threading.Thread(target=self._wait_for_disk, name=f"disk-{number}", daemon=True).start()
 
     def wait(self, limit_s: float) -> bool:
         """Whether the mount is gone; waits for it no longer than `limit_s`."""
@@ -222,6 +248,10 @@ class RawTransport:
             if error.errno not in (errno.ENOENT, errno.ENODEV, errno.ECONNABORTED):
                 log.error("a reply was refused: %s", error.strerror)
 
+    def _wait_for_disk(self) -> None:
+        while True:
+            self._reply_span(*self._from_disk.get())
+
     def _reply_span(self, fd: int, unique: int, span: Span) -> None:
         pipe: Pipe | None = getattr(self._local, "pipe", None)
         try:
@@ -251,7 +281,10 @@ class RawTransport:
 
         def reply(data: Span | bytes | int) -> None:
             if isinstance(data, Span):
-                self._reply_span(fd, unique, data)
+                if in_memory(data):
+                    self._reply_span(fd, unique, data)
+                else:
+                    self._from_disk.put((fd, unique, data))
             elif isinstance(data, int):
                 self._reply(fd, unique, data, b"")
             else:

@@ -11,7 +11,7 @@ import struct
 import pytest
 
 from lazyfs.service import Span
-from lazyfs.transport_raw import RawTransport
+from lazyfs.transport_raw import RawTransport, in_memory
 
 pytestmark = pytest.mark.t0
 
@@ -62,3 +62,19 @@ def test_what_cannot_be_read_is_an_error_and_the_next_read_is_right(answer, tmp_
     finally:
         os.close(fd)
         os.close(folder)
+
+
+def test_what_only_the_disk_has_is_told_from_what_memory_has(tmp_path):
+    fd = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
+    try:
+        os.write(fd, bytes(1 << 16))
+        assert in_memory(Span(fd, 100, 60_000))
+        os.fsync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        cold = Span(fd, 0, 4096)
+        if in_memory(cold):
+            pytest.skip("a file system that keeps its pages, or cannot tell")
+        os.pread(fd, 1, 0)
+        assert in_memory(cold)
+    finally:
+        os.close(fd)

@@ -18,7 +18,7 @@ from lazyfs import kernel
 from lazyfs.api import import_directory
 from lazyfs.cache import Cache
 from lazyfs.chunkstore import ChunkStore
-from lazyfs.maintenance import Damage, verify, verify_cache
+from lazyfs.maintenance import verify, verify_cache
 from lazyfs.stores.local import LocalStore
 
 pytestmark = [
@@ -97,7 +97,7 @@ def kill_mounts(home, tmp_path, rig, count):
             handle.unmount(force=True)
         reader.close()
         rig.readers.remove(reader)
-        report = Damage()
+        report = verify(chunks)
         verify_cache(cache, chunks, report)
         assert report.clean
         if turn % 3 == 2:
@@ -127,17 +127,31 @@ def test_many_killed_mounts(home, tmp_path, rig):
     kill_mounts(home, tmp_path, rig, KILLS // 2)
 
 
+KILLED_AT = """
+import os, signal, sys
+from pathlib import Path
+from lazyfs.api import import_directory
+def progress(now):
+    if now.stored >= 20 << 20:
+        os.kill(os.getpid(), signal.SIGKILL)
+import_directory(Path(sys.argv[1]), progress=progress)
+"""
+
+
 @pytest.mark.slow
 def test_an_interrupted_import_goes_on(home, tmp_path):
     """What the killed run had stored is not written again."""
     model = write_model(tmp_path / "model", [8 << 20] * 6)
-    process = importer(model)
-    stored = lambda: list((home / "store" / "chunks").rglob("[0-9a-f]*[0-9a-f]")) if home.exists() else []  # noqa: E731
-    wait_for(lambda: len([p for p in stored() if p.is_file()]) >= 2 or process.poll() is not None)
-    process.kill()
-    process.communicate(timeout=LIMIT_S)
-    before = {p.name for p in stored() if p.is_file() and not p.name.startswith(".")}
-    reports = []
+    done = subprocess.run([sys.executable, "-c", KILLED_AT, str(model)], cwd=ROOT, timeout=LIMIT_S, check=False)
+    assert done.returncode == -signal.SIGKILL
+
+    def stored():
+        return {p: p.stat() for p in (home / "store" / "chunks").rglob("*") if p.is_file() and p.name[0] != "."}
+
+    before, reports = stored(), []
+    kept = sum(st.st_size for st in before.values())
     import_directory(model, progress=reports.append)
-    if before:
-        assert reports == [] or reports[-1].skipped > 0
+    assert reports[-1].skipped == kept >= 20 << 20
+    assert reports[-1].done == reports[-1].total == kept + reports[-1].stored
+    after = stored()
+    assert all((after[p].st_ino, after[p].st_ctime_ns) == (st.st_ino, st.st_ctime_ns) for p, st in before.items())

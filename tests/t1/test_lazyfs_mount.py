@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -312,6 +313,25 @@ def test_direct_reads_of_any_alignment(shared, rig, tmp_path):
         assert len(got) == min(length, len(data) - place) or length > 1 << 20
 
 
+@pytest.mark.slow
+def test_an_image_that_only_the_disk_has(shared, rig, tmp_path):
+    """Its pages dropped from memory: the same bytes, however many read at once."""
+    model, digest = shared
+    cache = tmp_path / "c"
+    handle = rig.mount(digest, transport="raw", native="off", cache_dir=cache, use_origin=False)
+    wait_for(lambda: handle.status()["cached_bytes"] == handle.status()["bytes"])
+    for path in cache.glob("images/*/*/data"):
+        with open(path, "rb") as f:
+            os.fsync(f.fileno())
+            os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    readers, data = [rig.reader() for _ in range(4)], (model / "model.safetensors").read_bytes()
+    for number, reader in enumerate(readers):
+        assert reader.ask("open", "m", str(handle.mountpoint / "model.safetensors")) is True
+        reader.send("pread", "m", number * (4 << 20), 2 << 20)
+    for number, reader in enumerate(readers):
+        assert reader.receive() == data[number * (4 << 20) :][: 2 << 20].hex()
+
+
 def test_not_over_another_file_system(shared, rig, tmp_path):
     _, digest = shared
     (tmp_path / "mnt").mkdir()
@@ -428,6 +448,28 @@ def test_the_command_line(shared, tmp_path):
         foreground.kill()
         foreground.stdout.close()
     assert kernel.mount_at(str(mnt)) is None
+
+
+@pytest.mark.slow
+def test_an_import_shows_its_progress_on_a_terminal(shared, tmp_path):
+    model = write_model(tmp_path / "own", [5 << 20, 4 << 20], seed=4)
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-c", COMMAND, "weights", "import", str(model), "--json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs, cwd=ROOT, text=True)
+    os.close(theirs)
+    shown = b""
+    try:
+        while part := os.read(ours, 4096):
+            shown += part
+    except OSError as error:
+        # What the reading end of a terminal says when the last writer has gone.
+        assert error.errno == errno.EIO
+    finally:
+        os.close(ours)
+    out, _ = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == 0 and json.loads(out)["bytes"] > 9 << 20
+    shares = [float(line.split(b"%")[0]) for line in shown.split(b"\r") if b"%" in line]
+    assert len(shares) >= 2 and shares == sorted(shares) and shares[-1] == 100.0 and b" of 9.5 MB" in shown
 
 
 @pytest.mark.slow

@@ -2,10 +2,12 @@
 
     python benchmarks/lazyfs.py                 everything (a few minutes, 4 GB of /dev/shm)
     python benchmarks/lazyfs.py local remote    some parts: local, remote, first-byte, memory, sharing, peers
+    python benchmarks/lazyfs.py soak            a thousand SIGKILLs and a hundred thousand random reads (an hour)
     python benchmarks/lazyfs.py local --json
 
 "First read" has the mount's page cache cold and the bytes in the backing file's page cache, so that the cost of the file
-system itself is measured and not the disk. Every read is done by a process of its own. Ratios are medians.
+system itself is measured and not the disk. Every read is done by a process of its own. Ratios are medians. Before each
+read the machine is given up to 15 s to come to rest; a row says how often it did not.
 """
 
 from __future__ import annotations
@@ -61,10 +63,35 @@ elif how == "4 threads":
 print(size / (time.perf_counter() - t) / 1e9)
 """
 WAYS = ("sequential", "mmap", "4 threads")
+REST_S, AT_REST = 15.0, 0.93
+
+
+class Unrest:
+    """How often a read began although other work used the machine."""
+
+    count = 0
+
+
+def come_to_rest() -> None:
+    """Wait until the processors idle, at most REST_S."""
+
+    def ticks() -> tuple[int, int]:
+        fields = [int(x) for x in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+        return sum(fields), fields[3] + fields[4]
+
+    deadline = time.monotonic() + REST_S
+    while time.monotonic() < deadline:
+        total, idle = ticks()
+        time.sleep(0.4)
+        now, idle_now = ticks()
+        if idle_now - idle > AT_REST * (now - total):
+            return
+    Unrest.count += 1
 
 
 def read(path: Path, how: str) -> float:
     """GB/s of one reading process."""
+    come_to_rest()
     done = subprocess.run(
         [sys.executable, "-c", READER, path, how], capture_output=True, text=True, timeout=LIMIT_S, check=True
     )
@@ -113,6 +140,9 @@ class Bench:
         self.rows.append(
             {"part": part, "what": what, "value": value, "target": target, "unit": unit, "met": met, "note": note}
         )
+        if Unrest.count:
+            note += f" ({Unrest.count} reads while other work ran)"
+            Unrest.count = 0
         shown = f"{target:g}" if target else "-"
         print(
             f"{part:10} {what:52} {value:8.3f} {unit:8} target {shown:5} {'ok' if met else 'MISSED':6} {note}",
@@ -222,7 +252,22 @@ class Bench:
         import_directory(base, store)
         import_directory(tuned, store, progress=reports.append)
         last = reports[-1]
-        self.row("sharing", "bytes shared by a variant with 2 of 16 tensors changed", last.skipped / last.total, 0, "")
+        note = f"{last.skipped} of {last.total} bytes"
+        self.row("sharing", "shared by a variant with 2 of 16 tensors changed", last.skipped / last.total, 0, "", note)
+
+    def soak(self) -> None:
+        """The tests' own long runs: SIGKILL of importer, server and fetcher, and random reads against the plain files."""
+        for what, name, count in (("kills", "many_killed", 1000), ("random reads", "many_random_reads", 100_000)):
+            environment = {**os.environ, f"QUICKTHAW_{what.split()[-1].upper()}": str(count)}
+            # Its own home, as every test has.
+            environment.pop("QUICKTHAW_HOME")
+            tests = [ROOT / "tests" / "t1" / f"test_lazyfs_{f}.py" for f in ("kill", "reference")]
+            command = [sys.executable, "-m", "pytest", "-q", "-m", "slow", "-k", name, "--timeout=7200", *tests]
+            started = time.monotonic()
+            done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+            last = done.stdout.strip().splitlines()[-1]
+            note = f"{count} {what} in {time.monotonic() - started:.0f} s: {last}"
+            self.row("soak", f"failed runs of {what}", float(done.returncode != 0), 0.5, "", note)
 
     def remote(self) -> None:
         """An HTTP store 20 ms and 5 Gbit/s away."""
@@ -325,7 +370,7 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, default=Path("/dev/shm"), help="where files lie; memory by default")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    unknown = set(arguments.parts) - set(PARTS)
+    unknown = set(arguments.parts) - {*PARTS, "soak"}
     if unknown:
         parser.error(f"unknown part {', '.join(unknown)}")
     with tempfile.TemporaryDirectory(dir=arguments.scratch, prefix="qt-bench-") as scratch:

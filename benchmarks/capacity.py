@@ -269,6 +269,41 @@ def trace_section(path):
     return rows
 
 
+def marks(found):
+    """What was to be reached, a line each: the mark, what was measured, and whether that meets it."""
+    rows = []
+
+    def add(what, mark, measured, met):
+        rows.append({"what": what, "mark": mark, "measured": measured, "met": "yes" if met else "NO"})
+
+    for row in found.get("solve", ()):
+        for part, key in (("linear program", "linear_program_wall_s"), ("checked whole plan", "whole_plan_wall_s")):
+            add(f"{row['what']}, {part}", f"< {row['target_s']:g} s", f"{row[key]:g} s", row[key] < row["target_s"])
+    for row in found.get("gap", ()):
+        if row["target"] is not None:
+            measured = f"mean {row['mean']:.2%}, worst {row['worst']:.2%} of {row['instances']}"
+            add(f"rounding over the optimum, {row['rounding']}", "< 2 %", measured, row["worst"] < row["target"])
+    for row in found.get("scipy", ()):
+        measured = f"{row['same_optimum']} of {row['instances']}"
+        add("same optimum as scipy.optimize.milp", "every one", measured, row["same_optimum"] == row["instances"])
+    for row in found.get("million", ()):
+        what = f"{row['requests']} requests, {row['policy']}"
+        add(what, f"< {row['target_s']:g} s", f"{row['wall_s']:g} s", row["wall_s"] < row["target_s"])
+    equal = {row["policy"].split(" (")[0]: row for row in found.get("trace_at_equal_p99", ())}
+    if equal:
+        restored, bar = equal.get("lp restored"), equal["hpa"]
+        for other in ("hpa", "lp cold"):
+            what = f"GPU hours of lp restored and of {other}, p99 no longer than {bar['wait_p99_s']:.1f} s"
+            if restored is None:
+                add(what, "fewer", "no setting of lp restored waits as little", False)
+            elif other not in equal:
+                add(what, "fewer", f"{restored['gpu_hours']:.1f}; no setting of {other} waits as little", True)
+            else:
+                hours = restored["gpu_hours"], equal[other]["gpu_hours"]
+                add(what, "fewer", f"{hours[0]:.1f} and {hours[1]:.1f}", hours[0] < hours[1])
+    return rows
+
+
 def show(title, rows):
     table = Table(title=title, title_justify="left")
     for key in rows[0]:
@@ -305,6 +340,8 @@ def main():
             found.update({f"trace_{key}": rows for key, rows in trace_section(options.trace).items()})
         else:
             print(f"no trace at {options.trace}: that section is left out", file=sys.stderr)
+    if reached := marks(found):
+        found["marks"] = reached
     if options.json:
         print(json.dumps(found, indent=2))
         return

@@ -110,10 +110,13 @@ class _State:
     def more(self, p: int) -> int:
         """Instances that may still be opened. What was held before counts towards a quota until all starts are done, so that only
         starts use up what is left of one."""
+        bound = self.most[p] - self.n[p]
+        if not self.shape.quotas_of[p]:
+            return bound
         again = max(0, self.before[p] - self.n[p])
         gpus = self.problem.pools[p].gpus
-        starts = min((self.quota_left[q] // gpus for q in self.shape.quotas_of[p]), default=10**9)
-        return min(self.most[p] - self.n[p], again + max(0, starts))
+        starts = min(self.quota_left[q] // gpus for q in self.shape.quotas_of[p])
+        return min(bound, again + max(0, starts))
 
     def room(self, p: int) -> int:
         """GPUs free, or of instances that may still be opened."""
@@ -155,13 +158,25 @@ class _State:
         rest = self.rest[j]
         return self.served[j] - max(self.by_zone[j].values(), default=0.0) < rest - EPS * max(1.0, rest)
 
+    def zone_would_lack(self, j: int, q: int) -> bool:
+        """`zone_lacks` if one more replica ran on pool q."""
+        if j not in self.shape.spread:
+            return False
+        rest, rate, zones = self.rest[j], self.shape.rate[q][j], self.by_zone[j]
+        largest = max(max(zones.values(), default=0.0), zones.get(self.shape.zone[q], 0.0) + rate)
+        return self.served[j] + rate - largest < rest - EPS * max(1.0, rest)
+
     def surplus(self, j: int) -> float:
         """What runs beyond the plan, as far as it counts as spare; units a second."""
         return min(self.cap[j], max(0.0, self.served[j] - self.base[j]))
 
     def block_worth(self, g: int) -> float:
         group = self.need.groups[g]
-        worth = sum(self.surplus(j) * each for j, each in group.relief.items())
+        worth = 0.0
+        for j, each in group.relief.items():
+            over = self.served[j] - self.base[j]
+            if over > 0:
+                worth += min(self.cap[j], over) * each
         for p in self.with_blocks:
             weight = group.weights.get(self.need.place[p])
             if weight is not None:
@@ -357,8 +372,11 @@ def _lay_blocks(state: _State, fraction: list[float], price: list[float]) -> boo
         group = groups[g]
         required = float(group.required[state.t])
         worth = state.block_worth(g)
+        enough = required - EPS * max(1.0, required)
+        if worth >= enough:
+            continue
         pools = [p for p in range(len(price)) if state.need.place[p] in group.weights]
-        while worth < required - EPS * max(1.0, required):
+        while worth < enough:
             ranked = sorted(
                 pools,
                 key=lambda p: (
@@ -391,7 +409,10 @@ def _trim(state: _State, price: list[float]) -> bool:
     for j in range(len(state.served)):
         held = [p for p in state.shape.fits[j] if state.tenants[p].get(j)]
         for p in sorted(held, key=lambda p: (-price[p] * state.shape.width[p][j], p)):
+            one = state.shape.rate[p][j]
             while state.tenants[p].get(j):
+                if state.served[j] - one < state.target[j] - EPS * max(1.0, state.target[j]):
+                    break
                 before = state.surplus(j)
                 state.put(p, j, -1)
                 spare = before > EPS and state.surplus(j) < before - EPS
@@ -484,11 +505,10 @@ def _move_replica(state: _State, p: int, undo: list[tuple[str, int, int, int]]) 
         targets = [q for q in roomy if free[q] >= state.shape.width[q][j] and state.shape.rate[q][j] >= rate]
         targets.sort(key=lambda q: (state.free[q] - state.shape.width[q][j], q))
         for q in targets:
-            state.put(q, j, 1)
-            if not state.zone_lacks(j):
+            if not state.zone_would_lack(j, q):
+                state.put(q, j, 1)
                 undo.append(("replica", j, p, q))
                 return True
-            state.put(q, j, -1)
         state.put(p, j, 1)
     return False
 

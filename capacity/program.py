@@ -126,11 +126,12 @@ def build(problem: Problem, need: Need) -> Program:
     zero = np.zeros(steps)
     rows = _Rows()
 
-    by_pool = [np.flatnonzero(pairs[:, 0] == i) for i in range(count)]
-    by_service = [np.flatnonzero(pairs[:, 1] == j) for j in range(len(services))]
+    by_pool = _positions(pairs[:, 0], count)
+    by_service = _positions(pairs[:, 1], len(services))
+    blocks_by_pool = _positions(blocks[:, 0], count)
     served = need.rate[pairs[:, 0], pairs[:, 1]]
     for i, pool in enumerate(pools):
-        mine = np.flatnonzero(blocks[:, 0] == i)
+        mine = blocks_by_pool[i]
         cols = np.concatenate([[i], at_x + by_pool[i], at_b + mine])
         vals = np.concatenate([[gpus[i]], -width[by_pool[i]], -blocks[mine, 1].astype(np.float64)])
         rows.add(Name("capacity", pool.name, f"GPUs of pool {pool.name}"), cols, vals, zero, free)
@@ -149,7 +150,7 @@ def build(problem: Problem, need: Need) -> Program:
         cols = at_x + by_service[j]
         peak = float(need.target[j].max())
         name = Name("demand", service.name, f"demand of service {service.name} (up to {peak:.6g} {service.unit}/s)")
-        speeds = sorted(set(served[by_service[j]]))
+        speeds = np.unique(served[by_service[j]])
         if len(speeds) == 1:
             # Replicas alike everywhere: counted, so that the linear program sees whole replicas.
             rows.add(name, cols, np.ones(len(cols)), whole_up(need.target[j] / speeds[0]), free)
@@ -180,11 +181,10 @@ def build(problem: Problem, need: Need) -> Program:
         cols_list += [at_h + spare.index(j) for j in relieved]
         vals_list += [group.relief[j] for j in relieved]
         rows.add(name, np.array(cols_list, dtype=np.int64), np.array(vals_list), group.required, free)
+    demand_of = {name.key: name for name in rows.names if name.sort == "demand"}
     for k, j in enumerate(spare):
         mine = at_x + by_service[j]
-        name = next(
-            n for n in rows.names if n.sort == "demand" and n.key == services[j].name
-        )  # it asks for the demand, too
+        name = demand_of[services[j].name]  # it asks for the demand, too
         cols, vals = np.concatenate([[at_h + k], mine]), np.concatenate([[-1.0], served[by_service[j]]])
         rows.add(name, cols, vals, need.base[j], free)
     for quota in problem.quotas:
@@ -212,8 +212,8 @@ def build(problem: Problem, need: Need) -> Program:
     for k, j in enumerate(spread):
         name = Name("zones", services[j].name, f"service {services[j].name} serves on when its largest zone is lost")
         mine = by_service[j]
-        speeds = sorted(set(served[mine]))
-        unit = speeds[0] if len(speeds) == 1 else 1.0
+        speeds = np.unique(served[mine])
+        unit = float(speeds[0]) if len(speeds) == 1 else 1.0
         spread_unit.append(unit)
         rest = need.median[j] * policy.zone_loss / unit
         for one in zones_of[j]:
@@ -245,6 +245,12 @@ def build(problem: Problem, need: Need) -> Program:
         problem, need.loss, rows, columns, pairs, blocks, tuple(sums), (spread, units), at, spare, need.cap, pair_price,
         stand_in,
     )  # fmt: skip
+
+
+def _positions(values: Ints, count: int) -> list[Ints]:
+    """Where each of 0 … count - 1 stands in `values`, in order."""
+    order = np.argsort(values, kind="stable")
+    return np.split(order, np.cumsum(np.bincount(values, minlength=count))[:-1])
 
 
 def _sort_of(pool: Pool) -> tuple[str, float, str, str, int]:

@@ -115,6 +115,8 @@ def test_a_longer_lead_time_never_needs_fewer_idle_gpus(seed, factor):
     required = {(*g.services, g.size): g.required for g in long.groups}
     for group in short.groups:
         assert (required[*group.services, group.size] >= group.required - 1e-9).all()
+    less, more = solver.relax(program.build(problem, short)), solver.relax(program.build(longer, long))
+    assert more.values is None or less.objective <= more.objective * (1 + 1e-7)
 
 
 @given(seeds, st.floats(1.0, 20.0))
@@ -198,10 +200,18 @@ def test_sifting_finds_the_optimum_of_the_plain_solve(pools, services, steps):
     plain = solver.highs.run(solver.highs.load(built, whole=False, limit=60), whole=False)
     sifted = sift.relax(built, limit=60)
     assert sifted.objective == pytest.approx(plain.objective, rel=1e-7)
-    lower = program.build(problem, need.compute(problem, "restored"))
-    reached = np.bincount(lower.row, lower.val * sifted.values[lower.col], minlength=len(lower.row_lower))
-    assert (reached >= lower.row_lower - 1e-6).all()
-    assert (reached <= lower.row_upper + 1e-6).all()
+    assert (built.stand_in != np.arange(pools)).any(), "no two pools share their columns"
+    reached = np.bincount(built.row, built.val * sifted.values[built.col], minlength=len(built.row_lower))
+    assert (reached >= built.row_lower - 1e-6).all()
+    assert (reached <= built.row_upper + 1e-6).all()
+    assert float(built.cost @ sifted.values) == pytest.approx(sifted.objective, rel=1e-7)
+    # The duals prove the optimum: reduced costs have the sign of their bound, and the dual objective is the primal one.
+    dual, reduced = sifted.row_dual, sifted.column_dual
+    assert (reduced[~np.isfinite(built.upper)] >= -1e-6).all()
+    bound = np.where(dual > 0, built.row_lower, built.row_upper)[np.abs(dual) > 1e-9] @ dual[np.abs(dual) > 1e-9]
+    capped = np.isfinite(built.upper) & (reduced < 0)
+    bound += float(built.upper[capped] @ reduced[capped])
+    assert bound == pytest.approx(sifted.objective, rel=1e-5)
 
 
 @pytest.mark.parametrize("shared", [False, True])

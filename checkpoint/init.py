@@ -359,9 +359,12 @@ def close_on_exec() -> None:
 
 def main() -> int:
     control = socket.socket(fileno=int(sys.argv[1]))
-    first = control.recv(MESSAGE_BYTES)
+    try:
+        first = control.recv(MESSAGE_BYTES)
+    except ConnectionResetError:
+        first = b""
     if not first:
-        return 0  # started beforehand (checkpoint.prefork), and not needed
+        return 0  # started beforehand (checkpoint.prefork), and not needed, or its owner was killed
     config = json.loads(first)
     close_on_exec()
     try:
@@ -382,7 +385,8 @@ def main() -> int:
         control.send(json.dumps({"event": "failed", "errno": error.errno, "error": str(error.strerror)}).encode())
         os._exit(1)
     os.setsid()
-    Init(control, config).run()
+    with contextlib.suppress(ConnectionError):  # the owner was killed in the middle of a word
+        Init(control, config).run()
     os._exit(0)  # process 1: the kernel kills everything else in here
 
 

@@ -18,7 +18,7 @@ from plugin import journal
 
 FILE = "restore-rates.jsonl"
 KEPT = 20
-LEAST_BYTES = 32 << 20
+LEAST_BYTES = 128 << 20
 """Less than this measures fixed costs, not a rate."""
 PROBE_BYTES = 64 << 20
 
@@ -31,7 +31,10 @@ def remember(home: Path, size: float, seconds: float, gpu: bool) -> None:
 
 
 def measured(home: Path, gpu: bool) -> tuple[float, int] | None:
-    """Median bytes a second of this host's latest restores with or without a GPU, and of how many; None where there was none."""
+    """Bytes a second of this host's latest restores with or without a GPU, and of how many; None where there was none.
+
+    The upper quartile: one that shared the cores with something else says how busy the host was, not what carrying bytes costs.
+    """
     found = []
     for entry in journal.latest(home / FILE, 2 * KEPT):
         try:
@@ -39,22 +42,26 @@ def measured(home: Path, gpu: bool) -> tuple[float, int] | None:
                 found.append(float(entry["bytes"]) / float(entry["seconds"]))
         except (ValueError, KeyError, TypeError, ZeroDivisionError):
             continue  # of another version
-    return (statistics.median(found[-KEPT:]), len(found[-KEPT:])) if found else None
+    found = found[-KEPT:]
+    if len(found) < 2:
+        return (found[0], 1) if found else None
+    return statistics.quantiles(found, n=4, method="inclusive")[2], len(found)
 
 
 def probe(home: Path) -> float:
-    """Bytes a second of copying PROBE_BYTES from the page cache into fresh memory (about 50 ms). Raises OSError where there is no room."""
+    """Bytes a second of copying PROBE_BYTES from the page cache into fresh memory, the best of three. Raises OSError without room."""
     with tempfile.TemporaryFile(dir=home) as file:
         block = bytes(1 << 20)
         for _ in range(PROBE_BYTES >> 20):
             file.write(block)
         file.flush()
-        with mmap.mmap(-1, PROBE_BYTES) as target:
-            began = time.perf_counter()
-            view = memoryview(target)
-            done = 0
-            while done < PROBE_BYTES:
-                done += os.preadv(file.fileno(), [view[done : done + (2 << 20)]], done)
-            took = time.perf_counter() - began
-            view.release()
-    return PROBE_BYTES / max(took, 1e-9)
+        return max(_copy(file.fileno()) for _ in range(3))
+
+
+def _copy(fd: int) -> float:
+    with mmap.mmap(-1, PROBE_BYTES) as target, memoryview(target) as view:
+        began = time.perf_counter()
+        done = 0
+        while done < PROBE_BYTES:
+            done += os.preadv(fd, [view[done : done + (2 << 20)]], done)
+        return PROBE_BYTES / max(time.perf_counter() - began, 1e-9)

@@ -52,6 +52,7 @@ log = logging.getLogger("quickthaw")
 FIRST_ANSWER_WAIT_S = 2.0
 WORKING_SET_REQUESTS = 3
 WORKING_SET_WAIT_S = 10.0
+LEAVE_WAIT_S = 1.0
 DRIFT_FAULTS = 100
 """Faults beside a known working set above which it has drifted and what it missed is added."""
 PAGES_LIMIT_S = 600.0
@@ -96,6 +97,8 @@ class Replica:
     """How many requests this replica has answered since it began to serve (the proxy knows)."""
     underway: threading.Event = field(default_factory=threading.Event)
     """Set when other processes do the work of the start, so that this one may turn to something else."""
+    turn: threading.Lock = field(default_factory=threading.Lock)
+    """Shared by the replicas of a host: those that compute on the CPU verify one after the other."""
     running: Running | None = None
     exit_code: int | None = None
     restored: bool = False
@@ -109,6 +112,8 @@ class Replica:
         self._expected_end = False
         self._stopped = False
         self._lazy_works = True
+        self._leaving = threading.Event()
+        self._working_set_told = threading.Event()
         self._fetching = Fetching(self.settings)
         self.page_stats: dict[str, float] = {}
         self._cuda: Helper | None = None
@@ -329,11 +334,15 @@ class Replica:
         elif snapshot.weights == "thin":
             self.engine.reload_weights(client, snapshot.model)
         self.tracker.to(Phase.VERIFYING)
-        self._compare(snapshot)
+        # Engines whose OpenMP threads want the same cores at once take ten times as long, all of them.
+        with contextlib.nullcontext() if recorded.host.gpus else self.turn:
+            self._compare(snapshot)
         self.library.succeeded(name)
         self.snapshot, self.restored = snapshot, True
         self._serve()
         if restored.pages:
+            self._leaving.clear()
+            self._working_set_told.clear()
             threading.Thread(
                 target=self._follow, args=(name, restored.pages), name="page-follower", daemon=True
             ).start()
@@ -394,7 +403,12 @@ class Replica:
         rates.remember(self.settings.home, early.get("bytes_ahead", 0.0), placing_s, gpu=False)
         self._wait_served(WORKING_SET_REQUESTS, WORKING_SET_WAIT_S)
         drifted = not recording and pages.stats().get("faults_missed", 0) > DRIFT_FAULTS
-        pages.requests_done(save=self.library.working_set(name) if recording or drifted else None)
+        # One that ends before the first answer is none.
+        save = (recording or drifted) and self.served() > 0
+        pages.requests_done(save=self.library.working_set(name) if save else None)
+        if save:
+            pages.wait_saved(LEAVE_WAIT_S)
+        self._working_set_told.set()
         while not pages.wait_complete(PAGES_LIMIT_S) and self._fetching.unfinished:
             pass  # a slow link is no failure; one that stalls ends the fetching
         self.page_stats = pages.stats()
@@ -404,7 +418,14 @@ class Replica:
     def _wait_served(self, count: int, limit_s: float) -> None:
         limit = time.monotonic() + limit_s
         while self.served() < count and time.monotonic() < limit and self.running is not None:
-            time.sleep(0.02)
+            if self._leaving.wait(0.02):
+                break
+
+    def _leave(self) -> None:
+        """Before the engine is ended: a working set that is still being recorded is kept as far as it goes: the next restore is fast."""
+        self._leaving.set()
+        if self.restored and self.running and self.running.restored and self.running.restored.pages:
+            self._working_set_told.wait(LEAVE_WAIT_S)
 
     def driver(self) -> Driver | None:
         """The CUDA driver's checkpoint calls, where this host has an NVIDIA device; one helper process for the life of this replica."""
@@ -604,6 +625,7 @@ class Replica:
         code: int | None = self.exit_code
         if running:
             if code is None:
+                self._leave()
                 with contextlib.suppress(CheckpointError, OSError):
                     running.place.signal(running.pid, signal.SIGTERM)
                     code = running.place.wait(running.pid, self.settings.grace_s if grace_s is None else grace_s)
@@ -620,5 +642,6 @@ class Replica:
         """End the engine because nobody needs it; its snapshot brings it back."""
         self._expected_end = True
         # The pool gives this replica nothing by now; asleep is said when nothing of it is left.
+        self._leave()
         self._clear()
         self.tracker.to(Phase.ASLEEP)

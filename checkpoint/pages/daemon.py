@@ -585,9 +585,12 @@ def main(control_fd: int) -> int:
     with contextlib.suppress(OSError):
         # The restored processes wait for this one, whatever else the host computes.
         os.setpriority(os.PRIO_PROCESS, 0, -20)
-    data, fds, _, _ = socket.recv_fds(control, 1 << 16, 1)
+    try:
+        data, fds, _, _ = socket.recv_fds(control, 1 << 16, 1)
+    except ConnectionResetError:
+        data, fds = b"", []
     if not data:
-        return 0  # started beforehand (checkpoint.prefork), and not needed
+        return 0  # started beforehand (checkpoint.prefork), and not needed, or its owner was killed
     os.set_inheritable(fds[0], False)
     listener = socket.socket(fileno=fds[0])
     config = json.loads(data)

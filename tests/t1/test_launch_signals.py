@@ -76,6 +76,18 @@ def test_a_stubborn_engine_is_ended_after_the_grace(launch_rig):
     assert rig.watch.gone() == set()
 
 
+@pytest.mark.parametrize("answers", [0, 1])
+def test_a_stop_right_after_the_first_answer_keeps_the_working_set(launch_rig, answers):
+    rig = launch_rig
+    rig.take()
+    with rig.running() as started:
+        started.wait_serving()
+        assert started.phases() == [["mounting", "restoring", "waking", "verifying"]]
+        for _ in range(answers):
+            started.ask()
+    assert rig.library.working_set(rig.name).exists() == bool(answers)
+
+
 @pytest.mark.parametrize("moment", ["starting", "shrinking", "checkpointing", "restoring"])
 def test_a_stop_in_the_middle_of_a_start_leaves_nothing(launch_rig, moment):
     rig = launch_rig

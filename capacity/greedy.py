@@ -27,7 +27,7 @@ MANY = 20_000  # pairs of a pool and a service up to which construction takes it
 # pairs and no care; in every later step.
 SLOWLY = (1.0, 0.7, 0.4, 0.2, 0.0)
 FIRST = (1.0, 0.0)
-HUGE = (0.5,)
+HUGE = (0.3,)
 NEXT = (0.0,)
 
 

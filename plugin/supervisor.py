@@ -92,19 +92,10 @@ class Launch:
     def begin(self, criu: Criu | None, engine: Engine, weights: Weights) -> None:
         """Start the replicas in threads of their own: all at once from a snapshot that is there, else the others from the first one's."""
         self.weights = weights
-        turn = threading.Lock()
         for index in range(self.settings.replicas):
             tracker = PhaseTracker()
             replica = Replica(
-                self.settings,
-                engine,
-                self.layers,
-                criu,
-                weights,
-                tracker,
-                stdout=self.stdout,
-                stderr=self.stderr,
-                turn=turn,
+                self.settings, engine, self.layers, criu, weights, tracker, stdout=self.stdout, stderr=self.stderr
             )
             replica.on_death = self._death_of(replica)
             tracker.listen(self._teller(index))

@@ -40,6 +40,8 @@ def rig(tmp_path):
     rig = Rig(tmp_path)
     yield rig
     rig.close()
+
+
 @pytest.mark.slow
 def test_a_trace_is_recorded_and_replayed(home, rig, tmp_path):
     model = write_model(tmp_path / "model", SIZES)

@@ -161,6 +161,8 @@ def drive(frozen: Frozen, seed: int, steps: int, known: bool, rate: float) -> di
         assert frozen.result(sandbox)["errors"] == [], f"seed {seed}, after completion"
     assert not frozen.deaths
     return counts
+
+
 @pytest.mark.slow
 def test_memory_is_as_it_was_while_pages_come(frozen: Frozen) -> None:
     """Random munmap, mremap, madvise, mprotect and fork, with a reading thread, while the rest is brought slowly."""

@@ -123,7 +123,7 @@ class RawTransport:
         self.mountpoint = mountpoint
         self.source = source
         # Replying is one system call; more than half the processors would only wait for the interpreter, and take the
-        # reader's: on two of them a second thread costs a reader of a mapping a fifth (docs/lazyfs.md).
+        # reader's: on two of them a second thread makes a first read of a mapping slower (docs/lazyfs.md).
         self.thread_count = threads or max(1, min(8, (os.cpu_count() or 2) // 2))
         self.native = native
         self.passthrough = False

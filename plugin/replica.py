@@ -112,6 +112,7 @@ class Replica:
         self._lazy_works = True
         self._leaving = threading.Event()
         self._working_set_told = threading.Event()
+        self._working_set_told.set()
         self._fetching = Fetching(self.settings)
         self.page_stats: dict[str, float] = {}
         self._cuda: Helper | None = None
@@ -420,8 +421,7 @@ class Replica:
     def _leave(self) -> None:
         """Before the engine is ended: a working set that is still being recorded is kept as far as it goes: the next restore is fast."""
         self._leaving.set()
-        if self.restored and self.running and self.running.restored and self.running.restored.pages:
-            self._working_set_told.wait(LEAVE_WAIT_S)
+        self._working_set_told.wait(LEAVE_WAIT_S)
 
     def driver(self) -> Driver | None:
         """The CUDA driver's checkpoint calls, where this host has an NVIDIA device; one helper process for the life of this replica."""

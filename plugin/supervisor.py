@@ -116,19 +116,25 @@ class Launch:
         threading.Thread(target=self._sweep, name="sweeper", daemon=True).start()
         first_done = threading.Event()
         together = others and self._something_to_restore(first)
+        # Counted before they run: one that fails at once must not take the launch with it.
+        self._count(len(self.replicas) if together else 1)
         if together:
             self._start_in_threads(others, first_done.wait)
         try:
-            served = self._start_one(first)
+            served = self._start_counted(first)
         finally:
             first_done.set()
         if served and not together:
+            self._count(len(others))
             self._start_in_threads(others, None)
 
-    def _start_in_threads(self, replicas: list[Replica], before_cold: Callable[[], object] | None) -> None:
-        # Counted before they run: one that fails at once must not take the launch with it.
+    def _count(self, more: int) -> int:
+        """How many starts are under way, with these."""
         with self._counting:
-            self._starting += len(replicas)
+            self._starting += more
+            return self._starting
+
+    def _start_in_threads(self, replicas: list[Replica], before_cold: Callable[[], object] | None) -> None:
         for replica in replicas:
             threading.Thread(target=self._start_counted, args=(replica, before_cold), daemon=True).start()
 
@@ -146,8 +152,7 @@ class Launch:
             self.replicas[0].library.sweep()
 
     def _start_one(self, replica: Replica) -> bool:
-        with self._counting:
-            self._starting += 1
+        self._count(1)
         return self._start_counted(replica)
 
     def _start_counted(self, replica: Replica, before_cold: Callable[[], object] | None = None) -> bool:
@@ -161,9 +166,7 @@ class Launch:
             if not self._ending.is_set():
                 log.exception("a defect of quickthaw's, please report it")
             failure = error
-        with self._counting:
-            self._starting -= 1
-            others = self._starting
+        others = self._count(-1)
         if failure is not None:
             self._start_failed(failure, others)
             return False

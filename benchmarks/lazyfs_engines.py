@@ -4,8 +4,11 @@
     python benchmarks/lazyfs_engines.py vllm --rounds 2 --rate 1gbit --wrap "flock /run/alone.lock"
 
 No sandbox, no proxy, no snapshot: `python -m sglang.launch_server …` as its user would type it, on another path. The clock
-runs from before the mount (where there is one) to the first token. The kinds take turns after one warm-up of each; what is
-compared are medians. The mount's cache holds the whole model for `local` (and the file it was imported from is not used);
+runs from before the mount (where there is one) to the first token. The kinds take turns after one warm-up of each, in
+another order each round; a round runs under one `--wrap`, so that what is compared lies minutes apart at most. Compared
+are medians, and the median of the rounds' own ratios. `cpu_s` is what all processors of the machine computed from the
+clock's start to the first token, the mount's daemon included: on a quiet machine it varies less than the time does. The
+mount's cache holds the whole model for `local` (and the file it was imported from is not used);
 it is empty for `remote`, whose store is 20 ms and `--rate` away and carries a trace. `remote` is to be compared with a
 download followed by a start, less the download: that is the plain start. The loading phase is what the engine logs of it.
 """
@@ -46,6 +49,14 @@ LIMIT_S = 600.0
 USER_HOME = state_home()
 
 
+def processor_seconds() -> float:
+    """What the machine's processors have computed since it started, in seconds of one processor."""
+    user, nice, system, _, _, irq, softirq = [
+        int(x) for x in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:8]
+    ]
+    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+
+
 def start_once(engine: str, kind: str, scratch: Path, digest: str, url: str) -> dict[str, float]:
     """One start to its first token: seconds in all, of the mount, and of the loading phase as the engine logs it."""
     found = preset(engine, USER_HOME)
@@ -58,7 +69,7 @@ def start_once(engine: str, kind: str, scratch: Path, digest: str, url: str) -> 
     cache = scratch / ("local-cache" if kind == "local" else "remote-cache")
     if kind == "remote":
         shutil.rmtree(cache, ignore_errors=True)
-    began = time.monotonic()
+    began, used = time.monotonic(), processor_seconds()
     handle: MountHandle | None = None
     try:
         model = found.model
@@ -72,11 +83,16 @@ def start_once(engine: str, kind: str, scratch: Path, digest: str, url: str) -> 
         process = command.start()
         try:
             measure.waiting_client(port, str(model), began, LIMIT_S, process)
-            total = time.monotonic() - began
+            total, computed = time.monotonic() - began, processor_seconds() - used
         finally:
             command.stop()
         loading = [float(x) for x in LOADING.findall(log.read_text(errors="replace"))]
-        return {"first_token_s": total, "mount_s": mounted, "loading_s": max(loading, default=float("nan"))}
+        return {
+            "first_token_s": total,
+            "cpu_s": computed,
+            "mount_s": mounted,
+            "loading_s": max(loading, default=float("nan")),
+        }
     except measure.MeasureError as error:
         raise SystemExit(f"{kind}: {error}\n{log.read_text(errors='replace')[-3000:]}") from error
     finally:
@@ -112,14 +128,17 @@ def main() -> None:
     parser.add_argument("--kinds", default=",".join(KINDS))
     parser.add_argument("--rate", default="5gbit", help="of the link to the far store")
     parser.add_argument(
-        "--wrap", default="", help="a command before each start, such as a lock that keeps others quiet"
+        "--wrap", default="", help="a command before each round, such as a lock that keeps others quiet"
     )
     parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("--once", nargs=4, metavar=("KIND", "SCRATCH", "DIGEST", "URL"), help=argparse.SUPPRESS)
+    parser.add_argument("--once", nargs=4, metavar=("KINDS", "SCRATCH", "DIGEST", "URL"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.once:
-        kind, scratch, digest, url = arguments.once
-        print("RESULT " + json.dumps(start_once(arguments.engine, kind, Path(scratch), digest, url)))
+        order, scratch, digest, url = arguments.once
+        for kind in order.split(","):
+            where = url if kind == "remote" else str(Path(scratch) / "store")
+            one = start_once(arguments.engine, kind, Path(scratch), digest, where)
+            print("RESULT " + json.dumps([kind, one]), flush=True)
         return
     kinds = arguments.kinds.split(",")
     if set(kinds) - set(KINDS):
@@ -132,27 +151,30 @@ def main() -> None:
         environment = {**os.environ, "QUICKTHAW_HOME": str(USER_HOME)}
         with far_origin(scratch / "store", rate=arguments.rate, port=8190) as url:
             for number in range(arguments.rounds + 1):
-                for kind in kinds:
-                    where = url if kind == "remote" else str(scratch / "store")
-                    command = [sys.executable, str(Path(__file__).resolve()), arguments.engine]
-                    command += ["--once", kind, folder, digest, where]
-                    done = subprocess.run(
-                        [*shlex.split(arguments.wrap), *command],
-                        env=environment, capture_output=True, text=True, timeout=3600, check=False,
-                    )  # fmt: skip
-                    line = next((x for x in done.stdout.splitlines() if x.startswith("RESULT ")), None)
-                    if line is None:
-                        raise SystemExit(f"{kind}: no result\n{done.stdout[-2000:]}{done.stderr[-3000:]}")
-                    one = json.loads(line.removeprefix("RESULT "))
+                shift = number % len(kinds)
+                order = ",".join(kinds[shift:] + kinds[:shift])
+                command = [sys.executable, str(Path(__file__).resolve()), arguments.engine]
+                command += ["--once", order, folder, digest, url]
+                done = subprocess.run(
+                    [*shlex.split(arguments.wrap), *command],
+                    env=environment, capture_output=True, text=True, timeout=7200, check=False,
+                )  # fmt: skip
+                lines = [x.removeprefix("RESULT ") for x in done.stdout.splitlines() if x.startswith("RESULT ")]
+                if len(lines) != len(kinds):
+                    raise SystemExit(f"{order}: {len(lines)} results\n{done.stdout[-2000:]}{done.stderr[-3000:]}")
+                label = f"round {number}" if number else "warm-up"
+                for kind, one in map(json.loads, lines):
                     if number:
                         found[kind].append(one)
-                    label = f"round {number}" if number else "warm-up"
                     print(f"{label:8} {kind:7} " + "  ".join(f"{k} {v:.3f}" for k, v in one.items()), flush=True)
     medians = {k: {name: statistics.median(r[name] for r in rows) for name in rows[0]} for k, rows in found.items()}
     for kind in kinds:
         line = "  ".join(f"{name} {value:.3f}" for name, value in medians[kind].items())
         if "plain" in medians:
-            line += f"  {medians[kind]['first_token_s'] / medians['plain']['first_token_s']:.4f} of plain"
+            for name in ("first_token_s", "cpu_s"):
+                pairs = [one[name] / plain[name] for one, plain in zip(found[kind], found["plain"], strict=True)]
+                line += f"  {name} of plain {medians[kind][name] / medians['plain'][name]:.4f}"
+                line += f" (by rounds {statistics.median(pairs):.4f}, {min(pairs):.3f} to {max(pairs):.3f})"
         print(f"median   {kind:7} {line}")
     if arguments.json:
         arguments.json.write_text(json.dumps({"engine": arguments.engine, "runs": found, "medians": medians}, indent=1))

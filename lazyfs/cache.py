@@ -5,6 +5,7 @@ host.
     images/ab/<file digest>/have    a header, then one byte per chunk: ABSENT, PRESENT or UNPROVEN
     images/ab/<file digest>/lock    held shared by whoever has the image pinned, exclusively by whoever evicts it
     quarantine/                     bodies that did not hash to their name, for a post-mortem
+    claims/                         what the processes that share it have claimed of it (`lazyfs.claims`)
 
 Promises. A byte of `have` says PRESENT only after the whole chunk was written and had hashed to its digest; so killing
 any process at any moment loses work and nothing else. A power cut may lose written pages: `have` carries the boot it
@@ -25,10 +26,11 @@ import shutil
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from lazyfs.errors import DiskFull, Permanent, Temporary, from_os_error
+from lazyfs.claims import Claim, counting, others
+from lazyfs.errors import DiskFull, LazyfsError, Permanent, Temporary, from_os_error
 from lazyfs.manifest import File
 from lazyfs.paths import private_dir
 
@@ -243,7 +245,8 @@ AnyImage = Image | NoImage
 
 
 class Cache:
-    """The folder of images. `limit` bounds the blocks they occupy together, in bytes (None: no bound but the disk)."""
+    """The folder of images. `limit` bounds, in bytes, the blocks they occupy and the memory that mounts of this cache have
+    claimed, together (None: no bound but the disk)."""
 
     def __init__(self, root: Path, limit: int | None = None) -> None:
         self.root = private_dir(root)
@@ -251,6 +254,8 @@ class Cache:
         self._room = 0
         self._unwritten = 0
         self._reserving = threading.Lock()
+        self._claim: Claim | None = None
+        self._pins: Claim | None = None
 
     def folder(self, file: File) -> Path:
         """Where the image of `file` lies."""
@@ -302,6 +307,25 @@ class Cache:
                 total += data.stat().st_blocks * 512
         return total
 
+    def claim_memory(self, size: int) -> None:
+        """Take `size` bytes of memory out of the bound, for as long as this process lives. Done once, before it is used."""
+        try:
+            self._claim = Claim(self.root, memory=size)
+        except (OSError, LazyfsError) as error:
+            # Reading goes on: it is on a full disk that the memory is needed most.
+            log.warning("the memory tier is not counted: %s", error)
+
+    def pin_files(self, digests: Iterable[str]) -> None:
+        """Keep the images of these files from eviction, made or not, for as long as this process lives (or calls again)."""
+        before = self._pins
+        try:
+            self._pins = Claim(self.root, pins=digests)
+        except (OSError, LazyfsError) as error:
+            log.warning("nothing is pinned: %s", error)
+            return
+        if before is not None:
+            before.close()
+
     def reserve(self, need: int) -> bool:
         """Make room for `need` more bytes under the limit, evicting what is least recently used; False if impossible.
 
@@ -312,14 +336,16 @@ class Cache:
         # One thread at a time: two that count the same usage would both find too little, or both take the same room.
         with self._reserving:
             if self._room < need:
-                # Counting walks the folder, so it is done for 64 MiB at a time.
+                # Counting walks the folder, so it is done for 64 MiB at a time, and by one process at a time.
                 batch = max(need, min(64 << 20, self.limit // 8))
-                free = self.limit - self.usage() - self._unwritten
-                if free < batch:
-                    free += self.evict(batch - free)
-                if free < need:
-                    return False
-                self._room = min(free, batch)
+                with counting(self.root):
+                    free = self.limit - self.usage() - self._unwritten - others(self.root, self._own())[0]
+                    if free < batch:
+                        free += self.evict(batch - free)
+                    if free < need:
+                        return False
+                    self._room = min(free, batch)
+                    self._account()
             self._room -= need
             self._unwritten += need
         return True
@@ -329,13 +355,29 @@ class Cache:
         if self.limit is not None:
             with self._reserving:
                 self._unwritten -= need
+                self._account()
+
+    def _own(self) -> Claim | None:
+        if self._claim is None:
+            try:
+                self._claim = Claim(self.root)
+            except (OSError, LazyfsError) as error:
+                log.warning("others cannot see what is being written: %s", error)
+        return self._claim
+
+    def _account(self) -> None:
+        if self._claim is not None:
+            self._claim.granted = self._room + self._unwritten
 
     def evict(self, amount: int) -> int:
-        """Remove unpinned images, oldest use first, until `amount` bytes are free; returns the bytes freed."""
+        """Remove images, oldest use first, until `amount` bytes are free; returns the bytes freed. Spared are those that a
+        process has open, and those that a living mount has pinned by name."""
+        pinned = others(self.root)[1]
         ages = []
         for lock in self.root.glob("images/*/*/lock"):
-            with contextlib.suppress(FileNotFoundError):
-                ages.append((lock.stat().st_mtime_ns, lock))
+            if lock.parent.name not in pinned:
+                with contextlib.suppress(FileNotFoundError):
+                    ages.append((lock.stat().st_mtime_ns, lock))
         freed = 0
         for _, lock in sorted(ages):
             if freed >= amount:

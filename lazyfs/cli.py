@@ -277,7 +277,7 @@ def gc(grace: float, untagged: bool, dry_run: bool, store: str | None, as_json: 
     default=0.0,
     envvar="QUICKTHAW_CACHE_LIMIT",
     metavar="GB",
-    help="Bound of the disk cache (0: the disk).",
+    help="Bound of the cache on disk and in memory (0: the disk).",
 )
 @click.option(
     "--idle-exit",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from lazyfs.errors import Usage
+from lazyfs.memory import LEAST_MB
 
 TRANSPORTS = ("auto", "raw", "pyfuse3")
 NATIVE = ("auto", "passthrough", "off")
@@ -15,7 +16,9 @@ NATIVE = ("auto", "passthrough", "off")
 
 @dataclass(frozen=True)
 class MountConfig:
-    """`cache_limit` in bytes (0: only the disk bounds it); times in seconds.
+    """`cache_limit` in bytes: the disk that the cache occupies and the memory tiers of the mounts that stream, together (0:
+    only the disk bounds it). Of a bounded cache a mount's tier is an eighth, at most `memory_mb` and at least 64 MB. Times
+    in seconds.
 
     transport: `raw` speaks the kernel's protocol itself and can pass complete files through; `pyfuse3` needs no
     privilege.
@@ -69,8 +72,8 @@ class MountConfig:
             < 0
         ):
             raise Usage("limits and rates must not be negative")
-        if self.memory_mb < 64:
-            raise Usage("memory_mb must be at least 64: reads that span chunks need several slots at once")
+        if self.memory_mb < LEAST_MB:
+            raise Usage(f"memory_mb must be at least {LEAST_MB}: reads that span chunks need several slots at once")
         if not Path(self.mountpoint).is_absolute():
             raise Usage(f"the mount point must be an absolute path, not {self.mountpoint!r}")
 

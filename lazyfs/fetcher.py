@@ -205,9 +205,8 @@ class Fetcher:
         for worker in workers:
             worker.start()
         threading.Thread(target=self._report_forever, daemon=True).start()
-        if self.config.prefetch:
-            # It may ask the store for a trace, and readers must not wait for that.
-            threading.Thread(target=self._plan, daemon=True).start()
+        # It may ask the store for a trace, and readers must not wait for that.
+        threading.Thread(target=self._plan, daemon=True).start()
         try:
             while True:
                 message = self.channel.recv(wire.BUFFER)
@@ -229,11 +228,16 @@ class Fetcher:
             self.queue.close()
 
     def _plan(self) -> None:
-        """The recorded trace first, in its order; then everything else, at the bounded rate."""
+        """The recorded trace first, in its order; then everything else, at the bounded rate. What a trace names is pinned."""
         files = self.manifest.files
         absent = [i for i, f in enumerate(files) if f.path not in self.engine.origins]
         wanted = set(absent)
         known = self._known_trace()
+        traced = {files[file].digest for file, _ in known if file in wanted}
+        if self.config.cache_limit and traced:
+            self.engine.cache.pin_files(sorted(traced))
+        if not self.config.prefetch:
+            return
         for file, chunk in known:
             if file in wanted and chunk < len(files[file].chunks):
                 self.queue.put((file, chunk), wire.AHEAD)
@@ -246,7 +250,7 @@ class Fetcher:
         """This host's recording, else the one that another host left in a remote store."""
         local = Trace(Path(self.config.home) / "traces" / f"{self.config.manifest}.json", record="never").known
         store = self.engine.source.store
-        if local or not store.remote or self.manifest.kind == "source":
+        if local or not (store.remote and self.config.prefetch) or self.manifest.kind == "source":
             return local
         try:
             found = parse(bytes(store.get(shared_key(self.config.manifest))))

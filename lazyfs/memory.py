@@ -11,18 +11,27 @@ import mmap
 import os
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 
 from lazyfs.chunking import MAX_CHUNK
 
 Key = tuple[int, int]
+# Fewer, and a read that spans chunks could wait for slots that the read before it holds.
+LEAST_MB = 64
+
+
+def tier_mb(memory_mb: int, limit: int) -> int:
+    """How large a mount's tier is: `memory_mb`, of a bounded cache at most an eighth, and never less than streaming needs."""
+    return max(LEAST_MB, min(memory_mb, limit >> 23)) if limit else memory_mb
 
 
 class SlotMemory:
     """The server's side. A slot is free, lent (the fetcher may write it) or holds a chunk; the latter are reused
-    LRU.
+    LRU. `on_first_use` is called once, before the first slot is lent.
     """
 
-    def __init__(self, megabytes: int) -> None:
+    def __init__(self, megabytes: int, on_first_use: Callable[[], None] | None = None) -> None:
+        self.on_first_use = on_first_use
         self.count = (megabytes << 20) // MAX_CHUNK
         self.fd = os.memfd_create("quickthaw-slots", os.MFD_CLOEXEC)
         # Sparse: a page exists only once it was written, so an unused tier costs nothing.
@@ -42,6 +51,9 @@ class SlotMemory:
         with self._lock:
             if key in self._held or key in self._lent:
                 return -1
+            if self.on_first_use is not None:
+                first, self.on_first_use = self.on_first_use, None
+                first()
             if not self._free and self._held:
                 self._free.append(self._held.popitem(last=False)[1])
             if not self._free:

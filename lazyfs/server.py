@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from lazyfs import kernel, wire
 from lazyfs.cache import Cache
+from lazyfs.chunking import MAX_CHUNK
 from lazyfs.config import MountConfig
 from lazyfs.control_server import ControlServer
 from lazyfs.directory import origins
@@ -23,7 +24,7 @@ from lazyfs.link import FetcherLink
 from lazyfs.loading import load_manifest, origins_of
 from lazyfs.logs import configure
 from lazyfs.manifest import Manifest
-from lazyfs.memory import SlotMemory
+from lazyfs.memory import SlotMemory, tier_mb
 from lazyfs.metrics import render
 from lazyfs.paths import write_atomic
 from lazyfs.service import Service
@@ -40,7 +41,7 @@ def serve(config_text: str, ready: Callable[[dict[str, Any]], None]) -> None:
     # Reads are answered in short turns of the interpreter; a waiting thread should not hold it for the default 5 ms.
     sys.setswitchinterval(0.0005)
     config = MountConfig.load(config_text)
-    memory = SlotMemory(config.memory_mb)
+    memory = SlotMemory(tier_mb(config.memory_mb, config.cache_limit))
     link = FetcherLink(config, memory.fd)
     if not (config.use_origin and origins(config.manifest, config.store_url)):
         # Its start-up takes as long as ours: both at once.
@@ -82,6 +83,9 @@ class Server:
         self.manifest = manifest
         self.cache = Cache(Path(config.cache_dir), config.cache_limit or None)
         self.memory = memory
+        if config.cache_limit:
+            # A mount that finds everything on the disk never asks, and takes nothing of the bound.
+            memory.on_first_use = lambda: self.cache.claim_memory(memory.count * MAX_CHUNK)
         self.link = link
         self.service = Service(config, manifest, self.cache, self.link, self.memory)
         self.service.origins = origins_of(config, manifest)

@@ -409,22 +409,38 @@ class Cache:
         """Forget one file's image unless it is in use; returns the bytes freed."""
         return self._remove(self.folder(file) / "lock")
 
-    def quarantine(self, digest: str, data: bytes | memoryview, keep: int = 16) -> Path | None:
-        """Keep a body that failed verification, the newest `keep` of them; None when the disk has no room for it."""
-        folder = private_dir(self.root / "quarantine")
+    def quarantine(self, digest: str, data: bytes | memoryview, why: str, keep: int = 16) -> Path | None:
+        """Keep a body that failed verification, and why; the newest `keep` of them. None when the disk has no room for it."""
+        folder, reasons = self.root / "quarantine", self.root / "reasons"
         path = folder / f"{digest}.{time.time_ns()}"
         try:
+            for each in (folder, reasons):
+                private_dir(each)
             path.write_bytes(data)
             path.chmod(0o600)
-        except OSError:
+            (reasons / path.name).write_text(why)
+        except (OSError, LazyfsError):
             path.unlink(missing_ok=True)
             return None
         for old in sorted(folder.iterdir(), key=lambda p: p.name.rpartition(".")[2])[:-keep]:
             old.unlink(missing_ok=True)
+            (reasons / old.name).unlink(missing_ok=True)
         return path
+
+    def quarantined(self) -> list[tuple[str, str]]:
+        """What is kept there, oldest first: (digest and time, why)."""
+        found = []
+        for path in sorted((self.root / "quarantine").glob("*"), key=lambda p: p.name.rpartition(".")[2]):
+            try:
+                found.append((path.name, (self.root / "reasons" / path.name).read_text()))
+            except FileNotFoundError:
+                # Put there by a part that only logs its reasons, or on a disk that had no room for this one.
+                found.append((path.name, "see the log"))
+        return found
 
     def clear(self) -> None:
         """Remove every image that nothing uses."""
         for lock in self.root.glob("images/*/*/lock"):
             self._remove(lock)
-        shutil.rmtree(self.root / "quarantine", ignore_errors=True)
+        for name in ("quarantine", "reasons"):
+            shutil.rmtree(self.root / name, ignore_errors=True)

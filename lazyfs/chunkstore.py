@@ -69,6 +69,13 @@ def chunk_key(digest: str, encoding: int = RAW) -> str:
     return f"chunks/{digest[:2]}/{digest}" + (".zst" if encoding == ZSTD else "")
 
 
+def mismatch(data: bytes | memoryview, digest: str, length: int) -> str:
+    """Why these bytes are not the chunk of that digest and length, for people."""
+    if len(data) != length:
+        return f"{len(data)} bytes instead of {length}"
+    return f"hashes to {digest_of(data)[:12]} instead of {digest[:12]}"
+
+
 class ChunkStore:
     """The blob API. `zstd`: "auto" compresses where a sample shows that it pays, None never, a number always
     (level).

@@ -176,9 +176,10 @@ def verify(names: tuple[str, ...], repair: bool, with_cache: bool, store: str | 
     cache = Cache(home() / "cache")
     if with_cache:
         verify_cache(cache, chunks, report)
-    quarantined = sorted(p.name for p in (cache.root / "quarantine").glob("*"))
+    quarantined = cache.quarantined()
     if as_json:
-        click.echo(json.dumps({**asdict(report), "quarantine": quarantined, "clean": report.clean}))
+        kept = [{"name": name, "reason": why} for name, why in quarantined]
+        click.echo(json.dumps({**asdict(report), "quarantine": kept, "clean": report.clean}))
     else:
         click.echo(f"{report.manifests} manifests, {report.chunks} chunks, {_size(report.bytes)} read", err=True)
         for kind, found in (("damaged", report.bad), ("missing", report.missing)):
@@ -193,8 +194,8 @@ def verify(names: tuple[str, ...], repair: bool, with_cache: bool, store: str | 
                 f"{len(quarantined)} bodies that did not hash to their digest are kept in {cache.root / 'quarantine'}:",
                 err=True,
             )
-            for name in quarantined:
-                click.echo(f"  {name}", err=True)
+            for name, why in quarantined:
+                click.echo(f"  {name}: {why}", err=True)
         click.echo("clean" if report.clean else "NOT clean")
     sys.exit(0 if report.clean else 1)
 

@@ -18,7 +18,7 @@ from typing import Protocol
 
 from lazyfs.cache import PRESENT, UNPROVEN, AnyImage, Cache
 from lazyfs.chunking import MAX_CHUNK
-from lazyfs.chunkstore import ChunkStore, chunk_key, digest_of, zero_digest
+from lazyfs.chunkstore import ChunkStore, chunk_key, digest_of, mismatch, zero_digest
 from lazyfs.digests import DigestLog
 from lazyfs.errors import DiskFull, Integrity, NotFound, Permanent
 from lazyfs.manifest import RAW, ZSTD, File
@@ -28,6 +28,14 @@ from lazyfs.stores.base import Store
 
 log = logging.getLogger("lazyfs.fetch")
 _local = threading.local()
+
+
+class Undecodable(Integrity):
+    """A body that cannot be decoded, or has the wrong length; `body` is what came, good until the thread's next fetch."""
+
+    def __init__(self, message: str, body: bytes | memoryview) -> None:
+        super().__init__(message)
+        self.body = body
 
 
 class ByteSource(Protocol):
@@ -68,7 +76,7 @@ class StoreSource:
         self.store = chunks.store
 
     def fetch(self, file: File, index: int, *, fresh: bool = False) -> bytes | memoryview:
-        """The plain bytes, not verified. NotFound, Integrity (undecodable) or what the store raises."""
+        """The plain bytes, not verified. NotFound, Undecodable or what the store raises."""
         chunk = file.chunks[index]
         missing: NotFound | None = None
         for encoding in (chunk.encoding, ZSTD if chunk.encoding == RAW else RAW):
@@ -77,7 +85,10 @@ class StoreSource:
             except NotFound as error:
                 missing = missing or error
                 continue
-            return self.chunks.decode(chunk.digest, body, encoding, chunk.length)
+            try:
+                return self.chunks.decode(chunk.digest, body, encoding, chunk.length)
+            except Integrity as error:
+                raise Undecodable(str(error), body) from error
         assert missing is not None
         raise missing
 
@@ -129,7 +140,7 @@ class ChunkFetcher:
             if state == PRESENT:
                 return None
             file, chunk = image.file, image.file.chunks[index]
-            if state == UNPROVEN and self._matches(file, index, image.read(index)):
+            if state == UNPROVEN and self._proves(file, index, image.read(index)):
                 image.mark(index, PRESENT)
                 self.stats.tiers["proven"] += chunk.length
                 _local.source = "proof"
@@ -171,12 +182,15 @@ class ChunkFetcher:
         chunk = file.chunks[index]
 
         def attempt(fresh: bool) -> bytes | memoryview:
-            data = retrying(lambda: self.source.fetch(file, index, fresh=fresh), self.policy, on_retry=self._retried)
+            try:
+                data = retrying(
+                    lambda: self.source.fetch(file, index, fresh=fresh), self.policy, on_retry=self._retried
+                )
+            except Undecodable as error:
+                raise self._aside(file, index, error.body, str(error)) from error
             if not self._matches(file, index, data):
-                self.stats.quarantined += 1
-                name = chunk.digest or f"{file.digest}-{index}"
-                where = self.cache.quarantine(name, data)
-                raise Integrity(f"chunk {name[:12]} of {file.path} does not hash to its digest; kept as {where}")
+                expected = chunk.digest or (self.digests.expected(file, index) if self.digests else "")
+                raise self._aside(file, index, data, mismatch(data, expected, chunk.length))
             return data
 
         try:
@@ -184,6 +198,20 @@ class ChunkFetcher:
         except Integrity as error:
             log.warning("%s; fetching it once more", error)
             return attempt(True)
+
+    def _proves(self, file: File, index: int, data: bytes) -> bool:
+        """Whether what the disk kept over a power cut is the chunk. A digest that was not kept proves nothing: the next
+        fetch defines it anew."""
+        if not file.chunks[index].digest and (self.digests is None or not self.digests.expected(file, index)):
+            return False
+        return self._matches(file, index, data)
+
+    def _aside(self, file: File, index: int, body: bytes | memoryview, why: str) -> Integrity:
+        """Put a body into quarantine; the error that says so."""
+        self.stats.quarantined += 1
+        name = file.chunks[index].digest or f"{file.digest}-{index}"
+        where = self.cache.quarantine(name, body, f"chunk {index} of {file.path}, from {self.source.store.url}: {why}")
+        return Integrity(f"chunk {name[:12]} of {file.path} does not hash to its digest: {why}; kept as {where}")
 
     def _matches(self, file: File, index: int, data: bytes | memoryview) -> bool:
         """Whether these are the chunk's bytes. A read-through chunk met for the first time defines its digest."""

@@ -29,6 +29,7 @@ from lazyfs.fetch import ChunkFetcher, ReadThroughSource, StoreSource
 from lazyfs.loading import origins_of
 from lazyfs.manifest import Manifest
 from lazyfs.memory import SlotWriter
+from lazyfs.retry import RetryPolicy, retrying
 from lazyfs.stores import open_store
 from lazyfs.trace import Trace, parse, shared_key
 
@@ -253,7 +254,8 @@ class Fetcher:
         if local or not (store.remote and self.config.prefetch) or self.manifest.kind == "source":
             return local
         try:
-            found = parse(bytes(store.get(shared_key(self.config.manifest))))
+            policy = RetryPolicy(limit=self.config.fetch_limit_s)
+            found = parse(bytes(retrying(lambda: store.get(shared_key(self.config.manifest)), policy)))
             self.trace_was_shared = True
             return found
         except NotFound:

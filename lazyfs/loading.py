@@ -10,13 +10,13 @@ from lazyfs.directory import origins
 from lazyfs.errors import Integrity, LazyfsError
 from lazyfs.manifest import Manifest, decode, encode
 from lazyfs.paths import private_dir, write_atomic
-from lazyfs.retry import RetryPolicy, retrying
+from lazyfs.retry import RetryPolicy, certain, retrying
 from lazyfs.stores import open_store
 from lazyfs.urls import local_path
 
 
 def load_manifest(config: MountConfig) -> Manifest:
-    """The manifest, verified. NotFound, Integrity, or what the store raises after retries."""
+    """The manifest, verified. NotFound, Integrity (of two fetches), or what the store raises after retries."""
     copy = Path(config.cache_dir) / "manifests" / config.manifest
     try:
         return decode(copy.read_bytes(), config.manifest)
@@ -25,7 +25,8 @@ def load_manifest(config: MountConfig) -> Manifest:
     except Integrity:
         copy.unlink(missing_ok=True)
     chunks = ChunkStore(open_store(config.store_url))
-    manifest = retrying(lambda: chunks.get_manifest(config.manifest), RetryPolicy(limit=config.fetch_limit_s))
+    policy = RetryPolicy(limit=config.fetch_limit_s)
+    manifest = certain(lambda: retrying(lambda: chunks.get_manifest(config.manifest), policy))
     try:
         private_dir(copy.parent)
         write_atomic(copy, encode(manifest)[1], sync=False)

@@ -17,11 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lazyfs.cache import PRESENT, UNPROVEN, Cache
-from lazyfs.chunkstore import GRACE_S, ChunkStore, chunk_key, digest_of
+from lazyfs.chunkstore import GRACE_S, ChunkStore, chunk_key, digest_of, mismatch
 from lazyfs.errors import Busy, Integrity, LazyfsError, NotFound
 from lazyfs.manifest import RAW, ZSTD, Chunk, File, Manifest, decode, is_digest
 from lazyfs.paths import private_dir
-from lazyfs.retry import RetryPolicy, retrying
+from lazyfs.retry import RetryPolicy, certain, retrying
 from lazyfs.stores.local import LocalStore
 
 _WORKERS = 4
@@ -102,13 +102,14 @@ def verify(
     repair: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Damage:
-    """Read and hash every chunk that the manifests (default: all) mention. `repair` deletes damaged ones, so that the
-    next import writes them again. Errors other than damage (a store that cannot be reached) are raised."""
+    """Read and hash every chunk that the manifests (default: all) mention; what does not match is read once more before it
+    counts as damaged. `repair` deletes damaged ones, so that the next import writes them again. Errors other than damage
+    (a store that cannot be reached) are raised."""
     report = Damage()
     wanted: dict[str, tuple[Chunk, str]] = {}
     for digest in digests if digests is not None else list(chunks.manifests()):
         try:
-            manifest = chunks.get_manifest(digest)
+            manifest = certain(lambda d=digest: retrying(lambda: chunks.get_manifest(d), RetryPolicy()))  # type: ignore[misc]
         except (Integrity, NotFound) as error:
             report.broken_manifests[digest] = str(error)
             if repair and isinstance(error, Integrity):
@@ -122,7 +123,7 @@ def verify(
     def one(item: tuple[Chunk, str]) -> None:
         chunk, path = item
         try:
-            retrying(lambda: chunks.get(chunk.digest, chunk.length, chunk.encoding), RetryPolicy())
+            certain(lambda: retrying(lambda: chunks.get(chunk.digest, chunk.length, chunk.encoding), RetryPolicy()))
         except Integrity:
             report.bad[chunk.digest] = path
             if repair:
@@ -167,7 +168,8 @@ def _verify_image(cache: Cache, file: File, report: Damage) -> None:
             else:
                 report.cache_bad += 1
                 image.mark(index, 0)
-                cache.quarantine(chunk.digest, data)
+                why = f"chunk {index} of {file.path}, in the cache of this host: {mismatch(data, chunk.digest, chunk.length)}"
+                cache.quarantine(chunk.digest, data, why)
     finally:
         image.close()
 

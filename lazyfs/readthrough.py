@@ -48,7 +48,7 @@ def _describe_folder(folder: Path, url: str) -> Manifest:
 
 def _describe_prefix(store: Store, url: str) -> Manifest:
     files, folders = [], set()
-    for info in store.list(""):
+    for info in retrying(lambda: list(store.list("")), RetryPolicy()):
         if info.key.endswith("/") or not info.key:
             continue
         if not info.version:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from lazyfs.errors import Temporary
+from lazyfs.errors import Integrity, Temporary
 
 T = TypeVar("T")
 
@@ -48,3 +48,12 @@ def retrying(
             if on_retry is not None:
                 on_retry(error, attempt)
             time.sleep(pause)
+
+
+def certain(call: Callable[[], T]) -> T:
+    """What `call` returns; where it raises Integrity it is called once more, since the bytes may have been spoiled on their
+    way, and only the second Integrity is raised."""
+    try:
+        return call()
+    except Integrity:
+        return call()

@@ -12,13 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lazyfs_kit import make_model, write_safetensors
 
-from lazyfs import importer
+from lazyfs import importer, loading
+from lazyfs.cache import UNPROVEN, Cache
 from lazyfs.chunkstore import ChunkStore, chunk_key, digest_of
+from lazyfs.config import MountConfig
+from lazyfs.digests import DigestLog
 from lazyfs.directory import import_directory, read_through
 from lazyfs.errors import Busy, DiskFull, Integrity, LazyfsError, NotFound, Permanent, Usage
+from lazyfs.fetch import ChunkFetcher, ReadThroughSource, StoreSource
 from lazyfs.importer import import_tree
 from lazyfs.maintenance import collect, listing, remove, store_lock, verify
-from lazyfs.manifest import RAW, ZSTD
+from lazyfs.manifest import RAW, ZSTD, Chunk, File
 from lazyfs.stores import open_store
 from lazyfs.stores.local import LocalStore
 from lazyfs.trees import get_tree, put_tree
@@ -274,6 +278,85 @@ def test_verify_names_what_is_wrong_and_repairs(tmp_path, chunks):
     assert verify(chunks, [digest]).clean
     chunks.store.path(f"manifests/{digest}").write_bytes(b"{}")
     assert list(verify(chunks).broken_manifests) == [digest]
+
+
+class SpoiledOnTheWay(LocalStore):
+    """The first `times` gets of each key come back with a flipped bit."""
+
+    def __init__(self, root, times):
+        super().__init__(root)
+        self.times, self.asked = times, {}
+
+    def get(self, key, *arguments, **more):
+        self.asked[key] = self.asked.get(key, 0) + 1
+        data = bytearray(super().get(key, *arguments, **more))
+        if self.asked[key] <= self.times:
+            data[len(data) // 2] ^= 1
+        return bytes(data)
+
+
+def test_what_is_spoiled_on_its_way_is_read_once_more_before_it_counts_as_damaged(tmp_path, chunks):
+    digest, manifest = import_tree(make_model(tmp_path / "model", megabytes=6), chunks)
+    once = ChunkStore(SpoiledOnTheWay(tmp_path / "store", 1))
+    assert verify(once, repair=True).clean
+    assert set(once.store.asked.values()) == {2}
+    twice = verify(ChunkStore(SpoiledOnTheWay(tmp_path / "store", 2)))
+    assert list(twice.broken_manifests) == [digest]
+    assert verify(chunks).clean, "nothing was deleted for a bit that flipped elsewhere"
+
+
+@pytest.mark.parametrize(("times", "right"), [(1, True), (2, False)])
+def test_a_manifest_spoiled_on_its_way_is_fetched_once_more(tmp_path, chunks, monkeypatch, times, right):
+    digest, manifest = import_tree(make_model(tmp_path / "model", megabytes=1), chunks)
+    monkeypatch.setattr(loading, "open_store", lambda url: SpoiledOnTheWay(tmp_path / "store", times))
+    names = {n: str(tmp_path / n) for n in ("mountpoint", "cache_dir", "log_file", "socket", "state_file", "home")}
+    config = MountConfig(manifest=digest, store_url="file:///", **names)
+    if right:
+        assert loading.load_manifest(config) == manifest
+    else:
+        with pytest.raises(Integrity):
+            loading.load_manifest(config)
+        assert not (tmp_path / "cache_dir" / "manifests").exists()
+
+
+def test_a_body_that_does_not_decode_is_quarantined_with_its_reason(tmp_path, chunks):
+    """Cut short on its way, flipped inside a zstd frame, or flipped in plain bytes: each is kept, with why."""
+    _, manifest = import_tree(make_model(tmp_path / "model", megabytes=1), ChunkStore(chunks.store, zstd=1))
+    cache = Cache(tmp_path / "cache")
+    for path, why in (("sub/tokenizer.json", "decompress"), ("model.safetensors", "instead of")):
+        file = next(f for f in manifest.files if f.path == path)
+        source = StoreSource(ChunkStore(SpoiledOnTheWay(tmp_path / "store", 2)))
+        image = cache.open(file)
+        with pytest.raises(Integrity):
+            ChunkFetcher(cache, source, {}, 5.0).fill(image, 0)
+        image.close()
+        name, reason = cache.quarantined()[-1]
+        assert name.startswith(file.chunks[0].digest)
+        assert why in reason and f"chunk 0 of {path}" in reason and str(tmp_path / "store") in reason
+    assert len(cache.quarantined()) == 4
+    for number in range(20):
+        cache.quarantine("ab" * 32, b"x", f"reason {number}")
+    assert [r for _, r in cache.quarantined()] == [f"reason {n}" for n in range(4, 20)]
+    assert len(list((tmp_path / "cache" / "reasons").iterdir())) == 16
+
+
+def test_a_digest_lost_in_a_power_cut_proves_nothing(tmp_path):
+    """A read-through chunk whose recorded digest did not reach the disk is fetched again, not believed."""
+    folder = tmp_path / "source"
+    folder.mkdir()
+    (folder / "a").write_bytes(b"right" * 1000)
+    info = next(LocalStore(folder).list(""))
+    file = File("a", 0o644, info.size, (Chunk("", info.size),), info.version)
+    cache = Cache(tmp_path / "cache")
+    image = cache.open(file)
+    image.write(0, b"wrong" * 1000)
+    image.mark(0, UNPROVEN)
+    fetcher = ChunkFetcher(cache, ReadThroughSource(LocalStore(folder)), {}, 5.0, DigestLog(tmp_path / "digests"))
+    assert fetcher.fill(image, 0) is None
+    assert image.read(0) == b"right" * 1000 and fetcher.stats.tiers["store"] == 5000
+    image.mark(0, UNPROVEN)
+    assert fetcher.fill(image, 0) is None and fetcher.stats.tiers["proven"] == 5000
+    image.close()
 
 
 def test_collection_spares_what_is_named_young_or_a_snapshot(tmp_path, chunks):

@@ -6,12 +6,13 @@ import errno
 import http.server
 import json
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
-from lazyfs_rig import LIMIT_S, Rig, wait_for, write_model
+from lazyfs_rig import LIMIT_S, ROOT, Rig, wait_for, write_model
 
 from lazyfs import kernel
 from lazyfs.api import import_directory
@@ -20,10 +21,12 @@ from lazyfs.chunkstore import ChunkStore
 from lazyfs.claims import others
 from lazyfs.errors import Integrity, LazyfsError, NotFound, Permanent, Temporary
 from lazyfs.maintenance import Damage, verify, verify_cache
+from lazyfs.readthrough import describe
 from lazyfs.stores import open_store
 from lazyfs.stores.faulty import FAULTS
 from lazyfs.stores.local import LocalStore
 from lazyfs.stores.web import WebStore
+from lazyfs.trace import shared_key
 
 pytestmark = [
     pytest.mark.t1,
@@ -160,6 +163,77 @@ def test_a_corrupt_chunk_is_quarantined(shared, rig, control, tmp_path):
     assert len(list((tmp_path / "c" / "quarantine").iterdir())) >= 2
     log = handle.log_file.read_text()
     assert "does not hash" in log and "config.json" in log
+    # `weights verify` says the same, of this host's own cache.
+    assert all("config.json" in why and "hashes to" in why for _, why in Cache(tmp_path / "c").quarantined())
+
+
+@pytest.mark.slow
+def test_weights_verify_lists_what_is_quarantined_and_why(shared, rig, control):
+    _, digest, _ = shared
+    handle = rig.mount(digest, store_url=control.url, **QUICK)
+    control("corrupt")
+    assert digest_or_errno(rig.reader(), handle.mountpoint / "config.json") == errno.EIO
+    control()
+    command = [sys.executable, "-c", "from lazyfs.cli import weights; weights()", "verify"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=LIMIT_S, check=False)
+    assert done.returncode == 0 and "clean" in done.stdout, "the store itself is whole"
+    assert "config.json" in done.stderr and "instead of" in done.stderr and control.url in done.stderr
+    told = json.loads(subprocess.run([*command, "--json"], capture_output=True, cwd=ROOT, timeout=LIMIT_S).stdout)
+    assert told["quarantine"] and all("config.json" in q["reason"] for q in told["quarantine"])
+
+
+@pytest.mark.parametrize("fault", [pytest.param(f, marks=pytest.mark.slow) for f in FAULTS])
+def test_a_manifest_that_cannot_be_read(shared, rig, control, tmp_path, fault):
+    """Mounting fails within its limit, in a way that says why, and leaves nothing; it works once the fault ends."""
+    model, digest, _ = shared
+    settings = {**QUICK, "store_url": control.url, "cache_dir": tmp_path / "c"}
+    control(fault, seconds=0.05, only="manifests/")
+    started = time.monotonic()
+    if fault == "slow":
+        rig.mount(digest, **settings).unmount()
+    else:
+        kinds = {"forbidden": Permanent, "missing": NotFound}
+        kinds |= dict.fromkeys(("truncate", "corrupt", "longer", "empty"), Integrity)
+        with pytest.raises(kinds.get(fault, Temporary)):
+            rig.mount(digest, **settings)
+        assert kernel.mount_at(str(tmp_path / "mnt")) is None
+    assert time.monotonic() - started < LIMIT_S
+    control()
+    reader = rig.reader()
+    right = reader.ask("digest", str(model / "config.json"))
+    assert digest_or_errno(reader, rig.mount(digest, **settings).mountpoint / "config.json") == right
+
+
+@pytest.mark.parametrize("fault", [pytest.param(f, marks=pytest.mark.slow) for f in FAULTS])
+def test_a_trace_that_cannot_be_read(shared, rig, control, tmp_path, fault):
+    """The store's trace only helps: whatever comes of it, every read is right, and waits for chunks alone."""
+    model, digest, store = shared
+    touches = [[0, 0, 0.0], [1, 0, 0.1]]
+    LocalStore(store).put(shared_key(digest), json.dumps({"format": 1, "touches": touches}).encode())
+    control(fault, seconds=20.0 if fault == "stall" else 0.05, only="traces/")
+    settings = {**QUICK, "prefetch": True, "record": "never"}
+    handle = rig.mount(digest, store_url=control.url, cache_dir=tmp_path / "c", **settings)
+    reader = rig.reader()
+    for name in ("config.json", "model.safetensors"):
+        assert digest_or_errno(reader, handle.mountpoint / name) == reader.ask("digest", str(model / name))
+    counters = handle.status()["counters"]
+    assert counters["failed"] == 0 and counters["wait_seconds"] < 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["503", "reset", "stall"])
+def test_a_listing_that_fails_now_and_then(shared, tmp_path, fault):
+    """Describing a prefix in place reads its listing and headers: what is temporary is tried again."""
+    path = tmp_path / "control.json"
+    settings = {"store": f"file://{shared[0]}", "fault": fault, "share": 0.2, "seconds": 0.01, "calls": ["list", "get"]}
+    path.write_text(json.dumps({**settings, "fault": None}))
+    whole = describe(f"faulty://{path}")
+    for _ in range(5):
+        path.write_text(json.dumps(settings))
+        assert describe(f"faulty://{path}") == whole
+    path.write_text(json.dumps({**settings, "share": 1.0, "fault": "forbidden"}))
+    with pytest.raises(Permanent):
+        describe(f"faulty://{path}")
 
 
 @pytest.mark.slow

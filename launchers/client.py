@@ -63,8 +63,18 @@ class Client:
             raise
         return sock
 
-    def call(self, method: str, path: str, body: object = None, timeout_s: float = 30.0) -> tuple[int, bytes]:
-        """One request on a connection of its own; (status, body). Raises OSError where nobody answers within `timeout_s` seconds."""
+    def call(
+        self,
+        method: str,
+        path: str,
+        body: object = None,
+        timeout_s: float = 30.0,
+        sent: Callable[[], None] | None = None,
+    ) -> tuple[int, bytes]:
+        """One request on a connection of its own; (status, body). `sent` is called when it has been written, before the answer is read.
+
+        Raises OSError where nobody answers within `timeout_s` seconds.
+        """
         limit = time.monotonic() + timeout_s
         payload = b"" if body is None else json.dumps(body).encode()
         head = [f"{method} {path} HTTP/1.1", "Host: localhost", "Connection: close", f"Content-Length: {len(payload)}"]
@@ -77,6 +87,8 @@ class Client:
         with self._open(timeout_s) as sock:
             sock.settimeout(timeout_s)
             sock.sendall("\r\n".join([*head, "", ""]).encode() + payload)
+            if sent:
+                sent()
             while not answer.done:
                 left = limit - time.monotonic()
                 if left <= 0:
@@ -93,10 +105,17 @@ class Client:
                     raise ConnectionError(f"{method} {path}: {error!r}") from error
         return int(parser.get_status_code()), bytes(answer.body)
 
-    def ok(self, method: str, path: str, body: object = None, timeout_s: float = 30.0) -> bytes:
+    def ok(
+        self,
+        method: str,
+        path: str,
+        body: object = None,
+        timeout_s: float = 30.0,
+        sent: Callable[[], None] | None = None,
+    ) -> bytes:
         """The body of an answer that must be a 200. Raises EngineFailed with the engine's own words when it is not."""
         try:
-            status, data = self.call(method, path, body, timeout_s)
+            status, data = self.call(method, path, body, timeout_s, sent)
         except TimeoutError as error:
             raise EngineFailed(
                 "engine-stalled", f"{method} {path} got no answer within {timeout_s:.0f} s; see the engine's log"
@@ -108,9 +127,16 @@ class Client:
             raise EngineFailed("engine-refused", f"{method} {path} answered {status}: {words}")
         return data
 
-    def json(self, method: str, path: str, body: object = None, timeout_s: float = 30.0) -> Any:
+    def json(
+        self,
+        method: str,
+        path: str,
+        body: object = None,
+        timeout_s: float = 30.0,
+        sent: Callable[[], None] | None = None,
+    ) -> Any:
         """The decoded answer of a request that must succeed. Raises EngineFailed where it does not."""
-        data = self.ok(method, path, body, timeout_s)
+        data = self.ok(method, path, body, timeout_s, sent)
         try:
             return json.loads(data)
         except ValueError as error:

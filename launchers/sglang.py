@@ -5,7 +5,7 @@ Seen with sglang 0.5.23 (CPU, `--device cpu --attention-backend torch_native`, S
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from launchers.base import RELOAD_LIMIT_S, Engine, EngineCommand, has_flag
 from launchers.client import Client
@@ -50,10 +50,12 @@ class Sglang(Engine):
         """Nothing has to be opened."""
         return {}
 
-    def generate(self, client: Client, prompt: str, tokens: int, timeout_s: float = 60.0) -> list[int]:
+    def generate(
+        self, client: Client, prompt: str, tokens: int, timeout_s: float = 60.0, sent: Callable[[], None] | None = None
+    ) -> list[int]:
         """SGLang's native endpoint, which reports the ids it sampled."""
         body = {"text": prompt, "sampling_params": {"max_new_tokens": tokens, "temperature": 0, "ignore_eos": True}}
-        answer = client.json("POST", "/generate", body, timeout_s)
+        answer = client.json("POST", "/generate", body, timeout_s, sent)
         ids = answer.get("output_ids")
         if not ids:
             raise EngineFailed(

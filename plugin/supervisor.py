@@ -37,6 +37,7 @@ log = logging.getLogger("quickthaw")
 RESTARTS_IN_A_MINUTE = 3
 SWEEP_AFTER_S = 5.0
 UNDERWAY_S = 0.2
+RECALL_LIMIT_S = 5.0
 """How long the event loop's imports (60 ms) wait for the restoring thread to get CRIU going, from which they take the interpreter."""
 
 
@@ -255,10 +256,12 @@ class Launch:
         if behaviour.access_log:
             logging.getLogger("quickthaw.proxy").setLevel(logging.INFO)
         # Process 1 of the first sandbox runs already with the limit as it was; both engines raise their own.
+            ahead=True,
         raise_files()
         self._server = ProxyServer(pool, behaviour)
         await self._server.start(self.sock, own_sock=self.own_sock)
         if self._ending.is_set():
+            replica.recall = self._recaller(pool, behind.name)
             self._stop.set()
         await self._stop.wait()
         await self._shut_down()
@@ -281,6 +284,18 @@ class Launch:
             try:
                 return running.place.connect(running.port)
             except CheckpointError as error:
+    def _recaller(self, pool: ReplicaPool, name: str) -> Callable[[], bool]:
+        import asyncio
+
+        def recall() -> bool:
+            assert self._loop is not None
+            try:
+                return asyncio.run_coroutine_threadsafe(pool.recall(name), self._loop).result(RECALL_LIMIT_S)
+            except TimeoutError:
+                return False
+
+        return recall
+
                 raise ConnectionRefusedError(str(error)) from error
 
         return connect

@@ -96,8 +96,13 @@ def close_nvml():
 
 
 def trim():
-    """Collect garbage and give free pages back: the allocator's to the kernel, the CUDA caching allocator's to the driver."""
+    """Collect garbage and give free pages back: the allocator's to the kernel, the CUDA caching allocator's to the driver.
+
+    What is left is kept out of later collections: one that comes just after a restore would walk the whole heap, and every page of it
+    would have to be brought before the first token (seen: 435 of vLLM's 535 MB of API server instead of 22).
+    """
     gc.collect()
+    gc.freeze()
     torch = sys.modules.get("torch")
     if torch is not None and hasattr(torch, "cuda") and torch.cuda.is_initialized():
         torch.cuda.empty_cache()

@@ -3,7 +3,7 @@
 Promises: nothing is written before the replica's own status line, unless the stream was started early; once anything
 has been
 written the answer is this replica's or it is cut, never another's; a cut answer closes the client's connection, so it
-cannot pass for whole.
+cannot pass for whole. The answer of a request that runs ahead of its replica's check is kept back until that is passed.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from .early import EarlyStream
     from .front import ClientConnection
     from .request import Request
+
+# Of an answer that is withheld: then its replica is not read any further.
+_WITHHELD_BYTES = 1 << 20
 
 
 class Exchange:
@@ -42,6 +45,7 @@ class Exchange:
         "request",
         "status",
         "tunnel",
+        "withheld",
         "written",
     )
 
@@ -55,6 +59,7 @@ class Exchange:
         self.chunked = False
         self.close_after = not request.keep_alive or request.upgrade is not None
         self.tunnel = False
+        self.withheld = False
         self.status = 0
         self.first_byte = 0.0
         self.held_s = 0.0
@@ -79,7 +84,7 @@ class Exchange:
         self.chunked = not length_known and request.http11
         if not request.http11:
             self.close_after = True
-        self.head_sent = True
+        self.head_sent = not self.withheld
         self.out.append(
             wire.response_head(
                 status,
@@ -103,11 +108,35 @@ class Exchange:
     def flush(self) -> None:
         """Write what one read brought."""
         out = self.out
-        if out:
+        if self.withheld:
+            if self.back is not None and sum(map(len, out)) > _WITHHELD_BYTES:
+                self.back.pause(True)
+        elif out:
             data = out[0] if len(out) == 1 else b"".join(out)
             out.clear()
             self.written += len(data)
             self.client.write(data)
+
+    def let_go(self) -> None:
+        """Write what was withheld; from here on as usual."""
+        self.withheld = False
+        if self.status:
+            self.head_sent, self.first_byte = True, time.monotonic()
+        self.flush()
+        if self.back is not None and not self.client.writing_paused:
+            self.back.pause(False)
+
+    def forget(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Drop what was withheld: nothing of it was written, and another replica may answer."""
+        if self.back is not None:
+            self.back.abort()
+            self.back = None
+        if self.done.done():
+            self.done.exception()  # seen: a replica that fails its check breaks its connections
+        self.done = loop.create_future()
+        self.out.clear()
+        self.withheld = self.chunked = False
+        self.status, self.first_byte, self.replica_name = 0, 0.0, ""
 
     def end(self, trailers: list[wire.Field]) -> None:
         """The answer is complete."""

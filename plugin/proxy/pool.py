@@ -9,7 +9,8 @@ called on.
 
 Promises: at most one wake at a time; a request is handed a replica only while that replica is serving and not being
 put to sleep or
-quiesced, decided in one step with its count of outstanding requests; a waiting request ends in a replica, a coded
+quiesced, decided in one step with its count of outstanding requests (`ahead`: or while it is checked, for a request whose
+answer is withheld until then); a waiting request ends in a replica, a coded
 error, or its own
 cancellation. A failed start ends waiting requests only when the owner says that it is final (`start_failed`, or
 `wake` raising).
@@ -37,6 +38,8 @@ log = logging.getLogger("quickthaw.proxy")
 _TICK_S = 0.1
 _BACKOFF_S = (1.0, 2.0, 5.0, 10.0, 30.0)
 _SUSPECT_S = 0.5
+# Requests that run beside a replica's check: one keeps the check short, and is the one that everybody looks at.
+_AHEAD = 1
 
 
 @dataclass(eq=False)
@@ -47,6 +50,8 @@ class Waiter:
     limit_s: float | None
     at_most_s: float
     began: float
+    ahead: bool = False
+    """Whether it may run on a replica whose check has begun and not ended."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,7 @@ class ReplicaPool:
         suspect: Callable[[Replica, str], None] | None = None,
         history: History | None = None,
         idle_timeout_s: float | None = None,
+        ahead: bool = False,
         wake_limit_s: float = 1800.0,
         sleep_limit_s: float = 300.0,
     ) -> None:
@@ -89,6 +95,7 @@ class ReplicaPool:
         self.sleeps = 0
         self.failed_starts = 0
         self.idle_timeout_s = idle_timeout_s
+        self.ahead = ahead
         self.max_held = 4096
         self.max_hold_s = 3600.0
         self.last_active = time.monotonic()
@@ -262,6 +269,7 @@ class ReplicaPool:
         at_most_s: float = math.inf,
         since: float | None = None,
         unbounded: bool = False,
+        ahead: bool = False,
     ) -> Replica:
         """A serving replica, waking the pool and waiting if need be.
 
@@ -270,6 +278,7 @@ class ReplicaPool:
             at_most_s: what the client asked for, in seconds: it lowers the deadline and never raises it.
             since: when the request arrived (monotonic seconds), from which its deadline counts; None is now.
             unbounded: do not count against `max_held` (an owner's own wait).
+            ahead: a replica will do that is not serving yet but being checked (`Replica.check`).
 
         Raises:
             Unavailable: too many are held, or the deadline passed.
@@ -298,8 +307,9 @@ class ReplicaPool:
                 "hold-deadline", f"no replica was ready within {least:.1f} s", retry_after_s=self.left_s()
             )
         loop = asyncio.get_running_loop()
-        waiter = Waiter(loop.create_future(), limit_s, at_most_s, since)
+        waiter = Waiter(loop.create_future(), limit_s, at_most_s, since, ahead)
         self._waiters[waiter] = None
+        self._run_ahead()
         self._demand()
         self._tick_soon(loop)
         try:
@@ -316,6 +326,19 @@ class ReplicaPool:
     def can_wake(self) -> bool:
         """True when the owner gave a wake hook."""
         return self._wake_hook is not None
+
+    async def recall(self, name: str) -> bool:
+        """Take back what runs ahead on a replica whose check wants the engine for itself; True when there was any.
+
+        Nothing runs ahead on it any more until it serves.
+        """
+        replica = self.replicas[name]
+        check = replica.check
+        if check is None or check.done() or not replica.outstanding:
+            return False
+        check.set_result(False)
+        await replica.quiet()
+        return True
 
     def poke(self) -> None:
         """Look again at who can be served: a replica is no longer held back."""
@@ -396,6 +419,7 @@ class ReplicaPool:
 
     def _moved(self, replica: Replica, old: Phase, new: Phase, reason: str, before: tuple[Span, ...]) -> None:
         replica.note(old, new, before)
+        self._note_check(replica, new)
         fields: dict[str, object]
         fields = {"pool": self.name, "replica": replica.name, "from": str(old), "to": str(new), "reason": reason}
         log.info("%s: %s → %s", replica.name, old, new, extra={"event": "phase", "fields": fields})
@@ -425,6 +449,32 @@ class ReplicaPool:
             told(replica, new, reason)
         self._dispatch()
 
+    def _note_check(self, replica: Replica, new: Phase) -> None:
+        if new is Phase.VERIFYING and self.ahead and self._loop is not None:
+            replica.check = self._loop.create_future()
+        elif replica.check is not None:
+            if not replica.check.done():
+                replica.check.set_result(new is Phase.SERVING)
+            if new is Phase.SERVING:
+                replica.check = None
+
+    def _run_ahead(self) -> None:
+        """Let the first who may run on a replica that is being checked."""
+        for replica in self.replicas.values():
+            check = replica.check
+            if check is None or check.done() or replica.upstream is None or replica.held_back:
+                continue
+            for waiter in list(self._waiters):
+                if replica.outstanding >= _AHEAD:
+                    break
+                if waiter.ahead and not waiter.ready.done():
+                    self._hand(waiter, replica)
+
+    def _hand(self, waiter: Waiter, replica: Replica) -> None:
+        replica.outstanding += 1
+        waiter.ready.set_result(replica)
+        self._waiters.pop(waiter, None)
+
     def _dispatch(self) -> None:
         """Hand replicas to those who wait, first come first served; then see whether a wake is needed."""
         if self._closed is None:
@@ -434,9 +484,9 @@ class ReplicaPool:
                 replica = self._ready()
                 if replica is None:
                     break
-                replica.outstanding += 1
-                waiter.ready.set_result(replica)
-                self._waiters.pop(waiter, None)
+                self._hand(waiter, replica)
+            if self._waiters:
+                self._run_ahead()
             if self._waiters:
                 self._demand()
 

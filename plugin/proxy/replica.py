@@ -42,6 +42,10 @@ class Replica:
         """True once the last start has ended, well or finally badly: what begins then is another start. A restore that
         failed and goes on cold is still the same one.
         """
+        self.check: asyncio.Future[bool] | None = None
+        """While a restored replica is compared with its snapshot: done when that has ended, or requests that run ahead are
+        taken back.
+        """
         self._phases: list[Phase] = []
         self._began = time.monotonic()
         self._skip = 0

@@ -206,6 +206,13 @@ class Request:
         if self.sink is not None:
             self.sink.end_body(self.trailers)
 
+    def put_back(self, body: bytes) -> int:
+        """Keep a body again that was taken and must be sent anew; returns its bytes."""
+        self.sink = None
+        self.body[:] = body
+        self.buffered = len(body)
+        return self.buffered
+
     def take_body(self) -> bytes:
         """Everything kept so far; it is no longer kept."""
         data = bytes(self.body)

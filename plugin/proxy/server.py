@@ -6,7 +6,7 @@ signals and calls `shutdown`. `serve` is the same as one coroutine.
 
 Promises: every request that was read gets exactly one answer, or its connection is cut; a request is written to a
 replica at most once,
-and written anew only after a connection that could not be made.
+and written anew only after a connection that could not be made, or where it ran ahead of a check (`_run_ahead`).
 """
 
 from __future__ import annotations
@@ -33,6 +33,10 @@ from .settings import Settings
 from .stats import Stats
 
 log = logging.getLogger("quickthaw.proxy")
+GENERATIONS = frozenset(
+    {"/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages", "/v1/embeddings", "/generate"}
+)
+"""Paths of requests that may run beside a restored replica's check."""
 
 
 class Router(Protocol):
@@ -278,6 +282,10 @@ class ProxyServer:
             if replica is None:
                 replica = await self._hold(client, request, exchange, pool)
             try:
+                if replica.check is not None:
+                    if await self._run_ahead(client, request, exchange, replica, replica.check):
+                        return
+                    continue
                 back = await self._connection(pool, replica)
                 if back is not None and client.transport is not None and not client.transport.is_closing():
                     exchange.replica_name = replica.name
@@ -299,7 +307,10 @@ class ProxyServer:
 
             await begin_early(client, request, exchange, pool, self.settings)
         try:
-            replica = await pool.acquire(self.settings.hold_timeout_s, at_most_s=request.hold_s, since=request.arrived)
+            ahead = request.complete and exchange.early is None and request.path in GENERATIONS
+            replica = await pool.acquire(
+                self.settings.hold_timeout_s, at_most_s=request.hold_s, since=request.arrived, ahead=ahead
+            )
         finally:
             exchange.held_s += time.monotonic() - began
         if client.gone():
@@ -340,6 +351,49 @@ class ProxyServer:
         self, client: ClientConnection, request: Request, exchange: Exchange, replica: Replica, back: BackConnection
     ) -> None:
         """Write the request once, and see its answer through."""
+        self._write(client, request, exchange, replica, back)
+        await exchange.done
+        replica.served += 1
+
+    async def _run_ahead(
+        self,
+        client: ClientConnection,
+        request: Request,
+        exchange: Exchange,
+        replica: Replica,
+        check: asyncio.Future[bool],
+    ) -> bool:
+        """Let a replica that is being checked answer already, and keep the answer back until the check is passed.
+
+        False where it was not: then nothing reached the client, and the request waits for another replica, or for this one to have
+        come back another way. Only for what generates: it leaves nothing behind in an engine whose answer is thrown away.
+        """
+        began = time.monotonic()
+        body = bytes(request.body)
+        try:
+            back = await connect(replica, self.settings.connect_timeout_s)
+        except OSError:
+            await asyncio.shield(check)
+            return False
+        if client.gone():
+            back.abort()
+            raise asyncio.CancelledError
+        exchange.withheld, exchange.replica_name = True, replica.name
+        self._write(client, request, exchange, replica, back)
+        passed = await asyncio.shield(check)
+        exchange.held_s += time.monotonic() - began
+        if not passed:
+            exchange.forget(self.loop)
+            self.buffered += request.put_back(body)
+            return False
+        exchange.let_go()
+        await exchange.done
+        replica.served += 1
+        return True
+
+    def _write(
+        self, client: ClientConnection, request: Request, exchange: Exchange, replica: Replica, back: BackConnection
+    ) -> None:
         upstream = replica.upstream
         assert upstream is not None
         exchange.back = back
@@ -362,8 +416,6 @@ class ProxyServer:
         client.hold("body", False)
         if client.writing_paused:
             back.pause(True)
-        await exchange.done
-        replica.served += 1
 
     def _count(self, request: Request, exchange: Exchange) -> None:
         stats = self.stats

@@ -1,0 +1,59 @@
+"""The check of a restored replica: exact where it is alone, repeated alone where a request ran beside it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from checkpoint.errors import Integrity
+from plugin.phases import Phase, PhaseTracker
+from plugin.replica import Replica
+
+pytestmark = pytest.mark.t0
+RIGHT, WRONG = [1, 2], [1, 3]
+
+
+def replica(answers: list[list[int]], ran_beside: bool) -> tuple[Replica, list[str]]:
+    told: list[str] = []
+
+    def generate(client, prompt, tokens, sent=None):
+        told.append("asked")
+        if sent:
+            sent()
+        return answers.pop(0)
+
+    def recall() -> bool:
+        told.append("recalled")
+        return ran_beside
+
+    made = Replica.__new__(Replica)
+    made.engine = SimpleNamespace(generate=generate)
+    made.running = SimpleNamespace(client=None)
+    made.tracker = PhaseTracker(phase=Phase.WAKING)
+    made.tracker.listen(lambda old, new, reason: told.append(str(new)))
+    made.recall = recall
+    return made, told
+
+
+SNAPSHOT = SimpleNamespace(canary=SimpleNamespace(prompt="The", token_ids=RIGHT))
+
+
+def test_the_canary_is_asked_before_anything_may_run_beside_it():
+    checked, told = replica([RIGHT], True)
+    checked._compare(SNAPSHOT)
+    assert told == ["asked", "verifying"]
+
+
+def test_another_answer_beside_a_request_is_tried_again_alone():
+    checked, told = replica([WRONG, RIGHT], True)
+    checked._compare(SNAPSHOT)
+    assert told == ["asked", "verifying", "recalled", "asked"]
+
+
+@pytest.mark.parametrize(("answers", "ran_beside"), [([WRONG], False), ([WRONG, WRONG], True)])
+def test_another_answer_alone_refuses_the_replica(answers, ran_beside):
+    checked, _ = replica(answers, ran_beside)
+    with pytest.raises(Integrity) as caught:
+        checked._compare(SNAPSHOT)
+    assert caught.value.code == "canary-differs" and not answers

@@ -35,7 +35,7 @@ class EngineCommand:
 
     engine: str
     arguments: tuple[str, ...]
-    """The user's own arguments without host and port."""
+    """The user's own arguments without host and port, and what the launcher adds to every start (SGLang's `--sleep-on-idle`)."""
     model: str
     host: str
     port: int
@@ -83,8 +83,11 @@ class Engine(abc.ABC):
 
     # Command line
 
-    def parse(self, arguments: Sequence[str], environment: Mapping[str, str]) -> EngineCommand:
-        """Take the model, host, port and key out of the engine's own arguments. Raises Usage where there is no model."""
+    def parse(self, arguments: Sequence[str], environment: Mapping[str, str], spin: bool = False) -> EngineCommand:
+        """Take the model, host, port and key out of the engine's own arguments. Raises Usage where there is no model.
+
+        `spin`: an idle engine may poll without a pause, where that is its own way (SGLang); else it is told to sleep.
+        """
         words = list(arguments)
         if words and words[0] == "serve":
             words = words[1:]

@@ -5,11 +5,26 @@ Seen with sglang 0.5.23 (CPU, `--device cpu --attention-backend torch_native`, S
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from launchers.base import RELOAD_LIMIT_S, Engine, EngineCommand, has_flag
 from launchers.client import Client
 from launchers.errors import EngineFailed
+
+SLEEP_ON_IDLE = "--sleep-on-idle"
+WORKS_WHILE_IDLE = (
+    "--config",
+    "--enable-dp-attention",
+    "--pp-size",
+    "--pipeline-parallel-size",
+    "--disaggregation-mode",
+    "--enable-hierarchical-cache",
+    "--enable-lmcache",
+    "--enable-pdmux",
+)
+"""With these a scheduler without a request of its own has others' work to look after (or a file decides, which is not read here): one
+that wakes once a second would hold them up."""
 
 
 class Sglang(Engine):
@@ -41,6 +56,17 @@ class Sglang(Engine):
             "/stop_profile",
         }
     )
+
+    def parse(self, arguments: Sequence[str], environment: Mapping[str, str], spin: bool = False) -> EngineCommand:
+        """As for every engine; and unless `spin`, an idle scheduler waits for its sockets instead of polling them without a pause.
+
+        SGLang's default takes a whole core of the host for every idle replica, from those that restore or serve beside it. Part of the
+        arguments from here on, and so of the snapshot's identity.
+        """
+        command = super().parse(arguments, environment, spin)
+        if spin or has_flag(command, SLEEP_ON_IDLE, *WORKS_WHILE_IDLE):
+            return command
+        return replace(command, arguments=(*command.arguments, SLEEP_ON_IDLE))
 
     def command(self, python: str, command: EngineCommand, host: str, port: int) -> list[str]:
         """The module form, which exists in every release."""

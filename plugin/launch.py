@@ -138,6 +138,12 @@ class Seconds(click.ParamType[float]):
     help="Stop the engine after so long without a request; the next wakes it.",
 )
 @click.option(
+    "--spin-idle",
+    is_flag=True,
+    show_envvar=True,
+    help="Let an idle SGLang poll without a pause, as it does by default; else it is given --sleep-on-idle.",
+)
+@click.option(
     "--start-timeout",
     type=Seconds(),
     default="30m",
@@ -189,7 +195,7 @@ def launch(engine: str, engine_arguments: tuple[str, ...], **options: Any) -> in
 
     start_log(options["quiet"])
     environment = dict(os.environ)
-    command = launchers.engine(engine).parse(engine_arguments, environment)
+    command = launchers.engine(engine).parse(engine_arguments, environment, options["spin_idle"])
     python = options["engine_python"] or sys.executable
     if not os.access(python, os.X_OK):
         raise Usage("engine-python", f"{python} cannot be executed; give the engine's interpreter with --engine-python")

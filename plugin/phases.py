@@ -90,6 +90,10 @@ class PhaseTracker:
         """Call `listener(old, new, reason)` at every later transition."""
         self._listeners.append(listener)
 
+    def unlisten(self, listener: Callable[[Phase, Phase, str], None]) -> None:
+        """Call it no more."""
+        self._listeners.remove(listener)
+
     def to(self, phase: Phase, reason: str = "") -> None:
         """Move to `phase`; `reason` says why where that is not obvious (a failure's code and message).
 
@@ -106,7 +110,7 @@ class PhaseTracker:
         elif old not in (Phase.IDLE, Phase.SERVING):
             self._spans.append(Span(old, self._since - self._began, now - self._since))
         self.phase, self.reason, self._since = phase, reason, now
-        for listener in self._listeners:
+        for listener in tuple(self._listeners):
             listener(old, phase, reason)
 
     @property

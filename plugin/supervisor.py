@@ -23,6 +23,7 @@ from plugin.layers import Layers, detect
 from plugin.phases import Phase, PhaseTracker
 from plugin.replica import Replica
 from plugin.settings import LaunchSettings
+from plugin.turns import Turns
 from plugin.weights import Weights
 
 if TYPE_CHECKING:
@@ -36,8 +37,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("quickthaw")
 RESTARTS_IN_A_MINUTE = 3
 SWEEP_AFTER_S = 5.0
-UNDERWAY_S = 0.2
 RECALL_LIMIT_S = 5.0
+UNDERWAY_S = 0.2
 """How long the event loop's imports (60 ms) wait for the restoring thread to get CRIU going, from which they take the interpreter."""
 
 
@@ -87,11 +88,12 @@ class Launch:
         self._failure: Exception | None = None
         self._starting = 0
         self._counting = threading.Lock()
+        self._turns = Turns()
 
     # The replicas' side: threads
 
     def begin(self, criu: Criu | None, engine: Engine, weights: Weights) -> None:
-        """Start the replicas in threads of their own: all at once from a snapshot that is there, else the others from the first one's."""
+        """Start the replicas in threads of their own: in turns from a snapshot that is there, else the others from the first one's."""
         self.weights = weights
         for index in range(self.settings.replicas):
             tracker = PhaseTracker()
@@ -119,12 +121,15 @@ class Launch:
         together = others and self._something_to_restore(first)
         # Counted before they run: one that fails at once must not take the launch with it.
         self._count(len(self.replicas) if together else 1)
-        if together:
-            self._start_in_threads(others, first_done.wait)
-        try:
-            served = self._start_counted(first)
-        finally:
-            first_done.set()
+        with contextlib.ExitStack() as turn:
+            if together:
+                # The one with helpers that are there already comes first.
+                turn.enter_context(self._turns.turn(first.tracker))
+                self._start_in_threads(others, first_done.wait)
+            try:
+                served = self._start_counted(first)
+            finally:
+                first_done.set()
         if served and not together:
             self._count(len(others))
             self._start_in_threads(others, None)
@@ -137,7 +142,7 @@ class Launch:
 
     def _start_in_threads(self, replicas: list[Replica], before_cold: Callable[[], object] | None) -> None:
         for replica in replicas:
-            threading.Thread(target=self._start_counted, args=(replica, before_cold), daemon=True).start()
+            threading.Thread(target=self._start_in_turn, args=(replica, before_cold), daemon=True).start()
 
     @staticmethod
     def _something_to_restore(replica: Replica) -> bool:
@@ -154,7 +159,11 @@ class Launch:
 
     def _start_one(self, replica: Replica) -> bool:
         self._count(1)
-        return self._start_counted(replica)
+        return self._start_in_turn(replica)
+
+    def _start_in_turn(self, replica: Replica, before_cold: Callable[[], object] | None = None) -> bool:
+        with self._turns.turn(replica.tracker):
+            return self._start_counted(replica, before_cold)
 
     def _start_counted(self, replica: Replica, before_cold: Callable[[], object] | None = None) -> bool:
         failure: Exception | None = None
@@ -247,21 +256,21 @@ class Launch:
             wake=self._wake if self.settings.idle_timeout_s else None,
             sleep=self._sleep if self.settings.idle_timeout_s else None,
             idle_timeout_s=self.settings.idle_timeout_s or None,
+            ahead=True,
         )
         for index, replica in enumerate(self.replicas):
             behind = pool.add(f"r{index}", replica.tracker, Upstream(self._connector(replica), f"r{index}"))
             replica.served = self._counter(behind)
+            replica.recall = self._recaller(pool, behind.name)
         denied = self.replicas[0].engine.denied_paths - self._opened_by_user()
         behaviour = Settings(denied_paths=frozenset(denied), **self.settings.proxy)
         if behaviour.access_log:
             logging.getLogger("quickthaw.proxy").setLevel(logging.INFO)
         # Process 1 of the first sandbox runs already with the limit as it was; both engines raise their own.
-            ahead=True,
         raise_files()
         self._server = ProxyServer(pool, behaviour)
         await self._server.start(self.sock, own_sock=self.own_sock)
         if self._ending.is_set():
-            replica.recall = self._recaller(pool, behind.name)
             self._stop.set()
         await self._stop.wait()
         await self._shut_down()
@@ -275,15 +284,6 @@ class Launch:
 
         return served
 
-    @staticmethod
-    def _connector(replica: Replica) -> Callable[[], socket.socket]:
-        def connect() -> socket.socket:
-            running = replica.running
-            if running is None:
-                raise ConnectionRefusedError("the replica is gone")
-            try:
-                return running.place.connect(running.port)
-            except CheckpointError as error:
     def _recaller(self, pool: ReplicaPool, name: str) -> Callable[[], bool]:
         import asyncio
 
@@ -296,6 +296,15 @@ class Launch:
 
         return recall
 
+    @staticmethod
+    def _connector(replica: Replica) -> Callable[[], socket.socket]:
+        def connect() -> socket.socket:
+            running = replica.running
+            if running is None:
+                raise ConnectionRefusedError("the replica is gone")
+            try:
+                return running.place.connect(running.port)
+            except CheckpointError as error:
                 raise ConnectionRefusedError(str(error)) from error
 
         return connect

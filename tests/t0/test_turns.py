@@ -1,0 +1,78 @@
+"""Turns of replicas that are restored beside each other."""
+
+import contextlib
+import threading
+import time
+
+import pytest
+
+from plugin.phases import Phase, PhaseTracker
+from plugin.turns import Turns
+
+pytestmark = pytest.mark.t0
+RESTORE = (Phase.MOUNTING, Phase.RESTORING, Phase.WAKING, Phase.VERIFYING)
+
+
+def through(tracker: PhaseTracker, *phases: Phase) -> None:
+    for phase in phases:
+        tracker.to(phase)
+
+
+@pytest.mark.parametrize("cores, at_once", [(1, 1), (2, 1), (3, 1), (4, 2), (9, 4)])
+def test_one_restore_for_every_two_processors(cores, at_once):
+    turns = Turns(cores, limit_s=0.01)
+    with contextlib.ExitStack() as stack:
+        got = [stack.enter_context(turns.turn(PhaseTracker())) for _ in range(at_once + 1)]
+    assert got == [True] * at_once + [False]
+
+
+@pytest.mark.parametrize(
+    "before, end",
+    [(RESTORE, Phase.SERVING), (RESTORE[:2], Phase.FAILED), (RESTORE[:1], Phase.STARTING), ((), Phase.STOPPED)],
+)
+def test_a_turn_ends_when_the_replica_serves_fails_stops_or_starts_cold(before, end):
+    turns, tracker = Turns(2, limit_s=0.01), PhaseTracker()
+    with turns.turn(tracker) as mine:
+        through(tracker, *before)
+        with turns.turn(PhaseTracker()) as early:
+            pass
+        tracker.to(end)
+        with turns.turn(PhaseTracker()) as then:
+            pass
+    assert (mine, early, then) == (True, False, True)
+
+
+def test_a_turn_ends_once_however_often_it_could():
+    turns, tracker = Turns(2, limit_s=0.01), PhaseTracker()
+    with turns.turn(tracker):
+        through(tracker, *RESTORE, Phase.SERVING, Phase.ASLEEP)
+    with turns.turn(PhaseTracker()) as one, turns.turn(PhaseTracker()) as two:
+        pass
+    assert (one, two) == (True, False)
+    assert not tracker._listeners
+
+
+def test_who_waited_too_long_goes_on_and_gives_nothing_back():
+    turns = Turns(2, limit_s=0.01)
+    with turns.turn(PhaseTracker()):
+        with turns.turn(PhaseTracker()) as impatient:
+            assert not impatient
+        with turns.turn(PhaseTracker()) as still_taken:
+            assert not still_taken
+
+
+def test_the_next_goes_at_once_when_a_turn_ends():
+    turns, tracker, went = Turns(2, limit_s=30.0), PhaseTracker(), threading.Event()
+
+    def other() -> None:
+        with turns.turn(PhaseTracker()):
+            went.set()
+
+    with turns.turn(tracker):
+        thread = threading.Thread(target=other)
+        thread.start()
+        time.sleep(0.05)
+        assert not went.is_set()
+        through(tracker, *RESTORE, Phase.SERVING)
+        assert went.wait(5)
+    thread.join(5)

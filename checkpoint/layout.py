@@ -36,8 +36,9 @@ REST = ".rest"
 PAGE = 4096
 SMALL = 256 << 10
 """Bytes. Larger files keep chunks of their own, which other snapshots may share."""
-CHUNK = 2 << 20
-"""The longest chunk of `first.bytes`: several are in flight, and the last one's way through this host is what a first token waits for."""
+CHUNK = 1 << 20
+"""The longest chunk of `first.bytes`. All that are in flight share the link, so they come together and not in the order of need: twelve of
+this length are a twentieth of a second of a link of 1 Gbit/s. Shorter ones cost a request each."""
 REST_CHUNK = 1 << 20
 """The longest chunk of a `.rest` file: a page that nobody foresaw is waited for with its whole chunk."""
 _VERSION = 1

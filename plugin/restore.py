@@ -7,11 +7,14 @@ from __future__ import annotations
 
 # First of all: process 1 of the sandbox starts (30 ms) while this process imports what it needs.
 if __name__ == "__main__":
+    import sys
+
     from checkpoint import prefork
-    from plugin import first
+    from plugin import ahead, first
 
     first.stand_in()
     prefork.start()
+    ahead.start(sys.argv[1:])
 
 import os
 import sys
@@ -37,6 +40,13 @@ from plugin.proxy.options import knobs, shared
     help="Port.  [default: the engine's own default]",
 )
 @click.option("--replicas", type=click.IntRange(1), default=1, show_default=True, show_envvar=True)
+@click.option(
+    "--restores-at-once",
+    type=click.IntRange(0),
+    default=0,
+    show_envvar=True,
+    help="How many replicas are restored beside each other.  [default: one for every two processors]",
+)
 @click.option("--api-key", default=None, show_envvar=True, help="The key the engine was started with, for the canary.")
 @click.option("--store", default=None, metavar="URL", show_envvar=True, help="Where weights are kept as chunks.")
 @click.option(
@@ -96,6 +106,7 @@ def restore(snapshot: str, **options: Any) -> int:
             snapshot_store=options["snapshot_store"],
             name=snapshot,
             replicas=options["replicas"],
+            restores_at_once=options["restores_at_once"],
             mount=Path(model).is_dir(),
             take_snapshot=False,
             named=True,

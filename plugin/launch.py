@@ -82,6 +82,13 @@ class Seconds(click.ParamType[float]):
     help="Replicas behind the one port.",
 )
 @click.option(
+    "--restores-at-once",
+    type=click.IntRange(0),
+    default=0,
+    show_envvar=True,
+    help="How many replicas are restored beside each other.  [default: one for every two processors]",
+)
+@click.option(
     "--weights",
     type=click.Choice(["auto", "full", "thin"]),
     default="auto",
@@ -209,6 +216,7 @@ def launch(engine: str, engine_arguments: tuple[str, ...], **options: Any) -> in
             snapshot_store=options["snapshot_store"],
             name=options["name"],
             replicas=options["replicas"],
+            restores_at_once=options["restores_at_once"],
             weights=options["weights"],
             mount=options["mount"],
             take_snapshot=options["snapshot"],

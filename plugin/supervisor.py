@@ -88,7 +88,7 @@ class Launch:
         self._failure: Exception | None = None
         self._starting = 0
         self._counting = threading.Lock()
-        self._turns = Turns()
+        self._turns = Turns(self.settings.restores_at_once)
 
     # The replicas' side: threads
 

@@ -23,11 +23,11 @@ _IN_TURN = frozenset({Phase.MOUNTING, Phase.RESTORING, Phase.WAKING, Phase.VERIF
 
 
 class Turns:
-    """As many restores at once as the processors this process may use allow: one for every two, at least one."""
+    """So many restores `at_once`; 0: as many as the processors this process may use allow, one for every two, at least one."""
 
-    def __init__(self, cores: int | None = None, limit_s: float = TURN_LIMIT_S) -> None:
+    def __init__(self, at_once: int = 0, cores: int | None = None, limit_s: float = TURN_LIMIT_S) -> None:
         cores = len(os.sched_getaffinity(0)) if cores is None else cores
-        self._free = threading.Semaphore(max(1, cores // CORES_A_RESTORE))
+        self._free = threading.Semaphore(at_once or max(1, cores // CORES_A_RESTORE))
         self._limit_s = limit_s
 
     @contextlib.contextmanager

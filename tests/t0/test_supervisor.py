@@ -9,7 +9,6 @@ import pytest
 from launchers.errors import EngineFailed
 from plugin.phases import PhaseTracker
 from plugin.supervisor import Launch
-from plugin.turns import Turns
 
 pytestmark = pytest.mark.t0
 
@@ -31,8 +30,7 @@ class Replica:
 
 
 def test_one_failed_start_does_not_end_those_that_go_on_and_the_last_does():
-    launch = Launch(SimpleNamespace(idle_timeout_s=None), None, None)
-    launch._turns = Turns(cores=6)  # all at once
+    launch = Launch(SimpleNamespace(idle_timeout_s=None, restores_at_once=3), None, None)
     launch.replicas = replicas = [Replica() for _ in range(3)]
     threading.Thread(target=launch._start_all, daemon=True).start()
     for replica in replicas[:0:-1]:
@@ -45,9 +43,8 @@ def test_one_failed_start_does_not_end_those_that_go_on_and_the_last_does():
     assert launch.exit_code == 1 and "it does not start" in str(launch._failure)
 
 
-def test_on_two_processors_the_next_replica_starts_when_the_one_before_has_failed():
-    launch = Launch(SimpleNamespace(idle_timeout_s=None), None, None)
-    launch._turns = Turns(cores=2, limit_s=30.0)
+def test_told_to_restore_one_at_once_the_next_replica_starts_when_the_one_before_has_failed():
+    launch = Launch(SimpleNamespace(idle_timeout_s=None, restores_at_once=1), None, None)
     launch.replicas = replicas = [Replica() for _ in range(3)]
     for replica in replicas[1:]:
         replica.fail.set()

@@ -18,9 +18,11 @@ def through(tracker: PhaseTracker, *phases: Phase) -> None:
         tracker.to(phase)
 
 
-@pytest.mark.parametrize("cores, at_once", [(1, 1), (2, 1), (3, 1), (4, 2), (9, 4)])
-def test_one_restore_for_every_two_processors(cores, at_once):
-    turns = Turns(cores, limit_s=0.01)
+@pytest.mark.parametrize(
+    "told, cores, at_once", [(0, 1, 1), (0, 2, 1), (0, 3, 1), (0, 4, 2), (0, 9, 4), (3, 2, 3), (1, 8, 1)]
+)
+def test_one_restore_for_every_two_processors_or_as_many_as_told(told, cores, at_once):
+    turns = Turns(told, cores, limit_s=0.01)
     with contextlib.ExitStack() as stack:
         got = [stack.enter_context(turns.turn(PhaseTracker())) for _ in range(at_once + 1)]
     assert got == [True] * at_once + [False]
@@ -31,7 +33,7 @@ def test_one_restore_for_every_two_processors(cores, at_once):
     [(RESTORE, Phase.SERVING), (RESTORE[:2], Phase.FAILED), (RESTORE[:1], Phase.STARTING), ((), Phase.STOPPED)],
 )
 def test_a_turn_ends_when_the_replica_serves_fails_stops_or_starts_cold(before, end):
-    turns, tracker = Turns(2, limit_s=0.01), PhaseTracker()
+    turns, tracker = Turns(cores=2, limit_s=0.01), PhaseTracker()
     with turns.turn(tracker) as mine:
         through(tracker, *before)
         with turns.turn(PhaseTracker()) as early:
@@ -43,7 +45,7 @@ def test_a_turn_ends_when_the_replica_serves_fails_stops_or_starts_cold(before, 
 
 
 def test_a_turn_ends_once_however_often_it_could():
-    turns, tracker = Turns(2, limit_s=0.01), PhaseTracker()
+    turns, tracker = Turns(cores=2, limit_s=0.01), PhaseTracker()
     with turns.turn(tracker):
         through(tracker, *RESTORE, Phase.SERVING, Phase.ASLEEP)
     with turns.turn(PhaseTracker()) as one, turns.turn(PhaseTracker()) as two:
@@ -53,7 +55,7 @@ def test_a_turn_ends_once_however_often_it_could():
 
 
 def test_who_waited_too_long_goes_on_and_gives_nothing_back():
-    turns = Turns(2, limit_s=0.01)
+    turns = Turns(cores=2, limit_s=0.01)
     with turns.turn(PhaseTracker()):
         with turns.turn(PhaseTracker()) as impatient:
             assert not impatient
@@ -62,7 +64,7 @@ def test_who_waited_too_long_goes_on_and_gives_nothing_back():
 
 
 def test_the_next_goes_at_once_when_a_turn_ends():
-    turns, tracker, went = Turns(2, limit_s=30.0), PhaseTracker(), threading.Event()
+    turns, tracker, went = Turns(cores=2, limit_s=30.0), PhaseTracker(), threading.Event()
 
     def other() -> None:
         with turns.turn(PhaseTracker()):

@@ -1,5 +1,6 @@
 """Many at once: replicas of one snapshot, two launches of one identity, and what must differ between them."""
 
+import re
 import threading
 import time
 
@@ -12,7 +13,7 @@ RESTORED = ["mounting", "restoring", "waking", "verifying"]
 def test_four_replicas_restored_at_the_same_moment_all_verify_and_share_the_work(launch_rig):
     rig = launch_rig
     answer = rig.take()
-    with rig.running("--replicas", 4) as started:
+    with rig.running("--replicas", 4, "--restores-at-once", 4) as started:
         assert started.ask() == answer
         started.wait_serving()
         assert started.phases() == [RESTORED] * 4
@@ -28,11 +29,28 @@ def test_four_replicas_restored_at_the_same_moment_all_verify_and_share_the_work
         assert min(served) >= 2, served
         text = started.ours()
     # At the same moment: the last begins to restore before the first is done.
-    order = [line.split(": ", 2)[1:] for line in text.splitlines() if ": replica " in line.replace("quickthaw: ", ": ")]
-    restoring = [i for i, (_, what) in enumerate(order) if what.startswith("restoring")]
-    serving = [i for i, (_, what) in enumerate(order) if what.startswith("serving")]
+    restoring, serving = (lines_with(text, word) for word in ("restoring", "serving"))
     assert len(restoring) == len(serving) == 4, text
     assert max(restoring) < min(serving), text
+
+
+def lines_with(text, phase):
+    """Where in our own words a replica reaches a phase."""
+    lines = text.splitlines()
+    return [i for i, line in enumerate(lines) if re.match(rf"quickthaw: replica \d+: {phase} ", line)]
+
+
+def test_replicas_that_share_a_processor_are_restored_in_turns_and_all_verify(launch_rig):
+    rig = launch_rig
+    answer = rig.take()
+    with rig.running("--replicas", 3, prefix=("taskset", "-c", "0")) as started:
+        assert started.ask() == answer
+        started.wait_serving()
+        assert started.phases() == [RESTORED] * 3
+        text = started.ours()
+    restoring, serving = (lines_with(text, word) for word in ("restoring", "serving"))
+    assert len(restoring) == len(serving) == 3, text
+    assert sorted(restoring + serving) == [i for pair in zip(restoring, serving, strict=True) for i in pair], text
 
 
 def test_replicas_whose_snapshot_is_damaged_come_from_the_one_that_the_first_takes(launch_rig):

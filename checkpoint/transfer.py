@@ -8,11 +8,13 @@ ends with the store's own limits.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 
 WORKERS = 4
 _ATTEMPTS = 3
+_HOLE = 256 << 10
+"""Bytes. A shorter hole costs less as zeros than the further chunk would."""
 # Key of an archive manifest's `meta`: names that are one file. CRIU keeps deleted files that are still mapped as `link_remap.N` beside the
 # name another process opened (POSIX semaphores): as two files, the processes would no longer share them. A mount shows them as two.
 LINKS = "hard-links"
@@ -82,10 +86,8 @@ class Push:
 
     def file(self, folder: Path, path: str, size: int, lengths: list[int] | None) -> None:
         """Store one file as it is."""
-        from lazyfs.chunking import MAX_CHUNK
-
         if lengths is None or sum(lengths) != size:
-            lengths = [min(MAX_CHUNK, size - at) for at in range(0, size, MAX_CHUNK)]
+            lengths = by_holes(folder / path, size)
         self.gathered(folder, path, lengths, lambda offset, length: [(path, offset, 0, length)], {path: size})
 
     def gathered(
@@ -189,6 +191,34 @@ class Push:
         self.chunks.set_ref("snapshots", name, digest)
         size = sum(size for _, size, _ in listing.files)
         return Pushed(digest, len(listing.files), self.count, size, self.zero, self.copies, self.shared, self.stored)
+
+
+def by_holes(path: Path, size: int) -> list[int]:
+    """Lengths of the chunks of a file of `size` bytes: its holes are chunks of their own, which are neither stored nor fetched.
+
+    A restore waits for shared memory as a whole, and engines write a few pages of hundreds of megabytes. Raises OSError.
+    """
+    from lazyfs.chunking import MAX_CHUNK
+
+    borders = {0, size}
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        at = 0
+        while at < size:
+            try:
+                data = os.lseek(fd, at, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno != errno.ENXIO:
+                    raise
+                data = size  # a hole to the end
+            hole = os.lseek(fd, data, os.SEEK_HOLE) if data < size else size
+            if data - at >= _HOLE:
+                borders |= {min(at, size), min(data, size)}
+            at = hole
+    finally:
+        os.close(fd)
+    ends = sorted(borders)
+    return [min(MAX_CHUNK, high - at) for low, high in pairwise(ends) for at in range(low, high, MAX_CHUNK)]
 
 
 def _read_fully(fd: int, offset: int, into: memoryview, path: str) -> None:

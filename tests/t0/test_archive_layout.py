@@ -19,6 +19,7 @@ from checkpoint.pages.arrival import Presence
 from checkpoint.pages.workingset import WorkingSet
 from checkpoint.picture import marks, shares
 from checkpoint.sealing import seal
+from checkpoint.transfer import by_holes
 
 pytestmark = pytest.mark.t0
 
@@ -193,3 +194,24 @@ def test_the_working_set_against_the_image(snapshot: Path) -> None:
     boxes = marks(known, read_process(str(snapshot / "images"), 1))
     assert [round(x * 1e6) // PAGE for x, _, _, _ in boxes] == [0, 3, 63]
     assert [round(y * 1e6) // PAGE for _, _, y, _ in boxes] == [7, 100, 0]
+
+
+def test_holes_are_chunks_of_their_own(tmp_path: Path) -> None:
+    path = tmp_path / "shared"
+    with path.open("wb") as file:
+        file.truncate(21 << 20)
+        for at, data in ((0, b"a" * 4096), (64 << 10, b"b" * 4096), (10 << 20, b"c" * 8192)):
+            file.seek(at)
+            file.write(data)
+    lengths = by_holes(path, 21 << 20)
+    assert sum(lengths) == 21 << 20 and max(lengths) <= 8 << 20
+    content, at, holding = path.read_bytes(), 0, 0
+    for length in lengths:
+        holding += length * any(content[at : at + length])
+        at += length
+    assert 4096 + 4096 + 8192 <= holding <= 256 << 10
+    (tmp_path / "empty").touch()
+    assert by_holes(tmp_path / "empty", 0) == []
+    with path.open("r+b") as file:
+        file.truncate(4 << 20)
+    assert sum(by_holes(path, 21 << 20)) == 21 << 20  # it became shorter; whoever reads it notices

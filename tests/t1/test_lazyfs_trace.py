@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -120,6 +121,57 @@ def s3(monkeypatch):
     finally:
         server.kill()
         server.wait(LIMIT_S)
+
+
+NGINX = """
+daemon off; master_process off; pid {folder}/pid; error_log stderr crit;
+events {{ }}
+http {{
+    access_log off; sendfile on; client_body_temp_path {folder}/body; proxy_temp_path {folder}/proxy;
+    fastcgi_temp_path {folder}/fastcgi; uwsgi_temp_path {folder}/uwsgi; scgi_temp_path {folder}/scgi;
+    server {{ listen 127.0.0.1:{port}; root {store}; }}
+}}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nginx") is None, reason="needs nginx")
+@pytest.mark.parametrize("transport", ["raw", "pyfuse3"])
+def test_an_nginx_origin(home, rig, tmp_path, transport):
+    """A store that a plain web server gives out: every byte right, by digest, and what it has not is ENOENT."""
+    model = write_model(tmp_path / "model", SIZES)
+    digest = import_directory(model)
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    conf = tmp_path / "nginx.conf"
+    conf.write_text(NGINX.format(folder=tmp_path, port=port, store=home / "store"))
+    tmp_path.chmod(0o755)
+    server = subprocess.Popen(["nginx", "-e", "stderr", "-c", str(conf)], stderr=subprocess.PIPE)
+    url = f"http://127.0.0.1:{port}"
+
+    def up():
+        try:
+            with urllib.request.urlopen(f"{url}/manifests/{digest}", timeout=LIMIT_S) as answer:
+                return answer.status == 200
+        except urllib.error.HTTPError:
+            raise
+        except (urllib.error.URLError, ConnectionError):
+            assert server.poll() is None, server.stderr.read()
+            return False
+
+    try:
+        wait_for(up)
+        handle = rig.mount(digest, store_url=url, use_origin=False, cache_dir=tmp_path / "c", transport=transport)
+        reader = rig.reader()
+        for name in ("model.safetensors", "sub/tokenizer.json", "empty"):
+            assert reader.ask("digest", str(handle.mountpoint / name)) == reader.ask("digest", str(model / name))
+        assert handle.status()["counters"]["failed"] == 0
+        with pytest.raises(NotFound):
+            rig.mount("0" * 64, "none", store_url=url)
+    finally:
+        server.kill()
+        server.wait(LIMIT_S)
+        server.stderr.close()
 
 
 @pytest.mark.slow

@@ -69,6 +69,7 @@ def start_once(engine: str, kind: str, scratch: Path, digest: str, url: str) -> 
     cache = scratch / ("local-cache" if kind == "local" else "remote-cache")
     if kind == "remote":
         shutil.rmtree(cache, ignore_errors=True)
+    shared = set(Path("/dev/shm").glob("sglang_loads_*"))
     began, used = time.monotonic(), processor_seconds()
     handle: MountHandle | None = None
     try:
@@ -98,6 +99,9 @@ def start_once(engine: str, kind: str, scratch: Path, digest: str, url: str) -> 
     finally:
         if handle is not None:
             handle.unmount(force=True)
+        # SGLang leaves one behind for each start that is ended by a signal.
+        for left in set(Path("/dev/shm").glob("sglang_loads_*")) - shared:
+            left.unlink(missing_ok=True)
 
 
 def prepare(engine: str, scratch: Path) -> str:

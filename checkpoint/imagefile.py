@@ -1,4 +1,4 @@
-"""Reading CRIU's image files: a framing of protocol buffers, of which a few fields are needed.
+"""Reading (and, for checkpoint.mapped, writing) CRIU's image files: a framing of protocol buffers, of which a few fields are needed.
 
 An image is 4 or 8 bytes of magic numbers, then messages, each behind its length in 32 bits little-endian. Field numbers are those of
 CRIU's images/*.proto, which are its stable interface; fields that are not asked for are skipped, so newer CRIU versions can be read.
@@ -19,6 +19,29 @@ Message = dict[int, list[Value]]
 _COMMON_MAGIC = 0x54564319
 
 
+def payloads(data: bytes) -> Iterator[bytes]:
+    """The bytes of every message of an image's contents. ValueError, struct.error or IndexError for what is none."""
+    at = head_size(data)
+    while at < len(data):
+        (size,) = struct.unpack_from("<I", data, at)
+        at += 4
+        if at + size > len(data):
+            raise ValueError("it ends within a message")
+        yield data[at : at + size]
+        at += size
+
+
+def head_size(data: bytes) -> int:
+    """How many bytes of magic numbers an image begins with."""
+    (magic,) = struct.unpack_from("<I", data, 0)
+    return 8 if magic == _COMMON_MAGIC else 4
+
+
+def framed(payload: bytes) -> bytes:
+    """A message as it lies in an image."""
+    return struct.pack("<I", len(payload)) + payload
+
+
 def messages(path: Path) -> Iterator[Message]:
     """Every message of an image. Raises Integrity (image-garbled) for what is not one, or ends too early."""
     try:
@@ -26,15 +49,8 @@ def messages(path: Path) -> Iterator[Message]:
     except OSError as error:
         raise Integrity("image-unreadable", f"{path}: {error.strerror}") from error
     try:
-        (magic,) = struct.unpack_from("<I", data, 0)
-        at = 8 if magic == _COMMON_MAGIC else 4
-        while at < len(data):
-            (size,) = struct.unpack_from("<I", data, at)
-            at += 4
-            if at + size > len(data):
-                raise ValueError("it ends within a message")
-            yield decode(data[at : at + size])
-            at += size
+        for payload in payloads(data):
+            yield decode(payload)
     except (struct.error, ValueError, IndexError) as error:
         raise Integrity("image-garbled", f"{path} is not a CRIU image: {error}") from error
 
@@ -42,8 +58,16 @@ def messages(path: Path) -> Iterator[Message]:
 def decode(data: bytes) -> Message:
     """Fields of one message by number, repeated ones in their order; nested messages stay bytes. ValueError when malformed."""
     found: Message = {}
+    for field, value, _ in fields(data):
+        found.setdefault(field, []).append(value)
+    return found
+
+
+def fields(data: bytes) -> Iterator[tuple[int, Value, bytes]]:
+    """Every field of one message in its order: number, value, and its bytes as they are. ValueError when malformed."""
     at, end = 0, len(data)
     while at < end:
+        start = at
         key, at = _varint(data, at)
         kind = key & 7
         value: Value
@@ -61,8 +85,33 @@ def decode(data: bytes) -> Message:
             raise ValueError(f"wire type {kind}")
         if at > end:
             raise ValueError("a field runs over the end of its message")
-        found.setdefault(key >> 3, []).append(value)
-    return found
+        yield key >> 3, value, data[start:at]
+
+
+def encode(message: Message) -> bytes:
+    """The bytes of a message whose numbers are all varints, fields in ascending order."""
+    parts = []
+    for field in sorted(message):
+        for value in message[field]:
+            if isinstance(value, bytes):
+                parts.append(encoded(field, value))
+            else:
+                parts.append(_to_varint(field << 3) + _to_varint(value))
+    return b"".join(parts)
+
+
+def encoded(field: int, value: bytes) -> bytes:
+    """One field that is a message or a string."""
+    return _to_varint(field << 3 | 2) + _to_varint(len(value)) + value
+
+
+def _to_varint(value: int) -> bytes:
+    found = bytearray()
+    while value > 0x7F:
+        found.append(value & 0x7F | 0x80)
+        value >>= 7
+    found.append(value)
+    return bytes(found)
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:

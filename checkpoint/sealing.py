@@ -28,6 +28,7 @@ from pathlib import Path
 import blake3
 import msgspec
 
+from checkpoint import mapped
 from checkpoint.errors import Failed, Integrity
 from checkpoint.manifest import SnapshotFile
 from lazyfs.records import ready
@@ -131,6 +132,8 @@ def _walk(folder: Path, below: str = "") -> Iterator[tuple[str, os.stat_result]]
         raise Integrity("file-unreadable", f"{folder / below}: {error.strerror}{_way_out(folder)}") from error
     for entry in entries:
         name = f"{below}/{entry.name}" if below else entry.name
+        if not below and entry.name.startswith(mapped.FOLDER):
+            continue  # this host's own view of the images, with digests of its own
         if entry.is_dir(follow_symlinks=False):
             yield from _walk(folder, name)
         elif below and (entry.is_file(follow_symlinks=False) or entry.is_symlink()):

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import msgspec
 
-from checkpoint import cuda, manifest
+from checkpoint import cuda, manifest, mapped
 from checkpoint.aside import aside
 from checkpoint.criu import Criu
 from checkpoint.cuda.driver import Driver
@@ -286,9 +286,12 @@ def restore(
     pages: PageServer | None = None
     try:
         with library.in_use(snapshot.name) as folder:
+            images = folder / "images"
             if lazy:
+                # A recording sees every page fault; what is still arriving must not be read before it is there.
+                images = (not lazy.record and not lazy.arriving and mapped.find(folder)) or images
                 pages = PageServer.start(
-                    folder / "images",
+                    images,
                     work,
                     lazy.working_set,
                     lazy.record,
@@ -309,7 +312,7 @@ def restore(
             criu.restore(
                 sandbox,
                 snapshot.root_pid,
-                folder / "images",
+                images,
                 RESTORE_TIMEOUT_S,
                 work,
                 named,

@@ -412,6 +412,18 @@ class Replica:
         self.page_stats = pages.stats()
         log.debug("pages: %s", self.page_stats)
         pages.close()
+        self._map_weights(name)
+
+    def _map_weights(self, name: str) -> None:
+        """Make the view from which the next restores map the weights instead of copying them, where there is none yet."""
+        from checkpoint import mapped
+
+        if self.snapshot is None or not self.snapshot.weight_areas or self._fetching.arriving:
+            return
+        with contextlib.suppress(CheckpointError), self.library.in_use(name) as folder:
+            if mapped.find(folder) is None:
+                size = mapped.make(folder, self.snapshot.weight_areas)
+                log.debug("the next restores map %.0f MB of weights", size / 1e6)
 
     def _wait_served(self, count: int, limit_s: float) -> None:
         limit = time.monotonic() + limit_s

@@ -30,8 +30,8 @@ from collections import deque
 
 from checkpoint.pages import index, uffd
 from checkpoint.pages.arrival import ArrivingSource, Presence, Waiting, open_source
-from checkpoint.pages.fetch import Fetcher
-from checkpoint.pages.images import PAGE
+from checkpoint.pages.fetch import Fetcher, Source
+from checkpoint.pages.images import PAGE, ProcessImage
 from checkpoint.pages.pagemap import PageMap
 from checkpoint.pages.second import SecondCopier
 from checkpoint.pages.space import CHUNK, CLAIMED, Again, Gone, Plan, Space, zero_source
@@ -42,6 +42,8 @@ from checkpoint.pages.workingset import BadWorkingSet, Range, WorkingSet
 _RESTORED = 0x52535446
 # A fault outside the working set brings its neighbours in this block with it.
 _AROUND = 64 << 10
+# And of these what is kept for the next restore.
+_KEPT_AROUND = 16 << 10
 # Ranges fetched as one job, and how many of the rest are fetched ahead of being placed.
 _BATCH = 32
 _WINDOW = 32
@@ -347,9 +349,10 @@ class Daemon:
             return True
         low, high = max(low, found[0]), min(high, found[1])
         if piece is None and not self.record and not self.after_requests:
-            # What this fault brings with it would otherwise be the next restore's faults.
+            # Its nearest neighbours would otherwise be the next restore's faults; all that it brings would quintuple a set in the end.
             trace = self.trace_after if self.first_token else self.trace_before
-            trace.extend((space.pid, page) for page in range(low, high, PAGE))
+            first = address & ~(_KEPT_AROUND - 1)
+            trace.extend((space.pid, page) for page in range(max(low, first), min(high, first + _KEPT_AROUND), PAGE))
         offset = found[2] + low - found[0]
         if piece is None and isinstance(space.source, ArrivingSource) and not space.source.resident(offset, high - low):
             offset, low, high = offset + address - low, address, address + PAGE  # its neighbours need not be waited for
@@ -385,7 +388,7 @@ class Daemon:
             image = self.images.get(process)
             if image and any(
                 not self.sources[image.pages_file].resident(offset, high - low)
-                for low, high, offset in image.within(start, end)
+                for low, high, offset in image.within(start, end) + image.mapped_within(start, end)
             ):
                 return False
         return True
@@ -403,13 +406,10 @@ class Daemon:
                 source = self.sources.get(image.pages_file) if image else None
                 if image is None or source is None:
                     continue
-                plan, position = self.plans[pid], start
-                for low, high, offset in image.within(start, end):
-                    plan.add(position, low, self.zeros, True, self.fetch_number)
-                    plan.add(low, high, source.address + offset, False, self.fetch_number)
-                    parts.append((source, offset, high - low))
-                    position = high
-                plan.add(position, end, self.zeros, True, self.fetch_number)
+                # What is mapped is only read ahead, into the page cache.
+                parts += [(source, offset, high - low) for low, high, offset in image.mapped_within(start, end)]
+                for piece in image.unmapped(start, end):
+                    parts += self.plan_piece(self.plans[pid], image, source, *piece)
             if cold:
                 self.ahead.submit(self.fetch_number, parts)
             else:
@@ -417,6 +417,19 @@ class Daemon:
         for plan in self.plans.values():
             plan.seal()
         self.helped = not cold
+
+    def plan_piece(
+        self, plan: Plan, image: ProcessImage, source: Source, start: int, end: int
+    ) -> list[tuple[Source, int, int]]:
+        """Add a range of the working set to a plan; returns what of the image it needs."""
+        parts, position = [], start
+        for low, high, offset in image.within(start, end):
+            plan.add(position, low, self.zeros, True, self.fetch_number)
+            plan.add(low, high, source.address + offset, False, self.fetch_number)
+            parts.append((source, offset, high - low))
+            position = high
+        plan.add(position, end, self.zeros, True, self.fetch_number)
+        return parts
 
     def begin_rest(self) -> None:
         if not self.indexed:

@@ -14,6 +14,8 @@ PAGE = 4096
 
 # enum of pagemap_entry.flags in images/pagemap.proto
 _LAZY, _PRESENT = 2, 4
+# Bits of VmaEntry.status in criu/include/image.h: what CRIU dumps from a private mapping of a file is never lazy, unless we made it one.
+_FILE_PRIVATE = 1 << 6
 # VmaEntry.madv is a bit mask by MADV_… number.
 _MADV_WIPEONFORK = 18
 
@@ -27,14 +29,16 @@ class ProcessImage:
 
     `runs` holds (first address, end address, offset in the pages file) of every run of lazy pages, ascending; a run never crosses the
     border of a mapping, since the kernel fills one mapping at a time. `eager_pages` counts those that CRIU itself puts in place.
+    `mapped` lists, in the same way, what is shown as a mapping of the pages file (checkpoint.mapped) and needs nobody to put it in place.
     """
 
-    __slots__ = ("borders", "eager_pages", "pages_file", "pid", "runs", "wiped_on_fork")
+    __slots__ = ("borders", "eager_pages", "mapped", "pages_file", "pid", "runs", "wiped_on_fork")
 
     def __init__(self, pid: int, pages_file: str) -> None:
         self.pid = pid
         self.pages_file = pages_file
         self.runs: list[tuple[int, int, int]] = []
+        self.mapped: list[tuple[int, int, int]] = []
         self.eager_pages = 0
         self.wiped_on_fork: list[tuple[int, int]] = []
         self.borders: list[int] = []
@@ -56,14 +60,33 @@ class ProcessImage:
 
     def within(self, start: int, end: int) -> list[tuple[int, int, int]]:
         """The parts of runs that lie in [start, end), as (start, end, offset)."""
-        index = max(bisect_right(self.runs, (start,)) - 1, 0)
-        found = []
-        while index < len(self.runs) and self.runs[index][0] < end:
-            low, high = max(start, self.runs[index][0]), min(end, self.runs[index][1])
-            if low < high:
-                found.append((low, high, self.runs[index][2] + low - self.runs[index][0]))
-            index += 1
+        return _within(self.runs, start, end)
+
+    def unmapped(self, start: int, end: int) -> list[tuple[int, int]]:
+        """[start, end) without what is mapped, which lies in mappings of its own."""
+        found, position = [], start
+        for low, high, _ in self.mapped_within(start, end):
+            if position < low:
+                found.append((position, low))
+            position = high
+        if position < end:
+            found.append((position, end))
         return found
+
+    def mapped_within(self, start: int, end: int) -> list[tuple[int, int, int]]:
+        """The parts of what is mapped that lie in [start, end), as (start, end, offset)."""
+        return _within(self.mapped, start, end)
+
+
+def _within(runs: list[tuple[int, int, int]], start: int, end: int) -> list[tuple[int, int, int]]:
+    index = max(bisect_right(runs, (start,)) - 1, 0)
+    found = []
+    while index < len(runs) and runs[index][0] < end:
+        low, high = max(start, runs[index][0]), min(end, runs[index][1])
+        if low < high:
+            found.append((low, high, runs[index][2] + low - runs[index][0]))
+        index += 1
+    return found
 
 
 def _messages(path: str) -> list[bytes]:
@@ -132,15 +155,15 @@ def _fields(message: bytes) -> list[tuple[int, int | bytes]]:
     return found
 
 
-def _mappings(path: str) -> list[tuple[int, int, int]]:
-    """(start, end, madvise bits) of every mapping of a process, ascending."""
+def _mappings(path: str) -> list[tuple[int, int, int, int]]:
+    """(start, end, madvise bits, status) of every mapping of a process, ascending."""
     found = []
     for number, value in _fields(_messages(path)[0]):
         if number == 14 and isinstance(value, bytes):  # MmEntry.vmas
             vma = dict(_fields(value))
-            start, end, madv = vma.get(1, 0), vma.get(2, 0), vma.get(9, 0)
-            if isinstance(start, int) and isinstance(end, int) and isinstance(madv, int):
-                found.append((start, end, madv))
+            start, end, madv, status = vma.get(1, 0), vma.get(2, 0), vma.get(9, 0), vma.get(7, 0)
+            if isinstance(start, int) and isinstance(end, int) and isinstance(madv, int) and isinstance(status, int):
+                found.append((start, end, madv, status))
     found.sort()
     return found
 
@@ -153,8 +176,9 @@ def read_process(folder: str, pid: int) -> ProcessImage:
         head = dict(_fields(messages[0]))
         image = ProcessImage(pid, f"pages-{int(head[1])}.img")
         mappings = _mappings(f"{folder}/mm-{pid}.img")
-        image.wiped_on_fork = [(start, end) for start, end, madv in mappings if madv >> _MADV_WIPEONFORK & 1]
-        image.borders = sorted({border for start, end, _ in mappings for border in (start, end)})
+        image.wiped_on_fork = [(start, end) for start, end, madv, _ in mappings if madv >> _MADV_WIPEONFORK & 1]
+        image.borders = sorted({border for start, end, _, _ in mappings for border in (start, end)})
+        of_files = {start for start, _, _, status in mappings if status & _FILE_PRIVATE}
         offset = 0
         for message in messages[1:]:
             entry = dict(_fields(message))
@@ -169,7 +193,8 @@ def read_process(folder: str, pid: int) -> ProcessImage:
                 offset += pages * PAGE
                 continue
             for low, high in image.split(start, start + pages * PAGE):
-                image.runs.append((low, high, offset))
+                border = image.borders[bisect_right(image.borders, low) - 1]
+                (image.mapped if border in of_files else image.runs).append((low, high, offset))
                 offset += high - low
     except (KeyError, IndexError) as error:
         raise BadImage(f"{path} or mm-{pid}.img is damaged") from error

@@ -1,0 +1,172 @@
+"""Weights that are mapped from the snapshot's own pages file: the same bytes, nobody else's writes, and only memory that may be mapped."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from checkpoint import mapped
+from checkpoint.criu import Criu
+from checkpoint.errors import HostLacks
+from checkpoint.library import Library
+from checkpoint.manifest import Snapshot
+from checkpoint.sandbox import TMP_DIR, Sandbox
+from checkpoint.sealing import seal, verify
+from checkpoint.snapshot import LazyRestore, Restored, restore, take
+from plugin.settings import state_home
+from tests.t1.checkpoint_kit import draft, inside, wait_for
+
+pytestmark = [pytest.mark.t1, pytest.mark.xdist_group("criu")]
+PROGRAM = Path(__file__).parents[1] / "programs" / "weights.py"
+SIZE = 1 << 20
+
+
+class Taken:
+    """A snapshot of the program, and what its memory held."""
+
+    def __init__(self, home: Path) -> None:
+        self.library, self.criu = Library(home), Criu.find(state_home())
+        assert self.criu.version
+        (home / "compile").mkdir()
+        with Sandbox() as sandbox:
+            python = os.path.realpath(sys.executable)
+            pid = sandbox.start([python, "-I", "-S", str(PROGRAM), TMP_DIR], {}, "/")
+            self.ready = json.loads(wait_for(inside(sandbox) / "ready"))
+            areas = {str(self.ready["pid"]): [(at, SIZE) for at in self.ready["areas"].values()]}
+            manifest = msgspec.structs.replace(draft("weights", pid), weight_areas=areas)
+            self.snapshot: Snapshot = take(self.library, self.criu, sandbox, manifest, home / "compile", seal)
+        self.folder = self.library.path("weights")
+
+    @contextlib.contextmanager
+    def restored(self, lazy: bool = True) -> Iterator[Restored]:
+        told: list[str] = []
+        how = LazyRestore(None, False, told.append, told.append) if lazy else None
+        replica = restore(self.library, self.criu, self.snapshot, [], self.library.home / "compile", {}, lazy=how)
+        try:
+            yield replica
+        finally:
+            replica.close()
+        assert not told
+
+
+@pytest.fixture(scope="module")
+def taken(tmp_path_factory):
+    try:
+        return Taken(tmp_path_factory.mktemp("home"))
+    except HostLacks as error:
+        pytest.skip(str(error))
+
+
+def ask(replica: Restored, **order: list[str]) -> dict[str, dict[str, object]]:
+    folder = inside(replica.sandbox)
+    (folder / "go.new").write_text(json.dumps(order))
+    (folder / "go.new").rename(folder / "go")
+    found: dict[str, dict[str, object]] = json.loads(wait_for(folder / "result"))
+    (folder / "result").unlink()
+    return found
+
+
+def is_mapped(shown: object) -> bool:
+    return isinstance(shown, list) and bool(shown) and "pages-" in shown[0]
+
+
+def test_the_same_bytes_mapped_where_they_may_be(taken):
+    assert mapped.find(taken.folder) is None
+    size = mapped.make(taken.folder, taken.snapshot.weight_areas)
+    assert 2 * SIZE - 4 * 4096 <= size <= 2 * SIZE
+    assert mapped.find(taken.folder) == taken.folder / mapped.FOLDER / "images"
+    with taken.restored() as replica:
+        found = ask(replica)
+        assert found["sums"] == taken.ready["sums"]
+        # What another thread's arena or mmap itself handed out may have to read as zeros one day.
+        assert {name for name, shown in found["maps"].items() if is_mapped(shown)} == {"alone", "heap"}
+        assert replica.pages is not None
+        replica.pages.first_token()
+        replica.pages.requests_done()
+        assert replica.pages.wait_complete(30)
+        assert ask(replica)["sums"] == taken.ready["sums"]
+    assert not verify(taken.folder, taken.snapshot.files, always=True).trusted
+
+
+def test_a_write_stays_with_the_replica_that_made_it(taken):
+    mapped.make(taken.folder, taken.snapshot.weight_areas)
+    with taken.restored() as one, taken.restored() as other:
+        changed = ask(one, write=["alone", "heap"])["sums"]
+        assert changed["alone"] != taken.ready["sums"]["alone"] and changed["heap"] != taken.ready["sums"]["heap"]
+        assert ask(other)["sums"] == taken.ready["sums"]
+    verify(taken.folder, taken.snapshot.files, always=True)
+
+
+def test_memory_that_is_mapped_can_be_freed(taken):
+    mapped.make(taken.folder, taken.snapshot.weight_areas)
+    with taken.restored() as replica:
+        found = ask(replica, free=["alone", "heap"])
+        assert found["sums"] == {name: taken.ready["sums"][name] for name in ("arena", "bare")}
+
+
+def test_a_snapshot_that_is_removed_leaves_its_replicas_their_weights(taken, tmp_path):
+    copy = Library(tmp_path)
+    copy.folder.mkdir()
+    shutil.copytree(taken.folder, copy.path("weights"), symlinks=True)
+    mapped.make(copy.path("weights"), taken.snapshot.weight_areas)
+    (tmp_path / "compile").mkdir()
+    replica = restore(
+        copy, taken.criu, taken.snapshot, [], tmp_path / "compile", {}, lazy=LazyRestore(None, False, print, print)
+    )
+    try:
+        assert is_mapped(ask(replica)["maps"]["alone"])
+        replica.pages.first_token()
+        replica.pages.requests_done()
+        assert replica.pages.wait_complete(30)
+        copy.remove("weights")
+        assert ask(replica)["sums"] == taken.ready["sums"]
+    finally:
+        replica.close()
+
+
+def test_a_restore_that_is_not_lazy_copies_everything(taken):
+    mapped.make(taken.folder, taken.snapshot.weight_areas)
+    with taken.restored(lazy=False) as replica:
+        found = ask(replica)
+        assert found["sums"] == taken.ready["sums"] and not any(map(is_mapped, found["maps"].values()))
+
+
+def damage_view(folder: Path) -> None:
+    file = next((folder / mapped.FOLDER / "images").glob("mm-*.img"))
+    data = bytearray(file.read_bytes())
+    data[-9] ^= 1
+    file.write_bytes(data)
+
+
+def touch_pages(folder: Path) -> None:
+    os.utime(next((folder / "images").glob("pages-*.img")))
+
+
+def truncate_facts(folder: Path) -> None:
+    file = folder / mapped.FOLDER / "facts.json"
+    file.write_bytes(file.read_bytes()[:-20])
+
+
+@pytest.mark.parametrize("spoil", [damage_view, touch_pages, truncate_facts])
+def test_a_view_that_does_not_fit_is_not_believed_and_made_anew(taken, spoil):
+    assert mapped.make(taken.folder, taken.snapshot.weight_areas)
+    spoil(taken.folder)
+    assert mapped.find(taken.folder) is None
+    assert mapped.make(taken.folder, taken.snapshot.weight_areas)
+    assert mapped.find(taken.folder)
+    assert [entry.name for entry in taken.folder.iterdir() if entry.name.startswith(".mapped")] == [".mapped"]
+
+
+def test_without_areas_there_is_nothing_to_map_and_that_is_remembered(taken):
+    assert mapped.make(taken.folder, {}) == 0
+    assert mapped.find(taken.folder) is None
+    with taken.restored() as replica:
+        assert ask(replica)["sums"] == taken.ready["sums"]

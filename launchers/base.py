@@ -80,6 +80,8 @@ class Engine(abc.ABC):
     denied_paths: frozenset[str]
     """Endpoints that our own environment opens or that we use for control: never reachable through the proxy."""
     seed_flags: tuple[str, ...] = ()
+    runs_ahead: bool = True
+    """Whether a request that waits gains by running behind the canary of a restore instead of after it."""
 
     # Command line
 

@@ -256,7 +256,7 @@ class Launch:
             wake=self._wake if self.settings.idle_timeout_s else None,
             sleep=self._sleep if self.settings.idle_timeout_s else None,
             idle_timeout_s=self.settings.idle_timeout_s or None,
-            ahead=True,
+            ahead=self.replicas[0].engine.runs_ahead,
         )
         for index, replica in enumerate(self.replicas):
             behind = pool.add(f"r{index}", replica.tracker, Upstream(self._connector(replica), f"r{index}"))

@@ -6,7 +6,7 @@ when it is read, N replicas share the one copy in the page cache, and a write st
 lists the pages, so that a restore that is not lazy, which copies them, comes to the same bytes.
 
 What is rewritten is a view, `.mapped/` in the snapshot's folder: links to the images and its own few files. It is this host's own,
-made after the first restore, and believed only while it fits the images by their stat fields and its own digests.
+made with the snapshot or after the first restore of one that was pulled, and believed only while it fits the images by their stat fields and its own digests.
 
 Which pages: those wholly inside the areas that the engine named (Snapshot.weight_areas), and only where glibc's malloc handed them out as
 a mapping of their own or from the main heap: memory that an arena of another thread drops and takes again must read as zeros, and a

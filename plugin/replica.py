@@ -412,13 +412,14 @@ class Replica:
         self.page_stats = pages.stats()
         log.debug("pages: %s", self.page_stats)
         pages.close()
-        self._map_weights(name)
+        if not self._fetching.arriving:
+            self.map_weights(name)
 
-    def _map_weights(self, name: str) -> None:
-        """Make the view from which the next restores map the weights instead of copying them, where there is none yet."""
+    def map_weights(self, name: str) -> None:
+        """Make the view from which later restores map the weights instead of copying them, where there is none yet."""
         from checkpoint import mapped
 
-        if self.snapshot is None or not self.snapshot.weight_areas or self._fetching.arriving:
+        if self.snapshot is None or not self.snapshot.weight_areas:
             return
         with contextlib.suppress(CheckpointError), self.library.in_use(name) as folder:
             if mapped.find(folder) is None:

@@ -5,8 +5,8 @@ map of mappings (`mm-N.img`) is rewritten so that CRIU maps `pages-N.img` itself
 when it is read, N replicas share the one copy in the page cache, and a write stays a replica's own (MAP_PRIVATE). The page map still
 lists the pages, so that a restore that is not lazy, which copies them, comes to the same bytes.
 
-What is rewritten is a view, `.mapped/` in the snapshot's folder: links to the images and its own few files. It is this host's own,
-made with the snapshot or after the first restore of one that was pulled, and believed only while it fits the images by their stat fields and its own digests.
+What is rewritten is a view, `.mapped/` in the snapshot's folder: links to the images and its own few files. It is this host's own, made
+with the snapshot, or after the first restore of one that was pulled, and believed only while stat fields and its own digests fit.
 
 Which pages: those wholly inside the areas that the engine named (Snapshot.weight_areas), and only where glibc's malloc handed them out as
 a mapping of their own or from the main heap: memory that an arena of another thread drops and takes again must read as zeros, and a

@@ -173,7 +173,9 @@ class Bench:
 
     def local(self) -> None:
         """First reads of a file that is complete in the cache of this host."""
-        model, digest, settings = self._cached_model()
+        _, digest, settings = self._cached_model()
+        # The very file that the mount serves: two files with the same bytes may differ by half, by where their pages lie.
+        plain = max((self.scratch / "full-cache").glob("images/*/*/data"), key=lambda p: p.stat().st_size)
         cases = [
             ("passed through, first read", {}, (0.9, 0.9, 0.9)),
             ("raw, not passed through, first read", {"native": "off"}, (0.42, 0.24, 0.24)),
@@ -184,10 +186,10 @@ class Bench:
             for title, more, _ in cases:
                 for how in WAYS:
                     come_to_rest()
-                    before = read(model / "model.safetensors", how)
+                    before = read(plain, how)
                     with self.mounted(digest, **settings, **more) as where:
                         speed = read(where / "model.safetensors", how)
-                    raw = (before + read(model / "model.safetensors", how)) / 2
+                    raw = (before + read(plain, how)) / 2
                     found.setdefault((title, how), []).append((speed / raw, speed))
         self._rows([(title, targets) for title, _, targets in cases], found)
 

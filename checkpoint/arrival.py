@@ -15,6 +15,7 @@ several places is fetched once. The first failure that outlasts its retries ends
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import os
 import stat
@@ -45,6 +46,12 @@ WORKERS_REST = 4
 LIMIT_S = 30.0
 """How long one chunk may take with all its retries: as long as a process may wait for a page."""
 PAGE = 4096
+_SMALL = 64 << 10
+"""Bytes. A chunk of the working set belongs into dozens of places; were the interpreter given away for each of these writes into the page
+cache, a worker would wait for it as often, among a dozen others: the link was less than half full."""
+_pwrite = ctypes.PyDLL(None).pwrite
+_pwrite.restype = ctypes.c_ssize_t
+_pwrite.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int64]
 
 
 class _Job:
@@ -359,12 +366,19 @@ class Arrival:
         if not missing:
             return
         data = bytes(chunk.length) if zero else self._fetch(chunk)
-        view = memoryview(data)
         for pieces in missing:
-            for name, at, source, length in pieces:
-                with self._opened(name) as fd:
-                    _write_fully(fd, view[source : source + length], at)
+            self._write(data, pieces)
             self._mark(pieces)
+
+    def _write(self, data: bytes | bytearray | memoryview, pieces: list[Piece]) -> None:
+        view = memoryview(data)
+        address = ctypes.cast(ctypes.c_char_p(data), ctypes.c_void_p).value if isinstance(data, bytes) else None
+        for name, at, source, length in pieces:
+            fd = self._fds.get(name)
+            if address and fd is not None and length <= _SMALL and _pwrite(fd, address + source, length, at) == length:
+                continue
+            with self._opened(name) as fd:
+                _write_fully(fd, view[source : source + length], at)
 
     def _holds(self, pieces: list[Piece], chunk: Chunk) -> bool:
         from lazyfs.chunkstore import digest_of

@@ -24,7 +24,7 @@ from checkpoint.snapshot import LazyRestore, Restored, restore, take
 from plugin.settings import state_home
 from tests.t1.checkpoint_kit import draft, inside, wait_for
 
-pytestmark = [pytest.mark.t1, pytest.mark.xdist_group("criu")]
+pytestmark = [pytest.mark.t1, pytest.mark.slow, pytest.mark.xdist_group("criu")]
 PROGRAM = Path(__file__).parents[1] / "programs" / "weights.py"
 SIZE = 1 << 20
 

@@ -28,7 +28,7 @@ import msgspec
 
 from checkpoint import layout as layouts
 from checkpoint import manifest as manifests
-from checkpoint import sealing, signing
+from checkpoint import mapped, sealing, signing
 from checkpoint.arrival import EVERYTHING, Arrival
 from checkpoint.aside import aside
 from checkpoint.errors import Busy, CheckpointError, Failed, Integrity, NotFound
@@ -167,7 +167,7 @@ def _list(folder: Path) -> Listing:
     def visit(below: str) -> None:
         for entry in sorted(os.scandir(folder / below), key=lambda e: e.name):
             path = f"{below}/{entry.name}" if below else entry.name
-            if not below and entry.name.startswith(sealing.LEDGER):
+            if not below and entry.name.startswith((sealing.LEDGER, mapped.FOLDER)):
                 continue
             info = entry.stat(follow_symlinks=False)
             if stat.S_ISLNK(info.st_mode):

@@ -108,10 +108,12 @@ def kill_mounts(home, tmp_path, rig, count):
     assert rig.reader().ask("digest", str(final.mountpoint / "model.safetensors")) == right
 
 
+@pytest.mark.slow
 def test_a_few_killed_importers(home, tmp_path):
     kill_importers(home, tmp_path, 2)
 
 
+@pytest.mark.slow
 def test_a_few_killed_mounts(home, tmp_path, rig):
     kill_mounts(home, tmp_path, rig, 2)
 

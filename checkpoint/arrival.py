@@ -295,8 +295,9 @@ class Arrival:
     # The workers
 
     def _work(self, index: int) -> None:
-        # Every other worker looks for the working set first, so that neither waits for the other's round trips.
-        order = (WANTED, START, FIRST, LATER, EVERYTHING) if index % 2 else (WANTED, FIRST, START, LATER, EVERYTHING)
+        # Two of three look for the working set first, so that neither waits for the other's round trips: what CRIU reads is small once
+        # compressed, and takes more of the processors than of the link.
+        order = (WANTED, FIRST, START, LATER, EVERYTHING) if index % 3 else (WANTED, START, FIRST, LATER, EVERYTHING)
         while (job := self._next(index, order)) is not None:
             try:
                 with translated(f"cannot fetch {self.folder.name}"):

@@ -86,14 +86,12 @@ class Remote:
         name: str,
         accept: Callable[[bytes, bytes | None], None] | None = None,
         trust_keys: Sequence[Path] = (),
-        already: tuple[ChunkStore, archives.Opened] | None = None,
     ) -> Remote:
         """The snapshot `name` in the store at `url`, or the one that this process is fetching already.
 
         `accept` is given the snapshot's manifest and its signatures; what it raises, is raised. With `trust_keys` both the snapshot and the
         archive as a whole have to be signed for a restore to begin before everything is here: what vouches for a chunk is then the
-        archive's signature, and where that is missing the snapshot's own, which covers whole files only. `already`: the manifests, where
-        the caller has read them; they are judged here all the same.
+        archive's signature, and where that is missing the snapshot's own, which covers whole files only.
 
         Raises NotFound, Integrity, Incompatible, Busy (another process is fetching it), Failed (the store does not answer).
         """
@@ -104,12 +102,9 @@ class Remote:
                 if accept:
                     accept(found.opened.document, found.opened.signature)
                 return found
-            if already:
-                chunks, opened = already
-            else:
-                chunks = archives.open_chunks(url)
-                with translated(f"cannot fetch {name}"):
-                    opened = archives.Opened.of(name, chunks)
+            chunks = archives.open_chunks(url)
+            with translated(f"cannot fetch {name}"):
+                opened = archives.Opened.of(name, chunks)
             if trust_keys:
                 signing.check(opened.document, opened.signature, trust_keys)
             if accept:

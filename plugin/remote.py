@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 from checkpoint.errors import Busy, CheckpointError, Failed, Integrity, NotFound
 from checkpoint.library import Library
-from plugin import ahead
 
 if TYPE_CHECKING:
     from checkpoint.manifest import Snapshot
@@ -153,7 +152,7 @@ def _open(
     def judge(document: bytes, _: bytes | None) -> None:
         accept(manifest.parse(document, library.path(name), name))
 
-    return Remote.open(library, store, name, judge, trust_keys, ahead.take(store, name))
+    return Remote.open(library, store, name, judge, trust_keys)
 
 
 def manifest_of(library: Library, store: str | None, name: str, trust_keys: Sequence[Path]) -> Snapshot:

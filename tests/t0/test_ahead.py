@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from checkpoint.errors import NotFound
+from checkpoint.library import Library
+from checkpoint.remote import Remote
 from plugin import ahead
 
 URL = "s3://bucket/models"
@@ -25,6 +28,9 @@ URL = "s3://bucket/models"
             {},
             None,
         ),  # which word is the name, only the command knows
+        (["snap-1", "--snapshot-store", URL, "--trust-key", "k"], {}, None),  # a signature is judged first
+        (["snap-1", "--snapshot-store", URL], {"QUICKTHAW_TRUST_KEYS": "k"}, None),
+        (["snap-1", "--help"], {"QUICKTHAW_SNAPSHOT_STORE": URL}, None),
         ([], {"QUICKTHAW_SNAPSHOT_STORE": URL}, None),
     ],
 )
@@ -32,11 +38,22 @@ def test_what_the_arguments_name(argv: list[str], environment: dict[str, str], f
     assert ahead.named(argv, environment) == found
 
 
-def test_only_what_was_asked_for_is_handed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_begins_is_what_the_command_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QUICKTHAW_HOME", str(tmp_path / "home"))
-    (tmp_path / "store").mkdir()
-    store = f"file://{tmp_path / 'store'}"
-    for asked in ((store, "snap-1"), (store, "snap-2"), ("file:///other", "snap-1")):
-        ahead.start(["snap-1", "--snapshot-store", store])
-        assert ahead.take(*asked) is None  # the store has no such snapshot: whoever needs it hears so
-        assert ahead.take(*asked) is None
+    asked: list[tuple[str, str]] = []
+
+    def open_(library: Library, url: str, name: str, *_: object) -> None:
+        asked.append((url, name))
+        raise NotFound("archive-not-found", name)
+
+    monkeypatch.setattr(Remote, "open", open_)
+    thread = ahead.start(["snap-1", "--snapshot-store", URL])
+    assert thread is not None
+    thread.join(10.0)
+    assert not thread.is_alive() and asked == [(URL, "snap-1")]
+    (tmp_path / "home/snapshots/snap-1").mkdir(parents=True)
+    (tmp_path / "home/snapshots/snap-1/manifest.json").write_text("{}")
+    thread = ahead.start(["snap-1", "--snapshot-store", URL])  # it is here: no store is asked
+    assert thread is not None
+    thread.join(10.0)
+    assert len(asked) == 1

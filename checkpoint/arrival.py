@@ -46,8 +46,6 @@ WORKERS_REST = 4
 LIMIT_S = 30.0
 """How long one chunk may take with all its retries: as long as a process may wait for a page."""
 PAGE = 4096
-_BEFORE, _AFTER = 1, 3
-"""Chunks before and after one that a process waits for, which come with it."""
 _SMALL = 64 << 10
 """Bytes. A chunk of the working set belongs into dozens of places; were the interpreter given away for each of these writes into the page
 cache, a worker would wait for it as often, among a dozen others: the link was less than half full."""
@@ -183,33 +181,20 @@ class Arrival:
             self._changed.notify_all()
 
     def wanted(self, path: str, offset: int, length: int) -> None:
-        """Bring these bytes of a page file before anything else; and what lies about them, once nothing more urgent is left to fetch.
-
-        Faults that no working set foresaw come in groups, and each alone would cost a round trip.
-        """
+        """Bring these bytes of a page file before anything else."""
         assert self.layout is not None
         end = offset + length
         with self._changed:
             while offset < end:
                 stored, at, following = self.layout.locate(path, offset)
-                number = bisect_right(self._offsets[stored], at) - 1
-                self._hurry(stored, number, WANTED)
-                if stored != BYTES and not any(self._left[START : FIRST + 1]):
-                    for near in range(number - _BEFORE, number + _AFTER + 1):
-                        self._hurry(stored, near, LATER)
+                job = self._jobs[self._chunks[stored][bisect_right(self._offsets[stored], at) - 1].digest]
+                if not job.taken and job.urgency != WANTED:
+                    self._left[job.urgency] -= 1
+                    job.urgency = WANTED
+                    self._left[WANTED] += 1
+                    self._queues[WANTED].append(job)
+                    self._changed.notify()
                 offset += following
-
-    def _hurry(self, stored: str, number: int, urgency: int) -> None:
-        """Make a chunk that nobody has begun to fetch this urgent at least."""
-        if not 0 <= number < len(self._chunks[stored]):
-            return
-        job = self._jobs[self._chunks[stored][number].digest]
-        if not job.taken and urgency < job.urgency:
-            self._left[job.urgency] -= 1
-            job.urgency = urgency
-            self._left[urgency] += 1
-            self._queues[urgency].append(job)
-            self._changed.notify()
 
     def in_place(self, urgency: int) -> bool:
         """Whether everything that urgent has come."""
@@ -295,9 +280,8 @@ class Arrival:
     # The workers
 
     def _work(self, index: int) -> None:
-        # Two of three look for the working set first, so that neither waits for the other's round trips: what CRIU reads is small once
-        # compressed, and takes more of the processors than of the link.
-        order = (WANTED, FIRST, START, LATER, EVERYTHING) if index % 3 else (WANTED, START, FIRST, LATER, EVERYTHING)
+        # Every other worker looks for the working set first, so that neither waits for the other's round trips.
+        order = (WANTED, START, FIRST, LATER, EVERYTHING) if index % 2 else (WANTED, FIRST, START, LATER, EVERYTHING)
         while (job := self._next(index, order)) is not None:
             try:
                 with translated(f"cannot fetch {self.folder.name}"):

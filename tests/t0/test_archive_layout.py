@@ -12,8 +12,7 @@ import pytest
 from criu_image_kit import ANON_PRIVATE, FILE_PRIVATE, PAGE, image, message, process, vma
 
 from checkpoint import layout, mapped
-from checkpoint.archive import Opened, open_chunks, pull, push
-from checkpoint.arrival import EVERYTHING, LATER, Arrival
+from checkpoint.archive import open_chunks, pull, push
 from checkpoint.errors import Integrity
 from checkpoint.library import Library
 from checkpoint.pages.arrival import Presence
@@ -130,35 +129,6 @@ def test_a_view_of_the_images_is_this_host_s_own(snapshot: Path, tmp_path: Path)
     push(snapshot, chunks)
     pull("snap", chunks, tmp_path / "other/snap")
     assert not (tmp_path / "other/snap" / mapped.FOLDER).exists()
-
-
-def test_what_lies_about_a_wanted_page_comes_with_it(
-    snapshot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(layout, "REST_CHUNK", PAGE)
-    chunks = open_chunks(f"file://{tmp_path}/store")
-    push(snapshot, chunks)
-    opened = Opened.of("snap", chunks)
-    assert opened.layout
-    name, own = next(  # a page with four more behind it that the working set has not
-        (name, at)
-        for name, size in opened.layout.index.sizes.items()
-        for at in range(0, size - 4 * PAGE, PAGE)
-        if opened.layout.locate(name, at)[0] != layout.BYTES and opened.layout.locate(name, at)[2] >= 5 * PAGE
-    )
-    (tmp_path / "partial").mkdir()
-    opened.prepare(tmp_path / "partial")
-    found = Arrival(chunks, opened.archive, opened.layout, tmp_path / "partial", opened.links)
-    found.begin(LATER)
-    try:
-        found.wait(LATER)
-        before = found.fetched
-        found.wanted(name, own, PAGE)
-        found.wait(LATER)
-        assert before + 4 * PAGE <= found.fetched <= before + 5 * PAGE
-        assert not found.in_place(EVERYTHING)
-    finally:
-        found.close()
 
 
 FORGED = {

@@ -16,17 +16,17 @@ mapping of a file would not. Other allocators keep other promises; theirs are le
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 import struct
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import blake3
 import msgspec
 
-from checkpoint.errors import Integrity
+from checkpoint.errors import Busy, Failed, Integrity
 from checkpoint.imagefile import (
     Message,
     decode,
@@ -49,7 +49,7 @@ _VERSION = 1
 _HEADER = 8
 _SLACK = 3 * PAGE
 """How much larger than what was asked for a chunk may be: rounding to pages and the alignment."""
-_MMAPPED, _OTHER_ARENA = 2, 4  # the low bits of a chunk's size, malloc/malloc.c
+_OTHER_ARENA = 4  # a low bit of a chunk's size, malloc/malloc.c
 # Fields of VmaEntry, bits of its status and flags (images/vma.proto, criu/include/image.h, mman.h).
 _START, _END, _PGOFF, _SHMID, _FLAGS, _STATUS, _MADV, _FDFLAGS = 1, 2, 3, 4, 6, 7, 9, 10
 _REGULAR, _FILE_PRIVATE, _ANON_PRIVATE, _STACK = 1, 1 << 6, 1 << 9, 1 << 1
@@ -73,6 +73,16 @@ class _Facts(msgspec.Struct, forbid_unknown_fields=True):
 
 def find(folder: Path) -> Path | None:
     """The folder of images to restore from lazily in place of `folder/images`, where there is a view that fits; about 1 ms."""
+    facts = _fitting(folder)
+    return folder / FOLDER / "images" if facts and facts.mapped else None
+
+
+def made(folder: Path) -> bool:
+    """Whether a view that fits was made, also one in which nothing could be mapped."""
+    return _fitting(folder) is not None
+
+
+def _fitting(folder: Path) -> _Facts | None:
     view = folder / FOLDER
     try:
         facts = msgspec.json.decode((view / _FACTS).read_bytes(), type=ready(_Facts))
@@ -85,35 +95,41 @@ def find(folder: Path) -> Path | None:
                 return None
     except (OSError, msgspec.MsgspecError):
         return None  # none yet, or damaged: everything is copied, as before
-    return view / "images" if facts.mapped else None
+    return facts
 
 
 def make(folder: Path, areas: Areas) -> int:
-    """Make the view of a snapshot, and return how many bytes it maps: 0 where there is nothing to map, or where it cannot be made.
+    """Make the view of a snapshot, and return how many bytes it maps, 0 where nothing can be. Takes 0.03 s for every gigabyte.
 
-    Takes 0.1 s for every gigabyte. Safe against two doing it at once, and against being killed.
+    Raises Busy where another process is making it, Failed where the disk is full or the images are none.
     """
     images = folder / "images"
     try:
-        stamps = _stamps(images)
-        changed, mapped = _rewrite(images, areas)
-        facts = _Facts(
-            _VERSION,
-            str(images),
-            stamps,
-            {name: blake3.blake3(data).hexdigest() for name, data in changed.items()},
-            mapped,
-        )
-        _write(folder, images, changed, facts)
-    except (OSError, BadImage, Integrity, ValueError, struct.error, IndexError):
-        return 0  # a full disk, or images that a restore will refuse by name
+        held = os.open(images, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stamps = _stamps(images)
+            changed, mapped = _rewrite(images, areas)
+            digests = {name: blake3.blake3(data).hexdigest() for name, data in changed.items()}
+            _write(folder, images, changed, _Facts(_VERSION, str(images), stamps, digests, mapped))
+        finally:
+            os.close(held)
+    except BlockingIOError:
+        raise Busy("mapping-being-made", f"another process is making the view of {folder.name}") from None
+    except OSError as error:
+        raise Failed("mapping-not-made", f"{error.filename or folder}: {error.strerror}") from error
+    except (BadImage, Integrity, ValueError, struct.error, IndexError) as error:
+        raise Failed("mapping-not-made", f"{images} holds an image that does not fit the others: {error}") from error
     return mapped
 
 
 def _write(folder: Path, images: Path, changed: dict[str, bytes], facts: _Facts) -> None:
-    new = Path(tempfile.mkdtemp(prefix=f"{FOLDER}.", dir=folder))
+    """Aside, then in place of the one that is there; what a killed maker left is in the way of nobody, and removed."""
+    new, old = folder / f"{FOLDER}.new", folder / f"{FOLDER}.old"
+    for left in (new, old):
+        shutil.rmtree(left, ignore_errors=True)
+    (new / "images").mkdir(mode=0o700, parents=True)
     try:
-        (new / "images").mkdir(mode=0o700)
         for entry in os.scandir(images) if changed else ():
             if entry.name not in changed:
                 (new / "images" / entry.name).symlink_to(f"../../images/{entry.name}")
@@ -121,13 +137,12 @@ def _write(folder: Path, images: Path, changed: dict[str, bytes], facts: _Facts)
             (new / "images" / name).write_bytes(data)
             (new / "images" / name).chmod(0o600)
         (new / _FACTS).write_bytes(msgspec.json.encode(facts))
-        old = folder / f"{new.name}.old"
         with contextlib.suppress(FileNotFoundError):
             (folder / FOLDER).rename(old)
-        shutil.rmtree(old, ignore_errors=True)
         new.rename(folder / FOLDER)
     finally:
-        shutil.rmtree(new, ignore_errors=True)
+        for left in (new, old):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _stamps(images: Path) -> dict[str, tuple[int, int, int, int, int]]:

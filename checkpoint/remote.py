@@ -34,6 +34,7 @@ from checkpoint import sealing, signing
 from checkpoint.arrival import EVERYTHING, FIRST, LATER, START, Arrival
 from checkpoint.errors import CheckpointError, Failed, Integrity
 from checkpoint.library import Library
+from checkpoint.sparse import extents
 from checkpoint.transfer import translated
 
 if TYPE_CHECKING:
@@ -365,23 +366,16 @@ def _must_be_whole(opened: archives.Opened, chunks: ChunkStore, trust_keys: Sequ
 def digest_sparse(path: Path, size: int) -> str:
     """BLAKE3 of a file whose holes are not read: shared memory that an engine never touched is hundreds of megabytes of them."""
     digest = blake3.blake3(max_threads=blake3.blake3.AUTO if size > _HASHED_AT_ONCE else 1)
-    zeros = memoryview(bytes(min(size, _HASHED_AT_ONCE)))
+    zeros = memoryview(bytes(min(size, _HASHED_AT_ONCE) or 1))
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
         at = 0
-        while at < size:
-            try:
-                data = os.lseek(fd, at, os.SEEK_DATA)
-            except OSError:
-                data = size  # a hole to the end
-            while at < data:
-                digest.update(zeros[: min(len(zeros), data - at)])
-                at += min(len(zeros), data - at)
-            if at >= size:
-                break
-            hole = min(os.lseek(fd, at, os.SEEK_HOLE), size)
-            while at < hole:
-                block = os.pread(fd, min(_HASHED_AT_ONCE, hole - at), at)
+        for start, end in (*extents(fd, size), (size, size)):
+            for hole in range(at, start, len(zeros)):
+                digest.update(zeros[: start - hole])
+            at = start
+            while at < end:
+                block = os.pread(fd, min(_HASHED_AT_ONCE, end - at), at)
                 if not block:
                     raise Integrity("file-size-differs", f"{path} became shorter")
                 digest.update(block)

@@ -8,7 +8,6 @@ ends with the store's own limits.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +21,7 @@ import msgspec
 
 from checkpoint.errors import Busy, CheckpointError, Failed, HostLacks, Integrity, NotFound
 from checkpoint.layout import Piece
+from checkpoint.sparse import extents
 
 if TYPE_CHECKING:
     from lazyfs.chunkstore import ChunkStore
@@ -200,21 +200,13 @@ def by_holes(path: Path, size: int) -> list[int]:
     """
     from lazyfs.chunking import MAX_CHUNK
 
-    borders = {0, size}
+    borders, at = {0, size}, 0
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
-        at = 0
-        while at < size:
-            try:
-                data = os.lseek(fd, at, os.SEEK_DATA)
-            except OSError as error:
-                if error.errno != errno.ENXIO:
-                    raise
-                data = size  # a hole to the end
-            hole = os.lseek(fd, data, os.SEEK_HOLE) if data < size else size
-            if data - at >= _HOLE:
-                borders |= {min(at, size), min(data, size)}
-            at = hole
+        for start, end in (*extents(fd, size), (size, size)):
+            if start - at >= _HOLE:
+                borders |= {at, start}
+            at = end
     finally:
         os.close(fd)
     ends = sorted(borders)

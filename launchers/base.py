@@ -208,10 +208,8 @@ class Engine(abc.ABC):
                 time.sleep(0.2)
 
     @abc.abstractmethod
-    def generate(
-        self, client: Client, prompt: str, tokens: int, timeout_s: float = 60.0, sent: Callable[[], None] | None = None
-    ) -> list[int]:
-        """The token ids of a greedy generation. `sent` is called when the engine has been asked."""
+    def generate(self, client: Client, prompt: str, tokens: int, timeout_s: float = 60.0) -> list[int]:
+        """The token ids of a greedy generation."""
 
     @abc.abstractmethod
     def warm_up(self, client: Client, command: EngineCommand) -> None:

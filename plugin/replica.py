@@ -33,6 +33,7 @@ from launchers.client import Client
 from launchers.engine_site import engine_site
 from launchers.errors import EngineFailed, LauncherError
 from plugin import rates, taking
+from plugin.following import Following
 from plugin.layers import Layers
 from plugin.output import Output
 from plugin.phases import Phase, PhaseTracker, Span
@@ -45,19 +46,9 @@ if TYPE_CHECKING:
     from checkpoint.cuda.helper import Helper
     from checkpoint.identity import Here
     from checkpoint.identity import Identity as IdentityRecord
-    from checkpoint.pages.server import PageServer
     from plugin.compile_cache import CompileCache
 
 log = logging.getLogger("quickthaw")
-FIRST_ANSWER_WAIT_S = 2.0
-WORKING_SET_REQUESTS = 3
-WORKING_SET_WAIT_S = 10.0
-LEAVE_WAIT_S = 5.0
-"""How long a stop waits for a working set that is being recorded: writing it took over a second on a busy machine, and without it the next
-restore takes four seconds longer."""
-DRIFT_FAULTS = 100
-"""Faults beside a known working set above which it has drifted and what it missed is added."""
-PAGES_LIMIT_S = 600.0
 NVIDIA = Path("/dev/nvidiactl")
 Place = Sandbox | BareProcess
 
@@ -114,11 +105,8 @@ class Replica:
         self._expected_end = False
         self._stopped = False
         self._lazy_works = True
-        self._leaving = threading.Event()
-        self._working_set_told = threading.Event()
-        self._working_set_told.set()
         self._fetching = Fetching(self.settings)
-        self.page_stats: dict[str, float] = {}
+        self._following = Following(self._fetching, lambda: self.served(), lambda: self.running is not None)
         self._cuda: Helper | None = None
         self._identity: Here | None = None
         self._multi_gpu: bool | None = None
@@ -341,11 +329,7 @@ class Replica:
         self.snapshot, self.restored = snapshot, True
         self._serve()
         if restored.pages:
-            self._leaving.clear()
-            self._working_set_told.clear()
-            threading.Thread(
-                target=self._follow, args=(name, restored.pages), name="page-follower", daemon=True
-            ).start()
+            self._following.begin(self.library, snapshot, restored.pages)
         else:
             rates.remember(
                 self.settings.home, snapshot.image_bytes, restored.spans["criu"], bool(snapshot.gpu.processes)
@@ -390,55 +374,6 @@ class Replica:
             with contextlib.suppress(CheckpointError, OSError):
                 running.place.signal(running.pid, signal.SIGKILL)
 
-    def _follow(self, name: str, pages: PageServer) -> None:
-        """Tell the page server how far the replica is: the rest of the pages waits for the first token, so as not to compete with it."""
-        recording = not self.library.working_set(name).exists()
-        # While a working set is recorded, page by page, the first answer takes seconds; it belongs into the first part all the same.
-        self._wait_served(1, FIRST_ANSWER_WAIT_S * (10 if recording else 1))
-        early = pages.stats()
-        log.debug("pages at the first token: %s", early)
-        pages.first_token()
-        self._fetching.first_token()
-        placing_s = early.get("hot_done_s", 0.0) - early.get("first_placed_s", 0.0)
-        rates.remember(self.settings.home, early.get("bytes_ahead", 0.0), placing_s, gpu=False)
-        self._wait_served(WORKING_SET_REQUESTS, WORKING_SET_WAIT_S)
-        drifted = not recording and pages.stats().get("faults_missed", 0) > DRIFT_FAULTS
-        # One that ends before the first answer is none.
-        save = (recording or drifted) and self.served() > 0
-        pages.requests_done(save=self.library.working_set(name) if save else None)
-        if save:
-            pages.wait_saved(LEAVE_WAIT_S)
-        self._working_set_told.set()
-        while not pages.wait_complete(PAGES_LIMIT_S) and self._fetching.unfinished:
-            pass  # a slow link is no failure; one that stalls ends the fetching
-        self.page_stats = pages.stats()
-        log.debug("pages: %s", self.page_stats)
-        pages.close()
-        if not self._fetching.arriving:
-            self.map_weights(name)
-
-    def map_weights(self, name: str) -> None:
-        """Make the view from which later restores map the weights instead of copying them, where there is none yet."""
-        from checkpoint import mapped
-
-        if self.snapshot is None or not self.snapshot.weight_areas:
-            return
-        with contextlib.suppress(CheckpointError), self.library.in_use(name) as folder:
-            if mapped.find(folder) is None:
-                size = mapped.make(folder, self.snapshot.weight_areas)
-                log.debug("the next restores map %.0f MB of weights", size / 1e6)
-
-    def _wait_served(self, count: int, limit_s: float) -> None:
-        limit = time.monotonic() + limit_s
-        while self.served() < count and time.monotonic() < limit and self.running is not None:
-            if self._leaving.wait(0.02):
-                break
-
-    def _leave(self) -> None:
-        """Before the engine is ended: a working set that is still being recorded is kept as far as it goes: the next restore is fast."""
-        self._leaving.set()
-        self._working_set_told.wait(LEAVE_WAIT_S)
-
     def driver(self) -> Driver | None:
         """The CUDA driver's checkpoint calls, where this host has an NVIDIA device; one helper process for the life of this replica."""
         if self._cuda is None and NVIDIA.exists():
@@ -475,9 +410,9 @@ class Replica:
 
     def _generate(self, snapshot: Snapshot, sent: Callable[[], None] | None = None) -> list[int]:
         assert self.running is not None
-        canary = snapshot.canary
+        canary, client = snapshot.canary, replace(self.running.client, sent=sent)
         try:
-            return self.engine.generate(self.running.client, canary.prompt, len(canary.token_ids), sent=sent)
+            return self.engine.generate(client, canary.prompt, len(canary.token_ids))
         except LauncherError as error:
             raise Failed("canary-failed", f"the restored engine does not generate: {error}") from error
 
@@ -646,7 +581,7 @@ class Replica:
         code: int | None = self.exit_code
         if running:
             if code is None:
-                self._leave()
+                self._following.leave()
                 with contextlib.suppress(CheckpointError, OSError):
                     running.place.signal(running.pid, signal.SIGTERM)
                     code = running.place.wait(running.pid, self.settings.grace_s if grace_s is None else grace_s)
@@ -663,6 +598,6 @@ class Replica:
         """End the engine because nobody needs it; its snapshot brings it back."""
         self._expected_end = True
         # The pool gives this replica nothing by now; asleep is said when nothing of it is left.
-        self._leave()
+        self._following.leave()
         self._clear()
         self.tracker.to(Phase.ASLEEP)

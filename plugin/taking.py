@@ -22,7 +22,7 @@ from launchers import control
 from launchers.base import CANARY_PROMPT
 from launchers.client import Client
 from launchers.errors import LauncherError
-from plugin import rates
+from plugin import following, rates
 from plugin.phases import Phase
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def take(
             replica.library, replica.criu, sandbox, draft, replica.compile_cache(), seal, _signer(replica), driver
         )
         replica.library.succeeded(draft.name)
-        replica.map_weights(draft.name)
+        following.map_weights(replica.library, replica.snapshot)
     except Busy as error:
         log.info("no snapshot by this launch: %s", error)
     except (CheckpointError, LauncherError, OSError) as error:

@@ -126,14 +126,14 @@ class Exchange:
         if self.back is not None and not self.client.writing_paused:
             self.back.pause(False)
 
-    def forget(self, loop: asyncio.AbstractEventLoop) -> None:
+    def forget(self) -> None:
         """Drop what was withheld: nothing of it was written, and another replica may answer."""
         if self.back is not None:
             self.back.abort()
             self.back = None
         if self.done.done():
             self.done.exception()  # seen: a replica that fails its check breaks its connections
-        self.done = loop.create_future()
+        self.done = self.done.get_loop().create_future()
         self.out.clear()
         self.withheld = self.chunked = False
         self.status, self.first_byte, self.replica_name = 0, 0.0, ""

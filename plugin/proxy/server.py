@@ -383,7 +383,7 @@ class ProxyServer:
         passed = await asyncio.shield(check)
         exchange.held_s += time.monotonic() - began
         if not passed:
-            exchange.forget(self.loop)
+            exchange.forget()
             self.buffered += request.put_back(body)
             return False
         exchange.let_go()

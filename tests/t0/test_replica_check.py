@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from checkpoint.errors import Integrity
+from launchers.client import Client
 from plugin.phases import Phase, PhaseTracker
 from plugin.replica import Replica
 
@@ -17,10 +18,10 @@ RIGHT, WRONG = [1, 2], [1, 3]
 def replica(answers: list[list[int]], ran_beside: bool) -> tuple[Replica, list[str]]:
     told: list[str] = []
 
-    def generate(client, prompt, tokens, sent=None):
+    def generate(client, prompt, tokens):
         told.append("asked")
-        if sent:
-            sent()
+        if client.sent:
+            client.sent()
         return answers.pop(0)
 
     def recall() -> bool:
@@ -29,7 +30,7 @@ def replica(answers: list[list[int]], ran_beside: bool) -> tuple[Replica, list[s
 
     made = Replica.__new__(Replica)
     made.engine = SimpleNamespace(generate=generate)
-    made.running = SimpleNamespace(client=None)
+    made.running = SimpleNamespace(client=Client(lambda: pytest.fail("no engine here")))
     made.tracker = PhaseTracker(phase=Phase.WAKING)
     made.tracker.listen(lambda old, new, reason: told.append(str(new)))
     made.recall = recall

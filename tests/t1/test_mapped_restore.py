@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ import pytest
 
 from checkpoint import mapped
 from checkpoint.criu import Criu
-from checkpoint.errors import HostLacks
+from checkpoint.errors import Busy, Failed, HostLacks
 from checkpoint.library import Library
 from checkpoint.manifest import Snapshot
 from checkpoint.sandbox import TMP_DIR, Sandbox
@@ -72,6 +73,15 @@ def ask(replica: Restored, **order: list[str]) -> dict[str, dict[str, object]]:
     found: dict[str, dict[str, object]] = json.loads(wait_for(folder / "result"))
     (folder / "result").unlink()
     return found
+
+
+@contextlib.contextmanager
+def open_folder(path: Path) -> Iterator[int]:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def is_mapped(shown: object) -> bool:
@@ -165,8 +175,28 @@ def test_a_view_that_does_not_fit_is_not_believed_and_made_anew(taken, spoil):
     assert [entry.name for entry in taken.folder.iterdir() if entry.name.startswith(".mapped")] == [".mapped"]
 
 
+def test_what_a_killed_maker_left_goes_and_two_do_not_make_it_at_once(taken):
+    for left in (".mapped.new", ".mapped.old"):
+        (taken.folder / left / "images").mkdir(parents=True)
+    with open_folder(taken.folder / "images") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(Busy) as caught:
+            mapped.make(taken.folder, taken.snapshot.weight_areas)
+        assert caught.value.code == "mapping-being-made"
+    assert mapped.make(taken.folder, taken.snapshot.weight_areas)
+    assert [entry.name for entry in taken.folder.iterdir() if entry.name.startswith(".mapped")] == [".mapped"]
+
+
+def test_images_that_do_not_fit_are_named(taken, tmp_path):
+    shutil.copytree(taken.folder, tmp_path / "copy", symlinks=True)
+    (tmp_path / "copy/images/files.img").write_bytes(b"none")
+    with pytest.raises(Failed) as caught:
+        mapped.make(tmp_path / "copy", taken.snapshot.weight_areas)
+    assert caught.value.code == "mapping-not-made" and not list((tmp_path / "copy").glob(".mapped.*"))
+
+
 def test_without_areas_there_is_nothing_to_map_and_that_is_remembered(taken):
     assert mapped.make(taken.folder, {}) == 0
-    assert mapped.find(taken.folder) is None
+    assert mapped.find(taken.folder) is None and mapped.made(taken.folder)
     with taken.restored() as replica:
         assert ask(replica)["sums"] == taken.ready["sums"]

@@ -1,0 +1,23 @@
+"""Where a sparse file has data. Engines map hundreds of megabytes of shared memory and write a few pages of them."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+
+
+def extents(fd: int, size: int) -> Iterator[tuple[int, int]]:
+    """(start, end) of each stretch of data in the first `size` bytes of an open file, ascending; what lies between are holes. Raises OSError."""
+    at = 0
+    while at < size:
+        try:
+            start = os.lseek(fd, at, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return  # a hole to the end
+            raise
+        if start >= size:
+            return
+        at = min(os.lseek(fd, start, os.SEEK_HOLE), size)
+        yield start, at

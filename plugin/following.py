@@ -1,0 +1,110 @@
+"""After a lazy restore: the page server is told how far its replica is, what its processes needed is kept for the next restore, and that
+one finds its weights ready to be mapped.
+
+Runs in a thread of its own from the moment a replica serves until every page is in place.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from checkpoint.errors import CheckpointError
+from plugin import rates
+
+if TYPE_CHECKING:
+    from checkpoint.library import Library
+    from checkpoint.manifest import Snapshot
+    from checkpoint.pages.server import PageServer
+    from plugin.remote import Fetching
+
+log = logging.getLogger("quickthaw")
+FIRST_ANSWER_WAIT_S = 2.0
+WORKING_SET_REQUESTS = 3
+WORKING_SET_WAIT_S = 10.0
+LEAVE_WAIT_S = 5.0
+"""How long a stop waits for a working set that is being recorded: writing it took over a second on a busy machine, and without it the next
+restore takes four seconds longer."""
+DRIFT_FAULTS = 100
+"""Faults beside a known working set above which it has drifted and what it missed is added."""
+PAGES_LIMIT_S = 600.0
+
+
+@dataclass
+class Following:
+    """Follows one replica's restores, one after the other. `served` and `lives` tell how many requests the replica has answered, and
+    whether it still runs."""
+
+    fetching: Fetching
+    served: Callable[[], int]
+    lives: Callable[[], bool]
+
+    def __post_init__(self) -> None:
+        self._leaving = threading.Event()
+        self._kept = threading.Event()
+        self._kept.set()
+
+    def begin(self, library: Library, snapshot: Snapshot, pages: PageServer) -> None:
+        """Follow a replica that serves now and whose pages are still coming."""
+        self._leaving.clear()
+        self._kept.clear()
+        threading.Thread(
+            target=self._follow, args=(library, snapshot, pages), name="page-follower", daemon=True
+        ).start()
+
+    def leave(self) -> None:
+        """Before the engine is ended: a working set that is still being recorded is kept as far as it goes: the next restore is fast."""
+        self._leaving.set()
+        self._kept.wait(LEAVE_WAIT_S)
+
+    def _follow(self, library: Library, snapshot: Snapshot, pages: PageServer) -> None:
+        """The rest of the pages waits for the first token, so as not to compete with it."""
+        known = library.working_set(snapshot.name)
+        recording = not known.exists()
+        # While a working set is recorded, page by page, the first answer takes seconds; it belongs into the first part all the same.
+        self._wait_served(1, FIRST_ANSWER_WAIT_S * (10 if recording else 1))
+        early = pages.stats()
+        log.debug("pages at the first token: %s", early)
+        pages.first_token()
+        self.fetching.first_token()
+        placing_s = early.get("hot_done_s", 0.0) - early.get("first_placed_s", 0.0)
+        rates.remember(library.home, early.get("bytes_ahead", 0.0), placing_s, gpu=False)
+        self._wait_served(WORKING_SET_REQUESTS, WORKING_SET_WAIT_S)
+        drifted = not recording and pages.stats().get("faults_missed", 0) > DRIFT_FAULTS
+        # One that ends before the first answer is none.
+        save = (recording or drifted) and self.served() > 0
+        pages.requests_done(save=known if save else None)
+        if save:
+            pages.wait_saved(LEAVE_WAIT_S)
+        self._kept.set()
+        while not pages.wait_complete(PAGES_LIMIT_S) and self.fetching.unfinished:
+            pass  # a slow link is no failure; one that stalls ends the fetching
+        log.debug("pages: %s", pages.stats())
+        pages.close()
+        if not self.fetching.arriving:
+            map_weights(library, snapshot)
+
+    def _wait_served(self, count: int, limit_s: float) -> None:
+        limit = time.monotonic() + limit_s
+        while self.served() < count and time.monotonic() < limit and self.lives():
+            if self._leaving.wait(0.02):
+                break
+
+
+def map_weights(library: Library, snapshot: Snapshot) -> None:
+    """Make the view from which later restores map the weights instead of copying them, where it has not been made yet."""
+    from checkpoint import mapped
+
+    if not snapshot.weight_areas:
+        return
+    try:
+        with library.in_use(snapshot.name) as folder:
+            if not mapped.made(folder):
+                size = mapped.make(folder, snapshot.weight_areas)
+                log.debug("the next restores map %.0f MB of weights", size / 1e6)
+    except CheckpointError as error:
+        log.info("the next restores of %s copy its weights: %s", snapshot.name, error)

@@ -3,11 +3,12 @@
     python benchmarks/replicas.py NAME [N] [--runs 3] [--json]
 
 Each run is `quickthaw restore NAME --replicas N` from its first instruction to the moment at which a replica serves, which is when its
-first tokens (the canary's, recorded at the dump) have been generated and compared. NAME: see `quickthaw snapshot ls`.
+first tokens (the canary's, recorded at the dump) have been generated and compared. NAME: see `quickthaw snapshot ls`. Where the
+processors are few, replicas are restored in turns; QUICKTHAW_RESTORES_AT_ONCE=N shows the other way.
 
 Target: the last of N in under 2.5 times the time of one, *per core available*: with C cores and N > C replicas, N / C replicas share a
-core, so the measured ratio is divided by N / C. Both are printed. A first run that is not counted warms the page cache and records the
-working set.
+core, so the measured ratio is divided by N / C. Both are printed. A first run that is not counted warms the page cache and, with a
+request, records the working set.
 
 Verification: one replica with `--verify never`, `auto` (what changed since the last check on this host: nothing, here) and `always` (every
 byte), in turn. Target: `auto` costs less than 15 % of the restore without.
@@ -20,7 +21,6 @@ import json
 import os
 import re
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [str(ROOT), *[p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]]
 
 from checkpoint.library import Library  # noqa: E402
+from plugin.measure import free_port, stream_completion  # noqa: E402
 from plugin.settings import state_home  # noqa: E402
 
 TARGET, TARGET_VERIFY = 2.5, 0.15
@@ -39,16 +40,11 @@ LIMIT_S = 300.0
 VERIFY = ("never", "auto", "always")
 
 
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
-
-def restore(name: str, replicas: int, verify: str = "auto") -> list[float]:
-    """Seconds from the command's start until each replica serves, in order; the command is stopped then."""
+def restore(name: str, replicas: int, verify: str = "auto", ask: bool = False) -> list[float]:
+    """Seconds from the command's start until each replica serves, in order; the command is stopped then, with `ask` after one answer."""
+    port = free_port()
     argv = [sys.executable, "-m", "plugin.restore", name, "--replicas", str(replicas), "--verify", verify]
-    argv += ["--host", "127.0.0.1", "--port", str(free_port())]
+    argv += ["--host", "127.0.0.1", "--port", str(port)]
     env = {n: v for n, v in os.environ.items() if n != "PYTHONDONTWRITEBYTECODE"}
     began = time.monotonic()
     served: list[float] = []
@@ -65,6 +61,8 @@ def restore(name: str, replicas: int, verify: str = "auto") -> list[float]:
                     break
             if "failed" in line or time.monotonic() - began > LIMIT_S:
                 break
+        if ask and len(served) == replicas:
+            stream_completion(port, Library(state_home()).load(name).model, began, 8, LIMIT_S)
         process.send_signal(signal.SIGTERM)
         process.stderr.read()
         process.wait(60)
@@ -75,7 +73,7 @@ def restore(name: str, replicas: int, verify: str = "auto") -> list[float]:
 
 def measure(name: str, replicas: int, runs: int) -> dict[str, Any]:
     """Medians of `runs`, the kinds in turn; seconds."""
-    restore(name, 1)
+    restore(name, 1, ask=True)  # a working set is kept only once an answer has been given
     time.sleep(1.0)
     series: dict[str, list[float]] = {"one": [], "first": [], "last": [], **{f"verify_{how}": [] for how in VERIFY}}
     for _ in range(runs):

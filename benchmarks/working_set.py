@@ -18,7 +18,6 @@ doubled: takes two snapshots of one engine, one as ever, one with a KV cache lef
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import mmap
 import os
@@ -36,6 +35,7 @@ sys.path[:] = [str(ROOT), *[p for p in sys.path if Path(p or ".").resolve() != P
 
 from checkpoint.errors import NotFound  # noqa: E402
 from checkpoint.library import Library  # noqa: E402
+from checkpoint.pages import uffd  # noqa: E402
 from plugin.bench import Bench  # noqa: E402
 from plugin.measure import Command, free_port, status, waiting_client  # noqa: E402
 from plugin.presets import preset  # noqa: E402
@@ -72,25 +72,12 @@ def read(files: list[Path]) -> None:
 
 
 def cached(files: list[Path]) -> int:
-    """Bytes of these files in the page cache (mincore)."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mmap.restype = ctypes.c_void_p
-    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
-    libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
-    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    """Bytes of these files in the page cache."""
     total = 0
     for file in files:
-        size = file.stat().st_size
-        if not size:
-            continue
-        fd = os.open(file, os.O_RDONLY)
-        address = libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, fd, 0)
-        os.close(fd)
-        pages = (ctypes.c_ubyte * -(-size // 4096))()
-        if libc.mincore(address, size, pages):
-            raise OSError(ctypes.get_errno(), "mincore")
-        total += sum(page & 1 for page in pages) * 4096
-        libc.munmap(address, size)
+        address, size = uffd.map_file(str(file))
+        if size:
+            total += sum(page & 1 for page in uffd.cached(address, size)) * uffd.PAGE
     return total
 
 

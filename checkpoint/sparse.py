@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 
 def extents(fd: int, size: int) -> Iterator[tuple[int, int]]:
-    """(start, end) of each stretch of data in the first `size` bytes of an open file, ascending; what lies between are holes. Raises OSError."""
+    """(start, end) of each stretch of data in the first `size` bytes of an open file, ascending; between them are holes. Raises OSError."""
     at = 0
     while at < size:
         try:

@@ -10,6 +10,7 @@ It is written before it gets its name, so nobody ever sees half of one.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import logging
 import mmap
@@ -38,7 +39,7 @@ class Claim:
         try:
             fcntl.flock(self.fd, fcntl.LOCK_EX)
             if os.write(self.fd, body) != len(body):
-                raise OSError(28, "no room for a claim on the cache")
+                raise OSError(errno.ENOSPC, "no room for a claim on the cache")
             self._map = mmap.mmap(self.fd, _HEAD)
             temporary.rename(self.path)
         except BaseException:

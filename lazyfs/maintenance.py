@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from lazyfs.cache import PRESENT, UNPROVEN, Cache
@@ -109,7 +110,7 @@ def verify(
     wanted: dict[str, tuple[Chunk, str]] = {}
     for digest in digests if digests is not None else list(chunks.manifests()):
         try:
-            manifest = certain(lambda d=digest: retrying(lambda: chunks.get_manifest(d), RetryPolicy()))  # type: ignore[misc]
+            manifest = certain(partial(retrying, partial(chunks.get_manifest, digest), RetryPolicy()))
         except (Integrity, NotFound) as error:
             report.broken_manifests[digest] = str(error)
             if repair and isinstance(error, Integrity):

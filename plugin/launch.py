@@ -63,6 +63,16 @@ class Seconds(click.ParamType[float]):
         return value if isinstance(value, float) else seconds(str(value))
 
 
+restores_at_once = click.option(
+    "--restores-at-once",
+    type=click.IntRange(0),
+    default=0,
+    show_envvar=True,
+    help="How many replicas are restored beside each other.  [default: one for every two processors]",
+)
+"""Also of `quickthaw restore`."""
+
+
 @click.command(context_settings=PASS_THROUGH)
 @click.option(
     "--engine-python", metavar="PYTHON", show_envvar=True, help="The engine's interpreter.  [default: this one]"
@@ -81,13 +91,7 @@ class Seconds(click.ParamType[float]):
     show_envvar=True,
     help="Replicas behind the one port.",
 )
-@click.option(
-    "--restores-at-once",
-    type=click.IntRange(0),
-    default=0,
-    show_envvar=True,
-    help="How many replicas are restored beside each other.  [default: one for every two processors]",
-)
+@restores_at_once
 @click.option(
     "--weights",
     type=click.Choice(["auto", "full", "thin"]),

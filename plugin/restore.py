@@ -23,7 +23,7 @@ from typing import Any
 
 import click
 
-from plugin.launch import Seconds, start_log
+from plugin.launch import Seconds, restores_at_once, start_log
 from plugin.proxy.options import knobs, shared
 
 
@@ -40,13 +40,7 @@ from plugin.proxy.options import knobs, shared
     help="Port.  [default: the engine's own default]",
 )
 @click.option("--replicas", type=click.IntRange(1), default=1, show_default=True, show_envvar=True)
-@click.option(
-    "--restores-at-once",
-    type=click.IntRange(0),
-    default=0,
-    show_envvar=True,
-    help="How many replicas are restored beside each other.  [default: one for every two processors]",
-)
+@restores_at_once
 @click.option("--api-key", default=None, show_envvar=True, help="The key the engine was started with, for the canary.")
 @click.option("--store", default=None, metavar="URL", show_envvar=True, help="Where weights are kept as chunks.")
 @click.option(

@@ -292,6 +292,7 @@ class Launch:
             try:
                 return asyncio.run_coroutine_threadsafe(pool.recall(name), self._loop).result(RECALL_LIMIT_S)
             except TimeoutError:
+                log.warning("a request beside the check of %s did not end within %.0f s", name, RECALL_LIMIT_S)
                 return False
 
         return recall

@@ -124,12 +124,20 @@ def populate(address: int, length: int) -> int:
     return ctypes.get_errno() if _madvise(address, length, _MADV_POPULATE_READ) else 0
 
 
+def cached(address: int, length: int) -> bytes:
+    """For each page of a mapping of ours, whether it lies in the page cache: odd or even. Raises OSError."""
+    vector = (ctypes.c_ubyte * -(-length // PAGE))()
+    if _mincore(address, length, vector):
+        raise OSError(ctypes.get_errno(), "mincore")
+    return bytes(vector)
+
+
 def resident(address: int, length: int) -> bool:
     """Whether every page of a mapping of ours lies in the page cache, so that a copy from it does not wait for a disk."""
-    vector = (ctypes.c_ubyte * (length // PAGE))()
-    if _mincore(address, length, vector):
-        return False
-    return b"\0" not in bytes(vector)
+    try:
+        return b"\0" not in cached(address, length)
+    except OSError:
+        return False  # a copy will tell why
 
 
 def zero_pages(length: int) -> int:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import socket
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -373,23 +374,38 @@ class ProxyServer:
         try:
             back = await connect(replica, self.settings.connect_timeout_s)
         except OSError:
-            await asyncio.shield(check)
+            await self._checked(request, check)
             return False
         if client.gone():
             back.abort()
             raise asyncio.CancelledError
         exchange.withheld, exchange.replica_name = True, replica.name
         self._write(client, request, exchange, replica, back)
-        passed = await asyncio.shield(check)
-        exchange.held_s += time.monotonic() - began
+        passed = False
+        try:
+            passed = await self._checked(request, check)
+        finally:
+            exchange.held_s += time.monotonic() - began
+            if not passed:
+                exchange.forget()
         if not passed:
-            exchange.forget()
             self.buffered += request.put_back(body)
             return False
         exchange.let_go()
         await exchange.done
         replica.served += 1
         return True
+
+    async def _checked(self, request: Request, check: asyncio.Future[bool]) -> bool:
+        """Whether the check was passed. Raises Unavailable at the request's deadline, which holds here as in the pool."""
+        least = min(request.hold_s, math.inf if self.settings.hold_timeout_s is None else self.settings.hold_timeout_s)
+        left = max(0.0, request.arrived + least - time.monotonic())
+        try:
+            async with asyncio.timeout(None if left == math.inf else left):
+                return await asyncio.shield(check)
+        except TimeoutError:
+            message = f"no replica was ready within {least:.1f} s (it was being checked)"
+            raise Unavailable("hold-deadline", message, retry_after_s=1.0) from None
 
     def _write(
         self, client: ClientConnection, request: Request, exchange: Exchange, replica: Replica, back: BackConnection

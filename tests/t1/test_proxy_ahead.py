@@ -192,6 +192,25 @@ def test_a_client_that_leaves_frees_the_replica():
     run(main())
 
 
+def test_the_deadline_of_a_held_request_holds_while_its_replica_is_checked():
+    async def never(up: Upstream, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        await asyncio.wait_for(reader.read(1), LIMIT_S)
+        seen.gone = True
+        return False
+
+    async def main():
+        async with upstream(never) as up, proxy(ahead=True) as rig:
+            replica = rig.add("a", up.port, phase=Phase.IDLE)
+            waiting = asyncio.create_task(rig.get(PATH, "X-Quickthaw-Hold: 0.3", method="POST", body=b"{}"))
+            await until(lambda: rig.pool.held == 1)
+            checking(rig)
+            got = await waiting
+            assert got.status == 503 and b"hold-deadline" in got.body
+            await until(lambda: up.seen[0].gone and replica.outstanding == 0)
+
+    run(main())
+
+
 def test_a_long_stream_is_kept_back_within_bounds_and_arrives_whole():
     size, parts = 1 << 16, 200
 

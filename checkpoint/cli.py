@@ -185,7 +185,9 @@ def _against(library: Library, found: Snapshot) -> list[tuple[str, str]]:
     reasons: list[tuple[str, str]] = []
     criu = ""
     try:
-        criu = Criu.find(library.home).cached_version(library.home)
+        found_criu = Criu.find(library.home)
+        criu = found_criu.cached_version(library.home)
+        found_criu.check_cpu(library.path(found.name) / "images")
     except CheckpointError as error:
         reasons.append((error.code, str(error.args[0])))
     try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -16,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 
 from checkpoint.aside import aside
-from checkpoint.errors import Failed, HostLacks
+from checkpoint.errors import Failed, HostLacks, Incompatible
 from checkpoint.sandbox import Sandbox
 
 MINIMUM_VERSION = (4, 2)
@@ -33,6 +34,9 @@ _COMMON = (
     "--network-lock=skip",
     "--manage-cgroups=ignore",
 )
+
+
+_CPUINFO = "cpuinfo.img"
 
 
 @dataclass(frozen=True)
@@ -179,6 +183,33 @@ class Criu:
         if code:
             raise Failed("criu-restore-failed", f"CRIU could not restore: {last_error(work / 'restore.log', code)}")
         self.keep_kernel_facts(sandbox)
+
+    def dump_cpu(self, images: Path) -> None:
+        """Keep what this processor can, as CRIU asks it, among the images. Raises Failed."""
+        if platform.machine() == "x86_64":
+            words = self._cpuinfo("dump", images)
+            if words:
+                raise Failed("criu-cpuinfo-failed", f"CRIU could not read the processor's features: {words}")
+
+    def check_cpu(self, images: Path) -> None:
+        """Compare this processor with the images': 40 ms, so only for a processor that differs by name or flags (checkpoint.identity),
+        which the kernel lists less of than CRIU asks for. Raises Incompatible."""
+        if (images / _CPUINFO).exists():  # snapshots had none once
+            words = self._cpuinfo("check", images)
+            if words:
+                raise Incompatible("cpu-features-missing: criu", f"CRIU compared the processors: {words}")
+
+    def _cpuinfo(self, action: str, images: Path) -> str:
+        """What speaks against it, in CRIU's words; empty where nothing does."""
+        argv = [*self._argv, "cpuinfo", action, "--cpu-cap=ins", f"--images-dir={images}", "--log-file=/dev/stdout"]
+        try:
+            done = subprocess.run(
+                argv, env=_environment(), timeout=10, check=False, capture_output=True, text=True, errors="replace"
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            return str(error)
+        errors = [line for line in done.stdout.splitlines() if "Error (" in line]
+        return (errors or [f"exit code {done.returncode}"])[0] if done.returncode else ""
 
 
 def _environment() -> dict[str, str]:

@@ -286,6 +286,11 @@ def check_host(recorded: Identity, host: HostFacts, reads: int = FORMAT) -> tupl
     return tuple(found)
 
 
+def same_cpu(then: HostFacts, host: HostFacts) -> bool:
+    """Whether two processors are the same by name and flags: then nothing is left to compare."""
+    return (then.cpu_model, then.cpu_flags) == (host.cpu_model, host.cpu_flags)
+
+
 def _check_gpus(then: HostFacts, host: HostFacts) -> list[Mismatch]:
     found: list[Mismatch] = []
     if len(then.gpus) != len(host.gpus):

@@ -128,15 +128,16 @@ def _write(folder: Path, images: Path, changed: dict[str, bytes], facts: _Facts)
     new, old = folder / f"{FOLDER}.new", folder / f"{FOLDER}.old"
     for left in (new, old):
         shutil.rmtree(left, ignore_errors=True)
-    (new / "images").mkdir(mode=0o700, parents=True)
+    for made_folder in (new, new / "images"):
+        made_folder.mkdir(mode=0o700)
     try:
         for entry in os.scandir(images) if changed else ():
             if entry.name not in changed:
                 (new / "images" / entry.name).symlink_to(f"../../images/{entry.name}")
-        for name, data in changed.items():
-            (new / "images" / name).write_bytes(data)
-            (new / "images" / name).chmod(0o600)
-        (new / _FACTS).write_bytes(msgspec.json.encode(facts))
+        files = {new / "images" / name: data for name, data in changed.items()}
+        for file, data in {**files, new / _FACTS: msgspec.json.encode(facts)}.items():
+            file.write_bytes(data)
+            file.chmod(0o600)
         with contextlib.suppress(FileNotFoundError):
             (folder / FOLDER).rename(old)
         new.rename(folder / FOLDER)

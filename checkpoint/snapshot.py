@@ -158,6 +158,7 @@ def take(
             if driver and needs.processes:
                 cuda.resume(driver, pids, needs)
         script.unlink()
+        criu.dump_cpu(images)
         for name in mapped:
             target = folder / "cache" / name
             target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

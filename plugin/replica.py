@@ -294,6 +294,7 @@ class Replica:
         try:
             if not self._fetching.ready(lazy, snapshot):
                 self._verify(name, snapshot)
+            self._check_cpu(name, recorded)
             restored = snapshots.restore(
                 self.library,
                 self.criu,
@@ -395,6 +396,14 @@ class Replica:
         from checkpoint.sealing import verify
 
         verify(self.library.path(name), snapshot.files, always=self.settings.verify == "always")
+
+    def _check_cpu(self, name: str, recorded: IdentityRecord) -> None:
+        """CRIU's own comparison, of a processor that is not the snapshot's."""
+        from checkpoint.identity import same_cpu
+
+        assert self.criu is not None
+        if not same_cpu(recorded.host, self.identity.host):
+            self.criu.check_cpu(self.library.path(name) / "images")
 
     def _compare(self, snapshot: Snapshot) -> None:
         """The canary. It is asked first; a request that waits may run behind it (its answer is kept back until this has ended)."""

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from checkpoint.criu import Criu
-from checkpoint.errors import Busy, CheckpointError, Failed, HostLacks, Integrity, NotFound
+from checkpoint.errors import Busy, CheckpointError, Failed, HostLacks, Incompatible, Integrity, NotFound
+from checkpoint.imagefile import decode, encode, framed, head_size, nested, payloads
 from checkpoint.library import Library
 from checkpoint.sandbox import CACHE_DIR, TMP_DIR, Bind, Sandbox, SandboxConfig
 from checkpoint.sealing import seal, verify
@@ -363,3 +364,22 @@ def test_a_helper_that_hangs_is_ended_at_its_limit(home):
         while sandbox.execute(["/bin/sh", "-c", "pgrep -x sleep"], {"PATH": "/bin:/usr/bin"}, 10) == 0:
             assert time.monotonic() < limit
             time.sleep(0.02)
+
+
+def test_the_processor_is_compared_as_criu_asks_it(taken, criu):
+    library, snapshot, _ = taken
+    images = library.path(snapshot.name) / "images"
+    assert "images/cpuinfo.img" in snapshot.files
+    criu.check_cpu(images)
+    image = images / "cpuinfo.img"
+    data = image.read_bytes()
+    (payload,) = payloads(data)
+    found = decode(payload)
+    (entry,) = nested(found, 1)
+    entry[6][1] |= 0xFFFFFFFF  # every feature of the second word, which no processor has all of
+    image.write_bytes(data[: head_size(data)] + framed(encode({1: [encode(entry)]})))
+    with pytest.raises(Incompatible) as caught:
+        criu.check_cpu(images)
+    assert caught.value.code == "cpu-features-missing: criu" and "capabilities" in str(caught.value)
+    image.unlink()
+    criu.check_cpu(images)  # a snapshot from before it was kept

@@ -1,6 +1,8 @@
-"""Three ways to bring a snapshot's pages back, in one run on the same snapshot: plain CRIU, CRIU's own lazy-pages daemon, ours.
+"""Ways to bring a snapshot's pages back, in one run on the same snapshot: plain CRIU, CRIU's own lazy-pages daemon, ours with everything
+copied, ours with the weights mapped (where the snapshot's engine said where they lie).
 
     python benchmarks/pages.py NAME [--runs 5] [--json]
+    python benchmarks/pages.py NAME --criu-log          what CRIU does when, by its own log (which makes it slower)
 
 For each: seconds until CRIU returns, until the first token of a greedy generation, and of the second. The images are in the page
 cache. Without the launcher, the proxy and the canary: what they add is in `quickthaw bench coldstart`. NAME: see `quickthaw snapshot ls`.
@@ -11,12 +13,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +36,11 @@ from checkpoint.snapshot import LazyRestore, restore, unpack_cache  # noqa: E402
 from launchers.base import ENGINE_SITE  # noqa: E402
 from launchers.client import Client  # noqa: E402
 from launchers.engine_site import engine_site  # noqa: E402
+from plugin.following import map_weights  # noqa: E402
 from plugin.output import Output  # noqa: E402
 from plugin.settings import state_home  # noqa: E402
 
-WAYS = ("plain", "criu-lazy", "ours")
+WAYS = ("plain", "criu-lazy", "copied", "ours")
 
 
 def ask(sandbox: Sandbox, snapshot: Snapshot) -> tuple[float, float]:
@@ -62,7 +67,9 @@ def run(way: str, library: Library, criu: Criu, snapshot: Snapshot, record: bool
     if way == "criu-lazy":
         return _criu_lazy(library, criu, snapshot, binds, pipes, outputs)
     known = library.working_set(snapshot.name)
-    lazy = LazyRestore(None if record else known, record, print, print) if way == "ours" else None
+    lazy = None
+    if way != "plain":
+        lazy = LazyRestore(None if record else known, record, print, print, map_weights=way == "ours")
     replica = restore(library, criu, snapshot, binds, cache, pipes, lazy=lazy)
     try:
         returned = time.monotonic() - began
@@ -70,6 +77,8 @@ def run(way: str, library: Library, criu: Criu, snapshot: Snapshot, record: bool
             output.handed_over()
         first, second = ask(replica.sandbox, snapshot)
         found = {"criu_s": returned, "first_token_s": returned + first, "second_s": second}
+        if criu.verbosity > 1:
+            print_criu_log((replica.work / "restore.log").read_text(errors="replace"))
         if replica.pages:
             found["faults"] = replica.pages.stats()["faults"]
             replica.pages.first_token()
@@ -122,17 +131,46 @@ def _criu_lazy(
             shutil.rmtree(work, ignore_errors=True)
 
 
+def print_criu_log(text: str) -> None:
+    """Seconds since CRIU's start, by process: its first line, its last page read, its restorer's first line, its last line."""
+    seen: dict[int, list[float]] = {}
+    last = 0.0
+    for line in text.splitlines():
+        found = re.match(r"\((\d+\.\d+)\)\s*(pie: )?\s*(\d+): (.*)", line)
+        if not found:
+            continue
+        last, restorer, pid, words = float(found[1]), bool(found[2]), int(found[3]), found[4]
+        at = seen.setdefault(pid, [last, 0.0, 0.0, last])
+        at[3] = last
+        if words.startswith("Read piov"):
+            at[1] = last
+        if restorer and not at[2]:
+            at[2] = last
+    print(f"{'process':<10}{'begins':>10}{'pages read':>12}{'restorer':>10}{'done':>8}")
+    for pid, (begins, read, restorer_s, done) in seen.items():
+        if read:  # a process, not one of its threads
+            print(f"{pid:<10}{begins:>9.3f}s{read:>11.3f}s{restorer_s:>9.3f}s{done:>7.3f}s")
+    print(f"the last line of all: {last:.3f} s")
+
+
 def main() -> None:
     """Run and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument(
+        "--criu-log", action="store_true", help="one restore with CRIU's log at its most talkative, by time"
+    )
     options = parser.parse_args()
     library, criu = Library(state_home()), Criu.find(state_home())
     snapshot = library.load(options.name)
     if not library.working_set(snapshot.name).exists():
         run("ours", library, criu, snapshot, record=True)
+    if options.criu_log:
+        run("ours", library, replace(criu, verbosity=4), snapshot)
+        return
+    map_weights(library, snapshot)
     series: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
     for index in range(options.runs + 1):
         for way in WAYS:

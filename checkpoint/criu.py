@@ -41,9 +41,10 @@ _CPUINFO = "cpuinfo.img"
 
 @dataclass(frozen=True)
 class Criu:
-    """A CRIU binary."""
+    """A CRIU binary. `verbosity`: of the log of a restore; what is above 1 costs it time."""
 
     program: Path
+    verbosity: int = 1
 
     @classmethod
     def find(cls, home: Path, explicit: Path | None = None) -> Criu:
@@ -173,7 +174,7 @@ class Criu:
             f"--images-dir={images}",
             f"--work-dir={work}",
             "--log-file=restore.log",
-            "-v1",
+            f"-v{self.verbosity}",
             "--restore-detached",
             *(f"--inherit-fd=fd[{20 + index}]:{name}" for index, name in enumerate(pipes)),
             *(["--lazy-pages"] if lazy_pages else []),

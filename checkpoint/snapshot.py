@@ -200,6 +200,8 @@ class LazyRestore:
     on_warning: Callable[[str], None]
     arriving: Arriving | None = None
     """The images are being filled from a store (checkpoint.remote)."""
+    map_weights: bool = True
+    """Map the weights where a view for that was made (checkpoint.mapped); else they are copied like everything."""
 
 
 @dataclass
@@ -290,7 +292,8 @@ def restore(
             images = folder / "images"
             if lazy:
                 # A recording sees every page fault; what is still arriving must not be read before it is there.
-                images = (not lazy.record and not lazy.arriving and mapped.find(folder)) or images
+                may_map = lazy.map_weights and not lazy.record and not lazy.arriving
+                images = (mapped.find(folder) if may_map else None) or images
                 pages = PageServer.start(
                     images,
                     work,

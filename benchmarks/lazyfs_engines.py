@@ -28,6 +28,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import psutil
+
 ROOT = Path(__file__).resolve().parent.parent
 HERE = Path(__file__).resolve().parent
 sys.path[:] = [str(ROOT), *[p for p in sys.path if Path(p or ".").resolve() != HERE], str(HERE)]
@@ -51,10 +53,8 @@ USER_HOME = state_home()
 
 def processor_seconds() -> float:
     """What the machine's processors have computed since it started, in seconds of one processor."""
-    user, nice, system, _, _, irq, softirq = [
-        int(x) for x in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:8]
-    ]
-    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+    used = psutil.cpu_times()
+    return float(used.user + used.nice + used.system + used.irq + used.softirq)
 
 
 def start_once(engine: str, kind: str, scratch: Path, digest: str, url: str) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Weights shown to a restored engine as what they are on the disk: a private mapping of the snapshot's own pages file.
+"""Weights and libraries' data shown to a restored engine as what they are on the disk: private mappings of the snapshot's own pages file.
 
 CRIU and the page server copy every page of an engine into it. Most of those pages are weights, which nobody writes: here a process's
 map of mappings (`mm-N.img`) is rewritten so that CRIU maps `pages-N.img` itself over them. Nothing is copied, the kernel brings a page
@@ -11,6 +11,10 @@ with the snapshot, or after the first restore of one that was pulled, and believ
 Which pages: those wholly inside the areas that the engine named (Snapshot.weight_areas), and only where glibc's malloc handed them out as
 a mapping of their own or from the main heap: memory that an arena of another thread drops and takes again must read as zeros, and a
 mapping of a file would not. Other allocators keep other promises; theirs are left alone.
+
+The same is done with what the loader and the program wrote into private mappings of libraries (relocated tables, globals): 14 to 28 MB in
+each process of an engine, which CRIU would read before it lets anything run, since userfaultfd does not watch mappings of files. The page
+map of the view calls those pages lazy, so CRIU leaves them to the mapping.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ import fcntl
 import os
 import shutil
 import struct
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -38,14 +43,16 @@ from checkpoint.imagefile import (
     number,
     payloads,
 )
-from checkpoint.pages.images import PAGE, BadImage, ProcessImage, read_process
+from checkpoint.pages.images import PAGE, BadImage, ProcessImage, process_ids, read_process
 from lazyfs.records import ready
 
 FOLDER = ".mapped"
 LEAST = 128 << 10
 """Bytes from which a mapping of its own is worth one more entry in a process's map."""
+_LEAST_WHOLE = 2 * PAGE
+"""Bytes from which a mapping that was written in full is shown as another file's; it costs no entry, but each of its pages a fault."""
 _FACTS = "facts.json"
-_VERSION = 1
+_VERSION = 2
 _HEADER = 8
 _SLACK = 3 * PAGE
 """How much larger than what was asked for a chunk may be: rounding to pages and the alignment."""
@@ -55,10 +62,15 @@ _START, _END, _PGOFF, _SHMID, _FLAGS, _STATUS, _MADV, _FDFLAGS = 1, 2, 3, 4, 6, 
 _REGULAR, _FILE_PRIVATE, _ANON_PRIVATE, _STACK = 1, 1 << 6, 1 << 9, 1 << 1
 _PRIVATE, _ANONYMOUS, _GROWSDOWN = 0x02, 0x20, 0x100
 _VMAS = 14  # of MmEntry
+# Fields of PagemapEntry and bits of its flags (images/pagemap.proto). Older images count pages in 32 bits.
+_ADDRESS, _PAGES, _PAGE_FLAGS, _MANY_PAGES = 1, 2, 4, 5
+_LAZY, _PRESENT = 2, 4
 _REGULAR_FILE = 1  # FileEntry.type
 
 Areas = Mapping[str, Sequence[tuple[int, int]]]
 """By process number, (address, bytes)."""
+_Piece = tuple[int, int, int]
+"""(start, end, offset in the pages file)"""
 
 
 class _Facts(msgspec.Struct, forbid_unknown_fields=True):
@@ -163,17 +175,16 @@ def _rewrite(images: Path, areas: Areas) -> tuple[dict[str, bytes], int]:
     next_id = max(number(entry, 2) for entry in entries) + 1
     changed: dict[str, bytes] = {}
     mapped = 0
-    for pid, where in areas.items():
-        image = read_process(str(images), int(pid))
-        pages = images / image.pages_file
-        pieces = _pieces(image, pages, where)
-        if not pieces:
-            continue
-        data, taken = _map(images / f"mm-{pid}.img", pieces, next_id)
-        if not taken:
+    for pid in process_ids(str(images)):
+        image = read_process(str(images), pid)
+        pages, page_map = images / image.pages_file, images / f"pagemap-{pid}.img"
+        weights, libraries = _pieces(image, pages, areas.get(str(pid), ())), _eager(page_map)
+        data, shown = _map(images / f"mm-{pid}.img", weights, libraries, next_id)
+        if not shown:
             continue
         changed[f"mm-{pid}.img"] = data
-        mapped += taken
+        changed[page_map.name] = _left_to_mappings(page_map, sorted(set(shown) - set(weights)))
+        mapped += sum(end - start for start, end, _ in shown)
         files += framed(_file_entry(next_id, pages))
         next_id += 1
     if changed:
@@ -181,8 +192,8 @@ def _rewrite(images: Path, areas: Areas) -> tuple[dict[str, bytes], int]:
     return changed, mapped
 
 
-def _pieces(image: ProcessImage, pages: Path, areas: Sequence[tuple[int, int]]) -> list[tuple[int, int, int]]:
-    """What of the areas can be mapped: (start, end, offset in the pages file), ascending."""
+def _pieces(image: ProcessImage, pages: Path, areas: Sequence[tuple[int, int]]) -> list[_Piece]:
+    """What of the areas can be mapped, ascending."""
     found = []
     with open(pages, "rb") as file:
         for start, size in areas:
@@ -204,31 +215,106 @@ def _from_malloc(image: ProcessImage, file: int, start: int, size: int) -> bool:
     return False
 
 
-def _map(path: Path, pieces: Sequence[tuple[int, int, int]], file: int) -> tuple[bytes, int]:
-    """An `mm-N.img` with the pieces as mappings of `file`, and how many bytes that are."""
+def _eager(page_map: Path) -> list[_Piece]:
+    """What CRIU itself would put in place, ascending; neighbours that also lie together in the pages file are one piece."""
+    found: list[_Piece] = []
+    offset = 0
+    for entry in _entries(page_map)[1:]:
+        start, size = number(entry, _ADDRESS), _pages(entry) * PAGE
+        flags = number(entry, _PAGE_FLAGS, _PRESENT)
+        if not flags & _PRESENT:
+            continue
+        if not flags & _LAZY:
+            if found and found[-1][1] == start and found[-1][2] + found[-1][1] - found[-1][0] == offset:
+                found[-1] = (found[-1][0], start + size, found[-1][2])
+            else:
+                found.append((start, start + size, offset))
+        offset += size
+    return found
+
+
+def _map(path: Path, weights: Sequence[_Piece], libraries: Sequence[_Piece], file: int) -> tuple[bytes, list[_Piece]]:
+    """An `mm-N.img` with the pieces as mappings of `file` where they may be that, and which of them are."""
     data = path.read_bytes()
     (payload,) = payloads(data)
-    parts, taken = [], 0
+    parts, shown = [], []
     for field, value, raw in fields(payload):
         if field != _VMAS or not isinstance(value, bytes):
             parts.append(raw)
             continue
         vma = decode(value)
-        start, end = number(vma, _START), number(vma, _END)
-        inside = [piece for piece in pieces if start <= piece[0] and piece[1] <= end]
-        if not inside or not _plain(vma):
+        first, end = number(vma, _START), number(vma, _END)
+        inside: list[_Piece] = []
+        if _plain(vma):
+            inside = [piece for piece in weights if first <= piece[0] and piece[1] <= end]
+        elif number(vma, _STATUS) == _REGULAR | _FILE_PRIVATE and not number(vma, _MADV):
+            inside = [
+                piece
+                for piece in _clipped(libraries, first, end)
+                if piece[1] - piece[0] >= (_LEAST_WHOLE if piece[:2] == (first, end) else LEAST)
+            ]
+        if not inside:
             parts.append(raw)
             continue
+        start = first
         for low, high, offset in [*inside, (end, end, 0)]:
             if start < low:
-                parts.append(encoded(_VMAS, encode(vma | {_START: [start], _END: [low]})))
+                rest = vma | {_START: [start], _END: [low]}
+                if number(vma, _STATUS) & _FILE_PRIVATE:
+                    rest |= {_PGOFF: [number(vma, _PGOFF) + start - first]}
+                parts.append(encoded(_VMAS, encode(rest)))
             if low < high:
                 mapping = vma | {_START: [low], _END: [high], _PGOFF: [offset], _SHMID: [file], _FLAGS: [_PRIVATE]}
                 mapping |= {_STATUS: [_REGULAR | _FILE_PRIVATE], _FDFLAGS: [os.O_RDONLY]}
                 parts.append(encoded(_VMAS, encode(mapping)))
-                taken += high - low
             start = high
-    return data[: head_size(data)] + framed(b"".join(parts)), taken
+        shown += inside
+    return data[: head_size(data)] + framed(b"".join(parts)), shown
+
+
+def _left_to_mappings(page_map: Path, shown: Sequence[_Piece]) -> bytes:
+    """A `pagemap-N.img` in which these pieces are lazy."""
+    data = page_map.read_bytes()
+    head, *entries = _entries(page_map)
+    parts = [framed(encode(head))]
+    for entry in entries:
+        start, flags = number(entry, _ADDRESS), number(entry, _PAGE_FLAGS, _PRESENT)
+        end = start + _pages(entry) * PAGE
+        eager = flags & _PRESENT and not flags & _LAZY
+        for low, high, _ in [*(_clipped(shown, start, end) if eager else ()), (end, end, 0)]:
+            for until, bits in ((low, flags), (high, flags | _LAZY)):
+                if start < until:
+                    parts.append(framed(encode(_cut(entry, start, until, bits))))
+                    start = until
+    return data[: head_size(data)] + b"".join(parts)
+
+
+def _entries(page_map: Path) -> list[Message]:
+    return [decode(payload) for payload in payloads(page_map.read_bytes())]
+
+
+def _pages(entry: Message) -> int:
+    return number(entry, _MANY_PAGES) or number(entry, _PAGES)
+
+
+def _cut(entry: Message, start: int, end: int, flags: int) -> Message:
+    """The part of an entry of a page map that lies in [start, end)."""
+    part: Message = entry | {_ADDRESS: [start], _PAGE_FLAGS: [flags]}
+    for field in (_PAGES, _MANY_PAGES):
+        if number(entry, field):
+            part[field] = [(end - start) // PAGE]
+    return part
+
+
+def _clipped(pieces: Sequence[_Piece], start: int, end: int) -> list[_Piece]:
+    """The parts of ascending pieces that lie in [start, end)."""
+    found = []
+    for low, high, offset in pieces[max(bisect_right(pieces, (start, 0, 0)) - 1, 0) :]:
+        if low >= end:
+            break
+        if start < high:
+            found.append((max(low, start), min(high, end), offset + max(low, start) - low))
+    return found
 
 
 def _plain(vma: Message) -> bool:

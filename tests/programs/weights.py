@@ -1,7 +1,8 @@
 """A process with memory that lies where an engine's weights lie: `python weights.py FOLDER` names it in FOLDER/ready as JSON, then does
 what FOLDER/go says (`sum`, `write`, `free`) and answers in FOLDER/result.
 
-areas: `alone` from malloc as a mapping of its own, `heap` from the main arena, `arena` from another thread's, `bare` from mmap.
+areas: `alone` from malloc as a mapping of its own, `heap` from the main arena, `arena` from another thread's, `bare` from mmap; `full` and
+`part` lie as a library's data does, in private mappings of a file, written in full and in their middle.
 """
 
 import ctypes
@@ -36,6 +37,17 @@ def main(folder):
     thread.join()
     kept = mmap.mmap(-1, SIZE + mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     areas["bare"] = filled(ctypes.addressof(ctypes.c_char.from_buffer(kept)) + mmap.PAGESIZE, "bare")
+    with open(f"{folder}/library", "wb") as file:
+        file.write(hashlib.sha256(b"library").digest() * (SIZE // 32))
+    libraries = []
+    for name, first in (("full", 0), ("part", SIZE // 4)):
+        with open(f"{folder}/library", "rb") as file:
+            libraries.append(
+                mmap.mmap(file.fileno(), SIZE, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+            )
+        areas[name] = ctypes.addressof(ctypes.c_char.from_buffer(libraries[-1]))
+        for at in range(first, SIZE - first, 32):
+            ctypes.memmove(areas[name] + at, hashlib.sha256(f"{name}{at}".encode()).digest(), 32)
 
     def tell(name, what):
         with open(f"{folder}/{name}.new", "w") as file:

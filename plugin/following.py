@@ -29,8 +29,8 @@ WORKING_SET_WAIT_S = 10.0
 LEAVE_WAIT_S = 5.0
 """How long a stop waits for a working set that is being recorded: writing it took over a second on a busy machine, and without it the next
 restore takes four seconds longer."""
-DRIFT_FAULTS = 100
-"""Faults beside a known working set above which it has drifted and what it missed is added."""
+DRIFT_FAULTS = 32
+"""Faults beside a known working set above which what it missed is added. From a store each of them waits for a chunk of 1 MiB."""
 PAGES_LIMIT_S = 600.0
 
 
@@ -96,15 +96,13 @@ class Following:
 
 
 def map_weights(library: Library, snapshot: Snapshot) -> None:
-    """Make the view from which later restores map the weights instead of copying them, where it has not been made yet."""
+    """Make the view from which later restores map weights and libraries' data instead of copying them, where it has not been made yet."""
     from checkpoint import mapped
 
-    if not snapshot.weight_areas:
-        return
     try:
         with library.in_use(snapshot.name) as folder:
             if not mapped.made(folder):
                 size = mapped.make(folder, snapshot.weight_areas)
-                log.debug("the next restores map %.0f MB of weights", size / 1e6)
+                log.debug("the next restores map %.0f MB", size / 1e6)
     except CheckpointError as error:
         log.info("the next restores of %s copy its weights: %s", snapshot.name, error)

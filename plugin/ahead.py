@@ -1,7 +1,7 @@
 """Fetching a named snapshot from a store begins while this process still imports what it needs.
 
-Three round trips for the manifests of a far store, and the first chunks, take longer than the imports of a command. `start` is called as one
-of the first things of a command whose arguments name a snapshot and a store; whoever then opens the same snapshot (checkpoint.remote)
+Three round trips for the manifests of a far store, and the first chunks, take longer than the imports of a command. `start` is called as
+one of the first things of a command whose arguments name a snapshot and a store; whoever then opens the same snapshot (checkpoint.remote)
 finds it open, or hears himself what is wrong. Where signatures are asked for, nothing begins before they are judged. Standard library
 only until the thread runs.
 """
@@ -14,8 +14,8 @@ import threading
 from collections.abc import Mapping, Sequence
 
 HEAD_START_S = 0.4
-"""How long the other imports wait for the fetching to be under way: two threads that import take turns, and what CRIU reads is half a second
-of a link of 1 Gbit/s away, in which the others are done."""
+"""How long the other imports wait for the fetching to be under way: two threads that import take turns, and what CRIU reads is half a
+second of a link of 1 Gbit/s away, in which the others are done."""
 _STORE, _TRUST = "--snapshot-store", "--trust-key"
 
 

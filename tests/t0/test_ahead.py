@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -57,3 +58,20 @@ def test_what_begins_is_what_the_command_finds(tmp_path: Path, monkeypatch: pyte
     assert thread is not None
     thread.join(10.0)
     assert len(asked) == 1
+
+
+def test_a_store_that_does_not_answer_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QUICKTHAW_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(ahead, "HEAD_START_S", 0.01)
+    answered = threading.Event()
+
+    def open_(*_: object) -> None:
+        answered.wait(30.0)
+        raise NotFound("archive-not-found", "snap-1")
+
+    monkeypatch.setattr(Remote, "open", open_)
+    thread = ahead.start(["snap-1", "--snapshot-store", URL])
+    assert thread is not None and thread.is_alive() and not answered.is_set()
+    answered.set()
+    thread.join(10.0)
+    assert not thread.is_alive()

@@ -20,7 +20,8 @@ from typing import Any
 
 from launchers.bare import free_port as free_port  # for all that measure; the proxy knows no launchers
 
-PROMPT = "The capital of France is"
+PROMPT = "Water boils at one hundred"
+"""Not the canary's: an engine with a prefix cache would have most of it answered already, which no user's request has."""
 
 
 class MeasureError(Exception):

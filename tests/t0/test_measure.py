@@ -1,0 +1,10 @@
+"""What a measured request is."""
+
+from __future__ import annotations
+
+from launchers.base import CANARY_PROMPT
+from plugin.measure import PROMPT
+
+
+def test_no_prefix_cache_answers_a_measured_request_with_what_the_canary_left() -> None:
+    assert PROMPT.split()[0] != CANARY_PROMPT.split()[0]

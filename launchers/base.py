@@ -22,8 +22,11 @@ log = logging.getLogger("quickthaw")
 INNER_PORT = 8000
 """The engine's port inside its sandbox: the same for every replica, since each has a network of its own."""
 ENGINE_SITE = f"{RUN_DIR}/engine"
-CANARY_PROMPT = "The capital of France is"
+CANARY_PROMPT = "Once upon"
+"""Few tokens, since whoever waits for a replica waits for their prefill too, which on a CPU takes as long as they are many; and a certain
+answer, which another batch or processor does not round into another."""
 CANARY_TOKENS = 2
+"""Two: the first comes out of the prefill, the second out of a decode step, which reads the KV cache and runs other kernels."""
 RELOAD_LIMIT_S = 600.0
 """For moving or reading all of a model's weights."""
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".npz")

@@ -1,5 +1,5 @@
 """Ways to bring a snapshot's pages back, in one run on the same snapshot: plain CRIU, CRIU's own lazy-pages daemon, ours with everything
-copied, ours with the weights mapped (where the snapshot's engine said where they lie).
+copied, ours with weights (where the snapshot's engine said where they lie) and libraries' data mapped; and how much that is.
 
     python benchmarks/pages.py NAME [--runs 5] [--json]
     python benchmarks/pages.py NAME --criu-log          what CRIU does when, by its own log (which makes it slower)
@@ -28,15 +28,17 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [str(ROOT), *[p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]]
 
 import launchers  # noqa: E402
+from checkpoint import mapped  # noqa: E402
 from checkpoint.criu import Criu  # noqa: E402
 from checkpoint.library import Library  # noqa: E402
 from checkpoint.manifest import Snapshot  # noqa: E402
+from checkpoint.pages.images import PAGE, process_ids, read_process  # noqa: E402
 from checkpoint.sandbox import CACHE_DIR, TMP_DIR, Bind, Sandbox, SandboxConfig  # noqa: E402
 from checkpoint.snapshot import LazyRestore, restore, unpack_cache  # noqa: E402
 from launchers.base import ENGINE_SITE  # noqa: E402
 from launchers.client import Client  # noqa: E402
 from launchers.engine_site import engine_site  # noqa: E402
-from plugin.following import map_weights  # noqa: E402
+from plugin.following import map_pages  # noqa: E402
 from plugin.output import Output  # noqa: E402
 from plugin.settings import state_home  # noqa: E402
 
@@ -69,7 +71,7 @@ def run(way: str, library: Library, criu: Criu, snapshot: Snapshot, record: bool
     known = library.working_set(snapshot.name)
     lazy = None
     if way != "plain":
-        lazy = LazyRestore(None if record else known, record, print, print, map_weights=way == "ours")
+        lazy = LazyRestore(None if record else known, record, print, print, map_pages=way == "ours")
     replica = restore(library, criu, snapshot, binds, cache, pipes, lazy=lazy)
     try:
         returned = time.monotonic() - began
@@ -153,6 +155,19 @@ def print_criu_log(text: str) -> None:
     print(f"the last line of all: {last:.3f} s")
 
 
+def mapped_bytes(folder: Path) -> dict[str, int]:
+    """What the view of a snapshot maps, and what CRIU itself reads from the images without it and with it."""
+    plain = folder / "images"
+    view = mapped.find(folder) or plain
+    found = {"mapped_bytes": 0, "eager_bytes": 0, "eager_bytes_mapped": 0}
+    for pid in process_ids(str(plain)):
+        shown = read_process(str(view), pid)
+        found["mapped_bytes"] += sum(end - start for start, end, _ in shown.mapped)
+        found["eager_bytes"] += read_process(str(plain), pid).eager_pages * PAGE
+        found["eager_bytes_mapped"] += shown.eager_pages * PAGE
+    return found
+
+
 def main() -> None:
     """Run and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -170,7 +185,8 @@ def main() -> None:
     if options.criu_log:
         run("ours", library, replace(criu, verbosity=4), snapshot)
         return
-    map_weights(library, snapshot)
+    map_pages(library, snapshot)
+    sizes = mapped_bytes(library.path(snapshot.name))
     series: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
     for index in range(options.runs + 1):
         for way in WAYS:
@@ -184,12 +200,22 @@ def main() -> None:
     if options.json:
         print(
             json.dumps(
-                {"snapshot": snapshot.name, "image_bytes": snapshot.image_bytes, "runs": options.runs, **medians},
+                {
+                    "snapshot": snapshot.name,
+                    "image_bytes": snapshot.image_bytes,
+                    "runs": options.runs,
+                    **sizes,
+                    **medians,
+                },
                 indent=1,
             )
         )
         return
     print(f"{snapshot.name}, images {snapshot.image_bytes / 1e9:.2f} GB, medians of {options.runs}")
+    print(
+        f"mapped {sizes['mapped_bytes'] / 1e6:.1f} MB; CRIU itself reads {sizes['eager_bytes_mapped'] / 1e6:.1f} MB of "
+        f"{sizes['eager_bytes'] / 1e6:.1f} MB"
+    )
     print(f"{'':<12}{'CRIU returns':>14}{'first token':>14}{'second':>10}{'faults':>9}")
     for way, one in medians.items():
         print(

@@ -24,7 +24,6 @@ import fcntl
 import os
 import shutil
 import struct
-from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -43,7 +42,17 @@ from checkpoint.imagefile import (
     number,
     payloads,
 )
-from checkpoint.pages.images import PAGE, BadImage, ProcessImage, process_ids, read_process
+from checkpoint.pages.images import (
+    FILE_PRIVATE,
+    LAZY,
+    PAGE,
+    PRESENT,
+    BadImage,
+    ProcessImage,
+    process_ids,
+    read_process,
+    within,
+)
 from lazyfs.records import ready
 
 FOLDER = ".mapped"
@@ -59,12 +68,11 @@ _SLACK = 3 * PAGE
 _OTHER_ARENA = 4  # a low bit of a chunk's size, malloc/malloc.c
 # Fields of VmaEntry, bits of its status and flags (images/vma.proto, criu/include/image.h, mman.h).
 _START, _END, _PGOFF, _SHMID, _FLAGS, _STATUS, _MADV, _FDFLAGS = 1, 2, 3, 4, 6, 7, 9, 10
-_REGULAR, _FILE_PRIVATE, _ANON_PRIVATE, _STACK = 1, 1 << 6, 1 << 9, 1 << 1
+_REGULAR, _ANON_PRIVATE, _STACK = 1, 1 << 9, 1 << 1
 _PRIVATE, _ANONYMOUS, _GROWSDOWN = 0x02, 0x20, 0x100
 _VMAS = 14  # of MmEntry
-# Fields of PagemapEntry and bits of its flags (images/pagemap.proto). Older images count pages in 32 bits.
+# Fields of PagemapEntry (images/pagemap.proto). Older images count pages in 32 bits.
 _ADDRESS, _PAGES, _PAGE_FLAGS, _MANY_PAGES = 1, 2, 4, 5
-_LAZY, _PRESENT = 2, 4
 _REGULAR_FILE = 1  # FileEntry.type
 
 Areas = Mapping[str, Sequence[tuple[int, int]]]
@@ -111,7 +119,7 @@ def _fitting(folder: Path) -> _Facts | None:
 
 
 def make(folder: Path, areas: Areas) -> int:
-    """Make the view of a snapshot, and return how many bytes it maps, 0 where nothing can be. Takes 0.03 s for every gigabyte.
+    """Make the view of a snapshot, and return how many bytes it maps, 0 where nothing can be. Takes tenths of a second.
 
     Raises Busy where another process is making it, Failed where the disk is full or the images are none.
     """
@@ -178,12 +186,12 @@ def _rewrite(images: Path, areas: Areas) -> tuple[dict[str, bytes], int]:
     for pid in process_ids(str(images)):
         image = read_process(str(images), pid)
         pages, page_map = images / image.pages_file, images / f"pagemap-{pid}.img"
-        weights, libraries = _pieces(image, pages, areas.get(str(pid), ())), _eager(page_map)
-        data, shown = _map(images / f"mm-{pid}.img", weights, libraries, next_id)
+        weights = _pieces(image, pages, areas.get(str(pid), ()))
+        data, shown = _map(images / f"mm-{pid}.img", weights, image.eager, next_id)
         if not shown:
             continue
         changed[f"mm-{pid}.img"] = data
-        changed[page_map.name] = _left_to_mappings(page_map, sorted(set(shown) - set(weights)))
+        changed[page_map.name] = _left_to_mappings(page_map, shown)
         mapped += sum(end - start for start, end, _ in shown)
         files += framed(_file_entry(next_id, pages))
         next_id += 1
@@ -215,24 +223,6 @@ def _from_malloc(image: ProcessImage, file: int, start: int, size: int) -> bool:
     return False
 
 
-def _eager(page_map: Path) -> list[_Piece]:
-    """What CRIU itself would put in place, ascending; neighbours that also lie together in the pages file are one piece."""
-    found: list[_Piece] = []
-    offset = 0
-    for entry in _entries(page_map)[1:]:
-        start, size = number(entry, _ADDRESS), _pages(entry) * PAGE
-        flags = number(entry, _PAGE_FLAGS, _PRESENT)
-        if not flags & _PRESENT:
-            continue
-        if not flags & _LAZY:
-            if found and found[-1][1] == start and found[-1][2] + found[-1][1] - found[-1][0] == offset:
-                found[-1] = (found[-1][0], start + size, found[-1][2])
-            else:
-                found.append((start, start + size, offset))
-        offset += size
-    return found
-
-
 def _map(path: Path, weights: Sequence[_Piece], libraries: Sequence[_Piece], file: int) -> tuple[bytes, list[_Piece]]:
     """An `mm-N.img` with the pieces as mappings of `file` where they may be that, and which of them are."""
     data = path.read_bytes()
@@ -247,10 +237,10 @@ def _map(path: Path, weights: Sequence[_Piece], libraries: Sequence[_Piece], fil
         inside: list[_Piece] = []
         if _plain(vma):
             inside = [piece for piece in weights if first <= piece[0] and piece[1] <= end]
-        elif number(vma, _STATUS) == _REGULAR | _FILE_PRIVATE and not number(vma, _MADV):
+        elif number(vma, _STATUS) == _REGULAR | FILE_PRIVATE and not number(vma, _MADV):
             inside = [
                 piece
-                for piece in _clipped(libraries, first, end)
+                for piece in within(libraries, first, end)
                 if piece[1] - piece[0] >= (_LEAST_WHOLE if piece[:2] == (first, end) else LEAST)
             ]
         if not inside:
@@ -260,12 +250,12 @@ def _map(path: Path, weights: Sequence[_Piece], libraries: Sequence[_Piece], fil
         for low, high, offset in [*inside, (end, end, 0)]:
             if start < low:
                 rest = vma | {_START: [start], _END: [low]}
-                if number(vma, _STATUS) & _FILE_PRIVATE:
+                if number(vma, _STATUS) & FILE_PRIVATE:
                     rest |= {_PGOFF: [number(vma, _PGOFF) + start - first]}
                 parts.append(encoded(_VMAS, encode(rest)))
             if low < high:
                 mapping = vma | {_START: [low], _END: [high], _PGOFF: [offset], _SHMID: [file], _FLAGS: [_PRIVATE]}
-                mapping |= {_STATUS: [_REGULAR | _FILE_PRIVATE], _FDFLAGS: [os.O_RDONLY]}
+                mapping |= {_STATUS: [_REGULAR | FILE_PRIVATE], _FDFLAGS: [os.O_RDONLY]}
                 parts.append(encoded(_VMAS, encode(mapping)))
             start = high
         shown += inside
@@ -273,16 +263,16 @@ def _map(path: Path, weights: Sequence[_Piece], libraries: Sequence[_Piece], fil
 
 
 def _left_to_mappings(page_map: Path, shown: Sequence[_Piece]) -> bytes:
-    """A `pagemap-N.img` in which these pieces are lazy."""
+    """A `pagemap-N.img` in which these pieces are lazy; weights are already."""
     data = page_map.read_bytes()
     head, *entries = _entries(page_map)
     parts = [framed(encode(head))]
     for entry in entries:
-        start, flags = number(entry, _ADDRESS), number(entry, _PAGE_FLAGS, _PRESENT)
+        start, flags = number(entry, _ADDRESS), number(entry, _PAGE_FLAGS, PRESENT)
         end = start + _pages(entry) * PAGE
-        eager = flags & _PRESENT and not flags & _LAZY
-        for low, high, _ in [*(_clipped(shown, start, end) if eager else ()), (end, end, 0)]:
-            for until, bits in ((low, flags), (high, flags | _LAZY)):
+        eager = flags & PRESENT and not flags & LAZY
+        for low, high, _ in [*(within(shown, start, end) if eager else ()), (end, end, 0)]:
+            for until, bits in ((low, flags), (high, flags | LAZY)):
                 if start < until:
                     parts.append(framed(encode(_cut(entry, start, until, bits))))
                     start = until
@@ -304,17 +294,6 @@ def _cut(entry: Message, start: int, end: int, flags: int) -> Message:
         if number(entry, field):
             part[field] = [(end - start) // PAGE]
     return part
-
-
-def _clipped(pieces: Sequence[_Piece], start: int, end: int) -> list[_Piece]:
-    """The parts of ascending pieces that lie in [start, end)."""
-    found = []
-    for low, high, offset in pieces[max(bisect_right(pieces, (start, 0, 0)) - 1, 0) :]:
-        if low >= end:
-            break
-        if start < high:
-            found.append((max(low, start), min(high, end), offset + max(low, start) - low))
-    return found
 
 
 def _plain(vma: Message) -> bool:

@@ -200,8 +200,8 @@ class LazyRestore:
     on_warning: Callable[[str], None]
     arriving: Arriving | None = None
     """The images are being filled from a store (checkpoint.remote)."""
-    map_weights: bool = True
-    """Map the weights where a view for that was made (checkpoint.mapped); else they are copied like everything."""
+    map_pages: bool = True
+    """Map weights and libraries' data where a view for that was made (checkpoint.mapped); else they are copied like everything."""
 
 
 @dataclass
@@ -292,7 +292,7 @@ def restore(
             images = folder / "images"
             if lazy:
                 # A recording sees every page fault; what is still arriving must not be read before it is there.
-                may_map = lazy.map_weights and not lazy.record and not lazy.arriving
+                may_map = lazy.map_pages and not lazy.record and not lazy.arriving
                 images = (mapped.find(folder) if may_map else None) or images
                 pages = PageServer.start(
                     images,

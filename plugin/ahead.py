@@ -14,8 +14,8 @@ import threading
 from collections.abc import Mapping, Sequence
 
 HEAD_START_S = 0.4
-"""How long the other imports wait for the fetching to be under way: two threads that import take turns, and what CRIU reads is half a
-second of a link of 1 Gbit/s away, in which the others are done."""
+"""Seconds that the other imports wait, at most, for the fetching to be under way: two threads that import slow each other down, and the
+others have time enough while the first bytes come."""
 _STORE, _TRUST = "--snapshot-store", "--trust-key"
 
 

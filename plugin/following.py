@@ -1,5 +1,5 @@
 """After a lazy restore: the page server is told how far its replica is, what its processes needed is kept for the next restore, and that
-one finds its weights ready to be mapped.
+one finds its pages ready to be mapped.
 
 Runs in a thread of its own from the moment a replica serves until every page is in place.
 """
@@ -86,7 +86,7 @@ class Following:
         log.debug("pages: %s", pages.stats())
         pages.close()
         if not self.fetching.arriving:
-            map_weights(library, snapshot)
+            map_pages(library, snapshot)
 
     def _wait_served(self, count: int, limit_s: float) -> None:
         limit = time.monotonic() + limit_s
@@ -95,7 +95,7 @@ class Following:
                 break
 
 
-def map_weights(library: Library, snapshot: Snapshot) -> None:
+def map_pages(library: Library, snapshot: Snapshot) -> None:
     """Make the view from which later restores map weights and libraries' data instead of copying them, where it has not been made yet."""
     from checkpoint import mapped
 
@@ -105,4 +105,4 @@ def map_weights(library: Library, snapshot: Snapshot) -> None:
                 size = mapped.make(folder, snapshot.weight_areas)
                 log.debug("the next restores map %.0f MB", size / 1e6)
     except CheckpointError as error:
-        log.info("the next restores of %s copy its weights: %s", snapshot.name, error)
+        log.info("the next restores of %s copy every page: %s", snapshot.name, error)

@@ -120,7 +120,7 @@ def take(
             replica.library, replica.criu, sandbox, draft, replica.compile_cache(), seal, _signer(replica), driver
         )
         replica.library.succeeded(draft.name)
-        following.map_weights(replica.library, replica.snapshot)
+        following.map_pages(replica.library, replica.snapshot)
     except Busy as error:
         log.info("no snapshot by this launch: %s", error)
     except (CheckpointError, LauncherError, OSError) as error:

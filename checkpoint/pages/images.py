@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 import struct
 from bisect import bisect_right
+from collections.abc import Sequence
 
 PAGE = 4096
 
 # enum of pagemap_entry.flags in images/pagemap.proto
-_LAZY, _PRESENT = 2, 4
+LAZY, PRESENT = 2, 4
 # Bits of VmaEntry.status in criu/include/image.h: what CRIU dumps from a private mapping of a file is never lazy, unless we made it one.
-_FILE_PRIVATE = 1 << 6
+FILE_PRIVATE = 1 << 6
 # VmaEntry.madv is a bit mask by MADV_… number.
 _MADV_WIPEONFORK = 18
 
@@ -28,24 +29,29 @@ class ProcessImage:
     """The pages of one process, as its page map lists them.
 
     `runs` holds (first address, end address, offset in the pages file) of every run of lazy pages, ascending; a run never crosses the
-    border of a mapping, since the kernel fills one mapping at a time. `eager_pages` counts those that CRIU itself puts in place.
+    border of a mapping, since the kernel fills one mapping at a time. `eager` lists those that
+    CRIU itself puts in place; one of its runs may cross borders.
     `mapped` lists, in the same way, what is shown as a mapping of the pages file (checkpoint.mapped) and needs nobody to put it in place.
     """
 
-    __slots__ = ("borders", "eager_pages", "mapped", "pages_file", "pid", "runs", "wiped_on_fork")
+    __slots__ = ("borders", "eager", "mapped", "pages_file", "pid", "runs", "wiped_on_fork")
 
     def __init__(self, pid: int, pages_file: str) -> None:
         self.pid = pid
         self.pages_file = pages_file
         self.runs: list[tuple[int, int, int]] = []
         self.mapped: list[tuple[int, int, int]] = []
-        self.eager_pages = 0
+        self.eager: list[tuple[int, int, int]] = []
         self.wiped_on_fork: list[tuple[int, int]] = []
         self.borders: list[int] = []
 
     @property
     def lazy_pages(self) -> int:
         return sum(end - start for start, end, _ in self.runs) // PAGE
+
+    @property
+    def eager_pages(self) -> int:
+        return sum(end - start for start, end, _ in self.eager) // PAGE
 
     def split(self, start: int, end: int) -> list[tuple[int, int]]:
         """[start, end) cut at the borders of mappings."""
@@ -60,7 +66,7 @@ class ProcessImage:
 
     def within(self, start: int, end: int) -> list[tuple[int, int, int]]:
         """The parts of runs that lie in [start, end), as (start, end, offset)."""
-        return _within(self.runs, start, end)
+        return within(self.runs, start, end)
 
     def unmapped(self, start: int, end: int) -> list[tuple[int, int]]:
         """[start, end) without what is mapped, which lies in mappings of its own."""
@@ -75,10 +81,11 @@ class ProcessImage:
 
     def mapped_within(self, start: int, end: int) -> list[tuple[int, int, int]]:
         """The parts of what is mapped that lie in [start, end), as (start, end, offset)."""
-        return _within(self.mapped, start, end)
+        return within(self.mapped, start, end)
 
 
-def _within(runs: list[tuple[int, int, int]], start: int, end: int) -> list[tuple[int, int, int]]:
+def within(runs: Sequence[tuple[int, int, int]], start: int, end: int) -> list[tuple[int, int, int]]:
+    """The parts of ascending runs that lie in [start, end), as (start, end, offset)."""
     index = max(bisect_right(runs, (start,)) - 1, 0)
     found = []
     while index < len(runs) and runs[index][0] < end:
@@ -87,6 +94,14 @@ def _within(runs: list[tuple[int, int, int]], start: int, end: int) -> list[tupl
             found.append((low, high, runs[index][2] + low - runs[index][0]))
         index += 1
     return found
+
+
+def _append(runs: list[tuple[int, int, int]], start: int, size: int, offset: int) -> None:
+    """Add a run; with the last one, where both address and offset go on."""
+    if runs and runs[-1][1] == start and runs[-1][2] + runs[-1][1] - runs[-1][0] == offset:
+        runs[-1] = (runs[-1][0], start + size, runs[-1][2])
+    else:
+        runs.append((start, start + size, offset))
 
 
 def _messages(path: str) -> list[bytes]:
@@ -178,18 +193,18 @@ def read_process(folder: str, pid: int) -> ProcessImage:
         mappings = _mappings(f"{folder}/mm-{pid}.img")
         image.wiped_on_fork = [(start, end) for start, end, madv, _ in mappings if madv >> _MADV_WIPEONFORK & 1]
         image.borders = sorted({border for start, end, _, _ in mappings for border in (start, end)})
-        of_files = {start for start, _, _, status in mappings if status & _FILE_PRIVATE}
+        of_files = {start for start, _, _, status in mappings if status & FILE_PRIVATE}
         offset = 0
         for message in messages[1:]:
             entry = dict(_fields(message))
-            start, flags = entry[1], entry.get(4, _PRESENT)
+            start, flags = entry[1], entry.get(4, PRESENT)
             pages = entry.get(5) or entry[2]
             if not isinstance(start, int) or not isinstance(pages, int) or not isinstance(flags, int):
                 raise BadImage(f"{path} is not a page map")
-            if not flags & _PRESENT:
+            if not flags & PRESENT:
                 continue
-            if not flags & _LAZY:
-                image.eager_pages += pages
+            if not flags & LAZY:
+                _append(image.eager, start, pages * PAGE, offset)
                 offset += pages * PAGE
                 continue
             for low, high in image.split(start, start + pages * PAGE):

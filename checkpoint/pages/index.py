@@ -16,7 +16,7 @@ import sys
 from checkpoint.pages.images import ProcessImage, process_ids, read_process
 
 FILE_NAME = ".verified-pages"
-_VERSION = 2
+_VERSION = 3
 
 
 def read(images: str) -> tuple[dict[int, ProcessImage], bool]:
@@ -37,10 +37,7 @@ def keep(images: str, found: dict[int, ProcessImage]) -> None:
             _VERSION,
             sys.version,
             _stamps(images),
-            [
-                (i.pid, i.pages_file, i.runs, i.mapped, i.eager_pages, i.wiped_on_fork, i.borders)
-                for i in found.values()
-            ],
+            [(i.pid, i.pages_file, i.runs, i.mapped, i.eager, i.wiped_on_fork, i.borders) for i in found.values()],
         )
     )
     target = _path(images)
@@ -69,9 +66,9 @@ def _kept(images: str) -> dict[int, ProcessImage] | None:
     except (OSError, ValueError, EOFError, TypeError):
         return None  # none yet, of another version, or damaged
     found = {}
-    for pid, pages_file, runs, mapped, eager_pages, wiped_on_fork, borders in processes:
+    for pid, pages_file, runs, mapped, eager, wiped_on_fork, borders in processes:
         image = found[pid] = ProcessImage(pid, pages_file)
-        image.runs, image.mapped, image.eager_pages = runs, mapped, eager_pages
+        image.runs, image.mapped, image.eager = runs, mapped, eager
         image.wiped_on_fork, image.borders = wiped_on_fork, borders
     return found
 

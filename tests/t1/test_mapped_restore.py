@@ -210,6 +210,16 @@ def test_without_areas_only_libraries_are_mapped(taken):
         assert {name for name, shown in found["maps"].items() if is_mapped(shown)} == {"full", "part"}
 
 
+def test_where_nothing_can_be_mapped_that_is_remembered_and_all_is_copied(taken, monkeypatch):
+    monkeypatch.setattr(mapped, "LEAST", 1 << 40)
+    monkeypatch.setattr(mapped, "_LEAST_WHOLE", 1 << 40)
+    assert mapped.make(taken.folder, taken.snapshot.weight_areas) == 0
+    assert mapped.find(taken.folder) is None and mapped.made(taken.folder)
+    with taken.restored() as replica:
+        found = ask(replica)
+        assert found["sums"] == taken.ready["sums"] and not any(map(is_mapped, found["maps"].values()))
+
+
 def test_what_the_loader_wrote_is_no_longer_read_by_criu(taken):
     eager = {
         pid: read_process(str(taken.folder / "images"), pid).eager_pages

@@ -1,0 +1,73 @@
+"""Reading ahead of the copier: the disk is asked for what follows while the first is waited for, and for no more than a window of it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from checkpoint.pages import fetch
+from checkpoint.pages.fetch import Fetcher
+
+pytestmark = pytest.mark.t0
+
+
+class Disk:
+    """A source none of whose pages are cached; `populate` waits until it is let go on."""
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+        self.go_on = threading.Semaphore(0)
+
+    def resident(self, offset: int, length: int) -> bool:
+        return False
+
+    def advise(self, offset: int, length: int) -> None:
+        self.asked.append(offset)
+
+    def populate(self, offset: int, length: int) -> int:
+        assert self.go_on.acquire(timeout=10.0)
+        return 5 if offset == 2 else 0
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
+    monkeypatch.setattr(fetch, "_WINDOW", 200)
+    yield Disk()
+
+
+def until(disk: Disk, asked: list[int]) -> None:
+    limit = time.monotonic() + 10.0
+    while disk.asked != asked and time.monotonic() < limit:
+        time.sleep(0.001)
+    time.sleep(0.02)  # and no further
+    assert disk.asked == asked
+
+
+def test_what_follows_is_asked_for_within_the_window_and_told_in_order(disk: Disk) -> None:
+    told = threading.Semaphore(0)
+    fetcher = Fetcher("test", told.release)
+    for number in range(4):
+        fetcher.submit(number, [(disk, number, 100)])  # type: ignore[list-item]
+    fetcher.start()
+    until(disk, [0, 1])
+    disk.go_on.release()
+    assert told.acquire(timeout=10.0)
+    until(disk, [0, 1, 2])
+    for _ in range(3):
+        disk.go_on.release()
+        assert told.acquire(timeout=10.0)
+    assert list(fetcher.done) == [(0, 0, 100), (1, 0, 100), (2, 5, 100), (3, 0, 100)]
+
+
+def test_a_job_larger_than_the_window_is_asked_for_as_a_whole(disk: Disk) -> None:
+    told = threading.Semaphore(0)
+    fetcher = Fetcher("test", told.release)
+    fetcher.start()
+    fetcher.submit(7, [(disk, at, 300) for at in range(3)])  # type: ignore[misc]
+    until(disk, [0, 1, 2])
+    for _ in range(3):
+        disk.go_on.release()
+    assert told.acquire(timeout=10.0) and fetcher.done[0] == (7, 5, 900)

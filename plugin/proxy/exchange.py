@@ -29,6 +29,7 @@ class Exchange:
     """The state of one request under way (`back.Answer`)."""
 
     __slots__ = (
+        "answered",
         "back",
         "chunked",
         "client",
@@ -61,6 +62,7 @@ class Exchange:
         self.tunnel = False
         self.withheld = False
         self.status = 0
+        self.answered = False  # whether anything of the body has come
         self.first_byte = 0.0
         self.held_s = 0.0
         self.written = 0
@@ -98,6 +100,7 @@ class Exchange:
 
     def data(self, data: bytes) -> None:
         """A piece of the body."""
+        self.answered = True
         if self.early is not None:
             self.early.data(data)
         elif self.chunked:
@@ -135,7 +138,7 @@ class Exchange:
             self.done.exception()  # seen: a replica that fails its check breaks its connections
         self.done = self.done.get_loop().create_future()
         self.out.clear()
-        self.withheld = self.chunked = False
+        self.withheld = self.chunked = self.answered = False
         self.status, self.first_byte, self.replica_name = 0, 0.0, ""
 
     def end(self, trailers: list[wire.Field]) -> None:

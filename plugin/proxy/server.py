@@ -353,7 +353,16 @@ class ProxyServer:
     ) -> None:
         """Write the request once, and see its answer through."""
         self._write(client, request, exchange, replica, back)
-        await exchange.done
+        await self._see_through(exchange, replica)
+
+    @staticmethod
+    async def _see_through(exchange: Exchange, replica: Replica) -> None:
+        """Wait for the end of an answer. Who leaves with a part of it was served: readers of streams leave at the last token."""
+        try:
+            await exchange.done
+        except asyncio.CancelledError:
+            replica.served += exchange.answered
+            raise
         replica.served += 1
 
     async def _run_ahead(
@@ -392,8 +401,7 @@ class ProxyServer:
             self.buffered += request.put_back(body)
             return False
         exchange.let_go()
-        await exchange.done
-        replica.served += 1
+        await self._see_through(exchange, replica)
         return True
 
     async def _checked(self, request: Request, check: asyncio.Future[bool]) -> bool:

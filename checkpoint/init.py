@@ -1,6 +1,6 @@
 """Process 1 of a sandbox: makes the namespaces, starts, dumps and restores what it is told to, and takes everything down with it.
 
-Run as `python -I -S init.py CONTROL_FD` by checkpoint.sandbox, with its configuration as the first message on the control
+Run by checkpoint.prefork, forked or as `python -I -S init.py CONTROL_FD`, with its configuration as the first message on the control
 socket (one JSON object a message, SOCK_SEQPACKET). Standard library only, so that it starts in 15 ms: it is on the path of every restore.
 
 Promises:
@@ -357,8 +357,9 @@ def close_on_exec() -> None:
                 os.set_inheritable(fd, False)
 
 
-def main() -> int:
-    control = socket.socket(fileno=int(sys.argv[1]))
+def main(control_fd: int) -> int:
+    """See the module; returns the exit code of the outer process."""
+    control = socket.socket(fileno=control_fd)
     try:
         first = control.recv(MESSAGE_BYTES)
     except ConnectionResetError:
@@ -391,4 +392,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(int(sys.argv[1])))

@@ -52,7 +52,7 @@ class PageServer:
 
     def __init__(
         self,
-        process: subprocess.Popen[bytes],
+        process: prefork.Child,
         control: socket.socket,
         socket_path: Path,
         on_death: Callable[[str], None] | None,
@@ -104,7 +104,7 @@ class PageServer:
         """
         path = work / SOCKET_NAME
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        process: subprocess.Popen[bytes] | None = None
+        process: prefork.Child | None = None
         ours: socket.socket | None = None
         with listener:
             try:

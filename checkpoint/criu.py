@@ -12,10 +12,13 @@ import platform
 import re
 import shutil
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+from checkpoint import early
 from checkpoint.aside import aside
 from checkpoint.errors import Failed, HostLacks, Incompatible
 from checkpoint.sandbox import Sandbox
@@ -167,20 +170,35 @@ class Criu:
         was outside the tree (`pipe:[123]`) to one of our descriptors. With `lazy_pages` a page server listens in `work`.
         Raises Failed with CRIU's own last error.
         """
-        keep = {20 + index: fd for index, fd in enumerate(pipes.values())}
+        told = self.told(root_pid, images, dict(zip(pipes, pipes, strict=True)), lazy_pages)
+        argv = [word.replace(early.WORK, str(work)) for word in told["argv"]]
+        keep = {early.FIRST_KEPT + index: fd for index, fd in enumerate(pipes.values())}
+        self.restored(sandbox, sandbox.execute(argv, told["env"], timeout_s, keep_fds=keep, adopts=root_pid), work)
+        sandbox.go_on()
+
+    def told(self, root_pid: int, images: Path, pipes: Mapping[str, str], lazy_pages: bool) -> dict[str, Any]:
+        """How a restore is asked for that leaves every process stopped, as in checkpoint.early's Plan.
+
+        `pipes` maps streams of the engine's to the name of a pipe whose other end was outside the tree (`pipe:[123]`).
+        """
+        names = enumerate(pipes.values(), early.FIRST_KEPT)
         argv = [
             *self._argv,
             "restore",
             f"--images-dir={images}",
-            f"--work-dir={work}",
+            f"--work-dir={early.WORK}",
             "--log-file=restore.log",
             f"-v{self.verbosity}",
             "--restore-detached",
-            *(f"--inherit-fd=fd[{20 + index}]:{name}" for index, name in enumerate(pipes)),
+            "--leave-stopped",
+            *(f"--inherit-fd=fd[{number}]:{name}" for number, name in names),
             *(["--lazy-pages"] if lazy_pages else []),
             *_COMMON,
         ]
-        code = sandbox.execute(argv, _environment(), timeout_s, keep_fds=keep, adopts=root_pid)
+        return {"argv": argv, "env": _environment(), "adopts": root_pid, "keep": list(pipes)}
+
+    def restored(self, sandbox: Sandbox, code: int, work: Path) -> None:
+        """CRIU has ended with this exit code. Raises Failed with its own last error."""
         if code:
             raise Failed("criu-restore-failed", f"CRIU could not restore: {last_error(work / 'restore.log', code)}")
         self.keep_kernel_facts(sandbox)

@@ -197,8 +197,10 @@ class Init:
                 if not data:
                     return  # the owner is gone
                 message = json.loads(data)
-                if fds:
-                    message["fds"] = fds
+                # Lent for this one request; recvmsg made them without close-on-exec.
+                for fd in fds:
+                    os.set_inheritable(fd, False)
+                message["lent"] = dict(zip(message.get("lent", ()), fds, strict=True))
                 try:
                     if not self.handle(message):
                         return
@@ -206,6 +208,9 @@ class Init:
                     self.send(
                         id=message["id"], error=f"{message['op']}: {error.strerror or error}", errno=error.errno or 0
                     )
+                finally:
+                    for fd in fds:
+                        os.close(fd)
 
     def handle(self, message: Message) -> bool:
         op = message["op"]
@@ -226,14 +231,10 @@ class Init:
         elif op == "signal":
             os.kill(message["pid"], message["signal"])
             self.send(id=message["id"])
-        elif op == "take":
-            # Descriptors that the owner lends for a later message; recvmsg made them without close-on-exec.
-            for fd in message["fds"]:
-                os.set_inheritable(fd, False)
-            self.send(id=message["id"], fds=message["fds"])
-        elif op == "close":
-            for fd in message["fds"]:
-                os.close(fd)
+        elif op == "go-on":
+            # What CRIU left stopped. To everyone in here but this process (kill(2)).
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(-1, signal.SIGCONT)
             self.send(id=message["id"])
         elif op == "unpack":
             # What the snapshot links to, back in its place before CRIU looks for it.
@@ -243,7 +244,7 @@ class Init:
         elif op == "attach":
             # move_mount(2), MOVE_MOUNT_F_EMPTY_PATH: the descriptor is the mount.
             check(
-                libc.syscall(429, message["fd"], b"", -100, message["target"].encode(), 4),
+                libc.syscall(429, message["lent"]["mount"], b"", -100, message["target"].encode(), 4),
                 f"attach {message['target']}",
             )
             self.send(id=message["id"])
@@ -306,15 +307,15 @@ class Init:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             os.setsid()
             null = os.open("/dev/null", os.O_RDWR)
-            out = message.get("stdout", null)
-            err = message.get("stderr", out)
+            lent = message["lent"]
+            out = lent.pop("stdout", null)
+            err = lent.pop("stderr", out)
             streams = [null, out, err]
             # Above 2 first, so that no target is overwritten before it has been read.
             streams = [fcntl.fcntl(stream, fcntl.F_DUPFD_CLOEXEC, 64) for stream in streams]
             for number, stream in enumerate(streams):
                 os.dup2(stream, number, inheritable=True)
-            keep = message.get("keep_fds", {})
-            moved = {int(to): fcntl.fcntl(int(fd), fcntl.F_DUPFD_CLOEXEC, 128) for to, fd in keep.items()}
+            moved = {int(to): fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 128) for to, fd in lent.items()}
             for to, fd in moved.items():
                 os.dup2(fd, to, inheritable=True)
             # Everything that this process inherited or opened carries close-on-exec, but for what was just laid out.

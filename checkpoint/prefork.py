@@ -179,10 +179,11 @@ def settled() -> None:
     while _page_server:
         process, ours = _page_server.pop()
         ours.close()
-        _end(process)
+        end(process)
 
 
-def _end(process: Child) -> None:
+def end(process: Child) -> None:
+    """Wait for a helper whose control socket is closed; one that does not end is killed."""
     from subprocess import TimeoutExpired
 
     try:

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from checkpoint import prefork
+from checkpoint import early, prefork
 from checkpoint.errors import Failed, HostLacks
 
 RUN_DIR = "/run/quickthaw"
@@ -61,6 +61,26 @@ class SandboxConfig:
     monotonic_ns: int = 0
     kernel_facts: Path | None = None
 
+    def told(self) -> dict[str, Any]:
+        """What process 1 is told of it (checkpoint.init)."""
+        return {
+            "binds": [[str(b.source), str(b.target), b.read_only] for b in self.binds],
+            "refuse_io_uring": self.refuse_io_uring,
+            "monotonic_ns": self.monotonic_ns,
+            "kernel_facts": str(self.kernel_facts or ""),
+            "run_dir": RUN_DIR,
+            "user": getpass.getuser(),
+            "site_packages": sysconfig.get_path("purelib"),
+        }
+
+
+def make_run_dir() -> None:
+    """The folder that every sandbox lays its own over. Raises HostLacks."""
+    try:
+        Path(RUN_DIR).mkdir(mode=0o755, exist_ok=True)
+    except OSError as error:
+        raise HostLacks("sandbox-run-dir", f"cannot make {RUN_DIR} ({error.strerror}); run as root") from error
+
 
 @dataclass
 class Sandbox:
@@ -69,23 +89,31 @@ class Sandbox:
     config: SandboxConfig = field(default_factory=SandboxConfig)
     on_exit: Callable[[int, int], None] | None = None
     """Called as `on_exit(pid, exit code)` from the sandbox's reader thread when a started or restored root process ends."""
+    begun: early.Begun | None = None
+    """One whose process 1 has been told this configuration and the first requests already; it is this object's from here on."""
 
     def __post_init__(self) -> None:
         self._pending: dict[int, Future[dict[str, Any]]] = {}
+        self._begun: dict[int, Future[dict[str, Any]]] = {}
         self._lock = threading.Lock()
         self._next_id = 0
         self._closed = False
-        self._began_ns = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+        begun, self.begun = self.begun, None
+        self._began_ns = begun.began_ns if begun else time.clock_gettime_ns(time.CLOCK_MONOTONIC)
         self._exits: dict[int, int] = {}
         self._network: int | None = None
         self._host_network: int | None = None
+        if begun and begun.init:
+            (self._process, self._control), begun.init = begun.init, None
+            self._begun = {request: Future[dict[str, Any]]() for request in (early.UNPACK, early.EXEC)}
+            self._pending |= self._begun
+        else:
+            make_run_dir()
+            self._process, self._control = prefork.take_init()
         try:
-            Path(RUN_DIR).mkdir(mode=0o755, exist_ok=True)
-        except OSError as error:
-            raise HostLacks("sandbox-run-dir", f"cannot make {RUN_DIR} ({error.strerror}); run as root") from error
-        self._process, self._control = prefork.take_init()
-        try:
-            self._configure()
+            if not self._begun:
+                self._control.send(json.dumps(self.config.told()).encode())
+            self._wait_ready()
             self._enter()
         except OSError as error:
             self.close()
@@ -98,19 +126,9 @@ class Sandbox:
         self._reader = threading.Thread(target=self._read, name="sandbox-reader", daemon=True)
         self._reader.start()
 
-    def _configure(self) -> None:
-        """Tell process 1 what to be, and wait until it is."""
-        config = {
-            "binds": [[str(b.source), str(b.target), b.read_only] for b in self.config.binds],
-            "refuse_io_uring": self.config.refuse_io_uring,
-            "monotonic_ns": self.config.monotonic_ns,
-            "kernel_facts": str(self.config.kernel_facts or ""),
-            "run_dir": RUN_DIR,
-            "user": getpass.getuser(),
-            "site_packages": sysconfig.get_path("purelib"),
-        }
+    def _wait_ready(self) -> None:
+        """Until process 1 is what it was told to be."""
         self._control.settimeout(READY_TIMEOUT_S)
-        self._control.send(json.dumps(config).encode())
         try:
             answer = self._control.recv(1 << 20)
         except TimeoutError as error:
@@ -181,7 +199,11 @@ class Sandbox:
             if not future.done():
                 future.set_exception(Failed("sandbox-gone", "the sandbox ended under the operation"))
 
-    def _ask(self, timeout_s: float = REQUEST_TIMEOUT_S, **message: Any) -> dict[str, Any]:
+    def _ask(
+        self, timeout_s: float = REQUEST_TIMEOUT_S, lent: Mapping[str, int | None] | None = None, **message: Any
+    ) -> dict[str, Any]:
+        """One request and its answer. `lent` are descriptors that process 1 has for the length of it, by what they are for."""
+        given = {name: fd for name, fd in (lent or {}).items() if fd is not None}
         future: Future[dict[str, Any]] = Future()
         with self._lock:
             if self._closed:
@@ -190,16 +212,20 @@ class Sandbox:
             message["id"] = self._next_id
             self._pending[self._next_id] = future
             try:
-                self._control.send(json.dumps(message).encode())
+                data = json.dumps({**message, "lent": list(given)}).encode()
+                socket.send_fds(self._control, [data], list(given.values()))
             except OSError as error:
                 raise Failed("sandbox-gone", "the sandbox has ended") from error
+        return self._answer(future, timeout_s, message["op"], message["id"])
+
+    def _answer(self, future: Future[dict[str, Any]], timeout_s: float, op: str, number: int) -> dict[str, Any]:
         try:
             answer = future.result(timeout_s)
         except TimeoutError as error:
-            if message["op"] == "exec":
+            if op == "exec":
                 # A CRIU that hangs holds the tree frozen; its death lets the tree go.
-                self._ask(op="abandon", command=message["id"])
-            raise Failed("sandbox-stalled", f"{message['op']} took longer than {timeout_s:.0f} s") from error
+                self._ask(op="abandon", command=number)
+            raise Failed("sandbox-stalled", f"{op} took longer than {timeout_s:.0f} s") from error
         if "error" in answer:
             raise Failed("sandbox-operation", answer["error"])
         return answer
@@ -216,9 +242,8 @@ class Sandbox:
 
         Returns its number inside the sandbox. Raises Failed when it cannot be executed.
         """
-        message: dict[str, Any] = {"op": "start", "argv": list(argv), "env": dict(env), "cwd": cwd}
-        with self._lent({"stdout": stdout, "stderr": stderr}) as lent:
-            return int(self._ask(**message, **lent)["pid"])
+        lent = {"stdout": stdout, "stderr": stderr}
+        return int(self._ask(lent=lent, op="start", argv=list(argv), env=dict(env), cwd=cwd)["pid"])
 
     def execute(
         self,
@@ -234,41 +259,28 @@ class Sandbox:
         `keep_fds` maps a number in the helper to one of this process's descriptors. `adopts` is the process that a successful
         helper leaves behind as a root process of the sandbox.
         """
-        with self._lent({str(to): fd for to, fd in (keep_fds or {}).items()}) as lent:
-            answer = self._ask(
-                timeout_s,
-                op="exec",
-                argv=list(argv),
-                env=dict(env),
-                cwd=cwd,
-                keep_fds=lent,
-                **({"adopts": adopts} if adopts else {}),
-            )
+        answer = self._ask(
+            timeout_s,
+            {str(to): fd for to, fd in (keep_fds or {}).items()},
+            op="exec",
+            argv=list(argv),
+            env=dict(env),
+            cwd=cwd,
+            **({"adopts": adopts} if adopts else {}),
+        )
         return int(answer["code"])
 
-    @contextlib.contextmanager
-    def _lent(self, fds: Mapping[str, int | None]) -> Any:
-        """Hand descriptors to process 1 for the length of one request, over the control socket as SCM_RIGHTS."""
-        wanted = {name: fd for name, fd in fds.items() if fd is not None}
-        if not wanted:
-            yield {}
-            return
-        numbers = self._pass_fds(list(wanted.values()))
-        try:
-            yield dict(zip(wanted, numbers, strict=True))
-        finally:
-            with contextlib.suppress(Failed):
-                self._ask(op="close", fds=numbers)
+    def unpacked(self) -> None:
+        """Wait for what was begun (checkpoint.early): its folders are in place. Raises Failed."""
+        self._answer(self._begun[early.UNPACK], REQUEST_TIMEOUT_S, "unpack", early.UNPACK)
 
-    def _pass_fds(self, fds: list[int]) -> list[int]:
-        future: Future[dict[str, Any]] = Future()
-        with self._lock:
-            if self._closed:
-                raise Failed("sandbox-gone", "the sandbox has ended")
-            self._next_id += 1
-            self._pending[self._next_id] = future
-            socket.send_fds(self._control, [json.dumps({"op": "take", "id": self._next_id}).encode()], fds)
-        return list(future.result(REQUEST_TIMEOUT_S)["fds"])
+    def executed(self, timeout_s: float) -> int:
+        """Wait for what was begun (checkpoint.early): the exit code of its CRIU. Raises Failed."""
+        return int(self._answer(self._begun[early.EXEC], timeout_s, "exec", early.EXEC)["code"])
+
+    def go_on(self) -> None:
+        """Let every process run that CRIU left stopped."""
+        self._ask(op="go-on")
 
     def signal(self, pid: int, number: int) -> None:
         """Send a signal to a process of the sandbox by its number inside; Failed when it is gone."""
@@ -288,12 +300,7 @@ class Sandbox:
             error = ctypes.get_errno()
             raise Failed("attach-failed", f"{source} cannot be shown in the sandbox: {os.strerror(error)}")
         try:
-            number = self._pass_fds([fd])[0]
-            try:
-                self._ask(op="attach", fd=number, target=str(target))
-            finally:
-                with contextlib.suppress(Failed):
-                    self._ask(op="close", fds=[number])
+            self._ask(lent={"mount": fd}, op="attach", target=str(target))
         finally:
             os.close(fd)
 

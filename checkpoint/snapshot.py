@@ -8,11 +8,9 @@ and several at the same moment: each restore gets a sandbox of its own with copi
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import filecmp
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,15 +18,15 @@ from pathlib import Path
 
 import msgspec
 
-from checkpoint import cuda, manifest, mapped
+from checkpoint import cuda, early, manifest, mapped
 from checkpoint.aside import aside
 from checkpoint.criu import Criu
 from checkpoint.cuda.driver import Driver
-from checkpoint.errors import Failed, HostLacks
+from checkpoint.errors import CheckpointError, Failed, HostLacks
 from checkpoint.library import Library
 from checkpoint.manifest import Snapshot, SnapshotFile
-from checkpoint.pages.server import Arriving, PageServer
-from checkpoint.sandbox import CACHE_DIR, TMP_DIR, Bind, Sandbox, SandboxConfig
+from checkpoint.pages.server import Arriving, PageServer, told
+from checkpoint.sandbox import CACHE_DIR, TMP_DIR, Bind, Sandbox, SandboxConfig, make_run_dir
 
 DUMP_TIMEOUT_S = 30.0
 """For a dump of nothing; every DUMP_SLOWEST bytes add a second. A process killed under CRIU's hands can leave it waiting for ever."""
@@ -217,6 +215,8 @@ class Restored:
     """Seconds by part: sandbox, unpack, criu."""
     pages: PageServer | None = None
     """Brings the rest of the pages; to be closed after the sandbox, or when it is complete."""
+    plan: early.Plan | None = None
+    """What the next restore of this command line can begin with (checkpoint.early), where that is worth it."""
 
     def close(self) -> None:
         """Kill the replica and remove its work folder. May be called twice."""
@@ -229,11 +229,12 @@ class Restored:
             self.held = -1
 
 
-def unpack_cache(folder: Path, compile_cache: Path) -> None:
-    """Put mapped compiled code back where the tree has it mapped, with its mode; what is there and the same is left alone."""
-    source = folder / "cache"
+def unpack_cache(folder: Path, compile_cache: Path) -> bool:
+    """Put mapped compiled code back where the tree has it mapped, with its mode; what is there and the same is left alone. Whether
+    anything was not."""
+    source, changed = folder / "cache", False
     if not source.is_dir():
-        return
+        return False
     for file in source.rglob("*"):
         if not file.is_file():
             continue
@@ -247,6 +248,8 @@ def unpack_cache(folder: Path, compile_cache: Path) -> None:
         with aside(target) as new:
             shutil.copyfile(file, new)
             new.chmod(mode)
+        changed = True
+    return changed
 
 
 def restore(
@@ -281,62 +284,97 @@ def restore(
             )
     run_folder = run_folder or library.home / "run"
     run_folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix="restore-", dir=run_folder))
-    held = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    fcntl.flock(held, fcntl.LOCK_EX)  # a folder that nobody holds is a killed restore's (Library.sweep)
-    began = time.monotonic()
-    sandbox: Sandbox | None = None
-    pages: PageServer | None = None
+    make_run_dir()
     try:
         with library.in_use(snapshot.name) as folder:
-            images = folder / "images"
-            if lazy:
-                # A recording sees every page fault; what is still arriving must not be read before it is there.
-                may_map = lazy.map_pages and not lazy.record and not lazy.arriving
-                images = (mapped.find(folder) if may_map else None) or images
-                pages = PageServer.start(
-                    images,
-                    work,
-                    lazy.working_set,
-                    lazy.record,
-                    on_death=lazy.on_death,
-                    on_warning=lazy.on_warning,
-                    arriving=lazy.arriving,
-                )
-            unpack_cache(folder, compile_cache)
             config = SandboxConfig(
                 binds=binds, monotonic_ns=snapshot.monotonic_ns, kernel_facts=criu.kernel_facts(library.home)
             )
-            sandbox = Sandbox(config, on_exit=on_exit)
-            up = time.monotonic()
-            sandbox.unpack([(folder / "shm", "/dev/shm"), (folder / "tmp", TMP_DIR)])
-            unpacked = time.monotonic()
+            plan = _plan(criu, snapshot, folder, run_folder, config, pipes, lazy)
+            if unpack_cache(folder, compile_cache):
+                early.discard()  # it may have mapped what was there before
+            foreseen = early.take(plan, pipes)
+            begun = foreseen or early.begin(plan, pipes)
             underway()
-            named = {snapshot.pipes[stream]: fd for stream, fd in pipes.items() if stream in snapshot.pipes}
-            criu.restore(
-                sandbox,
-                snapshot.root_pid,
-                images,
-                RESTORE_TIMEOUT_S,
-                work,
-                named,
-                lazy_pages=lazy is not None,
-            )
-            sandbox.raise_pids(snapshot.top_pid)
-            if driver and snapshot.gpu.processes:
-                cuda.resume(driver, processes(sandbox.init_pid), snapshot.gpu, gpu_pairs)
+            try:
+                restored = _bring_back(begun, config, snapshot, criu, on_exit, lazy)
+            except CheckpointError as error:
+                if not foreseen or not lazy:
+                    raise
+                # Begun on what was so the last time; what is wrong now is found by doing it from the start.
+                lazy.on_warning(f"what was begun beforehand failed ({error}); once more, from the start")
+                restored = _bring_back(early.begin(plan, pipes), config, snapshot, criu, on_exit, lazy)
+            try:
+                if driver and snapshot.gpu.processes:
+                    cuda.resume(driver, processes(restored.sandbox.init_pid), snapshot.gpu, gpu_pairs)
+            except BaseException:
+                restored.close()
+                raise
+            return restored
+    except OSError as error:
+        raise Failed(
+            "restore-failed",
+            f"{snapshot.name}: {error.strerror or error}{': ' + str(error.filename) if error.filename else ''}",
+        ) from error
+
+
+def _plan(
+    criu: Criu,
+    snapshot: Snapshot,
+    folder: Path,
+    run_folder: Path,
+    config: SandboxConfig,
+    pipes: Mapping[str, int],
+    lazy: LazyRestore | None,
+) -> early.Plan:
+    """What the helpers of this restore are told."""
+    images = folder / "images"
+    if lazy and lazy.map_pages and not lazy.record and not lazy.arriving:
+        # A recording sees every page fault; what is still arriving must not be read before it is there.
+        images = mapped.find(folder) or images
+    named = {stream: snapshot.pipes[stream] for stream in pipes if stream in snapshot.pipes}
+    return {
+        "run": str(run_folder),
+        "snapshot": str(folder),
+        "init": config.told(),
+        "unpack": [[str(folder / "shm"), "/dev/shm"], [str(folder / "tmp"), TMP_DIR]],
+        "criu": criu.told(snapshot.root_pid, images, named, lazy_pages=lazy is not None),
+        "pages": told(images, lazy.working_set, lazy.record, arriving=lazy.arriving) if lazy else None,
+    }
+
+
+def _bring_back(
+    begun: early.Begun,
+    config: SandboxConfig,
+    snapshot: Snapshot,
+    criu: Criu,
+    on_exit: Callable[[int, int], None] | None,
+    lazy: LazyRestore | None,
+) -> Restored:
+    """Go on with what was begun until every process runs; where that fails, nothing of it is left."""
+    began = time.monotonic()
+    work = begun.work
+    sandbox: Sandbox | None = None
+    pages: PageServer | None = None
+    try:
+        if lazy and begun.pages:
+            started, begun.pages = begun.pages, None
+            pages = PageServer(*started, work / early.LAZY_PAGES_SOCKET, lazy.on_death, lazy.on_warning, lazy.arriving)
+        sandbox = Sandbox(config, on_exit=on_exit, begun=begun)
+        up = time.monotonic()
+        sandbox.unpacked()
+        unpacked = time.monotonic()
+        criu.restored(sandbox, sandbox.executed(RESTORE_TIMEOUT_S), work)
+        sandbox.raise_pids(snapshot.top_pid)
+        sandbox.go_on()
+        begun.release()
         spans = {"sandbox": up - began, "unpack": unpacked - up, "criu": time.monotonic() - unpacked}
-        return Restored(sandbox, snapshot.root_pid, work, held, spans, pages)
-    except BaseException as error:
+        plan = begun.plan if lazy and not lazy.record and not lazy.arriving else None
+        return Restored(sandbox, snapshot.root_pid, work, begun.held, spans, pages, plan)
+    except BaseException:
         if sandbox:
             sandbox.close()
         if pages:
             pages.close()
-        shutil.rmtree(work, ignore_errors=True)
-        os.close(held)
-        if isinstance(error, OSError):
-            raise Failed(
-                "restore-failed",
-                f"{snapshot.name}: {error.strerror or error}{': ' + str(error.filename) if error.filename else ''}",
-            ) from error
+        begun.close()
         raise

@@ -99,11 +99,9 @@ def run(arguments: Sequence[str]) -> None:
 def main() -> None:
     """The console script."""
     if sys.argv[1:2] in (["launch"], ["restore"]):
-        from checkpoint import prefork
         from plugin import first
 
-        first.stand_in()
-        prefork.start()
+        first.begin(sys.argv[1:])
     run(sys.argv[1:])
 
 

@@ -1,7 +1,7 @@
-"""A command that runs as process 1 of a container: the kernel gives it every orphan, and no signal's default action.
+"""What a command that restores does before it imports what it needs: `begin`. Standard library only.
 
-`stand_in` leaves process 1 to do what only it can, reap whatever ends and pass signals on, and goes on in a child. Costs one fork, and
-nothing anywhere else. Standard library only: it runs before anything is imported.
+As process 1 of a container it gets every orphan from the kernel, and no signal's default action: `stand_in` leaves that process to do what
+only it can, reap whatever ends and pass signals on, and goes on in a child. Costs one fork, and nothing anywhere else.
 """
 
 from __future__ import annotations
@@ -10,6 +10,10 @@ import contextlib
 import os
 import signal
 import sys
+from collections.abc import Sequence
+
+from checkpoint import early, prefork
+from plugin.home import state_home
 
 _PASSED_ON = {
     signal.SIGTERM,
@@ -20,6 +24,13 @@ _PASSED_ON = {
     signal.SIGUSR2,
     signal.SIGWINCH,
 }
+
+
+def begin(arguments: Sequence[str]) -> None:
+    """For a command line (`restore NAME …`): helpers start, and with them, where it is known, the restore that it ended in last time."""
+    stand_in()
+    prefork.start()
+    early.foresee(state_home(), arguments)
 
 
 def stand_in() -> None:

@@ -6,13 +6,13 @@ snapshot, serve. The proxy takes the engine's host and port from the first momen
 
 from __future__ import annotations
 
-# First of all: process 1 of the sandbox starts (30 ms) while this process imports what it needs.
+# First of all: others begin to work while this process imports what it needs.
 if __name__ == "__main__":
-    from checkpoint import prefork
+    import sys
+
     from plugin import first
 
-    first.stand_in()
-    prefork.start()
+    first.begin(["launch", *sys.argv[1:]])
 
 import logging
 import os

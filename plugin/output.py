@@ -9,13 +9,13 @@ import threading
 
 
 class Output:
-    """One pipe from an engine. `target` is a descriptor of ours, or None to keep only the last lines.
+    """One pipe from an engine. `target` is a descriptor of ours, or None to keep only the last lines; `pipe` its ends, where there is one.
 
     The write end goes to the engine and must be closed here once it has it; the read end closes at the engine's end.
     """
 
-    def __init__(self, target: int | None, keep: int = 60) -> None:
-        self.read_fd, self.write_fd = os.pipe()
+    def __init__(self, target: int | None, keep: int = 60, pipe: tuple[int, int] | None = None) -> None:
+        self.read_fd, self.write_fd = pipe or os.pipe()
         self.name = os.readlink(f"/proc/self/fd/{self.write_fd}")
         self._target = target
         self._lines: collections.deque[bytes] = collections.deque(maxlen=keep)

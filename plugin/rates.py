@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import mmap
 import os
-import statistics
-import tempfile
 import time
 from pathlib import Path
 
@@ -45,11 +43,15 @@ def measured(home: Path, gpu: bool) -> tuple[float, int] | None:
     found = found[-KEPT:]
     if len(found) < 2:
         return (found[0], 1) if found else None
+    import statistics  # 5 ms, with all its numbers, that a restore need not wait for
+
     return statistics.quantiles(found, n=4, method="inclusive")[2], len(found)
 
 
 def probe(home: Path) -> float:
     """Bytes a second of copying PROBE_BYTES from the page cache into fresh memory, the best of three. Raises OSError without room."""
+    import tempfile
+
     with tempfile.TemporaryFile(dir=home) as file:
         block = bytes(1 << 20)
         for _ in range(PROBE_BYTES >> 20):

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from checkpoint import prefork
+from checkpoint import early, prefork
 from checkpoint import snapshot as snapshots
 from checkpoint.criu import Criu
 from checkpoint.errors import Busy, CheckpointError, Failed, HostLacks, Incompatible, Integrity
@@ -290,7 +290,10 @@ class Replica:
         binds = self._binds(mounted, place)
         self.spans = {"identity": time.monotonic() - began}
         self.tracker.to(Phase.RESTORING)
-        outputs = {"stdout": Output(self.stdout), "stderr": Output(self.stderr)}
+        outputs = {
+            "stdout": Output(self.stdout, pipe=early.pipe("stdout")),
+            "stderr": Output(self.stderr, pipe=early.pipe("stderr")),
+        }
         try:
             if not self._fetching.ready(lazy, snapshot):
                 self._verify(name, snapshot)
@@ -329,6 +332,8 @@ class Replica:
         self.library.succeeded(name)
         self.snapshot, self.restored = snapshot, True
         self._serve()
+        if restored.plan and not self.settings.trust_keys:
+            early.note(restored.plan)
         if restored.pages:
             self._following.begin(self.library, snapshot, restored.pages)
         else:
@@ -449,6 +454,7 @@ class Replica:
     # Cold start
 
     def _cold(self) -> None:
+        early.discard()
         prefork.settled()
         self.underway.set()
         self._mounting()

@@ -5,15 +5,13 @@ Unlike `launch` it needs no engine arguments and never starts cold: what it serv
 
 from __future__ import annotations
 
-# First of all: process 1 of the sandbox starts (30 ms) while this process imports what it needs.
+# First of all: others begin to work while this process imports what it needs.
 if __name__ == "__main__":
     import sys
 
-    from checkpoint import prefork
     from plugin import ahead, first
 
-    first.stand_in()
-    prefork.start()
+    first.begin(["restore", *sys.argv[1:]])
     ahead.start(sys.argv[1:])
 
 import os

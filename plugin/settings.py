@@ -9,13 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from launchers.base import EngineCommand
+from plugin.home import state_home as state_home
 
 WEIGHTS = ("auto", "full", "thin")
-
-
-def state_home() -> Path:
-    """`$QUICKTHAW_HOME`, or `~/.cache/quickthaw`."""
-    return Path(os.environ.get("QUICKTHAW_HOME") or Path.home() / ".cache" / "quickthaw")
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from checkpoint import prefork
+from checkpoint import early, prefork
 from checkpoint.errors import CheckpointError
 from launchers.errors import EngineDied, LauncherError, Usage
 from plugin.layers import Layers, detect
@@ -177,6 +177,7 @@ class Launch:
                 log.exception("a defect of quickthaw's, please report it")
             failure = error
         others = self._count(-1)
+        early.discard()
         if failure is not None:
             self._start_failed(failure, others)
             return False

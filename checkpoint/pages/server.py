@@ -26,11 +26,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from checkpoint import prefork
+from checkpoint import early, prefork
 from checkpoint.errors import Failed
 
-SOCKET_NAME = "lazy-pages.socket"
-"""The name that CRIU looks for in its work folder."""
+REST_BYTES_PER_S = 800e6
+FIRST_TOKEN_TIMEOUT_S = 60.0
 
 
 class Arriving(Protocol):
@@ -45,6 +45,25 @@ class Arriving(Protocol):
 
     def wanted(self, path: str, offset: int, length: int) -> None:
         """A process waits for these bytes of a page file."""
+
+
+def told(
+    images: Path,
+    working_set: Path | None,
+    record: bool = False,
+    rest_bytes_per_s: float = REST_BYTES_PER_S,
+    first_token_timeout_s: float = FIRST_TOKEN_TIMEOUT_S,
+    arriving: Arriving | None = None,
+) -> dict[str, Any]:
+    """What the server is told (checkpoint.pages.daemon); the arguments are those of `PageServer.start`."""
+    return {
+        "images": str(images.resolve()),
+        "working_set": str(working_set.resolve()) if working_set else "",
+        "record": record,
+        "rest_bytes_per_s": rest_bytes_per_s,
+        "first_token_timeout_s": first_token_timeout_s,
+        "arriving": str(arriving.presence.resolve()) if arriving else "",
+    }
 
 
 class PageServer:
@@ -79,6 +98,8 @@ class PageServer:
         """Set when the server process is gone, for whatever reason."""
         self._reader = threading.Thread(target=self._read, name="page-server-reader", daemon=True)
         self._reader.start()
+        if arriving:
+            arriving.listen(self.arrived)
 
     @classmethod
     def start(
@@ -88,8 +109,8 @@ class PageServer:
         working_set: Path | None,
         record: bool = False,
         *,
-        rest_bytes_per_s: float = 800e6,
-        first_token_timeout_s: float = 60.0,
+        rest_bytes_per_s: float = REST_BYTES_PER_S,
+        first_token_timeout_s: float = FIRST_TOKEN_TIMEOUT_S,
         on_death: Callable[[str], None] | None = None,
         on_warning: Callable[[str], None] | None = None,
         arriving: Arriving | None = None,
@@ -102,38 +123,14 @@ class PageServer:
         object when the server ends before its work is done. `arriving`: the images are being filled from a store.
         Raises Failed when it cannot be started.
         """
-        path = work / SOCKET_NAME
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        process: prefork.Child | None = None
-        ours: socket.socket | None = None
-        with listener:
-            try:
-                path.unlink(missing_ok=True)
-                _bind(listener, path)
-                listener.listen(1)
-                process, ours = prefork.take_page_server()
-                config = {
-                    "images": str(images.resolve()),
-                    "working_set": str(working_set.resolve()) if working_set else "",
-                    "record": record,
-                    "rest_bytes_per_s": rest_bytes_per_s,
-                    "first_token_timeout_s": first_token_timeout_s,
-                    "arriving": str(arriving.presence.resolve()) if arriving else "",
-                }
-                socket.send_fds(ours, [json.dumps(config).encode()], [listener.fileno()])
-            except OSError as error:
-                if ours:
-                    ours.close()
-                if process:
-                    process.kill()
-                    process.wait()
-                raise Failed(
-                    "page-server-start", f"cannot start the page server in {work}: {error.strerror or error}"
-                ) from error
-        server = cls(process, ours, path, on_death, on_warning, arriving)
-        if arriving:
-            arriving.listen(server.arrived)
-        return server
+        config = told(images, working_set, record, rest_bytes_per_s, first_token_timeout_s, arriving)
+        try:
+            started = early.begin_pages(config, work)
+        except OSError as error:
+            raise Failed(
+                "page-server-start", f"cannot start the page server in {work}: {error.strerror or error}"
+            ) from error
+        return cls(*started, work / early.LAZY_PAGES_SOCKET, on_death, on_warning, arriving)
 
     @property
     def pid(self) -> int:
@@ -272,12 +269,3 @@ class PageServer:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _bind(listener: socket.socket, path: Path) -> None:
-    """bind() with a path of any length: a socket's name has 108 bytes, so name the folder by its descriptor."""
-    folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        listener.bind(f"/proc/self/fd/{folder}/{path.name}")
-    finally:
-        os.close(folder)

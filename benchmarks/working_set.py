@@ -143,7 +143,7 @@ def servers() -> Iterator[int]:
     """Page servers of the restore under measurement."""
     for entry in Path("/proc").glob("[0-9]*"):
         try:
-            if b"checkpoint.pages.daemon" in (entry / "cmdline").read_bytes():
+            if b"checkpoint.pages.host" in (entry / "cmdline").read_bytes():
                 yield int(entry.name)
         except OSError:
             continue

@@ -93,7 +93,7 @@ class Forked:
 Started = tuple[Child, socket.socket]
 
 _PR_SET_NAME = 15
-_PAGE_SERVER = "import sys; sys.path.insert(0, sys.argv[1]); from checkpoint.pages.daemon import main; sys.exit(main(int(sys.argv[2])))"
+_PAGE_SERVER = "import sys; sys.path.insert(0, sys.argv[1]); from checkpoint.pages.host import main; sys.exit(main(int(sys.argv[2])))"
 _END_LIMIT_S = 5.0
 _init: list[Started] = []
 _page_server: list[Started] = []
@@ -150,9 +150,9 @@ def _init_main(control_fd: int) -> int:
 
 
 def _page_server_main(control_fd: int) -> int:
-    from checkpoint.pages import daemon
+    from checkpoint.pages import host
 
-    return daemon.main(control_fd)
+    return host.main(control_fd)
 
 
 def start() -> None:

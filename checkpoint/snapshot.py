@@ -339,7 +339,7 @@ def _plan(
         "init": config.told(),
         "unpack": [[str(folder / "shm"), "/dev/shm"], [str(folder / "tmp"), TMP_DIR]],
         "criu": criu.told(snapshot.root_pid, images, named, lazy_pages=lazy is not None),
-        "pages": told(images, lazy.working_set, lazy.record, arriving=lazy.arriving) if lazy else None,
+        "pages": told(images, run_folder, lazy.working_set, lazy.record, arriving=lazy.arriving) if lazy else None,
     }
 
 

@@ -112,6 +112,10 @@ class Waiting:
     def start(self) -> None:
         return
 
+    def stop(self) -> None:
+        """Nobody asks any more."""
+        self._ask, self._jobs = None, []
+
     def submit(self, number: int, parts: list[tuple[Source, int, int]]) -> None:
         absent = [part for part in reversed(parts) if not part[0].resident(part[1], part[2])]
         if self._ask:

@@ -1,25 +1,23 @@
-"""The page server's own process: puts the pages of one restored process tree in place.
+"""The page server's work for one tree: puts the pages of the restored processes in place.
 
-Run as `python -I -S -c '…main(control)'` by checkpoint.prefork. Standard library only: it starts in 25 ms, beside CRIU.
+Run in a thread of its own by checkpoint.pages.host, in a process that may serve other trees beside it. Standard library only.
 
 Order of work: the recorded working set as soon as CRIU has registered a process's memory (while CRIU goes on with the rest); single
 faults in between; after the owner says that the first token was seen, what the next requests need; then everything else, at a bounded
-rate. When every page of every process is in place the owner lets go of its descriptors, this process closes its own, and exits.
+rate. When every page of every process is in place the owner lets go of its descriptors, then this side closes its own.
 
 Why it cannot corrupt:
-- One thread reads events and places pages, so no event is read between looking a page up and placing it. The kernel refuses to place
+- One thread reads a tree's events and places its pages, so no event is read between looking a page up and placing it. The kernel refuses to place
   anything (EAGAIN) while a change that it announced waits to be read, and a process that drops pages waits until that was read.
 - A page is placed only where none is: the kernel answers EEXIST and nothing is overwritten.
 - What a process dropped, unmapped or moved away is cut from its map before anything else is placed; then it reads as zeros.
-- The owner holds a duplicate of every descriptor. Were this process to die, faults would wait (not read zeros) until the owner,
+- The owner holds a duplicate of every descriptor. Were this process to die, or this tree to fail, faults would wait (not read zeros) until the owner,
   which sees the control socket close, has killed the tree.
 """
 
 from __future__ import annotations
 
 import array
-import contextlib
-import gc
 import json
 import os
 import select
@@ -30,7 +28,7 @@ from collections import deque
 
 from checkpoint.pages import index, uffd
 from checkpoint.pages.arrival import ArrivingSource, Presence, Waiting, open_source
-from checkpoint.pages.fetch import Fetcher, Source
+from checkpoint.pages.fetch import Bell, Fetcher, Source
 from checkpoint.pages.images import PAGE, ProcessImage
 from checkpoint.pages.pagemap import PageMap
 from checkpoint.pages.second import SecondCopier
@@ -67,7 +65,7 @@ class Daemon:
         self.patience_s = float(str(config["first_token_timeout_s"]))
         self.stats = Stats()
         self.epoll = select.epoll()
-        self.wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.bell = Bell()
         self.criu: socket.socket | None = None
         self.spaces: dict[int, Space] = {}  # by descriptor
         self.numbers = 0
@@ -87,9 +85,10 @@ class Daemon:
         }
         self.zeros = zero_source()
         self.working_set = self.load_working_set(str(config["working_set"] or ""))
-        self.ahead = Waiting(self.wake) if presence else Fetcher("ahead", self.wake)
-        self.cold = Waiting(self.wake, self.want) if presence else Fetcher("cold", self.wake)
-        self.second = SecondCopier(self.wake)
+        ring = self.bell.ring
+        self.ahead = Waiting(ring) if presence else Fetcher("ahead", ring)
+        self.cold = Waiting(ring, self.want) if presence else Fetcher("cold", ring)
+        self.second = SecondCopier(ring)
         self.cold_faults: dict[int, tuple[Space, int, float]] = {}
         self.cold_number = 0
         for thread in (self.ahead, self.cold, self.second):
@@ -105,7 +104,11 @@ class Daemon:
         self.deferred: dict[int, float] = {}  # process → not before
         self.not_before = 0.0
         self.helped = False  # whether the second copier may help: it does not wait for a fetcher
-        self.begin("hot", [] if self.record else self.working_set.before_first_token)
+        try:
+            self.begin("hot", [] if self.record else self.working_set.before_first_token)
+        except BaseException:
+            self.close()
+            raise
 
     def load_working_set(self, path: str) -> WorkingSet:
         if not path or not os.path.exists(path):
@@ -115,10 +118,6 @@ class Daemon:
         except (BadWorkingSet, OSError) as error:
             self.tell(event="warning", message=f"{error}; restoring without it")
             return WorkingSet()
-
-    def wake(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_write(self.wake_fd, 1)
 
     def want(self, path: str, offset: int, length: int) -> None:
         """A fault waits for what has not arrived."""
@@ -136,8 +135,8 @@ class Daemon:
     def run(self) -> None:
         """Until every page is in place, or the owner is gone."""
         self.stats.listening_s = self.now()
-        self.tell(event="listening")
-        for fd in (self.control.fileno(), self.listener.fileno(), self.wake_fd):
+        self.tell(event="listening", pid=os.getpid())
+        for fd in (self.control.fileno(), self.listener.fileno(), self.bell.fd):
             self.epoll.register(fd, select.EPOLLIN)
         while True:
             ready = self.epoll.poll(self.timeout(time.monotonic()))
@@ -148,7 +147,7 @@ class Daemon:
                 elif fd == self.control.fileno():
                     if not self.hear():
                         return
-                elif fd == self.wake_fd:
+                elif fd == self.bell.fd:
                     os.eventfd_read(fd)
                     self.collect()
                 elif fd == self.listener.fileno():
@@ -587,31 +586,15 @@ class Daemon:
                 os.close(space.fd)
             self.tell(event="gone", number=space.number)
 
-
-def main(control_fd: int) -> int:
-    """Wait to be told what to serve, and serve until everything is in place or the owner is gone.
-
-    The first message carries the listening socket. A failure is told to the owner in one line.
-    """
-    control = socket.socket(fileno=control_fd)
-    os.set_inheritable(control_fd, False)
-    with contextlib.suppress(OSError):
-        # The restored processes wait for this one, whatever else the host computes.
-        os.setpriority(os.PRIO_PROCESS, 0, -20)
-    try:
-        data, fds, _, _ = socket.recv_fds(control, 1 << 16, 1)
-    except ConnectionResetError:
-        data, fds = b"", []
-    if not data:
-        return 0  # started beforehand (checkpoint.prefork), and not needed, or its owner was killed
-    os.set_inheritable(fds[0], False)
-    listener = socket.socket(fileno=fds[0])
-    config = json.loads(data)
-    gc.disable()  # thousands of tuples that all live on: collecting would find nothing, several times
-    try:
-        Daemon(control, listener, config).run()
-    except (OSError, RuntimeError, ValueError) as error:
-        with contextlib.suppress(OSError):
-            control.send(json.dumps({"event": "failed", "message": str(error)}).encode())
-        return 1
-    return 0
+    def close(self) -> None:
+        """Let go of this tree's descriptors and end its threads, without waiting. The control socket and the listener are the caller's."""
+        for space in self.spaces.values():
+            with space.placing:
+                space.open = False
+                os.close(space.fd)
+        self.spaces.clear()
+        for helper in (self.ahead, self.cold, self.second):
+            helper.stop()
+        if self.criu is not None:
+            self.criu.close()
+        self.epoll.close()

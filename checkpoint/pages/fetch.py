@@ -6,6 +6,7 @@ reading events is the copier's alone, which is why no lock is needed between the
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import threading
@@ -20,11 +21,31 @@ _ADVISE = 8 << 20
 _WINDOW = 512 << 20
 
 
+class Bell:
+    """Wakes the loop of one daemon, from any thread. Whoever may ring keeps the descriptor open: its number never becomes another's."""
+
+    def __init__(self) -> None:
+        self.fd = -1
+        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+
+    def ring(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_write(self.fd, 1)
+
+    def __del__(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+
+
 class Source:
-    """One image file: mapped shared, so that every replica on a host reads the one copy in the page cache."""
+    """One image file: mapped shared, so that every replica on a host reads the one copy in the page cache.
+
+    It stays mapped for as long as somebody refers to it: a thread that still reads ahead never finds another mapping in its place.
+    """
 
     def __init__(self, path: str) -> None:
         self.path = path
+        self._fd = self.address = self.size = -1
         self.address, self.size = uffd.map_file(path)
         self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
@@ -45,6 +66,12 @@ class Source:
         """Wait until the range is in the page cache and mapped here; an errno when it cannot be read."""
         return uffd.populate(self.address + offset, length)
 
+    def __del__(self) -> None:
+        if self.size > 0:
+            uffd.unmap(self.address, self.size)
+        if self._fd >= 0:
+            os.close(self._fd)
+
 
 Job = tuple[int, list[tuple[Source, int, int]]]
 """(a number that the caller gave it, [(source, offset, length)])"""
@@ -60,19 +87,30 @@ class Fetcher(threading.Thread):
     def __init__(self, name: str, notify: Callable[[], None]) -> None:
         super().__init__(name=name, daemon=True)
         self.done: deque[tuple[int, int, int]] = deque()
-        self._jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
-        self._asked: queue.SimpleQueue[tuple[Job, int]] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._asked: queue.SimpleQueue[tuple[Job, int] | None] = queue.SimpleQueue()
         self._notify = notify
         self._under_way = 0  # bytes asked for and not waited for yet
         self._room = threading.Condition()
+        self._stopping = False
 
     def submit(self, number: int, parts: list[tuple[Source, int, int]]) -> None:
         self._jobs.put((number, parts))
 
+    def stop(self) -> None:
+        """Leave aside what has not been begun; both threads end, without being waited for."""
+        with self._room:
+            self._stopping = True
+            self._room.notify()
+        self._jobs.put(None)
+
     def run(self) -> None:
         threading.Thread(target=self._ask, name=f"{self.name}-ask", daemon=True).start()
         while True:
-            (number, parts), cold = self._asked.get()
+            asked = self._asked.get()
+            if asked is None or self._stopping:
+                return
+            (number, parts), cold = asked
             failed = 0
             for source, offset, length in parts:
                 failed = source.populate(offset, length) or failed
@@ -85,10 +123,13 @@ class Fetcher(threading.Thread):
     def _ask(self) -> None:
         while True:
             job = self._jobs.get()
+            if job is None or self._stopping:
+                self._asked.put(None)
+                return
             absent = [part for part in job[1] if not part[0].resident(part[1], part[2])]
             cold = sum(length for _, _, length in absent)
             with self._room:
-                self._room.wait_for(lambda: self._under_way < _WINDOW)
+                self._room.wait_for(lambda: self._under_way < _WINDOW or self._stopping)
                 self._under_way += cold
             for source, offset, length in absent:
                 source.advise(offset, length)

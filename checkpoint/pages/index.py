@@ -12,6 +12,7 @@ import hashlib
 import marshal
 import os
 import sys
+from threading import get_ident
 
 from checkpoint.pages.images import ProcessImage, process_ids, read_process
 
@@ -41,7 +42,7 @@ def keep(images: str, found: dict[int, ProcessImage]) -> None:
         )
     )
     target = _path(images)
-    new = f"{target}.{os.getpid()}"
+    new = f"{target}.{os.getpid()}.{get_ident()}"  # two trees of one snapshot may be served by one process
     with contextlib.suppress(OSError):
         fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:

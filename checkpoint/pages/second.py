@@ -33,6 +33,7 @@ class SecondCopier(threading.Thread):
         """(space, plan, piece, whether it was placed): the daemon's to collect after `notify`."""
         self._jobs: deque[tuple[Space, Plan]] = deque()
         self._more = threading.Event()
+        self._stopping = False
         self._notify = notify
 
     def submit(self, space: Space, plan: Plan) -> None:
@@ -40,8 +41,13 @@ class SecondCopier(threading.Thread):
         self._jobs.append((space, plan))
         self._more.set()
 
+    def stop(self) -> None:
+        """The thread ends after the piece that it is at, if any (which it places only in a space that is still open)."""
+        self._stopping = True
+        self._more.set()
+
     def run(self) -> None:
-        while True:
+        while not self._stopping:
             if not self._jobs:
                 self._more.wait()
                 self._more.clear()
@@ -52,7 +58,7 @@ class SecondCopier(threading.Thread):
                 if plan.zero[index] or plan.ends[index] - plan.starts[index] < LARGE or plan.done[index]:
                     continue
                 with space.placing:
-                    if space.changed or not space.open:
+                    if space.changed or not space.open or self._stopping:
                         break
                     plan.claim(index)
                     code = uffd.request(space.fd, plan.address + uffd.REQUEST_BYTES * index)

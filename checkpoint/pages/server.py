@@ -8,9 +8,10 @@
     server.requests_done()
     server.wait_complete(60)
 
-One server process per replica: it maps the images shared, so replicas of one host read one copy in the page cache. Should it die while
-pages are missing, `on_death` is called at once: the owner must kill the sandbox, since its faults wait for ever (this object holds
-the userfaultfds, so that they do not read zeros instead), and restore the plain way.
+One server process for all replicas that are being restored with one run folder: what is started here serves, or hands over to who
+serves already (checkpoint.pages.host). Should that one die, or fail, while pages are missing, `on_death` is called at once: the owner must
+kill the sandbox, since its faults wait for ever (this object holds the userfaultfds, so that they do not read zeros instead), and restore
+the plain way.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from checkpoint.errors import Failed
 
 REST_BYTES_PER_S = 800e6
 FIRST_TOKEN_TIMEOUT_S = 60.0
+# How long who said that nothing is left to serve, or was killed, may take to be gone.
+_END_S = 1.0
 
 
 class Arriving(Protocol):
@@ -49,15 +52,18 @@ class Arriving(Protocol):
 
 def told(
     images: Path,
+    meeting: Path,
     working_set: Path | None,
     record: bool = False,
     rest_bytes_per_s: float = REST_BYTES_PER_S,
     first_token_timeout_s: float = FIRST_TOKEN_TIMEOUT_S,
     arriving: Arriving | None = None,
 ) -> dict[str, Any]:
-    """What the server is told (checkpoint.pages.daemon); the arguments are those of `PageServer.start`."""
+    """What the server is told (checkpoint.pages.host); `meeting` is the folder in which the servers of a host find each other, the other
+    arguments are those of `PageServer.start`."""
     return {
         "images": str(images.resolve()),
+        "meeting": str(meeting.resolve()),
         "working_set": str(working_set.resolve()) if working_set else "",
         "record": record,
         "rest_bytes_per_s": rest_bytes_per_s,
@@ -92,10 +98,12 @@ class PageServer:
         self._saved = 0
         self._closing = False
         self._failure = ""
+        self._server_pid = 0  # as the server told; 0: not yet
+        self._over = self._alone = False  # whether it said that it is at this tree's end, and served no other
         self.complete = threading.Event()
-        """Set when every page is in place and the server has gone away."""
+        """Set when every page is in place."""
         self.ended = threading.Event()
-        """Set when the server process is gone, for whatever reason."""
+        """Set when nobody serves this replica any more, for whatever reason; a process that served it alone is gone then."""
         self._reader = threading.Thread(target=self._read, name="page-server-reader", daemon=True)
         self._reader.start()
         if arriving:
@@ -123,7 +131,7 @@ class PageServer:
         object when the server ends before its work is done. `arriving`: the images are being filled from a store.
         Raises Failed when it cannot be started.
         """
-        config = told(images, working_set, record, rest_bytes_per_s, first_token_timeout_s, arriving)
+        config = told(images, work.parent, working_set, record, rest_bytes_per_s, first_token_timeout_s, arriving)
         try:
             started = early.begin_pages(config, work)
         except OSError as error:
@@ -134,8 +142,10 @@ class PageServer:
 
     @property
     def pid(self) -> int:
-        """The server's process, on the host."""
-        return self._process.pid
+        """The process that serves, on the host: the one started here, or the one it handed over to. Waits until that is known."""
+        with self._answered:
+            self._answered.wait_for(lambda: self._server_pid or self.ended.is_set(), _END_S)
+        return self._server_pid or self._process.pid
 
     # Telling
 
@@ -194,7 +204,11 @@ class PageServer:
                 self._on_warning(message["message"])
         elif event == "failed":
             self._failure = message["message"]
+        elif event == "over":
+            self._over, self._alone = True, message["others"] == 0
         else:
+            if event == "listening":
+                self._server_pid = message["pid"]
             if event in ("stats", "complete"):
                 self._stats = message
             with self._answered:
@@ -205,18 +219,36 @@ class PageServer:
                 self.complete.set()
 
     def _end(self) -> None:
-        code: int | None = None
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            code = self._process.wait(5)
-        unfinished = not self.complete.is_set() and not self._closing
-        if unfinished and self._on_death:
-            reason = self._failure or (
-                f"it ended with code {code}" if code is not None else "it closed its control socket"
-            )
+        if not self.complete.is_set() and not self._closing and self._on_death:
+            reason = self._failure or self._why()
             self._on_death(f"the page server is gone before every page was in place: {reason}")
+        if self._alone:
+            self._exit_code(_END_S)
         self.ended.set()
         with self._answered:
             self._answered.notify_all()
+        if self._process.poll() is None:  # it serves others
+            threading.Thread(target=self._process.wait, name="page-server-reaper", daemon=True).start()
+
+    def _why(self) -> str:
+        """Why the control socket is at its end, where nobody told."""
+        if self._over:
+            return "it closed its control socket"
+        if self._server_pid not in (0, self._process.pid):
+            return f"process {self._server_pid}, which serves all replicas of this host, ended"
+        code = self._exit_code(_END_S)
+        if code is None:
+            return "it closed its control socket"
+        if code == 0 and not self._server_pid:
+            return "it handed over to a process that ended"
+        return f"it ended with code {code}"
+
+    def _exit_code(self, timeout_s: float) -> int | None:
+        """Of the process that was started here."""
+        try:
+            return self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            return None
 
     # Asking
 
@@ -247,15 +279,19 @@ class PageServer:
         return self.complete.is_set()
 
     def close(self, timeout_s: float = 5.0) -> None:
-        """End the server and let go of everything. Before completion only after the sandbox was closed: pages not yet in place are lost."""
+        """End the serving of this replica and let go of everything.
+
+        Before completion only after the sandbox was closed: pages not yet in place are lost.
+        """
         self._closing = True
         with contextlib.suppress(OSError):
-            self._control.shutdown(socket.SHUT_RDWR)
-        try:
-            self._process.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait(timeout_s)
+            self._control.shutdown(socket.SHUT_WR)
+        if not self.ended.wait(timeout_s):
+            # It is stopped, or stuck: of no use to anybody else it may serve, whose owners are told by its death.
+            if self._server_pid in (0, self._process.pid):
+                self._process.kill()
+            with contextlib.suppress(OSError):
+                self._control.shutdown(socket.SHUT_RDWR)
         self._reader.join(timeout_s)
         with self._lock:
             fds, self._spaces = list(self._spaces.values()), {}

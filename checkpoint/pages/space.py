@@ -7,6 +7,7 @@ Standard library only.
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import threading
 from array import array
@@ -220,6 +221,7 @@ class Space:
         raise OSError(code, f"{what} in process {self.pid}: {os.strerror(code)}")
 
 
+@functools.cache
 def zero_source() -> int:
-    """Our own address of CHUNK bytes of zeros."""
+    """Our own address of CHUNK bytes of zeros, the same for every tree that this process serves."""
     return uffd.zero_pages(CHUNK)

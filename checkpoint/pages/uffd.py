@@ -23,6 +23,8 @@ _ioctl = _libc.ioctl
 _ioctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
+_munmap = _libc.munmap
+_munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 _madvise = _libc.madvise
 _madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _mincore = _libc.mincore
@@ -117,6 +119,12 @@ def map_file(path: str) -> tuple[int, int]:
         return int(address), size
     finally:
         os.close(fd)
+
+
+def unmap(address: int, length: int) -> None:
+    """Take away a mapping of ours."""
+    if _munmap(address, length):
+        raise OSError(ctypes.get_errno(), "munmap")
 
 
 def populate(address: int, length: int) -> int:

@@ -16,6 +16,7 @@ import os
 import struct
 import zlib
 from collections.abc import Iterable, Sequence
+from threading import get_ident
 
 from checkpoint.pages.images import PAGE, ProcessImage
 
@@ -85,7 +86,7 @@ class WorkingSet:
         # The manifest's digests do not cover this file, and a wild range would keep a restore waiting for pages that no image has.
         facts = {"version": _VERSION, "processes": processes, "first": self.first, "ranges": len(self.ranges)}
         head = json.dumps({**facts, "crc": zlib.crc32(json.dumps(facts).encode() + body)}).encode()
-        temporary = f"{path}.{os.getpid()}.tmp"
+        temporary = f"{path}.{os.getpid()}.{get_ident()}.tmp"
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         try:
             with open(fd, "wb") as file:

@@ -7,12 +7,12 @@ faults in between; after the owner says that the first token was seen, what the 
 rate. When every page of every process is in place the owner lets go of its descriptors, then this side closes its own.
 
 Why it cannot corrupt:
-- One thread reads a tree's events and places its pages, so no event is read between looking a page up and placing it. The kernel refuses to place
-  anything (EAGAIN) while a change that it announced waits to be read, and a process that drops pages waits until that was read.
+- One thread reads a tree's events and places its pages, so no event is read between looking a page up and placing it. The kernel
+  refuses to place anything (EAGAIN) while a change that it announced waits to be read, and a process that drops pages waits until then.
 - A page is placed only where none is: the kernel answers EEXIST and nothing is overwritten.
 - What a process dropped, unmapped or moved away is cut from its map before anything else is placed; then it reads as zeros.
-- The owner holds a duplicate of every descriptor. Were this process to die, or this tree to fail, faults would wait (not read zeros) until the owner,
-  which sees the control socket close, has killed the tree.
+- The owner holds a duplicate of every descriptor. Were this process to die, or the tree to fail here, faults would wait (not read zeros)
+  until the owner, which sees the control socket close, has killed the tree.
 """
 
 from __future__ import annotations

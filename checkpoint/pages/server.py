@@ -290,6 +290,7 @@ class PageServer:
             # It is stopped, or stuck: of no use to anybody else it may serve, whose owners are told by its death.
             if self._server_pid in (0, self._process.pid):
                 self._process.kill()
+                self._exit_code(timeout_s)
             with contextlib.suppress(OSError):
                 self._control.shutdown(socket.SHUT_RDWR)
         self._reader.join(timeout_s)

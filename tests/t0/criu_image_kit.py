@@ -41,11 +41,17 @@ def vma(start: int, pages: int, status: int, file: int = 0) -> Field:
 
 
 def process(
-    images: Path, pid: int, name: str, areas: list[Field], runs: list[tuple[int, list[bytes]]], old: bool = False
+    images: Path,
+    pid: int,
+    name: str,
+    areas: list[Field],
+    runs: list[tuple[int, list[bytes]]],
+    old: bool = False,
+    flags: int = 4,
 ) -> None:
     image(images / f"core-{pid}.img", [message((1, 1), (3, message((1, 1), (6, name))))])
     image(images / f"mm-{pid}.img", [message((1, 0x1000), (5, 0x7FFF_0000_0010), *areas)])
     count = (lambda n: [(2, n)]) if old else (lambda n: [(2, 0), (5, n)])
-    entries = [message((1, start), *count(len(pages)), (4, 4)) for start, pages in runs]
+    entries = [message((1, start), *count(len(pages)), (4, flags)) for start, pages in runs]
     image(images / f"pagemap-{pid}.img", [message((1, pid)), *entries])
     (images / f"pages-{pid}.img").write_bytes(b"".join(page for _, pages in runs for page in pages))

@@ -1,10 +1,8 @@
 """The page server under a real CRIU: memory comes back as it was, whatever the processes do to it while it is being brought."""
 
-import json
 import os
 import shutil
 import signal
-import sys
 import time
 from pathlib import Path
 
@@ -13,74 +11,13 @@ import pytest
 from checkpoint.criu import Criu
 from checkpoint.errors import HostLacks
 from checkpoint.pages.images import process_ids, read_process
-from checkpoint.pages.server import PageServer
 from checkpoint.pages.workingset import WorkingSet
-from checkpoint.sandbox import TMP_DIR, Sandbox, SandboxConfig
-from tests.t1.checkpoint_kit import LIMIT_S, inside, wait_for
+from tests.t1.checkpoint_kit import LIMIT_S, inside
+from tests.t1.pages_kit import HOME, Frozen
 
 pytestmark = pytest.mark.t1
 
-HOME = Path(os.environ.get("QUICKTHAW_HOME", Path.home() / ".cache" / "quickthaw"))
 LOOP = 4
-
-
-class Frozen:
-    """A dumped workload, and the ways to bring it back."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.images = folder / "images"
-        self.images.mkdir()
-        self.criu = Criu.find(HOME)
-        self.working_set = folder / "working-set.qws"
-        self.deaths: list[str] = []
-        self.warnings: list[str] = []
-        self.count = 0
-        script = folder / "frozen.sh"
-        script.write_text("#!/bin/sh\nexit 0\n")
-        script.chmod(0o755)
-        with Sandbox() as sandbox:
-            workload = str(Path(__file__).with_name("pages_workload.py"))
-            # Not through a virtual environment's link: the path that is mapped is the one that CRIU opens.
-            python = os.path.realpath(sys.executable)
-            self.root = sandbox.start([python, "-I", "-S", workload, TMP_DIR], {}, "/")
-            wait_for(inside(sandbox) / "ready")
-            self.monotonic_ns = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
-            self.criu.dump(sandbox, self.root, self.images, script, LIMIT_S)
-
-    def sandbox(self) -> Sandbox:
-        return Sandbox(SandboxConfig(monotonic_ns=self.monotonic_ns))
-
-    def serve(self, record: bool = False, known: bool = True, rate: float = 800e6) -> tuple[PageServer, Path]:
-        self.count += 1
-        work = self.folder / f"work-{self.count}"
-        work.mkdir()
-        server = PageServer.start(
-            self.images,
-            work,
-            self.working_set if known and not record else None,
-            record,
-            rest_bytes_per_s=rate,
-            on_death=self.deaths.append,
-            on_warning=self.warnings.append,
-        )
-        return server, work
-
-    def restore(self, sandbox: Sandbox, work: Path) -> None:
-        self.criu.restore(sandbox, self.root, self.images, LIMIT_S, work, {}, lazy_pages=True)
-
-    @staticmethod
-    def order(sandbox: Sandbox, **what: int) -> None:
-        folder = inside(sandbox)
-        (folder / "go.tmp").write_text(json.dumps(what))
-        (folder / "go.tmp").rename(folder / "go")
-
-    @staticmethod
-    def result(sandbox: Sandbox) -> dict[str, object]:
-        path = inside(sandbox) / "result"
-        found: dict[str, object] = json.loads(wait_for(path))
-        path.unlink()
-        return found
 
 
 @pytest.fixture(scope="module")

@@ -67,11 +67,15 @@ class Begun:
 
     def close(self) -> None:
         """End every helper and what it made, and remove the work folder."""
-        for started in (self.init, self.pages):
-            if started:
-                process, control = started
-                control.close()
-                prefork.end(process)
+        if self.init:
+            process, control = self.init
+            control.close()
+            prefork.end(process)
+        if self.pages:
+            process, control = self.pages
+            control.close()
+            # It may serve other trees by now (checkpoint.pages.host), so nobody may end it, or wait for its end.
+            threading.Thread(target=process.wait, name="page-server-reaper", daemon=True).start()
         import shutil  # 4 ms that only a failure needs
 
         shutil.rmtree(self.work, ignore_errors=True)

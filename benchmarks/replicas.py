@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [str(ROOT), *[p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]]
 
 from checkpoint.library import Library  # noqa: E402
-from plugin.measure import free_port, stream_completion  # noqa: E402
+from plugin.measure import service_port, stream_completion  # noqa: E402
 from plugin.settings import state_home  # noqa: E402
 
 TARGET, TARGET_VERIFY = 2.5, 0.15
@@ -42,7 +42,7 @@ VERIFY = ("never", "auto", "always")
 
 def restore(name: str, replicas: int, verify: str = "auto", ask: bool = False) -> list[float]:
     """Seconds from the command's start until each replica serves, in order; the command is stopped then, with `ask` after one answer."""
-    port = free_port()
+    port = service_port()
     argv = [sys.executable, "-m", "plugin.restore", name, "--replicas", str(replicas), "--verify", verify]
     argv += ["--host", "127.0.0.1", "--port", str(port)]
     env = {n: v for n, v in os.environ.items() if n != "PYTHONDONTWRITEBYTECODE"}

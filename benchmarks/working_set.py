@@ -37,7 +37,7 @@ from checkpoint.errors import NotFound  # noqa: E402
 from checkpoint.library import Library  # noqa: E402
 from checkpoint.pages import uffd  # noqa: E402
 from plugin.bench import Bench  # noqa: E402
-from plugin.measure import Command, free_port, status, waiting_client  # noqa: E402
+from plugin.measure import Command, service_port, status, waiting_client  # noqa: E402
 from plugin.presets import preset  # noqa: E402
 from plugin.settings import state_home  # noqa: E402
 
@@ -84,7 +84,7 @@ def cached(files: list[Path]) -> int:
 def restored(name: str, log: Path, later: Callable[[int, str, Any], None] | None = None) -> float:
     """Seconds from the command to the first token of a waiting request. `later` is given the port, model and process."""
     model = Library(state_home()).load(name).model
-    port = free_port()
+    port = service_port()
     argv = [sys.executable, "-m", "plugin.restore", name, "--port", str(port)]
     command = Command(argv, os.environ, log, ROOT)
     process = command.start()

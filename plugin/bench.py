@@ -110,7 +110,7 @@ class Bench:
 
     def run(self, kind: str, run: str, series: Series | None) -> measure.FirstToken:
         """One start to its first token and its end; recorded in `series`. Raises MeasureError with the log's place."""
-        port = measure.free_port()
+        port = measure.service_port() if kind == "restored" else measure.free_port()
         command = self.command(kind, port, run)
         process = command.start()
         try:

@@ -97,12 +97,10 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def main() -> None:
-    """The console script."""
-    if sys.argv[1:2] in (["launch"], ["restore"]):
-        from plugin import first
+    """As the console script does, which needs nothing of this module's to begin."""
+    from plugin import first
 
-        first.begin(sys.argv[1:])
-    run(sys.argv[1:])
+    first.main()
 
 
 if __name__ == "__main__":

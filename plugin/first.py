@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from checkpoint import early, prefork
+from plugin import ahead
 from plugin.home import state_home
 
 _PASSED_ON = {
@@ -31,6 +32,17 @@ def begin(arguments: Sequence[str]) -> None:
     stand_in()
     prefork.start()
     early.foresee(state_home(), arguments)
+    if arguments[0] == "restore":
+        ahead.start(arguments[1:])
+
+
+def main() -> None:
+    """The console script."""
+    if sys.argv[1:2] in (["launch"], ["restore"]):
+        begin(sys.argv[1:])
+    from plugin.cli import run  # click, which a restore need not wait for
+
+    run(sys.argv[1:])
 
 
 def stand_in() -> None:

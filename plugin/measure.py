@@ -7,6 +7,7 @@ the engine alone and the engine behind quickthaw.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -28,6 +29,13 @@ class MeasureError(Exception):
     """A run that gave no first token."""
 
     code = "no-first-token"
+
+
+@functools.cache
+def service_port() -> int:
+    """One port for every restore that is measured, as a service has: the next start of the very same command line begins with what
+    this one was told (checkpoint.early)."""
+    return free_port()
 
 
 @dataclass(frozen=True)

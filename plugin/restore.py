@@ -9,10 +9,9 @@ from __future__ import annotations
 if __name__ == "__main__":
     import sys
 
-    from plugin import ahead, first
+    from plugin import first
 
     first.begin(["restore", *sys.argv[1:]])
-    ahead.start(sys.argv[1:])
 
 import os
 import sys

@@ -54,7 +54,7 @@ class Begun:
         self.held = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         """Keeps the work folder locked: one that nobody holds is a killed restore's (Library.sweep)."""
         self.in_use = -1
-        """Keeps the snapshot from being removed (Library.remove) until CRIU has opened its files."""
+        """Where nobody else does, keeps the snapshot from being removed (Library.remove) until CRIU has opened its files."""
         self.init: Started | None = None
         self.pages: Started | None = None
         self.began_ns = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
@@ -86,15 +86,13 @@ class Begun:
 def begin(plan: Plan, outputs: Mapping[str, int]) -> Begun:
     """Tell the helpers; returns in about 2 ms. `outputs` maps streams (`stdout`, `stderr`) to descriptors for the engine's output.
 
-    Raises OSError, BlockingIOError where the snapshot is being removed; then nothing is left.
+    The caller keeps the snapshot from being removed meanwhile (Library.in_use). Raises OSError; then nothing is left.
     """
     work = Path(plan["run"], f"restore-{os.urandom(6).hex()}")
     work.mkdir(mode=0o700)
     begun = Begun(plan, work, outputs)
     try:
         fcntl.flock(begun.held, fcntl.LOCK_EX)
-        begun.in_use = os.open(plan["snapshot"], os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        fcntl.flock(begun.in_use, fcntl.LOCK_SH | fcntl.LOCK_NB)
         begun.init = prefork.take_init()
         _, control = begun.init
         control.send(json.dumps(plan["init"]).encode())
@@ -169,7 +167,14 @@ def foresee(home: Path, arguments: Sequence[str]) -> None:
         plan = known["plan"]
         for stream in plan["criu"]["keep"]:
             _pipes[stream] = os.pipe()
-        _begun = begin(plan, {stream: ends[1] for stream, ends in _pipes.items()})
+        in_use = os.open(plan["snapshot"], os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(in_use, fcntl.LOCK_SH | fcntl.LOCK_NB)  # as Library.in_use does
+            _begun = begin(plan, {stream: ends[1] for stream, ends in _pipes.items()})
+        except BaseException:
+            os.close(in_use)
+            raise
+        _begun.in_use = in_use
         atexit.register(discard)  # a command that fails before it restores anything
     except (OSError, ValueError, KeyError, TypeError):
         return

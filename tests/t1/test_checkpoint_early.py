@@ -16,7 +16,7 @@ import pytest
 from checkpoint import early
 from checkpoint import snapshot as snapshots
 from checkpoint.criu import Criu
-from checkpoint.errors import HostLacks
+from checkpoint.errors import Busy, HostLacks
 from checkpoint.library import Library
 from checkpoint.manifest import Snapshot
 from checkpoint.sandbox import TMP_DIR, Bind, Sandbox
@@ -251,3 +251,11 @@ def test_old_notes_are_forgotten(tmp_path: Path, command: Command) -> None:
     shutil.rmtree(tmp_path / "run")
     early.note(plan)  # nowhere to write: only time is lost
     command.foresee()
+
+
+def test_a_snapshot_is_not_removed_under_what_was_begun(command: Command) -> None:
+    assert command.foresee() is not None
+    with pytest.raises(Busy):
+        command.library.remove("counter")
+    early.discard()
+    assert command.library.has("counter")

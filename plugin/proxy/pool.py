@@ -130,6 +130,9 @@ class ReplicaPool:
         early, self._early = self._early, []
         for change in early:
             self._moved(*change)
+        for replica in self.replicas.values():
+            # A restore that was quicker than this process's imports is being checked before anybody listened.
+            self._note_check(replica, replica.tracker.phase)
 
     def add(self, name: str, tracker: PhaseTracker, upstream: Upstream | None = None) -> Replica:
         """Add a replica; it gets requests whenever its tracker says serving."""
@@ -138,7 +141,8 @@ class ReplicaPool:
             replica.note(Phase.IDLE, tracker.phase)
         self.replicas[name] = replica
         tracker.listen(lambda old, new, reason: self._heard(replica, old, new, reason))
-        if tracker.phase is Phase.SERVING and self._loop is not None:
+        if self._loop is not None:
+            self._note_check(replica, tracker.phase)
             self._dispatch()
         return replica
 
@@ -451,7 +455,8 @@ class ReplicaPool:
 
     def _note_check(self, replica: Replica, new: Phase) -> None:
         if new is Phase.VERIFYING and self.ahead and self._loop is not None:
-            replica.check = self._loop.create_future()
+            if replica.check is None or replica.check.done():
+                replica.check = self._loop.create_future()
         elif replica.check is not None:
             if not replica.check.done():
                 replica.check.set_result(new is Phase.SERVING)

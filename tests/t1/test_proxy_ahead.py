@@ -48,6 +48,18 @@ def test_nothing_reaches_the_client_before_the_check_is_passed():
     run(main())
 
 
+def test_a_replica_that_was_in_its_check_before_the_proxy_was_up_takes_one_as_well():
+    async def main():
+        async with upstream() as up, proxy(ahead=True) as rig:
+            rig.add("a", up.port, phase=Phase.VERIFYING)
+            waiting = asyncio.create_task(rig.get(PATH, method="POST", body=b"{}"))
+            await until(lambda: len(up.seen) == 1)
+            rig.trackers["a"].to(Phase.SERVING)
+            assert (await waiting).status == 200 and len(up.seen) == 1
+
+    run(main())
+
+
 def test_one_runs_ahead_and_the_others_wait_for_the_check():
     async def main():
         async with upstream() as up, proxy(ahead=True) as rig:

@@ -176,7 +176,7 @@ def foresee(home: Path, arguments: Sequence[str]) -> None:
             raise
         _begun.in_use = in_use
         atexit.register(discard)  # a command that fails before it restores anything
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return
 
 

@@ -361,6 +361,9 @@ def close_on_exec() -> None:
 def main(control_fd: int) -> int:
     """See the module; returns the exit code of the outer process."""
     control = socket.socket(fileno=control_fd)
+    # It shares its owner's command line and control group, and so gets what stops the owner; it ends with the owner, who stops in order.
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     try:
         first = control.recv(MESSAGE_BYTES)
     except ConnectionResetError:
@@ -379,6 +382,9 @@ def main(control_fd: int) -> int:
         control.close()
         _, status = os.waitpid(inner, 0)
         return os.waitstatus_to_exitcode(status) & 0xFF
+    # What is executed from here inherits what is ignored; process 1 itself is not ended by these either way (pid_namespaces(7)).
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     libc.prctl(PR_SET_NAME, b"quickthaw-init")
     try:

@@ -121,7 +121,6 @@ def _become(name: str, main: Callable[[int], int], control_fd: int) -> int:
         os.dup2(null, fd)
     os.closerange(3, control_fd)
     os.closerange(control_fd + 1, os.sysconf("SC_OPEN_MAX"))
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
     ctypes.CDLL(None).prctl(_PR_SET_NAME, name.encode())
     return main(control_fd)
 

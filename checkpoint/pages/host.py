@@ -24,6 +24,7 @@ import gc
 import json
 import os
 import select
+import signal
 import socket
 import struct
 import sys
@@ -318,6 +319,9 @@ def main(control_fd: int) -> int:
     """Wait to be told what to serve; serve it, or hand it over. The first message carries the listening socket."""
     control = socket.socket(fileno=control_fd)
     os.set_inheritable(control_fd, False)
+    # It ends when its owners do, and these stop in order; what a terminal or a service manager sends to all of them is not for it.
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     with contextlib.suppress(OSError):
         # The restored processes wait for this one, whatever else the host computes. Threads begin with the same.
         os.setpriority(os.PRIO_PROCESS, 0, -20)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -83,6 +84,10 @@ def test_helpers_keep_nothing_of_their_owner_and_end_with_it(owner: subprocess.P
             time.sleep(0.01)
         assert settled, (_name(pid), _opened(pid))
         assert os.getsid(pid) == pid  # an interrupt typed at the owner's terminal does not reach it
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # as a service manager sends it to everything
+            os.kill(pid, number)
+    time.sleep(0.1)
+    assert not any(gone(pid, 0.01) for pid in helpers)
     owner.kill()
     assert all(gone(pid) for pid in helpers)
 

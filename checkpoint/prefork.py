@@ -116,6 +116,8 @@ def _fork(name: str, main: Callable[[int], int]) -> Started:
 def _become(name: str, main: Callable[[int], int], control_fd: int) -> int:
     """What a child does instead of going on with its parent's work: nothing of the parent's is left open."""
     os.setsid()  # see _spawn
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # as `main` will have it, and from the first moment on
     null = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
         os.dup2(null, fd)

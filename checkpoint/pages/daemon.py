@@ -27,9 +27,10 @@ import time
 from collections import deque
 
 from checkpoint.pages import index, uffd
-from checkpoint.pages.arrival import ArrivingSource, Presence, Waiting, open_source
-from checkpoint.pages.fetch import Bell, Fetcher, Source
-from checkpoint.pages.images import PAGE, ProcessImage
+from checkpoint.pages.arrival import ArrivingSource, Presence, Waiting
+from checkpoint.pages.fetch import Bell, Fetcher
+from checkpoint.pages.images import PAGE
+from checkpoint.pages.known import Known
 from checkpoint.pages.pagemap import PageMap
 from checkpoint.pages.second import SecondCopier
 from checkpoint.pages.space import CHUNK, CLAIMED, Again, Gone, Plan, Space, zero_source
@@ -42,8 +43,7 @@ _RESTORED = 0x52535446
 _AROUND = 64 << 10
 # And of these what is kept for the next restore.
 _KEPT_AROUND = 16 << 10
-# Ranges fetched as one job, and how many of the rest are fetched ahead of being placed.
-_BATCH = 32
+# How many ranges of the rest are fetched ahead of being placed.
 _WINDOW = 32
 # How much is placed between two looks at the events.
 _STEP_BYTES = CHUNK
@@ -76,13 +76,9 @@ class Daemon:
         self.faults: deque[tuple[Space, int, float]] = deque()  # (where, address, since when)
         self.trace_before: list[tuple[int, int]] = []
         self.trace_after: list[tuple[int, int]] = []
-        self.images, self.indexed = index.read(self.images_dir)
         presence = Presence.open(str(config["arriving"])) if config.get("arriving") else None
-        self.sources = {
-            image.pages_file: open_source(f"{self.images_dir}/{image.pages_file}", presence)
-            for image in self.images.values()
-            if image.runs
-        }
+        self.known = Known.of(self.images_dir, presence)
+        self.images, self.sources = self.known.images, self.known.sources
         self.zeros = zero_source()
         self.working_set = self.load_working_set(str(config["working_set"] or ""))
         ring = self.bell.ring
@@ -395,45 +391,20 @@ class Daemon:
     def begin(self, phase: str, ranges: list[Range]) -> None:
         """Plan a phase of the working set, and let the fetcher run through all of it."""
         self.phase = phase
-        self.plans = {pid: Plan() for pid in self.images}
+        first = self.fetch_number + 1
+        self.plans, jobs = self.known.plans(ranges, self.zeros, first)
         cold = not self.warm(ranges)
-        for at in range(0, len(ranges), _BATCH):
-            self.fetch_number += 1
-            parts = []
-            for pid, start, end in ranges[at : at + _BATCH]:
-                image = self.images.get(pid)
-                source = self.sources.get(image.pages_file) if image else None
-                if image is None or source is None:
-                    continue
-                # What is mapped is only read ahead, into the page cache.
-                parts += [(source, offset, high - low) for low, high, offset in image.mapped_within(start, end)]
-                for piece in image.unmapped(start, end):
-                    parts += self.plan_piece(self.plans[pid], image, source, *piece)
+        for self.fetch_number, parts in enumerate(jobs, first):
             if cold:
                 self.ahead.submit(self.fetch_number, parts)
             else:
                 self.fetched.add(self.fetch_number)
-        for plan in self.plans.values():
-            plan.seal()
         self.helped = not cold
 
-    def plan_piece(
-        self, plan: Plan, image: ProcessImage, source: Source, start: int, end: int
-    ) -> list[tuple[Source, int, int]]:
-        """Add a range of the working set to a plan; returns what of the image it needs."""
-        parts, position = [], start
-        for low, high, offset in image.within(start, end):
-            plan.add(position, low, self.zeros, True, self.fetch_number)
-            plan.add(low, high, source.address + offset, False, self.fetch_number)
-            parts.append((source, offset, high - low))
-            position = high
-        plan.add(position, end, self.zeros, True, self.fetch_number)
-        return parts
-
     def begin_rest(self) -> None:
-        if not self.indexed:
+        if not self.known.indexed:
             index.keep(self.images_dir, self.images)
-            self.indexed = True
+            self.known.indexed = True
         self.phase, self.plans = "rest", {}
         self.rest = deque(
             (space.number, low, min(low + CHUNK // 2, end))

@@ -32,7 +32,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 from checkpoint.pages.daemon import Daemon
 
@@ -50,13 +49,13 @@ _TURN_S = 0.0005
 _TAKEN, _YOURS = b"taken", b"yours"
 
 
-class Tree(NamedTuple):
-    """What an owner said: serve this."""
+class Tree:
+    """What an owner said: serve this. `said` is the configuration (JSON, see Daemon)."""
 
-    control: socket.socket
-    listener: socket.socket
-    said: bytes
-    """The configuration (JSON, see Daemon)."""
+    def __init__(self, control: socket.socket, listener: socket.socket, said: bytes) -> None:
+        self.control = control
+        self.listener = listener
+        self.said = said
 
     @property
     def config(self) -> dict[str, object]:

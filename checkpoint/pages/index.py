@@ -42,7 +42,7 @@ def keep(images: str, found: dict[int, ProcessImage]) -> None:
         )
     )
     target = _path(images)
-    new = f"{target}.{os.getpid()}.{get_ident()}"  # two trees of one snapshot may be served by one process
+    new = f"{target}.{os.getpid()}.{get_ident()}"  # one process may serve several trees
     with contextlib.suppress(OSError):
         fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:

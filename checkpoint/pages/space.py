@@ -86,6 +86,16 @@ class Plan:
         self._by_address = sorted(range(len(self.starts)), key=self.starts.__getitem__)
         self._sorted = [self.starts[index] for index in self._by_address]
 
+    def fresh(self) -> Plan:
+        """A sealed plan's twin of which nothing is done, for another tree."""
+        twin = Plan()
+        twin.starts, twin.ends, twin.zero, twin.batches = self.starts, self.ends, self.zero, self.batches
+        twin._sorted, twin._by_address = self._sorted, self._by_address
+        twin._buffer = self._buffer[:]  # the kernel writes its answers into the requests
+        twin.address = twin._buffer.buffer_info()[0]
+        twin.done, twin.left = bytearray(len(self.starts)), len(self.starts)
+        return twin
+
     def find(self, address: int) -> int | None:
         """The piece that `address` lies in and that is not done (it may be claimed)."""
         at = bisect_right(self._sorted, address) - 1

@@ -1,0 +1,106 @@
+"""What trees of the same snapshot share in one process: its page maps, the mapped image files, and the plans made of a working set.
+
+Each tree works on its own copy of a plan, and changes nothing else of this. It is there for as long as a tree uses it. Standard
+library only.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from _weakref import ref  # weakref itself would cost a start 1 ms
+
+from checkpoint.pages import index
+from checkpoint.pages.arrival import Presence, open_source
+from checkpoint.pages.fetch import Source
+from checkpoint.pages.images import ProcessImage
+from checkpoint.pages.space import Plan
+from checkpoint.pages.workingset import Range
+
+# Ranges fetched as one job.
+BATCH = 32
+Parts = list[tuple[Source, int, int]]
+
+
+class Known:
+    """The images in one folder."""
+
+    _all: dict[object, ref[Known]] = {}
+    _lock = threading.Lock()
+
+    def __init__(self, folder: str, presence: Presence | None) -> None:
+        self.images, self.indexed = index.read(folder)
+        self.sources = {
+            image.pages_file: open_source(f"{folder}/{image.pages_file}", presence)
+            for image in self.images.values()
+            if image.runs
+        }
+        # One for each phase, by its first batch.
+        self._plans: dict[int, tuple[list[Range], dict[int, Plan], list[Parts]]] = {}
+        self._planning = threading.Lock()
+
+    @classmethod
+    def of(cls, folder: str, presence: Presence | None) -> Known:
+        """What is known of these very files. Raises images.BadImage, OSError. Files that are still arriving are each restore's own."""
+        if presence:
+            return cls(folder, presence)
+        key = _stamps(folder)
+        with cls._lock:
+            for old in [old for old, known in cls._all.items() if known() is None]:
+                del cls._all[old]  # no tree uses it any more
+            kept = cls._all.get(key)
+            found = kept() if kept else None
+            if found is None:
+                found = cls(folder, None)
+                cls._all[key] = ref(found)
+            return found
+
+    def plans(self, ranges: list[Range], zeros: int, first: int) -> tuple[dict[int, Plan], list[Parts]]:
+        """Plans of these ranges, of which nothing is done, by process; and what of the images each batch needs, from number `first` on."""
+        with self._planning:  # who waits for the same gets it made
+            known = self._plans.get(first)
+            if known is None or known[0] != ranges:
+                known = self._plans[first] = (ranges, *self._plan(ranges, zeros, first))
+        _, plans, jobs = known
+        return {pid: plan.fresh() for pid, plan in plans.items()}, jobs
+
+    def _plan(self, ranges: list[Range], zeros: int, first: int) -> tuple[dict[int, Plan], list[Parts]]:
+        plans = {pid: Plan() for pid in self.images}
+        jobs: list[Parts] = []
+        for at in range(0, len(ranges), BATCH):
+            parts: Parts = []
+            for pid, start, end in ranges[at : at + BATCH]:
+                image = self.images.get(pid)
+                source = self.sources.get(image.pages_file) if image else None
+                if image is None or source is None:
+                    continue
+                # What is mapped is only read ahead, into the page cache.
+                parts += [(source, offset, high - low) for low, high, offset in image.mapped_within(start, end)]
+                for low, high in image.unmapped(start, end):
+                    parts += _plan_piece(plans[pid], image, source, low, high, zeros, first + len(jobs))
+            jobs.append(parts)
+        for plan in plans.values():
+            plan.seal()
+        return plans, jobs
+
+
+def _plan_piece(plan: Plan, image: ProcessImage, source: Source, start: int, end: int, zeros: int, batch: int) -> Parts:
+    """Add a range of the working set to a plan; returns what of the image it needs."""
+    parts, position = [], start
+    for low, high, offset in image.within(start, end):
+        plan.add(position, low, zeros, True, batch)
+        plan.add(low, high, source.address + offset, False, batch)
+        parts.append((source, offset, high - low))
+        position = high
+    plan.add(position, end, zeros, True, batch)
+    return parts
+
+
+def _stamps(folder: str) -> object:
+    """Which files these are."""
+    stamps = []
+    for entry in os.scandir(folder):
+        if entry.name.startswith(("pagemap-", "mm-", "pages-")):
+            info = entry.stat()
+            stamps.append((entry.name, info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns))
+    return folder, tuple(sorted(stamps))

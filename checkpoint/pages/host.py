@@ -31,7 +31,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from checkpoint.pages.daemon import Daemon
 
@@ -249,69 +249,70 @@ def _tell(control: socket.socket, **message: object) -> None:
 
 
 class Host:
-    """The host's server: a thread for every tree, and this one that takes more of them over."""
+    """The host's server: the first tree has the process's first thread, as one that is served alone; every other tree has its own."""
 
     def __init__(self, meeting: Meeting) -> None:
         self._meeting = meeting
-        self._threads: set[threading.Thread] = set()
-        self._ended: deque[threading.Thread] = deque()
+        self._serving: set[Tree] = set()
+        self._ended: deque[Tree] = deque()
         self._over = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._turn_s = sys.getswitchinterval()
 
     def run(self, first: Tree) -> None:
         """Serve until no tree is left."""
-        self._start(first)
+        self._serving.add(first)
+        keeper = threading.Thread(target=self._keep, name="meeting", daemon=True)
+        try:
+            keeper.start()
+        except RuntimeError:  # no more threads
+            self._meeting.close()
+            serve(first)
+            return
+        try:
+            self._serve(first)
+        finally:
+            keeper.join()  # whatever became of the first, the others are served to their end
+
+    def _keep(self) -> None:
+        """Take trees over until none is left; only this thread counts them, so that none can come after the last."""
         poll = select.poll()
         poll.register(self._over, select.POLLIN)
         poll.register(self._meeting.listener, select.POLLIN)
-        while self._threads:
+        while self._serving:
             for fd, _ in poll.poll():
                 if fd == self._over:
                     os.eventfd_read(fd)
-                    self._clear()
-                    continue
-                for tree in self._taken():
+                    while self._ended:
+                        self._serving.discard(self._ended.popleft())
+                elif tree := self._taken():
                     self._start(tree)
+            sys.setswitchinterval(_TURN_S if len(self._serving) > 1 else self._turn_s)
         self._meeting.close()
 
-    def _taken(self) -> Iterator[Tree]:
+    def _taken(self) -> Tree | None:
         try:
             other, _ = self._meeting.listener.accept()
         except OSError:
             time.sleep(_AGAIN_S)  # no descriptor left, or who came has gone: the others are served all the same
-            return
+            return None
         with other:
-            tree = take(other, self._meeting.key)
-        if tree:
-            yield tree
+            return take(other, self._meeting.key)
 
     def _start(self, tree: Tree) -> None:
-        thread = threading.Thread(target=self._serve, args=(tree,), name="tree", daemon=True)
-        self._threads.add(thread)
-        if len(self._threads) > 1:
-            sys.setswitchinterval(_TURN_S)
+        self._serving.add(tree)
         try:
-            thread.start()
+            threading.Thread(target=self._serve, args=(tree,), name="tree", daemon=True).start()
         except RuntimeError as error:  # no more threads
-            self._threads.discard(thread)
+            self._serving.discard(tree)
             _tell(tree.control, event="failed", message=str(error))
             tree.close()
 
     def _serve(self, tree: Tree) -> None:
         try:
-            serve(tree, lambda: len(self._threads) - len(self._ended) - 1)
+            serve(tree, lambda: len(self._serving) - len(self._ended) - 1)
         finally:
-            self._ended.append(threading.current_thread())
+            self._ended.append(tree)
             os.eventfd_write(self._over, 1)
-
-    def _clear(self) -> None:
-        """Forget the threads that have said that they are at their end."""
-        while self._ended:
-            thread = self._ended.popleft()
-            thread.join()
-            self._threads.discard(thread)
-        if len(self._threads) <= 1:
-            sys.setswitchinterval(self._turn_s)
 
 
 def main(control_fd: int) -> int:

@@ -235,6 +235,7 @@ def test_a_tree_that_is_over_leaves_no_cycle(monkeypatch: pytest.MonkeyPatch, im
 
     monkeypatch.setattr(Daemon, "run", run)
     owner = Owner(config(images))
+    others = set(threading.enumerate())
     gc.disable()
     try:
         thread = threading.Thread(target=serve, args=(owner.tree,))
@@ -246,13 +247,13 @@ def test_a_tree_that_is_over_leaves_no_cycle(monkeypatch: pytest.MonkeyPatch, im
         assert [message["event"] for message in messages(owner.control)] == ["over"]
         thread.join()
         limit = time.monotonic() + LIMIT_S
-        while made[0]() or sources[0]() or named(("ahead", "cold", "ahead-ask", "cold-ask", "second-copier")):
+        while made[0]() or sources[0]() or set(threading.enumerate()) - others:
             assert time.monotonic() < limit
             time.sleep(0.001)
         assert str(images) not in Path("/proc/self/maps").read_text()
     finally:
         gc.enable()
-    owner.close()
+        owner.close()
 
 
 def named(names: tuple[str, ...]) -> list[threading.Thread]:

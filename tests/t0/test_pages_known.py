@@ -1,0 +1,62 @@
+"""What trees of one snapshot share: the same files are read and mapped once, a plan is each tree's own, and nothing stays that no tree uses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from criu_image_kit import ANON_PRIVATE, PAGE, process, vma
+
+from checkpoint.pages.images import LAZY, PRESENT
+from checkpoint.pages.known import Known
+
+pytestmark = pytest.mark.t0
+START = 0x10000
+RANGES = [(7, START, START + 3 * PAGE), (7, START + 4 * PAGE, START + 5 * PAGE), (8, START, START + PAGE)]
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    process(folder, 7, "p", [vma(START, 8, ANON_PRIVATE)], [(START, [b"a" * PAGE] * 3)], flags=LAZY | PRESENT)
+    return folder
+
+
+def mapped(images: Path) -> int:
+    return Path("/proc/self/maps").read_text().count(str(images))
+
+
+def test_the_same_files_are_mapped_once_and_for_as_long_as_they_are_used(images: Path) -> None:
+    one = Known.of(str(images), None)
+    assert Known.of(str(images), None) is one
+    assert mapped(images) == 1
+    pages = next(images.glob("pages-*.img"))
+    copy = pages.with_name("copy")
+    copy.write_bytes(pages.read_bytes())
+    copy.replace(pages)
+    other = Known.of(str(images), None)
+    assert other is not one and mapped(images) == 2
+    del one
+    assert mapped(images) == 1
+    del other
+    assert mapped(images) == 0
+
+
+def test_a_plan_is_made_once_and_worked_on_by_each_alone(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = Known.of(str(images), None)
+    made, plan = [], known._plan
+    monkeypatch.setattr(known, "_plan", lambda *what: made.append(what) or plan(*what))  # type: ignore[func-returns-value]
+    (first, jobs), (second, again) = known.plans(RANGES, 0, 1), known.plans(list(RANGES), 0, 1)
+    assert len(made) == 1 and again is jobs
+    assert [(offset, length) for _, offset, length in jobs[0]] == [(0, 3 * PAGE)]
+    one, other = first[7], second[7]
+    assert one.starts == [START, START + 4 * PAGE] and one.zero == [False, True] and one.batches == [1, 1]
+    assert one.address != other.address and one._buffer == other._buffer
+    one.finish(0)
+    one._buffer[4] = 3 * PAGE  # the kernel's answer
+    assert (one.left, one.next(), other.left, other.next(), other._buffer[4]) == (1, 1, 2, 0, 0)
+    assert one.find(START) is None and other.find(START) == 0
+    known.plans(RANGES[:1], 0, 1)
+    known.plans(RANGES[1:], 0, 2)
+    assert len(made) == 3

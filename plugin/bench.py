@@ -148,6 +148,8 @@ def compare(bench: Bench, kinds: tuple[str, ...], runs: int, tell: Any) -> dict[
             # The first took the snapshot, this one records its working set: what is timed is how every later restore goes.
             tell("warming up: the first restore, which records the working set")
             bench.run(kind, "recording", None)
+            tell("warming up: the second restore, which notes what the next can begin with")
+            bench.run(kind, "noting", None)
     for index in range(runs):
         for kind in kinds:
             answer = bench.run(kind, str(index + 1), series[kind])

@@ -158,9 +158,9 @@ def foresee(home: Path, arguments: Sequence[str]) -> None:
     global _note, _begun
     # What a collision of this short a name, or a changed environment, begins in vain is not taken.
     ours = sorted((key, value) for key, value in os.environ.items() if key.startswith("QUICKTHAW_"))
-    number = zlib.crc32(json.dumps([list(arguments), ours, os.getcwd()]).encode())
-    _note = home / "run" / f"next-{number:08x}.json"
     try:
+        number = zlib.crc32(json.dumps([list(arguments), ours, os.getcwd()]).encode())
+        _note = home / "run" / f"next-{number:08x}.json"
         known = json.loads(_note.read_bytes())
         if known["version"] != _VERSION or known["boot"] != _boot():
             return

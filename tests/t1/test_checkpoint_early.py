@@ -239,6 +239,14 @@ def test_other_words_another_folder_and_other_settings_are_other_command_lines(
     assert command.foresee() is not None
 
 
+def test_a_working_folder_that_is_gone_is_no_defect(command: Command, monkeypatch, tmp_path: Path) -> None:
+    (tmp_path / "gone").mkdir()
+    with monkeypatch.context() as patched:
+        patched.chdir(tmp_path / "gone")
+        (tmp_path / "gone").rmdir()
+        assert command.foresee() is None
+
+
 def test_old_notes_are_forgotten(tmp_path: Path, command: Command) -> None:
     plan = {"run": str(tmp_path)}
     for number in range(early._NOTES_KEPT + 3):

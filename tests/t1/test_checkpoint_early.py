@@ -126,6 +126,13 @@ def count(pid: int) -> int:
     return int(Path(f"/proc/{pid}/root{TMP_DIR}/count").read_text())
 
 
+def gone(pid: int, limit_s: float = 10.0) -> bool:
+    limit = time.monotonic() + limit_s
+    while Path(f"/proc/{pid}").exists() and time.monotonic() < limit:
+        time.sleep(0.005)
+    return not Path(f"/proc/{pid}").exists()
+
+
 def counts_on(pid: int, limit_s: float = 10.0) -> bool:
     before, limit = count(pid), time.monotonic() + limit_s
     while time.monotonic() < limit:
@@ -179,9 +186,10 @@ def test_compiled_code_that_had_to_be_put_back_ends_what_was_begun(command: Comm
 def test_what_was_begun_and_broke_is_done_again(command: Command) -> None:
     begun = command.foresee()
     assert begun is not None
-    wait_stopped(begun)
+    pid = wait_stopped(begun)
     assert begun.init is not None
     os.kill(begun.init[0].pid, signal.SIGKILL)
+    assert gone(pid)  # the kernel has ended process 1 with its parent, and the tree with process 1
     with command.restored() as (replica, _):
         assert replica.work != begun.work
         assert [text for text in command.told if "once more, from the start" in text]
@@ -206,10 +214,7 @@ def test_what_was_begun_ends_with_its_owner(command: Command) -> None:
     assert begun.init is not None and begun.pages is not None
     for _, control in (begun.init, begun.pages):
         control.close()
-    limit = time.monotonic() + 10
-    while Path(f"/proc/{pid}").exists() and time.monotonic() < limit:
-        time.sleep(0.01)
-    assert not Path(f"/proc/{pid}").exists()
+    assert gone(pid)
     early.discard()
 
 

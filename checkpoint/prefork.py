@@ -10,7 +10,6 @@ Beforehand they are forked: the owner has no thread yet, and each helper is spar
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import gc
 import os
@@ -63,16 +62,16 @@ class Forked:
 
     def wait(self, timeout: float | None = None) -> int:
         """See Child."""
-        if (code := self.poll()) is not None:
-            return code
-        with contextlib.suppress(ProcessLookupError):  # another thread has waited
-            fd = os.pidfd_open(self.pid)
-            try:
-                ended = select.poll()
-                ended.register(fd, select.POLLIN)
-                ended.poll(None if timeout is None else max(0, int(timeout * 1000)))
-            finally:
-                os.close(fd)
+        with self._lock:
+            if self._code is not None:
+                return self._code
+            fd = os.pidfd_open(self.pid)  # nobody has reaped it, so the number is still its own
+        try:
+            ended = select.poll()
+            ended.register(fd, select.POLLIN)
+            ended.poll(None if timeout is None else max(0, int(timeout * 1000)))
+        finally:
+            os.close(fd)
         if (code := self.poll()) is None:
             from subprocess import TimeoutExpired
 

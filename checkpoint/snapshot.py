@@ -215,6 +215,8 @@ class Restored:
     """Seconds by part: sandbox, unpack, criu."""
     pages: PageServer | None = None
     """Brings the rest of the pages; to be closed after the sandbox, or when it is complete."""
+    foreseen: bool = False
+    """Whether it was begun before its command knew what it wanted (checkpoint.early)."""
     plan: early.Plan | None = None
     """What the next restore of this command line can begin with (checkpoint.early), where that is worth it."""
 
@@ -298,6 +300,7 @@ def restore(
             underway()
             try:
                 restored = _bring_back(begun, config, snapshot, criu, on_exit, lazy)
+                restored.foreseen = foreseen is not None
             except CheckpointError as error:
                 if not foreseen or not lazy:
                     raise
@@ -370,7 +373,7 @@ def _bring_back(
         begun.release()
         spans = {"sandbox": up - began, "unpack": unpacked - up, "criu": time.monotonic() - unpacked}
         plan = begun.plan if lazy and not lazy.record and not lazy.arriving else None
-        return Restored(sandbox, snapshot.root_pid, work, begun.held, spans, pages, plan)
+        return Restored(sandbox, snapshot.root_pid, work, begun.held, spans, pages, plan=plan)
     except BaseException:
         if sandbox:
             sandbox.close()

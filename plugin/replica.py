@@ -315,7 +315,8 @@ class Replica:
             for output in outputs.values():
                 output.handed_over()
         self.spans |= restored.spans
-        log.debug("parts of the restore: %s", {part: round(took, 4) for part, took in self.spans.items()})
+        parts = {part: round(took, 4) for part, took in self.spans.items()}
+        log.debug("parts of the restore%s: %s", ", begun beforehand" if restored.foreseen else "", parts)
         sandbox = restored.sandbox
         client = Client(lambda: sandbox.connect(snapshot.port), self.settings.command.api_key)
         self._now_running(Running(sandbox, restored.root_pid, snapshot.port, client, outputs, restored))

@@ -245,8 +245,8 @@ class Rig:
             argv += ["--engine-python", str(self.python), self.engine, flag, str(model or self.model), *arguments]
         return [*argv, "--host", "127.0.0.1", "--port", str(port)]
 
-    def start(self, *options, prefix=(), cwd=REPO, new_session=False, env=None, **more):
-        port = free_port()
+    def start(self, *options, prefix=(), cwd=REPO, new_session=False, env=None, port=None, **more):
+        port = port or free_port()
         log = self.folder / f"log-{port}"
         with log.open("wb") as out:
             process = subprocess.Popen(

@@ -1,6 +1,6 @@
 """The owner's side of the page server: starts it, tells it what the replica has reached, hears when it is done or dead.
 
-    server = PageServer.start(images, work, working_set, record=False)
+    server = PageServer(*early.begin_pages(told(images, …), work), …)
     criu.restore(…, lazy_pages=True, work=work)
     … first token …
     server.first_token()
@@ -27,8 +27,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from checkpoint import early, prefork
-from checkpoint.errors import Failed
+from checkpoint import prefork
 
 REST_BYTES_PER_S = 800e6
 FIRST_TOKEN_TIMEOUT_S = 60.0
@@ -59,8 +58,13 @@ def told(
     first_token_timeout_s: float = FIRST_TOKEN_TIMEOUT_S,
     arriving: Arriving | None = None,
 ) -> dict[str, Any]:
-    """What the server is told (checkpoint.pages.host); `meeting` is the folder in which the servers of a host find each other, the other
-    arguments are those of `PageServer.start`."""
+    """What the server is told (checkpoint.pages.host).
+
+    `meeting`: the folder in which the servers of a host find each other. `working_set`: the file recorded earlier (None, or missing: single
+    faults only until the first token). `record`: serve single pages and remember their order. `rest_bytes_per_s` bounds how fast what
+    nobody asked for is brought after the first token; without a word of that, it starts after `first_token_timeout_s`. `arriving`: the
+    images are being filled from a store.
+    """
     return {
         "images": str(images.resolve()),
         "meeting": str(meeting.resolve()),
@@ -73,7 +77,10 @@ def told(
 
 
 class PageServer:
-    """A running page server. Make it with `start`; `close` it after the sandbox, or after `wait_complete`."""
+    """A running page server, begun by checkpoint.early; `close` it after the sandbox, or after `wait_complete`.
+
+    `on_death(reason)` is called from a thread of this object when the server ends before its work is done.
+    """
 
     def __init__(
         self,
@@ -108,37 +115,6 @@ class PageServer:
         self._reader.start()
         if arriving:
             arriving.listen(self.arrived)
-
-    @classmethod
-    def start(
-        cls,
-        images: Path,
-        work: Path,
-        working_set: Path | None,
-        record: bool = False,
-        *,
-        rest_bytes_per_s: float = REST_BYTES_PER_S,
-        first_token_timeout_s: float = FIRST_TOKEN_TIMEOUT_S,
-        on_death: Callable[[str], None] | None = None,
-        on_warning: Callable[[str], None] | None = None,
-        arriving: Arriving | None = None,
-    ) -> PageServer:
-        """Start serving the snapshot in `images` to the `criu restore --lazy-pages --work-dir WORK` that follows; returns in about 3 ms.
-
-        `working_set`: the file recorded earlier (None, or missing: single faults only until the first token). `record`: serve single
-        pages and remember their order. `rest_bytes_per_s` bounds how fast what nobody asked for is brought after the first token.
-        Without a word of the first token, that starts after `first_token_timeout_s`. `on_death(reason)` is called from a thread of this
-        object when the server ends before its work is done. `arriving`: the images are being filled from a store.
-        Raises Failed when it cannot be started.
-        """
-        config = told(images, work.parent, working_set, record, rest_bytes_per_s, first_token_timeout_s, arriving)
-        try:
-            started = early.begin_pages(config, work)
-        except OSError as error:
-            raise Failed(
-                "page-server-start", f"cannot start the page server in {work}: {error.strerror or error}"
-            ) from error
-        return cls(*started, work / early.LAZY_PAGES_SOCKET, on_death, on_warning, arriving)
 
     @property
     def pid(self) -> int:

@@ -4,13 +4,26 @@ import os
 
 import pytest
 
+from checkpoint.criu import Criu
+from checkpoint.errors import HostLacks
 from tests.launch_rig import Rig, environment
+from tests.t1.pages_kit import HOME, Frozen
 
 
 @pytest.fixture(scope="session")
 def double(tmp_path_factory):
     """The interpreter that has the engine double installed."""
     return environment(tmp_path_factory.mktemp("double") / "venv")
+
+
+@pytest.fixture(scope="module")
+def frozen(tmp_path_factory: pytest.TempPathFactory) -> Frozen:
+    """A dumped workload that knows what its memory must hold."""
+    try:
+        assert Criu.find(HOME).version
+    except HostLacks as error:
+        pytest.skip(str(error))
+    return Frozen(tmp_path_factory.mktemp("frozen"))
 
 
 @pytest.fixture

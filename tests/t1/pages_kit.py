@@ -9,8 +9,9 @@ import sys
 import time
 from pathlib import Path
 
+from checkpoint import early
 from checkpoint.criu import Criu
-from checkpoint.pages.server import PageServer
+from checkpoint.pages.server import PageServer, told
 from checkpoint.sandbox import TMP_DIR, Sandbox, SandboxConfig
 from tests.t1.checkpoint_kit import LIMIT_S, inside, wait_for
 
@@ -54,16 +55,10 @@ class Frozen:
     ) -> tuple[PageServer, Path]:
         work = self.folder / f"work-{next(self.count)}"
         work.mkdir()
-        server = PageServer.start(
-            images or self.images,
-            work,
-            self.working_set if known and not record else None,
-            record,
-            rest_bytes_per_s=rate,
-            on_death=(self.deaths if deaths is None else deaths).append,
-            on_warning=self.warnings.append,
-        )
-        return server, work
+        known_set = self.working_set if known and not record else None
+        started = early.begin_pages(told(images or self.images, self.folder, known_set, record, rate), work)
+        dead = (self.deaths if deaths is None else deaths).append
+        return PageServer(*started, work / early.LAZY_PAGES_SOCKET, dead, self.warnings.append), work
 
     def restore(self, sandbox: Sandbox, work: Path, images: Path | None = None) -> None:
         self.criu.restore(sandbox, self.root, images or self.images, LIMIT_S, work, {}, lazy_pages=True)

@@ -6,6 +6,8 @@ import time
 
 import pytest
 
+from launchers.bare import free_port
+
 pytestmark = [pytest.mark.t1, pytest.mark.xdist_group("launch"), pytest.mark.slow]
 RESTORED = ["mounting", "restoring", "waking", "verifying"]
 
@@ -38,6 +40,19 @@ def lines_with(text, phase):
     """Where in our own words a replica reaches a phase."""
     lines = text.splitlines()
     return [i for i, line in enumerate(lines) if re.match(rf"quickthaw: replica \d+: {phase} ", line)]
+
+
+def test_the_same_command_line_is_begun_beforehand_from_its_second_restore_on(launch_rig):
+    rig, port, env = launch_rig, free_port(), {"QUICKTHAW_DEBUG": "1"}
+    answer = rig.take()
+    begun = []
+    for _ in range(4):  # the first records the working set, the second notes what it was told
+        with rig.running(port=port, env=env) as started:
+            assert started.ask() == answer
+            started.wait_serving()
+            assert started.phases() == [RESTORED]
+            begun.append("begun beforehand" in started.ours())
+    assert begun[0] is False and begun[-1] is True, begun
 
 
 def test_replicas_that_share_a_processor_are_restored_in_turns_and_all_verify(launch_rig):

@@ -14,25 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint.criu import Criu
-from checkpoint.errors import HostLacks
 from checkpoint.pages.server import PageServer
 from checkpoint.sandbox import Sandbox
 from tests.t1.checkpoint_kit import LIMIT_S, inside
-from tests.t1.pages_kit import HOME, Frozen
+from tests.t1.pages_kit import Frozen
 
 pytestmark = [pytest.mark.t1, pytest.mark.slow]
 SLOWLY = 1e3  # bytes a second of what nobody asked for: such a replica is not complete while a test goes on
-
-
-@pytest.fixture(scope="module")
-def frozen(tmp_path_factory: pytest.TempPathFactory) -> Frozen:
-    try:
-        found = Criu.find(HOME)
-        assert found.version
-    except HostLacks as error:
-        pytest.skip(str(error))
-    return Frozen(tmp_path_factory.mktemp("frozen"))
 
 
 @pytest.fixture(autouse=True)

@@ -8,26 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint.criu import Criu
-from checkpoint.errors import HostLacks
 from checkpoint.pages.images import process_ids, read_process
 from checkpoint.pages.workingset import WorkingSet
 from tests.t1.checkpoint_kit import LIMIT_S, inside
-from tests.t1.pages_kit import HOME, Frozen
+from tests.t1.pages_kit import Frozen
 
 pytestmark = pytest.mark.t1
 
 LOOP = 4
-
-
-@pytest.fixture(scope="module")
-def frozen(tmp_path_factory: pytest.TempPathFactory) -> Frozen:
-    try:
-        found = Criu.find(HOME)
-        assert found.version
-    except HostLacks as error:
-        pytest.skip(str(error))
-    return Frozen(tmp_path_factory.mktemp("frozen"))
 
 
 @pytest.fixture(autouse=True)

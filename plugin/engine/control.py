@@ -13,6 +13,8 @@ import signal
 import sys
 import threading
 
+from . import cpu
+
 SHRINK = signal.SIGRTMIN + 7
 WAKE = signal.SIGRTMIN + 8
 
@@ -44,6 +46,7 @@ def _on_shrink(number, frame):
 
 
 def _on_wake(number, frame):
+    cpu.regain()
     reseed()
     answer("woken", "ok")
 

@@ -1,0 +1,95 @@
+"""A restored process may use the processor as it did before its dump: AMX's tiles need a permission that CRIU does not carry."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from checkpoint.criu import Criu
+from checkpoint.library import Library
+from checkpoint.sandbox import CONTROL_DIR, TMP_DIR, Sandbox, SandboxConfig
+from checkpoint.sealing import seal
+from checkpoint.snapshot import restore, take
+from launchers import control
+from plugin.output import Output
+from plugin.settings import state_home
+from tests.leftovers import Watch
+from tests.t1.checkpoint_kit import draft, inside, wait_for
+
+pytestmark = [pytest.mark.t1, pytest.mark.xdist_group("criu")]
+
+# Asks for what the processor has, as oneDNN does at its first matrix product, and uses a tile register whenever it is signalled. On a
+# processor without AMX both do nothing, and the mask is the same before and after all the same.
+PROGRAM = """
+import ctypes, mmap, os, signal, sys, time
+sys.path.insert(0, sys.argv[1])
+from plugin.engine import control, cpu
+control.install()
+before = cpu.regain()
+TILES = 1 << 18
+code = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+# ldtilecfg [rdi]; tilezero tmm0; tilerelease; ret
+code.write(bytes.fromhex("c4e2784907" "c4e27b49c0" "c4e27849c0" "c3"))
+use = ctypes.CFUNCTYPE(None, ctypes.c_char_p)(ctypes.addressof(ctypes.c_char.from_buffer(code)))
+config = bytes([1]) + bytes(15) + (64).to_bytes(2, "little") + bytes(30) + bytes([16]) + bytes(15)
+def tell(number, frame):
+    now = cpu.permitted()
+    if before & TILES:
+        use(config)
+    with open(f"{os.environ['TMPDIR']}/new", "w") as file:
+        file.write(f"{before:x} {now:x}")
+    os.rename(f"{os.environ['TMPDIR']}/new", f"{os.environ['TMPDIR']}/told")
+signal.signal(signal.SIGUSR1, tell)
+tell(0, None)
+while True:
+    signal.pause()
+"""
+
+
+@pytest.fixture
+def watch(tmp_path, monkeypatch):
+    watch = Watch(tmp_path)
+    for name, value in watch.environment.items():
+        monkeypatch.setenv(name, value)
+    return watch
+
+
+def masks(sandbox):
+    before, now = wait_for(inside(sandbox) / "told").decode().split()
+    (inside(sandbox) / "told").unlink()
+    return before, now
+
+
+def test_a_woken_process_may_use_what_it_used_before_its_dump(tmp_path, watch):
+    criu, library = Criu.find(state_home()), Library(tmp_path)
+    (tmp_path / "compile").mkdir()
+    repo = str(Path(__file__).parents[2])
+    env = {name: os.environ[name] for name in ("PATH", "QUICKTHAW_TEST_HOME")} | {
+        "TMPDIR": TMP_DIR,
+        "HOME": "/",
+        "QUICKTHAW_CONTROL_DIR": CONTROL_DIR,
+    }
+    output = Output(None)
+    sandbox = Sandbox(SandboxConfig())
+    try:
+        pid = sandbox.start([sys.executable, "-c", PROGRAM, repo], env, "/", output.write_fd, output.write_fd)
+        output.handed_over()
+        before, now = masks(sandbox)
+        assert before == now
+        take(library, criu, sandbox, draft("cpu", pid, {"stdout": output.name}), tmp_path / "compile", seal)
+    finally:
+        sandbox.close()
+    again = Output(None)
+    back = restore(library, criu, library.load("cpu"), [], tmp_path / "compile", {"stdout": again.write_fd})
+    try:
+        again.handed_over()
+        told = control.tell(back.sandbox.init_pid, control.WAKE)
+        assert len(told) == 1
+        wait_for(back.sandbox.control_dir / f"{back.root_pid}.woken", 10)
+        os.kill(told[0], signal.SIGUSR1)
+        assert masks(back.sandbox) == (before, before)
+    finally:
+        back.close()
+    assert watch.gone() == set()

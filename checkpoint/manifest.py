@@ -30,10 +30,15 @@ class Phase(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Canary(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A greedy generation recorded before the dump; a replica that does not repeat it exactly is not served."""
+    """What the model chose before the dump, greedily; a replica that does not choose the same is not served.
+
+    `token_ids`: the choices after each token of the prompt but the last, then the `generated` tokens. Where that is 0, as in snapshots
+    of before, all of them are generated.
+    """
 
     prompt: str
     token_ids: list[int]
+    generated: int = 0
 
 
 class SnapshotFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

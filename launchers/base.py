@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from checkpoint.manifest import Canary
 from checkpoint.sandbox import CONTROL_DIR, RUN_DIR, TMP_DIR
 from launchers.client import Client
 from launchers.errors import BadModel, EngineDied, EngineFailed, Usage
@@ -25,8 +26,12 @@ ENGINE_SITE = f"{RUN_DIR}/engine"
 CANARY_PROMPT = "Once upon"
 """Few tokens, since whoever waits for a replica waits for their prefill too, which on a CPU takes as long as they are many; and a certain
 answer, which another batch or processor does not round into another."""
-CANARY_TOKENS = 2
-"""Two: the first comes out of the prefill, the second out of a decode step, which reads the KV cache and runs other kernels."""
+CANARY_TOKENS, CANARY_TOKENS_ON_GPU = 1, 2
+"""How many of a canary's tokens are generated, beside the choices that its prompt's prefill makes. On a CPU one, so that the check of a
+restored replica is one step of its engine; a second comes out of a decode step, which on a GPU is a captured graph that must be tried."""
+JOINED = "quickthaw-joined-"
+"""How the identifier of a canary begins that has a request beside it: our hooks (plugin/engine/joining.py) wait for that a moment, so that
+both are one step."""
 RELOAD_LIMIT_S = 600.0
 """For moving or reading all of a model's weights."""
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".npz")
@@ -83,9 +88,6 @@ class Engine(abc.ABC):
     denied_paths: frozenset[str]
     """Endpoints that our own environment opens or that we use for control: never reachable through the proxy."""
     seed_flags: tuple[str, ...] = ()
-    runs_ahead: bool = True
-    """Whether a request that waits gains by running behind the canary of a restore instead of after it."""
-
     # Command line
 
     def parse(self, arguments: Sequence[str], environment: Mapping[str, str], spin: bool = False) -> EngineCommand:
@@ -215,6 +217,15 @@ class Engine(abc.ABC):
         """The token ids of a greedy generation."""
 
     @abc.abstractmethod
+    def choices(self, client: Client, prompt: str, tokens: int, joined: bool = False) -> list[int]:
+        """The ids of the tokens that the model would put after each token of the prompt but the last, then of the `tokens` that it
+        generates, all greedy: as many facts about the weights as a generation of that length, in fewer steps.
+
+        `joined`: another request is about to come, and both may be prefilled in one step. Raises EngineFailed, `engine-refused` where
+        the engine was told to give no probabilities.
+        """
+
+    @abc.abstractmethod
     def warm_up(self, client: Client, command: EngineCommand) -> None:
         """Send what users send, so that the first of them meets code that has run before."""
 
@@ -254,9 +265,25 @@ class Engine(abc.ABC):
         """Undo `put_away`, also in a restored engine: weights allocated and read again from `model`, then the KV cache."""
         raise EngineFailed("wake-unknown", f"{self.name} has nothing to be woken from; take the snapshot anew")
 
-    def canary(self, client: Client, timeout_s: float = 60.0) -> list[int]:
-        """The greedy generation that a restored replica must repeat exactly."""
-        return self.generate(client, CANARY_PROMPT, CANARY_TOKENS, timeout_s)
+    def record(self, client: Client, gpu: bool) -> Canary:
+        """What a restored replica must answer exactly."""
+        tokens = CANARY_TOKENS_ON_GPU if gpu else CANARY_TOKENS
+        try:
+            return Canary(CANARY_PROMPT, self.choices(client, CANARY_PROMPT, tokens), tokens)
+        except EngineFailed as error:
+            log.info("the canary is a plain generation: %s", error)
+            return Canary(CANARY_PROMPT, self.generate(client, CANARY_PROMPT, CANARY_TOKENS_ON_GPU))
+
+    def answer(self, client: Client, canary: Canary, joined: bool = False) -> list[int]:
+        """What the engine answers to a canary now; `joined` as in `choices`."""
+        if canary.generated:
+            return self.choices(client, canary.prompt, canary.generated, joined)
+        return self.generate(client, canary.prompt, len(canary.token_ids))
+
+
+def canary_id(joined: bool) -> str:
+    """An identifier for a canary, as engines show it in their logs."""
+    return f"{JOINED if joined else 'quickthaw-canary-'}{os.urandom(6).hex()}"
 
 
 def has_flag(command: EngineCommand, *flags: str) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from launchers.base import RELOAD_LIMIT_S, Engine, EngineCommand, has_flag
+from launchers.base import RELOAD_LIMIT_S, Engine, EngineCommand, canary_id, has_flag
 from launchers.client import Client
 from launchers.errors import EngineFailed
 
@@ -31,8 +31,6 @@ class Sglang(Engine):
     """SGLang's HTTP server."""
 
     name = "sglang"
-    # Each token is a step of its own, and the one that it would share with the canary takes longer than two of one.
-    runs_ahead = False
     default_port = 30000
     default_host = "127.0.0.1"
     model_flags = ("--model-path", "--model")
@@ -88,6 +86,23 @@ class Sglang(Engine):
                 "engine-no-token-ids", "this SGLang reports no output ids; quickthaw needs sglang >= 0.5"
             )
         return [int(i) for i in ids]
+
+    def choices(self, client: Client, prompt: str, tokens: int, joined: bool = False) -> list[int]:
+        """Of the native endpoint's log probabilities, the most likely of each place."""
+        body = {
+            "text": prompt,
+            "sampling_params": {"max_new_tokens": tokens, "temperature": 0, "ignore_eos": True},
+            "return_logprob": True,
+            "logprob_start_len": 0,
+            "top_logprobs_num": 1,
+            "rid": canary_id(joined),
+        }
+        answer = client.json("POST", "/generate", body, 60.0)
+        try:
+            places = answer["meta_info"]["input_top_logprobs"]
+            return [int(place[0][1]) for place in places if place] + [int(i) for i in answer["output_ids"]]
+        except (LookupError, TypeError, ValueError) as error:
+            raise EngineFailed("engine-no-token-ids", "this SGLang reports no choices for a prompt") from error
 
     def warm_up(self, client: Client, command: EngineCommand) -> None:
         """Generations of two lengths, an OpenAI completion, and streamed chats where the model has a template."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from launchers.base import RELOAD_LIMIT_S, Engine, EngineCommand, has_flag
+from launchers.base import RELOAD_LIMIT_S, Engine, EngineCommand, canary_id, has_flag
 from launchers.client import Client
 from launchers.errors import EngineFailed
 
@@ -88,6 +88,27 @@ class Vllm(Engine):
         if not ids:
             raise EngineFailed("engine-no-token-ids", "this vLLM reports no token ids; quickthaw needs vLLM >= 0.10.2")
         return [int(i) for i in ids]
+
+    def choices(self, client: Client, prompt: str, tokens: int, joined: bool = False) -> list[int]:
+        """Of the log probabilities of the prompt, those of rank 1."""
+        body = {
+            "prompt": prompt,
+            "max_tokens": tokens,
+            "temperature": 0,
+            "return_token_ids": True,
+            "ignore_eos": True,
+            "prompt_logprobs": 1,
+            "request_id": canary_id(joined),
+        }
+        answer = client.json("POST", "/v1/completions", body, 60.0)
+        try:
+            choice = answer["choices"][0]
+            first = [
+                next(i for i, at in place.items() if at["rank"] == 1) for place in choice["prompt_logprobs"] if place
+            ]
+            return [int(i) for i in (*first, *choice["token_ids"])]
+        except (LookupError, TypeError, ValueError, StopIteration) as error:
+            raise EngineFailed("engine-no-token-ids", "this vLLM reports no choices for a prompt") from error
 
     def warm_up(self, client: Client, command: EngineCommand) -> None:
         """Completions of two lengths, and a streamed chat where the model has a template."""

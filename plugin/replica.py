@@ -88,6 +88,8 @@ class Replica:
     stderr: int | None = 2
     served: Callable[[], int] = lambda: 0
     """How many requests this replica has answered since it began to serve (the proxy knows)."""
+    expects: Callable[[], bool] = lambda: False
+    """Whether a request waits that will run beside the check of a restore (the proxy knows)."""
     recall: Callable[[], bool] = lambda: False
     """Takes back requests that run beside the check, and says whether there were any (the proxy knows)."""
     underway: threading.Event = field(default_factory=threading.Event)
@@ -412,22 +414,22 @@ class Replica:
             self.criu.check_cpu(self.library.path(name) / "images")
 
     def _compare(self, snapshot: Snapshot) -> None:
-        """The canary. It is asked first; a request that waits may run behind it (its answer is kept back until this has ended)."""
-        got = self._generate(snapshot, lambda: self.tracker.to(Phase.VERIFYING))
+        """The canary. It is asked first; a request that waits runs beside it (its answer is kept back until this has ended)."""
+        got = self._answer(snapshot, lambda: self.tracker.to(Phase.VERIFYING), self.expects())
         if got != snapshot.canary.token_ids and self.recall():
             # A batch of two may round otherwise than one of one.
             log.debug("the canary gave %s beside a request; once more, alone", got)
-            got = self._generate(snapshot)
+            got = self._answer(snapshot)
         if got != snapshot.canary.token_ids:
             raise Integrity(
                 "canary-differs", f"the restored engine generates {got} where {snapshot.canary.token_ids} was recorded"
             )
 
-    def _generate(self, snapshot: Snapshot, sent: Callable[[], None] | None = None) -> list[int]:
+    def _answer(self, snapshot: Snapshot, sent: Callable[[], None] | None = None, joined: bool = False) -> list[int]:
         assert self.running is not None
-        canary, client = snapshot.canary, replace(self.running.client, sent=sent)
+        client = replace(self.running.client, sent=sent)
         try:
-            return self.engine.generate(client, canary.prompt, len(canary.token_ids))
+            return self.engine.answer(client, snapshot.canary, joined)
         except LauncherError as error:
             raise Failed("canary-failed", f"the restored engine does not generate: {error}") from error
 

@@ -257,11 +257,12 @@ class Launch:
             wake=self._wake if self.settings.idle_timeout_s else None,
             sleep=self._sleep if self.settings.idle_timeout_s else None,
             idle_timeout_s=self.settings.idle_timeout_s or None,
-            ahead=self.replicas[0].engine.runs_ahead,
+            ahead=True,
         )
         for index, replica in enumerate(self.replicas):
             behind = pool.add(f"r{index}", replica.tracker, Upstream(self._connector(replica), f"r{index}"))
             replica.served = self._counter(behind)
+            replica.expects = pool.expects
             replica.recall = self._recaller(pool, behind.name)
         denied = self.replicas[0].engine.denied_paths - self._opened_by_user()
         behaviour = Settings(denied_paths=frozenset(denied), **self.settings.proxy)

@@ -16,10 +16,9 @@ from typing import TYPE_CHECKING
 
 from checkpoint import snapshot as snapshots
 from checkpoint.errors import Busy, CheckpointError, Incompatible
-from checkpoint.manifest import FORMAT, Canary, Snapshot
+from checkpoint.manifest import FORMAT, Snapshot
 from checkpoint.manifest import Phase as TimelinePhase
 from launchers import control
-from launchers.base import CANARY_PROMPT
 from launchers.client import Client
 from launchers.errors import LauncherError
 from plugin import following, rates
@@ -74,9 +73,9 @@ def take(
     weight_bytes, asleep, thin = 0, False, False
     try:
         tracker.to(Phase.SHRINKING)
-        token_ids = engine.canary(client)
         driver = replica.driver()
         gpu = driver is not None and _uses_gpu(driver, sandbox)
+        canary = engine.record(client, gpu)
         thin = _thin(replica, client, gpu)
         kv_bytes = 0
         if settings.shrink:
@@ -103,7 +102,7 @@ def take(
             port=port,
             pipes={stream: output.name for stream, output in outputs.items()},
             monotonic_ns=0,
-            canary=Canary(CANARY_PROMPT, token_ids),
+            canary=canary,
             image_bytes=0,
             kv_cache_bytes=kv_bytes,
             cold_s=round(cold_s, 3),
@@ -132,8 +131,10 @@ def take(
         engine.take_up(client, settings.command.model, thin)
     elif weight_bytes:
         engine.reload_weights(client, settings.command.model)
-    again = engine.canary(client)
-    if replica.snapshot and again != replica.snapshot.canary.token_ids:
+    if (
+        replica.snapshot
+        and (again := engine.answer(client, replica.snapshot.canary)) != replica.snapshot.canary.token_ids
+    ):
         log.warning(
             "the engine answers differently after its own dump (%s, %s); the snapshot is removed",
             again,

@@ -17,6 +17,8 @@ from . import cpu
 
 SHRINK = signal.SIGRTMIN + 7
 WAKE = signal.SIGRTMIN + 8
+fresh = False
+"""Whether this process was woken and nobody has asked for that since."""
 
 
 def answer(name, text):
@@ -46,7 +48,9 @@ def _on_shrink(number, frame):
 
 
 def _on_wake(number, frame):
+    global fresh
     cpu.regain()
+    fresh = True
     reseed()
     answer("woken", "ok")
 

@@ -6,7 +6,7 @@ after it has succeeded the KV pool holds nothing, so its pages are dropped.
 
 import json
 
-from . import control, memory
+from . import control, joining, memory
 
 
 def _after_flush(result, scheduler, *args, **kwargs):
@@ -22,9 +22,31 @@ def _after_flush(result, scheduler, *args, **kwargs):
     return result
 
 
+def _after_ingest(result, scheduler, *args, **kwargs):
+    """A canary waits a moment for the request that comes with it."""
+    if result and scheduler.tp_size == 1 and joining.wanted(getattr(one, "rid", None) for one in result):
+        joining.wait(lambda: result.extend(scheduler.ingest_requests()) or len(result) > 1)
+    return result
+
+
+def _after_overlap_choice(result, scheduler, batch=None, last_batch=None, *args, **kwargs):
+    """The first result of an engine that was just woken is passed on before the next step, instead of behind it.
+
+    SGLang computes a step before it looks at what the last one gave, which hides work of the processor behind the GPU's. On a CPU the
+    step is the processor's work too, and whoever waited for the restore would wait for one more.
+    """
+    if not control.fresh or batch is None or last_batch is None:
+        return result
+    control.fresh = False
+    return result or str(scheduler.device) == "cpu"
+
+
 def register():
     """Called by SGLang in each of its processes, before it starts serving."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     control.install()
-    HookRegistry.register("sglang.srt.managers.scheduler.Scheduler.flush_cache", _after_flush, HookType.AFTER)
+    scheduler = "sglang.srt.managers.scheduler.Scheduler"
+    HookRegistry.register(f"{scheduler}.flush_cache", _after_flush, HookType.AFTER)
+    HookRegistry.register(f"{scheduler}.ingest_requests", _after_ingest, HookType.AFTER)
+    HookRegistry.register(f"{scheduler}.is_disable_overlap_for_batch", _after_overlap_choice, HookType.AFTER)

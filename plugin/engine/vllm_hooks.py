@@ -4,9 +4,10 @@ Adds one method to the workers, called through vLLM's own `/collective_rpc`: `qu
 May be loaded more than once in a process, as vLLM's contract asks.
 """
 
+import functools
 import json
 
-from . import control, memory
+from . import control, joining, memory
 
 
 def _shrink(self):
@@ -31,9 +32,25 @@ def _flat(tensors):
             yield item
 
 
+def _join(process_input_queue):
+    """Around the engine core's: a canary waits a moment for the request that comes with it."""
+
+    @functools.wraps(process_input_queue)
+    def joined(self):
+        process_input_queue(self)
+        if joining.wanted(request.request_id for request in getattr(self.scheduler, "waiting", ())):
+            joining.wait(lambda: not self.input_queue.empty())
+            process_input_queue(self)
+
+    return joined
+
+
 def register():
     """Called by vLLM in each of its processes."""
+    from vllm.v1.engine.core import EngineCoreProc
     from vllm.v1.worker.worker_base import WorkerBase
 
     control.install()
     WorkerBase.quickthaw_shrink = _shrink
+    if not hasattr(EngineCoreProc._process_input_queue, "__wrapped__"):
+        EngineCoreProc._process_input_queue = _join(EngineCoreProc._process_input_queue)

@@ -331,6 +331,10 @@ class ReplicaPool:
         """True when the owner gave a wake hook."""
         return self._wake_hook is not None
 
+    def expects(self) -> bool:
+        """Whether a request waits that runs beside the check of a restored replica; any thread may ask."""
+        return self.ahead and any(waiter.ahead and not waiter.ready.done() for waiter in list(self._waiters))
+
     async def recall(self, name: str) -> bool:
         """Take back what runs ahead on a replica whose check wants the engine for itself; True when there was any.
 

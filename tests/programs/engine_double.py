@@ -257,6 +257,11 @@ class Asking:
 def handler(engine, ask, options):
     name = options.get("served-model-name", options["model"])
 
+    def chosen(prompt):
+        """What a greedy generation would put after each word of the prompt but the last."""
+        words = prompt.split()
+        return [ask("generate", " ".join(words[:count]), 1, 0)[0] for count in range(1, len(words))]
+
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
@@ -300,6 +305,11 @@ def handler(engine, ask, options):
                 ids = ask("generate", prompt, body.get("max_tokens", 16), body.get("temperature", 1.0))
                 text = " ".join(map(str, ids))
                 choice = {"index": 0, "text": text, "token_ids": ids, "finish_reason": "length"}
+                if body.get("prompt_logprobs"):
+                    choice["prompt_logprobs"] = [
+                        None,
+                        *({"1": {"rank": 7}, str(i): {"rank": 1}} for i in chosen(prompt)),
+                    ]
                 return ({"id": f"cmpl-{uuid.uuid4().hex}", "model": name, "choices": [choice]},)
             if engine == "sglang":
                 return self.sglang(path, body)
@@ -309,7 +319,11 @@ def handler(engine, ask, options):
             if path == "/generate":
                 sampling = body["sampling_params"]
                 ids = ask("generate", body["text"], sampling["max_new_tokens"], sampling["temperature"])
-                return ({"text": " ".join(map(str, ids)), "output_ids": ids},)
+                places = (
+                    [None, *([[-0.5, i, None]] for i in chosen(body["text"]))] if body.get("return_logprob") else []
+                )
+                told = {"input_top_logprobs": places}
+                return ({"text": " ".join(map(str, ids)), "output_ids": ids, "meta_info": told},)
             if path == "/flush_cache":
                 return (b"", 200 if ask("flush_cache") else 400)
             if path == "/update_weights_from_disk":

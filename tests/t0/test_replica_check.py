@@ -18,8 +18,8 @@ RIGHT, WRONG = [1, 2], [1, 3]
 def replica(answers: list[list[int]], ran_beside: bool) -> tuple[Replica, list[str]]:
     told: list[str] = []
 
-    def generate(client, prompt, tokens):
-        told.append("asked")
+    def answer(client, canary, joined=False):
+        told.append("asked with another" if joined else "asked")
         if client.sent:
             client.sent()
         return answers.pop(0)
@@ -29,11 +29,12 @@ def replica(answers: list[list[int]], ran_beside: bool) -> tuple[Replica, list[s
         return ran_beside
 
     made = Replica.__new__(Replica)
-    made.engine = SimpleNamespace(generate=generate)
+    made.engine = SimpleNamespace(answer=answer)
     made.running = SimpleNamespace(client=Client(lambda: pytest.fail("no engine here")))
     made.tracker = PhaseTracker(phase=Phase.WAKING)
     made.tracker.listen(lambda old, new, reason: told.append(str(new)))
     made.recall = recall
+    made.expects = lambda: ran_beside
     return made, told
 
 
@@ -43,13 +44,13 @@ SNAPSHOT = SimpleNamespace(canary=SimpleNamespace(prompt="The", token_ids=RIGHT)
 def test_the_canary_is_asked_before_anything_may_run_beside_it():
     checked, told = replica([RIGHT], True)
     checked._compare(SNAPSHOT)
-    assert told == ["asked", "verifying"]
+    assert told == ["asked with another", "verifying"]
 
 
 def test_another_answer_beside_a_request_is_tried_again_alone():
     checked, told = replica([WRONG, RIGHT], True)
     checked._compare(SNAPSHOT)
-    assert told == ["asked", "verifying", "recalled", "asked"]
+    assert told == ["asked with another", "verifying", "recalled", "asked"]
 
 
 @pytest.mark.parametrize(("answers", "ran_beside"), [([WRONG], False), ([WRONG, WRONG], True)])

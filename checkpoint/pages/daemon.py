@@ -47,8 +47,10 @@ _KEPT_AROUND = 16 << 10
 _WINDOW = 32
 # How much is placed between two looks at the events.
 _STEP_BYTES = CHUNK
-_STEP_PIECES = 32
+_STEP_PIECES = 64
 _RETRY_S = 0.0005
+# The number of the first fetcher's job of the first phase.
+_HOT = 1
 # How many ranges of the working set are asked whether they are in the page cache.
 _SAMPLES = 200
 
@@ -331,13 +333,13 @@ class Daemon:
             low = address & ~(_AROUND - 1)
             high = low + _AROUND
             self.stats.faults_missed += 1
-        found = space.map.find(address)
+        found = space.rough_map.find(address)
         if found is None:
             if plan and piece is not None:
                 self.stats.bytes_zero += space.run(plan, piece, self.zeros)
                 uffd.wake(space.fd, address, PAGE)
             else:
-                following = space.map.at_or_after(address)
+                following = space.rough_map.at_or_after(address)
                 end = min(high, following[0]) if following else high
                 self.stats.bytes_zero += space.zero_fault(address, end)
             self.stats.faults_zero += 1
@@ -391,20 +393,25 @@ class Daemon:
     def begin(self, phase: str, ranges: list[Range]) -> None:
         """Plan a phase of the working set, and let the fetcher run through all of it."""
         self.phase = phase
+        self.helped = self.warm(ranges)
+        if self.helped and phase == "hot" and (kept := self.known.kept_plans(self.working_set, self.zeros)):
+            self.plans = kept
+            return
         first = self.fetch_number + 1
         self.plans, jobs = self.known.plans(ranges, self.zeros, first)
-        cold = not self.warm(ranges)
+        if self.helped:
+            for plan in self.plans.values():
+                plan.batches = []
+            return
         for self.fetch_number, parts in enumerate(jobs, first):
-            if cold:
-                self.ahead.submit(self.fetch_number, parts)
-            else:
-                self.fetched.add(self.fetch_number)
-        self.helped = not cold
+            self.ahead.submit(self.fetch_number, parts)
 
     def begin_rest(self) -> None:
         if not self.known.indexed:
             index.keep(self.images_dir, self.images)
             self.known.indexed = True
+        if not isinstance(self.ahead, Waiting):
+            self.known.keep_plans(self.working_set, _HOT)
         self.phase, self.plans = "rest", {}
         self.rest = deque(
             (space.number, low, min(low + CHUNK // 2, end))
@@ -456,7 +463,7 @@ class Daemon:
         """The next piece of a process that can be placed, but for the time."""
         plan = self.plans[pid]
         index = plan.next()
-        if index is None or plan.batches[index] not in self.fetched:
+        if index is None or (plan.batches and plan.batches[index] not in self.fetched):
             return None
         return index if self.restored or any(space.pid == pid for space in self.spaces.values()) else None
 
@@ -475,8 +482,16 @@ class Daemon:
         spaces = [space for space in self.spaces.values() if space.pid == pid and not space.changed] or [
             space for space in self.spaces.values() if space.pid == pid
         ]
-        placed = 0
-        for _ in range(_STEP_PIECES):
+        placed, pieces = 0, _STEP_PIECES
+        if spaces and not plan.batches and not spaces[0].changed:
+            copied, zeros = spaces[0].burst(plan, _STEP_PIECES, _STEP_BYTES)
+            self.stats.bytes_ahead += copied
+            self.stats.bytes_zero += zeros
+            if copied or zeros:
+                self.stats.first_placed_s = self.stats.first_placed_s or self.now()
+                return
+            pieces = 1  # that which was refused
+        for _ in range(pieces):
             index = self.ready(pid)
             if index is None or placed >= _STEP_BYTES:
                 return

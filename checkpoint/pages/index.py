@@ -37,11 +37,16 @@ def keep(images: str, found: dict[int, ProcessImage]) -> None:
         (
             _VERSION,
             sys.version,
-            _stamps(images),
+            stamps(images),
             [(i.pid, i.pages_file, i.runs, i.mapped, i.eager, i.wiped_on_fork, i.borders) for i in found.values()],
         )
     )
-    target = _path(images)
+    write(images, FILE_NAME, body)
+
+
+def write(images: str, name: str, body: bytes) -> None:
+    """Keep `body` as a file beside the folder of images, whole or not at all; not kept, silently, where the folder cannot be written."""
+    target = _path(images, name)
     new = f"{target}.{os.getpid()}.{get_ident()}"  # one process may serve several trees
     with contextlib.suppress(OSError):
         fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
@@ -54,15 +59,20 @@ def keep(images: str, found: dict[int, ProcessImage]) -> None:
             raise
 
 
+def checked(images: str, name: str) -> memoryview:
+    """What `write` kept. Raises OSError where there is none, ValueError where it is damaged."""
+    with open(_path(images, name), "rb") as file:
+        data = file.read()
+    body = memoryview(data)[64:]
+    if hashlib.blake2b(body).digest() != data[:64]:
+        raise ValueError(f"{name} is damaged")
+    return body
+
+
 def _kept(images: str) -> dict[int, ProcessImage] | None:
     try:
-        with open(_path(images), "rb") as file:
-            data = file.read()
-        body = memoryview(data)[64:]
-        if hashlib.blake2b(body).digest() != data[:64]:
-            return None
-        version, python, stamps, processes = marshal.loads(body)
-        if version != _VERSION or python != sys.version or stamps != _stamps(images):
+        version, python, of, processes = marshal.loads(checked(images, FILE_NAME))
+        if version != _VERSION or python != sys.version or of != stamps(images):
             return None
     except (OSError, ValueError, EOFError, TypeError):
         return None  # none yet, of another version, or damaged
@@ -74,15 +84,15 @@ def _kept(images: str) -> dict[int, ProcessImage] | None:
     return found
 
 
-def _path(images: str) -> str:
-    return os.path.join(os.path.dirname(images.rstrip("/")), FILE_NAME)
+def _path(images: str, name: str) -> str:
+    return os.path.join(os.path.dirname(images.rstrip("/")), name)
 
 
-def _stamps(images: str) -> list[tuple[str, int, int, int, int, int]]:
-    """Of the files that were read."""
-    stamps = []
+def stamps(images: str) -> list[tuple[str, int, int, int, int, int]]:
+    """Which files were read: those that say where pages lie."""
+    found = []
     for entry in os.scandir(images):
         if entry.name.startswith(("pagemap-", "mm-")):
             info = entry.stat()
-            stamps.append((entry.name, info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns))
-    return sorted(stamps)
+            found.append((entry.name, info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns))
+    return sorted(found)

@@ -10,12 +10,12 @@ import os
 import threading
 from _weakref import ref  # weakref itself would cost a start 1 ms
 
-from checkpoint.pages import index
+from checkpoint.pages import index, plans
 from checkpoint.pages.arrival import Presence, open_source
 from checkpoint.pages.fetch import Source
 from checkpoint.pages.images import ProcessImage
 from checkpoint.pages.space import Plan
-from checkpoint.pages.workingset import Range
+from checkpoint.pages.workingset import Range, WorkingSet
 
 # Ranges fetched as one job.
 BATCH = 32
@@ -37,6 +37,8 @@ class Known:
         }
         # One for each phase, by its first batch.
         self._plans: dict[int, tuple[list[Range], dict[int, Plan], list[Parts]]] = {}
+        self._kept: tuple[bytes, dict[int, Plan]] | None = None
+        self._folder = folder
         self._planning = threading.Lock()
 
     @classmethod
@@ -61,11 +63,28 @@ class Known:
             known = self._plans.get(first)
             if known is None or known[0] != ranges:
                 known = self._plans[first] = (ranges, *self._plan(ranges, zeros, first))
-        _, plans, jobs = known
-        return {pid: plan.fresh() for pid, plan in plans.items()}, jobs
+        _, made, jobs = known
+        return {pid: plan.fresh() for pid, plan in made.items()}, jobs
+
+    def kept_plans(self, working_set: WorkingSet, zeros: int) -> dict[int, Plan] | None:
+        """The plans of what is needed before the first token, as an earlier restore has kept them, for sources that are all in memory."""
+        with self._planning:
+            if self._kept is None or self._kept[0] != working_set.digest:
+                found = plans.read(self._folder, working_set.digest, self.images, self.sources, zeros)
+                if found is None:
+                    return None
+                self._kept = (working_set.digest, found)
+            return {pid: plan.fresh() for pid, plan in self._kept[1].items()}
+
+    def keep_plans(self, working_set: WorkingSet, first: int) -> None:
+        """Keep what `plans` has made with `first`, where it was made of this working set and is not kept yet."""
+        with self._planning:
+            made = self._plans.get(first)
+            if self._kept is None and made and made[0] == working_set.before_first_token and working_set.digest:
+                plans.keep(self._folder, working_set.digest, made[1], self.images, self.sources)
 
     def _plan(self, ranges: list[Range], zeros: int, first: int) -> tuple[dict[int, Plan], list[Parts]]:
-        plans = {pid: Plan() for pid in self.images}
+        made = {pid: Plan() for pid in self.images}
         jobs: list[Parts] = []
         for at in range(0, len(ranges), BATCH):
             parts: Parts = []
@@ -77,11 +96,11 @@ class Known:
                 # What is mapped is only read ahead, into the page cache.
                 parts += [(source, offset, high - low) for low, high, offset in image.mapped_within(start, end)]
                 for low, high in image.unmapped(start, end):
-                    parts += _plan_piece(plans[pid], image, source, low, high, zeros, first + len(jobs))
+                    parts += _plan_piece(made[pid], image, source, low, high, zeros, first + len(jobs))
             jobs.append(parts)
-        for plan in plans.values():
+        for plan in made.values():
             plan.seal()
-        return plans, jobs
+        return made, jobs
 
 
 def _plan_piece(plan: Plan, image: ProcessImage, source: Source, start: int, end: int, zeros: int, batch: int) -> Parts:

@@ -2,7 +2,8 @@
 
 A `PageMap` is a set of disjoint intervals of addresses, each with the image offset of its first byte. What is not in it needs nothing
 from the image: either it is in place already, or the process dropped it, and then it reads as zeros. So the whole of correctness is
-that an interval is cut the moment its pages are placed, dropped or unmapped, and moves when the process moves it.
+that an interval is cut when its pages are dropped or unmapped and before anybody acts on what is listed when they are placed, and moves
+when the process moves it.
 
 Standard library only; see tests/t0/test_pages_pagemap.py for the reference it is compared with.
 """
@@ -10,7 +11,7 @@ Standard library only; see tests/t0/test_pages_pagemap.py for the reference it i
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 
 class PageMap:
@@ -88,6 +89,28 @@ class PageMap:
             ends.append(self._ends[high - 1])
             offsets.append(self._offsets[high - 1] + end - self._starts[high - 1])
         self._starts[low:high], self._ends[low:high], self._offsets[low:high] = starts, ends, offsets
+
+    def cut_all(self, spans: Sequence[tuple[int, int]]) -> None:
+        """Forget many disjoint spans, given in ascending order, in one pass over the map."""
+        starts, ends, offsets = [], [], []
+        at, count = 0, len(spans)
+        for start, end, offset in zip(self._starts, self._ends, self._offsets, strict=True):
+            low = start
+            while at < count and spans[at][0] < end:
+                first, last = spans[at]
+                if first > low:
+                    starts.append(low)
+                    ends.append(first)
+                    offsets.append(offset + low - start)
+                low = max(low, last)
+                if last > end:
+                    break  # it reaches into the next interval
+                at += 1
+            if low < end:
+                starts.append(low)
+                ends.append(end)
+                offsets.append(offset + low - start)
+        self._starts, self._ends, self._offsets = starts, ends, offsets
 
     def move(self, source: int, target: int, length: int) -> None:
         """mremap: what was to be brought to `source` now belongs at `target`; nothing is to be brought to `source` any more."""

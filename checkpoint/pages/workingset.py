@@ -11,6 +11,7 @@ Ranges name addresses, not offsets: a page that the image has not is one that re
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import struct
@@ -41,11 +42,13 @@ class BadWorkingSet(ValueError):
 class WorkingSet:
     """Ranges in the order of need; `first` of them come before the first token."""
 
-    __slots__ = ("first", "ranges")
+    __slots__ = ("digest", "first", "ranges")
 
     def __init__(self, ranges: Sequence[Range] = (), first: int = 0) -> None:
         self.ranges = list(ranges)
         self.first = first
+        self.digest = b""
+        """BLAKE2b of the file that it was read from; empty where it was not."""
 
     @property
     def before_first_token(self) -> list[Range]:
@@ -125,7 +128,9 @@ class WorkingSet:
             if isinstance(error, BadWorkingSet):
                 raise
             raise BadWorkingSet(f"{path} is damaged") from error
-        return cls(ranges, first)
+        found = cls(ranges, first)
+        found.digest = hashlib.blake2b(data).digest()
+        return found
 
     def file_ranges(
         self, images: dict[int, ProcessImage], before_first_token: bool = True

@@ -1,0 +1,61 @@
+"""The plans made of a working set, kept as `.verified-plans` beside the page maps (checkpoint.pages.index), for later restores.
+
+What is kept says for which image files and which working set it holds, and carries a digest of itself, since a wrong offset would put
+wrong bytes in place. Where anything differs, the plans are made again. Standard library only.
+"""
+
+from __future__ import annotations
+
+import marshal
+import sys
+from array import array
+from collections.abc import Mapping
+
+from checkpoint.pages import index
+from checkpoint.pages.fetch import Source
+from checkpoint.pages.images import ProcessImage
+from checkpoint.pages.space import Plan
+
+FILE_NAME = ".verified-plans"
+_VERSION = 1
+
+
+def keep(
+    images: str,
+    working_set: bytes,
+    found: Mapping[int, Plan],
+    of: Mapping[int, ProcessImage],
+    sources: Mapping[str, Source],
+) -> None:
+    """Keep sealed plans for the next restore from the folder `images` with the working set of this digest."""
+    bodies = []
+    for pid, plan in found.items():
+        source = sources.get(of[pid].pages_file)
+        starts, ends, addresses, zero, by_address = plan.parts()
+        base = source.address if source else 0
+        offsets = array("Q", [0 if nothing else at - base for at, nothing in zip(addresses, zero, strict=True)])
+        bodies.append((pid, starts.tobytes(), ends.tobytes(), offsets.tobytes(), bytes(zero), by_address.tobytes()))
+    index.write(images, FILE_NAME, marshal.dumps((_VERSION, sys.version, index.stamps(images), working_set, bodies)))
+
+
+def read(
+    images: str, working_set: bytes, of: Mapping[int, ProcessImage], sources: Mapping[str, Source], zeros: int
+) -> dict[int, Plan] | None:
+    """What `keep` kept, for sources as they are mapped here, and `zeros`, our own address of zeros; None where nothing fits these files."""
+    try:
+        version, python, stamps, digest, bodies = marshal.loads(index.checked(images, FILE_NAME))
+        if version != _VERSION or python != sys.version or digest != working_set or stamps != index.stamps(images):
+            return None
+        found = {}
+        for pid, starts, ends, offsets, zero, by_address in bodies:
+            source = sources.get(of[pid].pages_file)
+            base = source.address if source else 0
+            nothing = [bool(byte) for byte in zero]
+            at = array(
+                "Q",
+                [zeros if none else offset + base for offset, none in zip(array("Q", offsets), nothing, strict=True)],
+            )
+            found[pid] = Plan.sealed(array("Q", starts), array("Q", ends), at, nothing, array("Q", by_address))
+    except (OSError, ValueError, EOFError, TypeError, LookupError):
+        return None  # none yet, of another version, or damaged
+    return found

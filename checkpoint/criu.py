@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -205,7 +204,7 @@ class Criu:
 
     def dump_cpu(self, images: Path) -> None:
         """Keep what this processor can, as CRIU asks it, among the images. Raises Failed."""
-        if platform.machine() == "x86_64":
+        if os.uname().machine == "x86_64":
             words = self._cpuinfo("dump", images)
             if words:
                 raise Failed("criu-cpuinfo-failed", f"CRIU could not read the processor's features: {words}")

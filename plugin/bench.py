@@ -22,6 +22,7 @@ from plugin import measure
 from plugin.launch import PASS_THROUGH
 from plugin.presets import Preset, preset
 from plugin.settings import state_home
+from plugin.warm import PageCache
 
 KINDS = ("alone", "cold", "restored")
 MEANING = {
@@ -59,6 +60,13 @@ class Bench:
     logs: Path
     limit_s: float
     launch_options: tuple[str, ...] = ()
+
+    def page_cache(self) -> PageCache:
+        """Everything that any kind reads: the engine's environment, the model, our own state and code, the interpreter's library."""
+        ours, library = Path(__file__).resolve().parent.parent, Path(os.__file__).parent
+        return PageCache(
+            {state_home(), self.preset.python.parent.parent, self.preset.model, Path(sys.prefix), ours, library}
+        )
 
     def command(self, kind: str, port: int, run: str) -> measure.Command:
         """The command of a kind, listening on `port`."""
@@ -141,6 +149,7 @@ def compare(bench: Bench, kinds: tuple[str, ...], runs: int, tell: Any) -> dict[
     from checkpoint.library import Library
 
     series = {kind: Series() for kind in kinds}
+    cache = bench.page_cache()
     for kind in kinds:
         tell(f"warming up: {MEANING[kind]}")
         bench.run(kind, "warm-up", None)
@@ -150,8 +159,10 @@ def compare(bench: Bench, kinds: tuple[str, ...], runs: int, tell: Any) -> dict[
             bench.run(kind, "recording", None)
             tell("warming up: the second restore, which notes what the next can begin with")
             bench.run(kind, "noting", None)
+        cache.remember()
     for index in range(runs):
         for kind in kinds:
+            cache.bring_back()
             answer = bench.run(kind, str(index + 1), series[kind])
             tell(f"run {index + 1} of {runs}: {kind} {answer.first_s:.2f} s to the first token")
     found: dict[str, Any] = {

@@ -11,7 +11,6 @@ Ranges name addresses, not offsets: a page that the image has not is one that re
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import struct
@@ -20,6 +19,7 @@ from collections.abc import Iterable, Sequence
 from threading import get_ident
 
 from checkpoint.pages.images import PAGE, ProcessImage
+from checkpoint.pages.index import blake2b
 
 Range = tuple[int, int, int]
 """(process, first address, end address)"""
@@ -129,7 +129,7 @@ class WorkingSet:
                 raise
             raise BadWorkingSet(f"{path} is damaged") from error
         found = cls(ranges, first)
-        found.digest = hashlib.blake2b(data).digest()
+        found.digest = blake2b(data).digest()
         return found
 
     def file_ranges(

@@ -65,9 +65,9 @@ def drop_weights(model):
     return discard(parameter.data for parameter in model.parameters())
 
 
-def areas(tensors):
-    """Where CPU tensors lie: (address, bytes) of each storage, in order, neighbours put together."""
-    spans = set()
+def areas(tensors, others=()):
+    """Where CPU tensors lie: (address, bytes) of each storage and of `others`, in order, neighbours put together."""
+    spans = set(others)
     for tensor in tensors:
         if tensor.device.type == "cpu":
             storage = tensor.untyped_storage()

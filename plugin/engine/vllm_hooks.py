@@ -4,10 +4,11 @@ Adds one method to the workers, called through vLLM's own `/collective_rpc`: `qu
 May be loaded more than once in a process, as vLLM's contract asks.
 """
 
+import contextlib
 import functools
 import json
 
-from . import control, joining, memory
+from . import control, joining, memory, packed
 
 
 def _shrink(self):
@@ -16,7 +17,9 @@ def _shrink(self):
     runner = worker.model_runner
     dropped = memory.discard(_flat(getattr(runner, "kv_caches", ())))
     model = runner.get_model()
-    control.answer("areas", json.dumps(memory.areas(parameter.data for parameter in model.parameters())))
+    spans, tensors = packed.weights(model)
+    tensors += [parameter.data for parameter in model.parameters()]
+    control.answer("areas", json.dumps(memory.areas(tensors, spans)))
     if control.thin():
         control.answer("weights", str(memory.drop_weights(model)))
     memory.trim()
@@ -47,10 +50,13 @@ def _join(process_input_queue):
 
 def register():
     """Called by vLLM in each of its processes."""
-    from vllm.v1.engine.core import EngineCoreProc
     from vllm.v1.worker.worker_base import WorkerBase
 
     control.install()
     WorkerBase.quickthaw_shrink = _shrink
-    if not hasattr(EngineCoreProc._process_input_queue, "__wrapped__"):
-        EngineCoreProc._process_input_queue = _join(EngineCoreProc._process_input_queue)
+    # Inside of vLLM, and only about time: one that has it elsewhere begins with the canary alone.
+    with contextlib.suppress(ImportError, AttributeError):
+        from vllm.v1.engine.core import EngineCoreProc
+
+        if not hasattr(EngineCoreProc._process_input_queue, "__wrapped__"):
+            EngineCoreProc._process_input_queue = _join(EngineCoreProc._process_input_queue)

@@ -302,7 +302,9 @@ def test_a_wrong_canary_goes_the_cold_way_under_the_same_held_request(rig):
     # A manifest that is whole and says something else: only the engine itself can tell.
     found = rig.library.load(NAME)
     wrong = [*found.canary.token_ids[:-1], found.canary.token_ids[-1] + 1]
-    manifest.write_bytes(dump(msgspec.structs.replace(found, canary=msgspec.structs.replace(found.canary, token_ids=wrong))))
+    manifest.write_bytes(
+        dump(msgspec.structs.replace(found, canary=msgspec.structs.replace(found.canary, token_ids=wrong)))
+    )
     try:
         with rig.running("--no-snapshot") as (port, answer, _, command):
             assert answer.text == rig.cold_text

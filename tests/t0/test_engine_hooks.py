@@ -1,0 +1,123 @@
+"""What our hooks in an engine do, without the engine: a canary waits for its request, packed weights are found, results are passed on."""
+
+import ctypes
+import queue
+import struct
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from launchers.base import JOINED, Engine, canary_id
+from launchers.errors import EngineFailed
+from plugin.engine import control, joining, packed, sglang_hooks, vllm_hooks
+
+pytestmark = pytest.mark.t0
+
+
+def test_the_hooks_and_the_launchers_mean_the_same_by_a_joined_canary():
+    assert joining.JOINED == JOINED
+    assert joining.wanted([f"cmpl-{canary_id(True)}-0"]) and not joining.wanted([canary_id(False)])
+    assert not joining.wanted([]) and not joining.wanted([canary_id(True), "another"])
+
+
+def engine_core(identifiers):
+    core = SimpleNamespace(scheduler=SimpleNamespace(waiting=[]), input_queue=queue.Queue())
+    for identifier in identifiers:
+        core.input_queue.put(identifier)
+    return core
+
+
+def drain(core):
+    while not core.input_queue.empty():
+        core.scheduler.waiting.append(SimpleNamespace(request_id=core.input_queue.get()))
+
+
+def test_vllm_waits_for_the_request_beside_the_canary_and_takes_both():
+    core = engine_core([canary_id(True)])
+    late = threading.Timer(0.002, core.input_queue.put, ["the user's"])
+    late.start()
+    vllm_hooks._join(drain)(core)
+    late.join()
+    assert len(core.scheduler.waiting) == 2
+
+
+@pytest.mark.parametrize("identifiers", [[canary_id(False)], [canary_id(True), "the user's"], ["the user's"], []])
+def test_vllm_does_not_wait_where_nothing_is_to_come(monkeypatch, identifiers):
+    monkeypatch.setattr(joining, "wait", lambda arrived: pytest.fail("it waited"))
+    core = engine_core(identifiers)
+    vllm_hooks._join(drain)(core)
+    assert len(core.scheduler.waiting) == len(identifiers)
+
+
+def test_a_request_that_does_not_come_is_not_waited_for_long():
+    core, began = engine_core([canary_id(True)]), time.monotonic()
+    vllm_hooks._join(drain)(core)
+    assert len(core.scheduler.waiting) == 1 and time.monotonic() - began >= joining.LIMIT_S
+
+
+@pytest.mark.parametrize(("ranks", "taken"), [(1, 2), (2, 1)])
+def test_sglang_takes_both_where_one_rank_schedules(ranks, taken):
+    others = [[], [], [SimpleNamespace(rid="the user's")]]
+    scheduler = SimpleNamespace(tp_size=ranks, ingest_requests=lambda: others.pop(0))
+    assert len(sglang_hooks._after_ingest([SimpleNamespace(rid=canary_id(True))], scheduler)) == taken
+
+
+def test_the_first_result_after_a_wake_is_passed_on_at_once_on_a_cpu(monkeypatch):
+    cpu, gpu, batch = SimpleNamespace(device="cpu"), SimpleNamespace(device="cuda"), object()
+    choice = sglang_hooks._after_overlap_choice
+    monkeypatch.setattr(control, "fresh", False)
+    assert choice(False, cpu, batch, last_batch=batch) is False
+    for scheduler, expected in ((cpu, True), (gpu, False)):
+        monkeypatch.setattr(control, "fresh", True)
+        assert choice(False, scheduler, batch, last_batch=None) is False  # nothing has a result yet
+        assert choice(False, scheduler, None, last_batch=batch) is False  # no step to wait for
+        assert choice(False, scheduler, batch, last_batch=batch) is expected
+        assert choice(False, scheduler, batch, last_batch=batch) is False  # once
+
+
+def test_packed_weights_are_found_over_a_few_pointers_by_the_size_of_their_chunk():
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, (ctypes.c_void_p,)
+    size = 3 << 20
+    wanted, smaller, step, handle = libc.malloc(size), libc.malloc(size // 2), libc.malloc(200), libc.malloc(168)
+    try:
+        for at, words in ((step, (0x1234, wanted, smaller)), (handle, (smaller, 0xFFFF_FFFF_FFF0, step))):
+            ctypes.memset(at, 0, 160)
+            ctypes.memmove(at, struct.pack("<3Q", *words), 24)
+        assert packed.find(handle, size) == wanted
+        assert packed.find(handle, size // 2) == smaller
+        assert packed.find(handle, size * 2) is None
+        layer = SimpleNamespace(weight=SimpleNamespace(element_size=lambda: 2))
+        held = SimpleNamespace(handler_tensor=SimpleNamespace(item=lambda: handle), n=1024, k=size // 2048)
+        layer.cpu_linear = lambda x: held
+        model = SimpleNamespace(modules=lambda: [layer, SimpleNamespace(), SimpleNamespace(cpu_linear=print)])
+        assert packed.weights(model) == ([(wanted, size)], [])
+    finally:
+        for at in (wanted, smaller, step, handle):
+            libc.free(at)
+
+
+def test_an_engine_that_gives_no_choices_has_a_plain_generation_for_a_canary():
+    def refuse(client, prompt, tokens, joined=False):
+        raise EngineFailed("engine-refused", "no log probabilities here")
+
+    asked = []
+    engine = SimpleNamespace(
+        choices=refuse, generate=lambda client, prompt, tokens: asked.append(tokens) or [1] * tokens
+    )
+    canary = Engine.record(engine, None, False)
+    assert canary.generated == 0 and canary.token_ids == [1, 1] and Engine.answer(engine, None, canary) == [1, 1]
+    assert asked == [2, 2]
+
+
+def test_a_gpu_s_canary_is_decoded_too():
+    asked = []
+    engine = SimpleNamespace(
+        choices=lambda client, prompt, tokens, joined=False: asked.append((tokens, joined)) or [5, 6, 7]
+    )
+    assert Engine.record(engine, None, True).generated == 2
+    canary = Engine.record(engine, None, False)
+    assert canary.generated == 1 and Engine.answer(engine, None, canary, joined=True) == [5, 6, 7]
+    assert asked == [(2, False), (1, False), (1, True)]

@@ -47,6 +47,9 @@ class Model:
         self.path = path
         self.tensors = read_weights(path)
 
+    def modules(self):
+        return [self]
+
     def parameters(self):
         return iter(self.tensors)
 

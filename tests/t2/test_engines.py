@@ -227,9 +227,9 @@ def test_weights_are_told_apart_in_the_images(rig):
     snapshot = rig.library.load(NAME)
     found = inspect(rig.library.path(NAME), weights=snapshot.weight_areas)
     weights = sum(process.kinds["weights"].bytes for process in found.processes if "weights" in process.kinds)
-    # SmolLM2 in bf16 has 269 MB. Where a processor has AMX, vLLM hands all but the embeddings (57 MB) to oneDNN, which packs them somewhere.
-    packed = rig.engine == "vllm" and "amx_tile" in Path("/proc/cpuinfo").read_text()
-    assert (50e6 if packed else 260e6) < weights < 300e6
+    # SmolLM2 in bf16 has 269 MB. Where a processor has AMX, vLLM packs its linear layers for oneDNN, and the tied output layer once more.
+    twice = rig.engine == "vllm" and "amx_tile" in Path("/proc/cpuinfo").read_text()
+    assert 260e6 < weights < (340e6 if twice else 300e6)
 
 
 def test_a_request_to_a_sleeping_engine_wakes_it(rig):

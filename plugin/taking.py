@@ -19,6 +19,7 @@ from checkpoint.errors import Busy, CheckpointError, Incompatible
 from checkpoint.manifest import FORMAT, Snapshot
 from checkpoint.manifest import Phase as TimelinePhase
 from launchers import control
+from launchers.base import CANARY_PROMPT
 from launchers.client import Client
 from launchers.errors import LauncherError
 from plugin import following, rates
@@ -131,10 +132,9 @@ def take(
         engine.take_up(client, settings.command.model, thin)
     elif weight_bytes:
         engine.reload_weights(client, settings.command.model)
-    if (
-        replica.snapshot
-        and (again := engine.answer(client, replica.snapshot.canary)) != replica.snapshot.canary.token_ids
-    ):
+    if replica.snapshot is None:
+        engine.generate(client, CANARY_PROMPT, 1)  # does it still?
+    elif (again := engine.answer(client, replica.snapshot.canary)) != replica.snapshot.canary.token_ids:
         log.warning(
             "the engine answers differently after its own dump (%s, %s); the snapshot is removed",
             again,

@@ -46,10 +46,12 @@ class PageCache:
                         offset += got
 
     def _files(self) -> Iterator[str]:
+        seen: set[Path] = set()
         for top in self._folders:
             for folder, _, names in os.walk(top):
-                for path in (Path(folder, name) for name in names):
-                    if path.is_file() and not path.is_symlink():
+                for path in (Path(folder, name).resolve() for name in names):  # a hub's model is links to its blobs
+                    if path not in seen and path.is_file():
+                        seen.add(path)
                         yield str(path)
 
 

@@ -273,10 +273,11 @@ class Daemon:
                 events = uffd.read_events(space.fd)
                 # Before the second copier looks again.
                 space.changed = space.changed or any(event[0] not in (uffd.PAGEFAULT, uffd.FORK) for event in events)
+                # What it placed until now. Later pieces are in the parent alone: a forked child still needs them.
+                self.collect_second()
         except OSError:
             self.drop(space)
             return
-        self.collect_second()
         for kind, a, b, c in events:
             if kind == uffd.PAGEFAULT:
                 address = b & ~(PAGE - 1)
@@ -393,7 +394,8 @@ class Daemon:
     def begin(self, phase: str, ranges: list[Range]) -> None:
         """Plan a phase of the working set, and let the fetcher run through all of it."""
         self.phase = phase
-        self.helped = self.warm(ranges)
+        # Of images that still arrive, a few samples say nothing of the rest.
+        self.helped = not isinstance(self.ahead, Waiting) and self.warm(ranges)
         if self.helped and phase == "hot" and (kept := self.known.kept_plans(self.working_set, self.zeros)):
             self.plans = kept
             return
@@ -402,6 +404,7 @@ class Daemon:
         if self.helped:
             for plan in self.plans.values():
                 plan.batches = []
+            self.fetch_number += len(jobs)  # as where they are fetched: a phase's plans are known by its first number
             return
         for self.fetch_number, parts in enumerate(jobs, first):
             self.ahead.submit(self.fetch_number, parts)

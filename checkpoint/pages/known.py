@@ -80,8 +80,11 @@ class Known:
         """Keep what `plans` has made with `first`, where it was made of this working set and is not kept yet."""
         with self._planning:
             made = self._plans.get(first)
-            if self._kept is None and made and made[0] == working_set.before_first_token and working_set.digest:
+            if not made or made[0] != working_set.before_first_token or not working_set.digest:
+                return
+            if self._kept is None or self._kept[0] != working_set.digest:
                 plans.keep(self._folder, working_set.digest, made[1], self.images, self.sources)
+                self._kept = (working_set.digest, made[1])
 
     def _plan(self, ranges: list[Range], zeros: int, first: int) -> tuple[dict[int, Plan], list[Parts]]:
         made = {pid: Plan() for pid in self.images}

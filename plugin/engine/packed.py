@@ -7,9 +7,15 @@ something else would be taken for weights, which is harmless (checkpoint.mapped)
 later stays this process's own.
 """
 
+import bisect
 import collections
+import math
 import os
 import struct
+import time
+
+SEARCH_S = 5.0
+"""How long a model's packed weights are looked for."""
 
 _MOST_OBJECTS = 4000
 _MOST_STEPS = 8
@@ -18,19 +24,19 @@ _SLACK = 3 * 4096  # rounding and alignment; checkpoint.mapped allows as much
 _LARGE = 1 << 20
 
 
-def find(handle, size):
-    """The address of a malloc chunk for `size` bytes that `handle` leads to, or None."""
+def find(handle, size, limit=math.inf):
+    """The address of a malloc chunk for `size` bytes that `handle` leads to; None where none was found until `limit` (monotonic)."""
     memory = os.open("/proc/self/mem", os.O_RDONLY | os.O_CLOEXEC)
     try:
-        return _find(memory, _writable(), handle, size)
+        return _find(memory, _writable(), handle, size, limit)
     finally:
         os.close(memory)
 
 
-def _find(memory, ranges, handle, size):
+def _find(memory, ranges, handle, size, limit):
     seen, todo = {handle}, collections.deque([(handle, 0)])
     looked = 0
-    while todo and looked < _MOST_OBJECTS:
+    while todo and looked < _MOST_OBJECTS and time.monotonic() < limit:
         at, steps = todo.popleft()
         looked += 1
         try:
@@ -44,14 +50,19 @@ def _find(memory, ranges, handle, size):
         except (OSError, struct.error):
             continue
         for (pointer,) in struct.iter_unpack("<Q", data[: len(data) // 8 * 8]):
-            if not pointer % 16 and pointer not in seen and any(low <= pointer < high for low, high in ranges):
+            if pointer and not pointer % 16 and pointer not in seen and _inside(ranges, pointer):
                 seen.add(pointer)
                 todo.append((pointer, steps + 1))
     return None
 
 
+def _inside(ranges, address):
+    at = bisect.bisect_right(ranges, (address, 1 << 64)) - 1
+    return at >= 0 and address < ranges[at][1]
+
+
 def _writable():
-    """The anonymous mappings and the heap of this process, as (start, end)."""
+    """The anonymous mappings and the heap of this process, as ascending (start, end)."""
     found = []
     with open("/proc/self/maps") as maps:
         for line in maps:
@@ -63,16 +74,22 @@ def _writable():
 
 
 def weights(model):
-    """(address, bytes) of what a model's linear layers have had packed, and tensors that they keep instead of their weights."""
-    spans, tensors = [], []
+    """(address, bytes) of what a model's linear layers have had packed, and tensors that they keep instead of their weights.
+
+    What is not found within SEARCH_S is carried like all other memory.
+    """
+    spans, tensors, limit = [], [], time.monotonic() + SEARCH_S
     for module in model.modules():
         for cell in getattr(getattr(module, "cpu_linear", None), "__closure__", None) or ():
-            value = cell.cell_contents
+            try:
+                value = cell.cell_contents
+            except ValueError:
+                continue  # an empty cell
             if hasattr(value, "untyped_storage"):
                 tensors.append(value)
             elif getattr(value, "handler_tensor", None) is not None:
                 size = value.n * value.k * module.weight.element_size()
-                at = find(value.handler_tensor.item(), size)
+                at = find(value.handler_tensor.item(), size, limit)
                 if at is not None:
                     spans.append((at, size))
     return spans, tensors

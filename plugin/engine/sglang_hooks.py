@@ -25,7 +25,7 @@ def _after_flush(result, scheduler, *args, **kwargs):
 def _after_ingest(result, scheduler, *args, **kwargs):
     """A canary waits a moment for the request that comes with it."""
     if result and scheduler.tp_size == 1 and joining.wanted(getattr(one, "rid", None) for one in result):
-        joining.wait(lambda: result.extend(scheduler.ingest_requests()) or len(result) > 1)
+        joining.wait(lambda: result.extend(scheduler.ingest_requests() or ()) or len(result) > 1)
     return result
 
 

@@ -7,6 +7,7 @@ May be loaded more than once in a process, as vLLM's contract asks.
 import contextlib
 import functools
 import json
+import sys
 
 from . import control, joining, memory, packed
 
@@ -17,7 +18,11 @@ def _shrink(self):
     runner = worker.model_runner
     dropped = memory.discard(_flat(getattr(runner, "kv_caches", ())))
     model = runner.get_model()
-    spans, tensors = packed.weights(model)
+    try:
+        spans, tensors = packed.weights(model)
+    except Exception as error:  # noqa: BLE001 - another vLLM's layers may hold anything; not to know where costs a restore time, no more
+        sys.stderr.write(f"quickthaw: packed weights were not looked for: {error!r}\n")
+        spans, tensors = [], []
     tensors += [parameter.data for parameter in model.parameters()]
     control.answer("areas", json.dumps(memory.areas(tensors, spans)))
     if control.thin():

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from checkpoint.pages import plans
 from checkpoint.pages.images import process_ids, read_process
 from checkpoint.pages.workingset import WorkingSet
 from tests.t1.checkpoint_kit import LIMIT_S, inside
@@ -50,24 +51,28 @@ def test_recorded_then_replayed(frozen: Frozen) -> None:
     assert sum(end - start for _, start, end in known.before_first_token) >= 1500 * 4096
     assert sum(end - start for _, start, end in known.after_first_token) >= 250 * 4096
 
-    server, work = frozen.serve()
-    with server, frozen.sandbox() as sandbox:
-        frozen.restore(sandbox, work)
-        # Let it place the working set before anything is touched, so that what still faults was missed by it.
-        limit = time.monotonic() + LIMIT_S
-        while not server.stats()["hot_done_s"]:
-            assert time.monotonic() < limit
-        frozen.order(sandbox, seed=1, touch=1500)
-        assert frozen.result(sandbox)["errors"] == []
-        replayed = server.stats()
-        server.first_token()
-        server.requests_done()
-        assert server.wait_complete(LIMIT_S)
-        frozen.order(sandbox, seed=1, steps=50)
-        assert frozen.result(sandbox)["errors"] == []
-    assert not frozen.deaths
-    assert replayed["faults"] < recorded["faults_before_first_token"] / 10
-    assert replayed["bytes_ahead"] >= 1500 * 4096
+    kept = frozen.images.parent / plans.FILE_NAME
+    for turn in ("makes the plans and keeps them", "has them from there"):
+        assert kept.exists() == turn.startswith("has")
+        server, work = frozen.serve()
+        with server, frozen.sandbox() as sandbox:
+            frozen.restore(sandbox, work)
+            # Let it place the working set before anything is touched, so that what still faults was missed by it.
+            limit = time.monotonic() + LIMIT_S
+            while not server.stats()["hot_done_s"]:
+                assert time.monotonic() < limit
+            frozen.order(sandbox, seed=1, touch=1500)
+            assert frozen.result(sandbox)["errors"] == []
+            replayed = server.stats()
+            server.first_token()
+            server.requests_done()
+            assert server.wait_complete(LIMIT_S)
+            frozen.order(sandbox, seed=1, steps=50)
+            assert frozen.result(sandbox)["errors"] == []
+        assert not frozen.deaths
+        assert replayed["faults"] < recorded["faults_before_first_token"] / 10
+        assert replayed["bytes_ahead"] >= 1500 * 4096
+    assert kept.stat().st_mode & 0o777 == 0o600
 
 
 def drive(frozen: Frozen, seed: int, steps: int, known: bool, rate: float) -> dict[str, float]:

@@ -221,15 +221,19 @@ def test_the_compiled_code_was_kept_and_comes_back_elsewhere(rig, tmp_path):
         assert any("torch_compile_cache" in name or "inductor" in name for name in have), sorted(have)[:20]
 
 
+def packs(engine):
+    """Whether the engine keeps its linear layers packed for the processor's AMX instead of as parameters."""
+    return engine == "vllm" and "amx_tile" in Path("/proc/cpuinfo").read_text()
+
+
 def test_weights_are_told_apart_in_the_images(rig):
     from checkpoint.contents import inspect
 
     snapshot = rig.library.load(NAME)
     found = inspect(rig.library.path(NAME), weights=snapshot.weight_areas)
     weights = sum(process.kinds["weights"].bytes for process in found.processes if "weights" in process.kinds)
-    # SmolLM2 in bf16 has 269 MB. Where a processor has AMX, vLLM packs its linear layers for oneDNN, and the tied output layer once more.
-    twice = rig.engine == "vllm" and "amx_tile" in Path("/proc/cpuinfo").read_text()
-    assert 260e6 < weights < (340e6 if twice else 300e6)
+    # SmolLM2 in bf16 has 269 MB; the output layer, which is tied, has 57 MB of them and may be packed once more.
+    assert 260e6 < weights < (400e6 if packs(rig.engine) else 300e6)
 
 
 def test_a_request_to_a_sleeping_engine_wakes_it(rig):
@@ -352,8 +356,8 @@ def test_a_thin_snapshot_carries_no_weights_and_answers_the_same(rig):
         assert answer.text == rig.cold_text
     full, thin = rig.library.load(NAME), rig.library.load("thin")
     assert thin.weights == "thin"
-    # Weights smaller than a megabyte, and those that share a page with something else, stay.
-    assert full.image_bytes - thin.image_bytes > 150e6
+    # Weights smaller than a megabyte, those that share a page with something else, and those that are packed stay.
+    assert full.image_bytes - thin.image_bytes > (50e6 if packs(rig.engine) else 150e6)
     for _ in range(2):
         with rig.running("--weights", "thin", "--name", "thin", limit_s=120.0) as (port, answer, _, _):
             assert answer.text == rig.cold_text

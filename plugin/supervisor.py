@@ -183,8 +183,7 @@ class Launch:
             return False
         prefork.settled()
         if self._ending.is_set():
-            replica.stop(0)
-            return False
+            return False  # the way down stops it, with the grace that any other engine has
         _remember(self.settings, replica, time.monotonic() - self._began)
         return True
 

@@ -272,7 +272,7 @@ class Rig:
         finally:
             code = started.stop()
         assert "Traceback" not in started.ours(), started.text()[-4000:]
-        assert code in (0, 143), started.text()[-3000:]
+        assert code in (0, 143), (code, started.text()[-3000:])
         assert self.watch.gone() == set()
 
     def take(self, *options, **more):

@@ -54,3 +54,18 @@ def test_told_to_restore_one_at_once_the_next_replica_starts_when_the_one_before
     replicas[0].fail.set()
     assert all(replica.failed.wait(10) for replica in replicas)
     assert launch._ending.wait(10)
+
+
+def test_told_to_stop_as_a_start_ends_leaves_the_engine_to_the_way_down_and_its_grace():
+    launch = Launch(SimpleNamespace(idle_timeout_s=None, restores_at_once=1), None, None)
+    told = []
+
+    class Started(Replica):
+        def start(self, before_cold=None):
+            launch._ending.set()
+
+        def stop(self, grace_s=None):
+            told.append(grace_s)
+
+    assert not launch._start_one(Started())
+    assert told == []

@@ -32,9 +32,11 @@ from checkpoint.pages.fetch import Bell, Fetcher
 from checkpoint.pages.images import PAGE
 from checkpoint.pages.known import Known
 from checkpoint.pages.pagemap import PageMap
+from checkpoint.pages.reading import Reading
 from checkpoint.pages.second import SecondCopier
 from checkpoint.pages.space import CHUNK, CLAIMED, Again, Gone, Plan, Space, zero_source
 from checkpoint.pages.stats import Stats
+from checkpoint.pages.touched import namespace_of
 from checkpoint.pages.workingset import BadWorkingSet, Range, WorkingSet
 
 # What CRIU sends in place of a process number when every process runs (LAZY_PAGES_RESTORE_FINISHED in criu/uffd.c).
@@ -79,6 +81,10 @@ class Daemon:
         self.trace_before: list[tuple[int, int]] = []
         self.trace_after: list[tuple[int, int]] = []
         presence = Presence.open(str(config["arriving"])) if config.get("arriving") else None
+        # Before anything else is read: the disk's queue is filled in the order of need.
+        self.reading = None if presence or self.record else Reading(self.images_dir, self.bell.ring)
+        self.awaiting = False  # whether the first phase is planned when the disk was asked for all of it
+        self.namespace = 0  # of the tree's process numbers, by inode
         self.known = Known.of(self.images_dir, presence)
         self.images, self.sources = self.known.images, self.known.sources
         self.zeros = zero_source()
@@ -223,6 +229,7 @@ class Daemon:
 
     def accept(self) -> None:
         self.criu, _ = self.listener.accept()
+        self.namespace = namespace_of(self.criu)
         self.epoll.unregister(self.listener.fileno())
         self.listener.close()
         self.epoll.register(self.criu.fileno(), select.EPOLLIN)
@@ -392,10 +399,14 @@ class Daemon:
         return True
 
     def begin(self, phase: str, ranges: list[Range]) -> None:
-        """Plan a phase of the working set, and let the fetcher run through all of it."""
+        """Plan a phase of the working set, and let the fetcher run through all of it, where nobody else has asked for it."""
         self.phase = phase
+        listed = phase == "hot" and self.reading and self.reading.working_set == self.working_set.digest != b""
+        self.awaiting = bool(listed and self.reading and self.reading.cold and not self.reading.asked.is_set())
+        if self.awaiting:
+            return
         # Of images that still arrive, a few samples say nothing of the rest.
-        self.helped = not isinstance(self.ahead, Waiting) and self.warm(ranges)
+        self.helped = not isinstance(self.ahead, Waiting) and (bool(listed) or self.warm(ranges))
         if self.helped and phase == "hot" and (kept := self.known.kept_plans(self.working_set, self.zeros)):
             self.plans = kept
             return
@@ -415,6 +426,8 @@ class Daemon:
             self.known.indexed = True
         if not isinstance(self.ahead, Waiting):
             self.known.keep_plans(self.working_set, _HOT)
+            if self.reading and self.namespace:
+                self.reading.note(self.working_set, self.images, self.namespace)
         self.phase, self.plans = "rest", {}
         self.rest = deque(
             (space.number, low, min(low + CHUNK // 2, end))
@@ -451,6 +464,12 @@ class Daemon:
     def collect(self) -> None:
         """What the fetchers and the second copier have brought."""
         self.collect_second()
+        if self.awaiting and self.reading and self.reading.asked.is_set():
+            self.stats.bytes_cold += self.reading.size
+            self.begin("hot", self.working_set.before_first_token)
+            for space in self.spaces.values() if self.helped else ():
+                if plan := self.plans.get(space.pid):
+                    self.second.submit(space, plan)
         for fetcher in (self.ahead, self.cold):
             while fetcher.done:
                 number, code, cold = fetcher.done.popleft()
@@ -542,7 +561,7 @@ class Daemon:
         """To the next phase, when this one is done; True when one began. The owner's word of the first token starts what follows hot."""
         if self.phase == "rest":
             return not self.rest and self.finish()
-        if any(plan.left for plan in self.plans.values()):
+        if self.awaiting or any(plan.left for plan in self.plans.values()):
             return False
         if self.phase == "hot" and self.restored:
             self.stats.hot_done_s = self.stats.hot_done_s or self.now()
@@ -582,8 +601,9 @@ class Daemon:
                 space.open = False
                 os.close(space.fd)
         self.spaces.clear()
-        for helper in (self.ahead, self.cold, self.second):
-            helper.stop()
+        for helper in (self.ahead, self.cold, self.second, self.reading):
+            if helper is not None:
+                helper.stop()
         if self.criu is not None:
             self.criu.close()
         self.epoll.close()

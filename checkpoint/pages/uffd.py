@@ -16,7 +16,8 @@ _COPY, _ZEROPAGE, _WAKE = 0xC028AA03, 0xC020AA04, 0x8010AA02
 _MESSAGE = struct.Struct("<B7x3Q")
 _MESSAGES_AT_ONCE = 64
 
-_PROT_READ, _MAP_SHARED, _MAP_PRIVATE, _MAP_ANONYMOUS, _MADV_POPULATE_READ = 1, 1, 2, 0x20, 22
+_PROT_READ, _MAP_SHARED, _MAP_PRIVATE, _MAP_ANONYMOUS = 1, 1, 2, 0x20
+_MADV_HUGEPAGE, _MADV_POPULATE_READ = 14, 22
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _ioctl = _libc.ioctl
@@ -130,6 +131,11 @@ def unmap(address: int, length: int) -> None:
 def populate(address: int, length: int) -> int:
     """Read [address, address + length) of a mapping of ours in and map it; returns an errno (EIO, EFAULT: the file cannot be read)."""
     return ctypes.get_errno() if _madvise(address, length, _MADV_POPULATE_READ) else 0
+
+
+def prefer_large(address: int, length: int) -> bool:
+    """Ask for large pages where [address, address + length) of a mapping of ours is read in; False where this kernel has none."""
+    return _madvise(address, length, _MADV_HUGEPAGE) == 0
 
 
 def cached(address: int, length: int) -> bytes:

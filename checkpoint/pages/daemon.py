@@ -53,6 +53,8 @@ _STEP_PIECES = 64
 _RETRY_S = 0.0005
 # The number of the first fetcher's job of the first phase.
 _HOT = 1
+# How long the end of a tree waits for what is being kept for the next one: some 100 MB written to a disk, once.
+_SETTLE_S = 1.0
 # How many ranges of the working set are asked whether they are in the page cache.
 _SAMPLES = 200
 
@@ -269,7 +271,7 @@ class Daemon:
         self.spaces[space.fd] = space
         self.tell((space.fd,), event="space", number=space.number, pid=space.pid, left=space.map.size)
         self.epoll.register(space.fd, select.EPOLLIN)
-        if self.phase == "hot" and self.helped and (plan := self.plans.get(space.pid)):
+        if self.phase == "hot" and self.helped and not self.awaiting and (plan := self.plans.get(space.pid)):
             self.second.submit(space, plan)
 
     # What the processes do
@@ -330,7 +332,10 @@ class Daemon:
     def serve(self, space: Space, address: int, since: float) -> bool:
         """Serve one fault; False when its pages must be read from a disk first, which another thread does."""
         plan = self.plans.get(space.pid)
-        piece = plan.find(address) if plan and not space.changed else None
+        piece = plan.find(address) if plan else None
+        found = space.rough_map.find(address)
+        if space.changed and not (found and space.unmoved(address, address + PAGE, found[2] + address - found[0])):
+            piece = None
         if plan and piece is not None:
             if plan.done[piece] == CLAIMED:
                 return True  # the second copier is at it, and its placing wakes who waits
@@ -341,7 +346,6 @@ class Daemon:
             low = address & ~(_AROUND - 1)
             high = low + _AROUND
             self.stats.faults_missed += 1
-        found = space.rough_map.find(address)
         if found is None:
             if plan and piece is not None:
                 self.stats.bytes_zero += space.run(plan, piece, self.zeros)
@@ -361,10 +365,13 @@ class Daemon:
         offset = found[2] + low - found[0]
         if piece is None and isinstance(space.source, ArrivingSource) and not space.source.resident(offset, high - low):
             offset, low, high = offset + address - low, address, address + PAGE  # its neighbours need not be waited for
-        if not space.source.resident(offset, high - low):
+        part = (space.source, offset, high - low)
+        if plan and piece is not None:
+            part = self.known.packed(plan, piece) or part
+        if not part[0].resident(*part[1:]):
             self.cold_number += 1
             self.cold_faults[self.cold_number] = (space, address, since)
-            self.cold.submit(self.cold_number, [(space.source, offset, high - low)])
+            self.cold.submit(self.cold_number, [part])
             return False
         if plan and piece is not None:
             self.stats.bytes_faulted += space.run(plan, piece, self.zeros)
@@ -401,15 +408,17 @@ class Daemon:
     def begin(self, phase: str, ranges: list[Range]) -> None:
         """Plan a phase of the working set, and let the fetcher run through all of it, where nobody else has asked for it."""
         self.phase = phase
-        listed = phase == "hot" and self.reading and self.reading.working_set == self.working_set.digest != b""
-        self.awaiting = bool(listed and self.reading and self.reading.cold and not self.reading.asked.is_set())
-        if self.awaiting:
-            return
+        reading = self.reading if phase == "hot" else None
+        listed = bool(reading and reading.working_set == self.working_set.digest != b"")
         # Of images that still arrive, a few samples say nothing of the rest.
-        self.helped = not isinstance(self.ahead, Waiting) and (bool(listed) or self.warm(ranges))
-        if self.helped and phase == "hot" and (kept := self.known.kept_plans(self.working_set, self.zeros)):
-            self.plans = kept
-            return
+        self.helped = not isinstance(self.ahead, Waiting) and (listed or self.warm(ranges))
+        if self.helped and listed and reading:
+            if kept := self.known.kept_plans(self.working_set, self.zeros):
+                self.plans = kept
+                self.awaiting = reading.cold and not reading.asked.is_set()
+                return
+            reading.working_set = b""  # what was kept with it is gone: both are made anew
+            self.helped = not reading.cold
         first = self.fetch_number + 1
         self.plans, jobs = self.known.plans(ranges, self.zeros, first)
         if self.helped:
@@ -424,10 +433,8 @@ class Daemon:
         if not self.known.indexed:
             index.keep(self.images_dir, self.images)
             self.known.indexed = True
-        if not isinstance(self.ahead, Waiting):
-            self.known.keep_plans(self.working_set, _HOT)
-            if self.reading and self.namespace:
-                self.reading.note(self.working_set, self.images, self.namespace)
+        if self.reading:
+            self.known.keep(self.working_set, _HOT, self.reading, self.namespace)
         self.phase, self.plans = "rest", {}
         self.rest = deque(
             (space.number, low, min(low + CHUNK // 2, end))
@@ -465,9 +472,9 @@ class Daemon:
         """What the fetchers and the second copier have brought."""
         self.collect_second()
         if self.awaiting and self.reading and self.reading.asked.is_set():
+            self.awaiting = False
             self.stats.bytes_cold += self.reading.size
-            self.begin("hot", self.working_set.before_first_token)
-            for space in self.spaces.values() if self.helped else ():
+            for space in self.spaces.values():
                 if plan := self.plans.get(space.pid):
                     self.second.submit(space, plan)
         for fetcher in (self.ahead, self.cold):
@@ -484,7 +491,7 @@ class Daemon:
     def ready(self, pid: int) -> int | None:
         """The next piece of a process that can be placed, but for the time."""
         plan = self.plans[pid]
-        index = plan.next()
+        index = None if self.awaiting else plan.next()
         if index is None or (plan.batches and plan.batches[index] not in self.fetched):
             return None
         return index if self.restored or any(space.pid == pid for space in self.spaces.values()) else None
@@ -607,3 +614,4 @@ class Daemon:
         if self.criu is not None:
             self.criu.close()
         self.epoll.close()
+        self.known.settle(_SETTLE_S)

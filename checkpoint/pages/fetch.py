@@ -49,6 +49,11 @@ class Source:
         self.address, self.size = uffd.map_file(path)
         self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
+    def stamp(self) -> tuple[int, int, int, int, int]:
+        """Which file this is: device, inode, size, mtime and ctime in ns. Raises OSError."""
+        info = os.fstat(self._fd)
+        return info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns
+
     def resident(self, offset: int, length: int) -> bool:
         """Whether a copy from there would not wait for a disk."""
         return uffd.resident(self.address + offset, length)

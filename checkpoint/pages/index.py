@@ -50,7 +50,7 @@ def keep(images: str, found: dict[int, ProcessImage]) -> None:
 
 def write(images: str, name: str, body: bytes) -> None:
     """Keep `body` as a file beside the folder of images, whole or not at all; not kept, silently, where the folder cannot be written."""
-    target = _path(images, name)
+    target = path(images, name)
     new = f"{target}.{os.getpid()}.{get_ident()}"  # one process may serve several trees
     with contextlib.suppress(OSError):
         fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
@@ -65,7 +65,7 @@ def write(images: str, name: str, body: bytes) -> None:
 
 def checked(images: str, name: str) -> memoryview:
     """What `write` kept. Raises OSError where there is none, ValueError where it is damaged."""
-    with open(_path(images, name), "rb") as file:
+    with open(path(images, name), "rb") as file:
         data = file.read()
     body = memoryview(data)[64:]
     if blake2b(body).digest() != data[:64]:
@@ -88,7 +88,8 @@ def _kept(images: str) -> dict[int, ProcessImage] | None:
     return found
 
 
-def _path(images: str, name: str) -> str:
+def path(images: str, name: str) -> str:
+    """Of what is kept beside a folder of images."""
     return os.path.join(os.path.dirname(images.rstrip("/")), name)
 
 

@@ -6,6 +6,7 @@ library only.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from _weakref import ref  # weakref itself would cost a start 1 ms
@@ -14,7 +15,9 @@ from checkpoint.pages import index, plans
 from checkpoint.pages.arrival import Presence, open_source
 from checkpoint.pages.fetch import Source
 from checkpoint.pages.images import ProcessImage
+from checkpoint.pages.reading import Reading
 from checkpoint.pages.space import Plan
+from checkpoint.pages.touched import touched
 from checkpoint.pages.workingset import Range, WorkingSet
 
 # Ranges fetched as one job.
@@ -38,6 +41,8 @@ class Known:
         # One for each phase, by its first batch.
         self._plans: dict[int, tuple[list[Range], dict[int, Plan], list[Parts]]] = {}
         self._kept: tuple[bytes, dict[int, Plan]] | None = None
+        self._pack: Source | None = None  # what the kept plans copy from, if not from the images
+        self._keeper: threading.Thread | None = None
         self._folder = folder
         self._planning = threading.Lock()
 
@@ -73,18 +78,44 @@ class Known:
                 found = plans.read(self._folder, working_set.digest, self.images, self.sources, zeros)
                 if found is None:
                     return None
-                self._kept = (working_set.digest, found)
+                kept, self._pack = found
+                self._kept = (working_set.digest, kept)
             return {pid: plan.fresh() for pid, plan in self._kept[1].items()}
 
-    def keep_plans(self, working_set: WorkingSet, first: int) -> None:
-        """Keep what `plans` has made with `first`, where it was made of this working set and is not kept yet."""
+    def keep(self, working_set: WorkingSet, first: int, reading: Reading, namespace: int) -> None:
+        """Keep for later restores, in a thread of its own, what `plans` has made with `first` of this working set, and what a cold disk
+        will have to bring. Once, just after a first token, while the processes run (in this namespace)."""
         with self._planning:
             made = self._plans.get(first)
-            if not made or made[0] != working_set.before_first_token or not working_set.digest:
+            digest = working_set.digest
+            if not digest or not made or made[0] != working_set.before_first_token or self._keeper is not None:
                 return
-            if self._kept is None or self._kept[0] != working_set.digest:
-                plans.keep(self._folder, working_set.digest, made[1], self.images, self.sources)
-                self._kept = (working_set.digest, made[1])
+            if reading.working_set == digest:
+                return
+            reading.working_set = digest
+            keeper = threading.Thread(
+                target=self._keep, args=(working_set, made[1], reading, namespace), name="keeper", daemon=True
+            )
+            with contextlib.suppress(RuntimeError):  # no more threads: the next restore tries again
+                keeper.start()
+                self._keeper = keeper
+
+    def packed(self, plan: Plan, piece: int) -> tuple[Source, int, int] | None:
+        """Where a piece lies in the pack; None where it is copied from the images."""
+        pack = self._pack
+        if pack is None or not 0 <= plan.source(piece) - pack.address < pack.size:
+            return None
+        return pack, plan.source(piece) - pack.address, plan.ends[piece] - plan.starts[piece]
+
+    def _keep(self, working_set: WorkingSet, made: dict[int, Plan], reading: Reading, namespace: int) -> None:
+        used = touched(namespace, self.images, working_set.before_first_token)
+        packed = plans.keep(self._folder, working_set.digest, made, self.images, self.sources)
+        reading.keep(working_set, self.images, used, packed)
+
+    def settle(self, timeout_s: float) -> None:
+        """Wait for what `keep` has begun."""
+        if self._keeper is not None:
+            self._keeper.join(timeout_s)
 
     def _plan(self, ranges: list[Range], zeros: int, first: int) -> tuple[dict[int, Plan], list[Parts]]:
         made = {pid: Plan() for pid in self.images}

@@ -11,13 +11,13 @@ import sys
 from array import array
 from collections.abc import Mapping
 
-from checkpoint.pages import index
+from checkpoint.pages import index, pack, uffd
 from checkpoint.pages.fetch import Source
 from checkpoint.pages.images import ProcessImage
 from checkpoint.pages.space import Plan
 
 FILE_NAME = ".verified-plans"
-_VERSION = 1
+_VERSION = 2
 
 
 def keep(
@@ -26,29 +26,46 @@ def keep(
     found: Mapping[int, Plan],
     of: Mapping[int, ProcessImage],
     sources: Mapping[str, Source],
-) -> None:
-    """Keep sealed plans for the next restore from the folder `images` with the working set of this digest."""
+) -> bool:
+    """Keep sealed plans for the next restore from the folder `images` with the working set of this digest; whether their pages are packed."""
+    place = index.path(images, pack.FILE_NAME)
+    places = pack.write(place, found)
     bodies = []
     for pid, plan in found.items():
         source = sources.get(of[pid].pages_file)
         starts, ends, addresses, zero, by_address = plan.parts()
         base = source.address if source else 0
-        offsets = array("Q", [0 if nothing else at - base for at, nothing in zip(addresses, zero, strict=True)])
+        offsets = places[pid] if places else array("Q", [0 if none else at - base for at, none in zip(addresses, zero, strict=True)])
         bodies.append((pid, starts.tobytes(), ends.tobytes(), offsets.tobytes(), bytes(zero), by_address.tobytes()))
-    index.write(images, FILE_NAME, marshal.dumps((_VERSION, sys.version, index.stamps(images), working_set, bodies)))
+    try:
+        packed = pack.stamp(place) if places else None
+    except OSError:
+        return False  # somebody has removed it
+    body = marshal.dumps((_VERSION, sys.version, index.stamps(images), working_set, packed, bodies))
+    index.write(images, FILE_NAME, body)
+    return bool(places)
 
 
 def read(
     images: str, working_set: bytes, of: Mapping[int, ProcessImage], sources: Mapping[str, Source], zeros: int
-) -> dict[int, Plan] | None:
-    """What `keep` kept, for sources as they are mapped here, and `zeros`, our own address of zeros; None where nothing fits these files."""
+) -> tuple[dict[int, Plan], Source | None] | None:
+    """What `keep` kept, for sources as they are mapped here, and `zeros`, our own address of zeros; None where nothing fits these files.
+
+    With it the pack that these plans copy from, if any: it has to stay as long as they do.
+    """
+    packed = None
     try:
-        version, python, stamps, digest, bodies = marshal.loads(index.checked(images, FILE_NAME))
+        version, python, stamps, digest, stamp, bodies = marshal.loads(index.checked(images, FILE_NAME))
         if version != _VERSION or python != sys.version or digest != working_set or stamps != index.stamps(images):
             return None
+        if stamp is not None:
+            packed = Source(index.path(images, pack.FILE_NAME))
+            if packed.stamp() != stamp:
+                return None
+            uffd.prefer_large(packed.address, packed.size)
         found = {}
         for pid, starts, ends, offsets, zero, by_address in bodies:
-            source = sources.get(of[pid].pages_file)
+            source = packed or sources.get(of[pid].pages_file)
             base = source.address if source else 0
             nothing = [bool(byte) for byte in zero]
             at = array(
@@ -58,4 +75,4 @@ def read(
             found[pid] = Plan.sealed(array("Q", starts), array("Q", ends), at, nothing, array("Q", by_address))
     except (OSError, ValueError, EOFError, TypeError, LookupError):
         return None  # none yet, of another version, or damaged
-    return found
+    return found, packed

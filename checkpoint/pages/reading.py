@@ -2,8 +2,8 @@
 
 From a cold disk every part of a restore would ask for its own pages: CRIU for the images, the page server for the working set, the
 engine for what is mapped. Small reads then wait behind large ones, and each fault on a mapped library brings megabytes of neighbours.
-So all of it is asked for at once, before anybody else reads: images that CRIU parses, what it copies, what was touched of mapped libraries
-(checkpoint.pages.touched), the working set's small pieces in the order of the file, then its large ones.
+So all of it is asked for at once, before anybody else reads: images that CRIU parses, what it copies, what was used of mapped libraries
+(checkpoint.pages.touched), what the page server copies, and then what is mapped, in the order of need.
 
 It is about time only: a wrong list brings pages that nobody needs. Standard library only.
 """
@@ -16,55 +16,179 @@ import threading
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from checkpoint.pages import index, uffd
+from checkpoint.pages import index, pack, uffd
 from checkpoint.pages.images import ProcessImage
-from checkpoint.pages.touched import touched
-from checkpoint.pages.workingset import Range, WorkingSet
+from checkpoint.pages.workingset import WorkingSet
 
 FILE_NAME = ".verified-reading"
-_VERSION = 1
+_VERSION = 2
 # Bytes between two pieces up to which a disk reads both at once as fast as one after the other.
 _NEAR = 16 << 10
 _NEAR_LARGE = 1 << 20
-# What is mapped is read in the order in which these blocks of the file are needed.
+# Large pieces are read in the order in which these blocks of a file are needed.
 _BLOCK = 4 << 20
+# What is used of mapped memory first lies all over it (norms of every layer, say). A fault there, ahead of its block, would bring megabytes.
+_FIRST_MAPPED = 12 << 20
 _SAMPLES = 200
 
 Piece = tuple[int, int, int]
 """(number of the file, offset, length)"""
 
 
-def keep(
-    images: str,
-    working_set: bytes,
-    ranges: Iterable[Range],
-    of: Mapping[int, ProcessImage],
-    touched: Mapping[int, list[tuple[int, int, int]]],
-) -> None:
-    """Keep what a restore from the folder `images` reads with the working set of this digest, `ranges`.
+class Reading:
+    """The list that was kept for a folder of images, and the thread that asks a disk for it.
 
-    `touched`: of each process, what it used of its mapped memory, as (first address, end address, offset in the pages file).
+    `working_set` is the digest of the working set it was made with, empty where no list is kept. `cold`: whether something of it is not in the
+    page cache. `asked`: set, and `notify` called, once the disk was asked for everything that somebody copies; what is mapped follows.
     """
-    names = sorted(name for name in os.listdir(images) if not name.startswith("pages-"))
-    whole = len(names)
-    names += sorted({image.pages_file for image in of.values()})
-    number = {name: at for at, name in enumerate(names)}
-    small: dict[int, list[tuple[int, int]]] = {}
-    mapped: list[Piece] = []
-    first: list[Piece] = []
-    for pid, image in of.items():
-        file = number[image.pages_file]
-        runs = [*image.eager, *touched.get(pid, ())]
-        first += [(file, low, high - low) for low, high in _near(_of_file(runs), _NEAR)]
-    for pid, start, end in ranges:
-        if found := of.get(pid):
-            file = number[found.pages_file]
-            small.setdefault(file, []).extend(_of_file(found.within(start, end)))
-            mapped += [(file, low, high - low) for low, high in _of_file(found.mapped_within(start, end))]
-    then = [(file, low, high - low) for file, runs in small.items() for low, high in _near(runs, _NEAR)]
-    last = _in_blocks(mapped)
-    bodies = [array("Q", [part for piece in pieces for part in piece]).tobytes() for pieces in (first + then, last)]
-    index.write(images, FILE_NAME, marshal.dumps((_VERSION, working_set, names, whole, *bodies)))
+
+    def __init__(self, images: str, notify: Callable[[], None]) -> None:
+        self.working_set = b""
+        self.cold = False
+        self.asked = threading.Event()
+        self._images = images
+        self._notify = notify
+        self._stopping = False
+        self._fds: list[int] = []
+        self._whole: list[str] = []
+        self._small, self._copied, self._mapped = array("Q"), array("Q"), array("Q")
+        try:
+            version, working_set, names, whole, lists = marshal.loads(index.checked(images, FILE_NAME))
+            if version != _VERSION:
+                return
+            for pieces, body in zip((self._small, self._copied, self._mapped), lists, strict=True):
+                pieces.frombytes(body)
+            for name in names:
+                self._fds.append(os.open(os.path.join(images, name), os.O_RDONLY | os.O_CLOEXEC))
+            self._whole, self.working_set = whole, working_set
+            self.cold = not self._cached()
+        except (OSError, ValueError, EOFError, TypeError, LookupError):
+            self.working_set, self.cold = b"", False  # none yet, of another version, or damaged
+        if self.cold:
+            try:
+                threading.Thread(target=self._read, name="reading", daemon=True).start()
+                return
+            except RuntimeError:  # no more threads: everybody reads for himself
+                self.working_set, self.cold = b"", False
+        self._close()
+
+    @property
+    def size(self) -> int:
+        """Bytes of what is listed, without the files that are read whole."""
+        return sum(sum(pieces[2::3]) for pieces in (self._small, self._copied, self._mapped))
+
+    def keep(
+        self,
+        working_set: WorkingSet,
+        of: Mapping[int, ProcessImage],
+        used: Mapping[int, list[tuple[int, int, int]]],
+        packed: bool,
+    ) -> None:
+        """Keep what a restore reads with this working set.
+
+        `used`: of each process, what it used of its mapped memory beside, as (first address, end address, offset in the pages file).
+        `packed`: whether the page server copies from a pack (checkpoint.pages.pack) instead of the images.
+        """
+        whole = sorted(name for name in os.listdir(self._images) if not name.startswith("pages-"))
+        names = sorted({image.pages_file for image in of.values()})
+        number = {name: at for at, name in enumerate(names)}
+        copied: dict[int, list[tuple[int, int]]] = {}
+        mapped: list[Piece] = []
+        small: list[Piece] = []
+        for pid, image in of.items():
+            runs = _of_file([*image.eager, *used.get(pid, ())])
+            small += [(number[image.pages_file], low, high - low) for low, high in _near(runs, _NEAR)]
+        for pid, start, end in working_set.before_first_token:
+            if image := of.get(pid):
+                file = number[image.pages_file]
+                copied.setdefault(file, []).extend(_of_file(image.within(start, end)))
+                mapped += [(file, low, high - low) for low, high in _of_file(image.mapped_within(start, end))]
+        taken = 0
+        for file, offset, length in mapped:
+            if (taken := taken + length) > _FIRST_MAPPED:
+                break
+            small.append((file, offset, length))
+        large: list[Piece] = []
+        if packed:
+            place = index.path(self._images, pack.FILE_NAME)
+            large = _in_blocks([(len(names), 0, os.stat(place).st_size)])
+            names.append(os.path.relpath(place, self._images))
+        else:
+            small += [(file, low, high - low) for file, runs in copied.items() for low, high in _near(runs, _NEAR)]
+        lists = [
+            array("Q", [part for piece in pieces for part in piece]).tobytes()
+            for pieces in (small, large, _in_blocks(mapped))
+        ]
+        index.write(self._images, FILE_NAME, marshal.dumps((_VERSION, working_set.digest, names, whole, lists)))
+
+    def stop(self) -> None:
+        """What has not been asked for is left aside; the thread is not waited for."""
+        self._stopping = True
+
+    def _cached(self) -> bool:
+        """Whether some pages, evenly chosen, are in the page cache."""
+        byte = bytearray(1)
+        for fd in self._fds:
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # else a look at one page brings its neighbours
+        try:
+            for pieces in (self._small, self._copied, self._mapped):
+                for at in range(0, len(pieces), 3 * max(1, len(pieces) // (3 * _SAMPLES))):
+                    file, offset, _ = pieces[at : at + 3]
+                    os.preadv(self._fds[file], [byte], offset, os.RWF_NOWAIT)
+        except BlockingIOError:
+            return False
+        finally:
+            for fd in self._fds:
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_NORMAL)
+        return True
+
+    def _read(self) -> None:
+        try:
+            try:
+                for file, offset, length in _triples(self._small):
+                    self._ask(self._fds[file], offset, length)
+                for name in self._whole:  # opening forty files takes 10 ms beside everything else that starts now
+                    fd = os.open(os.path.join(self._images, name), os.O_RDONLY | os.O_CLOEXEC)
+                    self._ask(fd, 0, 0)
+                    os.close(fd)
+                self._read_large(self._copied)
+            finally:
+                self.asked.set()
+                self._notify()
+            self._read_large(self._mapped)
+        except (OSError, LookupError):
+            pass  # who needs the bytes reads them himself, and tells what is wrong
+        finally:
+            self._close()
+
+    def _ask(self, fd: int, offset: int, length: int) -> None:
+        if not self._stopping:
+            os.posix_fadvise(fd, offset, length, os.POSIX_FADV_WILLNEED)
+
+    def _read_large(self, pieces: array[int]) -> None:
+        """Through mappings that prefer large pages: folios of 2 MB are read at the disk's full speed, and cost hardly more than ones of 4 KB."""
+        sources: dict[int, tuple[int, int, bool]] = {}
+        try:
+            for file, offset, length in _triples(pieces):
+                if file not in sources:
+                    address, size = uffd.map_file(f"/proc/self/fd/{self._fds[file]}")
+                    sources[file] = (address, size, size > 0 and uffd.prefer_large(address, size))
+                address, size, large = sources[file]
+                if self._stopping or offset + length > size:
+                    return
+                if large:
+                    uffd.populate(address + offset, length)
+                else:
+                    self._ask(self._fds[file], offset, length)
+        finally:
+            for address, size, _ in sources.values():
+                if size:
+                    uffd.unmap(address, size)
+
+    def _close(self) -> None:
+        fds, self._fds = self._fds, []
+        for fd in fds:
+            os.close(fd)
 
 
 def _of_file(runs: Iterable[tuple[int, int, int]]) -> list[tuple[int, int]]:
@@ -95,121 +219,6 @@ def _in_blocks(pieces: Sequence[Piece]) -> list[Piece]:
             when[file, low] = (total + at * (end - start), weight + end - start)
     order = sorted(parts, key=lambda block: when[block][0] / when[block][1])
     return [(file, low, high - low) for file, block in order for low, high in _near(parts[file, block], _NEAR_LARGE)]
-
-
-class Reading:
-    """The list that was kept for a folder of images, and the thread that asks a disk for it.
-
-    `working_set` is the digest of the working set it was made with, empty where no list is kept. `cold`: whether something of it is not in the
-    page cache. `asked`: set once the disk was asked for everything that somebody copies; what is mapped follows. `notify` is called then.
-    """
-
-    def __init__(self, images: str, notify: Callable[[], None]) -> None:
-        self._images = images
-        self.working_set = b""
-        self.cold = False
-        self.asked = threading.Event()
-        self._notify = notify
-        self._stopping = False
-        self._fds: list[int] = []
-        self._whole = 0
-        self._pieces, self._mapped = array("Q"), array("Q")
-        try:
-            version, working_set, names, whole, pieces, mapped = marshal.loads(index.checked(images, FILE_NAME))
-            if version != _VERSION:
-                return
-            self._pieces.frombytes(pieces)
-            self._mapped.frombytes(mapped)
-            self._fds = [os.open(os.path.join(images, name), os.O_RDONLY | os.O_CLOEXEC) for name in names]
-            self._whole, self.working_set = whole, working_set
-            self.cold = not self._cached()
-        except (OSError, ValueError, EOFError, TypeError, LookupError):
-            self.working_set = b""  # none yet, of another version, or damaged
-        if self.cold:
-            try:
-                threading.Thread(target=self._read, name="reading", daemon=True).start()
-                return
-            except RuntimeError:  # no more threads: everybody reads for himself
-                self.working_set, self.cold = b"", False
-        self._close()
-
-    @property
-    def size(self) -> int:
-        """Bytes of what is listed, without the files that are read whole."""
-        return sum(self._pieces[2::3]) + sum(self._mapped[2::3])
-
-    def note(self, working_set: WorkingSet, of: Mapping[int, ProcessImage], namespace: int) -> None:
-        """Keep a list for this working set, where there is none: just after a first token, while its processes run (in this namespace)."""
-        if working_set.digest and self.working_set != working_set.digest:
-            ranges = working_set.before_first_token
-            keep(self._images, working_set.digest, ranges, of, touched(namespace, of, ranges))
-            self.working_set = working_set.digest
-
-    def stop(self) -> None:
-        """What has not been asked for is left aside; the thread is not waited for."""
-        self._stopping = True
-
-    def _cached(self) -> bool:
-        """Whether some pages, evenly chosen, are in the page cache."""
-        byte = bytearray(1)
-        for file in range(self._whole, len(self._fds)):
-            os.posix_fadvise(self._fds[file], 0, 0, os.POSIX_FADV_RANDOM)  # else a look at one page brings its neighbours
-        try:
-            for pieces in (self._pieces, self._mapped):
-                for at in range(0, len(pieces), 3 * max(1, len(pieces) // (3 * _SAMPLES))):
-                    file, offset, _ = pieces[at : at + 3]
-                    os.preadv(self._fds[file], [byte], offset, os.RWF_NOWAIT)
-        except BlockingIOError:
-            return False
-        finally:
-            for file in range(self._whole, len(self._fds)):
-                os.posix_fadvise(self._fds[file], 0, 0, os.POSIX_FADV_NORMAL)
-        return True
-
-    def _read(self) -> None:
-        try:
-            try:
-                for fd in self._fds[: self._whole]:
-                    self._ask(fd, 0, 0)
-                for file, offset, length in _triples(self._pieces):
-                    self._ask(self._fds[file], offset, length)
-            finally:
-                self.asked.set()
-                self._notify()
-            self._read_mapped()
-        except (OSError, LookupError):
-            pass  # who needs the bytes reads them himself, and tells what is wrong
-        finally:
-            self._close()
-
-    def _ask(self, fd: int, offset: int, length: int) -> None:
-        if not self._stopping:
-            os.posix_fadvise(fd, offset, length, os.POSIX_FADV_WILLNEED)
-
-    def _read_mapped(self) -> None:
-        """Through mappings that prefer large pages: folios of 2 MB are read at the disk's full speed, and cost hardly more than ones of 4 KB."""
-        sources: dict[int, tuple[int, int, bool]] = {}
-        try:
-            for file, offset, length in _triples(self._mapped):
-                if file not in sources:
-                    address, size = uffd.map_file(f"/proc/self/fd/{self._fds[file]}")
-                    sources[file] = (address, size, size > 0 and uffd.prefer_large(address, size))
-                address, size, large = sources[file]
-                if self._stopping or offset + length > size:
-                    return
-                if large:
-                    uffd.populate(address + offset, length)
-                else:
-                    self._ask(self._fds[file], offset, length)
-        finally:
-            for address, size, _ in sources.values():
-                if size:
-                    uffd.unmap(address, size)
-
-    def _close(self) -> None:
-        fds, self._fds = self._fds, []
-        for fd in fds:
-            os.close(fd)
 
 
 def _triples(numbers: array[int]) -> Iterable[Piece]:

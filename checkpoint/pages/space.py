@@ -125,6 +125,10 @@ class Plan:
         twin.done, twin.left = bytearray(len(self.starts)), len(self.starts)
         return twin
 
+    def source(self, index: int) -> int:
+        """Our own address that a piece is copied from."""
+        return self._buffer[5 * index + 1]
+
     def find(self, address: int) -> int | None:
         """The piece that `address` lies in and that is not done (it may be claimed)."""
         at = bisect_right(self._sorted, address) - 1
@@ -240,25 +244,29 @@ class Space:
         for low, high, offset in self.map.within(start, end):
             if self.source.absent(offset, high - low):
                 raise Again  # moved here from where nothing has arrived yet
-            placed += self._place(low, high, offset)
+            placed += self._place(low, high, self.source.address + offset)
         return placed
 
-    def _place(self, start: int, end: int, offset: int) -> int:
+    def unmoved(self, start: int, end: int, offset: int) -> bool:
+        """Whether the image has these very bytes for [start, end), which the map lists with this offset: moved there they are others."""
+        return self.image.within(start, end) == [(start, end, offset)]
+
+    def _place(self, start: int, end: int, source: int) -> int:
         placed = 0
         while start < end:
-            done, code = uffd.copy(self.fd, start, self.source.address + offset, end - start)
+            done, code = uffd.copy(self.fd, start, source, end - start)
             placed += done
             if not done:
                 if code == errno.ENOENT and self.settled and end - start > PAGE:
                     # Mappings were split or unmapped since the snapshot: find the border by halving.
                     half = (end - start) // PAGE // 2 * PAGE
-                    placed += self._place(start, start + half, offset)
-                    start, offset = start + half, offset + half
+                    placed += self._place(start, start + half, source)
+                    start, source = start + half, source + half
                     continue
                 self._refused(code, "UFFDIO_COPY")
                 done = PAGE
             self.map.cut(start, start + done)
-            start, offset = start + done, offset + done
+            start, source = start + done, source + done
         return placed
 
     def zero(self, start: int, end: int, zeros: int) -> int:
@@ -290,8 +298,12 @@ class Space:
         if not self.changed and uffd.request(self.fd, plan.address + uffd.REQUEST_BYTES * index) == 0:
             return self.placed(plan, index)
         placed, position = 0, start
-        for low, high, _ in self.map.within(start, end):
-            placed += self.zero(position, low, zeros) + self.place(low, high)
+        for low, high, offset in self.map.within(start, end):
+            placed += self.zero(position, low, zeros)
+            if not plan.zero[index] and self.unmoved(low, high, offset):
+                placed += self._place(low, high, plan.source(index) + low - start)  # which may be there where the image is not
+            else:
+                placed += self.place(low, high)
             position = high
         placed += self.zero(position, end, zeros)
         plan.finish(index)

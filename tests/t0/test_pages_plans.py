@@ -44,7 +44,8 @@ def keep(folder, digest=b"set"):
 def read(folder, image, digest=b"set", base=BASE, zeros=ZEROS):
     source = Source()
     source.address = base
-    return plans.read(str(folder), digest, {7: image}, {"pages-1.img": source}, zeros)
+    found = plans.read(str(folder), digest, {7: image}, {"pages-1.img": source}, zeros)
+    return found and found[0]
 
 
 def test_a_kept_plan_is_the_one_that_was_made_wherever_its_sources_are_mapped_now(folder):

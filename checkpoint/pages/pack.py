@@ -56,7 +56,9 @@ def write(path: str, plans: Mapping[int, Plan]) -> dict[int, array[int]] | None:
         try:
             os.posix_fallocate(fd, 0, total)  # few extents, and a full disk is known before anything is written
             for at in range(0, len(pieces), _AT_ONCE):
-                _write(fd, [(ctypes.c_char * size).from_address(address) for address, size in pieces[at : at + _AT_ONCE]])
+                _write(
+                    fd, [(ctypes.c_char * size).from_address(address) for address, size in pieces[at : at + _AT_ONCE]]
+                )
             os.fsync(fd)  # its facts are believed after a crash, so its bytes must be there by then
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)

@@ -27,7 +27,7 @@ def keep(
     of: Mapping[int, ProcessImage],
     sources: Mapping[str, Source],
 ) -> bool:
-    """Keep sealed plans for the next restore from the folder `images` with the working set of this digest; whether their pages are packed."""
+    """Keep sealed plans for the next restore from the folder `images` with this working set; whether their pages are packed."""
     place = index.path(images, pack.FILE_NAME)
     places = pack.write(place, found)
     bodies = []
@@ -35,7 +35,11 @@ def keep(
         source = sources.get(of[pid].pages_file)
         starts, ends, addresses, zero, by_address = plan.parts()
         base = source.address if source else 0
-        offsets = places[pid] if places else array("Q", [0 if none else at - base for at, none in zip(addresses, zero, strict=True)])
+        offsets = (
+            places[pid]
+            if places
+            else array("Q", [0 if none else at - base for at, none in zip(addresses, zero, strict=True)])
+        )
         bodies.append((pid, starts.tobytes(), ends.tobytes(), offsets.tobytes(), bytes(zero), by_address.tobytes()))
     try:
         packed = pack.stamp(place) if places else None

@@ -27,7 +27,7 @@ _NEAR = 16 << 10
 _NEAR_LARGE = 1 << 20
 # Large pieces are read in the order in which these blocks of a file are needed.
 _BLOCK = 4 << 20
-# What is used of mapped memory first lies all over it (norms of every layer, say). A fault there, ahead of its block, would bring megabytes.
+# What is used of mapped memory first lies all over it (norms of every layer). A fault there, ahead of its block, would bring megabytes.
 _FIRST_MAPPED = 12 << 20
 _SAMPLES = 200
 
@@ -38,7 +38,7 @@ Piece = tuple[int, int, int]
 class Reading:
     """The list that was kept for a folder of images, and the thread that asks a disk for it.
 
-    `working_set` is the digest of the working set it was made with, empty where no list is kept. `cold`: whether something of it is not in the
+    `working_set` is the digest of the working set it was made with, empty where no list is kept. `cold`: whether some of it is not in the
     page cache. `asked`: set, and `notify` called, once the disk was asked for everything that somebody copies; what is mapped follows.
     """
 
@@ -166,7 +166,7 @@ class Reading:
             os.posix_fadvise(fd, offset, length, os.POSIX_FADV_WILLNEED)
 
     def _read_large(self, pieces: array[int]) -> None:
-        """Through mappings that prefer large pages: folios of 2 MB are read at the disk's full speed, and cost hardly more than ones of 4 KB."""
+        """Through mappings that prefer large pages: folios of 2 MB come at full speed, and cost hardly more than ones of 4 KB."""
         sources: dict[int, tuple[int, int, bool]] = {}
         try:
             for file, offset, length in _triples(pieces):

@@ -301,7 +301,9 @@ class Space:
         for low, high, offset in self.map.within(start, end):
             placed += self.zero(position, low, zeros)
             if not plan.zero[index] and self.unmoved(low, high, offset):
-                placed += self._place(low, high, plan.source(index) + low - start)  # which may be there where the image is not
+                placed += self._place(
+                    low, high, plan.source(index) + low - start
+                )  # which may be there where the image is not
             else:
                 placed += self.place(low, high)
             position = high

@@ -64,7 +64,9 @@ def touched(
                 continue
             try:
                 for start, end in _beside(image, ranges.get(pid, [])):
-                    found[pid] += [run for low, high in _present(fd, start, end) for run in within(image.mapped, low, high)]
+                    found[pid] += [
+                        run for low, high in _present(fd, start, end) for run in within(image.mapped, low, high)
+                    ]
             except OSError:
                 continue
             finally:

@@ -99,10 +99,10 @@ class Reading:
             runs = _of_file([*image.eager, *used.get(pid, ())])
             small += [(number[image.pages_file], low, high - low) for low, high in _near(runs, _NEAR)]
         for pid, start, end in working_set.before_first_token:
-            if image := of.get(pid):
-                file = number[image.pages_file]
-                copied.setdefault(file, []).extend(_of_file(image.within(start, end)))
-                mapped += [(file, low, high - low) for low, high in _of_file(image.mapped_within(start, end))]
+            if found := of.get(pid):
+                file = number[found.pages_file]
+                copied.setdefault(file, []).extend(_of_file(found.within(start, end)))
+                mapped += [(file, low, high - low) for low, high in _of_file(found.mapped_within(start, end))]
         taken = 0
         for file, offset, length in mapped:
             if (taken := taken + length) > _FIRST_MAPPED:

@@ -135,7 +135,7 @@ def populate(address: int, length: int) -> int:
 
 def prefer_large(address: int, length: int) -> bool:
     """Ask for large pages where [address, address + length) of a mapping of ours is read in; False where this kernel has none."""
-    return _madvise(address, length, _MADV_HUGEPAGE) == 0
+    return bool(_madvise(address, length, _MADV_HUGEPAGE) == 0)
 
 
 def cached(address: int, length: int) -> bytes:

@@ -1,0 +1,157 @@
+"""A pack holds the pieces of plans and nothing else; the list of what a cold restore reads names all of it once; what is damaged is not used."""
+
+import ctypes
+import os
+import threading
+
+import pytest
+
+from checkpoint.pages import index, pack, plans
+from checkpoint.pages.fetch import Source
+from checkpoint.pages.images import ProcessImage
+from checkpoint.pages.reading import FILE_NAME, Reading
+from checkpoint.pages.space import Plan
+from checkpoint.pages.touched import _beside, _present
+from checkpoint.pages.workingset import WorkingSet
+
+pytestmark = pytest.mark.t0
+PAGE, START, PAGES = 4096, 0x1000_0000, 64
+DIGEST = b"digest"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    (images / "pagemap-7.img").write_bytes(b"map")
+    (images / "pages-1.img").write_bytes(b"".join(bytes([page]) * PAGE for page in range(PAGES)))
+    return images
+
+
+def image():
+    """40 lazy pages, 20 mapped, 4 eager; the file in that order."""
+    found = ProcessImage(7, "pages-1.img")
+    found.runs = [(START, START + 40 * PAGE, 0)]
+    found.mapped = [(START + 40 * PAGE, START + 60 * PAGE, 40 * PAGE)]
+    found.eager = [(START + 60 * PAGE, START + 64 * PAGE, 60 * PAGE)]
+    return found
+
+
+def made(source):
+    plan = Plan()
+    for batch, (page, count, zero) in enumerate([(30, 3, False), (2, 1, False), (50, 2, True), (10, 4, False)]):
+        plan.add(START + page * PAGE, START + (page + count) * PAGE, source.address + page * PAGE, zero, batch)
+    plan.seal()
+    return {7: plan}
+
+
+def kept(folder):
+    source = Source(str(folder / "pages-1.img"))
+    packed = plans.keep(str(folder), DIGEST, made(source), {7: image()}, {"pages-1.img": source})
+    return source, packed
+
+
+def test_plans_from_a_pack_bring_what_plans_from_the_images_bring(folder):
+    source, packed = kept(folder)
+    assert packed and (folder.parent / pack.FILE_NAME).stat().st_size == 8 * PAGE
+    found, pack_source = plans.read(str(folder), DIGEST, {7: image()}, {"pages-1.img": source}, 0)
+    plan = found[7]
+    expected = made(source)[7]
+    assert (plan.starts, plan.ends, plan.zero) == (expected.starts, expected.ends, expected.zero)
+    for piece, nothing in enumerate(plan.zero):
+        if not nothing:
+            size = plan.ends[piece] - plan.starts[piece]
+            assert 0 <= plan.source(piece) - pack_source.address < pack_source.size
+            assert ctypes.string_at(plan.source(piece), size) == ctypes.string_at(expected.source(piece), size)
+
+
+def test_a_pack_that_is_another_file_or_gone_is_not_copied_from(folder):
+    source, _ = kept(folder)
+    place = folder.parent / pack.FILE_NAME
+    data = place.read_bytes()
+    copy = place.with_name("copy")
+    copy.write_bytes(data)
+    copy.replace(place)
+    assert plans.read(str(folder), DIGEST, {7: image()}, {"pages-1.img": source}, 0) is None
+    place.unlink()
+    assert plans.read(str(folder), DIGEST, {7: image()}, {"pages-1.img": source}, 0) is None
+
+
+def test_a_pack_that_the_disk_refuses_leaves_plans_that_copy_from_the_images(folder, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    source, packed = kept(folder)
+    assert not packed and sorted(path.name for path in folder.parent.iterdir()) == [plans.FILE_NAME, "images"]
+    found, none = plans.read(str(folder), DIGEST, {7: image()}, {"pages-1.img": source}, 0)
+    assert none is None and found[7].source(0) == source.address + 30 * PAGE
+
+
+def list_of(folder, packed):
+    working_set = WorkingSet([(7, START, START + 5 * PAGE), (7, START + 40 * PAGE, START + 45 * PAGE)], 2)
+    working_set.digest = DIGEST
+    used = {7: [(START + 58 * PAGE, START + 60 * PAGE, 58 * PAGE)]}
+    Reading(str(folder), lambda: None).keep(working_set, {7: image()}, used, packed)
+
+
+def test_a_cold_list_is_read_and_told_once(folder):
+    kept(folder)
+    list_of(folder, True)
+    files = [folder / "pages-1.img", folder.parent / pack.FILE_NAME]
+    for file in files:
+        with file.open("rb+") as open_file:
+            os.fsync(open_file.fileno())
+            os.posix_fadvise(open_file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    told = threading.Event()
+    reading = Reading(str(folder), told.set)
+    assert reading.working_set == DIGEST
+    if reading.cold:  # not every file system lets go of what it has cached (tmpfs)
+        assert told.wait(10) and reading.asked.is_set()
+    # Eager and used pages, the first of what is mapped, the pack, and mapped blocks.
+    assert reading.size == (4 + 2 + 5 + 8 + 5) * PAGE
+    source = Source(str(files[1]))
+    assert source.populate(0, source.size) == 0
+    assert not Reading(str(folder), told.set).cold or reading.cold
+
+
+def test_without_a_pack_the_working_sets_pieces_are_listed(folder):
+    list_of(folder, False)
+    assert Reading(str(folder), lambda: None).size == (4 + 2 + 5 + 5 + 5) * PAGE
+
+
+def test_a_damaged_list_or_one_whose_files_are_gone_is_none(folder):
+    kept(folder)
+    list_of(folder, True)
+    place = folder.parent / FILE_NAME
+    whole = place.read_bytes()
+    place.write_bytes(whole[:100] + bytes([whole[100] ^ 1]) + whole[101:])
+    assert Reading(str(folder), lambda: None).working_set == b""
+    place.write_bytes(whole)
+    assert Reading(str(folder), lambda: None).working_set == DIGEST
+    (folder.parent / pack.FILE_NAME).unlink()
+    gone = Reading(str(folder), lambda: None)
+    assert gone.working_set == b"" and not gone.cold
+    assert index.checked(str(folder), FILE_NAME)
+
+
+def test_what_is_present_of_this_process_is_what_it_has_written(tmp_path):
+    memory = ctypes.create_string_buffer(8 * PAGE)
+    start = -(-ctypes.addressof(memory) // PAGE) * PAGE
+    libc = ctypes.CDLL(None)
+    assert libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(6 * PAGE), 4) == 0  # MADV_DONTNEED
+    for page in (1, 2, 5):
+        ctypes.memset(start + page * PAGE, 1, 1)
+    fd = os.open("/proc/self/pagemap", os.O_RDONLY)
+    try:
+        assert _present(fd, start, start + 6 * PAGE) == [
+            (start + PAGE, start + 3 * PAGE),
+            (start + 5 * PAGE, start + 6 * PAGE),
+        ]
+    finally:
+        os.close(fd)
+
+
+def test_known_ranges_are_left_out_of_what_is_looked_at():
+    found = _beside(image(), [(START + 38 * PAGE, START + 42 * PAGE), (START + 50 * PAGE, START + 51 * PAGE)])
+    assert found == [(START + 42 * PAGE, START + 50 * PAGE), (START + 51 * PAGE, START + 60 * PAGE)]

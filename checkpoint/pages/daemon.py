@@ -62,7 +62,9 @@ _SAMPLES = 200
 class Daemon:
     """See the module. `control` and `listener` are the owner's sockets."""
 
-    def __init__(self, control: socket.socket, listener: socket.socket, config: dict[str, object]) -> None:
+    def __init__(
+        self, control: socket.socket, listener: socket.socket, config: dict[str, object], reading: Reading | None
+    ) -> None:
         self.control = control
         self.listener = listener
         self.images_dir = str(config["images"])
@@ -83,8 +85,7 @@ class Daemon:
         self.trace_before: list[tuple[int, int]] = []
         self.trace_after: list[tuple[int, int]] = []
         presence = Presence.open(str(config["arriving"])) if config.get("arriving") else None
-        # Before anything else is read: the disk's queue is filled in the order of need.
-        self.reading = None if presence or self.record else Reading(self.images_dir, self.bell.ring)
+        self.reading = reading
         self.awaiting = False  # whether the first phase is planned when the disk was asked for all of it
         self.namespace = 0  # of the tree's process numbers, by inode
         self.known = Known.of(self.images_dir, presence)
@@ -110,6 +111,8 @@ class Daemon:
         self.deferred: dict[int, float] = {}  # process → not before
         self.not_before = 0.0
         self.helped = False  # whether the second copier may help: it does not wait for a fetcher
+        if reading:
+            reading.listen(self.bell.ring)
         try:
             self.begin("hot", [] if self.record else self.working_set.before_first_token)
         except BaseException:

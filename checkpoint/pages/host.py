@@ -32,8 +32,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from checkpoint.pages.daemon import Daemon
+from checkpoint.pages.reading import Reading
+
+if TYPE_CHECKING:
+    from checkpoint.pages.daemon import Daemon
 
 LOCK_NAME = "page-server.lock"
 SOCKET_NAME = "page-server.socket"
@@ -56,6 +60,8 @@ class Tree:
         self.control = control
         self.listener = listener
         self.said = said
+        self.reading: Reading | None = None
+        """Where a disk was asked already."""
 
     @property
     def config(self) -> dict[str, object]:
@@ -226,7 +232,9 @@ def serve(tree: Tree, others: Callable[[], int] = lambda: 0) -> None:
     """
     daemon: Daemon | None = None
     try:
-        daemon = Daemon(tree.control, tree.listener, tree.config)
+        from checkpoint.pages.daemon import Daemon  # imported by now, but for who serves alone
+
+        daemon = Daemon(tree.control, tree.listener, tree.config, tree.reading or Reading.begun(tree.config))
         daemon.run()
     except (OSError, RuntimeError, ValueError) as error:
         _tell(tree.control, event="failed", message=str(error))
@@ -335,6 +343,11 @@ def main(control_fd: int) -> int:
     tree = Tree(control, socket.socket(fileno=fds[0]), said)
     # Thousands of tuples that all live on: collecting would find nothing, several times. A tree that is over leaves no cycle.
     gc.disable()
+    # Before even the rest of this program: the disk's queue is filled in the order of need.
+    sys.setswitchinterval(_TURN_S)
+    tree.reading = Reading.begun(tree.config)
+    import checkpoint.pages.daemon  # noqa: F401
+
     meeting = meet(str(tree.config.get("meeting", "")), tree)
     if isinstance(meeting, Meeting):
         Host(meeting).run(tree)

@@ -15,10 +15,13 @@ import os
 import threading
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from checkpoint.pages import index, pack, uffd
-from checkpoint.pages.images import ProcessImage
-from checkpoint.pages.workingset import WorkingSet
+from checkpoint.pages import index, uffd
+
+if TYPE_CHECKING:
+    from checkpoint.pages.images import ProcessImage
+    from checkpoint.pages.workingset import WorkingSet
 
 FILE_NAME = ".verified-reading"
 _VERSION = 2
@@ -39,15 +42,20 @@ class Reading:
     """The list that was kept for a folder of images, and the thread that asks a disk for it.
 
     `working_set` is the digest of the working set it was made with, empty where no list is kept. `cold`: whether some of it is not in the
-    page cache. `asked`: set, and `notify` called, once the disk was asked for everything that somebody copies; what is mapped follows.
+    page cache. `asked`: set, and who listens told, once the disk was asked for everything that somebody copies; what is mapped follows.
     """
 
-    def __init__(self, images: str, notify: Callable[[], None]) -> None:
+    @classmethod
+    def begun(cls, config: Mapping[str, object]) -> Reading | None:
+        """For what a page server was told; None where nothing is known of the working set, or images are still arriving."""
+        return None if config.get("record") or config.get("arriving") else cls(str(config["images"]))
+
+    def __init__(self, images: str) -> None:
         self.working_set = b""
         self.cold = False
         self.asked = threading.Event()
         self._images = images
-        self._notify = notify
+        self._notify: Callable[[], None] = lambda: None
         self._stopping = False
         self._fds: list[int] = []
         self._whole: list[str] = []
@@ -66,11 +74,24 @@ class Reading:
             self.working_set, self.cold = b"", False  # none yet, of another version, or damaged
         if self.cold:
             try:
+                # Hundreds of calls, each of which would wait for its turn of the interpreter if it were another thread's.
+                for file, offset, length in _triples(self._small):
+                    self._ask(self._fds[file], offset, length)
                 threading.Thread(target=self._read, name="reading", daemon=True).start()
                 return
-            except RuntimeError:  # no more threads: everybody reads for himself
+            except (
+                RuntimeError,
+                OSError,
+                LookupError,
+            ):  # no more threads, or no such piece: everybody reads for himself
                 self.working_set, self.cold = b"", False
         self._close()
+
+    def listen(self, notify: Callable[[], None]) -> None:
+        """Call `notify`, from a thread, when `asked` is set; at once where it is."""
+        self._notify = notify
+        if self.asked.is_set():
+            notify()
 
     @property
     def size(self) -> int:
@@ -90,6 +111,8 @@ class Reading:
         `packed`: whether the page server copies from a pack (checkpoint.pages.pack) instead of the images.
         """
         whole = sorted(name for name in os.listdir(self._images) if not name.startswith("pages-"))
+        from checkpoint.pages import pack  # few restores need it
+
         names = sorted({image.pages_file for image in of.values()})
         number = {name: at for at, name in enumerate(names)}
         copied: dict[int, list[tuple[int, int]]] = {}
@@ -145,8 +168,6 @@ class Reading:
     def _read(self) -> None:
         try:
             try:
-                for file, offset, length in _triples(self._small):
-                    self._ask(self._fds[file], offset, length)
                 for name in self._whole:  # opening forty files takes 10 ms beside everything else that starts now
                     fd = os.open(os.path.join(self._images, name), os.O_RDONLY | os.O_CLOEXEC)
                     self._ask(fd, 0, 0)

@@ -92,7 +92,7 @@ def list_of(folder, packed):
     working_set = WorkingSet([(7, START, START + 5 * PAGE), (7, START + 40 * PAGE, START + 45 * PAGE)], 2)
     working_set.digest = DIGEST
     used = {7: [(START + 58 * PAGE, START + 60 * PAGE, 58 * PAGE)]}
-    Reading(str(folder), lambda: None).keep(working_set, {7: image()}, used, packed)
+    Reading(str(folder)).keep(working_set, {7: image()}, used, packed)
 
 
 def test_a_cold_list_is_read_and_told_once(folder):
@@ -104,7 +104,8 @@ def test_a_cold_list_is_read_and_told_once(folder):
             os.fsync(open_file.fileno())
             os.posix_fadvise(open_file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     told = threading.Event()
-    reading = Reading(str(folder), told.set)
+    reading = Reading(str(folder))
+    reading.listen(told.set)
     assert reading.working_set == DIGEST
     if reading.cold:  # not every file system lets go of what it has cached (tmpfs)
         assert told.wait(10) and reading.asked.is_set()
@@ -112,12 +113,12 @@ def test_a_cold_list_is_read_and_told_once(folder):
     assert reading.size == (4 + 2 + 5 + 8 + 5) * PAGE
     source = Source(str(files[1]))
     assert source.populate(0, source.size) == 0
-    assert not Reading(str(folder), told.set).cold or reading.cold
+    assert not Reading(str(folder)).cold or reading.cold
 
 
 def test_without_a_pack_the_working_sets_pieces_are_listed(folder):
     list_of(folder, False)
-    assert Reading(str(folder), lambda: None).size == (4 + 2 + 5 + 5 + 5) * PAGE
+    assert Reading(str(folder)).size == (4 + 2 + 5 + 5 + 5) * PAGE
 
 
 def test_a_damaged_list_or_one_whose_files_are_gone_is_none(folder):
@@ -126,11 +127,11 @@ def test_a_damaged_list_or_one_whose_files_are_gone_is_none(folder):
     place = folder.parent / FILE_NAME
     whole = place.read_bytes()
     place.write_bytes(whole[:100] + bytes([whole[100] ^ 1]) + whole[101:])
-    assert Reading(str(folder), lambda: None).working_set == b""
+    assert Reading(str(folder)).working_set == b""
     place.write_bytes(whole)
-    assert Reading(str(folder), lambda: None).working_set == DIGEST
+    assert Reading(str(folder)).working_set == DIGEST
     (folder.parent / pack.FILE_NAME).unlink()
-    gone = Reading(str(folder), lambda: None)
+    gone = Reading(str(folder))
     assert gone.working_set == b"" and not gone.cold
     assert index.checked(str(folder), FILE_NAME)
 

@@ -236,6 +236,9 @@ class Engine(abc.ABC):
         The engine must be idle; EngineFailed with code `shrink-busy` where it is not.
         """
 
+    def name_weights(self, client: Client) -> None:  # noqa: B027 - nothing to do where a canary does it
+        """Where nothing is shrunk: let our hooks say where the weights lie, unless the canary has done so (launchers/control.py)."""
+
     @abc.abstractmethod
     def reload_weights(self, client: Client, model: str) -> None:
         """Put the weights back in place from the model directory (after a thin restore)."""

@@ -127,6 +127,10 @@ class Vllm(Engine):
             raise EngineFailed("shrink-busy", "vLLM did not reset its prefix cache; a request is still running")
         client.json("POST", "/collective_rpc", {"method": "quickthaw_shrink", "timeout": 60})
 
+    def name_weights(self, client: Client) -> None:
+        """By the workers' own method (plugin/engine/vllm_hooks.py)."""
+        client.json("POST", "/collective_rpc", {"method": "quickthaw_name_weights", "timeout": 60})
+
     def reload_weights(self, client: Client, model: str) -> None:
         """vLLM's own reload, from the path it was started with."""
         client.json("POST", "/collective_rpc", {"method": "reload_weights"}, timeout_s=RELOAD_LIMIT_S)

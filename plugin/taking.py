@@ -88,6 +88,11 @@ def take(
             kv_bytes = control.bytes_dropped(sandbox.control_dir, "kv")
             weight_bytes = control.bytes_dropped(sandbox.control_dir, "weights")
             control.shrink_all(sandbox.init_pid, sandbox.control_dir)
+        else:
+            try:
+                engine.name_weights(client)
+            except LauncherError as error:  # it is about how fast a restore is, no more
+                log.info("restores will copy the weights: %s", one_line(error))
         tracker.to(Phase.CHECKPOINTING)
         draft = Snapshot(
             format=FORMAT,

@@ -8,22 +8,34 @@ import json
 
 from . import control, joining, memory
 
+_named = False  # whether the launcher was told where the weights lie
+
 
 def _after_flush(result, scheduler, *args, **kwargs):
     if result:
         pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
         dropped = memory.discard(memory.tensors_in(pool))
-        model = scheduler.tp_worker.model_runner.model
-        control.answer("areas", json.dumps(memory.areas(parameter.data for parameter in model.parameters())))
+        _name_weights(scheduler)
         if control.thin():
-            control.answer("weights", str(memory.drop_weights(model)))
+            control.answer("weights", str(memory.drop_weights(scheduler.tp_worker.model_runner.model)))
         memory.trim()
         control.answer("kv", str(dropped))
     return result
 
 
+def _name_weights(scheduler):
+    """Say where the weights lie, so that restores map them."""
+    global _named
+    model = scheduler.tp_worker.model_runner.model
+    control.answer("areas", json.dumps(memory.areas(parameter.data for parameter in model.parameters())))
+    _named = True
+
+
 def _after_ingest(result, scheduler, *args, **kwargs):
-    """A canary waits a moment for the request that comes with it."""
+    """A canary waits a moment for the request that comes with it; the first one of all is asked before a snapshot, which may keep the
+    KV cache, so that nothing will be flushed."""
+    if result and not _named and any("quickthaw-canary" in str(getattr(one, "rid", None)) for one in result):
+        _name_weights(scheduler)
     if result and scheduler.tp_size == 1 and joining.wanted(getattr(one, "rid", None) for one in result):
         joining.wait(lambda: result.extend(scheduler.ingest_requests() or ()) or len(result) > 1)
     return result

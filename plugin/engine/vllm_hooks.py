@@ -1,6 +1,7 @@
 """The vLLM plugin (entry-point group vllm.general_plugins): loaded in the API server, the engine core and every worker.
 
-Adds one method to the workers, called through vLLM's own `/collective_rpc`: `quickthaw_shrink` drops the KV cache's pages.
+Adds two methods to the workers, called through vLLM's own `/collective_rpc`: `quickthaw_shrink` drops the KV cache's pages, and says where
+the weights lie; `quickthaw_name_weights` only says that.
 May be loaded more than once in a process, as vLLM's contract asks.
 """
 
@@ -14,10 +15,19 @@ from . import control, joining, memory, packed
 
 def _shrink(self):
     """Drop the KV cache's pages in this worker; the prefix cache has been reset by then. Returns the bytes dropped."""
-    worker = getattr(self, "worker", self)
-    runner = worker.model_runner
+    runner = getattr(self, "worker", self).model_runner
     dropped = memory.discard(_flat(getattr(runner, "kv_caches", ())))
-    model = runner.get_model()
+    _name_weights(self)
+    if control.thin():
+        control.answer("weights", str(memory.drop_weights(runner.get_model())))
+    memory.trim()
+    control.answer("kv", str(dropped))
+    return dropped
+
+
+def _name_weights(self):
+    """Say where this worker's weights lie, so that restores map them."""
+    model = getattr(self, "worker", self).model_runner.get_model()
     try:
         spans, tensors = packed.weights(model)
     except Exception as error:  # noqa: BLE001 - another vLLM's layers may hold anything; not to know where costs a restore time, no more
@@ -25,11 +35,6 @@ def _shrink(self):
         spans, tensors = [], []
     tensors += [parameter.data for parameter in model.parameters()]
     control.answer("areas", json.dumps(memory.areas(tensors, spans)))
-    if control.thin():
-        control.answer("weights", str(memory.drop_weights(model)))
-    memory.trim()
-    control.answer("kv", str(dropped))
-    return dropped
 
 
 def _flat(tensors):
@@ -59,6 +64,7 @@ def register():
 
     control.install()
     WorkerBase.quickthaw_shrink = _shrink
+    WorkerBase.quickthaw_name_weights = _name_weights
     # Inside of vLLM, and only about time: one that has it elsewhere begins with the canary alone.
     with contextlib.suppress(ImportError, AttributeError):
         from vllm.v1.engine.core import EngineCoreProc

@@ -121,3 +121,14 @@ def test_a_gpu_s_canary_is_decoded_too():
     canary = Engine.record(engine, None, False)
     assert canary.generated == 1 and Engine.answer(engine, None, canary, joined=True) == [5, 6, 7]
     assert asked == [(2, False), (1, False), (1, True)]
+
+
+def test_sglangs_first_canary_names_the_weights_once_and_nothing_else_does(monkeypatch):
+    told = []
+    monkeypatch.setattr(control, "answer", lambda name, text: told.append(name))
+    monkeypatch.setattr(sglang_hooks, "_named", False)
+    model = SimpleNamespace(parameters=list)
+    scheduler = SimpleNamespace(tp_size=1, tp_worker=SimpleNamespace(model_runner=SimpleNamespace(model=model)))
+    for identifier, count in (("the user's", 0), (canary_id(False), 1), (canary_id(False), 1)):
+        sglang_hooks._after_ingest([SimpleNamespace(rid=identifier)], scheduler)
+        assert told == ["areas"] * count

@@ -53,7 +53,10 @@ def ask(sandbox: Sandbox, snapshot: Snapshot) -> tuple[float, float]:
     took = []
     for _ in range(2):
         began = time.monotonic()
-        if engine.generate(client, snapshot.canary.prompt, 1) != snapshot.canary.token_ids[-snapshot.canary.generated :][:1]:
+        if (
+            engine.generate(client, snapshot.canary.prompt, 1)
+            != snapshot.canary.token_ids[-snapshot.canary.generated :][:1]
+        ):
             raise SystemExit("the restored engine answers differently")
         took.append(time.monotonic() - began)
     return took[0], took[1]

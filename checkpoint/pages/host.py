@@ -48,7 +48,7 @@ _OFFER_S = 0.05
 _AGAIN_S = 0.001
 _MESSAGE_BYTES = 1 << 16
 _WAITING = 64
-# With several trees the threads of one process take turns as often as this; else a fault waits for 5 ms of another tree's planning.
+# Threads of this process take turns as often as this; else a fault waits for 5 ms of another tree's planning, and the disk for our imports.
 _TURN_S = 0.0005
 _TAKEN, _YOURS = b"taken", b"yours"
 
@@ -264,7 +264,6 @@ class Host:
         self._serving: set[Tree] = set()
         self._ended: deque[Tree] = deque()
         self._over = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._turn_s = sys.getswitchinterval()
 
     def run(self, first: Tree) -> None:
         """Serve until no tree is left."""
@@ -294,7 +293,6 @@ class Host:
                         self._serving.discard(self._ended.popleft())
                 elif tree := self._taken():
                     self._start(tree)
-            sys.setswitchinterval(_TURN_S if len(self._serving) > 1 else self._turn_s)
         self._meeting.close()
 
     def _taken(self) -> Tree | None:

@@ -41,7 +41,8 @@ class Known:
         # One for each phase, by its first batch.
         self._plans: dict[int, tuple[list[Range], dict[int, Plan], list[Parts]]] = {}
         self._kept: tuple[bytes, dict[int, Plan]] | None = None
-        self._pack: Source | None = None  # what the kept plans copy from, if not from the images
+        # What kept plans copy from, if not from the images. All of them: a tree may still use the plans of a working set before the last.
+        self._packs: list[Source] = []
         self._keeper: threading.Thread | None = None
         self._folder = folder
         self._planning = threading.Lock()
@@ -78,7 +79,9 @@ class Known:
                 found = plans.read(self._folder, working_set.digest, self.images, self.sources, zeros)
                 if found is None:
                     return None
-                kept, self._pack = found
+                kept, pack = found
+                if pack is not None:
+                    self._packs.append(pack)
                 self._kept = (working_set.digest, kept)
             return {pid: plan.fresh() for pid, plan in self._kept[1].items()}
 
@@ -102,10 +105,11 @@ class Known:
 
     def packed(self, plan: Plan, piece: int) -> tuple[Source, int, int] | None:
         """Where a piece lies in the pack; None where it is copied from the images."""
-        pack = self._pack
-        if pack is None or not 0 <= plan.source(piece) - pack.address < pack.size:
-            return None
-        return pack, plan.source(piece) - pack.address, plan.ends[piece] - plan.starts[piece]
+        for pack in self._packs:
+            offset = plan.source(piece) - pack.address
+            if 0 <= offset < pack.size:
+                return pack, offset, plan.ends[piece] - plan.starts[piece]
+        return None
 
     def _keep(self, working_set: WorkingSet, made: dict[int, Plan], reading: Reading, namespace: int) -> None:
         used = touched(namespace, self.images, working_set.before_first_token)

@@ -300,7 +300,7 @@ class Space:
         placed, position = 0, start
         for low, high, offset in self.map.within(start, end):
             placed += self.zero(position, low, zeros)
-            if not plan.zero[index] and self.unmoved(low, high, offset):
+            if not plan.zero[index] and self.unmoved(low, high, offset) and not self.source.absent(offset, high - low):
                 placed += self._place(
                     low, high, plan.source(index) + low - start
                 )  # which may be there where the image is not

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 
 import pytest
 from criu_image_kit import ANON_PRIVATE, PAGE, process, vma
 
+from checkpoint.pages import plans
 from checkpoint.pages.images import LAZY, PRESENT
 from checkpoint.pages.known import Known
+from checkpoint.pages.space import Plan
+from checkpoint.pages.workingset import WorkingSet
 
 pytestmark = pytest.mark.t0
 START = 0x10000
@@ -60,3 +64,22 @@ def test_a_plan_is_made_once_and_worked_on_by_each_alone(images: Path, monkeypat
     known.plans(RANGES[:1], 0, 1)
     known.plans(RANGES[1:], 0, 2)
     assert len(made) == 3
+
+
+def test_the_pack_of_an_earlier_working_set_stays_mapped_for_who_still_copies_from_it(images: Path) -> None:
+    known = Known.of(str(images), None)
+    pages = known.sources[next(iter(known.sources))]
+    first: dict[int, Plan] = {}
+    for digest in (b"first", b"second"):
+        made, _ = known._plan(RANGES, 0, 1)
+        assert plans.keep(str(images), digest, made, known.images, known.sources)
+        working_set = WorkingSet(RANGES, len(RANGES))
+        working_set.digest = digest
+        found = known.kept_plans(working_set, 0)
+        assert found is not None
+        first = first or found
+    source, offset, length = known.packed(first[7], 0) or (pages, 0, 0)
+    assert source is not pages and (offset, length) == (0, 3 * PAGE)
+    assert ctypes.string_at(first[7].source(0), length) == b"a" * length
+    made, _ = known.plans(RANGES, 0, 1)
+    assert known.packed(made[7], 0) is None

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import getpass
+import importlib.machinery
 import json
 import os
 import signal
 import socket
 import subprocess
-import sysconfig
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -70,8 +71,17 @@ class SandboxConfig:
             "kernel_facts": str(self.kernel_facts or ""),
             "run_dir": RUN_DIR,
             "user": getpass.getuser(),
-            "site_packages": sysconfig.get_path("purelib"),
+            "site_packages": _seccomp_folder(),
         }
+
+
+@functools.cache
+def _seccomp_folder() -> str:
+    """Where process 1, which has the standard library alone, finds pyseccomp: not always beside this interpreter (pip --user, --target)."""
+    found = importlib.machinery.PathFinder.find_spec("pyseccomp")
+    if found is None or not found.origin:
+        raise HostLacks("pyseccomp-missing", "pip install pyseccomp: without it no engine can be kept from io_uring")
+    return str(Path(found.origin).parent)
 
 
 def make_run_dir() -> None:

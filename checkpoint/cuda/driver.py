@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import enum
+from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 import msgspec
@@ -146,8 +147,11 @@ class RealDriver:
         try:
             return State(int(self._call(self._cuda.cuCheckpointProcessGetState, pid)))
         except DriverError as error:
-            # What the driver says of a process without a context, and of one that is gone.
+            # What the driver says of a process without a context.
             if error.result in ("CUDA_ERROR_INVALID_VALUE", "CUDA_ERROR_NOT_INITIALIZED"):
+                return None
+            # What driver 580.159 says of one that is gone (seen on an H200). Any process that has CUDA keeps its error.
+            if error.result == "CUDA_ERROR_OPERATING_SYSTEM" and not _has_cuda(pid):
                 return None
             raise
 
@@ -194,3 +198,13 @@ def uuid_bytes(uuid: str) -> bytes:
 
 def _text(value: Any) -> str:
     return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def _has_cuda(pid: int) -> bool:
+    """Whether a process has the driver's library mapped. False for one that is gone."""
+    try:
+        return b"/libcuda.so" in Path(f"/proc/{pid}/maps").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    except OSError:
+        return True  # not ours to look into: the driver's error stands

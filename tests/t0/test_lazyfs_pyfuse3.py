@@ -1,0 +1,31 @@
+"""Answers of the pyfuse3 transport out of a mapping."""
+
+import os
+
+import pytest
+
+from lazyfs import transport_pyfuse3
+from lazyfs.service import Span
+
+pytestmark = pytest.mark.t0
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "data"
+    path.write_bytes(os.urandom(300_000))
+    fd = os.open(path, os.O_RDONLY)
+    yield fd, path.read_bytes()
+    os.close(fd)
+
+
+@pytest.mark.parametrize(("offset", "size"), [(0, 300_000), (4096, 131_072), (5000, 200_001), (299_999, 1)])
+def test_a_mapping_holds_the_bytes_of_the_span_wherever_it_begins(file, offset, size):
+    fd, data = file
+    assert transport_pyfuse3._mapped(Span(fd, offset, size)) == data[offset : offset + size]
+
+
+def test_what_cannot_be_made_present_is_an_error_that_the_copying_way_is_taken_for(file, monkeypatch):
+    monkeypatch.setattr(transport_pyfuse3, "_MADV_POPULATE_READ", 9999)
+    with pytest.raises(OSError, match="Invalid argument"):
+        transport_pyfuse3._mapped(Span(file[0], 0, 200_000))

@@ -6,7 +6,8 @@
     python benchmarks/lazyfs.py local --json
 
 "First read" has the mount's page cache cold and the bytes in the backing file's page cache, so that the cost of the file
-system itself is measured and not the disk. Every read is done by a process of its own. Ratios are medians, with the least
+system itself is measured and not the disk. What is not passed through is compared with a server in C, too, that does nothing
+else (fuse_ceiling.c, where there is a C compiler). Every read is done by a process of its own. Ratios are medians, with the least
 and the greatest beside; a local first read is compared with the mean of a raw read right before it and one right after, and
 the cases take turns. Before each measurement (and never between mounting and a first read over a network, which would
 measure what was fetched meanwhile) the machine is given up to 15 s to come to rest; a row says how often it did not.
@@ -32,6 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # This file is called like the package it measures: its own folder must not come first.
 sys.path[:] = [str(ROOT), *[p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]]
 
+from lazyfs import kernel  # noqa: E402
 from lazyfs.api import import_directory, mount  # noqa: E402
 
 sys.path.append(str(Path(__file__).resolve().parent))
@@ -182,16 +184,61 @@ class Bench:
             ("pyfuse3, not passed through, first read", {"transport": "pyfuse3"}, (0.42, 0.24, 0.24)),
         ]
         found: dict[tuple[str, str], list[tuple[float, float]]] = {}
+        program = self._build_ceiling()
+        ceilings = [f"C, {threads}" for threads in ("1 thread", "2 threads")] if program else []
+
+        @contextlib.contextmanager
+        def shown(title: str, more: dict[str, object]) -> Iterator[Path]:
+            if title in ceilings:
+                assert program
+                with self._served_by_c(program, plain, title.split()[1]) as file:
+                    yield file
+            else:
+                with self.mounted(digest, **settings, **more) as where:
+                    yield where / "model.safetensors"
+
+        none = (0.0, 0.0, 0.0)
+        cases += [(title, {}, none) for title in ceilings]
         for _ in range(self.runs):
             for title, more, _ in cases:
                 for how in WAYS:
                     come_to_rest()
                     before = read(plain, how)
-                    with self.mounted(digest, **settings, **more) as where:
-                        speed = read(where / "model.safetensors", how)
+                    with shown(title, more) as file:
+                        speed = read(file, how)
                     raw = (before + read(plain, how)) / 2
                     found.setdefault((title, how), []).append((speed / raw, speed))
         self._rows([(title, targets) for title, _, targets in cases], found)
+        for how in WAYS if ceilings else ():
+            best = max(statistics.median(speed for _, speed in found[title, how]) for title in ceilings)
+            for title, _, _ in cases[1:3]:
+                ours = statistics.median(speed for _, speed in found[title, how])
+                self.row("local", f"{title.split(',')[0]}, of the faster C server: {how}", ours / best, 0, "")
+
+    def _build_ceiling(self) -> Path | None:
+        """The server in C, or None where nothing can compile it."""
+        compiler = shutil.which("cc")
+        if compiler is None:
+            print("local      no C compiler: the ceiling is not measured", flush=True)
+            return None
+        program = self.scratch / "fuse_ceiling"
+        source = Path(__file__).resolve().parent / "fuse_ceiling.c"
+        subprocess.run([compiler, "-O2", "-o", program, source, "-lpthread"], check=True, timeout=LIMIT_S)
+        return program
+
+    @contextlib.contextmanager
+    def _served_by_c(self, program: Path, file: Path, threads: str) -> Iterator[Path]:
+        where = self.scratch / "ceiling"
+        where.mkdir(exist_ok=True)
+        with subprocess.Popen([program, where, file, threads, "splice"], stdout=subprocess.PIPE, text=True) as process:
+            try:
+                assert process.stdout is not None
+                if process.stdout.readline() != "serving\n":
+                    raise RuntimeError("the server in C did not start")
+                kernel.set_read_ahead(str(where), 1020)
+                yield where / "file"
+            finally:
+                kernel.unmount(str(where), lazy=True)
 
     def second(self) -> None:
         """Second reads: what a user's second reader gets (it opens a file that has become complete), and what comes out

@@ -10,7 +10,7 @@ from typing import Any
 import click
 import msgspec
 
-from checkpoint.errors import CheckpointError
+from checkpoint.errors import CheckpointError, Failed, NotFound
 from checkpoint.library import Library
 from checkpoint.manifest import Snapshot
 
@@ -127,10 +127,19 @@ def inspect(name: str, check_here: bool, contents: bool, picture: Path | None, a
 
         inside = reader.inspect(library.path(name), weights=found.weight_areas)
         data["contents"] = msgspec.to_builtins(inside)
-    needed = pictures.shares(library.path(name)) if library.working_set(name).exists() else []
+    needed: list[pictures.ProcessShare] = []
+    state = "not recorded yet; the first restore does"
+    try:
+        needed = pictures.shares(library.path(name))
+    except NotFound:
+        pass  # the first restore records it
+    except Failed as error:
+        state = f"[{error.code}] {error}; the next two restores record it anew"
+        data["working_set_error"] = {"code": error.code, "message": str(error)}
     data["working_set"] = msgspec.to_builtins(needed)
     if picture:
         pictures.draw(library.path(name), picture)
+        click.echo(f"wrote {picture}", err=True)
     if as_json:
         click.echo(json.dumps(data, indent=1))
         return 1 if mismatches else 0
@@ -166,7 +175,7 @@ def inspect(name: str, check_here: bool, contents: bool, picture: Path | None, a
         for line in pictures.render(needed):
             click.echo(line)
     else:
-        click.echo(f"{'working set':<22} not recorded yet; the first restore does")
+        click.echo(f"{'working set':<22} {state}")
     if inside is not None:
         click.echo()
         for line in reader.render(inside):

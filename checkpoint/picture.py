@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from checkpoint.errors import Failed, HostLacks, NotFound
-from checkpoint.pages.images import ProcessImage, process_ids, read_process
+from checkpoint.pages.images import PAGE, ProcessImage, process_ids, read_process
 from checkpoint.pages.workingset import BadWorkingSet, WorkingSet
 
 MB = 1e6
@@ -19,10 +19,11 @@ MB = 1e6
 
 @dataclass(frozen=True)
 class ProcessShare:
-    """Bytes of one process: in the image, needed before the first token, and soon after it."""
+    """Bytes of one process: in the image, of these put in place by CRIU itself, needed before the first token, and soon after it."""
 
     pid: int
     image: int
+    eager: int
     first: int
     later: int
 
@@ -40,7 +41,8 @@ def shares(folder: Path) -> list[ProcessShare]:
             for process, start, end in ranges:
                 if process == pid:
                     parts[index] += sum(high - low for low, high, _ in image.within(start, end))
-        found.append(ProcessShare(pid, (image.lazy_pages + image.eager_pages) * 4096, parts[0], parts[1]))
+        eager = image.eager_pages * PAGE
+        found.append(ProcessShare(pid, image.lazy_pages * PAGE + eager, eager, parts[0], parts[1]))
     return found
 
 
@@ -112,7 +114,7 @@ def draw(folder: Path, path: Path) -> None:
                         linewidth=0.4,
                     )
                 )
-                size = image.lazy_pages * 4096 / MB
+                size = image.lazy_pages * PAGE / MB
                 needed = sum(w for _, w, _, _ in boxes)
                 axis.axvline(first, color="tab:red", linewidth=0.8)
                 axis.set_ylim(0, size)
@@ -137,11 +139,19 @@ def draw(folder: Path, path: Path) -> None:
 def render(found: list[ProcessShare]) -> list[str]:
     """Lines of text for a terminal."""
     total = ProcessShare(
-        0, sum(one.image for one in found), sum(one.first for one in found), sum(one.later for one in found)
+        0,
+        sum(one.image for one in found),
+        sum(one.eager for one in found),
+        sum(one.first for one in found),
+        sum(one.later for one in found),
     )
-    lines = [f"{'working set, MB':<22} {'image':>10}{'first':>10}{'later':>10}{'share':>9}"]
+    lines = [f"{'working set, MB':<22} {'image':>10}{'by CRIU':>10}{'first':>10}{'later':>10}{'share':>9}"]
     for one in [*found, total]:
         name = f"process {one.pid}" if one.pid else "all"
         share = (one.first + one.later) / one.image if one.image else 0.0
-        lines.append(f"{name:<22} {one.image / MB:>10.1f}{one.first / MB:>10.1f}{one.later / MB:>10.1f}{share:>9.1%}")
+        sizes = (one.image, one.eager, one.first, one.later)
+        lines.append(f"{name:<22} {''.join(f'{size / MB:>10.1f}' for size in sizes)}{share:>9.1%}")
+    lines.append(
+        "by CRIU: always put in place first; first, later: needed for the first token, and by the next requests"
+    )
     return lines

@@ -11,6 +11,7 @@ import contextlib
 import filecmp
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -202,6 +203,48 @@ class LazyRestore:
     """Map weights and libraries' data where a view for that was made (checkpoint.mapped); else they are copied like everything."""
 
 
+class Cancellation:
+    """Lets any thread end a restore that another one waits for. Good for one restore, which enters it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._under_way = False
+        self._sandbox: Sandbox | None = None
+        self.error: Failed | None = None
+        """Why it was ended, the first reason."""
+
+    def cancel(self, error: Failed) -> bool:
+        """Have `restore` raise `error` once nothing is left of it, or before it begins. False where none is under way: not yet, or over."""
+        with self._lock:
+            self.error = self.error or error
+            if self._under_way and self._sandbox is not None:
+                self._sandbox.end()
+            return self._under_way
+
+    def __enter__(self) -> None:
+        self.check()
+        with self._lock:
+            self._under_way = True
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._under_way = False
+
+    def check(self, sandbox: Sandbox | None = None) -> None:
+        """Raise where it was cancelled; else note what would have to be ended."""
+        with self._lock:
+            if self.error is not None:
+                raise self.error
+            self._sandbox = sandbox
+
+    def settle(self) -> None:
+        """The last moment to raise: every process runs, and is the owner's to end."""
+        with self._lock:
+            if self.error is not None:
+                raise self.error
+            self._under_way = False
+
+
 @dataclass
 class Restored:
     """A tree that came back. `close` ends it and everything that was made for it."""
@@ -267,6 +310,7 @@ def restore(
     driver: Driver | None = None,
     gpu_pairs: Sequence[tuple[str, str]] = (),
     underway: Callable[[], None] = lambda: None,
+    cancellation: Cancellation | None = None,
 ) -> Restored:
     """Bring a replica back into a new sandbox.
 
@@ -274,9 +318,11 @@ def restore(
     `driver` and `gpu_pairs` (uuid then, uuid now) as in checkpoint.cuda; a snapshot with GPU state is never restored lazily, since the
     driver reads all of it at once. `pipes` maps the snapshot's names (`stdout`, `stderr`) to descriptors for the engine's output.
     The canary is the caller's to check. `underway` is called when CRIU is at work and this process has nothing to do but wait.
+    `cancellation` ends it; the owner cancels when `lazy.on_death` is called, since CRIU would wait for a page for ever.
 
     Raises a CheckpointError; then nothing is left: no process, mount, namespace or file.
     """
+    cancellation = cancellation or Cancellation()
     if snapshot.gpu.processes:
         lazy = None
         if driver is None:
@@ -288,7 +334,7 @@ def restore(
     run_folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     make_run_dir()
     try:
-        with library.in_use(snapshot.name) as folder:
+        with cancellation, library.in_use(snapshot.name) as folder:
             config = SandboxConfig(
                 binds=binds, monotonic_ns=snapshot.monotonic_ns, kernel_facts=criu.kernel_facts(library.home)
             )
@@ -299,14 +345,14 @@ def restore(
             begun = foreseen or early.begin(plan, pipes)
             underway()
             try:
-                restored = _bring_back(begun, config, snapshot, criu, on_exit, lazy)
+                restored = _bring_back(begun, config, snapshot, criu, on_exit, lazy, cancellation)
                 restored.foreseen = foreseen is not None
             except CheckpointError as error:
-                if not foreseen or not lazy:
+                if not foreseen or not lazy or cancellation.error:
                     raise
                 # Begun on what was so the last time; what is wrong now is found by doing it from the start.
                 lazy.on_warning(f"what was begun beforehand failed ({error}); once more, from the start")
-                restored = _bring_back(early.begin(plan, pipes), config, snapshot, criu, on_exit, lazy)
+                restored = _bring_back(early.begin(plan, pipes), config, snapshot, criu, on_exit, lazy, cancellation)
             try:
                 if driver and snapshot.gpu.processes:
                     cuda.resume(driver, processes(restored.sandbox.init_pid), snapshot.gpu, gpu_pairs)
@@ -353,6 +399,7 @@ def _bring_back(
     criu: Criu,
     on_exit: Callable[[int, int], None] | None,
     lazy: LazyRestore | None,
+    cancellation: Cancellation,
 ) -> Restored:
     """Go on with what was begun until every process runs; where that fails, nothing of it is left."""
     began = time.monotonic()
@@ -364,6 +411,7 @@ def _bring_back(
             started, begun.pages = begun.pages, None
             pages = PageServer(*started, work / early.LAZY_PAGES_SOCKET, lazy.on_death, lazy.on_warning, lazy.arriving)
         sandbox = Sandbox(config, on_exit=on_exit, begun=begun)
+        cancellation.check(sandbox)
         up = time.monotonic()
         sandbox.unpacked()
         unpacked = time.monotonic()
@@ -373,11 +421,14 @@ def _bring_back(
         begun.release()
         spans = {"sandbox": up - began, "unpack": unpacked - up, "criu": time.monotonic() - unpacked}
         plan = begun.plan if lazy and not lazy.record and not lazy.arriving else None
+        cancellation.settle()
         return Restored(sandbox, snapshot.root_pid, work, begun.held, spans, pages, plan=plan)
-    except BaseException:
+    except BaseException as error:
         if sandbox:
             sandbox.close()
         if pages:
             pages.close()
         begun.close()
+        if cancellation.error and isinstance(error, CheckpointError) and error is not cancellation.error:
+            raise cancellation.error from error
         raise

@@ -32,6 +32,8 @@ restore takes four seconds longer."""
 DRIFT_FAULTS = 32
 """Faults beside a known working set above which what it missed is added. From a store each of them waits for a chunk of 1 MiB."""
 PAGES_LIMIT_S = 600.0
+COUNTS = ("faults", "stall_s", "bytes_ahead", "bytes_faulted", "bytes_rest", "bytes_zero", "bytes_cold")
+"""What is told of a page server to who watches (checkpoint.pages.stats)."""
 
 
 @dataclass
@@ -47,13 +49,24 @@ class Following:
         self._leaving = threading.Event()
         self._kept = threading.Event()
         self._kept.set()
+        self._pages: PageServer | None = None
+        self._before = dict.fromkeys(COUNTS, 0.0)  # of the restores before this one
 
-    def begin(self, library: Library, snapshot: Snapshot, pages: PageServer) -> None:
-        """Follow a replica that serves now and whose pages are still coming."""
+    def counts(self) -> dict[str, float]:
+        """COUNTS (bytes, seconds) of all restores until now, and `left`, the bytes still to come."""
+        pages = self._pages
+        now = pages.known_stats if pages else {}
+        left = 0.0 if pages is None or pages.ended.is_set() else now.get("left", 0.0)
+        return {name: self._before[name] + now.get(name, 0.0) for name in COUNTS} | {"left": left}
+
+    def begin(self, library: Library, snapshot: Snapshot, pages: PageServer, recording: bool) -> None:
+        """Follow a replica that serves now and whose pages are still coming; `recording` its working set."""
         self._leaving.clear()
         self._kept.clear()
+        self._before |= {name: count for name, count in self.counts().items() if name in COUNTS}
+        self._pages = pages
         threading.Thread(
-            target=self._follow, args=(library, snapshot, pages), name="page-follower", daemon=True
+            target=self._follow, args=(library, snapshot, pages, recording), name="page-follower", daemon=True
         ).start()
 
     def leave(self) -> None:
@@ -61,10 +74,9 @@ class Following:
         self._leaving.set()
         self._kept.wait(LEAVE_WAIT_S)
 
-    def _follow(self, library: Library, snapshot: Snapshot, pages: PageServer) -> None:
+    def _follow(self, library: Library, snapshot: Snapshot, pages: PageServer, recording: bool) -> None:
         """The rest of the pages waits for the first token, so as not to compete with it."""
         known = library.working_set(snapshot.name)
-        recording = not known.exists()
         # While a working set is recorded, page by page, the first answer takes seconds; it belongs into the first part all the same.
         self._wait_served(1, FIRST_ANSWER_WAIT_S * (10 if recording else 1))
         early = pages.stats()
@@ -74,7 +86,8 @@ class Following:
         placing_s = early.get("hot_done_s", 0.0) - early.get("first_placed_s", 0.0)
         rates.remember(library.home, early.get("bytes_ahead", 0.0), placing_s, gpu=False)
         self._wait_served(WORKING_SET_REQUESTS, WORKING_SET_WAIT_S)
-        drifted = not recording and pages.stats().get("faults_missed", 0) > DRIFT_FAULTS
+        # One that was damaged is gone by now, and what it missed is not all that it named.
+        drifted = not recording and known.exists() and pages.stats().get("faults_missed", 0) > DRIFT_FAULTS
         # One that ends before the first answer is none.
         save = (recording or drifted) and self.served() > 0
         pages.requests_done(save=known if save else None)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import signal
 import threading
 import time
@@ -25,10 +24,10 @@ from checkpoint.criu import Criu
 from checkpoint.errors import Busy, CheckpointError, Failed, HostLacks, Incompatible, Integrity
 from checkpoint.library import Library
 from checkpoint.manifest import Snapshot
-from checkpoint.sandbox import CACHE_DIR, Bind, Sandbox, SandboxConfig
+from checkpoint.sandbox import CACHE_DIR, Bind, Sandbox
 from launchers import control
-from launchers.bare import BareProcess, free_port
-from launchers.base import ENGINE_SITE, INNER_PORT, Engine, Probe
+from launchers.bare import BareProcess
+from launchers.base import ENGINE_SITE, Engine, Probe
 from launchers.client import Client
 from launchers.engine_site import engine_site
 from launchers.errors import EngineFailed, LauncherError
@@ -38,6 +37,7 @@ from plugin.layers import Layers
 from plugin.output import Output
 from plugin.phases import Phase, PhaseTracker, Span
 from plugin.remote import Fetching
+from plugin.running import Running
 from plugin.settings import LaunchSettings
 from plugin.weights import Weights
 
@@ -46,30 +46,12 @@ if TYPE_CHECKING:
     from checkpoint.cuda.helper import Helper
     from checkpoint.identity import Here
     from checkpoint.identity import Identity as IdentityRecord
-    from plugin.compile_cache import CompileCache
 
 log = logging.getLogger("quickthaw")
+UNWIND_LIMIT_S = 15.0
+"""How long a stop waits for a restore that it has cut short: a page server that does not answer is killed after 5 s."""
 NVIDIA = Path("/dev/nvidiactl")
 Place = Sandbox | BareProcess
-
-
-@dataclass
-class Running:
-    """An engine that runs somewhere, and how to reach it."""
-
-    place: Place
-    pid: int
-    port: int
-    client: Client
-    outputs: dict[str, Output]
-    restored: snapshots.Restored | None = None
-
-    def close(self) -> None:
-        """End it and everything made for it."""
-        if self.restored:
-            self.restored.close()
-        else:
-            self.place.close()
 
 
 @dataclass
@@ -107,6 +89,10 @@ class Replica:
         self._expected_end = False
         self._stopped = False
         self._lazy_works = True
+        self._restoring = snapshots.Cancellation()
+        self.lost = ""
+        """Why the pages of the restored engine will not all come, where that is so: it is ended for it."""
+        self._losses, self._lazily = 0, False
         self._fetching = Fetching(self.settings)
         self._following = Following(self._fetching, lambda: self.served(), lambda: self.running is not None)
         self._cuda: Helper | None = None
@@ -164,20 +150,24 @@ class Replica:
         """Restore where there is something to restore; whether the replica serves. Raises only where a cold start may not follow."""
         self.refused = None
         name = self.restorable()
-        ways = ((True, False) if self.settings.lazy_restore and self._lazy_works else (False,)) if name else ()
+        # After pages were lost, once the plain way: what ended the page server may end the next one.
+        lazy_first = self.settings.lazy_restore and self._lazy_works and not self.lost
+        ways = ((True, False) if lazy_first else (False,)) if name else ()
         for lazy in ways:
             assert name is not None
             try:
                 self._restore(name, lazy)
                 return True
-            except (CheckpointError, LauncherError) as error:
+            except (CheckpointError, LauncherError) as failure:
+                # Whatever it answered, or did not, after that: not the snapshot's fault.
+                error = Failed("pages-lost", self.lost) if self.lost else failure
                 if self._stopped:
                     self._clear()
                     raise
                 again = lazy and not isinstance(error, Incompatible | Integrity | HostLacks | Busy)
                 self._restore_failed(name, error, again)
                 if again:
-                    self._lazy_works = False
+                    self._lazy_works = bool(self.lost)
                     continue
                 if self.settings.strict or self.settings.named:
                     raise
@@ -277,6 +267,7 @@ class Replica:
     def _restore(self, name: str, lazy: bool) -> None:
         assert self.criu is not None
         began = time.monotonic()
+        self.lost = ""
         self._mounting()
         snapshot = self.library.load(name)
         if self.settings.trust_keys and not self._fetching.unfinished:
@@ -289,13 +280,16 @@ class Replica:
             threading.Thread(target=self.weights.mount, name="weights", daemon=True).start()
         mounted = self.weights.mounted()
         place = self._model_place(snapshot)
-        binds = self._binds(mounted, place)
+        binds = self.binds(mounted, place)
         self.spans = {"identity": time.monotonic() - began}
+        self._restoring = snapshots.Cancellation()
+        self._fetching.watch(self._pages_lost)
         self.tracker.to(Phase.RESTORING)
         outputs = {
             "stdout": Output(self.stdout, pipe=early.pipe("stdout")),
             "stderr": Output(self.stderr, pipe=early.pipe("stderr")),
         }
+        later = self._lazy(name) if lazy else None
         try:
             if not self._fetching.ready(lazy, snapshot):
                 self._verify(name, snapshot)
@@ -307,11 +301,12 @@ class Replica:
                 binds,
                 self.compile_cache(),
                 {stream: output.write_fd for stream, output in outputs.items()},
-                on_exit=self._ended,
-                lazy=self._lazy(name) if lazy else None,
+                on_exit=self.ended,
+                lazy=later,
                 driver=self.driver(),
                 gpu_pairs=self._gpu_pairs(recorded),
                 underway=self.underway.set,
+                cancellation=self._restoring,
             )
         finally:
             for output in outputs.values():
@@ -322,7 +317,7 @@ class Replica:
         sandbox = restored.sandbox
         client = Client(lambda: sandbox.connect(snapshot.port), self.settings.command.api_key)
         self._now_running(Running(sandbox, restored.root_pid, snapshot.port, client, outputs, restored))
-        self._fetching.watch(self._pages_lost)
+        self._check_pages()
         self.tracker.to(Phase.WAKING)
         control.tell(sandbox.init_pid, control.WAKE)
         if snapshot.weights == "thin" and mounted is None:
@@ -338,7 +333,7 @@ class Replica:
         if restored.plan and not self.settings.trust_keys:
             early.note(restored.plan)
         if restored.pages:
-            self._following.begin(self.library, snapshot, restored.pages)
+            self._following.begin(self.library, snapshot, restored.pages, recording=bool(later and later.record))
         else:
             rates.remember(
                 self.settings.home, snapshot.image_bytes, restored.spans["criu"], bool(snapshot.gpu.processes)
@@ -364,6 +359,7 @@ class Replica:
     # Pages that come later
 
     def _lazy(self, name: str) -> snapshots.LazyRestore:
+        self._lazily = True
         known = self.library.working_set(name)
         recorded = known.exists()
         return snapshots.LazyRestore(
@@ -375,13 +371,39 @@ class Replica:
         )
 
     def _pages_lost(self, reason: str) -> None:
-        """The page server died, or pages will not come: what faults now would wait for ever. End the replica; it comes back another way."""
-        self._lazy_works = False
+        """The page server died, or pages will not come: what faults now would wait for ever. End the replica; it comes back another way.
+
+        Any thread, at any moment of a restore or after it. All processes at once: those that outlive the first would run into its end.
+        """
+        self._losses += not self.lost
+        # Before it looks for the replica: the restore looks in the other order (_check_pages).
+        self.lost = self.lost or reason
+        self._restoring.cancel(Failed("pages-lost", reason))
         running = self.running
-        if running:
+        if running is None or running.restored is None:
+            return
+        if self.tracker.phase is Phase.SERVING:
             log.warning("%s; ending the replica and bringing it back another way", reason)
-            with contextlib.suppress(CheckpointError, OSError):
-                running.place.signal(running.pid, signal.SIGKILL)
+        with contextlib.suppress(CheckpointError, OSError):
+            running.restored.sandbox.signal(-1, signal.SIGKILL)
+
+    def pages_coming(self) -> bool:
+        """Whether pages of the engine that runs are still to come."""
+        restored = self.running.restored if self.running else None
+        return bool(restored and restored.pages and not restored.pages.complete.is_set())
+
+    def pages_lost(self) -> bool:
+        """Whether the last restore was ended since pages would not come (`lost` says why)."""
+        return bool(self.lost)
+
+    def page_counts(self) -> dict[str, float]:
+        """What the page servers of all restores have counted (Following.counts), and how often pages were `lost`; empty without any."""
+        return {**self._following.counts(), "lost": self._losses} if self._lazily else {}
+
+    def _check_pages(self) -> None:
+        """Raise Failed where the pages were lost before this replica was known to run."""
+        if self.lost:
+            raise Failed("pages-lost", self.lost)
 
     def driver(self) -> Driver | None:
         """The CUDA driver's checkpoint calls, where this host has an NVIDIA device; one helper process for the life of this replica."""
@@ -457,55 +479,23 @@ class Replica:
     # Cold start
 
     def _cold(self) -> None:
+        from plugin import cold
+
         early.discard()
         prefork.settled()
+        self.lost = ""
         self.underway.set()
         self._mounting()
-        cache = self._kept_cache()
+        cache = cold.kept_cache(self)
         if cache:
             cache.pull()
         mounted = None if self.layers.mount or not self.settings.mount else self.weights.mount()
         self.tracker.to(Phase.STARTING)
-        outputs = {"stdout": Output(self.stdout), "stderr": Output(self.stderr)}
-        sandboxed = not self.layers.sandbox
-        site = engine_site(self.settings.home, Path(__file__).parent / "engine")
-        folder = self.compile_cache()
-        place: Place
-        if sandboxed:
-            facts = self.criu.kernel_facts(self.settings.home) if self.criu else None
-            binds = self._binds(mounted, self.weights.shown_at if mounted else "")
-            place = Sandbox(SandboxConfig(binds=binds, kernel_facts=facts), on_exit=self._ended)
-            port = INNER_PORT
-        else:
-            place = BareProcess(on_exit=self._ended)
-            port = free_port()
-        environment = self.engine.environment(
-            {k: v for k, v in self.settings.environment.items() if k not in self.settings.scrub_env},
-            self.settings.command,
-            sandboxed=sandboxed,
-            site=ENGINE_SITE if sandboxed else str(site),
-            cache=CACHE_DIR if sandboxed else str(folder),
-        )
-        command = self.settings.command
-        if sandboxed and taking.on_gpu(self):
-            extra = self.engine.gpu_arguments(command, self.identity.engine.packages)
-            command = replace(command, arguments=(*command.arguments, *extra))
-        self.command = command
-        argv = self.engine.command(self.settings.engine_python, command, "127.0.0.1", port)
-        client = Client(lambda: place.connect(port), self.settings.command.api_key)
-        try:
-            pid = place.start(argv, environment, os.getcwd(), outputs["stdout"].write_fd, outputs["stderr"].write_fd)
-        except (CheckpointError, LauncherError) as error:
-            place.close()
-            raise LauncherError(
-                "engine-not-started", f"{error}; give the engine's interpreter with --engine-python"
-            ) from error
-        finally:
-            for output in outputs.values():
-                output.handed_over()
-        self._now_running(Running(place, pid, port, client, outputs))
+        running = cold.begin(self, mounted)
+        self._now_running(running)
         self.tracker.to(Phase.LOADING)
-        probe = Probe(lambda: place.exit_code(pid), lambda: self._last_words(outputs), self.settings.start_timeout_s)
+        place, pid, client = running.place, running.pid, running.client
+        probe = Probe(lambda: place.exit_code(pid), running.last_words, self.settings.start_timeout_s)
         self.engine.wait_ready(client, probe, lambda: None)
         self.tracker.to(Phase.WARMING)
         cold_s = sum(span.took_s for span in self.this_start())
@@ -513,7 +503,7 @@ class Replica:
         if isinstance(place, Sandbox) and taking.wanted(self):
             # Without a snapshot to warm for, those who wait are served at once, as the engine alone would serve them.
             self.engine.warm_up(client, self.settings.command)
-            taking.take(self, place, pid, port, outputs, client, cold_s)
+            taking.take(self, place, pid, running.port, running.outputs, client, cold_s)
         self._serve()
         if cache:
             cache.push_later()
@@ -524,11 +514,6 @@ class Replica:
         starts = [index for index, span in enumerate(spans) if span.phase is Phase.MOUNTING]
         return spans[starts[-1] :] if starts else spans
 
-    @staticmethod
-    def _last_words(outputs: dict[str, Output]) -> str:
-        words = outputs["stderr"].last()
-        return outputs["stdout"].last() if words.startswith("(") else words
-
     # Common parts
 
     def _serve(self) -> None:
@@ -537,27 +522,13 @@ class Replica:
             raise EngineFailed("engine-died", "the engine ended just before it served; see its log")
         self.tracker.to(Phase.SERVING)
 
-    def _kept_cache(self) -> CompileCache | None:
-        """The archive of compiled code in the snapshot store, where one is given; None else, or where it may not be believed."""
-        url = self.settings.snapshot_store
-        if url is None:
-            return None
-        try:
-            name = self.identity.compile_cache
-        except CheckpointError as error:
-            log.warning("compile cache not used: %s", error)
-            return None
-        from plugin.compile_cache import CompileCache
-
-        return CompileCache(self.compile_cache(), url, name, believed=not self.settings.trust_keys)
-
     def compile_cache(self) -> Path:
         folder = self.settings.home / "compile" / self.settings.engine
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         (folder / "tmp-inductor").mkdir(mode=0o700, exist_ok=True)
         return folder
 
-    def _binds(self, mounted: Path | None, place: str) -> list[Bind]:
+    def binds(self, mounted: Path | None, place: str) -> list[Bind]:
         """What the sandbox shows of the host; the model at `place`, where the engine reads it."""
         binds = [
             Bind(self.compile_cache(), Path(CACHE_DIR), read_only=False),
@@ -570,7 +541,7 @@ class Replica:
             binds.append(Bind(self.weights.path.absolute(), Path(place)))
         return binds
 
-    def _ended(self, pid: int, code: int) -> None:
+    def ended(self, pid: int, code: int) -> None:
         """The engine's root process ended (called from the sandbox's thread)."""
         self.exit_code = code
         if self.tracker.phase is Phase.SERVING and not self._expected_end and self.on_death:
@@ -595,6 +566,9 @@ class Replica:
     def stop(self, grace_s: float | None = None) -> int:
         """End the engine as its own operator would: SIGTERM, up to `grace_s` seconds, then the sandbox goes. Its exit code."""
         self._expected_end = self._stopped = True
+        cut_short = self._restoring.cancel(Failed("stopped", "told to stop while the engine started"))
+        if cut_short and self._starting.acquire(timeout=UNWIND_LIMIT_S):  # until nothing is left of it
+            self._starting.release()
         running = self.running
         code: int | None = self.exit_code
         if running:
@@ -610,7 +584,9 @@ class Replica:
             self._cuda = None
         if self.tracker.phase is not Phase.STOPPED:
             self.tracker.to(Phase.STOPPED)
-        return -signal.SIGKILL if code is None else code
+        if code is None:
+            code = -signal.SIGKILL if running else -signal.SIGTERM
+        return code
 
     def sleep(self) -> None:
         """End the engine because nobody needs it; its snapshot brings it back."""

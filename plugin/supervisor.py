@@ -210,7 +210,9 @@ class Launch:
         now = time.monotonic()
         self._deaths = [at for at in self._deaths if now - at < 60.0] + [now]
         how = f"signal {-code}" if code < 0 else f"code {code}"
-        replica.tracker.to(Phase.FAILED, f"engine-died: it ended with {how}")
+        replica.tracker.to(
+            Phase.FAILED, f"pages-lost: {replica.lost}" if replica.lost else f"engine-died: it ended with {how}"
+        )
         if self._ending.is_set():
             return
         if len(self._deaths) > RESTARTS_IN_A_MINUTE:
@@ -220,7 +222,10 @@ class Launch:
             self.exit_code = _shell_code(code)
             self.end()
             return
-        log.warning("the engine ended with %s while it served; starting it again", how)
+        if replica.lost:
+            log.warning("its pages were lost while it served; bringing it back the plain way")
+        else:
+            log.warning("the engine ended with %s while it served; starting it again", how)
         replica._clear()
         self._start_one(replica)
 
@@ -261,6 +266,7 @@ class Launch:
         for index, replica in enumerate(self.replicas):
             behind = pool.add(f"r{index}", replica.tracker, Upstream(self._connector(replica), f"r{index}"))
             replica.served = self._counter(behind)
+            behind.coming, behind.lost, behind.pages = replica.pages_coming, replica.pages_lost, replica.page_counts
             replica.expects = pool.expects
             replica.recall = self._recaller(pool, behind.name)
         denied = self.replicas[0].engine.denied_paths - self._opened_by_user()

@@ -163,6 +163,10 @@ class Started:
             assert self.process.poll() is None, self.text()[-3000:]
             return []
 
+    def get(self, path):
+        """Any page's text, or decoded JSON."""
+        return call(self.port, "GET", path)[1]
+
     def phases(self):
         return [[span["phase"] for span in replica["timeline"]] for replica in self.status()]
 

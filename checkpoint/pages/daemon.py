@@ -18,6 +18,7 @@ Why it cannot corrupt:
 from __future__ import annotations
 
 import array
+import contextlib
 import json
 import os
 import select
@@ -124,7 +125,12 @@ class Daemon:
             return WorkingSet()
         try:
             return WorkingSet.load(path)
-        except (BadWorkingSet, OSError) as error:
+        except BadWorkingSet as error:
+            self.tell(event="warning", message=f"{error}; restoring without it, and the next restore records it anew")
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+            return WorkingSet()
+        except OSError as error:
             self.tell(event="warning", message=f"{error}; restoring without it")
             return WorkingSet()
 

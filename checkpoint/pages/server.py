@@ -9,9 +9,9 @@
     server.wait_complete(60)
 
 One server process for all replicas that are being restored with one run folder: what is started here serves, or hands over to who
-serves already (checkpoint.pages.host). Should that one die, or fail, while pages are missing, `on_death` is called at once: the owner must
-kill the sandbox, since its faults wait for ever (this object holds the userfaultfds, so that they do not read zeros instead), and restore
-the plain way.
+serves already (checkpoint.pages.host). Should that one die, or fail, while pages are missing, `on_death` is called at once, or after 10 s
+where it is there and does not answer (stopped, or stuck). Then the owner must kill the sandbox, since its faults wait for ever (this object
+holds the userfaultfds, so that they do not read zeros instead), and restore the plain way.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ from checkpoint import prefork
 
 REST_BYTES_PER_S = 800e6
 FIRST_TOKEN_TIMEOUT_S = 60.0
+_ASK_EVERY_S = 1.0
+_UNANSWERED = 10
 # How long who said that nothing is left to serve, or was killed, may take to be gone.
 _END_S = 1.0
 
@@ -113,6 +115,7 @@ class PageServer:
         """Set when nobody serves this replica any more, for whatever reason; a process that served it alone is gone then."""
         self._reader = threading.Thread(target=self._read, name="page-server-reader", daemon=True)
         self._reader.start()
+        threading.Thread(target=self._watch, name="page-server-watch", daemon=True).start()
         if arriving:
             arriving.listen(self.arrived)
 
@@ -226,20 +229,52 @@ class PageServer:
         except subprocess.TimeoutExpired:
             return None
 
+    def _watch(self) -> None:
+        """Ask it every second; who does not answer ten times has stopped for good. Counted in questions: this process may have been
+        stopped as well."""
+        unanswered = 0
+        while not self.ended.wait(0 if unanswered else _ASK_EVERY_S) and not self._closing:
+            unanswered = 0 if self._asked(_ASK_EVERY_S) else unanswered + 1
+            if unanswered == _UNANSWERED:
+                self._failure = f"it has not answered for {_UNANSWERED * _ASK_EVERY_S:.0f} s"
+                self._kill_own()
+                self._cut()
+                return
+
+    def _kill_own(self) -> None:
+        """One that does not answer is of no use to anybody else it may serve, whose owners are told by its death."""
+        if self._server_pid in (0, self._process.pid):
+            self._process.kill()
+
+    def _cut(self) -> None:
+        """End the reader: nothing more is heard."""
+        with contextlib.suppress(OSError):
+            self._control.shutdown(socket.SHUT_RDWR)
+
     # Asking
+
+    def _asked(self, timeout_s: float) -> bool:
+        """Whether it has answered, or has nothing left to answer for; its counts are known then."""
+        with self._answered:
+            before = self._answers
+            with contextlib.suppress(OSError):  # it is gone, or its queue is full since it reads nothing
+                self._control.send(b'{"op": "stats"}', socket.MSG_DONTWAIT)
+            return self._answered.wait_for(
+                lambda: self._answers > before or self.complete.is_set() or self.ended.is_set(), timeout_s
+            )
+
+    @property
+    def known_stats(self) -> dict[str, float]:
+        """The counts as they were last told, at most about a second ago; without waiting (see stats)."""
+        return dict(self._stats)
 
     def stats(self, timeout_s: float = 1.0) -> dict[str, float]:
         """Counts of this restore, bytes and seconds: faults, stall_s, bytes_ahead, bytes_faulted, bytes_rest, bytes_zero, bytes_cold, …
 
         The last known ones when the server has gone or does not answer in time.
         """
-        with self._answered:
-            before = self._answers
-            self._tell(op="stats")
-            self._answered.wait_for(
-                lambda: self._answers > before or self.complete.is_set() or self.ended.is_set(), timeout_s
-            )
-            return dict(self._stats)
+        self._asked(timeout_s)
+        return dict(self._stats)
 
     def wait_saved(self, timeout_s: float) -> bool:
         """Wait until a `requests_done(save=…)` has written its file; False when it has not within `timeout_s`."""
@@ -263,12 +298,10 @@ class PageServer:
         with contextlib.suppress(OSError):
             self._control.shutdown(socket.SHUT_WR)
         if not self.ended.wait(timeout_s):
-            # It is stopped, or stuck: of no use to anybody else it may serve, whose owners are told by its death.
+            self._kill_own()
             if self._server_pid in (0, self._process.pid):
-                self._process.kill()
                 self._exit_code(timeout_s)
-            with contextlib.suppress(OSError):
-                self._control.shutdown(socket.SHUT_RDWR)
+            self._cut()
         self._reader.join(timeout_s)
         with self._lock:
             fds, self._spaces = list(self._spaces.values()), {}

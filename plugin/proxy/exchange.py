@@ -3,7 +3,8 @@
 Promises: nothing is written before the replica's own status line, unless the stream was started early; once anything
 has been
 written the answer is this replica's or it is cut, never another's; a cut answer closes the client's connection, so it
-cannot pass for whole. The answer of a request that runs ahead of its replica's check is kept back until that is passed.
+cannot pass for whole. The answer of a request that runs ahead of its replica's check is kept back until that is passed;
+`cautious` ones, which may have to be asked again, until their body has begun (a stream) or is there (an answer of known length).
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ class Exchange:
     __slots__ = (
         "answered",
         "back",
+        "cautious",
         "chunked",
         "client",
         "close_after",
@@ -60,7 +62,7 @@ class Exchange:
         self.chunked = False
         self.close_after = not request.keep_alive or request.upgrade is not None
         self.tunnel = False
-        self.withheld = False
+        self.withheld = self.cautious = False
         self.status = 0
         self.answered = False  # whether anything of the body has come
         self.first_byte = 0.0
@@ -86,7 +88,7 @@ class Exchange:
         self.chunked = not length_known and request.http11
         if not request.http11:
             self.close_after = True
-        self.head_sent = not self.withheld
+        self.head_sent = not (self.withheld or self.cautious)
         self.out.append(
             wire.response_head(
                 status,
@@ -107,6 +109,12 @@ class Exchange:
             self.out.append(wire.chunk(data))
         else:
             self.out.append(data)
+        if self.cautious and (self.chunked or sum(map(len, self.out)) > _WITHHELD_BYTES):
+            self._commit()
+
+    def _commit(self) -> None:
+        """No caution any more: what has come is the client's."""
+        self.cautious, self.head_sent = False, not self.withheld
 
     def flush(self) -> None:
         """Write what one read brought."""
@@ -114,7 +122,7 @@ class Exchange:
         if self.withheld:
             if self.back is not None and sum(map(len, out)) > _WITHHELD_BYTES:
                 self.back.pause(True)
-        elif out:
+        elif out and not self.cautious:
             data = out[0] if len(out) == 1 else b"".join(out)
             out.clear()
             self.written += len(data)
@@ -138,11 +146,13 @@ class Exchange:
             self.done.exception()  # seen: a replica that fails its check breaks its connections
         self.done = self.done.get_loop().create_future()
         self.out.clear()
-        self.withheld = self.chunked = self.answered = False
+        self.withheld = self.cautious = self.chunked = self.answered = False
         self.status, self.first_byte, self.replica_name = 0, 0.0, ""
 
     def end(self, trailers: list[wire.Field]) -> None:
         """The answer is complete."""
+        if self.cautious:
+            self._commit()
         if self.early is not None:
             self.early.end()
         elif self.chunked:

@@ -12,6 +12,13 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 
 from plugin.phases import Phase
 
+_SOURCES = {
+    "ahead": "bytes_ahead",
+    "fault": "bytes_faulted",
+    "rest": "bytes_rest",
+    "zero": "bytes_zero",
+    "disk": "bytes_cold",
+}
 _P = "quickthaw_proxy_"
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -70,6 +77,33 @@ class _Document:
                 for of, seconds in took.items():
                     last.add_metric([name, kind, str(of)], seconds)
         yield from (held, outstanding, phase, wakes, sleeps, failed, last)
+        yield from self._pages([(pool["name"], replica) for pool in pools for replica in pool["replicas"]])
+
+    @staticmethod
+    def _pages(replicas: list[tuple[str, dict[str, Any]]]) -> Iterator[Metric]:
+        """What the page servers of restored replicas did (checkpoint.pages)."""
+        of = ["pool", "replica"]
+        faults = CounterMetricFamily("quickthaw_page_faults", "Faults on pages not yet in place.", labels=of)
+        stall = CounterMetricFamily("quickthaw_page_stall_seconds", "Time that those faults waited.", labels=of)
+        lost = CounterMetricFamily(
+            "quickthaw_pages_lost", "Restores ended since their pages would not all come.", labels=of
+        )
+        left = GaugeMetricFamily("quickthaw_pages_left_bytes", "What is still to be put in place.", labels=of)
+        size = CounterMetricFamily(
+            "quickthaw_page_bytes",
+            "Bytes put in place: ahead of faults, by a fault, the rest, zeros; disk: of all these, read from a disk.",
+            labels=[*of, "source"],
+        )
+        for pool, replica in replicas:
+            if counts := replica["pages"]:
+                who = [pool, replica["name"]]
+                faults.add_metric(who, counts["faults"])
+                stall.add_metric(who, counts["stall_s"])
+                lost.add_metric(who, counts["lost"])
+                left.add_metric(who, counts["left"])
+                for source, name in _SOURCES.items():
+                    size.add_metric([*who, source], counts[name])
+        yield from (faults, stall, size, left, lost)
 
 
 def _histogram(name: str, text: str, data: dict[str, Any]) -> HistogramMetricFamily:

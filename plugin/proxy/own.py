@@ -45,7 +45,7 @@ def pool_document(pool: ReplicaPool) -> dict[str, Any]:
             "kind": progress.kind,
             "elapsed_s": round(progress.elapsed_s, 3),
             "expected_s": round(progress.expected_s, 3),
-            "left_s": round(progress.left_s, 3),
+            "left_s": 0.0 if progress.phase is Phase.SERVING else round(progress.left_s, 3),
         },
         "last_failure": None if failure is None else {"code": failure.code, "message": failure.message},
         "starts": {
@@ -62,6 +62,7 @@ def pool_document(pool: ReplicaPool) -> dict[str, Any]:
                 "outstanding": replica.outstanding,
                 "served": replica.served,
                 "held_back": replica.held_back,
+                "pages": {name: round(value, 6) for name, value in replica.pages().items()},
                 "timeline": [
                     {"phase": s.phase, "at_s": round(s.at_s, 4), "took_s": round(s.took_s, 4)} for s in replica.spans
                 ],

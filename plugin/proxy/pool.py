@@ -138,7 +138,9 @@ class ReplicaPool:
         """Add a replica; it gets requests whenever its tracker says serving."""
         replica = Replica(name, tracker, upstream)
         if tracker.phase is not Phase.IDLE:
-            replica.note(Phase.IDLE, tracker.phase)
+            replica.catch_up()
+            if tracker.phase is Phase.SERVING and replica.start_kind is not None:
+                self.history.record(replica.start_kind, replica.start_age_s, replica.spans)
         self.replicas[name] = replica
         tracker.listen(lambda old, new, reason: self._heard(replica, old, new, reason))
         if self._loop is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from plugin.phases import Phase, PhaseTracker, Span
@@ -46,6 +47,12 @@ class Replica:
         """While a restored replica is compared with its snapshot: done when that has ended, or requests that run ahead are
         taken back.
         """
+        self.coming: Callable[[], bool] = lambda: False
+        """Whether pages of it are still to come from a page server: then it may be ended under its requests (`lost`)."""
+        self.lost: Callable[[], bool] = lambda: False
+        """Whether its owner ended it since pages did not come."""
+        self.pages: Callable[[], dict[str, float]] = dict
+        """What its page servers have counted so far (plugin.following); empty where it never had one."""
         self._phases: list[Phase] = []
         self._began = time.monotonic()
         self._skip = 0
@@ -61,6 +68,16 @@ class Replica:
         self._phases.append(new)
         if new is Phase.SERVING:
             self.over = True
+
+    def catch_up(self) -> None:
+        """Follow a start that began, and may have ended, before anybody listened."""
+        phase, spans = self.tracker.phase, self.tracker.timeline
+        old = Phase.IDLE
+        for new in (*(span.phase for span in spans), phase):
+            self.note(old, new)
+            old = new
+        in_phase = 0.0 if phase is Phase.SERVING else self.tracker.seconds_in_phase
+        self._began = time.monotonic() - in_phase - sum(span.took_s for span in spans)
 
     @property
     def spans(self) -> tuple[Span, ...]:

@@ -6,7 +6,8 @@ signals and calls `shutdown`. `serve` is the same as one coroutine.
 
 Promises: every request that was read gets exactly one answer, or its connection is cut; a request is written to a
 replica at most once,
-and written anew only after a connection that could not be made, or where it ran ahead of a check (`_run_ahead`).
+and written anew only after a connection that could not be made, where it ran ahead of a check (`_run_ahead`), or where
+the replica was ended for pages that will not come (`_forward`).
 """
 
 from __future__ import annotations
@@ -290,8 +291,9 @@ class ProxyServer:
                 back = await self._connection(pool, replica)
                 if back is not None and client.transport is not None and not client.transport.is_closing():
                     exchange.replica_name = replica.name
-                    await self._forward(client, request, exchange, replica, back)
-                    return
+                    if await self._forward(client, request, exchange, replica, back):
+                        return
+                    continue
                 if back is not None:
                     back.abort()
                     raise asyncio.CancelledError
@@ -350,10 +352,31 @@ class ProxyServer:
 
     async def _forward(
         self, client: ClientConnection, request: Request, exchange: Exchange, replica: Replica, back: BackConnection
-    ) -> None:
-        """Write the request once, and see its answer through."""
+    ) -> bool:
+        """Write the request once, and see its answer through.
+
+        False where it had none: the owner has ended the replica, whose pages would not come (the page server died). Nothing reached the
+        client then, and the request waits for it to have come back another way. Only for what generates, as in _run_ahead.
+        """
+        again = (
+            replica.coming()
+            and request.complete
+            and request.http11
+            and exchange.early is None
+            and request.path in GENERATIONS
+        )
+        body = bytes(request.body) if again else b""
+        exchange.cautious = again
         self._write(client, request, exchange, replica, back)
-        await self._see_through(exchange, replica)
+        try:
+            await self._see_through(exchange, replica)
+        except UpstreamFault:
+            if not again or exchange.head_sent or not replica.lost() or client.gone():
+                raise
+            exchange.forget()
+            self.buffered += request.put_back(body)
+            return False
+        return True
 
     @staticmethod
     async def _see_through(exchange: Exchange, replica: Replica) -> None:

@@ -231,5 +231,13 @@ def note(plan: Plan) -> None:
             old.unlink(missing_ok=True)
 
 
+def forget(run: Path, snapshot: Path) -> None:
+    """Remove the plans of a snapshot that is gone, whatever command line they are for."""
+    for path in run.glob("next-*.json"):
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            if json.loads(path.read_bytes())["plan"]["snapshot"] == str(snapshot):
+                path.unlink()
+
+
 def _boot() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import msgspec
 
-from checkpoint import manifest
+from checkpoint import early, manifest
 from checkpoint.aside import aside
 from checkpoint.errors import Busy, Failed, NotFound
 from checkpoint.manifest import Snapshot
@@ -123,6 +123,7 @@ class Library:
     def _forget(self, name: str) -> None:
         """Remove what was learned about a snapshot that is gone."""
         self._health_file(name).unlink(missing_ok=True)
+        early.forget(self.home / "run", self.path(name))
 
     @contextlib.contextmanager
     def writing(self, name: str) -> Iterator[Path]:

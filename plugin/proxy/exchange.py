@@ -128,10 +128,12 @@ class Exchange:
             self.written += len(data)
             self.client.write(data)
 
-    def let_go(self) -> None:
-        """Write what was withheld; from here on as usual."""
+    def let_go(self, cautious: bool = False) -> None:
+        """Write what was withheld, or where `cautious` what may be written of it; from here on as usual."""
         self.withheld = False
-        if self.status:
+        begun = self.answered and (self.chunked or sum(map(len, self.out)) > _WITHHELD_BYTES)
+        self.cautious = cautious and not begun and not self.done.done()
+        if self.status and not self.cautious:
             self.head_sent, self.first_byte = True, time.monotonic()
         self.flush()
         if self.back is not None and not self.client.writing_paused:

@@ -356,22 +356,27 @@ class ProxyServer:
         """Write the request once, and see its answer through.
 
         False where it had none: the owner has ended the replica, whose pages would not come (the page server died). Nothing reached the
-        client then, and the request waits for it to have come back another way. Only for what generates, as in _run_ahead.
+        client then, and the request waits for it to have come back another way.
         """
-        again = (
-            replica.coming()
-            and request.complete
-            and request.http11
-            and exchange.early is None
-            and request.path in GENERATIONS
-        )
-        body = bytes(request.body) if again else b""
-        exchange.cautious = again
+        exchange.cautious = self._may_be_lost(request, exchange, replica)
+        body = bytes(request.body) if exchange.cautious else None
         self._write(client, request, exchange, replica, back)
+        return await self._answered(client, request, exchange, replica, body)
+
+    @staticmethod
+    def _may_be_lost(request: Request, exchange: Exchange, replica: Replica) -> bool:
+        """Whether a request may have to be asked again, and can be: only what generates, which leaves nothing behind in an engine."""
+        whole = request.complete and request.http11 and exchange.early is None
+        return replica.coming() and whole and request.path in GENERATIONS
+
+    async def _answered(
+        self, client: ClientConnection, request: Request, exchange: Exchange, replica: Replica, body: bytes | None
+    ) -> bool:
+        """Whether it was answered; False where its replica was ended for pages that will not come, and `body` can be sent again."""
         try:
             await self._see_through(exchange, replica)
         except UpstreamFault:
-            if not again or exchange.head_sent or not replica.lost() or client.gone():
+            if body is None or exchange.head_sent or not replica.lost() or client.gone():
                 raise
             exchange.forget()
             self.buffered += request.put_back(body)
@@ -423,9 +428,9 @@ class ProxyServer:
         if not passed:
             self.buffered += request.put_back(body)
             return False
-        exchange.let_go()
-        await self._see_through(exchange, replica)
-        return True
+        cautious = self._may_be_lost(request, exchange, replica)
+        exchange.let_go(cautious)
+        return await self._answered(client, request, exchange, replica, body if cautious else None)
 
     async def _checked(self, request: Request, check: asyncio.Future[bool]) -> bool:
         """Whether the check was passed. Raises Unavailable at the request's deadline, which holds here as in the pool."""

@@ -223,11 +223,29 @@ def test_the_metrics_are_those_that_are_documented():
     from plugin.proxy.server import ProxyServer
 
     text = exposition(status_document(ProxyServer(ReplicaPool()))).decode()
-    exported = set(re.findall(r"^# TYPE quickthaw_proxy_(\w+)", text, re.MULTILINE))
     page = (Path(__file__).parents[2] / "docs" / "proxy.md").read_text("utf-8")
-    table = page.partition("| metric (`quickthaw_proxy_…`)")[2].partition("\n\n")[0]
-    rows = [row.split("|")[1] for row in table.splitlines() if row.startswith("| `")]
-    assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} == exported
+    for prefix, kind in (("quickthaw_proxy_", "quickthaw_proxy_"), ("quickthaw_", "quickthaw_(?!proxy_)")):
+        exported = set(re.findall(rf"^# TYPE {kind}(\w+)", text, re.MULTILINE))
+        table = page.partition(f"| metric (`{prefix}…`)")[2].partition("\n\n")[0]
+        rows = [row.split("|")[1] for row in table.splitlines() if row.startswith("| `")]
+        assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} == exported
+
+
+def test_a_restore_that_was_over_before_the_proxy_listened_is_known():
+    from plugin.phases import Phase, PhaseTracker
+    from plugin.proxy.own import pool_document
+    from plugin.proxy.pool import ReplicaPool
+
+    clock = iter(range(100))
+    tracker = PhaseTracker(clock=lambda: float(next(clock)))
+    for phase in (Phase.MOUNTING, Phase.RESTORING, Phase.WAKING, Phase.VERIFYING, Phase.SERVING):
+        tracker.to(phase)
+    pool = ReplicaPool()
+    pool.add("r0", tracker)
+    shown = pool_document(pool)
+    assert [span["phase"] for span in shown["starts"]["restored"]] == ["mounting", "restoring", "waking", "verifying"]
+    assert pool.history.seen(Kind.RESTORED) == (pytest.approx(4.0, abs=0.5),)
+    assert shown["progress"]["left_s"] == 0.0
 
 
 def test_a_log_line_is_one_json_object():

@@ -272,3 +272,14 @@ def test_a_snapshot_is_not_removed_under_what_was_begun(command: Command) -> Non
         command.library.remove("counter")
     early.discard()
     assert command.library.has("counter")
+
+
+def test_notes_of_a_snapshot_go_with_it(command: Command) -> None:
+    with command.restored() as (replica, _):
+        early.note(replica.plan)
+    notes = command.home / "run"
+    (notes / "next-other.json").write_text('{"plan": {"snapshot": "/another"}}')
+    (notes / "next-broken.json").write_text("{")
+    assert len(list(notes.glob("next-*.json"))) == 3  # with its own
+    early.forget(notes, command.library.path(command.snapshot.name))
+    assert {path.name for path in notes.glob("next-*.json")} == {"next-other.json", "next-broken.json"}

@@ -136,3 +136,6 @@ def test_a_damaged_working_set_is_recorded_anew(taken):
     assert known.read_bytes() != damaged
     shown = rig.cli("snapshot", "inspect", rig.name)
     assert "working-set-unreadable" not in shown.stdout and "by CRIU" in shown.stdout, shown
+    assert list((rig.home / "run").glob("next-*.json"))
+    assert rig.cli("snapshot", "rm", rig.name).returncode == 0
+    assert not list((rig.home / "run").glob("next-*.json"))

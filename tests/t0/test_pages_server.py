@@ -1,0 +1,131 @@
+"""The owner's side of a page server that does not answer, and of one that does."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from checkpoint.errors import Failed
+from checkpoint.pages import server as pages
+from checkpoint.pages.server import PageServer
+from checkpoint.snapshot import Cancellation
+
+pytestmark = pytest.mark.t0
+LIMIT_S = 10.0
+
+
+class Process:
+    """A process as prefork gives it, which lives until it is killed."""
+
+    pid = 999_999_999
+
+    def __init__(self) -> None:
+        self.killed = threading.Event()
+
+    def poll(self) -> int | None:
+        return -9 if self.killed.is_set() else None
+
+    def wait(self, timeout: float | None = None) -> int:
+        if not self.killed.wait(timeout):
+            raise subprocess.TimeoutExpired("it", timeout or 0.0)
+        return -9
+
+    def send_signal(self, sig: int) -> None:
+        self.killed.set()
+
+    def kill(self) -> None:
+        self.killed.set()
+
+
+class Served:
+    def __init__(self, folder: Path) -> None:
+        ours, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.process, self.deaths, self.died = Process(), list[str](), threading.Event()
+        self.server = PageServer(self.process, ours, folder / "socket", self.death, None)
+
+    def death(self, reason: str) -> None:
+        self.deaths.append(reason)
+        self.died.set()
+
+    def close(self) -> None:
+        self.process.kill()
+        self.theirs.close()
+        self.server.close()
+
+
+@pytest.fixture
+def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(pages, "_ASK_EVERY_S", 0.02)
+    made = Served(tmp_path)
+    yield made
+    made.close()
+
+
+def test_one_that_answers_nothing_is_ended_and_its_owner_is_told(served: Served) -> None:
+    assert served.died.wait(LIMIT_S)
+    assert "it has not answered for" in served.deaths[0] and len(served.deaths) == 1
+    assert served.process.killed.is_set()
+
+
+def test_one_whose_queue_is_full_as_well(served: Served) -> None:
+    while True:
+        try:
+            served.server._control.send(b'{"op": "arrived"}' * 100, socket.MSG_DONTWAIT)
+        except OSError:
+            break
+    assert served.died.wait(LIMIT_S) and "has not answered" in served.deaths[0]
+
+
+def test_one_that_serves_others_is_left_to_its_own_owner(served: Served) -> None:
+    served.theirs.send(json.dumps({"event": "listening", "pid": 123}).encode())
+    assert served.died.wait(LIMIT_S) and not served.process.killed.is_set()
+
+
+def test_one_that_answers_now_and_then_lives_and_its_counts_are_known(served: Served) -> None:
+    until = time.monotonic() + 1.0
+    answers = 0
+    while time.monotonic() < until:
+        served.theirs.recv(1 << 16)
+        time.sleep(0.1)  # five questions
+        answers += 1
+        served.theirs.send(json.dumps({"event": "stats", "faults": answers, "left": 7}).encode())
+    assert not served.deaths and not served.process.killed.is_set()
+    limit = time.monotonic() + LIMIT_S
+    while served.server.known_stats.get("faults") != answers:
+        assert time.monotonic() < limit
+    assert served.server.known_stats["left"] == 7
+
+
+class Sandbox:
+    ends = 0
+
+    def end(self) -> None:
+        self.ends += 1
+
+
+def test_a_restore_is_cancelled_before_it_begins_while_it_waits_and_not_after_it() -> None:
+    why, later, sandbox = Failed("one", "why"), Failed("two", "later"), Sandbox()
+    early = Cancellation()
+    assert not early.cancel(why)
+    with pytest.raises(Failed, match="why"), early:
+        pytest.fail("it began")
+
+    waiting = Cancellation()
+    with pytest.raises(Failed, match="why"), waiting:
+        waiting.check(sandbox)  # type: ignore[arg-type]  # a double
+        assert waiting.cancel(why) and waiting.cancel(later) and sandbox.ends == 2
+        waiting.settle()
+    assert not waiting.cancel(later) and waiting.error is why
+
+    done = Cancellation()
+    with done:
+        done.check(sandbox)  # type: ignore[arg-type]
+        done.settle()
+        assert not done.cancel(why)
+    assert not done.cancel(why) and sandbox.ends == 2

@@ -37,10 +37,10 @@ def begin(replica: Replica, mounted: Path | None) -> Running:
     if sandboxed:
         facts = replica.criu.kernel_facts(replica.settings.home) if replica.criu else None
         binds = replica.binds(mounted, replica.weights.shown_at if mounted else "")
-        place = Sandbox(SandboxConfig(binds=binds, kernel_facts=facts), on_exit=replica.ended)
+        place = Sandbox(SandboxConfig(binds=binds, kernel_facts=facts), on_exit=replica.on_exit())
         port = INNER_PORT
     else:
-        place = BareProcess(on_exit=replica.ended)
+        place = BareProcess(on_exit=replica.on_exit())
         port = free_port()
     environment = replica.engine.environment(
         {k: v for k, v in replica.settings.environment.items() if k not in replica.settings.scrub_env},

@@ -77,7 +77,6 @@ class Replica:
     underway: threading.Event = field(default_factory=threading.Event)
     """Set when other processes do the work of the start, so that this one may turn to something else."""
     running: Running | None = None
-    exit_code: int | None = None
     restored: bool = False
     snapshot: Snapshot | None = None
     spans: dict[str, float] = field(default_factory=dict)
@@ -88,6 +87,7 @@ class Replica:
         self._starting = threading.Lock()
         self._expected_end = False
         self._stopped = False
+        self._starts = 0  # of engines' processes, one of which at most is there
         self._lazy_works = True
         self._restoring = snapshots.Cancellation()
         self.lost = ""
@@ -115,7 +115,6 @@ class Replica:
         with self._starting:
             if self.running is not None and self.tracker.phase is Phase.SERVING:
                 return
-            self.exit_code = None
             # At once: reading a model for the first time takes a while, and whoever looks must see that a start is under way.
             self._mounting()
             try:
@@ -301,7 +300,7 @@ class Replica:
                 binds,
                 self.compile_cache(),
                 {stream: output.write_fd for stream, output in outputs.items()},
-                on_exit=self.ended,
+                on_exit=self.on_exit(),
                 lazy=later,
                 driver=self.driver(),
                 gpu_pairs=self._gpu_pairs(recorded),
@@ -541,11 +540,16 @@ class Replica:
             binds.append(Bind(self.weights.path.absolute(), Path(place)))
         return binds
 
-    def ended(self, pid: int, code: int) -> None:
-        """The engine's root process ended (called from the sandbox's thread)."""
-        self.exit_code = code
-        if self.tracker.phase is Phase.SERVING and not self._expected_end and self.on_death:
-            threading.Thread(target=self.on_death, args=(code,), name="engine-died", daemon=True).start()
+    def on_exit(self) -> Callable[[int, int], None]:
+        """What a sandbox calls when the root process of the engine that is started next ends (pid, exit code), from its own thread."""
+        start = self._starts = self._starts + 1
+
+        def ended(_: int, code: int) -> None:
+            ours = start == self._starts and self.tracker.phase is Phase.SERVING and not self._expected_end
+            if ours and self.on_death:
+                threading.Thread(target=self.on_death, args=(code,), name="engine-died", daemon=True).start()
+
+        return ended
 
     def _now_running(self, running: Running) -> None:
         """From here on an end of the engine is its own, until we say otherwise."""
@@ -570,8 +574,9 @@ class Replica:
         if cut_short and self._starting.acquire(timeout=UNWIND_LIMIT_S):  # until nothing is left of it
             self._starting.release()
         running = self.running
-        code: int | None = self.exit_code
+        code: int | None = None
         if running:
+            code = running.place.exit_code(running.pid)
             if code is None:
                 self._following.leave()
                 with contextlib.suppress(CheckpointError, OSError):

@@ -63,6 +63,42 @@ class Seconds(click.ParamType[float]):
         return value if isinstance(value, float) else seconds(str(value))
 
 
+# Those that launch and restore have in common.
+replicas_option = click.option(
+    "--replicas",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    show_envvar=True,
+    help="Replicas behind the one port.",
+)
+lazy_option = click.option(
+    "--lazy/--no-lazy",
+    default=True,
+    show_default=True,
+    show_envvar=True,
+    help="Restore the recorded working set first and the rest after the first token.",
+)
+verify_option = click.option(
+    "--verify",
+    type=click.Choice(["auto", "always", "never"]),
+    default="auto",
+    show_default=True,
+    show_envvar=True,
+    help="Digests: of files that changed since the last check, of all, or of none.",
+)
+trust_keys_option = click.option(
+    "--trust-key",
+    "trust_keys",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    show_envvar=True,
+    help="Restore only what one of these keys has signed. Repeatable.",
+)
+grace_option = click.option(
+    "--grace", type=Seconds(), default="30s", show_default=True, show_envvar=True, help="How long a stop may take."
+)
+quiet_option = click.option("--quiet", is_flag=True, show_envvar=True, help="Only warnings and errors of ours.")
 restores_at_once = click.option(
     "--restores-at-once",
     type=click.IntRange(0),
@@ -83,14 +119,7 @@ restores_at_once = click.option(
     show_envvar=True,
     help="The snapshot's name.  [default: engine, model and a digest of what matters]",
 )
-@click.option(
-    "--replicas",
-    type=click.IntRange(1),
-    default=1,
-    show_default=True,
-    show_envvar=True,
-    help="Replicas behind the one port.",
-)
+@replicas_option
 @restores_at_once
 @click.option(
     "--weights",
@@ -112,29 +141,36 @@ restores_at_once = click.option(
     show_envvar=True,
     help="Where to fetch what this host has not: a snapshot, restored while it comes, or compile caches (stored there, too).",
 )
-@click.option("--mount/--no-mount", default=True, show_envvar=True, help="Show the weights through the lazy mount.")
-@click.option("--snapshot/--no-snapshot", default=True, show_envvar=True, help="Take a snapshot where there is none.")
-@click.option("--restore/--no-restore", default=True, show_envvar=True, help="Restore where there is a snapshot.")
+@click.option(
+    "--mount/--no-mount",
+    default=True,
+    show_default=True,
+    show_envvar=True,
+    help="Show the weights through the lazy mount.",
+)
+@click.option(
+    "--snapshot/--no-snapshot",
+    default=True,
+    show_default=True,
+    show_envvar=True,
+    help="Take a snapshot where there is none.",
+)
+@click.option(
+    "--restore/--no-restore",
+    default=True,
+    show_default=True,
+    show_envvar=True,
+    help="Restore where there is a snapshot.",
+)
 @click.option(
     "--shrink/--no-shrink",
     default=True,
+    show_default=True,
     show_envvar=True,
     help="Leave the empty KV cache out of the snapshot; the other way only to measure what that is worth.",
 )
-@click.option(
-    "--lazy/--no-lazy",
-    default=True,
-    show_envvar=True,
-    help="Restore the recorded working set first and the rest after the first token.",
-)
-@click.option(
-    "--verify",
-    type=click.Choice(["auto", "always", "never"]),
-    default="auto",
-    show_default=True,
-    show_envvar=True,
-    help="Digests: of files that changed since the last check, of all, or of none.",
-)
+@lazy_option
+@verify_option
 @click.option(
     "--strict",
     is_flag=True,
@@ -162,9 +198,7 @@ restores_at_once = click.option(
     show_envvar=True,
     help="How long a cold start may take.",
 )
-@click.option(
-    "--grace", type=Seconds(), default="30s", show_default=True, show_envvar=True, help="How long a stop may take."
-)
+@grace_option
 @click.option(
     "--scrub-env",
     metavar="NAME",
@@ -175,16 +209,9 @@ restores_at_once = click.option(
 @click.option(
     "--sign-key", type=click.Path(path_type=Path), show_envvar=True, help="Sign the snapshot with this Ed25519 key."
 )
-@click.option(
-    "--trust-key",
-    "trust_keys",
-    type=click.Path(path_type=Path),
-    multiple=True,
-    show_envvar=True,
-    help="Restore only what one of these keys has signed. Repeatable.",
-)
+@trust_keys_option
 @shared
-@click.option("--quiet", is_flag=True, show_envvar=True, help="Only warnings and errors of ours.")
+@quiet_option
 @click.argument("engine", metavar="vllm|sglang")
 @click.argument("engine_arguments", nargs=-1, type=click.UNPROCESSED, metavar="ENGINE-ARGS…")
 def launch(engine: str, engine_arguments: tuple[str, ...], **options: Any) -> int:

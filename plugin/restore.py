@@ -20,7 +20,17 @@ from typing import Any
 
 import click
 
-from plugin.launch import Seconds, restores_at_once, start_log
+from plugin.launch import (
+    Seconds,
+    grace_option,
+    lazy_option,
+    quiet_option,
+    replicas_option,
+    restores_at_once,
+    start_log,
+    trust_keys_option,
+    verify_option,
+)
 from plugin.proxy.options import knobs, shared
 
 
@@ -36,7 +46,7 @@ from plugin.proxy.options import knobs, shared
     show_envvar=True,
     help="Port.  [default: the engine's own default]",
 )
-@click.option("--replicas", type=click.IntRange(1), default=1, show_default=True, show_envvar=True)
+@replicas_option
 @restores_at_once
 @click.option("--api-key", default=None, show_envvar=True, help="The key the engine was started with, for the canary.")
 @click.option("--store", default=None, metavar="URL", show_envvar=True, help="Where weights are kept as chunks.")
@@ -47,10 +57,9 @@ from plugin.proxy.options import knobs, shared
     show_envvar=True,
     help="Where to fetch the snapshot from if this host has it not, restoring it meanwhile.",
 )
-@click.option(
-    "--verify", type=click.Choice(["auto", "always", "never"]), default="auto", show_default=True, show_envvar=True
-)
-@click.option("--trust-key", "trust_keys", type=click.Path(path_type=Path), multiple=True, show_envvar=True)
+@lazy_option
+@verify_option
+@trust_keys_option
 @click.option(
     "--idle-timeout",
     type=Seconds(),
@@ -58,9 +67,9 @@ from plugin.proxy.options import knobs, shared
     show_envvar=True,
     help="Stop after so long without a request; the next wakes it.",
 )
-@click.option("--grace", type=Seconds(), default="30s", show_default=True, show_envvar=True)
+@grace_option
 @shared
-@click.option("--quiet", is_flag=True, show_envvar=True)
+@quiet_option
 def restore(snapshot: str, **options: Any) -> int:
     """Serve a replica from a named snapshot.
 
@@ -101,6 +110,7 @@ def restore(snapshot: str, **options: Any) -> int:
             mount=Path(model).is_dir(),
             take_snapshot=False,
             named=True,
+            lazy_restore=options["lazy"],
             verify=options["verify"],
             trust_keys=options["trust_keys"],
             idle_timeout_s=options["idle_timeout"],

@@ -31,7 +31,7 @@ LEAVE_WAIT_S = 5.0
 restore takes four seconds longer."""
 DRIFT_FAULTS = 32
 """Faults beside a known working set above which what it missed is added. From a store each of them waits for a chunk of 1 MiB."""
-PAGES_LIMIT_S = 600.0
+SAID_EVERY_S = 600.0
 COUNTS = ("faults", "stall_s", "bytes_ahead", "bytes_faulted", "bytes_rest", "bytes_zero", "bytes_cold")
 """What is told of a page server to who watches (checkpoint.pages.stats)."""
 
@@ -94,8 +94,9 @@ class Following:
         if save:
             pages.wait_saved(LEAVE_WAIT_S)
         self._kept.set()
-        while not pages.wait_complete(PAGES_LIMIT_S) and self.fetching.unfinished:
-            pass  # a slow link is no failure; one that stalls ends the fetching
+        # A slow disk or link is no failure, and whoever closes before the last page is there leaves zeros where pages were to come.
+        while not pages.wait_complete(SAID_EVERY_S) and not pages.ended.is_set():
+            log.info("pages of %s are still coming: %.0f MB to go", snapshot.name, pages.stats().get("left", 0.0) / 1e6)
         log.debug("pages: %s", pages.stats())
         pages.close()
         if not self.fetching.arriving:

@@ -374,26 +374,28 @@ class Replica:
 
         Any thread, at any moment of a restore or after it. All processes at once: those that outlive the first would run into its end.
         """
-        self._losses += not self.lost
+        first = not self.lost
         # Before it looks for the replica: the restore looks in the other order (_check_pages).
         self.lost = self.lost or reason
-        self._restoring.cancel(Failed("pages-lost", reason))
+        cancelled = self._restoring.cancel(Failed("pages-lost", reason))
         running = self.running
-        if running is None or running.restored is None:
+        restored = running.restored if running else None
+        self._losses += first and bool(cancelled or restored)
+        if restored is None:
             return
         if self.tracker.phase is Phase.SERVING:
             log.warning("%s; ending the replica and bringing it back another way", reason)
         with contextlib.suppress(CheckpointError, OSError):
-            running.restored.sandbox.signal(-1, signal.SIGKILL)
+            restored.sandbox.signal(-1, signal.SIGKILL)
 
     def pages_coming(self) -> bool:
         """Whether pages of the engine that runs are still to come."""
         restored = self.running.restored if self.running else None
         return bool(restored and restored.pages and not restored.pages.complete.is_set())
 
-    def pages_lost(self) -> bool:
-        """Whether the last restore was ended since pages would not come (`lost` says why)."""
-        return bool(self.lost)
+    def pages_lost(self) -> str:
+        """Why the engine that was restored last was ended since pages would not come; empty where it was not."""
+        return self.lost if self.restored else ""
 
     def page_counts(self) -> dict[str, float]:
         """What the page servers of all restores have counted (Following.counts), and how often pages were `lost`; empty without any."""

@@ -139,7 +139,8 @@ class ReplicaPool:
         replica = Replica(name, tracker, upstream)
         if tracker.phase is not Phase.IDLE:
             replica.catch_up()
-            if tracker.phase is Phase.SERVING and replica.start_kind is not None:
+            known = tracker.phase is Phase.SERVING and tracker.reason != FOUND_UP
+            if known and replica.start_kind is not None:
                 self.history.record(replica.start_kind, replica.start_age_s, replica.spans)
         self.replicas[name] = replica
         tracker.listen(lambda old, new, reason: self._heard(replica, old, new, reason))

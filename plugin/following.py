@@ -32,6 +32,7 @@ restore takes four seconds longer."""
 DRIFT_FAULTS = 32
 """Faults beside a known working set above which what it missed is added. From a store each of them waits for a chunk of 1 MiB."""
 SAID_EVERY_S = 600.0
+"""How often it is said that pages are still coming."""
 COUNTS = ("faults", "stall_s", "bytes_ahead", "bytes_faulted", "bytes_rest", "bytes_zero", "bytes_cold")
 """What is told of a page server to who watches (checkpoint.pages.stats)."""
 

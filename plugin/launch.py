@@ -99,14 +99,13 @@ grace_option = click.option(
     "--grace", type=Seconds(), default="30s", show_default=True, show_envvar=True, help="How long a stop may take."
 )
 quiet_option = click.option("--quiet", is_flag=True, show_envvar=True, help="Only warnings and errors of ours.")
-restores_at_once = click.option(
+restores_at_once_option = click.option(
     "--restores-at-once",
     type=click.IntRange(0),
     default=0,
     show_envvar=True,
     help="How many replicas are restored beside each other.  [default: one for every two processors]",
 )
-"""Also of `quickthaw restore`."""
 
 
 @click.command(context_settings=PASS_THROUGH)
@@ -120,7 +119,7 @@ restores_at_once = click.option(
     help="The snapshot's name.  [default: engine, model and a digest of what matters]",
 )
 @replicas_option
-@restores_at_once
+@restores_at_once_option
 @click.option(
     "--weights",
     type=click.Choice(["auto", "full", "thin"]),

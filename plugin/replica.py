@@ -26,7 +26,6 @@ from checkpoint.library import Library
 from checkpoint.manifest import Snapshot
 from checkpoint.sandbox import CACHE_DIR, Bind, Sandbox
 from launchers import control
-from launchers.bare import BareProcess
 from launchers.base import ENGINE_SITE, Engine, Probe
 from launchers.client import Client
 from launchers.engine_site import engine_site
@@ -51,7 +50,6 @@ log = logging.getLogger("quickthaw")
 UNWIND_LIMIT_S = 15.0
 """How long a stop waits for a restore that it has cut short: a page server that does not answer is killed after 5 s."""
 NVIDIA = Path("/dev/nvidiactl")
-Place = Sandbox | BareProcess
 
 
 @dataclass
@@ -92,7 +90,7 @@ class Replica:
         self._restoring = snapshots.Cancellation()
         self.lost = ""
         """Why the pages of the restored engine will not all come, where that is so: it is ended for it."""
-        self._losses, self._lazily = 0, False
+        self._losses = 0
         self._fetching = Fetching(self.settings)
         self._following = Following(self._fetching, lambda: self.served(), lambda: self.running is not None)
         self._cuda: Helper | None = None
@@ -316,7 +314,8 @@ class Replica:
         sandbox = restored.sandbox
         client = Client(lambda: sandbox.connect(snapshot.port), self.settings.command.api_key)
         self._now_running(Running(sandbox, restored.root_pid, snapshot.port, client, outputs, restored))
-        self._check_pages()
+        if self.lost:  # before anybody knew that it runs
+            raise Failed("pages-lost", self.lost)
         self.tracker.to(Phase.WAKING)
         control.tell(sandbox.init_pid, control.WAKE)
         if snapshot.weights == "thin" and mounted is None:
@@ -358,7 +357,6 @@ class Replica:
     # Pages that come later
 
     def _lazy(self, name: str) -> snapshots.LazyRestore:
-        self._lazily = True
         known = self.library.working_set(name)
         recorded = known.exists()
         return snapshots.LazyRestore(
@@ -375,7 +373,7 @@ class Replica:
         Any thread, at any moment of a restore or after it. All processes at once: those that outlive the first would run into its end.
         """
         first = not self.lost
-        # Before it looks for the replica: the restore looks in the other order (_check_pages).
+        # Before it looks for the replica: _restore does so in the other order.
         self.lost = self.lost or reason
         cancelled = self._restoring.cancel(Failed("pages-lost", reason))
         running = self.running
@@ -385,8 +383,10 @@ class Replica:
             return
         if self.tracker.phase is Phase.SERVING:
             log.warning("%s; ending the replica and bringing it back another way", reason)
-        with contextlib.suppress(CheckpointError, OSError):
+        try:
             restored.sandbox.signal(-1, signal.SIGKILL)
+        except CheckpointError:
+            restored.sandbox.end()  # its process 1 does not answer: none may run on when the userfaultfds are closed
 
     def pages_coming(self) -> bool:
         """Whether pages of the engine that runs are still to come."""
@@ -398,13 +398,8 @@ class Replica:
         return self.lost if self.restored else ""
 
     def page_counts(self) -> dict[str, float]:
-        """What the page servers of all restores have counted (Following.counts), and how often pages were `lost`; empty without any."""
-        return {**self._following.counts(), "lost": self._losses} if self._lazily else {}
-
-    def _check_pages(self) -> None:
-        """Raise Failed where the pages were lost before this replica was known to run."""
-        if self.lost:
-            raise Failed("pages-lost", self.lost)
+        """What the page servers of all restores have counted (Following.counts), and how often pages were `lost`."""
+        return {**self._following.counts(), "lost": self._losses}
 
     def driver(self) -> Driver | None:
         """The CUDA driver's checkpoint calls, where this host has an NVIDIA device; one helper process for the life of this replica."""
@@ -495,16 +490,16 @@ class Replica:
         running = cold.begin(self, mounted)
         self._now_running(running)
         self.tracker.to(Phase.LOADING)
-        place, pid, client = running.place, running.pid, running.client
-        probe = Probe(lambda: place.exit_code(pid), running.last_words, self.settings.start_timeout_s)
-        self.engine.wait_ready(client, probe, lambda: None)
+        place = running.place
+        probe = Probe(lambda: place.exit_code(running.pid), running.last_words, self.settings.start_timeout_s)
+        self.engine.wait_ready(running.client, probe, lambda: None)
         self.tracker.to(Phase.WARMING)
         cold_s = sum(span.took_s for span in self.this_start())
         self.restored = False
         if isinstance(place, Sandbox) and taking.wanted(self):
             # Without a snapshot to warm for, those who wait are served at once, as the engine alone would serve them.
-            self.engine.warm_up(client, self.settings.command)
-            taking.take(self, place, pid, running.port, running.outputs, client, cold_s)
+            self.engine.warm_up(running.client, self.settings.command)
+            taking.take(self, place, running, cold_s)
         self._serve()
         if cache:
             cache.push_later()

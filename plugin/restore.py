@@ -26,7 +26,7 @@ from plugin.launch import (
     lazy_option,
     quiet_option,
     replicas_option,
-    restores_at_once,
+    restores_at_once_option,
     start_log,
     trust_keys_option,
     verify_option,
@@ -47,7 +47,7 @@ from plugin.proxy.options import knobs, shared
     help="Port.  [default: the engine's own default]",
 )
 @replicas_option
-@restores_at_once
+@restores_at_once_option
 @click.option("--api-key", default=None, show_envvar=True, help="The key the engine was started with, for the canary.")
 @click.option("--store", default=None, metavar="URL", show_envvar=True, help="Where weights are kept as chunks.")
 @click.option(

@@ -210,10 +210,8 @@ class Launch:
         now = time.monotonic()
         self._deaths = [at for at in self._deaths if now - at < 60.0] + [now]
         how = f"signal {-code}" if code < 0 else f"code {code}"
-        replica.tracker.to(
-            Phase.FAILED,
-            f"pages-lost: {replica.pages_lost()}" if replica.pages_lost() else f"engine-died: it ended with {how}",
-        )
+        lost = replica.pages_lost()
+        replica.tracker.to(Phase.FAILED, f"pages-lost: {lost}" if lost else f"engine-died: it ended with {how}")
         if self._ending.is_set():
             return
         if len(self._deaths) > RESTARTS_IN_A_MINUTE:
@@ -223,7 +221,7 @@ class Launch:
             self.exit_code = _shell_code(code)
             self.end()
             return
-        if replica.pages_lost():
+        if lost:
             log.warning("its pages were lost while it served; bringing it back the plain way")
         else:
             log.warning("the engine ended with %s while it served; starting it again", how)

@@ -28,8 +28,8 @@ from plugin.phases import Phase
 if TYPE_CHECKING:
     from checkpoint.cuda.driver import Driver
     from checkpoint.sandbox import Sandbox
-    from plugin.output import Output
     from plugin.replica import Replica
+    from plugin.running import Running
 
 log = logging.getLogger("quickthaw")
 SMALL = 64 << 20
@@ -65,10 +65,12 @@ def wanted(replica: Replica) -> bool:
     return True
 
 
-def take(
-    replica: Replica, sandbox: Sandbox, pid: int, port: int, outputs: dict[str, Output], client: Client, cold_s: float
-) -> None:
-    """Warmed up → small → dumped → serving again. Failures are said and survived: the engine serves without a snapshot."""
+def take(replica: Replica, sandbox: Sandbox, running: Running, cold_s: float) -> None:
+    """Warmed up → small → dumped → serving again. Failures are said and survived: the engine serves without a snapshot.
+
+    `sandbox` is where it is `running`; `cold_s` the seconds that its start took.
+    """
+    client = running.client
     settings, engine, tracker = replica.settings, replica.engine, replica.tracker
     assert replica.criu is not None
     weight_bytes, asleep, thin = 0, False, False
@@ -103,10 +105,10 @@ def take(
             model_digest=replica.weights.digest,
             weights="thin" if weight_bytes or (asleep and thin) else "full",
             identity=replica.identity.record().encode(),
-            root_pid=pid,
-            top_pid=pid,
-            port=port,
-            pipes={stream: output.name for stream, output in outputs.items()},
+            root_pid=running.pid,
+            top_pid=running.pid,
+            port=running.port,
+            pipes={stream: output.name for stream, output in running.outputs.items()},
             monotonic_ns=0,
             canary=canary,
             image_bytes=0,

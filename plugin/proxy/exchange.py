@@ -109,8 +109,12 @@ class Exchange:
             self.out.append(wire.chunk(data))
         else:
             self.out.append(data)
-        if self.cautious and (self.chunked or sum(map(len, self.out)) > _WITHHELD_BYTES):
+        if self.cautious and self._begun():
             self._commit()
+
+    def _begun(self) -> bool:
+        """Whether so much of the body has come that it is better passed on than kept for caution's sake."""
+        return self.answered and (self.chunked or sum(map(len, self.out)) > _WITHHELD_BYTES)
 
     def _commit(self) -> None:
         """No caution any more: what has come is the client's."""
@@ -131,8 +135,7 @@ class Exchange:
     def let_go(self, cautious: bool = False) -> None:
         """Write what was withheld, or where `cautious` what may be written of it; from here on as usual."""
         self.withheld = False
-        begun = self.answered and (self.chunked or sum(map(len, self.out)) > _WITHHELD_BYTES)
-        self.cautious = cautious and not begun and not self.done.done()
+        self.cautious = cautious and not self._begun() and not self.done.done()
         if self.status and not self.cautious:
             self.head_sent, self.first_byte = True, time.monotonic()
         self.flush()

@@ -49,8 +49,8 @@ class Replica:
         """
         self.coming: Callable[[], bool] = lambda: False
         """Whether pages of it are still to come from a page server: then it may be ended under its requests (`lost`)."""
-        self.lost: Callable[[], object] = lambda: False
-        """Whether its owner ended it since pages did not come."""
+        self.lost: Callable[[], str] = str
+        """Why its owner ended it, where that is since pages did not come; else empty."""
         self.pages: Callable[[], dict[str, float]] = dict
         """What its page servers have counted so far (plugin.following); empty where it never had one."""
         self._phases: list[Phase] = []

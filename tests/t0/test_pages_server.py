@@ -87,8 +87,9 @@ def test_one_that_serves_others_is_left_to_its_own_owner(served: Served) -> None
     assert served.died.wait(LIMIT_S) and not served.process.killed.is_set()
 
 
-def test_one_that_answers_now_and_then_lives_and_its_counts_are_known(served: Served) -> None:
-    until = time.monotonic() + 1.0
+def test_one_that_answers_now_and_then_lives_and_its_counts_are_known(served: Served, monkeypatch) -> None:
+    monkeypatch.setattr(pages, "_UNANSWERED", 40)  # 0.8 s: a busy machine may be late with an answer
+    until = time.monotonic() + 1.5
     answers = 0
     while time.monotonic() < until:
         served.theirs.recv(1 << 16)

@@ -44,7 +44,7 @@ def tell(number, frame):
 signal.signal(signal.SIGUSR1, tell)
 tell(0, None)
 while True:
-    time.sleep(0.02)  # a signal that comes just before pause() would be heard after the next one only
+    time.sleep(0.02)  # not pause(): a signal just before it is heard with the next one only
 """
 
 
@@ -87,7 +87,12 @@ def test_a_woken_process_may_use_what_it_used_before_its_dump(tmp_path, watch):
         again.handed_over()
         told = control.tell(back.sandbox.init_pid, control.WAKE)
         assert len(told) == 1
-        wait_for(back.sandbox.control_dir / f"{back.root_pid}.woken", 10)
+        try:
+            wait_for(back.sandbox.control_dir / f"{back.root_pid}.woken", 10)
+        except AssertionError as error:
+            error.add_note(Path(f"/proc/{told[0]}/status").read_text())
+            error.add_note(f"its last words: {again.last()!r}")
+            raise
         os.kill(told[0], signal.SIGUSR1)
         assert masks(back.sandbox) == (before, before)
     finally:

@@ -18,20 +18,24 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from checkpoint.pages import index, uffd
+from checkpoint.pages.uffd import PAGE
 
 if TYPE_CHECKING:
     from checkpoint.pages.images import ProcessImage
     from checkpoint.pages.workingset import WorkingSet
 
 FILE_NAME = ".verified-reading"
-_VERSION = 2
+_VERSION = 3
 # Bytes between two pieces up to which a disk reads both at once as fast as one after the other.
 _NEAR = 16 << 10
-_NEAR_LARGE = 1 << 20
-# Large pieces are read in the order in which these blocks of a file are needed.
-_BLOCK = 4 << 20
-# What is used of mapped memory first lies all over it (norms of every layer). A fault there, ahead of its block, would bring megabytes.
-_FIRST_MAPPED = 12 << 20
+# What is mapped, and the pack, are read in blocks of a file as large as a folio can be, in the order in which they are needed; of a block
+# of which a smaller share is needed, only that. Pages read one by one in a block would keep it from being one folio.
+_BLOCK = 2 << 20
+_WHOLE = 0.25
+# How many threads ask for them: a disk would be idle while the only one waits for its turn on a processor.
+_READERS = 2
+# And for how many in one call, which a stop waits for.
+_AT_ONCE = 32
 _SAMPLES = 200
 
 Piece = tuple[int, int, int]
@@ -126,11 +130,6 @@ class Reading:
                 file = number[found.pages_file]
                 copied.setdefault(file, []).extend(_of_file(found.within(start, end)))
                 mapped += [(file, low, high - low) for low, high in _of_file(found.mapped_within(start, end))]
-        taken = 0
-        for file, offset, length in mapped:
-            if (taken := taken + length) > _FIRST_MAPPED:
-                break
-            small.append((file, offset, length))
         large: list[Piece] = []
         if packed:
             place = index.path(self._images, pack.FILE_NAME)
@@ -177,7 +176,7 @@ class Reading:
                 self.asked.set()
                 self._notify()
             self._read_large(self._mapped)
-        except (OSError, LookupError):
+        except (OSError, LookupError, RuntimeError):
             pass  # who needs the bytes reads them himself, and tells what is wrong
         finally:
             self._close()
@@ -190,21 +189,34 @@ class Reading:
         """Through mappings that prefer large pages: folios of 2 MB come at full speed, and cost hardly more than ones of 4 KB."""
         sources: dict[int, tuple[int, int, bool]] = {}
         try:
+            whole: list[tuple[int, int]] = []
             for file, offset, length in _triples(pieces):
                 if file not in sources:
                     address, size = uffd.map_file(f"/proc/self/fd/{self._fds[file]}")
                     sources[file] = (address, size, size > 0 and uffd.prefer_large(address, size))
                 address, size, large = sources[file]
-                if self._stopping or offset + length > size:
-                    return
-                if large:
-                    uffd.populate(address + offset, length)
+                if large and length == _BLOCK and offset < size:
+                    whole.append((address + offset, min(length, -(-size // PAGE) * PAGE - offset)))
                 else:
                     self._ask(self._fds[file], offset, length)
+            others = [
+                threading.Thread(target=self._populate, args=(whole[first::_READERS],), name="reading", daemon=True)
+                for first in range(1, _READERS)
+            ]
+            for other in others:
+                other.start()
+            self._populate(whole[::_READERS])
+            for other in others:
+                other.join()
         finally:
             for address, size, _ in sources.values():
                 if size:
                     uffd.unmap(address, size)
+
+    def _populate(self, blocks: list[tuple[int, int]]) -> None:
+        for at in range(0, len(blocks), _AT_ONCE):
+            if not self._stopping:
+                uffd.populate_all(blocks[at : at + _AT_ONCE])
 
     def _close(self) -> None:
         fds, self._fds = self._fds, []
@@ -229,7 +241,7 @@ def _near(runs: Iterable[tuple[int, int]], gap: int) -> list[tuple[int, int]]:
 
 
 def _in_blocks(pieces: Sequence[Piece]) -> list[Piece]:
-    """Pieces in the order of need as large ones: block by block of the files, by when half of a block's bytes are needed, about."""
+    """Pieces in the order of need as blocks of the files, by when half of a block's bytes are needed, about; of some only a part."""
     parts: dict[tuple[int, int], list[tuple[int, int]]] = {}
     when: dict[tuple[int, int], tuple[int, int]] = {}
     for at, (file, offset, length) in enumerate(pieces):
@@ -239,7 +251,13 @@ def _in_blocks(pieces: Sequence[Piece]) -> list[Piece]:
             total, weight = when.get((file, low), (0, 0))
             when[file, low] = (total + at * (end - start), weight + end - start)
     order = sorted(parts, key=lambda block: when[block][0] / when[block][1])
-    return [(file, low, high - low) for file, block in order for low, high in _near(parts[file, block], _NEAR_LARGE)]
+    found = []
+    for file, block in order:
+        near = _near(parts[file, block], _NEAR)
+        if sum(high - low for low, high in near) >= _WHOLE * _BLOCK:
+            near = [(block, block + _BLOCK)]
+        found += [(file, low, high - low) for low, high in near]
+    return found
 
 
 def _triples(numbers: array[int]) -> Iterable[Piece]:

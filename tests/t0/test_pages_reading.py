@@ -1,12 +1,14 @@
 """A pack holds the pieces of plans and nothing else; the list of what a cold restore reads names all of it once; what is damaged is not used."""
 
 import ctypes
+import errno
 import os
 import threading
+import time
 
 import pytest
 
-from checkpoint.pages import index, pack, plans
+from checkpoint.pages import index, pack, plans, uffd
 from checkpoint.pages.fetch import Source
 from checkpoint.pages.images import ProcessImage
 from checkpoint.pages.reading import FILE_NAME, Reading
@@ -109,8 +111,8 @@ def test_a_cold_list_is_read_and_told_once(folder):
     assert reading.working_set == DIGEST
     if reading.cold:  # not every file system lets go of what it has cached (tmpfs)
         assert told.wait(10) and reading.asked.is_set()
-    # Eager and used pages, the first of what is mapped, the pack, and mapped blocks.
-    assert reading.size == (4 + 2 + 5 + 8 + 5) * PAGE
+    # Eager and used pages, the pack, and what is mapped.
+    assert reading.size == (4 + 2 + 8 + 5) * PAGE
     source = Source(str(files[1]))
     assert source.populate(0, source.size) == 0
     assert not Reading(str(folder)).cold or reading.cold
@@ -118,7 +120,44 @@ def test_a_cold_list_is_read_and_told_once(folder):
 
 def test_without_a_pack_the_working_sets_pieces_are_listed(folder):
     list_of(folder, False)
-    assert Reading(str(folder)).size == (4 + 2 + 5 + 5 + 5) * PAGE
+    assert Reading(str(folder)).size == (4 + 2 + 5 + 5) * PAGE
+
+
+@pytest.mark.parametrize("kernel_knows", [True, False])
+def test_of_a_block_that_is_much_used_all_is_read_and_of_another_what_is_used(folder, monkeypatch, kernel_knows):
+    if not kernel_knows:  # before 6.13
+
+        def unknown(*_):
+            raise OSError(errno.ENOSYS, "Function not implemented")
+
+        monkeypatch.setattr(os, "pidfd_open", unknown)
+    block = (2 << 20) // PAGE
+    large = folder / "pages-2.img"
+    large.write_bytes(os.urandom(4 * block * PAGE - 3 * PAGE))  # not even at its end
+    pages = 4 * block - 3
+    process = ProcessImage(8, "pages-2.img")
+    process.mapped = [(START, START + pages * PAGE, 0)]
+    used = [(block + 7, block + 7 + block // 2), (3 * block + 9, pages), (2 * block + 40, 2 * block + 50)]
+    working_set = WorkingSet([(8, START + first * PAGE, START + end * PAGE) for first, end in used], 3)
+    working_set.digest = DIGEST
+    Reading(str(folder)).keep(working_set, {8: process}, {}, False)
+    with large.open("rb+") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    reading = Reading(str(folder))
+    if not reading.cold:
+        pytest.skip("this file system keeps what it has cached")
+    wanted = [*range(block, 2 * block), *range(2 * block + 40, 2 * block + 50), *range(3 * block, pages)]
+    address, size = uffd.map_file(str(large))
+    try:
+        limit = time.monotonic() + 10
+        found = []
+        while found != wanted and time.monotonic() < limit:
+            time.sleep(0.01)
+            found = [page for page, there in enumerate(uffd.cached(address, size)) if there & 1]
+        assert found == wanted
+    finally:
+        uffd.unmap(address, size)
 
 
 def test_a_damaged_list_or_one_whose_files_are_gone_is_none(folder):

@@ -160,9 +160,18 @@ def populate_all(ranges: Sequence[tuple[int, int]]) -> None:
 def prefer_large(address: int, length: int) -> bool:
     """Ask for large pages where [address, address + length) of a mapping of ours is read in, and for nothing to be read beyond them.
 
-    False where this kernel has none.
+    False where this kernel has none: before 5.18 it would read page by page.
     """
-    return bool(_madvise(address, length, _MADV_HUGEPAGE) == 0 and _madvise(address, length, _MADV_RANDOM) == 0)
+    return (
+        _kernel() >= (5, 18)
+        and _madvise(address, length, _MADV_HUGEPAGE) == 0
+        and _madvise(address, length, _MADV_RANDOM) == 0
+    )
+
+
+def _kernel() -> tuple[int, int]:
+    major, minor = os.uname().release.split(".")[:2]
+    return int(major), int(minor.partition("-")[0].rstrip("+"))
 
 
 def cached(address: int, length: int) -> bytes:

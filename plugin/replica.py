@@ -389,9 +389,10 @@ class Replica:
             restored.sandbox.end()  # its process 1 does not answer: none may run on when the userfaultfds are closed
 
     def pages_coming(self) -> bool:
-        """Whether pages of the engine that runs are still to come."""
-        restored = self.running.restored if self.running else None
-        return bool(restored and restored.pages and not restored.pages.complete.is_set())
+        """Whether pages of the engine that runs are still to come, or were lost: until another start, requests run into its end."""
+        running = self.running
+        restored = running.restored if running else None
+        return bool(self.lost or (restored and restored.pages and not restored.pages.complete.is_set()))
 
     def pages_lost(self) -> str:
         """Why the engine that was restored last was ended since pages would not come; empty where it was not."""

@@ -288,6 +288,9 @@ class ProxyServer:
                     if await self._run_ahead(client, request, exchange, replica, replica.check):
                         return
                     continue
+                if replica.coming() and request.path in GENERATIONS:
+                    # Only what is all here can be asked again, should it lose its pages; most clients send the body after the head.
+                    await client.whole_body(request, self.settings.body_buffer)
                 back = await self._connection(pool, replica)
                 if back is not None and client.transport is not None and not client.transport.is_closing():
                     exchange.replica_name = replica.name

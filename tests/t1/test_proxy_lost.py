@@ -69,6 +69,25 @@ def test_it_is_asked_again_whole(said):
     run(main())
 
 
+def test_one_whose_body_comes_after_its_head_as_well():
+    async def main():
+        async with upstream(dies(b"")) as up, proxy(ahead=True) as rig:
+            add(rig, up.port)
+            reader, writer = await asyncio.open_connection("127.0.0.1", rig.port)
+            writer.write(f"POST {PATH} HTTP/1.1\r\nHost: t\r\nConnection: close\r\nContent-Length: 5\r\n\r\n1".encode())
+            await asyncio.sleep(0.05)
+            assert not up.seen
+            writer.write(b"2345")
+            await until(lambda: len(up.seen) == 1)
+            await asyncio.sleep(0.02)
+            lose(rig, up)
+            await back_again(rig)
+            assert b" 200 " in await reader.readline() and [seen.body for seen in up.seen] == [b"12345"] * 2
+            writer.close()
+
+    run(main())
+
+
 def test_one_that_ran_ahead_of_the_check_as_well():
     async def main():
         async with upstream(dies(HEAD)) as up, proxy(ahead=True) as rig:

@@ -53,18 +53,18 @@ class Image:
     def __init__(self, folder: Path, file: File) -> None:
         self.folder = folder
         self.file = file
+        opened: list[int] = []
         try:
             private_dir(folder)
-            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
-            self.lock_fd = os.open(folder / "lock", flags, 0o600)
-            try:
-                self.data_fd = os.open(folder / "data", flags, 0o600)
-                self.have_fd = os.open(folder / "have", flags, 0o600)
-                self._prepare()
-            except BaseException:
-                os.close(self.lock_fd)
+            for name in ("lock", "data", "have"):
+                opened.append(os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+            self.lock_fd, self.data_fd, self.have_fd = opened
+            self._prepare()
+        except BaseException as error:
+            for fd in opened:
+                os.close(fd)
+            if not isinstance(error, OSError):
                 raise
-        except OSError as error:
             raise from_os_error(error, f"cannot open the cache image {folder}") from error
         self._complete = False
         self.settled = False
@@ -307,6 +307,18 @@ class Cache:
                 total += data.stat().st_blocks * 512
         return total
 
+    def need_room(self, more: int, held: int) -> None:
+        """DiskFull where `more` bytes to come do not fit on the disk, or `held` in all into the limit."""
+        free = shutil.disk_usage(self.root).free
+        if more > free:
+            raise DiskFull(
+                f"{more} bytes are to be fetched and the disk of {self.root} has {free} left; free some space first"
+            )
+        if self.limit is not None and held > self.limit:
+            raise DiskFull(
+                f"{held} bytes do not fit into the cache's limit of {self.limit}; mount with a larger --cache-limit"
+            )
+
     def claim_memory(self, size: int) -> None:
         """Take `size` bytes of memory out of the bound, for as long as this process lives. Done once, before it is used."""
         try:
@@ -410,10 +422,14 @@ class Cache:
         return self._remove(self.folder(file) / "lock")
 
     def quarantine(self, digest: str, data: bytes | memoryview, why: str, keep: int = 16) -> Path | None:
-        """Keep a body that failed verification, and why; the newest `keep` of them. None when the disk has no room for it."""
+        """Keep a body that failed verification, and why; the newest `keep` of them, equal ones once. None when the disk has no
+        room for it."""
         folder, reasons = self.root / "quarantine", self.root / "reasons"
         path = folder / f"{digest}.{time.time_ns()}"
         try:
+            for same in folder.glob(f"{digest}.*"):
+                if same.stat().st_size == len(data) and same.read_bytes() == data:
+                    return same
             for each in (folder, reasons):
                 private_dir(each)
             path.write_bytes(data)
@@ -442,5 +458,9 @@ class Cache:
         """Remove every image that nothing uses."""
         for lock in self.root.glob("images/*/*/lock"):
             self._remove(lock)
+        self.clear_quarantine()
+
+    def clear_quarantine(self) -> None:
+        """Remove what failed verification, and the reasons."""
         for name in ("quarantine", "reasons"):
             shutil.rmtree(self.root / name, ignore_errors=True)

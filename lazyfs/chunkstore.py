@@ -171,9 +171,7 @@ class ChunkStore:
         try:
             return decode(bytes(self.store.get(f"manifests/{digest}")), digest)
         except NotFound:
-            raise NotFound(
-                f"no manifest {digest[:12]} in {self.store.url}; `quickthaw weights ls` shows what is there"
-            ) from None
+            raise NotFound(f"no manifest {digest[:12]} in {self.store.url}; {self._way_out()}") from None
 
     def has_manifest(self, digest: str) -> bool:
         return self.store.head(f"manifests/{digest}") is not None
@@ -233,7 +231,12 @@ class ChunkStore:
                 return self.get_ref(kind, full)
             except (NotFound, Usage):
                 continue
-        raise NotFound(f"no manifest, tag or snapshot {name!r} in {self.store.url}; `quickthaw weights ls` shows them")
+        raise NotFound(f"no manifest, tag or snapshot {name!r} in {self.store.url}; {self._way_out()}")
+
+    def _way_out(self) -> str:
+        if self.store.url.startswith("http"):
+            return "an HTTP store cannot be listed: give a tag or the whole digest as the import printed it"
+        return "`quickthaw weights ls` shows what is there"
 
     @staticmethod
     def _ref_key(kind: str, name: str) -> str:

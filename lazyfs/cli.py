@@ -156,7 +156,10 @@ def ls(store: str | None, as_json: bool) -> None:
 @weights.command()
 @click.argument("names", nargs=-1, metavar="[MANIFEST]...")
 @click.option(
-    "--repair", is_flag=True, envvar="QUICKTHAW_REPAIR", help="Delete damaged chunks: the next import writes them."
+    "--repair",
+    is_flag=True,
+    envvar="QUICKTHAW_REPAIR",
+    help="Delete damaged chunks: the next import writes them. Empty the quarantine.",
 )
 @click.option(
     "--cache/--no-cache", "with_cache", default=True, envvar="QUICKTHAW_VERIFY_CACHE", help="The cache as well."
@@ -189,14 +192,21 @@ def verify(names: tuple[str, ...], repair: bool, with_cache: bool, store: str | 
             click.echo(f"manifest {digest[:16]}: {why}")
         if report.cache_bad:
             click.echo(f"{report.cache_bad} damaged chunks in the cache were dropped; they will be fetched again")
+        if report.cache_skipped:
+            click.echo(
+                f"{report.cache_skipped} cached files were not checked: the disk has no room to open them", err=True
+            )
         if quarantined:
             click.echo(
-                f"{len(quarantined)} bodies that did not hash to their digest are kept in {cache.root / 'quarantine'}:",
+                f"{len(quarantined)} bodies that did not hash to their digest "
+                f"{'were' if repair else 'are'} kept in {cache.root / 'quarantine'}:",
                 err=True,
             )
             for name, why in quarantined:
                 click.echo(f"  {name}: {why}", err=True)
         click.echo("clean" if report.clean else "NOT clean")
+    if repair:
+        cache.clear_quarantine()
     sys.exit(0 if report.clean else 1)
 
 
@@ -206,7 +216,8 @@ def verify(names: tuple[str, ...], repair: bool, with_cache: bool, store: str | 
 @_json
 @_guarded
 def rm(name: str, store: str | None, as_json: bool) -> None:
-    """Remove a tag, or a manifest by digest. Chunks stay until `quickthaw weights gc`."""
+    """Remove a tag, and its manifest if that has no other name; or a manifest by digest, with all its names. Chunks stay until
+    `quickthaw weights gc`."""
     from lazyfs.maintenance import remove
 
     removed = remove(_chunks(store), name)
@@ -379,19 +390,18 @@ def _what(name: str, store: str | None) -> tuple[str, str | None]:
 
 
 def _living(where: Path) -> MountHandle:
-    from lazyfs.errors import NotFound
-    from lazyfs.mounting import find_mount
+    from lazyfs.mounting import find_mount, no_mount
 
     found = find_mount(where)
     if found is None:
-        raise NotFound(f"no daemon serves {where}")
+        raise no_mount(where)
     return found
 
 
 def _control(op: str, path: Path, as_json: bool) -> None:
     """Send a request about a mount, or about one file below it. Never touches the path: its mount may hang."""
     from lazyfs.errors import NotFound
-    from lazyfs.mounting import find_mount
+    from lazyfs.mounting import find_mount, no_mount
 
     where = Path(path).expanduser().absolute()
     for folder in (*reversed(where.parents), where):
@@ -402,6 +412,9 @@ def _control(op: str, path: Path, as_json: bool) -> None:
             answer.pop("ok")
             click.echo(json.dumps(answer) if as_json else "  ".join(f"{k}: {v}" for k, v in answer.items()))
             return
+        reason = no_mount(folder)
+        if not isinstance(reason, NotFound):
+            raise reason
     raise NotFound(f"no daemon serves {path}")
 
 

@@ -82,10 +82,11 @@ def read_through(source: Path | str, *, cache_dir: Path | None = None) -> str:
     record = _load(record_file) if stats is not None else None
     if record is not None and record["stats"] == stats and (manifests / record["manifest"]).exists():
         return str(record["manifest"])
-    from lazyfs.manifest import encode
+    from lazyfs.manifest import decode, encode
     from lazyfs.readthrough import describe
 
     digest, data = encode(describe(url))
+    decode(data, digest)  # An object may have a name that no file can have.
     write_atomic(manifests / digest, data)
     if folder is not None and stats is not None and stats == _stats(folder):
         _save(record_file, _record(folder, f"source:{url}", digest, [], stats))
@@ -147,7 +148,12 @@ def _stats(root: Path) -> list[list[Any]] | None:
     def visit(folder: str, prefix: str, depth: int) -> None:
         with os.scandir(folder) as entries:
             for entry in entries:
-                st = entry.stat()
+                try:
+                    st = entry.stat()
+                except OSError:
+                    if not entry.is_symlink():
+                        raise
+                    st = entry.stat(follow_symlinks=False)  # It leads to nothing, and is kept as it is.
                 directory = stat.S_ISDIR(st.st_mode)
                 target = str(Path(entry.path).readlink()) if entry.is_symlink() else ""
                 size, mtime, ctime = (0, 0, 0) if directory else (st.st_size, st.st_mtime_ns, st.st_ctime_ns)
@@ -189,11 +195,26 @@ def _save(record_file: Path, record: dict[str, Any]) -> None:
 
 
 def origins(digest: str, url: str) -> dict[str, tuple[str, list[int]]]:
-    """For a manifest imported on this host: path in the manifest → (original file, [size, mtime_ns, ctime_ns,
-    inode]).
+    """For a manifest imported on this host, of the files that are still what was imported: path in the manifest → (original
+    file, [size, mtime_ns, ctime_ns, inode]).
     """
+    found: dict[str, tuple[str, list[int]]] = {}
     for record_file in state_dir("index").glob("*.json"):
         record = _load(record_file)
         if record is not None and record["manifest"] == digest and record.get("store") == url:
-            return {s[0]: (f"{record['path']}/{s[0]}", s[1:5]) for s in record["stats"] if stat.S_ISREG(s[5])}
-    return {}
+            files = {s[0]: (f"{record['path']}/{s[0]}", s[1:5]) for s in record["stats"] if stat.S_ISREG(s[5])}
+            found |= {path: origin for path, origin in files.items() if is_unchanged(*origin)}
+    return found
+
+
+def is_unchanged(path: str, stats: list[int]) -> bool:
+    """Whether the original is there with the size, mtime, ctime and inode that it was imported with."""
+    try:
+        return stats_of(Path(path).stat()) == stats
+    except OSError:
+        return False
+
+
+def stats_of(st: os.stat_result) -> list[int]:
+    """What tells an original from a changed one: [size, mtime_ns, ctime_ns, inode]."""
+    return [st.st_size, st.st_mtime_ns, st.st_ctime_ns, st.st_ino]

@@ -20,6 +20,7 @@ from lazyfs.cache import PRESENT, UNPROVEN, AnyImage, Cache
 from lazyfs.chunking import MAX_CHUNK
 from lazyfs.chunkstore import ChunkStore, chunk_key, digest_of, mismatch, zero_digest
 from lazyfs.digests import DigestLog
+from lazyfs.directory import stats_of
 from lazyfs.errors import DiskFull, Integrity, NotFound, Permanent
 from lazyfs.manifest import RAW, ZSTD, File
 from lazyfs.metrics import Histogram
@@ -125,7 +126,8 @@ class ChunkFetcher:
         self.limit_s = limit_s
         self.digests = digests
         self.stats = FetchStats()
-        self.policy = RetryPolicy(limit=limit_s)
+        # A reader waits: what may pass is waited for as long as it was told, however often that is.
+        self.policy = RetryPolicy(attempts=None, limit=limit_s)
 
     def fill(self, image: AnyImage, index: int) -> bytes | memoryview | None:
         """Make the chunk PRESENT in `image`; None. When the disk has no room the verified bytes are returned instead.
@@ -253,7 +255,6 @@ def open_origin(path: str, stats: list[int]) -> Iterator[int | None]:
         yield None
         return
     try:
-        st = os.fstat(fd)
-        yield fd if [st.st_size, st.st_mtime_ns, st.st_ctime_ns, st.st_ino] == stats else None
+        yield fd if stats_of(os.fstat(fd)) == stats else None
     finally:
         os.close(fd)

@@ -74,11 +74,21 @@ def _walk(folder: Path, real_root: Path, prefix: str, out: Listing, above: froze
                 ) from None
             if entry.is_symlink():
                 target = str(Path(entry.path).readlink())
-                real = Path(entry.path).resolve(strict=True)
                 # Kept only if it stays inside by its own words too: "../<this folder>" would not below a mount.
                 words = os.path.normpath(f"{prefix}{target}")
                 inside = not target.startswith("/") and words.split("/")[0] != ".."
-                if inside and real.is_relative_to(real_root):
+                try:
+                    outside = not Path(os.path.realpath(entry.path, strict=True)).is_relative_to(real_root)
+                except OSError as error:
+                    # It leads to nothing, or round in a circle: inside, the mount shows it as it is.
+                    outside = not inside
+                    if outside:
+                        raise Permanent(
+                            f"{path}: a symbolic link to {target}, which cannot be followed ({error.strerror}); "
+                            "remove the link, or complete what it leads to",
+                            code="dangling-link",
+                        ) from None
+                if inside and not outside:
                     out.symlinks.append(Symlink(path, target))
                     continue
             st = entry.stat()

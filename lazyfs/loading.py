@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lazyfs.chunkstore import ChunkStore
 from lazyfs.config import MountConfig
-from lazyfs.directory import origins
+from lazyfs.directory import is_unchanged, origins
 from lazyfs.errors import Integrity, LazyfsError
 from lazyfs.manifest import Manifest, decode, encode
 from lazyfs.paths import private_dir, write_atomic
@@ -37,11 +37,12 @@ def load_manifest(config: MountConfig) -> Manifest:
 
 
 def source_origins(manifest: Manifest) -> dict[str, tuple[str, list[int]]]:
-    """Where the files of a local source lie, for reading them in place; empty for a remote one."""
+    """Where the unchanged files of a local source lie, for reading them in place; empty for a remote one."""
     folder = local_path(manifest.source) if manifest.source else None
     if folder is None:
         return {}
-    return {f.path: (str(folder / f.path), [int(x) for x in f.version.split("-")]) for f in manifest.files}
+    files = {f.path: (str(folder / f.path), [int(x) for x in f.version.split("-")]) for f in manifest.files}
+    return {path: origin for path, origin in files.items() if is_unchanged(*origin)}
 
 
 def origins_of(config: MountConfig, manifest: Manifest) -> dict[str, tuple[str, list[int]]]:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from lazyfs.cache import PRESENT, UNPROVEN, Cache
 from lazyfs.chunkstore import GRACE_S, ChunkStore, chunk_key, digest_of, mismatch
-from lazyfs.errors import Busy, Integrity, LazyfsError, NotFound
+from lazyfs.errors import Busy, DiskFull, Integrity, LazyfsError, NotFound
 from lazyfs.manifest import RAW, ZSTD, Chunk, File, Manifest, decode, is_digest
 from lazyfs.paths import private_dir
 from lazyfs.retry import RetryPolicy, certain, retrying
@@ -80,7 +80,8 @@ def listing(chunks: ChunkStore) -> list[Entry]:
 
 @dataclass
 class Damage:
-    """What `verify` found. `bad` chunks are damaged, `missing` ones are not there; both by digest, with a path."""
+    """What `verify` found. `bad` chunks are damaged, `missing` ones are not there; both by digest, with a path.
+    `cache_skipped`: images that a full disk keeps from being opened."""
 
     manifests: int = 0
     chunks: int = 0
@@ -90,6 +91,7 @@ class Damage:
     broken_manifests: dict[str, str] = field(default_factory=dict)
     cache_bad: int = 0
     cache_chunks: int = 0
+    cache_skipped: int = 0
 
     @property
     def clean(self) -> bool:
@@ -157,7 +159,11 @@ def verify_cache(cache: Cache, chunks: ChunkStore | None, report: Damage) -> Non
 
 
 def _verify_image(cache: Cache, file: File, report: Damage) -> None:
-    image = cache.open(file)
+    try:
+        image = cache.open(file)
+    except DiskFull:
+        report.cache_skipped += 1
+        return
     try:
         for index, chunk in enumerate(file.chunks):
             if image.state(index) not in (PRESENT, UNPROVEN):

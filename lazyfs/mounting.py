@@ -108,6 +108,17 @@ def find_mount(mountpoint: Path) -> MountHandle | None:
     return _healthy(state_dir("run") / f"{_name(where)}.sock")
 
 
+def no_mount(mountpoint: Path) -> LazyfsError:
+    """What to raise where `find_mount` finds none: Temporary where a daemon is there and does not answer, else NotFound."""
+    where = _absolute(mountpoint)
+    pid = _recorded_pid(state_dir("mounts") / f"{_name(where)}.json")
+    if pid is None:
+        return NotFound(f"no daemon serves {where}")
+    return Temporary(
+        f"the daemon of {where} (pid {pid}) does not answer; mounting there again replaces it", code="daemon-silent"
+    )
+
+
 def unmount(mountpoint: Path, *, force: bool = False, limit_s: float = 10.0) -> bool:
     """Unmount what is mounted there, its daemon alive or not. NotFound when nothing is."""
     from lazyfs import kernel
@@ -173,7 +184,10 @@ def _matching(found: MountHandle, manifest_digest: str, where: str) -> MountHand
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise from_os_error(error, f"cannot create {path}") from error
     try:
         deadline, pause = time.monotonic() + _LOCK_S, 0.002
         while True:
@@ -245,13 +259,14 @@ def _start(config: MountConfig, limit_s: float) -> MountHandle:
     try:
         private_dir(Path(config.mountpoint))
         private_dir(Path(config.log_file).parent)
+        log_fd = os.open(config.log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise from_os_error(error, f"cannot prepare {config.mountpoint}") from error
     root = str(Path(__file__).resolve().parent.parent)
     environment = {**os.environ, "PYTHONPATH": root + os.pathsep + os.environ.get("PYTHONPATH", "")}
     read_end, write_end = os.pipe()
     try:
-        with open(config.log_file, "ab", opener=lambda p, f: os.open(p, f, 0o600)) as log:
+        with open(log_fd, "ab") as log:
             launcher = subprocess.Popen(
                 [sys.executable, "-m", "lazyfs.daemon", config.dump(), str(write_end), "detached"],
                 pass_fds=[write_end],

@@ -47,20 +47,30 @@ def _describe_folder(folder: Path, url: str) -> Manifest:
 
 
 def _describe_prefix(store: Store, url: str) -> Manifest:
-    files, folders = [], set()
-    for info in retrying(lambda: list(store.list("")), RetryPolicy()):
-        if info.key.endswith("/") or not info.key:
+    found = {info.key.rstrip("/"): info for info in retrying(lambda: list(store.list("")), RetryPolicy())}
+    folders = {key[:at] for key in found for at, letter in enumerate(key) if letter == "/"}
+    folders |= {
+        key for key, info in found.items() if key and info.size == 0 and _is_marker(store, info.key, key in folders)
+    }
+    files = []
+    for key, info in found.items():
+        if not key or (key in folders and info.size == 0):
             continue
+        if key in folders:
+            raise Permanent(f"{url}: {key} is an object and a folder of others; rename one of them", code="name-clash")
         if not info.version:
-            raise Permanent(f"{url}: the store gives no version for {info.key}; import it instead", code="no-version")
-        lengths = chunk_lengths(info.key, info.size, _object_reader(store, info.key))
-        files.append(File(info.key, 0o644, info.size, tuple(Chunk("", n) for n in lengths), info.version))
-        parts = info.key.split("/")[:-1]
-        folders |= {"/".join(parts[: i + 1]) for i in range(len(parts))}
+            raise Permanent(f"{url}: the store gives no version for {key}; import it instead", code="no-version")
+        lengths = chunk_lengths(key, info.size, _object_reader(store, info.key))
+        files.append(File(key, 0o644, info.size, tuple(Chunk("", n) for n in lengths), info.version))
     if not files:
         raise NotFound(f"nothing lies under {url}")
     directories = tuple(Directory(p, 0o755) for p in sorted(folders))
     return Manifest(VERSION, "source", directories, tuple(sorted(files, key=lambda f: f.path)), (), {}, url)
+
+
+def _is_marker(store: Store, key: str, is_folder: bool) -> bool:
+    """Whether an empty object stands for a folder, as consoles create them ("name/"): listings may leave out the slash."""
+    return is_folder or key.endswith("/") or retrying(lambda: store.head(key), RetryPolicy()) is None
 
 
 def _reader(fd: int) -> ReadAt:

@@ -15,15 +15,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """Seconds. The n-th pause is drawn from 0 to min(cap, base * 2**n) ("full jitter"); `limit` bounds all of it."""
+    """Seconds. The n-th pause is drawn from 0 to min(cap, base * 2**n) ("full jitter"); `limit` bounds all of it. `attempts`:
+    at most so many, None: as many as the limit allows."""
 
-    attempts: int = 8
+    attempts: int | None = 8
     base: float = 0.05
     cap: float = 5.0
     limit: float = 60.0
 
     def __post_init__(self) -> None:
-        if self.attempts < 1 or min(self.base, self.cap, self.limit) < 0:
+        if (self.attempts is not None and self.attempts < 1) or min(self.base, self.cap, self.limit) < 0:
             raise ValueError("attempts must be at least 1, and no duration may be negative")
 
 
@@ -43,7 +44,8 @@ def retrying(
             pause = random.uniform(0, min(policy.cap, policy.base * 2**attempt))
             if error.retry_after is not None:
                 pause = min(max(pause, error.retry_after), policy.cap)
-            if attempt >= policy.attempts or time.monotonic() + pause > deadline:
+            spent = policy.attempts is not None and attempt >= policy.attempts
+            if spent or time.monotonic() + pause > deadline:
                 raise
             if on_retry is not None:
                 on_retry(error, attempt)

@@ -19,7 +19,7 @@ from lazyfs.chunking import MAX_CHUNK
 from lazyfs.config import MountConfig
 from lazyfs.control_server import ControlServer
 from lazyfs.directory import origins
-from lazyfs.errors import Busy, LazyfsError, Usage
+from lazyfs.errors import Busy, DiskFull, LazyfsError, Usage
 from lazyfs.link import FetcherLink
 from lazyfs.loading import load_manifest, origins_of
 from lazyfs.logs import configure
@@ -114,7 +114,11 @@ class Server:
             self.link.ensure()
         self.transport.start()
         self.control.start()
-        write_atomic(Path(self.config.state_file), json.dumps(self.identity()).encode(), sync=False)
+        try:
+            write_atomic(Path(self.config.state_file), json.dumps(self.identity()).encode(), sync=False)
+        except DiskFull as error:
+            # It tells a later mount which process to end, should this one not answer any more.
+            log.warning("no record of this mount is kept: %s", error)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._on_signal())
         log.info("mounted %s at %s", self.config.manifest[:12], self.config.mountpoint)
@@ -170,21 +174,31 @@ class Server:
         }
 
     def _prefetch(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Have fetched what is absent. DiskFull where it cannot all be kept."""
+        nodes = self._named(request)
+        cached = [n for n in nodes if not self.service.in_place(n.file)]
+        absent = {n.index: n.size - self.cache.present_bytes(n.file) for n in cached}
+        held = set(self._pins) | set(absent)
+        self.cache.need_room(sum(absent.values()), sum(self.manifest.files[i].size for i in held))
         asked = 0
-        for node in self._named(request):
-            for chunk in range(len(self.manifest.files[node.index].chunks)):
-                self.link.request(wire.AHEAD, node.index, chunk)
+        for index, size in absent.items():
+            for chunk in range(len(self.manifest.files[index].chunks)) if size else ():
+                self.link.request(wire.AHEAD, index, chunk)
                 asked += 1
-        return {"chunks": asked}
+        return {
+            "files": len(nodes),
+            "in_place": len(nodes) - len(cached),
+            "absent_chunks": asked,
+            "absent_bytes": sum(absent.values()),
+        }
 
     def _pin(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Keep the images from eviction as long as this mount lives, and fetch what is absent."""
-        nodes = [n for n in self._named(request) if n.file.path not in self.service.origins]
-        for node in nodes:
-            if node.index not in self._pins:
-                self._pins[node.index] = self.cache.pin(node.file)
+        """Keep the images from eviction as long as this mount lives, and have fetched what is absent."""
         asked = self._prefetch(request)
-        return {"files": len(self._pins), **asked}
+        for node in self._named(request):
+            if node.index not in self._pins and not self.service.in_place(node.file):
+                self._pins[node.index] = self.cache.pin(node.file)
+        return asked
 
     def _drop(self, request: dict[str, Any]) -> dict[str, Any]:
         """Have images removed that nobody has open; the fetcher does it when it has heard."""

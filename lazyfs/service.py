@@ -22,6 +22,7 @@ from typing import NamedTuple
 from lazyfs import wire
 from lazyfs.cache import PRESENT, AnyImage, Cache
 from lazyfs.config import MountConfig
+from lazyfs.directory import is_unchanged
 from lazyfs.fetch import open_origin
 from lazyfs.link import FetcherLink
 from lazyfs.manifest import File, Manifest
@@ -430,10 +431,15 @@ class Service:
         for file, chunk in keys:
             self._request(wire.DEMAND, file, chunk)
 
+    def in_place(self, file: File) -> bool:
+        """Whether a file is read where it was imported from."""
+        origin = self.origins.get(file.path)
+        return origin is not None and is_unchanged(*origin)
+
     def cached_share(self, node: Node) -> float:
         """What part of a file is here, 0 to 1."""
         if node.file is None or not node.file.size:
             return 1.0
-        if node.file.path in self.origins:
+        if self.in_place(node.file):
             return 1.0
         return self.cache.present_bytes(node.file) / node.file.size

@@ -41,8 +41,9 @@ _DIRENT = struct.Struct("<QQII")
 (_LOOKUP, _FORGET, _GETATTR, _READLINK, _OPEN, _READ_OP, _STATFS_OP, _RELEASE) = (1, 2, 3, 5, 14, 15, 17, 18)
 (_GETXATTR, _LISTXATTR, _FLUSH, _INIT, _OPENDIR, _READDIR, _RELEASEDIR) = (22, 23, 25, 26, 27, 28, 29)
 (_ACCESS, _INTERRUPT, _DESTROY, _IOCTL, _BATCH_FORGET, _READDIRPLUS, _LSEEK) = (34, 36, 38, 39, 42, 44, 46)
-# Everything that would change something; the read-only mount stops these before us, but for an ioctl or a remount.
-_WRITES = frozenset({4, 6, 8, 9, 10, 11, 12, 13, 16, 20, 21, 24, 35, 43, 45, 47})
+# Everything that would change something; the read-only mount stops these before us, but for an ioctl or a remount. (fsync is
+# not among them: unknown to us, it succeeds, as on any read-only file system.)
+_WRITES = frozenset({4, 6, 8, 9, 10, 11, 12, 13, 16, 21, 24, 35, 43, 45, 47})
 
 _CLONE, _BACKING_OPEN, _BACKING_CLOSE = 0x8004E500, 0x4010E501, 0x4004E502
 _ASYNC_READ, _EXPORT, _PARALLEL_DIROPS, _MAX_PAGES = 1, 1 << 4, 1 << 18, 1 << 22

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from lazyfs.cache import Cache
+from lazyfs.errors import DiskFull
 from lazyfs.memory import SlotMemory, tier_mb
 
 pytestmark = pytest.mark.t0
@@ -111,6 +113,16 @@ def test_pins_are_replaced_by_the_next_ones(tmp_path):
 )
 def test_the_memory_tier_of_a_bounded_cache(memory_mb, limit, tier):
     assert tier_mb(memory_mb, limit) == tier
+
+
+def test_what_does_not_fit_is_said_before_it_is_fetched(tmp_path):
+    free = shutil.disk_usage(tmp_path).free
+    Cache(tmp_path / "c").need_room(0, 1 << 60)
+    with pytest.raises(DiskFull, match="are to be fetched"):
+        Cache(tmp_path / "c").need_room(free + (1 << 30), 0)
+    Cache(tmp_path / "c", 1 << 20).need_room(10, 1 << 20)
+    with pytest.raises(DiskFull, match="limit"):
+        Cache(tmp_path / "c", 1 << 20).need_room(10, (1 << 20) + 1)
 
 
 def test_memory_is_claimed_at_its_first_use_only():

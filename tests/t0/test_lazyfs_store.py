@@ -17,13 +17,16 @@ from lazyfs.cache import UNPROVEN, Cache
 from lazyfs.chunkstore import ChunkStore, chunk_key, digest_of
 from lazyfs.config import MountConfig
 from lazyfs.digests import DigestLog
-from lazyfs.directory import import_directory, read_through
-from lazyfs.errors import Busy, DiskFull, Integrity, LazyfsError, NotFound, Permanent, Usage
+from lazyfs.directory import import_directory, known_digest, origins, read_through
+from lazyfs.errors import Busy, DiskFull, Integrity, LazyfsError, NotFound, Permanent, Temporary, Usage
 from lazyfs.fetch import ChunkFetcher, ReadThroughSource, StoreSource
 from lazyfs.importer import import_tree
 from lazyfs.maintenance import collect, listing, remove, store_lock, verify
-from lazyfs.manifest import RAW, ZSTD, Chunk, File
+from lazyfs.manifest import RAW, ZSTD, Chunk, File, decode, encode
+from lazyfs.readthrough import describe
+from lazyfs.retry import RetryPolicy, retrying
 from lazyfs.stores import open_store
+from lazyfs.stores.base import ObjectInfo
 from lazyfs.stores.local import LocalStore
 from lazyfs.trees import get_tree, put_tree
 
@@ -180,9 +183,20 @@ def test_links_that_lead_out_are_followed(tmp_path, chunks):
         import_tree(tmp_path / "snapshot", chunks)
     assert caught.value.code == "link-loop"
     (tmp_path / "snapshot" / "loop").unlink()
-    (tmp_path / "snapshot" / "broken").symlink_to("nowhere")
-    with pytest.raises(NotFound):
+    (tmp_path / "snapshot" / "broken").symlink_to("../blobs/gone")
+    with pytest.raises(Permanent, match="broken: a symbolic link to ../blobs/gone") as caught:
         import_tree(tmp_path / "snapshot", chunks)
+    assert caught.value.code == "dangling-link"
+
+
+def test_links_to_nothing_inside_are_kept_as_they_are(tmp_path, home):
+    model = make_model(tmp_path / "model", megabytes=1)
+    (model / "sub" / "nothing").symlink_to("../later.json")
+    (model / "circle").symlink_to("circle")
+    digest = import_directory(model)
+    links = {s.path: s.target for s in ChunkStore(open_store(f"file://{home / 'store'}")).get_manifest(digest).symlinks}
+    assert links["sub/nothing"] == "../later.json" and links["circle"] == "circle"
+    assert known_digest(model) == digest == import_directory(model)
 
 
 def test_what_cannot_be_imported(tmp_path, chunks):
@@ -262,6 +276,91 @@ def test_read_through_copies_nothing(tmp_path, home):
     assert read_through(model) != digest
 
 
+def test_what_is_left_of_the_originals(tmp_path, home):
+    model = make_model(tmp_path / "model", megabytes=5)
+    digest, url = import_directory(model), f"file://{home / 'store'}"
+    assert "config.json" in origins(digest, url) and "model.safetensors" in origins(digest, url)
+    (model / "config.json").write_text("another")
+    assert "config.json" not in origins(digest, url) and "model.safetensors" in origins(digest, url)
+    again = shutil.copytree(model, tmp_path / "again", symlinks=True)
+    (again / "config.json").write_text('{"model_type": "toy"}')
+    assert import_directory(again) == digest
+    assert origins(digest, url)["config.json"][0] == str(again / "config.json")
+    shutil.rmtree(model)
+    shutil.rmtree(again)
+    assert origins(digest, url) == {}
+
+
+class Listed:
+    """A bucket that a listing shows as obstore does: without the slash that a folder's marker ends with."""
+
+    remote, url = True, "s3://bucket/m"
+
+    def __init__(self, objects):
+        self.objects = objects
+
+    def list(self, prefix):
+        return iter([ObjectInfo(key.rstrip("/"), len(body), 0.0, "v1") for key, body in self.objects.items()])
+
+    def head(self, key):
+        body = self.objects.get(key)
+        return None if body is None else ObjectInfo(key, len(body), 0.0, "v1")
+
+    def get(self, key, start=0, length=None, version="", into=None):
+        return self.objects[key][start:][:length]
+
+
+@pytest.mark.parametrize(
+    ("objects", "files", "folders"),
+    [
+        ({"": b"", "a/": b"", "a/b": b"1"}, ["a/b"], ["a"]),
+        ({"a/b/": b"", "c": b"1"}, ["c"], ["a", "a/b"]),
+        ({"empty": b"", "c": b"1"}, ["c", "empty"], []),
+        ({"a": b"", "a/b": b"1"}, ["a/b"], ["a"]),
+    ],
+)
+def test_objects_that_stand_for_folders(monkeypatch, objects, files, folders):
+    monkeypatch.setattr("lazyfs.readthrough.open_store", lambda url: Listed(objects))
+    digest, data = encode(describe("s3://bucket/m"))
+    manifest = decode(data, digest)
+    assert [f.path for f in manifest.files] == files and [d.path for d in manifest.directories] == folders
+
+
+def test_an_object_that_is_a_folder_too_is_named(monkeypatch):
+    monkeypatch.setattr("lazyfs.readthrough.open_store", lambda url: Listed({"a": b"1", "a/b": b"2"}))
+    with pytest.raises(Permanent, match="a is an object and a folder") as caught:
+        describe("s3://bucket/m")
+    assert caught.value.code == "name-clash"
+
+
+def test_equal_bodies_are_quarantined_once_and_the_quarantine_can_be_emptied(tmp_path):
+    cache = Cache(tmp_path / "cache")
+    first = cache.quarantine("ab", b"wrong", "why")
+    assert cache.quarantine("ab", memoryview(b"wrong"), "why again") == first
+    assert cache.quarantine("ab", b"other", "why") != first and len(cache.quarantined()) == 2
+    cache.clear_quarantine()
+    assert cache.quarantined() == []
+
+
+@pytest.mark.parametrize(("attempts", "tries"), [(3, 3), (None, 20)])
+def test_tries_are_counted_or_the_limit_alone_ends_them(attempts, tries):
+    calls = []
+
+    def call():
+        calls.append(1)
+        if len(calls) < 20:
+            raise Temporary("503")
+        return "here"
+
+    policy = RetryPolicy(attempts=attempts, base=0.0, limit=30.0)
+    if attempts:
+        with pytest.raises(Temporary):
+            retrying(call, policy)
+    else:
+        assert retrying(call, policy) == "here"
+    assert len(calls) == tries
+
+
 def test_verify_names_what_is_wrong_and_repairs(tmp_path, chunks):
     model = make_model(tmp_path / "model", megabytes=12)
     digest, manifest = import_tree(model, chunks)
@@ -333,7 +432,7 @@ def test_a_body_that_does_not_decode_is_quarantined_with_its_reason(tmp_path, ch
         name, reason = cache.quarantined()[-1]
         assert name.startswith(file.chunks[0].digest)
         assert why in reason and f"chunk 0 of {path}" in reason and str(tmp_path / "store") in reason
-    assert len(cache.quarantined()) == 4
+    assert len(cache.quarantined()) == 2  # the second body of each was the same
     for number in range(20):
         cache.quarantine("ab" * 32, b"x", f"reason {number}")
     assert [r for _, r in cache.quarantined()] == [f"reason {n}" for n in range(4, 20)]

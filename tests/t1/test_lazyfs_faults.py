@@ -293,6 +293,48 @@ def test_a_full_disk_streams(shared, rig, tmp_path):
         wait_for(lambda: subprocess.run(["umount", small], check=False, timeout=LIMIT_S).returncode == 0)
 
 
+def test_mounting_pinning_and_verifying_on_a_full_disk(shared, rig, tmp_path, monkeypatch):
+    """Not a byte is left for records: the mount serves, what cannot be kept is refused by name, and verifying needs no room."""
+    model, digest, store = shared
+    small = tmp_path / "small"
+    small.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", small], check=True, timeout=LIMIT_S)
+    try:
+        monkeypatch.setenv("QUICKTHAW_HOME", str(small / "home"))
+        handle = rig.mount(digest, "first", store_url=f"file://{store}", use_origin=False)
+        handle.unmount()
+        with open(small / "filler", "wb", buffering=0) as filler, pytest.raises(OSError, match="No space"):
+            while True:
+                filler.write(bytes(4096))
+        handle = rig.mount(digest, store_url=f"file://{store}", use_origin=False)
+        right = rig.reader().ask("digest", str(model / "model.safetensors"))
+        assert digest_or_errno(rig.reader(), handle.mountpoint / "model.safetensors") == right
+        with pytest.raises(LazyfsError) as caught:
+            handle.control("pin")
+        assert caught.value.code == "disk-full"
+        report = Damage()
+        verify_cache(Cache(small / "home" / "cache"), ChunkStore(LocalStore(store)), report)
+        assert report.clean
+        handle.unmount(force=True)
+    finally:
+        rig.close()
+        wait_for(lambda: subprocess.run(["umount", small], check=False, timeout=LIMIT_S).returncode == 0)
+
+
+@pytest.mark.slow
+def test_a_storm_that_passes_within_the_limit_costs_time_only(shared, rig, control, tmp_path):
+    """However many tries that is: eight of them are over in a few seconds."""
+    model, digest, _ = shared
+    settings = {**QUICK, "fetch_limit_s": 40.0, "read_limit_s": 60.0}
+    handle = rig.mount(digest, store_url=control.url, cache_dir=tmp_path / "c", **settings)
+    reader, path = rig.reader(), handle.mountpoint / "config.json"
+    control("503")
+    reader.send("digest", str(path))
+    wait_for(lambda: handle.status()["fetcher"].get("retries", 0) >= 9)
+    control()
+    assert reader.receive() == reader.ask("digest", str(model / "config.json"))
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("shared")
 def test_a_bounded_cache_stays_bounded_and_evicts_the_oldest(tmp_path, rig):

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import pty
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from lazyfs import kernel
 from lazyfs.api import find_mount, import_directory, read_through, unmount
 from lazyfs.control import ask
 from lazyfs.errors import Busy, LazyfsError, NotFound
+from lazyfs.mounting import no_mount
 
 pytestmark = [
     pytest.mark.t1,
@@ -121,6 +123,8 @@ def test_errno_of_everything_but_reading(shared, rig, transport):
     assert number(f"os.readlink('{m}/config.json')") == errno.EINVAL
     assert number(f"os.read(os.open('{m}/sub', os.O_RDONLY), 1)") == errno.EISDIR
     assert number(f"os.pread(os.open('{m}/config.json', os.O_RDONLY), 10, 1 << 40).hex()") == ""
+    assert number(f"os.fsync(os.open('{m}/config.json', os.O_RDONLY))") is None
+    assert number(f"os.fsync(os.open('{m}/sub', os.O_RDONLY))") is None
 
 
 @pytest.mark.parametrize("transport", ["raw", "pyfuse3"])
@@ -376,6 +380,35 @@ def assert_same_or_error(reader, path, size):
     assert isinstance(answer, dict) or answer < size // 2
 
 
+def test_an_original_that_is_gone_is_not_counted_as_cached(rig, tmp_path, shared):
+    model = write_model(tmp_path / "own", [5 << 20])
+    digest = import_directory(model)
+    handle = rig.mount(digest, cache_dir=tmp_path / "c")
+    size = handle.status()["bytes"]
+    assert handle.status()["cached_bytes"] == size
+    assert handle.control("pin").items() >= {"files": 4, "in_place": 4, "absent_chunks": 0, "absent_bytes": 0}.items()
+    shutil.rmtree(model)
+    assert handle.status()["cached_bytes"] == 0
+    handle.unmount()
+    # A mount after that fetches all of it in the background, as any other.
+    again = rig.mount(digest, "again", cache_dir=tmp_path / "c")
+    wait_for(lambda: again.status()["cached_bytes"] == size)
+
+
+def test_a_stopped_daemon_is_named(shared, rig, monkeypatch):
+    monkeypatch.setattr("lazyfs.mounting._PING_S", 0.2)
+    _, digest = shared
+    handle = rig.mount(digest)
+    assert no_mount(rig.tmp / "elsewhere").code == "not-found"
+    os.kill(handle.pid, signal.SIGSTOP)
+    try:
+        assert find_mount(handle.mountpoint) is None
+        reason = no_mount(handle.mountpoint)
+        assert reason.code == "daemon-silent" and str(handle.pid) in str(reason)
+    finally:
+        os.kill(handle.pid, signal.SIGCONT)
+
+
 @both
 def test_control_socket(shared, rig, tmp_path, transport):
     _, digest = shared
@@ -384,8 +417,9 @@ def test_control_socket(shared, rig, tmp_path, transport):
         digest, use_origin=False, cache_dir=cache, transport=transport, background_mb_s=0.0, prefetch=False
     )
     assert handle.status()["cached_bytes"] == 0
-    assert handle.control("prefetch", path="model.safetensors")["chunks"] > 3
+    assert handle.control("prefetch", path="model.safetensors")["absent_chunks"] > 3
     wait_for(lambda: handle.status()["cached_bytes"] >= sum(SIZES))
+    assert handle.control("prefetch", path="model.safetensors")["absent_bytes"] == 0
     assert (handle.socket.stat().st_mode & 0o777) == 0o600
     for bad in ({"op": "nonsense"}, {"op": "prefetch", "path": "none"}):
         with pytest.raises(LazyfsError) as caught:
@@ -414,8 +448,10 @@ def test_the_command_line_prefetches_pins_and_drops(shared, rig, tmp_path):
     cache = tmp_path / "c"
     handle = rig.mount(digest, use_origin=False, cache_dir=cache, background_mb_s=0.0, prefetch=False)
     mnt = handle.mountpoint
-    assert json.loads(run("mount", "--pin", mnt / "config.json", "--json").stdout) == {"files": 1, "chunks": 1}
-    assert run("mount", "--prefetch", mnt).stdout.startswith("chunks: ")
+    size = (mnt / "config.json").stat().st_size
+    asked = {"files": 1, "in_place": 0, "absent_chunks": 1, "absent_bytes": size}
+    assert json.loads(run("mount", "--pin", mnt / "config.json", "--json").stdout) == asked
+    assert run("mount", "--prefetch", mnt).stdout.startswith("files: 4  in_place: 0  absent_chunks: ")
     wait_for(lambda: handle.status()["cached_bytes"] == handle.status()["bytes"])
     assert json.loads(run("mount", "--drop", mnt, "--json").stdout)["files"] == 4
     wait_for(lambda: handle.status()["cached_bytes"] == 0)

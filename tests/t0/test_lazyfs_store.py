@@ -434,7 +434,7 @@ def test_a_body_that_does_not_decode_is_quarantined_with_its_reason(tmp_path, ch
         assert why in reason and f"chunk 0 of {path}" in reason and str(tmp_path / "store") in reason
     assert len(cache.quarantined()) == 2  # the second body of each was the same
     for number in range(20):
-        cache.quarantine("ab" * 32, b"x", f"reason {number}")
+        cache.quarantine("ab" * 32, b"x%d" % number, f"reason {number}")
     assert [r for _, r in cache.quarantined()] == [f"reason {n}" for n in range(4, 20)]
     assert len(list((tmp_path / "cache" / "reasons").iterdir())) == 16
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import select
 import signal
 import socket
 import threading
@@ -101,9 +102,21 @@ class Launch:
                 self.settings, engine, self.layers, criu, weights, tracker, stdout=self.stdout, stderr=self.stderr
             )
             replica.on_death = self._death_of(replica)
+            replica.expects = self._expects
             tracker.listen(self._teller(index))
             self.replicas.append(replica)
         threading.Thread(target=self._start_all, name="starter", daemon=True).start()
+
+    def _expects(self) -> bool:
+        """Whether a request waits, or may be about to: who has connected before the proxy accepts has most likely sent one."""
+        if self._pool is not None and self._pool.expects():
+            return True
+        connections = select.poll()
+        try:
+            connections.register(self.sock, select.POLLIN)
+        except ValueError:  # closed: the launch is on its way out
+            return False
+        return bool(connections.poll(0))
 
     def _teller(self, index: int) -> Callable[[Phase, Phase, str], None]:
         who = f"replica {index}: " if self.settings.replicas > 1 else ""
@@ -266,7 +279,6 @@ class Launch:
             behind = pool.add(f"r{index}", replica.tracker, Upstream(self._connector(replica), f"r{index}"))
             replica.served = self._counter(behind)
             behind.coming, behind.lost, behind.pages = replica.pages_coming, replica.pages_lost, replica.page_counts
-            replica.expects = pool.expects
             replica.recall = self._recaller(pool, behind.name)
         denied = self.replicas[0].engine.denied_paths - self._opened_by_user()
         behaviour = Settings(denied_paths=frozenset(denied), **self.settings.proxy)

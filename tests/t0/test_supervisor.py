@@ -1,5 +1,6 @@
 """What becomes of a launch whose replicas fail to start, one after the other."""
 
+import socket
 import threading
 import time
 from types import SimpleNamespace
@@ -8,7 +9,7 @@ import pytest
 
 from launchers.errors import EngineFailed
 from plugin.phases import PhaseTracker
-from plugin.supervisor import Launch
+from plugin.supervisor import Launch, bind
 
 pytestmark = pytest.mark.t0
 
@@ -69,3 +70,20 @@ def test_told_to_stop_as_a_start_ends_leaves_the_engine_to_the_way_down_and_its_
 
     assert not launch._start_one(Started())
     assert told == []
+
+
+def test_a_canary_is_told_of_a_request_that_waits_before_the_proxy_accepts():
+    sock = bind("127.0.0.1", 0)
+    launch = Launch(SimpleNamespace(idle_timeout_s=None, restores_at_once=1), sock, None)
+    assert not launch._expects()
+    with socket.create_connection(sock.getsockname()):
+        assert launch._expects()
+        sock.accept()[0].close()
+        assert not launch._expects()
+    held = True
+    launch._pool = SimpleNamespace(expects=lambda: held)
+    assert launch._expects()
+    held = False
+    assert not launch._expects()
+    sock.close()
+    assert not launch._expects()

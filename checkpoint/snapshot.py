@@ -199,6 +199,8 @@ class LazyRestore:
     on_warning: Callable[[str], None]
     arriving: Arriving | None = None
     """The images are being filled from a store (checkpoint.remote)."""
+    pack: bool = True
+    """Copy from the working set's pack where there is one; else from the images, whose bytes `--verify=always` has just hashed."""
     map_pages: bool = True
     """Map weights and libraries' data where a view for that was made (checkpoint.mapped); else they are copied like everything."""
 
@@ -388,7 +390,9 @@ def _plan(
         "init": config.told(),
         "unpack": [[str(folder / "shm"), "/dev/shm"], [str(folder / "tmp"), TMP_DIR]],
         "criu": criu.told(snapshot.root_pid, images, named, lazy_pages=lazy is not None),
-        "pages": told(images, run_folder, lazy.working_set, lazy.record, arriving=lazy.arriving) if lazy else None,
+        "pages": told(images, run_folder, lazy.working_set, lazy.record, arriving=lazy.arriving, pack=lazy.pack)
+        if lazy
+        else None,
     }
 
 

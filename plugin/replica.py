@@ -365,6 +365,7 @@ class Replica:
             self._pages_lost,
             lambda text: log.warning("%s", text),
             self._fetching.arriving,
+            pack=self.settings.verify != "always",
         )
 
     def _pages_lost(self, reason: str) -> None:

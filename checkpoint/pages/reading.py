@@ -51,8 +51,10 @@ class Reading:
 
     @classmethod
     def begun(cls, config: Mapping[str, object]) -> Reading | None:
-        """For what a page server was told; None where nothing is known of the working set, or images are still arriving."""
-        return None if config.get("record") or config.get("arriving") else cls(str(config["images"]))
+        """For what a page server was told; None where nothing is known of the working set, images are still arriving, or nothing but the
+        images may serve."""
+        without = config.get("record") or config.get("arriving") or not config.get("pack", True)
+        return None if without else cls(str(config["images"]))
 
     def __init__(self, images: str) -> None:
         self.working_set = b""

@@ -59,13 +59,14 @@ def told(
     rest_bytes_per_s: float = REST_BYTES_PER_S,
     first_token_timeout_s: float = FIRST_TOKEN_TIMEOUT_S,
     arriving: Arriving | None = None,
+    pack: bool = True,
 ) -> dict[str, Any]:
     """What the server is told (checkpoint.pages.host).
 
     `meeting`: the folder in which the servers of a host find each other. `working_set`: the file recorded earlier (None, or missing: single
     faults only until the first token). `record`: serve single pages and remember their order. `rest_bytes_per_s` bounds how fast what
     nobody asked for is brought after the first token; without a word of that, it starts after `first_token_timeout_s`. `arriving`: the
-    images are being filled from a store.
+    images are being filled from a store. `pack`: a copy of image bytes, made here and not hashed since (checkpoint.pages.pack), may serve.
     """
     return {
         "images": str(images.resolve()),
@@ -75,6 +76,7 @@ def told(
         "rest_bytes_per_s": rest_bytes_per_s,
         "first_token_timeout_s": first_token_timeout_s,
         "arriving": str(arriving.presence.resolve()) if arriving else "",
+        "pack": pack,
     }
 
 

@@ -52,11 +52,13 @@ class Frozen:
         rate: float = 800e6,
         images: Path | None = None,
         deaths: list[str] | None = None,
+        pack: bool = True,
     ) -> tuple[PageServer, Path]:
         work = self.folder / f"work-{next(self.count)}"
         work.mkdir()
         known_set = self.working_set if known and not record else None
-        started = early.begin_pages(told(images or self.images, self.folder, known_set, record, rate), work)
+        config = told(images or self.images, self.folder, known_set, record, rate, pack=pack)
+        started = early.begin_pages(config, work)
         dead = (self.deaths if deaths is None else deaths).append
         return PageServer(*started, work / early.LAZY_PAGES_SOCKET, dead, self.warnings.append), work
 

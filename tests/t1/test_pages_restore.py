@@ -1,5 +1,6 @@
 """The page server under a real CRIU: memory comes back as it was, whatever the processes do to it while it is being brought."""
 
+import marshal
 import os
 import shutil
 import signal
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint.pages import plans
+from checkpoint.pages import index, pack, plans
 from checkpoint.pages.images import process_ids, read_process
 from checkpoint.pages.workingset import WorkingSet
 from tests.t1.checkpoint_kit import LIMIT_S, inside
@@ -73,6 +74,27 @@ def test_recorded_then_replayed(frozen: Frozen) -> None:
         assert replayed["faults"] < recorded["faults_before_first_token"] / 10
         assert replayed["bytes_ahead"] >= 1500 * 4096
     assert kept.stat().st_mode & 0o777 == 0o600
+    rot(frozen)
+    server, work = frozen.serve(pack=False)
+    with server, frozen.sandbox() as sandbox:
+        frozen.restore(sandbox, work)
+        frozen.order(sandbox, seed=1, touch=1800)
+        assert frozen.result(sandbox)["errors"] == []
+        assert server.stats()["bytes_ahead"] >= 1500 * 4096
+        server.first_token()
+        server.requests_done()
+        assert server.wait_complete(LIMIT_S)
+
+
+def rot(frozen: Frozen) -> None:
+    """Change every byte of the pack, as a disk may that tells nobody: the plans still take it for theirs."""
+    pack_file = frozen.images.parent / pack.FILE_NAME
+    pack_file.write_bytes(bytes(byte ^ 0xFF for byte in pack_file.read_bytes()))
+    images = str(frozen.images)
+    version, python, stamps, digest, stamp, bodies = marshal.loads(index.checked(images, plans.FILE_NAME))
+    now = pack.stamp(str(pack_file))
+    assert stamp and stamp != now
+    index.write(images, plans.FILE_NAME, marshal.dumps((version, python, stamps, digest, now, bodies)))
 
 
 def drive(frozen: Frozen, seed: int, steps: int, known: bool, rate: float) -> dict[str, float]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from lazyfs.chunkstore import ChunkStore
 from lazyfs.config import MountConfig
 from lazyfs.directory import is_unchanged, origins
-from lazyfs.errors import Integrity, LazyfsError
+from lazyfs.errors import Integrity, LazyfsError, Usage
 from lazyfs.manifest import Manifest, decode, encode
 from lazyfs.paths import private_dir, write_atomic
 from lazyfs.retry import RetryPolicy, certain, retrying
@@ -46,9 +47,49 @@ def source_origins(manifest: Manifest) -> dict[str, tuple[str, list[int]]]:
 
 
 def origins_of(config: MountConfig, manifest: Manifest) -> dict[str, tuple[str, list[int]]]:
-    """Files that may be read where they were imported from (or, for a local source, where they are)."""
-    if not config.use_origin:
+    """Files that may be read where they were imported from (or, for a local source, where they are).
+
+    Never what the mount itself covers: opening it, the daemon would wait for its own answer. Usage (`mount-over-source`)
+    where those bytes are nowhere else.
+    """
+    if not config.use_origin and manifest.kind != "source":
         return {}
     if manifest.kind == "source":
-        return source_origins(manifest)
-    return origins(config.manifest, config.store_url)
+        folder = local_path(manifest.source) if manifest.source else None
+        if folder is not None:
+            _not_covered(config, {str(folder / f.path) for f in manifest.files})
+        return source_origins(manifest) if config.use_origin else {}
+    found = origins(config.manifest, config.store_url)
+    covered = covered_by(config.mountpoint, {path for path, _ in found.values()})
+    return {path: origin for path, origin in found.items() if origin[0] not in covered}
+
+
+def check_not_covered(config: MountConfig) -> None:
+    """Usage (`mount-over-source`) where the mount would cover its own store, its cache or its state."""
+    store = local_path(config.store_url)
+    _not_covered(config, {config.cache_dir, config.home, config.log_file, *([str(store)] if store else [])})
+
+
+def _not_covered(config: MountConfig, paths: set[str]) -> None:
+    covered = covered_by(config.mountpoint, paths)
+    if covered:
+        raise Usage(
+            f"a mount at {config.mountpoint} would cover {min(covered)}, which it reads from; mount somewhere else",
+            code="mount-over-source",
+        )
+
+
+def covered_by(mountpoint: str, paths: set[str]) -> set[str]:
+    """Those of `paths` that lie at the mount point or below it, links followed."""
+    real: dict[str, str] = {}
+    found = set()
+    for path in paths:
+        parent, name = os.path.split(path)
+        if parent not in real:
+            real[parent] = os.path.realpath(parent)
+        where = os.path.join(real[parent], name)
+        if os.path.islink(where):
+            where = os.path.realpath(where)
+        if where == mountpoint or where.startswith(mountpoint.rstrip("/") + "/"):
+            found.add(path)
+    return found

@@ -322,10 +322,10 @@ def _same_kind(answer: dict[str, Any], config: MountConfig) -> LazyfsError:
 def _unmount(where: str, socket: Path, pid: int, *, force: bool, limit_s: float) -> bool:
     from lazyfs import kernel
 
+    entry = kernel.mount_at(where)
     try:
         ask(socket, {"op": "unmount", "force": force}, limit_s)
     except NotFound:
-        entry = kernel.mount_at(where)
         if entry is not None and entry.fstype == kernel.FSTYPE:
             kernel.unmount(where, lazy=True)
     except LazyfsError as error:
@@ -337,9 +337,12 @@ def _unmount(where: str, socket: Path, pid: int, *, force: bool, limit_s: float)
         return True
     if not force:
         return False
-    # Whatever still holds it (another namespace, an open file) is cut off: SIGKILL closes the connection.
+    # Whatever still holds it (another namespace, an open file) is cut off. SIGKILL closes the connection, except where a
+    # thread of the daemon itself waits for an answer of this mount.
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
+    if entry is not None and entry.fstype == kernel.FSTYPE:
+        kernel.abort(entry.device)
     if not _gone(pid, limit_s):
         raise Busy(f"the daemon of {where} (pid {pid}) does not end")
     return True

@@ -21,7 +21,7 @@ from lazyfs.control_server import ControlServer
 from lazyfs.directory import origins
 from lazyfs.errors import Busy, DiskFull, LazyfsError, Usage
 from lazyfs.link import FetcherLink
-from lazyfs.loading import load_manifest, origins_of
+from lazyfs.loading import check_not_covered, load_manifest, origins_of
 from lazyfs.logs import configure
 from lazyfs.manifest import Manifest
 from lazyfs.memory import SlotMemory, tier_mb
@@ -41,6 +41,7 @@ def serve(config_text: str, ready: Callable[[dict[str, Any]], None]) -> None:
     # Reads are answered in short turns of the interpreter; a waiting thread should not hold it for the default 5 ms.
     sys.setswitchinterval(0.0005)
     config = MountConfig.load(config_text)
+    check_not_covered(config)
     memory = SlotMemory(tier_mb(config.memory_mb, config.cache_limit))
     link = FetcherLink(config, memory.fd)
     if not (config.use_origin and origins(config.manifest, config.store_url)):

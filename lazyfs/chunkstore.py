@@ -21,9 +21,9 @@ import blake3
 import msgspec
 import zstandard
 
-from lazyfs.errors import Integrity, NotFound, Usage
+from lazyfs.errors import Integrity, NotFound, Permanent, Usage
 from lazyfs.manifest import RAW, ZSTD, Chunk, Manifest, decode, encode, is_digest
-from lazyfs.stores.base import Store
+from lazyfs.stores.base import ObjectInfo, Store
 
 _REF = re.compile(
     r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}(/[A-Za-z0-9_][A-Za-z0-9._-]{0,127})*(:[A-Za-z0-9_][A-Za-z0-9._-]{0,127})?"
@@ -98,9 +98,8 @@ class ChunkStore:
         digest = digest or digest_of(data)
         length = len(data)
         for encoding in (RAW, ZSTD):
-            info = self.store.head(chunk_key(digest, encoding))
-            # A size that cannot be right is what a power cut left: write it again.
-            if info is not None and info.size > 0 and (encoding == ZSTD or info.size == length):
+            info = self._sound(digest, length, encoding)
+            if info is not None:
                 if time.time() - info.modified > GRACE_S / 2:
                     self.store.touch(info.key)
                 return PutResult(Chunk(digest, length, encoding), 0)
@@ -150,9 +149,15 @@ class ChunkStore:
             raise Integrity(f"chunk {digest[:12]} has {len(body)} bytes instead of {length}")
         return body
 
-    def has(self, digest: str) -> bool:
-        """Whether the store has the chunk in any encoding."""
-        return any(self.store.head(chunk_key(digest, e)) is not None for e in (RAW, ZSTD))
+    def has(self, digest: str, length: int) -> bool:
+        """Whether the store has the chunk in any encoding, of a size that can be right. Its bytes are not read."""
+        return any(self._sound(digest, length, encoding) is not None for encoding in (RAW, ZSTD))
+
+    def _sound(self, digest: str, length: int, encoding: int) -> ObjectInfo | None:
+        info = self.store.head(chunk_key(digest, encoding))
+        # A size that cannot be right is what a power cut left: as if it were not there.
+        right = info is not None and info.size > 0 and (encoding == ZSTD or info.size == length)
+        return info if right else None
 
     # -- manifests
 
@@ -161,7 +166,11 @@ class ChunkStore:
         digest, data = encode(manifest)
         self.store.flush()
         key = f"manifests/{digest}"
-        if self.store.head(key) is None:
+        try:
+            there = bytes(self.store.get(key))
+        except NotFound:
+            there = None
+        if there != data:
             self.store.put(key, data)
             self.store.flush()
         return digest
@@ -169,9 +178,15 @@ class ChunkStore:
     def get_manifest(self, digest: str) -> Manifest:
         """The manifest, verified. NotFound or Integrity."""
         try:
-            return decode(bytes(self.store.get(f"manifests/{digest}")), digest)
+            data = bytes(self.store.get(f"manifests/{digest}"))
         except NotFound:
             raise NotFound(f"no manifest {digest[:12]} in {self.store.url}; {self._way_out()}") from None
+        if self.store.remote and data.lstrip()[:1] == b"<":
+            raise Permanent(
+                f"{self.store.url} answers with a web page instead of manifest {digest[:12]}; is that the store's URL?",
+                code="not-a-store",
+            )
+        return decode(data, digest)
 
     def has_manifest(self, digest: str) -> bool:
         return self.store.head(f"manifests/{digest}") is not None
@@ -199,10 +214,10 @@ class ChunkStore:
         except NotFound:
             raise NotFound(f"no {kind.removesuffix('s')} named {name!r} in {self.store.url}") from None
         except msgspec.DecodeError as error:
-            raise Integrity(f"the {kind.removesuffix('s')} {name!r} is damaged: {error}") from error
+            raise Integrity(self._damaged_ref(kind, name, str(error))) from error
         digest = body.get("manifest")
         if not isinstance(digest, str) or not is_digest(digest):
-            raise Integrity(f"the {kind.removesuffix('s')} {name!r} is damaged: it names no manifest")
+            raise Integrity(self._damaged_ref(kind, name, "it names no manifest"))
         return digest
 
     def delete_ref(self, kind: str, name: str) -> None:
@@ -211,10 +226,14 @@ class ChunkStore:
 
     def refs(self, kind: str) -> Iterator[tuple[str, str]]:
         """(name, manifest digest) of every ref of a kind; damaged ones raise Integrity."""
+        for name in self.ref_names(kind):
+            yield name, self.get_ref(kind, name)
+
+    def ref_names(self, kind: str) -> Iterator[str]:
+        """The names of all refs of a kind, the damaged ones too."""
         prefix = f"refs/{kind}/"
         for info in self.store.list(prefix):
-            name = info.key.removeprefix(prefix).replace("@", ":")
-            yield name, self.get_ref(kind, name)
+            yield info.key.removeprefix(prefix).replace("@", ":")
 
     def resolve(self, name: str) -> str:
         """A digest, a unique prefix of one (8 digits or more), a tag or a snapshot's name → the manifest's digest."""
@@ -231,12 +250,18 @@ class ChunkStore:
                 return self.get_ref(kind, full)
             except (NotFound, Usage):
                 continue
+        if re.fullmatch(r"[0-9a-f]{1,7}", name):
+            raise NotFound(f"no tag {name!r} in {self.store.url}; the beginning of a digest needs 8 digits or more")
         raise NotFound(f"no manifest, tag or snapshot {name!r} in {self.store.url}; {self._way_out()}")
 
     def _way_out(self) -> str:
         if self.store.url.startswith("http"):
             return "an HTTP store cannot be listed: give a tag or the whole digest as the import printed it"
         return "`quickthaw weights ls` shows what is there"
+
+    @staticmethod
+    def _damaged_ref(kind: str, name: str, why: str) -> str:
+        return f"the {kind.removesuffix('s')} {name!r} is damaged: {why}; `quickthaw weights rm {name}` removes it"
 
     @staticmethod
     def _ref_key(kind: str, name: str) -> str:

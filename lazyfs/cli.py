@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import signal
 import sys
 import threading
@@ -48,12 +49,44 @@ _store = click.option(
 _json = click.option("--json", "as_json", is_flag=True, envvar="QUICKTHAW_JSON", help="Print JSON instead of text.")
 
 
-def _chunks(store: str | None, zstd: int | str | None = "auto") -> ChunkStore:
+class _Number(click.FloatRange):
+    """A finite number that is not negative: "nan" and "inf" are floats, too."""
+
+    def __init__(self) -> None:
+        super().__init__(min=0)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a number of 0 or more", param, ctx)
+        return number
+
+
+class _Place(click.Path):
+    """A path. An empty one, as an unset variable leaves it, is not taken for the current directory."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("the path is empty", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+def _chunks(store: str | None) -> ChunkStore:
+    """The store. NotFound where a directory is named that is none, which would look like an empty store."""
     from lazyfs.chunkstore import ChunkStore
+    from lazyfs.errors import NotFound
     from lazyfs.paths import default_store_url
     from lazyfs.stores import open_store
+    from lazyfs.urls import local_path
 
-    return ChunkStore(open_store(store or default_store_url()), zstd=zstd)
+    url = store or default_store_url()
+    folder = local_path(url)
+    if store is not None and folder is not None and not folder.is_dir():
+        raise NotFound(f"there is no store at {folder}; `quickthaw weights import DIRECTORY --store …` makes one")
+    return ChunkStore(open_store(url))
 
 
 def _size(count: float) -> str:
@@ -75,7 +108,7 @@ def weights() -> None:
 
 
 @weights.command("import")
-@click.argument("directory", type=click.Path(path_type=Path))
+@click.argument("directory", type=_Place())
 @click.option("--tag", envvar="QUICKTHAW_TAG", metavar="NAME[:TAG]", help="A name for the manifest (tag: latest).")
 @click.option("--zstd", envvar="QUICKTHAW_ZSTD", default="auto", metavar="auto|never|1-19", help="When to compress.")
 @_store
@@ -111,7 +144,7 @@ def import_(directory: Path, tag: str | None, zstd: str, store: str | None, as_j
                 f"\r{share:5.1f} %  {_size(now.done)} of {_size(now.total)}  {now.path[-40:]:40}", nl=False, err=True
             )
 
-    digest = import_directory(directory, store, tag=tag, progress=progress, zstd=level)
+    digest = import_directory(directory, store, tag=tag, progress=progress, zstd=level, thorough=True)
     if show and last:
         click.echo("\r" + " " * 78 + "\r", nl=False, err=True)
     final = last[0] if last else None
@@ -140,16 +173,23 @@ def import_(directory: Path, tag: str | None, zstd: str, store: str | None, as_j
 @_json
 @_guarded
 def ls(store: str | None, as_json: bool) -> None:
-    """List the manifests of a store, with their names and how much of each is shared with others."""
+    """List the manifests of a store, with their names and how much of each is shared with others. Damaged ones, and names
+    that lead to none, are listed as such."""
     from lazyfs.maintenance import listing
 
-    entries = listing(_chunks(store))
+    chunks = _chunks(store)
+    entries = listing(chunks)
     if as_json:
         click.echo(json.dumps([asdict(e) for e in entries]))
         return
+    if not entries:
+        click.echo(f"nothing in {chunks.store.url} yet: `quickthaw weights import DIRECTORY`", err=True)
     for e in entries:
         shared = _size(e.size - e.unshared)
         name = ", ".join(e.names) or "-"
+        if e.damage:
+            click.echo(f"{e.manifest[:16]:16}  DAMAGED   {name}: {e.damage}")
+            continue
         click.echo(f"{e.manifest[:16]}  {e.kind:8}  {_size(e.size):>9}  shared {shared:>9}  {e.files:5} files  {name}")
 
 
@@ -175,10 +215,11 @@ def verify(names: tuple[str, ...], repair: bool, with_cache: bool, store: str | 
     from lazyfs.paths import home
 
     chunks = _chunks(store)
-    report = check(chunks, [chunks.resolve(n) for n in names] or None, repair=repair)
+    digests = [chunks.resolve(n) for n in names] or None
+    report = check(chunks, digests, repair=repair)
     cache = Cache(home() / "cache")
     if with_cache:
-        verify_cache(cache, chunks, report)
+        verify_cache(cache, chunks, report, digests)
     quarantined = cache.quarantined()
     if as_json:
         kept = [{"name": name, "reason": why} for name, why in quarantined]
@@ -190,6 +231,8 @@ def verify(names: tuple[str, ...], repair: bool, with_cache: bool, store: str | 
                 click.echo(f"{kind} chunk {digest[:16]} of {path}")
         for digest, why in report.broken_manifests.items():
             click.echo(f"manifest {digest[:16]}: {why}")
+        for name, why in report.broken_names.items():
+            click.echo(f"{name}: {why}")
         if report.cache_bad:
             click.echo(f"{report.cache_bad} damaged chunks in the cache were dropped; they will be fetched again")
         if report.cache_skipped:
@@ -198,12 +241,21 @@ def verify(names: tuple[str, ...], repair: bool, with_cache: bool, store: str | 
             )
         if quarantined:
             click.echo(
-                f"{len(quarantined)} bodies that did not hash to their digest "
-                f"{'were' if repair else 'are'} kept in {cache.root / 'quarantine'}:",
+                f"{len(quarantined)} bodies that did not hash to their digest were met before, and never served; "
+                f"{'they were' if repair else 'to look at, they are'} kept in {cache.root / 'quarantine'}:",
                 err=True,
             )
             for name, why in quarantined:
                 click.echo(f"  {name}: {why}", err=True)
+        if report.bad or report.missing or report.broken_manifests:
+            first = (
+                ""
+                if repair or not (report.bad or report.broken_manifests)
+                else "`quickthaw weights verify --repair`, then "
+            )
+            click.echo(
+                f"way out: {first}`quickthaw weights import` of the original again writes what is gone", err=True
+            )
         click.echo("clean" if report.clean else "NOT clean")
     if repair:
         cache.clear_quarantine()
@@ -217,7 +269,7 @@ def verify(names: tuple[str, ...], repair: bool, with_cache: bool, store: str | 
 @_guarded
 def rm(name: str, store: str | None, as_json: bool) -> None:
     """Remove a tag, and its manifest if that has no other name; or a manifest by digest, with all its names. Chunks stay until
-    `quickthaw weights gc`."""
+    `quickthaw weights gc`. A mount of it goes on, with what is cached or lies in the original: unmount first."""
     from lazyfs.maintenance import remove
 
     removed = remove(_chunks(store), name)
@@ -225,7 +277,14 @@ def rm(name: str, store: str | None, as_json: bool) -> None:
 
 
 @weights.command()
-@click.option("--grace", default=24.0, envvar="QUICKTHAW_GC_GRACE", metavar="HOURS", help="Spare what is younger (24).")
+@click.option(
+    "--grace",
+    type=_Number(),
+    default=24.0,
+    envvar="QUICKTHAW_GC_GRACE",
+    metavar="HOURS",
+    help="Spare what is younger (24).",
+)
 @click.option("--untagged", is_flag=True, envvar="QUICKTHAW_GC_UNTAGGED", help="Remove weights that no tag names, too.")
 @click.option("--dry-run", is_flag=True, envvar="QUICKTHAW_DRY_RUN", help="Only say what would go.")
 @_store
@@ -235,8 +294,6 @@ def gc(grace: float, untagged: bool, dry_run: bool, store: str | None, as_json: 
     """Delete chunks that no manifest mentions. Snapshots and tags are roots; nothing they need is touched."""
     from lazyfs.maintenance import collect
 
-    if grace < 0:
-        raise click.UsageError("--grace must not be negative")
     done = collect(_chunks(store), grace_s=grace * 3600, untagged=untagged, dry_run=dry_run)
     if as_json:
         click.echo(json.dumps({**asdict(done), "dry_run": dry_run}))
@@ -249,27 +306,21 @@ def gc(grace: float, untagged: bool, dry_run: bool, store: str | None, as_json: 
 
 @click.command()
 @click.argument("manifest", required=False)
-@click.argument("directory", required=False, type=click.Path(path_type=Path))
+@click.argument("directory", required=False, type=_Place())
 @click.option("--detach", is_flag=True, envvar="QUICKTHAW_DETACH", help="Return once mounted; the daemon goes on.")
-@click.option("--unmount", "unmount_at", type=click.Path(path_type=Path), metavar="DIR", help="Unmount DIR instead.")
+@click.option("--unmount", "unmount_at", type=_Place(), metavar="DIR", help="Unmount DIR instead.")
 @click.option("--force", is_flag=True, help="With --unmount: even while files are open.")
-@click.option(
-    "--status", "status_of", type=click.Path(path_type=Path), metavar="DIR", help="Print what the mount at DIR does."
-)
-@click.option(
-    "--metrics", "metrics_of", type=click.Path(path_type=Path), metavar="DIR", help="The same for Prometheus."
-)
+@click.option("--status", "status_of", type=_Place(), metavar="DIR", help="Print what the mount at DIR does.")
+@click.option("--metrics", "metrics_of", type=_Place(), metavar="DIR", help="The same for Prometheus.")
 @click.option(
     "--prefetch",
     "prefetch_in",
-    type=click.Path(path_type=Path),
+    type=_Place(),
     metavar="PATH",
     help="Fetch a mount, or one file of it.",
 )
-@click.option("--pin", "pin_in", type=click.Path(path_type=Path), metavar="PATH", help="Fetch it and never evict it.")
-@click.option(
-    "--drop", "drop_in", type=click.Path(path_type=Path), metavar="PATH", help="Free its disk cache where not in use."
-)
+@click.option("--pin", "pin_in", type=_Place(), metavar="PATH", help="Fetch it and never evict it.")
+@click.option("--drop", "drop_in", type=_Place(), metavar="PATH", help="Free its disk cache where not in use.")
 @click.option(
     "--native",
     type=click.Choice(["auto", "passthrough", "off"]),
@@ -286,6 +337,7 @@ def gc(grace: float, untagged: bool, dry_run: bool, store: str | None, as_json: 
 )
 @click.option(
     "--cache-limit",
+    type=_Number(),
     default=0.0,
     envvar="QUICKTHAW_CACHE_LIMIT",
     metavar="GB",
@@ -293,14 +345,13 @@ def gc(grace: float, untagged: bool, dry_run: bool, store: str | None, as_json: 
 )
 @click.option(
     "--idle-exit",
+    type=_Number(),
     default=0.0,
     envvar="QUICKTHAW_IDLE_EXIT",
     metavar="SECONDS",
     help="Unmount after so long unused (0: never).",
 )
-@click.option(
-    "--log-file", type=click.Path(path_type=Path), envvar="QUICKTHAW_MOUNT_LOG", help="Where the daemon writes."
-)
+@click.option("--log-file", type=_Place(), envvar="QUICKTHAW_MOUNT_LOG", help="Where the daemon writes.")
 @_store
 @_json
 @_guarded
@@ -326,7 +377,7 @@ def mount(
     """Show MANIFEST (a digest, the beginning of one, a tag, a snapshot, or a model directory or URL read in place) at
     DIRECTORY, read-only.
 
-    In the foreground it unmounts on Ctrl-C or SIGTERM. A stale mount point of a killed daemon is recovered.
+    In the foreground it unmounts on Ctrl-C, SIGTERM, or when the terminal goes. A stale mount point of a killed daemon is recovered.
 
     \b
     quickthaw mount smollm2:v1 /mnt/smollm2 --detach
@@ -335,6 +386,13 @@ def mount(
     """
     from lazyfs import mounting
 
+    others = {"--unmount": unmount_at, "--status": status_of, "--metrics": metrics_of}
+    others |= {"--prefetch": prefetch_in, "--pin": pin_in, "--drop": drop_in}
+    asked = [option for option, place in others.items() if place is not None]
+    if len(asked) > 1 or (asked and manifest is not None):
+        raise click.UsageError(f"{' and '.join(asked)}: one at a time, and without MANIFEST")
+    if force and unmount_at is None:
+        raise click.UsageError("--force goes with --unmount")
     if unmount_at is not None:
         mounting.unmount(unmount_at, force=force)
         click.echo(json.dumps({"unmounted": str(unmount_at)}) if as_json else f"unmounted {unmount_at}")
@@ -350,7 +408,9 @@ def mount(
             _control(op, path, as_json)
             return
     if manifest is None or directory is None:
-        raise click.UsageError("give MANIFEST and DIRECTORY, or --unmount DIR, or --status DIR")
+        raise click.UsageError(f"give MANIFEST and DIRECTORY, or one of {', '.join(others)} with its path")
+    if not manifest:
+        raise click.UsageError("MANIFEST is empty")
     digest, url = _what(manifest, store)
     handle = mounting.mount(
         digest,
@@ -365,7 +425,9 @@ def mount(
     stop = threading.Event()
     if not detach:
         # Before anybody is told that it is ready, or a signal sent at once would leave the mount behind.
-        for number in (signal.SIGINT, signal.SIGTERM):
+        # Under nohup the end of the terminal is ignored, and stays so.
+        hangup = [] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP]
+        for number in (signal.SIGINT, signal.SIGTERM, *hangup):
             signal.signal(number, lambda *_: stop.set())
     answer = {"pid": handle.pid, "mountpoint": str(handle.mountpoint), "manifest": digest, "socket": str(handle.socket)}
     click.echo(json.dumps(answer) if as_json else f"ready: {digest[:16]} at {handle.mountpoint} (pid {handle.pid})")

@@ -40,18 +40,25 @@ def import_directory(
     tag: str | None = None,
     progress: Callable[[Progress], None] | None = None,
     zstd: int | str | None = "auto",
+    thorough: bool = False,
 ) -> str:
     """The digest (hex) of the manifest of `path`, importing into the store what it has not yet.
 
-    Raises NotFound or Usage for a path that is no directory, Permanent for what cannot be read, DiskFull, or what the
-    store raises.
+    `thorough`: for an unchanged directory, too, ask the store for each chunk, and import again what it lost; without it
+    only its manifest is looked for, which takes no time. Raises NotFound or Usage for a path that is no directory, Permanent
+    for what cannot be read, DiskFull, or what the store raises.
     """
     path = Path(path).expanduser().absolute()
     url = normal_url(store_url or default_store_url())
     record_file = _record_file(path, url)
     record = _load(record_file)
     stats = _stats(path)
-    if record is not None and stats is not None and record["stats"] == stats and _still_there(url, record["manifest"]):
+    if (
+        record is not None
+        and stats is not None
+        and record["stats"] == stats
+        and _still_there(url, record["manifest"], thorough)
+    ):
         digest = str(record["manifest"])
         if tag is not None and tag not in record["tags"]:
             _tag(url, tag, digest)
@@ -132,7 +139,13 @@ def _tag(url: str, tag: str, digest: str) -> None:
     retrying(lambda: chunks.set_ref("tags", tag if ":" in tag else f"{tag}:latest", digest), RetryPolicy())
 
 
-def _still_there(url: str, digest: str) -> bool:
+def _still_there(url: str, digest: str, thorough: bool) -> bool:
+    if thorough:
+        from lazyfs.chunkstore import ChunkStore
+        from lazyfs.maintenance import complete
+        from lazyfs.stores import open_store
+
+        return complete(ChunkStore(open_store(url)), digest)
     folder = local_path(url)
     # A remote store is not asked: that would cost a round trip on every start, and a mount says clearly what is
     # missing.

@@ -71,13 +71,19 @@ def unmount(mountpoint: str, *, lazy: bool = False) -> None:
     if libc.umount2(os.fsencode(mountpoint), UMOUNT_NOFOLLOW | (MNT_DETACH if lazy else 0)) != 0:
         number = ctypes.get_errno()
         if number == 16:
-            raise Busy(f"{mountpoint} is in use; stop what reads it, or unmount with force")
+            raise _in_use(mountpoint)
         if number in (2, 22):
             raise NotFound(f"nothing is mounted at {mountpoint}")
         if number == 1:
             _fusermount(mountpoint, lazy=lazy)
             return
         raise from_os_error(OSError(number, os.strerror(number)), f"cannot unmount {mountpoint}")
+
+
+def _in_use(mountpoint: str) -> Busy:
+    return Busy(
+        f"{mountpoint} is in use; stop what reads it, or cut it off: `quickthaw mount --unmount {mountpoint} --force`"
+    )
 
 
 def may_mount() -> bool:
@@ -98,7 +104,7 @@ def _fusermount(mountpoint: str, *, lazy: bool) -> None:
         raise HostLacks(f"cannot unmount {mountpoint}: neither CAP_SYS_ADMIN nor fusermount3 is here") from None
     if done.returncode != 0:
         if "busy" in done.stderr.lower():
-            raise Busy(f"{mountpoint} is in use; stop what reads it, or unmount with force")
+            raise _in_use(mountpoint)
         raise HostLacks(f"cannot unmount {mountpoint}: {done.stderr.strip() or 'fusermount3 failed'}")
 
 

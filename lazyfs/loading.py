@@ -81,15 +81,15 @@ def _not_covered(config: MountConfig, paths: set[str]) -> None:
 
 def covered_by(mountpoint: str, paths: set[str]) -> set[str]:
     """Those of `paths` that lie at the mount point or below it, links followed."""
-    real: dict[str, str] = {}
-    found = set()
+    mount, found = Path(mountpoint), set()
+    real: dict[Path, Path] = {}
     for path in paths:
-        parent, name = os.path.split(path)
+        parent = Path(path).parent
         if parent not in real:
-            real[parent] = os.path.realpath(parent)
-        where = os.path.join(real[parent], name)
-        if os.path.islink(where):
-            where = os.path.realpath(where)
-        if where == mountpoint or where.startswith(mountpoint.rstrip("/") + "/"):
+            real[parent] = Path(os.path.realpath(parent))
+        where = real[parent] / Path(path).name
+        if where.is_symlink():
+            where = Path(os.path.realpath(where))
+        if where.is_relative_to(mount):
             found.add(path)
     return found

@@ -19,13 +19,15 @@ from pathlib import Path
 
 from lazyfs.cache import PRESENT, UNPROVEN, Cache
 from lazyfs.chunkstore import GRACE_S, ChunkStore, chunk_key, digest_of, mismatch
-from lazyfs.errors import Busy, DiskFull, Integrity, LazyfsError, NotFound
+from lazyfs.errors import Busy, DiskFull, Integrity, LazyfsError, NotFound, Usage
 from lazyfs.manifest import RAW, ZSTD, Chunk, File, Manifest, decode, is_digest
 from lazyfs.paths import private_dir
 from lazyfs.retry import RetryPolicy, certain, retrying
 from lazyfs.stores.local import LocalStore
 
 _WORKERS = 4
+# Asking a remote store for a chunk's size is all round trip.
+_HEADS = 32
 
 
 @contextlib.contextmanager
@@ -48,23 +50,32 @@ def store_lock(chunks: ChunkStore, *, exclusive: bool) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Entry:
-    """One manifest of a store. `names` are its tags and snapshot names; `unshared` bytes are in no other manifest."""
+    """One manifest of a store. `names` are its tags and snapshot names; `unshared` bytes are in no other manifest. `damage`
+    says why nothing more is known of a damaged one, or of a name that leads to none (`manifest` is then empty)."""
 
     manifest: str
     kind: str
     names: tuple[str, ...]
-    files: int
-    size: int
-    unshared: int
+    files: int = 0
+    size: int = 0
+    unshared: int = 0
+    damage: str = ""
 
 
 def listing(chunks: ChunkStore) -> list[Entry]:
-    """All manifests, named ones first."""
+    """All manifests, named ones first; the damaged ones at the end."""
+    stored = list(chunks.manifests())
+    good, broken = _names(chunks, set(stored))
     names: dict[str, list[str]] = {}
-    for kind in ("tags", "snapshots"):
-        for name, digest in chunks.refs(kind):
-            names.setdefault(digest, []).append(name)
-    manifests = {digest: chunks.get_manifest(digest) for digest in chunks.manifests()}
+    for (_, name), digest in good.items():
+        names.setdefault(digest, []).append(name)
+    manifests: dict[str, Manifest] = {}
+    damaged = [Entry("", "damaged", (name,), damage=why) for (_, name), why in broken.items()]
+    for digest in stored:
+        try:
+            manifests[digest] = chunks.get_manifest(digest)
+        except Integrity as error:
+            damaged.append(Entry(digest, "damaged", tuple(sorted(names.get(digest, ()))), damage=str(error)))
     users: dict[str, int] = {}
     for manifest in manifests.values():
         for digest in manifest.chunk_digests():
@@ -75,13 +86,47 @@ def listing(chunks: ChunkStore) -> list[Entry]:
         unshared = sum(length for d, length in lengths.items() if users.get(d) == 1)
         called = tuple(sorted(names.get(digest, ())))
         entries.append(Entry(digest, manifest.kind, called, len(manifest.files), manifest.size, unshared))
-    return sorted(entries, key=lambda e: (not e.names, e.names, e.manifest))
+    return sorted(entries, key=lambda e: (not e.names, e.names, e.manifest)) + damaged
+
+
+def _names(
+    chunks: ChunkStore, manifests: set[str] | None = None
+) -> tuple[dict[tuple[str, str], str], dict[tuple[str, str], str]]:
+    """Of all tags and snapshots, by (kind, name): what the sound ones name, and why the others name nothing. Of `manifests`, if
+    they are given, a sound one names one."""
+    good, broken = {}, {}
+    for kind in ("tags", "snapshots"):
+        for name in chunks.ref_names(kind):
+            try:
+                digest = chunks.get_ref(kind, name)
+            except (Integrity, Usage) as error:
+                broken[kind, name] = str(error)
+                continue
+            # One that was imported since they were listed is not among them.
+            if manifests is None or digest in manifests or chunks.has_manifest(digest):
+                good[kind, name] = digest
+            else:
+                broken[kind, name] = f"names manifest {digest[:12]}, which is not there"
+    return good, broken
+
+
+def complete(chunks: ChunkStore, digest: str) -> bool:
+    """Whether the store has the manifest, sound, and each of its chunks in a size that can be right. No chunk is read."""
+    try:
+        manifest = certain(lambda: retrying(lambda: chunks.get_manifest(digest), RetryPolicy()))
+    except (Integrity, NotFound):
+        return False
+    lengths = {c.digest: c.length for f in manifest.files for c in f.chunks}
+    if not chunks.store.remote:
+        return all(chunks.has(*item) for item in lengths.items())
+    with ThreadPoolExecutor(_HEADS) as pool:
+        return all(pool.map(lambda item: retrying(lambda: chunks.has(*item), RetryPolicy()), lengths.items()))
 
 
 @dataclass
 class Damage:
-    """What `verify` found. `bad` chunks are damaged, `missing` ones are not there; both by digest, with a path.
-    `cache_skipped`: images that a full disk keeps from being opened."""
+    """What `verify` found. `bad` chunks are damaged, `missing` ones are not there; both by digest, with a path. `broken_names`:
+    tags and snapshots that lead to no manifest, and why. `cache_skipped`: images that a full disk keeps from being opened."""
 
     manifests: int = 0
     chunks: int = 0
@@ -89,13 +134,14 @@ class Damage:
     bad: dict[str, str] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
     broken_manifests: dict[str, str] = field(default_factory=dict)
+    broken_names: dict[str, str] = field(default_factory=dict)
     cache_bad: int = 0
     cache_chunks: int = 0
     cache_skipped: int = 0
 
     @property
     def clean(self) -> bool:
-        return not (self.bad or self.missing or self.broken_manifests or self.cache_bad)
+        return not (self.bad or self.missing or self.broken_manifests or self.broken_names or self.cache_bad)
 
 
 def verify(
@@ -105,12 +151,16 @@ def verify(
     repair: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Damage:
-    """Read and hash every chunk that the manifests (default: all) mention; what does not match is read once more before it
-    counts as damaged. `repair` deletes damaged ones, so that the next import writes them again. Errors other than damage
-    (a store that cannot be reached) are raised."""
+    """Read and hash every chunk that the manifests (default: all, and then all names too) mention; what does not match is read
+    once more before it counts as damaged. `repair` deletes damaged ones, so that the next import writes them again. Errors
+    other than damage (a store that cannot be reached) are raised."""
     report = Damage()
     wanted: dict[str, tuple[Chunk, str]] = {}
-    for digest in digests if digests is not None else list(chunks.manifests()):
+    if digests is None:
+        digests = list(chunks.manifests())
+        _, broken = _names(chunks, set(digests))
+        report.broken_names = {f"{kind.removesuffix('s')} {name}": why for (kind, name), why in broken.items()}
+    for digest in digests:
         try:
             manifest = certain(partial(retrying, partial(chunks.get_manifest, digest), RetryPolicy()))
         except (Integrity, NotFound) as error:
@@ -145,12 +195,12 @@ def verify(
     return report
 
 
-def verify_cache(cache: Cache, chunks: ChunkStore | None, report: Damage) -> None:
-    """Hash every present chunk of every image whose manifest is known; damaged ones become absent, to be fetched
-    again.
+def verify_cache(cache: Cache, chunks: ChunkStore | None, report: Damage, digests: list[str] | None = None) -> None:
+    """Hash every present chunk of every image whose manifest is known (see `known_manifests`); damaged ones become absent,
+    to be fetched again.
     """
     seen: set[str] = set()
-    for manifest in known_manifests(cache, chunks):
+    for manifest in known_manifests(cache, chunks, digests):
         for file in manifest.files:
             if file.digest in seen or file.version or not (cache.folder(file) / "have").exists():
                 continue
@@ -181,16 +231,16 @@ def _verify_image(cache: Cache, file: File, report: Damage) -> None:
         image.close()
 
 
-def known_manifests(cache: Cache, chunks: ChunkStore | None) -> Iterator[Manifest]:
-    """Manifests copied beside the cache, then those of the store; damaged ones are passed over (`verify` names
-    them).
+def known_manifests(cache: Cache, chunks: ChunkStore | None, digests: list[str] | None = None) -> Iterator[Manifest]:
+    """Manifests copied beside the cache, then those of the store (`digests`, or all that it lists); damaged ones are passed
+    over (`verify` names them).
     """
     for copy in sorted((cache.root / "manifests").glob("*")):
         if is_digest(copy.name):
             with contextlib.suppress(Integrity):
                 yield decode(copy.read_bytes(), copy.name)
     if chunks is not None:
-        for digest in chunks.manifests():
+        for digest in digests if digests is not None else chunks.manifests():
             with contextlib.suppress(LazyfsError):
                 yield chunks.get_manifest(digest)
 
@@ -198,22 +248,31 @@ def known_manifests(cache: Cache, chunks: ChunkStore | None) -> Iterator[Manifes
 def remove(chunks: ChunkStore, name: str) -> list[str]:
     """Remove a tag or snapshot name, and the manifest when no name is left; by digest: all its names and the manifest.
 
-    Chunks stay until garbage is collected. Returns what was removed. NotFound.
+    A damaged name goes alone. Chunks stay until garbage is collected. Returns what was removed. NotFound.
     """
+    good, broken = _names(chunks)
+    full = name if ":" in name else f"{name}:latest"
+    for kind, ref in (("tags", full), ("snapshots", name)):
+        if (kind, ref) in broken:
+            chunks.delete_ref(kind, ref)
+            return [f"{kind[:-1]} {ref}"]
     digest = chunks.resolve(name)
     removed = []
     by_digest = digest.startswith(name)
-    others = 0
-    for kind in ("tags", "snapshots"):
-        for ref, target in list(chunks.refs(kind)):
-            if target != digest:
-                continue
-            if by_digest or ref in (name, f"{name}:latest"):
-                chunks.delete_ref(kind, ref)
-                removed.append(f"{kind[:-1]} {ref}")
-            else:
-                others += 1
-    if not others:
+    # A damaged name may have meant this manifest: then only who names it by its digest removes it.
+    others = 0 if by_digest else len(broken)
+    for (kind, ref), target in good.items():
+        if target != digest:
+            continue
+        if by_digest or ref in (name, full):
+            chunks.delete_ref(kind, ref)
+            removed.append(f"{kind[:-1]} {ref}")
+        else:
+            others += 1
+    there = chunks.has_manifest(digest)
+    if not there and not removed:
+        raise NotFound(f"no manifest {digest[:12]} in {chunks.store.url}; `quickthaw weights ls` shows what is there")
+    if there and not others:
         chunks.store.delete(f"manifests/{digest}")
         removed.append(f"manifest {digest}")
     return removed

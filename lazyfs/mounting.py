@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lazyfs.control import ask
-from lazyfs.errors import Busy, HostLacks, LazyfsError, NotFound, Permanent, Temporary, from_os_error
+from lazyfs.errors import Busy, HostLacks, LazyfsError, NotFound, Permanent, Temporary, Usage, from_os_error
 from lazyfs.paths import default_store_url, home, private_dir, state_dir
 from lazyfs.urls import normal_url
 
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 _PING_S = 2.0
 _LOCK_S = 60.0
 _END_S = 1.0
+# As many as the kernel follows.
+_MAX_LINKS = 40
 
 
 class MountHandle(NamedTuple):
@@ -136,9 +138,17 @@ def unmount(mountpoint: Path, *, force: bool = False, limit_s: float = 10.0) -> 
 
 
 def _absolute(mountpoint: Path) -> str:
-    # Not resolve(): a stale mount point answers every stat of itself with an error. Its parent is resolved instead.
+    # Not resolve(): a stale mount point answers every stat of itself with an error. Its parent is resolved, and readlink
+    # asks nobody where the path is a mount point.
     path = Path(os.path.abspath(Path(mountpoint).expanduser()))
-    return str(Path(os.path.realpath(path.parent)) / path.name)
+    for _ in range(_MAX_LINKS):
+        path = Path(os.path.realpath(path.parent)) / path.name
+        try:
+            target = path.readlink()
+        except OSError:
+            return str(path)
+        path = Path(os.path.abspath(path.parent / target))
+    raise Usage(f"{mountpoint}: too many symbolic links")
 
 
 def _name(where: str) -> str:
@@ -288,7 +298,8 @@ def _start(config: MountConfig, limit_s: float) -> MountHandle:
         with contextlib.suppress(LazyfsError):
             _recover(config.mountpoint, _name(config.mountpoint), Path(config.socket))
         raise Temporary(
-            f"the mount at {config.mountpoint} was not ready within {limit_s:g} s; see {config.log_file}",
+            f"the mount at {config.mountpoint} was not ready within {limit_s:g} s (store: {config.store_url}); "
+            f"see {config.log_file}",
             code="mount-slow",
         )
     if not answer.get("ok"):
@@ -326,7 +337,9 @@ def _unmount(where: str, socket: Path, pid: int, *, force: bool, limit_s: float)
     try:
         ask(socket, {"op": "unmount", "force": force}, limit_s)
     except NotFound:
-        if entry is not None and entry.fstype == kernel.FSTYPE:
+        # It went before it could answer; the mount may have gone with it.
+        left = kernel.mount_at(where)
+        if left is not None and left.fstype == kernel.FSTYPE:
             kernel.unmount(where, lazy=True)
     except LazyfsError as error:
         if error.code == "busy":

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from lazyfs.errors import from_os_error
+from lazyfs.errors import Permanent, from_os_error
 
 
 def home() -> Path:
@@ -29,6 +29,8 @@ def private_dir(path: Path) -> Path:
     try:
         private_dir(path.parent) if not path.parent.exists() else None
         path.mkdir(mode=0o700, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise Permanent(f"{path} is, or lies below, a file; name a folder instead", code="not-a-folder") from error
     except OSError as error:
         raise from_os_error(error, f"cannot create {path}") from error
     return path

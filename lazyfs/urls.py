@@ -28,7 +28,11 @@ def normal_url(url: str) -> str:
         raise Usage(
             f"unknown store URL {url!r}: use a path or one of {', '.join(f'{s}://' for s in SCHEMES if s != 'faulty')}"
         )
-    return url.rstrip("/") if scheme != "file" else url
+    if scheme == "file":
+        return url
+    if not url.removeprefix(f"{scheme}://").strip("/"):
+        raise Usage(f"{url!r} names no bucket or host: {scheme}://NAME/…")
+    return url.rstrip("/")
 
 
 def local_path(url: str) -> Path | None:

@@ -25,6 +25,8 @@ from lazyfs.stores.base import ObjectInfo
 # No byte for so long is a dead connection; a whole chunk that takes longer than the other is a dead network.
 INACTIVITY_S, WHOLE_S = 10.0, 60.0
 _STATUS = re.compile(r"status(?: code)?:? (\d{3})|\b(4\d\d|5\d\d) [A-Z]", re.IGNORECASE)
+# What S3 and its likes, Azure and Google say; in an answer without a body (HEAD) nobody says it.
+_NO_BUCKET = re.compile(r"NoSuchBucket|ContainerNotFound|specified (bucket|container) does not exist")
 
 
 def open_url(url: str) -> ObstoreStore:
@@ -129,6 +131,8 @@ class ObstoreStore:
         if isinstance(error, LazyfsError):
             return error
         text = f"{self.url}: {what}: {_line(error)}"
+        if _NO_BUCKET.search(str(error)):
+            return Permanent(f"{self.url}: there is no such bucket; create it, or name another", code="no-bucket")
         if isinstance(error, (failures.NotFoundError, FileNotFoundError)):
             return NotFound(text)
         if isinstance(error, failures.PreconditionError):

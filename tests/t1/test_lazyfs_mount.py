@@ -473,17 +473,44 @@ def test_the_command_line(shared, tmp_path):
     assert refused.stderr.count("\n") == 1 and "[not-found]" in refused.stderr
     assert "[not-found]" in run("weights", "import", tmp_path / "none", code=1).stderr
     run("mount", code=2)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_mount_in_the_foreground_goes_with_its_terminal(shared, tmp_path, number):
+    _, digest = shared
+    mnt = tmp_path / "m"
     foreground = subprocess.Popen(
         [sys.executable, "-c", COMMAND, "mount", digest, str(mnt)], stdout=subprocess.PIPE, text=True, cwd=ROOT
     )
     try:
         assert foreground.stdout.readline().startswith("ready: ")
-        foreground.send_signal(signal.SIGTERM)
+        foreground.send_signal(number)
         assert foreground.wait(LIMIT_S) == 0
     finally:
         foreground.kill()
         foreground.stdout.close()
     assert kernel.mount_at(str(mnt)) is None
+
+
+def test_a_mount_point_that_is_a_link(shared, rig, tmp_path):
+    """One mount, whichever way it is named; also once its daemon is gone and the path answers nobody."""
+    _, digest = shared
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "one").symlink_to("two")
+    (tmp_path / "two").symlink_to("deep/../deep/mnt")
+    first = rig.mount(digest, "one")
+    assert first.mountpoint == tmp_path / "deep" / "mnt"
+    assert rig.mount(digest, "deep/mnt").pid == first.pid == find_mount(tmp_path / "two").pid
+    os.kill(first.pid, signal.SIGKILL)
+    wait_for(lambda: not is_daemon(first.pid))
+    second = rig.mount(digest, "one")
+    assert second.pid != first.pid
+    assert unmount(tmp_path / "one") and kernel.mount_at(str(first.mountpoint)) is None
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    with pytest.raises(LazyfsError) as caught:
+        rig.mount(digest, "a")
+    assert caught.value.code == "usage"
 
 
 @pytest.mark.slow

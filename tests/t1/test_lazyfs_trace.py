@@ -17,7 +17,7 @@ from lazyfs_rig import LIMIT_S, Rig, wait_for, write_model
 from lazyfs import kernel
 from lazyfs.api import import_directory, read_through
 from lazyfs.chunkstore import ChunkStore
-from lazyfs.errors import NotFound
+from lazyfs.errors import NotFound, Permanent
 from lazyfs.maintenance import collect, remove, verify
 from lazyfs.stores import open_store
 from lazyfs.trace import Trace
@@ -204,3 +204,9 @@ def test_an_s3_dialect(home, rig, tmp_path, s3):
     through.unmount(force=True)
     assert len(remove(chunks, "toy:v1")) == 2
     assert collect(chunks, grace_s=0).bytes >= sum(SIZES) and not list(chunks.manifests())
+
+
+def test_a_bucket_that_is_not_there_is_named(s3, home, tmp_path):
+    with pytest.raises(Permanent) as caught:
+        import_directory(write_model(tmp_path / "model", [1000]), "s3://another/here")
+    assert caught.value.code == "no-bucket" and "s3://another/here" in str(caught.value)

@@ -1,0 +1,190 @@
+"""`quickthaw weights` and `quickthaw mount` without a mount: what is refused, and how a damaged store looks."""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import json
+import threading
+
+import pytest
+from click.testing import CliRunner
+from lazyfs_kit import make_model
+
+from lazyfs.chunkstore import ChunkStore, chunk_key
+from lazyfs.cli import mount, weights
+from lazyfs.directory import import_directory
+from lazyfs.manifest import RAW
+from lazyfs.stores.local import LocalStore
+
+pytestmark = pytest.mark.t0
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("QUICKTHAW_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("QUICKTHAW_STORE", raising=False)
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def chunks(home):
+    return ChunkStore(LocalStore(home / "store"))
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def serve():
+    """Serves a folder over HTTP; the URL."""
+    servers = []
+
+    def start(folder):
+        folder.mkdir(exist_ok=True)
+        handler = functools.partial(Quiet, directory=str(folder))
+        servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler))
+        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{servers[-1].server_port}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def run(command, *words, code=0):
+    result = CliRunner().invoke(command, [str(word) for word in words])
+    assert result.exit_code == code, result.output
+    return result
+
+
+def a_chunk_of(chunks, digest):
+    """Where the first chunk of a manifest's largest file lies, as it was imported: uncompressed."""
+    file = max(chunks.get_manifest(digest).files, key=lambda f: f.size)
+    return chunks.store.path(chunk_key(file.chunks[0].digest, RAW))
+
+
+@pytest.mark.parametrize("words", [
+    ["", "/mnt/x"], ["model:v1", ""], ["model:v1"], ["--unmount", ""], ["--status", "/x", "--unmount", "/x"],
+    ["model:v1", "--status", "/x"], ["model:v1", "/mnt/x", "--force"], ["model:v1", "/mnt/x", "--cache-limit", "nan"],
+    ["model:v1", "/mnt/x", "--cache-limit", "inf"], ["model:v1", "/mnt/x", "--idle-exit", "nan"],
+    ["model:v1", "/mnt/x", "--idle-exit", "-1"], ["s3://", "/mnt/x"], ["model:v1", "/mnt/x", "--store", "s3://"],
+])  # fmt: skip
+def test_a_mount_that_cannot_be_meant(words):
+    result = run(mount, *words, code=2)
+    assert "Traceback" not in result.output and not isinstance(result.exception, KeyError)
+
+
+@pytest.mark.parametrize(
+    "words", [["gc", "--grace", "nan"], ["gc", "--grace", "-1"], ["import", ""], ["ls", "--store", "s3://"]]
+)
+def test_a_command_that_cannot_be_meant(words):
+    run(weights, *words, code=2)
+
+
+@pytest.mark.parametrize("words", [["ls"], ["verify"], ["gc"], ["rm", "model"]])
+def test_a_directory_that_is_none_is_not_an_empty_store(tmp_path, words):
+    assert "[not-found]" in run(weights, *words, "--store", tmp_path / "none", code=1).output
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_store_of_a_new_home_is_empty():
+    assert "nothing in" in run(weights, "ls").output
+    assert "[not-found]" in run(weights, "rm", "0" * 64, code=1).output
+    assert "8 digits" in run(weights, "rm", "0" * 7, code=1).output
+
+
+def test_a_file_in_place_of_a_folder_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("QUICKTHAW_HOME", str(tmp_path / "file"))
+    assert "[not-a-folder]" in run(weights, "ls", code=1).output
+    monkeypatch.setenv("QUICKTHAW_HOME", str(tmp_path / "file" / "below"))
+    assert "[not-a-folder]" in run(weights, "ls", code=1).output
+
+
+@pytest.mark.parametrize("spoil", ["missing", "short", "manifest", "manifest missing"])
+def test_importing_again_writes_what_the_store_lost(tmp_path, chunks, spoil):
+    """The directory is unchanged; its copy in the store is not."""
+    model = make_model(tmp_path / "model", megabytes=5)
+    digest = import_directory(model)
+    assert "unchanged" in run(weights, "import", model).output
+    path = chunks.store.path(f"manifests/{digest}") if spoil.startswith("manifest") else a_chunk_of(chunks, digest)
+    if spoil.endswith("missing"):
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-1])
+    assert "unchanged" not in run(weights, "import", model).output
+    assert "clean" in run(weights, "verify").output
+    assert "unchanged" in run(weights, "import", model).output
+
+
+def test_the_way_out_that_verify_names_is_one(tmp_path, chunks):
+    model = make_model(tmp_path / "model", megabytes=5)
+    path = a_chunk_of(chunks, import_directory(model))
+    body = bytearray(path.read_bytes())
+    body[5] ^= 1
+    path.write_bytes(body)
+    found = run(weights, "verify", code=1).output
+    assert "damaged chunk" in found and "NOT clean" in found
+    assert "`quickthaw weights verify --repair`, then `quickthaw weights import`" in found
+    run(weights, "verify", "--repair", code=1)
+    assert "way out: `quickthaw weights import`" in run(weights, "verify", code=1).output
+    run(weights, "import", model)
+    assert run(weights, "verify").output.endswith("clean\n")
+
+
+def test_what_is_damaged_does_not_hide_the_rest(tmp_path, chunks):
+    good = import_directory(make_model(tmp_path / "good", seed=1, megabytes=1), tag="good")
+    bad = import_directory(make_model(tmp_path / "bad", seed=2, megabytes=1), tag="bad")
+    chunks.set_ref("tags", "torn:v1", good)
+    chunks.set_ref("tags", "lost:v1", "0" * 64)
+    chunks.store.path("refs/tags/torn@v1").write_bytes(b"{")
+    chunks.store.path(f"manifests/{bad}").write_bytes(b"{}")
+    lines = run(weights, "ls").output.splitlines()
+    assert [line for line in lines if line.startswith(good[:16]) and "DAMAGED" not in line]
+    assert [line for line in lines if line.startswith(bad[:16]) and "DAMAGED" in line and "bad:latest" in line]
+    assert [line for line in lines if "DAMAGED" in line and "torn:v1" in line]
+    assert [line for line in lines if "DAMAGED" in line and "lost:v1" in line]
+    by_kind = {e["kind"]: e for e in json.loads(run(weights, "ls", "--json").output)}
+    assert (
+        by_kind.keys() == {"weights", "damaged"} and by_kind["damaged"]["damage"] and not by_kind["weights"]["damage"]
+    )
+    found = run(weights, "verify", code=1).output
+    assert f"manifest {bad[:16]}" in found and "tag torn:v1: " in found and "tag lost:v1: " in found
+    # What garbage is cannot be known while a name or a manifest is unreadable.
+    assert "[integrity]" in run(weights, "gc", "--grace", "0", code=1).output
+    assert run(weights, "rm", "torn:v1").output == "removed tag torn:v1\n"
+    assert run(weights, "rm", "lost:v1").output == "removed tag lost:v1\n"
+    assert f"removed manifest {bad}" in run(weights, "rm", bad).output
+    assert run(weights, "verify").output.endswith("clean\n")
+    run(weights, "gc", "--grace", "0")
+    assert run(weights, "verify").output.endswith("clean\n")
+
+
+def test_a_manifest_stays_while_a_damaged_name_may_mean_it(tmp_path, chunks):
+    digest = import_directory(make_model(tmp_path / "model", megabytes=1), tag="toy:v1")
+    chunks.set_ref("tags", "toy:v2", digest)
+    chunks.store.path("refs/tags/toy@v2").write_bytes(b"{")
+    assert run(weights, "rm", "toy:v1").output == "removed tag toy:v1\n"
+    assert f"removed manifest {digest}" in run(weights, "rm", digest).output
+
+
+def test_a_store_behind_http_is_verified_by_digest(tmp_path, chunks, serve):
+    """It cannot be listed, and need not be."""
+    digest = import_directory(make_model(tmp_path / "model", megabytes=5))
+    url = serve(chunks.store.root)
+    assert run(weights, "verify", digest, "--store", url).output.endswith("clean\n")
+    assert "[no-listing]" in run(weights, "verify", "--store", url, code=1).output
+    a_chunk_of(chunks, digest).unlink()
+    assert "missing chunk" in run(weights, "verify", digest, "--store", url, code=1).output
+
+
+def test_a_web_page_is_no_store(tmp_path, serve):
+    folder = tmp_path / "site" / "manifests"
+    folder.mkdir(parents=True)
+    (folder / ("0" * 64)).write_text("<!doctype html><title>Not here</title>")
+    url = serve(tmp_path / "site")
+    assert "[not-a-store]" in run(weights, "verify", "0" * 64, "--store", url, code=1).output

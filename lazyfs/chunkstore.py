@@ -204,13 +204,13 @@ class ChunkStore:
         """Let `name` mean that manifest. Raises Usage for a name that is not of the form a/b:tag."""
         self._check_ref(kind, name)
         body = msgspec.json.encode({"manifest": digest, "at": int(time.time())})
-        self.store.put(self._ref_key(kind, name), body)
+        self.store.put(self.ref_key(kind, name), body)
 
     def get_ref(self, kind: str, name: str) -> str:
         """The digest `name` means. NotFound."""
         self._check_ref(kind, name)
         try:
-            body = msgspec.json.decode(self.store.get(self._ref_key(kind, name)), type=dict[str, str | int])
+            body = msgspec.json.decode(self.store.get(self.ref_key(kind, name)), type=dict[str, str | int])
         except NotFound:
             raise NotFound(f"no {kind.removesuffix('s')} named {name!r} in {self.store.url}") from None
         except msgspec.DecodeError as error:
@@ -222,7 +222,7 @@ class ChunkStore:
 
     def delete_ref(self, kind: str, name: str) -> None:
         self._check_ref(kind, name)
-        self.store.delete(self._ref_key(kind, name))
+        self.store.delete(self.ref_key(kind, name))
 
     def refs(self, kind: str) -> Iterator[tuple[str, str]]:
         """(name, manifest digest) of every ref of a kind; damaged ones raise Integrity."""
@@ -264,7 +264,8 @@ class ChunkStore:
         return f"the {kind.removesuffix('s')} {name!r} is damaged: {why}; `quickthaw weights rm {name}` removes it"
 
     @staticmethod
-    def _ref_key(kind: str, name: str) -> str:
+    def ref_key(kind: str, name: str) -> str:
+        """The object that holds what `name` means."""
         # ":" is legal in object keys and yet not everywhere in file names; "@" is in no ref's name.
         return f"refs/{kind}/{name.replace(':', '@')}"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import os
 import signal
 import sys
 import threading
@@ -71,21 +72,30 @@ class _Place(click.Path):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if value == "":
             self.fail("the path is empty", param, ctx)
+        if str(value).startswith("--"):
+            self.fail(f"{value!r} stands where the path should", param, ctx)
         return super().convert(value, param, ctx)
 
 
 def _chunks(store: str | None) -> ChunkStore:
     """The store. NotFound where a directory is named that is none, which would look like an empty store."""
     from lazyfs.chunkstore import ChunkStore
-    from lazyfs.errors import NotFound
+    from lazyfs.errors import NotFound, from_os_error
     from lazyfs.paths import default_store_url
     from lazyfs.stores import open_store
     from lazyfs.urls import local_path
 
     url = store or default_store_url()
     folder = local_path(url)
-    if store is not None and folder is not None and not folder.is_dir():
-        raise NotFound(f"there is no store at {folder}; `quickthaw weights import DIRECTORY --store …` makes one")
+    if store is not None and folder is not None:
+        try:
+            inside = set(os.listdir(folder))
+        except OSError as error:
+            inside = set()
+            if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+                raise from_os_error(error, f"cannot read {folder}") from error
+        if not inside & {"chunks", "manifests", "refs"}:
+            raise NotFound(f"there is no store at {folder}; `quickthaw weights import DIRECTORY --store …` makes one")
     return ChunkStore(open_store(url))
 
 
@@ -199,7 +209,7 @@ def ls(store: str | None, as_json: bool) -> None:
     "--repair",
     is_flag=True,
     envvar="QUICKTHAW_REPAIR",
-    help="Delete damaged chunks: the next import writes them. Empty the quarantine.",
+    help="Delete damaged chunks and manifests: the next import writes them. Empty the quarantine.",
 )
 @click.option(
     "--cache/--no-cache", "with_cache", default=True, envvar="QUICKTHAW_VERIFY_CACHE", help="The cache as well."
@@ -230,7 +240,8 @@ def verify(names: tuple[str, ...], repair: bool, with_cache: bool, store: str | 
             for digest, path in found.items():
                 click.echo(f"{kind} chunk {digest[:16]} of {path}")
         for digest, why in report.broken_manifests.items():
-            click.echo(f"manifest {digest[:16]}: {why}")
+            gone = "; it was removed" if repair and not chunks.has_manifest(digest) else ""
+            click.echo(f"manifest {digest[:16]}: {why}{gone}")
         for name, why in report.broken_names.items():
             click.echo(f"{name}: {why}")
         if report.cache_bad:
@@ -250,7 +261,7 @@ def verify(names: tuple[str, ...], repair: bool, with_cache: bool, store: str | 
         if report.bad or report.missing or report.broken_manifests:
             first = (
                 ""
-                if repair or not (report.bad or report.broken_manifests)
+                if repair or chunks.store.url.startswith("http") or not (report.bad or report.broken_manifests)
                 else "`quickthaw weights verify --repair`, then "
             )
             click.echo(

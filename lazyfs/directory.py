@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lazyfs.errors import LazyfsError
+from lazyfs.errors import Integrity, LazyfsError, NotFound
 from lazyfs.paths import default_store_url, home, private_dir, state_dir, write_atomic
 from lazyfs.urls import local_path, normal_url
 
@@ -60,9 +60,8 @@ def import_directory(
         and _still_there(url, record["manifest"], thorough)
     ):
         digest = str(record["manifest"])
-        if tag is not None and tag not in record["tags"]:
+        if tag is not None:
             _tag(url, tag, digest)
-            _save(record_file, {**record, "tags": [*record["tags"], tag]})
         return digest
     return _import(path, url, record_file, tag, progress, zstd)
 
@@ -96,12 +95,12 @@ def read_through(source: Path | str, *, cache_dir: Path | None = None) -> str:
     decode(data, digest)  # An object may have a name that no file can have.
     write_atomic(manifests / digest, data)
     if folder is not None and stats is not None and stats == _stats(folder):
-        _save(record_file, _record(folder, f"source:{url}", digest, [], stats))
+        _save(record_file, _record(folder, f"source:{url}", digest, stats))
     return digest
 
 
-def _record(path: Path, store: str, digest: str, tags: list[str], stats: list[list[Any]]) -> dict[str, Any]:
-    return {"format": _FORMAT, "path": str(path), "store": store, "manifest": digest, "tags": tags, "stats": stats}
+def _record(path: Path, store: str, digest: str, stats: list[list[Any]]) -> dict[str, Any]:
+    return {"format": _FORMAT, "path": str(path), "store": store, "manifest": digest, "stats": stats}
 
 
 def _import(
@@ -126,7 +125,7 @@ def _import(
         _tag(url, tag, digest)
     # A clock that was set back makes ctimes useless as evidence; then every call reads again.
     if before is not None and before == _stats(path) and newest <= time.time():
-        _save(record_file, _record(path, url, digest, [tag] if tag is not None else [], before))
+        _save(record_file, _record(path, url, digest, before))
     return digest
 
 
@@ -135,8 +134,14 @@ def _tag(url: str, tag: str, digest: str) -> None:
     from lazyfs.retry import RetryPolicy, retrying
     from lazyfs.stores import open_store
 
-    chunks = ChunkStore(open_store(url))
-    retrying(lambda: chunks.set_ref("tags", tag if ":" in tag else f"{tag}:latest", digest), RetryPolicy())
+    chunks, name = ChunkStore(open_store(url)), tag if ":" in tag else f"{tag}:latest"
+    try:
+        # Somebody else may have moved it since we set it, so it is asked each time.
+        if retrying(lambda: chunks.get_ref("tags", name), RetryPolicy()) == digest:
+            return
+    except (NotFound, Integrity):
+        pass
+    retrying(lambda: chunks.set_ref("tags", name, digest), RetryPolicy())
 
 
 def _still_there(url: str, digest: str, thorough: bool) -> bool:
@@ -195,7 +200,7 @@ def _load(record_file: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, ValueError):
         return None
     known = isinstance(record, dict) and record.get("format") == _FORMAT
-    return record if known and {"manifest", "stats", "tags", "path"} <= record.keys() else None
+    return record if known and {"manifest", "stats", "path"} <= record.keys() else None
 
 
 def _save(record_file: Path, record: dict[str, Any]) -> None:

@@ -37,6 +37,7 @@ class FetcherLink:
         self._channel: socket.socket | None = None
         self._lock = threading.Lock()
         self._closing = False
+        self._heard = 0.0
         self._pause = _RESTART_PAUSE_S[0]
 
     def request(self, kind: int, file: int, chunk: int, slot: int = -1) -> bool:
@@ -75,6 +76,7 @@ class FetcherLink:
         )
         theirs.close()
         self._channel = ours
+        self._heard = time.monotonic()
         threading.Thread(target=self._hear, args=(ours, self.process), name="answers", daemon=True).start()
         return ours
 
@@ -87,6 +89,7 @@ class FetcherLink:
             if len(message) < wire.ANSWER.size:
                 break
             self._pause = _RESTART_PAUSE_S[0]
+            self._heard = time.monotonic()
             self.on_answer(*wire.ANSWER.unpack(message))
         if self._closing:
             return
@@ -101,6 +104,14 @@ class FetcherLink:
                 self.restarts += 1
                 self._start()
         self.on_restart()
+
+    def replace_silent(self, limit_s: float) -> None:
+        """Kill a fetcher that nothing was heard of for so long: it is stopped, or stuck. The next one takes over its work."""
+        with self._lock:
+            process, silent = self.process, time.monotonic() - self._heard
+        if process is not None and silent > limit_s and not self._closing:
+            log.error("the fetcher (pid %d) said nothing for %.0f s", process.pid, silent)
+            process.kill()
 
     def close(self) -> None:
         """End the fetcher."""

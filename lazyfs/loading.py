@@ -65,18 +65,32 @@ def origins_of(config: MountConfig, manifest: Manifest) -> dict[str, tuple[str, 
 
 
 def check_not_covered(config: MountConfig) -> None:
-    """Usage (`mount-over-source`) where the mount would cover its own store, its cache or its state."""
-    store = local_path(config.store_url)
-    _not_covered(config, {config.cache_dir, config.home, config.log_file, *([str(store)] if store else [])})
+    """Usage (`mount-over-source`) where the mount would cover its store, its cache or its state, or a part of them.
+
+    Beside them there is room: the launcher mounts below `mounts/` in the home folder, and a store may lie in the folder
+    above the mount point.
+    """
+    store, home = local_path(config.store_url), Path(config.home)
+    parts = [Path(config.cache_dir), *(home / name for name in ("run", "index", "traces", "logs"))]
+    if store is not None:
+        parts += [store / name for name in ("chunks", "manifests", "refs", "traces")]
+    _not_covered(config, {config.home, str(home / "mounts"), config.log_file, *map(str, parts)})
+    for part in parts:
+        if Path(config.mountpoint).is_relative_to(os.path.realpath(part)):
+            raise _would_cover(config, f"a part of {part}")
 
 
 def _not_covered(config: MountConfig, paths: set[str]) -> None:
     covered = covered_by(config.mountpoint, paths)
     if covered:
-        raise Usage(
-            f"a mount at {config.mountpoint} would cover {min(covered)}, which it reads from; mount somewhere else",
-            code="mount-over-source",
-        )
+        raise _would_cover(config, min(covered))
+
+
+def _would_cover(config: MountConfig, what: str) -> Usage:
+    return Usage(
+        f"a mount at {config.mountpoint} would cover {what}, which it needs; mount somewhere else",
+        code="mount-over-source",
+    )
 
 
 def covered_by(mountpoint: str, paths: set[str]) -> set[str]:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from lazyfs.cache import PRESENT, UNPROVEN, Cache
 from lazyfs.chunkstore import GRACE_S, ChunkStore, chunk_key, digest_of, mismatch
-from lazyfs.errors import Busy, DiskFull, Integrity, LazyfsError, NotFound, Usage
+from lazyfs.errors import Busy, DiskFull, Integrity, LazyfsError, NotFound, Usage, from_os_error
 from lazyfs.manifest import RAW, ZSTD, Chunk, File, Manifest, decode, is_digest
 from lazyfs.paths import private_dir
 from lazyfs.retry import RetryPolicy, certain, retrying
@@ -36,7 +36,11 @@ def store_lock(chunks: ChunkStore, *, exclusive: bool) -> Iterator[None]:
     if not isinstance(chunks.store, LocalStore):
         yield
         return
-    fd = os.open(private_dir(chunks.store.root) / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    path = private_dir(chunks.store.root) / ".lock"
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise from_os_error(error, f"cannot lock {path}") from error
     try:
         try:
             fcntl.flock(fd, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
@@ -252,9 +256,10 @@ def remove(chunks: ChunkStore, name: str) -> list[str]:
     """
     good, broken = _names(chunks)
     full = name if ":" in name else f"{name}:latest"
-    for kind, ref in (("tags", full), ("snapshots", name)):
-        if (kind, ref) in broken:
-            chunks.delete_ref(kind, ref)
+    for kind, ref in broken:
+        if ref in (name, full):
+            # Not delete_ref: it may be damaged in that nobody can be called so.
+            chunks.store.delete(chunks.ref_key(kind, ref))
             return [f"{kind[:-1]} {ref}"]
     digest = chunks.resolve(name)
     removed = []
@@ -294,12 +299,18 @@ def collect(
 ) -> Collected:
     """Delete chunks that no manifest mentions. `untagged` first deletes weights that no tag names (never snapshots).
 
-    A manifest that cannot be read stops the collection (Integrity): its chunks would count as garbage.
+    A manifest that cannot be read, or a name that leads to none, stops the collection (Integrity): chunks that are needed would
+    count as garbage.
     """
     result = Collected()
     now = time.time()
-    with store_lock(chunks, exclusive=True):
-        named = {digest for kind in ("tags", "snapshots") for _, digest in chunks.refs(kind)}
+    with contextlib.nullcontext() if dry_run else store_lock(chunks, exclusive=True):
+        good, broken = _names(chunks, set(chunks.manifests()))
+        for (_, name), why in broken.items():
+            raise Integrity(
+                f"{name}: {why}; remove the name (`quickthaw weights rm {name}`) or bring back what it names"
+            )
+        named = set(good.values())
         used: set[str] = set()
         for digest in list(chunks.manifests()):
             manifest = chunks.get_manifest(digest)

@@ -12,6 +12,7 @@ import os
 import select
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -87,6 +88,7 @@ def mount(
         found = _healthy(socket)
         if found is not None:
             return _matching(found, manifest_digest, where)
+        _not_of_another_home(where, name)
         _recover(where, name, socket)
         from lazyfs.config import MountConfig
 
@@ -214,6 +216,35 @@ def _locked(path: Path) -> Iterator[None]:
         os.close(fd)
 
 
+def _not_of_another_home(where: str, name: str) -> None:
+    """Busy where a daemon that this home does not know serves the mount point, and answers."""
+    from lazyfs import kernel
+
+    entry = kernel.mount_at(where)
+    if (
+        entry is None
+        or entry.fstype != kernel.FSTYPE
+        or _recorded_pid(state_dir("mounts") / f"{name}.json") is not None
+    ):
+        return
+    alive: list[bool] = []
+
+    def ask_it() -> None:
+        with contextlib.suppress(OSError):
+            os.statvfs(where)  # Never answered by the kernel alone.
+            alive.append(True)
+
+    # In a thread: one that hangs is let go when the mount is cut.
+    thread = threading.Thread(target=ask_it, daemon=True)
+    thread.start()
+    thread.join(_PING_S)
+    if alive:
+        raise Busy(
+            f"{where} is served by a daemon of another QUICKTHAW_HOME; unmount it first (`quickthaw mount --unmount {where}`)",
+            code="mounted-otherwise",
+        )
+
+
 def _recover(where: str, name: str, socket: Path) -> None:
     """Remove what a daemon that was killed, or no longer answers, left behind; Busy when the mount is not ours."""
     from lazyfs import kernel
@@ -266,6 +297,7 @@ def _gone(pid: int, limit_s: float) -> bool:
 def _start(config: MountConfig, limit_s: float) -> MountHandle:
     import subprocess
 
+    made = not os.path.lexists(config.mountpoint)
     try:
         private_dir(Path(config.mountpoint))
         private_dir(Path(config.log_file).parent)
@@ -294,6 +326,9 @@ def _start(config: MountConfig, limit_s: float) -> MountHandle:
         os.close(read_end)
         if write_end >= 0:
             os.close(write_end)
+    if made and not (answer and answer.get("ok")):
+        with contextlib.suppress(OSError):
+            Path(config.mountpoint).rmdir()
     if answer is None:
         with contextlib.suppress(LazyfsError):
             _recover(config.mountpoint, _name(config.mountpoint), Path(config.socket))

@@ -11,6 +11,7 @@ Standard library only, since it sits on the path of a restore.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -61,5 +62,6 @@ def write_atomic(path: Path, data: bytes, *, sync: bool = True) -> None:
             os.close(fd)
         temporary.rename(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise from_os_error(error, f"cannot write {path}") from error

@@ -19,7 +19,7 @@ from lazyfs.chunking import MAX_CHUNK
 from lazyfs.config import MountConfig
 from lazyfs.control_server import ControlServer
 from lazyfs.directory import origins
-from lazyfs.errors import Busy, DiskFull, LazyfsError, Usage
+from lazyfs.errors import Busy, DiskFull, HostLacks, LazyfsError, Usage
 from lazyfs.link import FetcherLink
 from lazyfs.loading import check_not_covered, load_manifest, origins_of
 from lazyfs.logs import configure
@@ -71,6 +71,10 @@ def choose_transport(service: Service, config: MountConfig) -> Transport:
         from lazyfs.transport_raw import RawTransport
 
         return RawTransport(service, config.mountpoint, source, native=config.native != "off")
+    if config.native == "passthrough":
+        raise HostLacks(
+            "passthrough needs the raw transport and the right to mount (CAP_SYS_ADMIN); or use --native auto"
+        )
     from lazyfs.transport_pyfuse3 import Pyfuse3Transport
 
     return Pyfuse3Transport(service, config.mountpoint, source)

@@ -23,6 +23,7 @@ from lazyfs import wire
 from lazyfs.cache import PRESENT, AnyImage, Cache
 from lazyfs.config import MountConfig
 from lazyfs.directory import is_unchanged
+from lazyfs.errors import Permanent
 from lazyfs.fetch import open_origin
 from lazyfs.link import FetcherLink
 from lazyfs.manifest import File, Manifest
@@ -54,6 +55,9 @@ def read_span(span: Span) -> bytes:
 # A reply is data, or where it lies, or an errno. Called exactly once, from any thread.
 Reply = Callable[[Span | bytes | int], None]
 _LOOKAHEAD = (2, 32)
+_GIVEN_UP_S = 1.0
+# A fetcher counts aloud every second, once it has the manifest (within the limit of a fetch).
+_SILENT_S = 10.0
 
 
 @dataclass
@@ -92,6 +96,16 @@ class Backing:
     def __init__(self, fd: int, image: AnyImage | None) -> None:
         self.fd = fd
         self.image = image
+        # An image is written to by us alone, and may have no descriptor (a full disk).
+        self._written = self._stamp() if image is None else None
+
+    def _stamp(self) -> tuple[int, int]:
+        st = os.fstat(self.fd)
+        return st.st_size, st.st_mtime_ns
+
+    def changed(self) -> bool:
+        """Whether an original was written to since it was opened. (One that was replaced or removed is still what it was.)"""
+        return self.image is None and self._stamp() != self._written
 
     def complete(self) -> bool:
         """Whether every byte may be read."""
@@ -144,6 +158,8 @@ class Service:
         self.open_files: dict[int, Opened] = {}
         self.waiting: dict[tuple[int, int], list[Waiter]] = {}
         self.by_unique: dict[int, Waiter] = {}
+        # Chunks that a read has just waited for in vain, until when that is remembered.
+        self.given_up: dict[tuple[int, int], float] = {}
         self.origins: dict[str, tuple[str, list[int]]] = {}
         self.trace = Trace(Path(config.home) / "traces" / f"{config.manifest}.json", record=config.record)
         self.fetcher_stats: dict[str, int] = {}
@@ -159,6 +175,13 @@ class Service:
             opened = self.open_files.get(node.ino)
             if opened is None:
                 opened = self.open_files[node.ino] = Opened(node, node.file, self._backing(node.file))
+            elif opened.backing.changed():
+                # The kernel takes no other bytes for an inode that is open.
+                raise Permanent(
+                    f"{opened.file.path}: its original was written to while it is open; "
+                    "once nobody has it open, the imported bytes are served again",
+                    code="source-changed",
+                )
             # The kernel refuses a mixture on one inode: as long as cached opens last, all are cached.
             native = may_pass and node.size > 0 and opened.cached == 0 and opened.backing.complete()
             if native:
@@ -231,6 +254,11 @@ class Service:
             self.counters.hits += 1
             self._serve(opened, offset, end, unique, reply, started)
             self._look_ahead(opened, image, first, last)
+            return
+        if any(key[0] == opened.node.index and key[1] in missing for key in self.given_up):
+            # The kernel asks again for the page that the reader wanted of a read ahead that failed: no second wait.
+            self.counters.failed += 1
+            reply(errno.ETIMEDOUT)
             return
         deadline = started + self.config.read_limit_s
         waiter = Waiter(reply, opened, offset, end - offset, missing, deadline, started, unique)
@@ -412,8 +440,12 @@ class Service:
         now = time.monotonic()
         with self.lock:
             late = [w for w in self.by_unique.values() if w.deadline < now]
+            given_up = {key: until for key, until in self.given_up.items() if until > now}
             for waiter in late:
                 del self.by_unique[waiter.unique]
+                given_up |= {(waiter.opened.node.index, index): now + _GIVEN_UP_S for index in waiter.missing}
+            self.given_up = given_up
+            waits = bool(self.by_unique)
         for waiter in late:
             log.error(
                 "%s: no data within %.0f s for the read at %d",
@@ -422,6 +454,8 @@ class Service:
                 waiter.offset,
             )
             self._fail(waiter, errno.ETIMEDOUT)
+        if waits:
+            self.link.replace_silent(self.config.fetch_limit_s + _SILENT_S)
 
     def resend(self) -> None:
         """Ask again for everything waited for: the fetcher was replaced."""

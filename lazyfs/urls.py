@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from lazyfs.errors import Usage
 
@@ -22,6 +23,8 @@ SCHEMES = {
 def normal_url(url: str) -> str:
     """A plain path becomes file://; anything else is returned as it is. Raises Usage for an unknown scheme."""
     scheme, found, _ = url.partition("://")
+    if not found and url.startswith("file:"):
+        raise Usage(f"{url!r}: write file:///an/absolute/path, or the path itself")
     if not found:
         return f"file://{os.path.abspath(Path(url).expanduser())}"
     if scheme not in SCHEMES:
@@ -29,9 +32,15 @@ def normal_url(url: str) -> str:
             f"unknown store URL {url!r}: use a path or one of {', '.join(f'{s}://' for s in SCHEMES if s != 'faulty')}"
         )
     if scheme == "file":
+        if not url.startswith("file:///"):
+            raise Usage(f"{url!r} is not absolute: write file:///an/absolute/path, or the path itself")
         return url
     if not url.removeprefix(f"{scheme}://").strip("/"):
         raise Usage(f"{url!r} names no bucket or host: {scheme}://NAME/…")
+    try:
+        urlsplit(url).port  # noqa: B018
+    except ValueError as error:
+        raise Usage(f"{url!r}: {error}") from error
     return url.rstrip("/")
 
 

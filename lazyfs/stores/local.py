@@ -6,7 +6,9 @@ writes a manifest calls it first. A chunk that a power cut left short is recogni
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import errno
 import os
 import time
 from collections.abc import Iterator
@@ -101,7 +103,8 @@ class LocalStore:
                 os.close(fd)
             temporary.rename(path)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
             raise from_os_error(error, f"cannot write {path}") from error
 
     def head(self, key: str) -> ObjectInfo | None:
@@ -123,7 +126,15 @@ class LocalStore:
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         base = self.path(prefix.rstrip("/")) if prefix else self.root
-        for folder, _, names in os.walk(base):
+        if not os.path.lexists(base):
+            return
+
+        def stop(error: OSError) -> None:
+            # A folder that goes meanwhile was empty; any other must not pass for one, or its chunks are garbage.
+            if error.errno != errno.ENOENT or base.is_symlink():
+                raise from_os_error(error, f"cannot list {error.filename}") from error
+
+        for folder, _, names in os.walk(base, onerror=stop):
             for name in sorted(names):
                 path = Path(folder) / name
                 if name.startswith(".") and name.endswith(".tmp"):

@@ -72,6 +72,9 @@ def a_chunk_of(chunks, digest):
     ["model:v1", "--status", "/x"], ["model:v1", "/mnt/x", "--force"], ["model:v1", "/mnt/x", "--cache-limit", "nan"],
     ["model:v1", "/mnt/x", "--cache-limit", "inf"], ["model:v1", "/mnt/x", "--idle-exit", "nan"],
     ["model:v1", "/mnt/x", "--idle-exit", "-1"], ["s3://", "/mnt/x"], ["model:v1", "/mnt/x", "--store", "s3://"],
+    ["--unmount", "--force", "/mnt/x"], ["model:v1", "/mnt/x", "--store", "http://[::1"], ["model:v1", "/mnt/x", "--store", "http://h:99999/"],
+    ["model:v1", "/mnt/x", "--store", "file://"], ["model:v1", "/mnt/x", "--store", "file://host/x"],
+    ["model:v1", "/mnt/x", "--store", "file:x"],
 ])  # fmt: skip
 def test_a_mount_that_cannot_be_meant(words):
     result = run(mount, *words, code=2)
@@ -188,3 +191,62 @@ def test_a_web_page_is_no_store(tmp_path, serve):
     (folder / ("0" * 64)).write_text("<!doctype html><title>Not here</title>")
     url = serve(tmp_path / "site")
     assert "[not-a-store]" in run(weights, "verify", "0" * 64, "--store", url, code=1).output
+
+
+def test_a_tag_means_what_was_imported_last_under_it(tmp_path, chunks):
+    """Importing an unchanged directory sets the tag, too: it may have been moved or removed since."""
+    first, second = (make_model(tmp_path / name, seed=seed, megabytes=1) for name, seed in (("a", 1), ("b", 2)))
+    digest = import_directory(first, tag="x:1")
+    import_directory(second, tag="x:1")
+    run(weights, "import", first, "--tag", "x:1")
+    assert chunks.get_ref("tags", "x:1") == digest
+    import_directory(first, tag="y")
+    assert run(weights, "rm", "x:1").output == "removed tag x:1\n"
+    run(weights, "import", first, "--tag", "x:1")
+    assert chunks.get_ref("tags", "x:1") == digest == chunks.get_ref("tags", "y:latest")
+    chunks.store.path("refs/tags/x@1").write_bytes(b"garbage")
+    run(weights, "import", first, "--tag", "x:1")
+    assert chunks.get_ref("tags", "x:1") == digest
+
+
+@pytest.mark.parametrize("spoil", ["gone", "a file", "a link to nothing", "a loop"])
+@pytest.mark.parametrize("folder", ["manifests", "refs/tags"])
+def test_nothing_is_garbage_where_the_store_cannot_be_listed(tmp_path, chunks, folder, spoil):
+    import_directory(make_model(tmp_path / "model", megabytes=1), tag="toy:v1")
+    path, kept = chunks.store.path(folder), tmp_path / "kept"
+    path.rename(kept)
+    if spoil == "a file":
+        path.touch()
+    elif spoil != "gone":
+        path.symlink_to(path if spoil == "a loop" else "nothing")
+    if (folder, spoil) == ("refs/tags", "gone"):
+        # Nothing tells this from a store without tags; its manifests are kept all the same.
+        assert "deleted 0 chunks" in run(weights, "gc", "--grace", "0").output
+    else:
+        for words in ([], ["--untagged"], ["--dry-run"]):
+            assert "deleted" not in run(weights, "gc", "--grace", "0", *words, code=1).output
+    if path.is_symlink() or path.exists():
+        path.unlink()
+    kept.rename(path)
+    assert run(weights, "verify").output.endswith("clean\n")
+
+
+def test_a_dry_run_writes_nothing_and_other_folders_are_no_stores(tmp_path, chunks):
+    import_directory(make_model(tmp_path / "model", megabytes=1))
+    lock = chunks.store.root / ".lock"
+    lock.unlink()
+    run(weights, "gc", "--dry-run")
+    assert not lock.exists()
+    (tmp_path / "folder").mkdir()
+    for words in (["ls"], ["verify"], ["gc"]):
+        assert "[not-found]" in run(weights, *words, "--store", tmp_path / "folder", code=1).output
+    assert not list((tmp_path / "folder").iterdir())
+
+
+def test_names_that_nobody_can_be_called_are_removed(tmp_path, chunks):
+    import_directory(make_model(tmp_path / "model", megabytes=1), tag="toy:v1")
+    for name in ("evil", "extra%3A1"):
+        chunks.store.path(f"refs/tags/{name}").write_bytes(b"x")
+        assert "[integrity]" in run(weights, "gc", "--grace", "0", code=1).output
+        assert run(weights, "rm", name).output == f"removed tag {name}\n"
+    assert "deleted 0 chunks" in run(weights, "gc", "--grace", "0").output

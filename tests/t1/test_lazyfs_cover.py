@@ -64,7 +64,22 @@ def test_a_directory_read_in_place_is_mounted_beside_its_files(rig):
 
 
 @pytest.mark.parametrize(
-    ("mountpoint", "settings"), [("home", {}), ("home/store", {}), ("disk", {"cache_dir": "disk/cache"})]
+    ("mountpoint", "settings"),
+    [
+        (place, {})
+        for place in (
+            "home",
+            "home/store",
+            "home/store/chunks",
+            "home/store/chunks/ab",
+            "home/store/manifests",
+            "home/run",
+            "home/mounts",
+            "home/index",
+            "home/cache/images/x",
+        )
+    ]
+    + [("disk", {"cache_dir": "disk/cache"}), ("disk/cache/images", {"cache_dir": "disk/cache"})],
 )
 def test_a_mount_does_not_cover_its_store_or_its_cache(rig, mountpoint, settings):
     digest = import_directory(write_model(rig.tmp / "llama", [1000]))
@@ -72,6 +87,17 @@ def test_a_mount_does_not_cover_its_store_or_its_cache(rig, mountpoint, settings
         rig.mount(digest, mountpoint, **{name: rig.tmp / value for name, value in settings.items()})
     assert raised.value.code == "mount-over-source"
     assert kernel.mount_at(str(rig.tmp / mountpoint)) is None
+
+
+def test_there_is_room_beside_the_store_and_the_state(rig):
+    """The launcher mounts below the home folder, and people keep a store and a mount point in one folder."""
+    model = write_model(rig.tmp / "llama", [1000])
+    digest = import_directory(model, str(rig.tmp / "data"))
+    reader = rig.reader()
+    wanted = reader.ask("digest", str(model / "config.json"))
+    for place in ("home/mounts/0123", "data/mnt"):
+        handle = rig.mount(digest, place, store_url=str(rig.tmp / "data"))
+        assert reader.ask("digest", f"{handle.mountpoint}/config.json") == wanted
 
 
 def test_two_mounts_that_read_each_other_are_ended_by_force(rig):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import http.server
 import json
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -165,6 +167,37 @@ def test_a_corrupt_chunk_is_quarantined(shared, rig, control, tmp_path):
     assert "does not hash" in log and "config.json" in log
     # `weights verify` says the same, of this host's own cache.
     assert all("config.json" in why and "hashes to" in why for _, why in Cache(tmp_path / "c").quarantined())
+
+
+@pytest.mark.slow
+def test_a_reader_waits_for_one_limit_and_not_for_two(shared, rig, tmp_path):
+    """The kernel reads ahead, and asks again for the one page when that failed."""
+    _, digest, _ = shared
+    limit_s = 5.0
+    handle = rig.mount(
+        digest, **{**QUICK, "read_limit_s": limit_s, "cache_dir": tmp_path / "c", "background_mb_s": 0.0}
+    )
+    os.kill(rig.fetcher_of(handle), signal.SIGSTOP)
+    reader = rig.reader()
+    reader.ask("open", 0, str(handle.mountpoint / "model.safetensors"))
+    started = time.monotonic()
+    assert reader.ask("pread", 0, 2 << 20, 4096) == {"errno": errno.ETIMEDOUT}
+    assert limit_s <= time.monotonic() - started < 2 * limit_s
+
+
+@pytest.mark.slow
+def test_a_fetcher_that_says_nothing_is_replaced(shared, rig, tmp_path):
+    model, digest, _ = shared
+    handle = rig.mount(
+        digest, **{**QUICK, "read_limit_s": LIMIT_S, "cache_dir": tmp_path / "c", "background_mb_s": 0.0}
+    )
+    first = rig.fetcher_of(handle)
+    os.kill(first, signal.SIGSTOP)
+    reader = rig.reader()
+    assert reader.ask("digest", str(handle.mountpoint / "config.json")) == reader.ask(
+        "digest", str(model / "config.json")
+    )
+    assert rig.fetcher_of(handle) != first
 
 
 @pytest.mark.slow

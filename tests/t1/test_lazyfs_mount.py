@@ -360,6 +360,38 @@ def test_a_changed_original_is_not_served(shared, rig, tmp_path, transport):
     assert reader.ask("digest", str(handle.mountpoint / "config.json")) == before != reader.ask("digest", str(path))
 
 
+@both
+@pytest.mark.parametrize("native", ["auto", "off"])
+def test_an_original_that_changes_while_it_is_open(rig, tmp_path, shared, transport, native):
+    """Who has it open sees its new bytes, as in the plain directory; nobody else does."""
+    model = write_model(tmp_path / "own", [5 << 20])
+    handle = rig.mount(import_directory(model), transport=transport, native=native)
+    path, reader = str(handle.mountpoint / "config.json"), rig.reader()
+    wanted = reader.ask("digest", path)
+    reader.ask("open", 0, path)
+    (model / "sub" / "tokenizer.json").unlink()  # A file that is only removed is still what it was.
+    with open(model / "config.json", "r+b") as original:
+        original.write(b"EVIL")
+    assert reader.ask("open", 1, path) == {"errno": errno.EIO}
+    reader.ask("close", 0)
+    # The kernel tells of the last close a moment later.
+    wait_for(lambda: reader.ask("digest", path) == wanted)
+
+
+def test_a_mount_of_another_home_is_left_alone(rig, tmp_path, shared, monkeypatch):
+    _, digest = shared
+    first = rig.mount(digest)
+    store = first.store_url
+    monkeypatch.setenv("QUICKTHAW_HOME", str(tmp_path / "another"))
+    with pytest.raises(Busy) as caught:
+        rig.mount(digest, store_url=store)
+    assert caught.value.code == "mounted-otherwise"
+    assert is_daemon(first.pid) and rig.reader().ask("call", f"os.listdir({str(first.mountpoint)!r})")
+    os.kill(first.pid, signal.SIGKILL)
+    wait_for(lambda: not is_daemon(first.pid))
+    assert rig.mount(digest, store_url=store).pid != first.pid
+
+
 def test_reading_a_directory_in_place(rig, tmp_path, shared):
     model = write_model(tmp_path / "own", [5 << 20, 1000])
     handle = rig.mount(read_through(model), cache_dir=None)

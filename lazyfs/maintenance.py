@@ -19,7 +19,7 @@ from pathlib import Path
 
 from lazyfs.cache import PRESENT, UNPROVEN, Cache
 from lazyfs.chunkstore import GRACE_S, ChunkStore, chunk_key, digest_of, mismatch
-from lazyfs.errors import Busy, DiskFull, Integrity, LazyfsError, NotFound, Usage, from_os_error
+from lazyfs.errors import Busy, DiskFull, Integrity, LazyfsError, NotFound, Permanent, Usage, from_os_error
 from lazyfs.manifest import RAW, ZSTD, Chunk, File, Manifest, decode, is_digest
 from lazyfs.paths import private_dir
 from lazyfs.retry import RetryPolicy, certain, retrying
@@ -181,7 +181,10 @@ def verify(
         chunk, path = item
         try:
             certain(lambda: retrying(lambda: chunks.get(chunk.digest, chunk.length, chunk.encoding), RetryPolicy()))
-        except Integrity:
+        except (Integrity, Permanent) as error:
+            # A disk that cannot read it has damaged it; missing rights are about the whole store.
+            if not isinstance(error, Integrity) and error.code != "io-error":
+                raise
             report.bad[chunk.digest] = path
             if repair:
                 for encoding in (RAW, ZSTD):

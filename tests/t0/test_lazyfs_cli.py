@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import http.server
 import json
+import os
 import threading
 
 import pytest
@@ -250,3 +252,19 @@ def test_names_that_nobody_can_be_called_are_removed(tmp_path, chunks):
         assert "[integrity]" in run(weights, "gc", "--grace", "0", code=1).output
         assert run(weights, "rm", name).output == f"removed tag {name}\n"
     assert "deleted 0 chunks" in run(weights, "gc", "--grace", "0").output
+
+
+def test_a_chunk_that_the_disk_cannot_read_is_named_beside_the_rest(tmp_path, chunks, monkeypatch):
+    digest = import_directory(make_model(tmp_path / "model", megabytes=9))
+    path, preadv = a_chunk_of(chunks, digest), os.preadv
+
+    def bad_sector(fd, buffers, offset):
+        if os.readlink(f"/proc/self/fd/{fd}") == str(path):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return preadv(fd, buffers, offset)
+
+    monkeypatch.setattr("lazyfs.stores.local.os.preadv", bad_sector)
+    found = json.loads(run(weights, "verify", "--json", code=1).output)
+    assert list(found["bad"]) == [path.name] and found["chunks"] > 2
+    run(weights, "verify", "--repair", code=1)
+    assert not path.exists()

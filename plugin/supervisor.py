@@ -39,6 +39,7 @@ log = logging.getLogger("quickthaw")
 RESTARTS_IN_A_MINUTE = 3
 SWEEP_AFTER_S = 5.0
 RECALL_LIMIT_S = 5.0
+LET_IN_S = 0.5
 UNDERWAY_S = 0.2
 """How long the event loop's imports (60 ms) wait for the restoring thread to get CRIU going, from which they take the interpreter."""
 
@@ -84,8 +85,11 @@ class Launch:
         self._pool: ReplicaPool | None = None
         self._server: ProxyServer | None = None
         self._ending = threading.Event()
+        self._stop: asyncio.Event | None = None
+        self._told = False
         self._deaths: list[float] = []
         self._began = time.monotonic()
+        self._accepts_since = 0.0
         self._failure: Exception | None = None
         self._starting = 0
         self._counting = threading.Lock()
@@ -109,8 +113,10 @@ class Launch:
 
     def _expects(self) -> bool:
         """Whether a request waits, or may be about to: who has connected before the proxy accepts has most likely sent one."""
-        if self._pool is not None and self._pool.expects():
-            return True
+        return (self._pool is not None and self._pool.expects()) or self._connecting()
+
+    def _connecting(self) -> bool:
+        """Whether somebody has connected whom the proxy has not accepted yet."""
         connections = select.poll()
         try:
             connections.register(self.sock, select.POLLIN)
@@ -243,6 +249,11 @@ class Launch:
 
     # The proxy's side: the event loop in the main thread
 
+    def heed_signals(self) -> None:
+        """From the moment the port takes connections a signal ends the launch in order, though the event loop is not there yet."""
+        for number in _stopping():
+            signal.signal(number, lambda *_: self._signalled())
+
     def run(self) -> int:
         """Serve until told to stop; the exit code."""
         self.replicas[0].underway.wait(UNDERWAY_S)
@@ -264,9 +275,9 @@ class Launch:
         from plugin.proxy.settings import Settings
         from plugin.proxy.upstream import Upstream
 
+        self._stop = stop = asyncio.Event()
         self._loop = loop = asyncio.get_running_loop()
-        self._stop = asyncio.Event()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in _stopping():
             loop.add_signal_handler(number, self._signalled)
         self._pool = pool = ReplicaPool(
             history=history_for(self.settings),
@@ -288,9 +299,10 @@ class Launch:
         raise_files()
         self._server = ProxyServer(pool, behaviour)
         await self._server.start(self.sock, own_sock=self.own_sock)
+        self._accepts_since = time.monotonic()
         if self._ending.is_set():
-            self._stop.set()
-        await self._stop.wait()
+            stop.set()
+        await stop.wait()
         await self._shut_down()
 
     @staticmethod
@@ -354,24 +366,38 @@ class Launch:
     def end(self) -> None:
         """Begin the way down, from any thread."""
         self._ending.set()
-        if self._loop is not None:
+        if self._loop is not None and self._stop is not None:
             self._loop.call_soon_threadsafe(self._stop.set)
 
     def _signalled(self) -> None:
-        if self._ending.is_set():
+        if self._told:
             log.warning("told a second time: killing the engine")
             for replica in self.replicas:
                 if replica.running:
                     replica.running.close()
             os._exit(130)
-        log.info("stopping: no new requests, finishing what is in flight")
+        self._told = True
+        if not self._ending.is_set():
+            log.info("stopping: no new requests, finishing what is in flight")
         self._ending.set()
-        self._stop.set()
+        if self._stop is not None:
+            self._stop.set()
+
+    async def _let_in(self) -> None:
+        """Whoever has connected by now is answered, not reset: a launch may end as soon as its proxy accepts."""
+        import asyncio
+
+        deadline = time.monotonic() + LET_IN_S
+        while self._connecting() and time.monotonic() < deadline:  # noqa: ASYNC110 – the kernel tells nobody of its queue
+            await asyncio.sleep(0.005)
+        if time.monotonic() - self._accepts_since < LET_IN_S:
+            await asyncio.sleep(0.05)  # what they have sent is read by their own tasks
 
     async def _shut_down(self) -> None:
         import asyncio
 
         assert self._server is not None and self._pool is not None
+        await self._let_in()
         if self._failure is not None:
             from plugin.proxy.errors import StartFailed
 
@@ -386,6 +412,12 @@ class Launch:
             await asyncio.to_thread(self.weights.close)
         if self._failure is None and not self.exit_code:
             self.exit_code = max((_shell_code(code) for code in codes), default=0)
+
+
+def _stopping() -> tuple[signal.Signals, ...]:
+    """The signals that end a launch: the end of its terminal too, but under nohup, which has that ignored."""
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return (signal.SIGTERM, signal.SIGINT) if ignored else (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def _shell_code(code: int) -> int:
@@ -427,6 +459,7 @@ def launch(settings: LaunchSettings, stdout: int | None = 1, stderr: int | None 
 
 
 def _run(run: Launch, criu: Criu | None, engine: Engine, weights: Weights) -> int:
+    run.heed_signals()
     try:
         run.begin(criu, engine, weights)
         return run.run()

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -154,3 +155,88 @@ def test_kill_of_process_1_takes_everything_with_it(launch_rig):
     os.kill(inner_first(started.process.pid), signal.SIGKILL)
     started.process.wait(20)
     assert rig.watch.gone() == set()
+
+
+class Early:
+    """A client that connects in the moment in which the port opens, and waits for its answer."""
+
+    def __init__(self, port, process):
+        self.connected, self.answer = threading.Event(), None
+        self.thread = threading.Thread(target=self._ask, args=(port, process))
+        self.thread.start()
+
+    def _ask(self, port, process):
+        body = b'{"prompt": "a", "max_tokens": 4}'
+        head = (
+            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+        )
+        while process.poll() is None:
+            try:
+                with socket.create_connection(("127.0.0.1", port), 60) as channel:
+                    channel.sendall(head % len(body) + body)
+                    self.connected.set()
+                    self.answer = channel.recv(65536)
+                return
+            except ConnectionRefusedError:
+                time.sleep(0.002)
+            except OSError as error:
+                self.answer = error
+                return
+
+    def status(self):
+        self.thread.join(60)
+        assert isinstance(self.answer, bytes) and self.answer, self.answer
+        return int(self.answer.split()[1])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("way", ["cold", "restored"])
+def test_a_stop_as_soon_as_the_port_opens_answers_who_has_connected(launch_rig, way, number):
+    rig = launch_rig
+    if way == "restored":
+        rig.take()
+    started = rig.start(new_session=True)
+    client = Early(started.port, started.process)
+    assert client.connected.wait(60)
+    started.process.send_signal(number)
+    assert client.status() in (200, 503), started.text()
+    assert started.process.wait(40) in (0, 143, 137)
+    assert "Traceback" not in started.text() and "second time" not in started.text(), started.text()
+    assert rig.watch.gone() == set()
+
+
+def test_under_nohup_the_end_of_the_terminal_ends_nothing(launch_rig):
+    started = launch_rig.start("--no-snapshot", prefix=("nohup",), new_session=True)
+    started.ask()
+    started.process.send_signal(signal.SIGHUP)
+    time.sleep(0.3)
+    started.ask()
+    assert started.stop() in (0, 143)
+
+
+def test_a_launch_that_fails_at_once_answers_who_has_connected(launch_rig):
+    rig = launch_rig
+    rig.take()
+    name = rig.name
+    (rig.home / "criu").unlink()
+    started = rig.start(words=("restore", name), new_session=True)
+    clients = [Early(started.port, started.process) for _ in range(5)]
+    assert started.process.wait(40) == 1
+    # Who came while the port was open has the reason; who came later found it closed.
+    answered = [client for client in clients if client.connected.is_set()]
+    assert answered, started.text()
+    for client in answered:
+        assert client.status() == 503 and b"criu-missing" in client.answer, (client.answer, started.text())
+    assert rig.watch.gone() == set()
+
+
+def test_one_signal_while_a_launch_is_ending_is_not_a_second_one(launch_rig):
+    rig = launch_rig
+    rig.take()
+    name = rig.name
+    (rig.home / "criu").unlink()
+    started = rig.start(words=("restore", name), new_session=True)
+    started.wait_for("criu-missing")
+    started.process.send_signal(signal.SIGTERM)
+    assert started.process.wait(40) in (1, -15)  # -15: its handlers are gone, and so is all else
+    assert "second time" not in started.text()

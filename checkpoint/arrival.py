@@ -87,6 +87,7 @@ class Arrival:
         progress: Callable[[Progress], None] | None = None,
     ) -> None:
         self.chunks, self.archive, self.layout, self.folder = chunks, archive, layout, folder
+        self.name = folder.name.removeprefix(".pull-")
         self.rate, self.workers, self.limit_s, self.quarantine, self.progress = (
             rate,
             workers,
@@ -228,7 +229,7 @@ class Arrival:
         if self.failure is not None:
             raise self.failure
         if self._closed:
-            raise Failed("remote-stopped", f"fetching {self.folder.name} was stopped")
+            raise Failed("remote-stopped", f"fetching {self.name} was stopped")
 
     def close(self) -> None:
         """Stop. Workers finish the chunk they are at; nothing is written after this returns."""
@@ -284,7 +285,7 @@ class Arrival:
         order = (WANTED, START, FIRST, LATER, EVERYTHING) if index % 2 else (WANTED, FIRST, START, LATER, EVERYTHING)
         while (job := self._next(index, order)) is not None:
             try:
-                with translated(f"cannot fetch {self.folder.name}"):
+                with translated(f"cannot fetch {self.name}"):
                     self._bring(job)
             except CheckpointError as error:
                 self._end(error)
@@ -292,8 +293,8 @@ class Arrival:
             except Exception as error:
                 if self._closed:
                     return  # its connection was closed under it
-                log.exception("fetching %s", self.folder.name)
-                self._end(Failed("remote-failed", f"fetching {self.folder.name}: {error}"))
+                log.exception("fetching %s", self.name)
+                self._end(Failed("remote-failed", f"fetching {self.name}: {error}"))
                 return
             with self._changed:
                 job.done = True

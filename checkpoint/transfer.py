@@ -8,6 +8,7 @@ ends with the store's own limits.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -253,6 +254,7 @@ def translated(what: str) -> Iterator[None]:
         kind = next((ours for theirs, ours in kinds if isinstance(error, theirs)), Failed)
         raise kind(f"archive-{error.code}" if kind is not Failed else error.code, f"{what}: {error}") from error
     except OSError as error:
-        raise Failed(
-            "disk-full" if error.errno == 28 else "archive-io", f"{what}: {error.strerror or error}"
-        ) from error
+        if error.errno == errno.ENOSPC:
+            way_out = "make room (quickthaw snapshot rm, gc) or set QUICKTHAW_HOME to a larger disk"
+            raise Failed("disk-full", f"{what}: {error.strerror}; {way_out}") from error
+        raise Failed("archive-io", f"{what}: {error.strerror or error}") from error

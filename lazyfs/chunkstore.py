@@ -133,7 +133,10 @@ class ChunkStore:
                 continue
             data = self.decode(digest, body, form, length)
             if digest_of(data) != digest:
-                raise Integrity(f"chunk {digest[:12]} in {self.store.url} does not match its digest")
+                raise Integrity(
+                    f"chunk {digest[:12]} in {self.store.url} does not match its digest; "
+                    "`quickthaw weights verify --repair` on that store removes it, and the next import or push writes it again"
+                )
             return bytes(data) if isinstance(data, memoryview) else data
         raise NotFound(f"chunk {digest[:12]} is not in {self.store.url}")
 

@@ -331,7 +331,12 @@ class Replica:
         if restored.plan and not self.settings.trust_keys:
             early.note(restored.plan)
         if restored.pages:
-            self._following.begin(self.library, snapshot, restored.pages, recording=bool(later and later.record))
+            recording = bool(later and later.record)
+            if recording:
+                log.info(
+                    "this first restore records the snapshot's working set; those after it are several times as fast"
+                )
+            self._following.begin(self.library, snapshot, restored.pages, recording=recording)
         else:
             rates.remember(
                 self.settings.home, snapshot.image_bytes, restored.spans["criu"], bool(snapshot.gpu.processes)

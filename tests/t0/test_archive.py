@@ -20,6 +20,7 @@ from checkpoint.archive import Progress, discard, open_chunks, pull, pull_cache,
 from checkpoint.errors import Busy, CheckpointError, Failed, Integrity, NotFound
 from checkpoint.sealing import seal, verify
 from lazyfs.chunkstore import ChunkStore
+from lazyfs.maintenance import verify as verify_store
 from lazyfs.retry import RetryPolicy
 
 pytestmark = pytest.mark.t0
@@ -173,6 +174,24 @@ def test_a_damaged_store_is_refused_and_nothing_is_left(
     assert caught.value.code in ("archive-integrity", "archive-not-found")
     assert "\n" not in str(caught.value)
     assert list((tmp_path / "other").iterdir()) == []
+
+
+def test_a_damaged_store_is_healed_by_verifying_and_pushing_again(
+    snapshot: Path, chunks: ChunkStore, tmp_path: Path
+) -> None:
+    """The way out that the refusal names: a push does not read what is there, so what is wrong has to go first."""
+    push(snapshot, chunks)
+    for path in chunk_files(chunks):
+        flip(path)
+    flip(next((chunks.store.root / "manifests").iterdir()))  # type: ignore[attr-defined]
+    push(snapshot, chunks)  # writes the manifest again, and nothing else
+    with pytest.raises(Integrity, match="verify --repair"):
+        pull("snap", chunks, tmp_path / "other/snap")
+    assert not verify_store(chunks, repair=True).clean
+    push(snapshot, chunks)
+    assert verify_store(chunks).clean
+    pull("snap", chunks, tmp_path / "other/snap")
+    assert tree(tmp_path / "other/snap") == tree(snapshot)
 
 
 def test_a_flip_on_the_way_is_asked_for_again(snapshot: Path, tmp_path: Path, chunks: ChunkStore) -> None:

@@ -195,7 +195,8 @@ def test_a_stop_as_soon_as_the_port_opens_answers_who_has_connected(launch_rig, 
     rig = launch_rig
     if way == "restored":
         rig.take()
-    started = rig.start(new_session=True)
+    # Where the tests themselves run under nohup, the signal would be ignored, as it should.
+    started = rig.start(new_session=True, prefix=("env", "--default-signal=HUP"))
     client = Early(started.port, started.process)
     assert client.connected.wait(60)
     started.process.send_signal(number)

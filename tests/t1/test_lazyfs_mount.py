@@ -511,9 +511,11 @@ def test_the_command_line(shared, tmp_path):
 def test_a_mount_in_the_foreground_goes_with_its_terminal(shared, tmp_path, number):
     _, digest = shared
     mnt = tmp_path / "m"
+    # Where the tests themselves run under nohup, the signal would be ignored, as it should.
     foreground = subprocess.Popen(
-        [sys.executable, "-c", COMMAND, "mount", digest, str(mnt)], stdout=subprocess.PIPE, text=True, cwd=ROOT
-    )
+        ["env", "--default-signal=HUP", sys.executable, "-c", COMMAND, "mount", digest, str(mnt)],
+        stdout=subprocess.PIPE, text=True, cwd=ROOT,
+    )  # fmt: skip
     try:
         assert foreground.stdout.readline().startswith("ready: ")
         foreground.send_signal(number)

@@ -75,15 +75,20 @@ def test_recorded_then_replayed(frozen: Frozen) -> None:
         assert replayed["bytes_ahead"] >= 1500 * 4096
     assert kept.stat().st_mode & 0o777 == 0o600
     rot(frozen)
-    server, work = frozen.serve(pack=False)
-    with server, frozen.sandbox() as sandbox:
-        frozen.restore(sandbox, work)
-        frozen.order(sandbox, seed=1, touch=1800)
-        assert frozen.result(sandbox)["errors"] == []
-        assert server.stats()["bytes_ahead"] >= 1500 * 4096
-        server.first_token()
-        server.requests_done()
-        assert server.wait_complete(LIMIT_S)
+    try:
+        server, work = frozen.serve(pack=False)
+        with server, frozen.sandbox() as sandbox:
+            frozen.restore(sandbox, work)
+            frozen.order(sandbox, seed=1, touch=1800)
+            assert frozen.result(sandbox)["errors"] == []
+            assert server.stats()["bytes_ahead"] >= 1500 * 4096
+            server.first_token()
+            server.requests_done()
+            assert server.wait_complete(LIMIT_S)
+    finally:
+        # The other tests restore the same images, and would believe it.
+        for file in (kept, frozen.images.parent / pack.FILE_NAME):
+            file.unlink()
 
 
 def rot(frozen: Frozen) -> None:

@@ -25,6 +25,12 @@ from tests.t1.test_checkpoint_tree import ask, start_tree
 pytestmark = [pytest.mark.t1, pytest.mark.xdist_group("criu")]
 
 
+def inner_pid_of(pid):
+    """What a process is called in its own pid namespace; empty where it is gone."""
+    status = Path(f"/proc/{pid}/status").read_text() if Path(f"/proc/{pid}").exists() else ""
+    return next((line.split()[-1] for line in status.splitlines() if line.startswith("NSpid:")), "")
+
+
 class Following(Double):
     """The double, whose record of a restored process is the one it had at the dump: the real driver's lies in the process's memory."""
 
@@ -34,9 +40,7 @@ class Following(Double):
 
     def _record(self, pid):
         file = self.folder / f"{pid}.json"
-        status = Path(f"/proc/{pid}/status").read_text() if Path(f"/proc/{pid}").exists() else ""
-        inner = next((line.split()[-1] for line in status.splitlines() if line.startswith("NSpid:")), "")
-        if not file.exists() and inner == str(self.inner_pid):
+        if not file.exists() and inner_pid_of(pid) == str(self.inner_pid):
             (self.folder / f"{pid}.host").write_text("contents")
             write(file, json.loads((self.folder / "dumped.json").read_text()))
         return super()._record(pid)
@@ -58,7 +62,8 @@ def rig(tmp_path, monkeypatch):
     library, output = Library(tmp_path), Output(None)
     with Sandbox(SandboxConfig(binds=[Bind(tmp_path / "compile", Path(CACHE_DIR), read_only=False)])) as sandbox:
         pid = start_tree(sandbox, output, 1)
-        root = min(processes(sandbox.init_pid))
+        # Not the least of them: pids begin anew at pid_max.
+        root = next(p for p in processes(sandbox.init_pid) if inner_pid_of(p) == str(pid))
         write(gpu / f"{root}.json", {"state": "RUNNING", "memory": {GPU0: 1 << 20}})
         (gpu / f"{root}.vram").write_text("contents")
         yield library, sandbox, draft("tree", pid, {"stdout": output.name}), Following(str(gpu), pid), root

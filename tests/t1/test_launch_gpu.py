@@ -182,8 +182,8 @@ def test_an_engine_started_without_its_sleep_mode_is_carried_by_the_driver(gpu_r
 def test_the_users_own_word_on_sleep_mode_is_not_overruled(gpu_rig):
     cold = gpu_rig("vllm", arguments=["--enable-sleep-mode"])
     cold.start()
-    line = command_line(min(processes_of(cold)))
-    assert line.count(b"--enable-sleep-mode") == 1
+    given = {command_line(pid).count(b"--enable-sleep-mode") for pid in processes_of(cold)}
+    assert given in ({1}, {0, 1})
 
 
 def processes_of(replica):

@@ -108,10 +108,12 @@ class FetcherLink:
     def replace_silent(self, limit_s: float) -> None:
         """Kill a fetcher that nothing was heard of for so long: it is stopped, or stuck. The next one takes over its work."""
         with self._lock:
-            process, silent = self.process, time.monotonic() - self._heard
-        if process is not None and silent > limit_s and not self._closing:
-            log.error("the fetcher (pid %d) said nothing for %.0f s", process.pid, silent)
-            process.kill()
+            silent = time.monotonic() - self._heard
+            if self.process is None or silent <= limit_s or self._closing:
+                return
+            log.error("the fetcher (pid %d) said nothing for %.0f s", self.process.pid, silent)
+            self.process.kill()
+            self._heard = time.monotonic()
 
     def close(self) -> None:
         """End the fetcher."""

@@ -52,15 +52,15 @@ def origins_of(config: MountConfig, manifest: Manifest) -> dict[str, tuple[str, 
     Never what the mount itself covers: opening it, the daemon would wait for its own answer. Usage (`mount-over-source`)
     where those bytes are nowhere else.
     """
-    if not config.use_origin and manifest.kind != "source":
-        return {}
     if manifest.kind == "source":
         folder = local_path(manifest.source) if manifest.source else None
         if folder is not None:
             _not_covered(config, {str(folder / f.path) for f in manifest.files})
         return source_origins(manifest) if config.use_origin else {}
+    if not config.use_origin:
+        return {}
     found = origins(config.manifest, config.store_url)
-    covered = covered_by(config.mountpoint, {path for path, _ in found.values()})
+    covered = _covered_by(config.mountpoint, {path for path, _ in found.values()})
     return {path: origin for path, origin in found.items() if origin[0] not in covered}
 
 
@@ -81,7 +81,7 @@ def check_not_covered(config: MountConfig) -> None:
 
 
 def _not_covered(config: MountConfig, paths: set[str]) -> None:
-    covered = covered_by(config.mountpoint, paths)
+    covered = _covered_by(config.mountpoint, paths)
     if covered:
         raise _would_cover(config, min(covered))
 
@@ -93,17 +93,29 @@ def _would_cover(config: MountConfig, what: str) -> Usage:
     )
 
 
-def covered_by(mountpoint: str, paths: set[str]) -> set[str]:
-    """Those of `paths` that lie at the mount point or below it, links followed."""
+def _covered_by(mountpoint: str, paths: set[str]) -> set[str]:
+    """Those of `paths` that lie at the mount point or below it, links followed. A look at each folder, not at each file: a mount
+    of thousands begins with this."""
     mount, found = Path(mountpoint), set()
-    real: dict[Path, Path] = {}
+    by_folder: dict[str, list[str]] = {}
     for path in paths:
-        parent = Path(path).parent
-        if parent not in real:
-            real[parent] = Path(os.path.realpath(parent))
-        where = real[parent] / Path(path).name
-        if where.is_symlink():
-            where = Path(os.path.realpath(where))
-        if where.is_relative_to(mount):
-            found.add(path)
+        by_folder.setdefault(path.rpartition("/")[0] or "/", []).append(path)
+    for folder, inside in by_folder.items():
+        real = Path(os.path.realpath(folder))
+        if real.is_relative_to(mount):
+            found.update(inside)
+            continue
+        if real == mount.parent:
+            found.update(path for path in inside if path.rpartition("/")[2] == mount.name)
+        links = _links_in(folder)
+        found.update(path for path in inside if path in links and Path(os.path.realpath(path)).is_relative_to(mount))
     return found
+
+
+def _links_in(folder: str) -> set[str]:
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.path for entry in entries if entry.is_symlink()}
+    except OSError:
+        # Nothing that lies in it will be opened either.
+        return set()

@@ -103,14 +103,18 @@ def _names(
         for name in chunks.ref_names(kind):
             try:
                 digest = chunks.get_ref(kind, name)
-            except (Integrity, Usage) as error:
+            except Integrity as error:
                 broken[kind, name] = str(error)
+                continue
+            except Usage:
+                broken[kind, name] = f"nothing can be called so; `quickthaw weights rm {name}` removes it"
                 continue
             # One that was imported since they were listed is not among them.
             if manifests is None or digest in manifests or chunks.has_manifest(digest):
                 good[kind, name] = digest
             else:
-                broken[kind, name] = f"names manifest {digest[:12]}, which is not there"
+                lost = f"names manifest {digest[:12]}, which is not there"
+                broken[kind, name] = f"{lost}; bring it back, or `quickthaw weights rm {name}`"
     return good, broken
 
 
@@ -308,14 +312,14 @@ def collect(
     result = Collected()
     now = time.time()
     with contextlib.nullcontext() if dry_run else store_lock(chunks, exclusive=True):
-        good, broken = _names(chunks, set(chunks.manifests()))
-        for (_, name), why in broken.items():
-            raise Integrity(
-                f"{name}: {why}; remove the name (`quickthaw weights rm {name}`) or bring back what it names"
-            )
+        stored = list(chunks.manifests())
+        good, broken = _names(chunks, set(stored))
+        if broken:
+            (_, name), why = next(iter(broken.items()))
+            raise Integrity(f"{name}: {why}")
         named = set(good.values())
         used: set[str] = set()
-        for digest in list(chunks.manifests()):
+        for digest in stored:
             manifest = chunks.get_manifest(digest)
             info = chunks.store.head(f"manifests/{digest}")
             old = info is not None and now - info.modified >= grace_s

@@ -12,7 +12,6 @@ import os
 import select
 import signal
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -218,6 +217,8 @@ def _locked(path: Path) -> Iterator[None]:
 
 def _not_of_another_home(where: str, name: str) -> None:
     """Busy where a daemon that this home does not know serves the mount point, and answers."""
+    import threading
+
     from lazyfs import kernel
 
     entry = kernel.mount_at(where)
@@ -385,10 +386,12 @@ def _unmount(where: str, socket: Path, pid: int, *, force: bool, limit_s: float)
         return True
     if not force:
         return False
-    # Whatever still holds it (another namespace, an open file) is cut off. SIGKILL closes the connection, except where a
-    # thread of the daemon itself waits for an answer of this mount.
+    # Whatever still holds it (another namespace, an open file) is cut off: SIGKILL closes the connection.
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
+    if _gone(pid, _END_S):
+        return True
+    # A thread of it waits for an answer of this very mount. (Only now: the number of a mount that is gone is given again.)
     if entry is not None and entry.fstype == kernel.FSTYPE:
         kernel.abort(entry.device)
     if not _gone(pid, limit_s):

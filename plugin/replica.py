@@ -333,9 +333,7 @@ class Replica:
         if restored.pages:
             recording = bool(later and later.record)
             if recording:
-                log.info(
-                    "this first restore records the snapshot's working set; those after it are several times as fast"
-                )
+                log.info("this first restore records the snapshot's working set; those after it begin with it")
             self._following.begin(self.library, snapshot, restored.pages, recording=recording)
         else:
             rates.remember(

@@ -215,12 +215,16 @@ def test_under_nohup_the_end_of_the_terminal_ends_nothing(launch_rig):
     assert started.stop() in (0, 143)
 
 
-def test_a_launch_that_fails_at_once_answers_who_has_connected(launch_rig):
-    rig = launch_rig
+def failing_at_once(rig):
+    """A restore on a host without CRIU."""
     rig.take()
     name = rig.name
     (rig.home / "criu").unlink()
-    started = rig.start(words=("restore", name), new_session=True)
+    return rig.start(words=("restore", name), new_session=True)
+
+
+def test_a_launch_that_fails_at_once_answers_who_has_connected(launch_rig):
+    started = failing_at_once(launch_rig)
     clients = [Early(started.port, started.process) for _ in range(5)]
     assert started.process.wait(40) == 1
     # Who came while the port was open has the reason; who came later found it closed.
@@ -228,16 +232,12 @@ def test_a_launch_that_fails_at_once_answers_who_has_connected(launch_rig):
     assert answered, started.text()
     for client in answered:
         assert client.status() == 503 and b"criu-missing" in client.answer, (client.answer, started.text())
-    assert rig.watch.gone() == set()
+    assert launch_rig.watch.gone() == set()
 
 
 def test_one_signal_while_a_launch_is_ending_is_not_a_second_one(launch_rig):
-    rig = launch_rig
-    rig.take()
-    name = rig.name
-    (rig.home / "criu").unlink()
-    started = rig.start(words=("restore", name), new_session=True)
-    started.wait_for("criu-missing")
+    started = failing_at_once(launch_rig)
+    started.wait_for("quickthaw: failed (")
     started.process.send_signal(signal.SIGTERM)
     assert started.process.wait(40) in (1, -15)  # -15: its handlers are gone, and so is all else
     assert "second time" not in started.text()

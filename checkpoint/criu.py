@@ -50,21 +50,30 @@ class Criu:
 
     @classmethod
     def find(cls, home: Path, explicit: Path | None = None) -> Criu:
-        """The first of: `explicit`, $QUICKTHAW_CRIU, the one `make setup` unpacked under `home`, the one on PATH.
+        """Return the CRIU to use: `explicit`, else $QUICKTHAW_CRIU, else the first that works of `home`'s own and the one on PATH.
 
-        Raises HostLacks where there is none or it is too old.
+        Raises HostLacks where there is none, or none of them works here (too old, or it does not start).
         """
         named = explicit or (Path(os.environ["QUICKTHAW_CRIU"]) if os.environ.get("QUICKTHAW_CRIU") else None)
         private = home / "criu" / "criu"
         on_path = shutil.which("criu")
-        for candidate in (named, private if private.exists() else None, Path(on_path) if on_path else None):
-            if candidate and not os.access(candidate, os.X_OK):
-                raise HostLacks(
-                    "criu-missing", f"{candidate} cannot be executed; set QUICKTHAW_CRIU to a criu >= 4.2, or unset it"
-                )
-            if candidate:
-                return cls(candidate)
-        raise HostLacks(
+        found = (private if private.exists() else None, Path(on_path) if on_path else None)
+        first: HostLacks | None = None
+        for candidate in (named,) if named else found:
+            if candidate is None:
+                continue
+            try:
+                if not os.access(candidate, os.X_OK):
+                    raise HostLacks(
+                        "criu-missing",
+                        f"{candidate} cannot be executed; set QUICKTHAW_CRIU to a criu >= 4.2, or unset it",
+                    )
+                criu = cls(candidate)
+                criu.cached_version(home)
+                return criu
+            except HostLacks as error:
+                first = first or error
+        raise first or HostLacks(
             "criu-missing", "no CRIU on this host; run setup/criu.sh (unpacks one privately) or install criu >= 4.2"
         )
 
@@ -83,13 +92,16 @@ class Criu:
         if (int(match[1]), int(match[2])) < MINIMUM_VERSION:
             raise HostLacks(
                 "criu-too-old",
-                f"CRIU {match[1]}.{match[2]} cannot dump on current kernels; run setup/criu.sh for >= 4.2",
+                f"CRIU {match[1]}.{match[2]} ({self.program}) cannot dump on current kernels; run setup/criu.sh for >= 4.2",
             )
         return f"{match[1]}.{match[2]}{match[3]}"
 
     def cached_version(self, home: Path) -> str:
-        """`version`, asked once for each binary and kept below `home`: asking costs 15 ms, which a restore has better use for."""
-        stat = self.program.stat()
+        """Return `version`, asked once for each binary and kept below `home`: asking costs a restore 15 ms. Raises HostLacks."""
+        try:
+            stat = self.program.stat()
+        except OSError as error:
+            raise HostLacks("criu-missing", f"{self.program}: {error.strerror}; run setup/criu.sh") from error
         key = f"{self.program} {stat.st_size} {stat.st_mtime_ns}"
         note = home / "run" / "criu-version"
         try:
@@ -99,9 +111,10 @@ class Criu:
         except OSError:
             pass  # the first time
         version = self.version
-        note.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with aside(note) as new:
-            new.write_text(f"{key}\n{version}")
+        with contextlib.suppress(OSError):  # a full or read-only disk costs the next launch 15 ms
+            note.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with aside(note) as new:
+                new.write_text(f"{key}\n{version}")
         return version
 
     @cached_property

@@ -216,7 +216,7 @@ def test_under_nohup_the_end_of_the_terminal_ends_nothing(launch_rig):
 
 
 def failing_at_once(rig):
-    """A restore on a host without CRIU."""
+    """A restore on a host without a CRIU that works (criu-missing, or criu-too-old where the system has an old one)."""
     rig.take()
     name = rig.name
     (rig.home / "criu").unlink()
@@ -231,7 +231,7 @@ def test_a_launch_that_fails_at_once_answers_who_has_connected(launch_rig):
     answered = [client for client in clients if client.connected.is_set()]
     assert answered, started.text()
     for client in answered:
-        assert client.status() == 503 and b"criu-missing" in client.answer, (client.answer, started.text())
+        assert client.status() == 503 and b"criu-" in client.answer, (client.answer, started.text())
     assert launch_rig.watch.gone() == set()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import signal
 import sys
@@ -26,6 +27,17 @@ class PlanGroup(click.Group):
         if args and args[0] not in self.commands and args[0] not in ("--help", "-h"):
             args = ["solve", *args]
         return super().parse_args(ctx, args)
+
+
+class Number(click.FloatRange):
+    """A range of numbers without NaN, which every comparison lets through, and without infinity."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The number. Fails as click does."""
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
 
 
 def option(*names: str, **attributes: Any) -> Callable[[Any], Any]:
@@ -64,7 +76,7 @@ def plan() -> None:
     quickthaw plan plan.yaml                     what to start and stop now
     quickthaw plan plan.yaml --exact --explain   the optimum, and why each number
     quickthaw plan plan.yaml --json              for programs
-    quickthaw plan plan.yaml --emit kubernetes   the idle buffer as objects
+    quickthaw plan plan.yaml --emit kubernetes --pause-image IMAGE   the idle buffer as objects
     quickthaw plan plan.yaml --watch 60          plan again each minute
     quickthaw plan simulate plan.yaml --trace requests.csv --plot day
     quickthaw plan generate day.csv --requests 100000
@@ -84,14 +96,18 @@ def plan() -> None:
 @option("--emit", type=click.Choice(["kubernetes"]), help="Print the idle buffer as objects instead.")
 @option("--idle-by", type=click.Choice(["pause-pods", "capacity-buffer"]), help="With --emit: only this way.")
 @option("--namespace", default="default", show_default=True, help="With --emit: namespace of the objects.")
-@option("--pause-image", default="pause", show_default=True, help="With --emit: image of the pods that hold GPUs.")
-@option("--watch", type=click.FloatRange(min=0.1), metavar="SECONDS", help="Plan again on this interval.")
+@option(
+    "--pause-image",
+    help="With --emit: image of the pods that hold GPUs; one that waits, such as your cluster's own pause image.",
+)
+@option("--watch", type=Number(min=0.1), metavar="SECONDS", help="Plan again on this interval.")
 @option("--apply", "command", metavar="COMMAND", help="With --watch: run this with the delta as JSON on its input.")
+@option("--observe", metavar="COMMAND", help="With --watch: run this first; it prints what is held as JSON.")
 @option(
     "--state", type=click.Path(path_type=Path), help="With --watch: where to remember; default under QUICKTHAW_HOME."
 )
 @option("--rounds", type=click.IntRange(min=0), default=0, help="With --watch: end after this many plans; 0 is never.")
-@option("--limit", type=click.FloatRange(min=1), default=60.0, show_default=True, help="Seconds for each solve.")
+@option("--limit", type=Number(min=1), default=60.0, show_default=True, help="Seconds for each solve.")
 def solve_command(
     file: Path,
     as_json: bool,
@@ -101,9 +117,10 @@ def solve_command(
     emit: str | None,
     idle_by: str | None,
     namespace: str,
-    pause_image: str,
+    pause_image: str | None,
     watch: float | None,
     command: str | None,
+    observe: str | None,
     state: Path | None,
     rounds: int,
     limit: float,
@@ -118,19 +135,20 @@ def solve_command(
     from capacity.load import load
     from capacity.plan import solve
 
-    if watch is None and (command is not None or state is not None or rounds):
-        raise click.UsageError("--apply, --state and --rounds belong to --watch")
+    if watch is None and (command is not None or observe is not None or state is not None or rounds):
+        raise click.UsageError("--apply, --observe, --state and --rounds belong to --watch")
     if watch is not None and (emit or thorough or explain):
         raise click.UsageError("--watch takes none of --emit, --thorough and --explain")
     if emit is None and idle_by is not None:
         raise click.UsageError("--idle-by belongs to --emit")
+    if emit is not None and not pause_image:
+        raise click.UsageError("--emit needs --pause-image: an image that only waits and that your nodes can pull")
     try:
         if watch is not None:
-            _watch(file, watch, command, state, rounds, as_json, exact, limit)
-            return
+            sys.exit(_watch(file, watch, command, observe, state, rounds, as_json, exact, limit))
         problem = load(file)
         chosen = solve(problem, "restored", exact=exact, thorough=thorough, limit=limit)
-        if emit:
+        if emit and pause_image:
             from capacity.kubernetes import manifest
 
             click.echo(manifest(chosen, namespace=namespace, way=idle_by, pause_image=pause_image), nl=False)
@@ -158,12 +176,14 @@ def _watch(
     file: Path,
     interval: float,
     command: str | None,
+    observe: str | None,
     state: Path | None,
     rounds: int,
     as_json: bool,
     exact: bool,
     limit: float,
-) -> None:
+) -> int:
+    """Plan until a signal or for `rounds`; the exit code of the last round."""
     from capacity.load import load
     from capacity.watch import loop
 
@@ -173,13 +193,14 @@ def _watch(
     stop = threading.Event()
     before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        loop(
+        return loop(
             lambda: load(file),
             state,
             interval,
             stop,
             lambda outcome: report.print_round(outcome, as_json=as_json),
             command=command,
+            observe=observe,
             rounds=rounds,
             exact=exact,
             limit=limit,
@@ -207,12 +228,10 @@ def _watch(
     help="Also the cheapest setting of each program whose p99 is no worse than the autoscaler's.",
 )
 @option("--seed", type=int, default=1, show_default=True)
-@option(
-    "--refusals", type=click.FloatRange(0, 1), default=0.0, show_default=True, help="Chance that a start is refused."
-)
+@option("--refusals", type=Number(0, 1), default=0.0, show_default=True, help="Chance that a start is refused.")
 @option(
     "--interruptions",
-    type=click.FloatRange(min=0),
+    type=Number(min=0),
     default=1.0,
     show_default=True,
     help="Multiple of the pools' rates.",
@@ -274,11 +293,11 @@ def simulate_command(
 @plan.command("generate", short_help="Write a synthetic day of requests as CSV.")
 @click.argument("file", type=click.Path(path_type=Path))
 @option("--requests", type=click.IntRange(min=1), default=100_000, show_default=True, help="Expected number.")
-@option("--hours", type=click.FloatRange(min=0, min_open=True), default=24.0, show_default=True)
+@option("--hours", type=Number(min=0, min_open=True), default=24.0, show_default=True)
 @option("--services", default="chat,code,embed", show_default=True, help="Names, with commas.")
-@option("--bursts", type=click.FloatRange(min=0), default=6.0, show_default=True, help="A service and day.")
+@option("--bursts", type=Number(min=0), default=6.0, show_default=True, help="A service and day.")
 @option("--launches", type=click.IntRange(min=0), default=1, show_default=True, help="Services whose demand steps up.")
-@option("--swing", type=click.FloatRange(0, 0.99), default=0.6, show_default=True, help="Of the daily rhythm.")
+@option("--swing", type=Number(0, 0.99), default=0.6, show_default=True, help="Of the daily rhythm.")
 @option("--seed", type=int, default=1, show_default=True)
 def generate_command(
     file: Path, requests: int, hours: float, services: str, bursts: float, launches: int, swing: float, seed: int

@@ -36,13 +36,15 @@ def name(pool: str, gpus: int) -> str:
 
 
 def _selector(pool: Pool) -> dict[str, str]:
-    """The labels by which nodes of a pool are known. Raises InputError for what cannot be one."""
-    found = {}
+    """The labels by which nodes of a pool are known: of those that the file names. Raises InputError for what cannot be one."""
+    found: dict[str, str] = {}
     for field, label in (
         ("instance", "node.kubernetes.io/instance-type"),
         ("region", "topology.kubernetes.io/region"),
         ("zone", "topology.kubernetes.io/zone"),
     ):
+        if field not in pool.labelled:
+            continue
         value = str(getattr(pool, field))
         if not _LABEL_VALUE.fullmatch(value):
             raise InputError(
@@ -54,6 +56,21 @@ def _selector(pool: Pool) -> dict[str, str]:
     return found
 
 
+def _apart(pools: tuple[Pool, ...]) -> None:
+    """Raises InputError for two pools whose pods would go to the same nodes."""
+    seen: dict[tuple[tuple[str, str], ...], str] = {}
+    for pool in pools:
+        labels = tuple(sorted(_selector(pool).items()))
+        if labels in seen:
+            raise InputError(
+                "same-nodes",
+                f"its nodes cannot be told from those of {seen[labels]}; give each its instance (the label "
+                f"node.kubernetes.io/instance-type) or its zone",
+                where=f"pool {pool.name}",
+            )
+        seen[labels] = pool.name
+
+
 class _Plain(yaml.SafeDumper):
     """Without anchors: people read and edit manifests."""
 
@@ -62,12 +79,13 @@ class _Plain(yaml.SafeDumper):
 
 
 def objects(
-    plan: Plan, *, namespace: str = "default", way: str | None = None, pause_image: str = "pause"
+    plan: Plan, *, namespace: str = "default", way: str | None = None, pause_image: str
 ) -> list[dict[str, Any]]:
     """Objects for the idle blocks of the plan's first step; `way` limits them to one of WAYS. Pools that hold none get zero
-    replicas, so that applying a new plan takes the old buffer away."""
+    replicas, so that applying a new plan takes the old buffer away. Raises InputError where two pools' nodes have the same labels."""
     found: list[dict[str, Any]] = []
     sizes = _sizes(plan)
+    _apart(plan.problem.pools)
     if way in (None, "pause-pods"):
         found.append(
             {

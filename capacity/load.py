@@ -132,6 +132,7 @@ def _pool(field: Field) -> Pool:
         boot=e["boot"].samples("duration", 0.0, LONGEST_START) if "boot" in e else (0.0,),
         interruptions=e["interruptions"].quantity("rate_per_hour", 0.0, 60.0) if "interruptions" in e else 0.0,
         refused=refused,
+        labelled=frozenset({"region", *({"instance", "zone"} & e.keys())}),
     )
 
 

@@ -23,7 +23,10 @@ KINDS: tuple[Kind, Kind] = ("cold", "restored")
 
 @dataclass(frozen=True)
 class Pool:
-    """Instances of one type in one zone. `supply` bounds how many can be started in a step; None is unknown."""
+    """Instances of one type in one zone. `supply` bounds how many can be started in a step; None is unknown.
+
+    `labelled`: which of instance, region and zone are known to be what nodes are labelled with, and not filled in from another field.
+    """
 
     name: str
     instance: str
@@ -39,6 +42,7 @@ class Pool:
     boot: tuple[float, ...] = (0.0,)
     interruptions: float = 0.0
     refused: tuple[int, int] | None = None  # asked, got in the last step
+    labelled: frozenset[str] = frozenset({"instance", "region", "zone"})
 
     def start_bound(self, first: bool) -> float:
         """Most instances that can be started in a step; what was refused in the last step bounds the first only."""
@@ -206,8 +210,33 @@ class Problem:
                     file=self.source,
                     where="services",
                 )
+        self._check_numbers()
         if self.demand.steps < 1:
             raise InputError("empty", "the forecast has no step", file=self.source, where="demand")
+
+    def _check_numbers(self) -> None:
+        """Raises InputError for a NaN, an infinity or a negative number, which no comparison in a solver would refuse."""
+        for pool in self.pools:
+            for field_name, values in (
+                ("price", (pool.price,)),
+                ("memory", (pool.memory,)),
+                ("interruptions", (pool.interruptions,)),
+                ("boot", pool.boot),
+            ):
+                self._finite(values, f"pool {pool.name}: {field_name}")
+        for service in self.services:
+            self._finite(tuple(service.rates.values()), f"service {service.name}: rate")
+            self._finite((*service.cold, *service.restored), f"service {service.name}: lead_time")
+            self._finite((service.memory, service.target_wait, service.probability), f"service {service.name}")
+        for name, forecast in self.demand.forecasts.items():
+            self._finite(tuple(v for row in forecast.values for v in row), f"demand.forecast.{name}")
+
+    def _finite(self, values: tuple[float, ...], where: str) -> None:
+        for value in values:
+            if not math.isfinite(value) or value < 0:
+                raise InputError(
+                    "not-a-number", f"expected a number of at least 0, found {value}", file=self.source, where=where
+                )
 
 
 @lru_cache(maxsize=4096)

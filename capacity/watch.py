@@ -4,14 +4,17 @@ Three gates, in this order, so that a plan neither oscillates nor scales down be
 1. band: demand within `hysteresis.band` of what was last planned for counts as unchanged;
 2. saving: when what is held keeps every constraint, a change must save more than `hysteresis.saving` of the cost;
 3. hold_down: a stop must have been wanted for that long; starts pass at once, and come before stops.
-What a provider refused bounds the next plan. The state is one small JSON file.
+
+The loop is closed on what is observed: what `--observe` or the apply command says is held, else the file's `held` where it has changed,
+else what was granted. What a provider refused bounds the next plan, unless that leaves none: then it is asked for again. Where no plan
+satisfies every constraint, as much of the demand is planned for as they allow (capacity/best_effort.py), and nothing is stopped.
+The state is one small JSON file.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
 import tempfile
 import threading
 import time
@@ -22,22 +25,28 @@ from typing import Any
 
 import numpy as np
 
+from capacity import apply as applying
 from capacity import plan as planning
+from capacity.apply import Applied
+from capacity.best_effort import best_effort
 from capacity.errors import CapacityError, InfeasibleError, InputError
 from capacity.model import Demand, Forecast, Problem
 from capacity.plan import Plan
 
-APPLY_LIMIT = 600.0
+SHORT_EXIT = 1
+"""Exit code after a last round in which no plan satisfied every constraint."""
 
 
 @dataclass
 class State:
-    """What is remembered between plans. `planned`: demand at its quantiles, a service; `down_since`: a pool."""
+    """What is remembered between plans. `planned`: demand at its quantiles, a service; `down_since`: a pool; `filed`: the file's own
+    `held` when it was last read, a pool."""
 
     held: dict[str, int] = field(default_factory=dict)
     planned: dict[str, dict[str, Any]] = field(default_factory=dict)
     down_since: dict[str, float] = field(default_factory=dict)
     refused: dict[str, list[int]] = field(default_factory=dict)
+    filed: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path) -> State:
@@ -45,8 +54,9 @@ class State:
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
             state = cls(**raw)
-            if not all(isinstance(v, int) and v >= 0 for v in state.held.values()):
-                raise TypeError("held")
+            for counts in (state.held, state.filed):
+                if not all(isinstance(v, int) and v >= 0 for v in counts.values()):
+                    raise TypeError("held")
         except FileNotFoundError:
             return cls()
         except (OSError, ValueError, TypeError, AttributeError) as bad:
@@ -54,23 +64,57 @@ class State:
         return state
 
     def write(self, path: Path) -> None:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(vars(self), file)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).replace(path)
+        """Raises CapacityError, `state-not-written`, where the disk refuses it."""
+        try:
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+            try:
+                with os.fdopen(handle, "w", encoding="utf-8") as file:
+                    json.dump(vars(self), file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                Path(name).replace(path)
+            except BaseException:
+                Path(name).unlink(missing_ok=True)
+                raise
+        except OSError as bad:
+            raise CapacityError(
+                "state-not-written", f"{path}: {bad.strerror}; make room, or name another file with --state"
+            ) from bad
+
+    def observe(self, problem: Problem, seen: dict[str, int] | None) -> None:
+        """Take over what is held: `seen` (pools it leaves out hold none), else the file's `held` of pools where it has changed since it
+        was last read. Pools that the file no longer names are forgotten. Raises CapacityError where `seen` names another pool."""
+        named = {pool.name: pool.held for pool in problem.pools}
+        if seen is not None:
+            strange = sorted(seen.keys() - named.keys())
+            if strange:
+                known = ", ".join(named)
+                raise CapacityError(
+                    "observe-answer", f"the observe command names {strange[0]!r}; pools of the file: {known}"
+                )
+            self.held = {name: seen.get(name, 0) for name in named}
+        else:
+            self.held = {
+                name: held if name not in self.held or self.filed.get(name, held) != held else self.held[name]
+                for name, held in named.items()
+            }
+        self.filed = named
 
 
 @dataclass(frozen=True)
 class Decision:
-    """`starts` and `stops` are what passed the gates, instances a pool; `held_back` what did not and why."""
+    """`starts` and `stops` are what passed the gates, instances a pool; `held_back` what did not and why.
+
+    `served`: where no plan satisfies every constraint (`conflict`), the share of its demand that each service gets.
+    """
 
     plan: Plan
     starts: dict[str, int]
     stops: dict[str, int]
     held_back: dict[str, str]
+    served: dict[str, float] = field(default_factory=dict)
+    conflict: InfeasibleError | None = None
 
     @property
     def quiet(self) -> bool:
@@ -96,7 +140,7 @@ def banded(problem: Problem, state: State) -> Problem:
 
 def decide(problem: Problem, state: State, now: float, *, exact: bool = False, limit: float = 60.0) -> Decision:
     """The plan and what of it may be done at `now` (seconds, any clock that does not go back). Changes `state` but for
-    `held`. `limit`: seconds for each solve. Raises InfeasibleError, SolverError."""
+    `held`. `limit`: seconds for each solve. Raises InfeasibleError where not even a plan for less demand exists, SolverError."""
     pools = tuple(
         replace(
             pool,
@@ -106,12 +150,15 @@ def decide(problem: Problem, state: State, now: float, *, exact: bool = False, l
         for pool in problem.pools
     )
     problem = banded(replace(problem, pools=pools), state)
-    solved = planning.solve(problem, exact=exact, limit=limit)
+    solved, conflict, served = _solve(problem, exact, limit)
     held_back: dict[str, str] = {}
     wanted_starts = {p.name: int(n) for p, n in zip(pools, solved.starts[0], strict=True) if n}
     wanted_stops = {p.name: int(n) for p, n in zip(pools, solved.stops[0], strict=True) if n}
-    if wanted_starts or wanted_stops:
-        stay = _staying(problem)
+    if conflict is not None:
+        held_back |= dict.fromkeys(wanted_stops, "shortage")
+        wanted_stops = {}
+    elif wanted_starts or wanted_stops:
+        stay = _staying(solved.problem)
         if stay is not None and stay.cost <= solved.cost * (1 + problem.policy.hysteresis.saving) + 1e-9:
             for name in {**wanted_starts, **wanted_stops}:
                 held_back[name] = "saving"
@@ -130,7 +177,26 @@ def decide(problem: Problem, state: State, now: float, *, exact: bool = False, l
         name: {"levels": list(f.levels), "values": [list(row) for row in f.values]}
         for name, f in problem.demand.forecasts.items()
     }
-    return Decision(solved, wanted_starts, stops, held_back)
+    return Decision(solved, wanted_starts, stops, held_back, served, conflict)
+
+
+def _solve(problem: Problem, exact: bool, limit: float) -> tuple[Plan, InfeasibleError | None, dict[str, float]]:
+    """A plan that keeps every constraint; else one that asks again for what was refused; else one for less of the demand, with why."""
+    try:
+        return planning.solve(problem, exact=exact, limit=limit), None, {}
+    except InfeasibleError as bad:
+        conflict = bad
+    if any(pool.refused is not None for pool in problem.pools):
+        problem = replace(problem, pools=tuple(replace(pool, refused=None) for pool in problem.pools))
+        try:
+            return planning.solve(problem, exact=exact, limit=limit), None, {}
+        except InfeasibleError as bad:
+            conflict = bad
+    try:
+        solved, served = best_effort(problem, limit=limit)
+    except InfeasibleError:
+        raise conflict from None
+    return solved, conflict, served
 
 
 def _staying(problem: Problem) -> Plan | None:
@@ -141,42 +207,17 @@ def _staying(problem: Problem) -> Plan | None:
         return None
 
 
-def apply(decision: Decision, command: str, limit: float = APPLY_LIMIT) -> dict[str, int]:
-    """Runs `command` in a shell with the delta as JSON on its standard input; it may print `{"granted": {pool: instances
-    started}}`. Returns what was granted. Raises CapacityError when it fails or says something else."""
-    delta = [{"action": "start", "pool": p, "count": n} for p, n in decision.starts.items()]
-    delta += [{"action": "stop", "pool": p, "count": n} for p, n in decision.stops.items()]
-    try:
-        done = subprocess.run(
-            command, shell=True, input=json.dumps({"delta": delta}), capture_output=True, text=True, timeout=limit
-        )  # the user's own command, as in a shell
-    except subprocess.TimeoutExpired as late:
-        raise CapacityError("apply-timeout", f"the apply command took over {limit:g} s") from late
-    if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or [""])[-1]
-        raise CapacityError("apply-failed", f"the apply command exited with {done.returncode}: {last}")
-    granted = dict(decision.starts)
-    if done.stdout.strip():
-        try:
-            said = json.loads(done.stdout)["granted"]
-            for pool, count in said.items():
-                if pool in granted and isinstance(count, int) and 0 <= count <= granted[pool]:
-                    granted[pool] = count
-        except (ValueError, KeyError, AttributeError, TypeError) as bad:
-            raise CapacityError("apply-failed", "the apply command printed something other than its grants") from bad
-    return granted
-
-
-def record(state: State, problem: Problem, decision: Decision, granted: dict[str, int]) -> None:
-    """What was done becomes what is held; what was refused bounds the next plan."""
+def record(state: State, problem: Problem, decision: Decision, done: Applied) -> None:
+    """What was done becomes what is held; what was refused bounds the next plan. What the command says is held overrides both."""
     state.refused = {}
     for pool in problem.pools:
         held = state.held.get(pool.name, pool.held)
-        asked, got = decision.starts.get(pool.name, 0), granted.get(pool.name, 0)
-        state.held[pool.name] = max(0, held + got - decision.stops.get(pool.name, 0))
-        if got < asked:
+        asked, got = decision.starts.get(pool.name, 0), done.granted.get(pool.name, 0)
+        state.held[pool.name] = done.held.get(pool.name, max(0, held + got - done.stopped.get(pool.name, 0)))
+        # A command that failed refused nothing: what it did not do is asked for again.
+        if got < asked and done.error is None:
             state.refused[pool.name] = [asked, got]
-        if pool.name in decision.stops:
+        if pool.name in done.stopped:
             state.down_since.pop(pool.name, None)
 
 
@@ -188,27 +229,46 @@ def loop(
     report: Callable[[Decision | CapacityError], None],
     *,
     command: str | None,
+    observe: str | None = None,
     rounds: int = 0,
     exact: bool = False,
     limit: float = 60.0,
-) -> None:
-    """Until `stop` is set, or for `rounds` plans. An error of one round (a file half written, no feasible plan) is reported
-    and the next round tries again: nothing is changed meanwhile."""
-    done = 0
+) -> int:
+    """Until `stop` is set, or for `rounds` plans; the exit code of the last round.
+
+    An error of one round (a file half written, a command that failed) is reported and the next round tries again. Nothing is applied
+    whose outcome could not be written down: the state is written before, too.
+    """
+    done = code = 0
+    unwritten: State | None = None
     while not stop.is_set():
         began = time.monotonic()
         try:
             problem = load()
-            state = State.read(state_path)
+            state = unwritten or State.read(state_path)
+            state.observe(problem, None if observe is None else applying.observe(observe))
             decision = decide(problem, state, time.time(), exact=exact, limit=limit)
-            if command is not None:
-                granted = apply(decision, command) if not decision.quiet else {}
-                record(state, problem, decision, granted)
             state.write(state_path)
+            unwritten = None
+            error = None
+            if command is not None:
+                outcome = Applied({}, {}, {})
+                if not decision.quiet:
+                    outcome = applying.apply(decision.starts, decision.stops, command)
+                    unwritten = state
+                record(state, problem, decision, outcome)
+                error = outcome.error
             report(decision)
-        except CapacityError as error:
-            report(error)
+            if error is not None:
+                report(error)
+            code = error.exit_code if error is not None else SHORT_EXIT if decision.conflict is not None else 0
+            state.write(state_path)
+            unwritten = None
+        except CapacityError as bad:
+            code = bad.exit_code
+            report(bad)
         done += 1
         if rounds and done >= rounds:
-            return
+            break
         stop.wait(max(0.0, interval - (time.monotonic() - began)))
+    return code

@@ -102,7 +102,7 @@ def test_options_have_variables():
         (("--apply", "true"), "belong to --watch"),
         (("--rounds", "2"), "belong to --watch"),
         (("--watch", "1", "--emit", "kubernetes"), "--watch takes none of"),
-        (("--idle-by", "pause-pods"), "belongs to --emit"),
+        (("--idle-by", "pause-pods", "--pause-image", "waits:1"), "belongs to --emit"),
         (("--watch", "0"), "0.0 is not in the range"),
     ],
 )
@@ -139,7 +139,7 @@ def test_a_trace_instead_of_a_forecast(tmp_path):
 
 
 def test_emit_is_yaml(tmp_path):
-    text = typed(EXAMPLE, "--emit", "kubernetes", "--idle-by", "pause-pods").stdout
+    text = typed(EXAMPLE, "--emit", "kubernetes", "--idle-by", "pause-pods", "--pause-image", "waits:1").stdout
     assert text.startswith("---\n")
     assert "CapacityBuffer" not in text
     assert "CapacityBuffer" in typed(EXAMPLE, "--emit", "kubernetes").stdout
@@ -152,3 +152,12 @@ def test_watch_remembers_and_settles(tmp_path):
     assert first["start"]["h100-a"] > 0
     assert second["start"] == second["stop"] == {}
     assert json.loads(state.read_text())["held"] == first["start"]
+
+
+def test_numbers_that_are_none_are_refused_in_options_too():
+    for words in (("--watch", "nan"), ("--limit", "nan"), ("--limit", "inf")):
+        assert "not a finite number" in typed(EXAMPLE, *words, code=2).stderr
+
+
+def test_the_pods_image_must_be_named_since_none_can_be_pulled_everywhere():
+    assert "--pause-image" in typed(EXAMPLE, "--emit", "kubernetes", code=2).stderr

@@ -1,6 +1,7 @@
 """Bad input gives one clear error, with its line and field; good input gives what it says."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -218,3 +219,12 @@ def test_times_keep_their_seventh_digit(tmp_path):
     at, work = read.units(0, "tokens")
     assert work.tolist() == [4818, 3188]
     assert len(at) == 2
+
+
+@pytest.mark.parametrize(
+    "change", [{"price": math.nan}, {"price": -1.0}, {"memory": math.inf}, {"boot": (1.0, math.nan)}]
+)
+def test_a_problem_made_by_hand_has_its_numbers_checked_too(change):
+    read = problem(GOOD)
+    with pytest.raises(InputError, match="pool a: .* expected a number of at least 0"):
+        replace(read, pools=(replace(read.pools[0], **change),))

@@ -98,6 +98,10 @@ def published(item):
             raise jsonschema.ValidationError(rule["message"])
 
 
+def objects(plan, **options):
+    return kubernetes.objects(plan, pause_image="waits:1", **options)
+
+
 def refused(check, item):
     try:
         check(item)
@@ -139,7 +143,7 @@ def test_our_words_and_the_published_definition_refuse_the_same(spec, bad):
 
 @pytest.mark.skipif(not CRD, reason="QUICKTHAW_TEST_CAPACITYBUFFER_CRD names no file")
 def test_every_buffer_is_valid_against_the_published_definition(plan):
-    items = [item for item in kubernetes.objects(plan) if item["kind"] == "CapacityBuffer"]
+    items = [item for item in objects(plan) if item["kind"] == "CapacityBuffer"]
     assert items
     for item in items:
         published(item)
@@ -152,7 +156,7 @@ def plan():
 
 def test_core_objects_validate_against_the_newest_schemas(plan):
     kinds = set()
-    for item in kubernetes.objects(plan):
+    for item in objects(plan):
         kinds.add(item["kind"])
         if item["kind"] == "CapacityBuffer":
             jsonschema.validate(item, BUFFER)
@@ -165,7 +169,7 @@ def test_both_ways_hold_the_blocks_of_the_plan(plan):
     wanted = sum(plan.buffer_by_type().values())
     assert wanted > 0
     for way, kind in (("pause-pods", "Deployment"), ("capacity-buffer", "CapacityBuffer")):
-        items = kubernetes.objects(plan, way=way)
+        items = objects(plan, way=way)
         templates = {i["metadata"]["name"]: i["template"] for i in items if i["kind"] == "PodTemplate"}
         held = 0
         for item in items:
@@ -182,7 +186,7 @@ def test_both_ways_hold_the_blocks_of_the_plan(plan):
 
 
 def test_pause_pods_yield_to_every_other(plan):
-    items = kubernetes.objects(plan, way="pause-pods")
+    items = objects(plan, way="pause-pods")
     (priority,) = [i for i in items if i["kind"] == "PriorityClass"]
     assert priority["value"] < 0
     assert priority["preemptionPolicy"] == "Never"
@@ -197,7 +201,7 @@ def test_the_stream_is_plain_yaml(plan):
     text = kubernetes.manifest(plan, namespace="idle", way=None, pause_image="example/pause:1")
     assert "&id" not in text
     items = list(yaml.safe_load_all(text))
-    assert items == kubernetes.objects(plan, namespace="idle", pause_image="example/pause:1")
+    assert items == objects(plan, namespace="idle", pause_image="example/pause:1")
 
 
 @pytest.mark.parametrize("name", ["H100 East/A_1", "x" * 200, "--", "ß", "a."])
@@ -220,4 +224,29 @@ def test_what_cannot_be_a_node_label_is_said(plan, change):
     with pytest.raises(
         InputError, match=f"pool h100-east-a: {next(iter(change))}: .* cannot be the value of node label"
     ):
-        kubernetes.objects(replace(plan, problem=replace(plan.problem, pools=pools)))
+        objects(replace(plan, problem=replace(plan.problem, pools=pools)))
+
+
+def test_nodes_are_selected_by_what_the_file_names_only(tmp_path):
+    """An instance or zone that was filled in from another field is no label of any node."""
+    file = tmp_path / "plan.yaml"
+    text = (REPO / "examples" / "plan_trace.yaml").read_text()
+    (tmp_path / "trace.csv").write_text("")
+    text = re.sub(r"instance: [^,}]*, *", "", text)
+    text = re.sub(r"zone: [^,}]*, *", "", text)
+    file.write_text(text)
+    problem = load(file)
+    plan = solve(problem)
+    selectors = [
+        item["spec"]["template"]["spec"]["nodeSelector"]
+        for item in objects(plan, way="pause-pods")
+        if item["kind"] == "Deployment"
+    ]
+    assert selectors
+    assert all(set(selector) == {"topology.kubernetes.io/region"} for selector in selectors)
+
+
+def test_two_pools_whose_nodes_cannot_be_told_apart_are_refused(plan):
+    pools = tuple(replace(pool, region="east", labelled=frozenset({"region"})) for pool in plan.problem.pools)
+    with pytest.raises(InputError, match="cannot be told from those of"):
+        objects(replace(plan, problem=replace(plan.problem, pools=pools)))

@@ -1,0 +1,171 @@
+"""The user's own commands of `--watch`: one that applies a plan's delta, one that tells what is held.
+
+Both run in a shell, in a process group of their own that ends with them: nothing of a command that timed out goes on starting instances.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from capacity.errors import CapacityError
+
+APPLY_LIMIT_S = 600.0
+OBSERVE_LIMIT_S = 60.0
+TERM_LIMIT_S = 5.0
+"""How long a command that timed out may take to end after SIGTERM."""
+MOST_INSTANCES = 10_000_000
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What a command did, instances a pool; `held`: what it says is held now. `error`: why not all of it was done."""
+
+    granted: dict[str, int]
+    stopped: dict[str, int]
+    held: dict[str, int]
+    error: CapacityError | None = None
+
+
+def apply(starts: Mapping[str, int], stops: Mapping[str, int], command: str, limit: float = APPLY_LIMIT_S) -> Applied:
+    """Run `command` with the delta as JSON on its standard input, starts first.
+
+    It may print JSON lines, each `{"granted": {pool: started}, "stopped": {pool: stopped}, "held": {pool: held now}}`, any of the three;
+    a later line replaces an earlier one, so a command that prints as it goes and then fails is not asked for the same again. One that
+    succeeds and prints nothing did all of it; one that fails did what it printed.
+    """
+    delta = [{"action": "start", "pool": pool, "count": n} for pool, n in starts.items()]
+    delta += [{"action": "stop", "pool": pool, "count": n} for pool, n in stops.items()]
+    code, out, last = _run(command, json.dumps({"delta": delta}), limit)
+    failure = _failure("apply", code, last, limit)
+    said, problem = _answers(out)
+    problems = [problem] if problem else []
+    counts: dict[str, dict[str, int]] = {}
+    for word, asked in (("granted", starts), ("stopped", stops)):
+        if word not in said:
+            # Stops need no answer of their own where the command answered at all and succeeded.
+            counts[word] = dict(asked) if failure is None and not problem and (word == "stopped" or not said) else {}
+            continue
+        counts[word], wrong = _within(word, said[word], asked, complete=failure is None)
+        problems += wrong
+    held, wrong = _held(said.get("held", {}))
+    problems += wrong
+    if failure is None and problems:
+        failure = CapacityError(
+            "apply-answer", f"the apply command printed something else than its grants: {problems[0]}"
+        )
+    return Applied(counts["granted"], counts["stopped"], held, failure)
+
+
+def observe(command: str, limit: float = OBSERVE_LIMIT_S) -> dict[str, int]:
+    """What `command` says is held: it prints `{"held": {pool: instances}}`. Raises CapacityError when it fails or says something else."""
+    code, out, last = _run(command, "", limit)
+    failure = _failure("observe", code, last, limit)
+    if failure is not None:
+        raise failure
+    said, problem = _answers(out)
+    held, wrong = _held(said.get("held"))
+    if problem or wrong:
+        raise CapacityError("observe-answer", f"the observe command must print what is held: {problem or wrong[0]}")
+    return held
+
+
+def _run(command: str, text: str, limit: float) -> tuple[int | None, str, str]:
+    """Exit code (None: timed out), standard output, last line of standard error. The whole process group has ended when this returns."""
+    process = subprocess.Popen(
+        command,
+        shell=True,  # the user's own command, as in a shell
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    try:
+        out, err = process.communicate(text, timeout=limit)
+        code: int | None = process.returncode
+    except subprocess.TimeoutExpired:
+        code = None
+        _signal(process.pid, signal.SIGTERM)
+        try:
+            out, err = process.communicate(timeout=TERM_LIMIT_S)
+        except subprocess.TimeoutExpired:
+            _signal(process.pid, signal.SIGKILL)
+            out, err = process.communicate()
+    except BaseException:
+        _signal(process.pid, signal.SIGKILL)
+        process.wait()
+        raise
+    return code, out, (err.strip().splitlines() or [""])[-1]
+
+
+def _signal(group: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, number)
+
+
+def _failure(which: str, code: int | None, last: str, limit: float) -> CapacityError | None:
+    if code is None:
+        return CapacityError(f"{which}-timeout", f"the {which} command took over {limit:g} s and was ended")
+    if code:
+        return CapacityError(f"{which}-failed", f"the {which} command exited with {code}: {last}")
+    return None
+
+
+def _answers(out: str) -> tuple[dict[str, Any], str]:
+    """The keys of every JSON line, later ones first; and what was wrong with a line, if any. One JSON document counts too."""
+    said: dict[str, Any] = {}
+    try:
+        documents = [json.loads(out)] if out.strip() else []
+    except ValueError:
+        documents = []
+        for line in filter(None, map(str.strip, out.splitlines())):
+            try:
+                documents.append(json.loads(line))
+            except ValueError:
+                return said, f"not JSON: {line[:80]!r}"
+            if isinstance(documents[-1], dict):
+                said |= documents[-1]
+    for document in documents:
+        if not isinstance(document, dict) or not document.keys() & {"granted", "stopped", "held"}:
+            return said, f"expected granted, stopped or held, found {json.dumps(document)[:80]}"
+        said |= document
+    return said, ""
+
+
+def _within(word: str, said: object, asked: Mapping[str, int], *, complete: bool) -> tuple[dict[str, int], list[str]]:
+    """Counts of known pools, none over what was asked; and every entry that is wrong. `complete`: each pool asked for must be named."""
+    if not isinstance(said, dict):
+        return {}, [f"{word} is not a mapping of pools to counts"]
+    counts: dict[str, int] = {}
+    wrong: list[str] = []
+    for pool, count in said.items():
+        if pool not in asked:
+            wrong.append(f"{word} names {pool!r}, which it was not asked for")
+        elif type(count) is not int or count < 0:
+            wrong.append(f"{word} of {pool} is {count!r}, not a count")
+        else:
+            counts[pool] = min(count, asked[pool])
+            if count > asked[pool]:
+                wrong.append(f"{word} of {pool} is {count} of {asked[pool]} asked")
+    if complete:
+        wrong += [f"{word} leaves out {pool}, of which {asked[pool]} were asked" for pool in asked if pool not in said]
+    return counts, wrong
+
+
+def _held(said: object) -> tuple[dict[str, int], list[str]]:
+    if not isinstance(said, dict):
+        return {}, ["held is not a mapping of pools to counts"]
+    wrong = [
+        f"held of {pool} is {n!r}, not a count"
+        for pool, n in said.items()
+        if type(n) is not int or not 0 <= n <= MOST_INSTANCES
+    ]
+    return ({} if wrong else dict(said)), wrong

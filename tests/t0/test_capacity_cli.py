@@ -142,7 +142,7 @@ def test_emit_is_yaml(tmp_path):
     text = typed(EXAMPLE, "--emit", "kubernetes", "--idle-by", "pause-pods", "--pause-image", "waits:1").stdout
     assert text.startswith("---\n")
     assert "CapacityBuffer" not in text
-    assert "CapacityBuffer" in typed(EXAMPLE, "--emit", "kubernetes").stdout
+    assert "CapacityBuffer" in typed(EXAMPLE, "--emit", "kubernetes", "--pause-image", "waits:1").stdout
 
 
 def test_watch_remembers_and_settles(tmp_path):

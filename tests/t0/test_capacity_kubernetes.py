@@ -99,7 +99,7 @@ def published(item):
 
 
 def objects(plan, **options):
-    return kubernetes.objects(plan, pause_image="waits:1", **options)
+    return kubernetes.objects(plan, **({"pause_image": "waits:1"} | options))
 
 
 def refused(check, item):

@@ -19,7 +19,8 @@ from typing import Any
 
 from checkpoint import early
 from checkpoint.aside import aside
-from checkpoint.errors import Failed, HostLacks, Incompatible
+from checkpoint.errors import Failed, HostLacks, Incompatible, Integrity
+from checkpoint.imagefile import messages, nested
 from checkpoint.sandbox import Sandbox
 
 MINIMUM_VERSION = (4, 2)
@@ -143,8 +144,8 @@ class Criu:
             with aside(target) as new:
                 new.write_bytes(data)
 
-    def dump(self, sandbox: Sandbox, root_pid: int, images: Path, while_frozen: Path, timeout_s: float) -> None:
-        """Write the tree's images into `images`; it goes on running afterwards.
+    def dump(self, sandbox: Sandbox, root_pid: int, images: Path, while_frozen: Path, timeout_s: float) -> int:
+        """Write the tree's images into `images`; it goes on running afterwards. Returns its monotonic clock, in ns, as CRIU read it.
 
         `while_frozen` is a script that CRIU runs after the images are written and before the tree runs on.
         Raises Failed with CRIU's own last error.
@@ -165,6 +166,7 @@ class Criu:
         if code:
             raise Failed("criu-dump-failed", f"CRIU could not dump the engine: {last_error(images / 'dump.log', code)}")
         self.keep_kernel_facts(sandbox)
+        return _take_clock(images)
 
     def restore(
         self,
@@ -243,14 +245,35 @@ class Criu:
         return (errors or [f"exit code {done.returncode}"])[0] if done.returncode else ""
 
 
+def _take_clock(images: Path) -> int:
+    """Remove CRIU's record of the clocks from the images and return the monotonic one, in nanoseconds.
+
+    With it, a restore would make a time namespace of its own, which takes CAP_SYS_TIME in the host's user namespace. The sandbox has
+    one already, set to the clock of the snapshot (checkpoint.init), and an image that is not there makes CRIU keep that.
+    Raises Failed where CRIU has left no clock.
+    """
+    image = images / "timens-0.img"
+    try:
+        (entry,) = messages(image)
+        (clock,) = nested(entry, 1)
+        seconds, nanoseconds = (int(value) for (value,) in (clock[1], clock[2]))
+        image.unlink()
+    except (Integrity, OSError, ValueError, LookupError, TypeError) as error:
+        raise Failed("criu-dump-failed", f"CRIU left no clock among its images: {error}") from error
+    return seconds * 10**9 + nanoseconds
+
+
 def _environment() -> dict[str, str]:
     # Nothing of ours: CRIU reads CRIU_CONFIG_FILE, and its helpers need only a PATH.
     return {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "CRIU_CONFIG_FILE": "/dev/null"}
 
 
-# Said on every run on hosts without CAP_SYS_RESOURCE, and harmless.
+# Said on every run where a capability or device is missing that CRIU asks for and can do without: CAP_SYS_RESOURCE, /dev/net/tun, and
+# CAP_NET_ADMIN in network namespaces of the host's.
 _NOISE = re.compile(
-    r"Can't setup RLIMIT_NOFILE|Dumping FAILED|Restoring FAILED|Unable to open.*ip_?tables", re.IGNORECASE
+    r"Can't setup RLIMIT_NOFILE|Dumping FAILED|Restoring FAILED|Unable to open.*ip_?tables|Unable to create tun"
+    r"|Unable to create a veth pair|reported by netlink: Operation not permitted",
+    re.IGNORECASE,
 )
 
 

@@ -19,7 +19,6 @@ import json
 import os
 import socket
 import threading
-import time
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -57,7 +56,6 @@ class Begun:
         """Where nobody else does, keeps the snapshot from being removed (Library.remove) until CRIU has opened its files."""
         self.init: Started | None = None
         self.pages: Started | None = None
-        self.began_ns = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
 
     def release(self) -> None:
         """CRIU has opened what it needs: the snapshot may be removed."""

@@ -22,9 +22,11 @@ import socket
 import struct
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 CLONE_NEWTIME, CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWPID, CLONE_NEWNET = 0x80, 0x20000, 0x8000000, 0x20000000, 0x40000000
+CLONE_NEWUSER = 0x10000000
 MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND, MS_REC, MS_SLAVE, MS_RDONLY, MS_REMOUNT = 2, 4, 8, 4096, 16384, 1 << 19, 1, 32
 PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15
 MESSAGE_BYTES = 1 << 20
@@ -53,9 +55,18 @@ def mount(source: str, target: str, kind: str, flags: int, data: str = "") -> No
     )
 
 
+@contextlib.contextmanager
+def doing(what: str) -> Iterator[None]:
+    """Name in an error of the operating system what was being done."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, f"{what}: {os.strerror(error.errno or 0)}") from error
+
+
 def loopback_up() -> None:
     """`ip link set lo up` without iproute2 (netdevice(7): SIOCGIFFLAGS, SIOCSIFFLAGS, IFF_UP)."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+    with doing("loopback up"), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         request = struct.pack("16sh22x", b"lo", 0)
         flags = struct.unpack_from("16sh", fcntl.ioctl(sock, 0x8913, request))[1]
         fcntl.ioctl(sock, 0x8914, struct.pack("16sh22x", b"lo", flags | 1))
@@ -65,15 +76,61 @@ def set_monotonic(wanted_ns: int) -> None:
     """Let the children's monotonic and boot clocks stand at `wanted_ns` now (time_namespaces(7)); before the first child."""
     offset = wanted_ns - time.clock_gettime_ns(time.CLOCK_MONOTONIC)
     seconds, nanoseconds = divmod(offset, 10**9)
-    with open("/proc/self/timens_offsets", "w") as file:
+    with doing("set the clock"), open("/proc/self/timens_offsets", "w") as file:
         file.write(f"monotonic {seconds} {nanoseconds}\nboottime {seconds} {nanoseconds}\n")
 
 
-def enter_namespaces(config: Message) -> None:
-    check(libc.unshare(CLONE_NEWNS | CLONE_NEWIPC | CLONE_NEWPID | CLONE_NEWNET), "unshare")
+def make_network_and_clock(monotonic_ns: int) -> None:
+    """Unshare the network, with loopback up, and the clock, at `monotonic_ns` unless that is 0."""
+    check(libc.unshare(CLONE_NEWNET), "unshare(network)")
+    loopback_up()
     check(libc.unshare(CLONE_NEWTIME), "unshare(time)")
-    if config["monotonic_ns"]:
-        set_monotonic(config["monotonic_ns"])
+    if monotonic_ns:
+        set_monotonic(monotonic_ns)
+
+
+def join_network_and_clock(monotonic_ns: int) -> None:
+    """Join a network and a clock that belong to a user namespace of our own; before CLONE_NEWPID.
+
+    Who made a user namespace has every capability over what belongs to it (user_namespaces(7)): neither CAP_NET_ADMIN nor CAP_SYS_TIME
+    is needed. Processes stay in the user namespace that they are in.
+    """
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    child = os.fork()
+    if not child:
+        try:
+            check(libc.unshare(CLONE_NEWUSER), "unshare(user)")
+            make_network_and_clock(monotonic_ns)
+            fds = [
+                os.open(f"/proc/self/ns/{name}", os.O_RDONLY | os.O_CLOEXEC) for name in ("net", "time_for_children")
+            ]
+            socket.send_fds(theirs, [b"made"], fds)
+        except OSError as error:
+            theirs.send(json.dumps([error.errno, error.strerror]).encode())
+        finally:
+            os._exit(0)
+    theirs.close()
+    with ours:
+        answer, fds, _, _ = socket.recv_fds(ours, MESSAGE_BYTES, 2)
+    os.waitpid(child, 0)
+    if answer != b"made":
+        raise OSError(*json.loads(answer)) if answer else OSError(errno.ECHILD, "the helper for the network was killed")
+    for fd, kind in zip(fds, (CLONE_NEWNET, CLONE_NEWTIME), strict=True):
+        check(libc.setns(fd, kind), "join the network and the clock")
+        os.close(fd)
+
+
+def enter_namespaces(config: Message) -> None:
+    """Unshare everything. Raises OSError, whose text names the operation, and what else was tried."""
+    check(libc.unshare(CLONE_NEWNS | CLONE_NEWIPC), "unshare")
+    try:
+        make_network_and_clock(config["monotonic_ns"])
+    except PermissionError as direct:
+        try:
+            join_network_and_clock(config["monotonic_ns"])
+        except OSError as error:
+            raise OSError(direct.errno, f"{direct.strerror}; in a user namespace {error.strerror}") from error
+    check(libc.unshare(CLONE_NEWPID), "unshare(processes)")
 
 
 def cover_run(kernel_facts: str) -> None:
@@ -125,7 +182,6 @@ def prepare_mounts(config: Message) -> None:
         mount(source, target, "", MS_BIND)
         if read_only:
             mount("none", target, "", MS_BIND | MS_REMOUNT | MS_RDONLY | MS_NOSUID | MS_NODEV)
-    loopback_up()
 
 
 def refuse_io_uring(site_packages: str) -> None:

@@ -109,7 +109,6 @@ class Sandbox:
         self._next_id = 0
         self._closed = False
         begun, self.begun = self.begun, None
-        self._began_ns = begun.began_ns if begun else time.clock_gettime_ns(time.CLOCK_MONOTONIC)
         self._exits: dict[int, int] = {}
         self._network: int | None = None
         self._host_network: int | None = None
@@ -171,11 +170,6 @@ class Sandbox:
     def init_pid(self) -> int:
         """Process 1 of the sandbox, by its number on the host."""
         return self._init_pid
-
-    def monotonic_ns(self) -> int:
-        """The monotonic clock as the sandbox's processes read it, in nanoseconds."""
-        now = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
-        return now - self._began_ns + self.config.monotonic_ns if self.config.monotonic_ns else now
 
     @property
     def control_dir(self) -> Path:

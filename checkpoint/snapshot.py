@@ -147,12 +147,11 @@ def take(
         script.write_text(_WHILE_FROZEN.format(folder=folder, tmp=TMP_DIR))
         script.chmod(0o700)
         mapped = _mapped_cache_files(pids)
-        monotonic_ns = sandbox.monotonic_ns()
         needs = cuda.Needs()
         if driver:
             _, needs = cuda.suspend(driver, pids, released=cuda.check_released)
         try:
-            criu.dump(sandbox, draft.root_pid, images, script, DUMP_TIMEOUT_S + wanted / DUMP_SLOWEST)
+            monotonic_ns = criu.dump(sandbox, draft.root_pid, images, script, DUMP_TIMEOUT_S + wanted / DUMP_SLOWEST)
         finally:
             if driver and needs.processes:
                 cuda.resume(driver, pids, needs)

@@ -91,7 +91,7 @@ def _roundtrip() -> Finding:
     """Dump and restore a small process for real: what no list of features can promise."""
     from checkpoint.criu import Criu
     from checkpoint.errors import CheckpointError
-    from checkpoint.sandbox import Sandbox
+    from checkpoint.sandbox import Sandbox, SandboxConfig
 
     folder = Path(tempfile.mkdtemp(prefix="quickthaw-doctor-"))
     images = folder / "images"
@@ -103,8 +103,8 @@ def _roundtrip() -> Finding:
         criu = Criu.find(state_home())
         with Sandbox() as sandbox:
             pid = sandbox.start(["/bin/sleep", "60"], {}, "/")
-            criu.dump(sandbox, pid, images, script, 30.0)
-        with Sandbox() as sandbox:
+            clock = criu.dump(sandbox, pid, images, script, 30.0)
+        with Sandbox(SandboxConfig(monotonic_ns=clock)) as sandbox:
             criu.restore(sandbox, pid, images, 30.0, folder, {})
             if sandbox.exit_code(pid) is not None:
                 return Finding(

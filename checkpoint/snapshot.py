@@ -19,7 +19,7 @@ from pathlib import Path
 
 import msgspec
 
-from checkpoint import cuda, early, manifest, mapped
+from checkpoint import cuda, early, manifest, mapped, room
 from checkpoint.aside import aside
 from checkpoint.criu import Criu
 from checkpoint.cuda.driver import Driver
@@ -33,7 +33,6 @@ DUMP_TIMEOUT_S = 30.0
 """For a dump of nothing; every DUMP_SLOWEST bytes add a second. A process killed under CRIU's hands can leave it waiting for ever."""
 DUMP_SLOWEST = 50e6
 RESTORE_TIMEOUT_S = 600.0
-_MARGIN = 64 << 20  # bytes beside the pages: images of descriptors, shared memory, temporary files
 
 # Runs inside the sandbox, after the images are written and before the tree runs on: what the images link to must be of the same
 # moment. CRIU leaves its own hard links to deleted files behind (link_remap.N); one that stays makes the next dump fail.
@@ -106,6 +105,11 @@ def _mapped_cache_files(pids: Sequence[int]) -> set[str]:
     return found
 
 
+def gpu_locks(library: Library) -> tuple[Path, ...]:
+    """Where restores on a GPU take turns: on this host, and among containers that share the state folder."""
+    return (cuda.LOCKS, library.home / "run")
+
+
 def image_bytes(folder: Path) -> int:
     """Bytes of the files below a folder."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
@@ -120,26 +124,23 @@ def take(
     seal: Callable[[Path], Mapping[str, SnapshotFile]],
     sign: Callable[[bytes], bytes] | None = None,
     driver: Driver | None = None,
+    visible: Sequence[str] | None = None,
+    awake: Mapping[str, int] | None = None,
 ) -> Snapshot:
     """Dump the tree below `draft.root_pid` into the library as `draft.name`; the engine goes on running, whatever happens.
 
     `draft` is the manifest but for what only the dump knows. `seal` computes the digests of a folder's files. `driver`: the CUDA
-    driver, where
-    this host has a GPU; processes with a context are taken off it for the dump and brought back.
+    driver, where this host has a GPU; processes with a context are taken off it for the dump and brought back. `visible`, `awake`: as in
+    checkpoint.cuda.suspend.
 
     Raises Busy when another process takes the same snapshot, Incompatible (multi-gpu), Failed when CRIU, the disk or the engine
-    fail; then nothing is left.
+    fail; then nothing is left. After Failed `cuda-stuck` the engine does not run any more and has to be ended.
     """
     pids = processes(sandbox.init_pid)
-    wanted = private_bytes(pids)
+    on_gpu = cuda.memory_in_use(driver, pids) if driver else 0
+    room.check_memory(on_gpu)
     library.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    free = shutil.disk_usage(library.folder).free
-    if free < wanted * 1.05 + _MARGIN:
-        raise Failed(
-            "disk-full",
-            f"the snapshot needs about {wanted / 1e9:.1f} GB and {library.folder} has {free / 1e9:.1f} GB free; "
-            "make room (quickthaw snapshot rm, quickthaw weights gc) or set QUICKTHAW_HOME",
-        )
+    room.check_disk(library.folder, private_bytes(pids) + on_gpu)
     with library.writing(draft.name) as folder:
         images = folder / "images"
         images.mkdir(mode=0o700)
@@ -147,14 +148,18 @@ def take(
         script.write_text(_WHILE_FROZEN.format(folder=folder, tmp=TMP_DIR))
         script.chmod(0o700)
         mapped = _mapped_cache_files(pids)
+        suspended: list[int] = []
         needs = cuda.Needs()
         if driver:
-            _, needs = cuda.suspend(driver, pids, released=cuda.check_released)
+            suspended, needs = cuda.suspend(driver, pids, released=cuda.check_released, visible=visible, awake=awake)
         try:
+            # Now: the driver has moved the GPU's memory into the processes'.
+            wanted = private_bytes(pids)
+            room.check_disk(library.folder, wanted)
             monotonic_ns = criu.dump(sandbox, draft.root_pid, images, script, DUMP_TIMEOUT_S + wanted / DUMP_SLOWEST)
         finally:
-            if driver and needs.processes:
-                cuda.resume(driver, pids, needs)
+            if driver and suspended:
+                cuda.give_back(driver, suspended, needs, gpu_locks(library))
         script.unlink()
         criu.dump_cpu(images)
         for name in mapped:
@@ -356,7 +361,13 @@ def restore(
                 restored = _bring_back(early.begin(plan, pipes), config, snapshot, criu, on_exit, lazy, cancellation)
             try:
                 if driver and snapshot.gpu.processes:
-                    cuda.resume(driver, processes(restored.sandbox.init_pid), snapshot.gpu, gpu_pairs)
+                    cuda.resume(
+                        driver,
+                        processes(restored.sandbox.init_pid),
+                        snapshot.gpu,
+                        gpu_pairs,
+                        lock_folders=gpu_locks(library),
+                    )
             except BaseException:
                 restored.close()
                 raise

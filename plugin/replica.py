@@ -38,7 +38,7 @@ from plugin.phases import Phase, PhaseTracker, Span
 from plugin.remote import Fetching
 from plugin.running import Running
 from plugin.settings import LaunchSettings
-from plugin.weights import Weights
+from plugin.weights import Weights, model_place
 
 if TYPE_CHECKING:
     from checkpoint.cuda.driver import Driver
@@ -87,6 +87,8 @@ class Replica:
         self._stopped = False
         self._starts = 0  # of engines' processes, one of which at most is there
         self._lazy_works = True
+        self._eager = False  # the snapshot holds GPU state: it is restored in one way only
+        self._no_snapshot = False  # one was tried and took the engine with it
         self._restoring = snapshots.Cancellation()
         self.lost = ""
         """Why the pages of the restored engine will not all come, where that is so: it is ended for it."""
@@ -161,7 +163,7 @@ class Replica:
                 if self._stopped:
                     self._clear()
                     raise
-                again = lazy and not isinstance(error, Incompatible | Integrity | HostLacks | Busy)
+                again = lazy and not self._eager and not isinstance(error, Incompatible | Integrity | HostLacks | Busy)
                 self._restore_failed(name, error, again)
                 if again:
                     self._lazy_works = bool(self.lost)
@@ -226,14 +228,15 @@ class Replica:
         return name
 
     def multi_gpu(self) -> bool:
-        """Whether this launch is one that no driver can checkpoint; said once, with the way out."""
+        """Whether this launch is one that no driver can checkpoint (several GPUs, a slice of one); said once, with the way out."""
         if self._multi_gpu is None:
-            from checkpoint.cuda import refuse_parallel
+            from checkpoint.cuda import refuse_parallel, refuse_slice
 
             self._multi_gpu = False
             if self.identity.host.gpus:
                 try:
                     refuse_parallel(self.identity.arguments)
+                    refuse_slice(self.settings.environment.get("CUDA_VISIBLE_DEVICES"))
                 except Incompatible as error:
                     log.warning("no snapshots: %s", error)
                     self._multi_gpu = True
@@ -267,6 +270,7 @@ class Replica:
         self.lost = ""
         self._mounting()
         snapshot = self.library.load(name)
+        self._eager = snapshot.gpu.processes > 0
         if self.settings.trust_keys and not self._fetching.unfinished:
             from checkpoint.signing import check_folder
 
@@ -276,7 +280,7 @@ class Replica:
             # The mount prefetches what the last load read while CRIU is still at work.
             threading.Thread(target=self.weights.mount, name="weights", daemon=True).start()
         mounted = self.weights.mounted()
-        place = self._model_place(snapshot)
+        place = model_place(snapshot, self.weights, self.settings.named)
         binds = self.binds(mounted, place)
         self.spans = {"identity": time.monotonic() - began}
         self._restoring = snapshots.Cancellation()
@@ -461,22 +465,6 @@ class Replica:
         if mounted:
             sandbox.attach(mounted, Path(place))
 
-    def _model_place(self, snapshot: Snapshot) -> str:
-        """Where the restored engine reads its model: the folder it was started with, whatever path this launch names the model by.
-
-        Raises Incompatible where this host has no such folder, or not the one the engine was running in.
-        """
-        here = self.weights.shown_at if self.weights.path else ""
-        place = snapshot.model_path or here
-        if self.settings.named and snapshot.weights == "full":
-            return place  # its weights are in the images, and there is no cold start to go to
-        for folder, code in ((place, "model-path-missing"), (snapshot.cwd, "working-folder-missing")):
-            if folder and not Path(folder).is_dir():
-                raise Incompatible(
-                    code, f"the engine of {snapshot.name} expects the folder {folder}, which is not here; make it"
-                )
-        return place
-
     # Cold start
 
     def _cold(self) -> None:
@@ -501,10 +489,18 @@ class Replica:
         self.tracker.to(Phase.WARMING)
         cold_s = sum(span.took_s for span in self.this_start())
         self.restored = False
-        if isinstance(place, Sandbox) and taking.wanted(self):
+        if isinstance(place, Sandbox) and not self._no_snapshot and taking.wanted(self):
             # Without a snapshot to warm for, those who wait are served at once, as the engine alone would serve them.
             self.engine.warm_up(running.client, self.settings.command)
-            taking.take(self, place, running, cold_s)
+            try:
+                taking.take(self, place, running, cold_s)
+            except taking.NotResumed as error:
+                log.warning("%s; a new one starts without a snapshot, under the same held requests", error)
+                self._no_snapshot = True
+                self.tracker.to(Phase.FAILED, str(error))
+                self._clear()
+                self._cold()
+                return
         self._serve()
         if cache:
             cache.push_later()

@@ -1,7 +1,8 @@
 """Taking a replica's snapshot at the end of its cold start: make the engine small, dump it, let it go on.
 
 Promises: a snapshot that cannot be taken costs the snapshot, never the engine (unless `strict`); after it the engine has back what was
-put away, and generates what it generated before, or the snapshot is removed.
+put away, and generates what it generated before, or the snapshot is removed. An engine that does not come back from it is said to be
+`engine-not-resumed`, and its owner starts another.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from checkpoint.manifest import Phase as TimelinePhase
 from launchers import control
 from launchers.base import CANARY_PROMPT
 from launchers.client import Client
-from launchers.errors import LauncherError
+from launchers.errors import EngineFailed, LauncherError
 from plugin import following, rates
 from plugin.phases import Phase
 
@@ -40,6 +41,13 @@ DAMAGED = ("manifest-", "file-", "canary-differs", "signature-")
 """Reasons of a failed restore that say the snapshot's own bytes are wrong: the next cold start takes it anew."""
 PASSING = ("gpu-memory-short", "gpu-gone", "format-newer")
 """Mismatches that say nothing against the snapshot: it stays."""
+
+
+class NotResumed(EngineFailed):
+    """The engine does not run on after its snapshot was taken, or was to be: it has to be ended."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__("engine-not-resumed", f"the engine did not go on after its dump: {one_line(cause)}")
 
 
 def wanted(replica: Replica) -> bool:
@@ -68,12 +76,14 @@ def wanted(replica: Replica) -> bool:
 def take(replica: Replica, sandbox: Sandbox, running: Running, cold_s: float) -> None:
     """Warmed up → small → dumped → serving again. Failures are said and survived: the engine serves without a snapshot.
 
-    `sandbox` is where it is `running`; `cold_s` the seconds that its start took.
+    `sandbox` is where it is `running`; `cold_s` the seconds that its start took. Raises NotResumed where the engine itself is lost; with
+    `strict`, whatever went wrong.
     """
     client = running.client
     settings, engine, tracker = replica.settings, replica.engine, replica.tracker
     assert replica.criu is not None
     weight_bytes, asleep, thin = 0, False, False
+    awake: dict[str, int] | None = None
     try:
         tracker.to(Phase.SHRINKING)
         driver = replica.driver()
@@ -85,7 +95,8 @@ def take(replica: Replica, sandbox: Sandbox, running: Running, cold_s: float) ->
             control.ask_for_thin(sandbox.control_dir, thin)
             engine.shrink(client)
             control.ask_for_thin(sandbox.control_dir, False)
-            if gpu:
+            if driver is not None and gpu:
+                awake = _free_memory(driver)
                 asleep = engine.put_away(client, replica.command, thin)
             kv_bytes = control.bytes_dropped(sandbox.control_dir, "kv")
             weight_bytes = control.bytes_dropped(sandbox.control_dir, "weights")
@@ -124,24 +135,39 @@ def take(replica: Replica, sandbox: Sandbox, running: Running, cold_s: float) ->
         from checkpoint.sealing import seal
 
         replica.snapshot = snapshots.take(
-            replica.library, replica.criu, sandbox, draft, replica.compile_cache(), seal, _signer(replica), driver
+            replica.library,
+            replica.criu,
+            sandbox,
+            draft,
+            replica.compile_cache(),
+            seal,
+            _signer(replica),
+            driver,
+            visible=[gpu.uuid for gpu in replica.identity.host.gpus],
+            awake=awake,
         )
         replica.library.succeeded(draft.name)
         following.map_pages(replica.library, replica.snapshot)
     except Busy as error:
         log.info("no snapshot by this launch: %s", error)
     except (CheckpointError, LauncherError, OSError) as error:
-        log.warning("no snapshot: %s; the engine serves without one", one_line(error))
+        stuck = isinstance(error, CheckpointError) and error.code == "cuda-stuck"
+        log.warning("no snapshot: %s%s", one_line(error), "" if stuck else "; the engine serves without one")
         if settings.strict:
             raise
+        if stuck:
+            raise NotResumed(error) from error
     tracker.to(Phase.RESUMING)
-    if asleep:
-        engine.take_up(client, settings.command.model, thin)
-    elif weight_bytes:
-        engine.reload_weights(client, settings.command.model)
-    if replica.snapshot is None:
-        engine.generate(client, CANARY_PROMPT, 1)  # does it still?
-    elif (again := engine.answer(client, replica.snapshot.canary)) != replica.snapshot.canary.token_ids:
+    try:
+        again = _go_on(replica, client, asleep, bool(weight_bytes), thin)
+    except (LauncherError, OSError) as error:
+        if settings.strict:
+            raise
+        if replica.snapshot is not None:
+            replica.library.remove(replica.snapshot.name)
+            replica.snapshot = None
+        raise NotResumed(error) from error
+    if replica.snapshot is not None and again != replica.snapshot.canary.token_ids:
         log.warning(
             "the engine answers differently after its own dump (%s, %s); the snapshot is removed",
             again,
@@ -149,6 +175,18 @@ def take(replica: Replica, sandbox: Sandbox, running: Running, cold_s: float) ->
         )
         replica.library.remove(replica.snapshot.name)
         replica.snapshot = None
+
+
+def _go_on(replica: Replica, client: Client, asleep: bool, dropped: bool, thin: bool) -> list[int]:
+    """Give the engine back what was put away; what it answers then to its canary, or to a plain prompt where there is no snapshot."""
+    engine, model = replica.engine, replica.settings.command.model
+    if asleep:
+        engine.take_up(client, model, thin)
+    elif dropped:
+        engine.reload_weights(client, model)
+    if replica.snapshot is None:
+        return engine.generate(client, CANARY_PROMPT, 1)
+    return engine.answer(client, replica.snapshot.canary)
 
 
 def on_gpu(replica: Replica) -> bool:
@@ -168,6 +206,13 @@ def _uses_gpu(driver: Driver, sandbox: Sandbox) -> bool:
     from checkpoint import cuda
 
     return bool(cuda.holders(driver, snapshots.processes(sandbox.init_pid)))
+
+
+def _free_memory(driver: Driver) -> dict[str, int]:
+    """Bytes free by GPU while the engine has all of its memory."""
+    from checkpoint import cuda
+
+    return cuda.free_memory(driver)
 
 
 def _thin(replica: Replica, client: Client, gpu: bool) -> bool:

@@ -14,9 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from checkpoint.errors import Incompatible
 from launchers.base import WEIGHT_SUFFIXES, check_model
 
 if TYPE_CHECKING:
+    from checkpoint.manifest import Snapshot
     from lazyfs.api import MountHandle
 
 log = logging.getLogger("quickthaw")
@@ -142,3 +144,20 @@ def local_directory(model: str) -> Path | None:
         return None
     snapshot = repo / "snapshots" / commit
     return snapshot if snapshot.is_dir() else None
+
+
+def model_place(snapshot: Snapshot, weights: Weights, named: bool) -> str:
+    """Where a restored engine reads its model: the folder it was started with, whatever path this launch names the model by.
+
+    `named`: the user named the snapshot, so that there is no cold start to go to. Raises Incompatible where this host has no such folder,
+    or not the one the engine was running in.
+    """
+    place = snapshot.model_path or (weights.shown_at if weights.path else "")
+    if named and snapshot.weights == "full":
+        return place  # its weights are in the images
+    for folder, code in ((place, "model-path-missing"), (snapshot.cwd, "working-folder-missing")):
+        if folder and not Path(folder).is_dir():
+            raise Incompatible(
+                code, f"the engine of {snapshot.name} expects the folder {folder}, which is not here; make it"
+            )
+    return place

@@ -39,12 +39,13 @@ class DriverError(Exception):
 
 
 class DeviceMemory(msgspec.Struct, frozen=True):
-    """Bytes of one GPU, by `uuid` (`GPU-…`), with its product name."""
+    """Bytes of one GPU, by `uuid` (`GPU-…`), with its product name. `mig`: it is divided into slices (multi-instance GPU)."""
 
     uuid: str
     name: str
     free: int
     total: int
+    mig: bool = False
 
 
 class Driver(Protocol):
@@ -129,7 +130,14 @@ class RealDriver:
             _text(self._nvml.nvmlDeviceGetName(handle)),
             memory.free,
             memory.total,
+            self._divided(handle),
         )
+
+    def _divided(self, handle: Any) -> bool:
+        try:
+            return bool(self._nvml.nvmlDeviceGetMigMode(handle)[0])
+        except self._nvml.NVMLError:
+            return False  # a GPU that knows no such mode
 
     def usage(self, pid: int) -> dict[str, int]:
         found: dict[str, int] = {}

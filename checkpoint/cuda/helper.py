@@ -50,6 +50,7 @@ class Helper:
     _process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
     _socket: socket.socket | None = field(default=None, repr=False)
     _ready: bool = False
+    _closed: bool = False
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
@@ -64,9 +65,12 @@ class Helper:
     def start(self) -> None:
         """Start the process, if it does not run; its driver initialises while the caller goes on."""
         with self._lock:
+            self._closed = False
             self._start()
 
     def _start(self) -> None:
+        if self._closed:
+            raise DriverError(f"{STALLED} (the helper was closed)")
         if self._process and self._process.poll() is None:
             return
         self._end()
@@ -91,7 +95,11 @@ class Helper:
         return self._process.pid if self._process and self._process.poll() is None else None
 
     def close(self) -> None:
-        """End the helper, whatever it is doing. May be called twice."""
+        """End the helper, whatever it is doing: a call under way in another thread fails at once. May be called twice."""
+        self._closed = True
+        process = self._process
+        if process is not None and process.poll() is None:
+            process.kill()  # before the lock, which the caller of a moving call holds for up to `move_timeout_s`
         with self._lock:
             self._end()
 

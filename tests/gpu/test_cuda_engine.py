@@ -77,7 +77,7 @@ def test_an_engine_answers_the_same_after_it_was_off_the_gpu(engine: str, tmp_pa
             found, needs = suspend(helper, [p.pid for p in tree], lock_timeout_s=30.0)
             assert found
             assert sum(d.free for d in helper.devices()) > free + (512 << 20)
-            resume(helper, [p.pid for p in tree], needs, lock_folder=tmp_path)
+            resume(helper, [p.pid for p in tree], needs, lock_folders=[tmp_path])
         assert ask(port, "/v1/completions", question)["choices"][0]["text"] == before
     finally:
         for member in tree or [psutil.Process(process.pid)]:

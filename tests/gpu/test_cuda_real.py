@@ -59,7 +59,7 @@ def test_off_the_gpu_and_back(helper: Helper, start: Callable[[], Torch], tmp_pa
     assert nvidia_files(subject.pid) == []
     check_released([subject.pid])
     assert helper.state(subject.pid) is State.CHECKPOINTED
-    assert resume(helper, [subject.pid], needs, lock_folder=tmp_path) == [subject.pid]
+    assert resume(helper, [subject.pid], needs, lock_folders=[tmp_path]) == [subject.pid]
     for _ in range(3):
         assert subject.ask("step") == twin.ask("step")
 
@@ -69,7 +69,7 @@ def test_two_processes_on_one_gpu(helper: Helper, start: Callable[[], Torch], tm
     pids = [p.pid for p in processes]
     _, needs = suspend(helper, pids)
     assert [helper.state(pid) for pid in pids] == [State.CHECKPOINTED] * 2
-    resume(helper, pids, needs, lock_folder=tmp_path)
+    resume(helper, pids, needs, lock_folders=[tmp_path])
     assert processes[0].ask("step") == processes[1].ask("step")
 
 
@@ -99,7 +99,7 @@ def test_memory_that_is_not_free_is_refused_before_anything_is_lost(
     with pytest.raises(Incompatible, match="gpu-gone"):
         check_memory(helper, Needs(1, {"GPU-00000000-0000-0000-0000-000000000000": 1}))
     assert helper.state(subject.pid) is State.CHECKPOINTED
-    resume(helper, [subject.pid], needs, lock_folder=tmp_path)
+    resume(helper, [subject.pid], needs, lock_folders=[tmp_path])
     assert subject.ask("step") != expected  # the graph advances its input: it has gone on from where it was
 
 

@@ -5,11 +5,14 @@ The tree and CRIU are real; the driver is the double of cuda_double.py, whose st
 
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
 from cuda_double import GPU0, Double, write
 
+from checkpoint import room
+from checkpoint import snapshot as snapshot_module
 from checkpoint.criu import Criu
 from checkpoint.errors import Failed, HostLacks
 from checkpoint.library import Library
@@ -124,3 +127,49 @@ def test_a_snapshot_with_gpu_state_is_refused_by_name_without_a_gpu(rig):
     finally:
         os.close(read)
         os.close(write_end)
+
+
+def test_the_clock_of_a_snapshot_is_that_of_the_frozen_tree(rig):
+    """What the driver takes before the dump has passed for the tree, too: a restore must not turn its monotonic clock back."""
+    library, sandbox, wanted, driver, root = rig
+    write(driver.folder / "faults.json", [{"op": "checkpoint", "hang": 1.5}])
+    before = time.monotonic_ns()
+    snapshot = take(library, Criu.find(state_home()), sandbox, wanted, library.home / "compile", seal, driver=driver)
+    assert before + 1_500_000_000 <= snapshot.monotonic_ns <= time.monotonic_ns()
+
+
+def test_gpu_memory_counts_for_the_room_that_a_dump_needs(rig):
+    library, sandbox, wanted, driver, root = rig
+    record = json.loads((driver.folder / f"{root}.json").read_text())
+    write(driver.folder / f"{root}.json", {**record, "memory": {GPU0: 1 << 50}})
+    with pytest.raises(Failed, match="host-memory-short"):
+        take(library, Criu.find(state_home()), sandbox, wanted, library.home / "compile", seal, driver=driver)
+    assert calls(driver) == []
+
+
+def test_the_limit_of_a_dump_counts_what_the_driver_moved_into_host_memory(rig, monkeypatch):
+    library, sandbox, wanted, driver, _ = rig
+    sizes = iter([1 << 20, 10 << 30, 10 << 30])
+    monkeypatch.setattr(snapshot_module, "private_bytes", lambda pids: next(sizes))
+    monkeypatch.setattr(room, "check_disk", lambda folder, wanted: seen.append(wanted))
+    seen = []
+
+    class Watched(Criu):
+        def dump(self, *arguments):
+            seen.append(arguments[-1])
+            raise Failed("criu-dump-failed", "enough")
+
+    criu = Watched(Criu.find(state_home()).program)
+    with pytest.raises(Failed, match="enough"):
+        take(library, criu, sandbox, wanted, library.home / "compile", seal, driver=driver)
+    assert seen[1] == 10 << 30
+    assert seen[2] > (10 << 30) / snapshot_module.DUMP_SLOWEST
+
+
+def test_a_dump_after_which_the_gpu_is_lost_says_so_and_keeps_no_snapshot(rig):
+    library, sandbox, wanted, driver, root = rig
+    write(driver.folder / "faults.json", [{"op": "restore", "result": "CUDA_ERROR_OUT_OF_MEMORY", "state": "FAILED"}])
+    with pytest.raises(Failed) as caught:
+        take(library, Criu.find(state_home()), sandbox, wanted, library.home / "compile", seal, driver=driver)
+    assert caught.value.code == "cuda-stuck"
+    assert library.names() == []

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -41,7 +43,7 @@ def test_off_the_gpu_and_back_through_the_helper(children: Children, helper: Hel
     assert helper.state(1) is None
     found, needs = suspend(helper, pids)
     assert (found, needs) == (pids, Needs(2, {GPU0: 2 << 20}))
-    resume(helper, pids, needs, lock_folder=tmp_path)
+    resume(helper, pids, needs, lock_folders=[tmp_path])
     for pid in pids:
         children.goes_on(pid)
     assert helper.pid == first
@@ -96,6 +98,28 @@ def test_closing_twice_is_fine(helper: Helper) -> None:
     helper.close()
     helper.close()
     assert helper.pid is None
+
+
+def test_closing_does_not_wait_for_a_call_under_way(children: Children) -> None:
+    """A moving call may take 900 s; whoever stops a launch does not wait for it."""
+    helper = Helper("cuda_double:Double", str(children.folder), move_timeout_s=900.0)
+    pid = children.start()
+    helper.lock(pid, 1000)
+    children.faults({"op": "checkpoint", "hang": 600})
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(helper.checkpoint, pid)
+        wait_until(lambda: ("checkpoint", pid) in children.calls())
+        closing = threading.Thread(target=helper.close, daemon=True)
+        closing.start()
+        closing.join(30.0)
+        ended = not closing.is_alive()
+        if not ended:
+            os.kill(helper.pid or 0, signal.SIGKILL)
+        with pytest.raises(DriverError, match="QUICKTHAW_STALLED"):
+            call.result(30.0)
+    assert ended
+    with pytest.raises(DriverError, match="closed"):
+        helper.state(pid)
 
 
 def test_a_host_without_the_driver_is_told_so_by_name() -> None:

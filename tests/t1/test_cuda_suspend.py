@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from cuda_double import GPU0, GPU1, TOTAL, Children, Double, write
 from hypothesis import HealthCheck, given, settings
@@ -14,17 +18,21 @@ from hypothesis import strategies as st
 
 from checkpoint import cuda
 from checkpoint.cuda import (
+    MARGIN,
     Needs,
     bring_back,
     check_memory,
     check_released,
+    free_memory,
+    give_back,
     gpu_pairs,
     holders,
     refuse_parallel,
+    refuse_slice,
     resume,
     suspend,
 )
-from checkpoint.cuda.driver import DriverError, State
+from checkpoint.cuda.driver import DeviceMemory, DriverError, State
 from checkpoint.errors import Busy, CheckpointError, Failed, HostLacks, Incompatible
 from checkpoint.facts import Gpu
 
@@ -59,7 +67,7 @@ def test_off_the_gpu_and_back(children: Children, driver: Double, pids: list[int
         children.blocked(pid)
         assert not (children.folder / f"{pid}.vram").exists()
     assert driver.devices()[0].free == TOTAL
-    assert resume(driver, tree, needs, lock_folder=tmp_path / "locks") == pids
+    assert resume(driver, tree, needs, lock_folders=[tmp_path / "locks"]) == pids
     for pid in pids:
         children.goes_on(pid)
     a, b = pids
@@ -179,7 +187,7 @@ def test_an_error_on_the_way_back_frees_the_others(
     _, needs = suspend(driver, pids)
     children.faults({"op": operation, "pid": pids[which], "result": "CUDA_ERROR_UNKNOWN"})
     with pytest.raises(Failed) as caught:
-        resume(driver, pids, needs, lock_folder=tmp_path)
+        resume(driver, pids, needs, lock_folders=[tmp_path])
     assert caught.value.code == f"cuda-{operation}-failed"
     for pid in pids:
         children.goes_on(pid)  # the second attempt of bring_back succeeds
@@ -191,14 +199,14 @@ def test_memory_that_is_not_free_is_refused_before_anything_is_lost(
     _, needs = suspend(driver, pids)
     other = children.start(TOTAL - (2 << 20))
     with pytest.raises(Incompatible) as caught:
-        resume(driver, pids, needs, lock_folder=tmp_path)
+        resume(driver, pids, needs, lock_folders=[tmp_path])
     assert caught.value.code == "gpu-memory-short"
     assert children.states(pids) == ["CHECKPOINTED"] * 2
     assert "restore" not in dict(children.calls())
     children.processes[-1].kill()
     children.processes[-1].wait()
     assert other not in holders(driver, [other])
-    resume(driver, pids, needs, lock_folder=tmp_path)
+    resume(driver, pids, needs, lock_folders=[tmp_path])
     for pid in pids:
         children.goes_on(pid)
 
@@ -209,7 +217,7 @@ def test_running_out_of_memory_all_the_same_names_the_lost_process(
     suspend(driver, pids)
     children.start(TOTAL - (1 << 20))
     with pytest.raises(Failed) as caught:
-        resume(driver, pids, Needs(2, {}), lock_folder=tmp_path)
+        resume(driver, pids, Needs(2, {}), lock_folders=[tmp_path])
     assert caught.value.code == "cuda-stuck"
     assert f"process {pids[1]}: is FAILED" in str(caught.value)
     assert children.state(pids[0]) == "RUNNING"
@@ -226,7 +234,7 @@ def test_a_process_that_was_never_suspended_is_refused(
     children: Children, driver: Double, pids: list[int], tmp_path: Path
 ) -> None:
     with pytest.raises(Failed, match="cuda-state-unexpected"):
-        resume(driver, pids, Needs(2, {}), lock_folder=tmp_path)
+        resume(driver, pids, Needs(2, {}), lock_folders=[tmp_path])
     for pid in pids:
         children.goes_on(pid)
 
@@ -236,10 +244,10 @@ def test_restores_on_one_gpu_take_turns(
 ) -> None:
     monkeypatch.setattr(cuda, "TURN_TIMEOUT_S", 0.05)
     _, needs = suspend(driver, pids)
-    with cuda._alone_on(tmp_path, [GPU0]), pytest.raises(Busy, match="gpu-busy"):
-        resume(driver, pids, needs, lock_folder=tmp_path)
+    with cuda._alone_on([tmp_path], [GPU0]), pytest.raises(Busy, match="gpu-busy"):
+        resume(driver, pids, needs, lock_folders=[tmp_path])
     assert children.states(pids) == ["CHECKPOINTED"] * 2
-    resume(driver, pids, needs, lock_folder=tmp_path)
+    resume(driver, pids, needs, lock_folders=[tmp_path])
 
 
 # Other GPUs
@@ -249,10 +257,10 @@ def test_another_gpu_takes_the_place(children: Children, driver: Double, pids: l
     _, needs = suspend(driver, pids)
     write(children.folder / "gpus.json", {GPU1: TOTAL})
     with pytest.raises(Incompatible, match="gpu-gone"):
-        resume(driver, pids, needs, lock_folder=tmp_path)
+        resume(driver, pids, needs, lock_folders=[tmp_path])
     pairs = gpu_pairs([Gpu("Double", TOTAL, GPU0)], [Gpu("Double", TOTAL, GPU1)])
     assert pairs == [(GPU0, GPU1)]
-    resume(driver, pids, needs, pairs, lock_folder=tmp_path)
+    resume(driver, pids, needs, pairs, lock_folders=[tmp_path])
     assert driver.usage(pids[0]) == {GPU1: 1 << 20}
     for pid in pids:
         children.goes_on(pid)
@@ -284,6 +292,154 @@ def test_several_gpus_are_refused_by_name(children: Children, driver: Double, mo
     monkeypatch.setattr(cuda, "MULTI_GPU_SINCE", (580,))
     assert suspend(driver, pids)[1] == Needs(2, {GPU0: 1 << 20, GPU1: 1 << 20})
     assert bring_back(driver, pids) == {}
+
+
+class Contained(Double):
+    """The double as a container sees it: NVML numbers processes as the host does, so it knows none of ours."""
+
+    def usage(self, pid: int) -> dict[str, int]:
+        return {}
+
+
+def test_several_gpus_are_refused_where_nvml_knows_no_process_of_ours(children: Children) -> None:
+    write(children.folder / "gpus.json", {GPU0: 4 * TOTAL, GPU1: 4 * TOTAL})
+    contained = Contained(str(children.folder))
+    pids = [children.start(TOTAL, gpu=GPU0), children.start(TOTAL, gpu=GPU1)]
+    with pytest.raises(Incompatible, match="multi-gpu"):
+        suspend(contained, pids)
+    for pid in pids:
+        children.goes_on(pid)
+    found, needs = suspend(contained, pids[:1])
+    assert needs == Needs(1, {GPU0: TOTAL})
+    give_back(contained, found, needs, [children.folder / "locks"])
+    children.goes_on(pids[0])
+
+
+class Neighbour(Double):
+    """Frees memory of another GPU while our process is checkpointed, as a neighbour does that ends."""
+
+    def checkpoint(self, pid: int) -> None:
+        super().checkpoint(pid)
+        write(self.folder / "gpus.json", {GPU0: TOTAL, GPU1: TOTAL})
+
+
+@pytest.mark.parametrize("visible", [None, [GPU0]])
+@pytest.mark.parametrize("told", [True, False], ids=["nvml-knows-us", "in-a-container"])
+def test_memory_that_a_neighbour_frees_on_another_gpu_is_not_needed(
+    children: Children, monkeypatch: pytest.MonkeyPatch, visible: list[str] | None, told: bool
+) -> None:
+    if not told and visible is None:
+        pytest.skip("nothing tells then whose memory it was")
+    write(children.folder / "gpus.json", {GPU0: TOTAL, GPU1: TOTAL // 2})
+    driver = Neighbour(str(children.folder))
+    if not told:
+        monkeypatch.setattr(Neighbour, "usage", lambda self, pid: {})
+    pid = children.start(MARGIN * 2)
+    found, needs = suspend(driver, [pid], visible=visible)
+    assert needs == Needs(1, {GPU0: MARGIN * 2})
+    give_back(driver, found, needs, [children.folder / "locks"])
+
+
+def test_what_the_engine_put_away_before_is_needed_too(children: Children, driver: Double) -> None:
+    pid = children.start(4 << 20)
+    awake = free_memory(driver)
+    record = json.loads((children.folder / f"{pid}.json").read_text())
+    write(children.folder / f"{pid}.json", {**record, "memory": {GPU0: 1 << 20}})  # three of four put away
+    found, needs = suspend(driver, [pid], awake=awake)
+    assert needs == Needs(1, {GPU0: 4 << 20})
+    assert give_back(driver, found, needs, [children.folder / "locks"]) is None
+
+
+def test_the_dumped_tree_gets_its_gpu_back_although_the_lock_is_held_and_memory_short_for_a_while(
+    children: Children, driver: Double, tmp_path: Path
+) -> None:
+    pid = children.start(4 << 20)
+    found, needs = suspend(driver, [pid])
+    write(children.folder / "gpus.json", {GPU0: 1 << 20})
+    freed = threading.Timer(0.5, lambda: write(children.folder / "gpus.json", {GPU0: TOTAL}))
+    freed.start()
+    locks = tmp_path / "locks"
+    locks.mkdir()
+    with (locks / f"gpu-{GPU0}.lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        give_back(driver, found, needs, [locks], timeout_s=2.0)
+    freed.join()
+    children.goes_on(pid)
+
+
+def test_a_dumped_tree_that_does_not_get_its_gpu_back_is_named(
+    children: Children, driver: Double, tmp_path: Path
+) -> None:
+    pid = children.start(4 << 20)
+    found, needs = suspend(driver, [pid])
+    write(children.folder / "gpus.json", {GPU0: 1 << 20})
+    with pytest.raises(Failed) as caught:
+        give_back(driver, found, needs, [tmp_path / "locks"], timeout_s=0.3)
+    assert caught.value.code == "cuda-stuck"
+    assert f"process {pid}: CUDA_ERROR_OUT_OF_MEMORY" in str(caught.value)
+
+
+def test_restores_of_containers_that_share_a_state_folder_take_turns(
+    children: Children, driver: Double, tmp_path: Path
+) -> None:
+    """Each has a /run of its own."""
+    pid = children.start()
+    _, needs = suspend(driver, [pid])
+    shared, mine = tmp_path / "state" / "run", tmp_path / "run"
+    shared.mkdir(parents=True)
+    with (shared / f"gpu-{GPU0}.lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(Busy, match="gpu-busy"), cuda._alone_on([mine, shared], needs.memory, 0.2):
+            pass
+    # A folder that cannot be written is no reason to refuse where another can.
+    resume(driver, [pid], needs, lock_folders=[Path("/proc/none"), shared])
+    children.goes_on(pid)
+    with pytest.raises(Failed, match="gpu-lock-failed"), cuda._alone_on([Path("/proc/none")], needs.memory):
+        pass
+
+
+class Divided(Double):
+    def devices(self) -> list[DeviceMemory]:
+        return [msgspec.structs.replace(device, mig=device.uuid == GPU0) for device in super().devices()]
+
+
+def test_a_divided_gpu_is_refused_by_name_and_a_neighbours_is_not(children: Children) -> None:
+    write(children.folder / "gpus.json", {GPU0: TOTAL, GPU1: TOTAL})
+    driver = Divided(str(children.folder))
+    pid, other = children.start(gpu=GPU0), children.start(gpu=GPU1)
+    with pytest.raises(Incompatible, match="gpu-mig"):
+        suspend(driver, [pid])
+    found, needs = suspend(driver, [other])
+    give_back(driver, found, needs, [children.folder / "locks"])
+    with pytest.raises(Incompatible, match="gpu-mig: MIG-12"):
+        refuse_slice("MIG-12")
+    refuse_slice("0,1")
+    refuse_slice(None)
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "refused"),
+    [
+        ("tensor-parallel-size: 2", {}, True),
+        ("tensor_parallel_size: 2", {}, True),
+        ("tensor-parallel-size: 2", {"--tensor-parallel-size": (("1",),)}, False),
+        ("tp-size: 1", {}, False),
+        ("- a list", {}, False),
+        ("{", {}, False),
+    ],
+)
+def test_a_parallel_config_file_is_refused_before_the_start(
+    tmp_path: Path, text: str, arguments: dict[str, tuple[tuple[str, ...], ...]], refused: bool
+) -> None:
+    file = tmp_path / "engine.yaml"
+    file.write_text(text)
+    arguments = {"--config": ((str(file),),), **arguments}
+    if refused:
+        with pytest.raises(Incompatible, match=rf"multi-gpu: .* in {file} 2"):
+            refuse_parallel(arguments)
+    else:
+        refuse_parallel(arguments)
+    refuse_parallel({"--config": ((str(tmp_path / "none"),),)})
 
 
 @pytest.mark.parametrize(
@@ -374,7 +530,7 @@ def test_any_mixture_of_faults_ends_all_running_all_off_or_named(
     assert children.states(pids) == ["CHECKPOINTED"] * 2
     children.faults(*told(coming))
     try:
-        resume(driver, pids, needs, lock_folder=tmp_path)
+        resume(driver, pids, needs, lock_folders=[tmp_path])
     except CheckpointError as error:
         if children.states(pids) != ["CHECKPOINTED"] * 2:
             ended_well(error)

@@ -246,3 +246,32 @@ def test_an_engine_told_to_compute_on_the_cpu_beside_a_gpu_is_not_put_to_sleep(g
     replica.start()
     assert worker(replica)["calls"] == [["flush_cache"]]
     assert not replica.snapshot.asleep and replica.snapshot.gpu.processes == 0
+
+
+def test_an_engine_that_its_dump_leaves_off_the_gpu_is_ended_and_started_again(gpu_rig, caplog):
+    write(gpu_rig.gpu / "faults.json", [{"op": "restore", "result": "CUDA_ERROR_OUT_OF_MEMORY", "state": "FAILED"}])
+    replica = gpu_rig("vllm")
+    with caplog.at_level(logging.INFO, "quickthaw"):
+        replica.start()
+    assert "cuda-stuck" in caplog.text
+    assert "a new one starts without a snapshot" in caplog.text
+    assert replica.tracker.phase is Phase.SERVING and answer(replica)
+    assert replica.snapshot is None and replica.library.names() == []
+    assert replica._cuda.changes() == ["lock", "checkpoint", "restore"]  # the second start takes none
+
+
+def test_a_snapshot_with_gpu_state_is_restored_one_way_only(gpu_rig, caplog):
+    """Plain is the only way there is: to try it twice costs a user twice the time of a failure."""
+    cold = gpu_rig("vllm")
+    cold.start()
+    cold.stop(5.0)
+    write(
+        gpu_rig.gpu / "faults.json",
+        [{"op": "restore", "result": "CUDA_ERROR_UNKNOWN", "state": "FAILED", "always": True}],
+    )
+    replica = gpu_rig("vllm", take_snapshot=False)
+    before = len(replica._cuda.changes())
+    with caplog.at_level(logging.INFO, "quickthaw"):
+        replica.start()
+    assert replica.tracker.phase is Phase.SERVING and not replica.restored
+    assert replica._cuda.changes()[before:].count("restore") == 1

@@ -1,0 +1,52 @@
+"""What this host has room for: memory for what the GPU holds, disk for a snapshot."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from checkpoint.errors import Failed
+
+_MARGIN = 64 << 20
+"""Bytes beside the pages: images of descriptors, shared memory, temporary files."""
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def check_disk(folder: Path, wanted: int) -> None:
+    """Raise Failed (disk-full) unless `folder` has room for a snapshot of `wanted` bytes of memory."""
+    free = shutil.disk_usage(folder).free
+    if free < wanted * 1.05 + _MARGIN:
+        raise Failed(
+            "disk-full",
+            f"the snapshot needs about {wanted / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB free; "
+            "make room (quickthaw snapshot rm, quickthaw weights gc) or set QUICKTHAW_HOME",
+        )
+
+
+def check_memory(wanted: int, cgroup: Path = _CGROUP) -> None:
+    """Raise Failed (host-memory-short) unless `wanted` bytes more fit into this host's memory, and into this container's limit."""
+    free = memory_available(cgroup)
+    if wanted and free < wanted + _MARGIN:
+        raise Failed(
+            "host-memory-short",
+            f"the dump moves {wanted / 1e9:.1f} GB of GPU memory into host memory, of which {free / 1e9:.1f} GB are free; "
+            "leave the weights out (--weights thin), or give the container more memory",
+        )
+
+
+def memory_available(cgroup: Path = _CGROUP) -> int:
+    """Bytes that can be had without ending a process (proc(5): MemAvailable), within the limit of the control group (version 2)."""
+    free = 1 << 62
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            free = int(line.split()[1]) * 1024
+    try:
+        limit = (cgroup / "memory.max").read_text().strip()
+        used = int((cgroup / "memory.current").read_text())
+        # Page cache counts as used and is given back when memory runs short.
+        stat = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+        if limit != "max":
+            free = min(free, int(limit) - used + int(stat.get("inactive_file", 0)))
+    except (OSError, ValueError):
+        pass  # no such group, or version 1: the host's own figure stands
+    return free

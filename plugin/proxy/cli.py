@@ -43,6 +43,15 @@ def _not_itself(upstream: Upstream | None, host: str, port: int) -> None:
         raise click.UsageError(f"the upstream {spec['host']}:{port} is where this proxy itself listens")
 
 
+def _denied(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
+    from .paths import check_denied
+
+    try:
+        return tuple(check_denied(path) for path in value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+
+
 @click.command(epilog=EPILOG, context_settings={"show_default": True, "auto_envvar_prefix": "QUICKTHAW_PROXY"})
 @click.option("--upstream", help="Where the engine listens: http://host:port, https://host or unix:/path.")
 @click.option(
@@ -64,8 +73,12 @@ def _not_itself(upstream: Upstream | None, host: str, port: int) -> None:
 @click.option("--max-held", type=click.IntRange(min=0), default=4096, help="Requests that may wait at once.")
 @click.option("--max-held-mb", type=click.IntRange(min=0), default=256, help="Megabytes of their bodies that are kept.")
 @click.option(
-    "--deny", multiple=True, help="A path of the engine that must not be reached; may be given several times."
+    "--deny",
+    multiple=True,
+    callback=_denied,
+    help="A path of the engine that must not be reached; may be given several times.",
 )
+@click.option("--root-path", default="", help="The engine's --root-path, behind which --deny holds as well.")
 @click.option(
     "--workers", type=click.IntRange(1, 64), default=1, help="Processes on the one port; they share one wake."
 )
@@ -113,6 +126,7 @@ def _settings(options: dict[str, Any]) -> Settings:
         return Settings(
             **knobs(options),
             denied_paths=frozenset(options["deny"]),
+            root_path=options["root_path"],
             max_held=options["max_held"],
             max_held_bytes=options["max_held_mb"] << 20,
             trust_forwarded=options["trust_forwarded"],

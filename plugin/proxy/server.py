@@ -87,7 +87,7 @@ class ProxyServer:
         self.emptied: asyncio.Event | None = None
         self.started_at = time.time()
         self.loop: asyncio.AbstractEventLoop = None  # type: ignore[assignment]  # set by start
-        self.rules = PathRules(self.settings.own_prefix, self.settings.denied_paths)
+        self.rules = PathRules(self.settings.own_prefix, self.settings.denied_paths, self.settings.root_path)
         self._servers: list[asyncio.Server] = []
         self._chores: list[asyncio.Task[None]] = []
         self._stopped: asyncio.Event | None = None

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
+from .paths import check_denied
+
 Denied = Callable[[str], bool]
 
 
@@ -19,9 +21,9 @@ class Settings:
     own_on_main: bool = True
     """False when the own pages are bound to another port: then the main port answers 404 for them."""
     denied_paths: frozenset[str] = frozenset()
-    """Paths of the engine that must not be reached from outside (its developer endpoints), and everything below
-    them.
-    """
+    """Paths of the engine that must not be reached from outside, and everything below them."""
+    root_path: str = ""
+    """A prefix that the engine takes off a path before it matches: denied paths are denied behind it too."""
     max_clients: int | None = None
     """Client connections at once; None: as many as the limit on open files allows, with a connection to a replica for
     each.
@@ -68,3 +70,5 @@ class Settings:
             raise ValueError(
                 f"own_prefix must start with a slash, name a folder and not end in a slash: {self.own_prefix!r}"
             )
+        for path in self.denied_paths:
+            check_denied(path)

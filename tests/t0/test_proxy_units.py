@@ -18,11 +18,12 @@ from plugin.proxy import wire
 from plugin.proxy.errors import ClientFault, StartFailed, Unavailable, UpstreamFault, render
 from plugin.proxy.history import History, Kind, kind_of
 from plugin.proxy.logs import JsonFormatter, TextFormatter
-from plugin.proxy.paths import PathRules, Verdict, absolute_form, canonical
+from plugin.proxy.paths import PathRules, Verdict, absolute_form, canonical, readings
 from plugin.proxy.request import Request
 from plugin.proxy.settings import Settings
 from plugin.proxy.stats import Histogram, Stats, merged
 from plugin.proxy.upstream import from_spec, from_url, tcp, unix
+from tests.attacks import MATCHED_BY_PREFIX, spellings
 
 pytestmark = pytest.mark.t0
 
@@ -46,6 +47,38 @@ def test_every_percent_spelling_of_a_denied_path_is_denied(data):
     rules = PathRules("/-", frozenset({path}))
     assert rules.judge(spelled.encode() + b"?x=1") is Verdict.DENIED
     assert rules.judge(b"/v1/completions") is Verdict.PASS
+
+
+@pytest.mark.parametrize("path", ["/sleep", "/metrics", "/v1/load_lora_adapter"])
+def test_no_spelling_of_a_denied_path_passes(path):
+    rules = PathRules("/-", frozenset({path}), "/api")
+    for target in spellings(path, "/api"):
+        plain = absolute_form(target.encode())
+        assert rules.judge(plain[1] if plain else target.encode()) is Verdict.DENIED, target
+
+
+def test_what_engines_match_by_its_beginning_is_denied_by_its_beginning():
+    rules = PathRules("/-", frozenset({"/metrics", "/sleep"}))
+    assert {rules.judge(target.encode()) for target in MATCHED_BY_PREFIX} == {Verdict.DENIED}
+    assert rules.judge(b"/sleepy") is Verdict.PASS
+
+
+@given(st.text(alphabet=string.ascii_letters + "/.-_~:%2f;", max_size=30))
+def test_the_resolved_path_is_among_the_readings(text):
+    assert canonical(b"/" + text.encode()) in readings(b"/" + text.encode())
+
+
+@pytest.mark.parametrize("path", ["", "/", "//", "/.", "/x/..", "%2f", "?x", "/;a", "#"])
+def test_a_denied_path_that_names_nothing_or_everything_is_refused(path):
+    with pytest.raises(ValueError, match="cannot deny"):
+        Settings(denied_paths=frozenset({path}))
+
+
+def test_a_long_path_passes_only_where_it_is_plain():
+    rules = PathRules("/-", frozenset({"/sleep"}), "/a")
+    assert rules.judge(b"/v1/" + b"x" * 20_000) is Verdict.PASS
+    for text in (b"/a;b" * 5_000, b"/.." * 7_000, b"/a%" * 7_000, b"/" + b"%25" * 7_000):
+        assert rules.judge(text) is Verdict.DENIED
 
 
 def test_own_paths_are_own_only_when_spelled_plainly():

@@ -358,6 +358,8 @@ def test_a_bad_file_is_refused_in_one_line(tmp_path, text, said):
         (["--upstream", "http://127.0.0.1:1", "--listen", "nowhere"], "HOST:PORT"),
         (["--upstream", "http://127.0.0.1:1", "--own-prefix", "x"], "--own-prefix"),
         (["--upstream", "ftp://x", "--listen", "127.0.0.1:0"], "upstream"),
+        (["--upstream", "http://127.0.0.1:1", "--deny", "/"], "cannot deny '/'"),
+        (["--upstream", "http://127.0.0.1:1", "--deny", ""], "cannot deny ''"),
         (["--upstream", "http://127.0.0.1:1", "--wake-url", "scaler/up", "--listen", "127.0.0.1:0"], "http"),
         (["--upstream", "http://127.0.0.1:1", "--own-listen", "nowhere", "--listen", "127.0.0.1:0"], "HOST:PORT"),
         (["--upstream", "http://127.0.0.1:47113", "--listen", "127.0.0.1:47113"], "where this proxy itself listens"),

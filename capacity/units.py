@@ -34,7 +34,7 @@ _TABLES = {
     "rate_per_hour": (_PER_HOUR, "a rate an hour such as 0.01 or 0.01/h"),
     "rate": (_RATE, "a rate a second such as 12 or 12/s"),
 }
-_NUMBER = re.compile(r"^\s*([+-]?(?:\d+(?:_\d+)*(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?)\s*(.*?)\s*$")
+_NUMBER = re.compile(r"^\s*([+-]?(?:\d+(?:_\d+)*(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?)\s*(.*)$")
 
 
 def parse(value: object, kind: str) -> float:
@@ -47,7 +47,7 @@ def parse(value: object, kind: str) -> float:
     else:
         if value.strip().lower().lstrip("+-.") in ("nan", "inf", "infinity"):
             raise InputError("not-a-number", f"expected {example}, found {value!r}")
-        match = _NUMBER.match(value)
+        match = _NUMBER.match(value.rstrip())
         if match is None:
             raise InputError("wrong-type", f"expected {example}, found {value!r}")
         number, unit = float(match.group(1).replace("_", "")), match.group(2)

@@ -125,7 +125,7 @@ class BackConnection(asyncio.Protocol):
         if request.complete:
             self._request_done = True
             if chunked:
-                head += wire.last_chunk(request.trailers)
+                head += wire.LAST_CHUNK
         self.head_written = True
         self.transport.write(head)
 
@@ -135,11 +135,11 @@ class BackConnection(asyncio.Protocol):
             self.last_byte = time.monotonic()
             self.transport.write(wire.chunk(data) if self._chunked_request else data)
 
-    def end_body(self, trailers: list[wire.Field]) -> None:
+    def end_body(self) -> None:
         """The request's body is complete."""
         self._request_done = True
         if self._chunked_request and self.transport is not None and not self.transport.is_closing():
-            self.transport.write(wire.last_chunk(trailers))
+            self.transport.write(wire.LAST_CHUNK)
 
     def pause(self, on: bool) -> None:
         """Stop or go on reading the replica, as the client's socket fills or drains."""

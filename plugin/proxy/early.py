@@ -12,7 +12,7 @@ import json
 from typing import TYPE_CHECKING
 
 from . import wire
-from .errors import ProxyError, UpstreamFault, document
+from .errors import ProxyError, UpstreamFault, document, speaks_anthropic
 
 if TYPE_CHECKING:
     from .exchange import Exchange
@@ -34,7 +34,7 @@ def wants_stream(request: Request) -> bool:
         return False
     try:
         document_ = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return isinstance(document_, dict) and document_.get("stream") is True
 
@@ -91,7 +91,7 @@ class EarlyStream:
         text = self._body.decode("utf-8", "replace").strip()
         try:
             inner = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             inner = None
         if not isinstance(inner, dict) or "error" not in inner:
             message = f"the replica answered {self._status} instead of a stream: {text[:500]}"
@@ -107,7 +107,7 @@ class EarlyStream:
     def _event(self, body: dict[str, object]) -> None:
         self._timer.cancel()
         self.answered = True
-        name = b"event: error\n" if self.exchange.request.path.startswith("/v1/messages") else b""
+        name = b"event: error\n" if speaks_anthropic(self.exchange.request.path) else b""
         data = name + b"data: " + json.dumps(body, separators=(",", ":")).encode() + b"\n\n"
         self.client.write(wire.chunk(data) + wire.LAST_CHUNK)
 

@@ -17,7 +17,8 @@ import json
 import math
 
 _TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
-_ANTHROPIC_TYPES = _TYPES | {413: "request_too_large", 503: "overloaded_error"}
+_ANTHROPIC_TYPES = _TYPES | {413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error"}
+_ANTHROPIC_TYPES |= {504: "timeout_error"}
 
 
 class ProxyError(Exception):
@@ -75,7 +76,7 @@ class StartFailed(ProxyError):
 def render(error: ProxyError, path: str, request_id: str) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
     """Return (status, headers, body) of `error` in the shape that clients of `path` parse.
 
-    Anthropic's shape on /v1/messages, OpenAI's everywhere else; both carry the stable code.
+    Anthropic's shape on /v1/messages (`speaks_anthropic`), OpenAI's everywhere else; both carry the stable code.
     """
     body = json.dumps(document(error, path, request_id), separators=(",", ":")).encode()
     headers = [(b"content-type", b"application/json"), *error.headers]
@@ -84,9 +85,14 @@ def render(error: ProxyError, path: str, request_id: str) -> tuple[int, list[tup
     return error.status, headers, body
 
 
+def speaks_anthropic(path: str) -> bool:
+    """Whether clients of `path` parse Anthropic's shape: `/v1/messages` and below, also behind an engine's `--root-path`."""
+    return "/v1/messages/" in path + "/"
+
+
 def document(error: ProxyError, path: str, request_id: str) -> dict[str, object]:
     """The JSON document of `error`: also what an early-started stream carries as its error event."""
-    if path.startswith("/v1/messages"):
+    if speaks_anthropic(path):
         kind = _ANTHROPIC_TYPES.get(error.status, "api_error" if error.status >= 500 else "invalid_request_error")
         inner = {"type": kind, "message": error.message, "code": error.code}
         return {"type": "error", "error": inner, "request_id": request_id}

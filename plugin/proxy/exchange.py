@@ -41,6 +41,7 @@ class Exchange:
         "first_byte",
         "head_sent",
         "held_s",
+        "kept",
         "out",
         "outcome",
         "pool_name",
@@ -58,6 +59,7 @@ class Exchange:
         self.back: BackConnection | None = None
         self.early: EarlyStream | None = None
         self.out: list[bytes] = []
+        self.kept = 0  # bytes of the body in `out`
         self.head_sent = False
         self.chunked = False
         self.close_after = not request.keep_alive or request.upgrade is not None
@@ -103,6 +105,7 @@ class Exchange:
     def data(self, data: bytes) -> None:
         """A piece of the body."""
         self.answered = True
+        self.kept += len(data)
         if self.early is not None:
             self.early.data(data)
         elif self.chunked:
@@ -114,7 +117,7 @@ class Exchange:
 
     def _begun(self) -> bool:
         """Whether so much of the body has come that it is better passed on than kept for caution's sake."""
-        return self.answered and (self.chunked or sum(map(len, self.out)) > _WITHHELD_BYTES)
+        return self.answered and (self.chunked or self.kept > _WITHHELD_BYTES)
 
     def _commit(self) -> None:
         """No caution any more: what has come is the client's."""
@@ -124,11 +127,12 @@ class Exchange:
         """Write what one read brought."""
         out = self.out
         if self.withheld:
-            if self.back is not None and sum(map(len, out)) > _WITHHELD_BYTES:
+            if self.back is not None and self.kept > _WITHHELD_BYTES:
                 self.back.pause(True)
         elif out and not self.cautious:
             data = out[0] if len(out) == 1 else b"".join(out)
             out.clear()
+            self.kept = 0
             self.written += len(data)
             self.client.write(data)
 
@@ -151,6 +155,7 @@ class Exchange:
             self.done.exception()  # seen: a replica that fails its check breaks its connections
         self.done = self.done.get_loop().create_future()
         self.out.clear()
+        self.kept = 0
         self.withheld = self.cautious = self.chunked = self.answered = False
         self.status, self.first_byte, self.replica_name = 0, 0.0, ""
 

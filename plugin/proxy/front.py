@@ -73,6 +73,7 @@ class ClientConnection(asyncio.Protocol):
         self._queue: deque[Request] = deque()
         self._parsing: Request | None = None
         self._parser = httptools.HttpRequestParser(self)
+        self._trailers = 0
         self._unparsed = 0
         """Bytes since the parser last finished something: a head, a piece of body, a request."""
         self._head_began = 0.0
@@ -295,6 +296,7 @@ class ClientConnection(asyncio.Protocol):
             return
         self._parsing = Request()
         self._in_head = True
+        self._trailers = 0
         self._head_began = time.monotonic()
 
     def on_url(self, url: bytes) -> None:
@@ -309,9 +311,11 @@ class ClientConnection(asyncio.Protocol):
             return
         request = self._parsing
         assert request is not None
-        fields = request.headers if self._in_head else request.trailers
-        fields.append((name.lower(), name, value))
-        if len(fields) > self.settings.max_headers:
+        if self._in_head:
+            request.headers.append((name.lower(), name, value))
+        else:
+            self._trailers += 1  # a request's trailers are dropped (wire.last_chunk)
+        if max(len(request.headers), self._trailers) > self.settings.max_headers:
             raise ClientFault("too-many-headers", f"over {self.settings.max_headers} headers", status=431)
 
     def on_headers_complete(self) -> None:
@@ -399,6 +403,7 @@ class ClientConnection(asyncio.Protocol):
                 request.fault = error
             return
         request = request or Request()
+        request.find_path()
         request.fault = error
         request.keep_alive = False
         if not request.id:

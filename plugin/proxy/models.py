@@ -16,7 +16,6 @@ demand take turns instead of thrashing.
 from __future__ import annotations
 
 import asyncio
-import re
 import shlex
 import sys
 import time
@@ -33,6 +32,7 @@ from plugin.phases import Phase
 
 from .endpoint import Endpoint, EndpointSpec
 from .errors import ClientFault
+from .forms import form_field
 from .front import ClientConnection
 from .pool import ReplicaPool
 from .replica import STARTING
@@ -40,7 +40,6 @@ from .request import Request
 from .upstream import from_url
 
 Seconds = Annotated[float, msgspec.Meta(ge=0)]
-_FORM_MODEL = re.compile(rb'name="model"\r\n(?:[^\r\n]+\r\n)*\r\n([^\r\n]{1,256})\r\n')
 _LIST_PATHS = ("/v1/models", "/models")
 
 
@@ -285,15 +284,15 @@ class ModelRouter:
         served = self.config.models[chosen].served_name
         if served is not None and served != name and request.complete:
             before = request.buffered
-            self._rename(request, served)
+            await self._rename(request, served)
             client.host.buffered += request.buffered - before
         return self._pools[chosen]
 
-    def _rename(self, request: Request, served: str) -> None:
+    async def _rename(self, request: Request, served: str) -> None:
         """Name the model as its engine does; every other value stays as it was written, a content coding goes."""
         try:
-            document = msgspec.json.decode(self._plain(request)[0], type=dict[str, msgspec.Raw])
-        except (msgspec.DecodeError, UnicodeDecodeError):
+            document = msgspec.json.decode(await self._plain(request), type=dict[str, msgspec.Raw])
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return
         document["model"] = msgspec.Raw(msgspec.json.encode(served))
         body = msgspec.json.encode(document)
@@ -305,15 +304,13 @@ class ModelRouter:
             request.length = len(body)
             request.headers.append((b"content-length", b"Content-Length", b"%d" % len(body)))
 
-    def _plain(self, request: Request) -> tuple[bytes, bytes]:
-        """The body without its content coding, and its type."""
-        coding = kind = b""
-        for lower, _, value in request.headers:
-            if lower == b"content-encoding":
-                coding = value.lower().strip()
-            elif lower == b"content-type":
-                kind = value.lower()
-        return _decoded(bytes(request.body), coding, self.config.max_body), kind
+    async def _plain(self, request: Request) -> bytes:
+        """Return the body without its content coding; inflating runs beside the event loop."""
+        coding = request.header(b"content-encoding").lower().strip()
+        body = bytes(request.body)
+        if coding in (b"", b"identity"):
+            return body
+        return await asyncio.to_thread(_decoded, body, coding, self.config.max_body)
 
     async def _name(self, client: ClientConnection, request: Request) -> str | None:
         query = request.target.partition(b"?")[2]
@@ -329,13 +326,15 @@ class ModelRouter:
                 f"over {self.config.max_body} bytes, which is what is kept to find the model",
                 status=413,
             )
-        body, kind = self._plain(request)
-        if kind.startswith(b"multipart/form-data"):
-            found = _FORM_MODEL.search(body)
-            return found[1].decode("utf-8", "replace") if found else None
+        kind = request.header(b"content-type")
+        if kind.lower().startswith(b"multipart/form-data"):
+            if request.header(b"content-encoding"):
+                raise ClientFault("content-encoding", "a form must come without a content coding", status=415)
+            return await form_field(kind, bytes(request.body), "model")
+        body = await self._plain(request)
         try:
             document = msgspec.json.decode(body, type=_Named)
-        except (msgspec.DecodeError, UnicodeDecodeError):
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return None
         return document.model
 
@@ -346,8 +345,6 @@ class _Named(msgspec.Struct):
 
 def _decoded(body: bytes, coding: bytes, limit: int) -> bytes:
     """A copy of the body without its content coding, to look into; what is sent on stays as it came."""
-    if coding in (b"", b"identity"):
-        return body
     if coding not in (b"gzip", b"x-gzip", b"deflate"):
         raise ClientFault("content-encoding", "to find the model, only gzip and deflate are read", status=415)
     try:

@@ -19,13 +19,17 @@ _SECONDS = re.compile(rb"[0-9]{1,5}(\.[0-9]{1,9})?")
 _TOKEN_METHODS_REFUSED = (b"CONNECT", b"TRACE", b"PRI")
 
 
+def _path(target: bytes) -> str:
+    return target.partition(b"?")[0].decode("ascii", "replace")
+
+
 class Sink(Protocol):
     """Where a body goes once a replica has been chosen."""
 
     def send_body(self, data: bytes) -> None:
         """Take one piece of the body."""
 
-    def end_body(self, trailers: list[wire.Field]) -> None:
+    def end_body(self) -> None:
         """The body is complete."""
 
 
@@ -56,7 +60,6 @@ class Request:
         "sink",
         "target",
         "token",
-        "trailers",
         "upgrade",
     )
 
@@ -66,7 +69,6 @@ class Request:
         self.target = b""
         self.path = ""
         self.headers: list[wire.Field] = []
-        self.trailers: list[wire.Field] = []
         self.host = b""
         self.http11 = True
         self.keep_alive = True
@@ -97,6 +99,7 @@ class Request:
         Raises:
             ClientFault: the head is one that a strict server refuses.
         """
+        self.find_path()  # before anything is refused: the shape of an error follows the path
         self.method = method
         self.http11 = version == "1.1"
         self.keep_alive = keep_alive and self.http11
@@ -162,7 +165,12 @@ class Request:
         if b"#" in target:
             raise ClientFault("target", "a request target has no fragment")
         self.target = target
-        self.path = target.partition(b"?")[0].decode("ascii", "replace")
+        self.path = _path(target)
+
+    def find_path(self) -> None:
+        """Set `path` from a target that has not been judged, for the shape of an error."""
+        absolute = paths.absolute_form(self.target)
+        self.path = _path(self.target if absolute is None else absolute[1])
 
     @staticmethod
     def _preferred(value: bytes) -> float:
@@ -182,6 +190,10 @@ class Request:
         if not 0 <= seconds <= 86400:
             raise ClientFault("hold", "the time to hold must be a number of seconds from 0 to 86400")
         return seconds
+
+    def header(self, name: bytes) -> bytes:
+        """Return the last value of the header `name` (lower case), empty where there is none."""
+        return next((value for lower, _, value in reversed(self.headers) if lower == name), b"")
 
     @property
     def has_body(self) -> bool:
@@ -204,7 +216,7 @@ class Request:
         if self.enough is not None and not self.enough.done():
             self.enough.set_result(None)
         if self.sink is not None:
-            self.sink.end_body(self.trailers)
+            self.sink.end_body()
 
     def put_back(self, body: bytes) -> int:
         """Keep a body again that was taken and must be sent anew; returns its bytes."""

@@ -19,7 +19,8 @@ HOP_BY_HOP = frozenset(
 # them).
 _NEVER_NAMED = frozenset({b"host", b"content-length", b"content-type", b"authorization", b"cookie", b"x-api-key"})
 _FORWARDED = frozenset({b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-host", b"x-real-ip", b"forwarded"})
-# RFC 9110 6.5.1: fields that steer framing, routing or authentication must not come after the body.
+# Trailers of answers. RFC 9110 6.5.1: fields that steer framing, routing or authentication must not come after the body.
+# A request's trailers are dropped: servers merge them into the headers, where they pass for what a proxy has set.
 _NO_TRAILER = HOP_BY_HOP | {
     b"content-length",
     b"host",
@@ -61,7 +62,7 @@ def chunk(data: bytes) -> bytes:
 
 
 def last_chunk(trailers: Iterable[Field]) -> bytes:
-    """The end of a chunked body with the trailers that may be passed on."""
+    """The end of an answer's chunked body with the trailers that may be passed on."""
     kept = [b"%b: %b\r\n" % (name, value) for lower, name, value in trailers if lower not in _NO_TRAILER]
     return b"0\r\n" + b"".join(kept) + b"\r\n" if kept else LAST_CHUNK
 
@@ -126,17 +127,17 @@ def response_head(
     replica set one.
     """
     out = [b"HTTP/1.1 %d %b\r\n" % (status, phrase)]
-    named: frozenset[bytes] = frozenset()
+    connection: list[bytes] = []
     has_id = False
     for lower, name, value in headers:
         if lower in HOP_BY_HOP:
             if lower == b"connection":
-                named = named | named_in_connection((value,))
+                connection.append(value)
             continue
         if lower == b"x-request-id":
             has_id = True
         out.append(b"%b: %b\r\n" % (name, value))
-    extra = named - {b"close", b"keep-alive", b"upgrade"}
+    extra = named_in_connection(connection) - {b"close", b"keep-alive", b"upgrade"}
     if extra:
         out[1:] = [line for line in out[1:] if line.partition(b":")[0].lower() not in extra]
     if not has_id:

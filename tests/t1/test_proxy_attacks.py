@@ -5,6 +5,7 @@ sees it.
 from __future__ import annotations
 
 import asyncio
+import json
 
 import pytest
 from proxy_rig import LIMIT_S, proxy, read_answer, run, until, upstream
@@ -92,6 +93,35 @@ def test_refused_and_nothing_after_it_is_read(name):
             # only faults that come after a good head may have shown the engine that head, and then never a whole body
             late = ("chunk", "length in a trailer", "endless trailer", "endless chunk")
             assert not up.seen or name.startswith(late)
+
+    run(main())
+
+
+FAULTS = {
+    400: {"host": "", "two hosts": "Host: a\r\nHost: b\r\n", "bare line end": "Host: t\r\nX: a\n b\r\n", "fold": "Host: t\r\nX: a\r\n b\r\n"},
+    405: {"method": "Host: t\r\n"},
+    417: {"expectation": "Host: t\r\nExpect: more\r\n"},
+    431: {"headers": "Host: t\r\n" + "X: 1\r\n" * 500},
+    501: {"coding": "Host: t\r\nTransfer-Encoding: gzip\r\n"},
+}
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/messages/count_tokens?beta=true", "http://t/v1/messages", "/api/v1/messages"])
+@pytest.mark.parametrize(("status", "name"), [(status, name) for status, heads in FAULTS.items() for name in heads])
+def test_a_fault_has_the_shape_that_clients_of_its_path_parse(status, name, path):
+    async def main():
+        async with upstream() as up, proxy() as rig:
+            rig.add("a", up.port)
+            method = "TRACE" if status == 405 else "POST"
+            for target, anthropic in ((path, True), (path.replace("messages", "models"), False)):
+                raw = await rig.raw(f"{method} {target} HTTP/1.1\r\n{FAULTS[status][name]}\r\n".encode(), until_close=True)
+                head, _, body = raw.partition(b"\r\n\r\n")
+                assert int(head.split(b" ")[1]) == status, raw
+                found = json.loads(body)
+                assert found["error"]["code"] and found["error"]["message"]
+                assert (found.get("type") == "error") is anthropic, found
+                assert "request_id" in found if anthropic else found["error"]["param"] is None
+            assert not up.seen
 
     run(main())
 

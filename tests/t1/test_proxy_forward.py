@@ -89,7 +89,7 @@ def test_bodies_pass_both_ways_unchanged(run, size, chunked):
                 for at in range(0, size, 70_000):
                     part = body[at : at + 70_000]
                     writer.write(b"%x;ext=1\r\n%b\r\n" % (len(part), part))
-                writer.write(b"0\r\nX-Checked: yes\r\nAuthorization: evil\r\n\r\n")
+                writer.write(b"0\r\nX-Checked: yes\r\nX-Forwarded-For: 127.0.0.1\r\nAuthorization: evil\r\n\r\n")
             else:
                 writer.write(b"POST / HTTP/1.1\r\nHost: t\r\nContent-Length: %d\r\n\r\n%b" % (size, body))
             async with asyncio.timeout(LIMIT_S):
@@ -97,8 +97,7 @@ def test_bodies_pass_both_ways_unchanged(run, size, chunked):
             assert got.whole and got.body == body and up.seen[0].body == body
             if chunked:
                 assert got.headers["trailer-x-sum"] == "7"
-                assert up.seen[0].header("trailer-x-checked") == ["yes"]
-                assert not up.seen[0].header("trailer-authorization")
+                assert not [k for k, _ in up.seen[0].headers if k.startswith("trailer-")], "a request's trailers are dropped"
             writer.close()
 
     run(main())

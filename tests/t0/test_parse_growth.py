@@ -1,0 +1,179 @@
+"""What a client can send is parsed in time that grows no faster than its size.
+
+Each case is doubled up to a megabyte. What counts is CPU time: a case fails when four times the input takes
+over ten times as long (quadratic: sixteen times) and the time is one that a user would notice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+import zlib
+from collections.abc import Callable
+
+import pytest
+
+from capacity.errors import InputError
+from capacity.units import parse
+from checkpoint.relevance import looks_secret
+from lazyfs.chunkstore import _REF
+from plugin.proxy import wire
+from plugin.proxy.errors import ClientFault
+from plugin.proxy.forms import form_field
+from plugin.proxy.models import Config, ModelConfig, ModelRouter
+from plugin.proxy.paths import PathRules
+from plugin.proxy.request import Request
+
+pytestmark = pytest.mark.t0
+
+SMALLEST, LARGEST = 16 << 10, 1 << 20
+HEAD = 64 << 10
+"""The largest head that the proxy accepts (Settings.max_head)."""
+NOTICEABLE_S = 0.2
+KIND = b"multipart/form-data; boundary=b"
+DISPOSITION = b"Content-Disposition: form-data; "
+
+
+def growth(work: Callable[[bytes], object], unit: bytes, largest: int = LARGEST) -> None:
+    """Double the input up to `largest` bytes, and fail at the first size whose CPU time has grown out of proportion."""
+    took: list[float] = []
+    for size in itertools.takewhile(lambda n: n <= largest, (SMALLEST << step for step in itertools.count())):
+        data = unit * (size // len(unit))
+        began = time.process_time()
+        work(data)
+        took.append(time.process_time() - began)
+        if len(took) > 2 and took[-1] > NOTICEABLE_S:
+            assert took[-1] < 10 * took[-3], f"{size} bytes took {took[-1]:.2f} s, a quarter of them {took[-3]:.3f} s"
+    assert took[-1] < 30 * NOTICEABLE_S, took
+
+
+def routed(body: bytes, kind: bytes, coding: bytes = b"") -> object:
+    """The pool that a request with this body is for, as the router of several models finds it."""
+    request = Request()
+    request.headers = [(b"content-type", b"Content-Type", kind)]
+    if coding:
+        request.headers.append((b"content-encoding", b"Content-Encoding", coding))
+    request.body[:] = body
+    request.complete, request.length = True, len(body)
+    router = ModelRouter(Config({"a": ModelConfig(command="x", served_name="b")}), {"a": "the pool"})  # type: ignore[dict-item]
+
+    class Client:
+        class host:
+            buffered = 0
+
+        @staticmethod
+        async def whole_body(request: Request, limit: int) -> bool:
+            return request.complete
+
+    try:
+        return asyncio.run(router.route(Client(), request))  # type: ignore[arg-type]
+    except ClientFault as fault:
+        return fault.code
+
+
+FORMS = {
+    "one header, for ever": (b"--b\r\n" + DISPOSITION, DISPOSITION),
+    "the field's name, for ever": (b"--b\r\n" + DISPOSITION, b'name="model"\r\n'),
+    "headers without an end": (b"--b\r\n", b"X: y\r\n"),
+    "parameters": (b"--b\r\n" + DISPOSITION, b"a=b;"),
+    "almost boundaries": (b"--b\r\n\r\n", b"\r\n--bX"),
+    "line ends": (b"", b"\r\n"),
+    "empty parts": (b"", b"--b\r\n\r\n\r\n"),
+    "quotes": (b"--b\r\n" + DISPOSITION + b'name="', b'\\"'),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_form_that_never_names_a_model(name):
+    before, unit = FORMS[name]
+    growth(lambda data: routed(before + data, KIND), unit)
+
+
+JSON = {
+    "nested arrays": (b'{"a":', b"["),
+    "many keys": (b"{", b'"a":1,'),
+    "the same key, at the end a model": (b"{", b'"model":"a",'),
+    "escapes": (b'{"model":"', b"\\u0041"),
+    "digits": (b'{"model":', b"7"),
+    "spaces": (b"", b" "),
+}
+
+
+@pytest.mark.parametrize("name", JSON)
+@pytest.mark.parametrize("coding", [b"", b"deflate"])
+def test_a_json_body(name, coding):
+    before, unit = JSON[name]
+    pack = zlib.compress if coding else bytes
+    growth(lambda data: routed(pack(before + data), b"application/json", coding), unit)
+
+
+@pytest.mark.parametrize("unit", [b"/a", b"/", b"/..", b"/../a", b"%2f", b"%25", b"%2525", b";", b"/;", b"\\", b"/%2e%2e", b"?"])
+def test_a_path(unit):
+    def judge(path: bytes) -> None:
+        PathRules("/-", frozenset({"/sleep", "/v1/load_lora_adapter"})).judge(b"/" + path)
+
+    growth(judge, unit, HEAD)
+
+
+@pytest.mark.parametrize("name", [b"connection", b"prefer", b"x-forwarded-for", b"x-quickthaw-hold", b"cookie"])
+def test_a_head(name):
+    def judge(value: bytes) -> None:
+        request = Request()
+        request.target = b"/"
+        request.headers = [(b"host", b"Host", b"h"), (name, name, value)]
+        try:
+            request.judge(b"GET", "1.1", True)
+        except ClientFault:
+            return
+
+    for unit in (b"a,", b"wait=1,", b"1", b" ", b"wait=1;"):
+        growth(judge, unit, HEAD)
+
+
+def test_the_head_of_an_answer():
+    """An engine may be anything; back.py reads up to 256 KiB of a head."""
+
+    def head(data: bytes) -> None:
+        names = data.split(b",")
+        fields = [(b"connection", b"Connection", b"x%d" % n) for n in range(len(names))]
+        wire.response_head(200, b"OK", fields, request_id=b"i", chunked=False, close=False)
+
+    growth(head, b"x,", 256 << 10)
+
+
+EXPRESSIONS = {
+    "numbers with units (a plan's file)": lambda text: _refused(text),
+    "secrets (a command line)": lambda text: looks_secret("X", text),
+    "references (a store's index)": _REF.fullmatch,
+}
+
+
+def _refused(text: str) -> None:
+    try:
+        parse(text, "duration")
+    except InputError:
+        return
+
+
+@pytest.mark.parametrize("name", EXPRESSIONS)
+@pytest.mark.parametrize("unit", ["1", " ", "1 a", "a", "_", "a/", "://", ":a", "-", "sk-", "eyJaaaaaaaa.", "BEGIN ", ".", "1_", "-eyJaaaaaaaa"])
+def test_an_expression(name, unit):
+    for before in ("", "1", "1a"):
+        growth(lambda data: EXPRESSIONS[name](before + data.decode() + "\x01"), unit.encode(), 256 << 10)  # noqa: B023
+
+
+def test_a_field_is_found_wherever_its_form_has_it():
+    file = b"--b\r\n" + DISPOSITION + b'name="file"; filename="model"\r\nContent-Type: audio/wav\r\n\r\n' + b"\r\n--x" * 40_000
+    model = b"--b\r\ncontent-disposition: form-data; name=model\r\n\r\nblue"
+    other = b"--b\r\n" + DISPOSITION + b'name="models"\r\n\r\nred'
+
+    def found(*parts: bytes, kind: bytes = KIND) -> str | None:
+        return asyncio.run(form_field(kind, b"\r\n".join(parts) + b"\r\n--b--\r\n", "model"))
+
+    assert found(model) == found(file, model) == found(model, file) == found(other, file, model) == "blue"
+    assert found(file) is None and found(other) is None and found(model, kind=b"multipart/form-data") is None
+    quoted = model.replace(b"name=model", b'name="model"').replace(b"--b", b"--Web'Kit")
+    assert asyncio.run(form_field(b'multipart/form-data; boundary="Web\'Kit"', quoted + b"\r\n--Web'Kit--", "model")) == "blue"
+    with pytest.raises(ClientFault, match="1000 parts"):
+        found(*[b"--b\r\n\r\n"] * 1001, model)

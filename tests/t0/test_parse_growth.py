@@ -108,7 +108,9 @@ def test_a_json_body(name, coding):
     growth(lambda data: routed(pack(before + data), b"application/json", coding), unit)
 
 
-@pytest.mark.parametrize("unit", [b"/a", b"/", b"/..", b"/../a", b"%2f", b"%25", b"%2525", b";", b"/;", b"\\", b"/%2e%2e", b"?"])
+@pytest.mark.parametrize(
+    "unit", [b"/a", b"/", b"/..", b"/../a", b"%2f", b"%25", b"%2525", b";", b"/;", b"\\", b"/%2e%2e", b"?"]
+)
 def test_a_path(unit):
     def judge(path: bytes) -> None:
         PathRules("/-", frozenset({"/sleep", "/v1/load_lora_adapter"})).judge(b"/" + path)
@@ -157,14 +159,22 @@ def _refused(text: str) -> None:
 
 
 @pytest.mark.parametrize("name", EXPRESSIONS)
-@pytest.mark.parametrize("unit", ["1", " ", "1 a", "a", "_", "a/", "://", ":a", "-", "sk-", "eyJaaaaaaaa.", "BEGIN ", ".", "1_", "-eyJaaaaaaaa"])
+@pytest.mark.parametrize(
+    "unit",
+    ["1", " ", "1 a", "a", "_", "a/", "://", ":a", "-", "sk-", "eyJaaaaaaaa.", "BEGIN ", ".", "1_", "-eyJaaaaaaaa"],
+)
 def test_an_expression(name, unit):
     for before in ("", "1", "1a"):
         growth(lambda data: EXPRESSIONS[name](before + data.decode() + "\x01"), unit.encode(), 256 << 10)  # noqa: B023
 
 
 def test_a_field_is_found_wherever_its_form_has_it():
-    file = b"--b\r\n" + DISPOSITION + b'name="file"; filename="model"\r\nContent-Type: audio/wav\r\n\r\n' + b"\r\n--x" * 40_000
+    file = (
+        b"--b\r\n"
+        + DISPOSITION
+        + b'name="file"; filename="model"\r\nContent-Type: audio/wav\r\n\r\n'
+        + b"\r\n--x" * 40_000
+    )
     model = b"--b\r\ncontent-disposition: form-data; name=model\r\n\r\nblue"
     other = b"--b\r\n" + DISPOSITION + b'name="models"\r\n\r\nred'
 
@@ -174,6 +184,9 @@ def test_a_field_is_found_wherever_its_form_has_it():
     assert found(model) == found(file, model) == found(model, file) == found(other, file, model) == "blue"
     assert found(file) is None and found(other) is None and found(model, kind=b"multipart/form-data") is None
     quoted = model.replace(b"name=model", b'name="model"').replace(b"--b", b"--Web'Kit")
-    assert asyncio.run(form_field(b'multipart/form-data; boundary="Web\'Kit"', quoted + b"\r\n--Web'Kit--", "model")) == "blue"
+    assert (
+        asyncio.run(form_field(b'multipart/form-data; boundary="Web\'Kit"', quoted + b"\r\n--Web'Kit--", "model"))
+        == "blue"
+    )
     with pytest.raises(ClientFault, match="1000 parts"):
         found(*[b"--b\r\n\r\n"] * 1001, model)

@@ -98,7 +98,12 @@ def test_refused_and_nothing_after_it_is_read(name):
 
 
 FAULTS = {
-    400: {"host": "", "two hosts": "Host: a\r\nHost: b\r\n", "bare line end": "Host: t\r\nX: a\n b\r\n", "fold": "Host: t\r\nX: a\r\n b\r\n"},
+    400: {
+        "host": "",
+        "two hosts": "Host: a\r\nHost: b\r\n",
+        "bare line end": "Host: t\r\nX: a\n b\r\n",
+        "fold": "Host: t\r\nX: a\r\n b\r\n",
+    },
     405: {"method": "Host: t\r\n"},
     417: {"expectation": "Host: t\r\nExpect: more\r\n"},
     431: {"headers": "Host: t\r\n" + "X: 1\r\n" * 500},
@@ -106,7 +111,9 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("path", ["/v1/messages", "/v1/messages/count_tokens?beta=true", "http://t/v1/messages", "/api/v1/messages"])
+@pytest.mark.parametrize(
+    "path", ["/v1/messages", "/v1/messages/count_tokens?beta=true", "http://t/v1/messages", "/api/v1/messages"]
+)
 @pytest.mark.parametrize(("status", "name"), [(status, name) for status, heads in FAULTS.items() for name in heads])
 def test_a_fault_has_the_shape_that_clients_of_its_path_parse(status, name, path):
     async def main():
@@ -114,7 +121,9 @@ def test_a_fault_has_the_shape_that_clients_of_its_path_parse(status, name, path
             rig.add("a", up.port)
             method = "TRACE" if status == 405 else "POST"
             for target, anthropic in ((path, True), (path.replace("messages", "models"), False)):
-                raw = await rig.raw(f"{method} {target} HTTP/1.1\r\n{FAULTS[status][name]}\r\n".encode(), until_close=True)
+                raw = await rig.raw(
+                    f"{method} {target} HTTP/1.1\r\n{FAULTS[status][name]}\r\n".encode(), until_close=True
+                )
                 head, _, body = raw.partition(b"\r\n\r\n")
                 assert int(head.split(b" ")[1]) == status, raw
                 found = json.loads(body)

@@ -97,7 +97,9 @@ def test_bodies_pass_both_ways_unchanged(run, size, chunked):
             assert got.whole and got.body == body and up.seen[0].body == body
             if chunked:
                 assert got.headers["trailer-x-sum"] == "7"
-                assert not [k for k, _ in up.seen[0].headers if k.startswith("trailer-")], "a request's trailers are dropped"
+                assert not [k for k, _ in up.seen[0].headers if k.startswith("trailer-")], (
+                    "a request's trailers are dropped"
+                )
             writer.close()
 
     run(main())

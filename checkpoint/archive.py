@@ -4,10 +4,11 @@
     pull("name", chunks, folder)  → the snapshot again, byte for byte
 
 An archive is a lazyfs manifest of kind `snapshot`: the folder's files, cut so that what is equal is stored once (checkpoint.cuts),
-compressed, each chunk named by the BLAKE3 of its plain bytes. What a pull writes has been compared with that name before, the
-manifest of the snapshot is put before the caller (`accept`: signature, identity) before anything else is fetched, and the finished
-snapshot is verified against its own digests before it gets its name. A push or a pull that was interrupted goes on where it stopped:
-chunks that are there are not sent again, and what a partial folder holds is hashed, not believed.
+compressed, each chunk named by the BLAKE3 of its plain bytes. What a pull writes has been compared with that name before. The
+manifest of the snapshot is checked before anything else is fetched: its signature, whether the archive holds what it names and nothing
+else (checkpoint.entries), and what the caller asks of it (`accept`). The finished snapshot is compared with that same manifest before it
+gets its name. A push or a pull that was interrupted goes on where it stopped: chunks that are there are not sent again, and what a
+partial folder holds is hashed, not believed.
 """
 
 from __future__ import annotations
@@ -17,33 +18,32 @@ import fcntl
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import msgspec
-
+from checkpoint import entries, sealing, signing
 from checkpoint import layout as layouts
 from checkpoint import manifest as manifests
-from checkpoint import mapped, sealing, signing
 from checkpoint.arrival import EVERYTHING, Arrival
-from checkpoint.aside import aside
 from checkpoint.errors import Busy, CheckpointError, Failed, Integrity, NotFound
-from checkpoint.transfer import LINKS, WORKERS, Listing, Progress, Push, Pushed, get, translated
-from lazyfs.records import ready
+from checkpoint.transfer import WORKERS, Listing, Progress, Push, Pushed, get, translated
 
 if TYPE_CHECKING:
     from lazyfs.chunkstore import ChunkStore
     from lazyfs.manifest import File, Manifest
 
 KIND = "snapshot"
-CACHE_KIND = "compile-cache"
 LEVEL_LOCAL, LEVEL_REMOTE = 1, 3
 """zstd levels. Measured on vLLM's and SGLang's images: unpacking runs at 0.7 to 1.1 GB/s per core whatever the level; level 1 packs 490
 MB/s to 39 %, level 3 240 MB/s to 37 %, level 9 60 MB/s to 35 %. Over a link, size is time at every restore; on a disk, it is not."""
+
+
+_READ_FIRST = {manifests.FILE_NAME: 64 << 20, signing.FILE_NAME: 64 << 10, layouts.INDEX: 64 << 20}
+"""Files of an archive that are read into memory before anything else, and how many bytes each may have."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def push(
     from checkpoint.cuts import CHUNK, plan
 
     with translated(f"cannot push {folder.name}"):
-        listing = _list(folder)
+        listing = _list(folder, entries.belongs if kind == KIND else lambda _: True)
         layout = None
         lengths: dict[str, list[int]] = {}
         if (folder / "images").is_dir():
@@ -115,7 +115,7 @@ def push(
                 job.drain()
             finally:
                 job.pool.shutdown(cancel_futures=True)
-            done = job.finish(listing, kind, name or folder.name, modes)
+            done = job.finish(listing, kind, name or folder.name, modes, times=kind != KIND)
             if sign:
                 chunks.store.put(signature_key(done.digest), sign(signed_words(done.digest)))
             return done
@@ -129,6 +129,21 @@ def signature_key(digest: str) -> str:
 def signed_words(digest: str) -> bytes:
     """What an archive's signature is made over (checkpoint.signing puts its own prefix before it)."""
     return f"archive {digest}".encode()
+
+
+def signed_as_a_whole(digest: str, chunks: ChunkStore, trust_keys: Sequence[Path]) -> bool:
+    """Whether an archive has a signature of its own by one of the keys; False where it has none.
+
+    Raises Integrity where it has one by somebody else, or of another archive.
+    """
+    from lazyfs.errors import NotFound as Missing
+
+    try:
+        signature = bytes(chunks.store.get(signature_key(digest)))
+    except Missing:
+        return False
+    signing.check(signed_words(digest), signature, trust_keys)
+    return True
 
 
 def _push_by_layout(
@@ -160,14 +175,14 @@ def _push_by_layout(
     return modes
 
 
-def _list(folder: Path) -> Listing:
-    """Everything but sockets and pipes, which carry nothing, and what is this host's own."""
+def _list(folder: Path, wanted: Callable[[str], bool]) -> Listing:
+    """Everything `wanted`, but sockets and pipes, which carry nothing."""
     found = Listing()
 
     def visit(below: str) -> None:
         for entry in sorted(os.scandir(folder / below), key=lambda e: e.name):
             path = f"{below}/{entry.name}" if below else entry.name
-            if not below and entry.name.startswith((sealing.LEDGER, mapped.FOLDER)):
+            if not wanted(path):
                 continue
             info = entry.stat(follow_symlinks=False)
             if stat.S_ISLNK(info.st_mode):
@@ -177,49 +192,12 @@ def _list(folder: Path) -> Listing:
                 visit(path)
             elif stat.S_ISREG(info.st_mode):
                 found.files.append((path, info.st_size, stat.S_IMODE(info.st_mode) & 0o777))
+                found.mtimes[path] = info.st_mtime_ns
                 if info.st_nlink > 1:
                     found.names.setdefault((info.st_dev, info.st_ino), []).append(path)
 
     visit("")
     return found
-
-
-# Compile caches: of use by themselves where no restore is possible
-
-
-def push_cache(folder: Path, chunks: ChunkStore, name: str) -> Pushed:
-    """Store a folder of compiled code (torch.compile's, Triton's, FlashInfer's) under `name`; raises as `push`."""
-    return push(folder, chunks, name, kind=CACHE_KIND)
-
-
-def pull_cache(name: str, chunks: ChunkStore, folder: Path) -> int:
-    """Put the files of a stored cache into `folder` where they are not there yet; how many.
-
-    Each file appears whole or not at all, so an engine may be using the folder. Raises NotFound, Integrity or Failed.
-    """
-    with translated(f"cannot pull {name}"):
-        archive = chunks.get_manifest(chunks.resolve(name))
-        if archive.kind != CACHE_KIND:
-            raise NotFound(
-                "not-a-cache", f"{name} in {chunks.store.url} is an archive of {archive.kind}, not of a compile cache"
-            )
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for directory in archive.directories:
-            (folder / directory.path).mkdir(mode=0o700, exist_ok=True)
-        written = 0
-        for file in archive.files:
-            target = folder / file.path
-            if target.exists():
-                continue
-            with aside(target) as new:
-                new.touch(0o600)
-                new.write_bytes(_content(file, chunks))
-                new.chmod(file.mode & 0o777)
-            written += 1
-        for link in archive.symlinks:
-            with contextlib.suppress(FileExistsError):
-                (folder / link.path).symlink_to(link.target)
-        return written
 
 
 # Pull
@@ -231,11 +209,13 @@ def pull(
     folder: Path,
     accept: Callable[[bytes, bytes | None], None] | None = None,
     progress: Callable[[Progress], None] | None = None,
+    trust_keys: Sequence[Path] = (),
 ) -> Pulled:
     """Fetch the archive `name` (or a manifest's digest) and make it the snapshot folder `folder`, which must not exist.
 
     `accept` is given the snapshot's manifest and its signature file (None when there is none) before anything else is fetched; what
-    it raises ends the pull. A pull that fails keeps what it has in a hidden folder beside, for the next attempt.
+    it raises ends the pull. `trust_keys`: ask for a signature (see Opened.of). A pull that fails keeps what it has in a hidden folder
+    beside, for the next attempt.
 
     Raises NotFound, Busy (another process pulls it), Integrity (a chunk or the whole is not what it should be), Failed (the store, or
     the disk is full).
@@ -245,7 +225,8 @@ def pull(
             "snapshot-exists", f"{folder.name} is here already; remove it first: quickthaw snapshot rm {folder.name}"
         )
     with partial_folder(folder) as (partial, lock):
-        opened = Opened.of(name, chunks)
+        opened = Opened.of(name, chunks, trust_keys)
+        opened.check_name(folder.name)
         if accept:
             accept(opened.document, opened.signature)
         opened.prepare(partial)
@@ -259,7 +240,7 @@ def pull(
         finally:
             arrival.close()
         opened.link(partial)
-        check(partial, folder.name)
+        opened.check(partial)
         put_in_place(partial, folder, lock)
         size = sum(size for size, _ in arrival.files.values())
         return Pulled(opened.digest, len(arrival.files) + len(opened.links), size, arrival.kept, arrival.fetched)
@@ -267,7 +248,12 @@ def pull(
 
 @dataclass(frozen=True)
 class Opened:
-    """A snapshot's archive of which the manifests are here and nothing else. `document`, `signature`: the snapshot's own."""
+    """A snapshot's archive of which the manifests are here and nothing else, checked against each other.
+
+    `document`, `signature`: the snapshot's own manifest and its signature file. `files`: what the document says of each file. `links`:
+    further names of files. `vouched`: whether a trusted signature covers the archive as a whole, and so also what is not in `files`.
+    `leave_out`: files that nobody vouches for, though a signature was asked for.
+    """
 
     digest: str
     archive: Manifest
@@ -275,10 +261,20 @@ class Opened:
     document: bytes
     signature: bytes | None
     links: dict[str, str]
+    name: str
+    files: dict[str, manifests.SnapshotFile]
+    vouched: bool
+    leave_out: tuple[str, ...]
 
     @classmethod
-    def of(cls, name: str, chunks: ChunkStore) -> Opened:
-        """Read the manifests and the layout. Raises NotFound, Integrity, and what the store raises."""
+    def of(cls, name: str, chunks: ChunkStore, trust_keys: Sequence[Path] = ()) -> Opened:
+        """Read the manifests and the layout, and refuse an archive that holds anything but what the snapshot's manifest names.
+
+        With `trust_keys` one of them must have signed that manifest. The archive's own signature (`push --sign-key`) covers the working
+        set as well; without it the working set is left out, and the first restore records it anew.
+
+        Raises NotFound, Integrity, and what the store raises.
+        """
         # A name that cannot be a digest or a tag is looked up once only: over a link, each look costs a restore a round trip.
         digest = chunks.resolve(name) if "-" not in name else chunks.get_ref("snapshots", name)
         archive = chunks.get_manifest(digest)
@@ -287,16 +283,29 @@ class Opened:
             raise NotFound(
                 "not-a-snapshot", f"{name} in {chunks.store.url} is an archive of {archive.kind}, not of a snapshot"
             )
-        wanted = [path for path in (manifests.FILE_NAME, signing.FILE_NAME, layouts.INDEX) if path in by_path]
+        wanted = [path for path in _READ_FIRST if path in by_path]
+        for path in wanted:
+            if by_path[path].size > _READ_FIRST[path]:
+                raise Integrity("archive-entry-refused", f"the archive's {path} has {by_path[path].size} bytes")
         with ThreadPoolExecutor(len(wanted), thread_name_prefix="open") as pool:
-            read = dict(zip(wanted, pool.map(lambda path: _content(by_path[path], chunks), wanted), strict=True))
+            read = dict(zip(wanted, pool.map(lambda path: content(by_path[path], chunks), wanted), strict=True))
+        document, signature = read[manifests.FILE_NAME], read.get(signing.FILE_NAME)
+        vouched = False
+        if trust_keys:
+            signing.check(document, signature, trust_keys)
+            vouched = signed_as_a_whole(digest, chunks, trust_keys)
         layout = layouts.decode(read[layouts.INDEX]) if layouts.INDEX in read else None
-        files = set(by_path)
         if layout:
             layout.check(archive)
-            files = (files - {layouts.INDEX, layouts.BYTES}) | set(layout.small)
-        document, signature = read[manifests.FILE_NAME], read.get(signing.FILE_NAME)
-        return cls(digest, archive, layout, document, signature, _links(archive, files))
+        links, named = entries.hard_links(archive), entries.essentials(document)
+        entries.check(archive, layout, links, named.files)
+        leave_out = (entries.WORKING_SET,) if trust_keys and not vouched else ()
+        return cls(digest, archive, layout, document, signature, links, named.name, named.files, vouched, leave_out)
+
+    def check_name(self, name: str) -> None:
+        """Raise Integrity (manifest-misplaced) where this is not the snapshot `name`."""
+        if self.name != name:
+            raise Integrity("manifest-misplaced", f"the archive holds the snapshot {self.name}, not {name}")
 
     def prepare(self, partial: Path) -> None:
         """Folders, no foreign entries, and room on the disk."""
@@ -317,8 +326,21 @@ class Opened:
         for link in self.archive.symlinks:
             (partial / link.path).unlink(missing_ok=True)
             (partial / link.path).symlink_to(link.target)
+        for path in self.leave_out:
+            (partial / path).unlink(missing_ok=True)
         for directory in reversed(self.archive.directories):
             (partial / directory.path).chmod(directory.mode & 0o777)
+
+    def check(self, partial: Path) -> None:
+        """Compare the finished folder with the manifest that was checked before, in full; this also spares the first restore from
+        hashing again. Raises Integrity."""
+        for path, judged in ((manifests.FILE_NAME, self.document), (signing.FILE_NAME, self.signature)):
+            file = partial / path
+            if (file.read_bytes() if os.path.lexists(file) else None) != judged:
+                raise Integrity(
+                    "manifest-differs", f"{path} of {self.name} is not the one that was checked; pull it again"
+                )
+        sealing.verify(partial, self.files, always=True)
 
 
 @contextlib.contextmanager
@@ -375,41 +397,9 @@ def _check_room(partial: Path, archive: Manifest) -> None:
         )
 
 
-def _links(archive: Manifest, files: set[str]) -> dict[str, str]:
-    """Path → the file it is another name of. `files`: those of the archive by their names in the snapshot."""
-    try:
-        groups = msgspec.json.decode(archive.meta.get(LINKS, "[]"), type=list[list[str]])
-    except msgspec.MsgspecError as error:
-        raise Integrity("archive-garbled", f"the archive's list of hard links is damaged: {error}") from error
-    listed = {path for group in groups for path in group[1:]}
-    folders = {""} | {d.path for d in archive.directories}
-    bad = any(path.rpartition("/")[0] not in folders or path.split("/")[-1] in ("", ".", "..") for path in listed)
-    if bad or any(group[0] not in files for group in groups if group):
-        raise Integrity("archive-garbled", "the archive's list of hard links names a file that is not in it")
-    return {path: group[0] for group in groups for path in group[1:]}
-
-
-def _content(file: File, chunks: ChunkStore) -> bytes:
+def content(file: File, chunks: ChunkStore) -> bytes:
+    """The bytes of a file of an archive. Raises what the store raises."""
     return b"".join(get(chunks, chunk) for chunk in file.chunks)
-
-
-def check(partial: Path, name: str) -> None:
-    """The finished folder against its own manifest, in full; this also spares the first restore from hashing again."""
-    document = (partial / manifests.FILE_NAME).read_bytes()
-    try:
-        found = msgspec.json.decode(document, type=ready(_Essentials))
-    except msgspec.MsgspecError as error:
-        raise Integrity("manifest-garbled", f"the archive's manifest is damaged: {error}") from error
-    if found.name != name:
-        raise Integrity("manifest-misplaced", f"the archive holds the snapshot {found.name}, not {name}")
-    sealing.verify(partial, found.files, always=True)
-
-
-class _Essentials(msgspec.Struct):
-    """What is needed of a snapshot's manifest here, of whichever version."""
-
-    name: str
-    files: dict[str, manifests.SnapshotFile]
 
 
 def put_in_place(partial: Path, folder: Path, lock: int) -> None:

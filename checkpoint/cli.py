@@ -346,15 +346,12 @@ def pull(name: str, store: str | None, trust_keys: tuple[Path, ...], as_json: bo
     quickthaw snapshot pull NAME s3://bucket/quickthaw
     quickthaw snapshot pull NAME s3://bucket/quickthaw --trust-key release.pub
     """
-    from checkpoint import archive, signing
-
-    def accept(manifest: bytes, signatures: bytes | None) -> None:
-        if trust_keys:
-            signing.check(manifest, signatures, trust_keys)
+    from checkpoint import archive
 
     library = _library()
     chunks = archive.open_chunks(_store(store))
-    done = archive.pull(name, chunks, library.path(name), accept, None if as_json else _meter("pulled"))
+    progress = None if as_json else _meter("pulled")
+    done = archive.pull(name, chunks, library.path(name), progress=progress, trust_keys=trust_keys)
     if as_json:
         click.echo(json.dumps(msgspec.to_builtins(done)))
     else:

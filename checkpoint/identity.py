@@ -156,20 +156,29 @@ class Here:
 
     @property
     def compile_cache(self) -> str:
-        """Name for an archive of the engine's compile caches: they are of use wherever engine, compilers and processors are the same."""
+        """Name for an archive of the engine's compile caches: of use wherever engine, compilers, processors and launch are the same.
+
+        Arguments (LoRA, batch sizes), variables (threads) and the number of processors enter compiled code. The engines' own caches know
+        most of them; what was compiled for another launch or host is never even looked at.
+        """
         compilers = {name: self.engine.packages.get(name, "") for name in _COMPILERS}
         features = sorted(set(self.host.cpu_flags) - _IGNORED_CPU_FLAGS)
         parts: list[object] = [
             self.engine.version,
             self.engine.build,
             self.engine.python,
+            self.engine.python_build,
+            self.engine.libc,
             compilers,
             self.host.machine,
             features,
+            self.host.cpus,
+            self.arguments,
+            dict(self.environment),
         ]
         parts.append([[gpu.name for gpu in self.host.gpus], self.host.driver])
         digest = blake3.blake3(
-            b"quickthaw compile cache 1\0" + msgspec.json.encode(parts, order="deterministic")
+            b"quickthaw compile cache 2\0" + msgspec.json.encode(parts, order="deterministic")
         ).hexdigest()
         return f"compile-{self.engine.name}-{digest[:16]}"
 

@@ -30,10 +30,11 @@ import blake3
 
 from checkpoint import archive as archives
 from checkpoint import manifest as manifests
-from checkpoint import sealing, signing
+from checkpoint import sealing
 from checkpoint.arrival import EVERYTHING, FIRST, LATER, START, Arrival
 from checkpoint.errors import CheckpointError, Failed, Integrity
 from checkpoint.library import Library
+from checkpoint.sealing import digest_symlink
 from checkpoint.sparse import extents
 from checkpoint.transfer import translated
 
@@ -105,12 +106,11 @@ class Remote:
                 return found
             chunks = archives.open_chunks(url)
             with translated(f"cannot fetch {name}"):
-                opened = archives.Opened.of(name, chunks)
-            if trust_keys:
-                signing.check(opened.document, opened.signature, trust_keys)
+                opened = archives.Opened.of(name, chunks, trust_keys)
+            opened.check_name(name)
             if accept:
                 accept(opened.document, opened.signature)
-            made = cls(library, name, chunks, opened, _must_be_whole(opened, chunks, trust_keys))
+            made = cls(library, name, chunks, opened, _must_be_whole(opened, trust_keys))
             _open[key] = made
             return made
 
@@ -283,7 +283,7 @@ class Remote:
         if not self._verified:
             self.opened.link(self.folder)
         time.sleep(sealing.RACY_NS / 1e9)  # so that the next restore may believe what is hashed now
-        archives.check(self.folder, self.name)
+        self.opened.check(self.folder)
         with self._changed:
             while self._uses:
                 self._changed.wait(1.0)
@@ -327,10 +327,9 @@ class Remote:
                     continue
                 if path not in files:
                     raise Integrity("file-unexpected", f"{self.name}: {path} is not in the manifest")
-                if stat.S_ISLNK(info.st_mode):
-                    target = b"link\0" + os.fsencode(Path(below, entry).readlink())
-                    if blake3.blake3(target).hexdigest() != files[path].blake3:
-                        raise Integrity("file-digest-differs", f"{self.name}: {path} is not what was written")
+                links = stat.S_ISLNK(info.st_mode)
+                if links and digest_symlink(str(Path(below, entry).readlink())) != files[path].blake3:
+                    raise Integrity("file-digest-differs", f"{self.name}: {path} is not what was written")
         for path in files:
             if not os.path.lexists(self.folder / path):
                 raise Integrity("file-missing", f"{self.name}: the archive holds no {path}")
@@ -347,19 +346,11 @@ class Remote:
             raise Integrity("file-digest-differs", f"{self.name}: {path} is not what was written")
 
 
-def _must_be_whole(opened: archives.Opened, chunks: ChunkStore, trust_keys: Sequence[Path]) -> str:
+def _must_be_whole(opened: archives.Opened, trust_keys: Sequence[Path]) -> str:
     if opened.layout is None:
         return "its working set was not known when it was pushed"
-    if not trust_keys:
-        return ""
-    from lazyfs.errors import NotFound as Missing
-
-    with translated(f"cannot fetch {opened.digest[:12]}"):
-        try:
-            signature = bytes(chunks.store.get(archives.signature_key(opened.digest)))
-        except Missing:
-            return "its archive is not signed (snapshot push --sign-key), and a signature is asked for"
-    signing.check(archives.signed_words(opened.digest), signature, trust_keys)
+    if trust_keys and not opened.vouched:
+        return "its archive is not signed (snapshot push --sign-key), and a signature is asked for"
     return ""
 
 

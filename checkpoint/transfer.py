@@ -35,6 +35,8 @@ _HOLE = 256 << 10
 # Key of an archive manifest's `meta`: names that are one file. CRIU keeps deleted files that are still mapped as `link_remap.N` beside the
 # name another process opened (POSIX semaphores): as two files, the processes would no longer share them. A mount shows them as two.
 LINKS = "hard-links"
+# The same for modification times in ns since the epoch, by path: of compile caches only (checkpoint.cache_archive).
+MTIMES = "mtimes"
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class Listing:
     directories: list[tuple[str, int]] = field(default_factory=list)
     files: list[tuple[str, int, int]] = field(default_factory=list)  # path, size, mode
     symlinks: list[tuple[str, str]] = field(default_factory=list)
+    mtimes: dict[str, int] = field(default_factory=dict)  # of files
     names: dict[tuple[int, int], list[str]] = field(
         default_factory=dict
     )  # of files with several names, by device and inode
@@ -168,10 +171,16 @@ class Push:
         if self.progress:
             self.progress(Progress(self.total, self.done, self.stored))
 
-    def finish(self, listing: Listing, kind: str, name: str, modes: Mapping[str, int]) -> Pushed:
-        """Write the archive's manifest and set its name. `modes`: of the archive's files."""
+    def finish(self, listing: Listing, kind: str, name: str, modes: Mapping[str, int], times: bool) -> Pushed:
+        """Write the archive's manifest and set its name. `modes`: of the archive's files. `times`: record theirs."""
         from lazyfs.manifest import VERSION, Directory, File, Manifest, Symlink
 
+        meta = {
+            "snapshot": name,
+            LINKS: msgspec.json.encode([names for names in listing.names.values() if len(names) > 1]).decode(),
+        }
+        if times:
+            meta[MTIMES] = msgspec.json.encode(listing.mtimes, order="deterministic").decode()
         manifest = Manifest(
             VERSION,
             kind,
@@ -183,10 +192,7 @@ class Push:
                 for path, digests in self.files
             ),
             tuple(Symlink(path, target) for path, target in listing.symlinks),
-            {
-                "snapshot": name,
-                LINKS: msgspec.json.encode([names for names in listing.names.values() if len(names) > 1]).decode(),
-            },
+            meta,
         )
         digest = self.chunks.put_manifest(manifest)
         self.chunks.set_ref("snapshots", name, digest)

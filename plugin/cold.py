@@ -81,4 +81,5 @@ def kept_cache(replica: Replica) -> CompileCache | None:
         return None
     from plugin.compile_cache import CompileCache
 
-    return CompileCache(replica.compile_cache(), url, name, believed=not replica.settings.trust_keys)
+    keys, sign_key = replica.settings.trust_keys, replica.settings.sign_key
+    return CompileCache(replica.compile_cache(), url, name, keys, sign_key)

@@ -16,6 +16,7 @@ import shutil
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import blake3
@@ -31,8 +32,11 @@ _STALE_S = 3600.0
 class CompileCache:
     """The cache in `folder`, kept in `store` as the archive `name`."""
 
-    def __init__(self, folder: Path, store: str, name: str, believed: bool = True) -> None:
-        self.folder, self.store, self.name, self.believed = folder, store, name, believed
+    def __init__(
+        self, folder: Path, store: str, name: str, trust_keys: Sequence[Path] = (), sign_key: Path | None = None
+    ) -> None:
+        self.folder, self.store, self.name = folder, store, name
+        self.trust_keys, self.sign_key = trust_keys, sign_key
         self._lock = threading.Lock()
         self._late = False
 
@@ -61,13 +65,6 @@ class CompileCache:
 
     def pull(self, limit_s: float = PULL_LIMIT_S) -> None:
         """Fill in what the store has and the folder has not; returns after `limit_s` seconds at the latest."""
-        if self._same(self.listing()):
-            return
-        if not self.believed:
-            log.warning(
-                "compile-cache-unsigned: compiled code is not signed, and --trust-key asks for signatures; compiling here"
-            )
-            return
         thread = threading.Thread(target=self._pull, name="compile-cache-pull", daemon=True)
         thread.start()
         thread.join(limit_s)
@@ -77,17 +74,19 @@ class CompileCache:
             log.warning("compile-cache-slow: %s did not answer within %.0f s; compiling here", self.store, limit_s)
 
     def _pull(self) -> None:
-        from checkpoint import archive
+        from checkpoint import archive, cache_archive
         from checkpoint.errors import CheckpointError, NotFound
 
         began = time.monotonic()
-        self._sweep()
         try:
+            if self._same(self.listing()):
+                return
+            self._sweep()
             with tempfile.TemporaryDirectory(prefix=self._prefix, dir=self.folder.parent) as made:
                 staging = Path(made)
                 _link(self.folder, staging)  # so that only what is missing is fetched
                 chunks = archive.open_chunks(self.store)
-                written = archive.pull_cache(self.name, chunks, staging)
+                written = cache_archive.pull_cache(self.name, chunks, staging, self.trust_keys)
                 kept = chunks.get_manifest(chunks.resolve(self.name))
                 with self._lock:
                     if self._late:
@@ -121,7 +120,7 @@ class CompileCache:
         return thread
 
     def _push(self) -> None:
-        from checkpoint import archive
+        from checkpoint import archive, cache_archive, signing
         from checkpoint.errors import CheckpointError
 
         try:
@@ -130,7 +129,8 @@ class CompileCache:
                 return
             # Of this thread alone: the engine serves meanwhile.
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
-            pushed = archive.push_cache(self.folder, archive.open_chunks(self.store), self.name)
+            sign = signing.signer(self.sign_key) if self.sign_key else None
+            pushed = cache_archive.push_cache(self.folder, archive.open_chunks(self.store), self.name, sign)
             self._remember(listing)
         except (CheckpointError, OSError) as error:
             log.warning("compile cache not pushed: %s", _spoken(error))

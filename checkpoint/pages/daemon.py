@@ -124,7 +124,7 @@ class Daemon:
         if not path or not os.path.exists(path):
             return WorkingSet()
         try:
-            return WorkingSet.load(path)
+            return self.known.working_set(path)
         except BadWorkingSet as error:
             self.tell(event="warning", message=f"{error}; restoring without it, and the next restore records it anew")
             with contextlib.suppress(OSError):

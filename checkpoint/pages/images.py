@@ -21,6 +21,10 @@ FILE_PRIVATE = 1 << 6
 _MADV_WIPEONFORK = 18
 
 
+# Above every address that a process can have.
+_END = 1 << 57
+
+
 class BadImage(ValueError):
     """An image file is not what CRIU writes; the message names the file."""
 
@@ -52,6 +56,13 @@ class ProcessImage:
     @property
     def eager_pages(self) -> int:
         return sum(end - start for start, end, _ in self.eager) // PAGE
+
+    @property
+    def reach(self) -> int:
+        """Bytes of the pages file that the lazy and the mapped pages need; later runs lie further on in it."""
+        return max(
+            (offset + end - start for runs in (self.runs, self.mapped) for start, end, offset in runs[-1:]), default=0
+        )
 
     def split(self, start: int, end: int) -> list[tuple[int, int]]:
         """[start, end) cut at the borders of mappings."""
@@ -194,13 +205,16 @@ def read_process(folder: str, pid: int) -> ProcessImage:
         image.wiped_on_fork = [(start, end) for start, end, madv, _ in mappings if madv >> _MADV_WIPEONFORK & 1]
         image.borders = sorted({border for start, end, _, _ in mappings for border in (start, end)})
         of_files = {start for start, _, _, status in mappings if status & FILE_PRIVATE}
-        offset = 0
+        offset = reached = 0
         for message in messages[1:]:
             entry = dict(_fields(message))
             start, flags = entry[1], entry.get(4, PRESENT)
             pages = entry.get(5) or entry[2]
             if not isinstance(start, int) or not isinstance(pages, int) or not isinstance(flags, int):
                 raise BadImage(f"{path} is not a page map")
+            if start < reached or start % PAGE or pages <= 0 or start + pages * PAGE > _END:
+                raise BadImage(f"{path} lists memory twice, or where none can be")
+            reached = start + pages * PAGE
             if not flags & PRESENT:
                 continue
             if not flags & LAZY:

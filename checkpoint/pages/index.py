@@ -2,15 +2,13 @@
 
 What is kept says for which image files it holds (device, inode, size, mtime, ctime) and carries a digest of itself, since a wrong
 offset would put wrong bytes in place. Where anything differs, the images are read again. The name begins as the verification ledger's
-does: it is this host's own, and no archive takes it along. Standard library only.
+does: it is this host's own, and no archive takes it along or brings it. Standard library only.
 """
 
 from __future__ import annotations
 
 import contextlib
-import marshal
 import os
-import sys
 from threading import get_ident
 
 try:
@@ -18,10 +16,11 @@ try:
 except ImportError:
     from hashlib import blake2b as blake2b  # the same, and with it OpenSSL: 4 ms that a restore waits for
 
+from checkpoint.pages import kept
 from checkpoint.pages.images import ProcessImage, process_ids, read_process
 
 FILE_NAME = ".verified-pages"
-_VERSION = 3
+_VERSION = 4
 
 
 def read(images: str) -> tuple[dict[int, ProcessImage], bool]:
@@ -29,23 +28,21 @@ def read(images: str) -> tuple[dict[int, ProcessImage], bool]:
 
     Raises images.BadImage, or OSError where a file is missing.
     """
-    kept = _kept(images)
-    if kept is not None:
-        return kept, True
+    known = _known(images)
+    if known is not None:
+        return known, True
     return {pid: read_process(images, pid) for pid in process_ids(images)}, False
 
 
 def keep(images: str, found: dict[int, ProcessImage]) -> None:
     """Keep what `read` returned for the next restore. A folder that cannot be written only means reading the images again."""
-    body = marshal.dumps(
-        (
-            _VERSION,
-            sys.version,
-            stamps(images),
-            [(i.pid, i.pages_file, i.runs, i.mapped, i.eager, i.wiped_on_fork, i.borders) for i in found.values()],
-        )
-    )
-    write(images, FILE_NAME, body)
+    processes, sections = [], []
+    for image in found.values():
+        processes.append([image.pid, image.pages_file])
+        sections += [kept.flat(runs) for runs in (image.runs, image.mapped, image.eager, image.wiped_on_fork)]
+        sections.append(kept.flat([image.borders]))
+    head = {"version": _VERSION, "images": stamps(images), "processes": processes}
+    write(images, FILE_NAME, kept.packed(head, sections))
 
 
 def write(images: str, name: str, body: bytes) -> None:
@@ -73,19 +70,25 @@ def checked(images: str, name: str) -> memoryview:
     return body
 
 
-def _kept(images: str) -> dict[int, ProcessImage] | None:
+def _known(images: str) -> dict[int, ProcessImage] | None:
     try:
-        version, python, of, processes = marshal.loads(checked(images, FILE_NAME))
-        if version != _VERSION or python != sys.version or of != stamps(images):
+        head, sections = kept.unpacked(checked(images, FILE_NAME))
+        if head["version"] != _VERSION or not same(head["images"], stamps(images)):
             return None
-    except (OSError, ValueError, EOFError, TypeError):
+        found = {}
+        parts = iter(sections)
+        for pid, pages_file in head["processes"]:
+            image = found[int(pid)] = ProcessImage(int(pid), kept.pages_file(pages_file))
+            image.runs, image.mapped, image.eager = (kept.triples(next(parts)) for _ in range(3))
+            image.wiped_on_fork, image.borders = kept.pairs(next(parts)), kept.numbers(next(parts)).tolist()
+    except (OSError, ValueError, LookupError, TypeError, StopIteration):
         return None  # none yet, of another version, or damaged
-    found = {}
-    for pid, pages_file, runs, mapped, eager, wiped_on_fork, borders in processes:
-        image = found[pid] = ProcessImage(pid, pages_file)
-        image.runs, image.mapped, image.eager = runs, mapped, eager
-        image.wiped_on_fork, image.borders = wiped_on_fork, borders
     return found
+
+
+def same(kept_stamps: object, now: list[tuple[str, int, int, int, int, int]]) -> bool:
+    """Whether stamps that were kept are those of the files as they are now."""
+    return kept_stamps == [list(stamp) for stamp in now]
 
 
 def path(images: str, name: str) -> str:

@@ -14,7 +14,7 @@ from _weakref import ref  # weakref itself would cost a start 1 ms
 from checkpoint.pages import index, plans
 from checkpoint.pages.arrival import Presence, open_source
 from checkpoint.pages.fetch import Source
-from checkpoint.pages.images import ProcessImage
+from checkpoint.pages.images import BadImage, ProcessImage
 from checkpoint.pages.reading import Reading
 from checkpoint.pages.space import Plan
 from checkpoint.pages.touched import touched
@@ -38,6 +38,10 @@ class Known:
             for image in self.images.values()
             if image.runs
         }
+        for image in self.images.values():
+            if image.runs and image.reach > self.sources[image.pages_file].size:
+                # A copy from beyond the file's end would bring this process's own memory.
+                raise BadImage(f"the page map of process {image.pid} names more pages than {image.pages_file} has")
         # One for each phase, by its first batch.
         self._plans: dict[int, tuple[list[Range], dict[int, Plan], list[Parts]]] = {}
         self._kept: tuple[bytes, dict[int, Plan]] | None = None
@@ -62,6 +66,13 @@ class Known:
                 found = cls(folder, None)
                 cls._all[key] = ref(found)
             return found
+
+    def working_set(self, path: str) -> WorkingSet:
+        """Read a working set, and compare it with these images. Raises BadWorkingSet, OSError."""
+        found = WorkingSet.load(path)
+        files = {pid: self.sources.get(image.pages_file) for pid, image in self.images.items()}
+        found.check({pid: source.size if source else 0 for pid, source in files.items()})
+        return found
 
     def plans(self, ranges: list[Range], zeros: int, first: int) -> tuple[dict[int, Plan], list[Parts]]:
         """Plans of these ranges, of which nothing is done, by process; and what of the images each batch needs, from number `first` on."""

@@ -6,18 +6,16 @@ wrong bytes in place. Where anything differs, the plans are made again. Standard
 
 from __future__ import annotations
 
-import marshal
-import sys
 from array import array
 from collections.abc import Mapping
 
-from checkpoint.pages import index, pack, uffd
+from checkpoint.pages import index, kept, pack, uffd
 from checkpoint.pages.fetch import Source
 from checkpoint.pages.images import ProcessImage
-from checkpoint.pages.space import Plan
+from checkpoint.pages.space import CHUNK, Plan
 
 FILE_NAME = ".verified-plans"
-_VERSION = 2
+_VERSION = 3
 
 
 def keep(
@@ -30,7 +28,7 @@ def keep(
     """Keep sealed plans for the next restore from the folder `images` with this working set; whether their pages are packed."""
     place = index.path(images, pack.FILE_NAME)
     places = pack.write(place, found)
-    bodies = []
+    processes, sections = [], []
     for pid, plan in found.items():
         source = sources.get(of[pid].pages_file)
         starts, ends, addresses, zero, by_address = plan.parts()
@@ -40,13 +38,14 @@ def keep(
             if places
             else array("Q", [0 if none else at - base for at, none in zip(addresses, zero, strict=True)])
         )
-        bodies.append((pid, starts.tobytes(), ends.tobytes(), offsets.tobytes(), bytes(zero), by_address.tobytes()))
+        processes.append(pid)
+        sections += [starts.tobytes(), ends.tobytes(), offsets.tobytes(), bytes(zero), by_address.tobytes()]
     try:
         packed = pack.stamp(place) if places else None
     except OSError:
         return False  # somebody has removed it
-    body = marshal.dumps((_VERSION, sys.version, index.stamps(images), working_set, packed, bodies))
-    index.write(images, FILE_NAME, body)
+    head = {"version": _VERSION, "images": index.stamps(images), "working_set": working_set.hex(), "pack": packed}
+    index.write(images, FILE_NAME, kept.packed({**head, "processes": processes}, sections))
     return bool(places)
 
 
@@ -59,24 +58,37 @@ def read(
     """
     packed = None
     try:
-        version, python, stamps, digest, stamp, bodies = marshal.loads(index.checked(images, FILE_NAME))
-        if version != _VERSION or python != sys.version or digest != working_set or stamps != index.stamps(images):
+        head, sections = kept.unpacked(index.checked(images, FILE_NAME))
+        if head["version"] != _VERSION or head["working_set"] != working_set.hex():
             return None
-        if stamp is not None:
+        if not index.same(head["images"], index.stamps(images)):
+            return None
+        if head["pack"] is not None:
             packed = Source(index.path(images, pack.FILE_NAME))
-            if packed.stamp() != stamp:
+            if list(packed.stamp()) != head["pack"]:
                 return None
             uffd.prefer_large(packed.address, packed.size)
         found = {}
-        for pid, starts, ends, offsets, zero, by_address in bodies:
+        parts = iter(sections)
+        for pid in head["processes"]:
             source = packed or sources.get(of[pid].pages_file)
-            base = source.address if source else 0
-            nothing = [bool(byte) for byte in zero]
-            at = array(
-                "Q",
-                [zeros if none else offset + base for offset, none in zip(array("Q", offsets), nothing, strict=True)],
-            )
-            found[pid] = Plan.sealed(array("Q", starts), array("Q", ends), at, nothing, array("Q", by_address))
-    except (OSError, ValueError, EOFError, TypeError, LookupError):
+            base, size = (source.address, source.size) if source else (0, 0)
+            starts, ends, offsets = (kept.numbers(next(parts)) for _ in range(3))
+            nothing, by_address = [bool(byte) for byte in next(parts)], kept.numbers(next(parts))
+            _check(starts, ends, offsets, nothing, by_address, size)
+            at = array("Q", [zeros if none else offset + base for offset, none in zip(offsets, nothing, strict=True)])
+            found[pid] = Plan.sealed(starts, ends, at, nothing, by_address)
+    except (OSError, ValueError, LookupError, TypeError, StopIteration):
         return None  # none yet, of another version, or damaged
     return found, packed
+
+
+def _check(
+    starts: array[int], ends: array[int], offsets: array[int], nothing: list[bool], by_address: array[int], size: int
+) -> None:
+    """Raise ValueError where a piece would be copied from outside of a source of `size` bytes."""
+    for start, end, offset, none in zip(starts, ends, offsets, nothing, strict=True):
+        if not 0 < end - start <= CHUNK or (not none and offset + end - start > size):
+            raise ValueError("a piece that no image holds")
+    if sorted(by_address) != list(range(len(starts))):
+        raise ValueError("an order that is none")

@@ -10,14 +10,13 @@ It is about time only: a wrong list brings pages that nobody needs. Standard lib
 
 from __future__ import annotations
 
-import marshal
 import os
 import threading
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from checkpoint.pages import index, uffd
+from checkpoint.pages import index, kept, pack, uffd
 from checkpoint.pages.uffd import PAGE
 
 if TYPE_CHECKING:
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
     from checkpoint.pages.workingset import WorkingSet
 
 FILE_NAME = ".verified-reading"
-_VERSION = 3
+_VERSION = 4
 # Bytes between two pieces up to which a disk reads both at once as fast as one after the other.
 _NEAR = 16 << 10
 # What is mapped, and the pack, are read in blocks of a file as large as a folio can be, in the order in which they are needed; of a block
@@ -67,16 +66,21 @@ class Reading:
         self._whole: list[str] = []
         self._small, self._copied, self._mapped = array("Q"), array("Q"), array("Q")
         try:
-            version, working_set, names, whole, lists = marshal.loads(index.checked(images, FILE_NAME))
-            if version != _VERSION:
+            head, lists = kept.unpacked(index.checked(images, FILE_NAME))
+            if head["version"] != _VERSION:
                 return
             for pieces, body in zip((self._small, self._copied, self._mapped), lists, strict=True):
                 pieces.frombytes(body)
-            for name in names:
-                self._fds.append(os.open(os.path.join(images, name), os.O_RDONLY | os.O_CLOEXEC))
-            self._whole, self.working_set = whole, working_set
+            paths = [os.path.join(images, kept.pages_file(name)) for name in head["names"]]
+            if head["packed"]:
+                paths.append(index.path(images, pack.FILE_NAME))
+            for path in paths:
+                self._fds.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+            if any(os.path.basename(name) != name for name in head["whole"]):
+                raise ValueError("a file that is no image")
+            self._whole, self.working_set = head["whole"], bytes.fromhex(head["working_set"])
             self.cold = not self._cached()
-        except (OSError, ValueError, EOFError, TypeError, LookupError):
+        except (OSError, ValueError, TypeError, LookupError):
             self.working_set, self.cold = b"", False  # none yet, of another version, or damaged
         if self.cold:
             try:
@@ -117,8 +121,6 @@ class Reading:
         `packed`: whether the page server copies from a pack (checkpoint.pages.pack) instead of the images.
         """
         whole = sorted(name for name in os.listdir(self._images) if not name.startswith("pages-"))
-        from checkpoint.pages import pack  # few restores need it
-
         names = sorted({image.pages_file for image in of.values()})
         number = {name: at for at, name in enumerate(names)}
         copied: dict[int, list[tuple[int, int]]] = {}
@@ -134,16 +136,12 @@ class Reading:
                 mapped += [(file, low, high - low) for low, high in _of_file(found.mapped_within(start, end))]
         large: list[Piece] = []
         if packed:
-            place = index.path(self._images, pack.FILE_NAME)
-            large = _in_blocks([(len(names), 0, os.stat(place).st_size)])
-            names.append(os.path.relpath(place, self._images))
+            large = _in_blocks([(len(names), 0, os.stat(index.path(self._images, pack.FILE_NAME)).st_size)])
         else:
             small += [(file, low, high - low) for file, runs in copied.items() for low, high in _near(runs, _NEAR)]
-        lists = [
-            array("Q", [part for piece in pieces for part in piece]).tobytes()
-            for pieces in (small, large, _in_blocks(mapped))
-        ]
-        index.write(self._images, FILE_NAME, marshal.dumps((_VERSION, working_set.digest, names, whole, lists)))
+        head = {"version": _VERSION, "working_set": working_set.digest.hex(), "names": names, "packed": packed}
+        lists = [kept.flat(pieces) for pieces in (small, large, _in_blocks(mapped))]
+        index.write(self._images, FILE_NAME, kept.packed({**head, "whole": whole}, lists))
 
     def stop(self) -> None:
         """What has not been asked for is left aside; the thread is not waited for."""

@@ -15,7 +15,7 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from threading import get_ident
 
 from checkpoint.pages.images import PAGE, ProcessImage
@@ -28,6 +28,12 @@ FILE_NAME = "working-set.qws"
 _MAGIC = b"QTWS"
 _VERSION = 2
 _ENTRY = struct.Struct("<QII")
+_MOST = 64 << 20
+"""Bytes of the largest file that is read: four million ranges."""
+_ZEROS = 1 << 30
+"""Bytes that a process may need before its first answers beside what its image holds: fresh memory, which reads as zeros."""
+_GAPS = 3
+"""Of three pages in a row that are put together, one at least was needed (_GAP)."""
 
 # Pages are put together that lie this near to each other: one more page costs 1.6 µs to copy, one more call 3 µs.
 _GAP = 2 * PAGE
@@ -102,11 +108,25 @@ class WorkingSet:
                 os.unlink(temporary)
             raise
 
+    def check(self, held: Mapping[int, int]) -> None:
+        """Compare with the image it belongs to. `held`: bytes of the pages file of each process. A working set comes with a snapshot out
+        of a store, and one that names terabytes would fill the memory with zeros.
+
+        Raises BadWorkingSet.
+        """
+        for process, needed in self.bytes_by_process(before_first_token=False).items():
+            if needed > _GAPS * held.get(process, 0) + _ZEROS:
+                raise BadWorkingSet(
+                    f"the working set names {needed} bytes of process {process}, more than its image can need"
+                )
+
     @classmethod
     def load(cls, path: str) -> WorkingSet:
         """Read the file. Raises BadWorkingSet, or OSError where it is missing."""
         with open(path, "rb") as file:
-            data = file.read()
+            data = file.read(_MOST + 1)
+        if len(data) > _MOST:
+            raise BadWorkingSet(f"{path} is larger than any working set")
         try:
             if data[:4] != _MAGIC:
                 raise BadWorkingSet(f"{path} is not a working set")

@@ -58,6 +58,22 @@ def _join(process_input_queue):
     return joined
 
 
+def _finalizable(load):
+    """Around torch.compiler.load_compiled_function. vLLM calls `finalize_loading` on what was loaded, which only what its own backend
+    compiled has: what Inductor compiled directly, as on a CPU, would be refused and compiled again at every start."""
+
+    @functools.wraps(load)
+    def loaded(*arguments, **options):
+        found = load(*arguments, **options)
+        with contextlib.suppress(AttributeError):  # another PyTorch: vLLM compiles again, as it does alone
+            compiled = found._artifacts.compiled_fn
+            if not hasattr(compiled, "finalize_loading"):
+                compiled.finalize_loading = lambda vllm_config: None
+        return found
+
+    return loaded
+
+
 def register():
     """Called by vLLM in each of its processes."""
     from vllm.v1.worker.worker_base import WorkerBase
@@ -65,6 +81,11 @@ def register():
     control.install()
     WorkerBase.quickthaw_shrink = _shrink
     WorkerBase.quickthaw_name_weights = _name_weights
+    with contextlib.suppress(ImportError, AttributeError):
+        import torch.compiler
+
+        if not hasattr(torch.compiler.load_compiled_function, "__wrapped__"):
+            torch.compiler.load_compiled_function = _finalizable(torch.compiler.load_compiled_function)
     # Inside of vLLM, and only about time: one that has it elsewhere begins with the canary alone.
     with contextlib.suppress(ImportError, AttributeError):
         from vllm.v1.engine.core import EngineCoreProc

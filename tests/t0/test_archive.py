@@ -15,8 +15,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from checkpoint import archive, arrival, sealing, transfer
-from checkpoint.archive import Progress, discard, open_chunks, pull, pull_cache, push, push_cache
+from checkpoint import archive, arrival, entries, sealing, transfer
+from checkpoint.archive import Progress, discard, open_chunks, pull, push
+from checkpoint.cache_archive import pull_cache, push_cache
 from checkpoint.errors import Busy, CheckpointError, Failed, Integrity, NotFound
 from checkpoint.sealing import seal, verify
 from lazyfs.chunkstore import ChunkStore
@@ -114,7 +115,7 @@ def test_its_first_verification_need_not_hash_again(
     monkeypatch.setattr(sealing, "RACY_NS", 0)
     push(snapshot, chunks)
     pull("snap", chunks, tmp_path / "other/snap")
-    files = msgspec.json.decode((snapshot / "manifest.json").read_bytes(), type=archive._Essentials).files
+    files = msgspec.json.decode((snapshot / "manifest.json").read_bytes(), type=entries.Essentials).files
     assert verify(tmp_path / "other/snap", files).hashed == 0
 
 

@@ -57,6 +57,21 @@ def test_a_request_that_does_not_come_is_not_waited_for_long():
     assert len(core.scheduler.waiting) == 1 and time.monotonic() - began >= joining.LIMIT_S
 
 
+def test_what_inductor_compiled_itself_is_not_refused_by_vllm_when_it_is_loaded():
+    def plain():
+        return 7
+
+    own = SimpleNamespace(finalize_loading="vLLM's own")
+    for compiled in (plain, own):
+        found = vllm_hooks._finalizable(
+            lambda file, compiled=compiled: SimpleNamespace(_artifacts=SimpleNamespace(compiled_fn=compiled))
+        )(0)
+        assert found._artifacts.compiled_fn is compiled
+    assert plain.finalize_loading(None) is None and plain() == 7
+    assert own.finalize_loading == "vLLM's own"
+    assert vllm_hooks._finalizable(lambda file: "of another PyTorch")(0) == "of another PyTorch"
+
+
 @pytest.mark.parametrize(("ranks", "taken"), [(1, 2), (2, 1)])
 def test_sglang_takes_both_where_one_rank_schedules(ranks, taken):
     others = [[], [], [SimpleNamespace(rid="the user's")]]

@@ -14,7 +14,7 @@ PAGE, BASE, ZEROS = 4096, 0x7000_0000_0000, 0x6000_0000_0000
 
 
 class Source:
-    address = BASE
+    address, size = BASE, 1 << 30
 
 
 def made(base=BASE, zeros=ZEROS):

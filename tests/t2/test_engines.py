@@ -17,7 +17,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from checkpoint.archive import open_chunks, pull_cache
+from checkpoint.archive import open_chunks
+from checkpoint.cache_archive import pull_cache
 from checkpoint.library import Library
 from checkpoint.manifest import dump
 from plugin import measure
@@ -214,11 +215,28 @@ def test_the_compiled_code_was_kept_and_comes_back_elsewhere(rig, tmp_path):
     assert len(set(names)) == 1, names
     folder = tmp_path / "compile"
     assert pull_cache(names[0], open_chunks(str(rig.home / "kept")), folder) > 0
-    have = {str(p.relative_to(folder)): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
+    have = {str(p.relative_to(folder)): p.stat() for p in folder.rglob("*") if p.is_file()}
     original = state_home() / "compile" / rig.engine
-    assert have == {name: (original / name).stat().st_size for name in have}
+    for name, info in have.items():
+        there = (original / name).stat()
+        assert (info.st_size, info.st_mtime_ns) == (there.st_size, there.st_mtime_ns), name
     if rig.engine == "vllm":
-        assert any("torch_compile_cache" in name or "inductor" in name for name in have), sorted(have)[:20]
+        assert any("torch_aot_compile" in name for name in have), sorted(have)[:20]
+
+
+def test_a_pulled_cache_under_another_home_spares_vllm_its_compilation(rig, tmp_path):
+    """A host that has never compiled: vLLM loads its own AOT artefact instead of tracing and compiling the model."""
+    if rig.engine == "sglang":
+        return  # on a CPU with the native attention SGLang compiles nothing
+    other = Rig(rig.engine, tmp_path / "another home")
+    other.home.mkdir(mode=0o700)
+    (other.home / "criu").symlink_to(state_home() / "criu")
+    store = ("--snapshot-store", str(rig.home / "kept"), "--no-restore", "--no-snapshot")
+    with other.running(*store) as (_, answer, _, command):
+        text = command.log.read_text(errors="replace")
+        assert answer.text == rig.cold_text
+    assert "files from" in text and "Directly load AOT compilation" in text
+    assert "Compiling model again" not in text and "saved AOT compiled function" not in text
 
 
 def packs(engine):

@@ -1,6 +1,5 @@
 """The page server under a real CRIU: memory comes back as it was, whatever the processes do to it while it is being brought."""
 
-import marshal
 import os
 import shutil
 import signal
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint.pages import index, pack, plans
+from checkpoint.pages import index, kept, pack, plans
 from checkpoint.pages.images import process_ids, read_process
 from checkpoint.pages.workingset import WorkingSet
 from tests.t1.checkpoint_kit import LIMIT_S, inside
@@ -52,9 +51,9 @@ def test_recorded_then_replayed(frozen: Frozen) -> None:
     assert sum(end - start for _, start, end in known.before_first_token) >= 1500 * 4096
     assert sum(end - start for _, start, end in known.after_first_token) >= 250 * 4096
 
-    kept = frozen.images.parent / plans.FILE_NAME
+    kept_plans = frozen.images.parent / plans.FILE_NAME
     for turn in ("makes the plans and keeps them", "has them from there"):
-        assert kept.exists() == turn.startswith("has")
+        assert kept_plans.exists() == turn.startswith("has")
         server, work = frozen.serve()
         with server, frozen.sandbox() as sandbox:
             frozen.restore(sandbox, work)
@@ -73,7 +72,7 @@ def test_recorded_then_replayed(frozen: Frozen) -> None:
         assert not frozen.deaths
         assert replayed["faults"] < recorded["faults_before_first_token"] / 10
         assert replayed["bytes_ahead"] >= 1500 * 4096
-    assert kept.stat().st_mode & 0o777 == 0o600
+    assert kept_plans.stat().st_mode & 0o777 == 0o600
     rot(frozen)
     try:
         server, work = frozen.serve(pack=False)
@@ -87,7 +86,7 @@ def test_recorded_then_replayed(frozen: Frozen) -> None:
             assert server.wait_complete(LIMIT_S)
     finally:
         # The other tests restore the same images, and would believe it.
-        for file in (kept, frozen.images.parent / pack.FILE_NAME):
+        for file in (kept_plans, frozen.images.parent / pack.FILE_NAME):
             file.unlink()
 
 
@@ -96,10 +95,10 @@ def rot(frozen: Frozen) -> None:
     pack_file = frozen.images.parent / pack.FILE_NAME
     pack_file.write_bytes(bytes(byte ^ 0xFF for byte in pack_file.read_bytes()))
     images = str(frozen.images)
-    version, python, stamps, digest, stamp, bodies = marshal.loads(index.checked(images, plans.FILE_NAME))
-    now = pack.stamp(str(pack_file))
-    assert stamp and stamp != now
-    index.write(images, plans.FILE_NAME, marshal.dumps((version, python, stamps, digest, now, bodies)))
+    head, sections = kept.unpacked(index.checked(images, plans.FILE_NAME))
+    now = list(pack.stamp(str(pack_file)))
+    assert head["pack"] and head["pack"] != now
+    index.write(images, plans.FILE_NAME, kept.packed({**head, "pack": now}, sections))
 
 
 def drive(frozen: Frozen, seed: int, steps: int, known: bool, rate: float) -> dict[str, float]:

@@ -131,8 +131,12 @@ class Push:
 
     def made(self, path: str, data: bytes) -> None:
         """Store a file of the archive that is in no folder."""
-        digests = [""]
-        self.pending.add(self.pool.submit(self._put, data, digests, 0))
+        from lazyfs.chunking import MAX_CHUNK
+
+        parts = [memoryview(data)[at : at + MAX_CHUNK] for at in range(0, len(data), MAX_CHUNK)]
+        digests = [""] * len(parts)
+        for index, part in enumerate(parts):
+            self.pending.add(self.pool.submit(self._put, part, digests, index))
         self.files.append((path, digests))
 
     def _put(self, data: bytes | memoryview, digests: list[str], index: int) -> tuple[int, int]:

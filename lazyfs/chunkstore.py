@@ -21,6 +21,7 @@ import blake3
 import msgspec
 import zstandard
 
+from lazyfs.chunking import MAX_CHUNK
 from lazyfs.errors import Integrity, NotFound, Permanent, Usage
 from lazyfs.manifest import RAW, ZSTD, Chunk, Manifest, decode, encode, is_digest
 from lazyfs.stores.base import ObjectInfo, Store
@@ -32,6 +33,8 @@ _REF = re.compile(
 # which a network repays from 20 % on and a local disk hardly ever.
 PAYS_REMOTE, PAYS_LOCAL = 0.80, 0.50
 _SAMPLE = 256 << 10
+# Of a frame's window: memory that decompressing takes besides the output.
+_WINDOW = 8 << 20
 # What is met again by an import is made young when older than this, so that a collection running beside spares it.
 GRACE_S = 24 * 3600.0
 _local = threading.local()
@@ -95,8 +98,10 @@ class ChunkStore:
 
     def put_chunk(self, data: bytes | memoryview, digest: str | None = None) -> PutResult:
         """Like `put`, and tells the encoding and the bytes written. `digest` saves hashing what was hashed already."""
-        digest = digest or digest_of(data)
         length = len(data)
+        if length > MAX_CHUNK:
+            raise Usage(f"a chunk has at most {MAX_CHUNK} bytes, not {length}; cut it")
+        digest = digest or digest_of(data)
         for encoding in (RAW, ZSTD):
             info = self._sound(digest, length, encoding)
             if info is not None:
@@ -121,8 +126,8 @@ class ChunkStore:
         return (ZSTD, body) if len(body) <= pays * len(data) else (RAW, data)
 
     def get(self, digest: str, length: int | None = None, encoding: int = RAW) -> bytes:
-        """The plain bytes of a chunk, verified. NotFound, Integrity, or what the store raises. `encoding` is a
-        guess.
+        """The plain bytes of a chunk, verified. NotFound, Integrity, or what the store raises. `encoding` is a guess, and without
+        `length` the chunk may have up to MAX_CHUNK bytes.
         """
         if not is_digest(digest):
             raise Usage(f"{digest!r} is not a chunk digest")
@@ -142,12 +147,19 @@ class ChunkStore:
 
     @staticmethod
     def decode(digest: str, body: bytes | memoryview, encoding: int, length: int | None) -> bytes | memoryview:
-        """Undo the encoding; Integrity when it cannot be undone or has not the expected length."""
+        """Undo the encoding; Integrity when it cannot be undone or has not the expected length (without one: up to MAX_CHUNK)."""
         if encoding == ZSTD:
+            limit = MAX_CHUNK if length is None else length
             try:
-                body = zstandard.ZstdDecompressor().decompress(body, max_output_size=length or 0)
+                # The library takes the size that the frame states for granted, and as much memory, whatever the limit.
+                stated = zstandard.frame_content_size(body)
+                if stated > limit:
+                    raise Integrity(f"chunk {digest[:12]} would become {stated} bytes instead of at most {limit}")
+                body = zstandard.ZstdDecompressor(max_window_size=_WINDOW).decompress(body, max_output_size=limit)
             except zstandard.ZstdError as error:
                 raise Integrity(f"chunk {digest[:12]} does not decompress: {error}") from error
+        if length is None and len(body) > MAX_CHUNK:
+            raise Integrity(f"chunk {digest[:12]} has {len(body)} bytes, and no chunk has more than {MAX_CHUNK}")
         if length is not None and len(body) != length:
             raise Integrity(f"chunk {digest[:12]} has {len(body)} bytes instead of {length}")
         return body
@@ -208,6 +220,7 @@ class ChunkStore:
         self._check_ref(kind, name)
         body = msgspec.json.encode({"manifest": digest, "at": int(time.time())})
         self.store.put(self.ref_key(kind, name), body)
+        self.store.flush()
 
     def get_ref(self, kind: str, name: str) -> str:
         """The digest `name` means. NotFound."""

@@ -362,6 +362,9 @@ def gc(grace: float, untagged: bool, dry_run: bool, store: str | None, as_json: 
     metavar="SECONDS",
     help="Unmount after so long unused (0: never).",
 )
+@click.option(
+    "--allow-other", is_flag=True, envvar="QUICKTHAW_ALLOW_OTHER", help="Let other users of this host use the mount."
+)
 @click.option("--log-file", type=_Place(), envvar="QUICKTHAW_MOUNT_LOG", help="Where the daemon writes.")
 @_store
 @_json
@@ -381,6 +384,7 @@ def mount(
     transport: str,
     cache_limit: float,
     idle_exit: float,
+    allow_other: bool,
     log_file: Path | None,
     store: str | None,
     as_json: bool,
@@ -432,6 +436,7 @@ def mount(
         transport=transport,
         cache_limit=int(cache_limit * 1e9),
         idle_exit_s=idle_exit,
+        allow_other=allow_other,
     )
     stop = threading.Event()
     if not detach:

@@ -1,8 +1,13 @@
-"""What a mount is told, checked where it is made, and carried to the daemon and its fetcher as one JSON document."""
+"""What a mount is told, checked where it is made, and carried to the daemon and its fetcher as one JSON document.
+
+It goes through a descriptor, never through the command line, which everybody on the host may read: a store's URL may hold a
+password.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
@@ -22,7 +27,10 @@ class MountConfig:
 
     transport: `raw` speaks the kernel's protocol itself and can pass complete files through; `pyfuse3` needs no
     privilege.
-    native: whether complete files are passed through. read_limit_s: a reader gets an error rather than wait longer.
+    native: whether complete files are passed through.
+    allow_other: whether users other than the mounting one may use the mount: modes decide then. The raw transport needs nothing
+    more for it, pyfuse3 without root needs `user_allow_other` in /etc/fuse.conf.
+    read_limit_s: a reader gets an error rather than wait longer.
     idle_exit_s: unmount after so long without an open file (0: never). orphan_exit_s: once unmounted, end after so long
     without an open file even though another mount namespace still shows the mount. background_mb_s: the bound on
     completing files that nobody asked for (0: no completion). record: "auto" records a trace when none is known;
@@ -39,6 +47,7 @@ class MountConfig:
     home: str
     transport: str = "auto"
     native: str = "auto"
+    allow_other: bool = False
     cache_limit: int = 0
     read_limit_s: float = 60.0
     fetch_limit_s: float = 30.0
@@ -81,6 +90,13 @@ class MountConfig:
         """As JSON."""
         return json.dumps(asdict(self))
 
+    def to_fd(self) -> int:
+        """A descriptor for a child process to read it from (`load_fd`); to be closed."""
+        fd = os.memfd_create("quickthaw-mount", os.MFD_CLOEXEC)
+        with open(os.dup(fd), "wb") as file:
+            file.write(self.dump().encode())
+        return fd
+
     @classmethod
     def load(cls, text: str) -> Self:
         """From JSON; unknown keys are refused."""
@@ -89,3 +105,11 @@ class MountConfig:
         if unknown:
             raise Usage(f"unknown mount settings: {', '.join(sorted(unknown))}")
         return cls(**values)
+
+    @classmethod
+    def load_fd(cls, fd: int) -> Self:
+        """From the descriptor that a parent process passed (`to_fd`), which is closed."""
+        try:
+            return cls.load(os.pread(fd, os.fstat(fd).st_size, 0).decode())
+        finally:
+            os.close(fd)

@@ -1,4 +1,4 @@
-"""The mount's own process: `python -m lazyfs.daemon CONFIG-JSON READY-FD`.
+"""The mount's own process: `python -m lazyfs.daemon SOCKET CONFIG-FD READY-FD MODE`. SOCKET only tells others which mount it is.
 
 It detaches before anything is imported that takes time, mounts, reports ready (or why not) through READY-FD, and lives
 until the mount is gone, whoever removed it. It never touches a path below its mount.
@@ -29,8 +29,10 @@ def detach(log_file: str) -> None:
 
 def main() -> None:
     """Serve until unmounted."""
-    text, ready_fd, mode = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+    config_fd, ready_fd, mode = int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
     try:
+        text = os.pread(config_fd, os.fstat(config_fd).st_size, 0).decode()
+        os.close(config_fd)
         if mode == "detached":
             detach(json.loads(text)["log_file"])
         from lazyfs.server import serve

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from lazyfs.errors import Integrity, LazyfsError, NotFound
 from lazyfs.paths import default_store_url, home, private_dir, state_dir, write_atomic
-from lazyfs.urls import local_path, normal_url
+from lazyfs.urls import local_path, normal_url, without_user
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -78,12 +78,13 @@ def read_through(source: Path | str, *, cache_dir: Path | None = None) -> str:
     """The digest of a manifest that shows a directory, or an object prefix's URL, without importing it.
 
     Nothing is copied: an unchanged local directory is read in place (and passed through), a remote one is cached as it
-    is read. The manifest is kept beside the cache. Raises what `lazyfs.readthrough.describe` raises.
+    is read. The manifest is kept beside the cache, in a folder of its own (`source_folder`): what is there was made by this
+    host, and never came from a store. Raises what `lazyfs.readthrough.describe` raises.
     """
     url = normal_url(str(source))
     folder = local_path(url)
     record_file = _record_file(folder or Path("/"), f"source:{url}")
-    manifests = private_dir((cache_dir or home() / "cache") / "manifests")
+    manifests = private_dir(source_folder(cache_dir or home() / "cache"))
     stats = _stats(folder) if folder is not None else None
     record = _load(record_file) if stats is not None else None
     if record is not None and record["stats"] == stats and (manifests / record["manifest"]).exists():
@@ -92,15 +93,20 @@ def read_through(source: Path | str, *, cache_dir: Path | None = None) -> str:
     from lazyfs.readthrough import describe
 
     digest, data = encode(describe(url))
-    decode(data, digest)  # An object may have a name that no file can have.
+    decode(data, digest, local=True)  # An object may have a name that no file can have.
     write_atomic(manifests / digest, data)
     if folder is not None and stats is not None and stats == _stats(folder):
         _save(record_file, _record(folder, f"source:{url}", digest, stats))
     return digest
 
 
+def source_folder(cache: Path) -> Path:
+    """Where the manifests of read-through sources lie."""
+    return cache / "sources"
+
+
 def _record(path: Path, store: str, digest: str, stats: list[list[Any]]) -> dict[str, Any]:
-    return {"format": _FORMAT, "path": str(path), "store": store, "manifest": digest, "stats": stats}
+    return {"format": _FORMAT, "path": str(path), "store": without_user(store), "manifest": digest, "stats": stats}
 
 
 def _import(
@@ -190,7 +196,7 @@ def _stats(root: Path) -> list[list[Any]] | None:
 def _record_file(path: Path, url: str) -> Path:
     import hashlib
 
-    name = hashlib.blake2b(f"{path}\0{url}".encode(), digest_size=16).hexdigest()
+    name = hashlib.blake2b(f"{path}\0{without_user(url)}".encode(), digest_size=16).hexdigest()
     return state_dir("index") / f"{name}.json"
 
 
@@ -219,7 +225,7 @@ def origins(digest: str, url: str) -> dict[str, tuple[str, list[int]]]:
     found: dict[str, tuple[str, list[int]]] = {}
     for record_file in state_dir("index").glob("*.json"):
         record = _load(record_file)
-        if record is not None and record["manifest"] == digest and record.get("store") == url:
+        if record is not None and record["manifest"] == digest and record.get("store") == without_user(url):
             files = {s[0]: (f"{record['path']}/{s[0]}", s[1:5]) for s in record["stats"] if stat.S_ISREG(s[5])}
             found |= {path: origin for path, origin in files.items() if is_unchanged(*origin)}
     return found

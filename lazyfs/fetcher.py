@@ -436,13 +436,13 @@ def build(config: MountConfig, manifest: Manifest) -> ChunkFetcher:
 
 
 def main() -> None:
-    """`python -m lazyfs.fetcher CHANNEL-FD MEMORY-FD CONFIG-JSON`; the server starts it."""
+    """`python -m lazyfs.fetcher CHANNEL-FD MEMORY-FD CONFIG-FD`; the server starts it."""
     from lazyfs.loading import load_manifest
     from lazyfs.logs import configure
 
     channel = socket.socket(fileno=int(sys.argv[1]))
     memory = SlotWriter(int(sys.argv[2]))
-    config = MountConfig.load(sys.argv[3])
+    config = MountConfig.load_fd(int(sys.argv[3]))
     configure("fetcher")
     manifest = load_manifest(config)
     Fetcher(config, manifest, build(config, manifest), channel, memory).run()

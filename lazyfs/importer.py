@@ -18,7 +18,7 @@ from lazyfs.chunking import chunk_lengths
 from lazyfs.chunkstore import ChunkStore, PutResult
 from lazyfs.errors import NotFound, Permanent, Usage, from_os_error
 from lazyfs.maintenance import store_lock
-from lazyfs.manifest import VERSION, Directory, File, Manifest, Symlink
+from lazyfs.manifest import VERSION, Directory, File, Manifest, Symlink, refuse_links_out
 from lazyfs.retry import RetryPolicy, retrying
 
 # Two chunks per worker in flight bound the memory; a remote store answers slowly and takes many at once.
@@ -189,6 +189,7 @@ class _Import:
             tuple(listing.symlinks),
             meta,
         )
+        refuse_links_out(manifest, "of this import")
         return retrying(lambda: self.chunks.put_manifest(manifest), RetryPolicy()), manifest
 
     def _store(self, data: bytes) -> PutResult:

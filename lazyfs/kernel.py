@@ -47,12 +47,13 @@ def mount_at(mountpoint: str) -> MountEntry | None:
     return found
 
 
-def mount_fuse(fd: int, mountpoint: str, source: str) -> None:
-    """Mount the connection of an open /dev/fuse, read-only, for all users. HostLacks without the privilege."""
+def mount_fuse(fd: int, mountpoint: str, source: str, *, allow_other: bool = False) -> None:
+    """Mount the connection of an open /dev/fuse, read-only, for this user or for all. HostLacks without the privilege."""
     import ctypes
 
     libc = ctypes.CDLL(None, use_errno=True)
-    data = f"fd={fd},rootmode=40000,user_id={os.getuid()},group_id={os.getgid()},allow_other,default_permissions"
+    data = f"fd={fd},rootmode=40000,user_id={os.getuid()},group_id={os.getgid()},default_permissions"
+    data += ",allow_other" if allow_other else ""
     flags = _MS_RDONLY | _MS_NOSUID | _MS_NODEV
     if libc.mount(source.encode(), os.fsencode(mountpoint), FSTYPE.encode(), flags, data.encode()) != 0:
         number = ctypes.get_errno()

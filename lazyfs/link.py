@@ -68,9 +68,10 @@ class FetcherLink:
             # Many small records: room for a whole manifest's worth of requests.
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
         root = str(Path(__file__).resolve().parent.parent)
+        config_fd = self.config.to_fd()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "lazyfs.fetcher", str(theirs.fileno()), str(self.memory_fd), self.config.dump()],
-            pass_fds=[theirs.fileno(), self.memory_fd],
+            [sys.executable, "-m", "lazyfs.fetcher", str(theirs.fileno()), str(self.memory_fd), str(config_fd)],
+            pass_fds=[theirs.fileno(), self.memory_fd, config_fd],
             stdin=subprocess.DEVNULL,
             env={**os.environ, "PYTHONPATH": root + os.pathsep + os.environ.get("PYTHONPATH", "")},
         )

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
 from lazyfs.chunkstore import ChunkStore
 from lazyfs.config import MountConfig
-from lazyfs.directory import is_unchanged, origins
+from lazyfs.directory import is_unchanged, origins, source_folder
 from lazyfs.errors import Integrity, LazyfsError, Usage
-from lazyfs.manifest import Manifest, decode, encode
+from lazyfs.manifest import Manifest, decode, encode, refuse_links_out
 from lazyfs.paths import private_dir, write_atomic
 from lazyfs.retry import RetryPolicy, certain, retrying
 from lazyfs.stores import open_store
@@ -17,7 +18,19 @@ from lazyfs.urls import local_path
 
 
 def load_manifest(config: MountConfig) -> Manifest:
-    """The manifest, verified. NotFound, Integrity (of two fetches), or what the store raises after retries."""
+    """The manifest, verified. NotFound, Integrity (of two fetches), or what the store raises after retries.
+
+    Only this host says what is read in place: its own manifests lie in a folder that nothing from a store gets into.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        own = source_folder(Path(config.cache_dir)) / config.manifest
+        return decode(own.read_bytes(), config.manifest, local=True)
+    manifest = _from_cache_or_store(config)
+    refuse_links_out(manifest, config.manifest)
+    return manifest
+
+
+def _from_cache_or_store(config: MountConfig) -> Manifest:
     copy = Path(config.cache_dir) / "manifests" / config.manifest
     try:
         return decode(copy.read_bytes(), config.manifest)

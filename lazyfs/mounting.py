@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from lazyfs.control import ask
 from lazyfs.errors import Busy, HostLacks, LazyfsError, NotFound, Permanent, Temporary, Usage, from_os_error
 from lazyfs.paths import default_store_url, home, private_dir, state_dir
-from lazyfs.urls import normal_url
+from lazyfs.urls import normal_url, shown_url
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -276,7 +276,7 @@ def _recorded_pid(state_file: Path) -> int | None:
         arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    ours = b"lazyfs.daemon" in arguments and any(str(record["socket"]).encode() in a for a in arguments)
+    ours = b"lazyfs.daemon" in arguments and any(os.fsencode(str(record["socket"])) in a for a in arguments)
     return pid if ours else None
 
 
@@ -308,11 +308,12 @@ def _start(config: MountConfig, limit_s: float) -> MountHandle:
     root = str(Path(__file__).resolve().parent.parent)
     environment = {**os.environ, "PYTHONPATH": root + os.pathsep + os.environ.get("PYTHONPATH", "")}
     read_end, write_end = os.pipe()
+    config_fd = config.to_fd()
     try:
         with open(log_fd, "ab") as log:
             launcher = subprocess.Popen(
-                [sys.executable, "-m", "lazyfs.daemon", config.dump(), str(write_end), "detached"],
-                pass_fds=[write_end],
+                [sys.executable, "-m", "lazyfs.daemon", config.socket, str(config_fd), str(write_end), "detached"],
+                pass_fds=[config_fd, write_end],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -325,6 +326,7 @@ def _start(config: MountConfig, limit_s: float) -> MountHandle:
         launcher.wait(10)
     finally:
         os.close(read_end)
+        os.close(config_fd)
         if write_end >= 0:
             os.close(write_end)
     if made and not (answer and answer.get("ok")):
@@ -334,7 +336,7 @@ def _start(config: MountConfig, limit_s: float) -> MountHandle:
         with contextlib.suppress(LazyfsError):
             _recover(config.mountpoint, _name(config.mountpoint), Path(config.socket))
         raise Temporary(
-            f"the mount at {config.mountpoint} was not ready within {limit_s:g} s (store: {config.store_url}); "
+            f"the mount at {config.mountpoint} was not ready within {limit_s:g} s (store: {shown_url(config.store_url)}); "
             f"see {config.log_file}",
             code="mount-slow",
         )

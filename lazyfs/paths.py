@@ -47,6 +47,15 @@ def default_store_url() -> str:
     return os.environ.get("QUICKTHAW_STORE") or f"file://{home() / 'store'}"
 
 
+def sync_folder(path: Path) -> None:
+    """Make the names in a folder survive a power cut. OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
 def write_atomic(path: Path, data: bytes, *, sync: bool = True) -> None:
     """Write a file of mode 0600 under a temporary name, flush it, rename it. Leaves nothing behind when it fails."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
@@ -61,6 +70,8 @@ def write_atomic(path: Path, data: bytes, *, sync: bool = True) -> None:
         finally:
             os.close(fd)
         temporary.rename(path)
+        if sync:
+            sync_folder(path.parent)
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)

@@ -28,6 +28,7 @@ from lazyfs.memory import SlotMemory, tier_mb
 from lazyfs.metrics import render
 from lazyfs.paths import write_atomic
 from lazyfs.service import Service
+from lazyfs.urls import shown_url
 
 log = logging.getLogger("lazyfs.server")
 _TICK_S = 1.0
@@ -70,14 +71,15 @@ def choose_transport(service: Service, config: MountConfig) -> Transport:
     if config.transport == "raw" or (config.transport == "auto" and kernel.may_mount()):
         from lazyfs.transport_raw import RawTransport
 
-        return RawTransport(service, config.mountpoint, source, native=config.native != "off")
+        native = config.native != "off"
+        return RawTransport(service, config.mountpoint, source, native=native, allow_other=config.allow_other)
     if config.native == "passthrough":
         raise HostLacks(
             "passthrough needs the raw transport and the right to mount (CAP_SYS_ADMIN); or use --native auto"
         )
     from lazyfs.transport_pyfuse3 import Pyfuse3Transport
 
-    return Pyfuse3Transport(service, config.mountpoint, source)
+    return Pyfuse3Transport(service, config.mountpoint, source, allow_other=config.allow_other)
 
 
 class Server:
@@ -153,7 +155,7 @@ class Server:
             "manifest": self.config.manifest,
             "mountpoint": self.config.mountpoint,
             "socket": self.config.socket,
-            "store": self.config.store_url,
+            "store": shown_url(self.config.store_url),
             "log": self.config.log_file,
         }
 

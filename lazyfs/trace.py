@@ -26,7 +26,7 @@ def parse(data: bytes) -> list[tuple[int, int]]:
         if document["format"] != _FORMAT:
             return []
         return [(int(f), int(c)) for f, c, _ in document["touches"] if f >= 0 and c >= 0]
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"not a trace: {error}") from error
 
 

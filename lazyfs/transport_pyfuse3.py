@@ -45,8 +45,9 @@ class Pyfuse3Transport:
     name = "pyfuse3"
     passthrough = False
 
-    def __init__(self, service: Service, mountpoint: str, source: str) -> None:
+    def __init__(self, service: Service, mountpoint: str, source: str, *, allow_other: bool = False) -> None:
         self.service = service
+        self.allow_other = allow_other
         self.mountpoint = mountpoint
         self.source = source
         self._thread = threading.Thread(target=self._run, name="fuse", daemon=True)
@@ -54,7 +55,7 @@ class Pyfuse3Transport:
     def start(self) -> None:
         """Mount and begin to serve. HostLacks when the host does not allow it."""
         options = set(pyfuse3.default_options) | {"ro", f"fsname={self.source}", "subtype=quickthaw"}
-        if os.geteuid() == 0:
+        if self.allow_other:
             options.add("allow_other")
         try:
             pyfuse3.init(_Operations(self.service), self.mountpoint, options)

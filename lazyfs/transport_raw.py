@@ -118,7 +118,14 @@ class RawTransport:
     name = "raw"
 
     def __init__(
-        self, service: Service, mountpoint: str, source: str, *, threads: int = 0, native: bool = True
+        self,
+        service: Service,
+        mountpoint: str,
+        source: str,
+        *,
+        threads: int = 0,
+        native: bool = True,
+        allow_other: bool = False,
     ) -> None:
         self.service = service
         self.mountpoint = mountpoint
@@ -127,6 +134,7 @@ class RawTransport:
         # reader's: on two of them a second thread makes a first read of a mapping slower (docs/lazyfs.md).
         self.thread_count = threads or max(1, min(8, (os.cpu_count() or 2) // 2))
         self.native = native
+        self.allow_other = allow_other
         self.passthrough = False
         self.fd = -1
         self._libc = ctypes.CDLL(None, use_errno=True)
@@ -160,7 +168,7 @@ class RawTransport:
             raise HostLacks(
                 f"cannot open /dev/fuse: {error.strerror}; load the fuse module or pass the device in"
             ) from error
-        kernel.mount_fuse(self.fd, self.mountpoint, self.source)
+        kernel.mount_fuse(self.fd, self.mountpoint, self.source, allow_other=self.allow_other)
         self._greet()
         kernel.set_read_ahead(self.mountpoint, min(kernel.READ_AHEAD_KIB, _MOST_PAGES * _PAGE >> 10))
         for number in range(self.thread_count):

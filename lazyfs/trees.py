@@ -15,11 +15,13 @@ from pathlib import Path
 from lazyfs.chunkstore import ChunkStore, zero_digest
 from lazyfs.errors import Permanent, from_os_error
 from lazyfs.importer import Progress, import_tree
-from lazyfs.manifest import File
-from lazyfs.paths import private_dir
+from lazyfs.manifest import File, refuse_links_out
+from lazyfs.paths import private_dir, sync_folder
 from lazyfs.retry import RetryPolicy, retrying
 
 _WORKERS = 4
+# Nothing that comes out of a store runs with its owner's rights.
+_MODE = 0o1777
 
 
 def put_tree(
@@ -46,11 +48,13 @@ def put_tree(
 def get_tree(digest: str, chunks: ChunkStore, folder: Path, *, policy: RetryPolicy | None = None) -> None:
     """Write the manifest's files below `folder`, which must not exist; whole or not at all.
 
-    Raises Permanent("exists"), NotFound, Integrity, DiskFull, or what the store raises after retries.
+    Set-user-id and set-group-id bits are dropped, and a tree with a link that leads out of it is refused. Raises
+    Permanent("exists"), NotFound, Integrity, DiskFull, or what the store raises after retries.
     """
     if folder.exists():
         raise Permanent(f"{folder} exists; give a path that does not", code="exists")
     manifest = chunks.get_manifest(digest)
+    refuse_links_out(manifest, digest)
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     limits = policy or RetryPolicy()
     try:
@@ -63,8 +67,11 @@ def get_tree(digest: str, chunks: ChunkStore, folder: Path, *, policy: RetryPoli
         for link in manifest.symlinks:
             (partial / link.path).symlink_to(link.target)
         for directory in reversed(manifest.directories):
-            (partial / directory.path).chmod(directory.mode)
+            sync_folder(partial / directory.path)
+            (partial / directory.path).chmod(directory.mode & _MODE)
+        sync_folder(partial)
         partial.rename(folder)
+        sync_folder(folder.parent)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise from_os_error(error, f"cannot write {folder}") from error
@@ -90,7 +97,7 @@ def _write(file: File, path: Path, chunks: ChunkStore, pool: ThreadPoolExecutor,
 
         for _ in pool.map(one, range(len(file.chunks))):
             pass
-        os.fchmod(fd, file.mode & 0o7777)
+        os.fchmod(fd, file.mode & _MODE)
         os.fdatasync(fd)
     finally:
         os.close(fd)

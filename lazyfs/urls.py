@@ -20,6 +20,26 @@ SCHEMES = {
 }
 
 
+def shown_url(url: str) -> str:
+    """The URL as others may see it: without the user and password in it, and without a query, which may be a signature."""
+    scheme, found, rest = url.partition("://")
+    if not found or scheme == "file":
+        return url
+    rest, query, _ = rest.partition("?")
+    place, slash, path = rest.partition("/")
+    _user, at, host = place.rpartition("@")
+    return f"{scheme}://{'***@' if at else ''}{host}{slash}{path}{'?***' if query else ''}"
+
+
+def without_user(url: str) -> str:
+    """The URL without user and password: what a store is known by in records that are kept."""
+    scheme, found, rest = url.partition("://")
+    if not found or scheme == "file":
+        return url
+    place, slash, path = rest.partition("/")
+    return f"{scheme}://{place.rpartition('@')[2]}{slash}{path}"
+
+
 def normal_url(url: str) -> str:
     """A plain path becomes file://; anything else is returned as it is. Raises Usage for an unknown scheme."""
     scheme, found, _ = url.partition("://")
@@ -29,18 +49,19 @@ def normal_url(url: str) -> str:
         return f"file://{os.path.abspath(Path(url).expanduser())}"
     if scheme not in SCHEMES:
         raise Usage(
-            f"unknown store URL {url!r}: use a path or one of {', '.join(f'{s}://' for s in SCHEMES if s != 'faulty')}"
+            f"unknown store URL {shown_url(url)!r}: use a path or one of {', '.join(f'{s}://' for s in SCHEMES if s != 'faulty')}"
         )
     if scheme == "file":
         if not url.startswith("file:///"):
             raise Usage(f"{url!r} is not absolute: write file:///an/absolute/path, or the path itself")
         return url
     if not url.removeprefix(f"{scheme}://").strip("/"):
-        raise Usage(f"{url!r} names no bucket or host: {scheme}://NAME/…")
+        raise Usage(f"{shown_url(url)!r} names no bucket or host: {scheme}://NAME/…")
     try:
         urlsplit(url).port  # noqa: B018
     except ValueError as error:
-        raise Usage(f"{url!r}: {error}") from error
+        # Its own words would repeat what stands where the port should, which may be half of a password.
+        raise Usage(f"{shown_url(url)!r}: the port is no number") from error
     return url.rstrip("/")
 
 

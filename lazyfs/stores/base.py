@@ -10,6 +10,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
+from lazyfs.errors import Permanent
+
+# No object of ours is larger; what a store sends beyond it is not taken into memory.
+MOST_BYTES = 64 << 20
+
+
+def too_large(what: str, limit: int) -> Permanent:
+    """The error of a body that is longer than whoever asked for it takes."""
+    return Permanent(
+        f"{what} is larger than the {limit} bytes that it can have; is that the right store?", code="too-large"
+    )
+
 
 @dataclass(frozen=True)
 class ObjectInfo:
@@ -37,6 +49,8 @@ class Store(Protocol):
         into: memoryview | None = None,
     ) -> bytes | memoryview:
         """Bytes from `start`; fewer than `length` only at the object's end. NotFound when there is no such object.
+
+        No more is taken into memory than `length`, or MOST_BYTES without one: Permanent("too-large").
 
         With `version` (of an ObjectInfo), Permanent("source-changed") unless the object still has it. `into`: memory that
         the implementation may read into, and then return a view of: fresh memory for every 8 MiB costs more than the copy.

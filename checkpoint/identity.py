@@ -34,15 +34,26 @@ import blake3
 import msgspec
 
 from checkpoint.errors import Incompatible, Integrity
-from checkpoint.facts import EngineFacts, Gpu, HostFacts, engine_facts, host_facts
+from checkpoint.facts import (
+    EngineFacts,
+    Gpu,
+    HostFacts,
+    declared_variables,
+    engine_facts,
+    host_facts,
+    package_folders,
+)
+from checkpoint.inputs import Inputs
 from checkpoint.manifest import FORMAT
-from checkpoint.relevance import Arguments, looks_secret, normalised_arguments, relevant_environment, secret_names
+from checkpoint.relevance import Arguments, looks_secret, normalised_arguments, secret_names
+from checkpoint.variables import by_kind
 from lazyfs.records import ready
 
 OLDEST_FORMAT = 1
 """The oldest layout of a snapshot (manifest.FORMAT) that can still be restored."""
 KERNEL_MAJOR_RANGE = 1
 """How many major versions a kernel may be ahead of the one the snapshot was taken on."""
+LOCALTIME = Path("/etc/localtime")
 
 # Flags of /proc/cpuinfo (names as in the kernel's cpufeatures.h) that no program's code path can depend on: privileged instructions
 # and modes, mitigations, clocks, power, performance counters, virtualisation, cache control; and hints at how fast a string
@@ -85,7 +96,8 @@ class Identity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What is written into a snapshot's manifest; no secret is in it.
 
     `secrets`: relevant secrets as digests under `salt` (hex). `secret_names`: all variables that look like secrets, by name.
-    `model`: digest of the model's manifest, "" where the model is not managed. `weights`: `full` or `thin`.
+    `model`: digest of the model's manifest, "" where the model is not managed. `weights`: `full` or `thin`. `renewed`: names of the
+    variables that the engine was given and that a restored one is given anew (checkpoint.variables).
     """
 
     format: int
@@ -98,6 +110,7 @@ class Identity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     salt: str
     model: str
     weights: str
+    renewed: tuple[str, ...] = ()
 
     @classmethod
     def decode(cls, builtins: Mapping[str, Any]) -> Identity:
@@ -136,6 +149,7 @@ class Here:
     weights: str = "full"
     secret_names: tuple[str, ...] = ()
     secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
+    renewed: Mapping[str, str] = field(default_factory=dict, repr=False)
     format: int = FORMAT
 
     @property
@@ -150,7 +164,7 @@ class Here:
             "model": self.model,
             "weights": self.weights,
         }
-        return blake3.blake3(b"quickthaw identity 1\0" + msgspec.json.encode(parts, order="deterministic")).hexdigest()[
+        return blake3.blake3(b"quickthaw identity 2\0" + msgspec.json.encode(parts, order="deterministic")).hexdigest()[
             :24
         ]
 
@@ -196,6 +210,7 @@ class Here:
             salt=salt,
             model=self.model,
             weights=self.weights,
+            renewed=tuple(sorted(self.renewed)),
         )
 
 
@@ -207,6 +222,8 @@ def here(
     *,
     model: str = "",
     model_paths: Sequence[str] = (),
+    model_folder: Path | None = None,
+    kept: Path | None = None,
     weights: str = "full",
     criu: str = "",
     gpus: tuple[Gpu, ...] | None = None,
@@ -215,13 +232,33 @@ def here(
     """Gather the identity of a launch on this host.
 
     `arguments`: what follows the engine's module, as the engine will see it. `environment`: what the engine will be given.
-    `model`: digest of the model's manifest; `model_paths`: how the command line may name its folder (see normalised_arguments).
+    `model`: digest of the model's manifest; `model_paths`: how the command line may name its folder (see normalised_arguments), which is
+    `model_folder`. `kept`: the file where digests of large files are kept between starts.
     `criu`: its version. `gpus`, `driver`: from a running CUDA helper, else NVML is asked where there is a device.
     Raises HostLacks where the interpreter or the engine is missing.
     """
-    normalised = normalised_arguments(engine, arguments, model_paths)
-    relevant = relevant_environment(environment)
-    hidden = {name: value for name, value in relevant.items() if looks_secret(name, value)}
+    folders = package_folders(interpreter)
+    variables = by_kind(environment, engine, lambda names: declared_variables(engine, folders, names))
+    inputs = Inputs(
+        arguments,
+        environment,
+        model=model_folder,
+        model_name=model_paths[0] if model_paths else "",
+        modules=folders,
+        kept=kept,
+        engine=engine,
+    )
+    normalised = normalised_arguments(engine, arguments, model_paths, inputs)
+    if code := inputs.remote_code():
+        normalised["--trust-remote-code"] = (*normalised.get("--trust-remote-code", ()), (f"[{code}]",))
+    hidden = {name: value for name, value in variables.matter.items() if looks_secret(name, value)}
+    relevant = dict(variables.matter)
+    for name, value in variables.matter.items():
+        if name not in hidden and (read := inputs.of_variable(name, value)):
+            relevant[name] = f"{value} [{read}]"
+    inputs.digests.save()
+    if zone := _time_zone(environment):
+        relevant[str(LOCALTIME)] = zone
     shown: Arguments = {}
     for flag, occurrences in normalised.items():
         if any(looks_secret(flag, value) for values in occurrences for value in values):
@@ -237,7 +274,21 @@ def here(
         weights=weights,
         secret_names=secret_names(environment),
         secrets=hidden,
+        renewed=variables.renewed,
     )
+
+
+def _time_zone(environment: Mapping[str, str]) -> str:
+    """The host's time zone, which the C library reads once, where TZ names no other; "" for UTC, which it is where there is no file."""
+    if environment.get("TZ") not in (None, str(LOCALTIME), f":{LOCALTIME}"):
+        return ""
+    try:
+        data = LOCALTIME.read_bytes()
+    except OSError:
+        return ""
+    # The last line of such a file is the rule that holds from now on (RFC 9636).
+    rule = data.rstrip(b"\n").rpartition(b"\n")[2].decode("ascii", "replace")
+    return "" if rule == "UTC0" else f"{rule} {blake3.blake3(data).hexdigest()[:16]}"
 
 
 def check(recorded: Identity, now: Here) -> tuple[Mismatch, ...]:
@@ -351,15 +402,17 @@ def check_engine(then: EngineFacts, now: EngineFacts) -> tuple[Mismatch, ...]:
     return tuple(found)
 
 
+def check_model(then: str, now: str) -> tuple[Mismatch, ...]:
+    """The part of `check` about the model: the digests of its manifests."""
+    if then == now:
+        return ()
+    return (
+        Mismatch("model-differs", f"model manifest {then[:12] or 'none'} in the snapshot, {now[:12] or 'none'} here"),
+    )
+
+
 def _check_launch(recorded: Identity, now: Here) -> list[Mismatch]:
-    found: list[Mismatch] = []
-    if recorded.model != now.model:
-        found.append(
-            Mismatch(
-                "model-differs",
-                f"model manifest {recorded.model[:12] or 'none'} in the snapshot, {now.model[:12] or 'none'} here",
-            )
-        )
+    found: list[Mismatch] = [*check_model(recorded.model, now.model)]
     if recorded.weights != now.weights:
         found.append(
             Mismatch("weights-differ", f"weights: {recorded.weights} in the snapshot, {now.weights} asked for")

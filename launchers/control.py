@@ -10,12 +10,14 @@ import json
 import os
 import signal
 import time
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from checkpoint.snapshot import processes
 
 SHRINK = signal.SIGRTMIN + 7
 WAKE = signal.SIGRTMIN + 8
+ENVIRONMENT = "environment"
 
 
 def _answers(pid: int, number: int) -> bool:
@@ -40,6 +42,17 @@ def tell(init_pid: int, number: int) -> list[int]:
                 continue
             told.append(pid)
     return told
+
+
+def renew(answers: Path, then: Collection[str], now: Mapping[str, str]) -> None:
+    """Before WAKE: leave in the control folder what every process of a restored engine is given anew (plugin/engine/renewal.py).
+
+    `then`: the names it was given before the snapshot; those that `now` lacks are removed. Raises OSError.
+    """
+    records = [name for name in then if name not in now] + [f"{name}={value}" for name, value in now.items()]
+    fd = os.open(answers / ENVIRONMENT, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    with open(fd, "wb") as file:
+        file.write("\0".join(records).encode(errors="surrogateescape"))
 
 
 def _inner_pid(pid: int) -> int:

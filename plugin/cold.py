@@ -43,7 +43,7 @@ def begin(replica: Replica, mounted: Path | None) -> Running:
         place = BareProcess(on_exit=replica.on_exit())
         port = free_port()
     environment = replica.engine.environment(
-        {k: v for k, v in replica.settings.environment.items() if k not in replica.settings.scrub_env},
+        replica.settings.given_environment,
         replica.settings.command,
         sandboxed=sandboxed,
         site=ENGINE_SITE if sandboxed else str(site),

@@ -177,20 +177,9 @@ class Replica:
     def identity(self) -> Here:
         """What this launch is, for choosing and checking a snapshot."""
         if self._identity is None:
-            from checkpoint import identity
+            from plugin import compatibility
 
-            model = self.weights.path
-            self._identity = identity.here(
-                self.settings.engine,
-                Path(self.settings.engine_python),
-                self.settings.command.arguments,
-                {k: v for k, v in self.settings.environment.items() if k not in self.settings.scrub_env},
-                # A snapshot that the user named is compared with the host and the engine only: spare reading the model.
-                model="" if self.settings.named else self.weights.digest,
-                model_paths=(self.settings.command.model, str(model)) if model else (),
-                weights="thin" if self.settings.weights == "thin" else "full",
-                criu=self.criu.cached_version(self.settings.home) if self.criu else "",
-            )
+            self._identity = compatibility.gather(self.settings, self.weights, self.criu)
         return self._identity
 
     @property
@@ -321,6 +310,10 @@ class Replica:
         if self.lost:  # before anybody knew that it runs
             raise Failed("pages-lost", self.lost)
         self.tracker.to(Phase.WAKING)
+        try:
+            control.renew(sandbox.control_dir, recorded.renewed, self.identity.renewed)
+        except OSError as error:
+            raise Failed("sandbox-gone", f"the sandbox ended while it was woken ({error.strerror})") from error
         control.tell(sandbox.init_pid, control.WAKE)
         if snapshot.weights == "thin" and mounted is None:
             self._wait_weights(sandbox, place)
@@ -346,20 +339,9 @@ class Replica:
 
     def _check_identity(self, snapshot: Snapshot) -> IdentityRecord:
         """What the snapshot is of; raises Incompatible where it may not be restored here."""
-        from checkpoint import identity as identities
+        from plugin import compatibility
 
-        recorded = identities.Identity.decode(snapshot.identity)
-        if self.settings.named:
-            # The arguments and the environment are the snapshot's own: the user named it, and gave none.
-            here = self.identity
-            reasons = (
-                *identities.check_host(recorded, here.host),
-                *identities.check_engine(recorded.engine, here.engine),
-            )
-        else:
-            reasons = identities.check(recorded, self.identity)
-        identities.refuse(reasons)
-        return recorded
+        return compatibility.check(snapshot, self.identity, self.settings, self.weights)
 
     # Pages that come later
 

@@ -66,3 +66,8 @@ class LaunchSettings:
             raise ValueError(f"--restores-at-once must not be negative, not {self.restores_at_once}")
         if min(self.idle_timeout_s, self.grace_s) < 0 or self.start_timeout_s <= 0:
             raise ValueError("times must not be negative, and --start-timeout must be above 0")
+
+    @property
+    def given_environment(self) -> dict[str, str]:
+        """What the engine may see of `environment`."""
+        return {name: value for name, value in self.environment.items() if name not in self.scrub_env}

@@ -439,7 +439,14 @@ def launch(settings: LaunchSettings, stdout: int | None = 1, stderr: int | None 
     engine = launchers.engine(settings.engine)
     layers, criu = detect(settings.home)
     settings.home.mkdir(mode=0o700, parents=True, exist_ok=True)
-    weights = Weights(settings.command.model, settings.home, settings.store_url, settings.mount and not layers.mount)
+    weights = Weights(
+        settings.command.model,
+        settings.home,
+        settings.store_url,
+        settings.mount and not layers.mount,
+        arguments=settings.command.arguments,
+        environment=settings.environment,
+    )
     if weights.path is None and not settings.named:
         layers = Layers(
             mount="the model is not a directory on this host; download it first, and give its path",

@@ -10,11 +10,13 @@ import contextlib
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from checkpoint import hub
 from checkpoint.errors import Incompatible
+from checkpoint.inputs import option
 from launchers.base import WEIGHT_SUFFIXES, check_model
 
 if TYPE_CHECKING:
@@ -30,11 +32,20 @@ class Weights:
     """One model directory. `digest` names what it holds; `shown_at` is where the engine reads it."""
 
     def __init__(
-        self, model: str, home: Path, store_url: str | None, enabled: bool, progress: Callable[..., None] | None = None
+        self,
+        model: str,
+        home: Path,
+        store_url: str | None,
+        enabled: bool,
+        progress: Callable[..., None] | None = None,
+        *,
+        arguments: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
     ) -> None:
+        """`arguments` and `environment` are the engine's: of a hub's model they name the revision and the cache."""
         self.home, self.store_url, self.enabled = home, store_url, enabled
         self.progress = progress
-        self.path = local_directory(model)
+        self.path = local_directory(model, arguments, os.environ if environment is None else environment)
         if enabled and self.path is None and looks_like_path(model):
             check_model(Path(model))
         if enabled and self.path is not None:
@@ -126,24 +137,17 @@ def looks_like_path(model: str) -> bool:
     return model.startswith(("/", "./", "../", "~")) or model.count("/") > 1
 
 
-def local_directory(model: str) -> Path | None:
-    """The directory of a model on this host: the path itself, or a hub name's snapshot in the local hub cache; else None."""
+def local_directory(
+    model: str, arguments: Sequence[str] = (), environment: Mapping[str, str] = os.environ
+) -> Path | None:
+    """The directory of a model on this host: the path itself, or a hub name's in the local hub cache, at the revision that an engine's
+    `arguments` name; else None."""
     path = Path(model).expanduser()
     if path.is_dir():
         return path
     if looks_like_path(model):
         return None
-    hub = Path(
-        os.environ.get("HF_HUB_CACHE")
-        or Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface") / "hub"
-    )
-    repo = hub / f"models--{model.replace('/', '--')}"
-    try:
-        commit = (repo / "refs" / "main").read_text().strip()
-    except OSError:
-        return None
-    snapshot = repo / "snapshots" / commit
-    return snapshot if snapshot.is_dir() else None
+    return hub.folder(model, option(arguments, "revision"), hub.caches(environment, option(arguments, "download-dir")))
 
 
 def model_place(snapshot: Snapshot, weights: Weights, named: bool) -> str:

@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 
-from . import cpu
+from . import cpu, renewal
 
 SHRINK = signal.SIGRTMIN + 7
 WAKE = signal.SIGRTMIN + 8
@@ -50,6 +50,7 @@ def _on_shrink(number, frame):
 def _on_wake(number, frame):
     global fresh
     cpu.regain()
+    renewal.renew()
     fresh = True
     reseed()
     answer("woken", "ok")

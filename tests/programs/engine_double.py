@@ -175,6 +175,7 @@ class Worker:
             "away": sorted(self.away),
             "fired": self.fired_at,
             "environment": sorted(os.environ),
+            "values": values(),
         }
 
     def arm(self, seconds):
@@ -204,6 +205,12 @@ class Worker:
                 answer = {"error": f"{type(error).__name__}: {error}"}
             file.write(json.dumps(answer).encode() + b"\n")
             file.flush()
+
+
+def values():
+    """Variables as this process has them, and as a program that it starts would."""
+    names = ("HOSTNAME", "POD_IP", "HF_TOKEN", "REDIS_SERVICE_HOST", "OMP_NUM_THREADS")
+    return {name: os.environ[name] for name in names if name in os.environ}
 
 
 def load_plugins(engine):
@@ -287,6 +294,7 @@ def handler(engine, ask, options):
                 return self.reply({"object": "list", "data": [{"id": name}]})
             if path == "/facts":
                 own = {"random": random.random(), "pid": os.getpid(), "torch": torch.default_generator.state}
+                own["values"] = values()
                 return self.reply({"server": own, "worker": ask("facts")})
             return self.reply({"error": "not found"}, 404)
 

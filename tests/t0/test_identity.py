@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from checkpoint.errors import Incompatible, Integrity
 from checkpoint.facts import EngineFacts, Gpu, HostFacts
 from checkpoint.identity import Here, Identity, Mismatch, check, check_host, refuse
-from checkpoint.relevance import IRRELEVANT_ARGUMENTS, RELEVANT_ENVIRONMENT
+from checkpoint.relevance import IRRELEVANT_ARGUMENTS
+from checkpoint.variables import KEPT, RENEWED, RENEWED_PREFIXES, RENEWED_SUFFIXES
 
 pytestmark = pytest.mark.t0
 
@@ -144,6 +145,7 @@ IRRELEVANT = {
     "GPU's UUID": host(gpus=(msgspec.structs.replace(H100, uuid="GPU-bbbb"),)),
     "more GPU memory": host(gpus=(msgspec.structs.replace(H100, memory=H100.memory * 2),)),
     "a secret that does not matter": replace(HERE, secret_names=("HF_TOKEN", "OTHER_TOKEN")),
+    "a variable that is given anew": replace(HERE, renewed={"HOSTNAME": "pod-8"}),
 }
 
 
@@ -179,7 +181,7 @@ def test_a_host_that_cannot_restore_still_asks_for_the_same_snapshot() -> None:
 def test_the_key_is_stable_across_versions_of_this_code() -> None:
     # Raise the number in Here.key on purpose when what it covers changes: snapshots of earlier keys are then not found any more.
     assert re.fullmatch(r"[0-9a-f]{24}", HERE.key)
-    assert HERE.key == "e43962a9c91692e7fe843239"
+    assert HERE.key == "66bf2bb121114c18c8489dec"
 
 
 def test_a_compile_cache_is_shared_where_nothing_differs_that_enters_compiled_code() -> None:
@@ -297,4 +299,6 @@ def test_every_code_is_documented_and_every_documented_code_exists() -> None:
 def test_what_is_irrelevant_is_documented() -> None:
     for flags in IRRELEVANT_ARGUMENTS.values():
         assert [flag for flag in flags if f"`--{flag}`" not in DOCUMENT] == []
-    assert [prefix for prefix in RELEVANT_ENVIRONMENT if f"`{prefix}`" not in DOCUMENT] == []
+    assert [name for name in (*KEPT, *RENEWED) if f"`{name}`" not in DOCUMENT] == []
+    assert [prefix for prefix in RENEWED_PREFIXES if f"`{prefix}*`" not in DOCUMENT] == []
+    assert [suffix for suffix in RENEWED_SUFFIXES if f"`*{suffix}`" not in DOCUMENT] == []

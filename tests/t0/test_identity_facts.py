@@ -239,7 +239,7 @@ def test_a_whole_launch_and_its_secret_arguments(tmp_path: Path) -> None:
     now = launch(line, environment)
     record = now.record()
     assert record.arguments == {"--model": (("/m",),)}
-    assert record.environment == {"OMP_NUM_THREADS": "2"}
+    assert record.environment == {"HOME": "/root", "OMP_NUM_THREADS": "2"}
     assert sorted(record.secrets) == ["--api-key", "VLLM_API_KEY"]
     assert record.secret_names == ("HF_TOKEN", "VLLM_API_KEY")
     assert "sesame" not in repr(record) + repr(now)

@@ -10,11 +10,8 @@ from hypothesis import strategies as st
 
 from checkpoint.relevance import (
     IRRELEVANT_ARGUMENTS,
-    IRRELEVANT_ENVIRONMENT,
-    RELEVANT_ENVIRONMENT,
     looks_secret,
     normalised_arguments,
-    relevant_environment,
     secret_names,
 )
 
@@ -135,36 +132,6 @@ def test_every_irrelevant_argument_is_taken_out_wherever_it_stands(engine: str) 
         extra = [f"--{name}", *["value"] * takes]
         for line in ([*extra, *base], [*base, *extra], [*base[:2], *extra, *base[2:]]):
             assert normalised_arguments(engine, line) == normalised_arguments(engine, base), line
-
-
-def test_relevant_variables_are_those_that_change_a_process() -> None:
-    environment = {
-        "VLLM_USE_V1": "1",
-        "VLLM_PORT": "5",
-        "VLLM_LOGGING_LEVEL": "DEBUG",
-        "OMP_NUM_THREADS": "2",
-        "PYTHONHASHSEED": "0",
-        "PYTHONUNBUFFERED": "1",
-        "LD_PRELOAD": "/x.so",
-        "NCCL_P2P_DISABLE": "1",
-        "CUDA_VISIBLE_DEVICES": "3",
-        "TORCHINDUCTOR_CACHE_DIR": "/c",
-        "HOME": "/root",
-        "PATH": "/bin",
-        "LANG": "C",
-        "HOSTNAME": "pod-7",
-    }
-    assert list(relevant_environment(environment)) == [
-        "LD_PRELOAD",
-        "NCCL_P2P_DISABLE",
-        "OMP_NUM_THREADS",
-        "PYTHONHASHSEED",
-        "VLLM_USE_V1",
-    ]
-
-
-def test_every_exception_is_one() -> None:
-    assert [name for name in IRRELEVANT_ENVIRONMENT if not name.startswith(RELEVANT_ENVIRONMENT)] == []
 
 
 @pytest.mark.parametrize(

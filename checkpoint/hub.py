@@ -1,0 +1,43 @@
+"""Where models of a hub lie on this host, in the layout of huggingface_hub's cache (whose import takes longer than a restore may)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+DEFAULT_REVISION = "main"
+
+
+def caches(environment: Mapping[str, str], download_dir: str | None = None) -> list[Path]:
+    """The folders in which an engine with this environment looks for models of a hub, the first first. `download_dir`: its own option."""
+    found = [download_dir] if download_dir else []
+    home = environment.get("HF_HOME") or str(
+        Path(environment.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "huggingface"
+    )
+    found += [environment[name] for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE") if environment.get(name)][:1] or [
+        f"{home}/hub"
+    ]
+    if environment.get("TRANSFORMERS_CACHE"):
+        found.append(environment["TRANSFORMERS_CACHE"])
+    return list(dict.fromkeys(Path(folder).expanduser() for folder in found))
+
+
+def folder(name: str, revision: str | None, places: list[Path]) -> Path | None:
+    """The folder of a model in the first cache that has it at this revision (a branch, a tag, or a commit; None: the default branch)."""
+    if not _NAME.fullmatch(name):
+        return None
+    revision = revision or DEFAULT_REVISION
+    if ".." in revision.split("/"):
+        return None
+    for cache in places:
+        repo = cache / f"models--{name.replace('/', '--')}"
+        try:
+            commit = (repo / "refs" / revision).read_text().strip()
+        except (OSError, ValueError):
+            commit = revision  # a commit itself has no reference
+        snapshot = repo / "snapshots" / commit
+        if commit and "/" not in commit and snapshot.is_dir():
+            return snapshot
+    return None

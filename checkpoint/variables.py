@@ -1,0 +1,123 @@
+"""Which environment variables matter to a snapshot: all of them, but for those that this module names.
+
+Three kinds. A variable that MATTERS has been read into the engine's memory, or may have been: another value is another launch. One that
+is RENEWED says where, for whom and in which session the engine runs; a restored engine is given this launch's value.
+One that is KEPT has no effect on answers, since quickthaw takes its place or it only changes logs; a restored engine keeps the old value.
+
+The rule is one-sided: what is not named here matters, so a gap in the lists costs a cold start and never a wrong answer. A pattern
+(`POD_*`) never covers a name that the engine itself declares (facts.declared_variables). docs/identity.md lists all of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+
+OURS = "QUICKTHAW_"
+"""Variables of quickthaw itself: no engine reads them."""
+
+KEPT = frozenset(
+    {
+        # Ports and addresses: the sandbox has a network of its own, with nothing but loopback.
+        "VLLM_HOST_IP", "VLLM_LOOPBACK_IP", "VLLM_PORT", "VLLM_DP_MASTER_IP", "VLLM_DP_MASTER_PORT",
+        "VLLM_NIXL_SIDE_CHANNEL_HOST", "VLLM_NIXL_SIDE_CHANNEL_PORT", "VLLM_RPC_BASE_PATH",
+        "SGLANG_HOST_IP", "SGLANG_PORT", "NCCL_SOCKET_IFNAME", "NCCL_IB_HCA", "GLOO_SOCKET_IFNAME",
+        # Folders for caches and temporary files: the sandbox shows its own.
+        "TMPDIR", "TMP", "TEMP", "VLLM_CACHE_ROOT", "VLLM_ASSETS_CACHE", "VLLM_MEDIA_CACHE", "VLLM_XLA_CACHE_PATH",
+        "SGLANG_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR", "TRITON_DUMP_DIR", "OUTLINES_CACHE_DIR",
+        "FLASHINFER_WORKSPACE_BASE", "FLASHINFER_WORKSPACE_DIR", "FLASHINFER_CACHE_DIR", "NUMBA_CACHE_DIR", "CUDA_CACHE_PATH",
+        # Logs, progress, and statistics that are sent home.
+        "VLLM_LOGGING_LEVEL", "VLLM_LOGGING_PREFIX", "VLLM_LOGGING_COLOR", "VLLM_LOGGING_STREAM", "VLLM_LOG_STATS_INTERVAL",
+        "VLLM_NO_USAGE_STATS", "VLLM_DO_NOT_TRACK", "DO_NOT_TRACK", "VLLM_USAGE_SOURCE", "VLLM_USAGE_STATS_SERVER",
+        "VLLM_ENGINE_READY_TIMEOUT_S", "VLLM_DISABLE_LOG_LOGO", "SGLANG_LOGGING_CONFIG_PATH",
+        "TORCH_LOGS", "TORCH_SHOW_CPP_STACKTRACES", "TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY", "HF_HUB_DISABLE_PROGRESS_BARS",
+        "HF_HUB_DISABLE_TELEMETRY", "NCCL_DEBUG", "NCCL_DEBUG_FILE", "NO_COLOR", "FORCE_COLOR",
+        "PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE", "PYTHONPYCACHEPREFIX", "PYTHONWARNINGS", "PYTHONFAULTHANDLER",
+        "PYTHONSTARTUP", "PYTHONHISTFILE", "OMP_DISPLAY_ENV", "OMP_DISPLAY_AFFINITY", "KMP_SETTINGS", "KMP_WARNINGS",
+        "MKL_VERBOSE", "DNNL_VERBOSE", "ONEDNN_VERBOSE", "LD_DEBUG", "LD_DEBUG_OUTPUT", "RUST_BACKTRACE",
+        # Devices by number: which GPUs they are is compared by model and memory.
+        "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES",
+        # What an image says of itself.
+        "VLLM_BUILD_COMMIT", "VLLM_BUILD_PIPELINE", "VLLM_BUILD_URL", "VLLM_IMAGE_TAG", "CUDA_VERSION", "NCCL_VERSION",
+        "PYTHON_VERSION", "PYTHON_SHA256", "PYTHON_PIP_VERSION",
+    }
+)  # fmt: skip
+
+RENEWED = frozenset(
+    {
+        # Where it runs.
+        "HOSTNAME", "HOST_IP", "NODE_NAME", "NODE_IP", "NAMESPACE", "CONTAINER_NAME", "container",
+        # Who started it, and from which session.
+        "_", "PWD", "OLDPWD", "SHLVL", "SHELL", "USER", "LOGNAME", "USERNAME", "MAIL", "PATH", "PS1", "PS2", "PS4", "PROMPT_COMMAND",
+        "TERM", "TERMINFO", "COLORTERM", "COLUMNS", "LINES", "LS_COLORS", "PAGER", "MANPAGER", "EDITOR", "VISUAL",
+        "DISPLAY", "WAYLAND_DISPLAY", "XAUTHORITY", "WINDOWID", "DESKTOP_SESSION", "DBUS_SESSION_BUS_ADDRESS",
+        "XDG_RUNTIME_DIR", "XDG_SEAT", "XDG_VTNR", "XDG_CURRENT_DESKTOP", "XDG_DATA_DIRS",
+        "TMUX", "TMUX_PANE", "STY", "WINDOW", "GPG_AGENT_INFO", "GPG_TTY", "VIRTUAL_ENV", "VIRTUAL_ENV_PROMPT",
+        "CONDA_PROMPT_MODIFIER", "CONDA_SHLVL", "DEBIAN_FRONTEND", "PYTEST_CURRENT_TEST",
+        # Service managers.
+        "INVOCATION_ID", "JOURNAL_STREAM", "NOTIFY_SOCKET", "MAINPID", "MANAGERPID", "SYSTEMD_EXEC_PID", "CREDENTIALS_DIRECTORY",
+        # Ways out, which a sandbox does not have, and keys to them: read when they are used.
+        "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "all_proxy", "no_proxy",
+        "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN",
+    }
+)  # fmt: skip
+
+RENEWED_PREFIXES = (
+    "POD_", "MY_POD_", "MY_NODE_", "KUBERNETES_", "K8S_", "NOMAD_", "ECS_", "SLURM_",
+    "AWS_", "AZURE_", "GOOGLE_", "CLOUDSDK_",
+    "SSH_", "SUDO_", "XDG_SESSION_", "TERM_", "LC_TERMINAL", "VTE_", "KONSOLE_", "ITERM_", "KITTY_", "ALACRITTY_", "WEZTERM_", "WT_",
+    "VSCODE_", "GNOME_", "KDE_", "LESS", "HIST", "LISTEN_", "WATCHDOG_", "MEMORY_PRESSURE_",
+    "GITHUB_", "GITLAB_", "RUNNER_", "BUILDKITE_", "CI_JOB_", "CI_PIPELINE_", "CI_COMMIT_",
+    "PIP_", "UV_", "PYENV_", "NVM_", "NPM_", "RUSTUP_", "CARGO_", "GIT_",
+)  # fmt: skip
+RENEWED_SUFFIXES = ("_SERVICE_HOST", "_SERVICE_PORT")
+"""What Kubernetes adds for each service, as do the next two."""
+_SERVICE_PORT = "_SERVICE_PORT_"
+_LINKED_PORT, _LINK_SUFFIXES = "_PORT", ("_TCP", "_UDP", "_SCTP", "_ADDR", "_PORT", "_PROTO")
+_LINK_VALUES = ("tcp://", "udp://", "sctp://")
+
+
+@dataclass(frozen=True)
+class Variables:
+    """An environment by kind; values as given, secrets included."""
+
+    matter: Mapping[str, str]
+    renewed: Mapping[str, str]
+
+
+def by_kind(
+    environment: Mapping[str, str],
+    engine: str = "",
+    declared: Callable[[Collection[str]], Collection[str] | None] = lambda names: (),
+) -> Variables:
+    """Sort an engine's environment. `declared`: which of the names that a pattern matches the engine declares; None: unknown."""
+    matter: dict[str, str] = {}
+    renewed: dict[str, str] = {}
+    matched: dict[str, str] = {}
+    for name in sorted(environment):
+        value = environment[name]
+        if name in KEPT or name.startswith(OURS):
+            continue
+        if name in RENEWED:
+            renewed[name] = value
+        elif _matches(name, value):
+            matched[name] = value
+        else:
+            matter[name] = value
+    if matched:
+        names = declared(matched)
+        for name, value in matched.items():
+            # An engine whose list cannot be read keeps every name that looks like its own.
+            own = name.startswith(f"{engine.upper()}_") if names is None else name in names
+            (matter if own else renewed)[name] = value
+    return Variables(matter, renewed)
+
+
+def _matches(name: str, value: str) -> bool:
+    """Whether a pattern of RENEWED_PREFIXES, RENEWED_SUFFIXES, or of Kubernetes' links (`X_PORT_80_TCP_ADDR`) covers a variable."""
+    if name.startswith(RENEWED_PREFIXES) or name.endswith(RENEWED_SUFFIXES) or _SERVICE_PORT in name:
+        return True
+    if name.endswith(_LINKED_PORT) and value.startswith(_LINK_VALUES):
+        return True
+    _, linked, rest = name.rpartition(f"{_LINKED_PORT}_")
+    return bool(linked) and rest[:1].isdigit() and name.endswith(_LINK_SUFFIXES)

@@ -1,0 +1,56 @@
+"""What a launch is, and whether a snapshot may be restored for it (checkpoint.identity holds the rules)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from checkpoint import identity
+from checkpoint.identity import Here, Identity, Mismatch
+
+if TYPE_CHECKING:
+    from checkpoint.criu import Criu
+    from checkpoint.manifest import Snapshot
+    from plugin.settings import LaunchSettings
+    from plugin.weights import Weights
+
+
+def gather(settings: LaunchSettings, weights: Weights, criu: Criu | None) -> Here:
+    """The identity of a launch on this host. Raises CheckpointError where engine or interpreter are missing."""
+    model = weights.path
+    return identity.here(
+        settings.engine,
+        Path(settings.engine_python),
+        settings.command.arguments,
+        settings.given_environment,
+        # A snapshot that the user named is compared with the host and the engine only: spare reading the model.
+        model="" if settings.named else weights.digest,
+        model_paths=(settings.command.model, str(model)) if model else (),
+        model_folder=model,
+        kept=settings.home / "file-digests.json",
+        weights="thin" if settings.weights == "thin" else "full",
+        criu=criu.cached_version(settings.home) if criu else "",
+    )
+
+
+def check(snapshot: Snapshot, here: Here, settings: LaunchSettings, weights: Weights) -> Identity:
+    """What a snapshot is of. Raises Incompatible where it may not be restored here."""
+    recorded = Identity.decode(snapshot.identity)
+    if settings.named:
+        # The arguments and the environment are the snapshot's own: the user named it, and gave none.
+        reasons = (
+            *identity.check_host(recorded, here.host),
+            *identity.check_engine(recorded.engine, here.engine),
+            *_check_weights(snapshot, recorded, weights),
+        )
+    else:
+        reasons = identity.check(recorded, here)
+    identity.refuse(reasons)
+    return recorded
+
+
+def _check_weights(snapshot: Snapshot, recorded: Identity, weights: Weights) -> tuple[Mismatch, ...]:
+    """A snapshot without the weights reads them again: they must be those that it was taken of, by content."""
+    if snapshot.weights == "full" or weights.path is None:
+        return ()  # nothing is read, or the replica says which folder is missing
+    return identity.check_model(recorded.model, weights.digest)

@@ -1,0 +1,328 @@
+"""Everything that a command line names for an engine to read counts by its content, in whatever form of value."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from checkpoint import hub
+from checkpoint.filedigests import FILES_LIMIT, FileDigests
+from checkpoint.inputs import Inputs, option
+from checkpoint.relevance import normalised_arguments
+
+pytestmark = pytest.mark.t0
+
+BIG = 2 << 20
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with a file, and a folder that holds one of 2 MiB."""
+    folder = tmp_path / "work"
+    (folder / "adapter").mkdir(parents=True)
+    (folder / "adapter" / "adapter_model.safetensors").write_bytes(b"a" * BIG)
+    (folder / "table.json").write_text("{}")
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def edit(path: Path) -> None:
+    """Another byte, with size, mtime and inode as they were."""
+    before = path.stat()
+    with path.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"#")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def counts(line: list[str], change: Callable[[], object], kept: Path, **more: object) -> bool:
+    """Whether a change on the disk makes another launch of a command line; nothing changed makes none."""
+
+    def now() -> object:
+        inputs = Inputs(line, kept=kept, **more)  # type: ignore[arg-type]
+        found = normalised_arguments("vllm", line, (), inputs)
+        inputs.digests.save()
+        return found
+
+    before = now()
+    assert now() == before
+    change()
+    return now() != before
+
+
+FOLDER = [
+    ["--tokenizer", "{}"],
+    ["--tokenizer={}"],
+    ["--lora-modules", "sql={}", "other=x"],
+    ["--lora-paths", "a=/nowhere,b={}"],
+    ["--lora-modules", '{{"name": "sql", "path": "{}"}}'],
+    ["--lora-paths", '[{{"lora_name": "sql", "lora_path": "{}"}}]'],
+    ["--speculative-config", '{{"method": "draft_model", "model": "{}", "num_speculative_tokens": 3}}'],
+    ["--speculative-config.model", "{}"],
+    ["--speculative-draft-model-path", "{}"],
+    ["--default-mm-loras", '{{"image": "{}"}}'],
+    ["--generation-config", "{}"],
+    ["--hf-config-path", "{}"],
+]
+
+
+@pytest.mark.parametrize("words", FOLDER, ids=lambda words: " ".join(words))
+@pytest.mark.parametrize("relative", [False, True])
+def test_a_folder_counts_whatever_its_size(work: Path, tmp_path: Path, words: list[str], relative: bool) -> None:
+    name = "adapter" if relative else str(work / "adapter")
+    line = ["--model", "/m", *(word.format(name) for word in words)]
+    changed = work / "adapter" / "adapter_model.safetensors"
+    assert counts(line, lambda: edit(changed), tmp_path / "kept")
+    assert counts(line, lambda: (work / "adapter" / "chat_template.jinja").write_text("x"), tmp_path / "kept")
+    assert counts(line, lambda: changed.rename(work / "adapter" / "renamed"), tmp_path / "kept")
+
+
+FILE = [
+    ["--chat-template", "{}"],
+    ["--tool-parser-plugin", "{}"],
+    ["--reasoning-parser-plugin={}"],
+    ["--quantization-param-path", "{}"],
+    ["--hicache-storage-backend-extra-config", "@{}"],
+    ["--speculative-token-map", "x={}"],
+    ["--quantization-config", '{{"scales": ["{}"]}}'],
+    ["--ssl-certfile", "{}"],
+    ["--unknown-flag", "{}"],
+]
+
+
+@pytest.mark.parametrize("words", FILE, ids=lambda words: " ".join(words))
+@pytest.mark.parametrize("size", [10, BIG])
+def test_a_file_counts_whatever_its_size(work: Path, tmp_path: Path, words: list[str], size: int) -> None:
+    (work / "table.json").write_bytes(b"x" * size)
+    line = ["--model", "/m", *(word.format(work / "table.json") for word in words)]
+    assert counts(line, lambda: edit(work / "table.json"), tmp_path / "kept")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--served-model-name", "adapter"],
+        ["--allowed-local-media-path", "{}"],
+        ["--download-dir", "{}"],
+        ["--compilation-config", '{{"cache_dir": "{}"}}'],
+        ["--profiler-config.torch_profiler_dir", "{}"],
+        ["--export-metrics-to-file-dir={}"],
+        ["--root-path", "{}"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_names_and_what_the_engine_writes_do_not_count(work: Path, tmp_path: Path, words: list[str]) -> None:
+    line = ["--model", "/m", *(word.format(work / "adapter") for word in words)]
+    assert not counts(line, lambda: (work / "adapter" / "more").write_text("x"), tmp_path / "kept")
+
+
+def test_the_models_own_folder_counts_by_its_manifest_alone(work: Path, tmp_path: Path) -> None:
+    (work / "link").symlink_to(work / "adapter")
+    for name in (str(work / "adapter"), "adapter", str(work / "link")):
+        line = ["--model", name, "--tokenizer", name]
+        more = {"model": work / "adapter", "model_name": name}
+        assert not counts(line, lambda: edit(work / "adapter" / "adapter_model.safetensors"), tmp_path / "kept", **more)
+
+
+def test_what_a_configuration_file_names_counts(work: Path, tmp_path: Path) -> None:
+    config = work / "config.yaml"
+    config.write_text(
+        f"# ours\nchat-template: {work}/table.json\nlora-modules:\n  - sql={work}/adapter\nserved-model-name: adapter\n"
+        f'speculative-config: {{"model": "{work}/draft"}}\ndownload_dir: {tmp_path}\n'
+    )
+    (work / "draft").mkdir()
+    (work / "draft" / "config.json").write_text("{}")
+    line = ["--model", "/m", "--config", str(config)]
+    for changed in (
+        work / "table.json",
+        work / "adapter" / "adapter_model.safetensors",
+        work / "draft" / "config.json",
+        config,
+    ):
+        assert counts(line, lambda changed=changed: edit(changed), tmp_path / "kept"), changed  # type: ignore[misc]
+
+
+def modules(folder: Path) -> Path:
+    (folder / "mine").mkdir(parents=True)
+    for name in ("__init__", "auth", "helper"):
+        (folder / "mine" / f"{name}.py").write_text("x = 1\n")
+    (folder / "single.py").write_text("x = 1\n")
+    return folder
+
+
+@pytest.mark.parametrize("where", ["working folder", "PYTHONPATH", ".pth"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--middleware", "mine.auth.Keys"],
+        ["--middleware", "single.Keys"],
+        ["--logits-processors", "mine.auth:Keys"],
+        ["--worker-extension-cls", "mine.auth.Keys"],
+        ["--kv-transfer-config", '{"kv_connector_module_path": "mine.auth"}'],
+    ],
+    ids=lambda words: " ".join(words),
+)
+def test_a_module_counts_by_its_sources(work: Path, tmp_path: Path, words: list[str], where: str) -> None:
+    folder = modules(work if where == "working folder" else tmp_path / "lib")
+    site = tmp_path / "site"
+    site.mkdir()
+    environment = {"PYTHONPATH": f"/nowhere:{folder}"} if where == "PYTHONPATH" else {}
+    if where == ".pth":
+        (site / "editable.pth").write_text(f"import os\n{folder}\n")
+    more = {"environment": environment, "modules": [site]}
+    changed = folder / "single.py" if "single" in words[1] else folder / "mine" / "helper.py"
+    assert counts(["--model", "/m", *words], lambda: edit(changed), tmp_path / "kept", **more)
+
+
+def test_an_installed_module_counts_by_its_own_file_and_the_engine_by_its_build(work: Path, tmp_path: Path) -> None:
+    site = modules(tmp_path / "site")
+    line, more = ["--middleware", "mine.auth.Keys"], {"modules": [site], "engine": "vllm"}
+    assert counts(line, lambda: edit(site / "mine" / "auth.py"), tmp_path / "kept", **more)
+    assert not counts(line, lambda: edit(site / "mine" / "helper.py"), tmp_path / "kept", **more)
+    (site / "vllm").mkdir()
+    (site / "vllm" / "own.py").write_text("x = 1\n")
+    line = ["--middleware", "vllm.own.Keys"]
+    assert not counts(line, lambda: edit(site / "vllm" / "own.py"), tmp_path / "kept", **more)
+
+
+def repository(cache: Path, name: str, **refs: str) -> Path:
+    repo = cache / f"models--{name.replace('/', '--')}"
+    for ref, commit in refs.items():
+        (repo / "snapshots" / commit).mkdir(parents=True, exist_ok=True)
+        (repo / "snapshots" / commit / "config.json").write_text(commit)
+        (repo / "refs").mkdir(exist_ok=True)
+        (repo / "refs" / ref).write_text(commit)
+    return repo
+
+
+@pytest.mark.parametrize(
+    ("words", "moves"),
+    [
+        (["--tokenizer", "acme/tok"], "main"),
+        (["--tokenizer", "acme/tok", "--tokenizer-revision", "dev"], "dev"),
+        (["--tokenizer", "acme/tok", "--revision=dev"], "dev"),
+        (["--speculative-config", '{"model": "acme/tok", "revision": "dev"}'], "dev"),
+        (["--speculative-config", '{"model": "acme/tok"}'], "main"),
+        (["--speculative-draft-model-path", "acme/tok", "--speculative-draft-model-revision", "dev"], "dev"),
+        (["--lora-modules", "sql=acme/tok"], "main"),
+        (["--code-revision", "dev"], "dev"),
+    ],
+    ids=str,
+)
+def test_a_name_on_a_hub_counts_at_its_revision(work: Path, tmp_path: Path, words: list[str], moves: str) -> None:
+    cache = tmp_path / "hub"
+    repo = repository(cache, "acme/tok", main="aaaa", dev="bbbb")
+    (repo / "snapshots" / "cccc").mkdir()
+    more = {"environment": {"HF_HUB_CACHE": str(cache)}, "model_name": "acme/tok"}
+    line = ["--model", "acme/tok", *words]
+    other = repo / "refs" / ("dev" if moves == "main" else "main")
+    assert not counts(line, lambda: other.write_text("cccc"), tmp_path / "kept", **more)
+    assert counts(line, lambda: (repo / "refs" / moves).write_text("cccc"), tmp_path / "kept", **more)
+
+
+def test_code_that_a_trusted_model_takes_from_elsewhere_counts(work: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "hub"
+    repo = repository(cache, "acme/code", main="aaaa", v2="bbbb")
+    (work / "adapter" / "config.json").write_text(json.dumps({"auto_map": {"AutoModel": "acme/code--modeling.Model"}}))
+
+    def code(*words: str) -> str:
+        environment = {"HF_HUB_CACHE": str(cache)}
+        return Inputs(["--model", "m", *words], environment, model=work / "adapter", model_name="m").remote_code()
+
+    assert code() == ""
+    before, pinned = code("--trust-remote-code"), code("--trust_remote_code", "--code-revision", "v2")
+    assert before and pinned and before != pinned
+    (repo / "snapshots" / "aaaa" / "config.json").write_text("edited")
+    assert code("--trust-remote-code") != before
+    assert code("--trust_remote_code", "--code-revision", "v2") == pinned
+
+
+def test_where_models_of_a_hub_lie(tmp_path: Path) -> None:
+    home = str(tmp_path)
+    assert hub.caches({"HF_HUB_CACHE": "/a", "HF_HOME": "/b"}) == [Path("/a")]
+    assert hub.caches({"HF_HOME": "/b", "TRANSFORMERS_CACHE": "/t"}, "/d") == [Path("/d"), Path("/b/hub"), Path("/t")]
+    assert hub.caches({"XDG_CACHE_HOME": home}) == [tmp_path / "huggingface" / "hub"]
+    repository(tmp_path, "acme/tiny", main="aaaa")
+    (tmp_path / "models--acme--tiny" / "refs" / "pr").mkdir()
+    (tmp_path / "models--acme--tiny" / "refs" / "pr" / "1").write_text("aaaa")
+    folder = tmp_path / "models--acme--tiny" / "snapshots" / "aaaa"
+    for revision in (None, "main", "pr/1", "aaaa"):
+        assert hub.folder("acme/tiny", revision, [tmp_path]) == folder
+    for name, revision in (
+        ("acme/tiny", "dev"),
+        ("acme/none", None),
+        ("../x", None),
+        ("acme/tiny", "../main"),
+        ("a\0", None),
+    ):
+        assert hub.folder(name, revision, [tmp_path]) is None
+
+
+def test_the_last_word_on_an_option_counts_and_the_command_line_before_a_file(tmp_path: Path) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text("tokenizer: x\nrevision: 'filed' # ours\n")
+    assert option(["--revision", "a", "--revision=b"], "revision") == "b"
+    assert option(["--config", str(config)], "revision") == "filed"
+    assert option(["--config", str(config), "--revision", "given"], "revision") == "given"
+    assert option(["--config", str(config)], "code-revision") is None
+    assert option(["--revision"], "revision") is None
+
+
+def test_a_large_file_is_read_once_for_as_long_as_it_does_not_change(work: Path, tmp_path: Path) -> None:
+    file, kept = work / "adapter" / "adapter_model.safetensors", tmp_path / "state" / "kept"
+    os.utime(file)
+    time.sleep(0.11)  # a file that has only just been written is read again
+    first = FileDigests(kept)
+    digest = first.of_file(file)
+    first.save()
+    assert kept.stat().st_mode & 0o777 == 0o600
+    text = kept.read_text()
+    kept.write_text(text.replace(digest, "0" * 32))
+    assert FileDigests(kept).of_file(file) == "0" * 32  # it was not read
+    edit(file)
+    assert FileDigests(kept).of_file(file) not in (digest, "0" * 32)
+    kept.write_text("{garbled")
+    assert FileDigests(kept).of_file(file) not in (digest, "0" * 32)
+    unwritable = FileDigests(Path("/proc/none/kept"))
+    unwritable.of_file(file)
+    unwritable.save()
+
+
+def test_strange_folders_are_digested_all_the_same(tmp_path: Path) -> None:
+    folder = tmp_path / "f"
+    folder.mkdir()
+    (folder / "loop").symlink_to(folder)
+    (folder / "dead").symlink_to("/nowhere")
+    os.mkfifo(folder / "pipe")
+    (folder / "__pycache__").mkdir()
+    (folder / "__pycache__" / "x.pyc").write_bytes(b"1")
+    (folder / os.fsdecode(b"\xff")).write_text("x")
+    digest = FileDigests().of_folder(folder)
+    (folder / "__pycache__" / "x.pyc").write_bytes(b"2")
+    assert FileDigests().of_folder(folder) == digest
+    (folder / "dead").unlink()
+    assert FileDigests().of_folder(folder) != digest
+
+
+def test_a_folder_of_too_many_files_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("checkpoint.filedigests.FILES_LIMIT", 5)
+    for number in range(7):
+        (tmp_path / str(number)).write_text("x")
+    assert FileDigests().of_folder(tmp_path) is None
+    line = ["--tokenizer", str(tmp_path)]
+    normalised_arguments("vllm", line, (), Inputs(line))
+    assert f"over {FILES_LIMIT} files" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "value", ["x" * 5000, "a\0b", "~nobody-here/x", '{"a": ' * 2000, "[" * 5000, "/", ".", "", "-1", "é" * 3000]
+)
+def test_a_value_that_names_nothing_is_a_value(work: Path, value: str) -> None:
+    assert Inputs([]).value("--x", value) == value

@@ -21,6 +21,7 @@ from checkpoint import early
 from checkpoint.aside import aside
 from checkpoint.errors import Failed, HostLacks, Incompatible, Integrity
 from checkpoint.imagefile import messages, nested
+from checkpoint.privileges import Privileges
 from checkpoint.sandbox import Sandbox
 
 MINIMUM_VERSION = (4, 2)
@@ -128,10 +129,11 @@ class Criu:
         return (str(self.program),)
 
     def kernel_facts(self, home: Path) -> Path:
-        """Where what this CRIU learnt about this kernel is kept between sandboxes: a file for each boot and binary."""
+        """Return where what this CRIU learnt about this kernel is kept between sandboxes: a file for each boot, binary and set of
+        privileges, since what it may not try it takes for missing."""
         stat = self.program.stat()
         boot = Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
-        return home / "run" / f"criu-kernel-{boot}-{stat.st_size}-{stat.st_mtime_ns}"
+        return home / "run" / f"criu-kernel-{boot}-{stat.st_size}-{stat.st_mtime_ns}-{Privileges.here().key}"
 
     def keep_kernel_facts(self, sandbox: Sandbox) -> None:
         """Keep what CRIU left in a sandbox's own /run, where it is not there yet (see checkpoint.init, cover_run)."""
@@ -144,12 +146,21 @@ class Criu:
             with aside(target) as new:
                 new.write_bytes(data)
 
-    def dump(self, sandbox: Sandbox, root_pid: int, images: Path, while_frozen: Path, timeout_s: float) -> int:
+    def dump(
+        self,
+        sandbox: Sandbox,
+        root_pid: int,
+        images: Path,
+        while_frozen: Path,
+        timeout_s: float,
+        seen_at: Path | None = None,
+    ) -> int:
         """Write the tree's images into `images`; it goes on running afterwards. Returns its monotonic clock, in ns, as CRIU read it.
 
-        `while_frozen` is a script that CRIU runs after the images are written and before the tree runs on.
-        Raises Failed with CRIU's own last error.
+        `while_frozen` is a script that CRIU runs after the images are written and before the tree runs on. `seen_at`: where `images`, a
+        folder of the sandbox, is seen from here, if at another path. Raises Failed with CRIU's own last error.
         """
+        seen_at = seen_at or images
         argv = [
             *self._argv,
             "dump",
@@ -164,9 +175,11 @@ class Criu:
         ]
         code = sandbox.execute(argv, _environment(), timeout_s)
         if code:
-            raise Failed("criu-dump-failed", f"CRIU could not dump the engine: {last_error(images / 'dump.log', code)}")
+            raise Failed(
+                "criu-dump-failed", f"CRIU could not dump the engine: {last_error(seen_at / 'dump.log', code)}"
+            )
         self.keep_kernel_facts(sandbox)
-        return _take_clock(images)
+        return _take_clock(seen_at)
 
     def restore(
         self,
@@ -177,17 +190,19 @@ class Criu:
         work: Path,
         pipes: dict[str, int],
         lazy_pages: bool = False,
+        seen_at: Path | None = None,
     ) -> None:
         """Bring a dumped tree back inside `sandbox`; returns when every process runs.
 
         `work` is a folder for the log and CRIU's sockets (images may be read-only). `pipes` maps the name of a pipe whose other end
-        was outside the tree (`pipe:[123]`) to one of our descriptors. With `lazy_pages` a page server listens in `work`.
-        Raises Failed with CRIU's own last error.
+        was outside the tree (`pipe:[123]`) to one of our descriptors. With `lazy_pages` a page server listens in `work`. `seen_at`: where
+        `work`, a folder of the sandbox, is seen from here, if at another path. Raises Failed with CRIU's own last error.
         """
         told = self.told(root_pid, images, dict(zip(pipes, pipes, strict=True)), lazy_pages)
         argv = [word.replace(early.WORK, str(work)) for word in told["argv"]]
         keep = {early.FIRST_KEPT + index: fd for index, fd in enumerate(pipes.values())}
-        self.restored(sandbox, sandbox.execute(argv, told["env"], timeout_s, keep_fds=keep, adopts=root_pid), work)
+        code = sandbox.execute(argv, told["env"], timeout_s, keep_fds=keep, adopts=root_pid)
+        self.restored(sandbox, code, seen_at or work)
         sandbox.go_on()
 
     def told(self, root_pid: int, images: Path, pipes: Mapping[str, str], lazy_pages: bool) -> dict[str, Any]:

@@ -231,19 +231,20 @@ class Library:
             return Health()
 
     def failed(self, name: str, reason: str) -> Health:
-        """Count a failed restore; the record after it."""
+        """Count a failed restore; the record after it, which is not kept where the disk is full or read-only."""
         health = self.health(name)
         health.failures += 1
         health.reason, health.at = reason, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         file = self._health_file(name)
-        with aside(file) as new:
+        with contextlib.suppress(OSError), aside(file) as new:
             new.touch(0o600)
             new.write_bytes(msgspec.json.encode(health))
         return health
 
     def succeeded(self, name: str) -> None:
         """Forget earlier failures."""
-        self._health_file(name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a read-only disk says so even where there is none
+            self._health_file(name).unlink(missing_ok=True)
 
 
 def _touched(folder: Path) -> float:

@@ -159,21 +159,24 @@ class Engine(abc.ABC):
     ) -> dict[str, str]:
         """The engine's environment: the user's, what reaching into it needs, and no calls home (the sandbox has no way out).
 
-        A variable that the user has set keeps its value, except where a snapshot would not work with it (TMPDIR).
+        A variable that the user has set keeps its value, except where a snapshot would not work with it (TMPDIR). `site` and `cache`
+        are empty where the state folder cannot be written: the engine has neither then.
         """
         env = dict(user)
         env.pop("PYTHONDONTWRITEBYTECODE", None)
         for name, value in self.defaults().items():
             env.setdefault(name, value)
         env.update(self.control())
-        env["PYTHONPATH"] = os.pathsep.join(filter(None, [site, user.get("PYTHONPATH", "")]))
+        if site:
+            env["PYTHONPATH"] = os.pathsep.join(filter(None, [site, user.get("PYTHONPATH", "")]))
         env["PYTHONUNBUFFERED"] = "1"
         if command.fixed_seed:
             env["QUICKTHAW_FIXED_SEED"] = "1"
-        env.setdefault("VLLM_CACHE_ROOT", f"{cache}/vllm")
-        env.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{cache}/inductor")
-        env.setdefault("TRITON_CACHE_DIR", f"{cache}/triton")
-        env.setdefault("FLASHINFER_WORKSPACE_BASE", f"{cache}/flashinfer")
+        if cache:
+            env.setdefault("VLLM_CACHE_ROOT", f"{cache}/vllm")
+            env.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{cache}/inductor")
+            env.setdefault("TRITON_CACHE_DIR", f"{cache}/triton")
+            env.setdefault("FLASHINFER_WORKSPACE_BASE", f"{cache}/flashinfer")
         if sandboxed:
             env["TMPDIR"] = TMP_DIR
             env["QUICKTHAW_CONTROL_DIR"] = CONTROL_DIR

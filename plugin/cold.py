@@ -16,8 +16,10 @@ from launchers.client import Client
 from launchers.engine_site import engine_site
 from launchers.errors import LauncherError
 from plugin import taking
+from plugin.home import unusable
 from plugin.output import Output
 from plugin.running import Running
+from plugin.trial import sandbox_reason
 
 if TYPE_CHECKING:
     from plugin.compile_cache import CompileCache
@@ -30,24 +32,19 @@ def begin(replica: Replica, mounted: Path | None) -> Running:
     """Start the engine's process; its model from `mounted`, where the lazy mount is up. Raises LauncherError (engine-not-started); then
     nothing is left."""
     outputs = {"stdout": Output(replica.stdout), "stderr": Output(replica.stderr)}
-    sandboxed = not replica.layers.sandbox
-    site = engine_site(replica.settings.home, Path(__file__).parent / "engine")
-    folder = replica.compile_cache()
-    place: Sandbox | BareProcess
-    if sandboxed:
-        facts = replica.criu.kernel_facts(replica.settings.home) if replica.criu else None
-        binds = replica.binds(mounted, replica.weights.shown_at if mounted else "")
-        place = Sandbox(SandboxConfig(binds=binds, kernel_facts=facts), on_exit=replica.on_exit())
-        port = INNER_PORT
+    place: Sandbox | BareProcess | None = None if replica.layers.sandbox else _sandbox(replica, mounted)
+    sandboxed = place is not None
+    if place is not None:
+        port, site, cache = INNER_PORT, ENGINE_SITE, CACHE_DIR
     else:
-        place = BareProcess(on_exit=replica.on_exit())
-        port = free_port()
+        place, port = BareProcess(on_exit=replica.on_exit()), free_port()
+        site, cache = _folders(replica)
     environment = replica.engine.environment(
         replica.settings.given_environment,
         replica.settings.command,
         sandboxed=sandboxed,
-        site=ENGINE_SITE if sandboxed else str(site),
-        cache=CACHE_DIR if sandboxed else str(folder),
+        site=site,
+        cache=cache,
     )
     command = replica.settings.command
     if sandboxed and taking.on_gpu(replica):
@@ -69,10 +66,32 @@ def begin(replica: Replica, mounted: Path | None) -> Running:
     return Running(place, pid, port, client, outputs)
 
 
+def _sandbox(replica: Replica, mounted: Path | None) -> Sandbox | None:
+    """Return a sandbox for the engine; None where this host refuses one, which is said. Raises with `--strict`."""
+    try:
+        facts = replica.criu.kernel_facts(replica.settings.home) if replica.criu else None
+        binds = replica.binds(mounted, replica.weights.shown_at if mounted else "")
+        return Sandbox(SandboxConfig(binds=binds, kernel_facts=facts), on_exit=replica.on_exit())
+    except (CheckpointError, OSError) as error:
+        replica.turn_off(sandbox_reason(error), error)
+        return None
+
+
+def _folders(replica: Replica) -> tuple[str, str]:
+    """Return the folders of an engine without a sandbox: for its PYTHONPATH, and for its compile caches; empty where they cannot be had."""
+    if unusable(replica.settings.home):
+        return "", ""
+    try:
+        return str(engine_site(replica.settings.home, Path(__file__).parent / "engine")), str(replica.compile_cache())
+    except OSError as error:
+        log.info("compile caches stay where the engine keeps them: %s", error)
+        return "", ""
+
+
 def kept_cache(replica: Replica) -> CompileCache | None:
     """The archive of compiled code in the snapshot store, where one is given; None else, or where it may not be believed."""
     url = replica.settings.snapshot_store
-    if url is None:
+    if url is None or unusable(replica.settings.home):
         return None
     try:
         name = replica.identity.compile_cache

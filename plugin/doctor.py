@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -46,33 +45,37 @@ def _kernel() -> Finding:
     return Finding("kernel", "ok", release)
 
 
-def _privilege() -> Finding:
-    from plugin.layers import _has_cap_sys_admin
+def _privileges() -> list[Finding]:
+    """What every layer needs, by name: the same judgement as a launch's (plugin.layers)."""
+    from checkpoint.privileges import Privileges
+    from plugin.layers import judge
 
-    if _has_cap_sys_admin():
-        return Finding("privilege", "ok", "CAP_SYS_ADMIN")
-    return Finding(
-        "privilege",
-        "off",
-        "no CAP_SYS_ADMIN",
-        "run as root, in a container add --cap-add SYS_ADMIN --security-opt apparmor=unconfined",
-    )
+    off = judge(Privileges.here()).off()
+    if not off:
+        return [Finding("privileges", "ok", "every capability and device that is needed")]
+    return [
+        Finding("privileges", "off", f"{names}: {why.partition('; ')[0]}", _remedy(why)) for names, why in off.items()
+    ]
+
+
+def _remedy(why: str) -> str:
+    return why.partition("; ")[2]
 
 
 def _sandbox() -> Finding:
     from checkpoint.errors import CheckpointError
+    from checkpoint.privileges import Privileges
     from checkpoint.sandbox import Sandbox
+    from plugin.layers import judge
+    from plugin.trial import sandbox_reason
 
+    if judge(Privileges.here()).sandbox:
+        return Finding("sandbox", "off", "not tried", "see privileges above")
     try:
         with Sandbox() as sandbox:
             sandbox.connect(9).close()
     except CheckpointError as error:
-        return Finding(
-            "sandbox",
-            "off",
-            str(error),
-            "namespaces must be allowed: docker run --privileged, or --cap-add SYS_ADMIN with seccomp=unconfined",
-        )
+        return Finding("sandbox", "off", sandbox_reason(error), "docs/deploy.md lists what a container must allow")
     return Finding("sandbox", "ok", "process, mount, network, IPC and time namespaces, seccomp")
 
 
@@ -88,44 +91,25 @@ def _criu() -> Finding:
 
 
 def _roundtrip() -> Finding:
-    """Dump and restore a small process for real: what no list of features can promise."""
+    """Dump and restore a small process for real, as the first cold start of a host does (plugin.trial)."""
     from checkpoint.criu import Criu
     from checkpoint.errors import CheckpointError
-    from checkpoint.sandbox import Sandbox, SandboxConfig
+    from checkpoint.privileges import Privileges
+    from plugin import trial
+    from plugin.layers import judge
 
-    folder = Path(tempfile.mkdtemp(prefix="quickthaw-doctor-"))
-    images = folder / "images"
-    images.mkdir()
-    script = folder / "nothing.sh"
-    script.write_text("#!/bin/sh\n")
-    script.chmod(0o700)
+    if judge(Privileges.here()).snapshots:
+        return Finding("dump and restore", "off", "not tried", "see privileges above")
     try:
         criu = Criu.find(state_home())
-        with Sandbox() as sandbox:
-            pid = sandbox.start(["/bin/sleep", "60"], {}, "/")
-            clock = criu.dump(sandbox, pid, images, script, 30.0)
-        with Sandbox(SandboxConfig(monotonic_ns=clock)) as sandbox:
-            criu.restore(sandbox, pid, images, 30.0, folder, {})
-            if sandbox.exit_code(pid) is not None:
-                return Finding(
-                    "dump and restore",
-                    "off",
-                    "the restored process ended at once",
-                    "please report this with the output of doctor",
-                )
     except CheckpointError as error:
-        return Finding("dump and restore", "off", str(error), "see docs/limits.md for what CRIU cannot dump")
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        return Finding("dump and restore", "off", f"not tried ({error.code})", "see criu above")
+    try:
+        trial.run(criu)
+    except CheckpointError as error:
+        what = trial.sandbox_reason(error)
+        return Finding("dump and restore", "off", what, "docs/deploy.md lists what a container must allow")
     return Finding("dump and restore", "ok", "a process was dumped and came back")
-
-
-def _fuse() -> Finding:
-    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
-        return Finding(
-            "lazy weights", "off", "/dev/fuse cannot be opened", "run as root, in a container add --device /dev/fuse"
-        )
-    return Finding("lazy weights", "ok", "/dev/fuse opens")
 
 
 def _gpu() -> Finding:
@@ -142,22 +126,41 @@ def _gpu() -> Finding:
     return Finding("gpu", "ok", "; ".join(out))
 
 
-def _space() -> Finding:
+def _state_folder() -> Finding:
+    """Whether the state folder can be written, tried as a launch does, and how much room it has."""
+    from plugin.home import unusable
+
     home = state_home()
-    there = home if home.exists() else home.parent
-    while not there.exists():
-        there = there.parent
-    free = shutil.disk_usage(there).free
+    if why := unusable(home):
+        what, _, remedy = why.rpartition("; ")
+        return Finding("state folder", "off", what, remedy)
+    free = shutil.disk_usage(home).free
     state = "ok" if free > 10e9 else "note"
     return Finding(
-        "disk",
+        "state folder",
         state,
-        f"{free / 1e9:.0f} GB free for {home}",
+        f"{free / 1e9:.1f} GB free for {home}",
         "" if state == "ok" else "set QUICKTHAW_HOME to a larger disk",
     )
 
 
-CHECKS: tuple[Callable[[], Finding], ...] = (_kernel, _privilege, _sandbox, _criu, _roundtrip, _fuse, _gpu, _space)
+CHECKS: tuple[Callable[[], Finding | list[Finding]], ...] = (
+    _kernel,
+    _privileges,
+    _sandbox,
+    _criu,
+    _roundtrip,
+    _gpu,
+    _state_folder,
+)
+
+
+def _findings() -> list[Finding]:
+    found: list[Finding] = []
+    for check in CHECKS:
+        one = check()
+        found += one if isinstance(one, list) else [one]
+    return found
 
 
 @click.command()
@@ -169,7 +172,7 @@ def doctor(as_json: bool) -> int:
     quickthaw doctor
     quickthaw doctor --json
     """
-    findings = [check() for check in CHECKS]
+    findings = _findings()
     if as_json:
         click.echo(json.dumps([asdict(finding) for finding in findings], indent=1))
     else:

@@ -2,10 +2,36 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
+
+LEAST_ROOM = 64 << 20
+"""Bytes that a cold start needs below the state folder: compiled code, manifests, the engine's site folder."""
+_PROBE = bytes(1 << 16)
 
 
 def state_home() -> Path:
     """`$QUICKTHAW_HOME`, or `~/.cache/quickthaw`."""
     return Path(os.environ.get("QUICKTHAW_HOME") or Path.home() / ".cache" / "quickthaw")
+
+
+def unusable(home: Path) -> str | None:
+    """Return why nothing may be written below `home`, with the remedy, in one line; None where it can be (tried, in under 1 ms)."""
+    remedy = "make room there, or set QUICKTHAW_HOME to a folder on a disk with room"
+    try:
+        run = home / "run"
+        run.mkdir(mode=0o700, parents=True, exist_ok=True)
+        probe = run / f".room-{os.urandom(6).hex()}"
+        try:
+            probe.write_bytes(_PROBE)
+        finally:
+            probe.unlink(missing_ok=True)
+        there = os.statvfs(home)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return f"state-folder-full: {home} is full; {remedy}"
+        return f"state-folder-unwritable: {home}: {error.strerror}; set QUICKTHAW_HOME to a folder that can be written"
+    if there.f_bavail * there.f_frsize < LEAST_ROOM:
+        return f"state-folder-full: {home} has {there.f_bavail * there.f_frsize / 1e6:.0f} MB free; {remedy}"
+    return None

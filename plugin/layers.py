@@ -1,60 +1,62 @@
-"""Which layers this host can do, found out in a few file operations, and said once.
+"""Which layers this host can do, found out in a few system calls, and said once.
 
-A layer that is off never stops a launch (unless `--strict`): the engine then starts as it would alone, with what is left.
+A layer that is off never stops a launch (unless `--strict`): the engine then starts as it would alone, with what is left. What only shows
+in use is tried out during a cold start (plugin.trial).
 """
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from checkpoint.criu import Criu
 from checkpoint.errors import HostLacks
-
-CAP_SYS_ADMIN = 21
+from checkpoint.privileges import Privileges, remedy
 
 
 @dataclass(frozen=True)
 class Layers:
-    """For each layer None where it works, else why it is off and what to do, in one line."""
+    """For each layer None where it works, else why it is off and the remedy, in one line.
+
+    `pages`: restores that go on while pages are still to come (the working set first); without it every page is put in place before.
+    """
 
     mount: str | None = None
     sandbox: str | None = None
     snapshots: str | None = None
+    pages: str | None = None
 
     def off(self) -> dict[str, str]:
-        """The layers that are off, with the reason."""
+        """Return why layers are off, by their names; those that are off for one reason together."""
         named = {"lazy weights": self.mount, "sandbox": self.sandbox, "snapshots": self.snapshots}
-        return {name: why for name, why in named.items() if why}
+        if self.snapshots is None:
+            named["pages on demand"] = self.pages
+        together: dict[str, list[str]] = {}
+        for name, why in named.items():
+            if why:
+                together.setdefault(why, []).append(name)
+        return {", ".join(names): why for why, names in together.items()}
+
+    @classmethod
+    def none(cls, why: str) -> Layers:
+        """Return layers that are all off for one reason."""
+        return cls(why, why, why, why)
 
 
-def _has_cap_sys_admin() -> bool:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("CapEff:"):
-            return bool(int(line.split()[1], 16) >> CAP_SYS_ADMIN & 1)
-    return False
+def judge(found: Privileges) -> Layers:
+    """Return what these privileges allow. Where the base is missing, the reason names everything that all layers need."""
+    if found.missing("sandbox"):
+        return Layers.none(remedy(found.missing("mount", "sandbox", "snapshots", "pages")))
+    reasons = {layer: found.missing(layer) for layer in ("mount", "snapshots", "pages")}
+    return Layers(**{layer: remedy(names) if names else None for layer, names in reasons.items()})
 
 
 def detect(home: Path) -> tuple[Layers, Criu | None]:
-    """What this host offers, and its CRIU. Takes under a millisecond; what only shows in use is reported then."""
-    admin = _has_cap_sys_admin()
-    mount = sandbox = snapshots = None
-    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
-        mount = "/dev/fuse cannot be opened; run as root, in a container add --device /dev/fuse"
-    elif not admin:
-        mount = "mounting needs CAP_SYS_ADMIN; run as root, in a container add --cap-add SYS_ADMIN"
-    if not admin:
-        sandbox = "namespaces need CAP_SYS_ADMIN; run as root, in a container add --cap-add SYS_ADMIN"
-    elif not Path("/proc/self/ns/pid_for_children").exists():
-        sandbox = "this kernel has no PID namespaces"
-    criu = None
-    if sandbox:
-        snapshots = sandbox
-        mount = mount or sandbox
-    else:
-        try:
-            criu = Criu.find(home)
-        except HostLacks as error:
-            snapshots = str(error)
-    return Layers(mount, sandbox, snapshots), criu
+    """Return what this host offers, and its CRIU. Takes under a millisecond, but where a CRIU is asked for its version the first time."""
+    layers = judge(Privileges.here())
+    if layers.snapshots:
+        return layers, None
+    try:
+        return layers, Criu.find(home)
+    except HostLacks as error:
+        return Layers(layers.mount, layers.sandbox, str(error), layers.pages), None

@@ -30,8 +30,10 @@ from launchers.base import ENGINE_SITE, Engine, Probe
 from launchers.client import Client
 from launchers.engine_site import engine_site
 from launchers.errors import EngineFailed, LauncherError
+from lazyfs.errors import LazyfsError
 from plugin import rates, taking
 from plugin.following import Following
+from plugin.home import unusable
 from plugin.layers import Layers
 from plugin.output import Output
 from plugin.phases import Phase, PhaseTracker, Span
@@ -125,9 +127,22 @@ class Replica:
                     self.tracker.to(Phase.FAILED, str(error))
                 raise
 
+    def turn_off(self, why: str, error: Exception | None = None) -> None:
+        """From now on start the engine as it would start alone, and say why, once. Raises with `--strict`, or for a named snapshot."""
+        error = error or HostLacks(*why.split(": ", 1))
+        if self.settings.strict or self.settings.named:
+            raise error
+        if self.layers.sandbox is None:
+            log.warning("lazy weights, sandbox, snapshots off: %s", why)
+        self.layers = Layers.none(why)
+
     def _start(self, before_cold: Callable[[], object] | None) -> None:
-        if self._start_from_snapshot():
-            return
+        try:
+            if self._start_from_snapshot():
+                return
+        except (OSError, LazyfsError) as error:
+            self._clear()
+            self.turn_off(unusable(self.settings.home) or f"state-folder-unusable: {error}", error)
         if before_cold is not None:
             before_cold()
             if self._stopped:
@@ -150,7 +165,7 @@ class Replica:
         self.refused = None
         name = self.restorable()
         # After pages were lost, once the plain way: what ended the page server may end the next one.
-        lazy_first = self.settings.lazy_restore and self._lazy_works and not self.lost
+        lazy_first = self.settings.lazy_restore and self._lazy_works and not self.lost and not self.layers.pages
         ways = ((True, False) if lazy_first else (False,)) if name else ()
         for lazy in ways:
             assert name is not None
@@ -457,6 +472,8 @@ class Replica:
         self.lost = ""
         self.underway.set()
         self._mounting()
+        if not self.layers.sandbox and (why := unusable(self.settings.home)):
+            self.turn_off(why)
         cache = cold.kept_cache(self)
         if cache:
             cache.pull()
@@ -465,13 +482,15 @@ class Replica:
         running = cold.begin(self, mounted)
         self._now_running(running)
         self.tracker.to(Phase.LOADING)
+        trial = taking.begin_trial(self)
         place = running.place
         probe = Probe(lambda: place.exit_code(running.pid), running.last_words, self.settings.start_timeout_s)
         self.engine.wait_ready(running.client, probe, lambda: None)
         self.tracker.to(Phase.WARMING)
         cold_s = sum(span.took_s for span in self.this_start())
         self.restored = False
-        if isinstance(place, Sandbox) and not self._no_snapshot and taking.wanted(self):
+        snapshot_wanted = isinstance(place, Sandbox) and not self._no_snapshot and taking.wanted(self)
+        if isinstance(place, Sandbox) and snapshot_wanted and taking.works(self, trial):
             # Without a snapshot to warm for, those who wait are served at once, as the engine alone would serve them.
             self.engine.warm_up(running.client, self.settings.command)
             try:

@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 from checkpoint import early, prefork
 from checkpoint.errors import CheckpointError
+from checkpoint.library import Library
 from launchers.errors import EngineDied, LauncherError, Usage
+from plugin.home import unusable
 from plugin.layers import Layers, detect
 from plugin.phases import Phase, PhaseTracker
 from plugin.replica import Replica
@@ -438,7 +440,9 @@ def launch(settings: LaunchSettings, stdout: int | None = 1, stderr: int | None 
 
     engine = launchers.engine(settings.engine)
     layers, criu = detect(settings.home)
-    settings.home.mkdir(mode=0o700, parents=True, exist_ok=True)
+    full = unusable(settings.home)
+    if full and not Library(settings.home).names():
+        layers = Layers.none(full)  # with a snapshot there, a restore may still succeed: it writes next to nothing
     weights = Weights(
         settings.command.model,
         settings.home,
@@ -453,8 +457,8 @@ def launch(settings: LaunchSettings, stdout: int | None = 1, stderr: int | None 
             sandbox=layers.sandbox or "the engine has to download the model, and a sandbox has no network",
             snapshots=layers.snapshots or "no sandbox",
         )
-    for layer, why in layers.off().items():
-        log.warning("%s off: %s", layer, why)
+    for names, why in layers.off().items():
+        log.warning("%s off: %s", names, why)
     if settings.strict and layers.off():
         raise LauncherError(
             "layer-off", f"--strict, and {', '.join(layers.off())} cannot be had here; see quickthaw doctor"

@@ -7,6 +7,7 @@ put away, and generates what it generated before, or the snapshot is removed. An
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import logging
 import os
@@ -16,7 +17,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from checkpoint import snapshot as snapshots
-from checkpoint.errors import Busy, CheckpointError, Incompatible
+from checkpoint.errors import Busy, CheckpointError, HostLacks, Incompatible
 from checkpoint.manifest import FORMAT, Snapshot
 from checkpoint.manifest import Phase as TimelinePhase
 from launchers import control
@@ -25,6 +26,7 @@ from launchers.client import Client
 from launchers.errors import EngineFailed, LauncherError
 from plugin import following, rates
 from plugin.phases import Phase
+from plugin.trial import Trial
 
 if TYPE_CHECKING:
     from checkpoint.cuda.driver import Driver
@@ -52,9 +54,10 @@ class NotResumed(EngineFailed):
 
 def wanted(replica: Replica) -> bool:
     """Whether this cold start shall end with a snapshot; why not is said where it is not obvious."""
-    settings, name = replica.settings, replica.snapshot_name
+    settings = replica.settings
     if not settings.take_snapshot or replica.layers.snapshots:
         return False
+    name = replica.snapshot_name
     if settings.trust_keys and settings.sign_key is None:
         log.info("no snapshot by this launch: --trust-key without --sign-key would refuse it")
         return False
@@ -71,6 +74,25 @@ def wanted(replica: Replica) -> bool:
         return False
     log.info("snapshot %s fits this host no longer and is taken anew", name)
     return True
+
+
+def begin_trial(replica: Replica) -> Trial | None:
+    """Begin to try out, while the engine loads, whether this host can dump and restore; None where nobody wants to know."""
+    if replica.criu is None or replica.layers.snapshots or not replica.settings.take_snapshot:
+        return None
+    return Trial(replica.criu, replica.settings.home)
+
+
+def works(replica: Replica, trial: Trial | None) -> bool:
+    """Return whether a snapshot of this host could be restored, as tried out; why not is said. Raises with `--strict`."""
+    why = trial.wait() if trial else None
+    if why is None:
+        return True
+    replica.layers = dataclasses.replace(replica.layers, snapshots=why)
+    log.warning("snapshots off: %s", why)
+    if replica.settings.strict:
+        raise HostLacks("layer-off", f"--strict, and snapshots cannot be had here: {why}")
+    return False
 
 
 def take(replica: Replica, sandbox: Sandbox, running: Running, cold_s: float) -> None:

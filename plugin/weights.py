@@ -104,7 +104,7 @@ class Weights:
 
         try:
             handle = mount(self.digest, self._mountpoint(), store_url=self.store_url, idle_exit_s=IDLE_EXIT_S)
-        except LazyfsError as error:
+        except (LazyfsError, OSError) as error:
             log.warning("lazy weights are off: %s; the engine reads %s itself", error, self.path)
             return None
         return self._hold(handle)

@@ -17,6 +17,7 @@ import random
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -221,7 +222,13 @@ def load_plugins(engine):
 
 def compile_once():
     """What torch.compile does: found in the cache, or made and kept; mapped either way."""
-    folder = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+        with tempfile.TemporaryDirectory() as folder:  # as alone: it compiles for itself
+            return map_compiled(Path(folder))
+    return map_compiled(Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]))
+
+
+def map_compiled(folder):
     kernel = folder / "kernel.so"
     if kernel.exists():
         print("engine double: found its compiled code", flush=True)

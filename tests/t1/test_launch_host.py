@@ -1,6 +1,8 @@
 """Hosts that lack something: the engine starts as it would alone, and one line names what is off and the remedy."""
 
+import contextlib
 import os
+import subprocess
 
 import pytest
 
@@ -47,3 +49,138 @@ def test_a_private_criu_that_does_not_start_is_passed_over(launch_rig, old_criu)
     with launch_rig.running(env={"PATH": f"{old_criu}:{os.environ['PATH']}"}) as started:
         assert started.ask()
         assert "snapshots off: criu-broken" in off(started)[0]
+
+
+# Privileges: setpriv(1) and unshare(1) take away what a container would not have given.
+
+
+def without(*capabilities):
+    """A prefix for a command that may not have these capabilities."""
+    return ["setpriv", "--bounding-set", ",".join(f"-{name}" for name in capabilities)]
+
+
+@pytest.mark.parametrize(
+    ("prefix", "layers", "named"),
+    [
+        (
+            without("net_admin"),
+            "snapshots",
+            "missing CAP_NET_ADMIN; run as root, in a container add --cap-add NET_ADMIN",
+        ),
+        (without("sys_admin"), "lazy weights, sandbox, snapshots", "CAP_SYS_ADMIN"),
+        (without("all"), "lazy weights, sandbox, snapshots", "--cap-add SYS_ADMIN --cap-add NET_ADMIN"),
+        (["unshare", "-Ur"], "lazy weights, sandbox, snapshots", "the host's user namespace"),
+    ],
+    ids=["net_admin", "sys_admin", "none", "user-namespace"],
+)
+def test_what_is_missing_is_named_and_the_engine_serves(launch_rig, prefix, layers, named):
+    with launch_rig.running(prefix=prefix) as started:
+        assert started.ask()
+        (line,) = off(started)
+        assert line.startswith(f"quickthaw: {layers} off: ") and named in line, line
+        assert "again" not in line
+    assert launch_rig.library.names() == []
+
+
+def test_strict_refuses_what_is_missing(launch_rig):
+    started = launch_rig.start("--strict", prefix=without("net_admin"))
+    assert started.process.wait(30) == 1
+    assert "layer-off" in started.ours() and "CAP_NET_ADMIN" in started.ours()
+
+
+def test_without_sys_ptrace_and_sys_time_a_snapshot_is_taken_and_restored(launch_rig):
+    prefix = without("sys_ptrace", "sys_time", "sys_resource")
+    answer = launch_rig.take(prefix=prefix)
+    with launch_rig.running(prefix=prefix) as started:
+        assert started.ask() == answer
+        (line,) = off(started)
+        assert "pages on demand off: missing CAP_SYS_PTRACE" in line
+        assert started.phases() == [["mounting", "restoring", "waking", "verifying"]]
+
+
+def test_a_sandbox_that_is_refused_in_use_gives_a_plain_start(launch_rig):
+    """A read-only /run, as in a container with a read-only root, which no look at privileges shows."""
+    prefix = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o ro none /run && exec "$@"', "sh"]
+    with launch_rig.running("--no-mount", prefix=prefix) as started:
+        assert started.ask()
+        (line,) = off(started)
+        assert line.startswith("quickthaw: lazy weights, sandbox, snapshots off: sandbox-run-dir") and "/run" in line
+    assert launch_rig.library.names() == []
+
+
+def test_no_snapshot_is_taken_where_a_restore_cannot_work(launch_rig, tmp_path):
+    """A CRIU that dumps and does not restore: found out beside the loading engine, before anything is dumped."""
+    real = launch_rig.home / "criu" / "criu"
+    double = tmp_path / "criu"
+    double.write_text(f'#!/bin/sh\ncase "$1" in restore) exit 1;; esac\nexec {real} "$@"\n')
+    double.chmod(0o755)
+    with launch_rig.running(env={"QUICKTHAW_CRIU": str(double)}) as started:
+        assert started.ask()
+        started.wait_serving()
+        (line,) = off(started)
+        assert line.startswith("quickthaw: snapshots off: criu-restore-failed") and "doctor" in line
+        assert "checkpointing" not in started.text()
+    assert launch_rig.library.names() == []
+
+
+# The state folder
+
+
+@pytest.fixture
+def small_disk(launch_rig):
+    """Mount a file system of a size over the rig's state folder, as it is, or read-only."""
+    mounted = []
+
+    def mount(size, read_only=False):
+        home = launch_rig.home
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "small", home], check=True, timeout=10)
+        mounted.append(home)
+        launch_rig._criu(home)
+        if read_only:
+            subprocess.run(["mount", "-o", "remount,ro", home], check=True, timeout=10)
+
+    yield mount
+    for home in mounted:
+        subprocess.run(["umount", "-l", home], check=True, timeout=10)
+
+
+def fill(folder):
+    """Leave no byte on the disk of a folder."""
+    with open(folder / "ballast", "wb", buffering=0) as file:
+        for size in (1 << 20, 4096, 1):
+            with contextlib.suppress(OSError):
+                while file.write(bytes(size)):
+                    pass
+
+
+@pytest.fixture
+def outside(launch_rig, tmp_path):
+    """Watch for leftovers where no mount of a test counts as one."""
+    launch_rig.watch.home = tmp_path / "watched"
+    return launch_rig
+
+
+@pytest.mark.parametrize(("size", "read_only"), [("64k", False), ("256m", True)], ids=["full", "read-only"])
+def test_a_state_folder_that_cannot_be_written_costs_the_layers(outside, small_disk, size, read_only):
+    small_disk(size, read_only)
+    with outside.running() as started:
+        assert started.ask()
+        (line,) = off(started)
+        assert line.startswith("quickthaw: lazy weights, sandbox, snapshots off: state-folder-"), line
+        assert str(outside.home) in line and "QUICKTHAW_HOME" in line
+    result = outside.cli("doctor")
+    assert result.returncode == 3
+    (line,) = [line for line in result.stdout.splitlines() if "✗" in line]
+    assert "state folder" in line and "Traceback" not in result.stderr
+
+
+def test_a_disk_that_fills_up_under_a_snapshot_still_serves(outside, small_disk):
+    small_disk("512m")
+    answer = outside.take()
+    fill(outside.home)
+    for _ in range(2):
+        with outside.running() as started:
+            assert started.ask() == answer
+    subprocess.run(["mount", "-o", "remount,ro", outside.home], check=True, timeout=10)
+    with outside.running() as started:
+        assert started.ask() == answer

@@ -177,9 +177,9 @@ class Started:
         """quickthaw's own lines."""
         return "\n".join(line for line in self.text().splitlines() if line.startswith(("quickthaw:", "Traceback")))
 
-    def wait_for(self, words, limit_s=30.0):
+    def wait_for(self, words, limit_s=30.0, times=1):
         limit = time.monotonic() + limit_s
-        while words not in self.text():
+        while self.text().count(words) < times:
             assert time.monotonic() < limit, self.text()[-3000:]
             time.sleep(0.02)
 

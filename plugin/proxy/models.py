@@ -31,7 +31,7 @@ from plugin.measure import free_port
 from plugin.phases import Phase
 
 from .endpoint import Endpoint, EndpointSpec
-from .errors import ClientFault
+from .errors import ClientFault, StartFailed
 from .forms import form_field
 from .front import ClientConnection
 from .pool import ReplicaPool
@@ -190,6 +190,11 @@ class Room:
             if not settled:
                 await asyncio.sleep(0.05)
                 continue
+            settled = [pair for pair in settled if not pair[0].pool.kept_awake]
+            if not settled:
+                raise StartFailed(
+                    "adapters-loaded", "each model that is awake has LoRA adapters that a start would not have"
+                )
             victim, _ = min(settled, key=self._rank)
             young = self.min_awake_s - (time.monotonic() - self.up_since.get(victim.name, 0.0))
             if young > 0 and (victim.pool.outstanding or victim.pool.held):

@@ -187,7 +187,7 @@ class ReplicaPool:
         """Put the pool to sleep if nothing is in flight and nobody waits; True when it went to sleep."""
         if self._sleep_hook is None or self._sleep_task is not None or self._wake_task is not None:
             return False
-        if self._waiters or self.outstanding or self.elsewhere() or self._ready() is None:
+        if self._waiters or self.outstanding or self.elsewhere() or self.kept_awake or self._ready() is None:
             return False
         self._sleep_task = asyncio.get_running_loop().create_task(self._run_sleep())
         await asyncio.shield(self._sleep_task)
@@ -252,6 +252,11 @@ class ReplicaPool:
     def held(self) -> int:
         """Requests waiting for a replica."""
         return len(self._waiters)
+
+    @property
+    def kept_awake(self) -> bool:
+        """Whether an engine has what no start would bring back (plugin.proxy.adapters)."""
+        return any(replica.adapters_loaded for replica in self.replicas.values())
 
     @property
     def outstanding(self) -> int:
@@ -438,6 +443,7 @@ class ReplicaPool:
             self._final = None
         if old is Phase.SERVING and new is not Phase.SERVING:
             self._close_idle(replica)
+            replica.adapters_loaded = False
         if new is Phase.SERVING:
             replica.suspect_until = 0.0
             self._failures_in_row, self._blocked_until = 0, 0.0

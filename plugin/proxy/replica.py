@@ -34,6 +34,8 @@ class Replica:
         self.held_back = False
         """True while the replica is quiesced or being put to sleep: it keeps what it has and gets nothing new."""
         self.suspect_until = 0.0
+        self.adapters_loaded = False
+        """Whether clients have loaded LoRA adapters into this very engine (plugin.proxy.adapters)."""
         self.generation = 0
         """How often it has come to serving: a refusal by an earlier incarnation says nothing about this one."""
         self.idle: list[BackConnection] = []

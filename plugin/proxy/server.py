@@ -21,7 +21,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol
 
-from . import wire
+from . import adapters, wire
 from .back import BackConnection, connect
 from .errors import ClientFault, ProxyError, Unavailable, UpstreamFault
 from .exchange import Exchange
@@ -294,8 +294,9 @@ class ProxyServer:
                 back = await self._connection(pool, replica)
                 if back is not None and client.transport is not None and not client.transport.is_closing():
                     exchange.replica_name = replica.name
-                    if await self._forward(client, request, exchange, replica, back):
-                        return
+                    with adapters.watched(pool, replica, request, exchange):
+                        if await self._forward(client, request, exchange, replica, back):
+                            return
                     continue
                 if back is not None:
                     back.abort()

@@ -26,6 +26,7 @@ from typing import Any
 
 from plugin.phases import Phase, PhaseTracker
 
+from . import adapters
 from .errors import ProxyError, StartFailed, Unavailable
 from .history import Kind
 from .own import pool_document
@@ -287,6 +288,10 @@ class Supervisor:
 
     def _busy(self, worker: _Worker, message: dict[str, Any]) -> None:
         worker.busy = message["pools"]
+        for name, replicas in message["adapters"].items():
+            for replica in replicas:
+                if replica in self.pools[name].replicas:
+                    adapters.note(self.pools[name], self.pools[name].replicas[replica])
         for name, count in worker.busy.items():
             if count:
                 self.pools[name].last_active = time.monotonic()
@@ -356,7 +361,7 @@ class Mirror:
     def __init__(self, line: Line) -> None:
         self.line = line
         self.pools: dict[str, ReplicaPool] = {}
-        self._told: dict[str, int] = {}
+        self._told: tuple[dict[str, int], dict[str, list[str]]] = ({}, {})
 
     def build(self, pools: list[dict[str, Any]]) -> None:
         """Make the mirrors that the hello describes."""
@@ -429,9 +434,14 @@ class Mirror:
         """
         while True:
             counts = {name: pool.held + pool.outstanding for name, pool in self.pools.items()}
-            if counts != self._told or any(counts.values()):
-                self.line.send(op="busy", pools=counts)
-                self._told = counts
+            loaded = {
+                name: [replica.name for replica in pool.replicas.values() if replica.adapters_loaded]
+                for name, pool in self.pools.items()
+                if pool.kept_awake
+            }
+            if (counts, loaded) != self._told or any(counts.values()):
+                self.line.send(op="busy", pools=counts, adapters=loaded)
+                self._told = (counts, loaded)
             await asyncio.sleep(every_s)
 
 

@@ -329,6 +329,8 @@ def handler(engine, ask, options):
                         *({"1": {"rank": 7}, str(i): {"rank": 1}} for i in chosen(prompt)),
                     ]
                 return ({"id": f"cmpl-{uuid.uuid4().hex}", "model": name, "choices": [choice]},)
+            if path.endswith("/load_lora_adapter"):
+                return ({"success": True}, 400 if body.get("lora_name") == "bad" else 200)
             if engine == "sglang":
                 return self.sglang(path, body)
             return self.vllm(path, query, body)

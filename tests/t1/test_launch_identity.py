@@ -2,8 +2,11 @@
 
 import json
 import os
+import time
 
 import pytest
+
+from tests.launch_rig import call
 
 pytestmark = [pytest.mark.t1, pytest.mark.timeout(120)]
 FLAG = b"seen"
@@ -110,3 +113,22 @@ def test_an_edited_file_of_a_folder_named_by_a_flag_makes_another_launch(launch_
         started.ask()
         assert "arguments-differ: --lora-paths" in started.text()
         assert "arguments-differ: --tokenizer-path" in started.text()
+
+
+def test_an_engine_with_adapters_loaded_while_it_serves_is_not_put_to_sleep(launch_rig):
+    def load(started, name):
+        return call(started.port, "POST", "/load_lora_adapter", {"lora_name": name, "lora_path": "/loras/sql"})[0]
+
+    with launch_rig.running("--idle-timeout", "0.3") as started:
+        started.ask()
+        started.wait_serving()
+        started.wait_for("asleep")  # it does sleep, and wakes again
+        started.ask()
+        assert load(started, "bad") == 400
+        started.wait_for("asleep", times=2)  # what was refused has changed nothing
+        started.ask()
+        assert load(started, "sql") == 200
+        started.wait_for("adapters-loaded")
+        time.sleep(1.0)
+        assert started.phases()[0][-1] == "verifying" and started.status()[0]["phase"] == "serving"
+        assert started.ours().count("asleep") == 2 and started.ours().count("adapters-loaded") == 1

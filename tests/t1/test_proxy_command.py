@@ -560,3 +560,24 @@ def test_a_real_websocket_client_and_server():
             await until(lambda: rig.server.stats.outcomes["tunnel"] == 1)
 
     run(main())
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_model_with_adapters_loaded_while_it_serves_keeps_its_place(tmp_path, workers):
+    config = models_file(
+        tmp_path,
+        f"""
+max_awake: 1
+min_awake: 0
+models:
+  red:  {{command: "{engine("${PORT}", "red")}", idle_timeout: 0.3}}
+  blue: {{command: "{engine("${PORT}", "blue")}"}}
+""",
+    )
+    with command("--config", config, "--workers", workers) as (_, url):
+        assert call(f"{url}/v1/load_lora_adapter?model=red", {"lora_name": "sql", "lora_path": "/l"})[0] == 200
+        time.sleep(1.0)
+        assert [m["phase"] for m in call(f"{url}/v1/models")[1]["data"]] == ["serving", "asleep"]
+        status, answer = call(f"{url}/v1/x", {"model": "blue"})
+        assert status == 503 and answer["error"]["code"] == "adapters-loaded"
+        assert call(f"{url}/v1/x", {"model": "red"})[0] == 200

@@ -418,3 +418,26 @@ def test_the_snapshot_commands_tell_the_truth(rig):
     assert found["mismatches"] == []
     assert found["contents"]["total"]["bytes"] == pytest.approx(found["image_bytes"], rel=0.02)
     assert cli("snapshot", "verify", NAME).returncode == 0
+
+
+def test_no_variable_that_the_engine_declares_is_given_anew(rig):
+    """The engine's own list, from its own interpreter, against ours: what is on neither of our lists matters."""
+    from checkpoint.facts import declared_variables, package_folders
+    from checkpoint.variables import KEPT, by_kind
+
+    code = {
+        "vllm": "import vllm.envs; print(*vllm.envs.environment_variables)",
+        "sglang": "from sglang.srt.environ import Envs, EnvField; "
+        "print(*(n for n, v in vars(Envs).items() if isinstance(v, EnvField)))",
+    }[rig.engine]
+    env = {**os.environ, **rig.preset.environment}
+    out = subprocess.run(
+        [str(rig.preset.python), "-c", code], env=env, capture_output=True, text=True, timeout=120, check=True
+    )
+    names = {name for name in out.stdout.splitlines()[-1].split() if name.isupper()}
+    assert len(names) > 100
+    folders = package_folders(rig.preset.python)
+    assert declared_variables(rig.engine, folders, names) == names
+    found = by_kind(dict.fromkeys(names, "x"), rig.engine, lambda few: declared_variables(rig.engine, folders, few))
+    assert found.renewed == {}
+    assert names - found.matter.keys() <= KEPT

@@ -171,7 +171,7 @@ async def cancels(port: int, upstream_port: int, count: int) -> dict[str, Any]:
 async def get(port: int, path: str) -> bytes:
     """One GET of the benchmark's own."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    writer.write(f"GET {path} HTTP/1.1\r\nHost: t\r\n\r\n".encode())
+    writer.write(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode())
     _, body = await read_whole(reader)
     writer.close()
     return body

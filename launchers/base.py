@@ -66,9 +66,7 @@ class Probe:
         code = self.died()
         if code is not None:
             how = f"was ended by signal {-code}" if code < 0 else f"exited with code {code}"
-            raise EngineDied(
-                "engine-died", f"the engine {how} before it served; its last words: {self.last_lines()}", code
-            )
+            raise EngineDied("engine-died", f"the engine {how} before it served", code, self.last_lines())
         if time.monotonic() - self.began > self.limit_s:
             raise EngineFailed(
                 "engine-start-timeout",

@@ -20,6 +20,11 @@ class LauncherError(Exception):
     def __str__(self) -> str:
         return f"{self.code}: {self.args[0]}"
 
+    @property
+    def public(self) -> str:
+        """The message for whoever sends a request: without what an engine wrote, which is for the log and the admin pages."""
+        return str(self.args[0])
+
 
 class Usage(LauncherError):
     """The command line cannot be understood."""
@@ -30,11 +35,17 @@ class BadModel(LauncherError):
 
 
 class EngineDied(LauncherError):
-    """The engine ended before it served. `exit_code` is its own (negative: a signal)."""
+    """The engine ended before it served. `exit_code` is its own (negative: a signal), `last_words` what it wrote last."""
 
-    def __init__(self, code: str, message: str, exit_code: int) -> None:
-        super().__init__(code, message)
+    def __init__(self, code: str, message: str, exit_code: int, last_words: str) -> None:
+        super().__init__(code, f"{message}; its last words: {last_words}")
         self.exit_code = exit_code
+        self._public = message
+
+    @property
+    def public(self) -> str:
+        """The message without the last words."""
+        return f"{self._public}; see the launcher's log"
 
 
 class EngineFailed(LauncherError):

@@ -17,12 +17,16 @@ if __name__ == "__main__":
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from plugin.proxy.options import knobs, shared
+from plugin.proxy.options import Seconds, knobs, shared
+
+if TYPE_CHECKING:
+    from launchers.base import Engine
 
 # Everything after the engine's name is the engine's own.
 PASS_THROUGH = {"allow_interspersed_args": False, "ignore_unknown_options": True, "auto_envvar_prefix": "QUICKTHAW"}
@@ -39,28 +43,6 @@ def start_log(quiet: bool = False) -> None:
     # A line a request belongs into an access log, which the proxy's own command offers; here the phases tell enough.
     logging.getLogger("quickthaw.proxy").setLevel(logging.WARNING)
     log.setLevel(logging.WARNING if quiet else logging.DEBUG if os.environ.get("QUICKTHAW_DEBUG") else logging.INFO)
-
-
-def seconds(text: str) -> float:
-    """`90`, `90s`, `10m`, `1h` as seconds."""
-    unit = {"s": 1.0, "m": 60.0, "h": 3600.0}.get(text[-1:])
-    try:
-        value = float(text[:-1]) * unit if unit else float(text)
-    except ValueError:
-        raise click.BadParameter(f"{text!r} is not a time; write 90, 90s, 10m or 1h") from None
-    if value < 0:
-        raise click.BadParameter("a time must not be negative")
-    return value
-
-
-class Seconds(click.ParamType[float]):
-    """A time with an optional unit."""
-
-    name = "time"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """To seconds."""
-        return value if isinstance(value, float) else seconds(str(value))
 
 
 # Those that launch and restore have in common.
@@ -106,6 +88,23 @@ restores_at_once_option = click.option(
     show_envvar=True,
     help="How many replicas are restored beside each other.  [default: one for every two processors]",
 )
+
+
+def asks_for_help(arguments: Sequence[str]) -> bool:
+    """Whether an engine with these arguments would print something and end."""
+    return any(word.partition("=")[0] in ("-h", "--help", "--version") for word in arguments)
+
+
+def show_help(engine: Engine, python: str, arguments: Sequence[str]) -> int:
+    """Let the engine print its own help; its exit code. No port is bound and no sandbox made."""
+    import subprocess
+
+    from launchers.base import EngineCommand
+
+    words = tuple(arguments[1:] if arguments[0] == "serve" else arguments)
+    command = EngineCommand(engine.name, words, "", engine.default_host, engine.default_port)
+    argv = engine.command(python, command, engine.default_host, engine.default_port)
+    return subprocess.call(argv, env=engine.defaults() | dict(os.environ))
 
 
 @click.command(context_settings=PASS_THROUGH)
@@ -232,8 +231,10 @@ def launch(engine: str, engine_arguments: tuple[str, ...], **options: Any) -> in
 
     start_log(options["quiet"])
     environment = dict(os.environ)
-    command = launchers.engine(engine).parse(engine_arguments, environment, options["spin_idle"])
     python = options["engine_python"] or sys.executable
+    if asks_for_help(engine_arguments) and os.access(python, os.X_OK):
+        return show_help(launchers.engine(engine), python, engine_arguments)
+    command = launchers.engine(engine).parse(engine_arguments, environment, options["spin_idle"])
     if not os.access(python, os.X_OK):
         raise Usage("engine-python", f"{python} cannot be executed; give the engine's interpreter with --engine-python")
     return start(
@@ -263,7 +264,7 @@ def launch(engine: str, engine_arguments: tuple[str, ...], **options: Any) -> in
             trust_keys=options["trust_keys"],
             environment=environment,
             proxy=knobs(options),
-            own_listen=options["own_listen"],
+            own_listen=options["admin_listen"],
         )
     )
 

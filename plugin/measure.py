@@ -140,7 +140,8 @@ def status(port: int) -> dict[str, Any]:
 
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5.0)
     try:
-        connection.request("GET", "/-/status")
+        token = os.environ.get("QUICKTHAW_ADMIN_TOKEN")  # what was started from here asks for it
+        connection.request("GET", "/-/status", headers={"Authorization": f"Bearer {token}"} if token else {})
         found = json.loads(connection.getresponse().read())
         assert isinstance(found, dict)
         return found

@@ -21,7 +21,6 @@ from typing import Any
 import click
 
 from plugin.launch import (
-    Seconds,
     grace_option,
     lazy_option,
     quiet_option,
@@ -31,7 +30,7 @@ from plugin.launch import (
     trust_keys_option,
     verify_option,
 )
-from plugin.proxy.options import knobs, shared
+from plugin.proxy.options import Seconds, knobs, shared
 
 
 @click.command(context_settings={"auto_envvar_prefix": "QUICKTHAW"})
@@ -117,7 +116,7 @@ def restore(snapshot: str, **options: Any) -> int:
             grace_s=options["grace"],
             strict=False,
             proxy=knobs(options),
-            own_listen=options["own_listen"],
+            own_listen=options["admin_listen"],
         )
     )
 

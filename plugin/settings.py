@@ -24,7 +24,7 @@ class LaunchSettings:
     out is worth). snapshot_store: URL of a store to fetch a snapshot from that this host has not, and that compile caches are kept in.
     restores_at_once: how many replicas may be restored beside each other, 0 for as many as the processors allow (plugin/turns.py).
     strict: fail where a layer is off or a restore fails, rather than going on without. proxy: what the user set of
-    plugin.proxy.settings.Settings; own_listen: host and port for the proxy's own pages alone.
+    plugin.proxy.settings.Settings; own_listen: host and port for the proxy's admin pages alone.
     """
 
     engine: str

@@ -131,7 +131,8 @@ class Launch:
 
         def tell(old: Phase, new: Phase, reason: str) -> None:
             took = time.monotonic() - self._began
-            log.info("%s%s (%.2f s)%s", who, new, took, f": {reason}" if reason else "")
+            # Why it failed is said once, by whoever decides what happens next.
+            log.info("%s%s (%.2f s)%s", who, new, took, f": {reason}" if reason and new is not Phase.FAILED else "")
 
         return tell
 
@@ -401,12 +402,8 @@ class Launch:
         assert self._server is not None and self._pool is not None
         await self._let_in()
         if self._failure is not None:
-            from plugin.proxy.errors import StartFailed
-
             # The pool logs it, and answers those who are held with it.
-            code = getattr(self._failure, "code", "internal")
-            message = self._failure.args[0] if self._failure.args else str(self._failure)
-            self._pool.start_failed(StartFailed(code, str(message)))
+            self._pool.start_failed(self._failure)
             await asyncio.sleep(0)  # the answers to held requests are written by their own tasks
         await self._server.shutdown(self.settings.grace_s)
         codes = await asyncio.gather(*(asyncio.to_thread(replica.stop) for replica in self.replicas))

@@ -149,7 +149,7 @@ async def _serve(options: dict[str, Any], settings: Settings) -> None:
     from .workers import Supervisor, listening_sockets
 
     host, port = options["listen"]
-    own_place = options["own_listen"]
+    own_place = options["admin_listen"]
     owner: Any
     target: ReplicaPool | Router
     try:

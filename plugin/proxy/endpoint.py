@@ -11,7 +11,8 @@ engines with a sleep mode do, so that path proves nothing until the wake has bee
 restores (`restores`) says its phases at `/-/status`, and they are followed.
 
 Promises: at most one command of ours runs at a time, in a session of its own; when the endpoint is put down or
-closed, its whole group ends; an engine of ours that ends by itself is known to be down at once.
+closed, its whole group ends; an engine of ours that ends by itself is known to be down at once; one that somebody else
+starts or ends is known to be up or down within seconds, whether or not requests come (`watch`).
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass, field
 
 from plugin.phases import Phase, PhaseTracker
 
@@ -34,6 +35,7 @@ from .history import History
 from .pool import ReplicaPool
 from .replica import FOUND_UP
 from .upstream import Upstream
+from .watch import Pace, Watch
 
 log = logging.getLogger("quickthaw.proxy")
 
@@ -75,12 +77,22 @@ class EndpointSpec:
     environment: tuple[tuple[str, str], ...] = ()
     restores: bool = False
     """True for a `quickthaw restore`, which says its phases at `/-/status`."""
+    admin_token: str | None = None
+    """The token that `/-/status` asks for."""
+    only_ours: bool = False
+    """True where nobody but this proxy starts it: what listens at its port while it is down is something else."""
+    pace: Pace = field(default_factory=Pace)
 
     def __post_init__(self) -> None:
         """Raises ValueError for a hook that is no URL."""
         for url in (self.wake_url, self.sleep_url):
             if url is not None:
                 hook_place(url)
+
+    @property
+    def can_start(self) -> bool:
+        """True when a request makes the proxy start or wake it, rather than wait for somebody else to."""
+        return bool(self.wake or self.wake_url)
 
     @property
     def can_sleep(self) -> bool:
@@ -101,23 +113,45 @@ class Endpoint:
         self.tracker = PhaseTracker(phase=Phase.ASLEEP)
         self._process: asyncio.subprocess.Process | None = None
         self._watcher: asyncio.Task[None] | None = None
+        self._watching: asyncio.Task[None] | None = None
+        self.turn = 0
+        self.acting = False
         self._slept = False
         """True from being told to sleep to the next successful wake: until then being ready proves nothing."""
         self.pool = ReplicaPool(
             name=name,
-            wake=self.wake if room is None else room(name, self.wake),
-            sleep=self.sleep if spec.can_sleep else None,
+            wake=self._wake if room is None else room(name, self._wake),
+            sleep=self._sleep if spec.can_sleep else None,
             idle_timeout_s=spec.idle_timeout_s,
             wake_limit_s=(spec.wake_limit_s + 5.0) if room is None else 86400.0,
             sleep_limit_s=spec.sleep_limit_s + _STOP_GRACE_S + 5.0,
             history=history,
         )
+        self.pool.started_here = spec.can_start
         self.pool.add(name, self.tracker, spec.upstream)
 
     async def start(self) -> None:
-        """Look once whether the endpoint is up already."""
-        if await self._up():
+        """Look once whether the endpoint is up already, and watch it from then on."""
+        if await self.is_up():
             self.tracker.to(Phase.SERVING, FOUND_UP)
+        self._watching = asyncio.get_running_loop().create_task(Watch(self, self.spec.pace).run())
+
+    async def _wake(self) -> None:
+        with self._acts():
+            await self.wake()
+
+    async def _sleep(self) -> None:
+        with self._acts():
+            await self.sleep()
+
+    @contextlib.contextmanager
+    def _acts(self) -> Iterator[None]:
+        self.turn += 1
+        self.acting = True
+        try:
+            yield
+        finally:
+            self.acting = False
 
     async def wake(self) -> None:
         """Bring the endpoint to serving.
@@ -127,15 +161,16 @@ class Endpoint:
         """
         spec, tracker = self.spec, self.tracker
         began = time.monotonic()
-        up = await self._ready() is None
+        up = await self.ready() is None
         if up and not self._slept:
             if await self._answers():
-                self._found_up()
+                self.found_up()
                 return
             self._slept = spec.wake_url is not None  # it is up and does not generate: if it sleeps, the hook helps
         asleep = up and self._slept
         ladder = _RESTORED if spec.restores else _COLD
-        tracker.to(Phase.WAKING if asleep and tracker.phase is Phase.ASLEEP else Phase.MOUNTING, "woken")
+        why = "woken" if spec.can_start else "waited for: nothing here starts it"
+        tracker.to(Phase.WAKING if asleep and tracker.phase is Phase.ASLEEP else Phase.MOUNTING, why)
         try:
             if not up or self._slept:
                 await self._kick(asleep)
@@ -177,7 +212,7 @@ class Endpoint:
             elif spec.sleep_url is not None:
                 await self._hook(spec.sleep_url, spec.sleep_limit_s, "sleep")
         except BaseException as exc:
-            if not isinstance(exc, ProxyError) or await self._up():
+            if not isinstance(exc, ProxyError) or await self.is_up():
                 self._watch()
                 raise
             fields = {"pool": self.name, "code": exc.code, "reason": exc.message}
@@ -195,11 +230,31 @@ class Endpoint:
 
     async def close(self) -> None:
         """End what this endpoint started."""
+        if self._watching is not None:
+            self._watching.cancel()
+            await asyncio.gather(self._watching, return_exceptions=True)
         self._unwatch()
         await self._stop_process()
         self.tracker.to(Phase.STOPPED)
 
-    def _found_up(self) -> None:
+    @property
+    def upstream(self) -> Upstream:
+        """Where it listens."""
+        return self.spec.upstream
+
+    @property
+    def may_rise(self) -> bool:
+        """Whether it may come up without us, and being ready then proves that it serves."""
+        return not (self._slept or self.spec.only_ours)
+
+    def lost(self, why: str) -> None:
+        """It serves no longer: requests wait for the next wake."""
+        fields = {"pool": self.name, "reason": why}
+        log.warning("%s: engine-gone: %s", self.name, why, extra={"event": "engine-gone", "fields": fields})
+        self.tracker.to(Phase.FAILED, f"engine-gone: {why}")
+
+    def found_up(self) -> None:
+        """It serves, and somebody else has started it."""
         if self.tracker.phase is Phase.ASLEEP:
             self.tracker.to(Phase.SERVING, FOUND_UP)
         elif self.tracker.phase is not Phase.SERVING:
@@ -226,7 +281,7 @@ class Endpoint:
     async def _died(self, process: asyncio.subprocess.Process) -> None:
         code = await process.wait()
         # A command that has started an engine elsewhere and returned is no death.
-        if await self._ready() is not None and self._process is process and self.tracker.phase is Phase.SERVING:
+        if await self.ready() is not None and self._process is process and self.tracker.phase is Phase.SERVING:
             self.tracker.to(Phase.FAILED, f"engine-died: the wake command ended with code {code}")
 
     async def _kick(self, asleep: bool) -> None:
@@ -245,7 +300,7 @@ class Endpoint:
         while True:
             process = self._process
             code = process.returncode if process is not None else 0
-            why = await self._ready()
+            why = await self.ready()
             if why is None and (proof or code == 0):
                 return
             proof = proof or why is not None
@@ -271,12 +326,13 @@ class Endpoint:
     async def _inner_phase(self) -> Phase | None:
         """The phase that a quickthaw behind this proxy says it is in; None when it says none that is known."""
         try:
-            _, body = await fetch(self.spec.upstream, "GET", "/-/status", limit_s=_PROBE_LIMIT_S)
+            token = self.spec.admin_token
+            _, body = await fetch(self.spec.upstream, "GET", "/-/status", limit_s=_PROBE_LIMIT_S, token=token)
             return Phase(json.loads(body)["pools"][0]["replicas"][0]["phase"])
         except (OSError, UpstreamFault, ValueError, LookupError, TypeError):
             return None
 
-    async def _ready(self) -> str | None:
+    async def ready(self) -> str | None:
         """None when the readiness path answers 200, else why not."""
         try:
             status, _ = await fetch(self.spec.upstream, "GET", self.spec.ready_path, limit_s=_PROBE_LIMIT_S)
@@ -286,8 +342,9 @@ class Endpoint:
             return f"refused ({type(exc).__name__})"
         return None if status == 200 else f"{self.spec.ready_path} answers {status}"
 
-    async def _up(self) -> bool:
-        return await self._ready() is None and await self._answers()
+    async def is_up(self) -> bool:
+        """Whether it is ready and, where a model is named, generates."""
+        return await self.ready() is None and await self._answers()
 
     async def _answers(self) -> bool:
         """True when it generates a token at once, or when no model is named to ask for one."""

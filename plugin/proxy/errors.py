@@ -29,6 +29,8 @@ class ProxyError(Exception):
     def __init__(self, code: str, message: str, *, status: int, retry_after_s: float | None = None) -> None:
         super().__init__(message)
         self.code, self.message, self.status, self.retry_after_s = code, message, status, retry_after_s
+        self.detail = ""
+        """The same with what an engine wrote: for the log and the admin pages, never for clients."""
         self.headers: tuple[tuple[bytes, bytes], ...] = ()
         """Header fields that belong to the status: `Allow`, `WWW-Authenticate`."""
 
@@ -69,8 +71,19 @@ class StartFailed(ProxyError):
     own code.
     """
 
-    def __init__(self, code: str, message: str, *, retry_after_s: float = 5.0) -> None:
+    def __init__(self, code: str, message: str, *, retry_after_s: float = 5.0, detail: str = "") -> None:
         super().__init__(code, message, status=503, retry_after_s=retry_after_s)
+        self.detail = detail
+
+
+def start_failed(error: Exception) -> ProxyError:
+    """An owner's failure as an error with its own code; what its engine wrote stays in `detail`."""
+    if isinstance(error, ProxyError):
+        return error
+    message = f"{error.args[0] if error.args else error}" or type(error).__name__
+    code = getattr(error, "code", None)
+    public = getattr(error, "public", message)
+    return StartFailed(code if isinstance(code, str) else "start-failed", public, detail=message)
 
 
 def render(error: ProxyError, path: str, request_id: str) -> tuple[int, list[tuple[bytes, bytes]], bytes]:

@@ -10,6 +10,7 @@ cannot pass for whole. The answer of a request that runs ahead of its replica's 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from typing import TYPE_CHECKING
 
@@ -49,6 +50,7 @@ class Exchange:
         "request",
         "status",
         "tunnel",
+        "upstream_limit_s",
         "withheld",
         "written",
     )
@@ -65,6 +67,7 @@ class Exchange:
         self.close_after = not request.keep_alive or request.upgrade is not None
         self.tunnel = False
         self.withheld = self.cautious = False
+        self.upstream_limit_s = math.inf
         self.status = 0
         self.answered = False  # whether anything of the body has come
         self.first_byte = 0.0

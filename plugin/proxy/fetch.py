@@ -64,7 +64,7 @@ class _Collector:
 
 
 async def fetch(
-    upstream: Upstream, method: str, target: str, body: bytes = b"", *, limit_s: float
+    upstream: Upstream, method: str, target: str, body: bytes = b"", *, limit_s: float, token: str | None = None
 ) -> tuple[int, bytes]:
     """Send one request on a connection of its own; returns (status, body of at most 1 MiB).
 
@@ -82,6 +82,8 @@ async def fetch(
         target.encode(),
         host,
     )
+    if token is not None:
+        head += b"authorization: Bearer %b\r\n" % token.encode()
     if body or method == "POST":
         head += b"content-type: application/json\r\ncontent-length: %d\r\n" % len(body)
     async with asyncio.timeout(limit_s):

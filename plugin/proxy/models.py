@@ -16,6 +16,7 @@ demand take turns instead of thrashing.
 from __future__ import annotations
 
 import asyncio
+import secrets
 import shlex
 import sys
 import time
@@ -30,6 +31,7 @@ import msgspec
 from plugin.measure import free_port
 from plugin.phases import Phase
 
+from .durations import limit, seconds
 from .endpoint import Endpoint, EndpointSpec
 from .errors import ClientFault, StartFailed
 from .forms import form_field
@@ -39,7 +41,26 @@ from .replica import STARTING
 from .request import Request
 from .upstream import from_url
 
-Seconds = Annotated[float, msgspec.Meta(ge=0)]
+
+class Seconds(float):
+    """A time in the file: seconds, or with a unit as on the command line (`90`, `90s`, `10m`, `1h`)."""
+
+    read = staticmethod(seconds)
+
+
+class Limit(Seconds):
+    """A time, or `0` or `none` for no limit."""
+
+    read = staticmethod(limit)
+
+
+def _times(kind: type, value: object) -> Any:
+    """Read what msgspec has no type for. Raises ValueError."""
+    if not issubclass(kind, Seconds) or isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise ValueError(f"expected a time such as 90, 90s, 10m or 1h, not {value!r}")
+    return kind(kind.read(str(value)))
+
+
 _LIST_PATHS = ("/v1/models", "/models")
 
 
@@ -63,7 +84,9 @@ class ModelConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     ready_path: str = "/health"
     ready_model: str | None = None
     idle_timeout: Seconds | None = None
-    wake_timeout: Seconds = 600.0
+    wake_timeout: Seconds = Seconds(600.0)
+    upstream_timeout: Limit | None = None
+    """How long the engine may send nothing while it answers; else as the file or the command says."""
     priority: int = 0
     """Lower ones are put to sleep first."""
 
@@ -76,9 +99,10 @@ class Config(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """How many models may be awake at once; 0 is no limit."""
     evict: Literal["lru", "priority"] = "lru"
     """`lru`: the longest idle first; `priority`: the lowest priority first, then the longest idle."""
-    min_awake: Seconds = 5.0
+    min_awake: Seconds = Seconds(5.0)
     default: str | None = None
     idle_timeout: Seconds | None = None
+    upstream_timeout: Limit | None = None
     max_body: Annotated[int, msgspec.Meta(ge=1024)] = 64 << 20
 
 
@@ -92,7 +116,7 @@ def load(path: Path) -> Config:
     import yaml
 
     try:
-        config = msgspec.convert(yaml.safe_load(path.read_text("utf-8")), Config)
+        config = msgspec.convert(yaml.safe_load(path.read_text("utf-8")), Config, dec_hook=_times)
     except yaml.YAMLError as exc:
         raise ValueError(f"{path}: not YAML: {' '.join(str(exc).split())}") from exc
     except msgspec.ValidationError as exc:
@@ -128,9 +152,20 @@ def spec_of(model: ModelConfig, idle_timeout: float | None) -> EndpointSpec:
         if model.command is not None:
             wake = model.command.replace("${PORT}", str(port))
         else:
-            options = ["--host", "127.0.0.1", "--port", str(port)]
+            options = [
+                "--host",
+                "127.0.0.1",
+                "--port",
+                str(port),
+                "--upstream-timeout",
+                "none",
+            ]  # this proxy's limit holds
+            # Its admin pages are for this proxy alone, whatever token the proxy's own environment asks for.
+            environment["QUICKTHAW_ADMIN_TOKEN"] = secrets.token_hex(16)
             wake = "exec " + shlex.join([sys.executable, "-m", "plugin.restore", *options, model.snapshot or ""])
-    ready_path = "/-/ready" if model.snapshot is not None and model.ready_path == "/health" else model.ready_path
+    ready_path = (
+        "/-/ready?strict=1" if model.snapshot is not None and model.ready_path == "/health" else model.ready_path
+    )
     return EndpointSpec(
         upstream=from_url(upstream),
         wake=wake,
@@ -143,6 +178,8 @@ def spec_of(model: ModelConfig, idle_timeout: float | None) -> EndpointSpec:
         idle_timeout_s=idle or None,
         environment=tuple(environment.items()),
         restores=model.snapshot is not None,
+        admin_token=environment.get("QUICKTHAW_ADMIN_TOKEN"),
+        only_ours=model.upstream is None,
     )
 
 
@@ -250,6 +287,10 @@ class ModelRouter:
 
     def __init__(self, config: Config, pools: dict[str, ReplicaPool]) -> None:
         self.config, self._pools = config, pools
+        for name, model in config.models.items():
+            if name in pools:  # in a worker, too, whose pools are mirrors
+                own = config.upstream_timeout if model.upstream_timeout is None else model.upstream_timeout
+                pools[name].upstream_timeout_s = own
         self._names = {alias: name for name, model in config.models.items() for alias in (name, *model.aliases)}
 
     def pools(self) -> Sequence[ReplicaPool]:

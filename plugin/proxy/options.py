@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from .durations import limit, seconds
+
 
 class Place(click.ParamType[tuple[str, int]]):
     """HOST:PORT."""
@@ -23,9 +25,35 @@ class Place(click.ParamType[tuple[str, int]]):
         return host.strip("[]") or "127.0.0.1", int(port)
 
 
+class Seconds(click.ParamType[float]):
+    """A time with an optional unit."""
+
+    name = "time"
+    read = staticmethod(seconds)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """To seconds."""
+        try:
+            return value if isinstance(value, float) else self.read(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+class Limit(Seconds):
+    """A time with an optional unit; 0 or `none` for no limit."""
+
+    read = staticmethod(limit)
+
+
 def _prefix(ctx: click.Context, param: click.Parameter, value: str) -> str:
     if len(value) < 2 or not value.startswith("/") or value.endswith("/"):
         raise click.BadParameter(f"{value!r} has to start with a slash, name a folder, and not end in a slash")
+    return value
+
+
+def _token(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    if value is not None and not value.strip():
+        raise click.BadParameter("the token is empty; leave the option out to answer clients of this host only")
     return value
 
 
@@ -38,14 +66,28 @@ _SHARED = (
     click.option(
         "--early-stream", is_flag=True, help="Answer waiting streams at once, with comments on the start's progress."
     ),
-    click.option("--token", help="The own pages ask for this bearer token."),
     click.option(
-        "--own-prefix",
+        "--upstream-timeout",
+        type=Limit(),
+        default="1h",
+        show_default=True,
+        help="How long an engine may send nothing while it answers; 0 or none: no limit.",
+    ),
+    click.option(
+        "--admin-token",
+        envvar="QUICKTHAW_ADMIN_TOKEN",
+        callback=_token,
+        help="Status, metrics and the page ask for this bearer token.  [default: they answer clients of this host only]",
+    ),
+    click.option(
+        "--admin-prefix",
         default="/-",
         callback=_prefix,
-        help="Where the own pages live: PREFIX/status, /ready, /metrics, and PREFIX/.",
+        help="Where the admin pages live: PREFIX/live, /ready, /status, /metrics, and PREFIX/.",
     ),
-    click.option("--own-listen", type=Place(), help="HOST:PORT for the own pages alone; they leave the public port."),
+    click.option(
+        "--admin-listen", type=Place(), help="HOST:PORT for the admin pages alone; they leave the public port."
+    ),
     click.option("--access-log", is_flag=True, help="Log every request, not only those that waited or failed."),
 )
 
@@ -62,8 +104,9 @@ def knobs(options: dict[str, Any]) -> dict[str, Any]:
     return {
         "hold_timeout_s": options["hold_timeout"],
         "early_stream": options["early_stream"],
-        "token": options["token"],
-        "own_prefix": options["own_prefix"],
-        "own_on_main": options["own_listen"] is None,
+        "upstream_timeout_s": options["upstream_timeout"],
+        "admin_token": options["admin_token"],
+        "own_prefix": options["admin_prefix"],
+        "own_on_main": options["admin_listen"] is None,
         "access_log": options["access_log"],
     }

@@ -1,11 +1,12 @@
-"""The proxy's own pages: `ready` and `status` answered here, so that a probe during a restore costs no import; the
-rest by a Starlette app
-that is imported, in a thread, when it is first asked for.
+"""The proxy's admin pages: `live`, `ready` and `status` are answered here, so that a probe during a restore costs no
+import; the rest by a Starlette app that is imported, in a thread, when it is first asked for.
+
+`live`: this process answers. `ready`: a request sent now is accepted, and will be held or answered. `ready?strict=1`: a
+replica answers it at once. Both are open to everybody; the rest is not (`access`).
 """
 
 from __future__ import annotations
 
-import hmac
 import json
 import time
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from urllib.parse import parse_qs
 
 from plugin.phases import Phase
 
+from .access import check_access
 from .errors import ClientFault
 
 if TYPE_CHECKING:
@@ -22,7 +24,6 @@ if TYPE_CHECKING:
     from .server import ProxyServer
 
 _ALLOW = ((b"allow", b"GET, HEAD"),)
-_ASK = ((b"www-authenticate", b'Bearer realm="quickthaw"'),)
 _JSON = [(b"content-type", b"application/json"), (b"cache-control", b"no-store")]
 
 
@@ -32,7 +33,7 @@ def pool_document(pool: ReplicaPool) -> dict[str, Any]:
     failure = pool.last_failure
     return {
         "name": pool.name,
-        "ready": any(r.tracker.phase is Phase.SERVING and not r.held_back for r in pool.replicas.values()),
+        "ready": serves(pool),
         "held": pool.held,
         "outstanding": pool.outstanding,
         "wakes": pool.wakes,
@@ -47,7 +48,9 @@ def pool_document(pool: ReplicaPool) -> dict[str, Any]:
             "expected_s": round(progress.expected_s, 3),
             "left_s": 0.0 if progress.phase is Phase.SERVING else round(progress.left_s, 3),
         },
-        "last_failure": None if failure is None else {"code": failure.code, "message": failure.message},
+        "last_failure": None
+        if failure is None
+        else {"code": failure.code, "message": failure.detail or failure.message},
         "starts": {
             str(kind): [{"phase": s.phase, "at_s": round(s.at_s, 4), "took_s": round(s.took_s, 4)} for s in spans]
             for kind, spans in pool.history.last.items()
@@ -84,22 +87,22 @@ def status_document(server: ProxyServer) -> dict[str, Any]:
     }
 
 
-def is_ready(server: ProxyServer) -> bool:
-    """True when some replica answers requests at once."""
-    return not server.draining and any(
-        r.tracker.phase is Phase.SERVING and not r.held_back
-        for pool in server.router.pools()
-        for r in pool.replicas.values()
-    )
+def serves(pool: ReplicaPool) -> bool:
+    """Whether a replica of the pool answers requests at once."""
+    return any(r.tracker.phase is Phase.SERVING and not r.held_back for r in pool.replicas.values())
 
 
-def _authorised(request: Request, token: str) -> bool:
-    for lower, _, value in request.headers:
-        scheme, _, given = value.partition(b" ")
-        if lower == b"authorization" and scheme.lower() == b"bearer":
-            return hmac.compare_digest(given.strip(), token.encode())
-    query = parse_qs(request.target.partition(b"?")[2].decode("ascii", "replace"))
-    return any(hmac.compare_digest(text.encode(), token.encode()) for text in query.get("token", ()))
+def is_ready(server: ProxyServer, *, strict: bool = False) -> bool:
+    """Whether a request sent now is accepted, and will be held or answered; with `strict`, answered at once.
+
+    An engine that sleeps, or has yet to start, is ready: it takes a request to wake it.
+    """
+    if server.draining:
+        return False
+    if strict:
+        return any(serves(pool) for pool in server.router.pools())
+    full = server.buffered > server.settings.max_held_bytes
+    return any(serves(pool) or (pool.accepts() and not full) for pool in server.router.pools())
 
 
 async def serve_own(server: ProxyServer, client: ClientConnection, request: Request) -> int:
@@ -107,12 +110,16 @@ async def serve_own(server: ProxyServer, client: ClientConnection, request: Requ
     name = request.path.removeprefix(server.settings.own_prefix).strip("/")
     if request.method not in (b"GET", b"HEAD"):
         raise ClientFault("method-not-allowed", "the proxy's own pages are read with GET", status=405, headers=_ALLOW)
+    if name == "live":
+        client.respond(request, 200, _JSON, b'{"live":true}')
+        return 200
     if name == "ready":
-        ready = is_ready(server)
+        query = parse_qs(request.target.partition(b"?")[2].decode("ascii", "replace"), keep_blank_values=True)
+        strict = query.get("strict", ["0"])[-1].lower() not in ("0", "false", "no")
+        ready = is_ready(server, strict=strict)
         client.respond(request, 200 if ready else 503, _JSON, b'{"ready":true}' if ready else b'{"ready":false}')
         return 200 if ready else 503
-    if server.settings.token is not None and not _authorised(request, server.settings.token):
-        raise ClientFault("token", "this page needs the proxy's token", status=401, headers=_ASK)
+    check_access(request, client.peer, token=server.settings.admin_token, own_port=client.own_port)
     if name == "status":
         client.respond(request, 200, _JSON, json.dumps(await server.document()).encode())
         return 200

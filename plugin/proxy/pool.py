@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from plugin.phases import Phase, PhaseTracker, Span
 
 from .errors import ProxyError, StartFailed, Unavailable
+from .errors import start_failed as coded
 from .history import History, Kind
 from .replica import FOUND_UP, STARTING, Replica
 from .upstream import Upstream
@@ -65,9 +66,12 @@ class Progress:
     elapsed_s: float
     expected_s: float
     left_s: float
+    started_here: bool = True
 
     def sentence(self) -> str:
         """`waking, restoring 0.6 of 1.1 s`: what early streams and people read."""
+        if not self.started_here:
+            return f"waiting {self.elapsed_s:.1f} s for an engine that is not started from here"
         what = f"{self.phase} " if self.phase in STARTING else ""
         return f"waking, {what}{self.elapsed_s:.1f} of {self.expected_s:.1f} s"
 
@@ -107,6 +111,10 @@ class ReplicaPool:
         self.elsewhere: Callable[[], int] = lambda: 0
         """How many requests are held or in flight in worker processes that share this pool."""
         self.evicting = False
+        self.started_here = True
+        """False where nobody here can start a replica, so that requests wait for whoever does."""
+        self.upstream_timeout_s: float | None = None
+        """How long a replica may be silent within an answer, where it is not the proxy's own setting."""
         self._wake_hook, self._sleep_hook, self._suspect_hook = wake, sleep, suspect
         self._wake_limit_s, self._sleep_limit_s = wake_limit_s, sleep_limit_s
         self._waiters: dict[Waiter, None] = {}
@@ -167,12 +175,19 @@ class ReplicaPool:
         except RuntimeError:
             here = False
         if here:
-            self._finally_failed(self._coded(error))
+            self._finally_failed(coded(error))
         else:
-            self._loop.call_soon_threadsafe(self._finally_failed, self._coded(error))
+            self._loop.call_soon_threadsafe(self._finally_failed, coded(error))
 
     def _finally_failed(self, error: ProxyError) -> None:
         self._final = error
+        self._fail(error)
+
+    def wake_failed(self, error: ProxyError) -> None:
+        """Say, on the loop, that a wake in another process has failed: what is held ends with its code, and the next request after
+        its `retry_after_s` wakes again.
+        """
+        self._blocked_until = time.monotonic() + (error.retry_after_s or 0.0)
         self._fail(error)
 
     async def wake(self) -> None:
@@ -339,6 +354,12 @@ class ReplicaPool:
         """True when the owner gave a wake hook."""
         return self._wake_hook is not None
 
+    def accepts(self) -> bool:
+        """Whether a request that came now would be held or answered, and not refused at once."""
+        if self._closed is not None or self._final is not None or len(self._waiters) >= self.max_held:
+            return False
+        return time.monotonic() >= self._blocked_until or self.last_failure is None
+
     def expects(self) -> bool:
         """Whether a request waits that runs beside the check of a restored replica; any thread may ask."""
         return self.ahead and any(waiter.ahead and not waiter.ready.done() for waiter in list(self._waiters))
@@ -389,11 +410,12 @@ class ReplicaPool:
         if best is None or best.tracker.phase not in STARTING:
             kind = self.history.guess_kind()
             expected = self.history.typical(kind)
-            return Progress(best.tracker.phase if best else Phase.IDLE, kind, 0.0, expected, expected)
+            phase = best.tracker.phase if best else Phase.IDLE
+            return Progress(phase, kind, 0.0, expected, expected, self.started_here)
         kind = best.start_kind or self.history.guess_kind()
         elapsed = best.start_age_s
         left = self.history.left(kind, elapsed, best.tracker.phase, best.tracker.seconds_in_phase)
-        return Progress(best.tracker.phase, kind, elapsed, elapsed + left, left)
+        return Progress(best.tracker.phase, kind, elapsed, elapsed + left, left, self.started_here)
 
     def left_s(self) -> float:
         """Seconds until a replica is expected to serve, for Retry-After."""
@@ -529,7 +551,7 @@ class ReplicaPool:
         except TimeoutError:
             failure = StartFailed("wake-timeout", f"the wake was not done after {self._wake_limit_s:.0f} s")
         except Exception as exc:  # noqa: BLE001 - an owner's hook may raise anything; it is answered by code
-            failure = self._coded(exc)
+            failure = coded(exc)
         finally:
             self._wake_task = None
         for replica in self.replicas.values():
@@ -573,20 +595,15 @@ class ReplicaPool:
             self.last_active = time.monotonic()
             self._dispatch()
 
-    def _coded(self, error: Exception) -> ProxyError:
-        if isinstance(error, ProxyError):
-            return error
-        code = getattr(error, "code", None)
-        return StartFailed(code if isinstance(code, str) else "start-failed", f"{error}" or type(error).__name__)
-
     def _fail(self, error: ProxyError) -> None:
         self.last_failure = error
         for replica in self.replicas.values():
             replica.over = replica.over or replica.tracker.phase is Phase.FAILED
         if self._closed is None:
             self.failed_starts += 1
-            fields = {"pool": self.name, "code": error.code, "reason": error.message}
-            log.error("%s: %s", error.code, error.message, extra={"event": "start-failed", "fields": fields})
+            reason = error.detail or error.message
+            fields = {"pool": self.name, "code": error.code, "reason": reason}
+            log.error("%s: %s", error.code, reason, extra={"event": "start-failed", "fields": fields})
             for told in self.on_failed:
                 told(error)
         for waiter in list(self._waiters):

@@ -173,8 +173,9 @@ class ProxyServer:
 
     async def _sweep(self) -> None:
         settings = self.settings
-        limits = (settings.keepalive_s, settings.head_timeout_s, settings.body_timeout_s, settings.upstream_keepalive_s)
-        every = min(1.0, max(0.02, min(*limits, settings.upstream_timeout_s) / 4))
+        limits = [settings.keepalive_s, settings.head_timeout_s, settings.body_timeout_s, settings.upstream_keepalive_s]
+        limits += [self._upstream_limit(pool) for pool in self.router.pools()]
+        every = min(1.0, max(0.02, min(limits) / 4))
         while True:
             await asyncio.sleep(every)
             now = time.monotonic()
@@ -186,8 +187,9 @@ class ProxyServer:
                 back = exchange.back
                 if back.answer is exchange and not back.reading_paused:
                     silent = now - max(back.last_byte, client.last_in if not exchange.request.complete else 0.0)
-                    if silent > settings.upstream_timeout_s:
-                        text = f"the replica sent nothing for {settings.upstream_timeout_s:g} s"
+                    limit = exchange.upstream_limit_s
+                    if silent > limit:
+                        text = f"the replica sent nothing for {limit:g} s (--upstream-timeout)"
                         client.interrupt(UpstreamFault("upstream-timeout", text, status=504))
             for pool in self.router.pools():
                 for replica in pool.replicas.values():
@@ -195,6 +197,10 @@ class ProxyServer:
                         if now - connection.idle_since > settings.upstream_keepalive_s:
                             replica.idle.remove(connection)
                             connection.abort()
+
+    def _upstream_limit(self, pool: ReplicaPool) -> float:
+        own = pool.upstream_timeout_s
+        return self.settings.upstream_timeout_s if own is None else own
 
     # -- one request -------------------------------------------------------------------------------
 
@@ -279,6 +285,7 @@ class ProxyServer:
                 return
             pool = await self.router.route(client, request)
         exchange.pool_name = pool.name
+        exchange.upstream_limit_s = self._upstream_limit(pool)
         while True:
             replica = pool.try_acquire()
             if replica is None:

@@ -16,8 +16,10 @@ class Settings:
 
     own_prefix: str = "/-"
     """Where the proxy's own pages live; never forwarded, whatever the spelling."""
-    token: str | None = None
-    """When set, the own pages (but for `ready`) ask for `Authorization: Bearer …` or `?token=`."""
+    admin_token: str | None = None
+    """When set, the own pages (but for `ready` and `live`) ask for `Authorization: Bearer …` or `?token=`. Otherwise they answer
+    clients of this host only, unless they have a port of their own.
+    """
     own_on_main: bool = True
     """False when the own pages are bound to another port: then the main port answers 404 for them."""
     denied_paths: frozenset[str] = frozenset()
@@ -50,8 +52,10 @@ class Settings:
     """A WebSocket over which nothing passes for this long is closed."""
     upstream_keepalive_s: float = 3.0
     """Shorter than the engines' own (uvicorn: 5 s), so that a kept connection is not one that is being closed."""
-    upstream_timeout_s: float = 600.0
-    """A replica that sends no byte for this long is answered for with 504."""
+    upstream_timeout_s: float = 3600.0
+    """A replica that sends no byte for this long is answered for with 504; `math.inf`: never. An answer that is not streamed sends
+    nothing until it is complete.
+    """
     connect_timeout_s: float = 5.0
     max_connecting: int = 64
     max_idle_connections: int = 256
@@ -66,6 +70,8 @@ class Settings:
             value = getattr(self, item.name)
             if isinstance(value, (int, float)) and not isinstance(value, bool) and value < 0:
                 raise ValueError(f"{item.name} must not be negative, it is {value}")
+        if self.admin_token == "":
+            raise ValueError("admin_token must not be empty")
         if not self.own_prefix.startswith("/") or len(self.own_prefix) < 2 or self.own_prefix.endswith("/"):
             raise ValueError(
                 f"own_prefix must start with a slash, name a folder and not end in a slash: {self.own_prefix!r}"

@@ -264,7 +264,13 @@ class Supervisor:
             for r in pool.replicas.values()
         ]
         history = {str(kind): list(pool.history.seen(kind)) for kind in Kind}
-        return {"name": pool.name, "wakes": pool.can_wake, "replicas": replicas, "history": history}
+        return {
+            "name": pool.name,
+            "wakes": pool.can_wake,
+            "started_here": pool.started_here,
+            "replicas": replicas,
+            "history": history,
+        }
 
     def _tell_phase(self, pool: ReplicaPool, replica: Replica, new: Phase, reason: str) -> None:
         upstream = replica.upstream
@@ -372,6 +378,7 @@ class Mirror:
                 wake=self._waker(name) if description["wakes"] else None,
                 wake_limit_s=86400.0,
             )
+            pool.started_here = description["started_here"]
             for kind, seconds in description["history"].items():
                 for value in seconds:
                     pool.history.record(Kind(kind), value)
@@ -407,7 +414,7 @@ class Mirror:
             replica.tracker.to(Phase(message["to"]), message["reason"])
             replica.generation = message["generation"]
         elif op == "failed":
-            pool.start_failed(StartFailed(message["code"], message["message"], retry_after_s=message["retry_after_s"]))
+            pool.wake_failed(StartFailed(message["code"], message["message"], retry_after_s=message["retry_after_s"]))
         elif op == "quiet":
             return self._quiet(pool, wait=message["wait"])
         elif op == "release":

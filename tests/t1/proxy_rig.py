@@ -208,7 +208,7 @@ class Rig:
     async def get(self, target: str, *more: str, method: str = "GET", body: bytes = b"") -> Answer:
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
         try:
-            lines = [f"{method} {target} HTTP/1.1", "Host: test", *more]
+            lines = [f"{method} {target} HTTP/1.1", "Host: 127.0.0.1", *more]
             if body:
                 lines.append(f"Content-Length: {len(body)}")
             writer.write("\r\n".join(lines).encode() + b"\r\n\r\n" + body)

@@ -14,7 +14,15 @@ pytestmark = [pytest.mark.t1, pytest.mark.xdist_group("launch"), pytest.mark.slo
 
 def test_own_pages_move_to_another_port_and_ask_for_a_token(launch_rig):
     own = free_port()
-    options = ("--no-snapshot", "--own-listen", f"127.0.0.1:{own}", "--own-prefix", "/ops", "--token", "secret")
+    options = (
+        "--no-snapshot",
+        "--admin-listen",
+        f"127.0.0.1:{own}",
+        "--admin-prefix",
+        "/ops",
+        "--admin-token",
+        "secret",
+    )
     with launch_rig.running(*options) as started:
         answer = started.ask()
         assert len(answer) == 4
@@ -60,7 +68,7 @@ def test_the_limit_on_open_files_is_raised_for_clients_and_not_for_the_engine(la
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("--own-prefix", "ops"), ("--own-listen", "nowhere"), ("--hold-timeout", "-1")]
+    ("option", "value"), [("--admin-prefix", "ops"), ("--admin-listen", "nowhere"), ("--hold-timeout", "-1")]
 )
 def test_a_bad_value_is_a_usage_error(launch_rig, option, value):
     started = launch_rig.start("--no-snapshot", option, value)

@@ -356,12 +356,12 @@ def test_a_bad_file_is_refused_in_one_line(tmp_path, text, said):
     [
         ([], "either --upstream or --config"),
         (["--upstream", "http://127.0.0.1:1", "--listen", "nowhere"], "HOST:PORT"),
-        (["--upstream", "http://127.0.0.1:1", "--own-prefix", "x"], "--own-prefix"),
+        (["--upstream", "http://127.0.0.1:1", "--admin-prefix", "x"], "--admin-prefix"),
         (["--upstream", "ftp://x", "--listen", "127.0.0.1:0"], "upstream"),
         (["--upstream", "http://127.0.0.1:1", "--deny", "/"], "cannot deny '/'"),
         (["--upstream", "http://127.0.0.1:1", "--deny", ""], "cannot deny ''"),
         (["--upstream", "http://127.0.0.1:1", "--wake-url", "scaler/up", "--listen", "127.0.0.1:0"], "http"),
-        (["--upstream", "http://127.0.0.1:1", "--own-listen", "nowhere", "--listen", "127.0.0.1:0"], "HOST:PORT"),
+        (["--upstream", "http://127.0.0.1:1", "--admin-listen", "nowhere", "--listen", "127.0.0.1:0"], "HOST:PORT"),
         (["--upstream", "http://127.0.0.1:47113", "--listen", "127.0.0.1:47113"], "where this proxy itself listens"),
         (["--upstream", "http://localhost:47113", "--listen", "0.0.0.0:47113"], "where this proxy itself listens"),
     ],
@@ -389,8 +389,8 @@ def test_a_port_in_use_is_one_line():
 @pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.slow)])
 def test_own_pages_on_a_port_of_their_own(workers):
     own, port = free_port(), free_port()
-    arguments = ["--upstream", f"http://127.0.0.1:{port}", "--own-listen", f"127.0.0.1:{own}", "--workers", workers]
-    with command(*arguments, "--own-prefix", "/quick/thaw") as (_, url):
+    arguments = ["--upstream", f"http://127.0.0.1:{port}", "--admin-listen", f"127.0.0.1:{own}", "--workers", workers]
+    with command(*arguments, "--admin-prefix", "/quick/thaw") as (_, url):
         assert call(f"http://127.0.0.1:{own}/quick/thaw/status")[0] == 200
         assert call(f"{url}/quick/thaw/status")[0] == 404
         assert call(f"http://127.0.0.1:{own}/v1/models")[0] == 404, "the engine is not reached through it"
@@ -399,8 +399,8 @@ def test_own_pages_on_a_port_of_their_own(workers):
 @pytest.mark.slow
 def test_own_pages_moved_and_the_log_read_by_a_machine(tmp_path):
     port = free_port()
-    arguments = ["--upstream", f"http://127.0.0.1:{port}", "--wake", engine(port), "--own-prefix", "/admin"]
-    with command(*arguments, "--token", "s3cret", kept=(kept := [])) as (_, url):
+    arguments = ["--upstream", f"http://127.0.0.1:{port}", "--wake", engine(port), "--admin-prefix", "/admin"]
+    with command(*arguments, "--admin-token", "s3cret", kept=(kept := [])) as (_, url):
         assert call(f"{url}/v1/x", {}, **{"X-Request-Id": "mine-1"})[0] == 200
         assert call(f"{url}/-/status")[1]["path"] == "/-/status", "no longer the proxy's: the engine answers"
         with pytest.raises(urllib.error.HTTPError) as refused:

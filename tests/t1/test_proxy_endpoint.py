@@ -237,7 +237,8 @@ def test_an_engine_of_ours_that_dies_is_known_to_be_down_before_anybody_asks():
             os.kill(first, 9)
             await until(lambda: endpoint.tracker.phase is Phase.FAILED)
             assert "engine-died" in endpoint.tracker.reason
-            assert (await rig.get("/-/ready")).status == 503
+            assert (await rig.get("/-/ready?strict=1")).status == 503
+            assert (await rig.get("/-/ready")).status == 200, "a request wakes it"
             endpoint.tracker._since -= 1000.0  # it has been down for long, and was up for longer
             endpoint.tracker._began -= 5000.0
             assert (await rig.get("/")).json()["pid"] != first

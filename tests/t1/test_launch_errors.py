@@ -121,6 +121,21 @@ def test_an_engine_that_dies_at_once_gives_its_own_code_and_last_words(rig, tmp_
     assert result.returncode == 17
     line = only_line(result, "quickthaw: engine-died")
     assert "code 17" in line and "out of luck" in line
+    assert result.stderr.count("engine-died") == 1, "said once"
+
+
+@pytest.mark.parametrize(
+    "words", [("--help",), ("-h",), ("--version",), ("--model", "x", "--help=all"), ("serve", "--help")]
+)
+@pytest.mark.parametrize("name", ["vllm", "sglang"])
+def test_the_engines_own_help_is_printed(rig, tmp_path, name, words):
+    engine = tmp_path / "engine"
+    engine.write_text('#!/bin/sh\necho "usage of $*"\nexit 0\n')
+    engine.chmod(0o755)
+    result = rig("launch", "--engine-python", str(engine), name, *words)
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    assert result.stdout.startswith(f"usage of -m {name}") and words[-1] in result.stdout
+    assert not list(rig.home.iterdir()), "no port, no sandbox, no state"
 
 
 def test_a_request_that_waits_for_an_engine_that_dies_is_told_why(rig, tmp_path):
@@ -146,7 +161,7 @@ def test_a_request_that_waits_for_an_engine_that_dies_is_told_why(rig, tmp_path)
             body = file.read()
         assert b" 503 " in head or b" 502 " in head
         error = json.loads(body.partition(b"\r\n\r\n")[2])["error"]
-        assert error["code"] == "engine-died"
+        assert error["code"] == "engine-died" and "last words" not in error["message"]
         process.communicate(timeout=30)
         assert process.returncode == 4
 

@@ -26,7 +26,7 @@ def test_own_pages_move_to_another_port_and_ask_for_a_token(launch_rig):
     with launch_rig.running(*options) as started:
         answer = started.ask()
         assert len(answer) == 4
-        assert call(own, "GET", "/ops/status")[0] == 401
+        assert call(own, "GET", "/ops/status")[0] == 401 and call(own, "GET", "/ops/live")[0] == 200
         status, found = call(own, "GET", "/ops/status?token=secret")
         assert status == 200 and found["pools"][0]["replicas"][0]["phase"] == "serving"
         assert call(started.port, "GET", "/ops/status?token=secret")[0] == 404

@@ -212,7 +212,7 @@ def test_ready_means_that_a_request_is_accepted_and_strict_that_it_is_answered()
 
 def test_ready_after_a_failed_wake_is_again_when_the_next_request_would_wake():
     async def main():
-        async def wake() -> None:  # noqa: ASYNC110 - asked from outside
+        async def wake() -> None:
             raise StartFailed("wake-command-failed", "no")
 
         async with proxy(wake=wake) as rig:
@@ -221,7 +221,7 @@ def test_ready_after_a_failed_wake_is_again_when_the_next_request_would_wake():
             assert (await rig.get("/x")).status == 503
             assert (await rig.get("/-/ready")).status == 503, "a request now is refused at once"
             async with asyncio.timeout(20):
-                while (await rig.get("/-/ready")).status != 200:
+                while (await rig.get("/-/ready")).status != 200:  # noqa: ASYNC110 - asked from outside
                     await asyncio.sleep(0.05)
             assert (await rig.get("/x")).status == 503 and rig.pool.wakes == 2
 

@@ -339,6 +339,9 @@ models:
         ("models: {a: {command: x}}\nevict: never", "evict"),
         ("models: {a: {upstream: 'ftp://x'}}", "upstream"),
         ("models: [", "not YAML"),
+        ("models: {a: {command: x}}\nidle_timeout: soon", "90s, 10m or 1h"),
+        ("models: {a: {command: x, upstream_timeout: -1}}", "negative"),
+        ("models: {a: {command: x, wake_timeout: true}}", "expected a time"),
     ],
 )
 def test_a_bad_file_is_refused_in_one_line(tmp_path, text, said):
@@ -358,6 +361,8 @@ def test_a_bad_file_is_refused_in_one_line(tmp_path, text, said):
         (["--upstream", "http://127.0.0.1:1", "--listen", "nowhere"], "HOST:PORT"),
         (["--upstream", "http://127.0.0.1:1", "--admin-prefix", "x"], "--admin-prefix"),
         (["--upstream", "ftp://x", "--listen", "127.0.0.1:0"], "upstream"),
+        (["--upstream", "http://127.0.0.1:1", "--admin-token", " "], "the token is empty"),
+        (["--upstream", "http://127.0.0.1:1", "--upstream-timeout", "soon"], "90s, 10m or 1h"),
         (["--upstream", "http://127.0.0.1:1", "--deny", "/"], "cannot deny '/'"),
         (["--upstream", "http://127.0.0.1:1", "--deny", ""], "cannot deny ''"),
         (["--upstream", "http://127.0.0.1:1", "--wake-url", "scaler/up", "--listen", "127.0.0.1:0"], "http"),
@@ -384,6 +389,57 @@ def test_a_port_in_use_is_one_line():
         arguments = ["--upstream", "http://127.0.0.1:1", "--listen", f"127.0.0.1:{taken.getsockname()[1]}"]
         result = CliRunner().invoke(entry, arguments)
     assert result.exit_code == 1 and "in use" in result.output
+
+
+def test_how_long_an_answer_may_take_is_set_for_all_and_for_each_model(tmp_path):
+    from plugin.proxy.models import ModelRouter, load
+    from plugin.proxy.options import Limit, Seconds
+    from plugin.proxy.pool import ReplicaPool
+
+    limits = {"a": ReplicaPool(), "b": ReplicaPool(), "c": ReplicaPool()}
+    text = "upstream_timeout: 2h\nidle_timeout: 10m\nmodels: {a: {command: x, upstream_timeout: 90}, b: {command: x}, "
+    config = load(Path(models_file(tmp_path, text + "c: {command: x, upstream_timeout: none, wake_timeout: 1.5m}}")))
+    ModelRouter(config, limits)
+    assert [pool.upstream_timeout_s for pool in limits.values()] == [90.0, 7200.0, float("inf")]
+    assert config.idle_timeout == 600.0 and config.models["c"].wake_timeout == 90.0
+    plain = load(Path(models_file(tmp_path, "models: {a: {command: x}}")))
+    ModelRouter(plain, fresh := {"a": ReplicaPool()})
+    assert fresh["a"].upstream_timeout_s is None, "as the command says"
+    for text, value in (("0", float("inf")), ("none", float("inf")), ("1h", 3600.0), ("90", 90.0)):
+        assert Limit().convert(text, None, None) == value
+    assert Seconds().convert("0", None, None) == 0.0
+
+
+@pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.slow)])
+def test_an_engine_that_nobody_asks_for_is_noticed_when_it_comes_and_when_it_goes(workers):
+    """From outside: issue 21's balancer, which sends nothing while `/-/ready` says no."""
+    port = free_port()
+    with command("--upstream", f"http://127.0.0.1:{port}", "--workers", workers) as (_, url):
+        assert call(f"{url}/-/live")[0] == 200 and call(f"{url}/-/ready")[0] == 200
+        assert call(f"{url}/-/ready?strict=1")[0] == 503
+        with subprocess.Popen([sys.executable, "-S", str(ENGINE), str(port)]) as process:
+            eventually(lambda: call(f"{url}/-/ready?strict=1")[0] == 200, "it has come")
+            process.kill()
+        eventually(lambda: call(f"{url}/-/ready?strict=1")[0] == 503, "it has gone")
+        assert call(f"{url}/-/ready")[0] == 200
+
+
+@pytest.mark.slow
+def test_a_wake_that_failed_once_is_tried_again_for_the_workers_requests(tmp_path):
+    port, able = free_port(), tmp_path / "able"
+    wake = f"test -e {able} && {engine(port)}"
+    with command("--upstream", f"http://127.0.0.1:{port}", "--wake", wake, "--workers", "2") as (_, url):
+        assert call(f"{url}/v1/x", {})[1]["error"]["code"] == "wake-command-failed"
+        able.touch()
+        eventually(lambda: call(f"{url}/v1/x", {})[0] == 200, "after a pause the next request wakes it")
+
+
+def test_the_admin_token_comes_from_the_environment(monkeypatch):
+    monkeypatch.setenv("QUICKTHAW_ADMIN_TOKEN", "s3cret")
+    with command("--upstream", f"http://127.0.0.1:{free_port()}") as (_, url):
+        assert call(f"{url}/-/status")[1]["error"]["code"] == "admin-token"
+        assert call(f"{url}/-/status", Authorization="Bearer s3cret")[0] == 200
+        assert call(f"{url}/-/ready")[0] == 200
 
 
 @pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.slow)])

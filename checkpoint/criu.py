@@ -41,6 +41,8 @@ _COMMON = (
 
 
 _CPUINFO = "cpuinfo.img"
+_GHOST_LIMIT = "4095M"
+"""The largest deleted file that CRIU carries in its images (it counts in 32 bits). Its own limit is 1 MiB; shared memory is larger."""
 
 
 @dataclass(frozen=True)
@@ -154,11 +156,13 @@ class Criu:
         while_frozen: Path,
         timeout_s: float,
         seen_at: Path | None = None,
+        logs: Path | None = None,
     ) -> int:
         """Write the tree's images into `images`; it goes on running afterwards. Returns its monotonic clock, in ns, as CRIU read it.
 
         `while_frozen` is a script that CRIU runs after the images are written and before the tree runs on. `seen_at`: where `images`, a
-        folder of the sandbox, is seen from here, if at another path. Raises Failed with CRIU's own last error.
+        folder of the sandbox, is seen from here, if at another path. `logs` keeps the log of a failed dump. Raises Failed with CRIU's own
+        error.
         """
         seen_at = seen_at or images
         argv = [
@@ -170,13 +174,16 @@ class Criu:
             "-v2",
             "--skip-in-flight",
             "--leave-running",
+            f"--ghost-limit={_GHOST_LIMIT}",
             f"--action-script={while_frozen}",
             *_COMMON,
         ]
         code = sandbox.execute(argv, _environment(), timeout_s)
         if code:
+            cause = cause_in(seen_at / "dump.log", code)
             raise Failed(
-                "criu-dump-failed", f"CRIU could not dump the engine: {last_error(seen_at / 'dump.log', code)}"
+                "criu-dump-failed",
+                f"CRIU could not dump the engine: {cause}{kept(seen_at / 'dump.log', logs, f'dump-{images.parent.name}')}",
             )
         self.keep_kernel_facts(sandbox)
         return _take_clock(seen_at)
@@ -226,10 +233,26 @@ class Criu:
         ]
         return {"argv": argv, "env": _environment(), "adopts": root_pid, "keep": list(pipes)}
 
-    def restored(self, sandbox: Sandbox, code: int, work: Path) -> None:
-        """CRIU has ended with this exit code. Raises Failed with its own last error."""
+    def restored(self, sandbox: Sandbox, code: int, work: Path, logs: Path | None = None) -> None:
+        """CRIU has ended with this exit code; `logs` keeps the log of a failed restore.
+
+        Raises Incompatible (open-file-changed, open-file-missing) where a file that the engine held open is not what it was, Failed
+        with CRIU's own error for everything else.
+        """
         if code:
-            raise Failed("criu-restore-failed", f"CRIU could not restore: {last_error(work / 'restore.log', code)}")
+            cause = cause_in(work / "restore.log", code)
+            where = kept(work / "restore.log", logs, work.name)
+            if found := _CHANGED.search(cause):
+                raise Incompatible(
+                    "open-file-changed",
+                    f"/{found[1].lstrip('/')}, which the engine held open, is not what it was at the dump: {cause}{where}",
+                )
+            if found := _MISSING.search(cause):
+                raise Incompatible(
+                    "open-file-missing",
+                    f"/{found[1].lstrip('/')}, which the engine held open, is not here: {cause}{where}",
+                )
+            raise Failed("criu-restore-failed", f"CRIU could not restore: {cause}{where}")
         self.keep_kernel_facts(sandbox)
 
     def dump_cpu(self, images: Path) -> None:
@@ -292,7 +315,14 @@ _NOISE = re.compile(
 )
 
 
-def last_error(log: Path, code: int) -> str:
+# Files outside of the snapshot; what is wrong with its own pages files is damage.
+_CHANGED = re.compile(r"File (?!\S*pages-\d+\.img )(.+) has bad (?:size|build-ID)")
+_MISSING = re.compile(r"Can't open file (?!\S*pages-\d+\.img )(.+) on restore: No such file")
+_LOGS_KEPT = 8
+_LOG_BYTES = 1 << 20
+
+
+def cause_in(log: Path, code: int) -> str:
     """The first line of a CRIU log that says what went wrong, for a message of one line."""
     try:
         lines = log.read_text(errors="replace").splitlines()
@@ -300,5 +330,22 @@ def last_error(log: Path, code: int) -> str:
         return f"exit code {code}, and it wrote no log"
     errors = [line for line in lines if "Error (" in line and not _NOISE.search(line)]
     if not errors:
-        return f"exit code {code}; its log is {log}"
-    return re.sub(r"^\(\d+\.\d+\)\s*(\d+: )?", "", errors[0]) + f" (log: {log})"
+        return f"exit code {code}"
+    return re.sub(r"^(\(\d+\.\d+\))?\s*(\d+: )?", "", errors[0])
+
+
+def kept(log: Path, logs: Path | None, name: str) -> str:
+    """Keep a log whose folder will be removed, and the newest few with it; ` (log: …)` for a message, or nothing where that failed."""
+    if logs is None:
+        return ""
+    target = logs / f"{name.lstrip('.')}.log"
+    try:
+        logs.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with log.open("rb") as file, aside(target) as new:
+            new.touch(mode=0o600)
+            new.write_bytes(file.read(_LOG_BYTES))
+        for old in sorted(logs.glob("*.log"), key=lambda path: path.stat().st_mtime_ns)[:-_LOGS_KEPT]:
+            old.unlink(missing_ok=True)
+    except OSError:
+        return ""  # CRIU wrote none, or the disk is full: the cause is in the message all the same
+    return f" (log: {target})"

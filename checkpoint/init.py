@@ -22,13 +22,13 @@ import socket
 import struct
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 CLONE_NEWTIME, CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWPID, CLONE_NEWNET = 0x80, 0x20000, 0x8000000, 0x20000000, 0x40000000
 CLONE_NEWUSER = 0x10000000
 MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND, MS_REC, MS_SLAVE, MS_RDONLY, MS_REMOUNT = 2, 4, 8, 4096, 16384, 1 << 19, 1, 32
-PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15
+PR_SET_PDEATHSIG, PR_SET_NAME, PR_SET_CHILD_SUBREAPER = 1, 15, 36
 MESSAGE_BYTES = 1 << 20
 # Processes of the engine get numbers above this one, so that a restore, which needs those numbers free, can use the ones below
 # for process 1, CRIU and its helpers.
@@ -288,9 +288,7 @@ class Init:
             os.kill(message["pid"], message["signal"])
             self.send(id=message["id"])
         elif op == "go-on":
-            # What CRIU left stopped. To everyone in here but this process (kill(2)).
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(-1, signal.SIGCONT)
+            self.go_on(message.get("stopped", ()))
             self.send(id=message["id"])
         elif op == "unpack":
             # What the snapshot links to, back in its place before CRIU looks for it.
@@ -310,6 +308,15 @@ class Init:
         else:
             raise OSError(errno.EINVAL, f"unknown operation {op}")
         return True
+
+    @staticmethod
+    def go_on(stopped: Sequence[int]) -> None:
+        """Continue everyone in here but this process (kill(2)) and those that were stopped at the dump."""
+        pids = [-1] if not stopped else [int(name) for name in os.listdir("/proc") if name.isdigit() and name != "1"]
+        for pid in pids:
+            if pid not in stopped:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
 
     @staticmethod
     def raise_pids(above: int) -> None:
@@ -377,6 +384,9 @@ class Init:
             # Everything that this process inherited or opened carries close-on-exec, but for what was just laid out.
             os.chdir(message["cwd"])
             os.umask(message.get("umask", 0o022))
+            if message["op"] == "start":
+                # A helper that daemonises stays below the engine, so that a dump of its tree has it (prctl(2); execve keeps this).
+                libc.prctl(PR_SET_CHILD_SUBREAPER, 1)
             if seccomp:
                 refuse_io_uring(self.config["site_packages"])
             os.execvpe(message["argv"][0], message["argv"], message["env"])

@@ -56,6 +56,7 @@ class Snapshot(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     thread number in use; `gpu` what bringing CUDA processes back needs; `asleep`: the engine had put away what it has on a GPU and has
     to be woken; `model` as the command line has it, `model_path` the folder the engine reads, `cwd` the one it runs in;
     `weight_areas`: by process number, (address, bytes) of the weights in its memory; sizes in bytes; `cold_s` the start this saves.
+    `start_ticks`: by process number, its start time at the dump in clock ticks; `stopped`: processes that were stopped (SIGSTOP) then.
     """
 
     digest: str = ""
@@ -84,6 +85,8 @@ class Snapshot(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     model_path: str = ""
     cwd: str = ""
     weight_areas: dict[str, list[tuple[int, int]]] = {}
+    start_ticks: dict[str, int] = {}
+    stopped: list[int] = []
 
 
 def load(folder: Path) -> Snapshot:

@@ -282,9 +282,9 @@ class Sandbox:
         """Wait for what was begun (checkpoint.early): the exit code of its CRIU. Raises Failed."""
         return int(self._answer(self._begun[early.EXEC], timeout_s, "exec", early.EXEC)["code"])
 
-    def go_on(self) -> None:
-        """Let every process run that CRIU left stopped."""
-        self._ask(op="go-on")
+    def go_on(self, stopped: Sequence[int] = ()) -> None:
+        """Let every process run that CRIU left stopped, but for those that were stopped at the dump."""
+        self._ask(op="go-on", stopped=list(stopped))
 
     def signal(self, pid: int, number: int) -> None:
         """Send a signal to a process of the sandbox by its number inside; Failed when it is gone."""

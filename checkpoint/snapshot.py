@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import filecmp
+import json
 import os
 import shutil
 import threading
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import msgspec
 
-from checkpoint import cuda, early, manifest, mapped, room
+from checkpoint import cuda, early, frozen, manifest, mapped, room
 from checkpoint.aside import aside
 from checkpoint.criu import Criu
 from checkpoint.cuda.driver import Driver
@@ -33,6 +34,9 @@ DUMP_TIMEOUT_S = 30.0
 """For a dump of nothing; every DUMP_SLOWEST bytes add a second. A process killed under CRIU's hands can leave it waiting for ever."""
 DUMP_SLOWEST = 50e6
 RESTORE_TIMEOUT_S = 600.0
+START_TIMES = "start-times"
+LOGS = "logs"
+"""The folder of the state folder that keeps CRIU's logs of failed dumps and restores."""
 
 # Runs inside the sandbox, after the images are written and before the tree runs on: what the images link to must be of the same
 # moment. CRIU leaves its own hard links to deleted files behind (link_remap.N); one that stays makes the next dump fail.
@@ -42,7 +46,7 @@ _WHILE_FROZEN = """\
 set -e
 cp -a --sparse=always /dev/shm "{folder}/shm"
 cp -a --sparse=always {tmp} "{folder}/tmp"
-rm -f /dev/shm/link_remap.*
+rm -f /dev/shm/link_remap.* {tmp}/link_remap.*
 """
 
 
@@ -145,7 +149,9 @@ def take(
         images = folder / "images"
         images.mkdir(mode=0o700)
         script = folder / "while-frozen.sh"
-        script.write_text(_WHILE_FROZEN.format(folder=folder, tmp=TMP_DIR))
+        script.write_text(
+            _WHILE_FROZEN.format(folder=folder, tmp=TMP_DIR) + frozen.COPY.format(folder=folder / frozen.FOLDER)
+        )
         script.chmod(0o700)
         mapped = _mapped_cache_files(pids)
         suspended: list[int] = []
@@ -156,11 +162,14 @@ def take(
             # Now: the driver has moved the GPU's memory into the processes'.
             wanted = private_bytes(pids)
             room.check_disk(library.folder, wanted)
-            monotonic_ns = criu.dump(sandbox, draft.root_pid, images, script, DUMP_TIMEOUT_S + wanted / DUMP_SLOWEST)
+            limit_s = DUMP_TIMEOUT_S + wanted / DUMP_SLOWEST
+            monotonic_ns = criu.dump(sandbox, draft.root_pid, images, script, limit_s, logs=library.home / LOGS)
         finally:
             if driver and suspended:
                 cuda.give_back(driver, suspended, needs, gpu_locks(library))
         script.unlink()
+        found = frozen.examine(folder / frozen.FOLDER, images, ("/dev/shm", TMP_DIR))
+        shutil.rmtree(folder / frozen.FOLDER)
         criu.dump_cpu(images)
         for name in mapped:
             target = folder / "cache" / name
@@ -183,6 +192,8 @@ def take(
             image_bytes=image_bytes(images),
             files=dict(seal(folder)),
             gpu=needs,
+            start_ticks=found.start_ticks,
+            stopped=found.stopped,
         )
         data = manifest.dump(done)
         if sign:
@@ -349,16 +360,19 @@ def restore(
                 early.discard()  # it may have mapped what was there before
             foreseen = early.take(plan, pipes)
             begun = foreseen or early.begin(plan, pipes)
+            logs = library.home / LOGS
             underway()
             try:
-                restored = _bring_back(begun, config, snapshot, criu, on_exit, lazy, cancellation)
+                restored = _bring_back(begun, config, snapshot, criu, on_exit, lazy, cancellation, logs)
                 restored.foreseen = foreseen is not None
             except CheckpointError as error:
                 if not foreseen or not lazy or cancellation.error:
                     raise
                 # Begun on what was so the last time; what is wrong now is found by doing it from the start.
                 lazy.on_warning(f"what was begun beforehand failed ({error}); once more, from the start")
-                restored = _bring_back(early.begin(plan, pipes), config, snapshot, criu, on_exit, lazy, cancellation)
+                restored = _bring_back(
+                    early.begin(plan, pipes), config, snapshot, criu, on_exit, lazy, cancellation, logs
+                )
             try:
                 if driver and snapshot.gpu.processes:
                     cuda.resume(
@@ -414,6 +428,7 @@ def _bring_back(
     on_exit: Callable[[int, int], None] | None,
     lazy: LazyRestore | None,
     cancellation: Cancellation,
+    logs: Path,
 ) -> Restored:
     """Go on with what was begun until every process runs; where that fails, nothing of it is left."""
     began = time.monotonic()
@@ -429,9 +444,11 @@ def _bring_back(
         up = time.monotonic()
         sandbox.unpacked()
         unpacked = time.monotonic()
-        criu.restored(sandbox, sandbox.executed(RESTORE_TIMEOUT_S), work)
+        criu.restored(sandbox, sandbox.executed(RESTORE_TIMEOUT_S), work, logs)
         sandbox.raise_pids(snapshot.top_pid)
-        sandbox.go_on()
+        # For plugin/engine/start_times.py, before the first process looks.
+        (sandbox.control_dir / START_TIMES).write_text(json.dumps(snapshot.start_ticks))
+        sandbox.go_on(snapshot.stopped)
         begun.release()
         spans = {"sandbox": up - began, "unpack": unpacked - up, "criu": time.monotonic() - unpacked}
         plan = begun.plan if lazy and not lazy.record and not lazy.arriving else None

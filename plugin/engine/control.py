@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 
-from . import cpu, renewal
+from . import cpu, renewal, start_times
 
 SHRINK = signal.SIGRTMIN + 7
 WAKE = signal.SIGRTMIN + 8
@@ -42,6 +42,7 @@ def thin():
 def _on_shrink(number, frame):
     from . import memory
 
+    start_times.keep()
     memory.trim()
     memory.close_nvml()
     answer("shrunk", "ok")
@@ -50,6 +51,7 @@ def _on_shrink(number, frame):
 def _on_wake(number, frame):
     global fresh
     cpu.regain()
+    start_times.refresh()
     renewal.renew()
     fresh = True
     reseed()
@@ -76,6 +78,7 @@ def reseed():
 
 def install():
     """Answer both signals in this process. Once; later calls do nothing. Only a main thread can."""
+    start_times.keep()
     if threading.current_thread() is not threading.main_thread():
         return
     if signal.getsignal(SHRINK) in (signal.SIG_DFL, None):

@@ -1,0 +1,77 @@
+"""Keep the start times that psutil remembers valid after a restore.
+
+psutil identifies a process by its number and its start time (field 22 of /proc/PID/stat). A restored process has a new start time, so
+every `psutil.Process` made before the dump would take its process for another one: `is_running()` is false and `send_signal()` raises,
+as in SGLang's watchdog. The launcher leaves the start times of the dump in the control folder before the tree runs on; psutil then reads
+these for the processes that the restore brought back, so whatever was remembered, hashed or stored stays equal.
+"""
+
+import functools
+import json
+import os
+import sys
+
+FILE = "start-times"
+
+
+class _Restored:
+    """The processes that the last restore brought back: number → (start time now, start time at the dump), in clock ticks as bytes."""
+
+    def __init__(self):
+        self.stamp = None
+        self.ticks = {}
+
+    def look(self):
+        """The current table; read again only when the launcher has left another file."""
+        path = os.path.join(os.environ.get("QUICKTHAW_CONTROL_DIR", ""), FILE)
+        try:
+            stat = os.stat(path)
+        except OSError:
+            return self.ticks  # a cold start
+        stamp = (stat.st_dev, stat.st_ino, stat.st_mtime_ns)
+        if stamp != self.stamp:
+            with open(path) as file:
+                dumped = json.load(file)
+            found = {}
+            for pid, ticks in dumped.items():
+                now = _start_time(pid)
+                if now:
+                    found[int(pid)] = (now, b"%d" % ticks)
+            self.ticks, self.stamp = found, stamp
+        return self.ticks
+
+
+_restored = _Restored()
+
+
+def _start_time(pid):
+    """Field 22 of /proc/PID/stat as bytes; None when the process has ended."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return file.read().rpartition(b")")[2].split()[19]
+    except (OSError, IndexError):
+        return None
+
+
+def keep():
+    """Let psutil read the start times of the dump, in every process that has imported psutil by now. May be called again."""
+    linux = sys.modules.get("psutil._pslinux")
+    parse = getattr(getattr(linux, "Process", None), "_parse_stat_file", None)
+    if parse is None or getattr(parse, "quickthaw", False):
+        return
+
+    @functools.wraps(parse)  # with psutil's own attributes for its cache
+    def parse_stat_file(self):
+        stat = parse(self)
+        now, dumped = _restored.look().get(self.pid, (None, None))
+        return {**stat, "create_time": dumped} if now is not None and stat.get("create_time") == now else stat
+
+    parse_stat_file.quickthaw = True
+    linux.Process._parse_stat_file = parse_stat_file
+
+
+def refresh():
+    """Note now which processes the restore brought back, before one of their numbers can be given to another process."""
+    keep()
+    if "psutil" in sys.modules:
+        _restored.look()

@@ -30,7 +30,7 @@ from collections import deque
 from checkpoint.pages import index, uffd
 from checkpoint.pages.arrival import ArrivingSource, Presence, Waiting
 from checkpoint.pages.fetch import Bell, Fetcher
-from checkpoint.pages.images import PAGE
+from checkpoint.pages.images import PAGE, argument_pages
 from checkpoint.pages.known import Known
 from checkpoint.pages.pagemap import PageMap
 from checkpoint.pages.reading import Reading
@@ -115,7 +115,7 @@ class Daemon:
         if reading:
             reading.listen(self.bell.ring)
         try:
-            self.begin("hot", [] if self.record else self.working_set.before_first_token)
+            self.begin("hot", self.arguments() if self.record else self.working_set.before_first_token)
         except BaseException:
             self.close()
             raise
@@ -133,6 +133,11 @@ class Daemon:
         except OSError as error:
             self.tell(event="warning", message=f"{error}; restoring without it")
             return WorkingSet()
+
+    def arguments(self) -> list[Range]:
+        """Where the processes' command lines and environments lie: /proc shows none of them before."""
+        found = [(pid, *argument_pages(self.images_dir, pid)) for pid in self.images]
+        return [(pid, low, high) for pid, start, end in found for low, high in self.images[pid].split(start, end)]
 
     def want(self, path: str, offset: int, length: int) -> None:
         """A fault waits for what has not arrived."""
@@ -230,7 +235,8 @@ class Daemon:
 
     def save(self, path: str) -> None:
         base = None if self.record else self.working_set
-        found = WorkingSet.from_faults(self.trace_before, self.trace_after, self.images, base)
+        shown = [(pid, page) for pid, start, end in self.arguments() for page in range(start, end, PAGE)]
+        found = WorkingSet.from_faults(self.trace_before + shown, self.trace_after, self.images, base)
         try:
             found.save(path)
         except OSError as error:

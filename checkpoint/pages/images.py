@@ -17,6 +17,9 @@ PAGE = 4096
 LAZY, PRESENT = 2, 4
 # Bits of VmaEntry.status in criu/include/image.h: what CRIU dumps from a private mapping of a file is never lazy, unless we made it one.
 FILE_PRIVATE = 1 << 6
+# MmEntry.mm_arg_start, mm_arg_end, mm_env_start, mm_env_end (images/mm.proto).
+_ARGUMENTS = (8, 9, 10, 11)
+_MOST_ARGUMENTS = 8 << 20  # bytes; execve(2) allows 6 MiB at most
 # VmaEntry.madv is a bit mask by MADV_… number.
 _MADV_WIPEONFORK = 18
 
@@ -192,6 +195,20 @@ def _mappings(path: str) -> list[tuple[int, int, int, int]]:
                 found.append((start, end, madv, status))
     found.sort()
     return found
+
+
+def argument_pages(folder: str, pid: int) -> tuple[int, int]:
+    """The pages that hold a process's command line and environment, as (start, end); both 0 where its image names none.
+
+    The kernel reads them for /proc/PID/cmdline and environ, and shows empty files until they are in place.
+    """
+    try:
+        found = dict(_fields(_messages(f"{folder}/mm-{pid}.img")[0]))
+    except (OSError, BadImage, IndexError):
+        return 0, 0  # a process without memory; what is damaged was refused before
+    places = [value for number in _ARGUMENTS if isinstance(value := found.get(number), int) and value]
+    start, end = (min(places) & -PAGE, -(-max(places) // PAGE) * PAGE) if places else (0, 0)
+    return (start, end) if end - start <= _MOST_ARGUMENTS else (0, 0)
 
 
 def read_process(folder: str, pid: int) -> ProcessImage:

@@ -1,9 +1,7 @@
 """What a dump must carry or refuse by name, with small programs under real CRIU: start times, helpers, deleted files, SysV objects, sockets."""
 
 import os
-import signal
 import sys
-import time
 from pathlib import Path
 
 import pytest

@@ -11,6 +11,7 @@ import pytest
 from checkpoint.pages import index, kept, pack, plans
 from checkpoint.pages.images import process_ids, read_process
 from checkpoint.pages.workingset import WorkingSet
+from checkpoint.snapshot import processes
 from tests.t1.checkpoint_kit import LIMIT_S, inside
 from tests.t1.pages_kit import Frozen
 
@@ -28,6 +29,25 @@ def nothing_unexpected(frozen: Frozen):  # type: ignore[no-untyped-def]
     assert not list(frozen.folder.glob("work-*/lazy-pages.socket"))
     for work in frozen.folder.glob("work-*"):
         shutil.rmtree(work)
+
+
+def test_command_line_and_environment_are_there_before_the_first_token(frozen: Frozen) -> None:
+    """/proc/PID/cmdline and environ of a restored process are not empty, at the restore that records and at those after it."""
+    frozen.working_set.unlink(missing_ok=True)
+    for record in (True, False):
+        server, work = frozen.serve(record=record)
+        with server, frozen.sandbox() as sandbox:
+            frozen.restore(sandbox, work)
+            for pid in processes(sandbox.init_pid):
+                limit = time.monotonic() + 5
+                while not (line := Path(f"/proc/{pid}/cmdline").read_bytes()) and time.monotonic() < limit:
+                    time.sleep(0.01)
+                assert b"pages_workload" in line
+            if record:
+                server.first_token()
+                server.requests_done(save=frozen.working_set)
+                assert server.wait_saved(LIMIT_S)
+    frozen.working_set.unlink()
 
 
 def test_recorded_then_replayed(frozen: Frozen) -> None:

@@ -12,6 +12,7 @@ import os
 import sys
 
 FILE = "start-times"
+_OURS = "quickthaw_parse_stat_file"
 
 
 class _Restored:
@@ -55,9 +56,9 @@ def _start_time(pid):
 
 def keep():
     """Let psutil read the start times of the dump, in every process that has imported psutil by now. May be called again."""
-    linux = sys.modules.get("psutil._pslinux")
-    parse = getattr(getattr(linux, "Process", None), "_parse_stat_file", None)
-    if parse is None or getattr(parse, "quickthaw", False):
+    process = getattr(sys.modules.get("psutil._pslinux"), "Process", None)
+    parse = getattr(process, "_parse_stat_file", None)
+    if process is None or parse is None or getattr(parse, "__name__", "") == _OURS:
         return
 
     @functools.wraps(parse)  # with psutil's own attributes for its cache
@@ -66,8 +67,8 @@ def keep():
         now, dumped = _restored.look().get(self.pid, (None, None))
         return {**stat, "create_time": dumped} if now is not None and stat.get("create_time") == now else stat
 
-    parse_stat_file.quickthaw = True
-    linux.Process._parse_stat_file = parse_stat_file
+    parse_stat_file.__name__ = _OURS
+    process._parse_stat_file = parse_stat_file
 
 
 def refresh():

@@ -184,8 +184,8 @@ def test_a_dead_owner_ends_the_server(frozen: Frozen) -> None:
     assert not frozen.deaths
 
 
-def test_criu_that_fails_is_told(frozen: Frozen) -> None:
-    """A client that breaks off before every process was restored ends the server with a reason."""
+def test_criu_that_breaks_off_is_its_owner_s_to_report(frozen: Frozen) -> None:
+    """The owner has CRIU's exit code and log, so a page server that loses its client first reports no cause of its own."""
     import socket
 
     server, work = frozen.serve()
@@ -193,8 +193,8 @@ def test_criu_that_fails_is_told(frozen: Frozen) -> None:
         client = socket.socket(socket.AF_UNIX)
         client.connect(str(work / "lazy-pages.socket"))
         client.close()
-        assert server.ended.wait(LIMIT_S)
-    assert frozen.deaths and "CRIU ended" in frozen.deaths[0]
+        assert not server.ended.wait(0.3)
+    assert server.ended.is_set() and not frozen.deaths
 
 
 def test_a_damaged_working_set_is_left_aside(frozen: Frozen) -> None:

@@ -28,7 +28,7 @@ from typing import Any
 CLONE_NEWTIME, CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWPID, CLONE_NEWNET = 0x80, 0x20000, 0x8000000, 0x20000000, 0x40000000
 CLONE_NEWUSER = 0x10000000
 MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND, MS_REC, MS_SLAVE, MS_RDONLY, MS_REMOUNT = 2, 4, 8, 4096, 16384, 1 << 19, 1, 32
-PR_SET_PDEATHSIG, PR_SET_NAME, PR_SET_CHILD_SUBREAPER = 1, 15, 36
+PR_SET_PDEATHSIG, PR_SET_NAME, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER = 1, 15, 22, 36
 MESSAGE_BYTES = 1 << 20
 # Processes of the engine get numbers above this one, so that a restore, which needs those numbers free, can use the ones below
 # for process 1, CRIU and its helpers.
@@ -184,17 +184,24 @@ def prepare_mounts(config: Message) -> None:
             mount("none", target, "", MS_BIND | MS_REMOUNT | MS_RDONLY | MS_NOSUID | MS_NODEV)
 
 
-def refuse_io_uring(site_packages: str) -> None:
-    """Answer ENOSYS to io_uring: CRIU cannot dump its rings, and libuv opens one unasked. The filter lives on in the snapshot."""
-    sys.path.append(site_packages)
-    import pyseccomp
+def refuse_io_uring() -> None:
+    """Answer ENOSYS to io_uring: CRIU cannot dump its rings, and libuv opens one unasked. The filter lives on in the snapshot.
 
-    rules = pyseccomp.SyscallFilter(pyseccomp.ALLOW)
+    Five instructions (seccomp(2)), since its calls have the same numbers on every architecture and neither libseccomp nor a compiler, by
+    which Python would look for it, is in every engine's image.
+    """
+    enosys = 0x50000 | errno.ENOSYS  # SECCOMP_RET_ERRNO
+    program = (
+        (0x20, 0, 0, 0),  # load the call's number
+        (0x35, 0, 2, 425),  # below io_uring_setup: allow
+        (0x25, 1, 0, 427),  # above io_uring_register: allow
+        (0x06, 0, 0, enosys),
+        (0x06, 0, 0, 0x7FFF0000),  # SECCOMP_RET_ALLOW
+    )
+    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in program))
+    head = ctypes.create_string_buffer(struct.pack("HxxxxxxQ", len(program), ctypes.addressof(code)))
     # Process 1 has CAP_SYS_ADMIN, so no_new_privs, which would break setuid helpers of the engine, is not needed.
-    rules.set_attr(pyseccomp.Attr.CTL_NNP, 0)
-    for call in ("io_uring_setup", "io_uring_enter", "io_uring_register"):
-        rules.add_rule(pyseccomp.ERRNO(errno.ENOSYS), call)
-    rules.load()
+    check(libc.prctl(PR_SET_SECCOMP, 2, ctypes.c_ulong(ctypes.addressof(head)), 0, 0), "seccomp filter")
 
 
 def copy_sparse(source: str, target: str) -> None:
@@ -388,7 +395,7 @@ class Init:
                 # A helper that daemonises stays below the engine, so that a dump of its tree has it (prctl(2); execve keeps this).
                 libc.prctl(PR_SET_CHILD_SUBREAPER, 1)
             if seccomp:
-                refuse_io_uring(self.config["site_packages"])
+                refuse_io_uring()
             os.execvpe(message["argv"][0], message["argv"], message["env"])
         except BaseException as error:  # noqa: BLE001 - a forked child has no caller to raise to
             why = getattr(error, "errno", None) or errno.EIO

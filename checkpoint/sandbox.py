@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
 import getpass
-import importlib.machinery
 import json
 import os
 import signal
@@ -70,18 +68,16 @@ class SandboxConfig:
             "monotonic_ns": self.monotonic_ns,
             "kernel_facts": str(self.kernel_facts or ""),
             "run_dir": RUN_DIR,
-            "user": getpass.getuser(),
-            "site_packages": _seccomp_folder(),
+            "user": _user(),
         }
 
 
-@functools.cache
-def _seccomp_folder() -> str:
-    """Where process 1, which has the standard library alone, finds pyseccomp: not always beside this interpreter (pip --user, --target)."""
-    found = importlib.machinery.PathFinder.find_spec("pyseccomp")
-    if found is None or not found.origin:
-        raise HostLacks("pyseccomp-missing", "pip install pyseccomp: without it no engine can be kept from io_uring")
-    return str(Path(found.origin).parent)
+def _user() -> str:
+    """Return the user's name as torch has it in the names of folders; a container's user may have none."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.getuid())
 
 
 def make_run_dir() -> None:

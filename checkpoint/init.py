@@ -259,12 +259,12 @@ class Init:
                 data, fds, _, _ = socket.recv_fds(self.control, MESSAGE_BYTES, 16)
                 if not data:
                     return  # the owner is gone
-                message = json.loads(data)
-                # Lent for this one request; recvmsg made them without close-on-exec.
-                for fd in fds:
-                    os.set_inheritable(fd, False)
-                message["lent"] = dict(zip(message.get("lent", ()), fds, strict=True))
+                message = self.read(json.loads(data), fds)
                 try:
+                    lent = message.get("lent", ())
+                    if len(lent) != len(fds):
+                        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+                    message["lent"] = dict(zip(lent, fds, strict=True))
                     if not self.handle(message):
                         return
                 except OSError as error:
@@ -274,6 +274,18 @@ class Init:
                 finally:
                     for fd in fds:
                         os.close(fd)
+
+    @staticmethod
+    def read(message: Message, fds: list[int]) -> Message:
+        """A request; a long one is in the file that comes first. What is left in `fds` is lent for this one request."""
+        for fd in fds:
+            os.set_inheritable(fd, False)  # recvmsg made them without close-on-exec
+        if message.get("lent", ())[:1] != ["body"] or not fds:
+            return message
+        with open(fds.pop(0), "rb") as file:
+            file.seek(0)
+            found: Message = json.load(file)
+        return found
 
     def handle(self, message: Message) -> bool:
         op = message["op"]

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
+import functools
 import getpass
 import json
+import logging
 import os
 import signal
 import socket
@@ -26,6 +29,7 @@ from typing import Any
 from checkpoint import early, prefork
 from checkpoint.errors import Failed, HostLacks
 
+log = logging.getLogger("quickthaw")
 RUN_DIR = "/run/quickthaw"
 """Where every sandbox finds its own temporary files, caches and models: the same path in each, so that snapshots carry it."""
 TMP_DIR = f"{RUN_DIR}/tmp"
@@ -33,6 +37,7 @@ CACHE_DIR = f"{RUN_DIR}/cache"
 CONTROL_DIR = f"{RUN_DIR}/control"
 READY_TIMEOUT_S = 10.0
 REQUEST_TIMEOUT_S = 30.0
+_PACKET_BYTES = 64 << 10  # the kernel takes at most SO_SNDBUF, some 200 KiB
 _CLONE_NEWNET = 0x40000000
 _SYS_OPEN_TREE, _AT_FDCWD, _OPEN_TREE_CLONE = 428, -100, 1  # the same on every architecture
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -88,6 +93,25 @@ def make_run_dir() -> None:
         raise HostLacks("sandbox-run-dir", f"cannot make {RUN_DIR} ({error.strerror}); run as root") from error
 
 
+@functools.cache
+def own_network() -> int:
+    """A descriptor of this process's network namespace, open until the process ends.
+
+    Raises HostLacks (sandbox-network) where a thread that has entered a sandbox's network could not come back: in a user namespace
+    without a network of its own.
+    """
+    fd = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    if _libc.setns(fd, _CLONE_NEWNET):  # to where this thread is already: whether it is allowed
+        error = ctypes.get_errno()
+        os.close(fd)
+        raise HostLacks(
+            "sandbox-network",
+            f"cannot enter this host's network namespace ({os.strerror(error)}); "
+            "run as root with CAP_SYS_ADMIN outside of a user namespace",
+        )
+    return fd
+
+
 @dataclass
 class Sandbox:
     """A running sandbox. Use as a context manager, or call `close`; a dead owner closes it as well."""
@@ -107,13 +131,14 @@ class Sandbox:
         begun, self.begun = self.begun, None
         self._exits: dict[int, int] = {}
         self._network: int | None = None
-        self._host_network: int | None = None
+        self._network_lock = threading.Lock()
         if begun and begun.init:
             (self._process, self._control), begun.init = begun.init, None
             self._begun = {request: Future[dict[str, Any]]() for request in (early.UNPACK, early.EXEC)}
             self._pending |= self._begun
         else:
             make_run_dir()
+            own_network()
             self._process, self._control = prefork.take_init()
         try:
             if not self._begun:
@@ -154,7 +179,6 @@ class Sandbox:
             raise ConnectionResetError(0, "process 1 died")
         self._init_pid = int(children[0])
         self._network = os.open(f"/proc/{self._init_pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-        self._host_network = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
 
     def __enter__(self) -> Sandbox:
         return self
@@ -175,29 +199,37 @@ class Sandbox:
     # Talking to process 1
 
     def _read(self) -> None:
-        while True:
-            try:
-                data = self._control.recv(1 << 20)
-            except OSError:
-                data = b""
-            if not data:
-                break
-            message = json.loads(data)
-            if message.get("event") == "exit":
-                self._exits[message["pid"]] = message["code"]
-                if self.on_exit:
-                    self.on_exit(message["pid"], message["code"])
-                continue
+        try:
+            while (data := self._receive()) is not None:
+                self._hear(json.loads(data))
+        finally:
             with self._lock:
-                future = self._pending.pop(message["id"], None)
-            if future and not future.done():
-                future.set_result(message)
+                self._closed = True
+                pending, self._pending = list(self._pending.values()), {}
+            for future in pending:
+                if not future.done():
+                    future.set_exception(Failed("sandbox-gone", "the sandbox ended under the operation"))
+
+    def _receive(self) -> bytes | None:
+        try:
+            return self._control.recv(1 << 20) or None
+        except OSError:
+            return None
+
+    def _hear(self, message: dict[str, Any]) -> None:
+        if message.get("event") == "exit":
+            self._exits[message["pid"]] = message["code"]
+            if self.on_exit:
+                try:
+                    self.on_exit(message["pid"], message["code"])
+                except Exception:
+                    # A defect, but no reason to leave every later request without its answer.
+                    log.exception("sandbox: handling the exit of process %d failed", message["pid"])
+            return
         with self._lock:
-            self._closed = True
-            pending, self._pending = list(self._pending.values()), {}
-        for future in pending:
-            if not future.done():
-                future.set_exception(Failed("sandbox-gone", "the sandbox ended under the operation"))
+            future = self._pending.pop(message["id"], None)
+        if future and not future.done():
+            future.set_result(message)
 
     def _ask(
         self, timeout_s: float = REQUEST_TIMEOUT_S, lent: Mapping[str, int | None] | None = None, **message: Any
@@ -212,11 +244,27 @@ class Sandbox:
             message["id"] = self._next_id
             self._pending[self._next_id] = future
             try:
-                data = json.dumps({**message, "lent": list(given)}).encode()
-                socket.send_fds(self._control, [data], list(given.values()))
+                self._send(message, given)
             except OSError as error:
+                self._pending.pop(self._next_id, None)
+                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.ETOOMANYREFS):
+                    raise Failed("sandbox-operation", f"{message['op']}: {error.strerror}") from error
                 raise Failed("sandbox-gone", "the sandbox has ended") from error
         return self._answer(future, timeout_s, message["op"], message["id"])
+
+    def _send(self, message: Mapping[str, Any], given: Mapping[str, int]) -> None:
+        """Send a request; what is longer than a packet may be (an environment of hundreds of KB) goes as a file of its own."""
+        data = json.dumps({**message, "lent": list(given)}).encode()
+        if len(data) <= _PACKET_BYTES:
+            socket.send_fds(self._control, [data], list(given.values()))
+            return
+        body = os.memfd_create("quickthaw-request", os.MFD_CLOEXEC)
+        with open(body, "wb", buffering=0) as file:
+            view = memoryview(data)
+            while view:
+                view = view[file.write(view) :]
+            head = {"id": message["id"], "op": message["op"], "lent": ["body", *given]}
+            socket.send_fds(self._control, [json.dumps(head).encode()], [body, *given.values()])
 
     def _answer(self, future: Future[dict[str, Any]], timeout_s: float, op: str, number: int) -> dict[str, Any]:
         try:
@@ -325,16 +373,21 @@ class Sandbox:
         A socket belongs to the namespace it was made in, whoever uses it later: the calling thread enters, makes it, and returns.
         The two setns calls take about 10 µs.
         """
-        if self._network is None or self._host_network is None:
-            raise Failed("sandbox-gone", "the sandbox has ended")
-        if _libc.setns(self._network, _CLONE_NEWNET):
-            raise Failed("sandbox-gone", "the sandbox's network is gone")
-        try:
-            sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-        finally:
-            if _libc.setns(self._host_network, _CLONE_NEWNET):
-                # This thread would stay in the wrong network for ever, and serve the wrong side: nothing after it can be right.
-                os.abort()
+        home = own_network()
+        with (
+            self._network_lock
+        ):  # `close` must not close the descriptor, whose number another file may get, under the calls
+            if self._network is None:
+                raise Failed("sandbox-gone", "the sandbox has ended")
+            if _libc.setns(self._network, _CLONE_NEWNET):
+                raise Failed("sandbox-gone", "the sandbox's network is gone")
+            try:
+                sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+            finally:
+                back = _libc.setns(home, _CLONE_NEWNET)
+        if back:  # own_network has seen it work, so this process has lost a privilege meanwhile
+            sock.close()
+            raise HostLacks("sandbox-network", "a thread cannot leave the sandbox's network; keep CAP_SYS_ADMIN")
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         error = sock.connect_ex((host, port))
@@ -364,10 +417,10 @@ class Sandbox:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(timeout_s)
         self._control.close()
-        network, host, self._network, self._host_network = self._network, self._host_network, None, None
-        for fd in (network, host):
-            if fd is not None:
-                os.close(fd)
+        with self._network_lock:
+            network, self._network = self._network, None
+            if network is not None:
+                os.close(network)
 
     def wait(self, pid: int, timeout_s: float) -> int | None:
         """Wait until a root process has ended; its exit code, or None when it still runs after `timeout_s` seconds."""

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -171,6 +172,15 @@ def test_a_process_beside_the_engine_is_refused_by_name(bench):
         assert bench.library.names() == []
 
 
+def _states(replica):
+    """The state of every process that came back, by its name."""
+    found = {}
+    for pid in processes(replica.sandbox.init_pid):
+        name, _, rest = Path(f"/proc/{pid}/stat").read_text().partition("(")[2].rpartition(") ")
+        found[name] = rest.split()[0]
+    return found
+
+
 def test_a_stopped_child_stays_stopped(bench):
     bench.taken("""
 child = subprocess.Popen(["sleep", "1000"])
@@ -179,10 +189,10 @@ os.waitpid(child.pid, os.WUNTRACED)
 """)
     replica = bench.back()
     try:
-        states = {}
-        for pid in processes(replica.sandbox.init_pid):
-            name, _, rest = Path(f"/proc/{pid}/stat").read_text().partition("(")[2].rpartition(") ")
-            states[name] = rest.split()[0]
+        limit = time.monotonic() + 5
+        while (states := _states(replica)).get("sleep") != "T":
+            assert time.monotonic() < limit, states
+            time.sleep(0.02)
         assert states.pop("sleep") == "T"
         assert "T" not in states.values()
     finally:

@@ -90,7 +90,10 @@ def make_run_dir() -> None:
     try:
         Path(RUN_DIR).mkdir(mode=0o755, exist_ok=True)
     except OSError as error:
-        raise HostLacks("sandbox-run-dir", f"cannot make {RUN_DIR} ({error.strerror}); run as root") from error
+        raise HostLacks(
+            "sandbox-run-dir",
+            f"cannot make {RUN_DIR} ({error.strerror}); run as root, with a read-only root put an empty folder or a tmpfs there",
+        ) from error
 
 
 @functools.cache
@@ -148,7 +151,7 @@ class Sandbox:
         except OSError as error:
             self.close()
             raise Failed(
-                "sandbox-died", f"the sandbox ended while it was made ({error.strerror or error}); try again"
+                "sandbox-died", f"the sandbox ended while it was made ({error.strerror or error}); see quickthaw doctor"
             ) from error
         except BaseException:
             self.close()
@@ -168,7 +171,7 @@ class Sandbox:
         first = json.loads(answer)
         if first["event"] != "ready":
             raise HostLacks(
-                "sandbox-refused", f"cannot make a sandbox: {first['error']}; it needs root with CAP_SYS_ADMIN"
+                "sandbox-refused", f"cannot make a sandbox: {first['error']}; quickthaw doctor names what is missing"
             )
         self._control.settimeout(None)
 

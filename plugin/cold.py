@@ -72,9 +72,11 @@ def _sandbox(replica: Replica, mounted: Path | None) -> Sandbox | None:
         facts = replica.criu.kernel_facts(replica.settings.home) if replica.criu else None
         binds = replica.binds(mounted, replica.weights.shown_at if mounted else "")
         return Sandbox(SandboxConfig(binds=binds, kernel_facts=facts), on_exit=replica.on_exit())
-    except (CheckpointError, OSError) as error:
+    except CheckpointError as error:
         replica.turn_off(sandbox_reason(error), error)
-        return None
+    except OSError as error:
+        replica.turn_off(unusable(replica.settings.home) or f"host-io: {error}", error)
+    return None
 
 
 def _folders(replica: Replica) -> tuple[str, str]:

@@ -129,9 +129,8 @@ class Replica:
 
     def turn_off(self, why: str, error: Exception | None = None) -> None:
         """From now on start the engine as it would start alone, and say why, once. Raises with `--strict`, or for a named snapshot."""
-        error = error or HostLacks(*why.split(": ", 1))
         if self.settings.strict or self.settings.named:
-            raise error
+            raise HostLacks(*why.split(": ", 1)) from error
         if self.layers.sandbox is None:
             log.warning("lazy weights, sandbox, snapshots off: %s", why)
         self.layers = Layers.none(why)
@@ -142,7 +141,7 @@ class Replica:
                 return
         except (OSError, LazyfsError) as error:
             self._clear()
-            self.turn_off(unusable(self.settings.home) or f"state-folder-unusable: {error}", error)
+            self.turn_off(unusable(self.settings.home) or f"{getattr(error, 'code', 'host-io')}: {error}", error)
         if before_cold is not None:
             before_cold()
             if self._stopped:

@@ -184,3 +184,42 @@ def test_a_disk_that_fills_up_under_a_snapshot_still_serves(outside, small_disk)
     subprocess.run(["mount", "-o", "remount,ro", outside.home], check=True, timeout=10)
     with outside.running() as started:
         assert started.ask() == answer
+
+
+def remount_read_only(home):
+    """From now on no write succeeds there, for whatever has no file open for writing."""
+    subprocess.run(["mount", "-o", "remount,ro", home], check=False, capture_output=True, timeout=10)
+
+
+def test_a_disk_too_small_for_a_snapshot_costs_the_snapshot_alone(outside, small_disk):
+    small_disk("80m")  # more than a cold start needs, less than a dump does
+    with outside.running() as started:
+        answer = started.ask()
+        started.wait_serving()
+        assert off(started) == [] and "no snapshot: disk-full" in started.ours(), started.ours()
+        fill(outside.home)
+        assert started.ask() == answer
+        remount_read_only(outside.home)
+        assert started.ask() == answer
+
+
+def test_a_restore_that_cannot_keep_what_it_learns_serves(outside, small_disk):
+    small_disk("512m")
+    answer = outside.take()
+    with outside.running() as started:
+        assert started.ask() == answer
+        fill(outside.home)
+        for _ in range(4):  # past the moment at which the working set would be kept
+            assert started.ask() == answer
+        assert "failed" not in started.ours()
+    with outside.running("--idle-timeout", "1s") as started:
+        assert started.ask() == answer
+        started.wait_for("quickthaw: asleep")
+        assert started.ask() == answer
+
+
+def test_strict_names_a_state_folder_that_is_full(outside, small_disk):
+    small_disk("64k")
+    started = outside.start("--strict")
+    assert started.process.wait(30) == 1
+    assert "layer-off" in started.ours() and "state-folder-full" in started.ours() and "Traceback" not in started.text()

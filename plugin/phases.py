@@ -7,6 +7,7 @@ and a failed restore goes on as a cold start (failed → mounting).
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -28,6 +29,8 @@ class Phase(StrEnum):
     WAKING = "waking"
     VERIFYING = "verifying"
     SERVING = "serving"
+    SUSPECT = "suspect"
+    """Serves no new requests: it has been silent for too long. It answers again, or is restarted."""
     ASLEEP = "asleep"
     FAILED = "failed"
     STOPPED = "stopped"
@@ -46,7 +49,8 @@ _NEXT: dict[Phase, frozenset[Phase]] = {
     Phase.WAKING: frozenset({Phase.VERIFYING}),
     Phase.VERIFYING: frozenset({Phase.SERVING}),
     # serving → shrinking is a snapshot taken later; serving → mounting is a replica started afresh after it died.
-    Phase.SERVING: frozenset({Phase.ASLEEP, Phase.SHRINKING, Phase.MOUNTING}),
+    Phase.SERVING: frozenset({Phase.ASLEEP, Phase.SHRINKING, Phase.MOUNTING, Phase.SUSPECT}),
+    Phase.SUSPECT: frozenset({Phase.SERVING, Phase.ASLEEP, Phase.MOUNTING}),
     Phase.ASLEEP: frozenset({Phase.WAKING, Phase.MOUNTING, Phase.SERVING}),
     Phase.FAILED: frozenset({Phase.MOUNTING}),
     Phase.STOPPED: frozenset(),
@@ -82,6 +86,7 @@ class PhaseTracker:
     _began: float = field(default=0.0)
     _spans: list[Span] = field(default_factory=list)
     _listeners: list[Callable[[Phase, Phase, str], None]] = field(default_factory=list)
+    _moving: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
         self._since = self._began = self.clock()
@@ -100,6 +105,13 @@ class PhaseTracker:
         Raises:
             IllegalTransition: the state machine has no such edge.
         """
+        with self._moving:
+            old = self._moved(phase, reason)
+        for listener in tuple(self._listeners):
+            listener(old, phase, reason)
+
+    def _moved(self, phase: Phase, reason: str) -> Phase:
+        """Check and make the transition; the phase before it."""
         old, now = self.phase, self.clock()
         if phase not in (Phase.FAILED, Phase.STOPPED) and phase not in _NEXT[old]:
             raise IllegalTransition(f"no transition from {old} to {phase}")
@@ -107,11 +119,10 @@ class PhaseTracker:
             raise IllegalTransition(f"no transition from {old} to {phase}")
         if (phase is Phase.MOUNTING and old is not Phase.FAILED) or old is Phase.ASLEEP:
             self._spans, self._began = [], now
-        elif old not in (Phase.IDLE, Phase.SERVING):
+        elif old not in (Phase.IDLE, Phase.SERVING, Phase.SUSPECT):
             self._spans.append(Span(old, self._since - self._began, now - self._since))
         self.phase, self.reason, self._since = phase, reason, now
-        for listener in tuple(self._listeners):
-            listener(old, phase, reason)
+        return old
 
     @property
     def seconds_in_phase(self) -> float:

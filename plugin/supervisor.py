@@ -26,6 +26,7 @@ from plugin.layers import Layers, detect
 from plugin.phases import Phase, PhaseTracker
 from plugin.replica import Replica
 from plugin.settings import LaunchSettings
+from plugin.signals import stopping
 from plugin.turns import Turns
 from plugin.weights import Weights
 
@@ -42,6 +43,7 @@ RESTARTS_IN_A_MINUTE = 3
 SWEEP_AFTER_S = 5.0
 RECALL_LIMIT_S = 5.0
 LET_IN_S = 0.5
+_SERVES = (Phase.SERVING, Phase.SUSPECT)
 UNDERWAY_S = 0.2
 """How long the event loop's imports (60 ms) wait for the restoring thread to get CRIU going, from which they take the interpreter."""
 
@@ -89,7 +91,8 @@ class Launch:
         self._ending = threading.Event()
         self._stop: asyncio.Event | None = None
         self._told = False
-        self._deaths: list[float] = []
+        self._deaths: dict[int, list[float]] = {}
+        """When each replica's engine ended by itself, by the replica's index; without those whose pages were lost."""
         self._began = time.monotonic()
         self._accepts_since = 0.0
         self._failure: Exception | None = None
@@ -214,11 +217,12 @@ class Launch:
         if self._ending.is_set():
             log.debug("a start that was interrupted by the stop: %s", error)
             return
-        if others or any(r.tracker.phase is Phase.SERVING for r in self.replicas):
+        if others or any(r.tracker.phase in _SERVES for r in self.replicas):
             log.error("%s", error)
             return
         self._failure = error
-        self.exit_code = error.exit_code if isinstance(error, EngineDied) and 0 < error.exit_code < 256 else 1
+        code = _shell_code(error.exit_code) if isinstance(error, EngineDied) else 0
+        self.exit_code = code if 0 < code < 256 else 1
         self.end()
 
     def _death_of(self, replica: Replica) -> Callable[[int], None]:
@@ -228,33 +232,50 @@ class Launch:
         return died
 
     def _restart(self, replica: Replica, code: int) -> None:
-        """An engine ended by itself while it served: bring it back, unless it keeps dying."""
-        now = time.monotonic()
-        self._deaths = [at for at in self._deaths if now - at < 60.0] + [now]
+        """An engine ended by itself while it served: bring it back, unless it keeps dying.
+
+        Lost pages do not count as a death: the restore that follows needs no page server.
+        """
         how = f"signal {-code}" if code < 0 else f"code {code}"
         lost = replica.pages_lost()
         replica.tracker.to(Phase.FAILED, f"pages-lost: {lost}" if lost else f"engine-died: it ended with {how}")
         if self._ending.is_set():
             return
-        if len(self._deaths) > RESTARTS_IN_A_MINUTE:
-            log.error(
-                "engine-keeps-dying: %d deaths within a minute, the last with %s; giving up", len(self._deaths), how
-            )
-            self.exit_code = _shell_code(code)
-            self.end()
-            return
+        who = self._who(replica)
         if lost:
-            log.warning("its pages were lost while it served; bringing it back the plain way")
+            log.warning("%sits pages were lost while it served; bringing it back the plain way", who)
+        elif (deaths := self._died(replica)) > RESTARTS_IN_A_MINUTE:
+            self._give_up(replica, deaths, how, code)
+            return
         else:
-            log.warning("the engine ended with %s while it served; starting it again", how)
+            log.warning("%sthe engine ended with %s while it served; starting it again", who, how)
         replica._clear()
         self._start_one(replica)
+
+    def _who(self, replica: Replica) -> str:
+        return f"replica {self.replicas.index(replica)}: " if self.settings.replicas > 1 else ""
+
+    def _died(self, replica: Replica) -> int:
+        """Count a death; how many this replica had within a minute."""
+        now, index = time.monotonic(), self.replicas.index(replica)
+        deaths = self._deaths[index] = [at for at in self._deaths.get(index, []) if now - at < 60.0] + [now]
+        return len(deaths)
+
+    def _give_up(self, replica: Replica, deaths: int, how: str, code: int) -> None:
+        """Leave a replica that keeps dying; the launch goes on with those that serve or start, or ends."""
+        replica._clear()
+        others = self._count(0) or sum(r.tracker.phase in _SERVES for r in self.replicas)
+        text = "%sengine-keeps-dying: %d deaths within a minute, the last with %s; giving up"
+        log.error(text + (" on this replica, the others go on" if others else ""), self._who(replica), deaths, how)
+        if not others:
+            self.exit_code = _shell_code(code)
+            self.end()
 
     # The proxy's side: the event loop in the main thread
 
     def heed_signals(self) -> None:
         """From the moment the port takes connections a signal ends the launch in order, though the event loop is not there yet."""
-        for number in _stopping():
+        for number in stopping():
             signal.signal(number, lambda *_: self._signalled())
 
     def run(self) -> int:
@@ -280,7 +301,7 @@ class Launch:
 
         self._stop = stop = asyncio.Event()
         self._loop = loop = asyncio.get_running_loop()
-        for number in _stopping():
+        for number in stopping():
             loop.add_signal_handler(number, self._signalled)
         self._pool = pool = ReplicaPool(
             history=history_for(self.settings),
@@ -362,9 +383,11 @@ class Launch:
     async def _sleep(self) -> None:
         import asyncio
 
-        for replica in self.replicas:
-            if replica.snapshot is not None:
-                await asyncio.to_thread(replica.sleep)
+        able = [replica for replica in self.replicas if replica.snapshot is not None]
+        if not able:
+            raise LauncherError("no-snapshot", "there is no snapshot to wake the engine from; see the log for why")
+        for replica in able:
+            await asyncio.to_thread(replica.sleep)
 
     def end(self) -> None:
         """Begin the way down, from any thread."""
@@ -411,12 +434,6 @@ class Launch:
             await asyncio.to_thread(self.weights.close)
         if self._failure is None and not self.exit_code:
             self.exit_code = max((_shell_code(code) for code in codes), default=0)
-
-
-def _stopping() -> tuple[signal.Signals, ...]:
-    """The signals that end a launch: the end of its terminal too, but under nohup, which has that ignored."""
-    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    return (signal.SIGTERM, signal.SIGINT) if ignored else (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def _shell_code(code: int) -> int:

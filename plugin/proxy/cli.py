@@ -141,6 +141,8 @@ async def _serve(options: dict[str, Any], settings: Settings) -> None:
     import os
     import signal
 
+    from plugin.signals import stopping
+
     from .endpoint import Endpoint, EndpointSpec
     from .limits import raise_files
     from .pool import ReplicaPool
@@ -199,8 +201,8 @@ async def _serve(options: dict[str, Any], settings: Settings) -> None:
             os._exit(1)  # a second Ctrl-C: now, without draining
         stop.set()
 
-    loop.add_signal_handler(signal.SIGTERM, stop.set)
-    loop.add_signal_handler(signal.SIGINT, interrupted)
+    for number in stopping():
+        loop.add_signal_handler(number, interrupted if number == signal.SIGINT else stop.set)
     where = _url(sockets[0])
     page = f"(for people: {_url(own_sock) if own_sock else where}{settings.own_prefix}/)"
     await owner.start()

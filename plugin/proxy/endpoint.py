@@ -12,7 +12,8 @@ restores (`restores`) says its phases at `/-/status`, and they are followed.
 
 Promises: at most one command of ours runs at a time, in a session of its own; when the endpoint is put down or
 closed, its whole group ends; an engine of ours that ends by itself is known to be down at once; one that somebody else
-starts or ends is known to be up or down within seconds, whether or not requests come (`watch`).
+starts or ends is known to be up or down within seconds, whether or not requests come (`watch`). What a proxy that was killed
+has left running is taken over, or ended, by the next one (`started`).
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from .fetch import fetch, hook_place, post_url
 from .history import History
 from .pool import ReplicaPool
 from .replica import FOUND_UP
+from .started import Orphan, Started, end
 from .upstream import Upstream
 from .watch import Pace, Watch
 
@@ -82,6 +84,8 @@ class EndpointSpec:
     only_ours: bool = False
     """True where nobody but this proxy starts it: what listens at its port while it is down is something else."""
     pace: Pace = field(default_factory=Pace)
+    key: str = ""
+    """What the wake command is known by to the next proxy; empty: the command itself and its upstream."""
 
     def __post_init__(self) -> None:
         """Raises ValueError for a hook that is no URL."""
@@ -111,7 +115,8 @@ class Endpoint:
         """
         self.name, self.spec = name, spec
         self.tracker = PhaseTracker(phase=Phase.ASLEEP)
-        self._process: asyncio.subprocess.Process | None = None
+        self._process: asyncio.subprocess.Process | Orphan | None = None
+        self._started = Started(f"{name}\n{spec.key or (spec.wake, spec.upstream.name)}", spec.upstream.name)
         self._watcher: asyncio.Task[None] | None = None
         self._watching: asyncio.Task[None] | None = None
         self.turn = 0
@@ -131,9 +136,11 @@ class Endpoint:
         self.pool.add(name, self.tracker, spec.upstream)
 
     async def start(self) -> None:
-        """Look once whether the endpoint is up already, and watch it from then on."""
+        """Look once whether the endpoint is up already and what a killed proxy has left of it; watch it from then on."""
+        await self._take_over()
         if await self.is_up():
             self.tracker.to(Phase.SERVING, FOUND_UP)
+            self._watch()
         self._watching = asyncio.get_running_loop().create_task(Watch(self, self.spec.pace).run())
 
     async def _wake(self) -> None:
@@ -152,6 +159,24 @@ class Endpoint:
             yield
         finally:
             self.acting = False
+
+    async def _take_over(self) -> None:
+        """Take over the engine of a proxy that was killed, where it is up at our upstream; else end it."""
+        for record in self._started.orphans() if self.spec.wake is not None else ():
+            try:
+                orphan = Orphan(record.process)
+            except OSError:
+                continue  # it ended under our eyes
+            takes = self._process is None and record.upstream == self.spec.upstream.name and await self.ready() is None
+            what = "taking over" if takes else "ending"
+            fields = {"pool": self.name, "pid": orphan.pid}
+            text = "%s: %s process %d, which a proxy that was killed has left"
+            log.warning(text, self.name, what, orphan.pid, extra={"event": "orphan", "fields": fields})
+            if takes:
+                self._process = orphan
+                self._started.note(orphan.pid)
+            else:
+                await end(orphan)
 
     async def wake(self) -> None:
         """Bring the endpoint to serving.
@@ -278,8 +303,10 @@ class Endpoint:
         if watcher is not None:
             watcher.cancel()
 
-    async def _died(self, process: asyncio.subprocess.Process) -> None:
+    async def _died(self, process: asyncio.subprocess.Process | Orphan) -> None:
         code = await process.wait()
+        if self._process is process:
+            self._started.forget()
         # A command that has started an engine elsewhere and returned is no death.
         if await self.ready() is not None and self._process is process and self.tracker.phase is Phase.SERVING:
             self.tracker.to(Phase.FAILED, f"engine-died: the wake command ended with code {code}")
@@ -291,6 +318,7 @@ class Endpoint:
         elif spec.wake is not None and (self._process is None or self._process.returncode is not None):
             self._unwatch()
             self._process = await self._spawn(spec.wake)
+            self._started.note(self._process.pid)
 
     async def _until_ready(self, began: float, asleep: bool) -> None:
         """Return once it is ready. One that sleeps looks ready all the time: there the wake command must have ended,
@@ -410,13 +438,14 @@ class Endpoint:
             raise StartFailed(f"{what}-hook-failed", f"the {what} hook answered {status}")
 
     @staticmethod
-    def _signal(process: asyncio.subprocess.Process, number: signal.Signals) -> None:
+    def _signal(process: asyncio.subprocess.Process | Orphan, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError):  # it has ended by itself
             os.killpg(process.pid, number)
 
     async def _stop_process(self) -> None:
         process, self._process = self._process, None
         if process is None or process.returncode is not None:
+            self._started.forget()
             return  # a command that returned has left its group's number to whoever comes next
         self._signal(process, signal.SIGTERM)
         try:
@@ -427,3 +456,4 @@ class Endpoint:
             log.warning("%s: killed, %s", self.name, fields["reason"], extra={"event": "killed", "fields": fields})
         self._signal(process, signal.SIGKILL)
         await process.wait()
+        self._started.forget()

@@ -5,7 +5,8 @@ ProxyError
  ├─ ClientFault     4xx: the request cannot be served as it was sent
  ├─ Unavailable     503: no replica could take the request in time; carries Retry-After
  ├─ UpstreamFault   502/504: a replica had the request, or could not be understood
- └─ StartFailed     503: an owner's wake or start has finally failed, with the owner's own code
+ ├─ StartFailed     503: an owner's wake or start has finally failed, with the owner's own code
+ └─ Unneeded        no answer: nobody waits any more for what was being done
 
 Raises nothing itself. `render` is the only conversion to HTTP; the shapes are those that the OpenAI and Anthropic
 SDKs parse.
@@ -84,6 +85,15 @@ def start_failed(error: Exception) -> ProxyError:
     code = getattr(error, "code", None)
     public = getattr(error, "public", message)
     return StartFailed(code if isinstance(code, str) else "start-failed", public, detail=message)
+
+
+class Unneeded(ProxyError):
+    """Nobody waits any more for what was being done; it ends without a failure."""
+
+    CODE = "unneeded"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(self.CODE, message, status=503)
 
 
 def render(error: ProxyError, path: str, request_id: str) -> tuple[int, list[tuple[bytes, bytes]], bytes]:

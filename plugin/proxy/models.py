@@ -10,7 +10,8 @@ Promises: never more than `max_awake` models awake or waking; a model is put to 
 and what arrives for it
 meanwhile waits for its next turn; no model is put to sleep sooner than `min_awake_s` after it came up, so that two
 models in
-demand take turns instead of thrashing.
+demand take turns instead of thrashing. A model that still answers after `drain_s`, or will not go to sleep, goes on serving, and
+who waits for its place gets an error.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from plugin.phases import Phase
 
 from .durations import limit, seconds
 from .endpoint import Endpoint, EndpointSpec
-from .errors import ClientFault, StartFailed
+from .errors import ClientFault, ProxyError, StartFailed, Unavailable, Unneeded
 from .forms import form_field
 from .front import ClientConnection
 from .pool import ReplicaPool
@@ -100,6 +101,8 @@ class Config(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     evict: Literal["lru", "priority"] = "lru"
     """`lru`: the longest idle first; `priority`: the lowest priority first, then the longest idle."""
     min_awake: Seconds = Seconds(5.0)
+    drain: Seconds = Seconds(60.0)
+    """How long a model that must go to sleep for another may finish its requests; after that it goes on serving."""
     default: str | None = None
     idle_timeout: Seconds | None = None
     upstream_timeout: Limit | None = None
@@ -177,6 +180,8 @@ def spec_of(model: ModelConfig, idle_timeout: float | None) -> EndpointSpec:
         wake_limit_s=model.wake_timeout,
         idle_timeout_s=idle or None,
         environment=tuple(environment.items()),
+        # Its port is another one each time; the model is the same.
+        key=f"{model.command}\n{model.snapshot}" if model.upstream is None else "",
         restores=model.snapshot is not None,
         admin_token=environment.get("QUICKTHAW_ADMIN_TOKEN"),
         only_ours=model.upstream is None,
@@ -186,8 +191,8 @@ def spec_of(model: ModelConfig, idle_timeout: float | None) -> EndpointSpec:
 class Room:
     """Who may be awake: makes room for one endpoint by putting others to sleep, one wake's need after the other."""
 
-    def __init__(self, limit: int, order: str, min_awake_s: float) -> None:
-        self.limit, self.order, self.min_awake_s = limit, order, min_awake_s
+    def __init__(self, limit: int, order: str, min_awake_s: float, drain_s: float) -> None:
+        self.limit, self.order, self.min_awake_s, self.drain_s = limit, order, min_awake_s, drain_s
         self.endpoints: list[tuple[Endpoint, int]] = []
         self.up_since: dict[str, float] = {}
         self._turn = asyncio.Lock()
@@ -217,14 +222,22 @@ class Room:
         ]
 
     async def _make_room(self, name: str) -> None:
+        """Put others to sleep until there is room for `name`. Raises Unavailable when none of them would."""
+        pool = next(endpoint.pool for endpoint, _ in self.endpoints if endpoint.name == name)
+        until = time.monotonic() + self.drain_s
+        refused: dict[str, ProxyError] = {}
         while self.limit:
             awake = self._awake(name)
             if len(awake) < self.limit:
                 return
             settled = [
-                pair for pair in awake if pair[0].tracker.phase not in STARTING and pair[0].name not in self._claimed
+                pair
+                for pair in awake
+                if pair[0].tracker.phase not in STARTING and pair[0].name not in self._claimed | refused.keys()
             ]
             if not settled:
+                if len(refused) >= len(awake):
+                    raise self._no_room(refused)
                 await asyncio.sleep(0.05)
                 continue
             settled = [pair for pair in settled if not pair[0].pool.kept_awake]
@@ -237,7 +250,17 @@ class Room:
             if young > 0 and (victim.pool.outstanding or victim.pool.held):
                 await asyncio.sleep(min(young, 0.25))
                 continue
-            await victim.pool.evict()
+            try:
+                await victim.pool.evict(max(0.0, until - time.monotonic()), lambda: pool.wanted)
+            except Unneeded:
+                raise
+            except ProxyError as error:
+                refused[victim.name] = error
+
+    def _no_room(self, refused: dict[str, ProxyError]) -> Unavailable:
+        why = "; ".join(f"{name} did not go to sleep: {error.message}" for name, error in refused.items())
+        again = min(error.retry_after_s or 1.0 for error in refused.values())
+        return Unavailable("no-room", f"{self.limit} may be awake at once, and {why}", retry_after_s=again)
 
     def _rank(self, pair: tuple[Endpoint, int]) -> tuple[float, ...]:
         endpoint, priority = pair
@@ -252,7 +275,7 @@ class Models:
     def __init__(self, config: Config) -> None:
         from plugin.history import history_of_snapshot  # what it imports, only this mode needs
 
-        room = Room(config.max_awake, config.evict, config.min_awake)
+        room = Room(config.max_awake, config.evict, config.min_awake, config.drain)
         self.endpoints: dict[str, Endpoint] = {}
         for name, model in config.models.items():
             endpoint = Endpoint(

@@ -25,10 +25,12 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from plugin.phases import Phase, PhaseTracker, Span
 
-from .errors import ProxyError, StartFailed, Unavailable
+from .backoff import Backoff
+from .errors import ProxyError, StartFailed, Unavailable, Unneeded
 from .errors import start_failed as coded
 from .history import History, Kind
 from .replica import FOUND_UP, STARTING, Replica
@@ -37,8 +39,7 @@ from .upstream import Upstream
 log = logging.getLogger("quickthaw.proxy")
 
 _TICK_S = 0.1
-_BACKOFF_S = (1.0, 2.0, 5.0, 10.0, 30.0)
-_SUSPECT_S = 0.5
+_RECENT_S = 2.0
 # Requests that run beside a replica's check: one keeps the check short, and is the one that everybody looks at.
 _AHEAD = 1
 
@@ -53,6 +54,8 @@ class Waiter:
     began: float
     ahead: bool = False
     """Whether it may run on a replica whose check has begun and not ended."""
+    client: bool = True
+    """False for an owner's own wait."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,9 @@ class ReplicaPool:
         ahead: bool = False,
         wake_limit_s: float = 1800.0,
         sleep_limit_s: float = 300.0,
+        drain_limit_s: float = 60.0,
     ) -> None:
+        """`drain_limit_s`: how long `evict` waits for requests in flight before the pool goes on serving."""
         self.name = name
         self.replicas: dict[str, Replica] = {}
         self.history = history or History()
@@ -99,6 +104,7 @@ class ReplicaPool:
         self.sleeps = 0
         self.failed_starts = 0
         self.idle_timeout_s = idle_timeout_s
+        self.drain_limit_s = drain_limit_s
         self.ahead = ahead
         self.max_held = 4096
         self.max_hold_s = 3600.0
@@ -121,11 +127,15 @@ class ReplicaPool:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._early: list[tuple[Replica, Phase, Phase, str, tuple[Span, ...]]] = []
         self._wake_task: asyncio.Task[None] | None = None
-        self._sleep_task: asyncio.Task[None] | None = None
+        self._sleep_task: asyncio.Task[ProxyError | None] | None = None
+        self._sleep_pause = Backoff(1.0, 300.0)
+        self._sleep_failure: ProxyError | None = None
+        """Why the last sleep failed; None after one that succeeded."""
+        self._drain_until = math.inf
+        self._drain_wanted: Callable[[], bool] = lambda: True
         self._ticking = False
         self._closed: ProxyError | None = None
-        self._failures_in_row = 0
-        self._blocked_until = 0.0
+        self._wake_pause = Backoff(1.0, 30.0)
         self._final: ProxyError | None = None
         self._turn = 0
 
@@ -204,22 +214,52 @@ class ReplicaPool:
             return False
         if self._waiters or self.outstanding or self.elsewhere() or self.kept_awake or self._ready() is None:
             return False
+        if self._sleep_pause.left_s:
+            return False
         self._sleep_task = asyncio.get_running_loop().create_task(self._run_sleep())
-        await asyncio.shield(self._sleep_task)
-        return True
+        return await asyncio.shield(self._sleep_task) is None
 
-    async def evict(self) -> None:
-        """Put the pool to sleep for another's sake: new requests wait, what is in flight ends first. For an owner
-        with a sleep hook.
+    async def evict(self, limit_s: float | None = None, wanted: Callable[[], bool] = lambda: True) -> None:
+        """Put the pool to sleep to make room for another: hold new requests back, and let what is in flight end first.
+
+        Args:
+            limit_s: how long to wait for what is in flight; None takes the pool's `drain_limit_s`.
+            wanted: asked while it waits; once False, the pool goes on serving.
+
+        Raises:
+            Unneeded: the room is not wanted any more.
+            ProxyError: the pool would not go to sleep, and goes on serving; or it failed to a moment ago.
         """
-        if self._sleep_task is None and self._sleep_hook is not None:
-            self._sleep_task = asyncio.get_running_loop().create_task(self._run_sleep())
-        if self._sleep_task is not None:
-            self.evicting = True
-            try:
-                await asyncio.shield(self._sleep_task)
-            finally:
-                self.evicting = False
+        if self._sleep_hook is None:
+            raise StartFailed("no-way-to-sleep", f"{self.name} cannot be put to sleep")
+        if self._sleep_task is None:
+            if self._sleep_pause.left_s and self._sleep_failure is not None:
+                raise self._sleep_failure.fresh()
+            sleep = self._run_sleep(self.drain_limit_s if limit_s is None else limit_s, wanted)
+            self._sleep_task = asyncio.get_running_loop().create_task(sleep)
+        self.evicting = True
+        try:
+            failure = await asyncio.shield(self._sleep_task)
+        finally:
+            self.evicting = False
+        if failure is not None:
+            raise failure
+
+    async def drained(self, quiet: Awaitable[Any]) -> Any:
+        """Await `quiet` within the limits of the sleep under way. Raises what `evict` raises."""
+        task = asyncio.ensure_future(quiet)
+        try:
+            while True:
+                left = self._drain_until - time.monotonic()
+                await asyncio.wait((task,), timeout=max(0.0, min(left, 0.25)))
+                if task.done():
+                    return task.result()
+                if left <= 0:
+                    raise Unavailable("still-answering", f"{self.name} did not finish its requests in time")
+                if not self._drain_wanted():
+                    raise Unneeded(f"nobody waits for the place of {self.name} any more")
+        finally:
+            task.cancel()
 
     def around_sleep(self, wrap: Callable[[Callable[[], Awaitable[None]]], Awaitable[None]]) -> None:
         """Let `wrap(sleep)` run the sleep hook: for whoever must make other processes quiet first."""
@@ -278,6 +318,12 @@ class ReplicaPool:
         """Requests that replicas are answering."""
         return sum(replica.outstanding for replica in self.replicas.values())
 
+    @property
+    def wanted(self) -> bool:
+        """Whether a client waits for this pool, here or in a worker, or did a moment ago."""
+        recent = time.monotonic() - self.last_active < _RECENT_S
+        return recent or any(waiter.client for waiter in self._waiters) or bool(self.elsewhere())
+
     def try_acquire(self) -> Replica | None:
         """A serving replica with one more outstanding request, least loaded first, or None when the request must be
         held.
@@ -322,9 +368,9 @@ class ReplicaPool:
             )
         if self._final is not None:
             raise self._final.fresh()
-        if time.monotonic() < self._blocked_until and self.last_failure is not None:
-            failure = self.last_failure
-            raise StartFailed(failure.code, failure.message, retry_after_s=self._blocked_until - time.monotonic())
+        pause = self._wake_pause.left_s
+        if pause and self.last_failure is not None:
+            raise StartFailed(self.last_failure.code, self.last_failure.message, retry_after_s=pause)
         now = time.monotonic()
         since = now if since is None else since
         least = at_most_s if limit_s is None else min(limit_s, at_most_s)
@@ -334,7 +380,7 @@ class ReplicaPool:
                 "hold-deadline", f"no replica was ready within {least:.1f} s", retry_after_s=self.left_s()
             )
         loop = asyncio.get_running_loop()
-        waiter = Waiter(loop.create_future(), limit_s, at_most_s, since, ahead)
+        waiter = Waiter(loop.create_future(), limit_s, at_most_s, since, ahead, client=not unbounded)
         self._waiters[waiter] = None
         self._run_ahead()
         self._demand()
@@ -394,12 +440,17 @@ class ReplicaPool:
         self.last_active = time.monotonic()
 
     def refused(self, replica: Replica, generation: int, why: str) -> None:
-        """A serving replica of that generation could not be connected to: prefer others for a moment, and tell the
-        owner.
+        """A serving replica of that generation could not be connected to: prefer others for a while, which doubles with
+        each refusal in a row, and tell the owner.
         """
         if generation != replica.generation:
             return
-        replica.suspect_until = time.monotonic() + _SUSPECT_S
+        pause = replica.refusals.failed()
+        replica.suspect_until = time.monotonic() + pause
+        if replica.refusals.failures == 2:
+            text = "%s refuses connections though it is serving (%s); the pauses between tries grow to %.0f s"
+            fields = {"pool": self.name, "replica": replica.name, "reason": why}
+            log.warning(text, replica.name, why, replica.refusals.most_s, extra={"event": "refusing", "fields": fields})
         self._close_idle(replica)
         if self._suspect_hook is not None:
             self._suspect_hook(replica, why)
@@ -468,7 +519,10 @@ class ReplicaPool:
             replica.adapters_loaded = False
         if new is Phase.SERVING:
             replica.suspect_until = 0.0
-            self._failures_in_row, self._blocked_until = 0, 0.0
+            self._wake_pause.succeeded()
+            if old in STARTING:
+                replica.accepts()
+                self._sleep_pause.succeeded()
             kind = replica.start_kind
             if kind is not None and old in STARTING and reason != FOUND_UP:
                 spans = replica.spans
@@ -536,7 +590,9 @@ class ReplicaPool:
         """
         if self._wake_hook is None or self._wake_task is not None or self._closed is not None:
             return
-        if any(r.tracker.phase in STARTING or r.held_back for r in self.replicas.values()) or self._ready() is not None:
+        if self._returns() or self._ready() is not None:
+            return
+        if any(replica.refusal_woken for replica in self.replicas.values()):
             return
         assert self._loop is not None, "the pool is bound to a loop before it serves"
         self._wake_task = self._loop.create_task(self._run_wake())
@@ -545,9 +601,16 @@ class ReplicaPool:
         assert self._wake_hook is not None
         failure: ProxyError | None = None
         self.wakes += 1
+        for replica in self.replicas.values():
+            replica.woken_at = replica.refusals.failures
         try:
             async with asyncio.timeout(self._wake_limit_s):
                 await self._wake_hook()
+        except Unneeded as exc:
+            log.debug("%s was not woken: %s", self.name, exc.message)
+            self._wake_task = None
+            self._dispatch()
+            return
         except TimeoutError:
             failure = StartFailed("wake-timeout", f"the wake was not done after {self._wake_limit_s:.0f} s")
         except Exception as exc:  # noqa: BLE001 - an owner's hook may raise anything; it is answered by code
@@ -555,45 +618,66 @@ class ReplicaPool:
         finally:
             self._wake_task = None
         for replica in self.replicas.values():
-            replica.suspect_until = 0.0
-        if (
-            failure is None
-            and self._ready() is None
-            and not any(r.tracker.phase in STARTING or r.held_back for r in self.replicas.values())
-        ):
+            if replica.refusals.failures <= 1:  # one that goes on refusing has its pause
+                replica.suspect_until = 0.0
+        refusing = any(replica.refusal_woken for replica in self.replicas.values())
+        if failure is None and self._ready() is None and not refusing and not self._returns():
             failure = StartFailed("wake-without-replica", "the wake ended, and no replica serves")
         if failure is not None:
-            self._failures_in_row += 1
-            pause = _BACKOFF_S[min(self._failures_in_row, len(_BACKOFF_S)) - 1]
-            self._blocked_until = time.monotonic() + pause
-            failure.retry_after_s = pause
+            failure.retry_after_s = self._wake_pause.failed()
             self._fail(failure)
         else:
             self._dispatch()
 
-    async def _run_sleep(self) -> None:
+    def _returns(self) -> bool:
+        """Whether a replica will take requests again by itself."""
+        return any(replica.returns for replica in self.replicas.values())
+
+    async def _run_sleep(
+        self, drain_s: float = math.inf, wanted: Callable[[], bool] = lambda: True
+    ) -> ProxyError | None:
+        """Drain, then sleep; why not, where it failed. What would not sleep goes on serving."""
         assert self._sleep_hook is not None
         for replica in self.replicas.values():
             replica.held_back = True
-        self.sleeps += 1
+        self._drain_until, self._drain_wanted = time.monotonic() + drain_s, wanted
+        failure: ProxyError | None = None
         try:
             for replica in self.replicas.values():
-                await replica.quiet()
+                if replica.outstanding:
+                    await self.drained(replica.quiet())
                 self._close_idle(replica)
-            async with asyncio.timeout(self._sleep_limit_s):
+            # An owner with other processes drains those in its hook.
+            limit_s = self._sleep_limit_s + (0.0 if drain_s == math.inf else drain_s)
+            async with asyncio.timeout(limit_s):
                 await self._sleep_hook()
-        except Exception as exc:  # noqa: BLE001 - what would not sleep goes on serving; the reason is logged
-            if getattr(exc, "code", None) != "busy":  # a request came at that very moment: it has won
-                fields = {"pool": self.name, "reason": f"{exc!r}"}
-                log.warning(
-                    "%s did not go to sleep: %s", self.name, exc, extra={"event": "sleep-failed", "fields": fields}
-                )
+            self.sleeps += 1
+            self._sleep_failure = None
+            self._sleep_pause.succeeded()
+        except TimeoutError:
+            failure = StartFailed("sleep-timeout", f"the sleep was not done after {self._sleep_limit_s:.0f} s")
+        except Exception as exc:  # noqa: BLE001 - an owner's hook may raise anything; it is logged by code
+            failure = coded(exc)
         finally:
             for replica in self.replicas.values():
                 replica.held_back = False
             self._sleep_task = None
             self.last_active = time.monotonic()
             self._dispatch()
+        if failure is not None and failure.code not in ("busy", Unneeded.CODE):  # else a request has come, and has won
+            self._sleep_failed(failure, drain_s)
+        return failure
+
+    def _sleep_failed(self, failure: ProxyError, drain_s: float) -> None:
+        """Pause before the next try, for longer each time; say each reason once."""
+        known, self._sleep_failure = self._sleep_failure, failure
+        still = failure.code == "still-answering"
+        pause = self._sleep_pause.failed(drain_s if still else 0.0)
+        failure.retry_after_s = pause
+        fields = {"pool": self.name, "code": failure.code, "reason": failure.message}
+        level = logging.DEBUG if known is not None and known.code == failure.code else logging.WARNING
+        text = "%s did not go to sleep: %s; it goes on serving, and the pauses between tries grow"
+        log.log(level, text, self.name, failure.message, extra={"event": "sleep-failed", "fields": fields})
 
     def _fail(self, error: ProxyError) -> None:
         self.last_failure = error

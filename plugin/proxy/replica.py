@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from plugin.phases import Phase, PhaseTracker, Span
 
+from .backoff import Backoff
 from .history import Kind, kind_of
 from .upstream import Upstream
 
@@ -36,6 +37,10 @@ class Replica:
         self.suspect_until = 0.0
         self.adapters_loaded = False
         """Whether clients have loaded LoRA adapters into this very engine (plugin.proxy.adapters)."""
+        self.refusals = Backoff(0.5, 30.0)
+        """Connections that it refused in a row while it was serving."""
+        self.woken_at = 0
+        """How many refusals there were when the owner was last asked to wake the pool."""
         self.generation = 0
         """How often it has come to serving: a refusal by an earlier incarnation says nothing about this one."""
         self.idle: list[BackConnection] = []
@@ -80,6 +85,23 @@ class Replica:
             old = new
         in_phase = 0.0 if phase is Phase.SERVING else self.tracker.seconds_in_phase
         self._began = time.monotonic() - in_phase - sum(span.took_s for span in spans)
+
+    def accepts(self) -> None:
+        """It took a connection: forget its refusals."""
+        if self.refusals.failures:
+            self.refusals.succeeded()
+            self.woken_at = 0
+
+    @property
+    def refusal_woken(self) -> bool:
+        """Whether it is paused for refusing connections, and a wake since its last refusal changed nothing."""
+        paused = self.suspect_until > time.monotonic() and self.tracker.phase is Phase.SERVING
+        return paused and self.refusals.failures > 1 and self.woken_at == self.refusals.failures
+
+    @property
+    def returns(self) -> bool:
+        """Whether it will take requests again by itself: it is starting, quiesced, or suspected."""
+        return self.held_back or self.tracker.phase in STARTING or self.tracker.phase is Phase.SUSPECT
 
     @property
     def spans(self) -> tuple[Span, ...]:

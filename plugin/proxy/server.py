@@ -90,6 +90,7 @@ class ProxyServer:
         self.rules = PathRules(self.settings.own_prefix, self.settings.denied_paths, self.settings.root_path)
         self._servers: list[asyncio.Server] = []
         self._chores: list[asyncio.Task[None]] = []
+        self._sweeper: asyncio.Task[None] | None = None
         self._stopped: asyncio.Event | None = None
         self._single = target if isinstance(target, ReplicaPool) else None
 
@@ -120,7 +121,7 @@ class ProxyServer:
         await self._listen(sock, own_port=False)
         if own_sock is not None:
             await self._listen(own_sock, own_port=True)
-        self._chores.append(self.loop.create_task(self._sweep()))
+        self._sweeper = self.loop.create_task(self._sweep())
 
     async def _listen(self, sock: socket.socket, *, own_port: bool) -> None:
         sock.setblocking(False)
@@ -166,6 +167,9 @@ class ProxyServer:
                 log.warning("%d clients cut at the end", left, extra={"event": "cut", "fields": {"clients": left}})
         for client in tuple(self.clients):
             client.cut()
+        if self._sweeper is not None:  # until now, so that a client that keeps its connection is not waited for
+            self._sweeper.cancel()
+            self._chores.append(self._sweeper)
         await asyncio.gather(*self._chores, *(pool.settled() for pool in self.router.pools()), return_exceptions=True)
         await asyncio.sleep(0)
         if self._stopped is not None:
@@ -350,6 +354,7 @@ class ProxyServer:
             try:
                 back = await connect(replica, self.settings.connect_timeout_s)
                 if back.alive():
+                    replica.accepts()
                     return back
                 why = "it closed the connection before anything was sent"
                 back.abort()

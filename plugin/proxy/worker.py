@@ -5,6 +5,7 @@ and by nobody else. One of them serves the own pages where these have a port of 
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 import socket
 import sys
@@ -19,6 +20,8 @@ from .own import status_document
 from .server import ProxyServer
 from .settings import Settings
 from .workers import _LINE, _REPLY_S, Line, Mirror
+
+log = logging.getLogger("quickthaw.proxy")
 
 
 async def work(control_fd: int, listen_fd: int, own_fd: int | None = None) -> None:
@@ -60,13 +63,27 @@ async def work(control_fd: int, listen_fd: int, own_fd: int | None = None) -> No
             return None
         return mirror.handle(message)
 
-    report = asyncio.get_running_loop().create_task(mirror.report())
-    listening = asyncio.get_running_loop().create_task(line.run(handle))
+    loop = asyncio.get_running_loop()
+
+    def told_to_end() -> None:
+        """SIGTERM to this process, or to the whole group: finish what is in flight, whoever else is told."""
+        if not ending:
+            line.send(op="leaving")
+            ending.append(loop.create_task(server.shutdown()))
+
+    loop.add_signal_handler(signal.SIGTERM, told_to_end)
+    report = loop.create_task(mirror.report())
+    listening = loop.create_task(line.run(handle))
     line.send(op="ready")
-    stopped = asyncio.get_running_loop().create_task(server.wait_stopped())
-    await asyncio.wait((listening, stopped), return_when=asyncio.FIRST_COMPLETED)
+    stopped = loop.create_task(server.wait_stopped())
+    await asyncio.wait((listening, report, stopped), return_when=asyncio.FIRST_COMPLETED)
+    for task in (listening, report):
+        if task.done() and (error := task.exception()) is not None:
+            text = "control-failed: this worker cannot follow its supervisor any more (%r); it ends, and is replaced"
+            log.error(text, error, exc_info=error, extra={"event": "defect"})
+            line.send(op="leaving")
     if not ending:
-        await server.shutdown()  # the supervisor has gone
+        await server.shutdown()  # the supervisor has gone, or cannot be followed
     await stopped
     report.cancel()
     listening.cancel()
@@ -82,8 +99,9 @@ async def _first(reader: asyncio.StreamReader) -> dict[str, Any]:
 
 def main() -> None:
     """The process."""
-    # The supervisor decides when a worker stops: a terminal's Ctrl-C reaches the whole group.
+    # The supervisor decides when a worker stops: a terminal's Ctrl-C, or its end, reaches the whole group.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     logs.configure()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(work(*(int(fd) for fd in sys.argv[1:])))

@@ -7,8 +7,8 @@ worker holds new requests back
 and says whether it is quiet: one that is not keeps the pool awake (or, when the pool must make room for another, is
 waited for).
 
-Promises: a worker that dies is replaced on the same socket, so that what queued there is served; when the supervisor
-dies, its workers end.
+Promises: a worker that dies is replaced on the same socket, so that what queued there is served; one that is told to end by SIGTERM
+is replaced at once, and finishes what it has in flight; when the supervisor dies, its workers end.
 """
 
 from __future__ import annotations
@@ -39,7 +39,6 @@ from .upstream import from_spec
 log = logging.getLogger("quickthaw.proxy")
 
 _REPLY_S = 2.0
-_QUIET_S = 600.0
 _RESPAWN_S = (0.1, 0.5, 2.0, 10.0)
 _LINE = 4 << 20
 
@@ -96,7 +95,13 @@ class Line:
             self.writer.close()
 
     async def _reply(self, message: dict[str, Any], work: Awaitable[Any]) -> None:
-        value = await work
+        try:
+            value = await work
+        except Exception as error:
+            text = "control-failed: %s: %r; please report it"
+            log.exception(text, message.get("op"), error, extra={"event": "defect"})
+            self.writer.close()  # whoever asked learns of it, and the worker is replaced
+            return
         if "ask" in message:
             self.send(answer=message["ask"], value=value)
 
@@ -107,6 +112,7 @@ class _Worker:
     sock: socket.socket
     process: asyncio.subprocess.Process | None = None
     line: Line | None = None
+    leaving: bool = False
     busy: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
@@ -131,6 +137,7 @@ class Supervisor:
         self.pools = {pool.name: pool for pool in pools}
         self.settings, self.config = settings, config
         self.workers = [_Worker(n, sock) for n, sock in enumerate(sockets)]
+        """Those that run, and those that have been replaced and finish what they have (`leaving`)."""
         self.stopping = False
         self.started_at = time.time()
         self._tasks: list[asyncio.Task[None]] = []
@@ -157,7 +164,7 @@ class Supervisor:
         self.stopping = True
         for pool in self.pools.values():
             pool.close(Unavailable("shutting-down", "the proxy is shutting down"))
-        for worker in self.workers:
+        for worker in tuple(self.workers):
             if worker.line is not None:
                 worker.line.send(op="shutdown", limit_s=limit_s)
             worker.sock.close()  # a listening socket accepts for as long as any process holds it
@@ -188,8 +195,15 @@ class Supervisor:
         tries = 0
         while True:
             began = time.monotonic()
-            await self._run(worker, ready)
+            try:
+                await self._run(worker, ready)
+            except Exception as error:
+                fields = {"worker": worker.number, "reason": f"{error!r}"}
+                log.exception("worker %d: %s", worker.number, error, extra={"event": "worker-failed", "fields": fields})
             if self.stopping:
+                return
+            if worker.leaving:
+                self.workers.remove(worker)
                 return
             tries = 0 if time.monotonic() - began > 30 else tries + 1
             fields = {"worker": worker.number}
@@ -230,6 +244,8 @@ class Supervisor:
                     ready.set_result(None)
             elif message["op"] == "busy":
                 self._busy(worker, message)
+            elif message["op"] == "leaving":
+                self._replace(worker)
             elif message["op"] == "wake":
                 return self._wake(message)
             elif message["op"] == "gather":
@@ -246,6 +262,22 @@ class Supervisor:
                     with contextlib.suppress(ProcessLookupError):  # it ended at this moment
                         process.terminate()
                 await process.wait()
+
+    def _replace(self, worker: _Worker) -> None:
+        """A worker was told to end, and finishes what it has: start another in its place."""
+        if self.stopping or worker.leaving:
+            return
+        worker.leaving = True
+        fields = {"worker": worker.number}
+        log.warning(
+            "worker %d was told to end; replacing it",
+            worker.number,
+            extra={"event": "worker-leaving", "fields": fields},
+        )
+        fresh = _Worker(worker.number, worker.sock)
+        self.workers.append(fresh)
+        loop = asyncio.get_running_loop()
+        self._tasks.append(loop.create_task(self._keep(fresh, loop.create_future())))
 
     def _settings(self) -> dict[str, Any]:
         values = dataclasses.asdict(self.settings)
@@ -317,8 +349,13 @@ class Supervisor:
         lines = [w.line for w in self.workers if w.line is not None]
         wait = pool.evicting
         try:
-            asked = (line.ask(_QUIET_S if wait else _REPLY_S, op="quiet", pool=pool.name, wait=wait) for line in lines)
-            if not all(await asyncio.gather(*asked)):
+            limit_s = _REPLY_S + (pool.drain_limit_s if wait else 0.0)
+            asked = asyncio.gather(*(line.ask(limit_s, op="quiet", pool=pool.name, wait=wait) for line in lines))
+            try:
+                quiet = all(await pool.drained(asked))
+            except TimeoutError:
+                raise StartFailed("worker-silent", "a worker did not say whether it has a request for it") from None
+            if not quiet:
                 raise StartFailed("busy", "a worker has a request for it")
             await sleep()
             await asyncio.sleep(0)  # the change of phase, told by the loop, must be on the line before the release

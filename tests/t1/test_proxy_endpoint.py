@@ -203,7 +203,8 @@ def test_a_sleep_command_that_does_not_do_it(how):
             spec = EndpointSpec(tcp("127.0.0.1", up.port), sleep=sleep, idle_timeout_s=0.05)
             async with in_front_of(spec) as (rig, endpoint):
                 if how == "fails":
-                    await until(lambda: rig.pool.sleeps >= 2)
+                    await until(lambda: rig.pool._sleep_pause.failures >= 2)
+                    assert rig.pool.sleeps == 0
                     assert (await rig.get("/")).status == 200 and endpoint.tracker.phase is Phase.SERVING
                 else:
                     await until(lambda: running(f"sleep\0{word}"))
@@ -282,7 +283,7 @@ def test_a_start_after_one_that_failed_counts_from_its_own_beginning(tmp_path):
             assert (await rig.get("/")).status == 503
             endpoint.tracker._since -= 1000.0
             rig.pool.replicas["default"]._began -= 1000.0
-            rig.pool._blocked_until = 0.0
+            rig.pool._wake_pause.succeeded()
             (tmp_path / "ok").touch()
             assert (await rig.get("/")).status == 200
             assert 0 < max(rig.pool.history.seen(Kind.COLD)) < 100

@@ -66,6 +66,7 @@ def test_the_next_proxy_takes_the_engine_of_a_killed_one_over_and_puts_it_to_sle
     port = free_port()
     arguments = ["--upstream", f"http://127.0.0.1:{port}", "--wake", engine(port), "--idle-timeout", "0.5"]
     pid = killed(arguments)
+    said: list[str] = []
     with gone_at_last(pid):
         with command(*arguments, kept=said) as (_, url):
             assert call(f"{url}/v1/x", {})[1]["pid"] == pid

@@ -29,6 +29,10 @@ class Backoff:
         self._last, self._until = now, now + pause
         return pause
 
+    def hold(self, pause_s: float) -> None:
+        """Pause for as long as somebody else has counted."""
+        self._until = self._clock() + pause_s
+
     def succeeded(self) -> None:
         """Forget the failures."""
         self.failures = 0

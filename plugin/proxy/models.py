@@ -251,7 +251,7 @@ class Room:
                 await asyncio.sleep(min(young, 0.25))
                 continue
             try:
-                await victim.pool.evict(max(0.0, until - time.monotonic()), lambda: pool.wanted)
+                await victim.pool.sleeper.evict(max(0.0, until - time.monotonic()), lambda: pool.wanted)
             except Unneeded:
                 raise
             except ProxyError as error:

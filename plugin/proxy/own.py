@@ -37,7 +37,7 @@ def pool_document(pool: ReplicaPool) -> dict[str, Any]:
         "held": pool.held,
         "outstanding": pool.outstanding,
         "wakes": pool.wakes,
-        "sleeps": pool.sleeps,
+        "sleeps": pool.sleeper.sleeps,
         "failed_starts": pool.failed_starts,
         "idle_timeout_s": pool.idle_timeout_s,
         "idle_s": round(time.monotonic() - pool.last_active, 3),

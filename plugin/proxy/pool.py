@@ -25,7 +25,6 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
 
 from plugin.phases import Phase, PhaseTracker, Span
 
@@ -34,6 +33,7 @@ from .errors import ProxyError, StartFailed, Unavailable, Unneeded
 from .errors import start_failed as coded
 from .history import History, Kind
 from .replica import FOUND_UP, STARTING, Replica
+from .sleeping import Sleeper
 from .upstream import Upstream
 
 log = logging.getLogger("quickthaw.proxy")
@@ -101,10 +101,8 @@ class ReplicaPool:
         self.replicas: dict[str, Replica] = {}
         self.history = history or History()
         self.wakes = 0
-        self.sleeps = 0
         self.failed_starts = 0
         self.idle_timeout_s = idle_timeout_s
-        self.drain_limit_s = drain_limit_s
         self.ahead = ahead
         self.max_held = 4096
         self.max_hold_s = 3600.0
@@ -116,23 +114,17 @@ class ReplicaPool:
         """Called on the loop when a start has finally failed."""
         self.elsewhere: Callable[[], int] = lambda: 0
         """How many requests are held or in flight in worker processes that share this pool."""
-        self.evicting = False
         self.started_here = True
         """False where nobody here can start a replica, so that requests wait for whoever does."""
         self.upstream_timeout_s: float | None = None
         """How long a replica may be silent within an answer, where it is not the proxy's own setting."""
-        self._wake_hook, self._sleep_hook, self._suspect_hook = wake, sleep, suspect
-        self._wake_limit_s, self._sleep_limit_s = wake_limit_s, sleep_limit_s
+        self._wake_hook, self._suspect_hook = wake, suspect
+        self._wake_limit_s = wake_limit_s
+        self.sleeper = Sleeper(self, sleep, sleep_limit_s, drain_limit_s)
         self._waiters: dict[Waiter, None] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._early: list[tuple[Replica, Phase, Phase, str, tuple[Span, ...]]] = []
         self._wake_task: asyncio.Task[None] | None = None
-        self._sleep_task: asyncio.Task[ProxyError | None] | None = None
-        self._sleep_pause = Backoff(1.0, 300.0)
-        self._sleep_failure: ProxyError | None = None
-        """Why the last sleep failed; None after one that succeeded."""
-        self._drain_until = math.inf
-        self._drain_wanted: Callable[[], bool] = lambda: True
         self._ticking = False
         self._closed: ProxyError | None = None
         self._wake_pause = Backoff(1.0, 30.0)
@@ -172,7 +164,7 @@ class ReplicaPool:
         replica = self.replicas.pop(name, None)
         if replica is not None:
             replica.held_back = True
-            self._close_idle(replica)
+            self.close_idle(replica)
 
     def start_failed(self, error: Exception) -> None:
         """Say, in any thread, that a start has finally failed.
@@ -197,7 +189,7 @@ class ReplicaPool:
         """Say, on the loop, that a wake in another process has failed: what is held ends with its code, and the next request after
         its `retry_after_s` wakes again.
         """
-        self._blocked_until = time.monotonic() + (error.retry_after_s or 0.0)
+        self._wake_pause.hold(error.retry_after_s or 0.0)
         self._fail(error)
 
     async def wake(self) -> None:
@@ -210,62 +202,7 @@ class ReplicaPool:
 
     async def sleep(self) -> bool:
         """Put the pool to sleep if nothing is in flight and nobody waits; True when it went to sleep."""
-        if self._sleep_hook is None or self._sleep_task is not None or self._wake_task is not None:
-            return False
-        if self._waiters or self.outstanding or self.elsewhere() or self.kept_awake or self._ready() is None:
-            return False
-        if self._sleep_pause.left_s:
-            return False
-        self._sleep_task = asyncio.get_running_loop().create_task(self._run_sleep())
-        return await asyncio.shield(self._sleep_task) is None
-
-    async def evict(self, limit_s: float | None = None, wanted: Callable[[], bool] = lambda: True) -> None:
-        """Put the pool to sleep to make room for another: hold new requests back, and let what is in flight end first.
-
-        Args:
-            limit_s: how long to wait for what is in flight; None takes the pool's `drain_limit_s`.
-            wanted: asked while it waits; once False, the pool goes on serving.
-
-        Raises:
-            Unneeded: the room is not wanted any more.
-            ProxyError: the pool would not go to sleep, and goes on serving; or it failed to a moment ago.
-        """
-        if self._sleep_hook is None:
-            raise StartFailed("no-way-to-sleep", f"{self.name} cannot be put to sleep")
-        if self._sleep_task is None:
-            if self._sleep_pause.left_s and self._sleep_failure is not None:
-                raise self._sleep_failure.fresh()
-            sleep = self._run_sleep(self.drain_limit_s if limit_s is None else limit_s, wanted)
-            self._sleep_task = asyncio.get_running_loop().create_task(sleep)
-        self.evicting = True
-        try:
-            failure = await asyncio.shield(self._sleep_task)
-        finally:
-            self.evicting = False
-        if failure is not None:
-            raise failure
-
-    async def drained(self, quiet: Awaitable[Any]) -> Any:
-        """Await `quiet` within the limits of the sleep under way. Raises what `evict` raises."""
-        task = asyncio.ensure_future(quiet)
-        try:
-            while True:
-                left = self._drain_until - time.monotonic()
-                await asyncio.wait((task,), timeout=max(0.0, min(left, 0.25)))
-                if task.done():
-                    return task.result()
-                if left <= 0:
-                    raise Unavailable("still-answering", f"{self.name} did not finish its requests in time")
-                if not self._drain_wanted():
-                    raise Unneeded(f"nobody waits for the place of {self.name} any more")
-        finally:
-            task.cancel()
-
-    def around_sleep(self, wrap: Callable[[Callable[[], Awaitable[None]]], Awaitable[None]]) -> None:
-        """Let `wrap(sleep)` run the sleep hook: for whoever must make other processes quiet first."""
-        inner = self._sleep_hook
-        if inner is not None:
-            self._sleep_hook = lambda: wrap(inner)
+        return await self.sleeper.sleep()
 
     @asynccontextmanager
     async def quiesced(self, name: str, limit_s: float) -> AsyncIterator[Replica]:
@@ -279,7 +216,7 @@ class ReplicaPool:
         try:
             async with asyncio.timeout(limit_s):
                 await replica.quiet()
-            self._close_idle(replica)
+            self.close_idle(replica)
             yield replica
         finally:
             replica.held_back = False
@@ -290,14 +227,14 @@ class ReplicaPool:
         self._closed = error
         self._fail(error)
         for replica in self.replicas.values():
-            self._close_idle(replica)
-        for task in (self._wake_task, self._sleep_task):
+            self.close_idle(replica)
+        for task in (self._wake_task, self.sleeper.task):
             if task is not None:
                 task.cancel()
 
     async def settled(self, limit_s: float = 20.0) -> None:
         """After `close`: return once the wake or sleep that it cancelled has cleaned up."""
-        tasks = [task for task in (self._wake_task, self._sleep_task) if task is not None]
+        tasks = [task for task in (self._wake_task, self.sleeper.task) if task is not None]
         if tasks:
             await asyncio.wait(tasks, timeout=limit_s)
 
@@ -330,7 +267,7 @@ class ReplicaPool:
         """
         if self._waiters or self._closed is not None:
             return None
-        replica = self._ready()
+        replica = self.ready()
         if replica is not None:
             replica.outstanding += 1
         return replica
@@ -396,6 +333,11 @@ class ReplicaPool:
             self.last_active = time.monotonic()
 
     @property
+    def waking(self) -> bool:
+        """Whether a wake is under way."""
+        return self._wake_task is not None
+
+    @property
     def can_wake(self) -> bool:
         """True when the owner gave a wake hook."""
         return self._wake_hook is not None
@@ -404,7 +346,7 @@ class ReplicaPool:
         """Whether a request that came now would be held or answered, and not refused at once."""
         if self._closed is not None or self._final is not None or len(self._waiters) >= self.max_held:
             return False
-        return time.monotonic() >= self._blocked_until or self.last_failure is None
+        return not self._wake_pause.left_s or self.last_failure is None
 
     def expects(self) -> bool:
         """Whether a request waits that runs beside the check of a restored replica; any thread may ask."""
@@ -451,7 +393,7 @@ class ReplicaPool:
             text = "%s refuses connections though it is serving (%s); the pauses between tries grow to %.0f s"
             fields = {"pool": self.name, "replica": replica.name, "reason": why}
             log.warning(text, replica.name, why, replica.refusals.most_s, extra={"event": "refusing", "fields": fields})
-        self._close_idle(replica)
+        self.close_idle(replica)
         if self._suspect_hook is not None:
             self._suspect_hook(replica, why)
 
@@ -474,7 +416,8 @@ class ReplicaPool:
 
     # -- inside ------------------------------------------------------------------------------------
 
-    def _ready(self) -> Replica | None:
+    def ready(self) -> Replica | None:
+        """The replica that the next request goes to; None while it has to wait."""
         now, best, load = time.monotonic(), None, 0
         replicas = self.replicas
         if len(replicas) > 1:
@@ -515,14 +458,14 @@ class ReplicaPool:
         if new in STARTING:
             self._final = None
         if old is Phase.SERVING and new is not Phase.SERVING:
-            self._close_idle(replica)
+            self.close_idle(replica)
             replica.adapters_loaded = False
         if new is Phase.SERVING:
             replica.suspect_until = 0.0
             self._wake_pause.succeeded()
             if old in STARTING:
                 replica.accepts()
-                self._sleep_pause.succeeded()
+                self.sleeper.pause.succeeded()
             kind = replica.start_kind
             if kind is not None and old in STARTING and reason != FOUND_UP:
                 spans = replica.spans
@@ -575,7 +518,7 @@ class ReplicaPool:
             for waiter in list(self._waiters):
                 if waiter.ready.done():
                     continue
-                replica = self._ready()
+                replica = self.ready()
                 if replica is None:
                     break
                 self._hand(waiter, replica)
@@ -590,7 +533,7 @@ class ReplicaPool:
         """
         if self._wake_hook is None or self._wake_task is not None or self._closed is not None:
             return
-        if self._returns() or self._ready() is not None:
+        if self._returns() or self.ready() is not None:
             return
         if any(replica.refusal_woken for replica in self.replicas.values()):
             return
@@ -621,7 +564,7 @@ class ReplicaPool:
             if replica.refusals.failures <= 1:  # one that goes on refusing has its pause
                 replica.suspect_until = 0.0
         refusing = any(replica.refusal_woken for replica in self.replicas.values())
-        if failure is None and self._ready() is None and not refusing and not self._returns():
+        if failure is None and self.ready() is None and not refusing and not self._returns():
             failure = StartFailed("wake-without-replica", "the wake ended, and no replica serves")
         if failure is not None:
             failure.retry_after_s = self._wake_pause.failed()
@@ -632,52 +575,6 @@ class ReplicaPool:
     def _returns(self) -> bool:
         """Whether a replica will take requests again by itself."""
         return any(replica.returns for replica in self.replicas.values())
-
-    async def _run_sleep(
-        self, drain_s: float = math.inf, wanted: Callable[[], bool] = lambda: True
-    ) -> ProxyError | None:
-        """Drain, then sleep; why not, where it failed. What would not sleep goes on serving."""
-        assert self._sleep_hook is not None
-        for replica in self.replicas.values():
-            replica.held_back = True
-        self._drain_until, self._drain_wanted = time.monotonic() + drain_s, wanted
-        failure: ProxyError | None = None
-        try:
-            for replica in self.replicas.values():
-                if replica.outstanding:
-                    await self.drained(replica.quiet())
-                self._close_idle(replica)
-            # An owner with other processes drains those in its hook.
-            limit_s = self._sleep_limit_s + (0.0 if drain_s == math.inf else drain_s)
-            async with asyncio.timeout(limit_s):
-                await self._sleep_hook()
-            self.sleeps += 1
-            self._sleep_failure = None
-            self._sleep_pause.succeeded()
-        except TimeoutError:
-            failure = StartFailed("sleep-timeout", f"the sleep was not done after {self._sleep_limit_s:.0f} s")
-        except Exception as exc:  # noqa: BLE001 - an owner's hook may raise anything; it is logged by code
-            failure = coded(exc)
-        finally:
-            for replica in self.replicas.values():
-                replica.held_back = False
-            self._sleep_task = None
-            self.last_active = time.monotonic()
-            self._dispatch()
-        if failure is not None and failure.code not in ("busy", Unneeded.CODE):  # else a request has come, and has won
-            self._sleep_failed(failure, drain_s)
-        return failure
-
-    def _sleep_failed(self, failure: ProxyError, drain_s: float) -> None:
-        """Pause before the next try, for longer each time; say each reason once."""
-        known, self._sleep_failure = self._sleep_failure, failure
-        still = failure.code == "still-answering"
-        pause = self._sleep_pause.failed(drain_s if still else 0.0)
-        failure.retry_after_s = pause
-        fields = {"pool": self.name, "code": failure.code, "reason": failure.message}
-        level = logging.DEBUG if known is not None and known.code == failure.code else logging.WARNING
-        text = "%s did not go to sleep: %s; it goes on serving, and the pauses between tries grow"
-        log.log(level, text, self.name, failure.message, extra={"event": "sleep-failed", "fields": fields})
 
     def _fail(self, error: ProxyError) -> None:
         self.last_failure = error
@@ -695,7 +592,8 @@ class ReplicaPool:
                 waiter.ready.set_exception(error.fresh())
         self._waiters.clear()
 
-    def _close_idle(self, replica: Replica) -> None:
+    def close_idle(self, replica: Replica) -> None:
+        """Close the connections to a replica that nothing uses."""
         idle, replica.idle = replica.idle, []
         for connection in idle:
             connection.abort()
@@ -724,16 +622,3 @@ class ReplicaPool:
         self._dispatch()
         if self._waiters:
             self._tick_soon(loop)
-
-    async def watch_idle(self) -> None:
-        """Run for ever: put the pool to sleep once nothing has been in flight for `idle_timeout_s`. Cancelled by
-        the server's shutdown.
-        """
-        while self.idle_timeout_s is not None:
-            idle = time.monotonic() - self.last_active
-            if self.outstanding or self._waiters or self.elsewhere() or self._ready() is None:
-                idle = 0.0
-            if idle >= self.idle_timeout_s:
-                await self.sleep()
-                idle = 0.0
-            await asyncio.sleep(max(0.02, min(self.idle_timeout_s - idle, 5.0)))

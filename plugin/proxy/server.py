@@ -117,7 +117,7 @@ class ProxyServer:
         for pool in self.router.pools():
             pool.bind(self.loop, max_held=self.settings.max_held, max_hold_s=self.settings.max_hold_s)
             if pool.idle_timeout_s is not None:
-                self._chores.append(self.loop.create_task(pool.watch_idle()))
+                self._chores.append(self.loop.create_task(pool.sleeper.watch_idle()))
         await self._listen(sock, own_port=False)
         if own_sock is not None:
             await self._listen(own_sock, own_port=True)

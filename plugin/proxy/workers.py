@@ -150,9 +150,9 @@ class Supervisor:
             pool.elsewhere = lambda name=pool.name: sum(w.busy.get(name, 0) for w in self.workers)  # type: ignore[misc]
             pool.on_phase.append(lambda replica, new, reason, pool=pool: self._tell_phase(pool, replica, new, reason))  # type: ignore[misc]
             pool.on_failed.append(lambda error, pool=pool: self._tell_failed(pool, error))  # type: ignore[misc]
-            pool.around_sleep(lambda inner, pool=pool: self._sleep_when_quiet(pool, inner))  # type: ignore[misc]
+            pool.sleeper.around(lambda inner, pool=pool: self._sleep_when_quiet(pool, inner))  # type: ignore[misc]
             if pool.idle_timeout_s is not None:
-                self._tasks.append(loop.create_task(pool.watch_idle()))
+                self._tasks.append(loop.create_task(pool.sleeper.watch_idle()))
         ready = [loop.create_future() for _ in self.workers]
         for worker, future in zip(self.workers, ready, strict=True):
             self._tasks.append(loop.create_task(self._keep(worker, future)))
@@ -347,12 +347,12 @@ class Supervisor:
 
     async def _sleep_when_quiet(self, pool: ReplicaPool, sleep: Callable[[], Awaitable[None]]) -> None:
         lines = [w.line for w in self.workers if w.line is not None]
-        wait = pool.evicting
+        wait = pool.sleeper.evicting
         try:
-            limit_s = _REPLY_S + (pool.drain_limit_s if wait else 0.0)
+            limit_s = _REPLY_S + (pool.sleeper.drain_limit_s if wait else 0.0)
             asked = asyncio.gather(*(line.ask(limit_s, op="quiet", pool=pool.name, wait=wait) for line in lines))
             try:
-                quiet = all(await pool.drained(asked))
+                quiet = all(await pool.sleeper.drained(asked))
             except TimeoutError:
                 raise StartFailed("worker-silent", "a worker did not say whether it has a request for it") from None
             if not quiet:

@@ -188,7 +188,7 @@ def test_a_sleep_that_fails_is_tried_again_ever_more_rarely_and_said_once(caplog
             await until(lambda: len(tries) == 2)
             await asyncio.sleep(0.3)
             assert len(tries) == 2 and tries[1] - tries[0] > 0.9
-            assert rig.pool.sleeps == 0, "what failed is no sleep"
+            assert rig.pool.sleeper.sleeps == 0, "what failed is no sleep"
             assert sum(record.levelname == "WARNING" for record in caplog.records) == 1
             assert (await rig.get("/x")).status == 200
 

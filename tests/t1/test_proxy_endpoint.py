@@ -203,8 +203,8 @@ def test_a_sleep_command_that_does_not_do_it(how):
             spec = EndpointSpec(tcp("127.0.0.1", up.port), sleep=sleep, idle_timeout_s=0.05)
             async with in_front_of(spec) as (rig, endpoint):
                 if how == "fails":
-                    await until(lambda: rig.pool._sleep_pause.failures >= 2)
-                    assert rig.pool.sleeps == 0
+                    await until(lambda: rig.pool.sleeper.pause.failures >= 2)
+                    assert rig.pool.sleeper.sleeps == 0
                     assert (await rig.get("/")).status == 200 and endpoint.tracker.phase is Phase.SERVING
                 else:
                     await until(lambda: running(f"sleep\0{word}"))

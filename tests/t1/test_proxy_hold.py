@@ -302,7 +302,7 @@ def test_idle_goes_to_sleep_and_the_next_request_wakes_it_none_falls_between():
                         await asyncio.sleep(0.013 * ((n + turn) % 5))  # around the moment of sleep
 
                 await asyncio.gather(*(client(n) for n in range(3)))
-                await until(lambda: rig.pool.sleeps >= 1)
+                await until(lambda: rig.pool.sleeper.sleeps >= 1)
                 assert done == 45 and len(up.seen) == 45
                 assert {s.target for s in up.seen} == {f"/{n}/{t}" for n in range(3) for t in range(15)}
 
@@ -318,7 +318,7 @@ def test_a_replica_that_will_not_sleep_goes_on_serving():
 
             async with proxy(sleep=sleep) as rig:
                 rig.add("a", up.port)
-                assert not await rig.pool.sleep() and rig.pool.sleeps == 0
+                assert not await rig.pool.sleep() and rig.pool.sleeper.sleeps == 0
                 assert (await rig.get("/")).status == 200
 
     run(main())

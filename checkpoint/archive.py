@@ -14,6 +14,7 @@ partial folder holds is hashed, not believed.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
@@ -25,11 +26,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from checkpoint import entries, sealing, signing
+from checkpoint import disk, entries, sealing, signing
 from checkpoint import layout as layouts
 from checkpoint import manifest as manifests
 from checkpoint.arrival import EVERYTHING, Arrival
 from checkpoint.errors import Busy, CheckpointError, Failed, Integrity, NotFound
+from checkpoint.locks import locked
 from checkpoint.transfer import WORKERS, Listing, Progress, Push, Pushed, get, translated
 
 if TYPE_CHECKING:
@@ -44,6 +46,10 @@ MB/s to 39 %, level 3 240 MB/s to 37 %, level 9 60 MB/s to 35 %. Over a link, si
 
 _READ_FIRST = {manifests.FILE_NAME: 64 << 20, signing.FILE_NAME: 64 << 10, layouts.INDEX: 64 << 20}
 """Files of an archive that are read into memory before anything else, and how many bytes each may have."""
+
+
+_ATTEMPTS = 20
+"""How often a sweep may remove the folder of a pull before it is locked."""
 
 
 @dataclass(frozen=True)
@@ -347,14 +353,7 @@ class Opened:
 def partial_folder(folder: Path) -> Iterator[tuple[Path, int]]:
     """The hidden folder that a pull fills, and the descriptor that keeps it locked; it stays when the pull fails."""
     partial = folder.with_name(f".pull-{folder.name}")
-    folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    partial.mkdir(mode=0o700, exist_ok=True)
-    lock = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        raise Busy("snapshot-being-pulled", f"another process is pulling {folder.name}; wait for it") from None
+    lock = _lock_partial(partial, folder.name)
     try:
         with translated(f"cannot pull {folder.name}"):
             yield partial, lock
@@ -365,6 +364,24 @@ def partial_folder(folder: Path) -> Iterator[tuple[Path, int]]:
         raise
     finally:
         os.close(lock)
+
+
+def _lock_partial(partial: Path, name: str) -> int:
+    """Make the folder that a pull fills where it is not there yet, and lock it. Raises Busy, Failed."""
+    for _ in range(_ATTEMPTS):
+        try:
+            partial.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            partial.mkdir(mode=0o700, exist_ok=True)
+            fd = locked(partial, fcntl.LOCK_EX)
+        except BlockingIOError:
+            break
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise disk.failure(f"cannot pull {name}", error, "archive-io") from error
+        if fd >= 0:
+            return fd
+    raise Busy("snapshot-being-pulled", f"another process is pulling {name}; wait for it")
 
 
 def discard(folder: Path) -> None:
@@ -409,6 +426,8 @@ def put_in_place(partial: Path, folder: Path, lock: int) -> None:
     try:
         partial.rename(folder)
     except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
         raise Failed(
             "snapshot-exists", f"{folder.name} appeared meanwhile ({error.strerror}); it is left alone"
         ) from error

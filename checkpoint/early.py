@@ -26,6 +26,7 @@ from typing import Any
 
 from checkpoint import prefork
 from checkpoint.aside import aside
+from checkpoint.locks import locked
 from checkpoint.prefork import Started
 
 Plan = dict[str, Any]
@@ -46,11 +47,11 @@ _NOTES_KEPT = 64
 class Begun:
     """A restore under way, of which nobody has heard yet. `close` ends it; who goes on with it takes its parts instead."""
 
-    def __init__(self, plan: Plan, work: Path, outputs: Mapping[str, int]) -> None:
+    def __init__(self, plan: Plan, work: Path, held: int, outputs: Mapping[str, int]) -> None:
         self.plan = plan
         self.work = work
         self.outputs = dict(outputs)
-        self.held = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self.held = held
         """Keeps the work folder locked: one that nobody holds is a killed restore's (Library.sweep)."""
         self.in_use = -1
         """Where nobody else does, keeps the snapshot from being removed (Library.remove) until CRIU has opened its files."""
@@ -86,11 +87,8 @@ def begin(plan: Plan, outputs: Mapping[str, int]) -> Begun:
 
     The caller keeps the snapshot from being removed meanwhile (Library.in_use). Raises OSError; then nothing is left.
     """
-    work = Path(plan["run"], f"restore-{os.urandom(6).hex()}")
-    work.mkdir(mode=0o700)
-    begun = Begun(plan, work, outputs)
+    begun = Begun(plan, *_work_folder(Path(plan["run"])), outputs)
     try:
-        fcntl.flock(begun.held, fcntl.LOCK_EX)
         begun.init = prefork.take_init()
         _, control = begun.init
         control.send(json.dumps(plan["init"]).encode())
@@ -112,6 +110,17 @@ def begin(plan: Plan, outputs: Mapping[str, int]) -> Begun:
         begun.close()
         raise
     return begun
+
+
+def _work_folder(run: Path) -> tuple[Path, int]:
+    """A new folder for one restore, and the descriptor that keeps it locked. Raises OSError."""
+    while True:
+        work = run / f"restore-{os.urandom(6).hex()}"
+        work.mkdir(mode=0o700)
+        # A sweep may take it for a killed restore's before it is locked.
+        with contextlib.suppress(BlockingIOError, FileNotFoundError):
+            if (held := locked(work, fcntl.LOCK_EX)) >= 0:
+                return work, held
 
 
 def begin_pages(config: Mapping[str, Any], work: Path) -> Started:
@@ -165,9 +174,10 @@ def foresee(home: Path, arguments: Sequence[str]) -> None:
         plan = known["plan"]
         for stream in plan["criu"]["keep"]:
             _pipes[stream] = os.pipe()
-        in_use = os.open(plan["snapshot"], os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        in_use = locked(Path(plan["snapshot"]), fcntl.LOCK_SH)  # as Library.in_use does
+        if in_use < 0:
+            return
         try:
-            fcntl.flock(in_use, fcntl.LOCK_SH | fcntl.LOCK_NB)  # as Library.in_use does
             _begun = begin(plan, {stream: ends[1] for stream, ends in _pipes.items()})
         except BaseException:
             os.close(in_use)
@@ -213,20 +223,23 @@ def discard() -> None:
 
 
 def note(plan: Plan) -> None:
-    """Keep the plan for the next start of this command line. Not kept, silently, where the disk is full: it is only about time."""
+    """Keep the plan for the next start of this command line, where the disk lets us: it is only about time."""
     if _note is None:
         return
+    from checkpoint import disk
+
     data = json.dumps({"version": _VERSION, "boot": _boot(), "plan": plan}).encode()
-    with contextlib.suppress(OSError):
+    with disk.optional("the next restore begins a little later", "restore-plan-not-kept"):
         if _note.exists() and _note.read_bytes() == data:
             os.utime(_note)  # the oldest go first
             return
         with aside(_note) as new:
             new.touch(mode=0o600)
             new.write_bytes(data)
-        notes = sorted(_note.parent.glob("next-*.json"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
-        for old in notes[_NOTES_KEPT:]:
-            old.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # another start removes the same
+            notes = sorted(_note.parent.glob("next-*.json"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+            for old in notes[_NOTES_KEPT:]:
+                old.unlink(missing_ok=True)
 
 
 def forget(run: Path, snapshot: Path) -> None:

@@ -1,13 +1,17 @@
 """The snapshots of this host: one folder each under `$QUICKTHAW_HOME/snapshots`, 0700, complete or not there.
 
-A snapshot is written under a name that starts with a dot and renamed when its manifest is in place; what a killed writer leaves is
-removed by the next one. A name has one writer at a time (flock, so that a dead writer holds nothing). A restore holds the folder's
-lock shared, so that `rm` waits for nobody and takes nothing away under a restore.
+A snapshot is written under a name that starts with a dot and renamed when its manifest is in place; one that is there already is exchanged
+in the same step, so that whoever is killed leaves one of them. What a killed writer leaves is removed by the next one. A name has one
+writer at a time (flock, so that a dead writer holds nothing). A restore holds the folder's lock shared from the moment it reads the
+manifest, so that `rm` waits for nobody and takes nothing away under a restore. Whoever has locked a folder looks whether it still is the
+one of that name, and everything that is removed is locked meanwhile.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
 import fcntl
 import os
 import re
@@ -19,9 +23,10 @@ from pathlib import Path
 
 import msgspec
 
-from checkpoint import early, manifest
+from checkpoint import disk, early, manifest
 from checkpoint.aside import aside
-from checkpoint.errors import Busy, Failed, NotFound
+from checkpoint.errors import Busy, NotFound
+from checkpoint.locks import locked
 from checkpoint.manifest import Snapshot
 from lazyfs.records import ready
 
@@ -31,6 +36,9 @@ QUARANTINE_AFTER = 3
 
 PULLS_KEPT_S = 24 * 3600.0
 """How long an interrupted pull is kept for another attempt."""
+_RENAME_EXCHANGE, _AT_FDCWD = 2, -100
+_ATTEMPTS = 20
+"""How often a folder may be another one than the one just locked."""
 
 
 class Health(msgspec.Struct, forbid_unknown_fields=True):
@@ -65,11 +73,13 @@ class Library:
 
     def names(self) -> list[str]:
         """Every snapshot's name, oldest first; damaged ones too."""
-        try:
-            entries = [entry for entry in os.scandir(self.folder) if entry.is_dir() and not entry.name.startswith(".")]
-        except FileNotFoundError:
-            return []
-        return [entry.name for entry in sorted(entries, key=lambda e: e.stat().st_mtime)]
+        found = []
+        with contextlib.suppress(FileNotFoundError):
+            for entry in os.scandir(self.folder):
+                with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+                    if entry.is_dir() and not entry.name.startswith("."):
+                        found.append((entry.stat().st_mtime, entry.name))
+        return [name for _, name in sorted(found)]
 
     def has(self, name: str) -> bool:
         """Whether a complete snapshot of that name exists."""
@@ -87,88 +97,105 @@ class Library:
 
     @contextlib.contextmanager
     def in_use(self, name: str) -> Iterator[Path]:
-        """Keep a snapshot from being removed while it is restored."""
-        folder = self.path(name)
+        """Keep a snapshot from being removed or replaced. Raises NotFound, Busy."""
+        fd = self._locked(name, fcntl.LOCK_SH, Busy("snapshot-being-removed", f"{name} is being removed or replaced"))
         try:
-            fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            raise NotFound("snapshot-not-found", f"there is no snapshot {name!r}; see: quickthaw snapshot ls") from None
-        try:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise Busy("snapshot-being-removed", f"{name} is being removed") from None
-            yield folder
+            yield self.path(name)
         finally:
             os.close(fd)
 
+    def _locked(self, name: str, operation: int, busy: Busy) -> int:
+        """A descriptor of the folder that has the name now, locked."""
+        for _ in range(_ATTEMPTS):
+            try:
+                fd = locked(self.path(name), operation)
+            except BlockingIOError:
+                raise busy from None
+            except FileNotFoundError:
+                raise NotFound(
+                    "snapshot-not-found", f"there is no snapshot {name!r}; see: quickthaw snapshot ls"
+                ) from None
+            except OSError as error:
+                raise disk.failure(f"{name} cannot be opened", error, "snapshot-unreadable") from error
+            if fd >= 0:
+                return fd
+        raise busy
+
     def remove(self, name: str) -> None:
-        """Remove a snapshot. Raises NotFound, or Busy while a restore reads it."""
-        folder = self.path(name)
+        """Remove a snapshot. Raises NotFound, Busy while a restore reads it, Failed where the disk refuses."""
+        fd = self._exclusive(name)
         try:
-            fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            raise NotFound("snapshot-not-found", f"there is no snapshot {name!r}; see: quickthaw snapshot ls") from None
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            doomed = self.folder / f".removed-{name}-{os.getpid()}"
-            folder.rename(doomed)
-        except BlockingIOError:
-            raise Busy("snapshot-in-use", f"a replica is being restored from {name}; try again in a moment") from None
+            doomed = self.folder / f".removed-{name}-{os.urandom(6).hex()}"
+            with disk.required(f"{name} is not removed", "snapshot-not-removed"):
+                self.path(name).rename(doomed)
+            self._forget(name)
+            shutil.rmtree(doomed, ignore_errors=True)  # what stays is swept
         finally:
             os.close(fd)
-        shutil.rmtree(doomed)
-        self._forget(name)
+
+    def _exclusive(self, name: str) -> int:
+        busy = Busy("snapshot-in-use", f"a replica is being restored from {name}; try again in a moment")
+        return self._locked(name, fcntl.LOCK_EX, busy)
 
     def _forget(self, name: str) -> None:
         """Remove what was learned about a snapshot that is gone."""
-        self._health_file(name).unlink(missing_ok=True)
+        self.succeeded(name)
         early.forget(self.home / "run", self.path(name))
 
     @contextlib.contextmanager
     def writing(self, name: str) -> Iterator[Path]:
         """A folder to write a snapshot into; it becomes `name` when the block ends without an error, and vanishes otherwise.
 
-        Raises Busy when another process is writing the same name.
+        Raises Busy when another process is writing the same name, or a restore reads the snapshot that has it, and Failed where the disk
+        refuses; the snapshot that is there stays then.
         """
-        target = self.path(name)
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = os.open(self.folder / f".{name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self.path(name)
         partial = self.folder / f".partial-{name}"
-        try:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise Busy(
-                    "snapshot-being-taken", f"another process is taking {name}; this replica goes on without"
-                ) from None
+        what = f"{name} could not be written"
+        with disk.required(what, "snapshot-not-written"), self._only_writer(name):
             shutil.rmtree(partial, ignore_errors=True)  # a killed writer's: we hold its lock
             try:
                 partial.mkdir(mode=0o700)
                 yield partial
-                if target.exists():
-                    self.remove(name)
-                self._forget(name)
-                partial.rename(target)
-            except OSError as error:
-                raise Failed(
-                    "snapshot-not-written",
-                    f"{name} could not be written: {error.strerror or error} ({error.filename or self.folder})",
-                ) from error
+                self._put_in_place(partial, name)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
-        finally:
-            os.close(lock)
+
+    def _put_in_place(self, partial: Path, name: str) -> None:
+        """Give a finished folder its name; one that has the name already is at `partial` then. Raises Busy, OSError."""
+        target = self.path(name)
+        for _ in range(_ATTEMPTS):
+            if not os.path.lexists(target):
+                self._forget(name)
+                try:
+                    partial.rename(target)
+                    return
+                except OSError as error:
+                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                        raise
+            try:
+                old = self._exclusive(name)
+            except NotFound:
+                continue  # removed meanwhile
+            try:
+                self._forget(name)
+                exchange(partial, target)
+                return
+            finally:
+                os.close(old)
+        raise Busy("snapshot-in-use", f"{name} is replaced by others again and again; this snapshot is dropped")
 
     @contextlib.contextmanager
     def _unused(self, folder: str) -> Iterator[None]:
-        """Hold a work folder that nobody else holds; raises Busy where somebody does."""
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        """Hold a folder that nobody else holds; raises Busy where somebody does, or where it is gone."""
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield
+            fd = locked(Path(folder), fcntl.LOCK_EX)
         except BlockingIOError:
             raise Busy("in-use", f"{folder} is in use") from None
+        if fd < 0:
+            raise Busy("in-use", f"{folder} is another one by now")
+        try:
+            yield
         finally:
             os.close(fd)
 
@@ -177,35 +204,40 @@ class Library:
         `pulls_older_s`; how many folders. Those of the living stay."""
         removed = 0
         for work in (self.home / "run").glob("restore-*"):
-            with contextlib.suppress(Busy, OSError), self._unused(str(work)):
-                shutil.rmtree(work, ignore_errors=True)
-                removed += 1
+            removed += self._swept(work, self._unused(str(work)))
         if not self.folder.is_dir():
             return removed
         for entry in list(os.scandir(self.folder)):
+            path = Path(entry.path)
             if entry.name.startswith(".partial-"):
-                name = entry.name.removeprefix(".partial-")
-                with contextlib.suppress(Busy), self._only_writer(name):
-                    shutil.rmtree(entry.path, ignore_errors=True)
-                    removed += 1
-            elif entry.name.startswith(".pull-"):
-                with contextlib.suppress(Busy, OSError), self._unused(entry.path):
-                    if time.time() - _touched(Path(entry.path)) >= pulls_older_s:
-                        shutil.rmtree(entry.path, ignore_errors=True)
-                        removed += 1
+                removed += self._swept(path, self._only_writer(entry.name.removeprefix(".partial-")))
             elif entry.name.startswith(".removed-"):
-                shutil.rmtree(entry.path, ignore_errors=True)
-                removed += 1
+                removed += self._swept(path, self._unused(entry.path))
+            elif entry.name.startswith(".pull-"):
+                removed += self._swept(path, self._unused(entry.path), pulls_older_s)
         return removed
+
+    def _swept(self, folder: Path, holding: contextlib.AbstractContextManager[None], older_s: float = 0.0) -> bool:
+        """Remove a folder that nobody holds and that nothing was written to for `older_s`; whether it is gone."""
+        with contextlib.suppress(Busy, OSError), holding:
+            if not older_s or time.time() - _touched(folder) >= older_s:
+                shutil.rmtree(folder, ignore_errors=True)
+                return not folder.exists()
+        return False
 
     @contextlib.contextmanager
     def _only_writer(self, name: str) -> Iterator[None]:
+        """Be the only one who writes that name. Raises Busy, OSError."""
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = os.open(self.folder / f".{name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise Busy(
+                    "snapshot-being-taken", f"another process is taking {name}; this replica goes on without"
+                ) from None
             yield
-        except BlockingIOError:
-            raise Busy("snapshot-being-taken", f"another process is taking {name}") from None
         finally:
             os.close(lock)
 
@@ -236,15 +268,31 @@ class Library:
         health.failures += 1
         health.reason, health.at = reason, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         file = self._health_file(name)
-        with contextlib.suppress(OSError), aside(file) as new:
+        with disk.optional(f"the failed restore of {name} is not counted", "health-not-kept"), aside(file) as new:
             new.touch(0o600)
             new.write_bytes(msgspec.json.encode(health))
         return health
 
     def succeeded(self, name: str) -> None:
         """Forget earlier failures."""
-        with contextlib.suppress(OSError):  # a read-only disk says so even where there is none
-            self._health_file(name).unlink(missing_ok=True)
+        file = self._health_file(name)
+        if os.path.lexists(file):
+            with disk.optional(f"earlier failures of {name} still count", "health-not-kept"):
+                file.unlink(missing_ok=True)
+
+
+def exchange(one: Path, other: Path) -> None:
+    """Exchange the names of two folders in one step, where the file system can; else one after the other. Raises OSError."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+        return
+    number = ctypes.get_errno()
+    if number not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+        raise OSError(number, os.strerror(number), str(other))
+    between = one.with_name(f".removed-{other.name}-{os.urandom(6).hex()}")
+    other.rename(between)
+    one.rename(other)
+    between.rename(one)
 
 
 def _touched(folder: Path) -> float:

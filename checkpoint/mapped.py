@@ -30,6 +30,7 @@ from pathlib import Path
 import blake3
 import msgspec
 
+from checkpoint import disk
 from checkpoint.errors import Busy, Failed, Integrity
 from checkpoint.imagefile import (
     Message,
@@ -137,7 +138,7 @@ def make(folder: Path, areas: Areas) -> int:
     except BlockingIOError:
         raise Busy("mapping-being-made", f"another process is making the view of {folder.name}") from None
     except OSError as error:
-        raise Failed("mapping-not-made", f"{error.filename or folder}: {error.strerror}") from error
+        raise disk.failure(f"no view of {folder.name}", error, "mapping-not-made") from error
     except (BadImage, Integrity, ValueError, struct.error, IndexError) as error:
         raise Failed("mapping-not-made", f"{images} holds an image that does not fit the others: {error}") from error
     return mapped

@@ -28,7 +28,7 @@ from pathlib import Path
 import blake3
 import msgspec
 
-from checkpoint import mapped
+from checkpoint import disk, mapped
 from checkpoint.errors import Failed, Integrity
 from checkpoint.manifest import SnapshotFile
 from lazyfs.records import ready
@@ -214,13 +214,13 @@ def _read_ledger(folder: Path, files: Mapping[str, SnapshotFile]) -> _Ledger | N
 def _write_ledger(folder: Path, files: Mapping[str, SnapshotFile], stamps: dict[str, _Stamp]) -> None:
     new = folder / f"{LEDGER}.{os.getpid()}.{os.urandom(4).hex()}"
     data = msgspec.json.encode(_Ledger(_sealed(files), _boot(), stamps))
-    # A folder that cannot be written (read-only, full) only means that the next verification hashes again.
-    with contextlib.suppress(OSError):
+    with disk.optional(f"the next restore of {folder.name} hashes all of it again", "ledger-not-kept"):
         try:
             fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             with os.fdopen(fd, "wb") as file:
                 file.write(data)
             new.replace(folder / LEDGER)
         except OSError:
-            new.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                new.unlink(missing_ok=True)
             raise

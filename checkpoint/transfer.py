@@ -8,7 +8,6 @@ ends with the store's own limits.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from checkpoint import disk
 from checkpoint.errors import Busy, CheckpointError, Failed, HostLacks, Integrity, NotFound
 from checkpoint.layout import Piece
 from checkpoint.sparse import extents
@@ -264,7 +264,4 @@ def translated(what: str) -> Iterator[None]:
         kind = next((ours for theirs, ours in kinds if isinstance(error, theirs)), Failed)
         raise kind(f"archive-{error.code}" if kind is not Failed else error.code, f"{what}: {error}") from error
     except OSError as error:
-        if error.errno == errno.ENOSPC:
-            way_out = "make room (quickthaw snapshot rm, gc) or set QUICKTHAW_HOME to a larger disk"
-            raise Failed("disk-full", f"{what}: {error.strerror}; {way_out}") from error
-        raise Failed("archive-io", f"{what}: {error.strerror or error}") from error
+        raise disk.failure(what, error, "archive-io") from error

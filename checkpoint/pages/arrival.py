@@ -34,13 +34,14 @@ class Presence:
 
     @classmethod
     def make(cls, path: str, sizes: Mapping[str, int]) -> Presence:
-        """A new map with nothing in place; `sizes` in bytes."""
+        """A new map with nothing in place; `sizes` in bytes. Raises OSError where the disk has no room for all of it."""
         pages = {name: -(-size // PAGE) for name, size in sizes.items()}
         head = json.dumps(pages).encode()
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
             os.write(fd, _MAGIC + struct.pack("<I", len(head)) + head)
-            os.ftruncate(fd, 8 + len(head) + sum(pages.values()))
+            # Not sparse: a page that a full disk has no block for would end this process when it is marked, and a reader as well (SIGBUS).
+            os.posix_fallocate(fd, 0, 8 + len(head) + sum(pages.values()))
             return cls(mmap.mmap(fd, 0), 8 + len(head), pages)
         finally:
             os.close(fd)

@@ -107,9 +107,14 @@ def inspect(name: str, check_here: bool, contents: bool, picture: Path | None, a
     quickthaw snapshot inspect NAME --contents
     quickthaw snapshot inspect NAME --picture working-set.svg
     """
+    library = _library()
+    with library.in_use(name):
+        return _inspect(library, name, check_here, contents, picture, as_json)
+
+
+def _inspect(library: Library, name: str, check_here: bool, contents: bool, picture: Path | None, as_json: bool) -> int:
     from checkpoint import picture as pictures
 
-    library = _library()
     found = library.load(name)
     data: dict[str, Any] = msgspec.to_builtins(found)
     files = data.pop("files")
@@ -251,10 +256,11 @@ def verify(names: tuple[str, ...], as_json: bool, trust_keys: tuple[Path, ...]) 
     results: list[dict[str, Any]] = []
     for name in names or library.names():
         try:
-            if trust_keys:
-                signing.check_folder(library.path(name), trust_keys)
-            files = library.load(name).files
-            done = sealing.verify(library.path(name), files, always=True)
+            with library.in_use(name) as folder:
+                if trust_keys:
+                    signing.check_folder(folder, trust_keys)
+                files = library.load(name).files
+                done = sealing.verify(folder, files, always=True)
             results.append({"name": name, "ok": True, "bytes": done.hashed, "error": None})
         except CheckpointError as error:
             results.append({"name": name, "ok": False, "bytes": 0, "error": str(error)})

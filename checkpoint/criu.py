@@ -17,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from checkpoint import disk, early
+from checkpoint import early
 from checkpoint.aside import aside
 from checkpoint.errors import Failed, HostLacks, Incompatible, Integrity
 from checkpoint.imagefile import messages, nested

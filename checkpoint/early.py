@@ -94,12 +94,12 @@ def begin(plan: Plan, outputs: Mapping[str, int]) -> Begun:
         control.send(json.dumps(plan["init"]).encode())
         control.send(json.dumps({"op": "unpack", "id": UNPACK, "copies": plan["unpack"]}).encode())
         if plan["pages"]:
-            begun.pages = begin_pages(plan["pages"], work)
+            begun.pages = begin_pages(plan["pages"], begun.work)
         criu = plan["criu"]
         message = {
             "op": "exec",
             "id": EXEC,
-            "argv": [word.replace(WORK, str(work)) for word in criu["argv"]],
+            "argv": [word.replace(WORK, str(begun.work)) for word in criu["argv"]],
             "env": criu["env"],
             "cwd": "/",
             "adopts": criu["adopts"],

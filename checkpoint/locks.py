@@ -16,7 +16,7 @@ def locked(folder: Path, operation: int) -> int:
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(fd, operation | fcntl.LOCK_NB)
-        if os.path.samestat(os.fstat(fd), os.stat(folder)):
+        if os.path.samestat(os.fstat(fd), folder.stat()):
             found, fd = fd, -1
             return found
     except FileNotFoundError:

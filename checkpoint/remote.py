@@ -32,7 +32,7 @@ from checkpoint import archive as archives
 from checkpoint import manifest as manifests
 from checkpoint import sealing
 from checkpoint.arrival import EVERYTHING, FIRST, LATER, START, Arrival
-from checkpoint.errors import CheckpointError, Failed, Integrity
+from checkpoint.errors import Busy, CheckpointError, Failed, Integrity
 from checkpoint.library import Library
 from checkpoint.sealing import digest_symlink
 from checkpoint.sparse import extents
@@ -402,4 +402,9 @@ class ArrivingLibrary(Library):
                 yield folder
         else:
             with super().in_use(name) as folder:
+                if (
+                    name == self.remote.name
+                    and (folder / manifests.FILE_NAME).read_bytes() != self.remote.opened.document
+                ):
+                    raise Busy("snapshot-replaced", f"{name} was replaced since its manifest was read; try again")
                 yield folder

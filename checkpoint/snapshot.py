@@ -20,7 +20,7 @@ from pathlib import Path
 
 import msgspec
 
-from checkpoint import cuda, early, frozen, manifest, mapped, room
+from checkpoint import cuda, disk, early, frozen, manifest, mapped, room
 from checkpoint.aside import aside
 from checkpoint.criu import Criu
 from checkpoint.cuda.driver import Driver
@@ -298,7 +298,7 @@ def unpack_cache(folder: Path, compile_cache: Path) -> bool:
     if not source.is_dir():
         return False
     for file in source.rglob("*"):
-        if not file.is_file():
+        if file.is_symlink() or not file.is_file():
             continue
         target = compile_cache / file.relative_to(source)
         mode = file.stat().st_mode & 0o777
@@ -348,9 +348,9 @@ def restore(
                 f"{snapshot.name} holds GPU state and this host has no NVIDIA device; see quickthaw doctor",
             )
     run_folder = run_folder or library.home / "run"
-    run_folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    make_run_dir()
     try:
+        run_folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_run_dir()
         with cancellation, library.in_use(snapshot.name) as folder:
             config = SandboxConfig(
                 binds=binds, monotonic_ns=snapshot.monotonic_ns, kernel_facts=criu.kernel_facts(library.home)
@@ -387,10 +387,7 @@ def restore(
                 raise
             return restored
     except OSError as error:
-        raise Failed(
-            "restore-failed",
-            f"{snapshot.name}: {error.strerror or error}{': ' + str(error.filename) if error.filename else ''}",
-        ) from error
+        raise disk.failure(f"{snapshot.name} is not restored", error, "restore-failed") from error
 
 
 def _plan(

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import blake3
 
+from checkpoint import disk
 from checkpoint.aside import aside
 
 log = logging.getLogger("quickthaw")
@@ -154,4 +155,4 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _spoken(error: Exception) -> str:
-    return str(error) if hasattr(error, "code") else f"compile-cache-io: {error}"
+    return str(disk.failure("its folder", error, "compile-cache-io") if isinstance(error, OSError) else error)

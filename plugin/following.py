@@ -90,7 +90,7 @@ class Following:
         # One that was damaged is gone by now, and what it missed is not all that it named.
         drifted = not recording and known.exists() and pages.stats().get("faults_missed", 0) > DRIFT_FAULTS
         # One that ends before the first answer is none.
-        save = (recording or drifted) and self.served() > 0
+        save = (recording or drifted) and self.served() > 0 and _is(library, snapshot)
         pages.requests_done(save=known if save else None)
         if save:
             pages.wait_saved(LEAVE_WAIT_S)
@@ -110,14 +110,23 @@ class Following:
                 break
 
 
+def _is(library: Library, snapshot: Snapshot) -> bool:
+    """Whether the name still stands for this snapshot: another's working set would be of no use to it."""
+    try:
+        return library.load(snapshot.name).digest == snapshot.digest
+    except CheckpointError:
+        return False
+
+
 def map_pages(library: Library, snapshot: Snapshot) -> None:
     """Make the view from which later restores map weights and libraries' data instead of copying them, where it has not been made yet."""
     from checkpoint import mapped
 
     try:
         with library.in_use(snapshot.name) as folder:
+            # Of the snapshot that has the name by now: another's areas would show other memory as weights.
             if not mapped.made(folder):
-                size = mapped.make(folder, snapshot.weight_areas)
+                size = mapped.make(folder, library.load(snapshot.name).weight_areas)
                 log.debug("the next restores map %.0f MB", size / 1e6)
     except CheckpointError as error:
         log.info("the next restores of %s copy every page: %s", snapshot.name, error)

@@ -8,10 +8,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from checkpoint import disk
 from checkpoint.errors import Busy, CheckpointError, Failed, Integrity, NotFound
 from checkpoint.library import Library
 
@@ -81,6 +82,15 @@ class Fetching:
             log.info("all of it before the restore: %s", remote.whole)
         self.remote = remote
         return ArrivingLibrary(library.home, remote)
+
+    @contextlib.contextmanager
+    def held(self, library: Library, name: str) -> Iterator[None]:
+        """Keep the snapshot from being replaced between the reading of its manifest and of its images; the fetching keeps one that is
+        still to come. Raises NotFound, Busy, and Failed where the disk refuses."""
+        with disk.required(f"{name} is not restored", "restore-failed"), contextlib.ExitStack() as stack:
+            if not self.unfinished:
+                stack.enter_context(library.in_use(name))
+            yield
 
     def ready(self, lazy: bool, snapshot: Snapshot) -> bool:
         """Wait until a restore may begin; True when what it reads was verified as it came. Raises what ended the fetching."""

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from checkpoint import early, prefork
 from checkpoint import snapshot as snapshots
 from checkpoint.criu import Criu
-from checkpoint.errors import Busy, CheckpointError, Failed, HostLacks, Incompatible, Integrity
+from checkpoint.errors import Busy, CheckpointError, Failed, HostLacks, Incompatible, Integrity, NotFound
 from checkpoint.library import Library
 from checkpoint.manifest import Snapshot
 from checkpoint.sandbox import CACHE_DIR, Bind, Sandbox
@@ -169,7 +169,8 @@ class Replica:
         for lazy in ways:
             assert name is not None
             try:
-                self._restore(name, lazy)
+                with self._fetching.held(self.library, name):
+                    self._restore(name, lazy)
                 return True
             except (CheckpointError, LauncherError) as failure:
                 # Whatever it answered, or did not, after that: not the snapshot's fault.
@@ -253,17 +254,13 @@ class Replica:
             return
         if isinstance(error, Incompatible):
             self.refused = error
-        elif not isinstance(error, HostLacks | Busy) and not self._fetching.outage():
+        elif not isinstance(error, HostLacks | Busy | NotFound) and not self._fetching.outage():
             self.library.failed(name, str(error))
         self._fetching.give_up()
         self.library = Library(self.settings.home)
         what = taking.refusal(error) if isinstance(error, Incompatible) else error
-        log.warning(
-            "restore of %s failed: %s%s",
-            name,
-            what,
-            "" if self.settings.strict or self.settings.named else "; starting cold under the same held requests",
-        )
+        then = "" if self.settings.strict or self.settings.named else "; starting cold under the same held requests"
+        log.warning("restore of %s failed: %s%s", name, what, then)
 
     # Restore
 

@@ -8,7 +8,6 @@ put away, and generates what it generated before, or the snapshot is removed. An
 from __future__ import annotations
 
 import dataclasses
-import errno
 import logging
 import os
 import time
@@ -16,6 +15,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
+from checkpoint import disk
 from checkpoint import snapshot as snapshots
 from checkpoint.errors import Busy, CheckpointError, HostLacks, Incompatible
 from checkpoint.manifest import FORMAT, Snapshot
@@ -185,9 +185,7 @@ def take(replica: Replica, sandbox: Sandbox, running: Running, cold_s: float) ->
     except (LauncherError, OSError) as error:
         if settings.strict:
             raise
-        if replica.snapshot is not None:
-            replica.library.remove(replica.snapshot.name)
-            replica.snapshot = None
+        _drop(replica, str(error))
         raise NotResumed(error) from error
     if replica.snapshot is not None and again != replica.snapshot.canary.token_ids:
         log.warning(
@@ -195,8 +193,19 @@ def take(replica: Replica, sandbox: Sandbox, running: Running, cold_s: float) ->
             again,
             replica.snapshot.canary,
         )
-        replica.library.remove(replica.snapshot.name)
-        replica.snapshot = None
+        _drop(replica, "canary-differs: after its own dump")
+
+
+def _drop(replica: Replica, why: str) -> None:
+    """Remove the snapshot that was just taken; where that cannot be, launches pass it over and take it anew."""
+    if replica.snapshot is None:
+        return
+    name, replica.snapshot = replica.snapshot.name, None
+    try:
+        replica.library.remove(name)
+    except CheckpointError as error:
+        log.warning("snapshot %s is not removed: %s", name, error)
+        replica.library.failed(name, why)
 
 
 def _go_on(replica: Replica, client: Client, asleep: bool, dropped: bool, thin: bool) -> list[int]:
@@ -275,9 +284,7 @@ def _signer(replica: Replica) -> Callable[[bytes], bytes] | None:
 
 def one_line(error: Exception) -> str:
     """An error for the log."""
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"disk-full: {error.filename or 'the state folder'} is full; make room or set QUICKTHAW_HOME"
-    return str(error)
+    return str(disk.failure("it is not written", error)) if isinstance(error, OSError) else str(error)
 
 
 def refusal(error: Incompatible) -> str:

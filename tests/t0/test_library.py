@@ -1,0 +1,171 @@
+"""The library under a race: a name always stands for a whole snapshot, and nothing that somebody holds is removed or replaced."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from checkpoint import early
+from checkpoint.errors import Busy, NotFound
+from checkpoint.library import Library
+
+pytestmark = pytest.mark.t0
+
+
+@pytest.fixture
+def library(tmp_path: Path) -> Library:
+    return Library(tmp_path)
+
+
+def write(library: Library, content: str, files: int = 1) -> None:
+    with library.writing("snap") as folder:
+        (folder / "images").mkdir()
+        for number in range(files):
+            (folder / f"images/pages-{number}.img").write_text(content)
+        (folder / "manifest.json").write_text(content)
+
+
+def content(library: Library) -> str:
+    return (library.path("snap") / "manifest.json").read_text()
+
+
+def hidden(library: Library) -> list[str]:
+    return [path.name for path in library.folder.iterdir() if path.name.startswith((".partial", ".removed", ".pull"))]
+
+
+def once_before(module: Any, name: str, monkeypatch: pytest.MonkeyPatch, act: Callable[..., object]) -> None:
+    """Let somebody else act just before this process calls a function for the first time."""
+    real = getattr(module, name)
+
+    def called(*arguments: Any, **options: Any) -> Any:
+        monkeypatch.setattr(module, name, real)
+        act(*arguments)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(module, name, called)
+
+
+def test_a_sweep_beside_a_writer_loses_neither_snapshot(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(library, "old")
+    real = shutil.rmtree
+
+    def rmtree(path: Any, *arguments: Any, **options: Any) -> None:
+        if library.path("snap").exists() or "removed" in str(path):
+            with monkeypatch.context() as inner:
+                inner.setattr(shutil, "rmtree", real)
+                library.sweep()
+        real(path, *arguments, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    write(library, "new")
+    assert content(library) == "new" and hidden(library) == []
+
+
+def test_a_name_is_never_without_a_snapshot_while_one_replaces_another(library: Library) -> None:
+    write(library, "x", files=50)
+    over = threading.Event()
+    missing = []
+
+    def look() -> None:
+        while not over.is_set():
+            if not library.has("snap"):
+                missing.append(1)
+
+    looker = threading.Thread(target=look)
+    looker.start()
+    try:
+        for _ in range(20):
+            write(library, "x", files=50)
+    finally:
+        over.set()
+        looker.join(10)
+    assert missing == [] and hidden(library) == []
+
+
+def test_one_that_is_being_restored_is_not_replaced_and_stays_as_it_was(library: Library) -> None:
+    write(library, "old")
+    library.failed("snap", "criu-restore-failed")
+    with library.in_use("snap"):
+        with pytest.raises(Busy, match="snapshot-in-use"):
+            write(library, "new")
+        with pytest.raises(Busy, match="snapshot-in-use"):
+            library.remove("snap")
+    assert content(library) == "old" and library.health("snap").failures == 1
+    write(library, "new")
+    assert content(library) == "new" and library.health("snap").failures == 0
+
+
+def test_a_file_system_that_cannot_exchange_gets_one_after_the_other(
+    library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(library, "old")
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: SimpleNamespace(renameat2=lambda *_: -1))
+    monkeypatch.setattr(ctypes, "get_errno", lambda: errno.EINVAL)
+    write(library, "new")
+    assert content(library) == "new" and hidden(library) == []
+
+
+@pytest.mark.parametrize("again", ["replaced", "removed"])
+def test_whoever_locks_a_snapshot_has_the_one_of_that_name(
+    library: Library, monkeypatch: pytest.MonkeyPatch, again: str
+) -> None:
+    write(library, "old")
+    act = (lambda *_: write(library, "new")) if again == "replaced" else (lambda *_: library.remove("snap"))
+    once_before(fcntl, "flock", monkeypatch, act)
+    if again == "removed":
+        with pytest.raises(NotFound), library.in_use("snap"):
+            pass
+        return
+    with library.in_use("snap") as folder:
+        assert (folder / "manifest.json").read_text() == "new"
+        with pytest.raises(Busy):
+            library.remove("snap")
+
+
+def test_a_remover_does_not_take_a_snapshot_that_has_come_meanwhile(
+    library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It locked the old one: the new one may be in use."""
+    write(library, "old")
+    held = []
+
+    def replace(*_: object) -> None:
+        write(library, "new")
+        held.append(library.in_use("snap"))
+        held[0].__enter__()
+
+    once_before(fcntl, "flock", monkeypatch, replace)
+    with pytest.raises(Busy):
+        library.remove("snap")
+    held[0].__exit__(None, None, None)
+    assert content(library) == "new"
+
+
+def test_a_work_folder_that_was_swept_before_it_was_locked_is_made_again(
+    library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = library.home / "run"
+    run.mkdir()
+    once_before(fcntl, "flock", monkeypatch, lambda *_: library.sweep())
+    work, held = early._work_folder(run)
+    assert work.is_dir() and list(run.iterdir()) == [work]
+    assert library.sweep() == 0 and work.is_dir()
+    os.close(held)
+
+
+def test_what_somebody_is_removing_is_left_to_him(library: Library) -> None:
+    doomed = library.folder / ".removed-snap-1"
+    doomed.mkdir(parents=True)
+    with library._unused(str(doomed)):
+        assert library.sweep() == 0 and doomed.exists()
+    assert library.sweep() == 1 and not doomed.exists()

@@ -93,7 +93,8 @@ def test_replicas_follow_the_first_cold_start(launch_rig):
 
 def test_two_launches_of_one_identity_and_one_writer(launch_rig):
     rig = launch_rig
-    launches = [rig.start(env={"ENGINE_DOUBLE_COMPILE_S": "0.5"}) for _ in range(2)]
+    env = {"ENGINE_DOUBLE_COMPILE_S": "0.5"}  # it counts in the identity
+    launches = [rig.start(env=env) for _ in range(2)]
     try:
         answers = [launch.ask() for launch in launches]
         assert answers[0] == answers[1]
@@ -107,7 +108,7 @@ def test_two_launches_of_one_identity_and_one_writer(launch_rig):
         assert list(rig.library.folder.glob(".partial-*")) == []
     finally:
         assert {launch.stop() for launch in launches} <= {0, 143}
-    with rig.running() as started:
+    with rig.running(env=env) as started:
         assert started.ask() == answers[0]
         assert started.phases() == [RESTORED]
 

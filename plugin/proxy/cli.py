@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import Place, knobs, shared
+from .options import Place, Seconds, knobs, shared
 
 if TYPE_CHECKING:
     import socket
@@ -69,7 +69,7 @@ def _denied(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) 
 @click.option("--ready-path", default="/health", help="Answers 200 once the engine is ready.")
 @click.option("--ready-model", help="Also generate one token with this model before it counts as ready.")
 @click.option("--wake-timeout", type=click.FloatRange(min=0.1), default=600.0, help="Seconds a wake may take.")
-@click.option("--idle-timeout", type=click.FloatRange(min=0), default=0.0, help="Idle seconds before sleep; 0: never.")
+@click.option("--idle-timeout", type=Seconds(), default="0", help="How long idle before sleep; 0: never.")
 @click.option("--max-held", type=click.IntRange(min=0), default=4096, help="Requests that may wait at once.")
 @click.option("--max-held-mb", type=click.IntRange(min=0), default=256, help="Megabytes of their bodies that are kept.")
 @click.option(
@@ -85,7 +85,7 @@ def _denied(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) 
 @click.option(
     "--trust-forwarded", is_flag=True, help="Keep X-Forwarded-* of the client: a trusted proxy stands in front."
 )
-@click.option("--drain", type=click.FloatRange(min=0), default=30.0, help="Seconds for what is in flight, at the end.")
+@click.option("--drain", type=Seconds(), default="30s", help="How long for what is in flight, at the end.")
 @shared
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info")
 @click.option(

@@ -60,8 +60,8 @@ def _token(ctx: click.Context, param: click.Parameter, value: str | None) -> str
 _SHARED = (
     click.option(
         "--hold-timeout",
-        type=click.FloatRange(min=0),
-        help="Seconds a request may wait.  [default: from the measured starts, with a margin]",
+        type=Seconds(),
+        help="How long a request may wait.  [default: from the measured starts, with a margin]",
     ),
     click.option(
         "--early-stream", is_flag=True, help="Answer waiting streams at once, with comments on the start's progress."

@@ -3,11 +3,14 @@
 import http.client
 import json
 import resource
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from tests.launch_rig import PROMPT, call, free_port
+from tests.launch_rig import PROMPT, REPO, call, free_port
 
 pytestmark = [pytest.mark.t1, pytest.mark.xdist_group("launch"), pytest.mark.slow]
 
@@ -30,6 +33,42 @@ def test_own_pages_move_to_another_port_and_ask_for_a_token(launch_rig):
         status, found = call(own, "GET", "/ops/status?token=secret")
         assert status == 200 and found["pools"][0]["replicas"][0]["phase"] == "serving"
         assert call(started.port, "GET", "/ops/status?token=secret")[0] == 404
+
+
+def test_the_admin_pages_of_a_model_that_is_a_snapshot_answer_its_proxy_alone(launch_rig, tmp_path):
+    launch_rig.take()
+    config = tmp_path / "models.yaml"
+    config.write_text(f"models: {{m: {{snapshot: {launch_rig.name}}}}}\n")
+    port, log = free_port(), tmp_path / "log"
+    argv = [sys.executable, "-m", "plugin.cli", "proxy", "--config", str(config), "--listen", f"127.0.0.1:{port}"]
+    env = launch_rig.env(QUICKTHAW_ADMIN_TOKEN="outer")
+    with (
+        log.open("wb") as out,
+        subprocess.Popen(argv, env=env, cwd=REPO, stdin=subprocess.DEVNULL, stderr=out) as process,
+    ):
+        try:
+            limit = time.monotonic() + 30
+            while b"listening on" not in log.read_bytes():
+                assert process.poll() is None and time.monotonic() < limit, log.read_text()
+                time.sleep(0.02)
+            asked = {"model": "m", "prompt": PROMPT, "max_tokens": 4, "temperature": 0}
+            assert call(port, "POST", "/v1/completions", asked)[0] == 200, log.read_text()[-3000:]
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+            connection.request("GET", "/-/status", headers={"Authorization": "Bearer outer"})
+            pool = json.loads(connection.getresponse().read())["pools"][0]
+            connection.close()
+            assert [span["phase"] for span in pool["starts"]["restored"]] == [
+                "mounting",
+                "restoring",
+                "waking",
+                "verifying",
+            ]
+            inner = int(pool["replicas"][0]["upstream"].rpartition(":")[2])
+            assert call(inner, "GET", "/-/status")[0] == 401 and call(inner, "GET", "/-/ready?strict=1")[0] == 200
+        finally:
+            process.terminate()
+            process.wait(60)
+    assert launch_rig.watch.gone() == set()
 
 
 def test_a_stream_that_waits_is_answered_at_once_and_logged(launch_rig):

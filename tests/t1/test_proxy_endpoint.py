@@ -325,10 +325,11 @@ def test_the_phases_of_a_restore_behind_it_are_followed():
 
     async def thawing(up: Upstream, seen: Seen, reader, writer) -> bool:
         nonlocal at
-        if seen.target == "/-/ready":
+        if seen.target == "/-/ready?strict=1":
             ready = phases[at] == "serving"
             writer.write(answer(b"{}", "200 OK" if ready else "503 Service Unavailable"))
         elif seen.target == "/-/status":
+            assert seen.header("authorization") == ["Bearer s3cret"]
             document = {"pools": [{"replicas": [{"phase": phases[at]}]}]}
             at = min(at + 1, len(phases) - 1)
             writer.write(answer(json.dumps(document).encode()))
@@ -338,7 +339,8 @@ def test_the_phases_of_a_restore_behind_it_are_followed():
 
     async def main():
         async with upstream(thawing) as up:
-            spec = EndpointSpec(tcp("127.0.0.1", up.port), ready_path="/-/ready", restores=True)
+            where = {"ready_path": "/-/ready?strict=1", "admin_token": "s3cret"}
+            spec = EndpointSpec(tcp("127.0.0.1", up.port), restores=True, **where)
             async with in_front_of(spec) as (rig, endpoint):
                 assert (await rig.get("/x")).status == 200
                 assert [str(s.phase) for s in rig.pool.history.last[Kind.RESTORED]] == phases[:-1]

@@ -8,8 +8,8 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 CAPABILITIES = {
     "CAP_SETPCAP": 8,
@@ -39,8 +39,7 @@ _SYS_USERFAULTFD = {"x86_64": 323, "aarch64": 282}
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-@dataclass(frozen=True)
-class Privileges:
+class Privileges(NamedTuple):
     """What was found. `apparmor`: the profile's name; empty where there is none or it confines nothing."""
 
     effective: int

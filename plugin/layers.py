@@ -6,12 +6,16 @@ in use is tried out during a cold start (plugin.trial).
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 from checkpoint.criu import Criu
 from checkpoint.errors import HostLacks
 from checkpoint.privileges import Privileges, remedy
+
+log = logging.getLogger("quickthaw")
+_said: set[str] = set()
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,13 @@ class Layers:
             if why:
                 together.setdefault(why, []).append(name)
         return {", ".join(names): why for why, names in together.items()}
+
+    def say(self) -> None:
+        """Log what is off; each reason once, however many replicas find it out."""
+        for names, why in self.off().items():
+            if why not in _said:
+                _said.add(why)
+                log.warning("%s off: %s", names, why)
 
     @classmethod
     def none(cls, why: str) -> Layers:

@@ -30,7 +30,6 @@ from launchers.base import ENGINE_SITE, Engine, Probe
 from launchers.client import Client
 from launchers.engine_site import engine_site
 from launchers.errors import EngineFailed, LauncherError
-from lazyfs.errors import LazyfsError
 from plugin import rates, taking
 from plugin.following import Following
 from plugin.home import unusable
@@ -131,17 +130,16 @@ class Replica:
         """From now on start the engine as it would start alone, and say why, once. Raises with `--strict`, or for a named snapshot."""
         if self.settings.strict or self.settings.named:
             raise HostLacks(*why.split(": ", 1)) from error
-        if self.layers.sandbox is None:
-            log.warning("lazy weights, sandbox, snapshots off: %s", why)
         self.layers = Layers.none(why)
+        self.layers.say()
 
     def _start(self, before_cold: Callable[[], object] | None) -> None:
         try:
             if self._start_from_snapshot():
                 return
-        except (OSError, LazyfsError) as error:
+        except OSError as error:
             self._clear()
-            self.turn_off(unusable(self.settings.home) or f"{getattr(error, 'code', 'host-io')}: {error}", error)
+            self.turn_off(unusable(self.settings.home) or f"host-io: {error.strerror or error}", error)
         if before_cold is not None:
             before_cold()
             if self._stopped:

@@ -173,7 +173,7 @@ class Launch:
     def _something_to_restore(replica: Replica) -> bool:
         try:
             return replica.restorable() is not None
-        except (CheckpointError, LauncherError):
+        except (CheckpointError, LauncherError, OSError):
             return False  # the start itself says why
 
     def _sweep(self) -> None:
@@ -471,8 +471,7 @@ def launch(settings: LaunchSettings, stdout: int | None = 1, stderr: int | None 
             sandbox=layers.sandbox or "the engine has to download the model, and a sandbox has no network",
             snapshots=layers.snapshots or "no sandbox",
         )
-    for names, why in layers.off().items():
-        log.warning("%s off: %s", names, why)
+    layers.say()
     if settings.strict and layers.off():
         raise LauncherError(
             "layer-off", f"--strict, and {', '.join(layers.off())} cannot be had here; see quickthaw doctor"

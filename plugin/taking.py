@@ -26,13 +26,13 @@ from launchers.client import Client
 from launchers.errors import EngineFailed, LauncherError
 from plugin import following, rates
 from plugin.phases import Phase
-from plugin.trial import Trial
 
 if TYPE_CHECKING:
     from checkpoint.cuda.driver import Driver
     from checkpoint.sandbox import Sandbox
     from plugin.replica import Replica
     from plugin.running import Running
+    from plugin.trial import Trial
 
 log = logging.getLogger("quickthaw")
 SMALL = 64 << 20
@@ -80,6 +80,8 @@ def begin_trial(replica: Replica) -> Trial | None:
     """Begin to try out, while the engine loads, whether this host can dump and restore; None where nobody wants to know."""
     if replica.criu is None or replica.layers.snapshots or not replica.settings.take_snapshot:
         return None
+    from plugin.trial import Trial  # what only a cold start needs
+
     return Trial(replica.criu, replica.settings.home)
 
 
@@ -89,7 +91,7 @@ def works(replica: Replica, trial: Trial | None) -> bool:
     if why is None:
         return True
     replica.layers = dataclasses.replace(replica.layers, snapshots=why)
-    log.warning("snapshots off: %s", why)
+    replica.layers.say()
     if replica.settings.strict:
         raise HostLacks("layer-off", f"--strict, and snapshots cannot be had here: {why}")
     return False

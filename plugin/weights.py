@@ -63,15 +63,22 @@ class Weights:
 
     @property
     def digest(self) -> str:
-        """The manifest's root digest; imports the directory where it is new. Empty for a model that is not a local directory."""
+        """Return the manifest's root digest; imports the directory where it is new. Empty for a model that is not a local directory.
+
+        Raises OSError where it cannot be imported: the state folder is full, a file cannot be read, the store does not answer.
+        """
         with self._lock:
             if self._digest is None:
                 if self.path is None:
                     self._digest = ""
                 else:
                     from lazyfs.api import import_directory
+                    from lazyfs.errors import LazyfsError
 
-                    self._digest = import_directory(self.path, self.store_url, progress=self.progress)
+                    try:
+                        self._digest = import_directory(self.path, self.store_url, progress=self.progress)
+                    except LazyfsError as error:
+                        raise OSError(error.errno, f"{error.code}: {error}") from error
             return self._digest
 
     @property

@@ -174,6 +174,7 @@ def test_a_state_folder_that_cannot_be_written_costs_the_layers(outside, small_d
     assert "state folder" in line and "Traceback" not in result.stderr
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_under_a_snapshot_still_serves(outside, small_disk):
     small_disk("512m")
     answer = outside.take()
@@ -191,6 +192,7 @@ def remount_read_only(home):
     subprocess.run(["mount", "-o", "remount,ro", home], check=False, capture_output=True, timeout=10)
 
 
+@pytest.mark.slow
 def test_a_disk_too_small_for_a_snapshot_costs_the_snapshot_alone(outside, small_disk):
     small_disk("80m")  # more than a cold start needs, less than a dump does
     with outside.running() as started:
@@ -203,6 +205,7 @@ def test_a_disk_too_small_for_a_snapshot_costs_the_snapshot_alone(outside, small
         assert started.ask() == answer
 
 
+@pytest.mark.slow
 def test_a_restore_that_cannot_keep_what_it_learns_serves(outside, small_disk):
     small_disk("512m")
     answer = outside.take()
@@ -223,3 +226,12 @@ def test_strict_names_a_state_folder_that_is_full(outside, small_disk):
     started = outside.start("--strict")
     assert started.process.wait(30) == 1
     assert "layer-off" in started.ours() and "state-folder-full" in started.ours() and "Traceback" not in started.text()
+
+
+def test_a_model_that_cannot_be_imported_is_served_plainly_by_every_replica(launch_rig):
+    (launch_rig.home / "store").write_text("a file where the chunks would lie")
+    with launch_rig.running("--replicas", "2") as started:
+        assert started.ask()
+        started.wait_serving()
+        (line,) = off(started)
+        assert line.startswith("quickthaw: lazy weights, sandbox, snapshots off: host-io: "), line

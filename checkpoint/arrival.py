@@ -45,6 +45,7 @@ WORKERS = 12
 WORKERS_REST = 4
 LIMIT_S = 30.0
 """How long one chunk may take with all its retries: as long as a process may wait for a page."""
+_GRACE_S = 5.0
 PAGE = 4096
 _SMALL = 64 << 10
 """Bytes. A chunk of the working set belongs into dozens of places; were the interpreter given away for each of these writes into the page
@@ -105,6 +106,7 @@ class Arrival:
         self._fresh: set[str] = set()  # files that held nothing before
         self._allowed = EVERYTHING
         self._closed = False
+        self._presence_open = True
         self._not_before = 0.0
         self._busy = 0
         self._threads: list[threading.Thread] = []
@@ -228,6 +230,8 @@ class Arrival:
     def _refuse(self) -> None:
         if self.failure is not None:
             raise self.failure
+        if self._threads and not any(thread.is_alive() for thread in self._threads) and any(self._left):
+            raise Failed("remote-failed", f"fetching {self.name}: its workers have ended")
         if self._closed:
             raise Failed("remote-stopped", f"fetching {self.name} was stopped")
 
@@ -236,13 +240,20 @@ class Arrival:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        for thread in self._threads:
-            thread.join()
-        fds, self._fds = self._fds, {}
+        deadline = time.monotonic() + self.limit_s + _GRACE_S
+        others = [thread for thread in self._threads if thread is not threading.current_thread()]
+        for thread in others:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        if any(thread.is_alive() for thread in others):
+            log.warning("fetching %s: a worker does not end; its files stay open", self.name)
+            return
+        with self._changed:  # the owner and the thread that sees it through may both close
+            fds, self._fds = self._fds, {}
+            presence, self._presence_open = (self.presence if self._presence_open else None), False
         for fd in fds.values():
             os.close(fd)
-        if self.presence:
-            self.presence.close()
+        if presence:
+            presence.close()
 
     def settle(self) -> None:
         """Modes and contents to the disk, when everything has come. Raises OSError."""
@@ -304,11 +315,18 @@ class Arrival:
                 self._changed.notify_all()
                 listeners = list(self._listeners)
                 said = Progress(self.size, self.done, self.moved)
+            self._say(listeners, said)
+
+    def _say(self, listeners: Sequence[Callable[[], None]], said: Progress | None = None) -> None:
+        """Call who listens. A callback that fails is logged: this worker goes on, since others wait for what it brings."""
+        try:
             for told in listeners:
                 told()
-            if self.progress:
+            if self.progress and said:
                 with self._telling:
                     self.progress(said)
+        except Exception:
+            log.exception("fetching %s: a listener failed", self.name)
 
     def _next(self, index: int, order: tuple[int, ...]) -> _Job | None:
         with self._changed:
@@ -342,8 +360,7 @@ class Arrival:
             self._busy -= 1
             self._changed.notify_all()
             listeners = list(self._listeners)
-        for told in listeners:
-            told()
+        self._say(listeners)
 
     def _pieces(self, path: str, offset: int, length: int) -> list[Piece]:
         return self.layout.pieces(path, offset, length) if self.layout else [(path, offset, 0, length)]

@@ -137,7 +137,7 @@ def begin_pages(config: Mapping[str, Any], work: Path) -> Started:
             if started:
                 started[1].close()
                 started[0].kill()
-                started[0].wait()
+                prefork.end(started[0])
             raise
     return started
 

@@ -10,6 +10,7 @@ Beforehand they are forked: the owner has no thread yet, and each helper is spar
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import os
@@ -94,6 +95,7 @@ Started = tuple[Child, socket.socket]
 _PR_SET_NAME = 15
 _PAGE_SERVER = "import sys; sys.path.insert(0, sys.argv[1]); from checkpoint.pages.host import main; sys.exit(main(int(sys.argv[2])))"
 _END_LIMIT_S = 5.0
+_SYS_CLOSE_RANGE, _MOST_FDS = 436, (1 << 32) - 1  # the same on every architecture
 _init: list[Started] = []
 _page_server: list[Started] = []
 
@@ -120,10 +122,20 @@ def _become(name: str, main: Callable[[int], int], control_fd: int) -> int:
     null = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
         os.dup2(null, fd)
-    os.closerange(3, control_fd)
-    os.closerange(control_fd + 1, os.sysconf("SC_OPEN_MAX"))
+    _close(3, control_fd - 1)
+    _close(control_fd + 1, _MOST_FDS)
     ctypes.CDLL(None).prctl(_PR_SET_NAME, name.encode())
     return main(control_fd)
+
+
+def _close(first: int, last: int) -> None:
+    """Close every descriptor from `first` to `last`, however many the limit allows (a container's may be 2^30)."""
+    if first > last or not ctypes.CDLL(None).syscall(_SYS_CLOSE_RANGE, first, last, 0):
+        return
+    for name in os.listdir("/proc/self/fd"):  # Linux before 5.9
+        if first <= int(name) <= last:
+            with contextlib.suppress(OSError):  # the listing's own
+                os.close(int(name))
 
 
 def _spawn(*program: str) -> Started:
@@ -190,7 +202,9 @@ def end(process: Child) -> None:
         process.wait(_END_LIMIT_S)
     except TimeoutExpired:
         process.kill()
-        process.wait()
+        # One in uninterruptible sleep ends when the kernel lets it go.
+        with contextlib.suppress(TimeoutExpired):
+            process.wait(_END_LIMIT_S)
 
 
 def _take(waiting: list[Started]) -> Started | None:

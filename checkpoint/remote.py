@@ -255,12 +255,14 @@ class Remote:
             log.exception("fetching %s", self.name)
             self._failure = Failed("remote-failed", f"fetching {self.name}: {error}")
         finally:
-            self.arrival.close()
-            self._close_store()
-            self._ended.set()
-            with _open_lock:
-                if _open.get((self.library.home, self.name)) is self:
-                    del _open[(self.library.home, self.name)]
+            try:
+                self.arrival.close()
+                self._close_store()
+            finally:
+                self._ended.set()  # whatever happened: somebody may wait for it
+                with _open_lock:
+                    if _open.get((self.library.home, self.name)) is self:
+                        del _open[(self.library.home, self.name)]
         with self._changed:
             told = list(self._on_failure) if self.failure is not None else []
             self._changed.notify_all()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from checkpoint.errors import Failed
@@ -21,6 +23,15 @@ def check_disk(folder: Path, wanted: int) -> None:
             f"the snapshot needs about {wanted / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB free; "
             "make room (quickthaw snapshot rm, quickthaw weights gc) or set QUICKTHAW_HOME",
         )
+
+
+def tmpfs_bytes(root: Path, folders: Sequence[str]) -> int:
+    """Bytes that the file systems of these folders of a sandbox hold, deleted files that are still open among them."""
+    used = {}
+    for folder in folders:
+        stat = os.statvfs(f"{root}{folder}")
+        used[stat.f_fsid or folder] = (stat.f_blocks - stat.f_bfree) * stat.f_frsize
+    return sum(used.values())
 
 
 def check_memory(wanted: int, cgroup: Path = _CGROUP) -> None:

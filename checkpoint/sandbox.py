@@ -321,9 +321,9 @@ class Sandbox:
         )
         return int(answer["code"])
 
-    def unpacked(self) -> None:
+    def unpacked(self, timeout_s: float = REQUEST_TIMEOUT_S) -> None:
         """Wait for what was begun (checkpoint.early): its folders are in place. Raises Failed."""
-        self._answer(self._begun[early.UNPACK], REQUEST_TIMEOUT_S, "unpack", early.UNPACK)
+        self._answer(self._begun[early.UNPACK], timeout_s, "unpack", early.UNPACK)
 
     def executed(self, timeout_s: float) -> int:
         """Wait for what was begun (checkpoint.early): the exit code of its CRIU. Raises Failed."""

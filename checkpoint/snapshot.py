@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import filecmp
 import json
+import mmap
 import os
 import shutil
 import threading
@@ -27,6 +28,7 @@ from checkpoint.cuda.driver import Driver
 from checkpoint.errors import CheckpointError, Failed, HostLacks
 from checkpoint.library import Library
 from checkpoint.manifest import Snapshot, SnapshotFile
+from checkpoint.pages.images import PAGE
 from checkpoint.pages.server import Arriving, PageServer, told
 from checkpoint.sandbox import CACHE_DIR, TMP_DIR, Bind, Sandbox, SandboxConfig, make_run_dir
 
@@ -34,6 +36,9 @@ DUMP_TIMEOUT_S = 30.0
 """For a dump of nothing; every DUMP_SLOWEST bytes add a second. A process killed under CRIU's hands can leave it waiting for ever."""
 DUMP_SLOWEST = 50e6
 RESTORE_TIMEOUT_S = 600.0
+"""For CRIU's part of a restore; every DUMP_SLOWEST bytes of images add a second."""
+UNPACK_TIMEOUT_S = 30.0
+"""For copying /dev/shm and TMPDIR back; every DUMP_SLOWEST bytes of them add a second."""
 START_TIMES = "start-times"
 LOGS = "logs"
 """The folder of the state folder that keeps CRIU's logs of failed dumps and restores."""
@@ -114,6 +119,15 @@ def gpu_locks(library: Library) -> tuple[Path, ...]:
     return (cuda.LOCKS, library.home / "run")
 
 
+def check_page_size(size: int = mmap.PAGESIZE) -> None:
+    """Raise HostLacks (page-size) on a kernel whose pages are not those that images and page servers count in."""
+    if size != PAGE:
+        raise HostLacks(
+            "page-size",
+            f"this kernel's pages have {size} bytes, and snapshots count in pages of {PAGE}; use a kernel with 4 KiB pages",
+        )
+
+
 def image_bytes(folder: Path) -> int:
     """Bytes of the files below a folder."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
@@ -140,11 +154,13 @@ def take(
     Raises Busy when another process takes the same snapshot, Incompatible (multi-gpu), Failed when CRIU, the disk or the engine
     fail; then nothing is left. After Failed `cuda-stuck` the engine does not run any more and has to be ended.
     """
+    check_page_size()
     pids = processes(sandbox.init_pid)
     on_gpu = cuda.memory_in_use(driver, pids) if driver else 0
     room.check_memory(on_gpu)
     library.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    room.check_disk(library.folder, private_bytes(pids) + on_gpu)
+    shared = room.tmpfs_bytes(Path(f"/proc/{sandbox.init_pid}/root"), ("/dev/shm", TMP_DIR))
+    room.check_disk(library.folder, private_bytes(pids) + on_gpu + shared)
     with library.writing(draft.name) as folder:
         images = folder / "images"
         images.mkdir(mode=0o700)
@@ -160,7 +176,7 @@ def take(
             suspended, needs = cuda.suspend(driver, pids, released=cuda.check_released, visible=visible, awake=awake)
         try:
             # Now: the driver has moved the GPU's memory into the processes'.
-            wanted = private_bytes(pids)
+            wanted = private_bytes(pids) + shared
             room.check_disk(library.folder, wanted)
             limit_s = DUMP_TIMEOUT_S + wanted / DUMP_SLOWEST
             monotonic_ns = criu.dump(sandbox, draft.root_pid, images, script, limit_s, logs=library.home / LOGS)
@@ -291,6 +307,12 @@ class Restored:
             self.held = -1
 
 
+def limits(snapshot: Snapshot) -> tuple[float, float]:
+    """How long unpacking and CRIU's part of a restore may take, in seconds: a limit for hangs, which grows with the work."""
+    unpacked = sum(file.size for name, file in snapshot.files.items() if name.startswith(("shm/", "tmp/")))
+    return UNPACK_TIMEOUT_S + unpacked / DUMP_SLOWEST, RESTORE_TIMEOUT_S + snapshot.image_bytes / DUMP_SLOWEST
+
+
 def unpack_cache(folder: Path, compile_cache: Path) -> bool:
     """Put mapped compiled code back where the tree has it mapped, with its mode; what is there and the same is left alone. Whether
     anything was not."""
@@ -347,6 +369,7 @@ def restore(
                 "gpu-missing",
                 f"{snapshot.name} holds GPU state and this host has no NVIDIA device; see quickthaw doctor",
             )
+    check_page_size()
     run_folder = run_folder or library.home / "run"
     try:
         run_folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -439,9 +462,10 @@ def _bring_back(
         sandbox = Sandbox(config, on_exit=on_exit, begun=begun)
         cancellation.check(sandbox)
         up = time.monotonic()
-        sandbox.unpacked()
+        unpack_s, restore_s = limits(snapshot)
+        sandbox.unpacked(unpack_s)
         unpacked = time.monotonic()
-        criu.restored(sandbox, sandbox.executed(RESTORE_TIMEOUT_S), work, logs)
+        criu.restored(sandbox, sandbox.executed(restore_s), work, logs)
         sandbox.raise_pids(snapshot.top_pid)
         # For plugin/engine/start_times.py, before the first process looks.
         (sandbox.control_dir / START_TIMES).write_text(json.dumps(snapshot.start_ticks))

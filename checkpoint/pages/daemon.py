@@ -269,6 +269,10 @@ class Daemon:
             self.tell(event="restored")
         elif number > 0:  # a negative one is a zombie, which has no memory
             _, ancillary, _, _ = criu.recvmsg(1, socket.CMSG_LEN(4))
+            if not ancillary:
+                raise RuntimeError(
+                    "no file descriptor is left for a restored process's memory; raise the limit (ulimit -n)"
+                )
             fds = array.array("i")
             fds.frombytes(ancillary[0][2][:4])
             image = self.images.get(number)
@@ -397,6 +401,8 @@ class Daemon:
 
     def collect_second(self) -> None:
         """What the second copier has placed, or could not."""
+        if self.second.failure:
+            raise RuntimeError(f"the second copier ended: {self.second.failure}")
         while self.second.done:
             space, plan, piece, placed = self.second.done.popleft()
             if not placed:

@@ -7,6 +7,7 @@ reading events is the copier's alone, which is why no lock is needed between the
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import queue
 import threading
@@ -78,6 +79,8 @@ class Source:
             os.close(self._fd)
 
 
+FAILED = -1
+"""The number of the job that never was: a fetcher's thread has ended."""
 Job = tuple[int, list[tuple[Source, int, int]]]
 """(a number that the caller gave it, [(source, offset, length)])"""
 
@@ -110,7 +113,28 @@ class Fetcher(threading.Thread):
         self._jobs.put(None)
 
     def run(self) -> None:
-        threading.Thread(target=self._ask, name=f"{self.name}-ask", daemon=True).start()
+        try:
+            threading.Thread(target=self._told_of, args=(self._ask,), name=f"{self.name}-ask", daemon=True).start()
+        except RuntimeError:  # no more threads
+            self._fail(errno.EAGAIN)
+            return
+        self._told_of(self._populate)
+
+    def _told_of(self, work: Callable[[], None]) -> None:
+        """Run one of the two threads' work; where it ends with an error, the caller finds that among what is done."""
+        try:
+            work()
+        except OSError as error:
+            self._fail(error.errno or errno.EIO)
+        except Exception:
+            self._fail(errno.EIO)
+            raise
+
+    def _fail(self, code: int) -> None:
+        self.done.append((FAILED, code, 0))
+        self._notify()
+
+    def _populate(self) -> None:
         while True:
             asked = self._asked.get()
             if asked is None or self._stopping:

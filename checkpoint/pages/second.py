@@ -35,6 +35,8 @@ class SecondCopier(threading.Thread):
         self._more = threading.Event()
         self._stopping = False
         self._notify = notify
+        self.failure = ""
+        """Why this thread has ended, where nobody stopped it: what it has claimed is placed by nobody."""
 
     def submit(self, space: Space, plan: Plan) -> None:
         """Help with a plan whose sources are in the page cache."""
@@ -47,6 +49,13 @@ class SecondCopier(threading.Thread):
         self._more.set()
 
     def run(self) -> None:
+        try:
+            self._run()
+        except Exception as error:  # noqa: BLE001 - the daemon raises it
+            self.failure = repr(error)
+            self._notify()
+
+    def _run(self) -> None:
         while not self._stopping:
             if not self._jobs:
                 self._more.wait()
@@ -62,7 +71,8 @@ class SecondCopier(threading.Thread):
                         break
                     plan.claim(index)
                     code = uffd.request(space.fd, plan.address + uffd.REQUEST_BYTES * index)
-                self.done.append((space, plan, index, code == 0))
+                    # Before the lock is given up: who then reads an event has to know of this piece before its mapping changes.
+                    self.done.append((space, plan, index, code == 0))
                 self._notify()
                 if code:
                     refused = True

@@ -152,18 +152,36 @@ class PageServer:
     # Hearing
 
     def _read(self) -> None:
+        try:
+            while (heard := self._receive()) is not None:
+                message, fds = heard
+                self._hear(message.pop("event"), message, fds)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the owner is told, and nothing waits
+            # Nobody may wait for who reads no more: without our copy of a userfaultfd a dying server would show zeros.
+            self._failure = str(error) or repr(error)
+            self._kill_own()
+            self._cut()
+        finally:
+            self._end()
+
+    def _receive(self) -> tuple[dict[str, Any], list[int]] | None:
+        """The next message and its descriptors; None at the end. Raises RuntimeError where descriptors were lost on the way."""
         while True:
             try:
-                data, fds, _, _ = socket.recv_fds(self._control, 1 << 16, 4)
+                data, fds, flags, _ = socket.recv_fds(self._control, 1 << 16, 4)
             except ConnectionResetError:
                 continue  # it left words of ours unread; what it said before can still be read (unix(7), SOCK_SEQPACKET)
             except OSError:
-                data, fds = b"", []
+                return None
             if not data:
-                break
-            message = json.loads(data)
-            self._hear(message.pop("event"), message, fds)
-        self._end()
+                return None
+            if flags & socket.MSG_CTRUNC:
+                for fd in fds:
+                    os.close(fd)
+                raise RuntimeError(
+                    "no file descriptor is left for a restored process's memory; raise the limit (ulimit -n)"
+                )
+            return json.loads(data), fds
 
     def _hear(self, event: str, message: dict[str, Any], fds: list[int]) -> None:
         if event == "space":
@@ -200,14 +218,16 @@ class PageServer:
                 self.complete.set()
 
     def _end(self) -> None:
-        if not self.complete.is_set() and not self._closing and self._on_death:
-            reason = self._failure or self._why()
-            self._on_death(f"the page server is gone before every page was in place: {reason}")
-        if self._alone:
-            self._exit_code(_END_S)
-        self.ended.set()
-        with self._answered:
-            self._answered.notify_all()
+        try:
+            if not self.complete.is_set() and not self._closing and self._on_death:
+                reason = self._failure or self._why()
+                self._on_death(f"the page server is gone before every page was in place: {reason}")
+            if self._alone:
+                self._exit_code(_END_S)
+        finally:
+            self.ended.set()
+            with self._answered:
+                self._answered.notify_all()
         if self._process.poll() is None:  # it serves others
             threading.Thread(target=self._process.wait, name="page-server-reaper", daemon=True).start()
 

@@ -71,3 +71,17 @@ def test_a_job_larger_than_the_window_is_asked_for_as_a_whole(disk: Disk) -> Non
     for _ in range(3):
         disk.go_on.release()
     assert told.acquire(timeout=10.0) and fetcher.done[0] == (7, 5, 900)
+
+
+def test_a_thread_that_fails_is_found_among_what_is_done(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(offset: int, length: int) -> None:
+        raise OSError(5, "the disk")
+
+    monkeypatch.setattr(disk, "advise", broken)
+    told = threading.Semaphore(0)
+    fetcher = Fetcher("test", told.release)
+    fetcher.start()
+    fetcher.submit(0, [(disk, 0, 100)])  # type: ignore[list-item]
+    assert told.acquire(timeout=10.0)
+    assert list(fetcher.done) == [(fetch.FAILED, 5, 0)]
+    fetcher.stop()

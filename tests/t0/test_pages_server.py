@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
 import socket
 import subprocess
 import threading
@@ -130,3 +132,30 @@ def test_a_restore_is_cancelled_before_it_begins_while_it_waits_and_not_after_it
         done.settle()
         assert not done.cancel(why)
     assert not done.cancel(why) and sandbox.ends == 2
+
+
+def test_an_owner_without_descriptors_hears_of_it_instead_of_waiting(tmp_path: Path) -> None:
+    served = Served(tmp_path)
+    try:
+        fd = os.open("/dev/null", os.O_RDONLY)
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (fd + 1, hard))
+        try:
+            socket.send_fds(served.theirs, [b'{"event": "space", "number": 1}'], [fd])
+            assert served.died.wait(LIMIT_S)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            os.close(fd)
+        assert "no file descriptor is left" in served.deaths[0]
+        assert served.server.ended.wait(LIMIT_S)
+    finally:
+        served.close()
+
+
+def test_a_word_that_is_none_ends_the_serving_with_its_reason(tmp_path: Path) -> None:
+    served = Served(tmp_path)
+    try:
+        served.theirs.send(b"{garbled")
+        assert served.died.wait(LIMIT_S) and served.server.ended.wait(LIMIT_S)
+    finally:
+        served.close()

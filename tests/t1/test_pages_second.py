@@ -114,3 +114,38 @@ def test_what_the_kernel_refuses_is_given_back(space: Space, source: mmap.mmap) 
     plan.give_back(index)
     assert plan.next() == 0
     space.open = False  # so that it does not try for ever
+
+
+class Watched:
+    """A space's lock that looks, whenever it is given up, at what the copier has told until then."""
+
+    def __init__(self, copier: SecondCopier) -> None:
+        self.copier, self.seen, self.lock = copier, list[int](), threading.Lock()
+
+    def __enter__(self) -> None:
+        self.lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.seen.append(len(self.copier.done))
+        self.lock.release()
+
+
+def test_a_piece_is_told_before_its_mapping_can_change(space: Space, source: mmap.mmap) -> None:
+    """Who reads an event holds the lock: a piece placed and not told by then would be counted against a mapping that has changed."""
+    copier = SecondCopier(lambda: None)
+    watched = Watched(copier)
+    space.placing = watched  # type: ignore[assignment]
+    copier.start()
+    copier.submit(space, plan_of(space, source, [(0, LARGE), (LARGE, LARGE)]))
+    until(lambda: len(watched.seen) == 2)
+    assert watched.seen == [1, 2]
+    copier.stop()
+
+
+def test_a_copier_that_fails_says_why(space: Space, source: mmap.mmap) -> None:
+    rung = threading.Event()
+    copier = SecondCopier(rung.set)
+    copier.start()
+    copier.submit(space, None)  # type: ignore[arg-type]
+    assert rung.wait(10)
+    assert "AttributeError" in copier.failure

@@ -21,7 +21,9 @@ def arrival(tmp_path: Path):
     (tmp_path / "folder").mkdir()
     stored = [chunks.put_chunk(bytes([number]) * 4096).chunk for number in range(CHUNKS)]
     file = File(path="a", mode=0o600, size=4096 * CHUNKS, chunks=tuple(stored))
-    made = Arrival(chunks, Manifest(VERSION, "snapshot", (), (file,), ()), None, tmp_path / "folder", {}, workers=2, limit_s=5)
+    made = Arrival(
+        chunks, Manifest(VERSION, "snapshot", (), (file,), ()), None, tmp_path / "folder", {}, workers=2, limit_s=5
+    )
     yield made
     made.close()
 

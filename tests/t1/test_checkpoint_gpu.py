@@ -162,7 +162,7 @@ def test_the_limit_of_a_dump_counts_what_the_driver_moved_into_host_memory(rig, 
     criu = Watched(Criu.find(state_home()).program)
     with pytest.raises(Failed, match="enough"):
         take(library, criu, sandbox, wanted, library.home / "compile", seal, driver=driver)
-    assert seen[1] == 10 << 30
+    assert 10 << 30 <= seen[1] < 11 << 30  # and what lies in /dev/shm and TMPDIR
     assert seen[2] > (10 << 30) / snapshot_module.DUMP_SLOWEST
 
 

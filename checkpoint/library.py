@@ -72,9 +72,9 @@ class Library:
         return self.folder / name
 
     def names(self) -> list[str]:
-        """Every snapshot's name, oldest first; damaged ones too."""
+        """Every snapshot's name, oldest first; damaged ones too. Raises Failed."""
         found = []
-        with contextlib.suppress(FileNotFoundError):
+        with disk.required("snapshots cannot be listed", "library-unreadable"), contextlib.suppress(FileNotFoundError):
             for entry in os.scandir(self.folder):
                 with contextlib.suppress(FileNotFoundError):  # removed meanwhile
                     if entry.is_dir() and not entry.name.startswith("."):

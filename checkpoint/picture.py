@@ -6,6 +6,7 @@ no room. To the right: how much has been needed before, up to the first token (l
 
 from __future__ import annotations
 
+import contextlib
 from bisect import bisect_right
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,7 +131,8 @@ def draw(folder: Path, path: Path) -> None:
                 figure.savefig(part, format=path.suffix[1:] or "svg", dpi=120, metadata=metadata)
                 part.replace(path)
             except (OSError, ValueError) as error:
-                part.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    part.unlink(missing_ok=True)
                 raise Failed("picture-not-written", f"{path}: {error}") from error
         finally:
             pyplot.close(figure)

@@ -158,7 +158,8 @@ def take(
     pids = processes(sandbox.init_pid)
     on_gpu = cuda.memory_in_use(driver, pids) if driver else 0
     room.check_memory(on_gpu)
-    library.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with disk.required(f"{draft.name} is not written", "snapshot-not-written"):
+        library.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     shared = room.tmpfs_bytes(Path(f"/proc/{sandbox.init_pid}/root"), ("/dev/shm", TMP_DIR))
     room.check_disk(library.folder, private_bytes(pids) + on_gpu + shared)
     with library.writing(draft.name) as folder:

@@ -146,6 +146,12 @@ class Daemon:
     def tell(self, fds: tuple[int, ...] = (), **message: object) -> None:
         socket.send_fds(self.control, [json.dumps(message).encode()], list(fds))
 
+    def warn(self, what: str, error: OSError) -> None:
+        """Say what the disk refused, with a code."""
+        from checkpoint.disk import failure  # what it imports costs 5 ms
+
+        self.tell(event="warning", message=str(failure(what, error)))
+
     def now(self) -> float:
         """Seconds since the start."""
         return time.monotonic() - self.started
@@ -240,7 +246,7 @@ class Daemon:
         try:
             found.save(path)
         except OSError as error:
-            self.tell(event="warning", message=f"the working set could not be kept: {error}")
+            self.warn("the working set is not kept", error)
             return
         self.tell(event="saved", path=path, ranges=len(found.ranges), first=found.first)
 
@@ -451,7 +457,8 @@ class Daemon:
 
     def begin_rest(self) -> None:
         if not self.known.indexed:
-            index.keep(self.images_dir, self.images)
+            if error := index.keep(self.images_dir, self.images):
+                self.warn("the next restore reads all page maps again", error)
             self.known.indexed = True
         if self.reading:
             self.known.keep(self.working_set, _HOT, self.reading, self.namespace)

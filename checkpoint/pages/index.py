@@ -7,7 +7,6 @@ does: it is this host's own, and no archive takes it along or brings it. Standar
 
 from __future__ import annotations
 
-import contextlib
 import os
 from threading import get_ident
 
@@ -34,22 +33,22 @@ def read(images: str) -> tuple[dict[int, ProcessImage], bool]:
     return {pid: read_process(images, pid) for pid in process_ids(images)}, False
 
 
-def keep(images: str, found: dict[int, ProcessImage]) -> None:
-    """Keep what `read` returned for the next restore. A folder that cannot be written only means reading the images again."""
+def keep(images: str, found: dict[int, ProcessImage]) -> OSError | None:
+    """Keep what `read` returned for the next restore; why it was not kept, where it was not. Then the images are read again."""
     processes, sections = [], []
     for image in found.values():
         processes.append([image.pid, image.pages_file])
         sections += [kept.flat(runs) for runs in (image.runs, image.mapped, image.eager, image.wiped_on_fork)]
         sections.append(kept.flat([image.borders]))
     head = {"version": _VERSION, "images": stamps(images), "processes": processes}
-    write(images, FILE_NAME, kept.packed(head, sections))
+    return write(images, FILE_NAME, kept.packed(head, sections))
 
 
-def write(images: str, name: str, body: bytes) -> None:
-    """Keep `body` as a file beside the folder of images, whole or not at all; not kept, silently, where the folder cannot be written."""
+def write(images: str, name: str, body: bytes) -> OSError | None:
+    """Keep `body` as a file beside the folder of images, whole or not at all; why it was not kept, where it was not."""
     target = path(images, name)
     new = f"{target}.{os.getpid()}.{get_ident()}"  # one process may serve several trees
-    with contextlib.suppress(OSError):
+    try:
         fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
             with open(fd, "wb") as file:
@@ -58,6 +57,9 @@ def write(images: str, name: str, body: bytes) -> None:
         except OSError:
             os.unlink(new)
             raise
+    except OSError as error:
+        return error
+    return None
 
 
 def checked(images: str, name: str) -> memoryview:

@@ -31,7 +31,7 @@ def images(tmp_path: Path) -> Path:
 def test_kept_and_read_again(images: Path) -> None:
     first, kept = index.read(str(images))
     assert not kept and set(first) == {7, 9}
-    index.keep(str(images), first)
+    assert index.keep(str(images), first) is None
     again, kept = index.read(str(images))
     assert kept and told(again) == told(first)
     assert (images.parent / index.FILE_NAME).stat().st_mode & 0o777 == 0o600
@@ -65,6 +65,6 @@ def test_an_index_of_other_images_is_not_believed(images: Path, what: str) -> No
 def test_a_folder_that_cannot_be_written_only_means_reading_again(images: Path) -> None:
     found, _ = index.read(str(images))
     (images.parent / index.FILE_NAME).mkdir()
-    index.keep(str(images), found)
+    assert isinstance(index.keep(str(images), found), IsADirectoryError)
     assert not list(images.parent.glob(f"{index.FILE_NAME}.*"))
     assert not index.read(str(images))[1]

@@ -112,7 +112,7 @@ def _fitting(folder: Path) -> _Facts | None:
         if facts.stamps != _stamps(folder / "images"):
             return None
         for name, digest in facts.digests.items():
-            if blake3.blake3((view / "images" / name).read_bytes()).hexdigest() != digest:
+            if "/" in name or blake3.blake3((view / "images" / name).read_bytes()).hexdigest() != digest:
                 return None
     except (OSError, msgspec.MsgspecError):
         return None  # none yet, or damaged: everything is copied, as before

@@ -16,8 +16,10 @@ from typing import Any
 import pytest
 
 from checkpoint import early
-from checkpoint.errors import Busy, NotFound
+from checkpoint.errors import Busy, Failed, NotFound
 from checkpoint.library import Library
+from checkpoint.remote import ArrivingLibrary
+from plugin.remote import Fetching
 
 pytestmark = pytest.mark.t0
 
@@ -169,3 +171,35 @@ def test_what_somebody_is_removing_is_left_to_him(library: Library) -> None:
     with library._unused(str(doomed)):
         assert library.sweep() == 0 and doomed.exists()
     assert library.sweep() == 1 and not doomed.exists()
+
+
+def test_the_manifest_and_the_images_of_a_restore_are_of_one_snapshot(library: Library) -> None:
+    """From the reading of the manifest on, nobody replaces the images."""
+    write(library, "old")
+    fetching = Fetching(SimpleNamespace())  # type: ignore[arg-type]
+    with fetching.held(library, "snap"):
+        with pytest.raises(Busy, match="snapshot-in-use"):
+            write(library, "new")
+        assert content(library) == "old"
+    write(library, "new")
+    with pytest.raises(Failed, match="disk-full"), fetching.held(library, "snap"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_one_that_was_fetched_and_replaced_since_is_not_restored_by_the_manifest_that_was_fetched(
+    library: Library,
+) -> None:
+    write(library, "fetched")
+    remote = SimpleNamespace(
+        name="snap",
+        folder=library.path("snap"),
+        complete=threading.Event(),
+        opened=SimpleNamespace(document=b"fetched"),
+    )
+    remote.complete.set()
+    arrived = ArrivingLibrary(library.home, remote)  # type: ignore[arg-type]
+    with arrived.in_use("snap"):
+        pass
+    write(library, "another")
+    with pytest.raises(Busy, match="snapshot-replaced"), arrived.in_use("snap"):
+        pass

@@ -29,8 +29,8 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from lazyfs.claims import Claim, counting, others
-from lazyfs.errors import DiskFull, LazyfsError, Permanent, Temporary, from_os_error
+from lazyfs.claims import Claim, counting, kept, others
+from lazyfs.errors import DiskFull, LazyfsError, NotFound, Permanent, Temporary, from_os_error
 from lazyfs.manifest import File
 from lazyfs.paths import private_dir
 
@@ -39,6 +39,10 @@ ABSENT, PRESENT, UNPROVEN = 0, 1, 2
 _HEADER = struct.Struct("<4sI36sI16x")
 _MAGIC = b"QTI1"
 _FLAGS, _SEALED = 44, 1
+# A byte of the header that changes when a chunk that was present is so no more: what was found complete is looked at again.
+_REVOKED = 48
+# An evictor may remove the folder while it is opened, and then another may.
+_OPEN_TRIES = 100
 _FLOCK = struct.Struct("hhqqi4x")
 
 
@@ -67,7 +71,7 @@ class Image:
                 raise
             raise from_os_error(error, f"cannot open the cache image {folder}") from error
         self._complete = False
-        self.settled = False
+        self._seen = -1
         self._busy: set[int] = set()
         self._free = threading.Condition()
 
@@ -100,13 +104,19 @@ class Image:
 
     def complete(self) -> bool:
         """Whether every chunk is present."""
-        if not self._complete:
+        revoked = self.states[_REVOKED]
+        if not self._complete or revoked != self._seen:
+            self._seen = revoked
             self._complete = self.states[_HEADER.size :].count(PRESENT) == len(self.file.chunks)
         return self._complete
 
+    def sealed(self) -> bool:
+        """Whether all of it was flushed."""
+        return bool(self.states[_FLAGS] & _SEALED)
+
     def present_bytes(self) -> int:
         """How many bytes of the file are here."""
-        if self._complete:
+        if self.complete():
             return self.file.size
         states = self.states[_HEADER.size :]
         return sum(c.length for c, s in zip(self.file.chunks, states, strict=True) if s == PRESENT)
@@ -133,7 +143,7 @@ class Image:
         """Set a chunk's state."""
         self.states[_HEADER.size + index] = state
         if state != PRESENT:
-            self._complete = False
+            self.states[_REVOKED] = (self.states[_REVOKED] + 1) % 256
             # What will be written there is not flushed yet.
             self.states[_FLAGS : _FLAGS + 4] = struct.pack("<I", 0)
 
@@ -176,34 +186,26 @@ class Image:
         return True
 
     def pin(self) -> None:
-        """Keep the image from eviction as long as this object is open, and count it as used now."""
+        """Keep the image from eviction until it is closed, and count it as used now."""
         fcntl.flock(self.lock_fd, fcntl.LOCK_SH)
         os.utime(self.lock_fd)
 
-    def unpin(self) -> None:
-        """Allow eviction again."""
-        fcntl.flock(self.lock_fd, fcntl.LOCK_UN)
+    def read_only(self) -> None:
+        """Give back what only a writer needs: a mount has so many descriptors, and readers of thousands of files."""
+        os.close(self.have_fd)
+        self.have_fd = -1
 
     def close(self) -> None:
         """Give back the descriptors; locks and pins go with them."""
-        self.settle()
-        os.close(self.lock_fd)
-
-    def settle(self) -> None:
-        """Give back all but the pin, once the image is complete: a mount of a thousand files has only so many
-        descriptors.
-        """
-        if not self.settled:
-            self.settled = True
-            self.states.close()
-            os.close(self.data_fd)
-            os.close(self.have_fd)
+        self.states.close()
+        for fd in (self.data_fd, self.have_fd, self.lock_fd):
+            if fd >= 0:
+                os.close(fd)
 
 
 class NoImage:
     """What stands for an image when the disk has no room even for an empty one: nothing is ever here."""
 
-    settled = False
     data_fd = -1
 
     def __init__(self, file: File) -> None:
@@ -227,6 +229,9 @@ class NoImage:
     def mark(self, index: int, state: int) -> None:
         return
 
+    def sealed(self) -> bool:
+        return False
+
     def seal(self) -> None:
         return
 
@@ -234,7 +239,7 @@ class NoImage:
     def chunk_lock(self, index: int, limit_s: float) -> Iterator[None]:
         yield
 
-    def settle(self) -> None:
+    def read_only(self) -> None:
         return
 
     def close(self) -> None:
@@ -256,23 +261,33 @@ class Cache:
         self._reserving = threading.Lock()
         self._claim: Claim | None = None
         self._pins: Claim | None = None
+        self._touched: Claim | None = None
+        self._touched_files: set[str] = set()
+        self._touching = threading.Lock()
 
     def folder(self, file: File) -> Path:
         """Where the image of `file` lies."""
         return self.root / "images" / file.digest[:2] / file.digest
 
     def open(self, file: File) -> Image:
-        """The image, created empty if needed, pinned. DiskFull or Permanent when it cannot be."""
-        while True:
-            image = Image(self.folder(file), file)
+        """The image, created empty if needed, pinned while it is open. DiskFull or Permanent when it cannot be."""
+        for attempt in range(_OPEN_TRIES):
+            try:
+                image = Image(self.folder(file), file)
+            except NotFound:
+                # An evictor has removed the folder since it was made.
+                if attempt == _OPEN_TRIES - 1:
+                    raise
+                continue
             image.pin()
-            # An evictor may have removed the folder between our open and our pin.
+            # It may have removed it between our open and our pin, too.
             try:
                 if os.fstat(image.lock_fd).st_ino == (image.folder / "lock").stat().st_ino:
                     return image
             except FileNotFoundError:
                 pass
             image.close()
+        raise Temporary(f"the cache image {self.folder(file)} is evicted as fast as it is made", code="cache-locked")
 
     def open_any(self, file: File) -> AnyImage:
         """The image, or a stand-in when it cannot be made (a full or read-only disk), so that reading goes on."""
@@ -281,12 +296,6 @@ class Cache:
         except (DiskFull, Permanent) as error:
             log.warning("no cache for %s: %s", file.path, error)
             return NoImage(file)
-
-    def pin(self, file: File) -> int:
-        """A descriptor that keeps the file's image from eviction until it is closed."""
-        image = self.open(file)
-        image.settle()
-        return image.lock_fd
 
     def present_bytes(self, file: File) -> int:
         """How many of the file's bytes are here and proven, without opening or pinning the image."""
@@ -327,16 +336,31 @@ class Cache:
             # Reading goes on: it is on a full disk that the memory is needed most.
             log.warning("the memory tier is not counted: %s", error)
 
-    def pin_files(self, digests: Iterable[str]) -> None:
-        """Keep the images of these files from eviction, made or not, for as long as this process lives (or calls again)."""
+    def pin_files(self, digests: Iterable[str], *, keep: bool = False) -> None:
+        """Keep the images of these files from eviction, made or not, for as long as this process lives (or calls again).
+
+        `keep`: from other mounts' `drop` as well.
+        """
         before = self._pins
         try:
-            self._pins = Claim(self.root, pins=digests)
+            self._pins = Claim(self.root, pins=(f"={d}" if keep else d for d in digests))
         except (OSError, LazyfsError) as error:
             log.warning("nothing is pinned: %s", error)
             return
         if before is not None:
             before.close()
+
+    def touched(self, file: File) -> None:
+        """Keep the file's image from eviction for as long as this process lives, without a descriptor for each."""
+        with self._touching:
+            if file.digest in self._touched_files:
+                return
+            try:
+                self._touched = self._touched or Claim(self.root)
+                self._touched.add(file.digest)
+            except (OSError, LazyfsError) as error:
+                log.warning("%s is not pinned: %s", file.path, error)
+            self._touched_files.add(file.digest)
 
     def reserve(self, need: int) -> bool:
         """Make room for `need` more bytes under the limit, evicting what is least recently used; False if impossible.
@@ -418,8 +442,8 @@ class Cache:
             os.close(fd)
 
     def drop(self, file: File) -> int:
-        """Forget one file's image unless it is in use; returns the bytes freed."""
-        return self._remove(self.folder(file) / "lock")
+        """Forget one file's image unless it is in use, or kept by a mount; returns the bytes freed."""
+        return 0 if file.digest in kept(self.root) else self._remove(self.folder(file) / "lock")
 
     def quarantine(self, digest: str, data: bytes | memoryview, why: str, keep: int = 16) -> Path | None:
         """Keep a body that failed verification, and why; the newest `keep` of them, equal ones once. None when the disk has no

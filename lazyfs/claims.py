@@ -1,6 +1,7 @@
 """What the processes that share one cache have claimed of it: memory, room on the disk that is not written yet, and pins.
 
-    claims/<random>   16 bytes (memory, granted; both in bytes, little-endian), then the digests of pinned files, one a line
+    claims/<random>   16 bytes (memory, granted; both in bytes, little-endian), then the digests of pinned files, one a line;
+                      "=" before one: its image is not dropped by another mount's command either
     claims/.lock      held by whoever counts, so that no two processes are granted the same room
 
 A claim counts as long as its owner holds the file's lock, which the kernel frees when the owner dies, however it dies.
@@ -34,7 +35,7 @@ class Claim:
         folder = private_dir(root / "claims")
         self.path = folder / os.urandom(8).hex()
         temporary = folder / f".{self.path.name}"
-        body = memory.to_bytes(8, "little") + bytes(8) + "\n".join(pins).encode()
+        body = memory.to_bytes(8, "little") + bytes(8) + "".join(f"{pin}\n" for pin in pins).encode()
         self.fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(self.fd, fcntl.LOCK_EX)
@@ -58,6 +59,12 @@ class Claim:
         # One aligned store: other processes read the old number or the new one.
         self._numbers[1] = value
 
+    def add(self, pin: str) -> None:
+        """Pin one more. OSError where the disk has no room for it."""
+        line = f"{pin}\n".encode()
+        if os.write(self.fd, line) != len(line):
+            raise OSError(errno.ENOSPC, "no room for a claim on the cache")
+
     def close(self) -> None:
         """Give it up."""
         self.path.unlink(missing_ok=True)
@@ -68,6 +75,16 @@ class Claim:
 
 def others(root: Path, own: Claim | None = None) -> tuple[int, set[str]]:
     """Bytes that living claims take (memory and granted; `own` with its memory alone), and what they pin."""
+    taken, pins = _living(root, own)
+    return taken, {pin.removeprefix("=") for pin in pins}
+
+
+def kept(root: Path) -> set[str]:
+    """The files whose images no command may drop, since a living mount was told to keep them."""
+    return {pin[1:] for pin in _living(root, None)[1] if pin.startswith("=")}
+
+
+def _living(root: Path, own: Claim | None) -> tuple[int, set[str]]:
     taken, pinned = 0, set[str]()
     for path in (root / "claims").glob("[!.]*"):
         try:

@@ -14,7 +14,7 @@ import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lazyfs.errors import LazyfsError, NotFound, Temporary
+from lazyfs.errors import LazyfsError, NotFound, Temporary, from_os_error
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -56,8 +56,12 @@ def ask(path: Path, request: dict[str, Any], limit_s: float = LIMIT_S) -> dict[s
         raise Temporary(
             f"the mount's daemon did not answer on {path} within {limit_s:g} s", code="daemon-silent"
         ) from None
+    except BlockingIOError:
+        raise Temporary(f"the mount's daemon takes no more requests on {path}", code="daemon-silent") from None
     except (FileNotFoundError, ConnectionError):
         raise NotFound(f"no daemon listens on {path}", code="daemon-gone") from None
+    except OSError as error:
+        raise from_os_error(error, f"cannot ask the daemon on {path}") from error
     try:
         answer: dict[str, Any] = json.loads(line)
     except ValueError:

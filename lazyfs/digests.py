@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from pathlib import Path
 
 from lazyfs.chunkstore import digest_of
@@ -18,22 +17,23 @@ class DigestLog:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._lock = threading.Lock()
-        self._open: dict[str, int] = {}
 
     def expected(self, file: File, index: int) -> str:
         """The digest recorded for the chunk, or ""."""
-        raw = os.pread(self._fd(file), _DIGEST, index * _DIGEST)
+        try:
+            fd = os.open(self.folder / file.digest, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return ""
+        try:
+            raw = os.pread(fd, _DIGEST, index * _DIGEST)
+        finally:
+            os.close(fd)
         return raw.hex() if any(raw) and len(raw) == _DIGEST else ""
 
     def record(self, file: File, index: int, data: bytes | memoryview) -> None:
         """Remember the digest of a chunk that was read for the first time."""
-        os.pwrite(self._fd(file), bytes.fromhex(digest_of(data)), index * _DIGEST)
-
-    def _fd(self, file: File) -> int:
-        with self._lock:
-            fd = self._open.get(file.digest)
-            if fd is None:
-                path = private_dir(self.folder) / file.digest
-                fd = self._open[file.digest] = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            return fd
+        fd = os.open(private_dir(self.folder) / file.digest, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            os.pwrite(fd, bytes.fromhex(digest_of(data)), index * _DIGEST)
+        finally:
+            os.close(fd)

@@ -21,7 +21,8 @@ from lazyfs.chunking import MAX_CHUNK
 from lazyfs.chunkstore import ChunkStore, chunk_key, digest_of, mismatch, zero_digest
 from lazyfs.digests import DigestLog
 from lazyfs.directory import stats_of
-from lazyfs.errors import DiskFull, Integrity, NotFound, Permanent
+from lazyfs.errors import DiskFull, Integrity, NotFound, Permanent, Temporary
+from lazyfs.logs import Repeats
 from lazyfs.manifest import RAW, ZSTD, File
 from lazyfs.metrics import Histogram
 from lazyfs.retry import RetryPolicy, retrying
@@ -126,6 +127,7 @@ class ChunkFetcher:
         self.limit_s = limit_s
         self.digests = digests
         self.stats = FetchStats()
+        self.repeats = Repeats(log)
         # A reader waits: what may pass is waited for as long as it was told, however often that is.
         self.policy = RetryPolicy(attempts=None, limit=limit_s)
 
@@ -153,7 +155,7 @@ class ChunkFetcher:
             try:
                 image.write(index, data, hole=chunk.digest == zero_digest(chunk.length))
             except DiskFull as error:
-                log.warning("streaming %s without the cache: %s", file.path, error)
+                self.repeats.say(logging.WARNING, error.code, f"streaming {file.path} without the cache: {error}")
                 return data
             finally:
                 self.cache.written(chunk.length)
@@ -198,7 +200,7 @@ class ChunkFetcher:
         try:
             return attempt(False)
         except Integrity as error:
-            log.warning("%s; fetching it once more", error)
+            self.repeats.say(logging.WARNING, error.code, f"{error}; fetching it once more")
             return attempt(True)
 
     def _proves(self, file: File, index: int, data: bytes) -> bool:
@@ -241,9 +243,9 @@ class ChunkFetcher:
             data = os.pread(fd, chunk.length, file.offsets[index])
             return data if self._matches(file, index, data) else None
 
-    def _retried(self, error: Exception, attempt: int) -> None:
+    def _retried(self, error: Temporary, attempt: int) -> None:
         self.stats.retries += 1
-        log.info("attempt %d failed: %s", attempt, error)
+        self.repeats.say(logging.WARNING, error.code, f"trying again: {error}")
 
 
 @contextlib.contextmanager

@@ -16,19 +16,22 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from lazyfs import wire
-from lazyfs.cache import AnyImage, Cache
+from lazyfs.cache import Cache
 from lazyfs.chunking import MAX_CHUNK
 from lazyfs.chunkstore import ChunkStore
 from lazyfs.config import MountConfig
 from lazyfs.digests import DigestLog
-from lazyfs.errors import LazyfsError, NotFound, to_errno
+from lazyfs.errors import LazyfsError, NotFound, Temporary, to_errno
 from lazyfs.fetch import ChunkFetcher, ReadThroughSource, StoreSource
 from lazyfs.loading import origins_of
+from lazyfs.logs import Repeats
 from lazyfs.manifest import Manifest
 from lazyfs.memory import SlotWriter
+from lazyfs.open_images import OpenImages, raise_descriptor_limit
 from lazyfs.retry import RetryPolicy, retrying
 from lazyfs.stores import open_store
 from lazyfs.trace import Trace, parse, shared_key
@@ -36,6 +39,8 @@ from lazyfs.trace import Trace, parse, shared_key
 log = logging.getLogger("lazyfs.fetcher")
 _LOCAL_THREADS, _REMOTE_THREADS = 4, 16
 _IDLE_TICK_S = 5.0
+# What the store could not give is asked for again after so many seconds.
+_POSTPONED_TICKS = 30
 # How often, and how far apart, an image that another process has open is tried to be dropped: a close may be on its way.
 _DROP_TRIES, _DROP_PAUSE_S = 100, 0.05
 
@@ -66,9 +71,12 @@ class Queue:
             if urgency == wire.DEMAND:
                 self._demanded.notify()
 
-    def get(self, worst: Callable[[], int], limit_s: float) -> tuple[tuple[int, int], int] | None:
-        """The most urgent one, if at least as urgent as `worst()`; None after `limit_s` or when closed. To be ended with
-        `done`.
+    def get(
+        self, worst: Callable[[], int], limit_s: float, pause: Callable[[], float] = lambda: 0.0
+    ) -> tuple[tuple[int, int], int] | None:
+        """The most urgent one, if at least as urgent as `worst()`; None after `limit_s` or when closed. To be ended with `done`.
+
+        `pause()`: after how long `worst()` may have changed by itself; 0: it does not.
         """
         with self._ready:
             deadline = time.monotonic() + limit_s
@@ -83,7 +91,7 @@ class Queue:
                 left = deadline - time.monotonic()
                 if left <= 0:
                     return None
-                (self._demanded if worst() == wire.DEMAND else self._ready).wait(left)
+                (self._demanded if worst() == wire.DEMAND else self._ready).wait(min(left, pause() or left))
             return None
 
     def done(self, file: int) -> None:
@@ -163,6 +171,30 @@ class Window:
             return True
 
 
+class Rate:
+    """A bound in bytes per second on what nobody waits for; 0: no bound. Thread-safe."""
+
+    def __init__(self, megabytes_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self.bytes_s = megabytes_s * 1e6
+        self.clock = clock
+        self._next = 0.0
+        self._lock = threading.Lock()
+
+    def wait_s(self) -> float:
+        """How long until more may be taken."""
+        return max(0.0, self._next - self.clock())
+
+    def take(self, size: int) -> bool:
+        """Take so many bytes now; False where it is too early."""
+        with self._lock:
+            now = self.clock()
+            if now < self._next:
+                return False
+            if self.bytes_s > 0:
+                self._next = now + size / self.bytes_s
+            return True
+
+
 class Fetcher:
     """Worker threads over one queue, and the loop that hears the server."""
 
@@ -180,25 +212,18 @@ class Fetcher:
         self.channel = channel
         self.memory = memory
         self.slots: dict[tuple[int, int], int] = {}
-        self.sealed: set[int] = set()
         self.trace_was_shared = False
         self.queue = Queue()
-        self.images: dict[int, AnyImage] = {}
+        self.images = OpenImages(engine.cache, manifest.files)
         self.dropping: dict[int, int] = {}
-        self.images_lock = threading.Lock()
+        self.dropping_lock = threading.Lock()
+        # What was to be fetched although nobody waits for it, and could not be: tried again when the store may be back.
+        self.postponed: dict[tuple[int, int], int] = {}
         self.sending = threading.Lock()
         self.threads = config.fetch_threads or (_REMOTE_THREADS if engine.source.store.remote else _LOCAL_THREADS)
         self.window = Window(self.threads)
-        self.next_background = 0.0
-        self.rate_lock = threading.Lock()
-
-    def _image(self, index: int) -> AnyImage:
-        """The image of a file of the manifest, opened once; neither settled nor dropped while the queue has it taken."""
-        with self.images_lock:
-            image = self.images.get(index)
-            if image is None:
-                image = self.images[index] = self.engine.cache.open_any(self.manifest.files[index])
-            return image
+        self.background = Rate(config.background_mb_s)
+        self.repeats = Repeats(log)
 
     def run(self) -> None:
         """Serve until the server closes the channel or says stop."""
@@ -207,7 +232,7 @@ class Fetcher:
             worker.start()
         threading.Thread(target=self._report_forever, daemon=True).start()
         # It may ask the store for a trace, and readers must not wait for that.
-        threading.Thread(target=self._plan, daemon=True).start()
+        threading.Thread(target=self._guarded, args=(self._plan,), daemon=True).start()
         try:
             while True:
                 message = self.channel.recv(wire.BUFFER)
@@ -219,6 +244,10 @@ class Fetcher:
                     continue
                 if kind == wire.DROP:
                     self.drop(file)
+                    continue
+                if kind == wire.FILE:
+                    for each in range(len(self.manifest.files[file].chunks)):
+                        self.queue.put((file, each), wire.AHEAD)
                     continue
                 if slot >= 0:
                     self.slots[file, chunk] = slot
@@ -283,7 +312,9 @@ class Fetcher:
             if slot >= 0:
                 # Begun never, so that whoever has come to wait for the chunk asks again.
                 self._send(wire.FAILED, *key, errno.ECANCELED, slot)
-        with self.images_lock:
+        for key in [key for key in self.postponed if key[0] == index]:
+            self.postponed.pop(key, None)
+        with self.dropping_lock:
             idle = not self.dropping
             self.dropping[index] = _DROP_TRIES
         if idle:
@@ -292,51 +323,62 @@ class Fetcher:
     def _drop_all(self) -> None:
         while not self.queue.closed:
             for index in list(self.dropping):
-                with self.images_lock:
-                    self._try_to_drop(index)
-            with self.images_lock:
+                try:
+                    ended = self._try_to_drop(index)
+                except Exception as error:
+                    log.exception("cannot drop %s: %s", self.manifest.files[index].path, error)
+                    ended = True
+                if ended:
+                    with self.dropping_lock:
+                        del self.dropping[index]
+            with self.dropping_lock:
                 if not self.dropping:
                     return
             time.sleep(_DROP_PAUSE_S)
 
-    def _try_to_drop(self, index: int) -> None:
+    def _try_to_drop(self, index: int) -> bool:
+        """Whether the file is dropped, or is not to be tried any more."""
         # However long a flush takes on a busy disk: only what others hold counts as a try.
-        if self.queue.taken(index):
-            return
+        if self.queue.taken(index) or not self.images.close(index):
+            return False
         file = self.manifest.files[index]
-        image = self.images.pop(index, None)
-        if image is not None:
-            image.close()
-        self.sealed.discard(index)
         self.dropping[index] -= 1
         try:
             freed = self.engine.cache.drop(file)
         except OSError as error:
             log.error("cannot drop %s: %s", file.path, error)
-            del self.dropping[index]
-            return
+            return True
         if freed or not self.engine.cache.folder(file).exists():
             log.info("dropped %s: %d bytes freed", file.path, freed)
-        elif not self.dropping[index]:
+            return True
+        if not self.dropping[index]:
             log.info("%s is in use and was not dropped", file.path)
-        else:
-            return
-        del self.dropping[index]
+        return not self.dropping[index]
+
+    def _guarded(self, step: Callable[[], None]) -> None:
+        """Take a step of a thread that must outlive what goes wrong in it."""
+        try:
+            step()
+        except Exception:
+            log.exception("a thread of the fetcher met a defect, and goes on")
 
     def _work(self, number: int) -> None:
         def worst() -> int:
             if number >= self.window.width:
                 return wire.DEMAND
             # One thread never takes what is not urgent, so that a reader does not wait behind the background.
-            return wire.AHEAD if number == 0 and self.threads > 1 else wire.SEAL
+            if (number == 0 and self.threads > 1) or self.background.wait_s() > 0:
+                return wire.AHEAD
+            return wire.SEAL
 
         while not self.queue.closed:
-            taken = self.queue.get(worst, _IDLE_TICK_S)
+            # No worker sleeps out the bound on the background: a reader would miss it.
+            taken = self.queue.get(worst, _IDLE_TICK_S, self.background.wait_s)
             if taken is None:
                 continue
             (file, chunk), urgency = taken
             try:
-                self._do(file, chunk, urgency)
+                self._guarded(partial(self._do, file, chunk, urgency))
             finally:
                 self.queue.done(file)
 
@@ -345,9 +387,11 @@ class Fetcher:
             self._seal(file)
             return
         size = self.manifest.files[file].chunks[chunk].length
-        if urgency == wire.COMPLETE:
-            self._throttle(size)
-        self._answer(file, chunk)
+        if urgency == wire.COMPLETE and not self.background.take(size):
+            # Another worker took the turn.
+            self.queue.put((file, chunk), urgency)
+            return
+        self._answer(file, chunk, urgency)
         if self.window.fetched(size):
             self.queue.wake()
 
@@ -363,32 +407,32 @@ class Fetcher:
             self._send(wire.STATS, number, value >> 31, value & 0x7FFFFFFF)
 
     def _report_forever(self) -> None:
+        beat = 0
         while not self.queue.closed:
-            self.report()
+            self._guarded(self.report)
+            self._guarded(self.repeats.tick)
+            self._guarded(self.engine.repeats.tick)
+            beat += 1
+            if beat % _POSTPONED_TICKS == 0:
+                self._guarded(self._again)
             time.sleep(1.0)
 
-    def _throttle(self, size: int) -> None:
-        rate = self.config.background_mb_s * 1e6
-        if rate <= 0:
-            return
-        with self.rate_lock:
-            now = time.monotonic()
-            at = max(now, self.next_background)
-            self.next_background = at + size / rate
-        time.sleep(min(1.0, at - now))
+    def _again(self) -> None:
+        """Queue once more what the store could not give."""
+        for key in list(self.postponed):
+            self.queue.put(key, self.postponed.pop(key))
 
-    def _answer(self, file: int, chunk: int) -> None:
+    def _answer(self, file: int, chunk: int, urgency: int) -> None:
         slot = self.slots.pop((file, chunk), -1)
         began = time.monotonic()
         try:
-            image = self._image(file)
-            data = None if image.settled else self.engine.fill(image, chunk)
-            source = wire.SOURCES.index("other" if image.settled else self.engine.source_of_last())
-            complete = not image.settled and image.complete()
+            with self.images.use(file) as image:
+                data = self.engine.fill(image, chunk)
+                complete = data is None and image.complete() and not image.sealed()
+            source = wire.SOURCES.index(self.engine.source_of_last())
             if data is None:
                 self._send(wire.STORED, file, chunk, source, slot, began)
-                if complete and file not in self.sealed:
-                    self.sealed.add(file)
+                if complete:
                     self.queue.put((file, 0), wire.SEAL)
             elif slot >= 0:
                 self.memory.write(slot, data)
@@ -397,23 +441,29 @@ class Fetcher:
                 self._send(wire.FAILED, file, chunk, errno.ENOSPC, slot, began)
         except (LazyfsError, OSError) as error:
             code = error.code if isinstance(error, LazyfsError) else "io-error"
-            log.error("%s chunk %d: %s: %s", self.manifest.files[file].path, chunk, code, error)
+            message = f"{self.manifest.files[file].path} chunk {chunk}: {code}: {error}"
+            self.repeats.say(logging.ERROR, code, message)
+            if isinstance(error, Temporary) and urgency != wire.DEMAND:
+                self.postponed[file, chunk] = urgency
+            self._send(wire.FAILED, file, chunk, to_errno(error), slot, began)
+        except Exception as error:
+            # Whatever it is, a reader waits for an answer, and others for this worker.
+            log.exception("%s chunk %d failed", self.manifest.files[file].path, chunk)
             self._send(wire.FAILED, file, chunk, to_errno(error), slot, began)
 
     def _seal(self, file: int) -> None:
-        # It may have been dropped since, and an image that is not whole must not pass for flushed.
-        image = self.images.get(file)
-        if image is None or image.settled or not image.complete():
+        if not self.engine.cache.folder(self.manifest.files[file]).exists():
+            # Dropped since; it would be made again.
             return
-        try:
-            image.seal()
-        except OSError as error:
-            # Unsealed means proven again after a power cut, which is right for a disk that fails to flush.
-            log.warning("cannot flush the image of %s: %s", image.file.path, error)
-        with self.images_lock:
-            # Whoever else has taken something of it keeps its descriptors; they go with the process then.
-            if self.queue.taken(file) == 1:
-                image.settle()
+        with self.images.use(file) as image:
+            # It may have been dropped and begun again, and an image that is not whole must not pass for flushed.
+            if image.complete() and not image.sealed():
+                try:
+                    image.seal()
+                except OSError as error:
+                    # Unsealed means proven again after a power cut, which is right for a disk that fails to flush.
+                    log.warning("cannot flush the image of %s: %s", image.file.path, error)
+        self.images.close(file)
 
     def _send(self, kind: int, file: int, chunk: int, argument: int, slot: int = -1, began: float = 0.0) -> None:
         with self.sending:
@@ -444,6 +494,7 @@ def main() -> None:
     memory = SlotWriter(int(sys.argv[2]))
     config = MountConfig.load_fd(int(sys.argv[3]))
     configure("fetcher")
+    raise_descriptor_limit()
     manifest = load_manifest(config)
     Fetcher(config, manifest, build(config, manifest), channel, memory).run()
     # Worker threads may sit in a network read with a limit; nothing they hold needs tidying.

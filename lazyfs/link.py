@@ -4,8 +4,10 @@ dies.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import select
 import socket
 import subprocess
 import sys
@@ -20,6 +22,7 @@ from lazyfs.config import MountConfig
 log = logging.getLogger("lazyfs.link")
 # A fetcher that dies at once each time must not be restarted in a tight loop.
 _RESTART_PAUSE_S = (0.05, 5.0)
+_END_S = 10.0
 
 
 class FetcherLink:
@@ -40,21 +43,35 @@ class FetcherLink:
         self._heard = 0.0
         self._pause = _RESTART_PAUSE_S[0]
 
-    def request(self, kind: int, file: int, chunk: int, slot: int = -1) -> bool:
-        """Ask the fetcher; it is started by the first request. False if the request could not be sent."""
+    def request(self, kind: int, file: int, chunk: int, slot: int = -1, *, limit_s: float = 0.0) -> bool:
+        """Ask the fetcher; it is started by the first request. False if the request could not be sent: there is no fetcher yet, or
+        for `limit_s` there was no room in the socket.
+        """
         with self._lock:
             if self._closing:
                 return False
-            channel = self._channel or self._start()
-        try:
-            # What is merely wanted soon is not worth waiting for room in the socket.
-            flags = 0 if kind == wire.DEMAND else socket.MSG_DONTWAIT
-            channel.send(wire.REQUEST.pack(kind, file, chunk, slot), flags)
-        except OSError:
-            # It died; the thread that hears its answers starts another and asks again for what is waited for.
-            log.debug("request lost: the fetcher is gone, or busy with more urgent ones")
-            return False
-        return True
+            try:
+                channel = self._channel or self._start()
+            except OSError as error:
+                log.error("the fetcher cannot be started: %s", error)
+                return False
+        deadline = time.monotonic() + limit_s
+        while True:
+            try:
+                with contextlib.suppress(BlockingIOError):
+                    channel.send(wire.REQUEST.pack(kind, file, chunk, slot), socket.MSG_DONTWAIT)
+                    return True
+                # The fetcher is busy, or stopped: only who can afford it waits, and no thread that serves readers.
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    return False
+                poll = select.poll()
+                poll.register(channel, select.POLLOUT)
+                poll.poll(min(left, 1.0) * 1000)
+            except (OSError, ValueError):
+                # It died; the thread that hears its answers starts another and asks again for what is waited for.
+                log.debug("request lost: the fetcher is gone")
+                return False
 
     def ensure(self) -> None:
         """Start it now, so that its start-up overlaps with the mount's."""
@@ -64,18 +81,26 @@ class FetcherLink:
 
     def _start(self) -> socket.socket:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        for end in (ours, theirs):
-            # Many small records: room for a whole manifest's worth of requests.
-            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
-        root = str(Path(__file__).resolve().parent.parent)
-        config_fd = self.config.to_fd()
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "lazyfs.fetcher", str(theirs.fileno()), str(self.memory_fd), str(config_fd)],
-            pass_fds=[theirs.fileno(), self.memory_fd, config_fd],
-            stdin=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": root + os.pathsep + os.environ.get("PYTHONPATH", "")},
-        )
-        theirs.close()
+        config_fd = -1
+        try:
+            for end in (ours, theirs):
+                # Many small records: room for a whole manifest's worth of requests.
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
+            root = str(Path(__file__).resolve().parent.parent)
+            config_fd = self.config.to_fd()
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "lazyfs.fetcher", str(theirs.fileno()), str(self.memory_fd), str(config_fd)],
+                pass_fds=[theirs.fileno(), self.memory_fd, config_fd],
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, "PYTHONPATH": root + os.pathsep + os.environ.get("PYTHONPATH", "")},
+            )
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+            if config_fd >= 0:
+                os.close(config_fd)
         self._channel = ours
         self._heard = time.monotonic()
         threading.Thread(target=self._hear, args=(ours, self.process), name="answers", daemon=True).start()
@@ -91,20 +116,44 @@ class FetcherLink:
                 break
             self._pause = _RESTART_PAUSE_S[0]
             self._heard = time.monotonic()
-            self.on_answer(*wire.ANSWER.unpack(message))
+            try:
+                self.on_answer(*wire.ANSWER.unpack(message))
+            except Exception:
+                # One answer that cannot be dealt with must not end the hearing of all others.
+                log.exception("an answer of the fetcher was lost")
         if self._closing:
-            return
+            channel.close()
+        else:
+            self._replace(channel, process)
+
+    def _replace(self, channel: socket.socket, process: subprocess.Popen[bytes]) -> None:
+        """Start another fetcher, however often that takes, and have asked again what is waited for."""
         # Its end of the channel is closed, yet the process may linger: it must not write to shared memory any more.
         process.kill()
-        log.error("the fetcher (pid %d) ended with %s; starting another", process.pid, process.wait(10))
-        time.sleep(self._pause)
-        self._pause = min(_RESTART_PAUSE_S[1], self._pause * 2)
+        try:
+            ended = f"ended with {process.wait(_END_S)}"
+        except subprocess.TimeoutExpired:
+            # In a disk's or a network file system's hands. It was killed, so that it never gets back to its own code.
+            ended = f"was killed and has not ended within {_END_S:.0f} s"
+        log.error("the fetcher (pid %d) %s; starting another", process.pid, ended)
         with self._lock:
             channel.close()
-            if not self._closing:
-                self.restarts += 1
-                self._start()
-        self.on_restart()
+        while True:
+            time.sleep(self._pause)
+            self._pause = min(_RESTART_PAUSE_S[1], self._pause * 2)
+            with self._lock:
+                if self._closing:
+                    return
+                try:
+                    self.restarts += 1
+                    self._start()
+                    break
+                except OSError as error:
+                    log.error("the fetcher cannot be started: %s; trying again", error)
+        try:
+            self.on_restart()
+        except Exception:
+            log.exception("what is waited for was not asked for again")
 
     def replace_silent(self, limit_s: float) -> None:
         """Kill a fetcher that nothing was heard of for so long: it is stopped, or stuck. The next one takes over its work."""
@@ -132,4 +181,5 @@ class FetcherLink:
                 process.wait(5)
             except subprocess.TimeoutExpired:
                 process.kill()
-                process.wait(5)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(5)

@@ -6,6 +6,9 @@ import faulthandler
 import logging
 import signal
 import sys
+import threading
+import time
+from collections.abc import Callable
 
 
 def configure(role: str, level: int = logging.INFO) -> None:
@@ -19,3 +22,41 @@ def configure(role: str, level: int = logging.INFO) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)
+
+
+class Repeats:
+    """Says the first event of a kind at once, and how many more came once per `every_s` seconds: a store that is gone for an hour
+    fails thousands of times for one reason. Thread-safe."""
+
+    def __init__(self, log: logging.Logger, every_s: float = 60.0, clock: Callable[[], float] = time.monotonic) -> None:
+        self.log = log
+        self.every_s = every_s
+        self.clock = clock
+        self._kinds: dict[str, tuple[float, int, int, str]] = {}
+        self._lock = threading.Lock()
+
+    def say(self, level: int, kind: str, message: str) -> None:
+        """An event of this kind, in words."""
+        now = self.clock()
+        with self._lock:
+            since, level_before, count, _ = self._kinds.get(kind, (-1.0, level, 0, ""))
+            first = since < 0
+            self._kinds[kind] = (now if first else since, max(level, level_before), 0 if first else count + 1, message)
+        if first:
+            self.log.log(level, "%s", message)
+
+    def tick(self) -> None:
+        """Say what came since the kind was last spoken of, where it is time; called now and then. A kind that has ended is
+        forgotten, so that it is news when it begins again."""
+        now, said = self.clock(), []
+        with self._lock:
+            for kind, (since, level, count, message) in list(self._kinds.items()):
+                if now - since < self.every_s:
+                    continue
+                if count:
+                    said.append((level, count, message))
+                    self._kinds[kind] = (now, level, 0, message)
+                else:
+                    del self._kinds[kind]
+        for level, count, message in said:
+            self.log.log(level, "%d more like this one within %.0f s: %s", count, self.every_s, message)

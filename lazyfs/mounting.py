@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from lazyfs.config import MountConfig
 
 _PING_S = 2.0
+# A daemon that runs and does not answer is only slow for so long: engines read through it, and lose all if it is ended.
+_PATIENCE_S = 20.0
 _LOCK_S = 60.0
 _END_S = 1.0
 # As many as the kernel follows.
@@ -87,6 +89,9 @@ def mount(
         found = _healthy(socket)
         if found is not None:
             return _matching(found, manifest_digest, where)
+        found = _slow(socket, name)
+        if found is not None:
+            return _matching(found, manifest_digest, where)
         _not_of_another_home(where, name)
         _recover(where, name, socket)
         from lazyfs.config import MountConfig
@@ -130,6 +135,8 @@ def unmount(mountpoint: Path, *, force: bool = False, limit_s: float = 10.0) -> 
     name = _name(where)
     socket = state_dir("run") / f"{name}.sock"
     found = _healthy(socket)
+    if found is None and not force:
+        found = _slow(socket, name)
     if found is not None:
         return found.unmount(force=force, limit_s=limit_s)
     if kernel.mount_at(where) is None:
@@ -160,9 +167,37 @@ def _name(where: str) -> str:
 
 def _healthy(socket: Path) -> MountHandle | None:
     try:
-        answer = ask(socket, {"op": "ping"}, _PING_S)
+        return _ping(socket)
     except LazyfsError:
         return None
+
+
+def _slow(socket: Path, name: str) -> MountHandle | None:
+    """The mount of a daemon that took long to answer. None at once where none runs (it has ended, or is stopped), and after
+    `_PATIENCE_S` where it is stuck."""
+    pid = _recorded_pid(state_dir("mounts") / f"{name}.json")
+    deadline = time.monotonic() + _PATIENCE_S
+    while pid is not None and _runs(pid) and time.monotonic() < deadline:
+        try:
+            return _ping(socket)
+        except Temporary:
+            time.sleep(0.01)
+        except LazyfsError:
+            # Nobody listens there: it is ending, or not the daemon of this mount any more.
+            return None
+    return None
+
+
+def _runs(pid: int) -> bool:
+    """Whether the kernel runs the process: it is there, and neither ended nor stopped."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZXTt"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def _ping(socket: Path) -> MountHandle | None:
+    answer = ask(socket, {"op": "ping"}, _PING_S)
     from lazyfs import kernel
 
     if kernel.mount_at(str(answer["mountpoint"])) is None:
@@ -281,11 +316,12 @@ def _recorded_pid(state_file: Path) -> int | None:
 
 
 def _gone(pid: int, limit_s: float) -> bool:
-    """Whether the process ended within the limit (a zombie counts as ended)."""
+    """Whether the process ended within the limit. A zombie counts as ended, unless threads of it still wait in the kernel."""
     deadline, pause = time.monotonic() + limit_s, 0.001
     while True:
         try:
-            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in ("Z", "X"):
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+            if state in ("Z", "X") and len(os.listdir(f"/proc/{pid}/task")) <= 1:
                 return True
         except (FileNotFoundError, ProcessLookupError):
             return True

@@ -19,13 +19,14 @@ from lazyfs.chunking import MAX_CHUNK
 from lazyfs.config import MountConfig
 from lazyfs.control_server import ControlServer
 from lazyfs.directory import origins
-from lazyfs.errors import Busy, DiskFull, HostLacks, LazyfsError, Usage
+from lazyfs.errors import Busy, DiskFull, HostLacks, LazyfsError, Temporary, Usage
 from lazyfs.link import FetcherLink
 from lazyfs.loading import check_not_covered, load_manifest, origins_of
 from lazyfs.logs import configure
 from lazyfs.manifest import Manifest
 from lazyfs.memory import SlotMemory, tier_mb
 from lazyfs.metrics import render
+from lazyfs.open_images import raise_descriptor_limit
 from lazyfs.paths import write_atomic
 from lazyfs.service import Service
 from lazyfs.urls import shown_url
@@ -34,11 +35,14 @@ log = logging.getLogger("lazyfs.server")
 _TICK_S = 1.0
 # A recording is shared with other hosts once nothing new was touched for so long.
 _QUIET_S = 5.0
+# How long a command waits for room in the fetcher's socket.
+_ROOM_S = 5.0
 
 
 def serve(config_text: str, ready: Callable[[dict[str, Any]], None]) -> None:
     """Mount as told, call `ready` once it answers, return when the mount is gone. Raises what kept it from mounting."""
     configure("mount")
+    raise_descriptor_limit()
     # Reads are answered in short turns of the interpreter; a waiting thread should not hold it for the default 5 ms.
     sys.setswitchinterval(0.0005)
     config = MountConfig.load(config_text)
@@ -96,7 +100,7 @@ class Server:
         self.link = link
         self.service = Service(config, manifest, self.cache, self.link, self.memory)
         self.service.origins = origins_of(config, manifest)
-        self.link.on_restart = self.service.resend
+        self.link.on_restart = self._asked_again
         self.transport = choose_transport(self.service, config)
         self.control = ControlServer(
             Path(config.socket),
@@ -112,7 +116,10 @@ class Server:
             },
         )
         self._withdrawing = threading.Lock()
-        self._pins: dict[int, int] = {}
+        # Files that a command asked to have fetched, and those of them that are to stay.
+        self._wanted: set[int] = set()
+        self._pinned: set[int] = set()
+        self._to_publish = False
 
     def start(self) -> None:
         """Mount and begin to answer."""
@@ -136,8 +143,9 @@ class Server:
             while not self.transport.wait(_TICK_S):
                 self.service.expire()
                 self.service.trace.save()
-                if self.service.trace.settled(_QUIET_S):
-                    self.link.request(wire.PUBLISH, 0, 0)
+                self._to_publish = self.service.trace.settled(_QUIET_S) or self._to_publish
+                if self._to_publish and self.link.request(wire.PUBLISH, 0, 0):
+                    self._to_publish = False
                 self._idle()
                 if self._orphaned():
                     log.info("unmounted, and nothing open in any other namespace for long: ending")
@@ -181,17 +189,18 @@ class Server:
         }
 
     def _prefetch(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Have fetched what is absent. DiskFull where it cannot all be kept."""
+        """Have fetched what is absent. DiskFull where it cannot all be kept, Temporary where the fetcher takes no request."""
         nodes = self._named(request)
         cached = [n for n in nodes if not self.service.in_place(n.file)]
         absent = {n.index: n.size - self.cache.present_bytes(n.file) for n in cached}
-        held = set(self._pins) | set(absent)
+        held = self._pinned | set(absent)
         self.cache.need_room(sum(absent.values()), sum(self.manifest.files[i].size for i in held))
         asked = 0
         for index, size in absent.items():
-            for chunk in range(len(self.manifest.files[index].chunks)) if size else ():
-                self.link.request(wire.AHEAD, index, chunk)
-                asked += 1
+            if size:
+                self._ask(wire.FILE, index)
+                self._wanted.add(index)
+                asked += len(self.manifest.files[index].chunks)
         return {
             "files": len(nodes),
             "in_place": len(nodes) - len(cached),
@@ -199,22 +208,38 @@ class Server:
             "absent_bytes": sum(absent.values()),
         }
 
+    def _ask(self, kind: int, index: int) -> None:
+        if not self.link.request(kind, index, 0, limit_s=_ROOM_S):
+            raise Temporary(f"the fetcher took no request within {_ROOM_S:g} s; try again", code="fetcher-busy")
+
+    def _asked_again(self) -> None:
+        """Ask a new fetcher for what readers wait for, and for what commands asked of the one before it."""
+        self.service.resend()
+        for index in list(self._wanted):
+            file = self.manifest.files[index]
+            if self.cache.present_bytes(file) < file.size:
+                self.link.request(wire.FILE, index, 0, limit_s=_ROOM_S)
+
     def _pin(self, request: dict[str, Any]) -> dict[str, Any]:
         """Keep the images from eviction as long as this mount lives, and have fetched what is absent."""
         asked = self._prefetch(request)
-        for node in self._named(request):
-            if node.index not in self._pins and not self.service.in_place(node.file):
-                self._pins[node.index] = self.cache.pin(node.file)
+        self._pinned |= {n.index for n in self._named(request) if not self.service.in_place(n.file)}
+        self._keep()
         return asked
+
+    def _keep(self) -> None:
+        self.cache.pin_files(sorted(self.manifest.files[i].digest for i in self._pinned), keep=True)
 
     def _drop(self, request: dict[str, Any]) -> dict[str, Any]:
         """Have images removed that nobody has open; the fetcher does it when it has heard."""
         nodes = self._named(request)
-        for node in nodes:
-            fd = self._pins.pop(node.index, None)
-            if fd is not None:
-                os.close(fd)
-            self.link.request(wire.DROP, node.index, 0)
+        dropped = {node.index for node in nodes}
+        self._wanted -= dropped
+        if self._pinned & dropped:
+            self._pinned -= dropped
+            self._keep()
+        for index in sorted(dropped):
+            self._ask(wire.DROP, index)
         return {"files": len(nodes)}
 
     def _named(self, request: dict[str, Any]) -> list[Any]:

@@ -26,6 +26,7 @@ from lazyfs.directory import is_unchanged
 from lazyfs.errors import Permanent
 from lazyfs.fetch import open_origin
 from lazyfs.link import FetcherLink
+from lazyfs.logs import Repeats
 from lazyfs.manifest import File, Manifest
 from lazyfs.memory import SlotMemory
 from lazyfs.metrics import Histogram
@@ -131,6 +132,8 @@ class Opened:
     backing_id: int = 0
     last_chunk: int = -2
     window: int = _LOOKAHEAD[0]
+    # Who is about to open it, and keeps it from being closed meanwhile.
+    holds: int = 0
     whole: bool = False
     touched: set[int] = field(default_factory=set)
 
@@ -148,6 +151,11 @@ class Service:
         self.link = link
         self.memory = memory
         self.starved: list[tuple[int, int]] = []
+        # What is waited for and could not be asked for: the fetcher's socket was full, or it is being replaced.
+        self.unsent: dict[tuple[int, int], None] = {}
+        self.repeats = Repeats(log)
+        # Called once nobody has a file open any more, before what holds its bytes is closed.
+        self.on_closed: Callable[[Opened], None] = lambda opened: None
         self.streaming = False
         self.counters = Counters()
         self.waits = Histogram()
@@ -168,29 +176,54 @@ class Service:
     # -- opening
 
     def open(self, node: Node, *, may_pass: bool) -> tuple[Opened, bool]:
-        """Open a file; (its state, whether this open is to be passed through). Raises what the cache raises."""
-        assert node.file is not None
-        with self.lock:
-            self.last_use = time.monotonic()
-            opened = self.open_files.get(node.ino)
-            if opened is None:
-                opened = self.open_files[node.ino] = Opened(node, node.file, self._backing(node.file))
-            elif opened.backing.changed():
+        """Open a file; (its state, whether this open is to be passed through). Raises what the cache raises.
+
+        The disk, or a network file system with the original on it, may take its time: only this open waits for it.
+        """
+        opened = self._hold(node)
+        try:
+            if opened.backing.changed():
                 # The kernel takes no other bytes for an inode that is open.
                 raise Permanent(
                     f"{opened.file.path}: its original was written to while it is open; "
                     "once nobody has it open, the imported bytes are served again",
                     code="source-changed",
                 )
-            # The kernel refuses a mixture on one inode: as long as cached opens last, all are cached.
-            native = may_pass and node.size > 0 and opened.cached == 0 and opened.backing.complete()
-            if native:
-                opened.native += 1
-                self.counters.native_opens += 1
-            else:
-                opened.cached += 1
-            self.counters.opens += 1
+            with self.lock:
+                # The kernel refuses a mixture on one inode: as long as cached opens last, all are cached.
+                native = may_pass and node.size > 0 and opened.cached == 0 and opened.backing.complete()
+                if native:
+                    opened.native += 1
+                    self.counters.native_opens += 1
+                else:
+                    opened.cached += 1
+                self.counters.opens += 1
             return opened, native
+        finally:
+            with self.lock:
+                opened.holds -= 1
+            self._close_unused(opened)
+
+    def _hold(self, node: Node) -> Opened:
+        """The file's state, which is not given back as long as it is held."""
+        assert node.file is not None
+        with self.lock:
+            self.last_use = time.monotonic()
+            opened = self.open_files.get(node.ino)
+            if opened is not None:
+                opened.holds += 1
+                return opened
+        backing = self._backing(node.file)
+        with self.lock:
+            opened = self.open_files.get(node.ino)
+            spare = None if opened is None else backing
+            if opened is None:
+                opened = self.open_files[node.ino] = Opened(node, node.file, backing)
+            opened.holds += 1
+        if spare is not None:
+            # Somebody else has opened it meanwhile.
+            spare.close()
+        return opened
 
     def _backing(self, file: File) -> Backing:
         found = self.origins.get(file.path)
@@ -199,22 +232,27 @@ class Service:
                 if fd is not None:
                     return Backing(os.dup(fd), None)
         image = self.cache.open_any(file)
+        image.read_only()
         return Backing(image.data_fd, image)
 
-    def release(self, opened: Opened, *, native: bool) -> bool:
-        """The kernel closed one open of the inode; True when it was the last (the backing is given back then)."""
+    def release(self, opened: Opened, *, native: bool) -> None:
+        """The kernel closed one open of the inode. With the last one the backing is given back."""
         with self.lock:
             self.last_use = time.monotonic()
             if native:
                 opened.native -= 1
             else:
                 opened.cached -= 1
-            if opened.cached or opened.native:
-                return False
-            self.open_files.pop(opened.node.ino, None)
-            # No reply can still need it: the kernel sends this once every read of the open was answered.
-            opened.backing.close()
-        return True
+        self._close_unused(opened)
+
+    def _close_unused(self, opened: Opened) -> None:
+        with self.lock:
+            if opened.cached or opened.native or opened.holds or self.open_files.get(opened.node.ino) is not opened:
+                return
+            del self.open_files[opened.node.ino]
+        self.on_closed(opened)
+        # No reply can still need it: the kernel sends a release once every read of the open was answered.
+        opened.backing.close()
 
     # -- reading
 
@@ -222,7 +260,7 @@ class Service:
         """Answer, now or when the chunks are here."""
         counters = self.counters
         counters.reads += 1
-        if opened.whole:
+        if opened.whole and opened.backing.complete():
             # The path that decides the throughput of a complete file: nothing but the answer.
             size = max(0, min(size, opened.file.size - offset))
             counters.bytes_read += size
@@ -282,6 +320,9 @@ class Service:
         slot = self.memory.lend((file, chunk))
         if not self.link.request(kind, file, chunk, slot):
             self.memory.take_back((file, chunk), slot)
+            if kind == wire.DEMAND:
+                with self.lock:
+                    self.unsent[file, chunk] = None
 
     def _serve(self, opened: Opened, offset: int, end: int, unique: int, reply: Reply, started: float) -> None:
         """Answer a read whose chunks are here, out of the image or, where the disk was full, out of memory."""
@@ -370,7 +411,23 @@ class Service:
             self._arrived(file, chunk, wire.SOURCES[argument])
         self._feed_starved()
 
+    def _ask_again(self) -> None:
+        """Ask for what could not be asked for, as far as there is room now."""
+        while self.unsent:
+            with self.lock:
+                key = next(iter(self.unsent), None)
+                if key is None:
+                    return
+                del self.unsent[key]
+                wanted = key in self.waiting
+            if wanted:
+                self._request(wire.DEMAND, *key)
+                if key in self.unsent:
+                    return
+
     def _feed_starved(self) -> None:
+        if self.unsent:
+            self._ask_again()
         with self.lock:
             keys, self.starved = self.starved, []
         for key in keys:
@@ -436,6 +493,7 @@ class Service:
 
     def expire(self) -> None:
         """Fail what is past its deadline; called about once a second."""
+        self.repeats.tick()
         self._feed_starved()
         now = time.monotonic()
         with self.lock:
@@ -447,11 +505,9 @@ class Service:
             self.given_up = given_up
             waits = bool(self.by_unique)
         for waiter in late:
-            log.error(
-                "%s: no data within %.0f s for the read at %d",
-                waiter.opened.file.path,
-                self.config.read_limit_s,
-                waiter.offset,
+            path, limit = waiter.opened.file.path, self.config.read_limit_s
+            self.repeats.say(
+                logging.ERROR, "late", f"{path}: no data within {limit:.0f} s for the read at {waiter.offset}"
             )
             self._fail(waiter, errno.ETIMEDOUT)
         if waits:

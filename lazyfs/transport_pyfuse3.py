@@ -10,13 +10,14 @@ an event that the fetcher's thread sets.
 from __future__ import annotations
 
 import errno
+import functools
 import logging
 import mmap
 import os
 import threading
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import pyfuse3
 import trio
@@ -36,6 +37,7 @@ _BUFFER = 1 << 20
 _WORTH_MAPPING = 128 << 10
 _PAGE = mmap.PAGESIZE
 _MADV_POPULATE_READ = 22  # Linux 5.14; Python has no name for it
+F = TypeVar("F", bound=Callable[..., Any])
 _T_NS = 1_000_000_000 * 10**9
 
 
@@ -87,6 +89,27 @@ class Pyfuse3Transport:
             pyfuse3.close(unmount=False)
 
 
+def _answered(operation: F) -> F:
+    """Make every error of an operation an errno for its reader: any other would end the mount for all of them."""
+
+    @functools.wraps(operation)
+    async def inner(self: _Operations, *arguments: Any) -> Any:
+        try:
+            return await operation(self, *arguments)
+        except pyfuse3.FUSEError:
+            raise
+        except OSError as error:
+            raise pyfuse3.FUSEError(error.errno or errno.EIO) from error
+        except LazyfsError as error:
+            self.service.repeats.say(logging.ERROR, error.code, f"{error.code}: {error}")
+            raise pyfuse3.FUSEError(to_errno(error)) from error
+        except Exception as error:
+            log.exception("%s failed", operation.__name__)
+            raise pyfuse3.FUSEError(errno.EIO) from error
+
+    return inner  # type: ignore[return-value]
+
+
 class _Operations(pyfuse3.Operations):  # type: ignore[misc]
     enable_writeback_cache = False
     supports_dot_lookup = False
@@ -115,6 +138,7 @@ class _Operations(pyfuse3.Operations):  # type: ignore[misc]
         entry.entry_timeout = entry.attr_timeout = _FOREVER_S
         return entry
 
+    @_answered
     async def lookup(self, parent_inode: int, name: bytes, ctx: Any = None) -> Any:
         parent = self._node(parent_inode)
         node = {b".": parent, b"..": self._node(parent.parent)}.get(name) or parent.children.get(name)
@@ -122,20 +146,24 @@ class _Operations(pyfuse3.Operations):  # type: ignore[misc]
             raise pyfuse3.FUSEError(errno.ENAMETOOLONG if len(name) > 255 else errno.ENOENT)
         return self._attributes(node)
 
+    @_answered
     async def getattr(self, inode: int, ctx: Any = None) -> Any:
         return self._attributes(self._node(inode))
 
+    @_answered
     async def readlink(self, inode: int, ctx: Any) -> bytes:
         node = self._node(inode)
         if not node.target:
             raise pyfuse3.FUSEError(errno.EINVAL)
         return node.target
 
+    @_answered
     async def opendir(self, inode: int, ctx: Any) -> int:
         if not self._node(inode).is_dir:
             raise pyfuse3.FUSEError(errno.ENOTDIR)
         return inode
 
+    @_answered
     async def readdir(self, fh: int, start_id: int, token: Any) -> None:
         children = list(self._node(fh).children.items())
         for position in range(start_id, len(children)):
@@ -143,21 +171,20 @@ class _Operations(pyfuse3.Operations):  # type: ignore[misc]
             if not pyfuse3.readdir_reply(token, name, self._attributes(node), position + 1):
                 return
 
+    @_answered
     async def open(self, inode: int, flags: int, ctx: Any) -> Any:
         node = self._node(inode)
         if flags & os.O_ACCMODE != os.O_RDONLY:
             raise pyfuse3.FUSEError(errno.EROFS)
         if node.file is None:
             raise pyfuse3.FUSEError(errno.EISDIR if node.is_dir else errno.EINVAL)
-        try:
-            opened, _ = self.service.open(node, may_pass=False)
-        except LazyfsError as error:
-            log.error("%s: %s: %s", node.file.path, error.code, error)
-            raise pyfuse3.FUSEError(to_errno(error)) from error
+        # In a thread: the disk, or a network file system with the original on it, must hold up nobody else.
+        opened, _ = await trio.to_thread.run_sync(functools.partial(self.service.open, node, may_pass=False))
         handle, self.next_handle = self.next_handle, self.next_handle + 1
         self.handles[handle] = opened
         return pyfuse3.FileInfo(fh=handle, keep_cache=True)
 
+    @_answered
     async def read(self, fh: int, off: int, size: int) -> memoryview | bytes:
         opened = self.handles.get(fh)
         if opened is None:
@@ -205,11 +232,13 @@ class _Operations(pyfuse3.Operations):  # type: ignore[misc]
             raise pyfuse3.FUSEError(error.errno or errno.EIO) from error
         return self.buffer[: span.size]
 
+    @_answered
     async def release(self, fh: int) -> None:
         opened = self.handles.pop(fh, None)
         if opened is not None:
             self.service.release(opened, native=False)
 
+    @_answered
     async def statfs(self, ctx: Any) -> Any:
         stats = pyfuse3.StatvfsData()
         stats.f_bsize = stats.f_frsize = 4096
@@ -217,15 +246,16 @@ class _Operations(pyfuse3.Operations):  # type: ignore[misc]
         stats.f_files, stats.f_namemax = len(self.service.tree.nodes) - 1, 255
         return stats
 
+    @_answered
     async def getxattr(self, inode: int, name: bytes, ctx: Any) -> bytes:
-        try:
-            return get_xattr(self.service, self._node(inode), name)
-        except OSError as error:
-            raise pyfuse3.FUSEError(error.errno or errno.EIO) from error
+        value: bytes = await trio.to_thread.run_sync(get_xattr, self.service, self._node(inode), name)
+        return value
 
+    @_answered
     async def listxattr(self, inode: int, ctx: Any) -> Sequence[bytes]:
         return [n for n in list_xattrs(self._node(inode)).split(b"\0") if n]
 
+    @_answered
     async def forget(self, inode_list: Any) -> None:
         return
 

@@ -61,6 +61,8 @@ _NONBLOCK = 2
 
 # Reads that wait for the local disk at once; they do nothing else.
 _DISK_THREADS = 4
+# Opening, and looking at what an original has become, may wait for a disk or for a network file system.
+_SLOW, _SLOW_THREADS = frozenset({_OPEN, _GETXATTR}), 4
 
 
 def in_memory(span: Span) -> bool:
@@ -140,6 +142,7 @@ class RawTransport:
         self._libc = ctypes.CDLL(None, use_errno=True)
         self._threads: list[threading.Thread] = []
         self._from_disk: queue.SimpleQueue[tuple[int, int, Span]] = queue.SimpleQueue()
+        self._slow: queue.SimpleQueue[tuple[int, int, int, int, bytes]] = queue.SimpleQueue()
         self._handles: dict[int, tuple[Opened, bool]] = {}
         self._next_handle = 1
         self._lock = threading.Lock()
@@ -168,6 +171,7 @@ class RawTransport:
             raise HostLacks(
                 f"cannot open /dev/fuse: {error.strerror}; load the fuse module or pass the device in"
             ) from error
+        self.service.on_closed = self._closed
         kernel.mount_fuse(self.fd, self.mountpoint, self.source, allow_other=self.allow_other)
         self._greet()
         kernel.set_read_ahead(self.mountpoint, min(kernel.READ_AHEAD_KIB, _MOST_PAGES * _PAGE >> 10))
@@ -181,6 +185,8 @@ class RawTransport:
             self._threads.append(thread)
         for number in range(_DISK_THREADS):
             threading.Thread(target=self._wait_for_disk, name=f"disk-{number}", daemon=True).start()
+        for number in range(_SLOW_THREADS):
+            threading.Thread(target=self._wait_for_opens, name=f"open-{number}", daemon=True).start()
 
     def wait(self, limit_s: float) -> bool:
         """Whether the mount is gone; waits for it no longer than `limit_s`."""
@@ -227,6 +233,8 @@ class RawTransport:
                 continue
             elif opcode == _INTERRUPT:
                 self.service.interrupt(struct.unpack_from("<Q", buffer, _IN.size)[0])
+            elif opcode in _SLOW:
+                self._slow.put((fd, unique, opcode, nodeid, bytes(view[_IN.size : length])))
             else:
                 self._reply(fd, unique, *self._handle(opcode, nodeid, view[_IN.size : length]))
 
@@ -242,7 +250,8 @@ class RawTransport:
         except OSError as error:
             return error.errno or errno.EIO, b""
         except LazyfsError as error:
-            log.error("%s: %s: %s", node.name.decode(errors="replace"), error.code, error)
+            name = node.name.decode(errors="replace")
+            self.service.repeats.say(logging.ERROR, error.code, f"{name}: {error.code}: {error}")
             return to_errno(error), b""
         except Exception:
             # One bad request must not end the mount of everybody else; the reader gets EIO and the log the reason.
@@ -256,6 +265,11 @@ class RawTransport:
             # ENOENT: the request was interrupted meanwhile. ENODEV: unmounted.
             if error.errno not in (errno.ENOENT, errno.ENODEV, errno.ECONNABORTED):
                 log.error("a reply was refused: %s", error.strerror)
+
+    def _wait_for_opens(self) -> None:
+        while True:
+            fd, unique, opcode, nodeid, body = self._slow.get()
+            self._reply(fd, unique, *self._handle(opcode, nodeid, memoryview(body)))
 
     def _wait_for_disk(self) -> None:
         while True:
@@ -349,9 +363,16 @@ class RawTransport:
             found = self._handles.pop(handle, None)
         if found is not None:
             opened, native = found
-            if self.service.release(opened, native=native) and opened.backing_id:
-                fcntl.ioctl(self.fd, _BACKING_CLOSE, struct.pack("<I", opened.backing_id))
+            self.service.release(opened, native=native)
         return b""
+
+    def _closed(self, opened: Opened) -> None:
+        if opened.backing_id:
+            try:
+                fcntl.ioctl(self.fd, _BACKING_CLOSE, struct.pack("<I", opened.backing_id))
+            except OSError as error:
+                # The connection is gone, and what it held with it.
+                log.debug("a backing file was not given back: %s", error.strerror)
 
     # -- names and attributes
 

@@ -9,6 +9,7 @@ import struct
 # server → fetcher: kind (also its urgency: less is sooner), file index, chunk index, slot lent in shared memory or -1
 REQUEST = struct.Struct("<BIIi")
 DEMAND, AHEAD, COMPLETE, SEAL, DROP, PUBLISH = 1, 2, 3, 4, 8, 9
+FILE = 10  # all chunks of the file, as AHEAD: one record, where thousands would not fit into the socket
 
 # fetcher → server: kind, file index, chunk index, argument, the slot this answer gives back (or fills) or -1, and when
 # the fetch began (CLOCK_MONOTONIC, which all processes share): an answer says nothing to those who asked later

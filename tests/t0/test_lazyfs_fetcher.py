@@ -63,8 +63,7 @@ class Host:
 
     def close(self):
         self.fetcher.queue.close()
-        for image in self.fetcher.images.values():
-            image.close()
+        self.fetcher.images.close_all()
         self.ours.close()
         self.fetcher.channel.close()
         os.close(self.memory.fd)
@@ -115,7 +114,7 @@ def test_what_a_worker_took_before_the_drop_does_not_come_back_after_it(host, mo
     time.sleep(0.03)
     host.do(taken)
     wait_for(lambda: host.gone() and not host.fetcher.dropping)
-    assert host.fetcher.images == {}
+    assert len(host.fetcher.images) == 0
 
 
 def test_a_flush_that_comes_after_the_drop_makes_no_image_that_passes_for_flushed(host, monkeypatch):
@@ -129,7 +128,8 @@ def test_a_flush_that_comes_after_the_drop_makes_no_image_that_passes_for_flushe
     host.fetcher._seal(0)
     assert host.gone()
     # Nor one that was begun again meanwhile.
-    host.fetcher._image(0)
+    with host.fetcher.images.use(0):
+        pass
     monkeypatch.setattr(Image, "seal", lambda self: pytest.fail("flushed an image with holes"))
     host.fetcher._seal(0)
 

@@ -1,0 +1,403 @@
+"""The parts of a mount's daemon and of its fetcher when something goes wrong in one of them: the others go on."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import shutil
+import socket
+import threading
+import time
+from types import SimpleNamespace
+
+import pyfuse3
+import pytest
+import trio
+
+from lazyfs import wire
+from lazyfs.cache import PRESENT, Cache, Image
+from lazyfs.chunkstore import ChunkStore
+from lazyfs.claims import others
+from lazyfs.config import MountConfig
+from lazyfs.errors import Temporary
+from lazyfs.fetcher import Fetcher, Rate, build
+from lazyfs.importer import import_tree
+from lazyfs.link import FetcherLink
+from lazyfs.logs import Repeats
+from lazyfs.memory import SlotMemory, SlotWriter
+from lazyfs.open_images import OpenImages
+from lazyfs.paths import private_dir, write_atomic
+from lazyfs.service import Service
+from lazyfs.stores.local import LocalStore
+from lazyfs.transport_pyfuse3 import _Operations
+
+pytestmark = pytest.mark.t0
+LIMIT_S = 30
+FILES = 40
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A store with a directory of forty files of one chunk each; its manifest and a mount's configuration."""
+    (tmp_path / "model").mkdir()
+    for number in range(FILES):
+        (tmp_path / "model" / f"{number:02}.bin").write_bytes(bytes([number]) * 5000)
+    chunks = ChunkStore(LocalStore(tmp_path / "store"))
+    digest, manifest = import_tree(tmp_path / "model", chunks)
+    names = {n: str(tmp_path / n) for n in ("mountpoint", "cache_dir", "log_file", "socket", "state_file", "home")}
+    config = MountConfig(
+        manifest=digest, store_url=f"file://{tmp_path / 'store'}", use_origin=False, background_mb_s=0.001, **names
+    )
+    return SimpleNamespace(manifest=manifest, config=config, cache=Cache(tmp_path / "cache_dir"), chunks=chunks)
+
+
+@pytest.fixture
+def memory():
+    memory = SlotMemory(64)
+    yield memory
+    os.close(memory.fd)
+
+
+@pytest.fixture
+def fetcher(model, memory):
+    """A fetcher without its threads, and (as `ours`) the server's end of its channel."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.settimeout(LIMIT_S)
+    fetcher = Fetcher(model.config, model.manifest, build(model.config, model.manifest), theirs, SlotWriter(memory.fd))
+    fetcher.ours = ours
+    yield fetcher
+    fetcher.queue.close()
+    ours.close()
+    theirs.close()
+
+
+def wait_for(check):
+    limit = time.monotonic() + LIMIT_S
+    while not check():
+        assert time.monotonic() < limit
+        time.sleep(0.002)
+
+
+def answer_of(fetcher):
+    """The next answer that is no count."""
+    while True:
+        answer = wire.ANSWER.unpack(fetcher.ours.recv(wire.BUFFER))
+        if answer[0] != wire.STATS:
+            return answer
+
+
+# -- the fetcher
+
+
+@pytest.mark.parametrize("defect", [ValueError("a defect"), MemoryError(), RecursionError()])
+def test_a_reader_gets_an_answer_whatever_happens_to_the_worker(fetcher, monkeypatch, defect):
+    def fill(image, index):
+        raise defect
+
+    monkeypatch.setattr(fetcher.engine, "fill", fill)
+    worker = threading.Thread(target=fetcher._work, args=(0,), daemon=True)
+    worker.start()
+    for file in (0, 1):
+        fetcher.queue.put((file, 0), wire.DEMAND)
+        kind, number, _, code, _, _ = answer_of(fetcher)
+        assert (kind, number) == (wire.FAILED, file) and code in (errno.EIO, errno.ENOMEM)
+    assert worker.is_alive()
+
+
+def test_the_rate_of_the_background_is_a_bound():
+    now = [100.0]
+    rate = Rate(1.0, clock=lambda: now[0])
+    taken = 0
+    for _ in range(1000):
+        if rate.take(8_000_000):
+            taken += 8_000_000
+        now[0] += 0.1
+    assert 96_000_000 <= taken <= 108_000_000
+    assert rate.wait_s() > 0
+    free = Rate(0.0, clock=lambda: now[0])
+    assert all(free.take(1 << 40) for _ in range(10)) and free.wait_s() == 0
+
+
+def test_no_worker_sleeps_out_the_bound_on_the_background(fetcher, model):
+    """All of them would be asleep when a reader comes."""
+    # A clock that stands still: nothing more may be taken after the first chunk.
+    fetcher.background = Rate(0.001, clock=lambda: 1.0)
+    thread = threading.Thread(target=fetcher.run, daemon=True)
+    thread.start()
+    assert answer_of(fetcher)[0] == wire.STORED
+    for file in range(FILES - 8, FILES):
+        fetcher.ours.send(wire.REQUEST.pack(wire.DEMAND, file, 0, -1))
+    assert sorted(answer_of(fetcher)[1] for _ in range(8)) == list(range(FILES - 8, FILES))
+    assert sum(model.cache.present_bytes(f) > 0 for f in model.manifest.files) == 9
+    fetcher.ours.shutdown(socket.SHUT_RDWR)
+    thread.join(LIMIT_S)
+
+
+def test_one_request_fetches_all_of_a_file(fetcher):
+    fetcher.config = None
+    fetcher.background = Rate(0.001, clock=lambda: 1.0)
+    fetcher._plan = lambda: None
+    thread = threading.Thread(target=fetcher.run, daemon=True)
+    thread.start()
+    fetcher.ours.send(wire.REQUEST.pack(wire.FILE, 3, 0, -1))
+    assert answer_of(fetcher)[:2] == (wire.STORED, 3)
+    fetcher.ours.shutdown(socket.SHUT_RDWR)
+    thread.join(LIMIT_S)
+
+
+def test_what_the_store_could_not_give_is_asked_for_again(fetcher, monkeypatch):
+    real, failures = fetcher.engine.fill, [Temporary("the store is gone")]
+
+    def fill(image, index):
+        if failures:
+            raise failures.pop()
+        return real(image, index)
+
+    monkeypatch.setattr(fetcher.engine, "fill", fill)
+    fetcher.queue.put((0, 0), wire.AHEAD)
+    threading.Thread(target=fetcher._work, args=(0,), daemon=True).start()
+    assert answer_of(fetcher)[0] == wire.FAILED
+    wait_for(lambda: fetcher.postponed)
+    fetcher._again()
+    assert answer_of(fetcher)[:2] == (wire.STORED, 0)
+
+
+def test_few_images_are_open_however_many_files_there_are(model):
+    images = OpenImages(model.cache, model.manifest.files)
+    images.most = 4
+    before = len(os.listdir("/proc/self/fd"))
+    with images.use(0) as first:
+        for index in range(FILES):
+            with images.use(index) as image:
+                assert image.file is model.manifest.files[index]
+        assert first.state(0) == 0, "what is in use is not closed"
+    assert len(images) <= 4
+    # Four each, and the claim that pins all forty.
+    assert len(os.listdir("/proc/self/fd")) <= before + 4 * 4 + 2
+    assert others(model.cache.root)[1] == {f.digest for f in model.manifest.files}
+    assert model.cache.evict(1 << 40) == 0 and model.cache.folder(model.manifest.files[5]).exists()
+    images.close_all()
+    assert len(images) == 0
+
+
+def test_one_kind_of_failure_is_said_once_and_then_counted(caplog):
+    now = [0.0]
+    repeats = Repeats(logging.getLogger("test"), every_s=60.0, clock=lambda: now[0])
+    with caplog.at_level("INFO"):
+        for second in range(600):
+            now[0] = float(second)
+            for chunk in range(10):
+                repeats.say(logging.ERROR, "temporary", f"chunk {chunk} failed")
+            repeats.say(logging.WARNING, "other", "another")
+            repeats.tick()
+    assert len(caplog.records) == 2 + 2 * 9
+    assert caplog.messages[0] == "chunk 0 failed" and "more like this one" in caplog.messages[-1]
+    # What has ended is news when it begins again.
+    now[0] += 61
+    repeats.tick()
+    now[0] += 61
+    repeats.tick()
+    caplog.clear()
+    repeats.say(logging.ERROR, "temporary", "again")
+    assert caplog.messages == ["again"]
+
+
+# -- between the two
+
+
+def test_a_full_socket_holds_up_no_reader_and_loses_no_command(model, memory):
+    """A fetcher that is stopped, or busy: who serves readers does not wait for it, and who can wait does."""
+    link = FetcherLink(model.config, memory.fd)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    link._channel = ours
+    sent = 0
+    while link.request(wire.DEMAND, sent, 0):
+        sent += 1
+        assert sent < 100_000
+    assert not link.request(wire.FILE, sent, 0)
+    got = []
+
+    def drain():
+        time.sleep(0.1)
+        got.extend(wire.REQUEST.unpack(theirs.recv(wire.BUFFER))[1] for _ in range(sent + 1))
+
+    draining = threading.Thread(target=drain)
+    draining.start()
+    assert link.request(wire.FILE, sent, 0, limit_s=LIMIT_S)
+    draining.join(LIMIT_S)
+    assert got == list(range(sent + 1))
+    theirs.close()
+    assert not link.request(wire.DEMAND, 0, 0)
+    ours.close()
+    assert not link.request(wire.DEMAND, 0, 0, limit_s=LIMIT_S)
+
+
+# -- the cache
+
+
+def test_an_open_that_races_eviction_begins_again(tmp_path, model, monkeypatch):
+    """The folder goes between its making and the opening of what lies in it."""
+    file, made = model.manifest.files[0], []
+
+    def make(path):
+        private_dir(path)
+        made.append(path)
+        if len(made) < 4:
+            shutil.rmtree(path)
+        return path
+
+    monkeypatch.setattr("lazyfs.cache.private_dir", make)
+    image = model.cache.open(file)
+    assert len(made) == 4 and image.state(0) == 0
+    image.close()
+
+
+def test_an_image_that_lost_a_chunk_is_complete_no_more(model):
+    """`weights verify` takes a damaged chunk out of an image that a mount has open."""
+    file = model.manifest.files[0]
+    ours, theirs = model.cache.open(file), model.cache.open(file)
+    ours.write(0, model.chunks.get(file.chunks[0].digest))
+    ours.seal()
+    assert ours.complete() and theirs.complete() and theirs.sealed()
+    theirs.mark(0, 0)
+    assert not ours.complete() and not ours.sealed() and ours.present_bytes() == 0
+    ours.write(0, model.chunks.get(file.chunks[0].digest))
+    assert ours.state(0) == PRESENT and theirs.complete()
+    for image in (ours, theirs):
+        image.close()
+
+
+def test_what_a_mount_keeps_is_not_dropped_by_another(model):
+    file, other = model.manifest.files[0], Cache(model.cache.root)
+    for cache in (model.cache, other):
+        image = cache.open(file)
+        image.write(0, model.chunks.get(file.chunks[0].digest))
+        image.close()
+    model.cache.pin_files([file.digest], keep=True)
+    assert other.drop(file) == 0 and other.evict(1 << 40) == 0
+    model.cache.pin_files([file.digest])
+    assert other.evict(1 << 40) == 0 and other.drop(file) > 0
+
+
+# -- the server
+
+
+@pytest.fixture
+def service(model, memory):
+    return Service(model.config, model.manifest, model.cache, FetcherLink(model.config, memory.fd), memory)
+
+
+def test_an_open_that_waits_for_the_disk_holds_up_no_other(service, model, monkeypatch):
+    """Neither of another file nor, once it is there, of the same one; and nothing is left open."""
+    slow, begun, go_on = model.manifest.files[0], threading.Event(), threading.Event()
+    real = model.cache.open_any
+
+    def open_any(file):
+        if file is slow and not begun.is_set():
+            begun.set()
+            assert go_on.wait(LIMIT_S)
+        return real(file)
+
+    monkeypatch.setattr(model.cache, "open_any", open_any)
+    before = len(os.listdir("/proc/self/fd"))
+    opened = []
+    node, other = service.tree.files[0], service.tree.files[1]
+    waiting = threading.Thread(target=lambda: opened.append(service.open(node, may_pass=False)[0]), daemon=True)
+    waiting.start()
+    assert begun.wait(LIMIT_S)
+    beside = threading.Thread(target=lambda: opened.extend(service.open(n, may_pass=False)[0] for n in (other, node)))
+    beside.start()
+    beside.join(5)
+    held_up = beside.is_alive()
+    go_on.set()
+    for thread in (waiting, beside):
+        thread.join(LIMIT_S)
+    assert not held_up
+    assert opened[1] is opened[2] and opened[1].cached == 2 and len(service.open_files) == 2
+    closed = []
+    service.on_closed = closed.append
+    for each in opened:
+        service.release(each, native=False)
+    assert service.open_files == {} and [c.node.index for c in closed] == [1, 0]
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_read_that_could_not_be_asked_for_is_asked_for_again(service, monkeypatch):
+    """The fetcher's socket was full."""
+    sent, room = [], [False]
+
+    def request(kind, file, chunk, slot=-1, *, limit_s=0.0):
+        if room[0]:
+            sent.append((kind, file, chunk))
+        return room[0]
+
+    monkeypatch.setattr(service.link, "request", request)
+    opened, _ = service.open(service.tree.files[2], may_pass=False)
+    service.read(opened, 0, 100, 1, lambda data: None)
+    service.expire()
+    assert not sent
+    room[0] = True
+    service.expire()
+    assert sent == [(wire.DEMAND, 2, 0)] and not service.unsent
+    service.interrupt(1)
+    service.release(opened, native=False)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a defect"), ValueError("mmap"), OSError(errno.ENOMEM, "no memory")])
+def test_pyfuse3_outlives_any_error_of_an_operation(service, monkeypatch, error):
+    """Any error but its own would end the loop, and with it the mount."""
+
+    def fail(*arguments, **more):
+        raise error
+
+    operations = _Operations(service)
+    operations.handles[1] = None
+    monkeypatch.setattr(service, "read", fail)
+    monkeypatch.setattr(service, "open", fail)
+    monkeypatch.setattr(service, "release", fail)
+    operations.handles[1] = SimpleNamespace()
+    for operation, *arguments in (
+        (operations.read, 1, 0, 10),
+        (operations.open, service.tree.files[0].ino, os.O_RDONLY, None),
+        (operations.release, 1),
+    ):
+        with pytest.raises(pyfuse3.FUSEError) as caught:
+            trio.run(operation, *arguments)
+        assert caught.value.errno == (error.errno if isinstance(error, OSError) else errno.EIO)
+
+
+# -- what survives a power cut
+
+
+def test_names_are_flushed_as_what_they_name(tmp_path, monkeypatch):
+    flushed, real = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: flushed.append(os.readlink(f"/proc/self/fd/{fd}")) or real(fd))
+    write_atomic(tmp_path / "record", b"{}")
+    assert flushed == [str(tmp_path)]
+
+    class Recorded(LocalStore):
+        def put(self, key, data):
+            super().put(key, data)
+            done.append(key)
+
+        def flush(self):
+            super().flush()
+            done.append("flush")
+
+    done: list[str] = []
+    ChunkStore(Recorded(tmp_path / "store")).set_ref("tags", "model:v1", "0" * 64)
+    assert done == ["refs/tags/model@v1", "flush"]
+
+
+def test_an_image_is_sealed_once(fetcher, model, monkeypatch):
+    sealed, real = [], Image.seal
+    monkeypatch.setattr(Image, "seal", lambda self: sealed.append(self.file.path) or real(self))
+    for _ in range(3):
+        fetcher.queue.put((0, 0), wire.AHEAD)
+        while taken := fetcher.queue.get(lambda: wire.SEAL, 0):
+            (file, chunk), urgency = taken
+            fetcher._do(file, chunk, urgency)
+            fetcher.queue.done(file)
+    assert sealed == ["00.bin"] and len(fetcher.images) == 1

@@ -44,6 +44,9 @@ DAMAGED = ("manifest-", "file-", "canary-differs", "signature-")
 PASSING = ("gpu-memory-short", "gpu-gone", "format-newer")
 """Mismatches that say nothing against the snapshot: it stays."""
 
+STALE = ("open-file-changed", "open-file-missing")
+"""Mismatches that this very launch's snapshot gets in time: it is taken anew, whoever named it."""
+
 
 class NotResumed(EngineFailed):
     """The engine does not run on after its snapshot was taken, or was to be: it has to be ended."""
@@ -69,7 +72,7 @@ def wanted(replica: Replica) -> bool:
     if refused is None or refused.code in PASSING:
         # One that is there and was not restored is somebody else's to judge.
         return False
-    if settings.name:
+    if settings.name and refused.code not in STALE:
         log.info("snapshot %s is another launch's or host's and is left alone; give another --name, or remove it", name)
         return False
     log.info("snapshot %s fits this host no longer and is taken anew", name)

@@ -9,6 +9,7 @@ something is away, and a redundant resume ends SGLang's worker.
 Standard library, and the double of torch beside it. tests/launch_rig.py lays it out as an environment of its own.
 """
 
+import atexit
 import contextlib
 import json
 import mmap
@@ -385,6 +386,10 @@ Worker.collective_reload = collective_reload
 
 def main(engine):
     options = options_of(sys.argv[1:])
+    if name := os.environ.get("ENGINE_DOUBLE_OPENS"):
+        # A lock file that stays open, beside the model.
+        held = open(Path(options["model"]).parent / name, "w")
+        atexit.register(held.close)
     if os.environ.get("ENGINE_DOUBLE_STUBBORN") == "1":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     ours, theirs = socket.socketpair()

@@ -257,3 +257,22 @@ def test_secrets_are_named_never_told_and_can_be_kept_out(launch_rig):
     with rig.running("--name", "scrubbed", "--scrub-env", "ACME_API_KEY") as started:
         started.ask()
         assert "ACME_API_KEY" not in started.facts()["worker"]["environment"]
+
+
+def test_a_file_that_the_engine_held_open_and_that_grew_costs_one_cold_start(launch_rig):
+    """Tried once, named with CRIU's own words and a log that is there, and the snapshot is taken anew: the next start restores."""
+    launch_rig.environment["ENGINE_DOUBLE_OPENS"] = "engine.lock"
+    lock = launch_rig.model.parent / "engine.lock"
+    answer = launch_rig.take("--name", "mine")
+    lock.write_text("of somebody else\n")
+    with launch_rig.running("--name", "mine") as started:
+        assert started.ask() == answer
+        started.wait_serving()
+        said = started.ours()
+        assert said.count("open-file-changed") == 1 and "is taken anew" in said, said
+        log = said.partition("(log: ")[2].partition(")")[0]
+        assert "engine.lock" in open(log).read()
+        assert "page server" not in said
+    with launch_rig.running("--name", "mine") as started:
+        assert started.ask() == answer
+        assert "restoring" in str(started.phases())

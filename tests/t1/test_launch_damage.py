@@ -3,6 +3,7 @@
 import json
 import os
 import stat
+from pathlib import Path
 
 import pytest
 
@@ -271,7 +272,7 @@ def test_a_file_that_the_engine_held_open_and_that_grew_costs_one_cold_start(lau
         said = started.ours()
         assert said.count("open-file-changed") == 1 and "is taken anew" in said, said
         log = said.partition("(log: ")[2].partition(")")[0]
-        assert "engine.lock" in open(log).read()
+        assert "engine.lock" in Path(log).read_text()
         assert "page server" not in said
     with launch_rig.running("--name", "mine") as started:
         assert started.ask() == answer

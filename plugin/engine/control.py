@@ -52,10 +52,10 @@ def _on_wake(number, frame):
     global fresh
     cpu.regain()
     start_times.refresh()
-    renewal.renew()
+    renewed = renewal.renew()
     fresh = True
     reseed()
-    answer("woken", "ok")
+    answer("woken", f"renewed {renewed}")
 
 
 def reseed():

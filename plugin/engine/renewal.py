@@ -10,16 +10,18 @@ import os
 
 
 def renew():
-    """Take what the launcher left into this process's environment; nothing where it left nothing."""
-    folder = os.environ.get("QUICKTHAW_CONTROL_DIR")
+    """Take what the launcher left into this process's environment; how many variables that changed."""
+    folder, changed = os.environ.get("QUICKTHAW_CONTROL_DIR"), 0
     if not folder:
-        return
+        return changed
     with contextlib.suppress(OSError):
         with open(os.path.join(folder, "environment"), "rb") as file:
             records = os.fsdecode(file.read()).split("\0")
         for record in records:
             name, given, value = record.partition("=")
             if not given:
-                os.environ.pop(name, None)
+                changed += os.environ.pop(name, None) is not None
             elif os.environ.get(name) != value:
                 os.environ[name] = value
+                changed += 1
+    return changed

@@ -38,6 +38,11 @@ class Rig:
     def __init__(self, engine, home):
         self.engine, self.home = engine, home
         self.preset = preset(engine, state_home())
+        # A tokenizer in a folder of its own, which a test edits.
+        self.tokenizer = home / "tokenizer"
+        shutil.copytree(self.preset.model, self.tokenizer, ignore=shutil.ignore_patterns("*.safetensors"))
+        flag = "--tokenizer" if engine == "vllm" else "--tokenizer-path"
+        self.arguments = (*self.preset.arguments, flag, str(self.tokenizer))
         self.library = Library(home)
         self.cold_text = ""
         self.cold_status = {}
@@ -63,7 +68,7 @@ class Rig:
                 *([] if "--weights" in options else ["--weights", "full"]),
                 self.engine,
             ]
-            argv += [*(self.preset.arguments if arguments is None else arguments), "--host", "127.0.0.1"]
+            argv += [*(self.arguments if arguments is None else arguments), "--host", "127.0.0.1"]
         argv += ["--port", str(port)]
         return port, measure.Command(argv, env, self.home / f"{'-'.join(words)}-{port}.log", REPO)
 
@@ -418,6 +423,38 @@ def test_the_snapshot_commands_tell_the_truth(rig):
     assert found["mismatches"] == []
     assert found["contents"]["total"]["bytes"] == pytest.approx(found["image_bytes"], rel=0.02)
     assert cli("snapshot", "verify", NAME).returncode == 0
+
+
+def test_an_edited_tokenizer_and_an_unknown_variable_are_refused_by_name(rig):
+    template = rig.tokenizer / "chat_template.jinja"
+    before = template.read_bytes() if template.exists() else None
+    template.write_text("{{ messages[0]['content'] }} edited")
+    try:
+        port, command = rig.command("--strict", DISABLE_OPENAPI_DOC="1")
+        assert command.start().wait(120) == 1
+        text = command.log.read_text()
+        assert "environment-differs: DISABLE_OPENAPI_DOC" in text
+        assert f"arguments-differ: --{'tokenizer' if rig.engine == 'vllm' else 'tokenizer-path'}" in text
+    finally:
+        template.unlink() if before is None else template.write_bytes(before)
+    rig.library.succeeded(NAME)
+    assert rig.watch.gone() == set()
+    with rig.running("--strict", limit_s=120.0) as (_, answer, _, _):  # by content: what was put back is the same
+        assert answer.text == rig.cold_text
+
+
+def test_every_process_of_a_restored_engine_is_given_this_launchs_variables(rig):
+    from checkpoint.sandbox import CONTROL_DIR
+    from checkpoint.snapshot import processes
+
+    with rig.running("--strict", limit_s=120.0, POD_IP="10.9.8.7", HF_TOKEN="hf_renewed") as (_, answer, process, _):
+        assert answer.text == rig.cold_text
+        inside = [pid for pid in processes(process.pid) if _inner(pid) == 1]
+        (folder,) = {Path(f"/proc/{pid}/root{CONTROL_DIR}") for pid in inside}
+        said = [note.read_text() for note in folder.glob("*.woken")]
+        # SGLang: server, scheduler, detokenizer. vLLM: API server, engine core, worker.
+        assert len(said) >= 2 and all(int(text.removeprefix("renewed ")) >= 2 for text in said), said
+        assert (folder / "environment").stat().st_mode & 0o777 == 0o600
 
 
 def test_no_variable_that_the_engine_declares_is_given_anew(rig):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from checkpoint import identity
+from checkpoint.errors import Incompatible
 from checkpoint.identity import Here, Identity, Mismatch
 
 if TYPE_CHECKING:
@@ -54,3 +55,17 @@ def _check_weights(snapshot: Snapshot, recorded: Identity, weights: Weights) -> 
     if snapshot.weights == "full" or weights.path is None:
         return ()  # nothing is read, or the replica says which folder is missing
     return identity.check_model(recorded.model, weights.digest)
+
+
+def check_unchanged(settings: LaunchSettings, weights: Weights, criu: Criu | None, before: Here) -> None:
+    """Before a snapshot: what the engine has read is still what it was when the launch looked. Raises Incompatible (inputs-changed)."""
+    from plugin.weights import Weights
+
+    now = gather(settings, Weights.of(settings, enabled=weights.enabled), criu)
+    differing = identity.check(before.record(), now)
+    if now.key != before.key or differing:
+        what = ", ".join(reason.code for reason in differing) or "a secret"
+        raise Incompatible(
+            "inputs-changed",
+            f"what the engine reads was changed while it started ({what}); the next start takes the snapshot",
+        )

@@ -457,14 +457,7 @@ def launch(settings: LaunchSettings, stdout: int | None = 1, stderr: int | None 
     full = unusable(settings.home)
     if full and not Library(settings.home).names():
         layers = Layers.none(full)  # with a snapshot there, a restore may still succeed: it writes next to nothing
-    weights = Weights(
-        settings.command.model,
-        settings.home,
-        settings.store_url,
-        settings.mount and not layers.mount,
-        arguments=settings.command.arguments,
-        environment=settings.environment,
-    )
+    weights = Weights.of(settings, enabled=settings.mount and not layers.mount)
     if weights.path is None and not settings.named:
         layers = Layers(
             mount="the model is not a directory on this host; download it first, and give its path",

@@ -24,7 +24,7 @@ from launchers import control
 from launchers.base import CANARY_PROMPT
 from launchers.client import Client
 from launchers.errors import EngineFailed, LauncherError
-from plugin import following, rates
+from plugin import compatibility, following, rates
 from plugin.phases import Phase
 
 if TYPE_CHECKING:
@@ -113,6 +113,7 @@ def take(replica: Replica, sandbox: Sandbox, running: Running, cold_s: float) ->
     awake: dict[str, int] | None = None
     try:
         tracker.to(Phase.SHRINKING)
+        compatibility.check_unchanged(settings, replica.weights, replica.criu, replica.identity)
         driver = replica.driver()
         gpu = driver is not None and _uses_gpu(driver, sandbox)
         canary = engine.record(client, gpu)

@@ -22,6 +22,7 @@ from launchers.base import WEIGHT_SUFFIXES, check_model
 if TYPE_CHECKING:
     from checkpoint.manifest import Snapshot
     from lazyfs.api import MountHandle
+    from plugin.settings import LaunchSettings
 
 log = logging.getLogger("quickthaw")
 IDLE_EXIT_S = 15.0
@@ -54,6 +55,19 @@ class Weights:
         self._digest: str | None = None
         self._handle: MountHandle | None = None
         self._lease: int | None = None
+
+    @classmethod
+    def of(cls, settings: LaunchSettings, enabled: bool) -> Weights:
+        """The model that a launch names."""
+        command = settings.command
+        return cls(
+            command.model,
+            settings.home,
+            settings.store_url,
+            enabled,
+            arguments=command.arguments,
+            environment=settings.environment,
+        )
 
     @property
     def shown_at(self) -> str:

@@ -132,3 +132,18 @@ def test_an_engine_with_adapters_loaded_while_it_serves_is_not_put_to_sleep(laun
         time.sleep(1.0)
         assert started.phases()[0][-1] == "verifying" and started.status()[0]["phase"] == "serving"
         assert started.ours().count("asleep") == 2 and started.ours().count("adapters-loaded") == 1
+
+
+def test_no_snapshot_is_taken_of_what_was_changed_while_the_engine_started(launch_rig):
+    template = launch_rig.folder / "chat.jinja"
+    template.write_text("{{ messages }}")
+    slow = {"ENGINE_DOUBLE_COMPILE_S": "2"}
+    options = {"arguments": ("--chat-template", str(template)), "env": slow}
+    with launch_rig.running(**options) as started:
+        started.wait_for("loading")
+        template.write_text("{{ message }}")
+        started.ask()
+        started.wait_serving()
+        assert "inputs-changed" in started.text() and "arguments-differ: --chat-template" in started.text()
+    assert launch_rig.library.names() == []
+    launch_rig.take(**options)  # the next start does

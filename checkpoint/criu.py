@@ -20,6 +20,7 @@ from typing import Any
 from checkpoint import early
 from checkpoint.aside import aside
 from checkpoint.errors import Failed, HostLacks, Incompatible, Integrity
+from checkpoint.frozen import sysv_refused
 from checkpoint.imagefile import messages, nested
 from checkpoint.privileges import Privileges
 from checkpoint.sandbox import Sandbox
@@ -181,6 +182,8 @@ class Criu:
         code = sandbox.execute(argv, _environment(), timeout_s)
         if code:
             cause = cause_in(seen_at / "dump.log", code)
+            if "SysVIPC" in cause:  # attached by a process; others are found afterwards (checkpoint.frozen)
+                raise sysv_refused("shared memory segment")
             raise Failed(
                 "criu-dump-failed",
                 f"CRIU could not dump the engine: {cause}{kept(seen_at / 'dump.log', logs, f'dump-{images.parent.name}')}",

@@ -119,11 +119,16 @@ def _refuse_sysv(tables: str) -> None:
         elif len(words) > 1:
             found.append(f"{kind} {words[1]}")
     if found:
-        raise Failed(
-            "sysv-ipc",
-            f"the engine holds a SysV {', '.join(found[:5])}, which a restore would lose; "
-            "have it use POSIX ones (shm_open, sem_open), or launch with --no-snapshot",
-        )
+        raise sysv_refused(", ".join(found[:5]))
+
+
+def sysv_refused(what: str) -> Failed:
+    """The refusal of SysV objects."""
+    return Failed(
+        "sysv-ipc",
+        f"the engine holds a SysV {what}, which a restore would lose; "
+        "have it use POSIX ones (shm_open, sem_open), or launch with --no-snapshot",
+    )
 
 
 def _remapped(images: Path) -> set[int]:

@@ -131,6 +131,7 @@ class Sandbox:
         self._lock = threading.Lock()
         self._next_id = 0
         self._closed = False
+        own_network()
         begun, self.begun = self.begun, None
         self._exits: dict[int, int] = {}
         self._network: int | None = None
@@ -141,7 +142,6 @@ class Sandbox:
             self._pending |= self._begun
         else:
             make_run_dir()
-            own_network()
             self._process, self._control = prefork.take_init()
         try:
             if not self._begun:

@@ -49,8 +49,8 @@ from checkpoint.relevance import Arguments, looks_secret, normalised_arguments, 
 from checkpoint.variables import by_kind
 from lazyfs.records import ready
 
-OLDEST_FORMAT = 1
-"""The oldest layout of a snapshot (manifest.FORMAT) that can still be restored."""
+OLDEST_FORMAT = 2
+"""The oldest layout of a snapshot (manifest.FORMAT) that can still be restored. In format 1 a vLLM runs in developer mode."""
 KERNEL_MAJOR_RANGE = 1
 """How many major versions a kernel may be ahead of the one the snapshot was taken on."""
 LOCALTIME = Path("/etc/localtime")

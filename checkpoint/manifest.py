@@ -17,7 +17,7 @@ from checkpoint.cuda import Needs
 from checkpoint.errors import Incompatible, Integrity
 from lazyfs.records import ready
 
-FORMAT = 1
+FORMAT = 2
 """Raised whenever an older quickthaw could not restore what a newer one wrote."""
 FILE_NAME = "manifest.json"
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from checkpoint.manifest import Canary
 from checkpoint.sandbox import CONTROL_DIR, RUN_DIR, TMP_DIR
+from checkpoint.variables import OURS
 from launchers.client import Client
 from launchers.errors import BadModel, EngineDied, EngineFailed, Usage
 
@@ -37,6 +38,11 @@ RELOAD_LIMIT_S = 600.0
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".npz")
 
 
+def without_ours(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables that are the engine's: all but quickthaw's own."""
+    return {name: value for name, value in environment.items() if not name.startswith(OURS)}
+
+
 @dataclass(frozen=True)
 class EngineCommand:
     """An engine's command line, taken apart: what the proxy takes over, and what passes through untouched."""
@@ -49,6 +55,10 @@ class EngineCommand:
     port: int
     api_key: str | None = None
     fixed_seed: bool = False
+    admin_key: str | None = None
+    """The key that the engine asks for on what controls it, where that is another (SGLang's `--admin-api-key`)."""
+    root_path: str = ""
+    """The prefix that the engine takes off a path before it matches it."""
 
 
 @dataclass
@@ -84,8 +94,9 @@ class Engine(abc.ABC):
     switches: frozenset[str] = frozenset()
     """Flags that take no value, where a positional model may follow them."""
     denied_paths: frozenset[str]
-    """Endpoints that our own environment opens or that we use for control: never reachable through the proxy."""
+    """What we control the engine with: never reachable through the proxy."""
     seed_flags: tuple[str, ...] = ()
+    root_path_flags: tuple[str, ...] = ()
     # Command line
 
     def parse(self, arguments: Sequence[str], environment: Mapping[str, str], spin: bool = False) -> EngineCommand:
@@ -102,8 +113,10 @@ class Engine(abc.ABC):
             "--host": "host",
             "--port": "port",
             "--api-key": "api_key",
+            "--admin-api-key": "admin_key",
         }
         takes |= dict.fromkeys(self.seed_flags, "seed")
+        takes |= dict.fromkeys(self.root_path_flags, "root_path")
         index = 0
         if words and not words[0].startswith("-"):
             values["model"] = words[0]
@@ -142,6 +155,8 @@ class Engine(abc.ABC):
             port,
             values.get("api_key") or self.key_from(environment),
             "seed" in values,
+            values.get("admin_key"),
+            values.get("root_path", ""),
         )
 
     def key_from(self, environment: Mapping[str, str]) -> str | None:
@@ -157,14 +172,14 @@ class Engine(abc.ABC):
     ) -> dict[str, str]:
         """The engine's environment: the user's, what reaching into it needs, and no calls home (the sandbox has no way out).
 
-        A variable that the user has set keeps its value, except where a snapshot would not work with it (TMPDIR). `site` and `cache`
-        are empty where the state folder cannot be written: the engine has neither then.
+        A variable that the user has set keeps its value, except where a snapshot would not work with it (TMPDIR). quickthaw's own
+        variables do not pass: they hold its keys, and what an engine is given is in its snapshots. `site` and `cache` are empty where
+        the state folder cannot be written: the engine has neither then.
         """
-        env = dict(user)
+        env = without_ours(user)
         env.pop("PYTHONDONTWRITEBYTECODE", None)
         for name, value in self.defaults().items():
             env.setdefault(name, value)
-        env.update(self.control())
         if site:
             env["PYTHONPATH"] = os.pathsep.join(filter(None, [site, user.get("PYTHONPATH", "")]))
         env["PYTHONUNBUFFERED"] = "1"
@@ -184,9 +199,9 @@ class Engine(abc.ABC):
         """Variables that hold unless the user has set them."""
         return {"DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 
-    @abc.abstractmethod
-    def control(self) -> dict[str, str]:
-        """Variables that our control of the engine needs, whatever the user has set."""
+    def control_arguments(self) -> tuple[str, ...]:
+        """Arguments that our control of the engine needs; they open nothing to anyone else."""
+        return ()
 
     # Its life
 

@@ -10,8 +10,9 @@ import json
 import select
 import socket
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import httptools
@@ -50,6 +51,14 @@ class Client:
     """Sent as `Authorization: Bearer …` where the engine asks for a key."""
     sent: Callable[[], None] | None = None
     """Called when a request has been written, before its answer is read."""
+    admin_token: str | None = None
+    """Sent instead of `token` by `admin`, where the engine asks for a key of its own on what controls it (SGLang)."""
+    control_dir: Path | None = None
+    """The engine's control folder as the host sees it (launchers/control.py); None where the engine is not controlled."""
+
+    def admin(self) -> Client:
+        """This client with the key for control."""
+        return replace(self, token=self.admin_token or self.token)
 
     def _open(self, timeout_s: float) -> socket.socket:
         sock = self.connect()
@@ -65,7 +74,14 @@ class Client:
             raise
         return sock
 
-    def call(self, method: str, path: str, body: object = None, timeout_s: float = 30.0) -> tuple[int, bytes]:
+    def call(
+        self,
+        method: str,
+        path: str,
+        body: object = None,
+        timeout_s: float = 30.0,
+        headers: Mapping[str, str] | None = None,
+    ) -> tuple[int, bytes]:
         """One request on a connection of its own; (status, body). Raises OSError where nobody answers within `timeout_s` seconds."""
         limit = time.monotonic() + timeout_s
         payload = b"" if body is None else json.dumps(body).encode()
@@ -74,6 +90,7 @@ class Client:
             head.append("Content-Type: application/json")
         if self.token:
             head.append(f"Authorization: Bearer {self.token}")
+        head += [f"{name}: {value}" for name, value in (headers or {}).items()]
         answer = _Answer()
         parser = httptools.HttpResponseParser(answer)
         with self._open(timeout_s) as sock:
@@ -97,10 +114,17 @@ class Client:
                     raise ConnectionError(f"{method} {path}: {error!r}") from error
         return int(parser.get_status_code()), bytes(answer.body)
 
-    def ok(self, method: str, path: str, body: object = None, timeout_s: float = 30.0) -> bytes:
+    def ok(
+        self,
+        method: str,
+        path: str,
+        body: object = None,
+        timeout_s: float = 30.0,
+        headers: Mapping[str, str] | None = None,
+    ) -> bytes:
         """The body of an answer that must be a 200. Raises EngineFailed with the engine's own words when it is not."""
         try:
-            status, data = self.call(method, path, body, timeout_s)
+            status, data = self.call(method, path, body, timeout_s, headers)
         except TimeoutError as error:
             raise EngineFailed(
                 "engine-stalled", f"{method} {path} got no answer within {timeout_s:.0f} s; see the engine's log"

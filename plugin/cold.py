@@ -12,13 +12,12 @@ from checkpoint.errors import CheckpointError
 from checkpoint.sandbox import CACHE_DIR, Sandbox, SandboxConfig
 from launchers.bare import BareProcess, free_port
 from launchers.base import ENGINE_SITE, INNER_PORT
-from launchers.client import Client
 from launchers.engine_site import engine_site
 from launchers.errors import LauncherError
 from plugin import taking
 from plugin.home import unusable
 from plugin.output import Output
-from plugin.running import Running
+from plugin.running import Running, client_of
 from plugin.trial import sandbox_reason
 
 if TYPE_CHECKING:
@@ -47,12 +46,14 @@ def begin(replica: Replica, mounted: Path | None) -> Running:
         cache=cache,
     )
     command = replica.settings.command
+    if sandboxed:
+        command = replace(command, arguments=(*command.arguments, *replica.engine.control_arguments()))
     if sandboxed and taking.on_gpu(replica):
         extra = replica.engine.gpu_arguments(command, replica.identity.engine.packages)
         command = replace(command, arguments=(*command.arguments, *extra))
     replica.command = command
     argv = replica.engine.command(replica.settings.engine_python, command, "127.0.0.1", port)
-    client = Client(lambda: place.connect(port), replica.settings.command.api_key)
+    client = client_of(place, port, command)
     try:
         pid = place.start(argv, environment, os.getcwd(), outputs["stdout"].write_fd, outputs["stderr"].write_fd)
     except (CheckpointError, LauncherError) as error:

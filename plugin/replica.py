@@ -27,7 +27,6 @@ from checkpoint.manifest import Snapshot
 from checkpoint.sandbox import CACHE_DIR, Bind, Sandbox
 from launchers import control
 from launchers.base import ENGINE_SITE, Engine, Probe
-from launchers.client import Client
 from launchers.engine_site import engine_site
 from launchers.errors import EngineFailed, LauncherError
 from plugin import rates, taking
@@ -37,7 +36,7 @@ from plugin.layers import Layers
 from plugin.output import Output
 from plugin.phases import Phase, PhaseTracker, Span
 from plugin.remote import Fetching
-from plugin.running import Running
+from plugin.running import Running, client_of
 from plugin.settings import LaunchSettings
 from plugin.weights import Weights, model_place
 
@@ -314,7 +313,7 @@ class Replica:
         parts = {part: round(took, 4) for part, took in self.spans.items()}
         log.debug("parts of the restore%s: %s", ", begun beforehand" if restored.foreseen else "", parts)
         sandbox = restored.sandbox
-        client = Client(lambda: sandbox.connect(snapshot.port), self.settings.command.api_key)
+        client = client_of(sandbox, snapshot.port, self.settings.command)
         self._now_running(Running(sandbox, restored.root_pid, snapshot.port, client, outputs, restored))
         if self.lost:  # before anybody knew that it runs
             raise Failed("pages-lost", self.lost)

@@ -15,8 +15,9 @@ if __name__ == "__main__":
 
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -31,6 +32,17 @@ from plugin.launch import (
     verify_option,
 )
 from plugin.proxy.options import Seconds, knobs, shared
+
+if TYPE_CHECKING:
+    from launchers.base import Engine
+
+
+def _root_path(engine: Engine, identity: Mapping[str, Any]) -> str:
+    """The prefix that the engine was told to take off paths."""
+    for flag in engine.root_path_flags:
+        for values in identity.get("arguments", {}).get(flag, ()):
+            return str(values[0]) if values else ""
+    return ""
 
 
 @click.command(context_settings={"auto_envvar_prefix": "QUICKTHAW"})
@@ -48,6 +60,9 @@ from plugin.proxy.options import Seconds, knobs, shared
 @replicas_option
 @restores_at_once_option
 @click.option("--api-key", default=None, show_envvar=True, help="The key the engine was started with, for the canary.")
+@click.option(
+    "--admin-api-key", default=None, show_envvar=True, help="SGLang's key for control, where it was given one."
+)
 @click.option("--store", default=None, metavar="URL", show_envvar=True, help="Where weights are kept as chunks.")
 @click.option(
     "--snapshot-store",
@@ -98,7 +113,16 @@ def restore(snapshot: str, **options: Any) -> int:
     return launch(
         LaunchSettings(
             engine=found.engine,
-            command=EngineCommand(found.engine, (), model, host, port, key),
+            command=EngineCommand(
+                found.engine,
+                (),
+                model,
+                host,
+                port,
+                key,
+                admin_key=options["admin_api_key"],
+                root_path=_root_path(engine, found.identity),
+            ),
             engine_python=str(interpreter),
             home=home,
             store_url=options["store"],

@@ -5,12 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from checkpoint.sandbox import Sandbox
+from launchers.client import Client
+
 if TYPE_CHECKING:
-    from checkpoint.sandbox import Sandbox
     from checkpoint.snapshot import Restored
     from launchers.bare import BareProcess
-    from launchers.client import Client
+    from launchers.base import EngineCommand
     from plugin.output import Output
+
+
+def client_of(place: Sandbox | BareProcess, port: int, command: EngineCommand) -> Client:
+    """How the launcher calls the engine at `place`, with the keys of its command line; control is for a sandboxed one."""
+    folder = place.control_dir if isinstance(place, Sandbox) else None
+    return Client(lambda: place.connect(port), command.api_key, admin_token=command.admin_key, control_dir=folder)
 
 
 @dataclass

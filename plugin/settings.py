@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launchers.base import EngineCommand
+from launchers.base import EngineCommand, without_ours
 from plugin.home import state_home as state_home
 
 WEIGHTS = ("auto", "full", "thin")
@@ -69,5 +69,5 @@ class LaunchSettings:
 
     @property
     def given_environment(self) -> dict[str, str]:
-        """What the engine may see of `environment`."""
-        return {name: value for name, value in self.environment.items() if name not in self.scrub_env}
+        """What the engine may see of `environment`: neither quickthaw's own variables nor those to scrub."""
+        return {k: v for k, v in without_ours(self.environment).items() if k not in self.scrub_env}

@@ -315,8 +315,11 @@ class Launch:
             replica.served = self._counter(behind)
             behind.coming, behind.lost, behind.pages = replica.pages_coming, replica.pages_lost, replica.page_counts
             replica.recall = self._recaller(pool, behind.name)
-        denied = self.replicas[0].engine.denied_paths - self._opened_by_user()
-        behaviour = Settings(denied_paths=frozenset(denied), **self.settings.proxy)
+        behaviour = Settings(
+            denied_paths=self.replicas[0].engine.denied_paths,
+            root_path=self.settings.command.root_path,
+            **self.settings.proxy,
+        )
         if behaviour.access_log:
             logging.getLogger("quickthaw.proxy").setLevel(logging.INFO)
         # Process 1 of the first sandbox runs already with the limit as it was; both engines raise their own.
@@ -363,12 +366,6 @@ class Launch:
                 raise ConnectionRefusedError(str(error)) from error
 
         return connect
-
-    def _opened_by_user(self) -> frozenset[str]:
-        """Developer endpoints stay open to those who opened them themselves."""
-        if self.settings.environment.get("VLLM_SERVER_DEV_MODE") == "1" and self.settings.engine == "vllm":
-            return self.replicas[0].engine.denied_paths
-        return frozenset()
 
     async def _wake(self) -> None:
         import asyncio

@@ -46,8 +46,8 @@ class Watch:
 
     def __init__(self, home):
         self.home = Path(home)
-        self.environment = {"QUICKTHAW_TEST_HOME": str(home)}
-        self._marker = f"QUICKTHAW_TEST_HOME={home}\0".encode()
+        self.environment = {"RUNNER_TEST_HOME": str(home)}
+        self._marker = f"RUNNER_TEST_HOME={home}\0".encode()
 
     def new(self):
         """What is there now and must not be once a test is over."""

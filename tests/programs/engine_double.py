@@ -9,8 +9,10 @@ something is away, and a redundant resume ends SGLang's worker.
 Standard library, and the double of torch beside it. tests/launch_rig.py lays it out as an environment of its own.
 """
 
+import asyncio
 import atexit
 import contextlib
+import importlib
 import json
 import mmap
 import os
@@ -21,6 +23,7 @@ import sys
 import tempfile
 import threading
 import time
+import types
 import uuid
 import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -178,6 +181,8 @@ class Worker:
             "fired": self.fired_at,
             "environment": sorted(os.environ),
             "values": values(),
+            "all_values": sorted(os.environ.values()),
+            "argv": sys.argv,
         }
 
     def arm(self, seconds):
@@ -272,7 +277,54 @@ class Asking:
         return answer["result"]
 
 
+CONTROL = ("/flush_cache", "/update_weights_from_disk", "/release_memory_occupation", "/resume_memory_occupation")
+
+
+class EngineClient:
+    """vLLM's engine client, as far as control goes."""
+
+    def __init__(self, ask):
+        self.ask = ask
+
+    async def reset_prefix_cache(self):
+        return True
+
+    async def collective_rpc(self, method, timeout=None, args=(), kwargs=None):
+        return [self.ask("collective_rpc", method)]
+
+    async def sleep(self, level=1, mode="abort"):
+        self.ask("sleep", level)
+
+    async def wake_up(self, tags=None):
+        self.ask("wake_up", tags or [])
+
+
+def level(query):
+    return int(next((p.partition("=")[2] for p in query.split("&") if p.startswith("level=")), "1"))
+
+
+DEVELOPER = (
+    {
+        "/reset_prefix_cache": lambda ask, query, body: b"true",
+        "/collective_rpc": lambda ask, query, body: str(ask("collective_rpc", body["method"])).encode(),
+        "/sleep": lambda ask, query, body: str(ask("sleep", level(query))).encode(),
+    }
+    if os.environ.get("VLLM_SERVER_DEV_MODE") == "1"
+    else {}
+)
+"""What vLLM opens in developer mode."""
+
+
+def middleware_of(options):
+    """The class that `--middleware` names, imported as vLLM does it."""
+    if "middleware" not in options:
+        return lambda app: app
+    module, name = options["middleware"].rsplit(".", 1)
+    return getattr(importlib.import_module(module), name)
+
+
 def handler(engine, ask, options):
+    middleware = middleware_of(options)
     name = options.get("served-model-name", options["model"])
 
     def chosen(prompt):
@@ -317,6 +369,8 @@ def handler(engine, ask, options):
                 self.reply({"error": str(error)}, 500)
 
         def answer(self, path, query, body):
+            if engine == "sglang" and self.refused(path):
+                return ({"error": "Unauthorized"}, 401)
             if path in ("/v1/completions", "/v1/chat/completions"):
                 prompt = body.get("prompt") or json.dumps(body.get("messages"))
                 if body.get("slow"):
@@ -335,6 +389,12 @@ def handler(engine, ask, options):
             if engine == "sglang":
                 return self.sglang(path, body)
             return self.vllm(path, query, body)
+
+        def refused(self, path):
+            """Whether SGLang asks for another key: its own for what controls it, the clients' for the rest (srt/utils/auth.py)."""
+            admin, key = options.get("admin-api-key"), options.get("api-key")
+            wanted = (admin or key) if path in CONTROL else key
+            return wanted is not None and self.headers.get("Authorization") != f"Bearer {wanted}"
 
         def sglang(self, path, body):
             if path == "/generate":
@@ -358,19 +418,24 @@ def handler(engine, ask, options):
             return ({"error": "not found"}, 404)
 
         def vllm(self, path, query, body):
-            asked = [pair.partition("=")[2] for pair in query.split("&") if pair.startswith("tags=")]
-            if path == "/reset_prefix_cache":
-                return (b"true",)
-            if path == "/collective_rpc":
-                return ({"results": [ask("collective_rpc", body["method"])]},)
-            if path == "/sleep":
-                level = next((p.partition("=")[2] for p in query.split("&") if p.startswith("level=")), "1")
-                ask("sleep", int(level))
-                return (b"",)
-            if path == "/wake_up":
-                ask("wake_up", asked)
-                return (b"",)
-            return ({"error": "not found"}, 404)
+            app = types.SimpleNamespace(state=types.SimpleNamespace(engine_client=EngineClient(ask)))
+            sent = []
+
+            async def receive():
+                return {"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}
+
+            async def send(message):
+                sent.append(message)
+
+            async def own(scope, receive, send):
+                status, data = (200, DEVELOPER[path](ask, query, body)) if path in DEVELOPER else (404, b"not found")
+                await send({"type": "http.response.start", "status": status})
+                await send({"type": "http.response.body", "body": data})
+
+            headers = [(name.lower().encode(), value.encode()) for name, value in self.headers.items()]
+            scope = {"type": "http", "method": "POST", "path": path, "headers": headers, "app": app}
+            asyncio.run(middleware(own)(scope, receive, send))
+            return (sent[1]["body"], sent[0]["status"])
 
     return Handler
 

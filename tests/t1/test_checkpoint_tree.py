@@ -50,7 +50,7 @@ def ask(sandbox, **request):
 
 def start_tree(sandbox, output, megabytes=16):
     """The tree inside a sandbox; its process number in there."""
-    env = {name: os.environ[name] for name in ("PATH", "QUICKTHAW_TEST_HOME")} | {"TMPDIR": TMP_DIR, "HOME": "/"}
+    env = {name: os.environ[name] for name in ("PATH", "RUNNER_TEST_HOME")} | {"TMPDIR": TMP_DIR, "HOME": "/"}
     pid = sandbox.start([sys.executable, str(PROGRAM), str(megabytes)], env, "/", output.write_fd, output.write_fd)
     output.handed_over()
     ask(sandbox, op="count")

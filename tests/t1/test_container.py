@@ -75,7 +75,7 @@ def container(launch_rig, tmp_path):
 
     def prefix(*options):
         env = rig.env()
-        names = ("QUICKTHAW_HOME", "QUICKTHAW_TEST_HOME", "QUICKTHAW_CRIU", "PYTHONPATH", "SGLANG_USE_CPU_ENGINE")
+        names = ("QUICKTHAW_HOME", "RUNNER_TEST_HOME", "QUICKTHAW_CRIU", "PYTHONPATH", "SGLANG_USE_CPU_ENGINE")
         argv = [*podman, "run", "--rm", "--network=host", f"--workdir={REPO}", "--pull=never"]
         argv += [f"--env={name}={env[name]}" for name in names]
         argv += [f"--ulimit=nofile={files}:{files}", "--ulimit=nproc=4000:4000"]

@@ -66,7 +66,7 @@ def test_a_woken_process_may_use_what_it_used_before_its_dump(tmp_path, watch):
     criu, library = Criu.find(state_home()), Library(tmp_path)
     (tmp_path / "compile").mkdir()
     repo = str(Path(__file__).parents[2])
-    env = {name: os.environ[name] for name in ("PATH", "QUICKTHAW_TEST_HOME")} | {
+    env = {name: os.environ[name] for name in ("PATH", "RUNNER_TEST_HOME")} | {
         "TMPDIR": TMP_DIR,
         "HOME": "/",
         "QUICKTHAW_CONTROL_DIR": CONTROL_DIR,

@@ -47,7 +47,7 @@ class Bench:
 
     def taken(self, program, meanwhile=lambda: None):
         """Run a program until it is ready, and take its snapshot; `meanwhile` is called afterwards, while it still runs."""
-        env = {name: os.environ[name] for name in ("PATH", "QUICKTHAW_TEST_HOME")} | {
+        env = {name: os.environ[name] for name in ("PATH", "RUNNER_TEST_HOME")} | {
             "TMPDIR": TMP_DIR,
             "HOME": "/",
             "QUICKTHAW_CONTROL_DIR": CONTROL_DIR,

@@ -1,0 +1,40 @@
+"""Prints the routes of a real engine's application as JSON, built in its own interpreter without starting the engine.
+
+`engine_routes.py vllm|sglang ARGUMENTS…`: under the environment and with the arguments that it is given. Sockets and mounts
+are routes too; `openapi.json` names only some.
+"""
+
+import json
+import os
+import sys
+
+
+def vllm(arguments):
+    from vllm.entrypoints.launchers.app import build_app
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    args = make_arg_parser(FlexibleArgumentParser()).parse_args(arguments)
+    return build_app(args, ("generate",))
+
+
+def sglang(arguments):
+    from sglang.srt.entrypoints.http_server import app
+
+    return app
+
+
+def main(engine, *arguments):
+    app = {"vllm": vllm, "sglang": sglang}[engine](arguments)
+    found = {
+        (method, route.path)
+        for route in app.routes
+        for method in (getattr(route, "methods", None) or {type(route).__name__.upper()})
+    }
+    with os.fdopen(int(os.environ["ROUTES_FD"]), "w") as file:
+        json.dump(sorted(found), file)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
+    os._exit(0)  # engines leave threads that wait

@@ -3,6 +3,10 @@
 `spellings(path)` is run against the proxy's rules (t0), the proxy in front of a toy engine (t1), and both real engines (t2).
 """
 
+import json
+import socket
+import sys
+
 
 def spellings(path: str, prefix: str = "") -> list[str]:
     """Request targets that some reader takes for `path`, which begins with a slash; `prefix`: a routing prefix to put before it too."""
@@ -89,3 +93,19 @@ MATCHED_BY_PREFIX = [
     "/x/../metricsx",
 ]
 """Targets that reach what engines match by the beginning of a path: their metrics."""
+
+
+def main() -> None:
+    """Send the requests that standard input lists ([method, target], JSON) to a port of this network; print their statuses."""
+    found = []
+    for method, target in json.load(sys.stdin):
+        with socket.create_connection(("127.0.0.1", int(sys.argv[1])), timeout=30) as sock:
+            body = b"" if method == "GET" else b"{}"
+            head = f"{method} {target} HTTP/1.1\r\nHost: t\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
+            sock.sendall(head.encode("latin-1") + body)
+            found.append(int(sock.makefile("rb").readline().split()[1]))
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -24,11 +24,20 @@ def sglang(arguments):
     return app
 
 
+def flat(routes):
+    """Every route, those of included routers too (newer FastAPIs keep them as routers)."""
+    for route in routes:
+        if hasattr(route, "path"):
+            yield route
+        else:
+            yield from flat(route.effective_candidates())
+
+
 def main(engine, *arguments):
     app = {"vllm": vllm, "sglang": sglang}[engine](arguments)
     found = {
         (method, route.path)
-        for route in app.routes
+        for route in flat(app.routes)
         for method in (getattr(route, "methods", None) or {type(route).__name__.upper()})
     }
     with os.fdopen(int(os.environ["ROUTES_FD"]), "w") as file:

@@ -7,6 +7,7 @@ import contextlib
 import http.client
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,17 +18,22 @@ from pathlib import Path
 import msgspec
 import pytest
 
+import launchers
 from checkpoint.archive import open_chunks
 from checkpoint.cache_archive import pull_cache
 from checkpoint.library import Library
 from checkpoint.manifest import dump
+from launchers.base import INNER_PORT
+from launchers.engine_site import engine_site
 from plugin import measure
 from plugin.presets import preset
 from plugin.settings import state_home
+from tests.attacks import spellings
 from tests.leftovers import Watch
 
 pytestmark = [pytest.mark.t2, pytest.mark.timeout(1200)]
 REPO = Path(__file__).parents[2]
+ROUTES = REPO / "tests" / "programs" / "engine_routes.py"
 NAME = "under-test"
 COLD_LIMIT_S = 900.0
 
@@ -105,6 +111,13 @@ def post(port, path, body, timeout_s=60.0):
         return response.status, response.read()
 
 
+def get(port, path):
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    with contextlib.closing(connection):
+        connection.request("GET", path)
+        return connection.getresponse().read()
+
+
 def phases(port):
     return [[span["phase"] for span in r["timeline"]] for r in measure.status(port)["pools"][0]["replicas"]]
 
@@ -121,7 +134,6 @@ def rig(request, tmp_path_factory):
     with rig.running("--snapshot-store", str(home / "kept")) as (port, answer, _, command):
         rig.cold_text = answer.text
         rig.cold_status = measure.status(port)
-        rig.denied = [post(port, path, {})[0] for path in sorted(_denied(request.param))[:3]]
         rig.mounts = [
             line for line in Path("/proc/self/mounts").read_text().splitlines() if str(home) in line and "fuse" in line
         ]
@@ -133,12 +145,6 @@ def rig(request, tmp_path_factory):
     shutil.rmtree(home, ignore_errors=True)
 
 
-def _denied(engine):
-    import launchers
-
-    return launchers.engine(engine).denied_paths
-
-
 def test_the_cold_start_answers_serves_on_and_leaves_a_snapshot(rig):
     assert "degrees" in rig.cold_text
     timeline = [span["phase"] for span in rig.cold_status["pools"][0]["replicas"][0]["timeline"]]
@@ -147,7 +153,63 @@ def test_the_cold_start_answers_serves_on_and_leaves_a_snapshot(rig):
     snapshot = rig.library.load(NAME)
     assert snapshot.kv_cache_bytes > 300e6
     assert snapshot.canary.token_ids
-    assert rig.denied == [404, 404, 404]
+
+
+def routes(rig, arguments, environment):
+    """What the engine's own application answers to, built in its interpreter: [method, path] of each route."""
+    reader, writer = os.pipe()
+    with os.fdopen(reader) as out:
+        env = {**os.environ, **rig.preset.environment, **environment, "ROUTES_FD": str(writer)}
+        argv = [str(rig.preset.python), str(ROUTES), rig.engine, *arguments]
+        done = subprocess.run(argv, env=env, pass_fds=[writer], capture_output=True, text=True, timeout=300)
+        os.close(writer)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return {tuple(route) for route in json.load(out)}
+
+
+def attack(port, requests, pid=None):
+    """Statuses of requests (method, target) on a port; with `pid`, in the network of that process."""
+    argv = ["nsenter", "-t", str(pid), "-n"] if pid else []
+    argv += [sys.executable, str(REPO / "tests" / "attacks.py"), str(port)]
+    done = subprocess.run(
+        argv, input=json.dumps(requests), capture_output=True, text=True, timeout=300, check=True, cwd=REPO
+    )
+    return dict(zip(requests, json.loads(done.stdout), strict=True))
+
+
+def test_nothing_is_open_that_the_engine_alone_would_not_open(rig):
+    """The engine's route table with us and without, and every route that developer mode would add posted to: through the public port,
+    and at the engine's own port."""
+    engine = launchers.engine(rig.engine)
+    site = engine_site(rig.home, REPO / "plugin" / "engine")
+    command = engine.parse(rig.preset.arguments, {})
+    ours = engine.environment(
+        {**os.environ, **rig.preset.environment}, command, sandboxed=True, site=str(site), cache=str(rig.home)
+    )
+    alone = routes(rig, rig.preset.arguments, {})
+    assert routes(rig, [*command.arguments, *engine.control_arguments()], ours) == alone
+    developer = (
+        routes(rig, rig.preset.arguments, {"VLLM_SERVER_DEV_MODE": "1"}) - alone if rig.engine == "vllm" else set()
+    )
+    assert (len(developer) > 20) == (rig.engine == "vllm")
+    with rig.running(limit_s=120.0) as (port, _, process, _):
+        root = engine_root(process)
+        schema = json.loads(get(port, "/openapi.json"))["paths"]
+        live = {(method.upper(), path) for path, methods in schema.items() for method in methods}
+        assert live <= {(method, re.sub(r":\w+}", "}", path)) for method, path in alone} and len(live) > 20
+        closed = [(method, prefix + path) for method, path in sorted(developer) for prefix in ("", "/api")]
+        closed += [("POST", path) for path in spellings("/quickthaw-control")]
+        if rig.engine == "vllm":
+            closed += [("POST", path) for path in spellings("/collective_rpc")]
+            assert set(attack(INNER_PORT, closed, root).values()) <= {400, 404}
+        closed += [("POST", target) for path in sorted(engine.denied_paths) for target in spellings(path)]
+        answers = attack(port, closed)
+        assert set(answers.values()) <= {400, 404}, {
+            asked: got for asked, got in answers.items() if got not in (400, 404)
+        }
+        # … and it serves as before.
+        again = measure.stream_completion(port, str(rig.preset.model), time.monotonic(), 16, 60.0)
+        assert again.text == rig.cold_text
 
 
 def test_ten_restores_in_a_row_all_verify_and_answer_the_same(rig):
@@ -274,18 +336,8 @@ def test_a_request_to_a_sleeping_engine_wakes_it(rig):
 
 
 def test_an_engine_that_dies_while_serving_comes_back(rig):
-    from checkpoint.snapshot import processes
-
     with rig.running(limit_s=120.0) as (port, _, process, _):
-        ours = os.readlink("/proc/self/ns/pid")
-        inside = [
-            pid
-            for pid in processes(process.pid)
-            if os.path.exists(f"/proc/{pid}/ns/pid") and os.readlink(f"/proc/{pid}/ns/pid") != ours
-        ]
-        # The engine's root is the first child of process 1.
-        root = min(pid for pid in inside if _inner(pid) > 1000)
-        os.kill(root, 9)
+        os.kill(engine_root(process), 9)
         limit = time.monotonic() + 120
         while True:
             try:
@@ -294,6 +346,20 @@ def test_an_engine_that_dies_while_serving_comes_back(rig):
             except (OSError, measure.MeasureError):
                 assert time.monotonic() < limit
         assert answer.text == rig.cold_text
+
+
+def engine_root(process):
+    """The engine's first process, by its number on the host."""
+    from checkpoint.snapshot import processes
+
+    ours = os.readlink("/proc/self/ns/pid")
+    inside = [
+        pid
+        for pid in processes(process.pid)
+        if os.path.exists(f"/proc/{pid}/ns/pid") and os.readlink(f"/proc/{pid}/ns/pid") != ours
+    ]
+    # The engine's root is the first child of process 1.
+    return min(pid for pid in inside if _inner(pid) > 1000)
 
 
 def _inner(pid):

@@ -88,6 +88,24 @@ def test_unsigned_code_is_not_run_where_signatures_are_asked_for(launch_rig, tmp
     assert "compile-cache-unsigned" in text and "engine double: compiled" in text
 
 
+def test_signed_code_is_used_where_signatures_are_asked_for(launch_rig, tmp_path):
+    rig, store = launch_rig, tmp_path / "snapshots"
+    rig.cli("snapshot", "keygen", tmp_path / "key")
+    start(rig, store, "--sign-key", tmp_path / "key")
+    rig.fresh_home()
+    text = start(rig, store, "--trust-key", tmp_path / "key.pub", wait=None)
+    assert "1 files from" in text and "found its compiled code" in text
+
+
+def test_code_compiled_for_other_arguments_or_threads_is_not_fetched(launch_rig, tmp_path):
+    """LoRA and thread counts enter compiled code."""
+    rig, store = launch_rig, tmp_path / "snapshots"
+    start(rig, store)
+    shutil.rmtree(rig.fresh_home())
+    text = start(rig, store, OMP_NUM_THREADS="3")
+    assert "has none for this engine" in text and "engine double: compiled" in text
+
+
 def test_a_store_that_stalls_is_waited_for_only_so_long(tmp_path, caplog):
     from plugin.compile_cache import CompileCache
 

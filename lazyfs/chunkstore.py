@@ -15,6 +15,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import blake3
@@ -22,8 +23,10 @@ import msgspec
 import zstandard
 
 from lazyfs.chunking import MAX_CHUNK
-from lazyfs.errors import Integrity, NotFound, Permanent, Usage
+from lazyfs.errors import Busy, Integrity, NotFound, Permanent, Usage
 from lazyfs.manifest import RAW, ZSTD, Chunk, Manifest, decode, encode, is_digest
+from lazyfs.records import ready
+from lazyfs.retry import RetryPolicy, retrying
 from lazyfs.stores.base import ObjectInfo, Store
 
 _REF = re.compile(
@@ -37,6 +40,12 @@ _SAMPLE = 256 << 10
 _WINDOW = 8 << 20
 # What is met again by an import is made young when older than this, so that a collection running beside spares it.
 GRACE_S = 24 * 3600.0
+# What a collection leaves in a remote store (`lazyfs.collection`), and how long it is believed to run without a sign of life. Clocks
+# of hosts and stores differ.
+GC_MARK = "gc/last"
+_GC_SILENT_S, _GC_WAIT_S, _SKEW_S = 120.0, 120.0, 300.0
+# Asking a remote store for a chunk's size is all round trip.
+HEADS = 32
 _local = threading.local()
 
 
@@ -79,6 +88,13 @@ def mismatch(data: bytes | memoryview, digest: str, length: int) -> str:
     return f"hashes to {digest_of(data)[:12]} instead of {digest[:12]}"
 
 
+class _Mark(msgspec.Struct, frozen=True):
+    """A collection's: the batch that it has begun, and whether it goes on."""
+
+    batch: int = 0
+    running: bool = False
+
+
 class ChunkStore:
     """The blob API. `zstd`: "auto" compresses where a sample shows that it pays, None never, a number always
     (level).
@@ -89,6 +105,7 @@ class ChunkStore:
             raise Usage(f"zstd must be 'auto', None or a level from 1 to 19, not {zstd!r}")
         self.store = store
         self.zstd = zstd
+        self._since = time.time()
 
     # -- chunks
 
@@ -177,7 +194,11 @@ class ChunkStore:
     # -- manifests
 
     def put_manifest(self, manifest: Manifest) -> str:
-        """Flush the chunks, then write the manifest; returns its digest."""
+        """Flush the chunks, then write the manifest; returns its digest.
+
+        Busy (`collected-meanwhile`) where a garbage collection of a remote store took a chunk of it: the manifest is not there
+        then, and storing everything again helps.
+        """
         digest, data = encode(manifest)
         self.store.flush()
         key = f"manifests/{digest}"
@@ -188,7 +209,48 @@ class ChunkStore:
         if there != data:
             self.store.put(key, data)
             self.store.flush()
+        else:
+            # It has no name yet: a collection of what is old and has none must not take it.
+            info = self.store.head(key)
+            if info is not None and time.time() - info.modified > GRACE_S / 2:
+                self.store.touch(key)
+        if self.store.remote:
+            self._confirm(manifest, key, was_there=there == data)
         return digest
+
+    def _confirm(self, manifest: Manifest, key: str, *, was_there: bool) -> None:
+        """See that no chunk went while the manifest was on its way. One look, unless garbage was collected since this object was made."""
+        mark = self.store.head(GC_MARK)
+        if mark is None or mark.modified < self._since - _SKEW_S:
+            return
+        self._await_collection(mark)
+        lengths = {c.digest: c.length for f in manifest.files for c in f.chunks}
+        with ThreadPoolExecutor(HEADS) as pool:
+            there = pool.map(lambda item: retrying(lambda: self.has(*item), RetryPolicy()), lengths.items())
+            lost = sum(not found for found in there)
+        if lost:
+            if not was_there:
+                self.store.delete(key)
+            raise Busy(
+                f"a garbage collection of {self.store.url} took {lost} chunks meanwhile; import or push again",
+                code="collected-meanwhile",
+            )
+
+    def _await_collection(self, mark: ObjectInfo) -> None:
+        """Wait until a running collection has begun another batch: it has seen the manifest by then. Busy after two minutes."""
+        first, deadline = self._mark(), time.monotonic() + _GC_WAIT_S
+        now = first
+        while now.running and now == first and time.time() - mark.modified < _GC_SILENT_S:
+            if time.monotonic() > deadline:
+                raise Busy(f"a garbage collection runs on {self.store.url}; try again after it", code="store-busy")
+            time.sleep(0.2)
+            now, mark = self._mark(), self.store.head(GC_MARK) or mark
+
+    def _mark(self) -> _Mark:
+        try:
+            return msgspec.json.decode(self.store.get(GC_MARK), type=ready(_Mark))
+        except (NotFound, msgspec.DecodeError):
+            return _Mark()
 
     def get_manifest(self, digest: str) -> Manifest:
         """The manifest, verified. NotFound or Integrity."""

@@ -303,7 +303,7 @@ def rm(name: str, store: str | None, as_json: bool) -> None:
 @_guarded
 def gc(grace: float, untagged: bool, dry_run: bool, store: str | None, as_json: bool) -> None:
     """Delete chunks that no manifest mentions. Snapshots and tags are roots; nothing they need is touched."""
-    from lazyfs.maintenance import collect
+    from lazyfs.collection import collect
 
     done = collect(_chunks(store), grace_s=grace * 3600, untagged=untagged, dry_run=dry_run)
     if as_json:

@@ -1,24 +1,17 @@
-"""Looking after a store and a cache: listing, verifying, removing, and collecting garbage.
-
-Collection on a local store excludes imports by a lock. On a remote one there is no lock: chunks younger than the grace
-period are spared, and an import makes young what it meets again, so an import that runs shorter than half of it is
-safe.
-"""
+"""Looking after a store and a cache: listing, verifying, removing. (Collecting garbage: `lazyfs.collection`.)"""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
 import os
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 from lazyfs.cache import PRESENT, UNPROVEN, Cache
-from lazyfs.chunkstore import GRACE_S, ChunkStore, chunk_key, digest_of, mismatch
+from lazyfs.chunkstore import HEADS, ChunkStore, chunk_key, digest_of, mismatch
 from lazyfs.errors import Busy, DiskFull, Integrity, LazyfsError, NotFound, Permanent, Usage, from_os_error
 from lazyfs.manifest import RAW, ZSTD, Chunk, File, Manifest, decode, is_digest
 from lazyfs.paths import private_dir
@@ -26,8 +19,6 @@ from lazyfs.retry import RetryPolicy, certain, retrying
 from lazyfs.stores.local import LocalStore
 
 _WORKERS = 4
-# Asking a remote store for a chunk's size is all round trip.
-_HEADS = 32
 
 
 @contextlib.contextmanager
@@ -69,7 +60,7 @@ class Entry:
 def listing(chunks: ChunkStore) -> list[Entry]:
     """All manifests, named ones first; the damaged ones at the end."""
     stored = list(chunks.manifests())
-    good, broken = _names(chunks, set(stored))
+    good, broken = named_manifests(chunks, set(stored))
     names: dict[str, list[str]] = {}
     for (_, name), digest in good.items():
         names.setdefault(digest, []).append(name)
@@ -93,7 +84,7 @@ def listing(chunks: ChunkStore) -> list[Entry]:
     return sorted(entries, key=lambda e: (not e.names, e.names, e.manifest)) + damaged
 
 
-def _names(
+def named_manifests(
     chunks: ChunkStore, manifests: set[str] | None = None
 ) -> tuple[dict[tuple[str, str], str], dict[tuple[str, str], str]]:
     """Of all tags and snapshots, by (kind, name): what the sound ones name, and why the others name nothing. Of `manifests`, if
@@ -127,7 +118,7 @@ def complete(chunks: ChunkStore, digest: str) -> bool:
     lengths = {c.digest: c.length for f in manifest.files for c in f.chunks}
     if not chunks.store.remote:
         return all(chunks.has(*item) for item in lengths.items())
-    with ThreadPoolExecutor(_HEADS) as pool:
+    with ThreadPoolExecutor(HEADS) as pool:
         return all(pool.map(lambda item: retrying(lambda: chunks.has(*item), RetryPolicy()), lengths.items()))
 
 
@@ -166,7 +157,7 @@ def verify(
     wanted: dict[str, tuple[Chunk, str]] = {}
     if digests is None:
         digests = list(chunks.manifests())
-        _, broken = _names(chunks, set(digests))
+        _, broken = named_manifests(chunks, set(digests))
         report.broken_names = {f"{kind.removesuffix('s')} {name}": why for (kind, name), why in broken.items()}
     for digest in digests:
         try:
@@ -261,7 +252,7 @@ def remove(chunks: ChunkStore, name: str) -> list[str]:
 
     A damaged name goes alone. Chunks stay until garbage is collected. Returns what was removed. NotFound.
     """
-    good, broken = _names(chunks)
+    good, broken = named_manifests(chunks)
     full = name if ":" in name else f"{name}:latest"
     for kind, ref in broken:
         if ref in (name, full):
@@ -288,56 +279,3 @@ def remove(chunks: ChunkStore, name: str) -> list[str]:
         chunks.store.delete(f"manifests/{digest}")
         removed.append(f"manifest {digest}")
     return removed
-
-
-@dataclass
-class Collected:
-    """What a collection did (or would do): counts and bytes."""
-
-    chunks: int = 0
-    bytes: int = 0
-    kept: int = 0
-    young: int = 0
-    manifests: int = 0
-
-
-def collect(
-    chunks: ChunkStore, *, grace_s: float = GRACE_S, untagged: bool = False, dry_run: bool = False
-) -> Collected:
-    """Delete chunks that no manifest mentions. `untagged` first deletes weights that no tag names (never snapshots).
-
-    A manifest that cannot be read, or a name that leads to none, stops the collection (Integrity): chunks that are needed would
-    count as garbage.
-    """
-    result = Collected()
-    now = time.time()
-    with contextlib.nullcontext() if dry_run else store_lock(chunks, exclusive=True):
-        stored = list(chunks.manifests())
-        good, broken = _names(chunks, set(stored))
-        if broken:
-            (_, name), why = next(iter(broken.items()))
-            raise Integrity(f"{name}: {why}")
-        named = set(good.values())
-        used: set[str] = set()
-        for digest in stored:
-            manifest = chunks.get_manifest(digest)
-            info = chunks.store.head(f"manifests/{digest}")
-            old = info is not None and now - info.modified >= grace_s
-            if untagged and digest not in named and manifest.kind == "weights" and old:
-                result.manifests += 1
-                if not dry_run:
-                    chunks.store.delete(f"manifests/{digest}")
-                continue
-            used |= manifest.chunk_digests()
-        for info in chunks.store.list("chunks/"):
-            digest = Path(info.key).name.removesuffix(".zst")
-            if digest in used:
-                result.kept += 1
-            elif now - info.modified < grace_s:
-                result.young += 1
-            else:
-                result.chunks += 1
-                result.bytes += info.size
-                if not dry_run:
-                    chunks.store.delete(info.key)
-    return result

@@ -15,13 +15,14 @@ from lazyfs_kit import make_model, write_safetensors
 from lazyfs import importer, loading
 from lazyfs.cache import UNPROVEN, Cache
 from lazyfs.chunkstore import ChunkStore, chunk_key, digest_of
+from lazyfs.collection import collect
 from lazyfs.config import MountConfig
 from lazyfs.digests import DigestLog
 from lazyfs.directory import import_directory, known_digest, origins, read_through
 from lazyfs.errors import Busy, DiskFull, Integrity, LazyfsError, NotFound, Permanent, Temporary, Usage
 from lazyfs.fetch import ChunkFetcher, ReadThroughSource, StoreSource
 from lazyfs.importer import import_tree
-from lazyfs.maintenance import collect, listing, remove, store_lock, verify
+from lazyfs.maintenance import listing, remove, store_lock, verify
 from lazyfs.manifest import RAW, ZSTD, Chunk, File, decode, encode
 from lazyfs.readthrough import describe
 from lazyfs.retry import RetryPolicy, retrying

@@ -17,8 +17,9 @@ from lazyfs_rig import LIMIT_S, Rig, wait_for, write_model
 from lazyfs import kernel
 from lazyfs.api import import_directory, read_through
 from lazyfs.chunkstore import ChunkStore
+from lazyfs.collection import collect
 from lazyfs.errors import NotFound, Permanent
-from lazyfs.maintenance import collect, remove, verify
+from lazyfs.maintenance import remove, verify
 from lazyfs.stores import open_store
 from lazyfs.trace import Trace
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
@@ -35,10 +35,19 @@ def _guarded(command: F) -> F:
         try:
             return command(*args, **kwargs)
         except LazyfsError as error:
-            click.echo(f"quickthaw: {error} [{error.code}]", err=True)
-            sys.exit(error.exit_code)
+            _fail(error)
+        except OSError as error:
+            # A click file, a pipe that is closed, a path that a command looks at itself: one line as well.
+            from lazyfs.errors import from_os_error
+
+            _fail(from_os_error(error, str(error.filename or command.__name__.rstrip("_"))))
 
     return inner  # type: ignore[return-value]
+
+
+def _fail(error: LazyfsError) -> NoReturn:
+    click.echo(f"quickthaw: {error} [{error.code}]", err=True)
+    sys.exit(error.exit_code)
 
 
 _store = click.option(
@@ -185,7 +194,7 @@ def import_(directory: Path, tag: str | None, zstd: str, store: str | None, as_j
 def ls(store: str | None, as_json: bool) -> None:
     """List the manifests of a store, with their names and how much of each is shared with others. Damaged ones, and names
     that lead to none, are listed as such."""
-    from lazyfs.maintenance import listing
+    from lazyfs.maintenance import listing, unnamed
 
     chunks = _chunks(store)
     entries = listing(chunks)
@@ -193,7 +202,15 @@ def ls(store: str | None, as_json: bool) -> None:
         click.echo(json.dumps([asdict(e) for e in entries]))
         return
     if not entries:
-        click.echo(f"nothing in {chunks.store.url} yet: `quickthaw weights import DIRECTORY`", err=True)
+        count, size = unnamed(chunks)
+        if count:
+            click.echo(
+                f"no manifest in {chunks.store.url}, and {count} chunks ({_size(size)}) that none mentions: "
+                "`quickthaw weights gc` deletes those older than a day",
+                err=True,
+            )
+        else:
+            click.echo(f"nothing in {chunks.store.url} yet: `quickthaw weights import DIRECTORY`", err=True)
     for e in entries:
         shared = _size(e.size - e.unshared)
         name = ", ".join(e.names) or "-"
@@ -389,8 +406,8 @@ def mount(
     store: str | None,
     as_json: bool,
 ) -> None:
-    """Show MANIFEST (a digest, the beginning of one, a tag, a snapshot, or a model directory or URL read in place) at
-    DIRECTORY, read-only.
+    """Show MANIFEST (a digest, the beginning of one, a tag, a snapshot, or the path or URL of a model directory read in
+    place) at DIRECTORY, read-only. A path begins with "/", "." or "~": anything else is a name in the store.
 
     In the foreground it unmounts on Ctrl-C, SIGTERM, or when the terminal goes. A stale mount point of a killed daemon is recovered.
 
@@ -455,16 +472,26 @@ def mount(
 
 
 def _what(name: str, store: str | None) -> tuple[str, str | None]:
-    """The manifest's digest and the store, from whatever the user named."""
+    """The manifest's digest and the store, from whatever the user named.
+
+    A folder is named by a path: beginning with "/", "." or "~", or ending with "/". Anything else is a name in the store, whatever
+    lies in the working directory.
+    """
     from lazyfs.directory import read_through
+    from lazyfs.errors import NotFound
     from lazyfs.paths import default_store_url
     from lazyfs.retry import RetryPolicy, retrying
 
     url = store or default_store_url()
-    if "://" in name or Path(name).is_dir():
+    if "://" in name or name.startswith(("/", ".", "~")) or name.endswith("/"):
         return read_through(name), url
-    chunks = _chunks(store)
-    return retrying(lambda: chunks.resolve(name), RetryPolicy()), url
+    try:
+        chunks = _chunks(store)
+        return retrying(lambda: chunks.resolve(name), RetryPolicy()), url
+    except NotFound as error:
+        if Path(name).is_dir():
+            raise NotFound(f"{error}. For the folder of that name here, write ./{name}") from None
+        raise
 
 
 def _living(where: Path) -> MountHandle:

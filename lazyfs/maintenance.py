@@ -84,6 +84,12 @@ def listing(chunks: ChunkStore) -> list[Entry]:
     return sorted(entries, key=lambda e: (not e.names, e.names, e.manifest)) + damaged
 
 
+def unnamed(chunks: ChunkStore) -> tuple[int, int]:
+    """Of a store without manifests: how many chunks lie in it all the same, and their bytes."""
+    sizes = [info.size for info in chunks.store.list("chunks/")]
+    return len(sizes), sum(sizes)
+
+
 def named_manifests(
     chunks: ChunkStore, manifests: set[str] | None = None
 ) -> tuple[dict[tuple[str, str], str], dict[tuple[str, str], str]]:

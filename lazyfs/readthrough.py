@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 
 from lazyfs.chunking import ReadAt, chunk_lengths
-from lazyfs.errors import NotFound, Permanent
+from lazyfs.errors import NotFound, Permanent, from_os_error
 from lazyfs.importer import walk
 from lazyfs.manifest import VERSION, Chunk, Directory, File, Manifest
 from lazyfs.retry import RetryPolicy, retrying
@@ -34,11 +34,14 @@ def _describe_folder(folder: Path, url: str) -> Manifest:
     listing = walk(folder)
     files = []
     for path, source, st in listing.files:
-        fd = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            lengths = chunk_lengths(path, st.st_size, _reader(fd))
-        finally:
-            os.close(fd)
+            fd = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                lengths = chunk_lengths(path, st.st_size, _reader(fd))
+            finally:
+                os.close(fd)
+        except OSError as error:
+            raise from_os_error(error, f"cannot read {source}") from error
         version = f"{st.st_size}-{st.st_mtime_ns}-{st.st_ctime_ns}-{st.st_ino}"
         chunks = tuple(Chunk("", n) for n in lengths)
         files.append(File(path, st.st_mode & 0o7777, st.st_size, chunks, version))

@@ -268,3 +268,57 @@ def test_a_chunk_that_the_disk_cannot_read_is_named_beside_the_rest(tmp_path, ch
     assert list(found["bad"]) == [path.name] and found["chunks"] > 2
     run(weights, "verify", "--repair", code=1)
     assert not path.exists()
+
+
+def test_a_name_is_a_tag_whatever_lies_in_the_working_directory(tmp_path, chunks, monkeypatch):
+    """The mount itself is left out: only what would be mounted counts."""
+    from lazyfs.cli import _what
+
+    model = make_model(tmp_path / "imported", megabytes=1)
+    digest = import_directory(model, tag="model:latest")
+    other = make_model(tmp_path / "here" / "model", megabytes=1, seed=2)
+    (other / "sub").rename(other / "v1")
+    monkeypatch.chdir(other.parent)
+    assert _what("model", None)[0] == digest
+    in_place = _what("./model", None)[0]
+    assert in_place != digest and in_place == _what("model/", None)[0] == _what(str(other), None)[0]
+    other.rename(other.with_name("other"))
+    for name in ("other", "other/v1"):
+        result = run(mount, name, tmp_path / "mnt", code=1)
+        assert f"write ./{name}" in result.output and "[not-found]" in result.output
+
+
+def test_a_folder_with_a_file_that_cannot_be_read_is_one_line(tmp_path, monkeypatch):
+    model = make_model(tmp_path / "model", megabytes=1)
+    real = os.open
+
+    def refuse(path, *arguments, **more):
+        if str(path).endswith("tokenizer.json"):
+            # Root reads whatever it likes; this is what others get, or what a failing disk says.
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path, *arguments, **more)
+
+    monkeypatch.setattr(os, "open", refuse)
+    result = run(mount, model, tmp_path / "mnt", code=1)
+    assert "tokenizer.json" in result.output and "[permission-denied]" in result.output
+    assert len(result.output.splitlines()) == 1
+
+
+@pytest.mark.parametrize("command", ["ls", "gc"])
+def test_any_other_error_of_the_system_is_one_line(chunks, monkeypatch, command):
+    def fail(*_):
+        raise OSError(errno.ENFILE, "Too many open files in system", "/somewhere")
+
+    monkeypatch.setattr("lazyfs.cli._chunks", fail)
+    result = run(weights, command, code=1)
+    assert "/somewhere: Too many open files" in result.output and len(result.output.splitlines()) == 1
+
+
+def test_chunks_without_a_manifest_are_told_from_nothing(tmp_path, chunks):
+    assert "nothing in" in run(weights, "ls").output
+    digest = import_directory(make_model(tmp_path / "model", megabytes=5))
+    run(weights, "rm", digest)
+    shown = run(weights, "ls").output
+    assert "nothing in" not in shown and "chunks (5." in shown and "weights gc" in shown
+    run(weights, "gc", "--grace", 0)
+    assert "nothing in" in run(weights, "ls").output

@@ -18,6 +18,7 @@ import blake3
 import msgspec
 
 from checkpoint.aside import aside
+from lazyfs.records import ready
 
 RACY_NS = 100_000_000
 """A file that changed less than this before it was hashed may change again within the same tick of the file system's clock."""
@@ -75,7 +76,7 @@ class FileDigests:
             if self.kept is not None:
                 # Garbled or not there: everything is hashed.
                 with contextlib.suppress(OSError, msgspec.MsgspecError):
-                    self._entries = msgspec.json.decode(self.kept.read_bytes(), type=_Entries)
+                    self._entries = msgspec.json.decode(self.kept.read_bytes(), type=ready(_Entries))
         return self._entries
 
     def save(self) -> None:

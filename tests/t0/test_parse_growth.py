@@ -23,6 +23,7 @@ from plugin.proxy.errors import ClientFault
 from plugin.proxy.forms import form_field
 from plugin.proxy.models import Config, ModelConfig, ModelRouter
 from plugin.proxy.paths import PathRules
+from plugin.proxy.pool import ReplicaPool
 from plugin.proxy.request import Request
 
 pytestmark = pytest.mark.t0
@@ -56,7 +57,7 @@ def routed(body: bytes, kind: bytes, coding: bytes = b"") -> object:
         request.headers.append((b"content-encoding", b"Content-Encoding", coding))
     request.body[:] = body
     request.complete, request.length = True, len(body)
-    router = ModelRouter(Config({"a": ModelConfig(command="x", served_name="b")}), {"a": "the pool"})  # type: ignore[dict-item]
+    router = ModelRouter(Config({"a": ModelConfig(command="x", served_name="b")}), {"a": ReplicaPool()})
 
     class Client:
         class host:

@@ -139,6 +139,13 @@ class Engine(abc.ABC):
             if name not in ("host", "port"):
                 kept += words[index : index + used]
             index += used
+        if any(word.partition("=")[0] == "--config" for word in kept):
+            from checkpoint.inputs import option
+
+            for flag, name in takes.items():
+                if name in ("api_key", "admin_key", "root_path", "seed") and name not in values:
+                    written = option(kept, flag.removeprefix("--"))
+                    values |= {name: written.strip("[]")} if written else {}
         if "model" not in values:
             raise Usage("no-model", f"no model given; add {self.model_flags[0]} DIR to the engine's arguments")
         try:

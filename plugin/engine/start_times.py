@@ -24,7 +24,10 @@ class _Restored:
 
     def look(self):
         """The current table; read again only when the launcher has left another file."""
-        path = os.path.join(os.environ.get("QUICKTHAW_CONTROL_DIR", ""), FILE)
+        folder = os.environ.get("QUICKTHAW_CONTROL_DIR")
+        if not folder:
+            return self.ticks
+        path = os.path.join(folder, FILE)
         try:
             stat = os.stat(path)
         except OSError:

@@ -74,6 +74,28 @@ def _finalizable(load):
     return loaded
 
 
+def _for_this_processor(factors_of):
+    """Around vLLM's list of what names an AOT artefact. On a CPU, Inductor compiles for this very processor (-march=native) and this number
+    of threads; neither is in vLLM's list, and code for another processor would end the engine by SIGILL."""
+
+    @functools.wraps(factors_of)
+    def factors(vllm_config):
+        found = factors_of(vllm_config)
+        if vllm_config.device_config.device_type != "cpu":
+            return found
+        import torch
+
+        return [*found, _processor_flags(), torch.get_num_threads()]
+
+    return factors
+
+
+def _processor_flags():
+    """The features of the first processor, as the kernel lists them."""
+    with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
+        return next((line.partition(":")[2].strip() for line in lines if line.startswith(("flags", "Features"))), "")
+
+
 def register():
     """Called by vLLM in each of its processes."""
     from vllm.v1.worker.worker_base import WorkerBase
@@ -83,8 +105,11 @@ def register():
     WorkerBase.quickthaw_name_weights = _name_weights
     with contextlib.suppress(ImportError, AttributeError):
         import torch.compiler
+        from vllm.compilation import caching
 
-        if not hasattr(torch.compiler.load_compiled_function, "__wrapped__"):
+        # Never the first without the second: what vLLM refuses to load cannot be for another processor.
+        if not hasattr(caching.aot_compile_hash_factors, "__wrapped__"):
+            caching.aot_compile_hash_factors = _for_this_processor(caching.aot_compile_hash_factors)
             torch.compiler.load_compiled_function = _finalizable(torch.compiler.load_compiled_function)
     # Inside of vLLM, and only about time: one that has it elsewhere begins with the canary alone.
     with contextlib.suppress(ImportError, AttributeError):

@@ -3,6 +3,7 @@
 import ctypes
 import queue
 import struct
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -70,6 +71,19 @@ def test_what_inductor_compiled_itself_is_not_refused_by_vllm_when_it_is_loaded(
     assert plain.finalize_loading(None) is None and plain() == 7
     assert own.finalize_loading == "vLLM's own"
     assert vllm_hooks._finalizable(lambda file: "of another PyTorch")(0) == "of another PyTorch"
+
+
+def test_an_artefact_for_a_cpu_is_named_by_its_processor_and_threads(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(get_num_threads=lambda: 2))
+    named = vllm_hooks._for_this_processor(lambda config: ["vLLM's own"])
+    on_cpu, on_gpu = (SimpleNamespace(device_config=SimpleNamespace(device_type=kind)) for kind in ("cpu", "cuda"))
+    here = named(on_cpu)
+    assert here[0] == "vLLM's own" and here == named(on_cpu)
+    assert named(on_gpu) == ["vLLM's own"]
+    monkeypatch.setattr(vllm_hooks, "_processor_flags", lambda: "sse2 amx_tile")
+    assert named(on_cpu) not in (here, ["vLLM's own"])
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(get_num_threads=lambda: 64))
+    assert named(on_cpu)[-2:] == ["sse2 amx_tile", 64]
 
 
 @pytest.mark.parametrize(("ranks", "taken"), [(1, 2), (2, 1)])

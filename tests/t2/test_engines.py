@@ -291,7 +291,7 @@ def test_the_compiled_code_was_kept_and_comes_back_elsewhere(rig, tmp_path):
         assert any("torch_aot_compile" in name for name in have), sorted(have)[:20]
 
 
-def test_a_pulled_cache_under_another_home_spares_vllm_its_compilation(rig, tmp_path):
+def test_a_pulled_cache_under_another_home_spares_the_compilation(rig, tmp_path):
     """A host that has never compiled: vLLM loads its own AOT artefact instead of tracing and compiling the model."""
     if rig.engine == "sglang":
         return  # on a CPU with the native attention SGLang compiles nothing

@@ -92,9 +92,10 @@ def test_a_stop_right_after_the_first_answer_keeps_the_working_set(launch_rig, a
 @pytest.mark.parametrize("moment", ["starting", "shrinking", "checkpointing", "restoring"])
 def test_a_stop_in_the_middle_of_a_start_leaves_nothing(launch_rig, moment):
     rig = launch_rig
+    env = {"ENGINE_DOUBLE_COMPILE_S": "2"}  # a snapshot taken without it would be another launch's
     if moment == "restoring":
-        rig.take()
-    started = rig.start(new_session=True, env={"ENGINE_DOUBLE_COMPILE_S": "2"})
+        rig.take(env=env)
+    started = rig.start(new_session=True, env=env)
     started.wait_for(f"quickthaw: {moment}")
     os.killpg(started.process.pid, signal.SIGTERM)
     assert started.process.wait(40) in (0, 1, 143, 137, -15)  # before the handlers stand, the default action

@@ -341,13 +341,13 @@ def kept(log: Path, logs: Path | None, name: str) -> str:
     """Keep a log whose folder will be removed, and the newest few with it; ` (log: …)` for a message, or nothing where that failed."""
     if logs is None:
         return ""
-    target = logs / f"{name.lstrip('.')}.log"
+    target = logs / f"criu-{name}.log"
     try:
         logs.mkdir(mode=0o700, parents=True, exist_ok=True)
         with log.open("rb") as file, aside(target) as new:
             new.touch(mode=0o600)
             new.write_bytes(file.read(_LOG_BYTES))
-        for old in sorted(logs.glob("*.log"), key=lambda path: path.stat().st_mtime_ns)[:-_LOGS_KEPT]:
+        for old in sorted(logs.glob("criu-*.log"), key=lambda path: path.stat().st_mtime_ns)[:-_LOGS_KEPT]:
             old.unlink(missing_ok=True)
     except OSError:
         return ""  # CRIU wrote none, or the disk is full: the cause is in the message all the same

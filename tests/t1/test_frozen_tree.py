@@ -302,7 +302,9 @@ def test_the_cause_of_a_failed_lazy_restore_is_criu_s_and_its_log_is_kept(bench)
     kept = Path(str(caught.value).rpartition("(log: ")[2].rstrip(")"))
     assert "some.lock" in kept.read_text() and kept.stat().st_mode & 0o077 == 0
     for number in range(20):
-        (kept.parent / f"restore-{number}.log").touch()
+        (kept.parent / f"criu-restore-{number}.log").touch()
+    (kept.parent / "mount-1.log").touch()
     with pytest.raises(Incompatible):
         bench.back()
-    assert len(list(kept.parent.iterdir())) == 8
+    assert len(list(kept.parent.glob("criu-*.log"))) == 8
+    assert (kept.parent / "mount-1.log").exists()

@@ -80,6 +80,14 @@ trust_keys_option = click.option(
 grace_option = click.option(
     "--grace", type=Seconds(), default="30s", show_default=True, show_envvar=True, help="How long a stop may take."
 )
+silence_option = click.option(
+    "--silence-timeout",
+    type=Seconds(),
+    default="1m",
+    show_default=True,
+    show_envvar=True,
+    help="Restart an engine that has requests and answers nothing at all, not even a probe, for so long; 0: never.",
+)
 quiet_option = click.option("--quiet", is_flag=True, show_envvar=True, help="Only warnings and errors of ours.")
 restores_at_once_option = click.option(
     "--restores-at-once",
@@ -206,6 +214,7 @@ def show_help(engine: Engine, python: str, arguments: Sequence[str]) -> int:
     help="How long a cold start may take.",
 )
 @grace_option
+@silence_option
 @click.option(
     "--scrub-env",
     metavar="NAME",
@@ -268,6 +277,7 @@ def launch(engine: str, engine_arguments: tuple[str, ...], **options: Any) -> in
             idle_timeout_s=options["idle_timeout"],
             start_timeout_s=options["start_timeout"],
             grace_s=options["grace"],
+            silence_limit_s=options["silence_timeout"],
             scrub_env=options["scrub_env"],
             sign_key=options["sign_key"],
             trust_keys=options["trust_keys"],

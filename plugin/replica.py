@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("quickthaw")
 UNWIND_LIMIT_S = 15.0
 """How long a stop waits for a restore that it has cut short: a page server that does not answer is killed after 5 s."""
+SERVES = (Phase.SERVING, Phase.SUSPECT)
 NVIDIA = Path("/dev/nvidiactl")
 
 
@@ -93,6 +94,8 @@ class Replica:
         self.lost = ""
         """Why the pages of the restored engine will not all come, where that is so: it is ended for it."""
         self._losses = 0
+        self.silent = ""
+        """Why the engine was ended for answering nothing; empty again once another serves."""
         self._fetching = Fetching(self.settings)
         self._following = Following(self._fetching, lambda: self.served(), lambda: self.running is not None)
         self._cuda: Helper | None = None
@@ -113,7 +116,7 @@ class Replica:
         A start that `stop` interrupts raises as well, and tries no other way.
         """
         with self._starting:
-            if self.running is not None and self.tracker.phase is Phase.SERVING:
+            if self.running is not None and self.tracker.phase in SERVES:
                 return
             # At once: reading a model for the first time takes a while, and whoever looks must see that a start is under way.
             self._mounting()
@@ -381,10 +384,23 @@ class Replica:
             return
         if self.tracker.phase is Phase.SERVING:
             log.warning("%s; ending the replica and bringing it back another way", reason)
-        try:
-            restored.sandbox.signal(-1, signal.SIGKILL)
-        except CheckpointError:
-            restored.sandbox.end()  # its process 1 does not answer: none may run on when the userfaultfds are closed
+        assert running is not None
+        running.kill()  # none may run on when the userfaultfds are closed
+
+    def stopped(self) -> bool:
+        """Whether one of the engine's processes is stopped."""
+        return self.running is not None and self.running.stopped()
+
+    def end_silent(self, why: str) -> None:
+        """End an engine that runs and answers nothing (any thread); `on_death` brings it back."""
+        running = self.running
+        if running is not None and not self._expected_end:
+            self.silent = why
+            running.kill()
+
+    def ended_for(self) -> str:
+        """Why we ended the engine that ran last; empty where we did not."""
+        return self.pages_lost() or self.silent
 
     def pages_coming(self) -> bool:
         """Whether pages of the engine that runs are still to come, or were lost: until another start, requests run into its end."""
@@ -511,6 +527,7 @@ class Replica:
         running = self.running
         if running is None or running.place.exit_code(running.pid) is not None:
             raise EngineFailed("engine-died", "the engine ended just before it served; see its log")
+        self.silent = ""
         self.tracker.to(Phase.SERVING)
 
     def compile_cache(self) -> Path:
@@ -537,7 +554,7 @@ class Replica:
         start = self._starts = self._starts + 1
 
         def ended(_: int, code: int) -> None:
-            ours = start == self._starts and self.tracker.phase is Phase.SERVING and not self._expected_end
+            ours = start == self._starts and self.tracker.phase in SERVES and not self._expected_end
             if ours and self.on_death:
                 threading.Thread(target=self.on_death, args=(code,), name="engine-died", daemon=True).start()
 

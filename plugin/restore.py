@@ -27,6 +27,7 @@ from plugin.launch import (
     quiet_option,
     replicas_option,
     restores_at_once_option,
+    silence_option,
     start_log,
     trust_keys_option,
     verify_option,
@@ -82,6 +83,7 @@ def _root_path(engine: Engine, identity: Mapping[str, Any]) -> str:
     help="Stop after so long without a request; the next wakes it.",
 )
 @grace_option
+@silence_option
 @shared
 @quiet_option
 def restore(snapshot: str, **options: Any) -> int:
@@ -138,6 +140,7 @@ def restore(snapshot: str, **options: Any) -> int:
             trust_keys=options["trust_keys"],
             idle_timeout_s=options["idle_timeout"],
             grace_s=options["grace"],
+            silence_limit_s=options["silence_timeout"],
             strict=False,
             proxy=knobs(options),
             own_listen=options["admin_listen"],

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from checkpoint.sandbox import Sandbox
@@ -39,7 +41,37 @@ class Running:
         else:
             self.place.close()
 
+    def kill(self) -> None:
+        """Kill all processes of the engine at once; what was made for it stays until `close`."""
+        from checkpoint.errors import CheckpointError
+        from checkpoint.sandbox import Sandbox
+
+        if not isinstance(self.place, Sandbox):
+            self.place.close()
+            return
+        try:
+            self.place.signal(-1, signal.SIGKILL)
+        except CheckpointError:
+            self.place.end()  # its init does not answer
+
+    def stopped(self) -> bool:
+        """Whether one of the engine's processes is stopped (SIGSTOP): then what it should do is done by nobody."""
+        from checkpoint.sandbox import Sandbox
+        from checkpoint.snapshot import processes
+
+        if not isinstance(self.place, Sandbox):
+            return _state(self.pid) == "T"
+        return any(_state(pid) == "T" for pid in processes(self.place.init_pid))
+
     def last_words(self) -> str:
         """The last line that it printed on the stream that explains most."""
         words = self.outputs["stderr"].last()
         return self.outputs["stdout"].last() if words.startswith("(") else words
+
+
+def _state(pid: int) -> str:
+    """A process's state (proc(5)); empty when it has ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return ""

@@ -22,6 +22,7 @@ class LaunchSettings:
     measured rates decide. name: the snapshot's name where the user gave one. named: serve exactly the snapshot `name`, or fail
     (`quickthaw restore`). idle_timeout_s 0: never sleep. shrink False: leave the KV cache in the snapshot (to measure what leaving it
     out is worth). snapshot_store: URL of a store to fetch a snapshot from that this host has not, and that compile caches are kept in.
+    silence_limit_s: an engine that answers nothing for so long is restarted, 0: never.
     restores_at_once: how many replicas may be restored beside each other, 0 for as many as the processors allow (plugin/turns.py).
     strict: fail where a layer is off or a restore fails, rather than going on without. proxy: what the user set of
     plugin.proxy.settings.Settings; own_listen: host and port for the proxy's admin pages alone.
@@ -48,6 +49,7 @@ class LaunchSettings:
     idle_timeout_s: float = 0.0
     start_timeout_s: float = 1800.0
     grace_s: float = 30.0
+    silence_limit_s: float = 60.0
     scrub_env: tuple[str, ...] = ()
     sign_key: Path | None = None
     trust_keys: tuple[Path, ...] = ()
@@ -64,7 +66,7 @@ class LaunchSettings:
             raise ValueError(f"--replicas must be at least 1, not {self.replicas}")
         if self.restores_at_once < 0:
             raise ValueError(f"--restores-at-once must not be negative, not {self.restores_at_once}")
-        if min(self.idle_timeout_s, self.grace_s) < 0 or self.start_timeout_s <= 0:
+        if min(self.idle_timeout_s, self.grace_s, self.silence_limit_s) < 0 or self.start_timeout_s <= 0:
             raise ValueError("times must not be negative, and --start-timeout must be above 0")
 
     @property

@@ -24,7 +24,7 @@ from launchers.errors import EngineDied, LauncherError, Usage
 from plugin.home import unusable
 from plugin.layers import Layers, detect
 from plugin.phases import Phase, PhaseTracker
-from plugin.replica import Replica
+from plugin.replica import SERVES, Replica
 from plugin.settings import LaunchSettings
 from plugin.signals import stopping
 from plugin.turns import Turns
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from checkpoint.criu import Criu
     from launchers.base import Engine
     from plugin.proxy.pool import ReplicaPool
+    from plugin.proxy.replica import Replica as ProxyReplica
     from plugin.proxy.server import ProxyServer
 
 log = logging.getLogger("quickthaw")
@@ -43,7 +44,6 @@ RESTARTS_IN_A_MINUTE = 3
 SWEEP_AFTER_S = 5.0
 RECALL_LIMIT_S = 5.0
 LET_IN_S = 0.5
-_SERVES = (Phase.SERVING, Phase.SUSPECT)
 UNDERWAY_S = 0.2
 """How long the event loop's imports (60 ms) wait for the restoring thread to get CRIU going, from which they take the interpreter."""
 
@@ -217,7 +217,7 @@ class Launch:
         if self._ending.is_set():
             log.debug("a start that was interrupted by the stop: %s", error)
             return
-        if others or any(r.tracker.phase in _SERVES for r in self.replicas):
+        if others or any(r.tracker.phase in SERVES for r in self.replicas):
             log.error("%s", error)
             return
         self._failure = error
@@ -237,8 +237,9 @@ class Launch:
         Lost pages do not count as a death: the restore that follows needs no page server.
         """
         how = f"signal {-code}" if code < 0 else f"code {code}"
-        lost = replica.pages_lost()
-        replica.tracker.to(Phase.FAILED, f"pages-lost: {lost}" if lost else f"engine-died: it ended with {how}")
+        lost, silent = replica.pages_lost(), replica.silent
+        died = f"replica-silent: {silent}" if silent else f"engine-died: it ended with {how}"
+        replica.tracker.to(Phase.FAILED, f"pages-lost: {lost}" if lost else died)
         if self._ending.is_set():
             return
         who = self._who(replica)
@@ -247,10 +248,16 @@ class Launch:
         elif (deaths := self._died(replica)) > RESTARTS_IN_A_MINUTE:
             self._give_up(replica, deaths, how, code)
             return
-        else:
+        elif not silent:
             log.warning("%sthe engine ended with %s while it served; starting it again", who, how)
         replica._clear()
         self._start_one(replica)
+
+    def _silent(self, behind: ProxyReplica, why: str) -> None:
+        """On the loop: end a replica that answers nothing; its end then starts it again."""
+        replica = self.replicas[int(behind.name.removeprefix("r"))]
+        log.warning("%sreplica-silent: %s; ending the engine and starting it again", self._who(replica), why)
+        threading.Thread(target=replica.end_silent, args=(why,), name="silent", daemon=True).start()
 
     def _who(self, replica: Replica) -> str:
         return f"replica {self.replicas.index(replica)}: " if self.settings.replicas > 1 else ""
@@ -264,7 +271,7 @@ class Launch:
     def _give_up(self, replica: Replica, deaths: int, how: str, code: int) -> None:
         """Leave a replica that keeps dying; the launch goes on with those that serve or start, or ends."""
         replica._clear()
-        others = self._count(0) or sum(r.tracker.phase in _SERVES for r in self.replicas)
+        others = self._count(0) or sum(r.tracker.phase in SERVES for r in self.replicas)
         text = "%sengine-keeps-dying: %d deaths within a minute, the last with %s; giving up"
         log.error(text + (" on this replica, the others go on" if others else ""), self._who(replica), deaths, how)
         if not others:
@@ -297,6 +304,7 @@ class Launch:
         from plugin.proxy.pool import ReplicaPool
         from plugin.proxy.server import ProxyServer
         from plugin.proxy.settings import Settings
+        from plugin.proxy.silence import Silence
         from plugin.proxy.upstream import Upstream
 
         self._stop = stop = asyncio.Event()
@@ -313,8 +321,12 @@ class Launch:
         for index, replica in enumerate(self.replicas):
             behind = pool.add(f"r{index}", replica.tracker, Upstream(self._connector(replica), f"r{index}"))
             replica.served = self._counter(behind)
-            behind.coming, behind.lost, behind.pages = replica.pages_coming, replica.pages_lost, replica.page_counts
+            behind.coming, behind.lost, behind.pages = replica.pages_coming, replica.ended_for, replica.page_counts
+            behind.stopped = replica.stopped
+            behind.guarded = self.settings.silence_limit_s > 0
             replica.recall = self._recaller(pool, behind.name)
+        if self.settings.silence_limit_s:
+            pool.chores.append(Silence(pool, self.settings.silence_limit_s, self._silent).run)
         behaviour = Settings(
             denied_paths=self.replicas[0].engine.denied_paths,
             root_path=self.settings.command.root_path,
@@ -380,7 +392,7 @@ class Launch:
     async def _sleep(self) -> None:
         import asyncio
 
-        able = [replica for replica in self.replicas if replica.snapshot is not None]
+        able = [r for r in self.replicas if r.snapshot is not None and r.tracker.phase in SERVES]
         if not able:
             raise LauncherError("no-snapshot", "there is no snapshot to wake the engine from; see the log for why")
         for replica in able:

@@ -181,7 +181,7 @@ class BackConnection(asyncio.Protocol):
         if answer is None:
             self.abort()  # a replica that speaks unasked cannot be trusted with the next request
             return
-        self.last_byte = time.monotonic()
+        self.last_byte = self.replica.last_byte = time.monotonic()
         if self._tunnel:
             answer.tunnel_data(data)
             return

@@ -22,7 +22,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -112,6 +112,8 @@ class ReplicaPool:
         """Called on the loop after each change of phase, with the new one and its reason."""
         self.on_failed: list[Callable[[ProxyError], None]] = []
         """Called on the loop when a start has finally failed."""
+        self.chores: list[Callable[[], Coroutine[None, None, None]]] = []
+        """What runs on the loop for as long as the pool is served."""
         self.elsewhere: Callable[[], int] = lambda: 0
         """How many requests are held or in flight in worker processes that share this pool."""
         self.started_here = True

@@ -57,7 +57,13 @@ class Replica:
         self.coming: Callable[[], bool] = lambda: False
         """Whether pages of it are still to come from a page server: then it may be ended under its requests (`lost`)."""
         self.lost: Callable[[], str] = str
-        """Why its owner ended it, where that is since pages did not come; else empty."""
+        """Why its owner ended it, where that is since pages did not come or it was silent; else empty."""
+        self.guarded = False
+        """Whether its owner ends it when it is silent (`silence`): then requests without an answer are asked again."""
+        self.stopped: Callable[[], bool] = lambda: False
+        """Whether one of its processes is stopped, as its owner sees it; may block."""
+        self.last_byte = 0.0
+        """When it last sent anything (monotonic seconds)."""
         self.pages: Callable[[], dict[str, float]] = dict
         """What its page servers have counted so far (plugin.following); empty where it never had one."""
         self._phases: list[Phase] = []

@@ -116,6 +116,7 @@ class ProxyServer:
         self._stopped = asyncio.Event()
         for pool in self.router.pools():
             pool.bind(self.loop, max_held=self.settings.max_held, max_hold_s=self.settings.max_hold_s)
+            self._chores += [self.loop.create_task(chore()) for chore in pool.chores]
             if pool.idle_timeout_s is not None:
                 self._chores.append(self.loop.create_task(pool.sleeper.watch_idle()))
         await self._listen(sock, own_port=False)
@@ -299,8 +300,8 @@ class ProxyServer:
                     if await self._run_ahead(client, request, exchange, replica, replica.check):
                         return
                     continue
-                if replica.coming() and request.path in GENERATIONS:
-                    # Only what is all here can be asked again, should it lose its pages; most clients send the body after the head.
+                if self._worth_keeping(request, replica):
+                    # Only what is all here can be asked again; most clients send the body after the head.
                     await client.whole_body(request, self.settings.body_buffer)
                 back = await self._connection(pool, replica)
                 if back is not None and client.transport is not None and not client.transport.is_closing():
@@ -371,24 +372,35 @@ class ProxyServer:
     ) -> bool:
         """Write the request once, and see its answer through.
 
-        False where it had none: the owner has ended the replica, whose pages would not come (the page server died). Nothing reached the
-        client then, and the request waits for it to have come back another way.
+        False where it had none: the owner has ended the replica, whose pages would not come (the page server died), or which was silent.
+        Nothing reached the client then, and the request waits for it to have come back another way.
         """
         exchange.cautious = self._may_be_lost(request, exchange, replica)
-        body = bytes(request.body) if exchange.cautious else None
+        kept = exchange.cautious or (replica.guarded and self._repeatable(request, exchange))
+        body = bytes(request.body) if kept else None
         self._write(client, request, exchange, replica, back)
         return await self._answered(client, request, exchange, replica, body)
 
+    def _worth_keeping(self, request: Request, replica: Replica) -> bool:
+        """Whether to wait for the whole body before the request is sent: it may have to be asked again."""
+        if request.path not in GENERATIONS:
+            return False
+        small = request.length is not None and request.length <= self.settings.body_buffer
+        return replica.coming() or (replica.guarded and small)
+
     @staticmethod
-    def _may_be_lost(request: Request, exchange: Exchange, replica: Replica) -> bool:
-        """Whether a request may have to be asked again, and can be: only what generates, which leaves nothing behind in an engine."""
-        whole = request.complete and request.http11 and exchange.early is None
-        return replica.coming() and whole and request.path in GENERATIONS
+    def _repeatable(request: Request, exchange: Exchange) -> bool:
+        """Whether a request can be asked again: only what generates, which leaves nothing behind in an engine."""
+        return request.complete and request.http11 and exchange.early is None and request.path in GENERATIONS
+
+    def _may_be_lost(self, request: Request, exchange: Exchange, replica: Replica) -> bool:
+        """Whether a request may have to be asked again since pages are lost, and can be."""
+        return replica.coming() and self._repeatable(request, exchange)
 
     async def _answered(
         self, client: ClientConnection, request: Request, exchange: Exchange, replica: Replica, body: bytes | None
     ) -> bool:
-        """Whether it was answered; False where its replica was ended for pages that will not come, and `body` can be sent again."""
+        """Whether it was answered; False where its owner ended the replica (`Replica.lost`), and `body` can be sent again."""
         try:
             await self._see_through(exchange, replica)
         except UpstreamFault:
@@ -446,7 +458,7 @@ class ProxyServer:
             return False
         cautious = self._may_be_lost(request, exchange, replica)
         exchange.let_go(cautious)
-        return await self._answered(client, request, exchange, replica, body if cautious else None)
+        return await self._answered(client, request, exchange, replica, body if cautious or replica.guarded else None)
 
     async def _checked(self, request: Request, check: asyncio.Future[bool]) -> bool:
         """Whether the check was passed. Raises Unavailable at the request's deadline, which holds here as in the pool."""

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from launchers.errors import EngineFailed
-from plugin.phases import PhaseTracker
+from launchers.errors import EngineDied, EngineFailed
+from plugin.phases import Phase, PhaseTracker
 from plugin.supervisor import Launch, bind
 
 pytestmark = pytest.mark.t0
@@ -87,3 +87,66 @@ def test_a_canary_is_told_of_a_request_that_waits_before_the_proxy_accepts():
     assert not launch._expects()
     sock.close()
     assert not launch._expects()
+
+
+def launch_of(replicas):
+    """A launch of doubles whose engines end when `died` is called with their code."""
+    settings = SimpleNamespace(idle_timeout_s=None, restores_at_once=4, replicas=len(replicas))
+    launch = Launch(settings, None, None)
+    launch.replicas = replicas
+    for replica in replicas:
+        for phase in (Phase.MOUNTING, Phase.STARTING, Phase.LOADING, Phase.WARMING, Phase.SERVING):
+            replica.tracker.to(phase)
+    return launch
+
+
+class Serving(Replica):
+    """One that serves again at once."""
+
+    def __init__(self, lost=""):
+        super().__init__()
+        self.lost, self.silent, self.restored = lost, "", False
+        self.starts = 0
+
+    def pages_lost(self):
+        return self.lost
+
+    def _clear(self):
+        pass
+
+    def start(self, before_cold=None):
+        self.starts += 1
+        for phase in (Phase.MOUNTING, Phase.STARTING, Phase.LOADING, Phase.WARMING, Phase.SERVING):
+            self.tracker.to(phase)
+
+
+def test_deaths_count_for_the_replica_that_died(monkeypatch):
+    monkeypatch.setattr("plugin.supervisor._remember", lambda *_: None)
+    launch = launch_of([Serving() for _ in range(4)])
+    for replica in launch.replicas:
+        for _ in range(2):
+            launch._restart(replica, -9)
+    assert not launch._ending.is_set() and [r.starts for r in launch.replicas] == [2] * 4
+    for _ in range(2):
+        launch._restart(launch.replicas[0], -9)
+    assert not launch._ending.is_set(), "the others serve"
+    assert launch.replicas[0].starts == 3 and launch.replicas[0].tracker.phase is Phase.FAILED
+    for replica in launch.replicas[1:]:
+        for _ in range(2):
+            launch._restart(replica, -9)
+    assert launch._ending.is_set() and launch.exit_code == 137
+
+
+def test_lost_pages_are_no_deaths(monkeypatch):
+    monkeypatch.setattr("plugin.supervisor._remember", lambda *_: None)
+    launch = launch_of([Serving(lost="the page server is gone") for _ in range(4)])
+    for replica in launch.replicas * 3:
+        launch._restart(replica, -9)
+    assert not launch._ending.is_set() and [r.starts for r in launch.replicas] == [3] * 4
+
+
+@pytest.mark.parametrize(("code", "said"), [(-9, 137), (-11, 139), (7, 7), (0, 1)])
+def test_a_start_that_ends_with_the_engine_gives_its_code_as_a_shell_does(code, said):
+    launch = launch_of([])
+    launch._start_failed(EngineDied("engine-died", "it died", code, ""), 0)
+    assert launch.exit_code == said

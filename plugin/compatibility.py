@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from checkpoint import identity
-from checkpoint.errors import Incompatible
+from checkpoint.errors import CheckpointError, Incompatible
 from checkpoint.identity import Here, Identity, Mismatch
 
 if TYPE_CHECKING:
     from checkpoint.criu import Criu
+    from checkpoint.library import Library
     from checkpoint.manifest import Snapshot
     from plugin.settings import LaunchSettings
     from plugin.weights import Weights
+
+log = logging.getLogger("quickthaw")
 
 
 def gather(settings: LaunchSettings, weights: Weights, criu: Criu | None) -> Here:
@@ -55,6 +60,21 @@ def _check_weights(snapshot: Snapshot, recorded: Identity, weights: Weights) -> 
     if snapshot.weights == "full" or weights.path is None:
         return ()  # nothing is read, or the replica says which folder is missing
     return identity.check_model(recorded.model, weights.digest)
+
+
+def explain(library: Library, name: str, here: Here) -> None:
+    """Where no snapshot is of this very launch but one is of its model: log in what that one differs, which a cold start costs."""
+    model = name.rpartition("-")[0]
+    with contextlib.suppress(CheckpointError):  # what cannot be read says nothing
+        for other in reversed(library.names()):
+            if other.rpartition("-")[0] != model:
+                continue
+            reasons = identity.check(Identity.decode(library.load(other).identity), here)
+            if reasons:
+                log.info(
+                    "no snapshot of this launch; %s differs: %s", other, ", ".join(reason.code for reason in reasons)
+                )
+            return
 
 
 def check_unchanged(settings: LaunchSettings, weights: Weights, criu: Criu | None, before: Here) -> None:

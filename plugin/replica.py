@@ -153,6 +153,10 @@ class Replica:
                 "cannot-restore",
                 self.layers.snapshots or f"snapshot {self.settings.name} is in quarantine; see snapshot inspect",
             )
+        if self.settings.use_snapshot and not self.layers.snapshots and not self.settings.name and self.refused is None:
+            from plugin import compatibility
+
+            compatibility.explain(self.library, self.snapshot_name, self.identity)
         self._cold()
 
     def _mounting(self) -> None:

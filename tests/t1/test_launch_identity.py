@@ -47,6 +47,14 @@ def test_an_unknown_variable_makes_another_launch(launch_rig):
         assert started.phases()[0][-1] == "warming"
 
 
+def test_a_cold_start_says_in_what_the_snapshot_of_its_model_differs(launch_rig):
+    launch_rig.take()
+    name = launch_rig.name
+    with launch_rig.running("--no-snapshot", env={"DISABLE_OPENAPI_DOC": "1"}) as started:
+        started.ask()
+        assert f"{name} differs: environment-differs: DISABLE_OPENAPI_DOC" in started.text()
+
+
 def test_a_thin_snapshot_restored_by_name_refuses_other_weights(launch_rig):
     """Also where size, mtime and inode are what they were: the weights are read again, and nothing else would say so."""
     answer = launch_rig.take("--weights", "thin", "--name", "thin")

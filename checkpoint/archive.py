@@ -70,8 +70,9 @@ def open_chunks(url: str, level: int | None = None) -> ChunkStore:
     """
     from lazyfs.chunkstore import ChunkStore
     from lazyfs.stores import open_store
+    from lazyfs.urls import shown_url
 
-    with translated(f"cannot open {url}"):
+    with translated(f"cannot open {shown_url(url)}"):
         store = open_store(url)
         return ChunkStore(store, zstd=level or (LEVEL_REMOTE if store.remote else LEVEL_LOCAL))
 

@@ -9,6 +9,7 @@ import logging
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from lazyfs.errors import LazyfsError
 
 log = logging.getLogger("lazyfs.control")
 _MAX_LINE = 1 << 20
+_REFUSED_PAUSE_S = 0.1
 
 
 class ControlServer:
@@ -48,8 +50,13 @@ class ControlServer:
         while True:
             try:
                 channel, _ = self.socket.accept()
-            except OSError:
-                return
+            except OSError as error:
+                if self.closed:
+                    return
+                # No descriptor or no memory at this moment: a daemon that nobody can ask any more would be taken for dead.
+                log.error("a control client could not be taken: %s", error)
+                time.sleep(_REFUSED_PAUSE_S)
+                continue
             threading.Thread(target=self._one, args=(channel,), daemon=True).start()
 
     def _one(self, channel: socket.socket) -> None:

@@ -19,7 +19,7 @@ from lazyfs.chunking import MAX_CHUNK
 from lazyfs.config import MountConfig
 from lazyfs.control_server import ControlServer
 from lazyfs.directory import origins
-from lazyfs.errors import Busy, DiskFull, HostLacks, LazyfsError, Temporary, Usage
+from lazyfs.errors import DiskFull, HostLacks, LazyfsError, Temporary, Usage
 from lazyfs.link import FetcherLink
 from lazyfs.loading import check_not_covered, load_manifest, origins_of
 from lazyfs.logs import configure
@@ -141,12 +141,11 @@ class Server:
         """Housekeeping until the mount is gone; then tidy up."""
         try:
             while not self.transport.wait(_TICK_S):
-                self.service.expire()
-                self.service.trace.save()
-                self._to_publish = self.service.trace.settled(_QUIET_S) or self._to_publish
-                if self._to_publish and self.link.request(wire.PUBLISH, 0, 0):
-                    self._to_publish = False
-                self._idle()
+                try:
+                    self._tick()
+                except Exception:
+                    # Readers depend on the mount; what keeps house is tried again at the next tick.
+                    log.exception("housekeeping failed")
                 if self._orphaned():
                     log.info("unmounted, and nothing open in any other namespace for long: ending")
                     break
@@ -155,6 +154,14 @@ class Server:
             self.link.close()
             self._withdraw()
             log.info("unmounted %s", self.config.mountpoint)
+
+    def _tick(self) -> None:
+        self.service.expire()
+        self.service.trace.save()
+        self._to_publish = self.service.trace.settled(_QUIET_S) or self._to_publish
+        if self._to_publish and self.link.request(wire.PUBLISH, 0, 0):
+            self._to_publish = False
+        self._idle()
 
     def identity(self) -> dict[str, Any]:
         """What a caller needs to recognise this mount."""
@@ -279,8 +286,9 @@ class Server:
         if limit and not self.service.open_files and time.monotonic() - self.service.last_use > limit:
             try:
                 self._take_down(lazy=False)
-            except Busy:
-                log.debug("idle, yet in use (a working directory?)")
+            except LazyfsError as error:
+                # In use (a working directory?), or unmounted here while another namespace shows it.
+                log.debug("idle, and not unmounted: %s", error)
 
     def _orphaned(self) -> bool:
         """Whether only copies of the mount in other namespaces, with nothing open in them, keep this process."""

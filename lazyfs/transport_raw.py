@@ -62,6 +62,7 @@ _NONBLOCK = 2
 # Reads that wait for the local disk at once; they do nothing else.
 _DISK_THREADS = 4
 # Opening, and looking at what an original has become, may wait for a disk or for a network file system.
+_REFUSED_PAUSE_S = 0.1
 _SLOW, _SLOW_THREADS = frozenset({_OPEN, _GETXATTR}), 4
 
 
@@ -222,10 +223,14 @@ class RawTransport:
             try:
                 length = os.readv(fd, [buffer])
             except OSError as error:
-                if error.errno in (errno.EINTR, errno.EAGAIN, errno.ENOENT):
-                    continue
-                # ENODEV: unmounted. ECONNABORTED: the connection was cut.
-                return
+                # ENODEV: unmounted. ECONNABORTED: the connection was cut. EBADF, EPERM: it is not, or never was, one.
+                if error.errno in (errno.ENODEV, errno.ECONNABORTED, errno.EBADF, errno.EPERM):
+                    return
+                if error.errno not in (errno.EINTR, errno.EAGAIN, errno.ENOENT):
+                    # A host without memory, say. Whoever waits for this thread would wait for ever.
+                    self.service.repeats.say(logging.ERROR, "read", f"cannot read a request: {error.strerror}")
+                    time.sleep(_REFUSED_PAUSE_S)
+                continue
             _, opcode, unique, nodeid, *_ = _IN.unpack_from(buffer)
             if opcode == _READ_OP:
                 self._read(fd, unique, view)

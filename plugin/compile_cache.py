@@ -36,7 +36,11 @@ class CompileCache:
     def __init__(
         self, folder: Path, store: str, name: str, trust_keys: Sequence[Path] = (), sign_key: Path | None = None
     ) -> None:
+        from lazyfs.urls import shown_url
+
         self.folder, self.store, self.name = folder, store, name
+        # A URL may hold a password; logs and notes do not.
+        self.shown = shown_url(store)
         self.trust_keys, self.sign_key = trust_keys, sign_key
         self._lock = threading.Lock()
         self._late = False
@@ -55,14 +59,14 @@ class CompileCache:
     def _same(self, listing: str) -> bool:
         """Whether the store had exactly these files when it was last asked."""
         try:
-            return self._note.read_text() == f"{self.store}\n{listing}"
+            return self._note.read_text() == f"{self.shown}\n{listing}"
         except OSError:
             return False
 
     def _remember(self, listing: str) -> None:
         """What the store has now."""
         with aside(self._note) as new:
-            new.write_text(f"{self.store}\n{listing}")
+            new.write_text(f"{self.shown}\n{listing}")
 
     def pull(self, limit_s: float = PULL_LIMIT_S) -> None:
         """Fill in what the store has and the folder has not; returns after `limit_s` seconds at the latest."""
@@ -72,7 +76,7 @@ class CompileCache:
         with self._lock:
             self._late = thread.is_alive()
         if self._late:
-            log.warning("compile-cache-slow: %s did not answer within %.0f s; compiling here", self.store, limit_s)
+            log.warning("compile-cache-slow: %s did not answer within %.0f s; compiling here", self.shown, limit_s)
 
     def _pull(self) -> None:
         from checkpoint import archive, cache_archive
@@ -97,11 +101,11 @@ class CompileCache:
                 _digest([(f.path, f.size) for f in kept.files] + [(s.path, len(s.target)) for s in kept.symlinks])
             )
         except NotFound:
-            log.info("compile cache: %s has none for this engine and host yet", self.store)
+            log.info("compile cache: %s has none for this engine and host yet", self.shown)
         except (CheckpointError, OSError) as error:
             log.warning("compile cache not pulled: %s; compiling here", _spoken(error))
         else:
-            log.info("compile cache: %d files from %s in %.1f s", written, self.store, time.monotonic() - began)
+            log.info("compile cache: %d files from %s in %.1f s", written, self.shown, time.monotonic() - began)
 
     @property
     def _prefix(self) -> str:
@@ -136,7 +140,7 @@ class CompileCache:
         except (CheckpointError, OSError) as error:
             log.warning("compile cache not pushed: %s", _spoken(error))
         else:
-            log.info("compile cache: %.1f MB kept in %s as %s", pushed.size / 1e6, self.store, self.name)
+            log.info("compile cache: %.1f MB kept in %s as %s", pushed.size / 1e6, self.shown, self.name)
 
 
 def _digest(files: list[tuple[str, int]]) -> str:

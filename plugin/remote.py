@@ -49,7 +49,7 @@ class Fetching:
             self._works = False
             if self.settings.strict or self.settings.named:
                 raise
-            log.warning("no snapshot from %s: %s", self.settings.snapshot_store, error)
+            log.warning("no snapshot from %s: %s", _shown(self.settings.snapshot_store), error)
             return None
 
     def _find(self, store: str, name: str, accept: Callable[[Snapshot], object]) -> Library | None:
@@ -68,7 +68,7 @@ class Fetching:
             except NotFound as error:
                 if self.settings.named or not error.code.startswith("archive-"):
                     raise
-                log.info("%s has no snapshot %s", store, name)
+                log.info("%s has no snapshot %s", _shown(store), name)
                 return None
             except Busy:
                 if time.monotonic() > limit:
@@ -77,7 +77,7 @@ class Fetching:
                     log.info("another process is fetching %s; waiting for it", name)
                 waited = True
                 time.sleep(_POLL_S)
-        log.info("fetching snapshot %s from %s", name, store)
+        log.info("fetching snapshot %s from %s", name, _shown(store))
         if remote.whole:
             log.info("all of it before the restore: %s", remote.whole)
         self.remote = remote
@@ -174,3 +174,10 @@ def manifest_of(library: Library, store: str | None, name: str, trust_keys: Sequ
     with contextlib.suppress(Busy):  # another process is at it; the replica waits for that one
         remote.begin()  # what is asked for by name is wanted, and the launcher has yet to be set up
     return remote.snapshot
+
+
+def _shown(store: str) -> str:
+    """The store's URL without a password."""
+    from lazyfs.urls import shown_url
+
+    return shown_url(store)

@@ -20,6 +20,8 @@ from lazyfs.cache import PRESENT, Cache, Image
 from lazyfs.chunkstore import ChunkStore
 from lazyfs.claims import others
 from lazyfs.config import MountConfig
+from lazyfs.control import ask
+from lazyfs.control_server import ControlServer
 from lazyfs.errors import Temporary
 from lazyfs.fetcher import Fetcher, Rate, build
 from lazyfs.importer import import_tree
@@ -28,6 +30,7 @@ from lazyfs.logs import Repeats
 from lazyfs.memory import SlotMemory, SlotWriter
 from lazyfs.open_images import OpenImages
 from lazyfs.paths import private_dir, write_atomic
+from lazyfs.server import Server
 from lazyfs.service import Service
 from lazyfs.stores.local import LocalStore
 from lazyfs.transport_pyfuse3 import _Operations
@@ -401,3 +404,41 @@ def test_an_image_is_sealed_once(fetcher, model, monkeypatch):
             fetcher._do(file, chunk, urgency)
             fetcher.queue.done(file)
     assert sealed == ["00.bin"] and len(fetcher.images) == 1
+
+
+def test_a_control_socket_outlives_a_moment_without_descriptors(tmp_path, monkeypatch):
+    """A daemon that can be asked no more would be taken for dead, and killed under its readers."""
+    monkeypatch.setattr("lazyfs.control_server._REFUSED_PAUSE_S", 0.01)
+    server = ControlServer(tmp_path / "sock", {"ping": lambda request: {"pid": 1}})
+    real, refused = server.socket, []
+
+    class Refusing:
+        def accept(self):
+            if len(refused) < 3:
+                refused.append(True)
+                raise OSError(errno.EMFILE, "Too many open files")
+            return real.accept()
+
+        def __getattr__(self, name):
+            return getattr(real, name)
+
+    server.socket = Refusing()
+    server.start()
+    try:
+        assert ask(tmp_path / "sock", {"op": "ping"}, LIMIT_S)["pid"] == 1 and len(refused) == 3
+    finally:
+        server.close()
+
+
+def test_housekeeping_that_fails_does_not_end_the_mount(model, memory, monkeypatch, caplog):
+    server = Server(model.config, model.manifest, FetcherLink(model.config, memory.fd), memory)
+    ticks = []
+
+    def expire():
+        ticks.append(True)
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(server.service, "expire", expire)
+    monkeypatch.setattr(server.transport, "wait", lambda limit_s: len(ticks) >= 3)
+    server.run()
+    assert len(ticks) == 3 and "housekeeping failed" in caplog.text

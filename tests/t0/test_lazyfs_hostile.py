@@ -7,10 +7,13 @@ import stat
 import threading
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import zstandard
 
+from checkpoint.archive import open_chunks
+from checkpoint.errors import CheckpointError
 from lazyfs.chunking import MAX_CHUNK
 from lazyfs.chunkstore import ChunkStore, chunk_key, digest_of
 from lazyfs.config import MountConfig
@@ -25,6 +28,8 @@ from lazyfs.stores.web import WebStore
 from lazyfs.trace import parse
 from lazyfs.trees import get_tree
 from lazyfs.urls import normal_url, shown_url
+from plugin.compile_cache import CompileCache
+from plugin.remote import Fetching
 
 pytestmark = pytest.mark.t0
 D = "a" * 64
@@ -419,3 +424,18 @@ def test_records_of_imports_hold_no_password(tmp_path, monkeypatch):
     url, other = "http://user:hunter2@host/a", "http://host/a"
     assert _record_file(Path("/m"), url) == _record_file(Path("/m"), other)
     assert "hunter2" not in str(_record(Path("/m"), url, digest_of(b""), []))
+
+
+def test_what_reads_a_store_for_a_launch_logs_no_password(tmp_path, caplog):
+    url = "ftp://user:hunter2@host/p?sig=hunter3"
+    with pytest.raises(CheckpointError) as caught:
+        open_chunks(url)
+    (tmp_path / "cache").mkdir()
+    cache = CompileCache(tmp_path / "cache", url, "name")
+    settings = SimpleNamespace(snapshot_store=url, strict=False, named=False, trust_keys=(), home=tmp_path)
+    with caplog.at_level("INFO"):
+        cache.pull(LIMIT_S)
+        assert Fetching(settings).find("name", lambda found: None) is None
+    cache._remember("listing")
+    said = f"{caught.value} {caplog.text} {cache._note.read_text()}"
+    assert "***@host" in said and "hunter" not in said and len(caplog.records) == 2

@@ -18,6 +18,7 @@ from plugin import taking
 from plugin.home import unusable
 from plugin.output import Output
 from plugin.running import Running, client_of
+from plugin.shown import binds, compile_cache
 from plugin.trial import sandbox_reason
 
 if TYPE_CHECKING:
@@ -71,8 +72,8 @@ def _sandbox(replica: Replica, mounted: Path | None) -> Sandbox | None:
     """Return a sandbox for the engine; None where this host refuses one, which is said. Raises with `--strict`."""
     try:
         facts = replica.criu.kernel_facts(replica.settings.home) if replica.criu else None
-        binds = replica.binds(mounted, replica.weights.shown_at if mounted else "")
-        return Sandbox(SandboxConfig(binds=binds, kernel_facts=facts), on_exit=replica.on_exit())
+        shown = binds(replica.settings, replica.weights, mounted, replica.weights.shown_at if mounted else "")
+        return Sandbox(SandboxConfig(binds=shown, kernel_facts=facts), on_exit=replica.on_exit())
     except CheckpointError as error:
         replica.turn_off(sandbox_reason(error), error)
     except OSError as error:
@@ -85,7 +86,9 @@ def _folders(replica: Replica) -> tuple[str, str]:
     if unusable(replica.settings.home):
         return "", ""
     try:
-        return str(engine_site(replica.settings.home, Path(__file__).parent / "engine")), str(replica.compile_cache())
+        return str(engine_site(replica.settings.home, Path(__file__).parent / "engine")), str(
+            compile_cache(replica.settings)
+        )
     except OSError as error:
         log.info("compile caches stay where the engine keeps them: %s", error)
         return "", ""
@@ -104,4 +107,4 @@ def kept_cache(replica: Replica) -> CompileCache | None:
     from plugin.compile_cache import CompileCache
 
     keys, sign_key = replica.settings.trust_keys, replica.settings.sign_key
-    return CompileCache(replica.compile_cache(), url, name, keys, sign_key)
+    return CompileCache(compile_cache(replica.settings), url, name, keys, sign_key)

@@ -24,10 +24,9 @@ from checkpoint.criu import Criu
 from checkpoint.errors import Busy, CheckpointError, Failed, HostLacks, Incompatible, Integrity, NotFound
 from checkpoint.library import Library
 from checkpoint.manifest import Snapshot
-from checkpoint.sandbox import CACHE_DIR, Bind, Sandbox
+from checkpoint.sandbox import Sandbox
 from launchers import control
-from launchers.base import ENGINE_SITE, Engine, Probe
-from launchers.engine_site import engine_site
+from launchers.base import Engine, Probe
 from launchers.errors import EngineFailed, LauncherError
 from plugin import rates, taking
 from plugin.following import Following
@@ -38,6 +37,7 @@ from plugin.phases import Phase, PhaseTracker, Span
 from plugin.remote import Fetching
 from plugin.running import Running, client_of
 from plugin.settings import LaunchSettings
+from plugin.shown import binds, compile_cache
 from plugin.weights import Weights, model_place
 
 if TYPE_CHECKING:
@@ -285,7 +285,7 @@ class Replica:
             threading.Thread(target=self.weights.mount, name="weights", daemon=True).start()
         mounted = self.weights.mounted()
         place = model_place(snapshot, self.weights, self.settings.named)
-        binds = self.binds(mounted, place)
+        shown = binds(self.settings, self.weights, mounted, place)
         self.spans = {"identity": time.monotonic() - began}
         self._restoring = snapshots.Cancellation()
         self._fetching.watch(self._pages_lost)
@@ -303,8 +303,8 @@ class Replica:
                 self.library,
                 self.criu,
                 snapshot,
-                binds,
-                self.compile_cache(),
+                shown,
+                compile_cache(self.settings),
                 {stream: output.write_fd for stream, output in outputs.items()},
                 on_exit=self.on_exit(),
                 lazy=later,
@@ -533,25 +533,6 @@ class Replica:
             raise EngineFailed("engine-died", "the engine ended just before it served; see its log")
         self.silent = ""
         self.tracker.to(Phase.SERVING)
-
-    def compile_cache(self) -> Path:
-        folder = self.settings.home / "compile" / self.settings.engine
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        (folder / "tmp-inductor").mkdir(mode=0o700, exist_ok=True)
-        return folder
-
-    def binds(self, mounted: Path | None, place: str) -> list[Bind]:
-        """What the sandbox shows of the host; the model at `place`, where the engine reads it."""
-        binds = [
-            Bind(self.compile_cache(), Path(CACHE_DIR), read_only=False),
-            Bind(engine_site(self.settings.home, Path(__file__).parent / "engine"), Path(ENGINE_SITE)),
-        ]
-        if mounted:
-            binds.append(Bind(mounted, Path(place)))
-        elif self.weights.path and place not in ("", self.weights.shown_at) and Path(place).is_dir():
-            # Another folder than the user named: what lies there now is unknown, and what the user named is checked.
-            binds.append(Bind(self.weights.path.absolute(), Path(place)))
-        return binds
 
     def on_exit(self) -> Callable[[int, int], None]:
         """What a sandbox calls when the root process of the engine that is started next ends (pid, exit code), from its own thread."""

@@ -26,6 +26,7 @@ from launchers.client import Client
 from launchers.errors import EngineFailed, LauncherError
 from plugin import compatibility, following, rates
 from plugin.phases import Phase
+from plugin.shown import compile_cache
 
 if TYPE_CHECKING:
     from checkpoint.cuda.driver import Driver
@@ -167,7 +168,7 @@ def take(replica: Replica, sandbox: Sandbox, running: Running, cold_s: float) ->
             replica.criu,
             sandbox,
             draft,
-            replica.compile_cache(),
+            compile_cache(replica.settings),
             seal,
             _signer(replica),
             driver,

@@ -85,6 +85,7 @@ class ClientConnection(asyncio.Protocol):
         self._watching = False
         self._wide = 0
         self._early_tunnel = b""
+        self._swept = self._body_s = 0.0
         self._linger_until = 0.0
         self._lingered = 0
 
@@ -186,6 +187,7 @@ class ClientConnection(asyncio.Protocol):
     def sweep(self, now: float) -> None:
         """Apply the limits of time; called about once a second."""
         settings = self.settings
+        passed, self._swept = now - (self._swept or now), now
         if self._linger_until:
             if now > self._linger_until:
                 self.cut()
@@ -199,8 +201,10 @@ class ClientConnection(asyncio.Protocol):
         elif self.current is None:
             if not self._in_head and now - self.last_in > settings.keepalive_s:
                 self.close()
-        elif not self.current.complete and not self._held and now - self.last_in > settings.body_timeout_s:
-            self.interrupt(ClientFault("body-timeout", "the request's body took too long", status=408))
+        elif not self.current.complete and not self._held:
+            self._body_s += passed  # what it waits for us does not count
+            if now - self.last_in > settings.body_timeout_s or self._body_s > settings.body_total_s:
+                self.interrupt(ClientFault("body-timeout", "the request's body took too long", status=408))
 
     # -- asyncio's side ----------------------------------------------------------------------------
 
@@ -415,6 +419,7 @@ class ClientConnection(asyncio.Protocol):
         if self.current is not None or not self._queue:
             return
         request = self.current = self._queue.popleft()
+        self._body_s = 0.0
         self._task = self.host.loop.create_task(self.host.serve_request(self, request))
 
     def finished(self, request: Request) -> None:

@@ -74,6 +74,13 @@ _SHARED = (
         help="How long an engine may send nothing while it answers; 0 or none: no limit.",
     ),
     click.option(
+        "--body-timeout",
+        type=Limit(),
+        default="15m",
+        show_default=True,
+        help="How long a client may take to send one body in all; 0 or none: no limit.",
+    ),
+    click.option(
         "--admin-token",
         envvar="QUICKTHAW_ADMIN_TOKEN",
         callback=_token,
@@ -105,6 +112,7 @@ def knobs(options: dict[str, Any]) -> dict[str, Any]:
         "hold_timeout_s": options["hold_timeout"],
         "early_stream": options["early_stream"],
         "upstream_timeout_s": options["upstream_timeout"],
+        "body_total_s": options["body_timeout"],
         "admin_token": options["admin_token"],
         "own_prefix": options["admin_prefix"],
         "own_on_main": options["admin_listen"] is None,

@@ -179,6 +179,7 @@ class ProxyServer:
     async def _sweep(self) -> None:
         settings = self.settings
         limits = [settings.keepalive_s, settings.head_timeout_s, settings.body_timeout_s, settings.upstream_keepalive_s]
+        limits.append(settings.body_total_s)
         limits += [self._upstream_limit(pool) for pool in self.router.pools()]
         every = min(1.0, max(0.02, min(limits) / 4))
         while True:

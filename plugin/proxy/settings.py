@@ -48,6 +48,8 @@ class Settings:
     keepalive_s: float = 75.0
     body_timeout_s: float = 300.0
     """A client that sends no byte of its body, or takes no byte of its answer, for this long is dropped."""
+    body_total_s: float = 900.0
+    """A client that takes longer than this to send one body is answered 408; the time that it waits for us does not count."""
     tunnel_idle_s: float = 3600.0
     """A WebSocket over which nothing passes for this long is closed."""
     upstream_keepalive_s: float = 3.0

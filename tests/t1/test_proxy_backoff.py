@@ -23,6 +23,7 @@ from test_proxy_command import ENGINE, alive, call, command, models_file
 from launchers.bare import free_port
 from plugin.phases import Phase
 from plugin.proxy.backoff import Backoff
+from plugin.proxy.settings import Settings
 
 pytestmark = pytest.mark.t1
 
@@ -191,5 +192,64 @@ def test_a_sleep_that_fails_is_tried_again_ever_more_rarely_and_said_once(caplog
             assert rig.pool.sleeper.sleeps == 0, "what failed is no sleep"
             assert sum(record.levelname == "WARNING" for record in caplog.records) == 1
             assert (await rig.get("/x")).status == 200
+
+    run(main())
+
+
+@pytest.mark.parametrize("how", ["trickles", "waits for us"])
+def test_a_body_that_trickles_ends_after_a_limit_in_all_and_the_engine_may_sleep(how):
+    """Every byte in time, the whole never; what a client waits for us does not count."""
+
+    async def main():
+        slept = asyncio.Event()
+
+        async def sleep() -> None:
+            slept.set()
+
+        settings = Settings(body_total_s=0.4, body_timeout_s=30, body_buffer=1024)
+        async with upstream() as up, proxy(settings, sleep=sleep, idle_timeout_s=0.2) as rig:
+            size = 10 if how == "trickles" else 100_000
+            phase = Phase.SERVING if how == "trickles" else Phase.MOUNTING
+            rig.add("r", up.port, phase=phase)
+            reader, writer = await asyncio.open_connection("127.0.0.1", rig.port)
+            writer.write(b"POST /v1/audio HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % size)
+            if how == "trickles":
+                for _ in range(size - 1):
+                    writer.write(b"x")
+                    await asyncio.sleep(0.1)
+                assert (await reader.readuntil(b"\r\n")).startswith(b"HTTP/1.1 408")
+                await slept.wait()
+                assert up.seen[0].gone
+            else:
+                writer.write(b"x" * size)
+                await asyncio.sleep(0.8)
+                for step in (Phase.RESTORING, Phase.WAKING, Phase.VERIFYING, Phase.SERVING):
+                    rig.trackers["r"].to(step)
+                assert (await reader.readuntil(b"\r\n")).startswith(b"HTTP/1.1 200")
+            writer.close()
+
+    run(main())
+
+
+def test_a_client_that_keeps_its_connection_does_not_hold_up_the_end():
+    async def main():
+        gate = asyncio.Event()
+
+        async def gated(up: Upstream, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+            await gate.wait()
+            return await ordinary(up, seen, reader, writer)
+
+        async with upstream(gated) as up, proxy() as rig:
+            rig.add("r", up.port)
+            reader, writer = await asyncio.open_connection("127.0.0.1", rig.port)
+            writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            await until(lambda: rig.pool.outstanding == 1)
+            ending = asyncio.create_task(rig.server.shutdown(600))
+            await asyncio.sleep(0.05)
+            gate.set()
+            assert (await reader.readuntil(b"\r\n")).startswith(b"HTTP/1.1 200")
+            async with asyncio.timeout(30):
+                await ending
+            writer.close()
 
     run(main())

@@ -1,8 +1,8 @@
 """The phases of a replica: one state machine that launch drives and the proxy, the metrics, the log and the display read.
 
 A cold start goes mounting → starting → loading → warming → shrinking → checkpointing → resuming → serving;
-a restore goes mounting → restoring → waking → verifying → serving; serving and asleep alternate; serving and suspect, too; any phase may end in failed,
-and a failed restore goes on as a cold start (failed → mounting).
+a restore goes mounting → restoring → waking → verifying → serving; serving and asleep alternate, and so do
+serving and suspect; any phase may end in failed, and a failed restore goes on as a cold start (failed → mounting).
 """
 
 from __future__ import annotations

@@ -26,9 +26,9 @@ sys.path[:] = [str(ROOT), *[p for p in sys.path if Path(p or ".").resolve() != P
 
 import msgspec  # noqa: E402
 
-from checkpoint.archive import open_chunks, pull, push  # noqa: E402
-from checkpoint.contents import inspect  # noqa: E402
-from checkpoint.sealing import LEDGER, seal, verify  # noqa: E402
+from checkpoint.inspect.contents import inspect  # noqa: E402
+from checkpoint.snapshot.digests import LEDGER, seal, verify  # noqa: E402
+from checkpoint.store.archive import open_chunks, pull, push  # noqa: E402
 
 
 def copy(source: Path, target: Path) -> None:

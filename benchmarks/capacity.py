@@ -23,11 +23,14 @@ from rich.table import Table
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 
-from capacity import plan, report, simulate, synthetic, trace  # noqa: E402
+from capacity import report  # noqa: E402
 from capacity.errors import InfeasibleError  # noqa: E402
-from capacity.load import load  # noqa: E402
+from capacity.inputs import synthetic, trace  # noqa: E402
+from capacity.inputs.load import load  # noqa: E402
 from capacity.model import Demand, Forecast, Policy, Pool, Problem, Service  # noqa: E402
-from capacity.policies import Hpa, Program  # noqa: E402
+from capacity.optimize import plan  # noqa: E402
+from capacity.simulation import simulate  # noqa: E402
+from capacity.simulation.policies import Hpa, Program  # noqa: E402
 from tests.t0.capacity_kit import naive, random_problem  # noqa: E402
 
 TYPES = (("H100", 8, 80.0, 24.0), ("A100", 8, 80.0, 14.0), ("L40S", 4, 48.0, 6.0), ("H200", 8, 141.0, 33.0))
@@ -106,9 +109,10 @@ def solve_section(runs):
 
 def linear(problem):
     """The linear program from the problem on: requirement, arrays, solve."""
-    from capacity import need, program, solver
+    from capacity import requirements
+    from capacity.optimize import program, solver
 
-    return solver.relax(program.build(problem, need.compute(problem, "restored")))
+    return solver.relax(program.build(problem, requirements.compute(problem, "restored")))
 
 
 def gap_section(count):
@@ -212,8 +216,8 @@ policy: {{zone_loss: 0, hysteresis: {{hold_down: 5m}}}}
 
 def million_section(requests):
     """A synthetic day of three services, every policy in turn."""
-    from capacity import document
-    from capacity.load import from_field
+    from capacity.inputs import document
+    from capacity.inputs.load import from_field
 
     text = SERVICES.format(q="{0.5: [1], 0.9: [2]}")
     problem = from_field(document.parse_text(text, "benchmark"), Path("benchmark"))

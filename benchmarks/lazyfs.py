@@ -33,8 +33,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # This file is called like the package it measures: its own folder must not come first.
 sys.path[:] = [str(ROOT), *[p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]]
 
-from lazyfs import kernel  # noqa: E402
 from lazyfs.api import import_directory, mount  # noqa: E402
+from lazyfs.mount import kernel  # noqa: E402
 
 sys.path.append(str(Path(__file__).resolve().parent))
 from lazyfs_link import download, far_origin, origin_name  # noqa: E402

@@ -37,9 +37,9 @@ sys.path[:] = [str(ROOT), *[p for p in sys.path if Path(p or ".").resolve() != H
 from lazyfs_link import far_origin  # noqa: E402
 
 from lazyfs.api import MountHandle, import_directory, mount  # noqa: E402
-from plugin import measure  # noqa: E402
-from plugin.presets import preset  # noqa: E402
-from plugin.settings import state_home  # noqa: E402
+from plugin.bench import client as measure  # noqa: E402
+from plugin.bench.presets import preset  # noqa: E402
+from plugin.runtime.config import state_home  # noqa: E402
 
 KINDS = ("plain", "local", "remote")
 MODULES = {"vllm": "vllm.entrypoints.openai.api_server", "sglang": "sglang.launch_server"}

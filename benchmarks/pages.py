@@ -28,20 +28,20 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [str(ROOT), *[p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]]
 
 import launchers  # noqa: E402
-from checkpoint import mapped  # noqa: E402
-from checkpoint.criu import Criu  # noqa: E402
-from checkpoint.library import Library  # noqa: E402
-from checkpoint.manifest import Snapshot  # noqa: E402
-from checkpoint.pages.images import PAGE, process_ids, read_process  # noqa: E402
-from checkpoint.sandbox import CACHE_DIR, TMP_DIR, Bind, Sandbox, SandboxConfig  # noqa: E402
-from checkpoint.snapshot import LazyRestore, restore, unpack_cache  # noqa: E402
+from checkpoint.criu.binary import Criu  # noqa: E402
+from checkpoint.criu.pagemap import PAGE, process_ids, read_process  # noqa: E402
+from checkpoint.sandbox.sandbox import CACHE_DIR, TMP_DIR, Bind, Sandbox, SandboxConfig  # noqa: E402
+from checkpoint.snapshot import file_backed  # noqa: E402
+from checkpoint.snapshot.library import Library  # noqa: E402
+from checkpoint.snapshot.manifest import Snapshot  # noqa: E402
+from checkpoint.snapshot.restore import LazyRestore, restore, unpack_cache  # noqa: E402
 from launchers import control  # noqa: E402
 from launchers.base import ENGINE_SITE  # noqa: E402
 from launchers.client import Client  # noqa: E402
 from launchers.engine_site import engine_site  # noqa: E402
-from plugin.following import map_pages  # noqa: E402
-from plugin.output import Output  # noqa: E402
-from plugin.settings import state_home  # noqa: E402
+from plugin.runtime.config import state_home  # noqa: E402
+from plugin.runtime.engine_output import Output  # noqa: E402
+from plugin.runtime.paging import map_pages  # noqa: E402
 
 WAYS = ("plain", "criu-lazy", "copied", "ours")
 
@@ -163,7 +163,7 @@ def print_criu_log(text: str) -> None:
 def mapped_bytes(folder: Path) -> dict[str, int]:
     """What the view of a snapshot maps, and what CRIU itself reads from the images without it and with it."""
     plain = folder / "images"
-    view = mapped.find(folder) or plain
+    view = file_backed.find(folder) or plain
     found = {"mapped_bytes": 0, "eager_bytes": 0, "eager_bytes_mapped": 0}
     for pid in process_ids(str(plain)):
         shown = read_process(str(view), pid)

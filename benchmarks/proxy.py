@@ -48,7 +48,7 @@ from proxy_loads import (
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from plugin.measure import free_port  # noqa: E402
+from plugin.bench.client import free_port  # noqa: E402
 from plugin.proxy.limits import raise_files  # noqa: E402
 
 # -- the upstream: as fast as Python allows, so that it is not what is measured ----------------------
@@ -134,11 +134,11 @@ async def upstream(port: int) -> None:
 
 
 async def ours(port: int, upstream_port: int, held: bool) -> None:
-    from plugin.phases import Phase, PhaseTracker
-    from plugin.proxy.pool import ReplicaPool
+    from plugin.proxy.http.address import tcp
+    from plugin.proxy.pool.pool import ReplicaPool
     from plugin.proxy.server import ProxyServer
     from plugin.proxy.settings import Settings
-    from plugin.proxy.upstream import tcp
+    from plugin.runtime.phases import Phase, PhaseTracker
 
     sock = socket.create_server(("127.0.0.1", port), backlog=4096)
     pool = ReplicaPool()

@@ -262,7 +262,7 @@ def imports() -> dict[str, Any]:
             taken.append(time.perf_counter() - began)
         return statistics.median(taken)
 
-    needed = "import uvloop, plugin.proxy.server, plugin.proxy.own, plugin.proxy.upstream"
+    needed = "import uvloop, plugin.proxy.server, plugin.proxy.admin.endpoints, plugin.proxy.http.address"
     return {
         "import_ms": 1000 * (median(needed) - median("pass")),
         "of_which_asyncio_ms": 1000 * (median("import asyncio") - median("pass")),

@@ -30,13 +30,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [str(ROOT), *[p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]]
 
 from benchmarks.lazyfs import far_origin  # noqa: E402
-from checkpoint.archive import LEVEL_REMOTE, Opened, open_chunks, push  # noqa: E402
-from checkpoint.layout import BYTES  # noqa: E402
-from checkpoint.library import Library  # noqa: E402
-from checkpoint.manifest import Snapshot  # noqa: E402
-from lazyfs.chunkstore import chunk_key, zero_digest  # noqa: E402
-from plugin.measure import Command, free_port, waiting_client  # noqa: E402
-from plugin.settings import state_home  # noqa: E402
+from checkpoint.snapshot.library import Library  # noqa: E402
+from checkpoint.snapshot.manifest import Snapshot  # noqa: E402
+from checkpoint.store.archive import LEVEL_REMOTE, Opened, open_chunks, push  # noqa: E402
+from checkpoint.store.layout import BYTES  # noqa: E402
+from lazyfs.content.chunk_store import chunk_key, zero_digest  # noqa: E402
+from plugin.bench.client import Command, free_port, waiting_client  # noqa: E402
+from plugin.runtime.config import state_home  # noqa: E402
 
 PORT = 8080
 LIMIT_S = 120.0

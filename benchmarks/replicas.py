@@ -31,9 +31,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [str(ROOT), *[p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]]
 
-from checkpoint.library import Library  # noqa: E402
-from plugin.measure import service_port, stream_completion  # noqa: E402
-from plugin.settings import state_home  # noqa: E402
+from checkpoint.snapshot.library import Library  # noqa: E402
+from plugin.bench.client import service_port, stream_completion  # noqa: E402
+from plugin.runtime.config import state_home  # noqa: E402
 
 TARGET, TARGET_VERIFY = 2.5, 0.15
 LIMIT_S = 300.0

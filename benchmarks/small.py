@@ -22,11 +22,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [str(ROOT), *[p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]]
 
-from checkpoint.archive import LEVEL_LOCAL, LEVEL_REMOTE, open_chunks, push  # noqa: E402
-from checkpoint.library import Library  # noqa: E402
-from plugin import measure  # noqa: E402
-from plugin.presets import preset  # noqa: E402
-from plugin.settings import state_home  # noqa: E402
+from checkpoint.snapshot.library import Library  # noqa: E402
+from checkpoint.store.archive import LEVEL_LOCAL, LEVEL_REMOTE, open_chunks, push  # noqa: E402
+from plugin.bench import client as measure  # noqa: E402
+from plugin.bench.presets import preset  # noqa: E402
+from plugin.runtime.config import state_home  # noqa: E402
 
 TARGET = 0.25
 LIMIT_S = 900.0

@@ -13,7 +13,8 @@ cold: first token of a waiting request with the snapshot's files in the page cac
 on these files; what is still cached of them is printed). The engine's own files stay cached. Mark: 1.5 times.
 requests: the second to the tenth request, one after the other, at once after the first token; and nine more of the same, once every page
 is in place. A request is 16 tokens, from asking to the last one. Mark: medians 1.5 times apart.
-early: first token of a waiting request with what this command line was told last time, and without (checkpoint.early); pairs in turns.
+early: first token of a waiting request with what this command line was told last time, and without (checkpoint.snapshot.speculative); pairs
+in turns.
 No mark but to be sooner.
 doubled: takes two snapshots of one engine, one as ever, one with a KV cache left in it that makes the images more than twice as large
 (`--no-shrink`, and the engine's own option), and restores both in turn. Mark: first tokens 10 % apart. Takes two cold starts.
@@ -38,12 +39,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [str(ROOT), *[p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]]
 
 from checkpoint.errors import NotFound  # noqa: E402
-from checkpoint.library import Library  # noqa: E402
-from checkpoint.pages import uffd  # noqa: E402
-from plugin.bench import Bench  # noqa: E402
-from plugin.measure import Command, service_port, status, waiting_client  # noqa: E402
-from plugin.presets import preset  # noqa: E402
-from plugin.settings import state_home  # noqa: E402
+from checkpoint.lazy_pages import uffd  # noqa: E402
+from checkpoint.snapshot.library import Library  # noqa: E402
+from plugin.bench.cli import Bench  # noqa: E402
+from plugin.bench.client import Command, service_port, status, waiting_client  # noqa: E402
+from plugin.bench.presets import preset  # noqa: E402
+from plugin.runtime.config import state_home  # noqa: E402
 
 LIMIT_S = 120.0
 SETTLE_S = 30.0
@@ -147,9 +148,9 @@ def servers() -> Iterator[int]:
     """Page servers of the restore under measurement."""
     for entry in Path("/proc").glob("[0-9]*"):
         try:
-            # Forked beforehand it has its owner's command line, and a name of its own (checkpoint.prefork).
+            # Forked beforehand it has its owner's command line, and a name of its own (checkpoint.sandbox.prestart).
             name, line = (entry / "comm").read_text().strip(), (entry / "cmdline").read_bytes()
-            if name == "quickthaw-pages" or b"checkpoint.pages.host" in line:
+            if name == "quickthaw-pages" or b"checkpoint.lazy_pages.main" in line:
                 yield int(entry.name)
         except OSError:
             continue

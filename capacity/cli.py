@@ -132,8 +132,8 @@ def solve_command(
     quickthaw plan plan.yaml --exact --limit 300
     quickthaw plan plan.yaml --watch 60 --apply ./apply-delta
     """
-    from capacity.load import load
-    from capacity.plan import solve
+    from capacity.inputs.load import load
+    from capacity.optimize.plan import solve
 
     if watch is None and (command is not None or observe is not None or state is not None or rounds):
         raise click.UsageError("--apply, --observe, --state and --rounds belong to --watch")
@@ -149,7 +149,7 @@ def solve_command(
         problem = load(file)
         chosen = solve(problem, "restored", exact=exact, thorough=thorough, limit=limit)
         if emit and pause_image:
-            from capacity.kubernetes import manifest
+            from capacity.actions.kubernetes import manifest
 
             click.echo(manifest(chosen, namespace=namespace, way=idle_by, pause_image=pause_image), nl=False)
             return
@@ -164,7 +164,7 @@ def solve_command(
 
 def _cold(problem: Any, exact: bool, thorough: bool, limit: float) -> Any:
     """The same plan with cold lead times; None when they leave no feasible plan, which the report says."""
-    from capacity.plan import solve
+    from capacity.optimize.plan import solve
 
     try:
         return solve(problem, "cold", exact=exact, thorough=thorough, explained=False, limit=limit)
@@ -184,8 +184,8 @@ def _watch(
     limit: float,
 ) -> int:
     """Plan until a signal or for `rounds`; the exit code of the last round."""
-    from capacity.load import load
-    from capacity.watch import loop
+    from capacity.actions.watch import loop
+    from capacity.inputs.load import load
 
     if state is None:
         home = Path(os.environ.get("QUICKTHAW_HOME") or Path.home() / ".cache" / "quickthaw")
@@ -257,9 +257,9 @@ def simulate_command(
     quickthaw plan simulate plan.yaml --trace requests.csv
     quickthaw plan simulate plan.yaml --trace requests.csv --equal-wait --plot day --seed 7 --refusals 0.1
     """
-    from capacity import simulate
-    from capacity.load import load
-    from capacity.trace import read
+    from capacity.inputs.load import load
+    from capacity.inputs.trace import read
+    from capacity.simulation import simulate
 
     try:
         if plot is not None and not plot.absolute().parent.is_dir():
@@ -278,7 +278,7 @@ def simulate_command(
         ]
         matched = simulate.equal_wait(problem, trace, options, results) if equal_wait else []
         if plot is not None:
-            from capacity.plot import draw
+            from capacity.simulation.plot import draw
 
             for path in draw(results, plot, title=f"{trace_file.name}, seed {seed}"):
                 click.echo(f"wrote {path}", err=True)
@@ -307,7 +307,7 @@ def generate_command(
     \b
     quickthaw plan generate day.csv --requests 100000 --seed 3
     """
-    from capacity.synthetic import Day, generate, write
+    from capacity.inputs.synthetic import Day, generate, write
 
     try:
         names = tuple(name.strip() for name in services.split(",") if name.strip())

@@ -9,11 +9,11 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from capacity.actions.watch import Decision
 from capacity.errors import CapacityError, InfeasibleError
-from capacity.plan import Plan
-from capacity.simulate import Result
-from capacity.units import duration_text
-from capacity.watch import Decision
+from capacity.inputs.units import duration_text
+from capacity.optimize.plan import Plan
+from capacity.simulation.simulate import Result
 
 
 def delta(plan: Plan) -> list[dict[str, Any]]:

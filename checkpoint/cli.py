@@ -11,8 +11,8 @@ import click
 import msgspec
 
 from checkpoint.errors import CheckpointError, Failed, NotFound
-from checkpoint.library import Library
-from checkpoint.manifest import Snapshot
+from checkpoint.snapshot.library import Library
+from checkpoint.snapshot.manifest import Snapshot
 
 
 def _library() -> Library:
@@ -113,7 +113,7 @@ def inspect(name: str, check_here: bool, contents: bool, picture: Path | None, a
 
 
 def _inspect(library: Library, name: str, check_here: bool, contents: bool, picture: Path | None, as_json: bool) -> int:
-    from checkpoint import picture as pictures
+    from checkpoint.inspect import picture as pictures
 
     found = library.load(name)
     data: dict[str, Any] = msgspec.to_builtins(found)
@@ -128,7 +128,7 @@ def _inspect(library: Library, name: str, check_here: bool, contents: bool, pict
         data["mismatches"] = mismatches
     inside = None
     if contents:
-        from checkpoint import contents as reader
+        from checkpoint.inspect import contents as reader
 
         inside = reader.inspect(library.path(name), weights=found.weight_areas)
         data["contents"] = msgspec.to_builtins(inside)
@@ -190,10 +190,12 @@ def _inspect(library: Library, name: str, check_here: bool, contents: bool, pict
 
 def _against(library: Library, found: Snapshot) -> list[tuple[str, str]]:
     """Everything that speaks against a restore here, whatever launch asks for it: (stable code, one line)."""
-    from checkpoint import identity, sealing
-    from checkpoint.criu import Criu
-    from checkpoint.facts import engine_facts, host_facts
-    from lazyfs.directory import known_digest
+    from checkpoint.compatibility import check as identity
+    from checkpoint.compatibility.engine import engine_facts
+    from checkpoint.compatibility.host import host_facts
+    from checkpoint.criu.binary import Criu
+    from checkpoint.snapshot import digests
+    from lazyfs.content.stat_index import known_digest
 
     recorded = identity.Identity.decode(found.identity)
     reasons: list[tuple[str, str]] = []
@@ -224,7 +226,7 @@ def _against(library: Library, found: Snapshot) -> list[tuple[str, str]]:
                 ("model-differs", f"model manifest {recorded.model[:12]} in the snapshot, {digest[:12]} here")
             )
     try:
-        sealing.verify(library.path(found.name), found.files)
+        digests.verify(library.path(found.name), found.files)
     except CheckpointError as error:
         reasons.append((error.code, str(error.args[0])))
     health = library.health(found.name)
@@ -250,7 +252,7 @@ def verify(names: tuple[str, ...], as_json: bool, trust_keys: tuple[Path, ...]) 
     quickthaw snapshot verify
     quickthaw snapshot verify NAME --trust-key release.pub
     """
-    from checkpoint import sealing, signing
+    from checkpoint.snapshot import digests, signatures
 
     library = _library()
     results: list[dict[str, Any]] = []
@@ -258,9 +260,9 @@ def verify(names: tuple[str, ...], as_json: bool, trust_keys: tuple[Path, ...]) 
         try:
             with library.in_use(name) as folder:
                 if trust_keys:
-                    signing.check_folder(folder, trust_keys)
+                    signatures.check_folder(folder, trust_keys)
                 files = library.load(name).files
-                done = sealing.verify(folder, files, always=True)
+                done = digests.verify(folder, files, always=True)
             results.append({"name": name, "ok": True, "bytes": done.hashed, "error": None})
         except CheckpointError as error:
             results.append({"name": name, "ok": False, "bytes": 0, "error": str(error)})
@@ -310,7 +312,8 @@ def push(name: str, store: str | None, sign_key: Path | None, as_json: bool) -> 
     quickthaw snapshot push NAME s3://bucket/quickthaw
     quickthaw snapshot push NAME /mnt/shared/store
     """
-    from checkpoint import archive, signing
+    from checkpoint.snapshot import signatures
+    from checkpoint.store import archive
 
     library = _library()
     with library.in_use(name) as folder:
@@ -318,7 +321,7 @@ def push(name: str, store: str | None, sign_key: Path | None, as_json: bool) -> 
             folder,
             archive.open_chunks(_store(store)),
             progress=None if as_json else _meter("pushed"),
-            sign=signing.signer(sign_key) if sign_key else None,
+            sign=signatures.signer(sign_key) if sign_key else None,
         )
     if as_json:
         click.echo(json.dumps(msgspec.to_builtins(done)))
@@ -352,7 +355,7 @@ def pull(name: str, store: str | None, trust_keys: tuple[Path, ...], as_json: bo
     quickthaw snapshot pull NAME s3://bucket/quickthaw
     quickthaw snapshot pull NAME s3://bucket/quickthaw --trust-key release.pub
     """
-    from checkpoint import archive
+    from checkpoint.store import archive
 
     library = _library()
     chunks = archive.open_chunks(_store(store))
@@ -398,6 +401,6 @@ def keygen(private: Path) -> None:
     quickthaw launch --sign-key release.key vllm …
     quickthaw launch --trust-key release.key.pub vllm …
     """
-    from checkpoint import signing
+    from checkpoint.snapshot import signatures
 
-    click.echo(f"key {signing.keygen(private)}: {private} (keep it secret), {private}.pub")
+    click.echo(f"key {signatures.keygen(private)}: {private} (keep it secret), {private}.pub")

@@ -8,9 +8,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from lazyfs.chunkstore import ChunkStore
+from lazyfs.content.chunk_store import ChunkStore
+from lazyfs.content.trees import get_tree, put_tree
 from lazyfs.stores import open_store
-from lazyfs.trees import get_tree, put_tree
 
 
 def run(folder: Path, store: str) -> str:

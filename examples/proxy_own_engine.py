@@ -13,11 +13,11 @@ import json
 import socket
 import urllib.request
 
-from plugin.phases import Phase, PhaseTracker
-from plugin.proxy.pool import ReplicaPool
+from plugin.proxy.http.address import tcp
+from plugin.proxy.pool.pool import ReplicaPool
 from plugin.proxy.server import ProxyServer
 from plugin.proxy.settings import Settings
-from plugin.proxy.upstream import tcp
+from plugin.runtime.phases import Phase, PhaseTracker
 
 
 class Engine:

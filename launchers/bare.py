@@ -1,6 +1,6 @@
 """An engine without a sandbox, where the host cannot make one: a child process on a free port of the host's own network.
 
-The same calls as checkpoint.sandbox.Sandbox, so that whoever drives a replica need not know which it has. It cannot be snapshotted.
+The same calls as checkpoint.sandbox.sandbox.Sandbox, so that whoever drives a replica need not know which it has. It cannot be snapshotted.
 """
 
 from __future__ import annotations

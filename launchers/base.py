@@ -14,9 +14,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from checkpoint.manifest import Canary
-from checkpoint.sandbox import CONTROL_DIR, RUN_DIR, TMP_DIR
-from checkpoint.variables import OURS
+from checkpoint.compatibility.environment import OURS
+from checkpoint.sandbox.sandbox import CONTROL_DIR, RUN_DIR, TMP_DIR
+from checkpoint.snapshot.manifest import Canary
 from launchers.client import Client
 from launchers.errors import BadModel, EngineDied, EngineFailed, Usage
 
@@ -140,7 +140,7 @@ class Engine(abc.ABC):
                 kept += words[index : index + used]
             index += used
         if any(word.partition("=")[0] == "--config" for word in kept):
-            from checkpoint.inputs import option
+            from checkpoint.compatibility.inputs import option
 
             for flag, name in takes.items():
                 if name in ("api_key", "admin_key", "root_path", "seed") and name not in values:

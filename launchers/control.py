@@ -15,7 +15,7 @@ import time
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
-from checkpoint.snapshot import processes
+from checkpoint.sandbox.process_tree import processes
 
 SHRINK = signal.SIGRTMIN + 7
 WAKE = signal.SIGRTMIN + 8

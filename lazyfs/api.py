@@ -4,7 +4,7 @@ needed.
 
 from __future__ import annotations
 
-from lazyfs.directory import import_directory, read_through
-from lazyfs.mounting import MountHandle, find_mount, mount, unmount
+from lazyfs.content.stat_index import import_directory, read_through
+from lazyfs.mount.client import MountHandle, find_mount, mount, unmount
 
 __all__ = ["MountHandle", "find_mount", "import_directory", "mount", "read_through", "unmount"]

@@ -20,9 +20,9 @@ import click
 from lazyfs.errors import LazyfsError
 
 if TYPE_CHECKING:
-    from lazyfs.chunkstore import ChunkStore
-    from lazyfs.importer import Progress
-    from lazyfs.mounting import MountHandle
+    from lazyfs.content.chunk_store import ChunkStore
+    from lazyfs.content.importer import Progress
+    from lazyfs.mount.client import MountHandle
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -88,11 +88,11 @@ class _Place(click.Path):
 
 def _chunks(store: str | None) -> ChunkStore:
     """The store. NotFound where a directory is named that is none, which would look like an empty store."""
-    from lazyfs.chunkstore import ChunkStore
+    from lazyfs.content.chunk_store import ChunkStore
     from lazyfs.errors import NotFound, from_os_error
     from lazyfs.paths import default_store_url
     from lazyfs.stores import open_store
-    from lazyfs.urls import local_path
+    from lazyfs.stores.urls import local_path
 
     url = store or default_store_url()
     folder = local_path(url)
@@ -143,7 +143,7 @@ def import_(directory: Path, tag: str | None, zstd: str, store: str | None, as_j
     quickthaw weights import ./model --tag model:v2
     quickthaw weights import ./model --store s3://bucket/weights
     """
-    from lazyfs.directory import import_directory
+    from lazyfs.content.stat_index import import_directory
 
     level: int | str | None = "auto" if zstd == "auto" else None
     if zstd not in ("auto", "never"):
@@ -194,7 +194,7 @@ def import_(directory: Path, tag: str | None, zstd: str, store: str | None, as_j
 def ls(store: str | None, as_json: bool) -> None:
     """List the manifests of a store, with their names and how much of each is shared with others. Damaged ones, and names
     that lead to none, are listed as such."""
-    from lazyfs.maintenance import listing, unnamed
+    from lazyfs.admin.listing import listing, unnamed
 
     chunks = _chunks(store)
     entries = listing(chunks)
@@ -236,9 +236,9 @@ def ls(store: str | None, as_json: bool) -> None:
 @_guarded
 def verify(names: tuple[str, ...], repair: bool, with_cache: bool, store: str | None, as_json: bool) -> None:
     """Read and hash every chunk of the manifests (default: all). Exit code 1 when anything is damaged or missing."""
-    from lazyfs.cache import Cache
-    from lazyfs.maintenance import verify as check
-    from lazyfs.maintenance import verify_cache
+    from lazyfs.admin.verify import verify as check
+    from lazyfs.admin.verify import verify_cache
+    from lazyfs.cache.cache import Cache
     from lazyfs.paths import home
 
     chunks = _chunks(store)
@@ -298,7 +298,7 @@ def verify(names: tuple[str, ...], repair: bool, with_cache: bool, store: str | 
 def rm(name: str, store: str | None, as_json: bool) -> None:
     """Remove a tag, and its manifest if that has no other name; or a manifest by digest, with all its names. Chunks stay until
     `quickthaw weights gc`. A mount of it goes on, with what is cached or lies in the original: unmount first."""
-    from lazyfs.maintenance import remove
+    from lazyfs.admin.listing import remove
 
     removed = remove(_chunks(store), name)
     click.echo(json.dumps({"removed": removed}) if as_json else "\n".join(f"removed {r}" for r in removed))
@@ -320,7 +320,7 @@ def rm(name: str, store: str | None, as_json: bool) -> None:
 @_guarded
 def gc(grace: float, untagged: bool, dry_run: bool, store: str | None, as_json: bool) -> None:
     """Delete chunks that no manifest mentions. Snapshots and tags are roots; nothing they need is touched."""
-    from lazyfs.collection import collect
+    from lazyfs.admin.gc import collect
 
     done = collect(_chunks(store), grace_s=grace * 3600, untagged=untagged, dry_run=dry_run)
     if as_json:
@@ -416,7 +416,7 @@ def mount(
     quickthaw mount --status /mnt/smollm2
     quickthaw mount --unmount /mnt/smollm2
     """
-    from lazyfs import mounting
+    from lazyfs.mount import client as mounting
 
     others = {"--unmount": unmount_at, "--status": status_of, "--metrics": metrics_of}
     others |= {"--prefetch": prefetch_in, "--pin": pin_in, "--drop": drop_in}
@@ -477,10 +477,10 @@ def _what(name: str, store: str | None) -> tuple[str, str | None]:
     A folder is named by a path: beginning with "/", "." or "~", or ending with "/". Anything else is a name in the store, whatever
     lies in the working directory.
     """
-    from lazyfs.directory import read_through
+    from lazyfs.content.stat_index import read_through
     from lazyfs.errors import NotFound
     from lazyfs.paths import default_store_url
-    from lazyfs.retry import RetryPolicy, retrying
+    from lazyfs.stores.retry import RetryPolicy, retrying
 
     url = store or default_store_url()
     if "://" in name or name.startswith(("/", ".", "~")) or name.endswith("/"):
@@ -495,7 +495,7 @@ def _what(name: str, store: str | None) -> tuple[str, str | None]:
 
 
 def _living(where: Path) -> MountHandle:
-    from lazyfs.mounting import find_mount, no_mount
+    from lazyfs.mount.client import find_mount, no_mount
 
     found = find_mount(where)
     if found is None:
@@ -506,7 +506,7 @@ def _living(where: Path) -> MountHandle:
 def _control(op: str, path: Path, as_json: bool) -> None:
     """Send a request about a mount, or about one file below it. Never touches the path: its mount may hang."""
     from lazyfs.errors import NotFound
-    from lazyfs.mounting import find_mount, no_mount
+    from lazyfs.mount.client import find_mount, no_mount
 
     where = Path(path).expanduser().absolute()
     for folder in (*reversed(where.parents), where):

@@ -21,8 +21,8 @@ COMMANDS = {
     "snapshot": ("checkpoint.cli", "snapshot", "List, inspect, verify, move and remove snapshots."),
     "plan": ("capacity.cli", "plan", "How many replicas and idle GPUs to hold, and what a faster restore is worth."),
     "doctor": ("plugin.doctor", "doctor", "What this host can do, and what to do about what it cannot."),
-    "bench": ("plugin.bench", "bench", "Measure cold starts against restores, side by side."),
-    "demo": ("plugin.demo", "demo", "The whole story in three minutes, with a real engine."),
+    "bench": ("plugin.bench.cli", "bench", "Measure cold starts against restores, side by side."),
+    "demo": ("plugin.bench.demo", "demo", "The whole story in three minutes, with a real engine."),
 }
 EXIT_FAILED, EXIT_USAGE, EXIT_HOST = 1, 2, 3
 
@@ -98,9 +98,9 @@ def run(arguments: Sequence[str]) -> None:
 
 def main() -> None:
     """As the console script does, which needs nothing of this module's to begin."""
-    from plugin import first
+    from plugin.startup import pid1
 
-    first.main()
+    pid1.main()
 
 
 if __name__ == "__main__":

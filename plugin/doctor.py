@@ -12,7 +12,7 @@ from pathlib import Path
 
 import click
 
-from plugin.settings import state_home
+from plugin.runtime.config import state_home
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,9 @@ def _kernel() -> Finding:
 
 
 def _privileges() -> list[Finding]:
-    """What every layer needs, by name: the same judgement as a launch's (plugin.layers)."""
-    from checkpoint.privileges import Privileges
-    from plugin.layers import judge
+    """What every layer needs, by name: the same judgement as a launch's (plugin.runtime.capabilities)."""
+    from checkpoint.sandbox.privileges import Privileges
+    from plugin.runtime.capabilities import judge
 
     off = judge(Privileges.here()).off()
     if not off:
@@ -64,10 +64,10 @@ def _remedy(why: str) -> str:
 
 def _sandbox() -> Finding:
     from checkpoint.errors import CheckpointError
-    from checkpoint.privileges import Privileges
-    from checkpoint.sandbox import Sandbox
-    from plugin.layers import judge
-    from plugin.trial import sandbox_reason
+    from checkpoint.sandbox.privileges import Privileges
+    from checkpoint.sandbox.sandbox import Sandbox
+    from plugin.runtime.capabilities import judge
+    from plugin.runtime.trial import sandbox_reason
 
     if judge(Privileges.here()).sandbox:
         return Finding("sandbox", "off", "not tried", "see privileges above")
@@ -80,7 +80,7 @@ def _sandbox() -> Finding:
 
 
 def _criu() -> Finding:
-    from checkpoint.criu import Criu
+    from checkpoint.criu.binary import Criu
     from checkpoint.errors import CheckpointError
 
     try:
@@ -91,12 +91,12 @@ def _criu() -> Finding:
 
 
 def _roundtrip() -> Finding:
-    """Dump and restore a small process for real, as the first cold start of a host does (plugin.trial)."""
-    from checkpoint.criu import Criu
+    """Dump and restore a small process for real, as the first cold start of a host does (plugin.runtime.trial)."""
+    from checkpoint.criu.binary import Criu
     from checkpoint.errors import CheckpointError
-    from checkpoint.privileges import Privileges
-    from plugin import trial
-    from plugin.layers import judge
+    from checkpoint.sandbox.privileges import Privileges
+    from plugin.runtime import trial
+    from plugin.runtime.capabilities import judge
 
     if judge(Privileges.here()).snapshots:
         return Finding("dump and restore", "off", "not tried", "see privileges above")
@@ -128,7 +128,7 @@ def _gpu() -> Finding:
 
 def _state_folder() -> Finding:
     """Whether the state folder can be written, tried as a launch does, and how much room it has."""
-    from plugin.home import unusable
+    from plugin.runtime.home import unusable
 
     home = state_home()
     if why := unusable(home):

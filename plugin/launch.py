@@ -10,9 +10,9 @@ from __future__ import annotations
 if __name__ == "__main__":
     import sys
 
-    from plugin import first
+    from plugin.startup import pid1
 
-    first.begin(["launch", *sys.argv[1:]])
+    pid1.begin(["launch", *sys.argv[1:]])
 
 import logging
 import os
@@ -244,8 +244,8 @@ def launch(engine: str, engine_arguments: tuple[str, ...], **options: Any) -> in
     """
     import launchers
     from launchers.errors import Usage
-    from plugin.settings import LaunchSettings, state_home
-    from plugin.supervisor import launch as start
+    from plugin.runtime.config import LaunchSettings, state_home
+    from plugin.runtime.launcher import launch as start
 
     start_log(options["quiet"])
     environment = dict(os.environ)

@@ -9,9 +9,9 @@ from __future__ import annotations
 if __name__ == "__main__":
     import sys
 
-    from plugin import first
+    from plugin.startup import pid1
 
-    first.begin(["restore", *sys.argv[1:]])
+    pid1.begin(["restore", *sys.argv[1:]])
 
 import os
 import sys
@@ -96,11 +96,11 @@ def restore(snapshot: str, **options: Any) -> int:
     quickthaw restore NAME --snapshot-store s3://bucket/quickthaw
     """
     import launchers
-    from checkpoint.library import Library
+    from checkpoint.snapshot.library import Library
     from launchers.base import EngineCommand
-    from plugin.remote import manifest_of
-    from plugin.settings import LaunchSettings, state_home
-    from plugin.supervisor import launch
+    from plugin.runtime.config import LaunchSettings, state_home
+    from plugin.runtime.launcher import launch
+    from plugin.runtime.snapshot_fetch import manifest_of
 
     start_log(options["quiet"])
     home = state_home()

@@ -14,9 +14,9 @@ import sys
 import time
 from pathlib import Path
 
-from checkpoint.library import Library
+from checkpoint.snapshot.library import Library
 from launchers.bare import free_port
-from plugin.settings import state_home
+from plugin.runtime.config import state_home
 from tests.leftovers import Watch
 
 REPO = Path(__file__).parents[1]

@@ -25,7 +25,7 @@ import msgspec
 
 from checkpoint.cuda.driver import DeviceMemory, Driver, DriverError, State
 from checkpoint.errors import HostLacks
-from lazyfs.records import ready
+from lazyfs.content.records import ready
 
 READY_TIMEOUT_S = 60.0
 """cuInit on a host with eight GPUs and no persistence mode takes tens of seconds."""

@@ -9,7 +9,7 @@ import importlib
 from typing import cast
 
 from lazyfs.stores.base import ObjectInfo, Store
-from lazyfs.urls import SCHEMES, normal_url
+from lazyfs.stores.urls import SCHEMES, normal_url
 
 __all__ = ["ObjectInfo", "Store", "open_store"]
 

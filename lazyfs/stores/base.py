@@ -1,7 +1,7 @@
 """The one small interface of every store: objects under keys, read by range.
 
 An implementation is safe to call from many threads, verifies nothing (digests are the caller's business), retries
-nothing (`lazyfs.retry` does), and raises only the kinds in `lazyfs.errors`. Every call has a limit of its own.
+nothing (`lazyfs.stores.retry` does), and raises only the kinds in `lazyfs.errors`. Every call has a limit of its own.
 """
 
 from __future__ import annotations

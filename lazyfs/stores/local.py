@@ -17,7 +17,7 @@ from pathlib import Path
 from lazyfs.errors import NotFound, Permanent, from_os_error
 from lazyfs.paths import private_dir
 from lazyfs.stores.base import MOST_BYTES, ObjectInfo, too_large
-from lazyfs.urls import local_path
+from lazyfs.stores.urls import local_path
 
 # A temporary file older than this belongs to a writer that was killed.
 _STALE_S = 3600

@@ -3,7 +3,8 @@
 What is known is the handle of each layer's product, an object of C++ that leads to the packed bytes over a few pointers, and how many
 bytes these are. So the objects that it points to are looked through until a chunk of glibc's malloc of just that size is found, some
 hundred at most. Memory is read through /proc/self/mem, where a wrong pointer is an error and no crash. A chunk of that size that were
-something else would be taken for weights, which is harmless (checkpoint.mapped): its bytes are the snapshot's, and what is written to it
+something else would be taken for weights, which is harmless (checkpoint.snapshot.file_backed): its bytes are the snapshot's, and what is
+written to it
 later stays this process's own.
 """
 
@@ -20,7 +21,7 @@ SEARCH_S = 5.0
 _MOST_OBJECTS = 4000
 _MOST_STEPS = 8
 _OBJECT_BYTES = 1024
-_SLACK = 3 * 4096  # rounding and alignment; checkpoint.mapped allows as much
+_SLACK = 3 * 4096  # rounding and alignment; checkpoint.snapshot.file_backed allows as much
 _LARGE = 1 << 20
 
 

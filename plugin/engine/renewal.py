@@ -1,6 +1,6 @@
 """Environment variables that a restored engine is given anew: where it runs, in which session, with which keys.
 
-Which ones is checkpoint/variables.py's to say. The launcher leaves them in the control folder before it wakes the engine
+Which ones is checkpoint/compatibility/environment.py's to say. The launcher leaves them in the control folder before it wakes the engine
 (launchers/control.py): records parted by null bytes, `NAME=VALUE` to set, `NAME` to remove. Only what differs is written, since another
 thread may be reading the environment.
 """

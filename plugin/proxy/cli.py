@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import Place, Seconds, knobs, shared
+from plugin.proxy.options import Place, Seconds, knobs, shared
 
 if TYPE_CHECKING:
     import socket
 
-    from .settings import Settings
-    from .upstream import Upstream
+    from plugin.proxy.http.address import Upstream
+    from plugin.proxy.settings import Settings
 
 EPILOG = """\b
 Examples:
@@ -44,7 +44,7 @@ def _not_itself(upstream: Upstream | None, host: str, port: int) -> None:
 
 
 def _denied(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
-    from .paths import check_denied
+    from plugin.proxy.http.path_rules import check_denied
 
     try:
         return tuple(check_denied(path) for path in value)
@@ -109,7 +109,7 @@ def proxy(**options: Any) -> None:
 
     import uvloop
 
-    from . import logs
+    from plugin.proxy import logs
 
     logs.configure(options["log_level"], options["log_format"])
     try:
@@ -120,7 +120,7 @@ def proxy(**options: Any) -> None:
 
 
 def _settings(options: dict[str, Any]) -> Settings:
-    from .settings import Settings
+    from plugin.proxy.settings import Settings
 
     try:
         return Settings(
@@ -141,14 +141,13 @@ async def _serve(options: dict[str, Any], settings: Settings) -> None:
     import os
     import signal
 
-    from plugin.signals import stopping
-
-    from .endpoint import Endpoint, EndpointSpec
-    from .limits import raise_files
-    from .pool import ReplicaPool
-    from .server import ProxyServer, Router
-    from .upstream import from_url
-    from .workers import Supervisor, listening_sockets
+    from plugin.proxy.endpoints.endpoint import Endpoint, EndpointSpec
+    from plugin.proxy.http.address import from_url
+    from plugin.proxy.limits import raise_files
+    from plugin.proxy.pool.pool import ReplicaPool
+    from plugin.proxy.server import ProxyServer, Router
+    from plugin.proxy.workers.supervisor import Supervisor, listening_sockets
+    from plugin.runtime.signals import stopping
 
     host, port = options["listen"]
     own_place = options["admin_listen"]
@@ -156,7 +155,7 @@ async def _serve(options: dict[str, Any], settings: Settings) -> None:
     target: ReplicaPool | Router
     try:
         if options["config"] is not None:
-            from .models import ModelRouter, Models, load
+            from plugin.proxy.endpoints.models import ModelRouter, Models, load
 
             config = load(options["config"])
             owner = Models(config)

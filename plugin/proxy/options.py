@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from .durations import limit, seconds
+from plugin.proxy.durations import limit, seconds
 
 
 class Place(click.ParamType[tuple[str, int]]):

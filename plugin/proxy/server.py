@@ -21,18 +21,19 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol
 
-from . import adapters, wire
-from .back import BackConnection, connect
-from .errors import ClientFault, ProxyError, Unavailable, UpstreamFault
-from .exchange import Exchange
-from .front import ClientConnection
-from .limits import SHORTAGE, most_clients
-from .paths import PathRules, Verdict
-from .pool import ReplicaPool
-from .replica import Replica
-from .request import Request
-from .settings import Settings
-from .stats import Stats
+from plugin.proxy.admin.stats import Stats
+from plugin.proxy.errors import ClientFault, ProxyError, Unavailable, UpstreamFault
+from plugin.proxy.http import wire
+from plugin.proxy.http.downstream import ClientConnection
+from plugin.proxy.http.exchange import Exchange
+from plugin.proxy.http.path_rules import PathRules, Verdict
+from plugin.proxy.http.request import Request
+from plugin.proxy.http.upstream_connection import BackConnection, connect
+from plugin.proxy.limits import SHORTAGE, most_clients
+from plugin.proxy.pool import adapters
+from plugin.proxy.pool.pool import ReplicaPool
+from plugin.proxy.pool.replica import Replica
+from plugin.proxy.settings import Settings
 
 log = logging.getLogger("quickthaw.proxy")
 GENERATIONS = frozenset(
@@ -102,7 +103,7 @@ class ProxyServer:
         """The state of the proxy, of all its workers where there are several."""
         if self.gather is not None:
             return await self.gather()
-        from .own import status_document
+        from plugin.proxy.admin.endpoints import status_document
 
         return status_document(self)
 
@@ -323,7 +324,7 @@ class ProxyServer:
             raise self.no_room()
         self.stats.held_total += exchange.held_s == 0.0
         if self.settings.early_stream and exchange.early is None:
-            from .early import begin_early
+            from plugin.proxy.http.early_stream import begin_early
 
             await begin_early(client, request, exchange, pool, self.settings)
         try:
@@ -533,7 +534,7 @@ class ProxyServer:
     ) -> None:
         if verdict is not Verdict.OWN or not (client.own_port or self.settings.own_on_main):
             raise ClientFault("not-found", "there is no such path", status=404)
-        from .own import serve_own
+        from plugin.proxy.admin.endpoints import serve_own
 
         exchange.outcome = "own"
         exchange.status = await serve_own(self, client, request)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
-from .paths import check_denied
+from plugin.proxy.http.path_rules import check_denied
 
 Denied = Callable[[str], bool]
 

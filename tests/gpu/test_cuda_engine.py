@@ -19,7 +19,7 @@ import psutil
 import pytest
 from gpu_kit import GPU_PYTHON, why_not
 
-from checkpoint.cuda import resume, suspend
+from checkpoint.cuda.checkpoint import resume, suspend
 from checkpoint.cuda.helper import Helper
 
 MODEL = os.environ.get("QUICKTHAW_GPU_MODEL", "")

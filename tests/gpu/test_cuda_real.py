@@ -9,11 +9,20 @@ from pathlib import Path
 import pytest
 from gpu_kit import Torch, why_no_torch, why_not
 
-from checkpoint.cuda import Needs, bring_back, check_memory, check_released, holders, nvidia_files, resume, suspend
+from checkpoint.compatibility.gpu import gpu_facts
+from checkpoint.cuda.checkpoint import (
+    Needs,
+    bring_back,
+    check_memory,
+    check_released,
+    holders,
+    nvidia_files,
+    resume,
+    suspend,
+)
 from checkpoint.cuda.driver import DriverError, State
 from checkpoint.cuda.helper import Helper
 from checkpoint.errors import Failed, Incompatible
-from checkpoint.facts import gpu_facts
 
 pytestmark = [
     pytest.mark.gpu,

@@ -1,4 +1,5 @@
-"""Counts in a file of the folder it is given, a hundred times a second, and on its standard output once: whether a tree runs can be seen."""
+"""Counts in a file of the folder it is given, a hundred times a second, and on its standard output once: whether a tree runs can be
+seen."""
 
 import os
 import sys

@@ -1,9 +1,12 @@
 """A double of an engine: the world's side of a launch, small enough to start in a second. Everything of ours around it is real.
 
-Speaks as much of SGLang's and of vLLM's HTTP interface as quickthaw uses, in two processes (server and worker) that talk over a socket pair, as
+Speaks as much of SGLang's and of vLLM's HTTP interface as quickthaw uses, in two processes (server and worker) that talk over a socket
+pair, as
 the engines' do. What it generates is a function of the weights it holds in anonymous memory and of the prompt, so weights that were
-dropped and not read again, or those of another model, show in its answers; at a temperature it samples with torch's generator. It "compiles" once
-for each cache folder and maps what it compiled. On a "GPU" (ENGINE_DOUBLE_GPU=1) it sleeps and wakes as the engines do: it refuses to generate while
+dropped and not read again, or those of another model, show in its answers; at a temperature it samples with torch's generator. It
+"compiles" once
+for each cache folder and maps what it compiled. On a "GPU" (ENGINE_DOUBLE_GPU=1) it sleeps and wakes as the engines do: it refuses to
+generate while
 something is away, and a redundant resume ends SGLang's worker.
 
 Standard library, and the double of torch beside it. tests/launch_rig.py lays it out as an environment of its own.

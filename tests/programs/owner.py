@@ -8,13 +8,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from checkpoint.criu import Criu
-from checkpoint.library import Library
-from checkpoint.sandbox import CACHE_DIR, Bind, Sandbox, SandboxConfig
-from checkpoint.sealing import seal, verify
-from checkpoint.snapshot import LazyRestore, restore, take
-from plugin.output import Output
-from plugin.settings import state_home
+from checkpoint.criu.binary import Criu
+from checkpoint.sandbox.sandbox import CACHE_DIR, Bind, Sandbox, SandboxConfig
+from checkpoint.snapshot.digests import seal, verify
+from checkpoint.snapshot.dump import take
+from checkpoint.snapshot.library import Library
+from checkpoint.snapshot.restore import LazyRestore, restore
+from plugin.runtime.config import state_home
+from plugin.runtime.engine_output import Output
 from tests.t1.checkpoint_kit import draft
 from tests.t1.test_checkpoint_tree import ask, start_tree
 

@@ -1,6 +1,7 @@
 """Random problems, and the integer program written down a second time, row by row, for scipy's solver.
 
-`naive` is made from docs/capacity.md and shares nothing with capacity/program.py: zones as one row a zone left out, demand and idle
+`naive` is made from docs/capacity.md and shares nothing with capacity/optimize/program.py: zones as one row a zone left out, demand and
+idle
 GPUs as stated, no rounding up, no counted rows, dense dictionaries.
 """
 
@@ -10,7 +11,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_matrix
 
-from capacity import need
+from capacity import requirements
 from capacity.model import Demand, Forecast, Policy, Pool, Problem, Quota, Service, Share, slot
 
 TYPES = (("H100", 8, 80.0, 24.0), ("L40S", 4, 48.0, 5.6), ("A100", 8, 80.0, 14.0))
@@ -90,7 +91,7 @@ class _Rows:
 
 def naive(problem, kind="restored", required=None):
     """The optimum by scipy's milp, dollars; None when infeasible."""
-    required = need.compute(problem, kind) if required is None else required
+    required = requirements.compute(problem, kind) if required is None else required
     pools, services, policy = problem.pools, problem.services, problem.policy
     rows = _Rows()
     cost, integer, upper = {}, set(), {}

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from checkpoint.errors import NotFound
-from checkpoint.library import Library
-from checkpoint.remote import Remote
-from plugin import ahead
+from checkpoint.snapshot.library import Library
+from checkpoint.store.remote_restore import Remote
+from plugin.startup import prefetch as ahead
 
 URL = "s3://bucket/models"
 

@@ -15,14 +15,15 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from checkpoint import archive, arrival, entries, sealing, transfer
-from checkpoint.archive import Progress, discard, open_chunks, pull, push
-from checkpoint.cache_archive import pull_cache, push_cache
 from checkpoint.errors import Busy, CheckpointError, Failed, Integrity, NotFound
-from checkpoint.sealing import seal, verify
-from lazyfs.chunkstore import ChunkStore
-from lazyfs.maintenance import verify as verify_store
-from lazyfs.retry import RetryPolicy
+from checkpoint.snapshot import digests, entries
+from checkpoint.snapshot.digests import seal, verify
+from checkpoint.store import archive, download, upload
+from checkpoint.store.archive import Progress, discard, open_chunks, pull, push
+from checkpoint.store.cache_archive import pull_cache, push_cache
+from lazyfs.admin.verify import verify as verify_store
+from lazyfs.content.chunk_store import ChunkStore
+from lazyfs.stores.retry import RetryPolicy
 
 pytestmark = pytest.mark.t0
 
@@ -35,9 +36,9 @@ def pages(count: int, seed: int) -> bytes:
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sealing, "RACY_NS", 20_000_000)
+    monkeypatch.setattr(digests, "RACY_NS", 20_000_000)
     quick = RetryPolicy(attempts=2, base=0.001, cap=0.002, limit=1.0)
-    monkeypatch.setattr("lazyfs.retry.RetryPolicy", lambda **_: quick)
+    monkeypatch.setattr("lazyfs.stores.retry.RetryPolicy", lambda **_: quick)
 
 
 @pytest.fixture
@@ -84,7 +85,7 @@ def tree(folder: Path) -> dict[str, tuple[int, bytes | str]]:
     for path in sorted(folder.rglob("*")):
         info = path.lstat()
         name = str(path.relative_to(folder))
-        if name.startswith(sealing.LEDGER) or stat.S_ISSOCK(info.st_mode):
+        if name.startswith(digests.LEDGER) or stat.S_ISSOCK(info.st_mode):
             continue
         content = str(path.readlink()) if path.is_symlink() else b"" if path.is_dir() else path.read_bytes()
         found[name] = (stat.S_IMODE(info.st_mode), content)
@@ -112,7 +113,7 @@ def test_a_snapshot_comes_back_byte_for_byte(snapshot: Path, chunks: ChunkStore,
 def test_its_first_verification_need_not_hash_again(
     snapshot: Path, chunks: ChunkStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sealing, "RACY_NS", 0)
+    monkeypatch.setattr(digests, "RACY_NS", 0)
     push(snapshot, chunks)
     pull("snap", chunks, tmp_path / "other/snap")
     files = msgspec.json.decode((snapshot / "manifest.json").read_bytes(), type=entries.Essentials).files
@@ -370,7 +371,7 @@ def test_a_disk_that_fills_up_meanwhile_leaves_nothing(
     def full(fd: int, data: bytes, offset: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(arrival, "_write_fully", full)
+    monkeypatch.setattr(download, "_write_fully", full)
     with pytest.raises(Failed) as caught:
         pull("snap", chunks, tmp_path / "other/snap")
     assert caught.value.code == "disk-full"
@@ -380,7 +381,7 @@ def test_a_disk_that_fills_up_meanwhile_leaves_nothing(
 def test_a_file_that_changes_under_a_push_makes_no_archive(
     snapshot: Path, chunks: ChunkStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = transfer._read_fully
+    real = upload._read_fully
 
     def growing(fd: int, offset: int, into: memoryview, path: str) -> None:
         if path == "images/pages-2.img":
@@ -388,7 +389,7 @@ def test_a_file_that_changes_under_a_push_makes_no_archive(
                 file.write(b"more")
         real(fd, offset, into, path)
 
-    monkeypatch.setattr(transfer, "_read_fully", growing)
+    monkeypatch.setattr(upload, "_read_fully", growing)
     with pytest.raises(Integrity, match="file-changed"):
         push(snapshot, chunks)
     assert list(chunks.refs("snapshots")) == []

@@ -12,19 +12,19 @@ import pytest
 from click.testing import CliRunner
 from criu_image_kit import ANON_PRIVATE, PAGE, image, message, process, vma
 
-from checkpoint import sealing, signing
-from checkpoint.archive import open_chunks, pull, push
-from checkpoint.cache_archive import pull_cache, push_cache
 from checkpoint.cli import snapshot as cli
+from checkpoint.criu.pagemap import LAZY, PRESENT, BadImage, read_process
 from checkpoint.errors import Integrity
-from checkpoint.pages import index
-from checkpoint.pages.images import LAZY, PRESENT, BadImage, read_process
-from checkpoint.pages.known import Known
-from checkpoint.pages.reading import FILE_NAME as READING
-from checkpoint.pages.reading import Reading
-from checkpoint.pages.workingset import BadWorkingSet, WorkingSet
-from lazyfs.chunkstore import ChunkStore
-from lazyfs.manifest import Chunk, Directory, File, Manifest, Symlink
+from checkpoint.lazy_pages import pagemap_cache
+from checkpoint.lazy_pages.read_order import FILE_NAME as READING
+from checkpoint.lazy_pages.read_order import Reading
+from checkpoint.lazy_pages.shared_cache import Known
+from checkpoint.lazy_pages.working_set import BadWorkingSet, WorkingSet
+from checkpoint.snapshot import digests, signatures
+from checkpoint.store.archive import open_chunks, pull, push
+from checkpoint.store.cache_archive import pull_cache, push_cache
+from lazyfs.content.chunk_store import ChunkStore
+from lazyfs.content.manifest import Chunk, Directory, File, Manifest, Symlink
 
 pytestmark = pytest.mark.t0
 REPO = Path(__file__).parents[2]
@@ -34,7 +34,7 @@ Forge = Callable[[Manifest, Chunk], Manifest]
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sealing, "RACY_NS", 0)
+    monkeypatch.setattr(digests, "RACY_NS", 0)
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def snapshot(home: Path) -> Path:
 
 
 def seal(folder: Path) -> None:
-    files = {name: msgspec.to_builtins(f) for name, f in sealing.seal(folder).items()}
+    files = {name: msgspec.to_builtins(f) for name, f in digests.seal(folder).items()}
     (folder / "manifest.json").write_bytes(msgspec.json.encode({"format": 1, "name": "snap", "files": files}))
 
 
@@ -166,8 +166,10 @@ def run(home: Path, *words: object) -> str:
 @pytest.fixture
 def signed(snapshot: Path, tmp_path: Path) -> Path:
     """The public half of the key that the snapshot is signed with."""
-    signing.keygen(tmp_path / "key")
-    (snapshot / "manifest.sig").write_bytes(signing.signer(tmp_path / "key")((snapshot / "manifest.json").read_bytes()))
+    signatures.keygen(tmp_path / "key")
+    (snapshot / "manifest.sig").write_bytes(
+        signatures.signer(tmp_path / "key")((snapshot / "manifest.json").read_bytes())
+    )
     WorkingSet([(7, HEAP, HEAP + PAGE)], 1).save(str(snapshot / "working-set"))
     return tmp_path / "key.pub"
 
@@ -226,9 +228,9 @@ def test_nothing_in_a_file_of_ours_is_run() -> None:
 
 def test_kept_page_maps_of_another_form_are_not_read(snapshot: Path) -> None:
     images = str(snapshot / "images")
-    found, _ = index.read(images)
-    index.write(images, index.FILE_NAME, marshal.dumps((3, "x", index.stamps(images), [])))
-    again, kept = index.read(images)
+    found, _ = pagemap_cache.read(images)
+    pagemap_cache.write(images, pagemap_cache.FILE_NAME, marshal.dumps((3, "x", pagemap_cache.stamps(images), [])))
+    again, kept = pagemap_cache.read(images)
     assert not kept and set(again) == set(found)
 
 
@@ -238,10 +240,10 @@ def test_no_path_is_taken_from_a_kept_list(snapshot: Path, tmp_path: Path) -> No
     images = str(snapshot / "images")
     Reading(images).keep(working_set, {7: read_process(images, 7)}, {}, False)
     assert Reading(images).working_set == b"digest"
-    data = bytes(index.checked(images, READING))
+    data = bytes(pagemap_cache.checked(images, READING))
     for name in (b"../../x.im", b"/etc/shado"):
         assert b"pages-7.img" in data
-        index.write(images, READING, data.replace(b"pages-7.img", name + b"g", 1))
+        pagemap_cache.write(images, READING, data.replace(b"pages-7.img", name + b"g", 1))
         assert Reading(images).working_set == b""
 
 
@@ -338,10 +340,10 @@ def test_compiled_code_has_no_links_that_lead_out(cache: Path, chunks: ChunkStor
 def test_compiled_code_is_signed_where_a_signature_is_asked_for(
     cache: Path, chunks: ChunkStore, tmp_path: Path
 ) -> None:
-    signing.keygen(tmp_path / "key")
+    signatures.keygen(tmp_path / "key")
     keys = [tmp_path / "key.pub"]
     push_cache(cache, chunks, "compile-x")
     with pytest.raises(Integrity, match="compile-cache-unsigned"):
         pull_cache("compile-x", chunks, tmp_path / "other", keys)
-    push_cache(cache, chunks, "compile-x", signing.signer(tmp_path / "key"))
+    push_cache(cache, chunks, "compile-x", signatures.signer(tmp_path / "key"))
     assert pull_cache("compile-x", chunks, tmp_path / "other", keys) == 4

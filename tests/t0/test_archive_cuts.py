@@ -10,7 +10,7 @@ from criu_image_kit import ANON_PRIVATE, image, message, vma
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from checkpoint.cuts import CHUNK, MIN_RUN, PAGE, Found, plan
+from checkpoint.store.chunking import CHUNK, MIN_RUN, PAGE, Found, plan
 
 pytestmark = pytest.mark.t0
 

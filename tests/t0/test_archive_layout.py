@@ -11,15 +11,16 @@ import msgspec
 import pytest
 from criu_image_kit import ANON_PRIVATE, FILE_PRIVATE, PAGE, image, message, process, vma
 
-from checkpoint import layout, mapped
-from checkpoint.archive import open_chunks, pull, push
 from checkpoint.errors import Integrity
-from checkpoint.library import Library
-from checkpoint.pages.arrival import Presence
-from checkpoint.pages.workingset import WorkingSet
-from checkpoint.picture import marks, shares
-from checkpoint.sealing import seal
-from checkpoint.transfer import by_holes
+from checkpoint.inspect.picture import marks, shares
+from checkpoint.lazy_pages.residency import Presence
+from checkpoint.lazy_pages.working_set import WorkingSet
+from checkpoint.snapshot import file_backed
+from checkpoint.snapshot.digests import seal
+from checkpoint.snapshot.library import Library
+from checkpoint.store import layout
+from checkpoint.store.archive import open_chunks, pull, push
+from checkpoint.store.upload import by_holes
 
 pytestmark = pytest.mark.t0
 
@@ -121,14 +122,14 @@ def test_an_archive_by_working_set_comes_back_byte_for_byte(snapshot: Path, tmp_
 
 
 def test_a_view_of_the_images_is_this_host_s_own(snapshot: Path, tmp_path: Path) -> None:
-    view = snapshot / mapped.FOLDER / "images"
+    view = snapshot / file_backed.FOLDER / "images"
     view.mkdir(parents=True)
     (view / "mm-1.img").write_bytes(b"x" * 100)
     (view / "core-1.img").symlink_to("../../images/core-1.img")
     chunks = open_chunks(f"file://{tmp_path}/store")
     push(snapshot, chunks)
     pull("snap", chunks, tmp_path / "other/snap")
-    assert not (tmp_path / "other/snap" / mapped.FOLDER).exists()
+    assert not (tmp_path / "other/snap" / file_backed.FOLDER).exists()
 
 
 FORGED = {
@@ -199,7 +200,7 @@ def test_the_working_set_against_the_image(snapshot: Path) -> None:
     one, two = shares(snapshot)
     assert (one.image, one.first, one.later) == (205 * PAGE, 62 * PAGE, PAGE)
     assert (two.image, two.first, two.later) == (93 * PAGE, PAGE, 0)
-    from checkpoint.pages.images import read_process
+    from checkpoint.criu.pagemap import read_process
 
     known = WorkingSet.load(str(snapshot / "working-set"))
     boxes = marks(known, read_process(str(snapshot / "images"), 1))

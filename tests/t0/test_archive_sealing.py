@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from checkpoint import sealing
 from checkpoint.errors import Failed, Integrity
-from checkpoint.manifest import SnapshotFile
-from checkpoint.sealing import LEDGER, digest_file, seal, verify
+from checkpoint.snapshot import digests
+from checkpoint.snapshot.digests import LEDGER, digest_file, seal, verify
+from checkpoint.snapshot.manifest import SnapshotFile
 
 pytestmark = pytest.mark.t0
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.t0
 @pytest.fixture
 def snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     # Still longer than a tick of any Linux file system's clock, and it is waited for in every test.
-    monkeypatch.setattr(sealing, "RACY_NS", 20_000_000)
+    monkeypatch.setattr(digests, "RACY_NS", 20_000_000)
     folder = tmp_path / "s"
     (folder / "images").mkdir(parents=True)
     (folder / "shm/deep").mkdir(parents=True)
@@ -143,7 +143,7 @@ def test_a_copy_is_hashed_in_full(snapshot: Path) -> None:
 def test_a_file_changed_just_now_is_not_trusted_next_time(snapshot: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = seal(snapshot)
     (snapshot / LEDGER).unlink()
-    monkeypatch.setattr(sealing, "RACY_NS", 10**18)
+    monkeypatch.setattr(digests, "RACY_NS", 10**18)
     assert verify(snapshot, files).trusted == 0
     assert verify(snapshot, files).trusted == 0
 
@@ -184,7 +184,7 @@ def test_a_file_that_goes_away_while_it_is_sealed_is_said(snapshot: Path, monkey
             path.unlink()
         return digest_file(path, size)
 
-    monkeypatch.setattr(sealing, "digest_file", vanish)
+    monkeypatch.setattr(digests, "digest_file", vanish)
     with pytest.raises(Failed) as caught:
         seal(snapshot)
     assert caught.value.code == "seal-failed"
@@ -197,5 +197,5 @@ def test_a_large_file_hashed_by_several_threads_has_the_same_digest(
     file = tmp_path / "f"
     file.write_bytes(os.urandom(20_000_001))
     alone = digest_file(file, file.stat().st_size)
-    monkeypatch.setattr(sealing, "_PARALLEL", 1)
+    monkeypatch.setattr(digests, "_PARALLEL", 1)
     assert digest_file(file, file.stat().st_size) == alone

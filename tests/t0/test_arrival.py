@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint.archive import open_chunks
-from checkpoint.arrival import EVERYTHING, Arrival
 from checkpoint.errors import Failed
-from lazyfs.manifest import VERSION, File, Manifest
+from checkpoint.store.archive import open_chunks
+from checkpoint.store.download import EVERYTHING, Arrival
+from lazyfs.content.manifest import VERSION, File, Manifest
 
 pytestmark = pytest.mark.t0
 CHUNKS = 20

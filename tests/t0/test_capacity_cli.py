@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from capacity import program, solver
 from capacity.cli import plan
+from capacity.optimize import program, solver
 
 pytestmark = pytest.mark.t0
 
@@ -45,7 +45,7 @@ def test_exact_prints_the_gap():
 def test_exact_says_when_time_ran_out():
     """What was found then, and what no plan undercuts; the rounding is never worse than what is given."""
     from capacity import report
-    from capacity.plan import solve
+    from capacity.optimize.plan import solve
     from tests.t0.capacity_kit import random_problem
 
     problem = random_problem(21, pools=9, services=9, steps=1)

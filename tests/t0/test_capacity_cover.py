@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from capacity import cover
+from capacity.optimize import cover
 
 pytestmark = pytest.mark.t0
 

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from capacity import document, explain, load, need, program
+from capacity import requirements
 from capacity.errors import InfeasibleError
-from capacity.plan import solve
+from capacity.inputs import document, load
+from capacity.optimize import explain, program
+from capacity.optimize.plan import solve
 
 pytestmark = pytest.mark.t0
 
@@ -63,7 +65,7 @@ def test_the_nearest_change_is_enough_and_no_more_than_enough(problem):
 
 def test_every_constraint_of_the_conflict_is_needed(problem):
     """Left out one at a time, the rest can hold together."""
-    built = program.build(problem, need.compute(problem, "restored"))
+    built = program.build(problem, requirements.compute(problem, "restored"))
     elastic = explain._elastic(built)
     deadline = 1e18
     named, smallest = explain._conflict(elastic, False, deadline)

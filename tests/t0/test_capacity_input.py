@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from capacity import document, load, trace, units
 from capacity.errors import InputError
+from capacity.inputs import document, load, trace, units
 
 pytestmark = pytest.mark.t0
 
@@ -146,7 +146,7 @@ def test_an_alias_of_a_value_is_that_value():
 
 
 def test_no_demand_needs_nothing():
-    from capacity.plan import solve
+    from capacity.optimize.plan import solve
 
     plan = solve(problem(GOOD.replace("[5, 6]", "[0, 0]").replace("[7, 8]", "[0, 0]")))
     assert plan.instances.tolist() == [[0], [0]]

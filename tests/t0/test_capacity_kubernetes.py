@@ -10,10 +10,10 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from capacity import kubernetes
+from capacity.actions import kubernetes
 from capacity.errors import InputError
-from capacity.load import load
-from capacity.plan import solve
+from capacity.inputs.load import load
+from capacity.optimize.plan import solve
 
 pytestmark = pytest.mark.t0
 

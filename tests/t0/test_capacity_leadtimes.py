@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from capacity import document, leadtimes, load
 from capacity.errors import InputError
+from capacity.inputs import document, lead_times, load
 
 pytestmark = pytest.mark.t0
 
@@ -18,10 +18,10 @@ def start(kind, seconds, model="m", engine="vllm", at="2026-01-01T00:00:00+00:00
 def test_the_benchmark_report(tmp_path):
     path = tmp_path / "bench.json"
     path.write_text(json.dumps({"engine": "vllm", "cold": {"runs_s": [97, 99.5]}, "restored": {"runs_s": [1.2]}}))
-    assert leadtimes.read(path) == {"cold": (97.0, 99.5), "restored": (1.2,)}
-    assert leadtimes.read(path, engine="vllm")["cold"] == (97.0, 99.5)
+    assert lead_times.read(path) == {"cold": (97.0, 99.5), "restored": (1.2,)}
+    assert lead_times.read(path, engine="vllm")["cold"] == (97.0, 99.5)
     with pytest.raises(InputError, match="of engine sglang; there are starts of a model .vllm."):
-        leadtimes.read(path, engine="sglang")
+        lead_times.read(path, engine="sglang")
 
 
 def test_the_journal_is_sorted_by_time_and_filtered(tmp_path):
@@ -34,9 +34,9 @@ def test_the_journal_is_sorted_by_time_and_filtered(tmp_path):
         start("cold", 20, engine="sglang"),
     ]
     path.write_text("\n".join(lines) + "\n")
-    assert leadtimes.read(path, model="m", engine="vllm") == {"cold": (90.0,), "restored": (1.0, 2.0)}
+    assert lead_times.read(path, model="m", engine="vllm") == {"cold": (90.0,), "restored": (1.0, 2.0)}
     with pytest.raises(InputError, match="model nobody"):
-        leadtimes.read(path, model="nobody")
+        lead_times.read(path, model="nobody")
 
 
 PLAN = """
@@ -51,8 +51,8 @@ def service(lead_time):
 
 
 def snapshot(home, name, cold_s, model="/models/llama-8b", engine="vllm"):
-    """As checkpoint/manifest.py writes it."""
-    from checkpoint import manifest
+    """As checkpoint/snapshot/manifest.py writes it."""
+    from checkpoint.snapshot import manifest
 
     folder = home / "snapshots" / name
     folder.mkdir(parents=True)
@@ -66,7 +66,7 @@ def test_what_was_measured_on_this_host_is_found_without_being_named(tmp_path, m
     """A service with no lead time at all: the starts of the model it is called after, in the home."""
     from types import SimpleNamespace
 
-    from plugin.history import remember
+    from plugin.records.lead_times import remember
 
     monkeypatch.setenv("QUICKTHAW_HOME", str(tmp_path))
     for engine, kind, seconds in (("vllm", "cold", 97.0), ("vllm", "restored", 1.5), ("sglang", "restored", 0.7)):
@@ -88,8 +88,8 @@ def test_a_snapshot_remembers_the_start_it_was_taken_from(tmp_path, monkeypatch)
     snapshot(tmp_path, "one", 88.0)
     snapshot(tmp_path, "two", 41.0, engine="sglang")
     snapshot(tmp_path, ".partial-three", 1.0)
-    assert leadtimes.read(tmp_path) == {"cold": (88.0, 41.0), "restored": ()}
-    assert leadtimes.read(tmp_path / "snapshots" / "one")["cold"] == (88.0,)
+    assert lead_times.read(tmp_path) == {"cold": (88.0, 41.0), "restored": ()}
+    assert lead_times.read(tmp_path / "snapshots" / "one")["cold"] == (88.0,)
     with pytest.raises(InputError, match="has no restored start of llama-8b") as caught:
         service("")
     assert (caught.value.code, caught.value.line) == ("missing-field", 3)
@@ -111,10 +111,10 @@ def test_nothing_measured_says_what_to_do(tmp_path, monkeypatch):
 def test_a_line_cut_off_at_the_end_is_left_out_and_any_other_is_an_error(tmp_path):
     path = tmp_path / "lead-times.jsonl"
     path.write_text(start("cold", 90) + "\n" + start("cold", 91)[:20])
-    assert leadtimes.read(path)["cold"] == (90.0,)
+    assert lead_times.read(path)["cold"] == (90.0,)
     path.write_text(start("cold", 90)[:20] + "\n" + start("cold", 91) + "\n")
     with pytest.raises(InputError, match=":1:"):
-        leadtimes.read(path)
+        lead_times.read(path)
 
 
 @pytest.mark.parametrize("seconds", [-1, float("nan"), "1", True, None])
@@ -122,7 +122,7 @@ def test_bad_samples(tmp_path, seconds):
     path = tmp_path / "lead-times.jsonl"
     path.write_text(start("cold", 1) + "\n" + start("cold", seconds) + "\n")
     with pytest.raises(InputError) as caught:
-        leadtimes.read(path)
+        lead_times.read(path)
     assert (caught.value.code, caught.value.line) == ("bad-sample", 2)
 
 
@@ -130,8 +130,8 @@ def test_only_the_newest_count(tmp_path):
     path = tmp_path / "lead-times.jsonl"
     many = [start("cold", i, at=f"2026-01-01T{i // 60:02d}:{i % 60:02d}:00+00:00") for i in range(300)]
     path.write_text("\n".join(many) + "\n")
-    cold = leadtimes.read(path)["cold"]
-    assert len(cold) == leadtimes.NEWEST
+    cold = lead_times.read(path)["cold"]
+    assert len(cold) == lead_times.NEWEST
     assert cold[-1] == 299
 
 

@@ -7,11 +7,12 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from capacity import need, program, sift, solver
-from capacity.check import violations
+from capacity import requirements
 from capacity.errors import InfeasibleError
 from capacity.model import History, Pool, Problem, Quota, slot
-from capacity.plan import solve
+from capacity.optimize import program, sift, solver
+from capacity.optimize.check import violations
+from capacity.optimize.plan import solve
 from tests.t0.capacity_kit import naive, random_problem, scaled
 
 pytestmark = pytest.mark.t0
@@ -110,7 +111,7 @@ def test_a_longer_lead_time_never_needs_fewer_idle_gpus(seed, factor):
     longer = replace(
         problem, services=tuple(replace(s, restored=tuple(v * factor for v in s.restored)) for s in problem.services)
     )
-    short, long = need.compute(problem, "restored"), need.compute(longer, "restored")
+    short, long = requirements.compute(problem, "restored"), requirements.compute(longer, "restored")
     assert (long.hot >= short.hot - 1e-9).all()
     required = {(*g.services, g.size): g.required for g in long.groups}
     for group in short.groups:
@@ -196,7 +197,7 @@ def test_sifting_finds_the_optimum_of_the_plain_solve(pools, services, steps):
         problem, quotas=(), policy=replace(problem.policy, region_mix={}, max_start=None, max_stop=None, zone_loss=0.5)
     )
     problem = replace(problem, pools=tuple(replace(p, quota=None, supply=None, refused=None) for p in problem.pools))
-    built = program.build(problem, need.compute(problem, "restored"))
+    built = program.build(problem, requirements.compute(problem, "restored"))
     plain = solver.highs.run(solver.highs.load(built, whole=False, limit=60), whole=False)
     sifted = sift.relax(built, limit=60)
     assert sifted.objective == pytest.approx(plain.objective, rel=1e-7)
@@ -230,7 +231,7 @@ def test_large_steps_are_built_close_to_the_linear_program_and_keep_every_constr
         inside = [i for i, p in enumerate(problem.pools) if p.gpu == gpu]
         most = int((plan.instances[:, inside] * [problem.pools[i].gpus for i in inside]).sum(axis=1).max())
         problem = replace(problem, quotas=(Quota("q", gpu, None, int(most * 0.95)),))
-    required = need.compute(problem, "restored")
+    required = requirements.compute(problem, "restored")
     built = program.build(problem, required)
     relaxed = solver.relax(built)
     values = solver._constructed(built, relaxed, problem, required, thorough=False, hasty=False)
@@ -324,7 +325,7 @@ def test_restored_lead_times_leave_no_hot_spare_and_pool_the_rest():
     demand = replace(base.demand, history=History(10.0, rates))
     pool = replace(base.pools[0], boot=(30.0,), memory=80.0)
     problem = replace(base, pools=(pool,), services=services, demand=demand)
-    cold, restored = need.compute(problem, "cold"), need.compute(problem, "restored")
+    cold, restored = requirements.compute(problem, "cold"), requirements.compute(problem, "restored")
     assert (restored.hot == 0).all()
     assert cold.hot.tolist() == [[10.0], [10.0]]
     pooled = next(g for g in restored.groups if len(g.services) == 2)
@@ -336,7 +337,7 @@ def test_neighbourhoods_only_improve_what_was_constructed():
     problem = random_problem(21, pools=9, services=9, steps=1)
     problem = replace(problem, quotas=(), policy=replace(problem.policy, region_mix={}, max_start=None, max_stop=None))
     problem = replace(problem, pools=tuple(replace(p, quota=60, supply=None, refused=None) for p in problem.pools))
-    built = program.build(problem, need.compute(problem, "restored"))
+    built = program.build(problem, requirements.compute(problem, "restored"))
     assert int(built.integer.sum()) > solver.FREE
     quick, default = solve(problem, quick=True), solve(problem)
     assert default.cost <= quick.cost * (1 + 1e-9)

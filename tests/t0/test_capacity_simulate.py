@@ -6,13 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from capacity import simulate, synthetic
 from capacity.errors import InputError
-from capacity.fleet import Fleet
-from capacity.load import load
+from capacity.inputs import synthetic
+from capacity.inputs.load import load
+from capacity.inputs.trace import Trace, read
 from capacity.model import Demand, Forecast, Policy, Pool, Problem, Service
-from capacity.policies import Autoscaler, Buffered, Hpa, Past, Program
-from capacity.trace import Trace, read
+from capacity.simulation import simulate
+from capacity.simulation.fleet import Fleet
+from capacity.simulation.policies import Autoscaler, Buffered, Hpa, Past, Program
 
 pytestmark = pytest.mark.t0
 
@@ -246,7 +247,7 @@ def test_synthetic_days_are_what_was_asked_for(tmp_path):
 
 @pytest.mark.slow  # three seconds of drawing
 def test_the_plot_is_written_twice_and_the_same(tmp_path):
-    from capacity.plot import draw
+    from capacity.simulation.plot import draw
 
     trace = synthetic.generate(synthetic.Day(("s",), 800, 0.5, seed=4))
     results = [simulate.run(problem(), trace, policy, simulate.Options()) for policy in policies()[3:]]

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from capacity import watch
-from capacity.apply import Applied, apply, observe
+from capacity.actions import watch
+from capacity.actions.apply import Applied, apply, observe
 from capacity.errors import CapacityError, InfeasibleError, InputError
 from capacity.model import Hysteresis
 from tests.t0.capacity_kit import random_problem

@@ -10,10 +10,10 @@ from criu_image_kit import ANON_PRIVATE, FILE_PRIVATE, HEAP, PAGE, image, messag
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from checkpoint import contents
-from checkpoint.contents import inspect, render
+from checkpoint.criu.images import decode, messages, nested, number, text
 from checkpoint.errors import Integrity
-from checkpoint.imagefile import decode, messages, nested, number, text
+from checkpoint.inspect import contents
+from checkpoint.inspect.contents import inspect, render
 
 pytestmark = pytest.mark.t0
 

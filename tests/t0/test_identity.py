@@ -12,11 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from checkpoint.compatibility.check import Here, Identity, Mismatch, check, check_host, refuse
+from checkpoint.compatibility.engine import EngineFacts
+from checkpoint.compatibility.environment import KEPT, RENEWED, RENEWED_PREFIXES, RENEWED_SUFFIXES
+from checkpoint.compatibility.gpu import Gpu
+from checkpoint.compatibility.host import HostFacts
+from checkpoint.compatibility.launch_options import IRRELEVANT_ARGUMENTS
 from checkpoint.errors import Incompatible, Integrity
-from checkpoint.facts import EngineFacts, Gpu, HostFacts
-from checkpoint.identity import Here, Identity, Mismatch, check, check_host, refuse
-from checkpoint.relevance import IRRELEVANT_ARGUMENTS
-from checkpoint.variables import KEPT, RENEWED, RENEWED_PREFIXES, RENEWED_SUFFIXES
 
 pytestmark = pytest.mark.t0
 
@@ -285,7 +287,7 @@ DOCUMENT = (Path(__file__).parents[2] / "docs/identity.md").read_text()
 
 
 def test_every_code_is_documented_and_every_documented_code_exists() -> None:
-    # The last two are about folders of this host, which checkpoint.cli and plugin.replica look at.
+    # The last two are about folders of this host, which checkpoint.cli and plugin.runtime.replica look at.
     emitted = {code.partition(":")[0] for _, code in RELEVANT.values()}
     emitted |= {"format-too-old", "model-path-missing", "working-folder-missing"}
     documented = {

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint import facts
+from checkpoint.compatibility import engine, gpu
+from checkpoint.compatibility.check import Here, check, here
+from checkpoint.compatibility.engine import Elf, engine_facts, libc_of
+from checkpoint.compatibility.gpu import Gpu, select_visible
+from checkpoint.compatibility.host import host_facts
 from checkpoint.errors import HostLacks
-from checkpoint.facts import Elf, Gpu, engine_facts, host_facts, libc_of, select_visible
-from checkpoint.identity import Here, check, here
 
 pytestmark = pytest.mark.t0
 
@@ -125,7 +127,7 @@ def test_the_version_of_a_c_library_that_is_not_ours_is_read_from_its_file(tmp_p
     )
     copy = tmp_path / "libc.so.6"
     copy.write_bytes(Path(mapped).read_bytes())
-    assert f"glibc {facts._glibc_version(copy)}" == os.confstr("CS_GNU_LIBC_VERSION")
+    assert f"glibc {engine._glibc_version(copy)}" == os.confstr("CS_GNU_LIBC_VERSION")
 
 
 def test_a_file_without_build_id_is_known_by_its_ends(tmp_path: Path) -> None:
@@ -190,10 +192,10 @@ class Nvml:
 
 
 def test_gpus_are_read_where_there_is_a_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(facts, "_NVML_CONTROL", tmp_path)
+    monkeypatch.setattr(gpu, "_NVML_CONTROL", tmp_path)
     nvml = Nvml()
-    monkeypatch.setattr(facts.ctypes, "CDLL", lambda _: nvml)
-    gpus, driver = facts.gpu_facts({})
+    monkeypatch.setattr(gpu.ctypes, "CDLL", lambda _: nvml)
+    gpus, driver = gpu.gpu_facts({})
     assert gpus == (Gpu("H100", 80 << 30, "GPU-100"), Gpu("H100", 80 << 30, "GPU-101"))
     assert driver == "580.159.03"
     assert nvml.calls[-1] == "nvmlShutdown"
@@ -204,28 +206,28 @@ def test_gpus_are_read_where_there_is_a_driver(tmp_path: Path, monkeypatch: pyte
     "function", ["nvmlInit_v2", "nvmlDeviceGetCount_v2", "nvmlDeviceGetUUID", "nvmlSystemGetDriverVersion"]
 )
 def test_a_driver_that_does_not_answer_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str) -> None:
-    monkeypatch.setattr(facts, "_NVML_CONTROL", tmp_path)
+    monkeypatch.setattr(gpu, "_NVML_CONTROL", tmp_path)
     nvml = Nvml(function)
-    monkeypatch.setattr(facts.ctypes, "CDLL", lambda _: nvml)
+    monkeypatch.setattr(gpu.ctypes, "CDLL", lambda _: nvml)
     with pytest.raises(HostLacks, match="nvml-failed"):
-        facts.gpu_facts({})
+        gpu.gpu_facts({})
     assert (nvml.calls[-1] == "nvmlShutdown") == (function != "nvmlInit_v2")
 
 
 def test_a_driver_without_nvml_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(facts, "_NVML_CONTROL", tmp_path)
+    monkeypatch.setattr(gpu, "_NVML_CONTROL", tmp_path)
 
     def missing(_: str) -> object:
         raise OSError("libnvidia-ml.so.1: cannot open shared object file")
 
-    monkeypatch.setattr(facts.ctypes, "CDLL", missing)
+    monkeypatch.setattr(gpu.ctypes, "CDLL", missing)
     with pytest.raises(HostLacks, match="nvml-missing"):
-        facts.gpu_facts({})
+        gpu.gpu_facts({})
 
 
 def test_no_driver_is_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(facts, "_NVML_CONTROL", tmp_path / "nothing")
-    assert facts.gpu_facts() == ((), "")
+    monkeypatch.setattr(gpu, "_NVML_CONTROL", tmp_path / "nothing")
+    assert gpu.gpu_facts() == ((), "")
 
 
 def test_a_whole_launch_and_its_secret_arguments(tmp_path: Path) -> None:

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint import hub
-from checkpoint.filedigests import FILES_LIMIT, FileDigests
-from checkpoint.inputs import Inputs, option
-from checkpoint.relevance import normalised_arguments
+from checkpoint.compatibility import hub
+from checkpoint.compatibility.file_digests import FILES_LIMIT, FileDigests
+from checkpoint.compatibility.inputs import Inputs, option
+from checkpoint.compatibility.launch_options import normalised_arguments
 
 pytestmark = pytest.mark.t0
 
@@ -312,7 +312,7 @@ def test_strange_folders_are_digested_all_the_same(tmp_path: Path) -> None:
 def test_a_folder_of_too_many_files_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("checkpoint.filedigests.FILES_LIMIT", 5)
+    monkeypatch.setattr("checkpoint.compatibility.file_digests.FILES_LIMIT", 5)
     for number in range(7):
         (tmp_path / str(number)).write_text("x")
     assert FileDigests().of_folder(tmp_path) is None

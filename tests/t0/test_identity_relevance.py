@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from checkpoint.relevance import (
+from checkpoint.compatibility.launch_options import (
     IRRELEVANT_ARGUMENTS,
     looks_secret,
     normalised_arguments,

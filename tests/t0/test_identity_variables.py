@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from checkpoint import identity
-from checkpoint.facts import declared_variables
-from checkpoint.identity import Here, check, here
-from checkpoint.variables import KEPT, RENEWED, by_kind
+from checkpoint.compatibility import check as identity
+from checkpoint.compatibility.check import Here, check, here
+from checkpoint.compatibility.engine import declared_variables
+from checkpoint.compatibility.environment import KEPT, RENEWED, by_kind
 from tests.t0.test_identity_facts import venv
 
 pytestmark = pytest.mark.t0

@@ -8,30 +8,30 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint.aside import aside
-from plugin import journal
+from checkpoint.files import aside
+from plugin.records import jsonl
 
 pytestmark = pytest.mark.t0
 
 
 def test_the_latest_lines_in_order(tmp_path: Path) -> None:
     file = tmp_path / "j"
-    assert journal.latest(file, 3) == []
+    assert jsonl.latest(file, 3) == []
     for number in range(10):
-        journal.append(file, {"n": number})
-    assert [line["n"] for line in journal.latest(file, 3)] == [7, 8, 9]
+        jsonl.append(file, {"n": number})
+    assert [line["n"] for line in jsonl.latest(file, 3)] == [7, 8, 9]
     assert file.stat().st_mode & 0o777 == 0o600
 
 
 def test_torn_lines_are_left_out(tmp_path: Path) -> None:
     file = tmp_path / "j"
     file.write_bytes(b'": 1}\n{"n": 1}\n[]\n{"n"\n{"n": 2}\n')
-    assert journal.latest(file, 9) == [{"n": 1}, {"n": 2}]
+    assert jsonl.latest(file, 9) == [{"n": 1}, {"n": 2}]
 
 
 def test_a_line_that_cannot_be_kept_is_said_and_survived(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "quickthaw"):
-        journal.append(tmp_path / "none" / "j", {"n": 1})
+        jsonl.append(tmp_path / "none" / "j", {"n": 1})
     assert "not kept" in caplog.text
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 import launchers
-from checkpoint.relevance import normalised_arguments
+from checkpoint.compatibility.launch_options import normalised_arguments
 
 pytestmark = pytest.mark.t0
 MODEL = ("--model-path", "/m")

@@ -13,9 +13,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from lazyfs.cache import Cache
+from lazyfs.cache.cache import Cache
+from lazyfs.cache.slots import SlotMemory, tier_mb
 from lazyfs.errors import DiskFull
-from lazyfs.memory import SlotMemory, tier_mb
 
 pytestmark = pytest.mark.t0
 MB = 1 << 20
@@ -59,7 +59,7 @@ def test_what_is_granted_and_not_written_yet_is_not_granted_twice(tmp_path):
 HOLDER = """
 import sys, time
 from pathlib import Path
-from lazyfs.cache import Cache
+from lazyfs.cache.cache import Cache
 cache = Cache(Path(sys.argv[1]), limit=int(sys.argv[2]))
 cache.claim_memory(int(sys.argv[3]))
 cache.pin_files(sys.argv[4:])

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lazyfs_kit import write_safetensors
 
-from lazyfs.chunking import MAX_CHUNK, MIN_CHUNK, chunk_lengths
+from lazyfs.content.chunking import MAX_CHUNK, MIN_CHUNK, chunk_lengths
 
 pytestmark = pytest.mark.t0
 

@@ -13,10 +13,10 @@ import pytest
 from click.testing import CliRunner
 from lazyfs_kit import make_model
 
-from lazyfs.chunkstore import ChunkStore, chunk_key
 from lazyfs.cli import mount, weights
-from lazyfs.directory import import_directory
-from lazyfs.manifest import RAW
+from lazyfs.content.chunk_store import ChunkStore, chunk_key
+from lazyfs.content.manifest import RAW
+from lazyfs.content.stat_index import import_directory
 from lazyfs.stores.local import LocalStore
 
 pytestmark = pytest.mark.t0

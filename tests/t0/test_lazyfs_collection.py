@@ -10,11 +10,12 @@ import time
 import pytest
 from lazyfs_kit import make_model
 
-from lazyfs import chunkstore
-from lazyfs.chunkstore import GC_MARK, ChunkStore
+from lazyfs.admin.listing import remove
+from lazyfs.admin.verify import verify
+from lazyfs.content import chunk_store
+from lazyfs.content.chunk_store import GC_MARK, ChunkStore
+from lazyfs.content.importer import import_tree
 from lazyfs.errors import Busy
-from lazyfs.importer import import_tree
-from lazyfs.maintenance import remove, verify
 from lazyfs.stores.local import LocalStore
 
 pytestmark = pytest.mark.t0
@@ -48,7 +49,7 @@ class Remote:
 
 
 def collect(chunks, **more):
-    from lazyfs.collection import collect as collect_all
+    from lazyfs.admin.gc import collect as collect_all
 
     return collect_all(chunks, **more)
 
@@ -83,7 +84,7 @@ def test_what_an_import_meets_after_the_listing_is_spared(store, garbage, old, g
 
 def test_what_is_met_between_two_deletions_is_spared(store, garbage, monkeypatch):
     """The import touches them while the first chunk goes: it has met that one before, and is told."""
-    monkeypatch.setattr("lazyfs.collection._REMOTE_WORKERS", 1)
+    monkeypatch.setattr("lazyfs.admin.gc._REMOTE_WORKERS", 1)
     age(store, 30 * HOUR)
     failures = []
 
@@ -131,7 +132,7 @@ def test_a_collection_of_long_ago_costs_an_import_one_look(store, garbage, monke
 
 
 def test_a_collection_that_was_killed_is_not_waited_for(store, garbage, monkeypatch):
-    monkeypatch.setattr(chunkstore, "_GC_SILENT_S", 0.0)
+    monkeypatch.setattr(chunk_store, "_GC_SILENT_S", 0.0)
     store.put(GC_MARK, b'{"batch": 3, "running": true}')
     import_tree(garbage, ChunkStore(store))
     assert verify(ChunkStore(store)).clean

@@ -15,25 +15,25 @@ import pyfuse3
 import pytest
 import trio
 
-from lazyfs import wire
-from lazyfs.cache import PRESENT, Cache, Image
-from lazyfs.chunkstore import ChunkStore
-from lazyfs.claims import others
-from lazyfs.config import MountConfig
-from lazyfs.control import ask
-from lazyfs.control_server import ControlServer
+from lazyfs.cache.cache import PRESENT, Cache, Image
+from lazyfs.cache.open_files import OpenImages
+from lazyfs.cache.reservations import others
+from lazyfs.cache.slots import SlotMemory, SlotWriter
+from lazyfs.content.chunk_store import ChunkStore
+from lazyfs.content.importer import import_tree
 from lazyfs.errors import Temporary
-from lazyfs.fetcher import Fetcher, Rate, build
-from lazyfs.importer import import_tree
-from lazyfs.link import FetcherLink
+from lazyfs.fetch import wire
+from lazyfs.fetch.supervisor import FetcherLink
+from lazyfs.fetch.worker import Fetcher, Rate, build
 from lazyfs.logs import Repeats
-from lazyfs.memory import SlotMemory, SlotWriter
-from lazyfs.open_images import OpenImages
+from lazyfs.mount.config import MountConfig
+from lazyfs.mount.control import ask
+from lazyfs.mount.control_server import ControlServer
+from lazyfs.mount.server import Server
+from lazyfs.mount.service import Service
+from lazyfs.mount.transports.pyfuse3 import _Operations
 from lazyfs.paths import private_dir, write_atomic
-from lazyfs.server import Server
-from lazyfs.service import Service
 from lazyfs.stores.local import LocalStore
-from lazyfs.transport_pyfuse3 import _Operations
 
 pytestmark = pytest.mark.t0
 LIMIT_S = 30
@@ -251,7 +251,7 @@ def test_an_open_that_races_eviction_begins_again(tmp_path, model, monkeypatch):
             shutil.rmtree(path)
         return path
 
-    monkeypatch.setattr("lazyfs.cache.private_dir", make)
+    monkeypatch.setattr("lazyfs.cache.cache.private_dir", make)
     image = model.cache.open(file)
     assert len(made) == 4 and image.state(0) == 0
     image.close()
@@ -408,7 +408,7 @@ def test_an_image_is_sealed_once(fetcher, model, monkeypatch):
 
 def test_a_control_socket_outlives_a_moment_without_descriptors(tmp_path, monkeypatch):
     """A daemon that can be asked no more would be taken for dead, and killed under its readers."""
-    monkeypatch.setattr("lazyfs.control_server._REFUSED_PAUSE_S", 0.01)
+    monkeypatch.setattr("lazyfs.mount.control_server._REFUSED_PAUSE_S", 0.01)
     server = ControlServer(tmp_path / "sock", {"ping": lambda request: {"pid": 1}})
     real, refused = server.socket, []
 

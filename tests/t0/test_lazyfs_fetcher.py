@@ -11,12 +11,12 @@ import time
 import pytest
 from lazyfs_kit import write_safetensors
 
-from lazyfs import fetcher, wire
-from lazyfs.cache import PRESENT, Cache, Image
-from lazyfs.chunkstore import ChunkStore
-from lazyfs.config import MountConfig
-from lazyfs.importer import import_tree
-from lazyfs.memory import SlotMemory, SlotWriter
+from lazyfs.cache.cache import PRESENT, Cache, Image
+from lazyfs.cache.slots import SlotMemory, SlotWriter
+from lazyfs.content.chunk_store import ChunkStore
+from lazyfs.content.importer import import_tree
+from lazyfs.fetch import wire, worker
+from lazyfs.mount.config import MountConfig
 from lazyfs.stores.local import LocalStore
 
 pytestmark = pytest.mark.t0
@@ -38,8 +38,8 @@ class Host:
         self.cache = Cache(folder / "cache_dir")
         self.memory = SlotMemory(64)
         self.ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.fetcher = fetcher.Fetcher(
-            config, self.manifest, fetcher.build(config, self.manifest), theirs, SlotWriter(self.memory.fd)
+        self.fetcher = worker.Fetcher(
+            config, self.manifest, worker.build(config, self.manifest), theirs, SlotWriter(self.memory.fd)
         )
 
     def take(self):
@@ -85,8 +85,8 @@ def wait_for(check):
 
 def test_a_flush_on_a_busy_disk_takes_as_long_as_it_takes(host, monkeypatch):
     """Then the file is dropped, however few times one would have tried meanwhile."""
-    monkeypatch.setattr(fetcher, "_DROP_TRIES", 1)
-    monkeypatch.setattr(fetcher, "_DROP_PAUSE_S", 0.001)
+    monkeypatch.setattr(worker, "_DROP_TRIES", 1)
+    monkeypatch.setattr(worker, "_DROP_PAUSE_S", 0.001)
     begun, go_on = threading.Event(), threading.Event()
 
     def slow(fd):
@@ -107,7 +107,7 @@ def test_a_flush_on_a_busy_disk_takes_as_long_as_it_takes(host, monkeypatch):
 
 
 def test_what_a_worker_took_before_the_drop_does_not_come_back_after_it(host, monkeypatch):
-    monkeypatch.setattr(fetcher, "_DROP_PAUSE_S", 0.001)
+    monkeypatch.setattr(worker, "_DROP_PAUSE_S", 0.001)
     host.fetcher.queue.put((0, 0), wire.AHEAD)
     taken = host.take()
     host.fetcher.drop(0)
@@ -118,7 +118,7 @@ def test_what_a_worker_took_before_the_drop_does_not_come_back_after_it(host, mo
 
 
 def test_a_flush_that_comes_after_the_drop_makes_no_image_that_passes_for_flushed(host, monkeypatch):
-    monkeypatch.setattr(fetcher, "_DROP_PAUSE_S", 0.001)
+    monkeypatch.setattr(worker, "_DROP_PAUSE_S", 0.001)
     host.fill()
     taken = host.take()
     assert taken[2] == wire.SEAL
@@ -135,8 +135,8 @@ def test_a_flush_that_comes_after_the_drop_makes_no_image_that_passes_for_flushe
 
 
 def test_what_somebody_else_has_open_stays(host, monkeypatch, caplog):
-    monkeypatch.setattr(fetcher, "_DROP_TRIES", 3)
-    monkeypatch.setattr(fetcher, "_DROP_PAUSE_S", 0.001)
+    monkeypatch.setattr(worker, "_DROP_TRIES", 3)
+    monkeypatch.setattr(worker, "_DROP_PAUSE_S", 0.001)
     host.fill()
     other = host.cache.open(host.file)
     with caplog.at_level("INFO"):
@@ -167,7 +167,7 @@ def test_a_flushed_image_that_loses_a_chunk_is_proven_again_after_a_power_cut(ho
     image.mark(0, 0)
     image.write(0, data)
     image.close()
-    monkeypatch.setattr("lazyfs.cache.boot_id", lambda: b"0" * 36)
+    monkeypatch.setattr("lazyfs.cache.cache.boot_id", lambda: b"0" * 36)
     again = host.cache.open(host.file)
     try:
         assert PRESENT not in [again.state(i) for i in range(len(host.file.chunks))]

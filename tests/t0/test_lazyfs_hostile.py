@@ -12,24 +12,24 @@ from types import SimpleNamespace
 import pytest
 import zstandard
 
-from checkpoint.archive import open_chunks
 from checkpoint.errors import CheckpointError
-from lazyfs.chunking import MAX_CHUNK
-from lazyfs.chunkstore import ChunkStore, chunk_key, digest_of
-from lazyfs.config import MountConfig
-from lazyfs.directory import read_through
+from checkpoint.store.archive import open_chunks
+from lazyfs.content.chunk_store import ChunkStore, chunk_key, digest_of
+from lazyfs.content.chunking import MAX_CHUNK
+from lazyfs.content.manifest import RAW, VERSION, ZSTD, Chunk, Directory, File, Manifest, Symlink, decode, encode
+from lazyfs.content.stat_index import read_through
+from lazyfs.content.trees import get_tree
 from lazyfs.errors import Integrity, LazyfsError, NotFound, Permanent, Usage
-from lazyfs.fetch import StoreSource
-from lazyfs.loading import load_manifest
-from lazyfs.manifest import RAW, VERSION, ZSTD, Chunk, Directory, File, Manifest, Symlink, decode, encode
+from lazyfs.fetch.access_log import parse
+from lazyfs.fetch.chunk import StoreSource
+from lazyfs.mount.config import MountConfig
+from lazyfs.mount.manifest_source import load_manifest
 from lazyfs.stores.base import MOST_BYTES
+from lazyfs.stores.http import WebStore
 from lazyfs.stores.local import LocalStore
-from lazyfs.stores.web import WebStore
-from lazyfs.trace import parse
-from lazyfs.trees import get_tree
-from lazyfs.urls import normal_url, shown_url
-from plugin.compile_cache import CompileCache
-from plugin.remote import Fetching
+from lazyfs.stores.urls import normal_url, shown_url
+from plugin.runtime.compile_cache import CompileCache
+from plugin.runtime.snapshot_fetch import Fetching
 
 pytestmark = pytest.mark.t0
 D = "a" * 64
@@ -418,7 +418,7 @@ def test_errors_of_a_store_show_no_password(site, web):
 
 
 def test_records_of_imports_hold_no_password(tmp_path, monkeypatch):
-    from lazyfs.directory import _record, _record_file
+    from lazyfs.content.stat_index import _record, _record_file
 
     monkeypatch.setenv("QUICKTHAW_HOME", str(tmp_path))
     url, other = "http://user:hunter2@host/a", "http://host/a"

@@ -6,8 +6,8 @@ import blake3
 import msgspec
 import pytest
 
+from lazyfs.content.manifest import Chunk, Directory, File, Manifest, Symlink, decode, encode
 from lazyfs.errors import Integrity
-from lazyfs.manifest import Chunk, Directory, File, Manifest, Symlink, decode, encode
 
 pytestmark = pytest.mark.t0
 D = "ab" * 32

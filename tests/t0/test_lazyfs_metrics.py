@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from lazyfs import wire
-from lazyfs.metrics import Histogram, render
-from lazyfs.service import Counters
+from lazyfs.fetch import wire
+from lazyfs.mount.metrics import Histogram, render
+from lazyfs.mount.service import Counters
 
 
 def scrape(text):

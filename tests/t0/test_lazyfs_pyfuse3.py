@@ -4,8 +4,8 @@ import os
 
 import pytest
 
-from lazyfs import transport_pyfuse3
-from lazyfs.service import Span
+from lazyfs.mount.service import Span
+from lazyfs.mount.transports import pyfuse3
 
 pytestmark = pytest.mark.t0
 
@@ -22,10 +22,10 @@ def file(tmp_path):
 @pytest.mark.parametrize(("offset", "size"), [(0, 300_000), (4096, 131_072), (5000, 200_001), (299_999, 1)])
 def test_a_mapping_holds_the_bytes_of_the_span_wherever_it_begins(file, offset, size):
     fd, data = file
-    assert transport_pyfuse3._mapped(Span(fd, offset, size)) == data[offset : offset + size]
+    assert pyfuse3._mapped(Span(fd, offset, size)) == data[offset : offset + size]
 
 
 def test_what_cannot_be_made_present_is_an_error_that_the_copying_way_is_taken_for(file, monkeypatch):
-    monkeypatch.setattr(transport_pyfuse3, "_MADV_POPULATE_READ", 9999)
+    monkeypatch.setattr(pyfuse3, "_MADV_POPULATE_READ", 9999)
     with pytest.raises(OSError, match="Invalid argument"):
-        transport_pyfuse3._mapped(Span(file[0], 0, 200_000))
+        pyfuse3._mapped(Span(file[0], 0, 200_000))

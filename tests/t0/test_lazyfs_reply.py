@@ -10,8 +10,8 @@ import struct
 
 import pytest
 
-from lazyfs.service import Span
-from lazyfs.transport_raw import RawTransport, in_memory
+from lazyfs.mount.service import Span
+from lazyfs.mount.transports.raw import RawTransport, in_memory
 
 pytestmark = pytest.mark.t0
 

@@ -12,24 +12,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lazyfs_kit import make_model, write_safetensors
 
-from lazyfs import importer, loading
-from lazyfs.cache import UNPROVEN, Cache
-from lazyfs.chunkstore import ChunkStore, chunk_key, digest_of
-from lazyfs.collection import collect
-from lazyfs.config import MountConfig
-from lazyfs.digests import DigestLog
-from lazyfs.directory import import_directory, known_digest, origins, read_through
+from lazyfs.admin.gc import collect
+from lazyfs.admin.listing import listing, remove, store_lock
+from lazyfs.admin.verify import verify
+from lazyfs.cache.cache import UNPROVEN, Cache
+from lazyfs.content import importer
+from lazyfs.content.chunk_store import ChunkStore, chunk_key, digest_of
+from lazyfs.content.importer import import_tree
+from lazyfs.content.manifest import RAW, ZSTD, Chunk, File, decode, encode
+from lazyfs.content.read_through import describe
+from lazyfs.content.source_digests import DigestLog
+from lazyfs.content.stat_index import import_directory, known_digest, origins, read_through
+from lazyfs.content.trees import get_tree, put_tree
 from lazyfs.errors import Busy, DiskFull, Integrity, LazyfsError, NotFound, Permanent, Temporary, Usage
-from lazyfs.fetch import ChunkFetcher, ReadThroughSource, StoreSource
-from lazyfs.importer import import_tree
-from lazyfs.maintenance import listing, remove, store_lock, verify
-from lazyfs.manifest import RAW, ZSTD, Chunk, File, decode, encode
-from lazyfs.readthrough import describe
-from lazyfs.retry import RetryPolicy, retrying
+from lazyfs.fetch.chunk import ChunkFetcher, ReadThroughSource, StoreSource
+from lazyfs.mount import manifest_source
+from lazyfs.mount.config import MountConfig
 from lazyfs.stores import open_store
 from lazyfs.stores.base import ObjectInfo
 from lazyfs.stores.local import LocalStore
-from lazyfs.trees import get_tree, put_tree
+from lazyfs.stores.retry import RetryPolicy, retrying
 
 pytestmark = pytest.mark.t0
 
@@ -250,7 +252,7 @@ def test_import_directory_knows_what_it_knows(tmp_path, home, monkeypatch):
     model = make_model(tmp_path / "model", megabytes=5)
     digest = import_directory(model, tag="toy:v1")
     calls = []
-    monkeypatch.setattr("lazyfs.importer.import_tree", lambda *a, **k: calls.append(a))
+    monkeypatch.setattr("lazyfs.content.importer.import_tree", lambda *a, **k: calls.append(a))
     assert import_directory(model) == digest and not calls
     assert import_directory(model, tag="toy:v2") == digest and not calls
     store = ChunkStore(open_store(f"file://{home / 'store'}"))
@@ -321,14 +323,14 @@ class Listed:
     ],
 )
 def test_objects_that_stand_for_folders(monkeypatch, objects, files, folders):
-    monkeypatch.setattr("lazyfs.readthrough.open_store", lambda url: Listed(objects))
+    monkeypatch.setattr("lazyfs.content.read_through.open_store", lambda url: Listed(objects))
     digest, data = encode(describe("s3://bucket/m"))
     manifest = decode(data, digest, local=True)
     assert [f.path for f in manifest.files] == files and [d.path for d in manifest.directories] == folders
 
 
 def test_an_object_that_is_a_folder_too_is_named(monkeypatch):
-    monkeypatch.setattr("lazyfs.readthrough.open_store", lambda url: Listed({"a": b"1", "a/b": b"2"}))
+    monkeypatch.setattr("lazyfs.content.read_through.open_store", lambda url: Listed({"a": b"1", "a/b": b"2"}))
     with pytest.raises(Permanent, match="a is an object and a folder") as caught:
         describe("s3://bucket/m")
     assert caught.value.code == "name-clash"
@@ -408,14 +410,14 @@ def test_what_is_spoiled_on_its_way_is_read_once_more_before_it_counts_as_damage
 @pytest.mark.parametrize(("times", "right"), [(1, True), (2, False)])
 def test_a_manifest_spoiled_on_its_way_is_fetched_once_more(tmp_path, chunks, monkeypatch, times, right):
     digest, manifest = import_tree(make_model(tmp_path / "model", megabytes=1), chunks)
-    monkeypatch.setattr(loading, "open_store", lambda url: SpoiledOnTheWay(tmp_path / "store", times))
+    monkeypatch.setattr(manifest_source, "open_store", lambda url: SpoiledOnTheWay(tmp_path / "store", times))
     names = {n: str(tmp_path / n) for n in ("mountpoint", "cache_dir", "log_file", "socket", "state_file", "home")}
     config = MountConfig(manifest=digest, store_url="file:///", **names)
     if right:
-        assert loading.load_manifest(config) == manifest
+        assert manifest_source.load_manifest(config) == manifest
     else:
         with pytest.raises(Integrity):
-            loading.load_manifest(config)
+            manifest_source.load_manifest(config)
         assert not (tmp_path / "cache_dir" / "manifests").exists()
 
 

@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
-from checkpoint import early
 from checkpoint.errors import Busy, Failed, NotFound
-from checkpoint.library import Library
-from checkpoint.remote import ArrivingLibrary
-from plugin.remote import Fetching
+from checkpoint.snapshot import speculative
+from checkpoint.snapshot.library import Library
+from checkpoint.store.remote_restore import ArrivingLibrary
+from plugin.runtime.snapshot_fetch import Fetching
 
 pytestmark = pytest.mark.t0
 
@@ -159,7 +159,7 @@ def test_a_work_folder_that_was_swept_before_it_was_locked_is_made_again(
     run = library.home / "run"
     run.mkdir()
     once_before(fcntl, "flock", monkeypatch, lambda *_: library.sweep())
-    work, held = early._work_folder(run)
+    work, held = speculative._work_folder(run)
     assert work.is_dir() and list(run.iterdir()) == [work]
     assert library.sweep() == 0 and work.is_dir()
     os.close(held)

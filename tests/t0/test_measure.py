@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from launchers.base import CANARY_PROMPT
-from plugin.measure import PROMPT
+from plugin.bench.client import PROMPT
 
 
 def test_no_prefix_cache_answers_a_measured_request_with_what_the_canary_left() -> None:

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from checkpoint.pages import fetch
-from checkpoint.pages.fetch import Fetcher
+from checkpoint.lazy_pages import readahead
+from checkpoint.lazy_pages.readahead import Fetcher
 
 pytestmark = pytest.mark.t0
 
@@ -34,7 +34,7 @@ class Disk:
 
 @pytest.fixture
 def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
-    monkeypatch.setattr(fetch, "_WINDOW", 200)
+    monkeypatch.setattr(readahead, "_WINDOW", 200)
     yield Disk()
 
 
@@ -83,5 +83,5 @@ def test_a_thread_that_fails_is_found_among_what_is_done(disk: Disk, monkeypatch
     fetcher.start()
     fetcher.submit(0, [(disk, 0, 100)])  # type: ignore[list-item]
     assert told.acquire(timeout=10.0)
-    assert list(fetcher.done) == [(fetch.FAILED, 5, 0)]
+    assert list(fetcher.done) == [(readahead.FAILED, 5, 0)]
     fetcher.stop()

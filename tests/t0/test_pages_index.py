@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from criu_image_kit import ANON_PRIVATE, PAGE, process, vma
 
-from checkpoint.pages import index
-from checkpoint.pages.images import ProcessImage
+from checkpoint.criu.pagemap import ProcessImage
+from checkpoint.lazy_pages import pagemap_cache
 
 pytestmark = pytest.mark.t0
 FIELDS = [name for name in ProcessImage.__slots__ if not name.startswith("_")]
@@ -29,42 +29,42 @@ def images(tmp_path: Path) -> Path:
 
 
 def test_kept_and_read_again(images: Path) -> None:
-    first, kept = index.read(str(images))
+    first, kept = pagemap_cache.read(str(images))
     assert not kept and set(first) == {7, 9}
-    assert index.keep(str(images), first) is None
-    again, kept = index.read(str(images))
+    assert pagemap_cache.keep(str(images), first) is None
+    again, kept = pagemap_cache.read(str(images))
     assert kept and told(again) == told(first)
-    assert (images.parent / index.FILE_NAME).stat().st_mode & 0o777 == 0o600
+    assert (images.parent / pagemap_cache.FILE_NAME).stat().st_mode & 0o777 == 0o600
 
 
 @pytest.mark.parametrize("at", [0, 70, -1])
 def test_a_damaged_index_is_not_believed(images: Path, at: int) -> None:
-    found, _ = index.read(str(images))
-    index.keep(str(images), found)
-    file = images.parent / index.FILE_NAME
+    found, _ = pagemap_cache.read(str(images))
+    pagemap_cache.keep(str(images), found)
+    file = images.parent / pagemap_cache.FILE_NAME
     data = bytearray(file.read_bytes())
     data[at] ^= 1
     file.write_bytes(data)
-    again, kept = index.read(str(images))
+    again, kept = pagemap_cache.read(str(images))
     assert not kept and told(again) == told(found)
 
 
 @pytest.mark.parametrize("what", ["pagemap-7.img", "mm-9.img"])
 def test_an_index_of_other_images_is_not_believed(images: Path, what: str) -> None:
-    found, _ = index.read(str(images))
-    index.keep(str(images), found)
+    found, _ = pagemap_cache.read(str(images))
+    pagemap_cache.keep(str(images), found)
     file = images / what
     copy = file.with_name("copy")
     copy.write_bytes(file.read_bytes())
     copy.replace(file)
-    assert not index.read(str(images))[1]
-    index.keep(str(images), found)
-    assert index.read(str(images))[1]
+    assert not pagemap_cache.read(str(images))[1]
+    pagemap_cache.keep(str(images), found)
+    assert pagemap_cache.read(str(images))[1]
 
 
 def test_a_folder_that_cannot_be_written_only_means_reading_again(images: Path) -> None:
-    found, _ = index.read(str(images))
-    (images.parent / index.FILE_NAME).mkdir()
-    assert isinstance(index.keep(str(images), found), IsADirectoryError)
-    assert not list(images.parent.glob(f"{index.FILE_NAME}.*"))
-    assert not index.read(str(images))[1]
+    found, _ = pagemap_cache.read(str(images))
+    (images.parent / pagemap_cache.FILE_NAME).mkdir()
+    assert isinstance(pagemap_cache.keep(str(images), found), IsADirectoryError)
+    assert not list(images.parent.glob(f"{pagemap_cache.FILE_NAME}.*"))
+    assert not pagemap_cache.read(str(images))[1]

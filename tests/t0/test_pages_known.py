@@ -1,4 +1,5 @@
-"""What trees of one snapshot share: the same files are read and mapped once, a plan is each tree's own, and nothing stays that no tree uses."""
+"""What trees of one snapshot share: the same files are read and mapped once, a plan is each tree's own, and nothing stays that no tree
+uses."""
 
 from __future__ import annotations
 
@@ -8,11 +9,11 @@ from pathlib import Path
 import pytest
 from criu_image_kit import ANON_PRIVATE, PAGE, process, vma
 
-from checkpoint.pages import plans
-from checkpoint.pages.images import LAZY, PRESENT
-from checkpoint.pages.known import Known
-from checkpoint.pages.space import Plan
-from checkpoint.pages.workingset import WorkingSet
+from checkpoint.criu.pagemap import LAZY, PRESENT
+from checkpoint.lazy_pages import plan_cache
+from checkpoint.lazy_pages.address_space import Plan
+from checkpoint.lazy_pages.shared_cache import Known
+from checkpoint.lazy_pages.working_set import WorkingSet
 
 pytestmark = pytest.mark.t0
 START = 0x10000
@@ -72,7 +73,7 @@ def test_the_pack_of_an_earlier_working_set_stays_mapped_for_who_still_copies_fr
     first: dict[int, Plan] = {}
     for digest in (b"first", b"second"):
         made, _ = known._plan(RANGES, 0, 1)
-        assert plans.keep(str(images), digest, made, known.images, known.sources)
+        assert plan_cache.keep(str(images), digest, made, known.images, known.sources)
         working_set = WorkingSet(RANGES, len(RANGES))
         working_set.digest = digest
         found = known.kept_plans(working_set, 0)

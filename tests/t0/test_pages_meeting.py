@@ -16,11 +16,11 @@ from pathlib import Path
 import pytest
 from criu_image_kit import ANON_PRIVATE, PAGE, process, vma
 
-from checkpoint.pages import host
-from checkpoint.pages.daemon import Daemon
-from checkpoint.pages.fetch import Fetcher, Source
-from checkpoint.pages.host import Meeting, Tree, code_key, meet, serve, take
-from checkpoint.pages.images import LAZY, PRESENT
+from checkpoint.criu.pagemap import LAZY, PRESENT
+from checkpoint.lazy_pages import main as host
+from checkpoint.lazy_pages.fault_handler import Daemon
+from checkpoint.lazy_pages.main import Meeting, Tree, code_key, meet, serve, take
+from checkpoint.lazy_pages.readahead import Fetcher, Source
 
 pytestmark = pytest.mark.t0
 LIMIT_S = 10.0

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from checkpoint.pages.pagemap import PageMap
+from checkpoint.lazy_pages.copy_plan import PageMap
 
 pytestmark = pytest.mark.t0
 

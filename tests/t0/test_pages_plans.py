@@ -4,10 +4,10 @@ import random
 
 import pytest
 
-from checkpoint.pages import index, plans, uffd
-from checkpoint.pages.images import ProcessImage
-from checkpoint.pages.pagemap import PageMap
-from checkpoint.pages.space import DONE, Plan, Space
+from checkpoint.criu.pagemap import ProcessImage
+from checkpoint.lazy_pages import pagemap_cache, plan_cache, uffd
+from checkpoint.lazy_pages.address_space import DONE, Plan, Space
+from checkpoint.lazy_pages.copy_plan import PageMap
 
 pytestmark = pytest.mark.t0
 PAGE, BASE, ZEROS = 4096, 0x7000_0000_0000, 0x6000_0000_0000
@@ -37,14 +37,14 @@ def folder(tmp_path):
 
 def keep(folder, digest=b"set"):
     image = ProcessImage(7, "pages-1.img")
-    plans.keep(str(folder), digest, {7: made()}, {7: image}, {"pages-1.img": Source()})
+    plan_cache.keep(str(folder), digest, {7: made()}, {7: image}, {"pages-1.img": Source()})
     return image
 
 
 def read(folder, image, digest=b"set", base=BASE, zeros=ZEROS):
     source = Source()
     source.address = base
-    found = plans.read(str(folder), digest, {7: image}, {"pages-1.img": source}, zeros)
+    found = plan_cache.read(str(folder), digest, {7: image}, {"pages-1.img": source}, zeros)
     return found and found[0]
 
 
@@ -61,7 +61,7 @@ def test_a_kept_plan_is_the_one_that_was_made_wherever_its_sources_are_mapped_no
 def test_nothing_is_read_for_another_working_set_other_images_or_a_damaged_file(folder):
     image = keep(folder)
     assert read(folder, image, digest=b"other") is None
-    file = folder.parent / plans.FILE_NAME
+    file = folder.parent / plan_cache.FILE_NAME
     data = bytearray(file.read_bytes())
     data[200] ^= 1
     file.write_bytes(data)
@@ -71,7 +71,7 @@ def test_nothing_is_read_for_another_working_set_other_images_or_a_damaged_file(
     assert read(folder, image) is None
     file.unlink()
     assert read(folder, image) is None
-    assert index.stamps(str(folder))
+    assert pagemap_cache.stamps(str(folder))
 
 
 def test_many_spans_cut_at_once_leave_what_one_after_the_other_leaves():

@@ -1,4 +1,5 @@
-"""A pack holds the pieces of plans and nothing else; the list of what a cold restore reads names all of it once; what is damaged is not used."""
+"""A pack holds the pieces of plans and nothing else; the list of what a cold restore reads names all of it once; what is damaged is not
+used."""
 
 import ctypes
 import errno
@@ -8,13 +9,13 @@ import time
 
 import pytest
 
-from checkpoint.pages import index, pack, plans, uffd
-from checkpoint.pages.fetch import Source
-from checkpoint.pages.images import ProcessImage
-from checkpoint.pages.reading import FILE_NAME, Reading
-from checkpoint.pages.space import Plan
-from checkpoint.pages.touched import _beside, _present
-from checkpoint.pages.workingset import WorkingSet
+from checkpoint.criu.pagemap import ProcessImage
+from checkpoint.lazy_pages import pack, pagemap_cache, plan_cache, uffd
+from checkpoint.lazy_pages.address_space import Plan
+from checkpoint.lazy_pages.read_order import FILE_NAME, Reading
+from checkpoint.lazy_pages.readahead import Source
+from checkpoint.lazy_pages.touched_pages import _beside, _present
+from checkpoint.lazy_pages.working_set import WorkingSet
 
 pytestmark = pytest.mark.t0
 PAGE, START, PAGES = 4096, 0x1000_0000, 64
@@ -49,14 +50,14 @@ def made(source):
 
 def kept(folder):
     source = Source(str(folder / "pages-1.img"))
-    packed = plans.keep(str(folder), DIGEST, made(source), {7: image()}, {"pages-1.img": source})
+    packed = plan_cache.keep(str(folder), DIGEST, made(source), {7: image()}, {"pages-1.img": source})
     return source, packed
 
 
 def test_plans_from_a_pack_bring_what_plans_from_the_images_bring(folder):
     source, packed = kept(folder)
     assert packed and (folder.parent / pack.FILE_NAME).stat().st_size == 8 * PAGE
-    found, pack_source = plans.read(str(folder), DIGEST, {7: image()}, {"pages-1.img": source}, 0)
+    found, pack_source = plan_cache.read(str(folder), DIGEST, {7: image()}, {"pages-1.img": source}, 0)
     plan = found[7]
     expected = made(source)[7]
     assert (plan.starts, plan.ends, plan.zero) == (expected.starts, expected.ends, expected.zero)
@@ -74,9 +75,9 @@ def test_a_pack_that_is_another_file_or_gone_is_not_copied_from(folder):
     copy = place.with_name("copy")
     copy.write_bytes(data)
     copy.replace(place)
-    assert plans.read(str(folder), DIGEST, {7: image()}, {"pages-1.img": source}, 0) is None
+    assert plan_cache.read(str(folder), DIGEST, {7: image()}, {"pages-1.img": source}, 0) is None
     place.unlink()
-    assert plans.read(str(folder), DIGEST, {7: image()}, {"pages-1.img": source}, 0) is None
+    assert plan_cache.read(str(folder), DIGEST, {7: image()}, {"pages-1.img": source}, 0) is None
 
 
 def test_a_pack_that_the_disk_refuses_leaves_plans_that_copy_from_the_images(folder, monkeypatch):
@@ -85,8 +86,8 @@ def test_a_pack_that_the_disk_refuses_leaves_plans_that_copy_from_the_images(fol
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     source, packed = kept(folder)
-    assert not packed and sorted(path.name for path in folder.parent.iterdir()) == [plans.FILE_NAME, "images"]
-    found, none = plans.read(str(folder), DIGEST, {7: image()}, {"pages-1.img": source}, 0)
+    assert not packed and sorted(path.name for path in folder.parent.iterdir()) == [plan_cache.FILE_NAME, "images"]
+    found, none = plan_cache.read(str(folder), DIGEST, {7: image()}, {"pages-1.img": source}, 0)
     assert none is None and found[7].source(0) == source.address + 30 * PAGE
 
 
@@ -172,7 +173,7 @@ def test_a_damaged_list_or_one_whose_files_are_gone_is_none(folder):
     (folder.parent / pack.FILE_NAME).unlink()
     gone = Reading(str(folder))
     assert gone.working_set == b"" and not gone.cold
-    assert index.checked(str(folder), FILE_NAME)
+    assert pagemap_cache.checked(str(folder), FILE_NAME)
 
 
 def test_what_is_present_of_this_process_is_what_it_has_written(tmp_path):

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from checkpoint.errors import Failed
-from checkpoint.pages import server as pages
-from checkpoint.pages.server import PageServer
-from checkpoint.snapshot import Cancellation
+from checkpoint.lazy_pages import client as pages
+from checkpoint.lazy_pages.client import PageServer
+from checkpoint.snapshot.restore import Cancellation
 
 pytestmark = pytest.mark.t0
 LIMIT_S = 10.0

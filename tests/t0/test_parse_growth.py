@@ -15,16 +15,16 @@ from collections.abc import Callable
 import pytest
 
 from capacity.errors import InputError
-from capacity.units import parse
-from checkpoint.relevance import looks_secret
-from lazyfs.chunkstore import _REF
-from plugin.proxy import wire
+from capacity.inputs.units import parse
+from checkpoint.compatibility.launch_options import looks_secret
+from lazyfs.content.chunk_store import _REF
+from plugin.proxy.endpoints.models import Config, ModelConfig, ModelRouter
 from plugin.proxy.errors import ClientFault
-from plugin.proxy.forms import form_field
-from plugin.proxy.models import Config, ModelConfig, ModelRouter
-from plugin.proxy.paths import PathRules
-from plugin.proxy.pool import ReplicaPool
-from plugin.proxy.request import Request
+from plugin.proxy.http import wire
+from plugin.proxy.http.forms import form_field
+from plugin.proxy.http.path_rules import PathRules
+from plugin.proxy.http.request import Request
+from plugin.proxy.pool.pool import ReplicaPool
 
 pytestmark = pytest.mark.t0
 

@@ -13,16 +13,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from plugin.phases import Phase, Span
-from plugin.proxy import wire
+from plugin.proxy.admin.stats import Histogram, Stats, merged
 from plugin.proxy.errors import ClientFault, StartFailed, Unavailable, UpstreamFault, render
-from plugin.proxy.history import History, Kind, kind_of
+from plugin.proxy.http import wire
+from plugin.proxy.http.address import from_spec, from_url, tcp, unix
+from plugin.proxy.http.path_rules import PathRules, Verdict, absolute_form, canonical, readings
+from plugin.proxy.http.request import Request
 from plugin.proxy.logs import JsonFormatter, TextFormatter
-from plugin.proxy.paths import PathRules, Verdict, absolute_form, canonical, readings
-from plugin.proxy.request import Request
+from plugin.proxy.pool.start_times import History, Kind, kind_of
 from plugin.proxy.settings import Settings
-from plugin.proxy.stats import Histogram, Stats, merged
-from plugin.proxy.upstream import from_spec, from_url, tcp, unix
+from plugin.runtime.phases import Phase, Span
 from tests.attacks import MATCHED_BY_PREFIX, spellings
 
 pytestmark = pytest.mark.t0
@@ -250,9 +250,9 @@ def test_workers_counts_add_up():
 
 
 def test_the_metrics_are_those_that_are_documented():
-    from plugin.proxy.metrics import exposition
-    from plugin.proxy.own import status_document
-    from plugin.proxy.pool import ReplicaPool
+    from plugin.proxy.admin.endpoints import status_document
+    from plugin.proxy.admin.metrics import exposition
+    from plugin.proxy.pool.pool import ReplicaPool
     from plugin.proxy.server import ProxyServer
 
     text = exposition(status_document(ProxyServer(ReplicaPool()))).decode()
@@ -265,9 +265,9 @@ def test_the_metrics_are_those_that_are_documented():
 
 
 def test_a_restore_that_was_over_before_the_proxy_listened_is_known():
-    from plugin.phases import Phase, PhaseTracker
-    from plugin.proxy.own import pool_document
-    from plugin.proxy.pool import ReplicaPool
+    from plugin.proxy.admin.endpoints import pool_document
+    from plugin.proxy.pool.pool import ReplicaPool
+    from plugin.runtime.phases import Phase, PhaseTracker
 
     clock = iter(range(100))
     tracker = PhaseTracker(clock=lambda: float(next(clock)))

@@ -14,7 +14,7 @@ REPO = Path(__file__).resolve().parents[2]
 PROGRAM = """
 import sys, threading, types
 import msgspec
-from lazyfs.records import ready
+from lazyfs.content.records import ready
 sys.setswitchinterval(1e-6)
 source = "from __future__ import annotations\\nimport msgspec\\n" + "".join(
     f"class S{k}(msgspec.Struct):\\n  a: dict[str, list[int]]\\n  b: tuple[{f'S{k - 1}' if k else 'int'}, ...]\\n" for k in range(8)

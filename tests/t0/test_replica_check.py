@@ -8,8 +8,8 @@ import pytest
 
 from checkpoint.errors import Integrity
 from launchers.client import Client
-from plugin.phases import Phase, PhaseTracker
-from plugin.replica import Replica
+from plugin.runtime.phases import Phase, PhaseTracker
+from plugin.runtime.replica import Replica
 
 pytestmark = pytest.mark.t0
 RIGHT, WRONG = [1, 2], [1, 3]

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checkpoint.errors import Failed, Integrity
-from checkpoint.signing import FILE_NAME, check, check_folder, keygen, signer
+from checkpoint.snapshot.signatures import FILE_NAME, check, check_folder, keygen, signer
 
 pytestmark = pytest.mark.t0
 

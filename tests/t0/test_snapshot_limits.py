@@ -4,8 +4,8 @@ import msgspec
 import pytest
 
 from checkpoint.errors import HostLacks
-from checkpoint.manifest import SnapshotFile
-from checkpoint.snapshot import check_page_size, limits
+from checkpoint.snapshot.manifest import SnapshotFile
+from checkpoint.snapshot.restore import check_page_size, limits
 from tests.t1.checkpoint_kit import draft
 
 pytestmark = pytest.mark.t0

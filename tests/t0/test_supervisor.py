@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from launchers.errors import EngineDied, EngineFailed
-from plugin.phases import Phase, PhaseTracker
-from plugin.supervisor import Launch, bind
+from plugin.runtime.launcher import Launch, bind
+from plugin.runtime.phases import Phase, PhaseTracker
 
 pytestmark = pytest.mark.t0
 
@@ -121,7 +121,7 @@ class Serving(Replica):
 
 
 def test_deaths_count_for_the_replica_that_died(monkeypatch):
-    monkeypatch.setattr("plugin.supervisor._remember", lambda *_: None)
+    monkeypatch.setattr("plugin.runtime.launcher._remember", lambda *_: None)
     launch = launch_of([Serving() for _ in range(4)])
     for replica in launch.replicas:
         for _ in range(2):
@@ -138,7 +138,7 @@ def test_deaths_count_for_the_replica_that_died(monkeypatch):
 
 
 def test_lost_pages_are_no_deaths(monkeypatch):
-    monkeypatch.setattr("plugin.supervisor._remember", lambda *_: None)
+    monkeypatch.setattr("plugin.runtime.launcher._remember", lambda *_: None)
     launch = launch_of([Serving(lost="the page server is gone") for _ in range(4)])
     for replica in launch.replicas * 3:
         launch._restart(replica, -9)

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from plugin.phases import Phase, PhaseTracker
-from plugin.turns import Turns
+from plugin.runtime.phases import Phase, PhaseTracker
+from plugin.runtime.restore_limit import Turns
 
 pytestmark = pytest.mark.t0
 RESTORE = (Phase.MOUNTING, Phase.RESTORING, Phase.WAKING, Phase.VERIFYING)

@@ -4,8 +4,8 @@ import os
 
 import pytest
 
-from checkpoint.pages import uffd
-from plugin.warm import PageCache
+from checkpoint.lazy_pages import uffd
+from plugin.bench.page_cache import PageCache
 
 pytestmark = pytest.mark.t0
 PAGES = 64

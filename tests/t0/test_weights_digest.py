@@ -1,4 +1,5 @@
-"""However a model's folder is changed, a launch sees it: the digest of its manifest is another one (a stat cache answers when nothing changed)."""
+"""However a model's folder is changed, a launch sees it: the digest of its manifest is another one (a stat cache answers when nothing
+changed)."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from plugin.weights import Weights
+from plugin.runtime.model_mount import Weights
 
 pytestmark = pytest.mark.t0
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from checkpoint.manifest import FORMAT, Canary, Snapshot
-from checkpoint.sandbox import TMP_DIR, Sandbox
+from checkpoint.sandbox.sandbox import TMP_DIR, Sandbox
+from checkpoint.snapshot.manifest import FORMAT, Canary, Snapshot
 
 LIMIT_S = 60.0
 

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from checkpoint.criu import Criu
+from checkpoint.criu.binary import Criu
 from checkpoint.errors import HostLacks
 from tests.launch_rig import Rig, environment
 from tests.t1.pages_kit import HOME, Frozen

@@ -13,8 +13,8 @@ import sys
 import time
 from pathlib import Path
 
-from lazyfs import kernel
-from lazyfs.mounting import MountHandle, mount
+from lazyfs.mount import kernel
+from lazyfs.mount.client import MountHandle, mount
 
 ROOT = Path(__file__).resolve().parents[2]
 # Generous, since a loaded CI machine is slow; a wait that ends sooner costs nothing.
@@ -133,14 +133,14 @@ def fetcher_pid(daemon: int) -> int | None:
         return None
     for child in children:
         with contextlib.suppress(OSError):
-            if b"lazyfs.fetcher" in Path(f"/proc/{child}/cmdline").read_bytes():
+            if b"lazyfs.fetch.worker" in Path(f"/proc/{child}/cmdline").read_bytes():
                 return int(child)
     return None
 
 
 def is_daemon(pid: int) -> bool:
     try:
-        return b"lazyfs.daemon" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        return b"lazyfs.mount.daemon" in Path(f"/proc/{pid}/cmdline").read_bytes()
     except (FileNotFoundError, ProcessLookupError):
         return False
 

@@ -9,10 +9,10 @@ import sys
 import time
 from pathlib import Path
 
-from checkpoint import early
-from checkpoint.criu import Criu
-from checkpoint.pages.server import PageServer, told
-from checkpoint.sandbox import TMP_DIR, Sandbox, SandboxConfig
+from checkpoint.criu.binary import Criu
+from checkpoint.lazy_pages.client import PageServer, told
+from checkpoint.sandbox.sandbox import TMP_DIR, Sandbox, SandboxConfig
+from checkpoint.snapshot import speculative
 from tests.t1.checkpoint_kit import LIMIT_S, inside, wait_for
 
 HOME = Path(os.environ.get("QUICKTHAW_HOME", Path.home() / ".cache" / "quickthaw"))
@@ -58,9 +58,9 @@ class Frozen:
         work.mkdir()
         known_set = self.working_set if known and not record else None
         config = told(images or self.images, self.folder, known_set, record, rate, pack=pack)
-        started = early.begin_pages(config, work)
+        started = speculative.begin_pages(config, work)
         dead = (self.deaths if deaths is None else deaths).append
-        return PageServer(*started, work / early.LAZY_PAGES_SOCKET, dead, self.warnings.append), work
+        return PageServer(*started, work / speculative.LAZY_PAGES_SOCKET, dead, self.warnings.append), work
 
     def restore(self, sandbox: Sandbox, work: Path, images: Path | None = None) -> None:
         self.criu.restore(sandbox, self.root, images or self.images, LIMIT_S, work, {}, lazy_pages=True)

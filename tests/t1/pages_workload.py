@@ -1,7 +1,8 @@
 """A process that knows what its memory must hold, and does to it whatever memory can suffer. Run inside a sandbox by the page tests.
 
 `python pages_workload.py FOLDER`: maps and fills memory, writes FOLDER/ready, and waits for FOLDER/go (a JSON object: `seed`, `steps`,
-`touch`). Then it does random reads, writes, madvise, munmap, mremap, mprotect and forks, while a second thread reads, and compares every page it
+`touch`). Then it does random reads, writes, madvise, munmap, mremap, mprotect and forks, while a second thread reads, and compares every
+page it
 sees with the model. It writes FOLDER/result (JSON: `errors`, `steps`, `children`) and goes back to waiting for the next FOLDER/go.
 """
 

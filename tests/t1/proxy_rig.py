@@ -20,12 +20,12 @@ from typing import Any
 
 import uvloop
 
-from plugin.phases import Phase, PhaseTracker
-from plugin.proxy.pool import ReplicaPool
-from plugin.proxy.replica import Replica
+from plugin.proxy.http.address import tcp
+from plugin.proxy.pool.pool import ReplicaPool
+from plugin.proxy.pool.replica import Replica
 from plugin.proxy.server import ProxyServer
 from plugin.proxy.settings import Settings
-from plugin.proxy.upstream import tcp
+from plugin.runtime.phases import Phase, PhaseTracker
 
 LIMIT_S = 30.0
 

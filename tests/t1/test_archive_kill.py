@@ -13,9 +13,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from checkpoint.archive import open_chunks, pull, push
-from checkpoint.sealing import seal
-from lazyfs.maintenance import verify
+from checkpoint.snapshot.digests import seal
+from checkpoint.store.archive import open_chunks, pull, push
+from lazyfs.admin.verify import verify
 
 pytestmark = pytest.mark.t1
 
@@ -23,7 +23,7 @@ REPO = Path(__file__).resolve().parents[2]
 CHILD = """
 import sys
 from pathlib import Path
-from checkpoint.archive import open_chunks, pull, push
+from checkpoint.store.archive import open_chunks, pull, push
 what, url, folder = sys.argv[1:]
 chunks = open_chunks(url)
 print("begun", flush=True)

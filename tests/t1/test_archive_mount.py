@@ -13,8 +13,8 @@ import msgspec
 import pytest
 from lazyfs_rig import Rig
 
-from checkpoint.archive import open_chunks, push
-from checkpoint.sealing import seal
+from checkpoint.snapshot.digests import seal
+from checkpoint.store.archive import open_chunks, push
 
 pytestmark = [
     pytest.mark.t1,

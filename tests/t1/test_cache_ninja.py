@@ -5,8 +5,8 @@ import subprocess
 
 import pytest
 
-from checkpoint.archive import open_chunks
-from checkpoint.cache_archive import pull_cache, push_cache
+from checkpoint.store.archive import open_chunks
+from checkpoint.store.cache_archive import pull_cache, push_cache
 
 pytestmark = [
     pytest.mark.t1,

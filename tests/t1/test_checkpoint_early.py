@@ -13,17 +13,19 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint import early
-from checkpoint import snapshot as snapshots
-from checkpoint.criu import Criu
+from checkpoint.criu.binary import Criu
 from checkpoint.errors import Busy, HostLacks
-from checkpoint.library import Library
-from checkpoint.manifest import Snapshot
-from checkpoint.sandbox import TMP_DIR, Bind, Sandbox
-from checkpoint.sealing import seal
-from checkpoint.snapshot import LazyRestore, Restored, processes, restore, take
-from plugin.output import Output
-from plugin.settings import state_home
+from checkpoint.sandbox.process_tree import processes
+from checkpoint.sandbox.sandbox import TMP_DIR, Bind, Sandbox
+from checkpoint.snapshot import restore as restore_module
+from checkpoint.snapshot import speculative
+from checkpoint.snapshot.digests import seal
+from checkpoint.snapshot.dump import take
+from checkpoint.snapshot.library import Library
+from checkpoint.snapshot.manifest import Snapshot
+from checkpoint.snapshot.restore import LazyRestore, Restored, restore
+from plugin.runtime.config import state_home
+from plugin.runtime.engine_output import Output
 from tests.t1.checkpoint_kit import draft, inside, wait_for
 
 pytestmark = [pytest.mark.t1, pytest.mark.slow, pytest.mark.xdist_group("criu")]
@@ -39,13 +41,13 @@ class Command:
         self.home = home
         self.told: list[str] = []
 
-    def foresee(self) -> early.Begun | None:
-        early.foresee(self.home, WORDS)
-        return early._begun
+    def foresee(self) -> speculative.Begun | None:
+        speculative.foresee(self.home, WORDS)
+        return speculative._begun
 
     @contextlib.contextmanager
     def restored(self, *binds: Bind) -> Iterator[tuple[Restored, Output]]:
-        output = Output(None, pipe=early.pipe("stdout"))
+        output = Output(None, pipe=speculative.pipe("stdout"))
         how = LazyRestore(None, False, self.told.append, self.told.append)
         try:
             replica = restore(
@@ -95,20 +97,20 @@ def command(snapshot) -> Iterator[Command]:
     assert command.foresee() is None
     with command.restored() as (replica, _):
         assert replica.plan is not None
-        early.note(replica.plan)
+        speculative.note(replica.plan)
     yield command
-    early.discard()
-    assert early._note is not None
-    early._note.unlink(missing_ok=True)
+    speculative.discard()
+    assert speculative._note is not None
+    speculative._note.unlink(missing_ok=True)
     assert command.work_folders() == []
 
 
-def tree_of(begun: early.Begun) -> list[int]:
+def tree_of(begun: speculative.Begun) -> list[int]:
     assert begun.init is not None
     return processes(begun.init[0].pid)
 
 
-def wait_stopped(begun: early.Begun) -> int:
+def wait_stopped(begun: speculative.Begun) -> int:
     """The number of the program on the host, once CRIU has left it stopped."""
     limit = time.monotonic() + 20
     while time.monotonic() < limit:
@@ -178,7 +180,7 @@ def test_another_plan_ends_what_was_begun(command: Command, tmp_path: Path) -> N
 def test_compiled_code_that_had_to_be_put_back_ends_what_was_begun(command: Command, monkeypatch) -> None:
     begun = command.foresee()
     assert begun is not None
-    monkeypatch.setattr(snapshots, "unpack_cache", lambda *_: True)
+    monkeypatch.setattr(restore_module, "unpack_cache", lambda *_: True)
     with command.restored() as (replica, _):
         assert replica.work != begun.work
 
@@ -215,26 +217,26 @@ def test_what_was_begun_ends_with_its_owner(command: Command) -> None:
     for _, control in (begun.init, begun.pages):
         control.close()
     assert gone(pid)
-    early.discard()
+    speculative.discard()
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"version": 0}', b'{"version": 1, "boot": "", "plan": {}}'])
 def test_a_note_that_cannot_be_used_begins_nothing(command: Command, damage: bytes) -> None:
-    assert early._note is not None
-    early._note.write_bytes(damage)
+    assert speculative._note is not None
+    speculative._note.write_bytes(damage)
     assert command.foresee() is None
 
 
 def test_a_note_of_an_earlier_boot_begins_nothing(command: Command, monkeypatch) -> None:
-    monkeypatch.setattr(early, "_boot", lambda: "another")
+    monkeypatch.setattr(speculative, "_boot", lambda: "another")
     assert command.foresee() is None
 
 
 def test_other_words_another_folder_and_other_settings_are_other_command_lines(
     command: Command, monkeypatch, tmp_path
 ) -> None:
-    early.foresee(command.home, [*WORDS, "--port", "1"])
-    assert early._begun is None
+    speculative.foresee(command.home, [*WORDS, "--port", "1"])
+    assert speculative._begun is None
     with monkeypatch.context() as patched:
         patched.setenv("QUICKTHAW_VERIFY", "always")
         assert command.foresee() is None
@@ -254,15 +256,15 @@ def test_a_working_folder_that_is_gone_is_no_defect(command: Command, monkeypatc
 
 def test_old_notes_are_forgotten(tmp_path: Path, command: Command) -> None:
     plan = {"run": str(tmp_path)}
-    for number in range(early._NOTES_KEPT + 3):
-        early.foresee(tmp_path, ["restore", str(number)])
+    for number in range(speculative._NOTES_KEPT + 3):
+        speculative.foresee(tmp_path, ["restore", str(number)])
         (tmp_path / "run").mkdir(exist_ok=True)
-        early.note(plan)
+        speculative.note(plan)
     notes = list((tmp_path / "run").glob("next-*.json"))
-    assert len(notes) == early._NOTES_KEPT
+    assert len(notes) == speculative._NOTES_KEPT
     assert {path.stat().st_mode & 0o777 for path in notes} == {0o600}
     shutil.rmtree(tmp_path / "run")
-    early.note(plan)  # nowhere to write: only time is lost
+    speculative.note(plan)  # nowhere to write: only time is lost
     command.foresee()
 
 
@@ -270,16 +272,16 @@ def test_a_snapshot_is_not_removed_under_what_was_begun(command: Command) -> Non
     assert command.foresee() is not None
     with pytest.raises(Busy):
         command.library.remove("counter")
-    early.discard()
+    speculative.discard()
     assert command.library.has("counter")
 
 
 def test_notes_of_a_snapshot_go_with_it(command: Command) -> None:
     with command.restored() as (replica, _):
-        early.note(replica.plan)
+        speculative.note(replica.plan)
     notes = command.home / "run"
     (notes / "next-other.json").write_text('{"plan": {"snapshot": "/another"}}')
     (notes / "next-broken.json").write_text("{")
     assert len(list(notes.glob("next-*.json"))) == 3  # with its own
-    early.forget(notes, command.library.path(command.snapshot.name))
+    speculative.forget(notes, command.library.path(command.snapshot.name))
     assert {path.name for path in notes.glob("next-*.json")} == {"next-other.json", "next-broken.json"}

@@ -1,6 +1,7 @@
 """Taking and restoring a tree that "uses CUDA": the driver's calls stand in the right order around CRIU's, and what they need is recorded.
 
-The tree and CRIU are real; the driver is the double of cuda_double.py, whose state follows a process through its images as the real one's does.
+The tree and CRIU are real; the driver is the double of cuda_double.py, whose state follows a process through its images as the real one's
+does.
 """
 
 import json
@@ -11,16 +12,19 @@ from pathlib import Path
 import pytest
 from cuda_double import GPU0, Double, write
 
-from checkpoint import room
-from checkpoint import snapshot as snapshot_module
-from checkpoint.criu import Criu
+from checkpoint.criu.binary import Criu
 from checkpoint.errors import Failed, HostLacks
-from checkpoint.library import Library
-from checkpoint.sandbox import CACHE_DIR, Bind, Sandbox, SandboxConfig
-from checkpoint.sealing import seal
-from checkpoint.snapshot import processes, restore, take
-from plugin.output import Output
-from plugin.settings import state_home
+from checkpoint.sandbox import process_tree
+from checkpoint.sandbox.process_tree import processes
+from checkpoint.sandbox.sandbox import CACHE_DIR, Bind, Sandbox, SandboxConfig
+from checkpoint.snapshot import restore as restore_module
+from checkpoint.snapshot import room
+from checkpoint.snapshot.digests import seal
+from checkpoint.snapshot.dump import take
+from checkpoint.snapshot.library import Library
+from checkpoint.snapshot.restore import restore
+from plugin.runtime.config import state_home
+from plugin.runtime.engine_output import Output
 from tests.leftovers import Watch
 from tests.t1.checkpoint_kit import draft
 from tests.t1.test_checkpoint_tree import ask, start_tree
@@ -150,7 +154,7 @@ def test_gpu_memory_counts_for_the_room_that_a_dump_needs(rig):
 def test_the_limit_of_a_dump_counts_what_the_driver_moved_into_host_memory(rig, monkeypatch):
     library, sandbox, wanted, driver, _ = rig
     sizes = iter([1 << 20, 10 << 30, 10 << 30])
-    monkeypatch.setattr(snapshot_module, "private_bytes", lambda pids: next(sizes))
+    monkeypatch.setattr(process_tree, "private_bytes", lambda pids: next(sizes))
     monkeypatch.setattr(room, "check_disk", lambda folder, wanted: seen.append(wanted))
     seen = []
 
@@ -163,7 +167,7 @@ def test_the_limit_of_a_dump_counts_what_the_driver_moved_into_host_memory(rig, 
     with pytest.raises(Failed, match="enough"):
         take(library, criu, sandbox, wanted, library.home / "compile", seal, driver=driver)
     assert 10 << 30 <= seen[1] < 11 << 30  # and what lies in /dev/shm and TMPDIR
-    assert seen[2] > (10 << 30) / snapshot_module.DUMP_SLOWEST
+    assert seen[2] > (10 << 30) / restore_module.DUMP_SLOWEST
 
 
 def test_a_dump_after_which_the_gpu_is_lost_says_so_and_keeps_no_snapshot(rig):

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint.library import Library
-from checkpoint.sealing import verify
+from checkpoint.snapshot.digests import verify
+from checkpoint.snapshot.library import Library
 from tests.leftovers import Watch, processes
 
 pytestmark = [pytest.mark.t1, pytest.mark.xdist_group("criu"), pytest.mark.slow, pytest.mark.timeout(400)]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint import prefork
+from checkpoint.sandbox import prestart
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -97,7 +97,7 @@ def test_a_forked_child_answers_as_a_popen_does() -> None:
     if not pid:
         time.sleep(60)
         os._exit(0)
-    child = prefork.Forked(pid)
+    child = prestart.Forked(pid)
     assert child.poll() is None
     with pytest.raises(subprocess.TimeoutExpired):
         child.wait(0.01)
@@ -107,7 +107,7 @@ def test_a_forked_child_answers_as_a_popen_does() -> None:
     child.send_signal(15)  # to nobody
 
 
-@pytest.mark.parametrize("number", [prefork._SYS_CLOSE_RANGE, 100_000], ids=["close_range", "an older kernel"])
+@pytest.mark.parametrize("number", [prestart._SYS_CLOSE_RANGE, 100_000], ids=["close_range", "an older kernel"])
 def test_closing_takes_no_longer_where_the_limit_is_high(number):
     """In a container the limit may be 2^30: closing one by one takes minutes. Here in a child, since all it has open is closed."""
     code = (

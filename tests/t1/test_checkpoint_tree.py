@@ -11,15 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint.criu import Criu
+from checkpoint.criu.binary import Criu
+from checkpoint.criu.images import decode, encode, framed, head_size, nested, payloads
 from checkpoint.errors import Busy, CheckpointError, Failed, HostLacks, Incompatible, Integrity, NotFound
-from checkpoint.imagefile import decode, encode, framed, head_size, nested, payloads
-from checkpoint.library import Library
-from checkpoint.sandbox import CACHE_DIR, TMP_DIR, Bind, Sandbox, SandboxConfig
-from checkpoint.sealing import seal, verify
-from checkpoint.snapshot import restore, take
-from plugin.output import Output
-from plugin.settings import state_home
+from checkpoint.sandbox.sandbox import CACHE_DIR, TMP_DIR, Bind, Sandbox, SandboxConfig
+from checkpoint.snapshot.digests import seal, verify
+from checkpoint.snapshot.dump import take
+from checkpoint.snapshot.library import Library
+from checkpoint.snapshot.restore import restore
+from plugin.runtime.config import state_home
+from plugin.runtime.engine_output import Output
 from tests.leftovers import Watch
 from tests.t1.checkpoint_kit import draft
 
@@ -153,7 +154,7 @@ def test_an_exit_code_and_a_missing_program_are_told(home):
 def test_the_death_of_any_part_takes_the_sandbox_down(home, watch, victim):
     script = (
         "import sys, time; sys.path.insert(0, sys.argv[1])\n"
-        "from checkpoint.sandbox import Sandbox\n"
+        "from checkpoint.sandbox.sandbox import Sandbox\n"
         "s = Sandbox(); p = s.start(['/bin/sleep', '1000'], {}, '/')\n"
         "print(s._process.pid, s.init_pid, flush=True); time.sleep(1000)\n"
     )
@@ -316,8 +317,8 @@ def test_a_full_disk_costs_the_snapshot_and_not_the_engine(taken, criu, monkeypa
             take(other, criu, sandbox, snapshot, library.home / "compile", seal)
         assert caught.value.code == "disk-full"
         # The estimate said no beforehand; let it lie, and meet the wall in the middle of CRIU's writing.
-        monkeypatch.setattr("checkpoint.snapshot.private_bytes", lambda pids: 0)
-        monkeypatch.setattr("checkpoint.room._MARGIN", 0)
+        monkeypatch.setattr("checkpoint.sandbox.process_tree.private_bytes", lambda pids: 0)
+        monkeypatch.setattr("checkpoint.snapshot.room._MARGIN", 0)
         with pytest.raises(Failed):
             take(other, criu, sandbox, snapshot, library.home / "compile", seal)
         assert [p.name for p in other.folder.iterdir() if p.name.startswith(".partial")] == []

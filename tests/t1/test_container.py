@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint.criu import Criu
-from plugin.settings import state_home
+from checkpoint.criu.binary import Criu
+from plugin.runtime.config import state_home
 from tests.launch_rig import REPO
 
 pytestmark = [pytest.mark.t1, pytest.mark.slow, pytest.mark.xdist_group("launch")]

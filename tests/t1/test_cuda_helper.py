@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from cuda_double import GPU0, TOTAL, Children, alive, wait_until
 
-from checkpoint.cuda import Needs, resume, suspend
+from checkpoint.cuda.checkpoint import Needs, resume, suspend
 from checkpoint.cuda.driver import DeviceMemory, DriverError, State, uuid_bytes
 from checkpoint.cuda.helper import Helper, _answer
 from checkpoint.errors import Failed, HostLacks

@@ -16,8 +16,9 @@ from cuda_double import GPU0, GPU1, TOTAL, Children, Double, write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from checkpoint import cuda
-from checkpoint.cuda import (
+from checkpoint.compatibility.gpu import Gpu
+from checkpoint.cuda import checkpoint as cuda
+from checkpoint.cuda.checkpoint import (
     MARGIN,
     Needs,
     bring_back,
@@ -34,7 +35,6 @@ from checkpoint.cuda import (
 )
 from checkpoint.cuda.driver import DeviceMemory, DriverError, State
 from checkpoint.errors import Busy, CheckpointError, Failed, HostLacks, Incompatible
-from checkpoint.facts import Gpu
 
 pytestmark = pytest.mark.t1
 

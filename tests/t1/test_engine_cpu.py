@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint.criu import Criu
-from checkpoint.library import Library
-from checkpoint.sandbox import CONTROL_DIR, TMP_DIR, Sandbox, SandboxConfig
-from checkpoint.sealing import seal
-from checkpoint.snapshot import restore, take
+from checkpoint.criu.binary import Criu
+from checkpoint.sandbox.sandbox import CONTROL_DIR, TMP_DIR, Sandbox, SandboxConfig
+from checkpoint.snapshot.digests import seal
+from checkpoint.snapshot.dump import take
+from checkpoint.snapshot.library import Library
+from checkpoint.snapshot.restore import restore
 from launchers import control
-from plugin.output import Output
-from plugin.settings import state_home
+from plugin.runtime.config import state_home
+from plugin.runtime.engine_output import Output
 from tests.leftovers import Watch
 from tests.t1.checkpoint_kit import draft, inside, wait_for
 

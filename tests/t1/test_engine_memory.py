@@ -1,4 +1,5 @@
-"""What an engine's process gives back before a dump: the allocator's free pages to the kernel, the CUDA caching allocator's to the driver."""
+"""What an engine's process gives back before a dump: the allocator's free pages to the kernel, the CUDA caching allocator's to the
+driver."""
 
 import subprocess
 import sys

@@ -1,4 +1,5 @@
-"""What a dump must carry or refuse by name, with small programs under real CRIU: start times, helpers, deleted files, SysV objects, sockets."""
+"""What a dump must carry or refuse by name, with small programs under real CRIU: start times, helpers, deleted files, SysV objects,
+sockets."""
 
 import os
 import sys
@@ -7,15 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint.criu import Criu
+from checkpoint.criu.binary import Criu
 from checkpoint.errors import Failed, Incompatible
-from checkpoint.library import Library
-from checkpoint.sandbox import CONTROL_DIR, TMP_DIR, Sandbox, SandboxConfig
-from checkpoint.sealing import seal
-from checkpoint.snapshot import Cancellation, LazyRestore, processes, restore, take
+from checkpoint.sandbox.process_tree import processes
+from checkpoint.sandbox.sandbox import CONTROL_DIR, TMP_DIR, Sandbox, SandboxConfig
+from checkpoint.snapshot.digests import seal
+from checkpoint.snapshot.dump import take
+from checkpoint.snapshot.library import Library
+from checkpoint.snapshot.restore import Cancellation, LazyRestore, restore
 from launchers import control
-from plugin.output import Output
-from plugin.settings import state_home
+from plugin.runtime.config import state_home
+from plugin.runtime.engine_output import Output
 from tests.leftovers import Watch
 from tests.t1.checkpoint_kit import draft, inside, wait_for
 

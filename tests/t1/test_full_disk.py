@@ -1,4 +1,5 @@
-"""A disk that is full or read-only: whatever the library, an archive or a restore writes, it costs one line with a code and nothing else."""
+"""A disk that is full or read-only: whatever the library, an archive or a restore writes, it costs one line with a code and nothing
+else."""
 
 import errno
 import os
@@ -10,13 +11,14 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from checkpoint import disk, early, sealing
-from checkpoint.archive import open_chunks, pull, push
-from checkpoint.criu import Criu
+from checkpoint import disk
+from checkpoint.criu.binary import Criu
 from checkpoint.errors import Failed
-from checkpoint.library import Library
-from checkpoint.pages.arrival import Presence
-from plugin.compile_cache import CompileCache
+from checkpoint.lazy_pages.residency import Presence
+from checkpoint.snapshot import digests, speculative
+from checkpoint.snapshot.library import Library
+from checkpoint.store.archive import open_chunks, pull, push
+from plugin.runtime.compile_cache import CompileCache
 
 pytestmark = pytest.mark.t1
 REPO = Path(__file__).parents[2]
@@ -56,7 +58,7 @@ def snapshot(library):
         for name in ("images", "shm", "tmp"):
             (folder / name).mkdir()
         (folder / "images/core-1.img").write_bytes(os.urandom(300_000))
-        files = {name: msgspec.to_builtins(file) for name, file in sealing.seal(folder).items()}
+        files = {name: msgspec.to_builtins(file) for name, file in digests.seal(folder).items()}
         (folder / "manifest.json").write_bytes(msgspec.json.encode({"format": 1, "name": "snap", "files": files}))
     return library.path("snap")
 
@@ -73,12 +75,12 @@ def test_a_library_says_it_and_goes_on(home, caplog, refuse, code):
     library = Library(home)
     folder = snapshot(library)
     library.failed("snap", "criu-restore-failed")
-    (folder / sealing.LEDGER).unlink()
+    (folder / digests.LEDGER).unlink()
     refuse(home)
     caplog.clear()
     assert library.failed("snap", "again").failures == 2
-    files = {"images/core-1.img": sealing.seal(folder)["images/core-1.img"]}
-    sealing.verify(folder, files)
+    files = {"images/core-1.img": digests.seal(folder)["images/core-1.img"]}
+    digests.verify(folder, files)
     with library.in_use("snap"):
         pass
     with refused(code), library.writing("other") as new:
@@ -121,8 +123,8 @@ def test_what_a_restore_remembers(home, caplog, monkeypatch, refuse, code):
     program.write_text("#!/bin/sh\necho Version: 4.2.1\n")
     program.chmod(0o755)
     assert Criu(program).cached_version(home) == "4.2.1"
-    monkeypatch.setattr(early, "_note", home / "run" / "next-1.json")
-    early.note({})
+    monkeypatch.setattr(speculative, "_note", home / "run" / "next-1.json")
+    speculative.note({})
     assert [line.message.partition(":")[0] for line in caplog.records] == [code]
 
 
@@ -156,7 +158,7 @@ def test_a_map_that_was_made_can_be_marked_on_a_disk_that_is_full_by_then(home):
 import sys
 sys.path.insert(0, sys.argv[2])
 from pathlib import Path
-from checkpoint.pages.arrival import Presence
+from checkpoint.lazy_pages.residency import Presence
 made = Presence.make(sys.argv[1] + "/map", {"images/pages-1.img": 4096 * 100_000})
 try:
     Path(sys.argv[1], "filler").write_bytes(bytes(2 << 20))

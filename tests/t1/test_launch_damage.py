@@ -1,4 +1,5 @@
-"""A snapshot that is not what was written is refused by name and the engine starts cold under the same held request; and who is told why."""
+"""A snapshot that is not what was written is refused by name and the engine starts cold under the same held request; and who is told
+why."""
 
 import json
 import os
@@ -85,8 +86,8 @@ def test_a_flipped_byte_in_shared_memory_and_in_temporary_files(launch_rig):
 
 
 def test_every_flipped_bit_of_the_manifest_is_refused(taken):
-    from checkpoint import manifest
     from checkpoint.errors import CheckpointError
+    from checkpoint.snapshot import manifest
 
     rig, folder, answer = taken
     file = folder / "manifest.json"

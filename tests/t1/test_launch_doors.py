@@ -1,4 +1,5 @@
-"""What a launch opens, which is nothing: the engine's control is the launcher's alone, and quickthaw's own variables stay out of the engine.
+"""What a launch opens, which is nothing: the engine's control is the launcher's alone, and quickthaw's own variables stay out of the
+engine.
 
 The engine double opens vLLM's developer endpoints where VLLM_SERVER_DEV_MODE asks for them, and loads `--middleware` as vLLM does.
 """

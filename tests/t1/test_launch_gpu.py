@@ -1,4 +1,5 @@
-"""A replica with a GPU from cold start to restore: the engine puts its memory away, the driver the rest, and both come back in the right order.
+"""A replica with a GPU from cold start to restore: the engine puts its memory away, the driver the rest, and both come back in the right
+order.
 
 The engine and the CUDA driver are doubles (tests/programs/engine_double.py, cuda_double.py); CRIU, sandbox and everything of ours are real.
 """
@@ -12,14 +13,14 @@ import pytest
 from cuda_double import GPU0, TOTAL, Double, wait_until, write
 
 import launchers
-from checkpoint import facts
-from checkpoint.criu import Criu
-from checkpoint.facts import Gpu
-from plugin.layers import Layers
-from plugin.phases import Phase, PhaseTracker
-from plugin.replica import Replica
-from plugin.settings import LaunchSettings, state_home
-from plugin.weights import Weights
+from checkpoint.compatibility import gpu as gpu_module
+from checkpoint.compatibility.gpu import Gpu
+from checkpoint.criu.binary import Criu
+from plugin.runtime.capabilities import Layers
+from plugin.runtime.config import LaunchSettings, state_home
+from plugin.runtime.model_mount import Weights
+from plugin.runtime.phases import Phase, PhaseTracker
+from plugin.runtime.replica import Replica
 
 pytestmark = [pytest.mark.t1, pytest.mark.xdist_group("launch"), pytest.mark.slow]
 USED = 1 << 20
@@ -72,7 +73,7 @@ def gpu_rig(launch_rig, monkeypatch, tmp_path):
     gpu.mkdir()
     write(gpu / "gpus.json", {GPU0: TOTAL})
     found = ((Gpu(name="Double", memory=TOTAL, uuid=GPU0),), "580.159.03")
-    monkeypatch.setattr(facts, "gpu_facts", lambda environment=None: found)
+    monkeypatch.setattr(gpu_module, "gpu_facts", lambda environment=None: found)
     for name, value in launch_rig.env().items():
         monkeypatch.setenv(name, value)
     made = []
@@ -187,7 +188,7 @@ def test_the_users_own_word_on_sleep_mode_is_not_overruled(gpu_rig):
 
 
 def processes_of(replica):
-    from checkpoint.snapshot import processes
+    from checkpoint.sandbox.process_tree import processes
 
     return processes(replica.running.place.init_pid)
 

@@ -1,4 +1,5 @@
-"""A page server that dies, or stops to answer, at every moment of a restore and after it: no request is lost, and nothing waits for ever."""
+"""A page server that dies, or stops to answer, at every moment of a restore and after it: no request is lost, and nothing waits for
+ever."""
 
 import os
 import signal

@@ -1,4 +1,5 @@
-"""A snapshot outlives the state of the host that it was taken on: other ports, other TMPDIR, no log, another state folder, another model path."""
+"""A snapshot outlives the state of the host that it was taken on: other ports, other TMPDIR, no log, another state folder, another model
+path."""
 
 import contextlib
 import json
@@ -149,7 +150,7 @@ def rewrite(rig, name, change):
     """A manifest that says something else, with a digest that is right again: what an honest other host would have written."""
     import msgspec
 
-    from checkpoint import manifest
+    from checkpoint.snapshot import manifest
 
     file = rig.library.path(name) / "manifest.json"
     data = json.loads(file.read_bytes())

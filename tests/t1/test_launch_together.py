@@ -102,7 +102,7 @@ def test_two_launches_of_one_identity_and_one_writer(launch_rig):
         assert all("Traceback" not in launch.ours() for launch in launches)
         # One has taken it; the other met it being taken, or there already, and went on without.
         assert len(rig.library.names()) == 1
-        from checkpoint.sealing import verify
+        from checkpoint.snapshot.digests import verify
 
         verify(rig.library.path(rig.name), rig.library.load(rig.name).files, always=True)
         assert list(rig.library.folder.glob(".partial-*")) == []

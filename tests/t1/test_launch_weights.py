@@ -5,8 +5,9 @@ import json
 import pytest
 
 import launchers
-from plugin import rates, taking
-from plugin.settings import LaunchSettings
+from plugin.records import restore_rates
+from plugin.runtime import take_snapshot
+from plugin.runtime.config import LaunchSettings
 
 pytestmark = [pytest.mark.t1]
 GB = 1_000_000_000
@@ -17,7 +18,7 @@ class Fake:
 
     def __init__(self, monkeypatch, seconds, error=None):
         self.now, self.seconds, self.error, self.reloads = 100.0, seconds, error, 0
-        monkeypatch.setattr(taking.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(take_snapshot.time, "monotonic", lambda: self.now)
 
     def reload_weights(self, client, model):
         self.reloads += 1
@@ -39,7 +40,7 @@ def choose(tmp_path, monkeypatch, caplog):
         replica = type("R", (), {})()
         replica.settings, replica.engine = settings, engine
         replica.weights = type("W", (), {"size": size})()
-        return taking._thin(replica, None, gpu), caplog.text, engine.reloads
+        return take_snapshot._thin(replica, None, gpu), caplog.text, engine.reloads
 
     run.home = tmp_path
     return run
@@ -52,7 +53,7 @@ def test_told_is_told(choose):
 
 def test_a_fast_reload_leaves_the_weights_out_and_a_slow_one_carries_them(choose):
     for _ in range(3):
-        rates.remember(choose.home, 2 * GB, 2.0, gpu=False)  # 1 GB/s
+        restore_rates.remember(choose.home, 2 * GB, 2.0, gpu=False)  # 1 GB/s
     thin, said, _ = choose(10 * GB, 4.0)
     assert thin is True
     assert "weights thin" in said and "10.00 s at 1.0 GB/s (3 restores here)" in said and "took 4.00 s" in said
@@ -61,23 +62,23 @@ def test_a_fast_reload_leaves_the_weights_out_and_a_slow_one_carries_them(choose
 
 
 def test_a_host_that_restores_faster_decides_otherwise(choose):
-    rates.remember(choose.home, 2 * GB, 2.0, gpu=False)
+    restore_rates.remember(choose.home, 2 * GB, 2.0, gpu=False)
     assert choose(10 * GB, 5.0)[0] is True
     for _ in range(9):
-        rates.remember(choose.home, 4 * GB, 1.0, gpu=False)
+        restore_rates.remember(choose.home, 4 * GB, 1.0, gpu=False)
     assert choose(10 * GB, 5.0)[0] is False
 
 
 def test_what_is_not_worth_a_reload_is_not_tried(choose):
-    rates.remember(choose.home, 2 * GB, 1.0, gpu=False)
+    restore_rates.remember(choose.home, 2 * GB, 1.0, gpu=False)
     thin, said, reloads = choose(GB // 2, 0.0)
     assert (thin, reloads) == (False, 0) and "weights full" in said and "could not win much" in said
     assert choose(1 << 20, 0.0)[1:] == choose(1 << 20, 0.0)[1:] and choose(1 << 20, 0.0)[2] == 0
 
 
 def test_rates_of_a_gpu_are_kept_apart(choose):
-    rates.remember(choose.home, 2 * GB, 0.1, gpu=False)
-    rates.remember(choose.home, 2 * GB, 2.0, gpu=True)
+    restore_rates.remember(choose.home, 2 * GB, 0.1, gpu=False)
+    restore_rates.remember(choose.home, 2 * GB, 2.0, gpu=True)
     assert choose(10 * GB, 2.0, gpu=True)[0] is True
     assert choose(10 * GB, 2.0, gpu=False)[0] is False
 
@@ -85,25 +86,25 @@ def test_rates_of_a_gpu_are_kept_apart(choose):
 def test_without_a_restore_yet_this_host_is_probed(choose):
     thin, said, _ = choose(100 * GB, 0.01)
     assert thin is True and "a probe, no restore yet" in said
-    assert 1e7 < rates.probe(choose.home) < 1e12
+    assert 1e7 < restore_rates.probe(choose.home) < 1e12
 
 
 def test_an_engine_that_cannot_reload_carries_its_weights(choose):
     from launchers.errors import EngineFailed
 
-    rates.remember(choose.home, 2 * GB, 2.0, gpu=False)
+    restore_rates.remember(choose.home, 2 * GB, 2.0, gpu=False)
     thin, said, _ = choose(10 * GB, 0.0, error=EngineFailed("engine-refused", "no"))
     assert thin is False and "engine-refused" in said
 
 
 def test_the_history_forgets_what_is_old_small_or_torn(tmp_path):
-    assert rates.measured(tmp_path, False) is None
-    rates.remember(tmp_path, 1 << 20, 0.001, gpu=False)
-    assert rates.measured(tmp_path, False) is None
+    assert restore_rates.measured(tmp_path, False) is None
+    restore_rates.remember(tmp_path, 1 << 20, 0.001, gpu=False)
+    assert restore_rates.measured(tmp_path, False) is None
     for index in range(60):
-        rates.remember(tmp_path, GB * (1 if index < 35 else 4), 1.0, gpu=False)
-    with open(tmp_path / rates.FILE, "ab") as file:
+        restore_rates.remember(tmp_path, GB * (1 if index < 35 else 4), 1.0, gpu=False)
+    with open(tmp_path / restore_rates.FILE, "ab") as file:
         file.write(b'{"bytes": 1, "sec\n')
-    rate, count = rates.measured(tmp_path, False)
-    assert (rate, count) == (4 * GB, rates.KEPT)
-    assert json.loads((tmp_path / rates.FILE).read_text().splitlines()[0])["gpu"] is False
+    rate, count = restore_rates.measured(tmp_path, False)
+    assert (rate, count) == (4 * GB, restore_rates.KEPT)
+    assert json.loads((tmp_path / restore_rates.FILE).read_text().splitlines()[0])["gpu"] is False

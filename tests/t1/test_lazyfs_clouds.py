@@ -23,12 +23,13 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import pytest
 from lazyfs_rig import LIMIT_S, Rig, wait_for, write_model
 
-from lazyfs import kernel
+from lazyfs.admin.gc import collect
+from lazyfs.admin.listing import remove
+from lazyfs.admin.verify import verify
 from lazyfs.api import import_directory, read_through
-from lazyfs.chunkstore import ChunkStore
-from lazyfs.collection import collect
+from lazyfs.content.chunk_store import ChunkStore
 from lazyfs.errors import NotFound, Permanent
-from lazyfs.maintenance import remove, verify
+from lazyfs.mount import kernel
 from lazyfs.stores import open_store
 
 pytestmark = [

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from lazyfs_rig import LIMIT_S, Rig, is_daemon, write_model
 
-from lazyfs import kernel
 from lazyfs.api import import_directory, read_through, unmount
 from lazyfs.errors import Usage
+from lazyfs.mount import kernel
 
 pytestmark = [
     pytest.mark.t1,

@@ -7,7 +7,7 @@ import importlib.util
 import pytest
 from lazyfs_rig import ROOT, write_model
 
-from lazyfs import kernel
+from lazyfs.mount import kernel
 
 pytestmark = [
     pytest.mark.t1,

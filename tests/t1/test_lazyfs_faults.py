@@ -14,18 +14,18 @@ from pathlib import Path
 import pytest
 from lazyfs_rig import LIMIT_S, ROOT, Rig, wait_for, write_model
 
-from lazyfs import kernel
+from lazyfs.admin.verify import Damage, verify, verify_cache
 from lazyfs.api import import_directory
-from lazyfs.cache import PRESENT, UNPROVEN, Cache
-from lazyfs.chunkstore import ChunkStore
-from lazyfs.claims import others
+from lazyfs.cache.cache import PRESENT, UNPROVEN, Cache
+from lazyfs.cache.reservations import others
+from lazyfs.content.chunk_store import ChunkStore
+from lazyfs.content.read_through import describe
 from lazyfs.errors import Integrity, LazyfsError, NotFound, Permanent, Temporary
-from lazyfs.maintenance import Damage, verify, verify_cache
-from lazyfs.readthrough import describe
+from lazyfs.fetch.access_log import shared_key
+from lazyfs.mount import kernel
 from lazyfs.stores import open_store
 from lazyfs.stores.faulty import FAULTS
 from lazyfs.stores.local import LocalStore
-from lazyfs.trace import shared_key
 
 pytestmark = [
     pytest.mark.t1,

@@ -11,7 +11,7 @@ import pytest
 from lazyfs_rig import LIMIT_S
 
 from lazyfs.errors import NotFound, Permanent, Temporary
-from lazyfs.stores.web import WebStore
+from lazyfs.stores.http import WebStore
 
 pytestmark = pytest.mark.t1
 

@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 from lazyfs_rig import LIMIT_S, ROOT, Rig, is_daemon, wait_for, write_model
 
-from lazyfs import kernel
+from lazyfs.admin.verify import verify, verify_cache
 from lazyfs.api import import_directory
-from lazyfs.cache import Cache
-from lazyfs.chunkstore import ChunkStore
-from lazyfs.maintenance import verify, verify_cache
+from lazyfs.cache.cache import Cache
+from lazyfs.content.chunk_store import ChunkStore
+from lazyfs.mount import kernel
 from lazyfs.stores.local import LocalStore
 
 pytestmark = [

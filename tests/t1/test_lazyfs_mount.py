@@ -16,11 +16,11 @@ import time
 import pytest
 from lazyfs_rig import LIMIT_S, ROOT, Rig, is_daemon, wait_for, write_model
 
-from lazyfs import kernel
 from lazyfs.api import find_mount, import_directory, read_through, unmount
-from lazyfs.control import ask
 from lazyfs.errors import Busy, LazyfsError, NotFound
-from lazyfs.mounting import no_mount
+from lazyfs.mount import kernel
+from lazyfs.mount.client import no_mount
+from lazyfs.mount.control import ask
 
 pytestmark = [
     pytest.mark.t1,
@@ -190,7 +190,7 @@ def test_a_killed_daemon_is_replaced(shared, rig, transport):
 @pytest.mark.slow
 def test_a_stopped_daemon_is_replaced(shared, rig, monkeypatch):
     _, digest = shared
-    monkeypatch.setattr("lazyfs.mounting._PING_S", 0.3)
+    monkeypatch.setattr("lazyfs.mount.client._PING_S", 0.3)
     first = rig.mount(digest)
     os.kill(first.pid, signal.SIGSTOP)
     second = rig.mount(digest)
@@ -428,7 +428,7 @@ def test_an_original_that_is_gone_is_not_counted_as_cached(rig, tmp_path, shared
 
 
 def test_a_stopped_daemon_is_named(shared, rig, monkeypatch):
-    monkeypatch.setattr("lazyfs.mounting._PING_S", 0.2)
+    monkeypatch.setattr("lazyfs.mount.client._PING_S", 0.2)
     _, digest = shared
     handle = rig.mount(digest)
     assert no_mount(rig.tmp / "elsewhere").code == "not-found"

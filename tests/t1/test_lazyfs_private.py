@@ -15,9 +15,9 @@ import pytest
 from click.testing import CliRunner
 from lazyfs_rig import Rig, write_model
 
-from lazyfs import kernel
 from lazyfs.api import import_directory
 from lazyfs.cli import mount
+from lazyfs.mount import kernel
 
 pytestmark = [
     pytest.mark.t1,

@@ -14,9 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lazyfs_rig import LIMIT_S, ROOT, Rig, write_model
 
-from lazyfs import kernel
 from lazyfs.api import import_directory
-from plugin.settings import state_home
+from lazyfs.mount import kernel
+from plugin.runtime.config import state_home
 
 pytestmark = [
     pytest.mark.t1,

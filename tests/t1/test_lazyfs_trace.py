@@ -14,14 +14,15 @@ import urllib.request
 import pytest
 from lazyfs_rig import LIMIT_S, Rig, wait_for, write_model
 
-from lazyfs import kernel
+from lazyfs.admin.gc import collect
+from lazyfs.admin.listing import remove
+from lazyfs.admin.verify import verify
 from lazyfs.api import import_directory, read_through
-from lazyfs.chunkstore import ChunkStore
-from lazyfs.collection import collect
+from lazyfs.content.chunk_store import ChunkStore
 from lazyfs.errors import NotFound, Permanent
-from lazyfs.maintenance import remove, verify
+from lazyfs.fetch.access_log import Trace
+from lazyfs.mount import kernel
 from lazyfs.stores import open_store
-from lazyfs.trace import Trace
 
 pytestmark = [
     pytest.mark.t1,

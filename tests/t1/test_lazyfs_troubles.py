@@ -16,15 +16,16 @@ from pathlib import Path
 import pytest
 from lazyfs_rig import LIMIT_S, Rig, fetcher_pid, wait_for, write_model
 
-from lazyfs import kernel, link
+from lazyfs.admin.verify import Damage, verify_cache
 from lazyfs.api import import_directory
-from lazyfs.cache import Cache
-from lazyfs.chunkstore import ChunkStore
-from lazyfs.config import MountConfig
-from lazyfs.control import address
-from lazyfs.link import FetcherLink
-from lazyfs.maintenance import Damage, verify_cache
-from lazyfs.memory import SlotMemory
+from lazyfs.cache.cache import Cache
+from lazyfs.cache.slots import SlotMemory
+from lazyfs.content.chunk_store import ChunkStore
+from lazyfs.fetch import supervisor
+from lazyfs.fetch.supervisor import FetcherLink
+from lazyfs.mount import kernel
+from lazyfs.mount.config import MountConfig
+from lazyfs.mount.control import address
 from lazyfs.stores.local import LocalStore
 
 pytestmark = [
@@ -151,7 +152,7 @@ class Delayed:
 def test_a_slow_daemon_is_not_killed(shared, rig, monkeypatch):
     """Engines read through it; two pings that it missed are no reason to end it."""
     _, digest, *_ = shared
-    monkeypatch.setattr("lazyfs.mounting._PING_S", 0.2)
+    monkeypatch.setattr("lazyfs.mount.client._PING_S", 0.2)
     first = rig.mount(digest)
     slow = Delayed(first.socket, seconds=1.0, times=4)
     try:
@@ -207,7 +208,7 @@ def test_a_fetcher_that_cannot_be_started_is_tried_again(tmp_path, monkeypatch):
                 raise OSError(12, "Cannot allocate memory")
             super().__init__(*arguments, **{**more, "stderr": subprocess.DEVNULL})
 
-    monkeypatch.setattr(link.subprocess, "Popen", Popen)
+    monkeypatch.setattr(supervisor.subprocess, "Popen", Popen)
     before = len(os.listdir("/proc/self/fd"))
     try:
         channel.ensure()

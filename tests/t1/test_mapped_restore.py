@@ -1,4 +1,5 @@
-"""Weights and libraries' data that are mapped from the snapshot's own pages file: the same bytes, nobody else's writes, and only memory that may be mapped."""
+"""Weights and libraries' data that are mapped from the snapshot's own pages file: the same bytes, nobody else's writes, and only memory
+that may be mapped."""
 
 from __future__ import annotations
 
@@ -14,16 +15,17 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from checkpoint import mapped
-from checkpoint.criu import Criu
+from checkpoint.criu.binary import Criu
+from checkpoint.criu.pagemap import process_ids, read_process
 from checkpoint.errors import Busy, Failed, HostLacks
-from checkpoint.library import Library
-from checkpoint.manifest import Snapshot
-from checkpoint.pages.images import process_ids, read_process
-from checkpoint.sandbox import TMP_DIR, Sandbox
-from checkpoint.sealing import seal, verify
-from checkpoint.snapshot import LazyRestore, Restored, restore, take
-from plugin.settings import state_home
+from checkpoint.sandbox.sandbox import TMP_DIR, Sandbox
+from checkpoint.snapshot import file_backed
+from checkpoint.snapshot.digests import seal, verify
+from checkpoint.snapshot.dump import take
+from checkpoint.snapshot.library import Library
+from checkpoint.snapshot.manifest import Snapshot
+from checkpoint.snapshot.restore import LazyRestore, Restored, restore
+from plugin.runtime.config import state_home
 from tests.t1.checkpoint_kit import draft, inside, wait_for
 
 pytestmark = [pytest.mark.t1, pytest.mark.slow, pytest.mark.xdist_group("criu")]
@@ -94,10 +96,10 @@ def is_mapped(shown: object) -> bool:
 
 
 def test_the_same_bytes_mapped_where_they_may_be(taken):
-    assert mapped.find(taken.folder) is None
-    size = mapped.make(taken.folder, taken.snapshot.weight_areas)
+    assert file_backed.find(taken.folder) is None
+    size = file_backed.make(taken.folder, taken.snapshot.weight_areas)
     assert size >= 3.5 * SIZE - 4 * 4096
-    assert mapped.find(taken.folder) == taken.folder / mapped.FOLDER / "images"
+    assert file_backed.find(taken.folder) == taken.folder / file_backed.FOLDER / "images"
     with taken.restored() as replica:
         found = ask(replica)
         assert found["sums"] == taken.ready["sums"]
@@ -112,7 +114,7 @@ def test_the_same_bytes_mapped_where_they_may_be(taken):
 
 
 def test_a_write_stays_with_the_replica_that_made_it(taken):
-    mapped.make(taken.folder, taken.snapshot.weight_areas)
+    file_backed.make(taken.folder, taken.snapshot.weight_areas)
     with taken.restored() as one, taken.restored() as other:
         written = ["alone", "heap", "full", "part"]
         changed = ask(one, write=written)["sums"]
@@ -122,7 +124,7 @@ def test_a_write_stays_with_the_replica_that_made_it(taken):
 
 
 def test_memory_that_is_mapped_can_be_freed(taken):
-    mapped.make(taken.folder, taken.snapshot.weight_areas)
+    file_backed.make(taken.folder, taken.snapshot.weight_areas)
     with taken.restored() as replica:
         found = ask(replica, free=["alone", "heap"])
         assert found["sums"] == {name: taken.ready["sums"][name] for name in ("arena", "bare", "full", "part")}
@@ -132,7 +134,7 @@ def test_a_snapshot_that_is_removed_leaves_its_replicas_their_weights(taken, tmp
     copy = Library(tmp_path)
     copy.folder.mkdir()
     shutil.copytree(taken.folder, copy.path("weights"), symlinks=True)
-    mapped.make(copy.path("weights"), taken.snapshot.weight_areas)
+    file_backed.make(copy.path("weights"), taken.snapshot.weight_areas)
     (tmp_path / "compile").mkdir()
     replica = restore(
         copy, taken.criu, taken.snapshot, [], tmp_path / "compile", {}, lazy=LazyRestore(None, False, print, print)
@@ -149,14 +151,14 @@ def test_a_snapshot_that_is_removed_leaves_its_replicas_their_weights(taken, tmp
 
 
 def test_a_restore_that_is_not_lazy_copies_everything(taken):
-    mapped.make(taken.folder, taken.snapshot.weight_areas)
+    file_backed.make(taken.folder, taken.snapshot.weight_areas)
     with taken.restored(lazy=False) as replica:
         found = ask(replica)
         assert found["sums"] == taken.ready["sums"] and not any(map(is_mapped, found["maps"].values()))
 
 
 def damage_view(folder: Path) -> None:
-    file = next((folder / mapped.FOLDER / "images").glob("mm-*.img"))
+    file = next((folder / file_backed.FOLDER / "images").glob("mm-*.img"))
     data = bytearray(file.read_bytes())
     data[-9] ^= 1
     file.write_bytes(data)
@@ -167,17 +169,17 @@ def touch_pages(folder: Path) -> None:
 
 
 def truncate_facts(folder: Path) -> None:
-    file = folder / mapped.FOLDER / "facts.json"
+    file = folder / file_backed.FOLDER / "facts.json"
     file.write_bytes(file.read_bytes()[:-20])
 
 
 @pytest.mark.parametrize("spoil", [damage_view, touch_pages, truncate_facts])
 def test_a_view_that_does_not_fit_is_not_believed_and_made_anew(taken, spoil):
-    assert mapped.make(taken.folder, taken.snapshot.weight_areas)
+    assert file_backed.make(taken.folder, taken.snapshot.weight_areas)
     spoil(taken.folder)
-    assert mapped.find(taken.folder) is None
-    assert mapped.make(taken.folder, taken.snapshot.weight_areas)
-    assert mapped.find(taken.folder)
+    assert file_backed.find(taken.folder) is None
+    assert file_backed.make(taken.folder, taken.snapshot.weight_areas)
+    assert file_backed.find(taken.folder)
     assert [entry.name for entry in taken.folder.iterdir() if entry.name.startswith(".mapped")] == [".mapped"]
 
 
@@ -187,9 +189,9 @@ def test_what_a_killed_maker_left_goes_and_two_do_not_make_it_at_once(taken):
     with open_folder(taken.folder / "images") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(Busy) as caught:
-            mapped.make(taken.folder, taken.snapshot.weight_areas)
+            file_backed.make(taken.folder, taken.snapshot.weight_areas)
         assert caught.value.code == "mapping-being-made"
-    assert mapped.make(taken.folder, taken.snapshot.weight_areas)
+    assert file_backed.make(taken.folder, taken.snapshot.weight_areas)
     assert [entry.name for entry in taken.folder.iterdir() if entry.name.startswith(".mapped")] == [".mapped"]
 
 
@@ -197,13 +199,13 @@ def test_images_that_do_not_fit_are_named(taken, tmp_path):
     shutil.copytree(taken.folder, tmp_path / "copy", symlinks=True)
     (tmp_path / "copy/images/files.img").write_bytes(b"none")
     with pytest.raises(Failed) as caught:
-        mapped.make(tmp_path / "copy", taken.snapshot.weight_areas)
+        file_backed.make(tmp_path / "copy", taken.snapshot.weight_areas)
     assert caught.value.code == "mapping-not-made" and not list((tmp_path / "copy").glob(".mapped.*"))
 
 
 def test_without_areas_only_libraries_are_mapped(taken):
-    assert mapped.make(taken.folder, {}) >= 1.5 * SIZE
-    assert mapped.find(taken.folder) and mapped.made(taken.folder)
+    assert file_backed.make(taken.folder, {}) >= 1.5 * SIZE
+    assert file_backed.find(taken.folder) and file_backed.made(taken.folder)
     with taken.restored() as replica:
         found = ask(replica)
         assert found["sums"] == taken.ready["sums"]
@@ -211,10 +213,10 @@ def test_without_areas_only_libraries_are_mapped(taken):
 
 
 def test_where_nothing_can_be_mapped_that_is_remembered_and_all_is_copied(taken, monkeypatch):
-    monkeypatch.setattr(mapped, "LEAST", 1 << 40)
-    monkeypatch.setattr(mapped, "_LEAST_WHOLE", 1 << 40)
-    assert mapped.make(taken.folder, taken.snapshot.weight_areas) == 0
-    assert mapped.find(taken.folder) is None and mapped.made(taken.folder)
+    monkeypatch.setattr(file_backed, "LEAST", 1 << 40)
+    monkeypatch.setattr(file_backed, "_LEAST_WHOLE", 1 << 40)
+    assert file_backed.make(taken.folder, taken.snapshot.weight_areas) == 0
+    assert file_backed.find(taken.folder) is None and file_backed.made(taken.folder)
     with taken.restored() as replica:
         found = ask(replica)
         assert found["sums"] == taken.ready["sums"] and not any(map(is_mapped, found["maps"].values()))
@@ -225,8 +227,8 @@ def test_what_the_loader_wrote_is_no_longer_read_by_criu(taken):
         pid: read_process(str(taken.folder / "images"), pid).eager_pages
         for pid in process_ids(str(taken.folder / "images"))
     }
-    mapped.make(taken.folder, {})
-    view = mapped.find(taken.folder)
+    file_backed.make(taken.folder, {})
+    view = file_backed.find(taken.folder)
     left = {pid: read_process(str(view), pid).eager_pages for pid in process_ids(str(view))}
     pages = sum(eager.values())
     assert (

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint.pages.server import PageServer
-from checkpoint.sandbox import Sandbox
+from checkpoint.lazy_pages.client import PageServer
+from checkpoint.sandbox.sandbox import Sandbox
 from tests.t1.checkpoint_kit import LIMIT_S, inside
 from tests.t1.pages_kit import Frozen
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint.pages import index, kept, pack, plans
-from checkpoint.pages.images import process_ids, read_process
-from checkpoint.pages.workingset import WorkingSet
-from checkpoint.snapshot import processes
+from checkpoint.criu.pagemap import process_ids, read_process
+from checkpoint.lazy_pages import cache_file, pack, pagemap_cache, plan_cache
+from checkpoint.lazy_pages.working_set import WorkingSet
+from checkpoint.sandbox.process_tree import processes
 from tests.t1.checkpoint_kit import LIMIT_S, inside
 from tests.t1.pages_kit import Frozen
 
@@ -71,7 +71,7 @@ def test_recorded_then_replayed(frozen: Frozen) -> None:
     assert sum(end - start for _, start, end in known.before_first_token) >= 1500 * 4096
     assert sum(end - start for _, start, end in known.after_first_token) >= 250 * 4096
 
-    kept_plans = frozen.images.parent / plans.FILE_NAME
+    kept_plans = frozen.images.parent / plan_cache.FILE_NAME
     for turn in ("makes the plans and keeps them", "has them from there"):
         assert kept_plans.exists() == turn.startswith("has")
         server, work = frozen.serve()
@@ -115,10 +115,10 @@ def rot(frozen: Frozen) -> None:
     pack_file = frozen.images.parent / pack.FILE_NAME
     pack_file.write_bytes(bytes(byte ^ 0xFF for byte in pack_file.read_bytes()))
     images = str(frozen.images)
-    head, sections = kept.unpacked(index.checked(images, plans.FILE_NAME))
+    head, sections = cache_file.unpacked(pagemap_cache.checked(images, plan_cache.FILE_NAME))
     now = list(pack.stamp(str(pack_file)))
     assert head["pack"] and head["pack"] != now
-    index.write(images, plans.FILE_NAME, kept.packed({**head, "pack": now}, sections))
+    pagemap_cache.write(images, plan_cache.FILE_NAME, cache_file.packed({**head, "pack": now}, sections))
 
 
 def drive(frozen: Frozen, seed: int, steps: int, known: bool, rate: float) -> dict[str, float]:

@@ -12,11 +12,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from checkpoint.pages import uffd
-from checkpoint.pages.images import ProcessImage
-from checkpoint.pages.pagemap import PageMap
-from checkpoint.pages.second import LARGE, SecondCopier
-from checkpoint.pages.space import CLAIMED, OPEN, Plan, Space
+from checkpoint.criu.pagemap import ProcessImage
+from checkpoint.lazy_pages import uffd
+from checkpoint.lazy_pages.address_space import CLAIMED, OPEN, Plan, Space
+from checkpoint.lazy_pages.copy_plan import PageMap
+from checkpoint.lazy_pages.copy_worker import LARGE, SecondCopier
 
 pytestmark = pytest.mark.t1
 SIZE = 4 * LARGE

@@ -11,13 +11,13 @@ import pytest
 from proxy_rig import Rig, answer, proxy, read_answer, run, until, upstream
 
 from launchers.errors import EngineDied
-from plugin.phases import Phase
-from plugin.proxy.access import is_local
+from plugin.proxy.admin.access import is_local
 from plugin.proxy.errors import StartFailed
-from plugin.proxy.pool import ReplicaPool
-from plugin.proxy.request import Request
+from plugin.proxy.http.request import Request
+from plugin.proxy.pool.pool import ReplicaPool
 from plugin.proxy.server import ProxyServer
 from plugin.proxy.settings import Settings
+from plugin.runtime.phases import Phase
 
 pytestmark = pytest.mark.t1
 

@@ -9,7 +9,7 @@ import asyncio
 import pytest
 from proxy_rig import LIMIT_S, Rig, Seen, Upstream, answer, ordinary, proxy, run, until, upstream
 
-from plugin.phases import Phase
+from plugin.runtime.phases import Phase
 
 pytestmark = pytest.mark.t1
 PATH = "/v1/completions"

@@ -10,8 +10,8 @@ import json
 import pytest
 from proxy_rig import LIMIT_S, proxy, read_answer, run, until, upstream
 
-from plugin.phases import Phase
 from plugin.proxy.settings import Settings
+from plugin.runtime.phases import Phase
 from tests.attacks import MATCHED_BY_PREFIX, spellings
 
 pytestmark = pytest.mark.t1

@@ -21,9 +21,9 @@ from proxy_rig import Seen, Upstream, ordinary, proxy, run, until, upstream
 from test_proxy_command import ENGINE, alive, call, command, models_file
 
 from launchers.bare import free_port
-from plugin.phases import Phase
-from plugin.proxy.backoff import Backoff
+from plugin.proxy.pool.backoff import Backoff
 from plugin.proxy.settings import Settings
+from plugin.runtime.phases import Phase
 
 pytestmark = pytest.mark.t1
 

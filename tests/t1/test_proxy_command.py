@@ -26,7 +26,7 @@ import pytest
 from proxy_rig import Seen, Upstream, proxy, run, until, upstream
 
 from launchers.bare import free_port
-from plugin.phases import Phase
+from plugin.runtime.phases import Phase
 
 pytestmark = pytest.mark.t1
 
@@ -158,7 +158,7 @@ def test_a_worker_that_dies_is_replaced_and_its_port_goes_on(tmp_path):
     with command(*arguments) as (process, url):
         assert call(f"{url}/v1/x", {})[0] == 200
         children = [int(p) for p in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
-        workers = [p for p in children if b"plugin.proxy.worker" in Path(f"/proc/{p}/cmdline").read_bytes()]
+        workers = [p for p in children if b"plugin.proxy.workers.worker" in Path(f"/proc/{p}/cmdline").read_bytes()]
         assert len(workers) == 2
         os.kill(workers[0], signal.SIGKILL)
 
@@ -392,9 +392,9 @@ def test_a_port_in_use_is_one_line():
 
 
 def test_how_long_an_answer_may_take_is_set_for_all_and_for_each_model(tmp_path):
-    from plugin.proxy.models import ModelRouter, load
+    from plugin.proxy.endpoints.models import ModelRouter, load
     from plugin.proxy.options import Limit, Seconds
-    from plugin.proxy.pool import ReplicaPool
+    from plugin.proxy.pool.pool import ReplicaPool
 
     limits = {"a": ReplicaPool(), "b": ReplicaPool(), "c": ReplicaPool()}
     text = "upstream_timeout: 2h\nidle_timeout: 10m\nmodels: {a: {command: x, upstream_timeout: 90}, b: {command: x}, "

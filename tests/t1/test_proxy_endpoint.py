@@ -17,12 +17,12 @@ import pytest
 from proxy_rig import Rig, Seen, Upstream, answer, ordinary, run, saying, until, upstream
 
 from launchers.bare import free_port
-from plugin.phases import Phase
-from plugin.proxy.endpoint import Endpoint, EndpointSpec
-from plugin.proxy.history import Kind
+from plugin.proxy.endpoints.endpoint import Endpoint, EndpointSpec
+from plugin.proxy.http.address import tcp, unix
+from plugin.proxy.pool.start_times import Kind
 from plugin.proxy.server import ProxyServer
 from plugin.proxy.settings import Settings
-from plugin.proxy.upstream import tcp, unix
+from plugin.runtime.phases import Phase
 
 pytestmark = pytest.mark.t1
 

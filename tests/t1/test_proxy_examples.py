@@ -26,7 +26,7 @@ def test_an_engine_of_your_own(capsys):
 
 
 def test_the_models_file_is_accepted():
-    from plugin.proxy.models import load, spec_of
+    from plugin.proxy.endpoints.models import load, spec_of
 
     config = load(EXAMPLES / "proxy_models.yaml")
     assert set(config.models) == {"chat", "embed", "far"} and config.max_awake == 1

@@ -9,8 +9,8 @@ import asyncio
 import pytest
 from proxy_rig import LIMIT_S, Seen, Upstream, answer, ordinary, proxy, read_answer, reset, run, saying, until, upstream
 
-from plugin.phases import Phase
 from plugin.proxy.settings import Settings
+from plugin.runtime.phases import Phase
 
 pytestmark = pytest.mark.t1
 
@@ -315,7 +315,7 @@ def test_a_dead_replica_is_woken_again():
                     tracker.to(phase)
 
             async with proxy(wake=wake) as rig:
-                from plugin.proxy.upstream import tcp
+                from plugin.proxy.http.address import tcp
 
                 alive = tcp("127.0.0.1", up.port)
                 rig.add("a", dead_port)

@@ -427,8 +427,8 @@ def test_a_host_by_name_and_a_unix_socket_and_tls(run, tmp_path):
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
 
-    from plugin.phases import Phase, PhaseTracker
-    from plugin.proxy.upstream import tcp, unix
+    from plugin.proxy.http.address import tcp, unix
+    from plugin.runtime.phases import Phase, PhaseTracker
 
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
@@ -485,8 +485,8 @@ def test_a_replica_in_another_network_namespace(run):
     import shutil
     import sys
 
-    from plugin.phases import Phase, PhaseTracker
-    from plugin.proxy.upstream import in_netns
+    from plugin.proxy.http.address import in_netns
+    from plugin.runtime.phases import Phase, PhaseTracker
 
     if os.geteuid() != 0 or shutil.which("unshare") is None:
         pytest.skip("needs root and unshare")

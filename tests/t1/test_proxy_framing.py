@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from proxy_rig import LIMIT_S, Seen, Upstream, proxy, read_answer, run, upstream
 
-from plugin.phases import Phase
+from plugin.runtime.phases import Phase
 
 pytestmark = pytest.mark.t1
 

@@ -11,9 +11,9 @@ import threading
 import pytest
 from proxy_rig import LIMIT_S, Seen, Upstream, answer, ordinary, proxy, read_answer, run, until, upstream
 
-from plugin.phases import Phase
 from plugin.proxy.errors import StartFailed
 from plugin.proxy.settings import Settings
+from plugin.runtime.phases import Phase
 
 pytestmark = pytest.mark.t1
 

@@ -19,7 +19,7 @@ import pytest
 from test_proxy_command import ENGINE, alive, call, command, engine, eventually, models_file
 
 from launchers.bare import free_port
-from plugin.proxy.started import Identity, Orphan, Started
+from plugin.proxy.endpoints.started_processes import Identity, Orphan, Started
 
 pytestmark = pytest.mark.t1
 
@@ -172,7 +172,9 @@ def test_a_stream_goes_on_to_its_end_when_workers_are_told_to_end(who):
             answer = streams.enter_context(getting(url, "/stream"))
             got = answer.read(9)
             children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-            workers = [int(p) for p in children if b"plugin.proxy.worker" in Path(f"/proc/{p}/cmdline").read_bytes()]
+            workers = [
+                int(p) for p in children if b"plugin.proxy.workers.worker" in Path(f"/proc/{p}/cmdline").read_bytes()
+            ]
             assert len(workers) == 2
             for pid in [*workers, *([process.pid] if who == "the group" else [])]:
                 os.kill(pid, signal.SIGTERM)

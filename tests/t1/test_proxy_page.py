@@ -19,9 +19,9 @@ from typing import Any
 import pytest
 from proxy_rig import proxy, run, until, upstream
 
-from plugin.phases import Phase, Span
-from plugin.proxy.history import Kind
+from plugin.proxy.pool.start_times import Kind
 from plugin.proxy.settings import Settings
+from plugin.runtime.phases import Phase, Span
 
 pytestmark = pytest.mark.t1
 

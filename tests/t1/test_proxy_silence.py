@@ -9,8 +9,8 @@ from contextlib import asynccontextmanager
 import pytest
 from proxy_rig import Rig, Seen, Upstream, ordinary, proxy, run, until, upstream
 
-from plugin.phases import Phase
-from plugin.proxy.silence import Silence
+from plugin.proxy.pool.silence import Silence
+from plugin.runtime.phases import Phase
 
 pytestmark = pytest.mark.t1
 BODY = json.dumps({"model": "m", "prompt": "x"}).encode()

@@ -15,11 +15,11 @@ from proxy_rig import Seen, Upstream, answer, ordinary, run, until, upstream
 from test_proxy_endpoint import ENGINE, SleepMode, in_front_of
 
 from launchers.bare import free_port
-from plugin.phases import Phase
-from plugin.proxy.endpoint import EndpointSpec
-from plugin.proxy.models import ModelConfig, spec_of
-from plugin.proxy.upstream import tcp
-from plugin.proxy.watch import Pace
+from plugin.proxy.endpoints.endpoint import EndpointSpec
+from plugin.proxy.endpoints.models import ModelConfig, spec_of
+from plugin.proxy.endpoints.watch import Pace
+from plugin.proxy.http.address import tcp
+from plugin.runtime.phases import Phase
 
 pytestmark = pytest.mark.t1
 

@@ -18,15 +18,17 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint import archive, arrival, layout, sealing, signing
-from checkpoint import remote as remotes
-from checkpoint.archive import open_chunks, pull, push
-from checkpoint.criu import Criu
+from checkpoint.criu.binary import Criu
 from checkpoint.errors import Busy, CheckpointError, Failed, HostLacks, Integrity, NotFound
-from checkpoint.library import Library
-from checkpoint.remote import ArrivingLibrary, Remote
-from checkpoint.sandbox import TMP_DIR, Sandbox
-from checkpoint.snapshot import LazyRestore, Restored, restore, take
+from checkpoint.sandbox.sandbox import TMP_DIR, Sandbox
+from checkpoint.snapshot import digests, signatures
+from checkpoint.snapshot.dump import take
+from checkpoint.snapshot.library import Library
+from checkpoint.snapshot.restore import LazyRestore, Restored, restore
+from checkpoint.store import archive, download, layout
+from checkpoint.store import remote_restore as remotes
+from checkpoint.store.archive import open_chunks, pull, push
+from checkpoint.store.remote_restore import ArrivingLibrary, Remote
 from tests.t1.checkpoint_kit import LIMIT_S, draft, inside, wait_for
 
 pytestmark = [pytest.mark.t1, pytest.mark.slow, pytest.mark.xdist_group("criu")]
@@ -106,7 +108,7 @@ def taken(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         program = str(Path(__file__).with_name("pages_workload.py"))
         pid = sandbox.start([os.path.realpath(sys.executable), "-I", "-S", program, TMP_DIR], {}, "/")
         wait_for(inside(sandbox) / "ready")
-        take(host.library, criu, sandbox, draft("workload", pid), host.library.home / "compile", sealing.seal)
+        take(host.library, criu, sandbox, draft("workload", pid), host.library.home / "compile", digests.seal)
     replica = host.restore(record=True)
     assert replica.pages
     order(replica.sandbox, seed=1, touch=TOUCHED)
@@ -189,7 +191,7 @@ def tree(folder: Path) -> dict[str, tuple[bytes, int]]:
     return {
         str(p.relative_to(folder)): (p.read_bytes(), p.stat().st_mode)
         for p in folder.rglob("*")
-        if p.is_file() and not p.name.startswith(sealing.LEDGER)
+        if p.is_file() and not p.name.startswith(digests.LEDGER)
     }
 
 
@@ -235,7 +237,7 @@ def test_a_replica_runs_before_the_rest_has_come(host: Host, store: Path) -> Non
     assert host.library.has("workload")
     assert [p.name for p in host.library.folder.iterdir()] == ["workload"]
     # The next restore is a local one, and its digests need not be computed again.
-    assert sealing.verify(host.library.path("workload"), remote.snapshot.files).hashed == 0
+    assert digests.verify(host.library.path("workload"), remote.snapshot.files).hashed == 0
     again = host.restore()
     order(again.sandbox, seed=3, touch=TOUCHED)
     assert result(again.sandbox) == []
@@ -303,7 +305,7 @@ def test_a_wrong_chunk_ends_the_replica(host: Host, faulty: Callable[..., str]) 
     """What is wrong in the store is fetched twice, and then the replica that waits for it is ended; nothing of it is kept."""
     remote = host.fetch(faulty())
     remote.wait_start()
-    remote.arrival.wait(arrival.FIRST)  # type: ignore[union-attr]
+    remote.arrival.wait(download.FIRST)  # type: ignore[union-attr]
     replica = host.restore(remote)
     order(replica.sandbox, seed=1, touch=100)
     assert result(replica.sandbox) == []
@@ -359,7 +361,7 @@ def pull_and_change(store: Path, tmp_path: Path, name: str) -> Path:
 def test_a_store_that_goes_silent_ends_the_replica_in_time(host: Host, faulty: Callable[..., str]) -> None:
     remote = host.fetch(faulty())
     remote.wait_start()
-    remote.arrival.wait(arrival.FIRST)  # type: ignore[union-attr]
+    remote.arrival.wait(download.FIRST)  # type: ignore[union-attr]
     remote.arrival.limit_s = 2.0  # type: ignore[union-attr]
     replica = host.restore(remote)
     faulty(fault="stall", seconds=0.5, only="chunks/")
@@ -382,7 +384,7 @@ def test_a_store_that_goes_silent_ends_the_replica_in_time(host: Host, faulty: C
 
 
 def test_a_full_disk_ends_it_and_leaves_nothing(host: Host, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, written = arrival._write_fully, []
+    real, written = download._write_fully, []
 
     def full(fd: int, view: memoryview, offset: int) -> None:
         written.append(len(view))
@@ -390,7 +392,7 @@ def test_a_full_disk_ends_it_and_leaves_nothing(host: Host, store: Path, monkeyp
             raise OSError(28, "No space left on device")
         real(fd, view, offset)
 
-    monkeypatch.setattr(arrival, "_write_fully", full)
+    monkeypatch.setattr(download, "_write_fully", full)
     remote = host.fetch(f"file://{store}")
     with pytest.raises(Failed) as caught:
         remote.wait_complete()
@@ -419,8 +421,8 @@ def test_one_process_at_a_time(host: Host, store: Path) -> None:
 CHILD = """
 import sys, time
 from pathlib import Path
-from checkpoint.library import Library
-from checkpoint.remote import Remote
+from checkpoint.snapshot.library import Library
+from checkpoint.store.remote_restore import Remote
 remote = Remote.open(Library(Path(sys.argv[1])), sys.argv[2], "workload")
 remote.begin()
 remote.wait_start()
@@ -463,19 +465,19 @@ def test_killed_at_any_moment(host: Host, faulty: Callable[..., str], moment: fl
 def test_a_trust_key_vouches_for_every_chunk(host: Host, taken: Path, tmp_path: Path) -> None:
     """A signed snapshot in an archive that nobody signed is fetched whole before a process sees a byte; a signed archive need not be."""
     key = tmp_path / "key"
-    signing.keygen(key)
+    signatures.keygen(key)
     folder = shutil.copytree(taken, tmp_path / "signed/workload", symlinks=True)
-    (folder / "manifest.sig").write_bytes(signing.signer(key)((folder / "manifest.json").read_bytes()))
+    (folder / "manifest.sig").write_bytes(signatures.signer(key)((folder / "manifest.json").read_bytes()))
     trusted = [tmp_path / "key.pub"]
     url = f"file://{tmp_path}/signed-store"
     push(folder, open_chunks(url))
     assert "not signed" in Remote.open(host.library, url, "workload", trust_keys=trusted).whole
-    push(folder, open_chunks(url), sign=signing.signer(key))
+    push(folder, open_chunks(url), sign=signatures.signer(key))
     remotes._open.clear()
     assert Remote.open(host.library, url, "workload", trust_keys=trusted).whole == ""
     remotes._open.clear()
     other = tmp_path / "other"
-    signing.keygen(other)
+    signatures.keygen(other)
     with pytest.raises(Integrity, match="signature-wrong"):
         Remote.open(host.library, url, "workload", trust_keys=[tmp_path / "other.pub"])
     assert remotes._open == {}

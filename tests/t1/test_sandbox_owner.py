@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from checkpoint.errors import Failed
-from checkpoint.sandbox import Sandbox
+from checkpoint.sandbox.sandbox import Sandbox
 from tests.leftovers import Watch
 from tests.t1.checkpoint_kit import inside, wait_for
 
@@ -21,7 +21,7 @@ RACE = """
 import os, sys, threading
 sys.path.insert(0, sys.argv[1])
 from checkpoint.errors import Failed
-from checkpoint.sandbox import Sandbox
+from checkpoint.sandbox.sandbox import Sandbox
 def connect(sandbox, odd):
     while True:
         try:
@@ -57,7 +57,7 @@ USER_NAMESPACE = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
 from checkpoint.errors import CheckpointError
-from checkpoint.sandbox import Sandbox
+from checkpoint.sandbox.sandbox import Sandbox
 try:
     with Sandbox() as sandbox:
         try:

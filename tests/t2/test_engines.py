@@ -19,15 +19,15 @@ import msgspec
 import pytest
 
 import launchers
-from checkpoint.archive import open_chunks
-from checkpoint.cache_archive import pull_cache
-from checkpoint.library import Library
-from checkpoint.manifest import dump
+from checkpoint.snapshot.library import Library
+from checkpoint.snapshot.manifest import dump
+from checkpoint.store.archive import open_chunks
+from checkpoint.store.cache_archive import pull_cache
 from launchers.base import INNER_PORT
 from launchers.engine_site import engine_site
-from plugin import measure
-from plugin.presets import preset
-from plugin.settings import state_home
+from plugin.bench import client as measure
+from plugin.bench.presets import preset
+from plugin.runtime.config import state_home
 from tests.attacks import spellings
 from tests.leftovers import Watch
 
@@ -313,7 +313,7 @@ def packs(engine):
 
 def weights_in(rig, snapshot):
     """Bytes of weights in a snapshot's images."""
-    from checkpoint.contents import inspect
+    from checkpoint.inspect.contents import inspect
 
     found = inspect(rig.library.path(snapshot.name), weights=snapshot.weight_areas)
     return sum(process.kinds["weights"].bytes for process in found.processes if "weights" in process.kinds)
@@ -350,7 +350,7 @@ def test_an_engine_that_dies_while_serving_comes_back(rig):
 
 def engine_root(process):
     """The engine's first process, by its number on the host."""
-    from checkpoint.snapshot import processes
+    from checkpoint.sandbox.process_tree import processes
 
     ours = os.readlink("/proc/self/ns/pid")
     inside = [
@@ -510,8 +510,8 @@ def test_an_edited_tokenizer_and_an_unknown_variable_are_refused_by_name(rig):
 
 
 def test_every_process_of_a_restored_engine_is_given_this_launchs_variables(rig):
-    from checkpoint.sandbox import CONTROL_DIR
-    from checkpoint.snapshot import processes
+    from checkpoint.sandbox.process_tree import processes
+    from checkpoint.sandbox.sandbox import CONTROL_DIR
 
     with rig.running("--strict", limit_s=120.0, POD_IP="10.9.8.7", HF_TOKEN="hf_renewed") as (_, answer, process, _):
         assert answer.text == rig.cold_text
@@ -525,8 +525,8 @@ def test_every_process_of_a_restored_engine_is_given_this_launchs_variables(rig)
 
 def test_no_variable_that_the_engine_declares_is_given_anew(rig):
     """The engine's own list, from its own interpreter, against ours: what is on neither of our lists matters."""
-    from checkpoint.facts import declared_variables, package_folders
-    from checkpoint.variables import KEPT, by_kind
+    from checkpoint.compatibility.engine import declared_variables, package_folders
+    from checkpoint.compatibility.environment import KEPT, by_kind
 
     code = {
         "vllm": "import vllm.envs; print(*vllm.envs.environment_variables)",

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from plugin import measure
-from plugin.settings import state_home
+from plugin.bench import client as measure
+from plugin.runtime.config import state_home
 from tests.t2.test_engines import NAME, REPO, Rig, post
 
 pytestmark = [pytest.mark.t2, pytest.mark.timeout(1200)]

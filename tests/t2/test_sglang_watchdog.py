@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint.snapshot import processes
-from plugin import measure
-from plugin.settings import state_home
+from checkpoint.sandbox.process_tree import processes
+from plugin.bench import client as measure
+from plugin.runtime.config import state_home
 from tests.t2.test_engines import Rig, post
 
 pytestmark = [pytest.mark.t2, pytest.mark.timeout(600)]

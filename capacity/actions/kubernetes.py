@@ -1,0 +1,198 @@
+"""The idle buffer as Kubernetes objects, in two ways of which a cluster needs one.
+
+- `pause-pods`: Deployments of pods that do nothing, at a priority below every other, so that a real replica takes their GPUs at
+  once; with the PriorityClass they need. Works on any cluster.
+- `capacity-buffer`: CapacityBuffer objects (autoscaling.x-k8s.io/v1beta1, published with the cluster autoscaler and Karpenter),
+  each with its PodTemplate. Nothing runs; the autoscaler keeps room.
+Every object carries the label `quickthaw.dev/idle-by` with one of these, for `kubectl apply -l`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from typing import Any
+
+import yaml
+
+from capacity.errors import InputError
+from capacity.model import Pool
+from capacity.optimize.plan import Plan
+
+WAYS = ("pause-pods", "capacity-buffer")
+PRIORITY = "quickthaw-idle"
+LABEL = "quickthaw.dev/idle-by"
+
+
+_LABEL_VALUE = re.compile(r"[A-Za-z0-9](?:[-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
+
+
+def name(pool: str, gpus: int) -> str:
+    """A DNS label of at most 63 characters. What a label cannot hold is replaced, and a digest keeps such names apart."""
+    clean = re.sub(r"[^a-z0-9-]+", "-", pool.lower()).strip("-") or "pool"
+    if clean != pool or len(clean) > 45:
+        clean = f"{clean[:38].strip('-')}-{hashlib.sha256(pool.encode()).hexdigest()[:6]}"
+    return f"idle-{clean}-{gpus}gpu"
+
+
+def _selector(pool: Pool) -> dict[str, str]:
+    """The labels by which nodes of a pool are known: of those that the file names. Raises InputError for what cannot be one."""
+    found: dict[str, str] = {}
+    for field, label in (
+        ("instance", "node.kubernetes.io/instance-type"),
+        ("region", "topology.kubernetes.io/region"),
+        ("zone", "topology.kubernetes.io/zone"),
+    ):
+        if field not in pool.labelled:
+            continue
+        value = str(getattr(pool, field))
+        if not _LABEL_VALUE.fullmatch(value):
+            raise InputError(
+                "not-a-label",
+                f"{value!r} cannot be the value of node label {label}",
+                where=f"pool {pool.name}: {field}",
+            )
+        found[label] = value
+    return found
+
+
+def _apart(pools: tuple[Pool, ...]) -> None:
+    """Raises InputError for two pools whose pods would go to the same nodes."""
+    seen: dict[tuple[tuple[str, str], ...], str] = {}
+    for pool in pools:
+        labels = tuple(sorted(_selector(pool).items()))
+        if labels in seen:
+            raise InputError(
+                "same-nodes",
+                f"its nodes cannot be told from those of {seen[labels]}; give each its instance (the label "
+                f"node.kubernetes.io/instance-type) or its zone",
+                where=f"pool {pool.name}",
+            )
+        seen[labels] = pool.name
+
+
+class _Plain(yaml.SafeDumper):
+    """Without anchors: people read and edit manifests."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def objects(
+    plan: Plan, *, namespace: str = "default", way: str | None = None, pause_image: str
+) -> list[dict[str, Any]]:
+    """Objects for the idle blocks of the plan's first step; `way` limits them to one of WAYS. Pools that hold none get zero
+    replicas, so that applying a new plan takes the old buffer away. Raises InputError where two pools' nodes have the same labels."""
+    found: list[dict[str, Any]] = []
+    sizes = _sizes(plan)
+    _apart(plan.problem.pools)
+    if way in (None, "pause-pods"):
+        found.append(
+            {
+                "apiVersion": "scheduling.k8s.io/v1",
+                "kind": "PriorityClass",
+                "metadata": {"name": PRIORITY, "labels": {LABEL: "pause-pods"}},
+                "value": -10,  # the cluster autoscaler ignores pods below its default cutoff of -10
+                "globalDefault": False,
+                "preemptionPolicy": "Never",
+                "description": "Holds GPUs idle until a replica needs them.",
+            }
+        )
+        for (i, gpus), count in sizes.items():
+            found.append(_deployment(plan.problem.pools[i], gpus, count, namespace, pause_image))
+    if way in (None, "capacity-buffer"):
+        for (i, gpus), count in sizes.items():
+            found.extend(_buffer(plan.problem.pools[i], gpus, count, namespace, pause_image))
+    return found
+
+
+def _sizes(plan: Plan) -> dict[tuple[int, int], int]:
+    """(pool, GPUs a pod) -> pods; a block of several instances is one pod an instance."""
+    found = dict.fromkeys(sorted(plan.block_sizes), 0)
+    found.update(plan.blocks[0])
+    pods: dict[tuple[int, int], int] = {}
+    for (i, width), count in sorted(found.items()):
+        gpus = min(width, plan.problem.pools[i].gpus)
+        pods[i, gpus] = pods.get((i, gpus), 0) + count * (width // gpus)
+    return pods
+
+
+def _pod(pool: Pool, gpus: int, image: str) -> dict[str, Any]:
+    return {
+        "terminationGracePeriodSeconds": 0,
+        "automountServiceAccountToken": False,
+        "nodeSelector": _selector(pool),
+        "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],
+        "containers": [
+            {
+                "name": "pause",
+                "image": image,
+                "resources": {
+                    "requests": {"cpu": "10m", "memory": "16Mi", "nvidia.com/gpu": str(gpus)},
+                    "limits": {"memory": "16Mi", "nvidia.com/gpu": str(gpus)},
+                },
+                "securityContext": {
+                    "allowPrivilegeEscalation": False,
+                    "readOnlyRootFilesystem": True,
+                    "runAsNonRoot": True,
+                    "runAsUser": 65535,
+                    "capabilities": {"drop": ["ALL"]},
+                    "seccompProfile": {"type": "RuntimeDefault"},
+                },
+            }
+        ],
+    }
+
+
+def _deployment(pool: Pool, gpus: int, count: int, namespace: str, image: str) -> dict[str, Any]:
+    called = name(pool.name, gpus)
+    labels = {"app.kubernetes.io/name": called, "app.kubernetes.io/managed-by": "quickthaw", LABEL: "pause-pods"}
+    return {
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "metadata": {"name": called, "namespace": namespace, "labels": labels},
+        "spec": {
+            "replicas": count,
+            "selector": {"matchLabels": {"app.kubernetes.io/name": called}},
+            "template": {
+                "metadata": {"labels": labels},
+                "spec": {"priorityClassName": PRIORITY, **_pod(pool, gpus, image)},
+            },
+        },
+    }
+
+
+def _buffer(pool: Pool, gpus: int, count: int, namespace: str, image: str) -> list[dict[str, Any]]:
+    called = name(pool.name, gpus)
+    labels = {"app.kubernetes.io/name": called, "app.kubernetes.io/managed-by": "quickthaw", LABEL: "capacity-buffer"}
+    metadata = {"name": called, "namespace": namespace, "labels": labels}
+    template = {
+        "apiVersion": "v1",
+        "kind": "PodTemplate",
+        "metadata": metadata,
+        "template": {"metadata": {"labels": labels}, "spec": _pod(pool, gpus, image)},
+    }
+    buffer = {
+        "apiVersion": "autoscaling.x-k8s.io/v1beta1",
+        "kind": "CapacityBuffer",
+        "metadata": metadata,
+        "spec": {
+            "provisioningStrategy": "buffer.x-k8s.io/active-capacity",
+            "podTemplateRef": {"name": called},
+            "replicas": count,
+        },
+    }
+    return [template, buffer]
+
+
+def manifest(plan: Plan, *, namespace: str, way: str | None, pause_image: str) -> str:
+    """The objects as a YAML stream, with how to apply it on top."""
+    head = (
+        "# Idle GPUs of a quickthaw plan, in two ways. Apply one of them; both together hold twice as many:\n"
+        f"#   kubectl apply -l {LABEL}=pause-pods -f FILE\n"
+        f"#   kubectl apply -l {LABEL}=capacity-buffer -f FILE\n"
+        if way is None
+        else ""
+    )
+    documents = objects(plan, namespace=namespace, way=way, pause_image=pause_image)
+    return head + yaml.dump_all(documents, Dumper=_Plain, sort_keys=False, explicit_start=True)

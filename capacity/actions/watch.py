@@ -1,0 +1,274 @@
+"""`--watch`: plan again on an interval, and let through only what hysteresis lets through.
+
+Three gates, in this order, so that a plan neither oscillates nor scales down before up:
+1. band: demand within `hysteresis.band` of what was last planned for counts as unchanged;
+2. saving: when what is held keeps every constraint, a change must save more than `hysteresis.saving` of the cost;
+3. hold_down: a stop must have been wanted for that long; starts pass at once, and come before stops.
+
+The loop is closed on what is observed: what `--observe` or the apply command says is held, else the file's `held` where it has changed,
+else what was granted. What a provider refused bounds the next plan, unless that leaves none: then it is asked for again. Where no plan
+satisfies every constraint, as much of the demand is planned for as they allow (capacity/optimize/best_effort.py), and nothing is stopped.
+The state is one small JSON file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from capacity.actions import apply as applying
+from capacity.actions.apply import Applied
+from capacity.errors import CapacityError, InfeasibleError, InputError
+from capacity.model import Demand, Forecast, Problem
+from capacity.optimize import plan as planning
+from capacity.optimize.best_effort import best_effort
+from capacity.optimize.plan import Plan
+
+SHORT_EXIT = 1
+"""Exit code after a last round in which no plan satisfied every constraint."""
+
+
+@dataclass
+class State:
+    """What is remembered between plans. `planned`: demand at its quantiles, a service; `down_since`: a pool; `filed`: the file's own
+    `held` when it was last read, a pool."""
+
+    held: dict[str, int] = field(default_factory=dict)
+    planned: dict[str, dict[str, Any]] = field(default_factory=dict)
+    down_since: dict[str, float] = field(default_factory=dict)
+    refused: dict[str, list[int]] = field(default_factory=dict)
+    filed: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: Path) -> State:
+        """Raises InputError when the file is damaged; a missing one is a fresh start."""
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+            state = cls(**raw)
+            for counts in (state.held, state.filed):
+                if not all(isinstance(v, int) and v >= 0 for v in counts.values()):
+                    raise TypeError("held")
+        except FileNotFoundError:
+            return cls()
+        except (OSError, ValueError, TypeError, AttributeError) as bad:
+            raise InputError("bad-state", f"is damaged ({bad}); remove it to start afresh", file=str(path)) from bad
+        return state
+
+    def write(self, path: Path) -> None:
+        """Raises CapacityError, `state-not-written`, where the disk refuses it."""
+        try:
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+            try:
+                with os.fdopen(handle, "w", encoding="utf-8") as file:
+                    json.dump(vars(self), file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                Path(name).replace(path)
+            except BaseException:
+                Path(name).unlink(missing_ok=True)
+                raise
+        except OSError as bad:
+            raise CapacityError(
+                "state-not-written", f"{path}: {bad.strerror}; make room, or name another file with --state"
+            ) from bad
+
+    def observe(self, problem: Problem, seen: dict[str, int] | None) -> None:
+        """Take over what is held: `seen` (pools it leaves out hold none), else the file's `held` of pools where it has changed since it
+        was last read. Pools that the file no longer names are forgotten. Raises CapacityError where `seen` names another pool."""
+        named = {pool.name: pool.held for pool in problem.pools}
+        if seen is not None:
+            strange = sorted(seen.keys() - named.keys())
+            if strange:
+                known = ", ".join(named)
+                raise CapacityError(
+                    "observe-answer", f"the observe command names {strange[0]!r}; pools of the file: {known}"
+                )
+            self.held = {name: seen.get(name, 0) for name in named}
+        else:
+            self.held = {
+                name: held if name not in self.held or self.filed.get(name, held) != held else self.held[name]
+                for name, held in named.items()
+            }
+        self.filed = named
+
+
+@dataclass(frozen=True)
+class Decision:
+    """`starts` and `stops` are what passed the gates, instances a pool; `held_back` what did not and why.
+
+    `served`: where no plan satisfies every constraint (`conflict`), the share of its demand that each service gets.
+    """
+
+    plan: Plan
+    starts: dict[str, int]
+    stops: dict[str, int]
+    held_back: dict[str, str]
+    served: dict[str, float] = field(default_factory=dict)
+    conflict: InfeasibleError | None = None
+
+    @property
+    def quiet(self) -> bool:
+        return not self.starts and not self.stops
+
+
+def banded(problem: Problem, state: State) -> Problem:
+    """The problem with the demand of services that moved within the band put back to what was planned for."""
+    band = problem.policy.hysteresis.band
+    forecasts: dict[str, Forecast] = {}
+    for name, forecast in problem.demand.forecasts.items():
+        before = state.planned.get(name)
+        kept = forecast
+        if before is not None:
+            old = Forecast(tuple(before["levels"]), tuple(tuple(row) for row in before["values"]))
+            if old.levels == forecast.levels and len(old.values[0]) == len(forecast.values[0]):
+                then, now = np.array(old.values), np.array(forecast.values)
+                if np.all(np.abs(now - then) <= band * then + 1e-12):
+                    kept = old
+        forecasts[name] = kept
+    return replace(problem, demand=Demand(problem.demand.quantile, forecasts, problem.demand.history))
+
+
+def decide(problem: Problem, state: State, now: float, *, exact: bool = False, limit: float = 60.0) -> Decision:
+    """The plan and what of it may be done at `now` (seconds, any clock that does not go back). Changes `state` but for
+    `held`. `limit`: seconds for each solve. Raises InfeasibleError where not even a plan for less demand exists, SolverError."""
+    pools = tuple(
+        replace(
+            pool,
+            held=state.held.get(pool.name, pool.held),
+            refused=tuple(state.refused[pool.name][:2]) if pool.name in state.refused else pool.refused,  # type: ignore[arg-type]
+        )
+        for pool in problem.pools
+    )
+    problem = banded(replace(problem, pools=pools), state)
+    solved, conflict, served = _solve(problem, exact, limit)
+    held_back: dict[str, str] = {}
+    wanted_starts = {p.name: int(n) for p, n in zip(pools, solved.starts[0], strict=True) if n}
+    wanted_stops = {p.name: int(n) for p, n in zip(pools, solved.stops[0], strict=True) if n}
+    if conflict is not None:
+        held_back |= dict.fromkeys(wanted_stops, "shortage")
+        wanted_stops = {}
+    elif wanted_starts or wanted_stops:
+        stay = _staying(solved.problem)
+        if stay is not None and stay.cost <= solved.cost * (1 + problem.policy.hysteresis.saving) + 1e-9:
+            for name in {**wanted_starts, **wanted_stops}:
+                held_back[name] = "saving"
+            solved, wanted_starts, wanted_stops = stay, {}, {}
+    stops: dict[str, int] = {}
+    for pool in pools:
+        if pool.name not in wanted_stops:
+            state.down_since.pop(pool.name, None)
+            continue
+        since = state.down_since.setdefault(pool.name, now)
+        if now - since >= problem.policy.hysteresis.hold_down:
+            stops[pool.name] = wanted_stops[pool.name]
+        else:
+            held_back[pool.name] = "hold_down"
+    state.planned = {
+        name: {"levels": list(f.levels), "values": [list(row) for row in f.values]}
+        for name, f in problem.demand.forecasts.items()
+    }
+    return Decision(solved, wanted_starts, stops, held_back, served, conflict)
+
+
+def _solve(problem: Problem, exact: bool, limit: float) -> tuple[Plan, InfeasibleError | None, dict[str, float]]:
+    """A plan that keeps every constraint; else one that asks again for what was refused; else one for less of the demand, with why."""
+    try:
+        return planning.solve(problem, exact=exact, limit=limit), None, {}
+    except InfeasibleError as bad:
+        conflict = bad
+    if any(pool.refused is not None for pool in problem.pools):
+        problem = replace(problem, pools=tuple(replace(pool, refused=None) for pool in problem.pools))
+        try:
+            return planning.solve(problem, exact=exact, limit=limit), None, {}
+        except InfeasibleError as bad:
+            conflict = bad
+    try:
+        solved, served = best_effort(problem, limit=limit)
+    except InfeasibleError:
+        raise conflict from None
+    return solved, conflict, served
+
+
+def _staying(problem: Problem) -> Plan | None:
+    """The plan that starts and stops nothing now, if it keeps every constraint."""
+    try:
+        return planning.solve(problem, stay=True, explained=False)
+    except InfeasibleError:
+        return None
+
+
+def record(state: State, problem: Problem, decision: Decision, done: Applied) -> None:
+    """What was done becomes what is held; what was refused bounds the next plan. What the command says is held overrides both."""
+    state.refused = {}
+    for pool in problem.pools:
+        held = state.held.get(pool.name, pool.held)
+        asked, got = decision.starts.get(pool.name, 0), done.granted.get(pool.name, 0)
+        state.held[pool.name] = done.held.get(pool.name, max(0, held + got - done.stopped.get(pool.name, 0)))
+        # A command that failed refused nothing: what it did not do is asked for again.
+        if got < asked and done.error is None:
+            state.refused[pool.name] = [asked, got]
+        if pool.name in done.stopped:
+            state.down_since.pop(pool.name, None)
+
+
+def loop(
+    load: Callable[[], Problem],
+    state_path: Path,
+    interval: float,
+    stop: threading.Event,
+    report: Callable[[Decision | CapacityError], None],
+    *,
+    command: str | None,
+    observe: str | None = None,
+    rounds: int = 0,
+    exact: bool = False,
+    limit: float = 60.0,
+) -> int:
+    """Until `stop` is set, or for `rounds` plans; the exit code of the last round.
+
+    An error of one round (a file half written, a command that failed) is reported and the next round tries again. Nothing is applied
+    whose outcome could not be written down: the state is written before, too.
+    """
+    done = code = 0
+    unwritten: State | None = None
+    while not stop.is_set():
+        began = time.monotonic()
+        try:
+            problem = load()
+            state = unwritten or State.read(state_path)
+            state.observe(problem, None if observe is None else applying.observe(observe))
+            decision = decide(problem, state, time.time(), exact=exact, limit=limit)
+            state.write(state_path)
+            unwritten = None
+            error = None
+            if command is not None:
+                outcome = Applied({}, {}, {})
+                if not decision.quiet:
+                    outcome = applying.apply(decision.starts, decision.stops, command)
+                    unwritten = state
+                record(state, problem, decision, outcome)
+                error = outcome.error
+            report(decision)
+            if error is not None:
+                report(error)
+            code = error.exit_code if error is not None else SHORT_EXIT if decision.conflict is not None else 0
+            state.write(state_path)
+            unwritten = None
+        except CapacityError as bad:
+            code = bad.exit_code
+            report(bad)
+        done += 1
+        if rounds and done >= rounds:
+            break
+        stop.wait(max(0.0, interval - (time.monotonic() - began)))
+    return code

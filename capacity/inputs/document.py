@@ -1,0 +1,165 @@
+"""A YAML file whose every value knows its line and its name, so that an error can say `plan.yaml:12: pools[1].price: …`.
+
+Promises: unknown and repeated keys are refused, NaN and infinities are refused, and nothing is guessed from a wrong type.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+import yaml
+
+from capacity.errors import InputError
+from capacity.inputs.units import parse
+
+MAX_BYTES = 32 * 1024 * 1024
+
+
+class Field:
+    """One value of the file: `path` is its name from the root, `line` is 1-based."""
+
+    def __init__(self, node: yaml.Node, path: str, file: str) -> None:
+        self.node = node
+        self.path = path
+        self.file = file
+        self.line: int = node.start_mark.line + 1
+
+    def error(self, code: str, message: str) -> InputError:
+        return InputError(code, message, file=self.file, line=self.line, where=self.path)
+
+    def mapping(self, known: Iterable[str] | None = None) -> dict[str, Field]:
+        """The entries of a mapping by key. With `known`, any other key is refused."""
+        if not isinstance(self.node, yaml.MappingNode):
+            raise self.error("wrong-type", f"expected a mapping of names to values, found {_kind(self.node)}")
+        allowed = None if known is None else set(known)
+        found: dict[str, Field] = {}
+        for key_node, value_node in self.node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise Field(key_node, self.path, self.file).error("wrong-type", "a key must be a plain word")
+            key = str(key_node.value)
+            path = f"{self.path}.{key}" if self.path else key
+            here = Field(key_node, path, self.file)
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                raise here.error(
+                    "unknown-field", "merge keys are not read; repeat the fields (an alias of a value is fine)"
+                )
+            if allowed is not None and key not in allowed:
+                near = difflib.get_close_matches(key, allowed, 1)
+                hint = f"; did you mean {near[0]}?" if near else f"; known here: {', '.join(sorted(allowed))}"
+                raise here.error("unknown-field", "no such field" + hint)
+            if key in found:
+                raise here.error("repeated-field", f"given twice, first on line {found[key].line}")
+            found[key] = Field(value_node, path, self.file)
+        return found
+
+    def items(self, *, empty: bool = False) -> list[Field]:
+        """The members of a list; an empty one is refused unless `empty`."""
+        if not isinstance(self.node, yaml.SequenceNode):
+            raise self.error("wrong-type", f"expected a list, found {_kind(self.node)}")
+        if not self.node.value and not empty:
+            raise self.error("empty", "the list is empty")
+        return [Field(node, f"{self.path}[{i}]", self.file) for i, node in enumerate(self.node.value)]
+
+    @property
+    def is_list(self) -> bool:
+        return isinstance(self.node, yaml.SequenceNode)
+
+    @property
+    def is_mapping(self) -> bool:
+        return isinstance(self.node, yaml.MappingNode)
+
+    def scalar(self) -> object:
+        if not isinstance(self.node, yaml.ScalarNode):
+            raise self.error("wrong-type", f"expected one value, found {_kind(self.node)}")
+        try:
+            value: object = yaml.constructor.SafeConstructor().construct_object(self.node)
+        except (yaml.YAMLError, ValueError) as bad:
+            reason = getattr(bad, "problem", None) or bad
+            raise self.error("wrong-type", f"cannot read {self.node.value!r}: {reason}") from bad
+        return value
+
+    def text(self) -> str:
+        value = self.scalar()
+        if not isinstance(value, str) or not value.strip():
+            raise self.error("wrong-type", f"expected a word, found {value!r}")
+        return value.strip()
+
+    def boolean(self) -> bool:
+        value = self.scalar()
+        if not isinstance(value, bool):
+            raise self.error("wrong-type", f"expected true or false, found {value!r}")
+        return value
+
+    def integer(self, low: int = 0, high: int = 10_000_000) -> int:
+        value = self.scalar()
+        if isinstance(value, float) and not math.isfinite(value):
+            raise self.error("not-a-number", f"expected a whole number, found {value}")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value):
+            raise self.error("wrong-type", f"expected a whole number, found {value!r}")
+        if not low <= value <= high:
+            raise self.error("out-of-range", f"must be between {low} and {high}, found {value}")
+        return int(value)
+
+    def quantity(self, kind: str, low: float = 0.0, high: float = math.inf, *, open_low: bool = False) -> float:
+        """A number in the base unit of `kind` (see units.py), within [low, high]."""
+        said = self.scalar()
+        try:
+            value = parse(said, kind)
+        except InputError as bad:
+            raise self.error(bad.code, bad.message) from bad
+        if value < low or (open_low and value == low):
+            if value < 0 <= low:
+                raise self.error("negative", f"must not be negative, found {value:g}")
+            raise self.error("out-of-range", f"must be {'over' if open_low else 'at least'} {low:g}, found {value:g}")
+        if value > high:
+            if value == 1 and kind == "fraction":
+                raise self.error("out-of-range", f"must be below 1, found {said}: nothing is enough for every case")
+            if kind == "fraction" and value <= 100:
+                raise self.error(
+                    "wrong-unit", f"is a fraction of at most {high:g}, found {value:g}; did you mean {value:g}%?"
+                )
+            raise self.error("out-of-range", f"must be at most {high:g}, found {value:g}; is the unit right?")
+        return value
+
+    def samples(self, kind: str, low: float = 0.0, high: float = math.inf) -> tuple[float, ...]:
+        """One quantity or a list of them."""
+        if self.is_list:
+            return tuple(item.quantity(kind, low, high) for item in self.items())
+        return (self.quantity(kind, low, high),)
+
+
+def _kind(node: yaml.Node) -> str:
+    if isinstance(node, yaml.MappingNode):
+        return "a mapping"
+    if isinstance(node, yaml.SequenceNode):
+        return "a list"
+    return f"{node.value!r}" if node.value else "nothing"
+
+
+def read(path: Path) -> Field:
+    """The root of a YAML file. Raises InputError (unreadable, too-large, not-yaml, empty)."""
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise InputError("too-large", f"over {MAX_BYTES} bytes", file=str(path))
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as bad:
+        raise InputError("unreadable", f"cannot be read: {bad}", file=str(path)) from bad
+    return parse_text(text, str(path))
+
+
+def parse_text(text: str, file: str) -> Field:
+    """The root of YAML text; `file` is the name errors use."""
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as bad:
+        mark = getattr(bad, "problem_mark", None)
+        reason = str(getattr(bad, "problem", None) or bad).replace("\n", " ")
+        raise InputError("not-yaml", reason, file=file, line=None if mark is None else mark.line + 1) from bad
+    except RecursionError as bad:
+        raise InputError("not-yaml", "is nested too deeply", file=file) from bad
+    if node is None:
+        raise InputError("empty", "the file is empty", file=file)
+    return Field(node, "", file)

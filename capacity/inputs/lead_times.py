@@ -1,0 +1,147 @@
+"""Lead-time samples as they were measured: by `quickthaw bench coldstart`, by every launch, and by what a snapshot remembers.
+
+Told apart by their content:
+- one JSON object `{"engine": …, "cold": {"runs_s": [..]}, "restored": {"runs_s": [..]}}`, as the benchmark prints it;
+- JSON lines, one a start: `{"model": …, "engine": …, "kind": "cold"|"restored", "seconds": 1.2, "at": ISO time}`; this is
+  `$QUICKTHAW_HOME/lead-times.jsonl`, to which every start appends, those of the benchmark too. A line that is cut off at the end (a
+  crash while writing) is left out; any other bad line is an error. Only the newest `NEWEST` starts of a kind count;
+- a snapshot's folder or its manifest.json: `cold_s`, the start that it was taken from;
+- a folder with `lead-times.jsonl` or `snapshots/` in it, such as `$QUICKTHAW_HOME`: the journal, and for models (of an engine) that
+  it has no cold start of, as where snapshots were pulled from elsewhere, what the snapshots remember. The start a snapshot was taken
+  from is in the journal of its own host already, and does not count twice.
+The formats belong to plugin/records/lead_times.py, plugin/bench/cli.py and checkpoint/snapshot/manifest.py, none of which this package may
+import.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from datetime import datetime
+from pathlib import Path, PurePath
+from typing import Any
+
+from capacity.errors import InputError
+
+JOURNAL, SNAPSHOTS, MANIFEST = "lead-times.jsonl", "snapshots", "manifest.json"
+NEWEST = 200
+MAX_BYTES = 64 * 1024 * 1024
+Samples = dict[str, tuple[float, ...]]
+
+
+def expand(path: str) -> str:
+    """`~` and environment variables; QUICKTHAW_HOME has its default when it is not set."""
+    for spelled in ("${QUICKTHAW_HOME}", "$QUICKTHAW_HOME"):
+        path = path.replace(spelled, str(home()))
+    return os.path.expandvars(str(Path(path).expanduser()))
+
+
+def home() -> Path:
+    """`$QUICKTHAW_HOME`, or its default."""
+    return Path(os.environ.get("QUICKTHAW_HOME") or Path.home() / ".cache" / "quickthaw")
+
+
+def read(path: Path, *, model: str | None = None, engine: str | None = None) -> Samples:
+    """Samples by kind ("cold", "restored"), seconds, oldest first. `model` is a path as it was launched, or its last part. Raises
+    InputError."""
+    seen: set[str] = set()
+    found = _folder(path, model, engine, seen) if path.is_dir() else _file(path, model, engine, seen)
+    if not any(found.values()):
+        wanted = " ".join(f"{k} {v}" for k, v in (("model", model), ("engine", engine)) if v)
+        there = f"; there are starts of {', '.join(sorted(seen)[:5])}" if seen else ""
+        raise InputError("no-samples", f"holds no start{' of ' + wanted if wanted else ''}{there}", file=str(path))
+    return found
+
+
+def _wanted(entry: dict[str, Any], model: str | None, engine: str | None, seen: set[str]) -> bool:
+    name, by = str(entry.get("model") or "a model"), str(entry.get("engine"))
+    seen.add(f"{PurePath(name).name} ({by})")
+    return (model is None or model in (name, PurePath(name).name)) and (engine is None or engine == by)
+
+
+def _file(path: Path, model: str | None, engine: str | None, seen: set[str]) -> Samples:
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise InputError("too-large", f"over {MAX_BYTES} bytes", file=str(path))
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as bad:
+        raise InputError("unreadable", f"cannot be read: {bad}", file=str(path)) from bad
+    try:
+        whole = json.loads(text)
+    except json.JSONDecodeError:
+        whole = None
+    if isinstance(whole, dict) and "cold_s" in whole:
+        return _manifest(whole, path, model, engine, seen)
+    if isinstance(whole, dict) and "kind" not in whole:
+        return _bench(whole, path, model, engine, seen)
+    return _journal(text, path, model, engine, seen)
+
+
+def _folder(path: Path, model: str | None, engine: str | None, seen: set[str]) -> Samples:
+    if (path / MANIFEST).is_file():
+        return _file(path / MANIFEST, model, engine, seen)
+    journal = path / JOURNAL
+    found: dict[str, tuple[float, ...]] = {"cold": (), "restored": ()}
+    if journal.is_file():
+        found |= _file(journal, model, engine, seen)
+    if not found["cold"]:
+        inside = path / SNAPSHOTS if (path / SNAPSHOTS).is_dir() else path
+        manifests = sorted(p for p in inside.glob(f"*/{MANIFEST}") if not p.parent.name.startswith("."))
+        found["cold"] = tuple(s for file in manifests for s in _file(file, model, engine, seen)["cold"])[-NEWEST:]
+    return found
+
+
+def _manifest(entry: dict[str, Any], path: Path, model: str | None, engine: str | None, seen: set[str]) -> Samples:
+    taken = _wanted(entry, model, engine, seen)
+    return {"cold": (_seconds(entry["cold_s"], path, None),) if taken else (), "restored": ()}
+
+
+def _seconds(value: Any, path: Path, line: int | None) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+        raise InputError("bad-sample", f"a lead time is seconds, not {value!r}", file=str(path), line=line)
+    return float(value)
+
+
+def _bench(report: dict[str, Any], path: Path, model: str | None, engine: str | None, seen: set[str]) -> Samples:
+    if not ("cold" in report or "restored" in report):
+        raise InputError("bad-sample", "is no report of quickthaw bench coldstart --json", file=str(path))
+    if not _wanted(report, None if "model" not in report else model, engine, seen):
+        return {}
+    found: Samples = {}
+    for kind in ("cold", "restored"):
+        part = report.get(kind) or {}
+        runs = part.get("runs_s", []) if isinstance(part, dict) else None
+        if not isinstance(runs, list):
+            raise InputError("bad-sample", f"{kind}.runs_s is not a list", file=str(path))
+        found[kind] = tuple(_seconds(value, path, None) for value in runs)
+    return found
+
+
+def _journal(text: str, path: Path, model: str | None, engine: str | None, seen: set[str]) -> Samples:
+    found: dict[str, list[tuple[datetime, float]]] = {"cold": [], "restored": []}
+    lines = text.split("\n")
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError as bad:
+            if number == len(lines):  # no newline after it: cut off while it was written
+                continue
+            raise InputError("not-json", f"{bad.msg}", file=str(path), line=number) from bad
+        if not isinstance(entry, dict) or entry.get("kind") not in found:
+            raise InputError(
+                "bad-sample", 'expected an object with kind "cold" or "restored"', file=str(path), line=number
+            )
+        try:
+            at = datetime.fromisoformat(str(entry["at"]))
+        except (KeyError, ValueError) as bad:
+            raise InputError("bad-sample", "`at` is not an ISO time", file=str(path), line=number) from bad
+        seconds = _seconds(entry.get("seconds"), path, number)
+        if _wanted(entry, model, engine, seen):
+            found[entry["kind"]].append((at.replace(tzinfo=None) - (at.utcoffset() or at - at), seconds))
+    return {
+        kind: tuple(seconds for _, seconds in sorted(samples, key=lambda sample: sample[0])[-NEWEST:])
+        for kind, samples in found.items()
+    }

@@ -1,0 +1,144 @@
+"""Request traces: CSV with columns TIMESTAMP, ContextTokens, GeneratedTokens (Azure's), and optionally Service.
+
+TIMESTAMP is ISO time or seconds. Times must not go back; every number must be finite and not negative.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+
+from capacity.errors import InputError
+from capacity.model import Floats
+from capacity.optimize.program import Ints
+
+LONGEST = 62 * 86400.0  # seconds; what is longer mixes units or epochs, and the simulator would tick through all of it
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Arrivals in order: seconds since the first, tokens in and out, and the number of the service in `services`."""
+
+    at: Floats
+    context: Floats
+    generated: Floats
+    service: Ints
+    services: tuple[str, ...]
+
+    @property
+    def seconds(self) -> float:
+        return float(self.at[-1]) if len(self.at) else 0.0
+
+    def units(self, service: int, unit: str) -> tuple[Floats, Floats]:
+        """Arrival times of one service, and the work of each: 1 request, or its tokens."""
+        mine = self.service == service
+        work = self.context[mine] + self.generated[mine] if unit == "tokens" else np.ones(int(mine.sum()))
+        return self.at[mine], work
+
+
+def read(path: Path) -> Trace:
+    """Raises InputError naming file, line and column."""
+    try:
+        file = path.open(newline="", encoding="utf-8-sig")  # spreadsheets put a mark in front
+    except OSError as bad:
+        raise InputError("unreadable", f"cannot be read: {bad}", file=str(path)) from bad
+    at: list[float] = []
+    context: list[float] = []
+    generated: list[float] = []
+    who: list[int] = []
+    names: dict[str, int] = {}
+    with file:
+        rows = csv.reader(file)
+        try:
+            header = [name.strip().lower() for name in next(rows, [])]
+            for column in ("timestamp", "contexttokens", "generatedtokens"):
+                if column not in header:
+                    raise InputError("missing-field", f"no column {column}", file=str(path), line=1)
+            i_at, i_in, i_out = (header.index(c) for c in ("timestamp", "contexttokens", "generatedtokens"))
+            i_who = header.index("service") if "service" in header else None
+            for row in rows:
+                line = rows.line_num
+                if not row:
+                    continue
+                if len(row) != len(header):
+                    raise InputError(
+                        "bad-row", f"{len(row)} columns, the header has {len(header)}", file=str(path), line=line
+                    )
+                moment = _time(row[i_at], path, line)
+                if at and moment < at[-1]:
+                    raise InputError(
+                        "out-of-order",
+                        f"goes back by {at[-1] - moment:g} s; sort the trace by time",
+                        file=str(path),
+                        line=line,
+                        where="TIMESTAMP",
+                    )
+                at.append(moment)
+                context.append(_tokens(row[i_in], path, line, "ContextTokens"))
+                generated.append(_tokens(row[i_out], path, line, "GeneratedTokens"))
+                who.append(names.setdefault(row[i_who].strip() if i_who is not None else "", len(names)))
+        except (csv.Error, UnicodeDecodeError) as bad:
+            raise InputError("not-csv", str(bad), file=str(path), line=rows.line_num) from bad
+    if not at:
+        raise InputError("empty", "the trace has no request", file=str(path))
+    times = np.array(at) - at[0]
+    if times[-1] > LONGEST:
+        raise InputError(
+            "out-of-range",
+            f"spans {times[-1] / 86400:.0f} days, more than {LONGEST / 86400:.0f}; is every time in seconds, or ISO?",
+            file=str(path),
+            where="TIMESTAMP",
+        )
+    return Trace(times, np.array(context), np.array(generated), np.array(who, dtype=np.int64), tuple(names))
+
+
+def _time(text: str, path: Path, line: int) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        head, dot, fraction = text.strip().partition(".")
+        try:
+            moment = datetime.fromisoformat(head.replace("Z", "+00:00"))
+            zone = fraction.lstrip("0123456789")
+            digits = fraction[: len(fraction) - len(zone)]
+            if zone:
+                moment = datetime.fromisoformat(head + zone.replace("Z", "+00:00"))
+            if dot and not digits:
+                raise ValueError(text)
+            # Seven digits, as Azure writes them, are more than datetime reads.
+            value = (moment - datetime(1970, 1, 1, tzinfo=moment.tzinfo)).total_seconds() - (
+                moment.utcoffset().total_seconds() if moment.utcoffset() else 0.0  # type: ignore[union-attr]
+            )
+            value += float("0." + digits) if digits else 0.0
+        except ValueError:
+            raise InputError(
+                "bad-time", f"neither an ISO time nor seconds: {text!r}", file=str(path), line=line, where="TIMESTAMP"
+            ) from None
+    if not math.isfinite(value):
+        raise InputError("not-a-number", f"found {text!r}", file=str(path), line=line, where="TIMESTAMP")
+    return value
+
+
+def _tokens(text: str, path: Path, line: int, column: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise InputError("wrong-type", f"not a number: {text!r}", file=str(path), line=line, where=column) from None
+    if not math.isfinite(value):
+        raise InputError("not-a-number", f"found {text!r}", file=str(path), line=line, where=column)
+    if value < 0:
+        raise InputError("negative", f"must not be negative, found {value:g}", file=str(path), line=line, where=column)
+    return value
+
+
+def rates(at: Floats, work: Floats, bin_seconds: float, until: float) -> Floats:
+    """Units a second in bins of `bin_seconds` over [0, until)."""
+    bins = max(1, math.ceil(until / bin_seconds - 1e-9))
+    index = np.minimum((at / bin_seconds).astype(np.int64), bins - 1)
+    total: Floats = np.bincount(index, work, minlength=bins)[:bins] / bin_seconds
+    return total

@@ -1,0 +1,69 @@
+"""A plan where none satisfies every constraint: as much of the demand as the constraints allow.
+
+First every service's demand is scaled down by one share, found by bisection; then each service is raised back to all of its demand if
+the others stay feasible. Quotas, supply, limits and shares of regions are never broken.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import replace
+
+import numpy as np
+
+from capacity.errors import InfeasibleError
+from capacity.model import Demand, Forecast, History, Problem
+from capacity.optimize import plan as planning
+from capacity.optimize.plan import Plan
+
+RESOLUTION = 1 / 64
+"""Share of the demand at which the bisection ends."""
+
+
+def scaled(problem: Problem, shares: dict[str, float]) -> Problem:
+    """The problem with each service's demand, past and least number of replicas times its share (1 where none is given)."""
+    forecasts = {
+        name: Forecast(f.levels, tuple(tuple(v * shares.get(name, 1.0) for v in row) for row in f.values))
+        for name, f in problem.demand.forecasts.items()
+    }
+    services = tuple(replace(s, minimum=math.floor(s.minimum * shares.get(s.name, 1.0))) for s in problem.services)
+    history = problem.demand.history
+    if history is not None:
+        factor = np.array([shares.get(s.name, 1.0) for s in problem.services])[:, None]
+        levels = None if history.levels is None else history.levels * factor
+        history = History(history.bin_seconds, history.rates * factor, levels, history.nearest)
+    return replace(problem, services=services, demand=Demand(problem.demand.quantile, forecasts, history))
+
+
+def best_effort(problem: Problem, *, limit: float = 60.0) -> tuple[Plan, dict[str, float]]:
+    """The plan, and the share of its demand that each service gets. `limit`: seconds a solve, and for raising single services in all.
+
+    Raises InfeasibleError where even no demand at all leaves no plan.
+    """
+
+    def attempt(shares: dict[str, float]) -> Plan | None:
+        try:
+            return planning.solve(scaled(problem, shares), explained=False, limit=limit)
+        except InfeasibleError:
+            return None
+
+    names = [service.name for service in problem.services]
+    low, high = 0.0, 1.0
+    best = planning.solve(scaled(problem, dict.fromkeys(names, 0.0)), explained=False, limit=limit)
+    while high - low > RESOLUTION:
+        middle = (low + high) / 2
+        found = attempt(dict.fromkeys(names, middle))
+        if found is None:
+            high = middle
+        else:
+            low, best = middle, found
+    shares = dict.fromkeys(names, low)
+    deadline = time.monotonic() + limit
+    for name in names if len(names) > 1 else ():
+        if time.monotonic() > deadline:
+            break
+        found = attempt(shares | {name: 1.0})
+        if found is not None:
+            shares[name], best = 1.0, found
+    return replace(best, problem=problem), shares

@@ -1,0 +1,546 @@
+"""Whole instances from a linear program by construction, for steps too large for an integer program.
+
+Replicas of each service as `cover.py` finds them at the linear program's prices of a GPU, and again at prices that come closer to
+the pools' own (where the duals of quotas leave a quota unused, its GPUs are cheap after all); then the idle blocks into GPUs that
+are free, instances opened where nothing is free, and instances closed whose tenants fit elsewhere, the dearest first. Every
+move keeps demand, zones, idle blocks, quotas and supply; limits on stops keep instances open; what remains (region mix, limits on
+starts, a maximum of replicas) is left to the check of the caller, who falls back to an integer program.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from capacity.model import Floats, Problem, slot
+from capacity.optimize import cover
+from capacity.optimize.program import Ints, Program
+from capacity.requirements import Need
+
+EPS = 1e-7
+SWEEPS = 3
+RETRIES = 6  # orders of the services that are tried
+MANY = 20_000  # pairs of a pool and a service up to which construction takes its time
+# What is kept, pass after pass, of what the duals add to a GPU's own price: in the first step with care, without, with over MANY
+# pairs and no care; in every later step.
+SLOWLY = (1.0, 0.7, 0.4, 0.2, 0.0)
+FIRST = (1.0, 0.0)
+HUGE = (0.3,)
+NEXT = (0.0,)
+
+
+@dataclass(frozen=True)
+class _Known:
+    """The options of a service over `pools`, as far as they do not change."""
+
+    pools: list[int]
+    index: Ints
+    zone: Ints
+    rate: Floats
+    width: Floats
+    zones: int
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What all steps of a problem share."""
+
+    quotas_of: list[list[int]]  # [pool]
+    width: list[list[int]]  # [pool][service] GPUs
+    rate: list[list[float]]  # [pool][service] units a second
+    zone: list[str]  # [pool]
+    spread: frozenset[int]  # services over several zones
+    fits: list[list[int]]  # [service] pools
+    alike: list[list[int]]  # [place] pools
+    cells_of: list[list[list[int]]]  # [service] pools it fits, those of one type and zone together
+    known: dict[int, _Known] = field(default_factory=dict)  # [service]
+
+
+def shape(problem: Problem, need: Need, program: Program) -> Shape:
+    """What `step` needs to know of a problem, once for all its steps."""
+    pools, services = problem.pools, problem.services
+    widths = {gpus: [slot(s.gpus, gpus) for s in services] for gpus in {p.gpus for p in pools}}
+    cells: dict[tuple[str, float, str, str, int], list[int]] = {}
+    for p, pool in enumerate(pools):
+        cells.setdefault((pool.gpu, pool.memory, pool.region, pool.zone, pool.gpus), []).append(p)
+    together = list(cells.values())
+    return Shape(
+        quotas_of=[[q for q, quota in enumerate(problem.quotas) if quota.covers(pool)] for pool in pools],
+        width=[widths[p.gpus] for p in pools],
+        rate=need.rate.tolist(),
+        zone=[f"{p.region}/{p.zone}" for p in pools],
+        spread=frozenset(program.spread),
+        fits=[[int(p) for p in np.flatnonzero(need.rate[:, j] > 0)] for j in range(len(services))],
+        cells_of=[[cell for cell in together if need.rate[cell[0], j] > 0] for j in range(len(services))],
+        alike=[[p for p in range(len(pools)) if need.place[p] == k] for k in range(max(need.place) + 1)],
+    )
+
+
+@dataclass
+class _State:
+    """One step being built. `tenants[pool][service]` replicas, `blocks[pool][size]` idle blocks."""
+
+    problem: Problem
+    need: Need
+    t: int
+    before: list[int]  # instances held in the step before
+    most: list[int]  # instances a pool can hold in this step
+    n: list[int]
+    free: list[int]
+    tenants: list[dict[int, int]]
+    blocks: list[dict[int, int]]
+    served: list[float]
+    total: list[int]
+    by_zone: list[dict[str, float]]
+    quota_left: list[int]  # GPUs
+    least: list[int]  # instances a pool must hold
+    shape: Shape
+    # [service] units a second: to serve, what of it is demand, the most that counts as spare, and what stays without a zone
+    target: list[float]
+    base: list[float]
+    cap: list[float]
+    rest: list[float]
+    with_blocks: dict[int, None] = field(default_factory=dict)  # pools; ordered, so that sums are the same each time
+
+    def can_open(self, p: int) -> bool:
+        return self.more(p) > 0
+
+    def more(self, p: int) -> int:
+        """Instances that may still be opened. What was held before counts towards a quota until all starts are done, so that only
+        starts use up what is left of one."""
+        bound = self.most[p] - self.n[p]
+        if not self.shape.quotas_of[p]:
+            return bound
+        again = max(0, self.before[p] - self.n[p])
+        gpus = self.problem.pools[p].gpus
+        starts = min(self.quota_left[q] // gpus for q in self.shape.quotas_of[p])
+        return min(bound, again + max(0, starts))
+
+    def room(self, p: int) -> int:
+        """GPUs free, or of instances that may still be opened."""
+        return self.free[p] + max(0, self.more(p)) * self.problem.pools[p].gpus
+
+    def open(self, p: int, count: int = 1) -> None:
+        """Open instances, or close them (`count` below zero)."""
+        gpus = self.problem.pools[p].gpus
+        started = max(0, self.n[p] + count - self.before[p]) - max(0, self.n[p] - self.before[p])
+        self.n[p] += count
+        self.free[p] += gpus * count
+        for q in self.shape.quotas_of[p]:
+            self.quota_left[q] -= gpus * started
+
+    def release(self, p: int) -> None:
+        """Close what is empty."""
+        spare = min(self.free[p] // self.problem.pools[p].gpus, self.n[p] - self.least[p])
+        if spare > 0:
+            self.open(p, -spare)
+
+    def put(self, p: int, j: int, count: int) -> None:
+        self.tenants[p][j] = self.tenants[p].get(j, 0) + count
+        if not self.tenants[p][j]:
+            del self.tenants[p][j]
+        self.free[p] -= self.shape.width[p][j] * count
+        self.served[j] += self.shape.rate[p][j] * count
+        self.total[j] += count
+        zone = self.shape.zone[p]
+        self.by_zone[j][zone] = self.by_zone[j].get(zone, 0.0) + self.shape.rate[p][j] * count
+
+    def lacks(self, j: int) -> bool:
+        """Demand or minimum not met yet."""
+        target = self.target[j]
+        return self.served[j] < target - EPS * max(1.0, target) or self.total[j] < self.problem.services[j].minimum
+
+    def zone_lacks(self, j: int) -> bool:
+        if j not in self.shape.spread:
+            return False
+        rest = self.rest[j]
+        return self.served[j] - max(self.by_zone[j].values(), default=0.0) < rest - EPS * max(1.0, rest)
+
+    def zone_would_lack(self, j: int, q: int) -> bool:
+        """`zone_lacks` if one more replica ran on pool q."""
+        if j not in self.shape.spread:
+            return False
+        rest, rate, zones = self.rest[j], self.shape.rate[q][j], self.by_zone[j]
+        largest = max(max(zones.values(), default=0.0), zones.get(self.shape.zone[q], 0.0) + rate)
+        return self.served[j] + rate - largest < rest - EPS * max(1.0, rest)
+
+    def surplus(self, j: int) -> float:
+        """What runs beyond the plan, as far as it counts as spare; units a second."""
+        return min(self.cap[j], max(0.0, self.served[j] - self.base[j]))
+
+    def block_worth(self, g: int) -> float:
+        group = self.need.groups[g]
+        worth = 0.0
+        for j, each in group.relief.items():
+            over = self.served[j] - self.base[j]
+            if over > 0:
+                worth += min(self.cap[j], over) * each
+        for p in self.with_blocks:
+            weight = group.weights.get(self.need.place[p])
+            if weight is not None:
+                for size, many in self.blocks[p].items():
+                    if size >= weight[0]:
+                        worth += size * many * weight[1]
+        return worth
+
+    def add_block(self, p: int, size: int, count: int) -> None:
+        self.blocks[p][size] = self.blocks[p].get(size, 0) + count
+        if not self.blocks[p][size]:
+            del self.blocks[p][size]
+        if self.blocks[p]:
+            self.with_blocks[p] = None
+        else:
+            self.with_blocks.pop(p, None)
+        self.free[p] -= size * count
+
+
+def step(
+    problem: Problem,
+    need: Need,
+    program: Program,
+    t: int,
+    want: Floats,
+    before: list[int],
+    worth: Floats,
+    last: Floats | None,
+    shared: Shape,
+    *,
+    careful: bool,
+) -> Floats | None:
+    """Values of step `t` after `before` instances a pool, near the fractional `want`; None when something does not fit.
+
+    `worth` is what the linear program says one GPU of each pool costs in this step; `last` are the values of the step before, from
+    whose replicas this one starts, so that plans do not move without need; `careful` takes twice the time.
+    """
+    bounds = slice(t * program.columns, t * program.columns + len(problem.pools))
+    own = program.cost[bounds] / np.array([p.gpus for p in problem.pools])
+    fraction = [float(v) for v in want[: len(problem.pools)]]
+    price = [p.price / p.gpus for p in problem.pools]
+    table: list[dict[int, float]] = [{} for _ in problem.services]
+    shares = (want if last is None else last)[program.at_x : program.at_b]
+    for k in np.flatnonzero(shares > EPS):
+        table[int(program.pairs[k, 1])][int(program.pairs[k, 0])] = float(shares[k])
+    order = sorted(range(len(problem.services)), key=lambda j: (-problem.services[j].gpus, j))
+    keeps: tuple[float, ...]
+    if last is not None:
+        keeps = NEXT
+    elif careful:
+        keeps = SLOWLY
+    else:
+        keeps = HUGE if len(program.pairs) > MANY else FIRST
+    for _ in range(RETRIES):
+        state = _start(problem, need, program, t, before, shared)
+        failed = _fill(state, order, table, [own + keep * (worth - own) for keep in keeps], 2 if careful else 1)
+        if failed is None:
+            break
+        order = [failed, *(j for j in order if j != failed)]  # what finds no room goes first
+    else:
+        return None
+    if not _lay_blocks(state, fraction, price):
+        return None
+    _close(state, price)
+    if _trim(state, price):
+        _close(state, price)
+    _run_spares(state)
+    return _values(state, program, before)
+
+
+def _fill(
+    state: _State, order: list[int], table: list[dict[int, float]], prices: list[Floats], effort: int
+) -> int | None:
+    """Every service at the first prices, then again at each of the others; the service that finds no room, if one does not."""
+    for worth in prices:
+        for j in order:
+            if not _place(state, j, table[j], worth, effort):
+                return j
+    return None
+
+
+def _start(problem: Problem, need: Need, program: Program, t: int, before: list[int], shared: Shape) -> _State:
+    pools, count = problem.pools, len(problem.pools)
+    bounds = slice(t * program.columns, t * program.columns + count)
+    most = [
+        int(min(10**9, upper, before[p] + pool.start_bound(t == 0)))
+        for p, (pool, upper) in enumerate(zip(pools, program.upper[bounds], strict=True))
+    ]
+    state = _State(
+        problem=problem,
+        need=need,
+        t=t,
+        before=before,
+        most=most,
+        n=[0] * count,
+        free=[0] * count,
+        tenants=[{} for _ in pools],
+        blocks=[{} for _ in pools],
+        served=[0.0] * len(problem.services),
+        total=[0] * len(problem.services),
+        by_zone=[{} for _ in problem.services],
+        quota_left=[
+            quota.gpus - sum(pool.gpus * before[p] for p, pool in enumerate(pools) if quota.covers(pool))
+            for quota in problem.quotas
+        ],
+        least=[int(v) for v in program.lower[bounds]],
+        shape=shared,
+        target=need.target[:, t].tolist(),
+        base=need.base[:, t].tolist(),
+        cap=need.cap[:, t].tolist(),
+        rest=(need.median[:, t] * problem.policy.zone_loss).tolist(),
+    )
+    for p, least in enumerate(state.least):
+        if least:
+            state.open(p, least)
+    return state
+
+
+def _seat(state: _State, j: int, p: int, count: int) -> bool:
+    """Replicas of j on p, opening instances when that is allowed; all or none."""
+    width, gpus = state.shape.width[p][j], state.problem.pools[p].gpus
+    lacking = -(-max(0, width * count - state.free[p]) // gpus)
+    if lacking:
+        if state.room(p) < width * count:
+            return False
+        state.open(p, lacking)
+    state.put(p, j, count)
+    return True
+
+
+def _place(state: _State, j: int, share: dict[int, float], worth: Floats, effort: int) -> bool:
+    """The cheapest replicas of a service where there is room, by what a GPU of each pool is worth; those it has already,
+    which are put back when nothing cheaper is found."""
+    had = [(p, state.tenants[p][j]) for p in state.shape.fits[j] if j in state.tenants[p]]
+    for p, count in had:
+        state.put(p, j, -count)
+        state.release(p)
+    options, pools = _options(state, j, worth)
+    counts = None
+    if pools:
+        near = dict(had) if had else share
+        counts = cover.cheapest(options, np.array([int(near.get(p, 0) + EPS) for p in pools], dtype=np.int64), effort)
+    before = sum(float(worth[p]) * state.shape.width[p][j] * count for p, count in had)
+    if counts is not None and (not had or float(options.cost @ counts) < before * (1 - EPS)):
+        chosen = [(p, count) for p, count in zip(pools, counts.tolist(), strict=True) if count]
+        if all(_seat(state, j, p, count) for p, count in chosen):
+            return True
+        for p in pools:  # pools that share a quota have less room together
+            state.put(p, j, -state.tenants[p].get(j, 0))
+            state.release(p)
+    for p, count in had:
+        _seat(state, j, p, count)
+    return bool(had) or not (state.lacks(j) or state.zone_lacks(j))
+
+
+def _options(state: _State, j: int, worth: Floats) -> tuple[cover.Options, list[int]]:
+    """Of the pools that are alike (type, zone), the cheapest that hold all the service could need."""
+    target = state.target[j]
+    rest = state.rest[j] if j in state.shape.spread else 0.0
+    least = state.problem.services[j].minimum
+    chosen: list[int] = []
+    rooms: list[int] = []
+    for cell in state.shape.cells_of[j]:
+        enough = max(math.ceil((target + rest) / state.shape.rate[cell[0]][j]), least, 1)
+        for p in sorted(cell, key=lambda p: worth[p]) if len(cell) > 1 else cell:
+            room = state.room(p) // state.shape.width[p][j]
+            if room > 0:
+                chosen.append(p)
+                rooms.append(min(room, enough))
+                enough -= room
+            if enough <= 0:
+                break
+    known = state.shape.known.get(j)
+    if known is None or known.pools != chosen:
+        numbers: dict[str, int] = {}
+        known = state.shape.known[j] = _Known(
+            chosen,
+            np.array(chosen, dtype=np.int64),
+            np.array([numbers.setdefault(state.shape.zone[p], len(numbers)) for p in chosen], dtype=np.int64),
+            np.array([state.shape.rate[p][j] for p in chosen]),
+            np.array([float(state.shape.width[p][j]) for p in chosen]),
+            len(numbers),
+        )
+    most = np.array(rooms, dtype=np.int64)
+    cost = worth[known.index] * known.width
+    return cover.Options(cost, known.rate, known.zone, most, target, rest, least, known.zones), chosen
+
+
+def _lay_blocks(state: _State, fraction: list[float], price: list[float]) -> bool:
+    groups = state.need.groups
+    order = sorted(range(len(groups)), key=lambda g: (-groups[g].size, len(groups[g].weights)))
+    for g in order:
+        group = groups[g]
+        required = float(group.required[state.t])
+        worth = state.block_worth(g)
+        enough = required - EPS * max(1.0, required)
+        if worth >= enough:
+            continue
+        pools = [p for p in range(len(price)) if state.need.place[p] in group.weights]
+        while worth < enough:
+            ranked = sorted(
+                pools,
+                key=lambda p: (
+                    state.free[p] < group.weights[state.need.place[p]][0],
+                    state.n[p] - fraction[p] if state.free[p] < group.weights[state.need.place[p]][0] else 0.0,
+                    price[p] / group.weights[state.need.place[p]][1],
+                    p,
+                ),
+            )
+            for p in ranked:
+                size, weight = group.weights[state.need.place[p]]
+                while state.free[p] < size and state.can_open(p):
+                    state.open(p)
+                if state.free[p] >= size:
+                    state.add_block(p, size, 1)
+                    worth += size * weight
+                    break
+            else:
+                return False
+    return True
+
+
+def _trim(state: _State, price: list[float]) -> bool:
+    """Take away replicas that nothing needs: rounding up for demand and for zones may have asked for the same one twice."""
+    taken = False
+    uses: list[list[int]] = [[] for _ in state.served]
+    for g, group in enumerate(state.need.groups):
+        for j in group.relief:
+            uses[j].append(g)
+    for j in range(len(state.served)):
+        held = [p for p in state.shape.fits[j] if state.tenants[p].get(j)]
+        for p in sorted(held, key=lambda p: (-price[p] * state.shape.width[p][j], p)):
+            one = state.shape.rate[p][j]
+            while state.tenants[p].get(j):
+                if state.served[j] - one < state.target[j] - EPS * max(1.0, state.target[j]):
+                    break
+                before = state.surplus(j)
+                state.put(p, j, -1)
+                spare = before > EPS and state.surplus(j) < before - EPS
+                if state.lacks(j) or state.zone_lacks(j) or (spare and any(_short(state, g) for g in uses[j])):
+                    state.put(p, j, 1)
+                    break
+                taken = True
+    return taken
+
+
+def _run_spares(state: _State) -> None:
+    """Replicas where idle blocks are held for one service only: they cost the same, and nobody waits for their start."""
+    groups, t = state.need.groups, state.t
+    if not state.with_blocks or all(len(group.services) > 1 for group in groups):
+        return
+    slack = [state.block_worth(g) - float(group.required[t]) for g, group in enumerate(groups)]
+    for group in groups:
+        if len(group.services) > 1:
+            continue
+        j = group.services[0]
+        most = state.problem.services[j].maximum
+        for p in state.shape.fits[j]:
+            size, place = state.shape.width[p][j], state.need.place[p]
+            while state.blocks[p].get(size) and (most is None or state.total[j] < most):
+                before = state.surplus(j)
+                state.add_block(p, size, -1)
+                state.put(p, j, 1)
+                won = state.surplus(j) - before
+                after = list(slack)
+                for g, other in enumerate(groups):
+                    weight = other.weights.get(place)
+                    lost = size * weight[1] if weight is not None and size >= weight[0] else 0.0
+                    after[g] += won * other.relief.get(j, 0.0) - lost
+                if any(now < -EPS * max(1.0, float(g.required[t])) for now, g in zip(after, groups, strict=True)):
+                    state.put(p, j, -1)
+                    state.add_block(p, size, 1)
+                    break
+                slack = after
+
+
+def _short(state: _State, g: int) -> bool:
+    required = float(state.need.groups[g].required[state.t])
+    return state.block_worth(g) < required - EPS * max(1.0, required)
+
+
+def _close(state: _State, price: list[float]) -> None:
+    """Close instances that are empty, and those whose tenants find room elsewhere."""
+    for p in range(len(price)):
+        state.release(p)
+    for _ in range(SWEEPS):
+        closed = False
+        order = sorted(range(len(price)), key=lambda p: (-state.free[p] * price[p], -price[p], p))
+        for p in order:
+            while state.n[p] > state.least[p] and _empty_one(state, p):
+                closed = True
+        if not closed:
+            break
+    limit = state.problem.policy.max_stop
+    if limit is not None:
+        over = sum(max(0, b - n) for b, n in zip(state.before, state.n, strict=True)) - limit
+        for p in sorted(range(len(price)), key=lambda p: state.problem.pools[p].price):
+            while over > 0 and state.n[p] < state.before[p] and state.can_open(p):
+                state.open(p)
+                over -= 1
+
+
+def _empty_one(state: _State, p: int) -> bool:
+    """Move tenants until one whole instance of pool p is free, then close it; all or nothing."""
+    gpus = state.problem.pools[p].gpus
+    undo: list[tuple[str, int, int, int]] = []
+    while state.free[p] < gpus:
+        if not (_move_replica(state, p, undo) or _move_block(state, p, undo)):
+            for sort, j, source, target in reversed(undo):
+                if sort == "replica":
+                    state.put(target, j, -1)
+                    state.put(source, j, 1)
+                else:
+                    state.add_block(target, j, -1)
+                    state.add_block(source, j, 1)
+            return False
+    state.open(p, -1)
+    return True
+
+
+def _move_replica(state: _State, p: int, undo: list[tuple[str, int, int, int]]) -> bool:
+    roomy = [q for q, free in enumerate(state.free) if free > 0 and q != p]
+    for j in sorted(state.tenants[p], key=lambda j: state.shape.width[p][j]):
+        state.put(p, j, -1)
+        free, rate = state.free, state.shape.rate[p][j]  # nowhere slower: surplus may be spare
+        targets = [q for q in roomy if free[q] >= state.shape.width[q][j] and state.shape.rate[q][j] >= rate]
+        targets.sort(key=lambda q: (state.free[q] - state.shape.width[q][j], q))
+        for q in targets:
+            if not state.zone_would_lack(j, q):
+                state.put(q, j, 1)
+                undo.append(("replica", j, p, q))
+                return True
+        state.put(p, j, 1)
+    return False
+
+
+def _move_block(state: _State, p: int, undo: list[tuple[str, int, int, int]]) -> bool:
+    for size in sorted(state.blocks[p]):
+        for q in state.shape.alike[state.need.place[p]]:
+            if q != p and state.free[q] >= size:
+                state.add_block(p, size, -1)
+                state.add_block(q, size, 1)
+                undo.append(("block", size, p, q))
+                return True
+    return False
+
+
+def _values(state: _State, program: Program, before: list[int]) -> Floats:
+    count = len(state.n)
+    values = np.zeros(program.columns)
+    values[:count] = state.n
+    values[program.at_u : program.at_u + count] = np.maximum(0, np.array(state.n) - np.array(before))
+    placed = np.zeros((count, len(state.total)))
+    for p, tenants in enumerate(state.tenants):
+        for j, many in tenants.items():
+            placed[p, j] = many
+    values[program.at_x : program.at_b] = placed[program.pairs[:, 0], program.pairs[:, 1]]
+    for k, (i, size) in enumerate(program.blocks):
+        values[program.at_b + k] = state.blocks[int(i)].get(int(size), 0)
+    for m, (place, size) in enumerate(program.sums):
+        values[program.at_s + m] = sum(state.blocks[p].get(size, 0) for p in state.shape.alike[place])
+    for k, j in enumerate(program.spare):
+        values[program.at_h + k] = state.surplus(j)
+    for k, j in enumerate(program.spread):
+        unit = program.spread_unit[k]
+        values[program.at_y + k] = max(state.by_zone[j].values(), default=0.0) / unit
+    return values

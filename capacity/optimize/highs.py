@@ -1,0 +1,185 @@
+"""HiGHS behind two calls, `load` and `run`, and the program cut into its steps.
+
+Deterministic: one thread, a fixed seed, no wall-clock choice other than the limits given.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+import threading
+from dataclasses import dataclass, replace
+
+import highspy
+import numpy as np
+
+from capacity.errors import SolverError
+from capacity.model import Floats
+from capacity.optimize.program import Ints, Program
+
+FEASIBILITY = 1e-7
+INTEGRALITY = 1e-6
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """`values` None when infeasible. Duals only from the linear program. `bound`: proven lower bound of the objective."""
+
+    values: Floats | None
+    objective: float
+    bound: float
+    row_dual: Floats | None = None
+    column_dual: Floats | None = None
+    proven: bool = True
+
+
+_banner = threading.Lock()
+_printed = False
+
+
+def _silent() -> highspy.Highs:
+    """A new HiGHS. The first of a process prints its name to file descriptor 1 before any option can be set, which would
+    spoil JSON on standard output, so that one is made while the descriptor points elsewhere."""
+    global _printed
+    with _banner:
+        if _printed:
+            return highspy.Highs()
+        sys.stdout.flush()
+        libc = ctypes.CDLL(None)
+        kept = os.dup(1)
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        try:
+            os.dup2(nowhere, 1)
+            solver = highspy.Highs()
+            libc.fflush(None)
+        finally:
+            os.dup2(kept, 1)
+            os.close(kept)
+            os.close(nowhere)
+        _printed = True
+        return solver
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Row-wise compressed constraint matrix."""
+
+    start: Ints
+    index: Ints
+    value: Floats
+
+
+def compress(program: Program) -> Matrix:
+    high = program.rows * program.steps
+    order = np.argsort(program.row, kind="stable")
+    start = np.concatenate([[0], np.cumsum(np.bincount(program.row, minlength=high))])
+    return Matrix(start.astype(np.int32), program.col[order].astype(np.int32), program.val[order])
+
+
+def load(program: Program, *, whole: bool, limit: float, gap: float = 0.0, nodes: int = 0) -> highspy.Highs:
+    """A HiGHS instance holding the program. `whole`: with integrality. `limit` seconds; `nodes` of the search, 0 for any."""
+    solver = _silent()
+    solver.setOptionValue("output_flag", False)
+    solver.setOptionValue("threads", 1)
+    solver.setOptionValue("random_seed", 1)
+    solver.setOptionValue("time_limit", max(0.01, limit))
+    solver.setOptionValue("primal_feasibility_tolerance", FEASIBILITY)
+    solver.setOptionValue("mip_feasibility_tolerance", INTEGRALITY)
+    if nodes:
+        solver.setOptionValue("mip_max_nodes", nodes)
+    solver.setOptionValue("mip_rel_gap", gap)
+    solver.setOptionValue("mip_abs_gap", 1e-9 if gap == 0 else 0.0)
+    matrix = compress(program)
+    # As arrays: filling a HighsLp field by field takes seven times as long.
+    status = solver.passModel(
+        len(program.cost),
+        len(program.row_lower),
+        len(matrix.value),
+        int(highspy.MatrixFormat.kRowwise),
+        int(highspy.ObjSense.kMinimize),
+        0.0,
+        program.cost,
+        program.lower,
+        program.upper,
+        program.row_lower,
+        program.row_upper,
+        matrix.start,
+        matrix.index,
+        matrix.value,
+        program.integer.astype(np.int32) if whole else np.zeros(len(program.cost), dtype=np.int32),
+    )
+    if status == highspy.HighsStatus.kError:
+        raise SolverError("solver-rejected", "HiGHS rejected the program; a coefficient is out of its range")
+    return solver
+
+
+def run(solver: highspy.Highs, *, whole: bool) -> Outcome:
+    """Solves what is loaded. Raises SolverError on a time limit without a solution, or on numerical failure."""
+    solver.run()
+    status = solver.getModelStatus()
+    info = solver.getInfo()
+    known = highspy.HighsModelStatus
+    if status in (known.kInfeasible, known.kUnboundedOrInfeasible):
+        # Costs are not negative and variables not below zero, so unbounded is impossible.
+        return Outcome(None, np.inf, np.inf)
+    if status != known.kOptimal:
+        usable = whole and info.primal_solution_status == int(highspy.SolutionStatus.kSolutionStatusFeasible)
+        if not usable:
+            raise SolverError("solver-gave-up", f"HiGHS stopped without a plan: {solver.modelStatusToString(status)}")
+    solution = solver.getSolution()
+    values = np.array(solution.col_value)
+    objective = float(info.objective_function_value)
+    if whole:
+        return Outcome(values, objective, float(info.mip_dual_bound), proven=status == known.kOptimal)
+    return Outcome(values, objective, objective, np.array(solution.row_dual), np.array(solution.col_dual))
+
+
+@dataclass(frozen=True)
+class StepView:
+    """The rows of one step over its own columns, and its coefficients on the step before; the same for every step."""
+
+    row: Ints
+    col: Ints
+    val: Floats
+    before_row: Ints
+    before_col: Ints
+    before_val: Floats
+
+
+def view(program: Program) -> StepView:
+    """All steps share their matrix, so it is cut out of the first two."""
+    first = (program.row < program.rows) & (program.col < program.columns)
+    cross = (program.row >= program.rows) & (program.row < 2 * program.rows) & (program.col < program.columns)
+    return StepView(
+        program.row[first],
+        program.col[first],
+        program.val[first],
+        program.row[cross] - program.rows,
+        program.col[cross],
+        program.val[cross],
+    )
+
+
+def step(program: Program, cut: StepView, t: int, previous: Floats | None) -> Program:
+    """Step `t` alone, after the values `previous` of the step before."""
+    high, wide = program.rows, program.columns
+    row_lower = program.row_lower[t * high : (t + 1) * high]
+    row_upper = program.row_upper[t * high : (t + 1) * high]
+    if t > 0 and previous is not None and len(cut.before_row):
+        shift = np.bincount(cut.before_row, cut.before_val * previous[cut.before_col], minlength=high)
+        row_lower, row_upper = row_lower - shift, row_upper - shift
+    columns = slice(t * wide, (t + 1) * wide)
+    return replace(
+        program,
+        steps=1,
+        row=cut.row,
+        col=cut.col,
+        val=cut.val,
+        row_lower=row_lower,
+        row_upper=row_upper,
+        lower=program.lower[columns],
+        upper=program.upper[columns],
+        cost=program.cost[columns],
+        integer=program.integer[columns],
+    )

@@ -1,0 +1,1 @@
+"""Replay a trace against policies side by side."""

@@ -1,0 +1,298 @@
+"""What decides in the simulation: no buffer, a fixed buffer, a reactive autoscaler, and the linear program.
+
+A policy sees the fleet as it is and the past of the demand (`Past`), nothing else. The reactive autoscaler follows the documented
+rules of Kubernetes' HorizontalPodAutoscaler: desired = ceil(current * metric / target), a tolerance of 10 %, a decision each
+15 s, scaling up by at most the larger of 100 % and 4 a decision, scaling down to the largest wish of the last 300 s; replicas
+that are not ready count as using nothing. Its metric is the work that arrived a second over the last minute. Machines come and
+go with the replicas at once, which favours it: the cluster autoscaler's default waits ten minutes before it removes one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from capacity.errors import InfeasibleError
+from capacity.model import Demand, Floats, Forecast, History, Kind, Problem
+from capacity.optimize import plan
+from capacity.simulation.fleet import Fleet
+
+BIN = 15.0
+MINUTE = 4  # bins
+DRAIN = 60.0  # seconds within which what waits is to be served, for policies that know no lead time
+REMEMBER = 8 * 3600.0
+
+
+class Past:
+    """Rates of each service in whole bins; only bins that have ended are shown."""
+
+    def __init__(self, rates: Floats, bin_seconds: float = BIN) -> None:
+        self._rates = rates
+        self.bin_seconds = bin_seconds
+        self._levels = self._rolling(rates)
+
+    @staticmethod
+    def _rolling(rates: Floats) -> Floats:
+        total = np.concatenate([np.zeros((len(rates), 1)), np.cumsum(rates, axis=1)], axis=1)
+        ends = np.arange(1, rates.shape[1] + 1)
+        starts = np.maximum(0, ends - MINUTE)
+        mean: Floats = (total[:, ends] - total[:, starts]) / (ends - starts)
+        return mean
+
+    def until(self, now: float) -> tuple[Floats, Floats]:
+        """Rates and levels (the mean of the last minute) up to `now`: [service, bin]."""
+        end = int(now / self.bin_seconds + 1e-9)
+        start = max(0, end - int(REMEMBER / self.bin_seconds))
+        return self._rates[:, start:end], self._levels[:, start:end]
+
+
+class Autoscaler:
+    """The part that all policies share: replicas to a wish, instances to what replicas and an idle buffer need."""
+
+    name = ""
+    kind: Kind = "cold"
+
+    def tick(self, fleet: Fleet, past: Past) -> None:
+        raise NotImplementedError
+
+    @staticmethod
+    def set_replicas(fleet: Fleet, j: int, wish: int, *, start_instances: bool) -> None:
+        service = fleet.problem.services[j]
+        wish = max(wish, service.minimum)
+        if service.maximum is not None:
+            wish = min(wish, service.maximum)
+        while len(fleet.replicas[j]) > wish:
+            fleet.stop_replica(j)
+        while len(fleet.replicas[j]) < wish:
+            if fleet.start_replica(j):
+                continue
+            if not start_instances:
+                return
+            if not any(
+                fleet.start_instances(i, -(-fleet.width[i][j] // fleet.problem.pools[i].gpus))
+                for i in fleet.cheapest[j]
+            ):
+                return
+            if not fleet.start_replica(j):
+                return  # granted fewer instances than the replica spans
+
+    @staticmethod
+    def set_buffer(fleet: Fleet, blocks: list[int]) -> None:
+        """Idle instances enough for `blocks[service]` more replicas; empty ones beyond that are stopped."""
+        needed: dict[int, int] = {}
+        for j, count in enumerate(blocks):
+            i = fleet.cheapest[j][0]
+            needed[i] = needed.get(i, 0) + count * fleet.width[i][j]
+        for i, pool in enumerate(fleet.problem.pools):
+            free = sum(instance.free for instance in fleet.instances[i])
+            lacking = needed.get(i, 0) - free
+            if lacking > 0:
+                fleet.start_instances(i, -(-lacking // pool.gpus))
+            else:
+                empty = sum(not instance.replicas for instance in fleet.instances[i])
+                fleet.stop_empty(i, min(empty, -lacking // pool.gpus))
+
+
+def wanted(fleet: Fleet, past: Past, j: int, share: float) -> float:
+    """Replicas that the last minute's work and what waits need at a utilization of `share`."""
+    service = fleet.problem.services[j]
+    _, levels = past.until(fleet.now)
+    level = float(levels[j, -1]) if levels.shape[1] else 0.0
+    rate = service.rate_on(fleet.problem.pools[fleet.cheapest[j][0]].gpu) or 1.0
+    _, work = fleet.waiting(j)
+    return (level / share + work / max(service.target_wait, DRAIN)) / rate
+
+
+@dataclass
+class Buffered(Autoscaler):
+    """Follows demand each 15 s with `buffer` idle replicas' worth of GPUs a service held on top; 0 is no buffer."""
+
+    name: str = "none"
+    kind: Kind = "cold"
+    buffer: int = 0
+    utilization: float = 0.8
+    interval: float = 15.0
+    hold: float = 60.0
+
+    def __post_init__(self) -> None:
+        self.next = 0.0
+        self.wishes: list[deque[tuple[float, int]]] = []
+
+    def tick(self, fleet: Fleet, past: Past) -> None:
+        if fleet.now < self.next - 1e-9:
+            return
+        self.next = fleet.now + self.interval
+        self.wishes = self.wishes or [deque() for _ in fleet.problem.services]
+        for j, seen in enumerate(self.wishes):
+            seen.append((fleet.now, math.ceil(wanted(fleet, past, j, self.utilization) - 1e-9)))
+            while seen[0][0] < fleet.now - self.hold:
+                seen.popleft()
+            self.set_replicas(fleet, j, max(wish for _, wish in seen), start_instances=True)
+        self.set_buffer(fleet, [self.buffer] * len(self.wishes))
+
+
+@dataclass
+class Hpa(Autoscaler):
+    """Kubernetes' HorizontalPodAutoscaler with its defaults; `target` is the average utilization asked for."""
+
+    name: str = "hpa"
+    kind: Kind = "cold"
+    target: float = 0.7
+    tolerance: float = 0.1
+    interval: float = 15.0
+    stabilization: float = 300.0
+    most_pods: int = 4
+    most_share: float = 1.0
+
+    def __post_init__(self) -> None:
+        self.next = 0.0
+        self.wishes: list[deque[tuple[float, int]]] = []
+
+    def tick(self, fleet: Fleet, past: Past) -> None:
+        if fleet.now < self.next - 1e-9:
+            return
+        self.next = fleet.now + self.interval
+        self.wishes = self.wishes or [deque() for _ in fleet.problem.services]
+        rates, _ = past.until(fleet.now)
+        for j, service in enumerate(fleet.problem.services):
+            current = len(fleet.replicas[j])
+            rate = service.rate_on(fleet.problem.pools[fleet.cheapest[j][0]].gpu) or 1.0
+            load = float(rates[j, -MINUTE:].mean()) if rates.shape[1] else 0.0
+            wish = self._wish(current, sum(r.ready <= fleet.now for r in fleet.replicas[j]), load / rate)
+            seen = self.wishes[j]
+            seen.append((fleet.now, wish))
+            while seen[0][0] < fleet.now - self.stabilization:
+                seen.popleft()
+            wish = wish if wish >= current else min(current, max(w for _, w in seen))
+            self.set_replicas(fleet, j, wish, start_instances=True)
+        self.set_buffer(fleet, [0] * len(self.wishes))
+
+    def _wish(self, current: int, ready: int, load: float) -> int:
+        """`load` in replicas at full rate."""
+        if current == 0:
+            return 1 if load > 0 else 0
+        ratio = load / max(1, ready) / self.target
+        if abs(ratio - 1) <= self.tolerance:
+            return current
+        if ratio > 1 and ready < current:
+            # Not ready counts as using nothing when scaling up; if that turns the direction, nothing is done.
+            ratio = load / current / self.target
+            if ratio <= 1 + self.tolerance:
+                return current
+            wish = math.ceil(ratio * current - 1e-9)
+        else:
+            wish = math.ceil(ratio * max(1, ready) - 1e-9)
+        most = max(current + self.most_pods, math.ceil(current * (1 + self.most_share)))
+        return max(1, min(wish, most))
+
+
+@dataclass
+class Program(Autoscaler):
+    """The linear program on an interval, hysteresis on what it stops, and a waker that uses idle GPUs in between."""
+
+    name: str = "lp-restored"
+    kind: Kind = "restored"
+    interval: float | None = None  # None: 15 s, for traces of over three hours 30 s
+    nearest: float = 0.3
+    probability: float | None = None
+    target_wait: float | None = None
+    headroom: float | None = None
+
+    def __post_init__(self) -> None:
+        self.next = 0.0
+        self.every = 15.0
+        self.instances: list[deque[tuple[float, int]]] = []
+        self.replicas: list[deque[tuple[float, int]]] = []
+
+    def tick(self, fleet: Fleet, past: Past) -> None:
+        self.every = self.interval or (15.0 if fleet.last <= 3 * 3600 else 30.0)
+        if fleet.now >= self.next - 1e-9:
+            self.next = fleet.now + self.every
+            self._plan(fleet, past)
+        self._wake(fleet, past)
+
+    def _plan(self, fleet: Fleet, past: Past) -> None:
+        problem = fleet.problem
+        rates, levels = past.until(fleet.now)
+        self.instances = self.instances or [deque() for _ in problem.pools]
+        self.replicas = self.replicas or [deque() for _ in problem.services]
+        if not rates.shape[1]:
+            return
+        solved = self._solve(self._problem(fleet, rates, levels, past.bin_seconds))
+        hold = problem.policy.hysteresis.hold_down
+        for i, seen in enumerate(self.instances):
+            held = len(fleet.instances[i])
+            # Infeasible: take all there is, as the demand is beyond what the file allows.
+            want = held + fleet.room(i) if solved is None else int(solved.instances[0, i])
+            want = self._held(seen, fleet.now, want, hold)
+            if want > held:
+                bound = problem.pools[i].start_bound(False)
+                fleet.start_instances(i, int(min(want - held, bound)))
+        for j, seen in enumerate(self.replicas):
+            want = 10**6 if solved is None else int(solved.replicas[0, :, j].sum())
+            want = self._held(seen, fleet.now, want, hold)
+            self.set_replicas(fleet, j, want, start_instances=False)
+        for i, seen in enumerate(self.instances):
+            extra = len(fleet.instances[i]) - max(w for _, w in seen)
+            if extra > 0:
+                fleet.stop_empty(i, extra)
+
+    @staticmethod
+    def _held(seen: deque[tuple[float, int]], now: float, want: int, hold: float) -> int:
+        """The largest wish of the last `hold` seconds."""
+        seen.append((now, want))
+        while seen[0][0] < now - hold:
+            seen.popleft()
+        return max(w for _, w in seen)
+
+    def _problem(self, fleet: Fleet, rates: Floats, levels: Floats, width: float) -> Problem:
+        problem = fleet.problem
+        services = problem.services
+        if self.probability is not None:
+            services = tuple(replace(s, probability=self.probability) for s in services)
+        if self.target_wait is not None:
+            services = tuple(replace(s, target_wait=self.target_wait) for s in services)
+        policy = problem.policy if self.headroom is None else replace(problem.policy, headroom=self.headroom)
+        forecasts = {}
+        for j, service in enumerate(services):
+            _, work = fleet.waiting(j)
+            level = float(levels[j, -1]) + work / max(service.target_wait, self.every)
+            mean = float(rates[j, -MINUTE:].mean())
+            forecasts[service.name] = Forecast((0.5, 0.9), ((min(mean, level),), (level,)))
+        pools = tuple(
+            replace(pool, held=len(fleet.instances[i]), refused=fleet.refused.pop(i, None))
+            for i, pool in enumerate(problem.pools)
+        )
+        history = History(width, rates, levels, self.nearest)
+        demand = Demand(0.9, forecasts, history)
+        return replace(problem, pools=pools, services=services, demand=demand, policy=policy, step_seconds=self.every)
+
+    def _solve(self, problem: Problem) -> plan.Plan | None:
+        try:
+            return plan.solve(problem, self.kind, quick=True, explained=False)
+        except InfeasibleError:
+            return None
+
+    def _wake(self, fleet: Fleet, past: Past) -> None:
+        """What the proxy does when a request is held: start a replica on an idle GPU, now."""
+        for j, service in enumerate(fleet.problem.services):
+            count, work = fleet.waiting(j)
+            if not count:
+                continue
+            live = len(fleet.replicas[j])
+            rate = service.rate_on(fleet.problem.pools[fleet.cheapest[j][0]].gpu) or 1.0
+            patience = self.target_wait if self.target_wait is not None else service.target_wait
+            drain = max(patience, 1.0)
+            if work / (max(1, live) * rate) <= drain and live:
+                continue
+            _, levels = past.until(fleet.now)
+            level = float(levels[j, -1]) if levels.shape[1] else 0.0
+            wish = min(math.ceil((level + work / drain) / rate), live + math.ceil(work / (rate * drain)))
+            if service.maximum is not None:
+                wish = min(wish, service.maximum)
+            while len(fleet.replicas[j]) < max(wish, 1):
+                if not fleet.start_replica(j):
+                    break

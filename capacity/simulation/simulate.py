@@ -1,0 +1,209 @@
+"""Replays a trace against policies side by side and counts what each makes people wait and pay.
+
+Deterministic under a seed. Supply failures (a start that is refused) and interruptions (a multiple of each pool's rate) are
+injected. The same trace, fleet and start for every policy: one replica a service (or its minimum) running at time zero.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from capacity.errors import InputError
+from capacity.inputs import trace as traces
+from capacity.inputs.trace import Trace
+from capacity.model import Floats, Kind, Problem
+from capacity.simulation.fleet import NEVER, Fleet
+from capacity.simulation.policies import BIN, Autoscaler, Buffered, Hpa, Past, Program
+
+WAITED = 0.1  # seconds from which a request counts as having waited
+AFTER = 3600.0  # seconds after the last arrival within which all must be served
+
+
+@dataclass(frozen=True)
+class Options:
+    """`wake`: seconds of a tick. `refusals`: chance that a start is refused. `interruptions`: multiple of the pools' rates."""
+
+    seed: int = 1
+    wake: float | None = None
+    refusals: float = 0.0
+    interruptions: float = 1.0
+    sample: float = 15.0
+
+
+@dataclass
+class Series:
+    """What the plot shows, at each sample: replicas ready, GPUs held, GPUs idle, requests that wait."""
+
+    at: list[float] = field(default_factory=list)
+    replicas: list[int] = field(default_factory=list)
+    held: list[int] = field(default_factory=list)
+    idle: list[int] = field(default_factory=list)
+    waiting: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Result:
+    """Seconds, dollars, GPU-hours. `unserved` requests count with the time they had waited when the run was ended."""
+
+    policy: str
+    requests: int
+    waited: int
+    unserved: int
+    p50: float
+    p99: float
+    longest: float
+    gpu_hours: float
+    cost: float
+    utilization: float
+    actions: int
+    series: Series
+    waits: Floats
+    arrivals: Floats
+
+
+def default_policies(fixed: int = 1) -> list[Autoscaler]:
+    """The five that are compared."""
+    return [
+        Buffered(name="no buffer"),
+        Buffered(name=f"fixed buffer {fixed}", buffer=fixed),
+        Hpa(),
+        Program(name="lp cold", kind="cold"),
+        Program(name="lp restored", kind="restored"),
+    ]
+
+
+def restored_baselines(fixed: int = 1) -> list[Autoscaler]:
+    """The three that are not programs, given restored lead times: what restoring alone is worth."""
+    return [
+        Buffered(name="no buffer, restored", kind="restored"),
+        Buffered(name=f"fixed buffer {fixed}, restored", kind="restored", buffer=fixed),
+        Hpa(name="hpa, restored", kind="restored"),
+    ]
+
+
+def equal_wait(problem: Problem, trace: Trace, options: Options, results: list[Result]) -> list[Result]:
+    """The reactive autoscaler, and for each program the setting with the fewest GPU hours whose p99 wait is no longer.
+
+    The settings tried are a grid of target wait, probability and hold-down; what is compared is thus what each can reach,
+    not what one setting happens to give. Programs for which no setting is as good are left out.
+    """
+    bar = next((r for r in results if r.policy == "hpa"), None) or run(problem, trace, Hpa(), options)
+    found = [bar]
+    kinds: tuple[Kind, Kind] = ("cold", "restored")
+    for kind in kinds:
+        best: Result | None = None
+        for hold in (30.0, 300.0):
+            hysteresis = replace(problem.policy.hysteresis, hold_down=hold)
+            changed = replace(problem, policy=replace(problem.policy, hysteresis=hysteresis))
+            for wait, level in _settings(bar.p99):
+                name = f"lp {kind} (wait {wait:.0f} s, probability {level:g}, hold {hold:.0f} s)"
+                policy = Program(name=name, kind=kind, target_wait=wait, probability=level)
+                result = run(changed, trace, policy, options)
+                if result.p99 <= bar.p99 and (best is None or result.gpu_hours < best.gpu_hours):
+                    best = result
+        if best is not None:
+            found.append(best)
+    return found
+
+
+def _settings(p99: float) -> list[tuple[float, float]]:
+    waits = sorted({2.0, *(round(max(2.0, p99 * share), 1) for share in (0.25, 0.5, 0.75, 1.0))})
+    return [(wait, level) for wait in waits for level in (0.5, 0.8, 0.9, 0.99)]
+
+
+def arrivals_of(problem: Problem, trace: Trace) -> list[tuple[Floats, Floats]]:
+    """Arrival times and work of each service. A trace without service names is of the only service."""
+    names = list(trace.services)
+    if names == [""] and len(problem.services) == 1:
+        names = [problem.services[0].name]
+    known = {service.name for service in problem.services}
+    strange = sorted(set(names) - known)
+    if strange == [""]:
+        raise InputError(
+            "unknown-name",
+            f"the trace has no Service column, and {problem.source} has {len(problem.services)} services: whose are they?",
+        )
+    if strange:
+        raise InputError(
+            "unknown-name", f"the trace has requests of {strange[-1]}, which is no service of {problem.source}"
+        )
+    empty = np.zeros(0)
+    return [
+        trace.units(names.index(service.name), service.unit) if service.name in names else (empty, empty)
+        for service in problem.services
+    ]
+
+
+def run(problem: Problem, trace: Trace, policy: Autoscaler, options: Options) -> Result:
+    """One policy over the whole trace."""
+    arrivals = arrivals_of(problem, trace)
+    end = trace.seconds
+    wake = options.wake if options.wake is not None else (1.0 if end <= 3 * 3600 else 5.0)
+    rates = np.array([traces.rates(at, work, BIN, end + BIN) for at, work in arrivals])
+    quiet = np.zeros((len(rates), math.ceil(AFTER / BIN) + 1))
+    past = Past(np.concatenate([rates, quiet], axis=1))
+    fleet = Fleet(
+        problem,
+        arrivals,
+        policy.kind,
+        seed=options.seed,
+        refusals=options.refusals,
+        interruptions=options.interruptions,
+    )
+    _begin(fleet)
+    series = Series()
+    ticks = math.ceil((end + AFTER) / wake)
+    every = max(1, round(options.sample / wake))
+    for tick in range(ticks):
+        policy.tick(fleet, past)
+        if tick % every == 0:
+            _sample(fleet, series)
+        fleet.advance((tick + 1) * wake)
+        if fleet.now > end and fleet.done:
+            break
+    fleet.finish()
+    return _result(policy.name, fleet, series)
+
+
+def _begin(fleet: Fleet) -> None:
+    for j, service in enumerate(fleet.problem.services):
+        for _ in range(max(1, service.minimum)):
+            if not fleet.start_replica(j, warm=True):
+                i = fleet.cheapest[j][0]
+                fleet.start_instances(i, -(-fleet.width[i][j] // fleet.problem.pools[i].gpus), booted=True)
+                fleet.start_replica(j, warm=True)
+
+
+def _sample(fleet: Fleet, series: Series) -> None:
+    series.at.append(fleet.now)
+    series.replicas.append(sum(r.ready <= fleet.now for live in fleet.replicas for r in live))
+    series.held.append(fleet.held_gpus())
+    series.idle.append(fleet.idle_gpus())
+    series.waiting.append(sum(fleet.waiting(j)[0] for j in range(len(fleet.queues))))
+
+
+def _result(name: str, fleet: Fleet, series: Series) -> Result:
+    arrived = np.concatenate([np.array(queue.at) for queue in fleet.queues])
+    waits = np.concatenate([queue.waits for queue in fleet.queues])
+    never = waits == NEVER
+    waits = np.where(never, fleet.now - arrived, waits)
+    busy = sum(queue.busy_gpu_seconds for queue in fleet.queues)
+    return Result(
+        policy=name,
+        requests=len(waits),
+        waited=int((waits > WAITED).sum()),
+        unserved=int(never.sum()),
+        p50=float(np.quantile(waits, 0.5)),
+        p99=float(np.quantile(waits, 0.99)),
+        longest=float(waits.max()),
+        gpu_hours=fleet.paid_gpu_seconds / 3600,
+        cost=fleet.cost,
+        utilization=busy / fleet.paid_gpu_seconds if fleet.paid_gpu_seconds else 0.0,
+        actions=fleet.actions,
+        series=series,
+        waits=waits,
+        arrivals=arrived,
+    )

@@ -1,0 +1,454 @@
+"""Identity: everything that must match for a restore to be safe, what selects a snapshot, and what does not matter.
+
+`here(...)` gathers it in a few milliseconds. `Here.key` names the snapshot that a launch asks for: a digest over engine, version,
+interpreter, arguments, environment, model and weights mode, so that two different launches never share a snapshot. `check` then
+compares what was recorded with what is here, and says every difference by a stable code:
+
+    format-newer  format-too-old      the snapshot's own layout          machine-differs  page-size-differs
+    kernel-older  kernel-newer  kernel-unknown                           cpu-features-missing: avx512_bf16
+    libc-differs                      the C library's version or build   criu-older
+    engine-differs  engine-version-differs  engine-build-differs  interpreter-differs  dependency-differs: torch
+    arguments-differ: --max-model-len environment-differs: OMP_NUM_THREADS   secret-differs: VLLM_API_KEY
+    model-differs  weights-differ     the model manifest's digest; whether the weights are in the snapshot
+    gpu-count-differs  gpu-model-differs  gpu-memory-smaller  driver-older  driver-newer
+
+Policies. Kernel: the recorded release or a newer one, up to KERNEL_MAJOR_RANGE major versions; patch levels and vendor suffixes do
+not matter. CPU: every feature a program can use that was present must be present; more is fine. CRIU: the same or newer. The GPU
+driver must be the very same, because libcuda is in the images and works only with its own kernel module.
+
+Secrets are never stored: one that matters is kept as a digest under the snapshot's own random salt (whoever can read it can read
+the memory images too), and counts in the key by 16 bits, which tell two launches apart and confirm no guess.
+"""
+
+from __future__ import annotations
+
+import hmac
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import blake3
+import msgspec
+
+from checkpoint.compatibility.engine import EngineFacts, declared_variables, engine_facts, package_folders
+from checkpoint.compatibility.environment import by_kind
+from checkpoint.compatibility.gpu import Gpu
+from checkpoint.compatibility.host import HostFacts, host_facts
+from checkpoint.compatibility.inputs import Inputs
+from checkpoint.compatibility.launch_options import Arguments, looks_secret, normalised_arguments, secret_names
+from checkpoint.errors import Incompatible, Integrity
+from checkpoint.snapshot.manifest import FORMAT
+from lazyfs.content.records import ready
+
+OLDEST_FORMAT = 2
+"""The oldest layout of a snapshot (manifest.FORMAT) that can still be restored. In format 1 a vLLM runs in developer mode."""
+KERNEL_MAJOR_RANGE = 1
+"""How many major versions a kernel may be ahead of the one the snapshot was taken on."""
+LOCALTIME = Path("/etc/localtime")
+
+# Flags of /proc/cpuinfo (names as in the kernel's cpufeatures.h) that no program's code path can depend on: privileged instructions
+# and modes, mitigations, clocks, power, performance counters, virtualisation, cache control; and hints at how fast a string
+# instruction is. Everything else counts as an instruction set.
+_IGNORED_CPU_FLAGS = frozenset(
+    [
+        "acpi", "apic", "x2apic", "extapic", "x2avic", "avic", "aperfmperf", "arat", "art", "cpb", "de", "vme", "mca", "mce", "mtrr", "msr",
+        "pat", "pge", "pse", "pse36", "pae", "nx", "sep", "ht", "hypervisor", "cpuid_fault", "osvw", "skinit", "wdt", "overflow_recov",
+        "succor", "smca", "topoext", "xtopology", "extd_apicid", "amd_dcm", "nodeid_msr", "cmp_legacy", "cr8_legacy", "rep_good",
+        "constant_tsc", "nonstop_tsc", "nonstop_tsc_s3", "tsc_adjust", "tsc_deadline_timer", "tsc_known_freq", "tsc_reliable", "tsc_scale",
+        "est", "tm", "tm2", "ida", "epb", "dtherm", "dts", "pln", "pts", "hwp", "hwp_act_window", "hwp_epp", "hwp_notify", "hwp_pkg_req",
+        "hw_pstate", "proc_feedback", "hfi", "cppc", "acc_power", "xtpr", "dca", "ds_cpl", "dtes64", "pbe", "pebs", "bts", "pdcm", "ibs",
+        "arch_perfmon", "arch_lbr", "intel_pt", "perfctr_core", "perfctr_nb", "perfctr_llc", "perfmon_v2", "amd_lbr_v2", "sdbg", "irperf",
+        "smx", "vmx", "svm", "ept", "ept_ad", "vpid", "vnmi", "flexpriority", "tpr_shadow", "npt", "lbrv", "svm_lock", "nrip_save",
+        "vmcb_clean", "flushbyasid", "decodeassists", "pausefilter", "pfthreshold", "v_vmsave_vmload", "vgif", "v_spec_ctrl", "vmmcall",
+        "sme", "sev", "sev_es", "sev_snp", "debug_swap", "tme", "pconfig", "tdx_guest", "sgx", "sgx_lc", "intel_ppin", "amd_ppin",
+        "pti", "retpoline", "ssbd", "ssb_no", "virt_ssbd", "ibrs", "ibrs_enhanced", "auto_ibrs", "ibpb", "ibpb_brtype", "sbpb", "stibp",
+        "stibp_always_on", "rsb_ctxsw", "md_clear", "flush_l1d", "l1d_flush", "arch_capabilities", "core_capabilities", "ibpb_exit_to_user",
+        "rrsba_ctrl", "bhi_ctrl", "srso_no", "btc_no", "split_lock_detect", "bus_lock_detect",
+        "invpcid", "invpcid_single", "pcid", "smep", "smap", "umip", "ss", "la57", "xsaves", "wbnoinvd", "xsaveerptr", "cqm", "cqm_llc",
+        "cqm_occup_llc", "cqm_mbm_total", "cqm_mbm_local", "rdt_a", "cat_l2", "cat_l3", "cdp_l2", "cdp_l3", "mba", "bmec", "erms", "fsrm",
+        "fzrm", "fsrs", "fsrc",
+    ]
+)  # fmt: skip
+
+
+_COMPILERS = (
+    "torch",
+    "triton",
+    "flashinfer_python",
+    "sgl_kernel",
+    "cuda_bindings",
+    "nvidia_cuda_nvrtc",
+    "nvidia_cuda_runtime",
+    "llvmlite",
+)
+
+
+class Identity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What is written into a snapshot's manifest; no secret is in it.
+
+    `secrets`: relevant secrets as digests under `salt` (hex). `secret_names`: all variables that look like secrets, by name.
+    `model`: digest of the model's manifest, "" where the model is not managed. `weights`: `full` or `thin`. `renewed`: names of the
+    variables that the engine was given and that a restored one is given anew (checkpoint.compatibility.environment).
+    """
+
+    format: int
+    host: HostFacts
+    engine: EngineFacts
+    arguments: Arguments
+    environment: dict[str, str]
+    secrets: dict[str, str]
+    secret_names: tuple[str, ...]
+    salt: str
+    model: str
+    weights: str
+    renewed: tuple[str, ...] = ()
+
+    @classmethod
+    def decode(cls, builtins: Mapping[str, Any]) -> Identity:
+        """From a manifest's `identity`. Raises Integrity when it is not one."""
+        try:
+            return msgspec.convert(builtins, ready(cls))
+        except msgspec.ValidationError as error:
+            raise Integrity(
+                "identity-garbled", f"the snapshot's identity cannot be read ({error}); take it anew"
+            ) from error
+
+    def encode(self) -> dict[str, Any]:
+        """For a manifest's `identity`: only what JSON knows."""
+        return dict(msgspec.to_builtins(self))
+
+
+class Mismatch(msgspec.Struct, frozen=True, order=True):
+    """One reason against a restore: `code` is stable, `message` is one line for people."""
+
+    code: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.code} ({self.message})"
+
+
+@dataclass(frozen=True)
+class Here:
+    """A launch on this host: what `Identity` records, still with the secrets, which `record` digests."""
+
+    host: HostFacts
+    engine: EngineFacts
+    arguments: Arguments
+    environment: Mapping[str, str]
+    model: str = ""
+    weights: str = "full"
+    secret_names: tuple[str, ...] = ()
+    secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
+    renewed: Mapping[str, str] = field(default_factory=dict, repr=False)
+    format: int = FORMAT
+
+    @property
+    def key(self) -> str:
+        """24 hex digits over what selects a snapshot; the same on every host, in every process, whatever is irrelevant."""
+        parts = {
+            "engine": [self.engine.name, self.engine.version, self.engine.build],
+            "interpreter": [self.engine.interpreter, self.engine.python],
+            "arguments": self.arguments,
+            "environment": dict(self.environment),
+            "secrets": {name: blake3.blake3(value.encode()).hexdigest()[:4] for name, value in self.secrets.items()},
+            "model": self.model,
+            "weights": self.weights,
+        }
+        return blake3.blake3(b"quickthaw identity 2\0" + msgspec.json.encode(parts, order="deterministic")).hexdigest()[
+            :24
+        ]
+
+    @property
+    def compile_cache(self) -> str:
+        """Name for an archive of the engine's compile caches: of use wherever engine, compilers, processors and launch are the same.
+
+        Arguments (LoRA, batch sizes), variables (threads) and the number of processors enter compiled code. The engines' own caches know
+        most of them; what was compiled for another launch or host is never even looked at.
+        """
+        compilers = {name: self.engine.packages.get(name, "") for name in _COMPILERS}
+        features = sorted(set(self.host.cpu_flags) - _IGNORED_CPU_FLAGS)
+        parts: list[object] = [
+            self.engine.version,
+            self.engine.build,
+            self.engine.python,
+            self.engine.python_build,
+            self.engine.libc,
+            compilers,
+            self.host.machine,
+            features,
+            self.host.cpus,
+            self.arguments,
+            dict(self.environment),
+        ]
+        parts.append([[gpu.name for gpu in self.host.gpus], self.host.driver])
+        digest = blake3.blake3(
+            b"quickthaw compile cache 2\0" + msgspec.json.encode(parts, order="deterministic")
+        ).hexdigest()
+        return f"compile-{self.engine.name}-{digest[:16]}"
+
+    def record(self, salt: str | None = None) -> Identity:
+        """What goes into a manifest, with the secrets digested under `salt` (32 hex digits; a new random one by default)."""
+        salt = secrets.token_hex(16) if salt is None else salt
+        return Identity(
+            format=self.format,
+            host=self.host,
+            engine=self.engine,
+            arguments=self.arguments,
+            environment=dict(self.environment),
+            secrets={name: _salted(salt, name, value) for name, value in self.secrets.items()},
+            secret_names=self.secret_names,
+            salt=salt,
+            model=self.model,
+            weights=self.weights,
+            renewed=tuple(sorted(self.renewed)),
+        )
+
+
+def here(
+    engine: str,
+    interpreter: Path,
+    arguments: Sequence[str],
+    environment: Mapping[str, str],
+    *,
+    model: str = "",
+    model_paths: Sequence[str] = (),
+    model_folder: Path | None = None,
+    kept: Path | None = None,
+    weights: str = "full",
+    criu: str = "",
+    gpus: tuple[Gpu, ...] | None = None,
+    driver: str = "",
+) -> Here:
+    """Gather the identity of a launch on this host.
+
+    `arguments`: what follows the engine's module, as the engine will see it. `environment`: what the engine will be given.
+    `model`: digest of the model's manifest; `model_paths`: how the command line may name its folder (see normalised_arguments), which is
+    `model_folder`. `kept`: the file where digests of large files are kept between starts.
+    `criu`: its version. `gpus`, `driver`: from a running CUDA helper, else NVML is asked where there is a device.
+    Raises HostLacks where the interpreter or the engine is missing.
+    """
+    folders = package_folders(interpreter)
+    variables = by_kind(environment, engine, lambda names: declared_variables(engine, folders, names))
+    inputs = Inputs(
+        arguments,
+        environment,
+        model=model_folder,
+        model_name=model_paths[0] if model_paths else "",
+        modules=folders,
+        kept=kept,
+        engine=engine,
+    )
+    normalised = normalised_arguments(engine, arguments, model_paths, inputs)
+    if code := inputs.remote_code():
+        normalised["--trust-remote-code"] = (*normalised.get("--trust-remote-code", ()), (f"[{code}]",))
+    hidden = {name: value for name, value in variables.matter.items() if looks_secret(name, value)}
+    relevant = dict(variables.matter)
+    for name, value in variables.matter.items():
+        if name not in hidden and (read := inputs.of_variable(name, value)):
+            relevant[name] = f"{value} [{read}]"
+    inputs.digests.save()
+    if zone := _time_zone(environment):
+        relevant[str(LOCALTIME)] = zone
+    shown: Arguments = {}
+    for flag, occurrences in normalised.items():
+        if any(looks_secret(flag, value) for values in occurrences for value in values):
+            hidden[flag] = "\0".join("\1".join(values) for values in occurrences)
+        else:
+            shown[flag] = occurrences
+    return Here(
+        host=host_facts(criu, gpus, driver, environment),
+        engine=engine_facts(engine, interpreter),
+        arguments=shown,
+        environment={name: value for name, value in relevant.items() if name not in hidden},
+        model=model,
+        weights=weights,
+        secret_names=secret_names(environment),
+        secrets=hidden,
+        renewed=variables.renewed,
+    )
+
+
+def _time_zone(environment: Mapping[str, str]) -> str:
+    """The host's time zone, which the C library reads once, where TZ names no other; "" for UTC, which it is where there is no file."""
+    if environment.get("TZ") not in (None, str(LOCALTIME), f":{LOCALTIME}"):
+        return ""
+    try:
+        data = LOCALTIME.read_bytes()
+    except OSError:
+        return ""
+    # The last line of such a file is the rule that holds from now on (RFC 9636).
+    rule = data.rstrip(b"\n").rpartition(b"\n")[2].decode("ascii", "replace")
+    return "" if rule == "UTC0" else f"{rule} {blake3.blake3(data).hexdigest()[:16]}"
+
+
+def check(recorded: Identity, now: Here) -> tuple[Mismatch, ...]:
+    """Every reason why the recorded snapshot must not be restored for this launch, in a stable order; empty when it may."""
+    return (
+        *check_host(recorded, now.host, now.format),
+        *check_engine(recorded.engine, now.engine),
+        *_check_launch(recorded, now),
+    )
+
+
+def refuse(mismatches: Sequence[Mismatch]) -> None:
+    """Raise Incompatible with every code and the first one's message; nothing when there is no mismatch."""
+    if mismatches:
+        first = mismatches[0]
+        more = f", and {len(mismatches) - 1} more" if len(mismatches) > 1 else ""
+        raise Incompatible(
+            first.code, f"{first.message}{more}; a cold start takes a new snapshot", tuple(m.code for m in mismatches)
+        )
+
+
+def check_host(recorded: Identity, host: HostFacts, reads: int = FORMAT) -> tuple[Mismatch, ...]:
+    """The part of `check` that needs no launch: layout, kernel, CPU, CRIU and GPUs."""
+    then = recorded.host
+    found: list[Mismatch] = []
+
+    def differs(code: str, what: str, a: object, b: object) -> None:
+        found.append(Mismatch(code, f"{what}: {a} in the snapshot, {b} here"))
+
+    if recorded.format > reads:
+        differs("format-newer", "layout version", recorded.format, reads)
+    elif recorded.format < OLDEST_FORMAT:
+        differs("format-too-old", "layout version", recorded.format, f"{OLDEST_FORMAT} to {reads}")
+    if then.machine != host.machine:
+        differs("machine-differs", "processor architecture", then.machine, host.machine)
+    if then.page_size != host.page_size:
+        differs("page-size-differs", "page size", then.page_size, host.page_size)
+    was, now = _release(then.kernel), _release(host.kernel)
+    if was is None or now is None:
+        differs("kernel-unknown", "a kernel release that is no number", then.kernel, host.kernel)
+    elif now < was:
+        differs("kernel-older", "kernel", then.kernel, host.kernel)
+    elif now[0] > was[0] + KERNEL_MAJOR_RANGE:
+        differs("kernel-newer", f"kernel (at most {KERNEL_MAJOR_RANGE} major version newer)", then.kernel, host.kernel)
+    missing = sorted(set(then.cpu_flags) - set(host.cpu_flags) - _IGNORED_CPU_FLAGS)
+    if missing:
+        found.append(
+            Mismatch(
+                f"cpu-features-missing: {' '.join(missing)}", f"taken on {then.cpu_model}, here is {host.cpu_model}"
+            )
+        )
+    if then.criu and _numbers(host.criu) < _numbers(then.criu):
+        differs("criu-older", "CRIU", then.criu, host.criu or "none")
+    found += _check_gpus(then, host)
+    return tuple(found)
+
+
+def same_cpu(then: HostFacts, host: HostFacts) -> bool:
+    """Whether two processors are the same by name and flags: then nothing is left to compare."""
+    return (then.cpu_model, then.cpu_flags) == (host.cpu_model, host.cpu_flags)
+
+
+def _check_gpus(then: HostFacts, host: HostFacts) -> list[Mismatch]:
+    found: list[Mismatch] = []
+    if len(then.gpus) != len(host.gpus):
+        return [Mismatch("gpu-count-differs", f"visible GPUs: {len(then.gpus)} in the snapshot, {len(host.gpus)} here")]
+    for index, (was, now) in enumerate(zip(then.gpus, host.gpus, strict=True)):
+        if was.name != now.name:
+            found.append(Mismatch("gpu-model-differs", f"GPU {index}: {was.name} in the snapshot, {now.name} here"))
+        elif now.memory < was.memory:
+            # The same model under ECC or in a slice reports less; more is no obstacle.
+            found.append(
+                Mismatch(
+                    "gpu-memory-smaller",
+                    f"GPU {index}: {was.memory >> 20} MiB in the snapshot, {now.memory >> 20} here",
+                )
+            )
+    if then.gpus and then.driver != host.driver:
+        code = "driver-older" if _numbers(host.driver) < _numbers(then.driver) else "driver-newer"
+        found.append(Mismatch(code, f"GPU driver: {then.driver} in the snapshot, {host.driver or 'none'} here"))
+    return found
+
+
+def check_engine(then: EngineFacts, now: EngineFacts) -> tuple[Mismatch, ...]:
+    """The part of `check` about what is installed: engine, interpreter, C library and dependencies."""
+    found: list[Mismatch] = []
+
+    def differs(code: str, what: str, a: object, b: object) -> None:
+        found.append(Mismatch(code, f"{what}: {a} in the snapshot, {b} here"))
+
+    if then.name != now.name:
+        differs("engine-differs", "engine", then.name, now.name)
+    elif then.version != now.version:
+        differs("engine-version-differs", then.name, then.version, now.version)
+    elif then.build != now.build:
+        differs("engine-build-differs", f"files of {then.version}", then.build[:12], now.build[:12])
+    for what, a, b in (
+        ("interpreter", then.interpreter, now.interpreter),
+        ("Python", then.python, now.python),
+        ("build of Python", then.python_build, now.python_build),
+    ):
+        if a != b:
+            differs("interpreter-differs", what, a, b)
+            break
+    if then.libc != now.libc:
+        differs("libc-differs", "C library", then.libc, now.libc)
+    for name in sorted(then.packages.keys() | now.packages.keys()):
+        a, b = then.packages.get(name, "absent"), now.packages.get(name, "absent")
+        if a != b:
+            differs(f"dependency-differs: {name}", name, a, b)
+    return tuple(found)
+
+
+def check_model(then: str, now: str) -> tuple[Mismatch, ...]:
+    """The part of `check` about the model: the digests of its manifests."""
+    if then == now:
+        return ()
+    return (
+        Mismatch("model-differs", f"model manifest {then[:12] or 'none'} in the snapshot, {now[:12] or 'none'} here"),
+    )
+
+
+def _check_launch(recorded: Identity, now: Here) -> list[Mismatch]:
+    found: list[Mismatch] = [*check_model(recorded.model, now.model)]
+    if recorded.weights != now.weights:
+        found.append(
+            Mismatch("weights-differ", f"weights: {recorded.weights} in the snapshot, {now.weights} asked for")
+        )
+    for flag in sorted(recorded.arguments.keys() | now.arguments.keys()):
+        a, b = recorded.arguments.get(flag), now.arguments.get(flag)
+        if a != b:
+            found.append(
+                Mismatch(
+                    f"arguments-differ: {flag or 'positional'}", f"{_spoken(a)} in the snapshot, {_spoken(b)} here"
+                )
+            )
+    for name in sorted(recorded.environment.keys() | now.environment.keys()):
+        was, value = recorded.environment.get(name), now.environment.get(name)
+        if was != value:
+            then_said, now_said = ("unset" if v is None else repr(v) for v in (was, value))
+            found.append(Mismatch(f"environment-differs: {name}", f"{then_said} in the snapshot, {now_said} here"))
+    for name in sorted(recorded.secrets.keys() | now.secrets.keys()):
+        digest = _salted(recorded.salt, name, now.secrets[name]) if name in now.secrets else ""
+        if not hmac.compare_digest(recorded.secrets.get(name, ""), digest):
+            found.append(
+                Mismatch(
+                    f"secret-differs: {name}", "its value is another one than at the snapshot, or it is there only once"
+                )
+            )
+    return found
+
+
+def _spoken(occurrences: tuple[tuple[str, ...], ...] | None) -> str:
+    if occurrences is None:
+        return "not given"
+    return ", ".join(" ".join(values) or "given" for values in occurrences)
+
+
+def _salted(salt: str, name: str, value: str) -> str:
+    return blake3.blake3(f"{name}\0{value}".encode(), key=blake3.blake3(salt.encode()).digest()).hexdigest()[:32]
+
+
+def _release(kernel: str) -> tuple[int, int] | None:
+    match = re.match(r"(\d+)\.(\d+)", kernel)
+    return (int(match[1]), int(match[2])) if match else None
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(n) for n in re.findall(r"\d+", version))

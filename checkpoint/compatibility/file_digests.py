@@ -1,0 +1,134 @@
+"""Digests of files, kept between starts: a large file is read once for as long as it does not change.
+
+A file is taken for unchanged while device, inode, size, mtime and ctime are all as they were when it was hashed, and that was at least
+RACY_NS after its last change. The kernel sets ctime at every write and lets nobody set it, so an edit that restores size and mtime is seen.
+The cache is one file in the state folder. Losing it costs reading again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import blake3
+import msgspec
+
+from checkpoint.files import aside
+from lazyfs.content.records import ready
+
+RACY_NS = 100_000_000
+"""A file that changed less than this before it was hashed may change again within the same tick of the file system's clock."""
+SMALL = 64 << 10
+"""Files up to this many bytes are read each time: that takes no longer than looking them up."""
+FILES_LIMIT = 10_000
+"""Files of one folder that are looked at; a folder with more is no model, tokenizer or adapter."""
+_KEPT = 4096
+_DEPTH = 32
+_BUFFER = 4 << 20
+
+_Stamp = tuple[int, int, int]
+_Entries = dict[str, tuple[_Stamp, str]]
+
+
+class FileDigests:
+    """Digests of files and folders. `kept`: where large files' digests are kept, None to keep none. Call `save` at the end."""
+
+    def __init__(self, kept: Path | None = None) -> None:
+        self.kept = kept
+        self._entries: _Entries | None = None
+        self._new: _Entries = {}
+
+    def of_file(self, path: Path) -> str:
+        """The digest of a file's content (links followed). Raises OSError."""
+        info = path.stat()
+        if info.st_size <= SMALL:
+            return blake3.blake3(path.read_bytes()).hexdigest()[:32]
+        key, stamp = f"{info.st_dev}-{info.st_ino}", _stamp(info)
+        known = self._new.get(key) or self._known().get(key)
+        if known and known[0] == stamp:
+            return known[1]
+        began = time.time_ns()
+        digest = _read(path)
+        if _stamp(path.stat()) == stamp and info.st_ctime_ns + RACY_NS <= began:
+            self._new[key] = (stamp, digest)
+        return digest
+
+    def of_folder(self, path: Path) -> str | None:
+        """The digest of all files below a folder, by their relative names (links followed); None where there are over FILES_LIMIT."""
+        digest = blake3.blake3()
+        for count, (name, file) in enumerate(sorted(_walk(path))):
+            if count >= FILES_LIMIT:
+                return None
+            try:
+                found = self.of_file(file)
+            except OSError as error:
+                found = f"unreadable {error.errno}"  # for the engine too
+            digest.update(f"{name}\0{found}\n".encode(errors="surrogateescape"))
+        return digest.hexdigest()[:32]
+
+    def _known(self) -> _Entries:
+        if self._entries is None:
+            self._entries = {}
+            if self.kept is not None:
+                # Garbled or not there: everything is hashed.
+                with contextlib.suppress(OSError, msgspec.MsgspecError):
+                    self._entries = msgspec.json.decode(self.kept.read_bytes(), type=ready(_Entries))
+        return self._entries
+
+    def save(self) -> None:
+        """Keep what was hashed. Not kept, silently, where the state folder cannot be written: it is only about time."""
+        if self.kept is None or not self._new:
+            return
+        entries = {**self._known(), **self._new}
+        entries = dict(list(entries.items())[-_KEPT:])
+        with contextlib.suppress(OSError):
+            self.kept.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with aside(self.kept) as new:
+                new.touch(mode=0o600)
+                new.write_bytes(msgspec.json.encode(entries))
+            self._entries, self._new = entries, {}
+
+
+def _stamp(info: os.stat_result) -> _Stamp:
+    return (info.st_size, info.st_mtime_ns, info.st_ctime_ns)
+
+
+def _read(path: Path) -> str:
+    digest = blake3.blake3(max_threads=blake3.blake3.AUTO)
+    buffer = bytearray(_BUFFER)
+    view = memoryview(buffer)
+    with path.open("rb", buffering=0) as file:
+        while read := file.readinto(buffer):
+            digest.update(view[:read])
+    return digest.hexdigest()[:32]
+
+
+def _walk(root: Path) -> Iterator[tuple[str, Path]]:
+    """Regular files below a folder, by relative name; one more than FILES_LIMIT at most. `__pycache__` is left out."""
+    todo = [(root, "", 0)]
+    seen = 0
+    while todo:
+        folder, prefix, depth = todo.pop()
+        try:
+            entries = list(os.scandir(folder))
+        except OSError:
+            yield f"{prefix}unreadable", folder
+            continue
+        for entry in entries:
+            name = f"{prefix}{entry.name}"
+            try:
+                kind = entry.stat().st_mode
+            except OSError:
+                yield name, Path(entry.path)  # a link that leads nowhere
+                continue
+            if stat.S_ISDIR(kind) and depth < _DEPTH and entry.name != "__pycache__":
+                todo.append((Path(entry.path), f"{name}/", depth + 1))
+            elif stat.S_ISREG(kind):
+                seen += 1
+                yield name, Path(entry.path)
+            if seen > FILES_LIMIT:
+                return

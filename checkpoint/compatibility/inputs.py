@@ -1,0 +1,301 @@
+"""What an engine will read that its command line and environment name: files, folders, models of a hub, Python modules.
+
+A restored engine has all of them in its memory, so each counts by its content, and an edit makes another launch. `Inputs.value` is asked
+about every value of a command line, in whatever form it names something: a path alone, `name=PATH`, a list, or JSON with paths inside.
+
+The model itself is covered by its manifest's digest and not read here, nor is what an engine only writes (caches, dumps, logs).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import blake3
+
+from checkpoint.compatibility import hub
+from checkpoint.compatibility.file_digests import FILES_LIMIT, FileDigests
+
+log = logging.getLogger("quickthaw")
+_NAMES = frozenset(
+    {"served-model-name", "root-path", "fastapi-root-path", "api-key", "admin-api-key", "otlp-service-name"}
+)
+"""Flags whose values name nothing on a disk, whatever lies in the working folder."""
+_WRITTEN = re.compile(
+    r"(^|[-_.])(save|export|download|trace|profiler|storage|offload|cache|dump|output|media|metrics-to-file)[-_](dir|path|folder)$"
+)
+"""Flags and JSON keys that name where an engine writes, or reads at each request (`--allowed-local-media-path`)."""
+_MODEL_FLAGS = frozenset({"model", "model-path"})
+_REVISIONS = {
+    "tokenizer": ("tokenizer-revision", "revision"),
+    "tokenizer-path": ("tokenizer-revision", "revision"),
+    "hf-config-path": ("revision",),
+}
+_MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+(:[A-Za-z_][\w.]*)?")
+_MODULE_VARIABLES = ("_PACKAGE", "_MODULE", "_MODULES")
+_FOLDER_VARIABLES = re.compile(r"_CONFIGS?_(DIR|FOLDER|PATH)$")
+_CODE_ELSEWHERE = re.compile(r"([\w.-]+/[\w.-]+)--[\w.]+")
+_CONFIG_LINE = re.compile(r"""^\s*["']?([A-Za-z_-]+)["']?\s*:\s*["']?([^"'\s,#]+)""", re.MULTILINE)
+_CONFIG_LIMIT = 1 << 20
+_LONGEST_PATH = 4096
+_MOST_CANDIDATES = 512
+
+
+def option(arguments: Sequence[str], name: str) -> str | None:
+    """The last value that a command line gives an option (`revision`), also in a file that `--config` names; the line comes before it."""
+    line, files = None, []
+    for index, word in enumerate(arguments):
+        head, equals, value = word.partition("=")
+        if not head.startswith("--"):
+            continue
+        if not equals:
+            value = arguments[index + 1] if index + 1 < len(arguments) else ""
+        flag = head[2:].replace("_", "-")
+        if flag == name:
+            line = value
+        elif flag == "config":
+            files.append(value)
+    if line is None:
+        for file in files:
+            for key, value in _CONFIG_LINE.findall(_text(Path(file))):
+                line = value if key.replace("_", "-") == name else line
+    return line or None
+
+
+def _text(file: Path) -> str:
+    try:
+        if file.is_file() and file.stat().st_size <= _CONFIG_LIMIT:
+            return file.read_text(errors="replace")
+    except (OSError, ValueError):
+        pass  # the engine says so itself
+    return ""
+
+
+class Inputs:
+    """Digests of what a launch reads, besides its model.
+
+    `arguments`: its command line. `environment`: the engine's. `model`: the folder that counts by its manifest's digest, `model_name` as
+    the command line has it. `modules`: folders of installed packages. `kept`: where digests of large files are kept.
+    """
+
+    def __init__(
+        self,
+        arguments: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+        *,
+        model: Path | None = None,
+        model_name: str = "",
+        modules: Sequence[Path] = (),
+        kept: Path | None = None,
+        engine: str = "",
+    ) -> None:
+        self.arguments, self.environment = arguments, environment or {}
+        self.model, self.model_name, self.engine = model, model_name, engine
+        self.digests = FileDigests(kept)
+        self._packages = modules
+        self._covered = tuple({os.path.abspath(model), os.path.realpath(model)}) if model else ()
+        self._options: dict[str, str | None] = {}
+        self._hub: list[Path] | None = None
+
+    def value(self, flag: str, value: str) -> str:
+        """A value of a flag (`--x`, or "" for positional words) as it counts: the path of a file becomes its digest, so that the same file
+        elsewhere is the same launch; after any other value follows a digest over everything that it names."""
+        name = flag.lstrip("-")
+        covered = name in _MODEL_FLAGS or (value == self.model_name and not name)
+        if not value or covered or name in _NAMES or _WRITTEN.search(name):
+            return value
+        found: dict[str, str] = {}
+        shown, whole = value, self._whole_file(value)
+        if whole:
+            shown = f"file:{whole}"
+        else:
+            found = self._look(name, value)
+        if whole and name == "config":
+            for key, token in _tokens(_text(Path(value).expanduser())):
+                if key not in _MODEL_FLAGS | _NAMES and not _WRITTEN.search(key):
+                    found |= self._look(key, token)
+        return f"{shown} [{_over(found)}]" if found else shown
+
+    def _whole_file(self, value: str) -> str:
+        """The digest of the file that a value is the path of; "" where it is none."""
+        try:
+            path = Path(value).expanduser()
+            return self.digests.of_file(path) if path.is_file() else ""
+        except (OSError, ValueError, RuntimeError):
+            return ""
+
+    def of_variable(self, name: str, value: str) -> str:
+        """A digest over the files that a variable of the environment names; folders only where it says that they hold configurations."""
+        found: dict[str, str] = {}
+        if name.endswith(_MODULE_VARIABLES):
+            for word in re.split(r"[\s,:]+", value):
+                found |= self._module(word)
+        for path in dict.fromkeys((value, *re.split(r"[\s,:]+", value))) if "/" in value else ():
+            if path.startswith(("/", "~")) and len(path) < _LONGEST_PATH:
+                at = Path(path).expanduser()
+                if at.is_file() or (_FOLDER_VARIABLES.search(name) and at.is_dir()):
+                    found |= self._path(at)
+        return _over(found)
+
+    def remote_code(self) -> str:
+        """With `--trust-remote-code`: a digest over the code in other repositories that the model's configuration names."""
+        given = {word.replace("_", "-") for word in self.arguments}
+        if self.model is None or "--trust-remote-code" not in given:
+            return ""
+        found: dict[str, str] = {}
+        for file in ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json"):
+            for repo in set(_CODE_ELSEWHERE.findall(_text(self.model / file))):
+                found |= self._repository(repo, self._option("code-revision"))
+        return _over(found)
+
+    def _look(self, name: str, value: str) -> dict[str, str]:
+        """What lies behind a value: what it names → a digest of that."""
+        found: dict[str, str] = {}
+        if name == "code-revision":
+            return self._repository(self.model_name, value)
+        flags = _REVISIONS.get(name) or (f"{name}-revision", f"{name.removesuffix('-path')}-revision")
+        revision = next(filter(None, map(self._option, flags)), None)
+        for candidate, own_revision in _candidates(value):
+            found |= self._one(candidate, own_revision or revision)
+        return found
+
+    def _option(self, name: str) -> str | None:
+        if name not in self._options:
+            self._options[name] = option(self.arguments, name)
+        return self._options[name]
+
+    def _one(self, candidate: str, revision: str | None) -> dict[str, str]:
+        try:
+            path = Path(candidate.removeprefix("file://")).expanduser()
+            if path.exists():
+                return self._path(path)
+        except (OSError, ValueError, RuntimeError):
+            return {}  # no path: too long, a null byte, or a user that is not there
+        if _MODULE.fullmatch(candidate) and (module := self._module(candidate)):
+            return module
+        return self._repository(candidate, revision)
+
+    def _path(self, path: Path) -> dict[str, str]:
+        name = os.path.abspath(path)
+        if name == "/" or name in self._covered or (self._covered and os.path.realpath(path) in self._covered):
+            return {}
+        try:
+            if path.is_file():
+                return {name: self.digests.of_file(path)}
+            if path.is_dir():
+                digest = self.digests.of_folder(path)
+                if digest is None:
+                    log.warning("%s holds over %d files: changes in it are not seen by a restore", name, FILES_LIMIT)
+                return {name: digest or "too many files"}
+        except OSError as error:
+            return {name: f"unreadable {error.errno}"}
+        return {}
+
+    def _repository(self, name: str, revision: str | None) -> dict[str, str]:
+        if self._hub is None:
+            places = hub.caches(self.environment, self._option("download-dir"))
+            self._hub = [place for place in places if place.is_dir()]
+        folder = hub.folder(name, revision, self._hub) if self._hub else None
+        return self._path(folder) if folder else {}
+
+    def _module(self, name: str) -> dict[str, str]:
+        """The sources of a Python module: of its own folder, or of its package. Of an installed one, its own file (its version counts)."""
+        parts = name.partition(":")[0].split(".")
+        if not all(part.isidentifier() for part in parts) or parts[0] in (self.engine, "quickthaw_engine"):
+            return {}
+        own = (Path(folder) for folder in ("", *self.environment.get("PYTHONPATH", "").split(os.pathsep)))
+        for place in (*own, *self._editable()):
+            package, file = place / parts[0], place / f"{parts[0]}.py"
+            if (package / "__init__.py").is_file() or (package.is_dir() and _deepest(place, parts)):
+                return self._sources(sorted(package.rglob("*.py")))
+            if file.is_file():
+                return self._sources(sorted(place.glob("*.py")))
+        for place in self._packages:
+            if found := _deepest(place, parts):
+                return self._sources([found])
+        return {}
+
+    def _editable(self) -> Iterator[Path]:
+        """Folders that `.pth` files of the installation add."""
+        for place in self._packages:
+            for file in sorted(place.glob("*.pth")):
+                for line in _text(file).splitlines():
+                    if line.startswith("/"):
+                        yield Path(line.strip())
+
+    def _sources(self, files: Sequence[Path]) -> dict[str, str]:
+        found: dict[str, str] = {}
+        for file in files[:FILES_LIMIT]:
+            found |= self._path(file)
+        return found
+
+
+def _deepest(place: Path, parts: Sequence[str]) -> Path | None:
+    """The file that a dotted name means below a folder; its last parts may be a class or a function."""
+    for count in range(len(parts), 0, -1):
+        stem = place.joinpath(*parts[:count])
+        for file in (stem.with_name(f"{stem.name}.py"), stem / "__init__.py"):
+            if file.is_file():
+                return file
+    return None
+
+
+def _candidates(value: str) -> Iterator[tuple[str, str | None]]:
+    """Everything in a value that may name something, each with the revision that a JSON object gives beside it."""
+    text = value.strip()
+    if text[:1] in ("{", "["):
+        try:
+            parsed = json.loads(text)
+        except (ValueError, RecursionError):
+            pass
+        else:
+            yield from _in_json(parsed)
+            return
+    seen: dict[str, None] = {text: None, text.removeprefix("@"): None, text.partition("=")[2]: None}
+    for part in text.split(","):
+        seen |= {part.strip(): None, part.partition("=")[2].strip(): None}
+    seen |= dict.fromkeys(re.split(r"[\s,;:=]+", text))
+    for candidate in list(seen)[:_MOST_CANDIDATES]:
+        if candidate and candidate not in (".", "..", "/", "//") and len(candidate) < _LONGEST_PATH:
+            yield candidate, None
+
+
+def _in_json(document: Any) -> Iterator[tuple[str, str | None]]:
+    todo: list[tuple[Any, str | None]] = [(document, None)]
+    while todo:
+        parsed, revision = todo.pop()
+        if isinstance(parsed, str) and parsed.strip()[:1] not in ("{", "["):
+            yield from ((candidate, revision) for candidate, _ in _candidates(parsed))
+        elif isinstance(parsed, list):
+            todo += [(item, revision) for item in parsed]
+        elif isinstance(parsed, dict):
+            own = parsed.get("revision")
+            revision = own if isinstance(own, str) else revision
+            todo += [(item, revision) for key, item in parsed.items() if not _WRITTEN.search(key)]
+
+
+def _tokens(text: str) -> Iterator[tuple[str, str]]:
+    """What a configuration file may name, each with its key: the rest of every line, and every word of it."""
+    seen: dict[tuple[str, str], None] = {}
+    key = ""
+    for line in text.splitlines():
+        head, colon, rest = line.strip().partition(":")
+        if colon and not head.startswith("- "):
+            key = head.strip("\"' ").replace("_", "-")
+        else:
+            rest = line.strip().removeprefix("- ")
+        words = (rest, *re.split(r"[\s,\[\]{}]+", rest))
+        seen |= {(key, token): None for word in words if (token := word.strip("\"' "))}
+    yield from list(seen)[: _MOST_CANDIDATES * 8]
+
+
+def _over(found: Mapping[str, str]) -> str:
+    if not found:
+        return ""
+    lines = "".join(f"{name}\0{digest}\n" for name, digest in sorted(found.items()))
+    return blake3.blake3(lines.encode(errors="surrogateescape")).hexdigest()[:32]

@@ -1,0 +1,355 @@
+"""CRIU: which binary, with which options, and what its log says when it fails.
+
+CRIU runs inside the sandbox it dumps or restores, so that namespaces are not part of the images: what is dumped is the process tree,
+and what it sees (its /proc, mounts and network) is made anew by checkpoint.sandbox.init before a restore.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from checkpoint.criu.images import messages, nested
+from checkpoint.errors import Failed, HostLacks, Incompatible, Integrity
+from checkpoint.files import aside
+from checkpoint.sandbox.privileges import Privileges
+from checkpoint.sandbox.sandbox import Sandbox
+from checkpoint.snapshot import speculative
+from checkpoint.snapshot.frozen import sysv_refused
+
+MINIMUM_VERSION = (4, 2)
+# Earlier ones fail on kernels >= 6.16 at the first TCP socket (SO_PASSCRED), see docs/limits.md.
+
+# Every connection of an engine is inside its tree or goes to a client that is told to come again: nothing has to be locked in the
+# network, and iptables may be absent. What is in flight at a listening socket is dropped (the proxy holds and resends).
+# Images leave out cgroups: a restore belongs where the launcher is.
+_COMMON = (
+    "--tcp-established",
+    "--ext-unix-sk",
+    "--file-locks",
+    "--link-remap",
+    "--network-lock=skip",
+    "--manage-cgroups=ignore",
+)
+
+
+_CPUINFO = "cpuinfo.img"
+_GHOST_LIMIT = "4095M"
+"""The largest deleted file that CRIU carries in its images (it counts in 32 bits). Its own limit is 1 MiB; shared memory is larger."""
+
+
+@dataclass(frozen=True)
+class Criu:
+    """A CRIU binary. `verbosity`: of the log of a restore; what is above 1 costs it time."""
+
+    program: Path
+    verbosity: int = 1
+
+    @classmethod
+    def find(cls, home: Path, explicit: Path | None = None) -> Criu:
+        """Return the CRIU to use: `explicit`, else $QUICKTHAW_CRIU, else the first that works of `home`'s own and the one on PATH.
+
+        Raises HostLacks where there is none, or none of them works here (too old, or it does not start).
+        """
+        named = explicit or (Path(os.environ["QUICKTHAW_CRIU"]) if os.environ.get("QUICKTHAW_CRIU") else None)
+        private = home / "criu" / "criu"
+        on_path = shutil.which("criu")
+        found = (private if private.exists() else None, Path(on_path) if on_path else None)
+        first: HostLacks | None = None
+        for candidate in (named,) if named else found:
+            if candidate is None:
+                continue
+            try:
+                if not os.access(candidate, os.X_OK):
+                    raise HostLacks(
+                        "criu-missing",
+                        f"{candidate} cannot be executed; set QUICKTHAW_CRIU to a criu >= 4.2, or unset it",
+                    )
+                criu = cls(candidate)
+                criu.cached_version(home)
+                return criu
+            except HostLacks as error:
+                first = first or error
+        raise first or HostLacks(
+            "criu-missing", "no CRIU on this host; run setup/criu.sh (unpacks one privately) or install criu >= 4.2"
+        )
+
+    @cached_property
+    def version(self) -> str:
+        """`4.2.1`, as the binary says. Raises HostLacks when it does not start or is too old."""
+        try:
+            out = subprocess.run(
+                [self.program, "--version"], capture_output=True, text=True, timeout=10, check=False
+            ).stdout
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise HostLacks("criu-broken", f"{self.program} does not start ({error}); run setup/criu.sh") from error
+        match = re.search(r"Version: (\d+)\.(\d+)(\S*)", out)
+        if not match:
+            raise HostLacks("criu-broken", f"{self.program} --version says nothing of use; run setup/criu.sh")
+        if (int(match[1]), int(match[2])) < MINIMUM_VERSION:
+            raise HostLacks(
+                "criu-too-old",
+                f"CRIU {match[1]}.{match[2]} ({self.program}) cannot dump on current kernels; run setup/criu.sh for >= 4.2",
+            )
+        return f"{match[1]}.{match[2]}{match[3]}"
+
+    def cached_version(self, home: Path) -> str:
+        """Return `version`, asked once for each binary and kept below `home`: asking costs a restore 15 ms. Raises HostLacks."""
+        try:
+            stat = self.program.stat()
+        except OSError as error:
+            raise HostLacks("criu-missing", f"{self.program}: {error.strerror}; run setup/criu.sh") from error
+        key = f"{self.program} {stat.st_size} {stat.st_mtime_ns}"
+        note = home / "run" / "criu-version"
+        try:
+            known, _, version = note.read_text().partition("\n")
+            if known == key and version:
+                return version
+        except OSError:
+            pass  # the first time
+        version = self.version
+        with contextlib.suppress(OSError):  # a full or read-only disk costs the next launch 15 ms
+            note.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with aside(note) as new:
+                new.write_text(f"{key}\n{version}")
+        return version
+
+    @cached_property
+    def _argv(self) -> tuple[str, ...]:
+        """How to start it: the private one's wrapper (setup/criu.sh) is a shell script, which costs a restore 5 ms."""
+        folder = self.program.resolve().parent
+        loader = folder / "lib" / "ld-linux-x86-64.so.2"
+        if self.program.name == "criu" and (folder / "criu.bin").exists() and loader.exists():
+            return (str(loader), "--library-path", str(folder / "lib"), str(folder / "criu.bin"))
+        return (str(self.program),)
+
+    def kernel_facts(self, home: Path) -> Path:
+        """Return where what this CRIU learnt about this kernel is kept between sandboxes: a file for each boot, binary and set of
+        privileges, since what it may not try it takes for missing."""
+        stat = self.program.stat()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
+        return home / "run" / f"criu-kernel-{boot}-{stat.st_size}-{stat.st_mtime_ns}-{Privileges.here().key}"
+
+    def keep_kernel_facts(self, sandbox: Sandbox) -> None:
+        """Keep what CRIU left in a sandbox's own /run, where it is not there yet (see checkpoint.sandbox.init, cover_run)."""
+        target = sandbox.config.kernel_facts
+        if target is None or target.exists():
+            return
+        with contextlib.suppress(OSError):  # /run is the host's, or the disk is full: then CRIU asks the kernel again
+            data = Path(f"/proc/{sandbox.init_pid}/root/run/criu.kdat").read_bytes()
+            target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with aside(target) as new:
+                new.write_bytes(data)
+
+    def dump(
+        self,
+        sandbox: Sandbox,
+        root_pid: int,
+        images: Path,
+        while_frozen: Path,
+        timeout_s: float,
+        seen_at: Path | None = None,
+        logs: Path | None = None,
+    ) -> int:
+        """Write the tree's images into `images`; it goes on running afterwards. Returns its monotonic clock, in ns, as CRIU read it.
+
+        `while_frozen` is a script that CRIU runs after the images are written and before the tree runs on. `seen_at`: where `images`, a
+        folder of the sandbox, is seen from here, if at another path. `logs` keeps the log of a failed dump. Raises Failed with CRIU's own
+        error.
+        """
+        seen_at = seen_at or images
+        argv = [
+            *self._argv,
+            "dump",
+            f"--tree={root_pid}",
+            f"--images-dir={images}",
+            "--log-file=dump.log",
+            "-v2",
+            "--skip-in-flight",
+            "--leave-running",
+            f"--ghost-limit={_GHOST_LIMIT}",
+            f"--action-script={while_frozen}",
+            *_COMMON,
+        ]
+        code = sandbox.execute(argv, _environment(), timeout_s)
+        if code:
+            cause = cause_in(seen_at / "dump.log", code)
+            if "SysVIPC" in cause:  # attached by a process; others are found afterwards (checkpoint.snapshot.frozen)
+                raise sysv_refused("shared memory segment")
+            raise Failed(
+                "criu-dump-failed",
+                f"CRIU could not dump the engine: {cause}{kept(seen_at / 'dump.log', logs, f'dump-{images.parent.name}')}",
+            )
+        self.keep_kernel_facts(sandbox)
+        return _take_clock(seen_at)
+
+    def restore(
+        self,
+        sandbox: Sandbox,
+        root_pid: int,
+        images: Path,
+        timeout_s: float,
+        work: Path,
+        pipes: dict[str, int],
+        lazy_pages: bool = False,
+        seen_at: Path | None = None,
+    ) -> None:
+        """Bring a dumped tree back inside `sandbox`; returns when every process runs.
+
+        `work` is a folder for the log and CRIU's sockets (images may be read-only). `pipes` maps the name of a pipe whose other end
+        was outside the tree (`pipe:[123]`) to one of our descriptors. With `lazy_pages` a page server listens in `work`. `seen_at`: where
+        `work`, a folder of the sandbox, is seen from here, if at another path. Raises Failed with CRIU's own last error.
+        """
+        told = self.told(root_pid, images, dict(zip(pipes, pipes, strict=True)), lazy_pages)
+        argv = [word.replace(speculative.WORK, str(work)) for word in told["argv"]]
+        keep = {speculative.FIRST_KEPT + index: fd for index, fd in enumerate(pipes.values())}
+        code = sandbox.execute(argv, told["env"], timeout_s, keep_fds=keep, adopts=root_pid)
+        self.restored(sandbox, code, seen_at or work)
+        sandbox.go_on()
+
+    def told(self, root_pid: int, images: Path, pipes: Mapping[str, str], lazy_pages: bool) -> dict[str, Any]:
+        """How a restore is asked for that leaves every process stopped, as in checkpoint.snapshot.speculative's Plan.
+
+        `pipes` maps streams of the engine's to the name of a pipe whose other end was outside the tree (`pipe:[123]`).
+        """
+        names = enumerate(pipes.values(), speculative.FIRST_KEPT)
+        argv = [
+            *self._argv,
+            "restore",
+            f"--images-dir={images}",
+            f"--work-dir={speculative.WORK}",
+            "--log-file=restore.log",
+            f"-v{self.verbosity}",
+            "--restore-detached",
+            "--leave-stopped",
+            *(f"--inherit-fd=fd[{number}]:{name}" for number, name in names),
+            *(["--lazy-pages"] if lazy_pages else []),
+            *_COMMON,
+        ]
+        return {"argv": argv, "env": _environment(), "adopts": root_pid, "keep": list(pipes)}
+
+    def restored(self, sandbox: Sandbox, code: int, work: Path, logs: Path | None = None) -> None:
+        """CRIU has ended with this exit code; `logs` keeps the log of a failed restore.
+
+        Raises Incompatible (open-file-changed, open-file-missing) where a file that the engine held open is not what it was, Failed
+        with CRIU's own error for everything else.
+        """
+        if code:
+            cause = cause_in(work / "restore.log", code)
+            where = kept(work / "restore.log", logs, work.name)
+            if found := _CHANGED.search(cause):
+                raise Incompatible(
+                    "open-file-changed",
+                    f"/{found[1].lstrip('/')}, which the engine held open, is not what it was at the dump: {cause}{where}",
+                )
+            if found := _MISSING.search(cause):
+                raise Incompatible(
+                    "open-file-missing",
+                    f"/{found[1].lstrip('/')}, which the engine held open, is not here: {cause}{where}",
+                )
+            raise Failed("criu-restore-failed", f"CRIU could not restore: {cause}{where}")
+        self.keep_kernel_facts(sandbox)
+
+    def dump_cpu(self, images: Path) -> None:
+        """Keep what this processor can, as CRIU asks it, among the images. Raises Failed."""
+        if os.uname().machine == "x86_64":
+            words = self._cpuinfo("dump", images)
+            if words:
+                raise Failed("criu-cpuinfo-failed", f"CRIU could not read the processor's features: {words}")
+
+    def check_cpu(self, images: Path) -> None:
+        """Compare this processor with the images': 40 ms, so only for a processor that differs by name or flags
+        (checkpoint.compatibility.check),
+        which the kernel lists less of than CRIU asks for. Raises Incompatible."""
+        if (images / _CPUINFO).exists():  # snapshots had none once
+            words = self._cpuinfo("check", images)
+            if words:
+                raise Incompatible("cpu-features-missing: criu", f"CRIU compared the processors: {words}")
+
+    def _cpuinfo(self, action: str, images: Path) -> str:
+        """What speaks against it, in CRIU's words; empty where nothing does."""
+        argv = [*self._argv, "cpuinfo", action, "--cpu-cap=ins", f"--images-dir={images}", "--log-file=/dev/stdout"]
+        try:
+            done = subprocess.run(
+                argv, env=_environment(), timeout=10, check=False, capture_output=True, text=True, errors="replace"
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            return str(error)
+        errors = [line for line in done.stdout.splitlines() if "Error (" in line]
+        return (errors or [f"exit code {done.returncode}"])[0] if done.returncode else ""
+
+
+def _take_clock(images: Path) -> int:
+    """Remove CRIU's record of the clocks from the images and return the monotonic one, in nanoseconds.
+
+    With it, a restore would make a time namespace of its own, which takes CAP_SYS_TIME in the host's user namespace. The sandbox has
+    one already, set to the clock of the snapshot (checkpoint.sandbox.init), and an image that is not there makes CRIU keep that.
+    Raises Failed where CRIU has left no clock.
+    """
+    image = images / "timens-0.img"
+    try:
+        (entry,) = messages(image)
+        (clock,) = nested(entry, 1)
+        seconds, nanoseconds = (int(value) for (value,) in (clock[1], clock[2]))
+        image.unlink()
+    except (Integrity, OSError, ValueError, LookupError, TypeError) as error:
+        raise Failed("criu-dump-failed", f"CRIU left no clock among its images: {error}") from error
+    return seconds * 10**9 + nanoseconds
+
+
+def _environment() -> dict[str, str]:
+    # Nothing of ours: CRIU reads CRIU_CONFIG_FILE, and its helpers need only a PATH.
+    return {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "CRIU_CONFIG_FILE": "/dev/null"}
+
+
+# Said on every run where a capability or device is missing that CRIU asks for and can do without: CAP_SYS_RESOURCE, /dev/net/tun, and
+# CAP_NET_ADMIN in network namespaces of the host's.
+_NOISE = re.compile(
+    r"Can't setup RLIMIT_NOFILE|Dumping FAILED|Restoring FAILED|Unable to open.*ip_?tables|Unable to create tun"
+    r"|Unable to create a veth pair|reported by netlink: Operation not permitted",
+    re.IGNORECASE,
+)
+
+
+# Files outside of the snapshot; what is wrong with its own pages files is damage.
+_CHANGED = re.compile(r"File (?!\S*pages-\d+\.img )(.+) has bad (?:size|build-ID)")
+_MISSING = re.compile(r"Can't open file (?!\S*pages-\d+\.img )(.+) on restore: No such file")
+_LOGS_KEPT = 8
+_LOG_BYTES = 1 << 20
+
+
+def cause_in(log: Path, code: int) -> str:
+    """The first line of a CRIU log that says what went wrong, for a message of one line."""
+    try:
+        lines = log.read_text(errors="replace").splitlines()
+    except OSError:
+        return f"exit code {code}, and it wrote no log"
+    errors = [line for line in lines if "Error (" in line and not _NOISE.search(line)]
+    if not errors:
+        return f"exit code {code}"
+    return re.sub(r"^(\(\d+\.\d+\))?\s*(\d+: )?", "", errors[0])
+
+
+def kept(log: Path, logs: Path | None, name: str) -> str:
+    """Keep a log whose folder will be removed, and the newest few with it; ` (log: …)` for a message, or nothing where that failed."""
+    if logs is None:
+        return ""
+    target = logs / f"criu-{name}.log"
+    try:
+        logs.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with log.open("rb") as file, aside(target) as new:
+            new.touch(mode=0o600)
+            new.write_bytes(file.read(_LOG_BYTES))
+        for old in sorted(logs.glob("criu-*.log"), key=lambda path: path.stat().st_mtime_ns)[:-_LOGS_KEPT]:
+            old.unlink(missing_ok=True)
+    except OSError:
+        return ""  # CRIU wrote none, or the disk is full: the cause is in the message all the same
+    return f" (log: {target})"

@@ -1,0 +1,255 @@
+"""What CRIU's images say about memory: which pages a process has, where they lie in `pages-N.img`, and where its mappings end.
+
+Standard library only, and fast: the page server reads every page map of a snapshot while CRIU itself starts.
+The format is CRIU's (images/pagemap.proto, images/mm.proto): two magic words, then messages of a 32-bit length and a protocol buffer.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from bisect import bisect_right
+from collections.abc import Sequence
+
+PAGE = 4096
+
+# enum of pagemap_entry.flags in images/pagemap.proto
+LAZY, PRESENT = 2, 4
+# Bits of VmaEntry.status in criu/include/image.h: what CRIU dumps from a private mapping of a file is never lazy, unless we made it one.
+FILE_PRIVATE = 1 << 6
+# MmEntry.mm_arg_start, mm_arg_end, mm_env_start, mm_env_end (images/mm.proto).
+_ARGUMENTS = (8, 9, 10, 11)
+_MOST_ARGUMENTS = 8 << 20  # bytes; execve(2) allows 6 MiB at most
+# VmaEntry.madv is a bit mask by MADV_… number.
+_MADV_WIPEONFORK = 18
+
+
+# Above every address that a process can have.
+_END = 1 << 57
+
+
+class BadImage(ValueError):
+    """An image file is not what CRIU writes; the message names the file."""
+
+
+class ProcessImage:
+    """The pages of one process, as its page map lists them.
+
+    `runs` holds (first address, end address, offset in the pages file) of every run of lazy pages, ascending; a run never crosses the
+    border of a mapping, since the kernel fills one mapping at a time. `eager` lists those that
+    CRIU itself puts in place; one of its runs may cross borders.
+    `mapped` lists, in the same way, what is shown as a mapping of the pages file (checkpoint.snapshot.file_backed) and needs nobody to put
+    it in place.
+    """
+
+    __slots__ = ("borders", "eager", "mapped", "pages_file", "pid", "runs", "wiped_on_fork")
+
+    def __init__(self, pid: int, pages_file: str) -> None:
+        self.pid = pid
+        self.pages_file = pages_file
+        self.runs: list[tuple[int, int, int]] = []
+        self.mapped: list[tuple[int, int, int]] = []
+        self.eager: list[tuple[int, int, int]] = []
+        self.wiped_on_fork: list[tuple[int, int]] = []
+        self.borders: list[int] = []
+
+    @property
+    def lazy_pages(self) -> int:
+        return sum(end - start for start, end, _ in self.runs) // PAGE
+
+    @property
+    def eager_pages(self) -> int:
+        return sum(end - start for start, end, _ in self.eager) // PAGE
+
+    @property
+    def reach(self) -> int:
+        """Bytes of the pages file that the lazy and the mapped pages need; later runs lie further on in it."""
+        return max(
+            (offset + end - start for runs in (self.runs, self.mapped) for start, end, offset in runs[-1:]), default=0
+        )
+
+    def split(self, start: int, end: int) -> list[tuple[int, int]]:
+        """[start, end) cut at the borders of mappings."""
+        found = []
+        index = bisect_right(self.borders, start)
+        while start < end:
+            stop = min(end, self.borders[index]) if index < len(self.borders) else end
+            found.append((start, stop))
+            start = stop
+            index += 1
+        return found
+
+    def within(self, start: int, end: int) -> list[tuple[int, int, int]]:
+        """The parts of runs that lie in [start, end), as (start, end, offset)."""
+        return within(self.runs, start, end)
+
+    def unmapped(self, start: int, end: int) -> list[tuple[int, int]]:
+        """[start, end) without what is mapped, which lies in mappings of its own."""
+        found, position = [], start
+        for low, high, _ in self.mapped_within(start, end):
+            if position < low:
+                found.append((position, low))
+            position = high
+        if position < end:
+            found.append((position, end))
+        return found
+
+    def mapped_within(self, start: int, end: int) -> list[tuple[int, int, int]]:
+        """The parts of what is mapped that lie in [start, end), as (start, end, offset)."""
+        return within(self.mapped, start, end)
+
+
+def within(runs: Sequence[tuple[int, int, int]], start: int, end: int) -> list[tuple[int, int, int]]:
+    """The parts of ascending runs that lie in [start, end), as (start, end, offset)."""
+    index = max(bisect_right(runs, (start,)) - 1, 0)
+    found = []
+    while index < len(runs) and runs[index][0] < end:
+        low, high = max(start, runs[index][0]), min(end, runs[index][1])
+        if low < high:
+            found.append((low, high, runs[index][2] + low - runs[index][0]))
+        index += 1
+    return found
+
+
+def _append(runs: list[tuple[int, int, int]], start: int, size: int, offset: int) -> None:
+    """Add a run; with the last one, where both address and offset go on."""
+    if runs and runs[-1][1] == start and runs[-1][2] + runs[-1][1] - runs[-1][0] == offset:
+        runs[-1] = (runs[-1][0], start + size, runs[-1][2])
+    else:
+        runs.append((start, start + size, offset))
+
+
+def _messages(path: str) -> list[bytes]:
+    with open(path, "rb") as file:
+        data = file.read()
+    at, found = 8, []
+    while at < len(data):
+        if at + 4 > len(data):
+            raise BadImage(f"{path} ends in the middle of a message")
+        (size,) = struct.unpack_from("<I", data, at)
+        at += 4
+        if at + size > len(data):
+            raise BadImage(f"{path} ends in the middle of a message")
+        found.append(data[at : at + size])
+        at += size
+    if not found:
+        raise BadImage(f"{path} is empty")
+    return found
+
+
+def _fields(message: bytes) -> list[tuple[int, int | bytes]]:
+    """(field number, value) of every field of a protocol buffer; nested messages and strings stay bytes."""
+    at, size, found = 0, len(message), []
+    value: int | bytes
+    while at < size:
+        key = message[at]
+        at += 1
+        if key & 0x80:
+            shift = 7
+            key &= 0x7F
+            while True:
+                byte = message[at]
+                at += 1
+                key |= (byte & 0x7F) << shift
+                if byte < 0x80:
+                    break
+                shift += 7
+        kind = key & 7
+        if kind == 0 or kind == 2:
+            number = message[at]
+            at += 1
+            if number & 0x80:
+                number &= 0x7F
+                shift = 7
+                while True:
+                    byte = message[at]
+                    at += 1
+                    number |= (byte & 0x7F) << shift
+                    if byte < 0x80:
+                        break
+                    shift += 7
+            if kind == 2:
+                value = message[at : at + number]
+                at += number
+            else:
+                value = number
+        elif kind == 1:
+            value = int.from_bytes(message[at : at + 8], "little")
+            at += 8
+        elif kind == 5:
+            value = int.from_bytes(message[at : at + 4], "little")
+            at += 4
+        else:
+            raise BadImage(f"a protocol buffer with wire type {kind}")
+        found.append((key >> 3, value))
+    return found
+
+
+def _mappings(path: str) -> list[tuple[int, int, int, int]]:
+    """(start, end, madvise bits, status) of every mapping of a process, ascending."""
+    found = []
+    for number, value in _fields(_messages(path)[0]):
+        if number == 14 and isinstance(value, bytes):  # MmEntry.vmas
+            vma = dict(_fields(value))
+            start, end, madv, status = vma.get(1, 0), vma.get(2, 0), vma.get(9, 0), vma.get(7, 0)
+            if isinstance(start, int) and isinstance(end, int) and isinstance(madv, int) and isinstance(status, int):
+                found.append((start, end, madv, status))
+    found.sort()
+    return found
+
+
+def argument_pages(folder: str, pid: int) -> tuple[int, int]:
+    """The pages that hold a process's command line and environment, as (start, end); both 0 where its image names none.
+
+    The kernel reads them for /proc/PID/cmdline and environ, and shows empty files until they are in place.
+    """
+    try:
+        found = dict(_fields(_messages(f"{folder}/mm-{pid}.img")[0]))
+    except (OSError, BadImage, IndexError):
+        return 0, 0  # a process without memory; what is damaged was refused before
+    places = [value for number in _ARGUMENTS if isinstance(value := found.get(number), int) and value]
+    start, end = (min(places) & -PAGE, -(-max(places) // PAGE) * PAGE) if places else (0, 0)
+    return (start, end) if end - start <= _MOST_ARGUMENTS else (0, 0)
+
+
+def read_process(folder: str, pid: int) -> ProcessImage:
+    """The page map of one process. Raises BadImage, or OSError where a file is missing."""
+    path = f"{folder}/pagemap-{pid}.img"
+    try:
+        messages = _messages(path)
+        head = dict(_fields(messages[0]))
+        image = ProcessImage(pid, f"pages-{int(head[1])}.img")
+        mappings = _mappings(f"{folder}/mm-{pid}.img")
+        image.wiped_on_fork = [(start, end) for start, end, madv, _ in mappings if madv >> _MADV_WIPEONFORK & 1]
+        image.borders = sorted({border for start, end, _, _ in mappings for border in (start, end)})
+        of_files = {start for start, _, _, status in mappings if status & FILE_PRIVATE}
+        offset = reached = 0
+        for message in messages[1:]:
+            entry = dict(_fields(message))
+            start, flags = entry[1], entry.get(4, PRESENT)
+            pages = entry.get(5) or entry[2]
+            if not isinstance(start, int) or not isinstance(pages, int) or not isinstance(flags, int):
+                raise BadImage(f"{path} is not a page map")
+            if start < reached or start % PAGE or pages <= 0 or start + pages * PAGE > _END:
+                raise BadImage(f"{path} lists memory twice, or where none can be")
+            reached = start + pages * PAGE
+            if not flags & PRESENT:
+                continue
+            if not flags & LAZY:
+                _append(image.eager, start, pages * PAGE, offset)
+                offset += pages * PAGE
+                continue
+            for low, high in image.split(start, start + pages * PAGE):
+                border = image.borders[bisect_right(image.borders, low) - 1]
+                (image.mapped if border in of_files else image.runs).append((low, high, offset))
+                offset += high - low
+    except (KeyError, IndexError) as error:
+        raise BadImage(f"{path} or mm-{pid}.img is damaged") from error
+    return image
+
+
+def process_ids(folder: str) -> list[int]:
+    """The processes of a snapshot that have memory, ascending."""
+    return sorted(
+        int(name[8:-4]) for name in os.listdir(folder) if name.startswith("pagemap-") and name[8:-4].isdigit()
+    )

@@ -1,0 +1,453 @@
+"""GPU state of a process tree into host memory and back, around CRIU's dump and restore.
+
+    suspend(driver, pids)             lock all → checkpoint all; then CRIU dumps the tree
+    give_back(driver, pids, needs)    after the dump: the tree that was dumped goes on, whatever it takes
+    resume(driver, pids, needs, …)    after CRIU's restore: check memory → restore all → unlock all
+
+`driver` is a checkpoint.cuda.helper.Helper; PIDs are this process's numbers for the tree's processes. All processes are locked before
+the first is checkpointed, so that none computes on what another has put away. On any error every process is brought back to RUNNING
+before the error is raised; one that cannot be is named by `cuda-stuck`, and its tree has to be ended. GPU memory is looked at before
+the first restore call, because a process whose restore runs out of memory is lost.
+
+Order around them, as measured on an H100 (docs/gpu.md): quiesce → make small → NVML closed in the engine → suspend → CRIU dump;
+CRIU restore → resume → wake.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from checkpoint.compatibility.gpu import Gpu
+from checkpoint.cuda.driver import DeviceMemory, Driver, DriverError, State
+from checkpoint.errors import Busy, Failed, HostLacks, Incompatible
+
+T = TypeVar("T")
+LOCK_TIMEOUT_S = 10.0
+MARGIN = 64 << 20
+"""Bytes of GPU memory that a restore may need beyond what was freed: contexts are allocated anew."""
+TURN_TIMEOUT_S = 300.0
+GIVE_BACK_TIMEOUT_S = 60.0
+"""How long the way back after a dump waits for its turn, and for memory that somebody else took meanwhile, before it tries all the same."""
+LOCKS = Path("/run/quickthaw")
+MULTI_GPU_SINCE: tuple[int, ...] | None = None
+"""The first driver version that checkpoints processes which share memory between GPUs (NCCL, CUDA IPC); none is known to."""
+_PARALLEL_FLAGS = (
+    "tensor-parallel-size",
+    "pipeline-parallel-size",
+    "data-parallel-size",
+    "tp-size",
+    "pp-size",
+    "dp-size",
+    "tp",
+    "pp",
+    "dp",
+)
+
+
+class Needs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """For a snapshot's manifest: how many processes hold a CUDA context, and bytes of GPU memory by the uuid of the GPU they were on."""
+
+    processes: int = 0
+    memory: dict[str, int] = {}
+
+
+def holders(driver: Driver, pids: Iterable[int]) -> list[int]:
+    """Those of the processes that hold a CUDA context. Raises Failed when the driver cannot say."""
+    try:
+        return [pid for pid in pids if driver.state(pid) is not None]
+    except DriverError as error:
+        raise Failed(
+            "cuda-query-failed", f"the driver does not tell which processes use CUDA: {error.result}"
+        ) from error
+
+
+def free_memory(driver: Driver) -> dict[str, int]:
+    """Bytes of free memory by GPU uuid. Raises Failed when the driver cannot say."""
+    return {device.uuid: device.free for device in _ask(driver.devices)}
+
+
+def memory_in_use(driver: Driver, pids: Iterable[int]) -> int:
+    """Bytes of GPU memory that some processes hold: what a checkpoint adds to their host memory. 0 where NVML does not tell (another PID
+    namespace). Raises Failed when the driver cannot say."""
+    found = holders(driver, pids)
+    usage = _ask(lambda: [driver.usage(pid) for pid in found])
+    return sum(size for by_gpu in usage for size in by_gpu.values())
+
+
+def suspend(
+    driver: Driver,
+    pids: Sequence[int],
+    lock_timeout_s: float = LOCK_TIMEOUT_S,
+    released: Callable[[Sequence[int]], None] | None = None,
+    visible: Sequence[str] | None = None,
+    awake: Mapping[str, int] | None = None,
+) -> tuple[list[int], Needs]:
+    """Take every CUDA process among `pids` off the GPU; returns them, and what bringing them back needs.
+
+    `visible`: uuids of the GPUs that the tree may use (None: every GPU); others are neighbours', whose memory comes and goes. `awake`: free
+    bytes by uuid while the engine held all of its memory, if it has put some away since: a replica takes that up again.
+    Nothing happens where none holds a context. `released` is called last, with all `pids`, to check that CRIU can go on (see
+    `check_released`); what it raises is undone like any error.
+
+    Raises Incompatible (multi-gpu, gpu-mig), Failed (cuda-lock-timeout, cuda-lock-failed, cuda-checkpoint-failed, cuda-stuck …), HostLacks.
+    """
+    found = holders(driver, pids)
+    if not found:
+        if released:
+            released(pids)
+        return [], Needs()
+    usage = _ask(lambda: {pid: driver.usage(pid) for pid in found})
+    devices = _ask(driver.devices)
+    before = {device.uuid: device.free for device in devices}
+    used = {uuid for by_gpu in usage.values() for uuid, size in by_gpu.items() if size}
+    refuse_multi_gpu(driver, used)
+    own = used or (before.keys() if visible is None else before.keys() & set(visible))
+    refuse_mig(devices, own)
+    try:
+        for pid in found:
+            _expect(driver, pid, State.RUNNING)
+            _step("lock", pid, driver.lock, int(lock_timeout_s * 1000))
+        for pid in found:
+            _step("checkpoint", pid, driver.checkpoint)
+        after = free_memory(driver)
+        if not used:
+            # NVML numbers processes as the host does: in a container only the memory that came free tells which GPUs were used.
+            refuse_multi_gpu(driver, {uuid for uuid in own if after.get(uuid, 0) - before[uuid] > MARGIN})
+        if released:
+            released(pids)
+    except BaseException as error:
+        _undo(driver, found, error)
+        raise
+    memory: dict[str, int] = {}
+    for uuid in own:
+        # Whichever sees more: per-process figures are missing across PID namespaces, and free memory moves under other processes.
+        told = sum(u.get(uuid, 0) for u in usage.values())
+        free_awake = min(before[uuid], (awake or before).get(uuid, before[uuid]))
+        needed = max(told, after.get(uuid, 0) - free_awake)
+        if needed > 0:
+            memory[uuid] = needed
+    return found, Needs(len(found), dict(sorted(memory.items())))
+
+
+def give_back(
+    driver: Driver,
+    pids: Sequence[int],
+    needs: Needs,
+    lock_folders: Sequence[Path] = (LOCKS,),
+    timeout_s: float = GIVE_BACK_TIMEOUT_S,
+) -> None:
+    """After a dump: every process of `pids` (as `suspend` returned them) to RUNNING.
+
+    The engine cannot go on without: it waits up to `timeout_s` for its turn and for memory that is short, and tries then all the same.
+    Raises Failed (cuda-stuck), and only that: the tree has to be ended.
+    """
+    limit = time.monotonic() + timeout_s
+    with contextlib.ExitStack() as turn:
+        # Busy, or no folder for locks: no reason to leave the engine off the GPU.
+        with contextlib.suppress(Busy, Failed):
+            turn.enter_context(_alone_on(lock_folders, needs.memory, timeout_s))
+        while time.monotonic() < limit:
+            try:
+                check_memory(driver, needs, margin=0)
+                break
+            except Incompatible:
+                time.sleep(0.1)
+            except (Failed, HostLacks):
+                break  # the driver does not answer: bring_back says what that means for each process
+        stuck = bring_back(driver, pids)
+    if stuck:
+        raise _stuck("after the dump", stuck)
+
+
+def resume(
+    driver: Driver,
+    pids: Sequence[int],
+    needs: Needs,
+    pairs: Sequence[tuple[str, str]] = (),
+    lock_folders: Sequence[Path] = (LOCKS,),
+) -> list[int]:
+    """Bring back every CUDA process among `pids` that is off the GPU; returns them, running.
+
+    `pairs`: (uuid then, uuid now) for every GPU when one differs, see `gpu_pairs`. `lock_folders`: where restores take turns; one in
+    the state folder is seen by other containers that share it.
+    Raises Busy (gpu-busy), Incompatible (gpu-memory-short, gpu-gone) before anything is touched; Failed (cuda-processes-differ,
+    cuda-restore-failed, cuda-unlock-failed, cuda-stuck). After a Failed of a replica's restore its tree has to be ended.
+    """
+    found = holders(driver, pids)
+    if len(found) != needs.processes:
+        raise Failed(
+            "cuda-processes-differ",
+            f"{needs.processes} processes held a CUDA context at the snapshot, {len(found)} do now",
+        )
+    if not found:
+        return []
+    where = dict(pairs)
+    with _alone_on(lock_folders, {where.get(uuid, uuid) for uuid in needs.memory}):
+        check_memory(driver, needs, pairs)
+        _restore_all(driver, found, pairs)
+    return found
+
+
+def _restore_all(driver: Driver, found: Sequence[int], pairs: Sequence[tuple[str, str]]) -> None:
+    try:
+        for pid in found:
+            _expect(driver, pid, State.CHECKPOINTED)
+        for pid in found:
+            _step("restore", pid, driver.restore, list(pairs))
+        for pid in found:
+            _step("unlock", pid, driver.unlock)
+    except BaseException as error:
+        _undo(driver, found, error, pairs)
+        raise
+
+
+@contextlib.contextmanager
+def _alone_on(folders: Iterable[Path], gpus: Iterable[str], timeout_s: float | None = None) -> Iterator[None]:
+    """One restore at a time on each GPU: two that both find the memory free would lose one of them.
+
+    A folder that cannot be written is left out where another can. Raises Busy (gpu-busy), Failed (gpu-lock-failed).
+    """
+    fds: list[int] = []
+    timeout_s = TURN_TIMEOUT_S if timeout_s is None else timeout_s
+    limit = time.monotonic() + timeout_s
+    try:
+        # In one order everywhere, so that nobody waits in a circle.
+        for uuid in sorted(gpus):
+            refused: OSError | None = None
+            opened = 0
+            for folder in folders:
+                try:
+                    folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+                    fd = os.open(folder / f"gpu-{uuid}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+                except OSError as error:
+                    refused = error
+                    continue
+                fds.append(fd)
+                opened += 1
+                _lock(fd, uuid, limit, timeout_s)
+            if not opened and refused:
+                raise Failed(
+                    "gpu-lock-failed", f"restores on GPU {uuid} cannot take turns: {refused}; make the folder writable"
+                )
+        yield
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
+def _lock(fd: int, uuid: str, limit: float, timeout_s: float) -> None:
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > limit:
+                raise Busy("gpu-busy", f"another restore has been using GPU {uuid} for {timeout_s:.0f} s") from None
+            time.sleep(0.005)
+
+
+def check_memory(driver: Driver, needs: Needs, pairs: Sequence[tuple[str, str]] = (), margin: int = MARGIN) -> None:
+    """Raise Incompatible unless every GPU has the memory free that a restore takes: there, running out cannot be undone."""
+    where = dict(pairs)
+    free = free_memory(driver)
+    wanted: dict[str, int] = {}
+    for uuid, size in needs.memory.items():
+        target = where.get(uuid, uuid)
+        wanted[target] = wanted.get(target, 0) + size
+    for uuid, size in wanted.items():
+        if uuid not in free:
+            raise Incompatible(
+                "gpu-gone",
+                f"the snapshot was taken on GPU {uuid}, which is not here, and no other is named in its place",
+            )
+        if free[uuid] < size + margin:
+            raise Incompatible(
+                "gpu-memory-short",
+                f"the restore takes {size >> 20} MiB on {uuid}, {free[uuid] >> 20} MiB are free; stop what else runs there",
+            )
+
+
+def gpu_pairs(then: Sequence[Gpu], now: Sequence[Gpu]) -> list[tuple[str, str]]:
+    """Which GPU takes the place of which, in the order the engine sees them; empty when all are the same ones.
+
+    Raises Incompatible when their numbers differ (see identity for their models).
+    """
+    if len(then) != len(now):
+        raise Incompatible("gpu-count-differs", f"visible GPUs: {len(then)} in the snapshot, {len(now)} here")
+    pairs = [(a.uuid, b.uuid) for a, b in zip(then, now, strict=True)]
+    return pairs if any(a != b for a, b in pairs) else []
+
+
+def refuse_multi_gpu(driver: Driver, used: Collection[str]) -> None:
+    """Raise Incompatible when several GPUs (uuids) are in use, unless the driver is known to checkpoint that."""
+    if len(used) < 2:
+        return
+    version = _ask(driver.version)
+    if MULTI_GPU_SINCE is None or tuple(int(n) for n in version.split(".") if n.isdigit()) < MULTI_GPU_SINCE:
+        raise multi_gpu_refusal(f"the engine uses {len(used)} GPUs, and driver {version}")
+
+
+def refuse_mig(devices: Iterable[DeviceMemory], own: Collection[str]) -> None:
+    """Raise Incompatible where a GPU of the engine is divided (MIG): a slice's memory and name are not the GPU's own."""
+    for device in devices:
+        if device.mig and device.uuid in own:
+            raise mig_refusal(f"GPU {device.uuid}")
+
+
+def refuse_slice(visible: str | None) -> None:
+    """Raise Incompatible where CUDA_VISIBLE_DEVICES names a slice of a GPU, before an engine is started for a snapshot."""
+    for word in (visible or "").split(","):
+        if word.strip().startswith("MIG"):
+            raise mig_refusal(word.strip())
+
+
+def mig_refusal(subject: str) -> Incompatible:
+    """The refusal of a divided GPU and what works there."""
+    return Incompatible(
+        "gpu-mig", f"{subject} is divided (MIG), which no driver was seen to checkpoint; the engine starts cold there"
+    )
+
+
+def refuse_parallel(arguments: Mapping[str, Sequence[Sequence[str]]]) -> None:
+    """Raise Incompatible by the command line alone, before an engine is started for a snapshot that cannot be taken.
+
+    `arguments`: as checkpoint.compatibility.launch_options normalises them. The file that `--config` names counts like the command line,
+    which overrides it.
+    """
+    given = {flag.lstrip("-"): values[-1][0] for flag, values in arguments.items() if values and values[-1]}
+    source = {flag.lstrip("-"): flag for flag in arguments}
+    for name, value in _config_file(given.get("config")).items():
+        if name not in given:
+            given[name], source[name] = value, f"{name} in {given['config']}"
+    for name in _PARALLEL_FLAGS:
+        if name in given and given[name] not in ("0", "1"):
+            raise multi_gpu_refusal(f"{source[name]} {given[name]} uses several GPUs, and the CUDA driver")
+
+
+def _config_file(path: str | None) -> dict[str, str]:
+    """An engine's own YAML file of arguments; empty where there is none, or where it is for the engine to refuse."""
+    if not path:
+        return {}
+    import yaml
+
+    try:
+        found = yaml.safe_load(Path(path).read_text())
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    if not isinstance(found, dict):
+        return {}
+    return {str(name).replace("_", "-"): str(value) for name, value in found.items()}
+
+
+def multi_gpu_refusal(subject: str) -> Incompatible:
+    """The refusal and the way out that works today."""
+    return Incompatible(
+        "multi-gpu",
+        f"{subject} cannot checkpoint memory shared between GPUs; "
+        "it starts cold, each rank reading the lazy mount; --snapshot-store keeps its compiled code for other hosts",
+    )
+
+
+def nvidia_files(pid: int, prefix: str = "/dev/nvidia") -> list[str]:
+    """Device files a process has open; CRIU refuses to dump any."""
+    found = set()
+    try:
+        for entry in os.scandir(f"/proc/{pid}/fd"):
+            try:
+                target = str(Path(entry.path).readlink())
+            except OSError:
+                continue  # closed meanwhile
+            if target.startswith(prefix):
+                found.add(target)
+    except OSError:
+        return []  # ended meanwhile
+    return sorted(found)
+
+
+def check_released(pids: Sequence[int], prefix: str = "/dev/nvidia") -> None:
+    """Raise Failed, naming process and file, while one of the processes still has a GPU's device file open (NVML, mostly)."""
+    for pid in pids:
+        if files := nvidia_files(pid, prefix):
+            name = Path(f"/proc/{pid}/comm").read_text().strip() if Path(f"/proc/{pid}/comm").exists() else "gone"
+            raise Failed(
+                "gpu-handle-open",
+                f"process {pid} ({name}) still holds {', '.join(files)}; NVML has to be shut down in it first",
+            )
+
+
+def bring_back(driver: Driver, pids: Sequence[int], pairs: Sequence[tuple[str, str]] = ()) -> dict[int, str]:
+    """Drive every process to RUNNING from wherever it stands; returns those that cannot be, each with the reason.
+
+    A process that is gone needs nothing. Each step is tried once: a driver that refuses it would refuse it again.
+    """
+    stuck = {}
+    for pid in pids:
+        try:
+            # At most CHECKPOINTED → LOCKED → RUNNING.
+            for _ in range(3):
+                state = driver.state(pid)
+                if state is None or state is State.RUNNING:
+                    break
+                if state is State.CHECKPOINTED:
+                    driver.restore(pid, list(pairs))
+                elif state is State.LOCKED:
+                    driver.unlock(pid)
+                else:
+                    stuck[pid] = f"is {state.name}"
+                    break
+            else:
+                stuck[pid] = "did not reach RUNNING"
+        except DriverError as error:
+            stuck[pid] = error.result
+        except HostLacks as error:
+            stuck[pid] = str(error)
+    return stuck
+
+
+def _undo(driver: Driver, pids: Sequence[int], cause: BaseException, pairs: Sequence[tuple[str, str]] = ()) -> None:
+    stuck = bring_back(driver, pids, pairs)
+    if stuck:
+        raise _stuck(str(cause), stuck) from cause
+
+
+def _stuck(when: str, stuck: Mapping[int, str]) -> Failed:
+    named = "; ".join(f"process {pid}: {why}" for pid, why in stuck.items())
+    return Failed("cuda-stuck", f"{when}, not brought back to the GPU: {named}; the engine has to be ended")
+
+
+def _expect(driver: Driver, pid: int, state: State) -> None:
+    found = _ask(lambda: driver.state(pid))
+    if found is not state:
+        raise Failed(
+            "cuda-state-unexpected", f"process {pid} is {found.name if found else 'without CUDA'}, not {state.name}"
+        )
+
+
+def _step(what: str, pid: int, call: Callable[..., None], *arguments: object) -> None:
+    try:
+        call(pid, *arguments)
+    except DriverError as error:
+        if what == "lock" and error.result.startswith("CUDA_ERROR_NOT_READY"):
+            raise Failed(
+                "cuda-lock-timeout", f"process {pid} has GPU work under way that does not end; it goes on running"
+            ) from error
+        if error.result.startswith("CUDA_ERROR_NOT_SUPPORTED"):
+            raise HostLacks(
+                "cuda-not-supported", f"no {what} of process {pid}: {error.result}; it takes driver 570 or newer"
+            ) from error
+        raise Failed(f"cuda-{what}-failed", f"process {pid}: {error.result}") from error
+
+
+def _ask(call: Callable[[], T]) -> T:
+    try:
+        return call()
+    except DriverError as error:
+        raise Failed("cuda-query-failed", f"the driver does not answer: {error.result}") from error

@@ -1,0 +1,1 @@
+"""What is in a snapshot, for people: bytes by kind (`contents`), the working set as a picture (`picture`)."""

@@ -1,0 +1,335 @@
+"""One address space being filled: a restored process, or a child that it forked since.
+
+Nothing here waits, and nothing reads events: the daemon's one thread does both in turn, which is what makes placing safe (see daemon).
+Standard library only.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+import threading
+from array import array
+from bisect import bisect_right
+
+from checkpoint.criu.pagemap import PAGE, ProcessImage
+from checkpoint.lazy_pages import uffd
+from checkpoint.lazy_pages.copy_plan import PageMap
+from checkpoint.lazy_pages.readahead import Source
+
+# One call places at most this much: a fault waits for at most one, 0.2 ms.
+CHUNK = 512 << 10
+# Below so many spans a map is cut span by span, each of which costs 10 µs; one pass over a map costs as much as a hundred.
+_FEW = 64
+# What has become of a piece.
+OPEN, DONE, CLAIMED = 0, 1, 2
+
+
+class Gone(Exception):
+    """The process has exited; nothing is left to fill."""
+
+
+class Again(Exception):
+    """Nothing can be placed now: an event waits to be read, CRIU has not registered this memory yet, or its pages are still to arrive."""
+
+
+class Plan:
+    """What one process needs, in order, as requests that the kernel takes as they are.
+
+    Pieces are disjoint, at most CHUNK long, and never cross the border of a mapping. A piece is data of the image or zeros. `batches`:
+    the fetcher's job that brings each piece's source; empty where all sources are in memory.
+    """
+
+    __slots__ = (
+        "_buffer",
+        "_by_address",
+        "_sorted",
+        "address",
+        "batches",
+        "cursor",
+        "done",
+        "ends",
+        "left",
+        "starts",
+        "zero",
+    )
+
+    def __init__(self) -> None:
+        self.starts: list[int] = []
+        self.ends: list[int] = []
+        self.zero: list[bool] = []
+        self.batches: list[int] = []
+        self.done = bytearray()
+        self.cursor = 0
+        self.left = 0
+        self.address = 0
+        self._buffer = array("Q")
+        self._sorted: list[int] = []
+        self._by_address: list[int] = []
+
+    def add(self, start: int, end: int, source: int, zero: bool, batch: int) -> None:
+        """Append [start, end), to be copied from our own address `source`."""
+        while start < end:
+            stop = min(end, start + CHUNK)
+            self.starts.append(start)
+            self.ends.append(stop)
+            self.zero.append(zero)
+            self.batches.append(batch)
+            self._buffer.extend((start, source, stop - start, 0, 0))
+            if not zero:
+                source += stop - start
+            start = stop
+
+    def seal(self) -> None:
+        """No more pieces: the requests stay where they are from now on."""
+        self.done = bytearray(len(self.starts))
+        self.left = len(self.starts)
+        self.address = self._buffer.buffer_info()[0]
+        self._by_address = sorted(range(len(self.starts)), key=self.starts.__getitem__)
+        self._sorted = [self.starts[index] for index in self._by_address]
+
+    @classmethod
+    def sealed(
+        cls, starts: array[int], ends: array[int], sources: array[int], zero: list[bool], by_address: array[int]
+    ) -> Plan:
+        """A plan whose sources are all in memory, of what `seal` has once worked out."""
+        plan = cls()
+        plan.starts, plan.ends, plan.zero = starts.tolist(), ends.tolist(), zero
+        plan._buffer = array("Q", bytes(uffd.REQUEST_BYTES * len(starts)))
+        plan._buffer[0::5], plan._buffer[1::5] = starts, sources
+        plan._buffer[2::5] = array("Q", map(int.__sub__, plan.ends, plan.starts))
+        plan.address = plan._buffer.buffer_info()[0]
+        plan.done, plan.left = bytearray(len(starts)), len(starts)
+        plan._by_address = by_address.tolist()
+        plan._sorted = list(map(plan.starts.__getitem__, plan._by_address))
+        return plan
+
+    def parts(self) -> tuple[array[int], array[int], array[int], list[bool], array[int]]:
+        """What `sealed` makes a plan of."""
+        return (
+            array("Q", self.starts),
+            array("Q", self.ends),
+            self._buffer[1::5],
+            self.zero,
+            array("Q", self._by_address),
+        )
+
+    def fresh(self) -> Plan:
+        """A sealed plan's twin of which nothing is done, for another tree."""
+        twin = Plan()
+        twin.starts, twin.ends, twin.zero, twin.batches = self.starts, self.ends, self.zero, self.batches
+        twin._sorted, twin._by_address = self._sorted, self._by_address
+        twin._buffer = self._buffer[:]  # the kernel writes its answers into the requests
+        twin.address = twin._buffer.buffer_info()[0]
+        twin.done, twin.left = bytearray(len(self.starts)), len(self.starts)
+        return twin
+
+    def source(self, index: int) -> int:
+        """Our own address that a piece is copied from."""
+        return self._buffer[5 * index + 1]
+
+    def find(self, address: int) -> int | None:
+        """The piece that `address` lies in and that is not done (it may be claimed)."""
+        at = bisect_right(self._sorted, address) - 1
+        if at < 0:
+            return None
+        index = self._by_address[at]
+        return index if address < self.ends[index] and self.done[index] != DONE else None
+
+    def next(self) -> int | None:
+        """The first piece that is neither done nor claimed."""
+        done = self.done.find(OPEN, self.cursor)
+        if done < 0:
+            self.cursor = len(self.done)
+            return None
+        self.cursor = done
+        return done
+
+    def finish(self, index: int) -> None:
+        if self.done[index] != DONE:
+            self.done[index] = DONE
+            self.left -= 1
+
+    def claim(self, index: int) -> None:
+        """For the second copier, which places it outside of the daemon's turn."""
+        if self.done[index] == OPEN:
+            self.done[index] = CLAIMED
+
+    def give_back(self, index: int) -> None:
+        """Claimed, and not placed."""
+        if self.done[index] == CLAIMED:
+            self.done[index] = OPEN
+            self.cursor = min(self.cursor, index)
+
+
+class Space:
+    """See the module. `map` tells what of the image is still to be brought."""
+
+    __slots__ = (
+        "_uncut",
+        "changed",
+        "fd",
+        "image",
+        "number",
+        "open",
+        "pid",
+        "placing",
+        "rough_map",
+        "settled",
+        "source",
+    )
+
+    def __init__(self, number: int, pid: int, fd: int, pages: PageMap, image: ProcessImage, source: Source) -> None:
+        self.number = number
+        self.pid = pid
+        self.fd = fd
+        self.rough_map = pages
+        """`map`, but that it may still list what `burst` has placed: placing that again is refused by the kernel."""
+        self._uncut: list[tuple[int, int]] = []
+        self.image = image
+        self.source = source
+        self.settled = False
+        """Whether every mapping is registered: before, ENOENT means not yet; after, it means no longer."""
+        self.changed = False
+        """Whether the process has dropped, moved or unmapped anything: from then on every placing asks the map."""
+        self.open = True
+        self.placing = threading.Lock()
+        """Held by the second copier while it places, and by the daemon while it reads events or closes the descriptor."""
+
+    @property
+    def map(self) -> PageMap:
+        """What of the image is still to be brought. After a burst the first look costs about a millisecond."""
+        if self._uncut:
+            spans, self._uncut = sorted(self._uncut), []
+            if len(spans) < _FEW:
+                for start, end in spans:
+                    self.rough_map.cut(start, end)
+            else:
+                self.rough_map.cut_all(spans)
+        return self.rough_map
+
+    def burst(self, plan: Plan, pieces: int, size: int) -> tuple[int, int]:
+        """Place up to `pieces` pieces, or about `size` bytes, of a plan whose sources are all in memory, one system call after the other;
+        returns (bytes of the image, bytes of zeros).
+
+        Only where nothing has changed its mappings. It stops before what the kernel refuses, which is `run`'s to look into.
+        """
+        fd, address, done = self.fd, plan.address, plan.done
+        starts, ends, zero, uncut = plan.starts, plan.ends, plan.zero, self._uncut
+        copied = zeros = 0
+        for _ in range(pieces):
+            index = done.find(OPEN, plan.cursor)
+            if index < 0:
+                plan.cursor = len(done)
+                break
+            plan.cursor = index
+            if uffd.request(fd, address + uffd.REQUEST_BYTES * index):
+                break
+            done[index] = DONE
+            plan.left -= 1
+            start, end = starts[index], ends[index]
+            if zero[index]:
+                zeros += end - start
+            else:
+                copied += end - start
+                uncut.append((start, end))
+            if copied + zeros >= size:
+                break
+        return copied, zeros
+
+    def place(self, start: int, end: int) -> int:
+        """Bring what the image has of [start, end); returns how many bytes that was. Raises Again, Gone, OSError."""
+        placed = 0
+        for low, high, offset in self.map.within(start, end):
+            if self.source.absent(offset, high - low):
+                raise Again  # moved here from where nothing has arrived yet
+            placed += self._place(low, high, self.source.address + offset)
+        return placed
+
+    def unmoved(self, start: int, end: int, offset: int) -> bool:
+        """Whether the image has these very bytes for [start, end), which the map lists with this offset: moved there they are others."""
+        return self.image.within(start, end) == [(start, end, offset)]
+
+    def _place(self, start: int, end: int, source: int) -> int:
+        placed = 0
+        while start < end:
+            done, code = uffd.copy(self.fd, start, source, end - start)
+            placed += done
+            if not done:
+                if code == errno.ENOENT and self.settled and end - start > PAGE:
+                    # Mappings were split or unmapped since the snapshot: find the border by halving.
+                    half = (end - start) // PAGE // 2 * PAGE
+                    placed += self._place(start, start + half, source)
+                    start, source = start + half, source + half
+                    continue
+                self._refused(code, "UFFDIO_COPY")
+                done = PAGE
+            self.map.cut(start, start + done)
+            start, source = start + done, source + done
+        return placed
+
+    def zero(self, start: int, end: int, zeros: int) -> int:
+        """Put pages of zeros where nothing is in [start, end), which the map has nothing of. `zeros`: our own address of CHUNK zeros."""
+        placed = 0
+        while start < end:
+            done, code = uffd.copy(self.fd, start, zeros, min(end - start, CHUNK))
+            if not done:
+                self._refused(code, "UFFDIO_COPY of zeros")
+                start += PAGE
+            start += done
+            placed += done
+        return placed
+
+    def zero_fault(self, address: int, end: int) -> int:
+        """Let [address, end) read as zeros up to the first page that exists, and wake who waits for `address`; returns bytes."""
+        done, code = uffd.zero(self.fd, address, end - address)
+        if code == errno.ENOENT and end - address > PAGE:
+            done, code = uffd.zero(self.fd, address, PAGE)
+        if not done:
+            self._refused(code, "UFFDIO_ZEROPAGE")
+            # A page came meanwhile, or the mapping is not ours any more: whoever waits sees what is there now.
+            uffd.wake(self.fd, address, PAGE)
+        return done
+
+    def run(self, plan: Plan, index: int, zeros: int) -> int:
+        """Place one piece of the plan; returns bytes. Raises Again, Gone, OSError."""
+        start, end = plan.starts[index], plan.ends[index]
+        if not self.changed and uffd.request(self.fd, plan.address + uffd.REQUEST_BYTES * index) == 0:
+            return self.placed(plan, index)
+        placed, position = 0, start
+        for low, high, offset in self.map.within(start, end):
+            placed += self.zero(position, low, zeros)
+            if not plan.zero[index] and self.unmoved(low, high, offset) and not self.source.absent(offset, high - low):
+                placed += self._place(
+                    low, high, plan.source(index) + low - start
+                )  # which may be there where the image is not
+            else:
+                placed += self.place(low, high)
+            position = high
+        placed += self.zero(position, end, zeros)
+        plan.finish(index)
+        return placed
+
+    def placed(self, plan: Plan, index: int) -> int:
+        """Note that a whole piece is in place; returns its bytes."""
+        start, end = plan.starts[index], plan.ends[index]
+        self._uncut.append((start, end))
+        plan.finish(index)
+        return end - start
+
+    def _refused(self, code: int, what: str) -> None:
+        """What it means that the kernel placed nothing: returns when the page is there already or not ours any more."""
+        if code == errno.EEXIST or (code == errno.ENOENT and self.settled):
+            return
+        if code in (errno.EAGAIN, errno.ENOENT):
+            raise Again
+        if code == errno.ESRCH:
+            raise Gone
+        raise OSError(code, f"{what} in process {self.pid}: {os.strerror(code)}")
+
+
+@functools.cache
+def zero_source() -> int:
+    """Our own address of CHUNK bytes of zeros, the same for every tree that this process serves."""
+    return uffd.zero_pages(CHUNK)

@@ -1,0 +1,100 @@
+"""The plans made of a working set, kept as `.verified-plans` beside the page maps (checkpoint.lazy_pages.pagemap_cache), for later
+restores.
+
+What is kept says for which image files and which working set it holds, and carries a digest of itself, since a wrong offset would put
+wrong bytes in place. Where anything differs, the plans are made again. Standard library only.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Mapping
+
+from checkpoint.criu.pagemap import ProcessImage
+from checkpoint.lazy_pages import cache_file, pack, pagemap_cache, uffd
+from checkpoint.lazy_pages.address_space import CHUNK, Plan
+from checkpoint.lazy_pages.readahead import Source
+
+FILE_NAME = ".verified-plans"
+_VERSION = 3
+
+
+def keep(
+    images: str,
+    working_set: bytes,
+    found: Mapping[int, Plan],
+    of: Mapping[int, ProcessImage],
+    sources: Mapping[str, Source],
+) -> bool:
+    """Keep sealed plans for the next restore from the folder `images` with this working set; whether their pages are packed."""
+    place = pagemap_cache.path(images, pack.FILE_NAME)
+    places = pack.write(place, found)
+    processes, sections = [], []
+    for pid, plan in found.items():
+        source = sources.get(of[pid].pages_file)
+        starts, ends, addresses, zero, by_address = plan.parts()
+        base = source.address if source else 0
+        offsets = (
+            places[pid]
+            if places
+            else array("Q", [0 if none else at - base for at, none in zip(addresses, zero, strict=True)])
+        )
+        processes.append(pid)
+        sections += [starts.tobytes(), ends.tobytes(), offsets.tobytes(), bytes(zero), by_address.tobytes()]
+    try:
+        packed = pack.stamp(place) if places else None
+    except OSError:
+        return False  # somebody has removed it
+    head = {
+        "version": _VERSION,
+        "images": pagemap_cache.stamps(images),
+        "working_set": working_set.hex(),
+        "pack": packed,
+    }
+    pagemap_cache.write(images, FILE_NAME, cache_file.packed({**head, "processes": processes}, sections))
+    return bool(places)
+
+
+def read(
+    images: str, working_set: bytes, of: Mapping[int, ProcessImage], sources: Mapping[str, Source], zeros: int
+) -> tuple[dict[int, Plan], Source | None] | None:
+    """What `keep` kept, for sources as they are mapped here, and `zeros`, our own address of zeros; None where nothing fits these files.
+
+    With it the pack that these plans copy from, if any: it has to stay as long as they do.
+    """
+    packed = None
+    try:
+        head, sections = cache_file.unpacked(pagemap_cache.checked(images, FILE_NAME))
+        if head["version"] != _VERSION or head["working_set"] != working_set.hex():
+            return None
+        if not pagemap_cache.same(head["images"], pagemap_cache.stamps(images)):
+            return None
+        if head["pack"] is not None:
+            packed = Source(pagemap_cache.path(images, pack.FILE_NAME))
+            if list(packed.stamp()) != head["pack"]:
+                return None
+            uffd.prefer_large(packed.address, packed.size)
+        found = {}
+        parts = iter(sections)
+        for pid in head["processes"]:
+            source = packed or sources.get(of[pid].pages_file)
+            base, size = (source.address, source.size) if source else (0, 0)
+            starts, ends, offsets = (cache_file.numbers(next(parts)) for _ in range(3))
+            nothing, by_address = [bool(byte) for byte in next(parts)], cache_file.numbers(next(parts))
+            _check(starts, ends, offsets, nothing, by_address, size)
+            at = array("Q", [zeros if none else offset + base for offset, none in zip(offsets, nothing, strict=True)])
+            found[pid] = Plan.sealed(starts, ends, at, nothing, by_address)
+    except (OSError, ValueError, LookupError, TypeError, StopIteration):
+        return None  # none yet, of another version, or damaged
+    return found, packed
+
+
+def _check(
+    starts: array[int], ends: array[int], offsets: array[int], nothing: list[bool], by_address: array[int], size: int
+) -> None:
+    """Raise ValueError where a piece would be copied from outside of a source of `size` bytes."""
+    for start, end, offset, none in zip(starts, ends, offsets, nothing, strict=True):
+        if not 0 < end - start <= CHUNK or (not none and offset + end - start > size):
+            raise ValueError("a piece that no image holds")
+    if sorted(by_address) != list(range(len(starts))):
+        raise ValueError("an order that is none")

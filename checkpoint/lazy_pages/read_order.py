@@ -1,0 +1,265 @@
+"""What a restore reads of its images before the first token, kept in the order in which a disk should bring it: `.verified-reading`.
+
+From a cold disk every part of a restore would ask for its own pages: CRIU for the images, the page server for the working set, the
+engine for what is mapped. Small reads then wait behind large ones, and each fault on a mapped library brings megabytes of neighbours.
+So all of it is asked for at once, before anybody else reads: images that CRIU parses, what it copies, what was used of mapped libraries
+(checkpoint.lazy_pages.touched_pages), what the page server copies, and then what is mapped, in the order of need.
+
+It is about time only: a wrong list brings pages that nobody needs. Standard library only.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from array import array
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from checkpoint.lazy_pages import cache_file, pack, pagemap_cache, uffd
+from checkpoint.lazy_pages.uffd import PAGE
+
+if TYPE_CHECKING:
+    from checkpoint.criu.pagemap import ProcessImage
+    from checkpoint.lazy_pages.working_set import WorkingSet
+
+FILE_NAME = ".verified-reading"
+_VERSION = 4
+# Bytes between two pieces up to which a disk reads both at once as fast as one after the other.
+_NEAR = 16 << 10
+# What is mapped, and the pack, are read in blocks of a file as large as a folio can be, in the order in which they are needed; of a block
+# of which a smaller share is needed, only that. Pages read one by one in a block would keep it from being one folio.
+_BLOCK = 2 << 20
+_WHOLE = 0.25
+# How many threads ask for them: a disk would be idle while the only one waits for its turn on a processor.
+_READERS = 2
+# And for how many in one call, which a stop waits for.
+_AT_ONCE = 32
+_SAMPLES = 200
+
+Piece = tuple[int, int, int]
+"""(number of the file, offset, length)"""
+
+
+class Reading:
+    """The list that was kept for a folder of images, and the thread that asks a disk for it.
+
+    `working_set` is the digest of the working set it was made with, empty where no list is kept. `cold`: whether some of it is not in the
+    page cache. `asked`: set, and who listens told, once the disk was asked for everything that somebody copies; what is mapped follows.
+    """
+
+    @classmethod
+    def begun(cls, config: Mapping[str, object]) -> Reading | None:
+        """For what a page server was told; None where nothing is known of the working set, images are still arriving, or nothing but the
+        images may serve."""
+        without = config.get("record") or config.get("arriving") or not config.get("pack", True)
+        return None if without else cls(str(config["images"]))
+
+    def __init__(self, images: str) -> None:
+        self.working_set = b""
+        self.cold = False
+        self.asked = threading.Event()
+        self._images = images
+        self._notify: Callable[[], None] = lambda: None
+        self._stopping = False
+        self._fds: list[int] = []
+        self._whole: list[str] = []
+        self._small, self._copied, self._mapped = array("Q"), array("Q"), array("Q")
+        try:
+            head, lists = cache_file.unpacked(pagemap_cache.checked(images, FILE_NAME))
+            if head["version"] != _VERSION:
+                return
+            for pieces, body in zip((self._small, self._copied, self._mapped), lists, strict=True):
+                pieces.frombytes(body)
+            paths = [os.path.join(images, cache_file.pages_file(name)) for name in head["names"]]
+            if head["packed"]:
+                paths.append(pagemap_cache.path(images, pack.FILE_NAME))
+            for path in paths:
+                self._fds.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+            if any(os.path.basename(name) != name for name in head["whole"]):
+                raise ValueError("a file that is no image")
+            self._whole, self.working_set = head["whole"], bytes.fromhex(head["working_set"])
+            self.cold = not self._cached()
+        except (OSError, ValueError, TypeError, LookupError):
+            self.working_set, self.cold = b"", False  # none yet, of another version, or damaged
+        if self.cold:
+            try:
+                # Hundreds of calls, each of which would wait for its turn of the interpreter if it were another thread's.
+                for file, offset, length in _triples(self._small):
+                    self._ask(self._fds[file], offset, length)
+                threading.Thread(target=self._read, name="reading", daemon=True).start()
+                return
+            except (
+                RuntimeError,
+                OSError,
+                LookupError,
+            ):  # no more threads, or no such piece: everybody reads for himself
+                self.working_set, self.cold = b"", False
+        self._close()
+
+    def listen(self, notify: Callable[[], None]) -> None:
+        """Call `notify`, from a thread, when `asked` is set; at once where it is."""
+        self._notify = notify
+        if self.asked.is_set():
+            notify()
+
+    @property
+    def size(self) -> int:
+        """Bytes of what is listed, without the files that are read whole."""
+        return sum(sum(pieces[2::3]) for pieces in (self._small, self._copied, self._mapped))
+
+    def keep(
+        self,
+        working_set: WorkingSet,
+        of: Mapping[int, ProcessImage],
+        used: Mapping[int, list[tuple[int, int, int]]],
+        packed: bool,
+    ) -> None:
+        """Keep what a restore reads with this working set.
+
+        `used`: of each process, what it used of its mapped memory beside, as (first address, end address, offset in the pages file).
+        `packed`: whether the page server copies from a pack (checkpoint.lazy_pages.pack) instead of the images.
+        """
+        whole = sorted(name for name in os.listdir(self._images) if not name.startswith("pages-"))
+        names = sorted({image.pages_file for image in of.values()})
+        number = {name: at for at, name in enumerate(names)}
+        copied: dict[int, list[tuple[int, int]]] = {}
+        mapped: list[Piece] = []
+        small: list[Piece] = []
+        for pid, image in of.items():
+            runs = _of_file([*image.eager, *used.get(pid, ())])
+            small += [(number[image.pages_file], low, high - low) for low, high in _near(runs, _NEAR)]
+        for pid, start, end in working_set.before_first_token:
+            if found := of.get(pid):
+                file = number[found.pages_file]
+                copied.setdefault(file, []).extend(_of_file(found.within(start, end)))
+                mapped += [(file, low, high - low) for low, high in _of_file(found.mapped_within(start, end))]
+        large: list[Piece] = []
+        if packed:
+            large = _in_blocks([(len(names), 0, os.stat(pagemap_cache.path(self._images, pack.FILE_NAME)).st_size)])
+        else:
+            small += [(file, low, high - low) for file, runs in copied.items() for low, high in _near(runs, _NEAR)]
+        head = {"version": _VERSION, "working_set": working_set.digest.hex(), "names": names, "packed": packed}
+        lists = [cache_file.flat(pieces) for pieces in (small, large, _in_blocks(mapped))]
+        pagemap_cache.write(self._images, FILE_NAME, cache_file.packed({**head, "whole": whole}, lists))
+
+    def stop(self) -> None:
+        """What has not been asked for is left aside; the thread is not waited for."""
+        self._stopping = True
+
+    def _cached(self) -> bool:
+        """Whether some pages, evenly chosen, are in the page cache."""
+        byte = bytearray(1)
+        for fd in self._fds:
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # else a look at one page brings its neighbours
+        try:
+            for pieces in (self._small, self._copied, self._mapped):
+                for at in range(0, len(pieces), 3 * max(1, len(pieces) // (3 * _SAMPLES))):
+                    file, offset, _ = pieces[at : at + 3]
+                    os.preadv(self._fds[file], [byte], offset, os.RWF_NOWAIT)
+        except BlockingIOError:
+            return False
+        finally:
+            for fd in self._fds:
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_NORMAL)
+        return True
+
+    def _read(self) -> None:
+        try:
+            try:
+                for name in self._whole:  # opening forty files takes 10 ms beside everything else that starts now
+                    fd = os.open(os.path.join(self._images, name), os.O_RDONLY | os.O_CLOEXEC)
+                    self._ask(fd, 0, 0)
+                    os.close(fd)
+                self._read_large(self._copied)
+            finally:
+                self.asked.set()
+                self._notify()
+            self._read_large(self._mapped)
+        except (OSError, LookupError, RuntimeError):
+            pass  # who needs the bytes reads them himself, and tells what is wrong
+        finally:
+            self._close()
+
+    def _ask(self, fd: int, offset: int, length: int) -> None:
+        if not self._stopping:
+            os.posix_fadvise(fd, offset, length, os.POSIX_FADV_WILLNEED)
+
+    def _read_large(self, pieces: array[int]) -> None:
+        """Through mappings that prefer large pages: folios of 2 MB come at full speed, and cost hardly more than ones of 4 KB."""
+        sources: dict[int, tuple[int, int, bool]] = {}
+        try:
+            whole: list[tuple[int, int]] = []
+            for file, offset, length in _triples(pieces):
+                if file not in sources:
+                    address, size = uffd.map_file(f"/proc/self/fd/{self._fds[file]}")
+                    sources[file] = (address, size, size > 0 and uffd.prefer_large(address, size))
+                address, size, large = sources[file]
+                if large and length == _BLOCK and offset < size:
+                    whole.append((address + offset, min(length, -(-size // PAGE) * PAGE - offset)))
+                else:
+                    self._ask(self._fds[file], offset, length)
+            others = [
+                threading.Thread(target=self._populate, args=(whole[first::_READERS],), name="reading", daemon=True)
+                for first in range(1, _READERS)
+            ]
+            for other in others:
+                other.start()
+            self._populate(whole[::_READERS])
+            for other in others:
+                other.join()
+        finally:
+            for address, size, _ in sources.values():
+                if size:
+                    uffd.unmap(address, size)
+
+    def _populate(self, blocks: list[tuple[int, int]]) -> None:
+        for at in range(0, len(blocks), _AT_ONCE):
+            if not self._stopping:
+                uffd.populate_all(blocks[at : at + _AT_ONCE])
+
+    def _close(self) -> None:
+        fds, self._fds = self._fds, []
+        for fd in fds:
+            os.close(fd)
+
+
+def _of_file(runs: Iterable[tuple[int, int, int]]) -> list[tuple[int, int]]:
+    """Addresses as places of the file."""
+    return [(offset, offset + end - start) for start, end, offset in runs]
+
+
+def _near(runs: Iterable[tuple[int, int]], gap: int) -> list[tuple[int, int]]:
+    """Ascending, those that lie within `gap` bytes of each other as one."""
+    found: list[tuple[int, int]] = []
+    for low, high in sorted(runs):
+        if found and low - found[-1][1] <= gap:
+            found[-1] = (found[-1][0], max(high, found[-1][1]))
+        else:
+            found.append((low, high))
+    return found
+
+
+def _in_blocks(pieces: Sequence[Piece]) -> list[Piece]:
+    """Pieces in the order of need as blocks of the files, by when half of a block's bytes are needed, about; of some only a part."""
+    parts: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    when: dict[tuple[int, int], tuple[int, int]] = {}
+    for at, (file, offset, length) in enumerate(pieces):
+        for low in range(offset // _BLOCK * _BLOCK, offset + length, _BLOCK):
+            start, end = max(low, offset), min(low + _BLOCK, offset + length)
+            parts.setdefault((file, low), []).append((start, end))
+            total, weight = when.get((file, low), (0, 0))
+            when[file, low] = (total + at * (end - start), weight + end - start)
+    order = sorted(parts, key=lambda block: when[block][0] / when[block][1])
+    found = []
+    for file, block in order:
+        near = _near(parts[file, block], _NEAR)
+        if sum(high - low for low, high in near) >= _WHOLE * _BLOCK:
+            near = [(block, block + _BLOCK)]
+        found += [(file, low, high - low) for low, high in near]
+    return found
+
+
+def _triples(numbers: array[int]) -> Iterable[Piece]:
+    three = iter(numbers)
+    return zip(three, three, three, strict=True)

@@ -1,0 +1,147 @@
+"""Images that are still arriving from a remote store: which of their pages are in place, and who waits for the others.
+
+The owner (checkpoint.store.download) fills sparse page files with verified pages and marks each in a map, a file of one byte per page that
+page
+servers have mapped. A page is read here only after it was marked; one that is wanted is asked for through the owner's socket, and the
+owner says when something has come. Standard library only.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import struct
+from collections import deque
+from collections.abc import Callable, Mapping
+
+from checkpoint.lazy_pages import uffd
+from checkpoint.lazy_pages.readahead import Job, Source
+
+_MAGIC = b"QTPM"
+PAGE = 4096
+
+
+class Presence:
+    """The map: `QTPM`, a 32-bit length, a JSON head (pages of each file), then a byte for every page, 1 once it is in place."""
+
+    def __init__(self, memory: mmap.mmap, base: int, pages: Mapping[str, int]) -> None:
+        self._memory = memory
+        self._start: dict[str, int] = {}
+        for name, count in pages.items():
+            self._start[name] = base
+            base += count
+        self._one = b"\1" * 4096
+
+    @classmethod
+    def make(cls, path: str, sizes: Mapping[str, int]) -> Presence:
+        """A new map with nothing in place; `sizes` in bytes. Raises OSError where the disk has no room for all of it."""
+        pages = {name: -(-size // PAGE) for name, size in sizes.items()}
+        head = json.dumps(pages).encode()
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            os.write(fd, _MAGIC + struct.pack("<I", len(head)) + head)
+            # Not sparse: a page that a full disk has no block for would end this process when it is marked, and a reader as well (SIGBUS).
+            os.posix_fallocate(fd, 0, 8 + len(head) + sum(pages.values()))
+            return cls(mmap.mmap(fd, 0), 8 + len(head), pages)
+        finally:
+            os.close(fd)
+
+    @classmethod
+    def open(cls, path: str) -> Presence:
+        """The map that somebody else fills. Raises OSError, or ValueError for what is none."""
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            memory = mmap.mmap(fd, 0, prot=mmap.PROT_READ)
+        finally:
+            os.close(fd)
+        if memory[:4] != _MAGIC:
+            raise ValueError(f"{path} is no map of pages")
+        (size,) = struct.unpack_from("<I", memory, 4)
+        return cls(memory, 8 + size, json.loads(memory[8 : 8 + size]))
+
+    def mark(self, name: str, offset: int, length: int) -> None:
+        """The pages of [offset, offset + length) of a file are in place; files that have no page map are left out."""
+        start = self._start.get(name)
+        if start is not None:
+            low, high = start + offset // PAGE, start + (offset + length) // PAGE
+            for at in range(low, high, 4096):
+                end = min(high, at + 4096)
+                self._memory[at:end] = self._one[: end - at]
+
+    def has(self, name: str, offset: int, length: int) -> bool:
+        """Whether all pages of [offset, offset + length) are in place."""
+        low = self._start[name] + offset // PAGE
+        return self._memory.find(b"\0", low, low + -(-length // PAGE)) < 0
+
+    def close(self) -> None:
+        self._memory.close()
+
+
+class ArrivingSource(Source):
+    """A page file that is being filled. Nothing of it is read before it is in place."""
+
+    def __init__(self, path: str, presence: Presence) -> None:
+        super().__init__(path)
+        self.name = f"images/{os.path.basename(path)}"
+        self.presence = presence
+
+    def resident(self, offset: int, length: int) -> bool:
+        return self.presence.has(self.name, offset, length)
+
+    def absent(self, offset: int, length: int) -> bool:
+        return not self.presence.has(self.name, offset, length)
+
+
+def open_source(path: str, presence: Presence | None) -> Source:
+    """The page file at `path`: one that is being filled where there is a map of what is in place."""
+    return ArrivingSource(path, presence) if presence else Source(path)
+
+
+class Waiting:
+    """Jobs that wait for pages to come; takes the place of checkpoint.lazy_pages.readahead.Fetcher, without a thread.
+
+    `ask` (None: nobody) is called for what is not there: (name of the file, offset, length).
+    """
+
+    def __init__(self, notify: Callable[[], None], ask: Callable[[str, int, int], None] | None = None) -> None:
+        self.done: deque[tuple[int, int, int]] = deque()
+        self._notify = notify
+        self._ask = ask
+        # Jobs, what of each is not there yet (the last is looked at first), and the bytes that were not.
+        self._jobs: list[tuple[Job, list[tuple[Source, int, int]], int]] = []
+
+    def start(self) -> None:
+        return
+
+    def stop(self) -> None:
+        """Nobody asks any more."""
+        self._ask, self._jobs = None, []
+
+    def submit(self, number: int, parts: list[tuple[Source, int, int]]) -> None:
+        absent = [part for part in reversed(parts) if not part[0].resident(part[1], part[2])]
+        if self._ask:
+            for source, offset, length in absent:
+                assert isinstance(source, ArrivingSource)
+                self._ask(source.name, offset, length)
+        self._jobs.append(((number, parts), absent, sum(length for _, _, length in absent)))
+        if not absent:
+            self.look()
+
+    def look(self) -> None:
+        """Something has come."""
+        waiting = []
+        for job, absent, cold in self._jobs:
+            while absent and absent[-1][0].resident(absent[-1][1], absent[-1][2]):
+                absent.pop()
+            if absent:
+                waiting.append((job, absent, cold))
+                continue
+            number, parts = job
+            failed = 0
+            for source, offset, length in parts:
+                failed = uffd.populate(source.address + offset, length) or failed
+            self.done.append((number, failed, cold))
+        self._jobs = waiting
+        if self.done:
+            self._notify()

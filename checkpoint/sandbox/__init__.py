@@ -1,0 +1,2 @@
+"""The sandbox that an engine runs in: its first process (`init`), the owner's side (`sandbox`), and helpers started beforehand
+(`prestart`)."""

@@ -1,0 +1,488 @@
+"""Process 1 of a sandbox: makes the namespaces, starts, dumps and restores what it is told to, and takes everything down with it.
+
+Run by checkpoint.sandbox.prestart, forked or as `python -I -S init.py CONTROL_FD`, with its configuration as the first message on the
+control
+socket (one JSON object a message, SOCK_SEQPACKET). Standard library only, so that it starts in 15 ms: it is on the path of every restore.
+
+Promises:
+- The control socket's other end is the owner. When the owner is gone, however it died, every process of the sandbox is killed and
+  this process exits: with process 1 the kernel ends the PID namespace, the mounts and the network with it.
+- Two processes: the outer one enters the namespaces and waits; the inner one is process 1. Either's death is the other's.
+- Orphans of the tree are reaped; the exit of a started or restored root process is reported as an event.
+"""
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import json
+import os
+import selectors
+import signal
+import socket
+import struct
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+CLONE_NEWTIME, CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWPID, CLONE_NEWNET = 0x80, 0x20000, 0x8000000, 0x20000000, 0x40000000
+CLONE_NEWUSER = 0x10000000
+MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND, MS_REC, MS_SLAVE, MS_RDONLY, MS_REMOUNT = 2, 4, 8, 4096, 16384, 1 << 19, 1, 32
+PR_SET_PDEATHSIG, PR_SET_NAME, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER = 1, 15, 22, 36
+MESSAGE_BYTES = 1 << 20
+# Processes of the engine get numbers above this one, so that a restore, which needs those numbers free, can use the ones below
+# for process 1, CRIU and its helpers.
+FIRST_ENGINE_PID = 1000
+KERNEL_FACTS = "/run/criu.kdat"  # CRIU's, see cover_run
+
+Message = dict[str, Any]
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+def check(result: int, what: str) -> int:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{what}: {os.strerror(number)}")
+    return result
+
+
+def mount(source: str, target: str, kind: str, flags: int, data: str = "") -> None:
+    check(
+        libc.mount(
+            source.encode(), target.encode(), kind.encode() or None, ctypes.c_ulong(flags), data.encode() or None
+        ),
+        f"mount {target}",
+    )
+
+
+@contextlib.contextmanager
+def doing(what: str) -> Iterator[None]:
+    """Name in an error of the operating system what was being done."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, f"{what}: {os.strerror(error.errno or 0)}") from error
+
+
+def loopback_up() -> None:
+    """`ip link set lo up` without iproute2 (netdevice(7): SIOCGIFFLAGS, SIOCSIFFLAGS, IFF_UP)."""
+    with doing("loopback up"), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        request = struct.pack("16sh22x", b"lo", 0)
+        flags = struct.unpack_from("16sh", fcntl.ioctl(sock, 0x8913, request))[1]
+        fcntl.ioctl(sock, 0x8914, struct.pack("16sh22x", b"lo", flags | 1))
+
+
+def set_monotonic(wanted_ns: int) -> None:
+    """Let the children's monotonic and boot clocks stand at `wanted_ns` now (time_namespaces(7)); before the first child."""
+    offset = wanted_ns - time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+    seconds, nanoseconds = divmod(offset, 10**9)
+    with doing("set the clock"), open("/proc/self/timens_offsets", "w") as file:
+        file.write(f"monotonic {seconds} {nanoseconds}\nboottime {seconds} {nanoseconds}\n")
+
+
+def make_network_and_clock(monotonic_ns: int) -> None:
+    """Unshare the network, with loopback up, and the clock, at `monotonic_ns` unless that is 0."""
+    check(libc.unshare(CLONE_NEWNET), "unshare(network)")
+    loopback_up()
+    check(libc.unshare(CLONE_NEWTIME), "unshare(time)")
+    if monotonic_ns:
+        set_monotonic(monotonic_ns)
+
+
+def join_network_and_clock(monotonic_ns: int) -> None:
+    """Join a network and a clock that belong to a user namespace of our own; before CLONE_NEWPID.
+
+    Who made a user namespace has every capability over what belongs to it (user_namespaces(7)): neither CAP_NET_ADMIN nor CAP_SYS_TIME
+    is needed. Processes stay in the user namespace that they are in.
+    """
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    child = os.fork()
+    if not child:
+        try:
+            check(libc.unshare(CLONE_NEWUSER), "unshare(user)")
+            make_network_and_clock(monotonic_ns)
+            fds = [
+                os.open(f"/proc/self/ns/{name}", os.O_RDONLY | os.O_CLOEXEC) for name in ("net", "time_for_children")
+            ]
+            socket.send_fds(theirs, [b"made"], fds)
+        except OSError as error:
+            theirs.send(json.dumps([error.errno, error.strerror]).encode())
+        finally:
+            os._exit(0)
+    theirs.close()
+    with ours:
+        answer, fds, _, _ = socket.recv_fds(ours, MESSAGE_BYTES, 2)
+    os.waitpid(child, 0)
+    if answer != b"made":
+        raise OSError(*json.loads(answer)) if answer else OSError(errno.ECHILD, "the helper for the network was killed")
+    for fd, kind in zip(fds, (CLONE_NEWNET, CLONE_NEWTIME), strict=True):
+        check(libc.setns(fd, kind), "join the network and the clock")
+        os.close(fd)
+
+
+def enter_namespaces(config: Message) -> None:
+    """Unshare everything. Raises OSError, whose text names the operation, and what else was tried."""
+    check(libc.unshare(CLONE_NEWNS | CLONE_NEWIPC), "unshare")
+    try:
+        make_network_and_clock(config["monotonic_ns"])
+    except PermissionError as direct:
+        try:
+            join_network_and_clock(config["monotonic_ns"])
+        except OSError as error:
+            raise OSError(direct.errno, f"{direct.strerror}; in a user namespace {error.strerror}") from error
+    check(libc.unshare(CLONE_NEWPID), "unshare(processes)")
+
+
+def cover_run(kernel_facts: str) -> None:
+    """Lay a tmpfs over a /run that is not one (in most containers), with everything in it shown through.
+
+    CRIU keeps what it found out about the kernel in /run/criu.kdat, and only on a tmpfs, which a reboot empties. Without it, every
+    restore asks the kernel again, for 40 ms and more. `kernel_facts` is what an earlier one left (checkpoint.criu.binary keeps it).
+    """
+    with open("/proc/mounts") as mounts:
+        if any(line.split(" ", 3)[1:3] == ["/run", "tmpfs"] for line in mounts):
+            return  # CRIU keeps its own there, for the whole host
+    below = os.open("/run", os.O_RDONLY | os.O_DIRECTORY)  # the covered folder stays reachable through its descriptor
+    try:
+        entries = list(os.scandir(below))
+        mount("run", "/run", "tmpfs", MS_NOSUID | MS_NODEV, "mode=0755")
+        for entry in entries:
+            target = f"/run/{entry.name}"
+            if entry.name.startswith("criu.kdat"):
+                continue
+            if entry.is_symlink():
+                os.symlink(os.readlink(entry.name, dir_fd=below), target)
+                continue
+            if entry.is_dir():
+                os.mkdir(target)
+            else:
+                os.close(os.open(target, os.O_CREAT | os.O_WRONLY, 0o600))
+            mount(f"/proc/self/fd/{below}/{entry.name}", target, "", MS_BIND | MS_REC)
+    finally:
+        os.close(below)
+    with contextlib.suppress(FileNotFoundError), open(kernel_facts, "rb") as known, open(KERNEL_FACTS, "wb") as file:
+        file.write(known.read())
+
+
+def prepare_mounts(config: Message) -> None:
+    # Slave: an unmount on the host reaches the copies in here, so a sandbox never keeps a lazy mount of the host alive.
+    mount("none", "/", "", MS_REC | MS_SLAVE)
+    cover_run(config["kernel_facts"])
+    mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
+    mount("shm", "/dev/shm", "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777")
+    root = config["run_dir"]
+    mount("quickthaw", root, "tmpfs", MS_NOSUID | MS_NODEV, "mode=0755")
+    for name in ("tmp", "cache", "control"):
+        os.mkdir(f"{root}/{name}", 0o700)
+    # Inductor keeps precompiled headers (150 MB) below TMPDIR whatever its cache setting says; they belong into the cache.
+    os.symlink(f"{root}/cache/tmp-inductor", f"{root}/tmp/torchinductor_{config['user']}")
+    for source, target, read_only in config["binds"]:
+        if not os.path.isdir(target):
+            os.makedirs(target)
+        mount(source, target, "", MS_BIND)
+        if read_only:
+            mount("none", target, "", MS_BIND | MS_REMOUNT | MS_RDONLY | MS_NOSUID | MS_NODEV)
+
+
+def refuse_io_uring() -> None:
+    """Answer ENOSYS to io_uring: CRIU cannot dump its rings, and libuv opens one unasked. The filter lives on in the snapshot.
+
+    Five instructions (seccomp(2)), since its calls have the same numbers on every architecture and neither libseccomp nor a compiler, by
+    which Python would look for it, is in every engine's image.
+    """
+    enosys = 0x50000 | errno.ENOSYS  # SECCOMP_RET_ERRNO
+    program = (
+        (0x20, 0, 0, 0),  # load the call's number
+        (0x35, 0, 2, 425),  # below io_uring_setup: allow
+        (0x25, 1, 0, 427),  # above io_uring_register: allow
+        (0x06, 0, 0, enosys),
+        (0x06, 0, 0, 0x7FFF0000),  # SECCOMP_RET_ALLOW
+    )
+    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in program))
+    head = ctypes.create_string_buffer(struct.pack("HxxxxxxQ", len(program), ctypes.addressof(code)))
+    # Process 1 has CAP_SYS_ADMIN, so no_new_privs, which would break setuid helpers of the engine, is not needed.
+    check(libc.prctl(PR_SET_SECCOMP, 2, ctypes.c_ulong(ctypes.addressof(head)), 0, 0), "seccomp filter")
+
+
+def copy_sparse(source: str, target: str) -> None:
+    """Copy a file and keep its holes: shared memory segments are mapped large and used little (vLLM's: 160 MB, 0.1 MB of it written)."""
+    with open(source, "rb") as data, open(target, "wb") as copy:
+        size = os.fstat(data.fileno()).st_size
+        os.ftruncate(copy.fileno(), size)
+        at = 0
+        while at < size:
+            try:
+                at = os.lseek(data.fileno(), at, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno == errno.ENXIO:
+                    return  # nothing but a hole from here on
+                raise
+            end = os.lseek(data.fileno(), at, os.SEEK_HOLE)
+            os.lseek(copy.fileno(), at, os.SEEK_SET)
+            while at < end and (sent := os.sendfile(copy.fileno(), data.fileno(), at, end - at)):
+                at += sent
+
+
+class Init:
+    def __init__(self, control: socket.socket, config: Message) -> None:
+        self.control = control
+        self.config = config
+        self.roots: set[int] = set()  # processes whose exit the owner is told
+        self.commands: dict[
+            int, tuple[int, int | None]
+        ] = {}  # pid of a running helper → (message id, pid it shall report)
+
+    def send(self, **message: object) -> None:
+        try:
+            self.control.send(json.dumps(message).encode())
+        except (BrokenPipeError, ConnectionResetError):
+            os._exit(0)  # the owner is gone, and everything in here goes with this process
+
+    def run(self) -> None:
+        wake_r, wake_w = os.pipe()
+        for end in (wake_r, wake_w):
+            os.set_blocking(end, False)
+        signal.set_wakeup_fd(wake_w, warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        selector = selectors.DefaultSelector()
+        selector.register(self.control, selectors.EVENT_READ, "control")
+        selector.register(wake_r, selectors.EVENT_READ, "wake")
+        self.send(event="ready")
+        while True:
+            for key, _ in selector.select():
+                if key.data == "wake":
+                    with contextlib.suppress(BlockingIOError):
+                        os.read(wake_r, 4096)
+                    self.reap()
+                    continue
+                data, fds, _, _ = socket.recv_fds(self.control, MESSAGE_BYTES, 16)
+                if not data:
+                    return  # the owner is gone
+                message = self.read(json.loads(data), fds)
+                try:
+                    lent = message.get("lent", ())
+                    if len(lent) != len(fds):
+                        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+                    message["lent"] = dict(zip(lent, fds, strict=True))
+                    if not self.handle(message):
+                        return
+                except OSError as error:
+                    self.send(
+                        id=message["id"], error=f"{message['op']}: {error.strerror or error}", errno=error.errno or 0
+                    )
+                finally:
+                    for fd in fds:
+                        os.close(fd)
+
+    @staticmethod
+    def read(message: Message, fds: list[int]) -> Message:
+        """A request; a long one is in the file that comes first. What is left in `fds` is lent for this one request."""
+        for fd in fds:
+            os.set_inheritable(fd, False)  # recvmsg made them without close-on-exec
+        if message.get("lent", ())[:1] != ["body"] or not fds:
+            return message
+        with open(fds.pop(0), "rb") as file:
+            file.seek(0)
+            found: Message = json.load(file)
+        return found
+
+    def handle(self, message: Message) -> bool:
+        op = message["op"]
+        if op == "stop":
+            return False
+        if op == "start":
+            self.raise_pids(FIRST_ENGINE_PID)
+            pid = self.spawn(message, seccomp=self.config["refuse_io_uring"])
+            self.roots.add(pid)
+            self.send(id=message["id"], pid=pid)
+        elif op == "exec":
+            self.commands[self.spawn(message, seccomp=False)] = (message["id"], message.get("adopts"))
+        elif op == "abandon":
+            for pid, (ident, _) in self.commands.items():
+                if ident == message["command"]:
+                    os.kill(pid, signal.SIGKILL)
+            self.send(id=message["id"])
+        elif op == "signal":
+            os.kill(message["pid"], message["signal"])
+            self.send(id=message["id"])
+        elif op == "go-on":
+            self.go_on(message.get("stopped", ()))
+            self.send(id=message["id"])
+        elif op == "unpack":
+            # What the snapshot links to, back in its place before CRIU looks for it.
+            for source, target in message["copies"]:
+                self.copy_tree(source, target)
+            self.send(id=message["id"])
+        elif op == "attach":
+            # move_mount(2), MOVE_MOUNT_F_EMPTY_PATH: the descriptor is the mount.
+            check(
+                libc.syscall(429, message["lent"]["mount"], b"", -100, message["target"].encode(), 4),
+                f"attach {message['target']}",
+            )
+            self.send(id=message["id"])
+        elif op == "raise-pids":
+            self.raise_pids(message["above"])
+            self.send(id=message["id"])
+        else:
+            raise OSError(errno.EINVAL, f"unknown operation {op}")
+        return True
+
+    @staticmethod
+    def go_on(stopped: Sequence[int]) -> None:
+        """Continue everyone in here but this process (kill(2)) and those that were stopped at the dump."""
+        pids = [-1] if not stopped else [int(name) for name in os.listdir("/proc") if name.isdigit() and name != "1"]
+        for pid in pids:
+            if pid not in stopped:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
+
+    @staticmethod
+    def raise_pids(above: int) -> None:
+        with open("/proc/sys/kernel/ns_last_pid", "r+") as file:
+            if int(file.read()) < above:
+                file.seek(0)
+                file.write(str(above))
+
+    @classmethod
+    def copy_tree(cls, source: str, target: str, seen: dict[tuple[int, int], str] | None = None) -> None:
+        """Folders, files and links with their modes; sockets are left out, since CRIU makes them anew when it binds them.
+
+        Hard links stay links: `link_remap.N` and the semaphore it stands for are one file to the processes that share it.
+        """
+        seen = {} if seen is None else seen
+        os.makedirs(target, exist_ok=True)
+        for entry in os.scandir(source):
+            to = os.path.join(target, entry.name)
+            if entry.is_symlink():
+                if not os.path.lexists(to):
+                    os.symlink(os.readlink(entry.path), to)
+            elif entry.is_dir():
+                cls.copy_tree(entry.path, to, seen)
+                os.chmod(to, entry.stat().st_mode & 0o7777)
+            elif entry.is_file():
+                stat = entry.stat()
+                inode = (stat.st_dev, stat.st_ino)
+                if stat.st_nlink > 1 and inode in seen:
+                    os.link(seen[inode], to)
+                    continue
+                copy_sparse(entry.path, to)
+                os.chmod(to, stat.st_mode & 0o7777)
+                seen[inode] = to
+
+    def spawn(self, message: Message, seccomp: bool) -> int:
+        """fork and exec; the new process tells through a close-on-exec pipe why it could not start."""
+        report_r, report_w = os.pipe()
+        pid = os.fork()
+        if pid:
+            os.close(report_w)
+            with open(report_r, "rb") as answer:
+                failure = answer.read(4096)
+            if failure:
+                os.waitpid(pid, 0)
+                code, _, text = failure.decode().partition(" ")
+                raise OSError(int(code), text)
+            return pid
+        try:
+            os.close(report_r)
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            os.setsid()
+            null = os.open("/dev/null", os.O_RDWR)
+            lent = message["lent"]
+            out = lent.pop("stdout", null)
+            err = lent.pop("stderr", out)
+            streams = [null, out, err]
+            # Above 2 first, so that no target is overwritten before it has been read.
+            streams = [fcntl.fcntl(stream, fcntl.F_DUPFD_CLOEXEC, 64) for stream in streams]
+            for number, stream in enumerate(streams):
+                os.dup2(stream, number, inheritable=True)
+            moved = {int(to): fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 128) for to, fd in lent.items()}
+            for to, fd in moved.items():
+                os.dup2(fd, to, inheritable=True)
+            # Everything that this process inherited or opened carries close-on-exec, but for what was just laid out.
+            os.chdir(message["cwd"])
+            os.umask(message.get("umask", 0o022))
+            if message["op"] == "start":
+                # A helper that daemonises stays below the engine, so that a dump of its tree has it (prctl(2); execve keeps this).
+                libc.prctl(PR_SET_CHILD_SUBREAPER, 1)
+            if seccomp:
+                refuse_io_uring()
+            os.execvpe(message["argv"][0], message["argv"], message["env"])
+        except BaseException as error:  # noqa: BLE001 - a forked child has no caller to raise to
+            why = getattr(error, "errno", None) or errno.EIO
+            os.write(report_w, f"{why} {message['argv'][0]}: {getattr(error, 'strerror', None) or error}".encode())
+        finally:
+            os._exit(127)
+
+    def reap(self) -> None:
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if not pid:
+                return
+            code = os.waitstatus_to_exitcode(status)
+            if pid in self.commands:
+                ident, adopts = self.commands.pop(pid)
+                if adopts and not code:
+                    self.roots.add(adopts)
+                self.send(id=ident, code=code)
+            elif pid in self.roots:
+                self.roots.discard(pid)
+                self.send(event="exit", pid=pid, code=code)
+
+
+def close_on_exec() -> None:
+    """Nothing that the owner passed down may leak into an engine: a snapshot would name it."""
+    for name in os.listdir("/proc/self/fd"):
+        fd = int(name)
+        if fd > 2:
+            with contextlib.suppress(OSError):
+                os.set_inheritable(fd, False)
+
+
+def main(control_fd: int) -> int:
+    """See the module; returns the exit code of the outer process."""
+    control = socket.socket(fileno=control_fd)
+    # It shares its owner's command line and control group, and so gets what stops the owner; it ends with the owner, who stops in order.
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    try:
+        first = control.recv(MESSAGE_BYTES)
+    except ConnectionResetError:
+        first = b""
+    if not first:
+        return 0  # started beforehand (checkpoint.sandbox.prestart), and not needed, or its owner was killed
+    config = json.loads(first)
+    close_on_exec()
+    try:
+        enter_namespaces(config)
+    except OSError as error:
+        control.send(json.dumps({"event": "failed", "errno": error.errno, "error": str(error.strerror)}).encode())
+        return 1
+    inner = os.fork()
+    if inner:
+        control.close()
+        _, status = os.waitpid(inner, 0)
+        return os.waitstatus_to_exitcode(status) & 0xFF
+    # What is executed from here inherits what is ignored; process 1 itself is not ended by these either way (pid_namespaces(7)).
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    libc.prctl(PR_SET_NAME, b"quickthaw-init")
+    try:
+        prepare_mounts(config)
+    except OSError as error:
+        control.send(json.dumps({"event": "failed", "errno": error.errno, "error": str(error.strerror)}).encode())
+        os._exit(1)
+    os.setsid()
+    with contextlib.suppress(ConnectionError):  # the owner was killed in the middle of a word
+        Init(control, config).run()
+    os._exit(0)  # process 1: the kernel kills everything else in here
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1])))

@@ -1,0 +1,145 @@
+"""What this process may do here: capabilities, seccomp, user namespace, devices. Read and tried in well under a millisecond.
+
+`missing` names everything that a layer needs and this process lacks; `remedy` says how to grant it. docs/deploy.md has the list.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+CAPABILITIES = {
+    "CAP_SETPCAP": 8,
+    "CAP_NET_ADMIN": 12,
+    "CAP_SYS_CHROOT": 18,
+    "CAP_SYS_PTRACE": 19,
+    "CAP_SYS_ADMIN": 21,
+    "CAP_SYS_TIME": 25,
+}
+FUSE = "/dev/fuse"
+SECCOMP = "seccomp=unconfined"
+HOST_USERS = "the host's user namespace"
+OWN_NETWORK = "a network of this user namespace"
+LAYERS: dict[str, tuple[str, ...]] = {
+    "mount": ("CAP_SYS_ADMIN", FUSE),
+    # unshare(2), mount(2); setns(2) back into the own network, from which connections into the sandbox are made.
+    "sandbox": ("CAP_SYS_ADMIN", OWN_NETWORK),
+    # CRIU: SO_SNDBUFFORCE (CAP_NET_ADMIN, which counts in the host's user namespace only), PR_CAPBSET_DROP, chroot(2),
+    # PTRACE_O_SUSPEND_SECCOMP (not from under a filter).
+    "snapshots": ("CAP_SYS_ADMIN", "CAP_NET_ADMIN", "CAP_SETPCAP", "CAP_SYS_CHROOT", SECCOMP, HOST_USERS),
+    # userfaultfd(2) that handles faults of system calls as well.
+    "pages": ("CAP_SYS_PTRACE",),
+}
+_FLAGS = {FUSE: "--device /dev/fuse", SECCOMP: "--security-opt seccomp=unconfined", HOST_USERS: "--userns host"}
+_CLONE_NEWNET = 0x40000000
+_SYS_USERFAULTFD = {"x86_64": 323, "aarch64": 282}
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Privileges(NamedTuple):
+    """What was found. `apparmor`: the profile's name; empty where there is none or it confines nothing."""
+
+    effective: int
+    seccomp: bool = False
+    apparmor: str = ""
+    host_users: bool = True
+    own_network: bool = True
+    fuse: bool = True
+    page_faults: bool = True
+    traces_children_only: bool = False
+    """Yama: only CAP_SYS_PTRACE may attach to a process that is no child (CRIU's are not)."""
+    user_namespaces: bool = True
+
+    @classmethod
+    def here(cls) -> Privileges:
+        """Return this process's own. What cannot be read counts as granted: use shows it."""
+        status = dict(line.split(":\t", 1) for line in _text("/proc/self/status").splitlines() if ":\t" in line)
+        return cls(
+            effective=int(status.get("CapEff", "0"), 16),
+            seccomp=status.get("Seccomp", "0") != "0",
+            apparmor=_apparmor(),
+            host_users=_text("/proc/self/uid_map").split() in ([], ["0", "0", "4294967295"]),
+            own_network=_may_return(),
+            fuse=os.access("/dev/fuse", os.R_OK | os.W_OK),
+            page_faults=_page_faults(),
+            traces_children_only=_text("/proc/sys/kernel/yama/ptrace_scope").strip() not in ("", "0"),
+            user_namespaces=_text("/proc/sys/user/max_user_namespaces").strip() != "0",
+        )
+
+    def has(self, name: str) -> bool:
+        """Return whether a capability, or one of the other names in LAYERS, is there."""
+        if name in CAPABILITIES:
+            return bool(self.effective >> CAPABILITIES[name] & 1)
+        return {
+            FUSE: self.fuse,
+            SECCOMP: not self.seccomp,
+            HOST_USERS: self.host_users,
+            OWN_NETWORK: self.own_network,
+        }[name]
+
+    def missing(self, *layers: str) -> tuple[str, ...]:
+        """Return everything that these layers need and that is not there, without repetition."""
+        wanted = dict.fromkeys(name for layer in layers for name in LAYERS[layer])
+        if "pages" in layers and self.page_faults:
+            del wanted["CAP_SYS_PTRACE"]
+        if "snapshots" in layers:
+            wanted |= {"CAP_SYS_PTRACE": None} if self.traces_children_only else {}
+            # The clock of a restored engine: a user namespace of our own does as well (checkpoint.sandbox.init).
+            wanted |= {} if self.user_namespaces else {"CAP_SYS_TIME": None}
+        return tuple(name for name in wanted if not self.has(name))
+
+    @property
+    def key(self) -> str:
+        """Return what of it changes what the kernel allows, for the name of a file."""
+        return f"{self.effective:x}{'-seccomp' * self.seccomp}{'-users' * (not self.host_users)}"
+
+
+def remedy(missing: Iterable[str]) -> str:
+    """Return `missing CAP_X, …; run as root, in a container add …` in one line."""
+    names = list(missing)
+    flags = [_FLAGS.get(name) or f"--cap-add {name.removeprefix('CAP_')}" for name in names if name != OWN_NETWORK]
+    return f"missing {', '.join(names)}; run as root, in a container add {' '.join(flags) or '--userns host'}"
+
+
+def _text(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _apparmor() -> str:
+    label = _text("/proc/self/attr/apparmor/current").strip("\0\n ")
+    return "" if label == "unconfined" or not label.endswith("(enforce)") else label.partition(" ")[0]
+
+
+def _may_return() -> bool:
+    """Return whether setns(2) into the own network is allowed: not in a user namespace that came without a network of its own."""
+    try:
+        fd = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        return _libc.setns(fd, _CLONE_NEWNET) == 0 or ctypes.get_errno() != 1 or not _is_admin()
+    finally:
+        os.close(fd)
+
+
+def _is_admin() -> bool:
+    """Without CAP_SYS_ADMIN setns(2) says nothing about the network."""
+    line = next((line for line in _text("/proc/self/status").splitlines() if line.startswith("CapEff:")), "CapEff: 0")
+    return bool(int(line.split()[1], 16) >> CAPABILITIES["CAP_SYS_ADMIN"] & 1)
+
+
+def _page_faults() -> bool:
+    number = _SYS_USERFAULTFD.get(os.uname().machine)
+    if number is None:
+        return True
+    fd = _libc.syscall(number, os.O_CLOEXEC | os.O_NONBLOCK)
+    if fd < 0:
+        return ctypes.get_errno() != 1  # EPERM; another error is not about privileges
+    os.close(fd)
+    return True

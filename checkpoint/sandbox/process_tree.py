@@ -1,0 +1,50 @@
+"""The processes of a sandbox, by their numbers on the host and inside, and the memory that is theirs alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def processes(init_pid: int) -> list[int]:
+    """Every process below process 1 of a sandbox, by its number on the host."""
+    found: list[int] = []
+    waiting = [init_pid]
+    while waiting:
+        pid = waiting.pop()
+        try:
+            for task in Path(f"/proc/{pid}/task").iterdir():
+                waiting.extend(int(child) for child in (task / "children").read_text().split())
+        except OSError:
+            continue  # ended under our eyes
+        if pid != init_pid:
+            found.append(pid)
+    return found
+
+
+def inner_numbers(pids: Sequence[int]) -> list[int]:
+    """The numbers of processes and their threads inside their PID namespace."""
+    numbers = []
+    for pid in pids:
+        try:
+            for task in Path(f"/proc/{pid}/task").iterdir():
+                for line in (task / "status").read_text().splitlines():
+                    if line.startswith("NSpid:"):
+                        numbers.append(int(line.split()[-1]))
+        except OSError:
+            continue
+    return numbers
+
+
+def private_bytes(pids: Sequence[int]) -> int:
+    """Bytes of private memory of some processes: about what CRIU will write (smaps_rollup: Private_Dirty, and swapped)."""
+    total = 0
+    for pid in pids:
+        try:
+            text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+        except OSError:
+            continue
+        for line in text.splitlines():
+            if line.startswith(("Private_Dirty:", "Swap:")):
+                total += int(line.split()[1]) * 1024
+    return total

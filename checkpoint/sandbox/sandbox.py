@@ -1,0 +1,441 @@
+"""The sandbox an engine runs in, from the owner's side: namespaces of its own for processes, mounts, network, IPC and clocks,
+a private /dev/shm and TMPDIR, and no io_uring, so that a snapshot holds nothing of the host and replicas run side by side.
+
+The sandbox lives exactly as long as its owner's `Sandbox` object or process, whichever ends first (see checkpoint/sandbox/init.py).
+A replica's port exists only inside its network namespace; `Sandbox.connect` makes sockets in there for the proxy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import functools
+import getpass
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from checkpoint.errors import Failed, HostLacks
+from checkpoint.sandbox import prestart
+from checkpoint.snapshot import speculative
+
+log = logging.getLogger("quickthaw")
+RUN_DIR = "/run/quickthaw"
+"""Where every sandbox finds its own temporary files, caches and models: the same path in each, so that snapshots carry it."""
+TMP_DIR = f"{RUN_DIR}/tmp"
+CACHE_DIR = f"{RUN_DIR}/cache"
+CONTROL_DIR = f"{RUN_DIR}/control"
+READY_TIMEOUT_S = 10.0
+REQUEST_TIMEOUT_S = 30.0
+_PACKET_BYTES = 64 << 10  # the kernel takes at most SO_SNDBUF, some 200 KiB
+_CLONE_NEWNET = 0x40000000
+_SYS_OPEN_TREE, _AT_FDCWD, _OPEN_TREE_CLONE = 428, -100, 1  # the same on every architecture
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+@dataclass(frozen=True)
+class Bind:
+    """Show folder `source` of the host at `target` inside the sandbox."""
+
+    source: Path
+    target: Path
+    read_only: bool = True
+
+
+@dataclass(frozen=True)
+class SandboxConfig:
+    """How a sandbox is set up.
+
+    `monotonic_ns`: where the monotonic clock shall stand at the start (a snapshot's, in nanoseconds); 0 leaves it as the host's.
+    `kernel_facts`: what CRIU learnt about this kernel before (Criu.kernel_facts); it need not exist.
+    """
+
+    binds: Sequence[Bind] = ()
+    refuse_io_uring: bool = True
+    monotonic_ns: int = 0
+    kernel_facts: Path | None = None
+
+    def told(self) -> dict[str, Any]:
+        """What process 1 is told of it (checkpoint.sandbox.init)."""
+        return {
+            "binds": [[str(b.source), str(b.target), b.read_only] for b in self.binds],
+            "refuse_io_uring": self.refuse_io_uring,
+            "monotonic_ns": self.monotonic_ns,
+            "kernel_facts": str(self.kernel_facts or ""),
+            "run_dir": RUN_DIR,
+            "user": _user(),
+        }
+
+
+def _user() -> str:
+    """Return the user's name as torch has it in the names of folders; a container's user may have none."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.getuid())
+
+
+def make_run_dir() -> None:
+    """The folder that every sandbox lays its own over. Raises HostLacks."""
+    try:
+        Path(RUN_DIR).mkdir(mode=0o755, exist_ok=True)
+    except OSError as error:
+        raise HostLacks(
+            "sandbox-run-dir",
+            f"cannot make {RUN_DIR} ({error.strerror}); run as root, with a read-only root put an empty folder or a tmpfs there",
+        ) from error
+
+
+@functools.cache
+def own_network() -> int:
+    """A descriptor of this process's network namespace, open until the process ends.
+
+    Raises HostLacks (sandbox-network) where a thread that has entered a sandbox's network could not come back: in a user namespace
+    without a network of its own.
+    """
+    fd = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    if _libc.setns(fd, _CLONE_NEWNET):  # to where this thread is already: whether it is allowed
+        error = ctypes.get_errno()
+        os.close(fd)
+        raise HostLacks(
+            "sandbox-network",
+            f"cannot enter this host's network namespace ({os.strerror(error)}); "
+            "run as root with CAP_SYS_ADMIN outside of a user namespace",
+        )
+    return fd
+
+
+@dataclass
+class Sandbox:
+    """A running sandbox. Use as a context manager, or call `close`; a dead owner closes it as well."""
+
+    config: SandboxConfig = field(default_factory=SandboxConfig)
+    on_exit: Callable[[int, int], None] | None = None
+    """Called as `on_exit(pid, exit code)` from the sandbox's reader thread when a started or restored root process ends."""
+    begun: speculative.Begun | None = None
+    """One whose process 1 has been told this configuration and the first requests already; it is this object's from here on."""
+
+    def __post_init__(self) -> None:
+        self._pending: dict[int, Future[dict[str, Any]]] = {}
+        self._begun: dict[int, Future[dict[str, Any]]] = {}
+        self._lock = threading.Lock()
+        self._next_id = 0
+        self._closed = False
+        own_network()
+        begun, self.begun = self.begun, None
+        self._exits: dict[int, int] = {}
+        self._network: int | None = None
+        self._network_lock = threading.Lock()
+        if begun and begun.init:
+            (self._process, self._control), begun.init = begun.init, None
+            self._begun = {request: Future[dict[str, Any]]() for request in (speculative.UNPACK, speculative.EXEC)}
+            self._pending |= self._begun
+        else:
+            make_run_dir()
+            self._process, self._control = prestart.take_init()
+        try:
+            if not self._begun:
+                self._control.send(json.dumps(self.config.told()).encode())
+            self._wait_ready()
+            self._enter()
+        except OSError as error:
+            self.close()
+            raise Failed(
+                "sandbox-died", f"the sandbox ended while it was made ({error.strerror or error}); see quickthaw doctor"
+            ) from error
+        except BaseException:
+            self.close()
+            raise
+        self._reader = threading.Thread(target=self._read, name="sandbox-reader", daemon=True)
+        self._reader.start()
+
+    def _wait_ready(self) -> None:
+        """Until process 1 is what it was told to be."""
+        self._control.settimeout(READY_TIMEOUT_S)
+        try:
+            answer = self._control.recv(1 << 20)
+        except TimeoutError as error:
+            raise Failed("sandbox-stalled", f"the sandbox did not come up within {READY_TIMEOUT_S:.0f} s") from error
+        if not answer:
+            raise ConnectionResetError(0, "process 1 died")
+        first = json.loads(answer)
+        if first["event"] != "ready":
+            raise HostLacks(
+                "sandbox-refused", f"cannot make a sandbox: {first['error']}; quickthaw doctor names what is missing"
+            )
+        self._control.settimeout(None)
+
+    def _enter(self) -> None:
+        """Take hold of process 1 and of the sandbox's network."""
+        children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text().split()
+        if not children:
+            raise ConnectionResetError(0, "process 1 died")
+        self._init_pid = int(children[0])
+        self._network = os.open(f"/proc/{self._init_pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+
+    def __enter__(self) -> Sandbox:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def init_pid(self) -> int:
+        """Process 1 of the sandbox, by its number on the host."""
+        return self._init_pid
+
+    @property
+    def control_dir(self) -> Path:
+        """The sandbox's control folder as the host sees it: where engine processes leave their answers."""
+        return Path(f"/proc/{self._init_pid}/root{CONTROL_DIR}")
+
+    # Talking to process 1
+
+    def _read(self) -> None:
+        try:
+            while (data := self._receive()) is not None:
+                self._hear(json.loads(data))
+        finally:
+            with self._lock:
+                self._closed = True
+                pending, self._pending = list(self._pending.values()), {}
+            for future in pending:
+                if not future.done():
+                    future.set_exception(Failed("sandbox-gone", "the sandbox ended under the operation"))
+
+    def _receive(self) -> bytes | None:
+        try:
+            return self._control.recv(1 << 20) or None
+        except OSError:
+            return None
+
+    def _hear(self, message: dict[str, Any]) -> None:
+        if message.get("event") == "exit":
+            self._exits[message["pid"]] = message["code"]
+            if self.on_exit:
+                try:
+                    self.on_exit(message["pid"], message["code"])
+                except Exception:
+                    # A defect, but no reason to leave every later request without its answer.
+                    log.exception("sandbox: handling the exit of process %d failed", message["pid"])
+            return
+        with self._lock:
+            future = self._pending.pop(message["id"], None)
+        if future and not future.done():
+            future.set_result(message)
+
+    def _ask(
+        self, timeout_s: float = REQUEST_TIMEOUT_S, lent: Mapping[str, int | None] | None = None, **message: Any
+    ) -> dict[str, Any]:
+        """One request and its answer. `lent` are descriptors that process 1 has for the length of it, by what they are for."""
+        given = {name: fd for name, fd in (lent or {}).items() if fd is not None}
+        future: Future[dict[str, Any]] = Future()
+        with self._lock:
+            if self._closed:
+                raise Failed("sandbox-gone", "the sandbox has ended")
+            self._next_id += 1
+            message["id"] = self._next_id
+            self._pending[self._next_id] = future
+            try:
+                self._send(message, given)
+            except OSError as error:
+                self._pending.pop(self._next_id, None)
+                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.ETOOMANYREFS):
+                    raise Failed("sandbox-operation", f"{message['op']}: {error.strerror}") from error
+                raise Failed("sandbox-gone", "the sandbox has ended") from error
+        return self._answer(future, timeout_s, message["op"], message["id"])
+
+    def _send(self, message: Mapping[str, Any], given: Mapping[str, int]) -> None:
+        """Send a request; what is longer than a packet may be (an environment of hundreds of KB) goes as a file of its own."""
+        data = json.dumps({**message, "lent": list(given)}).encode()
+        if len(data) <= _PACKET_BYTES:
+            socket.send_fds(self._control, [data], list(given.values()))
+            return
+        body = os.memfd_create("quickthaw-request", os.MFD_CLOEXEC)
+        with open(body, "wb", buffering=0) as file:
+            view = memoryview(data)
+            while view:
+                view = view[file.write(view) :]
+            head = {"id": message["id"], "op": message["op"], "lent": ["body", *given]}
+            socket.send_fds(self._control, [json.dumps(head).encode()], [body, *given.values()])
+
+    def _answer(self, future: Future[dict[str, Any]], timeout_s: float, op: str, number: int) -> dict[str, Any]:
+        try:
+            answer = future.result(timeout_s)
+        except TimeoutError as error:
+            if op == "exec":
+                # A CRIU that hangs holds the tree frozen; its death lets the tree go.
+                self._ask(op="abandon", command=number)
+            raise Failed("sandbox-stalled", f"{op} took longer than {timeout_s:.0f} s") from error
+        if "error" in answer:
+            raise Failed("sandbox-operation", answer["error"])
+        return answer
+
+    def start(
+        self,
+        argv: Sequence[str],
+        env: Mapping[str, str],
+        cwd: str,
+        stdout: int | None = None,
+        stderr: int | None = None,
+    ) -> int:
+        """Start a root process with its output on the given file descriptors of this process.
+
+        Returns its number inside the sandbox. Raises Failed when it cannot be executed.
+        """
+        lent = {"stdout": stdout, "stderr": stderr}
+        return int(self._ask(lent=lent, op="start", argv=list(argv), env=dict(env), cwd=cwd)["pid"])
+
+    def execute(
+        self,
+        argv: Sequence[str],
+        env: Mapping[str, str],
+        timeout_s: float,
+        cwd: str = "/",
+        keep_fds: Mapping[int, int] | None = None,
+        adopts: int | None = None,
+    ) -> int:
+        """Run a helper (CRIU) to its end and return its exit code.
+
+        `keep_fds` maps a number in the helper to one of this process's descriptors. `adopts` is the process that a successful
+        helper leaves behind as a root process of the sandbox.
+        """
+        answer = self._ask(
+            timeout_s,
+            {str(to): fd for to, fd in (keep_fds or {}).items()},
+            op="exec",
+            argv=list(argv),
+            env=dict(env),
+            cwd=cwd,
+            **({"adopts": adopts} if adopts else {}),
+        )
+        return int(answer["code"])
+
+    def unpacked(self, timeout_s: float = REQUEST_TIMEOUT_S) -> None:
+        """Wait for what was begun (checkpoint.snapshot.speculative): its folders are in place. Raises Failed."""
+        self._answer(self._begun[speculative.UNPACK], timeout_s, "unpack", speculative.UNPACK)
+
+    def executed(self, timeout_s: float) -> int:
+        """Wait for what was begun (checkpoint.snapshot.speculative): the exit code of its CRIU. Raises Failed."""
+        return int(self._answer(self._begun[speculative.EXEC], timeout_s, "exec", speculative.EXEC)["code"])
+
+    def go_on(self, stopped: Sequence[int] = ()) -> None:
+        """Let every process run that CRIU left stopped, but for those that were stopped at the dump."""
+        self._ask(op="go-on", stopped=list(stopped))
+
+    def signal(self, pid: int, number: int) -> None:
+        """Send a signal to a process of the sandbox by its number inside; Failed when it is gone."""
+        self._ask(op="signal", pid=pid, signal=number)
+
+    def unpack(self, copies: Sequence[tuple[Path, str]]) -> None:
+        """Copy folders of the host over folders of the sandbox (its /dev/shm, its TMPDIR)."""
+        self._ask(op="unpack", copies=[[str(source), target] for source, target in copies])
+
+    def attach(self, source: Path, target: Path) -> None:
+        """Show folder `source` of the host at `target` inside, in a sandbox that runs already (a lazy mount that came up meanwhile).
+
+        The mount is cloned here and moved there through its descriptor (open_tree(2), move_mount(2)); read-only as its source is.
+        """
+        fd = _libc.syscall(_SYS_OPEN_TREE, _AT_FDCWD, str(source).encode(), _OPEN_TREE_CLONE | os.O_CLOEXEC)
+        if fd < 0:
+            error = ctypes.get_errno()
+            raise Failed("attach-failed", f"{source} cannot be shown in the sandbox: {os.strerror(error)}")
+        try:
+            self._ask(lent={"mount": fd}, op="attach", target=str(target))
+        finally:
+            os.close(fd)
+
+    def raise_pids(self, above: int) -> None:
+        """Let every later process get a number above this one (restored trees keep theirs, and new ones must not meet them)."""
+        self._ask(op="raise-pids", above=above)
+
+    def exit_code(self, pid: int) -> int | None:
+        """The exit code of a root process (negative for a signal), or None while it runs."""
+        return self._exits.get(pid)
+
+    @property
+    def alive(self) -> bool:
+        """Whether process 1 still answers."""
+        return not self._closed
+
+    # Sockets inside
+
+    def connect(self, port: int, host: str = "127.0.0.1") -> socket.socket:
+        """A non-blocking TCP socket inside the sandbox's network on which a connect has been started.
+
+        A socket belongs to the namespace it was made in, whoever uses it later: the calling thread enters, makes it, and returns.
+        The two setns calls take about 10 µs.
+        """
+        home = own_network()
+        with (
+            self._network_lock
+        ):  # `close` must not close the descriptor, whose number another file may get, under the calls
+            if self._network is None:
+                raise Failed("sandbox-gone", "the sandbox has ended")
+            if _libc.setns(self._network, _CLONE_NEWNET):
+                raise Failed("sandbox-gone", "the sandbox's network is gone")
+            try:
+                sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+            finally:
+                back = _libc.setns(home, _CLONE_NEWNET)
+        if back:  # own_network has seen it work, so this process has lost a privilege meanwhile
+            sock.close()
+            raise HostLacks("sandbox-network", "a thread cannot leave the sandbox's network; keep CAP_SYS_ADMIN")
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        error = sock.connect_ex((host, port))
+        if error not in (0, 115, 11):  # EINPROGRESS, EAGAIN
+            sock.close()
+            raise ConnectionRefusedError(error, os.strerror(error))
+        return sock
+
+    # The end
+
+    def end(self) -> None:
+        """Let every process of it be killed, from any thread, without waiting: what waits for an answer fails (sandbox-gone). The owner
+        closes it all the same."""
+        with contextlib.suppress(OSError):
+            self._control.send(b'{"op": "stop", "id": 0}')
+        with contextlib.suppress(OSError):
+            self._control.shutdown(socket.SHUT_RDWR)
+
+    def close(self, timeout_s: float = 10.0) -> None:
+        """Kill every process of the sandbox and wait until the kernel has taken its namespaces down. May be called twice."""
+        self.end()
+        try:
+            self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            # Process 1 dies with its parent (PDEATHSIG); what is left is a process in uninterruptible sleep.
+            self._process.send_signal(signal.SIGKILL)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(timeout_s)
+        self._control.close()
+        with self._network_lock:
+            network, self._network = self._network, None
+            if network is not None:
+                os.close(network)
+
+    def wait(self, pid: int, timeout_s: float) -> int | None:
+        """Wait until a root process has ended; its exit code, or None when it still runs after `timeout_s` seconds."""
+        limit = time.monotonic() + timeout_s
+        while (code := self._exits.get(pid)) is None and time.monotonic() < limit and not self._closed:
+            time.sleep(0.005)
+        return self._exits.get(pid, code)
+
+
+def stop_gently(sandbox: Sandbox, pid: int, grace_s: float) -> int | None:
+    """SIGTERM to a root process, up to `grace_s` seconds, and its exit code where it gave one in time."""
+    with contextlib.suppress(Failed):
+        sandbox.signal(pid, signal.SIGTERM)
+    return sandbox.wait(pid, grace_s)

@@ -1,0 +1,227 @@
+"""Digests over every file of a snapshot, and their verification before a byte reaches a process.
+
+`seal` reads a finished snapshot once and returns size and BLAKE3 of each file, for the manifest. `verify` compares a folder with
+them: it refuses a missing, truncated, longer, changed or additional file by name. Symbolic links count by their target.
+
+Reading gigabytes again before each of many restores would cost more than a restore may. So `verify` keeps a ledger in the folder
+(`.verified`) of what it hashed on this host, and on the next call takes a file for unchanged whose device, inode, size, mtime and
+ctime are all as they were when it was hashed in this boot of the host, at least RACY_NS after its last change. What that catches:
+every change made through the file system by any program, also one that sets mtime back (ctime cannot be set), a copy or a restored
+backup (other inodes), and what a power cut lost (another boot). What it does not catch: bits that rot below the file system after the
+last full verification; whoever can write to the block device, set the system clock back, or write both a file and the ledger, which
+takes the owner's or root's rights on the folder (0700). Where that matters, verify with `always=True` (`--verify=always`): then
+nothing but the bytes is believed. A pulled snapshot is verified in full before it gets its name (checkpoint.store.archive).
+
+Neither way covers a change between the verification and CRIU's reading of the same file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import blake3
+import msgspec
+
+from checkpoint import disk
+from checkpoint.errors import Failed, Integrity
+from checkpoint.snapshot import file_backed
+from checkpoint.snapshot.manifest import SnapshotFile
+from lazyfs.content.records import ready
+
+LEDGER = ".verified"
+RACY_NS = 100_000_000
+"""A file changed less than this before it was hashed could change again within one tick of the file system's clock (10 ms at most on
+Linux' own file systems) and keep its times; it is not taken on trust."""
+_BUFFER = 1 << 20
+_PARALLEL = 64 << 20  # from here on one file is hashed by several threads
+_PARALLEL_BUFFER = 8 << 20
+
+_Stamp = tuple[int, int, int, int, int]
+
+
+class _Ledger(msgspec.Struct, forbid_unknown_fields=True):
+    """`sealed`: digest of the manifest's file list it belongs to; `boot`: of the kernel that hashed; `stamps`: device, inode, size,
+    mtime, ctime when hashed."""
+
+    sealed: str
+    boot: str
+    stamps: dict[str, _Stamp]
+
+
+class Verified(msgspec.Struct, frozen=True):
+    """What a verification did: files in all, bytes hashed now, bytes taken on the ledger's word, seconds."""
+
+    files: int
+    hashed: int
+    trusted: int
+    took_s: float
+
+
+def seal(folder: Path) -> dict[str, SnapshotFile]:
+    """Size and digest of every file below the folder's subfolders, by its relative path; the bytes have to be final.
+
+    Files directly in the folder (the manifest, its signature, the ledger) are not covered. Sockets are left out: they carry nothing.
+    Raises Failed when a file cannot be read.
+    """
+    found = dict(_walk(folder))
+    youngest = max((info.st_ctime_ns for info in found.values()), default=0)
+    # So that the very first restore need not hash again what was hashed here.
+    wait = youngest + RACY_NS - time.time_ns()
+    if 0 < wait <= RACY_NS:
+        time.sleep(wait / 1e9)
+    try:
+        digests, stamps = _hash(folder, found)
+    except OSError as error:
+        raise Failed("seal-failed", f"{error.filename}: {error.strerror}; the snapshot is not kept") from error
+    files = {name: SnapshotFile(_size(found[name]), digests[name]) for name in sorted(found)}
+    _write_ledger(folder, files, stamps)
+    return files
+
+
+def verify(folder: Path, files: Mapping[str, SnapshotFile], always: bool = False) -> Verified:
+    """Compare the folder with what `seal` returned; see above for what is believed without `always`.
+
+    Raises Integrity: file-missing, file-size-differs, file-digest-differs, file-unexpected, file-unreadable.
+    """
+    began = time.monotonic()
+    found = dict(_walk(folder))
+    for name in sorted(files.keys() | found.keys()):
+        if name not in files:
+            raise Integrity("file-unexpected", f"{folder / name} is not in the manifest{_way_out(folder)}")
+        if name not in found:
+            raise Integrity("file-missing", f"{folder / name} is gone{_way_out(folder)}")
+        size = _size(found[name])
+        if size != files[name].size:
+            raise Integrity(
+                "file-size-differs", f"{folder / name} has {size} bytes instead of {files[name].size}{_way_out(folder)}"
+            )
+    ledger = None if always else _read_ledger(folder, files)
+    trusted = {name: info for name, info in found.items() if ledger and ledger.stamps.get(name) == _stamp(info)}
+    doubtful = {name: info for name, info in found.items() if name not in trusted}
+    try:
+        digests, stamps = _hash(folder, doubtful)
+    except OSError as error:
+        raise Integrity("file-unreadable", f"{error.filename}: {error.strerror}{_way_out(folder)}") from error
+    for name in sorted(digests):
+        if digests[name] != files[name].blake3:
+            raise Integrity("file-digest-differs", f"{folder / name} is not what was written{_way_out(folder)}")
+    if stamps:
+        _write_ledger(folder, files, {**{name: _stamp(info) for name, info in trusted.items()}, **stamps})
+    return Verified(
+        files=len(files),
+        hashed=sum(_size(info) for info in doubtful.values()),
+        trusted=sum(_size(info) for info in trusted.values()),
+        took_s=time.monotonic() - began,
+    )
+
+
+def _way_out(folder: Path) -> str:
+    return f"; remove the snapshot (quickthaw snapshot rm {folder.name}) or pull it again"
+
+
+def _walk(folder: Path, below: str = "") -> Iterator[tuple[str, os.stat_result]]:
+    """Regular files and links below the folder's subfolders, each with its lstat."""
+    try:
+        entries = list(os.scandir(folder / below))
+    except OSError as error:
+        raise Integrity("file-unreadable", f"{folder / below}: {error.strerror}{_way_out(folder)}") from error
+    for entry in entries:
+        name = f"{below}/{entry.name}" if below else entry.name
+        if not below and entry.name.startswith(file_backed.FOLDER):
+            continue  # this host's own view of the images, with digests of its own
+        if entry.is_dir(follow_symlinks=False):
+            yield from _walk(folder, name)
+        elif below and (entry.is_file(follow_symlinks=False) or entry.is_symlink()):
+            yield name, entry.stat(follow_symlinks=False)
+
+
+def _size(info: os.stat_result) -> int:
+    return info.st_size
+
+
+def _stamp(info: os.stat_result) -> _Stamp:
+    return (info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
+
+
+def _hash(folder: Path, files: Mapping[str, os.stat_result]) -> tuple[dict[str, str], dict[str, _Stamp]]:
+    """Digests of the files, and the stamps of those that may be trusted next time. OSError carries the file's name."""
+    digests: dict[str, str] = {}
+    stamps: dict[str, _Stamp] = {}
+    order = sorted(files, key=lambda name: -files[name].st_size)
+
+    def one(name: str) -> None:
+        path = folder / name
+        started = time.time_ns()
+        if stat.S_ISLNK(files[name].st_mode):
+            digests[name] = digest_symlink(str(path.readlink()))
+        else:
+            digests[name] = digest_file(path, files[name].st_size)
+        after = path.lstat()
+        if _stamp(after) == _stamp(files[name]) and after.st_ctime_ns + RACY_NS <= started:
+            stamps[name] = _stamp(after)
+
+    with ThreadPoolExecutor(max(1, min(4, len(os.sched_getaffinity(0)))), thread_name_prefix="seal") as pool:
+        for outcome in [pool.submit(one, name) for name in order]:
+            outcome.result()
+    return digests, stamps
+
+
+def digest_symlink(target: str) -> str:
+    """How a manifest names a symbolic link: by its target."""
+    return blake3.blake3(b"link\0" + os.fsencode(target)).hexdigest()
+
+
+def digest_file(path: Path, size: int) -> str:
+    """BLAKE3 of a file. Read, not mapped: a file that shrinks or a disk that fails under a mapping would kill the process."""
+    several = size >= _PARALLEL
+    digest = blake3.blake3(max_threads=blake3.blake3.AUTO if several else 1)
+    buffer = bytearray(min(max(size, 1), _PARALLEL_BUFFER if several else _BUFFER))
+    view = memoryview(buffer)
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        while read := os.readv(fd, [buffer]):
+            digest.update(view[:read])
+    except OSError as error:
+        error.filename = str(path)
+        raise
+    finally:
+        os.close(fd)
+    return digest.hexdigest()
+
+
+def _sealed(files: Mapping[str, SnapshotFile]) -> str:
+    return blake3.blake3(msgspec.json.encode(dict(files), order="deterministic")).hexdigest()
+
+
+def _boot() -> str:
+    """Bytes that were hashed in the page cache may not be those that a power cut left on the disk; so each boot hashes once."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def _read_ledger(folder: Path, files: Mapping[str, SnapshotFile]) -> _Ledger | None:
+    try:
+        ledger = msgspec.json.decode((folder / LEDGER).read_bytes(), type=ready(_Ledger))
+    except (OSError, msgspec.MsgspecError):
+        return None  # none yet, or damaged: then everything is hashed
+    return ledger if ledger.sealed == _sealed(files) and ledger.boot == _boot() else None
+
+
+def _write_ledger(folder: Path, files: Mapping[str, SnapshotFile], stamps: dict[str, _Stamp]) -> None:
+    new = folder / f"{LEDGER}.{os.getpid()}.{os.urandom(4).hex()}"
+    data = msgspec.json.encode(_Ledger(_sealed(files), _boot(), stamps))
+    with disk.optional(f"the next restore of {folder.name} hashes all of it again", "ledger-not-kept"):
+        try:
+            fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            with os.fdopen(fd, "wb") as file:
+                file.write(data)
+            new.replace(folder / LEDGER)
+        except OSError:
+            with contextlib.suppress(OSError):
+                new.unlink(missing_ok=True)
+            raise

@@ -1,0 +1,147 @@
+"""Take a snapshot of a sandboxed engine.
+
+A snapshot folder holds `manifest.json`, `images/` (CRIU's), and what the images link to, copied while the tree was frozen: `shm/`
+(/dev/shm), `tmp/` (TMPDIR), `cache/` (compiled code that is mapped).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+
+from checkpoint import disk
+from checkpoint.criu.binary import Criu
+from checkpoint.cuda import checkpoint as cuda
+from checkpoint.cuda.driver import Driver
+from checkpoint.sandbox.process_tree import inner_numbers, private_bytes, processes
+from checkpoint.sandbox.sandbox import CACHE_DIR, TMP_DIR, Sandbox
+from checkpoint.snapshot import frozen, manifest, room
+from checkpoint.snapshot.library import Library
+from checkpoint.snapshot.manifest import Snapshot, SnapshotFile
+from checkpoint.snapshot.restore import DUMP_SLOWEST, LOGS, check_page_size, gpu_locks
+
+DUMP_TIMEOUT_S = 30.0
+"""For a dump of nothing; every DUMP_SLOWEST bytes add a second. A process killed under CRIU's hands can leave it waiting for ever."""
+
+# Runs inside the sandbox, after the images are written and before the tree runs on: what the images link to must be of the same
+# moment. CRIU leaves its own hard links to deleted files behind (link_remap.N); one that stays makes the next dump fail.
+_WHILE_FROZEN = """\
+#!/bin/sh
+[ "$CRTOOLS_SCRIPT_ACTION" = post-dump ] || exit 0
+set -e
+cp -a --sparse=always /dev/shm "{folder}/shm"
+cp -a --sparse=always {tmp} "{folder}/tmp"
+rm -f /dev/shm/link_remap.* {tmp}/link_remap.*
+"""
+
+
+def _mapped_cache_files(pids: Sequence[int]) -> set[str]:
+    """Files of the compile cache that the tree has mapped, relative to it: a restore needs each at its path and size."""
+    found = set()
+    for pid in pids:
+        try:
+            maps = Path(f"/proc/{pid}/maps").read_text()
+        except OSError:
+            continue
+        for line in maps.splitlines():
+            _, _, path = line.partition(f" {CACHE_DIR}/")
+            if path and not path.endswith(" (deleted)"):
+                found.add(path)
+    return found
+
+
+def image_bytes(folder: Path) -> int:
+    """Bytes of the files below a folder."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def take(
+    library: Library,
+    criu: Criu,
+    sandbox: Sandbox,
+    draft: Snapshot,
+    compile_cache: Path,
+    seal: Callable[[Path], Mapping[str, SnapshotFile]],
+    sign: Callable[[bytes], bytes] | None = None,
+    driver: Driver | None = None,
+    visible: Sequence[str] | None = None,
+    awake: Mapping[str, int] | None = None,
+) -> Snapshot:
+    """Dump the tree below `draft.root_pid` into the library as `draft.name`; the engine goes on running, whatever happens.
+
+    `draft` is the manifest but for what only the dump knows. `seal` computes the digests of a folder's files. `driver`: the CUDA
+    driver, where this host has a GPU; processes with a context are taken off it for the dump and brought back. `visible`, `awake`: as in
+    checkpoint.cuda.checkpoint.suspend.
+
+    Raises Busy when another process takes the same snapshot, Incompatible (multi-gpu), Failed when CRIU, the disk or the engine
+    fail; then nothing is left. After Failed `cuda-stuck` the engine does not run any more and has to be ended.
+    """
+    check_page_size()
+    pids = processes(sandbox.init_pid)
+    on_gpu = cuda.memory_in_use(driver, pids) if driver else 0
+    room.check_memory(on_gpu)
+    with disk.required(f"{draft.name} is not written", "snapshot-not-written"):
+        library.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    shared = room.tmpfs_bytes(Path(f"/proc/{sandbox.init_pid}/root"), ("/dev/shm", TMP_DIR))
+    room.check_disk(library.folder, private_bytes(pids) + on_gpu + shared)
+    with library.writing(draft.name) as folder:
+        images = folder / "images"
+        images.mkdir(mode=0o700)
+        script = folder / "while-frozen.sh"
+        script.write_text(
+            _WHILE_FROZEN.format(folder=folder, tmp=TMP_DIR) + frozen.COPY.format(folder=folder / frozen.FOLDER)
+        )
+        script.chmod(0o700)
+        mapped = _mapped_cache_files(pids)
+        suspended: list[int] = []
+        needs = cuda.Needs()
+        if driver:
+            suspended, needs = cuda.suspend(driver, pids, released=cuda.check_released, visible=visible, awake=awake)
+        try:
+            # Now: the driver has moved the GPU's memory into the processes'.
+            wanted = private_bytes(pids) + shared
+            room.check_disk(library.folder, wanted)
+            limit_s = DUMP_TIMEOUT_S + wanted / DUMP_SLOWEST
+            monotonic_ns = criu.dump(sandbox, draft.root_pid, images, script, limit_s, logs=library.home / LOGS)
+        finally:
+            if driver and suspended:
+                cuda.give_back(driver, suspended, needs, gpu_locks(library))
+        script.unlink()
+        found = frozen.examine(folder / frozen.FOLDER, images, ("/dev/shm", TMP_DIR))
+        shutil.rmtree(folder / frozen.FOLDER)
+        criu.dump_cpu(images)
+        for name in mapped:
+            target = folder / "cache" / name
+            target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            shutil.copy(compile_cache / name, target)
+        # What is in these keeps the modes that a restore compares; the folders keep others out.
+        kept = [folder / name for name in ("shm", "tmp", "cache") if (folder / name).is_dir()]
+        for copied in kept:
+            copied.chmod(0o700)
+        for noise in ("dump.log", "stats-dump", "irmap-cache"):
+            (images / noise).unlink(missing_ok=True)
+        for directory, _, files in os.walk(folder):
+            if not any(Path(directory).is_relative_to(copied) for copied in kept):
+                for file in files:
+                    Path(directory, file).chmod(0o600)
+        done = msgspec.structs.replace(
+            draft,
+            monotonic_ns=monotonic_ns,
+            top_pid=max(inner_numbers(pids), default=draft.root_pid),
+            image_bytes=image_bytes(images),
+            files=dict(seal(folder)),
+            gpu=needs,
+            start_ticks=found.start_ticks,
+            stopped=found.stopped,
+        )
+        data = manifest.dump(done)
+        if sign:
+            (folder / "manifest.sig").write_bytes(sign(data))
+            (folder / "manifest.sig").chmod(0o600)
+        (folder / manifest.FILE_NAME).write_bytes(data)
+        (folder / manifest.FILE_NAME).chmod(0o600)
+    return done

@@ -1,0 +1,301 @@
+"""The snapshots of this host: one folder each under `$QUICKTHAW_HOME/snapshots`, 0700, complete or not there.
+
+A snapshot is written under a name that starts with a dot and renamed when its manifest is in place; one that is there already is exchanged
+in the same step, so that whoever is killed leaves one of them. What a killed writer leaves is removed by the next one. A name has one
+writer at a time (flock, so that a dead writer holds nothing). A restore holds the folder's lock shared from the moment it reads the
+manifest, so that `rm` waits for nobody and takes nothing away under a restore. Whoever has locked a folder looks whether it still is the
+one of that name, and everything that is removed is locked meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from checkpoint import disk
+from checkpoint.errors import Busy, NotFound
+from checkpoint.files import aside
+from checkpoint.locks import locked
+from checkpoint.snapshot import manifest, speculative
+from checkpoint.snapshot.manifest import Snapshot
+from lazyfs.content.records import ready
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,120}")
+QUARANTINE_AFTER = 3
+"""Failed restores in a row after which a snapshot is left alone until somebody looks (`snapshot inspect` says why)."""
+
+PULLS_KEPT_S = 24 * 3600.0
+"""How long an interrupted pull is kept for another attempt."""
+_RENAME_EXCHANGE, _AT_FDCWD = 2, -100
+_ATTEMPTS = 20
+"""How often a folder may be another one than the one just locked."""
+
+
+class Health(msgspec.Struct, forbid_unknown_fields=True):
+    """How restores of a snapshot went on this host: failures in a row, and the last reason."""
+
+    failures: int = 0
+    reason: str = ""
+    at: str = ""
+
+    @property
+    def quarantined(self) -> bool:
+        """Whether launches pass this snapshot over."""
+        return self.failures >= QUARANTINE_AFTER
+
+
+@dataclass(frozen=True)
+class Library:
+    """The snapshots below `home`."""
+
+    home: Path
+
+    @property
+    def folder(self) -> Path:
+        """Where snapshots lie."""
+        return self.home / "snapshots"
+
+    def path(self, name: str) -> Path:
+        """The folder of a snapshot. Raises NotFound for what cannot be a name."""
+        if not _NAME.fullmatch(name):
+            raise NotFound("snapshot-name", f"{name!r} cannot be the name of a snapshot; see: quickthaw snapshot ls")
+        return self.folder / name
+
+    def names(self) -> list[str]:
+        """Every snapshot's name, oldest first; damaged ones too. Raises Failed."""
+        found = []
+        with disk.required("snapshots cannot be listed", "library-unreadable"), contextlib.suppress(FileNotFoundError):
+            for entry in os.scandir(self.folder):
+                with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+                    if entry.is_dir() and not entry.name.startswith("."):
+                        found.append((entry.stat().st_mtime, entry.name))
+        return [name for _, name in sorted(found)]
+
+    def has(self, name: str) -> bool:
+        """Whether a complete snapshot of that name exists."""
+        return (self.path(name) / manifest.FILE_NAME).exists()
+
+    def load(self, name: str) -> Snapshot:
+        """A snapshot's manifest. Raises NotFound, Integrity or Incompatible."""
+        folder = self.path(name)
+        if not folder.is_dir():
+            known = ", ".join(self.names()[-3:]) or "none yet; quickthaw launch makes one"
+            raise NotFound("snapshot-not-found", f"there is no snapshot {name!r} (there are: {known})")
+        return manifest.load(folder)
+
+    # Using and removing
+
+    @contextlib.contextmanager
+    def in_use(self, name: str) -> Iterator[Path]:
+        """Keep a snapshot from being removed or replaced. Raises NotFound, Busy."""
+        fd = self._locked(name, fcntl.LOCK_SH, Busy("snapshot-being-removed", f"{name} is being removed or replaced"))
+        try:
+            yield self.path(name)
+        finally:
+            os.close(fd)
+
+    def _locked(self, name: str, operation: int, busy: Busy) -> int:
+        """A descriptor of the folder that has the name now, locked."""
+        for _ in range(_ATTEMPTS):
+            try:
+                fd = locked(self.path(name), operation)
+            except BlockingIOError:
+                raise busy from None
+            except FileNotFoundError:
+                raise NotFound(
+                    "snapshot-not-found", f"there is no snapshot {name!r}; see: quickthaw snapshot ls"
+                ) from None
+            except OSError as error:
+                raise disk.failure(f"{name} cannot be opened", error, "snapshot-unreadable") from error
+            if fd >= 0:
+                return fd
+        raise busy
+
+    def remove(self, name: str) -> None:
+        """Remove a snapshot. Raises NotFound, Busy while a restore reads it, Failed where the disk refuses."""
+        fd = self._exclusive(name)
+        try:
+            doomed = self.folder / f".removed-{name}-{os.urandom(6).hex()}"
+            with disk.required(f"{name} is not removed", "snapshot-not-removed"):
+                self.path(name).rename(doomed)
+            self._forget(name)
+            shutil.rmtree(doomed, ignore_errors=True)  # what stays is swept
+        finally:
+            os.close(fd)
+
+    def _exclusive(self, name: str) -> int:
+        busy = Busy("snapshot-in-use", f"a replica is being restored from {name}; try again in a moment")
+        return self._locked(name, fcntl.LOCK_EX, busy)
+
+    def _forget(self, name: str) -> None:
+        """Remove what was learned about a snapshot that is gone."""
+        self.succeeded(name)
+        speculative.forget(self.home / "run", self.path(name))
+
+    @contextlib.contextmanager
+    def writing(self, name: str) -> Iterator[Path]:
+        """A folder to write a snapshot into; it becomes `name` when the block ends without an error, and vanishes otherwise.
+
+        Raises Busy when another process is writing the same name, or a restore reads the snapshot that has it, and Failed where the disk
+        refuses; the snapshot that is there stays then.
+        """
+        self.path(name)
+        partial = self.folder / f".partial-{name}"
+        what = f"{name} could not be written"
+        with disk.required(what, "snapshot-not-written"), self._only_writer(name):
+            shutil.rmtree(partial, ignore_errors=True)  # a killed writer's: we hold its lock
+            try:
+                partial.mkdir(mode=0o700)
+                yield partial
+                self._put_in_place(partial, name)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+
+    def _put_in_place(self, partial: Path, name: str) -> None:
+        """Give a finished folder its name; one that has the name already is at `partial` then. Raises Busy, OSError."""
+        target = self.path(name)
+        for _ in range(_ATTEMPTS):
+            if not os.path.lexists(target):
+                self._forget(name)
+                try:
+                    partial.rename(target)
+                    return
+                except OSError as error:
+                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                        raise
+            try:
+                old = self._exclusive(name)
+            except NotFound:
+                continue  # removed meanwhile
+            try:
+                self._forget(name)
+                exchange(partial, target)
+                return
+            finally:
+                os.close(old)
+        raise Busy("snapshot-in-use", f"{name} is replaced by others again and again; this snapshot is dropped")
+
+    @contextlib.contextmanager
+    def _unused(self, folder: str) -> Iterator[None]:
+        """Hold a folder that nobody else holds; raises Busy where somebody does, or where it is gone."""
+        try:
+            fd = locked(Path(folder), fcntl.LOCK_EX)
+        except BlockingIOError:
+            raise Busy("in-use", f"{folder} is in use") from None
+        if fd < 0:
+            raise Busy("in-use", f"{folder} is another one by now")
+        try:
+            yield
+        finally:
+            os.close(fd)
+
+    def sweep(self, pulls_older_s: float = PULLS_KEPT_S) -> int:
+        """Remove what killed writers, removers and restores left, and what has come of a snapshot that nobody has gone on fetching for
+        `pulls_older_s`; how many folders. Those of the living stay."""
+        removed = 0
+        for work in (self.home / "run").glob("restore-*"):
+            removed += self._swept(work, self._unused(str(work)))
+        if not self.folder.is_dir():
+            return removed
+        for entry in list(os.scandir(self.folder)):
+            path = Path(entry.path)
+            if entry.name.startswith(".partial-"):
+                removed += self._swept(path, self._only_writer(entry.name.removeprefix(".partial-")))
+            elif entry.name.startswith(".removed-"):
+                removed += self._swept(path, self._unused(entry.path))
+            elif entry.name.startswith(".pull-"):
+                removed += self._swept(path, self._unused(entry.path), pulls_older_s)
+        return removed
+
+    def _swept(self, folder: Path, holding: contextlib.AbstractContextManager[None], older_s: float = 0.0) -> bool:
+        """Remove a folder that nobody holds and that nothing was written to for `older_s`; whether it is gone."""
+        with contextlib.suppress(Busy, OSError), holding:
+            if not older_s or time.time() - _touched(folder) >= older_s:
+                shutil.rmtree(folder, ignore_errors=True)
+                return not folder.exists()
+        return False
+
+    @contextlib.contextmanager
+    def _only_writer(self, name: str) -> Iterator[None]:
+        """Be the only one who writes that name. Raises Busy, OSError."""
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = os.open(self.folder / f".{name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise Busy(
+                    "snapshot-being-taken", f"another process is taking {name}; this replica goes on without"
+                ) from None
+            yield
+        finally:
+            os.close(lock)
+
+    # The working set
+
+    def working_set(self, name: str) -> Path:
+        """Where the recorded working set of a snapshot lies (checkpoint/pages): in its folder, so that it travels and goes with it.
+
+        Outside what the manifest's digests cover: it is learned later, and names pages without holding any.
+        """
+        return self.path(name) / "working-set"
+
+    # Failures and quarantine
+
+    def _health_file(self, name: str) -> Path:
+        return self.folder / f".{name}.health"
+
+    def health(self, name: str) -> Health:
+        """How restores of a snapshot went here; a fresh record where there is none or it is damaged."""
+        try:
+            return msgspec.json.decode(self._health_file(name).read_bytes(), type=ready(Health))
+        except (OSError, msgspec.MsgspecError):
+            return Health()
+
+    def failed(self, name: str, reason: str) -> Health:
+        """Count a failed restore; the record after it, which is not kept where the disk is full or read-only."""
+        health = self.health(name)
+        health.failures += 1
+        health.reason, health.at = reason, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        file = self._health_file(name)
+        with disk.optional(f"the failed restore of {name} is not counted", "health-not-kept"), aside(file) as new:
+            new.touch(0o600)
+            new.write_bytes(msgspec.json.encode(health))
+        return health
+
+    def succeeded(self, name: str) -> None:
+        """Forget earlier failures."""
+        file = self._health_file(name)
+        if os.path.lexists(file):
+            with disk.optional(f"earlier failures of {name} still count", "health-not-kept"):
+                file.unlink(missing_ok=True)
+
+
+def exchange(one: Path, other: Path) -> None:
+    """Exchange the names of two folders in one step, where the file system can; else one after the other. Raises OSError."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+        return
+    number = ctypes.get_errno()
+    if number not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+        raise OSError(number, os.strerror(number), str(other))
+    between = one.with_name(f".removed-{other.name}-{os.urandom(6).hex()}")
+    other.rename(between)
+    one.rename(other)
+    between.rename(one)
+
+
+def _touched(folder: Path) -> float:
+    """When anything below a folder was last written, in seconds since the epoch."""
+    return max(path.lstat().st_mtime for path in (folder, *folder.glob("*"), *folder.glob("images/*")))

@@ -1,0 +1,146 @@
+"""What a snapshot says of itself: one JSON document beside its images, written last, so that a folder without it is not a snapshot.
+
+The document carries a digest of itself, so that a flipped bit in it is found as one in an image is. That is no protection against
+somebody who writes a new one: signatures are (checkpoint.snapshot.signatures).
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import blake3
+import msgspec
+
+from checkpoint.cuda.checkpoint import Needs
+from checkpoint.errors import Incompatible, Integrity
+from lazyfs.content.records import ready
+
+FORMAT = 2
+"""Raised whenever an older quickthaw could not restore what a newer one wrote."""
+FILE_NAME = "manifest.json"
+
+
+class Phase(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One phase of the start that the snapshot was taken in; seconds."""
+
+    phase: str
+    took_s: float
+
+
+class Canary(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the model chose before the dump, greedily; a replica that does not choose the same is not served.
+
+    `token_ids`: the choices after each token of the prompt but the last, then the `generated` tokens. Where that is 0, as in snapshots
+    of before, all of them are generated.
+    """
+
+    prompt: str
+    token_ids: list[int]
+    generated: int = 0
+
+
+class SnapshotFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One file: bytes, and its BLAKE3 in hexadecimal."""
+
+    size: int
+    blake3: str
+
+
+class Snapshot(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A snapshot's manifest.
+
+    `digest`: BLAKE3 of the document with zeros in the digest's place, "" where it has none. `pipes` names the engine's output pipes as
+    the images know them (`pipe:[123]`); `monotonic_ns` is the sandbox's monotonic clock at the dump; `top_pid` the highest process or
+    thread number in use; `gpu` what bringing CUDA processes back needs; `asleep`: the engine had put away what it has on a GPU and has
+    to be woken; `model` as the command line has it, `model_path` the folder the engine reads, `cwd` the one it runs in;
+    `weight_areas`: by process number, (address, bytes) of the weights in its memory; sizes in bytes; `cold_s` the start this saves.
+    `start_ticks`: by process number, its start time at the dump in clock ticks; `stopped`: processes that were stopped (SIGSTOP) then.
+    """
+
+    digest: str = ""
+
+    format: int
+    name: str
+    created: str
+    engine: str
+    model: str
+    model_digest: str
+    weights: str
+    identity: dict[str, Any]
+    root_pid: int
+    top_pid: int
+    port: int
+    pipes: dict[str, str]
+    monotonic_ns: int
+    canary: Canary
+    image_bytes: int
+    kv_cache_bytes: int
+    cold_s: float
+    timeline: list[Phase]
+    files: dict[str, SnapshotFile]
+    gpu: Needs = Needs()
+    asleep: bool = False
+    model_path: str = ""
+    cwd: str = ""
+    weight_areas: dict[str, list[tuple[int, int]]] = {}
+    start_ticks: dict[str, int] = {}
+    stopped: list[int] = []
+
+
+def load(folder: Path) -> Snapshot:
+    """Read the manifest of a snapshot folder.
+
+    Raises Integrity where it is missing or garbled, Incompatible where a newer quickthaw wrote it.
+    """
+    file = folder / FILE_NAME
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise Integrity(
+            "manifest-unreadable", f"{file}: {error.strerror}; remove the snapshot: quickthaw snapshot rm {folder.name}"
+        ) from error
+    return parse(data, folder, folder.name)
+
+
+def parse(data: bytes, folder: Path, name: str) -> Snapshot:
+    """The manifest of the snapshot `name`; `folder` is named in errors. Raises as `load`."""
+    file = folder / FILE_NAME
+    try:
+        found = msgspec.json.decode(data, type=dict[str, msgspec.Raw]).get("format")
+        version = msgspec.json.decode(found, type=int) if found is not None else None
+    except msgspec.MsgspecError as error:
+        raise Integrity("manifest-garbled", f"{file} is damaged ({error}); quickthaw snapshot rm {name}") from error
+    if version is None or version > FORMAT:
+        raise Incompatible(
+            "format-newer",
+            f"{name} has format {version} and this quickthaw knows {FORMAT}; upgrade, or take it anew",
+        )
+    try:
+        snapshot = msgspec.json.decode(data, type=ready(Snapshot))
+    except msgspec.MsgspecError as error:
+        raise Integrity("manifest-garbled", f"{file} is damaged ({error}); quickthaw snapshot rm {name}") from error
+    if snapshot.digest and snapshot.digest != _digest(data):
+        raise Integrity(
+            "manifest-garbled",
+            f"{file} is damaged (its digest is not the one it names); quickthaw snapshot rm {name}",
+        )
+    if snapshot.name != name:
+        raise Integrity("manifest-misplaced", f"{file} belongs to {snapshot.name}; quickthaw snapshot rm {name}")
+    return snapshot
+
+
+def dump(snapshot: Snapshot) -> bytes:
+    """The manifest as bytes, the same for the same contents (what a signature is made over), with its digest filled in."""
+    blank = msgspec.structs.replace(snapshot, digest=_BLANK)
+    data = msgspec.json.format(msgspec.json.encode(blank, order="deterministic"), indent=1) + b"\n"
+    return data.replace(_BLANK.encode(), _digest(data).encode(), 1)
+
+
+_BLANK = "0" * 64
+
+
+def _digest(data: bytes) -> str:
+    """BLAKE3 of a document with zeros in the place of its first digest, which is the document's own."""
+    return blake3.blake3(re.sub(rb'("digest": ?")[0-9a-f]{64}', rb"\g<1>" + _BLANK.encode(), data, count=1)).hexdigest()

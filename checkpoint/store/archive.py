@@ -1,0 +1,443 @@
+"""Archives: snapshots as content-addressed chunks in any store of lazyfs, beside the weights.
+
+    push(folder, chunks)          → an archive, under the snapshot's name, that a mount can show lazily as well
+    pull("name", chunks, folder)  → the snapshot again, byte for byte
+
+An archive is a lazyfs manifest of kind `snapshot`: the folder's files, cut so that what is equal is stored once
+(checkpoint.store.chunking),
+compressed, each chunk named by the BLAKE3 of its plain bytes. What a pull writes has been compared with that name before. The
+manifest of the snapshot is checked before anything else is fetched: its signature, whether the archive holds what it names and nothing
+else (checkpoint.snapshot.entries), and what the caller asks of it (`accept`). The finished snapshot is compared with that same manifest
+before it
+gets its name. A push or a pull that was interrupted goes on where it stopped: chunks that are there are not sent again, and what a
+partial folder holds is hashed, not believed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from checkpoint import disk
+from checkpoint.errors import Busy, CheckpointError, Failed, Integrity, NotFound
+from checkpoint.locks import locked
+from checkpoint.snapshot import digests, entries, signatures
+from checkpoint.snapshot import manifest as manifests
+from checkpoint.store import layout as layouts
+from checkpoint.store.download import EVERYTHING, Arrival
+from checkpoint.store.upload import WORKERS, Listing, Progress, Push, Pushed, get, translated
+
+if TYPE_CHECKING:
+    from lazyfs.content.chunk_store import ChunkStore
+    from lazyfs.content.manifest import File, Manifest
+
+KIND = "snapshot"
+LEVEL_LOCAL, LEVEL_REMOTE = 1, 3
+"""zstd levels. Measured on vLLM's and SGLang's images: unpacking runs at 0.7 to 1.1 GB/s per core whatever the level; level 1 packs 490
+MB/s to 39 %, level 3 240 MB/s to 37 %, level 9 60 MB/s to 35 %. Over a link, size is time at every restore; on a disk, it is not."""
+
+
+_READ_FIRST = {manifests.FILE_NAME: 64 << 20, signatures.FILE_NAME: 64 << 10, layouts.INDEX: 64 << 20}
+"""Files of an archive that are read into memory before anything else, and how many bytes each may have."""
+
+
+_ATTEMPTS = 20
+"""How often a sweep may remove the folder of a pull before it is locked."""
+
+
+@dataclass(frozen=True)
+class Pulled:
+    """What a pull did. Bytes: `size` of all files; `kept` found from an earlier attempt; `fetched` plain bytes read from the store."""
+
+    digest: str
+    files: int
+    size: int
+    kept: int
+    fetched: int
+
+
+def open_chunks(url: str, level: int | None = None) -> ChunkStore:
+    """The chunk store at a URL with the compression level for it: `level`, or one chosen by whether the store is remote.
+
+    Raises Failed for a URL that cannot be used.
+    """
+    from lazyfs.content.chunk_store import ChunkStore
+    from lazyfs.stores import open_store
+    from lazyfs.stores.urls import shown_url
+
+    with translated(f"cannot open {shown_url(url)}"):
+        store = open_store(url)
+        return ChunkStore(store, zstd=level or (LEVEL_REMOTE if store.remote else LEVEL_LOCAL))
+
+
+# Push
+
+
+def push(
+    folder: Path,
+    chunks: ChunkStore,
+    name: str | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    kind: str = KIND,
+    sign: Callable[[bytes], bytes] | None = None,
+) -> Pushed:
+    """Store a snapshot folder under `name` (default: the folder's). The name is set last: a reader sees a whole archive or none.
+
+    A snapshot whose working set is known is stored by it (checkpoint.store.layout). `sign`: sign the archive as a whole too, so that
+    whoever
+    asks for a signature need not have all of it before a process may use a part.
+
+    Raises Integrity when a file changes meanwhile or an image is damaged, Failed when the store or the disk does.
+    """
+    from checkpoint.store.chunking import CHUNK, plan
+
+    with translated(f"cannot push {folder.name}"):
+        listing = _list(folder, entries.belongs if kind == KIND else lambda _: True)
+        layout = None
+        lengths: dict[str, list[int]] = {}
+        if (folder / "images").is_dir():
+            links = {path: names[0] for names in listing.names.values() for path in names[1:]}
+            layout = layouts.plan(folder, listing.files, links) if kind == KIND else None
+            cuts = plan(
+                folder / "images", layout.holes_by_name() if layout else {}, layouts.REST_CHUNK if layout else CHUNK
+            )
+            lengths = {f"images/{file}": cut for file, cut in cuts.lengths.items()}
+        job = Push(chunks, sum(size for _, size, _ in listing.files), progress)
+        from lazyfs.admin.listing import store_lock
+
+        with store_lock(chunks, exclusive=False):
+            try:
+                if layout:
+                    modes = _push_by_layout(job, folder, listing, layout, lengths)
+                else:
+                    modes = {path: mode for path, _, mode in listing.files}
+                    for path, size, _ in listing.files:
+                        job.file(folder, path, size, lengths.get(path))
+                job.drain()
+            finally:
+                job.pool.shutdown(cancel_futures=True)
+            done = job.finish(listing, kind, name or folder.name, modes, times=kind != KIND)
+            if sign:
+                chunks.store.put(signature_key(done.digest), sign(signed_words(done.digest)))
+            return done
+
+
+def signature_key(digest: str) -> str:
+    """Where the signature of an archive lies in its store."""
+    return f"manifests/{digest}.sig"
+
+
+def signed_words(digest: str) -> bytes:
+    """What an archive's signature is made over (checkpoint.snapshot.signatures puts its own prefix before it)."""
+    return f"archive {digest}".encode()
+
+
+def signed_as_a_whole(digest: str, chunks: ChunkStore, trust_keys: Sequence[Path]) -> bool:
+    """Whether an archive has a signature of its own by one of the keys; False where it has none.
+
+    Raises Integrity where it has one by somebody else, or of another archive.
+    """
+    from lazyfs.errors import NotFound as Missing
+
+    try:
+        signature = bytes(chunks.store.get(signature_key(digest)))
+    except Missing:
+        return False
+    signatures.check(signed_words(digest), signature, trust_keys)
+    return True
+
+
+def _push_by_layout(
+    job: Push, folder: Path, listing: Listing, layout: layouts.Layout, lengths: dict[str, list[int]]
+) -> dict[str, int]:
+    """The files of the archive, what is needed first before the others; their modes."""
+    modes = {layouts.INDEX: 0o600, layouts.BYTES: 0o600}
+    sizes = {path: size for path, size, _ in listing.files}
+    job.made(layouts.INDEX, layout.encode())
+    job.gathered(
+        folder,
+        layouts.BYTES,
+        layout.lengths(),
+        lambda offset, length: layout.pieces(layouts.BYTES, offset, length),
+        {path: sizes[path] for path in layout.index.paths},
+    )
+    other_names = {path for names in listing.names.values() for path in names[1:]}
+    for path, size, mode in listing.files:
+        if path in layout.small or path in other_names:
+            continue
+        if path not in layout.holes:
+            job.file(folder, path, size, None)
+            modes[path] = mode
+            continue
+        rest = layouts.rest_of(path)
+        pieces = partial(layout.pieces, rest)
+        job.gathered(folder, rest, lengths[path], pieces, {path: size})
+        modes[rest] = mode
+    return modes
+
+
+def _list(folder: Path, wanted: Callable[[str], bool]) -> Listing:
+    """Everything `wanted`, but sockets and pipes, which carry nothing."""
+    found = Listing()
+
+    def visit(below: str) -> None:
+        for entry in sorted(os.scandir(folder / below), key=lambda e: e.name):
+            path = f"{below}/{entry.name}" if below else entry.name
+            if not wanted(path):
+                continue
+            info = entry.stat(follow_symlinks=False)
+            if stat.S_ISLNK(info.st_mode):
+                found.symlinks.append((path, str(Path(entry.path).readlink())))
+            elif stat.S_ISDIR(info.st_mode):
+                found.directories.append((path, stat.S_IMODE(info.st_mode) & 0o777))
+                visit(path)
+            elif stat.S_ISREG(info.st_mode):
+                found.files.append((path, info.st_size, stat.S_IMODE(info.st_mode) & 0o777))
+                found.mtimes[path] = info.st_mtime_ns
+                if info.st_nlink > 1:
+                    found.names.setdefault((info.st_dev, info.st_ino), []).append(path)
+
+    visit("")
+    return found
+
+
+# Pull
+
+
+def pull(
+    name: str,
+    chunks: ChunkStore,
+    folder: Path,
+    accept: Callable[[bytes, bytes | None], None] | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    trust_keys: Sequence[Path] = (),
+) -> Pulled:
+    """Fetch the archive `name` (or a manifest's digest) and make it the snapshot folder `folder`, which must not exist.
+
+    `accept` is given the snapshot's manifest and its signature file (None when there is none) before anything else is fetched; what
+    it raises ends the pull. `trust_keys`: ask for a signature (see Opened.of). A pull that fails keeps what it has in a hidden folder
+    beside, for the next attempt.
+
+    Raises NotFound, Busy (another process pulls it), Integrity (a chunk or the whole is not what it should be), Failed (the store, or
+    the disk is full).
+    """
+    if folder.exists():
+        raise Failed(
+            "snapshot-exists", f"{folder.name} is here already; remove it first: quickthaw snapshot rm {folder.name}"
+        )
+    with partial_folder(folder) as (partial, lock):
+        opened = Opened.of(name, chunks, trust_keys)
+        opened.check_name(folder.name)
+        if accept:
+            accept(opened.document, opened.signature)
+        opened.prepare(partial)
+        arrival = Arrival(
+            chunks, opened.archive, opened.layout, partial, opened.links, workers=WORKERS, progress=progress
+        )
+        try:
+            arrival.begin()
+            arrival.wait(EVERYTHING)
+            arrival.settle()
+        finally:
+            arrival.close()
+        opened.link(partial)
+        opened.check(partial)
+        put_in_place(partial, folder, lock)
+        size = sum(size for size, _ in arrival.files.values())
+        return Pulled(opened.digest, len(arrival.files) + len(opened.links), size, arrival.kept, arrival.fetched)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A snapshot's archive of which the manifests are here and nothing else, checked against each other.
+
+    `document`, `signature`: the snapshot's own manifest and its signature file. `files`: what the document says of each file. `links`:
+    further names of files. `vouched`: whether a trusted signature covers the archive as a whole, and so also what is not in `files`.
+    `leave_out`: files that nobody vouches for, though a signature was asked for.
+    """
+
+    digest: str
+    archive: Manifest
+    layout: layouts.Layout | None
+    document: bytes
+    signature: bytes | None
+    links: dict[str, str]
+    name: str
+    files: dict[str, manifests.SnapshotFile]
+    vouched: bool
+    leave_out: tuple[str, ...]
+
+    @classmethod
+    def of(cls, name: str, chunks: ChunkStore, trust_keys: Sequence[Path] = ()) -> Opened:
+        """Read the manifests and the layout, and refuse an archive that holds anything but what the snapshot's manifest names.
+
+        With `trust_keys` one of them must have signed that manifest. The archive's own signature (`push --sign-key`) covers the working
+        set as well; without it the working set is left out, and the first restore records it anew.
+
+        Raises NotFound, Integrity, and what the store raises.
+        """
+        # A name that cannot be a digest or a tag is looked up once only: over a link, each look costs a restore a round trip.
+        digest = chunks.resolve(name) if "-" not in name else chunks.get_ref("snapshots", name)
+        archive = chunks.get_manifest(digest)
+        by_path = {file.path: file for file in archive.files}
+        if archive.kind != KIND or manifests.FILE_NAME not in by_path:
+            raise NotFound(
+                "not-a-snapshot", f"{name} in {chunks.store.url} is an archive of {archive.kind}, not of a snapshot"
+            )
+        wanted = [path for path in _READ_FIRST if path in by_path]
+        for path in wanted:
+            if by_path[path].size > _READ_FIRST[path]:
+                raise Integrity("archive-entry-refused", f"the archive's {path} has {by_path[path].size} bytes")
+        with ThreadPoolExecutor(len(wanted), thread_name_prefix="open") as pool:
+            read = dict(zip(wanted, pool.map(lambda path: content(by_path[path], chunks), wanted), strict=True))
+        document, signature = read[manifests.FILE_NAME], read.get(signatures.FILE_NAME)
+        vouched = False
+        if trust_keys:
+            signatures.check(document, signature, trust_keys)
+            vouched = signed_as_a_whole(digest, chunks, trust_keys)
+        layout = layouts.decode(read[layouts.INDEX]) if layouts.INDEX in read else None
+        if layout:
+            layout.check(archive)
+        links, named = entries.hard_links(archive), entries.essentials(document)
+        entries.check(archive, layout, links, named.files)
+        leave_out = (entries.WORKING_SET,) if trust_keys and not vouched else ()
+        return cls(digest, archive, layout, document, signature, links, named.name, named.files, vouched, leave_out)
+
+    def check_name(self, name: str) -> None:
+        """Raise Integrity (manifest-misplaced) where this is not the snapshot `name`."""
+        if self.name != name:
+            raise Integrity("manifest-misplaced", f"the archive holds the snapshot {self.name}, not {name}")
+
+    def prepare(self, partial: Path) -> None:
+        """Folders, no foreign entries, and room on the disk."""
+        archive, layout = self.archive, self.layout
+        files = {layout.target(f.path) if layout else f.path for f in archive.files} | set(
+            layout.small if layout else ()
+        )
+        _clear_foreign(partial, {d.path for d in archive.directories} | (files - {layouts.INDEX, layouts.BYTES}))
+        for directory in archive.directories:
+            (partial / directory.path).mkdir(mode=0o700, exist_ok=True)
+        _check_room(partial, archive)
+
+    def link(self, partial: Path) -> None:
+        """Further names, symbolic links, and the folders' modes: after the files are there."""
+        for path, original in self.links.items():
+            (partial / path).unlink(missing_ok=True)
+            (partial / path).hardlink_to(partial / original)
+        for link in self.archive.symlinks:
+            (partial / link.path).unlink(missing_ok=True)
+            (partial / link.path).symlink_to(link.target)
+        for path in self.leave_out:
+            (partial / path).unlink(missing_ok=True)
+        for directory in reversed(self.archive.directories):
+            (partial / directory.path).chmod(directory.mode & 0o777)
+
+    def check(self, partial: Path) -> None:
+        """Compare the finished folder with the manifest that was checked before, in full; this also spares the first restore from
+        hashing again. Raises Integrity."""
+        for path, judged in ((manifests.FILE_NAME, self.document), (signatures.FILE_NAME, self.signature)):
+            file = partial / path
+            if (file.read_bytes() if os.path.lexists(file) else None) != judged:
+                raise Integrity(
+                    "manifest-differs", f"{path} of {self.name} is not the one that was checked; pull it again"
+                )
+        digests.verify(partial, self.files, always=True)
+
+
+@contextlib.contextmanager
+def partial_folder(folder: Path) -> Iterator[tuple[Path, int]]:
+    """The hidden folder that a pull fills, and the descriptor that keeps it locked; it stays when the pull fails."""
+    partial = folder.with_name(f".pull-{folder.name}")
+    lock = _lock_partial(partial, folder.name)
+    try:
+        with translated(f"cannot pull {folder.name}"):
+            yield partial, lock
+    except CheckpointError as error:
+        # Trying again continues where the store or the link failed; nothing else is worth keeping.
+        if not isinstance(error, Failed | Busy) or error.code == "disk-full":
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    finally:
+        os.close(lock)
+
+
+def _lock_partial(partial: Path, name: str) -> int:
+    """Make the folder that a pull fills where it is not there yet, and lock it. Raises Busy, Failed."""
+    for _ in range(_ATTEMPTS):
+        try:
+            partial.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            partial.mkdir(mode=0o700, exist_ok=True)
+            fd = locked(partial, fcntl.LOCK_EX)
+        except BlockingIOError:
+            break
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise disk.failure(f"cannot pull {name}", error, "archive-io") from error
+        if fd >= 0:
+            return fd
+    raise Busy("snapshot-being-pulled", f"another process is pulling {name}; wait for it")
+
+
+def discard(folder: Path) -> None:
+    """Remove what an interrupted pull of `folder` left, if anything. Raises Busy while it is running."""
+    if folder.with_name(f".pull-{folder.name}").exists():
+        with partial_folder(folder) as (partial, _):
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _clear_foreign(partial: Path, wanted: set[str]) -> None:
+    for below, folders, files in os.walk(partial, topdown=False):
+        for name in (*files, *folders):
+            path = Path(below, name)
+            if str(path.relative_to(partial)) not in wanted or path.is_symlink():
+                # Of another version of this archive; links are made anew at the end.
+                path.unlink() if path.is_symlink() or not path.is_dir() else shutil.rmtree(path)
+
+
+def _check_room(partial: Path, archive: Manifest) -> None:
+    from lazyfs.content.chunk_store import zero_digest
+
+    size = sum(c.length for file in archive.files for c in file.chunks if c.digest != zero_digest(c.length))
+    here = sum(f.stat().st_blocks * 512 for f in partial.rglob("*") if f.is_file())
+    free = shutil.disk_usage(partial).free
+    if size - here > free:
+        raise Failed(
+            "disk-full",
+            f"the snapshot needs {size / 1e9:.1f} GB and {partial.parent} has {free / 1e9:.1f} GB free; "
+            "make room (quickthaw snapshot rm, quickthaw weights gc) or set QUICKTHAW_HOME",
+        )
+
+
+def content(file: File, chunks: ChunkStore) -> bytes:
+    """The bytes of a file of an archive. Raises what the store raises."""
+    return b"".join(get(chunks, chunk) for chunk in file.chunks)
+
+
+def put_in_place(partial: Path, folder: Path, lock: int) -> None:
+    """Give a finished folder its name. Raises Failed (snapshot-exists)."""
+    # From now on as whoever restores from it holds it: what waits for the name must not find it locked.
+    fcntl.flock(lock, fcntl.LOCK_SH)
+    try:
+        partial.rename(folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        raise Failed(
+            "snapshot-exists", f"{folder.name} appeared meanwhile ({error.strerror}); it is left alone"
+        ) from error
+    fd = os.open(folder.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

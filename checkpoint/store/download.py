@@ -1,0 +1,486 @@
+"""An archive's chunks arriving in a snapshot's folder, the most urgent first; each is verified before a byte of it can be read.
+
+    arrival = Arrival(chunks, archive, layout, folder)
+    arrival.begin()                    # workers fetch: what CRIU needs, the working set, …
+    arrival.wait(START)                # … until everything of that urgency is in place
+    arrival.wanted(path, offset, n)    # a process waits for these bytes: they come next
+    arrival.release(REST)              # and then everything, at a bounded rate
+
+A chunk is named by the BLAKE3 of its plain bytes and is compared with it after it was decompressed; one that differs is kept aside
+(quarantine), fetched once more, and then refused. What is in place is said, page by page, in a map shared with page servers
+(checkpoint.lazy_pages.residency). Chunks that the folder holds from an earlier attempt are hashed, not believed. A chunk that belongs to
+several places is fetched once. The first failure that outlasts its retries ends the arrival: `failure` says why, and who listens is told.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import os
+import stat
+import threading
+import time
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from checkpoint.errors import CheckpointError, Failed
+from checkpoint.lazy_pages.residency import Presence
+from checkpoint.store.layout import BYTES, INDEX, REST, Layout, Piece
+from checkpoint.store.upload import Progress, translated
+
+if TYPE_CHECKING:
+    from lazyfs.content.chunk_store import ChunkStore
+    from lazyfs.content.manifest import Chunk, Manifest
+
+log = logging.getLogger("quickthaw")
+
+WANTED, START, FIRST, LATER, EVERYTHING = range(5)
+"""Urgencies: a process waits for it; CRIU reads it; before the first token; soon after it; the rest."""
+WORKERS = 12
+"""Fetches at once while somebody waits: enough to fill a link of 1 Gbit/s over 20 ms, and few enough not to delay each other."""
+WORKERS_REST = 4
+LIMIT_S = 30.0
+"""How long one chunk may take with all its retries: as long as a process may wait for a page."""
+_GRACE_S = 5.0
+PAGE = 4096
+_SMALL = 64 << 10
+"""Bytes. A chunk of the working set belongs into dozens of places; were the interpreter given away for each of these writes into the page
+cache, a worker would wait for it as often, among a dozen others: the link was less than half full."""
+_pwrite = ctypes.PyDLL(None).pwrite
+_pwrite.restype = ctypes.c_ssize_t
+_pwrite.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int64]
+
+
+class _Job:
+    """One chunk and the places it belongs to, as (file of the archive, offset there)."""
+
+    __slots__ = ("chunk", "done", "places", "taken", "urgency")
+
+    def __init__(self, chunk: Chunk, urgency: int) -> None:
+        self.chunk = chunk
+        self.urgency = urgency
+        self.places: list[tuple[str, int]] = []
+        self.taken = self.done = False
+
+
+class Arrival:
+    """See the module. `folder` holds every directory of the archive, and perhaps what an earlier attempt left.
+
+    `rate`: bytes of plain content a second for what nobody waits for. Thread-safe.
+    """
+
+    def __init__(
+        self,
+        chunks: ChunkStore,
+        archive: Manifest,
+        layout: Layout | None,
+        folder: Path,
+        links: dict[str, str],
+        *,
+        rate: float = 0.0,
+        workers: int = WORKERS,
+        limit_s: float = LIMIT_S,
+        quarantine: Path | None = None,
+        progress: Callable[[Progress], None] | None = None,
+    ) -> None:
+        self.chunks, self.archive, self.layout, self.folder = chunks, archive, layout, folder
+        self.name = folder.name.removeprefix(".pull-")
+        self.rate, self.workers, self.limit_s, self.quarantine, self.progress = (
+            rate,
+            workers,
+            limit_s,
+            quarantine,
+            progress,
+        )
+        self.kept = self.fetched = self.moved = self.quarantined = 0
+        self.failure: CheckpointError | None = None
+        self.presence: Presence | None = None
+        self.files: dict[str, tuple[int, int]] = {}
+        """Files of the folder: size and mode."""
+        self._listeners: list[Callable[[], None]] = []
+        self._fds: dict[str, int] = {}
+        self._fresh: set[str] = set()  # files that held nothing before
+        self._allowed = EVERYTHING
+        self._closed = False
+        self._presence_open = True
+        self._not_before = 0.0
+        self._busy = 0
+        self._threads: list[threading.Thread] = []
+        self._changed = threading.Condition()
+        self._telling = threading.Lock()
+        self._jobs: dict[str, _Job] = {}
+        self._queues: list[deque[_Job]] = [deque() for _ in range(EVERYTHING + 1)]
+        self._left = [0] * (EVERYTHING + 1)
+        self._offsets: dict[str, tuple[int, ...]] = {}
+        self._chunks: dict[str, tuple[Chunk, ...]] = {}
+        self.size = self.done = 0
+        for file in archive.files:
+            if file.path not in links:
+                self._plan(file.path, file.mode, file.size, file.chunks, file.offsets)
+        for path, what in (layout.small if layout else {}).items():
+            self.files[path] = what
+        for job in self._jobs.values():
+            self._queues[job.urgency].append(job)
+            self._left[job.urgency] += 1
+
+    def _plan(self, path: str, mode: int, size: int, chunks: tuple[Chunk, ...], offsets: tuple[int, ...]) -> None:
+        if path == INDEX and self.layout:
+            return
+        if path != BYTES or not self.layout:
+            self.files[self.layout.target(path) if self.layout else path] = (size, mode)
+        self._offsets[path], self._chunks[path] = offsets, chunks
+        self.size += size
+        for chunk, offset in zip(chunks, offsets, strict=False):
+            urgency = self._urgency(path, offset)
+            job = self._jobs.get(chunk.digest)
+            if job is None:
+                job = self._jobs[chunk.digest] = _Job(chunk, urgency)
+            job.urgency = min(job.urgency, urgency)
+            job.places.append((path, offset))
+
+    def _urgency(self, path: str, offset: int) -> int:
+        if self.layout is None:
+            return START
+        if path == BYTES:
+            return START if offset < self.layout.start else FIRST if offset < self.layout.first else LATER
+        return EVERYTHING if path.endswith(REST) and self.layout.target(path) in self.layout.holes else START
+
+    # The owner's side
+
+    def begin(self, allowed: int = EVERYTHING, presence: Path | None = None) -> None:
+        """Make the files, and start fetching up to the urgency `allowed`. `presence`: where to keep the map of pages in place.
+
+        Raises OSError, Integrity.
+        """
+        self._allowed = allowed
+        for path, (size, _) in self.files.items():
+            with self._opened(path) as fd:
+                if os.fstat(fd).st_size != size or not _holds_data(fd, size):
+                    self._fresh.add(path)
+                    os.ftruncate(fd, 0)
+                    os.ftruncate(fd, size)
+        if presence is not None and self.layout is not None:
+            self.presence = Presence.make(str(presence), self.layout.index.sizes)
+        for index in range(self.workers):
+            thread = threading.Thread(target=self._work, args=(index,), name=f"arrival-{index}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def listen(self, told: Callable[[], None]) -> None:
+        """Call `told` from a worker's thread whenever pages have come, and at the end."""
+        with self._changed:
+            self._listeners.append(told)
+
+    def release(self, allowed: int, rate: float | None = None) -> None:
+        """Let the workers go on to what is less urgent."""
+        with self._changed:
+            self._allowed = max(self._allowed, allowed)
+            if rate is not None:
+                self.rate = rate
+            self._changed.notify_all()
+
+    def wanted(self, path: str, offset: int, length: int) -> None:
+        """Bring these bytes of a page file before anything else."""
+        assert self.layout is not None
+        end = offset + length
+        with self._changed:
+            while offset < end:
+                stored, at, following = self.layout.locate(path, offset)
+                job = self._jobs[self._chunks[stored][bisect_right(self._offsets[stored], at) - 1].digest]
+                if not job.taken and job.urgency != WANTED:
+                    self._left[job.urgency] -= 1
+                    job.urgency = WANTED
+                    self._left[WANTED] += 1
+                    self._queues[WANTED].append(job)
+                    self._changed.notify()
+                offset += following
+
+    def in_place(self, urgency: int) -> bool:
+        """Whether everything that urgent has come."""
+        return not any(self._left[: urgency + 1])
+
+    def wait(self, urgency: int, limit_s: float | None = None) -> None:
+        """Wait until everything that urgent is in place; every fetch has a limit of its own, so this ends.
+
+        Raises what ended the arrival, or Failed (remote-slow) after `limit_s`.
+        """
+        deadline = time.monotonic() + limit_s if limit_s is not None else None
+        with self._changed:
+            while not self.in_place(urgency):
+                self._refuse()
+                left = 1.0 if deadline is None else deadline - time.monotonic()
+                if left <= 0:
+                    raise Failed("remote-slow", f"{self.chunks.store.url} did not deliver within {limit_s:g} s")
+                self._changed.wait(min(1.0, left))
+
+    def wait_file(self, paths: Sequence[str]) -> str:
+        """Wait until one of these files is complete, and return it. Raises as `wait`."""
+        with self._changed:
+            while True:
+                for path in paths:
+                    if self.has(path):
+                        return path
+                self._refuse()
+                self._changed.wait(1.0)
+
+    def _refuse(self) -> None:
+        if self.failure is not None:
+            raise self.failure
+        if self._threads and not any(thread.is_alive() for thread in self._threads) and any(self._left):
+            raise Failed("remote-failed", f"fetching {self.name}: its workers have ended")
+        if self._closed:
+            raise Failed("remote-stopped", f"fetching {self.name} was stopped")
+
+    def close(self) -> None:
+        """Stop. Workers finish the chunk they are at; nothing is written after this returns."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        deadline = time.monotonic() + self.limit_s + _GRACE_S
+        others = [thread for thread in self._threads if thread is not threading.current_thread()]
+        for thread in others:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        if any(thread.is_alive() for thread in others):
+            log.warning("fetching %s: a worker does not end; its files stay open", self.name)
+            return
+        with self._changed:  # the owner and the thread that sees it through may both close
+            fds, self._fds = self._fds, {}
+            presence, self._presence_open = (self.presence if self._presence_open else None), False
+        for fd in fds.values():
+            os.close(fd)
+        if presence:
+            presence.close()
+
+    def settle(self) -> None:
+        """Modes and contents to the disk, when everything has come. Raises OSError."""
+        for path, (_, mode) in self.files.items():
+            with self._opened(path) as fd:
+                if stat.S_IMODE(os.fstat(fd).st_mode) != mode & 0o777:
+                    os.fchmod(fd, mode & 0o777)
+                os.fdatasync(fd)
+
+    def set_modes(self) -> None:
+        """The modes of the files, before all of it has come. Raises OSError."""
+        for path, (_, mode) in self.files.items():
+            (self.folder / path).chmod(mode & 0o777)
+
+    def has(self, path: str) -> bool:
+        """Whether a file is complete that is not a page file and not among the small ones."""
+        return all(self._jobs[chunk.digest].done for chunk in self._chunks.get(path, ()))
+
+    @contextlib.contextmanager
+    def _opened(self, path: str) -> Iterator[int]:
+        """A descriptor of a file; that of a page file stays open, since its chunks are many."""
+        fd = self._fds.get(path)
+        if fd is not None:
+            yield fd
+            return
+        fd = os.open(self.folder / path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        if self.layout and path in self.layout.holes:
+            self._fds[path] = fd  # first opened by `begin`, before there are workers
+            yield fd
+            return
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+    # The workers
+
+    def _work(self, index: int) -> None:
+        # Every other worker looks for the working set first, so that neither waits for the other's round trips.
+        order = (WANTED, START, FIRST, LATER, EVERYTHING) if index % 2 else (WANTED, FIRST, START, LATER, EVERYTHING)
+        while (job := self._next(index, order)) is not None:
+            try:
+                with translated(f"cannot fetch {self.name}"):
+                    self._bring(job)
+            except CheckpointError as error:
+                self._end(error)
+                return
+            except Exception as error:
+                if self._closed:
+                    return  # its connection was closed under it
+                log.exception("fetching %s", self.name)
+                self._end(Failed("remote-failed", f"fetching {self.name}: {error}"))
+                return
+            with self._changed:
+                job.done = True
+                self._left[job.urgency] -= 1
+                self.done += job.chunk.length * len(job.places)
+                self._busy -= 1
+                self._changed.notify_all()
+                listeners = list(self._listeners)
+                said = Progress(self.size, self.done, self.moved)
+            self._say(listeners, said)
+
+    def _say(self, listeners: Sequence[Callable[[], None]], said: Progress | None = None) -> None:
+        """Call who listens. A callback that fails is logged: this worker goes on, since others wait for what it brings."""
+        try:
+            for told in listeners:
+                told()
+            if self.progress and said:
+                with self._telling:
+                    self.progress(said)
+        except Exception:
+            log.exception("fetching %s: a listener failed", self.name)
+
+    def _next(self, index: int, order: tuple[int, ...]) -> _Job | None:
+        with self._changed:
+            while not self._closed and self.failure is None:
+                now = time.monotonic()
+                for urgency in order:
+                    if urgency > self._allowed:
+                        continue
+                    queue = self._queues[urgency]
+                    while queue and (queue[0].taken or queue[0].urgency != urgency):
+                        queue.popleft()
+                    if not queue:
+                        continue
+                    if urgency == EVERYTHING and self.rate and (index >= WORKERS_REST or now < self._not_before):
+                        continue
+                    job = queue.popleft()
+                    job.taken = True
+                    self._busy += 1
+                    if urgency == EVERYTHING and self.rate:
+                        self._not_before = max(self._not_before, now - 0.5) + job.chunk.length / self.rate
+                    return job
+                if not any(self._left):
+                    return None
+                self._changed.wait(max(0.001, self._not_before - now) if self._not_before > now else 1.0)
+            return None
+
+    def _end(self, error: CheckpointError) -> None:
+        with self._changed:
+            if self.failure is None and not self._closed:
+                self.failure = error
+            self._busy -= 1
+            self._changed.notify_all()
+            listeners = list(self._listeners)
+        self._say(listeners)
+
+    def _pieces(self, path: str, offset: int, length: int) -> list[Piece]:
+        return self.layout.pieces(path, offset, length) if self.layout else [(path, offset, 0, length)]
+
+    def _bring(self, job: _Job) -> None:
+        from lazyfs.content.chunk_store import zero_digest
+
+        chunk = job.chunk
+        zero = chunk.digest == zero_digest(chunk.length)
+        missing = []
+        for path, offset in job.places:
+            pieces = self._pieces(path, offset, chunk.length)
+            fresh = all(name in self._fresh for name, _, _, _ in pieces)
+            if fresh and zero:
+                self._mark(pieces)
+            elif not fresh and self._holds(pieces, chunk):
+                self.kept += chunk.length
+                self._mark(pieces)
+            else:
+                missing.append(pieces)
+        if not missing:
+            return
+        data = bytes(chunk.length) if zero else self._fetch(chunk)
+        for pieces in missing:
+            self._write(data, pieces)
+            self._mark(pieces)
+
+    def _write(self, data: bytes | bytearray | memoryview, pieces: list[Piece]) -> None:
+        view = memoryview(data)
+        address = ctypes.cast(ctypes.c_char_p(data), ctypes.c_void_p).value if isinstance(data, bytes) else None
+        for name, at, source, length in pieces:
+            fd = self._fds.get(name)
+            if address and fd is not None and length <= _SMALL and _pwrite(fd, address + source, length, at) == length:
+                continue
+            with self._opened(name) as fd:
+                _write_fully(fd, view[source : source + length], at)
+
+    def _holds(self, pieces: list[Piece], chunk: Chunk) -> bool:
+        from lazyfs.content.chunk_store import digest_of
+
+        found = bytearray(chunk.length)
+        view = memoryview(found)
+        for name, at, source, length in pieces:
+            with self._opened(name) as fd:
+                if os.preadv(fd, [view[source : source + length]], at) != length:
+                    return False
+        return digest_of(view) == chunk.digest
+
+    def _mark(self, pieces: list[Piece]) -> None:
+        if self.presence:
+            for name, at, _, length in pieces:
+                self.presence.mark(name, at, length)
+
+    def _fetch(self, chunk: Chunk) -> bytes | bytearray | memoryview:
+        import lazyfs.errors
+        from lazyfs.content.chunk_store import digest_of
+        from lazyfs.content.manifest import RAW, ZSTD
+        from lazyfs.fetch.chunk import scratch
+        from lazyfs.stores.retry import RetryPolicy, retrying
+
+        from lazyfs.content.chunk_store import chunk_key  # isort: skip
+
+        deadline = time.monotonic() + self.limit_s
+
+        def body() -> tuple[int, bytes | memoryview]:
+            if self._closed:
+                raise lazyfs.errors.Permanent("stopped")
+            for encoding in (chunk.encoding, ZSTD if chunk.encoding == RAW else RAW):
+                with contextlib.suppress(lazyfs.errors.NotFound):
+                    return encoding, self.chunks.store.get(chunk_key(chunk.digest, encoding), into=scratch())
+            raise lazyfs.errors.NotFound(f"chunk {chunk.digest[:12]} is not in {self.chunks.store.url}")
+
+        for last in (False, True):
+            encoding, stored = retrying(body, RetryPolicy(limit=max(0.1, deadline - time.monotonic())))
+            try:
+                data = self.chunks.decode(chunk.digest, stored, encoding, chunk.length)
+                if digest_of(data) != chunk.digest:
+                    raise lazyfs.errors.Integrity(
+                        f"chunk {chunk.digest[:12]} in {self.chunks.store.url} does not match its digest"
+                    )
+            except lazyfs.errors.Integrity as error:
+                where = self._quarantine(chunk.digest, stored)
+                if last:
+                    raise
+                log.warning("%s%s; fetching it once more", error, f"; kept as {where}" if where else "")
+                continue
+            with self._changed:
+                self.fetched += chunk.length
+                self.moved += len(stored)
+            return data
+        raise AssertionError("unreachable")
+
+    def _quarantine(self, digest: str, stored: bytes | memoryview, keep: int = 16) -> Path | None:
+        with self._changed:
+            self.quarantined += 1
+        if self.quarantine is None:
+            return None
+        try:
+            self.quarantine.mkdir(mode=0o700, parents=True, exist_ok=True)
+            path = self.quarantine / f"{digest}.{time.time_ns()}"
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            with os.fdopen(fd, "wb") as file:
+                file.write(stored)
+            for old in sorted(self.quarantine.iterdir(), key=lambda p: p.name.rpartition(".")[2])[:-keep]:
+                old.unlink(missing_ok=True)
+        except OSError:
+            return None  # what it was is of use to somebody who looks, and to nobody else
+        return path
+
+
+def _holds_data(fd: int, size: int) -> bool:
+    if not size:
+        return True
+    try:
+        return os.lseek(fd, 0, os.SEEK_DATA) < size
+    except OSError:
+        return False  # one hole
+
+
+def _write_fully(fd: int, view: memoryview, offset: int) -> None:
+    while view:
+        written = os.pwrite(fd, view, offset)
+        view, offset = view[written:], offset + written

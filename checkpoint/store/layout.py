@@ -1,0 +1,302 @@
+"""The order in which an archive holds a snapshot whose working set is known: what is needed first lies together, in chunks of its own.
+
+Such an archive has three kinds of files:
+
+    first.index            which pieces of which files `first.bytes` is made of, in order
+    first.bytes            small files and the pages that CRIU itself puts in place; then the working set up to the first token, in the
+                           order of need; then what the next requests need
+    images/pages-N.rest    pages-N.img with zeros where its pages lie in `first.bytes` (zeros cost nothing, compressed)
+
+and every other file (large ones, the manifest, its signature) as it is. `.rest` is a name that nobody takes for an image: where an
+archive is shown by a mount, no page is silently zero. `Layout.pieces` says where each byte of an archive belongs in the snapshot's
+folder, and `Layout.locate` the way back. Neither trusts the index: what it names must be whole pages of page files, or whole small
+files, each once.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from bisect import bisect_right, insort
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from checkpoint.criu.images import messages, number
+from checkpoint.errors import Integrity
+from lazyfs.content.records import ready
+
+if TYPE_CHECKING:
+    from lazyfs.content.manifest import Manifest
+
+BYTES, INDEX = "first.bytes", "first.index"
+REST = ".rest"
+PAGE = 4096
+SMALL = 256 << 10
+"""Bytes. Larger files keep chunks of their own, which other snapshots may share."""
+CHUNK = 1 << 20
+"""The longest chunk of `first.bytes`. All that are in flight share the link, so they come together and not in the order of need: twelve of
+this length are a twentieth of a second of a link of 1 Gbit/s. Shorter ones cost a request each."""
+REST_CHUNK = 1 << 20
+"""The longest chunk of a `.rest` file: a page that nobody foresaw is waited for with its whole chunk."""
+_VERSION = 1
+_PAGES = re.compile(r"images/pages-\d+\.img")
+_ALONE = ("manifest.json", "manifest.sig")
+_WORKING_SET = "working-set"
+
+Piece = tuple[str, int, int, int]
+"""(path below the snapshot's folder, offset there, offset within what was asked for, length)"""
+
+
+class _Index(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`pieces`: (number of the path, offset, length). The first `start` are read by CRIU or before it, up to `first` before the first
+    token. `modes`: of the paths. `sizes`: of the page files, by path."""
+
+    version: int
+    paths: list[str]
+    modes: list[int]
+    sizes: dict[str, int]
+    pieces: list[tuple[int, int, int]]
+    start: int
+    first: int
+
+
+class Layout:
+    """Which byte lies where. Bytes of `first.bytes` below `start` are read by CRIU, below `first` before the first token."""
+
+    def __init__(self, index: _Index) -> None:
+        self.index = index
+        self.ends: list[int] = []
+        at = 0
+        for _, _, length in index.pieces:
+            at += length
+            self.ends.append(at)
+        self.size = at
+        self.start = self.ends[index.start - 1] if index.start else 0
+        self.first = self.ends[index.first - 1] if index.first else 0
+        self.small = {  # path → (size, mode)
+            index.paths[path]: (length, index.modes[path])
+            for path, _, length in index.pieces
+            if index.paths[path] not in index.sizes
+        }
+        # Of each page file: holes in `.rest`, ascending, as (start, end, offset in first.bytes).
+        self.holes: dict[str, list[tuple[int, int, int]]] = {path: [] for path in index.sizes}
+        for (path, offset, length), end in zip(index.pieces, self.ends, strict=True):
+            name = index.paths[path]
+            if name in self.holes:
+                self.holes[name].append((offset, offset + length, end - length))
+        for holes in self.holes.values():
+            holes.sort()
+
+    @staticmethod
+    def target(path: str) -> str:
+        """The file of the snapshot that a file of the archive becomes part of."""
+        return path.removesuffix(REST) + ".img" if path.endswith(REST) else path
+
+    def pieces(self, path: str, offset: int, length: int) -> list[Piece]:
+        """Where [offset, offset + length) of a file of the archive belongs; zeros that stand for pages in `first.bytes` belong nowhere."""
+        if path == BYTES:
+            return self._of_first(offset, length)
+        name = self.target(path)
+        if name == path or name not in self.holes:
+            return [(path, offset, 0, length)]
+        found, at, end = [], offset, offset + length
+        holes = self.holes[name]
+        for low, high, _ in holes[max(0, bisect_right(holes, (offset,)) - 1) :]:
+            if low >= end:
+                break
+            if high <= at:
+                continue
+            if low > at:
+                found.append((name, at, at - offset, low - at))
+            at = min(high, end)
+        if at < end:
+            found.append((name, at, at - offset, end - at))
+        return found
+
+    def _of_first(self, offset: int, length: int) -> list[Piece]:
+        found = []
+        position, end = offset, offset + length
+        number_ = bisect_right(self.ends, offset)
+        while position < end:
+            path, at, size = self.index.pieces[number_]
+            begin = self.ends[number_] - size
+            take = min(self.ends[number_], end) - position
+            found.append((self.index.paths[path], at + position - begin, position - offset, take))
+            position += take
+            number_ += 1
+        return found
+
+    def locate(self, path: str, offset: int) -> tuple[str, int, int]:
+        """Where a byte of a page file lies: (file of the archive, offset there, how many bytes follow it there)."""
+        holes = self.holes[path]
+        index = bisect_right(holes, (offset, 1 << 62)) - 1
+        if index >= 0 and offset < holes[index][1]:
+            low, high, at = holes[index]
+            return BYTES, at + offset - low, high - offset
+        following = holes[index + 1][0] if index + 1 < len(holes) else self.index.sizes[path]
+        return rest_of(path), offset, following - offset
+
+    def lengths(self) -> list[int]:
+        """Where `first.bytes` is cut: what CRIU needs apart from the working set, that apart from what follows."""
+        found = []
+        for low, high in ((0, self.start), (self.start, self.first), (self.first, self.size)):
+            found += [min(CHUNK, high - at) for at in range(low, high, CHUNK)]
+        return found
+
+    def holes_by_name(self) -> dict[str, list[tuple[int, int]]]:
+        """Of each page file in `images/`: (start, end) of what lies in `first.bytes`, in bytes, ascending."""
+        return {
+            path.removeprefix("images/"): [(low, high) for low, high, _ in holes] for path, holes in self.holes.items()
+        }
+
+    def check(self, archive: Manifest) -> None:
+        """Whether an archive holds what its index says. Raises Integrity (layout-garbled)."""
+        files = {file.path: file.size for file in archive.files}
+        folders = {""} | {directory.path for directory in archive.directories}
+        rests = {self.target(path): size for path, size in files.items() if path.endswith(REST)}
+        clash = any(path in files or path.rpartition("/")[0] not in folders for path in self.small)
+        if files.get(BYTES) != self.size or rests != self.index.sizes or clash or any(path in files for path in rests):
+            raise Integrity("layout-garbled", "the archive is not what its own index says")
+
+    def encode(self) -> bytes:
+        """The index file."""
+        return msgspec.json.encode(self.index)
+
+
+def rest_of(path: str) -> str:
+    """The file of the archive that holds what `first.bytes` has not of a page file."""
+    return path.removesuffix(".img") + REST
+
+
+def decode(data: bytes) -> Layout:
+    """The layout in an index file. Raises Integrity (layout-garbled) for one that cannot be meant."""
+    try:
+        index = msgspec.json.decode(data, type=ready(_Index))
+    except msgspec.MsgspecError as error:
+        raise Integrity("layout-garbled", f"the archive's index is damaged: {error}") from error
+    if index.version != _VERSION:
+        raise Integrity("layout-garbled", f"the archive's index has version {index.version}, and this reads {_VERSION}")
+    _check(index)
+    return Layout(index)
+
+
+def _check(index: _Index) -> None:
+    whole = len(set(index.paths)) == len(index.paths) == len(index.modes)
+    if not whole or not 0 <= index.start <= index.first <= len(index.pieces):
+        raise Integrity("layout-garbled", "the archive's index does not add up")
+    for name in (*index.paths, *index.sizes):
+        within = "/" in name and "\0" not in name and not any(part in ("", ".", "..") for part in name.split("/"))
+        if not within and name != _WORKING_SET:
+            raise Integrity("layout-garbled", f"the archive's index has a bad path: {name!r}")
+    by_path: dict[int, list[tuple[int, int]]] = {}
+    for path, offset, length in index.pieces:
+        if not 0 <= path < len(index.paths) or offset < 0 or length <= 0:
+            raise Integrity("layout-garbled", "the archive's index names what cannot be")
+        by_path.setdefault(path, []).append((offset, offset + length))
+    for path, ranges in by_path.items():
+        name = index.paths[path]
+        if name in index.sizes:
+            ranges.sort()
+            aligned = all(low % PAGE == 0 and high % PAGE == 0 for low, high in ranges)
+            apart = all(a[1] <= b[0] for a, b in itertools.pairwise(ranges))
+            if not _PAGES.fullmatch(name) or not aligned or not apart or ranges[-1][1] > index.sizes[name]:
+                raise Integrity("layout-garbled", f"the archive's index places pages of {name} where none can be")
+        elif len(ranges) != 1 or ranges[0][0] or ranges[0][1] >= SMALL or name in _ALONE:
+            raise Integrity("layout-garbled", f"the archive's index holds parts of {name}")
+
+
+def plan(folder: Path, files: Sequence[tuple[str, int, int]], links: Mapping[str, str]) -> Layout | None:
+    """The layout for a snapshot's folder; None where no working set was recorded, or its pages cannot be told apart.
+
+    `files`: path, size and mode of each; `links`: files that are another name of one, which an archive does not hold twice.
+    """
+    from checkpoint.criu.pagemap import process_ids, read_process
+    from checkpoint.lazy_pages.working_set import BadWorkingSet, WorkingSet
+
+    sizes = {path: size for path, size, _ in files if path not in links}
+    modes = {path: mode for path, _, mode in files}
+    pages = {path: size for path, size in sizes.items() if _PAGES.fullmatch(path)}
+    try:
+        known = WorkingSet.load(str(folder / _WORKING_SET))
+        images = {pid: read_process(str(folder / "images"), pid) for pid in process_ids(str(folder / "images"))}
+    except (OSError, BadWorkingSet, ValueError):
+        return None
+    if not known.first or any(size % PAGE for size in pages.values()):
+        return None
+    small = [path for path, size in sorted(sizes.items()) if 0 < size < SMALL and path not in pages]
+    small = [path for path in small if "/" in path or path == _WORKING_SET]
+    paths = [*small, *pages]
+    numbers = {path: index for index, path in enumerate(paths)}
+    start = [(numbers[path], 0, sizes[path]) for path in small]
+    start += [(numbers[path], low, high - low) for path, low, high in _read_by_criu(folder, pages)]
+    before = known.file_ranges(images)
+    after = known.file_ranges(images, before_first_token=False)
+    taken: dict[int, list[tuple[int, int]]] = {number_: [] for number_ in numbers.values()}
+    for number_, low, length in start:
+        taken[number_].append((low, low + length))
+    first = _once(((numbers[f"images/{name}"], low, length) for name, low, length in before), taken)
+    later = _once(((numbers[f"images/{name}"], low, length) for name, low, length in after), taken)
+    return Layout(
+        _Index(
+            _VERSION,
+            paths,
+            [modes[path] for path in paths],
+            pages,
+            [*start, *first, *later],
+            len(start),
+            len(start) + len(first),
+        )
+    )
+
+
+def _once(
+    ranges: Iterable[tuple[int, int, int]], taken: dict[int, list[tuple[int, int]]]
+) -> list[tuple[int, int, int]]:
+    """Ranges less what is taken already. Two processes may name one page file (threads of one address space never do)."""
+    found = []
+    for path, low, length in ranges:
+        high = low + length
+        known = taken[path]
+        index = max(0, bisect_right(known, (low, 1 << 62)) - 1)
+        at = low
+        pieces = []
+        while index < len(known) and known[index][0] < high:
+            a, b = known[index]
+            if b > at:
+                if a > at:
+                    pieces.append((at, a))
+                at = max(at, b)
+            index += 1
+        if at < high:
+            pieces.append((at, high))
+        for a, b in pieces:
+            insort(known, (a, b))
+            found.append((path, a, b - a))
+    return found
+
+
+def _read_by_criu(folder: Path, pages: Mapping[str, int]) -> list[tuple[str, int, int]]:
+    """What CRIU puts in place itself, with a page server or without: (path, start, end), joined. Images of shared memory, and the pages
+    of private file mappings, locked memory and the like, which the page maps mark as not lazy."""
+    found: list[tuple[str, int, int]] = []
+    for pagemap in sorted((folder / "images").glob("pagemap-*.img")):
+        entries = messages(pagemap)
+        path = f"images/pages-{number(next(entries, {}), 1)}.img"
+        if path not in pages:
+            continue
+        at = 0
+        for entry in entries:
+            flags = number(entry, 4, 4)
+            if not flags & 4:
+                continue
+            size = (number(entry, 5) or number(entry, 2)) * PAGE
+            if not flags & 2:
+                if found and found[-1][0] == path and found[-1][2] == at:
+                    found[-1] = (path, found[-1][1], at + size)
+                else:
+                    found.append((path, at, at + size))
+            at += size
+    return found

@@ -1,0 +1,413 @@
+"""Restoring straight from a store: a snapshot that is being fetched, while a replica is already restored from what has come.
+
+    remote = Remote.open(library, url, name)   # the manifests only; refuses what may not be restored before anything else is fetched
+    remote.begin()
+    remote.wait_start()                        # what CRIU reads itself is in place, and verified against the snapshot's manifest
+    … criu restore, a page server that reads `remote.presence` …
+    remote.first_token()                       # now everything else follows, at a bounded rate
+    … complete: verified in full, the snapshot gets its name in the library …
+
+Every chunk is verified before a process can read it (checkpoint.store.download); the whole again at its end, against the snapshot's own
+manifest.
+When fetching finally fails, `failure` says why and everybody who asked to be told is: who runs on pages that will not come must be
+ended. The folder is `.pull-NAME`, the same that `snapshot pull` fills, so either goes on where the other was interrupted; it is
+locked as long as this process lives. One process fetches a snapshot at a time; within it, replicas share one `Remote`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import stat
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import blake3
+
+from checkpoint.errors import Busy, CheckpointError, Failed, Integrity
+from checkpoint.snapshot import digests
+from checkpoint.snapshot import manifest as manifests
+from checkpoint.snapshot.digests import digest_symlink
+from checkpoint.snapshot.library import Library
+from checkpoint.sparse import extents
+from checkpoint.store import archive as archives
+from checkpoint.store.download import EVERYTHING, FIRST, LATER, START, Arrival
+from checkpoint.store.upload import translated
+
+if TYPE_CHECKING:
+    from lazyfs.content.chunk_store import ChunkStore
+
+log = logging.getLogger("quickthaw")
+
+REST_BYTES_PER_S = 100e6
+"""Plain bytes a second for what nobody waits for, after the first token: the replica serves meanwhile, over the same link and cores."""
+FIRST_TOKEN_LIMIT_S = 60.0
+"""Without a word of the first token, the rest is fetched after this long."""
+PRESENCE = ".arriving"
+_HASHED_AT_ONCE = 8 << 20
+
+_open: dict[tuple[Path, str], Remote] = {}
+_open_lock = threading.Lock()
+
+
+class Remote:
+    """See the module. Make it with `open`; thread-safe."""
+
+    def __init__(self, library: Library, name: str, chunks: ChunkStore, opened: archives.Opened, whole: str) -> None:
+        self.library, self.name, self.chunks, self.opened = library, name, chunks, opened
+        self.whole = whole
+        """Why everything has to be here before a restore may begin; empty where it need not."""
+        self.target = library.path(name)
+        self.folder = self.target.with_name(f".pull-{name}")
+        """Where the snapshot is: the partial folder, and the snapshot's own once it is complete."""
+        self.complete = threading.Event()
+        self.snapshot = manifests.parse(opened.document, self.folder, name)
+        self.arrival: Arrival | None = None
+        self.spans: dict[str, float] = {}
+        """Seconds since `begin` until: start, verified, first, all, complete."""
+        self.moved_at_first_token = 0
+        self._failure: CheckpointError | None = None
+        self._on_failure: list[Callable[[str], None]] = []
+        self._told = threading.Event()
+        self._ended = threading.Event()
+        self._uses = 0
+        self._changed = threading.Condition()
+        self._began = 0.0
+        self._verified = False
+        self._verifying = threading.Lock()
+
+    @classmethod
+    def open(
+        cls,
+        library: Library,
+        url: str,
+        name: str,
+        accept: Callable[[bytes, bytes | None], None] | None = None,
+        trust_keys: Sequence[Path] = (),
+    ) -> Remote:
+        """The snapshot `name` in the store at `url`, or the one that this process is fetching already.
+
+        `accept` is given the snapshot's manifest and its signatures; what it raises, is raised. With `trust_keys` both the snapshot and the
+        archive as a whole have to be signed for a restore to begin before everything is here: what vouches for a chunk is then the
+        archive's signature, and where that is missing the snapshot's own, which covers whole files only.
+
+        Raises NotFound, Integrity, Incompatible, Busy (another process is fetching it), Failed (the store does not answer).
+        """
+        with _open_lock:
+            key = (library.home, name)
+            found = _open.get(key)
+            if found is not None and found.failure is None and not found._ended.is_set():
+                if accept:
+                    accept(found.opened.document, found.opened.signature)
+                return found
+            chunks = archives.open_chunks(url)
+            with translated(f"cannot fetch {name}"):
+                opened = archives.Opened.of(name, chunks, trust_keys)
+            opened.check_name(name)
+            if accept:
+                accept(opened.document, opened.signature)
+            made = cls(library, name, chunks, opened, _must_be_whole(opened, trust_keys))
+            _open[key] = made
+            return made
+
+    # Fetching
+
+    def begin(self) -> None:
+        """Make the folder and start fetching; returns at once. May be called again.
+
+        Raises Busy, Failed (disk-full), Integrity.
+        """
+        with self._changed:
+            if self.arrival is not None:
+                return
+            stack = contextlib.ExitStack()
+            try:
+                partial, lock = stack.enter_context(archives.partial_folder(self.target))
+                with translated(f"cannot fetch {self.name}"):
+                    self.opened.prepare(partial)
+                    arrival = Arrival(
+                        self.chunks,
+                        self.opened.archive,
+                        self.opened.layout,
+                        partial,
+                        self.opened.links,
+                        rate=0.0 if self.whole else REST_BYTES_PER_S,
+                        quarantine=self.library.home / "cache" / "quarantine",
+                    )
+                    self._began = time.monotonic()
+                    arrival.begin(EVERYTHING if self.whole else FIRST, None if self.whole else partial / PRESENCE)
+            except BaseException:
+                stack.close()
+                with _open_lock:
+                    _open.pop((self.library.home, self.name), None)
+                raise
+            self.arrival = arrival
+        threading.Thread(target=self._run, args=(stack, lock), name="remote", daemon=True).start()
+
+    @property
+    def presence(self) -> Path:
+        """The map of pages in place, for page servers."""
+        return self.folder / PRESENCE
+
+    @property
+    def failure(self) -> CheckpointError | None:
+        """What ended the fetching, if anything."""
+        return self._failure or (self.arrival.failure if self.arrival else None)
+
+    def check(self) -> None:
+        """Raise what ended the fetching, if anything."""
+        if self.failure is not None:
+            raise self.failure
+
+    def wait_start(self) -> None:
+        """Wait until everything that CRIU reads itself is in place and verified against the snapshot's manifest.
+
+        Raises Integrity, Failed.
+        """
+        assert self.arrival is not None
+        with self._verifying:
+            if not self._verified:
+                with translated(f"cannot fetch {self.name}"):
+                    self._verify_start()
+                self._verified = True
+
+    def first_token(self) -> None:
+        """The first token was seen: what remains may be fetched now."""
+        if not self._told.is_set() and self.arrival is not None:
+            self.moved_at_first_token = self.arrival.moved
+            self._told.set()
+
+    def wanted(self, path: str, offset: int, length: int) -> None:
+        """A process waits for these bytes of a page file."""
+        if self.arrival is not None:
+            self.arrival.wanted(path, offset, length)
+
+    def listen(self, told: Callable[[], None]) -> None:
+        """Call `told` whenever pages have come."""
+        assert self.arrival is not None
+        self.arrival.listen(told)
+
+    def on_failure(self, told: Callable[[str], None]) -> None:
+        """Call `told(reason)` when the pages that are missing will not come; at once if that is known already."""
+        with self._changed:
+            self._on_failure.append(told)
+            failure = self.failure
+        if failure is not None:
+            told(str(failure))
+
+    def wait_complete(self) -> None:
+        """Wait until the snapshot is in the library; what is left is fetched at full speed. Raises what prevented it."""
+        if self.arrival is not None:
+            self._told.set()
+            self.arrival.release(EVERYTHING, rate=0.0)
+        self._ended.wait()
+        self.check()
+
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[Path]:
+        """The folder to restore from; it keeps its name meanwhile."""
+        with self._changed:
+            self._uses += 1
+            folder = self.folder
+        try:
+            yield folder
+        finally:
+            with self._changed:
+                self._uses -= 1
+                self._changed.notify_all()
+
+    def close(self, discard: bool = False) -> None:
+        """Stop fetching. What has come stays for another attempt, unless `discard`."""
+        if self.arrival is not None:
+            if self._failure is None and not self.complete.is_set():
+                self._failure = Failed("remote-stopped", f"fetching {self.name} was stopped")
+            self._told.set()
+            self.arrival.close()
+            self._ended.wait(10.0)
+        else:
+            self._close_store()
+        with _open_lock:
+            if _open.get((self.library.home, self.name)) is self:
+                del _open[(self.library.home, self.name)]
+        if discard and not self.complete.is_set():
+            with contextlib.suppress(CheckpointError):
+                archives.discard(self.target)
+
+    def _close_store(self) -> None:
+        close = getattr(self.chunks.store, "close", None)
+        if close:
+            close()
+
+    # The thread that sees it through
+
+    def _run(self, held: contextlib.ExitStack, lock: int) -> None:
+        assert self.arrival is not None
+        try:
+            with held, translated(f"cannot fetch {self.name}"):
+                self._see_through(self.arrival, lock)
+        except CheckpointError as error:
+            self._failure = self._failure or error
+        except Exception as error:
+            log.exception("fetching %s", self.name)
+            self._failure = Failed("remote-failed", f"fetching {self.name}: {error}")
+        finally:
+            try:
+                self.arrival.close()
+                self._close_store()
+            finally:
+                self._ended.set()  # whatever happened: somebody may wait for it
+                with _open_lock:
+                    if _open.get((self.library.home, self.name)) is self:
+                        del _open[(self.library.home, self.name)]
+        with self._changed:
+            told = list(self._on_failure) if self.failure is not None else []
+            self._changed.notify_all()
+        for one in told:
+            one(str(self.failure))
+
+    def _see_through(self, arrival: Arrival, lock: int) -> None:
+        arrival.wait(FIRST)
+        self.spans["first"] = time.monotonic() - self._began
+        arrival.release(LATER)  # the link would be idle otherwise
+        while not self._told.wait(1.0):
+            if arrival.failure is not None:
+                raise arrival.failure
+            if self._verified and time.monotonic() - self._began > FIRST_TOKEN_LIMIT_S:
+                break
+        arrival.release(EVERYTHING)
+        arrival.wait(EVERYTHING)
+        self.spans["all"] = time.monotonic() - self._began
+        arrival.settle()
+        if not self._verified:
+            self.opened.link(self.folder)
+        time.sleep(digests.RACY_NS / 1e9)  # so that the next restore may believe what is hashed now
+        self.opened.check(self.folder)
+        with self._changed:
+            while self._uses:
+                self._changed.wait(1.0)
+            (self.folder / PRESENCE).unlink(missing_ok=True)
+            archives.put_in_place(self.folder, self.target, lock)
+            self.folder = self.target
+            self.complete.set()
+        self.spans["complete"] = time.monotonic() - self._began
+        log.info(
+            "snapshot %s is complete here: %.2f GB, %.2f GB of it fetched",
+            self.name,
+            arrival.size / 1e9,
+            arrival.moved / 1e9,
+        )
+
+    # Verifying what CRIU reads
+
+    def _verify_start(self) -> None:
+        """Digests of every file but the pages, each as soon as it has come: large ones have few chunks, and are sparse."""
+        arrival = self.arrival
+        assert arrival is not None
+        files = self.snapshot.files
+        pages = self.opened.layout.holes if self.opened.layout else {}
+        small = self.opened.layout.small if self.opened.layout else {}
+        large = [path for path in arrival.files if path in files and path not in pages and path not in small]
+        while large:
+            path = arrival.wait_file(large)
+            self._verify_file(path)
+            large.remove(path)
+        arrival.wait(START)
+        self.spans["start"] = time.monotonic() - self._began
+        for path in small:
+            self._verify_file(path)
+        arrival.set_modes()
+        self.opened.link(self.folder)
+        for below, folders, names in os.walk(self.folder):
+            for entry in (*names, *folders):
+                path = str(Path(below, entry).relative_to(self.folder))
+                info = Path(below, entry).lstat()
+                if "/" not in path or stat.S_ISDIR(info.st_mode):
+                    continue
+                if path not in files:
+                    raise Integrity("file-unexpected", f"{self.name}: {path} is not in the manifest")
+                links = stat.S_ISLNK(info.st_mode)
+                if links and digest_symlink(str(Path(below, entry).readlink())) != files[path].blake3:
+                    raise Integrity("file-digest-differs", f"{self.name}: {path} is not what was written")
+        for path in files:
+            if not os.path.lexists(self.folder / path):
+                raise Integrity("file-missing", f"{self.name}: the archive holds no {path}")
+        self.spans["verified"] = time.monotonic() - self._began
+
+    def _verify_file(self, path: str) -> None:
+        wanted = self.snapshot.files.get(path)
+        if wanted is None:
+            if "/" in path:
+                raise Integrity("file-unexpected", f"{self.name}: {path} is not in the manifest")
+            return
+        size = (self.folder / path).stat().st_size
+        if size != wanted.size or digest_sparse(self.folder / path, size) != wanted.blake3:
+            raise Integrity("file-digest-differs", f"{self.name}: {path} is not what was written")
+
+
+def _must_be_whole(opened: archives.Opened, trust_keys: Sequence[Path]) -> str:
+    if opened.layout is None:
+        return "its working set was not known when it was pushed"
+    if trust_keys and not opened.vouched:
+        return "its archive is not signed (snapshot push --sign-key), and a signature is asked for"
+    return ""
+
+
+def digest_sparse(path: Path, size: int) -> str:
+    """BLAKE3 of a file whose holes are not read: shared memory that an engine never touched is hundreds of megabytes of them."""
+    digest = blake3.blake3(max_threads=blake3.blake3.AUTO if size > _HASHED_AT_ONCE else 1)
+    zeros = memoryview(bytes(min(size, _HASHED_AT_ONCE) or 1))
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        at = 0
+        for start, end in (*extents(fd, size), (size, size)):
+            for hole in range(at, start, len(zeros)):
+                digest.update(zeros[: start - hole])
+            at = start
+            while at < end:
+                block = os.pread(fd, min(_HASHED_AT_ONCE, end - at), at)
+                if not block:
+                    raise Integrity("file-size-differs", f"{path} became shorter")
+                digest.update(block)
+                at += len(block)
+    finally:
+        os.close(fd)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class ArrivingLibrary(Library):
+    """The library of a host with one snapshot in it that is still arriving: its folder is where it is now."""
+
+    remote: Remote
+
+    def path(self, name: str) -> Path:
+        """The folder of a snapshot."""
+        return self.remote.folder if name == self.remote.name else super().path(name)
+
+    def has(self, name: str) -> bool:
+        """Whether a snapshot of that name can be restored."""
+        return name == self.remote.name or super().has(name)
+
+    def load(self, name: str) -> manifests.Snapshot:
+        """A snapshot's manifest."""
+        return self.remote.snapshot if name == self.remote.name else super().load(name)
+
+    @contextlib.contextmanager
+    def in_use(self, name: str) -> Iterator[Path]:
+        """Keep a snapshot where it is while it is restored."""
+        if name == self.remote.name and not self.remote.complete.is_set():
+            with self.remote.in_use() as folder:
+                yield folder
+        else:
+            with super().in_use(name) as folder:
+                if (
+                    name == self.remote.name
+                    and (folder / manifests.FILE_NAME).read_bytes() != self.remote.opened.document
+                ):
+                    raise Busy("snapshot-replaced", f"{name} was replaced since its manifest was read; try again")
+                yield folder

@@ -1,0 +1,150 @@
+"""Collecting garbage of a store in two phases: mark what nothing mentions, look again, and only then delete.
+
+On a local store a lock keeps imports away meanwhile. A remote one has none, so three things together keep what an import beside uses:
+chunks younger than the grace period are spared, and an import makes young what it meets again; each batch begins with another look at
+the manifests, and each chunk's age is asked for once more just before it goes; and the collection leaves a mark (`gc/last`), by which
+`ChunkStore.put_manifest` knows to look whether its chunks are still there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from lazyfs.admin.listing import named_manifests, store_lock
+from lazyfs.content.chunk_store import GC_MARK, GRACE_S, ChunkStore
+from lazyfs.content.manifest import Manifest
+from lazyfs.errors import Integrity, NotFound
+from lazyfs.stores.base import ObjectInfo
+
+# A batch is deleted within seconds, also where each object costs a round trip.
+_BATCH, _REMOTE_WORKERS = 256, 32
+
+
+@dataclass
+class Collected:
+    """What a collection did (or would do): counts and bytes."""
+
+    chunks: int = 0
+    bytes: int = 0
+    kept: int = 0
+    young: int = 0
+    manifests: int = 0
+
+
+def collect(
+    chunks: ChunkStore, *, grace_s: float = GRACE_S, untagged: bool = False, dry_run: bool = False
+) -> Collected:
+    """Delete chunks that no manifest mentions. `untagged` first deletes weights that no tag names (never snapshots).
+
+    A manifest that cannot be read, or a name that leads to none, stops the collection (Integrity): chunks that are needed would
+    count as garbage.
+    """
+    with contextlib.nullcontext() if dry_run else store_lock(chunks, exclusive=True):
+        job = _Collection(chunks, grace_s, untagged)
+        job.mark()
+        if dry_run:
+            job.result.manifests = len(job.doomed)
+            job.result.chunks = len(job.garbage)
+            job.result.bytes = sum(info.size for info in job.garbage)
+        else:
+            job.sweep()
+        return job.result
+
+
+class _Collection:
+    def __init__(self, chunks: ChunkStore, grace_s: float, untagged: bool) -> None:
+        self.chunks = chunks
+        self.grace_s = grace_s
+        self.untagged = untagged
+        self.result = Collected()
+        self.known: set[str] = set()
+        self.used: set[str] = set()
+        self.doomed: dict[str, Manifest] = {}
+        self.garbage: list[ObjectInfo] = []
+
+    def mark(self) -> None:
+        """The first phase: what nothing mentions, and what is old enough to go."""
+        named = self._named()
+        for digest, manifest in self._new_manifests():
+            if (
+                self.untagged
+                and digest not in named
+                and manifest.kind == "weights"
+                and self._old(f"manifests/{digest}")
+            ):
+                self.doomed[digest] = manifest
+            else:
+                self.used |= manifest.chunk_digests()
+        for info in self.chunks.store.list("chunks/"):
+            if _digest(info) in self.used:
+                self.result.kept += 1
+            elif time.time() - info.modified < self.grace_s:
+                self.result.young += 1
+            else:
+                self.garbage.append(info)
+
+    def sweep(self) -> None:
+        """The second phase: look again, batch by batch, and delete what is garbage still."""
+        workers = _REMOTE_WORKERS if self.chunks.store.remote else 1
+        batches = range(0, max(1, len(self.garbage)), _BATCH)
+        with ThreadPoolExecutor(workers, thread_name_prefix="collect") as pool:
+            for number, at in enumerate(batches):
+                self._leave_mark(number, running=True)
+                self._look_again()
+                for info, gone in pool.map(self._delete, self.garbage[at : at + _BATCH]):
+                    self.result.chunks += gone
+                    self.result.bytes += info.size if gone else 0
+                    self.result.kept += not gone
+        self._leave_mark(len(batches), running=False)
+
+    def _look_again(self) -> None:
+        for _, manifest in self._new_manifests():
+            self.used |= manifest.chunk_digests()
+        named = self._named() if self.doomed else set()
+        for digest, manifest in self.doomed.items():
+            # Named since, or imported again.
+            if digest in named or not self._old(f"manifests/{digest}"):
+                self.used |= manifest.chunk_digests()
+            else:
+                self.chunks.store.delete(f"manifests/{digest}")
+                self.result.manifests += 1
+        self.doomed = {}
+
+    def _delete(self, info: ObjectInfo) -> tuple[ObjectInfo, bool]:
+        if _digest(info) in self.used or not self._old(info.key):
+            return info, False
+        self.chunks.store.delete(info.key)
+        return info, True
+
+    def _old(self, key: str) -> bool:
+        info = self.chunks.store.head(key)
+        return info is not None and time.time() - info.modified >= self.grace_s
+
+    def _named(self) -> set[str]:
+        good, broken = named_manifests(self.chunks, set(self.chunks.manifests()))
+        if broken:
+            (_, name), why = next(iter(broken.items()))
+            raise Integrity(f"{name}: {why}")
+        return set(good.values())
+
+    def _new_manifests(self) -> Iterator[tuple[str, Manifest]]:
+        for digest in self.chunks.manifests():
+            if digest not in self.known:
+                self.known.add(digest)
+                with contextlib.suppress(NotFound):  # removed since it was listed
+                    yield digest, self.chunks.get_manifest(digest)
+
+    def _leave_mark(self, batch: int, *, running: bool) -> None:
+        if self.chunks.store.remote:
+            self.chunks.store.put(GC_MARK, msgspec.json.encode({"batch": batch, "running": running}))
+
+
+def _digest(info: ObjectInfo) -> str:
+    return Path(info.key).name.removesuffix(".zst")

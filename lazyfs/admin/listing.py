@@ -1,0 +1,158 @@
+"""List what a store holds, and remove a name from it; one lock for both."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from lazyfs.content.chunk_store import HEADS, ChunkStore
+from lazyfs.content.manifest import Manifest
+from lazyfs.errors import Busy, Integrity, NotFound, Usage, from_os_error
+from lazyfs.paths import private_dir
+from lazyfs.stores.local import LocalStore
+from lazyfs.stores.retry import RetryPolicy, certain, retrying
+
+
+@contextlib.contextmanager
+def store_lock(chunks: ChunkStore, *, exclusive: bool) -> Iterator[None]:
+    """Imports share it, collection has it alone (local stores only). Busy instead of waiting."""
+    if not isinstance(chunks.store, LocalStore):
+        yield
+        return
+    path = private_dir(chunks.store.root) / ".lock"
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise from_os_error(error, f"cannot lock {path}") from error
+    try:
+        try:
+            fcntl.flock(fd, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            other = "an import is" if exclusive else "a garbage collection is"
+            raise Busy(f"{other} running on {chunks.store.url}; try again after it", code="store-busy") from None
+        yield
+    finally:
+        os.close(fd)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One manifest of a store. `names` are its tags and snapshot names; `unshared` bytes are in no other manifest. `damage`
+    says why nothing more is known of a damaged one, or of a name that leads to none (`manifest` is then empty)."""
+
+    manifest: str
+    kind: str
+    names: tuple[str, ...]
+    files: int = 0
+    size: int = 0
+    unshared: int = 0
+    damage: str = ""
+
+
+def listing(chunks: ChunkStore) -> list[Entry]:
+    """All manifests, named ones first; the damaged ones at the end."""
+    stored = list(chunks.manifests())
+    good, broken = named_manifests(chunks, set(stored))
+    names: dict[str, list[str]] = {}
+    for (_, name), digest in good.items():
+        names.setdefault(digest, []).append(name)
+    manifests: dict[str, Manifest] = {}
+    damaged = [Entry("", "damaged", (name,), damage=why) for (_, name), why in broken.items()]
+    for digest in stored:
+        try:
+            manifests[digest] = chunks.get_manifest(digest)
+        except Integrity as error:
+            damaged.append(Entry(digest, "damaged", tuple(sorted(names.get(digest, ()))), damage=str(error)))
+    users: dict[str, int] = {}
+    for manifest in manifests.values():
+        for digest in manifest.chunk_digests():
+            users[digest] = users.get(digest, 0) + 1
+    entries = []
+    for digest, manifest in manifests.items():
+        lengths = {c.digest: c.length for f in manifest.files for c in f.chunks}
+        unshared = sum(length for d, length in lengths.items() if users.get(d) == 1)
+        called = tuple(sorted(names.get(digest, ())))
+        entries.append(Entry(digest, manifest.kind, called, len(manifest.files), manifest.size, unshared))
+    return sorted(entries, key=lambda e: (not e.names, e.names, e.manifest)) + damaged
+
+
+def unnamed(chunks: ChunkStore) -> tuple[int, int]:
+    """Of a store without manifests: how many chunks lie in it all the same, and their bytes."""
+    sizes = [info.size for info in chunks.store.list("chunks/")]
+    return len(sizes), sum(sizes)
+
+
+def named_manifests(
+    chunks: ChunkStore, manifests: set[str] | None = None
+) -> tuple[dict[tuple[str, str], str], dict[tuple[str, str], str]]:
+    """Of all tags and snapshots, by (kind, name): what the sound ones name, and why the others name nothing. Of `manifests`, if
+    they are given, a sound one names one."""
+    good, broken = {}, {}
+    for kind in ("tags", "snapshots"):
+        for name in chunks.ref_names(kind):
+            try:
+                digest = chunks.get_ref(kind, name)
+            except Integrity as error:
+                broken[kind, name] = str(error)
+                continue
+            except Usage:
+                broken[kind, name] = f"nothing can be called so; `quickthaw weights rm {name}` removes it"
+                continue
+            # One that was imported since they were listed is not among them.
+            if manifests is None or digest in manifests or chunks.has_manifest(digest):
+                good[kind, name] = digest
+            else:
+                lost = f"names manifest {digest[:12]}, which is not there"
+                broken[kind, name] = f"{lost}; bring it back, or `quickthaw weights rm {name}`"
+    return good, broken
+
+
+def complete(chunks: ChunkStore, digest: str) -> bool:
+    """Whether the store has the manifest, sound, and each of its chunks in a size that can be right. No chunk is read."""
+    try:
+        manifest = certain(lambda: retrying(lambda: chunks.get_manifest(digest), RetryPolicy()))
+    except (Integrity, NotFound):
+        return False
+    lengths = {c.digest: c.length for f in manifest.files for c in f.chunks}
+    if not chunks.store.remote:
+        return all(chunks.has(*item) for item in lengths.items())
+    with ThreadPoolExecutor(HEADS) as pool:
+        return all(pool.map(lambda item: retrying(lambda: chunks.has(*item), RetryPolicy()), lengths.items()))
+
+
+def remove(chunks: ChunkStore, name: str) -> list[str]:
+    """Remove a tag or snapshot name, and the manifest when no name is left; by digest: all its names and the manifest.
+
+    A damaged name goes alone. Chunks stay until garbage is collected. Returns what was removed. NotFound.
+    """
+    good, broken = named_manifests(chunks)
+    full = name if ":" in name else f"{name}:latest"
+    for kind, ref in broken:
+        if ref in (name, full):
+            # Not delete_ref: it may be damaged in that nobody can be called so.
+            chunks.store.delete(chunks.ref_key(kind, ref))
+            return [f"{kind[:-1]} {ref}"]
+    digest = chunks.resolve(name)
+    removed = []
+    by_digest = digest.startswith(name)
+    # A damaged name may have meant this manifest: then only who names it by its digest removes it.
+    others = 0 if by_digest else len(broken)
+    for (kind, ref), target in good.items():
+        if target != digest:
+            continue
+        if by_digest or ref in (name, full):
+            chunks.delete_ref(kind, ref)
+            removed.append(f"{kind[:-1]} {ref}")
+        else:
+            others += 1
+    there = chunks.has_manifest(digest)
+    if not there and not removed:
+        raise NotFound(f"no manifest {digest[:12]} in {chunks.store.url}; `quickthaw weights ls` shows what is there")
+    if there and not others:
+        chunks.store.delete(f"manifests/{digest}")
+        removed.append(f"manifest {digest}")
+    return removed

@@ -1,0 +1,1 @@
+"""The cache on local disk, shared by every mount of a host: sparse files, reservations, memory slots."""

@@ -1,0 +1,84 @@
+"""Reading an unconverted model directory or object prefix in place: a manifest without digests, and digests as they
+are met.
+
+The manifest names each file's version (an etag, or the stat fields that change with any write), so a changed source is
+a different manifest. The digest of a chunk is recorded when it is first read, and every later read of it must match.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from lazyfs.content.chunking import ReadAt, chunk_lengths
+from lazyfs.content.importer import walk
+from lazyfs.content.manifest import VERSION, Chunk, Directory, File, Manifest
+from lazyfs.errors import NotFound, Permanent, from_os_error
+from lazyfs.stores import Store, open_store
+from lazyfs.stores.retry import RetryPolicy, retrying
+from lazyfs.stores.urls import local_path, normal_url
+
+
+def describe(url: str) -> Manifest:
+    """The manifest of the directory or prefix at `url`, read no further than safetensors headers. NotFound,
+    Permanent…
+    """
+    url = normal_url(url)
+    folder = local_path(url)
+    if folder is not None:
+        return _describe_folder(folder, url)
+    return _describe_prefix(open_store(url), url)
+
+
+def _describe_folder(folder: Path, url: str) -> Manifest:
+    listing = walk(folder)
+    files = []
+    for path, source, st in listing.files:
+        try:
+            fd = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                lengths = chunk_lengths(path, st.st_size, _reader(fd))
+            finally:
+                os.close(fd)
+        except OSError as error:
+            raise from_os_error(error, f"cannot read {source}") from error
+        version = f"{st.st_size}-{st.st_mtime_ns}-{st.st_ctime_ns}-{st.st_ino}"
+        chunks = tuple(Chunk("", n) for n in lengths)
+        files.append(File(path, st.st_mode & 0o7777, st.st_size, chunks, version))
+    directories, links = tuple(listing.directories), tuple(listing.symlinks)
+    return Manifest(VERSION, "source", directories, tuple(files), links, {}, url)
+
+
+def _describe_prefix(store: Store, url: str) -> Manifest:
+    found = {info.key.rstrip("/"): info for info in retrying(lambda: list(store.list("")), RetryPolicy())}
+    folders = {key[:at] for key in found for at, letter in enumerate(key) if letter == "/"}
+    folders |= {
+        key for key, info in found.items() if key and info.size == 0 and _is_marker(store, info.key, key in folders)
+    }
+    files = []
+    for key, info in found.items():
+        if not key or (key in folders and info.size == 0):
+            continue
+        if key in folders:
+            raise Permanent(f"{url}: {key} is an object and a folder of others; rename one of them", code="name-clash")
+        if not info.version:
+            raise Permanent(f"{url}: the store gives no version for {key}; import it instead", code="no-version")
+        lengths = chunk_lengths(key, info.size, _object_reader(store, info.key))
+        files.append(File(key, 0o644, info.size, tuple(Chunk("", n) for n in lengths), info.version))
+    if not files:
+        raise NotFound(f"nothing lies under {url}")
+    directories = tuple(Directory(p, 0o755) for p in sorted(folders))
+    return Manifest(VERSION, "source", directories, tuple(sorted(files, key=lambda f: f.path)), (), {}, url)
+
+
+def _is_marker(store: Store, key: str, is_folder: bool) -> bool:
+    """Whether an empty object stands for a folder, as consoles create them ("name/"): listings may leave out the slash."""
+    return is_folder or key.endswith("/") or retrying(lambda: store.head(key), RetryPolicy()) is None
+
+
+def _reader(fd: int) -> ReadAt:
+    return lambda at, n: os.pread(fd, n, at)
+
+
+def _object_reader(store: Store, key: str) -> ReadAt:
+    return lambda at, n: bytes(retrying(lambda: store.get(key, at, n), RetryPolicy()))

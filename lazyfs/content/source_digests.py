@@ -1,0 +1,39 @@
+"""The digests of a read-through source, recorded when a chunk is first read and checked from then on."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from lazyfs.content.chunk_store import digest_of
+from lazyfs.content.manifest import File
+from lazyfs.paths import private_dir
+
+_DIGEST = 32
+
+
+class DigestLog:
+    """The digests met so far, one file of 32-byte records per source file; a record of zeros is not known yet."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def expected(self, file: File, index: int) -> str:
+        """The digest recorded for the chunk, or ""."""
+        try:
+            fd = os.open(self.folder / file.digest, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return ""
+        try:
+            raw = os.pread(fd, _DIGEST, index * _DIGEST)
+        finally:
+            os.close(fd)
+        return raw.hex() if any(raw) and len(raw) == _DIGEST else ""
+
+    def record(self, file: File, index: int, data: bytes | memoryview) -> None:
+        """Remember the digest of a chunk that was read for the first time."""
+        fd = os.open(private_dir(self.folder) / file.digest, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            os.pwrite(fd, bytes.fromhex(digest_of(data)), index * _DIGEST)
+        finally:
+            os.close(fd)

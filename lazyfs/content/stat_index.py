@@ -1,0 +1,244 @@
+"""`import_directory`: the launcher's way from a model directory to a manifest's digest, in milliseconds when nothing
+changed.
+
+The stat cache, one file per (directory, store) under `index/`, holds for each entry what the kernel changes on any
+write: size, mtime, ctime and inode. Equal stats mean equal content, with git's caveat: a ctime too close to the time
+of reading could hide a later write, so reading waits out the clock's granularity. It also tells a mount on this host
+where the original lies (`origin_of`), so that an unchanged original is read in place instead of being copied into the
+cache.
+
+Standard library only at import time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lazyfs.errors import Integrity, LazyfsError, NotFound
+from lazyfs.paths import default_store_url, home, private_dir, state_dir, write_atomic
+from lazyfs.stores.urls import local_path, normal_url, without_user
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from lazyfs.content.importer import Progress
+
+# Kernel timestamps advance with the tick, at most 10 ms apart (CONFIG_HZ=100).
+_GRANULE_S = 0.02
+_FORMAT = 1
+
+
+def import_directory(
+    path: Path,
+    store_url: str | None = None,
+    *,
+    tag: str | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    zstd: int | str | None = "auto",
+    thorough: bool = False,
+) -> str:
+    """The digest (hex) of the manifest of `path`, importing into the store what it has not yet.
+
+    `thorough`: for an unchanged directory, too, ask the store for each chunk, and import again what it lost; without it
+    only its manifest is looked for, which takes no time. Raises NotFound or Usage for a path that is no directory, Permanent
+    for what cannot be read, DiskFull, or what the store raises.
+    """
+    path = Path(path).expanduser().absolute()
+    url = normal_url(store_url or default_store_url())
+    record_file = _record_file(path, url)
+    record = _load(record_file)
+    stats = _stats(path)
+    if (
+        record is not None
+        and stats is not None
+        and record["stats"] == stats
+        and _still_there(url, record["manifest"], thorough)
+    ):
+        digest = str(record["manifest"])
+        if tag is not None:
+            _tag(url, tag, digest)
+        return digest
+    return _import(path, url, record_file, tag, progress, zstd)
+
+
+def known_digest(path: Path, store_url: str | None = None) -> str | None:
+    """What `import_directory` would answer without reading anything; None where the directory is new or has changed since."""
+    path = Path(path).expanduser().absolute()
+    url = normal_url(store_url or default_store_url())
+    record = _load(_record_file(path, url))
+    return str(record["manifest"]) if record is not None and record["stats"] == _stats(path) else None
+
+
+def read_through(source: Path | str, *, cache_dir: Path | None = None) -> str:
+    """The digest of a manifest that shows a directory, or an object prefix's URL, without importing it.
+
+    Nothing is copied: an unchanged local directory is read in place (and passed through), a remote one is cached as it
+    is read. The manifest is kept beside the cache, in a folder of its own (`source_folder`): what is there was made by this
+    host, and never came from a store. Raises what `lazyfs.content.read_through.describe` raises.
+    """
+    url = normal_url(str(source))
+    folder = local_path(url)
+    record_file = _record_file(folder or Path("/"), f"source:{url}")
+    manifests = private_dir(source_folder(cache_dir or home() / "cache"))
+    stats = _stats(folder) if folder is not None else None
+    record = _load(record_file) if stats is not None else None
+    if record is not None and record["stats"] == stats and (manifests / record["manifest"]).exists():
+        return str(record["manifest"])
+    from lazyfs.content.manifest import decode, encode
+    from lazyfs.content.read_through import describe
+
+    digest, data = encode(describe(url))
+    decode(data, digest, local=True)  # An object may have a name that no file can have.
+    write_atomic(manifests / digest, data)
+    if folder is not None and stats is not None and stats == _stats(folder):
+        _save(record_file, _record(folder, f"source:{url}", digest, stats))
+    return digest
+
+
+def source_folder(cache: Path) -> Path:
+    """Where the manifests of read-through sources lie."""
+    return cache / "sources"
+
+
+def _record(path: Path, store: str, digest: str, stats: list[list[Any]]) -> dict[str, Any]:
+    return {"format": _FORMAT, "path": str(path), "store": without_user(store), "manifest": digest, "stats": stats}
+
+
+def _import(
+    path: Path,
+    url: str,
+    record_file: Path,
+    tag: str | None,
+    progress: Callable[[Progress], None] | None,
+    zstd: int | str | None,
+) -> str:
+    from lazyfs.content.chunk_store import ChunkStore
+    from lazyfs.content.importer import import_tree, walk
+    from lazyfs.stores import open_store
+
+    listing = walk(path)
+    newest = max((st.st_ctime for _, _, st in listing.files), default=0.0)
+    if newest <= time.time():
+        time.sleep(max(0.0, min(_GRANULE_S, newest + _GRANULE_S - time.time())))
+    before = _stats(path)
+    digest, _ = import_tree(path, ChunkStore(open_store(url), zstd=zstd), progress=progress, listing=listing)
+    if tag is not None:
+        _tag(url, tag, digest)
+    # A clock that was set back makes ctimes useless as evidence; then every call reads again.
+    if before is not None and before == _stats(path) and newest <= time.time():
+        _save(record_file, _record(path, url, digest, before))
+    return digest
+
+
+def _tag(url: str, tag: str, digest: str) -> None:
+    from lazyfs.content.chunk_store import ChunkStore
+    from lazyfs.stores import open_store
+    from lazyfs.stores.retry import RetryPolicy, retrying
+
+    chunks, name = ChunkStore(open_store(url)), tag if ":" in tag else f"{tag}:latest"
+    try:
+        # Somebody else may have moved it since we set it, so it is asked each time.
+        if retrying(lambda: chunks.get_ref("tags", name), RetryPolicy()) == digest:
+            return
+    except (NotFound, Integrity):
+        pass
+    retrying(lambda: chunks.set_ref("tags", name, digest), RetryPolicy())
+
+
+def _still_there(url: str, digest: str, thorough: bool) -> bool:
+    if thorough:
+        from lazyfs.admin.listing import complete
+        from lazyfs.content.chunk_store import ChunkStore
+        from lazyfs.stores import open_store
+
+        return complete(ChunkStore(open_store(url)), digest)
+    folder = local_path(url)
+    # A remote store is not asked: that would cost a round trip on every start, and a mount says clearly what is
+    # missing.
+    return folder is None or (folder / "manifests" / digest).exists()
+
+
+def _stats(root: Path) -> list[list[Any]] | None:
+    """[relative path, size, mtime_ns, ctime_ns, inode, mode, link target], sorted; None when the walk meets an
+    error.
+    """
+    out: list[list[Any]] = []
+
+    def visit(folder: str, prefix: str, depth: int) -> None:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                try:
+                    st = entry.stat()
+                except OSError:
+                    if not entry.is_symlink():
+                        raise
+                    st = entry.stat(follow_symlinks=False)  # It leads to nothing, and is kept as it is.
+                directory = stat.S_ISDIR(st.st_mode)
+                target = str(Path(entry.path).readlink()) if entry.is_symlink() else ""
+                size, mtime, ctime = (0, 0, 0) if directory else (st.st_size, st.st_mtime_ns, st.st_ctime_ns)
+                out.append([prefix + entry.name, size, mtime, ctime, st.st_ino, st.st_mode, target])
+                if directory and depth < 64:
+                    visit(entry.path, f"{prefix}{entry.name}/", depth + 1)
+
+    try:
+        visit(str(root), "", 0)
+    except OSError:
+        # The import proper walks again and says what is wrong.
+        return None
+    return sorted(out)
+
+
+def _record_file(path: Path, url: str) -> Path:
+    import hashlib
+
+    name = hashlib.blake2b(f"{path}\0{without_user(url)}".encode(), digest_size=16).hexdigest()
+    return state_dir("index") / f"{name}.json"
+
+
+def _load(record_file: Path) -> dict[str, Any] | None:
+    try:
+        record = json.loads(record_file.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+    known = isinstance(record, dict) and record.get("format") == _FORMAT
+    return record if known and {"manifest", "stats", "path"} <= record.keys() else None
+
+
+def _save(record_file: Path, record: dict[str, Any]) -> None:
+    try:
+        # Not flushed: losing it costs one more import, and a torn one does not parse.
+        write_atomic(record_file, json.dumps(record).encode(), sync=False)
+    except LazyfsError:
+        # The import itself succeeded; without the record the next one only takes longer.
+        record_file.unlink(missing_ok=True)
+
+
+def origins(digest: str, url: str) -> dict[str, tuple[str, list[int]]]:
+    """For a manifest imported on this host, of the files that are still what was imported: path in the manifest → (original
+    file, [size, mtime_ns, ctime_ns, inode]).
+    """
+    found: dict[str, tuple[str, list[int]]] = {}
+    for record_file in state_dir("index").glob("*.json"):
+        record = _load(record_file)
+        if record is not None and record["manifest"] == digest and record.get("store") == without_user(url):
+            files = {s[0]: (f"{record['path']}/{s[0]}", s[1:5]) for s in record["stats"] if stat.S_ISREG(s[5])}
+            found |= {path: origin for path, origin in files.items() if is_unchanged(*origin)}
+    return found
+
+
+def is_unchanged(path: str, stats: list[int]) -> bool:
+    """Whether the original is there with the size, mtime, ctime and inode that it was imported with."""
+    try:
+        return stats_of(Path(path).stat()) == stats
+    except OSError:
+        return False
+
+
+def stats_of(st: os.stat_result) -> list[int]:
+    """What tells an original from a changed one: [size, mtime_ns, ctime_ns, inode]."""
+    return [st.st_size, st.st_mtime_ns, st.st_ctime_ns, st.st_ino]

@@ -1,0 +1,92 @@
+"""The recorded order of first touches of a manifest's chunks: what a later mount fetches ahead of its readers.
+
+One JSON file per manifest. What a later mount touches and no earlier one did is appended; the order of what is known
+stands, since a replay disturbs what a second recording would see. Times are seconds since the mount began.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from pathlib import Path
+
+from lazyfs.errors import LazyfsError
+from lazyfs.paths import private_dir, write_atomic
+
+log = logging.getLogger("lazyfs.fetch.access_log")
+_FORMAT = 1
+
+
+def parse(data: bytes) -> list[tuple[int, int]]:
+    """The touches in a trace's bytes. ValueError when it is not one."""
+    try:
+        document = json.loads(data)
+        if document["format"] != _FORMAT:
+            return []
+        return [(int(f), int(c)) for f, c, _ in document["touches"] if f >= 0 and c >= 0]
+    except (KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise ValueError(f"not a trace: {error}") from error
+
+
+def shared_key(manifest: str) -> str:
+    """The object that carries a manifest's trace to other hosts."""
+    return f"traces/{manifest}"
+
+
+class Trace:
+    """`known` is the recorded order as (file index, chunk index); `touch` records while `recording`
+    ("auto": what is new; "always": anew from nothing; "never")."""
+
+    def __init__(self, path: Path, record: str = "auto") -> None:
+        self.path = path
+        self.known: list[tuple[int, int]] = [] if record == "always" else self.load()
+        self.recording = record != "never"
+        self._events: list[tuple[int, int, float]] = [(f, c, 0.0) for f, c in self.known]
+        self._seen = set(self.known)
+        self._saved = self._shared = len(self._events)
+        self._start = time.monotonic()
+        self._lock = threading.Lock()
+
+    def load(self) -> list[tuple[int, int]]:
+        """What the file says now; empty when it is not there or damaged."""
+        try:
+            return parse(self.path.read_bytes())
+        except FileNotFoundError:
+            return []
+        except ValueError as error:
+            log.warning("the trace %s is ignored: %s", self.path, error)
+            return []
+
+    def touch(self, file: int, chunk: int) -> None:
+        """Record a touch, if it is the first that any mount has seen."""
+        if self.recording and (file, chunk) not in self._seen:
+            with self._lock:
+                self._seen.add((file, chunk))
+                self._events.append((file, chunk, round(time.monotonic() - self._start, 4)))
+
+    def settled(self, quiet_s: float) -> bool:
+        """Whether a recording has come to rest since it was last shared: true once for each."""
+        with self._lock:
+            if not self.recording or len(self._events) == self._shared or self._saved != len(self._events):
+                return False
+            if time.monotonic() - self._start - self._events[-1][2] < quiet_s:
+                return False
+            self._shared = len(self._events)
+            return True
+
+    def save(self) -> bool:
+        """Write what was recorded since the last time; whether there was anything."""
+        with self._lock:
+            if not self.recording or len(self._events) == self._saved:
+                return False
+            events = list(self._events)
+            self._saved = len(events)
+        try:
+            private_dir(self.path.parent)
+            write_atomic(self.path, json.dumps({"format": _FORMAT, "touches": events}).encode(), sync=False)
+        except LazyfsError as error:
+            log.warning("the trace could not be saved: %s", error)
+            return False
+        return True

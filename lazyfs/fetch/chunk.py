@@ -1,0 +1,262 @@
+"""Getting one verified chunk into the cache: from the original on this disk, another image, or the store.
+
+`ChunkSource.fetch` is the only way bytes enter the cache. It promises: nothing is admitted that does not hash to its
+digest; a body that fails is quarantined and fetched once more before Integrity is raised; every wait has a limit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import mmap
+import os
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from lazyfs.cache.cache import PRESENT, UNPROVEN, AnyImage, Cache
+from lazyfs.content.chunk_store import ChunkStore, chunk_key, digest_of, mismatch, zero_digest
+from lazyfs.content.chunking import MAX_CHUNK
+from lazyfs.content.manifest import RAW, ZSTD, File
+from lazyfs.content.source_digests import DigestLog
+from lazyfs.content.stat_index import stats_of
+from lazyfs.errors import DiskFull, Integrity, NotFound, Permanent, Temporary
+from lazyfs.logs import Repeats
+from lazyfs.mount.metrics import Histogram
+from lazyfs.stores.base import Store
+from lazyfs.stores.retry import RetryPolicy, retrying
+
+log = logging.getLogger("lazyfs.fetch.chunk")
+_local = threading.local()
+
+
+class Undecodable(Integrity):
+    """A body that cannot be decoded, or has the wrong length; `body` is what came, good until the thread's next fetch."""
+
+    def __init__(self, message: str, body: bytes | memoryview) -> None:
+        super().__init__(message)
+        self.body = body
+
+
+class ByteSource(Protocol):
+    """Where plain chunk bytes come from. `fresh` asks for a way around any cache in between."""
+
+    store: Store
+
+    def fetch(self, file: File, index: int, *, fresh: bool = False) -> bytes | memoryview: ...
+
+
+@dataclass
+class FetchStats:
+    """Counters of one process, by tier, in bytes unless named otherwise."""
+
+    tiers: dict[str, int] = field(default_factory=lambda: {"origin": 0, "store": 0, "proven": 0})
+    retries: int = 0
+    quarantined: int = 0
+    fetches: int = 0
+    latency: Histogram = field(default_factory=Histogram)
+
+
+def scratch() -> memoryview:
+    """This thread's buffer of one chunk: what a fetch returns may lie in it, and is gone with the thread's next
+    fetch.
+    """
+    view: memoryview | None = getattr(_local, "scratch", None)
+    if view is None:
+        # Page-aligned: some processors copy in and out of anything else at a third of the speed.
+        view = _local.scratch = memoryview(mmap.mmap(-1, MAX_CHUNK))
+    return view
+
+
+class StoreSource:
+    """Chunks of an imported manifest, out of a chunk store."""
+
+    def __init__(self, chunks: ChunkStore) -> None:
+        self.chunks = chunks
+        self.store = chunks.store
+
+    def fetch(self, file: File, index: int, *, fresh: bool = False) -> bytes | memoryview:
+        """The plain bytes, not verified. NotFound, Undecodable or what the store raises."""
+        chunk = file.chunks[index]
+        missing: NotFound | None = None
+        for encoding in (chunk.encoding, ZSTD if chunk.encoding == RAW else RAW):
+            try:
+                body = self.chunks.store.get(chunk_key(chunk.digest, encoding), into=scratch())
+            except NotFound as error:
+                missing = missing or error
+                continue
+            try:
+                return self.chunks.decode(chunk.digest, body, encoding, chunk.length)
+            except Integrity as error:
+                raise Undecodable(str(error), body) from error
+        assert missing is not None
+        raise missing
+
+
+class ReadThroughSource:
+    """Plain bytes by range from the source, pinned to the version in the manifest."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    def fetch(self, file: File, index: int, *, fresh: bool = False) -> bytes | memoryview:
+        """The chunk. Permanent("source-changed") when the source is not the one the manifest describes."""
+        length = file.chunks[index].length
+        data = self.store.get(file.path, file.offsets[index], length, file.version, scratch())
+        if len(data) != length:
+            raise Permanent(f"{file.path} ends early; the source has changed, mount it again", code="source-changed")
+        return data
+
+
+class ChunkFetcher:
+    """Fills images. Safe to use from many threads."""
+
+    def __init__(
+        self,
+        cache: Cache,
+        source: ByteSource,
+        origins: dict[str, tuple[str, list[int]]],
+        limit_s: float,
+        digests: DigestLog | None = None,
+    ) -> None:
+        self.cache = cache
+        self.source = source
+        self.origins = origins
+        self.limit_s = limit_s
+        self.digests = digests
+        self.stats = FetchStats()
+        self.repeats = Repeats(log)
+        # A reader waits: what may pass is waited for as long as it was told, however often that is.
+        self.policy = RetryPolicy(attempts=None, limit=limit_s)
+
+    def fill(self, image: AnyImage, index: int) -> bytes | memoryview | None:
+        """Make the chunk PRESENT in `image`; None. When the disk has no room the verified bytes are returned instead.
+
+        Raises Integrity, NotFound, Temporary (limit reached) or Permanent. `source_of_last` then tells where it came from.
+        """
+        _local.source = "other"
+        if image.state(index) == PRESENT:
+            return None
+        with image.chunk_lock(index, self.limit_s):
+            state = image.state(index)
+            if state == PRESENT:
+                return None
+            file, chunk = image.file, image.file.chunks[index]
+            if state == UNPROVEN and self._proves(file, index, image.read(index)):
+                image.mark(index, PRESENT)
+                self.stats.tiers["proven"] += chunk.length
+                _local.source = "proof"
+                return None
+            data = self._get(file, index)
+            if not self.cache.reserve(chunk.length):
+                return data
+            try:
+                image.write(index, data, hole=chunk.digest == zero_digest(chunk.length))
+            except DiskFull as error:
+                self.repeats.say(logging.WARNING, error.code, f"streaming {file.path} without the cache: {error}")
+                return data
+            finally:
+                self.cache.written(chunk.length)
+        return None
+
+    @staticmethod
+    def source_of_last() -> str:
+        """Where the chunk of this thread's last `fill` came from: one of `wire.SOURCES`."""
+        source: str = getattr(_local, "source", "other")
+        return source
+
+    def _get(self, file: File, index: int) -> bytes | memoryview:
+        chunk = file.chunks[index]
+        start = time.monotonic()
+        data = self._from_origin(file, index)
+        if data is None:
+            data = self._from_store(file, index)
+            self.stats.tiers["store"] += chunk.length
+            _local.source = "store"
+        else:
+            self.stats.tiers["origin"] += chunk.length
+            _local.source = "origin"
+        self.stats.latency.add(time.monotonic() - start)
+        self.stats.fetches += 1
+        return data
+
+    def _from_store(self, file: File, index: int) -> bytes | memoryview:
+        chunk = file.chunks[index]
+
+        def attempt(fresh: bool) -> bytes | memoryview:
+            try:
+                data = retrying(
+                    lambda: self.source.fetch(file, index, fresh=fresh), self.policy, on_retry=self._retried
+                )
+            except Undecodable as error:
+                raise self._aside(file, index, error.body, str(error)) from error
+            if not self._matches(file, index, data):
+                expected = chunk.digest or (self.digests.expected(file, index) if self.digests else "")
+                raise self._aside(file, index, data, mismatch(data, expected, chunk.length))
+            return data
+
+        try:
+            return attempt(False)
+        except Integrity as error:
+            self.repeats.say(logging.WARNING, error.code, f"{error}; fetching it once more")
+            return attempt(True)
+
+    def _proves(self, file: File, index: int, data: bytes) -> bool:
+        """Whether what the disk kept over a power cut is the chunk. A digest that was not kept proves nothing: the next
+        fetch defines it anew."""
+        if not file.chunks[index].digest and (self.digests is None or not self.digests.expected(file, index)):
+            return False
+        return self._matches(file, index, data)
+
+    def _aside(self, file: File, index: int, body: bytes | memoryview, why: str) -> Integrity:
+        """Put a body into quarantine; the error that says so."""
+        self.stats.quarantined += 1
+        name = file.chunks[index].digest or f"{file.digest}-{index}"
+        where = self.cache.quarantine(name, body, f"chunk {index} of {file.path}, from {self.source.store.url}: {why}")
+        return Integrity(f"chunk {name[:12]} of {file.path} does not hash to its digest: {why}; kept as {where}")
+
+    def _matches(self, file: File, index: int, data: bytes | memoryview) -> bool:
+        """Whether these are the chunk's bytes. A read-through chunk met for the first time defines its digest."""
+        chunk = file.chunks[index]
+        if len(data) != chunk.length:
+            return False
+        if chunk.digest:
+            return digest_of(data) == chunk.digest
+        assert self.digests is not None
+        expected = self.digests.expected(file, index)
+        if not expected:
+            self.digests.record(file, index, data)
+            return True
+        return digest_of(data) == expected
+
+    def _from_origin(self, file: File, index: int) -> bytes | memoryview | None:
+        """Out of the file it was imported from, if that is unchanged; verified like everything else."""
+        found = self.origins.get(file.path)
+        if found is None:
+            return None
+        with open_origin(*found) as fd:
+            if fd is None:
+                return None
+            chunk = file.chunks[index]
+            data = os.pread(fd, chunk.length, file.offsets[index])
+            return data if self._matches(file, index, data) else None
+
+    def _retried(self, error: Temporary, attempt: int) -> None:
+        self.stats.retries += 1
+        self.repeats.say(logging.WARNING, error.code, f"trying again: {error}")
+
+
+@contextlib.contextmanager
+def open_origin(path: str, stats: list[int]) -> Iterator[int | None]:
+    """A descriptor of the original file, or None when it is gone or its size, mtime, ctime or inode differ."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        yield None
+        return
+    try:
+        yield fd if stats_of(os.fstat(fd)) == stats else None
+    finally:
+        os.close(fd)

@@ -1,0 +1,448 @@
+"""Mounting from the outside: start the detached daemon once, find it again at once, recover what a killed one left.
+
+Standard library only: the fast path (a healthy daemon already serves this manifest here) is one Unix-socket round trip.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import select
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from lazyfs.errors import Busy, HostLacks, LazyfsError, NotFound, Permanent, Temporary, Usage, from_os_error
+from lazyfs.mount.control import ask
+from lazyfs.paths import default_store_url, home, private_dir, state_dir
+from lazyfs.stores.urls import normal_url, shown_url
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from lazyfs.mount.config import MountConfig
+
+_PING_S = 2.0
+# A daemon that runs and does not answer is only slow for so long: engines read through it, and lose all if it is ended.
+_PATIENCE_S = 20.0
+_LOCK_S = 60.0
+_END_S = 1.0
+# As many as the kernel follows.
+_MAX_LINKS = 40
+
+
+class MountHandle(NamedTuple):
+    """A living mount. `pid` is its daemon, which outlives whoever holds this."""
+
+    pid: int
+    mountpoint: Path
+    socket: Path
+    manifest: str
+    store_url: str
+    log_file: Path
+
+    def status(self, limit_s: float = 10.0) -> dict[str, Any]:
+        """What the daemon says of itself. NotFound when it is gone."""
+        return ask(self.socket, {"op": "status"}, limit_s)
+
+    def control(self, op: str, **values: Any) -> dict[str, Any]:
+        """Any request to the control socket (see `lazyfs.mount.control`)."""
+        return ask(self.socket, {"op": op, **values})
+
+    def unmount(self, *, force: bool = False, limit_s: float = 10.0) -> bool:
+        """Unmount, and wait for the daemon's end; whether it ended. It goes on while another mount namespace still
+        shows the mount (a sandbox), and ends with that. Busy while files are open below it here; `force` cuts them off
+        instead.
+        """
+        return _unmount(str(self.mountpoint), self.socket, self.pid, force=force, limit_s=limit_s)
+
+
+def mount(
+    manifest_digest: str,
+    mountpoint: Path,
+    *,
+    store_url: str | None = None,
+    cache_dir: Path | None = None,
+    log_file: Path | None = None,
+    ready_timeout_s: float = 30.0,
+    **settings: Any,
+) -> MountHandle:
+    """Show a manifest at `mountpoint` (created if needed) and return when it answers; at once if it does already.
+
+    `settings` are fields of MountConfig (native, transport, idle_exit_s, cache_limit, …) and apply to a daemon that is
+    started, not to one that is found. Raises Busy when another manifest or file system is mounted there, HostLacks
+    without /dev/fuse or privilege, NotFound for a manifest that the store has not, Temporary when the daemon is not
+    ready in time.
+    """
+    where = _absolute(mountpoint)
+    url = normal_url(store_url or default_store_url())
+    name = _name(where)
+    socket = state_dir("run") / f"{name}.sock"
+    found = _healthy(socket)
+    if found is not None:
+        return _matching(found, manifest_digest, where)
+    with _locked(state_dir("mounts") / f"{name}.lock"):
+        found = _healthy(socket)
+        if found is not None:
+            return _matching(found, manifest_digest, where)
+        found = _slow(socket, name)
+        if found is not None:
+            return _matching(found, manifest_digest, where)
+        _not_of_another_home(where, name)
+        _recover(where, name, socket)
+        from lazyfs.mount.config import MountConfig
+
+        config = MountConfig(
+            manifest=manifest_digest,
+            mountpoint=where,
+            store_url=url,
+            cache_dir=str(cache_dir or home() / "cache"),
+            log_file=str(log_file or state_dir("logs") / f"mount-{name}.log"),
+            socket=str(socket),
+            state_file=str(state_dir("mounts") / f"{name}.json"),
+            home=str(home()),
+            **settings,
+        )
+        return _start(config, ready_timeout_s)
+
+
+def find_mount(mountpoint: Path) -> MountHandle | None:
+    """The living mount at that path, or None."""
+    where = _absolute(mountpoint)
+    return _healthy(state_dir("run") / f"{_name(where)}.sock")
+
+
+def no_mount(mountpoint: Path) -> LazyfsError:
+    """What to raise where `find_mount` finds none: Temporary where a daemon is there and does not answer, else NotFound."""
+    where = _absolute(mountpoint)
+    pid = _recorded_pid(state_dir("mounts") / f"{_name(where)}.json")
+    if pid is None:
+        return NotFound(f"no daemon serves {where}")
+    return Temporary(
+        f"the daemon of {where} (pid {pid}) does not answer; mounting there again replaces it", code="daemon-silent"
+    )
+
+
+def unmount(mountpoint: Path, *, force: bool = False, limit_s: float = 10.0) -> bool:
+    """Unmount what is mounted there, its daemon alive or not. NotFound when nothing is."""
+    from lazyfs.mount import kernel
+
+    where = _absolute(mountpoint)
+    name = _name(where)
+    socket = state_dir("run") / f"{name}.sock"
+    found = _healthy(socket)
+    if found is None and not force:
+        found = _slow(socket, name)
+    if found is not None:
+        return found.unmount(force=force, limit_s=limit_s)
+    if kernel.mount_at(where) is None:
+        raise NotFound(f"nothing is mounted at {where}")
+    _recover(where, name, socket)
+    return True
+
+
+def _absolute(mountpoint: Path) -> str:
+    # Not resolve(): a stale mount point answers every stat of itself with an error. Its parent is resolved, and readlink
+    # asks nobody where the path is a mount point.
+    path = Path(os.path.abspath(Path(mountpoint).expanduser()))
+    for _ in range(_MAX_LINKS):
+        path = Path(os.path.realpath(path.parent)) / path.name
+        try:
+            target = path.readlink()
+        except OSError:
+            return str(path)
+        path = Path(os.path.abspath(path.parent / target))
+    raise Usage(f"{mountpoint}: too many symbolic links")
+
+
+def _name(where: str) -> str:
+    import hashlib
+
+    return hashlib.blake2b(where.encode(errors="surrogateescape"), digest_size=8).hexdigest()
+
+
+def _healthy(socket: Path) -> MountHandle | None:
+    try:
+        return _ping(socket)
+    except LazyfsError:
+        return None
+
+
+def _slow(socket: Path, name: str) -> MountHandle | None:
+    """The mount of a daemon that took long to answer. None at once where none runs (it has ended, or is stopped), and after
+    `_PATIENCE_S` where it is stuck."""
+    pid = _recorded_pid(state_dir("mounts") / f"{name}.json")
+    deadline = time.monotonic() + _PATIENCE_S
+    while pid is not None and _runs(pid) and time.monotonic() < deadline:
+        try:
+            return _ping(socket)
+        except Temporary:
+            time.sleep(0.01)
+        except LazyfsError:
+            # Nobody listens there: it is ending, or not the daemon of this mount any more.
+            return None
+    return None
+
+
+def _runs(pid: int) -> bool:
+    """Whether the kernel runs the process: it is there, and neither ended nor stopped."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZXTt"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def _ping(socket: Path) -> MountHandle | None:
+    answer = ask(socket, {"op": "ping"}, _PING_S)
+    from lazyfs.mount import kernel
+
+    if kernel.mount_at(str(answer["mountpoint"])) is None:
+        # Unmounted behind its back, and alive since another namespace uses it: it must not keep the name.
+        with contextlib.suppress(LazyfsError):
+            ask(socket, {"op": "withdraw"}, _PING_S)
+        return None
+    return _handle(answer)
+
+
+def _handle(answer: dict[str, Any]) -> MountHandle:
+    return MountHandle(
+        int(answer["pid"]),
+        Path(answer["mountpoint"]),
+        Path(answer["socket"]),
+        str(answer["manifest"]),
+        str(answer["store"]),
+        Path(answer["log"]),
+    )
+
+
+def _matching(found: MountHandle, manifest_digest: str, where: str) -> MountHandle:
+    if found.manifest == manifest_digest and str(found.mountpoint) == where:
+        return found
+    raise Busy(
+        f"{where} already shows manifest {found.manifest[:12]}; unmount it first (`quickthaw mount --unmount {where}`)",
+        code="mounted-otherwise",
+    )
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise from_os_error(error, f"cannot create {path}") from error
+    try:
+        deadline, pause = time.monotonic() + _LOCK_S, 0.002
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise Temporary(f"another process is mounting and holds {path}", code="mount-locked") from None
+                time.sleep(pause)
+                pause = min(0.1, pause * 1.5)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _not_of_another_home(where: str, name: str) -> None:
+    """Busy where a daemon that this home does not know serves the mount point, and answers."""
+    import threading
+
+    from lazyfs.mount import kernel
+
+    entry = kernel.mount_at(where)
+    if (
+        entry is None
+        or entry.fstype != kernel.FSTYPE
+        or _recorded_pid(state_dir("mounts") / f"{name}.json") is not None
+    ):
+        return
+    alive: list[bool] = []
+
+    def ask_it() -> None:
+        with contextlib.suppress(OSError):
+            os.statvfs(where)  # Never answered by the kernel alone.
+            alive.append(True)
+
+    # In a thread: one that hangs is let go when the mount is cut.
+    thread = threading.Thread(target=ask_it, daemon=True)
+    thread.start()
+    thread.join(_PING_S)
+    if alive:
+        raise Busy(
+            f"{where} is served by a daemon of another QUICKTHAW_HOME; unmount it first (`quickthaw mount --unmount {where}`)",
+            code="mounted-otherwise",
+        )
+
+
+def _recover(where: str, name: str, socket: Path) -> None:
+    """Remove what a daemon that was killed, or no longer answers, left behind; Busy when the mount is not ours."""
+    from lazyfs.mount import kernel
+
+    state_file = state_dir("mounts") / f"{name}.json"
+    pid = _recorded_pid(state_file)
+    if pid is not None:
+        # It holds the mount and did not answer a ping: nothing that waits for it would ever be served.
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        _gone(pid, 5.0)
+    entry = kernel.mount_at(where)
+    while entry is not None:
+        if entry.fstype != kernel.FSTYPE:
+            raise Busy(f"{where} is a mount point of another file system ({entry.fstype}); choose another path")
+        kernel.abort(entry.device)
+        kernel.unmount(where, lazy=True)
+        entry = kernel.mount_at(where)
+    socket.unlink(missing_ok=True)
+    state_file.unlink(missing_ok=True)
+
+
+def _recorded_pid(state_file: Path) -> int | None:
+    """The pid in a state file, if that process is still a daemon of this mount."""
+    try:
+        record = json.loads(state_file.read_bytes())
+        pid = int(record["pid"])
+        arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    ours = b"lazyfs.mount.daemon" in arguments and any(os.fsencode(str(record["socket"])) in a for a in arguments)
+    return pid if ours else None
+
+
+def _gone(pid: int, limit_s: float) -> bool:
+    """Whether the process ended within the limit. A zombie counts as ended, unless threads of it still wait in the kernel."""
+    deadline, pause = time.monotonic() + limit_s, 0.001
+    while True:
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+            if state in ("Z", "X") and len(os.listdir(f"/proc/{pid}/task")) <= 1:
+                return True
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(pause)
+        pause = min(0.05, pause * 2)
+
+
+def _start(config: MountConfig, limit_s: float) -> MountHandle:
+    import subprocess
+
+    made = not os.path.lexists(config.mountpoint)
+    try:
+        private_dir(Path(config.mountpoint))
+        private_dir(Path(config.log_file).parent)
+        log_fd = os.open(config.log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise from_os_error(error, f"cannot prepare {config.mountpoint}") from error
+    root = str(Path(__file__).resolve().parents[2])
+    environment = {**os.environ, "PYTHONPATH": root + os.pathsep + os.environ.get("PYTHONPATH", "")}
+    read_end, write_end = os.pipe()
+    config_fd = config.to_fd()
+    try:
+        with open(log_fd, "ab") as log:
+            launcher = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-m",
+                    "lazyfs.mount.daemon",
+                    config.socket,
+                    str(config_fd),
+                    str(write_end),
+                    "detached",
+                ],
+                pass_fds=[config_fd, write_end],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=environment,
+                start_new_session=True,
+            )
+        os.close(write_end)
+        write_end = -1
+        answer = _await(read_end, limit_s)
+        launcher.wait(10)
+    finally:
+        os.close(read_end)
+        os.close(config_fd)
+        if write_end >= 0:
+            os.close(write_end)
+    if made and not (answer and answer.get("ok")):
+        with contextlib.suppress(OSError):
+            Path(config.mountpoint).rmdir()
+    if answer is None:
+        with contextlib.suppress(LazyfsError):
+            _recover(config.mountpoint, _name(config.mountpoint), Path(config.socket))
+        raise Temporary(
+            f"the mount at {config.mountpoint} was not ready within {limit_s:g} s (store: {shown_url(config.store_url)}); "
+            f"see {config.log_file}",
+            code="mount-slow",
+        )
+    if not answer.get("ok"):
+        raise _same_kind(answer, config)
+    return _handle(answer)
+
+
+def _await(fd: int, limit_s: float) -> dict[str, Any] | None:
+    """The daemon's one line; an error answer when it ends without one; None when the time is over."""
+    deadline, data = time.monotonic() + limit_s, b""
+    while not data.endswith(b"\n"):
+        left = deadline - time.monotonic()
+        if left <= 0 or not select.select([fd], [], [], left)[0]:
+            return None
+        part = os.read(fd, 65536)
+        if not part:
+            return {"ok": False, "code": "daemon-died", "error": "the mount's daemon ended before it was ready"}
+        data += part
+    answer: dict[str, Any] = json.loads(data)
+    return answer
+
+
+def _same_kind(answer: dict[str, Any], config: MountConfig) -> LazyfsError:
+    from lazyfs import errors
+
+    kinds = {c.__name__: c for c in vars(errors).values() if isinstance(c, type) and issubclass(c, LazyfsError)}
+    kind = kinds.get(str(answer.get("kind")), Permanent)
+    return kind(f"{answer['error']} (log: {config.log_file})", code=str(answer["code"]))
+
+
+def _unmount(where: str, socket: Path, pid: int, *, force: bool, limit_s: float) -> bool:
+    from lazyfs.mount import kernel
+
+    entry = kernel.mount_at(where)
+    try:
+        ask(socket, {"op": "unmount", "force": force}, limit_s)
+    except NotFound:
+        # It went before it could answer; the mount may have gone with it.
+        left = kernel.mount_at(where)
+        if left is not None and left.fstype == kernel.FSTYPE:
+            kernel.unmount(where, lazy=True)
+    except LazyfsError as error:
+        if error.code == "busy":
+            raise Busy(str(error)) from None
+        raise
+    # Ending takes milliseconds, unless another namespace keeps the mount: then there is nothing to wait for.
+    if _gone(pid, min(limit_s, _END_S)):
+        return True
+    if not force:
+        return False
+    # Whatever still holds it (another namespace, an open file) is cut off: SIGKILL closes the connection.
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+    if _gone(pid, _END_S):
+        return True
+    # A thread of it waits for an answer of this very mount. (Only now: the number of a mount that is gone is given again.)
+    if entry is not None and entry.fstype == kernel.FSTYPE:
+        kernel.abort(entry.device)
+    if not _gone(pid, limit_s):
+        raise Busy(f"the daemon of {where} (pid {pid}) does not end")
+    return True
+
+
+__all__ = ["HostLacks", "MountHandle", "find_mount", "mount", "unmount"]

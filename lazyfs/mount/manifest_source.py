@@ -1,0 +1,134 @@
+"""Getting a mount's manifest: from the copy beside the cache if there is one, else from the store (and then copied)."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+from lazyfs.content.chunk_store import ChunkStore
+from lazyfs.content.manifest import Manifest, decode, encode, refuse_links_out
+from lazyfs.content.stat_index import is_unchanged, origins, source_folder
+from lazyfs.errors import Integrity, LazyfsError, Usage
+from lazyfs.mount.config import MountConfig
+from lazyfs.paths import private_dir, write_atomic
+from lazyfs.stores import open_store
+from lazyfs.stores.retry import RetryPolicy, certain, retrying
+from lazyfs.stores.urls import local_path
+
+
+def load_manifest(config: MountConfig) -> Manifest:
+    """The manifest, verified. NotFound, Integrity (of two fetches), or what the store raises after retries.
+
+    Only this host says what is read in place: its own manifests lie in a folder that nothing from a store gets into.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        own = source_folder(Path(config.cache_dir)) / config.manifest
+        return decode(own.read_bytes(), config.manifest, local=True)
+    manifest = _from_cache_or_store(config)
+    refuse_links_out(manifest, config.manifest)
+    return manifest
+
+
+def _from_cache_or_store(config: MountConfig) -> Manifest:
+    copy = Path(config.cache_dir) / "manifests" / config.manifest
+    try:
+        return decode(copy.read_bytes(), config.manifest)
+    except FileNotFoundError:
+        pass
+    except Integrity:
+        copy.unlink(missing_ok=True)
+    chunks = ChunkStore(open_store(config.store_url))
+    policy = RetryPolicy(limit=config.fetch_limit_s)
+    manifest = certain(lambda: retrying(lambda: chunks.get_manifest(config.manifest), policy))
+    try:
+        private_dir(copy.parent)
+        write_atomic(copy, encode(manifest)[1], sync=False)
+    except LazyfsError:
+        # A full or read-only disk costs the next mount a round trip, nothing more.
+        copy.unlink(missing_ok=True)
+    return manifest
+
+
+def source_origins(manifest: Manifest) -> dict[str, tuple[str, list[int]]]:
+    """Where the unchanged files of a local source lie, for reading them in place; empty for a remote one."""
+    folder = local_path(manifest.source) if manifest.source else None
+    if folder is None:
+        return {}
+    files = {f.path: (str(folder / f.path), [int(x) for x in f.version.split("-")]) for f in manifest.files}
+    return {path: origin for path, origin in files.items() if is_unchanged(*origin)}
+
+
+def origins_of(config: MountConfig, manifest: Manifest) -> dict[str, tuple[str, list[int]]]:
+    """Files that may be read where they were imported from (or, for a local source, where they are).
+
+    Never what the mount itself covers: opening it, the daemon would wait for its own answer. Usage (`mount-over-source`)
+    where those bytes are nowhere else.
+    """
+    if manifest.kind == "source":
+        folder = local_path(manifest.source) if manifest.source else None
+        if folder is not None:
+            _not_covered(config, {str(folder / f.path) for f in manifest.files})
+        return source_origins(manifest) if config.use_origin else {}
+    if not config.use_origin:
+        return {}
+    found = origins(config.manifest, config.store_url)
+    covered = _covered_by(config.mountpoint, {path for path, _ in found.values()})
+    return {path: origin for path, origin in found.items() if origin[0] not in covered}
+
+
+def check_not_covered(config: MountConfig) -> None:
+    """Usage (`mount-over-source`) where the mount would cover its store, its cache or its state, or a part of them.
+
+    Beside them there is room: the launcher mounts below `mounts/` in the home folder, and a store may lie in the folder
+    above the mount point.
+    """
+    store, home = local_path(config.store_url), Path(config.home)
+    parts = [Path(config.cache_dir), *(home / name for name in ("run", "index", "traces", "logs"))]
+    if store is not None:
+        parts += [store / name for name in ("chunks", "manifests", "refs", "traces")]
+    _not_covered(config, {config.home, str(home / "mounts"), config.log_file, *map(str, parts)})
+    for part in parts:
+        if Path(config.mountpoint).is_relative_to(os.path.realpath(part)):
+            raise _would_cover(config, f"a part of {part}")
+
+
+def _not_covered(config: MountConfig, paths: set[str]) -> None:
+    covered = _covered_by(config.mountpoint, paths)
+    if covered:
+        raise _would_cover(config, min(covered))
+
+
+def _would_cover(config: MountConfig, what: str) -> Usage:
+    return Usage(
+        f"a mount at {config.mountpoint} would cover {what}, which it needs; mount somewhere else",
+        code="mount-over-source",
+    )
+
+
+def _covered_by(mountpoint: str, paths: set[str]) -> set[str]:
+    """Those of `paths` that lie at the mount point or below it, links followed. A look at each folder, not at each file: a mount
+    of thousands begins with this."""
+    mount, found = Path(mountpoint), set()
+    by_folder: dict[str, list[str]] = {}
+    for path in paths:
+        by_folder.setdefault(path.rpartition("/")[0] or "/", []).append(path)
+    for folder, inside in by_folder.items():
+        real = Path(os.path.realpath(folder))
+        if real.is_relative_to(mount):
+            found.update(inside)
+            continue
+        if real == mount.parent:
+            found.update(path for path in inside if path.rpartition("/")[2] == mount.name)
+        links = _links_in(folder)
+        found.update(path for path in inside if path in links and Path(os.path.realpath(path)).is_relative_to(mount))
+    return found
+
+
+def _links_in(folder: str) -> set[str]:
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.path for entry in entries if entry.is_symlink()}
+    except OSError:
+        # Nothing that lies in it will be opened either.
+        return set()

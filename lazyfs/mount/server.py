@@ -1,0 +1,307 @@
+"""Putting one mount's parts together, and its life: start, housekeeping, end."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from lazyfs.cache.cache import Cache
+from lazyfs.cache.open_files import raise_descriptor_limit
+from lazyfs.cache.slots import SlotMemory, tier_mb
+from lazyfs.content.chunking import MAX_CHUNK
+from lazyfs.content.manifest import Manifest
+from lazyfs.content.stat_index import origins
+from lazyfs.errors import DiskFull, HostLacks, LazyfsError, Temporary, Usage
+from lazyfs.fetch import wire
+from lazyfs.fetch.supervisor import FetcherLink
+from lazyfs.logs import configure
+from lazyfs.mount import kernel
+from lazyfs.mount.config import MountConfig
+from lazyfs.mount.control_server import ControlServer
+from lazyfs.mount.manifest_source import check_not_covered, load_manifest, origins_of
+from lazyfs.mount.metrics import render
+from lazyfs.mount.service import Service
+from lazyfs.paths import write_atomic
+from lazyfs.stores.urls import shown_url
+
+log = logging.getLogger("lazyfs.mount.server")
+_TICK_S = 1.0
+# A recording is shared with other hosts once nothing new was touched for so long.
+_QUIET_S = 5.0
+# How long a command waits for room in the fetcher's socket.
+_ROOM_S = 5.0
+
+
+def serve(config_text: str, ready: Callable[[dict[str, Any]], None]) -> None:
+    """Mount as told, call `ready` once it answers, return when the mount is gone. Raises what kept it from mounting."""
+    configure("mount")
+    raise_descriptor_limit()
+    # Reads are answered in short turns of the interpreter; a waiting thread should not hold it for the default 5 ms.
+    sys.setswitchinterval(0.0005)
+    config = MountConfig.load(config_text)
+    check_not_covered(config)
+    memory = SlotMemory(tier_mb(config.memory_mb, config.cache_limit))
+    link = FetcherLink(config, memory.fd)
+    if not (config.use_origin and origins(config.manifest, config.store_url)):
+        # Its start-up takes as long as ours: both at once.
+        link.ensure()
+    manifest = load_manifest(config)
+    server = Server(config, manifest, link, memory)
+    server.start()
+    ready({"ok": True, **server.identity()})
+    server.run()
+
+
+class Transport(Protocol):
+    """What carries a mount's requests."""
+
+    name: str
+    passthrough: bool
+
+    def start(self) -> None: ...
+    def wait(self, limit_s: float) -> bool: ...
+
+
+def choose_transport(service: Service, config: MountConfig) -> Transport:
+    """The transport that the config names; `auto` is raw where this process may mount, else pyfuse3."""
+    source = f"quickthaw:{config.manifest[:16]}"
+    if config.transport == "raw" or (config.transport == "auto" and kernel.may_mount()):
+        from lazyfs.mount.transports.raw import RawTransport
+
+        native = config.native != "off"
+        return RawTransport(service, config.mountpoint, source, native=native, allow_other=config.allow_other)
+    if config.native == "passthrough":
+        raise HostLacks(
+            "passthrough needs the raw transport and the right to mount (CAP_SYS_ADMIN); or use --native auto"
+        )
+    from lazyfs.mount.transports.pyfuse3 import Pyfuse3Transport
+
+    return Pyfuse3Transport(service, config.mountpoint, source, allow_other=config.allow_other)
+
+
+class Server:
+    """One mount: its service, its transport, its control socket."""
+
+    def __init__(self, config: MountConfig, manifest: Manifest, link: FetcherLink, memory: SlotMemory) -> None:
+        self.config = config
+        self.manifest = manifest
+        self.cache = Cache(Path(config.cache_dir), config.cache_limit or None)
+        self.memory = memory
+        if config.cache_limit:
+            # A mount that finds everything on the disk never asks, and takes nothing of the bound.
+            memory.on_first_use = lambda: self.cache.claim_memory(memory.count * MAX_CHUNK)
+        self.link = link
+        self.service = Service(config, manifest, self.cache, self.link, self.memory)
+        self.service.origins = origins_of(config, manifest)
+        self.link.on_restart = self._asked_again
+        self.transport = choose_transport(self.service, config)
+        self.control = ControlServer(
+            Path(config.socket),
+            {
+                "ping": lambda request: self.identity(),
+                "status": lambda request: self.status(),
+                "metrics": lambda request: {"text": render(self.status(), self.service.waits)},
+                "prefetch": self._prefetch,
+                "drop": self._drop,
+                "pin": self._pin,
+                "unmount": self._unmount,
+                "withdraw": self._detach,
+            },
+        )
+        self._withdrawing = threading.Lock()
+        # Files that a command asked to have fetched, and those of them that are to stay.
+        self._wanted: set[int] = set()
+        self._pinned: set[int] = set()
+        self._to_publish = False
+
+    def start(self) -> None:
+        """Mount and begin to answer."""
+        needed = [f for f in self.manifest.files if f.path not in self.service.origins]
+        if needed:
+            self.link.ensure()
+        self.transport.start()
+        self.control.start()
+        try:
+            write_atomic(Path(self.config.state_file), json.dumps(self.identity()).encode(), sync=False)
+        except DiskFull as error:
+            # It tells a later mount which process to end, should this one not answer any more.
+            log.warning("no record of this mount is kept: %s", error)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: self._on_signal())
+        log.info("mounted %s at %s", self.config.manifest[:12], self.config.mountpoint)
+
+    def run(self) -> None:
+        """Housekeeping until the mount is gone; then tidy up."""
+        try:
+            while not self.transport.wait(_TICK_S):
+                try:
+                    self._tick()
+                except Exception:
+                    # Readers depend on the mount; what keeps house is tried again at the next tick.
+                    log.exception("housekeeping failed")
+                if self._orphaned():
+                    log.info("unmounted, and nothing open in any other namespace for long: ending")
+                    break
+        finally:
+            self.service.trace.save()
+            self.link.close()
+            self._withdraw()
+            log.info("unmounted %s", self.config.mountpoint)
+
+    def _tick(self) -> None:
+        self.service.expire()
+        self.service.trace.save()
+        self._to_publish = self.service.trace.settled(_QUIET_S) or self._to_publish
+        if self._to_publish and self.link.request(wire.PUBLISH, 0, 0):
+            self._to_publish = False
+        self._idle()
+
+    def identity(self) -> dict[str, Any]:
+        """What a caller needs to recognise this mount."""
+        return {
+            "pid": os.getpid(),
+            "manifest": self.config.manifest,
+            "mountpoint": self.config.mountpoint,
+            "socket": self.config.socket,
+            "store": shown_url(self.config.store_url),
+            "log": self.config.log_file,
+        }
+
+    def status(self) -> dict[str, Any]:
+        """Identity, counters, and how much of the manifest is here."""
+        counters = self.service.counters
+        size = self.manifest.size
+        here = sum(self.service.cached_share(n) * n.size for n in self.service.tree.files)
+        return {
+            **self.identity(),
+            "transport": self.transport.name,
+            "passthrough": self.transport.passthrough,
+            "up_s": round(time.monotonic() - self.service.started, 3),
+            "files": len(self.manifest.files),
+            "bytes": size,
+            "cached_bytes": int(here),
+            "open_files": len(self.service.open_files),
+            "waiting": len(self.service.by_unique),
+            "fetcher_restarts": self.link.restarts,
+            "counters": dict(vars(counters)),
+            "waited_for": dict(self.service.waited_for),
+            "fetcher": dict(self.service.fetcher_stats),
+        }
+
+    def _prefetch(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Have fetched what is absent. DiskFull where it cannot all be kept, Temporary where the fetcher takes no request."""
+        nodes = self._named(request)
+        cached = [n for n in nodes if not self.service.in_place(n.file)]
+        absent = {n.index: n.size - self.cache.present_bytes(n.file) for n in cached}
+        held = self._pinned | set(absent)
+        self.cache.need_room(sum(absent.values()), sum(self.manifest.files[i].size for i in held))
+        asked = 0
+        for index, size in absent.items():
+            if size:
+                self._ask(wire.FILE, index)
+                self._wanted.add(index)
+                asked += len(self.manifest.files[index].chunks)
+        return {
+            "files": len(nodes),
+            "in_place": len(nodes) - len(cached),
+            "absent_chunks": asked,
+            "absent_bytes": sum(absent.values()),
+        }
+
+    def _ask(self, kind: int, index: int) -> None:
+        if not self.link.request(kind, index, 0, limit_s=_ROOM_S):
+            raise Temporary(f"the fetcher took no request within {_ROOM_S:g} s; try again", code="fetcher-busy")
+
+    def _asked_again(self) -> None:
+        """Ask a new fetcher for what readers wait for, and for what commands asked of the one before it."""
+        self.service.resend()
+        for index in list(self._wanted):
+            file = self.manifest.files[index]
+            if self.cache.present_bytes(file) < file.size:
+                self.link.request(wire.FILE, index, 0, limit_s=_ROOM_S)
+
+    def _pin(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Keep the images from eviction as long as this mount lives, and have fetched what is absent."""
+        asked = self._prefetch(request)
+        self._pinned |= {n.index for n in self._named(request) if not self.service.in_place(n.file)}
+        self._keep()
+        return asked
+
+    def _keep(self) -> None:
+        self.cache.pin_files(sorted(self.manifest.files[i].digest for i in self._pinned), keep=True)
+
+    def _drop(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Have images removed that nobody has open; the fetcher does it when it has heard."""
+        nodes = self._named(request)
+        dropped = {node.index for node in nodes}
+        self._wanted -= dropped
+        if self._pinned & dropped:
+            self._pinned -= dropped
+            self._keep()
+        for index in sorted(dropped):
+            self._ask(wire.DROP, index)
+        return {"files": len(nodes)}
+
+    def _named(self, request: dict[str, Any]) -> list[Any]:
+        path = request.get("path")
+        if path is None:
+            return self.service.tree.files
+        node = self.service.tree.at(str(path))
+        if node is None or node.file is None:
+            raise Usage(f"{path!r} is not a file of this mount")
+        return [node]
+
+    def _unmount(self, request: dict[str, Any]) -> dict[str, Any]:
+        self._take_down(lazy=bool(request.get("force")))
+        return {}
+
+    def _take_down(self, *, lazy: bool) -> None:
+        """Unmount here. Other mount namespaces may still show the mount; it is served until the last of them is
+        gone.
+        """
+        kernel.unmount(self.config.mountpoint, lazy=lazy)
+        self._withdraw()
+
+    def _withdraw(self) -> None:
+        """Give up the name: a new daemon may serve this mount point, whatever still uses the old mount."""
+        with self._withdrawing:
+            if not self.control.closed:
+                self.control.close()
+                Path(self.config.state_file).unlink(missing_ok=True)
+
+    def _detach(self, request: dict[str, Any]) -> dict[str, Any]:
+        if kernel.mount_at(self.config.mountpoint) is None:
+            self._withdraw()
+        return {}
+
+    def _idle(self) -> None:
+        limit = self.config.idle_exit_s
+        if limit and not self.service.open_files and time.monotonic() - self.service.last_use > limit:
+            try:
+                self._take_down(lazy=False)
+            except LazyfsError as error:
+                # In use (a working directory?), or unmounted here while another namespace shows it.
+                log.debug("idle, and not unmounted: %s", error)
+
+    def _orphaned(self) -> bool:
+        """Whether only copies of the mount in other namespaces, with nothing open in them, keep this process."""
+        idle = time.monotonic() - self.service.last_use
+        return self.control.closed and not self.service.open_files and idle > self.config.orphan_exit_s
+
+    def _on_signal(self) -> None:
+        # In a thread: the main thread may be anywhere, and a mount in use makes this wait for nobody.
+        threading.Thread(target=self._end, daemon=True).start()
+
+    def _end(self) -> None:
+        try:
+            self._take_down(lazy=True)
+        except LazyfsError as error:
+            log.error("cannot unmount on a signal: %s", error)

@@ -1,0 +1,1 @@
+"""The FUSE protocol: spoken directly (`raw`) or through libfuse (`pyfuse3`)."""

@@ -1,0 +1,268 @@
+"""The transport over pyfuse3 (libfuse): needs no privilege beyond fusermount3, and cannot pass files through.
+
+Large answers out of the cache are sent from a mapping of the image that is made present by one call and is gone with
+the answer: one copy instead of two, and never more of an image in this process's memory than one answer. Small ones,
+and those of a file read in place (which may be cut short at any moment), are read into one buffer of page-aligned memory.
+All of it in the trio thread: a thread hop costs nearly half of the throughput. Reads that must wait for chunks sleep on
+an event that the fetcher's thread sets.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import logging
+import mmap
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import pyfuse3
+import trio
+
+from lazyfs.errors import HostLacks, LazyfsError, to_errno
+from lazyfs.mount import kernel
+from lazyfs.mount.service import Opened, Service, Span, read_span
+from lazyfs.mount.tree import Node
+from lazyfs.mount.xattrs import get_xattr, list_xattrs
+
+log = logging.getLogger("lazyfs.pyfuse3")
+_FOREVER_S = 86400 * 365
+# Longer than libfuse takes for its greeting on a busy machine; missing it costs throughput, not correctness.
+_GREETING_S = 1.0
+# What libfuse asks for at most; a request that were larger gets memory of its own.
+_BUFFER = 1 << 20
+_WORTH_MAPPING = 128 << 10
+_PAGE = mmap.PAGESIZE
+_MADV_POPULATE_READ = 22  # Linux 5.14; Python has no name for it
+F = TypeVar("F", bound=Callable[..., Any])
+_T_NS = 1_000_000_000 * 10**9
+
+
+class Pyfuse3Transport:
+    """One mounted connection. `start` mounts and serves in a thread; `wait` tells when the mount is gone."""
+
+    name = "pyfuse3"
+    passthrough = False
+
+    def __init__(self, service: Service, mountpoint: str, source: str, *, allow_other: bool = False) -> None:
+        self.service = service
+        self.allow_other = allow_other
+        self.mountpoint = mountpoint
+        self.source = source
+        self._thread = threading.Thread(target=self._run, name="fuse", daemon=True)
+
+    def start(self) -> None:
+        """Mount and begin to serve. HostLacks when the host does not allow it."""
+        options = set(pyfuse3.default_options) | {"ro", f"fsname={self.source}", "subtype=quickthaw"}
+        if self.allow_other:
+            options.add("allow_other")
+        try:
+            pyfuse3.init(_Operations(self.service), self.mountpoint, options)
+        except RuntimeError as error:
+            raise HostLacks(
+                f"cannot mount at {self.mountpoint}: {error}; is /dev/fuse there, and fusermount3?"
+            ) from error
+        # The kernel cuts the read-ahead to libfuse's default when it gets the greeting, which is handled in the loop: a
+        # marker value that vanishes tells that it has happened. Unprivileged, neither can be set, and 128 KiB stay.
+        settable = kernel.set_read_ahead(self.mountpoint)
+        self._thread.start()
+        deadline = time.monotonic() + _GREETING_S
+        while settable and time.monotonic() < deadline:
+            if kernel.read_ahead(self.mountpoint) != kernel.READ_AHEAD_KIB:
+                kernel.set_read_ahead(self.mountpoint)
+                break
+            time.sleep(0.001)
+
+    def wait(self, limit_s: float) -> bool:
+        """Whether the mount is gone; waits for it no longer than `limit_s`."""
+        self._thread.join(limit_s)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        try:
+            # More than one task, or a read that waits for the network would hold up all others.
+            trio.run(pyfuse3.main, 1, 99)
+        finally:
+            pyfuse3.close(unmount=False)
+
+
+def _answered(operation: F) -> F:
+    """Make every error of an operation an errno for its reader: any other would end the mount for all of them."""
+
+    @functools.wraps(operation)
+    async def inner(self: _Operations, *arguments: Any) -> Any:
+        try:
+            return await operation(self, *arguments)
+        except pyfuse3.FUSEError:
+            raise
+        except OSError as error:
+            raise pyfuse3.FUSEError(error.errno or errno.EIO) from error
+        except LazyfsError as error:
+            self.service.repeats.say(logging.ERROR, error.code, f"{error.code}: {error}")
+            raise pyfuse3.FUSEError(to_errno(error)) from error
+        except Exception as error:
+            log.exception("%s failed", operation.__name__)
+            raise pyfuse3.FUSEError(errno.EIO) from error
+
+    return inner  # type: ignore[return-value]
+
+
+class _Operations(pyfuse3.Operations):  # type: ignore[misc]
+    enable_writeback_cache = False
+    supports_dot_lookup = False
+
+    def __init__(self, service: Service) -> None:
+        super().__init__()
+        self.service = service
+        self.handles: dict[int, Opened] = {}
+        self.next_handle = 1
+        self.next_unique = 1
+        self.buffer = memoryview(mmap.mmap(-1, _BUFFER))
+        self.token: trio.lowlevel.TrioToken | None = None
+
+    def _node(self, inode: int) -> Node:
+        node = self.service.tree.get(inode)
+        if node is None:
+            raise pyfuse3.FUSEError(errno.ENOENT)
+        return node
+
+    def _attributes(self, node: Node) -> Any:
+        entry = pyfuse3.EntryAttributes()
+        entry.st_ino, entry.st_mode, entry.st_nlink, entry.st_size = node.ino, node.mode, node.nlink, node.size
+        entry.st_uid, entry.st_gid = os.getuid(), os.getgid()
+        entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = _T_NS
+        entry.st_blksize, entry.st_blocks = 1 << 20, (node.size + 511) // 512
+        entry.entry_timeout = entry.attr_timeout = _FOREVER_S
+        return entry
+
+    @_answered
+    async def lookup(self, parent_inode: int, name: bytes, ctx: Any = None) -> Any:
+        parent = self._node(parent_inode)
+        node = {b".": parent, b"..": self._node(parent.parent)}.get(name) or parent.children.get(name)
+        if node is None:
+            raise pyfuse3.FUSEError(errno.ENAMETOOLONG if len(name) > 255 else errno.ENOENT)
+        return self._attributes(node)
+
+    @_answered
+    async def getattr(self, inode: int, ctx: Any = None) -> Any:
+        return self._attributes(self._node(inode))
+
+    @_answered
+    async def readlink(self, inode: int, ctx: Any) -> bytes:
+        node = self._node(inode)
+        if not node.target:
+            raise pyfuse3.FUSEError(errno.EINVAL)
+        return node.target
+
+    @_answered
+    async def opendir(self, inode: int, ctx: Any) -> int:
+        if not self._node(inode).is_dir:
+            raise pyfuse3.FUSEError(errno.ENOTDIR)
+        return inode
+
+    @_answered
+    async def readdir(self, fh: int, start_id: int, token: Any) -> None:
+        children = list(self._node(fh).children.items())
+        for position in range(start_id, len(children)):
+            name, node = children[position]
+            if not pyfuse3.readdir_reply(token, name, self._attributes(node), position + 1):
+                return
+
+    @_answered
+    async def open(self, inode: int, flags: int, ctx: Any) -> Any:
+        node = self._node(inode)
+        if flags & os.O_ACCMODE != os.O_RDONLY:
+            raise pyfuse3.FUSEError(errno.EROFS)
+        if node.file is None:
+            raise pyfuse3.FUSEError(errno.EISDIR if node.is_dir else errno.EINVAL)
+        # In a thread: the disk, or a network file system with the original on it, must hold up nobody else.
+        opened, _ = await trio.to_thread.run_sync(functools.partial(self.service.open, node, may_pass=False))
+        handle, self.next_handle = self.next_handle, self.next_handle + 1
+        self.handles[handle] = opened
+        return pyfuse3.FileInfo(fh=handle, keep_cache=True)
+
+    @_answered
+    async def read(self, fh: int, off: int, size: int) -> memoryview | bytes:
+        opened = self.handles.get(fh)
+        if opened is None:
+            raise pyfuse3.FUSEError(errno.EBADF)
+        if self.token is None:
+            self.token = trio.lowlevel.current_trio_token()
+        token, arrived = self.token, trio.Event()
+        answer: list[Span | bytes | int] = []
+
+        def reply(data: Span | bytes | int) -> None:
+            answer.append(data)
+            if threading.get_ident() != here:
+                try:
+                    token.run_sync_soon(arrived.set)
+                except trio.RunFinishedError:
+                    # Unmounted meanwhile: nobody waits any more.
+                    return
+
+        here = threading.get_ident()
+        self.next_unique += 1
+        self.service.read(opened, off, size, self.next_unique, reply)
+        if not answer:
+            await arrived.wait()
+        data = answer[0]
+        if isinstance(data, int):
+            raise pyfuse3.FUSEError(data)
+        if not isinstance(data, Span):
+            return data
+        if data.size >= _WORTH_MAPPING and opened.backing.image is not None and data.fd == opened.backing.fd:
+            try:
+                return _mapped(data)
+            except OSError:
+                pass  # an old kernel, or a disk that fails: the read below says which
+        return self._bytes(data)
+
+    def _bytes(self, span: Span) -> memoryview | bytes:
+        """The bytes, in the one buffer: pyfuse3 sends them before this thread runs any other task."""
+        try:
+            if span.size > _BUFFER:
+                return read_span(span)
+            if os.preadv(span.fd, [self.buffer[: span.size]], span.offset) < span.size:
+                raise OSError(errno.EIO, "the file is shorter than it was")
+        except OSError as error:
+            log.error("%d bytes at %d cannot be read: %s", span.size, span.offset, error.strerror)
+            raise pyfuse3.FUSEError(error.errno or errno.EIO) from error
+        return self.buffer[: span.size]
+
+    @_answered
+    async def release(self, fh: int) -> None:
+        opened = self.handles.pop(fh, None)
+        if opened is not None:
+            self.service.release(opened, native=False)
+
+    @_answered
+    async def statfs(self, ctx: Any) -> Any:
+        stats = pyfuse3.StatvfsData()
+        stats.f_bsize = stats.f_frsize = 4096
+        stats.f_blocks = -(-self.service.tree.size // 4096)
+        stats.f_files, stats.f_namemax = len(self.service.tree.nodes) - 1, 255
+        return stats
+
+    @_answered
+    async def getxattr(self, inode: int, name: bytes, ctx: Any) -> bytes:
+        value: bytes = await trio.to_thread.run_sync(get_xattr, self.service, self._node(inode), name)
+        return value
+
+    @_answered
+    async def listxattr(self, inode: int, ctx: Any) -> Sequence[bytes]:
+        return [n for n in list_xattrs(self._node(inode)).split(b"\0") if n]
+
+    @_answered
+    async def forget(self, inode_list: Any) -> None:
+        return
+
+
+def _mapped(span: Span) -> memoryview:
+    """The bytes in a mapping that lives as long as the answer. Raises OSError where they cannot be made present."""
+    start = span.offset & -_PAGE
+    mapping = mmap.mmap(span.fd, span.offset + span.size - start, mmap.MAP_SHARED, mmap.PROT_READ, offset=start)
+    mapping.madvise(_MADV_POPULATE_READ)
+    return memoryview(mapping)[span.offset - start :]

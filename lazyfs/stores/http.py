@@ -1,0 +1,260 @@
+"""A store behind plain HTTP(S), read-only, by ranges: a static file server or a CDN in front of a bucket.
+
+http.client with one kept connection per thread: four times as fast as the usual client libraries for 8 MiB ranges.
+Credentials come from the URL or from ~/.netrc, as with curl, or from $QUICKTHAW_HTTP_TOKEN as a bearer token.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import email.utils
+import http.client
+import netrc
+import os
+import threading
+import time
+from collections.abc import Iterator
+from urllib.parse import quote, unquote, urljoin, urlsplit
+
+from lazyfs.errors import LazyfsError, NotFound, Permanent, Temporary
+from lazyfs.stores.base import MOST_BYTES, ObjectInfo, too_large
+from lazyfs.stores.urls import shown_url
+
+INACTIVITY_S, WHOLE_S = 10.0, 60.0
+_REDIRECTS = 5
+_PIECE = 1 << 20
+_COPY = 65536
+
+
+def open_url(url: str) -> WebStore:
+    """The store of an http:// or https:// URL."""
+    return WebStore(url)
+
+
+class WebStore:
+    """Objects below a URL. `whole_s` bounds one request, `inactivity_s` the silence within it (seconds)."""
+
+    remote = True
+
+    def __init__(self, url: str, *, inactivity_s: float = INACTIVITY_S, whole_s: float = WHOLE_S) -> None:
+        parts = urlsplit(url)
+        self.base = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl().rstrip("/")
+        self.url = shown_url(self.base)
+        self.inactivity_s = inactivity_s
+        self.whole_s = whole_s
+        self._headers = {"User-Agent": "quickthaw", "Accept-Encoding": "identity", **_authorization(url)}
+        self._local = threading.local()
+        self._all: list[http.client.HTTPConnection] = []
+
+    def get(
+        self,
+        key: str,
+        start: int = 0,
+        length: int | None = None,
+        version: str = "",
+        into: memoryview | None = None,
+    ) -> bytes | memoryview:
+        if length == 0:
+            return b""
+        headers = {}
+        if start or length is not None:
+            headers["Range"] = f"bytes={start}-{'' if length is None else start + length - 1}"
+        if version:
+            headers["If-Match"] = version
+        status, answer, body = self._request("GET", key, headers, into, MOST_BYTES if length is None else length)
+        if status == 416:
+            return b""
+        etag = answer.get("ETag", "")
+        if version and etag and etag != version:
+            raise Permanent(f"{self.url}/{key} was replaced; mount it again", code="source-changed")
+        if status == 200 and "Range" in headers:
+            # The server ignored the range.
+            return body[start : None if length is None else start + length]
+        if status == 206 and not answer.get("Content-Range", "").startswith(f"bytes {start}-"):
+            raise Temporary(f"{self.url}/{key}: the server sent another range than was asked for")
+        return body if length is None else body[:length]
+
+    def head(self, key: str) -> ObjectInfo | None:
+        try:
+            _, answer, _ = self._request("HEAD", key, {}, None, 0)
+        except NotFound:
+            return None
+        modified = email.utils.parsedate_tz(answer.get("Last-Modified", ""))
+        when = email.utils.mktime_tz(modified) if modified else time.time()
+        return ObjectInfo(key, int(answer.get("Content-Length", "0")), when, answer.get("ETag", ""))
+
+    def put(self, key: str, data: bytes | memoryview) -> None:
+        raise self._read_only()
+
+    def touch(self, key: str) -> None:
+        raise self._read_only()
+
+    def delete(self, key: str) -> None:
+        raise self._read_only()
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        raise Permanent(f"{self.url}: HTTP has no listing; name the manifest by its whole digest", code="no-listing")
+
+    def flush(self) -> None:
+        return
+
+    def _read_only(self) -> LazyfsError:
+        return Permanent(f"{self.url} is read-only; import into a directory or a bucket", code="read-only-store")
+
+    def _request(
+        self, method: str, key: str, headers: dict[str, str], into: memoryview | None, limit: int
+    ) -> tuple[int, http.client.HTTPMessage, bytes | memoryview]:
+        url = f"{self.base}/{quote(key)}"
+        deadline = time.monotonic() + self.whole_s
+        for _ in range(_REDIRECTS):
+            try:
+                status, answer, body = self._once(method, url, headers, deadline, into, limit)
+            except (OSError, http.client.HTTPException) as error:
+                self._drop(url)
+                raise Temporary(f"{shown_url(url)}: {error or type(error).__name__}") from error
+            except LazyfsError:
+                # The rest of the body would be read as the next answer.
+                self._drop(url)
+                raise
+            if status in (301, 302, 303, 307, 308):
+                url = self._redirected(url, answer.get("Location", ""))
+                continue
+            if status in (200, 206, 416):
+                return status, answer, body
+            raise self._refusal(status, shown_url(url), answer)
+        raise Permanent(f"{shown_url(url)}: too many redirections")
+
+    @staticmethod
+    def _redirected(url: str, location: str) -> str:
+        """Where a redirection leads. Permanent for what is no HTTP, or gives up encryption."""
+        try:
+            there = urljoin(url, location)
+            place = _place(there)
+        except ValueError:
+            place = ("", "", 0)
+        if place[0] not in ("http", "https") or not place[1]:
+            raise Permanent(f"{shown_url(url)}: redirects to what is no HTTP URL", code="bad-redirect")
+        if _place(url)[0] == "https" and place[0] == "http":
+            raise Permanent(
+                f"{shown_url(url)}: redirects to {shown_url(there)}, which is not encrypted; name that URL itself to use it",
+                code="bad-redirect",
+            )
+        return there
+
+    def _once(
+        self, method: str, url: str, headers: dict[str, str], deadline: float, into: memoryview | None, limit: int
+    ) -> tuple[int, http.client.HTTPMessage, bytes | memoryview]:
+        parts = urlsplit(url)
+        connection = self._connection(url)
+        sent = {**self._headers, **headers}
+        if _place(url) != _place(self.base):
+            # Credentials stay with the scheme, host and port that they are for.
+            sent.pop("Authorization", None)
+        target = parts.path + (f"?{parts.query}" if parts.query else "")
+        connection.request(method, target or "/", headers=sent)
+        response = connection.getresponse()
+        body: bytes | memoryview = b""
+        used = method == "HEAD" or response.status in (200, 206)
+        if method != "HEAD" and used:
+            if response.status == 200 and "Range" in headers:
+                # The server ignores the range, and sends the whole object.
+                limit = MOST_BYTES
+            body = self._body(response, deadline, into, limit, shown_url(url))
+        elif not used and response.length is not None and response.length <= _COPY:
+            response.read()
+            used = True
+        response.close()
+        if response.will_close or not used:
+            # A long page that says what is wrong is not read to its end.
+            self._drop(url)
+        return response.status, response.headers, body
+
+    def _body(
+        self, response: http.client.HTTPResponse, deadline: float, into: memoryview | None, limit: int, url: str
+    ) -> bytes | memoryview:
+        length = response.length
+        if length is not None and length > limit:
+            raise too_large(url, limit)
+        if length is None:
+            pieces, got = [], 0
+            while piece := response.read1(_PIECE):
+                pieces.append(piece)
+                got += len(piece)
+                if got > limit:
+                    raise too_large(url, limit)
+                self._in_time(deadline)
+            return b"".join(pieces)
+        view = memoryview(bytearray(length)) if into is None or len(into) < length else into[:length]
+        got = 0
+        while got < length:
+            self._in_time(deadline)
+            n = response.readinto(view[got : got + _PIECE])
+            if not n:
+                raise http.client.IncompleteRead(bytes(view[:got]), length - got)
+            got += n
+        return view if length >= _COPY else bytes(view)
+
+    def _in_time(self, deadline: float) -> None:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"not complete after {self.whole_s:g} s")
+
+    def _connection(self, url: str) -> http.client.HTTPConnection:
+        parts = urlsplit(url)
+        kept: dict[tuple[str, str], http.client.HTTPConnection] = self._local.__dict__.setdefault("kept", {})
+        place = (parts.scheme, parts.netloc)
+        if place not in kept:
+            kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+            kept[place] = kind(parts.hostname or "", parts.port, timeout=self.inactivity_s)
+            self._all.append(kept[place])
+        return kept[place]
+
+    def _drop(self, url: str) -> None:
+        parts = urlsplit(url)
+        connection = self._local.__dict__.get("kept", {}).pop((parts.scheme, parts.netloc), None)
+        if connection is not None:
+            connection.close()
+            with contextlib.suppress(ValueError):
+                self._all.remove(connection)
+
+    def close(self) -> None:
+        """Close every thread's connection; the store opens new ones if it is used again."""
+        while self._all:
+            self._all.pop().close()
+
+    def _refusal(self, status: int, url: str, answer: http.client.HTTPMessage) -> LazyfsError:
+        text = f"{url}: HTTP {status}"
+        if status in (404, 410):
+            return NotFound(text)
+        if status == 412:
+            return Permanent(f"{text}; the file was replaced, mount it again", code="source-changed")
+        if status in (401, 403):
+            return Permanent(f"{text}; check the credentials", code="permission-denied")
+        if status in (408, 425, 429) or status >= 500:
+            after = answer.get("Retry-After", "")
+            wait = float(after) if after.isdigit() else None
+            return Temporary(text, code="throttled" if status in (429, 503) else "temporary", retry_after=wait)
+        return Permanent(text, code="refused")
+
+
+def _place(url: str) -> tuple[str, str, int]:
+    """Scheme, host and port: whom credentials are for. ValueError for a port that is none."""
+    parts = urlsplit(url)
+    return parts.scheme, (parts.hostname or "").lower(), parts.port or (443 if parts.scheme == "https" else 80)
+
+
+def _authorization(url: str) -> dict[str, str]:
+    parts = urlsplit(url)
+    if parts.username:
+        pair = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+        return {"Authorization": "Basic " + base64.b64encode(pair.encode()).decode()}
+    token = os.environ.get("QUICKTHAW_HTTP_TOKEN")
+    if token:
+        return {"Authorization": f"Bearer {token}"}
+    try:
+        found = netrc.netrc().authenticators(parts.hostname or "")
+    except (OSError, netrc.NetrcParseError):
+        found = None
+    if found:
+        return {"Authorization": "Basic " + base64.b64encode(f"{found[0]}:{found[2]}".encode()).decode()}
+    return {}

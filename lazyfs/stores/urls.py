@@ -1,0 +1,71 @@
+"""Store URLs: which schemes there are, and which of them is a directory of this machine. Quick to import."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from lazyfs.errors import Usage
+
+# scheme → "module:function", called with the URL
+SCHEMES = {
+    "file": "lazyfs.stores.local:open_url",
+    "s3": "lazyfs.stores.object_store:open_url",
+    "gs": "lazyfs.stores.object_store:open_url",
+    "az": "lazyfs.stores.object_store:open_url",
+    "http": "lazyfs.stores.http:open_url",
+    "https": "lazyfs.stores.http:open_url",
+    "faulty": "lazyfs.stores.faulty:open_url",
+}
+
+
+def shown_url(url: str) -> str:
+    """The URL as others may see it: without the user and password in it, and without a query, which may be a signature."""
+    scheme, found, rest = url.partition("://")
+    if not found or scheme == "file":
+        return url
+    rest, query, _ = rest.partition("?")
+    place, slash, path = rest.partition("/")
+    _user, at, host = place.rpartition("@")
+    return f"{scheme}://{'***@' if at else ''}{host}{slash}{path}{'?***' if query else ''}"
+
+
+def without_user(url: str) -> str:
+    """The URL without user and password: what a store is known by in records that are kept."""
+    scheme, found, rest = url.partition("://")
+    if not found or scheme == "file":
+        return url
+    place, slash, path = rest.partition("/")
+    return f"{scheme}://{place.rpartition('@')[2]}{slash}{path}"
+
+
+def normal_url(url: str) -> str:
+    """A plain path becomes file://; anything else is returned as it is. Raises Usage for an unknown scheme."""
+    scheme, found, _ = url.partition("://")
+    if not found and url.startswith("file:"):
+        raise Usage(f"{url!r}: write file:///an/absolute/path, or the path itself")
+    if not found:
+        return f"file://{os.path.abspath(Path(url).expanduser())}"
+    if scheme not in SCHEMES:
+        raise Usage(
+            f"unknown store URL {shown_url(url)!r}: use a path or one of {', '.join(f'{s}://' for s in SCHEMES if s != 'faulty')}"
+        )
+    if scheme == "file":
+        if not url.startswith("file:///"):
+            raise Usage(f"{url!r} is not absolute: write file:///an/absolute/path, or the path itself")
+        return url
+    if not url.removeprefix(f"{scheme}://").strip("/"):
+        raise Usage(f"{shown_url(url)!r} names no bucket or host: {scheme}://NAME/…")
+    try:
+        urlsplit(url).port  # noqa: B018
+    except ValueError as error:
+        # Its own words would repeat what stands where the port should, which may be half of a password.
+        raise Usage(f"{shown_url(url)!r}: the port is no number") from error
+    return url.rstrip("/")
+
+
+def local_path(url: str) -> Path | None:
+    """The folder of a file:// URL (taken literally: no percent escapes), else None."""
+    scheme, _, rest = normal_url(url).partition("://")
+    return Path(rest) if scheme == "file" else None

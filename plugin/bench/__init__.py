@@ -1,0 +1,1 @@
+"""`quickthaw bench` and `quickthaw demo`: starts measured side by side, from outside."""

@@ -1,0 +1,149 @@
+"""A client that waits: it starts a command, connects as soon as the port lets it, and says when the first token came.
+
+What is timed is what a user feels: from the command to the first token of a request that was already waiting. The same client times
+the engine alone and the engine behind quickthaw.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from launchers.bare import free_port as free_port  # for all that measure; the proxy knows no launchers
+
+PROMPT = "Water boils at one hundred"
+"""Not the canary's: an engine with a prefix cache would have most of it answered already, which no user's request has."""
+
+
+class MeasureError(Exception):
+    """A run that gave no first token."""
+
+    code = "no-first-token"
+
+
+@functools.cache
+def service_port() -> int:
+    """One port for every restore that is measured, as a service has: the next start of the very same command line begins with what
+    this one was told (checkpoint.snapshot.speculative)."""
+    return free_port()
+
+
+@dataclass(frozen=True)
+class FirstToken:
+    """One answer: seconds from `began` to the first token and to the end, and the text."""
+
+    first_s: float
+    end_s: float
+    text: str
+
+
+def stream_completion(port: int, model: str, began: float, tokens: int, timeout_s: float) -> FirstToken:
+    """One streamed greedy completion. Raises OSError or MeasureError where there is no answer yet (or none at all)."""
+    body = json.dumps(
+        {"model": model, "prompt": PROMPT, "max_tokens": tokens, "temperature": 0, "stream": True}
+    ).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", port), timeout=2.0) as sock:
+        sock.settimeout(timeout_s)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.sendall(head.encode() + body)
+        data, first = b"", 0.0
+        while b"data: [DONE]" not in data:
+            part = sock.recv(65536)
+            if not part:
+                raise MeasureError(f"the connection closed after {data[:200]!r}")
+            data += part
+            if not first and b"data: {" in data:
+                first = time.monotonic() - began
+            if data.startswith(b"HTTP/1.1 ") and not data.startswith(b"HTTP/1.1 200"):
+                raise MeasureError(data.partition(b"\r\n")[0].decode())
+        return FirstToken(first, time.monotonic() - began, _text(data))
+
+
+def _text(data: bytes) -> str:
+    text = ""
+    for line in data.splitlines():
+        if line.startswith(b"data: {"):
+            with contextlib.suppress(ValueError, KeyError, IndexError):
+                text += json.loads(line[6:])["choices"][0]["text"]
+    return text
+
+
+def waiting_client(
+    port: int, model: str, began: float, limit_s: float, process: subprocess.Popen[bytes], tokens: int = 16
+) -> FirstToken:
+    """Ask until there is an answer: every 5 ms while the port is closed or says that it is not ready. Raises MeasureError."""
+    limit = began + limit_s
+    while time.monotonic() < limit:
+        if process.poll() is not None:
+            raise MeasureError(f"the command ended with code {process.returncode} before it answered")
+        try:
+            return stream_completion(port, model, began, tokens, limit - time.monotonic())
+        except (OSError, MeasureError):
+            time.sleep(0.005)
+    raise MeasureError(f"no first token within {limit_s:.0f} s")
+
+
+@dataclass
+class Command:
+    """A command under measurement, with its output in a file."""
+
+    argv: Sequence[str]
+    environment: Mapping[str, str]
+    log: Path
+    cwd: Path
+    process: subprocess.Popen[bytes] | None = field(default=None)
+    began: float = 0.0
+
+    def start(self) -> subprocess.Popen[bytes]:
+        """Start the clock and the command."""
+        with open(self.log, "wb") as log:
+            self.began = time.monotonic()
+            self.process = subprocess.Popen(
+                list(self.argv),
+                env=dict(self.environment),
+                cwd=self.cwd,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        return self.process
+
+    def stop(self, grace_s: float = 40.0) -> int:
+        """SIGTERM, then SIGKILL to its whole session; the exit code."""
+        assert self.process is not None
+        with contextlib.suppress(ProcessLookupError):
+            self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(grace_s)
+        except subprocess.TimeoutExpired:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait(10.0)
+        return self.process.returncode
+
+
+def status(port: int) -> dict[str, Any]:
+    """The proxy's `/-/status`."""
+    import http.client
+
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5.0)
+    try:
+        token = os.environ.get("QUICKTHAW_ADMIN_TOKEN")  # what was started from here asks for it
+        connection.request("GET", "/-/status", headers={"Authorization": f"Bearer {token}"} if token else {})
+        found = json.loads(connection.getresponse().read())
+        assert isinstance(found, dict)
+        return found
+    finally:
+        connection.close()

@@ -1,0 +1,1 @@
+"""The admin endpoints: readiness, status, metrics and the page."""

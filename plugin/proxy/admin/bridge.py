@@ -1,0 +1,56 @@
+"""The way from this package's own server to the Starlette app of the own pages, which is imported in a thread when
+first asked for.
+
+Nothing of it is on the way of a forwarded request: importing Starlette and Prometheus' client costs about as much as
+half a restore.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from plugin.proxy.http.downstream import ClientConnection
+    from plugin.proxy.http.request import Request
+    from plugin.proxy.server import ProxyServer
+
+
+async def serve_page(server: ProxyServer, client: ClientConnection, request: Request, name: str) -> int:
+    """Answer one own page through the app; returns the status."""
+    if server.pages_app is None:
+        module = await asyncio.to_thread(importlib.import_module, "plugin.proxy.admin.app")
+        server.pages_app = module.build(server)
+    path, _, query = request.target.partition(b"?")
+    scope: dict[str, Any] = {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.4"},
+        "http_version": "1.1",
+        "method": request.method.decode("ascii"),
+        "scheme": "http",
+        "path": "/" + name,
+        "raw_path": path,
+        "query_string": query,
+        "root_path": server.settings.own_prefix,
+        "headers": [(lower, value) for lower, _, value in request.headers],
+        "client": None,
+        "server": None,
+    }
+    scope["path"] = server.settings.own_prefix + scope["path"]
+    status, headers, body = 500, list[tuple[bytes, bytes]](), b""
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: dict[str, Any]) -> None:
+        nonlocal status, headers, body
+        if message["type"] == "http.response.start":
+            status = message["status"]
+            headers = [(key, value) for key, value in message["headers"] if key != b"content-length"]
+        else:
+            body += message.get("body", b"")
+
+    await server.pages_app(scope, receive, send)
+    client.respond(request, status, headers, body)
+    return status

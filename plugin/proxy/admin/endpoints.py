@@ -1,0 +1,127 @@
+"""The proxy's admin pages: `live`, `ready` and `status` are answered here, so that a probe during a restore costs no
+import; the rest by a Starlette app that is imported, in a thread, when it is first asked for.
+
+`live`: this process answers. `ready`: a request sent now is accepted, and will be held or answered. `ready?strict=1`: a
+replica answers it at once. Both are open to everybody; the rest is not (`access`).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qs
+
+from plugin.proxy.admin.access import check_access
+from plugin.proxy.errors import ClientFault
+from plugin.runtime.phases import Phase
+
+if TYPE_CHECKING:
+    from plugin.proxy.http.downstream import ClientConnection
+    from plugin.proxy.http.request import Request
+    from plugin.proxy.pool.pool import ReplicaPool
+    from plugin.proxy.server import ProxyServer
+
+_ALLOW = ((b"allow", b"GET, HEAD"),)
+_JSON = [(b"content-type", b"application/json"), (b"cache-control", b"no-store")]
+
+
+def pool_document(pool: ReplicaPool) -> dict[str, Any]:
+    """The state of one pool as plain data."""
+    progress = pool.progress()
+    failure = pool.last_failure
+    return {
+        "name": pool.name,
+        "ready": serves(pool),
+        "held": pool.held,
+        "outstanding": pool.outstanding,
+        "wakes": pool.wakes,
+        "sleeps": pool.sleeper.sleeps,
+        "failed_starts": pool.failed_starts,
+        "idle_timeout_s": pool.idle_timeout_s,
+        "idle_s": round(time.monotonic() - pool.last_active, 3),
+        "progress": {
+            "phase": progress.phase,
+            "kind": progress.kind,
+            "elapsed_s": round(progress.elapsed_s, 3),
+            "expected_s": round(progress.expected_s, 3),
+            "left_s": 0.0 if progress.phase is Phase.SERVING else round(progress.left_s, 3),
+        },
+        "last_failure": None
+        if failure is None
+        else {"code": failure.code, "message": failure.detail or failure.message},
+        "starts": {
+            str(kind): [{"phase": s.phase, "at_s": round(s.at_s, 4), "took_s": round(s.took_s, 4)} for s in spans]
+            for kind, spans in pool.history.last.items()
+        },
+        "replicas": [
+            {
+                "name": replica.name,
+                "phase": replica.tracker.phase,
+                "reason": replica.tracker.reason,
+                "seconds_in_phase": round(replica.tracker.seconds_in_phase, 3),
+                "upstream": replica.upstream.name if replica.upstream else None,
+                "outstanding": replica.outstanding,
+                "served": replica.served,
+                "held_back": replica.held_back,
+                "pages": {name: round(value, 6) for name, value in replica.pages().items()},
+                "timeline": [
+                    {"phase": s.phase, "at_s": round(s.at_s, 4), "took_s": round(s.took_s, 4)} for s in replica.spans
+                ],
+            }
+            for replica in pool.replicas.values()
+        ],
+    }
+
+
+def status_document(server: ProxyServer) -> dict[str, Any]:
+    """The state of this worker as plain data: what `/-/status` answers, the page draws and the metrics are made of."""
+    return {
+        "uptime_s": round(time.time() - server.started_at, 1),
+        "draining": server.draining,
+        "clients": len(server.clients),
+        "held_bytes": server.buffered,
+        **server.stats.document(),
+        "pools": [pool_document(pool) for pool in server.router.pools()],
+    }
+
+
+def serves(pool: ReplicaPool) -> bool:
+    """Whether a replica of the pool answers requests at once."""
+    return any(r.tracker.phase is Phase.SERVING and not r.held_back for r in pool.replicas.values())
+
+
+def is_ready(server: ProxyServer, *, strict: bool = False) -> bool:
+    """Whether a request sent now is accepted, and will be held or answered; with `strict`, answered at once.
+
+    An engine that sleeps, or has yet to start, is ready: it takes a request to wake it.
+    """
+    if server.draining:
+        return False
+    if strict:
+        return any(serves(pool) for pool in server.router.pools())
+    full = server.buffered > server.settings.max_held_bytes
+    return any(serves(pool) or (pool.accepts() and not full) for pool in server.router.pools())
+
+
+async def serve_own(server: ProxyServer, client: ClientConnection, request: Request) -> int:
+    """Answer one of the own pages; returns the status."""
+    name = request.path.removeprefix(server.settings.own_prefix).strip("/")
+    if request.method not in (b"GET", b"HEAD"):
+        raise ClientFault("method-not-allowed", "the proxy's own pages are read with GET", status=405, headers=_ALLOW)
+    if name == "live":
+        client.respond(request, 200, _JSON, b'{"live":true}')
+        return 200
+    if name == "ready":
+        query = parse_qs(request.target.partition(b"?")[2].decode("ascii", "replace"), keep_blank_values=True)
+        strict = query.get("strict", ["0"])[-1].lower() not in ("0", "false", "no")
+        ready = is_ready(server, strict=strict)
+        client.respond(request, 200 if ready else 503, _JSON, b'{"ready":true}' if ready else b'{"ready":false}')
+        return 200 if ready else 503
+    check_access(request, client.peer, token=server.settings.admin_token, own_port=client.own_port)
+    if name == "status":
+        client.respond(request, 200, _JSON, json.dumps(await server.document()).encode())
+        return 200
+    from plugin.proxy.admin.bridge import serve_page
+
+    return await serve_page(server, client, request, name)

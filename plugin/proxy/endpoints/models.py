@@ -1,0 +1,425 @@
+"""Several models behind one port: which endpoint a request is for, how many may be awake at once, and who is put to
+sleep for whom.
+
+The configuration is a YAML file (`Config`); unknown keys are refused. A model is chosen by the request's `model`: the
+JSON body's field, a
+multipart form's field, a `?model=` in the query (WebSockets), or the file's `default`. Bodies are kept whole (up to
+`max_body`) to be read.
+
+Promises: never more than `max_awake` models awake or waking; a model is put to sleep only when it answers nothing,
+and what arrives for it
+meanwhile waits for its next turn; no model is put to sleep sooner than `min_awake_s` after it came up, so that two
+models in
+demand take turns instead of thrashing. A model that still answers after `drain_s`, or will not go to sleep, goes on serving, and
+who waits for its place gets an error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import shlex
+import sys
+import time
+import zlib
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import parse_qs, unquote
+
+import msgspec
+
+from plugin.bench.client import free_port
+from plugin.proxy.durations import limit, seconds
+from plugin.proxy.endpoints.endpoint import Endpoint, EndpointSpec
+from plugin.proxy.errors import ClientFault, ProxyError, StartFailed, Unavailable, Unneeded
+from plugin.proxy.http.address import from_url
+from plugin.proxy.http.downstream import ClientConnection
+from plugin.proxy.http.forms import form_field
+from plugin.proxy.http.request import Request
+from plugin.proxy.pool.pool import ReplicaPool
+from plugin.proxy.pool.replica import STARTING
+from plugin.runtime.phases import Phase
+
+
+class Seconds(float):
+    """A time in the file: seconds, or with a unit as on the command line (`90`, `90s`, `10m`, `1h`)."""
+
+    read = staticmethod(seconds)
+
+
+class Limit(Seconds):
+    """A time, or `0` or `none` for no limit."""
+
+    read = staticmethod(limit)
+
+
+def _times(kind: type, value: object) -> Any:
+    """Read what msgspec has no type for. Raises ValueError."""
+    if not issubclass(kind, Seconds) or isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise ValueError(f"expected a time such as 90, 90s, 10m or 1h, not {value!r}")
+    return kind(kind.read(str(value)))
+
+
+_LIST_PATHS = ("/v1/models", "/models")
+
+
+class ModelConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """One model: exactly one of `snapshot` (restored by name), `command` (a server; `${PORT}` is its port), or
+    `upstream` (exists already).
+    """
+
+    snapshot: str | None = None
+    command: str | None = None
+    upstream: str | None = None
+    wake: str | None = None
+    sleep: str | None = None
+    wake_url: str | None = None
+    sleep_url: str | None = None
+    aliases: tuple[str, ...] = ()
+    served_name: str | None = None
+    """What the engine itself calls the model: put in place of the request's `model` in JSON bodies. Without it the
+    name is sent on as it came.
+    """
+    ready_path: str = "/health"
+    ready_model: str | None = None
+    idle_timeout: Seconds | None = None
+    wake_timeout: Seconds = Seconds(600.0)
+    upstream_timeout: Limit | None = None
+    """How long the engine may send nothing while it answers; else as the file or the command says."""
+    priority: int = 0
+    """Lower ones are put to sleep first."""
+
+
+class Config(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """The whole file."""
+
+    models: dict[str, ModelConfig]
+    max_awake: Annotated[int, msgspec.Meta(ge=0)] = 0
+    """How many models may be awake at once; 0 is no limit."""
+    evict: Literal["lru", "priority"] = "lru"
+    """`lru`: the longest idle first; `priority`: the lowest priority first, then the longest idle."""
+    min_awake: Seconds = Seconds(5.0)
+    drain: Seconds = Seconds(60.0)
+    """How long a model that must go to sleep for another may finish its requests; after that it goes on serving."""
+    default: str | None = None
+    idle_timeout: Seconds | None = None
+    upstream_timeout: Limit | None = None
+    max_body: Annotated[int, msgspec.Meta(ge=1024)] = 64 << 20
+
+
+def load(path: Path) -> Config:
+    """Read and check the file.
+
+    Raises:
+        ValueError: it is not YAML, or not this configuration; the message names the place.
+        OSError: it cannot be read.
+    """
+    import yaml
+
+    try:
+        config = msgspec.convert(yaml.safe_load(path.read_text("utf-8")), Config, dec_hook=_times)
+    except yaml.YAMLError as exc:
+        raise ValueError(f"{path}: not YAML: {' '.join(str(exc).split())}") from exc
+    except msgspec.ValidationError as exc:
+        raise ValueError(f"{path}: {exc}") from exc
+    if not config.models:
+        raise ValueError(f"{path}: `models` names no model")
+    names: dict[str, str] = {}
+    for name, model in config.models.items():
+        if sum(x is not None for x in (model.snapshot, model.command, model.upstream)) != 1:
+            raise ValueError(f"{path}: model {name!r} needs exactly one of snapshot, command and upstream")
+        if model.upstream is not None:
+            from_url(model.upstream)
+        for alias in (name, *model.aliases):
+            if alias in names:
+                raise ValueError(f"{path}: {alias!r} names both {names[alias]!r} and {name!r}")
+            names[alias] = name
+        able = model.upstream is None or model.sleep or model.sleep_url
+        if config.max_awake and not able:
+            raise ValueError(f"{path}: with max_awake, model {name!r} needs `sleep` or `sleep_url`")
+    if config.default is not None and config.default not in names:
+        raise ValueError(f"{path}: the default {config.default!r} is no model")
+    return config
+
+
+def spec_of(model: ModelConfig, idle_timeout: float | None) -> EndpointSpec:
+    """The endpoint that a model's configuration describes; a command's port is chosen here."""
+    idle = model.idle_timeout if model.idle_timeout is not None else idle_timeout
+    wake, upstream, environment = model.wake, model.upstream, dict[str, str]()
+    if upstream is None:
+        port = free_port()
+        upstream = f"http://127.0.0.1:{port}"
+        environment["PORT"] = str(port)
+        if model.command is not None:
+            wake = model.command.replace("${PORT}", str(port))
+        else:
+            options = [
+                "--host",
+                "127.0.0.1",
+                "--port",
+                str(port),
+                "--upstream-timeout",
+                "none",
+            ]  # this proxy's limit holds
+            # Its admin pages are for this proxy alone, whatever token the proxy's own environment asks for.
+            environment["QUICKTHAW_ADMIN_TOKEN"] = secrets.token_hex(16)
+            wake = "exec " + shlex.join([sys.executable, "-m", "plugin.restore", *options, model.snapshot or ""])
+    ready_path = (
+        "/-/ready?strict=1" if model.snapshot is not None and model.ready_path == "/health" else model.ready_path
+    )
+    return EndpointSpec(
+        upstream=from_url(upstream),
+        wake=wake,
+        sleep=model.sleep,
+        wake_url=model.wake_url,
+        sleep_url=model.sleep_url,
+        ready_path=ready_path,
+        ready_model=model.ready_model,
+        wake_limit_s=model.wake_timeout,
+        idle_timeout_s=idle or None,
+        environment=tuple(environment.items()),
+        # Its port is another one each time; the model is the same.
+        key=f"{model.command}\n{model.snapshot}" if model.upstream is None else "",
+        restores=model.snapshot is not None,
+        admin_token=environment.get("QUICKTHAW_ADMIN_TOKEN"),
+        only_ours=model.upstream is None,
+    )
+
+
+class Room:
+    """Who may be awake: makes room for one endpoint by putting others to sleep, one wake's need after the other."""
+
+    def __init__(self, limit: int, order: str, min_awake_s: float, drain_s: float) -> None:
+        self.limit, self.order, self.min_awake_s, self.drain_s = limit, order, min_awake_s, drain_s
+        self.endpoints: list[tuple[Endpoint, int]] = []
+        self.up_since: dict[str, float] = {}
+        self._turn = asyncio.Lock()
+        self._claimed: set[str] = set()
+
+    def guard(self, name: str, wake: Callable[[], Awaitable[None]]) -> Callable[[], Awaitable[None]]:
+        """`wake`, but only once there is room for `name`."""
+
+        async def guarded() -> None:
+            async with self._turn:
+                await self._make_room(name)
+                self._claimed.add(name)
+            try:
+                await wake()
+                self.up_since[name] = time.monotonic()
+            finally:
+                self._claimed.discard(name)
+
+        return guarded
+
+    def _awake(self, but: str) -> list[tuple[Endpoint, int]]:
+        down = (Phase.ASLEEP, Phase.FAILED, Phase.IDLE, Phase.STOPPED)
+        return [
+            (endpoint, priority)
+            for endpoint, priority in self.endpoints
+            if endpoint.name != but and (endpoint.tracker.phase not in down or endpoint.name in self._claimed)
+        ]
+
+    async def _make_room(self, name: str) -> None:
+        """Put others to sleep until there is room for `name`. Raises Unavailable when none of them would."""
+        pool = next(endpoint.pool for endpoint, _ in self.endpoints if endpoint.name == name)
+        until = time.monotonic() + self.drain_s
+        refused: dict[str, ProxyError] = {}
+        while self.limit:
+            awake = self._awake(name)
+            if len(awake) < self.limit:
+                return
+            settled = [
+                pair
+                for pair in awake
+                if pair[0].tracker.phase not in STARTING and pair[0].name not in self._claimed | refused.keys()
+            ]
+            if not settled:
+                if len(refused) >= len(awake):
+                    raise self._no_room(refused)
+                await asyncio.sleep(0.05)
+                continue
+            settled = [pair for pair in settled if not pair[0].pool.kept_awake]
+            if not settled:
+                raise StartFailed(
+                    "adapters-loaded", "each model that is awake has LoRA adapters that a start would not have"
+                )
+            victim, _ = min(settled, key=self._rank)
+            young = self.min_awake_s - (time.monotonic() - self.up_since.get(victim.name, 0.0))
+            if young > 0 and (victim.pool.outstanding or victim.pool.held):
+                await asyncio.sleep(min(young, 0.25))
+                continue
+            try:
+                await victim.pool.sleeper.evict(max(0.0, until - time.monotonic()), lambda: pool.wanted)
+            except Unneeded:
+                raise
+            except ProxyError as error:
+                refused[victim.name] = error
+
+    def _no_room(self, refused: dict[str, ProxyError]) -> Unavailable:
+        why = "; ".join(f"{name} did not go to sleep: {error.message}" for name, error in refused.items())
+        again = min(error.retry_after_s or 1.0 for error in refused.values())
+        return Unavailable("no-room", f"{self.limit} may be awake at once, and {why}", retry_after_s=again)
+
+    def _rank(self, pair: tuple[Endpoint, int]) -> tuple[float, ...]:
+        endpoint, priority = pair
+        busy = float(endpoint.pool.outstanding > 0)
+        idle_since = endpoint.pool.last_active
+        return (busy, priority, idle_since) if self.order == "priority" else (busy, idle_since)
+
+
+class Models:
+    """Owns the endpoints of all models, and the room they share."""
+
+    def __init__(self, config: Config) -> None:
+        from plugin.records.lead_times import history_of_snapshot  # what it imports, only this mode needs
+
+        room = Room(config.max_awake, config.evict, config.min_awake, config.drain)
+        self.endpoints: dict[str, Endpoint] = {}
+        for name, model in config.models.items():
+            endpoint = Endpoint(
+                name, spec_of(model, config.idle_timeout), room=room.guard, history=history_of_snapshot(model.snapshot)
+            )
+            self.endpoints[name] = endpoint
+            room.endpoints.append((endpoint, model.priority))
+
+    @property
+    def pools(self) -> dict[str, ReplicaPool]:
+        """Every model's pool by its name."""
+        return {name: endpoint.pool for name, endpoint in self.endpoints.items()}
+
+    async def start(self) -> None:
+        """Look once at each model whether it is up already."""
+        await asyncio.gather(*(endpoint.start() for endpoint in self.endpoints.values()))
+
+    def kill(self) -> None:
+        """End what was started, at once."""
+        for endpoint in self.endpoints.values():
+            endpoint.kill()
+
+    async def close(self) -> None:
+        """End what was started."""
+        await asyncio.gather(*(endpoint.close() for endpoint in self.endpoints.values()))
+
+
+class ModelRouter:
+    """The router of several models (`server.Router`); it only chooses, so that each of several workers can have its
+    own.
+    """
+
+    def __init__(self, config: Config, pools: dict[str, ReplicaPool]) -> None:
+        self.config, self._pools = config, pools
+        for name, model in config.models.items():
+            if name in pools:  # in a worker, too, whose pools are mirrors
+                own = config.upstream_timeout if model.upstream_timeout is None else model.upstream_timeout
+                pools[name].upstream_timeout_s = own
+        self._names = {alias: name for name, model in config.models.items() for alias in (name, *model.aliases)}
+
+    def pools(self) -> Sequence[ReplicaPool]:
+        """Every model's pool."""
+        return list(self._pools.values())
+
+    def answer(self, request: Request) -> dict[str, Any] | None:
+        """The list of models, and each of them, is the proxy's own answer: it wakes nobody."""
+        if request.method not in (b"GET", b"HEAD"):
+            return None
+        if request.path in _LIST_PATHS:
+            return {"object": "list", "data": [self._described(name) for name in self._pools]}
+        for folder in _LIST_PATHS:
+            if request.path.startswith(folder + "/"):
+                asked = unquote(request.path.removeprefix(folder + "/"))
+                if asked not in self._names:
+                    raise ClientFault("model-not-found", f"there is no model {asked[:100]!r}", status=404)
+                return self._described(self._names[asked])
+        return None
+
+    def _described(self, name: str) -> dict[str, Any]:
+        phase = next(str(replica.tracker.phase) for replica in self._pools[name].replicas.values())
+        return {"id": name, "object": "model", "created": 0, "owned_by": "quickthaw", "phase": phase}
+
+    async def route(self, client: ClientConnection, request: Request) -> ReplicaPool:
+        """The pool of the model that the request names; reads the whole body if it must."""
+        name = await self._name(client, request)
+        if name is None:
+            name = self.config.default
+        if name is None and len(self._pools) == 1:
+            name = next(iter(self._pools))
+        if name is None:
+            raise ClientFault("model-missing", "the request names no model, and there is no default")
+        if name not in self._names:
+            raise ClientFault("model-not-found", f"there is no model {name[:100]!r}", status=404)
+        chosen = self._names[name]
+        served = self.config.models[chosen].served_name
+        if served is not None and served != name and request.complete:
+            before = request.buffered
+            await self._rename(request, served)
+            client.host.buffered += request.buffered - before
+        return self._pools[chosen]
+
+    async def _rename(self, request: Request, served: str) -> None:
+        """Name the model as its engine does; every other value stays as it was written, a content coding goes."""
+        try:
+            document = msgspec.json.decode(await self._plain(request), type=dict[str, msgspec.Raw])
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            return
+        document["model"] = msgspec.Raw(msgspec.json.encode(served))
+        body = msgspec.json.encode(document)
+        request.body[:] = body
+        request.buffered = len(body)
+        gone = (b"content-length", b"content-encoding")
+        request.headers = [field for field in request.headers if field[0] not in gone]
+        if not request.chunked:
+            request.length = len(body)
+            request.headers.append((b"content-length", b"Content-Length", b"%d" % len(body)))
+
+    async def _plain(self, request: Request) -> bytes:
+        """Return the body without its content coding; inflating runs beside the event loop."""
+        coding = request.header(b"content-encoding").lower().strip()
+        body = bytes(request.body)
+        if coding in (b"", b"identity"):
+            return body
+        return await asyncio.to_thread(_decoded, body, coding, self.config.max_body)
+
+    async def _name(self, client: ClientConnection, request: Request) -> str | None:
+        query = request.target.partition(b"?")[2]
+        if query:
+            given = parse_qs(query.decode("ascii", "replace")).get("model")
+            if given:
+                return given[0]
+        if not request.has_body:
+            return None
+        if not await client.whole_body(request, self.config.max_body):
+            raise ClientFault(
+                "body-too-large",
+                f"over {self.config.max_body} bytes, which is what is kept to find the model",
+                status=413,
+            )
+        kind = request.header(b"content-type")
+        if kind.lower().startswith(b"multipart/form-data"):
+            if request.header(b"content-encoding"):
+                raise ClientFault("content-encoding", "a form must come without a content coding", status=415)
+            return await form_field(kind, bytes(request.body), "model")
+        body = await self._plain(request)
+        try:
+            document = msgspec.json.decode(body, type=_Named)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            return None
+        return document.model
+
+
+class _Named(msgspec.Struct):
+    model: str | None = None
+
+
+def _decoded(body: bytes, coding: bytes, limit: int) -> bytes:
+    """A copy of the body without its content coding, to look into; what is sent on stays as it came."""
+    if coding not in (b"gzip", b"x-gzip", b"deflate"):
+        raise ClientFault("content-encoding", "to find the model, only gzip and deflate are read", status=415)
+    try:
+        engine = zlib.decompressobj(wbits=47 if coding != b"deflate" else zlib.MAX_WBITS)
+        plain = engine.decompress(body, limit)
+    except zlib.error as exc:
+        raise ClientFault("content-encoding", f"the body is not {coding.decode()}: {exc}") from exc
+    if engine.unconsumed_tail:
+        raise ClientFault("body-too-large", "the body grows beyond what is kept to find the model", status=413)
+    return plain

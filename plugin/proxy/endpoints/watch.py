@@ -1,0 +1,145 @@
+"""Watch an endpoint that somebody else starts and stops, so that its phase is right without any request.
+
+A connection is made every second and closed again, which leaves no line in an engine's access log; the readiness path is
+asked every ten seconds while it answers. A serving endpoint is lost when it refuses twice in a row, or is not ready for
+half a minute (for two minutes while it has requests, since a busy engine may be slow to answer). One that is down serves as
+soon as it is ready.
+
+Replicas that `launch` itself runs are watched by their owner, not here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+from typing import Protocol
+
+from plugin.proxy.http.address import Upstream
+from plugin.proxy.http.upstream_connection import connect
+from plugin.proxy.limits import SHORTAGE
+from plugin.proxy.pool.pool import ReplicaPool
+from plugin.proxy.pool.replica import STARTING, Replica
+from plugin.runtime.phases import Phase, PhaseTracker
+
+
+class Watched(Protocol):
+    """What is watched (an `endpoint.Endpoint`)."""
+
+    tracker: PhaseTracker
+    pool: ReplicaPool
+    turn: int
+    """Counts its wakes and sleeps: what was seen before one says nothing after it."""
+    acting: bool
+    """Whether a wake or a sleep is under way, which looks for itself."""
+
+    @property
+    def upstream(self) -> Upstream:
+        """Where it listens."""
+
+    @property
+    def may_rise(self) -> bool:
+        """Whether it may come up without us, and being ready then proves that it serves."""
+
+    async def ready(self) -> str | None:
+        """None when its readiness path answers 200, else why not."""
+
+    async def is_up(self) -> bool:
+        """Whether it is ready and, where a model is named, generates."""
+
+    def found_up(self) -> None:
+        """It serves."""
+
+    def lost(self, why: str) -> None:
+        """It serves no longer."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How often to look, and how long to believe; seconds."""
+
+    every_s: float = 1.0
+    ask_every_s: float = 10.0
+    refusals: int = 2
+    unready_s: float = 30.0
+    unready_busy_s: float = 120.0
+    connect_s: float = 2.0
+
+
+class Watch:
+    """Watches one endpoint until it is cancelled."""
+
+    def __init__(self, watched: Watched, pace: Pace) -> None:
+        self.watched, self.pace = watched, pace
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        self._refusals = 0
+        self._unready_since: float | None = None
+        self._ask_at = 0.0
+        self._asked_in_vain = 0
+
+    async def run(self) -> None:
+        """Look for ever."""
+        turn, phase = -1, Phase.IDLE
+        while True:
+            await asyncio.sleep(self.pace.every_s)
+            watched = self.watched
+            if (watched.turn, watched.tracker.phase) != (turn, phase):
+                turn, phase = watched.turn, watched.tracker.phase
+                self._begin_anew()
+            if watched.acting or phase in STARTING or phase is Phase.STOPPED:
+                continue
+            if phase is Phase.SERVING:
+                why = await self._missing()
+                if why is not None and self._still(turn, phase):
+                    watched.lost(why)
+            elif watched.may_rise and await self._risen() and self._still(turn, phase):
+                watched.found_up()
+
+    def _still(self, turn: int, phase: Phase) -> bool:
+        """Whether what was seen is still about the same run of the endpoint."""
+        return self.watched.turn == turn and self.watched.tracker.phase is phase and not self.watched.acting
+
+    async def _connects(self) -> bool | None:
+        """Whether it takes a connection; None where that cannot be said."""
+        try:
+            back = await connect(Replica("probe", PhaseTracker(), self.watched.upstream), self.pace.connect_s)
+        except TimeoutError:
+            return None
+        except OSError as exc:
+            return None if exc.errno in SHORTAGE else False
+        back.abort()
+        return True
+
+    async def _missing(self) -> str | None:
+        """Why a serving endpoint counts as lost, None while it does not."""
+        if await self._connects() is False:
+            self._refusals += 1
+            return "it refuses connections" if self._refusals >= self.pace.refusals else None
+        self._refusals = 0
+        now = time.monotonic()
+        if self._unready_since is None and now < self._ask_at:
+            return None
+        self._ask_at = now + self.pace.ask_every_s
+        why = await self.watched.ready()
+        if why is None:
+            self._unready_since = None
+            return None
+        self._unready_since = self._unready_since or now
+        pool = self.watched.pool
+        busy = pool.outstanding or pool.elsewhere()
+        unready_s = time.monotonic() - self._unready_since
+        limit = self.pace.unready_busy_s if busy else self.pace.unready_s
+        return f"not ready for {unready_s:.0f} s: {why}" if unready_s >= limit else None
+
+    async def _risen(self) -> bool:
+        """Whether an endpoint that was down serves. The pauses grow while it listens and does not: each look may cost a token."""
+        now = time.monotonic()
+        if now < self._ask_at or not await self._connects():
+            return False
+        if await self.watched.is_up():
+            return True
+        self._asked_in_vain += 1
+        self._ask_at = now + min(self.pace.ask_every_s, self.pace.every_s * 2**self._asked_in_vain)
+        return False

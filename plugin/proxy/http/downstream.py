@@ -1,0 +1,474 @@
+"""One client connection: parses requests strictly, keeps their order, applies backpressure and limits, and notices at
+once when the client goes.
+
+Promises: requests of one connection are served one after the other and answered in order; a malformed or oversized
+request is refused and
+nothing after it is read; when the client goes, the task that serves it is cancelled in the same turn of the loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import select
+import time
+from collections import deque
+from typing import TYPE_CHECKING, Protocol, cast
+
+import httptools
+
+from plugin.proxy.errors import ClientFault, ProxyError, Unavailable, render
+from plugin.proxy.http import wire
+from plugin.proxy.http.request import Request
+
+if TYPE_CHECKING:
+    from plugin.proxy.http.exchange import Exchange
+    from plugin.proxy.http.upstream_connection import BackConnection
+    from plugin.proxy.settings import Settings
+
+_MAX_PIPELINED = 32
+_LINGER_S = 2.0
+_LINGER_BYTES = 16 << 20
+_WATCH_S = 0.05
+_GONE = select.POLLRDHUP | select.POLLHUP | select.POLLERR | select.POLLNVAL
+# Fed to a fresh parser so that the body of a request whose upgrade was ignored is parsed as a body.
+_SYNTHETIC = b"POST / HTTP/1.1\r\nhost: x\r\n%b\r\n\r\n"
+
+
+class Host(Protocol):
+    """What a connection needs of its server."""
+
+    settings: Settings
+    clients: set[ClientConnection]
+    draining: bool
+    buffered: int
+    max_clients: int
+    loop: asyncio.AbstractEventLoop
+
+    def forget(self, client: ClientConnection) -> None:
+        """The client has gone."""
+
+    def no_room(self) -> ProxyError:
+        """What to say when the bodies that are kept take all the room there is."""
+
+    async def serve_request(self, client: ClientConnection, request: Request) -> None:
+        """Give `request` its one answer."""
+
+
+class ClientConnection(asyncio.Protocol):
+    """The server's side of one client connection."""
+
+    def __init__(self, host: Host, *, own_port: bool = False) -> None:
+        self.host, self.own_port = host, own_port
+        self.settings = host.settings
+        self.transport: asyncio.Transport | None = None
+        self.peer = b""
+        self.exchange: Exchange | None = None
+        self.tunnel: BackConnection | None = None
+        self.current: Request | None = None
+        self.last_in = self.last_out = time.monotonic()
+        self.writing_paused = False
+        self.running = False
+        """True from the first step of the task that serves the current request to its last."""
+        self._task: asyncio.Task[None] | None = None
+        self._queue: deque[Request] = deque()
+        self._parsing: Request | None = None
+        self._parser = httptools.HttpRequestParser(self)
+        self._trailers = 0
+        self._unparsed = 0
+        """Bytes since the parser last finished something: a head, a piece of body, a request."""
+        self._head_began = 0.0
+        self._in_head = False
+        self._stopped = False
+        self._synthetic = False
+        self._ignored_upgrade = False
+        self._held: set[str] = set()
+        self._watching = False
+        self._wide = 0
+        self._early_tunnel = b""
+        self._swept = self._body_s = 0.0
+        self._linger_until = 0.0
+        self._lingered = 0
+
+    # -- what the server calls ---------------------------------------------------------------------
+
+    def write(self, data: bytes) -> None:
+        """Write to the client, unless it is gone."""
+        transport = self.transport
+        if transport is not None and not transport.is_closing():
+            transport.write(data)
+
+    def respond(
+        self, request: Request, status: int, headers: list[tuple[bytes, bytes]], body: bytes, *, close: bool = False
+    ) -> None:
+        """Answer a request from the proxy itself."""
+        close = close or not request.keep_alive
+        head_only = request.method == b"HEAD"
+        self.write(wire.own_response(status, headers, body, request_id=request.id, close=close, head_only=head_only))
+        if close:
+            request.keep_alive = False
+
+    def refuse(self, request: Request, error: ProxyError) -> None:
+        """Answer a request with an error; one whose body has not all come ends the connection."""
+        status, headers, body = render(error, request.path, request.id.decode("ascii", "replace"))
+        self.respond(request, status, headers, body, close=not request.complete)
+
+    def cut(self) -> None:
+        """End the connection so that a half answer cannot pass for a whole one."""
+        if self.transport is not None:
+            self.transport.abort()
+
+    def interrupt(self, error: ProxyError) -> None:
+        """End what is being served with `error` (a fault of the body, a limit of time, the server's end)."""
+        if self.current is not None and self.current.interrupt is None:
+            self.current.interrupt = error
+            self._cancel()
+
+    def open_tunnel(self, back: BackConnection) -> None:
+        """From here on bytes pass unparsed in both directions."""
+        self.tunnel = back
+        early, self._early_tunnel = self._early_tunnel, b""
+        if early:
+            back.write_tunnel(early)
+        self.hold("upgrade", False)
+        if self.writing_paused:
+            back.pause(True)
+
+    async def whole_body(self, request: Request, limit: int) -> bool:
+        """Wait until the body is all here; False when it is over `limit` bytes, of which that much is kept."""
+        if not request.complete and request.sink is None:
+            self._wide = limit
+            request.enough = self.host.loop.create_future()
+            if request.buffered <= limit:
+                self.hold("body", False)
+                await request.enough
+        return request.complete
+
+    def hold(self, why: str, on: bool) -> None:
+        """Pause reading while any reason to holds."""
+        before = bool(self._held)
+        if on:
+            self._held.add(why)
+        else:
+            self._held.discard(why)
+        transport = self.transport
+        if bool(self._held) == before or transport is None or transport.is_closing():
+            return
+        if self._held:
+            transport.pause_reading()
+            if not self._watching:
+                self._watching = True
+                self.host.loop.call_later(_WATCH_S, self._watch)
+        else:
+            self.last_in = time.monotonic()
+            transport.resume_reading()
+
+    def gone(self) -> bool:
+        """True when the client has closed, even while reading is paused and its last bytes are unread."""
+        transport = self.transport
+        if transport is None or transport.is_closing():
+            return True
+        fd = transport.get_extra_info("socket").fileno()
+        poller = select.poll()
+        poller.register(fd, select.POLLRDHUP)
+        return any(event & _GONE for _, event in poller.poll(0))
+
+    def drain(self) -> None:
+        """The server stops: close now when idle, else after the answer under way."""
+        if self.current is None and not self._queue:
+            self.close()
+        elif self.current is not None:
+            self.current.keep_alive = False
+
+    def close(self) -> None:
+        """Close once everything written has been sent."""
+        if self.transport is not None:
+            self.transport.close()
+
+    def sweep(self, now: float) -> None:
+        """Apply the limits of time; called about once a second."""
+        settings = self.settings
+        passed, self._swept = now - (self._swept or now), now
+        if self._linger_until:
+            if now > self._linger_until:
+                self.cut()
+        elif self.tunnel is not None:
+            if now - max(self.last_in, self.tunnel.last_byte) > settings.tunnel_idle_s:
+                self.cut()
+        elif self.writing_paused and now - self.last_out > settings.body_timeout_s:
+            self.cut()
+        elif self._in_head and now - self._head_began > settings.head_timeout_s:
+            self._fault(ClientFault("head-timeout", "the request's head took too long", status=408))
+        elif self.current is None:
+            if not self._in_head and now - self.last_in > settings.keepalive_s:
+                self.close()
+        elif not self.current.complete and not self._held:
+            self._body_s += passed  # what it waits for us does not count
+            if now - self.last_in > settings.body_timeout_s or self._body_s > settings.body_total_s:
+                self.interrupt(ClientFault("body-timeout", "the request's body took too long", status=408))
+
+    # -- asyncio's side ----------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Called by the loop."""
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's transports do not derive from it
+        self.transport.set_write_buffer_limits(high=self.settings.write_buffer)
+        peer = transport.get_extra_info("peername")
+        self.peer = peer[0].encode() if isinstance(peer, tuple) else b"unix"
+        self.host.clients.add(self)
+        if len(self.host.clients) > self.host.max_clients and not self.own_port:
+            crowd = Unavailable("too-many-clients", f"{self.host.max_clients} clients are connected already")
+            self._fault(crowd)
+
+    def data_received(self, data: bytes) -> None:
+        """Called by the loop."""
+        self.last_in = time.monotonic()
+        if self.tunnel is not None:
+            self.tunnel.write_tunnel(data)
+            return
+        if self._linger_until:
+            self._lingered += len(data)
+            if self._lingered > _LINGER_BYTES:
+                self.cut()
+            return
+        if self._stopped:
+            if "upgrade" in self._held:
+                self._early_tunnel += data
+            return
+        self._feed(data)
+
+    def _feed(self, data: bytes) -> None:
+        self._unparsed += len(data)
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade as exc:
+            self._upgraded(data[exc.args[0] :])
+        except httptools.HttpParserError as exc:
+            cause = exc.__context__
+            if isinstance(cause, ProxyError):
+                self._fault(cause)
+            elif not self._stopped:
+                self._fault(ClientFault("malformed-request", f"this is not a well-formed HTTP request: {exc}"))
+            return
+        if self._unparsed > 2 * self.settings.max_head:
+            self._fault(ClientFault("head-too-large", "the request's head or trailers are too large", status=431))
+
+    def eof_received(self) -> bool:
+        """Called by the loop: a client that closes its side has gone, which is the only sign of going there is."""
+        if self.current is not None and self.tunnel is None:
+            self.cut()
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Called by the loop."""
+        self.host.forget(self)
+        self._stopped = True
+        tunnel, self.tunnel = self.tunnel, None
+        if tunnel is not None:
+            tunnel.finish_tunnel()
+        self._cancel()
+        self._drop_queue()
+
+    def pause_writing(self) -> None:
+        """Called by the loop: the client takes no more for now, so the replica is paused too."""
+        self.writing_paused = True
+        self.last_out = time.monotonic()
+        if self.exchange is not None and self.exchange.back is not None:
+            self.exchange.back.pause(True)
+
+    def resume_writing(self) -> None:
+        """Called by the loop."""
+        self.writing_paused = False
+        if self.exchange is not None and self.exchange.back is not None:
+            self.exchange.back.pause(False)
+
+    def _watch(self) -> None:
+        """While reading is paused a close cannot be read: ask the kernel for it."""
+        self._watching = False
+        if self.transport is None or self.transport.is_closing() or not self._held:
+            return
+        if self.gone():
+            self.cut()
+            return
+        self._watching = True
+        self.host.loop.call_later(_WATCH_S, self._watch)
+
+    # -- llhttp's side -----------------------------------------------------------------------------
+
+    def on_message_begin(self) -> None:
+        """A request begins."""
+        if self._synthetic:
+            return
+        self._parsing = Request()
+        self._in_head = True
+        self._trailers = 0
+        self._head_began = time.monotonic()
+
+    def on_url(self, url: bytes) -> None:
+        """A piece of the target."""
+        if not self._synthetic:
+            assert self._parsing is not None
+            self._parsing.target += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """A header, or a trailer once the head is done."""
+        if self._synthetic:
+            return
+        request = self._parsing
+        assert request is not None
+        if self._in_head:
+            request.headers.append((name.lower(), name, value))
+        else:
+            self._trailers += 1  # a request's trailers are dropped (wire.last_chunk)
+        if max(len(request.headers), self._trailers) > self.settings.max_headers:
+            raise ClientFault("too-many-headers", f"over {self.settings.max_headers} headers", status=431)
+
+    def on_headers_complete(self) -> None:
+        """The head is complete: judge it, and serve it when its turn comes."""
+        if self._synthetic:
+            self._synthetic = False
+            return
+        request = self._parsing
+        assert request is not None
+        self._in_head = False
+        self._unparsed = 0
+        size = len(request.target) + sum(len(name) + len(value) + 4 for name, _, value in request.headers)
+        if size > self.settings.max_head:
+            raise ClientFault("head-too-large", f"the head is over {self.settings.max_head} bytes", status=431)
+        parser = self._parser
+        request.judge(parser.get_method(), parser.get_http_version(), parser.should_keep_alive())
+        if parser.should_upgrade() and request.upgrade is None:
+            self._ignored_upgrade = True
+        if self.host.draining:
+            request.keep_alive = False
+        if len(self._queue) >= _MAX_PIPELINED:
+            raise ClientFault("pipeline", f"over {_MAX_PIPELINED} requests at once on one connection", status=429)
+        self._queue.append(request)
+        if self.current is not None:
+            self.hold("pipeline", True)
+        else:
+            self._next()
+
+    def on_body(self, data: bytes) -> None:
+        """A piece of the body."""
+        request = self._parsing
+        assert request is not None
+        self._unparsed = 0
+        kept = request.feed(data)
+        if kept:
+            self.host.buffered += kept
+            if self.host.buffered > self.settings.max_held_bytes and request is self.current:
+                self.interrupt(self.host.no_room())
+            if request.buffered > (self.settings.body_buffer if request.enough is None else self._wide):
+                self.hold("body", True)
+                if request.enough is not None and not request.enough.done():
+                    request.enough.set_result(None)
+
+    def on_message_complete(self) -> None:
+        """The request is complete."""
+        if self._ignored_upgrade:
+            return  # its body, if any, has yet to be parsed: see _upgraded
+        request = self._parsing
+        assert request is not None
+        self._parsing = None
+        self._unparsed = 0
+        if not request.keep_alive or request.upgrade is not None:
+            self._stopped = True
+        request.finish()
+
+    # -- inside ------------------------------------------------------------------------------------
+
+    def _upgraded(self, rest: bytes) -> None:
+        """The parser stopped at an Upgrade: a WebSocket waits for its 101; any other is ignored, as RFC 9110 7.8
+        allows.
+        """
+        if not self._ignored_upgrade:
+            self._early_tunnel = rest
+            self.hold("upgrade", True)
+            return
+        self._ignored_upgrade = False
+        request = self._parsing
+        assert request is not None
+        length = b"transfer-encoding: chunked" if request.chunked else b"content-length: %d" % (request.length or 0)
+        self._parser = httptools.HttpRequestParser(self)
+        self._synthetic = True
+        self._feed(_SYNTHETIC % length + rest)
+
+    def _fault(self, error: ProxyError) -> None:
+        """The bytes cannot be understood or accepted: refuse in order, and read nothing more."""
+        self._stopped = True
+        self._in_head = False
+        request, self._parsing = self._parsing, None
+        if request is not None and (request is self.current or request in self._queue):
+            # its head was accepted, its body is at fault
+            request.keep_alive = False
+            if request is self.current:
+                self.interrupt(error)
+            else:
+                request.fault = error
+            return
+        request = request or Request()
+        request.find_path()
+        request.fault = error
+        request.keep_alive = False
+        if not request.id:
+            request.id = wire.new_request_id().encode()
+        self._queue.append(request)
+        self._next()
+
+    def _next(self) -> None:
+        if self.current is not None or not self._queue:
+            return
+        request = self.current = self._queue.popleft()
+        self._body_s = 0.0
+        self._task = self.host.loop.create_task(self.host.serve_request(self, request))
+
+    def finished(self, request: Request) -> None:
+        """The request has had its answer: go on with the next, or close."""
+        self.host.buffered -= request.buffered
+        self.current = None
+        self.exchange = None
+        self._task = None
+        self.running = False
+        transport = self.transport
+        if transport is None or transport.is_closing():
+            return
+        if not request.complete and self.tunnel is None:
+            self._linger()
+            return
+        if not request.keep_alive:
+            if self._stopped and request.fault is None and request.interrupt is None:
+                transport.close()
+            else:
+                self._linger()
+            return
+        self.hold("body", False)
+        self.hold("upstream", False)
+        if self._queue:
+            self._next()
+        if not self._queue:
+            self.hold("pipeline", False)
+
+    def _cancel(self) -> None:
+        """Cancel the task that serves; one that has not run yet looks for itself, since its cleanup would never run."""
+        if self._task is not None and self.running:
+            self._task.cancel()
+
+    def _drop_queue(self) -> None:
+        for request in self._queue:
+            self.host.buffered -= request.buffered
+        self._queue.clear()
+
+    def _linger(self) -> None:
+        """Close without losing the answer: unread bytes at close would make the kernel send a reset, and the client
+        drop what it got.
+        """
+        self._stopped = True
+        self._drop_queue()
+        transport = self.transport
+        assert transport is not None
+        self._linger_until = time.monotonic() + _LINGER_S
+        if transport.can_write_eof():
+            transport.write_eof()
+        if self._held:
+            self._held.clear()
+            transport.resume_reading()

@@ -1,0 +1,127 @@
+"""A stream that is answered before its replica is up: the head at once, then comments that say how far the start is,
+then the real events.
+
+Only for requests that ask for a stream, and only while they are held. After the head the status cannot change: an
+answer that is not a
+stream, or an error, becomes an error event in the shape that the SDK of that path understands.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+from plugin.proxy.errors import ProxyError, UpstreamFault, document, speaks_anthropic
+from plugin.proxy.http import wire
+
+if TYPE_CHECKING:
+    from plugin.proxy.http.downstream import ClientConnection
+    from plugin.proxy.http.exchange import Exchange
+    from plugin.proxy.http.request import Request
+    from plugin.proxy.pool.pool import ReplicaPool
+    from plugin.proxy.settings import Settings
+
+_MAX_ERROR_BODY = 64 << 10
+
+
+def wants_stream(request: Request) -> bool:
+    """True when the whole JSON body, kept so far, asks for a stream at its top level."""
+    if not request.complete or not request.http11 or request.method != b"POST":
+        return False
+    coding = [value for lower, _, value in request.headers if lower == b"content-encoding"]
+    body = bytes(request.body)
+    if coding or b"stream" not in body:
+        return False
+    try:
+        document_ = json.loads(body)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(document_, dict) and document_.get("stream") is True
+
+
+class EarlyStream:
+    """The early half of one answer."""
+
+    def __init__(self, client: ClientConnection, exchange: Exchange, pool: ReplicaPool, every_s: float) -> None:
+        self.client, self.exchange, self.pool, self.every_s = client, exchange, pool, every_s
+        self.answered = False
+        """True once the replica's own events, or the error event, end this stream."""
+        self._passing = False
+        self._status = 0
+        self._body = b""
+        headers = [(b"content-type",) * 2 + (b"text/event-stream; charset=utf-8",)]
+        headers.append((b"cache-control",) * 2 + (b"no-cache",))
+        head = wire.response_head(
+            200, b"OK", headers, request_id=exchange.request.id, chunked=True, close=exchange.close_after
+        )
+        client.write(head)
+        exchange.head_sent = True
+        self._timer = client.host.loop.call_later(0, self._comment)
+
+    def _comment(self) -> None:
+        started = self.exchange.back is not None
+        text = ": waiting for the first event\n\n" if started else f": {self.pool.progress().sentence()}\n\n"
+        self.client.write(wire.chunk(text.encode()))
+        self._timer = self.client.host.loop.call_later(self.every_s, self._comment)
+
+    def head(self, status: int, headers: list[wire.Field]) -> None:
+        """The replica's head: its events pass from here on, or its error becomes an event. Comments go on until the
+        first of them.
+        """
+        self._status = status
+        kind = b"".join(value for lower, _, value in headers if lower == b"content-type").lower()
+        self._passing = status == 200 and kind.startswith(b"text/event-stream")
+
+    def data(self, data: bytes) -> None:
+        """A piece of the replica's body."""
+        if self._passing:
+            self._timer.cancel()
+            self.answered = True
+            self.exchange.out.append(wire.chunk(data))
+        elif len(self._body) < _MAX_ERROR_BODY:
+            self._body += data
+
+    def end(self) -> None:
+        """The replica's answer is complete."""
+        self._timer.cancel()
+        if self._passing:
+            self.answered = True
+            self.exchange.out.append(wire.LAST_CHUNK)
+            return
+        text = self._body.decode("utf-8", "replace").strip()
+        try:
+            inner = json.loads(text)
+        except (ValueError, RecursionError):
+            inner = None
+        if not isinstance(inner, dict) or "error" not in inner:
+            message = f"the replica answered {self._status} instead of a stream: {text[:500]}"
+            inner = document(
+                UpstreamFault("not-a-stream", message), self.exchange.request.path, self.exchange.request.id.decode()
+            )
+        self._event(inner)
+
+    def error(self, error: ProxyError) -> None:
+        """End the stream with an error event."""
+        self._event(document(error, self.exchange.request.path, self.exchange.request.id.decode()))
+
+    def _event(self, body: dict[str, object]) -> None:
+        self._timer.cancel()
+        self.answered = True
+        name = b"event: error\n" if speaks_anthropic(self.exchange.request.path) else b""
+        data = name + b"data: " + json.dumps(body, separators=(",", ":")).encode() + b"\n\n"
+        self.client.write(wire.chunk(data) + wire.LAST_CHUNK)
+
+    def close(self) -> None:
+        """Stop the comments."""
+        self._timer.cancel()
+
+
+async def begin_early(
+    client: ClientConnection, request: Request, exchange: Exchange, pool: ReplicaPool, settings: Settings
+) -> None:
+    """Start the stream early if this request asks for one, once its body (up to the limit kept) is here; the wake
+    does not wait for it.
+    """
+    pool.nudge()
+    if await client.whole_body(request, settings.early_body_buffer) and wants_stream(request):
+        exchange.early = EarlyStream(client, exchange, pool, settings.early_comment_every_s)

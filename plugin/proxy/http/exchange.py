@@ -1,0 +1,208 @@
+"""One request and its one answer: takes what a replica sends, and writes it to the client in the same call.
+
+Promises: nothing is written before the replica's own status line, unless the stream was started early; once anything
+has been
+written the answer is this replica's or it is cut, never another's; a cut answer closes the client's connection, so it
+cannot pass for whole. The answer of a request that runs ahead of its replica's check is kept back until that is passed;
+`cautious` ones, which may have to be asked again, until their body has begun (a stream) or is there (an answer of known length).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from typing import TYPE_CHECKING
+
+from plugin.proxy.errors import UpstreamFault
+from plugin.proxy.http import wire
+
+if TYPE_CHECKING:
+    from plugin.proxy.http.downstream import ClientConnection
+    from plugin.proxy.http.early_stream import EarlyStream
+    from plugin.proxy.http.request import Request
+    from plugin.proxy.http.upstream_connection import BackConnection
+
+# Of an answer that is withheld: then its replica is not read any further.
+_WITHHELD_BYTES = 1 << 20
+
+
+class Exchange:
+    """The state of one request under way (`back.Answer`)."""
+
+    __slots__ = (
+        "answered",
+        "back",
+        "cautious",
+        "chunked",
+        "client",
+        "close_after",
+        "done",
+        "early",
+        "first_byte",
+        "head_sent",
+        "held_s",
+        "kept",
+        "out",
+        "outcome",
+        "pool_name",
+        "replica_name",
+        "request",
+        "status",
+        "tunnel",
+        "upstream_limit_s",
+        "withheld",
+        "written",
+    )
+
+    def __init__(self, client: ClientConnection, request: Request, loop: asyncio.AbstractEventLoop) -> None:
+        self.client, self.request = client, request
+        self.done: asyncio.Future[None] = loop.create_future()
+        self.back: BackConnection | None = None
+        self.early: EarlyStream | None = None
+        self.out: list[bytes] = []
+        self.kept = 0  # bytes of the body in `out`
+        self.head_sent = False
+        self.chunked = False
+        self.close_after = not request.keep_alive or request.upgrade is not None
+        self.tunnel = False
+        self.withheld = self.cautious = False
+        self.upstream_limit_s = math.inf
+        self.status = 0
+        self.answered = False  # whether anything of the body has come
+        self.first_byte = 0.0
+        self.held_s = 0.0
+        self.written = 0
+        self.outcome = ""
+        self.pool_name = self.replica_name = ""
+
+    def interim(self, status: int, phrase: bytes, headers: list[wire.Field]) -> None:
+        """Pass an informational answer on, to clients that know of them."""
+        if self.request.http11 and self.early is None:
+            head = wire.response_head(status, phrase, headers, request_id=self.request.id, chunked=False, close=False)
+            self.out.append(head)
+
+    def head(self, status: int, phrase: bytes, headers: list[wire.Field], length_known: bool) -> None:
+        """The replica's head: write it, with framing of our own."""
+        self.status = status
+        self.first_byte = time.monotonic()
+        if self.early is not None:
+            self.early.head(status, headers)
+            return
+        request = self.request
+        self.chunked = not length_known and request.http11
+        if not request.http11:
+            self.close_after = True
+        self.head_sent = not (self.withheld or self.cautious)
+        self.out.append(
+            wire.response_head(
+                status,
+                phrase or wire.reason(status),
+                headers,
+                request_id=request.id,
+                chunked=self.chunked,
+                close=self.close_after,
+            )
+        )
+
+    def data(self, data: bytes) -> None:
+        """A piece of the body."""
+        self.answered = True
+        self.kept += len(data)
+        if self.early is not None:
+            self.early.data(data)
+        elif self.chunked:
+            self.out.append(wire.chunk(data))
+        else:
+            self.out.append(data)
+        if self.cautious and self._begun():
+            self._commit()
+
+    def _begun(self) -> bool:
+        """Whether so much of the body has come that it is better passed on than kept for caution's sake."""
+        return self.answered and (self.chunked or self.kept > _WITHHELD_BYTES)
+
+    def _commit(self) -> None:
+        """No caution any more: what has come is the client's."""
+        self.cautious, self.head_sent = False, not self.withheld
+
+    def flush(self) -> None:
+        """Write what one read brought."""
+        out = self.out
+        if self.withheld:
+            if self.back is not None and self.kept > _WITHHELD_BYTES:
+                self.back.pause(True)
+        elif out and not self.cautious:
+            data = out[0] if len(out) == 1 else b"".join(out)
+            out.clear()
+            self.kept = 0
+            self.written += len(data)
+            self.client.write(data)
+
+    def let_go(self, cautious: bool = False) -> None:
+        """Write what was withheld, or where `cautious` what may be written of it; from here on as usual."""
+        self.withheld = False
+        self.cautious = cautious and not self._begun() and not self.done.done()
+        if self.status and not self.cautious:
+            self.head_sent, self.first_byte = True, time.monotonic()
+        self.flush()
+        if self.back is not None and not self.client.writing_paused:
+            self.back.pause(False)
+
+    def forget(self) -> None:
+        """Drop what was withheld: nothing of it was written, and another replica may answer."""
+        if self.back is not None:
+            self.back.abort()
+            self.back = None
+        if self.done.done():
+            self.done.exception()  # seen: a replica that fails its check breaks its connections
+        self.done = self.done.get_loop().create_future()
+        self.out.clear()
+        self.kept = 0
+        self.withheld = self.cautious = self.chunked = self.answered = False
+        self.status, self.first_byte, self.replica_name = 0, 0.0, ""
+
+    def end(self, trailers: list[wire.Field]) -> None:
+        """The answer is complete."""
+        if self.cautious:
+            self._commit()
+        if self.early is not None:
+            self.early.end()
+        elif self.chunked:
+            self.out.append(wire.last_chunk(trailers))
+        self.flush()
+        if not self.done.done():
+            self.done.set_result(None)
+
+    def fault(self, error: UpstreamFault) -> None:
+        """The replica failed: an error answer while nothing has been written, else the end of the connection."""
+        self.flush()
+        if not self.done.done():
+            self.done.set_exception(error)
+
+    def switched(self, phrase: bytes, headers: list[wire.Field], rest: bytes) -> None:
+        """The replica agreed to the upgrade: answer 101 and join the two sockets."""
+        self.status = 101
+        self.first_byte = time.monotonic()
+        self.head_sent = self.tunnel = self.close_after = True
+        head = wire.response_head(
+            101, phrase, headers, request_id=self.request.id, chunked=False, close=False, upgrade=self.request.upgrade
+        )
+        self.client.write(head + rest)
+        assert self.back is not None
+        self.client.open_tunnel(self.back)
+
+    def tunnel_data(self, data: bytes) -> None:
+        """Bytes for the client."""
+        self.written += len(data)
+        self.client.write(data)
+
+    def tunnel_closed(self) -> None:
+        """The replica closed the tunnel: the client's side closes once it is flushed."""
+        self.client.tunnel = None
+        if not self.done.done():
+            self.done.set_result(None)
+
+    def hold_client(self, on: bool) -> None:
+        """The replica's socket is full (or has drained): pause (or resume) the client."""
+        self.client.hold("upstream", on)

@@ -1,0 +1,395 @@
+"""One connection to a replica: writes a request, reads its answer, and passes each piece on in the call that brought
+it.
+
+Promises: a request is written at most once and only on a connection that was open at that moment; the answer's body
+is passed on byte for
+byte in the order it came, never gathered; a pause of the client pauses the replica. Framing is decoded by llhttp and
+coded anew, so that
+nothing a replica sends can shift where one answer ends and the next begins.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import socket
+import time
+from typing import TYPE_CHECKING, Protocol, cast
+
+import httptools
+
+from plugin.proxy.errors import UpstreamFault
+from plugin.proxy.http import wire
+from plugin.proxy.http.address import start_at
+
+if TYPE_CHECKING:
+    from plugin.proxy.http.request import Request
+    from plugin.proxy.pool.replica import Replica
+
+_MAX_HEAD = 256 << 10
+
+
+class Answer(Protocol):
+    """Who takes a replica's answer (an `exchange.Exchange`). All calls come from the loop, none may block."""
+
+    request: Request
+
+    def interim(self, status: int, phrase: bytes, headers: list[wire.Field]) -> None:
+        """An informational answer (1xx other than 100 and 101)."""
+
+    def head(self, status: int, phrase: bytes, headers: list[wire.Field], length_known: bool) -> None:
+        """The answer's head."""
+
+    def data(self, data: bytes) -> None:
+        """A piece of the answer's body."""
+
+    def flush(self) -> None:
+        """All of one read has been given: write it out."""
+
+    def end(self, trailers: list[wire.Field]) -> None:
+        """The answer is complete."""
+
+    def fault(self, error: UpstreamFault) -> None:
+        """The replica failed under the request."""
+
+    def switched(self, phrase: bytes, headers: list[wire.Field], rest: bytes) -> None:
+        """101: from here on the connection is a tunnel; `rest` already belongs to it."""
+
+    def tunnel_data(self, data: bytes) -> None:
+        """Bytes of the tunnel."""
+
+    def tunnel_closed(self) -> None:
+        """The replica closed the tunnel."""
+
+    def hold_client(self, on: bool) -> None:
+        """Pause or resume reading the client, as the replica's socket fills or drains."""
+
+
+class BackConnection(asyncio.Protocol):
+    """One connection to one replica, one request at a time, reusable while both sides keep it."""
+
+    def __init__(self, replica: Replica, sock: socket.socket) -> None:
+        self.replica, self.sock = replica, sock
+        self.transport: asyncio.Transport | None = None
+        self.idle_since = 0.0
+        self.last_byte = time.monotonic()
+        self.reading_paused = False
+        self.answer: Answer | None = None
+        self.head_written = False
+        self._parser = httptools.HttpResponseParser(self)
+        self._headers: list[wire.Field] = []
+        self._trailers: list[wire.Field] = []
+        self._phrase = b""
+        self._in_head = False
+        self._head_bytes = 0
+        self._head_done = False
+        self._until_close = False
+        self._keep = False
+        self._chunked_request = False
+        self._request_done = False
+        self._bodyless = False
+        self._tunnel = False
+        self._got_bytes = False
+
+    # -- the exchange's side -----------------------------------------------------------------------
+
+    def alive(self) -> bool:
+        """True when the connection is open now: asks the kernel, since a close may not have reached the loop yet."""
+        if self.transport is None or self.transport.is_closing():
+            return False
+        try:
+            self.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return True
+        except (OSError, ValueError):
+            return False
+        return False
+
+    def begin(self, answer: Answer, head: bytes, *, chunked: bool) -> None:
+        """Write the request's head and what is there of its body; the rest follows through `send_body`."""
+        assert self.transport is not None
+        request = answer.request
+        self.answer = answer
+        self._headers, self._trailers, self._phrase = [], [], b""
+        self._in_head = self._head_done = self._until_close = self._keep = self._request_done = False
+        self._head_bytes = 0
+        self._got_bytes = False
+        self._chunked_request = chunked
+        self._bodyless = request.method == b"HEAD"
+        self.last_byte = time.monotonic()
+        body = request.take_body()
+        if body:
+            head += wire.chunk(body) if chunked else body
+        request.sink = self
+        if request.complete:
+            self._request_done = True
+            if chunked:
+                head += wire.LAST_CHUNK
+        self.head_written = True
+        self.transport.write(head)
+
+    def send_body(self, data: bytes) -> None:
+        """One more piece of the request's body."""
+        if self.transport is not None and not self.transport.is_closing():
+            self.last_byte = time.monotonic()
+            self.transport.write(wire.chunk(data) if self._chunked_request else data)
+
+    def end_body(self) -> None:
+        """The request's body is complete."""
+        self._request_done = True
+        if self._chunked_request and self.transport is not None and not self.transport.is_closing():
+            self.transport.write(wire.LAST_CHUNK)
+
+    def pause(self, on: bool) -> None:
+        """Stop or go on reading the replica, as the client's socket fills or drains."""
+        if self.transport is None or self.transport.is_closing() or on == self.reading_paused:
+            return
+        self.reading_paused = on
+        if on:
+            self.transport.pause_reading()
+        else:
+            self.last_byte = time.monotonic()
+            self.transport.resume_reading()
+
+    def write_tunnel(self, data: bytes) -> None:
+        """Bytes from the client through the tunnel."""
+        if self.transport is not None and not self.transport.is_closing():
+            self.transport.write(data)
+
+    def finish_tunnel(self) -> None:
+        """The client closed its side: flush, then close."""
+        self.answer = None
+        if self.transport is not None:
+            self.transport.close()
+
+    def abort(self) -> None:
+        """Close at once: the replica sees its client go."""
+        self.answer = None
+        if self.transport is not None:
+            self.transport.abort()
+
+    # -- asyncio's side ----------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Called by the loop."""
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's transports do not derive from it
+
+    def data_received(self, data: bytes) -> None:
+        """Called by the loop."""
+        answer = self.answer
+        if answer is None:
+            self.abort()  # a replica that speaks unasked cannot be trusted with the next request
+            return
+        self.last_byte = self.replica.last_byte = time.monotonic()
+        if self._tunnel:
+            answer.tunnel_data(data)
+            return
+        self._got_bytes = True
+        if not self._head_done:
+            self._head_bytes += len(data)
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade as exc:
+            if self._switched():
+                answer.switched(self._phrase, self._headers, data[exc.args[0] :])
+            elif self.answer is not None:
+                self._failed("upstream-garbage", "the replica switched protocols unasked")
+            return
+        except httptools.HttpParserError as exc:
+            if self.answer is not None:
+                answer.flush()
+                self._failed("upstream-garbage", f"the replica's answer is not HTTP: {exc or type(exc).__name__}")
+            else:
+                self.abort()
+            return
+        if not self._head_done and self._head_bytes > _MAX_HEAD:
+            self._failed("upstream-head", f"the head of the replica's answer is over {_MAX_HEAD} bytes")
+            return
+        answer.flush()
+
+    def eof_received(self) -> bool:
+        """Called by the loop: the replica closed its side."""
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Called by the loop."""
+        answer, self.answer = self.answer, None
+        if self in self.replica.idle:
+            self.replica.idle.remove(self)
+        if answer is None:
+            return
+        if self._tunnel:
+            answer.tunnel_closed()
+        elif self._head_done and self._until_close and exc is None:
+            answer.end([])
+        elif self._head_done:
+            answer.fault(UpstreamFault("upstream-cut", "the replica closed the connection in the middle of its answer"))
+        elif self._got_bytes:
+            answer.fault(
+                UpstreamFault("upstream-cut", "the replica closed the connection inside the head of its answer")
+            )
+        else:
+            what = "reset" if isinstance(exc, ConnectionError) else "closed"
+            answer.fault(UpstreamFault("upstream-closed", f"the replica {what} the connection without an answer"))
+
+    def pause_writing(self) -> None:
+        """Called by the loop: the replica takes no more for now."""
+        if self.answer is not None:
+            self.answer.hold_client(True)
+
+    def resume_writing(self) -> None:
+        """Called by the loop."""
+        if self.answer is not None:
+            self.answer.hold_client(False)
+
+    # -- llhttp's side -----------------------------------------------------------------------------
+
+    def on_message_begin(self) -> None:
+        """A head begins. One that comes after the answer is an answer that nobody asked for."""
+        if self.answer is None:
+            raise ValueError("an answer that nobody asked for")
+        self._headers, self._phrase, self._in_head = [], b"", True
+
+    def on_status(self, phrase: bytes) -> None:
+        """A piece of the reason phrase."""
+        self._phrase += phrase
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """A header, or a trailer once the head is done."""
+        field = (name.lower(), name, value)
+        (self._headers if self._in_head else self._trailers).append(field)
+
+    def on_headers_complete(self) -> None:
+        """The head is complete: decide how its body ends."""
+        self._in_head = False
+        answer = self.answer
+        assert answer is not None
+        status = self._parser.get_status_code()
+        if 100 <= status < 200:
+            if status == 101 and answer.request.upgrade is not None:
+                self._tunnel = True
+            elif status not in (100, 101):
+                answer.interim(status, self._phrase, self._headers)
+            return
+        if not 200 <= status <= 999:
+            raise ValueError(f"status {status}")
+        self._head_done = True
+        length = chunked = False
+        for lower, _, value in self._headers:
+            if lower == b"content-length":
+                length = True
+            elif lower == b"transfer-encoding":
+                if value.strip().lower() != b"chunked":
+                    raise ValueError("a transfer coding that was not offered")
+                chunked = True
+        self._bodyless = self._bodyless or status in (204, 304)
+        self._until_close = not (length or chunked or self._bodyless)
+        self._keep = not self._until_close and self._parser.should_keep_alive() and answer.request.method != b"HEAD"
+        answer.head(status, self._phrase, self._headers, length or self._bodyless)
+        if answer.request.method == b"HEAD":
+            # llhttp cannot be told that this answer has no body, so its parser is not used again.
+            self._complete()
+
+    def on_body(self, data: bytes) -> None:
+        """A piece of the body."""
+        if self.answer is not None:
+            self.answer.data(data)
+
+    def on_message_complete(self) -> None:
+        """The message is complete."""
+        if self._head_done and self.answer is not None:
+            self._complete()
+
+    def _switched(self) -> bool:
+        return self._tunnel  # a call, since the parser's callbacks change it behind the type checker's back
+
+    def _complete(self) -> None:
+        answer, self.answer = self.answer, None
+        assert answer is not None
+        answer.end(self._trailers)
+        if self._keep and self._request_done and not self.reading_paused:
+            self.idle_since = time.monotonic()
+            self.replica.idle.append(self)
+        elif self.transport is not None:
+            self.transport.abort()
+
+    def _failed(self, code: str, message: str) -> None:
+        answer, self.answer = self.answer, None
+        if self.transport is not None:
+            self.transport.abort()
+        if answer is not None:
+            answer.fault(UpstreamFault(code, message))
+
+
+async def connect(replica: Replica, limit_s: float) -> BackConnection:
+    """A new connection to `replica`.
+
+    Raises:
+        OSError: refused, unreachable, or not accepted within `limit_s` seconds (TimeoutError is an OSError).
+    """
+    upstream = replica.upstream
+    if upstream is None:
+        raise ConnectionRefusedError(f"{replica.name} has no address yet")
+    loop = asyncio.get_running_loop()
+    sock: socket.socket | None = None
+    try:
+        async with asyncio.timeout(limit_s):
+            if upstream.name_to_resolve is None:
+                sock = upstream.connect()
+                await _established(loop, sock)
+            else:
+                sock = await _resolved(loop, *upstream.name_to_resolve)
+            back = BackConnection(replica, sock)
+            if sock.family == socket.AF_UNIX:
+                await loop.create_unix_connection(lambda: back, sock=sock)
+            elif upstream.tls is not None:
+                await loop.create_connection(
+                    lambda: back, sock=sock, ssl=upstream.tls, server_hostname=upstream.server_hostname
+                )
+            else:
+                await loop.create_connection(lambda: back, sock=sock)
+    except BaseException:
+        if sock is not None:
+            sock.close()
+        raise
+    return back
+
+
+async def _resolved(loop: asyncio.AbstractEventLoop, host: str, port: int) -> socket.socket:
+    """A connected socket to the first address of `host` that takes it."""
+    fault: OSError = OSError(errno.EHOSTUNREACH, f"{host} has no address")
+    for family, _, _, _, address in await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+        sock: socket.socket | None = None
+        try:
+            sock = start_at(family, address)
+            await _established(loop, sock)
+        except OSError as exc:
+            fault = exc
+            if sock is not None:
+                sock.close()
+        except BaseException:
+            if sock is not None:
+                sock.close()
+            raise
+        else:
+            return sock
+    raise fault
+
+
+async def _established(loop: asyncio.AbstractEventLoop, sock: socket.socket) -> None:
+    writable: asyncio.Future[None] = loop.create_future()
+    fd = sock.fileno()
+
+    def now_writable() -> None:
+        if not writable.done():
+            writable.set_result(None)
+
+    loop.add_writer(fd, now_writable)
+    try:
+        await writable
+    finally:
+        loop.remove_writer(fd)
+    code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    if code:
+        raise OSError(code, os.strerror(code))

@@ -1,0 +1,625 @@
+"""The replicas behind one name, the one wake that all waiting requests share, and the sleep that no request falls into.
+
+An owner (launch, restore, `quickthaw proxy`) makes a `ReplicaPool`, adds replicas with their `PhaseTracker`, and may
+give hooks: `wake` brings
+at least one replica to serving or raises an exception with a `code`; `sleep` stops or puts to sleep what is idle;
+`suspect` hears that a
+replica refused a connection. Trackers may move in any thread; everything else happens on the loop that `bind` was
+called on.
+
+Promises: at most one wake at a time; a request is handed a replica only while that replica is serving and not being
+put to sleep or
+quiesced, decided in one step with its count of outstanding requests (`ahead`: or while it is checked, for a request whose
+answer is withheld until then); a waiting request ends in a replica, a coded
+error, or its own
+cancellation. A failed start ends waiting requests only when the owner says that it is final (`start_failed`, or
+`wake` raising).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from plugin.proxy.errors import ProxyError, StartFailed, Unavailable, Unneeded
+from plugin.proxy.errors import start_failed as coded
+from plugin.proxy.http.address import Upstream
+from plugin.proxy.pool.backoff import Backoff
+from plugin.proxy.pool.replica import FOUND_UP, STARTING, Replica
+from plugin.proxy.pool.sleeper import Sleeper
+from plugin.proxy.pool.start_times import History, Kind
+from plugin.runtime.phases import Phase, PhaseTracker, Span
+
+log = logging.getLogger("quickthaw.proxy")
+
+_TICK_S = 0.1
+_RECENT_S = 2.0
+# Requests that run beside a replica's check: one keeps the check short, and is the one that everybody looks at.
+_AHEAD = 1
+
+
+@dataclass(eq=False)
+class Waiter:
+    """One held request. `limit_s` is its deadline; None means the measured one. `at_most_s` lowers it."""
+
+    ready: asyncio.Future[Replica]
+    limit_s: float | None
+    at_most_s: float
+    began: float
+    ahead: bool = False
+    """Whether it may run on a replica whose check has begun and not ended."""
+    client: bool = True
+    """False for an owner's own wait."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where the start that requests wait for is: phase, age, expected total, seconds left (all measured or a stated
+    guess).
+    """
+
+    phase: Phase
+    kind: Kind
+    elapsed_s: float
+    expected_s: float
+    left_s: float
+    started_here: bool = True
+
+    def sentence(self) -> str:
+        """`waking, restoring 0.6 of 1.1 s`: what early streams and people read."""
+        if not self.started_here:
+            return f"waiting {self.elapsed_s:.1f} s for an engine that is not started from here"
+        what = f"{self.phase} " if self.phase in STARTING else ""
+        return f"waking, {what}{self.elapsed_s:.1f} of {self.expected_s:.1f} s"
+
+
+class ReplicaPool:
+    """Replicas that answer the same requests."""
+
+    def __init__(
+        self,
+        *,
+        name: str = "default",
+        wake: Callable[[], Awaitable[None]] | None = None,
+        sleep: Callable[[], Awaitable[None]] | None = None,
+        suspect: Callable[[Replica, str], None] | None = None,
+        history: History | None = None,
+        idle_timeout_s: float | None = None,
+        ahead: bool = False,
+        wake_limit_s: float = 1800.0,
+        sleep_limit_s: float = 300.0,
+        drain_limit_s: float = 60.0,
+    ) -> None:
+        """`drain_limit_s`: how long `evict` waits for requests in flight before the pool goes on serving."""
+        self.name = name
+        self.replicas: dict[str, Replica] = {}
+        self.history = history or History()
+        self.wakes = 0
+        self.failed_starts = 0
+        self.idle_timeout_s = idle_timeout_s
+        self.ahead = ahead
+        self.max_held = 4096
+        self.max_hold_s = 3600.0
+        self.last_active = time.monotonic()
+        self.last_failure: ProxyError | None = None
+        self.on_phase: list[Callable[[Replica, Phase, str], None]] = []
+        """Called on the loop after each change of phase, with the new one and its reason."""
+        self.on_failed: list[Callable[[ProxyError], None]] = []
+        """Called on the loop when a start has finally failed."""
+        self.chores: list[Callable[[], Coroutine[None, None, None]]] = []
+        """What runs on the loop for as long as the pool is served."""
+        self.elsewhere: Callable[[], int] = lambda: 0
+        """How many requests are held or in flight in worker processes that share this pool."""
+        self.started_here = True
+        """False where nobody here can start a replica, so that requests wait for whoever does."""
+        self.upstream_timeout_s: float | None = None
+        """How long a replica may be silent within an answer, where it is not the proxy's own setting."""
+        self._wake_hook, self._suspect_hook = wake, suspect
+        self._wake_limit_s = wake_limit_s
+        self.sleeper = Sleeper(self, sleep, sleep_limit_s, drain_limit_s)
+        self._waiters: dict[Waiter, None] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._early: list[tuple[Replica, Phase, Phase, str, tuple[Span, ...]]] = []
+        self._wake_task: asyncio.Task[None] | None = None
+        self._ticking = False
+        self._closed: ProxyError | None = None
+        self._wake_pause = Backoff(1.0, 30.0)
+        self._final: ProxyError | None = None
+        self._turn = 0
+
+    # -- what an owner calls -----------------------------------------------------------------------
+
+    def bind(self, loop: asyncio.AbstractEventLoop, *, max_held: int = 4096, max_hold_s: float = 3600.0) -> None:
+        """Tie the pool to the loop that serves it. `ProxyServer.start` does this; transitions before it are kept."""
+        self._loop = loop
+        self.max_held, self.max_hold_s = max_held, max_hold_s
+        early, self._early = self._early, []
+        for change in early:
+            self._moved(*change)
+        for replica in self.replicas.values():
+            # A restore that was quicker than this process's imports is being checked before anybody listened.
+            self._note_check(replica, replica.tracker.phase)
+
+    def add(self, name: str, tracker: PhaseTracker, upstream: Upstream | None = None) -> Replica:
+        """Add a replica; it gets requests whenever its tracker says serving."""
+        replica = Replica(name, tracker, upstream)
+        if tracker.phase is not Phase.IDLE:
+            replica.catch_up()
+            known = tracker.phase is Phase.SERVING and tracker.reason != FOUND_UP
+            if known and replica.start_kind is not None:
+                self.history.record(replica.start_kind, replica.start_age_s, replica.spans)
+        self.replicas[name] = replica
+        tracker.listen(lambda old, new, reason: self._heard(replica, old, new, reason))
+        if self._loop is not None:
+            self._note_check(replica, tracker.phase)
+            self._dispatch()
+        return replica
+
+    def remove(self, name: str) -> None:
+        """Take a replica out; what it is answering goes on to its end."""
+        replica = self.replicas.pop(name, None)
+        if replica is not None:
+            replica.held_back = True
+            self.close_idle(replica)
+
+    def start_failed(self, error: Exception) -> None:
+        """Say, in any thread, that a start has finally failed.
+
+        What is held ends with its code, and so does what comes until a start begins.
+        """
+        assert self._loop is not None, "the pool is bound to a loop before it serves"
+        try:
+            here = asyncio.get_running_loop() is self._loop
+        except RuntimeError:
+            here = False
+        if here:
+            self._finally_failed(coded(error))
+        else:
+            self._loop.call_soon_threadsafe(self._finally_failed, coded(error))
+
+    def _finally_failed(self, error: ProxyError) -> None:
+        self._final = error
+        self._fail(error)
+
+    def wake_failed(self, error: ProxyError) -> None:
+        """Say, on the loop, that a wake in another process has failed: what is held ends with its code, and the next request after
+        its `retry_after_s` wakes again.
+        """
+        self._wake_pause.hold(error.retry_after_s or 0.0)
+        self._fail(error)
+
+    async def wake(self) -> None:
+        """Return when at least one replica is serving; start the one wake if none is on its way.
+
+        Raises:
+            ProxyError: the start has failed for good, with the owner's code.
+        """
+        self.release(await self.acquire(self._wake_limit_s, unbounded=True))
+
+    async def sleep(self) -> bool:
+        """Put the pool to sleep if nothing is in flight and nobody waits; True when it went to sleep."""
+        return await self.sleeper.sleep()
+
+    @asynccontextmanager
+    async def quiesced(self, name: str, limit_s: float) -> AsyncIterator[Replica]:
+        """Hold new requests back from one replica and wait until it answers none, as before a snapshot of it.
+
+        Raises:
+            TimeoutError: it was still answering after `limit_s` seconds.
+        """
+        replica = self.replicas[name]
+        replica.held_back = True
+        try:
+            async with asyncio.timeout(limit_s):
+                await replica.quiet()
+            self.close_idle(replica)
+            yield replica
+        finally:
+            replica.held_back = False
+            self._dispatch()
+
+    def close(self, error: ProxyError) -> None:
+        """Answer everything held, and everything that comes later, with `error`; stop what was under way."""
+        self._closed = error
+        self._fail(error)
+        for replica in self.replicas.values():
+            self.close_idle(replica)
+        for task in (self._wake_task, self.sleeper.task):
+            if task is not None:
+                task.cancel()
+
+    async def settled(self, limit_s: float = 20.0) -> None:
+        """After `close`: return once the wake or sleep that it cancelled has cleaned up."""
+        tasks = [task for task in (self._wake_task, self.sleeper.task) if task is not None]
+        if tasks:
+            await asyncio.wait(tasks, timeout=limit_s)
+
+    # -- what the proxy calls ----------------------------------------------------------------------
+
+    @property
+    def held(self) -> int:
+        """Requests waiting for a replica."""
+        return len(self._waiters)
+
+    @property
+    def kept_awake(self) -> bool:
+        """Whether an engine has what no start would bring back (plugin.proxy.pool.adapters)."""
+        return any(replica.adapters_loaded for replica in self.replicas.values())
+
+    @property
+    def outstanding(self) -> int:
+        """Requests that replicas are answering."""
+        return sum(replica.outstanding for replica in self.replicas.values())
+
+    @property
+    def wanted(self) -> bool:
+        """Whether a client waits for this pool, here or in a worker, or did a moment ago."""
+        recent = time.monotonic() - self.last_active < _RECENT_S
+        return recent or any(waiter.client for waiter in self._waiters) or bool(self.elsewhere())
+
+    def try_acquire(self) -> Replica | None:
+        """A serving replica with one more outstanding request, least loaded first, or None when the request must be
+        held.
+        """
+        if self._waiters or self._closed is not None:
+            return None
+        replica = self.ready()
+        if replica is not None:
+            replica.outstanding += 1
+        return replica
+
+    async def acquire(
+        self,
+        limit_s: float | None = None,
+        *,
+        at_most_s: float = math.inf,
+        since: float | None = None,
+        unbounded: bool = False,
+        ahead: bool = False,
+    ) -> Replica:
+        """A serving replica, waking the pool and waiting if need be.
+
+        Args:
+            limit_s: the configured deadline in seconds; None takes the measured one.
+            at_most_s: what the client asked for, in seconds: it lowers the deadline and never raises it.
+            since: when the request arrived (monotonic seconds), from which its deadline counts; None is now.
+            unbounded: do not count against `max_held` (an owner's own wait).
+            ahead: a replica will do that is not serving yet but being checked (`Replica.check`).
+
+        Raises:
+            Unavailable: too many are held, or the deadline passed.
+            StartFailed: the start failed for good.
+        """
+        if self._closed is not None:
+            raise self._closed.fresh()
+        replica = self.try_acquire()
+        if replica is not None:
+            return replica
+        if not unbounded and len(self._waiters) >= self.max_held:
+            raise Unavailable(
+                "held-too-many", f"{self.max_held} requests are held already", retry_after_s=self.left_s()
+            )
+        if self._final is not None:
+            raise self._final.fresh()
+        pause = self._wake_pause.left_s
+        if pause and self.last_failure is not None:
+            raise StartFailed(self.last_failure.code, self.last_failure.message, retry_after_s=pause)
+        now = time.monotonic()
+        since = now if since is None else since
+        least = at_most_s if limit_s is None else min(limit_s, at_most_s)
+        if now - since >= least:
+            self.nudge()
+            raise Unavailable(
+                "hold-deadline", f"no replica was ready within {least:.1f} s", retry_after_s=self.left_s()
+            )
+        loop = asyncio.get_running_loop()
+        waiter = Waiter(loop.create_future(), limit_s, at_most_s, since, ahead, client=not unbounded)
+        self._waiters[waiter] = None
+        self._run_ahead()
+        self._demand()
+        self._tick_soon(loop)
+        try:
+            return await waiter.ready
+        except asyncio.CancelledError:
+            if waiter.ready.done() and not waiter.ready.cancelled() and waiter.ready.exception() is None:
+                self.release(waiter.ready.result())
+            raise
+        finally:
+            self._waiters.pop(waiter, None)
+            self.last_active = time.monotonic()
+
+    @property
+    def waking(self) -> bool:
+        """Whether a wake is under way."""
+        return self._wake_task is not None
+
+    @property
+    def can_wake(self) -> bool:
+        """True when the owner gave a wake hook."""
+        return self._wake_hook is not None
+
+    def accepts(self) -> bool:
+        """Whether a request that came now would be held or answered, and not refused at once."""
+        if self._closed is not None or self._final is not None or len(self._waiters) >= self.max_held:
+            return False
+        return not self._wake_pause.left_s or self.last_failure is None
+
+    def expects(self) -> bool:
+        """Whether a request waits that runs beside the check of a restored replica; any thread may ask."""
+        return self.ahead and any(waiter.ahead and not waiter.ready.done() for waiter in list(self._waiters))
+
+    async def recall(self, name: str) -> bool:
+        """Take back what runs ahead on a replica whose check wants the engine for itself; True when there was any.
+
+        Nothing runs ahead on it any more until it serves.
+        """
+        replica = self.replicas[name]
+        check = replica.check
+        if check is None or check.done() or not replica.outstanding:
+            return False
+        check.set_result(False)
+        await replica.quiet()
+        return True
+
+    def poke(self) -> None:
+        """Look again at who can be served: a replica is no longer held back."""
+        self._dispatch()
+
+    def nudge(self) -> None:
+        """A request is on its way: start the wake now, if one is needed, though the request does not wait here yet."""
+        self.last_active = time.monotonic()
+        self._demand()
+
+    def release(self, replica: Replica) -> None:
+        """Give back what `acquire` gave; every acquire has exactly one release."""
+        replica.outstanding -= 1
+        if replica.outstanding == 0 and replica.emptied is not None:
+            replica.emptied.set()
+        self.last_active = time.monotonic()
+
+    def refused(self, replica: Replica, generation: int, why: str) -> None:
+        """A serving replica of that generation could not be connected to: prefer others for a while, which doubles with
+        each refusal in a row, and tell the owner.
+        """
+        if generation != replica.generation:
+            return
+        pause = replica.refusals.failed()
+        replica.suspect_until = time.monotonic() + pause
+        if replica.refusals.failures == 2:
+            text = "%s refuses connections though it is serving (%s); the pauses between tries grow to %.0f s"
+            fields = {"pool": self.name, "replica": replica.name, "reason": why}
+            log.warning(text, replica.name, why, replica.refusals.most_s, extra={"event": "refusing", "fields": fields})
+        self.close_idle(replica)
+        if self._suspect_hook is not None:
+            self._suspect_hook(replica, why)
+
+    def progress(self) -> Progress:
+        """Where the start that requests wait for is now."""
+        best = max(self.replicas.values(), key=lambda r: (r.tracker.phase in STARTING, r.start_age_s), default=None)
+        if best is None or best.tracker.phase not in STARTING:
+            kind = self.history.guess_kind()
+            expected = self.history.typical(kind)
+            phase = best.tracker.phase if best else Phase.IDLE
+            return Progress(phase, kind, 0.0, expected, expected, self.started_here)
+        kind = best.start_kind or self.history.guess_kind()
+        elapsed = best.start_age_s
+        left = self.history.left(kind, elapsed, best.tracker.phase, best.tracker.seconds_in_phase)
+        return Progress(best.tracker.phase, kind, elapsed, elapsed + left, left, self.started_here)
+
+    def left_s(self) -> float:
+        """Seconds until a replica is expected to serve, for Retry-After."""
+        return self.progress().left_s
+
+    # -- inside ------------------------------------------------------------------------------------
+
+    def ready(self) -> Replica | None:
+        """The replica that the next request goes to; None while it has to wait."""
+        now, best, load = time.monotonic(), None, 0
+        replicas = self.replicas
+        if len(replicas) > 1:
+            self._turn += 1
+            order = list(replicas.values())
+            cut = self._turn % len(order)
+            candidates = order[cut:] + order[:cut]
+        else:
+            candidates = list(replicas.values())
+        for replica in candidates:
+            if replica.tracker.phase is not Phase.SERVING or replica.held_back or replica.suspect_until > now:
+                continue
+            if replica.upstream is None:
+                continue
+            if best is None or replica.outstanding < load:
+                best, load = replica, replica.outstanding
+        return best
+
+    def _heard(self, replica: Replica, old: Phase, new: Phase, reason: str) -> None:
+        """A tracker moved, in whatever thread."""
+        if new is Phase.SERVING:
+            replica.generation += 1  # here and now: a refusal of the old incarnation may be on its way on the loop
+        before = replica.tracker.timeline
+        if self._loop is None:
+            self._early.append((replica, old, new, reason, before))
+            return
+        try:
+            self._loop.call_soon_threadsafe(self._moved, replica, old, new, reason, before)
+        except RuntimeError:
+            log.debug("a replica moved after the proxy's loop had closed", extra={"fields": {"phase": str(new)}})
+
+    def _moved(self, replica: Replica, old: Phase, new: Phase, reason: str, before: tuple[Span, ...]) -> None:
+        replica.note(old, new, before)
+        self._note_check(replica, new)
+        fields: dict[str, object]
+        fields = {"pool": self.name, "replica": replica.name, "from": str(old), "to": str(new), "reason": reason}
+        log.info("%s: %s → %s", replica.name, old, new, extra={"event": "phase", "fields": fields})
+        if new in STARTING:
+            self._final = None
+        if old is Phase.SERVING and new is not Phase.SERVING:
+            self.close_idle(replica)
+            replica.adapters_loaded = False
+        if new is Phase.SERVING:
+            replica.suspect_until = 0.0
+            self._wake_pause.succeeded()
+            if old in STARTING:
+                replica.accepts()
+                self.sleeper.pause.succeeded()
+            kind = replica.start_kind
+            if kind is not None and old in STARTING and reason != FOUND_UP:
+                spans = replica.spans
+                self.history.record(kind, replica.start_age_s, spans)
+                phases = {str(span.phase): round(span.took_s, 4) for span in spans}
+                took = {
+                    "kind": str(kind),
+                    "seconds": round(replica.start_age_s, 4),
+                    "phases": phases,
+                    "held": self.held,
+                }
+                fields = {"pool": self.name, "replica": replica.name} | took
+                text = "%s: serving after %.2f s (%s)"
+                log.info(text, replica.name, replica.start_age_s, kind, extra={"event": "started", "fields": fields})
+            self.last_active = time.monotonic()
+        for told in self.on_phase:
+            told(replica, new, reason)
+        self._dispatch()
+
+    def _note_check(self, replica: Replica, new: Phase) -> None:
+        if new is Phase.VERIFYING and self.ahead and self._loop is not None:
+            if replica.check is None or replica.check.done():
+                replica.check = self._loop.create_future()
+        elif replica.check is not None:
+            if not replica.check.done():
+                replica.check.set_result(new is Phase.SERVING)
+            if new is Phase.SERVING:
+                replica.check = None
+
+    def _run_ahead(self) -> None:
+        """Let the first who may run on a replica that is being checked."""
+        for replica in self.replicas.values():
+            check = replica.check
+            if check is None or check.done() or replica.upstream is None or replica.held_back:
+                continue
+            for waiter in list(self._waiters):
+                if replica.outstanding >= _AHEAD:
+                    break
+                if waiter.ahead and not waiter.ready.done():
+                    self._hand(waiter, replica)
+
+    def _hand(self, waiter: Waiter, replica: Replica) -> None:
+        replica.outstanding += 1
+        waiter.ready.set_result(replica)
+        self._waiters.pop(waiter, None)
+
+    def _dispatch(self) -> None:
+        """Hand replicas to those who wait, first come first served; then see whether a wake is needed."""
+        if self._closed is None:
+            for waiter in list(self._waiters):
+                if waiter.ready.done():
+                    continue
+                replica = self.ready()
+                if replica is None:
+                    break
+                self._hand(waiter, replica)
+            if self._waiters:
+                self._run_ahead()
+            if self._waiters:
+                self._demand()
+
+    def _demand(self) -> None:
+        """Start the one wake unless one is running, a start is under way, or a replica will take requests again by
+        itself.
+        """
+        if self._wake_hook is None or self._wake_task is not None or self._closed is not None:
+            return
+        if self._returns() or self.ready() is not None:
+            return
+        if any(replica.refusal_woken for replica in self.replicas.values()):
+            return
+        assert self._loop is not None, "the pool is bound to a loop before it serves"
+        self._wake_task = self._loop.create_task(self._run_wake())
+
+    async def _run_wake(self) -> None:
+        assert self._wake_hook is not None
+        failure: ProxyError | None = None
+        self.wakes += 1
+        for replica in self.replicas.values():
+            replica.woken_at = replica.refusals.failures
+        try:
+            async with asyncio.timeout(self._wake_limit_s):
+                await self._wake_hook()
+        except Unneeded as exc:
+            log.debug("%s was not woken: %s", self.name, exc.message)
+            self._wake_task = None
+            self._dispatch()
+            return
+        except TimeoutError:
+            failure = StartFailed("wake-timeout", f"the wake was not done after {self._wake_limit_s:.0f} s")
+        except Exception as exc:  # noqa: BLE001 - an owner's hook may raise anything; it is answered by code
+            failure = coded(exc)
+        finally:
+            self._wake_task = None
+        for replica in self.replicas.values():
+            if replica.refusals.failures <= 1:  # one that goes on refusing has its pause
+                replica.suspect_until = 0.0
+        refusing = any(replica.refusal_woken for replica in self.replicas.values())
+        if failure is None and self.ready() is None and not refusing and not self._returns():
+            failure = StartFailed("wake-without-replica", "the wake ended, and no replica serves")
+        if failure is not None:
+            failure.retry_after_s = self._wake_pause.failed()
+            self._fail(failure)
+        else:
+            self._dispatch()
+
+    def _returns(self) -> bool:
+        """Whether a replica will take requests again by itself."""
+        return any(replica.returns for replica in self.replicas.values())
+
+    def _fail(self, error: ProxyError) -> None:
+        self.last_failure = error
+        for replica in self.replicas.values():
+            replica.over = replica.over or replica.tracker.phase is Phase.FAILED
+        if self._closed is None:
+            self.failed_starts += 1
+            reason = error.detail or error.message
+            fields = {"pool": self.name, "code": error.code, "reason": reason}
+            log.error("%s: %s", error.code, reason, extra={"event": "start-failed", "fields": fields})
+            for told in self.on_failed:
+                told(error)
+        for waiter in list(self._waiters):
+            if not waiter.ready.done():
+                waiter.ready.set_exception(error.fresh())
+        self._waiters.clear()
+
+    def close_idle(self, replica: Replica) -> None:
+        """Close the connections to a replica that nothing uses."""
+        idle, replica.idle = replica.idle, []
+        for connection in idle:
+            connection.abort()
+
+    def _tick_soon(self, loop: asyncio.AbstractEventLoop) -> None:
+        if not self._ticking:
+            self._ticking = True
+            loop.call_later(_TICK_S, self._tick, loop)
+
+    def _tick(self, loop: asyncio.AbstractEventLoop) -> None:
+        """While anybody waits: expire deadlines (the measured one follows the start from restore to cold), retry
+        suspects, see to a wake.
+        """
+        self._ticking = False
+        if not self._waiters:
+            return
+        now, progress = time.monotonic(), self.progress()
+        measured = self.history.deadline(progress.kind)
+        for waiter in list(self._waiters):
+            limit = measured if waiter.limit_s is None else waiter.limit_s
+            limit = min(self.max_hold_s, limit, waiter.at_most_s)
+            if now - waiter.began >= limit and not waiter.ready.done():
+                message = f"no replica was ready within {limit:.1f} s ({progress.sentence()})"
+                waiter.ready.set_exception(Unavailable("hold-deadline", message, retry_after_s=progress.left_s))
+                self._waiters.pop(waiter, None)
+        self._dispatch()
+        if self._waiters:
+            self._tick_soon(loop)

@@ -1,0 +1,132 @@
+"""Notice a replica that has gone silent: its process lives and its port takes connections, and nothing comes back.
+
+Every byte that a replica sends is a sign of life. One that has requests and sends nothing is asked for a small page, on a connection
+of its own, every few seconds; an engine that computes answers it all the same, since its HTTP server is another thread or process.
+An answer does not count while the owner sees that one of the engine's processes is stopped.
+
+After a third of the limit the replica is suspect and gets no new requests; after the whole limit its owner is told. Time counts only
+while a question is unanswered and this process runs, so that a suspended host is no silence.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from plugin.proxy.endpoints.request import fetch
+from plugin.proxy.errors import UpstreamFault
+from plugin.proxy.limits import SHORTAGE
+from plugin.proxy.pool.pool import ReplicaPool
+from plugin.proxy.pool.replica import Replica
+from plugin.runtime.phases import IllegalTransition, Phase
+
+log = logging.getLogger("quickthaw.proxy")
+_ASK_AFTER_S = 5.0
+_ANSWER_S = 10.0
+_PAGE = "/v1/models"
+"""Answered by the HTTP server of either engine alone, whatever the status."""
+
+
+@dataclass
+class _State:
+    """What is known of one replica in one run of it."""
+
+    generation: int
+    silent_s: float = 0.0
+    asked_at: float = 0.0
+    question: asyncio.Task[None] | None = None
+    told: bool = False
+
+
+class Silence:
+    """Watches the replicas of one pool; `told(replica, why)` is called on the loop, once in each run of a replica."""
+
+    def __init__(self, pool: ReplicaPool, limit_s: float, told: Callable[[Replica, str], None]) -> None:
+        self.pool, self.limit_s, self.told = pool, limit_s, told
+        self.suspect_s = limit_s / 3
+        self.ask_after_s = min(_ASK_AFTER_S, limit_s / 6)
+        self._every_s = min(1.0, limit_s / 12)
+        self._states: dict[str, _State] = {}
+
+    async def run(self) -> None:
+        """Watch for ever."""
+        last = time.monotonic()
+        try:
+            while True:
+                await asyncio.sleep(self._every_s)
+                now = time.monotonic()
+                passed, last = min(now - last, 2 * self._every_s), now
+                for replica in tuple(self.pool.replicas.values()):
+                    self._look(replica, now, passed)
+        finally:
+            for state in self._states.values():
+                if state.question is not None:
+                    state.question.cancel()
+
+    def _look(self, replica: Replica, now: float, passed_s: float) -> None:
+        state = self._states.get(replica.name)
+        if state is None or state.generation != replica.generation:
+            if state is not None and state.question is not None:
+                state.question.cancel()
+            state = self._states[replica.name] = _State(replica.generation)
+            replica.last_byte = max(replica.last_byte, now)
+        phase = replica.tracker.phase
+        # Once in doubt, it is asked until it answers, also when those who waited have given up.
+        doubt = replica.outstanding > 0 or state.asked_at > replica.last_byte or phase is Phase.SUSPECT
+        # While pages are to come, the page server's own watch judges.
+        if phase not in (Phase.SERVING, Phase.SUSPECT) or not doubt or replica.held_back or replica.coming():
+            state.silent_s = 0.0
+            return
+        if replica.last_byte > state.asked_at or state.asked_at == 0.0:
+            state.silent_s = 0.0
+            if phase is Phase.SUSPECT:
+                self._trusted(replica)
+        else:
+            state.silent_s += passed_s
+        if now - max(replica.last_byte, state.asked_at) >= self.ask_after_s and state.question is None:
+            if replica.last_byte >= state.asked_at:
+                state.asked_at = now  # the first question since its last byte: from here on silence counts
+            state.question = asyncio.get_running_loop().create_task(self._ask(replica, state))
+        if state.silent_s >= self.suspect_s and phase is Phase.SERVING:
+            self._suspected(replica, state)
+        if state.silent_s >= self.limit_s and not state.told:
+            state.told = True
+            self.told(replica, f"it has sent nothing for {state.silent_s:.0f} s, though it runs")
+
+    async def _ask(self, replica: Replica, state: _State) -> None:
+        """Ask for the page; any answer is a sign of life."""
+        upstream = replica.upstream
+        assert upstream is not None
+        try:
+            with contextlib.suppress(UpstreamFault):  # a bad answer is one
+                await fetch(upstream, "GET", _PAGE, limit_s=min(_ANSWER_S, self.limit_s))
+            if not await asyncio.to_thread(replica.stopped):
+                replica.last_byte = time.monotonic()
+        except OSError as exc:
+            if exc.errno in (*SHORTAGE, errno.EADDRNOTAVAIL):
+                state.silent_s = 0.0  # this host's fault
+            await asyncio.sleep(min(self._every_s, self.ask_after_s))
+        finally:
+            state.question = None
+
+    def _suspected(self, replica: Replica, state: _State) -> None:
+        why = f"replica-silent: it has sent nothing for {state.silent_s:.0f} s"
+        self._move(replica, Phase.SUSPECT, why)
+        text = "%s: %s; it gets no new requests, and is restarted after %.0f s of silence"
+        fields = {"pool": self.pool.name, "replica": replica.name, "reason": why}
+        log.warning(text, replica.name, why, self.limit_s, extra={"event": "suspect", "fields": fields})
+
+    def _trusted(self, replica: Replica) -> None:
+        self._move(replica, Phase.SERVING, "answers again")
+
+    @staticmethod
+    def _move(replica: Replica, phase: Phase, why: str) -> None:
+        try:
+            replica.tracker.to(phase, why)
+        except IllegalTransition:
+            log.debug("%s moved on by itself before it was %s", replica.name, phase)

@@ -1,0 +1,161 @@
+"""How a pool goes to sleep: when it is idle, or to make room for another; with a limit to draining, and pauses after a failure.
+
+Promises: new requests wait from the moment a sleep begins to its end, and none falls between; a pool that is not drained in time,
+or does not go to sleep, goes on serving; who wanted its room learns why; each reason is logged once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any
+
+from plugin.proxy.errors import ProxyError, StartFailed, Unavailable, Unneeded, start_failed
+from plugin.proxy.pool.backoff import Backoff
+
+if TYPE_CHECKING:
+    from plugin.proxy.pool.pool import ReplicaPool
+
+log = logging.getLogger("quickthaw.proxy")
+Hook = Callable[[], Awaitable[None]]
+
+
+class Sleeper:
+    """Puts one pool to sleep; at most one try at a time."""
+
+    def __init__(self, pool: ReplicaPool, hook: Hook | None, limit_s: float, drain_limit_s: float) -> None:
+        """`limit_s`: what the hook may take; `drain_limit_s`: what the requests in flight may take where another needs the room."""
+        self.pool, self.hook, self.limit_s, self.drain_limit_s = pool, hook, limit_s, drain_limit_s
+        self.task: asyncio.Task[ProxyError | None] | None = None
+        self.sleeps = 0
+        self.evicting = False
+        self.pause = Backoff(1.0, 300.0)
+        self.failure: ProxyError | None = None
+        """Why the last sleep failed; None after one that succeeded."""
+        self._until = math.inf
+        self._wanted: Callable[[], bool] = lambda: True
+
+    async def sleep(self) -> bool:
+        """Put the pool to sleep if nothing is in flight and nobody waits; True when it went to sleep."""
+        if self.hook is None or self.task is not None or self.pool.waking:
+            return False
+        if (
+            self.pool.held
+            or self.pool.outstanding
+            or self.pool.elsewhere()
+            or self.pool.kept_awake
+            or self.pool.ready() is None
+        ):
+            return False
+        if self.pause.left_s:
+            return False
+        self.task = asyncio.get_running_loop().create_task(self._run())
+        return await asyncio.shield(self.task) is None
+
+    async def evict(self, limit_s: float | None = None, wanted: Callable[[], bool] = lambda: True) -> None:
+        """Put the pool to sleep to make room for another: hold new requests back, and let what is in flight end first.
+
+        Args:
+            limit_s: how long to wait for what is in flight; None takes `drain_limit_s`.
+            wanted: asked while it waits; once False, the pool goes on serving.
+
+        Raises:
+            Unneeded: the room is not wanted any more.
+            ProxyError: the pool would not go to sleep, and goes on serving; or it failed to a moment ago.
+        """
+        if self.hook is None:
+            raise StartFailed("no-way-to-sleep", f"{self.pool.name} cannot be put to sleep")
+        if self.task is None:
+            if self.pause.left_s and self.failure is not None:
+                raise self.failure.fresh()
+            sleep = self._run(self.drain_limit_s if limit_s is None else limit_s, wanted)
+            self.task = asyncio.get_running_loop().create_task(sleep)
+        self.evicting = True
+        try:
+            failure = await asyncio.shield(self.task)
+        finally:
+            self.evicting = False
+        if failure is not None:
+            raise failure
+
+    async def drained(self, quiet: Awaitable[Any]) -> Any:
+        """Await `quiet` within the limits of the sleep under way. Raises what `evict` raises."""
+        task = asyncio.ensure_future(quiet)
+        try:
+            while True:
+                left = self._until - time.monotonic()
+                await asyncio.wait((task,), timeout=max(0.0, min(left, 0.25)))
+                if task.done():
+                    return task.result()
+                if left <= 0:
+                    raise Unavailable("still-answering", f"{self.pool.name} did not finish its requests in time")
+                if not self._wanted():
+                    raise Unneeded(f"nobody waits for the place of {self.pool.name} any more")
+        finally:
+            task.cancel()
+
+    def around(self, wrap: Callable[[Callable[[], Awaitable[None]]], Awaitable[None]]) -> None:
+        """Let `wrap(sleep)` run the sleep hook: for whoever must make other processes quiet first."""
+        inner = self.hook
+        if inner is not None:
+            self.hook = lambda: wrap(inner)
+
+    async def _run(self, drain_s: float = math.inf, wanted: Callable[[], bool] = lambda: True) -> ProxyError | None:
+        """Drain, then sleep; why not, where it failed. What would not sleep goes on serving."""
+        assert self.hook is not None
+        for replica in self.pool.replicas.values():
+            replica.held_back = True
+        self._until, self._wanted = time.monotonic() + drain_s, wanted
+        failure: ProxyError | None = None
+        try:
+            for replica in self.pool.replicas.values():
+                if replica.outstanding:
+                    await self.drained(replica.quiet())
+                self.pool.close_idle(replica)
+            # An owner with other processes drains those in its hook.
+            limit_s = self.limit_s + (0.0 if drain_s == math.inf else drain_s)
+            async with asyncio.timeout(limit_s):
+                await self.hook()
+            self.sleeps += 1
+            self.failure = None
+            self.pause.succeeded()
+        except TimeoutError:
+            failure = StartFailed("sleep-timeout", f"the sleep was not done after {self.limit_s:.0f} s")
+        except Exception as exc:  # noqa: BLE001 - an owner's hook may raise anything; it is logged by code
+            failure = start_failed(exc)
+        finally:
+            for replica in self.pool.replicas.values():
+                replica.held_back = False
+            self.task = None
+            self.pool.last_active = time.monotonic()
+            self.pool.poke()
+        if failure is not None and failure.code not in ("busy", Unneeded.CODE):  # else a request has come, and has won
+            self._failed(failure, drain_s)
+        return failure
+
+    def _failed(self, failure: ProxyError, drain_s: float) -> None:
+        """Pause before the next try, for longer each time; say each reason once."""
+        known, self.failure = self.failure, failure
+        still = failure.code == "still-answering"
+        pause = self.pause.failed(drain_s if still else 0.0)
+        failure.retry_after_s = pause
+        fields = {"pool": self.pool.name, "code": failure.code, "reason": failure.message}
+        level = logging.DEBUG if known is not None and known.code == failure.code else logging.WARNING
+        text = "%s did not go to sleep: %s; it goes on serving, and the pauses between tries grow"
+        log.log(level, text, self.pool.name, failure.message, extra={"event": "sleep-failed", "fields": fields})
+
+    async def watch_idle(self) -> None:
+        """Run for ever: put the pool to sleep once nothing has been in flight for `idle_timeout_s`. Cancelled by
+        the server's shutdown.
+        """
+        while self.pool.idle_timeout_s is not None:
+            idle = time.monotonic() - self.pool.last_active
+            if self.pool.outstanding or self.pool.held or self.pool.elsewhere() or self.pool.ready() is None:
+                idle = 0.0
+            if idle >= self.pool.idle_timeout_s:
+                await self.sleep()
+                idle = 0.0
+            await asyncio.sleep(max(0.02, min(self.pool.idle_timeout_s - idle, 5.0)))

@@ -1,0 +1,1 @@
+"""Several worker processes on one port that share one set of pools."""

@@ -1,0 +1,509 @@
+"""Several worker processes on one port (SO_REUSEPORT) that share one set of pools, and so one wake.
+
+The supervisor owns the pools and the listening sockets; each worker has a mirror of every pool, kept by JSON lines
+over a socket pair. A worker's
+wish to wake goes to the supervisor, where all wishes meet in the pool's one wake. Before the pool sleeps, every
+worker holds new requests back
+and says whether it is quiet: one that is not keeps the pool awake (or, when the pool must make room for another, is
+waited for).
+
+Promises: a worker that dies is replaced on the same socket, so that what queued there is served; one that is told to end by SIGTERM
+is replaced at once, and finishes what it has in flight; when the supervisor dies, its workers end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import logging
+import socket
+import sys
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+from plugin.proxy.admin.endpoints import pool_document
+from plugin.proxy.admin.stats import merged
+from plugin.proxy.errors import ProxyError, StartFailed, Unavailable
+from plugin.proxy.http.address import from_spec
+from plugin.proxy.pool import adapters
+from plugin.proxy.pool.pool import ReplicaPool
+from plugin.proxy.pool.replica import Replica
+from plugin.proxy.pool.start_times import Kind
+from plugin.proxy.settings import Settings
+from plugin.runtime.phases import Phase, PhaseTracker
+
+log = logging.getLogger("quickthaw.proxy")
+
+_REPLY_S = 2.0
+_RESPAWN_S = (0.1, 0.5, 2.0, 10.0)
+_LINE = 4 << 20
+
+
+class Line:
+    """One end of a control connection: JSON objects, one a line, with questions that are answered."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader, self.writer = reader, writer
+        self._asked: dict[int, asyncio.Future[Any]] = {}
+        self._next = 0
+
+    def send(self, **message: Any) -> None:
+        """Send one message; a peer that has gone is noticed by its reader."""
+        if not self.writer.is_closing():
+            self.writer.write(json.dumps(message).encode() + b"\n")
+
+    async def ask(self, limit_s: float, **message: Any) -> Any:
+        """Send a question and await its answer. Raises TimeoutError, ConnectionError."""
+        self._next += 1
+        number = self._next
+        future = self._asked[number] = asyncio.get_running_loop().create_future()
+        self.send(**message, ask=number)
+        try:
+            async with asyncio.timeout(limit_s):
+                return await future
+        finally:
+            del self._asked[number]
+
+    async def run(self, handle: Callable[[dict[str, Any]], Awaitable[Any] | None]) -> None:
+        """Read until the peer goes; an answer to a question of ours goes to who asked, the rest to `handle`."""
+        tasks: set[asyncio.Task[None]] = set()
+        try:
+            while line := await self.reader.readline():
+                message = json.loads(line)
+                if "answer" in message:
+                    future = self._asked.get(message["answer"])
+                    if future is not None and not future.done():
+                        future.set_result(message.get("value"))
+                    continue
+                work = handle(message)
+                if work is not None:
+                    task = asyncio.ensure_future(self._reply(message, work))
+                    tasks.add(task)
+                    task.add_done_callback(tasks.discard)
+        except ConnectionError:
+            log.debug("a control connection was reset")
+        finally:
+            for task in tasks:
+                task.cancel()
+            for future in self._asked.values():
+                if not future.done():
+                    future.set_exception(ConnectionError("the other process has gone"))
+            self.writer.close()
+
+    async def _reply(self, message: dict[str, Any], work: Awaitable[Any]) -> None:
+        try:
+            value = await work
+        except Exception as error:
+            text = "control-failed: %s: %r; please report it"
+            log.exception(text, message.get("op"), error, extra={"event": "defect"})
+            self.writer.close()  # whoever asked learns of it, and the worker is replaced
+            return
+        if "ask" in message:
+            self.send(answer=message["ask"], value=value)
+
+
+@dataclasses.dataclass
+class _Worker:
+    number: int
+    sock: socket.socket
+    process: asyncio.subprocess.Process | None = None
+    line: Line | None = None
+    leaving: bool = False
+    busy: dict[str, int] = dataclasses.field(default_factory=dict)
+
+
+class Supervisor:
+    """Owns the pools that `count` workers on `sockets` share."""
+
+    def __init__(
+        self,
+        pools: Sequence[ReplicaPool],
+        settings: Settings,
+        sockets: Sequence[socket.socket],
+        *,
+        config: str | None = None,
+        own_sock: socket.socket | None = None,
+        log: tuple[str, str] = ("info", "auto"),
+    ) -> None:
+        """`sockets` are bound and listening, one a worker; `config` is the path of the models' file where there are
+        several models; `own_sock` carries the own pages where these have a port of their own; `log` is the
+        level and the format of the workers' logs.
+        """
+        self.own_sock, self.log = own_sock, log
+        self.pools = {pool.name: pool for pool in pools}
+        self.settings, self.config = settings, config
+        self.workers = [_Worker(n, sock) for n, sock in enumerate(sockets)]
+        """Those that run, and those that have been replaced and finish what they have (`leaving`)."""
+        self.stopping = False
+        self.started_at = time.time()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Bind the pools to this loop, start the workers, and return when each has said hello."""
+        loop = asyncio.get_running_loop()
+        for pool in self.pools.values():
+            pool.bind(loop, max_held=1 << 30, max_hold_s=86400.0)
+            pool.elsewhere = lambda name=pool.name: sum(w.busy.get(name, 0) for w in self.workers)  # type: ignore[misc]
+            pool.on_phase.append(lambda replica, new, reason, pool=pool: self._tell_phase(pool, replica, new, reason))  # type: ignore[misc]
+            pool.on_failed.append(lambda error, pool=pool: self._tell_failed(pool, error))  # type: ignore[misc]
+            pool.sleeper.around(lambda inner, pool=pool: self._sleep_when_quiet(pool, inner))  # type: ignore[misc]
+            if pool.idle_timeout_s is not None:
+                self._tasks.append(loop.create_task(pool.sleeper.watch_idle()))
+        ready = [loop.create_future() for _ in self.workers]
+        for worker, future in zip(self.workers, ready, strict=True):
+            self._tasks.append(loop.create_task(self._keep(worker, future)))
+        async with asyncio.timeout(60.0):
+            await asyncio.gather(*ready)
+
+    async def shutdown(self, limit_s: float) -> None:
+        """Stop every worker in order: in flight is finished within `limit_s`, held is answered with 503."""
+        self.stopping = True
+        for pool in self.pools.values():
+            pool.close(Unavailable("shutting-down", "the proxy is shutting down"))
+        for worker in tuple(self.workers):
+            if worker.line is not None:
+                worker.line.send(op="shutdown", limit_s=limit_s)
+            worker.sock.close()  # a listening socket accepts for as long as any process holds it
+        if self.own_sock is not None:
+            self.own_sock.close()
+        processes = [w.process for w in self.workers if w.process is not None]
+        try:
+            async with asyncio.timeout(limit_s + 5.0):
+                await asyncio.gather(*(p.wait() for p in processes))
+        except TimeoutError:
+            for process in processes:
+                with contextlib.suppress(ProcessLookupError):  # it ended at this moment
+                    process.kill()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, *(pool.settled() for pool in self.pools.values()), return_exceptions=True)
+
+    def kill(self) -> None:
+        """End every worker at once."""
+        for worker in self.workers:
+            if worker.process is not None and worker.process.returncode is None:
+                worker.process.kill()
+
+    # -- inside ------------------------------------------------------------------------------------
+
+    async def _keep(self, worker: _Worker, ready: asyncio.Future[None]) -> None:
+        """Run one worker, again and again, until the supervisor stops."""
+        tries = 0
+        while True:
+            began = time.monotonic()
+            try:
+                await self._run(worker, ready)
+            except Exception as error:
+                fields = {"worker": worker.number, "reason": f"{error!r}"}
+                log.exception("worker %d: %s", worker.number, error, extra={"event": "worker-failed", "fields": fields})
+            if self.stopping:
+                return
+            if worker.leaving:
+                self.workers.remove(worker)
+                return
+            tries = 0 if time.monotonic() - began > 30 else tries + 1
+            fields = {"worker": worker.number}
+            log.error("worker %d ended", worker.number, extra={"event": "worker-ended", "fields": fields})
+            await asyncio.sleep(_RESPAWN_S[min(tries, len(_RESPAWN_S) - 1)])
+
+    async def _run(self, worker: _Worker, ready: asyncio.Future[None]) -> None:
+        if self.stopping:
+            return
+        ours, theirs = socket.socketpair()
+        fds = [theirs.fileno(), worker.sock.fileno()]
+        if self.own_sock is not None and worker.number == 0:
+            fds.append(self.own_sock.fileno())
+        try:
+            worker.process = process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "plugin.proxy.workers.worker",
+                *map(str, fds),
+                pass_fds=fds,
+                stdin=asyncio.subprocess.DEVNULL,
+            )
+        finally:
+            theirs.close()
+        reader, writer = await asyncio.open_connection(sock=ours, limit=_LINE)
+        worker.line = line = Line(reader, writer)
+        line.send(
+            op="hello",
+            settings=self._settings(),
+            config=self.config,
+            log=self.log,
+            pools=[self._mirror(p) for p in self.pools.values()],
+        )
+
+        def handle(message: dict[str, Any]) -> Awaitable[Any] | None:
+            if message["op"] == "ready":
+                if not ready.done():
+                    ready.set_result(None)
+            elif message["op"] == "busy":
+                self._busy(worker, message)
+            elif message["op"] == "leaving":
+                self._replace(worker)
+            elif message["op"] == "wake":
+                return self._wake(message)
+            elif message["op"] == "gather":
+                return self._gather()
+            return None
+
+        try:
+            await line.run(handle)
+        finally:
+            worker.line = None
+            worker.busy = {}
+            if process.returncode is None:
+                if not self.stopping:
+                    with contextlib.suppress(ProcessLookupError):  # it ended at this moment
+                        process.terminate()
+                await process.wait()
+
+    def _replace(self, worker: _Worker) -> None:
+        """A worker was told to end, and finishes what it has: start another in its place."""
+        if self.stopping or worker.leaving:
+            return
+        worker.leaving = True
+        fields = {"worker": worker.number}
+        log.warning(
+            "worker %d was told to end; replacing it",
+            worker.number,
+            extra={"event": "worker-leaving", "fields": fields},
+        )
+        fresh = _Worker(worker.number, worker.sock)
+        self.workers.append(fresh)
+        loop = asyncio.get_running_loop()
+        self._tasks.append(loop.create_task(self._keep(fresh, loop.create_future())))
+
+    def _settings(self) -> dict[str, Any]:
+        values = dataclasses.asdict(self.settings)
+        values["denied_paths"] = sorted(self.settings.denied_paths)
+        return values
+
+    def _mirror(self, pool: ReplicaPool) -> dict[str, Any]:
+        replicas = [
+            {
+                "name": r.name,
+                "phase": str(r.tracker.phase),
+                "generation": r.generation,
+                "spec": r.upstream.spec if r.upstream else None,
+                "authority": (r.upstream.authority or b"").decode() if r.upstream else "",
+            }
+            for r in pool.replicas.values()
+        ]
+        history = {str(kind): list(pool.history.seen(kind)) for kind in Kind}
+        return {
+            "name": pool.name,
+            "wakes": pool.can_wake,
+            "started_here": pool.started_here,
+            "replicas": replicas,
+            "history": history,
+        }
+
+    def _tell_phase(self, pool: ReplicaPool, replica: Replica, new: Phase, reason: str) -> None:
+        upstream = replica.upstream
+        for worker in self.workers:
+            if worker.line is not None:
+                worker.line.send(
+                    op="phase",
+                    pool=pool.name,
+                    replica=replica.name,
+                    to=str(new),
+                    reason=reason,
+                    generation=replica.generation,
+                    spec=upstream.spec if upstream else None,
+                    authority=(upstream.authority or b"").decode() if upstream else "",
+                )
+
+    def _tell_failed(self, pool: ReplicaPool, error: ProxyError) -> None:
+        for worker in self.workers:
+            if worker.line is not None:
+                worker.line.send(op="failed", pool=pool.name, **_plain(error))
+
+    def _busy(self, worker: _Worker, message: dict[str, Any]) -> None:
+        worker.busy = message["pools"]
+        for name, replicas in message["adapters"].items():
+            for replica in replicas:
+                if replica in self.pools[name].replicas:
+                    adapters.note(self.pools[name], self.pools[name].replicas[replica])
+        for name, count in worker.busy.items():
+            if count:
+                self.pools[name].last_active = time.monotonic()
+
+    async def _wake(self, message: dict[str, Any]) -> dict[str, Any] | None:
+        pool = self.pools[message["pool"]]
+        for name, generation in message["refused"]:
+            if name in pool.replicas:
+                pool.refused(pool.replicas[name], generation, "a worker could not connect")
+        try:
+            await pool.wake()
+        except ProxyError as error:
+            return _plain(error)
+        return None
+
+    async def _sleep_when_quiet(self, pool: ReplicaPool, sleep: Callable[[], Awaitable[None]]) -> None:
+        lines = [w.line for w in self.workers if w.line is not None]
+        wait = pool.sleeper.evicting
+        try:
+            limit_s = _REPLY_S + (pool.sleeper.drain_limit_s if wait else 0.0)
+            asked = asyncio.gather(*(line.ask(limit_s, op="quiet", pool=pool.name, wait=wait) for line in lines))
+            try:
+                quiet = all(await pool.sleeper.drained(asked))
+            except TimeoutError:
+                raise StartFailed("worker-silent", "a worker did not say whether it has a request for it") from None
+            if not quiet:
+                raise StartFailed("busy", "a worker has a request for it")
+            await sleep()
+            await asyncio.sleep(0)  # the change of phase, told by the loop, must be on the line before the release
+        finally:
+            for line in lines:
+                line.send(op="release", pool=pool.name)
+
+    async def _gather(self) -> dict[str, Any]:
+        """One document of all workers: counts added up, pools from here with the workers' requests in them."""
+        documents: list[dict[str, Any]] = []
+
+        async def one(line: Line) -> None:
+            with contextlib.suppress(TimeoutError, ConnectionError):  # a worker that is stuck or gone is left out
+                documents.append(await line.ask(_REPLY_S, op="document"))
+
+        await asyncio.gather(*(one(w.line) for w in self.workers if w.line is not None))
+        pools = []
+        for pool in self.pools.values():
+            document = pool_document(pool)
+            theirs = [p for d in documents for p in d["pools"] if p["name"] == pool.name]
+            document["held"] = sum(p["held"] for p in theirs)
+            document["outstanding"] = sum(p["outstanding"] for p in theirs)
+            for replica in document["replicas"]:
+                same = [r for p in theirs for r in p["replicas"] if r["name"] == replica["name"]]
+                replica["outstanding"] = sum(r["outstanding"] for r in same)
+                replica["served"] = sum(r["served"] for r in same)
+            pools.append(document)
+        return {
+            "uptime_s": round(time.time() - self.started_at, 1),
+            "draining": self.stopping,
+            "workers": len(documents),
+            "clients": sum(d["clients"] for d in documents),
+            "held_bytes": sum(d["held_bytes"] for d in documents),
+            **merged(documents),
+            "pools": pools,
+        }
+
+
+def _plain(error: ProxyError) -> dict[str, Any]:
+    return {"code": error.code, "message": error.message, "retry_after_s": error.retry_after_s or 1.0}
+
+
+class Mirror:
+    """A worker's side: pools that follow the supervisor's."""
+
+    def __init__(self, line: Line) -> None:
+        self.line = line
+        self.pools: dict[str, ReplicaPool] = {}
+        self._told: tuple[dict[str, int], dict[str, list[str]]] = ({}, {})
+
+    def build(self, pools: list[dict[str, Any]]) -> None:
+        """Make the mirrors that the hello describes."""
+        for description in pools:
+            name = description["name"]
+            pool = ReplicaPool(
+                name=name,
+                wake=self._waker(name) if description["wakes"] else None,
+                wake_limit_s=86400.0,
+            )
+            pool.started_here = description["started_here"]
+            for kind, seconds in description["history"].items():
+                for value in seconds:
+                    pool.history.record(Kind(kind), value)
+            for r in description["replicas"]:
+                replica = pool.add(r["name"], PhaseTracker(phase=Phase(r["phase"])))
+                self._place(replica, r)
+            self.pools[name] = pool
+
+    @staticmethod
+    def _place(replica: Replica, message: dict[str, Any]) -> None:
+        replica.generation = message["generation"]
+        if message["spec"] is not None:
+            authority = message["authority"].encode() or None
+            replica.upstream = dataclasses.replace(from_spec(message["spec"]), authority=authority)
+
+    def _waker(self, name: str) -> Callable[[], Awaitable[None]]:
+        async def wake() -> None:
+            now = time.monotonic()
+            pool = self.pools[name]
+            refused = [(r.name, r.generation) for r in pool.replicas.values() if r.suspect_until > now]
+            error = await self.line.ask(86400.0, op="wake", pool=name, refused=refused)
+            if error is not None:
+                raise StartFailed(error["code"], error["message"], retry_after_s=error["retry_after_s"])
+
+        return wake
+
+    def handle(self, message: dict[str, Any]) -> Awaitable[Any] | None:
+        """Follow what the supervisor says."""
+        op, pool = message["op"], self.pools[message["pool"]]
+        if op == "phase":
+            replica = pool.replicas[message["replica"]]
+            self._place(replica, message)  # its address, before it may serve
+            replica.tracker.to(Phase(message["to"]), message["reason"])
+            replica.generation = message["generation"]
+        elif op == "failed":
+            pool.wake_failed(StartFailed(message["code"], message["message"], retry_after_s=message["retry_after_s"]))
+        elif op == "quiet":
+            return self._quiet(pool, wait=message["wait"])
+        elif op == "release":
+            for replica in pool.replicas.values():
+                replica.held_back = False
+            pool.poke()
+        return None
+
+    async def _quiet(self, pool: ReplicaPool, *, wait: bool) -> bool:
+        """Hold new requests back; True once nothing is in flight. Without `wait`, anything held or in flight says
+        no.
+        """
+        if not wait and (pool.held or pool.outstanding):
+            return False
+        for replica in pool.replicas.values():
+            replica.held_back = True
+        for replica in pool.replicas.values():
+            await replica.quiet()
+        return True
+
+    async def report(self, every_s: float = 0.1) -> None:
+        """Tell the supervisor, whenever it changes and at least while there is any, how many requests each pool has
+        here.
+        """
+        while True:
+            counts = {name: pool.held + pool.outstanding for name, pool in self.pools.items()}
+            loaded = {
+                name: [replica.name for replica in pool.replicas.values() if replica.adapters_loaded]
+                for name, pool in self.pools.items()
+                if pool.kept_awake
+            }
+            if (counts, loaded) != self._told or any(counts.values()):
+                self.line.send(op="busy", pools=counts, adapters=loaded)
+                self._told = (counts, loaded)
+            await asyncio.sleep(every_s)
+
+
+def listening_sockets(host: str, port: int, count: int, backlog: int) -> list[socket.socket]:
+    """`count` sockets that share one port; port 0 takes a free one for all. Raises OSError when it is taken."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sockets: list[socket.socket] = []
+    try:
+        for _ in range(count):
+            sock = socket.socket(family, socket.SOCK_STREAM)
+            sockets.append(sock)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            sock.bind((host, port))
+            port = sock.getsockname()[1]
+        for sock in sockets:
+            sock.listen(backlog)
+    except OSError:
+        for sock in sockets:
+            sock.close()
+        raise
+    return sockets

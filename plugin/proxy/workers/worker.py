@@ -1,0 +1,111 @@
+"""A worker process: `python -m plugin.proxy.workers.worker CONTROL-FD LISTEN-FD [OWN-FD]`, started by `workers.Supervisor`
+and by nobody else. One of them serves the own pages where these have a port of their own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Awaitable
+from pathlib import Path
+from typing import Any
+
+import uvloop
+
+from plugin.proxy import logs
+from plugin.proxy.admin.endpoints import status_document
+from plugin.proxy.server import ProxyServer
+from plugin.proxy.settings import Settings
+from plugin.proxy.workers.supervisor import _LINE, _REPLY_S, Line, Mirror
+
+log = logging.getLogger("quickthaw.proxy")
+
+
+async def work(control_fd: int, listen_fd: int, own_fd: int | None = None) -> None:
+    """Serve until the supervisor says so or goes."""
+    control = socket.socket(fileno=control_fd)
+    reader, writer = await asyncio.open_connection(sock=control, limit=_LINE)
+    line = Line(reader, writer)
+    mirror = Mirror(line)
+    async with asyncio.timeout(30.0):
+        hello = await _first(reader)
+    logs.configure(*hello["log"])
+    values = hello["settings"]
+    values["denied_paths"] = frozenset(values["denied_paths"])
+    mirror.build(hello["pools"])
+    if hello["config"] is None:
+        server = ProxyServer(next(iter(mirror.pools.values())), Settings(**values))
+    else:
+        from plugin.proxy.endpoints.models import ModelRouter, load
+
+        server = ProxyServer(ModelRouter(load(Path(hello["config"])), mirror.pools), Settings(**values))
+
+    async def gather() -> dict[str, Any]:
+        document: dict[str, Any] = await line.ask(2 * _REPLY_S, op="gather")
+        return document
+
+    async def own_document() -> dict[str, Any]:
+        return status_document(server)
+
+    server.gather = gather
+    own_sock = None if own_fd is None else socket.socket(fileno=own_fd)
+    await server.start(socket.socket(fileno=listen_fd), own_sock=own_sock)
+    ending: list[asyncio.Task[None]] = []
+
+    def handle(message: dict[str, Any]) -> Awaitable[Any] | None:
+        if message["op"] == "document":
+            return own_document()
+        if message["op"] == "shutdown":
+            ending.append(asyncio.get_running_loop().create_task(server.shutdown(message["limit_s"])))
+            return None
+        return mirror.handle(message)
+
+    loop = asyncio.get_running_loop()
+
+    def told_to_end() -> None:
+        """SIGTERM to this process, or to the whole group: finish what is in flight, whoever else is told."""
+        if not ending:
+            line.send(op="leaving")
+            ending.append(loop.create_task(server.shutdown()))
+
+    loop.add_signal_handler(signal.SIGTERM, told_to_end)
+    report = loop.create_task(mirror.report())
+    listening = loop.create_task(line.run(handle))
+    line.send(op="ready")
+    stopped = loop.create_task(server.wait_stopped())
+    await asyncio.wait((listening, report, stopped), return_when=asyncio.FIRST_COMPLETED)
+    for task in (listening, report):
+        if task.done() and (error := task.exception()) is not None:
+            text = "control-failed: this worker cannot follow its supervisor any more (%r); it ends, and is replaced"
+            log.error(text, error, exc_info=error, extra={"event": "defect"})
+            line.send(op="leaving")
+    if not ending:
+        await server.shutdown()  # the supervisor has gone, or cannot be followed
+    await stopped
+    report.cancel()
+    listening.cancel()
+    await asyncio.gather(report, listening, return_exceptions=True)
+
+
+async def _first(reader: asyncio.StreamReader) -> dict[str, Any]:
+    import json
+
+    message: dict[str, Any] = json.loads(await reader.readline())
+    return message
+
+
+def main() -> None:
+    """The process."""
+    # The supervisor decides when a worker stops: a terminal's Ctrl-C, or its end, reaches the whole group.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    logs.configure()
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(work(*(int(fd) for fd in sys.argv[1:])))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""Measured lead times: one line of JSON a start in `$QUICKTHAW_HOME/lead-times.jsonl`, appended by every launch.
+
+The proxy takes its deadlines from them, `quickthaw plan` its samples.
+"""
+
+from __future__ import annotations
+
+import logging
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from plugin.records import jsonl
+from plugin.runtime.config import LaunchSettings, state_home
+
+if TYPE_CHECKING:
+    from plugin.proxy.pool.start_times import History
+
+FILE = "lead-times.jsonl"
+KEPT = 200  # starts that count
+
+
+def remember(settings: LaunchSettings, kind: str, seconds: float) -> None:
+    """Append one start (`cold` or `restored`, in seconds)."""
+    jsonl.append(
+        settings.home / FILE,
+        {
+            "model": settings.command.model,
+            "engine": settings.engine,
+            "kind": kind,
+            "seconds": round(seconds, 4),
+            "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        },
+    )
+
+
+def lead_times(settings: LaunchSettings) -> dict[str, list[float]]:
+    """The latest starts of this engine with this model, in seconds by kind."""
+    found: dict[str, list[float]] = {"cold": [], "restored": []}
+    for entry in jsonl.latest(settings.home / FILE, KEPT):
+        try:
+            if entry["engine"] == settings.engine and entry["model"] == settings.command.model:
+                found[entry["kind"]].append(float(entry["seconds"]))
+        except (ValueError, KeyError, TypeError):
+            continue  # of another version
+    return found
+
+
+def history_for(settings: LaunchSettings) -> History:
+    """The proxy's view of the same."""
+    from plugin.proxy.pool.start_times import History
+
+    return History(**lead_times(settings))
+
+
+def history_of_snapshot(snapshot: str | None) -> History | None:
+    """The measured starts of what a snapshot of this host holds; None where nothing is known of it (yet), which the log says."""
+    if snapshot is None:
+        return None
+    from checkpoint.errors import CheckpointError
+    from checkpoint.snapshot.library import Library
+    from launchers.base import EngineCommand
+
+    home = state_home()
+    try:
+        found = Library(home).load(snapshot)
+    except CheckpointError as error:
+        fields = {"code": error.code, "snapshot": snapshot}
+        logging.getLogger("quickthaw.proxy").warning("%s", error, extra={"event": "snapshot-unknown", "fields": fields})
+        return None
+    return history_for(LaunchSettings(found.engine, EngineCommand(found.engine, (), found.model, "", 0), "", home))

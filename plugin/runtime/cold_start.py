@@ -1,0 +1,110 @@
+"""A cold start's beginning: the engine's process, in a sandbox where this host can make one."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from checkpoint.errors import CheckpointError
+from checkpoint.sandbox.sandbox import CACHE_DIR, Sandbox, SandboxConfig
+from launchers.bare import BareProcess, free_port
+from launchers.base import ENGINE_SITE, INNER_PORT
+from launchers.engine_site import engine_site
+from launchers.errors import LauncherError
+from plugin.runtime import take_snapshot
+from plugin.runtime.engine_output import Output
+from plugin.runtime.engine_process import Running, client_of
+from plugin.runtime.home import unusable
+from plugin.runtime.sandbox_binds import binds, compile_cache
+from plugin.runtime.trial import sandbox_reason
+
+if TYPE_CHECKING:
+    from plugin.runtime.compile_cache import CompileCache
+    from plugin.runtime.replica import Replica
+
+log = logging.getLogger("quickthaw")
+
+
+def begin(replica: Replica, mounted: Path | None) -> Running:
+    """Start the engine's process; its model from `mounted`, where the lazy mount is up. Raises LauncherError (engine-not-started); then
+    nothing is left."""
+    outputs = {"stdout": Output(replica.stdout), "stderr": Output(replica.stderr)}
+    place: Sandbox | BareProcess | None = None if replica.layers.sandbox else _sandbox(replica, mounted)
+    sandboxed = place is not None
+    if place is not None:
+        port, site, cache = INNER_PORT, ENGINE_SITE, CACHE_DIR
+    else:
+        place, port = BareProcess(on_exit=replica.on_exit()), free_port()
+        site, cache = _folders(replica)
+    environment = replica.engine.environment(
+        replica.settings.given_environment,
+        replica.settings.command,
+        sandboxed=sandboxed,
+        site=site,
+        cache=cache,
+    )
+    command = replica.settings.command
+    if sandboxed:
+        command = replace(command, arguments=(*command.arguments, *replica.engine.control_arguments()))
+    if sandboxed and take_snapshot.on_gpu(replica):
+        extra = replica.engine.gpu_arguments(command, replica.identity.engine.packages)
+        command = replace(command, arguments=(*command.arguments, *extra))
+    replica.command = command
+    argv = replica.engine.command(replica.settings.engine_python, command, "127.0.0.1", port)
+    client = client_of(place, port, command)
+    try:
+        pid = place.start(argv, environment, os.getcwd(), outputs["stdout"].write_fd, outputs["stderr"].write_fd)
+    except (CheckpointError, LauncherError) as error:
+        place.close()
+        raise LauncherError(
+            "engine-not-started", f"{error}; give the engine's interpreter with --engine-python"
+        ) from error
+    finally:
+        for output in outputs.values():
+            output.handed_over()
+    return Running(place, pid, port, client, outputs)
+
+
+def _sandbox(replica: Replica, mounted: Path | None) -> Sandbox | None:
+    """Return a sandbox for the engine; None where this host refuses one, which is said. Raises with `--strict`."""
+    try:
+        facts = replica.criu.kernel_facts(replica.settings.home) if replica.criu else None
+        shown = binds(replica.settings, replica.weights, mounted, replica.weights.shown_at if mounted else "")
+        return Sandbox(SandboxConfig(binds=shown, kernel_facts=facts), on_exit=replica.on_exit())
+    except CheckpointError as error:
+        replica.turn_off(sandbox_reason(error), error)
+    except OSError as error:
+        replica.turn_off(unusable(replica.settings.home) or f"host-io: {error}", error)
+    return None
+
+
+def _folders(replica: Replica) -> tuple[str, str]:
+    """Return the folders of an engine without a sandbox: for its PYTHONPATH, and for its compile caches; empty where they cannot be had."""
+    if unusable(replica.settings.home):
+        return "", ""
+    try:
+        return str(engine_site(replica.settings.home, Path(__file__).parents[1] / "engine")), str(
+            compile_cache(replica.settings)
+        )
+    except OSError as error:
+        log.info("compile caches stay where the engine keeps them: %s", error)
+        return "", ""
+
+
+def kept_cache(replica: Replica) -> CompileCache | None:
+    """The archive of compiled code in the snapshot store, where one is given; None else, or where it may not be believed."""
+    url = replica.settings.snapshot_store
+    if url is None or unusable(replica.settings.home):
+        return None
+    try:
+        name = replica.identity.compile_cache
+    except CheckpointError as error:
+        log.warning("compile cache not used: %s", error)
+        return None
+    from plugin.runtime.compile_cache import CompileCache
+
+    keys, sign_key = replica.settings.trust_keys, replica.settings.sign_key
+    return CompileCache(compile_cache(replica.settings), url, name, keys, sign_key)

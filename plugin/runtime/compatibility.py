@@ -1,0 +1,91 @@
+"""What a launch is, and whether a snapshot may be restored for it (checkpoint.compatibility.check holds the rules)."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from checkpoint.compatibility import check as identity
+from checkpoint.compatibility.check import Here, Identity, Mismatch
+from checkpoint.errors import CheckpointError, Incompatible
+
+if TYPE_CHECKING:
+    from checkpoint.criu.binary import Criu
+    from checkpoint.snapshot.library import Library
+    from checkpoint.snapshot.manifest import Snapshot
+    from plugin.runtime.config import LaunchSettings
+    from plugin.runtime.model_mount import Weights
+
+log = logging.getLogger("quickthaw")
+
+
+def gather(settings: LaunchSettings, weights: Weights, criu: Criu | None) -> Here:
+    """The identity of a launch on this host. Raises CheckpointError where engine or interpreter are missing."""
+    model = weights.path
+    return identity.here(
+        settings.engine,
+        Path(settings.engine_python),
+        settings.command.arguments,
+        settings.given_environment,
+        # A snapshot that the user named is compared with the host and the engine only: spare reading the model.
+        model="" if settings.named else weights.digest,
+        model_paths=(settings.command.model, str(model)) if model else (),
+        model_folder=model,
+        kept=settings.home / "file-digests.json",
+        weights="thin" if settings.weights == "thin" else "full",
+        criu=criu.cached_version(settings.home) if criu else "",
+    )
+
+
+def check(snapshot: Snapshot, here: Here, settings: LaunchSettings, weights: Weights) -> Identity:
+    """What a snapshot is of. Raises Incompatible where it may not be restored here."""
+    recorded = Identity.decode(snapshot.identity)
+    if settings.named:
+        # The arguments and the environment are the snapshot's own: the user named it, and gave none.
+        reasons = (
+            *identity.check_host(recorded, here.host),
+            *identity.check_engine(recorded.engine, here.engine),
+            *_check_weights(snapshot, recorded, weights),
+        )
+    else:
+        reasons = identity.check(recorded, here)
+    identity.refuse(reasons)
+    return recorded
+
+
+def _check_weights(snapshot: Snapshot, recorded: Identity, weights: Weights) -> tuple[Mismatch, ...]:
+    """A snapshot without the weights reads them again: they must be those that it was taken of, by content."""
+    if snapshot.weights == "full" or weights.path is None:
+        return ()  # nothing is read, or the replica says which folder is missing
+    return identity.check_model(recorded.model, weights.digest)
+
+
+def explain(library: Library, name: str, here: Here) -> None:
+    """Where no snapshot is of this very launch but one is of its model: log in what that one differs, which a cold start costs."""
+    model = name.rpartition("-")[0]
+    with contextlib.suppress(CheckpointError):  # what cannot be read says nothing
+        for other in reversed(library.names()):
+            if other.rpartition("-")[0] != model:
+                continue
+            reasons = identity.check(Identity.decode(library.load(other).identity), here)
+            if reasons:
+                log.info(
+                    "no snapshot of this launch; %s differs: %s", other, ", ".join(reason.code for reason in reasons)
+                )
+            return
+
+
+def check_unchanged(settings: LaunchSettings, weights: Weights, criu: Criu | None, before: Here) -> None:
+    """Before a snapshot: what the engine has read is still what it was when the launch looked. Raises Incompatible (inputs-changed)."""
+    from plugin.runtime.model_mount import Weights
+
+    now = gather(settings, Weights.of(settings, enabled=weights.enabled), criu)
+    differing = identity.check(before.record(), now)
+    if now.key != before.key or differing:
+        what = ", ".join(reason.code for reason in differing) or "a secret"
+        raise Incompatible(
+            "inputs-changed",
+            f"what the engine reads was changed while it started ({what}); the next start takes the snapshot",
+        )

@@ -1,0 +1,76 @@
+"""What a launch is told: one frozen object, checked where it is made. Precedence: option > environment > default (click does it)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from launchers.base import EngineCommand, without_ours
+from plugin.runtime.home import state_home as state_home
+
+WEIGHTS = ("auto", "full", "thin")
+
+
+@dataclass(frozen=True)
+class LaunchSettings:
+    """How one launch goes. Times in seconds.
+
+    weights: whether a snapshot carries the weights (`full`), or a restore reads them again through the lazy mount (`thin`); `auto` lets
+    measured rates decide. name: the snapshot's name where the user gave one. named: serve exactly the snapshot `name`, or fail
+    (`quickthaw restore`). idle_timeout_s 0: never sleep. shrink False: leave the KV cache in the snapshot (to measure what leaving it
+    out is worth). snapshot_store: URL of a store to fetch a snapshot from that this host has not, and that compile caches are kept in.
+    silence_limit_s: an engine that answers nothing for so long is restarted, 0: never.
+    restores_at_once: how many replicas may be restored beside each other, 0 for as many as the processors allow
+    (plugin/runtime/restore_limit.py).
+    strict: fail where a layer is off or a restore fails, rather than going on without. proxy: what the user set of
+    plugin.proxy.settings.Settings; own_listen: host and port for the proxy's admin pages alone.
+    """
+
+    engine: str
+    command: EngineCommand
+    engine_python: str
+    home: Path
+    store_url: str | None = None
+    snapshot_store: str | None = None
+    name: str | None = None
+    named: bool = False
+    replicas: int = 1
+    restores_at_once: int = 0
+    weights: str = "auto"
+    mount: bool = True
+    take_snapshot: bool = True
+    use_snapshot: bool = True
+    strict: bool = False
+    lazy_restore: bool = True
+    shrink: bool = True
+    verify: str = "auto"
+    idle_timeout_s: float = 0.0
+    start_timeout_s: float = 1800.0
+    grace_s: float = 30.0
+    silence_limit_s: float = 60.0
+    scrub_env: tuple[str, ...] = ()
+    sign_key: Path | None = None
+    trust_keys: tuple[Path, ...] = ()
+    proxy: Mapping[str, Any] = field(default_factory=dict)
+    own_listen: tuple[str, int] | None = None
+    environment: dict[str, str] = field(default_factory=lambda: dict(os.environ))
+
+    def __post_init__(self) -> None:
+        if self.weights not in WEIGHTS:
+            raise ValueError(f"--weights must be one of {', '.join(WEIGHTS)}, not {self.weights!r}")
+        if self.verify not in ("auto", "always", "never"):
+            raise ValueError(f"--verify must be auto, always or never, not {self.verify!r}")
+        if self.replicas < 1:
+            raise ValueError(f"--replicas must be at least 1, not {self.replicas}")
+        if self.restores_at_once < 0:
+            raise ValueError(f"--restores-at-once must not be negative, not {self.restores_at_once}")
+        if min(self.idle_timeout_s, self.grace_s, self.silence_limit_s) < 0 or self.start_timeout_s <= 0:
+            raise ValueError("times must not be negative, and --start-timeout must be above 0")
+
+    @property
+    def given_environment(self) -> dict[str, str]:
+        """What the engine may see of `environment`: neither quickthaw's own variables nor those to scrub."""
+        return {k: v for k, v in without_ours(self.environment).items() if k not in self.scrub_env}

@@ -1,0 +1,77 @@
+"""An engine that runs somewhere, restored or started."""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from checkpoint.sandbox.sandbox import Sandbox
+from launchers.client import Client
+
+if TYPE_CHECKING:
+    from checkpoint.snapshot.restore import Restored
+    from launchers.bare import BareProcess
+    from launchers.base import EngineCommand
+    from plugin.runtime.engine_output import Output
+
+
+def client_of(place: Sandbox | BareProcess, port: int, command: EngineCommand) -> Client:
+    """How the launcher calls the engine at `place`, with the keys of its command line; control is for a sandboxed one."""
+    folder = place.control_dir if isinstance(place, Sandbox) else None
+    return Client(lambda: place.connect(port), command.api_key, admin_token=command.admin_key, control_dir=folder)
+
+
+@dataclass
+class Running:
+    """An engine that runs somewhere, and how to reach it."""
+
+    place: Sandbox | BareProcess
+    pid: int
+    port: int
+    client: Client
+    outputs: dict[str, Output]
+    restored: Restored | None = None
+
+    def close(self) -> None:
+        """End it and everything made for it."""
+        if self.restored:
+            self.restored.close()
+        else:
+            self.place.close()
+
+    def kill(self) -> None:
+        """Kill all processes of the engine at once; what was made for it stays until `close`."""
+        from checkpoint.errors import CheckpointError
+        from checkpoint.sandbox.sandbox import Sandbox
+
+        if not isinstance(self.place, Sandbox):
+            self.place.close()
+            return
+        try:
+            self.place.signal(-1, signal.SIGKILL)
+        except CheckpointError:
+            self.place.end()  # its init does not answer
+
+    def stopped(self) -> bool:
+        """Whether one of the engine's processes is stopped (SIGSTOP): then what it should do is done by nobody."""
+        from checkpoint.sandbox.process_tree import processes
+        from checkpoint.sandbox.sandbox import Sandbox
+
+        if not isinstance(self.place, Sandbox):
+            return _state(self.pid) == "T"
+        return any(_state(pid) == "T" for pid in processes(self.place.init_pid))
+
+    def last_words(self) -> str:
+        """The last line that it printed on the stream that explains most."""
+        words = self.outputs["stderr"].last()
+        return self.outputs["stdout"].last() if words.startswith("(") else words
+
+
+def _state(pid: int) -> str:
+    """A process's state (proc(5)); empty when it has ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return ""

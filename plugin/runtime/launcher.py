@@ -1,0 +1,497 @@
+"""A launch from its first thread to its exit code: replicas in threads of their own, the proxy on the event loop, signals, the way down.
+
+Order matters here: the port is bound, and the thread that restores is on its way, before the proxy's modules are imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from checkpoint.errors import CheckpointError
+from checkpoint.sandbox import prestart
+from checkpoint.snapshot import speculative
+from checkpoint.snapshot.library import Library
+from launchers.errors import EngineDied, LauncherError, Usage
+from plugin.runtime.capabilities import Layers, detect
+from plugin.runtime.config import LaunchSettings
+from plugin.runtime.home import unusable
+from plugin.runtime.model_mount import Weights
+from plugin.runtime.phases import Phase, PhaseTracker
+from plugin.runtime.replica import SERVES, Replica
+from plugin.runtime.restore_limit import Turns
+from plugin.runtime.signals import stopping
+
+if TYPE_CHECKING:
+    import asyncio
+
+    from checkpoint.criu.binary import Criu
+    from launchers.base import Engine
+    from plugin.proxy.pool.pool import ReplicaPool
+    from plugin.proxy.pool.replica import Replica as ProxyReplica
+    from plugin.proxy.server import ProxyServer
+
+log = logging.getLogger("quickthaw")
+RESTARTS_IN_A_MINUTE = 3
+SWEEP_AFTER_S = 5.0
+RECALL_LIMIT_S = 5.0
+LET_IN_S = 0.5
+UNDERWAY_S = 0.2
+"""How long the event loop's imports (60 ms) wait for the restoring thread to get CRIU going, from which they take the interpreter."""
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """The public port, listening. Raises Usage when it is taken or not ours to take."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((host, port))
+        sock.listen(4096)
+    except OSError as error:
+        sock.close()
+        why = {
+            98: "another process listens there",
+            13: "this user may not bind it",
+            99: "this host has no such address",
+        }
+        reason = why.get(error.errno or 0, error.strerror)
+        raise Usage(
+            "port-in-use", f"cannot listen on {host}:{port} ({reason}); choose another with the engine's --port"
+        ) from error
+    return sock
+
+
+@dataclass
+class Launch:
+    """One running launch: the replicas, the pool in front of them, and the way down."""
+
+    settings: LaunchSettings
+    sock: socket.socket
+    layers: Layers
+    own_sock: socket.socket | None = None
+    replicas: list[Replica] = field(default_factory=list)
+    weights: Weights | None = None
+    exit_code: int = 0
+    stdout: int | None = 1
+    stderr: int | None = 2
+
+    def __post_init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._pool: ReplicaPool | None = None
+        self._server: ProxyServer | None = None
+        self._ending = threading.Event()
+        self._stop: asyncio.Event | None = None
+        self._told = False
+        self._deaths: dict[int, list[float]] = {}
+        """When each replica's engine ended by itself, by the replica's index; without those whose pages were lost."""
+        self._began = time.monotonic()
+        self._accepts_since = 0.0
+        self._failure: Exception | None = None
+        self._starting = 0
+        self._counting = threading.Lock()
+        self._turns = Turns(self.settings.restores_at_once)
+
+    # The replicas' side: threads
+
+    def begin(self, criu: Criu | None, engine: Engine, weights: Weights) -> None:
+        """Start the replicas in threads of their own: in turns from a snapshot that is there, else the others from the first one's."""
+        self.weights = weights
+        for index in range(self.settings.replicas):
+            tracker = PhaseTracker()
+            replica = Replica(
+                self.settings, engine, self.layers, criu, weights, tracker, stdout=self.stdout, stderr=self.stderr
+            )
+            replica.on_death = self._death_of(replica)
+            replica.expects = self._expects
+            tracker.listen(self._teller(index))
+            self.replicas.append(replica)
+        threading.Thread(target=self._start_all, name="starter", daemon=True).start()
+
+    def _expects(self) -> bool:
+        """Whether a request waits, or may be about to: who has connected before the proxy accepts has most likely sent one."""
+        return (self._pool is not None and self._pool.expects()) or self._connecting()
+
+    def _connecting(self) -> bool:
+        """Whether somebody has connected whom the proxy has not accepted yet."""
+        connections = select.poll()
+        try:
+            connections.register(self.sock, select.POLLIN)
+        except ValueError:  # closed: the launch is on its way out
+            return False
+        return bool(connections.poll(0))
+
+    def _teller(self, index: int) -> Callable[[Phase, Phase, str], None]:
+        who = f"replica {index}: " if self.settings.replicas > 1 else ""
+
+        def tell(old: Phase, new: Phase, reason: str) -> None:
+            took = time.monotonic() - self._began
+            # Why it failed is said once, by whoever decides what happens next.
+            log.info("%s%s (%.2f s)%s", who, new, took, f": {reason}" if reason and new is not Phase.FAILED else "")
+
+        return tell
+
+    def _start_all(self) -> None:
+        first, *others = self.replicas
+        threading.Thread(target=self._sweep, name="sweeper", daemon=True).start()
+        first_done = threading.Event()
+        together = others and self._something_to_restore(first)
+        # Counted before they run: one that fails at once must not take the launch with it.
+        self._count(len(self.replicas) if together else 1)
+        with contextlib.ExitStack() as turn:
+            if together:
+                # The one with helpers that are there already comes first.
+                turn.enter_context(self._turns.turn(first.tracker))
+                self._start_in_threads(others, first_done.wait)
+            try:
+                served = self._start_counted(first)
+            finally:
+                first_done.set()
+        if served and not together:
+            self._count(len(others))
+            self._start_in_threads(others, None)
+
+    def _count(self, more: int) -> int:
+        """How many starts are under way, with these."""
+        with self._counting:
+            self._starting += more
+            return self._starting
+
+    def _start_in_threads(self, replicas: list[Replica], before_cold: Callable[[], object] | None) -> None:
+        for replica in replicas:
+            threading.Thread(target=self._start_in_turn, args=(replica, before_cold), daemon=True).start()
+
+    @staticmethod
+    def _something_to_restore(replica: Replica) -> bool:
+        try:
+            return replica.restorable() is not None
+        except (CheckpointError, LauncherError, OSError):
+            return False  # the start itself says why
+
+    def _sweep(self) -> None:
+        """What killed launches left goes while this one has better to do than wait for it."""
+        self._ending.wait(SWEEP_AFTER_S)
+        with contextlib.suppress(OSError):
+            self.replicas[0].library.sweep()
+
+    def _start_one(self, replica: Replica) -> bool:
+        self._count(1)
+        return self._start_in_turn(replica)
+
+    def _start_in_turn(self, replica: Replica, before_cold: Callable[[], object] | None = None) -> bool:
+        with self._turns.turn(replica.tracker):
+            return self._start_counted(replica, before_cold)
+
+    def _start_counted(self, replica: Replica, before_cold: Callable[[], object] | None = None) -> bool:
+        failure: Exception | None = None
+        try:
+            replica.start(before_cold)
+        except (CheckpointError, LauncherError) as error:
+            failure = error
+        except Exception as error:
+            # A stop that comes between two phases of a start cuts it short wherever it is.
+            if not self._ending.is_set():
+                log.exception("a defect of quickthaw's, please report it")
+            failure = error
+        others = self._count(-1)
+        speculative.discard()
+        if failure is not None:
+            self._start_failed(failure, others)
+            return False
+        prestart.settled()
+        if self._ending.is_set():
+            return False  # the way down stops it, with the grace that any other engine has
+        _remember(self.settings, replica, time.monotonic() - self._began)
+        return True
+
+    def _start_failed(self, error: Exception, others: int) -> None:
+        """What becomes of the launch: it goes on with replicas that serve, or with `others` that are still starting; else it ends."""
+        if self._ending.is_set():
+            log.debug("a start that was interrupted by the stop: %s", error)
+            return
+        if others or any(r.tracker.phase in SERVES for r in self.replicas):
+            log.error("%s", error)
+            return
+        self._failure = error
+        code = _shell_code(error.exit_code) if isinstance(error, EngineDied) else 0
+        self.exit_code = code if 0 < code < 256 else 1
+        self.end()
+
+    def _death_of(self, replica: Replica) -> Callable[[int], None]:
+        def died(code: int) -> None:
+            self._restart(replica, code)
+
+        return died
+
+    def _restart(self, replica: Replica, code: int) -> None:
+        """An engine ended by itself while it served: bring it back, unless it keeps dying.
+
+        Lost pages do not count as a death: the restore that follows needs no page server.
+        """
+        how = f"signal {-code}" if code < 0 else f"code {code}"
+        lost, silent = replica.pages_lost(), replica.silent
+        died = f"replica-silent: {silent}" if silent else f"engine-died: it ended with {how}"
+        replica.tracker.to(Phase.FAILED, f"pages-lost: {lost}" if lost else died)
+        if self._ending.is_set():
+            return
+        who = self._who(replica)
+        if lost:
+            log.warning("%sits pages were lost while it served; bringing it back the plain way", who)
+        elif (deaths := self._died(replica)) > RESTARTS_IN_A_MINUTE:
+            self._give_up(replica, deaths, how, code)
+            return
+        elif not silent:
+            log.warning("%sthe engine ended with %s while it served; starting it again", who, how)
+        replica._clear()
+        self._start_one(replica)
+
+    def _silent(self, behind: ProxyReplica, why: str) -> None:
+        """On the loop: end a replica that answers nothing; its end then starts it again."""
+        replica = self.replicas[int(behind.name.removeprefix("r"))]
+        log.warning("%sreplica-silent: %s; ending the engine and starting it again", self._who(replica), why)
+        threading.Thread(target=replica.end_silent, args=(why,), name="silent", daemon=True).start()
+
+    def _who(self, replica: Replica) -> str:
+        return f"replica {self.replicas.index(replica)}: " if self.settings.replicas > 1 else ""
+
+    def _died(self, replica: Replica) -> int:
+        """Count a death; how many this replica had within a minute."""
+        now, index = time.monotonic(), self.replicas.index(replica)
+        deaths = self._deaths[index] = [at for at in self._deaths.get(index, []) if now - at < 60.0] + [now]
+        return len(deaths)
+
+    def _give_up(self, replica: Replica, deaths: int, how: str, code: int) -> None:
+        """Leave a replica that keeps dying; the launch goes on with those that serve or start, or ends."""
+        replica._clear()
+        others = self._count(0) or sum(r.tracker.phase in SERVES for r in self.replicas)
+        text = "%sengine-keeps-dying: %d deaths within a minute, the last with %s; giving up"
+        log.error(text + (" on this replica, the others go on" if others else ""), self._who(replica), deaths, how)
+        if not others:
+            self.exit_code = _shell_code(code)
+            self.end()
+
+    # The proxy's side: the event loop in the main thread
+
+    def heed_signals(self) -> None:
+        """From the moment the port takes connections a signal ends the launch in order, though the event loop is not there yet."""
+        for number in stopping():
+            signal.signal(number, lambda *_: self._signalled())
+
+    def run(self) -> int:
+        """Serve until told to stop; the exit code."""
+        self.replicas[0].underway.wait(UNDERWAY_S)
+        import asyncio
+
+        import uvloop
+
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(self._serve())
+        return self.exit_code
+
+    async def _serve(self) -> None:
+        import asyncio
+
+        from plugin.proxy.http.address import Upstream
+        from plugin.proxy.limits import raise_files
+        from plugin.proxy.pool.pool import ReplicaPool
+        from plugin.proxy.pool.silence import Silence
+        from plugin.proxy.server import ProxyServer
+        from plugin.proxy.settings import Settings
+        from plugin.records.lead_times import history_for
+
+        self._stop = stop = asyncio.Event()
+        self._loop = loop = asyncio.get_running_loop()
+        for number in stopping():
+            loop.add_signal_handler(number, self._signalled)
+        self._pool = pool = ReplicaPool(
+            history=history_for(self.settings),
+            wake=self._wake if self.settings.idle_timeout_s else None,
+            sleep=self._sleep if self.settings.idle_timeout_s else None,
+            idle_timeout_s=self.settings.idle_timeout_s or None,
+            ahead=True,
+        )
+        for index, replica in enumerate(self.replicas):
+            behind = pool.add(f"r{index}", replica.tracker, Upstream(self._connector(replica), f"r{index}"))
+            replica.served = self._counter(behind)
+            behind.coming, behind.lost, behind.pages = replica.pages_coming, replica.ended_for, replica.page_counts
+            behind.stopped = replica.stopped
+            behind.guarded = self.settings.silence_limit_s > 0
+            replica.recall = self._recaller(pool, behind.name)
+        if self.settings.silence_limit_s:
+            pool.chores.append(Silence(pool, self.settings.silence_limit_s, self._silent).run)
+        behaviour = Settings(
+            denied_paths=self.replicas[0].engine.denied_paths,
+            root_path=self.settings.command.root_path,
+            **self.settings.proxy,
+        )
+        if behaviour.access_log:
+            logging.getLogger("quickthaw.proxy").setLevel(logging.INFO)
+        # Process 1 of the first sandbox runs already with the limit as it was; both engines raise their own.
+        raise_files()
+        self._server = ProxyServer(pool, behaviour)
+        await self._server.start(self.sock, own_sock=self.own_sock)
+        self._accepts_since = time.monotonic()
+        if self._ending.is_set():
+            stop.set()
+        await stop.wait()
+        await self._shut_down()
+
+    @staticmethod
+    def _counter(behind: Any) -> Callable[[], int]:
+        before = behind.served
+
+        def served() -> int:
+            return int(behind.served - before)
+
+        return served
+
+    def _recaller(self, pool: ReplicaPool, name: str) -> Callable[[], bool]:
+        import asyncio
+
+        def recall() -> bool:
+            assert self._loop is not None
+            try:
+                return asyncio.run_coroutine_threadsafe(pool.recall(name), self._loop).result(RECALL_LIMIT_S)
+            except TimeoutError:
+                log.warning("a request beside the check of %s did not end within %.0f s", name, RECALL_LIMIT_S)
+                return False
+
+        return recall
+
+    @staticmethod
+    def _connector(replica: Replica) -> Callable[[], socket.socket]:
+        def connect() -> socket.socket:
+            running = replica.running
+            if running is None:
+                raise ConnectionRefusedError("the replica is gone")
+            try:
+                return running.place.connect(running.port)
+            except CheckpointError as error:
+                raise ConnectionRefusedError(str(error)) from error
+
+        return connect
+
+    async def _wake(self) -> None:
+        import asyncio
+
+        self._began = time.monotonic()
+        asleep = [replica for replica in self.replicas if replica.running is None]
+        if asleep:
+            await asyncio.to_thread(asleep[0].start)
+            for replica in asleep[1:]:
+                threading.Thread(target=self._start_one, args=(replica,), daemon=True).start()
+
+    async def _sleep(self) -> None:
+        import asyncio
+
+        able = [r for r in self.replicas if r.snapshot is not None and r.tracker.phase in SERVES]
+        if not able:
+            raise LauncherError("no-snapshot", "there is no snapshot to wake the engine from; see the log for why")
+        for replica in able:
+            await asyncio.to_thread(replica.sleep)
+
+    def end(self) -> None:
+        """Begin the way down, from any thread."""
+        self._ending.set()
+        if self._loop is not None and self._stop is not None:
+            self._loop.call_soon_threadsafe(self._stop.set)
+
+    def _signalled(self) -> None:
+        if self._told:
+            log.warning("told a second time: killing the engine")
+            for replica in self.replicas:
+                if replica.running:
+                    replica.running.close()
+            os._exit(130)
+        self._told = True
+        if not self._ending.is_set():
+            log.info("stopping: no new requests, finishing what is in flight")
+        self._ending.set()
+        if self._stop is not None:
+            self._stop.set()
+
+    async def _let_in(self) -> None:
+        """Whoever has connected by now is answered, not reset: a launch may end as soon as its proxy accepts."""
+        import asyncio
+
+        deadline = time.monotonic() + LET_IN_S
+        while self._connecting() and time.monotonic() < deadline:  # noqa: ASYNC110 – the kernel tells nobody of its queue
+            await asyncio.sleep(0.005)
+        if time.monotonic() - self._accepts_since < LET_IN_S:
+            await asyncio.sleep(0.05)  # what they have sent is read by their own tasks
+
+    async def _shut_down(self) -> None:
+        import asyncio
+
+        assert self._server is not None and self._pool is not None
+        await self._let_in()
+        if self._failure is not None:
+            # The pool logs it, and answers those who are held with it.
+            self._pool.start_failed(self._failure)
+            await asyncio.sleep(0)  # the answers to held requests are written by their own tasks
+        await self._server.shutdown(self.settings.grace_s)
+        codes = await asyncio.gather(*(asyncio.to_thread(replica.stop) for replica in self.replicas))
+        if self.weights:
+            await asyncio.to_thread(self.weights.close)
+        if self._failure is None and not self.exit_code:
+            self.exit_code = max((_shell_code(code) for code in codes), default=0)
+
+
+def _shell_code(code: int) -> int:
+    """An exit code as a shell reports it: 128 plus the signal for a process that one ended."""
+    return 128 - code if code < 0 else code
+
+
+def _remember(settings: LaunchSettings, replica: Replica, seconds: float) -> None:
+    """Add this start to the measured lead times (the proxy's deadlines and the capacity plan read them)."""
+    from plugin.records.lead_times import remember
+
+    remember(settings, "restored" if replica.restored else "cold", seconds)
+
+
+def launch(settings: LaunchSettings, stdout: int | None = 1, stderr: int | None = 2) -> int:
+    """Run a launch to its end; the exit code. Raises LauncherError for what is wrong before anything has started."""
+    import launchers
+
+    engine = launchers.engine(settings.engine)
+    layers, criu = detect(settings.home)
+    full = unusable(settings.home)
+    if full and not Library(settings.home).names():
+        layers = Layers.none(full)  # with a snapshot there, a restore may still succeed: it writes next to nothing
+    weights = Weights.of(settings, enabled=settings.mount and not layers.mount)
+    if weights.path is None and not settings.named:
+        layers = Layers(
+            mount="the model is not a directory on this host; download it first, and give its path",
+            sandbox=layers.sandbox or "the engine has to download the model, and a sandbox has no network",
+            snapshots=layers.snapshots or "no sandbox",
+        )
+    layers.say()
+    if settings.strict and layers.off():
+        raise LauncherError(
+            "layer-off", f"--strict, and {', '.join(layers.off())} cannot be had here; see quickthaw doctor"
+        )
+    with contextlib.ExitStack() as bound:
+        sock = bound.enter_context(bind(settings.command.host, settings.command.port))
+        own_sock = bound.enter_context(bind(*settings.own_listen)) if settings.own_listen else None
+        return _run(Launch(settings, sock, layers, own_sock, stdout=stdout, stderr=stderr), criu, engine, weights)
+
+
+def _run(run: Launch, criu: Criu | None, engine: Engine, weights: Weights) -> int:
+    run.heed_signals()
+    try:
+        run.begin(criu, engine, weights)
+        return run.run()
+    finally:
+        for replica in run.replicas:
+            if replica.running:
+                replica.running.close()
+        weights.close()

@@ -1,0 +1,188 @@
+"""The model of a launch: its manifest, its lazy mount, and where the engine sees it.
+
+The mount is shown at the very path that the user gave, inside the engine's own mount namespace: the engine's arguments, the names it
+serves under and its own error messages stay what they would be without us.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from checkpoint.compatibility import hub
+from checkpoint.compatibility.inputs import option
+from checkpoint.errors import Incompatible
+from launchers.base import WEIGHT_SUFFIXES, check_model
+
+if TYPE_CHECKING:
+    from checkpoint.snapshot.manifest import Snapshot
+    from lazyfs.api import MountHandle
+    from plugin.runtime.config import LaunchSettings
+
+log = logging.getLogger("quickthaw")
+IDLE_EXIT_S = 15.0
+"""How long the daemon outlives the last launch that holds a file of its mount open: no mount stays for ever after a killed launch."""
+
+
+class Weights:
+    """One model directory. `digest` names what it holds; `shown_at` is where the engine reads it."""
+
+    def __init__(
+        self,
+        model: str,
+        home: Path,
+        store_url: str | None,
+        enabled: bool,
+        progress: Callable[..., None] | None = None,
+        *,
+        arguments: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        """`arguments` and `environment` are the engine's: of a hub's model they name the revision and the cache."""
+        self.home, self.store_url, self.enabled = home, store_url, enabled
+        self.progress = progress
+        self.path = local_directory(model, arguments, os.environ if environment is None else environment)
+        if enabled and self.path is None and looks_like_path(model):
+            check_model(Path(model))
+        if enabled and self.path is not None:
+            check_model(self.path)
+        self._lock = threading.Lock()
+        self._digest: str | None = None
+        self._handle: MountHandle | None = None
+        self._lease: int | None = None
+
+    @classmethod
+    def of(cls, settings: LaunchSettings, enabled: bool) -> Weights:
+        """The model that a launch names."""
+        command = settings.command
+        return cls(
+            command.model,
+            settings.home,
+            settings.store_url,
+            enabled,
+            arguments=command.arguments,
+            environment=settings.environment,
+        )
+
+    @property
+    def shown_at(self) -> str:
+        """The path at which the engine reads the model: the user's own."""
+        assert self.path is not None
+        return os.path.abspath(self.path)
+
+    @property
+    def digest(self) -> str:
+        """Return the manifest's root digest; imports the directory where it is new. Empty for a model that is not a local directory.
+
+        Raises OSError where it cannot be imported: the state folder is full, a file cannot be read, the store does not answer.
+        """
+        with self._lock:
+            if self._digest is None:
+                if self.path is None:
+                    self._digest = ""
+                else:
+                    from lazyfs.api import import_directory
+                    from lazyfs.errors import LazyfsError
+
+                    try:
+                        self._digest = import_directory(self.path, self.store_url, progress=self.progress)
+                    except LazyfsError as error:
+                        raise OSError(error.errno, f"{error.code}: {error}") from error
+            return self._digest
+
+    @property
+    def size(self) -> int:
+        """Bytes of the directory's weight files."""
+        if self.path is None:
+            return 0
+        return sum(entry.stat().st_size for entry in os.scandir(self.path) if entry.name.endswith(WEIGHT_SUFFIXES))
+
+    def _mountpoint(self) -> Path:
+        return self.home / "mounts" / self.digest[:16]
+
+    def mounted(self) -> Path | None:
+        """The mount, where a healthy daemon serves it already; never starts one."""
+        if self.path is None or not self.enabled or not (self.home / "mounts").is_dir():
+            return None  # nothing is mounted anywhere below this home: spare computing the model's digest
+        from lazyfs.api import find_mount
+
+        handle = find_mount(self._mountpoint())
+        if handle is None or handle.manifest != self.digest:
+            return None
+        return self._hold(handle)
+
+    def mount(self) -> Path | None:
+        """The mount, started where it is not there. None where it cannot be had; why is said."""
+        if self.path is None or not self.enabled:
+            return None
+        from lazyfs.api import mount
+        from lazyfs.errors import LazyfsError
+
+        try:
+            handle = mount(self.digest, self._mountpoint(), store_url=self.store_url, idle_exit_s=IDLE_EXIT_S)
+        except (LazyfsError, OSError) as error:
+            log.warning("lazy weights are off: %s; the engine reads %s itself", error, self.path)
+            return None
+        return self._hold(handle)
+
+    def _hold(self, handle: MountHandle) -> Path | None:
+        """Keep a file of the mount open: as long as one is, the daemon stays."""
+        with self._lock:
+            self._handle = handle
+            if self._lease is None:
+                with contextlib.suppress(OSError):
+                    self._lease = os.open(handle.mountpoint / "config.json", os.O_RDONLY | os.O_CLOEXEC)
+        return handle.mountpoint
+
+    def close(self) -> None:
+        """Let go of the mount, and take it down unless another launch uses it."""
+        with self._lock:
+            if self._lease is not None:
+                os.close(self._lease)
+                self._lease = None
+            handle, self._handle = self._handle, None
+        if handle is not None:
+            from lazyfs.errors import LazyfsError
+
+            with contextlib.suppress(LazyfsError, OSError):  # busy: the last user's end takes it down
+                handle.unmount(limit_s=5.0)
+
+
+def looks_like_path(model: str) -> bool:
+    """Whether a model argument can only be a path, and not a name on a hub."""
+    return model.startswith(("/", "./", "../", "~")) or model.count("/") > 1
+
+
+def local_directory(
+    model: str, arguments: Sequence[str] = (), environment: Mapping[str, str] = os.environ
+) -> Path | None:
+    """The directory of a model on this host: the path itself, or a hub name's in the local hub cache, at the revision that an engine's
+    `arguments` name; else None."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if looks_like_path(model):
+        return None
+    return hub.folder(model, option(arguments, "revision"), hub.caches(environment, option(arguments, "download-dir")))
+
+
+def model_place(snapshot: Snapshot, weights: Weights, named: bool) -> str:
+    """Where a restored engine reads its model: the folder it was started with, whatever path this launch names the model by.
+
+    `named`: the user named the snapshot, so that there is no cold start to go to. Raises Incompatible where this host has no such folder,
+    or not the one the engine was running in.
+    """
+    place = snapshot.model_path or (weights.shown_at if weights.path else "")
+    if named and snapshot.weights == "full":
+        return place  # its weights are in the images
+    for folder, code in ((place, "model-path-missing"), (snapshot.cwd, "working-folder-missing")):
+        if folder and not Path(folder).is_dir():
+            raise Incompatible(
+                code, f"the engine of {snapshot.name} expects the folder {folder}, which is not here; make it"
+            )
+    return place

@@ -1,0 +1,597 @@
+"""One replica's life: cold start with a snapshot at its end, or restore, then serving, until it is stopped.
+
+Everything here blocks and runs in a thread of its own; the `PhaseTracker` tells the proxy, the log and the display where it is.
+
+Promises: a start that fails leaves no process, mount, namespace or file. A failed restore goes on as a cold start of the same replica
+(held requests stay held) unless `strict`. A snapshot that cannot be taken costs the snapshot, never the engine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from checkpoint.criu.binary import Criu
+from checkpoint.errors import Busy, CheckpointError, Failed, HostLacks, Incompatible, Integrity, NotFound
+from checkpoint.sandbox import prestart
+from checkpoint.sandbox.sandbox import Sandbox
+from checkpoint.snapshot import restore, speculative
+from checkpoint.snapshot.library import Library
+from checkpoint.snapshot.manifest import Snapshot
+from launchers import control
+from launchers.base import Engine, Probe
+from launchers.errors import EngineFailed, LauncherError
+from plugin.records import restore_rates
+from plugin.runtime import take_snapshot
+from plugin.runtime.capabilities import Layers
+from plugin.runtime.config import LaunchSettings
+from plugin.runtime.engine_output import Output
+from plugin.runtime.engine_process import Running, client_of
+from plugin.runtime.home import unusable
+from plugin.runtime.model_mount import Weights, model_place
+from plugin.runtime.paging import Following
+from plugin.runtime.phases import Phase, PhaseTracker, Span
+from plugin.runtime.sandbox_binds import binds, compile_cache
+from plugin.runtime.snapshot_fetch import Fetching
+
+if TYPE_CHECKING:
+    from checkpoint.compatibility.check import Here
+    from checkpoint.compatibility.check import Identity as IdentityRecord
+    from checkpoint.cuda.driver import Driver
+    from checkpoint.cuda.helper import Helper
+
+log = logging.getLogger("quickthaw")
+UNWIND_LIMIT_S = 15.0
+"""How long a stop waits for a restore that it has cut short: a page server that does not answer is killed after 5 s."""
+SERVES = (Phase.SERVING, Phase.SUSPECT)
+NVIDIA = Path("/dev/nvidiactl")
+
+
+@dataclass
+class Replica:
+    """Drives one replica. `start` may be called by several threads, which share one start; `stop` and `sleep` are for one at a time."""
+
+    settings: LaunchSettings
+    engine: Engine
+    layers: Layers
+    criu: Criu | None
+    weights: Weights
+    tracker: PhaseTracker
+    on_death: Callable[[int], None] | None = None
+    """Called with the exit code when the engine ends without having been told to, from a thread of its own."""
+    stdout: int | None = 1
+    stderr: int | None = 2
+    served: Callable[[], int] = lambda: 0
+    """How many requests this replica has answered since it began to serve (the proxy knows)."""
+    expects: Callable[[], bool] = lambda: False
+    """Whether a request waits that will run beside the check of a restore (the proxy knows)."""
+    recall: Callable[[], bool] = lambda: False
+    """Takes back requests that run beside the check, and says whether there were any (the proxy knows)."""
+    underway: threading.Event = field(default_factory=threading.Event)
+    """Set when other processes do the work of the start, so that this one may turn to something else."""
+    running: Running | None = None
+    restored: bool = False
+    snapshot: Snapshot | None = None
+    spans: dict[str, float] = field(default_factory=dict)
+    """Parts of the last restore in seconds, finer than the phases."""
+
+    def __post_init__(self) -> None:
+        self.library = Library(self.settings.home)
+        self._starting = threading.Lock()
+        self._expected_end = False
+        self._stopped = False
+        self._starts = 0  # of engines' processes, one of which at most is there
+        self._lazy_works = True
+        self._eager = False  # the snapshot holds GPU state: it is restored in one way only
+        self._no_snapshot = False  # one was tried and took the engine with it
+        self._restoring = restore.Cancellation()
+        self.lost = ""
+        """Why the pages of the restored engine will not all come, where that is so: it is ended for it."""
+        self._losses = 0
+        self.silent = ""
+        """Why the engine was ended for answering nothing; empty again once another serves."""
+        self._fetching = Fetching(self.settings)
+        self._following = Following(self._fetching, lambda: self.served(), lambda: self.running is not None)
+        self._cuda: Helper | None = None
+        self._identity: Here | None = None
+        self._multi_gpu: bool | None = None
+        self.command = self.settings.command
+        """What the engine was started with: the user's, and on a GPU what `put_away` needs."""
+        self.refused: Incompatible | None = None
+        """Why the last restore was refused, where it was."""
+
+    # Starting
+
+    def start(self, before_cold: Callable[[], object] | None = None) -> None:
+        """Bring the engine to serving, or wait until another thread has. Raises LauncherError or CheckpointError when that has failed.
+
+        Three ways, each after the one before it failed: restore with the working set first, restore the plain way, start cold. With
+        `before_cold`, that is called (it may wait for another replica's snapshot) and restoring tried once more before a cold start.
+        A start that `stop` interrupts raises as well, and tries no other way.
+        """
+        with self._starting:
+            if self.running is not None and self.tracker.phase in SERVES:
+                return
+            # At once: reading a model for the first time takes a while, and whoever looks must see that a start is under way.
+            self._mounting()
+            try:
+                self._start(before_cold)
+            except BaseException as error:
+                self._clear()
+                if not self._stopped and self.tracker.phase is not Phase.FAILED:
+                    self.tracker.to(Phase.FAILED, str(error))
+                raise
+
+    def turn_off(self, why: str, error: Exception | None = None) -> None:
+        """From now on start the engine as it would start alone, and say why, once. Raises with `--strict`, or for a named snapshot."""
+        if self.settings.strict or self.settings.named:
+            raise HostLacks(*why.split(": ", 1)) from error
+        self.layers = Layers.none(why)
+        self.layers.say()
+
+    def _start(self, before_cold: Callable[[], object] | None) -> None:
+        try:
+            if self._start_from_snapshot():
+                return
+        except OSError as error:
+            self._clear()
+            self.turn_off(unusable(self.settings.home) or f"host-io: {error.strerror or error}", error)
+        if before_cold is not None:
+            before_cold()
+            if self._stopped:
+                raise EngineFailed("stopped", "told to stop while the engine started")
+            if self._start_from_snapshot():
+                return
+        if self.settings.named:
+            raise HostLacks(
+                "cannot-restore",
+                self.layers.snapshots or f"snapshot {self.settings.name} is in quarantine; see snapshot inspect",
+            )
+        if self.settings.use_snapshot and not self.layers.snapshots and not self.settings.name and self.refused is None:
+            from plugin.runtime import compatibility
+
+            compatibility.explain(self.library, self.snapshot_name, self.identity)
+        self._cold()
+
+    def _mounting(self) -> None:
+        if self.tracker.phase is not Phase.MOUNTING:
+            self.tracker.to(Phase.MOUNTING)
+
+    def _start_from_snapshot(self) -> bool:
+        """Restore where there is something to restore; whether the replica serves. Raises only where a cold start may not follow."""
+        self.refused = None
+        name = self.restorable()
+        # After pages were lost, once the plain way: what ended the page server may end the next one.
+        lazy_first = self.settings.lazy_restore and self._lazy_works and not self.lost and not self.layers.pages
+        ways = ((True, False) if lazy_first else (False,)) if name else ()
+        for lazy in ways:
+            assert name is not None
+            try:
+                with self._fetching.held(self.library, name):
+                    self._restore(name, lazy)
+                return True
+            except (CheckpointError, LauncherError) as failure:
+                # Whatever it answered, or did not, after that: not the snapshot's fault.
+                error = Failed("pages-lost", self.lost) if self.lost else failure
+                if self._stopped:
+                    self._clear()
+                    raise
+                again = lazy and not self._eager and not isinstance(error, Incompatible | Integrity | HostLacks | Busy)
+                self._restore_failed(name, error, again)
+                if again:
+                    self._lazy_works = bool(self.lost)
+                    continue
+                if self.settings.strict or self.settings.named:
+                    raise
+                break
+        return False
+
+    @property
+    def identity(self) -> Here:
+        """What this launch is, for choosing and checking a snapshot."""
+        if self._identity is None:
+            from plugin.runtime import compatibility
+
+            self._identity = compatibility.gather(self.settings, self.weights, self.criu)
+        return self._identity
+
+    @property
+    def snapshot_name(self) -> str:
+        """The user's name for the snapshot, or one made of engine, model and identity."""
+        if self.settings.name:
+            return self.settings.name
+        # Where clients ask for a name of its own, the folder's does not matter: the model counts by its digest.
+        served = self.identity.arguments.get("--served-model-name", ())
+        model = served[-1][0] if served and served[-1] else Path(self.settings.command.model).name or "model"
+        slug = "".join(c if c.isalnum() or c in "._" else "-" for c in model.lower()).strip("-.")[:60] or "model"
+        return f"{self.settings.engine}-{slug}-{self.identity.key[:10]}"
+
+    def restorable(self) -> str | None:
+        """The snapshot to restore, or None; why not is said once where it is not obvious."""
+        if not self.settings.use_snapshot or self.layers.snapshots:
+            return None
+        name = self.snapshot_name
+        if self.multi_gpu():
+            return None
+        health = self.library.health(name)
+        if health.quarantined:
+            log.warning(
+                "snapshot %s is in quarantine after %d failed restores (%s); starting cold",
+                name,
+                health.failures,
+                health.reason,
+            )
+            return None
+        if not self.library.has(name):
+            found = self._fetching.find(name, self._check_identity)
+            if found is None:
+                return None
+            self.library = found
+        return name
+
+    def multi_gpu(self) -> bool:
+        """Whether this launch is one that no driver can checkpoint (several GPUs, a slice of one); said once, with the way out."""
+        if self._multi_gpu is None:
+            from checkpoint.cuda.checkpoint import refuse_parallel, refuse_slice
+
+            self._multi_gpu = False
+            if self.identity.host.gpus:
+                try:
+                    refuse_parallel(self.identity.arguments)
+                    refuse_slice(self.settings.environment.get("CUDA_VISIBLE_DEVICES"))
+                except Incompatible as error:
+                    log.warning("no snapshots: %s", error)
+                    self._multi_gpu = True
+        return self._multi_gpu
+
+    def _restore_failed(self, name: str, error: Exception, again: bool) -> None:
+        self._clear()
+        self.tracker.to(Phase.FAILED, str(error))
+        if again:
+            log.warning("restoring %s with its working set first failed (%s); restoring the plain way", name, error)
+            return
+        if isinstance(error, Incompatible):
+            self.refused = error
+        elif not isinstance(error, HostLacks | Busy | NotFound) and not self._fetching.outage():
+            self.library.failed(name, str(error))
+        self._fetching.give_up()
+        self.library = Library(self.settings.home)
+        what = take_snapshot.refusal(error) if isinstance(error, Incompatible) else error
+        then = "" if self.settings.strict or self.settings.named else "; starting cold under the same held requests"
+        log.warning("restore of %s failed: %s%s", name, what, then)
+
+    # Restore
+
+    def _restore(self, name: str, lazy: bool) -> None:
+        assert self.criu is not None
+        began = time.monotonic()
+        self.lost = ""
+        self._mounting()
+        snapshot = self.library.load(name)
+        self._eager = snapshot.gpu.processes > 0
+        if self.settings.trust_keys and not self._fetching.unfinished:
+            from checkpoint.snapshot.signatures import check_folder
+
+            check_folder(self.library.path(name), self.settings.trust_keys)
+        recorded = self._check_identity(snapshot)
+        if snapshot.weights == "thin":
+            # The mount prefetches what the last load read while CRIU is still at work.
+            threading.Thread(target=self.weights.mount, name="weights", daemon=True).start()
+        mounted = self.weights.mounted()
+        place = model_place(snapshot, self.weights, self.settings.named)
+        shown = binds(self.settings, self.weights, mounted, place)
+        self.spans = {"identity": time.monotonic() - began}
+        self._restoring = restore.Cancellation()
+        self._fetching.watch(self._pages_lost)
+        self.tracker.to(Phase.RESTORING)
+        outputs = {
+            "stdout": Output(self.stdout, pipe=speculative.pipe("stdout")),
+            "stderr": Output(self.stderr, pipe=speculative.pipe("stderr")),
+        }
+        later = self._lazy(name) if lazy else None
+        try:
+            if not self._fetching.ready(lazy, snapshot):
+                self._verify(name, snapshot)
+            self._check_cpu(name, recorded)
+            restored = restore.restore(
+                self.library,
+                self.criu,
+                snapshot,
+                shown,
+                compile_cache(self.settings),
+                {stream: output.write_fd for stream, output in outputs.items()},
+                on_exit=self.on_exit(),
+                lazy=later,
+                driver=self.driver(),
+                gpu_pairs=self._gpu_pairs(recorded),
+                underway=self.underway.set,
+                cancellation=self._restoring,
+            )
+        finally:
+            for output in outputs.values():
+                output.handed_over()
+        self.spans |= restored.spans
+        parts = {part: round(took, 4) for part, took in self.spans.items()}
+        log.debug("parts of the restore%s: %s", ", begun beforehand" if restored.foreseen else "", parts)
+        sandbox = restored.sandbox
+        client = client_of(sandbox, snapshot.port, self.settings.command)
+        self._now_running(Running(sandbox, restored.root_pid, snapshot.port, client, outputs, restored))
+        if self.lost:  # before anybody knew that it runs
+            raise Failed("pages-lost", self.lost)
+        self.tracker.to(Phase.WAKING)
+        try:
+            control.renew(sandbox.control_dir, recorded.renewed, self.identity.renewed)
+        except OSError as error:
+            raise Failed("sandbox-gone", f"the sandbox ended while it was woken ({error.strerror})") from error
+        control.tell(sandbox.init_pid, control.WAKE)
+        if snapshot.weights == "thin" and mounted is None:
+            self._wait_weights(sandbox, place)
+        if snapshot.asleep:
+            self.engine.take_up(client, snapshot.model, snapshot.weights == "thin")
+        elif snapshot.weights == "thin":
+            self.engine.reload_weights(client, snapshot.model)
+        self._compare(snapshot)
+        self.library.succeeded(name)
+        self.snapshot, self.restored = snapshot, True
+        self._serve()
+        if restored.plan and not self.settings.trust_keys:
+            speculative.note(restored.plan)
+        if restored.pages:
+            recording = bool(later and later.record)
+            if recording:
+                log.info("this first restore records the snapshot's working set; those after it begin with it")
+            self._following.begin(self.library, snapshot, restored.pages, recording=recording)
+        else:
+            restore_rates.remember(
+                self.settings.home, snapshot.image_bytes, restored.spans["criu"], bool(snapshot.gpu.processes)
+            )
+
+    def _check_identity(self, snapshot: Snapshot) -> IdentityRecord:
+        """What the snapshot is of; raises Incompatible where it may not be restored here."""
+        from plugin.runtime import compatibility
+
+        return compatibility.check(snapshot, self.identity, self.settings, self.weights)
+
+    # Pages that come later
+
+    def _lazy(self, name: str) -> restore.LazyRestore:
+        known = self.library.working_set(name)
+        recorded = known.exists()
+        return restore.LazyRestore(
+            known if recorded else None,
+            not recorded,
+            self._pages_lost,
+            lambda text: log.warning("%s", text),
+            self._fetching.arriving,
+            pack=self.settings.verify != "always",
+        )
+
+    def _pages_lost(self, reason: str) -> None:
+        """The page server died, or pages will not come: what faults now would wait for ever. End the replica; it comes back another way.
+
+        Any thread, at any moment of a restore or after it. All processes at once: those that outlive the first would run into its end.
+        """
+        first = not self.lost
+        # Before it looks for the replica: _restore does so in the other order.
+        self.lost = self.lost or reason
+        cancelled = self._restoring.cancel(Failed("pages-lost", reason))
+        running = self.running
+        restored = running.restored if running else None
+        self._losses += first and bool(cancelled or restored)
+        if restored is None:
+            return
+        if self.tracker.phase is Phase.SERVING:
+            log.warning("%s; ending the replica and bringing it back another way", reason)
+        assert running is not None
+        running.kill()  # none may run on when the userfaultfds are closed
+
+    def stopped(self) -> bool:
+        """Whether one of the engine's processes is stopped."""
+        return self.running is not None and self.running.stopped()
+
+    def end_silent(self, why: str) -> None:
+        """End an engine that runs and answers nothing (any thread); `on_death` brings it back."""
+        running = self.running
+        if running is not None and not self._expected_end:
+            self.silent = why
+            running.kill()
+
+    def ended_for(self) -> str:
+        """Why we ended the engine that ran last; empty where we did not."""
+        return self.pages_lost() or self.silent
+
+    def pages_coming(self) -> bool:
+        """Whether pages of the engine that runs are still to come, or were lost: until another start, requests run into its end."""
+        running = self.running
+        restored = running.restored if running else None
+        return bool(self.lost or (restored and restored.pages and not restored.pages.complete.is_set()))
+
+    def pages_lost(self) -> str:
+        """Why the engine that was restored last was ended since pages would not come; empty where it was not."""
+        return self.lost if self.restored else ""
+
+    def page_counts(self) -> dict[str, float]:
+        """What the page servers of all restores have counted (Following.counts), and how often pages were `lost`."""
+        return {**self._following.counts(), "lost": self._losses}
+
+    def driver(self) -> Driver | None:
+        """The CUDA driver's checkpoint calls, where this host has an NVIDIA device; one helper process for the life of this replica."""
+        if self._cuda is None and NVIDIA.exists():
+            from checkpoint.cuda.helper import Helper
+
+            self._cuda = Helper()
+        return self._cuda
+
+    def _gpu_pairs(self, recorded: IdentityRecord) -> list[tuple[str, str]]:
+        if not recorded.host.gpus:
+            return []
+        from checkpoint.cuda.checkpoint import gpu_pairs
+
+        return gpu_pairs(recorded.host.gpus, self.identity.host.gpus)
+
+    def _verify(self, name: str, snapshot: Snapshot) -> None:
+        if self.settings.verify == "never":
+            return
+        from checkpoint.snapshot.digests import verify
+
+        verify(self.library.path(name), snapshot.files, always=self.settings.verify == "always")
+
+    def _check_cpu(self, name: str, recorded: IdentityRecord) -> None:
+        """CRIU's own comparison, of a processor that is not the snapshot's."""
+        from checkpoint.compatibility.check import same_cpu
+
+        assert self.criu is not None
+        if not same_cpu(recorded.host, self.identity.host):
+            self.criu.check_cpu(self.library.path(name) / "images")
+
+    def _compare(self, snapshot: Snapshot) -> None:
+        """The canary. It is asked first; a request that waits runs beside it (its answer is kept back until this has ended)."""
+        got = self._answer(snapshot, lambda: self.tracker.to(Phase.VERIFYING), self.expects())
+        if got != snapshot.canary.token_ids and self.recall():
+            # A batch of two may round otherwise than one of one.
+            log.debug("the canary gave %s beside a request; once more, alone", got)
+            got = self._answer(snapshot)
+        if got != snapshot.canary.token_ids:
+            raise Integrity(
+                "canary-differs", f"the restored engine generates {got} where {snapshot.canary.token_ids} was recorded"
+            )
+
+    def _answer(self, snapshot: Snapshot, sent: Callable[[], None] | None = None, joined: bool = False) -> list[int]:
+        assert self.running is not None
+        client = replace(self.running.client, sent=sent)
+        try:
+            return self.engine.answer(client, snapshot.canary, joined)
+        except LauncherError as error:
+            raise Failed("canary-failed", f"the restored engine does not generate: {error}") from error
+
+    def _wait_weights(self, sandbox: Sandbox, place: str) -> None:
+        mounted = self.weights.mount()
+        if mounted:
+            sandbox.attach(mounted, Path(place))
+
+    # Cold start
+
+    def _cold(self) -> None:
+        from plugin.runtime import cold_start
+
+        speculative.discard()
+        prestart.settled()
+        self.lost = ""
+        self.underway.set()
+        self._mounting()
+        if not self.layers.sandbox and (why := unusable(self.settings.home)):
+            self.turn_off(why)
+        cache = cold_start.kept_cache(self)
+        if cache:
+            cache.pull()
+        mounted = None if self.layers.mount or not self.settings.mount else self.weights.mount()
+        self.tracker.to(Phase.STARTING)
+        running = cold_start.begin(self, mounted)
+        self._now_running(running)
+        self.tracker.to(Phase.LOADING)
+        trial = take_snapshot.begin_trial(self)
+        place = running.place
+        probe = Probe(lambda: place.exit_code(running.pid), running.last_words, self.settings.start_timeout_s)
+        self.engine.wait_ready(running.client, probe, lambda: None)
+        self.tracker.to(Phase.WARMING)
+        cold_s = sum(span.took_s for span in self.this_start())
+        self.restored = False
+        snapshot_wanted = isinstance(place, Sandbox) and not self._no_snapshot and take_snapshot.wanted(self)
+        if isinstance(place, Sandbox) and snapshot_wanted and take_snapshot.works(self, trial):
+            # Without a snapshot to warm for, those who wait are served at once, as the engine alone would serve them.
+            self.engine.warm_up(running.client, self.settings.command)
+            try:
+                take_snapshot.take(self, place, running, cold_s)
+            except take_snapshot.NotResumed as error:
+                log.warning("%s; a new one starts without a snapshot, under the same held requests", error)
+                self._no_snapshot = True
+                self.tracker.to(Phase.FAILED, str(error))
+                self._clear()
+                self._cold()
+                return
+        self._serve()
+        if cache:
+            cache.push_later()
+
+    def this_start(self) -> tuple[Span, ...]:
+        """The spans of the current cold start, without those of a restore that failed before it."""
+        spans = self.tracker.timeline
+        starts = [index for index, span in enumerate(spans) if span.phase is Phase.MOUNTING]
+        return spans[starts[-1] :] if starts else spans
+
+    # Common parts
+
+    def _serve(self) -> None:
+        running = self.running
+        if running is None or running.place.exit_code(running.pid) is not None:
+            raise EngineFailed("engine-died", "the engine ended just before it served; see its log")
+        self.silent = ""
+        self.tracker.to(Phase.SERVING)
+
+    def on_exit(self) -> Callable[[int, int], None]:
+        """What a sandbox calls when the root process of the engine that is started next ends (pid, exit code), from its own thread."""
+        start = self._starts = self._starts + 1
+
+        def ended(_: int, code: int) -> None:
+            ours = start == self._starts and self.tracker.phase in SERVES and not self._expected_end
+            if ours and self.on_death:
+                threading.Thread(target=self.on_death, args=(code,), name="engine-died", daemon=True).start()
+
+        return ended
+
+    def _now_running(self, running: Running) -> None:
+        """From here on an end of the engine is its own, until we say otherwise."""
+        self._expected_end = self._stopped
+        self.running = running
+        if self._stopped:
+            self._clear()
+            raise EngineFailed("stopped", "told to stop while the engine started")
+
+    def _clear(self) -> None:
+        running, self.running = self.running, None
+        if running:
+            self._expected_end = True
+            running.close()
+
+    # Ending
+
+    def stop(self, grace_s: float | None = None) -> int:
+        """End the engine as its own operator would: SIGTERM, up to `grace_s` seconds, then the sandbox goes. Its exit code."""
+        self._expected_end = self._stopped = True
+        cut_short = self._restoring.cancel(Failed("stopped", "told to stop while the engine started"))
+        if cut_short and self._starting.acquire(timeout=UNWIND_LIMIT_S):  # until nothing is left of it
+            self._starting.release()
+        running = self.running
+        code: int | None = None
+        if running:
+            code = running.place.exit_code(running.pid)
+            if code is None:
+                self._following.leave()
+                with contextlib.suppress(CheckpointError, OSError):
+                    running.place.signal(running.pid, signal.SIGTERM)
+                    code = running.place.wait(running.pid, self.settings.grace_s if grace_s is None else grace_s)
+            self._clear()
+        self._fetching.close()
+        if self._cuda:
+            self._cuda.close()
+            self._cuda = None
+        if self.tracker.phase is not Phase.STOPPED:
+            self.tracker.to(Phase.STOPPED)
+        if code is None:
+            code = -signal.SIGKILL if running else -signal.SIGTERM
+        return code
+
+    def sleep(self) -> None:
+        """End the engine because nobody needs it; its snapshot brings it back."""
+        self._expected_end = True
+        # The pool gives this replica nothing by now; asleep is said when nothing of it is left.
+        self._following.leave()
+        self._clear()
+        self.tracker.to(Phase.ASLEEP)

@@ -1,0 +1,36 @@
+"""What a sandbox shows of the host: the compile cache, our modules inside the engine, the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from checkpoint.sandbox.sandbox import CACHE_DIR, Bind
+from launchers.base import ENGINE_SITE
+from launchers.engine_site import engine_site
+
+if TYPE_CHECKING:
+    from plugin.runtime.config import LaunchSettings
+    from plugin.runtime.model_mount import Weights
+
+
+def compile_cache(settings: LaunchSettings) -> Path:
+    """Return the folder of an engine's compiled code, made where it is not there. Raises OSError."""
+    folder = settings.home / "compile" / settings.engine
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    (folder / "tmp-inductor").mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+
+def binds(settings: LaunchSettings, weights: Weights, mounted: Path | None, place: str) -> list[Bind]:
+    """Return the folders to show; the model at `place`, where the engine reads it, from `mounted` where the lazy mount is up."""
+    found = [
+        Bind(compile_cache(settings), Path(CACHE_DIR), read_only=False),
+        Bind(engine_site(settings.home, Path(__file__).parent / "engine"), Path(ENGINE_SITE)),
+    ]
+    if mounted:
+        found.append(Bind(mounted, Path(place)))
+    elif weights.path and place not in ("", weights.shown_at) and Path(place).is_dir():
+        # Another folder than the user named: what lies there now is unknown, and what the user named is checked.
+        found.append(Bind(weights.path.absolute(), Path(place)))
+    return found

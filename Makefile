@@ -12,7 +12,7 @@ REPORT = $(if $(QUICKTHAW_TEST_REPORT),--junitxml=$(QUICKTHAW_TEST_REPORT)/$(1).
 
 demo:
 	@setup/setup.sh $(ENGINE)
-	@$(PYTHON) -m plugin.cli demo --engine $(ENGINE)
+	@$(PYTHON) -m plugin demo --engine $(ENGINE)
 
 setup:
 	@setup/setup.sh vllm sglang
@@ -37,7 +37,7 @@ lint: setup-fast
 check: lint test
 
 bench: setup
-	$(PYTHON) -m plugin.cli bench coldstart --engine $(ENGINE) --runs 5
+	$(PYTHON) -m plugin bench coldstart --engine $(ENGINE) --runs 5
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

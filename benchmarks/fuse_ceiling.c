@@ -3,7 +3,7 @@
  *     cc -O2 -o fuse_ceiling fuse_ceiling.c -lpthread
  *     fuse_ceiling MOUNTPOINT FILE THREADS splice|write     serves FILE as MOUNTPOINT/file until it is unmounted; needs CAP_SYS_ADMIN
  *
- * `splice` moves the file's pages through a pipe, as lazyfs/transport_raw.py does; `write` sends them out of a mapping of the file. One
+ * `splice` moves the file's pages through a pipe, as lazyfs/mount/transports/raw.py does; `write` sends them out of a mapping of the file. One
  * line on stdout when it serves. Used by lazyfs.py.
  */
 #define _GNU_SOURCE

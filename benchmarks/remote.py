@@ -108,7 +108,7 @@ def run(way: str, url: str, snapshot: Snapshot, scratch: Path, rest_s: float) ->
     found: dict[str, float] = {}
     where: list[str] = ["--snapshot-store", url]
     if way == "download":
-        pulled = [*python, "plugin.cli", "snapshot", "pull", snapshot.name, url]
+        pulled = [*python, "plugin", "snapshot", "pull", snapshot.name, url]
         subprocess.run(pulled, env=environment, cwd=ROOT, check=True, timeout=LIMIT_S, stdout=subprocess.DEVNULL)
         found["downloaded_s"] = time.monotonic() - began
         where = []

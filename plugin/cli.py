@@ -94,14 +94,3 @@ def run(arguments: Sequence[str]) -> None:
         click.echo(f"quickthaw: {error}", err=True)
         code = known
     sys.exit(code if isinstance(code, int) else 0)
-
-
-def main() -> None:
-    """As the console script does, which needs nothing of this module's to begin."""
-    from plugin.startup import pid1
-
-    pid1.main()
-
-
-if __name__ == "__main__":
-    main()

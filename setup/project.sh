@@ -15,9 +15,10 @@ if ! { done_before project "$inputs" && [ -x "$venv/bin/python" ]; }; then
     step project make_venv
     mark_done project "$inputs"
 fi
-# The command `quickthaw` points at this checkout.
-if [ "$(cat "$venv/.checkout" 2>/dev/null)" != "$repo" ]; then
+# The command `quickthaw` points at this checkout, and at the entry point that its pyproject names.
+checkout="$repo $(sha256sum <"$repo/pyproject.toml")"
+if [ "$(cat "$venv/.checkout" 2>/dev/null)" != "$checkout" ]; then
     # By a path (compat), not by an import hook, which costs every start of Python 12 ms.
     step project-link "$venv/bin/pip" install -q --no-deps --no-build-isolation --config-settings editable_mode=compat -e "$repo"
-    printf '%s' "$repo" >"$venv/.checkout"
+    printf '%s' "$checkout" >"$venv/.checkout"
 fi

@@ -243,7 +243,7 @@ class Rig:
         return env
 
     def argv(self, *options, arguments=(), words=("launch",), model=None, port=None):
-        argv = [sys.executable, "-m", "plugin.cli", *words, *map(str, options)]
+        argv = [sys.executable, "-m", "plugin", *words, *map(str, options)]
         if words == ("launch",):
             flag = "--model-path" if self.engine == "sglang" else "--model"
             argv += ["--engine-python", str(self.python), self.engine, flag, str(model or self.model), *arguments]
@@ -290,7 +290,7 @@ class Rig:
     def cli(self, *words, limit_s=60.0, **env):
         """Another command, to its end."""
         return subprocess.run(
-            [sys.executable, "-m", "plugin.cli", *map(str, words)],
+            [sys.executable, "-m", "plugin", *map(str, words)],
             env=self.env(**env),
             cwd=REPO,
             capture_output=True,

@@ -23,12 +23,12 @@ from plugin.runtime.trial import sandbox_reason
 
 if TYPE_CHECKING:
     from plugin.runtime.compile_cache import CompileCache
-    from plugin.runtime.replica import Replica
+    from plugin.runtime.context import StartContext
 
 log = logging.getLogger("quickthaw")
 
 
-def begin(replica: Replica, mounted: Path | None) -> Running:
+def begin(replica: StartContext, mounted: Path | None) -> Running:
     """Start the engine's process; its model from `mounted`, where the lazy mount is up. Raises LauncherError (engine-not-started); then
     nothing is left."""
     outputs = {"stdout": Output(replica.stdout), "stderr": Output(replica.stderr)}
@@ -68,7 +68,7 @@ def begin(replica: Replica, mounted: Path | None) -> Running:
     return Running(place, pid, port, client, outputs)
 
 
-def _sandbox(replica: Replica, mounted: Path | None) -> Sandbox | None:
+def _sandbox(replica: StartContext, mounted: Path | None) -> Sandbox | None:
     """Return a sandbox for the engine; None where this host refuses one, which is said. Raises with `--strict`."""
     try:
         facts = replica.criu.kernel_facts(replica.settings.home) if replica.criu else None
@@ -81,7 +81,7 @@ def _sandbox(replica: Replica, mounted: Path | None) -> Sandbox | None:
     return None
 
 
-def _folders(replica: Replica) -> tuple[str, str]:
+def _folders(replica: StartContext) -> tuple[str, str]:
     """Return the folders of an engine without a sandbox: for its PYTHONPATH, and for its compile caches; empty where they cannot be had."""
     if unusable(replica.settings.home):
         return "", ""
@@ -94,7 +94,7 @@ def _folders(replica: Replica) -> tuple[str, str]:
         return "", ""
 
 
-def kept_cache(replica: Replica) -> CompileCache | None:
+def kept_cache(replica: StartContext) -> CompileCache | None:
     """The archive of compiled code in the snapshot store, where one is given; None else, or where it may not be believed."""
     url = replica.settings.snapshot_store
     if url is None or unusable(replica.settings.home):

@@ -33,8 +33,8 @@ from plugin.runtime.sandbox_binds import compile_cache
 if TYPE_CHECKING:
     from checkpoint.cuda.driver import Driver
     from checkpoint.sandbox.sandbox import Sandbox
+    from plugin.runtime.context import StartContext
     from plugin.runtime.engine_process import Running
-    from plugin.runtime.replica import Replica
     from plugin.runtime.trial import Trial
 
 log = logging.getLogger("quickthaw")
@@ -58,7 +58,7 @@ class NotResumed(EngineFailed):
         super().__init__("engine-not-resumed", f"the engine did not go on after its dump: {one_line(cause)}")
 
 
-def wanted(replica: Replica) -> bool:
+def wanted(replica: StartContext) -> bool:
     """Whether this cold start shall end with a snapshot; why not is said where it is not obvious."""
     settings = replica.settings
     if not settings.take_snapshot or replica.layers.snapshots:
@@ -82,7 +82,7 @@ def wanted(replica: Replica) -> bool:
     return True
 
 
-def begin_trial(replica: Replica) -> Trial | None:
+def begin_trial(replica: StartContext) -> Trial | None:
     """Begin to try out, while the engine loads, whether this host can dump and restore; None where nobody wants to know."""
     if replica.criu is None or replica.layers.snapshots or not replica.settings.take_snapshot:
         return None
@@ -91,7 +91,7 @@ def begin_trial(replica: Replica) -> Trial | None:
     return Trial(replica.criu, replica.settings.home)
 
 
-def works(replica: Replica, trial: Trial | None) -> bool:
+def works(replica: StartContext, trial: Trial | None) -> bool:
     """Return whether a snapshot of this host could be restored, as tried out; why not is said. Raises with `--strict`."""
     why = trial.wait() if trial else None
     if why is None:
@@ -103,7 +103,7 @@ def works(replica: Replica, trial: Trial | None) -> bool:
     return False
 
 
-def take(replica: Replica, sandbox: Sandbox, running: Running, cold_s: float) -> None:
+def take(replica: StartContext, sandbox: Sandbox, running: Running, cold_s: float) -> None:
     """Warmed up → small → dumped → serving again. Failures are said and survived: the engine serves without a snapshot.
 
     `sandbox` is where it is `running`; `cold_s` the seconds that its start took. Raises NotResumed where the engine itself is lost; with
@@ -205,7 +205,7 @@ def take(replica: Replica, sandbox: Sandbox, running: Running, cold_s: float) ->
         _drop(replica, "canary-differs: after its own dump")
 
 
-def _drop(replica: Replica, why: str) -> None:
+def _drop(replica: StartContext, why: str) -> None:
     """Remove the snapshot that was just taken; where that cannot be, launches pass it over and take it anew."""
     if replica.snapshot is None:
         return
@@ -217,7 +217,7 @@ def _drop(replica: Replica, why: str) -> None:
         replica.library.failed(name, why)
 
 
-def _go_on(replica: Replica, client: Client, asleep: bool, dropped: bool, thin: bool) -> list[int]:
+def _go_on(replica: StartContext, client: Client, asleep: bool, dropped: bool, thin: bool) -> list[int]:
     """Give the engine back what was put away; what it answers then to its canary, or to a plain prompt where there is no snapshot."""
     engine, model = replica.engine, replica.settings.command.model
     if asleep:
@@ -229,7 +229,7 @@ def _go_on(replica: Replica, client: Client, asleep: bool, dropped: bool, thin: 
     return engine.answer(client, replica.snapshot.canary)
 
 
-def on_gpu(replica: Replica) -> bool:
+def on_gpu(replica: StartContext) -> bool:
     """Whether a snapshot by this launch will hold GPU state, as far as can be told before the engine runs."""
     settings = replica.settings
     return (
@@ -255,7 +255,7 @@ def _free_memory(driver: Driver) -> dict[str, int]:
     return cuda.free_memory(driver)
 
 
-def _thin(replica: Replica, client: Client, gpu: bool) -> bool:
+def _thin(replica: StartContext, client: Client, gpu: bool) -> bool:
     """Whether the snapshot leaves the weights out: as told, or whichever is faster as measured on this host."""
     told = replica.settings.weights
     if told != "auto":
@@ -285,7 +285,7 @@ def _thin(replica: Replica, client: Client, gpu: bool) -> bool:
     return chosen == "thin"
 
 
-def _signer(replica: Replica) -> Callable[[bytes], bytes] | None:
+def _signer(replica: StartContext) -> Callable[[bytes], bytes] | None:
     if replica.settings.sign_key is None:
         return None
     from checkpoint.snapshot.signatures import signer

@@ -37,15 +37,6 @@ def begin(arguments: Sequence[str]) -> None:
         ahead.start(arguments[1:])
 
 
-def main() -> None:
-    """The console script."""
-    if sys.argv[1:2] in (["launch"], ["restore"]):
-        begin(sys.argv[1:])
-    from plugin.cli import run  # click, which a restore need not wait for
-
-    run(sys.argv[1:])
-
-
 def stand_in() -> None:
     """Return in a child where this is process 1 (which then ends with the child's exit code), at once elsewhere."""
     if os.getpid() != 1:

@@ -16,7 +16,7 @@ ENOUGH = "-all,+sys_admin,+net_admin,+setpcap,+sys_chroot"
 
 def doctor(bounds):
     """The findings of `quickthaw doctor` by what was tried, with capabilities bounded so."""
-    argv = ["setpriv", "--bounding-set", bounds, sys.executable, "-m", "plugin.cli", "doctor", "--json"]
+    argv = ["setpriv", "--bounding-set", bounds, sys.executable, "-m", "plugin", "doctor", "--json"]
     result = subprocess.run(
         argv, cwd=REPO, env=dict(os.environ), capture_output=True, text=True, timeout=60, check=False
     )

@@ -56,7 +56,7 @@ def engines(rig):
     for name in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError):
             line = Path(f"/proc/{name}/cmdline").read_bytes()
-            if b"vllm.entrypoints" in line and str(rig.model).encode() in line and b"plugin.cli" not in line:
+            if b"vllm.entrypoints" in line and str(rig.model).encode() in line and b"\0plugin\0" not in line:
                 found.append(int(name))
     return found
 

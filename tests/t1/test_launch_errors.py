@@ -30,7 +30,7 @@ def rig(tmp_path):
 
     def run(*words, limit_s=60.0, **environment):
         env = {**os.environ, "QUICKTHAW_HOME": str(home), **watch.environment, **environment}
-        argv = [sys.executable, "-m", "plugin.cli", *words]
+        argv = [sys.executable, "-m", "plugin", *words]
         return subprocess.run(
             argv, env=env, cwd=REPO, capture_output=True, text=True, timeout=limit_s, stdin=subprocess.DEVNULL
         )
@@ -145,7 +145,7 @@ def test_a_request_that_waits_for_an_engine_that_dies_is_told_why(rig, tmp_path)
     engine.chmod(0o755)
     port = str(free_port())
     env = {**os.environ, "QUICKTHAW_HOME": str(rig.home), **rig.watch.environment}
-    argv = [sys.executable, "-m", "plugin.cli", "launch", "--engine-python", str(engine), "vllm"]
+    argv = [sys.executable, "-m", "plugin", "launch", "--engine-python", str(engine), "vllm"]
     argv += ["--model", rig.model, "--host", "127.0.0.1", "--port", port]
     with subprocess.Popen(argv, env=env, cwd=REPO, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
         limit = time.monotonic() + 20
@@ -211,7 +211,7 @@ def test_stopping_before_the_engine_serves_leaves_nothing(rig, tmp_path):
     engine.chmod(0o755)
     port = str(free_port())
     env = {**os.environ, "QUICKTHAW_HOME": str(rig.home), **rig.watch.environment}
-    argv = [sys.executable, "-m", "plugin.cli", "launch", "--engine-python", str(engine), "vllm"]
+    argv = [sys.executable, "-m", "plugin", "launch", "--engine-python", str(engine), "vllm"]
     argv += ["--model", rig.model, "--host", "127.0.0.1", "--port", port]
     with subprocess.Popen(
         argv, env=env, cwd=REPO, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
@@ -231,7 +231,7 @@ def test_kill_9_of_the_launcher_leaves_nothing(rig, tmp_path, moment):
     engine.write_text("#!/bin/sh\nexec sleep 600\n")
     engine.chmod(0o755)
     env = {**os.environ, "QUICKTHAW_HOME": str(rig.home), **rig.watch.environment}
-    argv = [sys.executable, "-m", "plugin.cli", "launch", "--engine-python", str(engine), "vllm"]
+    argv = [sys.executable, "-m", "plugin", "launch", "--engine-python", str(engine), "vllm"]
     argv += ["--model", rig.model, "--host", "127.0.0.1", "--port", str(free_port())]
     with subprocess.Popen(
         argv, env=env, cwd=REPO, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True

@@ -40,7 +40,7 @@ def test_the_admin_pages_of_a_model_that_is_a_snapshot_answer_its_proxy_alone(la
     config = tmp_path / "models.yaml"
     config.write_text(f"models: {{m: {{snapshot: {launch_rig.name}}}}}\n")
     port, log = free_port(), tmp_path / "log"
-    argv = [sys.executable, "-m", "plugin.cli", "proxy", "--config", str(config), "--listen", f"127.0.0.1:{port}"]
+    argv = [sys.executable, "-m", "plugin", "proxy", "--config", str(config), "--listen", f"127.0.0.1:{port}"]
     env = launch_rig.env(QUICKTHAW_ADMIN_TOKEN="outer")
     with (
         log.open("wb") as out,

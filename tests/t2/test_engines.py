@@ -64,7 +64,7 @@ class Rig:
             **environment,
         }
         env.pop("PYTHONDONTWRITEBYTECODE", None)
-        argv = [sys.executable, "-m", "plugin.cli", *words, *options]
+        argv = [sys.executable, "-m", "plugin", *words, *options]
         if words[0] == "launch":
             argv += [
                 "--engine-python",
@@ -480,7 +480,7 @@ def test_the_snapshot_commands_tell_the_truth(rig):
 
     def cli(*words):
         return subprocess.run(
-            [sys.executable, "-m", "plugin.cli", *words], env=env, cwd=REPO, capture_output=True, text=True, timeout=120
+            [sys.executable, "-m", "plugin", *words], env=env, cwd=REPO, capture_output=True, text=True, timeout=120
         )
 
     rows = json.loads(cli("snapshot", "ls", "--json").stdout)

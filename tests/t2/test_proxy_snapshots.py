@@ -46,7 +46,7 @@ models:
 """)
     environment = os.environ | rig.preset.environment | rig.watch.environment | {"QUICKTHAW_HOME": str(rig.home)}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
-    argv = [sys.executable, "-m", "plugin.cli", "proxy", "--config", str(config), "--listen", "127.0.0.1:0"]
+    argv = [sys.executable, "-m", "plugin", "proxy", "--config", str(config), "--listen", "127.0.0.1:0"]
     command = measure.Command(argv, environment, rig.home / "proxy.log", REPO)
     process = command.start()
     try:

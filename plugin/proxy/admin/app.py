@@ -18,10 +18,10 @@ from plugin.proxy.admin.metrics import CONTENT_TYPE, exposition
 from plugin.proxy.errors import ClientFault, document
 
 if TYPE_CHECKING:
-    from plugin.proxy.server import ProxyServer
+    from plugin.proxy.admin.source import StatusSource
 
 
-def build(server: ProxyServer) -> Starlette:
+def build(server: StatusSource) -> Starlette:
     """The app for one server."""
     page = resources.files("plugin.proxy.admin").joinpath("page.html").read_text("utf-8")
 

@@ -12,12 +12,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from plugin.proxy.admin.source import StatusSource
     from plugin.proxy.http.downstream import ClientConnection
     from plugin.proxy.http.request import Request
-    from plugin.proxy.server import ProxyServer
 
 
-async def serve_page(server: ProxyServer, client: ClientConnection, request: Request, name: str) -> int:
+async def serve_page(server: StatusSource, client: ClientConnection, request: Request, name: str) -> int:
     """Answer one own page through the app; returns the status."""
     if server.pages_app is None:
         module = await asyncio.to_thread(importlib.import_module, "plugin.proxy.admin.app")

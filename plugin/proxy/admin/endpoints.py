@@ -17,10 +17,10 @@ from plugin.proxy.errors import ClientFault
 from plugin.runtime.phases import Phase
 
 if TYPE_CHECKING:
+    from plugin.proxy.admin.source import StatusSource
     from plugin.proxy.http.downstream import ClientConnection
     from plugin.proxy.http.request import Request
     from plugin.proxy.pool.pool import ReplicaPool
-    from plugin.proxy.server import ProxyServer
 
 _ALLOW = ((b"allow", b"GET, HEAD"),)
 _JSON = [(b"content-type", b"application/json"), (b"cache-control", b"no-store")]
@@ -74,7 +74,7 @@ def pool_document(pool: ReplicaPool) -> dict[str, Any]:
     }
 
 
-def status_document(server: ProxyServer) -> dict[str, Any]:
+def status_document(server: StatusSource) -> dict[str, Any]:
     """The state of this worker as plain data: what `/-/status` answers, the page draws and the metrics are made of."""
     return {
         "uptime_s": round(time.time() - server.started_at, 1),
@@ -91,7 +91,7 @@ def serves(pool: ReplicaPool) -> bool:
     return any(r.tracker.phase is Phase.SERVING and not r.held_back for r in pool.replicas.values())
 
 
-def is_ready(server: ProxyServer, *, strict: bool = False) -> bool:
+def is_ready(server: StatusSource, *, strict: bool = False) -> bool:
     """Whether a request sent now is accepted, and will be held or answered; with `strict`, answered at once.
 
     An engine that sleeps, or has yet to start, is ready: it takes a request to wake it.
@@ -104,7 +104,7 @@ def is_ready(server: ProxyServer, *, strict: bool = False) -> bool:
     return any(serves(pool) or (pool.accepts() and not full) for pool in server.router.pools())
 
 
-async def serve_own(server: ProxyServer, client: ClientConnection, request: Request) -> int:
+async def serve_own(server: StatusSource, client: ClientConnection, request: Request) -> int:
     """Answer one of the own pages; returns the status."""
     name = request.path.removeprefix(server.settings.own_prefix).strip("/")
     if request.method not in (b"GET", b"HEAD"):

@@ -18,9 +18,8 @@ from plugin.proxy.errors import UpstreamFault
 from plugin.proxy.http import wire
 
 if TYPE_CHECKING:
-    from plugin.proxy.http.downstream import ClientConnection
-    from plugin.proxy.http.early_stream import EarlyStream
     from plugin.proxy.http.request import Request
+    from plugin.proxy.http.sinks import ClientSink, EarlySink
     from plugin.proxy.http.upstream_connection import BackConnection
 
 # Of an answer that is withheld: then its replica is not read any further.
@@ -55,11 +54,11 @@ class Exchange:
         "written",
     )
 
-    def __init__(self, client: ClientConnection, request: Request, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, client: ClientSink, request: Request, loop: asyncio.AbstractEventLoop) -> None:
         self.client, self.request = client, request
         self.done: asyncio.Future[None] = loop.create_future()
         self.back: BackConnection | None = None
-        self.early: EarlyStream | None = None
+        self.early: EarlySink | None = None
         self.out: list[bytes] = []
         self.kept = 0  # bytes of the body in `out`
         self.head_sent = False

@@ -21,13 +21,22 @@ import httptools
 
 from plugin.proxy.errors import UpstreamFault
 from plugin.proxy.http import wire
-from plugin.proxy.http.address import start_at
+from plugin.proxy.http.address import Upstream, start_at
 
 if TYPE_CHECKING:
     from plugin.proxy.http.request import Request
-    from plugin.proxy.pool.replica import Replica
 
 _MAX_HEAD = 256 << 10
+
+
+class Owner(Protocol):
+    """Whose connections these are (a `pool.replica.Replica`): where it listens, and what is open and unused."""
+
+    name: str
+    upstream: Upstream | None
+    idle: list[BackConnection]
+    last_byte: float
+    """When it last sent anything (monotonic seconds)."""
 
 
 class Answer(Protocol):
@@ -69,7 +78,7 @@ class Answer(Protocol):
 class BackConnection(asyncio.Protocol):
     """One connection to one replica, one request at a time, reusable while both sides keep it."""
 
-    def __init__(self, replica: Replica, sock: socket.socket) -> None:
+    def __init__(self, replica: Owner, sock: socket.socket) -> None:
         self.replica, self.sock = replica, sock
         self.transport: asyncio.Transport | None = None
         self.idle_since = 0.0
@@ -322,7 +331,7 @@ class BackConnection(asyncio.Protocol):
             answer.fault(UpstreamFault(code, message))
 
 
-async def connect(replica: Replica, limit_s: float) -> BackConnection:
+async def connect(replica: Owner, limit_s: float) -> BackConnection:
     """A new connection to `replica`.
 
     Raises:

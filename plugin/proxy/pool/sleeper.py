@@ -11,22 +11,57 @@ import logging
 import math
 import time
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from plugin.proxy.errors import ProxyError, StartFailed, Unavailable, Unneeded, start_failed
 from plugin.proxy.pool.backoff import Backoff
 
 if TYPE_CHECKING:
-    from plugin.proxy.pool.pool import ReplicaPool
+    from plugin.proxy.pool.replica import Replica
 
 log = logging.getLogger("quickthaw.proxy")
 Hook = Callable[[], Awaitable[None]]
 
 
+class Sleeps(Protocol):
+    """What is put to sleep (a `pool.ReplicaPool`)."""
+
+    name: str
+    replicas: dict[str, Replica]
+    idle_timeout_s: float | None
+    last_active: float
+    elsewhere: Callable[[], int]
+
+    @property
+    def held(self) -> int:
+        """Requests waiting for a replica."""
+
+    @property
+    def outstanding(self) -> int:
+        """Requests that replicas are answering."""
+
+    @property
+    def kept_awake(self) -> bool:
+        """Whether an engine has what no start would bring back."""
+
+    @property
+    def waking(self) -> bool:
+        """Whether a wake is under way."""
+
+    def ready(self) -> Replica | None:
+        """The replica that the next request goes to."""
+
+    def close_idle(self, replica: Replica) -> None:
+        """Close the connections to a replica that nothing uses."""
+
+    def poke(self) -> None:
+        """Look again at who can be served."""
+
+
 class Sleeper:
     """Puts one pool to sleep; at most one try at a time."""
 
-    def __init__(self, pool: ReplicaPool, hook: Hook | None, limit_s: float, drain_limit_s: float) -> None:
+    def __init__(self, pool: Sleeps, hook: Hook | None, limit_s: float, drain_limit_s: float) -> None:
         """`limit_s`: what the hook may take; `drain_limit_s`: what the requests in flight may take where another needs the room."""
         self.pool, self.hook, self.limit_s, self.drain_limit_s = pool, hook, limit_s, drain_limit_s
         self.task: asyncio.Task[ProxyError | None] | None = None

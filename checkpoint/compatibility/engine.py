@@ -139,10 +139,11 @@ def _site_packages(prefix: Path) -> list[tuple[Path, str]]:
 
 def _distributions(folder: Path) -> dict[str, tuple[str, str]]:
     found = {}
-    for entry in os.scandir(folder):
-        if entry.name.endswith((".dist-info", ".egg-info")):
-            name, _, version = entry.name.rpartition(".")[0].partition("-")
-            found[re.sub(r"[-_.]+", "_", name).lower()] = (version, entry.path)
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.endswith((".dist-info", ".egg-info")):
+                name, _, version = entry.name.rpartition(".")[0].partition("-")
+                found[re.sub(r"[-_.]+", "_", name).lower()] = (version, entry.path)
     return found
 
 

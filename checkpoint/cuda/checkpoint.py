@@ -360,13 +360,14 @@ def nvidia_files(pid: int, prefix: str = "/dev/nvidia") -> list[str]:
     """Device files a process has open; CRIU refuses to dump any."""
     found = set()
     try:
-        for entry in os.scandir(f"/proc/{pid}/fd"):
-            try:
-                target = str(Path(entry.path).readlink())
-            except OSError:
-                continue  # closed meanwhile
-            if target.startswith(prefix):
-                found.add(target)
+        with os.scandir(f"/proc/{pid}/fd") as entries:
+            for entry in entries:
+                try:
+                    target = str(Path(entry.path).readlink())
+                except OSError:
+                    continue  # closed meanwhile
+                if target.startswith(prefix):
+                    found.add(target)
     except OSError:
         return []  # ended meanwhile
     return sorted(found)

@@ -101,8 +101,9 @@ def path(images: str, name: str) -> str:
 def stamps(images: str) -> list[tuple[str, int, int, int, int, int]]:
     """Which files were read: those that say where pages lie."""
     found = []
-    for entry in os.scandir(images):
-        if entry.name.startswith(("pagemap-", "mm-")):
-            info = entry.stat()
-            found.append((entry.name, info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns))
+    with os.scandir(images) as entries:
+        for entry in entries:
+            if entry.name.startswith(("pagemap-", "mm-")):
+                info = entry.stat()
+                found.append((entry.name, info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns))
     return sorted(found)

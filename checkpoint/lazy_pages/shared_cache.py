@@ -168,8 +168,9 @@ def _plan_piece(plan: Plan, image: ProcessImage, source: Source, start: int, end
 def _stamps(folder: str) -> object:
     """Which files these are."""
     stamps = []
-    for entry in os.scandir(folder):
-        if entry.name.startswith(("pagemap-", "mm-", "pages-")):
-            info = entry.stat()
-            stamps.append((entry.name, info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns))
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith(("pagemap-", "mm-", "pages-")):
+                info = entry.stat()
+                stamps.append((entry.name, info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns))
     return folder, tuple(sorted(stamps))

@@ -142,9 +142,10 @@ def _write(folder: Path, images: Path, changed: dict[str, bytes], facts: _Facts)
     for made_folder in (new, new / "images"):
         made_folder.mkdir(mode=0o700)
     try:
-        for entry in os.scandir(images) if changed else ():
-            if entry.name not in changed:
-                (new / "images" / entry.name).symlink_to(f"../../images/{entry.name}")
+        with os.scandir(images) if changed else () as entries:
+            for entry in entries:
+                if entry.name not in changed:
+                    (new / "images" / entry.name).symlink_to(f"../../images/{entry.name}")
         files = {new / "images" / name: data for name, data in changed.items()}
         for file, data in {**files, new / _FACTS: msgspec.json.encode(facts)}.items():
             file.write_bytes(data)
@@ -160,10 +161,11 @@ def _write(folder: Path, images: Path, changed: dict[str, bytes], facts: _Facts)
 def _stamps(images: Path) -> dict[str, tuple[int, int, int, int, int]]:
     """Of everything a view is made of."""
     found = {}
-    for entry in os.scandir(images):
-        if entry.name.startswith(("mm-", "pagemap-", "pages-")) or entry.name == "files.img":
-            info = entry.stat()
-            found[entry.name] = (info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
+    with os.scandir(images) as entries:
+        for entry in entries:
+            if entry.name.startswith(("mm-", "pagemap-", "pages-")) or entry.name == "files.img":
+                info = entry.stat()
+                found[entry.name] = (info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
     return found
 
 

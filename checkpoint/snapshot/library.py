@@ -75,8 +75,12 @@ class Library:
     def names(self) -> list[str]:
         """Every snapshot's name, oldest first; damaged ones too. Raises Failed."""
         found = []
-        with disk.required("snapshots cannot be listed", "library-unreadable"), contextlib.suppress(FileNotFoundError):
-            for entry in os.scandir(self.folder):
+        with (
+            disk.required("snapshots cannot be listed", "library-unreadable"),
+            contextlib.suppress(FileNotFoundError),
+            os.scandir(self.folder) as entries,
+        ):
+            for entry in entries:
                 with contextlib.suppress(FileNotFoundError):  # removed meanwhile
                     if entry.is_dir() and not entry.name.startswith("."):
                         found.append((entry.stat().st_mtime, entry.name))

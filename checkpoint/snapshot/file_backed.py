@@ -142,8 +142,8 @@ def _write(folder: Path, images: Path, changed: dict[str, bytes], facts: _Facts)
     for made_folder in (new, new / "images"):
         made_folder.mkdir(mode=0o700)
     try:
-        with os.scandir(images) if changed else () as entries:
-            for entry in entries:
+        with os.scandir(images) as entries:
+            for entry in entries if changed else ():
                 if entry.name not in changed:
                     (new / "images" / entry.name).symlink_to(f"../../images/{entry.name}")
         files = {new / "images" / name: data for name, data in changed.items()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -11,7 +10,6 @@ if TYPE_CHECKING:
     from checkpoint.criu.binary import Criu
     from checkpoint.cuda.driver import Driver
     from checkpoint.errors import Incompatible
-    from checkpoint.sandbox.sandbox import Bind
     from checkpoint.snapshot.library import Library
     from checkpoint.snapshot.manifest import Snapshot
     from launchers.base import Engine, EngineCommand
@@ -47,12 +45,6 @@ class StartContext(Protocol):
     @property
     def snapshot_name(self) -> str:
         """The snapshot that this launch selects."""
-
-    def binds(self, mounted: Path | None, place: str) -> list[Bind]:
-        """What the sandbox shows of the host; the model at `place`."""
-
-    def compile_cache(self) -> Path:
-        """The folder of compiled code."""
 
     def driver(self) -> Driver | None:
         """The CUDA driver's checkpoint calls, where this host has an NVIDIA device."""

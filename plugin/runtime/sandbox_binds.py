@@ -26,7 +26,7 @@ def binds(settings: LaunchSettings, weights: Weights, mounted: Path | None, plac
     """Return the folders to show; the model at `place`, where the engine reads it, from `mounted` where the lazy mount is up."""
     found = [
         Bind(compile_cache(settings), Path(CACHE_DIR), read_only=False),
-        Bind(engine_site(settings.home, Path(__file__).parent / "engine"), Path(ENGINE_SITE)),
+        Bind(engine_site(settings.home, Path(__file__).parents[1] / "engine"), Path(ENGINE_SITE)),
     ]
     if mounted:
         found.append(Bind(mounted, Path(place)))

@@ -206,7 +206,7 @@ def test_a_body_that_trickles_ends_after_a_limit_in_all_and_the_engine_may_sleep
         async def sleep() -> None:
             slept.set()
 
-        settings = Settings(body_total_s=0.4, body_timeout_s=30, body_buffer=1024)
+        settings = Settings(body_total_s=0.4, body_timeout_s=3000, body_buffer=1024)
         async with upstream() as up, proxy(settings, sleep=sleep, idle_timeout_s=0.2) as rig:
             size = 10 if how == "trickles" else 100_000
             phase = Phase.SERVING if how == "trickles" else Phase.MOUNTING

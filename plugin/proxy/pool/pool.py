@@ -24,7 +24,6 @@ import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 
 from plugin.proxy.errors import ProxyError, StartFailed, Unavailable, Unneeded
 from plugin.proxy.errors import start_failed as coded
@@ -32,7 +31,8 @@ from plugin.proxy.http.address import Upstream
 from plugin.proxy.pool.backoff import Backoff
 from plugin.proxy.pool.replica import FOUND_UP, STARTING, Replica
 from plugin.proxy.pool.sleeper import Sleeper
-from plugin.proxy.pool.start_times import History, Kind
+from plugin.proxy.pool.start_times import History
+from plugin.proxy.pool.waiting import Progress, Waiter
 from plugin.runtime.phases import Phase, PhaseTracker, Span
 
 log = logging.getLogger("quickthaw.proxy")
@@ -41,41 +41,6 @@ _TICK_S = 0.1
 _RECENT_S = 2.0
 # Requests that run beside a replica's check: one keeps the check short, and is the one that everybody looks at.
 _AHEAD = 1
-
-
-@dataclass(eq=False)
-class Waiter:
-    """One held request. `limit_s` is its deadline; None means the measured one. `at_most_s` lowers it."""
-
-    ready: asyncio.Future[Replica]
-    limit_s: float | None
-    at_most_s: float
-    began: float
-    ahead: bool = False
-    """Whether it may run on a replica whose check has begun and not ended."""
-    client: bool = True
-    """False for an owner's own wait."""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where the start that requests wait for is: phase, age, expected total, seconds left (all measured or a stated
-    guess).
-    """
-
-    phase: Phase
-    kind: Kind
-    elapsed_s: float
-    expected_s: float
-    left_s: float
-    started_here: bool = True
-
-    def sentence(self) -> str:
-        """`waking, restoring 0.6 of 1.1 s`: what early streams and people read."""
-        if not self.started_here:
-            return f"waiting {self.elapsed_s:.1f} s for an engine that is not started from here"
-        what = f"{self.phase} " if self.phase in STARTING else ""
-        return f"waking, {what}{self.elapsed_s:.1f} of {self.expected_s:.1f} s"
 
 
 class ReplicaPool:

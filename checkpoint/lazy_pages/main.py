@@ -79,7 +79,7 @@ def code_key() -> bytes:
     """What must be the same in both for one to serve the other's trees: the code, the interpreter, and the names of files and processes."""
     facts: list[object] = [sys.version]
     for name in sorted(sys.modules):
-        if name.startswith("checkpoint.pages"):
+        if name.startswith("checkpoint."):
             path = sys.modules[name].__file__ or ""
             info = os.stat(path)
             facts.append((path, info.st_size, info.st_mtime_ns))

@@ -14,11 +14,10 @@ from cuda_double import GPU0, Double, write
 
 from checkpoint.criu.binary import Criu
 from checkpoint.errors import Failed, HostLacks
-from checkpoint.sandbox import process_tree
 from checkpoint.sandbox.process_tree import processes
 from checkpoint.sandbox.sandbox import CACHE_DIR, Bind, Sandbox, SandboxConfig
+from checkpoint.snapshot import dump, room
 from checkpoint.snapshot import restore as restore_module
-from checkpoint.snapshot import room
 from checkpoint.snapshot.digests import seal
 from checkpoint.snapshot.dump import take
 from checkpoint.snapshot.library import Library
@@ -154,7 +153,7 @@ def test_gpu_memory_counts_for_the_room_that_a_dump_needs(rig):
 def test_the_limit_of_a_dump_counts_what_the_driver_moved_into_host_memory(rig, monkeypatch):
     library, sandbox, wanted, driver, _ = rig
     sizes = iter([1 << 20, 10 << 30, 10 << 30])
-    monkeypatch.setattr(process_tree, "private_bytes", lambda pids: next(sizes))
+    monkeypatch.setattr(dump, "private_bytes", lambda pids: next(sizes))
     monkeypatch.setattr(room, "check_disk", lambda folder, wanted: seen.append(wanted))
     seen = []
 

@@ -20,9 +20,9 @@ ROOT = Path(__file__).resolve().parents[2]
 OWNER = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
-from checkpoint import prefork
-prefork.start()
-(init, _), (pages, _) = prefork._init[0], prefork._page_server[0]
+from checkpoint.sandbox import prestart
+prestart.start()
+(init, _), (pages, _) = prestart._init[0], prestart._page_server[0]
 print(init.pid, pages.pid, flush=True)
 sys.stdin.readline()
 """
@@ -112,10 +112,10 @@ def test_closing_takes_no_longer_where_the_limit_is_high(number):
     """In a container the limit may be 2^30: closing one by one takes minutes. Here in a child, since all it has open is closed."""
     code = (
         "import os, sys; sys.path.insert(0, sys.argv[1])\n"
-        "from checkpoint import prefork\n"
-        "prefork._SYS_CLOSE_RANGE = int(sys.argv[2])\n"
+        "from checkpoint.sandbox import prestart\n"
+        "prestart._SYS_CLOSE_RANGE = int(sys.argv[2])\n"
         "low, kept, high = os.open('/dev/null', 0), os.dup2(1, 50), os.dup2(1, 900)\n"
-        "prefork._close(3, kept - 1); prefork._close(kept + 1, prefork._MOST_FDS)\n"
+        "prestart._close(3, kept - 1); prestart._close(kept + 1, prestart._MOST_FDS)\n"
         "os.write(1, str(sorted(int(n) for n in os.listdir('/proc/self/fd'))[:4]).encode())\n"
     )
     done = subprocess.run(

@@ -13,7 +13,7 @@ import pytest
 from cuda_double import GPU0, TOTAL, Double, wait_until, write
 
 import launchers
-from checkpoint.compatibility import gpu as gpu_module
+from checkpoint.compatibility import host
 from checkpoint.compatibility.gpu import Gpu
 from checkpoint.criu.binary import Criu
 from plugin.runtime.capabilities import Layers
@@ -73,7 +73,7 @@ def gpu_rig(launch_rig, monkeypatch, tmp_path):
     gpu.mkdir()
     write(gpu / "gpus.json", {GPU0: TOTAL})
     found = ((Gpu(name="Double", memory=TOTAL, uuid=GPU0),), "580.159.03")
-    monkeypatch.setattr(gpu_module, "gpu_facts", lambda environment=None: found)
+    monkeypatch.setattr(host, "gpu_facts", lambda environment=None: found)
     for name, value in launch_rig.env().items():
         monkeypatch.setenv(name, value)
     made = []

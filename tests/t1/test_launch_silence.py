@@ -20,7 +20,7 @@ def engines(started, engine="sglang"):
             continue
         with contextlib.suppress(OSError, ValueError):
             words = (entry / "cmdline").read_bytes()
-            if f"{engine}.launch_server".encode() not in words or b"plugin.cli" in words:
+            if f"{engine}.launch_server".encode() not in words or b"\0plugin\0" in words:
                 continue
             if below(int(entry.name), started.process.pid):
                 found.setdefault(os.readlink(entry / "ns" / "pid"), []).append(int(entry.name))

@@ -81,7 +81,7 @@ class _Document:
 
     @staticmethod
     def _pages(replicas: list[tuple[str, dict[str, Any]]]) -> Iterator[Metric]:
-        """What the page servers of restored replicas did (checkpoint.pages)."""
+        """What the page servers of restored replicas did (checkpoint.lazy_pages)."""
         of = ["pool", "replica"]
         faults = CounterMetricFamily("quickthaw_page_faults", "Faults on pages not yet in place.", labels=of)
         stall = CounterMetricFamily("quickthaw_page_stall_seconds", "Time that those faults waited.", labels=of)

@@ -2,12 +2,15 @@
 
 import asyncio
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 import launchers
 from launchers import control
+from launchers.engine_site import engine_site
+from launchers.errors import LauncherError
 from launchers.vllm import CONTROL_HEADER, CONTROL_MIDDLEWARE, CONTROL_PATH
 from plugin.engine import vllm_control
 from plugin.engine.vllm_control import ControlMiddleware
@@ -140,3 +143,11 @@ def test_the_users_middlewares_stay_and_ours_is_the_outermost():
     assert not any("quickthaw" in word for word in argv), "what a user's arguments are is not changed"
     assert command.root_path == "/api" and {"--middleware", "a.B", "--middleware=c.D", "/api"} <= set(argv)
     assert engine.control_arguments() == ("--middleware", CONTROL_MIDDLEWARE)
+
+
+def test_an_engine_is_never_given_an_empty_package(tmp_path):
+    (tmp_path / "sources").mkdir()
+    with pytest.raises(LauncherError, match="engine-site-missing"):
+        engine_site(tmp_path / "home", tmp_path / "sources")
+    made = engine_site(tmp_path / "home", Path(vllm_control.__file__).parent)
+    assert (made / "quickthaw_engine" / "vllm_control.py").is_file()

@@ -1,18 +1,22 @@
-"""Digests over every file of a snapshot, and their verification before a byte reaches a process.
+"""Digest every file of a snapshot, and verify the digests before any byte reaches a process.
 
-`seal` reads a finished snapshot once and returns size and BLAKE3 of each file, for the manifest. `verify` compares a folder with
-them: it refuses a missing, truncated, longer, changed or additional file by name. Symbolic links count by their target.
+`seal` reads a finished snapshot once and returns the size and BLAKE3 of each file, for the manifest. `verify`
+compares a folder with them, and names a missing, truncated, longer, changed or additional file. A symbolic link is
+digested by its target.
 
-Reading gigabytes again before each of many restores would cost more than a restore may. So `verify` keeps a ledger in the folder
-(`.verified`) of what it hashed on this host, and on the next call takes a file for unchanged whose device, inode, size, mtime and
-ctime are all as they were when it was hashed in this boot of the host, at least RACY_NS after its last change. What that catches:
-every change made through the file system by any program, also one that sets mtime back (ctime cannot be set), a copy or a restored
-backup (other inodes), and what a power cut lost (another boot). What it does not catch: bits that rot below the file system after the
-last full verification; whoever can write to the block device, set the system clock back, or write both a file and the ledger, which
-takes the owner's or root's rights on the folder (0700). Where that matters, verify with `always=True` (`--verify=always`): then
-nothing but the bytes is believed. A pulled snapshot is verified in full before it gets its name (checkpoint.store.archive).
+Hashing gigabytes before every restore would cost more than the restore itself. `verify` therefore keeps a ledger of
+the files it hashed on this host (`.verified` in the folder). The next call trusts a file whose device, inode, size,
+mtime and ctime are unchanged, if it was hashed during this boot and at least RACY_NS after its last change.
 
-Neither way covers a change between the verification and CRIU's reading of the same file.
+This detects every change made through the file system by any program, even if it resets mtime (ctime cannot be set);
+a copy or a restored backup (other inodes); and data lost in a power cut (another boot).
+
+It does not detect bits that rot below the file system after the last full verification. Nor does it stop an attacker
+who can write to the block device, set the system clock back, or write both a file and the ledger; the last needs the
+owner's or root's rights on the folder (0700). For these threats, verify with `always=True` (`--verify=always`),
+which hashes every byte. A pulled snapshot is verified in full before it gets its name (checkpoint.store.archive).
+
+Neither mode covers a change between the verification and CRIU's read of the same file.
 """
 
 from __future__ import annotations
@@ -36,18 +40,21 @@ from lazyfs.content.records import ready
 
 LEDGER = ".verified"
 RACY_NS = 100_000_000
-"""A file changed less than this before it was hashed could change again within one tick of the file system's clock (10 ms at most on
-Linux' own file systems) and keep its times; it is not taken on trust."""
+"""A file changed less than this before it was hashed could change again within one tick of the file system's clock and
+keep its times, so its ledger entry is not trusted. A tick is at most 10 ms on Linux' own file systems."""
 _BUFFER = 1 << 20
-_PARALLEL = 64 << 20  # from here on one file is hashed by several threads
+_PARALLEL = 64 << 20  # files of at least this size are hashed by several threads
 _PARALLEL_BUFFER = 8 << 20
 
 _Stamp = tuple[int, int, int, int, int]
 
 
 class _Ledger(msgspec.Struct, forbid_unknown_fields=True):
-    """`sealed`: digest of the manifest's file list it belongs to; `boot`: of the kernel that hashed; `stamps`: device, inode, size,
-    mtime, ctime when hashed."""
+    """The ledger's format.
+
+    `sealed`: digest of the manifest's file list that it belongs to. `boot`: id of the boot that hashed. `stamps`:
+    fingerprint of each file when hashed (device, inode, size, mtime, ctime).
+    """
 
     sealed: str
     boot: str
@@ -55,7 +62,7 @@ class _Ledger(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Verified(msgspec.Struct, frozen=True):
-    """What a verification did: files in all, bytes hashed now, bytes taken on the ledger's word, seconds."""
+    """Result of a verification: number of files, bytes hashed now, bytes trusted from the ledger, seconds."""
 
     files: int
     hashed: int
@@ -64,14 +71,14 @@ class Verified(msgspec.Struct, frozen=True):
 
 
 def seal(folder: Path) -> dict[str, SnapshotFile]:
-    """Size and digest of every file below the folder's subfolders, by its relative path; the bytes have to be final.
+    """Return size and digest of every file below the folder's subfolders, by relative path; the bytes must be final.
 
-    Files directly in the folder (the manifest, its signature, the ledger) are not covered. Sockets are left out: they carry nothing.
-    Raises Failed when a file cannot be read.
+    Files directly in the folder (manifest, signature, ledger) are not covered. Sockets are skipped because they hold
+    no data. Raises Failed (seal-failed) when a file cannot be read.
     """
     found = dict(_walk(folder))
     youngest = max((info.st_ctime_ns for info in found.values()), default=0)
-    # So that the very first restore need not hash again what was hashed here.
+    # Wait so that the ledger can be trusted by the first restore already.
     wait = youngest + RACY_NS - time.time_ns()
     if 0 < wait <= RACY_NS:
         time.sleep(wait / 1e9)
@@ -85,7 +92,7 @@ def seal(folder: Path) -> dict[str, SnapshotFile]:
 
 
 def verify(folder: Path, files: Mapping[str, SnapshotFile], always: bool = False) -> Verified:
-    """Compare the folder with what `seal` returned; see above for what is believed without `always`.
+    """Compare the folder with `seal`'s result; without `always`, trust the ledger (see the module's docstring).
 
     Raises Integrity: file-missing, file-size-differs, file-digest-differs, file-unexpected, file-unreadable.
     """
@@ -126,7 +133,7 @@ def _way_out(folder: Path) -> str:
 
 
 def _walk(folder: Path, below: str = "") -> Iterator[tuple[str, os.stat_result]]:
-    """Regular files and links below the folder's subfolders, each with its lstat."""
+    """Yield regular files and links below the folder's subfolders, each with its lstat."""
     try:
         entries = list(os.scandir(folder / below))
     except OSError as error:
@@ -134,7 +141,7 @@ def _walk(folder: Path, below: str = "") -> Iterator[tuple[str, os.stat_result]]
     for entry in entries:
         name = f"{below}/{entry.name}" if below else entry.name
         if not below and entry.name.startswith(file_backed.FOLDER):
-            continue  # this host's own view of the images, with digests of its own
+            continue  # this host's file-backed images, which have digests of their own
         if entry.is_dir(follow_symlinks=False):
             yield from _walk(folder, name)
         elif below and (entry.is_file(follow_symlinks=False) or entry.is_symlink()):
@@ -150,7 +157,7 @@ def _stamp(info: os.stat_result) -> _Stamp:
 
 
 def _hash(folder: Path, files: Mapping[str, os.stat_result]) -> tuple[dict[str, str], dict[str, _Stamp]]:
-    """Digests of the files, and the stamps of those that may be trusted next time. OSError carries the file's name."""
+    """Return the files' digests, and the fingerprints of those that may be trusted next time. OSError carries the file's name."""
     digests: dict[str, str] = {}
     stamps: dict[str, _Stamp] = {}
     order = sorted(files, key=lambda name: -files[name].st_size)
@@ -173,12 +180,15 @@ def _hash(folder: Path, files: Mapping[str, os.stat_result]) -> tuple[dict[str, 
 
 
 def digest_symlink(target: str) -> str:
-    """How a manifest names a symbolic link: by its target."""
+    """Return the digest of a symbolic link, which covers its target."""
     return blake3.blake3(b"link\0" + os.fsencode(target)).hexdigest()
 
 
 def digest_file(path: Path, size: int) -> str:
-    """BLAKE3 of a file. Read, not mapped: a file that shrinks or a disk that fails under a mapping would kill the process."""
+    """Return the BLAKE3 of a file.
+
+    The file is read, not mapped: if a mapped file shrank or its disk failed, the process would be killed.
+    """
     several = size >= _PARALLEL
     digest = blake3.blake3(max_threads=blake3.blake3.AUTO if several else 1)
     buffer = bytearray(min(max(size, 1), _PARALLEL_BUFFER if several else _BUFFER))
@@ -200,7 +210,7 @@ def _sealed(files: Mapping[str, SnapshotFile]) -> str:
 
 
 def _boot() -> str:
-    """Bytes that were hashed in the page cache may not be those that a power cut left on the disk; so each boot hashes once."""
+    """Return the boot id. Data hashed in the page cache may be lost in a power cut, so each boot hashes once."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
@@ -208,7 +218,7 @@ def _read_ledger(folder: Path, files: Mapping[str, SnapshotFile]) -> _Ledger | N
     try:
         ledger = msgspec.json.decode((folder / LEDGER).read_bytes(), type=ready(_Ledger))
     except (OSError, msgspec.MsgspecError):
-        return None  # none yet, or damaged: then everything is hashed
+        return None  # none yet, or damaged: hash everything
     return ledger if ledger.sealed == _sealed(files) and ledger.boot == _boot() else None
 
 

@@ -1,7 +1,8 @@
 """Take a snapshot of a sandboxed engine.
 
-A snapshot folder holds `manifest.json`, `images/` (CRIU's), and what the images link to, copied while the tree was frozen: `shm/`
-(/dev/shm), `tmp/` (TMPDIR), `cache/` (compiled code that is mapped).
+A snapshot folder holds `manifest.json`, CRIU's `images/`, and copies of the files that the images refer to: `shm/`
+(/dev/shm), `tmp/` (TMPDIR) and `cache/` (compiled code that is mapped). The copies are made while the process tree
+is frozen.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ from checkpoint.snapshot.manifest import Snapshot, SnapshotFile
 from checkpoint.snapshot.restore import DUMP_SLOWEST, LOGS, check_page_size, gpu_locks
 
 DUMP_TIMEOUT_S = 30.0
-"""For a dump of nothing; every DUMP_SLOWEST bytes add a second. A process killed under CRIU's hands can leave it waiting for ever."""
+"""Timeout for an empty dump; each DUMP_SLOWEST bytes add a second. A process killed during the dump can make CRIU hang."""
 
-# Runs inside the sandbox, after the images are written and before the tree runs on: what the images link to must be of the same
-# moment. CRIU leaves its own hard links to deleted files behind (link_remap.N); one that stays makes the next dump fail.
+# CRIU runs this script inside the sandbox after it has written the images and before it resumes the process tree. The
+# copied files must match the images. CRIU leaves hard links to deleted files behind (link_remap.N), and a leftover link
+# makes the next dump fail.
 _WHILE_FROZEN = """\
 #!/bin/sh
 [ "$CRTOOLS_SCRIPT_ACTION" = post-dump ] || exit 0
@@ -40,7 +42,10 @@ rm -f /dev/shm/link_remap.* {tmp}/link_remap.*
 
 
 def _mapped_cache_files(pids: Sequence[int]) -> set[str]:
-    """Files of the compile cache that the tree has mapped, relative to it: a restore needs each at its path and size."""
+    """List the compile-cache files mapped by these processes, relative to the cache.
+
+    A restore needs each of them at the same path and with the same size.
+    """
     found = set()
     for pid in pids:
         try:
@@ -55,7 +60,7 @@ def _mapped_cache_files(pids: Sequence[int]) -> set[str]:
 
 
 def image_bytes(folder: Path) -> int:
-    """Bytes of the files below a folder."""
+    """Sum the sizes of all files below a folder."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
@@ -71,14 +76,15 @@ def take(
     visible: Sequence[str] | None = None,
     awake: Mapping[str, int] | None = None,
 ) -> Snapshot:
-    """Dump the tree below `draft.root_pid` into the library as `draft.name`; the engine goes on running, whatever happens.
+    """Dump the process tree below `draft.root_pid` into the library as `draft.name`; the engine resumes afterwards, even on failure.
 
-    `draft` is the manifest but for what only the dump knows. `seal` computes the digests of a folder's files. `driver`: the CUDA
-    driver, where this host has a GPU; processes with a context are taken off it for the dump and brought back. `visible`, `awake`: as in
-    checkpoint.cuda.checkpoint.suspend.
+    `draft` is the manifest without the fields that only the dump can fill in. `seal` computes the digests of a
+    folder's files. `driver` is the CUDA driver on hosts with a GPU: processes with a CUDA context are suspended for
+    the dump and resumed after it. `visible` and `awake` are passed to checkpoint.cuda.checkpoint.suspend.
 
-    Raises Busy when another process takes the same snapshot, Incompatible (multi-gpu), Failed when CRIU, the disk or the engine
-    fail; then nothing is left. After Failed `cuda-stuck` the engine does not run any more and has to be ended.
+    Raises Busy when another process is taking the same snapshot, Incompatible (multi-gpu), or Failed when CRIU, the
+    disk or the engine fails. On failure nothing is left in the library. After Failed (cuda-stuck) the engine no
+    longer runs and the caller must kill it.
     """
     check_page_size()
     pids = processes(sandbox.init_pid)
@@ -102,7 +108,7 @@ def take(
         if driver:
             suspended, needs = cuda.suspend(driver, pids, released=cuda.check_released, visible=visible, awake=awake)
         try:
-            # Now: the driver has moved the GPU's memory into the processes'.
+            # Check again: the driver has now moved GPU memory into host memory of the processes.
             wanted = private_bytes(pids) + shared
             room.check_disk(library.folder, wanted)
             limit_s = DUMP_TIMEOUT_S + wanted / DUMP_SLOWEST
@@ -118,7 +124,7 @@ def take(
             target = folder / "cache" / name
             target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             shutil.copy(compile_cache / name, target)
-        # What is in these keeps the modes that a restore compares; the folders keep others out.
+        # Copied files keep the modes that a restore compares, so close the folders around them to other users.
         kept = [folder / name for name in ("shm", "tmp", "cache") if (folder / name).is_dir()]
         for copied in kept:
             copied.chmod(0o700)

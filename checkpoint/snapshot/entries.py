@@ -1,9 +1,9 @@
-"""Which entries a snapshot may have, and whether an archive out of a store holds exactly those that the snapshot's manifest names.
+"""Check that an archive from a store holds exactly the entries that the snapshot's manifest names.
 
-A snapshot's folder has a few files of its own (`manifest.json`, its signature, the working set) and four folders, of which the manifest
-names every file by size and digest. An archive is compared with that list before anything of it is written: nothing else may come, so
-that a store cannot plant what this host keeps beside a snapshot for itself (`.verified…`, `.mapped…`), nor replace the manifest after
-its signature was checked.
+A snapshot folder has a few files of its own (`manifest.json`, its signature, the working set) and four folders. The
+manifest names every file in these folders by size and digest. Nothing of an archive is written before its entries
+match that list. Otherwise a store could plant this host's own files beside a snapshot (`.verified…`, `.mapped…`), or
+replace the manifest after its signature was checked.
 """
 
 from __future__ import annotations
@@ -30,18 +30,19 @@ WORKING_SET = "working-set"
 ROOT_FILES = (FILE_NAME, SIGNATURE, WORKING_SET)
 FOLDERS = ("images", "shm", "tmp", "cache")
 _WITH_SYMLINKS = ("shm", "tmp")
-"""CRIU's images are files; what is unpacked into the compile cache is followed as a path. Neither may be a link to somewhere else."""
+"""Folders that may hold symbolic links. CRIU's images are plain files, and paths below `cache` are followed when it is
+unpacked, so a link in either could lead elsewhere."""
 
 
 class Essentials(msgspec.Struct):
-    """What is needed of a snapshot's manifest to fetch it, of whichever format."""
+    """The manifest fields needed to fetch a snapshot, the same in every format."""
 
     name: str
     files: dict[str, SnapshotFile]
 
 
 def essentials(document: bytes) -> Essentials:
-    """The part of a snapshot's manifest that names its files. Raises Integrity (manifest-garbled)."""
+    """Decode the part of a snapshot's manifest that names its files. Raises Integrity (manifest-garbled)."""
     try:
         return msgspec.json.decode(document, type=ready(Essentials))
     except msgspec.MsgspecError as error:
@@ -49,13 +50,13 @@ def essentials(document: bytes) -> Essentials:
 
 
 def belongs(path: str) -> bool:
-    """Whether a file or folder of a snapshot's folder is part of the snapshot; what else lies there is this host's own."""
+    """Return whether a path in a snapshot's folder is part of the snapshot. Other entries are this host's own."""
     top, _, below = path.partition("/")
     return top in FOLDERS or (not below and path in ROOT_FILES)
 
 
 def hard_links(archive: Manifest) -> dict[str, str]:
-    """Path → the file it is another name of. Raises Integrity (archive-garbled)."""
+    """Map each hard link's path to the path of its original. Raises Integrity (archive-garbled)."""
     try:
         groups = msgspec.json.decode(archive.meta.get(LINKS, "[]"), type=list[list[str]])
     except msgspec.MsgspecError as error:
@@ -66,9 +67,9 @@ def hard_links(archive: Manifest) -> dict[str, str]:
 def check(
     archive: Manifest, layout: Layout | None, links: Mapping[str, str], named: Mapping[str, SnapshotFile]
 ) -> None:
-    """Refuse an archive that holds anything but what the manifest names (`named`) and ROOT_FILES, or less than that.
+    """Reject an archive unless it holds exactly the manifest's files (`named`) and optionally ROOT_FILES.
 
-    What only the bytes can show is left to their digests. Raises Integrity: archive-entry-refused, file-unexpected, file-missing,
+    Digests verify the file contents later. Raises Integrity: archive-entry-refused, file-unexpected, file-missing,
     file-size-differs, file-digest-differs.
     """
     files = _files(archive, layout)
@@ -104,7 +105,7 @@ def check(
 
 
 def _files(archive: Manifest, layout: Layout | None) -> dict[str, int]:
-    """Size of every file that the archive makes, by its path in the snapshot."""
+    """Map every file that the archive creates to its size, by its path in the snapshot."""
     if layout is None:
         return {file.path: file.size for file in archive.files}
     own = (layouts.INDEX, layouts.BYTES)
@@ -121,7 +122,7 @@ def _is_another_name(
     symlinks: Mapping[str, str],
     layout: Layout | None,
 ) -> bool:
-    """Whether a hard link names a file of the snapshot, and takes the place of nothing else."""
+    """Return whether a hard link points to a file of the snapshot and its path is not otherwise taken."""
     parent, _, name = path.rpartition("/")
     return (
         parent in folders

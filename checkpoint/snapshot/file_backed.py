@@ -1,20 +1,24 @@
-"""Weights and libraries' data shown to a restored engine as what they are on the disk: private mappings of the snapshot's own pages file.
+"""File-backed images: restore weights and library data as private mappings of the snapshot's own pages file.
 
-CRIU and the page server copy every page of an engine into it. Most of those pages are weights, which nobody writes: here a process's
-map of mappings (`mm-N.img`) is rewritten so that CRIU maps `pages-N.img` itself over them. Nothing is copied, the kernel brings a page
-when it is read, N replicas share the one copy in the page cache, and a write stays a replica's own (MAP_PRIVATE). The page map still
-lists the pages, so that a restore that is not lazy, which copies them, comes to the same bytes.
+Otherwise CRIU and the page server copy every page of an engine. Most of those pages are weights, which are never
+written. This module rewrites a process's memory map (`mm-N.img`) so that CRIU maps `pages-N.img` over them. Then
+nothing is copied: the kernel loads a page when it is read, N replicas share one copy in the page cache, and writes
+stay private to a replica (MAP_PRIVATE). The page map still lists the pages, so an eager restore, which copies them,
+produces the same memory.
 
-What is rewritten is a view, `.mapped/` in the snapshot's folder: links to the images and its own few files. It is this host's own, made
-with the snapshot, or after the first restore of one that was pulled, and believed only while stat fields and its own digests fit.
+The rewritten images lie in `.mapped/` in the snapshot's folder: links to the images, and a few files of their own.
+They belong to this host. They are made with the snapshot, or after the first restore of a pulled one, and are used
+only while fingerprints and their own digests match.
 
-Which pages: those wholly inside the areas that the engine named (Snapshot.weight_areas), and only where glibc's malloc handed them out as
-a mapping of their own or from the main heap: memory that an arena of another thread drops and takes again must read as zeros, and a
-mapping of a file would not. Other allocators keep other promises; theirs are left alone.
+Pages are eligible if they lie wholly inside the areas named by the engine (Snapshot.weight_areas), and glibc's
+malloc allocated them as a separate mapping or from the main heap. Memory that another thread's arena releases and
+reuses must read as zeros, which a file mapping would not provide. Other allocators give other guarantees, so their
+memory is left unchanged.
 
-The same is done with what the loader and the program wrote into private mappings of libraries (relocated tables, globals): 14 to 28 MB in
-each process of an engine, which CRIU would read before it lets anything run, since userfaultfd does not watch mappings of files. The page
-map of the view calls those pages lazy, so CRIU leaves them to the mapping.
+Pages that the loader and the program wrote into private mappings of libraries (relocated tables, globals) are
+treated the same way. They are 14 to 28 MB in each process of an engine. CRIU would have to read them before the
+engine resumes, since userfaultfd does not watch file mappings. The rewritten page map marks those pages lazy, so
+CRIU leaves them to the mapping.
 """
 
 from __future__ import annotations
@@ -48,14 +52,14 @@ from lazyfs.content.records import ready
 
 FOLDER = ".mapped"
 LEAST = 128 << 10
-"""Bytes from which a mapping of its own is worth one more entry in a process's map."""
+"""Smallest extent in bytes that is worth one more entry in a process's memory map."""
 _LEAST_WHOLE = 2 * PAGE
-"""Bytes from which a mapping that was written in full is shown as another file's; it costs no entry, but each of its pages a fault."""
+"""Smallest fully written mapping in bytes that is remapped. Remapping it adds no entry, but one page fault for each page."""
 _FACTS = "facts.json"
 _VERSION = 2
 _HEADER = 8
 _SLACK = 3 * PAGE
-"""How much larger than what was asked for a chunk may be: rounding to pages and the alignment."""
+"""Maximum bytes by which a malloc chunk may exceed the request: rounding to pages, and alignment."""
 _OTHER_ARENA = 4  # a low bit of a chunk's size, malloc/malloc.c
 # Fields of VmaEntry, bits of its status and flags (images/vma.proto, criu/include/image.h, mman.h).
 _START, _END, _PGOFF, _SHMID, _FLAGS, _STATUS, _MADV, _FDFLAGS = 1, 2, 3, 4, 6, 7, 9, 10
@@ -67,13 +71,17 @@ _ADDRESS, _PAGES, _PAGE_FLAGS, _MANY_PAGES = 1, 2, 4, 5
 _REGULAR_FILE = 1  # FileEntry.type
 
 Areas = Mapping[str, Sequence[tuple[int, int]]]
-"""By process number, (address, bytes)."""
+"""By process number, (address, bytes) of each area."""
 _Piece = tuple[int, int, int]
-"""(start, end, offset in the pages file)"""
+"""An extent: (start, end, offset in the pages file)."""
 
 
 class _Facts(msgspec.Struct, forbid_unknown_fields=True):
-    """What a view was made of and is: the images' folder, stat fields of files it depends on, digests of its own, bytes mapped."""
+    """Record of file-backed images.
+
+    Holds the images' folder, fingerprints of the files they depend on, digests of their own files, and the bytes
+    mapped.
+    """
 
     version: int
     images: str
@@ -83,13 +91,13 @@ class _Facts(msgspec.Struct, forbid_unknown_fields=True):
 
 
 def find(folder: Path) -> Path | None:
-    """The folder of images to restore from lazily in place of `folder/images`, where there is a view that fits; about 1 ms."""
+    """Return the file-backed images to restore from lazily instead of `folder/images`, or None if none match; takes about 1 ms."""
     facts = _fitting(folder)
     return folder / FOLDER / "images" if facts and facts.mapped else None
 
 
 def made(folder: Path) -> bool:
-    """Whether a view that fits was made, also one in which nothing could be mapped."""
+    """Return whether matching file-backed images exist, even if they map nothing."""
     return _fitting(folder) is not None
 
 
@@ -105,14 +113,14 @@ def _fitting(folder: Path) -> _Facts | None:
             if "/" in name or blake3.blake3((view / "images" / name).read_bytes()).hexdigest() != digest:
                 return None
     except (OSError, msgspec.MsgspecError):
-        return None  # none yet, or damaged: everything is copied, as before
+        return None  # none yet, or damaged: copy everything
     return facts
 
 
 def make(folder: Path, areas: Areas) -> int:
-    """Make the view of a snapshot, and return how many bytes it maps, 0 where nothing can be. Takes tenths of a second.
+    """Make the file-backed images of a snapshot and return how many bytes they map, possibly 0. Takes tenths of a second.
 
-    Raises Busy where another process is making it, Failed where the disk is full or the images are none.
+    Raises Busy when another process is making them, Failed when the disk is full or the images are invalid.
     """
     images = folder / "images"
     try:
@@ -135,7 +143,7 @@ def make(folder: Path, areas: Areas) -> int:
 
 
 def _write(folder: Path, images: Path, changed: dict[str, bytes], facts: _Facts) -> None:
-    """Aside, then in place of the one that is there; what a killed maker left is in the way of nobody, and removed."""
+    """Write the new folder beside the current one, then swap them. Remove a killed writer's leftovers first."""
     new, old = folder / f"{FOLDER}.new", folder / f"{FOLDER}.old"
     for left in (new, old):
         shutil.rmtree(left, ignore_errors=True)
@@ -159,7 +167,7 @@ def _write(folder: Path, images: Path, changed: dict[str, bytes], facts: _Facts)
 
 
 def _stamps(images: Path) -> dict[str, tuple[int, int, int, int, int]]:
-    """Of everything a view is made of."""
+    """Return fingerprints of every file that file-backed images derive from."""
     found = {}
     with os.scandir(images) as entries:
         for entry in entries:
@@ -170,7 +178,7 @@ def _stamps(images: Path) -> dict[str, tuple[int, int, int, int, int]]:
 
 
 def _rewrite(images: Path, areas: Areas) -> tuple[dict[str, bytes], int]:
-    """The files of the view that differ from the images, and how many bytes are mapped in it."""
+    """Return the rewritten files, and the number of bytes they map."""
     files = bytearray((images / "files.img").read_bytes())
     entries = [decode(payload) for payload in payloads(bytes(files))]
     next_id = max(number(entry, 2) for entry in entries) + 1
@@ -194,7 +202,7 @@ def _rewrite(images: Path, areas: Areas) -> tuple[dict[str, bytes], int]:
 
 
 def _pieces(image: ProcessImage, pages: Path, areas: Sequence[tuple[int, int]]) -> list[_Piece]:
-    """What of the areas can be mapped, ascending."""
+    """Return the extents of the areas that can be mapped, ascending."""
     found = []
     with open(pages, "rb") as file:
         for start, size in areas:
@@ -205,7 +213,7 @@ def _pieces(image: ProcessImage, pages: Path, areas: Sequence[tuple[int, int]]) 
 
 
 def _from_malloc(image: ProcessImage, file: int, start: int, size: int) -> bool:
-    """Whether a chunk of glibc's malloc begins there that is a mapping of its own, or of the main arena."""
+    """Return whether a glibc malloc chunk begins there that is a separate mapping or belongs to the main arena."""
     header = start - _HEADER
     for low, _, offset in image.within(header // PAGE * PAGE, header // PAGE * PAGE + PAGE):
         data = os.pread(file, _HEADER, offset + header - low)
@@ -217,7 +225,7 @@ def _from_malloc(image: ProcessImage, file: int, start: int, size: int) -> bool:
 
 
 def _map(path: Path, weights: Sequence[_Piece], libraries: Sequence[_Piece], file: int) -> tuple[bytes, list[_Piece]]:
-    """An `mm-N.img` with the pieces as mappings of `file` where they may be that, and which of them are."""
+    """Rewrite an `mm-N.img` so that eligible extents map `file`; return it with the extents mapped."""
     data = path.read_bytes()
     (payload,) = payloads(data)
     parts, shown = [], []
@@ -256,7 +264,7 @@ def _map(path: Path, weights: Sequence[_Piece], libraries: Sequence[_Piece], fil
 
 
 def _left_to_mappings(page_map: Path, shown: Sequence[_Piece]) -> bytes:
-    """A `pagemap-N.img` in which these pieces are lazy; weights are already."""
+    """Rewrite a `pagemap-N.img` so that these extents are lazy; those of weights are lazy already."""
     data = page_map.read_bytes()
     head, *entries = _entries(page_map)
     parts = [framed(encode(head))]
@@ -281,7 +289,7 @@ def _pages(entry: Message) -> int:
 
 
 def _cut(entry: Message, start: int, end: int, flags: int) -> Message:
-    """The part of an entry of a page map that lies in [start, end)."""
+    """Return the part of a page map entry that lies in [start, end)."""
     part: Message = entry | {_ADDRESS: [start], _PAGE_FLAGS: [flags]}
     for field in (_PAGES, _MANY_PAGES):
         if number(entry, field):
@@ -290,7 +298,7 @@ def _cut(entry: Message, start: int, end: int, flags: int) -> Message:
 
 
 def _plain(vma: Message) -> bool:
-    """A private anonymous mapping of which nothing is asked (no advice to the kernel, no stack)."""
+    """Return whether a mapping is private, anonymous, no stack, and has no madvise settings."""
     status, flags = number(vma, _STATUS), number(vma, _FLAGS)
     return (
         bool(status & _ANON_PRIVATE)
@@ -301,7 +309,7 @@ def _plain(vma: Message) -> bool:
 
 
 def _file_entry(ident: int, pages: Path) -> bytes:
-    """A FileEntry for a pages file, as CRIU writes one for a file that is mapped."""
+    """Build a FileEntry for a pages file, as CRIU writes one for a mapped file."""
     info = pages.stat()
     owner = encode({field: [0] for field in (1, 2, 3, 4, 5)})
     regular: Message = {1: [ident], 2: [os.O_RDONLY], 3: [0], 5: [owner], 6: [os.fsencode(pages)]}

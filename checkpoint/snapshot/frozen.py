@@ -1,9 +1,10 @@
-"""What a dump says of the frozen tree beside its memory, and what of it no restore could bring back.
+"""Reject process trees that a restore could not bring back, by what the dump shows beside their memory.
 
-A dump can succeed and leave out what lies in the sandbox's namespaces but in no process (SysV objects), a process outside the dumped
-tree, or write what CRIU refuses to restore (a file of the host that has another size by then, a connection that is still being made).
-`examine` reads the images and a few files of /proc that were copied while the tree was frozen, and refuses such a snapshot by name:
-the engine goes on, and nobody waits for a restore that cannot work.
+A dump can succeed although it misses objects in the sandbox's namespaces that belong to no process (SysV IPC), or a
+process outside the dumped tree. It can also contain what CRIU refuses to restore: a host file whose size has changed
+by then, or a connection that is still being made. `examine` reads the images and a few files of /proc that were
+copied while the tree was frozen, and rejects such a snapshot with a specific error. The engine keeps running, and no
+later restore fails.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from checkpoint.criu.images import Message, messages, nested, number, text
 from checkpoint.errors import Failed
 
 FOLDER = "frozen"
-"""In the snapshot's folder while it is taken: what COPY left."""
+"""Subfolder of the snapshot folder that holds COPY's output while the snapshot is taken."""
 
 COPY = """\
 mkdir "{folder}"
@@ -25,7 +26,7 @@ echo "$PPID" > "{folder}/criu"
 cat /proc/[0-9]*/stat > "{folder}/stat" 2>/dev/null || :
 cat /proc/sysvipc/sem /proc/sysvipc/msg /proc/sysvipc/shm > "{folder}/sysvipc" 2>/dev/null || :
 """
-"""Lines of the script that CRIU runs inside the sandbox while the tree is frozen."""
+"""Shell lines that CRIU runs inside the sandbox while the process tree is frozen."""
 
 _STOPPED = 3  # TASK_STOPPED, criu/include/image.h
 _SYN_SENT = 2  # include/net/tcp_states.h
@@ -39,7 +40,7 @@ _REMAPPED = 1
 
 @dataclass(frozen=True)
 class Process:
-    """One line of /proc/PID/stat: number, name, parent, start time in clock ticks, all as seen in the sandbox."""
+    """One line of /proc/PID/stat: number, name, parent, start time in clock ticks, all as seen inside the sandbox."""
 
     pid: int
     name: str
@@ -49,17 +50,17 @@ class Process:
 
 @dataclass(frozen=True)
 class Frozen:
-    """What the manifest keeps of the tree (see Snapshot)."""
+    """The facts about the process tree that the manifest keeps (see Snapshot)."""
 
     start_ticks: dict[str, int] = field(default_factory=dict)
     stopped: list[int] = field(default_factory=list)
 
 
 def examine(folder: Path, images: Path, kept: Iterable[str]) -> Frozen:
-    """Read what COPY left in `folder` and CRIU in `images`.
+    """Read COPY's output in `folder` and CRIU's in `images`, and reject what a restore could not bring back.
 
-    `kept`: folders of the sandbox whose files are part of the snapshot. Raises Failed (process-left-out, sysv-ipc, open-file-grows,
-    connection-half-open) for what a restore could not bring back, Integrity where an image is garbled.
+    `kept` names the sandbox folders whose files are part of the snapshot. Raises Failed (process-left-out, sysv-ipc,
+    open-file-grows, connection-half-open), or Integrity when an image is garbled.
     """
     tree = {number(entry, _PID) for entry in messages(images / "pstree.img")}
     processes = {process.pid: process for process in _processes(folder / "stat")}
@@ -82,7 +83,7 @@ def _read(file: Path) -> str:
 
 
 def _processes(file: Path) -> Iterator[Process]:
-    # A process's name may hold anything but NUL, so a line begins at a number and ends behind the last parenthesis.
+    # A process name may hold anything but NUL, so the name ends at the last parenthesis.
     for line in _read(file).splitlines():
         head, _, rest = line.rpartition(") ")
         pid, _, name = head.partition(" (")
@@ -123,7 +124,7 @@ def _refuse_sysv(tables: str) -> None:
 
 
 def sysv_refused(what: str) -> Failed:
-    """The refusal of SysV objects."""
+    """Build the error for SysV objects."""
     return Failed(
         "sysv-ipc",
         f"the engine holds a SysV {what}, which a restore would lose; "
@@ -132,7 +133,7 @@ def sysv_refused(what: str) -> Failed:
 
 
 def _remapped(images: Path) -> set[int]:
-    """The files that were unlinked, which CRIU carries in the images or under another name."""
+    """Return the ids of unlinked files, which CRIU keeps in the images or under another name."""
     file = images / "remap-fpath.img"
     return {number(entry, _REMAPPED) for entry in messages(file)} if file.exists() else set()
 
@@ -142,7 +143,7 @@ def _refuse_growing(entries: list[Message], remapped: set[int], kept: tuple[str,
         for file in nested(entry, _REG):
             flags, size, name = number(file, _REG_FLAGS), number(file, _REG_SIZE, -1), text(file, _REG_NAME)
             if flags & os.O_ACCMODE == os.O_RDONLY or size <= 0 or number(file, _REG_ID) in remapped:
-                continue  # CRIU records no size of a file that is only appended to
+                continue  # CRIU records no size for an append-only file
             if not name.startswith(kept):
                 raise Failed(
                     "open-file-grows",
@@ -163,7 +164,7 @@ def _refuse_half_open(entries: list[Message]) -> None:
 
 
 def _state(core: Path) -> int:
-    """The state of a process as CRIU keeps it; 0 where its image has none."""
+    """Return a process's state from its core image; 0 if it has none."""
     for entry in messages(core) if core.exists() else ():
         for task in nested(entry, _TC):
             return number(task, _TASK_STATE)

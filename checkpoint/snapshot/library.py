@@ -1,10 +1,11 @@
-"""The snapshots of this host: one folder each under `$QUICKTHAW_HOME/snapshots`, 0700, complete or not there.
+"""The snapshots of this host: one folder (0700) each under `$QUICKTHAW_HOME/snapshots`, either complete or absent.
 
-A snapshot is written under a name that starts with a dot and renamed when its manifest is in place; one that is there already is exchanged
-in the same step, so that whoever is killed leaves one of them. What a killed writer leaves is removed by the next one. A name has one
-writer at a time (flock, so that a dead writer holds nothing). A restore holds the folder's lock shared from the moment it reads the
-manifest, so that `rm` waits for nobody and takes nothing away under a restore. Whoever has locked a folder looks whether it still is the
-one of that name, and everything that is removed is locked meanwhile.
+A snapshot is written under a name that starts with a dot, and renamed once its manifest is in place. An existing
+snapshot is exchanged in the same step, so a killed process leaves one of the two. The next writer removes what a
+killed writer left. A name has one writer at a time (flock, which the kernel releases when the writer dies). A
+restore holds a shared lock on the folder before it reads the manifest; `rm` then fails at once instead of waiting or
+breaking the restore. After locking a folder, a process checks that the name still refers to it. Folders are locked
+while they are removed.
 """
 
 from __future__ import annotations
@@ -33,17 +34,17 @@ from lazyfs.content.records import ready
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,120}")
 QUARANTINE_AFTER = 3
-"""Failed restores in a row after which a snapshot is left alone until somebody looks (`snapshot inspect` says why)."""
+"""Number of consecutive failed restores after which a snapshot is quarantined (`snapshot inspect` shows the reason)."""
 
 PULLS_KEPT_S = 24 * 3600.0
-"""How long an interrupted pull is kept for another attempt."""
+"""How long an interrupted pull is kept for another attempt, seconds."""
 _RENAME_EXCHANGE, _AT_FDCWD = 2, -100
 _ATTEMPTS = 20
-"""How often a folder may be another one than the one just locked."""
+"""How often locking is retried when the name refers to another folder than the one just locked."""
 
 
 class Health(msgspec.Struct, forbid_unknown_fields=True):
-    """How restores of a snapshot went on this host: failures in a row, and the last reason."""
+    """Record of a snapshot's restores on this host: consecutive failures, and the last reason."""
 
     failures: int = 0
     reason: str = ""
@@ -51,7 +52,7 @@ class Health(msgspec.Struct, forbid_unknown_fields=True):
 
     @property
     def quarantined(self) -> bool:
-        """Whether launches pass this snapshot over."""
+        """Whether launches skip this snapshot."""
         return self.failures >= QUARANTINE_AFTER
 
 
@@ -63,17 +64,17 @@ class Library:
 
     @property
     def folder(self) -> Path:
-        """Where snapshots lie."""
+        """The folder that holds the snapshots."""
         return self.home / "snapshots"
 
     def path(self, name: str) -> Path:
-        """The folder of a snapshot. Raises NotFound for what cannot be a name."""
+        """Return the folder of a snapshot. Raises NotFound (snapshot-name) for an invalid name."""
         if not _NAME.fullmatch(name):
             raise NotFound("snapshot-name", f"{name!r} cannot be the name of a snapshot; see: quickthaw snapshot ls")
         return self.folder / name
 
     def names(self) -> list[str]:
-        """Every snapshot's name, oldest first; damaged ones too. Raises Failed."""
+        """List all snapshots' names, oldest first, including damaged ones. Raises Failed (library-unreadable)."""
         found = []
         with (
             disk.required("snapshots cannot be listed", "library-unreadable"),
@@ -87,11 +88,11 @@ class Library:
         return [name for _, name in sorted(found)]
 
     def has(self, name: str) -> bool:
-        """Whether a complete snapshot of that name exists."""
+        """Return whether a complete snapshot of that name exists."""
         return (self.path(name) / manifest.FILE_NAME).exists()
 
     def load(self, name: str) -> Snapshot:
-        """A snapshot's manifest. Raises NotFound, Integrity or Incompatible."""
+        """Read a snapshot's manifest. Raises NotFound, Integrity or Incompatible."""
         folder = self.path(name)
         if not folder.is_dir():
             known = ", ".join(self.names()[-3:]) or "none yet; quickthaw launch makes one"
@@ -110,7 +111,7 @@ class Library:
             os.close(fd)
 
     def _locked(self, name: str, operation: int, busy: Busy) -> int:
-        """A descriptor of the folder that has the name now, locked."""
+        """Open and lock the folder that currently has the name; return its descriptor."""
         for _ in range(_ATTEMPTS):
             try:
                 fd = locked(self.path(name), operation)
@@ -127,14 +128,14 @@ class Library:
         raise busy
 
     def remove(self, name: str) -> None:
-        """Remove a snapshot. Raises NotFound, Busy while a restore reads it, Failed where the disk refuses."""
+        """Remove a snapshot. Raises NotFound, Busy while a restore reads it, Failed when the disk refuses."""
         fd = self._exclusive(name)
         try:
             doomed = self.folder / f".removed-{name}-{os.urandom(6).hex()}"
             with disk.required(f"{name} is not removed", "snapshot-not-removed"):
                 self.path(name).rename(doomed)
             self._forget(name)
-            shutil.rmtree(doomed, ignore_errors=True)  # what stays is swept
+            shutil.rmtree(doomed, ignore_errors=True)  # `sweep` removes leftovers
         finally:
             os.close(fd)
 
@@ -143,16 +144,16 @@ class Library:
         return self._locked(name, fcntl.LOCK_EX, busy)
 
     def _forget(self, name: str) -> None:
-        """Remove what was learned about a snapshot that is gone."""
+        """Remove health record and plans of a removed snapshot."""
         self.succeeded(name)
         speculative.forget(self.home / "run", self.path(name))
 
     @contextlib.contextmanager
     def writing(self, name: str) -> Iterator[Path]:
-        """A folder to write a snapshot into; it becomes `name` when the block ends without an error, and vanishes otherwise.
+        """Yield a folder to write a snapshot into. It becomes `name` if the block succeeds, and is removed otherwise.
 
-        Raises Busy when another process is writing the same name, or a restore reads the snapshot that has it, and Failed where the disk
-        refuses; the snapshot that is there stays then.
+        Raises Busy when another process writes the same name or a restore reads the existing snapshot, and Failed
+        when the disk refuses. The existing snapshot is then kept.
         """
         self.path(name)
         partial = self.folder / f".partial-{name}"
@@ -167,7 +168,7 @@ class Library:
                 shutil.rmtree(partial, ignore_errors=True)
 
     def _put_in_place(self, partial: Path, name: str) -> None:
-        """Give a finished folder its name; one that has the name already is at `partial` then. Raises Busy, OSError."""
+        """Rename a finished folder to its name; an existing snapshot of that name moves to `partial`. Raises Busy, OSError."""
         target = self.path(name)
         for _ in range(_ATTEMPTS):
             if not os.path.lexists(target):
@@ -192,7 +193,7 @@ class Library:
 
     @contextlib.contextmanager
     def _unused(self, folder: str) -> Iterator[None]:
-        """Hold a folder that nobody else holds; raises Busy where somebody does, or where it is gone."""
+        """Lock a folder exclusively. Raises Busy when it is locked already or gone."""
         try:
             fd = locked(Path(folder), fcntl.LOCK_EX)
         except BlockingIOError:
@@ -205,8 +206,10 @@ class Library:
             os.close(fd)
 
     def sweep(self, pulls_older_s: float = PULLS_KEPT_S) -> int:
-        """Remove what killed writers, removers and restores left, and what has come of a snapshot that nobody has gone on fetching for
-        `pulls_older_s`; how many folders. Those of the living stay."""
+        """Remove folders that killed writers, removers and restores left, and pulls without progress for `pulls_older_s`.
+
+        Locked folders are skipped. Returns the number of removed folders.
+        """
         removed = 0
         for work in (self.home / "run").glob("restore-*"):
             removed += self._swept(work, self._unused(str(work)))
@@ -223,7 +226,7 @@ class Library:
         return removed
 
     def _swept(self, folder: Path, holding: contextlib.AbstractContextManager[None], older_s: float = 0.0) -> bool:
-        """Remove a folder that nobody holds and that nothing was written to for `older_s`; whether it is gone."""
+        """Remove a folder that is not locked and was not written to for `older_s` seconds. Return whether it is gone."""
         with contextlib.suppress(Busy, OSError), holding:
             if not older_s or time.time() - _touched(folder) >= older_s:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -232,7 +235,7 @@ class Library:
 
     @contextlib.contextmanager
     def _only_writer(self, name: str) -> Iterator[None]:
-        """Be the only one who writes that name. Raises Busy, OSError."""
+        """Hold the writer's lock of a name. Raises Busy, OSError."""
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = os.open(self.folder / f".{name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
@@ -249,9 +252,9 @@ class Library:
     # The working set
 
     def working_set(self, name: str) -> Path:
-        """Where the recorded working set of a snapshot lies (checkpoint/pages): in its folder, so that it travels and goes with it.
+        """Return the path of a snapshot's recorded working set. It lies in the snapshot's folder and is pushed and removed with it.
 
-        Outside what the manifest's digests cover: it is learned later, and names pages without holding any.
+        The manifest's digests do not cover it: it is recorded later, and lists pages without containing any.
         """
         return self.path(name) / "working-set"
 
@@ -261,14 +264,14 @@ class Library:
         return self.folder / f".{name}.health"
 
     def health(self, name: str) -> Health:
-        """How restores of a snapshot went here; a fresh record where there is none or it is damaged."""
+        """Read the health record of a snapshot; return a new one if there is none or it is damaged."""
         try:
             return msgspec.json.decode(self._health_file(name).read_bytes(), type=ready(Health))
         except (OSError, msgspec.MsgspecError):
             return Health()
 
     def failed(self, name: str, reason: str) -> Health:
-        """Count a failed restore; the record after it, which is not kept where the disk is full or read-only."""
+        """Count a failed restore and return the updated record. It is not written when the disk is full or read-only."""
         health = self.health(name)
         health.failures += 1
         health.reason, health.at = reason, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -279,7 +282,7 @@ class Library:
         return health
 
     def succeeded(self, name: str) -> None:
-        """Forget earlier failures."""
+        """Clear the recorded failures."""
         file = self._health_file(name)
         if os.path.lexists(file):
             with disk.optional(f"earlier failures of {name} still count", "health-not-kept"):
@@ -287,7 +290,7 @@ class Library:
 
 
 def exchange(one: Path, other: Path) -> None:
-    """Exchange the names of two folders in one step, where the file system can; else one after the other. Raises OSError."""
+    """Exchange the names of two folders atomically where the file system supports it, else in steps. Raises OSError."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
         return
@@ -301,5 +304,5 @@ def exchange(one: Path, other: Path) -> None:
 
 
 def _touched(folder: Path) -> float:
-    """When anything below a folder was last written, in seconds since the epoch."""
+    """Return when anything below a folder was last written, in seconds since the epoch."""
     return max(path.lstat().st_mtime for path in (folder, *folder.glob("*"), *folder.glob("images/*")))

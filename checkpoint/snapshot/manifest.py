@@ -1,7 +1,7 @@
-"""What a snapshot says of itself: one JSON document beside its images, written last, so that a folder without it is not a snapshot.
+"""The manifest of a snapshot: one JSON document beside its images. It is written last, so a folder without one is not a snapshot.
 
-The document carries a digest of itself, so that a flipped bit in it is found as one in an image is. That is no protection against
-somebody who writes a new one: signatures are (checkpoint.snapshot.signatures).
+The document contains its own digest, so flipped bits are detected as they are in images. The digest does not protect
+against a forged document; signatures do (checkpoint.snapshot.signatures).
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from checkpoint.errors import Incompatible, Integrity
 from lazyfs.content.records import ready
 
 FORMAT = 2
-"""Raised whenever an older quickthaw could not restore what a newer one wrote."""
+"""Incremented whenever an older quickthaw could not restore what a newer one wrote."""
 FILE_NAME = "manifest.json"
 
 
 class Phase(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One phase of the start that the snapshot was taken in; seconds."""
+    """One phase of the start that produced the snapshot; `took_s` in seconds."""
 
     phase: str
     took_s: float
 
 
 class Canary(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the model chose before the dump, greedily; a replica that does not choose the same is not served.
+    """The model's greedy answer to a prompt before the dump. A replica that answers differently is not served.
 
-    `token_ids`: the choices after each token of the prompt but the last, then the `generated` tokens. Where that is 0, as in snapshots
-    of before, all of them are generated.
+    `token_ids` holds the choices after each token of the prompt but the last, then the `generated` tokens.
+    `generated` is 0 in older snapshots: there, all token ids are generated.
     """
 
     prompt: str
@@ -42,21 +42,27 @@ class Canary(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class SnapshotFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One file: bytes, and its BLAKE3 in hexadecimal."""
+    """Size in bytes and BLAKE3 digest (hexadecimal) of one file."""
 
     size: int
     blake3: str
 
 
 class Snapshot(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A snapshot's manifest.
+    """A snapshot's manifest. Sizes are in bytes.
 
-    `digest`: BLAKE3 of the document with zeros in the digest's place, "" where it has none. `pipes` names the engine's output pipes as
-    the images know them (`pipe:[123]`); `monotonic_ns` is the sandbox's monotonic clock at the dump; `top_pid` the highest process or
-    thread number in use; `gpu` what bringing CUDA processes back needs; `asleep`: the engine had put away what it has on a GPU and has
-    to be woken; `model` as the command line has it, `model_path` the folder the engine reads, `cwd` the one it runs in;
-    `weight_areas`: by process number, (address, bytes) of the weights in its memory; sizes in bytes; `cold_s` the start this saves.
-    `start_ticks`: by process number, its start time at the dump in clock ticks; `stopped`: processes that were stopped (SIGSTOP) then.
+    `digest`: BLAKE3 of the document with zeros in the digest's place; "" if it has none.
+    `pipes`: the engine's output pipes, by the names that the images use (`pipe:[123]`).
+    `monotonic_ns`: the sandbox's monotonic clock at the dump.
+    `top_pid`: the highest process or thread number in use.
+    `gpu`: what a resume of the CUDA processes needs.
+    `asleep`: the engine had offloaded its GPU memory and must be woken after a restore.
+    `model`: the model as given on the command line; `model_path`: the folder that the engine reads.
+    `cwd`: the engine's working directory.
+    `weight_areas`: by process number, (address, bytes) of the weights in its memory.
+    `cold_s`: duration of the cold start that a restore replaces.
+    `start_ticks`: by process number, its start time at the dump in clock ticks.
+    `stopped`: processes that were stopped (SIGSTOP) at the dump.
     """
 
     digest: str = ""
@@ -92,7 +98,7 @@ class Snapshot(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 def load(folder: Path) -> Snapshot:
     """Read the manifest of a snapshot folder.
 
-    Raises Integrity where it is missing or garbled, Incompatible where a newer quickthaw wrote it.
+    Raises Integrity if it is missing or garbled, Incompatible (format-newer) if a newer quickthaw wrote it.
     """
     file = folder / FILE_NAME
     try:
@@ -105,7 +111,7 @@ def load(folder: Path) -> Snapshot:
 
 
 def parse(data: bytes, folder: Path, name: str) -> Snapshot:
-    """The manifest of the snapshot `name`; `folder` is named in errors. Raises as `load`."""
+    """Parse the manifest of snapshot `name`; error messages name `folder`. Raises the same errors as `load`."""
     file = folder / FILE_NAME
     try:
         found = msgspec.json.decode(data, type=dict[str, msgspec.Raw]).get("format")
@@ -132,7 +138,7 @@ def parse(data: bytes, folder: Path, name: str) -> Snapshot:
 
 
 def dump(snapshot: Snapshot) -> bytes:
-    """The manifest as bytes, the same for the same contents (what a signature is made over), with its digest filled in."""
+    """Encode a manifest deterministically, as signatures need, and fill in its digest."""
     blank = msgspec.structs.replace(snapshot, digest=_BLANK)
     data = msgspec.json.format(msgspec.json.encode(blank, order="deterministic"), indent=1) + b"\n"
     return data.replace(_BLANK.encode(), _digest(data).encode(), 1)
@@ -142,5 +148,5 @@ _BLANK = "0" * 64
 
 
 def _digest(data: bytes) -> str:
-    """BLAKE3 of a document with zeros in the place of its first digest, which is the document's own."""
+    """Compute the BLAKE3 of a document with zeros in place of its first digest, which is its own."""
     return blake3.blake3(re.sub(rb'("digest": ?")[0-9a-f]{64}', rb"\g<1>" + _BLANK.encode(), data, count=1)).hexdigest()

@@ -1,6 +1,7 @@
-"""Bring replicas back from a snapshot, each in a sandbox of its own.
+"""Restore replicas from a snapshot, each in its own sandbox.
 
-A snapshot is kept whole, so it restores any number of times, and several at the same moment: each restore gets copies of the small parts.
+A restore never changes the snapshot, so several restores can run at once. Each restore gets its own copy of the
+small parts (/dev/shm, TMPDIR).
 """
 
 from __future__ import annotations
@@ -33,21 +34,21 @@ from checkpoint.snapshot.manifest import Snapshot
 
 DUMP_SLOWEST = 50e6
 RESTORE_TIMEOUT_S = 600.0
-"""For CRIU's part of a restore; every DUMP_SLOWEST bytes of images add a second."""
+"""Timeout for CRIU's part of a restore; each DUMP_SLOWEST bytes of images add a second."""
 UNPACK_TIMEOUT_S = 30.0
-"""For copying /dev/shm and TMPDIR back; every DUMP_SLOWEST bytes of them add a second."""
+"""Timeout for copying /dev/shm and TMPDIR back; each DUMP_SLOWEST bytes of them add a second."""
 START_TIMES = "start-times"
 LOGS = "logs"
-"""The folder of the state folder that keeps CRIU's logs of failed dumps and restores."""
+"""Subfolder of the state folder for CRIU's logs of failed dumps and restores."""
 
 
 def gpu_locks(library: Library) -> tuple[Path, ...]:
-    """Where restores on a GPU take turns: on this host, and among containers that share the state folder."""
+    """Return the lock folders that serialize GPU restores: one for this host, one for containers that share the state folder."""
     return (cuda.LOCKS, library.home / "run")
 
 
 def check_page_size(size: int = mmap.PAGESIZE) -> None:
-    """Raise HostLacks (page-size) on a kernel whose pages are not those that images and page servers count in."""
+    """Raise HostLacks (page-size) unless the kernel's page size is that of images and page servers."""
     if size != PAGE:
         raise HostLacks(
             "page-size",
@@ -57,33 +58,40 @@ def check_page_size(size: int = mmap.PAGESIZE) -> None:
 
 @dataclass(frozen=True)
 class LazyRestore:
-    """How the page server is used: the recorded working set (None: none yet), whether to record one, and who is told of its death."""
+    """Settings of a lazy restore.
+
+    `working_set` is the recorded working set, None if there is none yet. `record` asks for a recording of one.
+    `on_death` is called with a message when the page server fails, `on_warning` with each warning.
+    """
 
     working_set: Path | None
     record: bool
     on_death: Callable[[str], None]
     on_warning: Callable[[str], None]
     arriving: Arriving | None = None
-    """The images are being filled from a store (checkpoint.store.remote_restore)."""
+    """Set while a store still fills the images (checkpoint.store.remote_restore)."""
     pack: bool = True
-    """Copy from the working set's pack where there is one; else from the images, whose bytes `--verify=always` has just hashed."""
+    """Copy from the working set's pack if there is one. If False, copy from the images, whose bytes `--verify=always` has just hashed."""
     map_pages: bool = True
-    """Map weights and libraries' data where a view for that was made (checkpoint.snapshot.file_backed); else they are copied like
-    everything."""
+    """Map weights and library data through the file-backed images if they exist (checkpoint.snapshot.file_backed). If
+    False, copy all pages."""
 
 
 class Cancellation:
-    """Lets any thread end a restore that another one waits for. Good for one restore, which enters it."""
+    """Let any thread cancel a restore that another thread waits for. Single use; `restore` enters it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._under_way = False
         self._sandbox: Sandbox | None = None
         self.error: Failed | None = None
-        """Why it was ended, the first reason."""
+        """The first reason given for the cancellation."""
 
     def cancel(self, error: Failed) -> bool:
-        """Have `restore` raise `error` once nothing is left of it, or before it begins. False where none is under way: not yet, or over."""
+        """Make `restore` raise `error` after it has cleaned up, or before it begins.
+
+        Returns False when no restore is running: it has not begun, or it is over.
+        """
         with self._lock:
             self.error = self.error or error
             if self._under_way and self._sandbox is not None:
@@ -100,14 +108,14 @@ class Cancellation:
             self._under_way = False
 
     def check(self, sandbox: Sandbox | None = None) -> None:
-        """Raise where it was cancelled; else note what would have to be ended."""
+        """Raise the error of a cancellation, or remember the sandbox that a later cancellation must end."""
         with self._lock:
             if self.error is not None:
                 raise self.error
             self._sandbox = sandbox
 
     def settle(self) -> None:
-        """The last moment to raise: every process runs, and is the owner's to end."""
+        """Raise the error of a cancellation for the last time. Afterwards every process runs, and the owner must end them."""
         with self._lock:
             if self.error is not None:
                 raise self.error
@@ -116,24 +124,25 @@ class Cancellation:
 
 @dataclass
 class Restored:
-    """A tree that came back. `close` ends it and everything that was made for it."""
+    """A restored process tree. `close` ends it and removes everything made for it."""
 
     sandbox: Sandbox
     root_pid: int
     work: Path
     held: int
-    """A descriptor that keeps the work folder locked."""
+    """File descriptor that keeps the work folder locked."""
     spans: dict[str, float] = field(default_factory=dict)
     """Seconds by part: sandbox, unpack, criu."""
     pages: PageServer | None = None
-    """Brings the rest of the pages; to be closed after the sandbox, or when it is complete."""
+    """Page server that fills in the remaining pages. Close it after the sandbox, or when it has filled in every page."""
     foreseen: bool = False
-    """Whether it was begun before its command knew what it wanted (checkpoint.snapshot.speculative)."""
+    """Whether the restore began speculatively (checkpoint.snapshot.speculative)."""
     plan: speculative.Plan | None = None
-    """What the next restore of this command line can begin with (checkpoint.snapshot.speculative), where that is worth it."""
+    """Plan for a speculative restore at the next start of this command line (checkpoint.snapshot.speculative). None if
+    it saves no time."""
 
     def close(self) -> None:
-        """Kill the replica and remove its work folder. May be called twice."""
+        """Kill the replica and remove its work folder. Idempotent."""
         self.sandbox.close()
         if self.pages:
             self.pages.close()
@@ -144,14 +153,16 @@ class Restored:
 
 
 def limits(snapshot: Snapshot) -> tuple[float, float]:
-    """How long unpacking and CRIU's part of a restore may take, in seconds: a limit for hangs, which grows with the work."""
+    """Return the timeouts for unpacking and for CRIU's part, in seconds. They detect hangs, and grow with the snapshot's size."""
     unpacked = sum(file.size for name, file in snapshot.files.items() if name.startswith(("shm/", "tmp/")))
     return UNPACK_TIMEOUT_S + unpacked / DUMP_SLOWEST, RESTORE_TIMEOUT_S + snapshot.image_bytes / DUMP_SLOWEST
 
 
 def unpack_cache(folder: Path, compile_cache: Path) -> bool:
-    """Put mapped compiled code back where the tree has it mapped, with its mode; what is there and the same is left alone. Whether
-    anything was not."""
+    """Copy mapped compiled code back to the paths where the process tree maps it, with its file modes.
+
+    Files that are already identical stay untouched. Returns whether any file was written.
+    """
     source, changed = folder / "cache", False
     if not source.is_dir():
         return False
@@ -161,7 +172,7 @@ def unpack_cache(folder: Path, compile_cache: Path) -> bool:
         target = compile_cache / file.relative_to(source)
         mode = file.stat().st_mode & 0o777
         with contextlib.suppress(FileNotFoundError):
-            # 0600 is what snapshots had for every mode before modes were kept.
+            # Snapshots taken before modes were kept have 0600 for every file.
             if mode in (target.stat().st_mode & 0o777, 0o600) and filecmp.cmp(file, target, shallow=False):
                 continue
         target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -187,16 +198,17 @@ def restore(
     underway: Callable[[], None] = lambda: None,
     cancellation: Cancellation | None = None,
 ) -> Restored:
-    """Bring a replica back into a new sandbox.
+    """Restore a replica into a new sandbox.
 
-    `lazy`: pages come from a page server, the recorded working set first; without it CRIU puts every page in place before it returns.
-    `driver` and `gpu_pairs` (uuid then, uuid now) as in checkpoint.cuda.checkpoint; a snapshot with GPU state is never restored lazily,
-    since the
-    driver reads all of it at once. `pipes` maps the snapshot's names (`stdout`, `stderr`) to descriptors for the engine's output.
-    The canary is the caller's to check. `underway` is called when CRIU is at work and this process has nothing to do but wait.
-    `cancellation` ends it; the owner cancels when `lazy.on_death` is called, since CRIU would wait for a page for ever.
+    With `lazy`, a page server supplies the pages, those of the recorded working set first. Without it, CRIU copies
+    every page before it returns. `driver` and `gpu_pairs` (uuid at the dump, uuid now) are those of
+    checkpoint.cuda.checkpoint. A snapshot with GPU state is never restored lazily, because the driver reads all of
+    it at once. `pipes` maps the snapshot's stream names (`stdout`, `stderr`) to descriptors for the engine's output.
+    The caller must check the canary. `underway` is called once CRIU runs and this process only waits. `cancellation`
+    ends the restore. The owner must cancel when `lazy.on_death` is called, because CRIU would wait for a page
+    forever.
 
-    Raises a CheckpointError; then nothing is left: no process, mount, namespace or file.
+    Raises a CheckpointError. On failure no process, mount, namespace or file is left.
     """
     cancellation = cancellation or Cancellation()
     if snapshot.gpu.processes:
@@ -217,7 +229,7 @@ def restore(
             )
             plan = _plan(criu, snapshot, folder, run_folder, config, pipes, lazy)
             if unpack_cache(folder, compile_cache):
-                speculative.discard()  # it may have mapped what was there before
+                speculative.discard()  # The speculative restore may have mapped the old files.
             foreseen = speculative.take(plan, pipes)
             begun = foreseen or speculative.begin(plan, pipes)
             logs = library.home / LOGS
@@ -228,7 +240,7 @@ def restore(
             except CheckpointError as error:
                 if not foreseen or not lazy or cancellation.error:
                     raise
-                # Begun on what was so the last time; what is wrong now is found by doing it from the start.
+                # The plan fitted an earlier restore; a restore from the start finds what is wrong now.
                 lazy.on_warning(f"what was begun beforehand failed ({error}); once more, from the start")
                 restored = _bring_back(
                     speculative.begin(plan, pipes), config, snapshot, criu, on_exit, lazy, cancellation, logs
@@ -259,10 +271,10 @@ def _plan(
     pipes: Mapping[str, int],
     lazy: LazyRestore | None,
 ) -> speculative.Plan:
-    """What the helpers of this restore are told."""
+    """Build the configurations that the helpers of this restore receive."""
     images = folder / "images"
     if lazy and lazy.map_pages and not lazy.record and not lazy.arriving:
-        # A recording sees every page fault; what is still arriving must not be read before it is there.
+        # A recording needs every page fault. Images that are still arriving must not be mapped.
         images = file_backed.find(folder) or images
     named = {stream: snapshot.pipes[stream] for stream in pipes if stream in snapshot.pipes}
     return {
@@ -287,7 +299,7 @@ def _bring_back(
     cancellation: Cancellation,
     logs: Path,
 ) -> Restored:
-    """Go on with what was begun until every process runs; where that fails, nothing of it is left."""
+    """Finish a begun restore until every process runs. On failure, clean up everything."""
     began = time.monotonic()
     work = begun.work
     sandbox: Sandbox | None = None
@@ -306,7 +318,7 @@ def _bring_back(
         unpacked = time.monotonic()
         criu.restored(sandbox, sandbox.executed(restore_s), work, logs)
         sandbox.raise_pids(snapshot.top_pid)
-        # For plugin/engine/start_times.py, before the first process looks.
+        # plugin/engine/start_times.py reads this file, so write it before the first process looks.
         (sandbox.control_dir / START_TIMES).write_text(json.dumps(snapshot.start_ticks))
         sandbox.go_on(snapshot.stopped)
         begun.release()

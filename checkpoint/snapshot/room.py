@@ -1,4 +1,4 @@
-"""What this host has room for: memory for what the GPU holds, disk for a snapshot."""
+"""Check this host's free memory (for GPU contents) and free disk space (for a snapshot)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from checkpoint.errors import Failed
 
 _MARGIN = 64 << 20
-"""Bytes beside the pages: images of descriptors, shared memory, temporary files."""
+"""Bytes beyond the pages: images of descriptors, shared memory, temporary files."""
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -26,7 +26,7 @@ def check_disk(folder: Path, wanted: int) -> None:
 
 
 def tmpfs_bytes(root: Path, folders: Sequence[str]) -> int:
-    """Bytes that the file systems of these folders of a sandbox hold, deleted files that are still open among them."""
+    """Sum the bytes used on the file systems of these sandbox folders, including deleted files that are still open."""
     used = {}
     for folder in folders:
         stat = os.statvfs(f"{root}{folder}")
@@ -35,7 +35,7 @@ def tmpfs_bytes(root: Path, folders: Sequence[str]) -> int:
 
 
 def check_memory(wanted: int, cgroup: Path = _CGROUP) -> None:
-    """Raise Failed (host-memory-short) unless `wanted` bytes more fit into this host's memory, and into this container's limit."""
+    """Raise Failed (host-memory-short) unless `wanted` more bytes fit into this host's memory and this container's limit."""
     free = memory_available(cgroup)
     if wanted and free < wanted + _MARGIN:
         raise Failed(
@@ -46,7 +46,7 @@ def check_memory(wanted: int, cgroup: Path = _CGROUP) -> None:
 
 
 def memory_available(cgroup: Path = _CGROUP) -> int:
-    """Bytes that can be had without ending a process (proc(5): MemAvailable), within the limit of the control group (version 2)."""
+    """Return the available bytes of memory (MemAvailable, proc(5)), capped by the control group's limit (version 2)."""
     free = 1 << 62
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
@@ -54,10 +54,10 @@ def memory_available(cgroup: Path = _CGROUP) -> int:
     try:
         limit = (cgroup / "memory.max").read_text().strip()
         used = int((cgroup / "memory.current").read_text())
-        # Page cache counts as used and is given back when memory runs short.
+        # Page cache counts as used but can be reclaimed.
         stat = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
         if limit != "max":
             free = min(free, int(limit) - used + int(stat.get("inactive_file", 0)))
     except (OSError, ValueError):
-        pass  # no such group, or version 1: the host's own figure stands
+        pass  # no such group, or version 1: use the host's figure
     return free

@@ -1,12 +1,13 @@
-"""Signatures over a snapshot's manifest: Ed25519, so that a snapshot from a shared store is restored only if somebody trusted took it.
+"""Sign snapshot manifests with Ed25519, and check that a trusted key signed a snapshot from a shared store.
 
-The manifest names every file by its digest and what may restore it, so its signature covers the whole snapshot. `manifest.sig` beside
-it holds one line for each signer: `ed25519 KEY-ID BASE64`. A key is a PEM file (PKCS #8, or SubjectPublicKeyInfo for the public
-half), as `keygen` or `openssl genpkey -algorithm ed25519` writes it. What is signed is a fixed prefix and the manifest's bytes: a
-signature made here cannot be passed off as one over anything else.
+The manifest names every file by digest and lists what may restore it, so its signature covers the whole snapshot.
+`manifest.sig` beside it holds one line for each signer: `ed25519 KEY-ID BASE64`. A key is a PEM file (PKCS #8, or
+SubjectPublicKeyInfo for the public half), as written by `keygen` or `openssl genpkey -algorithm ed25519`. The signed
+bytes are a fixed prefix and the manifest, so a signature cannot be reused for another kind of document.
 
-Whoever sets a trust key gets: signature-missing where there is no signature at all, signature-wrong where none of them is both by a
-trusted key and over these bytes. `cryptography` is imported only here and only then (it takes 50 ms).
+With a trust key set, `check` raises Integrity (signature-missing) if there is no signature, and Integrity
+(signature-wrong) if no signature over these bytes is by a trusted key. `cryptography` is imported only on use,
+because the import takes 50 ms.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ _MAX_KEY = 1 << 16
 
 
 def keygen(private: Path, public: Path | None = None) -> str:
-    """Write a new key pair, `private` (0600) and `public` (default: `private` with `.pub` added); returns the key's id.
+    """Write a new key pair: `private` (0600) and `public` (default: `private` plus `.pub`). Return the key's id.
 
-    Raises Failed when one of the files exists or cannot be written; then neither is left.
+    Raises Failed when one of the files exists or cannot be written; then neither file is left.
     """
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -67,14 +68,15 @@ def _write_new(path: Path, data: bytes, mode: int) -> None:
 
 
 def key_id(key: Ed25519PublicKey) -> str:
-    """16 hex digits that name a public key in signatures and messages."""
+    """Return the 16 hex digits that name a public key in signatures and messages."""
     return blake3.blake3(key.public_bytes_raw()).hexdigest()[:16]
 
 
 def signer(private: Path) -> Callable[[bytes], bytes]:
-    """A function from a manifest's bytes to the content of its `manifest.sig`.
+    """Return a function that maps a manifest's bytes to the content of its `manifest.sig`.
 
-    Raises Failed at once, not at the signing, when the key cannot be used: key-unreadable, key-too-open, key-wrong-kind.
+    Raises Failed at once, not at the signing, when the key cannot be used: key-unreadable, key-too-open,
+    key-wrong-kind.
     """
     key = _private_key(private)
 
@@ -86,9 +88,9 @@ def signer(private: Path) -> Callable[[bytes], bytes]:
 
 
 def check(manifest: bytes, signatures: bytes | None, trusted: Sequence[Path]) -> str:
-    """The id of the trusted key that signed these bytes. `signatures`: content of `manifest.sig`, None when there is none.
+    """Return the id of the trusted key that signed these bytes. `signatures` is the content of `manifest.sig`, or None.
 
-    Raises Integrity (signature-missing, signature-wrong), or Failed when a trust key itself cannot be read.
+    Raises Integrity (signature-missing, signature-wrong), or Failed when a trust key cannot be read.
     """
     from cryptography.exceptions import InvalidSignature
 
@@ -124,7 +126,7 @@ def check(manifest: bytes, signatures: bytes | None, trusted: Sequence[Path]) ->
 
 
 def check_folder(folder: Path, trusted: Sequence[Path]) -> bytes:
-    """The bytes of a snapshot folder's manifest, once a trusted signature over exactly them is found; raises as `check`."""
+    """Return the bytes of a snapshot folder's manifest if a trusted key signed exactly these bytes. Raises the same errors as `check`."""
     from checkpoint.snapshot.manifest import FILE_NAME as MANIFEST
 
     try:
@@ -159,7 +161,7 @@ def _private_key(path: Path) -> Ed25519PrivateKey:
     try:
         key = load_pem_private_key(data, None)
     except (ValueError, TypeError) as error:
-        # TypeError: the key is protected by a passphrase, which nobody could type at an unattended start.
+        # TypeError: the key has a passphrase, which an unattended start cannot ask for.
         raise Failed("key-wrong-kind", f"{path} holds no unencrypted PEM private key") from error
     if not isinstance(key, Ed25519PrivateKey):
         raise Failed("key-wrong-kind", f"{path} holds a key of another kind than Ed25519")
@@ -167,7 +169,7 @@ def _private_key(path: Path) -> Ed25519PrivateKey:
 
 
 def _public_keys(path: Path) -> list[Ed25519PublicKey]:
-    """Every public key of a PEM file (a trust file may list several)."""
+    """Read every public key of a PEM file (a trust file may list several)."""
     from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
     from cryptography.hazmat.primitives.serialization import load_pem_public_key

@@ -1,13 +1,14 @@
-"""What the helpers of a restore are told, and telling it before the command that restores has imported what it needs to judge it.
+"""Begin a restore speculatively, before the command that restores has imported what it needs to validate it.
 
-A restore is the work of others: process 1 of its sandbox, the page server, CRIU. `begin` tells them everything at once, as a `Plan`, which
-can be written down. `note` keeps the plan of a restore that went well, under the command line that it was for; `foresee`, at the next
-start of the same command line, begins it again while the command still imports.
+The helpers do most of a restore: the sandbox's init, the page server, CRIU. `begin` sends all their configurations
+at once, as a serializable `Plan`. `note` saves the plan of a successful restore under its command line. `foresee`,
+at the next start of the same command line, begins that plan again while the command still imports.
 
-Nothing of a snapshot runs unjudged: CRIU leaves the tree stopped, and checkpoint.snapshot.restore lets it go on only after the snapshot was
-judged, the plan made once more, and `take` found both to be the same. Whatever else was begun is ended, at the cost of some of the
-processor's time. Where a signature has to be judged, CRIU must not even read the images before: then nothing is noted. Standard library
-only, and little of it: it is what a start waits for.
+No process of a snapshot runs before validation: CRIU leaves the process tree stopped, and
+checkpoint.snapshot.restore resumes it only after it has validated the snapshot, made the plan again, and `take`
+found both plans equal. A speculative restore that does not match is ended; it only costs some CPU time. With
+required signatures, CRIU must not even read the images before the check, so no plan is saved. This module imports
+little, and only from the standard library, because it delays every start.
 """
 
 from __future__ import annotations
@@ -30,42 +31,46 @@ from checkpoint.sandbox import prestart
 from checkpoint.sandbox.prestart import Started
 
 Plan = dict[str, Any]
-"""Of JSON's types. `run` and `snapshot`: folders; `init`: the sandbox's configuration; `unpack`: [from, to inside it]; `pages`: the page
-server's configuration, or None; `criu`: argv (WORK stands for the work folder), env, adopts (the root's number), keep (the engine's
-streams, which CRIU gets as descriptors from FIRST_KEPT on)."""
+"""A JSON object.
+
+`run`, `snapshot`: folders. `init`: the sandbox's configuration. `unpack`: pairs of [source, target inside the
+sandbox]. `pages`: the page server's configuration, or None. `criu`: argv (WORK stands for the work folder), env,
+adopts (the root's process number), keep (the engine's streams, passed to CRIU as descriptors from FIRST_KEPT on).
+"""
 
 WORK = "{work}"
 FIRST_KEPT = 20
 UNPACK, EXEC = -1, -2
-"""The numbers of these requests to process 1; those that a Sandbox makes itself are above 0."""
+"""Ids of these requests to init; a Sandbox's own ids are above 0."""
 LAZY_PAGES_SOCKET = "lazy-pages.socket"
-"""The name that CRIU looks for in its work folder."""
+"""Socket name that CRIU expects in its work folder."""
 _VERSION = 1
 _NOTES_KEPT = 64
 
 
 class Begun:
-    """A restore under way, of which nobody has heard yet. `close` ends it; who goes on with it takes its parts instead."""
+    """A begun restore that is not yet claimed. `close` ends it; a caller that continues it takes over its parts."""
 
     def __init__(self, plan: Plan, work: Path, held: int, outputs: Mapping[str, int]) -> None:
         self.plan = plan
         self.work = work
         self.outputs = dict(outputs)
         self.held = held
-        """Keeps the work folder locked: one that nobody holds is a killed restore's (Library.sweep)."""
+        """Descriptor that keeps the work folder locked; `Library.sweep` removes unlocked ones as leftovers of killed restores."""
         self.in_use = -1
-        """Where nobody else does, keeps the snapshot from being removed (Library.remove) until CRIU has opened its files."""
+        """Descriptor that locks the snapshot against removal (Library.remove) until CRIU has opened its files; -1 if
+        the caller holds that lock."""
         self.init: Started | None = None
         self.pages: Started | None = None
 
     def release(self) -> None:
-        """CRIU has opened what it needs: the snapshot may be removed."""
+        """Unlock the snapshot for removal, once CRIU has opened its files."""
         if self.in_use >= 0:
             os.close(self.in_use)
             self.in_use = -1
 
     def close(self) -> None:
-        """End every helper and what it made, and remove the work folder."""
+        """End every helper and remove the work folder."""
         if self.init:
             process, control = self.init
             control.close()
@@ -73,9 +78,9 @@ class Begun:
         if self.pages:
             process, control = self.pages
             control.close()
-            # It may serve other trees by now (checkpoint.lazy_pages.main), so nobody may end it, or wait for its end.
+            # It may serve other process trees by now (checkpoint.lazy_pages.main), so do not kill it or wait for it.
             threading.Thread(target=process.wait, name="page-server-reaper", daemon=True).start()
-        import shutil  # 4 ms that only a failure needs
+        import shutil  # imported only on failure: takes 4 ms
 
         shutil.rmtree(self.work, ignore_errors=True)
         self.release()
@@ -83,9 +88,9 @@ class Begun:
 
 
 def begin(plan: Plan, outputs: Mapping[str, int]) -> Begun:
-    """Tell the helpers; returns in about 2 ms. `outputs` maps streams (`stdout`, `stderr`) to descriptors for the engine's output.
+    """Send the helpers their configurations; takes about 2 ms. `outputs` maps `stdout`, `stderr` to the engine's output descriptors.
 
-    The caller keeps the snapshot from being removed meanwhile (Library.in_use). Raises OSError; then nothing is left.
+    The caller must keep the snapshot from being removed (Library.in_use). Raises OSError; then nothing is left.
     """
     begun = Begun(plan, *_work_folder(Path(plan["run"])), outputs)
     try:
@@ -113,18 +118,18 @@ def begin(plan: Plan, outputs: Mapping[str, int]) -> Begun:
 
 
 def _work_folder(run: Path) -> tuple[Path, int]:
-    """A new folder for one restore, and the descriptor that keeps it locked. Raises OSError."""
+    """Create and lock a new folder for one restore; return it and the lock's descriptor. Raises OSError."""
     while True:
         work = run / f"restore-{os.urandom(6).hex()}"
         work.mkdir(mode=0o700)
-        # A sweep may take it for a killed restore's before it is locked.
+        # `sweep` may remove the folder before it is locked; then try again.
         with contextlib.suppress(BlockingIOError, FileNotFoundError):
             if (held := locked(work, fcntl.LOCK_EX)) >= 0:
                 return work, held
 
 
 def begin_pages(config: Mapping[str, Any], work: Path) -> Started:
-    """A page server that listens in `work` for the CRIU that follows. Raises OSError."""
+    """Start a page server that listens in `work` for CRIU. Raises OSError."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     started: Started | None = None
     with listener:
@@ -143,7 +148,7 @@ def begin_pages(config: Mapping[str, Any], work: Path) -> Started:
 
 
 def _bind(listener: socket.socket, work: Path) -> None:
-    """bind() with a path of any length: a socket's name has 108 bytes, so name the folder by its descriptor."""
+    """Bind to a path of any length: socket names are limited to 108 bytes, so name the folder by its descriptor."""
     (work / LAZY_PAGES_SOCKET).unlink(missing_ok=True)
     folder = os.open(work, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -152,7 +157,7 @@ def _bind(listener: socket.socket, work: Path) -> None:
         os.close(folder)
 
 
-# What is foreseen: one restore, of the command line that this process was started with.
+# State of the one speculative restore, for the command line that started this process.
 
 _lock = threading.Lock()
 _note: Path | None = None
@@ -161,9 +166,9 @@ _pipes: dict[str, tuple[int, int]] = {}
 
 
 def foresee(home: Path, arguments: Sequence[str]) -> None:
-    """Begin what this command line ended in last time, where that is known; never raises, and what goes wrong is done again in its turn."""
+    """Begin the plan saved for this command line, if any. Never raises: after an error the normal restore starts from scratch."""
     global _note, _begun
-    # What a collision of this short a name, or a changed environment, begins in vain is not taken.
+    # A hash collision or a changed environment only wastes work; `take` rejects the plan.
     ours = sorted((key, value) for key, value in os.environ.items() if key.startswith("QUICKTHAW_"))
     try:
         number = zlib.crc32(json.dumps([list(arguments), ours, os.getcwd()]).encode())
@@ -183,18 +188,18 @@ def foresee(home: Path, arguments: Sequence[str]) -> None:
             os.close(in_use)
             raise
         _begun.in_use = in_use
-        atexit.register(discard)  # a command that fails before it restores anything
+        atexit.register(discard)  # for a command that fails before it restores anything
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return
 
 
 def pipe(stream: str) -> tuple[int, int]:
-    """A pipe (read end, write end) for a stream of the engine's: the one that a foreseen restore has already, or a new one."""
+    """Return a pipe (read end, write end) for an engine stream: the speculative restore's, or a new one."""
     return _pipes.pop(stream, None) or os.pipe()
 
 
 def _taken() -> Begun | None:
-    """To one thread only."""
+    """Hand the speculative restore to one thread only."""
     global _begun
     with _lock:
         begun, _begun = _begun, None
@@ -202,7 +207,7 @@ def _taken() -> Begun | None:
 
 
 def take(plan: Plan, outputs: Mapping[str, int]) -> Begun | None:
-    """What was foreseen, where it is what `plan` says; else None, and nothing of it is left."""
+    """Return the speculative restore if it matches `plan` and `outputs`; otherwise end it and return None."""
     begun = _taken()
     if begun is None:
         return None
@@ -213,7 +218,7 @@ def take(plan: Plan, outputs: Mapping[str, int]) -> Begun | None:
 
 
 def discard() -> None:
-    """End what was foreseen and did not come."""
+    """End an unclaimed speculative restore and close its pipes."""
     begun = _taken()
     if begun is not None:
         begun.close()
@@ -223,7 +228,7 @@ def discard() -> None:
 
 
 def note(plan: Plan) -> None:
-    """Keep the plan for the next start of this command line, where the disk lets us: it is only about time."""
+    """Save the plan for the next start of this command line. Disk errors only cost time, so they are reported as warnings."""
     if _note is None:
         return
     from checkpoint import disk
@@ -231,19 +236,19 @@ def note(plan: Plan) -> None:
     data = json.dumps({"version": _VERSION, "boot": _boot(), "plan": plan}).encode()
     with disk.optional("the next restore begins a little later", "restore-plan-not-kept"):
         if _note.exists() and _note.read_bytes() == data:
-            os.utime(_note)  # the oldest go first
+            os.utime(_note)  # the oldest are removed first
             return
         with aside(_note) as new:
             new.touch(mode=0o600)
             new.write_bytes(data)
-        with contextlib.suppress(FileNotFoundError):  # another start removes the same
+        with contextlib.suppress(FileNotFoundError):  # another start removes the same files
             notes = sorted(_note.parent.glob("next-*.json"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
             for old in notes[_NOTES_KEPT:]:
                 old.unlink(missing_ok=True)
 
 
 def forget(run: Path, snapshot: Path) -> None:
-    """Remove the plans of a snapshot that is gone, whatever command line they are for."""
+    """Remove all plans of a removed snapshot."""
     for path in run.glob("next-*.json"):
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
             if json.loads(path.read_bytes())["plan"]["snapshot"] == str(snapshot):

@@ -1,7 +1,7 @@
-"""Which layers this host can do, found out in a few system calls, and said once.
+"""Detect which capabilities this host has, in a few system calls, and log once which are off.
 
-A layer that is off never stops a launch (unless `--strict`): the engine then starts as it would alone, with what is left. What only shows
-in use is tried out during a cold start (plugin.runtime.trial).
+A missing capability never stops a launch (unless `--strict`): the engine starts as it would alone, with the remaining
+ones. What only shows in use is tested during a cold start (plugin.runtime.trial).
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ _said: set[str] = set()
 
 @dataclass(frozen=True)
 class Layers:
-    """For each layer None where it works, else why it is off and the remedy, in one line.
+    """For each capability None if it works, else why it is off and the remedy, in one line.
 
-    `pages`: restores that go on while pages are still to come (the working set first); without it every page is put in place before.
+    `pages`: on-demand paging, which lets a restore resume while pages are still to come (working set first). Without it
+    every page is loaded before the engine resumes.
     """
 
     mount: str | None = None
@@ -31,7 +32,7 @@ class Layers:
     pages: str | None = None
 
     def off(self) -> dict[str, str]:
-        """Return why layers are off, by their names; those that are off for one reason together."""
+        """Return the reasons by capability name; names that share a reason are joined into one key."""
         named = {"lazy weights": self.mount, "sandbox": self.sandbox, "snapshots": self.snapshots}
         if self.snapshots is None:
             named["pages on demand"] = self.pages
@@ -42,7 +43,7 @@ class Layers:
         return {", ".join(names): why for why, names in together.items()}
 
     def say(self) -> None:
-        """Log what is off; each reason once, however many replicas find it out."""
+        """Log each reason once, however many replicas find it."""
         for names, why in self.off().items():
             if why not in _said:
                 _said.add(why)
@@ -50,12 +51,15 @@ class Layers:
 
     @classmethod
     def none(cls, why: str) -> Layers:
-        """Return layers that are all off for one reason."""
+        """Return capabilities that are all off for one reason."""
         return cls(why, why, why, why)
 
 
 def judge(found: Privileges) -> Layers:
-    """Return what these privileges allow. Where the base is missing, the reason names everything that all layers need."""
+    """Return the capabilities that these privileges allow.
+
+    Without the privileges for a sandbox all are off, and the reason names everything that all of them need.
+    """
     if found.missing("sandbox"):
         return Layers.none(remedy(found.missing("mount", "sandbox", "snapshots", "pages")))
     reasons = {layer: found.missing(layer) for layer in ("mount", "snapshots", "pages")}
@@ -63,7 +67,10 @@ def judge(found: Privileges) -> Layers:
 
 
 def detect(home: Path) -> tuple[Layers, Criu | None]:
-    """Return what this host offers, and its CRIU. Takes under a millisecond, but where a CRIU is asked for its version the first time."""
+    """Return this host's capabilities and its CRIU, if any.
+
+    Takes under 1 ms, except the first time, when CRIU is run for its version.
+    """
     layers = judge(Privileges.here())
     if layers.snapshots:
         return layers, None

@@ -1,11 +1,12 @@
-"""The engine's compiled code (torch.compile's, Triton's, FlashInfer's) as an archive of its own in the snapshot store.
+"""Keep the engine's compiled code (torch.compile's, Triton's, FlashInfer's) as a separate archive in the snapshot store.
 
-Of use wherever engine, compilers, processors and GPUs are the same (checkpoint.compatibility.check, `Here.compile_cache`), also where no
-snapshot can
-be taken or restored, as with several GPUs. `pull` before a cold start, `push` after one.
+It is valid wherever engine, compilers, processors and GPUs are the same (checkpoint.compatibility.check,
+`Here.compile_cache`), also where no snapshot can be taken or restored, as with several GPUs. A launch pulls before a
+cold start and pushes after it.
 
-Promises: neither costs a start. A store that fails or stalls is logged with its code and the engine compiles, as it would alone. An
-engine meets all of a pulled cache or nothing of it. What is on either side already is not sent again.
+Guarantees: neither step fails a start. If the store fails or stalls, the error code is logged and the engine compiles
+as usual. An engine sees a whole pulled cache or none of it. Files that the other side already has are not transferred
+again.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ from checkpoint.files import aside
 
 log = logging.getLogger("quickthaw")
 PULL_LIMIT_S = 60.0
-"""A start waits no longer than this for a pull; compiling costs about as much (docs/measurements.md)."""
+"""Maximum seconds that a start waits for a pull; compiling takes about as long (docs/measurements.md)."""
 _STALE_S = 3600.0
 
 
 class CompileCache:
-    """The cache in `folder`, kept in `store` as the archive `name`."""
+    """The compile cache in `folder`, stored in `store` as the archive `name`."""
 
     def __init__(
         self, folder: Path, store: str, name: str, trust_keys: Sequence[Path] = (), sign_key: Path | None = None
@@ -40,7 +41,7 @@ class CompileCache:
         from lazyfs.stores.urls import shown_url
 
         self.folder, self.store, self.name = folder, store, name
-        # A URL may hold a password; logs and notes do not.
+        # A URL may hold a password; logs and notes must not.
         self.shown = shown_url(store)
         self.trust_keys, self.sign_key = trust_keys, sign_key
         self._lock = threading.Lock()
@@ -51,26 +52,26 @@ class CompileCache:
         return self.folder.with_name(f".{self.folder.name}-{self.name}")
 
     def listing(self) -> str:
-        """A digest over the names and sizes of the cache's files; "" where there are none."""
+        """Return a digest over the names and sizes of the cache's files, or "" if there are none."""
         found = []
         for below, _, names in os.walk(self.folder):
             found += [(str(Path(below, n).relative_to(self.folder)), Path(below, n).lstat().st_size) for n in names]
         return _digest(found)
 
     def _same(self, listing: str) -> bool:
-        """Whether the store had exactly these files when it was last asked."""
+        """Return True if the store had exactly these files when it was last contacted."""
         try:
             return self._note.read_text() == f"{self.shown}\n{listing}"
         except OSError:
             return False
 
     def _remember(self, listing: str) -> None:
-        """What the store has now."""
+        """Record the listing that the store has now."""
         with aside(self._note) as new:
             new.write_text(f"{self.shown}\n{listing}")
 
     def pull(self, limit_s: float = PULL_LIMIT_S) -> None:
-        """Fill in what the store has and the folder has not; returns after `limit_s` seconds at the latest."""
+        """Add the files that the store has and the folder lacks. Returns after at most `limit_s` seconds."""
         thread = threading.Thread(target=self._pull, name="compile-cache-pull", daemon=True)
         thread.start()
         thread.join(limit_s)
@@ -90,7 +91,7 @@ class CompileCache:
             self._sweep()
             with tempfile.TemporaryDirectory(prefix=self._prefix, dir=self.folder.parent) as made:
                 staging = Path(made)
-                _link(self.folder, staging)  # so that only what is missing is fetched
+                _link(self.folder, staging)  # hard links: only missing files are downloaded
                 chunks = archive.open_chunks(self.store)
                 written = cache_archive.pull_cache(self.name, chunks, staging, self.trust_keys)
                 kept = chunks.get_manifest(chunks.resolve(self.name))
@@ -113,14 +114,14 @@ class CompileCache:
         return f".pull-{self.folder.name}-"
 
     def _sweep(self) -> None:
-        """Remove what killed launches left of a pull."""
+        """Remove the staging folders of killed launches."""
         for old in self.folder.parent.glob(f"{self._prefix}*"):
             with contextlib.suppress(OSError):
                 if time.time() - old.stat().st_mtime > _STALE_S:
                     shutil.rmtree(old, ignore_errors=True)
 
     def push_later(self) -> threading.Thread:
-        """Push in the background, at a low priority; the thread, for whoever wants to wait."""
+        """Push in a background thread at low priority and return the thread, for a caller that wants to join it."""
         thread = threading.Thread(target=self._push, name="compile-cache-push", daemon=True)
         thread.start()
         return thread
@@ -134,7 +135,7 @@ class CompileCache:
             listing = self.listing()
             if not listing or self._same(listing):
                 return
-            # Of this thread alone: the engine serves meanwhile.
+            # This lowers the thread's priority only: the engine serves meanwhile.
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
             sign = signatures.signer(self.sign_key) if self.sign_key else None
             pushed = cache_archive.push_cache(self.folder, archive.open_chunks(self.store), self.name, sign)
@@ -151,7 +152,7 @@ def _digest(files: list[tuple[str, int]]) -> str:
 
 
 def _link(source: Path, target: Path) -> None:
-    """The files below `source` also below `target`, where there is none of that name yet."""
+    """Hard-link the files below `source` into `target`, skipping names that exist there."""
     for below, _, names in os.walk(source):
         folder = target / Path(below).relative_to(source)
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What the steps of a start read of the replica that they belong to (`replica.Replica`), so that they need not know it."""
+"""The view of a replica (`replica.Replica`) that the steps of a start depend on, so that they need not import it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class StartContext(Protocol):
-    """One start of one engine: what it was asked for, and what is known so far."""
+    """One start of one engine: its settings and its state so far."""
 
     settings: LaunchSettings
     engine: Engine
@@ -32,31 +32,31 @@ class StartContext(Protocol):
     stdout: int | None
     stderr: int | None
     command: EngineCommand
-    """What the engine is started with."""
+    """The command line that the engine is started with."""
     snapshot: Snapshot | None
-    """What was taken, or restored."""
+    """The snapshot that was taken or restored."""
     refused: Incompatible | None
-    """Why the last restore was refused, where it was."""
+    """Why the last restore was refused, if it was."""
 
     @property
     def identity(self) -> Here:
-        """What this launch is, for choosing and checking a snapshot."""
+        """Return the identity of this launch, used to select and check a snapshot."""
 
     @property
     def snapshot_name(self) -> str:
-        """The snapshot that this launch selects."""
+        """Return the name of the snapshot that this launch selects."""
 
     def driver(self) -> Driver | None:
-        """The CUDA driver's checkpoint calls, where this host has an NVIDIA device."""
+        """Return the CUDA driver's checkpoint API, or None on a host without an NVIDIA device."""
 
     def multi_gpu(self) -> bool:
-        """Whether no driver can checkpoint this launch."""
+        """Return True if no driver can checkpoint this launch."""
 
     def on_exit(self) -> Callable[[int, int], None]:
-        """What a sandbox calls when the engine ends."""
+        """Return the callback that a sandbox calls with (pid, exit code) when the engine ends."""
 
     def this_start(self) -> tuple[Span, ...]:
-        """The finished phases of the current start."""
+        """Return the finished phases of the current start."""
 
     def turn_off(self, why: str, error: Exception | None = None) -> None:
-        """From now on start the engine as it would start alone."""
+        """Turn all capabilities off: start the engine from now on as it would start alone."""

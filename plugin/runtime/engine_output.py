@@ -1,4 +1,4 @@
-"""The engine's own output: passed on to ours as it comes, with the last lines kept for an error message."""
+"""Copy the engine's output to this process's own as it arrives, and keep the last lines for error messages."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import threading
 
 
 class Output:
-    """One pipe from an engine. `target` is a descriptor of ours, or None to keep only the last lines; `pipe` its ends, where there is one.
+    """Pump one pipe from an engine. `target` is a file descriptor to copy to, or None to keep only the last lines.
 
-    The write end goes to the engine and must be closed here once it has it; the read end closes at the engine's end.
+    `pipe` is an existing (read, write) pair. The engine inherits the write end; call `handed_over` once it has. The
+    read end is closed when the engine ends.
     """
 
     def __init__(self, target: int | None, keep: int = 60, pipe: tuple[int, int] | None = None) -> None:
@@ -38,16 +39,16 @@ class Output:
             try:
                 view = view[os.write(self._target, view) :]
             except OSError:
-                self._target = None  # nobody listens any more; the engine must not block on that
+                self._target = None  # the reader is gone; the engine must not block on it
 
     def handed_over(self) -> None:
-        """The engine has its end: close ours, so that reading ends when the engine does."""
+        """Close this process's write end, so that the pipe reports EOF when the engine ends."""
         if self.write_fd >= 0:
             os.close(self.write_fd)
             self.write_fd = -1
 
     def last(self, count: int = 3) -> str:
-        """The last lines as one line of text, for an error message; errors before anything else."""
+        """Return the last `count` lines joined into one, or the last line that names an error, for an error message."""
         self._thread.join(0.2)
         lines = [line.decode(errors="replace").strip() for line in self._lines]
         telling = [line for line in lines if "Error" in line or "error:" in line]

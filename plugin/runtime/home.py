@@ -1,4 +1,4 @@
-"""Where everything of quickthaw's lies on this host. Of its own, since a command asks for it before it imports anything else."""
+"""Locate the state folder. A module of its own, because commands need it before other imports."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import os
 from pathlib import Path
 
 LEAST_ROOM = 64 << 20
-"""Bytes that a cold start needs below the state folder: compiled code, manifests, the engine's site folder."""
+"""Bytes that a cold start needs in the state folder: compiled code, manifests, the engine's site folder."""
 _PROBE = bytes(1 << 16)
 
 
 def state_home() -> Path:
-    """`$QUICKTHAW_HOME`, or `~/.cache/quickthaw`."""
+    """Return `$QUICKTHAW_HOME`, or `~/.cache/quickthaw`."""
     return Path(os.environ.get("QUICKTHAW_HOME") or Path.home() / ".cache" / "quickthaw")
 
 
 def unusable(home: Path) -> str | None:
-    """Return why nothing may be written below `home`, with the remedy, in one line; None where it can be (tried, in under 1 ms)."""
+    """Return why `home` is not writable, with the remedy, in one line; None if it is. Writes a probe file, in under 1 ms."""
     remedy = "make room there, or set QUICKTHAW_HOME to a folder on a disk with room"
     try:
         run = home / "run"

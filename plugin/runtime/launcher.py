@@ -1,6 +1,6 @@
-"""A launch from its first thread to its exit code: replicas in threads of their own, the proxy on the event loop, signals, the way down.
+"""Run a launch: start each replica in a thread, run the proxy on the event loop, handle signals, shut down.
 
-Order matters here: the port is bound, and the thread that restores is on its way, before the proxy's modules are imported.
+Order matters: the port is bound and the restoring thread is running before the proxy's modules are imported.
 """
 
 from __future__ import annotations
@@ -46,11 +46,14 @@ SWEEP_AFTER_S = 5.0
 RECALL_LIMIT_S = 5.0
 LET_IN_S = 0.5
 UNDERWAY_S = 0.2
-"""How long the event loop's imports (60 ms) wait for the restoring thread to get CRIU going, from which they take the interpreter."""
+"""Seconds the event loop's imports (60 ms) wait until the restoring thread has started CRIU. Both threads compete for the GIL."""
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """The public port, listening. Raises Usage when it is taken or not ours to take."""
+    """Bind the public port and return the listening socket.
+
+    Raises Usage (port-in-use) when the port is taken, needs privileges, or the host has no such address.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
@@ -73,7 +76,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 @dataclass
 class Launch:
-    """One running launch: the replicas, the pool in front of them, and the way down."""
+    """Own one running launch: its replicas, the pool in front of them, and the shutdown."""
 
     settings: LaunchSettings
     sock: socket.socket
@@ -93,7 +96,7 @@ class Launch:
         self._stop: asyncio.Event | None = None
         self._told = False
         self._deaths: dict[int, list[float]] = {}
-        """When each replica's engine ended by itself, by the replica's index; without those whose pages were lost."""
+        """Times at which each replica's engine died, by replica index; deaths caused by a failed page server are not counted."""
         self._began = time.monotonic()
         self._accepts_since = 0.0
         self._failure: Exception | None = None
@@ -101,10 +104,10 @@ class Launch:
         self._counting = threading.Lock()
         self._turns = Turns(self.settings.restores_at_once)
 
-    # The replicas' side: threads
+    # # Replicas: each start runs in a thread
 
     def begin(self, criu: Criu | None, engine: Engine, weights: Weights) -> None:
-        """Start the replicas in threads of their own: in turns from a snapshot that is there, else the others from the first one's."""
+        """Start each replica in a thread. Restores are throttled; without a snapshot the others wait for the first replica's."""
         self.weights = weights
         for index in range(self.settings.replicas):
             tracker = PhaseTracker()
@@ -118,15 +121,18 @@ class Launch:
         threading.Thread(target=self._start_all, name="starter", daemon=True).start()
 
     def _expects(self) -> bool:
-        """Whether a request waits, or may be about to: who has connected before the proxy accepts has most likely sent one."""
+        """Return True if a request is waiting, or a client has connected that the proxy has not accepted yet.
+
+        A client that connects before the proxy accepts has most likely sent a request already.
+        """
         return (self._pool is not None and self._pool.expects()) or self._connecting()
 
     def _connecting(self) -> bool:
-        """Whether somebody has connected whom the proxy has not accepted yet."""
+        """Return True if the listening socket has a connection that the proxy has not accepted yet."""
         connections = select.poll()
         try:
             connections.register(self.sock, select.POLLIN)
-        except ValueError:  # closed: the launch is on its way out
+        except ValueError:  # closed: the launch is shutting down
             return False
         return bool(connections.poll(0))
 
@@ -135,7 +141,7 @@ class Launch:
 
         def tell(old: Phase, new: Phase, reason: str) -> None:
             took = time.monotonic() - self._began
-            # Why it failed is said once, by whoever decides what happens next.
+            # The code that decides what happens next logs the reason of a failure.
             log.info("%s%s (%.2f s)%s", who, new, took, f": {reason}" if reason and new is not Phase.FAILED else "")
 
         return tell
@@ -145,11 +151,11 @@ class Launch:
         threading.Thread(target=self._sweep, name="sweeper", daemon=True).start()
         first_done = threading.Event()
         together = others and self._something_to_restore(first)
-        # Counted before they run: one that fails at once must not take the launch with it.
+        # Count all starts before they run: a start that fails at once must not end the launch.
         self._count(len(self.replicas) if together else 1)
         with contextlib.ExitStack() as turn:
             if together:
-                # The one with helpers that are there already comes first.
+                # The first replica goes first: the pre-started helper processes serve it.
                 turn.enter_context(self._turns.turn(first.tracker))
                 self._start_in_threads(others, first_done.wait)
             try:
@@ -161,7 +167,7 @@ class Launch:
             self._start_in_threads(others, None)
 
     def _count(self, more: int) -> int:
-        """How many starts are under way, with these."""
+        """Add `more` to the number of starts in progress and return the sum."""
         with self._counting:
             self._starting += more
             return self._starting
@@ -175,10 +181,10 @@ class Launch:
         try:
             return replica.restorable() is not None
         except (CheckpointError, LauncherError, OSError):
-            return False  # the start itself says why
+            return False  # the start itself logs the reason
 
     def _sweep(self) -> None:
-        """What killed launches left goes while this one has better to do than wait for it."""
+        """Remove what killed launches left, once this launch has had SWEEP_AFTER_S seconds to start."""
         self._ending.wait(SWEEP_AFTER_S)
         with contextlib.suppress(OSError):
             self.replicas[0].library.sweep()
@@ -198,7 +204,7 @@ class Launch:
         except (CheckpointError, LauncherError) as error:
             failure = error
         except Exception as error:
-            # A stop that comes between two phases of a start cuts it short wherever it is.
+            # A stop interrupts a start at any point, so any exception may follow; do not report it as a defect.
             if not self._ending.is_set():
                 log.exception("a defect of quickthaw's, please report it")
             failure = error
@@ -209,12 +215,12 @@ class Launch:
             return False
         prestart.settled()
         if self._ending.is_set():
-            return False  # the way down stops it, with the grace that any other engine has
+            return False  # the shutdown stops it with the usual grace period
         _remember(self.settings, replica, time.monotonic() - self._began)
         return True
 
     def _start_failed(self, error: Exception, others: int) -> None:
-        """What becomes of the launch: it goes on with replicas that serve, or with `others` that are still starting; else it ends."""
+        """End the launch, unless another replica serves or `others` (a count) are still starting."""
         if self._ending.is_set():
             log.debug("a start that was interrupted by the stop: %s", error)
             return
@@ -233,9 +239,9 @@ class Launch:
         return died
 
     def _restart(self, replica: Replica, code: int) -> None:
-        """An engine ended by itself while it served: bring it back, unless it keeps dying.
+        """Restart a replica whose engine ended while it served, unless the engine keeps dying.
 
-        Lost pages do not count as a death: the restore that follows needs no page server.
+        A failed page server does not count as a death: the restore that follows does not use one.
         """
         how = f"signal {-code}" if code < 0 else f"code {code}"
         lost, silent = replica.pages_lost(), replica.silent
@@ -255,7 +261,7 @@ class Launch:
         self._start_one(replica)
 
     def _silent(self, behind: ProxyReplica, why: str) -> None:
-        """On the loop: end a replica that answers nothing; its end then starts it again."""
+        """Kill a replica that no longer answers; `on_death` then restarts it. Runs on the event loop."""
         replica = self.replicas[int(behind.name.removeprefix("r"))]
         log.warning("%sreplica-silent: %s; ending the engine and starting it again", self._who(replica), why)
         threading.Thread(target=replica.end_silent, args=(why,), name="silent", daemon=True).start()
@@ -264,13 +270,13 @@ class Launch:
         return f"replica {self.replicas.index(replica)}: " if self.settings.replicas > 1 else ""
 
     def _died(self, replica: Replica) -> int:
-        """Count a death; how many this replica had within a minute."""
+        """Record a death and return how many this replica had within the last minute."""
         now, index = time.monotonic(), self.replicas.index(replica)
         deaths = self._deaths[index] = [at for at in self._deaths.get(index, []) if now - at < 60.0] + [now]
         return len(deaths)
 
     def _give_up(self, replica: Replica, deaths: int, how: str, code: int) -> None:
-        """Leave a replica that keeps dying; the launch goes on with those that serve or start, or ends."""
+        """Stop restarting a replica that keeps dying. End the launch if no other replica serves or starts."""
         replica._clear()
         others = self._count(0) or sum(r.tracker.phase in SERVES for r in self.replicas)
         text = "%sengine-keeps-dying: %d deaths within a minute, the last with %s; giving up"
@@ -279,15 +285,15 @@ class Launch:
             self.exit_code = _shell_code(code)
             self.end()
 
-    # The proxy's side: the event loop in the main thread
+    # Proxy: the event loop in the main thread
 
     def heed_signals(self) -> None:
-        """From the moment the port takes connections a signal ends the launch in order, though the event loop is not there yet."""
+        """Install handlers that end the launch in order, for signals that arrive before the event loop runs."""
         for number in stopping():
             signal.signal(number, lambda *_: self._signalled())
 
     def run(self) -> int:
-        """Serve until told to stop; the exit code."""
+        """Serve until the launch is stopped and return the exit code."""
         self.replicas[0].underway.wait(UNDERWAY_S)
         import asyncio
 
@@ -335,7 +341,7 @@ class Launch:
         )
         if behaviour.access_log:
             logging.getLogger("quickthaw.proxy").setLevel(logging.INFO)
-        # Process 1 of the first sandbox runs already with the limit as it was; both engines raise their own.
+        # After the first sandbox's init has started with the old limit; both engines raise their own.
         raise_files()
         self._server = ProxyServer(pool, behaviour)
         await self._server.start(self.sock, own_sock=self.own_sock)
@@ -400,7 +406,7 @@ class Launch:
             await asyncio.to_thread(replica.sleep)
 
     def end(self) -> None:
-        """Begin the way down, from any thread."""
+        """Start the shutdown. Callable from any thread."""
         self._ending.set()
         if self._loop is not None and self._stop is not None:
             self._loop.call_soon_threadsafe(self._stop.set)
@@ -420,14 +426,14 @@ class Launch:
             self._stop.set()
 
     async def _let_in(self) -> None:
-        """Whoever has connected by now is answered, not reset: a launch may end as soon as its proxy accepts."""
+        """Answer clients that have connected by now instead of resetting them: a launch may end as soon as its proxy accepts."""
         import asyncio
 
         deadline = time.monotonic() + LET_IN_S
-        while self._connecting() and time.monotonic() < deadline:  # noqa: ASYNC110 – the kernel tells nobody of its queue
+        while self._connecting() and time.monotonic() < deadline:  # noqa: ASYNC110 – the kernel does not notify of its accept queue
             await asyncio.sleep(0.005)
         if time.monotonic() - self._accepts_since < LET_IN_S:
-            await asyncio.sleep(0.05)  # what they have sent is read by their own tasks
+            await asyncio.sleep(0.05)  # the connections' own tasks read what these clients have sent
 
     async def _shut_down(self) -> None:
         import asyncio
@@ -435,9 +441,9 @@ class Launch:
         assert self._server is not None and self._pool is not None
         await self._let_in()
         if self._failure is not None:
-            # The pool logs it, and answers those who are held with it.
+            # The pool logs the failure and answers the held requests with it.
             self._pool.start_failed(self._failure)
-            await asyncio.sleep(0)  # the answers to held requests are written by their own tasks
+            await asyncio.sleep(0)  # the held requests' own tasks write the answers
         await self._server.shutdown(self.settings.grace_s)
         codes = await asyncio.gather(*(asyncio.to_thread(replica.stop) for replica in self.replicas))
         if self.weights:
@@ -447,26 +453,29 @@ class Launch:
 
 
 def _shell_code(code: int) -> int:
-    """An exit code as a shell reports it: 128 plus the signal for a process that one ended."""
+    """Convert to a shell's exit code: 128 plus the signal number for a process ended by a signal."""
     return 128 - code if code < 0 else code
 
 
 def _remember(settings: LaunchSettings, replica: Replica, seconds: float) -> None:
-    """Add this start to the measured lead times (the proxy's deadlines and the capacity plan read them)."""
+    """Add this start to the measured lead times, which the proxy's deadlines and the capacity plan use."""
     from plugin.records.lead_times import remember
 
     remember(settings, "restored" if replica.restored else "cold", seconds)
 
 
 def launch(settings: LaunchSettings, stdout: int | None = 1, stderr: int | None = 2) -> int:
-    """Run a launch to its end; the exit code. Raises LauncherError for what is wrong before anything has started."""
+    """Run a launch to its end and return the exit code.
+
+    Raises LauncherError for what is wrong before any process has started.
+    """
     import launchers
 
     engine = launchers.engine(settings.engine)
     layers, criu = detect(settings.home)
     full = unusable(settings.home)
     if full and not Library(settings.home).names():
-        layers = Layers.none(full)  # with a snapshot there, a restore may still succeed: it writes next to nothing
+        layers = Layers.none(full)  # a restore from an existing snapshot writes almost nothing and may still succeed
     weights = Weights.of(settings, enabled=settings.mount and not layers.mount)
     if weights.path is None and not settings.named:
         layers = Layers(

@@ -1,7 +1,7 @@
-"""The model of a launch: its manifest, its lazy mount, and where the engine sees it.
+"""The model of a launch: its manifest, its lazy mount, and the path where the engine sees it.
 
-The mount is shown at the very path that the user gave, inside the engine's own mount namespace: the engine's arguments, the names it
-serves under and its own error messages stay what they would be without us.
+The mount appears at the very path that the user gave, inside the engine's mount namespace. The engine's arguments, its
+served model names and its error messages stay what they would be without quickthaw.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("quickthaw")
 IDLE_EXIT_S = 15.0
-"""How long the daemon outlives the last launch that holds a file of its mount open: no mount stays for ever after a killed launch."""
+"""Seconds until the mount's daemon exits when no launch holds a file of it open, so that a killed launch leaves no mount behind."""
 
 
 class Weights:
-    """One model directory. `digest` names what it holds; `shown_at` is where the engine reads it."""
+    """One model directory. `digest` identifies its contents; `shown_at` is the path where the engine reads it."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class Weights:
         arguments: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        """`arguments` and `environment` are the engine's: of a hub's model they name the revision and the cache."""
+        """Resolve `model`. `arguments` and `environment` are the engine's: for a hub model they give the revision and the cache folder."""
         self.home, self.store_url, self.enabled = home, store_url, enabled
         self.progress = progress
         self.path = local_directory(model, arguments, os.environ if environment is None else environment)
@@ -58,7 +58,7 @@ class Weights:
 
     @classmethod
     def of(cls, settings: LaunchSettings, enabled: bool) -> Weights:
-        """The model that a launch names."""
+        """Return the model that a launch names."""
         command = settings.command
         return cls(
             command.model,
@@ -71,15 +71,16 @@ class Weights:
 
     @property
     def shown_at(self) -> str:
-        """The path at which the engine reads the model: the user's own."""
+        """Return the absolute path where the engine reads the model: the user's own."""
         assert self.path is not None
         return os.path.abspath(self.path)
 
     @property
     def digest(self) -> str:
-        """Return the manifest's root digest; imports the directory where it is new. Empty for a model that is not a local directory.
+        """Return the manifest's root digest, importing the directory if it is new; "" for a model that is not a local
+        directory.
 
-        Raises OSError where it cannot be imported: the state folder is full, a file cannot be read, the store does not answer.
+        Raises OSError when the import fails: the state folder is full, a file is unreadable, the store does not answer.
         """
         with self._lock:
             if self._digest is None:
@@ -97,7 +98,7 @@ class Weights:
 
     @property
     def size(self) -> int:
-        """Bytes of the directory's weight files."""
+        """Return the total size of the directory's weight files in bytes."""
         if self.path is None:
             return 0
         return sum(entry.stat().st_size for entry in os.scandir(self.path) if entry.name.endswith(WEIGHT_SUFFIXES))
@@ -106,9 +107,9 @@ class Weights:
         return self.home / "mounts" / self.digest[:16]
 
     def mounted(self) -> Path | None:
-        """The mount, where a healthy daemon serves it already; never starts one."""
+        """Return the mount point if a healthy daemon serves it already, else None; never start a daemon."""
         if self.path is None or not self.enabled or not (self.home / "mounts").is_dir():
-            return None  # nothing is mounted anywhere below this home: spare computing the model's digest
+            return None  # no mount below this home: skip computing the model's digest
         from lazyfs.api import find_mount
 
         handle = find_mount(self._mountpoint())
@@ -117,7 +118,7 @@ class Weights:
         return self._hold(handle)
 
     def mount(self) -> Path | None:
-        """The mount, started where it is not there. None where it cannot be had; why is said."""
+        """Return the mount point, starting a daemon if needed. Log the reason and return None when mounting fails."""
         if self.path is None or not self.enabled:
             return None
         from lazyfs.api import mount
@@ -131,7 +132,7 @@ class Weights:
         return self._hold(handle)
 
     def _hold(self, handle: MountHandle) -> Path | None:
-        """Keep a file of the mount open: as long as one is, the daemon stays."""
+        """Hold a file of the mount open, which keeps the daemon running."""
         with self._lock:
             self._handle = handle
             if self._lease is None:
@@ -140,7 +141,7 @@ class Weights:
         return handle.mountpoint
 
     def close(self) -> None:
-        """Let go of the mount, and take it down unless another launch uses it."""
+        """Release the mount, and unmount it unless another launch uses it."""
         with self._lock:
             if self._lease is not None:
                 os.close(self._lease)
@@ -149,20 +150,23 @@ class Weights:
         if handle is not None:
             from lazyfs.errors import LazyfsError
 
-            with contextlib.suppress(LazyfsError, OSError):  # busy: the last user's end takes it down
+            with contextlib.suppress(LazyfsError, OSError):  # busy: its last user unmounts it
                 handle.unmount(limit_s=5.0)
 
 
 def looks_like_path(model: str) -> bool:
-    """Whether a model argument can only be a path, and not a name on a hub."""
+    """Return True if a model argument can only be a path, not a hub name."""
     return model.startswith(("/", "./", "../", "~")) or model.count("/") > 1
 
 
 def local_directory(
     model: str, arguments: Sequence[str] = (), environment: Mapping[str, str] = os.environ
 ) -> Path | None:
-    """The directory of a model on this host: the path itself, or a hub name's in the local hub cache, at the revision that an engine's
-    `arguments` name; else None."""
+    """Return a model's directory on this host, or None.
+
+    That is the path itself, or a hub name's folder in the local hub cache at the revision that the engine's `arguments`
+    name.
+    """
     path = Path(model).expanduser()
     if path.is_dir():
         return path
@@ -172,14 +176,15 @@ def local_directory(
 
 
 def model_place(snapshot: Snapshot, weights: Weights, named: bool) -> str:
-    """Where a restored engine reads its model: the folder it was started with, whatever path this launch names the model by.
+    """Return the path where a restored engine reads its model: the folder it was started with, whatever path this launch
+    gives.
 
-    `named`: the user named the snapshot, so that there is no cold start to go to. Raises Incompatible where this host has no such folder,
-    or not the one the engine was running in.
+    `named`: the user named the snapshot, so a cold start is not possible. Raises Incompatible (model-path-missing,
+    working-folder-missing) when this host lacks that folder or the engine's working directory.
     """
     place = snapshot.model_path or (weights.shown_at if weights.path else "")
     if named and snapshot.weights == "full":
-        return place  # its weights are in the images
+        return place  # the images hold the weights
     for folder, code in ((place, "model-path-missing"), (snapshot.cwd, "working-folder-missing")):
         if folder and not Path(folder).is_dir():
             raise Incompatible(

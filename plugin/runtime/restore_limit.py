@@ -1,9 +1,11 @@
-"""Turns: where replicas outnumber the processors, they are restored one after the other, so that the first serves soon.
+"""Concurrency limit for restores: with more replicas than processors, they queue so that the first one serves soon.
 
-Restores that share processors all end late: each takes the whole host's processors for less than a second (CRIU, the page server, the
-engine's own threads, which wait for each other by spinning), and four of them at once on two cores took longer together than in a row.
-Promises: a turn ends when its replica serves, fails, or starts cold, so nobody waits for a cold start; and nobody waits longer than
-`TURN_LIMIT_S`, whatever becomes of those before.
+Restores that share processors all end late. Each one uses all processors for less than a second (CRIU, the page server,
+the engine's own threads, which spin while they wait for each other); four at once on two cores took longer than four in
+a row.
+
+Guarantees: a slot is released when its replica serves, fails or starts cold, so a cold start never blocks a restore. A
+replica waits at most `TURN_LIMIT_S`, whatever happens to those before it.
 """
 
 from __future__ import annotations
@@ -16,14 +18,14 @@ from collections.abc import Iterator
 from plugin.runtime.phases import Phase, PhaseTracker
 
 CORES_A_RESTORE = 2
-"""What one restore keeps busy: pages are placed by one process while another, or the engine, runs."""
+"""Processors that one restore uses: one process places pages while another, or the engine, runs."""
 TURN_LIMIT_S = 10.0
 
 _IN_TURN = frozenset({Phase.MOUNTING, Phase.RESTORING, Phase.WAKING, Phase.VERIFYING})
 
 
 class Turns:
-    """So many restores `at_once`; 0: as many as the processors this process may use allow, one for every two, at least one."""
+    """Allow `at_once` concurrent restores; 0: one per two processors that this process may use, at least one."""
 
     def __init__(self, at_once: int = 0, cores: int | None = None, limit_s: float = TURN_LIMIT_S) -> None:
         cores = len(os.sched_getaffinity(0)) if cores is None else cores
@@ -32,9 +34,11 @@ class Turns:
 
     @contextlib.contextmanager
     def turn(self, tracker: PhaseTracker) -> Iterator[bool]:
-        """Wait for a turn, at most the limit; whether it is one. It ends with the restore, at the latest with the block."""
+        """Acquire a slot, waiting at most the limit; yield whether it was acquired. Release it when the restore ends, at
+        the latest on exit.
+        """
         got = self._free.acquire(timeout=self._limit_s)
-        once = threading.Lock()  # locked for good by whichever end comes first
+        once = threading.Lock()  # acquired by the first release and never released
 
         def end() -> None:
             if got and once.acquire(blocking=False):

@@ -1,4 +1,4 @@
-"""What a sandbox shows of the host: the compile cache, our modules inside the engine, the model."""
+"""The host folders bound into a sandbox: the compile cache, the engine's site folder, the model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def compile_cache(settings: LaunchSettings) -> Path:
-    """Return the folder of an engine's compiled code, made where it is not there. Raises OSError."""
+    """Return the engine's compile cache folder, creating it if needed. Raises OSError."""
     folder = settings.home / "compile" / settings.engine
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     (folder / "tmp-inductor").mkdir(mode=0o700, exist_ok=True)
@@ -23,7 +23,10 @@ def compile_cache(settings: LaunchSettings) -> Path:
 
 
 def binds(settings: LaunchSettings, weights: Weights, mounted: Path | None, place: str) -> list[Bind]:
-    """Return the folders to show; the model at `place`, where the engine reads it, from `mounted` where the lazy mount is up."""
+    """Return the binds of a sandbox.
+
+    The model appears at `place`, the path the engine reads, from `mounted` when the lazy mount is up.
+    """
     found = [
         Bind(compile_cache(settings), Path(CACHE_DIR), read_only=False),
         Bind(engine_site(settings.home, Path(__file__).parents[1] / "engine"), Path(ENGINE_SITE)),
@@ -31,6 +34,6 @@ def binds(settings: LaunchSettings, weights: Weights, mounted: Path | None, plac
     if mounted:
         found.append(Bind(mounted, Path(place)))
     elif weights.path and place not in ("", weights.shown_at) and Path(place).is_dir():
-        # Another folder than the user named: what lies there now is unknown, and what the user named is checked.
+        # `place` differs from the folder the user named and its contents are unchecked: bind the named folder over it.
         found.append(Bind(weights.path.absolute(), Path(place)))
     return found

@@ -1,4 +1,4 @@
-"""The signals that end a command of ours in order."""
+"""The signals that stop a quickthaw command in order."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ import signal
 
 
 def stopping() -> tuple[signal.Signals, ...]:
-    """SIGTERM, SIGINT, and SIGHUP (the end of the terminal), except under nohup, which has SIGHUP ignored."""
+    """Return SIGTERM, SIGINT and SIGHUP (the terminal closed); without SIGHUP where nohup has it ignored."""
     ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     return (signal.SIGTERM, signal.SIGINT) if ignored else (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)

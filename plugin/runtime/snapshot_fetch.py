@@ -1,7 +1,8 @@
-"""A replica's snapshot out of a store: found, fetched while the replica is restored from it, and given up where it cannot be trusted.
+"""Fetch a replica's snapshot from a store: find it, stream it during the restore, and abandon it when it cannot be
+trusted.
 
-The fetching itself is checkpoint.store.remote_restore's; here is when to begin, whom to wait for, and what becomes of the replica when it
-fails.
+checkpoint.store.remote_restore does the transfer. This module decides when to start, which other process to wait for,
+and what happens to the replica when the transfer fails.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("quickthaw")
 OTHER_FETCHER_LIMIT_S = 600.0
-"""How long to wait for another process of this host that fetches the same snapshot."""
+"""Maximum seconds to wait for another process on this host that fetches the same snapshot."""
 _POLL_S = 0.1
 
 
 class Fetching:
-    """What one replica fetches, if anything. Replicas of one launch share the fetching itself."""
+    """The download of one replica's snapshot, if any. Replicas of one launch share the transfer itself."""
 
     def __init__(self, settings: LaunchSettings) -> None:
         self.settings = settings
@@ -37,10 +38,11 @@ class Fetching:
         self._works = True
 
     def find(self, name: str, accept: Callable[[Snapshot], object]) -> Library | None:
-        """Begin to fetch the snapshot `name` from the store that the settings name; a library that has it.
+        """Start to fetch the snapshot `name` from the configured store and return a library that has it, or None.
 
-        `accept` is given its manifest and raises where it may not be restored here. None: the store has none, or cannot be asked (why is
-        said). With `strict`, or where the user named the snapshot, what is wrong is raised instead.
+        `accept` receives the manifest and raises if the snapshot may not be restored here. Returns None when the store
+        lacks the snapshot, or when fetching fails (the reason is logged). With `strict`, or for a snapshot that the
+        user named, the error is raised instead.
         """
         if self.settings.snapshot_store is None or not self._works:
             return None
@@ -63,7 +65,7 @@ class Fetching:
             try:
                 remote = _open(library, store, name, accept, self.settings.trust_keys)
                 if library.has(name):
-                    return library  # another process has finished it
+                    return library  # another process has finished the download
                 remote.begin()
                 break
             except NotFound as error:
@@ -86,15 +88,18 @@ class Fetching:
 
     @contextlib.contextmanager
     def held(self, library: Library, name: str) -> Iterator[None]:
-        """Keep the snapshot from being replaced between the reading of its manifest and of its images; the fetching keeps one that is
-        still to come. Raises NotFound, Busy, and Failed where the disk refuses."""
+        """Lock the snapshot against replacement between reading its manifest and reading its images.
+
+        An unfinished download already holds that lock. Raises NotFound, Busy, and Failed (restore-failed) on a disk
+        error.
+        """
         with disk.required(f"{name} is not restored", "restore-failed"), contextlib.ExitStack() as stack:
             if not self.unfinished:
                 stack.enter_context(library.in_use(name))
             yield
 
     def ready(self, lazy: bool, snapshot: Snapshot) -> bool:
-        """Wait until a restore may begin; True when what it reads was verified as it came. Raises what ended the fetching."""
+        """Wait until a restore may begin. Return True when its input was verified during the download. Raises the download's error."""
         remote = self.remote
         if remote is None or remote.complete.is_set():
             return False
@@ -106,43 +111,45 @@ class Fetching:
 
     @property
     def arriving(self) -> Remote | None:
-        """What a page server waits for, while something is still to come."""
+        """Return the download that a page server must wait on, or None when everything is here."""
         return None if self.remote is None or self.remote.complete.is_set() or self.remote.whole else self.remote
 
     def watch(self, lost: Callable[[str], None]) -> None:
-        """Call `lost(reason)` when pages that are missing will not come."""
+        """Call `lost(reason)` if missing pages will never arrive."""
         if self.remote is not None and not self.remote.complete.is_set():
             self.remote.on_failure(lost)
 
     def first_token(self) -> None:
-        """The first token was seen: what remains may be fetched."""
+        """Start the background download, which waits for the first token."""
         if self.remote is not None:
             self.remote.first_token()
             log.debug("remote at the first token: %s", self.figures())
 
     @property
     def unfinished(self) -> bool:
-        """Whether something is still to come."""
+        """Return True while the download is running."""
         return self.remote is not None and not self.remote.complete.is_set() and self.remote.failure is None
 
     def outage(self) -> bool:
-        """Whether the store, or the way to it, failed: that speaks against no snapshot."""
+        """Return True if the store or the link failed, which is not the snapshot's fault."""
         return self.remote is not None and isinstance(self.remote.failure, Failed)
 
     def give_up(self) -> None:
-        """The replica goes on without; what has come is of use to nobody who starts cold and takes a snapshot himself."""
+        """Abandon fetching for this replica. Keep the downloaded part only for a named snapshot: a cold start takes a
+        snapshot of its own.
+        """
         self._works = False
         self.close(keep=self.settings.named)
 
     def close(self, keep: bool = True) -> None:
-        """Stop fetching; `keep` what has come for another attempt, unless it is what failed."""
+        """Stop the download. Keep the downloaded part for another attempt if `keep`, unless that part is corrupt or the disk is full."""
         remote, self.remote = self.remote, None
         if remote is not None and not remote.complete.is_set():
             wrong = isinstance(remote.failure, Integrity) or getattr(remote.failure, "code", "") == "disk-full"
             remote.close(discard=wrong or not keep)
 
     def figures(self) -> dict[str, float]:
-        """Bytes that came over the link (and by the first token), and seconds since the fetching began."""
+        """Return bytes received over the link (in all and by the first token) and time spans in seconds since the download began."""
         remote = self.remote
         if remote is None or remote.arrival is None:
             return {}
@@ -167,18 +174,20 @@ def _open(
 
 
 def manifest_of(library: Library, store: str | None, name: str, trust_keys: Sequence[Path]) -> Snapshot:
-    """The manifest of a snapshot that is here, or else in the store; then fetching it begins. Raises NotFound and what else speaks
-    against it."""
+    """Return the manifest of a snapshot in the library, or in the store; the latter starts its download.
+
+    Raises NotFound, and every other error that prevents its use.
+    """
     if store is None or library.has(name):
         return library.load(name)
     remote = _open(library, store, name, lambda _: None, trust_keys)
-    with contextlib.suppress(Busy):  # another process is at it; the replica waits for that one
-        remote.begin()  # what is asked for by name is wanted, and the launcher has yet to be set up
+    with contextlib.suppress(Busy):  # another process downloads it; the replica waits for that process
+        remote.begin()  # the user named this snapshot; download while the launcher is set up
     return remote.snapshot
 
 
 def _shown(store: str) -> str:
-    """The store's URL without a password."""
+    """Return the store's URL without its password."""
     from lazyfs.stores.urls import shown_url
 
     return shown_url(store)

@@ -1,2 +1,1 @@
-"""The first moments of a command, before anything heavy is imported: process 1 of a container (`pid1`), a snapshot's first bytes
-(`prefetch`)."""
+"""Run before any heavy import of a command: act as a container's process 1 (`pid1`), prefetch a snapshot's first bytes (`prefetch`)."""

@@ -1,7 +1,8 @@
-"""What a command that restores does before it imports what it needs: `begin`. Standard library only.
+"""Work that a restoring command does before its imports: see `begin`. Standard library only.
 
-As process 1 of a container it gets every orphan from the kernel, and no signal's default action: `stand_in` leaves that process to do what
-only it can, reap whatever ends and pass signals on, and goes on in a child. Costs one fork, and nothing anywhere else.
+As process 1 of a container the command would inherit every orphan and get no default signal actions. `stand_in`
+therefore keeps process 1 for reaping children and forwarding signals, and resumes the command in a child. This costs
+one fork, only in that case.
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ _PASSED_ON = {
 
 
 def begin(arguments: Sequence[str]) -> None:
-    """For a command line (`restore NAME …`): helpers start, and with them, where it is known, the restore that it ended in last time."""
+    """Start the helper processes and, if the last run of this command line ended in a restore, that restore speculatively.
+
+    `arguments` is the command line, such as `restore NAME …`.
+    """
     stand_in()
     prestart.start()
     speculative.foresee(state_home(), arguments)
@@ -38,14 +42,14 @@ def begin(arguments: Sequence[str]) -> None:
 
 
 def stand_in() -> None:
-    """Return in a child where this is process 1 (which then ends with the child's exit code), at once elsewhere."""
+    """In process 1, fork and return in the child; process 1 exits with the child's exit code. Elsewhere return at once."""
     if os.getpid() != 1:
         return
     watched = _PASSED_ON | {signal.SIGCHLD}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, watched)
     child = os.fork()
     if child == 0:
-        # A group of its own, in the foreground where there is a terminal: an interrupt typed there must arrive once.
+        # Make the child a foreground process group of its own, so that an interrupt typed at the terminal arrives once.
         os.setpgid(0, 0)
         if sys.stdin is not None and sys.stdin.isatty():
             signal.signal(signal.SIGTTOU, signal.SIG_IGN)
@@ -58,7 +62,7 @@ def stand_in() -> None:
 
 
 def _watch(child: int, watched: set[signal.Signals]) -> int:
-    """Reap and pass on until the child ends; its exit code as a shell reports it."""
+    """Reap children and forward signals until `child` ends; return its exit code as a shell reports it."""
     while True:
         number = signal.sigwait(watched)
         if number != signal.SIGCHLD:

@@ -1,10 +1,9 @@
-"""Fetching a named snapshot from a store begins while this process still imports what it needs.
+"""Start to fetch a named snapshot from a store while this process is still importing modules.
 
-Three round trips for the manifests of a far store, and the first chunks, take longer than the imports of a command. `start` is called as
-one of the first things of a command whose arguments name a snapshot and a store; whoever then opens the same snapshot
-(checkpoint.store.remote_restore)
-finds it open, or hears himself what is wrong. Where signatures are asked for, nothing begins before they are judged. Standard library
-only until the thread runs.
+Three round trips for a remote store's manifests, plus the first chunks, take longer than a command's imports. `start`
+is therefore one of the first calls of a command whose arguments name a snapshot and a store. Code that opens the same
+snapshot later (checkpoint.store.remote_restore) finds it open, or gets the error itself. When signatures are required,
+nothing is fetched before they are verified. Standard library only until the thread runs.
 """
 
 from __future__ import annotations
@@ -15,14 +14,18 @@ import threading
 from collections.abc import Mapping, Sequence
 
 HEAD_START_S = 0.4
-"""Seconds that the other imports wait, at most, for the fetching to be under way: two threads that import slow each other down, and the
-others have time enough while the first bytes come."""
+"""Maximum seconds that the other imports wait for the download to start. Two importing threads slow each other down, and
+there is time for the other imports while the first bytes arrive.
+"""
 _STORE, _TRUST = "--snapshot-store", "--trust-key"
 
 
 def named(argv: Sequence[str], environment: Mapping[str, str]) -> tuple[str, str] | None:
-    """(store, snapshot) where the arguments of `quickthaw restore` name them plainly: the snapshot first, the store in an option of its own
-    or in the environment. None where nothing may begin yet."""
+    """Return (store, snapshot) if the arguments of `quickthaw restore` name them plainly, else None.
+
+    Plainly: the snapshot comes first, and the store is an option of its own or in the environment. None also when trust
+    keys are given, because fetching must not start before the signature is verified.
+    """
     if not argv or argv[0].startswith("-") or "--help" in argv or environment.get("QUICKTHAW_TRUST_KEYS"):
         return None
     url = environment.get("QUICKTHAW_SNAPSHOT_STORE", "")
@@ -37,7 +40,7 @@ def named(argv: Sequence[str], environment: Mapping[str, str]) -> tuple[str, str
 
 
 def start(argv: Sequence[str]) -> threading.Thread | None:
-    """Begin to fetch, where a store is named and the snapshot is not here, and wait a moment for it; the thread that does, if any."""
+    """Start to fetch if a store is named, wait up to HEAD_START_S, and return the thread, if any."""
     found = named(argv, os.environ)
     if found is None:
         return None
@@ -53,5 +56,5 @@ def _begin(url: str, name: str) -> None:
     from plugin.runtime.config import state_home
     from plugin.runtime.snapshot_fetch import manifest_of
 
-    with contextlib.suppress(CheckpointError):  # whoever needs it asks again, and says why not
+    with contextlib.suppress(CheckpointError):  # the code that needs the snapshot retries and reports the error
         manifest_of(Library(state_home()), url, name, ())

@@ -1,4 +1,4 @@
-"""A cold start's beginning: the engine's process, in a sandbox where this host can make one."""
+"""Begin a cold start: start the engine's process, in a sandbox if this host can make one."""
 
 from __future__ import annotations
 
@@ -29,8 +29,10 @@ log = logging.getLogger("quickthaw")
 
 
 def begin(replica: StartContext, mounted: Path | None) -> Running:
-    """Start the engine's process; its model from `mounted`, where the lazy mount is up. Raises LauncherError (engine-not-started); then
-    nothing is left."""
+    """Start the engine's process and return its handle. It reads the model from `mounted`, if the lazy mount is up.
+
+    Raises LauncherError (engine-not-started), leaving no process or sandbox behind.
+    """
     outputs = {"stdout": Output(replica.stdout), "stderr": Output(replica.stderr)}
     place: Sandbox | BareProcess | None = None if replica.layers.sandbox else _sandbox(replica, mounted)
     sandboxed = place is not None
@@ -69,7 +71,7 @@ def begin(replica: StartContext, mounted: Path | None) -> Running:
 
 
 def _sandbox(replica: StartContext, mounted: Path | None) -> Sandbox | None:
-    """Return a sandbox for the engine; None where this host refuses one, which is said. Raises with `--strict`."""
+    """Return a sandbox for the engine, or None (logged) if this host refuses one. Raises HostLacks with `--strict`."""
     try:
         facts = replica.criu.kernel_facts(replica.settings.home) if replica.criu else None
         shown = binds(replica.settings, replica.weights, mounted, replica.weights.shown_at if mounted else "")
@@ -82,7 +84,7 @@ def _sandbox(replica: StartContext, mounted: Path | None) -> Sandbox | None:
 
 
 def _folders(replica: StartContext) -> tuple[str, str]:
-    """Return the folders of an engine without a sandbox: for its PYTHONPATH, and for its compile caches; empty where they cannot be had."""
+    """Return the folders of an unsandboxed engine: its PYTHONPATH and its compile cache; "" for both when they are unavailable."""
     if unusable(replica.settings.home):
         return "", ""
     try:
@@ -95,7 +97,7 @@ def _folders(replica: StartContext) -> tuple[str, str]:
 
 
 def kept_cache(replica: StartContext) -> CompileCache | None:
-    """The archive of compiled code in the snapshot store, where one is given; None else, or where it may not be believed."""
+    """Return the compile cache in the snapshot store, or None when no store is given or the cache cannot be trusted."""
     url = replica.settings.snapshot_store
     if url is None or unusable(replica.settings.home):
         return None

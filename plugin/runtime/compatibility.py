@@ -1,4 +1,4 @@
-"""What a launch is, and whether a snapshot may be restored for it (checkpoint.compatibility.check holds the rules)."""
+"""Compute a launch's identity, and check if a snapshot may be restored for it (rules: checkpoint.compatibility.check)."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ log = logging.getLogger("quickthaw")
 
 
 def gather(settings: LaunchSettings, weights: Weights, criu: Criu | None) -> Here:
-    """The identity of a launch on this host. Raises CheckpointError where engine or interpreter are missing."""
+    """Return the identity of a launch on this host. Raises CheckpointError when engine or interpreter are missing."""
     model = weights.path
     return identity.here(
         settings.engine,
         Path(settings.engine_python),
         settings.command.arguments,
         settings.given_environment,
-        # A snapshot that the user named is compared with the host and the engine only: spare reading the model.
+        # A named snapshot is compared by host and engine only, so skip reading the model.
         model="" if settings.named else weights.digest,
         model_paths=(settings.command.model, str(model)) if model else (),
         model_folder=model,
@@ -40,10 +40,10 @@ def gather(settings: LaunchSettings, weights: Weights, criu: Criu | None) -> Her
 
 
 def check(snapshot: Snapshot, here: Here, settings: LaunchSettings, weights: Weights) -> Identity:
-    """What a snapshot is of. Raises Incompatible where it may not be restored here."""
+    """Return the snapshot's identity. Raises Incompatible when it may not be restored here."""
     recorded = Identity.decode(snapshot.identity)
     if settings.named:
-        # The arguments and the environment are the snapshot's own: the user named it, and gave none.
+        # For a named snapshot, arguments and environment come from the snapshot itself.
         reasons = (
             *identity.check_host(recorded, here.host),
             *identity.check_engine(recorded.engine, here.engine),
@@ -56,16 +56,16 @@ def check(snapshot: Snapshot, here: Here, settings: LaunchSettings, weights: Wei
 
 
 def _check_weights(snapshot: Snapshot, recorded: Identity, weights: Weights) -> tuple[Mismatch, ...]:
-    """A snapshot without the weights reads them again: they must be those that it was taken of, by content."""
+    """Compare the model by content when the snapshot excludes the weights, because the restore then reads them again."""
     if snapshot.weights == "full" or weights.path is None:
-        return ()  # nothing is read, or the replica says which folder is missing
+        return ()  # nothing to read, or the replica reports the missing folder
     return identity.check_model(recorded.model, weights.digest)
 
 
 def explain(library: Library, name: str, here: Here) -> None:
-    """Where no snapshot is of this very launch but one is of its model: log in what that one differs, which a cold start costs."""
+    """Log how the newest snapshot of the same model differs from this launch: the difference costs a cold start."""
     model = name.rpartition("-")[0]
-    with contextlib.suppress(CheckpointError):  # what cannot be read says nothing
+    with contextlib.suppress(CheckpointError):  # skip what is unreadable
         for other in reversed(library.names()):
             if other.rpartition("-")[0] != model:
                 continue
@@ -78,7 +78,7 @@ def explain(library: Library, name: str, here: Here) -> None:
 
 
 def check_unchanged(settings: LaunchSettings, weights: Weights, criu: Criu | None, before: Here) -> None:
-    """Before a snapshot: what the engine has read is still what it was when the launch looked. Raises Incompatible (inputs-changed)."""
+    """Raise Incompatible (inputs-changed) if what the engine has read changed since the launch computed its identity."""
     from plugin.runtime.model_mount import Weights
 
     now = gather(settings, Weights.of(settings, enabled=weights.enabled), criu)

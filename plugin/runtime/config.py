@@ -1,4 +1,4 @@
-"""What a launch is told: one frozen object, checked where it is made. Precedence: option > environment > default (click does it)."""
+"""The settings of a launch: one frozen object, validated when it is made. Precedence (by click): option > environment > default."""
 
 from __future__ import annotations
 
@@ -16,17 +16,20 @@ WEIGHTS = ("auto", "full", "thin")
 
 @dataclass(frozen=True)
 class LaunchSettings:
-    """How one launch goes. Times in seconds.
+    """Settings of one launch. Times are in seconds.
 
-    weights: whether a snapshot carries the weights (`full`), or a restore reads them again through the lazy mount (`thin`); `auto` lets
-    measured rates decide. name: the snapshot's name where the user gave one. named: serve exactly the snapshot `name`, or fail
-    (`quickthaw restore`). idle_timeout_s 0: never sleep. shrink False: leave the KV cache in the snapshot (to measure what leaving it
-    out is worth). snapshot_store: URL of a store to fetch a snapshot from that this host has not, and that compile caches are kept in.
-    silence_limit_s: an engine that answers nothing for so long is restarted, 0: never.
-    restores_at_once: how many replicas may be restored beside each other, 0 for as many as the processors allow
-    (plugin/runtime/restore_limit.py).
-    strict: fail where a layer is off or a restore fails, rather than going on without. proxy: what the user set of
-    plugin.proxy.settings.Settings; own_listen: host and port for the proxy's admin pages alone.
+    - weights: `full` includes the weights in a snapshot; `thin` excludes them, and a restore reads them through the lazy mount; `auto`
+      decides by measured rates.
+    - name: the snapshot's name, if the user gave one.
+    - named: serve exactly the snapshot `name`, or fail (`quickthaw restore`).
+    - idle_timeout_s: 0 never sleeps.
+    - shrink: False leaves the KV cache in the snapshot (to measure what excluding it gains).
+    - snapshot_store: URL of the store for snapshots that this host lacks, and for compile caches.
+    - silence_limit_s: restart an engine that has not answered for this long; 0 never.
+    - restores_at_once: maximum of concurrent restores; 0 chooses by processors (plugin/runtime/restore_limit.py).
+    - strict: fail, instead of continuing without, when a capability is off or a restore fails.
+    - proxy: the user's values for plugin.proxy.settings.Settings.
+    - own_listen: host and port of a separate listener for the admin endpoints.
     """
 
     engine: str
@@ -72,5 +75,5 @@ class LaunchSettings:
 
     @property
     def given_environment(self) -> dict[str, str]:
-        """What the engine may see of `environment`: neither quickthaw's own variables nor those to scrub."""
+        """Return `environment` for the engine: without quickthaw's own variables and without those in `scrub_env`."""
         return {k: v for k, v in without_ours(self.environment).items() if k not in self.scrub_env}

@@ -1,4 +1,4 @@
-"""An engine that runs somewhere, restored or started."""
+"""The handle of a running engine, restored or started cold."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 
 def client_of(place: Sandbox | BareProcess, port: int, command: EngineCommand) -> Client:
-    """How the launcher calls the engine at `place`, with the keys of its command line; control is for a sandboxed one."""
+    """Return a client for the engine at `place`, with the keys of its command line. Control is only for a sandboxed engine."""
     folder = place.control_dir if isinstance(place, Sandbox) else None
     return Client(lambda: place.connect(port), command.api_key, admin_token=command.admin_key, control_dir=folder)
 
 
 @dataclass
 class Running:
-    """An engine that runs somewhere, and how to reach it."""
+    """A running engine, and how to reach it."""
 
     place: Sandbox | BareProcess
     pid: int
@@ -35,14 +35,14 @@ class Running:
     restored: Restored | None = None
 
     def close(self) -> None:
-        """End it and everything made for it."""
+        """End the engine and release everything made for it."""
         if self.restored:
             self.restored.close()
         else:
             self.place.close()
 
     def kill(self) -> None:
-        """Kill all processes of the engine at once; what was made for it stays until `close`."""
+        """Kill all processes of the engine at once; their resources stay until `close`."""
         from checkpoint.errors import CheckpointError
         from checkpoint.sandbox.sandbox import Sandbox
 
@@ -55,7 +55,7 @@ class Running:
             self.place.end()  # its init does not answer
 
     def stopped(self) -> bool:
-        """Whether one of the engine's processes is stopped (SIGSTOP): then what it should do is done by nobody."""
+        """Return True if one of the engine's processes is stopped (SIGSTOP): its work then does not progress."""
         from checkpoint.sandbox.process_tree import processes
         from checkpoint.sandbox.sandbox import Sandbox
 
@@ -64,13 +64,13 @@ class Running:
         return any(_state(pid) == "T" for pid in processes(self.place.init_pid))
 
     def last_words(self) -> str:
-        """The last line that it printed on the stream that explains most."""
+        """Return the last line of stderr, or of stdout if stderr is empty."""
         words = self.outputs["stderr"].last()
         return self.outputs["stdout"].last() if words.startswith("(") else words
 
 
 def _state(pid: int) -> str:
-    """A process's state (proc(5)); empty when it has ended."""
+    """Return a process's state letter (proc(5)), or "" if it has ended."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (OSError, IndexError):

@@ -104,7 +104,7 @@ class Launch:
         self._counting = threading.Lock()
         self._turns = Turns(self.settings.restores_at_once)
 
-    # # Replicas: each start runs in a thread
+    # Replicas: each start runs in a thread
 
     def begin(self, criu: Criu | None, engine: Engine, weights: Weights) -> None:
         """Start each replica in a thread. Restores are throttled; without a snapshot the others wait for the first replica's."""

@@ -1,8 +1,11 @@
-"""The phases of a replica: one state machine that launch drives and the proxy, the metrics, the log and the display read.
+"""The phases of a replica: one state machine, driven by the launch, read by the proxy, the metrics, the log and the display.
 
-A cold start goes mounting → starting → loading → warming → shrinking → checkpointing → resuming → serving;
-a restore goes mounting → restoring → waking → verifying → serving; serving and asleep alternate, and so do
-serving and suspect; any phase may end in failed, and a failed restore goes on as a cold start (failed → mounting).
+Cold start: mounting → starting → loading → warming → shrinking → checkpointing → resuming → serving.
+
+Restore: mounting → restoring → waking → verifying → serving.
+
+Serving alternates with asleep and with suspect. Any phase may end in failed. A failed restore continues as a cold start
+(failed → mounting).
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from enum import StrEnum
 
 
 class Phase(StrEnum):
-    """Where a replica is. The values are public: `/-/status`, metrics and manifests carry them."""
+    """The phase of a replica. The values are public: `/-/status`, metrics and manifests carry them."""
 
     IDLE = "idle"
     MOUNTING = "mounting"
@@ -30,7 +33,7 @@ class Phase(StrEnum):
     VERIFYING = "verifying"
     SERVING = "serving"
     SUSPECT = "suspect"
-    """Serves no new requests: it has been silent for too long. It answers again, or is restarted."""
+    """Gets no new requests because it has been silent for too long. It answers again, or is restarted."""
     ASLEEP = "asleep"
     FAILED = "failed"
     STOPPED = "stopped"
@@ -48,7 +51,7 @@ _NEXT: dict[Phase, frozenset[Phase]] = {
     Phase.RESTORING: frozenset({Phase.WAKING}),
     Phase.WAKING: frozenset({Phase.VERIFYING}),
     Phase.VERIFYING: frozenset({Phase.SERVING}),
-    # serving → shrinking is a snapshot taken later; serving → mounting is a replica started afresh after it died.
+    # serving → shrinking: a snapshot taken later; serving → mounting: a restart after a death
     Phase.SERVING: frozenset({Phase.ASLEEP, Phase.SHRINKING, Phase.MOUNTING, Phase.SUSPECT}),
     Phase.SUSPECT: frozenset({Phase.SERVING, Phase.ASLEEP, Phase.MOUNTING}),
     Phase.ASLEEP: frozenset({Phase.WAKING, Phase.MOUNTING, Phase.SERVING}),
@@ -58,14 +61,14 @@ _NEXT: dict[Phase, frozenset[Phase]] = {
 
 
 class IllegalTransition(RuntimeError):
-    """A phase change that the state machine does not know: a defect of ours, never of the user's."""
+    """A phase change that the state machine does not allow: always a bug in quickthaw."""
 
     code = "illegal-phase-transition"
 
 
 @dataclass(frozen=True)
 class Span:
-    """One phase of a start: its name, when it began (seconds since the start began) and how long it took (seconds)."""
+    """One finished phase of a start: name, begin (seconds since the start began), duration (seconds)."""
 
     phase: Phase
     at_s: float
@@ -76,7 +79,7 @@ class Span:
 class PhaseTracker:
     """The current phase of one replica and the timeline of its current start.
 
-    Listeners are called in the thread that makes the transition, with (old, new, reason); they must not block.
+    Listeners run in the thread that makes the transition, with (old, new, reason); they must not block.
     """
 
     clock: Callable[[], float] = time.monotonic
@@ -96,14 +99,13 @@ class PhaseTracker:
         self._listeners.append(listener)
 
     def unlisten(self, listener: Callable[[Phase, Phase, str], None]) -> None:
-        """Call it no more."""
+        """Remove a listener."""
         self._listeners.remove(listener)
 
     def to(self, phase: Phase, reason: str = "") -> None:
-        """Move to `phase`; `reason` says why where that is not obvious (a failure's code and message).
+        """Move to `phase`. `reason` explains a transition that is not obvious (a failure's code and message).
 
-        Raises:
-            IllegalTransition: the state machine has no such edge.
+        Raises IllegalTransition (illegal-phase-transition) when the state machine has no such edge.
         """
         with self._moving:
             old = self._moved(phase, reason)
@@ -111,7 +113,7 @@ class PhaseTracker:
             listener(old, phase, reason)
 
     def _moved(self, phase: Phase, reason: str) -> Phase:
-        """Check and make the transition; the phase before it."""
+        """Validate and make the transition; return the previous phase."""
         old, now = self.phase, self.clock()
         if phase not in (Phase.FAILED, Phase.STOPPED) and phase not in _NEXT[old]:
             raise IllegalTransition(f"no transition from {old} to {phase}")
@@ -126,10 +128,10 @@ class PhaseTracker:
 
     @property
     def seconds_in_phase(self) -> float:
-        """How long the replica has been in its current phase, in seconds."""
+        """Return how long the replica has been in its current phase, in seconds."""
         return self.clock() - self._since
 
     @property
     def timeline(self) -> tuple[Span, ...]:
-        """The finished phases of the current start, in order; a failed restore and the cold start after it are one start."""
+        """Return the finished phases of the current start, in order. A failed restore and the cold start after it are one start."""
         return tuple(self._spans)

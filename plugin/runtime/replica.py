@@ -1,9 +1,11 @@
-"""One replica's life: cold start with a snapshot at its end, or restore, then serving, until it is stopped.
+"""Drive one replica: restore it, or start it cold and take a snapshot; then serve until it is stopped.
 
-Everything here blocks and runs in a thread of its own; the `PhaseTracker` tells the proxy, the log and the display where it is.
+Everything here blocks and runs in a thread of its own. The `PhaseTracker` reports the phase to the proxy, the log and
+the display.
 
-Promises: a start that fails leaves no process, mount, namespace or file. A failed restore goes on as a cold start of the same replica
-(held requests stay held) unless `strict`. A snapshot that cannot be taken costs the snapshot, never the engine.
+Guarantees: a start that fails leaves no process, mount, namespace or file. After a failed restore the same replica
+starts cold (its held requests stay held) unless `strict`. A failure to take a snapshot costs the snapshot, never the
+engine.
 """
 
 from __future__ import annotations
@@ -49,14 +51,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("quickthaw")
 UNWIND_LIMIT_S = 15.0
-"""How long a stop waits for a restore that it has cut short: a page server that does not answer is killed after 5 s."""
+"""Maximum seconds that `stop` waits for a restore it has cancelled; a page server that does not answer is killed after 5 s."""
 SERVES = (Phase.SERVING, Phase.SUSPECT)
 NVIDIA = Path("/dev/nvidiactl")
 
 
 @dataclass
 class Replica:
-    """Drives one replica. `start` may be called by several threads, which share one start; `stop` and `sleep` are for one at a time."""
+    """Drive one replica. Several threads may call `start` and share one start; calls of `stop` and `sleep` must not overlap."""
 
     settings: LaunchSettings
     engine: Engine
@@ -65,17 +67,17 @@ class Replica:
     weights: Weights
     tracker: PhaseTracker
     on_death: Callable[[int], None] | None = None
-    """Called with the exit code when the engine ends without having been told to, from a thread of its own."""
+    """Called with the exit code, in a thread of its own, when the engine ends without being stopped."""
     stdout: int | None = 1
     stderr: int | None = 2
     served: Callable[[], int] = lambda: 0
-    """How many requests this replica has answered since it began to serve (the proxy knows)."""
+    """Returns how many requests this replica has answered since it began to serve; set by the proxy."""
     expects: Callable[[], bool] = lambda: False
-    """Whether a request waits that will run beside the check of a restore (the proxy knows)."""
+    """Returns True if a waiting request will run beside the canary of a restore; set by the proxy."""
     recall: Callable[[], bool] = lambda: False
-    """Takes back requests that run beside the check, and says whether there were any (the proxy knows)."""
+    """Cancels the requests that run beside the canary and returns True if there were any; set by the proxy."""
     underway: threading.Event = field(default_factory=threading.Event)
-    """Set when other processes do the work of the start, so that this one may turn to something else."""
+    """Set when other processes do the work of the start and this process has time for something else."""
     running: Running | None = None
     restored: bool = False
     snapshot: Snapshot | None = None
@@ -87,39 +89,40 @@ class Replica:
         self._starting = threading.Lock()
         self._expected_end = False
         self._stopped = False
-        self._starts = 0  # of engines' processes, one of which at most is there
+        self._starts = 0  # number of engine processes started; at most one is alive
         self._lazy_works = True
-        self._eager = False  # the snapshot holds GPU state: it is restored in one way only
-        self._no_snapshot = False  # one was tried and took the engine with it
+        self._eager = False  # True if the snapshot holds GPU state: it cannot be restored lazily
+        self._no_snapshot = False  # set after taking a snapshot cost the engine's life
         self._restoring = restore.Cancellation()
         self.lost = ""
-        """Why the pages of the restored engine will not all come, where that is so: it is ended for it."""
+        """Why pages of the restored engine will never arrive, or ""; the engine is killed for it."""
         self._losses = 0
         self.silent = ""
-        """Why the engine was ended for answering nothing; empty again once another serves."""
+        """Why the engine was killed for not answering, or ""; reset when another engine serves."""
         self._fetching = Fetching(self.settings)
         self._following = Following(self._fetching, lambda: self.served(), lambda: self.running is not None)
         self._cuda: Helper | None = None
         self._identity: Here | None = None
         self._multi_gpu: bool | None = None
         self.command = self.settings.command
-        """What the engine was started with: the user's, and on a GPU what `put_away` needs."""
+        """What the engine was started with: the user's command plus, on a GPU, the arguments that `put_away` needs."""
         self.refused: Incompatible | None = None
-        """Why the last restore was refused, where it was."""
+        """Why the last restore was refused, if it was."""
 
     # Starting
 
     def start(self, before_cold: Callable[[], object] | None = None) -> None:
-        """Bring the engine to serving, or wait until another thread has. Raises LauncherError or CheckpointError when that has failed.
+        """Start the engine and return once it serves, or wait for the start in another thread.
 
-        Three ways, each after the one before it failed: restore with the working set first, restore the plain way, start cold. With
-        `before_cold`, that is called (it may wait for another replica's snapshot) and restoring tried once more before a cold start.
-        A start that `stop` interrupts raises as well, and tries no other way.
+        There are three ways, each tried after the one before failed: restore with the working set first, restore all
+        pages first, start cold. `before_cold`, if given, is called before a cold start (it may wait for another
+        replica's snapshot); then restoring is tried once more. A start that `stop` interrupts tries no other way.
+        Raises LauncherError or CheckpointError when the start fails.
         """
         with self._starting:
             if self.running is not None and self.tracker.phase in SERVES:
                 return
-            # At once: reading a model for the first time takes a while, and whoever looks must see that a start is under way.
+            # Change the phase first: reading a model for the first time takes a while, and the start must be visible.
             self._mounting()
             try:
                 self._start(before_cold)
@@ -130,7 +133,7 @@ class Replica:
                 raise
 
     def turn_off(self, why: str, error: Exception | None = None) -> None:
-        """From now on start the engine as it would start alone, and say why, once. Raises with `--strict`, or for a named snapshot."""
+        """Turn all capabilities off and log why, once. Raises HostLacks with `--strict`, or for a named snapshot."""
         if self.settings.strict or self.settings.named:
             raise HostLacks(*why.split(": ", 1)) from error
         self.layers = Layers.none(why)
@@ -165,10 +168,13 @@ class Replica:
             self.tracker.to(Phase.MOUNTING)
 
     def _start_from_snapshot(self) -> bool:
-        """Restore where there is something to restore; whether the replica serves. Raises only where a cold start may not follow."""
+        """Restore the snapshot, if there is one, and return True if the replica serves.
+
+        Raises only when a cold start must not follow.
+        """
         self.refused = None
         name = self.restorable()
-        # After pages were lost, once the plain way: what ended the page server may end the next one.
+        # After a failed page server, restore all pages first: what ended the page server may end the next one.
         lazy_first = self.settings.lazy_restore and self._lazy_works and not self.lost and not self.layers.pages
         ways = ((True, False) if lazy_first else (False,)) if name else ()
         for lazy in ways:
@@ -178,7 +184,7 @@ class Replica:
                     self._restore(name, lazy)
                 return True
             except (CheckpointError, LauncherError) as failure:
-                # Whatever it answered, or did not, after that: not the snapshot's fault.
+                # If pages were lost, that caused any later error; it is not the snapshot's fault.
                 error = Failed("pages-lost", self.lost) if self.lost else failure
                 if self._stopped:
                     self._clear()
@@ -195,7 +201,7 @@ class Replica:
 
     @property
     def identity(self) -> Here:
-        """What this launch is, for choosing and checking a snapshot."""
+        """Return the identity of this launch, used to select and check a snapshot."""
         if self._identity is None:
             from plugin.runtime import compatibility
 
@@ -204,17 +210,17 @@ class Replica:
 
     @property
     def snapshot_name(self) -> str:
-        """The user's name for the snapshot, or one made of engine, model and identity."""
+        """Return the user's name for the snapshot, or one made of engine, model and identity."""
         if self.settings.name:
             return self.settings.name
-        # Where clients ask for a name of its own, the folder's does not matter: the model counts by its digest.
+        # With a served model name the folder's name does not matter: the identity holds the model's digest.
         served = self.identity.arguments.get("--served-model-name", ())
         model = served[-1][0] if served and served[-1] else Path(self.settings.command.model).name or "model"
         slug = "".join(c if c.isalnum() or c in "._" else "-" for c in model.lower()).strip("-.")[:60] or "model"
         return f"{self.settings.engine}-{slug}-{self.identity.key[:10]}"
 
     def restorable(self) -> str | None:
-        """The snapshot to restore, or None; why not is said once where it is not obvious."""
+        """Return the name of the snapshot to restore, or None. Log the reason where it is not obvious."""
         if not self.settings.use_snapshot or self.layers.snapshots:
             return None
         name = self.snapshot_name
@@ -237,7 +243,7 @@ class Replica:
         return name
 
     def multi_gpu(self) -> bool:
-        """Whether this launch is one that no driver can checkpoint (several GPUs, a slice of one); said once, with the way out."""
+        """Return True if no driver can checkpoint this launch (several GPUs, or a MIG slice). Log it once, with the remedy."""
         if self._multi_gpu is None:
             from checkpoint.cuda.checkpoint import refuse_parallel, refuse_slice
 
@@ -282,7 +288,7 @@ class Replica:
             check_folder(self.library.path(name), self.settings.trust_keys)
         recorded = self._check_identity(snapshot)
         if snapshot.weights == "thin":
-            # The mount prefetches what the last load read while CRIU is still at work.
+            # Mount in a thread: the mount prefetches what the last load read while CRIU is at work.
             threading.Thread(target=self.weights.mount, name="weights", daemon=True).start()
         mounted = self.weights.mounted()
         place = model_place(snapshot, self.weights, self.settings.named)
@@ -323,7 +329,7 @@ class Replica:
         sandbox = restored.sandbox
         client = client_of(sandbox, snapshot.port, self.settings.command)
         self._now_running(Running(sandbox, restored.root_pid, snapshot.port, client, outputs, restored))
-        if self.lost:  # before anybody knew that it runs
+        if self.lost:  # lost before `running` was set
             raise Failed("pages-lost", self.lost)
         self.tracker.to(Phase.WAKING)
         try:
@@ -354,12 +360,12 @@ class Replica:
             )
 
     def _check_identity(self, snapshot: Snapshot) -> IdentityRecord:
-        """What the snapshot is of; raises Incompatible where it may not be restored here."""
+        """Return the snapshot's identity. Raises Incompatible when it may not be restored here."""
         from plugin.runtime import compatibility
 
         return compatibility.check(snapshot, self.identity, self.settings, self.weights)
 
-    # Pages that come later
+    # Pages that arrive after the restore
 
     def _lazy(self, name: str) -> restore.LazyRestore:
         known = self.library.working_set(name)
@@ -374,12 +380,13 @@ class Replica:
         )
 
     def _pages_lost(self, reason: str) -> None:
-        """The page server died, or pages will not come: what faults now would wait for ever. End the replica; it comes back another way.
+        """Kill the replica because missing pages will never arrive, as when the page server died: a fault would block forever.
 
-        Any thread, at any moment of a restore or after it. All processes at once: those that outlive the first would run into its end.
+        Called from any thread, at any moment during or after a restore. It kills all processes at once: those that
+        outlive the first one would hit its end. The replica is restarted another way.
         """
         first = not self.lost
-        # Before it looks for the replica: _restore does so in the other order.
+        # Set this before reading `running`: _restore sets `running` first and then reads `lost`.
         self.lost = self.lost or reason
         cancelled = self._restoring.cancel(Failed("pages-lost", reason))
         running = self.running
@@ -390,39 +397,39 @@ class Replica:
         if self.tracker.phase is Phase.SERVING:
             log.warning("%s; ending the replica and bringing it back another way", reason)
         assert running is not None
-        running.kill()  # none may run on when the userfaultfds are closed
+        running.kill()  # no process may run once the userfaultfds are closed
 
     def stopped(self) -> bool:
-        """Whether one of the engine's processes is stopped."""
+        """Return True if one of the engine's processes is stopped (SIGSTOP)."""
         return self.running is not None and self.running.stopped()
 
     def end_silent(self, why: str) -> None:
-        """End an engine that runs and answers nothing (any thread); `on_death` brings it back."""
+        """Kill an engine that runs but does not answer; `on_death` restarts it. Callable from any thread."""
         running = self.running
         if running is not None and not self._expected_end:
             self.silent = why
             running.kill()
 
     def ended_for(self) -> str:
-        """Why we ended the engine that ran last; empty where we did not."""
+        """Return why quickthaw killed the last engine, or "" if it did not."""
         return self.pages_lost() or self.silent
 
     def pages_coming(self) -> bool:
-        """Whether pages of the engine that runs are still to come, or were lost: until another start, requests run into its end."""
+        """Return True if pages of the running engine are still to come, or were lost and no new start has begun."""
         running = self.running
         restored = running.restored if running else None
         return bool(self.lost or (restored and restored.pages and not restored.pages.complete.is_set()))
 
     def pages_lost(self) -> str:
-        """Why the engine that was restored last was ended since pages would not come; empty where it was not."""
+        """Return why the last restored engine was killed for missing pages, or ""."""
         return self.lost if self.restored else ""
 
     def page_counts(self) -> dict[str, float]:
-        """What the page servers of all restores have counted (Following.counts), and how often pages were `lost`."""
+        """Return the page servers' totals over all restores (Following.counts), and how often pages were `lost`."""
         return {**self._following.counts(), "lost": self._losses}
 
     def driver(self) -> Driver | None:
-        """The CUDA driver's checkpoint calls, where this host has an NVIDIA device; one helper process for the life of this replica."""
+        """Return the CUDA driver's checkpoint API, or None without an NVIDIA device. One helper process lives as long as this replica."""
         if self._cuda is None and NVIDIA.exists():
             from checkpoint.cuda.helper import Helper
 
@@ -444,7 +451,7 @@ class Replica:
         verify(self.library.path(name), snapshot.files, always=self.settings.verify == "always")
 
     def _check_cpu(self, name: str, recorded: IdentityRecord) -> None:
-        """CRIU's own comparison, of a processor that is not the snapshot's."""
+        """Run CRIU's own CPU check if this processor differs from the snapshot's."""
         from checkpoint.compatibility.check import same_cpu
 
         assert self.criu is not None
@@ -452,10 +459,13 @@ class Replica:
             self.criu.check_cpu(self.library.path(name) / "images")
 
     def _compare(self, snapshot: Snapshot) -> None:
-        """The canary. It is asked first; a request that waits runs beside it (its answer is kept back until this has ended)."""
+        """Run the canary and compare its tokens. Raises Integrity (canary-differs) if they differ.
+
+        The canary is sent first. A waiting request runs beside it, and its answer is held until the canary has ended.
+        """
         got = self._answer(snapshot, lambda: self.tracker.to(Phase.VERIFYING), self.expects())
         if got != snapshot.canary.token_ids and self.recall():
-            # A batch of two may round otherwise than one of one.
+            # Rounding may differ between a batch of two and a batch of one, so repeat it alone.
             log.debug("the canary gave %s beside a request; once more, alone", got)
             got = self._answer(snapshot)
         if got != snapshot.canary.token_ids:
@@ -505,7 +515,7 @@ class Replica:
         self.restored = False
         snapshot_wanted = isinstance(place, Sandbox) and not self._no_snapshot and take_snapshot.wanted(self)
         if isinstance(place, Sandbox) and snapshot_wanted and take_snapshot.works(self, trial):
-            # Without a snapshot to warm for, those who wait are served at once, as the engine alone would serve them.
+            # Warm up only for a snapshot. Without one, the held requests are served at once, as the engine alone would.
             self.engine.warm_up(running.client, self.settings.command)
             try:
                 take_snapshot.take(self, place, running, cold_s)
@@ -521,7 +531,7 @@ class Replica:
             cache.push_later()
 
     def this_start(self) -> tuple[Span, ...]:
-        """The spans of the current cold start, without those of a restore that failed before it."""
+        """Return the spans of the current cold start, without those of a failed restore before it."""
         spans = self.tracker.timeline
         starts = [index for index, span in enumerate(spans) if span.phase is Phase.MOUNTING]
         return spans[starts[-1] :] if starts else spans
@@ -536,7 +546,9 @@ class Replica:
         self.tracker.to(Phase.SERVING)
 
     def on_exit(self) -> Callable[[int, int], None]:
-        """What a sandbox calls when the root process of the engine that is started next ends (pid, exit code), from its own thread."""
+        """Return the callback for the next engine's sandbox: it gets (pid, exit code), from the sandbox's thread, when the
+        root process ends.
+        """
         start = self._starts = self._starts + 1
 
         def ended(_: int, code: int) -> None:
@@ -547,7 +559,7 @@ class Replica:
         return ended
 
     def _now_running(self, running: Running) -> None:
-        """From here on an end of the engine is its own, until we say otherwise."""
+        """Set the running engine. From here on its end counts as a death, unless a stop was requested."""
         self._expected_end = self._stopped
         self.running = running
         if self._stopped:
@@ -563,10 +575,10 @@ class Replica:
     # Ending
 
     def stop(self, grace_s: float | None = None) -> int:
-        """End the engine as its own operator would: SIGTERM, up to `grace_s` seconds, then the sandbox goes. Its exit code."""
+        """Stop the engine and return its exit code: send SIGTERM, wait up to `grace_s` seconds, then close the sandbox."""
         self._expected_end = self._stopped = True
         cut_short = self._restoring.cancel(Failed("stopped", "told to stop while the engine started"))
-        if cut_short and self._starting.acquire(timeout=UNWIND_LIMIT_S):  # until nothing is left of it
+        if cut_short and self._starting.acquire(timeout=UNWIND_LIMIT_S):  # until the cancelled restore has cleaned up
             self._starting.release()
         running = self.running
         code: int | None = None
@@ -589,9 +601,9 @@ class Replica:
         return code
 
     def sleep(self) -> None:
-        """End the engine because nobody needs it; its snapshot brings it back."""
+        """End the idle engine; its snapshot brings it back."""
         self._expected_end = True
-        # The pool gives this replica nothing by now; asleep is said when nothing of it is left.
+        # The pool sends no requests here by now. Change the phase last, when nothing of the engine is left.
         self._following.leave()
         self._clear()
         self.tracker.to(Phase.ASLEEP)

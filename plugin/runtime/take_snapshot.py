@@ -1,8 +1,8 @@
-"""Taking a replica's snapshot at the end of its cold start: make the engine small, dump it, let it go on.
+"""Take a replica's snapshot at the end of its cold start: trim the engine's memory, dump it, resume it.
 
-Promises: a snapshot that cannot be taken costs the snapshot, never the engine (unless `strict`); after it the engine has back what was
-put away, and generates what it generated before, or the snapshot is removed. An engine that does not come back from it is said to be
-`engine-not-resumed`, and its owner starts another.
+Guarantees: a failure to take a snapshot costs the snapshot, never the engine (unless `strict`). Afterwards the
+offloaded memory is reloaded and the engine generates what it generated before; otherwise the snapshot is removed. An
+engine that does not resume is reported as `engine-not-resumed`, and its owner starts another.
 """
 
 from __future__ import annotations
@@ -39,27 +39,27 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("quickthaw")
 SMALL = 64 << 20
-"""Bytes of weights below which neither way is measured."""
+"""Bytes of weights below which neither way (included, excluded) is measured."""
 WORTH_S = 0.5
-"""Weights whose carrying costs a restore less than this are carried without trying a reload: there is nothing to win."""
+"""Seconds of restore time below which weights are included without trying a reload: excluding them could gain too little."""
 DAMAGED = ("manifest-", "file-", "canary-differs", "signature-")
-"""Reasons of a failed restore that say the snapshot's own bytes are wrong: the next cold start takes it anew."""
+"""Prefixes of restore failures that mean the snapshot's own bytes are wrong: the next cold start takes it anew."""
 PASSING = ("gpu-memory-short", "gpu-gone", "format-newer")
 """Mismatches that say nothing against the snapshot: it stays."""
 
 STALE = ("open-file-changed", "open-file-missing")
-"""Mismatches that this very launch's snapshot gets in time: it is taken anew, whoever named it."""
+"""Mismatches that change over time for the same launch: the snapshot is taken anew, whoever named it."""
 
 
 class NotResumed(EngineFailed):
-    """The engine does not run on after its snapshot was taken, or was to be: it has to be ended."""
+    """The engine did not resume after its snapshot was taken or attempted; it must be ended."""
 
     def __init__(self, cause: Exception) -> None:
         super().__init__("engine-not-resumed", f"the engine did not go on after its dump: {one_line(cause)}")
 
 
 def wanted(replica: StartContext) -> bool:
-    """Whether this cold start shall end with a snapshot; why not is said where it is not obvious."""
+    """Return True if this cold start should end with a snapshot. Log the reason where it is not obvious."""
     settings = replica.settings
     if not settings.take_snapshot or replica.layers.snapshots:
         return False
@@ -73,7 +73,7 @@ def wanted(replica: StartContext) -> bool:
         return True
     refused = replica.refused
     if refused is None or refused.code in PASSING:
-        # One that is there and was not restored is somebody else's to judge.
+        # A snapshot that exists but was not restored here is for other launches to validate.
         return False
     if settings.name and refused.code not in STALE:
         log.info("snapshot %s is another launch's or host's and is left alone; give another --name, or remove it", name)
@@ -83,16 +83,16 @@ def wanted(replica: StartContext) -> bool:
 
 
 def begin_trial(replica: StartContext) -> Trial | None:
-    """Begin to try out, while the engine loads, whether this host can dump and restore; None where nobody wants to know."""
+    """Start to test, while the engine loads, whether this host can dump and restore; None if the result is not needed."""
     if replica.criu is None or replica.layers.snapshots or not replica.settings.take_snapshot:
         return None
-    from plugin.runtime.trial import Trial  # what only a cold start needs
+    from plugin.runtime.trial import Trial  # needed by cold starts only
 
     return Trial(replica.criu, replica.settings.home)
 
 
 def works(replica: StartContext, trial: Trial | None) -> bool:
-    """Return whether a snapshot of this host could be restored, as tried out; why not is said. Raises with `--strict`."""
+    """Return True if the trial showed that this host can restore a snapshot; log the reason otherwise. Raises HostLacks with `--strict`."""
     why = trial.wait() if trial else None
     if why is None:
         return True
@@ -104,10 +104,10 @@ def works(replica: StartContext, trial: Trial | None) -> bool:
 
 
 def take(replica: StartContext, sandbox: Sandbox, running: Running, cold_s: float) -> None:
-    """Warmed up → small → dumped → serving again. Failures are said and survived: the engine serves without a snapshot.
+    """Trim, dump and resume a warmed-up engine. Failures are logged and the engine then serves without a snapshot.
 
-    `sandbox` is where it is `running`; `cold_s` the seconds that its start took. Raises NotResumed where the engine itself is lost; with
-    `strict`, whatever went wrong.
+    `sandbox` is where the engine is `running`; `cold_s` is the duration of its start in seconds. Raises NotResumed when
+    the engine itself is lost; with `strict`, raises any error.
     """
     client = running.client
     settings, engine, tracker = replica.settings, replica.engine, replica.tracker
@@ -135,7 +135,7 @@ def take(replica: StartContext, sandbox: Sandbox, running: Running, cold_s: floa
         else:
             try:
                 engine.name_weights(client)
-            except LauncherError as error:  # it is about how fast a restore is, no more
+            except LauncherError as error:  # this affects only the speed of a restore
                 log.info("restores will copy the weights: %s", one_line(error))
         tracker.to(Phase.CHECKPOINTING)
         draft = Snapshot(
@@ -206,7 +206,7 @@ def take(replica: StartContext, sandbox: Sandbox, running: Running, cold_s: floa
 
 
 def _drop(replica: StartContext, why: str) -> None:
-    """Remove the snapshot that was just taken; where that cannot be, launches pass it over and take it anew."""
+    """Remove the snapshot just taken. If that fails, record a failure: launches then skip it and take it anew."""
     if replica.snapshot is None:
         return
     name, replica.snapshot = replica.snapshot.name, None
@@ -218,7 +218,7 @@ def _drop(replica: StartContext, why: str) -> None:
 
 
 def _go_on(replica: StartContext, client: Client, asleep: bool, dropped: bool, thin: bool) -> list[int]:
-    """Give the engine back what was put away; what it answers then to its canary, or to a plain prompt where there is no snapshot."""
+    """Reload what was offloaded and return the answer to the canary, or to a plain prompt if there is no snapshot."""
     engine, model = replica.engine, replica.settings.command.model
     if asleep:
         engine.take_up(client, model, thin)
@@ -230,7 +230,7 @@ def _go_on(replica: StartContext, client: Client, asleep: bool, dropped: bool, t
 
 
 def on_gpu(replica: StartContext) -> bool:
-    """Whether a snapshot by this launch will hold GPU state, as far as can be told before the engine runs."""
+    """Return True if this launch's snapshot will hold GPU state, as far as is known before the engine runs."""
     settings = replica.settings
     return (
         settings.take_snapshot
@@ -242,21 +242,21 @@ def on_gpu(replica: StartContext) -> bool:
 
 
 def _uses_gpu(driver: Driver, sandbox: Sandbox) -> bool:
-    """Whether a process of the engine holds a CUDA context: an engine may be told to compute on the CPU beside a GPU."""
+    """Return True if a process of the engine holds a CUDA context: an engine may compute on the CPU of a GPU host."""
     from checkpoint.cuda import checkpoint as cuda
 
     return bool(cuda.holders(driver, process_tree.processes(sandbox.init_pid)))
 
 
 def _free_memory(driver: Driver) -> dict[str, int]:
-    """Bytes free by GPU while the engine has all of its memory."""
+    """Return free bytes per GPU while the engine holds all of its memory."""
     from checkpoint.cuda import checkpoint as cuda
 
     return cuda.free_memory(driver)
 
 
 def _thin(replica: StartContext, client: Client, gpu: bool) -> bool:
-    """Whether the snapshot leaves the weights out: as told, or whichever is faster as measured on this host."""
+    """Return True if the snapshot excludes the weights: as configured, or (`auto`) the faster way as measured on this host."""
     told = replica.settings.weights
     if told != "auto":
         return told == "thin"
@@ -294,11 +294,11 @@ def _signer(replica: StartContext) -> Callable[[bytes], bytes] | None:
 
 
 def one_line(error: Exception) -> str:
-    """An error for the log."""
+    """Format an error for the log."""
     return str(disk.failure("it is not written", error)) if isinstance(error, OSError) else str(error)
 
 
 def refusal(error: Incompatible) -> str:
-    """Every reason of a refusal, for the log."""
+    """Format a refusal with all of its reasons for the log."""
     more = [reason for reason in error.reasons if reason != error.code]
     return f"{error}; also: {', '.join(more)}" if more else str(error)

@@ -1,8 +1,9 @@
-"""Trying out what no list of features can promise: a small process is dumped and restored for real, in 0.2 s.
+"""Test what no feature list can promise: dump and restore a small process for real, in 0.2 s.
 
-`quickthaw doctor` and the first cold start of a host do the same (`run`); a cold start does it in a thread while the engine loads, and
-takes no snapshot where it failed. Everything lies in the memory of the trial's own sandbox: a full disk does not spoil it, and a killed
-launch leaves nothing. A success is noted for each boot, CRIU and set of privileges; a failure is tried again.
+`quickthaw doctor` and a host's first cold start both call `run`. A cold start runs it in a thread while the engine
+loads, and takes no snapshot if it failed. All files are in the memory of the trial's own sandbox, so a full disk does
+not affect it and a killed launch leaves nothing. A success is recorded per boot, CRIU and set of privileges; a failure
+is tried again.
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ _HOUR_NS = 3600 * 10**9
 
 
 def sandbox_reason(error: Exception) -> str:
-    """Return why no sandbox could be made, with what usually forbids it."""
+    """Return the error with its usual cause (an AppArmor profile), if that applies."""
     profile = Privileges.here().apparmor
     hint = f"; the AppArmor profile {profile} may forbid it: in a container add --security-opt apparmor=unconfined"
     return f"{error}{hint if profile else ''}"
 
 
 def run(criu: Criu) -> None:
-    """Dump and restore a process. Raises a CheckpointError that says what failed."""
-    # Another clock than the host's, as every restore has.
+    """Dump and restore a process. Raises CheckpointError naming the step that failed."""
+    # Use a clock that differs from the host's, as in every restore.
     clock = time.clock_gettime_ns(time.CLOCK_MONOTONIC) + _HOUR_NS
     with Sandbox(SandboxConfig(monotonic_ns=clock)) as sandbox:
         inside = Path(TMP_DIR, "trial")
@@ -47,11 +48,11 @@ def run(criu: Criu) -> None:
         sandbox.signal(pid, signal.SIGKILL)
         sandbox.wait(pid, LIMIT_S)
         criu.restore(sandbox, pid, inside, LIMIT_S, inside, {}, seen_at=outside)
-        sandbox.signal(pid, 0)  # it lives
+        sandbox.signal(pid, 0)  # check that it is alive
 
 
 class Trial:
-    """A trial in a thread of its own, begun by its making. `wait` returns why it failed, or None."""
+    """Run a trial in a thread, started by the constructor. `wait` returns why it failed, or None."""
 
     def __init__(self, criu: Criu, home: Path) -> None:
         self._criu = criu
@@ -68,12 +69,12 @@ class Trial:
         except CheckpointError as error:
             self._why = f"{sandbox_reason(error)}; quickthaw doctor tries it again"
             return
-        with contextlib.suppress(OSError):  # a full disk costs the next cold start another trial
+        with contextlib.suppress(OSError):  # on a full disk the next cold start repeats the trial
             self._note.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._note.touch(mode=0o600)
 
     def wait(self) -> str | None:
-        """Wait for the end, which is long past when an engine has loaded; why dump and restore do not work here, or None."""
+        """Wait for the trial and return why dump and restore do not work here, or None. It ends long before an engine has loaded."""
         if self._thread is not None:
             self._thread.join(3 * LIMIT_S)
             if self._thread.is_alive():

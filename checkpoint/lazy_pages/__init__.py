@@ -1,3 +1,5 @@
-"""The page server: a restored process runs before its memory is there (userfaultfd), and finds the pages it needs first in place.
+"""The page server (userfaultfd): restored processes run before their memory is in place, and the pages needed first are copied first.
 
-`client` is the owner's side, `main` the process, `fault_handler` its work for one process tree, `working_set` what it copies first."""
+`client` is the owner's side, `main` the server process, `fault_handler` its work for one process tree, `working_set`
+the pages that it copies first.
+"""

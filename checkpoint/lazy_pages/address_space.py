@@ -1,7 +1,7 @@
-"""One address space being filled: a restored process, or a child that it forked since.
+"""One address space being filled: a restored process, or a child that it has forked since.
 
-Nothing here waits, and nothing reads events: the daemon's one thread does both in turn, which is what makes placing safe (see daemon).
-Standard library only.
+This module neither waits nor reads events. The daemon's one thread does both in turn, which makes placing pages safe
+(see fault_handler). Standard library only.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from checkpoint.lazy_pages import uffd
 from checkpoint.lazy_pages.copy_plan import PageMap
 from checkpoint.lazy_pages.readahead import Source
 
-# One call places at most this much: a fault waits for at most one, 0.2 ms.
+# Most bytes placed in one call: 0.2 ms, and a fault waits for at most one call.
 CHUNK = 512 << 10
-# Below so many spans a map is cut span by span, each of which costs 10 µs; one pass over a map costs as much as a hundred.
+# Below this many spans, a map is cut span by span (10 µs each). One pass over a map costs as much as a hundred cuts.
 _FEW = 64
-# What has become of a piece.
+# State of an extent.
 OPEN, DONE, CLAIMED = 0, 1, 2
 
 
@@ -31,14 +31,15 @@ class Gone(Exception):
 
 
 class Again(Exception):
-    """Nothing can be placed now: an event waits to be read, CRIU has not registered this memory yet, or its pages are still to arrive."""
+    """Nothing can be placed now: an event is unread, CRIU has not registered this memory yet, or pages are still arriving."""
 
 
 class Plan:
-    """What one process needs, in order, as requests that the kernel takes as they are.
+    """The extents one process needs, in order, stored as ready-made kernel requests.
 
-    Pieces are disjoint, at most CHUNK long, and never cross the border of a mapping. A piece is data of the image or zeros. `batches`:
-    the fetcher's job that brings each piece's source; empty where all sources are in memory.
+    Extents are disjoint, at most CHUNK long, and never cross the border of a mapping. Each one is image data or
+    zeros. `batches` holds, for each extent, the number of the fetcher's job that loads its source; it is empty when
+    all sources are in memory.
     """
 
     __slots__ = (
@@ -82,7 +83,7 @@ class Plan:
             start = stop
 
     def seal(self) -> None:
-        """No more pieces: the requests stay where they are from now on."""
+        """Freeze the plan: no more extents, and the requests keep their addresses."""
         self.done = bytearray(len(self.starts))
         self.left = len(self.starts)
         self.address = self._buffer.buffer_info()[0]
@@ -93,7 +94,7 @@ class Plan:
     def sealed(
         cls, starts: array[int], ends: array[int], sources: array[int], zero: list[bool], by_address: array[int]
     ) -> Plan:
-        """A plan whose sources are all in memory, of what `seal` has once worked out."""
+        """Build a sealed plan, with all sources in memory, from the parts of an earlier one."""
         plan = cls()
         plan.starts, plan.ends, plan.zero = starts.tolist(), ends.tolist(), zero
         plan._buffer = array("Q", bytes(uffd.REQUEST_BYTES * len(starts)))
@@ -106,7 +107,7 @@ class Plan:
         return plan
 
     def parts(self) -> tuple[array[int], array[int], array[int], list[bool], array[int]]:
-        """What `sealed` makes a plan of."""
+        """Return the arguments from which `sealed` builds a plan."""
         return (
             array("Q", self.starts),
             array("Q", self.ends),
@@ -116,7 +117,7 @@ class Plan:
         )
 
     def fresh(self) -> Plan:
-        """A sealed plan's twin of which nothing is done, for another tree."""
+        """Return a copy of a sealed plan in which nothing is done, for another tree."""
         twin = Plan()
         twin.starts, twin.ends, twin.zero, twin.batches = self.starts, self.ends, self.zero, self.batches
         twin._sorted, twin._by_address = self._sorted, self._by_address
@@ -126,11 +127,11 @@ class Plan:
         return twin
 
     def source(self, index: int) -> int:
-        """Our own address that a piece is copied from."""
+        """Return our own address from which an extent is copied."""
         return self._buffer[5 * index + 1]
 
     def find(self, address: int) -> int | None:
-        """The piece that `address` lies in and that is not done (it may be claimed)."""
+        """Return the index of the extent that contains `address`, unless it is done (it may be reserved)."""
         at = bisect_right(self._sorted, address) - 1
         if at < 0:
             return None
@@ -138,7 +139,7 @@ class Plan:
         return index if address < self.ends[index] and self.done[index] != DONE else None
 
     def next(self) -> int | None:
-        """The first piece that is neither done nor claimed."""
+        """Return the first extent that is neither done nor reserved."""
         done = self.done.find(OPEN, self.cursor)
         if done < 0:
             self.cursor = len(self.done)
@@ -152,19 +153,19 @@ class Plan:
             self.left -= 1
 
     def claim(self, index: int) -> None:
-        """For the second copier, which places it outside of the daemon's turn."""
+        """Reserve an extent for the second copier, which places it outside the daemon's turn."""
         if self.done[index] == OPEN:
             self.done[index] = CLAIMED
 
     def give_back(self, index: int) -> None:
-        """Claimed, and not placed."""
+        """Release a reserved extent that was not placed."""
         if self.done[index] == CLAIMED:
             self.done[index] = OPEN
             self.cursor = min(self.cursor, index)
 
 
 class Space:
-    """See the module. `map` tells what of the image is still to be brought."""
+    """An address space (see the module's docstring). `map` lists what must still be copied from the image."""
 
     __slots__ = (
         "_uncut",
@@ -185,21 +186,21 @@ class Space:
         self.pid = pid
         self.fd = fd
         self.rough_map = pages
-        """`map`, but that it may still list what `burst` has placed: placing that again is refused by the kernel."""
+        """Like `map`, but may still list what `burst` has placed. The kernel refuses to place such pages again."""
         self._uncut: list[tuple[int, int]] = []
         self.image = image
         self.source = source
         self.settled = False
-        """Whether every mapping is registered: before, ENOENT means not yet; after, it means no longer."""
+        """Whether every mapping is registered. Before, ENOENT means not yet registered; after, no longer registered."""
         self.changed = False
-        """Whether the process has dropped, moved or unmapped anything: from then on every placing asks the map."""
+        """Whether the process has dropped, moved or unmapped anything. From then on every placement consults the map."""
         self.open = True
         self.placing = threading.Lock()
-        """Held by the second copier while it places, and by the daemon while it reads events or closes the descriptor."""
+        """Lock held by the second copier while it places, and by the daemon while it reads events or closes the descriptor."""
 
     @property
     def map(self) -> PageMap:
-        """What of the image is still to be brought. After a burst the first look costs about a millisecond."""
+        """The part of the image still to be copied. The first access after a burst takes about a millisecond."""
         if self._uncut:
             spans, self._uncut = sorted(self._uncut), []
             if len(spans) < _FEW:
@@ -210,10 +211,10 @@ class Space:
         return self.rough_map
 
     def burst(self, plan: Plan, pieces: int, size: int) -> tuple[int, int]:
-        """Place up to `pieces` pieces, or about `size` bytes, of a plan whose sources are all in memory, one system call after the other;
-        returns (bytes of the image, bytes of zeros).
+        """Place up to `pieces` extents, or about `size` bytes, of a plan with all sources in memory. Return (image bytes, zero bytes).
 
-        Only where nothing has changed its mappings. It stops before what the kernel refuses, which is `run`'s to look into.
+        Only for a space whose mappings have not changed. Stops before an extent that the kernel refuses; `run`
+        handles it.
         """
         fd, address, done = self.fd, plan.address, plan.done
         starts, ends, zero, uncut = plan.starts, plan.ends, plan.zero, self._uncut
@@ -239,16 +240,17 @@ class Space:
         return copied, zeros
 
     def place(self, start: int, end: int) -> int:
-        """Bring what the image has of [start, end); returns how many bytes that was. Raises Again, Gone, OSError."""
+        """Copy the image's part of [start, end) into place and return its bytes. Raises Again, Gone, OSError."""
         placed = 0
         for low, high, offset in self.map.within(start, end):
             if self.source.absent(offset, high - low):
-                raise Again  # moved here from where nothing has arrived yet
+                raise Again  # moved here from memory that has not arrived yet
             placed += self._place(low, high, self.source.address + offset)
         return placed
 
     def unmoved(self, start: int, end: int, offset: int) -> bool:
-        """Whether the image has these very bytes for [start, end), which the map lists with this offset: moved there they are others."""
+        """Return whether [start, end), listed with this offset, still lies at its original address: moved pages differ
+        from the image's."""
         return self.image.within(start, end) == [(start, end, offset)]
 
     def _place(self, start: int, end: int, source: int) -> int:
@@ -258,7 +260,7 @@ class Space:
             placed += done
             if not done:
                 if code == errno.ENOENT and self.settled and end - start > PAGE:
-                    # Mappings were split or unmapped since the snapshot: find the border by halving.
+                    # Mappings were split or unmapped since the snapshot: halve the range to find the border.
                     half = (end - start) // PAGE // 2 * PAGE
                     placed += self._place(start, start + half, source)
                     start, source = start + half, source + half
@@ -270,7 +272,7 @@ class Space:
         return placed
 
     def zero(self, start: int, end: int, zeros: int) -> int:
-        """Put pages of zeros where nothing is in [start, end), which the map has nothing of. `zeros`: our own address of CHUNK zeros."""
+        """Place zero pages where none exist in [start, end), none of which is in the map. `zeros` is our own address of CHUNK zeros."""
         placed = 0
         while start < end:
             done, code = uffd.copy(self.fd, start, zeros, min(end - start, CHUNK))
@@ -282,18 +284,18 @@ class Space:
         return placed
 
     def zero_fault(self, address: int, end: int) -> int:
-        """Let [address, end) read as zeros up to the first page that exists, and wake who waits for `address`; returns bytes."""
+        """Map [address, end) as zeros up to the first existing page, and wake threads that wait for `address`. Return bytes."""
         done, code = uffd.zero(self.fd, address, end - address)
         if code == errno.ENOENT and end - address > PAGE:
             done, code = uffd.zero(self.fd, address, PAGE)
         if not done:
             self._refused(code, "UFFDIO_ZEROPAGE")
-            # A page came meanwhile, or the mapping is not ours any more: whoever waits sees what is there now.
+            # A page came meanwhile, or the mapping is gone: waiting threads retry and see the current state.
             uffd.wake(self.fd, address, PAGE)
         return done
 
     def run(self, plan: Plan, index: int, zeros: int) -> int:
-        """Place one piece of the plan; returns bytes. Raises Again, Gone, OSError."""
+        """Place one extent of the plan and return its bytes. Raises Again, Gone, OSError."""
         start, end = plan.starts[index], plan.ends[index]
         if not self.changed and uffd.request(self.fd, plan.address + uffd.REQUEST_BYTES * index) == 0:
             return self.placed(plan, index)
@@ -303,7 +305,7 @@ class Space:
             if not plan.zero[index] and self.unmoved(low, high, offset) and not self.source.absent(offset, high - low):
                 placed += self._place(
                     low, high, plan.source(index) + low - start
-                )  # which may be there where the image is not
+                )  # its source may be in memory (the pack) where the image is not
             else:
                 placed += self.place(low, high)
             position = high
@@ -312,14 +314,14 @@ class Space:
         return placed
 
     def placed(self, plan: Plan, index: int) -> int:
-        """Note that a whole piece is in place; returns its bytes."""
+        """Record that a whole extent is in place; return its bytes."""
         start, end = plan.starts[index], plan.ends[index]
         self._uncut.append((start, end))
         plan.finish(index)
         return end - start
 
     def _refused(self, code: int, what: str) -> None:
-        """What it means that the kernel placed nothing: returns when the page is there already or not ours any more."""
+        """Interpret the kernel's refusal; return if the page exists already or is no longer ours, else raise Again, Gone or OSError."""
         if code == errno.EEXIST or (code == errno.ENOENT and self.settled):
             return
         if code in (errno.EAGAIN, errno.ENOENT):
@@ -331,5 +333,5 @@ class Space:
 
 @functools.cache
 def zero_source() -> int:
-    """Our own address of CHUNK bytes of zeros, the same for every tree that this process serves."""
+    """Return our own address of CHUNK zero bytes, shared by all trees that this process serves."""
     return uffd.zero_pages(CHUNK)

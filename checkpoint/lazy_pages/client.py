@@ -1,4 +1,4 @@
-"""The owner's side of the page server: starts it, tells it what the replica has reached, hears when it is done or dead.
+"""The owner's side of the page server: start it, report the replica's progress, and learn when it completes or fails.
 
     server = PageServer(*early.begin_pages(told(images, …), work), …)
     criu.restore(…, lazy_pages=True, work=work)
@@ -8,11 +8,11 @@
     server.requests_done()
     server.wait_complete(60)
 
-One server process for all replicas that are being restored with one run folder: what is started here serves, or hands over to who
-serves already (checkpoint.lazy_pages.main). Should that one die, or fail, while pages are missing, `on_death` is called at once, or after
-10 s
-where it is there and does not answer (stopped, or stuck). Then the owner must kill the sandbox, since its faults wait for ever (this object
-holds the userfaultfds, so that they do not read zeros instead), and restore the plain way.
+One server process serves all replicas restored with one run folder: a process started here serves, or hands its tree
+off to the running server (checkpoint.lazy_pages.main). If the server dies or fails while pages are missing,
+`on_death` is called at once; if it is stopped or stuck and does not answer, after 10 s. The owner must then kill the
+sandbox and restore without lazy pages, because faults would wait forever. They do not read zeros, because this
+object holds duplicates of the userfaultfds.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ REST_BYTES_PER_S = 800e6
 FIRST_TOKEN_TIMEOUT_S = 60.0
 _ASK_EVERY_S = 1.0
 _UNANSWERED = 10
-# How long who said that nothing is left to serve, or was killed, may take to be gone.
+# Timeout for a process to end after it reported that it serves no more trees, or was killed.
 _END_S = 1.0
 
 
@@ -43,13 +43,13 @@ class Arriving(Protocol):
 
     @property
     def presence(self) -> Path:
-        """The map of pages in place (checkpoint.lazy_pages.residency.Presence)."""
+        """Path of the residency bitmap (checkpoint.lazy_pages.residency.Presence)."""
 
     def listen(self, told: Callable[[], None]) -> None:
-        """Call `told` whenever pages have come."""
+        """Call `told` whenever pages have arrived."""
 
     def wanted(self, path: str, offset: int, length: int) -> None:
-        """A process waits for these bytes of a page file."""
+        """Report that a process waits for these bytes of a page file."""
 
 
 def told(
@@ -62,13 +62,13 @@ def told(
     arriving: Arriving | None = None,
     pack: bool = True,
 ) -> dict[str, Any]:
-    """What the server is told (checkpoint.lazy_pages.main).
+    """Build the server's configuration (checkpoint.lazy_pages.main).
 
-    `meeting`: the folder in which the servers of a host find each other. `working_set`: the file recorded earlier (None, or missing: single
-    faults only until the first token). `record`: serve single pages and remember their order. `rest_bytes_per_s` bounds how fast what
-    nobody asked for is brought after the first token; without a word of that, it starts after `first_token_timeout_s`. `arriving`: the
-    images are being filled from a store. `pack`: a copy of image bytes, made here and not hashed since (checkpoint.lazy_pages.pack), may
-    serve.
+    `meeting`: rendezvous folder of this host's page servers. `working_set`: the file recorded earlier; if it is None
+    or missing, only single faults are served until the first token. `record`: serve single pages and remember their
+    order. `rest_bytes_per_s`: rate limit for background pages after the first token. They start after
+    `first_token_timeout_s` even if no first token is reported. `arriving`: the images are being filled from a store.
+    `pack`: allow copying from a local copy of image bytes that was not hashed since (checkpoint.lazy_pages.pack).
     """
     return {
         "images": str(images.resolve()),
@@ -83,9 +83,9 @@ def told(
 
 
 class PageServer:
-    """A running page server, begun by checkpoint.snapshot.speculative; `close` it after the sandbox, or after `wait_complete`.
+    """A running page server, begun by checkpoint.snapshot.speculative. `close` it after the sandbox, or after `wait_complete`.
 
-    `on_death(reason)` is called from a thread of this object when the server ends before its work is done.
+    A thread of this object calls `on_death(reason)` when the server ends before every page is in place.
     """
 
     def __init__(
@@ -111,12 +111,13 @@ class PageServer:
         self._saved = 0
         self._closing = False
         self._failure = ""
-        self._server_pid = 0  # as the server told; 0: not yet
-        self._over = self._alone = False  # whether it said that it is at this tree's end, and served no other
+        self._server_pid = 0  # as reported by the server; 0: not yet
+        self._over = self._alone = False  # whether it reported this tree's end, and that it served no other
         self.complete = threading.Event()
         """Set when every page is in place."""
         self.ended = threading.Event()
-        """Set when nobody serves this replica any more, for whatever reason; a process that served it alone is gone then."""
+        """Set when no process serves this replica any more, for whatever reason. A process that served only this
+        replica has exited by then."""
         self._reader = threading.Thread(target=self._read, name="page-server-reader", daemon=True)
         self._reader.start()
         threading.Thread(target=self._watch, name="page-server-watch", daemon=True).start()
@@ -125,41 +126,44 @@ class PageServer:
 
     @property
     def pid(self) -> int:
-        """The process that serves, on the host: the one started here, or the one it handed over to. Waits until that is known."""
+        """Process number of the server on the host: started here or received the handoff. Waits until it is known."""
         with self._answered:
             self._answered.wait_for(lambda: self._server_pid or self.ended.is_set(), _END_S)
         return self._server_pid or self._process.pid
 
-    # Telling
+    # Sending
 
     def first_token(self) -> None:
-        """The first token was seen: the rest may be brought now."""
+        """Report the first token: background pages may be copied now."""
         self._tell(op="first-token")
 
     def requests_done(self, save: Path | None = None) -> None:
-        """A few requests were answered: the working set ends here. With `save`, write what was recorded (or, where nothing is recorded,
-        the known working set and every fault that it missed) to that file."""
+        """Report the end of the working set, after a few requests. With `save`, write the recorded working set to that file.
+
+        If nothing is recorded, the saved set is the known working set plus every fault that it missed.
+        """
         self._tell(op="requests-done", save=str(save) if save else "")
 
     def arrived(self) -> None:
-        """Pages have come that the server may be waiting for."""
+        """Report that pages have arrived which the server may wait for."""
         with contextlib.suppress(OSError):
-            # Should its queue be full, it has enough unread words of ours to look again after this.
+            # If the queue is full, the server still has unread messages of ours and will check again after them.
             self._control.send(b'{"op": "arrived"}', socket.MSG_DONTWAIT)
 
     def _tell(self, **message: Any) -> None:
-        with contextlib.suppress(OSError):  # gone: on_death tells, or everything is in place
+        with contextlib.suppress(OSError):  # gone: on_death was or will be called, or every page is in place
             self._control.send(json.dumps(message).encode())
 
-    # Hearing
+    # Receiving
 
     def _read(self) -> None:
         try:
             while (heard := self._receive()) is not None:
                 message, fds = heard
                 self._hear(message.pop("event"), message, fds)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the owner is told, and nothing waits
-            # Nobody may wait for who reads no more: without our copy of a userfaultfd a dying server would show zeros.
+        except Exception as error:  # noqa: BLE001 - whatever it is, report it to the owner
+            # Without this reader we would miss new userfaultfds, and a dying server would make faults read zeros. So
+            # end it now.
             self._failure = str(error) or repr(error)
             self._kill_own()
             self._cut()
@@ -167,12 +171,12 @@ class PageServer:
             self._end()
 
     def _receive(self) -> tuple[dict[str, Any], list[int]] | None:
-        """The next message and its descriptors; None at the end. Raises RuntimeError where descriptors were lost on the way."""
+        """Receive a message and its descriptors; return None at the end. Raises RuntimeError when descriptors were lost in transit."""
         while True:
             try:
                 data, fds, flags, _ = socket.recv_fds(self._control, 1 << 16, 4)
             except ConnectionResetError:
-                continue  # it left words of ours unread; what it said before can still be read (unix(7), SOCK_SEQPACKET)
+                continue  # it left messages of ours unread; its earlier messages can still be read (unix(7), SOCK_SEQPACKET)
             except OSError:
                 return None
             if not data:
@@ -230,11 +234,11 @@ class PageServer:
             self.ended.set()
             with self._answered:
                 self._answered.notify_all()
-        if self._process.poll() is None:  # it serves others
+        if self._process.poll() is None:  # it serves other trees
             threading.Thread(target=self._process.wait, name="page-server-reaper", daemon=True).start()
 
     def _why(self) -> str:
-        """Why the control socket is at its end, where nobody told."""
+        """Explain the end of the control socket when the server reported no reason."""
         if self._over:
             return "it closed its control socket"
         if self._server_pid not in (0, self._process.pid):
@@ -247,15 +251,17 @@ class PageServer:
         return f"it ended with code {code}"
 
     def _exit_code(self, timeout_s: float) -> int | None:
-        """Of the process that was started here."""
+        """Return the exit code of the process started here, or None on timeout."""
         try:
             return self._process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             return None
 
     def _watch(self) -> None:
-        """Ask it every second; who does not answer ten times has stopped for good. Counted in questions: this process may have been
-        stopped as well."""
+        """Ping the server every second; treat ten unanswered pings in a row as its failure.
+
+        Pings are counted instead of seconds because this process may have been stopped as well.
+        """
         unanswered = 0
         while not self.ended.wait(0 if unanswered else _ASK_EVERY_S) and not self._closing:
             unanswered = 0 if self._asked(_ASK_EVERY_S) else unanswered + 1
@@ -266,22 +272,22 @@ class PageServer:
                 return
 
     def _kill_own(self) -> None:
-        """One that does not answer is of no use to anybody else it may serve, whose owners are told by its death."""
+        """Kill a server that does not answer; it is useless to its other trees too, whose owners see it die."""
         if self._server_pid in (0, self._process.pid):
             self._process.kill()
 
     def _cut(self) -> None:
-        """End the reader: nothing more is heard."""
+        """Shut the control socket down, which ends the reader."""
         with contextlib.suppress(OSError):
             self._control.shutdown(socket.SHUT_RDWR)
 
-    # Asking
+    # Pings
 
     def _asked(self, timeout_s: float) -> bool:
-        """Whether it has answered, or has nothing left to answer for; its counts are known then."""
+        """Ping the server. Return whether it answered or has ended; its counts are then up to date."""
         with self._answered:
             before = self._answers
-            with contextlib.suppress(OSError):  # it is gone, or its queue is full since it reads nothing
+            with contextlib.suppress(OSError):  # it is gone, or its queue is full because it reads nothing
                 self._control.send(b'{"op": "stats"}', socket.MSG_DONTWAIT)
             return self._answered.wait_for(
                 lambda: self._answers > before or self.complete.is_set() or self.ended.is_set(), timeout_s
@@ -289,34 +295,35 @@ class PageServer:
 
     @property
     def known_stats(self) -> dict[str, float]:
-        """The counts as they were last told, at most about a second ago; without waiting (see stats)."""
+        """The last received counts, usually at most a second old; does not wait (see stats)."""
         return dict(self._stats)
 
     def stats(self, timeout_s: float = 1.0) -> dict[str, float]:
-        """Counts of this restore, bytes and seconds: faults, stall_s, bytes_ahead, bytes_faulted, bytes_rest, bytes_zero, bytes_cold, …
+        """Return this restore's counts in bytes and seconds: faults, stall_s, bytes_ahead, bytes_faulted, bytes_rest,
+        bytes_zero, bytes_cold, …
 
-        The last known ones when the server has gone or does not answer in time.
+        Returns the last known counts if the server is gone or does not answer in time.
         """
         self._asked(timeout_s)
         return dict(self._stats)
 
     def wait_saved(self, timeout_s: float) -> bool:
-        """Wait until a `requests_done(save=…)` has written its file; False when it has not within `timeout_s`."""
+        """Wait until `requests_done(save=…)` has written its file. Return False on timeout."""
         with self._answered:
             return (
                 self._answered.wait_for(lambda: self._saved > 0 or self.ended.is_set(), timeout_s) and self._saved > 0
             )
 
     def wait_complete(self, timeout_s: float) -> bool:
-        """Wait until every page is in place; False when that takes longer than `timeout_s`, or the server has died."""
+        """Wait until every page is in place. Return False on timeout or when the server has died."""
         limit = time.monotonic() + timeout_s
         self.ended.wait(max(0.0, limit - time.monotonic()))
         return self.complete.is_set()
 
     def close(self, timeout_s: float = 5.0) -> None:
-        """End the serving of this replica and let go of everything.
+        """Stop serving this replica and release everything.
 
-        Before completion only after the sandbox was closed: pages not yet in place are lost.
+        Before completion, call it only after the sandbox was closed: pages not yet in place are lost.
         """
         self._closing = True
         with contextlib.suppress(OSError):

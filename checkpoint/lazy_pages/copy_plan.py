@@ -1,11 +1,11 @@
-"""Which pages of one address space still have to be brought from the image, and from where.
+"""Which pages of one address space must still be copied from the image, and from where.
 
-A `PageMap` is a set of disjoint intervals of addresses, each with the image offset of its first byte. What is not in it needs nothing
-from the image: either it is in place already, or the process dropped it, and then it reads as zeros. So the whole of correctness is
-that an interval is cut when its pages are dropped or unmapped and before anybody acts on what is listed when they are placed, and moves
-when the process moves it.
+A `PageMap` is a set of disjoint address intervals, each with the image offset of its first byte. Addresses outside
+it need nothing from the image: either they are in place already, or the process dropped them and they read as zeros.
+Correctness requires three things: an interval is cut when its pages are placed; it is cut when they are dropped or
+unmapped, before any listed page is placed; and it moves when the process moves it.
 
-Standard library only; see tests/t0/test_pages_pagemap.py for the reference it is compared with.
+Standard library only. tests/t0/test_pages_pagemap.py compares it with a reference implementation.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from collections.abc import Iterable, Iterator, Sequence
 
 
 class PageMap:
-    """Disjoint intervals [start, end) → offset, with the operations the kernel reports. Addresses and offsets in bytes."""
+    """Disjoint intervals [start, end) → offset, with the operations the kernel reports. Addresses and offsets are in bytes."""
 
     __slots__ = ("_ends", "_offsets", "_starts")
 
     def __init__(self, runs: Iterable[tuple[int, int, int]] = ()) -> None:
-        """`runs`: disjoint and ascending (start, end, offset)."""
+        """Build a map from `runs`, which are disjoint, ascending (start, end, offset)."""
         self._starts: list[int] = []
         self._ends: list[int] = []
         self._offsets: list[int] = []
@@ -37,24 +37,24 @@ class PageMap:
 
     @property
     def size(self) -> int:
-        """Bytes still to be brought."""
+        """Bytes still to be copied."""
         return sum(self._ends) - sum(self._starts)
 
     def copy(self) -> PageMap:
-        """A child's map after a fork."""
+        """Copy the map for a forked child."""
         twin = PageMap()
         twin._starts, twin._ends, twin._offsets = self._starts[:], self._ends[:], self._offsets[:]
         return twin
 
     def find(self, address: int) -> tuple[int, int, int] | None:
-        """The interval that `address` lies in."""
+        """Return the interval that contains `address`."""
         index = bisect_right(self._starts, address) - 1
         if index >= 0 and address < self._ends[index]:
             return self._starts[index], self._ends[index], self._offsets[index]
         return None
 
     def at_or_after(self, address: int) -> tuple[int, int, int] | None:
-        """The first interval, or rest of one, at or above `address`."""
+        """Return the first interval, or remainder of one, at or above `address`."""
         index = bisect_right(self._ends, address)
         if index == len(self._starts):
             return None
@@ -64,7 +64,7 @@ class PageMap:
         return start, end, offset
 
     def within(self, start: int, end: int) -> list[tuple[int, int, int]]:
-        """The parts of intervals that lie in [start, end), ascending."""
+        """Return the parts of intervals that lie in [start, end), ascending."""
         found = []
         index = bisect_right(self._ends, start)
         while index < len(self._starts) and self._starts[index] < end:
@@ -74,7 +74,7 @@ class PageMap:
         return found
 
     def cut(self, start: int, end: int) -> None:
-        """Forget [start, end): placed, dropped or unmapped."""
+        """Remove [start, end): placed, dropped or unmapped."""
         low = bisect_right(self._ends, start)
         high = bisect_left(self._starts, end)
         if low >= high:
@@ -91,7 +91,7 @@ class PageMap:
         self._starts[low:high], self._ends[low:high], self._offsets[low:high] = starts, ends, offsets
 
     def cut_all(self, spans: Sequence[tuple[int, int]]) -> None:
-        """Forget many disjoint spans, given in ascending order, in one pass over the map."""
+        """Remove many disjoint spans, given in ascending order, in one pass over the map."""
         starts, ends, offsets = [], [], []
         at, count = 0, len(spans)
         for start, end, offset in zip(self._starts, self._ends, self._offsets, strict=True):
@@ -113,7 +113,7 @@ class PageMap:
         self._starts, self._ends, self._offsets = starts, ends, offsets
 
     def move(self, source: int, target: int, length: int) -> None:
-        """mremap: what was to be brought to `source` now belongs at `target`; nothing is to be brought to `source` any more."""
+        """Apply an mremap: the pages due at `source` are now due at `target`, and none are due at `source`."""
         moved = self.within(source, source + length)
         self.cut(source, source + length)
         self.cut(target, target + length)

@@ -1,10 +1,12 @@
-"""The second copier: places large pieces of the working set on another core while the daemon's thread serves faults and small pieces.
+"""The second copier: places large extents of the working set on another core, while the daemon's thread serves faults
+and small extents.
 
-Why it cannot corrupt what the daemon's one thread guards (see daemon): a piece is placed only while this thread holds its space's
-`placing` lock, and the daemon reads a space's events only while it holds that lock. So no event is read between this thread's look at
-`changed` and the kernel's answer; once an event was read that changed a mapping, `changed` is set and this thread leaves the space
-alone. It takes nothing from the daemon's tables: what it has placed goes into `done`, and the daemon cuts its map and counts.
-Until then the map says that such a page is still to be brought; placing it again is refused by the kernel (EEXIST).
+It cannot corrupt memory that the daemon's one thread guards (see fault_handler). It places an extent only while it
+holds the space's `placing` lock, and the daemon reads a space's events only while it holds that lock. So no event is
+read between this thread's check of `changed` and the kernel's answer. Once an event that changes a mapping was read,
+`changed` is set and this thread skips the space. It does not modify the daemon's tables: placed extents go into
+`done`, and the daemon cuts its map and counts. Until then the map still lists such pages, and the kernel refuses to
+place them again (EEXIST).
 
 Standard library only.
 """
@@ -20,31 +22,31 @@ from checkpoint.lazy_pages import uffd
 from checkpoint.lazy_pages.address_space import Plan, Space
 
 LARGE = 128 << 10
-"""Bytes from which on a piece is worth handing over: below, the interpreter's own time is most of the work."""
+"""Smallest extent in bytes worth passing to this thread. Below, interpreter overhead dominates."""
 _PAUSE_S = 0.0005
 
 
 class SecondCopier(threading.Thread):
-    """Works on the (space, plan) pairs it is given, from each plan's end, until they have nothing large left."""
+    """Places the large extents of the submitted (space, plan) pairs, beginning at each plan's end."""
 
     def __init__(self, notify: Callable[[], None]) -> None:
         super().__init__(name="second-copier", daemon=True)
         self.done: deque[tuple[Space, Plan, int, bool]] = deque()
-        """(space, plan, piece, whether it was placed): the daemon's to collect after `notify`."""
+        """(space, plan, extent, whether it was placed), for the daemon to collect after `notify`."""
         self._jobs: deque[tuple[Space, Plan]] = deque()
         self._more = threading.Event()
         self._stopping = False
         self._notify = notify
         self.failure = ""
-        """Why this thread has ended, where nobody stopped it: what it has claimed is placed by nobody."""
+        """Why this thread ended without `stop`. Its reserved extents are then never placed."""
 
     def submit(self, space: Space, plan: Plan) -> None:
-        """Help with a plan whose sources are in the page cache."""
+        """Add a plan whose sources are in the page cache."""
         self._jobs.append((space, plan))
         self._more.set()
 
     def stop(self) -> None:
-        """The thread ends after the piece that it is at, if any (which it places only in a space that is still open)."""
+        """End the thread after its current extent, if any, which it places only in a space that is still open."""
         self._stopping = True
         self._more.set()
 
@@ -71,13 +73,14 @@ class SecondCopier(threading.Thread):
                         break
                     plan.claim(index)
                     code = uffd.request(space.fd, plan.address + uffd.REQUEST_BYTES * index)
-                    # Before the lock is given up: who then reads an event has to know of this piece before its mapping changes.
+                    # Append before releasing the lock: the daemon must know of this extent before it reads an event
+                    # that changes its mapping.
                     self.done.append((space, plan, index, code == 0))
                 self._notify()
                 if code:
                     refused = True
                     break
             if refused:
-                # An event waits to be read, or CRIU has not registered this memory yet.
+                # An event is unread, or CRIU has not registered this memory yet.
                 time.sleep(_PAUSE_S)
                 self._jobs.append((space, plan))

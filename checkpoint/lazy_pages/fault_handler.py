@@ -1,18 +1,22 @@
-"""The page server's work for one tree: puts the pages of the restored processes in place.
+"""The page server's work for one process tree: placing the pages of the restored processes.
 
-Run in a thread of its own by checkpoint.lazy_pages.main, in a process that may serve other trees beside it. Standard library only.
+checkpoint.lazy_pages.main runs it in its own thread, in a process that may serve other trees too. Standard library
+only.
 
-Order of work: the recorded working set as soon as CRIU has registered a process's memory (while CRIU goes on with the rest); single
-faults in between; after the owner says that the first token was seen, what the next requests need; then everything else, at a bounded
-rate. When every page of every process is in place the owner lets go of its descriptors, then this side closes its own.
+Order of work: the recorded working set, as soon as CRIU has registered a process's memory (while CRIU continues with
+the rest); single faults in between; once the owner reports the first token, the pages of the next requests; then all
+other pages, at a limited rate. When every page of every process is in place, the owner closes its descriptors first,
+then this side closes its own.
 
-Why it cannot corrupt:
-- One thread reads a tree's events and places its pages, so no event is read between looking a page up and placing it. The kernel
-  refuses to place anything (EAGAIN) while a change that it announced waits to be read, and a process that drops pages waits until then.
-- A page is placed only where none is: the kernel answers EEXIST and nothing is overwritten.
-- What a process dropped, unmapped or moved away is cut from its map before anything else is placed; then it reads as zeros.
-- The owner holds a duplicate of every descriptor. Were this process to die, or the tree to fail here, faults would wait (not read zeros)
-  until the owner, which sees the control socket close, has killed the tree.
+Why memory cannot be corrupted:
+- One thread reads a tree's events and places its pages, so no event is read between looking a page up and placing
+  it. The kernel refuses to place anything (EAGAIN) while an announced change is unread, and a process that drops
+  pages waits until then.
+- A page is placed only where none exists: the kernel answers EEXIST and overwrites nothing.
+- Memory that a process dropped, unmapped or moved is cut from its map before anything else is placed; it then reads
+  as zeros.
+- The owner holds a duplicate of every descriptor. If this process dies or the tree fails here, faults wait (and do
+  not read zeros) until the owner, which sees the control socket close, has killed the tree.
 """
 
 from __future__ import annotations
@@ -41,28 +45,28 @@ from checkpoint.lazy_pages.stats import Stats
 from checkpoint.lazy_pages.touched_pages import namespace_of
 from checkpoint.lazy_pages.working_set import BadWorkingSet, Range, WorkingSet
 
-# What CRIU sends in place of a process number when every process runs (LAZY_PAGES_RESTORE_FINISHED in criu/uffd.c).
+# Sent by CRIU instead of a process number when every process runs (LAZY_PAGES_RESTORE_FINISHED in criu/uffd.c).
 _RESTORED = 0x52535446
-# A fault outside the working set brings its neighbours in this block with it.
+# A fault outside the working set also brings its neighbours in a block of this size.
 _AROUND = 64 << 10
-# And of these what is kept for the next restore.
+# Size of the block of neighbours kept for the next restore.
 _KEPT_AROUND = 16 << 10
-# How many ranges of the rest are fetched ahead of being placed.
+# Number of background ranges fetched ahead of being placed.
 _WINDOW = 32
-# How much is placed between two looks at the events.
+# Amount placed between two checks for events.
 _STEP_BYTES = CHUNK
 _STEP_PIECES = 64
 _RETRY_S = 0.0005
-# The number of the first fetcher's job of the first phase.
+# Number of the fetcher's first job of the first phase.
 _HOT = 1
-# How long the end of a tree waits for what is being kept for the next one: some 100 MB written to a disk, once.
+# Timeout at a tree's end for writing its caches: some 100 MB to disk, once.
 _SETTLE_S = 1.0
-# How many ranges of the working set are asked whether they are in the page cache.
+# Number of working-set ranges sampled for residency in the page cache.
 _SAMPLES = 200
 
 
 class Daemon:
-    """See the module. `control` and `listener` are the owner's sockets."""
+    """Serves one process tree (see the module's docstring). `control` and `listener` are the owner's sockets."""
 
     def __init__(
         self, control: socket.socket, listener: socket.socket, config: dict[str, object], reading: Reading | None
@@ -79,16 +83,16 @@ class Daemon:
         self.criu: socket.socket | None = None
         self.spaces: dict[int, Space] = {}  # by descriptor
         self.numbers = 0
-        self.released: set[int] = set()  # spaces that need nothing more, and whose owner was told
+        self.released: set[int] = set()  # spaces that need nothing more, as reported to the owner
         self.restored = self.first_token = self.after_requests = False
         self.started = time.monotonic()
         self.first_token_limit = 0.0
-        self.faults: deque[tuple[Space, int, float]] = deque()  # (where, address, since when)
+        self.faults: deque[tuple[Space, int, float]] = deque()  # (space, address, since when)
         self.trace_before: list[tuple[int, int]] = []
         self.trace_after: list[tuple[int, int]] = []
         presence = Presence.open(str(config["arriving"])) if config.get("arriving") else None
         self.reading = reading
-        self.awaiting = False  # whether the first phase is planned when the disk was asked for all of it
+        self.awaiting = False  # whether the first phase waits until all of it was requested from the disk
         self.namespace = 0  # of the tree's process numbers, by inode
         self.known = Known.of(self.images_dir, presence)
         self.images, self.sources = self.known.images, self.known.sources
@@ -104,13 +108,13 @@ class Daemon:
             thread.start()
         # The phase: what is placed ahead of faults now.
         self.phase = ""
-        self.plans: dict[int, Plan] = {}  # hot and later, by process
+        self.plans: dict[int, Plan] = {}  # of the phases hot and later, by process
         self.rest: deque[Range] = deque()
         self.rest_batch = 0
         self.rest_queued = 0
         self.fetched: set[int] = set()
         self.fetch_number = 0
-        self.deferred: dict[int, float] = {}  # process → not before
+        self.deferred: dict[int, float] = {}  # process → earliest time of the next attempt
         self.not_before = 0.0
         self.helped = False  # whether the second copier may help: it does not wait for a fetcher
         if reading:
@@ -136,31 +140,31 @@ class Daemon:
             return WorkingSet()
 
     def arguments(self) -> list[Range]:
-        """Where the processes' command lines and environments lie: /proc shows none of them before."""
+        """Return the ranges of the processes' command lines and environments, which /proc cannot show until they are in place."""
         found = [(pid, *argument_pages(self.images_dir, pid)) for pid in self.images]
         return [(pid, low, high) for pid, start, end in found for low, high in self.images[pid].split(start, end)]
 
     def want(self, path: str, offset: int, length: int) -> None:
-        """A fault waits for what has not arrived."""
+        """Ask the owner for bytes that a fault waits for and that have not arrived."""
         self.tell(event="wanted", path=path, offset=offset, length=length)
 
     def tell(self, fds: tuple[int, ...] = (), **message: object) -> None:
         socket.send_fds(self.control, [json.dumps(message).encode()], list(fds))
 
     def warn(self, what: str, error: OSError) -> None:
-        """Say what the disk refused, with a code."""
-        from checkpoint.disk import failure  # what it imports costs 5 ms
+        """Report a disk error as a warning with a code."""
+        from checkpoint.disk import failure  # its imports take 5 ms
 
         self.tell(event="warning", message=str(failure(what, error)))
 
     def now(self) -> float:
-        """Seconds since the start."""
+        """Return seconds since the start."""
         return time.monotonic() - self.started
 
     # The loop
 
     def run(self) -> None:
-        """Until every page is in place, or the owner is gone."""
+        """Run until every page is in place or the owner is gone."""
         self.stats.listening_s = self.now()
         self.tell(event="listening", pid=os.getpid())
         for fd in (self.control.fileno(), self.listener.fileno(), self.bell.fd):
@@ -195,7 +199,7 @@ class Daemon:
                 return
 
     def timeout(self, now: float) -> float:
-        """How long the loop may sleep: until the next piece may be placed, at most."""
+        """Return how long the loop may sleep: at most until the next extent may be placed."""
         limits = [_RETRY_S] if self.faults else []
         if self.phase == "rest":
             if self.rest and self.rest_ready():
@@ -206,7 +210,7 @@ class Daemon:
             limits.append(max(0.0, self.first_token_limit - now))
         return min(limits, default=-1)
 
-    # What the owner and CRIU say
+    # Messages from the owner and CRIU
 
     def hear(self) -> bool:
         try:
@@ -261,7 +265,7 @@ class Daemon:
     def hear_criu(self, criu: socket.socket) -> None:
         data = criu.recv(4, socket.MSG_WAITALL)
         if len(data) < 4:
-            # Where it has failed, its owner sees its exit code and its log, and closes the control socket.
+            # If CRIU failed, the owner sees its exit code and log, and closes the control socket.
             self.epoll.unregister(criu.fileno())
             criu.close()
             self.criu = None
@@ -274,7 +278,7 @@ class Daemon:
             for space in self.spaces.values():
                 space.settled = True
             self.tell(event="restored")
-        elif number > 0:  # a negative one is a zombie, which has no memory
+        elif number > 0:  # a negative number is a zombie, which has no memory
             _, ancillary, _, _ = criu.recvmsg(1, socket.CMSG_LEN(4))
             if not ancillary:
                 raise RuntimeError(
@@ -299,15 +303,16 @@ class Daemon:
         if self.phase == "hot" and self.helped and not self.awaiting and (plan := self.plans.get(space.pid)):
             self.second.submit(space, plan)
 
-    # What the processes do
+    # Events of the processes
 
     def read_events(self, space: Space, since: float) -> None:
         try:
             with space.placing:
                 events = uffd.read_events(space.fd)
-                # Before the second copier looks again.
+                # Set it before the second copier checks again.
                 space.changed = space.changed or any(event[0] not in (uffd.PAGEFAULT, uffd.FORK) for event in events)
-                # What it placed until now. Later pieces are in the parent alone: a forked child still needs them.
+                # Collect what it has placed so far. Extents placed later are in the parent only; a forked child still
+                # needs them.
                 self.collect_second()
         except OSError:
             self.drop(space)
@@ -336,10 +341,10 @@ class Daemon:
                 space.map.move(a, b, c)
 
     def serve_faults(self) -> None:
-        """Once through the faults; those that meet a change of mappings come again after it has been read."""
+        """Try each fault once. A fault that meets an unread mapping change is retried after the event was read."""
         for _ in range(len(self.faults)):
             space, address, since = self.faults.popleft()
-            if self.spaces.get(space.fd) is not space:  # gone, and its number perhaps given anew
+            if self.spaces.get(space.fd) is not space:  # gone; its descriptor number may have been reused
                 continue
             try:
                 served = self.serve(space, address, since)
@@ -355,7 +360,7 @@ class Daemon:
                 self.stats.stall_worst_s = max(self.stats.stall_worst_s, stall)
 
     def serve(self, space: Space, address: int, since: float) -> bool:
-        """Serve one fault; False when its pages must be read from a disk first, which another thread does."""
+        """Serve one fault. Return False if its pages must first be read from a disk, which another thread does."""
         plan = self.plans.get(space.pid)
         piece = plan.find(address) if plan else None
         found = space.rough_map.find(address)
@@ -363,7 +368,7 @@ class Daemon:
             piece = None
         if plan and piece is not None:
             if plan.done[piece] == CLAIMED:
-                return True  # the second copier is at it, and its placing wakes who waits
+                return True  # the second copier places it now, which wakes the waiting thread
             low, high = plan.starts[piece], plan.ends[piece]
         elif self.record:
             low, high = address, address + PAGE
@@ -383,13 +388,14 @@ class Daemon:
             return True
         low, high = max(low, found[0]), min(high, found[1])
         if piece is None and not self.record and not self.after_requests:
-            # Its nearest neighbours would otherwise be the next restore's faults; all that it brings would quintuple a set in the end.
+            # Record the nearest neighbours, which would be the next restore's faults. Recording all would grow a
+            # working set fivefold.
             trace = self.trace_after if self.first_token else self.trace_before
             first = address & ~(_KEPT_AROUND - 1)
             trace.extend((space.pid, page) for page in range(max(low, first), min(high, first + _KEPT_AROUND), PAGE))
         offset = found[2] + low - found[0]
         if piece is None and isinstance(space.source, ArrivingSource) and not space.source.resident(offset, high - low):
-            offset, low, high = offset + address - low, address, address + PAGE  # its neighbours need not be waited for
+            offset, low, high = offset + address - low, address, address + PAGE  # do not wait for the neighbours
         part = (space.source, offset, high - low)
         if plan and piece is not None:
             part = self.known.packed(plan, piece) or part
@@ -402,12 +408,12 @@ class Daemon:
             self.stats.bytes_faulted += space.run(plan, piece, self.zeros)
         else:
             self.stats.bytes_faulted += space.place(low, high)
-        # What came meanwhile by another way, or is no mapping of ours any more, woke nobody.
+        # Wake explicitly: pages that came another way, or mappings that are gone, woke no thread.
         uffd.wake(space.fd, address, PAGE)
         return True
 
     def collect_second(self) -> None:
-        """What the second copier has placed, or could not."""
+        """Record what the second copier has placed or failed to place."""
         if self.second.failure:
             raise RuntimeError(f"the second copier ended: {self.second.failure}")
         while self.second.done:
@@ -422,7 +428,8 @@ class Daemon:
     # Ahead of faults
 
     def warm(self, ranges: list[Range]) -> bool:
-        """Whether some of the ranges, evenly chosen, are in the page cache: then all are taken for it (else a copy waits for the disk)."""
+        """Return whether evenly sampled ranges are all in the page cache; then all ranges count as cached. A wrong
+        guess only waits for the disk."""
         for process, start, end in ranges[:: max(1, len(ranges) // _SAMPLES)]:
             image = self.images.get(process)
             if image and any(
@@ -433,25 +440,25 @@ class Daemon:
         return True
 
     def begin(self, phase: str, ranges: list[Range]) -> None:
-        """Plan a phase of the working set, and let the fetcher run through all of it, where nobody else has asked for it."""
+        """Plan a phase of the working set, and submit all of it to the fetcher unless it was requested from the disk already."""
         self.phase = phase
         reading = self.reading if phase == "hot" else None
         listed = bool(reading and reading.working_set == self.working_set.digest != b"")
-        # Of images that still arrive, a few samples say nothing of the rest.
+        # If images are still arriving, samples do not represent the rest.
         self.helped = not isinstance(self.ahead, Waiting) and (listed or self.warm(ranges))
         if self.helped and listed and reading:
             if kept := self.known.kept_plans(self.working_set, self.zeros):
                 self.plans = kept
                 self.awaiting = reading.cold and not reading.asked.is_set()
                 return
-            reading.working_set = b""  # what was kept with it is gone: both are made anew
+            reading.working_set = b""  # the plans cached with it are gone: make both anew
             self.helped = not reading.cold
         first = self.fetch_number + 1
         self.plans, jobs = self.known.plans(ranges, self.zeros, first)
         if self.helped:
             for plan in self.plans.values():
                 plan.batches = []
-            self.fetch_number += len(jobs)  # as where they are fetched: a phase's plans are known by its first number
+            self.fetch_number += len(jobs)  # counted even if not fetched: its first number identifies a phase
             return
         for self.fetch_number, parts in enumerate(jobs, first):
             self.ahead.submit(self.fetch_number, parts)
@@ -475,7 +482,7 @@ class Daemon:
         self.fetch_rest()
 
     def fetch_rest(self) -> None:
-        """Keep the fetcher a window ahead in the rest: one job for every range."""
+        """Keep the fetcher one window ahead in the background phase, with one job per range."""
         by_number = {space.number: space for space in self.spaces.values()}
         for number, start, end in (
             list(self.rest)[self.rest_queued : _WINDOW] if self.rest_queued < _WINDOW // 2 else []
@@ -497,7 +504,7 @@ class Daemon:
         return self.rest_batch in self.fetched
 
     def collect(self) -> None:
-        """What the fetchers and the second copier have brought."""
+        """Collect the results of the fetchers and the second copier."""
         self.collect_second()
         if self.awaiting and self.reading and self.reading.asked.is_set():
             self.awaiting = False
@@ -517,7 +524,7 @@ class Daemon:
                     self.faults.append(self.cold_faults.pop(number))
 
     def ready(self, pid: int) -> int | None:
-        """The next piece of a process that can be placed, but for the time."""
+        """Return the next extent of a process that can be placed, ignoring its retry time."""
         plan = self.plans[pid]
         index = None if self.awaiting else plan.next()
         if index is None or (plan.batches and plan.batches[index] not in self.fetched):
@@ -525,7 +532,7 @@ class Daemon:
         return index if self.restored or any(space.pid == pid for space in self.spaces.values()) else None
 
     def step(self, now: float) -> None:
-        """Place a little ahead of faults, of the next process that is ready for it."""
+        """Place a little ahead of faults, for the next process that is ready."""
         if self.phase == "rest":
             self.step_rest(now)
             return
@@ -534,7 +541,7 @@ class Daemon:
                 break
         else:
             return
-        plan = self.plans.pop(pid)  # and to the end: processes take turns
+        plan = self.plans.pop(pid)  # move it to the end: processes take turns
         self.plans[pid] = plan
         spaces = [space for space in self.spaces.values() if space.pid == pid and not space.changed] or [
             space for space in self.spaces.values() if space.pid == pid
@@ -547,7 +554,7 @@ class Daemon:
             if copied or zeros:
                 self.stats.first_placed_s = self.stats.first_placed_s or self.now()
                 return
-            pieces = 1  # that which was refused
+            pieces = 1  # the refused one
         for _ in range(pieces):
             index = self.ready(pid)
             if index is None or placed >= _STEP_BYTES:
@@ -593,7 +600,7 @@ class Daemon:
         self.fetch_rest()
 
     def advance(self) -> bool:
-        """To the next phase, when this one is done; True when one began. The owner's word of the first token starts what follows hot."""
+        """Begin the next phase if this one is done; return whether one began. Phase "later" begins after the first token."""
         if self.phase == "rest":
             return not self.rest and self.finish()
         if self.awaiting or any(plan.left for plan in self.plans.values()):
@@ -611,9 +618,9 @@ class Daemon:
     # The end
 
     def finish(self) -> bool:
-        """Every page is in place: the owner lets go first, so that this process's close is the last and the kernel takes over."""
+        """Report that all pages are in place. The owner closes its descriptors first; after our close, the kernel serves all faults."""
         if any(space.map for space in self.spaces.values()):
-            self.begin_rest()  # moved or forked while the rest was brought
+            self.begin_rest()  # moved or forked during the background phase
             return True
         for space in self.spaces.values():
             if space.number not in self.released:
@@ -630,7 +637,7 @@ class Daemon:
             self.tell(event="gone", number=space.number)
 
     def close(self) -> None:
-        """Let go of this tree's descriptors and end its threads, without waiting. The control socket and the listener are the caller's."""
+        """Close this tree's descriptors and stop its threads, without joining. The caller closes the control socket and listener."""
         for space in self.spaces.values():
             with space.placing:
                 space.open = False

@@ -1,20 +1,23 @@
-"""The page server's process: one for a host (a user's state folder), which serves every tree that is being restored.
+"""The page server's process: one per host (per state folder of a user), which serves every process tree being restored.
 
-Run as `python -I -S -c '…main(control)'`, or forked, by checkpoint.sandbox.prestart. Standard library only: it starts in 25 ms, beside
-CRIU.
+It is run as `python -I -S -c '…main(control)'`, or forked, by checkpoint.sandbox.prestart. It uses only the standard
+library and starts in 25 ms, in parallel with CRIU.
 
-A process starts before it is known what it will serve. Told that, it tries to become the host's server: it takes a lock in the folder where
-they meet and listens beside it. Where another one has the lock, it hands the tree over to that one (the control socket, the listener that
-CRIU connects to, what the owner said) and exits. Where handing over fails in any way, it serves the tree itself, alone. So what a
-single restore pays is a lock that nobody else wants.
+A process starts before its configuration is known. When it receives one, it tries to become the host's server: it
+takes a lock in the rendezvous folder and listens beside it. If another process holds the lock, it hands its tree off
+to that server (the control socket, the listener that CRIU connects to, the owner's configuration) and exits. If the
+handoff fails, it serves the tree itself, alone. So a single restore only pays for an uncontended lock.
 
-What is promised:
-- A tree is served by one process: the other one begins after the word that ends the handing over, and that word cannot be said once the
-  other has given up waiting for it.
-- Each tree has its own Daemon and its own loop thread, and shares no table with another (see daemon for why that cannot corrupt). What
-  fails in one is told to its owner and closes its descriptors; the others go on.
-- Whoever serves ends by closing the control socket, and says before whether it failed; a process that is killed closes all of them.
-- The process goes away when no tree is left. It stops listening and releases the lock first; who comes too late takes the lock itself.
+Guarantees:
+- Exactly one process serves a tree. The receiver begins after the last message of the handoff, and that message
+  cannot be sent once the receiver has given up.
+- Each tree has its own Daemon and its own loop thread, and shares no table with another tree (fault_handler explains
+  why that cannot corrupt memory). A failure in one tree is reported to its owner and closes its descriptors; the
+  other trees are unaffected.
+- A server ends a tree by closing the control socket, after it has reported any failure. If the process is killed,
+  all control sockets close.
+- The process exits when no tree is left. It first stops listening and releases the lock, so a later process can take
+  the lock.
 """
 
 from __future__ import annotations
@@ -43,26 +46,27 @@ if TYPE_CHECKING:
 LOCK_NAME = "page-server.lock"
 SOCKET_NAME = "page-server.socket"
 _ANSWER_S = 0.1
-"""How long who hands over waits in all: it has a restore to serve."""
+"""Total handoff timeout, seconds. It is short because the sender has a restore to serve."""
 _OFFER_S = 0.05
-"""How long the host's server waits for each word of who hands over: others may be waiting behind it."""
+"""Timeout of the host's server for each handoff message, seconds. Other senders may be queued."""
 _AGAIN_S = 0.001
 _MESSAGE_BYTES = 1 << 16
 _WAITING = 64
-# Threads of this process take turns as often as this; else a fault waits for 5 ms of another tree's planning, and the disk for our imports.
+# Thread switch interval, seconds. With the default, a fault would wait 5 ms for another tree's planning, and the disk
+# for our imports.
 _TURN_S = 0.0005
 _TAKEN, _YOURS = b"taken", b"yours"
 
 
 class Tree:
-    """What an owner said: serve this. `said` is the configuration (JSON, see Daemon)."""
+    """A process tree to serve. `said` is the owner's configuration (JSON, see Daemon)."""
 
     def __init__(self, control: socket.socket, listener: socket.socket, said: bytes) -> None:
         self.control = control
         self.listener = listener
         self.said = said
         self.reading: Reading | None = None
-        """Where a disk was asked already."""
+        """Set once the disk reads have been requested."""
 
     @property
     def config(self) -> dict[str, object]:
@@ -70,13 +74,13 @@ class Tree:
         return found
 
     def close(self) -> None:
-        """Only our copies: whoever took the tree over has its own."""
+        """Close our copies; a server that took the tree over has its own."""
         self.control.close()
         self.listener.close()
 
 
 def code_key() -> bytes:
-    """What must be the same in both for one to serve the other's trees: the code, the interpreter, and the names of files and processes."""
+    """Identify everything that must match for a handoff: code, interpreter, and the mount, pid and user namespaces."""
     facts: list[object] = [sys.version]
     for name in sorted(sys.modules):
         if name.startswith("checkpoint."):
@@ -99,13 +103,13 @@ class Meeting:
 
     @classmethod
     def open(cls, folder_fd: int, key: bytes) -> Meeting | None:
-        """Become the host's server; None where another one is. Raises OSError."""
+        """Become the host's server; return None if another process is. Raises OSError."""
         lock_fd = os.open(LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=folder_fd)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(SOCKET_NAME, dir_fd=folder_fd)  # a killed one's
+                os.unlink(SOCKET_NAME, dir_fd=folder_fd)  # a killed server's
             listener.bind(_address(folder_fd))
             listener.listen(_WAITING)
         except OSError as error:
@@ -117,7 +121,7 @@ class Meeting:
         return cls(folder_fd, lock_fd, listener, key)
 
     def close(self) -> None:
-        """Let the next one be the host's server. Who waits to be heard sees the end of its connection."""
+        """Stop being the host's server. Processes queued for a handoff see their connection close."""
         with contextlib.suppress(OSError):  # the folder was removed
             os.unlink(SOCKET_NAME, dir_fd=self._folder_fd)
         self.listener.close()
@@ -125,21 +129,25 @@ class Meeting:
 
 
 def _address(folder_fd: int) -> str:
-    """A socket's name has 108 bytes: name the folder by its descriptor."""
+    """Return a short socket address. It names the folder by its descriptor, because socket names are limited to 108 bytes."""
     return f"/proc/self/fd/{folder_fd}/{SOCKET_NAME}"
 
 
 def _is_ours(other: socket.socket) -> bool:
-    """Whether the other side's process is of the same user."""
+    """Return whether the peer's process belongs to the same user."""
     _, user, _ = struct.unpack("3i", other.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     return bool(user == os.getuid())
 
 
-# Who hands over
+# Sender of a handoff
 
 
 def meet(folder: str, tree: Tree) -> Meeting | bool:
-    """The meeting where this process is the host's server now; True where the tree was handed over; False: serve it alone."""
+    """Become the host's server or hand the tree off.
+
+    Returns the Meeting if this process is the host's server now, True if the tree was handed off, False if it must
+    be served alone.
+    """
     limit = time.monotonic() + _ANSWER_S
     try:
         folder_fd = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -155,22 +163,23 @@ def meet(folder: str, tree: Tree) -> Meeting | bool:
             handed = _hand_over(folder_fd, tree, key, left)
             if handed is not None:
                 return handed
-            time.sleep(_AGAIN_S)  # the other one is just coming or going
+            time.sleep(_AGAIN_S)  # the other server is just starting or ending
         return False
     except OSError:
-        return False  # a folder without locks or sockets, or another one that does not answer
+        return False  # the folder supports no locks or sockets, or the other server does not answer
     finally:
         if not meeting:
             os.close(folder_fd)
 
 
 def _hand_over(folder_fd: int, tree: Tree, key: bytes, patience_s: float) -> bool | None:
-    """Hand a tree over; False where the other will not have it, None where nobody listens. Raises OSError (TimeoutError: no answer)."""
+    """Hand a tree off. Return False if the server rejects it, None if no server listens. Raises OSError (TimeoutError: no answer)."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as other:
         other.settimeout(patience_s)
         try:
             other.connect(_address(folder_fd))
-            # Nothing is sent before the other was heard: copies in the queue of one that is stopped would keep the owner's socket open.
+            # Send nothing before the server's key arrives: copies queued at a stopped server would keep the owner's
+            # socket open.
             its_key = other.recv(_MESSAGE_BYTES)
         except (FileNotFoundError, ConnectionError):
             return None
@@ -181,15 +190,15 @@ def _hand_over(folder_fd: int, tree: Tree, key: bytes, patience_s: float) -> boo
         socket.send_fds(other, [tree.said], [tree.control.fileno(), tree.listener.fileno()])
         if other.recv(_MESSAGE_BYTES) != _TAKEN:
             return False
-        other.send(_YOURS)  # refused once the other has given up
+        other.send(_YOURS)  # fails once the server has given up
         return True
 
 
-# Who takes over
+# Receiver of a handoff
 
 
 def take(other: socket.socket, key: bytes) -> Tree | None:
-    """Take a tree over from who has connected; None where that fails, and then nothing of it is kept."""
+    """Take over a tree from a connected process. Return None on failure, with all its descriptors closed."""
     fds: list[int] = []
     try:
         if not _is_ours(other):
@@ -198,7 +207,7 @@ def take(other: socket.socket, key: bytes) -> Tree | None:
         other.send(key)
         said, fds, flags, _ = socket.recv_fds(other, _MESSAGE_BYTES, 2)
         if len(fds) != 2 or flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC):
-            return None  # it has gone, or we have no descriptors left
+            return None  # the peer is gone, or no descriptors are left
         other.send(_TAKEN)
         if _last_word(other) != _YOURS:
             return None
@@ -218,7 +227,7 @@ def _last_word(other: socket.socket) -> bytes:
     try:
         return other.recv(_MESSAGE_BYTES)
     except TimeoutError:
-        # From here on it cannot be said any more, so what was said until now is all.
+        # After this, the peer cannot send any more; what it sent before can still be read.
         other.shutdown(socket.SHUT_RD)
         return other.recv(_MESSAGE_BYTES)
 
@@ -227,13 +236,14 @@ def _last_word(other: socket.socket) -> bytes:
 
 
 def serve(tree: Tree, others: Callable[[], int] = lambda: 0) -> None:
-    """Serve one tree until every page is in place or its owner is gone. A failure is told to the owner, and nothing stays open.
+    """Serve one tree until every page is in place or its owner is gone. Report a failure to the owner and close all descriptors.
 
-    `others`: how many more trees this process serves, which the owner is told at the end. Raises what no image and no process can cause.
+    `others` counts the other trees that this process serves; the owner receives it at the end. Re-raises exceptions
+    that no image and no process can cause.
     """
     daemon: Daemon | None = None
     try:
-        from checkpoint.lazy_pages.fault_handler import Daemon  # imported by now, but for who serves alone
+        from checkpoint.lazy_pages.fault_handler import Daemon  # already imported, except when serving alone
 
         daemon = Daemon(tree.control, tree.listener, tree.config, tree.reading or Reading.begun(tree.config))
         daemon.run()
@@ -245,7 +255,7 @@ def serve(tree: Tree, others: Callable[[], int] = lambda: 0) -> None:
     finally:
         _tell(tree.control, event="over", others=others())
         with contextlib.suppress(OSError):
-            # The owner hears it whoever else may have a copy.
+            # The owner sees the end even if another process holds a copy of the socket.
             tree.control.shutdown(socket.SHUT_RDWR)
         tree.close()
         if daemon:
@@ -258,7 +268,7 @@ def _tell(control: socket.socket, **message: object) -> None:
 
 
 class Host:
-    """The host's server: the first tree has the process's first thread, as one that is served alone; every other tree has its own."""
+    """The host's server. The first tree uses the main thread, as a tree served alone does; every other tree has its own thread."""
 
     def __init__(self, meeting: Meeting) -> None:
         self._meeting = meeting
@@ -279,10 +289,10 @@ class Host:
         try:
             self._serve(first)
         finally:
-            keeper.join()  # whatever became of the first, the others are served to their end
+            keeper.join()  # serve the other trees to their end, however the first one ended
 
     def _keep(self) -> None:
-        """Take trees over until none is left; only this thread counts them, so that none can come after the last."""
+        """Take over trees until none is left. Only this thread counts them, so no tree can be added after the last one ended."""
         poll = select.poll()
         poll.register(self._over, select.POLLIN)
         poll.register(self._meeting.listener, select.POLLIN)
@@ -300,7 +310,7 @@ class Host:
         try:
             other, _ = self._meeting.listener.accept()
         except OSError:
-            time.sleep(_AGAIN_S)  # no descriptor left, or who came has gone: the others are served all the same
+            time.sleep(_AGAIN_S)  # no descriptors left, or the peer is gone; the other trees are unaffected
             return None
         with other:
             return take(other, self._meeting.key)
@@ -323,26 +333,27 @@ class Host:
 
 
 def main(control_fd: int) -> int:
-    """Wait to be told what to serve; serve it, or hand it over. The first message carries the listening socket."""
+    """Receive a configuration and serve the tree or hand it off. The first message carries the listening socket."""
     control = socket.socket(fileno=control_fd)
     os.set_inheritable(control_fd, False)
-    # It ends when its owners do, and these stop in order; what a terminal or a service manager sends to all of them is not for it.
+    # The server ends when its owners do, in order. Ignore signals that a terminal or a service manager sends to the
+    # whole group.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     with contextlib.suppress(OSError):
-        # The restored processes wait for this one, whatever else the host computes. Threads begin with the same.
+        # Restored processes wait for this process, so raise its priority. New threads inherit it.
         os.setpriority(os.PRIO_PROCESS, 0, -20)
     try:
         said, fds, _, _ = socket.recv_fds(control, _MESSAGE_BYTES, 1)
     except ConnectionResetError:
         said, fds = b"", []
     if not said:
-        return 0  # started beforehand (checkpoint.sandbox.prestart), and not needed, or its owner was killed
+        return 0  # prestarted (checkpoint.sandbox.prestart) and not needed, or the owner was killed
     os.set_inheritable(fds[0], False)
     tree = Tree(control, socket.socket(fileno=fds[0]), said)
-    # Thousands of tuples that all live on: collecting would find nothing, several times. A tree that is over leaves no cycle.
+    # The thousands of tuples all stay alive, so collections would find nothing; an ended tree leaves no cycles.
     gc.disable()
-    # Before even the rest of this program: the disk's queue is filled in the order of need.
+    # Request the disk reads before even importing the rest, so the disk's queue is filled in the order of need.
     sys.setswitchinterval(_TURN_S)
     tree.reading = Reading.begun(tree.config)
     import checkpoint.lazy_pages.fault_handler  # noqa: F401

@@ -1,9 +1,9 @@
-"""The working set's pages once more, in the order of need, as one file: `.verified-pack`, beside the plans that copy from it.
+"""The pack: a second copy of the working set's pages in the order of need, in one file `.verified-pack` beside the plans that use it.
 
-In the images they lie in thousands of small pieces, which a cold disk brings at a quarter of its speed. Here they are read as large pages,
-from a disk or from the page cache. It is used only with the plans it was made for (checkpoint.lazy_pages.plan_cache), which say which file
-it is by the same facts that the images are known by; where it is missing or another one, the images serve. What is mapped is not in it.
-Standard library only.
+In the images these pages lie in thousands of small extents, which a cold disk reads at a quarter of its speed. The
+pack is read in large pages, from disk or page cache. It is used only with the plans it was made for
+(checkpoint.lazy_pages.plan_cache), which hold its fingerprint. If it is missing or differs, pages are copied from
+the images. Mapped pages are not in it. Standard library only.
 """
 
 from __future__ import annotations
@@ -18,22 +18,23 @@ from checkpoint.lazy_pages.address_space import Plan
 
 FILE_NAME = ".verified-pack"
 _MOST = 256 << 20
-"""A larger working set is not worth its room on the disk a second time: without anything mapped, most of it are weights."""
-_AT_ONCE = 512  # pieces a system call, below IOV_MAX
+"""Maximum size in bytes. A larger working set is not worth storing twice: if nothing is mapped, most of it is weights."""
+_AT_ONCE = 512  # extents per system call, below IOV_MAX
 
 Stamp = tuple[int, int, int, int, int]
 
 
 def stamp(path: str) -> Stamp:
-    """Which file this is. Raises OSError."""
+    """Return a file's fingerprint. Raises OSError."""
     info = os.stat(path)
     return info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns
 
 
 def write(path: str, plans: Mapping[int, Plan]) -> dict[int, array[int]] | None:
-    """Write the pieces of sealed plans that are not zeros; of each plan, where its pieces are in the file (0 for zeros).
+    """Write the non-zero extents of sealed plans; return the offsets of each plan's extents in the file (0 for zeros).
 
-    None where there are too many bytes, the disk refuses them, or somebody else writes one at the same time; nothing is left then.
+    Returns None, and leaves no file, if there are too many bytes, the disk refuses them, or another process writes a
+    pack at the same time.
     """
     order = sorted(
         ((batch, pid, index) for pid, plan in plans.items() for index, batch in enumerate(plan.batches)),
@@ -51,18 +52,19 @@ def write(path: str, plans: Mapping[int, Plan]) -> dict[int, array[int]] | None:
     if not pieces or total > _MOST:
         return None
     try:
-        # Without a name until it is whole, so that nothing is left of who is killed; a file system that has no such files gets no pack.
+        # The file has no name until it is complete, so a killed process leaves nothing. File systems without O_TMPFILE
+        # get no pack.
         fd = os.open(os.path.dirname(path), os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, 0o600)
         try:
-            os.posix_fallocate(fd, 0, total)  # few extents, and a full disk is known before anything is written
+            os.posix_fallocate(fd, 0, total)  # few extents, and a full disk is detected before anything is written
             for at in range(0, len(pieces), _AT_ONCE):
                 _write(
                     fd, [(ctypes.c_char * size).from_address(address) for address, size in pieces[at : at + _AT_ONCE]]
                 )
-            os.fsync(fd)  # its facts are believed after a crash, so its bytes must be there by then
+            os.fsync(fd)  # its fingerprint is trusted after a crash, so its bytes must be on disk by then
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
-            # With a descriptor it is linkat(), which follows this link to the file; link() would not.
+            # With src_dir_fd this is linkat(), which follows the link to the file; link() would not.
             os.link(f"/proc/self/fd/{fd}", path, src_dir_fd=fd, follow_symlinks=True)
         finally:
             os.close(fd)

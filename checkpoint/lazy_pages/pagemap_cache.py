@@ -1,8 +1,9 @@
-"""The page maps of a snapshot, read from CRIU's images once and kept as `.verified-pages` in its folder: 2 ms instead of 60.
+"""Cache a snapshot's page maps, read from CRIU's images, as `.verified-pages` in its folder: reading it takes 2 ms instead of 60.
 
-What is kept says for which image files it holds (device, inode, size, mtime, ctime) and carries a digest of itself, since a wrong
-offset would put wrong bytes in place. Where anything differs, the images are read again. The name begins as the verification ledger's
-does: it is this host's own, and no archive takes it along or brings it. Standard library only.
+The cache holds fingerprints of its image files (device, inode, size, mtime, ctime) and a digest of itself, because a
+wrong offset would put wrong bytes into memory. If anything differs, the images are read again. The name shares the
+prefix of the verification ledger: such files belong to this host, and archives neither include nor provide them.
+Standard library only.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from threading import get_ident
 try:
     from _blake2 import blake2b as blake2b
 except ImportError:
-    from hashlib import blake2b as blake2b  # the same, and with it OpenSSL: 4 ms that a restore waits for
+    from hashlib import blake2b as blake2b  # identical, but also loads OpenSSL, which delays a restore by 4 ms
 
 from checkpoint.criu.pagemap import ProcessImage, process_ids, read_process
 from checkpoint.lazy_pages import cache_file
@@ -23,9 +24,9 @@ _VERSION = 4
 
 
 def read(images: str) -> tuple[dict[int, ProcessImage], bool]:
-    """The page map of every process in a folder of images, and whether it came from the kept index.
+    """Return the page map of every process in a folder of images, and whether it came from the cache.
 
-    Raises images.BadImage, or OSError where a file is missing.
+    Raises BadImage, or OSError when a file is missing.
     """
     known = _known(images)
     if known is not None:
@@ -34,7 +35,7 @@ def read(images: str) -> tuple[dict[int, ProcessImage], bool]:
 
 
 def keep(images: str, found: dict[int, ProcessImage]) -> OSError | None:
-    """Keep what `read` returned for the next restore; why it was not kept, where it was not. Then the images are read again."""
+    """Cache the result of `read` for the next restore. Return the error if it could not be written; then images are read again."""
     processes, sections = [], []
     for image in found.values():
         processes.append([image.pid, image.pages_file])
@@ -45,7 +46,7 @@ def keep(images: str, found: dict[int, ProcessImage]) -> OSError | None:
 
 
 def write(images: str, name: str, body: bytes) -> OSError | None:
-    """Keep `body` as a file beside the folder of images, whole or not at all; why it was not kept, where it was not."""
+    """Write `body` to a file beside the folder of images, atomically. Return the error if it could not be written."""
     target = path(images, name)
     new = f"{target}.{os.getpid()}.{get_ident()}"  # one process may serve several trees
     try:
@@ -63,7 +64,7 @@ def write(images: str, name: str, body: bytes) -> OSError | None:
 
 
 def checked(images: str, name: str) -> memoryview:
-    """What `write` kept. Raises OSError where there is none, ValueError where it is damaged."""
+    """Return the body that `write` wrote. Raises OSError if it is missing, ValueError if it is damaged."""
     with open(path(images, name), "rb") as file:
         data = file.read()
     body = memoryview(data)[64:]
@@ -89,17 +90,17 @@ def _known(images: str) -> dict[int, ProcessImage] | None:
 
 
 def same(kept_stamps: object, now: list[tuple[str, int, int, int, int, int]]) -> bool:
-    """Whether stamps that were kept are those of the files as they are now."""
+    """Return whether cached fingerprints equal the files' current ones."""
     return kept_stamps == [list(stamp) for stamp in now]
 
 
 def path(images: str, name: str) -> str:
-    """Of what is kept beside a folder of images."""
+    """Return the path of a file beside a folder of images."""
     return os.path.join(os.path.dirname(images.rstrip("/")), name)
 
 
 def stamps(images: str) -> list[tuple[str, int, int, int, int, int]]:
-    """Which files were read: those that say where pages lie."""
+    """Return fingerprints of the files that define where pages lie."""
     found = []
     with os.scandir(images) as entries:
         for entry in entries:

@@ -1,8 +1,8 @@
-"""The plans made of a working set, kept as `.verified-plans` beside the page maps (checkpoint.lazy_pages.pagemap_cache), for later
-restores.
+"""Cache the plans made of a working set for later restores, as `.verified-plans` beside the page maps
+(checkpoint.lazy_pages.pagemap_cache).
 
-What is kept says for which image files and which working set it holds, and carries a digest of itself, since a wrong offset would put
-wrong bytes in place. Where anything differs, the plans are made again. Standard library only.
+The cache holds fingerprints of its image files and working set, and a digest of itself, because a wrong offset would
+put wrong bytes into memory. If anything differs, the plans are made again. Standard library only.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def keep(
     of: Mapping[int, ProcessImage],
     sources: Mapping[str, Source],
 ) -> bool:
-    """Keep sealed plans for the next restore from the folder `images` with this working set; whether their pages are packed."""
+    """Cache sealed plans for the next restore from the folder `images` with this working set. Return whether a pack was written."""
     place = pagemap_cache.path(images, pack.FILE_NAME)
     places = pack.write(place, found)
     processes, sections = [], []
@@ -44,7 +44,7 @@ def keep(
     try:
         packed = pack.stamp(place) if places else None
     except OSError:
-        return False  # somebody has removed it
+        return False  # removed meanwhile
     head = {
         "version": _VERSION,
         "images": pagemap_cache.stamps(images),
@@ -58,9 +58,9 @@ def keep(
 def read(
     images: str, working_set: bytes, of: Mapping[int, ProcessImage], sources: Mapping[str, Source], zeros: int
 ) -> tuple[dict[int, Plan], Source | None] | None:
-    """What `keep` kept, for sources as they are mapped here, and `zeros`, our own address of zeros; None where nothing fits these files.
+    """Return the cached plans and the pack they copy from, if any, which must live as long as they do; None if nothing matches.
 
-    With it the pack that these plans copy from, if any: it has to stay as long as they do.
+    The plans refer to `sources` as mapped in this process, and to `zeros`, our own address of zeros.
     """
     packed = None
     try:
@@ -92,7 +92,7 @@ def read(
 def _check(
     starts: array[int], ends: array[int], offsets: array[int], nothing: list[bool], by_address: array[int], size: int
 ) -> None:
-    """Raise ValueError where a piece would be copied from outside of a source of `size` bytes."""
+    """Raise ValueError if an extent would be copied from outside a source of `size` bytes."""
     for start, end, offset, none in zip(starts, ends, offsets, nothing, strict=True):
         if not 0 < end - start <= CHUNK or (not none and offset + end - start > size):
             raise ValueError("a piece that no image holds")

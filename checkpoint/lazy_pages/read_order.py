@@ -1,11 +1,12 @@
-"""What a restore reads of its images before the first token, kept in the order in which a disk should bring it: `.verified-reading`.
+"""The reads of a restore before the first token, cached in the order in which a disk should serve them: `.verified-reading`.
 
-From a cold disk every part of a restore would ask for its own pages: CRIU for the images, the page server for the working set, the
-engine for what is mapped. Small reads then wait behind large ones, and each fault on a mapped library brings megabytes of neighbours.
-So all of it is asked for at once, before anybody else reads: images that CRIU parses, what it copies, what was used of mapped libraries
-(checkpoint.lazy_pages.touched_pages), what the page server copies, and then what is mapped, in the order of need.
+From a cold disk, every part of a restore would read its own pages: CRIU the images, the page server the working set,
+the engine its mapped files. Small reads then wait behind large ones, and each fault on a mapped library reads
+megabytes of neighbours. So everything is requested at once, before the other reads: images that CRIU parses, pages
+it copies, used pages of mapped libraries (checkpoint.lazy_pages.touched_pages), pages that the page server copies,
+and then mapped pages, in the order of need.
 
-It is about time only: a wrong list brings pages that nobody needs. Standard library only.
+The list only affects speed: a wrong one reads unneeded pages. Standard library only.
 """
 
 from __future__ import annotations
@@ -25,15 +26,16 @@ if TYPE_CHECKING:
 
 FILE_NAME = ".verified-reading"
 _VERSION = 4
-# Bytes between two pieces up to which a disk reads both at once as fast as one after the other.
+# Gap in bytes up to which a disk reads two extents at once as fast as separately.
 _NEAR = 16 << 10
-# What is mapped, and the pack, are read in blocks of a file as large as a folio can be, in the order in which they are needed; of a block
-# of which a smaller share is needed, only that. Pages read one by one in a block would keep it from being one folio.
+# Mapped pages and the pack are read in blocks of a file of the largest folio size, in the order of need. If a smaller
+# share than _WHOLE of a block is needed, only that part is read. Reading single pages of a block first would keep it
+# from becoming one folio.
 _BLOCK = 2 << 20
 _WHOLE = 0.25
-# How many threads ask for them: a disk would be idle while the only one waits for its turn on a processor.
+# Number of reader threads: with one, the disk would idle while it waits for a CPU.
 _READERS = 2
-# And for how many in one call, which a stop waits for.
+# Blocks per system call; a stop waits for one call.
 _AT_ONCE = 32
 _SAMPLES = 200
 
@@ -42,16 +44,19 @@ Piece = tuple[int, int, int]
 
 
 class Reading:
-    """The list that was kept for a folder of images, and the thread that asks a disk for it.
+    """The cached list of a folder of images, and the thread that requests its reads from the disk.
 
-    `working_set` is the digest of the working set it was made with, empty where no list is kept. `cold`: whether some of it is not in the
-    page cache. `asked`: set, and who listens told, once the disk was asked for everything that somebody copies; what is mapped follows.
+    `working_set` is the digest of the working set that the list was made with, empty if there is no list. `cold`:
+    whether part of the list is not in the page cache. `asked` is set, and listeners are notified, once everything
+    that will be copied was requested; mapped pages follow.
     """
 
     @classmethod
     def begun(cls, config: Mapping[str, object]) -> Reading | None:
-        """For what a page server was told; None where nothing is known of the working set, images are still arriving, or nothing but the
-        images may serve."""
+        """Begin the reads for a page server's configuration.
+
+        Returns None if a working set is being recorded, images are still arriving, or only the images may be used.
+        """
         without = config.get("record") or config.get("arriving") or not config.get("pack", True)
         return None if without else cls(str(config["images"]))
 
@@ -84,7 +89,8 @@ class Reading:
             self.working_set, self.cold = b"", False  # none yet, of another version, or damaged
         if self.cold:
             try:
-                # Hundreds of calls, each of which would wait for its turn of the interpreter if it were another thread's.
+                # Issue these hundreds of calls here: another thread would wait for the interpreter lock at each of
+                # them.
                 for file, offset, length in _triples(self._small):
                     self._ask(self._fds[file], offset, length)
                 threading.Thread(target=self._read, name="reading", daemon=True).start()
@@ -93,19 +99,19 @@ class Reading:
                 RuntimeError,
                 OSError,
                 LookupError,
-            ):  # no more threads, or no such piece: everybody reads for himself
+            ):  # no more threads, or a bad extent: each part reads its own pages
                 self.working_set, self.cold = b"", False
         self._close()
 
     def listen(self, notify: Callable[[], None]) -> None:
-        """Call `notify`, from a thread, when `asked` is set; at once where it is."""
+        """Have a thread call `notify` when `asked` is set; call it at once if it is set already."""
         self._notify = notify
         if self.asked.is_set():
             notify()
 
     @property
     def size(self) -> int:
-        """Bytes of what is listed, without the files that are read whole."""
+        """Bytes listed, without the files that are read whole."""
         return sum(sum(pieces[2::3]) for pieces in (self._small, self._copied, self._mapped))
 
     def keep(
@@ -115,10 +121,11 @@ class Reading:
         used: Mapping[int, list[tuple[int, int, int]]],
         packed: bool,
     ) -> None:
-        """Keep what a restore reads with this working set.
+        """Cache the list of what a restore with this working set reads.
 
-        `used`: of each process, what it used of its mapped memory beside, as (first address, end address, offset in the pages file).
-        `packed`: whether the page server copies from a pack (checkpoint.lazy_pages.pack) instead of the images.
+        `used`: of each process, the other mapped memory it used, as (first address, end address, offset in the pages
+        file). `packed`: whether the page server copies from a pack (checkpoint.lazy_pages.pack) instead of the
+        images.
         """
         whole = sorted(name for name in os.listdir(self._images) if not name.startswith("pages-"))
         names = sorted({image.pages_file for image in of.values()})
@@ -144,14 +151,14 @@ class Reading:
         pagemap_cache.write(self._images, FILE_NAME, cache_file.packed({**head, "whole": whole}, lists))
 
     def stop(self) -> None:
-        """What has not been asked for is left aside; the thread is not waited for."""
+        """Skip the reads not yet requested. The thread is not joined."""
         self._stopping = True
 
     def _cached(self) -> bool:
-        """Whether some pages, evenly chosen, are in the page cache."""
+        """Return whether evenly sampled pages are all in the page cache."""
         byte = bytearray(1)
         for fd in self._fds:
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # else a look at one page brings its neighbours
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # without it, reading one page brings its neighbours
         try:
             for pieces in (self._small, self._copied, self._mapped):
                 for at in range(0, len(pieces), 3 * max(1, len(pieces) // (3 * _SAMPLES))):
@@ -167,7 +174,7 @@ class Reading:
     def _read(self) -> None:
         try:
             try:
-                for name in self._whole:  # opening forty files takes 10 ms beside everything else that starts now
+                for name in self._whole:  # opened here: opening forty files takes 10 ms during a start
                     fd = os.open(os.path.join(self._images, name), os.O_RDONLY | os.O_CLOEXEC)
                     self._ask(fd, 0, 0)
                     os.close(fd)
@@ -177,7 +184,7 @@ class Reading:
                 self._notify()
             self._read_large(self._mapped)
         except (OSError, LookupError, RuntimeError):
-            pass  # who needs the bytes reads them himself, and tells what is wrong
+            pass  # whichever part needs the bytes reads them itself, and reports errors
         finally:
             self._close()
 
@@ -186,7 +193,7 @@ class Reading:
             os.posix_fadvise(fd, offset, length, os.POSIX_FADV_WILLNEED)
 
     def _read_large(self, pieces: array[int]) -> None:
-        """Through mappings that prefer large pages: folios of 2 MB come at full speed, and cost hardly more than ones of 4 KB."""
+        """Read through mappings that prefer large pages: 2 MB folios load at full disk speed, and cost little more than 4 KB ones."""
         sources: dict[int, tuple[int, int, bool]] = {}
         try:
             whole: list[tuple[int, int]] = []
@@ -225,12 +232,12 @@ class Reading:
 
 
 def _of_file(runs: Iterable[tuple[int, int, int]]) -> list[tuple[int, int]]:
-    """Addresses as places of the file."""
+    """Convert address runs to file ranges."""
     return [(offset, offset + end - start) for start, end, offset in runs]
 
 
 def _near(runs: Iterable[tuple[int, int]], gap: int) -> list[tuple[int, int]]:
-    """Ascending, those that lie within `gap` bytes of each other as one."""
+    """Sort the runs, and merge those at most `gap` bytes apart."""
     found: list[tuple[int, int]] = []
     for low, high in sorted(runs):
         if found and low - found[-1][1] <= gap:
@@ -241,7 +248,10 @@ def _near(runs: Iterable[tuple[int, int]], gap: int) -> list[tuple[int, int]]:
 
 
 def _in_blocks(pieces: Sequence[Piece]) -> list[Piece]:
-    """Pieces in the order of need as blocks of the files, by when half of a block's bytes are needed, about; of some only a part."""
+    """Group extents into file blocks, ordered by the mean position of each block's bytes in the order of need.
+
+    Of blocks with little needed data, only that part is returned.
+    """
     parts: dict[tuple[int, int], list[tuple[int, int]]] = {}
     when: dict[tuple[int, int], tuple[int, int]] = {}
     for at, (file, offset, length) in enumerate(pieces):

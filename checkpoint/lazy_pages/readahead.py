@@ -1,7 +1,7 @@
-"""Bringing source pages into the page cache ahead of the copier, so that the copier never waits for a disk or a network.
+"""Read source pages into the page cache ahead of the copier, so that the copier never waits for a disk or a network.
 
-Standard library only. A fetcher's threads touch nothing but this process's own read-only mappings of image files; placing pages and
-reading events is the copier's alone, which is why no lock is needed between them.
+Standard library only. A fetcher's threads touch only this process's read-only mappings of image files. Only the
+copier places pages and reads events, so they need no common lock.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from collections.abc import Callable
 
 from checkpoint.lazy_pages import uffd
 
-# The granularity of reading ahead from a disk: large enough for full speed, small enough that a fault's own read is not stuck behind it.
+# Readahead size: large enough for full disk speed, small enough that a fault's own read does not wait long behind it.
 _ADVISE = 8 << 20
-# How much is asked of the disk beyond what has been waited for: its queue must never run empty, nor memory fill with what comes too early.
+# Maximum bytes requested but not yet waited for: the disk's queue must not run empty, nor memory fill with pages read
+# too early.
 _WINDOW = 512 << 20
 
 
 class Bell:
-    """Wakes the loop of one daemon, from any thread. Whoever may ring keeps the descriptor open: its number never becomes another's."""
+    """Wakes one daemon's loop from any thread. Every object that may ring keeps the descriptor open, so its number is never reused."""
 
     def __init__(self) -> None:
         self.fd = -1
@@ -39,9 +40,10 @@ class Bell:
 
 
 class Source:
-    """One image file: mapped shared, so that every replica on a host reads the one copy in the page cache.
+    """One image file, mapped shared, so that all replicas on a host read the same copy in the page cache.
 
-    It stays mapped for as long as somebody refers to it: a thread that still reads ahead never finds another mapping in its place.
+    It stays mapped while it is referenced, so a thread that still reads ahead never meets another mapping in its
+    place.
     """
 
     def __init__(self, path: str) -> None:
@@ -51,25 +53,25 @@ class Source:
         self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def stamp(self) -> tuple[int, int, int, int, int]:
-        """Which file this is: device, inode, size, mtime and ctime in ns. Raises OSError."""
+        """Return the file's fingerprint: device, inode, size, mtime and ctime in ns. Raises OSError."""
         info = os.fstat(self._fd)
         return info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns
 
     def resident(self, offset: int, length: int) -> bool:
-        """Whether a copy from there would not wait for a disk."""
+        """Return whether a copy from there would not wait for a disk."""
         return uffd.resident(self.address + offset, length)
 
     def absent(self, offset: int, length: int) -> bool:
-        """Whether the range must not be read yet, since the file is still being filled (checkpoint.lazy_pages.residency)."""
+        """Return whether the range must not be read yet because the file is still being filled (checkpoint.lazy_pages.residency)."""
         return False
 
     def advise(self, offset: int, length: int) -> None:
-        """Start reading; returns before it is there."""
+        """Start reading the range; return without waiting for it."""
         for at in range(offset, offset + length, _ADVISE):
             os.posix_fadvise(self._fd, at, min(_ADVISE, offset + length - at), os.POSIX_FADV_WILLNEED)
 
     def populate(self, offset: int, length: int) -> int:
-        """Wait until the range is in the page cache and mapped here; an errno when it cannot be read."""
+        """Wait until the range is in the page cache and mapped here. Return an errno if it cannot be read, else 0."""
         return uffd.populate(self.address + offset, length)
 
     def __del__(self) -> None:
@@ -80,16 +82,17 @@ class Source:
 
 
 FAILED = -1
-"""The number of the job that never was: a fetcher's thread has ended."""
+"""Reserved job number: a fetcher's thread has ended."""
 Job = tuple[int, list[tuple[Source, int, int]]]
-"""(a number that the caller gave it, [(source, offset, length)])"""
+"""(a number chosen by the caller, [(source, offset, length)])"""
 
 
 class Fetcher(threading.Thread):
-    """Populates what it is given, in order, and tells the number of each job when it is there.
+    """Populates its jobs' ranges in order, and reports each finished job's number.
 
-    A second thread asks the disk for the jobs that follow: one job at a time, with a wait at its end, reads at half the disk's speed.
-    `done` is a queue the caller reads after `notify` was called: (number, errno, bytes that were not in the page cache before).
+    A second thread requests the following jobs from the disk: one job at a time, with a wait after each, reads at
+    half the disk's speed. `done` is a queue that the caller reads after `notify` was called: (number, errno, bytes
+    that were not in the page cache before).
     """
 
     def __init__(self, name: str, notify: Callable[[], None]) -> None:
@@ -98,7 +101,7 @@ class Fetcher(threading.Thread):
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._asked: queue.SimpleQueue[tuple[Job, int] | None] = queue.SimpleQueue()
         self._notify = notify
-        self._under_way = 0  # bytes asked for and not waited for yet
+        self._under_way = 0  # bytes requested and not yet waited for
         self._room = threading.Condition()
         self._stopping = False
 
@@ -106,7 +109,7 @@ class Fetcher(threading.Thread):
         self._jobs.put((number, parts))
 
     def stop(self) -> None:
-        """Leave aside what has not been begun; both threads end, without being waited for."""
+        """Drop the jobs not yet begun. Both threads end, but are not joined."""
         with self._room:
             self._stopping = True
             self._room.notify()
@@ -121,7 +124,7 @@ class Fetcher(threading.Thread):
         self._told_of(self._populate)
 
     def _told_of(self, work: Callable[[], None]) -> None:
-        """Run one of the two threads' work; where it ends with an error, the caller finds that among what is done."""
+        """Run one thread's work, and report an error to the caller as a FAILED job."""
         try:
             work()
         except OSError as error:

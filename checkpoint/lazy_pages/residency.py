@@ -1,9 +1,8 @@
-"""Images that are still arriving from a remote store: which of their pages are in place, and who waits for the others.
+"""Images that are still arriving from a remote store: which pages are in place, and which jobs wait for others.
 
-The owner (checkpoint.store.download) fills sparse page files with verified pages and marks each in a map, a file of one byte per page that
-page
-servers have mapped. A page is read here only after it was marked; one that is wanted is asked for through the owner's socket, and the
-owner says when something has come. Standard library only.
+The owner (checkpoint.store.download) fills sparse page files with verified pages and marks each in the residency
+bitmap, a file of one byte per page that page servers have mapped. A page is read here only after it was marked.
+Missing pages are requested through the owner's socket, and the owner reports new arrivals. Standard library only.
 """
 
 from __future__ import annotations
@@ -23,7 +22,8 @@ PAGE = 4096
 
 
 class Presence:
-    """The map: `QTPM`, a 32-bit length, a JSON head (pages of each file), then a byte for every page, 1 once it is in place."""
+    """The residency bitmap: `QTPM`, a 32-bit length, a JSON head (pages of each file), then a byte for every page, 1
+    once it is in place."""
 
     def __init__(self, memory: mmap.mmap, base: int, pages: Mapping[str, int]) -> None:
         self._memory = memory
@@ -35,13 +35,13 @@ class Presence:
 
     @classmethod
     def make(cls, path: str, sizes: Mapping[str, int]) -> Presence:
-        """A new map with nothing in place; `sizes` in bytes. Raises OSError where the disk has no room for all of it."""
+        """Create a bitmap with no page in place; `sizes` in bytes. Raises OSError when the disk has no room for all of it."""
         pages = {name: -(-size // PAGE) for name, size in sizes.items()}
         head = json.dumps(pages).encode()
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
             os.write(fd, _MAGIC + struct.pack("<I", len(head)) + head)
-            # Not sparse: a page that a full disk has no block for would end this process when it is marked, and a reader as well (SIGBUS).
+            # Not sparse: marking or reading a page on a full disk would kill the process (SIGBUS).
             os.posix_fallocate(fd, 0, 8 + len(head) + sum(pages.values()))
             return cls(mmap.mmap(fd, 0), 8 + len(head), pages)
         finally:
@@ -49,7 +49,7 @@ class Presence:
 
     @classmethod
     def open(cls, path: str) -> Presence:
-        """The map that somebody else fills. Raises OSError, or ValueError for what is none."""
+        """Open a bitmap that another process fills. Raises OSError, or ValueError for an invalid file."""
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             memory = mmap.mmap(fd, 0, prot=mmap.PROT_READ)
@@ -61,7 +61,7 @@ class Presence:
         return cls(memory, 8 + size, json.loads(memory[8 : 8 + size]))
 
     def mark(self, name: str, offset: int, length: int) -> None:
-        """The pages of [offset, offset + length) of a file are in place; files that have no page map are left out."""
+        """Mark the pages of [offset, offset + length) of a file as in place. Files without a page map are skipped."""
         start = self._start.get(name)
         if start is not None:
             low, high = start + offset // PAGE, start + (offset + length) // PAGE
@@ -70,7 +70,7 @@ class Presence:
                 self._memory[at:end] = self._one[: end - at]
 
     def has(self, name: str, offset: int, length: int) -> bool:
-        """Whether all pages of [offset, offset + length) are in place."""
+        """Return whether all pages of [offset, offset + length) are in place."""
         low = self._start[name] + offset // PAGE
         return self._memory.find(b"\0", low, low + -(-length // PAGE)) < 0
 
@@ -79,7 +79,7 @@ class Presence:
 
 
 class ArrivingSource(Source):
-    """A page file that is being filled. Nothing of it is read before it is in place."""
+    """A page file that is being filled. No page is read before it is in place."""
 
     def __init__(self, path: str, presence: Presence) -> None:
         super().__init__(path)
@@ -94,28 +94,28 @@ class ArrivingSource(Source):
 
 
 def open_source(path: str, presence: Presence | None) -> Source:
-    """The page file at `path`: one that is being filled where there is a map of what is in place."""
+    """Open the page file at `path`; with a bitmap, as one that is being filled."""
     return ArrivingSource(path, presence) if presence else Source(path)
 
 
 class Waiting:
-    """Jobs that wait for pages to come; takes the place of checkpoint.lazy_pages.readahead.Fetcher, without a thread.
+    """Jobs that wait for pages to arrive; replaces checkpoint.lazy_pages.readahead.Fetcher, without a thread.
 
-    `ask` (None: nobody) is called for what is not there: (name of the file, offset, length).
+    `ask`, if given, is called for missing pages: (name of the file, offset, length).
     """
 
     def __init__(self, notify: Callable[[], None], ask: Callable[[str, int, int], None] | None = None) -> None:
         self.done: deque[tuple[int, int, int]] = deque()
         self._notify = notify
         self._ask = ask
-        # Jobs, what of each is not there yet (the last is looked at first), and the bytes that were not.
+        # Each job, its missing parts (the last is checked first), and the bytes that were missing.
         self._jobs: list[tuple[Job, list[tuple[Source, int, int]], int]] = []
 
     def start(self) -> None:
         return
 
     def stop(self) -> None:
-        """Nobody asks any more."""
+        """Drop all jobs and request nothing more."""
         self._ask, self._jobs = None, []
 
     def submit(self, number: int, parts: list[tuple[Source, int, int]]) -> None:
@@ -129,7 +129,7 @@ class Waiting:
             self.look()
 
     def look(self) -> None:
-        """Something has come."""
+        """Finish the jobs whose pages have all arrived."""
         waiting = []
         for job, absent, cold in self._jobs:
             while absent and absent[-1][0].resident(absent[-1][1], absent[-1][2]):

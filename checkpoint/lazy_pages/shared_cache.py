@@ -1,7 +1,7 @@
-"""What trees of the same snapshot share in one process: its page maps, the mapped image files, and the plans made of a working set.
+"""State that trees of the same snapshot share in one process: its page maps, mapped image files, and plans of a working set.
 
-Each tree works on its own copy of a plan, and changes nothing else of this. It is there for as long as a tree uses it. Standard
-library only.
+Each tree works on its own copy of a plan and changes nothing else here. The state lives as long as a tree uses it.
+Standard library only.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from _weakref import ref  # weakref itself would cost a start 1 ms
+from _weakref import ref  # importing weakref itself would delay a start by 1 ms
 
 from checkpoint.criu.pagemap import BadImage, ProcessImage
 from checkpoint.lazy_pages import pagemap_cache
@@ -21,13 +21,13 @@ from checkpoint.lazy_pages.residency import Presence, open_source
 from checkpoint.lazy_pages.touched_pages import touched
 from checkpoint.lazy_pages.working_set import Range, WorkingSet
 
-# Ranges fetched as one job.
+# Number of ranges fetched as one job.
 BATCH = 32
 Parts = list[tuple[Source, int, int]]
 
 
 class Known:
-    """The images in one folder."""
+    """The shared state of one folder of images."""
 
     _all: dict[object, ref[Known]] = {}
     _lock = threading.Lock()
@@ -41,12 +41,12 @@ class Known:
         }
         for image in self.images.values():
             if image.runs and image.reach > self.sources[image.pages_file].size:
-                # A copy from beyond the file's end would bring this process's own memory.
+                # A copy from beyond the file's end would read this process's own memory.
                 raise BadImage(f"the page map of process {image.pid} names more pages than {image.pages_file} has")
-        # One for each phase, by its first batch.
+        # One entry for each phase, by its first batch.
         self._plans: dict[int, tuple[list[Range], dict[int, Plan], list[Parts]]] = {}
         self._kept: tuple[bytes, dict[int, Plan]] | None = None
-        # What kept plans copy from, if not from the images. All of them: a tree may still use the plans of a working set before the last.
+        # Packs that kept plans copy from. All are kept: a tree may still use plans of an earlier working set.
         self._packs: list[Source] = []
         self._keeper: threading.Thread | None = None
         self._folder = folder
@@ -54,7 +54,10 @@ class Known:
 
     @classmethod
     def of(cls, folder: str, presence: Presence | None) -> Known:
-        """What is known of these very files. Raises images.BadImage, OSError. Files that are still arriving are each restore's own."""
+        """Return the shared state for exactly these files. Raises BadImage, OSError.
+
+        Files that are still arriving are not shared between restores.
+        """
         if presence:
             return cls(folder, presence)
         key = _stamps(folder)
@@ -69,15 +72,15 @@ class Known:
             return found
 
     def working_set(self, path: str) -> WorkingSet:
-        """Read a working set, and compare it with these images. Raises BadWorkingSet, OSError."""
+        """Read a working set and check it against these images. Raises BadWorkingSet, OSError."""
         found = WorkingSet.load(path)
         files = {pid: self.sources.get(image.pages_file) for pid, image in self.images.items()}
         found.check({pid: source.size if source else 0 for pid, source in files.items()})
         return found
 
     def plans(self, ranges: list[Range], zeros: int, first: int) -> tuple[dict[int, Plan], list[Parts]]:
-        """Plans of these ranges, of which nothing is done, by process; and what of the images each batch needs, from number `first` on."""
-        with self._planning:  # who waits for the same gets it made
+        """Return fresh plans of these ranges by process, and the image parts that each batch (numbered from `first`) needs."""
+        with self._planning:  # a second caller waits and reuses the result
             known = self._plans.get(first)
             if known is None or known[0] != ranges:
                 known = self._plans[first] = (ranges, *self._plan(ranges, zeros, first))
@@ -85,7 +88,7 @@ class Known:
         return {pid: plan.fresh() for pid, plan in made.items()}, jobs
 
     def kept_plans(self, working_set: WorkingSet, zeros: int) -> dict[int, Plan] | None:
-        """The plans of what is needed before the first token, as an earlier restore has kept them, for sources that are all in memory."""
+        """Return the plans for the time before the first token cached by an earlier restore, for sources that are all in memory."""
         with self._planning:
             if self._kept is None or self._kept[0] != working_set.digest:
                 found = plans.read(self._folder, working_set.digest, self.images, self.sources, zeros)
@@ -98,8 +101,10 @@ class Known:
             return {pid: plan.fresh() for pid, plan in self._kept[1].items()}
 
     def keep(self, working_set: WorkingSet, first: int, reading: Reading, namespace: int) -> None:
-        """Keep for later restores, in a thread of its own, what `plans` has made with `first` of this working set, and what a cold disk
-        will have to bring. Once, just after a first token, while the processes run (in this namespace)."""
+        """Cache, in its own thread, the plans that `plans` made with `first`, and the list of reads for a cold disk.
+
+        Happens once, just after a first token, while the processes (of this pid namespace) run.
+        """
         with self._planning:
             made = self._plans.get(first)
             digest = working_set.digest
@@ -116,7 +121,7 @@ class Known:
                 self._keeper = keeper
 
     def packed(self, plan: Plan, piece: int) -> tuple[Source, int, int] | None:
-        """Where a piece lies in the pack; None where it is copied from the images."""
+        """Return where an extent lies in the pack, or None if it is copied from the images."""
         for pack in self._packs:
             offset = plan.source(piece) - pack.address
             if 0 <= offset < pack.size:
@@ -129,7 +134,7 @@ class Known:
         reading.keep(working_set, self.images, used, packed)
 
     def settle(self, timeout_s: float) -> None:
-        """Wait for what `keep` has begun."""
+        """Wait for the thread that `keep` started."""
         if self._keeper is not None:
             self._keeper.join(timeout_s)
 
@@ -143,7 +148,7 @@ class Known:
                 source = self.sources.get(image.pages_file) if image else None
                 if image is None or source is None:
                     continue
-                # What is mapped is only read ahead, into the page cache.
+                # Mapped pages are only read ahead, into the page cache.
                 parts += [(source, offset, high - low) for low, high, offset in image.mapped_within(start, end)]
                 for low, high in image.unmapped(start, end):
                     parts += _plan_piece(made[pid], image, source, low, high, zeros, first + len(jobs))
@@ -154,7 +159,7 @@ class Known:
 
 
 def _plan_piece(plan: Plan, image: ProcessImage, source: Source, start: int, end: int, zeros: int, batch: int) -> Parts:
-    """Add a range of the working set to a plan; returns what of the image it needs."""
+    """Add a range of the working set to a plan; return the image parts that it needs."""
     parts, position = [], start
     for low, high, offset in image.within(start, end):
         plan.add(position, low, zeros, True, batch)
@@ -166,7 +171,7 @@ def _plan_piece(plan: Plan, image: ProcessImage, source: Source, start: int, end
 
 
 def _stamps(folder: str) -> object:
-    """Which files these are."""
+    """Return fingerprints of the image files."""
     stamps = []
     with os.scandir(folder) as entries:
         for entry in entries:

@@ -1,10 +1,10 @@
-"""What the page server counts. Standard library only."""
+"""Counters of the page server. Standard library only."""
 
 from __future__ import annotations
 
 
 class Stats:
-    """What the owner is told; bytes, and seconds (those of moments since the server was told what to serve)."""
+    """Counters reported to the owner, in bytes and seconds. Points in time count from when the server received its configuration."""
 
     __slots__ = (
         "bytes_ahead",

@@ -1,6 +1,7 @@
-"""Which pages restored processes have used of what is mapped from the images: userfaultfd does not see them, the kernel's page tables do.
+"""Find the mapped image pages that restored processes have used, from the kernel's page tables; userfaultfd does not see them.
 
-Read once for a snapshot, just after a first token (checkpoint.lazy_pages.read_order keeps it). Standard library only.
+This runs once per snapshot, just after a first token, and checkpoint.lazy_pages.read_order caches the result.
+Standard library only.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _ENTRY = 8
 
 
 def namespace_of(peer: socket.socket) -> int:
-    """The process-number namespace of who connected, by its inode; 0 where that cannot be known."""
+    """Return the inode of the connected process's pid namespace; 0 if unknown."""
     process, _, _ = struct.unpack("3i", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     try:
         return os.stat(f"/proc/{process}/ns/pid").st_ino
@@ -28,7 +29,7 @@ def namespace_of(peer: socket.socket) -> int:
 
 
 def _processes(namespace: int) -> dict[int, int]:
-    """The processes of a namespace: their number there → here."""
+    """Map the process numbers inside a namespace to those outside."""
     found = {}
     for name in os.listdir("/proc"):
         if not name.isdigit():
@@ -39,16 +40,16 @@ def _processes(namespace: int) -> dict[int, int]:
                     numbers = next(line for line in file if line.startswith("NSpid:")).split()
                 found[int(numbers[-1])] = int(name)
         except (OSError, StopIteration):
-            continue  # it has ended, or is not ours to look at
+            continue  # it has ended, or we may not read it
     return found
 
 
 def touched(
     namespace: int, images: Mapping[int, ProcessImage], known: Iterable[Range]
 ) -> dict[int, list[tuple[int, int, int]]]:
-    """Of each process what it has used of its mapped memory beside the `known` ranges, as (first address, end address, offset).
+    """Return each process's used mapped memory outside the `known` ranges, as (first address, end address, offset).
 
-    A process that cannot be looked at has an empty list.
+    A process that cannot be inspected has an empty list.
     """
     ranges: dict[int, list[tuple[int, int]]] = {}
     for pid, start, end in known:
@@ -75,7 +76,7 @@ def touched(
 
 
 def _beside(image: ProcessImage, known: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """What is mapped and not in the known ranges."""
+    """Return the mapped ranges without the known ranges."""
     found = []
     known.sort()
     at = 0
@@ -94,7 +95,7 @@ def _beside(image: ProcessImage, known: list[tuple[int, int]]) -> list[tuple[int
 
 
 def _present(fd: int, start: int, end: int) -> list[tuple[int, int]]:
-    """The runs of pages in [start, end) that a page table has."""
+    """Return the runs of pages in [start, end) that are present in the page table."""
     entries = array("Q")
     entries.frombytes(os.pread(fd, (end - start) // PAGE * _ENTRY, start // PAGE * _ENTRY))
     found: list[tuple[int, int]] = []

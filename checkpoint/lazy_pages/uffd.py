@@ -1,4 +1,4 @@
-"""The kernel's userfaultfd interface (include/uapi/linux/userfaultfd.h), as far as a server of another process's faults needs it.
+"""The parts of the kernel's userfaultfd interface that serving another process's faults needs (include/uapi/linux/userfaultfd.h).
 
 Standard library only. Every call releases the interpreter lock while the kernel works.
 """
@@ -32,10 +32,10 @@ _madvise = _libc.madvise
 _madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _mincore = _libc.mincore
 _mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
-_syscall = _libc["syscall"]  # an object of its own: others call it with other arguments
+_syscall = _libc["syscall"]  # a private object, because other modules call it with other argument types
 _syscall.restype = ctypes.c_long
 _syscall.argtypes = (ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_long, ctypes.c_ulong)
-_PROCESS_MADVISE = 440  # on every architecture
+_PROCESS_MADVISE = 440  # the same on every architecture
 
 
 class _Range(ctypes.Structure):
@@ -62,7 +62,7 @@ class _Zero(ctypes.Structure):
 
 
 def read_events(fd: int) -> list[tuple[int, int, int, int]]:
-    """What a process did, without waiting; empty when nothing. Each event is (kind, a, b, c):
+    """Read a process's pending events without waiting; return an empty list if there are none. Each event is (kind, a, b, c):
 
     PAGEFAULT: flags, address, 0. FORK: descriptor of the child's userfaultfd, 0, 0. REMAP: from, to, length.
     REMOVE, UNMAP: start, end, 0.
@@ -75,10 +75,11 @@ def read_events(fd: int) -> list[tuple[int, int, int, int]]:
 
 
 def copy(fd: int, target: int, source: int, length: int) -> tuple[int, int]:
-    """Put `length` bytes from this process's `source` in place at `target`, where no page may be yet, and wake who waits for them.
+    """Copy `length` bytes from our `source` to `target`, where no page may exist yet, and wake threads that wait for them.
 
-    Returns (bytes placed, errno); errno is 0 when all were. A page that exists is never overwritten (EEXIST). EAGAIN: the process is
-    changing its mappings and an event is waiting to be read. ENOENT: not (or no longer) a registered mapping, or two of them. ESRCH: gone.
+    Returns (bytes placed, errno); errno is 0 when all bytes were placed. An existing page is never overwritten
+    (EEXIST). EAGAIN: the process is changing its mappings and an event is unread. ENOENT: the range is not (or no
+    longer) one registered mapping. ESRCH: the process is gone.
     """
     request = _Copy(target, source, length, 0, 0)
     if _ioctl(fd, _COPY, ctypes.byref(request)) == 0:
@@ -88,16 +89,16 @@ def copy(fd: int, target: int, source: int, length: int) -> tuple[int, int]:
 
 
 REQUEST_BYTES = 40
-"""A request of UFFDIO_COPY is five 64-bit numbers: target, source, length, mode (0), and room for the answer."""
+"""Size of a UFFDIO_COPY request: five 64-bit numbers (target, source, length, mode (0), space for the result)."""
 
 
 def request(fd: int, address: int) -> int:
-    """UFFDIO_COPY with a request that lies ready at `address`; 0 when all of it was placed, else an errno (EAGAIN: part of it, or none)."""
+    """Issue UFFDIO_COPY with the request stored at `address`. Return 0 if all was placed, else an errno (EAGAIN: part or nothing)."""
     return ctypes.get_errno() if _ioctl(fd, _COPY, address) else 0
 
 
 def zero(fd: int, target: int, length: int) -> tuple[int, int]:
-    """Let `target` read as zeros where no page is yet; returns as `copy` does."""
+    """Map `target` as zeros where no page exists yet. Returns the same as `copy`."""
     request = _Zero(target, length, 0, 0)
     if _ioctl(fd, _ZEROPAGE, ctypes.byref(request)) == 0:
         return length, 0
@@ -106,14 +107,14 @@ def zero(fd: int, target: int, length: int) -> tuple[int, int]:
 
 
 def wake(fd: int, target: int, length: int) -> None:
-    """Let whoever waits for a page of [target, target + length) try again."""
+    """Wake threads that wait for a page of [target, target + length), so that they retry."""
     request = _Range(target, length)
     if _ioctl(fd, _WAKE, ctypes.byref(request)) and ctypes.get_errno() not in (errno.ESRCH, errno.ENOENT):
         raise OSError(ctypes.get_errno(), "UFFDIO_WAKE")
 
 
 def map_file(path: str) -> tuple[int, int]:
-    """Map a whole file, shared and read-only, and return (address, length): every replica reads the same page cache."""
+    """Map a whole file, shared and read-only; return (address, length). All replicas read the same page cache."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         size = os.fstat(fd).st_size
@@ -129,20 +130,21 @@ def map_file(path: str) -> tuple[int, int]:
 
 
 def unmap(address: int, length: int) -> None:
-    """Take away a mapping of ours."""
+    """munmap. Raises OSError."""
     if _munmap(address, length):
         raise OSError(ctypes.get_errno(), "munmap")
 
 
 def populate(address: int, length: int) -> int:
-    """Read [address, address + length) of a mapping of ours in and map it; returns an errno (EIO, EFAULT: the file cannot be read)."""
+    """Read [address, address + length) of our mapping in and map it. Return an errno (EIO, EFAULT: the file cannot be read) or 0."""
     return ctypes.get_errno() if _madvise(address, length, _MADV_POPULATE_READ) else 0
 
 
 def populate_all(ranges: Sequence[tuple[int, int]]) -> None:
-    """Read ranges (address, length) of mappings of ours in, at most 1,024, one after the other; what cannot be read is left out.
+    """Read ranges (address, length) of our mappings in, at most 1,024, in order; skip those that cannot be read.
 
-    One system call where the kernel has it for that (6.13): between two calls this thread would wait for its turn of the interpreter.
+    Uses one system call where the kernel supports it (6.13), because this thread would wait for the interpreter lock
+    between calls.
     """
     done = -1
     with contextlib.suppress(OSError):
@@ -154,13 +156,13 @@ def populate_all(ranges: Sequence[tuple[int, int]]) -> None:
             os.close(process)
     if done != sum(length for _, length in ranges):
         for address, length in ranges:
-            populate(address, length)  # at once, where it was done before
+            populate(address, length)  # returns at once for ranges already read
 
 
 def prefer_large(address: int, length: int) -> bool:
-    """Ask for large pages where [address, address + length) of a mapping of ours is read in, and for nothing to be read beyond them.
+    """Request large pages for reads of [address, address + length) of our mapping, and no readahead beyond them.
 
-    False where this kernel has none: before 5.18 it would read page by page.
+    Returns False if this kernel lacks them: before 5.18 it would read page by page.
     """
     return (
         _kernel() >= (5, 18)
@@ -175,7 +177,7 @@ def _kernel() -> tuple[int, int]:
 
 
 def cached(address: int, length: int) -> bytes:
-    """For each page of a mapping of ours, whether it lies in the page cache: odd or even. Raises OSError."""
+    """Return one byte per page of our mapping; its lowest bit is set if the page is in the page cache. Raises OSError."""
     vector = (ctypes.c_ubyte * -(-length // PAGE))()
     if _mincore(address, length, vector):
         raise OSError(ctypes.get_errno(), "mincore")
@@ -183,15 +185,15 @@ def cached(address: int, length: int) -> bytes:
 
 
 def resident(address: int, length: int) -> bool:
-    """Whether every page of a mapping of ours lies in the page cache, so that a copy from it does not wait for a disk."""
+    """Return whether every page of our mapping is in the page cache, so a copy from it does not wait for a disk."""
     try:
         return b"\0" not in cached(address, length)
     except OSError:
-        return False  # a copy will tell why
+        return False  # a copy will raise the reason
 
 
 def zero_pages(length: int) -> int:
-    """The address of `length` bytes of zeros of our own."""
+    """Map `length` zero bytes of our own and return their address."""
     address = _libc.mmap(None, length, _PROT_READ, _MAP_PRIVATE | _MAP_ANONYMOUS, -1, 0)
     if address in (None, ctypes.c_void_p(-1).value):
         raise OSError(ctypes.get_errno(), "mmap of zeros")

@@ -1,11 +1,12 @@
-"""The working set of a snapshot: which pages its processes need, in the order they need them, up to the first token and a little later.
+"""A snapshot's working set: the pages its processes need, in the order of need, up to the first token and a little later.
 
-Recorded on a restore whose faults are served one by one, kept in one file beside the images, and read by the page server at the next
-restore. Standard library only, since the page server reads it.
+It is recorded on a restore whose faults are served one by one, stored in one file beside the images, and read by the
+page server at the next restore. Standard library only, because the page server imports it.
 
-The file: `QTWS`, a 32-bit length, a JSON head, then 16 bytes for every range: first address (64 bits), pages (32), index into the
-head's `processes` (32), all little-endian. The first `first` ranges are needed before the first token, the others soon after it.
-Ranges name addresses, not offsets: a page that the image has not is one that reads as zeros, and those fault as well.
+File format: `QTWS`, a 32-bit length, a JSON head, then 16 bytes for every range: first address (64 bits), pages
+(32), index into the head's `processes` (32), all little-endian. The first `first` ranges are needed before the first
+token, the others soon after it. Ranges name addresses, not offsets: pages that are not in the image read as zeros,
+but fault as well.
 """
 
 from __future__ import annotations
@@ -29,24 +30,24 @@ _MAGIC = b"QTWS"
 _VERSION = 2
 _ENTRY = struct.Struct("<QII")
 _MOST = 64 << 20
-"""Bytes of the largest file that is read: four million ranges."""
+"""Largest file size read, in bytes: four million ranges."""
 _ZEROS = 1 << 30
-"""Bytes that a process may need before its first answers beside what its image holds: fresh memory, which reads as zeros."""
+"""Bytes of fresh zero memory that a process may need before its first answers, beyond its image."""
 _GAPS = 3
-"""Of three pages in a row that are put together, one at least was needed (_GAP)."""
+"""Of three merged pages in a row, at least one was needed (_GAP)."""
 
-# Pages are put together that lie this near to each other: one more page costs 1.6 µs to copy, one more call 3 µs.
+# Merge pages at most this far apart: one more page costs 1.6 µs to copy, one more call 3 µs.
 _GAP = 2 * PAGE
-# Order is kept between blocks of this size, and given up within them.
+# Order of need is kept between blocks of this size, and dropped within them.
 _BLOCK = 256 << 10
 
 
 class BadWorkingSet(ValueError):
-    """The file is no working set, or a damaged one; a restore goes on without it."""
+    """The file is not a working set, or is damaged. A restore continues without it."""
 
 
 class WorkingSet:
-    """Ranges in the order of need; `first` of them come before the first token."""
+    """Ranges in the order of need; the first `first` of them come before the first token."""
 
     __slots__ = ("digest", "first", "ranges")
 
@@ -54,7 +55,7 @@ class WorkingSet:
         self.ranges = list(ranges)
         self.first = first
         self.digest = b""
-        """BLAKE2b of the file that it was read from; empty where it was not."""
+        """BLAKE2b of the file it was read from; empty if it was not read from one."""
 
     @property
     def before_first_token(self) -> list[Range]:
@@ -65,7 +66,7 @@ class WorkingSet:
         return self.ranges[self.first :]
 
     def bytes_by_process(self, before_first_token: bool = True) -> dict[int, int]:
-        """How much each process needs, zero pages included."""
+        """Return the bytes each process needs, including zero pages."""
         total: dict[int, int] = {}
         for process, start, end in self.before_first_token if before_first_token else self.ranges:
             total[process] = total.get(process, 0) + end - start
@@ -79,20 +80,21 @@ class WorkingSet:
         images: dict[int, ProcessImage],
         base: WorkingSet | None = None,
     ) -> WorkingSet:
-        """The working set that (process, address) faults show, in their order, on top of what `base` knows already."""
+        """Build the working set from (process, address) faults in their order, added to `base`."""
         placed: dict[int, set[int]] = {}
         first = _coalesce(_pages(base.before_first_token if base else (), before), images, placed)
         later = _coalesce(_pages(base.after_first_token if base else (), after), images, placed)
         return cls(first + later, len(first))
 
     def save(self, path: str) -> None:
-        """Write the file, whole or not at all, mode 0600."""
+        """Write the file atomically, mode 0600."""
         processes = sorted({process for process, _, _ in self.ranges})
         index = {process: number for number, process in enumerate(processes)}
         body = b"".join(
             _ENTRY.pack(start, (end - start) // PAGE, index[process]) for process, start, end in self.ranges
         )
-        # The manifest's digests do not cover this file, and a wild range would keep a restore waiting for pages that no image has.
+        # The manifest's digests do not cover this file, and a corrupted range could make a restore wait for pages that
+        # no image has.
         facts = {"version": _VERSION, "processes": processes, "first": self.first, "ranges": len(self.ranges)}
         head = json.dumps({**facts, "crc": zlib.crc32(json.dumps(facts).encode() + body)}).encode()
         temporary = f"{path}.{os.getpid()}.{get_ident()}.tmp"
@@ -109,10 +111,10 @@ class WorkingSet:
             raise
 
     def check(self, held: Mapping[int, int]) -> None:
-        """Compare with the image it belongs to. `held`: bytes of the pages file of each process. A working set comes with a snapshot out
-        of a store, and one that names terabytes would fill the memory with zeros.
+        """Check the set against its images. `held` is the size in bytes of each process's pages file.
 
-        Raises BadWorkingSet.
+        A working set may come from a store with its snapshot; one that names terabytes would fill the memory with
+        zeros. Raises BadWorkingSet.
         """
         for process, needed in self.bytes_by_process(before_first_token=False).items():
             if needed > _GAPS * held.get(process, 0) + _ZEROS:
@@ -122,7 +124,7 @@ class WorkingSet:
 
     @classmethod
     def load(cls, path: str) -> WorkingSet:
-        """Read the file. Raises BadWorkingSet, or OSError where it is missing."""
+        """Read the file. Raises BadWorkingSet, or OSError when it is missing."""
         with open(path, "rb") as file:
             data = file.read(_MOST + 1)
         if len(data) > _MOST:
@@ -155,7 +157,7 @@ class WorkingSet:
     def file_ranges(
         self, images: dict[int, ProcessImage], before_first_token: bool = True
     ) -> list[tuple[str, int, int]]:
-        """(pages file, offset, length) of the ranges that the image has, in the order of need: the order to fetch or to lay out in."""
+        """Return (pages file, offset, length) of the ranges in the image, in the order of need, to fetch or lay them out in."""
         found: list[tuple[str, int, int]] = []
         for process, start, end in self.before_first_token if before_first_token else self.after_first_token:
             image = images.get(process)
@@ -180,7 +182,7 @@ def _pages(known: Iterable[Range], faults: Iterable[tuple[int, int]]) -> Iterabl
 def _coalesce(
     faults: Iterable[tuple[int, int]], images: dict[int, ProcessImage], placed: dict[int, set[int]]
 ) -> list[Range]:
-    """Ranges of the faulted pages that are not in `placed` yet, block by block in the order of each block's first fault."""
+    """Merge faulted pages that are not in `placed` yet into ranges, block by block in the order of each block's first fault."""
     blocks: dict[tuple[int, int], list[int]] = {}
     for process, address in faults:
         seen = placed.setdefault(process, set())

@@ -1,13 +1,12 @@
-"""The port: accepts clients, holds or forwards their requests, and stops in order.
+"""The port: accept clients, hold or forward their requests, shut down in order.
 
-`ProxyServer(target, settings)` serves a `ReplicaPool` or a `Router` of several on listening sockets that the owner
-gives. The owner owns the
-signals and calls `shutdown`. `serve` is the same as one coroutine.
+`ProxyServer(target, settings)` serves a `ReplicaPool`, or a `Router` of several, on listening sockets that the owner
+provides. The owner handles signals and calls `shutdown`. `serve` does the same as one coroutine.
 
-Promises: every request that was read gets exactly one answer, or its connection is cut; a request is written to a
-replica at most once,
-and written anew only after a connection that could not be made, where it ran ahead of a check (`_run_ahead`), or where
-the replica was ended for pages that will not come (`_forward`).
+Guarantees: every request that was read gets exactly one answer, or its connection is cut. A request is written to a
+replica at most once. There are three exceptions, each without an answer sent to the client: the connection could not be
+made, the request was speculative and the check failed (`_run_ahead`), or the owner killed the replica because pages
+will not come or it was silent (`_forward`).
 """
 
 from __future__ import annotations
@@ -39,43 +38,43 @@ log = logging.getLogger("quickthaw.proxy")
 GENERATIONS = frozenset(
     {"/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages", "/v1/embeddings", "/generate"}
 )
-"""Paths of requests that may run beside a restored replica's check."""
+"""Paths whose requests may run speculatively beside a restored replica's check."""
 
 
 class Router(Protocol):
-    """Chooses the pool that answers a request; `ReplicaPool` itself is the router of one."""
+    """Choose the pool that answers a request; a single `ReplicaPool` uses `SinglePool`."""
 
     def pools(self) -> Sequence[ReplicaPool]:
-        """Every pool, for status and metrics."""
+        """Return every pool, for status and metrics."""
 
     def answer(self, request: Request) -> dict[str, Any] | None:
-        """A JSON answer of the router's own, or None."""
+        """Return the router's own JSON answer, or None."""
 
     async def route(self, client: ClientConnection, request: Request) -> ReplicaPool:
-        """The pool for `request`; raises ProxyError when there is none."""
+        """Return the pool for `request`. Raises ProxyError if there is none."""
 
 
 class SinglePool:
-    """The router of one pool."""
+    """A router of one pool."""
 
     def __init__(self, pool: ReplicaPool) -> None:
         self.pool = pool
 
     def pools(self) -> Sequence[ReplicaPool]:
-        """The one pool."""
+        """Return the one pool."""
         return (self.pool,)
 
     def answer(self, request: Request) -> dict[str, Any] | None:
-        """Nothing of its own."""
+        """Return None: there is no answer of its own."""
         return None
 
     async def route(self, client: ClientConnection, request: Request) -> ReplicaPool:
-        """The one pool."""
+        """Return the one pool."""
         return self.pool
 
 
 class ProxyServer:
-    """One worker: its listeners, its clients, its counts."""
+    """One worker: its listeners, its clients, its counters."""
 
     def __init__(self, target: ReplicaPool | Router, settings: Settings | None = None) -> None:
         self.settings = settings or Settings()
@@ -97,22 +96,20 @@ class ProxyServer:
 
         self.pages_app: Any = None
         self.gather: Callable[[], Awaitable[dict[str, Any]]] | None = None
-        """Set in a worker of several: the document of them all."""
+        """Set in a worker of several: returns the combined document of all workers."""
 
     async def document(self) -> dict[str, Any]:
-        """The state of the proxy, of all its workers where there are several."""
+        """Return the status document of the proxy, combined over all workers."""
         if self.gather is not None:
             return await self.gather()
         from plugin.proxy.admin.endpoints import status_document
 
         return status_document(self)
 
-    # -- the owner's side --------------------------------------------------------------------------
+    # -- the owner's API ---------------------------------------------------------------------------
 
     async def start(self, sock: socket.socket, *, own_sock: socket.socket | None = None) -> None:
-        """Begin to accept on `sock` (bound and listening); `own_sock` carries the own pages when they have a port
-        of their own.
-        """
+        """Accept clients on `sock` (bound and listening). `own_sock`, if given, serves the admin endpoints on a port of their own."""
         self.loop = asyncio.get_running_loop()
         self._stopped = asyncio.Event()
         for pool in self.router.pools():
@@ -143,9 +140,7 @@ class ProxyServer:
         await self._stopped.wait()
 
     async def shutdown(self, limit_s: float | None = None) -> None:
-        """Stop accepting, answer what is held with 503, finish what is in flight within `limit_s` seconds, then
-        close everything.
-        """
+        """Stop accepting, answer held requests with 503, wait up to `limit_s` seconds for those in flight, then close everything."""
         if self.draining:
             await self.wait_stopped()
             return
@@ -169,7 +164,7 @@ class ProxyServer:
                 log.warning("%d clients cut at the end", left, extra={"event": "cut", "fields": {"clients": left}})
         for client in tuple(self.clients):
             client.cut()
-        if self._sweeper is not None:  # until now, so that a client that keeps its connection is not waited for
+        if self._sweeper is not None:  # stopped last: it closes idle keep-alive connections during the wait
             self._sweeper.cancel()
             self._chores.append(self._sweeper)
         await asyncio.gather(*self._chores, *(pool.settled() for pool in self.router.pools()), return_exceptions=True)
@@ -212,20 +207,18 @@ class ProxyServer:
     # -- one request -------------------------------------------------------------------------------
 
     def forget(self, client: ClientConnection) -> None:
-        """A client's connection has ended."""
+        """Remove a client whose connection has ended."""
         self.clients.discard(client)
         if not self.clients and self.emptied is not None:
             self.emptied.set()
 
     def no_room(self) -> ProxyError:
-        """What to say when the bodies that are kept take all the room there is."""
+        """Return the error for request bodies that exceed the limit on held bytes."""
         left = min(pool.left_s() for pool in self.router.pools())
         return Unavailable("held-bytes", "the held requests' bodies take all the room there is", retry_after_s=left)
 
     async def serve_request(self, client: ClientConnection, request: Request) -> None:
-        """Give `request` its one answer. Ends in every case with the connection told (`finished`) and the counts
-        kept.
-        """
+        """Answer `request` exactly once. In every case, call the connection's `finished` and update the counters."""
         stats = self.stats
         stats.requests += 1
         exchange = client.exchange = Exchange(client, request, self.loop)
@@ -303,7 +296,7 @@ class ProxyServer:
                         return
                     continue
                 if self._worth_keeping(request, replica):
-                    # Only what is all here can be asked again; most clients send the body after the head.
+                    # Only a complete body can be retried; most clients send the body right after the head.
                     await client.whole_body(request, self.settings.body_buffer)
                 back = await self._connection(pool, replica)
                 if back is not None and client.transport is not None and not client.transport.is_closing():
@@ -340,9 +333,7 @@ class ProxyServer:
         return replica
 
     async def _connection(self, pool: ReplicaPool, replica: Replica) -> BackConnection | None:
-        """A connection that is open now, kept or new; None when the replica could not be reached, so that nothing
-        was sent.
-        """
+        """Return an open connection, reused or new; None if the replica could not be reached, in which case nothing was sent."""
         idle = replica.idle
         generation = replica.generation
         now = time.monotonic()
@@ -372,10 +363,10 @@ class ProxyServer:
     async def _forward(
         self, client: ClientConnection, request: Request, exchange: Exchange, replica: Replica, back: BackConnection
     ) -> bool:
-        """Write the request once, and see its answer through.
+        """Write the request once and relay its answer. Return True when it was answered.
 
-        False where it had none: the owner has ended the replica, whose pages would not come (the page server died), or which was silent.
-        Nothing reached the client then, and the request waits for it to have come back another way.
+        False means that the owner killed the replica without an answer: its pages will not come (the page server died),
+        or it was silent. Nothing reached the client, and the request waits until the replica is back.
         """
         exchange.cautious = self._may_be_lost(request, exchange, replica)
         kept = exchange.cautious or (replica.guarded and self._repeatable(request, exchange))
@@ -384,7 +375,7 @@ class ProxyServer:
         return await self._answered(client, request, exchange, replica, body)
 
     def _worth_keeping(self, request: Request, replica: Replica) -> bool:
-        """Whether to wait for the whole body before the request is sent: it may have to be asked again."""
+        """Return True if the whole body must be here before the request is sent, because the request may have to be retried."""
         if request.path not in GENERATIONS:
             return False
         small = request.length is not None and request.length <= self.settings.body_buffer
@@ -392,17 +383,17 @@ class ProxyServer:
 
     @staticmethod
     def _repeatable(request: Request, exchange: Exchange) -> bool:
-        """Whether a request can be asked again: only what generates, which leaves nothing behind in an engine."""
+        """Return True if a request can be retried: only a generation, which leaves no state in an engine."""
         return request.complete and request.http11 and exchange.early is None and request.path in GENERATIONS
 
     def _may_be_lost(self, request: Request, exchange: Exchange, replica: Replica) -> bool:
-        """Whether a request may have to be asked again since pages are lost, and can be."""
+        """Return True if a request may lose its replica to missing pages, and can be retried."""
         return replica.coming() and self._repeatable(request, exchange)
 
     async def _answered(
         self, client: ClientConnection, request: Request, exchange: Exchange, replica: Replica, body: bytes | None
     ) -> bool:
-        """Whether it was answered; False where its owner ended the replica (`Replica.lost`), and `body` can be sent again."""
+        """Return True when answered; False if the owner killed the replica (`Replica.lost`) and `body` can be sent again."""
         try:
             await self._see_through(exchange, replica)
         except UpstreamFault:
@@ -415,7 +406,7 @@ class ProxyServer:
 
     @staticmethod
     async def _see_through(exchange: Exchange, replica: Replica) -> None:
-        """Wait for the end of an answer. Who leaves with a part of it was served: readers of streams leave at the last token."""
+        """Wait for the end of an answer. A client that leaves after a part counts as served: stream readers leave at the last token."""
         try:
             await exchange.done
         except asyncio.CancelledError:
@@ -431,10 +422,10 @@ class ProxyServer:
         replica: Replica,
         check: asyncio.Future[bool],
     ) -> bool:
-        """Let a replica that is being checked answer already, and keep the answer back until the check is passed.
+        """Let a replica under check answer already (a speculative request), and withhold the answer until the check passes.
 
-        False where it was not: then nothing reached the client, and the request waits for another replica, or for this one to have
-        come back another way. Only for what generates: it leaves nothing behind in an engine whose answer is thrown away.
+        False means that the check did not pass: nothing reached the client, and the request waits for this or another
+        replica. Only for generations, which leave no state in an engine whose answer is dropped.
         """
         began = time.monotonic()
         body = bytes(request.body)
@@ -463,7 +454,7 @@ class ProxyServer:
         return await self._answered(client, request, exchange, replica, body if cautious or replica.guarded else None)
 
     async def _checked(self, request: Request, check: asyncio.Future[bool]) -> bool:
-        """Whether the check was passed. Raises Unavailable at the request's deadline, which holds here as in the pool."""
+        """Return True if the check passed. Raises Unavailable (hold-deadline) at the request's deadline, as in the pool."""
         least = min(request.hold_s, math.inf if self.settings.hold_timeout_s is None else self.settings.hold_timeout_s)
         left = max(0.0, request.arrived + least - time.monotonic())
         try:
@@ -547,7 +538,7 @@ async def serve(
     *,
     own_sock: socket.socket | None = None,
 ) -> None:
-    """Serve until this coroutine is cancelled, which shuts down in order."""
+    """Serve until this coroutine is cancelled, then shut down in order."""
     server = ProxyServer(target, settings)
     await server.start(sock, own_sock=own_sock)
     try:

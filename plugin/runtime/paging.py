@@ -39,8 +39,10 @@ COUNTS = ("faults", "stall_s", "bytes_ahead", "bytes_faulted", "bytes_rest", "by
 
 @dataclass
 class Following:
-    """Follows one replica's restores, one after the other. `served` and `lives` tell how many requests the replica has answered, and
-    whether it still runs."""
+    """Follow one replica's restores, one after the other.
+
+    `served` returns how many requests the replica has answered, `lives` whether it still runs.
+    """
 
     fetching: Fetching
     served: Callable[[], int]

@@ -1,1 +1,1 @@
-"""Endpoints that the proxy did not start itself, one or several behind one port."""
+"""Serve endpoints that the proxy did not start itself: one or several behind one port."""

@@ -1,1 +1,1 @@
-"""The replicas behind one name: who gets the next request, who is woken, who is put to sleep, and how long starts take."""
+"""The replicas behind one name: choose the next one for a request, wake them, put them to sleep, measure how long starts take."""

@@ -1,4 +1,4 @@
-"""LoRA adapters that clients load into an engine while it serves. No snapshot and no start has them, so the engine is not put to sleep."""
+"""Track LoRA adapters that clients load into a running engine. No snapshot or start contains them, so the engine must stay awake."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ log = logging.getLogger("quickthaw.proxy")
 
 
 def changed_by(request: Request) -> bool:
-    """Whether a request loads or unloads an adapter, on any engine (`/v1/load_lora_adapter`, `/load_lora_adapter_from_tensors`, …)."""
+    """Return True if a request loads or unloads an adapter, on either engine (`/v1/load_lora_adapter`, …)."""
     target = request.target.lower()
     if request.method != b"POST" or not (b"lora_adapter" in target or b"%" in target):
         return False
@@ -28,7 +28,7 @@ def changed_by(request: Request) -> bool:
 
 @contextlib.contextmanager
 def watched(pool: ReplicaPool, replica: Replica, request: Request, exchange: Exchange) -> Iterator[None]:
-    """Around the forwarding of a request: where it changes the engine's adapters, keep it awake from now on, unless the engine refuses."""
+    """Wrap the forwarding of a request: if it changes the engine's adapters and the engine accepts it, keep the engine awake."""
     if replica.adapters_loaded or not changed_by(request):
         yield
         return
@@ -38,19 +38,19 @@ def watched(pool: ReplicaPool, replica: Replica, request: Request, exchange: Exc
     finally:
         if exchange.status >= 400:
             replica.adapters_loaded = False
-        else:  # loaded, or the client left before anybody knew
+        else:  # loaded, or unknown because the client left early
             say(pool, replica)
 
 
 def note(pool: ReplicaPool, replica: Replica) -> None:
-    """Keep a replica awake from now on, as another process has seen."""
+    """Keep a replica awake from now on, because another process saw an adapter change."""
     if not replica.adapters_loaded:
         replica.adapters_loaded = True
         say(pool, replica)
 
 
 def say(pool: ReplicaPool, replica: Replica) -> None:
-    """Log that a replica is kept awake, where it could be put to sleep at all."""
+    """Log that a replica is kept awake, if the pool has an idle timeout."""
     if pool.idle_timeout_s is not None:
         fields = {"pool": pool.name, "replica": replica.name}
         text = "%s: adapters-loaded: LoRA adapters were loaded while it serves, and a start would not have them; it is not put to sleep"

@@ -1,4 +1,4 @@
-"""How long to wait before the next try of what has just failed."""
+"""Compute the pause before a failed operation is retried."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable
 class Backoff:
     """Pauses that double with each failure in a row, from `first_s` up to `most_s` seconds.
 
-    A success starts the row anew, and so does a quiet time of twice `most_s`.
+    A success resets the pause, and so does a time without failures of twice `most_s`.
     """
 
     def __init__(self, first_s: float, most_s: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -19,7 +19,7 @@ class Backoff:
         self._until = self._last = 0.0
 
     def failed(self, at_least_s: float = 0.0) -> float:
-        """Count a failure; the seconds to wait before the next try."""
+        """Record a failure and return the seconds to wait before the next try."""
         now = self._clock()
         if now - self._last > 2 * self.most_s + at_least_s:
             self.failures = 0
@@ -30,11 +30,11 @@ class Backoff:
         return pause
 
     def hold(self, pause_s: float) -> None:
-        """Pause for as long as somebody else has counted."""
+        """Pause for `pause_s` seconds, as computed by another process."""
         self._until = self._clock() + pause_s
 
     def succeeded(self) -> None:
-        """Forget the failures."""
+        """Reset the failure count and the pause."""
         self.failures = 0
         self._until = 0.0
 

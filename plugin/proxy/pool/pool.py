@@ -1,19 +1,18 @@
-"""The replicas behind one name, the one wake that all waiting requests share, and the sleep that no request falls into.
+"""The replicas behind one name: choose a replica per request, share one wake among waiting requests, put idle replicas to sleep.
 
 An owner (launch, restore, `quickthaw proxy`) makes a `ReplicaPool`, adds replicas with their `PhaseTracker`, and may
-give hooks: `wake` brings
-at least one replica to serving or raises an exception with a `code`; `sleep` stops or puts to sleep what is idle;
-`suspect` hears that a
-replica refused a connection. Trackers may move in any thread; everything else happens on the loop that `bind` was
-called on.
+pass hooks. `wake` brings at least one replica to serving, or raises an exception with a `code`. `sleep` stops idle
+replicas or puts them to sleep. `suspect` is called when a replica refused a connection. Trackers may move in any
+thread; everything else happens on the loop passed to `bind`.
 
-Promises: at most one wake at a time; a request is handed a replica only while that replica is serving and not being
-put to sleep or
-quiesced, decided in one step with its count of outstanding requests (`ahead`: or while it is checked, for a request whose
-answer is withheld until then); a waiting request ends in a replica, a coded
-error, or its own
-cancellation. A failed start ends waiting requests only when the owner says that it is final (`start_failed`, or
-`wake` raising).
+Guarantees:
+
+- At most one wake runs at a time.
+- A request gets a replica only while that replica serves and is not draining (sleep, `quiesced`). This is decided in one step with
+  its count of outstanding requests. With `ahead`, a speculative request may also use a replica during its check; its answer is
+  withheld until the check passes.
+- A waiting request ends with a replica, a coded error, or its own cancellation.
+- A failed start ends waiting requests only when the owner reports it as final (`start_failed`, or `wake` raising).
 """
 
 from __future__ import annotations
@@ -39,12 +38,12 @@ log = logging.getLogger("quickthaw.proxy")
 
 _TICK_S = 0.1
 _RECENT_S = 2.0
-# Requests that run beside a replica's check: one keeps the check short, and is the one that everybody looks at.
+# Speculative requests per replica under check: one keeps the check short, and its latency is the one that users notice.
 _AHEAD = 1
 
 
 class ReplicaPool:
-    """Replicas that answer the same requests."""
+    """A set of replicas that answer the same requests."""
 
     def __init__(
         self,
@@ -60,7 +59,7 @@ class ReplicaPool:
         sleep_limit_s: float = 300.0,
         drain_limit_s: float = 60.0,
     ) -> None:
-        """`drain_limit_s`: how long `evict` waits for requests in flight before the pool goes on serving."""
+        """`drain_limit_s`: maximum seconds that `evict` waits for requests in flight; after that the pool continues to serve."""
         self.name = name
         self.replicas: dict[str, Replica] = {}
         self.history = history or History()
@@ -73,17 +72,17 @@ class ReplicaPool:
         self.last_active = time.monotonic()
         self.last_failure: ProxyError | None = None
         self.on_phase: list[Callable[[Replica, Phase, str], None]] = []
-        """Called on the loop after each change of phase, with the new one and its reason."""
+        """Callbacks (replica, phase, reason), run on the loop after each change of phase."""
         self.on_failed: list[Callable[[ProxyError], None]] = []
-        """Called on the loop when a start has finally failed."""
+        """Callbacks (error), run on the loop when a start has finally failed."""
         self.chores: list[Callable[[], Coroutine[None, None, None]]] = []
-        """What runs on the loop for as long as the pool is served."""
+        """Coroutine functions that run on the loop for as long as the pool is served."""
         self.elsewhere: Callable[[], int] = lambda: 0
-        """How many requests are held or in flight in worker processes that share this pool."""
+        """Returns how many requests are held or in flight in worker processes that share this pool."""
         self.started_here = True
-        """False where nobody here can start a replica, so that requests wait for whoever does."""
+        """False when this process cannot start a replica; requests then wait for another process to start one."""
         self.upstream_timeout_s: float | None = None
-        """How long a replica may be silent within an answer, where it is not the proxy's own setting."""
+        """Maximum seconds that a replica may be silent within an answer; None uses the proxy's setting."""
         self._wake_hook, self._suspect_hook = wake, suspect
         self._wake_limit_s = wake_limit_s
         self.sleeper = Sleeper(self, sleep, sleep_limit_s, drain_limit_s)
@@ -97,21 +96,21 @@ class ReplicaPool:
         self._final: ProxyError | None = None
         self._turn = 0
 
-    # -- what an owner calls -----------------------------------------------------------------------
+    # -- the owner's API ---------------------------------------------------------------------------
 
     def bind(self, loop: asyncio.AbstractEventLoop, *, max_held: int = 4096, max_hold_s: float = 3600.0) -> None:
-        """Tie the pool to the loop that serves it. `ProxyServer.start` does this; transitions before it are kept."""
+        """Attach the pool to the loop that serves it and process the transitions so far. `ProxyServer.start` calls this."""
         self._loop = loop
         self.max_held, self.max_hold_s = max_held, max_hold_s
         early, self._early = self._early, []
         for change in early:
             self._moved(*change)
         for replica in self.replicas.values():
-            # A restore that was quicker than this process's imports is being checked before anybody listened.
+            # A fast restore may be in its check before this process has finished its imports.
             self._note_check(replica, replica.tracker.phase)
 
     def add(self, name: str, tracker: PhaseTracker, upstream: Upstream | None = None) -> Replica:
-        """Add a replica; it gets requests whenever its tracker says serving."""
+        """Add a replica; it gets requests whenever its tracker is in the serving phase."""
         replica = Replica(name, tracker, upstream)
         if tracker.phase is not Phase.IDLE:
             replica.catch_up()
@@ -126,16 +125,16 @@ class ReplicaPool:
         return replica
 
     def remove(self, name: str) -> None:
-        """Take a replica out; what it is answering goes on to its end."""
+        """Remove a replica from the pool. Its requests in flight continue to their end."""
         replica = self.replicas.pop(name, None)
         if replica is not None:
             replica.held_back = True
             self.close_idle(replica)
 
     def start_failed(self, error: Exception) -> None:
-        """Say, in any thread, that a start has finally failed.
+        """Report from any thread that a start has finally failed.
 
-        What is held ends with its code, and so does what comes until a start begins.
+        Held requests end with its code, and so do new requests until another start begins.
         """
         assert self._loop is not None, "the pool is bound to a loop before it serves"
         try:
@@ -152,22 +151,22 @@ class ReplicaPool:
         self._fail(error)
 
     def wake_failed(self, error: ProxyError) -> None:
-        """Say, on the loop, that a wake in another process has failed: what is held ends with its code, and the next request after
-        its `retry_after_s` wakes again.
+        """Report, on the loop, that a wake in another process has failed.
+
+        Held requests end with its code. The next request after its `retry_after_s` wakes again.
         """
         self._wake_pause.hold(error.retry_after_s or 0.0)
         self._fail(error)
 
     async def wake(self) -> None:
-        """Return when at least one replica is serving; start the one wake if none is on its way.
+        """Return when at least one replica serves; start a wake unless one is running.
 
-        Raises:
-            ProxyError: the start has failed for good, with the owner's code.
+        Raises ProxyError with the owner's code when the start has finally failed.
         """
         self.release(await self.acquire(self._wake_limit_s, unbounded=True))
 
     async def sleep(self) -> bool:
-        """Put the pool to sleep if nothing is in flight and nobody waits; True when it went to sleep."""
+        """Put the pool to sleep if no request is in flight or held. Return True if it went to sleep."""
         return await self.sleeper.sleep()
 
     @asynccontextmanager
@@ -189,7 +188,7 @@ class ReplicaPool:
             self._dispatch()
 
     def close(self, error: ProxyError) -> None:
-        """Answer everything held, and everything that comes later, with `error`; stop what was under way."""
+        """End all held and all future requests with `error`; cancel a wake or sleep in progress."""
         self._closed = error
         self._fail(error)
         for replica in self.replicas.values():
@@ -199,12 +198,12 @@ class ReplicaPool:
                 task.cancel()
 
     async def settled(self, limit_s: float = 20.0) -> None:
-        """After `close`: return once the wake or sleep that it cancelled has cleaned up."""
+        """Wait, after `close`, until the wake or sleep that it cancelled has cleaned up."""
         tasks = [task for task in (self._wake_task, self.sleeper.task) if task is not None]
         if tasks:
             await asyncio.wait(tasks, timeout=limit_s)
 
-    # -- what the proxy calls ----------------------------------------------------------------------
+    # -- the proxy's API ---------------------------------------------------------------------------
 
     @property
     def held(self) -> int:
@@ -228,9 +227,7 @@ class ReplicaPool:
         return recent or any(waiter.client for waiter in self._waiters) or bool(self.elsewhere())
 
     def try_acquire(self) -> Replica | None:
-        """A serving replica with one more outstanding request, least loaded first, or None when the request must be
-        held.
-        """
+        """Return the least loaded serving replica, counting the request as outstanding; None if the request must be held."""
         if self._waiters or self._closed is not None:
             return None
         replica = self.ready()
@@ -247,14 +244,14 @@ class ReplicaPool:
         unbounded: bool = False,
         ahead: bool = False,
     ) -> Replica:
-        """A serving replica, waking the pool and waiting if need be.
+        """Return a serving replica, waking the pool and waiting if necessary.
 
         Args:
-            limit_s: the configured deadline in seconds; None takes the measured one.
-            at_most_s: what the client asked for, in seconds: it lowers the deadline and never raises it.
-            since: when the request arrived (monotonic seconds), from which its deadline counts; None is now.
+            limit_s: the configured deadline in seconds; None uses the measured one.
+            at_most_s: the client's own limit in seconds; it lowers the deadline and never raises it.
+            since: arrival of the request (monotonic seconds), where its deadline starts; None is now.
             unbounded: do not count against `max_held` (an owner's own wait).
-            ahead: a replica will do that is not serving yet but being checked (`Replica.check`).
+            ahead: accept a replica that is under check and not serving yet (`Replica.check`).
 
         Raises:
             Unavailable: too many are held, or the deadline passed.
@@ -300,28 +297,28 @@ class ReplicaPool:
 
     @property
     def waking(self) -> bool:
-        """Whether a wake is under way."""
+        """Return True while a wake is running."""
         return self._wake_task is not None
 
     @property
     def can_wake(self) -> bool:
-        """True when the owner gave a wake hook."""
+        """Return True if the owner gave a wake hook."""
         return self._wake_hook is not None
 
     def accepts(self) -> bool:
-        """Whether a request that came now would be held or answered, and not refused at once."""
+        """Return True if a new request would be held or answered rather than refused at once."""
         if self._closed is not None or self._final is not None or len(self._waiters) >= self.max_held:
             return False
         return not self._wake_pause.left_s or self.last_failure is None
 
     def expects(self) -> bool:
-        """Whether a request waits that runs beside the check of a restored replica; any thread may ask."""
+        """Return True if a waiting request may run speculatively beside a replica's check. Callable from any thread."""
         return self.ahead and any(waiter.ahead and not waiter.ready.done() for waiter in list(self._waiters))
 
     async def recall(self, name: str) -> bool:
-        """Take back what runs ahead on a replica whose check wants the engine for itself; True when there was any.
+        """Cancel the speculative requests on a replica whose check needs the engine alone. Return True if there were any.
 
-        Nothing runs ahead on it any more until it serves.
+        No speculative request runs on it again until it serves.
         """
         replica = self.replicas[name]
         check = replica.check
@@ -332,24 +329,25 @@ class ReplicaPool:
         return True
 
     def poke(self) -> None:
-        """Look again at who can be served: a replica is no longer held back."""
+        """Retry the waiting requests: a replica has stopped draining."""
         self._dispatch()
 
     def nudge(self) -> None:
-        """A request is on its way: start the wake now, if one is needed, though the request does not wait here yet."""
+        """Start a wake, if one is needed, for a request that will be held but is not waiting yet."""
         self.last_active = time.monotonic()
         self._demand()
 
     def release(self, replica: Replica) -> None:
-        """Give back what `acquire` gave; every acquire has exactly one release."""
+        """Release a replica that `acquire` returned; call it exactly once per acquire."""
         replica.outstanding -= 1
         if replica.outstanding == 0 and replica.emptied is not None:
             replica.emptied.set()
         self.last_active = time.monotonic()
 
     def refused(self, replica: Replica, generation: int, why: str) -> None:
-        """A serving replica of that generation could not be connected to: prefer others for a while, which doubles with
-        each refusal in a row, and tell the owner.
+        """Record that a serving replica refused a connection: prefer others for a pause that doubles with each refusal in a row.
+
+        Ignored unless `generation` is current. Calls the owner's `suspect` hook.
         """
         if generation != replica.generation:
             return
@@ -364,7 +362,7 @@ class ReplicaPool:
             self._suspect_hook(replica, why)
 
     def progress(self) -> Progress:
-        """Where the start that requests wait for is now."""
+        """Return the progress of the start that requests wait for."""
         best = max(self.replicas.values(), key=lambda r: (r.tracker.phase in STARTING, r.start_age_s), default=None)
         if best is None or best.tracker.phase not in STARTING:
             kind = self.history.guess_kind()
@@ -377,13 +375,13 @@ class ReplicaPool:
         return Progress(best.tracker.phase, kind, elapsed, elapsed + left, left, self.started_here)
 
     def left_s(self) -> float:
-        """Seconds until a replica is expected to serve, for Retry-After."""
+        """Return the seconds until a replica is expected to serve, for Retry-After."""
         return self.progress().left_s
 
-    # -- inside ------------------------------------------------------------------------------------
+    # -- internals ---------------------------------------------------------------------------------
 
     def ready(self) -> Replica | None:
-        """The replica that the next request goes to; None while it has to wait."""
+        """Return the replica for the next request, or None if the request must wait."""
         now, best, load = time.monotonic(), None, 0
         replicas = self.replicas
         if len(replicas) > 1:
@@ -403,9 +401,9 @@ class ReplicaPool:
         return best
 
     def _heard(self, replica: Replica, old: Phase, new: Phase, reason: str) -> None:
-        """A tracker moved, in whatever thread."""
+        """Handle a tracker's transition, in the thread that made it."""
         if new is Phase.SERVING:
-            replica.generation += 1  # here and now: a refusal of the old incarnation may be on its way on the loop
+            replica.generation += 1  # increment now: a refusal by the old incarnation may still be queued on the loop
         before = replica.tracker.timeline
         if self._loop is None:
             self._early.append((replica, old, new, reason, before))
@@ -462,7 +460,7 @@ class ReplicaPool:
                 replica.check = None
 
     def _run_ahead(self) -> None:
-        """Let the first who may run on a replica that is being checked."""
+        """Hand a replica under check to the first waiting requests that may run speculatively."""
         for replica in self.replicas.values():
             check = replica.check
             if check is None or check.done() or replica.upstream is None or replica.held_back:
@@ -479,7 +477,7 @@ class ReplicaPool:
         self._waiters.pop(waiter, None)
 
     def _dispatch(self) -> None:
-        """Hand replicas to those who wait, first come first served; then see whether a wake is needed."""
+        """Hand ready replicas to waiting requests in order of arrival, then start a wake if one is needed."""
         if self._closed is None:
             for waiter in list(self._waiters):
                 if waiter.ready.done():
@@ -494,9 +492,7 @@ class ReplicaPool:
                 self._demand()
 
     def _demand(self) -> None:
-        """Start the one wake unless one is running, a start is under way, or a replica will take requests again by
-        itself.
-        """
+        """Start a wake, unless one is running or a replica serves or will soon serve by itself."""
         if self._wake_hook is None or self._wake_task is not None or self._closed is not None:
             return
         if self._returns() or self.ready() is not None:
@@ -527,7 +523,7 @@ class ReplicaPool:
         finally:
             self._wake_task = None
         for replica in self.replicas.values():
-            if replica.refusals.failures <= 1:  # one that goes on refusing has its pause
+            if replica.refusals.failures <= 1:  # a replica that keeps refusing stays paused
                 replica.suspect_until = 0.0
         refusing = any(replica.refusal_woken for replica in self.replicas.values())
         if failure is None and self.ready() is None and not refusing and not self._returns():
@@ -539,7 +535,7 @@ class ReplicaPool:
             self._dispatch()
 
     def _returns(self) -> bool:
-        """Whether a replica will take requests again by itself."""
+        """Return True if a replica will take requests again by itself."""
         return any(replica.returns for replica in self.replicas.values())
 
     def _fail(self, error: ProxyError) -> None:
@@ -559,7 +555,7 @@ class ReplicaPool:
         self._waiters.clear()
 
     def close_idle(self, replica: Replica) -> None:
-        """Close the connections to a replica that nothing uses."""
+        """Close the unused connections to a replica."""
         idle, replica.idle = replica.idle, []
         for connection in idle:
             connection.abort()
@@ -570,8 +566,9 @@ class ReplicaPool:
             loop.call_later(_TICK_S, self._tick, loop)
 
     def _tick(self, loop: asyncio.AbstractEventLoop) -> None:
-        """While anybody waits: expire deadlines (the measured one follows the start from restore to cold), retry
-        suspects, see to a wake.
+        """Repeat while requests wait: expire deadlines, retry suspect replicas, start a wake if needed.
+
+        The measured deadline follows the start when a failed restore turns into a cold start.
         """
         self._ticking = False
         if not self._waiters:

@@ -1,4 +1,4 @@
-"""One running engine as the proxy sees it: where it listens, what phase it is in, and how much it is doing."""
+"""One running engine as the proxy sees it: its address, its phase, and its load."""
 
 from __future__ import annotations
 
@@ -21,58 +21,56 @@ STARTING = frozenset(
 )
 
 FOUND_UP = "found up"
-"""The reason of a serving replica that somebody else has started: how long that took is not known here."""
+"""The reason of a serving replica that another process has started; its start time is unknown here."""
 
 
 class Replica:
-    """One running engine as the proxy sees it. `upstream` may be set later, but before the tracker says serving."""
+    """One running engine as the proxy sees it. Set `upstream` before the tracker reaches serving."""
 
     def __init__(self, name: str, tracker: PhaseTracker, upstream: Upstream | None = None) -> None:
         self.name, self.tracker, self.upstream = name, tracker, upstream
         self.outstanding = 0
         self.served = 0
         self.held_back = False
-        """True while the replica is quiesced or being put to sleep: it keeps what it has and gets nothing new."""
+        """True while the replica drains (`quiesced`, or going to sleep): it finishes its requests and gets no new ones."""
         self.suspect_until = 0.0
         self.adapters_loaded = False
-        """Whether clients have loaded LoRA adapters into this very engine (plugin.proxy.pool.adapters)."""
+        """True if clients have loaded LoRA adapters into this engine process (plugin.proxy.pool.adapters)."""
         self.refusals = Backoff(0.5, 30.0)
         """Connections that it refused in a row while it was serving."""
         self.woken_at = 0
-        """How many refusals there were when the owner was last asked to wake the pool."""
+        """Number of refusals at the time of the last wake."""
         self.generation = 0
-        """How often it has come to serving: a refusal by an earlier incarnation says nothing about this one."""
+        """How often it has reached serving. A refusal by an earlier incarnation does not count against this one."""
         self.idle: list[BackConnection] = []
         self.connecting: asyncio.Semaphore | None = None
         self.emptied: asyncio.Event | None = None
         self.over = True
-        """True once the last start has ended, well or finally badly: what begins then is another start. A restore that
-        failed and goes on cold is still the same one.
+        """True once the last start has ended, in success or final failure; the next phase then begins a new start. A
+        failed restore that continues as a cold start is one start.
         """
         self.check: asyncio.Future[bool] | None = None
-        """While a restored replica is compared with its snapshot: done when that has ended, or requests that run ahead are
-        taken back.
+        """Pending while a restored replica is compared with its snapshot. Resolves to True when the check passes, to False
+        when it fails or when the speculative requests are cancelled.
         """
         self.coming: Callable[[], bool] = lambda: False
-        """Whether pages of it are still to come from a page server: then it may be ended under its requests (`lost`)."""
+        """Returns True if pages are still to come from a page server; the replica may then be killed under its requests (`lost`)."""
         self.lost: Callable[[], str] = str
-        """Why its owner ended it, where that is since pages did not come or it was silent; else empty."""
+        """Returns why its owner killed it (missing pages, or silence), else ""."""
         self.guarded = False
-        """Whether its owner ends it when it is silent (`silence`): then requests without an answer are asked again."""
+        """True if its owner kills it when it is silent (`silence`); requests without an answer are then retried."""
         self.stopped: Callable[[], bool] = lambda: False
-        """Whether one of its processes is stopped, as its owner sees it; may block."""
+        """Returns True if the owner sees that one of its processes is stopped (SIGSTOP); may block."""
         self.last_byte = 0.0
         """When it last sent anything (monotonic seconds)."""
         self.pages: Callable[[], dict[str, float]] = dict
-        """What its page servers have counted so far (plugin.runtime.paging); empty where it never had one."""
+        """Returns its page servers' totals so far (plugin.runtime.paging); empty if it never had one."""
         self._phases: list[Phase] = []
         self._began = time.monotonic()
         self._skip = 0
 
     def note(self, old: Phase, new: Phase, before: tuple[Span, ...] = ()) -> None:
-        """Follow the start that is under way, for its kind, its age and its spans; `before` is the tracker's timeline
-        at this change.
-        """
+        """Update the current start's kind, age and spans. `before` is the tracker's timeline at this change."""
         if new in STARTING and (self.over or old is not Phase.FAILED) and old not in STARTING:
             self._phases, self.over = [], False
             self._began = time.monotonic()
@@ -82,7 +80,7 @@ class Replica:
             self.over = True
 
     def catch_up(self) -> None:
-        """Follow a start that began, and may have ended, before anybody listened."""
+        """Reconstruct a start that began, and may have ended, before this replica was added."""
         phase, spans = self.tracker.phase, self.tracker.timeline
         old = Phase.IDLE
         for new in (*(span.phase for span in spans), phase):
@@ -92,30 +90,30 @@ class Replica:
         self._began = time.monotonic() - in_phase - sum(span.took_s for span in spans)
 
     def accepts(self) -> None:
-        """It took a connection: forget its refusals."""
+        """Reset its refusals after an accepted connection."""
         if self.refusals.failures:
             self.refusals.succeeded()
             self.woken_at = 0
 
     @property
     def refusal_woken(self) -> bool:
-        """Whether it is paused for refusing connections, and a wake since its last refusal changed nothing."""
+        """Return True if it is paused for refusing connections and no wake is worth trying: one since its last refusal did not help."""
         paused = self.suspect_until > time.monotonic() and self.tracker.phase is Phase.SERVING
         return paused and self.refusals.failures > 1 and self.woken_at == self.refusals.failures
 
     @property
     def returns(self) -> bool:
-        """Whether it will take requests again by itself: it is starting, quiesced, or suspected."""
+        """Return True if it will take requests again by itself: it is starting, draining, or suspect."""
         return self.held_back or self.tracker.phase in STARTING or self.tracker.phase is Phase.SUSPECT
 
     @property
     def spans(self) -> tuple[Span, ...]:
-        """The finished phases of the current start alone, from its own beginning."""
+        """Return the finished phases of the current start only, with times from its own beginning."""
         mine = self.tracker.timeline[self._skip :]
         return tuple(Span(span.phase, span.at_s - mine[0].at_s, span.took_s) for span in mine)
 
     async def quiet(self) -> None:
-        """Return once it answers nothing; bounded by the limits of the requests in flight, and by whoever calls."""
+        """Return once no request is outstanding. The requests' own limits bound the wait, and so may the caller."""
         while self.outstanding:
             self.emptied = self.emptied or asyncio.Event()
             self.emptied.clear()
@@ -123,10 +121,10 @@ class Replica:
 
     @property
     def start_kind(self) -> Kind | None:
-        """The kind of the current start, None while nothing tells."""
+        """Return the kind of the current start, or None while it is unknown."""
         return kind_of(self._phases)
 
     @property
     def start_age_s(self) -> float:
-        """Seconds since the current start began."""
+        """Return the seconds since the current start began."""
         return time.monotonic() - self._began

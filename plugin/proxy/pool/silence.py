@@ -1,11 +1,12 @@
-"""Notice a replica that has gone silent: its process lives and its port takes connections, and nothing comes back.
+"""Detect a silent replica: its process lives and its port accepts connections, but no data comes back.
 
-Every byte that a replica sends is a sign of life. One that has requests and sends nothing is asked for a small page, on a connection
-of its own, every few seconds; an engine that computes answers it all the same, since its HTTP server is another thread or process.
-An answer does not count while the owner sees that one of the engine's processes is stopped.
+Every byte that a replica sends is a sign of life. A replica that has requests and sends nothing is probed every few
+seconds with a small GET on a separate connection. A busy engine answers it, since its HTTP server is another thread or
+process. An answer does not count while the owner sees that one of the engine's processes is stopped.
 
-After a third of the limit the replica is suspect and gets no new requests; after the whole limit its owner is told. Time counts only
-while a question is unanswered and this process runs, so that a suspended host is no silence.
+After a third of the limit the replica is suspect and gets no new requests; after the whole limit the owner's callback
+runs. Only time with an unanswered probe counts, and only while this process runs: a suspended host does not cause false
+alarms.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ log = logging.getLogger("quickthaw.proxy")
 _ASK_AFTER_S = 5.0
 _ANSWER_S = 10.0
 _PAGE = "/v1/models"
-"""Answered by the HTTP server of either engine alone, whatever the status."""
+"""The HTTP server of either engine answers this by itself, with whatever status."""
 
 
 @dataclass
@@ -44,7 +45,7 @@ class _State:
 
 
 class Silence:
-    """Watches the replicas of one pool; `told(replica, why)` is called on the loop, once in each run of a replica."""
+    """Watch the replicas of one pool. `told(replica, why)` runs on the loop, at most once per incarnation of a replica."""
 
     def __init__(self, pool: ReplicaPool, limit_s: float, told: Callable[[Replica, str], None]) -> None:
         self.pool, self.limit_s, self.told = pool, limit_s, told
@@ -54,7 +55,7 @@ class Silence:
         self._states: dict[str, _State] = {}
 
     async def run(self) -> None:
-        """Watch for ever."""
+        """Watch until cancelled."""
         last = time.monotonic()
         try:
             while True:
@@ -76,9 +77,9 @@ class Silence:
             state = self._states[replica.name] = _State(replica.generation)
             replica.last_byte = max(replica.last_byte, now)
         phase = replica.tracker.phase
-        # Once in doubt, it is asked until it answers, also when those who waited have given up.
+        # Once in doubt, probe until it answers, even when the waiting clients have given up.
         doubt = replica.outstanding > 0 or state.asked_at > replica.last_byte or phase is Phase.SUSPECT
-        # While pages are to come, the page server's own watch judges.
+        # While pages are still to come, the page server's own check decides instead.
         if phase not in (Phase.SERVING, Phase.SUSPECT) or not doubt or replica.held_back or replica.coming():
             state.silent_s = 0.0
             return
@@ -90,7 +91,7 @@ class Silence:
             state.silent_s += passed_s
         if now - max(replica.last_byte, state.asked_at) >= self.ask_after_s and state.question is None:
             if replica.last_byte >= state.asked_at:
-                state.asked_at = now  # the first question since its last byte: from here on silence counts
+                state.asked_at = now  # first probe since its last byte: silence counts from here
             state.question = asyncio.get_running_loop().create_task(self._ask(replica, state))
         if state.silent_s >= self.suspect_s and phase is Phase.SERVING:
             self._suspected(replica, state)
@@ -99,11 +100,11 @@ class Silence:
             self.told(replica, f"it has sent nothing for {state.silent_s:.0f} s, though it runs")
 
     async def _ask(self, replica: Replica, state: _State) -> None:
-        """Ask for the page; any answer is a sign of life."""
+        """Send a probe; any answer is a sign of life."""
         upstream = replica.upstream
         assert upstream is not None
         try:
-            with contextlib.suppress(UpstreamFault):  # a bad answer is one
+            with contextlib.suppress(UpstreamFault):  # a bad answer is a sign of life too
                 await fetch(upstream, "GET", _PAGE, limit_s=min(_ANSWER_S, self.limit_s))
             if not await asyncio.to_thread(replica.stopped):
                 replica.last_byte = time.monotonic()

@@ -1,7 +1,7 @@
-"""How a pool goes to sleep: when it is idle, or to make room for another; with a limit to draining, and pauses after a failure.
+"""Put a pool to sleep, when it is idle or to make room for another, with a limit on draining and a backoff after failures.
 
-Promises: new requests wait from the moment a sleep begins to its end, and none falls between; a pool that is not drained in time,
-or does not go to sleep, goes on serving; who wanted its room learns why; each reason is logged once.
+Guarantees: new requests wait from the beginning of a sleep to its end; none is lost in between. A pool that does not
+drain in time or fails to sleep continues to serve, and `evict` raises the reason. Each reason is logged once.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Hook = Callable[[], Awaitable[None]]
 
 
 class Sleeps(Protocol):
-    """What is put to sleep (a `pool.ReplicaPool`)."""
+    """The part of a pool (`pool.ReplicaPool`) that a `Sleeper` needs."""
 
     name: str
     replicas: dict[str, Replica]
@@ -34,35 +34,37 @@ class Sleeps(Protocol):
 
     @property
     def held(self) -> int:
-        """Requests waiting for a replica."""
+        """Return the number of requests waiting for a replica."""
 
     @property
     def outstanding(self) -> int:
-        """Requests that replicas are answering."""
+        """Return the number of requests that replicas are answering."""
 
     @property
     def kept_awake(self) -> bool:
-        """Whether an engine has what no start would bring back."""
+        """Return True if an engine holds state that no start restores."""
 
     @property
     def waking(self) -> bool:
-        """Whether a wake is under way."""
+        """Return True while a wake is running."""
 
     def ready(self) -> Replica | None:
-        """The replica that the next request goes to."""
+        """Return the replica for the next request, or None."""
 
     def close_idle(self, replica: Replica) -> None:
-        """Close the connections to a replica that nothing uses."""
+        """Close the unused connections to a replica."""
 
     def poke(self) -> None:
-        """Look again at who can be served."""
+        """Retry the waiting requests."""
 
 
 class Sleeper:
-    """Puts one pool to sleep; at most one try at a time."""
+    """Put one pool to sleep; at most one attempt runs at a time."""
 
     def __init__(self, pool: Sleeps, hook: Hook | None, limit_s: float, drain_limit_s: float) -> None:
-        """`limit_s`: what the hook may take; `drain_limit_s`: what the requests in flight may take where another needs the room."""
+        """`limit_s`: maximum time of the hook. `drain_limit_s`: maximum time for requests in flight when another pool
+        needs the room. Seconds.
+        """
         self.pool, self.hook, self.limit_s, self.drain_limit_s = pool, hook, limit_s, drain_limit_s
         self.task: asyncio.Task[ProxyError | None] | None = None
         self.sleeps = 0
@@ -74,7 +76,7 @@ class Sleeper:
         self._wanted: Callable[[], bool] = lambda: True
 
     async def sleep(self) -> bool:
-        """Put the pool to sleep if nothing is in flight and nobody waits; True when it went to sleep."""
+        """Put the pool to sleep if no request is in flight or held. Return True if it went to sleep."""
         if self.hook is None or self.task is not None or self.pool.waking:
             return False
         if (
@@ -91,15 +93,15 @@ class Sleeper:
         return await asyncio.shield(self.task) is None
 
     async def evict(self, limit_s: float | None = None, wanted: Callable[[], bool] = lambda: True) -> None:
-        """Put the pool to sleep to make room for another: hold new requests back, and let what is in flight end first.
+        """Drain the pool and put it to sleep, to make room for another. New requests wait meanwhile.
 
         Args:
-            limit_s: how long to wait for what is in flight; None takes `drain_limit_s`.
-            wanted: asked while it waits; once False, the pool goes on serving.
+            limit_s: maximum seconds for requests in flight; None uses `drain_limit_s`.
+            wanted: polled while draining; if it returns False, the pool continues to serve.
 
         Raises:
-            Unneeded: the room is not wanted any more.
-            ProxyError: the pool would not go to sleep, and goes on serving; or it failed to a moment ago.
+            Unneeded: the room is no longer needed.
+            ProxyError: the pool did not go to sleep and continues to serve; or it failed moments ago and is in its backoff.
         """
         if self.hook is None:
             raise StartFailed("no-way-to-sleep", f"{self.pool.name} cannot be put to sleep")
@@ -117,7 +119,7 @@ class Sleeper:
             raise failure
 
     async def drained(self, quiet: Awaitable[Any]) -> Any:
-        """Await `quiet` within the limits of the sleep under way. Raises what `evict` raises."""
+        """Await `quiet` within the limits of the current sleep. Raises the same errors as `evict`."""
         task = asyncio.ensure_future(quiet)
         try:
             while True:
@@ -133,13 +135,13 @@ class Sleeper:
             task.cancel()
 
     def around(self, wrap: Callable[[Callable[[], Awaitable[None]]], Awaitable[None]]) -> None:
-        """Let `wrap(sleep)` run the sleep hook: for whoever must make other processes quiet first."""
+        """Replace the sleep hook with `wrap(hook)`, for an owner that must drain other processes first."""
         inner = self.hook
         if inner is not None:
             self.hook = lambda: wrap(inner)
 
     async def _run(self, drain_s: float = math.inf, wanted: Callable[[], bool] = lambda: True) -> ProxyError | None:
-        """Drain, then sleep; why not, where it failed. What would not sleep goes on serving."""
+        """Drain, then sleep. Return the failure, if any; the pool then continues to serve."""
         assert self.hook is not None
         for replica in self.pool.replicas.values():
             replica.held_back = True
@@ -150,7 +152,7 @@ class Sleeper:
                 if replica.outstanding:
                     await self.drained(replica.quiet())
                 self.pool.close_idle(replica)
-            # An owner with other processes drains those in its hook.
+            # An owner with other processes drains them in its hook, so the hook gets that time too.
             limit_s = self.limit_s + (0.0 if drain_s == math.inf else drain_s)
             async with asyncio.timeout(limit_s):
                 await self.hook()
@@ -167,12 +169,15 @@ class Sleeper:
             self.task = None
             self.pool.last_active = time.monotonic()
             self.pool.poke()
-        if failure is not None and failure.code not in ("busy", Unneeded.CODE):  # else a request has come, and has won
+        if failure is not None and failure.code not in (
+            "busy",
+            Unneeded.CODE,
+        ):  # otherwise a new request has won over the sleep
             self._failed(failure, drain_s)
         return failure
 
     def _failed(self, failure: ProxyError, drain_s: float) -> None:
-        """Pause before the next try, for longer each time; say each reason once."""
+        """Increase the pause before the next attempt; log each reason once."""
         known, self.failure = self.failure, failure
         still = failure.code == "still-answering"
         pause = self.pause.failed(drain_s if still else 0.0)
@@ -183,8 +188,8 @@ class Sleeper:
         log.log(level, text, self.pool.name, failure.message, extra={"event": "sleep-failed", "fields": fields})
 
     async def watch_idle(self) -> None:
-        """Run for ever: put the pool to sleep once nothing has been in flight for `idle_timeout_s`. Cancelled by
-        the server's shutdown.
+        """Put the pool to sleep whenever no request was in flight for `idle_timeout_s` seconds. Runs until the server's
+        shutdown cancels it.
         """
         while self.pool.idle_timeout_s is not None:
             idle = time.monotonic() - self.pool.last_active

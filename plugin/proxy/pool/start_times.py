@@ -1,7 +1,7 @@
-"""How long starts take, measured: the source of hold deadlines, Retry-After and `restoring 0.6 of 1.1 s`.
+"""Measure how long starts take, for hold deadlines, Retry-After and progress texts (`restoring 0.6 of 1.1 s`).
 
-Keeps the last 64 durations of each kind of start (seconds from the first phase to serving). Nothing measured yet
-means a stated guess.
+Keeps the last 64 durations of each kind of start (seconds from the first phase to serving). Without a measurement,
+fixed guesses (`_GUESS_S`) apply.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _FLOOR_S = {"restored": 30.0, "cold": 120.0, "woken": 30.0}
 
 
 class Kind(StrEnum):
-    """What sort of start it was."""
+    """The kind of a start."""
 
     RESTORED = "restored"
     COLD = "cold"
@@ -28,9 +28,7 @@ class Kind(StrEnum):
 
 
 def kind_of(phases: Iterable[Phase]) -> Kind | None:
-    """The kind of start that these phases belong to; None while nothing tells. A failed restore followed by a cold
-    start is cold.
-    """
+    """Return the kind of start that has these phases, or None if unknown. A failed restore followed by a cold start is cold."""
     seen = set(phases)
     if seen & _COLD:
         return Kind.COLD
@@ -53,7 +51,7 @@ class History:
             Kind.WOKEN: deque(woken, KEPT),
         }
         self.last: dict[Kind, tuple[Span, ...]] = {}
-        """The spans of the last start of each kind: the waterfall on the page."""
+        """The spans of the last start of each kind, for the waterfall on the admin page."""
         self._phases: dict[tuple[Kind, Phase], deque[float]] = {}
 
     def record(self, kind: Kind, seconds: float, spans: tuple[Span, ...] = ()) -> None:
@@ -65,43 +63,43 @@ class History:
             self._phases.setdefault((kind, span.phase), deque(maxlen=KEPT)).append(span.took_s)
 
     def seen(self, kind: Kind) -> tuple[float, ...]:
-        """The durations measured so far, oldest first."""
+        """Return the durations measured so far, oldest first."""
         return tuple(self._taken[kind])
 
     def quantile(self, kind: Kind, q: float) -> float | None:
-        """The q-quantile (nearest rank) of the measured durations in seconds, or None when there are none."""
+        """Return the q-quantile (nearest rank) of the measured durations in seconds, or None if there are none."""
         return _quantile(self._taken[kind], q)
 
     def typical(self, kind: Kind) -> float:
-        """The median in seconds, or the stated guess for that kind."""
+        """Return the median in seconds, or the fixed guess for that kind."""
         median = self.quantile(kind, 0.5)
         return _GUESS_S[kind] if median is None else median
 
     def guess_kind(self) -> Kind:
-        """The kind that a start not yet under way will most likely be: a restore once there was one."""
+        """Return the most likely kind of the next start: restored if one was measured, then woken, then cold."""
         for kind in (Kind.RESTORED, Kind.WOKEN, Kind.COLD):
             if self._taken[kind]:
                 return kind
         return Kind.COLD
 
     def left(self, kind: Kind, elapsed_s: float, phase: Phase | None = None, in_phase_s: float = 0.0) -> float:
-        """Seconds that a start `elapsed_s` old still takes.
+        """Return the remaining seconds of a start that is `elapsed_s` old.
 
-        Where `phase` has been measured: what is left of it (`in_phase_s` have passed) and the medians of the phases
-        that follow it. Otherwise what is left of the whole start.
+        If `phase` has been measured: the rest of that phase (`in_phase_s` have passed) plus the medians of the later
+        phases. Otherwise the rest of the whole start.
         """
         order = [span.phase for span in self.last.get(kind, ())]
         if phase not in order:
             return _left(self.typical(kind), self.quantile(kind, 1.0) or 0.0, elapsed_s, least_s=1.0)
-        last = len(order) - 1 - order[::-1].index(phase)  # a failed restore's phases come before the cold start's own
+        last = (
+            len(order) - 1 - order[::-1].index(phase)
+        )  # take the last occurrence: a failed restore's phases precede the cold start's
         here = self._phases[kind, phase]
         later = sum(_quantile(self._phases[kind, after], 0.5) or 0.0 for after in order[last + 1 :])
         return _left(_quantile(here, 0.5) or 0.0, max(here), in_phase_s, least_s=0.1) + later
 
     def deadline(self, kind: Kind) -> float:
-        """How long a request may be held for such a start: its slowest measured one times a margin, never under a
-        floor (seconds).
-        """
+        """Return how long to hold a request for such a start, in seconds: the slowest measured one times a margin, at least a floor."""
         slowest = self.quantile(kind, 1.0)
         return max(_FLOOR_S[kind], MARGIN * (_GUESS_S[kind] if slowest is None else slowest))
 
@@ -112,7 +110,7 @@ def _quantile(taken: Iterable[float], q: float) -> float | None:
 
 
 def _left(typical_s: float, slowest_s: float, elapsed_s: float, *, least_s: float) -> float:
-    """To the median, then to the slowest seen, then half its age again."""
+    """Return the time left to the median; past it, to the slowest measured; past that, half the elapsed time."""
     for total in (typical_s, slowest_s):
         if elapsed_s < total:
             return total - elapsed_s

@@ -1,4 +1,4 @@
-"""A held request, and how far the start is that it waits for."""
+"""A held request, and the progress of the start that it waits for."""
 
 from __future__ import annotations
 
@@ -12,23 +12,21 @@ from plugin.runtime.phases import Phase
 
 @dataclass(eq=False)
 class Waiter:
-    """One held request. `limit_s` is its deadline; None means the measured one. `at_most_s` lowers it."""
+    """One held request. `limit_s` is its deadline, None the measured one; `at_most_s` lowers it. Seconds."""
 
     ready: asyncio.Future[Replica]
     limit_s: float | None
     at_most_s: float
     began: float
     ahead: bool = False
-    """Whether it may run on a replica whose check has begun and not ended."""
+    """True if it may run speculatively on a replica under check."""
     client: bool = True
     """False for an owner's own wait."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where the start that requests wait for is: phase, age, expected total, seconds left (all measured or a stated
-    guess).
-    """
+    """Progress of the start that requests wait for: phase, age, expected total, seconds left (measured, or a fixed guess)."""
 
     phase: Phase
     kind: Kind
@@ -38,7 +36,7 @@ class Progress:
     started_here: bool = True
 
     def sentence(self) -> str:
-        """`waking, restoring 0.6 of 1.1 s`: what early streams and people read."""
+        """Return text such as `waking, restoring 0.6 of 1.1 s`, for early streams and people."""
         if not self.started_here:
             return f"waiting {self.elapsed_s:.1f} s for an engine that is not started from here"
         what = f"{self.phase} " if self.phase in STARTING else ""

@@ -1,1 +1,1 @@
-"""Several worker processes on one port that share one set of pools."""
+"""Serve one port with several worker processes that share one set of pools."""

@@ -40,5 +40,5 @@ class Backoff:
 
     @property
     def left_s(self) -> float:
-        """Seconds until the next try is due, 0 when it is."""
+        """Return the seconds until the next try, 0 if it is due."""
         return max(0.0, self._until - self._clock())

@@ -171,10 +171,9 @@ class ReplicaPool:
 
     @asynccontextmanager
     async def quiesced(self, name: str, limit_s: float) -> AsyncIterator[Replica]:
-        """Hold new requests back from one replica and wait until it answers none, as before a snapshot of it.
+        """Drain one replica, as before taking its snapshot: send it no new requests and wait for those in flight.
 
-        Raises:
-            TimeoutError: it was still answering after `limit_s` seconds.
+        Raises TimeoutError if it was still answering after `limit_s` seconds.
         """
         replica = self.replicas[name]
         replica.held_back = True
@@ -207,22 +206,22 @@ class ReplicaPool:
 
     @property
     def held(self) -> int:
-        """Requests waiting for a replica."""
+        """Return the number of requests waiting for a replica."""
         return len(self._waiters)
 
     @property
     def kept_awake(self) -> bool:
-        """Whether an engine has what no start would bring back (plugin.proxy.pool.adapters)."""
+        """Return True if an engine holds state that no start restores (plugin.proxy.pool.adapters)."""
         return any(replica.adapters_loaded for replica in self.replicas.values())
 
     @property
     def outstanding(self) -> int:
-        """Requests that replicas are answering."""
+        """Return the number of requests that replicas are answering."""
         return sum(replica.outstanding for replica in self.replicas.values())
 
     @property
     def wanted(self) -> bool:
-        """Whether a client waits for this pool, here or in a worker, or did a moment ago."""
+        """Return True if a client waits for this pool, here or in a worker, or did within the last 2 s."""
         recent = time.monotonic() - self.last_active < _RECENT_S
         return recent or any(waiter.client for waiter in self._waiters) or bool(self.elsewhere())
 

@@ -35,7 +35,7 @@ _PAGE = "/v1/models"
 
 @dataclass
 class _State:
-    """What is known of one replica in one run of it."""
+    """What is known about one replica since it last reached serving."""
 
     generation: int
     silent_s: float = 0.0

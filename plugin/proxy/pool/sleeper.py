@@ -169,10 +169,8 @@ class Sleeper:
             self.task = None
             self.pool.last_active = time.monotonic()
             self.pool.poke()
-        if failure is not None and failure.code not in (
-            "busy",
-            Unneeded.CODE,
-        ):  # otherwise a new request has won over the sleep
+        # Otherwise a new request has won over the sleep.
+        if failure is not None and failure.code not in ("busy", Unneeded.CODE):
             self._failed(failure, drain_s)
         return failure
 

@@ -91,9 +91,8 @@ class History:
         order = [span.phase for span in self.last.get(kind, ())]
         if phase not in order:
             return _left(self.typical(kind), self.quantile(kind, 1.0) or 0.0, elapsed_s, least_s=1.0)
-        last = (
-            len(order) - 1 - order[::-1].index(phase)
-        )  # take the last occurrence: a failed restore's phases precede the cold start's
+        # Take the last occurrence: a failed restore's phases precede the cold start's.
+        last = len(order) - 1 - order[::-1].index(phase)
         here = self._phases[kind, phase]
         later = sum(_quantile(self._phases[kind, after], 0.5) or 0.0 for after in order[last + 1 :])
         return _left(_quantile(here, 0.5) or 0.0, max(here), in_phase_s, least_s=0.1) + later

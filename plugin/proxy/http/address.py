@@ -1,7 +1,6 @@
-"""Where a replica listens: a way to get a connecting socket, so that it may lie on TCP, a UNIX path or in another
-network namespace.
+"""The address of a replica: how to get a connecting socket over TCP, on a UNIX path, or in another network namespace.
 
-Promises that `connect()` never blocks: the socket it returns is non-blocking and its connect has been started.
+`connect()` never blocks: the socket it returns is non-blocking and its connect has been started.
 """
 
 from __future__ import annotations
@@ -21,18 +20,16 @@ if TYPE_CHECKING:
 
 Connect = Callable[[], socket.socket]
 _CLONE_NEWNET = 0x40000000
-# EAGAIN is not among them: on a UNIX socket it means that the backlog is full and nothing was started.
+# EAGAIN is not included: on a UNIX socket it means that the backlog is full and no connect was started.
 _IN_PROGRESS = (0, errno.EINPROGRESS)
 
 
 @dataclass(frozen=True)
 class Upstream:
-    """One listening place. `connect` returns a new non-blocking socket whose connect is started or done, or raises
-    OSError.
+    """One upstream address. `connect` returns a new non-blocking socket whose connect is started or done, or raises OSError.
 
-    `authority`, when set, replaces the Host header (an endpoint with virtual hosts); `tls` wraps the connection.
-    `spec` is the place as plain data, for a worker process that must connect by itself; None when only `connect`
-    knows it.
+    `authority`, if set, replaces the Host header (an endpoint with virtual hosts); `tls` wraps the connection. `spec`
+    is the address as plain data, for a worker process that connects by itself; None when only `connect` can reach it.
     """
 
     connect: Connect
@@ -42,9 +39,7 @@ class Upstream:
     server_hostname: str | None = None
     spec: dict[str, str | int] | None = None
     name_to_resolve: tuple[str, int] | None = None
-    """Set instead of a working `connect` when the host is a name: resolving may take seconds, so it must not be
-    done on the loop.
-    """
+    """(host, port) instead of a working `connect` when the host is a name. Resolving may take seconds, so it must not run on the loop."""
 
 
 def _start(sock: socket.socket, address: object) -> socket.socket:
@@ -67,7 +62,7 @@ def _tcp_socket(family: int) -> socket.socket:
 
 
 def tcp(host: str, port: int, **more: object) -> Upstream:
-    """An upstream at `host:port`. A name, unlike an address, is resolved anew for each connection, off the loop."""
+    """Return an upstream at `host:port`. A name, unlike an address, is resolved for each connection, off the loop."""
     family = _family(host)
     spec: dict[str, str | int] = {"kind": "tcp", "host": host, "port": port}
     if family is None:
@@ -95,12 +90,12 @@ def _unresolved() -> socket.socket:
 
 
 def start_at(family: int, address: object) -> socket.socket:
-    """A connecting TCP socket to a resolved address. Raises OSError."""
+    """Start to connect a TCP socket to a resolved address and return it. Raises OSError."""
     return _start(_tcp_socket(family), address)
 
 
 def unix(path: str | os.PathLike[str]) -> Upstream:
-    """An upstream at a UNIX socket path."""
+    """Return an upstream at a UNIX socket path."""
     text = os.fspath(path)
     return Upstream(
         lambda: _start(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM), text),
@@ -111,10 +106,9 @@ def unix(path: str | os.PathLike[str]) -> Upstream:
 
 
 def in_netns(netns: str, host: str, port: int) -> Upstream:
-    """An upstream at `host:port` inside the network namespace file `netns` (`/proc/PID/ns/net`); needs CAP_SYS_ADMIN.
+    """Return an upstream at `host:port` in the network namespace file `netns` (`/proc/PID/ns/net`). Needs CAP_SYS_ADMIN.
 
-    A socket belongs to the namespace it was made in for ever, so the calling thread visits the namespace only for
-    that moment.
+    A socket stays in the namespace it was made in, so the calling thread enters the namespace only for that moment.
     """
     libc = ctypes.CDLL(None, use_errno=True)
 
@@ -144,10 +138,9 @@ def in_netns(netns: str, host: str, port: int) -> Upstream:
 
 
 def from_url(url: str) -> Upstream:
-    """An upstream from `http://host:port`, `https://host` or `unix:/path`.
+    """Return an upstream from `http://host:port`, `https://host` or `unix:/path`.
 
-    Raises:
-        ValueError: the URL is none of these, or carries a path, a query or a user.
+    Raises ValueError when the URL is none of these, or has a path, a query or a user.
     """
     if url.startswith("unix:"):
         path = url.removeprefix("unix:").removeprefix("//")
@@ -164,19 +157,19 @@ def from_url(url: str) -> Upstream:
     if parts.scheme == "http":
         return tcp(parts.hostname, port, authority=authority)
     secure = tcp(parts.hostname, port, authority=authority, tls=_trust(), server_hostname=parts.hostname)
-    return replace(secure, spec={"kind": "https", "url": url})  # a worker must not speak to it in the clear
+    return replace(secure, spec={"kind": "https", "url": url})  # a worker must not use plain HTTP
 
 
 @cache
 def _trust() -> ssl.SSLContext:
-    """This host's trust in certificates; reading it takes tens of milliseconds."""
+    """Return this host's trusted certificates; reading them takes tens of milliseconds."""
     import ssl
 
     return ssl.create_default_context()
 
 
 def from_spec(spec: dict[str, str | int]) -> Upstream:
-    """The upstream that `spec` (an `Upstream.spec` sent to a worker process) describes."""
+    """Return the upstream that `spec` (an `Upstream.spec` sent to a worker process) describes."""
     kind = spec["kind"]
     if kind == "tcp":
         return tcp(str(spec["host"]), int(spec["port"]))

@@ -1,9 +1,8 @@
-"""One client connection: parses requests strictly, keeps their order, applies backpressure and limits, and notices at
-once when the client goes.
+"""One client connection: parse requests strictly, keep their order, apply backpressure and limits, detect a disconnect at once.
 
-Promises: requests of one connection are served one after the other and answered in order; a malformed or oversized
-request is refused and
-nothing after it is read; when the client goes, the task that serves it is cancelled in the same turn of the loop.
+Guarantees: requests of one connection are served one after the other and answered in order. A malformed or oversized
+request is refused, and nothing after it is read. When the client disconnects, the task that serves it is cancelled in
+the same loop iteration.
 """
 
 from __future__ import annotations
@@ -30,12 +29,12 @@ _LINGER_S = 2.0
 _LINGER_BYTES = 16 << 20
 _WATCH_S = 0.05
 _GONE = select.POLLRDHUP | select.POLLHUP | select.POLLERR | select.POLLNVAL
-# Fed to a fresh parser so that the body of a request whose upgrade was ignored is parsed as a body.
+# Parsed first by a fresh parser, so that the body of a request whose upgrade was ignored is parsed as a body.
 _SYNTHETIC = b"POST / HTTP/1.1\r\nhost: x\r\n%b\r\n\r\n"
 
 
 class Host(Protocol):
-    """What a connection needs of its server."""
+    """The part of the server that a connection needs."""
 
     settings: Settings
     clients: set[ClientConnection]
@@ -45,17 +44,17 @@ class Host(Protocol):
     loop: asyncio.AbstractEventLoop
 
     def forget(self, client: ClientConnection) -> None:
-        """The client has gone."""
+        """Remove a client that has disconnected."""
 
     def no_room(self) -> ProxyError:
-        """What to say when the bodies that are kept take all the room there is."""
+        """Return the error for request bodies that exceed the limit on held bytes."""
 
     async def serve_request(self, client: ClientConnection, request: Request) -> None:
-        """Give `request` its one answer."""
+        """Answer `request` exactly once."""
 
 
 class ClientConnection(asyncio.Protocol):
-    """The server's side of one client connection."""
+    """The server side of one client connection."""
 
     def __init__(self, host: Host, *, own_port: bool = False) -> None:
         self.host, self.own_port = host, own_port
@@ -68,14 +67,14 @@ class ClientConnection(asyncio.Protocol):
         self.last_in = self.last_out = time.monotonic()
         self.writing_paused = False
         self.running = False
-        """True from the first step of the task that serves the current request to its last."""
+        """True from the first to the last step of the task that serves the current request."""
         self._task: asyncio.Task[None] | None = None
         self._queue: deque[Request] = deque()
         self._parsing: Request | None = None
         self._parser = httptools.HttpRequestParser(self)
         self._trailers = 0
         self._unparsed = 0
-        """Bytes since the parser last finished something: a head, a piece of body, a request."""
+        """Bytes received since the parser last completed a head, a part of a body, or a request."""
         self._head_began = 0.0
         self._in_head = False
         self._stopped = False
@@ -89,10 +88,10 @@ class ClientConnection(asyncio.Protocol):
         self._linger_until = 0.0
         self._lingered = 0
 
-    # -- what the server calls ---------------------------------------------------------------------
+    # -- the server's API --------------------------------------------------------------------------
 
     def write(self, data: bytes) -> None:
-        """Write to the client, unless it is gone."""
+        """Write to the client, unless it has disconnected."""
         transport = self.transport
         if transport is not None and not transport.is_closing():
             transport.write(data)
@@ -100,7 +99,7 @@ class ClientConnection(asyncio.Protocol):
     def respond(
         self, request: Request, status: int, headers: list[tuple[bytes, bytes]], body: bytes, *, close: bool = False
     ) -> None:
-        """Answer a request from the proxy itself."""
+        """Send a response made by the proxy itself."""
         close = close or not request.keep_alive
         head_only = request.method == b"HEAD"
         self.write(wire.own_response(status, headers, body, request_id=request.id, close=close, head_only=head_only))
@@ -108,23 +107,23 @@ class ClientConnection(asyncio.Protocol):
             request.keep_alive = False
 
     def refuse(self, request: Request, error: ProxyError) -> None:
-        """Answer a request with an error; one whose body has not all come ends the connection."""
+        """Respond with an error; close the connection if the request's body is incomplete."""
         status, headers, body = render(error, request.path, request.id.decode("ascii", "replace"))
         self.respond(request, status, headers, body, close=not request.complete)
 
     def cut(self) -> None:
-        """End the connection so that a half answer cannot pass for a whole one."""
+        """Abort the connection, so that a partial answer cannot pass for a complete one."""
         if self.transport is not None:
             self.transport.abort()
 
     def interrupt(self, error: ProxyError) -> None:
-        """End what is being served with `error` (a fault of the body, a limit of time, the server's end)."""
+        """Cancel the current request with `error` (a fault in the body, a timeout, the server's shutdown)."""
         if self.current is not None and self.current.interrupt is None:
             self.current.interrupt = error
             self._cancel()
 
     def open_tunnel(self, back: BackConnection) -> None:
-        """From here on bytes pass unparsed in both directions."""
+        """Relay bytes unparsed in both directions from here on."""
         self.tunnel = back
         early, self._early_tunnel = self._early_tunnel, b""
         if early:
@@ -134,7 +133,7 @@ class ClientConnection(asyncio.Protocol):
             back.pause(True)
 
     async def whole_body(self, request: Request, limit: int) -> bool:
-        """Wait until the body is all here; False when it is over `limit` bytes, of which that much is kept."""
+        """Wait for the whole body. Return False if it exceeds `limit` bytes; about that much of it is then buffered."""
         if not request.complete and request.sink is None:
             self._wide = limit
             request.enough = self.host.loop.create_future()
@@ -144,7 +143,7 @@ class ClientConnection(asyncio.Protocol):
         return request.complete
 
     def hold(self, why: str, on: bool) -> None:
-        """Pause reading while any reason to holds."""
+        """Add or remove a reason to pause reading; reading is paused while any reason holds."""
         before = bool(self._held)
         if on:
             self._held.add(why)
@@ -163,7 +162,7 @@ class ClientConnection(asyncio.Protocol):
             transport.resume_reading()
 
     def gone(self) -> bool:
-        """True when the client has closed, even while reading is paused and its last bytes are unread."""
+        """Return True if the client has disconnected, even while reading is paused and its last bytes are unread."""
         transport = self.transport
         if transport is None or transport.is_closing():
             return True
@@ -173,19 +172,19 @@ class ClientConnection(asyncio.Protocol):
         return any(event & _GONE for _, event in poller.poll(0))
 
     def drain(self) -> None:
-        """The server stops: close now when idle, else after the answer under way."""
+        """Close now if idle, else after the current answer, because the server is shutting down."""
         if self.current is None and not self._queue:
             self.close()
         elif self.current is not None:
             self.current.keep_alive = False
 
     def close(self) -> None:
-        """Close once everything written has been sent."""
+        """Close after everything written has been sent."""
         if self.transport is not None:
             self.transport.close()
 
     def sweep(self, now: float) -> None:
-        """Apply the limits of time; called about once a second."""
+        """Enforce the time limits; called about once a second."""
         settings = self.settings
         passed, self._swept = now - (self._swept or now), now
         if self._linger_until:
@@ -202,15 +201,15 @@ class ClientConnection(asyncio.Protocol):
             if not self._in_head and now - self.last_in > settings.keepalive_s:
                 self.close()
         elif not self.current.complete and not self._held:
-            self._body_s += passed  # what it waits for us does not count
+            self._body_s += passed  # time in which the proxy pauses the client does not count
             if now - self.last_in > settings.body_timeout_s or self._body_s > settings.body_total_s:
                 self.interrupt(ClientFault("body-timeout", "the request's body took too long", status=408))
 
-    # -- asyncio's side ----------------------------------------------------------------------------
+    # -- asyncio.Protocol --------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Called by the loop."""
-        self.transport = cast(asyncio.Transport, transport)  # uvloop's transports do not derive from it
+        """Register the connection, or refuse it when too many clients are connected."""
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's transports do not derive from asyncio.Transport
         self.transport.set_write_buffer_limits(high=self.settings.write_buffer)
         peer = transport.get_extra_info("peername")
         self.peer = peer[0].encode() if isinstance(peer, tuple) else b"unix"
@@ -220,7 +219,7 @@ class ClientConnection(asyncio.Protocol):
             self._fault(crowd)
 
     def data_received(self, data: bytes) -> None:
-        """Called by the loop."""
+        """Parse the data, or relay it through the tunnel."""
         self.last_in = time.monotonic()
         if self.tunnel is not None:
             self.tunnel.write_tunnel(data)
@@ -253,13 +252,13 @@ class ClientConnection(asyncio.Protocol):
             self._fault(ClientFault("head-too-large", "the request's head or trailers are too large", status=431))
 
     def eof_received(self) -> bool:
-        """Called by the loop: a client that closes its side has gone, which is the only sign of going there is."""
+        """Treat a half-close as a disconnect: it is the only sign of one."""
         if self.current is not None and self.tunnel is None:
             self.cut()
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Called by the loop."""
+        """Cancel the current request and drop the queued ones."""
         self.host.forget(self)
         self._stopped = True
         tunnel, self.tunnel = self.tunnel, None
@@ -269,20 +268,20 @@ class ClientConnection(asyncio.Protocol):
         self._drop_queue()
 
     def pause_writing(self) -> None:
-        """Called by the loop: the client takes no more for now, so the replica is paused too."""
+        """Pause the replica too, because the client's socket is full."""
         self.writing_paused = True
         self.last_out = time.monotonic()
         if self.exchange is not None and self.exchange.back is not None:
             self.exchange.back.pause(True)
 
     def resume_writing(self) -> None:
-        """Called by the loop."""
+        """Resume the replica."""
         self.writing_paused = False
         if self.exchange is not None and self.exchange.back is not None:
             self.exchange.back.pause(False)
 
     def _watch(self) -> None:
-        """While reading is paused a close cannot be read: ask the kernel for it."""
+        """Poll the kernel for a disconnect, which cannot be read while reading is paused."""
         self._watching = False
         if self.transport is None or self.transport.is_closing() or not self._held:
             return
@@ -292,10 +291,10 @@ class ClientConnection(asyncio.Protocol):
         self._watching = True
         self.host.loop.call_later(_WATCH_S, self._watch)
 
-    # -- llhttp's side -----------------------------------------------------------------------------
+    # -- llhttp callbacks --------------------------------------------------------------------------
 
     def on_message_begin(self) -> None:
-        """A request begins."""
+        """Begin a request."""
         if self._synthetic:
             return
         self._parsing = Request()
@@ -304,13 +303,13 @@ class ClientConnection(asyncio.Protocol):
         self._head_began = time.monotonic()
 
     def on_url(self, url: bytes) -> None:
-        """A piece of the target."""
+        """Append a part of the target."""
         if not self._synthetic:
             assert self._parsing is not None
             self._parsing.target += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """A header, or a trailer once the head is done."""
+        """Add a header, or count a trailer once the head is complete."""
         if self._synthetic:
             return
         request = self._parsing
@@ -323,7 +322,7 @@ class ClientConnection(asyncio.Protocol):
             raise ClientFault("too-many-headers", f"over {self.settings.max_headers} headers", status=431)
 
     def on_headers_complete(self) -> None:
-        """The head is complete: judge it, and serve it when its turn comes."""
+        """Validate the complete head, then queue or serve the request."""
         if self._synthetic:
             self._synthetic = False
             return
@@ -349,7 +348,7 @@ class ClientConnection(asyncio.Protocol):
             self._next()
 
     def on_body(self, data: bytes) -> None:
-        """A piece of the body."""
+        """Buffer or relay a part of the body."""
         request = self._parsing
         assert request is not None
         self._unparsed = 0
@@ -364,9 +363,9 @@ class ClientConnection(asyncio.Protocol):
                     request.enough.set_result(None)
 
     def on_message_complete(self) -> None:
-        """The request is complete."""
+        """Finish the request."""
         if self._ignored_upgrade:
-            return  # its body, if any, has yet to be parsed: see _upgraded
+            return  # its body, if any, is not parsed yet: see _upgraded
         request = self._parsing
         assert request is not None
         self._parsing = None
@@ -375,12 +374,10 @@ class ClientConnection(asyncio.Protocol):
             self._stopped = True
         request.finish()
 
-    # -- inside ------------------------------------------------------------------------------------
+    # -- internals ---------------------------------------------------------------------------------
 
     def _upgraded(self, rest: bytes) -> None:
-        """The parser stopped at an Upgrade: a WebSocket waits for its 101; any other is ignored, as RFC 9110 7.8
-        allows.
-        """
+        """Handle an Upgrade, at which the parser stops: hold a WebSocket until its 101, ignore any other (RFC 9110 7.8)."""
         if not self._ignored_upgrade:
             self._early_tunnel = rest
             self.hold("upgrade", True)
@@ -394,12 +391,12 @@ class ClientConnection(asyncio.Protocol):
         self._feed(_SYNTHETIC % length + rest)
 
     def _fault(self, error: ProxyError) -> None:
-        """The bytes cannot be understood or accepted: refuse in order, and read nothing more."""
+        """Refuse bytes that are malformed or over a limit, in order, and read nothing more."""
         self._stopped = True
         self._in_head = False
         request, self._parsing = self._parsing, None
         if request is not None and (request is self.current or request in self._queue):
-            # its head was accepted, its body is at fault
+            # the head was accepted; the body is at fault
             request.keep_alive = False
             if request is self.current:
                 self.interrupt(error)
@@ -423,7 +420,7 @@ class ClientConnection(asyncio.Protocol):
         self._task = self.host.loop.create_task(self.host.serve_request(self, request))
 
     def finished(self, request: Request) -> None:
-        """The request has had its answer: go on with the next, or close."""
+        """Continue with the next request, or close, after a request was answered."""
         self.host.buffered -= request.buffered
         self.current = None
         self.exchange = None
@@ -449,7 +446,7 @@ class ClientConnection(asyncio.Protocol):
             self.hold("pipeline", False)
 
     def _cancel(self) -> None:
-        """Cancel the task that serves; one that has not run yet looks for itself, since its cleanup would never run."""
+        """Cancel the serving task once it has run. A task cancelled before its first step would skip its cleanup, so it checks by itself."""
         if self._task is not None and self.running:
             self._task.cancel()
 
@@ -459,9 +456,7 @@ class ClientConnection(asyncio.Protocol):
         self._queue.clear()
 
     def _linger(self) -> None:
-        """Close without losing the answer: unread bytes at close would make the kernel send a reset, and the client
-        drop what it got.
-        """
+        """Close without losing the answer: with unread bytes the kernel would send a reset, and the client would drop the answer."""
         self._stopped = True
         self._drop_queue()
         transport = self.transport

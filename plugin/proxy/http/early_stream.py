@@ -1,9 +1,7 @@
-"""A stream that is answered before its replica is up: the head at once, then comments that say how far the start is,
-then the real events.
+"""Answer a stream before its replica is up: the head at once, then comments with the start's progress, then the real events.
 
 Only for requests that ask for a stream, and only while they are held. After the head the status cannot change: an
-answer that is not a
-stream, or an error, becomes an error event in the shape that the SDK of that path understands.
+answer that is no stream, or an error, becomes an error event in the shape that the SDK of that path expects.
 """
 
 from __future__ import annotations
@@ -25,7 +23,7 @@ _MAX_ERROR_BODY = 64 << 10
 
 
 def wants_stream(request: Request) -> bool:
-    """True when the whole JSON body, kept so far, asks for a stream at its top level."""
+    """Return True if the complete JSON body asks for a stream at its top level."""
     if not request.complete or not request.http11 or request.method != b"POST":
         return False
     coding = [value for lower, _, value in request.headers if lower == b"content-encoding"]
@@ -40,12 +38,12 @@ def wants_stream(request: Request) -> bool:
 
 
 class EarlyStream:
-    """The early half of one answer."""
+    """An answer that begins before its replica is up."""
 
     def __init__(self, client: ClientConnection, exchange: Exchange, pool: ReplicaPool, every_s: float) -> None:
         self.client, self.exchange, self.pool, self.every_s = client, exchange, pool, every_s
         self.answered = False
-        """True once the replica's own events, or the error event, end this stream."""
+        """True once the stream carries the replica's own events, or has ended with an error event."""
         self._passing = False
         self._status = 0
         self._body = b""
@@ -65,15 +63,13 @@ class EarlyStream:
         self._timer = self.client.host.loop.call_later(self.every_s, self._comment)
 
     def head(self, status: int, headers: list[wire.Field]) -> None:
-        """The replica's head: its events pass from here on, or its error becomes an event. Comments go on until the
-        first of them.
-        """
+        """Receive the replica's head: relay its events from here on, or turn its error into an event. Comments continue until then."""
         self._status = status
         kind = b"".join(value for lower, _, value in headers if lower == b"content-type").lower()
         self._passing = status == 200 and kind.startswith(b"text/event-stream")
 
     def data(self, data: bytes) -> None:
-        """A piece of the replica's body."""
+        """Receive a part of the replica's body."""
         if self._passing:
             self._timer.cancel()
             self.answered = True
@@ -82,7 +78,7 @@ class EarlyStream:
             self._body += data
 
     def end(self) -> None:
-        """The replica's answer is complete."""
+        """Complete the answer."""
         self._timer.cancel()
         if self._passing:
             self.answered = True
@@ -119,9 +115,7 @@ class EarlyStream:
 async def begin_early(
     client: ClientConnection, request: Request, exchange: Exchange, pool: ReplicaPool, settings: Settings
 ) -> None:
-    """Start the stream early if this request asks for one, once its body (up to the limit kept) is here; the wake
-    does not wait for it.
-    """
+    """Start the stream early if the request asks for one. The wake starts at once; the body (up to a limit) is awaited first."""
     pool.nudge()
     if await client.whole_body(request, settings.early_body_buffer) and wants_stream(request):
         exchange.early = EarlyStream(client, exchange, pool, settings.early_comment_every_s)

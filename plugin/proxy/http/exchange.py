@@ -1,10 +1,11 @@
-"""One request and its one answer: takes what a replica sends, and writes it to the client in the same call.
+"""One request and its answer: receive what a replica sends and write it to the client in the same call.
 
-Promises: nothing is written before the replica's own status line, unless the stream was started early; once anything
-has been
-written the answer is this replica's or it is cut, never another's; a cut answer closes the client's connection, so it
-cannot pass for whole. The answer of a request that runs ahead of its replica's check is kept back until that is passed;
-`cautious` ones, which may have to be asked again, until their body has begun (a stream) or is there (an answer of known length).
+Guarantees: nothing is written before the replica's status line, unless the stream was started early. Once anything was
+written, the rest comes from the same replica or the answer is cut. A cut answer closes the client's connection, so it
+cannot pass for complete.
+
+A speculative request's answer is withheld until its replica's check has passed. A `cautious` answer, whose request may
+have to be retried, is withheld until its body has begun (a stream) or is complete (an answer of known length).
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ if TYPE_CHECKING:
     from plugin.proxy.http.sinks import ClientSink, EarlySink
     from plugin.proxy.http.upstream_connection import BackConnection
 
-# Of an answer that is withheld: then its replica is not read any further.
+# Bytes of a withheld answer above which its replica is not read any further.
 _WITHHELD_BYTES = 1 << 20
 
 
 class Exchange:
-    """The state of one request under way (`back.Answer`)."""
+    """The state of one request in progress (implements `upstream_connection.Answer`)."""
 
     __slots__ = (
         "answered",
@@ -60,7 +61,7 @@ class Exchange:
         self.back: BackConnection | None = None
         self.early: EarlySink | None = None
         self.out: list[bytes] = []
-        self.kept = 0  # bytes of the body in `out`
+        self.kept = 0  # body bytes in `out`
         self.head_sent = False
         self.chunked = False
         self.close_after = not request.keep_alive or request.upgrade is not None
@@ -68,7 +69,7 @@ class Exchange:
         self.withheld = self.cautious = False
         self.upstream_limit_s = math.inf
         self.status = 0
-        self.answered = False  # whether anything of the body has come
+        self.answered = False  # True once a part of the body has arrived
         self.first_byte = 0.0
         self.held_s = 0.0
         self.written = 0
@@ -76,13 +77,13 @@ class Exchange:
         self.pool_name = self.replica_name = ""
 
     def interim(self, status: int, phrase: bytes, headers: list[wire.Field]) -> None:
-        """Pass an informational answer on, to clients that know of them."""
+        """Relay an informational response, if the client speaks HTTP/1.1."""
         if self.request.http11 and self.early is None:
             head = wire.response_head(status, phrase, headers, request_id=self.request.id, chunked=False, close=False)
             self.out.append(head)
 
     def head(self, status: int, phrase: bytes, headers: list[wire.Field], length_known: bool) -> None:
-        """The replica's head: write it, with framing of our own."""
+        """Write the replica's head with framing of the proxy's own."""
         self.status = status
         self.first_byte = time.monotonic()
         if self.early is not None:
@@ -105,7 +106,7 @@ class Exchange:
         )
 
     def data(self, data: bytes) -> None:
-        """A piece of the body."""
+        """Relay a part of the body."""
         self.answered = True
         self.kept += len(data)
         if self.early is not None:
@@ -118,15 +119,15 @@ class Exchange:
             self._commit()
 
     def _begun(self) -> bool:
-        """Whether so much of the body has come that it is better passed on than kept for caution's sake."""
+        """Return True if enough of the body has arrived that relaying it is better than keeping the option to retry."""
         return self.answered and (self.chunked or self.kept > _WITHHELD_BYTES)
 
     def _commit(self) -> None:
-        """No caution any more: what has come is the client's."""
+        """Stop being cautious: what has arrived goes to the client."""
         self.cautious, self.head_sent = False, not self.withheld
 
     def flush(self) -> None:
-        """Write what one read brought."""
+        """Write what one read of the replica's socket brought."""
         out = self.out
         if self.withheld:
             if self.back is not None and self.kept > _WITHHELD_BYTES:
@@ -139,7 +140,7 @@ class Exchange:
             self.client.write(data)
 
     def let_go(self, cautious: bool = False) -> None:
-        """Write what was withheld, or where `cautious` what may be written of it; from here on as usual."""
+        """Stop withholding the answer and write it; if `cautious`, only what may be written. Afterwards relay as usual."""
         self.withheld = False
         self.cautious = cautious and not self._begun() and not self.done.done()
         if self.status and not self.cautious:
@@ -149,12 +150,12 @@ class Exchange:
             self.back.pause(False)
 
     def forget(self) -> None:
-        """Drop what was withheld: nothing of it was written, and another replica may answer."""
+        """Drop a withheld answer. Nothing of it was written, so another replica may answer."""
         if self.back is not None:
             self.back.abort()
             self.back = None
         if self.done.done():
-            self.done.exception()  # seen: a replica that fails its check breaks its connections
+            self.done.exception()  # mark as retrieved: a replica that fails its check breaks its connections
         self.done = self.done.get_loop().create_future()
         self.out.clear()
         self.kept = 0
@@ -162,7 +163,7 @@ class Exchange:
         self.status, self.first_byte, self.replica_name = 0, 0.0, ""
 
     def end(self, trailers: list[wire.Field]) -> None:
-        """The answer is complete."""
+        """Complete the answer."""
         if self.cautious:
             self._commit()
         if self.early is not None:
@@ -174,13 +175,13 @@ class Exchange:
             self.done.set_result(None)
 
     def fault(self, error: UpstreamFault) -> None:
-        """The replica failed: an error answer while nothing has been written, else the end of the connection."""
+        """Report a failed replica: an error response if nothing was written, else the end of the connection."""
         self.flush()
         if not self.done.done():
             self.done.set_exception(error)
 
     def switched(self, phrase: bytes, headers: list[wire.Field], rest: bytes) -> None:
-        """The replica agreed to the upgrade: answer 101 and join the two sockets."""
+        """Answer 101 after the replica accepted the upgrade, and connect the two sockets."""
         self.status = 101
         self.first_byte = time.monotonic()
         self.head_sent = self.tunnel = self.close_after = True
@@ -192,16 +193,16 @@ class Exchange:
         self.client.open_tunnel(self.back)
 
     def tunnel_data(self, data: bytes) -> None:
-        """Bytes for the client."""
+        """Relay tunnel bytes to the client."""
         self.written += len(data)
         self.client.write(data)
 
     def tunnel_closed(self) -> None:
-        """The replica closed the tunnel: the client's side closes once it is flushed."""
+        """End the tunnel after the replica closed it; the client's side closes once it is flushed."""
         self.client.tunnel = None
         if not self.done.done():
             self.done.set_result(None)
 
     def hold_client(self, on: bool) -> None:
-        """The replica's socket is full (or has drained): pause (or resume) the client."""
+        """Pause or resume the client, as the replica's socket fills or drains."""
         self.client.hold("upstream", on)

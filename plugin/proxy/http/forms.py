@@ -1,7 +1,7 @@
-"""Read one field of a multipart form out of a body that is kept whole, at a bounded cost.
+"""Read one field of a multipart form from a buffered body at a bounded cost.
 
-The parsing is python-multipart's. It is fed a slice at a time and the event loop runs in between, so a large form delays
-other streams by one slice at most.
+python-multipart parses one slice at a time, and the event loop runs in between. A large form therefore delays other
+streams by one slice at most.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from python_multipart.multipart import parse_options_header
 
 from plugin.proxy.errors import ClientFault
 
-# The parser warns about every malformed form, which any client can send at will.
+# The parser warns about every malformed form, and any client can send those.
 logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
 
 _SLICE = 64 << 10
@@ -24,7 +24,7 @@ _MAX_VALUE = 1024
 
 
 class _Field:
-    """Collects the value of the first part called `name` (callbacks of `MultipartParser`)."""
+    """Collect the value of the first part called `name` (callbacks of `MultipartParser`)."""
 
     def __init__(self, name: bytes) -> None:
         self.name = name
@@ -61,10 +61,9 @@ class _Field:
 
 
 async def form_field(content_type: bytes, body: bytes | bytearray, name: str) -> str | None:
-    """Return the value of the form's first field `name`, cut at 1 KiB; None when there is none or the body is no form.
+    """Return the value of the form's first field `name`, cut at 1 KiB, or None if the body has no such field or is no form.
 
-    Raises:
-        ClientFault: more than 1,000 parts come before it.
+    Raises ClientFault (form-parts) when more than 1,000 parts precede it.
     """
     boundary = parse_options_header(content_type)[1].get(b"boundary")
     if not boundary:

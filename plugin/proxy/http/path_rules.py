@@ -1,8 +1,8 @@
-"""Which request targets are the proxy's own, which are denied, and which pass: decided on every reading of the path.
+"""Decide which request targets are the proxy's own, which are denied, and which pass, on every reading of the path.
 
-An engine decodes percent escapes once and matches what it gets, dots and all; intermediaries decode again, merge slashes, resolve dots,
-or cut the path at a decoded `?`. A target is denied when any of these readings is a denied path, so that no spelling of a denied or own
-path ever reaches the engine.
+An engine decodes percent escapes once and matches the result, dots included. Intermediaries decode again, merge
+slashes, resolve dots, or cut the path at a decoded `?`. A target is denied when any of these readings is a denied path,
+so no spelling of a denied or own path ever reaches the engine.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ _CACHE_MAX = 4096
 _DECODINGS = 4
 _STRIPPED = 3
 _LONGEST = 8192
-"""Bytes of a path that is not plain: judging one takes about a microsecond for three bytes, on the event loop."""
-# One reading only: nothing escaped, no parameter, no empty or dotted segment.
+"""Maximum bytes of a path that is not plain. Checking takes about 1 µs for 3 bytes, on the event loop."""
+# Such a path has one reading only: no escape, no parameter, no empty or dotted segment.
 _PLAIN = re.compile(rb"(?:/(?!\.{1,2}(?:/|$))[A-Za-z0-9_\-.~:@!$&'()*+,=]+)+/?")
 PREFIX_MATCHED = ("/metrics", "/health", "/ready")
-"""Engines match these by their first letters: `/metricsx` serves the metrics on vLLM and SGLang (`^/metrics(?P<path>.*)$`), and SGLang
-asks for no key where a path begins with one of them (srt/utils/auth.py)."""
+"""Paths that engines match by prefix: `/metricsx` serves the metrics on vLLM and SGLang (`^/metrics(?P<path>.*)$`), and
+SGLang asks for no key when a path begins with one of them (srt/utils/auth.py).
+"""
 
 
 class Verdict(Enum):
-    """What is to be done with a path."""
+    """What to do with a path."""
 
     PASS = "pass"
     OWN = "own"
@@ -38,13 +39,13 @@ def _text(parts: list[bytes]) -> str:
 
 
 def _parts(path: bytes) -> list[bytes]:
-    """The segments that name something, without parameters and invisible characters; back-slashes are slashes."""
+    """Return the non-empty segments, without parameters and invisible characters; backslashes count as slashes."""
     parts = (part.split(b";", 1)[0].translate(None, _INVISIBLE) for part in path.replace(b"\\", b"/").split(b"/"))
     return [part for part in parts if part not in (b"", b".")]
 
 
 def _resolve(parts: list[bytes]) -> list[bytes]:
-    """The segments with dots resolved."""
+    """Return the segments with `..` resolved."""
     found: list[bytes] = []
     for part in parts:
         if part != b"..":
@@ -55,9 +56,7 @@ def _resolve(parts: list[bytes]) -> list[bytes]:
 
 
 def canonical(path: bytes) -> str:
-    """The path with escapes decoded (to a fixed point), back-slashes turned, slashes merged, dots resolved, and
-    case folded.
-    """
+    """Return the path with escapes decoded (to a fixed point), backslashes turned, slashes merged, dots resolved, and case folded."""
     for _ in range(_DECODINGS):
         decoded = unquote_to_bytes(path)
         if decoded == path:
@@ -67,8 +66,9 @@ def canonical(path: bytes) -> str:
 
 
 def readings(path: bytes) -> set[str]:
-    """Everything that an engine, or something between, may take the path for (case folded): escapes decoded any number of times,
-    with dots resolved or left alone, cut at a `?` or `#` that an escape hid, or not.
+    """Return every reading (case folded) that an engine or an intermediary may make of the path.
+
+    Escapes decoded any number of times, dots resolved or kept, cut or not at a `?` or `#` that an escape hid.
     """
     if _PLAIN.fullmatch(path):
         return {path.decode().casefold().rstrip("/")}
@@ -86,14 +86,14 @@ def readings(path: bytes) -> set[str]:
 
 
 def check_denied(path: str) -> str:
-    """The path, where it names something that can be denied. Raises ValueError where it names everything, or nothing."""
+    """Return the path if it can be denied. Raises ValueError if it matches every path, or none."""
     if canonical(path.encode()) == "/":
         raise ValueError(f"cannot deny {path!r}, which is every path of the engine or none; name one, such as /metrics")
     return path
 
 
 def absolute_form(target: bytes) -> tuple[bytes, bytes] | None:
-    """Split `http://host/path` into (host, path); None when the target is not in absolute form."""
+    """Split `http://host/path` into (host, path). Return None if the target is not in absolute form."""
     match = _ABSOLUTE.match(target)
     if match is None:
         return None
@@ -105,9 +105,10 @@ def absolute_form(target: bytes) -> tuple[bytes, bytes] | None:
 
 
 class PathRules:
-    """Judges targets for one proxy; verdicts of seen paths are kept (at most 4,096).
+    """Decide on targets for one proxy; up to 4,096 verdicts are cached.
 
-    `root_path`: a prefix that the engine takes off before it matches (vLLM's `--root-path`): a denied path is denied behind it too.
+    `root_path`: a prefix that the engine strips before it matches (vLLM's `--root-path`); denied paths are denied
+    behind it too.
     """
 
     def __init__(self, own_prefix: str, denied: frozenset[str], root_path: str = "") -> None:
@@ -120,9 +121,7 @@ class PathRules:
         self._cache: dict[bytes, Verdict] = {}
 
     def judge(self, target: bytes) -> Verdict:
-        """OWN for the own prefix spelled plainly, DENIED for any other spelling of it and for denied paths, else
-        PASS.
-        """
+        """Return OWN for the plainly spelled own prefix, DENIED for its other spellings and for denied paths, else PASS."""
         path = target.partition(b"?")[0]
         verdict = self._cache.get(path)
         if verdict is None:

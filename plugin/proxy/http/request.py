@@ -1,7 +1,6 @@
-"""One request as the front read it: its head, judged, and its body on the way from the client to wherever it goes.
+"""One request as `downstream` read it: its validated head, and its body on the way from the client to a replica.
 
-`Request.judge` is the one place where a head is refused. A body is kept (up to the limit that pauses the client)
-until a sink takes it.
+Only `Request.judge` refuses a head. A body is buffered (up to the limit that pauses the client) until a sink takes it.
 """
 
 from __future__ import annotations
@@ -24,13 +23,13 @@ def _path(target: bytes) -> str:
 
 
 class Sink(Protocol):
-    """Where a body goes once a replica has been chosen."""
+    """The destination of a body, once a replica was chosen."""
 
     def send_body(self, data: bytes) -> None:
-        """Take one piece of the body."""
+        """Send a part of the body."""
 
     def end_body(self) -> None:
-        """The body is complete."""
+        """Complete the body."""
 
 
 class Request:
@@ -79,27 +78,23 @@ class Request:
         self.drop = wire.REQUEST_DROP
         self.id = b""
         self.hold_s = math.inf
-        """How long the client would be held at most."""
+        """Maximum seconds that the client wants to be held."""
         self.token = b""
         self.body = bytearray()
         self.buffered = 0
         self.body_bytes = 0
         self.complete = False
         self.enough: asyncio.Future[None] | None = None
-        """Set by somebody who must see the body first: done once it is complete or more than can be kept."""
+        """Set when the server needs the body first; done once the body is complete or over the buffer limit."""
         self.sink: Sink | None = None
         self.fault: ProxyError | None = None
         """Why the request is refused before anything else."""
         self.interrupt: ProxyError | None = None
-        """Why the task that serves it was cancelled, when that was not the client's going away."""
+        """Why the serving task was cancelled, unless the client disconnected."""
 
     def judge(self, method: bytes, version: str, keep_alive: bool) -> None:
-        """Read what matters out of the head.
-
-        Raises:
-            ClientFault: the head is one that a strict server refuses.
-        """
-        self.find_path()  # before anything is refused: the shape of an error follows the path
+        """Validate the head and extract what the proxy needs. Raises ClientFault for a head that a strict server refuses."""
+        self.find_path()  # first, because the shape of an error response depends on the path
         self.method = method
         self.http11 = version == "1.1"
         self.keep_alive = keep_alive and self.http11
@@ -168,13 +163,13 @@ class Request:
         self.path = _path(target)
 
     def find_path(self) -> None:
-        """Set `path` from a target that has not been judged, for the shape of an error."""
+        """Set `path` from a target that is not validated, for the shape of an error response."""
         absolute = path_rules.absolute_form(self.target)
         self.path = _path(self.target if absolute is None else absolute[1])
 
     @staticmethod
     def _preferred(value: bytes) -> float:
-        """`wait=N` of RFC 7240, among other preferences; what is not understood is ignored, as that RFC says."""
+        """Return N of `wait=N` (RFC 7240) among the preferences; others are ignored, as the RFC requires."""
         for preference in value.lower().split(b","):
             name, _, seconds = preference.partition(b";")[0].partition(b"=")
             if name.strip() == b"wait" and _SECONDS.fullmatch(seconds.strip()):
@@ -192,16 +187,16 @@ class Request:
         return seconds
 
     def header(self, name: bytes) -> bytes:
-        """Return the last value of the header `name` (lower case), empty where there is none."""
+        """Return the last value of the header `name` (lower case), or b"" if absent."""
         return next((value for lower, _, value in reversed(self.headers) if lower == name), b"")
 
     @property
     def has_body(self) -> bool:
-        """True when a body follows the head."""
+        """Return True if a body follows the head."""
         return self.chunked or bool(self.length)
 
     def feed(self, data: bytes) -> int:
-        """Take one piece of the body; returns how many more bytes are kept here (0 when a sink took them)."""
+        """Relay or buffer a part of the body; return the number of bytes buffered (0 if a sink took them)."""
         self.body_bytes += len(data)
         if self.sink is not None:
             self.sink.send_body(data)
@@ -211,7 +206,7 @@ class Request:
         return len(data)
 
     def finish(self) -> None:
-        """The body is complete."""
+        """Mark the body as complete."""
         self.complete = True
         if self.enough is not None and not self.enough.done():
             self.enough.set_result(None)
@@ -219,14 +214,14 @@ class Request:
             self.sink.end_body()
 
     def put_back(self, body: bytes) -> int:
-        """Keep a body again that was taken and must be sent anew; returns its bytes."""
+        """Buffer a body again that was taken and must be resent; return its length in bytes."""
         self.sink = None
         self.body[:] = body
         self.buffered = len(body)
         return self.buffered
 
     def take_body(self) -> bytes:
-        """Everything kept so far; it is no longer kept."""
+        """Return everything buffered so far and clear the buffer."""
         data = bytes(self.body)
         self.body.clear()
         self.buffered = 0

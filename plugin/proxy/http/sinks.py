@@ -1,6 +1,6 @@
-"""Where one exchange writes: the client's connection, and the stream that was answered before its replica was up.
+"""The write side of an exchange: the client's connection, and a stream answered before its replica was up.
 
-Protocols, so that an exchange knows neither the connection nor the stream, which both know it.
+These are protocols, so that `exchange` does not import the modules that import it.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ class ClientSink(Protocol):
         """Send bytes to the client."""
 
     def hold(self, reason: str, on: bool) -> None:
-        """Pause or resume reading the client, for one reason of several."""
+        """Add or remove one reason to pause reading the client."""
 
     def open_tunnel(self, back: BackConnection) -> None:
-        """Join the client's socket to the replica's after an upgrade."""
+        """Connect the client's socket to the replica's after an upgrade."""
 
 
 class EarlySink(Protocol):
-    """A stream that was begun before its replica was up (`early_stream.EarlyStream`)."""
+    """A stream that began before its replica was up (`early_stream.EarlyStream`)."""
 
     answered: bool
 
     def head(self, status: int, headers: list[wire.Field]) -> None:
-        """The replica's head."""
+        """Receive the replica's head."""
 
     def data(self, data: bytes) -> None:
-        """A piece of the replica's body."""
+        """Receive a part of the replica's body."""
 
     def end(self) -> None:
-        """The replica's answer is complete."""
+        """Complete the answer."""
 
     def error(self, error: ProxyError) -> None:
         """End the stream with an error event."""

@@ -1,11 +1,8 @@
-"""One connection to a replica: writes a request, reads its answer, and passes each piece on in the call that brought
-it.
+"""One connection to a replica: write a request, read its answer, relay each part in the call that received it.
 
-Promises: a request is written at most once and only on a connection that was open at that moment; the answer's body
-is passed on byte for
-byte in the order it came, never gathered; a pause of the client pauses the replica. Framing is decoded by llhttp and
-coded anew, so that
-nothing a replica sends can shift where one answer ends and the next begins.
+Guarantees: a request is written at most once, and only to a connection that was open at that moment. The answer's body
+is relayed byte for byte in order and never collected. Pausing the client pauses the replica. Framing is decoded by
+llhttp and encoded anew, so nothing that a replica sends can shift the boundary between two answers.
 """
 
 from __future__ import annotations
@@ -30,7 +27,7 @@ _MAX_HEAD = 256 << 10
 
 
 class Owner(Protocol):
-    """Whose connections these are (a `pool.replica.Replica`): where it listens, and what is open and unused."""
+    """The owner of the connections (a `pool.replica.Replica`): its address and its idle connections."""
 
     name: str
     upstream: Upstream | None
@@ -40,43 +37,43 @@ class Owner(Protocol):
 
 
 class Answer(Protocol):
-    """Who takes a replica's answer (an `exchange.Exchange`). All calls come from the loop, none may block."""
+    """Receiver of a replica's answer (an `exchange.Exchange`). All calls come from the loop; none may block."""
 
     request: Request
 
     def interim(self, status: int, phrase: bytes, headers: list[wire.Field]) -> None:
-        """An informational answer (1xx other than 100 and 101)."""
+        """Receive an informational response (1xx other than 100 and 101)."""
 
     def head(self, status: int, phrase: bytes, headers: list[wire.Field], length_known: bool) -> None:
-        """The answer's head."""
+        """Receive the head of the answer."""
 
     def data(self, data: bytes) -> None:
-        """A piece of the answer's body."""
+        """Receive a part of the body."""
 
     def flush(self) -> None:
-        """All of one read has been given: write it out."""
+        """Write what one read of the socket brought."""
 
     def end(self, trailers: list[wire.Field]) -> None:
-        """The answer is complete."""
+        """Complete the answer."""
 
     def fault(self, error: UpstreamFault) -> None:
-        """The replica failed under the request."""
+        """Report that the replica failed during the request."""
 
     def switched(self, phrase: bytes, headers: list[wire.Field], rest: bytes) -> None:
-        """101: from here on the connection is a tunnel; `rest` already belongs to it."""
+        """Turn the connection into a tunnel after 101; `rest` is its first data."""
 
     def tunnel_data(self, data: bytes) -> None:
-        """Bytes of the tunnel."""
+        """Receive tunnel bytes."""
 
     def tunnel_closed(self) -> None:
-        """The replica closed the tunnel."""
+        """Report that the replica closed the tunnel."""
 
     def hold_client(self, on: bool) -> None:
         """Pause or resume reading the client, as the replica's socket fills or drains."""
 
 
 class BackConnection(asyncio.Protocol):
-    """One connection to one replica, one request at a time, reusable while both sides keep it."""
+    """One connection to one replica: one request at a time, reusable while both sides keep it open."""
 
     def __init__(self, replica: Owner, sock: socket.socket) -> None:
         self.replica, self.sock = replica, sock
@@ -101,10 +98,10 @@ class BackConnection(asyncio.Protocol):
         self._tunnel = False
         self._got_bytes = False
 
-    # -- the exchange's side -----------------------------------------------------------------------
+    # -- the exchange's API ------------------------------------------------------------------------
 
     def alive(self) -> bool:
-        """True when the connection is open now: asks the kernel, since a close may not have reached the loop yet."""
+        """Return True if the connection is open. Asks the kernel, because a close may not have reached the loop yet."""
         if self.transport is None or self.transport.is_closing():
             return False
         try:
@@ -116,7 +113,7 @@ class BackConnection(asyncio.Protocol):
         return False
 
     def begin(self, answer: Answer, head: bytes, *, chunked: bool) -> None:
-        """Write the request's head and what is there of its body; the rest follows through `send_body`."""
+        """Write the request's head and the available part of its body; `send_body` sends the rest."""
         assert self.transport is not None
         request = answer.request
         self.answer = answer
@@ -139,19 +136,19 @@ class BackConnection(asyncio.Protocol):
         self.transport.write(head)
 
     def send_body(self, data: bytes) -> None:
-        """One more piece of the request's body."""
+        """Send another part of the request's body."""
         if self.transport is not None and not self.transport.is_closing():
             self.last_byte = time.monotonic()
             self.transport.write(wire.chunk(data) if self._chunked_request else data)
 
     def end_body(self) -> None:
-        """The request's body is complete."""
+        """Complete the request's body."""
         self._request_done = True
         if self._chunked_request and self.transport is not None and not self.transport.is_closing():
             self.transport.write(wire.LAST_CHUNK)
 
     def pause(self, on: bool) -> None:
-        """Stop or go on reading the replica, as the client's socket fills or drains."""
+        """Pause or resume reading the replica, as the client's socket fills or drains."""
         if self.transport is None or self.transport.is_closing() or on == self.reading_paused:
             return
         self.reading_paused = on
@@ -162,33 +159,33 @@ class BackConnection(asyncio.Protocol):
             self.transport.resume_reading()
 
     def write_tunnel(self, data: bytes) -> None:
-        """Bytes from the client through the tunnel."""
+        """Send bytes from the client through the tunnel."""
         if self.transport is not None and not self.transport.is_closing():
             self.transport.write(data)
 
     def finish_tunnel(self) -> None:
-        """The client closed its side: flush, then close."""
+        """Flush and close, after the client closed its side of the tunnel."""
         self.answer = None
         if self.transport is not None:
             self.transport.close()
 
     def abort(self) -> None:
-        """Close at once: the replica sees its client go."""
+        """Close at once, which cancels the request in the replica."""
         self.answer = None
         if self.transport is not None:
             self.transport.abort()
 
-    # -- asyncio's side ----------------------------------------------------------------------------
+    # -- asyncio.Protocol --------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Called by the loop."""
-        self.transport = cast(asyncio.Transport, transport)  # uvloop's transports do not derive from it
+        """Store the transport."""
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's transports do not derive from asyncio.Transport
 
     def data_received(self, data: bytes) -> None:
-        """Called by the loop."""
+        """Parse the data, or relay it through the tunnel."""
         answer = self.answer
         if answer is None:
-            self.abort()  # a replica that speaks unasked cannot be trusted with the next request
+            self.abort()  # unsolicited data: do not trust this replica's connection with the next request
             return
         self.last_byte = self.replica.last_byte = time.monotonic()
         if self._tunnel:
@@ -218,11 +215,11 @@ class BackConnection(asyncio.Protocol):
         answer.flush()
 
     def eof_received(self) -> bool:
-        """Called by the loop: the replica closed its side."""
+        """Return False: close when the replica closes its side."""
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Called by the loop."""
+        """End the answer, or fail it when it is incomplete."""
         answer, self.answer = self.answer, None
         if self in self.replica.idle:
             self.replica.idle.remove(self)
@@ -243,34 +240,34 @@ class BackConnection(asyncio.Protocol):
             answer.fault(UpstreamFault("upstream-closed", f"the replica {what} the connection without an answer"))
 
     def pause_writing(self) -> None:
-        """Called by the loop: the replica takes no more for now."""
+        """Pause the client, because the replica's socket is full."""
         if self.answer is not None:
             self.answer.hold_client(True)
 
     def resume_writing(self) -> None:
-        """Called by the loop."""
+        """Resume the client."""
         if self.answer is not None:
             self.answer.hold_client(False)
 
-    # -- llhttp's side -----------------------------------------------------------------------------
+    # -- llhttp callbacks --------------------------------------------------------------------------
 
     def on_message_begin(self) -> None:
-        """A head begins. One that comes after the answer is an answer that nobody asked for."""
+        """Begin a head. Raises ValueError for a head after the answer: it answers no request."""
         if self.answer is None:
             raise ValueError("an answer that nobody asked for")
         self._headers, self._phrase, self._in_head = [], b"", True
 
     def on_status(self, phrase: bytes) -> None:
-        """A piece of the reason phrase."""
+        """Append a part of the reason phrase."""
         self._phrase += phrase
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """A header, or a trailer once the head is done."""
+        """Add a header, or a trailer once the head is complete."""
         field = (name.lower(), name, value)
         (self._headers if self._in_head else self._trailers).append(field)
 
     def on_headers_complete(self) -> None:
-        """The head is complete: decide how its body ends."""
+        """Determine from the complete head how the body ends."""
         self._in_head = False
         answer = self.answer
         assert answer is not None
@@ -297,21 +294,21 @@ class BackConnection(asyncio.Protocol):
         self._keep = not self._until_close and self._parser.should_keep_alive() and answer.request.method != b"HEAD"
         answer.head(status, self._phrase, self._headers, length or self._bodyless)
         if answer.request.method == b"HEAD":
-            # llhttp cannot be told that this answer has no body, so its parser is not used again.
+            # llhttp cannot know that the answer to HEAD has no body, so this connection is not reused.
             self._complete()
 
     def on_body(self, data: bytes) -> None:
-        """A piece of the body."""
+        """Relay a part of the body."""
         if self.answer is not None:
             self.answer.data(data)
 
     def on_message_complete(self) -> None:
-        """The message is complete."""
+        """Complete the answer."""
         if self._head_done and self.answer is not None:
             self._complete()
 
     def _switched(self) -> bool:
-        return self._tunnel  # a call, since the parser's callbacks change it behind the type checker's back
+        return self._tunnel  # a method, since parser callbacks change it without the type checker's knowledge
 
     def _complete(self) -> None:
         answer, self.answer = self.answer, None
@@ -332,10 +329,9 @@ class BackConnection(asyncio.Protocol):
 
 
 async def connect(replica: Owner, limit_s: float) -> BackConnection:
-    """A new connection to `replica`.
+    """Return a new connection to `replica`.
 
-    Raises:
-        OSError: refused, unreachable, or not accepted within `limit_s` seconds (TimeoutError is an OSError).
+    Raises OSError when refused, unreachable, or not accepted within `limit_s` seconds (TimeoutError is an OSError).
     """
     upstream = replica.upstream
     if upstream is None:
@@ -366,7 +362,7 @@ async def connect(replica: Owner, limit_s: float) -> BackConnection:
 
 
 async def _resolved(loop: asyncio.AbstractEventLoop, host: str, port: int) -> socket.socket:
-    """A connected socket to the first address of `host` that takes it."""
+    """Return a socket connected to the first address of `host` that accepts."""
     fault: OSError = OSError(errno.EHOSTUNREACH, f"{host} has no address")
     for family, _, _, _, address in await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM):
         sock: socket.socket | None = None

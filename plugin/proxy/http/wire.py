@@ -1,6 +1,6 @@
-"""HTTP/1.1 heads and framing, as bytes: which headers end at a hop, what a proxy adds, how chunks are written. No I/O.
+"""HTTP/1.1 heads and framing as bytes: drop hop-by-hop headers, add the proxy's own, encode chunks. No I/O.
 
-Header fields are (lower-case name, name as sent, value). Names and values come from a strict parser (llhttp), so none
+A header field is (lower-case name, name as sent, value). Names and values come from a strict parser (llhttp), so none
 holds CR, LF or NUL.
 """
 
@@ -15,12 +15,12 @@ Field = tuple[bytes, bytes, bytes]
 HOP_BY_HOP = frozenset(
     {b"connection", b"keep-alive", b"proxy-connection", b"proxy-authorization", b"te", b"transfer-encoding", b"upgrade"}
 )
-# Named in Connection by an attacker, these would be taken off a request that needs them (or that was authorised by
-# them).
+# An attacker could name these in Connection to strip them from a request that needs them (or that they authorised).
 _NEVER_NAMED = frozenset({b"host", b"content-length", b"content-type", b"authorization", b"cookie", b"x-api-key"})
 _FORWARDED = frozenset({b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-host", b"x-real-ip", b"forwarded"})
-# Trailers of answers. RFC 9110 6.5.1: fields that steer framing, routing or authentication must not come after the body.
-# A request's trailers are dropped: servers merge them into the headers, where they pass for what a proxy has set.
+# Not relayed in an answer's trailers. RFC 9110 6.5.1: fields for framing, routing or authentication must not follow the
+# body. A request's trailers are dropped: servers merge them into the headers, where they would pass for headers set by
+# a proxy.
 _NO_TRAILER = HOP_BY_HOP | {
     b"content-length",
     b"host",
@@ -36,33 +36,33 @@ CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
 def reason(status: int) -> bytes:
-    """The standard phrase of a status."""
+    """Return the standard phrase of a status."""
     return _REASONS.get(status, b"Unknown")
 
 
 def new_request_id() -> str:
-    """A fresh request id: 24 hex digits."""
+    """Return a new request id: 24 hex digits."""
     return os.urandom(12).hex()
 
 
 def usable_request_id(value: bytes) -> bool:
-    """True when a client's own id may be kept: at most 128 visible ASCII characters without quotes."""
+    """Return True if a client's own id may be kept: at most 128 visible ASCII characters without quotes."""
     return 0 < len(value) <= 128 and value.isascii() and all(33 <= c < 127 and c != 34 for c in value)
 
 
 def named_in_connection(values: Iterable[bytes]) -> frozenset[bytes]:
-    """The header names that `Connection` declares to end here."""
+    """Return the header names that `Connection` declares as hop-by-hop."""
     named = {token.strip().lower() for value in values for token in value.split(b",")}
     return frozenset(named - _NEVER_NAMED)
 
 
 def chunk(data: bytes) -> bytes:
-    """One chunk of chunked coding around `data`, which must not be empty."""
+    """Encode `data`, which must not be empty, as one chunk."""
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
 def last_chunk(trailers: Iterable[Field]) -> bytes:
-    """The end of an answer's chunked body with the trailers that may be passed on."""
+    """Return the end of an answer's chunked body, with the trailers that may be relayed."""
     kept = [b"%b: %b\r\n" % (name, value) for lower, name, value in trailers if lower not in _NO_TRAILER]
     return b"0\r\n" + b"".join(kept) + b"\r\n" if kept else LAST_CHUNK
 
@@ -81,7 +81,7 @@ def request_head(
     chunked: bool,
     upgrade: bytes | None,
 ) -> bytes:
-    """The head that a replica gets: hop-by-hop fields gone, forwarding fields and the request id set."""
+    """Build the head for a replica: drop hop-by-hop fields, set the forwarding fields and the request id."""
     out = [b"%b %b HTTP/1.1\r\nhost: %b\r\n" % (method, target, host)]
     came_through = b""
     proto = forwarded_host = False
@@ -123,9 +123,7 @@ def response_head(
     close: bool,
     upgrade: bytes | None = None,
 ) -> bytes:
-    """The head that a client gets for a replica's answer: hop-by-hop fields gone, the request id added unless the
-    replica set one.
-    """
+    """Build the client's head for a replica's answer: drop hop-by-hop fields, add the request id unless the replica set one."""
     out = [b"HTTP/1.1 %d %b\r\n" % (status, phrase)]
     connection: list[bytes] = []
     has_id = False
@@ -155,7 +153,7 @@ def response_head(
 def own_response(
     status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes, *, request_id: bytes, close: bool, head_only: bool
 ) -> bytes:
-    """A whole answer of the proxy itself."""
+    """Build a complete response of the proxy itself."""
     out = [b"HTTP/1.1 %d %b\r\n" % (status, reason(status))]
     out += [b"%b: %b\r\n" % field for field in headers]
     out.append(b"content-length: %d\r\nx-request-id: %b\r\n" % (len(body), request_id))

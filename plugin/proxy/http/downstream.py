@@ -446,7 +446,7 @@ class ClientConnection(asyncio.Protocol):
             self.hold("pipeline", False)
 
     def _cancel(self) -> None:
-        """Cancel the serving task once it has run. A task cancelled before its first step would skip its cleanup, so it checks by itself."""
+        """Cancel the serving task, unless it has not run yet: a task cancelled before its first step skips its cleanup."""
         if self._task is not None and self.running:
             self._task.cancel()
 

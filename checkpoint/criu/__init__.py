@@ -1,1 +1,1 @@
-"""CRIU: its binary and options (`binary`), its image files (`images`), and what they say about memory (`pagemap`)."""
+"""CRIU: its binary and options (`binary`), its image files (`images`), and the memory they describe (`pagemap`)."""

@@ -1,7 +1,7 @@
-"""CRIU: which binary, with which options, and what its log says when it fails.
+"""Find the CRIU binary, run it with the right options, and extract errors from its log.
 
-CRIU runs inside the sandbox it dumps or restores, so that namespaces are not part of the images: what is dumped is the process tree,
-and what it sees (its /proc, mounts and network) is made anew by checkpoint.sandbox.init before a restore.
+CRIU runs inside the sandbox that it dumps or restores, so images contain no namespaces. They contain the process
+tree; checkpoint.sandbox.init creates what it sees (its /proc, mounts and network) anew before a restore.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from checkpoint.snapshot import speculative
 from checkpoint.snapshot.frozen import sysv_refused
 
 MINIMUM_VERSION = (4, 2)
-# Earlier ones fail on kernels >= 6.16 at the first TCP socket (SO_PASSCRED), see docs/limits.md.
+# Earlier versions fail on kernels >= 6.16 at the first TCP socket (SO_PASSCRED), see docs/limits.md.
 
-# Every connection of an engine is inside its tree or goes to a client that is told to come again: nothing has to be locked in the
-# network, and iptables may be absent. What is in flight at a listening socket is dropped (the proxy holds and resends).
-# Images leave out cgroups: a restore belongs where the launcher is.
+# Connections of an engine stay inside its tree, or lead to clients that get an answer to retry. So the network needs no
+# lock, and iptables may be absent. Connections in flight at a listening socket are dropped (the proxy holds requests
+# and resends them). Images omit cgroups, because a restored engine belongs to the launcher's cgroup.
 _COMMON = (
     "--tcp-established",
     "--ext-unix-sk",
@@ -43,12 +43,12 @@ _COMMON = (
 
 _CPUINFO = "cpuinfo.img"
 _GHOST_LIMIT = "4095M"
-"""The largest deleted file that CRIU carries in its images (it counts in 32 bits). Its own limit is 1 MiB; shared memory is larger."""
+"""The largest deleted file that CRIU stores in its images (a 32-bit limit). Its default is 1 MiB, but shared memory is larger."""
 
 
 @dataclass(frozen=True)
 class Criu:
-    """A CRIU binary. `verbosity`: of the log of a restore; what is above 1 costs it time."""
+    """A CRIU binary. `verbosity` is a restore's log level; levels above 1 slow it down."""
 
     program: Path
     verbosity: int = 1
@@ -57,7 +57,7 @@ class Criu:
     def find(cls, home: Path, explicit: Path | None = None) -> Criu:
         """Return the CRIU to use: `explicit`, else $QUICKTHAW_CRIU, else the first that works of `home`'s own and the one on PATH.
 
-        Raises HostLacks where there is none, or none of them works here (too old, or it does not start).
+        Raises HostLacks if there is none, or none works here (too old, or it does not start).
         """
         named = explicit or (Path(os.environ["QUICKTHAW_CRIU"]) if os.environ.get("QUICKTHAW_CRIU") else None)
         private = home / "criu" / "criu"
@@ -84,7 +84,7 @@ class Criu:
 
     @cached_property
     def version(self) -> str:
-        """`4.2.1`, as the binary says. Raises HostLacks when it does not start or is too old."""
+        """`4.2.1`, as reported by the binary. Raises HostLacks when it does not start or is too old."""
         try:
             out = subprocess.run(
                 [self.program, "--version"], capture_output=True, text=True, timeout=10, check=False
@@ -102,7 +102,7 @@ class Criu:
         return f"{match[1]}.{match[2]}{match[3]}"
 
     def cached_version(self, home: Path) -> str:
-        """Return `version`, asked once for each binary and kept below `home`: asking costs a restore 15 ms. Raises HostLacks."""
+        """Return `version`, cached below `home` for each binary: running it delays a restore by 15 ms. Raises HostLacks."""
         try:
             stat = self.program.stat()
         except OSError as error:
@@ -124,7 +124,7 @@ class Criu:
 
     @cached_property
     def _argv(self) -> tuple[str, ...]:
-        """How to start it: the private one's wrapper (setup/criu.sh) is a shell script, which costs a restore 5 ms."""
+        """The command to start CRIU. It bypasses the private binary's wrapper (setup/criu.sh), a shell script that takes 5 ms."""
         folder = self.program.resolve().parent
         loader = folder / "lib" / "ld-linux-x86-64.so.2"
         if self.program.name == "criu" and (folder / "criu.bin").exists() and loader.exists():
@@ -132,18 +132,21 @@ class Criu:
         return (str(self.program),)
 
     def kernel_facts(self, home: Path) -> Path:
-        """Return where what this CRIU learnt about this kernel is kept between sandboxes: a file for each boot, binary and set of
-        privileges, since what it may not try it takes for missing."""
+        """Return the file in which CRIU's kernel features are kept between sandboxes.
+
+        There is one file for each boot, binary and set of privileges, because CRIU treats features that it may not
+        try as missing.
+        """
         stat = self.program.stat()
         boot = Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
         return home / "run" / f"criu-kernel-{boot}-{stat.st_size}-{stat.st_mtime_ns}-{Privileges.here().key}"
 
     def keep_kernel_facts(self, sandbox: Sandbox) -> None:
-        """Keep what CRIU left in a sandbox's own /run, where it is not there yet (see checkpoint.sandbox.init, cover_run)."""
+        """Save CRIU's kernel features from a sandbox's own /run, unless saved before (see checkpoint.sandbox.init, cover_run)."""
         target = sandbox.config.kernel_facts
         if target is None or target.exists():
             return
-        with contextlib.suppress(OSError):  # /run is the host's, or the disk is full: then CRIU asks the kernel again
+        with contextlib.suppress(OSError):  # /run is the host's, or the disk is full: then CRIU probes the kernel again
             data = Path(f"/proc/{sandbox.init_pid}/root/run/criu.kdat").read_bytes()
             target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             with aside(target) as new:
@@ -159,11 +162,11 @@ class Criu:
         seen_at: Path | None = None,
         logs: Path | None = None,
     ) -> int:
-        """Write the tree's images into `images`; it goes on running afterwards. Returns its monotonic clock, in ns, as CRIU read it.
+        """Dump the process tree into `images` and let it resume. Return its monotonic clock, in ns, as read by CRIU.
 
-        `while_frozen` is a script that CRIU runs after the images are written and before the tree runs on. `seen_at`: where `images`, a
-        folder of the sandbox, is seen from here, if at another path. `logs` keeps the log of a failed dump. Raises Failed with CRIU's own
-        error.
+        `while_frozen` is a script that CRIU runs after it has written the images and before the tree resumes.
+        `seen_at` is the path of `images` from here, if `images`, a folder of the sandbox, has another path on the
+        host. `logs` keeps the log of a failed dump. Raises Failed with CRIU's own error.
         """
         seen_at = seen_at or images
         argv = [
@@ -182,7 +185,7 @@ class Criu:
         code = sandbox.execute(argv, _environment(), timeout_s)
         if code:
             cause = cause_in(seen_at / "dump.log", code)
-            if "SysVIPC" in cause:  # attached by a process; others are found afterwards (checkpoint.snapshot.frozen)
+            if "SysVIPC" in cause:  # attached by a process; other objects are found later (checkpoint.snapshot.frozen)
                 raise sysv_refused("shared memory segment")
             raise Failed(
                 "criu-dump-failed",
@@ -202,11 +205,12 @@ class Criu:
         lazy_pages: bool = False,
         seen_at: Path | None = None,
     ) -> None:
-        """Bring a dumped tree back inside `sandbox`; returns when every process runs.
+        """Restore a dumped process tree inside `sandbox`; return when every process runs.
 
-        `work` is a folder for the log and CRIU's sockets (images may be read-only). `pipes` maps the name of a pipe whose other end
-        was outside the tree (`pipe:[123]`) to one of our descriptors. With `lazy_pages` a page server listens in `work`. `seen_at`: where
-        `work`, a folder of the sandbox, is seen from here, if at another path. Raises Failed with CRIU's own last error.
+        `work` is a folder for the log and CRIU's sockets (images may be read-only). `pipes` maps the name of a pipe
+        whose other end was outside the tree (`pipe:[123]`) to one of our descriptors. With `lazy_pages`, a page
+        server listens in `work`. `seen_at` is the path of `work` from here, if `work`, a folder of the sandbox, has
+        another path on the host. Raises Failed with CRIU's own last error.
         """
         told = self.told(root_pid, images, dict(zip(pipes, pipes, strict=True)), lazy_pages)
         argv = [word.replace(speculative.WORK, str(work)) for word in told["argv"]]
@@ -216,9 +220,9 @@ class Criu:
         sandbox.go_on()
 
     def told(self, root_pid: int, images: Path, pipes: Mapping[str, str], lazy_pages: bool) -> dict[str, Any]:
-        """How a restore is asked for that leaves every process stopped, as in checkpoint.snapshot.speculative's Plan.
+        """Build the request for a restore that leaves every process stopped, as in checkpoint.snapshot.speculative's Plan.
 
-        `pipes` maps streams of the engine's to the name of a pipe whose other end was outside the tree (`pipe:[123]`).
+        `pipes` maps streams of the engine to the name of a pipe whose other end was outside the tree (`pipe:[123]`).
         """
         names = enumerate(pipes.values(), speculative.FIRST_KEPT)
         argv = [
@@ -237,10 +241,10 @@ class Criu:
         return {"argv": argv, "env": _environment(), "adopts": root_pid, "keep": list(pipes)}
 
     def restored(self, sandbox: Sandbox, code: int, work: Path, logs: Path | None = None) -> None:
-        """CRIU has ended with this exit code; `logs` keeps the log of a failed restore.
+        """Handle the exit code of CRIU after a restore; `logs` keeps the log of a failed restore.
 
-        Raises Incompatible (open-file-changed, open-file-missing) where a file that the engine held open is not what it was, Failed
-        with CRIU's own error for everything else.
+        Raises Incompatible (open-file-changed, open-file-missing) if a file that the engine held open has changed or
+        is missing, and Failed with CRIU's own error for everything else.
         """
         if code:
             cause = cause_in(work / "restore.log", code)
@@ -259,23 +263,25 @@ class Criu:
         self.keep_kernel_facts(sandbox)
 
     def dump_cpu(self, images: Path) -> None:
-        """Keep what this processor can, as CRIU asks it, among the images. Raises Failed."""
+        """Write this CPU's features, as CRIU determines them, into the images. Raises Failed (criu-cpuinfo-failed)."""
         if os.uname().machine == "x86_64":
             words = self._cpuinfo("dump", images)
             if words:
                 raise Failed("criu-cpuinfo-failed", f"CRIU could not read the processor's features: {words}")
 
     def check_cpu(self, images: Path) -> None:
-        """Compare this processor with the images': 40 ms, so only for a processor that differs by name or flags
-        (checkpoint.compatibility.check),
-        which the kernel lists less of than CRIU asks for. Raises Incompatible."""
-        if (images / _CPUINFO).exists():  # snapshots had none once
+        """Compare this CPU with the images' CPU features. Raises Incompatible (cpu-features-missing: criu).
+
+        Takes 40 ms, so it is called only if the CPU differs by name or flags (checkpoint.compatibility.check). CRIU
+        checks more features than the kernel lists.
+        """
+        if (images / _CPUINFO).exists():  # older snapshots have no such image
             words = self._cpuinfo("check", images)
             if words:
                 raise Incompatible("cpu-features-missing: criu", f"CRIU compared the processors: {words}")
 
     def _cpuinfo(self, action: str, images: Path) -> str:
-        """What speaks against it, in CRIU's words; empty where nothing does."""
+        """Run `criu cpuinfo`. Return CRIU's first error, or an empty string on success."""
         argv = [*self._argv, "cpuinfo", action, "--cpu-cap=ins", f"--images-dir={images}", "--log-file=/dev/stdout"]
         try:
             done = subprocess.run(
@@ -288,11 +294,11 @@ class Criu:
 
 
 def _take_clock(images: Path) -> int:
-    """Remove CRIU's record of the clocks from the images and return the monotonic one, in nanoseconds.
+    """Remove CRIU's record of the clocks from the images and return the monotonic clock, in nanoseconds.
 
-    With it, a restore would make a time namespace of its own, which takes CAP_SYS_TIME in the host's user namespace. The sandbox has
-    one already, set to the clock of the snapshot (checkpoint.sandbox.init), and an image that is not there makes CRIU keep that.
-    Raises Failed where CRIU has left no clock.
+    With the record, a restore would create its own time namespace, which needs CAP_SYS_TIME in the host's user
+    namespace. The sandbox already has one, set to the snapshot's clock (checkpoint.sandbox.init), and CRIU keeps it
+    if the image is missing. Raises Failed (criu-dump-failed) if CRIU left no clock.
     """
     image = images / "timens-0.img"
     try:
@@ -306,12 +312,12 @@ def _take_clock(images: Path) -> int:
 
 
 def _environment() -> dict[str, str]:
-    # Nothing of ours: CRIU reads CRIU_CONFIG_FILE, and its helpers need only a PATH.
+    # Pass no variables of ours: CRIU reads CRIU_CONFIG_FILE, and its helpers need only a PATH.
     return {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "CRIU_CONFIG_FILE": "/dev/null"}
 
 
-# Said on every run where a capability or device is missing that CRIU asks for and can do without: CAP_SYS_RESOURCE, /dev/net/tun, and
-# CAP_NET_ADMIN in network namespaces of the host's.
+# Logged on every run without optional capabilities or devices: CAP_SYS_RESOURCE, /dev/net/tun, and CAP_NET_ADMIN in the
+# host's network namespaces.
 _NOISE = re.compile(
     r"Can't setup RLIMIT_NOFILE|Dumping FAILED|Restoring FAILED|Unable to open.*ip_?tables|Unable to create tun"
     r"|Unable to create a veth pair|reported by netlink: Operation not permitted",
@@ -319,7 +325,7 @@ _NOISE = re.compile(
 )
 
 
-# Files outside of the snapshot; what is wrong with its own pages files is damage.
+# Matches files outside the snapshot only; a defect in its own pages files is damage.
 _CHANGED = re.compile(r"File (?!\S*pages-\d+\.img )(.+) has bad (?:size|build-ID)")
 _MISSING = re.compile(r"Can't open file (?!\S*pages-\d+\.img )(.+) on restore: No such file")
 _LOGS_KEPT = 8
@@ -327,7 +333,7 @@ _LOG_BYTES = 1 << 20
 
 
 def cause_in(log: Path, code: int) -> str:
-    """The first line of a CRIU log that says what went wrong, for a message of one line."""
+    """Return the first relevant error line of a CRIU log, for a one-line message."""
     try:
         lines = log.read_text(errors="replace").splitlines()
     except OSError:
@@ -339,7 +345,7 @@ def cause_in(log: Path, code: int) -> str:
 
 
 def kept(log: Path, logs: Path | None, name: str) -> str:
-    """Keep a log whose folder will be removed, and the newest few with it; ` (log: …)` for a message, or nothing where that failed."""
+    """Copy a log out of a folder that will be removed, and keep the newest few. Return ` (log: …)` for a message, or "" on failure."""
     if logs is None:
         return ""
     target = logs / f"criu-{name}.log"
@@ -351,5 +357,5 @@ def kept(log: Path, logs: Path | None, name: str) -> str:
         for old in sorted(logs.glob("criu-*.log"), key=lambda path: path.stat().st_mtime_ns)[:-_LOGS_KEPT]:
             old.unlink(missing_ok=True)
     except OSError:
-        return ""  # CRIU wrote none, or the disk is full: the cause is in the message all the same
+        return ""  # CRIU wrote none, or the disk is full: the message names the cause anyway
     return f" (log: {target})"

@@ -1,8 +1,10 @@
-"""Reading (and, for checkpoint.snapshot.file_backed, writing) CRIU's image files: a framing of protocol buffers, of which a few fields are
-needed.
+"""Read and write CRIU's image files: framed protocol buffers, of which few fields are needed.
 
-An image is 4 or 8 bytes of magic numbers, then messages, each behind its length in 32 bits little-endian. Field numbers are those of
-CRIU's images/*.proto, which are its stable interface; fields that are not asked for are skipped, so newer CRIU versions can be read.
+Only checkpoint.snapshot.file_backed writes images.
+
+An image is 4 or 8 bytes of magic numbers, then messages, each preceded by its length in 32 bits little-endian. Field
+numbers are those of CRIU's images/*.proto, which are its stable interface. Unknown fields are skipped, so images of
+newer CRIU versions can be read.
 """
 
 from __future__ import annotations
@@ -16,12 +18,13 @@ from checkpoint.errors import Integrity
 Value = int | bytes
 Message = dict[int, list[Value]]
 
-# IMG_COMMON_MAGIC is followed by the image's own magic; the inventory and older images have one only (criu/include/magic.h).
+# IMG_COMMON_MAGIC is followed by the image's own magic; the inventory and older images have only one magic
+# (criu/include/magic.h).
 _COMMON_MAGIC = 0x54564319
 
 
 def payloads(data: bytes) -> Iterator[bytes]:
-    """The bytes of every message of an image's contents. ValueError, struct.error or IndexError for what is none."""
+    """Yield the bytes of every message of an image. Raises ValueError, struct.error or IndexError for an invalid image."""
     at = head_size(data)
     while at < len(data):
         (size,) = struct.unpack_from("<I", data, at)
@@ -33,18 +36,19 @@ def payloads(data: bytes) -> Iterator[bytes]:
 
 
 def head_size(data: bytes) -> int:
-    """How many bytes of magic numbers an image begins with."""
+    """Return how many bytes of magic numbers an image begins with."""
     (magic,) = struct.unpack_from("<I", data, 0)
     return 8 if magic == _COMMON_MAGIC else 4
 
 
 def framed(payload: bytes) -> bytes:
-    """A message as it lies in an image."""
+    """Frame a message for an image."""
     return struct.pack("<I", len(payload)) + payload
 
 
 def messages(path: Path) -> Iterator[Message]:
-    """Every message of an image. Raises Integrity (image-garbled) for what is not one, or ends too early."""
+    """Yield every decoded message of an image. Raises Integrity (image-unreadable), or Integrity (image-garbled) for
+    invalid or truncated files."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -57,7 +61,7 @@ def messages(path: Path) -> Iterator[Message]:
 
 
 def decode(data: bytes) -> Message:
-    """Fields of one message by number, repeated ones in their order; nested messages stay bytes. ValueError when malformed."""
+    """Decode the fields of one message by number, repeated fields in order. Nested messages stay bytes. Raises ValueError if malformed."""
     found: Message = {}
     for field, value, _ in fields(data):
         found.setdefault(field, []).append(value)
@@ -65,7 +69,7 @@ def decode(data: bytes) -> Message:
 
 
 def fields(data: bytes) -> Iterator[tuple[int, Value, bytes]]:
-    """Every field of one message in its order: number, value, and its bytes as they are. ValueError when malformed."""
+    """Yield every field of one message in order: number, value, and its raw bytes. Raises ValueError if malformed."""
     at, end = 0, len(data)
     while at < end:
         start = at
@@ -90,7 +94,7 @@ def fields(data: bytes) -> Iterator[tuple[int, Value, bytes]]:
 
 
 def encode(message: Message) -> bytes:
-    """The bytes of a message whose numbers are all varints, fields in ascending order."""
+    """Encode a message whose numbers are all varints, with fields in ascending order."""
     parts = []
     for field in sorted(message):
         for value in message[field]:
@@ -102,7 +106,7 @@ def encode(message: Message) -> bytes:
 
 
 def encoded(field: int, value: bytes) -> bytes:
-    """One field that is a message or a string."""
+    """Encode one field that is a message or a string."""
     return _to_varint(field << 3 | 2) + _to_varint(len(value)) + value
 
 
@@ -132,7 +136,7 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
 
 
 def number(message: Message, field: int, default: int = 0) -> int:
-    """A field that is a number; `default` where it is not there."""
+    """Return a numeric field, or `default` if it is missing."""
     value = message.get(field, [default])[-1]
     if not isinstance(value, int):
         raise ValueError(f"field {field} is no number")
@@ -140,11 +144,11 @@ def number(message: Message, field: int, default: int = 0) -> int:
 
 
 def nested(message: Message, field: int) -> list[Message]:
-    """A field that is a message, as often as it is there."""
+    """Return a field that is a message, as a list of all its occurrences."""
     return [decode(value) for value in message.get(field, []) if isinstance(value, bytes)]
 
 
 def text(message: Message, field: int) -> str:
-    """A field that is a string; empty where it is not there."""
+    """Return a string field; empty if it is missing."""
     value = message.get(field, [b""])[-1]
     return value.rstrip(b"\0").decode("utf-8", "replace") if isinstance(value, bytes) else ""

@@ -1,7 +1,8 @@
-"""What CRIU's images say about memory: which pages a process has, where they lie in `pages-N.img`, and where its mappings end.
+"""Read memory layouts from CRIU's images: a process's pages, their offsets in `pages-N.img`, and the borders of its mappings.
 
-Standard library only, and fast: the page server reads every page map of a snapshot while CRIU itself starts.
-The format is CRIU's (images/pagemap.proto, images/mm.proto): two magic words, then messages of a 32-bit length and a protocol buffer.
+Standard library only, and fast: the page server reads every page map of a snapshot while CRIU itself starts. The
+format is CRIU's (images/pagemap.proto, images/mm.proto): two magic words, then messages of a 32-bit length and a
+protocol buffer.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ PAGE = 4096
 
 # enum of pagemap_entry.flags in images/pagemap.proto
 LAZY, PRESENT = 2, 4
-# Bits of VmaEntry.status in criu/include/image.h: what CRIU dumps from a private mapping of a file is never lazy, unless we made it one.
+# Bits of VmaEntry.status in criu/include/image.h. CRIU never dumps a private file mapping's pages as lazy; lazy ones
+# are from our own page maps.
 FILE_PRIVATE = 1 << 6
 # MmEntry.mm_arg_start, mm_arg_end, mm_env_start, mm_env_end (images/mm.proto).
 _ARGUMENTS = (8, 9, 10, 11)
@@ -24,22 +26,21 @@ _MOST_ARGUMENTS = 8 << 20  # bytes; execve(2) allows 6 MiB at most
 _MADV_WIPEONFORK = 18
 
 
-# Above every address that a process can have.
+# Above every possible address of a process.
 _END = 1 << 57
 
 
 class BadImage(ValueError):
-    """An image file is not what CRIU writes; the message names the file."""
+    """An image file is invalid; the message names the file."""
 
 
 class ProcessImage:
-    """The pages of one process, as its page map lists them.
+    """The pages of one process, from its page map.
 
-    `runs` holds (first address, end address, offset in the pages file) of every run of lazy pages, ascending; a run never crosses the
-    border of a mapping, since the kernel fills one mapping at a time. `eager` lists those that
-    CRIU itself puts in place; one of its runs may cross borders.
-    `mapped` lists, in the same way, what is shown as a mapping of the pages file (checkpoint.snapshot.file_backed) and needs nobody to put
-    it in place.
+    `runs` holds (first address, end address, offset in the pages file) of every run of lazy pages, ascending. A run
+    never crosses the border of a mapping, since the kernel fills one mapping at a time. `eager` lists the pages that
+    CRIU itself copies; its runs may cross borders. `mapped` lists the pages that are mapped from the pages file
+    (checkpoint.snapshot.file_backed) and need no copy.
     """
 
     __slots__ = ("borders", "eager", "mapped", "pages_file", "pid", "runs", "wiped_on_fork")
@@ -63,13 +64,13 @@ class ProcessImage:
 
     @property
     def reach(self) -> int:
-        """Bytes of the pages file that the lazy and the mapped pages need; later runs lie further on in it."""
+        """Bytes of the pages file that lazy and mapped pages need. Later runs have larger offsets."""
         return max(
             (offset + end - start for runs in (self.runs, self.mapped) for start, end, offset in runs[-1:]), default=0
         )
 
     def split(self, start: int, end: int) -> list[tuple[int, int]]:
-        """[start, end) cut at the borders of mappings."""
+        """Split [start, end) at the borders of mappings."""
         found = []
         index = bisect_right(self.borders, start)
         while start < end:
@@ -80,11 +81,11 @@ class ProcessImage:
         return found
 
     def within(self, start: int, end: int) -> list[tuple[int, int, int]]:
-        """The parts of runs that lie in [start, end), as (start, end, offset)."""
+        """Return the parts of lazy runs that lie in [start, end), as (start, end, offset)."""
         return within(self.runs, start, end)
 
     def unmapped(self, start: int, end: int) -> list[tuple[int, int]]:
-        """[start, end) without what is mapped, which lies in mappings of its own."""
+        """Return [start, end) without the file-backed pages, which lie in separate mappings."""
         found, position = [], start
         for low, high, _ in self.mapped_within(start, end):
             if position < low:
@@ -95,12 +96,12 @@ class ProcessImage:
         return found
 
     def mapped_within(self, start: int, end: int) -> list[tuple[int, int, int]]:
-        """The parts of what is mapped that lie in [start, end), as (start, end, offset)."""
+        """Return the parts of file-backed runs that lie in [start, end), as (start, end, offset)."""
         return within(self.mapped, start, end)
 
 
 def within(runs: Sequence[tuple[int, int, int]], start: int, end: int) -> list[tuple[int, int, int]]:
-    """The parts of ascending runs that lie in [start, end), as (start, end, offset)."""
+    """Return the parts of ascending runs that lie in [start, end), as (start, end, offset)."""
     index = max(bisect_right(runs, (start,)) - 1, 0)
     found = []
     while index < len(runs) and runs[index][0] < end:
@@ -112,7 +113,7 @@ def within(runs: Sequence[tuple[int, int, int]], start: int, end: int) -> list[t
 
 
 def _append(runs: list[tuple[int, int, int]], start: int, size: int, offset: int) -> None:
-    """Add a run; with the last one, where both address and offset go on."""
+    """Append a run; merge it with the last one if both address and offset continue."""
     if runs and runs[-1][1] == start and runs[-1][2] + runs[-1][1] - runs[-1][0] == offset:
         runs[-1] = (runs[-1][0], start + size, runs[-1][2])
     else:
@@ -138,7 +139,7 @@ def _messages(path: str) -> list[bytes]:
 
 
 def _fields(message: bytes) -> list[tuple[int, int | bytes]]:
-    """(field number, value) of every field of a protocol buffer; nested messages and strings stay bytes."""
+    """Return (field number, value) of every field of a protocol buffer. Nested messages and strings stay bytes."""
     at, size, found = 0, len(message), []
     value: int | bytes
     while at < size:
@@ -186,7 +187,7 @@ def _fields(message: bytes) -> list[tuple[int, int | bytes]]:
 
 
 def _mappings(path: str) -> list[tuple[int, int, int, int]]:
-    """(start, end, madvise bits, status) of every mapping of a process, ascending."""
+    """Return (start, end, madvise bits, status) of every mapping of a process, ascending."""
     found = []
     for number, value in _fields(_messages(path)[0]):
         if number == 14 and isinstance(value, bytes):  # MmEntry.vmas
@@ -199,21 +200,21 @@ def _mappings(path: str) -> list[tuple[int, int, int, int]]:
 
 
 def argument_pages(folder: str, pid: int) -> tuple[int, int]:
-    """The pages that hold a process's command line and environment, as (start, end); both 0 where its image names none.
+    """Return the pages of a process's command line and environment as (start, end); both 0 if its image names none.
 
     The kernel reads them for /proc/PID/cmdline and environ, and shows empty files until they are in place.
     """
     try:
         found = dict(_fields(_messages(f"{folder}/mm-{pid}.img")[0]))
     except (OSError, BadImage, IndexError):
-        return 0, 0  # a process without memory; what is damaged was refused before
+        return 0, 0  # a process without memory; damaged images were rejected before
     places = [value for number in _ARGUMENTS if isinstance(value := found.get(number), int) and value]
     start, end = (min(places) & -PAGE, -(-max(places) // PAGE) * PAGE) if places else (0, 0)
     return (start, end) if end - start <= _MOST_ARGUMENTS else (0, 0)
 
 
 def read_process(folder: str, pid: int) -> ProcessImage:
-    """The page map of one process. Raises BadImage, or OSError where a file is missing."""
+    """Read the page map of one process. Raises BadImage, or OSError when a file is missing."""
     path = f"{folder}/pagemap-{pid}.img"
     try:
         messages = _messages(path)
@@ -249,7 +250,7 @@ def read_process(folder: str, pid: int) -> ProcessImage:
 
 
 def process_ids(folder: str) -> list[int]:
-    """The processes of a snapshot that have memory, ascending."""
+    """List the processes of a snapshot that have memory, ascending."""
     return sorted(
         int(name[8:-4]) for name in os.listdir(folder) if name.startswith("pagemap-") and name[8:-4].isdigit()
     )

@@ -1,2 +1,1 @@
-"""The sandbox that an engine runs in: its first process (`init`), the owner's side (`sandbox`), and helpers started beforehand
-(`prestart`)."""
+"""The sandbox that an engine runs in: its first process (`init`), the owner's side (`sandbox`), and prestarted helpers (`prestart`)."""

@@ -1,14 +1,15 @@
-"""Process 1 of a sandbox: makes the namespaces, starts, dumps and restores what it is told to, and takes everything down with it.
+"""The sandbox's init (process 1): creates the namespaces, runs engines and CRIU on request, and ends everything when it exits.
 
-Run by checkpoint.sandbox.prestart, forked or as `python -I -S init.py CONTROL_FD`, with its configuration as the first message on the
-control
-socket (one JSON object a message, SOCK_SEQPACKET). Standard library only, so that it starts in 15 ms: it is on the path of every restore.
+It is run by checkpoint.sandbox.prestart, forked or as `python -I -S init.py CONTROL_FD`. Its configuration is the
+first message on the control socket (one JSON object per message, SOCK_SEQPACKET). It uses only the standard library
+and starts in 15 ms, because every restore waits for it.
 
-Promises:
-- The control socket's other end is the owner. When the owner is gone, however it died, every process of the sandbox is killed and
-  this process exits: with process 1 the kernel ends the PID namespace, the mounts and the network with it.
-- Two processes: the outer one enters the namespaces and waits; the inner one is process 1. Either's death is the other's.
-- Orphans of the tree are reaped; the exit of a started or restored root process is reported as an event.
+Guarantees:
+- The control socket's other end is the owner. When the owner ends, for whatever reason, every process of the sandbox
+  is killed and init exits: the kernel then removes the PID namespace, the mounts and the network.
+- There are two processes: the outer one enters the namespaces and waits; the inner one is process 1. Each ends when
+  the other dies.
+- Orphans of the process tree are reaped. The exit of a started or restored root process is reported as an event.
 """
 
 import contextlib
@@ -31,10 +32,10 @@ CLONE_NEWUSER = 0x10000000
 MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND, MS_REC, MS_SLAVE, MS_RDONLY, MS_REMOUNT = 2, 4, 8, 4096, 16384, 1 << 19, 1, 32
 PR_SET_PDEATHSIG, PR_SET_NAME, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER = 1, 15, 22, 36
 MESSAGE_BYTES = 1 << 20
-# Processes of the engine get numbers above this one, so that a restore, which needs those numbers free, can use the ones below
-# for process 1, CRIU and its helpers.
+# Engine processes get numbers above this one. A restore needs those numbers free, and leaves the ones below to init,
+# CRIU and its helpers.
 FIRST_ENGINE_PID = 1000
-KERNEL_FACTS = "/run/criu.kdat"  # CRIU's, see cover_run
+KERNEL_FACTS = "/run/criu.kdat"  # CRIU's cache, see cover_run
 
 Message = dict[str, Any]
 libc = ctypes.CDLL(None, use_errno=True)
@@ -58,7 +59,7 @@ def mount(source: str, target: str, kind: str, flags: int, data: str = "") -> No
 
 @contextlib.contextmanager
 def doing(what: str) -> Iterator[None]:
-    """Name in an error of the operating system what was being done."""
+    """Prefix an OSError's text with the operation."""
     try:
         yield
     except OSError as error:
@@ -66,7 +67,7 @@ def doing(what: str) -> Iterator[None]:
 
 
 def loopback_up() -> None:
-    """`ip link set lo up` without iproute2 (netdevice(7): SIOCGIFFLAGS, SIOCSIFFLAGS, IFF_UP)."""
+    """Set the loopback interface up without iproute2 (netdevice(7): SIOCGIFFLAGS, SIOCSIFFLAGS, IFF_UP)."""
     with doing("loopback up"), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         request = struct.pack("16sh22x", b"lo", 0)
         flags = struct.unpack_from("16sh", fcntl.ioctl(sock, 0x8913, request))[1]
@@ -74,7 +75,7 @@ def loopback_up() -> None:
 
 
 def set_monotonic(wanted_ns: int) -> None:
-    """Let the children's monotonic and boot clocks stand at `wanted_ns` now (time_namespaces(7)); before the first child."""
+    """Set the children's monotonic and boot clocks to `wanted_ns` (time_namespaces(7)). Call it before the first child is forked."""
     offset = wanted_ns - time.clock_gettime_ns(time.CLOCK_MONOTONIC)
     seconds, nanoseconds = divmod(offset, 10**9)
     with doing("set the clock"), open("/proc/self/timens_offsets", "w") as file:
@@ -82,7 +83,7 @@ def set_monotonic(wanted_ns: int) -> None:
 
 
 def make_network_and_clock(monotonic_ns: int) -> None:
-    """Unshare the network, with loopback up, and the clock, at `monotonic_ns` unless that is 0."""
+    """Unshare the network, with loopback up, and the clock, set to `monotonic_ns` unless that is 0."""
     check(libc.unshare(CLONE_NEWNET), "unshare(network)")
     loopback_up()
     check(libc.unshare(CLONE_NEWTIME), "unshare(time)")
@@ -91,10 +92,10 @@ def make_network_and_clock(monotonic_ns: int) -> None:
 
 
 def join_network_and_clock(monotonic_ns: int) -> None:
-    """Join a network and a clock that belong to a user namespace of our own; before CLONE_NEWPID.
+    """Join a network and a clock that belong to a user namespace of our own. Call it before CLONE_NEWPID.
 
-    Who made a user namespace has every capability over what belongs to it (user_namespaces(7)): neither CAP_NET_ADMIN nor CAP_SYS_TIME
-    is needed. Processes stay in the user namespace that they are in.
+    The creator of a user namespace has all capabilities over what belongs to it (user_namespaces(7)), so neither
+    CAP_NET_ADMIN nor CAP_SYS_TIME is needed. Processes stay in their current user namespace.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     child = os.fork()
@@ -122,7 +123,7 @@ def join_network_and_clock(monotonic_ns: int) -> None:
 
 
 def enter_namespaces(config: Message) -> None:
-    """Unshare everything. Raises OSError, whose text names the operation, and what else was tried."""
+    """Unshare all namespaces. Raises OSError, whose text names the failed operation and the fallback that was tried."""
     check(libc.unshare(CLONE_NEWNS | CLONE_NEWIPC), "unshare")
     try:
         make_network_and_clock(config["monotonic_ns"])
@@ -135,14 +136,15 @@ def enter_namespaces(config: Message) -> None:
 
 
 def cover_run(kernel_facts: str) -> None:
-    """Lay a tmpfs over a /run that is not one (in most containers), with everything in it shown through.
+    """Mount a tmpfs over a /run that is not one (in most containers), and bind the existing entries into it.
 
-    CRIU keeps what it found out about the kernel in /run/criu.kdat, and only on a tmpfs, which a reboot empties. Without it, every
-    restore asks the kernel again, for 40 ms and more. `kernel_facts` is what an earlier one left (checkpoint.criu.binary keeps it).
+    CRIU caches kernel features in /run/criu.kdat, but only on a tmpfs, which a reboot empties. Without the cache,
+    every restore probes the kernel again, for 40 ms and more. `kernel_facts` is an earlier cache, saved by
+    checkpoint.criu.binary.
     """
     with open("/proc/mounts") as mounts:
         if any(line.split(" ", 3)[1:3] == ["/run", "tmpfs"] for line in mounts):
-            return  # CRIU keeps its own there, for the whole host
+            return  # CRIU keeps its cache there, for the whole host
     below = os.open("/run", os.O_RDONLY | os.O_DIRECTORY)  # the covered folder stays reachable through its descriptor
     try:
         entries = list(os.scandir(below))
@@ -166,7 +168,7 @@ def cover_run(kernel_facts: str) -> None:
 
 
 def prepare_mounts(config: Message) -> None:
-    # Slave: an unmount on the host reaches the copies in here, so a sandbox never keeps a lazy mount of the host alive.
+    # Slave: unmounts on the host propagate into the sandbox, so a sandbox never keeps a lazy mount of the host alive.
     mount("none", "/", "", MS_REC | MS_SLAVE)
     cover_run(config["kernel_facts"])
     mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
@@ -175,7 +177,8 @@ def prepare_mounts(config: Message) -> None:
     mount("quickthaw", root, "tmpfs", MS_NOSUID | MS_NODEV, "mode=0755")
     for name in ("tmp", "cache", "control"):
         os.mkdir(f"{root}/{name}", 0o700)
-    # Inductor keeps precompiled headers (150 MB) below TMPDIR whatever its cache setting says; they belong into the cache.
+    # Inductor writes precompiled headers (150 MB) below TMPDIR regardless of its cache setting; link them into the
+    # cache.
     os.symlink(f"{root}/cache/tmp-inductor", f"{root}/tmp/torchinductor_{config['user']}")
     for source, target, read_only in config["binds"]:
         if not os.path.isdir(target):
@@ -186,10 +189,10 @@ def prepare_mounts(config: Message) -> None:
 
 
 def refuse_io_uring() -> None:
-    """Answer ENOSYS to io_uring: CRIU cannot dump its rings, and libuv opens one unasked. The filter lives on in the snapshot.
+    """Make io_uring calls fail with ENOSYS: CRIU cannot dump its rings, and libuv opens one by default. Snapshots keep the filter.
 
-    Five instructions (seccomp(2)), since its calls have the same numbers on every architecture and neither libseccomp nor a compiler, by
-    which Python would look for it, is in every engine's image.
+    The filter is five instructions, written by hand (seccomp(2)): the call numbers are the same on every
+    architecture, and engine images may lack libseccomp and the compiler with which Python would look for it.
     """
     enosys = 0x50000 | errno.ENOSYS  # SECCOMP_RET_ERRNO
     program = (
@@ -201,12 +204,12 @@ def refuse_io_uring() -> None:
     )
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in program))
     head = ctypes.create_string_buffer(struct.pack("HxxxxxxQ", len(program), ctypes.addressof(code)))
-    # Process 1 has CAP_SYS_ADMIN, so no_new_privs, which would break setuid helpers of the engine, is not needed.
+    # Init has CAP_SYS_ADMIN, so it does not need no_new_privs, which would break setuid helpers of the engine.
     check(libc.prctl(PR_SET_SECCOMP, 2, ctypes.c_ulong(ctypes.addressof(head)), 0, 0), "seccomp filter")
 
 
 def copy_sparse(source: str, target: str) -> None:
-    """Copy a file and keep its holes: shared memory segments are mapped large and used little (vLLM's: 160 MB, 0.1 MB of it written)."""
+    """Copy a file and keep its holes. Shared memory segments are mostly unwritten (vLLM's: 160 MB mapped, 0.1 MB written)."""
     with open(source, "rb") as data, open(target, "wb") as copy:
         size = os.fstat(data.fileno()).st_size
         os.ftruncate(copy.fileno(), size)
@@ -216,7 +219,7 @@ def copy_sparse(source: str, target: str) -> None:
                 at = os.lseek(data.fileno(), at, os.SEEK_DATA)
             except OSError as error:
                 if error.errno == errno.ENXIO:
-                    return  # nothing but a hole from here on
+                    return  # only a hole remains
                 raise
             end = os.lseek(data.fileno(), at, os.SEEK_HOLE)
             os.lseek(copy.fileno(), at, os.SEEK_SET)
@@ -228,16 +231,16 @@ class Init:
     def __init__(self, control: socket.socket, config: Message) -> None:
         self.control = control
         self.config = config
-        self.roots: set[int] = set()  # processes whose exit the owner is told
+        self.roots: set[int] = set()  # processes whose exits are reported to the owner
         self.commands: dict[
             int, tuple[int, int | None]
-        ] = {}  # pid of a running helper → (message id, pid it shall report)
+        ] = {}  # pid of a running helper → (message id, pid to report as a root)
 
     def send(self, **message: object) -> None:
         try:
             self.control.send(json.dumps(message).encode())
         except (BrokenPipeError, ConnectionResetError):
-            os._exit(0)  # the owner is gone, and everything in here goes with this process
+            os._exit(0)  # the owner is gone; everything in the sandbox ends with this process
 
     def run(self) -> None:
         wake_r, wake_w = os.pipe()
@@ -278,9 +281,10 @@ class Init:
 
     @staticmethod
     def read(message: Message, fds: list[int]) -> Message:
-        """A request; a long one is in the file that comes first. What is left in `fds` is lent for this one request."""
+        """Return a request; a long request's body is in the first descriptor's file. The descriptors left in `fds`
+        belong to this request."""
         for fd in fds:
-            os.set_inheritable(fd, False)  # recvmsg made them without close-on-exec
+            os.set_inheritable(fd, False)  # recvmsg created them without close-on-exec
         if message.get("lent", ())[:1] != ["body"] or not fds:
             return message
         with open(fds.pop(0), "rb") as file:
@@ -311,7 +315,7 @@ class Init:
             self.go_on(message.get("stopped", ()))
             self.send(id=message["id"])
         elif op == "unpack":
-            # What the snapshot links to, back in its place before CRIU looks for it.
+            # Restore the files that the images refer to before CRIU opens them.
             for source, target in message["copies"]:
                 self.copy_tree(source, target)
             self.send(id=message["id"])
@@ -331,7 +335,7 @@ class Init:
 
     @staticmethod
     def go_on(stopped: Sequence[int]) -> None:
-        """Continue everyone in here but this process (kill(2)) and those that were stopped at the dump."""
+        """Resume every process of the sandbox except init (kill(2)) and those that were stopped at the dump."""
         pids = [-1] if not stopped else [int(name) for name in os.listdir("/proc") if name.isdigit() and name != "1"]
         for pid in pids:
             if pid not in stopped:
@@ -347,9 +351,10 @@ class Init:
 
     @classmethod
     def copy_tree(cls, source: str, target: str, seen: dict[tuple[int, int], str] | None = None) -> None:
-        """Folders, files and links with their modes; sockets are left out, since CRIU makes them anew when it binds them.
+        """Copy folders, files and links with their modes. Skip sockets: CRIU creates them again when it binds them.
 
-        Hard links stay links: `link_remap.N` and the semaphore it stands for are one file to the processes that share it.
+        Hard links stay links: `link_remap.N` and the semaphore it stands for are one file to the processes that
+        share it.
         """
         seen = {} if seen is None else seen
         os.makedirs(target, exist_ok=True)
@@ -372,7 +377,7 @@ class Init:
                 seen[inode] = to
 
     def spawn(self, message: Message, seccomp: bool) -> int:
-        """fork and exec; the new process tells through a close-on-exec pipe why it could not start."""
+        """Fork and exec. The child reports a failed start through a close-on-exec pipe, and this method raises it as OSError."""
         report_r, report_w = os.pipe()
         pid = os.fork()
         if pid:
@@ -394,18 +399,19 @@ class Init:
             out = lent.pop("stdout", null)
             err = lent.pop("stderr", out)
             streams = [null, out, err]
-            # Above 2 first, so that no target is overwritten before it has been read.
+            # Move all above 64 first, so that no source is overwritten before it was duplicated.
             streams = [fcntl.fcntl(stream, fcntl.F_DUPFD_CLOEXEC, 64) for stream in streams]
             for number, stream in enumerate(streams):
                 os.dup2(stream, number, inheritable=True)
             moved = {int(to): fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 128) for to, fd in lent.items()}
             for to, fd in moved.items():
                 os.dup2(fd, to, inheritable=True)
-            # Everything that this process inherited or opened carries close-on-exec, but for what was just laid out.
+            # Every other descriptor that this process inherited or opened is close-on-exec.
             os.chdir(message["cwd"])
             os.umask(message.get("umask", 0o022))
             if message["op"] == "start":
-                # A helper that daemonises stays below the engine, so that a dump of its tree has it (prctl(2); execve keeps this).
+                # A helper that daemonises stays below the engine, so a dump of the engine's tree includes it (prctl(2);
+                # execve keeps this).
                 libc.prctl(PR_SET_CHILD_SUBREAPER, 1)
             if seccomp:
                 refuse_io_uring()
@@ -436,7 +442,7 @@ class Init:
 
 
 def close_on_exec() -> None:
-    """Nothing that the owner passed down may leak into an engine: a snapshot would name it."""
+    """Set close-on-exec on all descriptors above 2. One that leaked into an engine would become part of its snapshot."""
     for name in os.listdir("/proc/self/fd"):
         fd = int(name)
         if fd > 2:
@@ -445,9 +451,10 @@ def close_on_exec() -> None:
 
 
 def main(control_fd: int) -> int:
-    """See the module; returns the exit code of the outer process."""
+    """Run init (see the module's docstring). Return the exit code of the outer process."""
     control = socket.socket(fileno=control_fd)
-    # It shares its owner's command line and control group, and so gets what stops the owner; it ends with the owner, who stops in order.
+    # Init receives the same signals as its owner, in whose group it is. Ignore them: the owner stops the engine in
+    # order, and init ends with it.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     try:
@@ -455,7 +462,7 @@ def main(control_fd: int) -> int:
     except ConnectionResetError:
         first = b""
     if not first:
-        return 0  # started beforehand (checkpoint.sandbox.prestart), and not needed, or its owner was killed
+        return 0  # prestarted (checkpoint.sandbox.prestart) and not needed, or the owner was killed
     config = json.loads(first)
     close_on_exec()
     try:
@@ -468,7 +475,8 @@ def main(control_fd: int) -> int:
         control.close()
         _, status = os.waitpid(inner, 0)
         return os.waitstatus_to_exitcode(status) & 0xFF
-    # What is executed from here inherits what is ignored; process 1 itself is not ended by these either way (pid_namespaces(7)).
+    # Executed processes inherit ignored signals, so restore the defaults. The kernel protects process 1 either way
+    # (pid_namespaces(7)).
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -479,9 +487,9 @@ def main(control_fd: int) -> int:
         control.send(json.dumps({"event": "failed", "errno": error.errno, "error": str(error.strerror)}).encode())
         os._exit(1)
     os.setsid()
-    with contextlib.suppress(ConnectionError):  # the owner was killed in the middle of a word
+    with contextlib.suppress(ConnectionError):  # the owner was killed in the middle of a message
         Init(control, config).run()
-    os._exit(0)  # process 1: the kernel kills everything else in here
+    os._exit(0)  # init exits: the kernel kills every other process of the sandbox
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""Helper processes started before it is known what they will be for: they are ready by the time their owner has imported what it needs.
+"""Prestart helper processes, so that they are ready when their owner has finished importing.
 
-Process 1 of the first sandbox, and the page server of the first restore. `start` is called as the very first thing of a command that will
-want them; `take_init` and `take_page_server` hand over what was started, or start one. What nobody takes sees its control socket close,
-at `settled` or at the owner's end, and exits.
+The helpers are the init of the first sandbox and the page server of the first restore. A command that will need them
+calls `start` first of all. `take_init` and `take_page_server` return the prestarted helper, or start a new one. An
+unused helper exits when its control socket closes: a page server at `settled`, any helper when its owner ends.
 
-Beforehand they are forked: the owner has no thread yet, and each helper is spared an interpreter's start and half of its imports (20 to
-30 ms of a processor that the owner's own imports want). Later ones are started anew, since a fork beside threads is not safe.
+Prestarted helpers are forked: the owner has no threads yet, and a fork saves each helper an interpreter's start and
+half of its imports (20 to 30 ms of CPU time, which the owner's own imports need). Later helpers are spawned, because
+a fork of a process with threads is not safe.
 """
 
 from __future__ import annotations
@@ -25,27 +26,27 @@ from typing import Protocol
 
 
 class Child(Protocol):
-    """A process of ours: what both a Popen and a Forked can."""
+    """A child process: the common interface of Popen and Forked."""
 
     @property
     def pid(self) -> int:
-        """Its number."""
+        """Its process number."""
 
     def poll(self) -> int | None:
-        """Its exit code (negative: the signal that ended it), or None while it runs."""
+        """Return its exit code (negative: the signal that ended it), or None while it runs."""
 
     def wait(self, timeout: float | None = None) -> int:
         """Wait for the exit code. Raises subprocess.TimeoutExpired after `timeout` seconds."""
 
     def send_signal(self, sig: int) -> None:
-        """Nothing where it has ended."""
+        """Send a signal; do nothing if it has ended."""
 
     def kill(self) -> None:
-        """SIGKILL."""
+        """Send SIGKILL."""
 
 
 class Forked:
-    """A Child made by os.fork. Any thread may ask."""
+    """A Child made by os.fork. Thread-safe."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
@@ -66,7 +67,7 @@ class Forked:
         with self._lock:
             if self._code is not None:
                 return self._code
-            fd = os.pidfd_open(self.pid)  # nobody has reaped it, so the number is still its own
+            fd = os.pidfd_open(self.pid)  # not reaped yet, so the number is still its own
         try:
             ended = select.poll()
             ended.register(fd, select.POLLIN)
@@ -101,7 +102,7 @@ _page_server: list[Started] = []
 
 
 def _fork(name: str, main: Callable[[int], int]) -> Started:
-    """A helper that begins as a copy of this process; only while this process has one thread."""
+    """Fork a helper from this process. Only safe while this process has one thread."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     pid = os.fork()
     if pid:
@@ -115,10 +116,10 @@ def _fork(name: str, main: Callable[[int], int]) -> Started:
 
 
 def _become(name: str, main: Callable[[int], int], control_fd: int) -> int:
-    """What a child does instead of going on with its parent's work: nothing of the parent's is left open."""
+    """Turn a forked child into a helper: detach it from the parent's session and close all of the parent's descriptors."""
     os.setsid()  # see _spawn
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # as `main` will have it, and from the first moment on
+        signal.signal(number, signal.SIG_IGN)  # as `main` sets them, but from the first moment on
     null = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
         os.dup2(null, fd)
@@ -129,17 +130,17 @@ def _become(name: str, main: Callable[[int], int], control_fd: int) -> int:
 
 
 def _close(first: int, last: int) -> None:
-    """Close every descriptor from `first` to `last`, however many the limit allows (a container's may be 2^30)."""
+    """Close all descriptors from `first` to `last`, however high the limit is (in a container it may be 2^30)."""
     if first > last or not ctypes.CDLL(None).syscall(_SYS_CLOSE_RANGE, first, last, 0):
         return
     for name in os.listdir("/proc/self/fd"):  # Linux before 5.9
         if first <= int(name) <= last:
-            with contextlib.suppress(OSError):  # the listing's own
+            with contextlib.suppress(OSError):  # the descriptor of the listing itself
                 os.close(int(name))
 
 
 def _spawn(*program: str) -> Started:
-    """Start a helper; it waits for its configuration on a socket. Returns the process and our end of it."""
+    """Start a helper that waits for its configuration on a socket. Return the process and our end of the socket."""
     import subprocess
 
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -149,7 +150,8 @@ def _spawn(*program: str) -> Started:
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            # An interrupt at a terminal goes to the whole foreground group, and would end the sandbox before its owner can stop the engine.
+            # A terminal's interrupt reaches the whole foreground group; it would end the sandbox before its owner can
+            # stop the engine.
             start_new_session=True,
         )
     return process, ours
@@ -168,10 +170,10 @@ def _page_server_main(control_fd: int) -> int:
 
 
 def start() -> None:
-    """Start one of each beforehand, and let this interpreter do as little as it can beside importing.
+    """Prestart one helper of each kind, and tune this interpreter for a fast start.
 
-    Its threads take turns every half millisecond instead of every five: the one that restores waits for the interpreter whenever it has
-    waited for something else. Collecting garbage starts with `settled`.
+    The thread switch interval drops from 5 ms to 0.5 ms, because the restoring thread waits for the interpreter
+    after every other wait. Garbage collection is off until `settled`.
     """
     _init.append(_fork("quickthaw-outer", _init_main))
     _page_server.append(_fork("quickthaw-pages", _page_server_main))
@@ -180,9 +182,9 @@ def start() -> None:
 
 
 def settled() -> None:
-    """The start is over, or no longer this process's to hurry: back to an interpreter's usual ways, without a page server that nobody took.
+    """End the start phase: restore the interpreter's defaults, and end an unused page server.
 
-    What has been imported stays out of every later collection.
+    Objects imported so far are excluded from later garbage collections.
     """
     if not gc.isenabled():
         sys.setswitchinterval(0.005)
@@ -195,14 +197,14 @@ def settled() -> None:
 
 
 def end(process: Child) -> None:
-    """Wait for a helper whose control socket is closed; one that does not end is killed."""
+    """Wait for a helper whose control socket is closed, and kill it on timeout."""
     from subprocess import TimeoutExpired
 
     try:
         process.wait(_END_LIMIT_S)
     except TimeoutExpired:
         process.kill()
-        # One in uninterruptible sleep ends when the kernel lets it go.
+        # A process in uninterruptible sleep ends when the kernel releases it.
         with contextlib.suppress(TimeoutExpired):
             process.wait(_END_LIMIT_S)
 
@@ -217,10 +219,10 @@ def _take(waiting: list[Started]) -> Started | None:
 
 
 def take_init() -> Started:
-    """Process 1 of a sandbox: the one that was started beforehand, or a new one."""
+    """Return the prestarted init of a sandbox, or start a new one."""
     return _take(_init) or _spawn(str(Path(__file__).with_name("init.py")))
 
 
 def take_page_server() -> Started:
-    """A page server: the one that was started beforehand, or a new one."""
+    """Return the prestarted page server, or start a new one."""
     return _take(_page_server) or _spawn("-c", _PAGE_SERVER, str(Path(__file__).resolve().parents[2]))

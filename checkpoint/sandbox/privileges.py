@@ -1,6 +1,7 @@
-"""What this process may do here: capabilities, seccomp, user namespace, devices. Read and tried in well under a millisecond.
+"""Detect this process's privileges: capabilities, seccomp, user namespace, devices. Takes well under a millisecond.
 
-`missing` names everything that a layer needs and this process lacks; `remedy` says how to grant it. docs/deploy.md has the list.
+`missing` lists everything that a capability layer needs and this process lacks; `remedy` says how to grant it.
+docs/deploy.md has the list.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ HOST_USERS = "the host's user namespace"
 OWN_NETWORK = "a network of this user namespace"
 LAYERS: dict[str, tuple[str, ...]] = {
     "mount": ("CAP_SYS_ADMIN", FUSE),
-    # unshare(2), mount(2); setns(2) back into the own network, from which connections into the sandbox are made.
+    # unshare(2), mount(2); setns(2) back into the own network after connecting into a sandbox.
     "sandbox": ("CAP_SYS_ADMIN", OWN_NETWORK),
-    # CRIU: SO_SNDBUFFORCE (CAP_NET_ADMIN, which counts in the host's user namespace only), PR_CAPBSET_DROP, chroot(2),
-    # PTRACE_O_SUSPEND_SECCOMP (not from under a filter).
+    # CRIU: SO_SNDBUFFORCE (CAP_NET_ADMIN, valid only in the host's user namespace), PR_CAPBSET_DROP, chroot(2),
+    # PTRACE_O_SUSPEND_SECCOMP (impossible under a seccomp filter).
     "snapshots": ("CAP_SYS_ADMIN", "CAP_NET_ADMIN", "CAP_SETPCAP", "CAP_SYS_CHROOT", SECCOMP, HOST_USERS),
-    # userfaultfd(2) that handles faults of system calls as well.
+    # userfaultfd(2) that also handles faults in system calls.
     "pages": ("CAP_SYS_PTRACE",),
 }
 _FLAGS = {FUSE: "--device /dev/fuse", SECCOMP: "--security-opt seccomp=unconfined", HOST_USERS: "--userns host"}
@@ -40,7 +41,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Privileges(NamedTuple):
-    """What was found. `apparmor`: the profile's name; empty where there is none or it confines nothing."""
+    """The detected privileges. `apparmor` is the profile's name; empty if there is none or it confines nothing."""
 
     effective: int
     seccomp: bool = False
@@ -50,12 +51,12 @@ class Privileges(NamedTuple):
     fuse: bool = True
     page_faults: bool = True
     traces_children_only: bool = False
-    """Yama: only CAP_SYS_PTRACE may attach to a process that is no child (CRIU's are not)."""
+    """Yama: only CAP_SYS_PTRACE may attach to processes that are not children (as CRIU must)."""
     user_namespaces: bool = True
 
     @classmethod
     def here(cls) -> Privileges:
-        """Return this process's own. What cannot be read counts as granted: use shows it."""
+        """Return this process's privileges. Unreadable ones count as granted; their use will show."""
         status = dict(line.split(":\t", 1) for line in _text("/proc/self/status").splitlines() if ":\t" in line)
         return cls(
             effective=int(status.get("CapEff", "0"), 16),
@@ -70,7 +71,7 @@ class Privileges(NamedTuple):
         )
 
     def has(self, name: str) -> bool:
-        """Return whether a capability, or one of the other names in LAYERS, is there."""
+        """Return whether a capability, or another privilege named in LAYERS, is granted."""
         if name in CAPABILITIES:
             return bool(self.effective >> CAPABILITIES[name] & 1)
         return {
@@ -81,19 +82,19 @@ class Privileges(NamedTuple):
         }[name]
 
     def missing(self, *layers: str) -> tuple[str, ...]:
-        """Return everything that these layers need and that is not there, without repetition."""
+        """Return everything that these layers need and this process lacks, without duplicates."""
         wanted = dict.fromkeys(name for layer in layers for name in LAYERS[layer])
         if "pages" in layers and self.page_faults:
             del wanted["CAP_SYS_PTRACE"]
         if "snapshots" in layers:
             wanted |= {"CAP_SYS_PTRACE": None} if self.traces_children_only else {}
-            # The clock of a restored engine: a user namespace of our own does as well (checkpoint.sandbox.init).
+            # The clock of a restored engine: our own user namespace suffices, too (checkpoint.sandbox.init).
             wanted |= {} if self.user_namespaces else {"CAP_SYS_TIME": None}
         return tuple(name for name in wanted if not self.has(name))
 
     @property
     def key(self) -> str:
-        """Return what of it changes what the kernel allows, for the name of a file."""
+        """Return a file name part for the privileges that change what the kernel allows."""
         return f"{self.effective:x}{'-seccomp' * self.seccomp}{'-users' * (not self.host_users)}"
 
 
@@ -117,7 +118,7 @@ def _apparmor() -> str:
 
 
 def _may_return() -> bool:
-    """Return whether setns(2) into the own network is allowed: not in a user namespace that came without a network of its own."""
+    """Return whether setns(2) into the own network is allowed; it is not in a user namespace without its own network."""
     try:
         fd = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
@@ -129,7 +130,7 @@ def _may_return() -> bool:
 
 
 def _is_admin() -> bool:
-    """Without CAP_SYS_ADMIN setns(2) says nothing about the network."""
+    """Return whether this process has CAP_SYS_ADMIN; without it, a failed setns(2) says nothing about the network."""
     line = next((line for line in _text("/proc/self/status").splitlines() if line.startswith("CapEff:")), "CapEff: 0")
     return bool(int(line.split()[1], 16) >> CAPABILITIES["CAP_SYS_ADMIN"] & 1)
 

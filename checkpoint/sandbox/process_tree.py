@@ -1,4 +1,4 @@
-"""The processes of a sandbox, by their numbers on the host and inside, and the memory that is theirs alone."""
+"""The processes of a sandbox, by their numbers on the host and inside, and their private memory."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def processes(init_pid: int) -> list[int]:
-    """Every process below process 1 of a sandbox, by its number on the host."""
+    """List every process below a sandbox's init, by its number on the host."""
     found: list[int] = []
     waiting = [init_pid]
     while waiting:
@@ -16,14 +16,14 @@ def processes(init_pid: int) -> list[int]:
             for task in Path(f"/proc/{pid}/task").iterdir():
                 waiting.extend(int(child) for child in (task / "children").read_text().split())
         except OSError:
-            continue  # ended under our eyes
+            continue  # ended meanwhile
         if pid != init_pid:
             found.append(pid)
     return found
 
 
 def inner_numbers(pids: Sequence[int]) -> list[int]:
-    """The numbers of processes and their threads inside their PID namespace."""
+    """List the numbers of processes and their threads inside their PID namespace."""
     numbers = []
     for pid in pids:
         try:
@@ -37,7 +37,7 @@ def inner_numbers(pids: Sequence[int]) -> list[int]:
 
 
 def private_bytes(pids: Sequence[int]) -> int:
-    """Bytes of private memory of some processes: about what CRIU will write (smaps_rollup: Private_Dirty, and swapped)."""
+    """Sum the private memory of processes in bytes (smaps_rollup: Private_Dirty and Swap), about the size of CRIU's images."""
     total = 0
     for pid in pids:
         try:

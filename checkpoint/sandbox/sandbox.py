@@ -1,8 +1,9 @@
-"""The sandbox an engine runs in, from the owner's side: namespaces of its own for processes, mounts, network, IPC and clocks,
-a private /dev/shm and TMPDIR, and no io_uring, so that a snapshot holds nothing of the host and replicas run side by side.
+"""The owner's side of the sandbox that an engine runs in.
 
-The sandbox lives exactly as long as its owner's `Sandbox` object or process, whichever ends first (see checkpoint/sandbox/init.py).
-A replica's port exists only inside its network namespace; `Sandbox.connect` makes sockets in there for the proxy.
+A sandbox has its own namespaces for processes, mounts, network, IPC and clocks, a private /dev/shm and TMPDIR, and
+no io_uring. So a snapshot contains nothing of the host, and replicas can run side by side. The sandbox lives as long
+as its owner's `Sandbox` object or process, whichever ends first (see checkpoint/sandbox/init.py). A replica's port
+exists only inside its network namespace; `Sandbox.connect` creates sockets there for the proxy.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from checkpoint.snapshot import speculative
 
 log = logging.getLogger("quickthaw")
 RUN_DIR = "/run/quickthaw"
-"""Where every sandbox finds its own temporary files, caches and models: the same path in each, so that snapshots carry it."""
+"""Folder of a sandbox's temporary files, caches and models: the same path in each, so that snapshots can contain it."""
 TMP_DIR = f"{RUN_DIR}/tmp"
 CACHE_DIR = f"{RUN_DIR}/cache"
 CONTROL_DIR = f"{RUN_DIR}/control"
@@ -55,10 +56,10 @@ class Bind:
 
 @dataclass(frozen=True)
 class SandboxConfig:
-    """How a sandbox is set up.
+    """Settings of a sandbox.
 
-    `monotonic_ns`: where the monotonic clock shall stand at the start (a snapshot's, in nanoseconds); 0 leaves it as the host's.
-    `kernel_facts`: what CRIU learnt about this kernel before (Criu.kernel_facts); it need not exist.
+    `monotonic_ns`: the monotonic clock at the start (a snapshot's, in nanoseconds); 0 keeps the host's clock.
+    `kernel_facts`: CRIU's cached kernel features (Criu.kernel_facts); the file need not exist.
     """
 
     binds: Sequence[Bind] = ()
@@ -67,7 +68,7 @@ class SandboxConfig:
     kernel_facts: Path | None = None
 
     def told(self) -> dict[str, Any]:
-        """What process 1 is told of it (checkpoint.sandbox.init)."""
+        """Return the configuration that init receives (checkpoint.sandbox.init)."""
         return {
             "binds": [[str(b.source), str(b.target), b.read_only] for b in self.binds],
             "refuse_io_uring": self.refuse_io_uring,
@@ -79,7 +80,7 @@ class SandboxConfig:
 
 
 def _user() -> str:
-    """Return the user's name as torch has it in the names of folders; a container's user may have none."""
+    """Return the user's name as torch uses it in folder names. A container's user may have no name; then return the uid."""
     try:
         return getpass.getuser()
     except (KeyError, OSError):
@@ -87,7 +88,7 @@ def _user() -> str:
 
 
 def make_run_dir() -> None:
-    """The folder that every sandbox lays its own over. Raises HostLacks."""
+    """Create the folder over which every sandbox mounts its own. Raises HostLacks (sandbox-run-dir)."""
     try:
         Path(RUN_DIR).mkdir(mode=0o755, exist_ok=True)
     except OSError as error:
@@ -99,13 +100,13 @@ def make_run_dir() -> None:
 
 @functools.cache
 def own_network() -> int:
-    """A descriptor of this process's network namespace, open until the process ends.
+    """Return a descriptor of this process's network namespace, which stays open until the process ends.
 
-    Raises HostLacks (sandbox-network) where a thread that has entered a sandbox's network could not come back: in a user namespace
-    without a network of its own.
+    Raises HostLacks (sandbox-network) if a thread that entered a sandbox's network could not return: in a user
+    namespace without its own network.
     """
     fd = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-    if _libc.setns(fd, _CLONE_NEWNET):  # to where this thread is already: whether it is allowed
+    if _libc.setns(fd, _CLONE_NEWNET):  # a no-op for this thread that tests the permission
         error = ctypes.get_errno()
         os.close(fd)
         raise HostLacks(
@@ -118,13 +119,13 @@ def own_network() -> int:
 
 @dataclass
 class Sandbox:
-    """A running sandbox. Use as a context manager, or call `close`; a dead owner closes it as well."""
+    """A running sandbox. Use it as a context manager, or call `close`; it also closes when its owner dies."""
 
     config: SandboxConfig = field(default_factory=SandboxConfig)
     on_exit: Callable[[int, int], None] | None = None
     """Called as `on_exit(pid, exit code)` from the sandbox's reader thread when a started or restored root process ends."""
     begun: speculative.Begun | None = None
-    """One whose process 1 has been told this configuration and the first requests already; it is this object's from here on."""
+    """A begun restore whose init already has this configuration and the first requests. This object takes it over."""
 
     def __post_init__(self) -> None:
         self._pending: dict[int, Future[dict[str, Any]]] = {}
@@ -161,7 +162,7 @@ class Sandbox:
         self._reader.start()
 
     def _wait_ready(self) -> None:
-        """Until process 1 is what it was told to be."""
+        """Wait until init reports that it is ready."""
         self._control.settimeout(READY_TIMEOUT_S)
         try:
             answer = self._control.recv(1 << 20)
@@ -177,7 +178,7 @@ class Sandbox:
         self._control.settimeout(None)
 
     def _enter(self) -> None:
-        """Take hold of process 1 and of the sandbox's network."""
+        """Find init's process number and open the sandbox's network namespace."""
         children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text().split()
         if not children:
             raise ConnectionResetError(0, "process 1 died")
@@ -192,15 +193,15 @@ class Sandbox:
 
     @property
     def init_pid(self) -> int:
-        """Process 1 of the sandbox, by its number on the host."""
+        """Process number of the sandbox's init on the host."""
         return self._init_pid
 
     @property
     def control_dir(self) -> Path:
-        """The sandbox's control folder as the host sees it: where engine processes leave their answers."""
+        """The sandbox's control folder as seen from the host, where engine processes write their answers."""
         return Path(f"/proc/{self._init_pid}/root{CONTROL_DIR}")
 
-    # Talking to process 1
+    # Requests to init
 
     def _read(self) -> None:
         try:
@@ -227,7 +228,7 @@ class Sandbox:
                 try:
                     self.on_exit(message["pid"], message["code"])
                 except Exception:
-                    # A defect, but no reason to leave every later request without its answer.
+                    # A defect, but later requests must still get their answers.
                     log.exception("sandbox: handling the exit of process %d failed", message["pid"])
             return
         with self._lock:
@@ -238,7 +239,7 @@ class Sandbox:
     def _ask(
         self, timeout_s: float = REQUEST_TIMEOUT_S, lent: Mapping[str, int | None] | None = None, **message: Any
     ) -> dict[str, Any]:
-        """One request and its answer. `lent` are descriptors that process 1 has for the length of it, by what they are for."""
+        """Send a request and return its answer. `lent` maps names to descriptors that init holds for the duration of the request."""
         given = {name: fd for name, fd in (lent or {}).items() if fd is not None}
         future: Future[dict[str, Any]] = Future()
         with self._lock:
@@ -257,7 +258,7 @@ class Sandbox:
         return self._answer(future, timeout_s, message["op"], message["id"])
 
     def _send(self, message: Mapping[str, Any], given: Mapping[str, int]) -> None:
-        """Send a request; what is longer than a packet may be (an environment of hundreds of KB) goes as a file of its own."""
+        """Send a request. A message longer than a packet (an environment may have hundreds of KB) is sent as a file."""
         data = json.dumps({**message, "lent": list(given)}).encode()
         if len(data) <= _PACKET_BYTES:
             socket.send_fds(self._control, [data], list(given.values()))
@@ -275,7 +276,7 @@ class Sandbox:
             answer = future.result(timeout_s)
         except TimeoutError as error:
             if op == "exec":
-                # A CRIU that hangs holds the tree frozen; its death lets the tree go.
+                # A hung CRIU keeps the process tree frozen; killing it releases the tree.
                 self._ask(op="abandon", command=number)
             raise Failed("sandbox-stalled", f"{op} took longer than {timeout_s:.0f} s") from error
         if "error" in answer:
@@ -308,8 +309,8 @@ class Sandbox:
     ) -> int:
         """Run a helper (CRIU) to its end and return its exit code.
 
-        `keep_fds` maps a number in the helper to one of this process's descriptors. `adopts` is the process that a successful
-        helper leaves behind as a root process of the sandbox.
+        `keep_fds` maps a number in the helper to one of this process's descriptors. `adopts` is the process that a
+        successful helper leaves behind as a root process of the sandbox.
         """
         answer = self._ask(
             timeout_s,
@@ -323,19 +324,19 @@ class Sandbox:
         return int(answer["code"])
 
     def unpacked(self, timeout_s: float = REQUEST_TIMEOUT_S) -> None:
-        """Wait for what was begun (checkpoint.snapshot.speculative): its folders are in place. Raises Failed."""
+        """Wait until the begun unpacking (checkpoint.snapshot.speculative) has put its folders in place. Raises Failed."""
         self._answer(self._begun[speculative.UNPACK], timeout_s, "unpack", speculative.UNPACK)
 
     def executed(self, timeout_s: float) -> int:
-        """Wait for what was begun (checkpoint.snapshot.speculative): the exit code of its CRIU. Raises Failed."""
+        """Wait for the begun CRIU (checkpoint.snapshot.speculative) and return its exit code. Raises Failed."""
         return int(self._answer(self._begun[speculative.EXEC], timeout_s, "exec", speculative.EXEC)["code"])
 
     def go_on(self, stopped: Sequence[int] = ()) -> None:
-        """Let every process run that CRIU left stopped, but for those that were stopped at the dump."""
+        """Resume every process that CRIU left stopped, except those that were stopped at the dump."""
         self._ask(op="go-on", stopped=list(stopped))
 
     def signal(self, pid: int, number: int) -> None:
-        """Send a signal to a process of the sandbox by its number inside; Failed when it is gone."""
+        """Send a signal to a process by its number inside the sandbox. Raises Failed when it is gone."""
         self._ask(op="signal", pid=pid, signal=number)
 
     def unpack(self, copies: Sequence[tuple[Path, str]]) -> None:
@@ -343,9 +344,10 @@ class Sandbox:
         self._ask(op="unpack", copies=[[str(source), target] for source, target in copies])
 
     def attach(self, source: Path, target: Path) -> None:
-        """Show folder `source` of the host at `target` inside, in a sandbox that runs already (a lazy mount that came up meanwhile).
+        """Show folder `source` of the host at `target` in a running sandbox (for a lazy mount that came up later).
 
-        The mount is cloned here and moved there through its descriptor (open_tree(2), move_mount(2)); read-only as its source is.
+        The mount is cloned here and moved there through its descriptor (open_tree(2), move_mount(2)). It is
+        read-only if its source is. Raises Failed (attach-failed).
         """
         fd = _libc.syscall(_SYS_OPEN_TREE, _AT_FDCWD, str(source).encode(), _OPEN_TREE_CLONE | os.O_CLOEXEC)
         if fd < 0:
@@ -357,30 +359,30 @@ class Sandbox:
             os.close(fd)
 
     def raise_pids(self, above: int) -> None:
-        """Let every later process get a number above this one (restored trees keep theirs, and new ones must not meet them)."""
+        """Give later processes numbers above this one. Restored process trees keep their numbers, and new processes
+        must not collide with them."""
         self._ask(op="raise-pids", above=above)
 
     def exit_code(self, pid: int) -> int | None:
-        """The exit code of a root process (negative for a signal), or None while it runs."""
+        """Return the exit code of a root process (negative for a signal), or None while it runs."""
         return self._exits.get(pid)
 
     @property
     def alive(self) -> bool:
-        """Whether process 1 still answers."""
+        """Whether init still answers."""
         return not self._closed
 
     # Sockets inside
 
     def connect(self, port: int, host: str = "127.0.0.1") -> socket.socket:
-        """A non-blocking TCP socket inside the sandbox's network on which a connect has been started.
+        """Return a non-blocking TCP socket inside the sandbox's network, on which a connect was started.
 
-        A socket belongs to the namespace it was made in, whoever uses it later: the calling thread enters, makes it, and returns.
-        The two setns calls take about 10 µs.
+        A socket belongs to the namespace it was created in, so the calling thread enters the namespace, creates it,
+        and returns. The two setns calls take about 10 µs. Raises Failed (sandbox-gone), HostLacks (sandbox-network),
+        ConnectionRefusedError.
         """
         home = own_network()
-        with (
-            self._network_lock
-        ):  # `close` must not close the descriptor, whose number another file may get, under the calls
+        with self._network_lock:  # `close` must not close the descriptor during the calls: its number could be reused
             if self._network is None:
                 raise Failed("sandbox-gone", "the sandbox has ended")
             if _libc.setns(self._network, _CLONE_NEWNET):
@@ -389,7 +391,7 @@ class Sandbox:
                 sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
             finally:
                 back = _libc.setns(home, _CLONE_NEWNET)
-        if back:  # own_network has seen it work, so this process has lost a privilege meanwhile
+        if back:  # own_network has seen it work, so this process has lost a privilege since
             sock.close()
             raise HostLacks("sandbox-network", "a thread cannot leave the sandbox's network; keep CAP_SYS_ADMIN")
         sock.setblocking(False)
@@ -403,20 +405,22 @@ class Sandbox:
     # The end
 
     def end(self) -> None:
-        """Let every process of it be killed, from any thread, without waiting: what waits for an answer fails (sandbox-gone). The owner
-        closes it all the same."""
+        """Have every process of the sandbox killed. Thread-safe; does not wait.
+
+        Pending requests fail with sandbox-gone. The owner must still call `close`.
+        """
         with contextlib.suppress(OSError):
             self._control.send(b'{"op": "stop", "id": 0}')
         with contextlib.suppress(OSError):
             self._control.shutdown(socket.SHUT_RDWR)
 
     def close(self, timeout_s: float = 10.0) -> None:
-        """Kill every process of the sandbox and wait until the kernel has taken its namespaces down. May be called twice."""
+        """Kill every process of the sandbox and wait until the kernel has removed its namespaces. Idempotent."""
         self.end()
         try:
             self._process.wait(timeout_s)
         except subprocess.TimeoutExpired:
-            # Process 1 dies with its parent (PDEATHSIG); what is left is a process in uninterruptible sleep.
+            # Init dies with its parent (PDEATHSIG); only a process in uninterruptible sleep can remain.
             self._process.send_signal(signal.SIGKILL)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(timeout_s)
@@ -427,7 +431,7 @@ class Sandbox:
                 os.close(network)
 
     def wait(self, pid: int, timeout_s: float) -> int | None:
-        """Wait until a root process has ended; its exit code, or None when it still runs after `timeout_s` seconds."""
+        """Wait until a root process has ended. Return its exit code, or None if it still runs after `timeout_s` seconds."""
         limit = time.monotonic() + timeout_s
         while (code := self._exits.get(pid)) is None and time.monotonic() < limit and not self._closed:
             time.sleep(0.005)
@@ -435,7 +439,7 @@ class Sandbox:
 
 
 def stop_gently(sandbox: Sandbox, pid: int, grace_s: float) -> int | None:
-    """SIGTERM to a root process, up to `grace_s` seconds, and its exit code where it gave one in time."""
+    """Send SIGTERM to a root process and wait up to `grace_s` seconds. Return its exit code, or None on timeout."""
     with contextlib.suppress(Failed):
         sandbox.signal(pid, signal.SIGTERM)
     return sandbox.wait(pid, grace_s)

@@ -1,4 +1,4 @@
-"""`quickthaw proxy`: the proxy in front of an endpoint that exists already, or of several models."""
+"""`quickthaw proxy`: run the proxy for an existing endpoint, or for several models."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _url(sock: socket.socket) -> str:
 
 
 def _not_itself(upstream: Upstream | None, host: str, port: int) -> None:
-    """Refuse an upstream that is the proxy's own port: each request would come back as a new one, for ever."""
+    """Raise UsageError if the upstream is the proxy's own port: each request would loop forever."""
     spec = upstream.spec if upstream is not None else None
     if spec is None or spec["kind"] != "tcp" or spec["port"] != port:
         return
@@ -197,7 +197,7 @@ async def _serve(options: dict[str, Any], settings: Settings) -> None:
             owner.kill()
             if supervisor is not None:
                 supervisor.kill()
-            os._exit(1)  # a second Ctrl-C: now, without draining
+            os._exit(1)  # a second Ctrl-C ends at once, without draining
         stop.set()
 
     for number in stopping():

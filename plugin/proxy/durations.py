@@ -1,4 +1,4 @@
-"""Times as users write them, on the command line and in the models' file."""
+"""Parse durations on the command line and in the models' file."""
 
 from __future__ import annotations
 
@@ -22,5 +22,5 @@ def seconds(text: str) -> float:
 
 
 def limit(text: str) -> float:
-    """Return a time as `seconds` reads it; `0` and `none` are no limit (infinity). Raises ValueError."""
+    """Return a duration parsed by `seconds`; `0` and `none` mean no limit (infinity). Raises ValueError."""
     return (math.inf if text.lower() == "none" else seconds(text)) or math.inf

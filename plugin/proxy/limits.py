@@ -1,22 +1,22 @@
-"""How many files this process may open, which bounds its connections: each request under way needs two."""
+"""The limit on open files, which bounds the connections of this process: each request in flight needs two."""
 
 from __future__ import annotations
 
 import errno
 import resource
 
-_WANTED = 65535  # what vLLM and SGLang raise their own to
-_RESERVED = 32  # listeners, pipes, logs, a hook, and what an import opens
+_WANTED = 65535  # the limit that vLLM and SGLang set for themselves
+_RESERVED = 32  # listeners, pipes, logs, a hook, files opened by imports
 SHORTAGE = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
-"""Errors of a connect that say something of this host, and nothing of the replica. EADDRNOTAVAIL is not among them: it
-may also mean that the replica's address family is absent here.
+"""Errors of a connect caused by this host, not the replica. EADDRNOTAVAIL is not among them: it may also mean that this
+host lacks the replica's address family.
 """
 
 
 def raise_files() -> int:
-    """Raise the soft limit on open files as far as the hard one and need go (shells give 1,024); the limit now.
+    """Raise the soft limit on open files to 65,535 or the hard limit, and return it (shells give 1,024).
 
-    What this process starts from now on inherits it.
+    Child processes started later inherit it.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _WANTED if hard == resource.RLIM_INFINITY else min(hard, _WANTED)
@@ -27,6 +27,6 @@ def raise_files() -> int:
 
 
 def most_clients() -> int:
-    """How many clients may be connected so that each can have a connection to a replica as well."""
+    """Return how many clients may connect so that each can also have a connection to a replica."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return (1 << 30) if soft == resource.RLIM_INFINITY else max(1, (soft - _RESERVED) // 2)

@@ -1,6 +1,4 @@
-"""Structured logs: one JSON object a line on standard error, with the fields that the code gave under
-`extra={"fields": …}`.
-"""
+"""Structured logs: one JSON object per line on standard error, with the fields from `extra={"fields": …}`."""
 
 from __future__ import annotations
 
@@ -11,10 +9,10 @@ import sys
 
 
 class JsonFormatter(logging.Formatter):
-    """`{"time": …, "level": …, "event": …, "message": …, …fields}`; an exception's text under `exception`."""
+    """Format as `{"time": …, "level": …, "event": …, "message": …, …fields}`, with an exception's text under `exception`."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """One line."""
+        """Return the record as one line of JSON."""
         when = datetime.datetime.fromtimestamp(record.created, datetime.UTC)
         line: dict[str, object] = {
             "time": when.isoformat(timespec="milliseconds"),
@@ -29,10 +27,10 @@ class JsonFormatter(logging.Formatter):
 
 
 class TextFormatter(logging.Formatter):
-    """`08:41:33 info  r0: asleep → waking (woken)`: for a person at a terminal."""
+    """Format for a terminal: `08:41:33 info  r0: asleep → waking (woken)`."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """One line, and an exception's below it."""
+        """Return the record as one line, followed by an exception's traceback."""
         when = datetime.datetime.fromtimestamp(record.created).astimezone()
         fields: dict[str, object] = getattr(record, "fields", {})
         why = fields.get("reason") if getattr(record, "event", "") == "phase" else None
@@ -40,12 +38,12 @@ class TextFormatter(logging.Formatter):
         line = (
             f"{when:%H:%M:%S} {record.levelname.lower():7} {record.getMessage()}{f' ({why})' if why else ''}{request}"
         )
-        line = "".join(c if c.isprintable() else "�" for c in line)  # an engine's own words may be in it
+        line = "".join(c if c.isprintable() else "�" for c in line)  # an engine's own text may be in it
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
 
 def configure(level: str = "info", form: str = "auto") -> None:
-    """Send this package's log to standard error: `json` lines, `text` lines, or (`auto`) text at a terminal only."""
+    """Log to standard error as `json` lines, as `text` lines, or (`auto`) as text if it is a terminal, else JSON."""
     handler = logging.StreamHandler(sys.stderr)
     text = form == "text" or (form == "auto" and sys.stderr.isatty())
     handler.setFormatter(TextFormatter() if text else JsonFormatter())

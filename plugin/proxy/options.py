@@ -1,4 +1,4 @@
-"""Options of everything that runs a proxy: `quickthaw proxy`, `launch` and `restore` say them the same way."""
+"""The command-line options shared by `quickthaw proxy`, `launch` and `restore`."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from plugin.proxy.durations import limit, seconds
 
 
 class Place(click.ParamType[tuple[str, int]]):
-    """HOST:PORT."""
+    """A parameter of the form HOST:PORT."""
 
     name = "host:port"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, int]:
-        """To host and port; an IPv6 host stands in brackets."""
+        """Convert to (host, port); an IPv6 host is in brackets."""
         if isinstance(value, tuple):
             return value
         host, _, port = str(value).rpartition(":")
@@ -26,13 +26,13 @@ class Place(click.ParamType[tuple[str, int]]):
 
 
 class Seconds(click.ParamType[float]):
-    """A time with an optional unit."""
+    """A duration with an optional unit."""
 
     name = "time"
     read = staticmethod(seconds)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """To seconds."""
+        """Convert to seconds."""
         try:
             return value if isinstance(value, float) else self.read(str(value))
         except ValueError as error:
@@ -40,7 +40,7 @@ class Seconds(click.ParamType[float]):
 
 
 class Limit(Seconds):
-    """A time with an optional unit; 0 or `none` for no limit."""
+    """A duration with an optional unit; 0 or `none` for no limit."""
 
     read = staticmethod(limit)
 
@@ -100,14 +100,14 @@ _SHARED = (
 
 
 def shared(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options to a command that is being declared."""
+    """Add the shared options to a command."""
     for option in reversed(_SHARED):
         command = option(command)
     return command
 
 
 def knobs(options: dict[str, Any]) -> dict[str, Any]:
-    """What of a command's options goes into `settings.Settings` as it is."""
+    """Return the command's options as keyword arguments of `settings.Settings`."""
     return {
         "hold_timeout_s": options["hold_timeout"],
         "early_stream": options["early_stream"],

@@ -1,1 +1,1 @@
-"""The admin endpoints: readiness, status, metrics and the page."""
+"""The admin endpoints: readiness, status, metrics and the page for people."""

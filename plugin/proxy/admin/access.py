@@ -1,8 +1,8 @@
-"""Who may read the admin pages: status, metrics and the page for people.
+"""Control access to the admin endpoints: status, metrics and the page for people.
 
-They show commands, addresses and an engine's last words, so by default only clients of this host get them. A token opens
-them to whoever sends it (and then to nobody else, this host's clients included); a port of their own (`--admin-listen`)
-opens them to whoever reaches that port.
+They show commands, addresses and an engine's last output, so by default only clients of this host may read them. With a
+token, every client needs it, including those of this host. On a port of their own (`--admin-listen`), any client of
+that port may read them.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from plugin.proxy.errors import ClientFault
 from plugin.proxy.http.request import Request
 
 _ASK = ((b"www-authenticate", b'Bearer realm="quickthaw"'),)
-# What reverse proxies add. A client of this host has no reason to send any of them.
+# Headers that reverse proxies add. A direct client of this host sends none of them.
 _FORWARDED = frozenset(
     {b"forwarded", b"via", b"x-real-ip", b"x-client-ip", b"true-client-ip", b"cf-connecting-ip", b"x-cluster-client-ip"}
 )
 
 
 def check_access(request: Request, peer: bytes, *, token: str | None, own_port: bool) -> None:
-    """Return if the client at `peer` may read an admin page.
+    """Return if the client at `peer` may read an admin endpoint.
 
-    Raises:
-        ClientFault: 401 without the token that is asked for, 403 from elsewhere than this host where none is set.
+    Raises ClientFault: 401 (admin-token) if a token is set and missing, 403 (admin-local-only) if none is set and the
+    client is not local.
     """
     if token is not None:
         if not _has_token(request, token.encode()):
@@ -37,10 +37,10 @@ def check_access(request: Request, peer: bytes, *, token: str | None, own_port: 
 
 
 def is_local(request: Request, peer: bytes) -> bool:
-    """Whether the request comes from this host: over loopback, for a loopback name, and not through a reverse proxy.
+    """Return True if the request comes from this host: over loopback, for a loopback name, and not through a reverse proxy.
 
-    The name counts since a web page can make a browser of this host ask for its own name at 127.0.0.1 (DNS rebinding). A
-    UNIX socket is no loopback: what connects there is as a rule a reverse proxy.
+    The name is checked because a web page can make a local browser request its own name at 127.0.0.1 (DNS rebinding). A
+    UNIX socket does not count: usually a reverse proxy connects there.
     """
     if not _is_loopback(peer.decode("ascii", "replace")):
         return False

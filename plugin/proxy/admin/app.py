@@ -1,6 +1,4 @@
-"""The own pages as a Starlette app: the page for people, the metrics, and the status as JSON (so that an owner may
-mount them elsewhere).
-"""
+"""The admin endpoints as a Starlette app (page, metrics, status as JSON), which an owner may mount elsewhere."""
 
 from __future__ import annotations
 
@@ -22,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def build(server: StatusSource) -> Starlette:
-    """The app for one server."""
+    """Build the app for one server."""
     page = resources.files("plugin.proxy.admin").joinpath("page.html").read_text("utf-8")
 
     async def people(request: Request) -> Response:

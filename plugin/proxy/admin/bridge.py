@@ -1,8 +1,7 @@
-"""The way from this package's own server to the Starlette app of the own pages, which is imported in a thread when
-first asked for.
+"""Connect the proxy's server to the Starlette app of the admin endpoints, which is imported in a thread on first use.
 
-Nothing of it is on the way of a forwarded request: importing Starlette and Prometheus' client costs about as much as
-half a restore.
+No forwarded request passes through it: importing Starlette and the Prometheus client takes about half as long as a
+restore.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 
 
 async def serve_page(server: StatusSource, client: ClientConnection, request: Request, name: str) -> int:
-    """Answer one own page through the app; returns the status."""
+    """Answer one admin request through the app and return the status."""
     if server.pages_app is None:
         module = await asyncio.to_thread(importlib.import_module, "plugin.proxy.admin.app")
         server.pages_app = module.build(server)

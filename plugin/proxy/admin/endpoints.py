@@ -1,8 +1,9 @@
-"""The proxy's admin pages: `live`, `ready` and `status` are answered here, so that a probe during a restore costs no
-import; the rest by a Starlette app that is imported, in a thread, when it is first asked for.
+"""The admin endpoints. `live`, `ready` and `status` are answered here, so that a probe during a restore costs no import.
+
+A Starlette app, imported in a thread on first use, answers the rest (`bridge`).
 
 `live`: this process answers. `ready`: a request sent now is accepted, and will be held or answered. `ready?strict=1`: a
-replica answers it at once. Both are open to everybody; the rest is not (`access`).
+replica answers it at once. `live` and `ready` are open to every client; the rest is restricted (`access`).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _JSON = [(b"content-type", b"application/json"), (b"cache-control", b"no-store")
 
 
 def pool_document(pool: ReplicaPool) -> dict[str, Any]:
-    """The state of one pool as plain data."""
+    """Return the state of one pool as plain data."""
     progress = pool.progress()
     failure = pool.last_failure
     return {
@@ -75,7 +76,7 @@ def pool_document(pool: ReplicaPool) -> dict[str, Any]:
 
 
 def status_document(server: StatusSource) -> dict[str, Any]:
-    """The state of this worker as plain data: what `/-/status` answers, the page draws and the metrics are made of."""
+    """Return the state of this worker as plain data, for `/-/status`, the page and the metrics."""
     return {
         "uptime_s": round(time.time() - server.started_at, 1),
         "draining": server.draining,
@@ -87,14 +88,14 @@ def status_document(server: StatusSource) -> dict[str, Any]:
 
 
 def serves(pool: ReplicaPool) -> bool:
-    """Whether a replica of the pool answers requests at once."""
+    """Return True if a replica of the pool answers requests at once."""
     return any(r.tracker.phase is Phase.SERVING and not r.held_back for r in pool.replicas.values())
 
 
 def is_ready(server: StatusSource, *, strict: bool = False) -> bool:
-    """Whether a request sent now is accepted, and will be held or answered; with `strict`, answered at once.
+    """Return True if a request sent now is accepted, and will be held or answered; with `strict`, answered at once.
 
-    An engine that sleeps, or has yet to start, is ready: it takes a request to wake it.
+    An engine that sleeps or has not started is ready, because a request wakes it.
     """
     if server.draining:
         return False
@@ -105,7 +106,7 @@ def is_ready(server: StatusSource, *, strict: bool = False) -> bool:
 
 
 async def serve_own(server: StatusSource, client: ClientConnection, request: Request) -> int:
-    """Answer one of the own pages; returns the status."""
+    """Answer one admin request and return the status."""
     name = request.path.removeprefix(server.settings.own_prefix).strip("/")
     if request.method not in (b"GET", b"HEAD"):
         raise ClientFault("method-not-allowed", "the proxy's own pages are read with GET", status=405, headers=_ALLOW)

@@ -1,6 +1,4 @@
-"""Prometheus' text, made from the same document that `/-/status` answers (so that several workers add up in one
-place).
-"""
+"""Convert the `/-/status` document to Prometheus' text format. All workers' counters are already added up in it."""
 
 from __future__ import annotations
 
@@ -24,13 +22,13 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class _Document:
-    """A collector that turns one document into metric families."""
+    """A collector that converts one document to metric families."""
 
     def __init__(self, document: dict[str, Any]) -> None:
         self.document = document
 
     def collect(self) -> Iterator[Metric]:
-        """Called by the registry."""
+        """Yield the metrics; called by the registry."""
         doc = self.document
         requests = CounterMetricFamily(_P + "requests", "Requests by outcome.", labels=["outcome"])
         for outcome, count in doc["outcomes"].items():
@@ -81,7 +79,7 @@ class _Document:
 
     @staticmethod
     def _pages(replicas: list[tuple[str, dict[str, Any]]]) -> Iterator[Metric]:
-        """What the page servers of restored replicas did (checkpoint.lazy_pages)."""
+        """Yield the page server metrics of restored replicas (checkpoint.lazy_pages)."""
         of = ["pool", "replica"]
         faults = CounterMetricFamily("quickthaw_page_faults", "Faults on pages not yet in place.", labels=of)
         stall = CounterMetricFamily("quickthaw_page_stall_seconds", "Time that those faults waited.", labels=of)
@@ -115,7 +113,7 @@ def _histogram(name: str, text: str, data: dict[str, Any]) -> HistogramMetricFam
 
 
 def exposition(document: dict[str, Any]) -> bytes:
-    """The document in Prometheus' text format."""
+    """Return the document in Prometheus' text format."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Document(document))
     return generate_latest(registry)

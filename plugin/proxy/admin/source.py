@@ -1,4 +1,4 @@
-"""What the admin endpoints read of the server that they belong to."""
+"""The part of a server that the admin endpoints read."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 
 class Pools(Protocol):
-    """Who knows every pool (a `server.Router`)."""
+    """The source of all pools (a `server.Router`)."""
 
     def pools(self) -> Sequence[ReplicaPool]:
-        """Every pool, for status and metrics."""
+        """Return every pool, for status and metrics."""
 
 
 class StatusSource(Protocol):
@@ -30,11 +30,11 @@ class StatusSource(Protocol):
 
     @property
     def router(self) -> Pools:
-        """The pools behind the port."""
+        """Return the router of the pools behind the port."""
 
     @property
     def clients(self) -> Collection[object]:
-        """The connections that are open."""
+        """Return the open connections."""
 
     async def document(self) -> dict[str, Any]:
-        """The state of the proxy, of all its workers where there are several."""
+        """Return the status document of the proxy, combined over all workers."""

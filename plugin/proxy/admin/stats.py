@@ -1,6 +1,4 @@
-"""What the proxy counts: plain numbers, so that counting costs nothing on the way; `metrics` turns them into
-Prometheus' text when asked.
-"""
+"""The proxy's counters: plain numbers, so that counting is cheap; `metrics` converts them to Prometheus' text on request."""
 
 from __future__ import annotations
 
@@ -14,7 +12,7 @@ FIRST_BYTE_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 1
 
 
 class Histogram:
-    """Counts by bucket (upper bounds in seconds), and their sum."""
+    """Counts per bucket (upper bounds in seconds), and the sum of all observations."""
 
     __slots__ = ("bounds", "counts", "total")
 
@@ -29,7 +27,7 @@ class Histogram:
         self.total += seconds
 
     def document(self) -> dict[str, object]:
-        """Plain data: bounds, counts per bucket (one more than bounds), sum of all observations."""
+        """Return plain data: bounds, counts per bucket (one more than bounds), sum of all observations."""
         return {"bounds": list(self.bounds), "counts": list(self.counts), "sum": round(self.total, 6)}
 
 
@@ -46,7 +44,7 @@ class Stats:
         self.first_byte = Histogram(FIRST_BYTE_BUCKETS)
 
     def document(self) -> dict[str, object]:
-        """All counts as plain data, which `merged` can add up."""
+        """Return all counts as plain data, which `merged` can add up."""
         return {
             "requests": self.requests,
             "held_total": self.held_total,
@@ -59,7 +57,7 @@ class Stats:
 
 
 def merged(documents: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The sum of several workers' documents."""
+    """Return the sum of several workers' documents."""
     total = Stats().document()
     for document in documents:
         total = {key: _add(value, document[key]) for key, value in total.items()}

@@ -1,19 +1,18 @@
-"""An endpoint that the proxy stands in front of but did not start itself: how it is brought up, known to be ready,
-and put down.
+"""An endpoint that the proxy serves but did not start itself: wake it, check that it is ready, put it to sleep.
 
-The owner of one pool with one replica. It may be woken by a command (which may return, or stay as the engine itself),
-by an HTTP hook, or by nobody (then the wake only waits for it). It is ready when its readiness path answers 200 and,
-where a model is named, when a one-token generation succeeds.
+It owns a pool with one replica. The wake is a command (which may return, or stay as the engine itself), an HTTP hook,
+or nothing (it then only waits for the endpoint). The endpoint is ready when its readiness path answers 200 and, if a
+model is named, a one-token generation succeeds.
 
-Its phases are what can be seen from outside: starting (nothing listens), loading (listens, not ready), warming (the
-generation is tried), serving, asleep; waking, when it was told to sleep and went on answering its readiness path (as
-engines with a sleep mode do, so that path proves nothing until the wake has been called). What quickthaw itself
-restores (`restores`) says its phases at `/-/status`, and they are followed.
+Its phases are those visible from outside: starting (nothing listens), loading (listens, not ready), warming (the
+generation is tried), serving, asleep. Waking: it was put to sleep but still answers its readiness path, as engines with
+a sleep mode do; that path then proves nothing until the wake was called. A `quickthaw restore` (`restores`) reports its
+phases at `/-/status`, and they are copied.
 
-Promises: at most one command of ours runs at a time, in a session of its own; when the endpoint is put down or
-closed, its whole group ends; an engine of ours that ends by itself is known to be down at once; one that somebody else
-starts or ends is known to be up or down within seconds, whether or not requests come (`watch`). What a proxy that was killed
-has left running is taken over, or ended, by the next one (`started`).
+Guarantees: at most one wake command runs at a time, in a session of its own; its whole process group ends when the
+endpoint is put down or closed. The end of an engine started here is noticed at once. An engine started or ended by
+others is noticed within seconds, with or without requests (`watch`). What a killed proxy has left running is taken over
+or ended by the next proxy (`started_processes`).
 """
 
 from __future__ import annotations
@@ -52,17 +51,18 @@ _RESTORED = (Phase.MOUNTING, Phase.RESTORING, Phase.WAKING, Phase.VERIFYING)
 
 
 def _pause_s(waited_s: float) -> float:
-    """Between two looks at an endpoint that is not ready: a twentieth of what was waited, so that looking late costs
-    little beside the start itself.
+    """Return the pause between two checks of an endpoint that is not ready: a twentieth of the time waited (0.02 to 0.5 s).
+
+    The delay of noticing readiness is then small compared with the start.
     """
     return min(0.5, max(0.02, waited_s / 20))
 
 
 @dataclass(frozen=True)
 class EndpointSpec:
-    """What is known of an endpoint. `wake` and `sleep` are shell commands, `wake_url` and `sleep_url` are POSTed to.
+    """The configuration of an endpoint. `wake` and `sleep` are shell commands; `wake_url` and `sleep_url` are POSTed to.
 
-    With both `wake` and `wake_url`, the command starts it when it is down, and the URL wakes it when it sleeps.
+    With both `wake` and `wake_url`, the command starts a stopped endpoint and the URL wakes a sleeping one.
     """
 
     upstream: Upstream
@@ -77,41 +77,39 @@ class EndpointSpec:
     idle_timeout_s: float | None = None
     environment: tuple[tuple[str, str], ...] = ()
     restores: bool = False
-    """True for a `quickthaw restore`, which says its phases at `/-/status`."""
+    """True for a `quickthaw restore`, which reports its phases at `/-/status`."""
     admin_token: str | None = None
-    """The token that `/-/status` asks for."""
+    """The bearer token for `/-/status`."""
     only_ours: bool = False
-    """True where nobody but this proxy starts it: what listens at its port while it is down is something else."""
+    """True if only this proxy starts it: anything else that listens at its port is a different process."""
     pace: Pace = field(default_factory=Pace)
     key: str = ""
-    """What the wake command is known by to the next proxy; empty: the command itself and its upstream."""
+    """Identifies the wake command to the next proxy; "" uses the command itself and its upstream."""
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a hook that is no URL."""
+        """Validate the hooks. Raises ValueError for one that is no URL."""
         for url in (self.wake_url, self.sleep_url):
             if url is not None:
                 hook_place(url)
 
     @property
     def can_start(self) -> bool:
-        """True when a request makes the proxy start or wake it, rather than wait for somebody else to."""
+        """Return True if a request makes the proxy start or wake it, instead of waiting for others to do so."""
         return bool(self.wake or self.wake_url)
 
     @property
     def can_sleep(self) -> bool:
-        """True when the proxy can put it down: by a command, a hook, or by ending the command that it woke it with."""
+        """Return True if the proxy can put it down: by a command, a hook, or by ending the wake command."""
         return bool(self.sleep or self.sleep_url or self.wake)
 
 
 class Endpoint:
-    """Owns the pool of one endpoint."""
+    """Own the pool of one endpoint."""
 
     def __init__(
         self, name: str, spec: EndpointSpec, *, room: Guard | None = None, history: History | None = None
     ) -> None:
-        """`room` wraps the wake, for owners that limit how many endpoints are awake at once; `history` is what is
-        known of its earlier starts.
-        """
+        """`room` wraps the wake, for owners that limit how many endpoints are awake; `history` has its earlier start times."""
         self.name, self.spec = name, spec
         self.tracker = PhaseTracker(phase=Phase.ASLEEP)
         self._process: asyncio.subprocess.Process | Orphan | None = None
@@ -121,7 +119,7 @@ class Endpoint:
         self.turn = 0
         self.acting = False
         self._slept = False
-        """True from being told to sleep to the next successful wake: until then being ready proves nothing."""
+        """True from a sleep to the next successful wake: until then a ready answer proves nothing."""
         self.pool = ReplicaPool(
             name=name,
             wake=self._wake if room is None else room(name, self._wake),
@@ -135,7 +133,7 @@ class Endpoint:
         self.pool.add(name, self.tracker, spec.upstream)
 
     async def start(self) -> None:
-        """Look once whether the endpoint is up already and what a killed proxy has left of it; watch it from then on."""
+        """Take over what a killed proxy left running, check if the endpoint is up, and watch it from then on."""
         await self._take_over()
         if await self.is_up():
             self.tracker.to(Phase.SERVING, FOUND_UP)
@@ -160,12 +158,12 @@ class Endpoint:
             self.acting = False
 
     async def _take_over(self) -> None:
-        """Take over the engine of a proxy that was killed, where it is up at our upstream; else end it."""
+        """Take over a killed proxy's engine that is up at this upstream; end any other that it left."""
         for record in self._started.orphans() if self.spec.wake is not None else ():
             try:
                 orphan = Orphan(record.process)
             except OSError:
-                continue  # it ended under our eyes
+                continue  # it has ended in the meantime
             takes = self._process is None and record.upstream == self.spec.upstream.name and await self.ready() is None
             what = "taking over" if takes else "ending"
             fields = {"pool": self.name, "pid": orphan.pid}
@@ -180,8 +178,7 @@ class Endpoint:
     async def wake(self) -> None:
         """Bring the endpoint to serving.
 
-        Raises:
-            StartFailed: the command or hook failed, or the endpoint was not ready in time.
+        Raises StartFailed when the command or hook failed, or the endpoint was not ready in time.
         """
         spec, tracker = self.spec, self.tracker
         began = time.monotonic()
@@ -190,7 +187,7 @@ class Endpoint:
             if await self._answers():
                 self.found_up()
                 return
-            self._slept = spec.wake_url is not None  # it is up and does not generate: if it sleeps, the hook helps
+            self._slept = spec.wake_url is not None  # up but not generating: if it sleeps, the hook wakes it
         asleep = up and self._slept
         ladder = _RESTORED if spec.restores else _COLD
         why = "woken" if spec.can_start else "waited for: nothing here starts it"
@@ -221,9 +218,8 @@ class Endpoint:
     async def sleep(self) -> None:
         """Put the endpoint down.
 
-        Raises:
-            StartFailed: the command or hook failed, and the endpoint goes on serving. One that answers no more is down
-                whatever they said.
+        Raises StartFailed when the command or hook failed and the endpoint still serves. An endpoint that no longer
+        answers counts as asleep regardless.
         """
         spec = self.spec
         running = self._process is not None and self._process.returncode is None
@@ -248,12 +244,12 @@ class Endpoint:
         self.tracker.to(Phase.ASLEEP)
 
     def kill(self) -> None:
-        """End what this endpoint started, at once."""
+        """Kill the process group started here, at once."""
         if self._process is not None and self._process.returncode is None:
             self._signal(self._process, signal.SIGKILL)
 
     async def close(self) -> None:
-        """End what this endpoint started."""
+        """Stop watching and end the process group started here."""
         if self._watching is not None:
             self._watching.cancel()
             await asyncio.gather(self._watching, return_exceptions=True)
@@ -263,22 +259,22 @@ class Endpoint:
 
     @property
     def upstream(self) -> Upstream:
-        """Where it listens."""
+        """Return the endpoint's address."""
         return self.spec.upstream
 
     @property
     def may_rise(self) -> bool:
-        """Whether it may come up without us, and being ready then proves that it serves."""
+        """Return True if others may start it, and a ready answer then proves that it serves."""
         return not (self._slept or self.spec.only_ours)
 
     def lost(self, why: str) -> None:
-        """It serves no longer: requests wait for the next wake."""
+        """Mark it as failed because it no longer serves; requests wait for the next wake."""
         fields = {"pool": self.name, "reason": why}
         log.warning("%s: engine-gone: %s", self.name, why, extra={"event": "engine-gone", "fields": fields})
         self.tracker.to(Phase.FAILED, f"engine-gone: {why}")
 
     def found_up(self) -> None:
-        """It serves, and somebody else has started it."""
+        """Mark it as serving, because others have started it."""
         if self.tracker.phase is Phase.ASLEEP:
             self.tracker.to(Phase.SERVING, FOUND_UP)
         elif self.tracker.phase is not Phase.SERVING:
@@ -287,13 +283,13 @@ class Endpoint:
             self.tracker.to(Phase.SERVING, FOUND_UP)
 
     def _rise(self, ladder: tuple[Phase, ...], phase: Phase) -> None:
-        """Go up the ladder of a start to `phase`, step by step, as the state machine asks."""
+        """Make the transitions of a start up to `phase`, one by one, as the state machine requires."""
         at = ladder.index(self.tracker.phase)
         for step in ladder[at + 1 : ladder.index(phase) + 1]:
             self.tracker.to(step)
 
     def _watch(self) -> None:
-        """See to it that an engine of ours that ends is not taken for serving until somebody asks for it."""
+        """Watch the process started here, so that its end is noticed before the next request."""
         if self._process is not None:
             self._watcher = asyncio.get_running_loop().create_task(self._died(self._process))
 
@@ -306,7 +302,7 @@ class Endpoint:
         code = await process.wait()
         if self._process is process:
             self._started.forget()
-        # A command that has started an engine elsewhere and returned is no death.
+        # A wake command may start an engine elsewhere and return; that is not a death.
         if await self.ready() is not None and self._process is process and self.tracker.phase is Phase.SERVING:
             self.tracker.to(Phase.FAILED, f"engine-died: the wake command ended with code {code}")
 
@@ -320,8 +316,10 @@ class Endpoint:
             self._started.note(self._process.pid)
 
     async def _until_ready(self, began: float, asleep: bool) -> None:
-        """Return once it is ready. One that sleeps looks ready all the time: there the wake command must have ended,
-        unless the endpoint was seen down in between.
+        """Return once it is ready.
+
+        A sleeping endpoint always looks ready. There, the wake command must have ended, or the endpoint was seen down
+        in between.
         """
         proof = not asleep
         while True:
@@ -342,7 +340,7 @@ class Endpoint:
             await asyncio.sleep(_pause_s(waited))
 
     async def _listens(self, why: str) -> None:
-        """It answers, and is not ready: show how far it says it is."""
+        """Update the phase of an endpoint that answers but is not ready."""
         if self.tracker.phase is Phase.STARTING:
             self.tracker.to(Phase.LOADING, why)
         if self.spec.restores and self.tracker.phase in _RESTORED:
@@ -351,7 +349,7 @@ class Endpoint:
                 self._rise(_RESTORED, phase)
 
     async def _inner_phase(self) -> Phase | None:
-        """The phase that a quickthaw behind this proxy says it is in; None when it says none that is known."""
+        """Return the phase that a quickthaw behind this proxy reports, or None if it reports none that is known."""
         try:
             token = self.spec.admin_token
             _, body = await fetch(self.spec.upstream, "GET", "/-/status", limit_s=_PROBE_LIMIT_S, token=token)
@@ -360,7 +358,7 @@ class Endpoint:
             return None
 
     async def ready(self) -> str | None:
-        """None when the readiness path answers 200, else why not."""
+        """Return None if the readiness path answers 200, else the reason."""
         try:
             status, _ = await fetch(self.spec.upstream, "GET", self.spec.ready_path, limit_s=_PROBE_LIMIT_S)
         except UpstreamFault as exc:
@@ -370,15 +368,18 @@ class Endpoint:
         return None if status == 200 else f"{self.spec.ready_path} answers {status}"
 
     async def is_up(self) -> bool:
-        """Whether it is ready and, where a model is named, generates."""
+        """Return True if it is ready and, if a model is named, generates a token."""
         return await self.ready() is None and await self._answers()
 
     async def _answers(self) -> bool:
-        """True when it generates a token at once, or when no model is named to ask for one."""
+        """Return True if it generates a token within 5 s, or if no model is named."""
         return self.spec.ready_model is None or await self._generation(_FIRST_GENERATION_LIMIT_S) is None
 
     async def _generate(self, began: float) -> None:
-        """A real generation of one token: a bound port and a health page are not yet an engine that answers."""
+        """Wait until it generates one token: a bound port and a health page do not prove that an engine answers.
+
+        Raises StartFailed (wake-no-generation) at the wake's time limit.
+        """
         while (why := await self._generation(_GENERATION_LIMIT_S)) is not None:
             waited = time.monotonic() - began
             if waited > self.spec.wake_limit_s:
@@ -386,7 +387,7 @@ class Endpoint:
             await asyncio.sleep(_pause_s(waited))
 
     async def _generation(self, limit_s: float) -> str | None:
-        """None when one token was generated, else why not."""
+        """Return None if one token was generated, else the reason."""
         body = json.dumps({"model": self.spec.ready_model, "prompt": "a", "max_tokens": 1, "temperature": 0}).encode()
         try:
             status, answer = await fetch(self.spec.upstream, "POST", "/v1/completions", body, limit_s=limit_s)
@@ -408,7 +409,7 @@ class Endpoint:
         try:
             return await asyncio.shield(starting)
         except asyncio.CancelledError:
-            # Cancelled between its start and this: nobody would know of it, and nobody would end it.
+            # Cancelled before the process was recorded: nothing else would end it.
             process = await starting
             self._signal(process, signal.SIGKILL)
             await process.wait()
@@ -445,7 +446,7 @@ class Endpoint:
         process, self._process = self._process, None
         if process is None or process.returncode is not None:
             self._started.forget()
-            return  # a command that returned has left its group's number to whoever comes next
+            return  # the command has returned, so its group number may be reused
         self._signal(process, signal.SIGTERM)
         try:
             async with asyncio.timeout(_STOP_GRACE_S):

@@ -1,17 +1,13 @@
-"""Several models behind one port: which endpoint a request is for, how many may be awake at once, and who is put to
-sleep for whom.
+"""Several models behind one port: choose a request's endpoint, limit how many are awake, put some to sleep for others.
 
-The configuration is a YAML file (`Config`); unknown keys are refused. A model is chosen by the request's `model`: the
-JSON body's field, a
-multipart form's field, a `?model=` in the query (WebSockets), or the file's `default`. Bodies are kept whole (up to
-`max_body`) to be read.
+The configuration is a YAML file (`Config`); unknown keys are refused. A request's model comes from the JSON body's
+`model`, a multipart form's field, `?model=` in the query (WebSockets), or the file's `default`. To find it, bodies are
+buffered (up to `max_body`).
 
-Promises: never more than `max_awake` models awake or waking; a model is put to sleep only when it answers nothing,
-and what arrives for it
-meanwhile waits for its next turn; no model is put to sleep sooner than `min_awake_s` after it came up, so that two
-models in
-demand take turns instead of thrashing. A model that still answers after `drain_s`, or will not go to sleep, goes on serving, and
-who waits for its place gets an error.
+Guarantees: at most `max_awake` models are awake or waking. A model goes to sleep only when it answers no request, and
+new requests for it wait for its next wake. While it has requests, it stays awake for at least `min_awake_s`, so that
+two models in demand alternate instead of thrashing. A model that still answers after `drain_s`, or fails to sleep,
+continues to serve, and the requests that need its place get an error.
 """
 
 from __future__ import annotations
@@ -43,19 +39,19 @@ from plugin.runtime.phases import Phase
 
 
 class Seconds(float):
-    """A time in the file: seconds, or with a unit as on the command line (`90`, `90s`, `10m`, `1h`)."""
+    """A duration in the file: seconds, or with a unit as on the command line (`90`, `90s`, `10m`, `1h`)."""
 
     read = staticmethod(seconds)
 
 
 class Limit(Seconds):
-    """A time, or `0` or `none` for no limit."""
+    """A duration, or `0` or `none` for no limit."""
 
     read = staticmethod(limit)
 
 
 def _times(kind: type, value: object) -> Any:
-    """Read what msgspec has no type for. Raises ValueError."""
+    """Decode a type that msgspec does not know. Raises ValueError."""
     if not issubclass(kind, Seconds) or isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise ValueError(f"expected a time such as 90, 90s, 10m or 1h, not {value!r}")
     return kind(kind.read(str(value)))
@@ -65,9 +61,7 @@ _LIST_PATHS = ("/v1/models", "/models")
 
 
 class ModelConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """One model: exactly one of `snapshot` (restored by name), `command` (a server; `${PORT}` is its port), or
-    `upstream` (exists already).
-    """
+    """One model: exactly one of `snapshot` (restored by name), `command` (a server; `${PORT}` is its port), `upstream` (runs already)."""
 
     snapshot: str | None = None
     command: str | None = None
@@ -78,17 +72,15 @@ class ModelConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     sleep_url: str | None = None
     aliases: tuple[str, ...] = ()
     served_name: str | None = None
-    """What the engine itself calls the model: put in place of the request's `model` in JSON bodies. Without it the
-    name is sent on as it came.
-    """
+    """The engine's own name of the model, which replaces the request's `model` in JSON bodies. None forwards the name unchanged."""
     ready_path: str = "/health"
     ready_model: str | None = None
     idle_timeout: Seconds | None = None
     wake_timeout: Seconds = Seconds(600.0)
     upstream_timeout: Limit | None = None
-    """How long the engine may send nothing while it answers; else as the file or the command says."""
+    """Maximum time that the engine may send nothing while it answers; None uses the file's or the command line's."""
     priority: int = 0
-    """Lower ones are put to sleep first."""
+    """Models with a lower priority are put to sleep first."""
 
 
 class Config(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -96,12 +88,12 @@ class Config(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
     models: dict[str, ModelConfig]
     max_awake: Annotated[int, msgspec.Meta(ge=0)] = 0
-    """How many models may be awake at once; 0 is no limit."""
+    """Maximum number of models awake at once; 0 is no limit."""
     evict: Literal["lru", "priority"] = "lru"
-    """`lru`: the longest idle first; `priority`: the lowest priority first, then the longest idle."""
+    """Order of sleeping: `lru` is the longest idle first; `priority` is the lowest priority first, then the longest idle."""
     min_awake: Seconds = Seconds(5.0)
     drain: Seconds = Seconds(60.0)
-    """How long a model that must go to sleep for another may finish its requests; after that it goes on serving."""
+    """Time for a model to finish its requests before it sleeps for another; after that it continues to serve."""
     default: str | None = None
     idle_timeout: Seconds | None = None
     upstream_timeout: Limit | None = None
@@ -109,7 +101,7 @@ class Config(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 
 def load(path: Path) -> Config:
-    """Read and check the file.
+    """Read and validate the file.
 
     Raises:
         ValueError: it is not YAML, or not this configuration; the message names the place.
@@ -144,7 +136,7 @@ def load(path: Path) -> Config:
 
 
 def spec_of(model: ModelConfig, idle_timeout: float | None) -> EndpointSpec:
-    """The endpoint that a model's configuration describes; a command's port is chosen here."""
+    """Return the endpoint for a model's configuration, choosing the port of a command."""
     idle = model.idle_timeout if model.idle_timeout is not None else idle_timeout
     wake, upstream, environment = model.wake, model.upstream, dict[str, str]()
     if upstream is None:
@@ -161,8 +153,8 @@ def spec_of(model: ModelConfig, idle_timeout: float | None) -> EndpointSpec:
                 str(port),
                 "--upstream-timeout",
                 "none",
-            ]  # this proxy's limit holds
-            # Its admin pages are for this proxy alone, whatever token the proxy's own environment asks for.
+            ]  # this proxy's own limit applies
+            # Only this proxy reads its admin endpoints, whatever token is in this process's environment.
             environment["QUICKTHAW_ADMIN_TOKEN"] = secrets.token_hex(16)
             wake = "exec " + shlex.join([sys.executable, "-m", "plugin.restore", *options, model.snapshot or ""])
     ready_path = (
@@ -179,7 +171,7 @@ def spec_of(model: ModelConfig, idle_timeout: float | None) -> EndpointSpec:
         wake_limit_s=model.wake_timeout,
         idle_timeout_s=idle or None,
         environment=tuple(environment.items()),
-        # Its port is another one each time; the model is the same.
+        # The port differs on each run; the model is the same.
         key=f"{model.command}\n{model.snapshot}" if model.upstream is None else "",
         restores=model.snapshot is not None,
         admin_token=environment.get("QUICKTHAW_ADMIN_TOKEN"),
@@ -188,7 +180,7 @@ def spec_of(model: ModelConfig, idle_timeout: float | None) -> EndpointSpec:
 
 
 class Room:
-    """Who may be awake: makes room for one endpoint by putting others to sleep, one wake's need after the other."""
+    """Limit the number of endpoints awake: make room for one by putting others to sleep, one wake at a time."""
 
     def __init__(self, limit: int, order: str, min_awake_s: float, drain_s: float) -> None:
         self.limit, self.order, self.min_awake_s, self.drain_s = limit, order, min_awake_s, drain_s
@@ -198,7 +190,7 @@ class Room:
         self._claimed: set[str] = set()
 
     def guard(self, name: str, wake: Callable[[], Awaitable[None]]) -> Callable[[], Awaitable[None]]:
-        """`wake`, but only once there is room for `name`."""
+        """Return `wake`, wrapped to run only once there is room for `name`."""
 
         async def guarded() -> None:
             async with self._turn:
@@ -221,7 +213,7 @@ class Room:
         ]
 
     async def _make_room(self, name: str) -> None:
-        """Put others to sleep until there is room for `name`. Raises Unavailable when none of them would."""
+        """Put others to sleep until there is room for `name`. Raises Unavailable (no-room) when none of them sleeps."""
         pool = next(endpoint.pool for endpoint, _ in self.endpoints if endpoint.name == name)
         until = time.monotonic() + self.drain_s
         refused: dict[str, ProxyError] = {}
@@ -269,10 +261,10 @@ class Room:
 
 
 class Models:
-    """Owns the endpoints of all models, and the room they share."""
+    """Own the endpoints of all models, and the limit that they share."""
 
     def __init__(self, config: Config) -> None:
-        from plugin.records.lead_times import history_of_snapshot  # what it imports, only this mode needs
+        from plugin.records.lead_times import history_of_snapshot  # only this mode needs what it imports
 
         room = Room(config.max_awake, config.evict, config.min_awake, config.drain)
         self.endpoints: dict[str, Endpoint] = {}
@@ -285,42 +277,40 @@ class Models:
 
     @property
     def pools(self) -> dict[str, ReplicaPool]:
-        """Every model's pool by its name."""
+        """Return every model's pool by its name."""
         return {name: endpoint.pool for name, endpoint in self.endpoints.items()}
 
     async def start(self) -> None:
-        """Look once at each model whether it is up already."""
+        """Start every endpoint, which checks if it is up already."""
         await asyncio.gather(*(endpoint.start() for endpoint in self.endpoints.values()))
 
     def kill(self) -> None:
-        """End what was started, at once."""
+        """Kill all processes started here, at once."""
         for endpoint in self.endpoints.values():
             endpoint.kill()
 
     async def close(self) -> None:
-        """End what was started."""
+        """End all processes started here."""
         await asyncio.gather(*(endpoint.close() for endpoint in self.endpoints.values()))
 
 
 class ModelRouter:
-    """The router of several models (`server.Router`); it only chooses, so that each of several workers can have its
-    own.
-    """
+    """The router of several models (`server.Router`). It only chooses a pool, so each worker can have its own."""
 
     def __init__(self, config: Config, pools: dict[str, ReplicaPool]) -> None:
         self.config, self._pools = config, pools
         for name, model in config.models.items():
-            if name in pools:  # in a worker, too, whose pools are mirrors
+            if name in pools:  # this also runs in a worker, whose pools are mirrors
                 own = config.upstream_timeout if model.upstream_timeout is None else model.upstream_timeout
                 pools[name].upstream_timeout_s = own
         self._names = {alias: name for name, model in config.models.items() for alias in (name, *model.aliases)}
 
     def pools(self) -> Sequence[ReplicaPool]:
-        """Every model's pool."""
+        """Return every model's pool."""
         return list(self._pools.values())
 
     def answer(self, request: Request) -> dict[str, Any] | None:
-        """The list of models, and each of them, is the proxy's own answer: it wakes nobody."""
+        """Answer the list of models, or one of them, without waking any."""
         if request.method not in (b"GET", b"HEAD"):
             return None
         if request.path in _LIST_PATHS:
@@ -338,7 +328,10 @@ class ModelRouter:
         return {"id": name, "object": "model", "created": 0, "owned_by": "quickthaw", "phase": phase}
 
     async def route(self, client: ClientConnection, request: Request) -> ReplicaPool:
-        """The pool of the model that the request names; reads the whole body if it must."""
+        """Return the pool of the model that the request names, reading the whole body if needed.
+
+        Raises ClientFault when the request names no model or an unknown one.
+        """
         name = await self._name(client, request)
         if name is None:
             name = self.config.default
@@ -357,7 +350,7 @@ class ModelRouter:
         return self._pools[chosen]
 
     async def _rename(self, request: Request, served: str) -> None:
-        """Name the model as its engine does; every other value stays as it was written, a content coding goes."""
+        """Replace the model's name with the engine's. All other values stay as written; a content coding is removed."""
         try:
             document = msgspec.json.decode(await self._plain(request), type=dict[str, msgspec.Raw])
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -373,7 +366,7 @@ class ModelRouter:
             request.headers.append((b"content-length", b"Content-Length", b"%d" % len(body)))
 
     async def _plain(self, request: Request) -> bytes:
-        """Return the body without its content coding; inflating runs beside the event loop."""
+        """Return the body without its content coding; decompression runs in a thread."""
         coding = request.header(b"content-encoding").lower().strip()
         body = bytes(request.body)
         if coding in (b"", b"identity"):
@@ -412,7 +405,10 @@ class _Named(msgspec.Struct):
 
 
 def _decoded(body: bytes, coding: bytes, limit: int) -> bytes:
-    """A copy of the body without its content coding, to look into; what is sent on stays as it came."""
+    """Return a copy of the body without its content coding, to read; the body that is forwarded stays unchanged.
+
+    Raises ClientFault (content-encoding, body-too-large).
+    """
     if coding not in (b"gzip", b"x-gzip", b"deflate"):
         raise ClientFault("content-encoding", "to find the model, only gzip and deflate are read", status=415)
     try:

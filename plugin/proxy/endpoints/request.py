@@ -1,6 +1,4 @@
-"""One small request of the proxy itself (a readiness probe, a hook) over the same connections that clients'
-requests take.
-"""
+"""Send one small request of the proxy's own (a readiness probe, a hook) over the same kind of connection as clients' requests."""
 
 from __future__ import annotations
 
@@ -19,7 +17,7 @@ _MAX_BODY = 1 << 20
 
 
 class _Collector:
-    """Gathers one answer (`back.Answer`)."""
+    """Collect one answer (implements `upstream_connection.Answer`)."""
 
     def __init__(self, request: Request, loop: asyncio.AbstractEventLoop) -> None:
         self.request = request
@@ -65,10 +63,10 @@ class _Collector:
 async def fetch(
     upstream: Upstream, method: str, target: str, body: bytes = b"", *, limit_s: float, token: str | None = None
 ) -> tuple[int, bytes]:
-    """Send one request on a connection of its own; returns (status, body of at most 1 MiB).
+    """Send one request on a connection of its own and return (status, body of at most 1 MiB).
 
     Raises:
-        OSError: no connection, or no whole answer within `limit_s` seconds (TimeoutError).
+        OSError: no connection, or no complete answer within `limit_s` seconds (TimeoutError).
         UpstreamFault: the answer was cut or is not HTTP.
     """
     loop = asyncio.get_running_loop()
@@ -96,14 +94,14 @@ async def fetch(
 
 
 def hook_place(url: str) -> tuple[Upstream, str]:
-    """Where a hook's URL leads, and the target to ask for there. Raises ValueError for one that is not http or https."""
+    """Return the upstream and the request target of a hook's URL. Raises ValueError unless it is http or https."""
     parts = urlsplit(url)
     target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     return from_url(f"{parts.scheme}://{parts.netloc}"), target
 
 
 async def post_url(url: str, *, limit_s: float) -> int:
-    """POST to a hook's URL without a body; returns the status. Raises what `fetch` and `hook_place` raise."""
+    """POST to a hook's URL without a body and return the status. Raises the errors of `fetch` and `hook_place`."""
     upstream, target = hook_place(url)
     status, _ = await fetch(upstream, "POST", target, limit_s=limit_s)
     return status

@@ -1,7 +1,7 @@
-"""What wake commands have started: a record of each on disk, so that the next proxy finds what a killed one left behind.
+"""Record on disk what wake commands have started, so that the next proxy finds what a killed one left behind.
 
-A record names the process and the proxy that started it by number, start time, boot and PID namespace; one of these alone may
-belong to another process by now. A process is signalled only while all of them agree.
+A record identifies the process and its proxy by PID, start time, boot and PID namespace. Each of these alone may belong
+to another process by now, so a process is signalled only while all of them match.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _UNKNOWN = 255
 
 @dataclass(frozen=True)
 class Identity:
-    """One process, told apart from every other one before and after it."""
+    """Identify one process uniquely over time."""
 
     pid: int
     start: int
@@ -36,7 +36,7 @@ class Identity:
 
     @classmethod
     def of(cls, pid: int) -> Identity | None:
-        """The process that has this number now; None for none, and for a zombie."""
+        """Return the process that has this PID now, or None if there is none or it is a zombie."""
         try:
             fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
             if fields[0] in "ZX":
@@ -47,24 +47,24 @@ class Identity:
             return None
 
     def alive(self) -> bool:
-        """Whether this very process runs."""
+        """Return True if this very process runs."""
         return Identity.of(self.pid) == self
 
     def elsewhere(self) -> bool:
-        """Whether it belongs to another PID namespace, from which nothing can be said of it."""
+        """Return True if it belongs to another PID namespace, where its state is unknown."""
         return self.pid_namespace != os.readlink("/proc/self/ns/pid")
 
 
 class Orphan:
-    """A process of an earlier proxy, with as much of `asyncio.subprocess.Process` as an endpoint uses."""
+    """A process of an earlier proxy, with the part of `asyncio.subprocess.Process` that an endpoint uses."""
 
     _fd = -1
 
     def __init__(self, identity: Identity) -> None:
-        """Raises ProcessLookupError when it does not run any more."""
+        """Open the process. Raises ProcessLookupError if it no longer runs."""
         self.pid = identity.pid
         self._fd = os.pidfd_open(identity.pid)
-        if not identity.alive():  # looked at after the pidfd was opened: the number cannot change hands between
+        if not identity.alive():  # checked after pidfd_open: from then on the PID cannot be reused unnoticed
             raise ProcessLookupError(identity.pid)
 
     def __del__(self) -> None:
@@ -73,7 +73,7 @@ class Orphan:
 
     @property
     def returncode(self) -> int | None:
-        """None while it runs; its exit code is known to nobody but its parent."""
+        """Return None while it runs, else 255: only its parent can read the exit code."""
         poll = select.poll()
         poll.register(self._fd, select.POLLIN)
         return _UNKNOWN if poll.poll(0) else None
@@ -81,7 +81,7 @@ class Orphan:
     async def wait(self) -> int:
         """Return once it has ended."""
         loop, ended = asyncio.get_running_loop(), asyncio.Event()
-        fd = os.dup(self._fd)  # a loop knows one reader for each descriptor, and several may wait
+        fd = os.dup(self._fd)  # a loop allows one reader per descriptor, and several tasks may wait
         loop.add_reader(fd, ended.set)
         try:
             await ended.wait()
@@ -93,7 +93,7 @@ class Orphan:
 
 @dataclass(frozen=True)
 class Record:
-    """What one proxy has started for one endpoint."""
+    """One process that a proxy has started for one endpoint."""
 
     upstream: str
     process: Identity
@@ -101,7 +101,7 @@ class Record:
 
 
 class Started:
-    """The records of one endpoint, which `key` tells apart. What cannot be written costs the record, never the start."""
+    """The records of one endpoint, identified by `key`. A write error costs the record, never the start."""
 
     def __init__(self, key: str, upstream: str) -> None:
         self.upstream = upstream
@@ -110,7 +110,7 @@ class Started:
         self._file = self._folder / f"{self._name}-{os.getpid()}.json"
 
     def note(self, pid: int) -> None:
-        """Write down that this process was started by us, in a session of its own."""
+        """Record that this proxy has started the process, in a session of its own."""
         process, owner = Identity.of(pid), Identity.of(os.getpid())
         if process is None or owner is None:
             return
@@ -124,12 +124,12 @@ class Started:
             log.warning(text, self._file, error.strerror, extra={"event": "record-not-written", "fields": {"pid": pid}})
 
     def forget(self) -> None:
-        """It has ended: remove the record."""
+        """Remove the record, because the process has ended."""
         with contextlib.suppress(OSError):
             self._file.unlink()
 
     def orphans(self) -> list[Record]:
-        """What dead proxies have left running for this endpoint. Removes the records that are out of date."""
+        """Return what dead proxies have left running for this endpoint, and remove stale records."""
         found = []
         for file in sorted(self._folder.glob(f"{self._name}-*.json")):
             try:
@@ -147,7 +147,7 @@ class Started:
 
 
 async def end(orphan: Orphan) -> None:
-    """End an orphan with its whole session: SIGTERM, a grace, then SIGKILL for what is left."""
+    """End an orphan with its whole session: SIGTERM, a grace period, then SIGKILL."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         if orphan.returncode is None or _session(orphan.pid):
             with contextlib.suppress(ProcessLookupError):
@@ -158,7 +158,7 @@ async def end(orphan: Orphan) -> None:
 
 
 def _session(leader: int) -> bool:
-    """Whether processes of a session outlive its leader. Its number is not given to another process before they end."""
+    """Return True if processes of a session outlive its leader, whose PID is not reused until they end."""
     if Path(f"/proc/{leader}").exists():
         return False
     for stat in Path("/proc").glob("[0-9]*/stat"):

@@ -1,11 +1,11 @@
-"""Watch an endpoint that somebody else starts and stops, so that its phase is right without any request.
+"""Watch an endpoint that others start and stop, so that its phase is right without any request.
 
-A connection is made every second and closed again, which leaves no line in an engine's access log; the readiness path is
-asked every ten seconds while it answers. A serving endpoint is lost when it refuses twice in a row, or is not ready for
-half a minute (for two minutes while it has requests, since a busy engine may be slow to answer). One that is down serves as
+Every second a connection is opened and closed, which adds no line to an engine's access log. The readiness path is
+requested every 10 s while it answers. A serving endpoint is lost after two refusals in a row, or when it is not ready
+for 30 s (120 s while it has requests, since a busy engine may answer slowly). A stopped endpoint counts as serving as
 soon as it is ready.
 
-Replicas that `launch` itself runs are watched by their owner, not here.
+Replicas of `launch` are watched by their owner, not here.
 """
 
 from __future__ import annotations
@@ -24,39 +24,39 @@ from plugin.runtime.phases import Phase, PhaseTracker
 
 
 class Watched(Protocol):
-    """What is watched (an `endpoint.Endpoint`)."""
+    """The part of an `endpoint.Endpoint` that a `Watch` needs."""
 
     tracker: PhaseTracker
     pool: ReplicaPool
     turn: int
-    """Counts its wakes and sleeps: what was seen before one says nothing after it."""
+    """Counts its wakes and sleeps: an observation before one says nothing after it."""
     acting: bool
-    """Whether a wake or a sleep is under way, which looks for itself."""
+    """True during a wake or a sleep, which checks the endpoint itself."""
 
     @property
     def upstream(self) -> Upstream:
-        """Where it listens."""
+        """Return the endpoint's address."""
 
     @property
     def may_rise(self) -> bool:
-        """Whether it may come up without us, and being ready then proves that it serves."""
+        """Return True if others may start it, and a ready answer then proves that it serves."""
 
     async def ready(self) -> str | None:
-        """None when its readiness path answers 200, else why not."""
+        """Return None if its readiness path answers 200, else the reason."""
 
     async def is_up(self) -> bool:
-        """Whether it is ready and, where a model is named, generates."""
+        """Return True if it is ready and, if a model is named, generates a token."""
 
     def found_up(self) -> None:
-        """It serves."""
+        """Mark it as serving."""
 
     def lost(self, why: str) -> None:
-        """It serves no longer."""
+        """Mark it as no longer serving."""
 
 
 @dataclass(frozen=True)
 class Pace:
-    """How often to look, and how long to believe; seconds."""
+    """Intervals and thresholds of a watch, in seconds."""
 
     every_s: float = 1.0
     ask_every_s: float = 10.0
@@ -67,7 +67,7 @@ class Pace:
 
 
 class Watch:
-    """Watches one endpoint until it is cancelled."""
+    """Watch one endpoint until cancelled."""
 
     def __init__(self, watched: Watched, pace: Pace) -> None:
         self.watched, self.pace = watched, pace
@@ -80,7 +80,7 @@ class Watch:
         self._asked_in_vain = 0
 
     async def run(self) -> None:
-        """Look for ever."""
+        """Check the endpoint at intervals until cancelled."""
         turn, phase = -1, Phase.IDLE
         while True:
             await asyncio.sleep(self.pace.every_s)
@@ -98,11 +98,11 @@ class Watch:
                 watched.found_up()
 
     def _still(self, turn: int, phase: Phase) -> bool:
-        """Whether what was seen is still about the same run of the endpoint."""
+        """Return True if an observation still applies: no wake, sleep or change of phase has come in between."""
         return self.watched.turn == turn and self.watched.tracker.phase is phase and not self.watched.acting
 
     async def _connects(self) -> bool | None:
-        """Whether it takes a connection; None where that cannot be said."""
+        """Return True if it accepts a connection, None if this host cannot tell."""
         try:
             back = await connect(Replica("probe", PhaseTracker(), self.watched.upstream), self.pace.connect_s)
         except TimeoutError:
@@ -113,7 +113,7 @@ class Watch:
         return True
 
     async def _missing(self) -> str | None:
-        """Why a serving endpoint counts as lost, None while it does not."""
+        """Return why a serving endpoint counts as lost, or None."""
         if await self._connects() is False:
             self._refusals += 1
             return "it refuses connections" if self._refusals >= self.pace.refusals else None
@@ -134,7 +134,7 @@ class Watch:
         return f"not ready for {unready_s:.0f} s: {why}" if unready_s >= limit else None
 
     async def _risen(self) -> bool:
-        """Whether an endpoint that was down serves. The pauses grow while it listens and does not: each look may cost a token."""
+        """Return True if a stopped endpoint serves. Pauses grow while it listens but does not serve, since each check may cost a token."""
         now = time.monotonic()
         if now < self._ask_at or not await self._connects():
             return False

@@ -1,14 +1,12 @@
-"""Several worker processes on one port (SO_REUSEPORT) that share one set of pools, and so one wake.
+"""Run several worker processes on one port (SO_REUSEPORT) that share one set of pools, and so one wake.
 
-The supervisor owns the pools and the listening sockets; each worker has a mirror of every pool, kept by JSON lines
-over a socket pair. A worker's
-wish to wake goes to the supervisor, where all wishes meet in the pool's one wake. Before the pool sleeps, every
-worker holds new requests back
-and says whether it is quiet: one that is not keeps the pool awake (or, when the pool must make room for another, is
-waited for).
+The supervisor owns the pools and the listening sockets. Each worker has a mirror of every pool, updated by JSON lines
+over a socket pair. A worker that needs a wake asks the supervisor, whose pool runs one wake for all. Before the pool
+sleeps, every worker stops new requests and reports whether it is idle. A busy worker keeps the pool awake; when the
+pool must make room for another, the supervisor waits for that worker instead.
 
-Promises: a worker that dies is replaced on the same socket, so that what queued there is served; one that is told to end by SIGTERM
-is replaced at once, and finishes what it has in flight; when the supervisor dies, its workers end.
+Guarantees: a worker that dies is replaced on the same socket, so the connections in its backlog are served. A worker
+that gets SIGTERM is replaced at once, and finishes its requests in flight. When the supervisor dies, its workers end.
 """
 
 from __future__ import annotations
@@ -43,7 +41,7 @@ _LINE = 4 << 20
 
 
 class Line:
-    """One end of a control connection: JSON objects, one a line, with questions that are answered."""
+    """One end of a control connection: one JSON object per line, some of them questions with an answer."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader, self.writer = reader, writer
@@ -51,12 +49,12 @@ class Line:
         self._next = 0
 
     def send(self, **message: Any) -> None:
-        """Send one message; a peer that has gone is noticed by its reader."""
+        """Send one message. A closed peer is detected by `run`."""
         if not self.writer.is_closing():
             self.writer.write(json.dumps(message).encode() + b"\n")
 
     async def ask(self, limit_s: float, **message: Any) -> Any:
-        """Send a question and await its answer. Raises TimeoutError, ConnectionError."""
+        """Send a question and return its answer. Raises TimeoutError, ConnectionError."""
         self._next += 1
         number = self._next
         future = self._asked[number] = asyncio.get_running_loop().create_future()
@@ -68,7 +66,7 @@ class Line:
             del self._asked[number]
 
     async def run(self, handle: Callable[[dict[str, Any]], Awaitable[Any] | None]) -> None:
-        """Read until the peer goes; an answer to a question of ours goes to who asked, the rest to `handle`."""
+        """Read until the peer closes: route answers to their `ask`, all other messages to `handle`."""
         tasks: set[asyncio.Task[None]] = set()
         try:
             while line := await self.reader.readline():
@@ -99,7 +97,7 @@ class Line:
         except Exception as error:
             text = "control-failed: %s: %r; please report it"
             log.exception(text, message.get("op"), error, extra={"event": "defect"})
-            self.writer.close()  # whoever asked learns of it, and the worker is replaced
+            self.writer.close()  # the peer notices the close, and the worker is replaced
             return
         if "ask" in message:
             self.send(answer=message["ask"], value=value)
@@ -116,7 +114,7 @@ class _Worker:
 
 
 class Supervisor:
-    """Owns the pools that `count` workers on `sockets` share."""
+    """Own the pools that workers share: one worker per listening socket."""
 
     def __init__(
         self,
@@ -128,21 +126,23 @@ class Supervisor:
         own_sock: socket.socket | None = None,
         log: tuple[str, str] = ("info", "auto"),
     ) -> None:
-        """`sockets` are bound and listening, one a worker; `config` is the path of the models' file where there are
-        several models; `own_sock` carries the own pages where these have a port of their own; `log` is the
-        level and the format of the workers' logs.
+        """Create the supervisor; `start` starts the workers.
+
+        `sockets` are bound and listening, one per worker. `config` is the path of the models' file, if there are
+        several models. `own_sock` serves the admin endpoints, if they have a port of their own. `log` is the level and
+        the format of the workers' logs.
         """
         self.own_sock, self.log = own_sock, log
         self.pools = {pool.name: pool for pool in pools}
         self.settings, self.config = settings, config
         self.workers = [_Worker(n, sock) for n, sock in enumerate(sockets)]
-        """Those that run, and those that have been replaced and finish what they have (`leaving`)."""
+        """The running workers, including replaced ones that still finish their requests (`leaving`)."""
         self.stopping = False
         self.started_at = time.time()
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
-        """Bind the pools to this loop, start the workers, and return when each has said hello."""
+        """Bind the pools to this loop, start the workers, and return when each has reported ready. Raises TimeoutError after 60 s."""
         loop = asyncio.get_running_loop()
         for pool in self.pools.values():
             pool.bind(loop, max_held=1 << 30, max_hold_s=86400.0)
@@ -159,14 +159,14 @@ class Supervisor:
             await asyncio.gather(*ready)
 
     async def shutdown(self, limit_s: float) -> None:
-        """Stop every worker in order: in flight is finished within `limit_s`, held is answered with 503."""
+        """Stop all workers in order: requests in flight may finish within `limit_s` seconds, held ones get a 503."""
         self.stopping = True
         for pool in self.pools.values():
             pool.close(Unavailable("shutting-down", "the proxy is shutting down"))
         for worker in tuple(self.workers):
             if worker.line is not None:
                 worker.line.send(op="shutdown", limit_s=limit_s)
-            worker.sock.close()  # a listening socket accepts for as long as any process holds it
+            worker.sock.close()  # a listening socket accepts for as long as any process has it open
         if self.own_sock is not None:
             self.own_sock.close()
         processes = [w.process for w in self.workers if w.process is not None]
@@ -175,22 +175,22 @@ class Supervisor:
                 await asyncio.gather(*(p.wait() for p in processes))
         except TimeoutError:
             for process in processes:
-                with contextlib.suppress(ProcessLookupError):  # it ended at this moment
+                with contextlib.suppress(ProcessLookupError):  # it has just ended
                     process.kill()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, *(pool.settled() for pool in self.pools.values()), return_exceptions=True)
 
     def kill(self) -> None:
-        """End every worker at once."""
+        """Kill all workers at once."""
         for worker in self.workers:
             if worker.process is not None and worker.process.returncode is None:
                 worker.process.kill()
 
-    # -- inside ------------------------------------------------------------------------------------
+    # -- internals ---------------------------------------------------------------------------------
 
     async def _keep(self, worker: _Worker, ready: asyncio.Future[None]) -> None:
-        """Run one worker, again and again, until the supervisor stops."""
+        """Run one worker and restart it whenever it ends, until the supervisor stops."""
         tries = 0
         while True:
             began = time.monotonic()
@@ -258,12 +258,12 @@ class Supervisor:
             worker.busy = {}
             if process.returncode is None:
                 if not self.stopping:
-                    with contextlib.suppress(ProcessLookupError):  # it ended at this moment
+                    with contextlib.suppress(ProcessLookupError):  # it has just ended
                         process.terminate()
                 await process.wait()
 
     def _replace(self, worker: _Worker) -> None:
-        """A worker was told to end, and finishes what it has: start another in its place."""
+        """Start a replacement for a worker that got SIGTERM and is finishing its requests."""
         if self.stopping or worker.leaving:
             return
         worker.leaving = True
@@ -357,17 +357,17 @@ class Supervisor:
             if not quiet:
                 raise StartFailed("busy", "a worker has a request for it")
             await sleep()
-            await asyncio.sleep(0)  # the change of phase, told by the loop, must be on the line before the release
+            await asyncio.sleep(0)  # the phase change, queued on the loop, must be sent before the release
         finally:
             for line in lines:
                 line.send(op="release", pool=pool.name)
 
     async def _gather(self) -> dict[str, Any]:
-        """One document of all workers: counts added up, pools from here with the workers' requests in them."""
+        """Merge the documents of all workers: sum their counters, and add their requests to this process's pools."""
         documents: list[dict[str, Any]] = []
 
         async def one(line: Line) -> None:
-            with contextlib.suppress(TimeoutError, ConnectionError):  # a worker that is stuck or gone is left out
+            with contextlib.suppress(TimeoutError, ConnectionError):  # skip a worker that hangs or has ended
                 documents.append(await line.ask(_REPLY_S, op="document"))
 
         await asyncio.gather(*(one(w.line) for w in self.workers if w.line is not None))
@@ -398,7 +398,7 @@ def _plain(error: ProxyError) -> dict[str, Any]:
 
 
 class Mirror:
-    """A worker's side: pools that follow the supervisor's."""
+    """The worker's side: pools that mirror the supervisor's."""
 
     def __init__(self, line: Line) -> None:
         self.line = line
@@ -406,7 +406,7 @@ class Mirror:
         self._told: tuple[dict[str, int], dict[str, list[str]]] = ({}, {})
 
     def build(self, pools: list[dict[str, Any]]) -> None:
-        """Make the mirrors that the hello describes."""
+        """Create the mirrors that the hello message describes."""
         for description in pools:
             name = description["name"]
             pool = ReplicaPool(
@@ -442,11 +442,11 @@ class Mirror:
         return wake
 
     def handle(self, message: dict[str, Any]) -> Awaitable[Any] | None:
-        """Follow what the supervisor says."""
+        """Handle a message from the supervisor."""
         op, pool = message["op"], self.pools[message["pool"]]
         if op == "phase":
             replica = pool.replicas[message["replica"]]
-            self._place(replica, message)  # its address, before it may serve
+            self._place(replica, message)  # set its address before it may serve
             replica.tracker.to(Phase(message["to"]), message["reason"])
             replica.generation = message["generation"]
         elif op == "failed":
@@ -460,9 +460,7 @@ class Mirror:
         return None
 
     async def _quiet(self, pool: ReplicaPool, *, wait: bool) -> bool:
-        """Hold new requests back; True once nothing is in flight. Without `wait`, anything held or in flight says
-        no.
-        """
+        """Drain the pool and return True once no request is in flight. Without `wait`, return False if any is held or in flight."""
         if not wait and (pool.held or pool.outstanding):
             return False
         for replica in pool.replicas.values():
@@ -472,9 +470,7 @@ class Mirror:
         return True
 
     async def report(self, every_s: float = 0.1) -> None:
-        """Tell the supervisor, whenever it changes and at least while there is any, how many requests each pool has
-        here.
-        """
+        """Send the supervisor each pool's number of requests here: on every change, and repeatedly while there are any."""
         while True:
             counts = {name: pool.held + pool.outstanding for name, pool in self.pools.items()}
             loaded = {
@@ -489,7 +485,7 @@ class Mirror:
 
 
 def listening_sockets(host: str, port: int, count: int, backlog: int) -> list[socket.socket]:
-    """`count` sockets that share one port; port 0 takes a free one for all. Raises OSError when it is taken."""
+    """Return `count` listening sockets that share one port; port 0 takes a free one for all. Raises OSError when the port is taken."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sockets: list[socket.socket] = []
     try:

@@ -1,5 +1,6 @@
-"""A worker process: `python -m plugin.proxy.workers.worker CONTROL-FD LISTEN-FD [OWN-FD]`, started by `workers.Supervisor`
-and by nobody else. One of them serves the own pages where these have a port of their own.
+"""A worker process: `python -m plugin.proxy.workers.worker CONTROL-FD LISTEN-FD [OWN-FD]`, started by `supervisor.Supervisor` only.
+
+The worker with OWN-FD serves the admin endpoints, when they have a port of their own.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ log = logging.getLogger("quickthaw.proxy")
 
 
 async def work(control_fd: int, listen_fd: int, own_fd: int | None = None) -> None:
-    """Serve until the supervisor says so or goes."""
+    """Serve until the supervisor stops this worker or closes the control connection."""
     control = socket.socket(fileno=control_fd)
     reader, writer = await asyncio.open_connection(sock=control, limit=_LINE)
     line = Line(reader, writer)
@@ -66,7 +67,7 @@ async def work(control_fd: int, listen_fd: int, own_fd: int | None = None) -> No
     loop = asyncio.get_running_loop()
 
     def told_to_end() -> None:
-        """SIGTERM to this process, or to the whole group: finish what is in flight, whoever else is told."""
+        """Handle SIGTERM to this process or its group: finish the requests in flight and get replaced."""
         if not ending:
             line.send(op="leaving")
             ending.append(loop.create_task(server.shutdown()))
@@ -83,7 +84,7 @@ async def work(control_fd: int, listen_fd: int, own_fd: int | None = None) -> No
             log.error(text, error, exc_info=error, extra={"event": "defect"})
             line.send(op="leaving")
     if not ending:
-        await server.shutdown()  # the supervisor has gone, or cannot be followed
+        await server.shutdown()  # the supervisor has ended, or its messages cannot be handled
     await stopped
     report.cancel()
     listening.cancel()
@@ -98,8 +99,8 @@ async def _first(reader: asyncio.StreamReader) -> dict[str, Any]:
 
 
 def main() -> None:
-    """The process."""
-    # The supervisor decides when a worker stops: a terminal's Ctrl-C, or its end, reaches the whole group.
+    """Run the worker process."""
+    # Ignore the terminal's signals, which reach the whole group: the supervisor decides when a worker stops.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     logs.configure()

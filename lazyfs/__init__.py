@@ -1,4 +1,4 @@
-"""lazyfs: weights and snapshots as content-addressed chunks, shown as files at once, at the speed of the disk.
+"""Store weights and snapshots as content-addressed chunks and serve them as files at disk speed.
 
-Knows no other package of this project. Programs use `lazyfs.api`; people use `quickthaw weights` and `quickthaw mount`.
+Imports no other package of this project. Programs use `lazyfs.api`; people use `quickthaw weights` and `quickthaw mount`.
 """

@@ -1,5 +1,6 @@
-"""What programs use: `import_directory`, `mount`, `find_mount`. Cheap to import: everything heavy comes when it is
-needed.
+"""Public API for programs: `import_directory`, `read_through`, `mount`, `unmount`, `find_mount`.
+
+Cheap to import: heavy modules are imported on first use.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""What is stored: files as chunks, directories as manifests, and how both get into a store."""
+"""Content model: files as chunks, directories as manifests, and how both are written to a store."""

@@ -1,11 +1,11 @@
-"""Chunks, manifests and refs over a store: the content-addressed layer that weights and snapshots share.
+"""Read and write chunks, manifests and refs in a store: the content-addressed layer shared by weights and snapshots.
 
     chunks/ab/<digest>        plain bytes           manifests/<digest>   a manifest, named by its own digest
     chunks/ab/<digest>.zst    the same, zstd        refs/<kind>/<name>   the digest of a manifest, by name
 
-A digest is BLAKE3 in hex of the *plain* bytes. `get` never returns bytes that do not hash to what was asked for. A
-manifest is written after all its chunks; so whatever a reader can name is complete. Ref kinds in use: `tags` (name:tag
-of weights) and `snapshots`. Garbage is a chunk that no manifest in the store mentions.
+A digest is the BLAKE3 of the *plain* bytes, in hex. `get` never returns bytes that do not hash to the requested digest.
+A manifest is written after all its chunks, so every manifest in a store is complete. Ref kinds in use: `tags` (name:tag of
+weights) and `snapshots`. A chunk that no manifest in the store mentions is garbage.
 """
 
 from __future__ import annotations
@@ -32,44 +32,44 @@ from lazyfs.stores.retry import RetryPolicy, retrying
 _REF = re.compile(
     r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}(/[A-Za-z0-9_][A-Za-z0-9._-]{0,127})*(:[A-Za-z0-9_][A-Za-z0-9._-]{0,127})?"
 )
-# A chunk is compressed only if a sample of it shrinks below this: decompression costs a core about a second per GB,
-# which a network repays from 20 % on and a local disk hardly ever.
+# Compress a chunk only if a sample shrinks below this ratio. Decompression costs a core about a second per GB: a network
+# repays that from 20 % savings on, a local disk hardly ever.
 PAYS_REMOTE, PAYS_LOCAL = 0.80, 0.50
 _SAMPLE = 256 << 10
-# Of a frame's window: memory that decompressing takes besides the output.
+# Largest accepted zstd window: memory that decompression needs besides the output, in bytes.
 _WINDOW = 8 << 20
-# What is met again by an import is made young when older than this, so that a collection running beside spares it.
+# An import touches existing objects older than half of this, so that a concurrent garbage collection spares them.
 GRACE_S = 24 * 3600.0
-# What a collection leaves in a remote store (`lazyfs.admin.gc`), and how long it is believed to run without a sign of life. Clocks
-# of hosts and stores differ.
+# `lazyfs.admin.gc` writes this object in a remote store while it runs. A collection silent for _GC_SILENT_S counts as
+# dead. _SKEW_S allows for clock differences between hosts and stores.
 GC_MARK = "gc/last"
 _GC_SILENT_S, _GC_WAIT_S, _SKEW_S = 120.0, 120.0, 300.0
-# Asking a remote store for a chunk's size is all round trip.
+# Concurrent HEAD requests to a remote store: each one is all round trip.
 HEADS = 32
 _local = threading.local()
 
 
 @dataclass(frozen=True)
 class PutResult:
-    """What `put_chunk` did: `stored` is the bytes written, 0 when the store had the chunk."""
+    """Result of `put_chunk`. `stored`: bytes written, 0 if the store already had the chunk."""
 
     chunk: Chunk
     stored: int
 
 
 def digest_of(data: bytes | memoryview) -> str:
-    """BLAKE3 in hex."""
+    """Return the BLAKE3 digest of `data` in hex."""
     return blake3.blake3(data).hexdigest()
 
 
 @functools.lru_cache(maxsize=256)
 def zero_digest(length: int) -> str:
-    """The digest of `length` zero bytes (holes of sparse files)."""
+    """Return the digest of `length` zero bytes (a hole in a sparse file)."""
     return digest_of(bytes(length))
 
 
 def _compressor(level: int) -> zstandard.ZstdCompressor:
-    # Compressors are not safe to share between threads, and making one costs more than compressing a small chunk.
+    # Compressors are not thread-safe, and creating one costs more than compressing a small chunk.
     made: dict[int, zstandard.ZstdCompressor] = _local.__dict__.setdefault("compressors", {})
     if level not in made:
         made[level] = zstandard.ZstdCompressor(level=level, write_content_size=True)
@@ -77,27 +77,29 @@ def _compressor(level: int) -> zstandard.ZstdCompressor:
 
 
 def chunk_key(digest: str, encoding: int = RAW) -> str:
-    """The object that holds the chunk in that encoding."""
+    """Return the object key of the chunk in that encoding."""
     return f"chunks/{digest[:2]}/{digest}" + (".zst" if encoding == ZSTD else "")
 
 
 def mismatch(data: bytes | memoryview, digest: str, length: int) -> str:
-    """Why these bytes are not the chunk of that digest and length, for people."""
+    """Return a message that says why `data` is not the chunk of that digest and length."""
     if len(data) != length:
         return f"{len(data)} bytes instead of {length}"
     return f"hashes to {digest_of(data)[:12]} instead of {digest[:12]}"
 
 
 class _Mark(msgspec.Struct, frozen=True):
-    """A collection's: the batch that it has begun, and whether it goes on."""
+    """Progress of a garbage collection: the number of the current batch, and whether the collection is running."""
 
     batch: int = 0
     running: bool = False
 
 
 class ChunkStore:
-    """The blob API. `zstd`: "auto" compresses where a sample shows that it pays, None never, a number always
-    (level).
+    """Chunk API over a `Store`.
+
+    `zstd`: "auto" compresses a chunk where a sample shows that it pays, None never compresses, a number always compresses
+    at that level (1 to 19). Raises Usage for any other value.
     """
 
     def __init__(self, store: Store, *, zstd: int | str | None = "auto") -> None:
@@ -110,11 +112,14 @@ class ChunkStore:
     # -- chunks
 
     def put(self, data: bytes | memoryview) -> str:
-        """Store one chunk, unless it is there; returns its digest."""
+        """Store one chunk unless the store has it; return its digest."""
         return self.put_chunk(data).chunk.digest
 
     def put_chunk(self, data: bytes | memoryview, digest: str | None = None) -> PutResult:
-        """Like `put`, and tells the encoding and the bytes written. `digest` saves hashing what was hashed already."""
+        """Store one chunk like `put`; return its encoding and the bytes written too.
+
+        `digest` skips hashing when the caller knows it. Raises Usage for a chunk of more than MAX_CHUNK bytes.
+        """
         length = len(data)
         if length > MAX_CHUNK:
             raise Usage(f"a chunk has at most {MAX_CHUNK} bytes, not {length}; cut it")
@@ -143,8 +148,10 @@ class ChunkStore:
         return (ZSTD, body) if len(body) <= pays * len(data) else (RAW, data)
 
     def get(self, digest: str, length: int | None = None, encoding: int = RAW) -> bytes:
-        """The plain bytes of a chunk, verified. NotFound, Integrity, or what the store raises. `encoding` is a guess, and without
-        `length` the chunk may have up to MAX_CHUNK bytes.
+        """Return the plain bytes of a chunk, verified.
+
+        `encoding` is tried first, then the other one. Without `length` the chunk may have up to MAX_CHUNK bytes. Raises
+        Usage (malformed digest), NotFound, Integrity, or what the store raises.
         """
         if not is_digest(digest):
             raise Usage(f"{digest!r} is not a chunk digest")
@@ -164,11 +171,14 @@ class ChunkStore:
 
     @staticmethod
     def decode(digest: str, body: bytes | memoryview, encoding: int, length: int | None) -> bytes | memoryview:
-        """Undo the encoding; Integrity when it cannot be undone or has not the expected length (without one: up to MAX_CHUNK)."""
+        """Decode a stored chunk and check its length (up to MAX_CHUNK bytes if `length` is None).
+
+        Raises Integrity if the body does not decompress or has the wrong length.
+        """
         if encoding == ZSTD:
             limit = MAX_CHUNK if length is None else length
             try:
-                # The library takes the size that the frame states for granted, and as much memory, whatever the limit.
+                # zstandard trusts the size stated in the frame and allocates that much, whatever the limit.
                 stated = zstandard.frame_content_size(body)
                 if stated > limit:
                     raise Integrity(f"chunk {digest[:12]} would become {stated} bytes instead of at most {limit}")
@@ -182,22 +192,23 @@ class ChunkStore:
         return body
 
     def has(self, digest: str, length: int) -> bool:
-        """Whether the store has the chunk in any encoding, of a size that can be right. Its bytes are not read."""
+        """Return whether the store has the chunk in any encoding, with a plausible size. Does not read its bytes."""
         return any(self._sound(digest, length, encoding) is not None for encoding in (RAW, ZSTD))
 
     def _sound(self, digest: str, length: int, encoding: int) -> ObjectInfo | None:
         info = self.store.head(chunk_key(digest, encoding))
-        # A size that cannot be right is what a power cut left: as if it were not there.
+        # A power cut leaves objects of a wrong size: treat them as missing.
         right = info is not None and info.size > 0 and (encoding == ZSTD or info.size == length)
         return info if right else None
 
     # -- manifests
 
     def put_manifest(self, manifest: Manifest) -> str:
-        """Flush the chunks, then write the manifest; returns its digest.
+        """Flush the chunks, then write the manifest; return its digest.
 
-        Busy (`collected-meanwhile`) where a garbage collection of a remote store took a chunk of it: the manifest is not there
-        then, and storing everything again helps.
+        Raises Busy (collected-meanwhile) if a garbage collection of a remote store deleted one of its chunks; the manifest
+        is then not stored. Remedy: store everything again. Raises Busy (store-busy) if a running collection makes no
+        progress.
         """
         digest, data = encode(manifest)
         self.store.flush()
@@ -210,7 +221,7 @@ class ChunkStore:
             self.store.put(key, data)
             self.store.flush()
         else:
-            # It has no name yet: a collection of what is old and has none must not take it.
+            # The manifest has no ref yet: touch it, or a collection deletes old manifests without a ref.
             info = self.store.head(key)
             if info is not None and time.time() - info.modified > GRACE_S / 2:
                 self.store.touch(key)
@@ -219,7 +230,10 @@ class ChunkStore:
         return digest
 
     def _confirm(self, manifest: Manifest, key: str, *, was_there: bool) -> None:
-        """See that no chunk went while the manifest was on its way. One look, unless garbage was collected since this object was made."""
+        """Check that no chunk was deleted while the manifest was written.
+
+        Costs one HEAD request unless a garbage collection has run since this object was created.
+        """
         mark = self.store.head(GC_MARK)
         if mark is None or mark.modified < self._since - _SKEW_S:
             return
@@ -237,7 +251,10 @@ class ChunkStore:
             )
 
     def _await_collection(self, mark: ObjectInfo) -> None:
-        """Wait until a running collection has begun another batch: it has seen the manifest by then. Busy after two minutes."""
+        """Wait until a running collection has begun another batch, which sees the new manifest.
+
+        Raises Busy (store-busy) after two minutes.
+        """
         first, deadline = self._mark(), time.monotonic() + _GC_WAIT_S
         now = first
         while now.running and now == first and time.time() - mark.modified < _GC_SILENT_S:
@@ -253,7 +270,10 @@ class ChunkStore:
             return _Mark()
 
     def get_manifest(self, digest: str) -> Manifest:
-        """The manifest, verified. NotFound or Integrity."""
+        """Return the manifest, verified.
+
+        Raises NotFound, Integrity, or Permanent (not-a-store) if the server answers with a web page.
+        """
         try:
             data = bytes(self.store.get(f"manifests/{digest}"))
         except NotFound:
@@ -269,7 +289,7 @@ class ChunkStore:
         return self.store.head(f"manifests/{digest}") is not None
 
     def manifests(self) -> Iterator[str]:
-        """Digests of all manifests in the store."""
+        """Yield the digests of all manifests in the store."""
         for info in self.store.list("manifests/"):
             name = info.key.removeprefix("manifests/")
             if is_digest(name):
@@ -278,14 +298,14 @@ class ChunkStore:
     # -- refs
 
     def set_ref(self, kind: str, name: str, digest: str) -> None:
-        """Let `name` mean that manifest. Raises Usage for a name that is not of the form a/b:tag."""
+        """Point the ref `name` at a manifest. Raises Usage if the name does not have the form a/b:tag."""
         self._check_ref(kind, name)
         body = msgspec.json.encode({"manifest": digest, "at": int(time.time())})
         self.store.put(self.ref_key(kind, name), body)
         self.store.flush()
 
     def get_ref(self, kind: str, name: str) -> str:
-        """The digest `name` means. NotFound."""
+        """Return the manifest digest that the ref points at. Raises NotFound, or Integrity for a damaged ref."""
         self._check_ref(kind, name)
         try:
             body = msgspec.json.decode(self.store.get(self.ref_key(kind, name)), type=dict[str, str | int])
@@ -303,18 +323,21 @@ class ChunkStore:
         self.store.delete(self.ref_key(kind, name))
 
     def refs(self, kind: str) -> Iterator[tuple[str, str]]:
-        """(name, manifest digest) of every ref of a kind; damaged ones raise Integrity."""
+        """Yield (name, manifest digest) for every ref of a kind. Raises Integrity at a damaged ref."""
         for name in self.ref_names(kind):
             yield name, self.get_ref(kind, name)
 
     def ref_names(self, kind: str) -> Iterator[str]:
-        """The names of all refs of a kind, the damaged ones too."""
+        """Yield the names of all refs of a kind, including damaged ones."""
         prefix = f"refs/{kind}/"
         for info in self.store.list(prefix):
             yield info.key.removeprefix(prefix).replace("@", ":")
 
     def resolve(self, name: str) -> str:
-        """A digest, a unique prefix of one (8 digits or more), a tag or a snapshot's name → the manifest's digest."""
+        """Return the manifest digest for a digest, a unique digest prefix (8 hex digits or more), a tag or a snapshot name.
+
+        Raises NotFound, or Usage for an ambiguous prefix.
+        """
         if is_digest(name):
             return name
         if re.fullmatch(r"[0-9a-f]{8,63}", name):
@@ -343,8 +366,8 @@ class ChunkStore:
 
     @staticmethod
     def ref_key(kind: str, name: str) -> str:
-        """The object that holds what `name` means."""
-        # ":" is legal in object keys and yet not everywhere in file names; "@" is in no ref's name.
+        """Return the object key of a ref."""
+        # ":" is not allowed in file names everywhere; no ref name contains "@".
         return f"refs/{kind}/{name.replace(':', '@')}"
 
     @staticmethod

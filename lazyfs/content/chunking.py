@@ -1,8 +1,8 @@
-"""Where a file is cut into chunks: at tensor borders in safetensors, every 8 MiB elsewhere.
+"""Choose the chunk boundaries of a file: at tensor boundaries in safetensors, every 8 MiB elsewhere.
 
-The promise: borders depend only on the sizes of the tensors, so two checkpoints of one architecture share every chunk
-whose tensors are equal, and a tensor of 4 MiB or more always begins a chunk, so that an inserted tensor shifts nothing
-beyond the next large one.
+Guarantee: boundaries depend only on the tensor sizes, so two checkpoints of one architecture share every chunk whose
+tensors are equal. A tensor of 4 MiB or more always starts a chunk, so an inserted tensor shifts no boundary beyond the next
+large tensor.
 """
 
 from __future__ import annotations
@@ -13,14 +13,17 @@ from collections.abc import Callable
 
 MIN_CHUNK = 4 << 20
 MAX_CHUNK = 8 << 20
-# The safetensors format limits its header to 100 MB; a larger number means that this is not such a file.
+# The safetensors format limits its header to 100 MB; a larger number means that the file is not safetensors.
 _MAX_HEADER = 100_000_000
 
 ReadAt = Callable[[int, int], bytes]
 
 
 def chunk_lengths(name: str, size: int, read_at: ReadAt) -> list[int]:
-    """Lengths in bytes, in order, that add up to `size`. `read_at(offset, length)` is asked for the header only."""
+    """Return the chunk lengths in bytes, in file order; they add up to `size`.
+
+    Calls `read_at(offset, length)` only for the header.
+    """
     if size == 0:
         return []
     if name.endswith(".safetensors"):
@@ -36,7 +39,7 @@ def _even(size: int) -> list[int]:
 
 
 def _split(size: int) -> list[int]:
-    """Cut one large piece into the fewest parts of at most MAX_CHUNK, page-sized but for the last."""
+    """Split one large extent into the fewest parts of at most MAX_CHUNK; all but the last are page-aligned."""
     if size <= MAX_CHUNK:
         return [size] if size else []
     parts = -(-size // MAX_CHUNK)
@@ -49,7 +52,7 @@ def _split(size: int) -> list[int]:
 
 
 def _tensor_starts(size: int, read_at: ReadAt) -> list[int] | None:
-    """Offsets in the file at which a tensor begins, the first being the end of the header; None if malformed."""
+    """Return the sorted file offsets where tensors begin, the end of the header first; None if the header is malformed."""
     if size < 8:
         return None
     (length,) = struct.unpack("<Q", read_at(0, 8))
@@ -71,7 +74,10 @@ def _tensor_starts(size: int, read_at: ReadAt) -> list[int] | None:
 
 
 def _group(starts: list[int], size: int) -> list[int]:
-    """The header on its own, then whole tensors gathered until 4 MiB; what is 4 MiB or more begins its own chunk."""
+    """Return chunk lengths: the header alone, then whole tensors gathered up to 4 MiB.
+
+    A tensor of 4 MiB or more starts its own chunk.
+    """
     lengths = _split(starts[0]) if starts else []
     if not starts:
         return _split(size)

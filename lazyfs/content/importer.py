@@ -1,8 +1,8 @@
-"""From a directory to a manifest: every byte is read once, what the store has is skipped, and nothing half-written
-stays.
+"""Import a directory into a chunk store and write its manifest.
 
-Symbolic links that stay inside the directory are kept; those that lead out (a hub's snapshot folder pointing at its
-blobs) are followed. An interrupted import resumes by itself: its chunks are in the store, and are met again.
+Every byte is read once, chunks that the store has are skipped, and nothing incomplete becomes visible. Symbolic links that
+stay inside the directory are kept; links that lead out of it (a hub's snapshot folder pointing at its blobs) are followed.
+An interrupted import resumes: its chunks are already in the store.
 """
 
 from __future__ import annotations
@@ -21,13 +21,17 @@ from lazyfs.content.manifest import VERSION, Directory, File, Manifest, Symlink,
 from lazyfs.errors import NotFound, Permanent, Usage, from_os_error
 from lazyfs.stores.retry import RetryPolicy, retrying
 
-# Two chunks per worker in flight bound the memory; a remote store answers slowly and takes many at once.
+# At most two chunks per worker are in flight, which bounds memory. Remote stores have high latency and accept more
+# parallel requests.
 WORKERS, REMOTE_WORKERS = 4, 12
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Bytes so far: `done` of `total` read, of which `skipped` were in the store already; `stored` were written."""
+    """Import progress in bytes.
+
+    `done` of `total` were read, `skipped` of them were in the store already, `stored` were written.
+    """
 
     total: int
     done: int
@@ -38,7 +42,7 @@ class Progress:
 
 @dataclass
 class Listing:
-    """What a walk found, before anything is read."""
+    """The entries found by `walk`, before any content is read."""
 
     directories: list[Directory] = field(default_factory=list)
     files: list[tuple[str, Path, os.stat_result]] = field(default_factory=list)
@@ -46,7 +50,10 @@ class Listing:
 
 
 def walk(root: Path) -> Listing:
-    """All entries below `root`, sorted. Raises NotFound, Usage (not a directory), Permanent (unreadable, a device…)."""
+    """List all entries below `root`, sorted.
+
+    Raises NotFound, Usage (not a directory), or Permanent (unreadable, bad-name, dangling-link, link-loop, bad-file-type).
+    """
     try:
         if not root.is_dir():
             if not root.exists():
@@ -74,13 +81,13 @@ def _walk(folder: Path, real_root: Path, prefix: str, out: Listing, above: froze
                 ) from None
             if entry.is_symlink():
                 target = str(Path(entry.path).readlink())
-                # Kept only if it stays inside by its own words too: "../<this folder>" would not below a mount.
+                # Keep a link only if its text stays inside too: "../<this folder>" would not resolve below a mount.
                 words = os.path.normpath(f"{prefix}{target}")
                 inside = not target.startswith("/") and words.split("/")[0] != ".."
                 try:
                     outside = not Path(os.path.realpath(entry.path, strict=True)).is_relative_to(real_root)
                 except OSError as error:
-                    # It leads to nothing, or round in a circle: inside, the mount shows it as it is.
+                    # The link dangles or is circular. If it stays inside, the mount shows it as it is.
                     outside = not inside
                     if outside:
                         raise Permanent(
@@ -117,10 +124,10 @@ def import_tree(
     progress: Callable[[Progress], None] | None = None,
     listing: Listing | None = None,
 ) -> tuple[str, Manifest]:
-    """Import `root`; returns the manifest's digest and the manifest. Raises what `walk` raises, DiskFull, and the
-    store's.
+    """Import `root`; return the manifest's digest and the manifest.
 
-    A file that changes while it is read raises Permanent("source-changed"): a mixture must not get a digest.
+    Raises what `walk` raises, DiskFull, Permanent (source-changed) if a file changes while it is read (a mixture must not
+    get a digest), or what the store raises.
     """
     listing = listing or walk(root)
     job = _Import(chunks, sum(st.st_size for _, _, st in listing.files), progress)
@@ -132,7 +139,7 @@ def import_tree(
 
 
 class _Import:
-    """The state of one run: what is in flight, and the counts shown as progress."""
+    """State of one import: the chunks in flight and the progress counters."""
 
     def __init__(self, chunks: ChunkStore, total: int, progress: Callable[[Progress], None] | None) -> None:
         self.chunks = chunks
@@ -145,7 +152,7 @@ class _Import:
     def file(
         self, pool: ThreadPoolExecutor, path: str, source: Path, st: os.stat_result
     ) -> tuple[str, int, int, list[Future[PutResult]]]:
-        """Read one file and hand its chunks to the pool, at most two per worker at a time."""
+        """Read one file and submit its chunks to the pool, at most two per worker at a time."""
         futures: list[Future[PutResult]] = []
         try:
             fd = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
@@ -169,7 +176,7 @@ class _Import:
         return path, stat.S_IMODE(st.st_mode), st.st_size, futures
 
     def drain(self) -> None:
-        """Wait for everything in flight."""
+        """Wait for all chunks in flight."""
         while self.pending:
             self._collect("")
 
@@ -180,7 +187,7 @@ class _Import:
         files: list[tuple[str, int, int, list[Future[PutResult]]]],
         meta: dict[str, str],
     ) -> tuple[str, Manifest]:
-        """Write the manifest, now that all chunks are stored."""
+        """Write the manifest, after all chunks are stored."""
         manifest = Manifest(
             VERSION,
             kind,
@@ -196,7 +203,7 @@ class _Import:
         return retrying(lambda: self.chunks.put_chunk(data), RetryPolicy())
 
     def _collect(self, path: str) -> None:
-        # Every put has its own limit (the store's), so this wait ends.
+        # Every put is bounded by the store's own time limit, so this wait ends.
         ready, self.pending = wait(self.pending, return_when=FIRST_COMPLETED)
         for future in ready:
             result = future.result()

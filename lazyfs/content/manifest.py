@@ -1,9 +1,9 @@
 """The manifest: one directory as an immutable document, named by the BLAKE3 digest of its own bytes.
 
 It holds paths, modes, sizes, symbolic links and, for each file, its chunks in order. Times and owners are left out, so
-that equal content has an equal digest on every host. `decode` checks everything a hostile document could abuse: paths
-and links that lead out of the tree, duplicate names, sizes that do not add up, chunks of any size, and sources: only this
-host may say what is read in place.
+equal content has an equal digest on every host. `decode` rejects whatever a hostile document could abuse: paths and links
+that lead out of the tree, duplicate names, sizes that do not add up, oversized chunks, and sources to read in place, which
+only this host may name.
 """
 
 from __future__ import annotations
@@ -22,13 +22,16 @@ from lazyfs.errors import Integrity
 
 VERSION: Literal[1] = 1
 RAW, ZSTD = 0, 1
-# As many as the kernel follows.
+# Same limit as the kernel's.
 _MAX_LINKS = 40
 
 
 class Chunk(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """`digest`: BLAKE3 of the plain bytes in hex, or "" when it is not known yet (read-through). `length`: plain bytes.
-    `encoding`: how the importer stored it; a reader tries the other form before it gives up."""
+    """One chunk of a file.
+
+    `digest`: BLAKE3 of the plain bytes in hex, or "" if not known yet (read-through). `length`: plain bytes. `encoding`:
+    how the importer stored it; a reader falls back to the other encoding.
+    """
 
     digest: str
     length: int
@@ -36,7 +39,7 @@ class Chunk(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
 
 
 class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
-    """A regular file. `version` is set for read-through sources only: what the source says when content changes."""
+    """A regular file. `version`, set for read-through sources only, is the source's validator: it changes with the content."""
 
     path: str
     mode: int
@@ -46,7 +49,7 @@ class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
 
     @functools.cached_property
     def digest(self) -> str:
-        """Names the content: BLAKE3 over the chunk list (and the version, when digests are not known)."""
+        """Content digest: BLAKE3 over the chunk list (and the version, when chunk digests are unknown)."""
         h = blake3.blake3(b"quickthaw file 1\0")
         h.update(self.version.encode())
         for chunk in self.chunks:
@@ -55,7 +58,7 @@ class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
 
     @functools.cached_property
     def offsets(self) -> tuple[int, ...]:
-        """Where each chunk begins in the file, and the size as the last element."""
+        """Offset of each chunk in the file, with the file size as the last element."""
         at, out = 0, [0]
         for chunk in self.chunks:
             at += chunk.length
@@ -74,7 +77,9 @@ class Directory(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`kind`: `weights`, `snapshot`, or `source` (read-through of `source`). `meta`: free text pairs of the maker."""
+    """One directory tree. `kind`: `weights`, `snapshot`, or `source` (read-through of `source`). `meta`: free-form string
+    pairs set by the writer.
+    """
 
     version: Literal[1]
     kind: str
@@ -86,25 +91,25 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def size(self) -> int:
-        """Bytes of all files."""
+        """Total bytes of all files."""
         return sum(f.size for f in self.files)
 
     def chunk_digests(self) -> set[str]:
-        """Every chunk this manifest needs."""
+        """Return the digests of all chunks that this manifest needs."""
         return {c.digest for f in self.files for c in f.chunks if c.digest}
 
 
 def encode(manifest: Manifest) -> tuple[str, bytes]:
-    """The root digest (hex) and the bytes it is the digest of."""
+    """Return the manifest's digest (hex) and its encoded bytes."""
     data = msgspec.json.encode(manifest, order="deterministic")
     return blake3.blake3(data).hexdigest(), data
 
 
 def decode(data: bytes, digest: str, *, local: bool = False) -> Manifest:
-    """The manifest in `data`. Raises Integrity when it is not what `digest` names, or is malformed.
+    """Decode and validate the manifest in `data`. Raises Integrity if it does not match `digest` or is malformed.
 
-    `local`: it was made by this host, and may describe a source that is read in place. What comes from a store may not: it would
-    have the daemon open any file or URL with its own credentials.
+    `local`: this host wrote the manifest, so it may describe a source that is read in place. A manifest from a store may
+    not (Integrity, foreign-source): it could make the daemon open any file or URL with the daemon's credentials.
     """
     if blake3.blake3(data).hexdigest() != digest:
         raise Integrity(f"manifest {digest[:12]} does not match its digest; fetch or import it again")
@@ -122,7 +127,7 @@ def decode(data: bytes, digest: str, *, local: bool = False) -> Manifest:
 
 
 def is_source(manifest: Manifest) -> bool:
-    """Whether any byte of it is to be read from where its source lies, unverified, and not from chunks of a store."""
+    """Return whether any byte is read, unverified, from a source in place instead of from chunks of a store."""
     return (
         manifest.kind == "source"
         or bool(manifest.source)
@@ -153,13 +158,13 @@ def _check(manifest: Manifest, digest: str) -> None:
             raise Integrity(f"manifest {digest[:12]}: {file.path} has a malformed chunk digest")
     if any(not s.target or "\0" in s.target or len(s.target) > 4095 for s in manifest.symlinks):
         raise Integrity(f"manifest {digest[:12]} has a link that leads nowhere")
-    # Folders of a process tree hold whatever links its programs made: those are judged where they are mounted or written.
+    # Snapshots of process trees hold whatever links their programs made: those are validated where they are mounted or written.
     if manifest.kind in ("weights", "source"):
         refuse_links_out(manifest, digest)
 
 
 def refuse_links_out(manifest: Manifest, digest: str) -> None:
-    """Integrity (`link-out`) where a symbolic link of the tree leads out of it, by itself or through others."""
+    """Raise Integrity (link-out) if a symbolic link leads out of the tree, directly or through other links."""
     links = {s.path: s.target for s in manifest.symlinks}
     for path, target in links.items():
         if _leads_out(path, links):
@@ -185,7 +190,7 @@ def _leads_out(path: str, links: Mapping[str, str]) -> bool:
                 continue
             followed += 1
             if followed > _MAX_LINKS:
-                # In a circle, perhaps: the kernel gives up as well.
+                # Possibly circular: the kernel gives up as well.
                 return False
             if target.startswith("/"):
                 return True
@@ -195,5 +200,5 @@ def _leads_out(path: str, links: Mapping[str, str]) -> bool:
 
 
 def is_digest(text: str) -> bool:
-    """Whether `text` is a BLAKE3 digest in lower-case hex."""
+    """Return whether `text` is a BLAKE3 digest in lower-case hex."""
     return len(text) == 64 and all(c in "0123456789abcdef" for c in text)

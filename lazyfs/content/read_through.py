@@ -1,8 +1,8 @@
-"""Reading an unconverted model directory or object prefix in place: a manifest without digests, and digests as they
-are met.
+"""Describe an unconverted model directory or object prefix so that it can be read in place.
 
-The manifest names each file's version (an etag, or the stat fields that change with any write), so a changed source is
-a different manifest. The digest of a chunk is recorded when it is first read, and every later read of it must match.
+The manifest has no chunk digests. It names each file's version (an etag, or the stat fields that change with any write), so
+a changed source gives a different manifest. The digest of a chunk is recorded at its first read, and every later read must
+match it.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from lazyfs.stores.urls import local_path, normal_url
 
 
 def describe(url: str) -> Manifest:
-    """The manifest of the directory or prefix at `url`, read no further than safetensors headers. NotFound,
-    Permanent…
+    """Return the manifest of the directory or prefix at `url`. Reads only listings and safetensors headers.
+
+    Raises NotFound, Permanent (name-clash, no-version), what `walk` raises, or what the store raises.
     """
     url = normal_url(url)
     folder = local_path(url)
@@ -72,7 +73,10 @@ def _describe_prefix(store: Store, url: str) -> Manifest:
 
 
 def _is_marker(store: Store, key: str, is_folder: bool) -> bool:
-    """Whether an empty object stands for a folder, as consoles create them ("name/"): listings may leave out the slash."""
+    """Return whether an empty object stands for a folder, as cloud consoles create them ("name/").
+
+    Listings may drop the trailing slash.
+    """
     return is_folder or key.endswith("/") or retrying(lambda: store.head(key), RetryPolicy()) is None
 
 

@@ -1,7 +1,8 @@
-"""msgspec's types, safe for several threads.
+"""Make msgspec Struct types safe to decode from several threads.
 
-msgspec (seen with 0.22) works out what a Struct holds when it first decodes one. A second thread that decodes the same type meanwhile
-reads what is half made, and crashes the process. So types are worked out under one lock before their first use.
+msgspec (seen with 0.22) resolves the fields of a Struct when it first decodes one. A second thread that decodes the same
+type meanwhile reads half-initialised state and crashes the process. So each type is resolved under one lock before its
+first use.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ _ready: set[object] = set()
 
 
 def ready(cls: type[T]) -> type[T]:
-    """The type itself, once msgspec has worked it out: `msgspec.json.decode(data, type=ready(Manifest))`."""
+    """Return `cls` after msgspec has resolved it: `msgspec.json.decode(data, type=ready(Manifest))`."""
     if cls not in _ready:
-        # One lock for all of them: types that hold each other share what is worked out.
+        # One lock for all types: nested types share their resolved state.
         with _lock:
             if cls not in _ready:
                 msgspec.json.Decoder(cls)

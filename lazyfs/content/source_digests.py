@@ -1,4 +1,4 @@
-"""The digests of a read-through source, recorded when a chunk is first read and checked from then on."""
+"""Record the chunk digests of a read-through source at first read, and look them up afterwards."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _DIGEST = 32
 
 
 class DigestLog:
-    """The digests met so far, one file of 32-byte records per source file; a record of zeros is not known yet."""
+    """Known digests: one file of 32-byte records per source file. A record of zeros is unknown."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def expected(self, file: File, index: int) -> str:
-        """The digest recorded for the chunk, or ""."""
+        """Return the digest recorded for the chunk, or ""."""
         try:
             fd = os.open(self.folder / file.digest, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
@@ -31,7 +31,7 @@ class DigestLog:
         return raw.hex() if any(raw) and len(raw) == _DIGEST else ""
 
     def record(self, file: File, index: int, data: bytes | memoryview) -> None:
-        """Remember the digest of a chunk that was read for the first time."""
+        """Record the digest of a chunk at its first read."""
         fd = os.open(private_dir(self.folder) / file.digest, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             os.pwrite(fd, bytes.fromhex(digest_of(data)), index * _DIGEST)

@@ -1,13 +1,12 @@
-"""`import_directory`: the launcher's way from a model directory to a manifest's digest, in milliseconds when nothing
-changed.
+"""Map a model directory to its manifest digest (`import_directory`), in milliseconds if nothing changed.
 
-The stat cache, one file per (directory, store) under `index/`, holds for each entry what the kernel changes on any
-write: size, mtime, ctime and inode. Equal stats mean equal content, with git's caveat: a ctime too close to the time
-of reading could hide a later write, so reading waits out the clock's granularity. It also tells a mount on this host
-where the original lies (`origin_of`), so that an unchanged original is read in place instead of being copied into the
+The stat cache, one file per (directory, store) under `index/`, holds for each entry the fields that the kernel changes on
+any write: size, mtime, ctime and inode. Equal stats mean equal content, with git's caveat: a ctime too close to the time of
+reading could hide a later write, so an import waits out the clock's granularity first. The cache also gives a mount on this
+host the path of the original (`origins`), so that an unchanged original is read in place instead of being copied into the
 cache.
 
-Standard library only at import time.
+Imports only the standard library at import time.
 """
 
 from __future__ import annotations
@@ -42,11 +41,11 @@ def import_directory(
     zstd: int | str | None = "auto",
     thorough: bool = False,
 ) -> str:
-    """The digest (hex) of the manifest of `path`, importing into the store what it has not yet.
+    """Return the manifest digest (hex) of `path`, importing what the store lacks.
 
-    `thorough`: for an unchanged directory, too, ask the store for each chunk, and import again what it lost; without it
-    only its manifest is looked for, which takes no time. Raises NotFound or Usage for a path that is no directory, Permanent
-    for what cannot be read, DiskFull, or what the store raises.
+    `thorough`: check each chunk in the store even if the directory is unchanged, and import lost chunks again. Otherwise
+    only a local store's manifest is checked, which takes no time. Raises NotFound or Usage for a path that is not a
+    directory, Permanent for unreadable entries, DiskFull, or what the store raises.
     """
     path = Path(path).expanduser().absolute()
     url = normal_url(store_url or default_store_url())
@@ -67,7 +66,7 @@ def import_directory(
 
 
 def known_digest(path: Path, store_url: str | None = None) -> str | None:
-    """What `import_directory` would answer without reading anything; None where the directory is new or has changed since."""
+    """Return what `import_directory` would return without reading any file; None if the directory is new or has changed."""
     path = Path(path).expanduser().absolute()
     url = normal_url(store_url or default_store_url())
     record = _load(_record_file(path, url))
@@ -75,11 +74,11 @@ def known_digest(path: Path, store_url: str | None = None) -> str | None:
 
 
 def read_through(source: Path | str, *, cache_dir: Path | None = None) -> str:
-    """The digest of a manifest that shows a directory, or an object prefix's URL, without importing it.
+    """Return the digest of a manifest that shows a directory, or an object prefix (URL), without importing it.
 
-    Nothing is copied: an unchanged local directory is read in place (and passed through), a remote one is cached as it
-    is read. The manifest is kept beside the cache, in a folder of its own (`source_folder`): what is there was made by this
-    host, and never came from a store. Raises what `lazyfs.content.read_through.describe` raises.
+    Nothing is copied: an unchanged local directory is read in place (and passed through); a remote one is cached as it is
+    read. The manifest is written beside the cache, in its own folder (`source_folder`): this host wrote every manifest
+    there, none came from a store. Raises what `lazyfs.content.read_through.describe` raises.
     """
     url = normal_url(str(source))
     folder = local_path(url)
@@ -101,7 +100,7 @@ def read_through(source: Path | str, *, cache_dir: Path | None = None) -> str:
 
 
 def source_folder(cache: Path) -> Path:
-    """Where the manifests of read-through sources lie."""
+    """Return the folder of the manifests of read-through sources."""
     return cache / "sources"
 
 
@@ -129,7 +128,7 @@ def _import(
     digest, _ = import_tree(path, ChunkStore(open_store(url), zstd=zstd), progress=progress, listing=listing)
     if tag is not None:
         _tag(url, tag, digest)
-    # A clock that was set back makes ctimes useless as evidence; then every call reads again.
+    # After a clock was set back, ctimes prove nothing: record no stats, so that every call reads again.
     if before is not None and before == _stats(path) and newest <= time.time():
         _save(record_file, _record(path, url, digest, before))
     return digest
@@ -142,7 +141,7 @@ def _tag(url: str, tag: str, digest: str) -> None:
 
     chunks, name = ChunkStore(open_store(url)), tag if ":" in tag else f"{tag}:latest"
     try:
-        # Somebody else may have moved it since we set it, so it is asked each time.
+        # Another host may have moved the tag since, so read it each time.
         if retrying(lambda: chunks.get_ref("tags", name), RetryPolicy()) == digest:
             return
     except (NotFound, Integrity):
@@ -158,15 +157,12 @@ def _still_there(url: str, digest: str, thorough: bool) -> bool:
 
         return complete(ChunkStore(open_store(url)), digest)
     folder = local_path(url)
-    # A remote store is not asked: that would cost a round trip on every start, and a mount says clearly what is
-    # missing.
+    # Do not query a remote store: that would add a round trip to every start, and a mount reports missing manifests clearly.
     return folder is None or (folder / "manifests" / digest).exists()
 
 
 def _stats(root: Path) -> list[list[Any]] | None:
-    """[relative path, size, mtime_ns, ctime_ns, inode, mode, link target], sorted; None when the walk meets an
-    error.
-    """
+    """Return a sorted list of [relative path, size, mtime_ns, ctime_ns, inode, mode, link target]; None on any error."""
     out: list[list[Any]] = []
 
     def visit(folder: str, prefix: str, depth: int) -> None:
@@ -177,7 +173,7 @@ def _stats(root: Path) -> list[list[Any]] | None:
                 except OSError:
                     if not entry.is_symlink():
                         raise
-                    st = entry.stat(follow_symlinks=False)  # It leads to nothing, and is kept as it is.
+                    st = entry.stat(follow_symlinks=False)  # The link dangles; the import keeps it as it is.
                 directory = stat.S_ISDIR(st.st_mode)
                 target = str(Path(entry.path).readlink()) if entry.is_symlink() else ""
                 size, mtime, ctime = (0, 0, 0) if directory else (st.st_size, st.st_mtime_ns, st.st_ctime_ns)
@@ -188,7 +184,7 @@ def _stats(root: Path) -> list[list[Any]] | None:
     try:
         visit(str(root), "", 0)
     except OSError:
-        # The import proper walks again and says what is wrong.
+        # The import walks again and raises the error.
         return None
     return sorted(out)
 
@@ -211,7 +207,7 @@ def _load(record_file: Path) -> dict[str, Any] | None:
 
 def _save(record_file: Path, record: dict[str, Any]) -> None:
     try:
-        # Not flushed: losing it costs one more import, and a torn one does not parse.
+        # No fsync: a lost record costs one more import, and a torn one does not parse.
         write_atomic(record_file, json.dumps(record).encode(), sync=False)
     except LazyfsError:
         # The import itself succeeded; without the record the next one only takes longer.
@@ -219,8 +215,9 @@ def _save(record_file: Path, record: dict[str, Any]) -> None:
 
 
 def origins(digest: str, url: str) -> dict[str, tuple[str, list[int]]]:
-    """For a manifest imported on this host, of the files that are still what was imported: path in the manifest → (original
-    file, [size, mtime_ns, ctime_ns, inode]).
+    """Return the unchanged originals of a manifest imported on this host.
+
+    Format: path in the manifest → (original file, [size, mtime_ns, ctime_ns, inode]).
     """
     found: dict[str, tuple[str, list[int]]] = {}
     for record_file in state_dir("index").glob("*.json"):
@@ -232,7 +229,7 @@ def origins(digest: str, url: str) -> dict[str, tuple[str, list[int]]]:
 
 
 def is_unchanged(path: str, stats: list[int]) -> bool:
-    """Whether the original is there with the size, mtime, ctime and inode that it was imported with."""
+    """Return whether the file still has the size, mtime, ctime and inode recorded at import."""
     try:
         return stats_of(Path(path).stat()) == stats
     except OSError:
@@ -240,5 +237,5 @@ def is_unchanged(path: str, stats: list[int]) -> bool:
 
 
 def stats_of(st: os.stat_result) -> list[int]:
-    """What tells an original from a changed one: [size, mtime_ns, ctime_ns, inode]."""
+    """Return the fields that detect a changed original: [size, mtime_ns, ctime_ns, inode]."""
     return [st.st_size, st.st_mtime_ns, st.st_ctime_ns, st.st_ino]

@@ -1,4 +1,4 @@
-"""Whole directories in and out of a chunk store: what snapshots are made of (and what a mount shows lazily instead).
+"""Write whole directories to a chunk store and read them back: the format of snapshots (a mount reads the same lazily).
 
 put_tree(folder, chunks, name="m1")   → manifest digest, and a ref `snapshots/m1` that protects it from collection
 get_tree(digest, chunks, folder)      → the same files again, every chunk verified
@@ -20,7 +20,7 @@ from lazyfs.paths import private_dir, sync_folder
 from lazyfs.stores.retry import RetryPolicy, retrying
 
 _WORKERS = 4
-# Nothing that comes out of a store runs with its owner's rights.
+# Drop set-user-id and set-group-id bits: no file from a store may run with its owner's rights.
 _MODE = 0o1777
 
 
@@ -33,11 +33,10 @@ def put_tree(
     meta: dict[str, str] | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> str:
-    """Store `folder`; returns the manifest's digest (hex). `name` makes a ref of kind `snapshots` (or `tags` for
-    weights).
+    """Store `folder`; return the manifest's digest (hex).
 
-    Compression is the ChunkStore's (`ChunkStore(store, zstd=1)` makes process images a quarter of their size). Raises
-    what `import_tree` raises.
+    `name` creates a ref of kind `snapshots` (`tags` for weights). The ChunkStore decides compression (`ChunkStore(store,
+    zstd=1)` reduces process images to a quarter of their size). Raises what `import_tree` raises.
     """
     digest, _ = import_tree(folder, chunks, kind=kind, meta=meta, progress=progress)
     if name is not None:
@@ -46,10 +45,10 @@ def put_tree(
 
 
 def get_tree(digest: str, chunks: ChunkStore, folder: Path, *, policy: RetryPolicy | None = None) -> None:
-    """Write the manifest's files below `folder`, which must not exist; whole or not at all.
+    """Write the manifest's files to `folder`, which must not exist; completely or not at all.
 
-    Set-user-id and set-group-id bits are dropped, and a tree with a link that leads out of it is refused. Raises
-    Permanent("exists"), NotFound, Integrity, DiskFull, or what the store raises after retries.
+    Drops set-user-id and set-group-id bits. Raises Permanent (exists), NotFound, Integrity (also for a link that leads out
+    of the tree), DiskFull, or what the store raises after retries.
     """
     if folder.exists():
         raise Permanent(f"{folder} exists; give a path that does not", code="exists")

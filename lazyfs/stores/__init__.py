@@ -1,6 +1,6 @@
-"""Stores: where chunks and manifests lie. `open_store(url)` picks the implementation by the URL's scheme.
+"""Stores: where chunks and manifests live. `open_store(url)` picks the implementation by the URL's scheme.
 
-Implementations are imported only when their scheme is asked for: obstore alone costs 50 ms.
+An implementation is imported on first use of its scheme: obstore alone costs 50 ms.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ __all__ = ["ObjectInfo", "Store", "open_store"]
 
 
 def open_store(url: str) -> Store:
-    """The store at `url`. Raises Usage for a scheme that is not known."""
+    """Return the store at `url`. Raises Usage for an unknown scheme."""
     url = normal_url(url)
     module, _, function = SCHEMES[url.partition("://")[0]].partition(":")
     return cast(Store, getattr(importlib.import_module(module), function)(url))

@@ -1,7 +1,7 @@
-"""The one small interface of every store: objects under keys, read by range.
+"""The interface of every store: objects under keys, read by range.
 
-An implementation is safe to call from many threads, verifies nothing (digests are the caller's business), retries
-nothing (`lazyfs.stores.retry` does), and raises only the kinds in `lazyfs.errors`. Every call has a limit of its own.
+An implementation is safe to call from many threads, verifies nothing (callers check digests), does not retry
+(`lazyfs.stores.retry` does), and raises only the errors of `lazyfs.errors`. Every call has its own time limit.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import Protocol
 
 from lazyfs.errors import Permanent
 
-# No object of ours is larger; what a store sends beyond it is not taken into memory.
+# Largest object that lazyfs writes. A store may not send more than this into memory.
 MOST_BYTES = 64 << 20
 
 
 def too_large(what: str, limit: int) -> Permanent:
-    """The error of a body that is longer than whoever asked for it takes."""
+    """Return the Permanent (too-large) error for a body longer than the limit."""
     return Permanent(
         f"{what} is larger than the {limit} bytes that it can have; is that the right store?", code="too-large"
     )
@@ -25,7 +25,10 @@ def too_large(what: str, limit: int) -> Permanent:
 
 @dataclass(frozen=True)
 class ObjectInfo:
-    """`size` in bytes, `modified` in seconds since the epoch, `version` an opaque validator (etag, or stat fields)."""
+    """Metadata of an object.
+
+    `size` in bytes, `modified` in seconds since the epoch, `version` an opaque validator (etag, or stat fields).
+    """
 
     key: str
     size: int
@@ -37,7 +40,7 @@ class Store(Protocol):
     """Objects under slash-separated keys."""
 
     url: str
-    # Whether another machine may be behind it: decides compression, tracing and prefetching.
+    # Whether another machine may serve it: decides compression, access logs and prefetching.
     remote: bool
 
     def get(
@@ -48,28 +51,27 @@ class Store(Protocol):
         version: str = "",
         into: memoryview | None = None,
     ) -> bytes | memoryview:
-        """Bytes from `start`; fewer than `length` only at the object's end. NotFound when there is no such object.
+        """Read bytes from `start`; fewer than `length` only at the object's end.
 
-        No more is taken into memory than `length`, or MOST_BYTES without one: Permanent("too-large").
-
-        With `version` (of an ObjectInfo), Permanent("source-changed") unless the object still has it. `into`: memory that
-        the implementation may read into, and then return a view of: fresh memory for every 8 MiB costs more than the copy.
+        `version` (of an ObjectInfo): raise Permanent (source-changed) unless the object still has it. `into`: memory that
+        the implementation may read into and return a view of; allocating fresh memory for every 8 MiB costs more than the
+        copy. Raises NotFound, or Permanent (too-large) for a body of more than `length` bytes (MOST_BYTES if None).
         """
 
     def put(self, key: str, data: bytes | memoryview) -> None:
-        """Write the whole object, atomically: no reader ever sees a part of it."""
+        """Write the whole object atomically: no reader sees a part of it."""
 
     def head(self, key: str) -> ObjectInfo | None:
-        """Size and age, or None when it is not there."""
+        """Return size, age and version, or None if the object does not exist."""
 
     def touch(self, key: str) -> None:
-        """Make the object young again, so that a garbage collection with a grace period spares it."""
+        """Reset the object's age, so that a garbage collection with a grace period spares it."""
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        """All objects whose key begins with `prefix` (a folder, ending in "/", or "")."""
+        """Yield all objects whose key begins with `prefix` (a folder ending in "/", or "")."""
 
     def delete(self, key: str) -> None:
-        """Remove it; no error when it is gone already."""
+        """Remove the object; no error if it does not exist."""
 
     def flush(self) -> None:
         """Return once everything put so far would survive a power cut."""

@@ -1,8 +1,8 @@
-"""A wrapper that makes any store misbehave on command: for fault drills and for the project's own tests.
+"""A store wrapper that injects faults on command, for fault drills and for the project's own tests.
 
-`faulty://PATH` names a JSON file, read anew at every call, so faults begin and end while a mount is running:
-`{"store": "file:///…", "fault": "corrupt", "share": 0.5, "seconds": 1.0, "only": "chunks/", "calls": ["get"]}`. Without
-"fault" everything passes. "calls" are those that may fail (default: get); bodies are spoiled in get alone.
+`faulty://PATH` names a JSON file that is read at every call, so faults begin and end while a mount is running:
+`{"store": "file:///…", "fault": "corrupt", "share": 0.5, "seconds": 1.0, "only": "chunks/", "calls": ["get"]}`.
+Without "fault" every call passes. "calls" lists the calls that may fail (default: get); bodies are damaged in get only.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ FAULTS = ("truncate", "corrupt", "longer", "empty", "stall", "slow", "reset", "4
 
 
 def open_url(url: str) -> FaultyStore:
-    """The store of a faulty:// URL."""
+    """Return the store of a faulty:// URL."""
     return FaultyStore(Path(url.removeprefix("faulty://")))
 
 
 class FaultyStore:
-    """Delegates to the store named in the control file, spoiling a share of the calls whose key begins with "only"."""
+    """Delegate to the store named in the control file, failing a share of the calls whose key begins with "only"."""
 
     def __init__(self, control: Path, *, remote: bool = True) -> None:
         from lazyfs.stores import open_store
@@ -69,7 +69,7 @@ class FaultyStore:
         return bytes(spoiled)
 
     def _hit(self, call: str, key: str) -> tuple[str, float]:
-        """Raise the fault that this call is to have; one that concerns the body is returned, with its seconds."""
+        """Raise the fault configured for this call. Return (fault, seconds) if the fault concerns the body, else ("", 0.0)."""
         settings = self._settings()
         fault = settings.get("fault")
         named = call in settings.get("calls", ["get"]) and key.startswith(settings.get("only", ""))
@@ -78,7 +78,7 @@ class FaultyStore:
         seconds = float(settings.get("seconds", 0.0))
         what = f"{self.url}: {call} {key}"
         if fault == "stall":
-            # What a client with an inactivity limit sees of a server that goes silent.
+            # What a client with an inactivity limit sees when a server goes silent.
             time.sleep(seconds)
             raise Temporary(f"{what}: nothing came for {seconds:g} s")
         if fault == "reset":

@@ -1,7 +1,8 @@
-"""A store behind plain HTTP(S), read-only, by ranges: a static file server or a CDN in front of a bucket.
+"""A read-only store over plain HTTP(S) range requests: a static file server, or a CDN in front of a bucket.
 
-http.client with one kept connection per thread: four times as fast as the usual client libraries for 8 MiB ranges.
-Credentials come from the URL or from ~/.netrc, as with curl, or from $QUICKTHAW_HTTP_TOKEN as a bearer token.
+Uses http.client with one kept-alive connection per thread: four times as fast as the usual client libraries for 8 MiB
+ranges. Credentials come from the URL, from $QUICKTHAW_HTTP_TOKEN (bearer token), or from ~/.netrc as with curl, in this
+order.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ _COPY = 65536
 
 
 def open_url(url: str) -> WebStore:
-    """The store of an http:// or https:// URL."""
+    """Return the store of an http:// or https:// URL."""
     return WebStore(url)
 
 
 class WebStore:
-    """Objects below a URL. `whole_s` bounds one request, `inactivity_s` the silence within it (seconds)."""
+    """Objects below a URL. `whole_s` limits one request, `inactivity_s` the silence within it (seconds)."""
 
     remote = True
 
@@ -114,7 +115,7 @@ class WebStore:
                 self._drop(url)
                 raise Temporary(f"{shown_url(url)}: {error or type(error).__name__}") from error
             except LazyfsError:
-                # The rest of the body would be read as the next answer.
+                # Close the connection: the rest of the body would be parsed as the next response.
                 self._drop(url)
                 raise
             if status in (301, 302, 303, 307, 308):
@@ -127,7 +128,10 @@ class WebStore:
 
     @staticmethod
     def _redirected(url: str, location: str) -> str:
-        """Where a redirection leads. Permanent for what is no HTTP, or gives up encryption."""
+        """Return the target URL of a redirect.
+
+        Raises Permanent (bad-redirect) for a target that is not HTTP(S), or a change from https to http.
+        """
         try:
             there = urljoin(url, location)
             place = _place(there)
@@ -149,7 +153,7 @@ class WebStore:
         connection = self._connection(url)
         sent = {**self._headers, **headers}
         if _place(url) != _place(self.base):
-            # Credentials stay with the scheme, host and port that they are for.
+            # Send credentials only to the scheme, host and port that they are for.
             sent.pop("Authorization", None)
         target = parts.path + (f"?{parts.query}" if parts.query else "")
         connection.request(method, target or "/", headers=sent)
@@ -158,7 +162,7 @@ class WebStore:
         used = method == "HEAD" or response.status in (200, 206)
         if method != "HEAD" and used:
             if response.status == 200 and "Range" in headers:
-                # The server ignores the range, and sends the whole object.
+                # The server ignores the range and sends the whole object.
                 limit = MOST_BYTES
             body = self._body(response, deadline, into, limit, shown_url(url))
         elif not used and response.length is not None and response.length <= _COPY:
@@ -166,7 +170,7 @@ class WebStore:
             used = True
         response.close()
         if response.will_close or not used:
-            # A long page that says what is wrong is not read to its end.
+            # Do not read a long error page to its end.
             self._drop(url)
         return response.status, response.headers, body
 
@@ -218,7 +222,7 @@ class WebStore:
                 self._all.remove(connection)
 
     def close(self) -> None:
-        """Close every thread's connection; the store opens new ones if it is used again."""
+        """Close the connections of all threads; the store opens new ones if it is used again."""
         while self._all:
             self._all.pop().close()
 
@@ -238,7 +242,7 @@ class WebStore:
 
 
 def _place(url: str) -> tuple[str, str, int]:
-    """Scheme, host and port: whom credentials are for. ValueError for a port that is none."""
+    """Return scheme, host and port, which credentials are bound to. Raises ValueError for an invalid port."""
     parts = urlsplit(url)
     return parts.scheme, (parts.hostname or "").lower(), parts.port or (443 if parts.scheme == "https" else 80)
 

@@ -1,7 +1,7 @@
 """A store in a directory: one file per object, mode 0600, written under a temporary name and renamed.
 
-Objects are not flushed one by one (a model has thousands): `flush()` syncs the whole file system once, and whoever
-writes a manifest calls it first. A chunk that a power cut left short is recognised by its size when it is met again.
+No fsync per object (a model has thousands): `flush()` syncs the whole file system once, and the writer of a manifest calls
+it first. A chunk that a power cut truncated is detected by its size at the next put.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from lazyfs.paths import private_dir
 from lazyfs.stores.base import MOST_BYTES, ObjectInfo, too_large
 from lazyfs.stores.urls import local_path
 
-# A temporary file older than this belongs to a writer that was killed.
+# A temporary file older than this belongs to a killed writer.
 _STALE_S = 3600
-# Below this, bytes of one's own cost nothing and are easier to handle than a view.
+# Below this size a copy costs nothing, and bytes are easier to handle than a view.
 _COPY = 65536
 
 
 def open_url(url: str) -> LocalStore:
-    """The store of a file:// URL."""
+    """Return the store of a file:// URL."""
     path = local_path(url)
     assert path is not None
     return LocalStore(path)
@@ -37,7 +37,7 @@ def _version(st: os.stat_result) -> str:
 
 
 class LocalStore:
-    """Objects as files under `root`, which is created on the first put."""
+    """Objects as files under `root`, which is created at the first put."""
 
     remote = False
 
@@ -46,7 +46,7 @@ class LocalStore:
         self.url = f"file://{root}"
 
     def path(self, key: str) -> Path:
-        """Where the object of `key` lies (or would lie)."""
+        """Return the path of the object's file, whether or not it exists."""
         return self.root / key
 
     def get(
@@ -83,7 +83,7 @@ class LocalStore:
                     break
                 got += n
             if own is not None and got == length >= _COPY:
-                # A bytearray serves as bytes for every reader, and a copy of 8 MiB would be felt.
+                # A bytearray serves as bytes for every reader; a copy of 8 MiB would be noticeable.
                 return own  # type: ignore[return-value]
             return view[:got] if length >= _COPY else bytes(view[:got])
         except OSError as error:
@@ -132,7 +132,8 @@ class LocalStore:
             return
 
         def stop(error: OSError) -> None:
-            # A folder that goes meanwhile was empty; any other must not pass for one, or its chunks are garbage.
+            # A folder removed meanwhile was empty. Any other error must not look like an empty folder, or its chunks
+            # become garbage.
             if error.errno != errno.ENOENT or base.is_symlink():
                 raise from_os_error(error, f"cannot list {error.filename}") from error
 
@@ -165,7 +166,7 @@ class LocalStore:
             os.close(fd)
 
     def _sweep(self, temporary: Path) -> None:
-        """Remove what a killed writer left, once it is too old to be a living writer's."""
+        """Remove a temporary file that is too old to belong to a live writer."""
         try:
             if time.time() - temporary.stat().st_mtime > _STALE_S:
                 temporary.unlink()

@@ -1,9 +1,9 @@
-"""Object stores through obstore: S3 and what speaks its dialect, Google Cloud Storage, Azure.
+"""Object stores through obstore: S3 and compatible stores, Google Cloud Storage, Azure.
 
-Credentials and endpoints come as each ecosystem expects them, from the environment and metadata services:
-AWS_ACCESS_KEY_ID, AWS_PROFILE and AWS_ENDPOINT_URL (with AWS_ALLOW_HTTP for plain ones),
-GOOGLE_APPLICATION_CREDENTIALS, STORAGE_EMULATOR_HOST, AZURE_STORAGE_ACCOUNT_NAME and so on. Retrying is ours, so that
-backoff and limits are the same for every store.
+Credentials and endpoints come from the environment and metadata services, as usual in each ecosystem: AWS_ACCESS_KEY_ID,
+AWS_PROFILE and AWS_ENDPOINT_URL (with AWS_ALLOW_HTTP for plain HTTP), GOOGLE_APPLICATION_CREDENTIALS,
+STORAGE_EMULATOR_HOST, AZURE_STORAGE_ACCOUNT_NAME and so on. obstore's own retries are disabled, so that backoff and limits
+are the same for every store.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from lazyfs.errors import LazyfsError, NotFound, Permanent, Temporary
 from lazyfs.stores.base import MOST_BYTES, ObjectInfo, too_large
 from lazyfs.stores.urls import shown_url
 
-# No byte for so long is a dead connection; a whole chunk that takes longer than the other is a dead network.
+# INACTIVITY_S without a byte means a dead connection; WHOLE_S limits one whole request.
 INACTIVITY_S, WHOLE_S = 10.0, 60.0
 _STATUS = re.compile(r"status(?: code)?:? (\d{3})|\b(4\d\d|5\d\d) [A-Z]", re.IGNORECASE)
-# What S3 and its likes, Azure and Google say; in an answer without a body (HEAD) nobody says it.
+# Error texts of S3 and compatible stores, Azure and Google. A response without a body (HEAD) has none of them.
 _NO_BUCKET = re.compile(r"NoSuchBucket|ContainerNotFound|specified (bucket|container) does not exist")
 
 
 def open_url(url: str) -> ObstoreStore:
-    """The store of an s3://, gs:// or az:// URL."""
+    """Return the store of an s3://, gs:// or az:// URL."""
     return ObstoreStore(url)
 
 
@@ -51,15 +51,15 @@ class ObstoreStore:
             options["allow_http"] = True
         config: dict[str, Any] = {}
         if url.startswith("s3://"):
-            # The AWS tools read this variable; the library underneath another one.
+            # The AWS tools read this variable; obstore reads another one.
             endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
             if endpoint:
                 config["endpoint"] = endpoint
             config["region"] = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
         emulator = os.environ.get("STORAGE_EMULATOR_HOST")
         if url.startswith("gs://") and emulator:
-            # As Google's own client libraries do: that host instead of theirs, and no credentials for it.
-            # ("skip_signature" would not do: uploads ask the metadata service for a token all the same.)
+            # As in Google's client libraries: use the emulator's host, without credentials. "skip_signature" does not
+            # suffice: uploads still request a token from the metadata service.
             account = {"gcs_base_url": _emulator_url(emulator), "disable_oauth": True}
             account |= dict.fromkeys(("client_email", "private_key", "private_key_id"), "")
             config = {"service_account_key": json.dumps(account)}
@@ -87,7 +87,7 @@ class ObstoreStore:
             if version:
                 options["if_match"] = version
         try:
-            # It is one piece if it is no longer than it may be. More than that is never collected.
+            # A body within the limit arrives as one piece. Anything beyond it is never collected.
             pieces = obstore.get(self._store, key, options=options).stream(min_chunk_size=limit + 1)
             body = bytes(next(pieces, b""))
             if len(body) <= limit and next(pieces, None) is None:
@@ -134,7 +134,7 @@ class ObstoreStore:
         return
 
     def _translate(self, error: Exception, what: str) -> LazyfsError:
-        """Our kind for an error of obstore; what is none of its errors is a defect and goes on as it is."""
+        """Return the lazyfs error for an obstore error. Re-raise any other exception, which is a defect."""
         if isinstance(error, LazyfsError):
             return error
         text = f"{self.url}: {what}: {_line(error)}"

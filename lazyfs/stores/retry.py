@@ -1,4 +1,4 @@
-"""Trying again: jittered exponential backoff for what is Temporary, bounded by attempts and by a deadline."""
+"""Retry Temporary errors with jittered exponential backoff, bounded by attempts and by a deadline."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """Seconds. The n-th pause is drawn from 0 to min(cap, base * 2**n) ("full jitter"); `limit` bounds all of it. `attempts`:
-    at most so many, None: as many as the limit allows."""
+    """Retry limits, durations in seconds.
+
+    The n-th pause is drawn from 0 to min(cap, base * 2**n) ("full jitter"). `limit` bounds the total time. `attempts`
+    bounds the number of calls; None: only `limit` applies.
+    """
 
     attempts: int | None = 8
     base: float = 0.05
@@ -31,8 +34,9 @@ class RetryPolicy:
 def retrying(
     call: Callable[[], T], policy: RetryPolicy, *, on_retry: Callable[[Temporary, int], None] | None = None
 ) -> T:
-    """Call until it returns, raises something that is not Temporary, or the policy is spent (then the last
-    Temporary).
+    """Call until the call returns, raises an error other than Temporary, or the policy is exhausted.
+
+    Raises the last Temporary if the policy is exhausted.
     """
     deadline = time.monotonic() + policy.limit
     attempt = 0
@@ -53,8 +57,10 @@ def retrying(
 
 
 def certain(call: Callable[[], T]) -> T:
-    """What `call` returns; where it raises Integrity it is called once more, since the bytes may have been spoiled on their
-    way, and only the second Integrity is raised."""
+    """Call, and call once more if it raises Integrity: the bytes may have been damaged in transit.
+
+    Raises the second Integrity.
+    """
     try:
         return call()
     except Integrity:

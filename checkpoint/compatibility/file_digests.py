@@ -1,8 +1,8 @@
-"""Digests of files, kept between starts: a large file is read once for as long as it does not change.
+"""Digests of files, cached between starts, so that a large file is read only once until it changes.
 
-A file is taken for unchanged while device, inode, size, mtime and ctime are all as they were when it was hashed, and that was at least
-RACY_NS after its last change. The kernel sets ctime at every write and lets nobody set it, so an edit that restores size and mtime is seen.
-The cache is one file in the state folder. Losing it costs reading again.
+A file counts as unchanged if device, inode, size, mtime and ctime are as they were when it was hashed, at least
+RACY_NS after its last change. The kernel sets ctime at every write and no program can set it, so an edit that
+restores size and mtime is detected. The cache is one file in the state folder. If it is lost, files are read again.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from checkpoint.files import aside
 from lazyfs.content.records import ready
 
 RACY_NS = 100_000_000
-"""A file that changed less than this before it was hashed may change again within the same tick of the file system's clock."""
+"""A file changed less than this before it was hashed may change again within the same tick of the file system's clock."""
 SMALL = 64 << 10
-"""Files up to this many bytes are read each time: that takes no longer than looking them up."""
+"""Files up to this many bytes are read each time, which takes no longer than a cache look-up."""
 FILES_LIMIT = 10_000
-"""Files of one folder that are looked at; a folder with more is no model, tokenizer or adapter."""
+"""Most files read in one folder; a larger folder is not a model, tokenizer or adapter."""
 _KEPT = 4096
 _DEPTH = 32
 _BUFFER = 4 << 20
@@ -35,7 +35,7 @@ _Entries = dict[str, tuple[_Stamp, str]]
 
 
 class FileDigests:
-    """Digests of files and folders. `kept`: where large files' digests are kept, None to keep none. Call `save` at the end."""
+    """Digests of files and folders. `kept` is the cache file for large files, None for no cache. Call `save` at the end."""
 
     def __init__(self, kept: Path | None = None) -> None:
         self.kept = kept
@@ -43,7 +43,7 @@ class FileDigests:
         self._new: _Entries = {}
 
     def of_file(self, path: Path) -> str:
-        """The digest of a file's content (links followed). Raises OSError."""
+        """Return the digest of a file's content; links are followed. Raises OSError."""
         info = path.stat()
         if info.st_size <= SMALL:
             return blake3.blake3(path.read_bytes()).hexdigest()[:32]
@@ -58,7 +58,7 @@ class FileDigests:
         return digest
 
     def of_folder(self, path: Path) -> str | None:
-        """The digest of all files below a folder, by their relative names (links followed); None where there are over FILES_LIMIT."""
+        """Return the digest of all files below a folder, by relative name; links are followed. Return None above FILES_LIMIT files."""
         digest = blake3.blake3()
         for count, (name, file) in enumerate(sorted(_walk(path))):
             if count >= FILES_LIMIT:
@@ -66,7 +66,7 @@ class FileDigests:
             try:
                 found = self.of_file(file)
             except OSError as error:
-                found = f"unreadable {error.errno}"  # for the engine too
+                found = f"unreadable {error.errno}"  # unreadable for the engine, too
             digest.update(f"{name}\0{found}\n".encode(errors="surrogateescape"))
         return digest.hexdigest()[:32]
 
@@ -74,13 +74,13 @@ class FileDigests:
         if self._entries is None:
             self._entries = {}
             if self.kept is not None:
-                # Garbled or not there: everything is hashed.
+                # If it is missing or garbled, hash everything.
                 with contextlib.suppress(OSError, msgspec.MsgspecError):
                     self._entries = msgspec.json.decode(self.kept.read_bytes(), type=ready(_Entries))
         return self._entries
 
     def save(self) -> None:
-        """Keep what was hashed. Not kept, silently, where the state folder cannot be written: it is only about time."""
+        """Write the cache. Errors are ignored, because a missing cache only costs time."""
         if self.kept is None or not self._new:
             return
         entries = {**self._known(), **self._new}
@@ -108,7 +108,7 @@ def _read(path: Path) -> str:
 
 
 def _walk(root: Path) -> Iterator[tuple[str, Path]]:
-    """Regular files below a folder, by relative name; one more than FILES_LIMIT at most. `__pycache__` is left out."""
+    """Yield regular files below a folder with their relative names, at most FILES_LIMIT + 1. `__pycache__` is skipped."""
     todo = [(root, "", 0)]
     seen = 0
     while todo:
@@ -123,7 +123,7 @@ def _walk(root: Path) -> Iterator[tuple[str, Path]]:
             try:
                 kind = entry.stat().st_mode
             except OSError:
-                yield name, Path(entry.path)  # a link that leads nowhere
+                yield name, Path(entry.path)  # a dangling link
                 continue
             if stat.S_ISDIR(kind) and depth < _DEPTH and entry.name != "__pycache__":
                 todo.append((Path(entry.path), f"{name}/", depth + 1))

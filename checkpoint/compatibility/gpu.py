@@ -15,7 +15,7 @@ _NVML_CONTROL = Path("/dev/nvidiactl")
 
 
 class Gpu(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One device: `name` as the driver says it, `memory` in bytes, `uuid` as `GPU-…` (may differ at a restore)."""
+    """One GPU: `name` as reported by the driver, `memory` in bytes, `uuid` as `GPU-…` (may differ at a restore)."""
 
     name: str
     memory: int
@@ -30,10 +30,10 @@ class _Memory(ctypes.Structure):
 
 
 def gpu_facts(environment: Mapping[str, str] | None = None) -> tuple[tuple[Gpu, ...], str]:
-    """The GPUs that CUDA_VISIBLE_DEVICES leaves visible, in its order, and the driver's version; `((), "")` without a driver.
+    """Return the GPUs visible under CUDA_VISIBLE_DEVICES, in its order, and the driver's version; `((), "")` without a driver.
 
-    NVML is opened only where /dev/nvidiactl exists, since its start takes tens of milliseconds.
-    Raises HostLacks when it is there and does not answer.
+    NVML is opened only if /dev/nvidiactl exists, because its start takes tens of milliseconds. Raises HostLacks
+    (nvml-missing, nvml-failed).
     """
     if not _NVML_CONTROL.exists():
         return (), ""
@@ -57,7 +57,7 @@ def gpu_facts(environment: Mapping[str, str] | None = None) -> tuple[tuple[Gpu, 
 
 
 def select_visible(gpus: tuple[Gpu, ...], visible: str | None) -> tuple[Gpu, ...]:
-    """Apply CUDA_VISIBLE_DEVICES as CUDA does: indices or beginnings of UUIDs, cut off at the first that is invalid."""
+    """Apply CUDA_VISIBLE_DEVICES as CUDA does: indices or UUID prefixes, truncated at the first invalid one."""
     if visible is None:
         return gpus
     chosen = []

@@ -1,4 +1,4 @@
-"""Read what this host is: kernel, processor and memory page size, without starting a process."""
+"""Identify this host without starting a process: kernel, CPU and memory page size."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from checkpoint.compatibility.gpu import Gpu, gpu_facts
 
 
 class HostFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The machine. `cpu_flags` are those of CPU 0 as the kernel lists them; `criu` is "" when nobody asked for it."""
+    """The machine. `cpu_flags` are those of CPU 0 as listed by the kernel; `criu` is "" if its version was not requested."""
 
     kernel: str
     machine: str
@@ -30,10 +30,11 @@ def host_facts(
     driver: str = "",
     environment: Mapping[str, str] | None = None,
 ) -> HostFacts:
-    """This machine. `criu`: the version, when known. `gpus` and `driver`: as a running CUDA helper says (which saves NVML's start).
-    `environment`: the engine's, for the GPUs it will see.
+    """Identify this machine.
 
-    Raises HostLacks where there is an NVIDIA driver and NVML does not answer.
+    `criu`: CRIU's version, if known. `gpus` and `driver`: as reported by a running CUDA helper, which saves NVML's
+    start. `environment`: the engine's, which decides which GPUs it sees. Raises HostLacks if there is an NVIDIA
+    driver but NVML does not answer.
     """
     uname = os.uname()
     model, flags = _cpu()
@@ -53,7 +54,7 @@ def host_facts(
 
 
 def _cpu() -> tuple[str, tuple[str, ...]]:
-    # One block of /proc/cpuinfo per CPU: reading the first is enough, and all of it takes milliseconds on 200 cores.
+    # /proc/cpuinfo has one block per CPU. Read only the first: all of it takes milliseconds on 200 cores.
     with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
         model, flags = "", ""
         for line in file:

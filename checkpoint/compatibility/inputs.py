@@ -1,9 +1,11 @@
-"""What an engine will read that its command line and environment name: files, folders, models of a hub, Python modules.
+"""Digest what an engine's command line and environment refer to: files, folders, hub models, Python modules.
 
-A restored engine has all of them in its memory, so each counts by its content, and an edit makes another launch. `Inputs.value` is asked
-about every value of a command line, in whatever form it names something: a path alone, `name=PATH`, a list, or JSON with paths inside.
+A restored engine has all of them in its memory, so each counts by its content, and an edit makes it another launch.
+`Inputs.value` receives every value of a command line and recognises all forms of references: a path alone,
+`name=PATH`, a list, or JSON that contains paths.
 
-The model itself is covered by its manifest's digest and not read here, nor is what an engine only writes (caches, dumps, logs).
+The model itself is not read here, because its manifest's digest covers it. Paths to which an engine only writes
+(caches, dumps, logs) are not read either.
 """
 
 from __future__ import annotations
@@ -25,11 +27,11 @@ log = logging.getLogger("quickthaw")
 _NAMES = frozenset(
     {"served-model-name", "root-path", "fastapi-root-path", "api-key", "admin-api-key", "otlp-service-name"}
 )
-"""Flags whose values name nothing on a disk, whatever lies in the working folder."""
+"""Flags whose values never refer to files, even if the working folder has a file of that name."""
 _WRITTEN = re.compile(
     r"(^|[-_.])(save|export|download|trace|profiler|storage|offload|cache|dump|output|media|metrics-to-file)[-_](dir|path|folder)$"
 )
-"""Flags and JSON keys that name where an engine writes, or reads at each request (`--allowed-local-media-path`)."""
+"""Flags and JSON keys for paths that an engine writes to, or reads at each request (`--allowed-local-media-path`)."""
 _MODEL_FLAGS = frozenset({"model", "model-path"})
 _REVISIONS = {
     "tokenizer": ("tokenizer-revision", "revision"),
@@ -47,7 +49,7 @@ _MOST_CANDIDATES = 512
 
 
 def option(arguments: Sequence[str], name: str) -> str | None:
-    """The last value that a command line gives an option (`revision`), also in a file that `--config` names; the line comes before it."""
+    """Return the last value of an option (`revision`) on a command line, or else in a file that `--config` names."""
     line, files = None, []
     for index, word in enumerate(arguments):
         head, equals, value = word.partition("=")
@@ -72,15 +74,16 @@ def _text(file: Path) -> str:
         if file.is_file() and file.stat().st_size <= _CONFIG_LIMIT:
             return file.read_text(errors="replace")
     except (OSError, ValueError):
-        pass  # the engine says so itself
+        pass  # the engine reports it
     return ""
 
 
 class Inputs:
-    """Digests of what a launch reads, besides its model.
+    """Digests of everything a launch reads, except its model.
 
-    `arguments`: its command line. `environment`: the engine's. `model`: the folder that counts by its manifest's digest, `model_name` as
-    the command line has it. `modules`: folders of installed packages. `kept`: where digests of large files are kept.
+    `arguments`: its command line. `environment`: the engine's. `model`: the folder covered by the manifest's digest.
+    `model_name`: its name on the command line. `modules`: folders of installed packages. `kept`: cache file for
+    digests of large files.
     """
 
     def __init__(
@@ -103,8 +106,11 @@ class Inputs:
         self._hub: list[Path] | None = None
 
     def value(self, flag: str, value: str) -> str:
-        """A value of a flag (`--x`, or "" for positional words) as it counts: the path of a file becomes its digest, so that the same file
-        elsewhere is the same launch; after any other value follows a digest over everything that it names."""
+        """Return the normalised value of a flag (`--x`, or "" for positional words).
+
+        A file's path becomes its digest, so the same file elsewhere makes the same launch. To any other value, a
+        digest over everything it refers to is appended.
+        """
         name = flag.lstrip("-")
         covered = name in _MODEL_FLAGS or (value == self.model_name and not name)
         if not value or covered or name in _NAMES or _WRITTEN.search(name):
@@ -122,7 +128,7 @@ class Inputs:
         return f"{shown} [{_over(found)}]" if found else shown
 
     def _whole_file(self, value: str) -> str:
-        """The digest of the file that a value is the path of; "" where it is none."""
+        """Return the digest of the file at this path; "" if there is none."""
         try:
             path = Path(value).expanduser()
             return self.digests.of_file(path) if path.is_file() else ""
@@ -130,7 +136,7 @@ class Inputs:
             return ""
 
     def of_variable(self, name: str, value: str) -> str:
-        """A digest over the files that a variable of the environment names; folders only where it says that they hold configurations."""
+        """Digest the files that an environment variable refers to. Folders count only if the name says that they hold configurations."""
         found: dict[str, str] = {}
         if name.endswith(_MODULE_VARIABLES):
             for word in re.split(r"[\s,:]+", value):
@@ -143,7 +149,7 @@ class Inputs:
         return _over(found)
 
     def remote_code(self) -> str:
-        """With `--trust-remote-code`: a digest over the code in other repositories that the model's configuration names."""
+        """With `--trust-remote-code`, digest the code in other repositories that the model's configuration refers to."""
         given = {word.replace("_", "-") for word in self.arguments}
         if self.model is None or "--trust-remote-code" not in given:
             return ""
@@ -154,7 +160,7 @@ class Inputs:
         return _over(found)
 
     def _look(self, name: str, value: str) -> dict[str, str]:
-        """What lies behind a value: what it names → a digest of that."""
+        """Map everything that a value refers to to its digest."""
         found: dict[str, str] = {}
         if name == "code-revision":
             return self._repository(self.model_name, value)
@@ -175,7 +181,7 @@ class Inputs:
             if path.exists():
                 return self._path(path)
         except (OSError, ValueError, RuntimeError):
-            return {}  # no path: too long, a null byte, or a user that is not there
+            return {}  # not a path: too long, contains a null byte, or names an unknown user
         if _MODULE.fullmatch(candidate) and (module := self._module(candidate)):
             return module
         return self._repository(candidate, revision)
@@ -204,7 +210,8 @@ class Inputs:
         return self._path(folder) if folder else {}
 
     def _module(self, name: str) -> dict[str, str]:
-        """The sources of a Python module: of its own folder, or of its package. Of an installed one, its own file (its version counts)."""
+        """Digest a Python module's sources: those of its folder or package. For an installed module, only its own file
+        (its version counts)."""
         parts = name.partition(":")[0].split(".")
         if not all(part.isidentifier() for part in parts) or parts[0] in (self.engine, "quickthaw_engine"):
             return {}
@@ -221,7 +228,7 @@ class Inputs:
         return {}
 
     def _editable(self) -> Iterator[Path]:
-        """Folders that `.pth` files of the installation add."""
+        """Yield folders that the installation's `.pth` files add."""
         for place in self._packages:
             for file in sorted(place.glob("*.pth")):
                 for line in _text(file).splitlines():
@@ -236,7 +243,7 @@ class Inputs:
 
 
 def _deepest(place: Path, parts: Sequence[str]) -> Path | None:
-    """The file that a dotted name means below a folder; its last parts may be a class or a function."""
+    """Return the file of a dotted name below a folder; its last parts may be a class or a function."""
     for count in range(len(parts), 0, -1):
         stem = place.joinpath(*parts[:count])
         for file in (stem.with_name(f"{stem.name}.py"), stem / "__init__.py"):
@@ -246,7 +253,7 @@ def _deepest(place: Path, parts: Sequence[str]) -> Path | None:
 
 
 def _candidates(value: str) -> Iterator[tuple[str, str | None]]:
-    """Everything in a value that may name something, each with the revision that a JSON object gives beside it."""
+    """Yield every part of a value that may be a reference, each with the revision that its JSON object specifies."""
     text = value.strip()
     if text[:1] in ("{", "["):
         try:
@@ -280,7 +287,7 @@ def _in_json(document: Any) -> Iterator[tuple[str, str | None]]:
 
 
 def _tokens(text: str) -> Iterator[tuple[str, str]]:
-    """What a configuration file may name, each with its key: the rest of every line, and every word of it."""
+    """Yield everything a configuration file may refer to, with its key: the rest of every line, and each of its words."""
     seen: dict[tuple[str, str], None] = {}
     key = ""
     for line in text.splitlines():

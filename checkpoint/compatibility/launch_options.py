@@ -1,9 +1,10 @@
-"""Which of an engine's arguments matter to a snapshot, and which arguments and variables look like secrets.
+"""Which engine arguments matter to a snapshot, and which arguments and variables look like secrets.
 
-The rule is one-sided: whatever is not listed here as irrelevant matters, so a mistake costs a cold start and never a wrong
-answer. An argument is irrelevant when the restored process would serve the same answers to the same clients with the old value,
-because quickthaw itself takes its place (host, port) or because it only changes how much is logged. What decides whether the
-*content* of requests is logged, or who may send them, matters. docs/identity.md is this module in prose.
+The rule is one-sided: every argument matters unless it is listed here as irrelevant, so a mistake costs a cold start
+but never gives a wrong answer. An argument is irrelevant if the restored process would give the same answers to the
+same clients with the old value, because quickthaw takes over its function (host, port) or because it only changes
+how much is logged. Arguments that control whether the *content* of requests is logged, or who may send them, matter.
+docs/identity.md describes these rules in prose.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Mapping, Sequence
 
 from checkpoint.compatibility.inputs import Inputs
 
-# Flag without dashes → how many values it takes (needed to take it out of the line together with them).
+# Flag without dashes → number of its values (needed to remove them together).
 _EVERY_ENGINE = {"host": 1, "port": 1}
 IRRELEVANT_ARGUMENTS: dict[str, dict[str, int]] = {
     "vllm": {
@@ -35,7 +36,7 @@ IRRELEVANT_ARGUMENTS: dict[str, dict[str, int]] = {
     },
 }
 
-# A secret is known by its name …
+# A secret is recognised by its name, word by word (`MAX_TOKENS` and `TOKENIZERS_…` do not match) …
 _SECRET_WORDS = frozenset(
     (
         *(
@@ -53,15 +54,14 @@ _SECRET_WORDS = frozenset(
         *("auth", "authorization", "cookie", "dsn", "jwt"),
     )
 )
-# … (word by word: `MAX_TOKENS` and `TOKENIZERS_…` are none) or, whatever its name, by the form of its value: the vendors' own
-# prefixes, a JSON web token, a PEM block, or a password in a URL.
+# … or by the form of its value: vendor prefixes, a JSON web token, a PEM block, or a password in a URL.
 _SECRET_VALUE = re.compile(
     r"\b(sk-[A-Za-z0-9_-]{16,}|hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}|xox[abprs]-[\w-]{10,}"
     r"|AKIA[0-9A-Z]{16}|AIza[\w-]{30,}|nvapi-[\w-]{20,}|eyJ[\w-]{8,1000}\.[\w-]{8,}\.[\w-]*)"
     r"|-----BEGIN [A-Z ]*PRIVATE KEY|://[^/\s:@]*:[^/\s:@]+@"
 )
 _PLAIN_VALUE = re.compile(r"[+-]?[0-9.]{0,9}|true|false|yes|no|on|off|auto|none|null", re.IGNORECASE)
-# argparse takes an unambiguous beginning of a flag for the flag.
+# argparse accepts an unambiguous prefix of a flag.
 _SECRET_FLAGS = ("api-key", "admin-api-key", "hf-token", "ssl-keyfile-password")
 
 Arguments = dict[str, tuple[tuple[str, ...], ...]]
@@ -69,7 +69,7 @@ Arguments = dict[str, tuple[tuple[str, ...], ...]]
 
 
 def looks_secret(name: str, value: str) -> bool:
-    """Whether the variable or flag should never be shown or stored by its value."""
+    """Return whether a variable's or flag's value must never be shown or stored."""
     if _PLAIN_VALUE.fullmatch(value):
         return False
     words = re.split(r"[-_.]+", name.strip("-").lower())
@@ -79,18 +79,18 @@ def looks_secret(name: str, value: str) -> bool:
 
 
 def secret_names(environment: Mapping[str, str]) -> tuple[str, ...]:
-    """Names of the variables that look like secrets, whether they matter or not; for `inspect` and `--scrub-env`."""
+    """Return the names of variables that look like secrets, whether they matter or not; for `inspect` and `--scrub-env`."""
     return tuple(sorted(name for name, value in environment.items() if looks_secret(name, value)))
 
 
 def normalised_arguments(
     engine: str, arguments: Sequence[str], model_paths: Sequence[str] = (), inputs: Inputs | None = None
 ) -> Arguments:
-    """What of an engine's command line matters, independent of the order of flags, of `-` or `_` in them and of `=` or a space.
+    """Return the relevant arguments, independent of the order of flags, of `-` or `_` in them and of `=` or a space.
 
-    `arguments` is what follows the module or the word `serve`. Where a name to serve under is given (`--served-model-name`), values
-    equal to one of `model_paths` become `{model}`, since the model then counts by its digest alone; without it the path is the name
-    that clients ask for. What a value names counts by its content (Inputs.value).
+    `arguments` are the words after the module or the word `serve`. With `--served-model-name`, values equal to one
+    of `model_paths` become `{model}`, because the model then counts by its digest alone. Without it, the path is the
+    name that clients use. Values that refer to files count by their content (Inputs.value).
     """
     if not any(word.replace("_", "-").partition("=")[0] == "--served-model-name" for word in arguments):
         model_paths = ()

@@ -1,1 +1,1 @@
-"""What is in a snapshot, for people: bytes by kind (`contents`), the working set as a picture (`picture`)."""
+"""Show a snapshot to people: its bytes by kind (`contents`), its working set as a picture (`picture`)."""

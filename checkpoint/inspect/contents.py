@@ -1,7 +1,8 @@
-"""What the bytes of a snapshot are: by process and by kind of memory, how many pages are zero, and how many are there twice.
+"""Break down a snapshot's bytes: by process and kind of memory, zero pages, and duplicate pages.
 
-For `snapshot inspect --contents`: where the bytes went that making an engine small should have removed, and what an archive will
-save. Every page is read once and hashed with XXH3 (64 bits: for counting, not for storing); 2 GB take about a second from page cache.
+`snapshot inspect --contents` uses it to show which memory trimming the engine should have removed, and what an
+archive will save. Every page is read once and hashed with XXH3 (64 bits, sufficient for counting); 2 GB take about a
+second from page cache.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ from checkpoint.criu.images import Message, messages, nested, number, text
 from checkpoint.errors import Integrity
 
 LARGE = 32 << 20
-"""A private anonymous mapping with at least this many dumped bytes is called `large`: buffers, pools, arenas.
-Weights are told apart where the engine said where they lie (Snapshot.weight_areas): its allocator may have put them into the heap."""
+"""A private anonymous mapping with at least this many dumped bytes counts as `large`: buffers, pools, arenas. Weights
+are distinguished if the engine reported their addresses (Snapshot.weight_areas), because its allocator may have put
+them into the heap."""
 KINDS = ("weights", "heap", "stack", "anonymous", "large", "private file", "shared", "other")
 _BLOCK = 4 << 20
 _NAMED = 8 << 20
-"""Bytes from which on an area gets a line of its own in the text."""
+"""Areas from this many bytes on get a line of their own in the text."""
 
 # Bits of VmaEntry.status, see criu/include/image.h.
 _STACK, _HEAP, _FILE_PRIVATE, _FILE_SHARED, _ANON_SHARED, _ANON_PRIVATE, _SYSVIPC, _MEMFD = (
@@ -38,21 +40,21 @@ _Counts = npt.NDArray[np.int64]
 
 
 class Share(msgspec.Struct):
-    """Bytes dumped, those of pages that are all zero, and those of pages equal to an earlier one (zero ones not counted)."""
+    """Bytes dumped, bytes of all-zero pages, and bytes of pages equal to an earlier one (zero pages excluded)."""
 
     bytes: int = 0
     zero: int = 0
     duplicate: int = 0
 
     def add(self, other: Share) -> None:
-        """Sum up."""
+        """Add the other share's counts to this one."""
         self.bytes += other.bytes
         self.zero += other.zero
         self.duplicate += other.duplicate
 
 
 class Area(msgspec.Struct):
-    """One mapping: its kind, where it is, how large it is mapped, what of it was dumped, and the file behind it."""
+    """One mapping: kind, address, mapped size, dumped bytes, and the file behind it."""
 
     kind: str
     start: int
@@ -62,7 +64,7 @@ class Area(msgspec.Struct):
 
 
 class Process(msgspec.Struct):
-    """One process: number inside the sandbox, parent, name, threads; its memory by kind; its largest areas, largest first."""
+    """One process: number inside the sandbox, parent, name, threads, memory by kind, and its largest areas, largest first."""
 
     pid: int
     parent: int
@@ -74,8 +76,12 @@ class Process(msgspec.Struct):
 
 
 class Contents(msgspec.Struct):
-    """A snapshot's memory. `page` in bytes; `between_processes`: bytes of pages that several processes have, counted beyond the
-    first; `shared_memory`: files of /dev/shm with the bytes they occupy; `other`: bytes of all other files of the snapshot."""
+    """A snapshot's memory.
+
+    `page`: page size in bytes. `between_processes`: bytes of pages that several processes have, beyond the first
+    copy. `shared_memory`: files of /dev/shm with the bytes they occupy. `other`: bytes of all other files of the
+    snapshot.
+    """
 
     page: int
     total: Share
@@ -87,7 +93,7 @@ class Contents(msgspec.Struct):
 
 
 class _Run(msgspec.Struct):
-    """A stretch of dumped pages: address, and index and number of pages in the pages file."""
+    """A run of dumped pages: address, and index and number of pages in the pages file."""
 
     start: int
     first: int
@@ -99,11 +105,11 @@ Places = Mapping[str, Sequence[tuple[int, int]]]
 
 
 def inspect(folder: Path, page: int = 4096, largest: int = 6, weights: Places | None = None) -> Contents:
-    """Read the images of a snapshot folder (with `images/` and maybe `shm/` in it).
+    """Read the images of a snapshot folder (which contains `images/` and optionally `shm/`).
 
-    `page`: the page size in bytes of the machine it was taken on. `largest`: how many areas to name for each process. `weights`: a
-    manifest's `weight_areas`; pages wholly inside them are counted as weights and not as what the kernel calls their mapping.
-    Raises Integrity where images are missing or garbled.
+    `page`: page size in bytes of the machine it was taken on. `largest`: how many areas to list per process.
+    `weights`: a manifest's `weight_areas`; pages wholly inside them count as weights instead of by their mapping's
+    kind. Raises Integrity if images are missing or garbled.
     """
     images = folder / "images"
     try:
@@ -156,7 +162,7 @@ class _Reader:
         )
 
     def _has_memory(self, pid: int) -> bool:
-        # A zombie, or a process that shares its parent's memory, has none of its own.
+        # A zombie, or a process that shares its parent's memory, has no memory of its own.
         return (self.images / f"pagemap-{pid}.img").exists()
 
     def _pagemap(self, name: str) -> tuple[int, list[_Run]]:
@@ -229,7 +235,7 @@ class _Reader:
 
     def _areas(self, pid: int) -> list[Area]:
         (memory,) = messages(self.images / f"mm-{pid}.img")
-        main_stack = number(memory, 5)  # mm_start_stack; VmaEntry.status names only stacks that grow by themselves
+        main_stack = number(memory, 5)  # mm_start_stack; VmaEntry.status marks only growing stacks
         areas = []
         for vma in nested(memory, 14):
             start, end, status = number(vma, 1), number(vma, 2), number(vma, 7)
@@ -240,7 +246,7 @@ class _Reader:
 
 
 def _with_weights(areas: list[Area], weights: Sequence[tuple[int, int]], page: int) -> list[Area]:
-    """The areas, in order, cut where whole pages of weights begin and end."""
+    """Split the areas where whole pages of weights begin and end; keep their order."""
     whole = [(-(-start // page) * page, (start + size) // page * page) for start, size in weights]
     found: list[Area] = []
     for area in areas:
@@ -271,7 +277,7 @@ def _kind(status: int) -> str:
 
 
 def _count(hashes: dict[str, npt.NDArray[np.uint64]], zero_hash: int) -> tuple[int, dict[str, tuple[_Counts, _Counts]]]:
-    """Pages that several address spaces have (beyond the first), and for each space running sums of zero and duplicate pages."""
+    """Count pages in several address spaces (beyond the first copy), and per space the running sums of zero and duplicate pages."""
     joined = np.concatenate([*hashes.values(), np.empty(0, dtype=np.uint64)])
     zero = joined == np.uint64(zero_hash)
     unique, first = np.unique(joined, return_index=True)
@@ -305,7 +311,7 @@ def _occupied(folder: Path) -> dict[str, int]:
 
 
 def render(contents: Contents) -> list[str]:
-    """Lines of text for a terminal: every process with its memory by kind, its largest areas, then what all have together."""
+    """Format as lines for a terminal: every process with its memory by kind, its largest areas, then the totals."""
 
     def row(name: str, share: Share, note: str = "") -> str:
         return f"{name:<34}{share.bytes / 1e6:>10.1f}{share.zero / 1e6:>10.1f}{share.duplicate / 1e6:>12.1f}  {note}".rstrip()

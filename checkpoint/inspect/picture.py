@@ -1,7 +1,8 @@
-"""A picture of a snapshot's working set: which parts of each process's memory are needed, in the order of need. Needs matplotlib.
+"""Draw a snapshot's working set: which parts of each process's memory are needed, in the order of need. Needs matplotlib.
 
-One field for each process. Upwards: its pages that the image holds, in address order, so that what lies between mappings takes
-no room. To the right: how much has been needed before, up to the first token (left of the line) and by the next requests.
+There is one field for each process. Vertical axis: its pages in the image, in address order, without the gaps
+between mappings. Horizontal axis: how much was needed before, up to the first token (left of the line) and by the
+next requests.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ MB = 1e6
 
 @dataclass(frozen=True)
 class ProcessShare:
-    """Bytes of one process: in the image, of these put in place by CRIU itself, needed before the first token, and soon after it."""
+    """Bytes of one process: in the image, of these copied by CRIU itself, needed before the first token, and soon after it."""
 
     pid: int
     image: int
@@ -30,7 +31,7 @@ class ProcessShare:
 
 
 def shares(folder: Path) -> list[ProcessShare]:
-    """The working set against the image, by process; pages of zeros, which no image holds, are not counted.
+    """Compare the working set with the image, by process. Zero pages, which no image contains, are not counted.
 
     Raises NotFound (no-working-set), Failed (working-set-unreadable).
     """
@@ -60,7 +61,7 @@ def _read(folder: Path) -> tuple[WorkingSet, dict[int, ProcessImage]]:
 
 
 def marks(known: WorkingSet, image: ProcessImage) -> list[tuple[float, float, float, float]]:
-    """Rectangles of one process, in megabytes: (needed before it by all processes, its length, lowest page, height)."""
+    """Return one process's rectangles in megabytes: (needed before it by all processes, its length, lowest page, height)."""
     starts = [start for start, _, _ in image.runs]
     below, at = [], 0
     for start, end, _ in image.runs:
@@ -79,9 +80,10 @@ def marks(known: WorkingSet, image: ProcessImage) -> list[tuple[float, float, fl
 
 
 def draw(folder: Path, path: Path) -> None:
-    """Write the picture; its kind is told by the suffix (.svg, .png, .pdf). The same snapshot gives the same bytes of SVG.
+    """Write the picture in the format of its suffix (.svg, .png, .pdf). The same snapshot gives the same bytes of SVG.
 
-    Raises HostLacks (no-matplotlib), NotFound, Failed.
+    Raises HostLacks (no-matplotlib), NotFound (no-working-set), Failed (working-set-unreadable,
+    picture-not-written).
     """
     known, images = _read(folder)
     try:
@@ -102,7 +104,7 @@ def draw(folder: Path, path: Path) -> None:
         try:
             for axis, image in zip(axes[:, 0], shown, strict=True):
                 boxes = marks(known, image)
-                # A range of one page would be narrower than a pixel: draw it as wide as can be seen.
+                # A range of one page would be narrower than a pixel, so draw at least a visible width.
                 wide = total / 700
                 axis.add_collection(
                     PolyCollection(
@@ -139,7 +141,7 @@ def draw(folder: Path, path: Path) -> None:
 
 
 def render(found: list[ProcessShare]) -> list[str]:
-    """Lines of text for a terminal."""
+    """Format as lines for a terminal."""
     total = ProcessShare(
         0,
         sum(one.image for one in found),

@@ -1,4 +1,4 @@
-"""`quickthaw …` and `python -m plugin …`: start helpers where a command restores, then run the command line."""
+"""`quickthaw …` and `python -m plugin …`: start helpers for a restoring command, then run the command line."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from plugin.startup import pid1
 
 
 def main() -> None:
-    """The console script."""
+    """Run the console script."""
     if sys.argv[1:2] in (["launch"], ["restore"]):
         pid1.begin(sys.argv[1:])
-    from plugin.cli import run  # click, which a restore need not wait for
+    from plugin.cli import run  # imports click, which a restore need not wait for
 
     run(sys.argv[1:])
 

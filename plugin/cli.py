@@ -1,6 +1,6 @@
-"""`quickthaw`: every command, put together from each package's own `cli` and loaded only when it is called.
+"""The `quickthaw` command: all subcommands, each loaded from its package's own `cli` only when it is called.
 
-This is the one place where an error becomes an exit code: 0 done, 1 failed, 2 usage, 3 this host cannot.
+Only this module converts an error to an exit code: 0 done, 1 failed, 2 usage, 3 this host cannot.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ EXIT_FAILED, EXIT_USAGE, EXIT_HOST = 1, 2, 3
 
 
 class LazyGroup(click.Group):
-    """A group whose commands are imported when they are called; their one-line help is known beforehand."""
+    """A group that imports a command's module when it is called; the one-line help texts are in `COMMANDS`."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """In the order of a first acquaintance, not of the alphabet."""
+        """Return the commands in the order that a new user needs them, not alphabetically."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import the command's module."""
+        """Import and return the command."""
         if cmd_name not in COMMANDS:
             return None
         module, attribute, _ = COMMANDS[cmd_name]
@@ -44,7 +44,7 @@ class LazyGroup(click.Group):
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """From the table above: help must not cost every import."""
+        """Write the help from `COMMANDS`, without importing every module."""
         with formatter.section("Commands"):
             formatter.write_dl([(name, text) for name, (_, _, text) in COMMANDS.items()])
 
@@ -62,7 +62,7 @@ def cli() -> None:
 
 
 def exit_code_of(error: Exception) -> int | None:
-    """The exit code of one of our own errors, or None for what is none of ours (a defect)."""
+    """Return the exit code of one of quickthaw's own errors, or None for any other exception (a defect)."""
     kinds = {type(error).__module__.partition(".")[0]} if hasattr(error, "code") else set()
     if not kinds & {"checkpoint", "launchers", "lazyfs", "capacity", "plugin"}:
         return None
@@ -76,7 +76,7 @@ def exit_code_of(error: Exception) -> int | None:
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Run one command line and leave the process with its exit code."""
+    """Run one command line and exit the process with its exit code."""
     try:
         code = cli.main(list(arguments), prog_name="quickthaw", standalone_mode=False)
     except click.exceptions.Abort:

@@ -1,4 +1,4 @@
-"""`quickthaw doctor`: what this host can do, tried out rather than guessed, and what to do about what it cannot."""
+"""`quickthaw doctor`: test what this host can do, and print the remedy for what it cannot."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from plugin.runtime.config import state_home
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was tried: `ok`, `off` (a layer cannot be had) or `note` (works, and could be better)."""
+    """One result: `ok`, `off` (a capability is missing) or `note` (works, but could be better)."""
 
     what: str
     state: str
@@ -46,7 +46,7 @@ def _kernel() -> Finding:
 
 
 def _privileges() -> list[Finding]:
-    """What every layer needs, by name: the same judgement as a launch's (plugin.runtime.capabilities)."""
+    """Check the privileges of every capability, by name, as a launch does (plugin.runtime.capabilities)."""
     from checkpoint.sandbox.privileges import Privileges
     from plugin.runtime.capabilities import judge
 
@@ -91,7 +91,7 @@ def _criu() -> Finding:
 
 
 def _roundtrip() -> Finding:
-    """Dump and restore a small process for real, as the first cold start of a host does (plugin.runtime.trial)."""
+    """Dump and restore a small process for real, as a host's first cold start does (plugin.runtime.trial)."""
     from checkpoint.criu.binary import Criu
     from checkpoint.errors import CheckpointError
     from checkpoint.sandbox.privileges import Privileges
@@ -127,7 +127,7 @@ def _gpu() -> Finding:
 
 
 def _state_folder() -> Finding:
-    """Whether the state folder can be written, tried as a launch does, and how much room it has."""
+    """Check by a write, as a launch does, that the state folder is usable, and how much room it has."""
     from plugin.runtime.home import unusable
 
     home = state_home()

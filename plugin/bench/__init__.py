@@ -1,1 +1,1 @@
-"""`quickthaw bench` and `quickthaw demo`: starts measured side by side, from outside."""
+"""`quickthaw bench` and `quickthaw demo`: measure starts side by side, from outside."""

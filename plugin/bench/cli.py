@@ -1,7 +1,8 @@
 """`quickthaw bench coldstart`: the headline number, measured side by side in one run.
 
-"Compared to what?": to the engine alone, as its own user would start it, with warm page and compile caches. `--kinds` adds a cold start
-through quickthaw (lazy mount, sandbox, proxy, no snapshot), which shows what we cost where we cannot help.
+The baseline is the engine alone, as its own user would start it, with warm page and compile caches. `--kinds` can add a
+cold start through quickthaw (lazy mount, sandbox, proxy, no snapshot), which shows the overhead where a restore is not
+possible.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Series:
     phases: dict[str, list[float]] = field(default_factory=dict)
 
     def summary(self) -> dict[str, Any]:
-        """Median and spread, and the median of every phase."""
+        """Return median and spread, and the median of every phase."""
         return {
             "runs_s": [round(value, 4) for value in self.first_s],
             "median_s": round(statistics.median(self.first_s), 4),
@@ -53,7 +54,7 @@ class Series:
 
 @dataclass
 class Bench:
-    """One comparison: how commands are made, and where their logs go."""
+    """One comparison: how to build the commands, and where their logs go."""
 
     preset: Preset
     name: str
@@ -62,14 +63,14 @@ class Bench:
     launch_options: tuple[str, ...] = ()
 
     def page_cache(self) -> PageCache:
-        """Everything that any kind reads: the engine's environment, the model, our own state and code, the interpreter's library."""
+        """Return a tracker of everything that any kind reads: engine environment, model, quickthaw's state and code, standard library."""
         ours, library = Path(__file__).resolve().parents[2], Path(os.__file__).parent
         return PageCache(
             {state_home(), self.preset.python.parent.parent, self.preset.model, Path(sys.prefix), ours, library}
         )
 
     def command(self, kind: str, port: int, run: str) -> measure.Command:
-        """The command of a kind, listening on `port`."""
+        """Return the command of a kind, listening on `port`."""
         environment = {
             **os.environ,
             **self.preset.environment,
@@ -117,7 +118,7 @@ class Bench:
         return measure.Command(argv, environment, self.logs / f"{kind}-{run}.log", cwd)
 
     def run(self, kind: str, run: str, series: Series | None) -> measure.FirstToken:
-        """One start to its first token and its end; recorded in `series`. Raises MeasureError with the log's place."""
+        """Run one start to the end of its answer and record it in `series`. Raises MeasureError with the log's path."""
         port = measure.service_port() if kind == "restored" else measure.free_port()
         command = self.command(kind, port, run)
         process = command.start()
@@ -145,7 +146,7 @@ class Bench:
 
 
 def compare(bench: Bench, kinds: tuple[str, ...], runs: int, tell: Any) -> dict[str, Any]:
-    """Warm up each kind once (which takes the snapshot, too), then run the kinds in turn. Everything measured, as plain data."""
+    """Warm up each kind (the first also takes the snapshot), then run the kinds in turn. Return all measurements as plain data."""
     from checkpoint.snapshot.library import Library
 
     series = {kind: Series() for kind in kinds}
@@ -154,7 +155,7 @@ def compare(bench: Bench, kinds: tuple[str, ...], runs: int, tell: Any) -> dict[
         tell(f"warming up: {MEANING[kind]}")
         bench.run(kind, "warm-up", None)
         if kind == "restored":
-            # The first took the snapshot, this one records its working set: what is timed is how every later restore goes.
+            # The first run took the snapshot; this one records its working set. The timed runs are like every later restore.
             tell("warming up: the first restore, which records the working set")
             bench.run(kind, "recording", None)
             tell("warming up: the second restore, which notes what the next can begin with")
@@ -181,7 +182,7 @@ def compare(bench: Bench, kinds: tuple[str, ...], runs: int, tell: Any) -> dict[
         for base in ("alone", "cold"):
             if base in kinds:
                 found[f"ratio_to_{base}"] = round(found[base]["median_s"] / found["restored"]["median_s"], 1)
-        # For `quickthaw plan`, which reads cold and restored lead times from here.
+        # `quickthaw plan` reads the cold and restored lead times from here.
         found.setdefault("cold", found.get("alone"))
     return found
 
@@ -270,7 +271,7 @@ def coldstart(
             try:
                 library.remove(name)
             except NotFound:
-                pass  # no kind that takes one
+                pass  # no kind has taken a snapshot
     if not keep:
         shutil.rmtree(logs, ignore_errors=True)
     click.echo(json.dumps(result, indent=1)) if as_json else _table(result, chosen, runs)

@@ -1,7 +1,7 @@
-"""A client that waits: it starts a command, connects as soon as the port lets it, and says when the first token came.
+"""A benchmark client: start a command, connect as soon as the port allows it, and time the first token.
 
-What is timed is what a user feels: from the command to the first token of a request that was already waiting. The same client times
-the engine alone and the engine behind quickthaw.
+It times what a user experiences: from the command to the first token of a request that was already waiting. The same
+client times the engine alone and the engine behind quickthaw.
 """
 
 from __future__ import annotations
@@ -19,22 +19,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launchers.bare import free_port as free_port  # for all that measure; the proxy knows no launchers
+from launchers.bare import free_port as free_port  # shared by all benchmarks; the proxy does not import launchers
 
 PROMPT = "Water boils at one hundred"
-"""Not the canary's: an engine with a prefix cache would have most of it answered already, which no user's request has."""
+"""Differs from the canary's prompt: an engine's prefix cache would already hold most of that, unlike a user's request."""
 
 
 class MeasureError(Exception):
-    """A run that gave no first token."""
+    """A run without a first token."""
 
     code = "no-first-token"
 
 
 @functools.cache
 def service_port() -> int:
-    """One port for every restore that is measured, as a service has: the next start of the very same command line begins with what
-    this one was told (checkpoint.snapshot.speculative)."""
+    """Return one port for all restores that are measured, as a service has.
+
+    The next start of the same command line then begins with the plan that an earlier one stored
+    (checkpoint.snapshot.speculative).
+    """
     return free_port()
 
 
@@ -48,7 +51,7 @@ class FirstToken:
 
 
 def stream_completion(port: int, model: str, began: float, tokens: int, timeout_s: float) -> FirstToken:
-    """One streamed greedy completion. Raises OSError or MeasureError where there is no answer yet (or none at all)."""
+    """Run one streamed greedy completion. Raises OSError or MeasureError if there is no answer (yet)."""
     body = json.dumps(
         {"model": model, "prompt": PROMPT, "max_tokens": tokens, "temperature": 0, "stream": True}
     ).encode()
@@ -82,7 +85,7 @@ def _text(data: bytes) -> str:
 def waiting_client(
     port: int, model: str, began: float, limit_s: float, process: subprocess.Popen[bytes], tokens: int = 16
 ) -> FirstToken:
-    """Ask until there is an answer: every 5 ms while the port is closed or says that it is not ready. Raises MeasureError."""
+    """Retry every 5 ms until the command answers. Raises MeasureError if it ends, or does not answer in `limit_s` seconds."""
     limit = began + limit_s
     while time.monotonic() < limit:
         if process.poll() is not None:
@@ -121,7 +124,7 @@ class Command:
         return self.process
 
     def stop(self, grace_s: float = 40.0) -> int:
-        """SIGTERM, then SIGKILL to its whole session; the exit code."""
+        """Send SIGTERM, after `grace_s` seconds SIGKILL to the whole session; return the exit code."""
         assert self.process is not None
         with contextlib.suppress(ProcessLookupError):
             self.process.send_signal(signal.SIGTERM)
@@ -135,12 +138,12 @@ class Command:
 
 
 def status(port: int) -> dict[str, Any]:
-    """The proxy's `/-/status`."""
+    """Return the proxy's `/-/status` document."""
     import http.client
 
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5.0)
     try:
-        token = os.environ.get("QUICKTHAW_ADMIN_TOKEN")  # what was started from here asks for it
+        token = os.environ.get("QUICKTHAW_ADMIN_TOKEN")  # the commands started from here inherit and require it
         connection.request("GET", "/-/status", headers={"Authorization": f"Bearer {token}"} if token else {})
         found = json.loads(connection.getresponse().read())
         assert isinstance(found, dict)

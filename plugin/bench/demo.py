@@ -1,7 +1,7 @@
-"""`quickthaw demo` (`make demo`): the main job with a real engine, told as it happens.
+"""`quickthaw demo` (`make demo`): the main use case with a real engine, reported as it happens.
 
-Cold start through the lazy mount → snapshot → first answer → the engine is gone → a chat request to the proxy's port while nothing is
-running → restore → the answer. Everything it makes is removed at its end, also when it is stopped half-way.
+Cold start through the lazy mount → snapshot → first answer → the engine stops → a chat request to the proxy's port
+while nothing runs → restore → the answer. The demo removes everything it made, also when it is interrupted.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ WORDS = {
 
 
 class Story:
-    """Lines as they happen: live on a terminal, plain otherwise."""
+    """Print events as they happen: live on a terminal, plain lines otherwise."""
 
     def __init__(self) -> None:
         from rich.console import Console
@@ -51,7 +51,7 @@ class Story:
         self.live = self.console.is_terminal
 
     def say(self, text: str) -> None:
-        """One finished line; never broken, so that commands can be copied."""
+        """Print one line, unwrapped so that commands can be copied."""
         self.console.print(text, soft_wrap=True)
 
     @contextlib.contextmanager
@@ -77,7 +77,7 @@ class Story:
                 last = done.is_set()
                 replica = self._replica(port)
                 spans = replica["timeline"] if replica else []
-                # A wake begins a new timeline; the old one is not this start's.
+                # A wake starts a new timeline; skip the old one.
                 if replica and replica["phase"] not in ("asleep", "idle"):
                     for span in spans[shown:]:
                         self.console.print(
@@ -98,11 +98,11 @@ class Story:
             assert isinstance(found, dict)
             return found
         except (OSError, ValueError, KeyError, IndexError, http.client.HTTPException):
-            return None  # not up yet, or going down
+            return None  # not up yet, or shutting down
 
 
 def chat(port: int, model: str, timeout_s: float) -> tuple[str, float, float]:
-    """One streamed chat: (text, seconds to the first token, seconds in all). Waits while the port is still closed."""
+    """Run one streamed chat; return (text, seconds to the first token, total seconds). Retries for 30 s while the port is closed."""
     began = time.monotonic()
     body = json.dumps(
         {
@@ -231,7 +231,7 @@ def demo(engine: str, keep: bool) -> int:
 
 
 def _restored(story: Story, process: Any, port: int, model: str) -> tuple[str, float]:
-    """A chat request to a port behind which nothing runs: its answer, and seconds to the first token."""
+    """Send a chat request to a port without a running engine; return its answer and the seconds to the first token."""
     began = time.monotonic()
     with story.watching(port, began):
         text, first, _ = _with_process(process, lambda: chat(port, model, 120.0))
@@ -261,7 +261,7 @@ def _wait_asleep(port: int, limit_s: float = 60.0) -> None:
 
 
 def _engine_processes(launcher: int) -> int:
-    """Processes below the launcher that live in a PID namespace of their own: an engine's."""
+    """Return the number of processes below the launcher in a PID namespace of their own: an engine's."""
     from checkpoint.sandbox.process_tree import processes
 
     ours = os.readlink("/proc/self/ns/pid")

@@ -1,7 +1,8 @@
-"""Warm page caches for who measures: what a start left there is brought back before the next one is timed.
+"""Keep page caches warm for benchmarks: read back what a start had cached before the next one is timed.
 
-A kernel may drop what nobody has read for a while, even with memory to spare (DAMON's pageout scheme, which some virtual machines run,
-does after a minute). Two starts of an engine that are timed in turn lie about as far apart, so what would be measured is the disk.
+A kernel may drop pages that were not read for a while, even with memory to spare (DAMON's pageout scheme, which some
+virtual machines use, does so after a minute). Alternating starts of an engine are about that far apart, so the disk
+would be measured instead.
 """
 
 from __future__ import annotations
@@ -15,19 +16,19 @@ from pathlib import Path
 from checkpoint.lazy_pages import uffd
 
 _BLOCK = 8 << 20
-_CACHED = bytes(value & 1 for value in range(256))  # of mincore's answer only the lowest bit means anything
+_CACHED = bytes(value & 1 for value in range(256))  # only the lowest bit of each mincore byte has a meaning
 
 
 class PageCache:
-    """Of all files below some folders: which parts were in the page cache whenever `remember` was called."""
+    """Track, for all files below some folders, which parts were in the page cache at any call of `remember`."""
 
     def __init__(self, folders: Iterable[Path]) -> None:
         self._folders = tuple(folders)
         self._pages: dict[str, bytes] = {}
-        """For each file a byte a page: 1 for one that was cached."""
+        """One byte per page of each file: 1 if it was cached."""
 
     def remember(self) -> int:
-        """Look what is cached now, and add it to what is known; returns its bytes. Some seconds for an engine's environment."""
+        """Add the pages that are cached now and return the total in bytes. Takes some seconds for an engine's environment."""
         for path in self._files():
             if pages := _cached(path):
                 before = self._pages.get(path, b"")
@@ -36,7 +37,7 @@ class PageCache:
         return uffd.PAGE * sum(pages.count(1) for pages in self._pages.values())
 
     def bring_back(self) -> None:
-        """Read again what is known; a file that is gone, or shorter now, is left out."""
+        """Read all remembered pages again; skip files that are missing or shorter now."""
         block = memoryview(bytearray(_BLOCK))
         for path, pages in self._pages.items():
             with contextlib.suppress(OSError), open(path, "rb", buffering=0) as file:
@@ -49,14 +50,14 @@ class PageCache:
         seen: set[Path] = set()
         for top in self._folders:
             for folder, _, names in os.walk(top):
-                for path in (Path(folder, name).resolve() for name in names):  # a hub's model is links to its blobs
+                for path in (Path(folder, name).resolve() for name in names):  # a hub model's files are links to blobs
                     if path not in seen and path.is_file():
                         seen.add(path)
                         yield str(path)
 
 
 def _cached(path: str) -> bytes:
-    """A byte a page of a file: 1 for what is cached; empty where nothing of it is, or it cannot be read."""
+    """Return one byte per page of a file, 1 if cached; empty if no page is cached or the file cannot be read."""
     try:
         address, size = uffd.map_file(path)
         if not size:

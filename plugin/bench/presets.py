@@ -1,4 +1,4 @@
-"""The demo's model and engines as `make setup` lays them out, for the demo, the benchmark's defaults and the engine tests."""
+"""The demo's model and engines as installed by `make setup`, for the demo, the benchmark's defaults and the engine tests."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MODEL = "SmolLM2-135M-Instruct"
 
 @dataclass(frozen=True)
 class Preset:
-    """How an engine is run here: interpreter, arguments, and variables that it needs on a CPU."""
+    """How to run an engine here: interpreter, arguments, and the environment variables that it needs on a CPU."""
 
     engine: str
     python: Path
@@ -22,7 +22,7 @@ class Preset:
 
 
 def preset(engine: str, home: Path, model: Path | None = None) -> Preset:
-    """The preset of an engine. Raises Usage where `make setup` has not been run."""
+    """Return the preset of an engine. Raises Usage (engine-not-set-up) if `make setup` has not been run."""
     python = home / "venvs" / engine / "bin" / "python"
     model = model or home / "models" / MODEL
     if not python.exists():

@@ -1,6 +1,6 @@
-"""What runs inside an engine's own interpreter: the standard library and that engine, nothing else.
+"""Code that runs inside an engine's own interpreter: it imports the standard library and that engine only.
 
-The launcher shows this folder to the engine as the package `quickthaw_engine` together with entry points for both engines' plugin
-groups (launchers/engine_site.py), so nothing has to be installed beside the engine. Imports in here are relative, so that it also
-works as `plugin.engine` when quickthaw is installed there.
+The launcher puts this folder on the engine's path as the package `quickthaw_engine`, with entry points for both
+engines' plugin groups (launchers/engine_site.py), so nothing is installed beside the engine. Imports in here are
+relative, so that it also works as `plugin.engine` when quickthaw is installed there.
 """

@@ -1,9 +1,9 @@
-"""Two signals that every process of an engine with our plugin answers: get small before a dump, be unique after a restore.
+"""Handle two signals in every process of an engine that loads this plugin: SHRINK before a dump, WAKE after a restore.
 
-A signal reaches each process whatever it is waiting for and whichever engine it belongs to, with no port and no thread of ours in the
-snapshot. Each answer is a file `<pid>.<name>` in the folder that QUICKTHAW_CONTROL_DIR names, written to a temporary name and renamed.
-Processes without a handler (the resource tracker) must not be sent these: the default action of a real-time signal is to end the process.
-The launcher's side is launchers/control.py.
+A signal reaches each process, whatever it waits for and whichever engine it belongs to, without a port or an extra
+thread in the snapshot. Each answer is a file `<pid>.<name>` in the folder QUICKTHAW_CONTROL_DIR, written under a
+temporary name and renamed. Never send these signals to a process without a handler (the resource tracker): a real-time
+signal ends it by default. The launcher's side is launchers/control.py.
 """
 
 import contextlib
@@ -18,23 +18,23 @@ from . import cpu, renewal, start_times
 SHRINK = signal.SIGRTMIN + 7
 WAKE = signal.SIGRTMIN + 8
 fresh = False
-"""Whether this process was woken and nobody has asked for that since."""
+"""True from a wake until the first `_after_overlap_choice` (SGLang) has used it."""
 
 
 def answer(name, text):
-    """Leave `text` for the launcher as `<pid>.<name>`; nothing where no launcher listens."""
+    """Write `text` for the launcher as `<pid>.<name>`; do nothing without a control folder."""
     folder = os.environ.get("QUICKTHAW_CONTROL_DIR")
     if not folder:
         return
     path = os.path.join(folder, f"{os.getpid()}.{name}")
-    with contextlib.suppress(OSError):  # the launcher notices a missing answer, and says which process
+    with contextlib.suppress(OSError):  # the launcher detects a missing answer and reports the process
         with open(path + ".new", "w") as file:
             file.write(text)
         os.replace(path + ".new", path)
 
 
 def thin():
-    """Whether the launcher wants the weights dropped too, at this shrinking."""
+    """Return True if the launcher wants the weights dropped too, during this trim."""
     folder = os.environ.get("QUICKTHAW_CONTROL_DIR")
     return folder is not None and os.path.exists(os.path.join(folder, "thin"))
 
@@ -59,9 +59,10 @@ def _on_wake(number, frame):
 
 
 def reseed():
-    """New state for every random generator of this process, unless the user fixed the seed.
+    """Reseed every random generator of this process, unless the user fixed the seed.
 
-    Two replicas of one snapshot would otherwise draw the same numbers, and so sample the same tokens and make the same request ids.
+    Two replicas of one snapshot would otherwise draw the same numbers: they would sample the same tokens and make the
+    same request ids.
     """
     if os.environ.get("QUICKTHAW_FIXED_SEED") == "1":
         return
@@ -77,7 +78,7 @@ def reseed():
 
 
 def install():
-    """Answer both signals in this process. Once; later calls do nothing. Only a main thread can."""
+    """Install both signal handlers in this process; later calls do nothing. Only the main thread can install them."""
     start_times.keep()
     if threading.current_thread() is not threading.main_thread():
         return

@@ -1,9 +1,10 @@
-"""What a processor's state needs a permission for, asked for again after a restore: Linux on x86-64, elsewhere nothing.
+"""Request again, after a restore, the permissions that CPU state needs (Linux on x86-64; a no-op elsewhere).
 
-The tile registers of AMX (Intel, since 2023) may be used only by a process that has asked for them; oneDNN does so once, at its first
-matrix product, and remembers. The permission is the kernel's, not the process's memory: CRIU 4.2 neither dumps nor restores it,
-execve(2) drops it, and the first tile instruction of a restored process ends it with SIGILL. See "Using XSTATE features in user space"
-in the kernel's documentation, and arch/x86/include/uapi/asm/prctl.h for the numbers.
+A process may use the tile registers of AMX (Intel, since 2023) only after it has requested them. oneDNN does so once,
+at its first matrix product, and remembers. The permission is kernel state, not process memory: CRIU 4.2 neither dumps
+nor restores it, execve(2) drops it, and the first tile instruction of a restored process ends it with SIGILL. See
+"Using XSTATE features in user space" in the kernel's documentation, and arch/x86/include/uapi/asm/prctl.h for the
+numbers.
 """
 
 import ctypes
@@ -18,21 +19,22 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def _asked(question):
-    """A mask of state components, or 0 where this kernel (before 5.16) does not know the question."""
+    """Return a mask of state components, or 0 if this kernel (before 5.16) does not support the request."""
     mask = ctypes.c_uint64()
     return 0 if _libc.syscall(_ARCH_PRCTL, question, ctypes.byref(mask)) else mask.value
 
 
 def permitted():
-    """The mask of state components that this process may use."""
+    """Return the mask of state components that this process may use."""
     return _asked(_GET_PERMITTED) if _here else 0
 
 
 def regain():
-    """Ask for every component that this process may not use yet; the mask after it.
+    """Request every component that this process may not use yet, and return the resulting mask.
 
-    A process that had not asked before gets it as well, which costs nothing until it is used. What is refused (the kernel does so
-    where a signal stack is too small for the larger state) was not in use before either: the condition was the same then.
+    A process that had not requested them before gets them as well, at no cost until they are used. A component that the
+    kernel refuses (because a signal stack is too small for the larger state) was not in use before the dump either: the
+    same condition held then.
     """
     if not _here:
         return 0

@@ -1,10 +1,11 @@
-"""One step of a restored engine for its canary and for the request that waits for it, instead of one step each.
+"""Run a restored engine's canary and the waiting request in one step, instead of one step each.
 
-An engine begins with whatever has arrived first, and what comes a millisecond later waits for a whole step. A canary that has a request
-beside it says so in its identifier (launchers/base.py, JOINED), and the engine's process that schedules waits for that request: once,
-for at most LIMIT_S. Everything else goes the engine's own way.
+An engine starts with the requests that have arrived; one that arrives a millisecond later waits for a whole step. The
+identifier of a canary that expects a request beside it is marked (launchers/base.py, JOINED). The engine's scheduler
+process waits for that request once, for at most LIMIT_S. All other requests are scheduled as usual.
 
-The limit is that of a proxy which is still importing what it needs, tens of milliseconds behind the engine; a step in vain costs more.
+The limit covers a proxy that is still importing its modules, tens of milliseconds behind the engine; a wasted step
+costs more.
 """
 
 import time
@@ -15,13 +16,13 @@ POLL_S = 0.0003
 
 
 def wanted(identifiers):
-    """Whether a canary that is not alone stands alone in this queue of identifiers."""
+    """Return True if this queue of identifiers holds only a canary, and that canary expects a request beside it."""
     found = list(identifiers)
     return len(found) == 1 and JOINED in str(found[0])
 
 
 def wait(arrived):
-    """Wait until `arrived()` is true, at most LIMIT_S."""
+    """Wait until `arrived()` is true, at most LIMIT_S seconds."""
     limit = time.monotonic() + LIMIT_S
     while not arrived() and time.monotonic() < limit:
         time.sleep(POLL_S)

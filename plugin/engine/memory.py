@@ -1,8 +1,8 @@
-"""Giving memory back before a dump, so that a snapshot does not carry what is empty or garbage.
+"""Release memory before a dump, so that a snapshot does not contain empty or garbage pages.
 
-The KV cache of an idle engine is as large as its memory and means nothing. Its pages are dropped where they are
-(madvise MADV_DONTNEED): the addresses stay valid and read as zeros, so the engine goes on as if the cache had just been allocated,
-and CRIU finds no pages to write.
+An idle engine's KV cache takes much memory and holds nothing of use. Its pages are dropped in place (madvise
+MADV_DONTNEED): the addresses stay valid and read as zeros. The engine continues as if the cache had just been
+allocated, and CRIU finds no pages to write.
 """
 
 import ctypes
@@ -12,14 +12,14 @@ import os
 import sys
 
 MADV_DONTNEED = 4
-SMALLEST_DISCARD = 1 << 20  # bytes; below it the calls cost more than the pages
+SMALLEST_DISCARD = 1 << 20  # bytes; for less, the calls cost more than the pages save
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
 def tensors_in(holder):
-    """Every tensor that an object holds directly or in a list, tuple or dict of its own attributes."""
+    """Yield every tensor that is an attribute of an object, or is in a list, tuple or dict among its attributes."""
     import torch
 
     stack = list(vars(holder).values())
@@ -34,10 +34,10 @@ def tensors_in(holder):
 
 
 def discard(tensors):
-    """Drop the pages of CPU tensors whose contents mean nothing; they read as zeros from then on. Returns the bytes dropped.
+    """Drop the pages of CPU tensors with useless contents, which then read as zeros. Returns the bytes dropped.
 
-    Whole pages inside a storage only: what shares its first and last page stays. Storages are dropped once, however many views there are.
-    Shared memory is left alone, since the call would not empty it.
+    Only whole pages inside a storage are dropped; its first and last page may be shared with other data. A storage is
+    dropped once, however many views it has. Shared memory is skipped, since the call would not empty it.
     """
     page, dropped, seen = mmap.PAGESIZE, 0, set()
     for tensor in tensors:
@@ -58,15 +58,15 @@ def discard(tensors):
 
 
 def drop_weights(model):
-    """Drop the pages of a model's parameters, which the engine will read again from disk (a thin snapshot). Returns the bytes dropped.
+    """Drop the pages of a model's parameters, which the engine will reload from disk (excluded weights). Returns the bytes dropped.
 
-    Buffers stay: what is computed at start, such as rotary tables, is in no checkpoint.
+    Buffers stay: values computed at start, such as rotary tables, are in no checkpoint file.
     """
     return discard(parameter.data for parameter in model.parameters())
 
 
 def areas(tensors, others=()):
-    """Where CPU tensors lie: (address, bytes) of each storage and of `others`, in order, neighbours put together."""
+    """Return the memory areas of CPU tensors: (address, bytes) of each storage and of `others`, sorted, adjacent ones merged."""
     spans = set(others)
     for tensor in tensors:
         if tensor.device.type == "cpu":
@@ -82,24 +82,25 @@ def areas(tensors, others=()):
 
 
 def close_nvml():
-    """Shut NVML down in this process, as often as it was initialised: an open /dev/nvidiactl is what CRIU refuses to dump.
+    """Shut NVML down in this process, as often as it was initialised: CRIU refuses to dump an open /dev/nvidiactl.
 
-    Whoever asks NVML again initialises it again. Seen to take six calls in vLLM's API server (docs/measurements.md).
+    The next user of NVML initialises it again. vLLM's API server was seen to need six calls (docs/measurements.md).
     """
     try:
         nvml = ctypes.CDLL("libnvidia-ml.so.1", mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
     except OSError:
-        return  # never loaded here
+        return  # not loaded in this process
     for _ in range(64):
         if nvml.nvmlShutdown():
             return
 
 
 def trim():
-    """Collect garbage and give free pages back: the allocator's to the kernel, the CUDA caching allocator's to the driver.
+    """Collect garbage, then return the allocator's free pages to the kernel and the CUDA caching allocator's to the driver.
 
-    What is left is kept out of later collections: one that comes just after a restore would walk the whole heap, and every page of it
-    would have to be brought before the first token (seen: 435 of vLLM's 535 MB of API server instead of 22).
+    The remaining objects are frozen, which excludes them from later collections. A collection just after a restore
+    would walk the whole heap and page all of it in before the first token (seen: 435 MB of vLLM's 535 MB API server
+    instead of 22 MB).
     """
     gc.collect()
     gc.freeze()

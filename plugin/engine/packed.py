@@ -1,11 +1,10 @@
-"""Where weights lie that vLLM has handed to oneDNN, which repacks them (on processors with AMX: every linear layer) and gives no address.
+"""Find the weights that oneDNN has repacked for vLLM without giving an address (on CPUs with AMX: every linear layer).
 
-What is known is the handle of each layer's product, an object of C++ that leads to the packed bytes over a few pointers, and how many
-bytes these are. So the objects that it points to are looked through until a chunk of glibc's malloc of just that size is found, some
-hundred at most. Memory is read through /proc/self/mem, where a wrong pointer is an error and no crash. A chunk of that size that were
-something else would be taken for weights, which is harmless (checkpoint.snapshot.file_backed): its bytes are the snapshot's, and what is
-written to it
-later stays this process's own.
+Known are the handle of each layer's product, a C++ object that leads to the packed bytes over a few pointers, and their
+size. The search follows pointers from that object, over some hundred objects at most, until it finds a glibc malloc
+chunk of just that size. Memory is read through /proc/self/mem, where a wrong pointer is an error instead of a crash.
+Another chunk of that size would be taken for weights, which is harmless (checkpoint.snapshot.file_backed): its bytes
+are the snapshot's, and later writes to it stay private to the process.
 """
 
 import bisect
@@ -16,17 +15,17 @@ import struct
 import time
 
 SEARCH_S = 5.0
-"""How long a model's packed weights are looked for."""
+"""Maximum seconds to search for a model's packed weights."""
 
 _MOST_OBJECTS = 4000
 _MOST_STEPS = 8
 _OBJECT_BYTES = 1024
-_SLACK = 3 * 4096  # rounding and alignment; checkpoint.snapshot.file_backed allows as much
+_SLACK = 3 * 4096  # rounding and alignment; checkpoint.snapshot.file_backed allows the same
 _LARGE = 1 << 20
 
 
 def find(handle, size, limit=math.inf):
-    """The address of a malloc chunk for `size` bytes that `handle` leads to; None where none was found until `limit` (monotonic)."""
+    """Return the address of a malloc chunk for `size` bytes that `handle` leads to, or None if not found by `limit` (monotonic seconds)."""
     memory = os.open("/proc/self/mem", os.O_RDONLY | os.O_CLOEXEC)
     try:
         return _find(memory, _writable(), handle, size, limit)
@@ -63,7 +62,7 @@ def _inside(ranges, address):
 
 
 def _writable():
-    """The anonymous mappings and the heap of this process, as ascending (start, end)."""
+    """Return this process's anonymous mappings and heap as ascending (start, end)."""
     found = []
     with open("/proc/self/maps") as maps:
         for line in maps:
@@ -75,9 +74,9 @@ def _writable():
 
 
 def weights(model):
-    """(address, bytes) of what a model's linear layers have had packed, and tensors that they keep instead of their weights.
+    """Return (address, bytes) of the packed weights of a model's linear layers, and the tensors that replace their weights.
 
-    What is not found within SEARCH_S is carried like all other memory.
+    Weights not found within SEARCH_S are copied like all other memory.
     """
     spans, tensors, limit = [], [], time.monotonic() + SEARCH_S
     for module in model.modules():

@@ -1,8 +1,8 @@
-"""Environment variables that a restored engine is given anew: where it runs, in which session, with which keys.
+"""Renew environment variables of a restored engine: those for its host, its session and its keys.
 
-Which ones is checkpoint/compatibility/environment.py's to say. The launcher leaves them in the control folder before it wakes the engine
-(launchers/control.py): records parted by null bytes, `NAME=VALUE` to set, `NAME` to remove. Only what differs is written, since another
-thread may be reading the environment.
+checkpoint/compatibility/environment.py decides which ones. Before the wake, the launcher writes them to the control
+folder (launchers/control.py): records separated by null bytes, `NAME=VALUE` to set, `NAME` to remove. Only changed
+variables are written, since another thread may be reading the environment.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ import os
 
 
 def renew():
-    """Take what the launcher left into this process's environment; how many variables that changed."""
+    """Apply the launcher's variables to this process's environment; return how many have changed."""
     folder, changed = os.environ.get("QUICKTHAW_CONTROL_DIR"), 0
     if not folder:
         return changed

@@ -1,14 +1,14 @@
 """The SGLang plugin (entry-point group sglang.srt.plugins): loaded in the launcher, the scheduler and the detokenizer.
 
-SGLang has no way to call into a scheduler by name, so shrinking hangs on what it does have: `/flush_cache` empties the radix cache, and
-after it has succeeded the KV pool holds nothing, so its pages are dropped.
+SGLang has no call into a scheduler by name, so trimming is a hook on `/flush_cache`. That empties the radix cache; once
+it has succeeded, the KV pool holds nothing of use and its pages are dropped.
 """
 
 import json
 
 from . import control, joining, memory
 
-_named = False  # whether the launcher was told where the weights lie
+_named = False  # True once the weights' areas were reported to the launcher
 
 
 def _after_flush(result, scheduler, *args, **kwargs):
@@ -24,7 +24,7 @@ def _after_flush(result, scheduler, *args, **kwargs):
 
 
 def _name_weights(scheduler):
-    """Say where the weights lie, so that restores map them."""
+    """Report the weights' areas to the launcher, so that restores map them."""
     global _named
     model = scheduler.tp_worker.model_runner.model
     control.answer("areas", json.dumps(memory.areas(parameter.data for parameter in model.parameters())))
@@ -32,8 +32,11 @@ def _name_weights(scheduler):
 
 
 def _after_ingest(result, scheduler, *args, **kwargs):
-    """A canary waits a moment for the request that comes with it; the first one of all is asked before a snapshot, which may keep the
-    KV cache, so that nothing will be flushed."""
+    """Report the weights at the first canary, and let a canary wait for the request that joins it.
+
+    The first canary comes before a snapshot. That snapshot may keep the KV cache, in which case no flush would report
+    the weights.
+    """
     if result and not _named and any("quickthaw-canary" in str(getattr(one, "rid", None)) for one in result):
         _name_weights(scheduler)
     if result and scheduler.tp_size == 1 and joining.wanted(getattr(one, "rid", None) for one in result):
@@ -42,10 +45,10 @@ def _after_ingest(result, scheduler, *args, **kwargs):
 
 
 def _after_overlap_choice(result, scheduler, batch=None, last_batch=None, *args, **kwargs):
-    """The first result of an engine that was just woken is passed on before the next step, instead of behind it.
+    """Process the first result of an engine that was just woken before the next step, instead of after it.
 
-    SGLang computes a step before it looks at what the last one gave, which hides work of the processor behind the GPU's. On a CPU the
-    step is the processor's work too, and whoever waited for the restore would wait for one more.
+    SGLang computes a step before it processes the previous one's result, which hides CPU work behind the GPU's. On a
+    CPU, both are CPU work, and the client that waited for the restore would wait for one more step.
     """
     if not control.fresh or batch is None or last_batch is None:
         return result
@@ -54,7 +57,7 @@ def _after_overlap_choice(result, scheduler, batch=None, last_batch=None, *args,
 
 
 def register():
-    """Called by SGLang in each of its processes, before it starts serving."""
+    """Install the hooks. SGLang calls this in each of its processes before it starts serving."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     control.install()

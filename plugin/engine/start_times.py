@@ -1,9 +1,10 @@
-"""Keep the start times that psutil remembers valid after a restore.
+"""Keep the process start times that psutil remembers valid after a restore.
 
-psutil identifies a process by its number and its start time (field 22 of /proc/PID/stat). A restored process has a new start time, so
-every `psutil.Process` made before the dump would take its process for another one: `is_running()` is false and `send_signal()` raises,
-as in SGLang's watchdog. The launcher leaves the start times of the dump in the control folder before the tree runs on; psutil then reads
-these for the processes that the restore brought back, so whatever was remembered, hashed or stored stays equal.
+psutil identifies a process by its PID and its start time (field 22 of /proc/PID/stat). A restored process has a new
+start time, so every `psutil.Process` made before the dump would take it for another process: `is_running()` is false
+and `send_signal()` raises, as in SGLang's watchdog. The launcher writes the start times of the dump to the control
+folder before the process tree resumes. psutil then reads these for the restored processes, so that remembered, hashed
+and stored values stay equal.
 """
 
 import functools
@@ -16,14 +17,14 @@ _OURS = "quickthaw_parse_stat_file"
 
 
 class _Restored:
-    """The processes that the last restore brought back: number → (start time now, start time at the dump), in clock ticks as bytes."""
+    """The processes of the last restore: PID → (start time now, start time at the dump), in clock ticks as bytes."""
 
     def __init__(self):
         self.stamp = None
         self.ticks = {}
 
     def look(self):
-        """The current table; read again only when the launcher has left another file."""
+        """Return the current table, reading it again only if the launcher has written a new file."""
         folder = os.environ.get("QUICKTHAW_CONTROL_DIR")
         if not folder:
             return self.ticks
@@ -49,7 +50,7 @@ _restored = _Restored()
 
 
 def _start_time(pid):
-    """Field 22 of /proc/PID/stat as bytes; None when the process has ended."""
+    """Return field 22 of /proc/PID/stat as bytes, or None if the process has ended."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             return file.read().rpartition(b")")[2].split()[19]
@@ -58,13 +59,13 @@ def _start_time(pid):
 
 
 def keep():
-    """Let psutil read the start times of the dump, in every process that has imported psutil by now. May be called again."""
+    """Patch psutil to read the start times of the dump, if this process has imported it. May be called again."""
     process = getattr(sys.modules.get("psutil._pslinux"), "Process", None)
     parse = getattr(process, "_parse_stat_file", None)
     if process is None or parse is None or getattr(parse, "__name__", "") == _OURS:
         return
 
-    @functools.wraps(parse)  # with psutil's own attributes for its cache
+    @functools.wraps(parse)  # this keeps psutil's own attributes, for its cache
     def parse_stat_file(self):
         stat = parse(self)
         now, dumped = _restored.look().get(self.pid, (None, None))
@@ -75,7 +76,7 @@ def keep():
 
 
 def refresh():
-    """Note now which processes the restore brought back, before one of their numbers can be given to another process."""
+    """Read the restored processes' start times now, before one of their PIDs can be reused."""
     keep()
     if "psutil" in sys.modules:
         _restored.look()

@@ -1,11 +1,11 @@
-"""How the launcher controls a vLLM server without developer mode: one path, which exists only for who holds the key of the moment.
+"""Let the launcher control a vLLM server without developer mode: one path, accessible only with a key that changes with each call.
 
-vLLM's own control endpoints come with VLLM_SERVER_DEV_MODE, which opens them to every client. This ASGI middleware
-(`--middleware quickthaw_engine.vllm_control.ControlMiddleware`) opens nothing: it serves a call of the launcher, and passes everything else
-on untouched, so that without the key the path answers what vLLM answers to any path it does not know.
+vLLM's own control endpoints need VLLM_SERVER_DEV_MODE, which opens them to every client. This ASGI middleware
+(`--middleware quickthaw_engine.vllm_control.ControlMiddleware`) opens none of them. It serves the launcher's calls and
+passes everything else on unchanged: without the key, the path answers what vLLM answers to any unknown path.
 
-The key is a file `key` (0600) in the folder that QUICKTHAW_CONTROL_DIR names. The launcher writes a new one for each call and removes it
-after the call (launchers/control.py): at any other time, and in every snapshot, there is none, and nothing can be asked.
+The key is a file `key` (0600) in the folder QUICKTHAW_CONTROL_DIR. The launcher writes a new key for each call and
+removes it afterwards (launchers/control.py). Between calls, and in every snapshot, there is no key and no access.
 """
 
 import hmac
@@ -20,20 +20,20 @@ WORKER_METHODS = frozenset({"quickthaw_shrink", "quickthaw_name_weights", "reloa
 
 
 class ControlMiddleware:
-    """Serves the launcher's control calls; pure pass-through for everything else."""
+    """Serve the launcher's control calls; pass everything else through."""
 
     def __init__(self, app):
         self.app = app
 
     def __call__(self, scope, receive, send):
-        """An ASGI application's call; the awaitable of the inner one, so that a request costs a comparison and no task."""
+        """Handle an ASGI call. Returns the inner application's awaitable, so that a request costs one comparison and no task."""
         if scope.get("path") == PATH and scope["type"] == "http" and authorised(scope["headers"]):
             return _serve(scope, receive, send)
         return self.app(scope, receive, send)
 
 
 def authorised(headers):
-    """Whether the request carries the key that the launcher has written for this call."""
+    """Return True if the request carries the key that the launcher has written for this call."""
     given = [value for name, value in headers if name == HEADER]
     folder = os.environ.get("QUICKTHAW_CONTROL_DIR")
     if len(given) != 1 or not folder:
@@ -47,7 +47,7 @@ def authorised(headers):
 
 
 async def call(client, asked):
-    """Carry out one control call on vLLM's engine client. Raises ValueError for what the launcher never asks."""
+    """Execute one control call on vLLM's engine client. Raises ValueError for an unknown call."""
     name = asked.get("call")
     if name == "reset_prefix_cache":
         return await client.reset_prefix_cache()

@@ -1,8 +1,8 @@
 """The vLLM plugin (entry-point group vllm.general_plugins): loaded in the API server, the engine core and every worker.
 
-Adds two methods to the workers, called through vLLM's own `/collective_rpc`: `quickthaw_shrink` drops the KV cache's pages, and says where
-the weights lie; `quickthaw_name_weights` only says that.
-May be loaded more than once in a process, as vLLM's contract asks.
+It adds two methods to the workers, called through vLLM's own `/collective_rpc`. `quickthaw_shrink` drops the KV cache's
+pages and reports the weights' areas; `quickthaw_name_weights` only reports them. The plugin may be loaded more than
+once in a process, as vLLM's contract requires.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from . import control, joining, memory, packed
 
 
 def _shrink(self):
-    """Drop the KV cache's pages in this worker; the prefix cache has been reset by then. Returns the bytes dropped."""
+    """Drop the KV cache's pages in this worker and return the bytes dropped. The prefix cache has been reset by then."""
     runner = getattr(self, "worker", self).model_runner
     dropped = memory.discard(_flat(getattr(runner, "kv_caches", ())))
     _name_weights(self)
@@ -26,7 +26,7 @@ def _shrink(self):
 
 
 def _name_weights(self):
-    """Say where this worker's weights lie, so that restores map them."""
+    """Report this worker's weight areas to the launcher, so that restores map them."""
     model = getattr(self, "worker", self).model_runner.get_model()
     try:
         spans, tensors = packed.weights(model)
@@ -46,7 +46,7 @@ def _flat(tensors):
 
 
 def _join(process_input_queue):
-    """Around the engine core's: a canary waits a moment for the request that comes with it."""
+    """Wrap the engine core's queue function: let a canary wait for the request that joins it."""
 
     @functools.wraps(process_input_queue)
     def joined(self):
@@ -59,13 +59,16 @@ def _join(process_input_queue):
 
 
 def _finalizable(load):
-    """Around torch.compiler.load_compiled_function. vLLM calls `finalize_loading` on what was loaded, which only what its own backend
-    compiled has: what Inductor compiled directly, as on a CPU, would be refused and compiled again at every start."""
+    """Wrap torch.compiler.load_compiled_function: give every loaded function a `finalize_loading` method.
+
+    vLLM calls that method on what it loads, but only functions compiled by its own backend have it. Without it, vLLM
+    would refuse functions that Inductor compiled directly, as on a CPU, and compile them again at every start.
+    """
 
     @functools.wraps(load)
     def loaded(*arguments, **options):
         found = load(*arguments, **options)
-        with contextlib.suppress(AttributeError):  # another PyTorch: vLLM compiles again, as it does alone
+        with contextlib.suppress(AttributeError):  # another PyTorch: vLLM compiles again, as it would alone
             compiled = found._artifacts.compiled_fn
             if not hasattr(compiled, "finalize_loading"):
                 compiled.finalize_loading = lambda vllm_config: None
@@ -75,8 +78,11 @@ def _finalizable(load):
 
 
 def _for_this_processor(factors_of):
-    """Around vLLM's list of what names an AOT artefact. On a CPU, Inductor compiles for this very processor (-march=native) and this number
-    of threads; neither is in vLLM's list, and code for another processor would end the engine by SIGILL."""
+    """Wrap vLLM's list of factors in an AOT artefact's hash: on a CPU, add the CPU's features and the number of threads.
+
+    Inductor compiles for the present CPU (-march=native) and thread count. vLLM's list has neither, and code for
+    another CPU would end the engine by SIGILL.
+    """
 
     @functools.wraps(factors_of)
     def factors(vllm_config):
@@ -91,13 +97,13 @@ def _for_this_processor(factors_of):
 
 
 def _processor_flags():
-    """The features of the first processor, as the kernel lists them."""
+    """Return the features of the first processor, as the kernel lists them."""
     with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
         return next((line.partition(":")[2].strip() for line in lines if line.startswith(("flags", "Features"))), "")
 
 
 def register():
-    """Called by vLLM in each of its processes."""
+    """Install the hooks. vLLM calls this in each of its processes."""
     from vllm.v1.worker.worker_base import WorkerBase
 
     control.install()
@@ -107,11 +113,11 @@ def register():
         import torch.compiler
         from vllm.compilation import caching
 
-        # Never the first without the second: what vLLM refuses to load cannot be for another processor.
+        # Never patch the loader without the hash: vLLM must not load code that was compiled for another CPU.
         if not hasattr(caching.aot_compile_hash_factors, "__wrapped__"):
             caching.aot_compile_hash_factors = _for_this_processor(caching.aot_compile_hash_factors)
             torch.compiler.load_compiled_function = _finalizable(torch.compiler.load_compiled_function)
-    # Inside of vLLM, and only about time: one that has it elsewhere begins with the canary alone.
+    # This is internal to vLLM and only affects speed: without it, a version that differs runs the canary alone.
     with contextlib.suppress(ImportError, AttributeError):
         from vllm.v1.engine.core import EngineCoreProc
 

@@ -1,1 +1,1 @@
-"""Measurements kept on this host: lead times, restore rates, and the JSON lines that both are written as."""
+"""Measurements kept on this host: lead times, restore rates, and the JSON lines format of both."""

@@ -1,4 +1,4 @@
-"""Journals of measurements in `$QUICKTHAW_HOME`: a line of JSON each, appended by who measures, the latest read by who decides."""
+"""Logs of measurements in `$QUICKTHAW_HOME`: one JSON object per line, appended by the measuring code; readers use the latest."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _LINE = 200  # bytes; no line is longer
 
 
 def append(file: Path, line: Mapping[str, Any]) -> None:
-    """Add a line, in one write, so that processes do not tear each other's. A full disk costs the line, never what was measured."""
+    """Append a line in one write, so that concurrent processes do not interleave. A full disk costs the line, never the caller's work."""
     try:
         fd = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
@@ -26,7 +26,7 @@ def append(file: Path, line: Mapping[str, Any]) -> None:
 
 
 def latest(file: Path, count: int) -> list[dict[str, Any]]:
-    """The last `count` lines that can be read, the oldest first; none where there is no file."""
+    """Return the last `count` readable lines, oldest first; an empty list if there is no file."""
     try:
         with open(file, "rb") as lines:
             lines.seek(max(0, lines.seek(0, os.SEEK_END) - count * _LINE))

@@ -1,6 +1,6 @@
-"""Measured lead times: one line of JSON a start in `$QUICKTHAW_HOME/lead-times.jsonl`, appended by every launch.
+"""Measured lead times: every launch appends one JSON line per start to `$QUICKTHAW_HOME/lead-times.jsonl`.
 
-The proxy takes its deadlines from them, `quickthaw plan` its samples.
+The proxy derives its deadlines from them; `quickthaw plan` uses them as samples.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from plugin.proxy.pool.start_times import History
 
 FILE = "lead-times.jsonl"
-KEPT = 200  # starts that count
+KEPT = 200  # latest starts that are read
 
 
 def remember(settings: LaunchSettings, kind: str, seconds: float) -> None:
@@ -34,26 +34,26 @@ def remember(settings: LaunchSettings, kind: str, seconds: float) -> None:
 
 
 def lead_times(settings: LaunchSettings) -> dict[str, list[float]]:
-    """The latest starts of this engine with this model, in seconds by kind."""
+    """Return the latest starts of this engine with this model, in seconds by kind."""
     found: dict[str, list[float]] = {"cold": [], "restored": []}
     for entry in jsonl.latest(settings.home / FILE, KEPT):
         try:
             if entry["engine"] == settings.engine and entry["model"] == settings.command.model:
                 found[entry["kind"]].append(float(entry["seconds"]))
         except (ValueError, KeyError, TypeError):
-            continue  # of another version
+            continue  # written by another version
     return found
 
 
 def history_for(settings: LaunchSettings) -> History:
-    """The proxy's view of the same."""
+    """Return the measured lead times as the proxy's `History`."""
     from plugin.proxy.pool.start_times import History
 
     return History(**lead_times(settings))
 
 
 def history_of_snapshot(snapshot: str | None) -> History | None:
-    """The measured starts of what a snapshot of this host holds; None where nothing is known of it (yet), which the log says."""
+    """Return the measured starts of a snapshot's engine and model, or None (logged) if the snapshot is not in the library."""
     if snapshot is None:
         return None
     from checkpoint.errors import CheckpointError

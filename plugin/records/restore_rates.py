@@ -1,8 +1,8 @@
-"""How fast this host brings images back, measured: what `--weights auto` weighs against how fast the engine reads its weights.
+"""Measure how fast this host restores images; `--weights auto` compares this with the engine's own speed of loading weights.
 
-Every restore leaves a line in `$QUICKTHAW_HOME/restore-rates.jsonl`: bytes put in place and the seconds that took (the page server's
-copying of the working set, or CRIU's whole run where it put every page in place). Where none has been measured yet, `probe` copies a
-file from the page cache into fresh memory, which is the least that a restore has to do.
+Every restore appends a line to `$QUICKTHAW_HOME/restore-rates.jsonl`: bytes restored and the seconds that took (the
+page server's copying of the working set, or CRIU's whole run if it restored every page). Before the first measurement,
+`probe` copies a file from the page cache into fresh memory, the least work that any restore does.
 """
 
 from __future__ import annotations
@@ -17,21 +17,22 @@ from plugin.records import jsonl
 FILE = "restore-rates.jsonl"
 KEPT = 20
 LEAST_BYTES = 128 << 20
-"""Less than this measures fixed costs, not a rate."""
+"""Smaller restores measure fixed costs, not a rate."""
 PROBE_BYTES = 64 << 20
 
 
 def remember(home: Path, size: float, seconds: float, gpu: bool) -> None:
-    """Add a restore that put `size` bytes in place in `seconds`; too small ones are left out. `gpu`: with state of a GPU among them."""
+    """Record a restore of `size` bytes in `seconds`, unless it is too small. `gpu`: it included GPU state."""
     if size < LEAST_BYTES or seconds <= 0:
         return
     jsonl.append(home / FILE, {"bytes": int(size), "seconds": round(seconds, 4), "gpu": gpu})
 
 
 def measured(home: Path, gpu: bool) -> tuple[float, int] | None:
-    """Bytes a second of this host's latest restores with or without a GPU, and of how many; None where there was none.
+    """Return (bytes per second, number of restores) of this host's latest restores with or without GPU state, or None.
 
-    The upper quartile: one that shared the cores with something else says how busy the host was, not what carrying bytes costs.
+    The rate is the upper quartile: a slow restore that shared the cores tells how busy the host was, not what copying
+    costs.
     """
     found = []
     for entry in jsonl.latest(home / FILE, 2 * KEPT):
@@ -39,17 +40,17 @@ def measured(home: Path, gpu: bool) -> tuple[float, int] | None:
             if entry["gpu"] is gpu:
                 found.append(float(entry["bytes"]) / float(entry["seconds"]))
         except (ValueError, KeyError, TypeError, ZeroDivisionError):
-            continue  # of another version
+            continue  # written by another version
     found = found[-KEPT:]
     if len(found) < 2:
         return (found[0], 1) if found else None
-    import statistics  # 5 ms, with all its numbers, that a restore need not wait for
+    import statistics  # the import takes 5 ms, which a restore need not wait for
 
     return statistics.quantiles(found, n=4, method="inclusive")[2], len(found)
 
 
 def probe(home: Path) -> float:
-    """Bytes a second of copying PROBE_BYTES from the page cache into fresh memory, the best of three. Raises OSError without room."""
+    """Return bytes per second of copying PROBE_BYTES from the page cache into fresh memory, best of three. Raises OSError on a full disk."""
     import tempfile
 
     with tempfile.TemporaryFile(dir=home) as file:

@@ -117,7 +117,7 @@ def register():
         if not hasattr(caching.aot_compile_hash_factors, "__wrapped__"):
             caching.aot_compile_hash_factors = _for_this_processor(caching.aot_compile_hash_factors)
             torch.compiler.load_compiled_function = _finalizable(torch.compiler.load_compiled_function)
-    # This is internal to vLLM and only affects speed: without it, a version that differs runs the canary alone.
+    # This is internal to vLLM and only affects speed: a version without this method runs the canary alone.
     with contextlib.suppress(ImportError, AttributeError):
         from vllm.v1.engine.core import EngineCoreProc
 

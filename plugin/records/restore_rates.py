@@ -50,7 +50,7 @@ def measured(home: Path, gpu: bool) -> tuple[float, int] | None:
 
 
 def probe(home: Path) -> float:
-    """Return bytes per second of copying PROBE_BYTES from the page cache into fresh memory, best of three. Raises OSError on a full disk."""
+    """Return bytes per second of copying PROBE_BYTES from the page cache to fresh memory, best of 3. Raises OSError on a full disk."""
     import tempfile
 
     with tempfile.TemporaryFile(dir=home) as file:

@@ -1,3 +1,5 @@
-"""Run a launch: `launcher` owns it, `replica` drives one engine through its phases, `cold_start` and `take_snapshot` are
-its longest steps.
+"""Run a launch.
+
+`launcher` owns it, `replica` drives one engine through its phases; `cold_start` and `take_snapshot` are its longest
+steps.
 """

@@ -65,7 +65,7 @@ def _check_weights(snapshot: Snapshot, recorded: Identity, weights: Weights) -> 
 def explain(library: Library, name: str, here: Here) -> None:
     """Log how the newest snapshot of the same model differs from this launch: the difference costs a cold start."""
     model = name.rpartition("-")[0]
-    with contextlib.suppress(CheckpointError):  # skip what is unreadable
+    with contextlib.suppress(CheckpointError):  # skip snapshots that cannot be read
         for other in reversed(library.names()):
             if other.rpartition("-")[0] != model:
                 continue

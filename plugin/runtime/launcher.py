@@ -465,10 +465,7 @@ def _remember(settings: LaunchSettings, replica: Replica, seconds: float) -> Non
 
 
 def launch(settings: LaunchSettings, stdout: int | None = 1, stderr: int | None = 2) -> int:
-    """Run a launch to its end and return the exit code.
-
-    Raises LauncherError for what is wrong before any process has started.
-    """
+    """Run a launch to its end and return the exit code. Raises LauncherError for errors found before any process has started."""
     import launchers
 
     engine = launchers.engine(settings.engine)

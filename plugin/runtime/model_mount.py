@@ -77,8 +77,7 @@ class Weights:
 
     @property
     def digest(self) -> str:
-        """Return the manifest's root digest, importing the directory if it is new; "" for a model that is not a local
-        directory.
+        """Return the manifest's root digest, or "" for a model that is not a local directory. Imports a new directory first.
 
         Raises OSError when the import fails: the state folder is full, a file is unreadable, the store does not answer.
         """
@@ -176,8 +175,9 @@ def local_directory(
 
 
 def model_place(snapshot: Snapshot, weights: Weights, named: bool) -> str:
-    """Return the path where a restored engine reads its model: the folder it was started with, whatever path this launch
-    gives.
+    """Return the path where a restored engine reads its model, whatever path this launch gives.
+
+    It is the folder that the engine was started with.
 
     `named`: the user named the snapshot, so a cold start is not possible. Raises Incompatible (model-path-missing,
     working-folder-missing) when this host lacks that folder or the engine's working directory.

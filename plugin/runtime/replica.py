@@ -546,8 +546,9 @@ class Replica:
         self.tracker.to(Phase.SERVING)
 
     def on_exit(self) -> Callable[[int, int], None]:
-        """Return the callback for the next engine's sandbox: it gets (pid, exit code), from the sandbox's thread, when the
-        root process ends.
+        """Return the callback for the next engine's sandbox.
+
+        The sandbox calls it from its own thread with (pid, exit code) when the engine's root process ends.
         """
         start = self._starts = self._starts + 1
 

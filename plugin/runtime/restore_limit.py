@@ -34,8 +34,9 @@ class Turns:
 
     @contextlib.contextmanager
     def turn(self, tracker: PhaseTracker) -> Iterator[bool]:
-        """Acquire a slot, waiting at most the limit; yield whether it was acquired. Release it when the restore ends, at
-        the latest on exit.
+        """Acquire a slot, waiting at most the limit, and yield whether it was acquired.
+
+        The slot is released when the restore ends, at the latest on exit.
         """
         got = self._free.acquire(timeout=self._limit_s)
         once = threading.Lock()  # acquired by the first release and never released

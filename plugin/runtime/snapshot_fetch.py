@@ -1,5 +1,4 @@
-"""Fetch a replica's snapshot from a store: find it, stream it during the restore, and abandon it when it cannot be
-trusted.
+"""Fetch a replica's snapshot from a store: find it, stream it during the restore, abandon it if it cannot be trusted.
 
 checkpoint.store.remote_restore does the transfer. This module decides when to start, which other process to wait for,
 and what happens to the replica when the transfer fails.
@@ -135,8 +134,9 @@ class Fetching:
         return self.remote is not None and isinstance(self.remote.failure, Failed)
 
     def give_up(self) -> None:
-        """Abandon fetching for this replica. Keep the downloaded part only for a named snapshot: a cold start takes a
-        snapshot of its own.
+        """Abandon fetching for this replica.
+
+        Keep the downloaded part only for a named snapshot: after a cold start, this host takes its own.
         """
         self._works = False
         self.close(keep=self.settings.named)

@@ -15,7 +15,7 @@ Field = tuple[bytes, bytes, bytes]
 HOP_BY_HOP = frozenset(
     {b"connection", b"keep-alive", b"proxy-connection", b"proxy-authorization", b"te", b"transfer-encoding", b"upgrade"}
 )
-# An attacker could name these in Connection to strip them from a request that needs them (or that they authorised).
+# An attacker could name these in Connection, and so strip them from a request that needs them or was authorised by them.
 _NEVER_NAMED = frozenset({b"host", b"content-length", b"content-type", b"authorization", b"cookie", b"x-api-key"})
 _FORWARDED = frozenset({b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-host", b"x-real-ip", b"forwarded"})
 # Not relayed in an answer's trailers. RFC 9110 6.5.1: fields for framing, routing or authentication must not follow the

@@ -62,9 +62,7 @@ class Sleeper:
     """Put one pool to sleep; at most one attempt runs at a time."""
 
     def __init__(self, pool: Sleeps, hook: Hook | None, limit_s: float, drain_limit_s: float) -> None:
-        """`limit_s`: maximum time of the hook. `drain_limit_s`: maximum time for requests in flight when another pool
-        needs the room. Seconds.
-        """
+        """Limits in seconds: `limit_s` for the hook; `drain_limit_s` for requests in flight when another pool needs the room."""
         self.pool, self.hook, self.limit_s, self.drain_limit_s = pool, hook, limit_s, drain_limit_s
         self.task: asyncio.Task[ProxyError | None] | None = None
         self.sleeps = 0
@@ -186,9 +184,7 @@ class Sleeper:
         log.log(level, text, self.pool.name, failure.message, extra={"event": "sleep-failed", "fields": fields})
 
     async def watch_idle(self) -> None:
-        """Put the pool to sleep whenever no request was in flight for `idle_timeout_s` seconds. Runs until the server's
-        shutdown cancels it.
-        """
+        """Put the pool to sleep whenever it was idle for `idle_timeout_s` seconds. Runs until the server's shutdown cancels it."""
         while self.pool.idle_timeout_s is not None:
             idle = time.monotonic() - self.pool.last_active
             if self.pool.outstanding or self.pool.held or self.pool.elsewhere() or self.pool.ready() is None:

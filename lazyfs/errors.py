@@ -1,16 +1,16 @@
-"""The error tree of lazyfs, and the one place where an error becomes an errno.
+"""The exceptions of lazyfs, and their mapping to errno.
 
     LazyfsError
-    ├── Usage        the caller asked for something that cannot be meant      (exit code 2)
-    ├── NotFound     a chunk, manifest, tag, file or mount is not there
-    ├── Integrity    bytes do not hash to what names them
-    ├── Temporary    worth another try: a timeout, a reset, 429, 503
-    ├── Permanent    trying again will not help: refused, forbidden, malformed
-    ├── Busy         something living still uses what should go
-    ├── DiskFull     no space left where it would have to be written
-    └── HostLacks    this machine cannot: no /dev/fuse, no privilege           (exit code 3)
+    ├── Usage        invalid input                                            (exit code 2)
+    ├── NotFound     a chunk, manifest, tag, file or mount does not exist
+    ├── Integrity    bytes do not match their digest
+    ├── Temporary    a retry may succeed: timeout, connection reset, 429, 503
+    ├── Permanent    a retry will fail again: refused, forbidden, malformed
+    ├── Busy         a live process uses the object
+    ├── DiskFull     no disk space left
+    └── HostLacks    this machine lacks a requirement: /dev/fuse, a privilege  (exit code 3)
 
-Each carries a stable `code` in kebab-case and a message of one line that names the cause and the way out.
+Each exception has a stable `code` in kebab-case and a one-line message with the cause and the remedy.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import errno
 
 
 class LazyfsError(Exception):
-    """Base of everything lazyfs raises on purpose. `code` is stable; scripts may rely on it."""
+    """Base class of all lazyfs exceptions. `code` is stable; scripts may rely on it."""
 
     code = "lazyfs-error"
     errno = errno.EIO
@@ -32,7 +32,7 @@ class LazyfsError(Exception):
 
 
 class Usage(LazyfsError):
-    """The request makes no sense: an unknown URL scheme, a file where a directory is needed."""
+    """Invalid input: an unknown URL scheme, a file where a directory is needed."""
 
     code = "usage"
     errno = errno.EINVAL
@@ -40,21 +40,21 @@ class Usage(LazyfsError):
 
 
 class NotFound(LazyfsError):
-    """What was named is not there."""
+    """The named object does not exist."""
 
     code = "not-found"
     errno = errno.ENOENT
 
 
 class Integrity(LazyfsError):
-    """Bytes that do not match the digest they are named by. Never served."""
+    """Bytes that do not match their digest. Such bytes are never served."""
 
     code = "integrity"
     errno = errno.EIO
 
 
 class Temporary(LazyfsError):
-    """A failure that may pass: callers retry with backoff until their limit. `retry_after` is in seconds."""
+    """A failure that may pass; callers retry with backoff up to their limit. `retry_after` is in seconds."""
 
     code = "temporary"
     errno = errno.EIO
@@ -65,28 +65,28 @@ class Temporary(LazyfsError):
 
 
 class Permanent(LazyfsError):
-    """A failure that another try would meet again: forbidden, malformed, unsupported."""
+    """A failure that a retry would meet again: forbidden, malformed, unsupported."""
 
     code = "permanent"
     errno = errno.EIO
 
 
 class Busy(LazyfsError):
-    """Something alive still uses it: an open file below the mount, an import while collecting garbage."""
+    """A live process still uses the object: an open file below the mount, an import during a garbage collection."""
 
     code = "busy"
     errno = errno.EBUSY
 
 
 class DiskFull(LazyfsError):
-    """No space (or quota) left; what had been begun was removed."""
+    """No space (or quota) left. Partial files were removed."""
 
     code = "disk-full"
     errno = errno.ENOSPC
 
 
 class HostLacks(LazyfsError):
-    """This machine cannot do it: no /dev/fuse, no privilege to mount."""
+    """This machine lacks a requirement: /dev/fuse, the privilege to mount."""
 
     code = "host-lacks"
     errno = errno.ENOTSUP
@@ -94,19 +94,19 @@ class HostLacks(LazyfsError):
 
 
 def to_errno(error: BaseException) -> int:
-    """The errno a reader of the mount gets for `error`; anything unforeseen is EIO, and the log says why."""
+    """Return the errno that a reader of the mount gets for `error`. Unexpected errors give EIO; the log has the reason."""
     if isinstance(error, LazyfsError):
         return error.errno
     if isinstance(error, TimeoutError):
         return errno.ETIMEDOUT
     if isinstance(error, MemoryError):
         return errno.ENOMEM
-    # An OSError of our own disk says nothing about the reader's file: ENOENT of a cache file is an I/O error to them.
+    # An OSError of the cache's own disk does not describe the reader's file: ENOENT of a cache file is an I/O error to the reader.
     return errno.EIO
 
 
 def from_os_error(error: OSError, what: str) -> LazyfsError:
-    """Turn an OSError met while doing `what` into the matching LazyfsError, with the cause in the message."""
+    """Convert an OSError raised while doing `what` into the matching LazyfsError, with the cause in the message."""
     reason = error.strerror or str(error)
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return DiskFull(f"{what}: {reason}; free some space or point QUICKTHAW_HOME / --store at a larger disk")

@@ -1,4 +1,4 @@
-"""One line per event on standard error, which a detached daemon has pointed at its log file."""
+"""Logging: one line per event on standard error, which a detached daemon redirects to its log file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from collections.abc import Callable
 def configure(role: str, level: int = logging.INFO) -> None:
     """Send the process's log records to standard error as `time role level message`.
 
-    SIGUSR1 writes the stacks of all threads there: what to send when a mount seems stuck.
+    SIGUSR1 dumps the stacks of all threads there, to diagnose a mount that seems stuck.
     """
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     handler = logging.StreamHandler(sys.stderr)
@@ -25,8 +25,11 @@ def configure(role: str, level: int = logging.INFO) -> None:
 
 
 class Repeats:
-    """Says the first event of a kind at once, and how many more came once per `every_s` seconds: a store that is gone for an hour
-    fails thousands of times for one reason. Thread-safe."""
+    """Rate-limit repeated log messages. Thread-safe.
+
+    The first event of a kind is logged at once; later ones are counted and logged once per `every_s` seconds. A store that
+    is down for an hour fails thousands of times for one reason.
+    """
 
     def __init__(self, log: logging.Logger, every_s: float = 60.0, clock: Callable[[], float] = time.monotonic) -> None:
         self.log = log
@@ -36,7 +39,7 @@ class Repeats:
         self._lock = threading.Lock()
 
     def say(self, level: int, kind: str, message: str) -> None:
-        """An event of this kind, in words."""
+        """Record an event of this kind; log it if it is the first."""
         now = self.clock()
         with self._lock:
             since, level_before, count, _ = self._kinds.get(kind, (-1.0, level, 0, ""))
@@ -46,8 +49,10 @@ class Repeats:
             self.log.log(level, "%s", message)
 
     def tick(self) -> None:
-        """Say what came since the kind was last spoken of, where it is time; called now and then. A kind that has ended is
-        forgotten, so that it is news when it begins again."""
+        """Log the repeats counted since the kind was last logged, once `every_s` has passed. Call it periodically.
+
+        A kind without new events is forgotten, so that its next event is logged at once.
+        """
         now, said = self.clock(), []
         with self._lock:
             for kind, (since, level, count, message) in list(self._kinds.items()):

@@ -1,12 +1,11 @@
-"""Where lazyfs keeps things: `$QUICKTHAW_HOME` (default `~/.cache/quickthaw`) and the folders under it, all of mode
-0700.
+"""State folders of lazyfs under `$QUICKTHAW_HOME` (default `~/.cache/quickthaw`), all of mode 0700.
 
-    store/   the default store: chunks, manifests, refs          cache/   images of files, verified chunk by chunk
+    store/   the default store: chunks, manifests, refs          cache/   sparse cache files, verified chunk by chunk
     mounts/  one record and one lock per mount point             run/     control sockets
-    index/   stat caches of imported directories                 traces/  recorded first touches, one per manifest
-    logs/    what daemons write
+    index/   stat caches of imported directories                 traces/  access logs, one per manifest
+    logs/    daemon logs
 
-Standard library only, since it sits on the path of a restore.
+Standard library only: this module is on the critical path of a restore.
 """
 
 from __future__ import annotations
@@ -19,12 +18,15 @@ from lazyfs.errors import Permanent, from_os_error
 
 
 def home() -> Path:
-    """The state folder, made if needed. Raises DiskFull or Permanent when it cannot be."""
+    """Return the state folder, created if needed. Raises DiskFull or Permanent if it cannot be created."""
     return private_dir(Path(os.environ.get("QUICKTHAW_HOME") or "~/.cache/quickthaw").expanduser())
 
 
 def private_dir(path: Path) -> Path:
-    """`path` as an existing folder; created with mode 0700 (parents too) when it is not there."""
+    """Create the folder with mode 0700 (parents too) unless it exists; return `path`.
+
+    Raises Permanent (not-a-folder), or what `from_os_error` maps the OSError to.
+    """
     if path.is_dir():
         return path
     try:
@@ -38,17 +40,17 @@ def private_dir(path: Path) -> Path:
 
 
 def state_dir(name: str) -> Path:
-    """A folder directly under home, such as `mounts`."""
+    """Return a folder directly under home, such as `mounts`, created if needed."""
     return private_dir(home() / name)
 
 
 def default_store_url() -> str:
-    """`$QUICKTHAW_STORE`, else the directory `store/` under home."""
+    """Return `$QUICKTHAW_STORE`, else the URL of the directory `store/` under home."""
     return os.environ.get("QUICKTHAW_STORE") or f"file://{home() / 'store'}"
 
 
 def sync_folder(path: Path) -> None:
-    """Make the names in a folder survive a power cut. OSError."""
+    """fsync a folder, so that its entries survive a power cut. Raises OSError."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
@@ -57,7 +59,10 @@ def sync_folder(path: Path) -> None:
 
 
 def write_atomic(path: Path, data: bytes, *, sync: bool = True) -> None:
-    """Write a file of mode 0600 under a temporary name, flush it, rename it. Leaves nothing behind when it fails."""
+    """Write a file of mode 0600 under a temporary name, fsync it (`sync`), rename it.
+
+    Removes the temporary file on failure. Raises what `from_os_error` maps the OSError to.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
     try:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)

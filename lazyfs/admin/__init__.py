@@ -1,1 +1,1 @@
-"""Looking after a store and a cache: list, verify, collect garbage."""
+"""Maintenance of a store and a cache: list, verify, collect garbage."""

@@ -1,9 +1,10 @@
-"""Collecting garbage of a store in two phases: mark what nothing mentions, look again, and only then delete.
+"""Collect a store's garbage in two phases: mark unreferenced chunks, then check again and delete.
 
-On a local store a lock keeps imports away meanwhile. A remote one has none, so three things together keep what an import beside uses:
-chunks younger than the grace period are spared, and an import makes young what it meets again; each batch begins with another look at
-the manifests, and each chunk's age is asked for once more just before it goes; and the collection leaves a mark (`gc/last`), by which
-`ChunkStore.put_manifest` knows to look whether its chunks are still there.
+A lock keeps imports out of a local store meanwhile. A remote store has no lock; three measures protect the chunks of a
+concurrent import:
+- Chunks younger than the grace period are spared, and an import touches chunks that it finds.
+- Each batch begins by reading new manifests, and each chunk's age is read once more just before it is deleted.
+- The collection writes a mark (`gc/last`), so that `ChunkStore.put_manifest` checks whether its chunks still exist.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from lazyfs.content.manifest import Manifest
 from lazyfs.errors import Integrity, NotFound
 from lazyfs.stores.base import ObjectInfo
 
-# A batch is deleted within seconds, also where each object costs a round trip.
+# A batch is deleted within seconds, even where each object costs a round trip.
 _BATCH, _REMOTE_WORKERS = 256, 32
 
 
 @dataclass
 class Collected:
-    """What a collection did (or would do): counts and bytes."""
+    """Counts and bytes of what a collection deleted (or would delete)."""
 
     chunks: int = 0
     bytes: int = 0
@@ -41,10 +42,10 @@ class Collected:
 def collect(
     chunks: ChunkStore, *, grace_s: float = GRACE_S, untagged: bool = False, dry_run: bool = False
 ) -> Collected:
-    """Delete chunks that no manifest mentions. `untagged` first deletes weights that no tag names (never snapshots).
+    """Delete chunks that no manifest mentions. `untagged` first deletes weights without a tag (never snapshots).
 
-    A manifest that cannot be read, or a name that leads to none, stops the collection (Integrity): chunks that are needed would
-    count as garbage.
+    Raises Integrity for an unreadable manifest or a ref without one, since needed chunks would count as garbage; Busy
+    (store-busy) during an import into a local store.
     """
     with contextlib.nullcontext() if dry_run else store_lock(chunks, exclusive=True):
         job = _Collection(chunks, grace_s, untagged)
@@ -70,7 +71,7 @@ class _Collection:
         self.garbage: list[ObjectInfo] = []
 
     def mark(self) -> None:
-        """The first phase: what nothing mentions, and what is old enough to go."""
+        """First phase: find unreferenced chunks that are old enough to delete."""
         named = self._named()
         for digest, manifest in self._new_manifests():
             if (
@@ -91,7 +92,7 @@ class _Collection:
                 self.garbage.append(info)
 
     def sweep(self) -> None:
-        """The second phase: look again, batch by batch, and delete what is garbage still."""
+        """Second phase: batch by batch, check again and delete chunks that are still garbage."""
         workers = _REMOTE_WORKERS if self.chunks.store.remote else 1
         batches = range(0, max(1, len(self.garbage)), _BATCH)
         with ThreadPoolExecutor(workers, thread_name_prefix="collect") as pool:
@@ -109,7 +110,7 @@ class _Collection:
             self.used |= manifest.chunk_digests()
         named = self._named() if self.doomed else set()
         for digest, manifest in self.doomed.items():
-            # Named since, or imported again.
+            # Tagged since, or imported again.
             if digest in named or not self._old(f"manifests/{digest}"):
                 self.used |= manifest.chunk_digests()
             else:

@@ -1,4 +1,4 @@
-"""List what a store holds, and remove a name from it; one lock for both."""
+"""List a store's contents and remove names from it; also the lock shared with imports and collections."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ from lazyfs.stores.retry import RetryPolicy, certain, retrying
 
 @contextlib.contextmanager
 def store_lock(chunks: ChunkStore, *, exclusive: bool) -> Iterator[None]:
-    """Imports share it, collection has it alone (local stores only). Busy instead of waiting."""
+    """Lock a local store: shared for imports, exclusive for garbage collection. No effect on remote stores.
+
+    Raises Busy (store-busy) instead of waiting.
+    """
     if not isinstance(chunks.store, LocalStore):
         yield
         return
@@ -41,8 +44,11 @@ def store_lock(chunks: ChunkStore, *, exclusive: bool) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Entry:
-    """One manifest of a store. `names` are its tags and snapshot names; `unshared` bytes are in no other manifest. `damage`
-    says why nothing more is known of a damaged one, or of a name that leads to none (`manifest` is then empty)."""
+    """One manifest of a store.
+
+    `names`: its tags and snapshot names. `unshared`: bytes that no other manifest uses. `damage`: why a damaged manifest
+    could not be read, or why a name has no manifest (`manifest` is then empty).
+    """
 
     manifest: str
     kind: str
@@ -54,7 +60,7 @@ class Entry:
 
 
 def listing(chunks: ChunkStore) -> list[Entry]:
-    """All manifests, named ones first; the damaged ones at the end."""
+    """List all manifests: named ones first, damaged ones last."""
     stored = list(chunks.manifests())
     good, broken = named_manifests(chunks, set(stored))
     names: dict[str, list[str]] = {}
@@ -81,7 +87,7 @@ def listing(chunks: ChunkStore) -> list[Entry]:
 
 
 def unnamed(chunks: ChunkStore) -> tuple[int, int]:
-    """Of a store without manifests: how many chunks lie in it all the same, and their bytes."""
+    """Return the number of chunks and their bytes in a store without manifests."""
     sizes = [info.size for info in chunks.store.list("chunks/")]
     return len(sizes), sum(sizes)
 
@@ -89,8 +95,10 @@ def unnamed(chunks: ChunkStore) -> tuple[int, int]:
 def named_manifests(
     chunks: ChunkStore, manifests: set[str] | None = None
 ) -> tuple[dict[tuple[str, str], str], dict[tuple[str, str], str]]:
-    """Of all tags and snapshots, by (kind, name): what the sound ones name, and why the others name nothing. Of `manifests`, if
-    they are given, a sound one names one."""
+    """Resolve all tags and snapshot names by (kind, name). Return the digests of intact ones, and the reasons why others are broken.
+
+    A name is intact if it points at one of `manifests` (if given), or at a manifest that exists by now.
+    """
     good, broken = {}, {}
     for kind in ("tags", "snapshots"):
         for name in chunks.ref_names(kind):
@@ -102,7 +110,7 @@ def named_manifests(
             except Usage:
                 broken[kind, name] = f"nothing can be called so; `quickthaw weights rm {name}` removes it"
                 continue
-            # One that was imported since they were listed is not among them.
+            # A manifest imported after the listing is not in `manifests`.
             if manifests is None or digest in manifests or chunks.has_manifest(digest):
                 good[kind, name] = digest
             else:
@@ -112,7 +120,7 @@ def named_manifests(
 
 
 def complete(chunks: ChunkStore, digest: str) -> bool:
-    """Whether the store has the manifest, sound, and each of its chunks in a size that can be right. No chunk is read."""
+    """Return whether the store has the intact manifest and all its chunks, in plausible sizes. Reads no chunk."""
     try:
         manifest = certain(lambda: retrying(lambda: chunks.get_manifest(digest), RetryPolicy()))
     except (Integrity, NotFound):
@@ -125,21 +133,21 @@ def complete(chunks: ChunkStore, digest: str) -> bool:
 
 
 def remove(chunks: ChunkStore, name: str) -> list[str]:
-    """Remove a tag or snapshot name, and the manifest when no name is left; by digest: all its names and the manifest.
+    """Remove a tag or snapshot name, and the manifest if no name is left; given a digest, all its names and the manifest.
 
-    A damaged name goes alone. Chunks stay until garbage is collected. Returns what was removed. NotFound.
+    A damaged name is removed alone. Chunks stay until garbage is collected. Returns what was removed. Raises NotFound.
     """
     good, broken = named_manifests(chunks)
     full = name if ":" in name else f"{name}:latest"
     for kind, ref in broken:
         if ref in (name, full):
-            # Not delete_ref: it may be damaged in that nobody can be called so.
+            # Not delete_ref, which rejects an invalid name.
             chunks.store.delete(chunks.ref_key(kind, ref))
             return [f"{kind[:-1]} {ref}"]
     digest = chunks.resolve(name)
     removed = []
     by_digest = digest.startswith(name)
-    # A damaged name may have meant this manifest: then only who names it by its digest removes it.
+    # A damaged name may have pointed at this manifest: then only its digest removes it.
     others = 0 if by_digest else len(broken)
     for (kind, ref), target in good.items():
         if target != digest:

@@ -1,4 +1,4 @@
-"""Verify what a store and a cache hold: every chunk against its digest."""
+"""Verify the contents of a store and a cache: every chunk against its digest."""
 
 from __future__ import annotations
 
@@ -20,8 +20,11 @@ _WORKERS = 4
 
 @dataclass
 class Damage:
-    """What `verify` found. `bad` chunks are damaged, `missing` ones are not there; both by digest, with a path. `broken_names`:
-    tags and snapshots that lead to no manifest, and why. `cache_skipped`: images that a full disk keeps from being opened."""
+    """Result of `verify`.
+
+    `bad` chunks are damaged, `missing` ones do not exist; both map digest to path. `broken_names`: tags and snapshots
+    without a manifest, and the reason. `cache_skipped`: cache files that a full disk keeps from being opened.
+    """
 
     manifests: int = 0
     chunks: int = 0
@@ -46,9 +49,11 @@ def verify(
     repair: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Damage:
-    """Read and hash every chunk that the manifests (default: all, and then all names too) mention; what does not match is read
-    once more before it counts as damaged. `repair` deletes damaged ones, so that the next import writes them again. Errors
-    other than damage (a store that cannot be reached) are raised."""
+    """Read and hash every chunk that the manifests mention (default: all manifests, and then all names too).
+
+    A mismatch is read once more before it counts as damage. `repair` deletes damaged chunks and manifests, so that the next
+    import writes them again. Raises errors other than damage (an unreachable store).
+    """
     report = Damage()
     wanted: dict[str, tuple[Chunk, str]] = {}
     if digests is None:
@@ -73,7 +78,7 @@ def verify(
         try:
             certain(lambda: retrying(lambda: chunks.get(chunk.digest, chunk.length, chunk.encoding), RetryPolicy()))
         except (Integrity, Permanent) as error:
-            # A disk that cannot read it has damaged it; missing rights are about the whole store.
+            # An I/O error counts as damage of this chunk; a permission error concerns the whole store.
             if not isinstance(error, Integrity) and error.code != "io-error":
                 raise
             report.bad[chunk.digest] = path
@@ -94,8 +99,9 @@ def verify(
 
 
 def verify_cache(cache: Cache, chunks: ChunkStore | None, report: Damage, digests: list[str] | None = None) -> None:
-    """Hash every present chunk of every image whose manifest is known (see `known_manifests`); damaged ones become absent,
-    to be fetched again.
+    """Hash every present chunk of every cache file whose manifest is known (see `known_manifests`).
+
+    Damaged chunks become absent, so that they are fetched again.
     """
     seen: set[str] = set()
     for manifest in known_manifests(cache, chunks, digests):
@@ -130,8 +136,9 @@ def _verify_image(cache: Cache, file: File, report: Damage) -> None:
 
 
 def known_manifests(cache: Cache, chunks: ChunkStore | None, digests: list[str] | None = None) -> Iterator[Manifest]:
-    """Manifests copied beside the cache, then those of the store (`digests`, or all that it lists); damaged ones are passed
-    over (`verify` names them).
+    """Yield the manifests copied beside the cache, then those of the store (`digests`, or all that it lists).
+
+    Skips damaged manifests; `verify` reports them.
     """
     for copy in sorted((cache.root / "manifests").glob("*")):
         if is_digest(copy.name):

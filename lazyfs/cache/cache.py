@@ -1,18 +1,19 @@
-"""The cache on local disk: one sparse image per file, filled chunk by chunk, shared by every mount and process of a
-host.
+"""The cache on local disk: one sparse cache file per file, filled chunk by chunk, shared by all mounts of a host.
 
     images/ab/<file digest>/data    the file itself, with holes where a chunk is absent
-    images/ab/<file digest>/have    a header, then one byte per chunk: ABSENT, PRESENT or UNPROVEN
-    images/ab/<file digest>/lock    held shared by whoever has the image pinned, exclusively by whoever evicts it
-    quarantine/                     bodies that did not hash to their name, for a post-mortem
-    claims/                         what the processes that share it have claimed of it (`lazyfs.cache.reservations`)
+    images/ab/<file digest>/have    the chunk bitmap: a header, then one byte per chunk: ABSENT, PRESENT or UNPROVEN
+    images/ab/<file digest>/lock    locked shared by each process that pins the file, exclusively by an evicting process
+    quarantine/                     bodies that failed verification, for a post-mortem
+    claims/                         reservations of the processes that share the cache (`lazyfs.cache.reservations`)
 
-Promises. A byte of `have` says PRESENT only after the whole chunk was written and had hashed to its digest; so killing
-any process at any moment loses work and nothing else. A power cut may lose written pages: `have` carries the boot it
-was written in, and in another boot every PRESENT of an image that was not sealed (flushed when complete) becomes
-UNPROVEN, to be hashed before it is served. One byte-range lock per chunk on `have` makes fetching single-flight across
-processes; the kernel frees it when its holder dies. A complete image never has holes, so the kernel may pass reads
-through to it.
+Guarantees:
+- A byte of `have` becomes PRESENT only after the whole chunk was written and matched its digest. Killing any process at any
+  moment loses only work.
+- A power cut may lose written pages. `have` records the boot in which it was written. In another boot, every PRESENT of a
+  cache file that was not sealed (fsynced when complete) becomes UNPROVEN (unverified), to be hashed before it is served.
+- One byte-range lock per chunk on `have` makes fetching single-flight across processes. The kernel releases it when its
+  holder dies.
+- A complete cache file has no holes, so the kernel may pass reads through to it.
 """
 
 from __future__ import annotations
@@ -39,20 +40,20 @@ ABSENT, PRESENT, UNPROVEN = 0, 1, 2
 _HEADER = struct.Struct("<4sI36sI16x")
 _MAGIC = b"QTI1"
 _FLAGS, _SEALED = 44, 1
-# A byte of the header that changes when a chunk that was present is so no more: what was found complete is looked at again.
+# This header byte changes when a present chunk is revoked; readers then check again whether the file is complete.
 _REVOKED = 48
-# An evictor may remove the folder while it is opened, and then another may.
+# An evicting process may remove the folder while another opens it, repeatedly.
 _OPEN_TRIES = 100
 _FLOCK = struct.Struct("hhqqi4x")
 
 
 def boot_id() -> bytes:
-    """The kernel's name for this boot (36 bytes)."""
+    """Return the kernel's boot id (36 bytes)."""
     return Path("/proc/sys/kernel/random/boot_id").read_bytes().strip()
 
 
 class Image:
-    """One file's image, opened. Safe to share between threads; `close` when done."""
+    """One open sparse cache file. Safe to share between threads; `close` when done."""
 
     def __init__(self, folder: Path, file: File) -> None:
         self.folder = folder
@@ -99,11 +100,11 @@ class Image:
     # -- what is there
 
     def state(self, index: int) -> int:
-        """ABSENT, PRESENT or UNPROVEN."""
+        """Return ABSENT, PRESENT or UNPROVEN (unverified)."""
         return self.states[_HEADER.size + index]
 
     def complete(self) -> bool:
-        """Whether every chunk is present."""
+        """Return whether every chunk is present."""
         revoked = self.states[_REVOKED]
         if not self._complete or revoked != self._seen:
             self._seen = revoked
@@ -111,24 +112,27 @@ class Image:
         return self._complete
 
     def sealed(self) -> bool:
-        """Whether all of it was flushed."""
+        """Return whether the complete file was fsynced."""
         return bool(self.states[_FLAGS] & _SEALED)
 
     def present_bytes(self) -> int:
-        """How many bytes of the file are here."""
+        """Return how many bytes of the file are present."""
         if self.complete():
             return self.file.size
         states = self.states[_HEADER.size :]
         return sum(c.length for c, s in zip(self.file.chunks, states, strict=True) if s == PRESENT)
 
     def read(self, index: int) -> bytes:
-        """The chunk's bytes as they lie on disk, unverified."""
+        """Return the chunk's bytes as stored on disk, unverified."""
         return os.pread(self.data_fd, self.file.chunks[index].length, self.file.offsets[index])
 
     # -- changing it
 
     def write(self, index: int, data: bytes | memoryview, *, hole: bool = False) -> None:
-        """Store a chunk that the caller has verified. DiskFull when it does not fit. `hole`: it is all zeros."""
+        """Store a chunk that the caller has verified. `hole`: the chunk is all zeros.
+
+        Raises DiskFull if it does not fit, or what `from_os_error` maps the OSError to.
+        """
         if not (hole and self.state(index) == ABSENT):
             view, offset = memoryview(data), self.file.offsets[index]
             try:
@@ -144,21 +148,21 @@ class Image:
         self.states[_HEADER.size + index] = state
         if state != PRESENT:
             self.states[_REVOKED] = (self.states[_REVOKED] + 1) % 256
-            # What will be written there is not flushed yet.
+            # Later writes are not fsynced yet, so clear the seal.
             self.states[_FLAGS : _FLAGS + 4] = struct.pack("<I", 0)
 
     def seal(self) -> None:
-        """Flush a complete image, so that it need not be proven again after a power cut."""
+        """fsync a complete cache file, so that it need not be verified again after a power cut."""
         os.fdatasync(self.data_fd)
         os.pwrite(self.have_fd, struct.pack("<I", _SEALED), _FLAGS)
         os.fdatasync(self.have_fd)
 
     @contextlib.contextmanager
     def chunk_lock(self, index: int, limit_s: float) -> Iterator[None]:
-        """Hold the chunk against other threads and processes. Temporary when it was not free within the limit."""
+        """Lock the chunk against other threads and processes. Raises Temporary (cache-locked) after `limit_s` seconds."""
         deadline, pause = time.monotonic() + limit_s, 0.001
         spot = _HEADER.size + index
-        # The kernel's lock belongs to the descriptor, which all threads share: among them this set decides.
+        # The kernel's lock belongs to the descriptor, which all threads share; this set excludes threads from each other.
         with self._free:
             if not self._free.wait_for(lambda: index not in self._busy, limit_s):
                 raise Temporary(f"chunk {index} of {self.file.path} is being fetched already", code="cache-locked")
@@ -186,17 +190,17 @@ class Image:
         return True
 
     def pin(self) -> None:
-        """Keep the image from eviction until it is closed, and count it as used now."""
+        """Protect the cache file from eviction until it is closed, and mark it as used now."""
         fcntl.flock(self.lock_fd, fcntl.LOCK_SH)
         os.utime(self.lock_fd)
 
     def read_only(self) -> None:
-        """Give back what only a writer needs: a mount has so many descriptors, and readers of thousands of files."""
+        """Close the chunk bitmap's descriptor, which only writers need: a mount may read thousands of files."""
         os.close(self.have_fd)
         self.have_fd = -1
 
     def close(self) -> None:
-        """Give back the descriptors; locks and pins go with them."""
+        """Close all descriptors, which also releases locks and pins."""
         self.states.close()
         for fd in (self.data_fd, self.have_fd, self.lock_fd):
             if fd >= 0:
@@ -204,7 +208,7 @@ class Image:
 
 
 class NoImage:
-    """What stands for an image when the disk has no room even for an empty one: nothing is ever here."""
+    """Stand-in for a cache file when the disk has no room even for an empty one; every chunk is absent."""
 
     data_fd = -1
 
@@ -250,8 +254,11 @@ AnyImage = Image | NoImage
 
 
 class Cache:
-    """The folder of images. `limit` bounds, in bytes, the blocks they occupy and the memory that mounts of this cache have
-    claimed, together (None: no bound but the disk)."""
+    """The folder of sparse cache files.
+
+    `limit`: maximum bytes of disk blocks they occupy plus memory reserved by mounts of this cache, in total (None: only the
+    disk limits).
+    """
 
     def __init__(self, root: Path, limit: int | None = None) -> None:
         self.root = private_dir(root)
@@ -266,21 +273,24 @@ class Cache:
         self._touching = threading.Lock()
 
     def folder(self, file: File) -> Path:
-        """Where the image of `file` lies."""
+        """Return the folder of the file's sparse cache file."""
         return self.root / "images" / file.digest[:2] / file.digest
 
     def open(self, file: File) -> Image:
-        """The image, created empty if needed, pinned while it is open. DiskFull or Permanent when it cannot be."""
+        """Open the file's sparse cache file, created empty if needed; it stays pinned while it is open.
+
+        Raises DiskFull, Permanent, or Temporary (cache-locked).
+        """
         for attempt in range(_OPEN_TRIES):
             try:
                 image = Image(self.folder(file), file)
             except NotFound:
-                # An evictor has removed the folder since it was made.
+                # An evicting process removed the folder after it was created.
                 if attempt == _OPEN_TRIES - 1:
                     raise
                 continue
             image.pin()
-            # It may have removed it between our open and our pin, too.
+            # It may also have removed the folder between our open and our pin.
             try:
                 if os.fstat(image.lock_fd).st_ino == (image.folder / "lock").stat().st_ino:
                     return image
@@ -290,7 +300,7 @@ class Cache:
         raise Temporary(f"the cache image {self.folder(file)} is evicted as fast as it is made", code="cache-locked")
 
     def open_any(self, file: File) -> AnyImage:
-        """The image, or a stand-in when it cannot be made (a full or read-only disk), so that reading goes on."""
+        """Open the sparse cache file, or return a stand-in if it cannot be created (full or read-only disk)."""
         try:
             return self.open(file)
         except (DiskFull, Permanent) as error:
@@ -298,7 +308,7 @@ class Cache:
             return NoImage(file)
 
     def present_bytes(self, file: File) -> int:
-        """How many of the file's bytes are here and proven, without opening or pinning the image."""
+        """Return how many bytes of the file are present and verified, without opening or pinning the cache file."""
         try:
             body = (self.folder(file) / "have").read_bytes()
         except (FileNotFoundError, NotADirectoryError):
@@ -309,7 +319,7 @@ class Cache:
         return sum(c.length for c, s in zip(file.chunks, states, strict=True) if s == PRESENT)
 
     def usage(self) -> int:
-        """Bytes of disk the images occupy."""
+        """Return the bytes of disk that the cache files occupy."""
         total = 0
         for data in self.root.glob("images/*/*/data"):
             with contextlib.suppress(FileNotFoundError):
@@ -317,7 +327,7 @@ class Cache:
         return total
 
     def need_room(self, more: int, held: int) -> None:
-        """DiskFull where `more` bytes to come do not fit on the disk, or `held` in all into the limit."""
+        """Raise DiskFull if `more` bytes to fetch exceed the free disk space, or `held` bytes in total exceed the limit."""
         free = shutil.disk_usage(self.root).free
         if more > free:
             raise DiskFull(
@@ -329,17 +339,17 @@ class Cache:
             )
 
     def claim_memory(self, size: int) -> None:
-        """Take `size` bytes of memory out of the bound, for as long as this process lives. Done once, before it is used."""
+        """Reserve `size` bytes of memory out of the limit for the life of this process. Call once, before using it."""
         try:
             self._claim = Claim(self.root, memory=size)
         except (OSError, LazyfsError) as error:
-            # Reading goes on: it is on a full disk that the memory is needed most.
+            # Continue without the reservation: the memory matters most when the disk is full.
             log.warning("the memory tier is not counted: %s", error)
 
     def pin_files(self, digests: Iterable[str], *, keep: bool = False) -> None:
-        """Keep the images of these files from eviction, made or not, for as long as this process lives (or calls again).
+        """Protect the cache files of these files from eviction, existing or not, until this process ends or calls again.
 
-        `keep`: from other mounts' `drop` as well.
+        `keep`: protect them from other mounts' `drop` as well.
         """
         before = self._pins
         try:
@@ -351,7 +361,7 @@ class Cache:
             before.close()
 
     def touched(self, file: File) -> None:
-        """Keep the file's image from eviction for as long as this process lives, without a descriptor for each."""
+        """Protect the file's cache file from eviction for the life of this process, without a descriptor per file."""
         with self._touching:
             if file.digest in self._touched_files:
                 return
@@ -363,16 +373,16 @@ class Cache:
             self._touched_files.add(file.digest)
 
     def reserve(self, need: int) -> bool:
-        """Make room for `need` more bytes under the limit, evicting what is least recently used; False if impossible.
+        """Reserve room for `need` more bytes under the limit, evicting least recently used cache files. Return False if impossible.
 
-        What was granted is given back with `written`, whether it was written or not.
+        The caller must return a granted reservation with `written`, whether it wrote the bytes or not.
         """
         if self.limit is None:
             return True
         # One thread at a time: two that count the same usage would both find too little, or both take the same room.
         with self._reserving:
             if self._room < need:
-                # Counting walks the folder, so it is done for 64 MiB at a time, and by one process at a time.
+                # Counting walks the folder: reserve 64 MiB at a time, and let one process count at a time.
                 batch = max(need, min(64 << 20, self.limit // 8))
                 with counting(self.root):
                     free = self.limit - self.usage() - self._unwritten - others(self.root, self._own())[0]
@@ -387,7 +397,7 @@ class Cache:
         return True
 
     def written(self, need: int) -> None:
-        """What `reserve` granted is on the disk by now, where `usage` counts it, or will not be."""
+        """Return a reservation: its bytes are on disk, where `usage` counts them, or will not be written."""
         if self.limit is not None:
             with self._reserving:
                 self._unwritten -= need
@@ -406,8 +416,10 @@ class Cache:
             self._claim.granted = self._room + self._unwritten
 
     def evict(self, amount: int) -> int:
-        """Remove images, oldest use first, until `amount` bytes are free; returns the bytes freed. Spared are those that a
-        process has open, and those that a living mount has pinned by name."""
+        """Remove cache files, least recently used first, until `amount` bytes are free; return the bytes freed.
+
+        Skips files that a process has open and files pinned by a live mount.
+        """
         pinned = others(self.root)[1]
         ages = []
         for lock in self.root.glob("images/*/*/lock"):
@@ -430,7 +442,7 @@ class Cache:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             size = (lock.parent / "data").stat().st_blocks * 512
-            # The lock file goes last: an opener that got it before sees that it is gone and starts again.
+            # Remove the lock file last: a process that opened it earlier sees that it is gone and starts again.
             for name in ("have", "data", "lock"):
                 (lock.parent / name).unlink(missing_ok=True)
             with contextlib.suppress(OSError):
@@ -442,12 +454,14 @@ class Cache:
             os.close(fd)
 
     def drop(self, file: File) -> int:
-        """Forget one file's image unless it is in use, or kept by a mount; returns the bytes freed."""
+        """Remove one file's cache file unless it is in use or kept by a mount; return the bytes freed."""
         return 0 if file.digest in kept(self.root) else self._remove(self.folder(file) / "lock")
 
     def quarantine(self, digest: str, data: bytes | memoryview, why: str, keep: int = 16) -> Path | None:
-        """Keep a body that failed verification, and why; the newest `keep` of them, equal ones once. None when the disk has no
-        room for it."""
+        """Keep a body that failed verification and the reason: the newest `keep` bodies, without duplicates.
+
+        Return its path, or None if the disk has no room for it.
+        """
         folder, reasons = self.root / "quarantine", self.root / "reasons"
         path = folder / f"{digest}.{time.time_ns()}"
         try:
@@ -468,23 +482,23 @@ class Cache:
         return path
 
     def quarantined(self) -> list[tuple[str, str]]:
-        """What is kept there, oldest first: (digest and time, why)."""
+        """List quarantined bodies, oldest first: (digest and time, reason)."""
         found = []
         for path in sorted((self.root / "quarantine").glob("*"), key=lambda p: p.name.rpartition(".")[2]):
             try:
                 found.append((path.name, (self.root / "reasons" / path.name).read_text()))
             except FileNotFoundError:
-                # Put there by a part that only logs its reasons, or on a disk that had no room for this one.
+                # The writer only logged its reason, or the disk had no room for it.
                 found.append((path.name, "see the log"))
         return found
 
     def clear(self) -> None:
-        """Remove every image that nothing uses."""
+        """Remove every cache file that is not in use, and the quarantine."""
         for lock in self.root.glob("images/*/*/lock"):
             self._remove(lock)
         self.clear_quarantine()
 
     def clear_quarantine(self) -> None:
-        """Remove what failed verification, and the reasons."""
+        """Remove quarantined bodies and their reasons."""
         for name in ("quarantine", "reasons"):
             shutil.rmtree(self.root / name, ignore_errors=True)

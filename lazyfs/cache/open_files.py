@@ -1,7 +1,7 @@
-"""The cache images that a fetcher has open: a bounded number of them, however many files a mount has.
+"""The fetcher's open cache files: a bounded number, however many files a mount has.
 
-An open image takes four descriptors. What was used longest ago is closed first; what is in use is never closed. That an image was
-touched keeps it from eviction without being open (`Cache.touched`).
+An open cache file takes four descriptors. The least recently used one is closed first; files in use are never closed. A
+touched file is protected from eviction without being open (`Cache.touched`).
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from lazyfs.cache.cache import AnyImage, Cache, Image
 from lazyfs.content.manifest import File
 
 _FDS_EACH = 4
-# More would only make the process larger: opening one again takes a tenth of a millisecond.
+# More would only enlarge the process: reopening a file takes a tenth of a millisecond.
 _MOST = 256
 
 
 def raise_descriptor_limit() -> None:
-    """Allow this process as many descriptors as it may have. The usual soft limit of 1024 is for programs that call select()."""
+    """Raise the soft descriptor limit to the hard limit. The usual soft limit of 1024 is for programs that call select()."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         with contextlib.suppress(OSError, ValueError):
@@ -36,20 +36,20 @@ class _Entry:
 
 
 class OpenImages:
-    """Images by the file's index in the manifest. Thread-safe."""
+    """Open cache files by the file's index in the manifest. Thread-safe."""
 
     def __init__(self, cache: Cache, files: Sequence[File]) -> None:
         self.cache = cache
         self.files = files
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        # A quarter of what the process may open: the rest is for the store.
+        # Use a quarter of the descriptor limit; the store needs the rest.
         self.most = _MOST if soft == resource.RLIM_INFINITY else max(8, min(_MOST, soft // (4 * _FDS_EACH)))
         self._open: OrderedDict[int, _Entry] = OrderedDict()
         self._lock = threading.Lock()
 
     @contextlib.contextmanager
     def use(self, index: int) -> Iterator[AnyImage]:
-        """The file's image, opened if it is not. Raises what `Cache.open_any` raises."""
+        """Yield the file's cache file, opened if needed. Raises what `Cache.open_any` raises."""
         with self._lock:
             entry = self._open.get(index)
             if entry is None:
@@ -72,7 +72,7 @@ class OpenImages:
             self._open.pop(index).image.close()
 
     def close(self, index: int) -> bool:
-        """Close the file's image unless it is in use; whether it is closed."""
+        """Close the file's cache file unless it is in use. Return whether it is closed."""
         with self._lock:
             entry = self._open.get(index)
             if entry is None:
@@ -84,7 +84,7 @@ class OpenImages:
             return True
 
     def close_all(self) -> None:
-        """Close what is not in use."""
+        """Close all cache files that are not in use."""
         for index in list(self._open):
             self.close(index)
 

@@ -1,11 +1,11 @@
-"""What the processes that share one cache have claimed of it: memory, room on the disk that is not written yet, and pins.
+"""Reservations of the processes that share one cache: memory, disk space not written yet, and pins.
 
-    claims/<random>   16 bytes (memory, granted; both in bytes, little-endian), then the digests of pinned files, one a line;
-                      "=" before one: its image is not dropped by another mount's command either
-    claims/.lock      held by whoever counts, so that no two processes are granted the same room
+    claims/<random>   16 bytes (memory, granted; both in bytes, little-endian), then the digests of pinned files, one per line;
+                      "=" before a digest: other mounts' commands may not drop its cache file either
+    claims/.lock      locked while a process counts, so that no two processes are granted the same room
 
-A claim counts as long as its owner holds the file's lock, which the kernel frees when the owner dies, however it dies.
-It is written before it gets its name, so nobody ever sees half of one.
+A reservation counts as long as its owner holds the file's lock, which the kernel releases when the owner dies. It is
+written before it is renamed to its final name, so readers never see a partial one.
 """
 
 from __future__ import annotations
@@ -24,12 +24,14 @@ from lazyfs.paths import private_dir
 
 log = logging.getLogger("lazyfs.cache.reservations")
 _HEAD = 16
-# Counting walks a folder and removes files. Whoever is stopped while it counts must not stop all others for good.
+# Counting walks a folder and removes files. A process stopped while counting must not block all others forever.
 _COUNT_S = 10.0
 
 
 class Claim:
-    """One process's claim on the cache at `root`, until `close` or its end. OSError where the disk has no room for it."""
+    """One process's reservation on the cache at `root`, until `close` or process exit. Raises OSError if the disk has no
+    room for it.
+    """
 
     def __init__(self, root: Path, *, memory: int = 0, pins: Iterable[str] = ()) -> None:
         folder = private_dir(root / "claims")
@@ -51,22 +53,22 @@ class Claim:
 
     @property
     def granted(self) -> int:
-        """Bytes of disk that this process was granted and has not written yet."""
+        """Bytes of disk granted to this process and not written yet."""
         return self._numbers[1]
 
     @granted.setter
     def granted(self, value: int) -> None:
-        # One aligned store: other processes read the old number or the new one.
+        # One aligned store: other processes read either the old or the new number.
         self._numbers[1] = value
 
     def add(self, pin: str) -> None:
-        """Pin one more. OSError where the disk has no room for it."""
+        """Add one pin. Raises OSError if the disk has no room for it."""
         line = f"{pin}\n".encode()
         if os.write(self.fd, line) != len(line):
             raise OSError(errno.ENOSPC, "no room for a claim on the cache")
 
     def close(self) -> None:
-        """Give it up."""
+        """Remove the reservation."""
         self.path.unlink(missing_ok=True)
         self._numbers.release()
         self._map.close()
@@ -74,13 +76,13 @@ class Claim:
 
 
 def others(root: Path, own: Claim | None = None) -> tuple[int, set[str]]:
-    """Bytes that living claims take (memory and granted; `own` with its memory alone), and what they pin."""
+    """Return the bytes reserved by live processes (memory and granted; only the memory of `own`), and the digests they pin."""
     taken, pins = _living(root, own)
     return taken, {pin.removeprefix("=") for pin in pins}
 
 
 def kept(root: Path) -> set[str]:
-    """The files whose images no command may drop, since a living mount was told to keep them."""
+    """Return the digests of files whose cache files no command may drop, because a live mount keeps them."""
     return {pin[1:] for pin in _living(root, None)[1] if pin.startswith("=")}
 
 
@@ -95,7 +97,7 @@ def _living(root: Path, own: Claim | None) -> tuple[int, set[str]]:
             if own is None or path != own.path:
                 with contextlib.suppress(BlockingIOError):
                     fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                    # Its owner is gone, and left it behind.
+                    # The owner died and left the file behind.
                     path.unlink(missing_ok=True)
                     continue
             body = os.pread(fd, os.fstat(fd).st_size, 0)
@@ -110,7 +112,10 @@ def _living(root: Path, own: Claim | None) -> tuple[int, set[str]]:
 
 @contextlib.contextmanager
 def counting(root: Path) -> Iterator[None]:
-    """Alone among processes while counting and granting; after 10 s, or on a disk without room for a lock, not alone."""
+    """Hold the cache's count lock while counting and granting.
+
+    Continues without the lock after 10 s, or if the disk has no room for a lock file.
+    """
     fd = -1
     try:
         fd = os.open(private_dir(root / "claims") / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)

@@ -1,1 +1,3 @@
-"""Fetching chunks: one chunk (`chunk`), the process that does it (`worker`), who starts that (`supervisor`), and the access log."""
+"""Fetching chunks: one chunk (`chunk`), the fetcher process (`worker`), its supervisor in the server (`supervisor`), and
+the access log.
+"""

@@ -1,7 +1,7 @@
-"""The recorded order of first touches of a manifest's chunks: what a later mount fetches ahead of its readers.
+"""The access log of a manifest: the order in which its chunks were first touched, which later mounts read ahead.
 
-One JSON file per manifest. What a later mount touches and no earlier one did is appended; the order of what is known
-stands, since a replay disturbs what a second recording would see. Times are seconds since the mount began.
+One JSON file per manifest. A later mount appends only chunks that no earlier mount touched; the recorded order stays,
+because a replay distorts what a second recording would see. Times are seconds since the mount began.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _FORMAT = 1
 
 
 def parse(data: bytes) -> list[tuple[int, int]]:
-    """The touches in a trace's bytes. ValueError when it is not one."""
+    """Parse the (file index, chunk index) touches of an access log. Raises ValueError if it is malformed."""
     try:
         document = json.loads(data)
         if document["format"] != _FORMAT:
@@ -31,13 +31,16 @@ def parse(data: bytes) -> list[tuple[int, int]]:
 
 
 def shared_key(manifest: str) -> str:
-    """The object that carries a manifest's trace to other hosts."""
+    """Return the object key under which a manifest's access log is shared with other hosts."""
     return f"traces/{manifest}"
 
 
 class Trace:
-    """`known` is the recorded order as (file index, chunk index); `touch` records while `recording`
-    ("auto": what is new; "always": anew from nothing; "never")."""
+    """Access log of one manifest.
+
+    `known` is the recorded order as (file index, chunk index). `record`: "auto" records chunks not known yet, "always"
+    starts anew, "never" records nothing.
+    """
 
     def __init__(self, path: Path, record: str = "auto") -> None:
         self.path = path
@@ -50,7 +53,7 @@ class Trace:
         self._lock = threading.Lock()
 
     def load(self) -> list[tuple[int, int]]:
-        """What the file says now; empty when it is not there or damaged."""
+        """Read the touches from the file; empty if it is missing or damaged."""
         try:
             return parse(self.path.read_bytes())
         except FileNotFoundError:
@@ -60,14 +63,14 @@ class Trace:
             return []
 
     def touch(self, file: int, chunk: int) -> None:
-        """Record a touch, if it is the first that any mount has seen."""
+        """Record a touch if no mount has touched the chunk before."""
         if self.recording and (file, chunk) not in self._seen:
             with self._lock:
                 self._seen.add((file, chunk))
                 self._events.append((file, chunk, round(time.monotonic() - self._start, 4)))
 
     def settled(self, quiet_s: float) -> bool:
-        """Whether a recording has come to rest since it was last shared: true once for each."""
+        """Return whether a saved recording has been quiet for `quiet_s` since it was last shared. True once per recording."""
         with self._lock:
             if not self.recording or len(self._events) == self._shared or self._saved != len(self._events):
                 return False
@@ -77,7 +80,7 @@ class Trace:
             return True
 
     def save(self) -> bool:
-        """Write what was recorded since the last time; whether there was anything."""
+        """Write touches recorded since the last save. Return whether any were written."""
         with self._lock:
             if not self.recording or len(self._events) == self._saved:
                 return False

@@ -1,7 +1,7 @@
-"""Getting one verified chunk into the cache: from the original on this disk, another image, or the store.
+"""Fetch one verified chunk into the cache: from the original on this disk, or from the store.
 
-`ChunkSource.fetch` is the only way bytes enter the cache. It promises: nothing is admitted that does not hash to its
-digest; a body that fails is quarantined and fetched once more before Integrity is raised; every wait has a limit.
+`ChunkFetcher.fill` is the only way bytes enter the cache. It admits only chunks that match their digest. A body that fails
+is quarantined and fetched once more before Integrity is raised. Every wait has a limit.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _local = threading.local()
 
 
 class Undecodable(Integrity):
-    """A body that cannot be decoded, or has the wrong length; `body` is what came, good until the thread's next fetch."""
+    """A body that cannot be decoded or has the wrong length. `body` is valid until the thread's next fetch."""
 
     def __init__(self, message: str, body: bytes | memoryview) -> None:
         super().__init__(message)
@@ -41,7 +41,7 @@ class Undecodable(Integrity):
 
 
 class ByteSource(Protocol):
-    """Where plain chunk bytes come from. `fresh` asks for a way around any cache in between."""
+    """Source of plain chunk bytes. `fresh` asks to bypass any cache in between."""
 
     store: Store
 
@@ -50,7 +50,7 @@ class ByteSource(Protocol):
 
 @dataclass
 class FetchStats:
-    """Counters of one process, by tier, in bytes unless named otherwise."""
+    """Counters of one process, by tier; in bytes unless named otherwise."""
 
     tiers: dict[str, int] = field(default_factory=lambda: {"origin": 0, "store": 0, "proven": 0})
     retries: int = 0
@@ -60,25 +60,23 @@ class FetchStats:
 
 
 def scratch() -> memoryview:
-    """This thread's buffer of one chunk: what a fetch returns may lie in it, and is gone with the thread's next
-    fetch.
-    """
+    """Return this thread's buffer of one chunk. A fetch may return a view of it, valid until the thread's next fetch."""
     view: memoryview | None = getattr(_local, "scratch", None)
     if view is None:
-        # Page-aligned: some processors copy in and out of anything else at a third of the speed.
+        # Page-aligned: some processors copy unaligned memory at a third of the speed.
         view = _local.scratch = memoryview(mmap.mmap(-1, MAX_CHUNK))
     return view
 
 
 class StoreSource:
-    """Chunks of an imported manifest, out of a chunk store."""
+    """Chunks of an imported manifest, from a chunk store."""
 
     def __init__(self, chunks: ChunkStore) -> None:
         self.chunks = chunks
         self.store = chunks.store
 
     def fetch(self, file: File, index: int, *, fresh: bool = False) -> bytes | memoryview:
-        """The plain bytes, not verified. NotFound, Undecodable or what the store raises."""
+        """Return the plain bytes, not verified. Raises NotFound, Undecodable, or what the store raises."""
         chunk = file.chunks[index]
         missing: NotFound | None = None
         for encoding in (chunk.encoding, ZSTD if chunk.encoding == RAW else RAW):
@@ -102,7 +100,7 @@ class ReadThroughSource:
         self.store = store
 
     def fetch(self, file: File, index: int, *, fresh: bool = False) -> bytes | memoryview:
-        """The chunk. Permanent("source-changed") when the source is not the one the manifest describes."""
+        """Return the chunk. Raises Permanent (source-changed) if the source is not the one that the manifest describes."""
         length = file.chunks[index].length
         data = self.store.get(file.path, file.offsets[index], length, file.version, scratch())
         if len(data) != length:
@@ -111,7 +109,7 @@ class ReadThroughSource:
 
 
 class ChunkFetcher:
-    """Fills images. Safe to use from many threads."""
+    """Fills cache files with verified chunks. Safe to use from many threads."""
 
     def __init__(
         self,
@@ -128,13 +126,14 @@ class ChunkFetcher:
         self.digests = digests
         self.stats = FetchStats()
         self.repeats = Repeats(log)
-        # A reader waits: what may pass is waited for as long as it was told, however often that is.
+        # A reader is blocked: retry Temporary errors up to the time limit, however many attempts that takes.
         self.policy = RetryPolicy(attempts=None, limit=limit_s)
 
     def fill(self, image: AnyImage, index: int) -> bytes | memoryview | None:
-        """Make the chunk PRESENT in `image`; None. When the disk has no room the verified bytes are returned instead.
+        """Make the chunk PRESENT in `image` and return None; if the disk has no room, return the verified bytes instead.
 
-        Raises Integrity, NotFound, Temporary (limit reached) or Permanent. `source_of_last` then tells where it came from.
+        Raises Integrity, NotFound, Temporary (limit reached) or Permanent. Afterwards `source_of_last` returns the chunk's
+        source.
         """
         _local.source = "other"
         if image.state(index) == PRESENT:
@@ -163,7 +162,7 @@ class ChunkFetcher:
 
     @staticmethod
     def source_of_last() -> str:
-        """Where the chunk of this thread's last `fill` came from: one of `wire.SOURCES`."""
+        """Return the source of the chunk of this thread's last `fill`: one of `wire.SOURCES`."""
         source: str = getattr(_local, "source", "other")
         return source
 
@@ -204,21 +203,22 @@ class ChunkFetcher:
             return attempt(True)
 
     def _proves(self, file: File, index: int, data: bytes) -> bool:
-        """Whether what the disk kept over a power cut is the chunk. A digest that was not kept proves nothing: the next
-        fetch defines it anew."""
+        """Return whether bytes that survived a power cut are the chunk. Without a recorded digest nothing can be verified:
+        the next fetch records it anew.
+        """
         if not file.chunks[index].digest and (self.digests is None or not self.digests.expected(file, index)):
             return False
         return self._matches(file, index, data)
 
     def _aside(self, file: File, index: int, body: bytes | memoryview, why: str) -> Integrity:
-        """Put a body into quarantine; the error that says so."""
+        """Quarantine a body and return the Integrity error that reports it."""
         self.stats.quarantined += 1
         name = file.chunks[index].digest or f"{file.digest}-{index}"
         where = self.cache.quarantine(name, body, f"chunk {index} of {file.path}, from {self.source.store.url}: {why}")
         return Integrity(f"chunk {name[:12]} of {file.path} does not hash to its digest: {why}; kept as {where}")
 
     def _matches(self, file: File, index: int, data: bytes | memoryview) -> bool:
-        """Whether these are the chunk's bytes. A read-through chunk met for the first time defines its digest."""
+        """Return whether `data` is the chunk. The first read of a read-through chunk records its digest."""
         chunk = file.chunks[index]
         if len(data) != chunk.length:
             return False
@@ -232,7 +232,7 @@ class ChunkFetcher:
         return digest_of(data) == expected
 
     def _from_origin(self, file: File, index: int) -> bytes | memoryview | None:
-        """Out of the file it was imported from, if that is unchanged; verified like everything else."""
+        """Read and verify the chunk from the file it was imported from; None if that file has changed."""
         found = self.origins.get(file.path)
         if found is None:
             return None
@@ -250,7 +250,7 @@ class ChunkFetcher:
 
 @contextlib.contextmanager
 def open_origin(path: str, stats: list[int]) -> Iterator[int | None]:
-    """A descriptor of the original file, or None when it is gone or its size, mtime, ctime or inode differ."""
+    """Yield a descriptor of the original file, or None if it is gone or its size, mtime, ctime or inode differ."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:

@@ -1,6 +1,4 @@
-"""The server's end of its fetcher: starts the process when first needed, hears its answers, replaces it when it
-dies.
-"""
+"""The server's side of its fetcher: start the process on demand, receive its answers, restart it when it dies."""
 
 from __future__ import annotations
 
@@ -20,14 +18,15 @@ from lazyfs.fetch import wire
 from lazyfs.mount.config import MountConfig
 
 log = logging.getLogger("lazyfs.fetch.supervisor")
-# A fetcher that dies at once each time must not be restarted in a tight loop.
+# A fetcher that dies at every start must not be restarted in a tight loop.
 _RESTART_PAUSE_S = (0.05, 5.0)
 _END_S = 10.0
 
 
 class FetcherLink:
-    """`request` never blocks for long and never raises; answers arrive in a thread of this object through
-    `on_answer`.
+    """Connection to the fetcher process.
+
+    `request` does not block beyond `limit_s` and does not raise. A thread of this object passes answers to `on_answer`.
     """
 
     def __init__(self, config: MountConfig, memory_fd: int) -> None:
@@ -44,8 +43,9 @@ class FetcherLink:
         self._pause = _RESTART_PAUSE_S[0]
 
     def request(self, kind: int, file: int, chunk: int, slot: int = -1, *, limit_s: float = 0.0) -> bool:
-        """Ask the fetcher; it is started by the first request. False if the request could not be sent: there is no fetcher yet, or
-        for `limit_s` there was no room in the socket.
+        """Send a request to the fetcher, which the first request starts.
+
+        Return False if the fetcher cannot be started or is gone, or if the socket had no room for `limit_s` seconds.
         """
         with self._lock:
             if self._closing:
@@ -61,7 +61,7 @@ class FetcherLink:
                 with contextlib.suppress(BlockingIOError):
                     channel.send(wire.REQUEST.pack(kind, file, chunk, slot), socket.MSG_DONTWAIT)
                     return True
-                # The fetcher is busy, or stopped: only who can afford it waits, and no thread that serves readers.
+                # The fetcher is busy or stopped. Only callers with a limit wait, never a thread that serves readers.
                 left = deadline - time.monotonic()
                 if left <= 0:
                     return False
@@ -69,12 +69,12 @@ class FetcherLink:
                 poll.register(channel, select.POLLOUT)
                 poll.poll(min(left, 1.0) * 1000)
             except (OSError, ValueError):
-                # It died; the thread that hears its answers starts another and asks again for what is waited for.
+                # The fetcher died. The answer thread starts another and repeats the requests that readers wait for.
                 log.debug("request lost: the fetcher is gone")
                 return False
 
     def ensure(self) -> None:
-        """Start it now, so that its start-up overlaps with the mount's."""
+        """Start the fetcher now, so that its start-up overlaps with the mount's."""
         with self._lock:
             if self._channel is None and not self._closing:
                 self._start()
@@ -84,7 +84,7 @@ class FetcherLink:
         config_fd = -1
         try:
             for end in (ours, theirs):
-                # Many small records: room for a whole manifest's worth of requests.
+                # Many small records: the buffer holds the requests for a whole manifest.
                 end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
             root = str(Path(__file__).resolve().parents[2])
             config_fd = self.config.to_fd()
@@ -126,7 +126,7 @@ class FetcherLink:
             try:
                 self.on_answer(*wire.ANSWER.unpack(message))
             except Exception:
-                # One answer that cannot be dealt with must not end the hearing of all others.
+                # One answer that cannot be handled must not stop the thread.
                 log.exception("an answer of the fetcher was lost")
         if self._closing:
             channel.close()
@@ -134,13 +134,13 @@ class FetcherLink:
             self._replace(channel, process)
 
     def _replace(self, channel: socket.socket, process: subprocess.Popen[bytes]) -> None:
-        """Start another fetcher, however often that takes, and have asked again what is waited for."""
-        # Its end of the channel is closed, yet the process may linger: it must not write to shared memory any more.
+        """Start another fetcher, retrying until it starts, then call `on_restart` to repeat pending requests."""
+        # The old process closed its end of the channel but may linger: it must not write to shared memory any more.
         process.kill()
         try:
             ended = f"ended with {process.wait(_END_S)}"
         except subprocess.TimeoutExpired:
-            # In a disk's or a network file system's hands. It was killed, so that it never gets back to its own code.
+            # Stuck in disk or network file system I/O. SIGKILL is pending, so it never returns to its own code.
             ended = f"was killed and has not ended within {_END_S:.0f} s"
         log.error("the fetcher (pid %d) %s; starting another", process.pid, ended)
         with self._lock:
@@ -163,7 +163,7 @@ class FetcherLink:
             log.exception("what is waited for was not asked for again")
 
     def replace_silent(self, limit_s: float) -> None:
-        """Kill a fetcher that nothing was heard of for so long: it is stopped, or stuck. The next one takes over its work."""
+        """Kill a fetcher that sent nothing for `limit_s` seconds: it is stopped or stuck. The next one takes over its work."""
         with self._lock:
             silent = time.monotonic() - self._heard
             if self.process is None or silent <= limit_s or self._closing:
@@ -173,12 +173,12 @@ class FetcherLink:
             self._heard = time.monotonic()
 
     def close(self) -> None:
-        """End the fetcher."""
+        """Stop the fetcher."""
         with self._lock:
             self._closing = True
             channel, process = self._channel, self.process
         if channel is not None:
-            # The hearing thread owns recv; shutdown wakes both ends.
+            # The answer thread owns recv; shutdown wakes both ends.
             try:
                 channel.shutdown(socket.SHUT_RDWR)
             except OSError:

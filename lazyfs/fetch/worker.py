@@ -1,8 +1,8 @@
-"""The fetcher: the process beside a mount's server that reads the network, hashes and decompresses.
+"""The fetcher process beside a mount's server: reads the network, hashes and decompresses.
 
-It is told what a reader waits for (first), what one will want soon, and completes the rest at a bounded rate (last),
-and answers when a chunk is there. It ends when the server's end of the socket closes. Killed at any moment it loses
-nothing but work; the server starts another.
+The server requests chunks that a reader waits for (on-demand, first) and chunks needed soon (readahead); the fetcher
+completes the rest in the background at a bounded rate (last). It answers when a chunk is stored and exits when the server's
+end of the socket closes. Killing it at any moment loses only work; the server starts another.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ from lazyfs.stores.retry import RetryPolicy, retrying
 log = logging.getLogger("lazyfs.fetch.worker")
 _LOCAL_THREADS, _REMOTE_THREADS = 4, 16
 _IDLE_TICK_S = 5.0
-# What the store could not give is asked for again after so many seconds.
+# Ticks of 1 s between retries of chunks that the store could not deliver.
 _POSTPONED_TICKS = 30
-# How often, and how far apart, an image that another process has open is tried to be dropped: a close may be on its way.
+# Number of attempts to drop a cache file that another process has open, and the pause between them: a close may be on its way.
 _DROP_TRIES, _DROP_PAUSE_S = 100, 0.05
 
 
 class Queue:
-    """Chunks to fetch, most urgent first; a chunk asked for again with more urgency moves up. Thread-safe."""
+    """Chunks to fetch, most urgent first; a repeated put with higher urgency moves a chunk up. Thread-safe."""
 
     def __init__(self) -> None:
         self._heap: list[tuple[int, int, tuple[int, int]]] = []
@@ -55,12 +55,12 @@ class Queue:
         self._order = 0
         lock = threading.Lock()
         self._ready = threading.Condition(lock)
-        # Those that may take demanded chunks only wait apart: waking them for anything else would be for nothing.
+        # Workers limited to on-demand chunks wait on their own condition, so that other chunks do not wake them.
         self._demanded = threading.Condition(lock)
         self.closed = False
 
     def put(self, key: tuple[int, int], urgency: int) -> None:
-        """Add, or move up."""
+        """Add a chunk, or raise its urgency."""
         with self._ready:
             if self._urgency.get(key, 99) <= urgency:
                 return
@@ -74,9 +74,10 @@ class Queue:
     def get(
         self, worst: Callable[[], int], limit_s: float, pause: Callable[[], float] = lambda: 0.0
     ) -> tuple[tuple[int, int], int] | None:
-        """The most urgent one, if at least as urgent as `worst()`; None after `limit_s` or when closed. To be ended with `done`.
+        """Take the most urgent chunk if it is at least as urgent as `worst()`; None after `limit_s` seconds or when closed.
 
-        `pause()`: after how long `worst()` may have changed by itself; 0: it does not.
+        The caller must call `done` afterwards. `pause()`: seconds after which `worst()` may have changed by itself; 0: it
+        does not change.
         """
         with self._ready:
             deadline = time.monotonic() + limit_s
@@ -95,16 +96,16 @@ class Queue:
             return None
 
     def done(self, file: int) -> None:
-        """What was taken of the file has been dealt with."""
+        """Mark one taken chunk of the file as handled."""
         with self._ready:
             self._taken[file] -= 1
 
     def taken(self, file: int) -> int:
-        """How many things of the file were taken and are not done."""
+        """Return how many taken chunks of the file are not done."""
         return self._taken.get(file, 0)
 
     def forget(self, file: int) -> list[tuple[int, int]]:
-        """Take out what nobody waits for of a file; what that was."""
+        """Remove and return the file's queued chunks that no reader waits for."""
         with self._ready:
             keys = [k for k, u in self._urgency.items() if k[0] == file and u != wire.DEMAND]
             for key in keys:
@@ -112,13 +113,13 @@ class Queue:
             return keys
 
     def wake(self) -> None:
-        """Let waiters look again: what they may take has changed."""
+        """Wake all waiting workers: the result of `worst()` has changed."""
         with self._ready:
             self._ready.notify_all()
             self._demanded.notify_all()
 
     def close(self) -> None:
-        """Let every waiter go."""
+        """Close the queue and wake all waiting workers."""
         with self._ready:
             self.closed = True
             self._ready.notify_all()
@@ -129,11 +130,11 @@ class Queue:
 
 
 class Window:
-    """How many fetches that nobody waits for run at once: doubled as long as that makes the whole faster.
+    """Adapts the number of concurrent non-demand fetches: doubles it as long as throughput grows.
 
-    Every chunk in flight takes bandwidth from the one that a reader will want first, so more than fills the link costs
-    latency at the start and at the end; a store that is slow per connection needs many. Two batches are measured at
-    each width (the first one fills the pipe), and the widening ends when the second gains less than a fifth.
+    Every chunk in flight takes bandwidth from the one that a reader will want first, so filling more than the link costs
+    latency at the start and at the end. A store that is slow per connection needs many fetches. Two batches are measured at
+    each width (the first one fills the pipe). The widening ends when the second one gains less than a fifth.
     """
 
     START, GAIN = 4, 1.2
@@ -149,7 +150,7 @@ class Window:
         self._lock = threading.Lock()
 
     def fetched(self, size: int) -> bool:
-        """A fetch ended; whether the width has changed."""
+        """Count a finished fetch of `size` bytes. Return whether the width has changed."""
         with self._lock:
             if self._settled:
                 return False
@@ -172,7 +173,7 @@ class Window:
 
 
 class Rate:
-    """A bound in bytes per second on what nobody waits for; 0: no bound. Thread-safe."""
+    """Rate limit in bytes per second for background fetches; 0: no limit. Thread-safe."""
 
     def __init__(self, megabytes_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self.bytes_s = megabytes_s * 1e6
@@ -181,11 +182,11 @@ class Rate:
         self._lock = threading.Lock()
 
     def wait_s(self) -> float:
-        """How long until more may be taken."""
+        """Return the seconds until more may be taken."""
         return max(0.0, self._next - self.clock())
 
     def take(self, size: int) -> bool:
-        """Take so many bytes now; False where it is too early."""
+        """Take `size` bytes now; return False if it is too early."""
         with self._lock:
             now = self.clock()
             if now < self._next:
@@ -196,7 +197,7 @@ class Rate:
 
 
 class Fetcher:
-    """Worker threads over one queue, and the loop that hears the server."""
+    """Worker threads over one queue, and the loop that receives the server's requests."""
 
     def __init__(
         self,
@@ -217,7 +218,7 @@ class Fetcher:
         self.images = OpenImages(engine.cache, manifest.files)
         self.dropping: dict[int, int] = {}
         self.dropping_lock = threading.Lock()
-        # What was to be fetched although nobody waits for it, and could not be: tried again when the store may be back.
+        # Non-demand chunks that the store could not deliver; retried later.
         self.postponed: dict[tuple[int, int], int] = {}
         self.sending = threading.Lock()
         self.threads = config.fetch_threads or (_REMOTE_THREADS if engine.source.store.remote else _LOCAL_THREADS)
@@ -226,12 +227,12 @@ class Fetcher:
         self.repeats = Repeats(log)
 
     def run(self) -> None:
-        """Serve until the server closes the channel or says stop."""
+        """Serve until the server closes the channel."""
         workers = [threading.Thread(target=self._work, args=(i,), daemon=True) for i in range(self.threads)]
         for worker in workers:
             worker.start()
         threading.Thread(target=self._report_forever, daemon=True).start()
-        # It may ask the store for a trace, and readers must not wait for that.
+        # Planning may read an access log from the store; requests must not wait for that.
         threading.Thread(target=self._guarded, args=(self._plan,), daemon=True).start()
         try:
             while True:
@@ -258,7 +259,7 @@ class Fetcher:
             self.queue.close()
 
     def _plan(self) -> None:
-        """The recorded trace first, in its order; then everything else, at the bounded rate. What a trace names is pinned."""
+        """Queue the recorded access log in its order, then the remaining chunks in the background. Pin the files that the log names."""
         files = self.manifest.files
         absent = [i for i, f in enumerate(files) if f.path not in self.engine.origins]
         wanted = set(absent)
@@ -277,7 +278,7 @@ class Fetcher:
                     self.queue.put((file, chunk), wire.COMPLETE)
 
     def _known_trace(self) -> list[tuple[int, int]]:
-        """This host's recording, else the one that another host left in a remote store."""
+        """Return this host's access log, else the one that another host shared in a remote store."""
         local = Trace(Path(self.config.home) / "traces" / f"{self.config.manifest}.json", record="never").known
         store = self.engine.source.store
         if local or not (store.remote and self.config.prefetch) or self.manifest.kind == "source":
@@ -294,7 +295,7 @@ class Fetcher:
             return []
 
     def publish_trace(self) -> None:
-        """Leave this host's recording in a remote store that had none, for other hosts' first starts."""
+        """Upload this host's access log to a remote store that had none, for the first start on other hosts."""
         store = self.engine.source.store
         path = Path(self.config.home) / "traces" / f"{self.config.manifest}.json"
         if not store.remote or self.manifest.kind == "source" or self.trace_was_shared or not path.exists():
@@ -302,15 +303,15 @@ class Fetcher:
         try:
             store.put(shared_key(self.config.manifest), path.read_bytes())
         except LazyfsError as error:
-            # A read-only store is no fault of the mount's.
+            # A read-only store is not an error of the mount.
             log.info("the trace was not shared: %s", error)
 
     def drop(self, index: int) -> None:
-        """Let go of a file's image and remove it, once nothing fills or flushes it; not if somebody has it open."""
+        """Close a file's cache file and remove it, once no worker fills or fsyncs it; not if another process has it open."""
         for key in self.queue.forget(index):
             slot = self.slots.pop(key, -1)
             if slot >= 0:
-                # Begun never, so that whoever has come to wait for the chunk asks again.
+                # The fetch never began: waiters repeat their request.
                 self._send(wire.FAILED, *key, errno.ECANCELED, slot)
         for key in [key for key in self.postponed if key[0] == index]:
             self.postponed.pop(key, None)
@@ -337,8 +338,8 @@ class Fetcher:
             time.sleep(_DROP_PAUSE_S)
 
     def _try_to_drop(self, index: int) -> bool:
-        """Whether the file is dropped, or is not to be tried any more."""
-        # However long a flush takes on a busy disk: only what others hold counts as a try.
+        """Return whether the file is dropped, or no further attempt is due."""
+        # Count only attempts that other processes block: an fsync on a busy disk may take any time.
         if self.queue.taken(index) or not self.images.close(index):
             return False
         file = self.manifest.files[index]
@@ -356,7 +357,7 @@ class Fetcher:
         return not self.dropping[index]
 
     def _guarded(self, step: Callable[[], None]) -> None:
-        """Take a step of a thread that must outlive what goes wrong in it."""
+        """Run a step of a thread that must survive an exception in it."""
         try:
             step()
         except Exception:
@@ -366,13 +367,13 @@ class Fetcher:
         def worst() -> int:
             if number >= self.window.width:
                 return wire.DEMAND
-            # One thread never takes what is not urgent, so that a reader does not wait behind the background.
+            # Worker 0 never takes background chunks, so that a reader does not wait behind them.
             if (number == 0 and self.threads > 1) or self.background.wait_s() > 0:
                 return wire.AHEAD
             return wire.SEAL
 
         while not self.queue.closed:
-            # No worker sleeps out the bound on the background: a reader would miss it.
+            # A worker must not sleep until the rate limit allows more: readers would wait for it.
             taken = self.queue.get(worst, _IDLE_TICK_S, self.background.wait_s)
             if taken is None:
                 continue
@@ -388,7 +389,7 @@ class Fetcher:
             return
         size = self.manifest.files[file].chunks[chunk].length
         if urgency == wire.COMPLETE and not self.background.take(size):
-            # Another worker took the turn.
+            # Another worker took the allowance.
             self.queue.put((file, chunk), urgency)
             return
         self._answer(file, chunk, urgency)
@@ -418,7 +419,7 @@ class Fetcher:
             time.sleep(1.0)
 
     def _again(self) -> None:
-        """Queue once more what the store could not give."""
+        """Queue the postponed chunks again."""
         for key in list(self.postponed):
             self.queue.put(key, self.postponed.pop(key))
 
@@ -447,21 +448,21 @@ class Fetcher:
                 self.postponed[file, chunk] = urgency
             self._send(wire.FAILED, file, chunk, to_errno(error), slot, began)
         except Exception as error:
-            # Whatever it is, a reader waits for an answer, and others for this worker.
+            # Answer after any exception: a reader waits for it, and the worker must go on.
             log.exception("%s chunk %d failed", self.manifest.files[file].path, chunk)
             self._send(wire.FAILED, file, chunk, to_errno(error), slot, began)
 
     def _seal(self, file: int) -> None:
         if not self.engine.cache.folder(self.manifest.files[file]).exists():
-            # Dropped since; it would be made again.
+            # Dropped since; opening would create it again.
             return
         with self.images.use(file) as image:
-            # It may have been dropped and begun again, and an image that is not whole must not pass for flushed.
+            # It may have been dropped and started again; an incomplete cache file must not count as fsynced.
             if image.complete() and not image.sealed():
                 try:
                     image.seal()
                 except OSError as error:
-                    # Unsealed means proven again after a power cut, which is right for a disk that fails to flush.
+                    # An unsealed file is verified again after a power cut, which suits a disk that fails to fsync.
                     log.warning("cannot flush the image of %s: %s", image.file.path, error)
         self.images.close(file)
 
@@ -474,7 +475,7 @@ class Fetcher:
 
 
 def build(config: MountConfig, manifest: Manifest) -> ChunkFetcher:
-    """The fetching engine of a mount: its cache, its store, and the originals on this disk."""
+    """Build the fetch engine of a mount: its cache, its store, and the originals on this disk."""
     cache = Cache(Path(config.cache_dir), config.cache_limit or None)
     known = origins_of(config, manifest)
     if manifest.kind == "source":
@@ -486,7 +487,7 @@ def build(config: MountConfig, manifest: Manifest) -> ChunkFetcher:
 
 
 def main() -> None:
-    """`python -m lazyfs.fetch.worker CHANNEL-FD MEMORY-FD CONFIG-FD`; the server starts it."""
+    """Run `python -m lazyfs.fetch.worker CHANNEL-FD MEMORY-FD CONFIG-FD`; the server starts it."""
     from lazyfs.logs import configure
     from lazyfs.mount.manifest_source import load_manifest
 
@@ -497,7 +498,7 @@ def main() -> None:
     raise_descriptor_limit()
     manifest = load_manifest(config)
     Fetcher(config, manifest, build(config, manifest), channel, memory).run()
-    # Worker threads may sit in a network read with a limit; nothing they hold needs tidying.
+    # Worker threads may be in a network read with a limit; they hold nothing that needs cleanup.
     os._exit(0)
 
 

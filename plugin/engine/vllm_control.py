@@ -74,7 +74,7 @@ async def _serve(scope, receive, send):
         more = message.get("more_body", False)
     try:
         answer, status = {"result": await call(scope["app"].state.engine_client, json.loads(body))}, 200
-    except Exception as error:  # noqa: BLE001 - whatever the engine raises is the launcher's to report
+    except Exception as error:  # noqa: BLE001 - the launcher reports whatever the engine raises
         answer, status = {"error": f"{type(error).__name__}: {error}"}, 500
     data = json.dumps(answer, default=str).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(data)).encode())]

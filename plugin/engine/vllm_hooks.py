@@ -30,7 +30,7 @@ def _name_weights(self):
     model = getattr(self, "worker", self).model_runner.get_model()
     try:
         spans, tensors = packed.weights(model)
-    except Exception as error:  # noqa: BLE001 - another vLLM's layers may hold anything; not to know where costs a restore time, no more
+    except Exception as error:  # noqa: BLE001 - other vLLM versions' layers may hold anything; without areas a restore is only slower
         sys.stderr.write(f"quickthaw: packed weights were not looked for: {error!r}\n")
         spans, tensors = [], []
     tensors += [parameter.data for parameter in model.parameters()]

@@ -155,7 +155,7 @@ class Launch:
         self._count(len(self.replicas) if together else 1)
         with contextlib.ExitStack() as turn:
             if together:
-                # The first replica goes first: the pre-started helper processes serve it.
+                # The first replica acquires a slot first: it uses the pre-started helper processes.
                 turn.enter_context(self._turns.turn(first.tracker))
                 self._start_in_threads(others, first_done.wait)
             try:
@@ -341,7 +341,7 @@ class Launch:
         )
         if behaviour.access_log:
             logging.getLogger("quickthaw.proxy").setLevel(logging.INFO)
-        # After the first sandbox's init has started with the old limit; both engines raise their own.
+        # Raised only now: the first sandbox's init has started with the old limit, and both engines raise their own.
         raise_files()
         self._server = ProxyServer(pool, behaviour)
         await self._server.start(self.sock, own_sock=self.own_sock)

@@ -80,7 +80,8 @@ class Following:
     def _follow(self, library: Library, snapshot: Snapshot, pages: PageServer, recording: bool) -> None:
         """Follow one restore to its last page. The background pages wait for the first token, so as not to compete with it."""
         known = library.working_set(snapshot.name)
-        # Recording works page by page, so the first answer takes seconds; include it in the working set all the same.
+        # While the working set is recorded page by page, the first answer takes seconds: wait longer, so that it counts
+        # in the first part.
         self._wait_served(1, FIRST_ANSWER_WAIT_S * (10 if recording else 1))
         early = pages.stats()
         log.debug("pages at the first token: %s", early)

@@ -184,7 +184,7 @@ class Replica:
                     self._restore(name, lazy)
                 return True
             except (CheckpointError, LauncherError) as failure:
-                # If pages were lost, that caused any later error; it is not the snapshot's fault.
+                # Lost pages cause any error that follows them, so do not blame the snapshot.
                 error = Failed("pages-lost", self.lost) if self.lost else failure
                 if self._stopped:
                     self._clear()

@@ -73,7 +73,7 @@ def wanted(replica: StartContext) -> bool:
         return True
     refused = replica.refused
     if refused is None or refused.code in PASSING:
-        # A snapshot that exists but was not restored here is for other launches to validate.
+        # Keep an existing snapshot that this launch did not restore, or could not for a passing reason.
         return False
     if settings.name and refused.code not in STALE:
         log.info("snapshot %s is another launch's or host's and is left alone; give another --name, or remove it", name)
@@ -92,7 +92,7 @@ def begin_trial(replica: StartContext) -> Trial | None:
 
 
 def works(replica: StartContext, trial: Trial | None) -> bool:
-    """Return True if the trial showed that this host can restore a snapshot; log the reason otherwise. Raises HostLacks with `--strict`."""
+    """Return True unless the trial failed; log the reason of a failure. Raises HostLacks (layer-off) on a failure with `--strict`."""
     why = trial.wait() if trial else None
     if why is None:
         return True

@@ -29,7 +29,7 @@ _LINGER_S = 2.0
 _LINGER_BYTES = 16 << 20
 _WATCH_S = 0.05
 _GONE = select.POLLRDHUP | select.POLLHUP | select.POLLERR | select.POLLNVAL
-# Parsed first by a fresh parser, so that the body of a request whose upgrade was ignored is parsed as a body.
+# A fresh parser that is fed this head parses what follows as a body, for a request whose upgrade was ignored.
 _SYNTHETIC = b"POST / HTTP/1.1\r\nhost: x\r\n%b\r\n\r\n"
 
 

@@ -517,7 +517,7 @@ class ReplicaPool:
             return
         except TimeoutError:
             failure = StartFailed("wake-timeout", f"the wake was not done after {self._wake_limit_s:.0f} s")
-        except Exception as exc:  # noqa: BLE001 - an owner's hook may raise anything; it is answered by code
+        except Exception as exc:  # noqa: BLE001 - an owner's hook may raise anything; waiting requests get its code
             failure = coded(exc)
         finally:
             self._wake_task = None

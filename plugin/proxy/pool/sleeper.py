@@ -159,7 +159,7 @@ class Sleeper:
             self.pause.succeeded()
         except TimeoutError:
             failure = StartFailed("sleep-timeout", f"the sleep was not done after {self.limit_s:.0f} s")
-        except Exception as exc:  # noqa: BLE001 - an owner's hook may raise anything; it is logged by code
+        except Exception as exc:  # noqa: BLE001 - an owner's hook may raise anything; its code is logged
             failure = start_failed(exc)
         finally:
             for replica in self.pool.replicas.values():

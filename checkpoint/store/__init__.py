@@ -1,2 +1,1 @@
-"""Snapshots in a remote store: as chunks (`archive`), there (`upload`), back (`download`), and restored while they arrive
-(`remote_restore`)."""
+"""Snapshots in a remote store: pack into chunks (`archive`), `upload`, `download`, and restore during a download (`remote_restore`)."""

@@ -1,16 +1,18 @@
-"""Archives: snapshots as content-addressed chunks in any store of lazyfs, beside the weights.
+"""Archives: snapshots as content-addressed chunks in any lazyfs store, beside the weights.
 
-    push(folder, chunks)          → an archive, under the snapshot's name, that a mount can show lazily as well
-    pull("name", chunks, folder)  → the snapshot again, byte for byte
+    push(folder, chunks)          → an archive, under the snapshot's name, that a mount can also show lazily
+    pull("name", chunks, folder)  → the same snapshot again, byte for byte
 
-An archive is a lazyfs manifest of kind `snapshot`: the folder's files, cut so that what is equal is stored once
-(checkpoint.store.chunking),
-compressed, each chunk named by the BLAKE3 of its plain bytes. What a pull writes has been compared with that name before. The
-manifest of the snapshot is checked before anything else is fetched: its signature, whether the archive holds what it names and nothing
-else (checkpoint.snapshot.entries), and what the caller asks of it (`accept`). The finished snapshot is compared with that same manifest
-before it
-gets its name. A push or a pull that was interrupted goes on where it stopped: chunks that are there are not sent again, and what a
-partial folder holds is hashed, not believed.
+An archive is a lazyfs manifest of kind `snapshot`. It holds the folder's files, split so that equal data is stored
+once (checkpoint.store.chunking), and compressed. Each chunk is named by the BLAKE3 of its plain bytes, and a pull
+checks the name before it writes the chunk.
+
+The snapshot's manifest is checked before anything else is fetched: its signature, whether the archive holds exactly
+the files that it names (checkpoint.snapshot.entries), and the caller's conditions (`accept`). The finished snapshot
+is compared with that same manifest before it gets its name.
+
+An interrupted push or pull can be continued: existing chunks are not sent again, and the contents of a partial
+folder are hashed before they are used.
 """
 
 from __future__ import annotations
@@ -43,21 +45,22 @@ if TYPE_CHECKING:
 
 KIND = "snapshot"
 LEVEL_LOCAL, LEVEL_REMOTE = 1, 3
-"""zstd levels. Measured on vLLM's and SGLang's images: unpacking runs at 0.7 to 1.1 GB/s per core whatever the level; level 1 packs 490
-MB/s to 39 %, level 3 240 MB/s to 37 %, level 9 60 MB/s to 35 %. Over a link, size is time at every restore; on a disk, it is not."""
+"""zstd compression levels. Measured on images of vLLM and SGLang: decompression runs at 0.7 to 1.1 GB/s per core at any
+level; level 1 compresses 490 MB/s to 39 %, level 3 240 MB/s to 37 %, level 9 60 MB/s to 35 %. Over a link, size
+costs time at every restore; on a disk it does not."""
 
 
 _READ_FIRST = {manifests.FILE_NAME: 64 << 20, signatures.FILE_NAME: 64 << 10, layouts.INDEX: 64 << 20}
-"""Files of an archive that are read into memory before anything else, and how many bytes each may have."""
+"""Files of an archive that are read into memory first, with the maximum size in bytes of each."""
 
 
 _ATTEMPTS = 20
-"""How often a sweep may remove the folder of a pull before it is locked."""
+"""How often locking is retried when a sweep removes the pull's folder first."""
 
 
 @dataclass(frozen=True)
 class Pulled:
-    """What a pull did. Bytes: `size` of all files; `kept` found from an earlier attempt; `fetched` plain bytes read from the store."""
+    """Result of a pull. Bytes: `size` of all files; `kept` from an earlier attempt; `fetched` plain bytes read from the store."""
 
     digest: str
     files: int
@@ -67,9 +70,9 @@ class Pulled:
 
 
 def open_chunks(url: str, level: int | None = None) -> ChunkStore:
-    """The chunk store at a URL with the compression level for it: `level`, or one chosen by whether the store is remote.
+    """Open the chunk store at a URL. The compression level is `level`, or depends on whether the store is remote.
 
-    Raises Failed for a URL that cannot be used.
+    Raises Failed for an unusable URL.
     """
     from lazyfs.content.chunk_store import ChunkStore
     from lazyfs.stores import open_store
@@ -91,13 +94,12 @@ def push(
     kind: str = KIND,
     sign: Callable[[bytes], bytes] | None = None,
 ) -> Pushed:
-    """Store a snapshot folder under `name` (default: the folder's). The name is set last: a reader sees a whole archive or none.
+    """Store a snapshot folder under `name` (default: the folder's). The name is set last, so a reader sees a whole archive or none.
 
-    A snapshot whose working set is known is stored by it (checkpoint.store.layout). `sign`: sign the archive as a whole too, so that
-    whoever
-    asks for a signature need not have all of it before a process may use a part.
+    A snapshot with a known working set is stored in the order of need (checkpoint.store.layout). `sign` also signs
+    the archive as a whole; then hosts that require signatures can use parts of it before all of it is fetched.
 
-    Raises Integrity when a file changes meanwhile or an image is damaged, Failed when the store or the disk does.
+    Raises Integrity when a file changes meanwhile or an image is damaged, Failed when the store or the disk fails.
     """
     from checkpoint.store.chunking import CHUNK, plan
 
@@ -133,19 +135,19 @@ def push(
 
 
 def signature_key(digest: str) -> str:
-    """Where the signature of an archive lies in its store."""
+    """Return the key of an archive's signature in its store."""
     return f"manifests/{digest}.sig"
 
 
 def signed_words(digest: str) -> bytes:
-    """What an archive's signature is made over (checkpoint.snapshot.signatures puts its own prefix before it)."""
+    """Return the bytes that an archive's signature signs (checkpoint.snapshot.signatures prepends its own prefix)."""
     return f"archive {digest}".encode()
 
 
 def signed_as_a_whole(digest: str, chunks: ChunkStore, trust_keys: Sequence[Path]) -> bool:
-    """Whether an archive has a signature of its own by one of the keys; False where it has none.
+    """Return whether an archive has its own signature by one of the keys; False if it has no signature.
 
-    Raises Integrity where it has one by somebody else, or of another archive.
+    Raises Integrity if the signature is by another key or for another archive.
     """
     from lazyfs.errors import NotFound as Missing
 
@@ -160,7 +162,7 @@ def signed_as_a_whole(digest: str, chunks: ChunkStore, trust_keys: Sequence[Path
 def _push_by_layout(
     job: Push, folder: Path, listing: Listing, layout: layouts.Layout, lengths: dict[str, list[int]]
 ) -> dict[str, int]:
-    """The files of the archive, what is needed first before the others; their modes."""
+    """Store the archive's files, those needed first before the others. Return their modes."""
     modes = {layouts.INDEX: 0o600, layouts.BYTES: 0o600}
     sizes = {path: size for path, size, _ in listing.files}
     job.made(layouts.INDEX, layout.encode())
@@ -187,7 +189,7 @@ def _push_by_layout(
 
 
 def _list(folder: Path, wanted: Callable[[str], bool]) -> Listing:
-    """Everything `wanted`, but sockets and pipes, which carry nothing."""
+    """List every entry that `wanted` accepts, except sockets and pipes, which hold no data."""
     found = Listing()
 
     def visit(below: str) -> None:
@@ -222,14 +224,14 @@ def pull(
     progress: Callable[[Progress], None] | None = None,
     trust_keys: Sequence[Path] = (),
 ) -> Pulled:
-    """Fetch the archive `name` (or a manifest's digest) and make it the snapshot folder `folder`, which must not exist.
+    """Fetch the archive `name` (or a manifest's digest) into the new snapshot folder `folder`.
 
-    `accept` is given the snapshot's manifest and its signature file (None when there is none) before anything else is fetched; what
-    it raises ends the pull. `trust_keys`: ask for a signature (see Opened.of). A pull that fails keeps what it has in a hidden folder
-    beside, for the next attempt.
+    `accept` receives the snapshot's manifest and its signature file (None if there is none) before anything else is
+    fetched; an exception it raises ends the pull. `trust_keys` requires a signature (see Opened.of). A failed pull
+    keeps its data in a hidden folder for the next attempt.
 
-    Raises NotFound, Busy (another process pulls it), Integrity (a chunk or the whole is not what it should be), Failed (the store, or
-    the disk is full).
+    Raises NotFound, Busy (another process pulls it), Integrity (a chunk or the whole is wrong), Failed (the folder
+    exists, the store fails, or the disk is full).
     """
     if folder.exists():
         raise Failed(
@@ -259,11 +261,11 @@ def pull(
 
 @dataclass(frozen=True)
 class Opened:
-    """A snapshot's archive of which the manifests are here and nothing else, checked against each other.
+    """A snapshot's archive of which only the manifests were fetched and checked against each other.
 
-    `document`, `signature`: the snapshot's own manifest and its signature file. `files`: what the document says of each file. `links`:
-    further names of files. `vouched`: whether a trusted signature covers the archive as a whole, and so also what is not in `files`.
-    `leave_out`: files that nobody vouches for, though a signature was asked for.
+    `document`, `signature`: the snapshot's own manifest and its signature file. `files`: the manifest's entry for
+    each file. `links`: further names of files. `vouched`: whether a trusted signature covers the archive as a whole,
+    including what is not in `files`. `leave_out`: files that no signature covers, although one was required.
     """
 
     digest: str
@@ -279,14 +281,13 @@ class Opened:
 
     @classmethod
     def of(cls, name: str, chunks: ChunkStore, trust_keys: Sequence[Path] = ()) -> Opened:
-        """Read the manifests and the layout, and refuse an archive that holds anything but what the snapshot's manifest names.
+        """Read the manifests and the layout; reject an archive unless it holds exactly what the snapshot's manifest names.
 
-        With `trust_keys` one of them must have signed that manifest. The archive's own signature (`push --sign-key`) covers the working
-        set as well; without it the working set is left out, and the first restore records it anew.
-
-        Raises NotFound, Integrity, and what the store raises.
+        With `trust_keys`, one of them must have signed that manifest. The archive's own signature (`push
+        --sign-key`) also covers the working set; without it the working set is skipped, and the first restore
+        records it anew. Raises NotFound, Integrity, and the store's errors.
         """
-        # A name that cannot be a digest or a tag is looked up once only: over a link, each look costs a restore a round trip.
+        # Look a name up only once if it cannot be a digest or a tag: each look-up costs a restore a round trip.
         digest = chunks.resolve(name) if "-" not in name else chunks.get_ref("snapshots", name)
         archive = chunks.get_manifest(digest)
         by_path = {file.path: file for file in archive.files}
@@ -314,12 +315,12 @@ class Opened:
         return cls(digest, archive, layout, document, signature, links, named.name, named.files, vouched, leave_out)
 
     def check_name(self, name: str) -> None:
-        """Raise Integrity (manifest-misplaced) where this is not the snapshot `name`."""
+        """Raise Integrity (manifest-misplaced) unless this is the snapshot `name`."""
         if self.name != name:
             raise Integrity("manifest-misplaced", f"the archive holds the snapshot {self.name}, not {name}")
 
     def prepare(self, partial: Path) -> None:
-        """Folders, no foreign entries, and room on the disk."""
+        """Create the folders, remove foreign entries, and check for free disk space."""
         archive, layout = self.archive, self.layout
         files = {layout.target(f.path) if layout else f.path for f in archive.files} | set(
             layout.small if layout else ()
@@ -330,7 +331,7 @@ class Opened:
         _check_room(partial, archive)
 
     def link(self, partial: Path) -> None:
-        """Further names, symbolic links, and the folders' modes: after the files are there."""
+        """Create further names, symbolic links and the folders' modes, once the files exist."""
         for path, original in self.links.items():
             (partial / path).unlink(missing_ok=True)
             (partial / path).hardlink_to(partial / original)
@@ -343,8 +344,8 @@ class Opened:
             (partial / directory.path).chmod(directory.mode & 0o777)
 
     def check(self, partial: Path) -> None:
-        """Compare the finished folder with the manifest that was checked before, in full; this also spares the first restore from
-        hashing again. Raises Integrity."""
+        """Verify the finished folder in full against the manifest checked before; the first restore need not hash
+        again. Raises Integrity."""
         for path, judged in ((manifests.FILE_NAME, self.document), (signatures.FILE_NAME, self.signature)):
             file = partial / path
             if (file.read_bytes() if os.path.lexists(file) else None) != judged:
@@ -356,14 +357,15 @@ class Opened:
 
 @contextlib.contextmanager
 def partial_folder(folder: Path) -> Iterator[tuple[Path, int]]:
-    """The hidden folder that a pull fills, and the descriptor that keeps it locked; it stays when the pull fails."""
+    """Yield the hidden folder that a pull fills, and the descriptor that keeps it locked. It is kept after Failed (but
+    not disk-full) and Busy."""
     partial = folder.with_name(f".pull-{folder.name}")
     lock = _lock_partial(partial, folder.name)
     try:
         with translated(f"cannot pull {folder.name}"):
             yield partial, lock
     except CheckpointError as error:
-        # Trying again continues where the store or the link failed; nothing else is worth keeping.
+        # Another attempt can continue after a failure of the store or the link; after other errors, remove the folder.
         if not isinstance(error, Failed | Busy) or error.code == "disk-full":
             shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -372,7 +374,7 @@ def partial_folder(folder: Path) -> Iterator[tuple[Path, int]]:
 
 
 def _lock_partial(partial: Path, name: str) -> int:
-    """Make the folder that a pull fills where it is not there yet, and lock it. Raises Busy, Failed."""
+    """Create the folder that a pull fills, if necessary, and lock it. Raises Busy, Failed."""
     for _ in range(_ATTEMPTS):
         try:
             partial.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -390,7 +392,7 @@ def _lock_partial(partial: Path, name: str) -> int:
 
 
 def discard(folder: Path) -> None:
-    """Remove what an interrupted pull of `folder` left, if anything. Raises Busy while it is running."""
+    """Remove the leftovers of an interrupted pull of `folder`. Raises Busy while it is running."""
     if folder.with_name(f".pull-{folder.name}").exists():
         with partial_folder(folder) as (partial, _):
             shutil.rmtree(partial, ignore_errors=True)
@@ -401,7 +403,7 @@ def _clear_foreign(partial: Path, wanted: set[str]) -> None:
         for name in (*files, *folders):
             path = Path(below, name)
             if str(path.relative_to(partial)) not in wanted or path.is_symlink():
-                # Of another version of this archive; links are made anew at the end.
+                # Entries of another version of this archive. Links are created again at the end.
                 path.unlink() if path.is_symlink() or not path.is_dir() else shutil.rmtree(path)
 
 
@@ -420,13 +422,13 @@ def _check_room(partial: Path, archive: Manifest) -> None:
 
 
 def content(file: File, chunks: ChunkStore) -> bytes:
-    """The bytes of a file of an archive. Raises what the store raises."""
+    """Return the bytes of a file of an archive. Raises the store's errors."""
     return b"".join(get(chunks, chunk) for chunk in file.chunks)
 
 
 def put_in_place(partial: Path, folder: Path, lock: int) -> None:
-    """Give a finished folder its name. Raises Failed (snapshot-exists)."""
-    # From now on as whoever restores from it holds it: what waits for the name must not find it locked.
+    """Rename a finished folder to its name. Raises Failed (snapshot-exists)."""
+    # Downgrade to the shared lock of a restore, so that processes waiting for the name find it usable.
     fcntl.flock(lock, fcntl.LOCK_SH)
     try:
         partial.rename(folder)

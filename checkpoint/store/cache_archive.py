@@ -1,10 +1,10 @@
-"""Archives of compiled code (torch.compile's, Triton's, FlashInfer's), of use by themselves where no restore is possible.
+"""Archives of compiled code (torch.compile, Triton, FlashInfer), useful on their own where no restore is possible.
 
     push_cache(folder, chunks, name)   → an archive of a compile cache
-    pull_cache(name, chunks, folder)   → its files in a folder, where they are not there yet
+    pull_cache(name, chunks, folder)   → its files in a folder, except those that exist already
 
-Modification times travel in the archive's `meta`, to the nanosecond: ninja, which builds FlashInfer's kernels and PyTorch's extensions,
-compares them with each other and with its log, and builds everything again where they differ.
+The archive's `meta` holds modification times, to the nanosecond. ninja, which builds FlashInfer's kernels and
+PyTorch's extensions, compares them with each other and with its log, and rebuilds everything if they differ.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ _NINJA = "build.ninja"
 
 
 def push_cache(folder: Path, chunks: ChunkStore, name: str, sign: Callable[[bytes], bytes] | None = None) -> Pushed:
-    """Store a folder of compiled code under `name`; raises as `archive.push`."""
+    """Store a folder of compiled code under `name`. Raises the same errors as `archive.push`."""
     return archives.push(folder, chunks, name, kind=KIND, sign=sign)
 
 
 def pull_cache(name: str, chunks: ChunkStore, folder: Path, trust_keys: Sequence[Path] = ()) -> int:
-    """Put the files of a stored cache into `folder` where they are not there yet; how many.
+    """Write the files of a stored cache into `folder`, except those that exist already. Return how many were written.
 
-    Each file appears whole or not at all, so an engine may be using the folder. A folder that ninja builds in is taken as a whole, or not
-    at all where there is one already: a log of another build would make it believe files that it has not made. With `trust_keys` one of
-    them must have signed the archive.
+    Each file is written atomically, so an engine may be using the folder. A ninja build folder is written as a
+    whole, and only if none is there: with another build's log, ninja would trust files that it did not make. With
+    `trust_keys`, one of them must have signed the archive.
 
     Raises NotFound, Integrity or Failed.
     """
@@ -58,7 +58,7 @@ def pull_cache(name: str, chunks: ChunkStore, folder: Path, trust_keys: Sequence
                 f"{name} in {chunks.store.url} is not signed, and a signature is asked for (--trust-key)",
             )
         if archive.meta.get("snapshot") != name:
-            # Engine, compilers and processor are in the name: one under another name is for another host.
+            # The name contains engine, compilers and CPU, so an archive with another name is for another host.
             raise Integrity("compile-cache-misplaced", f"{name} in {chunks.store.url} is another host's archive")
         mtimes = _mtimes(archive)
         _check_symlinks(archive)
@@ -88,7 +88,7 @@ def pull_cache(name: str, chunks: ChunkStore, folder: Path, trust_keys: Sequence
 
 
 def _mtimes(archive: Manifest) -> dict[str, int]:
-    """Modification times in ns since the epoch, by path; none in archives of before."""
+    """Return modification times in ns since the epoch, by path. Older archives have none."""
     try:
         return msgspec.json.decode(archive.meta.get(MTIMES, "{}"), type=dict[str, int])
     except msgspec.MsgspecError as error:
@@ -96,7 +96,7 @@ def _mtimes(archive: Manifest) -> dict[str, int]:
 
 
 def _check_symlinks(archive: Manifest) -> None:
-    """Refuse links that lead out of the cache: what is pulled next would be written through them."""
+    """Reject links that lead out of the cache: later pulls would write through them."""
     for link in archive.symlinks:
         place = posixpath.normpath(posixpath.join(posixpath.dirname(link.path), link.target))
         if link.target.startswith("/") or place == ".." or place.startswith("../"):
@@ -104,6 +104,6 @@ def _check_symlinks(archive: Manifest) -> None:
 
 
 def _build_folders(archive: Manifest, folder: Path) -> set[str]:
-    """Folders in which ninja builds and that hold something here already."""
+    """Return ninja build folders of the archive that already have contents here."""
     built = {posixpath.dirname(file.path) for file in archive.files if posixpath.basename(file.path) == _NINJA}
     return {path for path in built if path and (folder / path).is_dir() and any((folder / path).iterdir())}

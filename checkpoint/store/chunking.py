@@ -1,11 +1,12 @@
-"""Where the page files of a snapshot are cut into chunks, so that equal pages become equal chunks and are stored once.
+"""Choose the chunk boundaries in a snapshot's page files so that equal pages become equal chunks, which are stored once.
 
-Chunks are named by their content. A stretch of pages that is a copy of an earlier one (the same library data in two processes of a
-tree, say) can share its chunks only when both are cut at the same places. So every page is hashed, copies of at least MIN_RUN pages are
-found, and the copy and its original are cut alike. Stretches of zeros become chunks of their own, which are not even fetched, and
-large mappings begin a chunk, so that a mapping two snapshots have in common (weights) is common to their archives.
+Chunks are named by their content. A run of pages that copies an earlier run (for example the same library data in
+two processes) can share its chunks only if both have the same boundaries. So every page is hashed, copies of at
+least MIN_RUN pages are found, and a copy gets the same boundaries as its original. Runs of zeros become separate
+chunks, which are never fetched. Large mappings begin a chunk, so that snapshots with a common mapping (weights)
+share its chunks.
 
-The hashes (XXH3, 64 bits) only choose borders; whether chunks are equal is decided by their BLAKE3 digests.
+The hashes (XXH3, 64 bits) only choose boundaries; BLAKE3 digests decide whether chunks are equal.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from checkpoint.errors import Integrity
 
 PAGE = 4096
 MIN_RUN = 8
-"""Pages. Measured on vLLM and SGLang: 98 % of SGLang's 185 MB of copies lie in runs this long; shorter ones cost a request each."""
+"""Minimum run in pages. On vLLM and SGLang, 98 % of SGLang's 185 MB of copies are in runs this long; shorter runs cost a request each."""
 CHUNK = 8 << 20
-"""The longest chunk in bytes; lazyfs' own."""
+"""Maximum chunk size in bytes, the same as lazyfs' own."""
 MAPPING = 4 << 20
-"""A mapping with this many dumped bytes begins a chunk."""
+"""A mapping with at least this many dumped bytes begins a chunk."""
 _BLOCK = 4 << 20
 
 _Ints = npt.NDArray[np.int64]
@@ -35,7 +36,7 @@ _Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Found:
-    """Lengths of chunks by file name, in order; and bytes in runs of zeros, and in copies of earlier runs."""
+    """The chunk lengths by file name, in order, and the bytes in runs of zeros and in copies of earlier runs."""
 
     lengths: dict[str, list[int]]
     zero: int
@@ -43,10 +44,11 @@ class Found:
 
 
 def plan(images: Path, holes: Mapping[str, Sequence[tuple[int, int]]] = {}, longest: int = CHUNK) -> Found:
-    """Cut every `pages-N.img` of a folder. `holes`: bytes (start, end) by file that are stored elsewhere and equal nothing here.
-    `longest`: bytes of a chunk.
+    """Choose chunk boundaries for every `pages-N.img` of a folder.
 
-    Raises Integrity when an image cannot be read; a page file that no page map describes is cut evenly.
+    `holes`: byte ranges (start, end) by file that are stored elsewhere and count as unlike all others. `longest`:
+    maximum bytes of a chunk. Raises Integrity when an image cannot be read. A page file without a page map is split
+    evenly.
     """
     files = sorted((f for f in images.glob("pages-*.img")), key=lambda f: (len(f.name), f.name))
     if not files:
@@ -57,7 +59,7 @@ def plan(images: Path, holes: Mapping[str, Sequence[tuple[int, int]]] = {}, long
     joined = np.concatenate(hashes)
     for file, low in zip(files, bounds.tolist(), strict=False):
         for start, end in holes.get(file.name, ()):
-            # Unlike anything else, and unlike each other: no copies, and no runs of zeros with borders of their own.
+            # Make these pages unique, so that they form neither copies nor runs of zeros.
             joined[low + start // PAGE : low + end // PAGE] = (
                 np.arange(start // PAGE, end // PAGE, dtype=np.uint64) + low
             )
@@ -73,7 +75,7 @@ def plan(images: Path, holes: Mapping[str, Sequence[tuple[int, int]]] = {}, long
 
 
 def page_hashes(file: Path) -> npt.NDArray[np.uint64]:
-    """XXH3 of every whole page; a rest shorter than a page is left out."""
+    """Return the XXH3 of every whole page; a shorter remainder is skipped."""
     digest = xxhash.xxh3_64_intdigest
     block = bytearray(_BLOCK)
     view = memoryview(block)
@@ -88,7 +90,7 @@ def page_hashes(file: Path) -> npt.NDArray[np.uint64]:
 
 
 def _cuts(pages: npt.NDArray[np.uint64], ends: _Ints) -> tuple[_Ints, int, int]:
-    """Page numbers (over all files) at which a chunk must begin; pages in zero runs and in copies."""
+    """Return the page numbers (over all files) at which a chunk must begin, and the number of pages in zero runs and in copies."""
     count = len(pages)
     if not count:
         return np.empty(0, dtype=np.int64), 0, 0
@@ -97,7 +99,8 @@ def _cuts(pages: npt.NDArray[np.uint64], ends: _Ints) -> tuple[_Ints, int, int]:
     origin = first[inverse].astype(np.int64)
     is_zero = pages == np.uint64(xxhash.xxh3_64_intdigest(bytes(PAGE)))
     is_copy = (origin < here) & ~is_zero
-    # A run is a stretch at one distance from its original (0: an original, -1: zeros) that crosses no border of a file on either side.
+    # A run has a constant distance from its original (0: an original, -1: zeros) and crosses no file border on either
+    # side.
     distance = np.where(is_zero, -1, np.where(is_copy, here - origin, 0))
     file = np.searchsorted(ends, here, side="right")
     begins = np.ones(count, dtype=bool)
@@ -113,7 +116,8 @@ def _cuts(pages: npt.NDArray[np.uint64], ends: _Ints) -> tuple[_Ints, int, int]:
     originals = np.unique(
         np.concatenate([copy_starts - copy_distances, copy_starts - copy_distances + copy_lengths, *edges, ends])
     )
-    # Whatever cuts an original also cuts its copies. Originals are first occurrences, so no copy is the original of another.
+    # A boundary in an original also applies to its copies. Originals are first occurrences, so no copy is another
+    # copy's original.
     for start, length, distant in zip(
         copy_starts.tolist(), copy_lengths.tolist(), copy_distances.tolist(), strict=True
     ):
@@ -124,7 +128,7 @@ def _cuts(pages: npt.NDArray[np.uint64], ends: _Ints) -> tuple[_Ints, int, int]:
 
 
 def _mappings(images: Path, pages_file: str) -> list[int]:
-    """Page numbers within a page file at which the pages of a large mapping begin."""
+    """Return the page numbers within a page file at which the pages of large mappings begin."""
     pages_id = int(pages_file.removeprefix("pages-").removesuffix(".img"))
     for pagemap in images.glob("pagemap-*.img"):
         entries = messages(pagemap)
@@ -150,7 +154,7 @@ def _mappings(images: Path, pages_file: str) -> list[int]:
 
 
 def _split(cuts: list[int], pages: int, size: int, longest: int) -> list[int]:
-    """Lengths in bytes: no chunk is longer than `longest`, and equal stretches are split alike."""
+    """Return chunk lengths in bytes: none exceeds `longest`, and equal runs are split alike."""
     lengths: list[int] = []
     for low, high in zip([0, *cuts], [*cuts, pages], strict=True):
         left = (high - low) * PAGE

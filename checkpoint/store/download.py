@@ -1,15 +1,16 @@
-"""An archive's chunks arriving in a snapshot's folder, the most urgent first; each is verified before a byte of it can be read.
+"""Download an archive's chunks into a snapshot's folder, the most urgent first. Each is verified before any byte of it can be read.
 
     arrival = Arrival(chunks, archive, layout, folder)
-    arrival.begin()                    # workers fetch: what CRIU needs, the working set, …
+    arrival.begin()                    # workers fetch what CRIU needs, the working set, …
     arrival.wait(START)                # … until everything of that urgency is in place
-    arrival.wanted(path, offset, n)    # a process waits for these bytes: they come next
-    arrival.release(REST)              # and then everything, at a bounded rate
+    arrival.wanted(path, offset, n)    # a process waits for these bytes: fetch them next
+    arrival.release(REST)              # then fetch everything, at a limited rate
 
-A chunk is named by the BLAKE3 of its plain bytes and is compared with it after it was decompressed; one that differs is kept aside
-(quarantine), fetched once more, and then refused. What is in place is said, page by page, in a map shared with page servers
-(checkpoint.lazy_pages.residency). Chunks that the folder holds from an earlier attempt are hashed, not believed. A chunk that belongs to
-several places is fetched once. The first failure that outlasts its retries ends the arrival: `failure` says why, and who listens is told.
+A chunk is named by the BLAKE3 of its plain bytes, which is checked after decompression. A chunk that differs is
+quarantined and fetched once more, and a second mismatch is an error. The residency bitmap shared with page servers
+(checkpoint.lazy_pages.residency) marks the pages in place. Data left by an earlier attempt is hashed before it is
+used. A chunk with several places is fetched once. The first failure that outlasts its retries ends the download:
+`failure` holds it, and listeners are called.
 """
 
 from __future__ import annotations
@@ -39,24 +40,25 @@ if TYPE_CHECKING:
 log = logging.getLogger("quickthaw")
 
 WANTED, START, FIRST, LATER, EVERYTHING = range(5)
-"""Urgencies: a process waits for it; CRIU reads it; before the first token; soon after it; the rest."""
+"""Urgencies: a process waits for it; CRIU reads it; needed before the first token; needed soon after it; the rest."""
 WORKERS = 12
-"""Fetches at once while somebody waits: enough to fill a link of 1 Gbit/s over 20 ms, and few enough not to delay each other."""
+"""Concurrent fetches while a process waits: enough to fill a link of 1 Gbit/s over 20 ms, few enough not to delay each other."""
 WORKERS_REST = 4
 LIMIT_S = 30.0
-"""How long one chunk may take with all its retries: as long as a process may wait for a page."""
+"""Timeout of one chunk with all its retries, seconds: as long as a process may wait for a page."""
 _GRACE_S = 5.0
 PAGE = 4096
 _SMALL = 64 << 10
-"""Bytes. A chunk of the working set belongs into dozens of places; were the interpreter given away for each of these writes into the page
-cache, a worker would wait for it as often, among a dozen others: the link was less than half full."""
+"""Writes up to this many bytes keep the interpreter lock. A working-set chunk has dozens of places; if each small write
+to the page cache released the lock, a worker would wait for it each time among a dozen others, and the link was less
+than half full."""
 _pwrite = ctypes.PyDLL(None).pwrite
 _pwrite.restype = ctypes.c_ssize_t
 _pwrite.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int64]
 
 
 class _Job:
-    """One chunk and the places it belongs to, as (file of the archive, offset there)."""
+    """One chunk and its places, as (file of the archive, offset there)."""
 
     __slots__ = ("chunk", "done", "places", "taken", "urgency")
 
@@ -68,9 +70,10 @@ class _Job:
 
 
 class Arrival:
-    """See the module. `folder` holds every directory of the archive, and perhaps what an earlier attempt left.
+    """A running download (see the module's docstring). Thread-safe.
 
-    `rate`: bytes of plain content a second for what nobody waits for. Thread-safe.
+    `folder` holds every directory of the archive, and possibly data of an earlier attempt. `rate` limits background
+    fetches, in plain bytes per second; 0 means no limit.
     """
 
     def __init__(
@@ -103,7 +106,7 @@ class Arrival:
         """Files of the folder: size and mode."""
         self._listeners: list[Callable[[], None]] = []
         self._fds: dict[str, int] = {}
-        self._fresh: set[str] = set()  # files that held nothing before
+        self._fresh: set[str] = set()  # files that were empty before
         self._allowed = EVERYTHING
         self._closed = False
         self._presence_open = True
@@ -152,7 +155,7 @@ class Arrival:
     # The owner's side
 
     def begin(self, allowed: int = EVERYTHING, presence: Path | None = None) -> None:
-        """Make the files, and start fetching up to the urgency `allowed`. `presence`: where to keep the map of pages in place.
+        """Create the files, and start to fetch up to urgency `allowed`. `presence` is the path of the residency bitmap to create.
 
         Raises OSError, Integrity.
         """
@@ -171,12 +174,12 @@ class Arrival:
             thread.start()
 
     def listen(self, told: Callable[[], None]) -> None:
-        """Call `told` from a worker's thread whenever pages have come, and at the end."""
+        """Call `told` from a worker's thread whenever pages have arrived, and at the end."""
         with self._changed:
             self._listeners.append(told)
 
     def release(self, allowed: int, rate: float | None = None) -> None:
-        """Let the workers go on to what is less urgent."""
+        """Allow the workers to fetch less urgent chunks, too."""
         with self._changed:
             self._allowed = max(self._allowed, allowed)
             if rate is not None:
@@ -184,7 +187,7 @@ class Arrival:
             self._changed.notify_all()
 
     def wanted(self, path: str, offset: int, length: int) -> None:
-        """Bring these bytes of a page file before anything else."""
+        """Fetch these bytes of a page file before anything else."""
         assert self.layout is not None
         end = offset + length
         with self._changed:
@@ -200,13 +203,13 @@ class Arrival:
                 offset += following
 
     def in_place(self, urgency: int) -> bool:
-        """Whether everything that urgent has come."""
+        """Return whether everything of this or higher urgency is in place."""
         return not any(self._left[: urgency + 1])
 
     def wait(self, urgency: int, limit_s: float | None = None) -> None:
-        """Wait until everything that urgent is in place; every fetch has a limit of its own, so this ends.
+        """Wait until everything of this or higher urgency is in place. Ends, because every fetch has a timeout.
 
-        Raises what ended the arrival, or Failed (remote-slow) after `limit_s`.
+        Raises the error that ended the download, or Failed (remote-slow) after `limit_s`.
         """
         deadline = time.monotonic() + limit_s if limit_s is not None else None
         with self._changed:
@@ -218,7 +221,7 @@ class Arrival:
                 self._changed.wait(min(1.0, left))
 
     def wait_file(self, paths: Sequence[str]) -> str:
-        """Wait until one of these files is complete, and return it. Raises as `wait`."""
+        """Wait until one of these files is complete, and return it. Raises the same errors as `wait`."""
         with self._changed:
             while True:
                 for path in paths:
@@ -236,7 +239,7 @@ class Arrival:
             raise Failed("remote-stopped", f"fetching {self.name} was stopped")
 
     def close(self) -> None:
-        """Stop. Workers finish the chunk they are at; nothing is written after this returns."""
+        """Stop the download. Workers finish their current chunk; nothing is written after this returns."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -247,7 +250,7 @@ class Arrival:
         if any(thread.is_alive() for thread in others):
             log.warning("fetching %s: a worker does not end; its files stay open", self.name)
             return
-        with self._changed:  # the owner and the thread that sees it through may both close
+        with self._changed:  # both the owner and the thread in `Remote._run` may close
             fds, self._fds = self._fds, {}
             presence, self._presence_open = (self.presence if self._presence_open else None), False
         for fd in fds.values():
@@ -256,7 +259,7 @@ class Arrival:
             presence.close()
 
     def settle(self) -> None:
-        """Modes and contents to the disk, when everything has come. Raises OSError."""
+        """Set the modes and fsync the contents, once everything has arrived. Raises OSError."""
         for path, (_, mode) in self.files.items():
             with self._opened(path) as fd:
                 if stat.S_IMODE(os.fstat(fd).st_mode) != mode & 0o777:
@@ -264,17 +267,17 @@ class Arrival:
                 os.fdatasync(fd)
 
     def set_modes(self) -> None:
-        """The modes of the files, before all of it has come. Raises OSError."""
+        """Set the files' modes before everything has arrived. Raises OSError."""
         for path, (_, mode) in self.files.items():
             (self.folder / path).chmod(mode & 0o777)
 
     def has(self, path: str) -> bool:
-        """Whether a file is complete that is not a page file and not among the small ones."""
+        """Return whether a file is complete that is neither a page file nor a small file."""
         return all(self._jobs[chunk.digest].done for chunk in self._chunks.get(path, ()))
 
     @contextlib.contextmanager
     def _opened(self, path: str) -> Iterator[int]:
-        """A descriptor of a file; that of a page file stays open, since its chunks are many."""
+        """Yield a descriptor of a file. Page files stay open, because they have many chunks."""
         fd = self._fds.get(path)
         if fd is not None:
             yield fd
@@ -292,7 +295,7 @@ class Arrival:
     # The workers
 
     def _work(self, index: int) -> None:
-        # Every other worker looks for the working set first, so that neither waits for the other's round trips.
+        # Every other worker prefers the working set, so that neither kind waits for the other's round trips.
         order = (WANTED, START, FIRST, LATER, EVERYTHING) if index % 2 else (WANTED, FIRST, START, LATER, EVERYTHING)
         while (job := self._next(index, order)) is not None:
             try:
@@ -303,7 +306,7 @@ class Arrival:
                 return
             except Exception as error:
                 if self._closed:
-                    return  # its connection was closed under it
+                    return  # `close` closed its connection
                 log.exception("fetching %s", self.name)
                 self._end(Failed("remote-failed", f"fetching {self.name}: {error}"))
                 return
@@ -318,7 +321,7 @@ class Arrival:
             self._say(listeners, said)
 
     def _say(self, listeners: Sequence[Callable[[], None]], said: Progress | None = None) -> None:
-        """Call who listens. A callback that fails is logged: this worker goes on, since others wait for what it brings."""
+        """Call the listeners. Log exceptions: this worker must continue, because processes wait for its chunks."""
         try:
             for told in listeners:
                 told()
@@ -467,7 +470,7 @@ class Arrival:
             for old in sorted(self.quarantine.iterdir(), key=lambda p: p.name.rpartition(".")[2])[:-keep]:
                 old.unlink(missing_ok=True)
         except OSError:
-            return None  # what it was is of use to somebody who looks, and to nobody else
+            return None  # the copy only serves for inspection
         return path
 
 

@@ -1,16 +1,17 @@
-"""The order in which an archive holds a snapshot whose working set is known: what is needed first lies together, in chunks of its own.
+"""The order of an archive whose snapshot's working set is known: data needed first lies together, in its own chunks.
 
 Such an archive has three kinds of files:
 
-    first.index            which pieces of which files `first.bytes` is made of, in order
-    first.bytes            small files and the pages that CRIU itself puts in place; then the working set up to the first token, in the
-                           order of need; then what the next requests need
-    images/pages-N.rest    pages-N.img with zeros where its pages lie in `first.bytes` (zeros cost nothing, compressed)
+    first.index            which extents of which files `first.bytes` consists of, in order
+    first.bytes            small files and the pages that CRIU itself copies; then the working set up to the first
+    token, in
+                           the order of need; then the pages of the next requests
+    images/pages-N.rest    pages-N.img with zeros in place of the pages in `first.bytes` (zeros compress to nothing)
 
-and every other file (large ones, the manifest, its signature) as it is. `.rest` is a name that nobody takes for an image: where an
-archive is shown by a mount, no page is silently zero. `Layout.pieces` says where each byte of an archive belongs in the snapshot's
-folder, and `Layout.locate` the way back. Neither trusts the index: what it names must be whole pages of page files, or whole small
-files, each once.
+All other files (large ones, the manifest, its signature) are stored unchanged. The suffix `.rest` keeps programs
+from using such a file as an image when a mount shows the archive, because its missing pages read as zeros.
+`Layout.pieces` maps each byte of an archive to its place in the snapshot's folder, and `Layout.locate` maps back.
+The index is validated: it may only name whole pages of page files, or whole small files, each once.
 """
 
 from __future__ import annotations
@@ -35,24 +36,27 @@ BYTES, INDEX = "first.bytes", "first.index"
 REST = ".rest"
 PAGE = 4096
 SMALL = 256 << 10
-"""Bytes. Larger files keep chunks of their own, which other snapshots may share."""
+"""Size limit of small files in bytes. Larger files keep their own chunks, which other snapshots may share."""
 CHUNK = 1 << 20
-"""The longest chunk of `first.bytes`. All that are in flight share the link, so they come together and not in the order of need: twelve of
-this length are a twentieth of a second of a link of 1 Gbit/s. Shorter ones cost a request each."""
+"""Maximum chunk size of `first.bytes`. Chunks in flight share the link, so they arrive together instead of in the order
+of need: twelve of this size take a twentieth of a second at 1 Gbit/s. Shorter chunks cost a request each."""
 REST_CHUNK = 1 << 20
-"""The longest chunk of a `.rest` file: a page that nobody foresaw is waited for with its whole chunk."""
+"""Maximum chunk size of a `.rest` file: a fault on an unforeseen page waits for its whole chunk."""
 _VERSION = 1
 _PAGES = re.compile(r"images/pages-\d+\.img")
 _ALONE = ("manifest.json", "manifest.sig")
 _WORKING_SET = "working-set"
 
 Piece = tuple[str, int, int, int]
-"""(path below the snapshot's folder, offset there, offset within what was asked for, length)"""
+"""(path below the snapshot's folder, offset there, offset within the requested range, length)"""
 
 
 class _Index(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`pieces`: (number of the path, offset, length). The first `start` are read by CRIU or before it, up to `first` before the first
-    token. `modes`: of the paths. `sizes`: of the page files, by path."""
+    """The index file.
+
+    `pieces`: (number of the path, offset, length). The first `start` pieces are read by CRIU or before it, those up
+    to `first` before the first token. `modes`: of the paths. `sizes`: of the page files, by path.
+    """
 
     version: int
     paths: list[str]
@@ -64,7 +68,7 @@ class _Index(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Layout:
-    """Which byte lies where. Bytes of `first.bytes` below `start` are read by CRIU, below `first` before the first token."""
+    """Maps archive bytes to snapshot bytes. CRIU reads `first.bytes` below `start`; bytes below `first` precede the first token."""
 
     def __init__(self, index: _Index) -> None:
         self.index = index
@@ -81,7 +85,7 @@ class Layout:
             for path, _, length in index.pieces
             if index.paths[path] not in index.sizes
         }
-        # Of each page file: holes in `.rest`, ascending, as (start, end, offset in first.bytes).
+        # For each page file: holes in `.rest`, ascending, as (start, end, offset in first.bytes).
         self.holes: dict[str, list[tuple[int, int, int]]] = {path: [] for path in index.sizes}
         for (path, offset, length), end in zip(index.pieces, self.ends, strict=True):
             name = index.paths[path]
@@ -92,11 +96,11 @@ class Layout:
 
     @staticmethod
     def target(path: str) -> str:
-        """The file of the snapshot that a file of the archive becomes part of."""
+        """Return the snapshot's file to which a file of the archive contributes."""
         return path.removesuffix(REST) + ".img" if path.endswith(REST) else path
 
     def pieces(self, path: str, offset: int, length: int) -> list[Piece]:
-        """Where [offset, offset + length) of a file of the archive belongs; zeros that stand for pages in `first.bytes` belong nowhere."""
+        """Return where [offset, offset + length) of an archive file belongs, without zeros that stand for pages in `first.bytes`."""
         if path == BYTES:
             return self._of_first(offset, length)
         name = self.target(path)
@@ -130,7 +134,7 @@ class Layout:
         return found
 
     def locate(self, path: str, offset: int) -> tuple[str, int, int]:
-        """Where a byte of a page file lies: (file of the archive, offset there, how many bytes follow it there)."""
+        """Locate a byte of a page file: (file of the archive, offset there, number of bytes available from there)."""
         holes = self.holes[path]
         index = bisect_right(holes, (offset, 1 << 62)) - 1
         if index >= 0 and offset < holes[index][1]:
@@ -140,20 +144,20 @@ class Layout:
         return rest_of(path), offset, following - offset
 
     def lengths(self) -> list[int]:
-        """Where `first.bytes` is cut: what CRIU needs apart from the working set, that apart from what follows."""
+        """Return the chunk lengths of `first.bytes`. CRIU's data, the working set and later pages do not share chunks."""
         found = []
         for low, high in ((0, self.start), (self.start, self.first), (self.first, self.size)):
             found += [min(CHUNK, high - at) for at in range(low, high, CHUNK)]
         return found
 
     def holes_by_name(self) -> dict[str, list[tuple[int, int]]]:
-        """Of each page file in `images/`: (start, end) of what lies in `first.bytes`, in bytes, ascending."""
+        """Return, for each page file in `images/`, the byte ranges (start, end) that lie in `first.bytes`, ascending."""
         return {
             path.removeprefix("images/"): [(low, high) for low, high, _ in holes] for path, holes in self.holes.items()
         }
 
     def check(self, archive: Manifest) -> None:
-        """Whether an archive holds what its index says. Raises Integrity (layout-garbled)."""
+        """Check that an archive holds what its index says. Raises Integrity (layout-garbled)."""
         files = {file.path: file.size for file in archive.files}
         folders = {""} | {directory.path for directory in archive.directories}
         rests = {self.target(path): size for path, size in files.items() if path.endswith(REST)}
@@ -162,17 +166,17 @@ class Layout:
             raise Integrity("layout-garbled", "the archive is not what its own index says")
 
     def encode(self) -> bytes:
-        """The index file."""
+        """Encode the index file."""
         return msgspec.json.encode(self.index)
 
 
 def rest_of(path: str) -> str:
-    """The file of the archive that holds what `first.bytes` has not of a page file."""
+    """Return the archive file that holds the rest of a page file, outside `first.bytes`."""
     return path.removesuffix(".img") + REST
 
 
 def decode(data: bytes) -> Layout:
-    """The layout in an index file. Raises Integrity (layout-garbled) for one that cannot be meant."""
+    """Decode an index file. Raises Integrity (layout-garbled) for invalid input."""
     try:
         index = msgspec.json.decode(data, type=ready(_Index))
     except msgspec.MsgspecError as error:
@@ -209,9 +213,10 @@ def _check(index: _Index) -> None:
 
 
 def plan(folder: Path, files: Sequence[tuple[str, int, int]], links: Mapping[str, str]) -> Layout | None:
-    """The layout for a snapshot's folder; None where no working set was recorded, or its pages cannot be told apart.
+    """Plan the layout of a snapshot's folder. Return None if it has no recorded working set, or pages cannot be separated.
 
-    `files`: path, size and mode of each; `links`: files that are another name of one, which an archive does not hold twice.
+    `files`: path, size and mode of each file. `links`: paths that are another name of a file, which an archive does
+    not store twice.
     """
     from checkpoint.criu.pagemap import process_ids, read_process
     from checkpoint.lazy_pages.working_set import BadWorkingSet, WorkingSet
@@ -255,7 +260,7 @@ def plan(folder: Path, files: Sequence[tuple[str, int, int]], links: Mapping[str
 def _once(
     ranges: Iterable[tuple[int, int, int]], taken: dict[int, list[tuple[int, int]]]
 ) -> list[tuple[int, int, int]]:
-    """Ranges less what is taken already. Two processes may name one page file (threads of one address space never do)."""
+    """Return the ranges without those already taken. Several processes may share one page file (threads of one process do not)."""
     found = []
     for path, low, length in ranges:
         high = low + length
@@ -279,8 +284,11 @@ def _once(
 
 
 def _read_by_criu(folder: Path, pages: Mapping[str, int]) -> list[tuple[str, int, int]]:
-    """What CRIU puts in place itself, with a page server or without: (path, start, end), joined. Images of shared memory, and the pages
-    of private file mappings, locked memory and the like, which the page maps mark as not lazy."""
+    """Return the ranges that CRIU itself copies, even with a page server, as merged (path, start, end).
+
+    These are images of shared memory, and pages that the page maps mark as not lazy (private file mappings, locked
+    memory and the like).
+    """
     found: list[tuple[str, int, int]] = []
     for pagemap in sorted((folder / "images").glob("pagemap-*.img")):
         entries = messages(pagemap)

@@ -1,17 +1,18 @@
-"""Restoring straight from a store: a snapshot that is being fetched, while a replica is already restored from what has come.
+"""Restore directly from a store: a replica is restored while its snapshot is still being fetched.
 
-    remote = Remote.open(library, url, name)   # the manifests only; refuses what may not be restored before anything else is fetched
+    remote = Remote.open(library, url, name)   # fetches the manifests only, and rejects what may not be restored
     remote.begin()
-    remote.wait_start()                        # what CRIU reads itself is in place, and verified against the snapshot's manifest
+    remote.wait_start()                        # the files that CRIU reads are in place, and verified against the
+    manifest
     … criu restore, a page server that reads `remote.presence` …
-    remote.first_token()                       # now everything else follows, at a bounded rate
+    remote.first_token()                       # now the rest follows, at a limited rate
     … complete: verified in full, the snapshot gets its name in the library …
 
-Every chunk is verified before a process can read it (checkpoint.store.download); the whole again at its end, against the snapshot's own
-manifest.
-When fetching finally fails, `failure` says why and everybody who asked to be told is: who runs on pages that will not come must be
-ended. The folder is `.pull-NAME`, the same that `snapshot pull` fills, so either goes on where the other was interrupted; it is
-locked as long as this process lives. One process fetches a snapshot at a time; within it, replicas share one `Remote`.
+Every chunk is verified before a process can read it (checkpoint.store.download), and the finished snapshot again
+against its own manifest. If fetching fails for good, `failure` holds the reason and the `on_failure` callbacks are
+called; replicas that run on missing pages must then be ended. The folder is `.pull-NAME`, as in `snapshot pull`, so
+either can continue the other's interrupted work; it is locked while this process lives. One process fetches a
+snapshot at a time, and its replicas share one `Remote`.
 """
 
 from __future__ import annotations
@@ -45,9 +46,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("quickthaw")
 
 REST_BYTES_PER_S = 100e6
-"""Plain bytes a second for what nobody waits for, after the first token: the replica serves meanwhile, over the same link and cores."""
+"""Rate limit for background pages after the first token, in plain bytes per second: the serving replica uses the same link and cores."""
 FIRST_TOKEN_LIMIT_S = 60.0
-"""Without a word of the first token, the rest is fetched after this long."""
+"""Fetch the rest after this many seconds even if no first token is reported."""
 PRESENCE = ".arriving"
 _HASHED_AT_ONCE = 8 << 20
 
@@ -56,15 +57,15 @@ _open_lock = threading.Lock()
 
 
 class Remote:
-    """See the module. Make it with `open`; thread-safe."""
+    """A snapshot being fetched (see the module's docstring). Create it with `open`. Thread-safe."""
 
     def __init__(self, library: Library, name: str, chunks: ChunkStore, opened: archives.Opened, whole: str) -> None:
         self.library, self.name, self.chunks, self.opened = library, name, chunks, opened
         self.whole = whole
-        """Why everything has to be here before a restore may begin; empty where it need not."""
+        """Why a restore may only begin once everything is fetched; empty if it may begin before."""
         self.target = library.path(name)
         self.folder = self.target.with_name(f".pull-{name}")
-        """Where the snapshot is: the partial folder, and the snapshot's own once it is complete."""
+        """Where the snapshot is: the partial folder, or the snapshot's own folder once it is complete."""
         self.complete = threading.Event()
         self.snapshot = manifests.parse(opened.document, self.folder, name)
         self.arrival: Arrival | None = None
@@ -90,13 +91,15 @@ class Remote:
         accept: Callable[[bytes, bytes | None], None] | None = None,
         trust_keys: Sequence[Path] = (),
     ) -> Remote:
-        """The snapshot `name` in the store at `url`, or the one that this process is fetching already.
+        """Open the snapshot `name` in the store at `url`, or return the one that this process is already fetching.
 
-        `accept` is given the snapshot's manifest and its signatures; what it raises, is raised. With `trust_keys` both the snapshot and the
-        archive as a whole have to be signed for a restore to begin before everything is here: what vouches for a chunk is then the
-        archive's signature, and where that is missing the snapshot's own, which covers whole files only.
+        `accept` receives the snapshot's manifest and its signatures, and may raise. With `trust_keys`, the snapshot
+        must be signed. If the archive as a whole is signed too, that signature covers each chunk and a restore may
+        begin early. Otherwise only the snapshot's own signature applies, which covers whole files, and everything
+        must be fetched first.
 
-        Raises NotFound, Integrity, Incompatible, Busy (another process is fetching it), Failed (the store does not answer).
+        Raises NotFound, Integrity, Incompatible, Busy (another process is fetching it), Failed (the store does not
+        answer).
         """
         with _open_lock:
             key = (library.home, name)
@@ -118,7 +121,7 @@ class Remote:
     # Fetching
 
     def begin(self) -> None:
-        """Make the folder and start fetching; returns at once. May be called again.
+        """Create the folder and start to fetch; returns at once. Idempotent.
 
         Raises Busy, Failed (disk-full), Integrity.
         """
@@ -151,21 +154,21 @@ class Remote:
 
     @property
     def presence(self) -> Path:
-        """The map of pages in place, for page servers."""
+        """The residency bitmap, for page servers."""
         return self.folder / PRESENCE
 
     @property
     def failure(self) -> CheckpointError | None:
-        """What ended the fetching, if anything."""
+        """The error that ended the download, or None."""
         return self._failure or (self.arrival.failure if self.arrival else None)
 
     def check(self) -> None:
-        """Raise what ended the fetching, if anything."""
+        """Raise the error that ended the download, if any."""
         if self.failure is not None:
             raise self.failure
 
     def wait_start(self) -> None:
-        """Wait until everything that CRIU reads itself is in place and verified against the snapshot's manifest.
+        """Wait until all files that CRIU reads are in place and verified against the snapshot's manifest.
 
         Raises Integrity, Failed.
         """
@@ -177,23 +180,23 @@ class Remote:
                 self._verified = True
 
     def first_token(self) -> None:
-        """The first token was seen: what remains may be fetched now."""
+        """Report the first token: the rest may be fetched now."""
         if not self._told.is_set() and self.arrival is not None:
             self.moved_at_first_token = self.arrival.moved
             self._told.set()
 
     def wanted(self, path: str, offset: int, length: int) -> None:
-        """A process waits for these bytes of a page file."""
+        """Report that a process waits for these bytes of a page file."""
         if self.arrival is not None:
             self.arrival.wanted(path, offset, length)
 
     def listen(self, told: Callable[[], None]) -> None:
-        """Call `told` whenever pages have come."""
+        """Call `told` whenever pages have arrived."""
         assert self.arrival is not None
         self.arrival.listen(told)
 
     def on_failure(self, told: Callable[[str], None]) -> None:
-        """Call `told(reason)` when the pages that are missing will not come; at once if that is known already."""
+        """Call `told(reason)` when the missing pages will not arrive; at once if that is already known."""
         with self._changed:
             self._on_failure.append(told)
             failure = self.failure
@@ -201,7 +204,7 @@ class Remote:
             told(str(failure))
 
     def wait_complete(self) -> None:
-        """Wait until the snapshot is in the library; what is left is fetched at full speed. Raises what prevented it."""
+        """Wait until the snapshot is in the library, and fetch the rest at full speed. Raises the error that prevented it."""
         if self.arrival is not None:
             self._told.set()
             self.arrival.release(EVERYTHING, rate=0.0)
@@ -210,7 +213,7 @@ class Remote:
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[Path]:
-        """The folder to restore from; it keeps its name meanwhile."""
+        """Yield the folder to restore from, which keeps its name until the block ends."""
         with self._changed:
             self._uses += 1
             folder = self.folder
@@ -222,7 +225,7 @@ class Remote:
                 self._changed.notify_all()
 
     def close(self, discard: bool = False) -> None:
-        """Stop fetching. What has come stays for another attempt, unless `discard`."""
+        """Stop fetching. Keep the data for another attempt, unless `discard`."""
         if self.arrival is not None:
             if self._failure is None and not self.complete.is_set():
                 self._failure = Failed("remote-stopped", f"fetching {self.name} was stopped")
@@ -243,7 +246,7 @@ class Remote:
         if close:
             close()
 
-    # The thread that sees it through
+    # The thread that completes the download
 
     def _run(self, held: contextlib.ExitStack, lock: int) -> None:
         assert self.arrival is not None
@@ -260,7 +263,7 @@ class Remote:
                 self.arrival.close()
                 self._close_store()
             finally:
-                self._ended.set()  # whatever happened: somebody may wait for it
+                self._ended.set()  # in any case: a thread may wait for it
                 with _open_lock:
                     if _open.get((self.library.home, self.name)) is self:
                         del _open[(self.library.home, self.name)]
@@ -285,7 +288,7 @@ class Remote:
         arrival.settle()
         if not self._verified:
             self.opened.link(self.folder)
-        time.sleep(digests.RACY_NS / 1e9)  # so that the next restore may believe what is hashed now
+        time.sleep(digests.RACY_NS / 1e9)  # so that the next restore can trust the digests computed now
         self.opened.check(self.folder)
         with self._changed:
             while self._uses:
@@ -305,7 +308,7 @@ class Remote:
     # Verifying what CRIU reads
 
     def _verify_start(self) -> None:
-        """Digests of every file but the pages, each as soon as it has come: large ones have few chunks, and are sparse."""
+        """Verify every file except the page files, each as soon as it has arrived. Large files come first: they have few chunks."""
         arrival = self.arrival
         assert arrival is not None
         files = self.snapshot.files
@@ -358,7 +361,7 @@ def _must_be_whole(opened: archives.Opened, trust_keys: Sequence[Path]) -> str:
 
 
 def digest_sparse(path: Path, size: int) -> str:
-    """BLAKE3 of a file whose holes are not read: shared memory that an engine never touched is hundreds of megabytes of them."""
+    """Return the BLAKE3 of a file without reading its holes: untouched shared memory is hundreds of megabytes of holes."""
     digest = blake3.blake3(max_threads=blake3.blake3.AUTO if size > _HASHED_AT_ONCE else 1)
     zeros = memoryview(bytes(min(size, _HASHED_AT_ONCE) or 1))
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -381,25 +384,25 @@ def digest_sparse(path: Path, size: int) -> str:
 
 @dataclass(frozen=True)
 class ArrivingLibrary(Library):
-    """The library of a host with one snapshot in it that is still arriving: its folder is where it is now."""
+    """A host's library with one snapshot that is still arriving, found in its current folder."""
 
     remote: Remote
 
     def path(self, name: str) -> Path:
-        """The folder of a snapshot."""
+        """Return the folder of a snapshot."""
         return self.remote.folder if name == self.remote.name else super().path(name)
 
     def has(self, name: str) -> bool:
-        """Whether a snapshot of that name can be restored."""
+        """Return whether a snapshot of that name can be restored."""
         return name == self.remote.name or super().has(name)
 
     def load(self, name: str) -> manifests.Snapshot:
-        """A snapshot's manifest."""
+        """Return a snapshot's manifest."""
         return self.remote.snapshot if name == self.remote.name else super().load(name)
 
     @contextlib.contextmanager
     def in_use(self, name: str) -> Iterator[Path]:
-        """Keep a snapshot where it is while it is restored."""
+        """Keep a snapshot in its folder while it is restored."""
         if name == self.remote.name and not self.remote.complete.is_set():
             with self.remote.in_use() as folder:
                 yield folder

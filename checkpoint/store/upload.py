@@ -1,9 +1,7 @@
-"""Storing an archive's chunks, several at a time, each named by the BLAKE3 of its plain bytes; and what pushing and
-pulling share.
+"""Upload an archive's chunks, several at a time, each named by the BLAKE3 of its plain bytes. Also has helpers shared with downloads.
 
-What checkpoint.store.archive is built of; how chunks come back is in checkpoint.store.download. Memory is bounded by WORKERS * 2 chunks;
-every wait
-ends with the store's own limits.
+checkpoint.store.archive builds on this module; checkpoint.store.download fetches chunks. Memory use is limited to
+WORKERS * 2 chunks. Every wait is limited by the store's own timeouts.
 """
 
 from __future__ import annotations
@@ -32,17 +30,18 @@ if TYPE_CHECKING:
 WORKERS = 4
 _ATTEMPTS = 3
 _HOLE = 256 << 10
-"""Bytes. A shorter hole costs less as zeros than the further chunk would."""
-# Key of an archive manifest's `meta`: names that are one file. CRIU keeps deleted files that are still mapped as `link_remap.N` beside the
-# name another process opened (POSIX semaphores): as two files, the processes would no longer share them. A mount shows them as two.
+"""Smallest hole in bytes with a chunk of its own. A shorter hole costs less as zeros than as an additional chunk."""
+# Key of an archive manifest's `meta`: lists of names of the same file. CRIU keeps deleted files that are still mapped
+# as `link_remap.N` beside the name that another process opened (POSIX semaphores). As two files, the processes would no
+# longer share them. A mount shows them as two.
 LINKS = "hard-links"
-# The same for modification times in ns since the epoch, by path: of compile caches only (checkpoint.store.cache_archive).
+# Key for modification times in ns since the epoch, by path; only for compile caches (checkpoint.store.cache_archive).
 MTIMES = "mtimes"
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Bytes: `done` of `total` dealt with, of which `moved` went over the store's link (compressed)."""
+    """Progress in bytes: `done` of `total`; `moved` is what went over the store's link (compressed)."""
 
     total: int
     done: int
@@ -51,8 +50,11 @@ class Progress:
 
 @dataclass(frozen=True)
 class Pushed:
-    """What a push did. Bytes: `size` of all files; `zero` in chunks of zeros; `copies` in chunks met before in this archive; `shared` in
-    chunks the store had already; `stored` written, compressed."""
+    """Result of a push.
+
+    Bytes: `size` of all files; `zero` in chunks of zeros; `copies` in chunks seen before in this archive; `shared`
+    in chunks that the store already had; `stored` written, compressed.
+    """
 
     digest: str
     files: int
@@ -76,7 +78,7 @@ class Listing:
 
 
 class Push:
-    """One push: what is in flight, what was met, and the counts."""
+    """The state of one push: chunks in flight, chunks seen, and the counts."""
 
     def __init__(self, chunks: ChunkStore, total: int, progress: Callable[[Progress], None] | None) -> None:
         self.chunks = chunks
@@ -90,7 +92,7 @@ class Push:
         self.lock = threading.Lock()
 
     def file(self, folder: Path, path: str, size: int, lengths: list[int] | None) -> None:
-        """Store one file as it is."""
+        """Store one file unchanged."""
         if lengths is None or sum(lengths) != size:
             lengths = by_holes(folder / path, size)
         self.gathered(folder, path, lengths, lambda offset, length: [(path, offset, 0, length)], {path: size})
@@ -103,9 +105,9 @@ class Push:
         pieces: Callable[[int, int], list[Piece]],
         sizes: Mapping[str, int],
     ) -> None:
-        """Store a file of the archive that consists of pieces of the folder's files, and of zeros between them.
+        """Store an archive file that consists of extents of the folder's files, with zeros between them.
 
-        `sizes`: of the files it is made of. Raises Integrity (file-changed) when one of them changes meanwhile.
+        `sizes`: sizes of the source files. Raises Integrity (file-changed) when one of them changes meanwhile.
         """
         digests = [""] * len(lengths)
         fds = {name: os.open(folder / name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW) for name in sizes}
@@ -131,7 +133,7 @@ class Push:
         self.files.append((path, digests))
 
     def made(self, path: str, data: bytes) -> None:
-        """Store a file of the archive that is in no folder."""
+        """Store an archive file that has no counterpart in the folder."""
         from lazyfs.content.chunking import MAX_CHUNK
 
         parts = [memoryview(data)[at : at + MAX_CHUNK] for at in range(0, len(data), MAX_CHUNK)]
@@ -141,7 +143,7 @@ class Push:
         self.files.append((path, digests))
 
     def _put(self, data: bytes | memoryview, digests: list[str], index: int) -> tuple[int, int]:
-        """Store one chunk unless it was met in this push; returns its plain bytes and the bytes written."""
+        """Store one chunk unless this push has stored it already. Return its plain bytes and the bytes written."""
         from lazyfs.content.chunk_store import digest_of, zero_digest
         from lazyfs.stores.retry import RetryPolicy, retrying
 
@@ -167,7 +169,7 @@ class Push:
             self._collect()
 
     def _collect(self) -> None:
-        # Every put has a limit of its own (the store's, times the attempts), so this ends.
+        # Every put has a timeout (the store's, times the attempts), so this ends.
         ready, self.pending = wait(self.pending, return_when=FIRST_COMPLETED)
         for future in ready:
             plain, stored = future.result()
@@ -177,7 +179,8 @@ class Push:
             self.progress(Progress(self.total, self.done, self.stored))
 
     def finish(self, listing: Listing, kind: str, name: str, modes: Mapping[str, int], times: bool) -> Pushed:
-        """Write the archive's manifest and set its name. `modes`: of the archive's files. `times`: record theirs."""
+        """Write the archive's manifest and set its name. `modes`: of the archive's files. `times`: whether to record
+        modification times."""
         from lazyfs.content.manifest import VERSION, Directory, File, Manifest, Symlink
 
         meta = {
@@ -206,9 +209,9 @@ class Push:
 
 
 def by_holes(path: Path, size: int) -> list[int]:
-    """Lengths of the chunks of a file of `size` bytes: its holes are chunks of their own, which are neither stored nor fetched.
+    """Return the chunk lengths of a file of `size` bytes. Holes become separate chunks, which are neither stored nor fetched.
 
-    A restore waits for shared memory as a whole, and engines write a few pages of hundreds of megabytes. Raises OSError.
+    A restore waits for all of shared memory, and engines write a few pages of hundreds of megabytes. Raises OSError.
     """
     from lazyfs.content.chunking import MAX_CHUNK
 
@@ -234,7 +237,7 @@ def _read_fully(fd: int, offset: int, into: memoryview, path: str) -> None:
 
 
 def get(chunks: ChunkStore, chunk: Chunk) -> bytes:
-    """The plain bytes of a chunk, verified; asked for again when the store or the way to it fails."""
+    """Return the plain bytes of a chunk, verified; retry when the store or the connection fails."""
     import lazyfs.errors
     from lazyfs.stores.retry import RetryPolicy, retrying
 
@@ -242,7 +245,7 @@ def get(chunks: ChunkStore, chunk: Chunk) -> bytes:
         return retrying(lambda: chunks.get(chunk.digest, chunk.length, chunk.encoding), RetryPolicy())
 
     for _ in range(_ATTEMPTS - 1):
-        # Flipped on the way, perhaps; when the store itself holds it so, the last attempt says so.
+        # The bytes may have been corrupted in transit. If the store's copy is bad, the last attempt raises.
         with contextlib.suppress(lazyfs.errors.Integrity):
             return once()
     return once()
@@ -250,7 +253,7 @@ def get(chunks: ChunkStore, chunk: Chunk) -> bytes:
 
 @contextlib.contextmanager
 def translated(what: str) -> Iterator[None]:
-    """lazyfs' errors and the operating system's, as this package's."""
+    """Translate errors of lazyfs and the operating system into this package's errors."""
     from lazyfs import errors as lazy
 
     kinds: tuple[tuple[type[lazy.LazyfsError], type[CheckpointError]], ...] = (

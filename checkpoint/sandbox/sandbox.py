@@ -123,7 +123,8 @@ class Sandbox:
 
     config: SandboxConfig = field(default_factory=SandboxConfig)
     on_exit: Callable[[int, int], None] | None = None
-    """Called as `on_exit(pid, exit code)` from the sandbox's reader thread when a started or restored root process ends."""
+    """Called as `on_exit(pid, exit code)` from the sandbox's reader thread when a started or restored root process ends, also where it
+    ends because process 1 did."""
     begun: speculative.Begun | None = None
     """A begun restore whose init already has this configuration and the first requests. This object takes it over."""
 
@@ -133,8 +134,10 @@ class Sandbox:
         self._lock = threading.Lock()
         self._next_id = 0
         self._closed = False
+        self._closing = False
         own_network()
         begun, self.begun = self.begun, None
+        self._roots: set[int] = set()
         self._exits: dict[int, int] = {}
         self._network: int | None = None
         self._network_lock = threading.Lock()
@@ -211,9 +214,12 @@ class Sandbox:
             with self._lock:
                 self._closed = True
                 pending, self._pending = list(self._pending.values()), {}
+                running = self._roots - self._exits.keys()
             for future in pending:
                 if not future.done():
                     future.set_exception(Failed("sandbox-gone", "the sandbox ended under the operation"))
+            for pid in running:
+                self._lost(pid)
 
     def _receive(self) -> bytes | None:
         try:
@@ -223,18 +229,26 @@ class Sandbox:
 
     def _hear(self, message: dict[str, Any]) -> None:
         if message.get("event") == "exit":
-            self._exits[message["pid"]] = message["code"]
-            if self.on_exit:
-                try:
-                    self.on_exit(message["pid"], message["code"])
-                except Exception:
-                    # A defect, but later requests must still get their answers.
-                    log.exception("sandbox: handling the exit of process %d failed", message["pid"])
+            self._ended(message["pid"], message["code"])
             return
         with self._lock:
             future = self._pending.pop(message["id"], None)
         if future and not future.done():
             future.set_result(message)
+
+    def _lost(self, pid: int) -> None:
+        """A root process has ended with process 1, and nobody is left in there who could tell; an owner that closes knows it."""
+        if not self._closing:
+            self._ended(pid, -signal.SIGKILL)
+
+    def _ended(self, pid: int, code: int) -> None:
+        self._exits[pid] = code
+        if self.on_exit:
+            try:
+                self.on_exit(pid, code)
+            except Exception:
+                # A defect, but later requests must still get their answers.
+                log.exception("sandbox: handling the exit of process %d failed", pid)
 
     def _ask(
         self, timeout_s: float = REQUEST_TIMEOUT_S, lent: Mapping[str, int | None] | None = None, **message: Any
@@ -296,7 +310,9 @@ class Sandbox:
         Returns its number inside the sandbox. Raises Failed when it cannot be executed.
         """
         lent = {"stdout": stdout, "stderr": stderr}
-        return int(self._ask(lent=lent, op="start", argv=list(argv), env=dict(env), cwd=cwd)["pid"])
+        pid = int(self._ask(lent=lent, op="start", argv=list(argv), env=dict(env), cwd=cwd)["pid"])
+        self._runs(pid)
+        return pid
 
     def execute(
         self,
@@ -321,15 +337,29 @@ class Sandbox:
             cwd=cwd,
             **({"adopts": adopts} if adopts else {}),
         )
-        return int(answer["code"])
+        return self._adopted(int(answer["code"]), adopts)
 
     def unpacked(self, timeout_s: float = REQUEST_TIMEOUT_S) -> None:
         """Wait until the begun unpacking (checkpoint.snapshot.speculative) has put its folders in place. Raises Failed."""
         self._answer(self._begun[speculative.UNPACK], timeout_s, "unpack", speculative.UNPACK)
 
-    def executed(self, timeout_s: float) -> int:
-        """Wait for the begun CRIU (checkpoint.snapshot.speculative) and return its exit code. Raises Failed."""
-        return int(self._answer(self._begun[speculative.EXEC], timeout_s, "exec", speculative.EXEC)["code"])
+    def executed(self, timeout_s: float, adopts: int) -> int:
+        """Wait for the begun CRIU (checkpoint.snapshot.speculative), which leaves process `adopts` behind, and return its exit code. Raises
+        Failed."""
+        code = int(self._answer(self._begun[speculative.EXEC], timeout_s, "exec", speculative.EXEC)["code"])
+        return self._adopted(code, adopts)
+
+    def _adopted(self, code: int, root: int | None) -> int:
+        if root is not None and not code:
+            self._runs(root)
+        return code
+
+    def _runs(self, root: int) -> None:
+        with self._lock:
+            self._roots.add(root)
+            gone = self._closed
+        if gone and root not in self._exits:
+            self._lost(root)
 
     def go_on(self, stopped: Sequence[int] = ()) -> None:
         """Resume every process that CRIU left stopped, except those that were stopped at the dump."""
@@ -416,6 +446,7 @@ class Sandbox:
 
     def close(self, timeout_s: float = 10.0) -> None:
         """Kill every process of the sandbox and wait until the kernel has removed its namespaces. Idempotent."""
+        self._closing = True
         self.end()
         try:
             self._process.wait(timeout_s)

@@ -316,7 +316,7 @@ def _bring_back(
         unpack_s, restore_s = limits(snapshot)
         sandbox.unpacked(unpack_s)
         unpacked = time.monotonic()
-        criu.restored(sandbox, sandbox.executed(restore_s), work, logs)
+        criu.restored(sandbox, sandbox.executed(restore_s, snapshot.root_pid), work, logs)
         sandbox.raise_pids(snapshot.top_pid)
         # plugin/engine/start_times.py reads this file, so write it before the first process looks.
         (sandbox.control_dir / START_TIMES).write_text(json.dumps(snapshot.start_ticks))

@@ -86,3 +86,27 @@ def test_without_a_snapshot_nothing_goes_to_sleep_and_it_is_said_once(launch_rig
         assert started.text().count("did not go to sleep") == 1
         assert started.get("/-/status")["pools"][0]["sleeps"] == 0
         assert started.status()[0]["phase"] == "serving"
+
+
+def test_an_engine_whose_sandbox_is_killed_is_started_again(launch_rig):
+    answer = launch_rig.take()
+    with launch_rig.running() as started:
+        assert started.ask() == answer
+        started.wait_serving()
+        os.kill(
+            next(p for p in children(*children(started.process.pid)) if comm(p) == "quickthaw-init"), signal.SIGKILL
+        )
+        started.wait_for("engine ended with signal 9")
+        assert started.ask() == answer
+
+
+def children(*parents):
+    found = []
+    for parent in parents:
+        for task in Path(f"/proc/{parent}/task").iterdir():
+            found += map(int, (task / "children").read_text().split())
+    return found
+
+
+def comm(pid):
+    return Path(f"/proc/{pid}/comm").read_text().strip()

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -136,3 +137,20 @@ def test_a_callback_that_fails_is_logged_and_later_requests_are_answered(caplog)
         assert sandbox.wait(sandbox.start(["/bin/true"], {}, "/"), 10) == 0
         sandbox.raise_pids(5000)
     assert "a defect of the owner's" in caplog.text
+
+
+@pytest.mark.parametrize("restored", [False, True])
+def test_the_end_of_process_1_is_an_end_of_what_runs_in_it(restored):
+    ended = []
+    with Sandbox(on_exit=lambda pid, code: ended.append((pid, code))) as sandbox:
+        if restored:  # as CRIU does: a helper leaves a process behind
+            pid = 3  # the shell is 2
+            assert sandbox.execute(["/bin/sh", "-c", "sleep 1000 &"], {"PATH": os.environ["PATH"]}, 10, adopts=pid) == 0
+        else:
+            pid = sandbox.start(["/bin/sleep", "1000"], {}, "/")
+        assert sandbox.exit_code(pid) is None
+        os.kill(sandbox.init_pid, signal.SIGKILL)
+        sandbox._reader.join(10)
+        assert ended == [(pid, -signal.SIGKILL)]
+        assert sandbox.exit_code(pid) == -signal.SIGKILL
+    assert len(ended) == 1

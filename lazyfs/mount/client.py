@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from lazyfs.errors import Busy, HostLacks, LazyfsError, NotFound, Permanent, Temporary, Usage, from_os_error
 from lazyfs.mount.control import ask
@@ -52,6 +52,14 @@ class MountHandle(NamedTuple):
     def control(self, op: str, **values: Any) -> dict[str, Any]:
         """Any request to the control socket (see `lazyfs.mount.control`)."""
         return ask(self.socket, {"op": op, **values})
+
+    def daemon(self) -> Literal["runs", "stopped", "gone"]:
+        """What the kernel says of its daemon, which is not asked itself: one that has no time to answer runs as well."""
+        if _recorded_pid(state_dir("mounts") / f"{_name(str(self.mountpoint))}.json") != self.pid:
+            return "gone"
+        if _runs(self.pid):
+            return "runs"
+        return "gone" if _gone(self.pid, 0) else "stopped"
 
     def unmount(self, *, force: bool = False, limit_s: float = 10.0) -> bool:
         """Unmount, and wait for the daemon's end; whether it ended. It goes on while another mount namespace still

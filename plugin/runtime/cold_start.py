@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 from checkpoint.errors import CheckpointError
 from checkpoint.sandbox.sandbox import CACHE_DIR, Sandbox, SandboxConfig
 from launchers.bare import BareProcess, free_port
-from launchers.base import ENGINE_SITE, INNER_PORT
+from launchers.base import ENGINE_SITE, INNER_PORT, Probe
 from launchers.engine_site import engine_site
-from launchers.errors import LauncherError
+from launchers.errors import EngineDied, LauncherError
 from plugin.runtime import take_snapshot
 from plugin.runtime.engine_output import Output
 from plugin.runtime.engine_process import Running, client_of
@@ -68,6 +68,28 @@ def begin(replica: StartContext, mounted: Path | None) -> Running:
         for output in outputs.values():
             output.handed_over()
     return Running(place, pid, port, client, outputs)
+
+
+class ModelLost(LauncherError):
+    """The engine ended since the lazy mount did."""
+
+
+def wait_ready(replica: StartContext, running: Running) -> None:
+    """Wait until the engine generates. Raises LauncherError: ModelLost where another start can help."""
+
+    def died() -> int | None:
+        replica.weights.watch()
+        return running.place.exit_code(running.pid)
+
+    probe = Probe(died, running.last_words, replica.settings.start_timeout_s)
+    try:
+        replica.engine.wait_ready(running.client, probe, lambda: None)
+    except EngineDied as error:
+        if isinstance(running.place, Sandbox) and replica.weights.lost():
+            raise ModelLost(
+                "weights-lost", "the daemon of the lazy mount ended while the engine read its model"
+            ) from error
+        raise
 
 
 def _sandbox(replica: StartContext, mounted: Path | None) -> Sandbox | None:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,6 +29,11 @@ if TYPE_CHECKING:
 log = logging.getLogger("quickthaw")
 IDLE_EXIT_S = 15.0
 """Seconds until the mount's daemon exits when no launch holds a file of it open, so that a killed launch leaves no mount behind."""
+
+STOPPED_S = 10.0
+"""How long a daemon may stay stopped (SIGSTOP) while an engine reads its model through it."""
+DEATHS = 2
+"""After this many deaths of the daemon, the engine reads its model itself."""
 
 
 class Weights:
@@ -55,6 +62,8 @@ class Weights:
         self._digest: str | None = None
         self._handle: MountHandle | None = None
         self._lease: int | None = None
+        self._stopped_since: float | None = None
+        self._deaths = 0
 
     @classmethod
     def of(cls, settings: LaunchSettings, enabled: bool) -> Weights:
@@ -118,7 +127,7 @@ class Weights:
 
     def mount(self) -> Path | None:
         """Return the mount point, starting a daemon if needed. Log the reason and return None when mounting fails."""
-        if self.path is None or not self.enabled:
+        if self.path is None or not self.enabled or self._deaths >= DEATHS:
             return None
         from lazyfs.api import mount
         from lazyfs.errors import LazyfsError
@@ -133,11 +142,33 @@ class Weights:
     def _hold(self, handle: MountHandle) -> Path | None:
         """Hold a file of the mount open, which keeps the daemon running."""
         with self._lock:
+            if self._handle is not None and self._handle.pid != handle.pid and self._lease is not None:
+                os.close(self._lease)  # of a daemon that is gone
+                self._lease = None
             self._handle = handle
             if self._lease is None:
                 with contextlib.suppress(OSError):
                     self._lease = os.open(handle.mountpoint / "config.json", os.O_RDONLY | os.O_CLOEXEC)
         return handle.mountpoint
+
+    def watch(self) -> None:
+        """Kill a daemon that stays stopped, so that an engine's reads fail instead of hanging. Called while an engine starts."""
+        if self._handle is None or self._handle.daemon() != "stopped":
+            self._stopped_since = None
+            return
+        now = time.monotonic()
+        self._stopped_since = self._stopped_since or now
+        if now - self._stopped_since > STOPPED_S:
+            log.warning("the daemon of the lazy mount is stopped; ending it")
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._handle.pid, signal.SIGKILL)
+
+    def lost(self) -> bool:
+        """Whether the daemon of the current mount has ended. Counts each death."""
+        if self._handle is None or self._handle.daemon() != "gone":
+            return False
+        self._deaths += 1
+        return True
 
     def close(self) -> None:
         """Release the mount, and unmount it unless another launch uses it."""

@@ -28,7 +28,7 @@ from checkpoint.snapshot import restore, speculative
 from checkpoint.snapshot.library import Library
 from checkpoint.snapshot.manifest import Snapshot
 from launchers import control
-from launchers.base import Engine, Probe
+from launchers.base import Engine
 from launchers.errors import EngineFailed, LauncherError
 from plugin.records import restore_rates
 from plugin.runtime import take_snapshot
@@ -489,6 +489,19 @@ class Replica:
     # Cold start
 
     def _cold(self) -> None:
+        from plugin.runtime.cold_start import ModelLost
+
+        try:
+            self._cold_once()
+        except (ModelLost, take_snapshot.NotResumed) as error:
+            self._no_snapshot |= isinstance(error, take_snapshot.NotResumed)
+            without = " without a snapshot" * self._no_snapshot
+            log.warning("%s; a new one starts%s, under the same held requests", error, without)
+            self.tracker.to(Phase.FAILED, str(error))
+            self._clear()
+            self._cold()
+
+    def _cold_once(self) -> None:
         from plugin.runtime import cold_start
 
         speculative.discard()
@@ -508,8 +521,7 @@ class Replica:
         self.tracker.to(Phase.LOADING)
         trial = take_snapshot.begin_trial(self)
         place = running.place
-        probe = Probe(lambda: place.exit_code(running.pid), running.last_words, self.settings.start_timeout_s)
-        self.engine.wait_ready(running.client, probe, lambda: None)
+        cold_start.wait_ready(self, running)
         self.tracker.to(Phase.WARMING)
         cold_s = sum(span.took_s for span in self.this_start())
         self.restored = False
@@ -517,15 +529,7 @@ class Replica:
         if isinstance(place, Sandbox) and snapshot_wanted and take_snapshot.works(self, trial):
             # Warm up only for a snapshot. Without one, the held requests are served at once, as the engine alone would.
             self.engine.warm_up(running.client, self.settings.command)
-            try:
-                take_snapshot.take(self, place, running, cold_s)
-            except take_snapshot.NotResumed as error:
-                log.warning("%s; a new one starts without a snapshot, under the same held requests", error)
-                self._no_snapshot = True
-                self.tracker.to(Phase.FAILED, str(error))
-                self._clear()
-                self._cold()
-                return
+            take_snapshot.take(self, place, running, cold_s)
         self._serve()
         if cache:
             cache.push_later()

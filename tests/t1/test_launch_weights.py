@@ -1,6 +1,8 @@
-"""`--weights auto`: full or thin by what was measured on this host, and it says which and why."""
+"""`--weights auto`: full or thin by what was measured on this host, and it says which and why; and a mount that is lost under an engine."""
 
 import json
+import os
+import signal
 
 import pytest
 
@@ -108,3 +110,17 @@ def test_the_history_forgets_what_is_old_small_or_torn(tmp_path):
     rate, count = restore_rates.measured(tmp_path, False)
     assert (rate, count) == (4 * GB, restore_rates.KEPT)
     assert json.loads((tmp_path / restore_rates.FILE).read_text().splitlines()[0])["gpu"] is False
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
+def test_a_mount_that_is_lost_while_the_engine_reads_costs_another_start(launch_rig, number):
+    started = launch_rig.start(env={"ENGINE_DOUBLE_COMPILE_S": "2"})
+    started.wait_for("loading")
+    (record,) = (launch_rig.home / "mounts").glob("*.json")
+    os.kill(json.loads(record.read_text())["pid"], number)
+    answer = started.ask()
+    started.wait_serving()
+    assert "weights-lost" in started.text()
+    assert started.stop() == 143
+    with launch_rig.running() as started:
+        assert started.ask() == answer

@@ -189,7 +189,7 @@ def _inspect(library: Library, name: str, check_here: bool, contents: bool, pict
 
 
 def _against(library: Library, found: Snapshot) -> list[tuple[str, str]]:
-    """Everything that speaks against a restore here, whatever launch asks for it: (stable code, one line)."""
+    """List all reasons against a restore here, independent of the launch: (stable code, one line)."""
     from checkpoint.compatibility import check as identity
     from checkpoint.compatibility.engine import engine_facts
     from checkpoint.compatibility.host import host_facts
@@ -370,7 +370,7 @@ def pull(name: str, store: str | None, trust_keys: tuple[Path, ...], as_json: bo
 
 
 def _meter(word: str) -> Any:
-    """Progress on standard error, at most ten times a second."""
+    """Return a callback that shows progress on standard error, at most ten times a second."""
     import sys
     import time
 

@@ -1,7 +1,7 @@
-"""What a disk that is full, read-only or over its quota means for this package: one line with a stable code, from whatever wrote.
+"""Turn errors of a full, read-only or over-quota disk into one line with a stable code.
 
 with required("snapshot x could not be removed", "snapshot-not-removed"):   raises Failed
-with optional("the restore is not remembered"):                            logs a line and goes on
+with optional("the restore is not remembered"):                            logs a line and continues
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _KINDS = {
 
 
 def failure(what: str, error: OSError, code: str = "disk-failed") -> Failed:
-    """An error of the operating system as ours. `what` failed; `code` stands where the disk itself is not to blame."""
+    """Convert an OSError into Failed. `what` failed; `code` is used unless the disk itself is the cause."""
     found, remedy = _KINDS.get(error.errno or 0, (code, ""))
     place = f" ({error.filename})" if error.filename else ""
     return Failed(found, f"{what}: {error.strerror or error}{place}{'; ' if remedy else ''}{remedy}")
@@ -31,7 +31,7 @@ def failure(what: str, error: OSError, code: str = "disk-failed") -> Failed:
 
 @contextlib.contextmanager
 def required(what: str, code: str = "disk-failed") -> Iterator[None]:
-    """Raise Failed where the block raises OSError."""
+    """Raise Failed if the block raises OSError."""
     try:
         yield
     except OSError as error:
@@ -40,7 +40,7 @@ def required(what: str, code: str = "disk-failed") -> Iterator[None]:
 
 @contextlib.contextmanager
 def optional(what: str, code: str = "disk-failed") -> Iterator[None]:
-    """Log a line where the block raises OSError: what it wrote is of use, and nobody waits for it."""
+    """Log a warning if the block raises OSError, for writes that are useful but not required."""
     try:
         yield
     except OSError as error:

@@ -1,22 +1,22 @@
-"""What can go wrong in this package, by kind.
+"""This package's errors, by kind.
 
 CheckpointError
 ├── HostLacks       this host cannot do it, whatever the snapshot (no CRIU, a missing privilege, an old kernel)
 ├── Incompatible    this snapshot does not fit this host or this launch (another kernel, CPU, engine, argument)
 ├── Integrity       bytes are not what was recorded (a flipped bit, a truncated or missing file, a wrong signature)
 ├── NotFound        no snapshot of that name
-├── Busy            another process holds what is needed; trying again later may succeed
+├── Busy            another process holds a needed lock; a later attempt may succeed
 └── Failed          the operation itself failed (CRIU's own error, a full disk, a process that died)
 
-Every error carries a stable `code` in kebab-case, which logs, metrics and `--json` show, and a message of one line that says
-the cause and the way out.
+Every error has a stable `code` in kebab-case, which logs, metrics and `--json` show, and a one-line message with the
+cause and the remedy.
 """
 
 from __future__ import annotations
 
 
 class CheckpointError(Exception):
-    """Base of this package's errors; `str()` is one line that ends in the way out."""
+    """Base of this package's errors; `str()` is one line that ends with the remedy."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
@@ -47,7 +47,7 @@ class NotFound(CheckpointError):
 
 
 class Busy(CheckpointError):
-    """Another process holds what is needed."""
+    """Another process holds a needed lock."""
 
 
 class Failed(CheckpointError):

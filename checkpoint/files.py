@@ -1,4 +1,4 @@
-"""Writing a file aside and putting it in place whole: no reader sees half of it, and two who do it at once do not disturb each other."""
+"""Write files atomically: readers never see a partial file, and concurrent writers do not disturb each other."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def aside(target: Path) -> Iterator[Path]:
-    """A path beside `target`, of nobody else's, not there yet; what is there at the block's end replaces `target`.
+    """Yield a new, unique path beside `target`; when the block ends without an error, the file there replaces `target`.
 
-    Threads of one process (replicas) write the same files as well, so a process number would not do. Raises OSError.
+    The name is random because threads of one process (replicas) write the same files, so a process number would not
+    suffice. Raises OSError.
     """
     new = target.with_name(f".{target.name}.{os.urandom(6).hex()}")
     try:

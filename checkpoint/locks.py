@@ -1,4 +1,4 @@
-"""Locking a folder by its name, while others rename, exchange and remove folders of that name. Standard library only."""
+"""Lock a folder by its name, while other processes rename, exchange and remove folders of that name. Standard library only."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from pathlib import Path
 
 
 def locked(folder: Path, operation: int) -> int:
-    """A descriptor of a folder with its lock (fcntl.LOCK_SH or LOCK_EX), which its end releases; never waits.
+    """Open a folder and lock it (fcntl.LOCK_SH or LOCK_EX) without waiting. Return the descriptor, whose close releases the lock.
 
-    -1 where the name stands for another folder, or for none, by the time of the lock: then nothing is locked, and whoever needs the folder
-    tries again. Raises BlockingIOError where somebody holds it otherwise, FileNotFoundError, OSError.
+    Returns -1, with nothing locked, if the name refers to another folder, or none, by the time of the lock; the
+    caller should then try again. Raises BlockingIOError if another process holds a conflicting lock,
+    FileNotFoundError, OSError.
     """
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:

@@ -1,16 +1,17 @@
-"""GPU state of a process tree into host memory and back, around CRIU's dump and restore.
+"""Move a process tree's GPU state into host memory and back, around CRIU's dump and restore.
 
     suspend(driver, pids)             lock all → checkpoint all; then CRIU dumps the tree
-    give_back(driver, pids, needs)    after the dump: the tree that was dumped goes on, whatever it takes
+    give_back(driver, pids, needs)    after the dump: the dumped tree must resume, even if it has to wait
     resume(driver, pids, needs, …)    after CRIU's restore: check memory → restore all → unlock all
 
-`driver` is a checkpoint.cuda.helper.Helper; PIDs are this process's numbers for the tree's processes. All processes are locked before
-the first is checkpointed, so that none computes on what another has put away. On any error every process is brought back to RUNNING
-before the error is raised; one that cannot be is named by `cuda-stuck`, and its tree has to be ended. GPU memory is looked at before
-the first restore call, because a process whose restore runs out of memory is lost.
+`driver` is a checkpoint.cuda.helper.Helper. PIDs are this process's numbers for the tree's processes. All processes
+are locked before the first is checkpointed, so that none computes on memory that another has offloaded. On any
+error, every process is brought back to RUNNING before the error is raised. If that fails, `cuda-stuck` names the
+process, and its tree must be killed. GPU memory is checked before the first restore call, because a process whose
+restore runs out of memory is lost.
 
-Order around them, as measured on an H100 (docs/gpu.md): quiesce → make small → NVML closed in the engine → suspend → CRIU dump;
-CRIU restore → resume → wake.
+Order of the surrounding steps, as measured on an H100 (docs/gpu.md): quiesce → trim → close NVML in the engine →
+suspend → CRIU dump; CRIU restore → resume → wake.
 """
 
 from __future__ import annotations
@@ -35,10 +36,10 @@ MARGIN = 64 << 20
 """Bytes of GPU memory that a restore may need beyond what was freed: contexts are allocated anew."""
 TURN_TIMEOUT_S = 300.0
 GIVE_BACK_TIMEOUT_S = 60.0
-"""How long the way back after a dump waits for its turn, and for memory that somebody else took meanwhile, before it tries all the same."""
+"""Timeout for resuming after a dump to get its turn and enough free memory. After it, the resume is tried anyway."""
 LOCKS = Path("/run/quickthaw")
 MULTI_GPU_SINCE: tuple[int, ...] | None = None
-"""The first driver version that checkpoints processes which share memory between GPUs (NCCL, CUDA IPC); none is known to."""
+"""The first driver version that checkpoints processes which share memory between GPUs (NCCL, CUDA IPC); None: no version is known to."""
 _PARALLEL_FLAGS = (
     "tensor-parallel-size",
     "pipeline-parallel-size",
@@ -53,14 +54,17 @@ _PARALLEL_FLAGS = (
 
 
 class Needs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """For a snapshot's manifest: how many processes hold a CUDA context, and bytes of GPU memory by the uuid of the GPU they were on."""
+    """What a resume needs, for a snapshot's manifest.
+
+    The number of processes with a CUDA context, and bytes of GPU memory by the uuid of the GPU they were on.
+    """
 
     processes: int = 0
     memory: dict[str, int] = {}
 
 
 def holders(driver: Driver, pids: Iterable[int]) -> list[int]:
-    """Those of the processes that hold a CUDA context. Raises Failed when the driver cannot say."""
+    """List the processes that hold a CUDA context. Raises Failed when the driver does not answer."""
     try:
         return [pid for pid in pids if driver.state(pid) is not None]
     except DriverError as error:
@@ -70,13 +74,15 @@ def holders(driver: Driver, pids: Iterable[int]) -> list[int]:
 
 
 def free_memory(driver: Driver) -> dict[str, int]:
-    """Bytes of free memory by GPU uuid. Raises Failed when the driver cannot say."""
+    """Return the bytes of free memory by GPU uuid. Raises Failed when the driver does not answer."""
     return {device.uuid: device.free for device in _ask(driver.devices)}
 
 
 def memory_in_use(driver: Driver, pids: Iterable[int]) -> int:
-    """Bytes of GPU memory that some processes hold: what a checkpoint adds to their host memory. 0 where NVML does not tell (another PID
-    namespace). Raises Failed when the driver cannot say."""
+    """Return the bytes of GPU memory that processes hold, which a checkpoint adds to their host memory.
+
+    Returns 0 if NVML does not report it (another PID namespace). Raises Failed when the driver does not answer.
+    """
     found = holders(driver, pids)
     usage = _ask(lambda: [driver.usage(pid) for pid in found])
     return sum(size for by_gpu in usage for size in by_gpu.values())
@@ -90,14 +96,16 @@ def suspend(
     visible: Sequence[str] | None = None,
     awake: Mapping[str, int] | None = None,
 ) -> tuple[list[int], Needs]:
-    """Take every CUDA process among `pids` off the GPU; returns them, and what bringing them back needs.
+    """Take every CUDA process among `pids` off the GPU; return them, and what resuming them needs.
 
-    `visible`: uuids of the GPUs that the tree may use (None: every GPU); others are neighbours', whose memory comes and goes. `awake`: free
-    bytes by uuid while the engine held all of its memory, if it has put some away since: a replica takes that up again.
-    Nothing happens where none holds a context. `released` is called last, with all `pids`, to check that CRIU can go on (see
-    `check_released`); what it raises is undone like any error.
+    `visible`: uuids of the GPUs that the tree may use (None: every GPU); other GPUs are ignored, because other
+    programs change their free memory. `awake`: free bytes by uuid while the engine held all of its memory, if it has
+    offloaded some since; a replica will reload it. Does nothing if no process holds a context. `released` is called
+    last, with all `pids`, to check that CRIU can dump (see `check_released`); an exception it raises undoes the
+    suspension, like any error.
 
-    Raises Incompatible (multi-gpu, gpu-mig), Failed (cuda-lock-timeout, cuda-lock-failed, cuda-checkpoint-failed, cuda-stuck …), HostLacks.
+    Raises Incompatible (multi-gpu, gpu-mig), Failed (cuda-lock-timeout, cuda-lock-failed, cuda-checkpoint-failed,
+    cuda-stuck …), HostLacks.
     """
     found = holders(driver, pids)
     if not found:
@@ -119,7 +127,7 @@ def suspend(
             _step("checkpoint", pid, driver.checkpoint)
         after = free_memory(driver)
         if not used:
-            # NVML numbers processes as the host does: in a container only the memory that came free tells which GPUs were used.
+            # NVML uses the host's process numbers, so in a container only the freed memory shows which GPUs were used.
             refuse_multi_gpu(driver, {uuid for uuid in own if after.get(uuid, 0) - before[uuid] > MARGIN})
         if released:
             released(pids)
@@ -128,7 +136,8 @@ def suspend(
         raise
     memory: dict[str, int] = {}
     for uuid in own:
-        # Whichever sees more: per-process figures are missing across PID namespaces, and free memory moves under other processes.
+        # Take the larger figure: per-process figures are missing across PID namespaces, and other processes change free
+        # memory.
         told = sum(u.get(uuid, 0) for u in usage.values())
         free_awake = min(before[uuid], (awake or before).get(uuid, before[uuid]))
         needed = max(told, after.get(uuid, 0) - free_awake)
@@ -144,14 +153,14 @@ def give_back(
     lock_folders: Sequence[Path] = (LOCKS,),
     timeout_s: float = GIVE_BACK_TIMEOUT_S,
 ) -> None:
-    """After a dump: every process of `pids` (as `suspend` returned them) to RUNNING.
+    """After a dump, bring every process of `pids` (as returned by `suspend`) back to RUNNING.
 
-    The engine cannot go on without: it waits up to `timeout_s` for its turn and for memory that is short, and tries then all the same.
-    Raises Failed (cuda-stuck), and only that: the tree has to be ended.
+    The engine cannot run otherwise. So this function waits up to `timeout_s` for its turn and for free memory, and
+    then tries anyway. Raises only Failed (cuda-stuck); the tree must then be killed.
     """
     limit = time.monotonic() + timeout_s
     with contextlib.ExitStack() as turn:
-        # Busy, or no folder for locks: no reason to leave the engine off the GPU.
+        # Busy, or no folder for locks: resume without the locks.
         with contextlib.suppress(Busy, Failed):
             turn.enter_context(_alone_on(lock_folders, needs.memory, timeout_s))
         while time.monotonic() < limit:
@@ -161,7 +170,7 @@ def give_back(
             except Incompatible:
                 time.sleep(0.1)
             except (Failed, HostLacks):
-                break  # the driver does not answer: bring_back says what that means for each process
+                break  # the driver does not answer: bring_back reports the result for each process
         stuck = bring_back(driver, pids)
     if stuck:
         raise _stuck("after the dump", stuck)
@@ -174,12 +183,14 @@ def resume(
     pairs: Sequence[tuple[str, str]] = (),
     lock_folders: Sequence[Path] = (LOCKS,),
 ) -> list[int]:
-    """Bring back every CUDA process among `pids` that is off the GPU; returns them, running.
+    """Bring back every CUDA process among `pids` that is off the GPU; return them, running.
 
-    `pairs`: (uuid then, uuid now) for every GPU when one differs, see `gpu_pairs`. `lock_folders`: where restores take turns; one in
-    the state folder is seen by other containers that share it.
-    Raises Busy (gpu-busy), Incompatible (gpu-memory-short, gpu-gone) before anything is touched; Failed (cuda-processes-differ,
-    cuda-restore-failed, cuda-unlock-failed, cuda-stuck). After a Failed of a replica's restore its tree has to be ended.
+    `pairs`: (uuid then, uuid now) for every GPU if one differs, see `gpu_pairs`. `lock_folders`: folders of the
+    locks that serialize restores; containers that share the state folder also share its locks.
+
+    Raises Busy (gpu-busy) and Incompatible (gpu-memory-short, gpu-gone) before anything is changed, and Failed
+    (cuda-processes-differ, cuda-restore-failed, cuda-unlock-failed, cuda-stuck). After Failed in a replica's
+    restore, its tree must be killed.
     """
     found = holders(driver, pids)
     if len(found) != needs.processes:
@@ -211,15 +222,15 @@ def _restore_all(driver: Driver, found: Sequence[int], pairs: Sequence[tuple[str
 
 @contextlib.contextmanager
 def _alone_on(folders: Iterable[Path], gpus: Iterable[str], timeout_s: float | None = None) -> Iterator[None]:
-    """One restore at a time on each GPU: two that both find the memory free would lose one of them.
+    """Allow one restore at a time on each GPU: if two restores both found the memory free, one replica would be lost.
 
-    A folder that cannot be written is left out where another can. Raises Busy (gpu-busy), Failed (gpu-lock-failed).
+    A folder that is not writable is skipped if another one is. Raises Busy (gpu-busy), Failed (gpu-lock-failed).
     """
     fds: list[int] = []
     timeout_s = TURN_TIMEOUT_S if timeout_s is None else timeout_s
     limit = time.monotonic() + timeout_s
     try:
-        # In one order everywhere, so that nobody waits in a circle.
+        # The same order in every process prevents deadlocks.
         for uuid in sorted(gpus):
             refused: OSError | None = None
             opened = 0
@@ -255,7 +266,7 @@ def _lock(fd: int, uuid: str, limit: float, timeout_s: float) -> None:
 
 
 def check_memory(driver: Driver, needs: Needs, pairs: Sequence[tuple[str, str]] = (), margin: int = MARGIN) -> None:
-    """Raise Incompatible unless every GPU has the memory free that a restore takes: there, running out cannot be undone."""
+    """Raise Incompatible unless every GPU has enough free memory; a restore that runs out of memory cannot be undone."""
     where = dict(pairs)
     free = free_memory(driver)
     wanted: dict[str, int] = {}
@@ -276,9 +287,9 @@ def check_memory(driver: Driver, needs: Needs, pairs: Sequence[tuple[str, str]] 
 
 
 def gpu_pairs(then: Sequence[Gpu], now: Sequence[Gpu]) -> list[tuple[str, str]]:
-    """Which GPU takes the place of which, in the order the engine sees them; empty when all are the same ones.
+    """Return (uuid then, uuid now) for each GPU in the order that the engine sees; empty if all are the same.
 
-    Raises Incompatible when their numbers differ (see identity for their models).
+    Raises Incompatible (gpu-count-differs); checkpoint.compatibility.check compares their models.
     """
     if len(then) != len(now):
         raise Incompatible("gpu-count-differs", f"visible GPUs: {len(then)} in the snapshot, {len(now)} here")
@@ -287,7 +298,7 @@ def gpu_pairs(then: Sequence[Gpu], now: Sequence[Gpu]) -> list[tuple[str, str]]:
 
 
 def refuse_multi_gpu(driver: Driver, used: Collection[str]) -> None:
-    """Raise Incompatible when several GPUs (uuids) are in use, unless the driver is known to checkpoint that."""
+    """Raise Incompatible (multi-gpu) if several GPUs (uuids) are in use, unless the driver is known to support that."""
     if len(used) < 2:
         return
     version = _ask(driver.version)
@@ -296,31 +307,31 @@ def refuse_multi_gpu(driver: Driver, used: Collection[str]) -> None:
 
 
 def refuse_mig(devices: Iterable[DeviceMemory], own: Collection[str]) -> None:
-    """Raise Incompatible where a GPU of the engine is divided (MIG): a slice's memory and name are not the GPU's own."""
+    """Raise Incompatible (gpu-mig) if a GPU of the engine is divided (MIG): a slice's memory and name are not the GPU's own."""
     for device in devices:
         if device.mig and device.uuid in own:
             raise mig_refusal(f"GPU {device.uuid}")
 
 
 def refuse_slice(visible: str | None) -> None:
-    """Raise Incompatible where CUDA_VISIBLE_DEVICES names a slice of a GPU, before an engine is started for a snapshot."""
+    """Raise Incompatible (gpu-mig) if CUDA_VISIBLE_DEVICES names a slice, before an engine is started for a snapshot."""
     for word in (visible or "").split(","):
         if word.strip().startswith("MIG"):
             raise mig_refusal(word.strip())
 
 
 def mig_refusal(subject: str) -> Incompatible:
-    """The refusal of a divided GPU and what works there."""
+    """Build the error for a divided GPU, with what works there."""
     return Incompatible(
         "gpu-mig", f"{subject} is divided (MIG), which no driver was seen to checkpoint; the engine starts cold there"
     )
 
 
 def refuse_parallel(arguments: Mapping[str, Sequence[Sequence[str]]]) -> None:
-    """Raise Incompatible by the command line alone, before an engine is started for a snapshot that cannot be taken.
+    """Raise Incompatible (multi-gpu) by the command line alone, before an engine is started for an impossible snapshot.
 
-    `arguments`: as checkpoint.compatibility.launch_options normalises them. The file that `--config` names counts like the command line,
-    which overrides it.
+    `arguments` are normalised by checkpoint.compatibility.launch_options. Options in the file given by `--config`
+    count too, unless the command line overrides them.
     """
     given = {flag.lstrip("-"): values[-1][0] for flag, values in arguments.items() if values and values[-1]}
     source = {flag.lstrip("-"): flag for flag in arguments}
@@ -333,7 +344,7 @@ def refuse_parallel(arguments: Mapping[str, Sequence[Sequence[str]]]) -> None:
 
 
 def _config_file(path: str | None) -> dict[str, str]:
-    """An engine's own YAML file of arguments; empty where there is none, or where it is for the engine to refuse."""
+    """Read an engine's YAML file of arguments. Return nothing if it is missing or invalid, which the engine reports."""
     if not path:
         return {}
     import yaml
@@ -348,7 +359,7 @@ def _config_file(path: str | None) -> dict[str, str]:
 
 
 def multi_gpu_refusal(subject: str) -> Incompatible:
-    """The refusal and the way out that works today."""
+    """Build the error for several GPUs, with a remedy that works today."""
     return Incompatible(
         "multi-gpu",
         f"{subject} cannot checkpoint memory shared between GPUs; "
@@ -357,7 +368,7 @@ def multi_gpu_refusal(subject: str) -> Incompatible:
 
 
 def nvidia_files(pid: int, prefix: str = "/dev/nvidia") -> list[str]:
-    """Device files a process has open; CRIU refuses to dump any."""
+    """List the GPU device files that a process has open. CRIU refuses to dump them."""
     found = set()
     try:
         with os.scandir(f"/proc/{pid}/fd") as entries:
@@ -374,7 +385,7 @@ def nvidia_files(pid: int, prefix: str = "/dev/nvidia") -> list[str]:
 
 
 def check_released(pids: Sequence[int], prefix: str = "/dev/nvidia") -> None:
-    """Raise Failed, naming process and file, while one of the processes still has a GPU's device file open (NVML, mostly)."""
+    """Raise Failed (gpu-handle-open) while a process still has a GPU's device file open (mostly by NVML)."""
     for pid in pids:
         if files := nvidia_files(pid, prefix):
             name = Path(f"/proc/{pid}/comm").read_text().strip() if Path(f"/proc/{pid}/comm").exists() else "gone"
@@ -385,9 +396,9 @@ def check_released(pids: Sequence[int], prefix: str = "/dev/nvidia") -> None:
 
 
 def bring_back(driver: Driver, pids: Sequence[int], pairs: Sequence[tuple[str, str]] = ()) -> dict[int, str]:
-    """Drive every process to RUNNING from wherever it stands; returns those that cannot be, each with the reason.
+    """Bring every process to RUNNING from any state; return those that failed, each with the reason.
 
-    A process that is gone needs nothing. Each step is tried once: a driver that refuses it would refuse it again.
+    A process that has ended needs nothing. Each step is tried once: a driver that refuses it would refuse it again.
     """
     stuck = {}
     for pid in pids:

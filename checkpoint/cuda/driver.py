@@ -1,12 +1,12 @@
-"""The CUDA driver's checkpoint calls behind one small interface, and its real implementation over cuda-bindings.
+"""The CUDA driver's checkpoint calls behind one small interface, and its implementation with cuda-bindings.
 
 State machine, as the driver documents it:
 
     RUNNING ──lock──▶ LOCKED ──checkpoint──▶ CHECKPOINTED ──restore──▶ LOCKED ──unlock──▶ RUNNING
 
-A lock that times out leaves the process RUNNING; a restore that runs out of GPU memory leaves it FAILED, for good. Every call is made
-from a process outside the tree, with the target's PID as this process's PID namespace numbers it. Loaded in the helper process only
-(checkpoint.cuda.helper): nothing here is imported on a host without a GPU.
+A lock that times out leaves the process RUNNING. A restore that runs out of GPU memory leaves it FAILED permanently.
+Every call is made from a process outside the tree, with the target's PID in the caller's PID namespace. Only the
+helper process loads the driver's libraries (checkpoint.cuda.helper): hosts without a GPU do not import them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class State(enum.Enum):
 
 
 class DriverError(Exception):
-    """A call that the driver refused; `result` is its name for it, such as CUDA_ERROR_ILLEGAL_STATE."""
+    """A call that the driver refused; `result` is the driver's name for the error, such as CUDA_ERROR_ILLEGAL_STATE."""
 
     def __init__(self, result: str) -> None:
         super().__init__(result)
@@ -39,7 +39,7 @@ class DriverError(Exception):
 
 
 class DeviceMemory(msgspec.Struct, frozen=True):
-    """Bytes of one GPU, by `uuid` (`GPU-…`), with its product name. `mig`: it is divided into slices (multi-instance GPU)."""
+    """Memory of one GPU in bytes, with `uuid` (`GPU-…`) and product name. `mig`: it is divided into slices (multi-instance GPU)."""
 
     uuid: str
     name: str
@@ -49,35 +49,36 @@ class DeviceMemory(msgspec.Struct, frozen=True):
 
 
 class Driver(Protocol):
-    """What is needed of the CUDA driver and NVML. Every method raises DriverError."""
+    """The required functions of the CUDA driver and NVML. Every method raises DriverError."""
 
     def version(self) -> str:
-        """The kernel driver's version, such as 580.159.03."""
+        """Return the kernel driver's version, such as 580.159.03."""
 
     def devices(self) -> list[DeviceMemory]:
-        """Every GPU, with the memory free now."""
+        """List every GPU, with its currently free memory."""
 
     def usage(self, pid: int) -> dict[str, int]:
-        """GPU memory of a process in bytes by GPU uuid; empty where the driver does not tell (another PID namespace)."""
+        """Return a process's GPU memory in bytes by GPU uuid; empty if the driver does not report it (another PID namespace)."""
 
     def state(self, pid: int) -> State | None:
-        """Where a process stands; None when it holds no CUDA context or is gone."""
+        """Return a process's state; None if it holds no CUDA context or has ended."""
 
     def lock(self, pid: int, timeout_ms: int) -> None:
-        """Hold back the process's CUDA calls once those under way are done; CUDA_ERROR_NOT_READY after the timeout."""
+        """Block the process's CUDA calls once running ones are done. Raises CUDA_ERROR_NOT_READY after the timeout."""
 
     def checkpoint(self, pid: int) -> None:
-        """Move its GPU memory into its host memory and let go of the GPU."""
+        """Move the process's GPU memory into its host memory and release the GPU."""
 
     def restore(self, pid: int, pairs: list[tuple[str, str]]) -> None:
-        """The way back, onto other GPUs where `pairs` (old uuid, new uuid) says so; all of its GPUs or none must be named."""
+        """Move a process back to its GPU, or to others as mapped by `pairs` (old uuid, new uuid), which must name all
+        of its GPUs or none."""
 
     def unlock(self, pid: int) -> None:
-        """Let its CUDA calls go on."""
+        """Unblock the process's CUDA calls."""
 
 
 class RealDriver:
-    """libcuda through cuda-bindings, and NVML through nvidia-ml-py. Making one costs cuInit and nvmlInit (0.1 to 1 s), once."""
+    """libcuda through cuda-bindings, and NVML through nvidia-ml-py. Creating one costs cuInit and nvmlInit (0.1 to 1 s), once."""
 
     def __init__(self) -> None:
         try:
@@ -90,11 +91,11 @@ class RealDriver:
         if not hasattr(driver, "cuCheckpointProcessLock"):
             raise DriverError("CUDA_ERROR_NOT_SUPPORTED (cuda-bindings is older than 12.8)")
         try:
-            # The restore of a process needs the driver initialised in the caller, or persistence mode.
+            # Restoring a process requires an initialised driver in the caller, or persistence mode.
             self._call(driver.cuInit, 0)
             pynvml.nvmlInit()
         except (pynvml.NVMLError, RuntimeError, OSError) as error:
-            # cuda-bindings raises a RuntimeError of its own where libcuda is missing, or lacks a function.
+            # cuda-bindings raises RuntimeError if libcuda is missing or lacks a function.
             raise DriverError(str(error)) from error
 
     def _call(self, function: Any, *arguments: Any) -> Any:
@@ -137,7 +138,7 @@ class RealDriver:
         try:
             return bool(self._nvml.nvmlDeviceGetMigMode(handle)[0])
         except self._nvml.NVMLError:
-            return False  # a GPU that knows no such mode
+            return False  # a GPU without this mode
 
     def usage(self, pid: int) -> dict[str, int]:
         found: dict[str, int] = {}
@@ -155,10 +156,11 @@ class RealDriver:
         try:
             return State(int(self._call(self._cuda.cuCheckpointProcessGetState, pid)))
         except DriverError as error:
-            # What the driver says of a process without a context.
+            # The driver's result for a process without a context.
             if error.result in ("CUDA_ERROR_INVALID_VALUE", "CUDA_ERROR_NOT_INITIALIZED"):
                 return None
-            # What driver 580.159 says of one that is gone (seen on an H200). Any process that has CUDA keeps its error.
+            # Driver 580.159's result for a process that has ended (seen on an H200). If the process has CUDA, the error
+            # is real.
             if error.result == "CUDA_ERROR_OPERATING_SYSTEM" and not _has_cuda(pid):
                 return None
             raise
@@ -193,7 +195,7 @@ class RealDriver:
 
 
 def uuid_bytes(uuid: str) -> bytes:
-    """The 16 bytes of `GPU-xxxxxxxx-xxxx-xxxx-xxxx-xxxxxxxxxxxx`. Raises DriverError for anything else (a MIG slice's name)."""
+    """Return the 16 bytes of `GPU-xxxxxxxx-xxxx-xxxx-xxxx-xxxxxxxxxxxx`. Raises DriverError otherwise (a MIG slice's name)."""
     digits = uuid.removeprefix("GPU-").replace("-", "")
     try:
         found = bytes.fromhex(digits)
@@ -209,10 +211,10 @@ def _text(value: Any) -> str:
 
 
 def _has_cuda(pid: int) -> bool:
-    """Whether a process has the driver's library mapped. False for one that is gone."""
+    """Return whether a process has the driver's library mapped; False if it has ended."""
     try:
         return b"/libcuda.so" in Path(f"/proc/{pid}/maps").read_bytes()
     except (FileNotFoundError, ProcessLookupError):
         return False
     except OSError:
-        return True  # not ours to look into: the driver's error stands
+        return True  # not readable for us: keep the driver's error

@@ -1,10 +1,12 @@
-"""One process that has initialised the CUDA driver and keeps making its checkpoint calls for the owner.
+"""A helper process that has initialised the CUDA driver and makes its checkpoint calls for the owner.
 
-cuInit takes 0.1 to 1 s and would otherwise lie on the way of every restore; here it is paid once, beside whatever the owner does
-meanwhile. A driver call that never returns is ended with this process: the owner's next call gets a new one. State is with the driver
-and the target processes, so nothing is lost with a helper. It ends with its owner.
+cuInit takes 0.1 to 1 s and would otherwise delay every restore; the helper pays it once, in parallel with the
+owner's other work. A driver call that never returns is ended by killing the helper, and the owner's next call starts
+a new one. The driver and the target processes hold all state, so nothing is lost with a helper. It ends with its
+owner.
 
-`python -m checkpoint.cuda.helper FD MODULE:FACTORY [ARGUMENT]` is the process; `Helper` is the owner's side and itself a Driver.
+`python -m checkpoint.cuda.helper FD MODULE:FACTORY [ARGUMENT]` is the process; `Helper` is the owner's side and
+itself a Driver.
 """
 
 from __future__ import annotations
@@ -31,17 +33,17 @@ READY_TIMEOUT_S = 60.0
 """cuInit on a host with eight GPUs and no persistence mode takes tens of seconds."""
 QUERY_TIMEOUT_S = 30.0
 MOVE_TIMEOUT_S = 900.0
-"""Checkpoint and restore move GPU memory: 1.4 to 5 GB/s were measured, so this is for a terabyte."""
+"""Timeout of checkpoint and restore, which move GPU memory. At the measured 1.4 to 5 GB/s it suffices for a terabyte."""
 _MAX_MESSAGE = 1 << 20
 STALLED = "QUICKTHAW_STALLED"
-"""The `result` of a call that took longer than its limit; the helper was ended."""
+"""The `result` of a call that exceeded its timeout; the helper was killed."""
 
 
 @dataclass
 class Helper:
-    """A Driver in a process of its own. `start` returns at once; the first call waits for it.
+    """A Driver in its own process. `start` returns at once; the first call waits for the process. Thread-safe; calls are serialized.
 
-    `factory`: import string of what makes the driver in the helper. May be called from several threads; calls are made one by one.
+    `factory`: import string of the function that creates the driver in the helper.
     """
 
     factory: str = "checkpoint.cuda.driver:RealDriver"
@@ -63,7 +65,7 @@ class Helper:
         self.close()
 
     def start(self) -> None:
-        """Start the process, if it does not run; its driver initialises while the caller goes on."""
+        """Start the process unless it runs. Its driver initialises in the background."""
         with self._lock:
             self._closed = False
             self._start()
@@ -75,7 +77,7 @@ class Helper:
             return
         self._end()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        # All GPUs are the helper's business, whichever the engine is to see.
+        # The helper handles all GPUs, regardless of those visible to the engine.
         environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
         environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
         with theirs:
@@ -91,15 +93,15 @@ class Helper:
 
     @property
     def pid(self) -> int | None:
-        """The helper's process, while it runs."""
+        """The helper's process number while it runs, else None."""
         return self._process.pid if self._process and self._process.poll() is None else None
 
     def close(self) -> None:
-        """End the helper, whatever it is doing: a call under way in another thread fails at once. May be called twice."""
+        """Kill the helper. A running call in another thread fails at once. Idempotent."""
         self._closed = True
         process = self._process
         if process is not None and process.poll() is None:
-            process.kill()  # before the lock, which the caller of a moving call holds for up to `move_timeout_s`
+            process.kill()  # before taking the lock, which a moving call holds for up to `move_timeout_s`
         with self._lock:
             self._end()
 
@@ -110,7 +112,7 @@ class Helper:
         if self._process:
             if self._process.poll() is None:
                 self._process.kill()
-            # A process in an uninterruptible driver call ends when the driver lets it; it is nobody's to wait for.
+            # A process in an uninterruptible driver call ends when the driver releases it; do not wait for that.
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(5.0)
             self._process = None
@@ -159,7 +161,7 @@ class Helper:
             )
         self._ready = True
 
-    # The Driver
+    # The Driver's methods
 
     def version(self) -> str:
         return str(self._call("version"))
@@ -205,7 +207,7 @@ def _answer(driver: Driver, request: list[Any]) -> dict[str, Any]:
 
 def serve(fd: int, factory: str, *arguments: str) -> None:
     """Answer requests on a socket until its other end closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the owner's to handle: it brings processes back first
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the owner handles Ctrl-C: it brings processes back first
     connection = socket.socket(fileno=fd)
     module, _, name = factory.partition(":")
     try:

@@ -1,4 +1,4 @@
-"""Write files atomically: readers never see a partial file, and concurrent writers do not disturb each other."""
+"""Make private folders, and write files atomically: readers never see a partial file, and concurrent writers do not disturb each other."""
 
 from __future__ import annotations
 
@@ -6,6 +6,18 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+
+
+def private_folder(path: Path) -> None:
+    """Make `path` where it is not there, 0700, and its parents too: `mkdir(parents=True)` leaves those to the umask. Raises OSError."""
+    try:
+        path.mkdir(mode=0o700)
+    except FileExistsError:
+        if not path.is_dir():
+            raise
+    except FileNotFoundError:
+        private_folder(path.parent)
+        path.mkdir(mode=0o700, exist_ok=True)
 
 
 @contextlib.contextmanager

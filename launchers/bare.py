@@ -6,6 +6,7 @@ The same calls as checkpoint.sandbox.sandbox.Sandbox, so that whoever drives a r
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -15,6 +16,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 from launchers.errors import LauncherError
 
+log = logging.getLogger("quickthaw")
+_LISTENS = "0A"
+
 
 class BareProcess:
     """One engine process and its children, in a session of their own, ended with this object."""
@@ -22,6 +26,7 @@ class BareProcess:
     def __init__(self, on_exit: Callable[[int, int], None] | None = None) -> None:
         self.on_exit = on_exit
         self._process: subprocess.Popen[bytes] | None = None
+        self._warned = False
 
     def start(
         self,
@@ -71,7 +76,11 @@ class BareProcess:
             return None
 
     def connect(self, port: int, host: str = "127.0.0.1") -> socket.socket:
-        """A non-blocking TCP socket on which a connect has been started."""
+        """A non-blocking TCP socket on which a connect has been started. Raises OSError where another user listens at that port.
+
+        The port stands in the engine's command line, which every user can read, and is free until the engine has been imported: who
+        listens there first would get the clients' requests and keys.
+        """
         sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -79,6 +88,18 @@ class BareProcess:
         if error not in (0, 115):
             sock.close()
             raise ConnectionRefusedError(error, os.strerror(error))
+        try:
+            others = listening_users(port) - {os.geteuid()}
+        except BaseException:
+            sock.close()
+            raise
+        if others:
+            sock.close()
+            text = f"engine-port-taken: user {min(others)} listens at port {port}, which was chosen for the engine; it gets nothing"
+            if not self._warned:
+                self._warned = True
+                log.warning("%s", text)
+            raise ConnectionRefusedError(111, text)
         return sock
 
     def close(self, timeout_s: float = 10.0) -> None:
@@ -88,6 +109,21 @@ class BareProcess:
                 os.killpg(self._process.pid, signal.SIGKILL)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(timeout_s)
+
+
+def listening_users(port: int) -> set[int]:
+    """The users with a TCP socket that listens at this port, on whichever address. Raises OSError."""
+    users = set()
+    for table in ("/proc/self/net/tcp", "/proc/self/net/tcp6"):
+        with contextlib.suppress(FileNotFoundError), open(table) as file:  # a kernel without IPv6
+            next(file, None)
+            for line in file:
+                words = line.split(maxsplit=8)
+                if words[3] != _LISTENS:
+                    break  # those that listen come first
+                if int(words[1].rpartition(":")[2], 16) == port:
+                    users.add(int(words[7]))
+    return users
 
 
 def free_port() -> int:

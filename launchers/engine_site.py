@@ -10,6 +10,7 @@ from pathlib import Path
 
 import blake3
 
+from checkpoint.files import private_folder
 from launchers.errors import LauncherError
 
 ENTRY_POINTS = """\
@@ -41,7 +42,7 @@ def engine_site(home: Path, sources: Path) -> Path:
     import shutil
     import tempfile  # 3 ms that only the first start needs
 
-    target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    private_folder(target.parent)
     new = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     new.chmod(0o755)
     package, info = new / "quickthaw_engine", new / "quickthaw_engine-0.1.0.dist-info"

@@ -17,7 +17,7 @@ from pathlib import Path
 import blake3
 import msgspec
 
-from checkpoint.files import aside
+from checkpoint.files import aside, private_folder
 from lazyfs.content.records import ready
 
 RACY_NS = 100_000_000
@@ -86,7 +86,7 @@ class FileDigests:
         entries = {**self._known(), **self._new}
         entries = dict(list(entries.items())[-_KEPT:])
         with contextlib.suppress(OSError):
-            self.kept.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            private_folder(self.kept.parent)
             with aside(self.kept) as new:
                 new.touch(mode=0o600)
                 new.write_bytes(msgspec.json.encode(entries))

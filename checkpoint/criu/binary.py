@@ -19,7 +19,7 @@ from typing import Any
 
 from checkpoint.criu.images import messages, nested
 from checkpoint.errors import Failed, HostLacks, Incompatible, Integrity
-from checkpoint.files import aside
+from checkpoint.files import aside, private_folder
 from checkpoint.sandbox.privileges import Privileges
 from checkpoint.sandbox.sandbox import Sandbox
 from checkpoint.snapshot import speculative
@@ -117,7 +117,7 @@ class Criu:
             pass  # the first time
         version = self.version
         with contextlib.suppress(OSError):  # a full or read-only disk costs the next launch 15 ms
-            note.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            private_folder(note.parent)
             with aside(note) as new:
                 new.write_text(f"{key}\n{version}")
         return version
@@ -148,7 +148,7 @@ class Criu:
             return
         with contextlib.suppress(OSError):  # /run is the host's, or the disk is full: then CRIU probes the kernel again
             data = Path(f"/proc/{sandbox.init_pid}/root/run/criu.kdat").read_bytes()
-            target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            private_folder(target.parent)
             with aside(target) as new:
                 new.write_bytes(data)
 
@@ -350,7 +350,7 @@ def kept(log: Path, logs: Path | None, name: str) -> str:
         return ""
     target = logs / f"criu-{name}.log"
     try:
-        logs.mkdir(mode=0o700, parents=True, exist_ok=True)
+        private_folder(logs)
         with log.open("rb") as file, aside(target) as new:
             new.touch(mode=0o600)
             new.write_bytes(file.read(_LOG_BYTES))

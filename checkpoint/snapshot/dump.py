@@ -18,6 +18,7 @@ from checkpoint import disk
 from checkpoint.criu.binary import Criu
 from checkpoint.cuda import checkpoint as cuda
 from checkpoint.cuda.driver import Driver
+from checkpoint.files import private_folder
 from checkpoint.sandbox.process_tree import inner_numbers, private_bytes, processes
 from checkpoint.sandbox.sandbox import CACHE_DIR, TMP_DIR, Sandbox
 from checkpoint.snapshot import frozen, manifest, room
@@ -91,7 +92,7 @@ def take(
     on_gpu = cuda.memory_in_use(driver, pids) if driver else 0
     room.check_memory(on_gpu)
     with disk.required(f"{draft.name} is not written", "snapshot-not-written"):
-        library.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        private_folder(library.folder)
     shared = room.tmpfs_bytes(Path(f"/proc/{sandbox.init_pid}/root"), ("/dev/shm", TMP_DIR))
     room.check_disk(library.folder, private_bytes(pids) + on_gpu + shared)
     with library.writing(draft.name) as folder:
@@ -122,7 +123,7 @@ def take(
         criu.dump_cpu(images)
         for name in mapped:
             target = folder / "cache" / name
-            target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            private_folder(target.parent)
             shutil.copy(compile_cache / name, target)
         # Copied files keep the modes that a restore compares, so close the folders around them to other users.
         kept = [folder / name for name in ("shm", "tmp", "cache") if (folder / name).is_dir()]

@@ -26,7 +26,7 @@ import msgspec
 
 from checkpoint import disk
 from checkpoint.errors import Busy, NotFound
-from checkpoint.files import aside
+from checkpoint.files import aside, private_folder
 from checkpoint.locks import locked
 from checkpoint.snapshot import manifest, speculative
 from checkpoint.snapshot.manifest import Snapshot
@@ -236,7 +236,7 @@ class Library:
     @contextlib.contextmanager
     def _only_writer(self, name: str) -> Iterator[None]:
         """Hold the writer's lock of a name. Raises Busy, OSError."""
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        private_folder(self.folder)
         lock = os.open(self.folder / f".{name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             try:

@@ -24,7 +24,7 @@ from checkpoint.criu.pagemap import PAGE
 from checkpoint.cuda import checkpoint as cuda
 from checkpoint.cuda.driver import Driver
 from checkpoint.errors import CheckpointError, Failed, HostLacks
-from checkpoint.files import aside
+from checkpoint.files import aside, private_folder
 from checkpoint.lazy_pages.client import Arriving, PageServer, told
 from checkpoint.sandbox.process_tree import processes
 from checkpoint.sandbox.sandbox import TMP_DIR, Bind, Sandbox, SandboxConfig, make_run_dir
@@ -175,7 +175,7 @@ def unpack_cache(folder: Path, compile_cache: Path) -> bool:
             # Snapshots taken before modes were kept have 0600 for every file.
             if mode in (target.stat().st_mode & 0o777, 0o600) and filecmp.cmp(file, target, shallow=False):
                 continue
-        target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        private_folder(target.parent)
         with aside(target) as new:
             shutil.copyfile(file, new)
             new.chmod(mode)
@@ -221,7 +221,7 @@ def restore(
     check_page_size()
     run_folder = run_folder or library.home / "run"
     try:
-        run_folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        private_folder(run_folder)
         make_run_dir()
         with cancellation, library.in_use(snapshot.name) as folder:
             config = SandboxConfig(

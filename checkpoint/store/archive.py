@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING
 
 from checkpoint import disk
 from checkpoint.errors import Busy, CheckpointError, Failed, Integrity, NotFound
+from checkpoint.files import private_folder
 from checkpoint.locks import locked
 from checkpoint.snapshot import digests, entries, signatures
 from checkpoint.snapshot import manifest as manifests
@@ -377,7 +378,7 @@ def _lock_partial(partial: Path, name: str) -> int:
     """Create the folder that a pull fills, if necessary, and lock it. Raises Busy, Failed."""
     for _ in range(_ATTEMPTS):
         try:
-            partial.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            private_folder(partial.parent)
             partial.mkdir(mode=0o700, exist_ok=True)
             fd = locked(partial, fcntl.LOCK_EX)
         except BlockingIOError:

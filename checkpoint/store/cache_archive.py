@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from checkpoint.errors import Integrity, NotFound
-from checkpoint.files import aside
+from checkpoint.files import aside, private_folder
 from checkpoint.store import archive as archives
 from checkpoint.store.upload import MTIMES, Pushed, translated
 
@@ -62,7 +62,7 @@ def pull_cache(name: str, chunks: ChunkStore, folder: Path, trust_keys: Sequence
             raise Integrity("compile-cache-misplaced", f"{name} in {chunks.store.url} is another host's archive")
         mtimes = _mtimes(archive)
         _check_symlinks(archive)
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        private_folder(folder)
         kept = _build_folders(archive, folder)
         for directory in archive.directories:
             target = folder / directory.path

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from checkpoint.errors import CheckpointError, Failed
+from checkpoint.files import private_folder
 from checkpoint.lazy_pages.residency import Presence
 from checkpoint.store.layout import BYTES, INDEX, REST, Layout, Piece
 from checkpoint.store.upload import Progress, translated
@@ -462,7 +463,7 @@ class Arrival:
         if self.quarantine is None:
             return None
         try:
-            self.quarantine.mkdir(mode=0o700, parents=True, exist_ok=True)
+            private_folder(self.quarantine)
             path = self.quarantine / f"{digest}.{time.time_ns()}"
             fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             with os.fdopen(fd, "wb") as file:

@@ -10,12 +10,16 @@ from __future__ import annotations
 import base64
 import contextlib
 import email.utils
+import functools
 import http.client
+import io
 import netrc
 import os
+import socket
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 from urllib.parse import quote, unquote, urljoin, urlsplit
 
 from lazyfs.errors import LazyfsError, NotFound, Permanent, Temporary
@@ -151,6 +155,9 @@ class WebStore:
     ) -> tuple[int, http.client.HTTPMessage, bytes | memoryview]:
         parts = urlsplit(url)
         connection = self._connection(url)
+        connection.response_class = functools.partial(_Timed, deadline=deadline, inactivity_s=self.inactivity_s)  # type: ignore[assignment]
+        if connection.sock is not None:
+            connection.sock.settimeout(self.inactivity_s)
         sent = {**self._headers, **headers}
         if _place(url) != _place(self.base):
             # Send credentials only to the scheme, host and port that they are for.
@@ -164,7 +171,7 @@ class WebStore:
             if response.status == 200 and "Range" in headers:
                 # The server ignores the range and sends the whole object.
                 limit = MOST_BYTES
-            body = self._body(response, deadline, into, limit, shown_url(url))
+            body = self._body(response, into, limit, shown_url(url))
         elif not used and response.length is not None and response.length <= _COPY:
             response.read()
             used = True
@@ -175,7 +182,7 @@ class WebStore:
         return response.status, response.headers, body
 
     def _body(
-        self, response: http.client.HTTPResponse, deadline: float, into: memoryview | None, limit: int, url: str
+        self, response: http.client.HTTPResponse, into: memoryview | None, limit: int, url: str
     ) -> bytes | memoryview:
         length = response.length
         if length is not None and length > limit:
@@ -187,21 +194,15 @@ class WebStore:
                 got += len(piece)
                 if got > limit:
                     raise too_large(url, limit)
-                self._in_time(deadline)
             return b"".join(pieces)
         view = memoryview(bytearray(length)) if into is None or len(into) < length else into[:length]
         got = 0
         while got < length:
-            self._in_time(deadline)
             n = response.readinto(view[got : got + _PIECE])
             if not n:
                 raise http.client.IncompleteRead(bytes(view[:got]), length - got)
             got += n
         return view if length >= _COPY else bytes(view)
-
-    def _in_time(self, deadline: float) -> None:
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"not complete after {self.whole_s:g} s")
 
     def _connection(self, url: str) -> http.client.HTTPConnection:
         parts = urlsplit(url)
@@ -239,6 +240,43 @@ class WebStore:
             wait = float(after) if after.isdigit() else None
             return Temporary(text, code="throttled" if status in (429, 503) else "temporary", retry_after=wait)
         return Permanent(text, code="refused")
+
+
+class _Timed(http.client.HTTPResponse):
+    """An answer that is whole at `deadline`, however slowly its head or its body comes. Raises TimeoutError."""
+
+    def __init__(
+        self, sock: socket.socket, *arguments: Any, deadline: float, inactivity_s: float, **named: Any
+    ) -> None:
+        super().__init__(sock, *arguments, **named)
+        self.fp.close()
+        self.fp = io.BufferedReader(_TimedReads(sock, deadline, inactivity_s))
+
+
+class _TimedReads(io.RawIOBase):
+    """A socket's bytes; each receipt has what is left of the time."""
+
+    def __init__(self, sock: socket.socket, deadline: float, inactivity_s: float) -> None:
+        self._sock, self._deadline, self._inactivity_s = sock, deadline, inactivity_s
+        self._raw = sock.makefile("rb", buffering=0)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("not complete in time")
+        self._sock.settimeout(min(self._inactivity_s, left))
+        try:
+            return self._raw.readinto(buffer)
+        except TimeoutError:
+            silent = f"silent for {self._inactivity_s:g} s"
+            raise TimeoutError("not complete in time" if left < self._inactivity_s else silent) from None
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
 
 
 def _place(url: str) -> tuple[str, str, int]:

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import errno
 import os
+import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,16 +59,20 @@ class LocalStore:
         into: memoryview | None = None,
     ) -> bytes | memoryview:
         try:
-            fd = os.open(self.path(key), os.O_RDONLY | os.O_CLOEXEC)
+            # Whoever writes into a shared folder may leave a pipe there: to open one blocks for ever.
+            fd = os.open(self.path(key), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except FileNotFoundError:
             raise NotFound(f"{self.url} has no {key}") from None
         except OSError as error:
             raise from_os_error(error, f"cannot open {self.path(key)}") from error
         try:
-            if version and _version(os.fstat(fd)) != version:
+            there = os.fstat(fd)
+            if not stat.S_ISREG(there.st_mode):
+                raise Permanent(f"{self.path(key)} is not a regular file; remove it", code="not-a-file")
+            if version and _version(there) != version:
                 raise Permanent(f"{self.path(key)} was changed; mount or import it again", code="source-changed")
             if length is None:
-                length = max(0, os.fstat(fd).st_size - start)
+                length = max(0, there.st_size - start)
                 if length > MOST_BYTES:
                     raise too_large(str(self.path(key)), MOST_BYTES)
             own = None

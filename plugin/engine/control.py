@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 
-from . import cpu, renewal, start_times
+from . import cpu, joining, renewal, start_times
 
 SHRINK = signal.SIGRTMIN + 7
 WAKE = signal.SIGRTMIN + 8
@@ -53,7 +53,7 @@ def _on_wake(number, frame):
     cpu.regain()
     start_times.refresh()
     renewed = renewal.renew()
-    fresh = True
+    fresh = joining.allowed = True
     reseed()
     answer("woken", f"renewed {renewed}")
 

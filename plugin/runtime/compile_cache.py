@@ -24,7 +24,7 @@ from pathlib import Path
 import blake3
 
 from checkpoint import disk
-from checkpoint.files import aside
+from checkpoint.files import aside, private_folder
 
 log = logging.getLogger("quickthaw")
 PULL_LIMIT_S = 60.0
@@ -155,7 +155,7 @@ def _link(source: Path, target: Path) -> None:
     """Hard-link the files below `source` into `target`, skipping names that exist there."""
     for below, _, names in os.walk(source):
         folder = target / Path(below).relative_to(source)
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        private_folder(folder)
         for name in names:
             with contextlib.suppress(FileExistsError):
                 os.link(Path(below, name), folder / name, follow_symlinks=False)

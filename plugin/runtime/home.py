@@ -6,6 +6,8 @@ import errno
 import os
 from pathlib import Path
 
+from checkpoint.files import private_folder
+
 LEAST_ROOM = 64 << 20
 """Bytes that a cold start needs in the state folder: compiled code, manifests, the engine's site folder."""
 _PROBE = bytes(1 << 16)
@@ -21,7 +23,7 @@ def unusable(home: Path) -> str | None:
     remedy = "make room there, or set QUICKTHAW_HOME to a folder on a disk with room"
     try:
         run = home / "run"
-        run.mkdir(mode=0o700, parents=True, exist_ok=True)
+        private_folder(run)
         probe = run / f".room-{os.urandom(6).hex()}"
         try:
             probe.write_bytes(_PROBE)

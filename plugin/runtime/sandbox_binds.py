@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from checkpoint.files import private_folder
 from checkpoint.sandbox.sandbox import CACHE_DIR, Bind
 from launchers.base import ENGINE_SITE
 from launchers.engine_site import engine_site
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 def compile_cache(settings: LaunchSettings) -> Path:
     """Return the engine's compile cache folder, creating it if needed. Raises OSError."""
     folder = settings.home / "compile" / settings.engine
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    private_folder(folder)
     (folder / "tmp-inductor").mkdir(mode=0o700, exist_ok=True)
     return folder
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from checkpoint.criu.binary import Criu
 from checkpoint.errors import CheckpointError, Failed
+from checkpoint.files import private_folder
 from checkpoint.sandbox.privileges import Privileges
 from checkpoint.sandbox.sandbox import TMP_DIR, Sandbox, SandboxConfig
 
@@ -70,7 +71,7 @@ class Trial:
             self._why = f"{sandbox_reason(error)}; quickthaw doctor tries it again"
             return
         with contextlib.suppress(OSError):  # on a full disk the next cold start repeats the trial
-            self._note.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            private_folder(self._note.parent)
             self._note.touch(mode=0o600)
 
     def wait(self) -> str | None:

@@ -17,7 +17,13 @@ from plugin.engine import control, joining, packed, sglang_hooks, vllm_hooks
 pytestmark = pytest.mark.t0
 
 
-def test_the_hooks_and_the_launchers_mean_the_same_by_a_joined_canary():
+@pytest.fixture
+def woken(monkeypatch):
+    """This process was woken, and no canary has been waited for yet."""
+    monkeypatch.setattr(joining, "allowed", True)
+
+
+def test_the_hooks_and_the_launchers_mean_the_same_by_a_joined_canary(woken):
     assert joining.JOINED == JOINED
     assert joining.wanted([f"cmpl-{canary_id(True)}-0"]) and not joining.wanted([canary_id(False)])
     assert not joining.wanted([]) and not joining.wanted([canary_id(True), "another"])
@@ -35,7 +41,7 @@ def drain(core):
         core.scheduler.waiting.append(SimpleNamespace(request_id=core.input_queue.get()))
 
 
-def test_vllm_waits_for_the_request_beside_the_canary_and_takes_both():
+def test_vllm_waits_for_the_request_beside_the_canary_and_takes_both(woken):
     core = engine_core([canary_id(True)])
     late = threading.Timer(0.002, core.input_queue.put, ["the user's"])
     late.start()
@@ -45,17 +51,43 @@ def test_vllm_waits_for_the_request_beside_the_canary_and_takes_both():
 
 
 @pytest.mark.parametrize("identifiers", [[canary_id(False)], [canary_id(True), "the user's"], ["the user's"], []])
-def test_vllm_does_not_wait_where_nothing_is_to_come(monkeypatch, identifiers):
+def test_vllm_does_not_wait_where_nothing_is_to_come(woken, monkeypatch, identifiers):
     monkeypatch.setattr(joining, "wait", lambda arrived: pytest.fail("it waited"))
     core = engine_core(identifiers)
     vllm_hooks._join(drain)(core)
     assert len(core.scheduler.waiting) == len(identifiers)
 
 
-def test_a_request_that_does_not_come_is_not_waited_for_long():
+def test_a_request_that_does_not_come_is_not_waited_for_long(woken):
     core, began = engine_core([canary_id(True)]), time.monotonic()
     vllm_hooks._join(drain)(core)
     assert len(core.scheduler.waiting) == 1 and time.monotonic() - began >= joining.LIMIT_S
+
+
+def clients(begin):
+    """How many of ten clients that name their request as a joined canary the engine waits for."""
+    waited = 0
+    for _ in range(10):
+        before = time.monotonic()
+        begin(f"{JOINED}mine")
+        waited += time.monotonic() - before >= joining.LIMIT_S
+    return waited
+
+
+def vllm_begins(identifier):
+    vllm_hooks._join(drain)(engine_core([identifier]))
+
+
+def sglang_begins(identifier):
+    scheduler = SimpleNamespace(tp_size=1, ingest_requests=list)
+    sglang_hooks._after_ingest([SimpleNamespace(rid=identifier)], scheduler)
+
+
+@pytest.mark.parametrize("begin", [vllm_begins, sglang_begins])
+def test_no_client_makes_an_engine_wait_by_the_name_of_its_request(monkeypatch, begin):
+    assert clients(begin) == 0, "it was never woken"
+    monkeypatch.setattr(joining, "allowed", True)
+    assert clients(begin) == 1, "one wait for each wake, whoever takes it"
 
 
 def test_what_inductor_compiled_itself_is_not_refused_by_vllm_when_it_is_loaded():
@@ -87,7 +119,7 @@ def test_an_artefact_for_a_cpu_is_named_by_its_processor_and_threads(monkeypatch
 
 
 @pytest.mark.parametrize(("ranks", "taken"), [(1, 2), (2, 1)])
-def test_sglang_takes_both_where_one_rank_schedules(ranks, taken):
+def test_sglang_takes_both_where_one_rank_schedules(woken, ranks, taken):
     others = [[], [], [SimpleNamespace(rid="the user's")]]
     scheduler = SimpleNamespace(tp_size=ranks, ingest_requests=lambda: others.pop(0))
     assert len(sglang_hooks._after_ingest([SimpleNamespace(rid=canary_id(True))], scheduler)) == taken

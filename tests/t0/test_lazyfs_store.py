@@ -6,6 +6,7 @@ import errno
 import os
 import random
 import shutil
+import threading
 
 import pytest
 from hypothesis import given, settings
@@ -214,6 +215,26 @@ def test_what_cannot_be_imported(tmp_path, chunks):
         import_tree(tmp_path / "d", chunks)
     assert caught.value.code == "bad-file-type"
     assert not (tmp_path / "store" / "manifests").exists()
+
+
+def test_a_pipe_in_a_shared_store_holds_up_nobody(tmp_path):
+    """Opening a pipe that nobody writes to blocks for ever."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    kinds = []
+
+    def ask(key):
+        try:
+            LocalStore(tmp_path).get(key)
+        except Permanent as error:
+            kinds.append(error.code)
+
+    for key in ("pipe", "folder"):
+        asked = threading.Thread(target=ask, args=[key], daemon=True)
+        asked.start()
+        asked.join(5.0)
+        assert not asked.is_alive()
+    assert kinds == ["not-a-file", "not-a-file"]
 
 
 def test_a_full_disk_leaves_no_half_import(tmp_path, home):

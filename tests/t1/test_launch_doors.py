@@ -133,3 +133,18 @@ def test_an_sglang_with_keys_is_controlled_with_its_own(launch_rig):
     ) as started:
         started.wait_serving()
         assert "restoring" in started.text() and "cold" not in started.ours()
+
+
+def test_the_state_folder_is_its_owners_alone_whatever_the_umask(launch_rig):
+    criu = (launch_rig.home / "criu" / "criu").resolve()
+    launch_rig.home = launch_rig.folder / "not-there-yet" / "home"
+    before = os.umask(0)
+    try:
+        with launch_rig.running("--name", "it", env={"QUICKTHAW_CRIU": str(criu)}) as started:
+            started.ask()
+            started.wait_serving()
+    finally:
+        os.umask(before)
+    assert launch_rig.library.load("it")
+    made = [launch_rig.home.parent, launch_rig.home, *(path for path in launch_rig.home.iterdir() if path.is_dir())]
+    assert {str(path): oct(path.stat().st_mode & 0o777) for path in made if path.stat().st_mode & 0o077} == {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import socket
 import threading
@@ -135,3 +136,29 @@ def test_http_silence_has_a_limit():
     with pytest.raises(Temporary):
         store.get("x")
     store.close()
+
+
+@pytest.mark.parametrize("head", [b"HTTP/1.1 200 OK\r\nX: ", b"HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\n"])
+def test_an_answer_that_drips_has_a_limit_in_all(head):
+    """Each byte comes well within the limit of silence: only the limit of the whole ends the head, or the body."""
+    stop = threading.Event()
+
+    def drip():
+        sock, _ = server.accept()
+        with sock, contextlib.suppress(OSError):
+            sock.recv(65536)
+            sock.sendall(head)
+            while not stop.wait(0.02):
+                sock.sendall(b"a")
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=drip, daemon=True)
+        thread.start()
+        store = WebStore(f"http://127.0.0.1:{server.getsockname()[1]}", inactivity_s=LIMIT_S, whole_s=0.3)
+        threading.Timer(5.0, stop.set).start()
+        with pytest.raises(Temporary, match="not complete in time"):
+            store.get("x")
+        assert not stop.is_set()
+        stop.set()
+        thread.join()
+        store.close()

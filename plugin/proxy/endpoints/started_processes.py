@@ -17,6 +17,7 @@ import signal
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from checkpoint.files import private_folder
 from plugin.runtime.home import state_home
 
 log = logging.getLogger("quickthaw.proxy")
@@ -116,7 +117,7 @@ class Started:
             return
         fresh = self._file.with_suffix(".new")
         try:
-            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            private_folder(self._folder)
             fresh.write_text(json.dumps(asdict(Record(self.upstream, process, owner))))
             fresh.replace(self._file)
         except OSError as error:

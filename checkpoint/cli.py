@@ -13,6 +13,7 @@ import msgspec
 from checkpoint.errors import CheckpointError, Failed, NotFound
 from checkpoint.snapshot.library import Library
 from checkpoint.snapshot.manifest import Snapshot
+from lazyfs.errors import one_line
 
 
 def _library() -> Library:
@@ -74,7 +75,7 @@ def ls(as_json: bool) -> None:
     click.echo(f"{'NAME':<{width}}  {'ENGINE':<7} {'IMAGES':>9} {'SAVES':>8}  CREATED               STATE")
     for row in rows:
         if row["damaged"]:
-            click.echo(f"{row['name']:<{width}}  damaged: {row['damaged']}")
+            click.echo(one_line(f"{row['name']:<{width}}  damaged: {row['damaged']}"))
             continue
         state = (
             f"quarantined: {row['reason']}"
@@ -178,13 +179,13 @@ def _inspect(library: Library, name: str, check_here: bool, contents: bool, pict
     if needed:
         click.echo()
         for line in pictures.render(needed):
-            click.echo(line)
+            click.echo(one_line(line))
     else:
         click.echo(f"{'working set':<22} {state}")
     if inside is not None:
         click.echo()
         for line in reader.render(inside):
-            click.echo(line)
+            click.echo(one_line(line))
     return 1 if mismatches else 0
 
 

@@ -14,12 +14,14 @@ cause and the remedy.
 
 from __future__ import annotations
 
+from lazyfs.errors import one_line
+
 
 class CheckpointError(Exception):
     """Base of this package's errors; `str()` is one line that ends with the remedy."""
 
     def __init__(self, code: str, message: str) -> None:
-        super().__init__(message)
+        super().__init__(one_line(message))
         self.code = code
 
     def __str__(self) -> str:

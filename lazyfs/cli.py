@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
-from lazyfs.errors import LazyfsError
+from lazyfs.errors import LazyfsError, one_line
 
 if TYPE_CHECKING:
     from lazyfs.content.chunk_store import ChunkStore
@@ -215,9 +215,13 @@ def ls(store: str | None, as_json: bool) -> None:
         shared = _size(e.size - e.unshared)
         name = ", ".join(e.names) or "-"
         if e.damage:
-            click.echo(f"{e.manifest[:16]:16}  DAMAGED   {name}: {e.damage}")
+            click.echo(one_line(f"{e.manifest[:16]:16}  DAMAGED   {name}: {e.damage}"))
             continue
-        click.echo(f"{e.manifest[:16]}  {e.kind:8}  {_size(e.size):>9}  shared {shared:>9}  {e.files:5} files  {name}")
+        click.echo(
+            one_line(
+                f"{e.manifest[:16]}  {e.kind:8}  {_size(e.size):>9}  shared {shared:>9}  {e.files:5} files  {name}"
+            )
+        )
 
 
 @weights.command()
@@ -255,12 +259,12 @@ def verify(names: tuple[str, ...], repair: bool, with_cache: bool, store: str | 
         click.echo(f"{report.manifests} manifests, {report.chunks} chunks, {_size(report.bytes)} read", err=True)
         for kind, found in (("damaged", report.bad), ("missing", report.missing)):
             for digest, path in found.items():
-                click.echo(f"{kind} chunk {digest[:16]} of {path}")
+                click.echo(one_line(f"{kind} chunk {digest[:16]} of {path}"))
         for digest, why in report.broken_manifests.items():
             gone = "; it was removed" if repair and not chunks.has_manifest(digest) else ""
-            click.echo(f"manifest {digest[:16]}: {why}{gone}")
+            click.echo(one_line(f"manifest {digest[:16]}: {why}{gone}"))
         for name, why in report.broken_names.items():
-            click.echo(f"{name}: {why}")
+            click.echo(one_line(f"{name}: {why}"))
         if report.cache_bad:
             click.echo(f"{report.cache_bad} damaged chunks in the cache were dropped; they will be fetched again")
         if report.cache_skipped:
@@ -274,7 +278,7 @@ def verify(names: tuple[str, ...], repair: bool, with_cache: bool, store: str | 
                 err=True,
             )
             for name, why in quarantined:
-                click.echo(f"  {name}: {why}", err=True)
+                click.echo(one_line(f"  {name}: {why}"), err=True)
         if report.bad or report.missing or report.broken_manifests:
             first = (
                 ""

@@ -17,6 +17,16 @@ from __future__ import annotations
 
 import errno
 
+_UNSEEN = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))} | {
+    code: f"\\u{code:04x}" for code in (*range(0x2028, 0x202F), *range(0x2066, 0x206A))
+}
+
+
+def one_line(text: str) -> str:
+    """Text that may hold names out of a store, for a terminal or a log: control characters (and those that turn the direction of
+    writing) as escapes, so that no name ends a line, moves the cursor or hides what stands beside it."""
+    return text.translate(_UNSEEN)
+
 
 class LazyfsError(Exception):
     """Base class of all lazyfs exceptions. `code` is stable; scripts may rely on it."""
@@ -26,7 +36,7 @@ class LazyfsError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, *, code: str | None = None) -> None:
-        super().__init__(message)
+        super().__init__(one_line(message))
         if code is not None:
             self.code = code
 

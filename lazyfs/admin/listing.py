@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import shlex
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -108,7 +109,7 @@ def named_manifests(
                 broken[kind, name] = str(error)
                 continue
             except Usage:
-                broken[kind, name] = f"nothing can be called so; `quickthaw weights rm {name}` removes it"
+                broken[kind, name] = f"nothing can be called so; `quickthaw weights rm {shlex.quote(name)}` removes it"
                 continue
             # A manifest imported after the listing is not in `manifests`.
             if manifests is None or digest in manifests or chunks.has_manifest(digest):

@@ -21,7 +21,7 @@ allowed = False
 
 
 def wanted(identifiers):
-    """Return True if this queue of identifiers holds only a canary, and that canary expects a request beside it, and a wait is allowed."""
+    """Return True if a wait is allowed, and this queue of identifiers holds only a canary that expects a request beside it."""
     if not allowed:
         return False
     found = list(identifiers)

@@ -13,10 +13,12 @@ import pytest
 from click.testing import CliRunner
 from lazyfs_kit import make_model
 
+from checkpoint.errors import Failed
 from lazyfs.cli import mount, weights
 from lazyfs.content.chunk_store import ChunkStore, chunk_key
-from lazyfs.content.manifest import RAW
+from lazyfs.content.manifest import RAW, Chunk, File, Manifest, encode
 from lazyfs.content.stat_index import import_directory
+from lazyfs.errors import LazyfsError
 from lazyfs.stores.local import LocalStore
 
 pytestmark = pytest.mark.t0
@@ -322,3 +324,25 @@ def test_chunks_without_a_manifest_are_told_from_nothing(tmp_path, chunks):
     assert "nothing in" not in shown and "chunks (5." in shown and "weights gc" in shown
     run(weights, "gc", "--grace", 0)
     assert "nothing in" in run(weights, "ls").output
+
+
+EVIL = "a\x1b]0;owned\x07\nquickthaw: ready\x9b2J\u202e$(id)"
+
+
+def test_no_name_out_of_a_store_moves_the_terminal_or_makes_a_line(tmp_path, home, chunks):
+    run(weights, "import", make_model(tmp_path / "model"), "--tag", "sound")
+    manifest = Manifest(1, "weights", (), (File(EVIL, 0o644, 5, (Chunk("0" * 64, 5),)),), ())
+    digest, data = encode(manifest)
+    chunks.store.put(f"manifests/{digest}", data)
+    chunks.store.put(f"refs/tags/{EVIL}@latest", b"{}")
+    said = (
+        run(weights, "ls").output + run(weights, "verify", code=1).output + run(weights, "verify", EVIL, code=1).output
+    )
+    assert not [c for c in said if c != "\n" and not c.isprintable()]
+    assert not [line for line in said.splitlines() if line.startswith("quickthaw: ready")]
+    assert "rm '" in said, "what is to be typed is quoted for a shell"
+
+
+def test_errors_are_one_line_whatever_they_quote():
+    for error in (LazyfsError(EVIL), Failed("some-code", EVIL)):
+        assert str(error).isprintable() and "owned" in str(error)

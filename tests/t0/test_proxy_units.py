@@ -7,6 +7,7 @@ import logging
 import math
 import re
 import string
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,16 @@ def test_verdicts_are_kept_but_not_for_ever():
     for n in range(10_000):
         assert rules.judge(b"/%d" % n) is Verdict.PASS
     assert len(rules._cache) <= 4096
+
+
+def test_verdicts_of_long_paths_are_not_kept():
+    rules = PathRules("/-", frozenset({"/sleep"}))
+    tracemalloc.start()
+    for number in range(100):
+        assert rules.judge(b"/%060000d" % number) is Verdict.PASS
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert kept < 1 << 20
 
 
 def test_absolute_form():

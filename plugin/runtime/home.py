@@ -6,7 +6,7 @@ import errno
 import os
 from pathlib import Path
 
-from checkpoint.files import private_folder
+from checkpoint.files import private_folder as private_folder
 
 LEAST_ROOM = 64 << 20
 """Bytes that a cold start needs in the state folder: compiled code, manifests, the engine's site folder."""

@@ -17,8 +17,7 @@ import signal
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from checkpoint.files import private_folder
-from plugin.runtime.home import state_home
+from plugin.runtime.home import private_folder, state_home
 
 log = logging.getLogger("quickthaw.proxy")
 _END_GRACE_S = 10.0

@@ -1,4 +1,4 @@
-"""What is particular to an engine: its command line, environment, readiness, warm-up, making it small and waking it."""
+"""Engine launchers: command line, environment, readiness, warm-up, and trimming before a dump, per engine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ENGINES = ("vllm", "sglang")
 
 
 def engine(name: str) -> Engine:
-    """The launcher of an engine by its name. Raises Usage for a name that is none, listing those that are."""
+    """Return the launcher of an engine by its name. Raises Usage (unknown-engine), listing the known names."""
     if name == "vllm":
         from launchers.vllm import Vllm
 

@@ -1,6 +1,6 @@
-"""An engine without a sandbox, where the host cannot make one: a child process on a free port of the host's own network.
+"""An engine without a sandbox, for hosts that cannot create one: a child process on a free port of the host's network.
 
-The same calls as checkpoint.sandbox.sandbox.Sandbox, so that whoever drives a replica need not know which it has. It cannot be snapshotted.
+Has the interface of checkpoint.sandbox.sandbox.Sandbox, so that a replica works with either. It cannot be snapshotted.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _LISTENS = "0A"
 
 
 class BareProcess:
-    """One engine process and its children, in a session of their own, ended with this object."""
+    """One engine process and its children, in their own session, killed by `close`."""
 
     def __init__(self, on_exit: Callable[[int, int], None] | None = None) -> None:
         self.on_exit = on_exit
@@ -36,7 +36,7 @@ class BareProcess:
         stdout: int | None = None,
         stderr: int | None = None,
     ) -> int:
-        """Start the engine; its process number. Raises LauncherError when it cannot be executed."""
+        """Start the engine and return its pid. Raises LauncherError (engine-not-started) if it cannot be executed."""
         try:
             self._process = subprocess.Popen(
                 list(argv),
@@ -60,7 +60,7 @@ class BareProcess:
             self.on_exit(process.pid, code)
 
     def exit_code(self, pid: int) -> int | None:
-        """The exit code (negative for a signal), or None while it runs."""
+        """Return the exit code (negative for a signal), or None while it runs."""
         return self._process.poll() if self._process else None
 
     def signal(self, pid: int, number: int) -> None:
@@ -69,17 +69,17 @@ class BareProcess:
             os.kill(pid, number)
 
     def wait(self, pid: int, timeout_s: float) -> int | None:
-        """Wait for the engine's end; its exit code, or None when it still runs after `timeout_s` seconds."""
+        """Wait for the engine to exit; return its exit code, or None if it still runs after `timeout_s` seconds."""
         try:
             return self._process.wait(timeout_s) if self._process else None
         except subprocess.TimeoutExpired:
             return None
 
     def connect(self, port: int, host: str = "127.0.0.1") -> socket.socket:
-        """A non-blocking TCP socket on which a connect has been started. Raises OSError where another user listens at that port.
+        """Return a non-blocking TCP socket whose connect has been started. Raises OSError if another user listens at that port.
 
-        The port stands in the engine's command line, which every user can read, and is free until the engine has been imported: who
-        listens there first would get the clients' requests and keys.
+        The port is on the engine's command line, which every user can read, and stays free until the engine has been imported:
+        another user who listens there first would receive the clients' requests and keys.
         """
         sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         sock.setblocking(False)
@@ -103,7 +103,7 @@ class BareProcess:
         return sock
 
     def close(self, timeout_s: float = 10.0) -> None:
-        """Kill the engine's whole session and wait for it."""
+        """Kill the engine's session and wait up to `timeout_s` seconds for the main process."""
         if self._process:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
@@ -112,7 +112,7 @@ class BareProcess:
 
 
 def listening_users(port: int) -> set[int]:
-    """The users with a TCP socket that listens at this port, on whichever address. Raises OSError."""
+    """Return the uids with a TCP socket listening at this port, on any address. Raises OSError."""
     users = set()
     for table in ("/proc/self/net/tcp", "/proc/self/net/tcp6"):
         with contextlib.suppress(FileNotFoundError), open(table) as file:  # a kernel without IPv6
@@ -120,14 +120,14 @@ def listening_users(port: int) -> set[int]:
             for line in file:
                 words = line.split(maxsplit=8)
                 if words[3] != _LISTENS:
-                    break  # those that listen come first
+                    break  # the kernel lists listening sockets first
                 if int(words[1].rpartition(":")[2], 16) == port:
                     users.add(int(words[7]))
     return users
 
 
 def free_port() -> int:
-    """A TCP port of loopback that was free a moment ago."""
+    """Return a TCP port of loopback that was free at the time of the call."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return int(sock.getsockname()[1])

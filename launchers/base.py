@@ -1,7 +1,7 @@
-"""What every engine's launcher does: read its command line, start it, know when it is ready, make it small, wake it.
+"""Base class of all engine launchers: parse the command line, start, wait until ready, trim, offload and reload.
 
-One module an engine (launchers/vllm.py, launchers/sglang.py); `launchers.engine(name)` chooses by name. Everything here is blocking
-and runs in the thread that drives one replica.
+One module per engine (launchers/vllm.py, launchers/sglang.py); `launchers.engine(name)` selects one. All calls block and
+run in the thread that drives one replica.
 """
 
 from __future__ import annotations
@@ -22,57 +22,62 @@ from launchers.errors import BadModel, EngineDied, EngineFailed, Usage
 
 log = logging.getLogger("quickthaw")
 INNER_PORT = 8000
-"""The engine's port inside its sandbox: the same for every replica, since each has a network of its own."""
+"""The engine's port inside its sandbox: the same for every replica, since each has its own network."""
 ENGINE_SITE = f"{RUN_DIR}/engine"
 CANARY_PROMPT = "Once upon"
-"""Few tokens, since whoever waits for a replica waits for their prefill too, which on a CPU takes as long as they are many; and a certain
-answer, which another batch or processor does not round into another."""
+"""Prompt of the canary. Short, because a replica's readiness waits for its prefill, whose time on a CPU grows with its
+length; and with an answer so likely that another batch or processor does not round it to another token.
+"""
 CANARY_TOKENS, CANARY_TOKENS_ON_GPU = 1, 2
-"""How many of a canary's tokens are generated, beside the choices that its prompt's prefill makes. On a CPU one, so that the check of a
-restored replica is one step of its engine; a second comes out of a decode step, which on a GPU is a captured graph that must be tried."""
+"""Number of canary tokens generated, besides the choices that the prompt's prefill yields.
+
+One on a CPU, so that the check of a restored replica is one engine step. A second token comes from a decode step, which on
+a GPU is a captured graph that must be tried.
+"""
 JOINED = "quickthaw-joined-"
-"""How the identifier of a canary begins that has a request beside it: our hooks (plugin/engine/joining.py) wait for that a moment, so that
-both are one step."""
+"""Prefix of the id of a canary sent together with a request: our hooks (plugin/engine/joining.py) wait briefly for that
+request, so that one engine step serves both.
+"""
 RELOAD_LIMIT_S = 600.0
-"""For moving or reading all of a model's weights."""
+"""Limit for moving or reading all of a model's weights."""
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".npz")
 
 
 def without_ours(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables that are the engine's: all but quickthaw's own."""
+    """Return the engine's variables: all except quickthaw's own."""
     return {name: value for name, value in environment.items() if not name.startswith(OURS)}
 
 
 @dataclass(frozen=True)
 class EngineCommand:
-    """An engine's command line, taken apart: what the proxy takes over, and what passes through untouched."""
+    """A parsed engine command line: the values that the proxy takes over, and the arguments passed through unchanged."""
 
     engine: str
     arguments: tuple[str, ...]
-    """The user's own arguments without host and port, and what the launcher adds to every start (SGLang's `--sleep-on-idle`)."""
+    """The user's arguments without host and port, plus what the launcher adds to every start (SGLang's `--sleep-on-idle`)."""
     model: str
     host: str
     port: int
     api_key: str | None = None
     fixed_seed: bool = False
     admin_key: str | None = None
-    """The key that the engine asks for on what controls it, where that is another (SGLang's `--admin-api-key`)."""
+    """The key that the engine requires for its control endpoints, if different (SGLang's `--admin-api-key`)."""
     root_path: str = ""
-    """The prefix that the engine takes off a path before it matches it."""
+    """The prefix that the engine removes from a path before matching it."""
 
 
 @dataclass
 class Probe:
-    """How a start is watched: whether the engine still lives, and how long it may take."""
+    """Watches an engine's start: whether it still runs, and how long it may take."""
 
     died: Callable[[], int | None]
-    """The engine's exit code, or None while it runs."""
+    """Returns the engine's exit code, or None while it runs."""
     last_lines: Callable[[], str]
     limit_s: float
     began: float = field(default_factory=time.monotonic)
 
     def check(self) -> None:
-        """Raises EngineDied or EngineFailed when there is nothing left to wait for."""
+        """Raise EngineDied (engine-died) if the engine exited, EngineFailed (engine-start-timeout) after `limit_s` seconds."""
         code = self.died()
         if code is not None:
             how = f"was ended by signal {-code}" if code < 0 else f"exited with code {code}"
@@ -85,24 +90,25 @@ class Probe:
 
 
 class Engine(abc.ABC):
-    """One inference engine. Stateless: everything particular to a launch is passed in."""
+    """One inference engine. Stateless: all data of a launch is passed in."""
 
     name: str
     default_port: int
     default_host: str
     model_flags: tuple[str, ...]
     switches: frozenset[str] = frozenset()
-    """Flags that take no value, where a positional model may follow them."""
+    """Flags without a value, which a positional model may follow."""
     denied_paths: frozenset[str]
-    """What we control the engine with: never reachable through the proxy."""
+    """Control endpoints, which the proxy never forwards to."""
     seed_flags: tuple[str, ...] = ()
     root_path_flags: tuple[str, ...] = ()
     # Command line
 
     def parse(self, arguments: Sequence[str], environment: Mapping[str, str], spin: bool = False) -> EngineCommand:
-        """Take the model, host, port and key out of the engine's own arguments. Raises Usage where there is no model.
+        """Parse the engine's own arguments: model, host, port, keys, seed, root path.
 
-        `spin`: an idle engine may poll without a pause, where that is its own way (SGLang); else it is told to sleep.
+        `spin`: keep SGLang's busy polling when idle; otherwise --sleep-on-idle is added. Raises Usage (no-model, bad-port,
+        argument-without-value).
         """
         words = list(arguments)
         if words and words[0] == "serve":
@@ -167,21 +173,22 @@ class Engine(abc.ABC):
         )
 
     def key_from(self, environment: Mapping[str, str]) -> str | None:
-        """The key that clients must send, where the environment sets one."""
+        """Return the API key that clients must send if the environment sets one, else None."""
         return None
 
     @abc.abstractmethod
     def command(self, python: str, command: EngineCommand, host: str, port: int) -> list[str]:
-        """The process to start."""
+        """Return the command line of the engine process."""
 
     def environment(
         self, user: Mapping[str, str], command: EngineCommand, *, sandboxed: bool, site: str, cache: str
     ) -> dict[str, str]:
-        """The engine's environment: the user's, what reaching into it needs, and no calls home (the sandbox has no way out).
+        """Return the engine's environment: the user's variables, those that our hooks need, and no telemetry (the sandbox
+        has no outside network).
 
-        A variable that the user has set keeps its value, except where a snapshot would not work with it (TMPDIR). quickthaw's own
-        variables do not pass: they hold its keys, and what an engine is given is in its snapshots. `site` and `cache` are empty where
-        the state folder cannot be written: the engine has neither then.
+        A variable set by the user keeps its value, unless a snapshot would not work with it (TMPDIR). quickthaw's own
+        variables are not passed on: they hold its keys, and a snapshot contains the engine's environment. `site` and
+        `cache` are empty if the state folder cannot be written; the engine then runs without them.
         """
         env = without_ours(user)
         env.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -203,17 +210,20 @@ class Engine(abc.ABC):
         return env
 
     def defaults(self) -> dict[str, str]:
-        """Variables that hold unless the user has set them."""
+        """Return the default variables, which the user's variables override."""
         return {"DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 
     def control_arguments(self) -> tuple[str, ...]:
-        """Arguments that our control of the engine needs; they open nothing to anyone else."""
+        """Return the arguments that our control of the engine needs; they give no other client access."""
         return ()
 
     # Its life
 
     def wait_ready(self, client: Client, probe: Probe, on_listening: Callable[[], None]) -> None:
-        """Wait until the engine generates: a bound port is not enough. `on_listening` is called when it answers at all."""
+        """Wait until the engine generates; a bound port is not enough. Calls `on_listening` at the engine's first HTTP answer.
+
+        Raises EngineDied or EngineFailed.
+        """
         listening = False
         while True:
             probe.check()
@@ -237,50 +247,55 @@ class Engine(abc.ABC):
 
     @abc.abstractmethod
     def generate(self, client: Client, prompt: str, tokens: int, timeout_s: float = 60.0) -> list[int]:
-        """The token ids of a greedy generation."""
+        """Return the token ids of a greedy generation."""
 
     @abc.abstractmethod
     def choices(self, client: Client, prompt: str, tokens: int, joined: bool = False) -> list[int]:
-        """The ids of the tokens that the model would put after each token of the prompt but the last, then of the `tokens` that it
-        generates, all greedy: as many facts about the weights as a generation of that length, in fewer steps.
+        """Return the greedy next-token id after each prompt token but the last, then the ids of `tokens` generated tokens.
 
-        `joined`: another request is about to come, and both may be prefilled in one step. Raises EngineFailed, `engine-refused` where
-        the engine was told to give no probabilities.
+        This checks as many facts about the weights as a generation of that length, in fewer steps. `joined`: another
+        request is about to come, and one step may prefill both. Raises EngineFailed (engine-refused) if the engine is
+        configured to return no probabilities.
         """
 
     @abc.abstractmethod
     def warm_up(self, client: Client, command: EngineCommand) -> None:
-        """Send what users send, so that the first of them meets code that has run before."""
+        """Send typical requests, so that the first user's request runs code that has run before."""
 
     @abc.abstractmethod
     def shrink(self, client: Client) -> None:
-        """Empty the KV cache and give its pages back; our hooks leave the bytes as `<pid>.kv` (launchers/control.py).
+        """Empty the KV cache and release its pages; our hooks record the number of bytes in `<pid>.kv` (launchers/control.py).
 
-        The engine must be idle; EngineFailed with code `shrink-busy` where it is not.
+        The engine must be idle. Raises EngineFailed (shrink-busy) otherwise.
         """
 
-    def name_weights(self, client: Client) -> None:  # noqa: B027 - nothing to do where a canary does it
-        """Where nothing is shrunk: let our hooks say where the weights lie, unless the canary has done so (launchers/control.py)."""
+    def name_weights(self, client: Client) -> None:  # noqa: B027 - nothing to do if the canary does it
+        """Have our hooks record the weights' addresses if nothing is trimmed, unless the canary has done so (launchers/control.py)."""
 
     @abc.abstractmethod
     def reload_weights(self, client: Client, model: str) -> None:
-        """Put the weights back in place from the model directory (after a thin restore)."""
+        """Reload the weights from the model directory (after restoring a snapshot with excluded weights)."""
 
-    # On a GPU. What is put away here need not pass through the images; the rest goes into host memory by the driver's own checkpoint.
+    # GPU: memory offloaded here need not go through the images; the driver's own checkpoint moves the rest into host memory.
 
     def gpu_arguments(self, command: EngineCommand, packages: Mapping[str, str]) -> tuple[str, ...]:
-        """Arguments that `put_away` needs and the user has not given; none where what they need is not installed (`packages`)."""
+        """Return the arguments that `put_away` needs and the user has not given; none if a required package is missing
+        from `packages`.
+        """
         return ()
 
     def put_away(self, client: Client, command: EngineCommand, thin: bool) -> bool:
-        """Release the KV cache, and with `thin` the weights, from the GPU; False where it was not started so that it can, or refuses.
+        """Offload: release the KV cache, and with `thin` the weights, from GPU memory.
 
-        The engine generates nothing until `take_up`. Raises OSError where it does not answer.
+        Return False if the engine was started without support for it, or refuses. The engine generates nothing until
+        `take_up`. Raises EngineFailed, or OSError if it does not answer.
         """
         return False
 
     def released(self, client: Client, path: str, body: object = None) -> bool:
-        """Ask for a release; whether it was granted. What was not is carried by the driver."""
+        """Request a release of GPU memory; return whether the engine granted it. Otherwise the driver's checkpoint carries
+        the memory.
+        """
         status, data = client.call("POST", path, body, timeout_s=RELOAD_LIMIT_S)
         if status != 200:
             words = " ".join(data.decode(errors="replace").split())[:200]
@@ -288,11 +303,14 @@ class Engine(abc.ABC):
         return status == 200
 
     def take_up(self, client: Client, model: str, thin: bool) -> None:
-        """Undo `put_away`, also in a restored engine: weights allocated and read again from `model`, then the KV cache."""
+        """Reload after `put_away`, also in a restored engine: allocate the weights, read them from `model`, then the KV cache.
+
+        Raises EngineFailed.
+        """
         raise EngineFailed("wake-unknown", f"{self.name} has nothing to be woken from; take the snapshot anew")
 
     def record(self, client: Client, gpu: bool) -> Canary:
-        """What a restored replica must answer exactly."""
+        """Record the canary: a prompt and the answer that a restored replica must give exactly."""
         tokens = CANARY_TOKENS_ON_GPU if gpu else CANARY_TOKENS
         try:
             return Canary(CANARY_PROMPT, self.choices(client, CANARY_PROMPT, tokens), tokens)
@@ -301,25 +319,25 @@ class Engine(abc.ABC):
             return Canary(CANARY_PROMPT, self.generate(client, CANARY_PROMPT, CANARY_TOKENS_ON_GPU))
 
     def answer(self, client: Client, canary: Canary, joined: bool = False) -> list[int]:
-        """What the engine answers to a canary now; `joined` as in `choices`."""
+        """Return the engine's current answer to a canary; `joined` as in `choices`. Raises EngineFailed."""
         if canary.generated:
             return self.choices(client, canary.prompt, canary.generated, joined)
         return self.generate(client, canary.prompt, len(canary.token_ids))
 
 
 def canary_id(joined: bool) -> str:
-    """An identifier for a canary, as engines show it in their logs."""
+    """Return a new request id for a canary, as engines show it in their logs."""
     return f"{JOINED if joined else 'quickthaw-canary-'}{os.urandom(6).hex()}"
 
 
 def has_flag(command: EngineCommand, *flags: str) -> bool:
-    """Whether the user gave one of these flags (with `-` or `_`, with or without a value)."""
+    """Return whether the user gave one of these flags (with `-` or `_`, with or without a value)."""
     given = {word.partition("=")[0].replace("_", "-") for word in command.arguments if word.startswith("--")}
     return not given.isdisjoint(flags)
 
 
 def check_model(model: Path) -> None:
-    """Raises BadModel where a directory cannot be served: each with what is missing and what to do."""
+    """Check that a model directory can be served. Raises BadModel with what is missing and the remedy."""
     if not model.exists():
         raise BadModel(
             "model-missing", f"there is no model directory {model}; give the path of one with config.json and weights"

@@ -1,7 +1,7 @@
-"""A small blocking HTTP client for an engine's control, over sockets that a sandbox makes inside its own network.
+"""A small blocking HTTP client for an engine's control endpoints, over sockets that a sandbox opens in its own network.
 
-Used off the event loop, by the thread that drives one replica; every call has a limit. httptools parses, as in the proxy: the standard
-library's client costs a restore 15 ms of imports (email, ssl), a tenth of what it may take.
+Used off the event loop, by the thread that drives one replica; every call has a time limit. httptools parses, as in the
+proxy: the standard library's client costs a restore 15 ms of imports (email, ssl), a tenth of its time budget.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CONNECT_LIMIT_S = 10.0
 
 
 class _Answer:
-    """What httptools tells of one response."""
+    """httptools callbacks for one response."""
 
     def __init__(self) -> None:
         self.body = bytearray()
@@ -44,20 +44,20 @@ class _Answer:
 
 @dataclass
 class Client:
-    """Calls to one engine. `connect` returns a new non-blocking socket whose connect has been started."""
+    """HTTP client of one engine. `connect` returns a new non-blocking socket whose connect has been started."""
 
     connect: Connect
     token: str | None = None
-    """Sent as `Authorization: Bearer …` where the engine asks for a key."""
+    """Sent as `Authorization: Bearer …` if the engine requires a key."""
     sent: Callable[[], None] | None = None
-    """Called when a request has been written, before its answer is read."""
+    """Called after a request is written, before its answer is read."""
     admin_token: str | None = None
-    """Sent instead of `token` by `admin`, where the engine asks for a key of its own on what controls it (SGLang)."""
+    """Sent instead of `token` by `admin`, if the engine requires a separate key for its control endpoints (SGLang)."""
     control_dir: Path | None = None
-    """The engine's control folder as the host sees it (launchers/control.py); None where the engine is not controlled."""
+    """The engine's control folder as seen from the host (launchers/control.py); None if the engine is not controlled."""
 
     def admin(self) -> Client:
-        """This client with the key for control."""
+        """Return this client with the key for control endpoints."""
         return replace(self, token=self.admin_token or self.token)
 
     def _open(self, timeout_s: float) -> socket.socket:
@@ -82,7 +82,10 @@ class Client:
         timeout_s: float = 30.0,
         headers: Mapping[str, str] | None = None,
     ) -> tuple[int, bytes]:
-        """One request on a connection of its own; (status, body). Raises OSError where nobody answers within `timeout_s` seconds."""
+        """Send one request on its own connection; return (status, body).
+
+        Raises OSError (TimeoutError after `timeout_s` seconds).
+        """
         limit = time.monotonic() + timeout_s
         payload = b"" if body is None else json.dumps(body).encode()
         head = [f"{method} {path} HTTP/1.1", "Host: localhost", "Connection: close", f"Content-Length: {len(payload)}"]
@@ -122,7 +125,10 @@ class Client:
         timeout_s: float = 30.0,
         headers: Mapping[str, str] | None = None,
     ) -> bytes:
-        """The body of an answer that must be a 200. Raises EngineFailed with the engine's own words when it is not."""
+        """Send a request and return the body of its 200 answer.
+
+        Raises EngineFailed (engine-stalled, engine-unreachable, or engine-refused with the engine's own message).
+        """
         try:
             status, data = self.call(method, path, body, timeout_s, headers)
         except TimeoutError as error:
@@ -137,7 +143,7 @@ class Client:
         return data
 
     def json(self, method: str, path: str, body: object = None, timeout_s: float = 30.0) -> Any:
-        """The decoded answer of a request that must succeed. Raises EngineFailed where it does not."""
+        """Send a request that must succeed and return its decoded JSON answer. Raises EngineFailed as `ok` does, or engine-garbled."""
         data = self.ok(method, path, body, timeout_s)
         try:
             return json.loads(data)

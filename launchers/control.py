@@ -1,7 +1,7 @@
-"""The launcher's side of the signals that every engine process answers (plugin/engine/control.py): shrink before a dump, wake after
-a restore; and of the key that a control call to vLLM needs (plugin/engine/vllm_control.py).
+"""Launcher side of the signals handled by every engine process (plugin/engine/control.py): trim before a dump, wake after a restore.
 
-Only processes that have installed the handler are signalled: the default action of a real-time signal ends a process.
+Also writes the key that a control call to vLLM needs (plugin/engine/vllm_control.py). Only processes that have installed
+the handler are signalled: the default action of a real-time signal kills a process.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ ENVIRONMENT = "environment"
 
 
 def _answers(pid: int, number: int) -> bool:
-    """Whether the process catches the signal (proc(5): SigCgt)."""
+    """Return whether the process catches the signal (proc(5): SigCgt)."""
     try:
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
             if line.startswith("SigCgt:"):
                 return bool(int(line.split()[1], 16) >> (number - 1) & 1)
     except OSError:
-        pass  # ended under our eyes
+        pass  # exited meanwhile
     return False
 
 
 def tell(init_pid: int, number: int) -> list[int]:
-    """Signal every process of the sandbox that listens; their numbers on the host."""
+    """Signal every process of the sandbox that handles the signal; return their pids on the host."""
     told = []
     for pid in processes(init_pid):
         if _answers(pid, number):
@@ -47,9 +47,9 @@ def tell(init_pid: int, number: int) -> list[int]:
 
 
 def renew(answers: Path, then: Collection[str], now: Mapping[str, str]) -> None:
-    """Before WAKE: leave in the control folder what every process of a restored engine is given anew (plugin/engine/renewal.py).
+    """Write the environment for every process of a restored engine to the control folder, before WAKE (plugin/engine/renewal.py).
 
-    `then`: the names it was given before the snapshot; those that `now` lacks are removed. Raises OSError.
+    `then`: the names set before the snapshot; those missing from `now` are removed. Raises OSError.
     """
     records = [name for name in then if name not in now] + [f"{name}={value}" for name, value in now.items()]
     fd = os.open(answers / ENVIRONMENT, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
@@ -65,9 +65,10 @@ def _inner_pid(pid: int) -> int:
 
 
 def shrink_all(init_pid: int, answers: Path, limit_s: float = 10.0) -> int:
-    """Tell every process to collect garbage and trim, and wait for their answers in `answers` (as seen from the host).
+    """Signal every process to collect garbage and trim; wait for their answers in `answers` (as seen from the host).
 
-    Returns how many answered within `limit_s` seconds; one that is too busy costs memory in the snapshot, not correctness.
+    Returns how many answered within `limit_s` seconds. A process too busy to answer costs memory in the snapshot, not
+    correctness.
     """
     wanted = []
     for pid in tell(init_pid, SHRINK):
@@ -82,7 +83,9 @@ def shrink_all(init_pid: int, answers: Path, limit_s: float = 10.0) -> int:
 
 
 def bytes_dropped(answers: Path, what: str) -> int:
-    """The bytes of `kv` cache or `weights` that the engine's processes said they dropped at the last shrinking; the notes are removed."""
+    """Return the bytes of `kv` cache or `weights` that the engine's processes reported dropped at the last trim; removes
+    the reports.
+    """
     total = 0
     for note in answers.glob(f"*.{what}"):
         total += int(note.read_text())
@@ -91,9 +94,9 @@ def bytes_dropped(answers: Path, what: str) -> int:
 
 
 def weight_areas(answers: Path) -> dict[str, list[tuple[int, int]]]:
-    """Where the engine's processes said their weights lie, as (address, bytes) by process number inside; the notes are removed.
+    """Return the reported addresses of the weights, as (address, bytes) by pid inside the sandbox; removes the reports.
 
-    Only to say what the bytes of a snapshot are: a note that cannot be read is left out.
+    Used only to describe the contents of a snapshot: an unreadable report is skipped.
     """
     found: dict[str, list[tuple[int, int]]] = {}
     for note in answers.glob("*.areas"):
@@ -108,7 +111,7 @@ def weight_areas(answers: Path) -> dict[str, list[tuple[int, int]]]:
 
 
 def ask_for_thin(answers: Path, wanted: bool) -> None:
-    """Whether the next shrinking drops the weights too."""
+    """Set whether the next trim drops the weights too."""
     flag = answers / "thin"
     if wanted:
         flag.touch()

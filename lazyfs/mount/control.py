@@ -1,8 +1,7 @@
-"""The control socket of a mount, the caller's half: one JSON request a line, one JSON answer a line, over a Unix
-socket.
+"""Client side of a mount's control socket: one JSON request and one JSON answer per line, over a Unix socket.
 
-Requests: {"op": "ping"}, or status, metrics, prefetch, pin, drop, unmount. Answers carry "ok": true, or "ok": false
-with "code" and "error". Only the quick part of the standard library is imported: this is on the path of a restore.
+Requests: {"op": "ping"}, or status, metrics, prefetch, pin, drop, unmount. Answers contain "ok": true, or "ok": false with
+"code" and "error". Imports only fast standard-library modules: this is on the critical path of a restore.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ _PATH_LIMIT = 100
 
 @contextlib.contextmanager
 def address(path: Path) -> Iterator[str]:
-    """A name for the socket that fits into sockaddr_un, however deep the state folder lies."""
+    """Yield a name for the socket that fits into sockaddr_un, however long its path is."""
     if len(str(path)) <= _PATH_LIMIT:
         yield str(path)
         return
@@ -37,8 +36,9 @@ def address(path: Path) -> Iterator[str]:
 
 
 def ask(path: Path, request: dict[str, Any], limit_s: float = LIMIT_S) -> dict[str, Any]:
-    """Send one request. NotFound when nobody listens, Temporary when no answer comes in time, LazyfsError when it is a
-    no.
+    """Send one request and return the answer.
+
+    Raises NotFound if no daemon listens, Temporary if no answer comes in time, LazyfsError if the daemon refuses.
     """
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as channel:

@@ -1,6 +1,4 @@
-"""The control socket of a mount, the daemon's half: a Unix socket of mode 0600, each connection answered in a
-thread.
-"""
+"""Daemon side of a mount's control socket: a Unix socket of mode 0600; each connection is answered in a thread."""
 
 from __future__ import annotations
 
@@ -23,7 +21,7 @@ _REFUSED_PAUSE_S = 0.1
 
 
 class ControlServer:
-    """Listens and answers in threads; `handlers` map an op to a function from the request to the answer."""
+    """Control socket server. `handlers` map an op to a function from the request to the answer."""
 
     def __init__(self, path: Path, handlers: dict[str, Callable[[dict[str, Any]], dict[str, Any]]]) -> None:
         self.path = path
@@ -43,7 +41,7 @@ class ControlServer:
         self._thread = threading.Thread(target=self._accept, name="control", daemon=True)
 
     def start(self) -> None:
-        """Begin to answer."""
+        """Start answering requests."""
         self._thread.start()
 
     def _accept(self) -> None:
@@ -53,7 +51,8 @@ class ControlServer:
             except OSError as error:
                 if self.closed:
                     return
-                # No descriptor or no memory at this moment: a daemon that nobody can ask any more would be taken for dead.
+                # Out of descriptors or memory at the moment. Keep accepting: a daemon without a control socket would be
+                # taken for dead.
                 log.error("a control client could not be taken: %s", error)
                 time.sleep(_REFUSED_PAUSE_S)
                 continue
@@ -87,7 +86,7 @@ class ControlServer:
             return {"ok": False, "code": "internal", "error": f"{type(error).__name__}: {error}"}
 
     def close(self) -> None:
-        """Stop listening and remove the socket, unless another daemon has put its own there meanwhile."""
+        """Stop listening and remove the socket, unless another daemon has replaced it meanwhile."""
         with self._closing:
             if self.closed:
                 return

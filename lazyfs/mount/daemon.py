@@ -1,7 +1,8 @@
-"""The mount's own process: `python -m lazyfs.mount.daemon SOCKET CONFIG-FD READY-FD MODE`. SOCKET only tells others which mount it is.
+"""The mount's daemon process: `python -m lazyfs.mount.daemon SOCKET CONFIG-FD READY-FD MODE`.
 
-It detaches before anything is imported that takes time, mounts, reports ready (or why not) through READY-FD, and lives
-until the mount is gone, whoever removed it. It never touches a path below its mount.
+SOCKET only identifies the mount in the process list. The daemon detaches before any slow import, mounts, reports ready (or
+the error) through READY-FD, and runs until the mount is gone, by whatever means it was unmounted. It never touches a path
+below its mount.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import sys
 
 
 def detach(log_file: str) -> None:
-    """Become a child of init in a session of our own, with standard streams that cannot disturb anybody."""
+    """Detach from the caller: become a child of init in a new session, with standard streams on the log file."""
     if os.fork() != 0:
         os._exit(0)
     os.setsid()
@@ -38,7 +39,7 @@ def main() -> None:
         from lazyfs.mount.server import serve
 
         serve(text, lambda answer: _tell(ready_fd, answer))
-        # Threads may still sit in reads of a connection that other namespaces keep; closing it is what ends them.
+        # Threads may still block in reads of a connection that other namespaces keep; only closing it ends them.
         os._exit(0)
     except Exception as error:
         _tell(
@@ -58,7 +59,7 @@ def _tell(fd: int, answer: dict[str, object]) -> None:
         os.write(fd, json.dumps(answer).encode() + b"\n")
         os.close(fd)
     except OSError:
-        # Whoever waited is gone; the mount goes on for those who come later.
+        # The waiting process is gone; keep serving for later ones.
         return
 
 

@@ -1,6 +1,6 @@
-"""The kernel's side of a mount: the mount and umount2 calls, the mount table, read-ahead, and the abort switch.
+"""Kernel calls of a mount: mount and umount2, the mount table, readahead, and FUSE abort.
 
-Nothing here touches a path below the mount: a process that serves it must not wait for itself.
+No function here touches a path below the mount: the process that serves it would deadlock.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from lazyfs.errors import Busy, HostLacks, NotFound, from_os_error
 FSTYPE = "fuse.quickthaw"
 MNT_DETACH, UMOUNT_NOFOLLOW = 2, 8
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV = 1, 2, 4
-# Requests of 1 MiB instead of 128 KiB: 2.3 times the throughput (docs/lazyfs.md); 16 MiB is slower again.
+# Requests of 1 MiB instead of 128 KiB give 2.3 times the throughput (docs/lazyfs.md); 16 MiB is slower again.
 READ_AHEAD_KIB = 1024
 
 
 class MountEntry(NamedTuple):
-    """A line of /proc/self/mountinfo."""
+    """One line of /proc/self/mountinfo."""
 
     device: str
     mountpoint: str
@@ -36,7 +36,7 @@ def _unescape(text: str) -> str:
 
 
 def mount_at(mountpoint: str) -> MountEntry | None:
-    """The topmost mount at exactly that path, or None."""
+    """Return the topmost mount at exactly that path, or None."""
     found = None
     with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as table:
         for line in table:
@@ -48,7 +48,10 @@ def mount_at(mountpoint: str) -> MountEntry | None:
 
 
 def mount_fuse(fd: int, mountpoint: str, source: str, *, allow_other: bool = False) -> None:
-    """Mount the connection of an open /dev/fuse, read-only, for this user or for all. HostLacks without the privilege."""
+    """Mount the connection of an open /dev/fuse, read-only, for this user or (`allow_other`) for all.
+
+    Raises HostLacks without the privilege, else what `from_os_error` maps the OSError to.
+    """
     import ctypes
 
     libc = ctypes.CDLL(None, use_errno=True)
@@ -65,7 +68,10 @@ def mount_fuse(fd: int, mountpoint: str, source: str, *, allow_other: bool = Fal
 
 
 def unmount(mountpoint: str, *, lazy: bool = False) -> None:
-    """Detach the mount. Busy while something has files open below it (unless lazy), NotFound if nothing is mounted."""
+    """Unmount; `lazy` detaches the mount while it is in use.
+
+    Raises Busy while files are open below it (unless lazy), NotFound if nothing is mounted, HostLacks without the privilege.
+    """
     import ctypes
 
     libc = ctypes.CDLL(None, use_errno=True)
@@ -88,14 +94,14 @@ def _in_use(mountpoint: str) -> Busy:
 
 
 def may_mount() -> bool:
-    """Whether this process has CAP_SYS_ADMIN (bit 21 of its effective set) and can reach /dev/fuse."""
+    """Return whether this process has CAP_SYS_ADMIN (bit 21 of its effective set) and can open /dev/fuse."""
     with open("/proc/self/status", encoding="ascii", errors="replace") as status:
         caps = next((int(line.split()[1], 16) for line in status if line.startswith("CapEff:")), 0)
     return bool(caps >> 21 & 1) and os.access("/dev/fuse", os.R_OK | os.W_OK)
 
 
 def _fusermount(mountpoint: str, *, lazy: bool) -> None:
-    """Unmount without privilege, through libfuse's setuid helper."""
+    """Unmount without privilege, through libfuse's setuid helper. Raises HostLacks or Busy."""
     import subprocess
 
     command = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", mountpoint]
@@ -110,7 +116,7 @@ def _fusermount(mountpoint: str, *, lazy: bool) -> None:
 
 
 def set_read_ahead(mountpoint: str, kib: int = READ_AHEAD_KIB) -> bool:
-    """Set the mount's read-ahead; must come before the first open. False where sysfs does not allow it."""
+    """Set the mount's readahead; call before the first open. Return False if sysfs does not allow it."""
     entry = mount_at(mountpoint)
     if entry is None:
         return False
@@ -122,7 +128,7 @@ def set_read_ahead(mountpoint: str, kib: int = READ_AHEAD_KIB) -> bool:
 
 
 def read_ahead(mountpoint: str) -> int:
-    """The mount's read-ahead in KiB, 0 when it is not known."""
+    """Return the mount's readahead in KiB, 0 if unknown."""
     entry = mount_at(mountpoint)
     try:
         return int(Path(f"/sys/class/bdi/{entry.device}/read_ahead_kb").read_text()) if entry else 0
@@ -131,9 +137,9 @@ def read_ahead(mountpoint: str) -> int:
 
 
 def abort(device: str) -> bool:
-    """Cut a FUSE connection: everything waiting in it gets an error. `device` is major:minor. False if it is not there.
+    """Abort a FUSE connection: every request waiting in it fails. `device` is major:minor. Return False if it does not exist.
 
-    Works where fusectl is mounted nowhere (containers): a mount that is attached to no namespace does as well.
+    Also works where fusectl is not mounted (containers): a mount attached to no namespace serves as well.
     """
     name = f"{device.partition(':')[2]}/abort"
     try:

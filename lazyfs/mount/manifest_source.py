@@ -1,4 +1,4 @@
-"""Getting a mount's manifest: from the copy beside the cache if there is one, else from the store (and then copied)."""
+"""Load a mount's manifest from the copy beside the cache, or else from the store, and copy it there."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from lazyfs.stores.urls import local_path
 
 
 def load_manifest(config: MountConfig) -> Manifest:
-    """The manifest, verified. NotFound, Integrity (of two fetches), or what the store raises after retries.
+    """Load and verify the manifest. Raises NotFound, Integrity (after two fetches), or what the store raises after retries.
 
-    Only this host says what is read in place: its own manifests lie in a folder that nothing from a store gets into.
+    Only this host may name sources that are read in place: their manifests are in a folder that holds nothing from a store.
     """
     with contextlib.suppress(FileNotFoundError):
         own = source_folder(Path(config.cache_dir)) / config.manifest
@@ -45,13 +45,13 @@ def _from_cache_or_store(config: MountConfig) -> Manifest:
         private_dir(copy.parent)
         write_atomic(copy, encode(manifest)[1], sync=False)
     except LazyfsError:
-        # A full or read-only disk costs the next mount a round trip, nothing more.
+        # A full or read-only disk only costs the next mount a round trip.
         copy.unlink(missing_ok=True)
     return manifest
 
 
 def source_origins(manifest: Manifest) -> dict[str, tuple[str, list[int]]]:
-    """Where the unchanged files of a local source lie, for reading them in place; empty for a remote one."""
+    """Return the unchanged files of a local source, to be read in place; empty for a remote source."""
     folder = local_path(manifest.source) if manifest.source else None
     if folder is None:
         return {}
@@ -60,10 +60,10 @@ def source_origins(manifest: Manifest) -> dict[str, tuple[str, list[int]]]:
 
 
 def origins_of(config: MountConfig, manifest: Manifest) -> dict[str, tuple[str, list[int]]]:
-    """Files that may be read where they were imported from (or, for a local source, where they are).
+    """Return the files that may be read at the place of their import (or, for a local source, where they are).
 
-    Never what the mount itself covers: opening it, the daemon would wait for its own answer. Usage (`mount-over-source`)
-    where those bytes are nowhere else.
+    Leaves out files below the mount itself: opening them, the daemon would wait for its own answer. Raises Usage
+    (mount-over-source) if their bytes exist nowhere else.
     """
     if manifest.kind == "source":
         folder = local_path(manifest.source) if manifest.source else None
@@ -78,10 +78,10 @@ def origins_of(config: MountConfig, manifest: Manifest) -> dict[str, tuple[str, 
 
 
 def check_not_covered(config: MountConfig) -> None:
-    """Usage (`mount-over-source`) where the mount would cover its store, its cache or its state, or a part of them.
+    """Raise Usage (mount-over-source) if the mount would cover its store, its cache or its state, or a part of them.
 
-    Beside them there is room: the launcher mounts below `mounts/` in the home folder, and a store may lie in the folder
-    above the mount point.
+    Mounting beside them is allowed: the launcher mounts below `mounts/` in the home folder, and a store may be in the
+    folder above the mount point.
     """
     store, home = local_path(config.store_url), Path(config.home)
     parts = [Path(config.cache_dir), *(home / name for name in ("run", "index", "traces", "logs"))]
@@ -107,8 +107,10 @@ def _would_cover(config: MountConfig, what: str) -> Usage:
 
 
 def _covered_by(mountpoint: str, paths: set[str]) -> set[str]:
-    """Those of `paths` that lie at the mount point or below it, links followed. A look at each folder, not at each file: a mount
-    of thousands begins with this."""
+    """Return those of `paths` that are at or below the mount point, links followed.
+
+    Resolves each folder once, not each file: a mount of thousands of files starts with this.
+    """
     mount, found = Path(mountpoint), set()
     by_folder: dict[str, list[str]] = {}
     for path in paths:
@@ -130,5 +132,5 @@ def _links_in(folder: str) -> set[str]:
         with os.scandir(folder) as entries:
             return {entry.path for entry in entries if entry.is_symlink()}
     except OSError:
-        # Nothing that lies in it will be opened either.
+        # No file in it can be opened either.
         return set()

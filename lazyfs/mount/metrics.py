@@ -1,6 +1,4 @@
-"""A mount's figures in Prometheus's text form: bytes by tier, hits, fetch latency, queue, and what readers waited
-for.
-"""
+"""Render a mount's metrics in Prometheus text format: bytes by tier, hits, fetch latency, queue, and read waits."""
 
 from __future__ import annotations
 
@@ -28,21 +26,21 @@ _TIERS = {"store_bytes": "store", "origin_bytes": "origin", "proven_bytes": "dis
 
 
 class Histogram:
-    """Counts of durations by bucket. Losing one to a race of threads would not matter; none is lost under the GIL."""
+    """Counts of durations by bucket. A count lost to a thread race would not matter; none is lost under the GIL."""
 
     def __init__(self) -> None:
         self.counts = [0] * (len(BUCKETS_S) + 1)
         self.total = 0.0
 
     def add(self, seconds: float) -> None:
-        """Count one."""
+        """Count one duration."""
         place = next((i for i, bound in enumerate(BUCKETS_S) if seconds <= bound), len(BUCKETS_S))
         self.counts[place] += 1
         self.total += seconds
 
 
 def render(status: dict[str, Any], waits: Histogram) -> str:
-    """The text of one scrape, from what `status` answers."""
+    """Return the text of one scrape, from the result of `status`."""
     label = f'{{manifest="{status["manifest"][:16]}"}}'
     out: list[str] = []
 

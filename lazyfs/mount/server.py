@@ -1,4 +1,4 @@
-"""Putting one mount's parts together, and its life: start, housekeeping, end."""
+"""Assemble one mount and run its life cycle: start, housekeeping, shutdown."""
 
 from __future__ import annotations
 
@@ -34,24 +34,24 @@ from lazyfs.stores.urls import shown_url
 
 log = logging.getLogger("lazyfs.mount.server")
 _TICK_S = 1.0
-# A recording is shared with other hosts once nothing new was touched for so long.
+# Share a recorded access log with other hosts after this long without a new touch.
 _QUIET_S = 5.0
 # How long a command waits for room in the fetcher's socket.
 _ROOM_S = 5.0
 
 
 def serve(config_text: str, ready: Callable[[dict[str, Any]], None]) -> None:
-    """Mount as told, call `ready` once it answers, return when the mount is gone. Raises what kept it from mounting."""
+    """Mount, call `ready` once the mount is served, return when the mount is gone. Raises the error that prevented mounting."""
     configure("mount")
     raise_descriptor_limit()
-    # Reads are answered in short turns of the interpreter; a waiting thread should not hold it for the default 5 ms.
+    # Reads need the interpreter briefly; a waiting thread should not wait the default 5 ms for it.
     sys.setswitchinterval(0.0005)
     config = MountConfig.load(config_text)
     check_not_covered(config)
     memory = SlotMemory(tier_mb(config.memory_mb, config.cache_limit))
     link = FetcherLink(config, memory.fd)
     if not (config.use_origin and origins(config.manifest, config.store_url)):
-        # Its start-up takes as long as ours: both at once.
+        # Start the fetcher now: its start-up takes as long as ours.
         link.ensure()
     manifest = load_manifest(config)
     server = Server(config, manifest, link, memory)
@@ -61,7 +61,7 @@ def serve(config_text: str, ready: Callable[[dict[str, Any]], None]) -> None:
 
 
 class Transport(Protocol):
-    """What carries a mount's requests."""
+    """Carries a mount's requests between the kernel and the service."""
 
     name: str
     passthrough: bool
@@ -71,7 +71,10 @@ class Transport(Protocol):
 
 
 def choose_transport(service: Service, config: MountConfig) -> Transport:
-    """The transport that the config names; `auto` is raw where this process may mount, else pyfuse3."""
+    """Return the configured transport; `auto` is raw if this process may mount, else pyfuse3.
+
+    Raises HostLacks if passthrough is required but not possible.
+    """
     source = f"quickthaw:{config.manifest[:16]}"
     if config.transport == "raw" or (config.transport == "auto" and kernel.may_mount()):
         from lazyfs.mount.transports.raw import RawTransport
@@ -96,7 +99,7 @@ class Server:
         self.cache = Cache(Path(config.cache_dir), config.cache_limit or None)
         self.memory = memory
         if config.cache_limit:
-            # A mount that finds everything on the disk never asks, and takes nothing of the bound.
+            # A mount that finds everything on disk never uses the memory tier, and reserves nothing of the limit.
             memory.on_first_use = lambda: self.cache.claim_memory(memory.count * MAX_CHUNK)
         self.link = link
         self.service = Service(config, manifest, self.cache, self.link, self.memory)
@@ -117,13 +120,13 @@ class Server:
             },
         )
         self._withdrawing = threading.Lock()
-        # Files that a command asked to have fetched, and those of them that are to stay.
+        # Files that a command asked to fetch, and those of them that are pinned.
         self._wanted: set[int] = set()
         self._pinned: set[int] = set()
         self._to_publish = False
 
     def start(self) -> None:
-        """Mount and begin to answer."""
+        """Mount and start serving."""
         needed = [f for f in self.manifest.files if f.path not in self.service.origins]
         if needed:
             self.link.ensure()
@@ -132,20 +135,20 @@ class Server:
         try:
             write_atomic(Path(self.config.state_file), json.dumps(self.identity()).encode(), sync=False)
         except DiskFull as error:
-            # It tells a later mount which process to end, should this one not answer any more.
+            # Without the record, a later mount cannot kill this process if it stops answering.
             log.warning("no record of this mount is kept: %s", error)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._on_signal())
         log.info("mounted %s at %s", self.config.manifest[:12], self.config.mountpoint)
 
     def run(self) -> None:
-        """Housekeeping until the mount is gone; then tidy up."""
+        """Run housekeeping until the mount is gone; then clean up."""
         try:
             while not self.transport.wait(_TICK_S):
                 try:
                     self._tick()
                 except Exception:
-                    # Readers depend on the mount; what keeps house is tried again at the next tick.
+                    # Readers depend on the mount; retry housekeeping at the next tick.
                     log.exception("housekeeping failed")
                 if self._orphaned():
                     log.info("unmounted, and nothing open in any other namespace for long: ending")
@@ -165,7 +168,7 @@ class Server:
         self._idle()
 
     def identity(self) -> dict[str, Any]:
-        """What a caller needs to recognise this mount."""
+        """Return the fields by which a caller recognises this mount."""
         return {
             "pid": os.getpid(),
             "manifest": self.config.manifest,
@@ -176,7 +179,7 @@ class Server:
         }
 
     def status(self) -> dict[str, Any]:
-        """Identity, counters, and how much of the manifest is here."""
+        """Return identity, counters, and how much of the manifest is cached."""
         counters = self.service.counters
         size = self.manifest.size
         here = sum(self.service.cached_share(n) * n.size for n in self.service.tree.files)
@@ -197,7 +200,9 @@ class Server:
         }
 
     def _prefetch(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Have fetched what is absent. DiskFull where it cannot all be kept, Temporary where the fetcher takes no request."""
+        """Queue all absent chunks of the files. Raises DiskFull if they cannot all be kept, Temporary if the fetcher
+        accepts no request.
+        """
         nodes = self._named(request)
         cached = [n for n in nodes if not self.service.in_place(n.file)]
         absent = {n.index: n.size - self.cache.present_bytes(n.file) for n in cached}
@@ -221,7 +226,7 @@ class Server:
             raise Temporary(f"the fetcher took no request within {_ROOM_S:g} s; try again", code="fetcher-busy")
 
     def _asked_again(self) -> None:
-        """Ask a new fetcher for what readers wait for, and for what commands asked of the one before it."""
+        """Repeat requests to a new fetcher: chunks that readers wait for, and files that commands asked for."""
         self.service.resend()
         for index in list(self._wanted):
             file = self.manifest.files[index]
@@ -229,7 +234,7 @@ class Server:
                 self.link.request(wire.FILE, index, 0, limit_s=_ROOM_S)
 
     def _pin(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Keep the images from eviction as long as this mount lives, and have fetched what is absent."""
+        """Pin the cache files for the life of this mount, and fetch what is absent."""
         asked = self._prefetch(request)
         self._pinned |= {n.index for n in self._named(request) if not self.service.in_place(n.file)}
         self._keep()
@@ -239,7 +244,7 @@ class Server:
         self.cache.pin_files(sorted(self.manifest.files[i].digest for i in self._pinned), keep=True)
 
     def _drop(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Have images removed that nobody has open; the fetcher does it when it has heard."""
+        """Ask the fetcher to remove cache files that are not open. It does so after this call returns."""
         nodes = self._named(request)
         dropped = {node.index for node in nodes}
         self._wanted -= dropped
@@ -264,14 +269,12 @@ class Server:
         return {}
 
     def _take_down(self, *, lazy: bool) -> None:
-        """Unmount here. Other mount namespaces may still show the mount; it is served until the last of them is
-        gone.
-        """
+        """Unmount here. Other mount namespaces may still show the mount; it is served until the last of them is gone."""
         kernel.unmount(self.config.mountpoint, lazy=lazy)
         self._withdraw()
 
     def _withdraw(self) -> None:
-        """Give up the name: a new daemon may serve this mount point, whatever still uses the old mount."""
+        """Give up the name: a new daemon may serve this mount point, even while the old mount is in use."""
         with self._withdrawing:
             if not self.control.closed:
                 self.control.close()
@@ -288,16 +291,16 @@ class Server:
             try:
                 self._take_down(lazy=False)
             except LazyfsError as error:
-                # In use (a working directory?), or unmounted here while another namespace shows it.
+                # In use (perhaps as a working directory), or unmounted here while another namespace shows it.
                 log.debug("idle, and not unmounted: %s", error)
 
     def _orphaned(self) -> bool:
-        """Whether only copies of the mount in other namespaces, with nothing open in them, keep this process."""
+        """Return whether only copies of the mount in other namespaces, with no open files, keep this process alive."""
         idle = time.monotonic() - self.service.last_use
         return self.control.closed and not self.service.open_files and idle > self.config.orphan_exit_s
 
     def _on_signal(self) -> None:
-        # In a thread: the main thread may be anywhere, and a mount in use makes this wait for nobody.
+        # In a thread: the signal interrupts the main thread anywhere.
         threading.Thread(target=self._end, daemon=True).start()
 
     def _end(self) -> None:

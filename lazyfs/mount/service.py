@@ -1,9 +1,9 @@
-"""What a mount does, whatever carries the requests: opening, reading, waiting for chunks, recording first touches.
+"""Handle a mount's requests, independent of the transport: open, read, wait for chunks, record first touches.
 
-A read that finds its chunks is answered at once with a Span of the image's file, which the transport hands to the
-kernel: the bytes need not pass through this process. One that does not is put aside, the fetcher is asked, and
-whichever thread hears of the last missing chunk answers. No thread ever waits, so a stalled network cannot stop reads
-of what is here. Every put-aside read has a deadline.
+A read whose chunks are present is answered at once with a Span of the cache file, which the transport passes to the kernel:
+the bytes need not pass through this process. Any other read is deferred, the fetcher gets a request, and the thread that
+receives the last missing chunk answers. No thread ever blocks, so a stalled network cannot stop reads of present chunks.
+Every deferred read has a deadline.
 """
 
 from __future__ import annotations
@@ -37,8 +37,7 @@ log = logging.getLogger("lazyfs.mount.service")
 
 
 class Span(NamedTuple):
-    """Bytes that lie in a file of this host. `fd` is good until the reply was sent: the kernel closes the open only
-    then."""
+    """Bytes in a file of this host. `fd` is valid until the reply is sent: the kernel closes the open only then."""
 
     fd: int
     offset: int
@@ -46,24 +45,24 @@ class Span(NamedTuple):
 
 
 def read_span(span: Span) -> bytes:
-    """The bytes themselves. OSError where they cannot be read: a failing disk, or a file read in place that was cut short."""
+    """Read the bytes of a span. Raises OSError if they cannot be read: a failing disk, or a truncated original."""
     data = os.pread(span.fd, span.size, span.offset)
     if len(data) != span.size:
         raise OSError(errno.EIO, "the file is shorter than it was")
     return data
 
 
-# A reply is data, or where it lies, or an errno. Called exactly once, from any thread.
+# A reply is data, a span, or an errno. It is called exactly once, from any thread.
 Reply = Callable[[Span | bytes | int], None]
 _LOOKAHEAD = (2, 32)
 _GIVEN_UP_S = 1.0
-# A fetcher counts aloud every second, once it has the manifest (within the limit of a fetch).
+# A fetcher sends its counters every second, once it has the manifest (within the fetch limit).
 _SILENT_S = 10.0
 
 
 @dataclass
 class Waiter:
-    """One read that was put aside."""
+    """One deferred read."""
 
     reply: Reply
     opened: Opened
@@ -77,7 +76,7 @@ class Waiter:
 
 @dataclass
 class Counters:
-    """Since the mount began: bytes and reads by how they were answered, and what readers waited."""
+    """Counters since the mount began: bytes and reads by how they were answered, and waiting times."""
 
     reads: int = 0
     bytes_read: int = 0
@@ -97,7 +96,7 @@ class Backing:
     def __init__(self, fd: int, image: AnyImage | None) -> None:
         self.fd = fd
         self.image = image
-        # An image is written to by us alone, and may have no descriptor (a full disk).
+        # Only lazyfs writes to a cache file, which may have no descriptor (full disk).
         self._written = self._stamp() if image is None else None
 
     def _stamp(self) -> tuple[int, int]:
@@ -105,15 +104,15 @@ class Backing:
         return st.st_size, st.st_mtime_ns
 
     def changed(self) -> bool:
-        """Whether an original was written to since it was opened. (One that was replaced or removed is still what it was.)"""
+        """Return whether an original was written to since it was opened. A replaced or removed one keeps its bytes."""
         return self.image is None and self._stamp() != self._written
 
     def complete(self) -> bool:
-        """Whether every byte may be read."""
+        """Return whether every byte may be read."""
         return self.image is None or self.image.complete()
 
     def close(self) -> None:
-        """Give back the descriptor, and with an image its pin."""
+        """Close the descriptor; a cache file's pin is released with it."""
         if self.image is not None:
             self.image.close()
         else:
@@ -122,7 +121,7 @@ class Backing:
 
 @dataclass
 class Opened:
-    """One inode while the kernel has it open, however often: `cached` opens go through reads, `native` ones do not."""
+    """One inode while the kernel has it open. `cached` counts opens served by reads, `native` counts passthrough opens."""
 
     node: Node
     file: File
@@ -132,14 +131,14 @@ class Opened:
     backing_id: int = 0
     last_chunk: int = -2
     window: int = _LOOKAHEAD[0]
-    # Who is about to open it, and keeps it from being closed meanwhile.
+    # Number of opens in progress, which keep it from being closed.
     holds: int = 0
     whole: bool = False
     touched: set[int] = field(default_factory=set)
 
 
 class Service:
-    """One mount's state. `link` is the fetcher; all public methods may be called from any thread."""
+    """State and request handling of one mount. `link` is the fetcher. All public methods may be called from any thread."""
 
     def __init__(
         self, config: MountConfig, manifest: Manifest, cache: Cache, link: FetcherLink, memory: SlotMemory
@@ -151,10 +150,10 @@ class Service:
         self.link = link
         self.memory = memory
         self.starved: list[tuple[int, int]] = []
-        # What is waited for and could not be asked for: the fetcher's socket was full, or it is being replaced.
+        # Chunks that readers wait for but that could not be requested: the fetcher's socket was full, or it is being replaced.
         self.unsent: dict[tuple[int, int], None] = {}
         self.repeats = Repeats(log)
-        # Called once nobody has a file open any more, before what holds its bytes is closed.
+        # Called after the last close of a file, before its backing is closed.
         self.on_closed: Callable[[Opened], None] = lambda opened: None
         self.streaming = False
         self.counters = Counters()
@@ -166,7 +165,7 @@ class Service:
         self.open_files: dict[int, Opened] = {}
         self.waiting: dict[tuple[int, int], list[Waiter]] = {}
         self.by_unique: dict[int, Waiter] = {}
-        # Chunks that a read has just waited for in vain, until when that is remembered.
+        # Chunks that a read has just waited for in vain, and until when that is remembered.
         self.given_up: dict[tuple[int, int], float] = {}
         self.origins: dict[str, tuple[str, list[int]]] = {}
         self.trace = Trace(Path(config.home) / "traces" / f"{config.manifest}.json", record=config.record)
@@ -176,21 +175,22 @@ class Service:
     # -- opening
 
     def open(self, node: Node, *, may_pass: bool) -> tuple[Opened, bool]:
-        """Open a file; (its state, whether this open is to be passed through). Raises what the cache raises.
+        """Open a file; return its state and whether this open is to be passed through.
 
-        The disk, or a network file system with the original on it, may take its time: only this open waits for it.
+        May block on the disk, or on a network file system that holds the original. Raises Permanent (source-changed) if the
+        original was written to while open, or what the cache raises.
         """
         opened = self._hold(node)
         try:
             if opened.backing.changed():
-                # The kernel takes no other bytes for an inode that is open.
+                # The kernel's page cache of an open inode may hold the old bytes.
                 raise Permanent(
                     f"{opened.file.path}: its original was written to while it is open; "
                     "once nobody has it open, the imported bytes are served again",
                     code="source-changed",
                 )
             with self.lock:
-                # The kernel refuses a mixture on one inode: as long as cached opens last, all are cached.
+                # The kernel refuses to mix both on one inode: while cached opens last, all opens are cached.
                 native = may_pass and node.size > 0 and opened.cached == 0 and opened.backing.complete()
                 if native:
                     opened.native += 1
@@ -205,7 +205,7 @@ class Service:
             self._close_unused(opened)
 
     def _hold(self, node: Node) -> Opened:
-        """The file's state, which is not given back as long as it is held."""
+        """Return the file's state, which is not closed while it is held."""
         assert node.file is not None
         with self.lock:
             self.last_use = time.monotonic()
@@ -221,7 +221,7 @@ class Service:
                 opened = self.open_files[node.ino] = Opened(node, node.file, backing)
             opened.holds += 1
         if spare is not None:
-            # Somebody else has opened it meanwhile.
+            # Another thread has opened it meanwhile.
             spare.close()
         return opened
 
@@ -236,7 +236,7 @@ class Service:
         return Backing(image.data_fd, image)
 
     def release(self, opened: Opened, *, native: bool) -> None:
-        """The kernel closed one open of the inode. With the last one the backing is given back."""
+        """Count a close of the inode by the kernel. The last one closes the backing."""
         with self.lock:
             self.last_use = time.monotonic()
             if native:
@@ -251,17 +251,17 @@ class Service:
                 return
             del self.open_files[opened.node.ino]
         self.on_closed(opened)
-        # No reply can still need it: the kernel sends a release once every read of the open was answered.
+        # No reply can still need it: the kernel sends a release only after every read of the open was answered.
         opened.backing.close()
 
     # -- reading
 
     def read(self, opened: Opened, offset: int, size: int, unique: int, reply: Reply) -> None:
-        """Answer, now or when the chunks are here."""
+        """Answer a read, now or when its chunks are present."""
         counters = self.counters
         counters.reads += 1
         if opened.whole and opened.backing.complete():
-            # The path that decides the throughput of a complete file: nothing but the answer.
+            # The fast path for complete files: it decides their throughput.
             size = max(0, min(size, opened.file.size - offset))
             counters.bytes_read += size
             counters.hits += 1
@@ -277,7 +277,7 @@ class Service:
             return
         image = backing.image
         if image is None or image.complete():
-            # While a trace is recorded, first touches are wanted of complete files too.
+            # While an access log is recorded, first touches of complete files are recorded too.
             opened.whole = not self.trace.recording or len(opened.touched) == len(file.chunks)
             self.counters.hits += 1
             self._serve(opened, offset, end, unique, reply, started)
@@ -294,7 +294,7 @@ class Service:
             self._look_ahead(opened, image, first, last)
             return
         if any(key[0] == opened.node.index and key[1] in missing for key in self.given_up):
-            # The kernel asks again for the page that the reader wanted of a read ahead that failed: no second wait.
+            # After a failed readahead the kernel repeats the page that the reader wanted: do not wait a second time.
             self.counters.failed += 1
             reply(errno.ETIMEDOUT)
             return
@@ -308,7 +308,7 @@ class Service:
         for index in sorted(missing):
             self._request(wire.DEMAND, opened.node.index, index)
         self._look_ahead(opened, image, first, last)
-        # A chunk may have come between looking and waiting.
+        # A chunk may have arrived between the check and the registration.
         for index in missing.copy():
             if self._here(opened, image, index):
                 self._arrived(opened.node.index, index)
@@ -325,20 +325,20 @@ class Service:
                     self.unsent[file, chunk] = None
 
     def _serve(self, opened: Opened, offset: int, end: int, unique: int, reply: Reply, started: float) -> None:
-        """Answer a read whose chunks are here, out of the image or, where the disk was full, out of memory."""
+        """Answer a read whose chunks are present, from the cache file or, if the disk was full, from memory."""
         counters = self.counters
         data: Span | bytes | None = Span(opened.backing.fd, offset, end - offset)
         if not opened.backing.complete():
             try:
                 data = self._gather(opened, offset, end)
             except OSError as error:
-                # This may be the thread that hears the fetcher: every other reader depends on it.
+                # This may be the thread that receives the fetcher's answers, which every other reader depends on.
                 log.error("%s: %d bytes at %d: %s", opened.file.path, end - offset, offset, error.strerror)
                 counters.failed += 1
                 reply(error.errno or errno.EIO)
                 return
         if data is None:
-            # A slot was reused between arrival and answer: the read is put aside again, its deadline unchanged.
+            # A slot was reused between arrival and answer: defer the read again with the same deadline.
             self._read(opened, offset, end - offset, unique, reply, started)
             return
         counters.bytes_read += end - offset
@@ -375,12 +375,12 @@ class Service:
                 self.trace.touch(opened.node.index, index)
 
     def _look_ahead(self, opened: Opened, image: AnyImage, first: int, last: int) -> None:
-        """Ask for what a sequential reader will want, in a window that doubles as long as the guess holds."""
+        """Request chunks ahead of a sequential reader, in a window that doubles as long as the reader stays sequential."""
         if last == opened.last_chunk:
             return
         low, high = _LOOKAHEAD
         if self.streaming:
-            # Without the disk, what is fetched ahead must fit beside what is being read.
+            # Without the disk, readahead must fit beside the chunks being read.
             high = max(1, min(high, self.memory.count // 4))
         opened.window = min(high, opened.window * 2) if 0 <= first - opened.last_chunk <= 1 else low
         opened.last_chunk = last
@@ -401,7 +401,7 @@ class Service:
         else:
             self.memory.take_back(key, slot)
         if kind == wire.FAILED and argument == errno.ENOSPC:
-            # Neither disk nor slot: it waits for a slot, within its deadline.
+            # No room on disk and no slot: wait for a slot, within the deadline.
             with self.lock:
                 if key in self.waiting and key not in self.starved:
                     self.starved.append(key)
@@ -412,7 +412,7 @@ class Service:
         self._feed_starved()
 
     def _ask_again(self) -> None:
-        """Ask for what could not be asked for, as far as there is room now."""
+        """Repeat the requests that could not be sent, as far as the socket has room."""
         while self.unsent:
             with self.lock:
                 key = next(iter(self.unsent), None)
@@ -451,13 +451,13 @@ class Service:
             waited = time.monotonic() - waiter.started
             self.counters.wait_seconds += waited
             self.waits.add(waited)
-            # Of a read that spans chunks, the last one is what it waited for.
+            # A read that spans chunks waited for the last one.
             self.waited_for[source] += waited
             end = waiter.offset + waiter.size
             self._serve(waiter.opened, waiter.offset, end, waiter.unique, waiter.reply, waiter.started)
 
     def _failed(self, file: int, chunk: int, number: int, began: float) -> None:
-        """Fail those who asked before this fetch began; the failure says nothing to those who asked later."""
+        """Fail the reads that began before this fetch. The failure does not apply to later ones: repeat their request."""
         with self.lock:
             waiters = self.waiting.pop((file, chunk), [])
             failed = [w for w in waiters if w.started <= began and self.by_unique.pop(w.unique, None) is w]
@@ -485,14 +485,14 @@ class Service:
                     self.waiting.pop(key, None)
 
     def interrupt(self, unique: int) -> None:
-        """The reader of a put-aside read got a signal: let it go with EINTR."""
+        """Fail a deferred read with EINTR, because its reader got a signal."""
         with self.lock:
             waiter = self.by_unique.pop(unique, None)
         if waiter is not None:
             self._fail(waiter, errno.EINTR)
 
     def expire(self) -> None:
-        """Fail what is past its deadline; called about once a second."""
+        """Fail reads past their deadline; called about once a second."""
         self.repeats.tick()
         self._feed_starved()
         now = time.monotonic()
@@ -514,7 +514,7 @@ class Service:
             self.link.replace_silent(self.config.fetch_limit_s + _SILENT_S)
 
     def resend(self) -> None:
-        """Ask again for everything waited for: the fetcher was replaced."""
+        """Repeat the requests of all waiting reads, after the fetcher was replaced."""
         self.memory.reset()
         with self.lock:
             keys = list(self.waiting)
@@ -522,12 +522,12 @@ class Service:
             self._request(wire.DEMAND, file, chunk)
 
     def in_place(self, file: File) -> bool:
-        """Whether a file is read where it was imported from."""
+        """Return whether a file is read at the place of its import."""
         origin = self.origins.get(file.path)
         return origin is not None and is_unchanged(*origin)
 
     def cached_share(self, node: Node) -> float:
-        """What part of a file is here, 0 to 1."""
+        """Return the present share of a file, 0 to 1."""
         if node.file is None or not node.file.size:
             return 1.0
         if self.in_place(node.file):

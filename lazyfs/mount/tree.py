@@ -1,6 +1,4 @@
-"""The manifest as inodes: what lookup, getattr, readdir and readlink answer. Immutable, so answers may be cached for
-ever.
-"""
+"""The manifest as inodes, for lookup, getattr, readdir and readlink. Immutable, so answers may be cached forever."""
 
 from __future__ import annotations
 
@@ -14,7 +12,7 @@ ROOT = 1
 
 @dataclass
 class Node:
-    """One inode. `index` is the file's place in the manifest, -1 for directories and links."""
+    """One inode. `index` is the file's index in the manifest, -1 for directories and links."""
 
     ino: int
     name: bytes
@@ -33,8 +31,9 @@ class Node:
 
 
 class Tree:
-    """Inode numbers are the order in the manifest, so they are the same in every mount of it: a snapshot may rely on
-    them.
+    """The inode tree of a manifest.
+
+    Inode numbers follow the order in the manifest, so they are equal in every mount of it; snapshots may rely on that.
     """
 
     def __init__(self, manifest: Manifest) -> None:
@@ -63,13 +62,13 @@ class Tree:
         return node
 
     def get(self, ino: int) -> Node | None:
-        """The node of an inode number."""
+        """Return the node of an inode number, or None."""
         return self.nodes[ino] if 0 < ino < len(self.nodes) else None
 
     def at(self, path: str) -> Node | None:
-        """The node of a path relative to the root."""
+        """Return the node of a path relative to the root, or None."""
         return self._by_path.get(path)
 
     def listing(self, node: Node) -> list[tuple[bytes, Node]]:
-        """What readdir shows, `.` and `..` first."""
+        """Return the entries of readdir, `.` and `..` first."""
         return [(b".", node), (b"..", self.nodes[node.parent]), *node.children.items()]

@@ -1,4 +1,4 @@
-"""Extended attributes: a file's digest, its chunks, and how much of it is here."""
+"""Extended attributes: a file's digest, its number of chunks, and the share of it that is cached."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ _TOP = (b"user.quickthaw.manifest",)
 
 
 def list_xattrs(node: Node) -> bytes:
-    """Names, each ended by NUL."""
+    """Return the attribute names, each terminated by NUL."""
     names = _FILE if node.file is not None else _TOP if node.ino == ROOT else ()
     return b"".join(n + b"\0" for n in names)
 
 
 def get_xattr(service: Service, node: Node, name: bytes) -> bytes:
-    """The value; OSError(ENODATA) for a name that is not there."""
+    """Return the attribute's value. Raises OSError (ENODATA) for an unknown name."""
     if node.file is not None:
         if name == _FILE[0]:
             return node.file.digest.encode()

@@ -1,10 +1,10 @@
-"""The transport over pyfuse3 (libfuse): needs no privilege beyond fusermount3, and cannot pass files through.
+"""The transport over pyfuse3 (libfuse): needs no privilege beyond fusermount3, does not support passthrough.
 
-Large answers out of the cache are sent from a mapping of the image that is made present by one call and is gone with
-the answer: one copy instead of two, and never more of an image in this process's memory than one answer. Small ones,
-and those of a file read in place (which may be cut short at any moment), are read into one buffer of page-aligned memory.
-All of it in the trio thread: a thread hop costs nearly half of the throughput. Reads that must wait for chunks sleep on
-an event that the fetcher's thread sets.
+Large answers from the cache are sent from a mapping of the cache file, which one call populates and which lives as long as
+the answer: one copy instead of two, and never more of a cache file in this process's memory than one answer. Small answers,
+and those of a file read in place (which may be truncated at any moment), are read into one page-aligned buffer. All of this
+runs in the trio thread: a thread hop costs nearly half of the throughput. Reads that wait for chunks sleep on an event that
+the fetcher's answer thread sets.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from lazyfs.mount.xattrs import get_xattr, list_xattrs
 
 log = logging.getLogger("lazyfs.pyfuse3")
 _FOREVER_S = 86400 * 365
-# Longer than libfuse takes for its greeting on a busy machine; missing it costs throughput, not correctness.
+# Longer than libfuse's INIT handshake takes on a busy machine. Missing it costs throughput, not correctness.
 _GREETING_S = 1.0
-# What libfuse asks for at most; a request that were larger gets memory of its own.
+# libfuse's largest request; a larger one would get memory of its own.
 _BUFFER = 1 << 20
 _WORTH_MAPPING = 128 << 10
 _PAGE = mmap.PAGESIZE
@@ -42,7 +42,7 @@ _T_NS = 1_000_000_000 * 10**9
 
 
 class Pyfuse3Transport:
-    """One mounted connection. `start` mounts and serves in a thread; `wait` tells when the mount is gone."""
+    """One mounted connection. `start` mounts and serves in a thread; `wait` reports when the mount is gone."""
 
     name = "pyfuse3"
     passthrough = False
@@ -55,7 +55,7 @@ class Pyfuse3Transport:
         self._thread = threading.Thread(target=self._run, name="fuse", daemon=True)
 
     def start(self) -> None:
-        """Mount and begin to serve. HostLacks when the host does not allow it."""
+        """Mount and start serving. Raises HostLacks if the host does not allow it."""
         options = set(pyfuse3.default_options) | {"ro", f"fsname={self.source}", "subtype=quickthaw"}
         if self.allow_other:
             options.add("allow_other")
@@ -65,8 +65,8 @@ class Pyfuse3Transport:
             raise HostLacks(
                 f"cannot mount at {self.mountpoint}: {error}; is /dev/fuse there, and fusermount3?"
             ) from error
-        # The kernel cuts the read-ahead to libfuse's default when it gets the greeting, which is handled in the loop: a
-        # marker value that vanishes tells that it has happened. Unprivileged, neither can be set, and 128 KiB stay.
+        # The kernel resets the readahead to libfuse's default at the INIT handshake, which the loop handles. A marker
+        # value that disappears shows that it has happened. Unprivileged, neither can be set, and 128 KiB remain.
         settable = kernel.set_read_ahead(self.mountpoint)
         self._thread.start()
         deadline = time.monotonic() + _GREETING_S
@@ -77,20 +77,20 @@ class Pyfuse3Transport:
             time.sleep(0.001)
 
     def wait(self, limit_s: float) -> bool:
-        """Whether the mount is gone; waits for it no longer than `limit_s`."""
+        """Wait up to `limit_s` seconds; return whether the mount is gone."""
         self._thread.join(limit_s)
         return not self._thread.is_alive()
 
     def _run(self) -> None:
         try:
-            # More than one task, or a read that waits for the network would hold up all others.
+            # Several tasks: otherwise a read that waits for the network would block all others.
             trio.run(pyfuse3.main, 1, 99)
         finally:
             pyfuse3.close(unmount=False)
 
 
 def _answered(operation: F) -> F:
-    """Make every error of an operation an errno for its reader: any other would end the mount for all of them."""
+    """Convert every exception of an operation to an errno for its reader: any other exception would end the mount."""
 
     @functools.wraps(operation)
     async def inner(self: _Operations, *arguments: Any) -> Any:
@@ -178,7 +178,7 @@ class _Operations(pyfuse3.Operations):  # type: ignore[misc]
             raise pyfuse3.FUSEError(errno.EROFS)
         if node.file is None:
             raise pyfuse3.FUSEError(errno.EISDIR if node.is_dir else errno.EINVAL)
-        # In a thread: the disk, or a network file system with the original on it, must hold up nobody else.
+        # In a thread: the disk, or a network file system with the original, must not block other requests.
         opened, _ = await trio.to_thread.run_sync(functools.partial(self.service.open, node, may_pass=False))
         handle, self.next_handle = self.next_handle, self.next_handle + 1
         self.handles[handle] = opened
@@ -200,7 +200,7 @@ class _Operations(pyfuse3.Operations):  # type: ignore[misc]
                 try:
                     token.run_sync_soon(arrived.set)
                 except trio.RunFinishedError:
-                    # Unmounted meanwhile: nobody waits any more.
+                    # Unmounted meanwhile: no reader is waiting.
                     return
 
         here = threading.get_ident()
@@ -217,11 +217,14 @@ class _Operations(pyfuse3.Operations):  # type: ignore[misc]
             try:
                 return _mapped(data)
             except OSError:
-                pass  # an old kernel, or a disk that fails: the read below says which
+                pass  # an old kernel, or a failing disk: the read below shows which
         return self._bytes(data)
 
     def _bytes(self, span: Span) -> memoryview | bytes:
-        """The bytes, in the one buffer: pyfuse3 sends them before this thread runs any other task."""
+        """Read the span into the shared buffer: pyfuse3 sends it before this thread runs another task.
+
+        Raises FUSEError if it cannot be read.
+        """
         try:
             if span.size > _BUFFER:
                 return read_span(span)
@@ -261,7 +264,7 @@ class _Operations(pyfuse3.Operations):  # type: ignore[misc]
 
 
 def _mapped(span: Span) -> memoryview:
-    """The bytes in a mapping that lives as long as the answer. Raises OSError where they cannot be made present."""
+    """Return the span in a mapping that lives as long as the answer. Raises OSError if its pages cannot be populated."""
     start = span.offset & -_PAGE
     mapping = mmap.mmap(span.fd, span.offset + span.size - start, mmap.MAP_SHARED, mmap.PROT_READ, offset=start)
     mapping.madvise(_MADV_POPULATE_READ)

@@ -1,10 +1,9 @@
-"""The kernel's FUSE protocol spoken directly over /dev/fuse: the transport that can pass complete files through.
+"""The FUSE protocol spoken directly over /dev/fuse: the transport that supports passthrough of complete files.
 
-pyfuse3 (`transport_pyfuse3`) has no way to ask for passthrough, which is worth a factor of two to four; hence this
-one. Layouts are those of <linux/fuse.h>, protocol 7.40 and later. Each thread reads requests from its own clone of the
-connection. Reads are answered by splicing the image's pages through a pipe: a fifth less processor time than a writev of
-a mapping, whose pages must be faulted in and unmapped again, and no page of them ever is this process's memory. Needs
-CAP_SYS_ADMIN.
+pyfuse3 (`lazyfs.mount.transports.pyfuse3`) cannot request passthrough, which is worth a factor of two to four. Layouts are
+those of <linux/fuse.h>, protocol 7.40 and later. Each thread reads requests from its own clone of the connection. Reads are
+answered by splicing the cache file's pages through a pipe: a fifth less processor time than a writev of a mapping, whose
+pages must be faulted in and unmapped again, and the pages never count as this process's memory. Needs CAP_SYS_ADMIN.
 """
 
 from __future__ import annotations
@@ -41,8 +40,8 @@ _DIRENT = struct.Struct("<QQII")
 (_LOOKUP, _FORGET, _GETATTR, _READLINK, _OPEN, _READ_OP, _STATFS_OP, _RELEASE) = (1, 2, 3, 5, 14, 15, 17, 18)
 (_GETXATTR, _LISTXATTR, _FLUSH, _INIT, _OPENDIR, _READDIR, _RELEASEDIR) = (22, 23, 25, 26, 27, 28, 29)
 (_ACCESS, _INTERRUPT, _DESTROY, _IOCTL, _BATCH_FORGET, _READDIRPLUS, _LSEEK) = (34, 36, 38, 39, 42, 44, 46)
-# Everything that would change something; the read-only mount stops these before us, but for an ioctl or a remount. (fsync is
-# not among them: unknown to us, it succeeds, as on any read-only file system.)
+# All modifying operations. The read-only mount stops these in the kernel, except an ioctl or a remount. (fsync is not
+# among them: unimplemented, it succeeds, as on any read-only file system.)
 _WRITES = frozenset({4, 6, 8, 9, 10, 11, 12, 13, 16, 21, 24, 35, 43, 45, 47})
 
 _CLONE, _BACKING_OPEN, _BACKING_CLOSE = 0x8004E500, 0x4010E501, 0x4004E502
@@ -53,23 +52,23 @@ _KEEP_CACHE, _NOFLUSH, _FOPEN_PASSTHROUGH = 2, 32, 128
 _FOREVER_S = 86400 * 365
 _BUFFER = 64 << 10
 _PAGE = os.sysconf("SC_PAGE_SIZE")
-# As large as the kernel allows without CAP_SYS_RESOURCE: one slot for a page each, and one for the reply's header.
+# The largest size without CAP_SYS_RESOURCE: one slot per page, and one for the reply's header.
 _PIPE = 1 << 20
 _MOST_PAGES = _PIPE // _PAGE - 1
 _NONBLOCK = 2
 
 
-# Reads that wait for the local disk at once; they do nothing else.
+# Threads that wait for reads from the local disk; they do nothing else.
 _DISK_THREADS = 4
-# Opening, and looking at what an original has become, may wait for a disk or for a network file system.
+# Opening a file and checking an original may block on a disk or a network file system.
 _REFUSED_PAUSE_S = 0.1
 _SLOW, _SLOW_THREADS = frozenset({_OPEN, _GETXATTR}), 4
 
 
 def in_memory(span: Span) -> bool:
-    """Whether the kernel has both ends of it in its page cache, so that a read will hardly wait for the disk.
+    """Return whether the kernel's page cache holds both ends of the span, so that a read will hardly wait for the disk.
 
-    True also where the file system cannot tell (tmpfs, which has no disk to wait for).
+    Also True if the file system cannot tell (tmpfs, which has no disk to wait for).
     """
     probe = bytearray(1)
     try:
@@ -78,27 +77,30 @@ def in_memory(span: Span) -> bool:
     except BlockingIOError:
         return False
     except OSError:
-        # What is wrong with it is found, and reported, where it is read.
+        # The read itself finds and reports the error.
         return True
     return True
 
 
 class Pipe:
-    """A pipe that one thread splices replies through. Empty between replies, or closed and replaced."""
+    """A pipe through which one thread splices replies. Empty between replies, or closed and replaced."""
 
     def __init__(self) -> None:
         self.out, self.into = os.pipe2(os.O_CLOEXEC)
         try:
             self.slots = fcntl.fcntl(self.into, fcntl.F_SETPIPE_SZ, _PIPE) // _PAGE
         except OSError:
-            # Users have a bound on what their pipes hold together; the default is 16 pages.
+            # The total pipe size per user is limited; the default is 16 pages.
             self.slots = fcntl.fcntl(self.into, fcntl.F_GETPIPE_SZ) // _PAGE
 
     def fill(self, header: bytes, span: Span) -> bool:
-        """Put a reply into the empty pipe; False where it is too small. Raises OSError where the file cannot be spliced."""
+        """Write a reply into the empty pipe; return False if the pipe is too small.
+
+        Raises OSError if the file cannot be spliced.
+        """
         pages = (span.offset % _PAGE + span.size + _PAGE - 1) // _PAGE
         if pages + 1 > self.slots:
-            # A direct read that is not aligned to pages, or a pipe that could not be made large.
+            # A direct read that is not page-aligned, or a pipe that could not be enlarged.
             return False
         os.write(self.into, header)
         offset, end = span.offset, span.offset + span.size
@@ -110,13 +112,13 @@ class Pipe:
         return True
 
     def close(self) -> None:
-        """Throw away what is in it."""
+        """Close both ends, discarding the contents."""
         os.close(self.out)
         os.close(self.into)
 
 
 class RawTransport:
-    """One mounted connection. `start` mounts and serves in threads; `wait` returns when the mount is gone."""
+    """One mounted connection. `start` mounts and serves in threads; `wait` reports when the mount is gone."""
 
     name = "raw"
 
@@ -133,8 +135,9 @@ class RawTransport:
         self.service = service
         self.mountpoint = mountpoint
         self.source = source
-        # Replying is one system call; more than half the processors would only wait for the interpreter, and take the
-        # reader's: on two of them a second thread makes a first read of a mapping slower (docs/lazyfs.md).
+        # A reply is one system call. Threads beyond half the processors would only wait for the interpreter and take
+        # processors from the reader: with two processors a second thread slows the first read of a mapping
+        # (docs/lazyfs.md).
         self.thread_count = threads or max(1, min(8, (os.cpu_count() or 2) // 2))
         self.native = native
         self.allow_other = allow_other
@@ -165,7 +168,7 @@ class RawTransport:
         }
 
     def start(self) -> None:
-        """Mount, answer the kernel's greeting and begin to serve. HostLacks when the host does not allow it."""
+        """Mount, answer the kernel's INIT request and start serving. Raises HostLacks if the host does not allow it."""
         try:
             self.fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:
@@ -190,7 +193,7 @@ class RawTransport:
             threading.Thread(target=self._wait_for_opens, name=f"open-{number}", daemon=True).start()
 
     def wait(self, limit_s: float) -> bool:
-        """Whether the mount is gone; waits for it no longer than `limit_s`."""
+        """Wait up to `limit_s` seconds; return whether the mount is gone."""
         deadline = time.monotonic() + limit_s
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
@@ -223,11 +226,11 @@ class RawTransport:
             try:
                 length = os.readv(fd, [buffer])
             except OSError as error:
-                # ENODEV: unmounted. ECONNABORTED: the connection was cut. EBADF, EPERM: it is not, or never was, one.
+                # ENODEV: unmounted. ECONNABORTED: connection aborted. EBADF, EPERM: not, or no longer, a connection.
                 if error.errno in (errno.ENODEV, errno.ECONNABORTED, errno.EBADF, errno.EPERM):
                     return
                 if error.errno not in (errno.EINTR, errno.EAGAIN, errno.ENOENT):
-                    # A host without memory, say. Whoever waits for this thread would wait for ever.
+                    # Out of memory, for example. Ending this thread would block its readers forever.
                     self.service.repeats.say(logging.ERROR, "read", f"cannot read a request: {error.strerror}")
                     time.sleep(_REFUSED_PAUSE_S)
                 continue
@@ -259,7 +262,7 @@ class RawTransport:
             self.service.repeats.say(logging.ERROR, error.code, f"{name}: {error.code}: {error}")
             return to_errno(error), b""
         except Exception:
-            # One bad request must not end the mount of everybody else; the reader gets EIO and the log the reason.
+            # One bad request must not end the mount for all readers: this reader gets EIO, the log the reason.
             log.exception("operation %d on inode %d failed", opcode, nodeid)
             return errno.EIO, b""
 
@@ -295,7 +298,7 @@ class RawTransport:
             if error.errno in (errno.ENOENT, errno.ENODEV, errno.ECONNABORTED):
                 return
             log.debug("%d bytes at %d could not be spliced: %s", span.size, span.offset, error.strerror)
-        # What cannot be spliced is copied; only what cannot be read either is the reader's error.
+        # Copy what cannot be spliced; only a read error reaches the reader.
         try:
             self._reply(fd, unique, 0, read_span(span))
         except OSError as error:
@@ -325,7 +328,7 @@ class RawTransport:
         try:
             self.service.read(found[0], offset, size, unique, reply)
         except Exception:
-            # As in `_handle`: neither this thread nor this reader may be lost.
+            # As in `_handle`: neither this thread nor this reader's reply may be lost.
             log.exception("the read of %d bytes at %d failed", size, offset)
             reply(errno.EIO)
 
@@ -342,7 +345,7 @@ class RawTransport:
                     if not opened.backing_id:
                         opened.backing_id = self._register(opened.backing.fd)
             except OSError as error:
-                # A file system that cannot back (stacked too deep): serve it by reads, now and from now on.
+                # A file system that does not support backing (stacked too deep): serve by reads from now on.
                 log.warning("no passthrough for %s: %s", opened.file.path, error.strerror)
                 self.passthrough = False
                 self.service.release(opened, native=True)
@@ -376,7 +379,7 @@ class RawTransport:
             try:
                 fcntl.ioctl(self.fd, _BACKING_CLOSE, struct.pack("<I", opened.backing_id))
             except OSError as error:
-                # The connection is gone, and what it held with it.
+                # The connection is gone, and its backing files with it.
                 log.debug("a backing file was not given back: %s", error.strerror)
 
     # -- names and attributes
@@ -433,7 +436,9 @@ class RawTransport:
 
 
 def _sized(value: bytes, size: int) -> bytes:
-    """The protocol of getxattr and listxattr: a size of 0 asks for the length."""
+    """Format the reply of getxattr and listxattr: `size` 0 asks for the length. Raises OSError (ERANGE) if the value is
+    longer than `size`.
+    """
     if size == 0:
         return struct.pack("<II", len(value), 0)
     if len(value) > size:

@@ -1,4 +1,4 @@
-"""`quickthaw snapshot …`: what snapshots there are, what is in them, whether they are sound, and moving and removing them."""
+"""`quickthaw snapshot …`: list, inspect, verify, push, pull and remove snapshots."""
 
 from __future__ import annotations
 

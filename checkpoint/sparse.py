@@ -1,4 +1,7 @@
-"""Find the data in sparse files. Engines map hundreds of megabytes of shared memory and write a few pages of them."""
+"""Find the data in sparse files.
+
+Engines map hundreds of megabytes of shared memory and write a few pages of them.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,12 @@ from collections.abc import Iterator
 
 
 def extents(fd: int, size: int) -> Iterator[tuple[int, int]]:
-    """Yield (start, end) of each data extent in the first `size` bytes of an open file, ascending; holes lie between. Raises OSError."""
+    """Yield (start, end) of each data extent in the first `size` bytes of an open file.
+
+    Extents are ascending, with holes between them.
+
+    Raises OSError.
+    """
     at = 0
     while at < size:
         try:

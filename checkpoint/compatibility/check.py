@@ -167,11 +167,11 @@ class Here:
 
     @property
     def compile_cache(self) -> str:
-        """Name of the archive for the engine's compile caches, usable wherever engine, compilers, CPUs and launch are the same.
+        """Name of the archive for the engine's compile caches.
 
-        Arguments (LoRA, batch sizes), variables (threads) and the number of CPUs affect compiled code. The engines'
-        own cache keys cover most of them, but not all; so code compiled for another launch or host is not used at
-        all.
+        It is usable wherever engine, compilers, CPUs and launch are the same. Arguments (LoRA, batch sizes), variables
+        (threads) and the number of CPUs affect compiled code. The engines' own cache keys cover most of them, but not
+        all; so code compiled for another launch or host is not used at all.
         """
         compilers = {name: self.engine.packages.get(name, "") for name in _COMPILERS}
         features = sorted(set(self.host.cpu_flags) - _IGNORED_CPU_FLAGS)
@@ -195,7 +195,10 @@ class Here:
         return f"compile-{self.engine.name}-{digest[:16]}"
 
     def record(self, salt: str | None = None) -> Identity:
-        """Return the identity for a manifest, with secrets digested under `salt` (32 hex digits; a new random one by default)."""
+        """Return the identity for a manifest, with secrets digested under `salt`.
+
+        `salt` has 32 hex digits; by default it is new and random.
+        """
         salt = secrets.token_hex(16) if salt is None else salt
         return Identity(
             format=self.format,
@@ -277,7 +280,10 @@ def here(
 
 
 def _time_zone(environment: Mapping[str, str]) -> str:
-    """Return the host's time zone, which the C library reads once, unless TZ names another. Return "" for UTC or a missing file."""
+    """Return the host's time zone, which the C library reads once, unless TZ names another.
+
+    Return "" for UTC or a missing file.
+    """
     if environment.get("TZ") not in (None, str(LOCALTIME), f":{LOCALTIME}"):
         return ""
     try:

@@ -1,4 +1,7 @@
-"""Identify an engine installation in a few milliseconds, without starting a process: its build, packages, interpreter, C library."""
+"""Identify an engine installation: its build, packages, interpreter and C library.
+
+It takes a few milliseconds and starts no process.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,9 @@ class EngineFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def engine_facts(engine: str, interpreter: Path) -> EngineFacts:
-    """Identify the engine installed beside `interpreter` (the `python` of its virtual environment, symbolic links not followed).
+    """Identify the engine installed beside `interpreter`.
+
+    `interpreter` is the `python` of its virtual environment; symbolic links are not followed.
 
     Raises HostLacks (interpreter-missing, engine-missing).
     """
@@ -119,7 +124,10 @@ def _pyvenv(prefix: Path) -> dict[str, str]:
 
 
 def _site_packages(prefix: Path) -> list[tuple[Path, str]]:
-    """Return folders of installed distributions below a prefix, each with the interpreter's `3.11` if their path shows it."""
+    """Return folders of installed distributions below a prefix.
+
+    Each comes with the interpreter's `3.11` if its path shows it.
+    """
     found = []
     for root in dict.fromkeys((prefix, prefix / "local")):
         for library in ("lib", "lib64"):
@@ -179,7 +187,10 @@ class Elf:
 
     @classmethod
     def read(cls, path: Path) -> Elf:
-        """Read a 64-bit little-endian ELF file's program headers. For other files, return no loader, and a digest as build id."""
+        """Read a 64-bit little-endian ELF file's program headers.
+
+        For other files, return no loader, and a digest as build id.
+        """
         with path.open("rb") as file:
             head = file.read(4096)
             if head[:6] != b"\x7fELF\x02\x01":
@@ -213,7 +224,10 @@ def _build_id(notes: bytes) -> str:
 
 
 def _digest_of_ends(path: Path) -> str:
-    """Digest a file without a build id: its size, first and last 64 KiB (headers, and tables at the end that a linker rewrites)."""
+    """Digest a file without a build id: its size, first and last 64 KiB.
+
+    They contain the headers, and the tables at the end that a linker rewrites.
+    """
     with path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(0)

@@ -92,7 +92,10 @@ def by_kind(
     engine: str = "",
     declared: Callable[[Collection[str]], Collection[str] | None] = lambda names: (),
 ) -> Variables:
-    """Classify an engine's environment. `declared` returns which of the pattern-matched names the engine declares; None: unknown."""
+    """Classify an engine's environment.
+
+    `declared` returns which of the pattern-matched names the engine declares; None: unknown.
+    """
     matter: dict[str, str] = {}
     renewed: dict[str, str] = {}
     matched: dict[str, str] = {}
@@ -116,7 +119,10 @@ def by_kind(
 
 
 def _matches(name: str, value: str) -> bool:
-    """Return whether RENEWED_PREFIXES, RENEWED_SUFFIXES or a Kubernetes link pattern (`X_PORT_80_TCP_ADDR`) matches a variable."""
+    """Return whether a pattern of renewed variables matches.
+
+    The patterns are RENEWED_PREFIXES, RENEWED_SUFFIXES and those of Kubernetes links (`X_PORT_80_TCP_ADDR`).
+    """
     if name.startswith(RENEWED_PREFIXES) or name.endswith(RENEWED_SUFFIXES) or _SERVICE_PORT in name:
         return True
     if name.endswith(_LINKED_PORT) and value.startswith(_LINK_VALUES):

@@ -35,7 +35,10 @@ _Entries = dict[str, tuple[_Stamp, str]]
 
 
 class FileDigests:
-    """Digests of files and folders. `kept` is the cache file for large files, None for no cache. Call `save` at the end."""
+    """Digests of files and folders.
+
+    `kept` is the cache file for large files, None for no cache. Call `save` at the end.
+    """
 
     def __init__(self, kept: Path | None = None) -> None:
         self.kept = kept
@@ -58,7 +61,10 @@ class FileDigests:
         return digest
 
     def of_folder(self, path: Path) -> str | None:
-        """Return the digest of all files below a folder, by relative name; links are followed. Return None above FILES_LIMIT files."""
+        """Return the digest of all files below a folder, by relative name; links are followed.
+
+        Return None above FILES_LIMIT files.
+        """
         digest = blake3.blake3()
         for count, (name, file) in enumerate(sorted(_walk(path))):
             if count >= FILES_LIMIT:
@@ -108,7 +114,10 @@ def _read(path: Path) -> str:
 
 
 def _walk(root: Path) -> Iterator[tuple[str, Path]]:
-    """Yield regular files below a folder with their relative names, at most FILES_LIMIT + 1. `__pycache__` is skipped."""
+    """Yield regular files below a folder with their relative names, at most FILES_LIMIT + 1.
+
+    `__pycache__` is skipped.
+    """
     todo = [(root, "", 0)]
     seen = 0
     while todo:

@@ -30,10 +30,10 @@ class _Memory(ctypes.Structure):
 
 
 def gpu_facts(environment: Mapping[str, str] | None = None) -> tuple[tuple[Gpu, ...], str]:
-    """Return the GPUs visible under CUDA_VISIBLE_DEVICES, in its order, and the driver's version; `((), "")` without a driver.
+    """Return the GPUs visible under CUDA_VISIBLE_DEVICES, in its order, and the driver's version.
 
-    NVML is opened only if /dev/nvidiactl exists, because its start takes tens of milliseconds. Raises HostLacks
-    (nvml-missing, nvml-failed).
+    Returns `((), "")` without a driver. NVML is opened only if /dev/nvidiactl exists, because its start takes tens of
+    milliseconds. Raises HostLacks (nvml-missing, nvml-failed).
     """
     if not _NVML_CONTROL.exists():
         return (), ""

@@ -11,7 +11,10 @@ from checkpoint.compatibility.gpu import Gpu, gpu_facts
 
 
 class HostFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The machine. `cpu_flags` are those of CPU 0 as listed by the kernel; `criu` is "" if its version was not requested."""
+    """The machine.
+
+    `cpu_flags` are those of CPU 0 as listed by the kernel; `criu` is "" if its version was not requested.
+    """
 
     kernel: str
     machine: str

@@ -1,4 +1,7 @@
-"""Find hub models on this host in huggingface_hub's cache layout, without importing it (the import takes longer than a restore may)."""
+"""Find hub models on this host, in the layout of huggingface_hub's cache.
+
+huggingface_hub is not imported, because the import takes longer than a restore may.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,10 @@ DEFAULT_REVISION = "main"
 
 
 def caches(environment: Mapping[str, str], download_dir: str | None = None) -> list[Path]:
-    """List the cache folders in which an engine with this environment looks for hub models, in order. `download_dir`: its option."""
+    """List the cache folders in which an engine with this environment looks for hub models, in order.
+
+    `download_dir`: its option.
+    """
     found = [download_dir] if download_dir else []
     home = environment.get("HF_HOME") or str(
         Path(environment.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "huggingface"
@@ -25,7 +31,10 @@ def caches(environment: Mapping[str, str], download_dir: str | None = None) -> l
 
 
 def folder(name: str, revision: str | None, places: list[Path]) -> Path | None:
-    """Return a model's folder in the first cache that has this revision (branch, tag or commit; None: the default branch)."""
+    """Return a model's folder in the first cache that has this revision.
+
+    `revision` is a branch, a tag or a commit; None means the default branch.
+    """
     if not _NAME.fullmatch(name):
         return None
     revision = revision or DEFAULT_REVISION

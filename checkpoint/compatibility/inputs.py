@@ -136,7 +136,10 @@ class Inputs:
             return ""
 
     def of_variable(self, name: str, value: str) -> str:
-        """Digest the files that an environment variable refers to. Folders count only if the name says that they hold configurations."""
+        """Digest the files that an environment variable refers to.
+
+        Folders count only if the name says that they hold configurations.
+        """
         found: dict[str, str] = {}
         if name.endswith(_MODULE_VARIABLES):
             for word in re.split(r"[\s,:]+", value):
@@ -210,8 +213,10 @@ class Inputs:
         return self._path(folder) if folder else {}
 
     def _module(self, name: str) -> dict[str, str]:
-        """Digest a Python module's sources: those of its folder or package. For an installed module, only its own file
-        (its version counts)."""
+        """Digest a Python module's sources: those of its folder or package.
+
+        For an installed module, only its own file (its version counts).
+        """
         parts = name.partition(":")[0].split(".")
         if not all(part.isidentifier() for part in parts) or parts[0] in (self.engine, "quickthaw_engine"):
             return {}

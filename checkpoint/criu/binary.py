@@ -55,7 +55,9 @@ class Criu:
 
     @classmethod
     def find(cls, home: Path, explicit: Path | None = None) -> Criu:
-        """Return the CRIU to use: `explicit`, else $QUICKTHAW_CRIU, else the first that works of `home`'s own and the one on PATH.
+        """Return the CRIU to use.
+
+        The order is: `explicit`, else $QUICKTHAW_CRIU, else the first that works of `home`'s own and the one on PATH.
 
         Raises HostLacks if there is none, or none works here (too old, or it does not start).
         """
@@ -102,7 +104,10 @@ class Criu:
         return f"{match[1]}.{match[2]}{match[3]}"
 
     def cached_version(self, home: Path) -> str:
-        """Return `version`, cached below `home` for each binary: running it delays a restore by 15 ms. Raises HostLacks."""
+        """Return `version`, cached below `home` for each binary: running it delays a restore by 15 ms.
+
+        Raises HostLacks.
+        """
         try:
             stat = self.program.stat()
         except OSError as error:
@@ -124,7 +129,10 @@ class Criu:
 
     @cached_property
     def _argv(self) -> tuple[str, ...]:
-        """The command to start CRIU. It bypasses the private binary's wrapper (setup/criu.sh), a shell script that takes 5 ms."""
+        """The command to start CRIU.
+
+        It bypasses the private binary's wrapper (setup/criu.sh), a shell script that takes 5 ms.
+        """
         folder = self.program.resolve().parent
         loader = folder / "lib" / "ld-linux-x86-64.so.2"
         if self.program.name == "criu" and (folder / "criu.bin").exists() and loader.exists():
@@ -142,7 +150,10 @@ class Criu:
         return home / "run" / f"criu-kernel-{boot}-{stat.st_size}-{stat.st_mtime_ns}-{Privileges.here().key}"
 
     def keep_kernel_facts(self, sandbox: Sandbox) -> None:
-        """Save CRIU's kernel features from a sandbox's own /run, unless saved before (see checkpoint.sandbox.init, cover_run)."""
+        """Save CRIU's kernel features from a sandbox's own /run, unless saved before.
+
+        See cover_run in checkpoint.sandbox.init.
+        """
         target = sandbox.config.kernel_facts
         if target is None or target.exists():
             return
@@ -162,11 +173,12 @@ class Criu:
         seen_at: Path | None = None,
         logs: Path | None = None,
     ) -> int:
-        """Dump the process tree into `images` and let it resume. Return its monotonic clock, in ns, as read by CRIU.
+        """Dump the process tree into `images` and let it resume.
 
-        `while_frozen` is a script that CRIU runs after it has written the images and before the tree resumes.
-        `seen_at` is the path of `images` from here, if `images`, a folder of the sandbox, has another path on the
-        host. `logs` keeps the log of a failed dump. Raises Failed with CRIU's own error.
+        Return its monotonic clock, in ns, as read by CRIU. `while_frozen` is a script that CRIU runs after it has
+        written the images and before the tree resumes. `seen_at` is the path of `images` from here, if `images`, a
+        folder of the sandbox, has another path on the host. `logs` keeps the log of a failed dump. Raises Failed with
+        CRIU's own error.
         """
         seen_at = seen_at or images
         argv = [
@@ -220,9 +232,10 @@ class Criu:
         sandbox.go_on()
 
     def told(self, root_pid: int, images: Path, pipes: Mapping[str, str], lazy_pages: bool) -> dict[str, Any]:
-        """Build the request for a restore that leaves every process stopped, as in checkpoint.snapshot.speculative's Plan.
+        """Build the request for a restore that leaves every process stopped.
 
-        `pipes` maps streams of the engine to the name of a pipe whose other end was outside the tree (`pipe:[123]`).
+        Its form is that of checkpoint.snapshot.speculative's Plan. `pipes` maps streams of the engine to the name of a
+        pipe whose other end was outside the tree (`pipe:[123]`).
         """
         names = enumerate(pipes.values(), speculative.FIRST_KEPT)
         argv = [
@@ -263,7 +276,10 @@ class Criu:
         self.keep_kernel_facts(sandbox)
 
     def dump_cpu(self, images: Path) -> None:
-        """Write this CPU's features, as CRIU determines them, into the images. Raises Failed (criu-cpuinfo-failed)."""
+        """Write this CPU's features, as CRIU determines them, into the images.
+
+        Raises Failed (criu-cpuinfo-failed).
+        """
         if os.uname().machine == "x86_64":
             words = self._cpuinfo("dump", images)
             if words:
@@ -345,7 +361,10 @@ def cause_in(log: Path, code: int) -> str:
 
 
 def kept(log: Path, logs: Path | None, name: str) -> str:
-    """Copy a log out of a folder that will be removed, and keep the newest few. Return ` (log: …)` for a message, or "" on failure."""
+    """Copy a log out of a folder that will be removed, and keep the newest few.
+
+    Return ` (log: …)` for a message, or "" on failure.
+    """
     if logs is None:
         return ""
     target = logs / f"criu-{name}.log"

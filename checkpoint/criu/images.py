@@ -24,7 +24,10 @@ _COMMON_MAGIC = 0x54564319
 
 
 def payloads(data: bytes) -> Iterator[bytes]:
-    """Yield the bytes of every message of an image. Raises ValueError, struct.error or IndexError for an invalid image."""
+    """Yield the bytes of every message of an image.
+
+    Raises ValueError, struct.error or IndexError for an invalid image.
+    """
     at = head_size(data)
     while at < len(data):
         (size,) = struct.unpack_from("<I", data, at)
@@ -47,8 +50,10 @@ def framed(payload: bytes) -> bytes:
 
 
 def messages(path: Path) -> Iterator[Message]:
-    """Yield every decoded message of an image. Raises Integrity (image-unreadable), or Integrity (image-garbled) for
-    invalid or truncated files."""
+    """Yield every decoded message of an image.
+
+    Raises Integrity (image-unreadable), or Integrity (image-garbled) for invalid or truncated files.
+    """
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -61,7 +66,10 @@ def messages(path: Path) -> Iterator[Message]:
 
 
 def decode(data: bytes) -> Message:
-    """Decode the fields of one message by number, repeated fields in order. Nested messages stay bytes. Raises ValueError if malformed."""
+    """Decode the fields of one message by number, repeated fields in order.
+
+    Nested messages stay bytes. Raises ValueError if malformed.
+    """
     found: Message = {}
     for field, value, _ in fields(data):
         found.setdefault(field, []).append(value)
@@ -69,7 +77,10 @@ def decode(data: bytes) -> Message:
 
 
 def fields(data: bytes) -> Iterator[tuple[int, Value, bytes]]:
-    """Yield every field of one message in order: number, value, and its raw bytes. Raises ValueError if malformed."""
+    """Yield every field of one message in order: number, value, and its raw bytes.
+
+    Raises ValueError if malformed.
+    """
     at, end = 0, len(data)
     while at < end:
         start = at

@@ -1,8 +1,8 @@
-"""Read memory layouts from CRIU's images: a process's pages, their offsets in `pages-N.img`, and the borders of its mappings.
+"""Read the memory layout of processes from CRIU's images.
 
-Standard library only, and fast: the page server reads every page map of a snapshot while CRIU itself starts. The
-format is CRIU's (images/pagemap.proto, images/mm.proto): two magic words, then messages of a 32-bit length and a
-protocol buffer.
+The layout consists of a process's pages, their offsets in `pages-N.img`, and the borders of its mappings. Standard
+library only, and fast: the page server reads every page map of a snapshot while CRIU itself starts. The format is
+CRIU's (images/pagemap.proto, images/mm.proto): two magic words, then messages of a 32-bit length and a protocol buffer.
 """
 
 from __future__ import annotations
@@ -139,7 +139,10 @@ def _messages(path: str) -> list[bytes]:
 
 
 def _fields(message: bytes) -> list[tuple[int, int | bytes]]:
-    """Return (field number, value) of every field of a protocol buffer. Nested messages and strings stay bytes."""
+    """Return (field number, value) of every field of a protocol buffer.
+
+    Nested messages and strings stay bytes.
+    """
     at, size, found = 0, len(message), []
     value: int | bytes
     while at < size:

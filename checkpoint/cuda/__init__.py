@@ -1,2 +1,4 @@
-"""GPU state around a dump and a restore: the order of calls (`checkpoint`), the driver (`driver`), and the process that
-calls it (`helper`)."""
+"""GPU state around a dump and a restore.
+
+`checkpoint` has the order of calls, `driver` the driver's interface, `helper` the process that calls it.
+"""

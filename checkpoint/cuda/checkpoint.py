@@ -307,7 +307,10 @@ def refuse_multi_gpu(driver: Driver, used: Collection[str]) -> None:
 
 
 def refuse_mig(devices: Iterable[DeviceMemory], own: Collection[str]) -> None:
-    """Raise Incompatible (gpu-mig) if a GPU of the engine is divided (MIG): a slice's memory and name are not the GPU's own."""
+    """Raise Incompatible (gpu-mig) if a GPU of the engine is divided (MIG).
+
+    A slice's memory and name are not the GPU's own.
+    """
     for device in devices:
         if device.mig and device.uuid in own:
             raise mig_refusal(f"GPU {device.uuid}")
@@ -344,7 +347,10 @@ def refuse_parallel(arguments: Mapping[str, Sequence[Sequence[str]]]) -> None:
 
 
 def _config_file(path: str | None) -> dict[str, str]:
-    """Read an engine's YAML file of arguments. Return nothing if it is missing or invalid, which the engine reports."""
+    """Read an engine's YAML file of arguments.
+
+    Return nothing if it is missing or invalid, which the engine reports.
+    """
     if not path:
         return {}
     import yaml

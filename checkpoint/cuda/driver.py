@@ -39,7 +39,10 @@ class DriverError(Exception):
 
 
 class DeviceMemory(msgspec.Struct, frozen=True):
-    """Memory of one GPU in bytes, with `uuid` (`GPU-…`) and product name. `mig`: it is divided into slices (multi-instance GPU)."""
+    """Memory of one GPU in bytes, with `uuid` (`GPU-…`) and product name.
+
+    `mig`: it is divided into slices (multi-instance GPU).
+    """
 
     uuid: str
     name: str
@@ -58,27 +61,38 @@ class Driver(Protocol):
         """List every GPU, with its currently free memory."""
 
     def usage(self, pid: int) -> dict[str, int]:
-        """Return a process's GPU memory in bytes by GPU uuid; empty if the driver does not report it (another PID namespace)."""
+        """Return a process's GPU memory in bytes by GPU uuid.
+
+        Empty if the driver does not report it (another PID namespace).
+        """
 
     def state(self, pid: int) -> State | None:
         """Return a process's state; None if it holds no CUDA context or has ended."""
 
     def lock(self, pid: int, timeout_ms: int) -> None:
-        """Block the process's CUDA calls once running ones are done. Raises CUDA_ERROR_NOT_READY after the timeout."""
+        """Block the process's CUDA calls once running ones are done.
+
+        Raises CUDA_ERROR_NOT_READY after the timeout.
+        """
 
     def checkpoint(self, pid: int) -> None:
         """Move the process's GPU memory into its host memory and release the GPU."""
 
     def restore(self, pid: int, pairs: list[tuple[str, str]]) -> None:
-        """Move a process back to its GPU, or to others as mapped by `pairs` (old uuid, new uuid), which must name all
-        of its GPUs or none."""
+        """Move a process back to its GPUs, or to others.
+
+        `pairs` maps (old uuid, new uuid), and must name all of its GPUs or none.
+        """
 
     def unlock(self, pid: int) -> None:
         """Unblock the process's CUDA calls."""
 
 
 class RealDriver:
-    """libcuda through cuda-bindings, and NVML through nvidia-ml-py. Creating one costs cuInit and nvmlInit (0.1 to 1 s), once."""
+    """libcuda through cuda-bindings, and NVML through nvidia-ml-py.
+
+    Creating one costs cuInit and nvmlInit (0.1 to 1 s), once.
+    """
 
     def __init__(self) -> None:
         try:
@@ -195,7 +209,10 @@ class RealDriver:
 
 
 def uuid_bytes(uuid: str) -> bytes:
-    """Return the 16 bytes of `GPU-xxxxxxxx-xxxx-xxxx-xxxx-xxxxxxxxxxxx`. Raises DriverError otherwise (a MIG slice's name)."""
+    """Return the 16 bytes of `GPU-xxxxxxxx-xxxx-xxxx-xxxx-xxxxxxxxxxxx`.
+
+    Raises DriverError otherwise (a MIG slice's name).
+    """
     digits = uuid.removeprefix("GPU-").replace("-", "")
     try:
         found = bytes.fromhex(digits)

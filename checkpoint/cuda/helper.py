@@ -41,7 +41,9 @@ STALLED = "QUICKTHAW_STALLED"
 
 @dataclass
 class Helper:
-    """A Driver in its own process. `start` returns at once; the first call waits for the process. Thread-safe; calls are serialized.
+    """A Driver in its own process.
+
+    `start` returns at once; the first call waits for the process. Thread-safe; calls are serialized.
 
     `factory`: import string of the function that creates the driver in the helper.
     """

@@ -64,7 +64,10 @@ class Area(msgspec.Struct):
 
 
 class Process(msgspec.Struct):
-    """One process: number inside the sandbox, parent, name, threads, memory by kind, and its largest areas, largest first."""
+    """One process and its memory.
+
+    `pid` is its number inside the sandbox. `largest` lists its largest areas, largest first.
+    """
 
     pid: int
     parent: int
@@ -277,7 +280,10 @@ def _kind(status: int) -> str:
 
 
 def _count(hashes: dict[str, npt.NDArray[np.uint64]], zero_hash: int) -> tuple[int, dict[str, tuple[_Counts, _Counts]]]:
-    """Count pages in several address spaces (beyond the first copy), and per space the running sums of zero and duplicate pages."""
+    """Count the pages that several address spaces have, beyond the first copy.
+
+    Also returns, for each space, the running sums of zero and duplicate pages.
+    """
     joined = np.concatenate([*hashes.values(), np.empty(0, dtype=np.uint64)])
     zero = joined == np.uint64(zero_hash)
     unique, first = np.unique(joined, return_index=True)

@@ -1,8 +1,8 @@
-"""Draw a snapshot's working set: which parts of each process's memory are needed, in the order of need. Needs matplotlib.
+"""Draw a snapshot's working set: which parts of each process's memory are needed, in the order of need.
 
-There is one field for each process. Vertical axis: its pages in the image, in address order, without the gaps
-between mappings. Horizontal axis: how much was needed before, up to the first token (left of the line) and by the
-next requests.
+Needs matplotlib. There is one field for each process. Vertical axis: its pages in the image, in address order, without
+the gaps between mappings. Horizontal axis: how much was needed before, up to the first token (left of the line) and by
+the next requests.
 """
 
 from __future__ import annotations
@@ -21,7 +21,11 @@ MB = 1e6
 
 @dataclass(frozen=True)
 class ProcessShare:
-    """Bytes of one process: in the image, of these copied by CRIU itself, needed before the first token, and soon after it."""
+    """Bytes of one process.
+
+    `image`: in the image. `eager`: of these, copied by CRIU itself. `first`, `later`: needed before the first token,
+    and soon after it.
+    """
 
     pid: int
     image: int
@@ -31,7 +35,9 @@ class ProcessShare:
 
 
 def shares(folder: Path) -> list[ProcessShare]:
-    """Compare the working set with the image, by process. Zero pages, which no image contains, are not counted.
+    """Compare the working set with the image, by process.
+
+    Zero pages, which no image contains, are not counted.
 
     Raises NotFound (no-working-set), Failed (working-set-unreadable).
     """
@@ -80,7 +86,9 @@ def marks(known: WorkingSet, image: ProcessImage) -> list[tuple[float, float, fl
 
 
 def draw(folder: Path, path: Path) -> None:
-    """Write the picture in the format of its suffix (.svg, .png, .pdf). The same snapshot gives the same bytes of SVG.
+    """Write the picture in the format of its suffix (.svg, .png, .pdf).
+
+    The same snapshot gives the same bytes of SVG.
 
     Raises HostLacks (no-matplotlib), NotFound (no-working-set), Failed (working-set-unreadable,
     picture-not-written).

@@ -1,5 +1,6 @@
-"""The page server (userfaultfd): restored processes run before their memory is in place, and the pages needed first are copied first.
+"""The page server (userfaultfd).
 
-`client` is the owner's side, `main` the server process, `fault_handler` its work for one process tree, `working_set`
-the pages that it copies first.
+Restored processes run before their memory is in place, and the pages needed first are copied first. `client` is the
+owner's side, `main` the server process, `fault_handler` its work for one process tree, `working_set` the pages that it
+copies first.
 """

@@ -31,7 +31,10 @@ class Gone(Exception):
 
 
 class Again(Exception):
-    """Nothing can be placed now: an event is unread, CRIU has not registered this memory yet, or pages are still arriving."""
+    """Nothing can be placed now.
+
+    An event is unread, CRIU has not registered this memory yet, or pages are still arriving.
+    """
 
 
 class Plan:
@@ -200,7 +203,10 @@ class Space:
 
     @property
     def map(self) -> PageMap:
-        """The part of the image still to be copied. The first access after a burst takes about a millisecond."""
+        """The part of the image still to be copied.
+
+        The first access after a burst takes about a millisecond.
+        """
         if self._uncut:
             spans, self._uncut = sorted(self._uncut), []
             if len(spans) < _FEW:
@@ -211,10 +217,10 @@ class Space:
         return self.rough_map
 
     def burst(self, plan: Plan, pieces: int, size: int) -> tuple[int, int]:
-        """Place up to `pieces` extents, or about `size` bytes, of a plan with all sources in memory. Return (image bytes, zero bytes).
+        """Place up to `pieces` extents, or about `size` bytes, of a plan with all sources in memory.
 
-        Only for a space whose mappings have not changed. Stops before an extent that the kernel refuses; `run`
-        handles it.
+        Return (image bytes, zero bytes). Only for a space whose mappings have not changed. Stops before an extent that
+        the kernel refuses; `run` handles it.
         """
         fd, address, done = self.fd, plan.address, plan.done
         starts, ends, zero, uncut = plan.starts, plan.ends, plan.zero, self._uncut
@@ -240,7 +246,10 @@ class Space:
         return copied, zeros
 
     def place(self, start: int, end: int) -> int:
-        """Copy the image's part of [start, end) into place and return its bytes. Raises Again, Gone, OSError."""
+        """Copy the image's part of [start, end) into place and return its bytes.
+
+        Raises Again, Gone, OSError.
+        """
         placed = 0
         for low, high, offset in self.map.within(start, end):
             if self.source.absent(offset, high - low):
@@ -249,8 +258,10 @@ class Space:
         return placed
 
     def unmoved(self, start: int, end: int, offset: int) -> bool:
-        """Return whether [start, end), listed with this offset, still lies at its original address: moved pages differ
-        from the image's."""
+        """Return whether [start, end), listed with this offset, still lies at its original address.
+
+        Moved pages differ from the image's at that address.
+        """
         return self.image.within(start, end) == [(start, end, offset)]
 
     def _place(self, start: int, end: int, source: int) -> int:
@@ -272,7 +283,10 @@ class Space:
         return placed
 
     def zero(self, start: int, end: int, zeros: int) -> int:
-        """Place zero pages where none exist in [start, end), none of which is in the map. `zeros` is our own address of CHUNK zeros."""
+        """Place zero pages where none exist in [start, end), none of which is in the map.
+
+        `zeros` is our own address of CHUNK zeros.
+        """
         placed = 0
         while start < end:
             done, code = uffd.copy(self.fd, start, zeros, min(end - start, CHUNK))
@@ -284,7 +298,10 @@ class Space:
         return placed
 
     def zero_fault(self, address: int, end: int) -> int:
-        """Map [address, end) as zeros up to the first existing page, and wake threads that wait for `address`. Return bytes."""
+        """Map [address, end) as zeros up to the first existing page, and wake threads that wait for `address`.
+
+        Return bytes.
+        """
         done, code = uffd.zero(self.fd, address, end - address)
         if code == errno.ENOENT and end - address > PAGE:
             done, code = uffd.zero(self.fd, address, PAGE)
@@ -321,7 +338,10 @@ class Space:
         return end - start
 
     def _refused(self, code: int, what: str) -> None:
-        """Interpret the kernel's refusal; return if the page exists already or is no longer ours, else raise Again, Gone or OSError."""
+        """Interpret the kernel's refusal to place a page.
+
+        Returns if the page exists already or is no longer ours. Raises Again, Gone or OSError otherwise.
+        """
         if code == errno.EEXIST or (code == errno.ENOENT and self.settled):
             return
         if code in (errno.EAGAIN, errno.ENOENT):

@@ -69,7 +69,10 @@ def pairs(section: memoryview) -> list[tuple[int, int]]:
 
 
 def pages_file(name: object) -> str:
-    """Return a valid CRIU page file name, which contains no path. Raises BadImage, a ValueError, otherwise."""
+    """Return a valid CRIU page file name, which contains no path.
+
+    Raises BadImage, a ValueError, otherwise.
+    """
     if isinstance(name, str) and name.startswith("pages-") and name.endswith(".img") and name[6:-4].isdigit():
         return name
     raise BadImage(f"{name!r} is no page file")

@@ -83,9 +83,10 @@ def told(
 
 
 class PageServer:
-    """A running page server, begun by checkpoint.snapshot.speculative. `close` it after the sandbox, or after `wait_complete`.
+    """A running page server, begun by checkpoint.snapshot.speculative.
 
-    A thread of this object calls `on_death(reason)` when the server ends before every page is in place.
+    `close` it after the sandbox, or after `wait_complete`. A thread of this object calls `on_death(reason)` when the
+    server ends before every page is in place.
     """
 
     def __init__(
@@ -126,7 +127,10 @@ class PageServer:
 
     @property
     def pid(self) -> int:
-        """Process number of the server on the host: started here or received the handoff. Waits until it is known."""
+        """Process number of the server on the host: started here or received the handoff.
+
+        Waits until it is known.
+        """
         with self._answered:
             self._answered.wait_for(lambda: self._server_pid or self.ended.is_set(), _END_S)
         return self._server_pid or self._process.pid
@@ -138,9 +142,10 @@ class PageServer:
         self._tell(op="first-token")
 
     def requests_done(self, save: Path | None = None) -> None:
-        """Report the end of the working set, after a few requests. With `save`, write the recorded working set to that file.
+        """Report the end of the working set, after a few requests.
 
-        If nothing is recorded, the saved set is the known working set plus every fault that it missed.
+        With `save`, write the recorded working set to that file. If nothing is recorded, the saved set is the known
+        working set plus every fault that it missed.
         """
         self._tell(op="requests-done", save=str(save) if save else "")
 
@@ -171,7 +176,10 @@ class PageServer:
             self._end()
 
     def _receive(self) -> tuple[dict[str, Any], list[int]] | None:
-        """Receive a message and its descriptors; return None at the end. Raises RuntimeError when descriptors were lost in transit."""
+        """Receive a message and its descriptors; return None at the end.
+
+        Raises RuntimeError when descriptors were lost in transit.
+        """
         while True:
             try:
                 data, fds, flags, _ = socket.recv_fds(self._control, 1 << 16, 4)
@@ -299,10 +307,10 @@ class PageServer:
         return dict(self._stats)
 
     def stats(self, timeout_s: float = 1.0) -> dict[str, float]:
-        """Return this restore's counts in bytes and seconds: faults, stall_s, bytes_ahead, bytes_faulted, bytes_rest,
-        bytes_zero, bytes_cold, …
+        """Return this restore's counts, in bytes and seconds.
 
-        Returns the last known counts if the server is gone or does not answer in time.
+        Among them are faults, stall_s, bytes_ahead, bytes_faulted, bytes_rest, bytes_zero and bytes_cold. Returns the
+        last known counts if the server is gone or does not answer in time.
         """
         self._asked(timeout_s)
         return dict(self._stats)

@@ -15,7 +15,10 @@ from collections.abc import Iterable, Iterator, Sequence
 
 
 class PageMap:
-    """Disjoint intervals [start, end) → offset, with the operations the kernel reports. Addresses and offsets are in bytes."""
+    """Disjoint intervals [start, end) → offset, with the operations the kernel reports.
+
+    Addresses and offsets are in bytes.
+    """
 
     __slots__ = ("_ends", "_offsets", "_starts")
 

@@ -66,7 +66,10 @@ _SAMPLES = 200
 
 
 class Daemon:
-    """Serves one process tree (see the module's docstring). `control` and `listener` are the owner's sockets."""
+    """Serves one process tree (see the module's docstring).
+
+    `control` and `listener` are the owner's sockets.
+    """
 
     def __init__(
         self, control: socket.socket, listener: socket.socket, config: dict[str, object], reading: Reading | None
@@ -140,7 +143,10 @@ class Daemon:
             return WorkingSet()
 
     def arguments(self) -> list[Range]:
-        """Return the ranges of the processes' command lines and environments, which /proc cannot show until they are in place."""
+        """Return the ranges of the processes' command lines and environments.
+
+        /proc cannot show them until they are in place.
+        """
         found = [(pid, *argument_pages(self.images_dir, pid)) for pid in self.images]
         return [(pid, low, high) for pid, start, end in found for low, high in self.images[pid].split(start, end)]
 
@@ -341,7 +347,10 @@ class Daemon:
                 space.map.move(a, b, c)
 
     def serve_faults(self) -> None:
-        """Try each fault once. A fault that meets an unread mapping change is retried after the event was read."""
+        """Try each fault once.
+
+        A fault that meets an unread mapping change is retried after the event was read.
+        """
         for _ in range(len(self.faults)):
             space, address, since = self.faults.popleft()
             if self.spaces.get(space.fd) is not space:  # gone; its descriptor number may have been reused
@@ -360,7 +369,10 @@ class Daemon:
                 self.stats.stall_worst_s = max(self.stats.stall_worst_s, stall)
 
     def serve(self, space: Space, address: int, since: float) -> bool:
-        """Serve one fault. Return False if its pages must first be read from a disk, which another thread does."""
+        """Serve one fault.
+
+        Return False if its pages must first be read from a disk, which another thread does.
+        """
         plan = self.plans.get(space.pid)
         piece = plan.find(address) if plan else None
         found = space.rough_map.find(address)
@@ -428,8 +440,10 @@ class Daemon:
     # Ahead of faults
 
     def warm(self, ranges: list[Range]) -> bool:
-        """Return whether evenly sampled ranges are all in the page cache; then all ranges count as cached. A wrong
-        guess only waits for the disk."""
+        """Return whether evenly sampled ranges are all in the page cache; then all ranges count as cached.
+
+        A wrong guess only waits for the disk.
+        """
         for process, start, end in ranges[:: max(1, len(ranges) // _SAMPLES)]:
             image = self.images.get(process)
             if image and any(
@@ -440,7 +454,10 @@ class Daemon:
         return True
 
     def begin(self, phase: str, ranges: list[Range]) -> None:
-        """Plan a phase of the working set, and submit all of it to the fetcher unless it was requested from the disk already."""
+        """Plan a phase of the working set.
+
+        All of it is submitted to the fetcher, unless it was requested from the disk already.
+        """
         self.phase = phase
         reading = self.reading if phase == "hot" else None
         listed = bool(reading and reading.working_set == self.working_set.digest != b"")
@@ -600,7 +617,10 @@ class Daemon:
         self.fetch_rest()
 
     def advance(self) -> bool:
-        """Begin the next phase if this one is done; return whether one began. Phase "later" begins after the first token."""
+        """Begin the next phase if this one is done; return whether one began.
+
+        Phase "later" begins after the first token.
+        """
         if self.phase == "rest":
             return not self.rest and self.finish()
         if self.awaiting or any(plan.left for plan in self.plans.values()):
@@ -618,7 +638,10 @@ class Daemon:
     # The end
 
     def finish(self) -> bool:
-        """Report that all pages are in place. The owner closes its descriptors first; after our close, the kernel serves all faults."""
+        """Report that all pages are in place.
+
+        The owner closes its descriptors first; after our close, the kernel serves all faults.
+        """
         if any(space.map for space in self.spaces.values()):
             self.begin_rest()  # moved or forked during the background phase
             return True
@@ -637,7 +660,10 @@ class Daemon:
             self.tell(event="gone", number=space.number)
 
     def close(self) -> None:
-        """Close this tree's descriptors and stop its threads, without joining. The caller closes the control socket and listener."""
+        """Close this tree's descriptors and stop its threads, without joining.
+
+        The caller closes the control socket and listener.
+        """
         for space in self.spaces.values():
             with space.placing:
                 space.open = False

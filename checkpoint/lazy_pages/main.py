@@ -129,7 +129,10 @@ class Meeting:
 
 
 def _address(folder_fd: int) -> str:
-    """Return a short socket address. It names the folder by its descriptor, because socket names are limited to 108 bytes."""
+    """Return a short socket address.
+
+    It names the folder by its descriptor, because socket names are limited to 108 bytes.
+    """
     return f"/proc/self/fd/{folder_fd}/{SOCKET_NAME}"
 
 
@@ -173,7 +176,10 @@ def meet(folder: str, tree: Tree) -> Meeting | bool:
 
 
 def _hand_over(folder_fd: int, tree: Tree, key: bytes, patience_s: float) -> bool | None:
-    """Hand a tree off. Return False if the server rejects it, None if no server listens. Raises OSError (TimeoutError: no answer)."""
+    """Hand a tree off.
+
+    Return False if the server rejects it, None if no server listens. Raises OSError (TimeoutError: no answer).
+    """
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as other:
         other.settimeout(patience_s)
         try:
@@ -236,10 +242,10 @@ def _last_word(other: socket.socket) -> bytes:
 
 
 def serve(tree: Tree, others: Callable[[], int] = lambda: 0) -> None:
-    """Serve one tree until every page is in place or its owner is gone. Report a failure to the owner and close all descriptors.
+    """Serve one tree until every page is in place or its owner is gone.
 
-    `others` counts the other trees that this process serves; the owner receives it at the end. Re-raises exceptions
-    that no image and no process can cause.
+    Report a failure to the owner and close all descriptors. `others` counts the other trees that this process serves;
+    the owner receives it at the end. Re-raises exceptions that no image and no process can cause.
     """
     daemon: Daemon | None = None
     try:
@@ -268,7 +274,10 @@ def _tell(control: socket.socket, **message: object) -> None:
 
 
 class Host:
-    """The host's server. The first tree uses the main thread, as a tree served alone does; every other tree has its own thread."""
+    """The host's server.
+
+    The first tree uses the main thread, as a tree served alone does; every other tree has its own thread.
+    """
 
     def __init__(self, meeting: Meeting) -> None:
         self._meeting = meeting
@@ -292,7 +301,10 @@ class Host:
             keeper.join()  # serve the other trees to their end, however the first one ended
 
     def _keep(self) -> None:
-        """Take over trees until none is left. Only this thread counts them, so no tree can be added after the last one ended."""
+        """Take over trees until none is left.
+
+        Only this thread counts them, so no tree can be added after the last one ended.
+        """
         poll = select.poll()
         poll.register(self._over, select.POLLIN)
         poll.register(self._meeting.listener, select.POLLIN)
@@ -333,7 +345,10 @@ class Host:
 
 
 def main(control_fd: int) -> int:
-    """Receive a configuration and serve the tree or hand it off. The first message carries the listening socket."""
+    """Receive a configuration and serve the tree or hand it off.
+
+    The first message carries the listening socket.
+    """
     control = socket.socket(fileno=control_fd)
     os.set_inheritable(control_fd, False)
     # The server ends when its owners do, in order. Ignore signals that a terminal or a service manager sends to the

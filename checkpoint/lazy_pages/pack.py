@@ -1,9 +1,9 @@
-"""The pack: a second copy of the working set's pages in the order of need, in one file `.verified-pack` beside the plans that use it.
+"""The pack: a second copy of the working set's pages, in the order of need, as one file `.verified-pack`.
 
-In the images these pages lie in thousands of small extents, which a cold disk reads at a quarter of its speed. The
-pack is read in large pages, from disk or page cache. It is used only with the plans it was made for
-(checkpoint.lazy_pages.plan_cache), which hold its fingerprint. If it is missing or differs, pages are copied from
-the images. Mapped pages are not in it. Standard library only.
+It lies beside the plans that use it. In the images these pages lie in thousands of small extents, which a cold disk
+reads at a quarter of its speed. The pack is read in large pages, from disk or page cache. It is used only with the
+plans it was made for (checkpoint.lazy_pages.plan_cache), which hold its fingerprint. If it is missing or differs, pages
+are copied from the images. Mapped pages are not in it. Standard library only.
 """
 
 from __future__ import annotations

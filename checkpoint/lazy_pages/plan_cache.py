@@ -1,8 +1,8 @@
-"""Cache the plans made of a working set for later restores, as `.verified-plans` beside the page maps
-(checkpoint.lazy_pages.pagemap_cache).
+"""Cache the plans made of a working set for later restores, as `.verified-plans`.
 
-The cache holds fingerprints of its image files and working set, and a digest of itself, because a wrong offset would
-put wrong bytes into memory. If anything differs, the plans are made again. Standard library only.
+The file lies beside the page maps (checkpoint.lazy_pages.pagemap_cache). The cache holds fingerprints of its image
+files and working set, and a digest of itself, because a wrong offset would put wrong bytes into memory. If anything
+differs, the plans are made again. Standard library only.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ def keep(
     of: Mapping[int, ProcessImage],
     sources: Mapping[str, Source],
 ) -> bool:
-    """Cache sealed plans for the next restore from the folder `images` with this working set. Return whether a pack was written."""
+    """Cache sealed plans for the next restore from the folder `images` with this working set.
+
+    Return whether a pack was written.
+    """
     place = pagemap_cache.path(images, pack.FILE_NAME)
     places = pack.write(place, found)
     processes, sections = [], []
@@ -58,9 +61,10 @@ def keep(
 def read(
     images: str, working_set: bytes, of: Mapping[int, ProcessImage], sources: Mapping[str, Source], zeros: int
 ) -> tuple[dict[int, Plan], Source | None] | None:
-    """Return the cached plans and the pack they copy from, if any, which must live as long as they do; None if nothing matches.
+    """Return the cached plans, and the pack they copy from, if any; None if nothing matches.
 
-    The plans refer to `sources` as mapped in this process, and to `zeros`, our own address of zeros.
+    The pack must live as long as the plans. The plans refer to `sources` as mapped in this process, and to `zeros`, our
+    own address of zeros.
     """
     packed = None
     try:

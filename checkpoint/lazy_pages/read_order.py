@@ -1,10 +1,10 @@
-"""The reads of a restore before the first token, cached in the order in which a disk should serve them: `.verified-reading`.
+"""The reads of a restore before the first token, in the order in which a disk should serve them.
 
-From a cold disk, every part of a restore would read its own pages: CRIU the images, the page server the working set,
-the engine its mapped files. Small reads then wait behind large ones, and each fault on a mapped library reads
-megabytes of neighbours. So everything is requested at once, before the other reads: images that CRIU parses, pages
-it copies, used pages of mapped libraries (checkpoint.lazy_pages.touched_pages), pages that the page server copies,
-and then mapped pages, in the order of need.
+They are cached in `.verified-reading`. From a cold disk, every part of a restore would read its own pages: CRIU the
+images, the page server the working set, the engine its mapped files. Small reads then wait behind large ones, and each
+fault on a mapped library reads megabytes of neighbours. So everything is requested at once, before the other reads:
+images that CRIU parses, pages it copies, used pages of mapped libraries (checkpoint.lazy_pages.touched_pages), pages
+that the page server copies, and then mapped pages, in the order of need.
 
 The list only affects speed: a wrong one reads unneeded pages. Standard library only.
 """

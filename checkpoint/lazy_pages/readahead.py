@@ -24,7 +24,10 @@ _WINDOW = 512 << 20
 
 
 class Bell:
-    """Wakes one daemon's loop from any thread. Every object that may ring keeps the descriptor open, so its number is never reused."""
+    """Wakes one daemon's loop from any thread.
+
+    Every object that may ring keeps the descriptor open, so its number is never reused.
+    """
 
     def __init__(self) -> None:
         self.fd = -1
@@ -62,7 +65,10 @@ class Source:
         return uffd.resident(self.address + offset, length)
 
     def absent(self, offset: int, length: int) -> bool:
-        """Return whether the range must not be read yet because the file is still being filled (checkpoint.lazy_pages.residency)."""
+        """Return whether the range must not be read yet.
+
+        That is the case while the file is still being filled (checkpoint.lazy_pages.residency).
+        """
         return False
 
     def advise(self, offset: int, length: int) -> None:
@@ -71,7 +77,10 @@ class Source:
             os.posix_fadvise(self._fd, at, min(_ADVISE, offset + length - at), os.POSIX_FADV_WILLNEED)
 
     def populate(self, offset: int, length: int) -> int:
-        """Wait until the range is in the page cache and mapped here. Return an errno if it cannot be read, else 0."""
+        """Wait until the range is in the page cache and mapped here.
+
+        Return an errno if it cannot be read, else 0.
+        """
         return uffd.populate(self.address + offset, length)
 
     def __del__(self) -> None:

@@ -22,8 +22,11 @@ PAGE = 4096
 
 
 class Presence:
-    """The residency bitmap: `QTPM`, a 32-bit length, a JSON head (pages of each file), then a byte for every page, 1
-    once it is in place."""
+    """The residency bitmap.
+
+    File format: `QTPM`, a 32-bit length, a JSON head (pages of each file), then a byte for every page, 1 once it is in
+    place.
+    """
 
     def __init__(self, memory: mmap.mmap, base: int, pages: Mapping[str, int]) -> None:
         self._memory = memory
@@ -35,7 +38,10 @@ class Presence:
 
     @classmethod
     def make(cls, path: str, sizes: Mapping[str, int]) -> Presence:
-        """Create a bitmap with no page in place; `sizes` in bytes. Raises OSError when the disk has no room for all of it."""
+        """Create a bitmap with no page in place; `sizes` in bytes.
+
+        Raises OSError when the disk has no room for all of it.
+        """
         pages = {name: -(-size // PAGE) for name, size in sizes.items()}
         head = json.dumps(pages).encode()
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
@@ -61,7 +67,10 @@ class Presence:
         return cls(memory, 8 + size, json.loads(memory[8 : 8 + size]))
 
     def mark(self, name: str, offset: int, length: int) -> None:
-        """Mark the pages of [offset, offset + length) of a file as in place. Files without a page map are skipped."""
+        """Mark the pages of [offset, offset + length) of a file as in place.
+
+        Files without a page map are skipped.
+        """
         start = self._start.get(name)
         if start is not None:
             low, high = start + offset // PAGE, start + (offset + length) // PAGE

@@ -1,7 +1,7 @@
-"""State that trees of the same snapshot share in one process: its page maps, mapped image files, and plans of a working set.
+"""State that trees of the same snapshot share in one process.
 
-Each tree works on its own copy of a plan and changes nothing else here. The state lives as long as a tree uses it.
-Standard library only.
+It consists of the page maps, the mapped image files, and the plans of a working set. Each tree works on its own copy of
+a plan and changes nothing else here. The state lives as long as a tree uses it. Standard library only.
 """
 
 from __future__ import annotations
@@ -79,7 +79,10 @@ class Known:
         return found
 
     def plans(self, ranges: list[Range], zeros: int, first: int) -> tuple[dict[int, Plan], list[Parts]]:
-        """Return fresh plans of these ranges by process, and the image parts that each batch (numbered from `first`) needs."""
+        """Return fresh plans of these ranges by process, and the image parts that each batch needs.
+
+        Batches are numbered from `first`.
+        """
         with self._planning:  # a second caller waits and reuses the result
             known = self._plans.get(first)
             if known is None or known[0] != ranges:
@@ -88,7 +91,10 @@ class Known:
         return {pid: plan.fresh() for pid, plan in made.items()}, jobs
 
     def kept_plans(self, working_set: WorkingSet, zeros: int) -> dict[int, Plan] | None:
-        """Return the plans for the time before the first token cached by an earlier restore, for sources that are all in memory."""
+        """Return the plans cached by an earlier restore for the time before the first token.
+
+        All of their sources are in memory.
+        """
         with self._planning:
             if self._kept is None or self._kept[0] != working_set.digest:
                 found = plans.read(self._folder, working_set.digest, self.images, self.sources, zeros)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 
 class Stats:
-    """Counters reported to the owner, in bytes and seconds. Points in time count from when the server received its configuration."""
+    """Counters reported to the owner, in bytes and seconds.
+
+    Points in time count from when the server received its configuration.
+    """
 
     __slots__ = (
         "bytes_ahead",

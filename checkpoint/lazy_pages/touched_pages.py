@@ -1,7 +1,7 @@
-"""Find the mapped image pages that restored processes have used, from the kernel's page tables; userfaultfd does not see them.
+"""Find the mapped image pages that restored processes have used.
 
-This runs once per snapshot, just after a first token, and checkpoint.lazy_pages.read_order caches the result.
-Standard library only.
+The kernel's page tables show them; userfaultfd does not see them. This runs once per snapshot, just after a first
+token, and checkpoint.lazy_pages.read_order caches the result. Standard library only.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""The parts of the kernel's userfaultfd interface that serving another process's faults needs (include/uapi/linux/userfaultfd.h).
+"""The kernel's userfaultfd interface, as needed to serve another process's faults.
 
-Standard library only. Every call releases the interpreter lock while the kernel works.
+The source is include/uapi/linux/userfaultfd.h. Standard library only. Every call releases the interpreter lock while
+the kernel works.
 """
 
 from __future__ import annotations
@@ -62,10 +63,10 @@ class _Zero(ctypes.Structure):
 
 
 def read_events(fd: int) -> list[tuple[int, int, int, int]]:
-    """Read a process's pending events without waiting; return an empty list if there are none. Each event is (kind, a, b, c):
+    """Read a process's pending events without waiting; return an empty list if there are none.
 
-    PAGEFAULT: flags, address, 0. FORK: descriptor of the child's userfaultfd, 0, 0. REMAP: from, to, length.
-    REMOVE, UNMAP: start, end, 0.
+    Each event is (kind, a, b, c): PAGEFAULT: flags, address, 0. FORK: descriptor of the child's userfaultfd, 0, 0.
+    REMAP: from, to, length. REMOVE, UNMAP: start, end, 0.
     """
     try:
         data = os.read(fd, _MESSAGE.size * _MESSAGES_AT_ONCE)
@@ -75,11 +76,11 @@ def read_events(fd: int) -> list[tuple[int, int, int, int]]:
 
 
 def copy(fd: int, target: int, source: int, length: int) -> tuple[int, int]:
-    """Copy `length` bytes from our `source` to `target`, where no page may exist yet, and wake threads that wait for them.
+    """Copy `length` bytes from our `source` to `target`, and wake threads that wait for them.
 
-    Returns (bytes placed, errno); errno is 0 when all bytes were placed. An existing page is never overwritten
-    (EEXIST). EAGAIN: the process is changing its mappings and an event is unread. ENOENT: the range is not (or no
-    longer) one registered mapping. ESRCH: the process is gone.
+    No page may exist at `target` yet. Returns (bytes placed, errno); errno is 0 when all bytes were placed. An existing
+    page is never overwritten (EEXIST). EAGAIN: the process is changing its mappings and an event is unread. ENOENT: the
+    range is not (or no longer) one registered mapping. ESRCH: the process is gone.
     """
     request = _Copy(target, source, length, 0, 0)
     if _ioctl(fd, _COPY, ctypes.byref(request)) == 0:
@@ -93,7 +94,10 @@ REQUEST_BYTES = 40
 
 
 def request(fd: int, address: int) -> int:
-    """Issue UFFDIO_COPY with the request stored at `address`. Return 0 if all was placed, else an errno (EAGAIN: part or nothing)."""
+    """Issue UFFDIO_COPY with the request stored at `address`.
+
+    Return 0 if all was placed, else an errno (EAGAIN: part or nothing).
+    """
     return ctypes.get_errno() if _ioctl(fd, _COPY, address) else 0
 
 
@@ -114,7 +118,10 @@ def wake(fd: int, target: int, length: int) -> None:
 
 
 def map_file(path: str) -> tuple[int, int]:
-    """Map a whole file, shared and read-only; return (address, length). All replicas read the same page cache."""
+    """Map a whole file, shared and read-only; return (address, length).
+
+    All replicas read the same page cache.
+    """
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         size = os.fstat(fd).st_size
@@ -136,7 +143,10 @@ def unmap(address: int, length: int) -> None:
 
 
 def populate(address: int, length: int) -> int:
-    """Read [address, address + length) of our mapping in and map it. Return an errno (EIO, EFAULT: the file cannot be read) or 0."""
+    """Read [address, address + length) of our mapping in and map it.
+
+    Return an errno (EIO, EFAULT: the file cannot be read) or 0.
+    """
     return ctypes.get_errno() if _madvise(address, length, _MADV_POPULATE_READ) else 0
 
 
@@ -177,7 +187,10 @@ def _kernel() -> tuple[int, int]:
 
 
 def cached(address: int, length: int) -> bytes:
-    """Return one byte per page of our mapping; its lowest bit is set if the page is in the page cache. Raises OSError."""
+    """Return one byte per page of our mapping; its lowest bit is set if the page is in the page cache.
+
+    Raises OSError.
+    """
     vector = (ctypes.c_ubyte * -(-length // PAGE))()
     if _mincore(address, length, vector):
         raise OSError(ctypes.get_errno(), "mincore")

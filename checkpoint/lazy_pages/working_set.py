@@ -157,7 +157,10 @@ class WorkingSet:
     def file_ranges(
         self, images: dict[int, ProcessImage], before_first_token: bool = True
     ) -> list[tuple[str, int, int]]:
-        """Return (pages file, offset, length) of the ranges in the image, in the order of need, to fetch or lay them out in."""
+        """Return (pages file, offset, length) of the ranges in the image, in the order of need.
+
+        Use it to fetch the ranges, or to lay them out.
+        """
         found: list[tuple[str, int, int]] = []
         for process, start, end in self.before_first_token if before_first_token else self.after_first_token:
             image = images.get(process)
@@ -182,7 +185,10 @@ def _pages(known: Iterable[Range], faults: Iterable[tuple[int, int]]) -> Iterabl
 def _coalesce(
     faults: Iterable[tuple[int, int]], images: dict[int, ProcessImage], placed: dict[int, set[int]]
 ) -> list[Range]:
-    """Merge faulted pages that are not in `placed` yet into ranges, block by block in the order of each block's first fault."""
+    """Merge faulted pages that are not in `placed` yet into ranges.
+
+    The ranges come block by block, in the order of each block's first fault.
+    """
     blocks: dict[tuple[int, int], list[int]] = {}
     for process, address in faults:
         seen = placed.setdefault(process, set())

@@ -1,1 +1,4 @@
-"""The sandbox that an engine runs in: its first process (`init`), the owner's side (`sandbox`), and prestarted helpers (`prestart`)."""
+"""The sandbox that an engine runs in.
+
+`init` is its first process, `sandbox` the owner's side; `prestart` starts helpers early.
+"""

@@ -1,8 +1,9 @@
-"""The sandbox's init (process 1): creates the namespaces, runs engines and CRIU on request, and ends everything when it exits.
+"""The sandbox's init (process 1).
 
-It is run by checkpoint.sandbox.prestart, forked or as `python -I -S init.py CONTROL_FD`. Its configuration is the
-first message on the control socket (one JSON object per message, SOCK_SEQPACKET). It uses only the standard library
-and starts in 15 ms, because every restore waits for it.
+It creates the namespaces, runs engines and CRIU on request, and ends everything in the sandbox when it exits. It is run
+by checkpoint.sandbox.prestart, forked or as `python -I -S init.py CONTROL_FD`. Its configuration is the first message
+on the control socket (one JSON object per message, SOCK_SEQPACKET). It uses only the standard library and starts in 15
+ms, because every restore waits for it.
 
 Guarantees:
 - The control socket's other end is the owner. When the owner ends, for whatever reason, every process of the sandbox
@@ -75,7 +76,10 @@ def loopback_up() -> None:
 
 
 def set_monotonic(wanted_ns: int) -> None:
-    """Set the children's monotonic and boot clocks to `wanted_ns` (time_namespaces(7)). Call it before the first child is forked."""
+    """Set the children's monotonic and boot clocks to `wanted_ns` (time_namespaces(7)).
+
+    Call it before the first child is forked.
+    """
     offset = wanted_ns - time.clock_gettime_ns(time.CLOCK_MONOTONIC)
     seconds, nanoseconds = divmod(offset, 10**9)
     with doing("set the clock"), open("/proc/self/timens_offsets", "w") as file:
@@ -123,7 +127,10 @@ def join_network_and_clock(monotonic_ns: int) -> None:
 
 
 def enter_namespaces(config: Message) -> None:
-    """Unshare all namespaces. Raises OSError, whose text names the failed operation and the fallback that was tried."""
+    """Unshare all namespaces.
+
+    Raises OSError, whose text names the failed operation and the fallback that was tried.
+    """
     check(libc.unshare(CLONE_NEWNS | CLONE_NEWIPC), "unshare")
     try:
         make_network_and_clock(config["monotonic_ns"])
@@ -189,10 +196,11 @@ def prepare_mounts(config: Message) -> None:
 
 
 def refuse_io_uring() -> None:
-    """Make io_uring calls fail with ENOSYS: CRIU cannot dump its rings, and libuv opens one by default. Snapshots keep the filter.
+    """Make io_uring calls fail with ENOSYS: CRIU cannot dump its rings, and libuv opens one by default.
 
-    The filter is five instructions, written by hand (seccomp(2)): the call numbers are the same on every
-    architecture, and engine images may lack libseccomp and the compiler with which Python would look for it.
+    Snapshots keep the filter. The filter is five instructions, written by hand (seccomp(2)): the call numbers are the
+    same on every architecture, and engine images may lack libseccomp and the compiler with which Python would look for
+    it.
     """
     enosys = 0x50000 | errno.ENOSYS  # SECCOMP_RET_ERRNO
     program = (
@@ -209,7 +217,10 @@ def refuse_io_uring() -> None:
 
 
 def copy_sparse(source: str, target: str) -> None:
-    """Copy a file and keep its holes. Shared memory segments are mostly unwritten (vLLM's: 160 MB mapped, 0.1 MB written)."""
+    """Copy a file and keep its holes.
+
+    Shared memory segments are mostly unwritten (vLLM's: 160 MB mapped, 0.1 MB written).
+    """
     with open(source, "rb") as data, open(target, "wb") as copy:
         size = os.fstat(data.fileno()).st_size
         os.ftruncate(copy.fileno(), size)
@@ -281,8 +292,10 @@ class Init:
 
     @staticmethod
     def read(message: Message, fds: list[int]) -> Message:
-        """Return a request; a long request's body is in the first descriptor's file. The descriptors left in `fds`
-        belong to this request."""
+        """Return a request; a long request's body is in the first descriptor's file.
+
+        The descriptors left in `fds` belong to this request.
+        """
         for fd in fds:
             os.set_inheritable(fd, False)  # recvmsg created them without close-on-exec
         if message.get("lent", ())[:1] != ["body"] or not fds:
@@ -351,10 +364,10 @@ class Init:
 
     @classmethod
     def copy_tree(cls, source: str, target: str, seen: dict[tuple[int, int], str] | None = None) -> None:
-        """Copy folders, files and links with their modes. Skip sockets: CRIU creates them again when it binds them.
+        """Copy folders, files and links with their modes.
 
-        Hard links stay links: `link_remap.N` and the semaphore it stands for are one file to the processes that
-        share it.
+        Skip sockets: CRIU creates them again when it binds them. Hard links stay links: `link_remap.N` and the
+        semaphore it stands for are one file to the processes that share it.
         """
         seen = {} if seen is None else seen
         os.makedirs(target, exist_ok=True)
@@ -377,7 +390,10 @@ class Init:
                 seen[inode] = to
 
     def spawn(self, message: Message, seccomp: bool) -> int:
-        """Fork and exec. The child reports a failed start through a close-on-exec pipe, and this method raises it as OSError."""
+        """Fork and exec.
+
+        The child reports a failed start through a close-on-exec pipe, and this method raises it as OSError.
+        """
         report_r, report_w = os.pipe()
         pid = os.fork()
         if pid:
@@ -442,7 +458,10 @@ class Init:
 
 
 def close_on_exec() -> None:
-    """Set close-on-exec on all descriptors above 2. One that leaked into an engine would become part of its snapshot."""
+    """Set close-on-exec on all descriptors above 2.
+
+    One that leaked into an engine would become part of its snapshot.
+    """
     for name in os.listdir("/proc/self/fd"):
         fd = int(name)
         if fd > 2:
@@ -453,8 +472,8 @@ def close_on_exec() -> None:
 def main(control_fd: int) -> int:
     """Run init (see the module's docstring). Return the exit code of the outer process."""
     control = socket.socket(fileno=control_fd)
-    # Init receives the same signals as its owner, in whose group it is. Ignore them: the owner stops the engine in
-    # order, and init ends with it.
+    # Init shares its owner's command line and control group, so it receives the signals that stop the owner. Ignore
+    # them: the owner stops the engine in order, and init ends with it.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     try:

@@ -140,7 +140,10 @@ def _close(first: int, last: int) -> None:
 
 
 def _spawn(*program: str) -> Started:
-    """Start a helper that waits for its configuration on a socket. Return the process and our end of the socket."""
+    """Start a helper that waits for its configuration on a socket.
+
+    Return the process and our end of the socket.
+    """
     import subprocess
 
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

@@ -1,7 +1,7 @@
-"""Detect this process's privileges: capabilities, seccomp, user namespace, devices. Takes well under a millisecond.
+"""Detect this process's privileges: capabilities, seccomp, user namespace, devices.
 
-`missing` lists everything that a capability layer needs and this process lacks; `remedy` says how to grant it.
-docs/deploy.md has the list.
+Takes well under a millisecond. `missing` lists everything that a capability layer needs and this process lacks;
+`remedy` says how to grant it. docs/deploy.md has the list.
 """
 
 from __future__ import annotations
@@ -41,7 +41,10 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Privileges(NamedTuple):
-    """The detected privileges. `apparmor` is the profile's name; empty if there is none or it confines nothing."""
+    """The detected privileges.
+
+    `apparmor` is the profile's name; empty if there is none or it confines nothing.
+    """
 
     effective: int
     seccomp: bool = False

@@ -37,7 +37,10 @@ def inner_numbers(pids: Sequence[int]) -> list[int]:
 
 
 def private_bytes(pids: Sequence[int]) -> int:
-    """Sum the private memory of processes in bytes (smaps_rollup: Private_Dirty and Swap), about the size of CRIU's images."""
+    """Sum the private memory of processes in bytes, which is about the size of CRIU's images.
+
+    The source is smaps_rollup: Private_Dirty and Swap.
+    """
     total = 0
     for pid in pids:
         try:

@@ -80,7 +80,10 @@ class SandboxConfig:
 
 
 def _user() -> str:
-    """Return the user's name as torch uses it in folder names. A container's user may have no name; then return the uid."""
+    """Return the user's name as torch uses it in folder names.
+
+    A container's user may have no name; then return the uid.
+    """
     try:
         return getpass.getuser()
     except (KeyError, OSError):
@@ -123,8 +126,8 @@ class Sandbox:
 
     config: SandboxConfig = field(default_factory=SandboxConfig)
     on_exit: Callable[[int, int], None] | None = None
-    """Called as `on_exit(pid, exit code)` from the sandbox's reader thread when a started or restored root process ends, also where it
-    ends because process 1 did."""
+    """Called as `on_exit(pid, exit code)` from the sandbox's reader thread when a started or restored root process ends,
+    even if it ends because init did."""
     begun: speculative.Begun | None = None
     """A begun restore whose init already has this configuration and the first requests. This object takes it over."""
 
@@ -237,7 +240,10 @@ class Sandbox:
             future.set_result(message)
 
     def _lost(self, pid: int) -> None:
-        """A root process has ended with process 1, and nobody is left in there who could tell; an owner that closes knows it."""
+        """Report the end of a root process that ended together with init, which cannot report it.
+
+        An owner that calls `close` gets no report.
+        """
         if not self._closing:
             self._ended(pid, -signal.SIGKILL)
 
@@ -253,7 +259,10 @@ class Sandbox:
     def _ask(
         self, timeout_s: float = REQUEST_TIMEOUT_S, lent: Mapping[str, int | None] | None = None, **message: Any
     ) -> dict[str, Any]:
-        """Send a request and return its answer. `lent` maps names to descriptors that init holds for the duration of the request."""
+        """Send a request and return its answer.
+
+        `lent` maps names to descriptors that init holds for the duration of the request.
+        """
         given = {name: fd for name, fd in (lent or {}).items() if fd is not None}
         future: Future[dict[str, Any]] = Future()
         with self._lock:
@@ -272,7 +281,10 @@ class Sandbox:
         return self._answer(future, timeout_s, message["op"], message["id"])
 
     def _send(self, message: Mapping[str, Any], given: Mapping[str, int]) -> None:
-        """Send a request. A message longer than a packet (an environment may have hundreds of KB) is sent as a file."""
+        """Send a request.
+
+        A message longer than a packet (an environment may have hundreds of KB) is sent as a file.
+        """
         data = json.dumps({**message, "lent": list(given)}).encode()
         if len(data) <= _PACKET_BYTES:
             socket.send_fds(self._control, [data], list(given.values()))
@@ -340,7 +352,10 @@ class Sandbox:
         return self._adopted(int(answer["code"]), adopts)
 
     def unpacked(self, timeout_s: float = REQUEST_TIMEOUT_S) -> None:
-        """Wait until the begun unpacking (checkpoint.snapshot.speculative) has put its folders in place. Raises Failed."""
+        """Wait until the begun unpacking (checkpoint.snapshot.speculative) has put its folders in place.
+
+        Raises Failed.
+        """
         self._answer(self._begun[speculative.UNPACK], timeout_s, "unpack", speculative.UNPACK)
 
     def executed(self, timeout_s: float, adopts: int) -> int:
@@ -389,8 +404,10 @@ class Sandbox:
             os.close(fd)
 
     def raise_pids(self, above: int) -> None:
-        """Give later processes numbers above this one. Restored process trees keep their numbers, and new processes
-        must not collide with them."""
+        """Give later processes numbers above this one.
+
+        Restored process trees keep their numbers, and new processes must not collide with them.
+        """
         self._ask(op="raise-pids", above=above)
 
     def exit_code(self, pid: int) -> int | None:
@@ -445,7 +462,10 @@ class Sandbox:
             self._control.shutdown(socket.SHUT_RDWR)
 
     def close(self, timeout_s: float = 10.0) -> None:
-        """Kill every process of the sandbox and wait until the kernel has removed its namespaces. Idempotent."""
+        """Kill every process of the sandbox and wait until the kernel has removed its namespaces.
+
+        Idempotent.
+        """
         self._closing = True
         self.end()
         try:
@@ -462,7 +482,10 @@ class Sandbox:
                 os.close(network)
 
     def wait(self, pid: int, timeout_s: float) -> int | None:
-        """Wait until a root process has ended. Return its exit code, or None if it still runs after `timeout_s` seconds."""
+        """Wait until a root process has ended.
+
+        Return its exit code, or None if it still runs after `timeout_s` seconds.
+        """
         limit = time.monotonic() + timeout_s
         while (code := self._exits.get(pid)) is None and time.monotonic() < limit and not self._closed:
             time.sleep(0.005)
@@ -470,7 +493,10 @@ class Sandbox:
 
 
 def stop_gently(sandbox: Sandbox, pid: int, grace_s: float) -> int | None:
-    """Send SIGTERM to a root process and wait up to `grace_s` seconds. Return its exit code, or None on timeout."""
+    """Send SIGTERM to a root process and wait up to `grace_s` seconds.
+
+    Return its exit code, or None on timeout.
+    """
     with contextlib.suppress(Failed):
         sandbox.signal(pid, signal.SIGTERM)
     return sandbox.wait(pid, grace_s)

@@ -1,1 +1,1 @@
-"""One snapshot: taken (`dump`), brought back (`restore`), described (`manifest`), kept (`library`), checked (`digests`, `signatures`)."""
+"""Snapshots: take (`dump`), restore (`restore`), describe (`manifest`), store (`library`), verify (`digests`, `signatures`)."""

@@ -157,7 +157,10 @@ def _stamp(info: os.stat_result) -> _Stamp:
 
 
 def _hash(folder: Path, files: Mapping[str, os.stat_result]) -> tuple[dict[str, str], dict[str, _Stamp]]:
-    """Return the files' digests, and the fingerprints of those that may be trusted next time. OSError carries the file's name."""
+    """Return the files' digests, and the fingerprints of those that may be trusted next time.
+
+    OSError carries the file's name.
+    """
     digests: dict[str, str] = {}
     stamps: dict[str, _Stamp] = {}
     order = sorted(files, key=lambda name: -files[name].st_size)
@@ -210,7 +213,10 @@ def _sealed(files: Mapping[str, SnapshotFile]) -> str:
 
 
 def _boot() -> str:
-    """Return the boot id. Data hashed in the page cache may be lost in a power cut, so each boot hashes once."""
+    """Return the boot id.
+
+    Data hashed in the page cache may be lost in a power cut, so each boot hashes once.
+    """
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 

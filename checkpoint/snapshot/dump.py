@@ -77,11 +77,12 @@ def take(
     visible: Sequence[str] | None = None,
     awake: Mapping[str, int] | None = None,
 ) -> Snapshot:
-    """Dump the process tree below `draft.root_pid` into the library as `draft.name`; the engine resumes afterwards, even on failure.
+    """Dump the process tree below `draft.root_pid` into the library as `draft.name`.
 
-    `draft` is the manifest without the fields that only the dump can fill in. `seal` computes the digests of a
-    folder's files. `driver` is the CUDA driver on hosts with a GPU: processes with a CUDA context are suspended for
-    the dump and resumed after it. `visible` and `awake` are passed to checkpoint.cuda.checkpoint.suspend.
+    The engine resumes afterwards, even on failure. `draft` is the manifest without the fields that only the dump can
+    fill in. `seal` computes the digests of a folder's files. `driver` is the CUDA driver on hosts with a GPU: processes
+    with a CUDA context are suspended for the dump and resumed after it. `visible` and `awake` are passed to
+    checkpoint.cuda.checkpoint.suspend.
 
     Raises Busy when another process is taking the same snapshot, Incompatible (multi-gpu), or Failed when CRIU, the
     disk or the engine fails. On failure nothing is left in the library. After Failed (cuda-stuck) the engine no

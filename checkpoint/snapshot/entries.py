@@ -50,7 +50,10 @@ def essentials(document: bytes) -> Essentials:
 
 
 def belongs(path: str) -> bool:
-    """Return whether a path in a snapshot's folder is part of the snapshot. Other entries are this host's own."""
+    """Return whether a path in a snapshot's folder is part of the snapshot.
+
+    Other entries are this host's own.
+    """
     top, _, below = path.partition("/")
     return top in FOLDERS or (not below and path in ROOT_FILES)
 

@@ -91,7 +91,10 @@ class _Facts(msgspec.Struct, forbid_unknown_fields=True):
 
 
 def find(folder: Path) -> Path | None:
-    """Return the file-backed images to restore from lazily instead of `folder/images`, or None if none match; takes about 1 ms."""
+    """Return the file-backed images to restore from lazily instead of `folder/images`.
+
+    Returns None if none match. Takes about 1 ms.
+    """
     facts = _fitting(folder)
     return folder / FOLDER / "images" if facts and facts.mapped else None
 
@@ -118,7 +121,9 @@ def _fitting(folder: Path) -> _Facts | None:
 
 
 def make(folder: Path, areas: Areas) -> int:
-    """Make the file-backed images of a snapshot and return how many bytes they map, possibly 0. Takes tenths of a second.
+    """Make the file-backed images of a snapshot and return how many bytes they map, possibly 0.
+
+    Takes tenths of a second.
 
     Raises Busy when another process is making them, Failed when the disk is full or the images are invalid.
     """
@@ -143,7 +148,10 @@ def make(folder: Path, areas: Areas) -> int:
 
 
 def _write(folder: Path, images: Path, changed: dict[str, bytes], facts: _Facts) -> None:
-    """Write the new folder beside the current one, then swap them. Remove a killed writer's leftovers first."""
+    """Write the new folder beside the current one, then swap them.
+
+    Remove a killed writer's leftovers first.
+    """
     new, old = folder / f"{FOLDER}.new", folder / f"{FOLDER}.old"
     for left in (new, old):
         shutil.rmtree(left, ignore_errors=True)

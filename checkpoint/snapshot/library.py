@@ -74,7 +74,10 @@ class Library:
         return self.folder / name
 
     def names(self) -> list[str]:
-        """List all snapshots' names, oldest first, including damaged ones. Raises Failed (library-unreadable)."""
+        """List all snapshots' names, oldest first, including damaged ones.
+
+        Raises Failed (library-unreadable).
+        """
         found = []
         with (
             disk.required("snapshots cannot be listed", "library-unreadable"),
@@ -150,7 +153,9 @@ class Library:
 
     @contextlib.contextmanager
     def writing(self, name: str) -> Iterator[Path]:
-        """Yield a folder to write a snapshot into. It becomes `name` if the block succeeds, and is removed otherwise.
+        """Yield a folder to write a snapshot into.
+
+        It becomes `name` if the block succeeds, and is removed otherwise.
 
         Raises Busy when another process writes the same name or a restore reads the existing snapshot, and Failed
         when the disk refuses. The existing snapshot is then kept.
@@ -168,7 +173,10 @@ class Library:
                 shutil.rmtree(partial, ignore_errors=True)
 
     def _put_in_place(self, partial: Path, name: str) -> None:
-        """Rename a finished folder to its name; an existing snapshot of that name moves to `partial`. Raises Busy, OSError."""
+        """Rename a finished folder to its name; an existing snapshot of that name moves to `partial`.
+
+        Raises Busy, OSError.
+        """
         target = self.path(name)
         for _ in range(_ATTEMPTS):
             if not os.path.lexists(target):
@@ -226,7 +234,10 @@ class Library:
         return removed
 
     def _swept(self, folder: Path, holding: contextlib.AbstractContextManager[None], older_s: float = 0.0) -> bool:
-        """Remove a folder that is not locked and was not written to for `older_s` seconds. Return whether it is gone."""
+        """Remove a folder that is not locked and was not written to for `older_s` seconds.
+
+        Return whether it is gone.
+        """
         with contextlib.suppress(Busy, OSError), holding:
             if not older_s or time.time() - _touched(folder) >= older_s:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -252,9 +263,10 @@ class Library:
     # The working set
 
     def working_set(self, name: str) -> Path:
-        """Return the path of a snapshot's recorded working set. It lies in the snapshot's folder and is pushed and removed with it.
+        """Return the path of a snapshot's recorded working set.
 
-        The manifest's digests do not cover it: it is recorded later, and lists pages without containing any.
+        It lies in the snapshot's folder and is pushed and removed with it. The manifest's digests do not cover it: it
+        is recorded later, and lists pages without containing any.
         """
         return self.path(name) / "working-set"
 
@@ -271,7 +283,10 @@ class Library:
             return Health()
 
     def failed(self, name: str, reason: str) -> Health:
-        """Count a failed restore and return the updated record. It is not written when the disk is full or read-only."""
+        """Count a failed restore and return the updated record.
+
+        It is not written when the disk is full or read-only.
+        """
         health = self.health(name)
         health.failures += 1
         health.reason, health.at = reason, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -290,7 +305,10 @@ class Library:
 
 
 def exchange(one: Path, other: Path) -> None:
-    """Exchange the names of two folders atomically where the file system supports it, else in steps. Raises OSError."""
+    """Exchange the names of two folders atomically where the file system supports it, else in steps.
+
+    Raises OSError.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
         return

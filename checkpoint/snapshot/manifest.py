@@ -1,7 +1,8 @@
-"""The manifest of a snapshot: one JSON document beside its images. It is written last, so a folder without one is not a snapshot.
+"""The manifest of a snapshot: one JSON document beside its images.
 
-The document contains its own digest, so flipped bits are detected as they are in images. The digest does not protect
-against a forged document; signatures do (checkpoint.snapshot.signatures).
+It is written last, so a folder without one is not a snapshot. The document contains its own digest, so flipped bits are
+detected as they are in images. The digest does not protect against a forged document; signatures do
+(checkpoint.snapshot.signatures).
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ class Phase(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Canary(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The model's greedy answer to a prompt before the dump. A replica that answers differently is not served.
+    """The model's greedy answer to a prompt before the dump.
 
-    `token_ids` holds the choices after each token of the prompt but the last, then the `generated` tokens.
-    `generated` is 0 in older snapshots: there, all token ids are generated.
+    A replica that answers differently is not served. `token_ids` holds the choices after each token of the prompt but
+    the last, then the `generated` tokens. `generated` is 0 in older snapshots: there, all token ids are generated.
     """
 
     prompt: str
@@ -111,7 +112,10 @@ def load(folder: Path) -> Snapshot:
 
 
 def parse(data: bytes, folder: Path, name: str) -> Snapshot:
-    """Parse the manifest of snapshot `name`; error messages name `folder`. Raises the same errors as `load`."""
+    """Parse the manifest of snapshot `name`; error messages name `folder`.
+
+    Raises the same errors as `load`.
+    """
     file = folder / FILE_NAME
     try:
         found = msgspec.json.decode(data, type=dict[str, msgspec.Raw]).get("format")

@@ -43,7 +43,10 @@ LOGS = "logs"
 
 
 def gpu_locks(library: Library) -> tuple[Path, ...]:
-    """Return the lock folders that serialize GPU restores: one for this host, one for containers that share the state folder."""
+    """Return the lock folders that serialize GPU restores.
+
+    One is for this host, one for containers that share the state folder.
+    """
     return (cuda.LOCKS, library.home / "run")
 
 
@@ -115,7 +118,10 @@ class Cancellation:
             self._sandbox = sandbox
 
     def settle(self) -> None:
-        """Raise the error of a cancellation for the last time. Afterwards every process runs, and the owner must end them."""
+        """Raise the error of a cancellation for the last time.
+
+        Afterwards every process runs, and the owner must end them.
+        """
         with self._lock:
             if self.error is not None:
                 raise self.error
@@ -153,7 +159,10 @@ class Restored:
 
 
 def limits(snapshot: Snapshot) -> tuple[float, float]:
-    """Return the timeouts for unpacking and for CRIU's part, in seconds. They detect hangs, and grow with the snapshot's size."""
+    """Return the timeouts for unpacking and for CRIU's part, in seconds.
+
+    They detect hangs, and grow with the snapshot's size.
+    """
     unpacked = sum(file.size for name, file in snapshot.files.items() if name.startswith(("shm/", "tmp/")))
     return UNPACK_TIMEOUT_S + unpacked / DUMP_SLOWEST, RESTORE_TIMEOUT_S + snapshot.image_bytes / DUMP_SLOWEST
 

@@ -34,7 +34,9 @@ _MAX_KEY = 1 << 16
 
 
 def keygen(private: Path, public: Path | None = None) -> str:
-    """Write a new key pair: `private` (0600) and `public` (default: `private` plus `.pub`). Return the key's id.
+    """Write a new key pair: `private` (0600) and `public` (default: `private` plus `.pub`).
+
+    Return the key's id.
 
     Raises Failed when one of the files exists or cannot be written; then neither file is left.
     """
@@ -88,7 +90,9 @@ def signer(private: Path) -> Callable[[bytes], bytes]:
 
 
 def check(manifest: bytes, signatures: bytes | None, trusted: Sequence[Path]) -> str:
-    """Return the id of the trusted key that signed these bytes. `signatures` is the content of `manifest.sig`, or None.
+    """Return the id of the trusted key that signed these bytes.
+
+    `signatures` is the content of `manifest.sig`, or None.
 
     Raises Integrity (signature-missing, signature-wrong), or Failed when a trust key cannot be read.
     """
@@ -126,7 +130,10 @@ def check(manifest: bytes, signatures: bytes | None, trusted: Sequence[Path]) ->
 
 
 def check_folder(folder: Path, trusted: Sequence[Path]) -> bytes:
-    """Return the bytes of a snapshot folder's manifest if a trusted key signed exactly these bytes. Raises the same errors as `check`."""
+    """Return the bytes of a snapshot folder's manifest if a trusted key signed exactly these bytes.
+
+    Raises the same errors as `check`.
+    """
     from checkpoint.snapshot.manifest import FILE_NAME as MANIFEST
 
     try:

@@ -49,7 +49,10 @@ _NOTES_KEPT = 64
 
 
 class Begun:
-    """A begun restore that is not yet claimed. `close` ends it; a caller that continues it takes over its parts."""
+    """A begun restore that is not yet claimed.
+
+    `close` ends it; a caller that continues it takes over its parts.
+    """
 
     def __init__(self, plan: Plan, work: Path, held: int, outputs: Mapping[str, int]) -> None:
         self.plan = plan
@@ -88,9 +91,10 @@ class Begun:
 
 
 def begin(plan: Plan, outputs: Mapping[str, int]) -> Begun:
-    """Send the helpers their configurations; takes about 2 ms. `outputs` maps `stdout`, `stderr` to the engine's output descriptors.
+    """Send the helpers their configurations; takes about 2 ms.
 
-    The caller must keep the snapshot from being removed (Library.in_use). Raises OSError; then nothing is left.
+    `outputs` maps `stdout`, `stderr` to the engine's output descriptors. The caller must keep the snapshot from being
+    removed (Library.in_use). Raises OSError; then nothing is left.
     """
     begun = Begun(plan, *_work_folder(Path(plan["run"])), outputs)
     try:
@@ -166,7 +170,10 @@ _pipes: dict[str, tuple[int, int]] = {}
 
 
 def foresee(home: Path, arguments: Sequence[str]) -> None:
-    """Begin the plan saved for this command line, if any. Never raises: after an error the normal restore starts from scratch."""
+    """Begin the plan saved for this command line, if any.
+
+    Never raises: after an error the normal restore starts from scratch.
+    """
     global _note, _begun
     # A hash collision or a changed environment only wastes work; `take` rejects the plan.
     ours = sorted((key, value) for key, value in os.environ.items() if key.startswith("QUICKTHAW_"))
@@ -228,7 +235,10 @@ def discard() -> None:
 
 
 def note(plan: Plan) -> None:
-    """Save the plan for the next start of this command line. Disk errors only cost time, so they are reported as warnings."""
+    """Save the plan for the next start of this command line.
+
+    Disk errors only cost time, so they are reported as warnings.
+    """
     if _note is None:
         return
     from checkpoint import disk

@@ -1,1 +1,4 @@
-"""Snapshots in a remote store: pack into chunks (`archive`), `upload`, `download`, and restore during a download (`remote_restore`)."""
+"""Snapshots in a remote store.
+
+`archive` packs them into chunks, `upload` and `download` transfer these, `remote_restore` restores during a download.
+"""

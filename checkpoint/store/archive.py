@@ -61,7 +61,10 @@ _ATTEMPTS = 20
 
 @dataclass(frozen=True)
 class Pulled:
-    """Result of a pull. Bytes: `size` of all files; `kept` from an earlier attempt; `fetched` plain bytes read from the store."""
+    """Result of a pull.
+
+    Bytes: `size` of all files; `kept` from an earlier attempt; `fetched` plain bytes read from the store.
+    """
 
     digest: str
     files: int
@@ -71,7 +74,9 @@ class Pulled:
 
 
 def open_chunks(url: str, level: int | None = None) -> ChunkStore:
-    """Open the chunk store at a URL. The compression level is `level`, or depends on whether the store is remote.
+    """Open the chunk store at a URL.
+
+    The compression level is `level`, or depends on whether the store is remote.
 
     Raises Failed for an unusable URL.
     """
@@ -95,10 +100,11 @@ def push(
     kind: str = KIND,
     sign: Callable[[bytes], bytes] | None = None,
 ) -> Pushed:
-    """Store a snapshot folder under `name` (default: the folder's). The name is set last, so a reader sees a whole archive or none.
+    """Store a snapshot folder under `name` (default: the folder's).
 
-    A snapshot with a known working set is stored in the order of need (checkpoint.store.layout). `sign` also signs
-    the archive as a whole; then hosts that require signatures can use parts of it before all of it is fetched.
+    The name is set last, so a reader sees a whole archive or none. A snapshot with a known working set is stored in the
+    order of need (checkpoint.store.layout). `sign` also signs the archive as a whole; then hosts that require
+    signatures can use parts of it before all of it is fetched.
 
     Raises Integrity when a file changes meanwhile or an image is damaged, Failed when the store or the disk fails.
     """
@@ -282,7 +288,9 @@ class Opened:
 
     @classmethod
     def of(cls, name: str, chunks: ChunkStore, trust_keys: Sequence[Path] = ()) -> Opened:
-        """Read the manifests and the layout; reject an archive unless it holds exactly what the snapshot's manifest names.
+        """Read the manifests and the layout, and validate the archive.
+
+        It must hold exactly what the snapshot's manifest names.
 
         With `trust_keys`, one of them must have signed that manifest. The archive's own signature (`push
         --sign-key`) also covers the working set; without it the working set is skipped, and the first restore
@@ -345,8 +353,10 @@ class Opened:
             (partial / directory.path).chmod(directory.mode & 0o777)
 
     def check(self, partial: Path) -> None:
-        """Verify the finished folder in full against the manifest checked before; the first restore need not hash
-        again. Raises Integrity."""
+        """Verify the finished folder in full against the manifest checked before; the first restore need not hash again.
+
+        Raises Integrity.
+        """
         for path, judged in ((manifests.FILE_NAME, self.document), (signatures.FILE_NAME, self.signature)):
             file = partial / path
             if (file.read_bytes() if os.path.lexists(file) else None) != judged:
@@ -358,8 +368,10 @@ class Opened:
 
 @contextlib.contextmanager
 def partial_folder(folder: Path) -> Iterator[tuple[Path, int]]:
-    """Yield the hidden folder that a pull fills, and the descriptor that keeps it locked. It is kept after Failed (but
-    not disk-full) and Busy."""
+    """Yield the hidden folder that a pull fills, and the descriptor that keeps it locked.
+
+    It is kept after Failed (but not disk-full) and Busy.
+    """
     partial = folder.with_name(f".pull-{folder.name}")
     lock = _lock_partial(partial, folder.name)
     try:

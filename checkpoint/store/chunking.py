@@ -90,7 +90,10 @@ def page_hashes(file: Path) -> npt.NDArray[np.uint64]:
 
 
 def _cuts(pages: npt.NDArray[np.uint64], ends: _Ints) -> tuple[_Ints, int, int]:
-    """Return the page numbers (over all files) at which a chunk must begin, and the number of pages in zero runs and in copies."""
+    """Return the page numbers (over all files) at which a chunk must begin.
+
+    Also returns the number of pages in zero runs and in copies.
+    """
     count = len(pages)
     if not count:
         return np.empty(0, dtype=np.int64), 0, 0

@@ -1,4 +1,6 @@
-"""Download an archive's chunks into a snapshot's folder, the most urgent first. Each is verified before any byte of it can be read.
+"""Download an archive's chunks into a snapshot's folder, the most urgent first.
+
+Each is verified before any byte of it can be read.
 
     arrival = Arrival(chunks, archive, layout, folder)
     arrival.begin()                    # workers fetch what CRIU needs, the working set, …
@@ -156,7 +158,9 @@ class Arrival:
     # The owner's side
 
     def begin(self, allowed: int = EVERYTHING, presence: Path | None = None) -> None:
-        """Create the files, and start to fetch up to urgency `allowed`. `presence` is the path of the residency bitmap to create.
+        """Create the files, and start to fetch up to urgency `allowed`.
+
+        `presence` is the path of the residency bitmap to create.
 
         Raises OSError, Integrity.
         """
@@ -208,7 +212,9 @@ class Arrival:
         return not any(self._left[: urgency + 1])
 
     def wait(self, urgency: int, limit_s: float | None = None) -> None:
-        """Wait until everything of this or higher urgency is in place. Ends, because every fetch has a timeout.
+        """Wait until everything of this or higher urgency is in place.
+
+        Ends, because every fetch has a timeout.
 
         Raises the error that ended the download, or Failed (remote-slow) after `limit_s`.
         """
@@ -322,7 +328,10 @@ class Arrival:
             self._say(listeners, said)
 
     def _say(self, listeners: Sequence[Callable[[], None]], said: Progress | None = None) -> None:
-        """Call the listeners. Log exceptions: this worker must continue, because processes wait for its chunks."""
+        """Call the listeners.
+
+        Log exceptions: this worker must continue, because processes wait for its chunks.
+        """
         try:
             for told in listeners:
                 told()

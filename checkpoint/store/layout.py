@@ -68,7 +68,10 @@ class _Index(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Layout:
-    """Maps archive bytes to snapshot bytes. CRIU reads `first.bytes` below `start`; bytes below `first` precede the first token."""
+    """Maps archive bytes to snapshot bytes.
+
+    CRIU reads `first.bytes` below `start`; bytes below `first` precede the first token.
+    """
 
     def __init__(self, index: _Index) -> None:
         self.index = index
@@ -100,7 +103,10 @@ class Layout:
         return path.removesuffix(REST) + ".img" if path.endswith(REST) else path
 
     def pieces(self, path: str, offset: int, length: int) -> list[Piece]:
-        """Return where [offset, offset + length) of an archive file belongs, without zeros that stand for pages in `first.bytes`."""
+        """Return where [offset, offset + length) of an archive file belongs.
+
+        Zeros that stand for pages in `first.bytes` are skipped.
+        """
         if path == BYTES:
             return self._of_first(offset, length)
         name = self.target(path)
@@ -144,7 +150,10 @@ class Layout:
         return rest_of(path), offset, following - offset
 
     def lengths(self) -> list[int]:
-        """Return the chunk lengths of `first.bytes`. CRIU's data, the working set and later pages do not share chunks."""
+        """Return the chunk lengths of `first.bytes`.
+
+        CRIU's data, the working set and later pages do not share chunks.
+        """
         found = []
         for low, high in ((0, self.start), (self.start, self.first), (self.first, self.size)):
             found += [min(CHUNK, high - at) for at in range(low, high, CHUNK)]
@@ -213,7 +222,9 @@ def _check(index: _Index) -> None:
 
 
 def plan(folder: Path, files: Sequence[tuple[str, int, int]], links: Mapping[str, str]) -> Layout | None:
-    """Plan the layout of a snapshot's folder. Return None if it has no recorded working set, or pages cannot be separated.
+    """Plan the layout of a snapshot's folder.
+
+    Return None if it has no recorded working set, or pages cannot be separated.
 
     `files`: path, size and mode of each file. `links`: paths that are another name of a file, which an archive does
     not store twice.
@@ -260,7 +271,10 @@ def plan(folder: Path, files: Sequence[tuple[str, int, int]], links: Mapping[str
 def _once(
     ranges: Iterable[tuple[int, int, int]], taken: dict[int, list[tuple[int, int]]]
 ) -> list[tuple[int, int, int]]:
-    """Return the ranges without those already taken. Several processes may share one page file (threads of one process do not)."""
+    """Return the ranges without those already taken.
+
+    Several processes may share one page file (threads of one process do not).
+    """
     found = []
     for path, low, length in ranges:
         high = low + length

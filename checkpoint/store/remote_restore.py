@@ -204,7 +204,10 @@ class Remote:
             told(str(failure))
 
     def wait_complete(self) -> None:
-        """Wait until the snapshot is in the library, and fetch the rest at full speed. Raises the error that prevented it."""
+        """Wait until the snapshot is in the library, and fetch the rest at full speed.
+
+        Raises the error that prevented it.
+        """
         if self.arrival is not None:
             self._told.set()
             self.arrival.release(EVERYTHING, rate=0.0)
@@ -308,7 +311,10 @@ class Remote:
     # Verifying what CRIU reads
 
     def _verify_start(self) -> None:
-        """Verify every file except the page files, each as soon as it has arrived. Large files come first: they have few chunks."""
+        """Verify every file except the page files, each as soon as it has arrived.
+
+        Large files come first: they have few chunks.
+        """
         arrival = self.arrival
         assert arrival is not None
         files = self.snapshot.files

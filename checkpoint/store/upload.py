@@ -1,7 +1,7 @@
-"""Upload an archive's chunks, several at a time, each named by the BLAKE3 of its plain bytes. Also has helpers shared with downloads.
+"""Upload an archive's chunks, several at a time, each named by the BLAKE3 of its plain bytes.
 
-checkpoint.store.archive builds on this module; checkpoint.store.download fetches chunks. Memory use is limited to
-WORKERS * 2 chunks. Every wait is limited by the store's own timeouts.
+Also has helpers shared with downloads. checkpoint.store.archive builds on this module; checkpoint.store.download
+fetches chunks. Memory use is limited to WORKERS * 2 chunks. Every wait is limited by the store's own timeouts.
 """
 
 from __future__ import annotations
@@ -143,7 +143,10 @@ class Push:
         self.files.append((path, digests))
 
     def _put(self, data: bytes | memoryview, digests: list[str], index: int) -> tuple[int, int]:
-        """Store one chunk unless this push has stored it already. Return its plain bytes and the bytes written."""
+        """Store one chunk unless this push has stored it already.
+
+        Return its plain bytes and the bytes written.
+        """
         from lazyfs.content.chunk_store import digest_of, zero_digest
         from lazyfs.stores.retry import RetryPolicy, retrying
 
@@ -179,8 +182,10 @@ class Push:
             self.progress(Progress(self.total, self.done, self.stored))
 
     def finish(self, listing: Listing, kind: str, name: str, modes: Mapping[str, int], times: bool) -> Pushed:
-        """Write the archive's manifest and set its name. `modes`: of the archive's files. `times`: whether to record
-        modification times."""
+        """Write the archive's manifest and set its name.
+
+        `modes`: of the archive's files. `times`: whether to record modification times.
+        """
         from lazyfs.content.manifest import VERSION, Directory, File, Manifest, Symlink
 
         meta = {
@@ -209,9 +214,10 @@ class Push:
 
 
 def by_holes(path: Path, size: int) -> list[int]:
-    """Return the chunk lengths of a file of `size` bytes. Holes become separate chunks, which are neither stored nor fetched.
+    """Return the chunk lengths of a file of `size` bytes.
 
-    A restore waits for all of shared memory, and engines write a few pages of hundreds of megabytes. Raises OSError.
+    Holes become separate chunks, which are neither stored nor fetched. A restore waits for all of shared memory, and
+    engines write a few pages of hundreds of megabytes. Raises OSError.
     """
     from lazyfs.content.chunking import MAX_CHUNK
 

@@ -1,6 +1,6 @@
 """The second copier: a thread that places large extents of the working set on another core.
 
-Meanwhile the daemon's thread serves faults and small extents. It cannot corrupt memory that the daemon's one thread
+Meanwhile the daemon's thread serves faults and small extents. The second copier cannot corrupt memory that this thread
 guards (see fault_handler). It places an extent only while it holds the space's `placing` lock, and the daemon reads a
 space's events only while it holds that lock. So no event is read between this thread's check of `changed` and the
 kernel's answer. Once an event that changes a mapping was read, `changed` is set and this thread skips the space. It

@@ -1,4 +1,4 @@
-"""`quickthaw plan FILE`, `quickthaw plan simulate FILE --trace CSV`, `quickthaw plan generate CSV`."""
+"""The commands `quickthaw plan FILE`, `quickthaw plan simulate FILE --trace CSV` and `quickthaw plan generate CSV`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from capacity.errors import CapacityError, InfeasibleError, InputError
 
 
 class PlanGroup(click.Group):
-    """A group whose first word may be a file instead of a subcommand; then `solve` is meant."""
+    """A click group that runs `solve` if the first word is a file instead of a subcommand."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if args and args[0] not in self.commands and args[0] not in ("--help", "-h"):
@@ -30,10 +30,10 @@ class PlanGroup(click.Group):
 
 
 class Number(click.FloatRange):
-    """A range of numbers without NaN, which every comparison lets through, and without infinity."""
+    """A FloatRange that also rejects infinity and NaN, which passes every comparison."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """The number. Fails as click does."""
+        """Return the number. Fails as click does."""
         number = float(super().convert(value, param, ctx))
         if not math.isfinite(number):
             self.fail(f"{value} is not a finite number.", param, ctx)
@@ -41,21 +41,23 @@ class Number(click.FloatRange):
 
 
 def option(*names: str, **attributes: Any) -> Callable[[Any], Any]:
-    """A click option that QUICKTHAW_PLAN_… sets too."""
+    """Define a click option that a QUICKTHAW_PLAN_… variable also sets."""
     word = next(name for name in names if name.startswith("--")).split("/")[0]
     variable = "QUICKTHAW_PLAN_" + word.removeprefix("--").upper().replace("-", "_")
     return click.option(*names, envvar=variable, show_envvar=True, **attributes)
 
 
 def _console() -> Console:
-    """Tables keep their columns apart in a pipe, too."""
+    """Return a console; width 130 if standard output is not a terminal, so that table columns stay apart in a pipe."""
     console = Console()
     return console if console.is_terminal else Console(width=130)
 
 
 def fail(error: CapacityError, *, file: Path | None = None, as_json: bool = False) -> NoReturn:
-    """One line on standard error, a few where there is no plan, and the exit code of its kind. As JSON on standard output, too,
-    where JSON was asked for."""
+    """Report an error on standard error and exit with its exit code.
+
+    One line, or several if there is no plan. If `as_json`, also prints the error as JSON on standard output.
+    """
     if isinstance(error, InfeasibleError) and error.conflict.constraints:
         first, *rest = error.lines()
         click.echo(f"quickthaw plan: {f'{file}: ' if file else ''}{first} [{error.code}]", err=True)
@@ -163,7 +165,7 @@ def solve_command(
 
 
 def _cold(problem: Any, exact: bool, thorough: bool, limit: float) -> Any:
-    """The same plan with cold lead times; None when they leave no feasible plan, which the report says."""
+    """Return the same plan with cold lead times; None if they leave no feasible plan, which the report states."""
     from capacity.optimize.plan import solve
 
     try:
@@ -183,7 +185,7 @@ def _watch(
     exact: bool,
     limit: float,
 ) -> int:
-    """Plan until a signal or for `rounds`; the exit code of the last round."""
+    """Plan until a signal or for `rounds` rounds; return the exit code of the last round."""
     from capacity.actions.watch import loop
     from capacity.inputs.load import load
 

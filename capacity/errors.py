@@ -1,9 +1,9 @@
-"""The errors of the capacity layer, by kind of failure, each with a stable code and a message of one line.
+"""Exceptions of the capacity package, each with a stable code and a one-line message.
 
 CapacityError
- ├─ InputError        the plan file, a trace or a lead-time file says something that cannot be meant
- ├─ InfeasibleError   no plan satisfies every constraint; carries the conflict and the nearest change
- └─ SolverError       HiGHS gave up (time limit, numerical trouble), or an emitted plan failed the independent check
+ ├─ InputError        invalid input in the plan file, a trace or a lead-time file
+ ├─ InfeasibleError   no plan satisfies every constraint; has the conflict and the nearest feasible change
+ └─ SolverError       HiGHS gave up (time limit, numerical trouble), or a plan failed the independent check
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 
 class CapacityError(Exception):
-    """Base of all; `code` is kebab-case and does not change between versions."""
+    """Base class; `code` is kebab-case and does not change between versions."""
 
     exit_code = 1
 
@@ -26,7 +26,7 @@ class CapacityError(Exception):
 
 
 class InputError(CapacityError):
-    """Names the file, the line (1-based, None where there is none) and the field."""
+    """Invalid input. Names the file, the line (1-based, None if unknown) and the field."""
 
     exit_code = 2
 
@@ -40,8 +40,10 @@ class InputError(CapacityError):
 
 @dataclass(frozen=True)
 class Change:
-    """One move of the nearest feasible change: set `what` from `now` to `needed`. `step`, from 1, is the one that asks for most of
-    it; None where there is one step only."""
+    """One part of the nearest feasible change: set `what` from `now` to `needed`.
+
+    `step`, from 1, is the step that needs the most of it; None if there is only one step.
+    """
 
     what: str
     now: float
@@ -56,7 +58,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Conflict:
-    """Constraints that cannot hold together (none can be left out), and the cheapest way to make them hold."""
+    """An irreducible set of constraints that cannot hold together, and the cheapest change that makes them hold."""
 
     constraints: tuple[str, ...]
     smallest: bool
@@ -64,7 +66,7 @@ class Conflict:
 
 
 class InfeasibleError(CapacityError):
-    """No plan exists."""
+    """No plan satisfies every constraint."""
 
     def __init__(self, conflict: Conflict) -> None:
         cause = "; ".join(conflict.constraints) or "the constraints contradict each other"
@@ -75,7 +77,7 @@ class InfeasibleError(CapacityError):
         self.conflict = conflict
 
     def lines(self) -> list[str]:
-        """The same for people, a constraint a line."""
+        """Return the message as lines for people, one constraint per line."""
         found = ["no plan is possible: these cannot hold together"]
         if not self.conflict.smallest:
             found = ["no plan is possible: these cannot hold together (there may be fewer: time ran out)"]

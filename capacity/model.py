@@ -1,7 +1,7 @@
-"""What a plan is made from: pools, services, quotas, demand and policy, as immutable values.
+"""Inputs of a plan as immutable values: pools, services, quotas, demand and policy.
 
-Units everywhere: seconds, GiB, dollars an instance-hour, requests (or tokens) a second, fractions. `load.py` makes these
-from a file and names lines; code that makes them by hand goes through the same checks in `Problem.__post_init__`.
+Units: seconds, GiB, dollars per instance-hour, requests (or tokens) per second, fractions. `inputs/load.py` creates these
+values from a file and names lines in errors; `Problem.__post_init__` checks values created in code the same way.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ KINDS: tuple[Kind, Kind] = ("cold", "restored")
 
 @dataclass(frozen=True)
 class Pool:
-    """Instances of one type in one zone. `supply` bounds how many can be started in a step; None is unknown.
+    """Instances of one type in one zone.
 
-    `labelled`: which of instance, region and zone are known to be what nodes are labelled with, and not filled in from another field.
+    `supply`: maximum number of instances that can be started in a step; None is unknown. `labelled`: which of instance,
+    region and zone are known to be node labels, not filled in from another field.
     """
 
     name: str
@@ -45,7 +46,10 @@ class Pool:
     labelled: frozenset[str] = frozenset({"instance", "region", "zone"})
 
     def start_bound(self, first: bool) -> float:
-        """Most instances that can be started in a step; what was refused in the last step bounds the first only."""
+        """Return the maximum number of instances that can be started in a step.
+
+        A refusal in the last step bounds only the first step.
+        """
         bound = math.inf if self.supply is None else float(self.supply)
         if first and self.refused is not None and self.refused[1] < self.refused[0]:
             bound = min(bound, float(self.refused[1]))
@@ -54,7 +58,7 @@ class Pool:
 
 @dataclass(frozen=True)
 class Service:
-    """One model behind one endpoint. `rates` maps a GPU type to what one replica serves a second; "*" is any type."""
+    """One model behind one endpoint. `rates` maps a GPU type ("*": any type) to the units per second that a replica serves."""
 
     name: str
     gpus: int
@@ -74,7 +78,7 @@ class Service:
         return self.rates.get(gpu, self.rates.get("*"))
 
     def fits(self, pool: Pool) -> bool:
-        """Whether a replica can run there (memory a GPU, region, a known rate)."""
+        """Return whether a replica can run in the pool (memory per GPU, region, a known rate)."""
         return (
             self.memory <= pool.memory
             and (self.regions is None or pool.region in self.regions)
@@ -87,7 +91,7 @@ class Service:
 
 @dataclass(frozen=True)
 class Quota:
-    """GPUs of one type that may be held over several pools; region None is everywhere."""
+    """Maximum number of GPUs of one type held over several pools; region None means all regions."""
 
     name: str
     gpu: str
@@ -100,13 +104,13 @@ class Quota:
 
 @dataclass(frozen=True)
 class Forecast:
-    """Demand of one service, units a second: `levels` ascending in (0, 1), `values[level][step]`."""
+    """Demand of one service in units per second: `levels` ascending in (0, 1), `values[level][step]`."""
 
     levels: tuple[float, ...]
     values: tuple[tuple[float, ...], ...]
 
     def at(self, level: float) -> Floats:
-        """The value at a level, interpolated between the two nearest given; outside them the nearest given holds."""
+        """Return the value at a level, interpolated between the two nearest given levels, clamped outside them."""
         table = np.asarray(self.values, dtype=np.float64)
         above = int(np.searchsorted(self.levels, level))
         if above == 0 or above == len(self.levels):
@@ -120,10 +124,10 @@ class Forecast:
 
 @dataclass(frozen=True)
 class History:
-    """Rates seen in the past on a common grid: `rates[service, bin]`, units a second; what growth is learned from.
+    """Past rates on a common grid, from which growth is learned: `rates[service, bin]`, units per second.
 
-    `levels` is what each moment would have been planned for (the rates themselves if None): growth is counted from there.
-    `nearest`: the share of past moments, those whose level was nearest to the last one, that count; 1.0 is all.
+    `levels`: the demand that each moment would have been planned for (None: the rates themselves); growth is counted from
+    there. `nearest`: the share of past moments that count, those with the level nearest to the last one; 1.0 is all.
     """
 
     bin_seconds: float
@@ -134,7 +138,7 @@ class History:
 
 @dataclass(frozen=True)
 class Demand:
-    """`quantile` is the level to be served without a wait."""
+    """Forecasts per service. `quantile` is the demand level to be served without a wait."""
 
     quantile: float
     forecasts: dict[str, Forecast]
@@ -147,7 +151,7 @@ class Demand:
 
 @dataclass(frozen=True)
 class Share:
-    """Least and most of all GPUs held that may lie in a region."""
+    """Minimum and maximum share of all held GPUs that a region may have."""
 
     least: float = 0.0
     most: float = 1.0
@@ -155,8 +159,11 @@ class Share:
 
 @dataclass(frozen=True)
 class Hysteresis:
-    """`band`: demand within this of what was last planned for counts as unchanged. `saving`: a change that only saves
-    must save this share of the cost. `hold_down`: seconds a lower need must last before anything is stopped."""
+    """Damping of plan changes.
+
+    `band`: demand within this fraction of the last planned demand counts as unchanged. `saving`: a change that only saves
+    money must save this share of the cost. `hold_down`: seconds that a lower need must last before instances are stopped.
+    """
 
     band: float = 0.05
     saving: float = 0.02
@@ -165,7 +172,7 @@ class Hysteresis:
 
 @dataclass(frozen=True)
 class Policy:
-    """`switching_cost` is in hours of an instance's own price, so that plans do not depend on the currency."""
+    """Planning policy. `switching_cost` is in hours of an instance's own price, so plans do not depend on the currency."""
 
     headroom: float = 0.1
     region_mix: dict[str, Share] = field(default_factory=dict)
@@ -180,7 +187,7 @@ class Policy:
 
 @dataclass(frozen=True)
 class Problem:
-    """Everything a plan needs. Raises InputError when names clash or nothing fits."""
+    """All inputs of a plan. Raises InputError if names clash or a service fits no pool."""
 
     pools: tuple[Pool, ...]
     services: tuple[Service, ...]
@@ -215,7 +222,7 @@ class Problem:
             raise InputError("empty", "the forecast has no step", file=self.source, where="demand")
 
     def _check_numbers(self) -> None:
-        """Raises InputError for a NaN, an infinity or a negative number, which no comparison in a solver would refuse."""
+        """Raise InputError for NaN, infinity or a negative number, which no comparison in a solver would reject."""
         for pool in self.pools:
             for field_name, values in (
                 ("price", (pool.price,)),
@@ -241,9 +248,12 @@ class Problem:
 
 @lru_cache(maxsize=4096)
 def slot(gpus: int, instance_gpus: int) -> int:
-    """GPUs that a replica of `gpus` takes on an instance: whole instances when it needs more than one, else the next size
-    up in a chain of divisors of the instance (8, 4, 2, 1). Since each size divides the next, any set of replicas whose
-    slots sum to no more than the GPUs held can be packed, so no bin packing is left to do."""
+    """Return the GPUs that a replica of `gpus` GPUs takes on an instance.
+
+    A replica larger than an instance takes whole instances. Otherwise the result is the next size up in a chain of divisors
+    of the instance (8, 4, 2, 1). Since each size divides the next, any set of replicas whose slots sum to at most the held
+    GPUs can be packed, so no bin packing is needed.
+    """
     if gpus >= instance_gpus:
         return -(-gpus // instance_gpus) * instance_gpus
     size = instance_gpus
@@ -255,6 +265,6 @@ def slot(gpus: int, instance_gpus: int) -> int:
 
 
 def quantile(samples: tuple[float, ...], level: float) -> float:
-    """Order statistic at or above `level` ("higher" rule: never optimistic on few samples)."""
+    """Return the order statistic at or above `level` ("higher" rule: never optimistic with few samples)."""
     ordered = sorted(samples)
     return ordered[min(len(ordered) - 1, max(0, math.ceil(level * len(ordered)) - 1))]

@@ -1,4 +1,4 @@
-"""A plan as JSON and as tables for people."""
+"""Render a plan or a simulation as JSON and as tables."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from capacity.simulation.simulate import Result
 
 
 def delta(plan: Plan) -> list[dict[str, Any]]:
-    """What to do now, in order: every start, then every stop."""
+    """Return the actions to take now: all starts, then all stops."""
     actions: list[dict[str, Any]] = []
     for word, counts in (("start", plan.starts[0]), ("stop", plan.stops[0])):
         for i, pool in enumerate(plan.problem.pools):
@@ -27,7 +27,7 @@ def delta(plan: Plan) -> list[dict[str, Any]]:
 
 
 def to_json(plan: Plan, other: Plan | None = None) -> dict[str, Any]:
-    """The plan as plain values. `other` is the same problem with the other lead times."""
+    """Return the plan as plain values. `other` is the plan of the same problem with the other lead times."""
     problem = plan.problem
     steps = []
     for t in range(len(plan.instances)):
@@ -85,8 +85,11 @@ def _mean_idle(plan: Plan) -> float:
 
 
 def _gap(plan: Plan) -> float:
-    """Of the rounding over the integer program where that was solved to the end, else over the bound that is proven: then it is at
-    most this."""
+    """Return the relative gap of the rounding.
+
+    Over the integer program's optimum if that was proven, else over the proven lower bound, which makes it an upper bound
+    of the gap.
+    """
     return round(plan.rounded_cost / plan.bound - 1, 6) if plan.bound > 0 else 0.0
 
 
@@ -143,7 +146,7 @@ def print_plan(console: Console, plan: Plan, other: Plan | None, *, explain: boo
 
 
 def _solved(plan: Plan) -> str:
-    """How good the plan is known to be."""
+    """Describe the proven quality of the plan."""
     steps, took = len(plan.instances), duration_text(plan.seconds)
     over = f"over {steps} step{'s' if steps > 1 else ''}"
     if plan.exact_cost is None:
@@ -181,7 +184,7 @@ def _explain(console: Console, plan: Plan) -> None:
 
 
 def error_json(error: CapacityError) -> dict[str, Any]:
-    """An error as plain values; for one of no plan the conflict and the nearest change."""
+    """Return an error as plain values; an InfeasibleError with its conflict and nearest change."""
     found: dict[str, Any] = {"error": error.code, "message": error.message}
     if isinstance(error, InfeasibleError):
         found["conflict"] = list(error.conflict.constraints)
@@ -191,7 +194,7 @@ def error_json(error: CapacityError) -> dict[str, Any]:
 
 
 def print_round(outcome: Decision | CapacityError, *, as_json: bool) -> None:
-    """One line a round of --watch."""
+    """Print one line per round of --watch."""
     if isinstance(outcome, CapacityError):
         if as_json:
             click.echo(json.dumps(error_json(outcome)))

@@ -1,11 +1,11 @@
-"""What must be covered, before any solver is asked: serving rate, hot spares and pooled idle GPUs, from demand and lead times.
+"""Compute the requirements of a plan before solving: serving rate, hot spares and pooled idle GPUs, from demand and lead times.
 
-For service s with lead time L (a quantile of its samples), target wait W and boot time B of the slowest pool it fits:
-- growth within (L - W) cannot wait for a replica to start: it is covered by replicas already running ("hot", not poolable);
-- growth within (B + L - W) can be covered by an idle GPU on which any service may start: pooled over services. Replicas
-  that run beyond what is planned (hot spares, and what whole numbers leave over) relieve the pool by no more than their own
-  service adds to it.
-A restored lead time below W leaves no hot spare at all: that is what restoring is worth. docs/capacity.md has the equations.
+For a service s with lead time L (a quantile of its samples), target wait W, and boot time B of the slowest pool it fits:
+- Growth within (L - W) happens before a new replica can start: replicas that already run ("hot", not poolable) cover it.
+- Growth within (B + L - W) can be covered by an idle GPU on which any service may start: pooled over services. Replicas
+  that run beyond the plan (hot spares, and the surplus of rounding up) relieve the pool by at most what their own service
+  adds to it.
+A restored lead time below W needs no hot spare at all: this is the benefit of restoring. docs/capacity.md has the equations.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ import numpy.typing as npt
 from capacity.model import Floats, History, Kind, Problem, quantile, slot
 
 MAX_GROUPS = 128
-FEWEST = 40  # past moments that are too few to choose among
+FEWEST = 40  # with fewer past moments than this, use all of them
 PoolKind = tuple[str, float, str, int]
 
 
 @dataclass(frozen=True)
 class Group:
-    """Services whose growth is covered together by idle blocks of at least `size` GPUs a replica.
+    """Services whose growth is covered together by idle blocks of at least `size` GPUs per replica.
 
-    `relief[service]`: normalised GPUs that one unit a second of that service's own surplus is worth, up to `Need.cap`.
-    `weights[place]` is (slot size there, normalised GPUs that one GPU of such a block is worth); `required[step]` is in
-    normalised GPUs: GPUs of each service's own fastest place. Places are numbered as in `Need.place`.
+    `relief[service]`: normalised GPUs per unit per second of that service's own surplus, up to `Need.cap`.
+    `weights[place]`: (slot size there, normalised GPUs per GPU of such a block). `required[step]`: normalised GPUs, i.e.
+    GPUs of each service's own fastest place. Places are numbered as in `Need.place`.
     """
 
     name: str
@@ -42,26 +42,26 @@ class Group:
 
 @dataclass(frozen=True)
 class Need:
-    """Arrays are [service, step] in units a second unless said otherwise."""
+    """The requirements of a problem. Arrays are [service, step] in units per second unless noted otherwise."""
 
     kind: Kind
     lead: Floats  # [service] seconds
     boot: Floats  # [pool] seconds
-    loss: Floats  # [pool] share of its price that interruptions cost on top
-    rate: Floats  # [pool, service] what a replica serves; 0 where it does not fit
+    loss: Floats  # [pool] extra cost of interruptions, as a share of the price
+    rate: Floats  # [pool, service] rate of a replica; 0 if it does not fit
     median: Floats
     base: Floats  # quantile and headroom
     target: Floats  # base and hot spare
     hot: Floats
-    cap: Floats  # most surplus that counts as spare: what the service's own demand can grow by
+    cap: Floats  # maximum surplus that counts as spare: the growth of the service's own demand
     groups: tuple[Group, ...]
-    place: tuple[int, ...]  # [pool] number of its place: pools alike but for the zone share one
+    place: tuple[int, ...]  # [pool] number of its place: pools that differ only in zone share one
 
 
 def growth_samples(history: History, service: int, window: float) -> Floats:
-    """max over (t, t + window] of the rate, less the level at t, at every past moment t whose window has passed.
+    """Return, for every past moment t, the maximum rate over (t, t + window] minus the level at t, at least 0.
 
-    A window shorter than a bin takes its share of what one bin shows; no window, or no past, is no growth.
+    A window shorter than a bin takes its share of one bin's growth. No window, or no past, gives zeros.
     """
     rates = history.rates[service]
     levels = rates if history.levels is None else history.levels[service]
@@ -70,7 +70,7 @@ def growth_samples(history: History, service: int, window: float) -> Floats:
     width = max(1, int(np.ceil(window / history.bin_seconds - 1e-9)))
     width = min(width, rates.size - 1)
     peak = np.lib.stride_tricks.sliding_window_view(rates[1:], width).max(axis=1)
-    # The last moments have seen only part of their window; they count with what they have seen.
+    # The last moments have seen only part of their window; count the part they have seen.
     tail = np.maximum.accumulate(rates[::-1])[: width - 1][::-1]
     share = min(1.0, window / history.bin_seconds)
     grown: Floats = np.maximum(0.0, np.concatenate([peak, tail]) - levels[:-1]) * share
@@ -78,7 +78,7 @@ def growth_samples(history: History, service: int, window: float) -> Floats:
 
 
 def _alike(history: History, members: tuple[int, ...], per_unit: Floats) -> npt.NDArray[np.int64] | None:
-    """The past moments whose level was nearest to now; None is all."""
+    """Return the indices of past moments whose level was nearest to the last one; None means all."""
     count = history.rates.shape[1] - 1
     wanted = max(FEWEST, int(history.nearest * count))
     if history.nearest >= 1.0 or wanted >= count:
@@ -90,7 +90,7 @@ def _alike(history: History, members: tuple[int, ...], per_unit: Floats) -> npt.
 
 
 def _spread(problem: Problem) -> tuple[Floats, Floats]:
-    """Standard deviation and upward trend to the next step, [service, step], from the forecast's quantiles."""
+    """Return the standard deviation and the upward trend to the next step, [service, step], from the forecast's quantiles."""
     sigma, trend = [], []
     for service in problem.services:
         forecast = problem.demand.forecasts[service.name]
@@ -104,7 +104,7 @@ def _spread(problem: Problem) -> tuple[Floats, Floats]:
 
 
 class Growth:
-    """Answers what demand can grow by, from one problem; the forecasts are read once."""
+    """Estimates demand growth for one problem; reads the forecasts once."""
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
@@ -118,10 +118,10 @@ class Growth:
         return self.seen[key]
 
     def pooled(self, members: tuple[int, ...], windows: Floats, per_unit: Floats) -> tuple[Floats, Floats]:
-        """What the demand of `members` grows by, in normalised GPUs, [step], at the largest target probability among
-        them; and the share of it that each adds to the others, [member, step].
+        """Return the growth of the demand of `members` in normalised GPUs, [step], and each member's contribution, [member, step].
 
-        With a history: the quantile of the sum, taken at the same moments, so correlation is what it was. Without: the
+        The growth is at the largest target probability among the members; a contribution is what a member adds to the
+        others. With a history: the quantile of the sum over the same moments, which preserves correlation. Without: the
         forecast's spread grows with the square root of time (a random walk), pooled with correlation rho, plus the trend.
         """
         problem = self.problem
@@ -158,8 +158,11 @@ class Growth:
 
 
 def _families(reach: list[frozenset[PoolKind]]) -> list[frozenset[PoolKind]]:
-    """The sets of places for which a Hall condition is written: what each service can use, closed under union of sets that
-    overlap (disjoint unions follow by subadditivity), the smallest first, at most MAX_GROUPS."""
+    """Return the sets of places for which a Hall condition is written, smallest first, at most MAX_GROUPS.
+
+    These are the places that each service can use, closed under union of overlapping sets (disjoint unions follow by
+    subadditivity).
+    """
     found = list(dict.fromkeys(sorted(set(reach), key=lambda r: (len(r), sorted(map(repr, r))))))
     queue = list(found)
     seen = set(found)
@@ -176,7 +179,7 @@ def _families(reach: list[frozenset[PoolKind]]) -> list[frozenset[PoolKind]]:
 
 
 def compute(problem: Problem, kind: Kind) -> Need:
-    """The requirement of a problem with cold or with restored lead times."""
+    """Compute the requirements of a problem with cold or restored lead times."""
     policy, demand, steps = problem.policy, problem.demand, problem.demand.steps
     pools, services = problem.pools, problem.services
     lead = np.array([quantile(s.lead_samples(kind), policy.lead_quantile) for s in services])
@@ -184,7 +187,7 @@ def compute(problem: Problem, kind: Kind) -> Need:
     alike = {(p.gpu, p.memory, p.region): p for p in pools}
     rates = {k: [(s.rate_on(p.gpu) or 0.0) if s.fits(p) else 0.0 for s in services] for k, p in alike.items()}
     rate = np.array([rates[p.gpu, p.memory, p.region] for p in pools])
-    # What an interrupted instance costs again while its replacement boots and its slowest service starts.
+    # Cost of an interrupted instance while its replacement boots and its slowest service starts.
     slowest_lead = np.where(rate > 0, lead, 0.0).max(axis=1)
     loss = np.array([p.interruptions for p in pools]) * (boot + slowest_lead) / 3600
     wait = np.array([s.target_wait for s in services])
@@ -211,7 +214,7 @@ def _groups(
     growth: Growth, place: list[PoolKind], number: dict[PoolKind, int], rate: Floats, cap: Floats, window: Floats
 ) -> tuple[Group, ...]:
     pools, services = growth.problem.pools, growth.problem.services
-    first = [place.index(key) for key in number]  # one pool stands for its place: all else there is equal
+    first = [place.index(key) for key in number]  # one pool represents its place: all other attributes are equal
     width = np.array([[slot(s.gpus, pools[i].gpus) for s in services] for i in first], dtype=np.float64)
     density = rate[first] / width
     best = density.max(axis=0)
@@ -225,7 +228,7 @@ def _groups(
         for size in sorted({services[j].gpus for j in inside}):
             members = tuple(j for j in inside if services[j].gpus >= size)
             if members in seen:
-                continue  # a larger family adds places that none of these can use
+                continue  # a larger family adds only places that none of these services can use
             seen.add(members)
             required, adds = growth.pooled(members, window, per_unit)
             if not np.any(required > 1e-9):

@@ -1,1 +1,1 @@
-"""What follows from a plan: the `--watch` loop, the user's commands, Kubernetes objects."""
+"""Actions on a plan: the `--watch` loop, the user's commands, Kubernetes objects."""

@@ -1,6 +1,7 @@
-"""The user's own commands of `--watch`: one that applies a plan's delta, one that tells what is held.
+"""Run the user's commands of `--watch`: one applies a plan's delta, one reports the held instances.
 
-Both run in a shell, in a process group of their own that ends with them: nothing of a command that timed out goes on starting instances.
+Both run in a shell in their own process group, which is killed on timeout, so that a timed-out command starts no further
+instances.
 """
 
 from __future__ import annotations
@@ -19,13 +20,16 @@ from capacity.errors import CapacityError
 APPLY_LIMIT_S = 600.0
 OBSERVE_LIMIT_S = 60.0
 TERM_LIMIT_S = 5.0
-"""How long a command that timed out may take to end after SIGTERM."""
+"""Seconds that a timed-out command has to exit after SIGTERM."""
 MOST_INSTANCES = 10_000_000
 
 
 @dataclass(frozen=True)
 class Applied:
-    """What a command did, instances a pool; `held`: what it says is held now. `error`: why not all of it was done."""
+    """Result of an apply command, in instances per pool.
+
+    `held`: instances that the command reports as held now. `error`: why it did not do everything.
+    """
 
     granted: dict[str, int]
     stopped: dict[str, int]
@@ -36,9 +40,10 @@ class Applied:
 def apply(starts: Mapping[str, int], stops: Mapping[str, int], command: str, limit: float = APPLY_LIMIT_S) -> Applied:
     """Run `command` with the delta as JSON on its standard input, starts first.
 
-    It may print JSON lines, each `{"granted": {pool: started}, "stopped": {pool: stopped}, "held": {pool: held now}}`, any of the three;
-    a later line replaces an earlier one, so a command that prints as it goes and then fails is not asked for the same again. One that
-    succeeds and prints nothing did all of it; one that fails did what it printed.
+    The command may print JSON lines, each `{"granted": {pool: started}, "stopped": {pool: stopped}, "held": {pool: held
+    now}}`, with any of the three keys. A later line replaces an earlier one, so a command that prints progress and then
+    fails is not asked for the same again. A command that succeeds without output did everything; one that fails did what it
+    printed.
     """
     delta = [{"action": "start", "pool": pool, "count": n} for pool, n in starts.items()]
     delta += [{"action": "stop", "pool": pool, "count": n} for pool, n in stops.items()]
@@ -49,7 +54,7 @@ def apply(starts: Mapping[str, int], stops: Mapping[str, int], command: str, lim
     counts: dict[str, dict[str, int]] = {}
     for word, asked in (("granted", starts), ("stopped", stops)):
         if word not in said:
-            # Stops need no answer of their own where the command answered at all and succeeded.
+            # Stops need no answer of their own if the command answered at all and succeeded.
             counts[word] = dict(asked) if failure is None and not problem and (word == "stopped" or not said) else {}
             continue
         counts[word], wrong = _within(word, said[word], asked, complete=failure is None)
@@ -64,7 +69,10 @@ def apply(starts: Mapping[str, int], stops: Mapping[str, int], command: str, lim
 
 
 def observe(command: str, limit: float = OBSERVE_LIMIT_S) -> dict[str, int]:
-    """What `command` says is held: it prints `{"held": {pool: instances}}`. Raises CapacityError when it fails or says something else."""
+    """Run `command` and return the held instances that it prints as `{"held": {pool: instances}}`.
+
+    Raises CapacityError if it fails, times out or prints anything else.
+    """
     code, out, last = _run(command, "", limit)
     failure = _failure("observe", code, last, limit)
     if failure is not None:
@@ -77,7 +85,10 @@ def observe(command: str, limit: float = OBSERVE_LIMIT_S) -> dict[str, int]:
 
 
 def _run(command: str, text: str, limit: float) -> tuple[int | None, str, str]:
-    """Exit code (None: timed out), standard output, last line of standard error. The whole process group has ended when this returns."""
+    """Return exit code (None: timed out), standard output, and the last line of standard error.
+
+    Kills the process group on a timeout.
+    """
     process = subprocess.Popen(
         command,
         shell=True,  # the user's own command, as in a shell
@@ -120,7 +131,10 @@ def _failure(which: str, code: int | None, last: str, limit: float) -> CapacityE
 
 
 def _answers(out: str) -> tuple[dict[str, Any], str]:
-    """The keys of every JSON line, later ones first; and what was wrong with a line, if any. One JSON document counts too."""
+    """Merge the keys of all JSON lines, later lines first; also return the error of a malformed line, if any.
+
+    A single JSON document over several lines is accepted too.
+    """
     said: dict[str, Any] = {}
     try:
         documents = [json.loads(out)] if out.strip() else []
@@ -141,7 +155,10 @@ def _answers(out: str) -> tuple[dict[str, Any], str]:
 
 
 def _within(word: str, said: object, asked: Mapping[str, int], *, complete: bool) -> tuple[dict[str, int], list[str]]:
-    """Counts of known pools, none over what was asked; and every entry that is wrong. `complete`: each pool asked for must be named."""
+    """Return the counts of known pools, capped at the requested counts, and all errors.
+
+    `complete`: each requested pool must be named.
+    """
     if not isinstance(said, dict):
         return {}, [f"{word} is not a mapping of pools to counts"]
     counts: dict[str, int] = {}

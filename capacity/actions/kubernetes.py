@@ -1,10 +1,10 @@
-"""The idle buffer as Kubernetes objects, in two ways of which a cluster needs one.
+"""Render the idle buffer as Kubernetes objects, in two ways of which a cluster needs one.
 
-- `pause-pods`: Deployments of pods that do nothing, at a priority below every other, so that a real replica takes their GPUs at
+- `pause-pods`: Deployments of pods that do nothing, at a priority below all others, so that a real replica preempts them at
   once; with the PriorityClass they need. Works on any cluster.
-- `capacity-buffer`: CapacityBuffer objects (autoscaling.x-k8s.io/v1beta1, published with the cluster autoscaler and Karpenter),
-  each with its PodTemplate. Nothing runs; the autoscaler keeps room.
-Every object carries the label `quickthaw.dev/idle-by` with one of these, for `kubectl apply -l`.
+- `capacity-buffer`: CapacityBuffer objects (autoscaling.x-k8s.io/v1beta1, published with the cluster autoscaler and
+  Karpenter), each with its PodTemplate. No pod runs; the autoscaler keeps the capacity.
+Every object has the label `quickthaw.dev/idle-by` with one of these values, for `kubectl apply -l`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _LABEL_VALUE = re.compile(r"[A-Za-z0-9](?:[-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
 
 
 def name(pool: str, gpus: int) -> str:
-    """A DNS label of at most 63 characters. What a label cannot hold is replaced, and a digest keeps such names apart."""
+    """Return a DNS label of at most 63 characters. Invalid characters are replaced; a digest keeps such names distinct."""
     clean = re.sub(r"[^a-z0-9-]+", "-", pool.lower()).strip("-") or "pool"
     if clean != pool or len(clean) > 45:
         clean = f"{clean[:38].strip('-')}-{hashlib.sha256(pool.encode()).hexdigest()[:6]}"
@@ -36,7 +36,7 @@ def name(pool: str, gpus: int) -> str:
 
 
 def _selector(pool: Pool) -> dict[str, str]:
-    """The labels by which nodes of a pool are known: of those that the file names. Raises InputError for what cannot be one."""
+    """Return the node labels of a pool, of those that the file names. Raises InputError for an invalid label value."""
     found: dict[str, str] = {}
     for field, label in (
         ("instance", "node.kubernetes.io/instance-type"),
@@ -57,7 +57,7 @@ def _selector(pool: Pool) -> dict[str, str]:
 
 
 def _apart(pools: tuple[Pool, ...]) -> None:
-    """Raises InputError for two pools whose pods would go to the same nodes."""
+    """Raise InputError if the pods of two pools would be scheduled to the same nodes."""
     seen: dict[tuple[tuple[str, str], ...], str] = {}
     for pool in pools:
         labels = tuple(sorted(_selector(pool).items()))
@@ -72,7 +72,7 @@ def _apart(pools: tuple[Pool, ...]) -> None:
 
 
 class _Plain(yaml.SafeDumper):
-    """Without anchors: people read and edit manifests."""
+    """A YAML dumper without anchors, because people read and edit the manifests."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -81,8 +81,11 @@ class _Plain(yaml.SafeDumper):
 def objects(
     plan: Plan, *, namespace: str = "default", way: str | None = None, pause_image: str
 ) -> list[dict[str, Any]]:
-    """Objects for the idle blocks of the plan's first step; `way` limits them to one of WAYS. Pools that hold none get zero
-    replicas, so that applying a new plan takes the old buffer away. Raises InputError where two pools' nodes have the same labels."""
+    """Return the objects for the idle blocks of the plan's first step; `way` limits them to one of WAYS.
+
+    Pools without idle blocks get zero replicas, so that applying a new plan removes the old buffer. Raises InputError if
+    the nodes of two pools have the same labels.
+    """
     found: list[dict[str, Any]] = []
     sizes = _sizes(plan)
     _apart(plan.problem.pools)
@@ -107,7 +110,7 @@ def objects(
 
 
 def _sizes(plan: Plan) -> dict[tuple[int, int], int]:
-    """(pool, GPUs a pod) -> pods; a block of several instances is one pod an instance."""
+    """Return (pool, GPUs per pod) -> pods; a block of several instances becomes one pod per instance."""
     found = dict.fromkeys(sorted(plan.block_sizes), 0)
     found.update(plan.blocks[0])
     pods: dict[tuple[int, int], int] = {}
@@ -186,7 +189,7 @@ def _buffer(pool: Pool, gpus: int, count: int, namespace: str, image: str) -> li
 
 
 def manifest(plan: Plan, *, namespace: str, way: str | None, pause_image: str) -> str:
-    """The objects as a YAML stream, with how to apply it on top."""
+    """Return the objects as a YAML stream, with instructions to apply it on top."""
     head = (
         "# Idle GPUs of a quickthaw plan, in two ways. Apply one of them; both together hold twice as many:\n"
         f"#   kubectl apply -l {LABEL}=pause-pods -f FILE\n"

@@ -1,14 +1,14 @@
-"""`--watch`: plan again on an interval, and let through only what hysteresis lets through.
+"""The `--watch` loop: plan on an interval and apply only changes that pass hysteresis.
 
-Three gates, in this order, so that a plan neither oscillates nor scales down before up:
-1. band: demand within `hysteresis.band` of what was last planned for counts as unchanged;
-2. saving: when what is held keeps every constraint, a change must save more than `hysteresis.saving` of the cost;
-3. hold_down: a stop must have been wanted for that long; starts pass at once, and come before stops.
+Three gates, in this order, prevent oscillation and scaling down before up:
+1. band: demand within `hysteresis.band` of the last planned demand counts as unchanged.
+2. saving: if the held instances satisfy every constraint, a change must save more than `hysteresis.saving` of the cost.
+3. hold_down: a stop must have been wanted for that long. Starts pass at once and come before stops.
 
-The loop is closed on what is observed: what `--observe` or the apply command says is held, else the file's `held` where it has changed,
-else what was granted. What a provider refused bounds the next plan, unless that leaves none: then it is asked for again. Where no plan
-satisfies every constraint, as much of the demand is planned for as they allow (capacity/optimize/best_effort.py), and nothing is stopped.
-The state is one small JSON file.
+The loop is closed on the observed state: the held instances that `--observe` or the apply command reports, else the file's
+`held` where it has changed, else the granted instances. A provider's refusal bounds the next plan, unless no feasible plan
+is left: then the instances are requested again. If no plan satisfies every constraint, as much of the demand is planned for
+as they allow (capacity/optimize/best_effort.py), and nothing is stopped. The state is one small JSON file.
 """
 
 from __future__ import annotations
@@ -34,13 +34,16 @@ from capacity.optimize.best_effort import best_effort
 from capacity.optimize.plan import Plan
 
 SHORT_EXIT = 1
-"""Exit code after a last round in which no plan satisfied every constraint."""
+"""Exit code if no plan satisfied every constraint in the last round."""
 
 
 @dataclass
 class State:
-    """What is remembered between plans. `planned`: demand at its quantiles, a service; `down_since`: a pool; `filed`: the file's own
-    `held` when it was last read, a pool."""
+    """State kept between plans.
+
+    `planned`: planned demand at its quantiles, per service. `down_since`: start of a wanted stop, per pool. `filed`: the
+    file's own `held` when last read, per pool.
+    """
 
     held: dict[str, int] = field(default_factory=dict)
     planned: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -50,7 +53,7 @@ class State:
 
     @classmethod
     def read(cls, path: Path) -> State:
-        """Raises InputError when the file is damaged; a missing one is a fresh start."""
+        """Read the state; a missing file gives an empty state. Raises InputError (bad-state) if the file is damaged."""
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
             state = cls(**raw)
@@ -64,7 +67,7 @@ class State:
         return state
 
     def write(self, path: Path) -> None:
-        """Raises CapacityError, `state-not-written`, where the disk refuses it."""
+        """Write the state atomically. Raises CapacityError (state-not-written) if the disk refuses."""
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
@@ -83,8 +86,11 @@ class State:
             ) from bad
 
     def observe(self, problem: Problem, seen: dict[str, int] | None) -> None:
-        """Take over what is held: `seen` (pools it leaves out hold none), else the file's `held` of pools where it has changed since it
-        was last read. Pools that the file no longer names are forgotten. Raises CapacityError where `seen` names another pool."""
+        """Update the held instances from `seen`, in which missing pools hold none, or from the file.
+
+        Without `seen`, takes the file's `held` of pools where it has changed since the last read. Forgets pools that the
+        file no longer names. Raises CapacityError (observe-answer) if `seen` names an unknown pool.
+        """
         named = {pool.name: pool.held for pool in problem.pools}
         if seen is not None:
             strange = sorted(seen.keys() - named.keys())
@@ -104,9 +110,10 @@ class State:
 
 @dataclass(frozen=True)
 class Decision:
-    """`starts` and `stops` are what passed the gates, instances a pool; `held_back` what did not and why.
+    """Result of one planning round. `starts` and `stops` passed the gates, instances per pool; `held_back` maps pools to
+    the gate that stopped them.
 
-    `served`: where no plan satisfies every constraint (`conflict`), the share of its demand that each service gets.
+    `served`: if no plan satisfies every constraint (`conflict`), the share of its demand that each service gets.
     """
 
     plan: Plan
@@ -122,7 +129,7 @@ class Decision:
 
 
 def banded(problem: Problem, state: State) -> Problem:
-    """The problem with the demand of services that moved within the band put back to what was planned for."""
+    """Return the problem with demand that moved within the band reset to the planned demand."""
     band = problem.policy.hysteresis.band
     forecasts: dict[str, Forecast] = {}
     for name, forecast in problem.demand.forecasts.items():
@@ -139,8 +146,10 @@ def banded(problem: Problem, state: State) -> Problem:
 
 
 def decide(problem: Problem, state: State, now: float, *, exact: bool = False, limit: float = 60.0) -> Decision:
-    """The plan and what of it may be done at `now` (seconds, any clock that does not go back). Changes `state` but for
-    `held`. `limit`: seconds for each solve. Raises InfeasibleError where not even a plan for less demand exists, SolverError."""
+    """Plan, and apply the gates at time `now` (seconds, any monotonic clock). Changes `state`, except `held`.
+
+    `limit`: seconds for each solve. Raises InfeasibleError if not even a plan for less demand exists, SolverError.
+    """
     pools = tuple(
         replace(
             pool,
@@ -181,7 +190,7 @@ def decide(problem: Problem, state: State, now: float, *, exact: bool = False, l
 
 
 def _solve(problem: Problem, exact: bool, limit: float) -> tuple[Plan, InfeasibleError | None, dict[str, float]]:
-    """A plan that keeps every constraint; else one that asks again for what was refused; else one for less of the demand, with why."""
+    """Solve; if infeasible, retry without refusals, then for less demand. Returns the plan, the conflict and the served shares."""
     try:
         return planning.solve(problem, exact=exact, limit=limit), None, {}
     except InfeasibleError as bad:
@@ -200,7 +209,7 @@ def _solve(problem: Problem, exact: bool, limit: float) -> tuple[Plan, Infeasibl
 
 
 def _staying(problem: Problem) -> Plan | None:
-    """The plan that starts and stops nothing now, if it keeps every constraint."""
+    """Return the plan that starts and stops nothing now, or None if it violates a constraint."""
     try:
         return planning.solve(problem, stay=True, explained=False)
     except InfeasibleError:
@@ -208,13 +217,16 @@ def _staying(problem: Problem) -> Plan | None:
 
 
 def record(state: State, problem: Problem, decision: Decision, done: Applied) -> None:
-    """What was done becomes what is held; what was refused bounds the next plan. What the command says is held overrides both."""
+    """Update the state with an apply command's result: held instances, and refusals that bound the next plan.
+
+    Reported held instances override computed ones.
+    """
     state.refused = {}
     for pool in problem.pools:
         held = state.held.get(pool.name, pool.held)
         asked, got = decision.starts.get(pool.name, 0), done.granted.get(pool.name, 0)
         state.held[pool.name] = done.held.get(pool.name, max(0, held + got - done.stopped.get(pool.name, 0)))
-        # A command that failed refused nothing: what it did not do is asked for again.
+        # A failed command refused nothing: request again what it did not do.
         if got < asked and done.error is None:
             state.refused[pool.name] = [asked, got]
         if pool.name in done.stopped:
@@ -234,10 +246,10 @@ def loop(
     exact: bool = False,
     limit: float = 60.0,
 ) -> int:
-    """Until `stop` is set, or for `rounds` plans; the exit code of the last round.
+    """Run until `stop` is set, or for `rounds` plans; return the exit code of the last round.
 
-    An error of one round (a file half written, a command that failed) is reported and the next round tries again. Nothing is applied
-    whose outcome could not be written down: the state is written before, too.
+    An error in a round (a partially written file, a failed command) is reported, and the next round tries again. The state
+    is also written before applying, so that nothing is applied whose outcome could not be recorded.
     """
     done = code = 0
     unwritten: State | None = None

@@ -1,1 +1,1 @@
-"""From files to a problem: the YAML document, units, traces, lead times, learned demand."""
+"""Read a problem from files: the YAML document, units, traces, lead times, learned demand."""

@@ -1,6 +1,6 @@
-"""Demand learned from a trace: rates on a grid, a forecast with quantiles from them, and the history growth is read from.
+"""Learn demand from a trace: rates on a grid, a quantile forecast from them, and the history from which growth is read.
 
-Only what lies before the moment of the forecast is used; the trace of a plan file is the past.
+Uses only data before the moment of the forecast; the trace of a plan file is the past.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ LEVELS = (0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
 
 
 def learn(field: Field, services: tuple[Service, ...], level: float, step: float, path: Path) -> Demand:
-    """`trace: {path, service, bin, steps}`; `service` names whose the requests are when the CSV has no Service column."""
+    """Learn demand from `trace: {path, service, bin, steps}`. `service` names the service if the CSV has no Service column.
+
+    Raises InputError.
+    """
     e = field.mapping(("path", "service", "bin", "steps"))
     if "path" not in e:
         raise field.error("missing-field", "path is missing")
@@ -47,7 +50,7 @@ def learn(field: Field, services: tuple[Service, ...], level: float, step: float
 
 
 def from_history(history: History, services: tuple[Service, ...], level: float, step: float, steps: int) -> Demand:
-    """Flat forecast: the quantiles of the rates of the last step's length (or all there is), each averaged over a bin."""
+    """Return a flat forecast: the quantiles of the rates over the last step's length (or all there is), each averaged over a bin."""
     bins = max(1, round(step / history.bin_seconds))
     forecasts: dict[str, Forecast] = {}
     for j, service in enumerate(services):

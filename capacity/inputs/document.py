@@ -1,6 +1,6 @@
-"""A YAML file whose every value knows its line and its name, so that an error can say `plan.yaml:12: pools[1].price: …`.
+"""A YAML document whose values know their line and name, for errors such as `plan.yaml:12: pools[1].price: …`.
 
-Promises: unknown and repeated keys are refused, NaN and infinities are refused, and nothing is guessed from a wrong type.
+Rejects unknown and repeated keys, NaN and infinities, and converts no wrong types.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Field:
         return InputError(code, message, file=self.file, line=self.line, where=self.path)
 
     def mapping(self, known: Iterable[str] | None = None) -> dict[str, Field]:
-        """The entries of a mapping by key. With `known`, any other key is refused."""
+        """Return the entries of a mapping by key. With `known`, any other key raises InputError."""
         if not isinstance(self.node, yaml.MappingNode):
             raise self.error("wrong-type", f"expected a mapping of names to values, found {_kind(self.node)}")
         allowed = None if known is None else set(known)
@@ -56,7 +56,7 @@ class Field:
         return found
 
     def items(self, *, empty: bool = False) -> list[Field]:
-        """The members of a list; an empty one is refused unless `empty`."""
+        """Return the members of a list. An empty list raises InputError unless `empty`."""
         if not isinstance(self.node, yaml.SequenceNode):
             raise self.error("wrong-type", f"expected a list, found {_kind(self.node)}")
         if not self.node.value and not empty:
@@ -104,7 +104,7 @@ class Field:
         return int(value)
 
     def quantity(self, kind: str, low: float = 0.0, high: float = math.inf, *, open_low: bool = False) -> float:
-        """A number in the base unit of `kind` (see units.py), within [low, high]."""
+        """Return a number in the base unit of `kind` (see units.py). Raises InputError outside [low, high]."""
         said = self.scalar()
         try:
             value = parse(said, kind)
@@ -125,7 +125,7 @@ class Field:
         return value
 
     def samples(self, kind: str, low: float = 0.0, high: float = math.inf) -> tuple[float, ...]:
-        """One quantity or a list of them."""
+        """Return one quantity or a list of them, as a tuple."""
         if self.is_list:
             return tuple(item.quantity(kind, low, high) for item in self.items())
         return (self.quantity(kind, low, high),)
@@ -140,7 +140,7 @@ def _kind(node: yaml.Node) -> str:
 
 
 def read(path: Path) -> Field:
-    """The root of a YAML file. Raises InputError (unreadable, too-large, not-yaml, empty)."""
+    """Return the root of a YAML file. Raises InputError (unreadable, too-large, not-yaml, empty)."""
     try:
         if path.stat().st_size > MAX_BYTES:
             raise InputError("too-large", f"over {MAX_BYTES} bytes", file=str(path))
@@ -151,7 +151,7 @@ def read(path: Path) -> Field:
 
 
 def parse_text(text: str, file: str) -> Field:
-    """The root of YAML text; `file` is the name errors use."""
+    """Return the root of YAML text; `file` is the name used in errors. Raises InputError (not-yaml, empty)."""
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as bad:

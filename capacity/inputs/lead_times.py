@@ -1,16 +1,16 @@
-"""Lead-time samples as they were measured: by `quickthaw bench coldstart`, by every launch, and by what a snapshot remembers.
+"""Read measured lead times: from `quickthaw bench coldstart`, from the journal of every launch, and from snapshots.
 
-Told apart by their content:
-- one JSON object `{"engine": …, "cold": {"runs_s": [..]}, "restored": {"runs_s": [..]}}`, as the benchmark prints it;
-- JSON lines, one a start: `{"model": …, "engine": …, "kind": "cold"|"restored", "seconds": 1.2, "at": ISO time}`; this is
-  `$QUICKTHAW_HOME/lead-times.jsonl`, to which every start appends, those of the benchmark too. A line that is cut off at the end (a
-  crash while writing) is left out; any other bad line is an error. Only the newest `NEWEST` starts of a kind count;
-- a snapshot's folder or its manifest.json: `cold_s`, the start that it was taken from;
-- a folder with `lead-times.jsonl` or `snapshots/` in it, such as `$QUICKTHAW_HOME`: the journal, and for models (of an engine) that
-  it has no cold start of, as where snapshots were pulled from elsewhere, what the snapshots remember. The start a snapshot was taken
-  from is in the journal of its own host already, and does not count twice.
-The formats belong to plugin/records/lead_times.py, plugin/bench/cli.py and checkpoint/snapshot/manifest.py, none of which this package may
-import.
+The formats are told apart by their content:
+- One JSON object `{"engine": …, "cold": {"runs_s": [..]}, "restored": {"runs_s": [..]}}`, as the benchmark prints it.
+- JSON lines, one per start: `{"model": …, "engine": …, "kind": "cold"|"restored", "seconds": 1.2, "at": ISO time}`. This is
+  the journal `$QUICKTHAW_HOME/lead-times.jsonl`, to which every start appends, including the benchmark's. A truncated last
+  line (a crash while writing) is skipped; any other bad line is an error. Only the newest `NEWEST` starts of a kind count.
+- A snapshot's folder or its manifest.json: `cold_s`, the start that it was taken from.
+- A folder with `lead-times.jsonl` or `snapshots/` in it, such as `$QUICKTHAW_HOME`: the journal, and the snapshots'
+  `cold_s` for models (of an engine) without a cold start in the journal, for example pulled snapshots. The start of a
+  snapshot is already in the journal of its own host and does not count twice.
+The formats are defined in plugin/records/lead_times.py, plugin/bench/cli.py and checkpoint/snapshot/manifest.py, which this
+package may not import.
 """
 
 from __future__ import annotations
@@ -31,20 +31,22 @@ Samples = dict[str, tuple[float, ...]]
 
 
 def expand(path: str) -> str:
-    """`~` and environment variables; QUICKTHAW_HOME has its default when it is not set."""
+    """Expand `~` and environment variables in a path; an unset QUICKTHAW_HOME expands to its default."""
     for spelled in ("${QUICKTHAW_HOME}", "$QUICKTHAW_HOME"):
         path = path.replace(spelled, str(home()))
     return os.path.expandvars(str(Path(path).expanduser()))
 
 
 def home() -> Path:
-    """`$QUICKTHAW_HOME`, or its default."""
+    """Return `$QUICKTHAW_HOME`, or its default."""
     return Path(os.environ.get("QUICKTHAW_HOME") or Path.home() / ".cache" / "quickthaw")
 
 
 def read(path: Path, *, model: str | None = None, engine: str | None = None) -> Samples:
-    """Samples by kind ("cold", "restored"), seconds, oldest first. `model` is a path as it was launched, or its last part. Raises
-    InputError."""
+    """Return the samples by kind ("cold", "restored") in seconds, oldest first.
+
+    `model` is a path as it was launched, or its last component. Raises InputError.
+    """
     seen: set[str] = set()
     found = _folder(path, model, engine, seen) if path.is_dir() else _file(path, model, engine, seen)
     if not any(found.values()):
@@ -127,7 +129,7 @@ def _journal(text: str, path: Path, model: str | None, engine: str | None, seen:
         try:
             entry = json.loads(line)
         except json.JSONDecodeError as bad:
-            if number == len(lines):  # no newline after it: cut off while it was written
+            if number == len(lines):  # no newline after it: truncated while it was written
                 continue
             raise InputError("not-json", f"{bad.msg}", file=str(path), line=number) from bad
         if not isinstance(entry, dict) or entry.get("kind") not in found:

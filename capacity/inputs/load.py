@@ -1,6 +1,6 @@
-"""From a plan file to a `Problem`: every value checked, every error with its line and field.
+"""Load a `Problem` from a plan file: every value is checked, every error names its line and field.
 
-Precedence for lead times: samples written in the file, else those read from `lead_time.from`.
+Lead times written in the file take precedence over those read from `lead_time.from`.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from capacity.model import Demand, Forecast, Hysteresis, Policy, Pool, Problem, 
 
 LONGEST_START = 6 * 3600.0
 MOST_MEMORY = 4096.0
-MOST_RATE = 1e9  # units a second
+MOST_RATE = 1e9  # units per second
 MAX_STEPS = 10_000
 Named = TypeVar("Named", Pool, Service, Quota)
 
 
 def load(path: Path) -> Problem:
-    """The problem a file states. Raises InputError."""
+    """Load the problem of a plan file. Raises InputError."""
     return from_field(read(path), path)
 
 
 def from_field(root: Field, path: Path) -> Problem:
-    """The problem under a parsed document; `path` is what relative paths in it are relative to."""
+    """Load the problem of a parsed document; relative paths in it are relative to the folder of `path`. Raises InputError."""
     top = root.mapping(("version", "step", "pools", "services", "quotas", "demand", "policy"))
     if "version" in top and top["version"].integer() != 1:
         raise top["version"].error("unknown-version", "this program reads version 1")
@@ -73,7 +73,7 @@ def _known_key(field: Field, names: set[str], what: str) -> None:
 
 
 def _named(field: Field, make: Callable[[Field], Named]) -> tuple[Named, ...]:
-    """The members of a list, none of the same name as another."""
+    """Convert the members of a list. Raises InputError if two have the same name."""
     found: dict[str, tuple[Named, int]] = {}
     for item in field.items():
         made = make(item)
@@ -190,8 +190,11 @@ def _service(field: Field, path: Path) -> Service:
 def _lead_times(
     field: Field, given: Field | None, service: str, path: Path
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Cold and restored samples, seconds. What the file does not say was measured: `from` says where, else it is
-    `$QUICKTHAW_HOME`, where the model is called what the service is called, if nothing else is said."""
+    """Return the cold and restored samples, in seconds.
+
+    Kinds missing in the file are read from measurements: those at `from`, else `$QUICKTHAW_HOME`, where the model's default
+    name is the service's name.
+    """
     e = {} if given is None else given.mapping(("cold", "restored", "from", "model", "engine"))
     here = field if given is None else given
     samples: dict[str, tuple[float, ...]] = {}

@@ -1,7 +1,7 @@
-"""Synthetic days of requests: a daily rhythm, bursts, launches, several services; the same seed gives the same day.
+"""Generate synthetic days of requests with a daily rhythm, bursts and launches; the same seed gives the same day.
 
-Arrivals are a Poisson process of varying rate, drawn second by second. A burst multiplies a service's rate for minutes; a launch
-adds a step that stays, rising over ten minutes. Token counts are log-normal.
+Arrivals are a Poisson process of varying rate, drawn per second. A burst multiplies a service's rate for minutes; a launch
+adds a permanent step that rises over ten minutes. Token counts are log-normal.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from capacity.model import Floats
 
 @dataclass(frozen=True)
 class Day:
-    """`requests` is the expected total; `swing` the daily rhythm's share of the mean, in [0, 1)."""
+    """Parameters of a day. `requests`: expected total. `swing`: the daily rhythm's share of the mean, in [0, 1)."""
 
     services: tuple[str, ...] = ("chat", "code", "embed")
     requests: int = 100_000
     hours: float = 24.0
     swing: float = 0.6
-    bursts: float = 6.0  # a service and day
+    bursts: float = 6.0  # per service and day
     launches: int = 1
     seed: int = 1
 
@@ -39,7 +39,7 @@ class Day:
 
 
 def rates(day: Day) -> Floats:
-    """Requests a second, [service, second]."""
+    """Return requests per second, [service, second]."""
     random = np.random.default_rng(day.seed)
     seconds = max(1, round(day.hours * 3600))
     clock = np.arange(seconds) / 3600
@@ -59,7 +59,7 @@ def rates(day: Day) -> Floats:
 
 
 def generate(day: Day) -> Trace:
-    """The day as a trace."""
+    """Generate the day as a trace. Raises InputError if it has no request."""
     random = np.random.default_rng([day.seed, 1])
     at, who = [], []
     for k, rate in enumerate(rates(day)):
@@ -78,7 +78,7 @@ def generate(day: Day) -> Trace:
 
 
 def write(trace: Trace, path: Path) -> None:
-    """As CSV, under a temporary name first."""
+    """Write the trace as CSV, under a temporary name first."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
     try:
         with os.fdopen(handle, "w", newline="", encoding="utf-8") as file:

@@ -1,6 +1,6 @@
-"""Request traces: CSV with columns TIMESTAMP, ContextTokens, GeneratedTokens (Azure's), and optionally Service.
+"""Read request traces: CSV with columns TIMESTAMP, ContextTokens, GeneratedTokens (Azure's), and optionally Service.
 
-TIMESTAMP is ISO time or seconds. Times must not go back; every number must be finite and not negative.
+TIMESTAMP is ISO time or seconds. Times must not decrease; every number must be finite and not negative.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from capacity.errors import InputError
 from capacity.model import Floats
 from capacity.optimize.program import Ints
 
-LONGEST = 62 * 86400.0  # seconds; what is longer mixes units or epochs, and the simulator would tick through all of it
+LONGEST = 62 * 86400.0  # seconds; a longer trace mixes units or epochs, and the simulator would tick through all of it
 
 
 @dataclass(frozen=True)
 class Trace:
-    """Arrivals in order: seconds since the first, tokens in and out, and the number of the service in `services`."""
+    """Arrivals in order: seconds since the first one, tokens in and out, and each request's index into `services`."""
 
     at: Floats
     context: Floats
@@ -35,16 +35,16 @@ class Trace:
         return float(self.at[-1]) if len(self.at) else 0.0
 
     def units(self, service: int, unit: str) -> tuple[Floats, Floats]:
-        """Arrival times of one service, and the work of each: 1 request, or its tokens."""
+        """Return the arrival times of one service and the work of each request: 1, or its tokens."""
         mine = self.service == service
         work = self.context[mine] + self.generated[mine] if unit == "tokens" else np.ones(int(mine.sum()))
         return self.at[mine], work
 
 
 def read(path: Path) -> Trace:
-    """Raises InputError naming file, line and column."""
+    """Read a trace. Raises InputError naming file, line and column."""
     try:
-        file = path.open(newline="", encoding="utf-8-sig")  # spreadsheets put a mark in front
+        file = path.open(newline="", encoding="utf-8-sig")  # spreadsheets write a byte order mark
     except OSError as bad:
         raise InputError("unreadable", f"cannot be read: {bad}", file=str(path)) from bad
     at: list[float] = []
@@ -110,7 +110,7 @@ def _time(text: str, path: Path, line: int) -> float:
                 moment = datetime.fromisoformat(head + zone.replace("Z", "+00:00"))
             if dot and not digits:
                 raise ValueError(text)
-            # Seven digits, as Azure writes them, are more than datetime reads.
+            # Azure writes seven fractional digits, more than datetime reads.
             value = (moment - datetime(1970, 1, 1, tzinfo=moment.tzinfo)).total_seconds() - (
                 moment.utcoffset().total_seconds() if moment.utcoffset() else 0.0  # type: ignore[union-attr]
             )
@@ -137,7 +137,7 @@ def _tokens(text: str, path: Path, line: int, column: str) -> float:
 
 
 def rates(at: Floats, work: Floats, bin_seconds: float, until: float) -> Floats:
-    """Units a second in bins of `bin_seconds` over [0, until)."""
+    """Return units per second in bins of `bin_seconds` over [0, until)."""
     bins = max(1, math.ceil(until / bin_seconds - 1e-9))
     index = np.minimum((at / bin_seconds).astype(np.int64), bins - 1)
     total: Floats = np.bincount(index, work, minlength=bins)[:bins] / bin_seconds

@@ -1,6 +1,6 @@
-"""Quantities as people write them: `97s`, `2m`, `80GiB`, `31.2 $/h`, `15%`; a unit of the wrong kind is refused by name.
+"""Parse quantities with units: `97s`, `2m`, `80GiB`, `31.2 $/h`, `15%`. A unit of the wrong kind is an error.
 
-Plain numbers mean the base unit: seconds, GiB, dollars an hour, a fraction.
+Plain numbers are in the base unit: seconds, GiB, dollars per hour, a fraction.
 """
 
 from __future__ import annotations
@@ -38,7 +38,10 @@ _NUMBER = re.compile(r"^\s*([+-]?(?:\d+(?:_\d+)*(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+
 
 
 def parse(value: object, kind: str) -> float:
-    """A number in the base unit of `kind` (duration, memory, price, fraction, rate, …). Raises InputError without a place."""
+    """Return a number in the base unit of `kind` (duration, memory, price, fraction, rate, …).
+
+    Raises InputError without file and line.
+    """
     table, example = _TABLES[kind]
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise InputError("wrong-type", f"expected {example}, found {value!r}")
@@ -64,7 +67,7 @@ def parse(value: object, kind: str) -> float:
 
 
 def duration_text(seconds: float) -> str:
-    """Seconds as a person reads them."""
+    """Format seconds for people."""
     if seconds < 1:
         return f"{seconds * 1000:.0f}ms"
     if seconds < 120:

@@ -1,1 +1,1 @@
-"""From a problem to a plan: the linear program, whole numbers, why there is none, and an independent check."""
+"""Solve a problem: the linear program, integer solutions, infeasibility explanations, and an independent check."""

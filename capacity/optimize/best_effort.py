@@ -1,7 +1,7 @@
-"""A plan where none satisfies every constraint: as much of the demand as the constraints allow.
+"""Plan for as much of the demand as the constraints allow, if no plan satisfies all of it.
 
-First every service's demand is scaled down by one share, found by bisection; then each service is raised back to all of its demand if
-the others stay feasible. Quotas, supply, limits and shares of regions are never broken.
+First, bisection finds one share by which every service's demand is scaled down. Then each service is raised back to its
+full demand if the others stay feasible. Quotas, supply, limits and region shares are never violated.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ RESOLUTION = 1 / 64
 
 
 def scaled(problem: Problem, shares: dict[str, float]) -> Problem:
-    """The problem with each service's demand, past and least number of replicas times its share (1 where none is given)."""
+    """Scale each service's demand, history and minimum replicas by its share (1 if missing)."""
     forecasts = {
         name: Forecast(f.levels, tuple(tuple(v * shares.get(name, 1.0) for v in row) for row in f.values))
         for name, f in problem.demand.forecasts.items()
@@ -37,9 +37,9 @@ def scaled(problem: Problem, shares: dict[str, float]) -> Problem:
 
 
 def best_effort(problem: Problem, *, limit: float = 60.0) -> tuple[Plan, dict[str, float]]:
-    """The plan, and the share of its demand that each service gets. `limit`: seconds a solve, and for raising single services in all.
+    """Return the plan, and the share of its demand that each service gets.
 
-    Raises InfeasibleError where even no demand at all leaves no plan.
+    `limit`: seconds per solve, and in total for raising single services. Raises InfeasibleError if even zero demand has no plan.
     """
 
     def attempt(shares: dict[str, float]) -> Plan | None:

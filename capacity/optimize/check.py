@@ -1,6 +1,6 @@
-"""Does a plan satisfy every constraint? Written from docs/capacity.md with plain loops; shares nothing with the solver.
+"""Check a plan against every constraint. Written from docs/capacity.md with plain loops; shares no code with the solver.
 
-It imports the model only, takes whole numbers, and names each violated constraint with the step.
+Imports only the model, takes integers, and names each violated constraint with its step.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ Blocks = Sequence[dict[tuple[int, int], int]]
 
 
 def violations(problem: Problem, need: Any, instances: Any, replicas: Any, blocks: Blocks) -> list[str]:
-    """Violated constraints, in words; empty when the plan is good.
+    """Return descriptions of the violated constraints; empty if the plan is valid.
 
-    `instances[step][pool]`, `replicas[step][pool][service]`, `blocks[step][(pool, GPUs)]` are whole numbers; `need` holds what
-    is required (need.Need).
+    `instances[step][pool]`, `replicas[step][pool][service]` and `blocks[step][(pool, GPUs)]` are integers; `need` holds the
+    requirements (requirements.Need).
     """
     found: list[str] = []
     before = [pool.held for pool in problem.pools]
@@ -145,12 +145,12 @@ def _zones(problem: Problem, need: Any, t: int, placed: list[dict[int, int]]) ->
 
 
 def _plain(rows: Any) -> Any:
-    """Nested lists; numpy scalars are slow to loop over."""
+    """Convert to nested lists: looping over numpy scalars is slow."""
     return rows.tolist() if hasattr(rows, "tolist") else rows
 
 
 def _served(problem: Problem, placed: list[dict[int, int]]) -> tuple[list[float], list[int]]:
-    """Units a second and replicas of each service."""
+    """Return the units per second and the replicas of each service."""
     rates, totals = [0.0] * len(problem.services), [0] * len(problem.services)
     for i, pool in enumerate(problem.pools):
         for j, many in placed[i].items():

@@ -1,8 +1,8 @@
-"""The cheapest replicas of one service: enough for its demand, and enough without its largest zone.
+"""Find the cheapest replicas of one service that cover its demand, also without its largest zone.
 
-A step of a plan falls apart by service once every GPU has a price, which the linear program gives (the dual of the row that
-counts a pool's GPUs). What is left of one service is a small covering problem over its options, one a GPU type and zone.
-Even spreads over 1, 2, … zones, and what the linear program has, are starting points; the cheapest of them is improved by
+A plan step decomposes by service once every GPU has a price, which the linear program gives (the dual of the row that
+counts a pool's GPUs). What remains per service is a small covering problem over its options, one per GPU type and zone.
+Starting points are even spreads over 1, 2, … zones and the linear program's solution. The cheapest one is improved by
 exchanging up to three replicas of one option for up to three of another while that is cheaper.
 """
 
@@ -17,19 +17,20 @@ from capacity.model import Floats
 from capacity.optimize.program import Ints
 
 EPS = 1e-7
-ZONES = 6  # most zones that a starting point spreads over
+ZONES = 6  # maximum number of zones in a starting point
 ROUNDS = 60
-SCARCE = 3  # replicas: with less room an option leaves others of its zone a chance
+SCARCE = 3  # replicas: an option with less room does not rule out others of its zone
 GIVE = np.array([1, 1, 2, 1, 3, 1, 3, 2])[:, None, None]
 TAKE = np.array([0, 1, 1, 2, 1, 3, 2, 3])[:, None, None]
 
 
 @dataclass(frozen=True)
 class Options:
-    """Where replicas of a service may run; arrays of one length.
+    """Options for the replicas of a service; arrays of equal length.
 
-    `cost` of one replica, `rate` units a second it serves, `zone` numbers from 0, `room` the most replicas there. `target` units a
-    second in all, `rest` without the largest zone, `least` replicas. `zones` is how many there are.
+    `cost` of one replica, `rate` in units per second per replica, `zone` numbers from 0, `room` the maximum replicas.
+    `target`: units per second in total; `rest`: units per second without the largest zone; `least`: minimum replicas;
+    `zones`: number of zones.
     """
 
     cost: Floats
@@ -46,12 +47,12 @@ class Options:
         return EPS * max(1.0, self.target)
 
     def loads(self, count: Ints) -> Floats:
-        """Units a second served in each zone."""
+        """Return the units per second served in each zone."""
         found: Floats = np.bincount(self.zone, count * self.rate, minlength=self.zones).astype(np.float64)
         return found
 
     def missing(self, loads: Floats) -> float:
-        """Units a second that lack, in all or without the largest zone, whichever is more."""
+        """Return the missing units per second, in total or without the largest zone, whichever is larger."""
         total = float(loads.sum())
         lack = self.target - total
         return max(lack, self.rest - (total - float(loads.max()))) if self.rest > 0 else lack
@@ -61,10 +62,11 @@ class Options:
 
 
 def cheapest(options: Options, near: Ints, effort: int = 1) -> Ints | None:
-    """Replicas an option; None when there is no room.
+    """Return the number of replicas per option; None if there is no room.
 
-    `near` is where to look first: a solution already, or what the linear program has, rounded down. `effort` 0 looks there only, unless
-    that leads nowhere; 1 takes the cheapest of all starting points when `near` is no solution yet; 2 improves every one of them.
+    `near` is the first starting point: already a solution, or the linear program's solution rounded down. `effort` 0 starts
+    there only, unless that leads nowhere; 1 takes the cheapest of all starting points if `near` is not a solution; 2
+    improves all of them.
     """
     start = np.minimum(near, options.room)
     done = options.enough(start)
@@ -83,7 +85,7 @@ def cheapest(options: Options, near: Ints, effort: int = 1) -> Ints | None:
 
 
 def _spread(options: Options) -> Ints | None:
-    """The cheapest of even spreads over 1, 2, … zones, with the cheapest option of each, and with one rate everywhere."""
+    """Return the cheapest of even spreads over 1, 2, … zones, with each zone's cheapest option, and with one rate everywhere."""
     unit = options.cost / options.rate
     order = np.argsort(unit, kind="stable").tolist()
     rates, zones, rooms = options.rate.tolist(), options.zone.tolist(), options.room.tolist()
@@ -114,11 +116,11 @@ def _spread(options: Options) -> Ints | None:
     result = np.zeros(len(unit), dtype=np.int64)
     for o, count in best[1]:
         result[o] = count
-    return _complete(options, result)  # for the least number of replicas
+    return _complete(options, result)  # for the minimum number of replicas
 
 
 def _complete(options: Options, start: Ints) -> Ints | None:
-    """Replicas added one at a time, each the cheapest by what it adds to what is missing."""
+    """Add replicas one at a time, each the cheapest per unit of missing rate that it adds; None if there is no room."""
     count = start.copy()
     while True:
         loads = options.loads(count)
@@ -128,7 +130,7 @@ def _complete(options: Options, start: Ints) -> Ints | None:
             return count
         useful = count < options.room
         if short and options.rest > 0 and float(loads.max()) > 0:
-            # One more in the largest zone adds nothing to what is left without it.
+            # Another replica in the largest zone adds nothing to the rate without that zone.
             elsewhere = useful & (options.zone != int(loads.argmax()))
             if not elsewhere.any() and options.target - float(loads.sum()) <= options.slack:
                 return None
@@ -140,7 +142,7 @@ def _complete(options: Options, start: Ints) -> Ints | None:
 
 
 def _exchange(options: Options, count: Ints) -> Ints:
-    """Exchange replicas while that is cheaper and nothing is missing."""
+    """Exchange replicas while that is cheaper and the requirements stay met."""
     cost, rate, zone = options.cost, options.rate, options.zone
     take = _worth_taking(options)
     its_cost, its_rate, its_zone = cost[take][None, None, :], rate[take][None, None, :], zone[take]
@@ -171,7 +173,7 @@ def _exchange(options: Options, count: Ints) -> Ints:
         how, i, o = np.unravel_index(k, kept.shape)
         if not kept[how, i, o]:
             break
-        while True:  # the same again while it is possible: most starting points are far off
+        while True:  # repeat the same exchange while possible: most starting points are far off
             count[give[i]] -= int(GIVE[how, 0, 0])
             count[take[o]] += int(TAKE[how, 0, 0])
             loads = options.loads(count)
@@ -184,7 +186,7 @@ def _exchange(options: Options, count: Ints) -> Ints:
 
 
 def _worth_taking(options: Options) -> Ints:
-    """Options that none of their zone beats in both cost and rate."""
+    """Return the options that no option of the same zone beats in both cost and rate."""
     cost, rate = options.cost, options.rate
     order = np.lexsort((-rate, cost, options.zone))
     zone = options.zone[order].tolist()
@@ -195,12 +197,12 @@ def _worth_taking(options: Options) -> Ints:
             at, best = z, 0.0
         if r > best:
             found.append(o)
-            best = r if room > SCARCE else best  # one with little room does not stand for others
+            best = r if room > SCARCE else best  # an option with little room does not rule out others
     return np.array(found, dtype=np.int64)
 
 
 def _others(loads: Floats) -> Floats:
-    """[zone, zone]: the largest load of all zones but these two."""
+    """Return, as [zone, zone], the largest load of all zones except these two."""
     order = np.argsort(-loads, kind="stable")[:3]
     size = len(loads)
     found = np.full((size, size), float(loads[order[0]]))

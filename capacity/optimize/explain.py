@@ -1,9 +1,9 @@
-"""Why there is no plan: the smallest set of constraints that conflict, in the file's own names, and the nearest change.
+"""Explain infeasibility: the smallest set of conflicting constraints, in the file's names, and the nearest feasible change.
 
-Smallest conflict by implicit hitting sets (Ignatiev et al. 2015): a set that hits every known correction set and still
-conflicts is the smallest; each correction set comes from an elastic program (Chinneck 2008), in which every constraint of the
-file may be passed at a price and those under test may not. When time runs out, the certificate of that program is given
-instead: a conflict, perhaps not the smallest, and said so.
+Finds the smallest conflict by implicit hitting sets (Ignatiev et al. 2015): a set that hits every known correction set and
+still conflicts is the smallest. Each correction set comes from an elastic program (Chinneck 2008), in which every
+constraint of the file may be violated at a price, except those under test. On timeout the certificate of that program is
+reported instead: a conflict that may not be the smallest, and is marked as such.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from capacity.optimize.program import Ints, Name, Program
 TOLERANCE = 1e-6
 LIMIT = 15.0
 ROUNDS = 200
-# What people move first. The rest (demand, idle GPUs, zones, minimum) is what the plan is for.
+# Constraints that people change first. The rest (demand, idle GPUs, zones, minimum) is the purpose of the plan.
 MOVABLE = frozenset(
     ("quota", "pool-quota", "supply", "start-limit", "stop-limit", "maximum", "region-min", "region-max")
 )
@@ -31,18 +31,18 @@ FIXED = frozenset(("capacity", "flow", "blocks"))
 
 @dataclass(frozen=True)
 class _Elastic:
-    """The program of one block (all steps folded into one), with a slack for each row of a named constraint."""
+    """The whole program as one step, with a slack for each row of a named constraint."""
 
     program: Program
     names: tuple[Name, ...]
-    owner: Ints  # [slack] which name
-    step: Ints  # [slack] of which step, from 0
+    owner: Ints  # [slack] index into names
+    step: Ints  # [slack] step, from 0
     columns: int  # before the slacks
     weight: Floats  # [slack]
 
 
 def infeasible(problem: Problem, program: Program, *, whole: bool, limit: float = LIMIT) -> InfeasibleError:
-    """The error to raise for a program without a solution."""
+    """Return the error to raise for a program without a solution. `limit` in seconds, for each of conflict and nearest change."""
     deadline = time.perf_counter() + limit
     elastic = _elastic(program)
     names, smallest = _conflict(elastic, whole, deadline)
@@ -131,7 +131,7 @@ def _elastic(program: Program) -> _Elastic:
 
 
 def _solve(elastic: _Elastic, hard: set[int], deadline: float, *, whole: bool) -> highs.Outcome:
-    """The cheapest violation when the constraints in `hard` may not be passed."""
+    """Find the cheapest violation in which the constraints in `hard` hold. Raises SolverError when out of time."""
     left = deadline - time.perf_counter()
     if left <= 0:
         raise SolverError("solver-gave-up", "no time left")
@@ -143,7 +143,7 @@ def _solve(elastic: _Elastic, hard: set[int], deadline: float, *, whole: bool) -
 
 
 def _hitting(sets: list[frozenset[int]], deadline: float) -> set[int]:
-    """A smallest set that meets each of `sets`."""
+    """Return a smallest set that intersects each of `sets`. Raises SolverError."""
     members = sorted(set().union(*sets))
     place = {name: k for k, name in enumerate(members)}
     rows = np.concatenate([np.full(len(s), r) for r, s in enumerate(sets)]).astype(np.int64)
@@ -210,7 +210,7 @@ def _conflict(elastic: _Elastic, whole: bool, deadline: float) -> tuple[list[int
 
 
 def _certificate(elastic: _Elastic, duals: Floats) -> list[int]:
-    """The named constraints whose rows carry a multiplier in the proof that no violation is not possible (Farkas)."""
+    """Return the named constraints with a multiplier in the Farkas proof of infeasibility."""
     mask = elastic.program.col >= elastic.columns
     row_of = np.zeros(len(elastic.owner), dtype=np.int64)
     row_of[elastic.program.col[mask] - elastic.columns] = elastic.program.row[mask]
@@ -219,7 +219,7 @@ def _certificate(elastic: _Elastic, duals: Floats) -> list[int]:
 
 
 def _nearest(problem: Problem, elastic: _Elastic, deadline: float) -> tuple[Change, ...]:
-    """The cheapest violation in whole numbers: of what people can move if that suffices, else of anything."""
+    """Return the cheapest integer violation: of movable constraints if that suffices, else of any."""
     kept = {n for n, name in enumerate(elastic.names) if name.sort not in MOVABLE}
     outcome: highs.Outcome | None = None
     for hard in (kept, set()):
@@ -248,7 +248,7 @@ def _nearest(problem: Problem, elastic: _Elastic, deadline: float) -> tuple[Chan
 
 
 def _change(problem: Problem, name: Name, amount: float, t: int, table: Floats) -> Change:
-    """`amount` is what is lacking at step `t`, the worst; `table` is [step, column] of what would do."""
+    """Describe one change. `amount` is missing at step `t`, the worst one; `table` is a solution as [step, column]."""
     up = float(math.ceil(amount - TOLERANCE))
     pools = {pool.name: pool for pool in problem.pools}
     services = {service.name: service for service in problem.services}

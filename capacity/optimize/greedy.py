@@ -1,10 +1,10 @@
-"""Whole instances from a linear program by construction, for steps too large for an integer program.
+"""Construct integer instances from a linear program's solution, for steps too large for an integer program.
 
-Replicas of each service as `cover.py` finds them at the linear program's prices of a GPU, and again at prices that come closer to
-the pools' own (where the duals of quotas leave a quota unused, its GPUs are cheap after all); then the idle blocks into GPUs that
-are free, instances opened where nothing is free, and instances closed whose tenants fit elsewhere, the dearest first. Every
-move keeps demand, zones, idle blocks, quotas and supply; limits on stops keep instances open; what remains (region mix, limits on
-starts, a maximum of replicas) is left to the check of the caller, who falls back to an integer program.
+`cover.py` places the replicas of each service at the linear program's GPU prices, and again at prices closer to the pools'
+own (if the duals of quotas leave a quota unused, its GPUs are cheap after all). Then idle blocks go to free GPUs, instances
+are opened where none are free, and instances whose tenants fit elsewhere are closed, the most expensive first. Every move
+preserves demand, zones, idle blocks, quotas and supply; stop limits keep instances open. The caller checks the rest (region
+mix, start limits, maximum replicas) and falls back to an integer program.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from capacity.requirements import Need
 EPS = 1e-7
 SWEEPS = 3
 RETRIES = 6  # orders of the services that are tried
-MANY = 20_000  # pairs of a pool and a service up to which construction takes its time
-# What is kept, pass after pass, of what the duals add to a GPU's own price: in the first step with care, without, with over MANY
-# pairs and no care; in every later step.
+MANY = 20_000  # maximum pool-service pairs for careful construction
+# Factors, pass after pass, on the part of a GPU's shadow price that exceeds its own price: in the first step with care,
+# in the first step without, in the first step with over MANY pairs, and in every later step.
 SLOWLY = (1.0, 0.7, 0.4, 0.2, 0.0)
 FIRST = (1.0, 0.0)
 HUGE = (0.3,)
@@ -33,7 +33,7 @@ NEXT = (0.0,)
 
 @dataclass(frozen=True)
 class _Known:
-    """The options of a service over `pools`, as far as they do not change."""
+    """The constant part of a service's options over `pools`."""
 
     pools: list[int]
     index: Ints
@@ -45,21 +45,21 @@ class _Known:
 
 @dataclass(frozen=True)
 class Shape:
-    """What all steps of a problem share."""
+    """Data shared by all steps of a problem."""
 
     quotas_of: list[list[int]]  # [pool]
     width: list[list[int]]  # [pool][service] GPUs
-    rate: list[list[float]]  # [pool][service] units a second
+    rate: list[list[float]]  # [pool][service] units per second
     zone: list[str]  # [pool]
     spread: frozenset[int]  # services over several zones
     fits: list[list[int]]  # [service] pools
     alike: list[list[int]]  # [place] pools
-    cells_of: list[list[list[int]]]  # [service] pools it fits, those of one type and zone together
+    cells_of: list[list[list[int]]]  # [service] pools it fits, grouped by type and zone
     known: dict[int, _Known] = field(default_factory=dict)  # [service]
 
 
 def shape(problem: Problem, need: Need, program: Program) -> Shape:
-    """What `step` needs to know of a problem, once for all its steps."""
+    """Compute the data shared by all steps, once per problem."""
     pools, services = problem.pools, problem.services
     widths = {gpus: [slot(s.gpus, gpus) for s in services] for gpus in {p.gpus for p in pools}}
     cells: dict[tuple[str, float, str, str, int], list[int]] = {}
@@ -80,13 +80,13 @@ def shape(problem: Problem, need: Need, program: Program) -> Shape:
 
 @dataclass
 class _State:
-    """One step being built. `tenants[pool][service]` replicas, `blocks[pool][size]` idle blocks."""
+    """A step under construction. `tenants[pool][service]` replicas, `blocks[pool][size]` idle blocks."""
 
     problem: Problem
     need: Need
     t: int
     before: list[int]  # instances held in the step before
-    most: list[int]  # instances a pool can hold in this step
+    most: list[int]  # maximum instances per pool in this step
     n: list[int]
     free: list[int]
     tenants: list[dict[int, int]]
@@ -95,21 +95,23 @@ class _State:
     total: list[int]
     by_zone: list[dict[str, float]]
     quota_left: list[int]  # GPUs
-    least: list[int]  # instances a pool must hold
+    least: list[int]  # minimum instances per pool
     shape: Shape
-    # [service] units a second: to serve, what of it is demand, the most that counts as spare, and what stays without a zone
+    # [service] units per second: to serve, thereof demand, maximum that counts as spare, and required without the largest zone
     target: list[float]
     base: list[float]
     cap: list[float]
     rest: list[float]
-    with_blocks: dict[int, None] = field(default_factory=dict)  # pools; ordered, so that sums are the same each time
+    with_blocks: dict[int, None] = field(default_factory=dict)  # pools; ordered, so that sums are reproducible
 
     def can_open(self, p: int) -> bool:
         return self.more(p) > 0
 
     def more(self, p: int) -> int:
-        """Instances that may still be opened. What was held before counts towards a quota until all starts are done, so that only
-        starts use up what is left of one."""
+        """Return how many more instances may be opened.
+
+        Instances held before count towards a quota until all starts are done, so only starts use up the rest of a quota.
+        """
         bound = self.most[p] - self.n[p]
         if not self.shape.quotas_of[p]:
             return bound
@@ -119,11 +121,11 @@ class _State:
         return min(bound, again + max(0, starts))
 
     def room(self, p: int) -> int:
-        """GPUs free, or of instances that may still be opened."""
+        """Return the GPUs that are free or on instances that may still be opened."""
         return self.free[p] + max(0, self.more(p)) * self.problem.pools[p].gpus
 
     def open(self, p: int, count: int = 1) -> None:
-        """Open instances, or close them (`count` below zero)."""
+        """Open instances, or close them (negative `count`)."""
         gpus = self.problem.pools[p].gpus
         started = max(0, self.n[p] + count - self.before[p]) - max(0, self.n[p] - self.before[p])
         self.n[p] += count
@@ -132,7 +134,7 @@ class _State:
             self.quota_left[q] -= gpus * started
 
     def release(self, p: int) -> None:
-        """Close what is empty."""
+        """Close empty instances."""
         spare = min(self.free[p] // self.problem.pools[p].gpus, self.n[p] - self.least[p])
         if spare > 0:
             self.open(p, -spare)
@@ -148,7 +150,7 @@ class _State:
         self.by_zone[j][zone] = self.by_zone[j].get(zone, 0.0) + self.shape.rate[p][j] * count
 
     def lacks(self, j: int) -> bool:
-        """Demand or minimum not met yet."""
+        """Return whether demand or the minimum is not met yet."""
         target = self.target[j]
         return self.served[j] < target - EPS * max(1.0, target) or self.total[j] < self.problem.services[j].minimum
 
@@ -159,7 +161,7 @@ class _State:
         return self.served[j] - max(self.by_zone[j].values(), default=0.0) < rest - EPS * max(1.0, rest)
 
     def zone_would_lack(self, j: int, q: int) -> bool:
-        """`zone_lacks` if one more replica ran on pool q."""
+        """Return `zone_lacks` for one more replica on pool q."""
         if j not in self.shape.spread:
             return False
         rest, rate, zones = self.rest[j], self.shape.rate[q][j], self.by_zone[j]
@@ -167,7 +169,7 @@ class _State:
         return self.served[j] + rate - largest < rest - EPS * max(1.0, rest)
 
     def surplus(self, j: int) -> float:
-        """What runs beyond the plan, as far as it counts as spare; units a second."""
+        """Return the rate beyond the plan that counts as spare, in units per second."""
         return min(self.cap[j], max(0.0, self.served[j] - self.base[j]))
 
     def block_worth(self, g: int) -> float:
@@ -209,10 +211,10 @@ def step(
     *,
     careful: bool,
 ) -> Floats | None:
-    """Values of step `t` after `before` instances a pool, near the fractional `want`; None when something does not fit.
+    """Construct step `t` after `before` instances per pool, near the fractional `want`; None if something does not fit.
 
-    `worth` is what the linear program says one GPU of each pool costs in this step; `last` are the values of the step before, from
-    whose replicas this one starts, so that plans do not move without need; `careful` takes twice the time.
+    `worth`: shadow price of a GPU of each pool in this step. `last`: values of the step before; starting from its replicas
+    avoids needless moves. `careful` takes twice the time.
     """
     bounds = slice(t * program.columns, t * program.columns + len(problem.pools))
     own = program.cost[bounds] / np.array([p.gpus for p in problem.pools])
@@ -235,7 +237,7 @@ def step(
         failed = _fill(state, order, table, [own + keep * (worth - own) for keep in keeps], 2 if careful else 1)
         if failed is None:
             break
-        order = [failed, *(j for j in order if j != failed)]  # what finds no room goes first
+        order = [failed, *(j for j in order if j != failed)]  # the service without room goes first
     else:
         return None
     if not _lay_blocks(state, fraction, price):
@@ -250,7 +252,7 @@ def step(
 def _fill(
     state: _State, order: list[int], table: list[dict[int, float]], prices: list[Floats], effort: int
 ) -> int | None:
-    """Every service at the first prices, then again at each of the others; the service that finds no room, if one does not."""
+    """Place every service at the first prices, then again at the others. Return a service without room, else None."""
     for worth in prices:
         for j in order:
             if not _place(state, j, table[j], worth, effort):
@@ -296,7 +298,7 @@ def _start(problem: Problem, need: Need, program: Program, t: int, before: list[
 
 
 def _seat(state: _State, j: int, p: int, count: int) -> bool:
-    """Replicas of j on p, opening instances when that is allowed; all or none."""
+    """Place `count` replicas of service j on pool p, opening instances if allowed; all or none. Return whether it succeeded."""
     width, gpus = state.shape.width[p][j], state.problem.pools[p].gpus
     lacking = -(-max(0, width * count - state.free[p]) // gpus)
     if lacking:
@@ -308,8 +310,10 @@ def _seat(state: _State, j: int, p: int, count: int) -> bool:
 
 
 def _place(state: _State, j: int, share: dict[int, float], worth: Floats, effort: int) -> bool:
-    """The cheapest replicas of a service where there is room, by what a GPU of each pool is worth; those it has already,
-    which are put back when nothing cheaper is found."""
+    """Place the cheapest replicas of a service at the GPU prices `worth`, where there is room; return whether it is covered.
+
+    Replicas that it already has are put back if nothing cheaper is found.
+    """
     had = [(p, state.tenants[p][j]) for p in state.shape.fits[j] if j in state.tenants[p]]
     for p, count in had:
         state.put(p, j, -count)
@@ -333,7 +337,7 @@ def _place(state: _State, j: int, share: dict[int, float], worth: Floats, effort
 
 
 def _options(state: _State, j: int, worth: Floats) -> tuple[cover.Options, list[int]]:
-    """Of the pools that are alike (type, zone), the cheapest that hold all the service could need."""
+    """Return the options of a service: of similar pools (type, zone), the cheapest ones that hold all it could need."""
     target = state.target[j]
     rest = state.rest[j] if j in state.shape.spread else 0.0
     least = state.problem.services[j].minimum
@@ -400,7 +404,7 @@ def _lay_blocks(state: _State, fraction: list[float], price: list[float]) -> boo
 
 
 def _trim(state: _State, price: list[float]) -> bool:
-    """Take away replicas that nothing needs: rounding up for demand and for zones may have asked for the same one twice."""
+    """Remove unneeded replicas; return whether any was. Rounding up for demand and for zones may have added the same one twice."""
     taken = False
     uses: list[list[int]] = [[] for _ in state.served]
     for g, group in enumerate(state.need.groups):
@@ -424,7 +428,7 @@ def _trim(state: _State, price: list[float]) -> bool:
 
 
 def _run_spares(state: _State) -> None:
-    """Replicas where idle blocks are held for one service only: they cost the same, and nobody waits for their start."""
+    """Replace idle blocks held for one service only by replicas: same cost, without a wait for their start."""
     groups, t = state.need.groups, state.t
     if not state.with_blocks or all(len(group.services) > 1 for group in groups):
         return
@@ -459,7 +463,7 @@ def _short(state: _State, g: int) -> bool:
 
 
 def _close(state: _State, price: list[float]) -> None:
-    """Close instances that are empty, and those whose tenants find room elsewhere."""
+    """Close empty instances, and those whose tenants fit elsewhere. Reopen instances above the stop limit."""
     for p in range(len(price)):
         state.release(p)
     for _ in range(SWEEPS):
@@ -501,7 +505,7 @@ def _move_replica(state: _State, p: int, undo: list[tuple[str, int, int, int]]) 
     roomy = [q for q, free in enumerate(state.free) if free > 0 and q != p]
     for j in sorted(state.tenants[p], key=lambda j: state.shape.width[p][j]):
         state.put(p, j, -1)
-        free, rate = state.free, state.shape.rate[p][j]  # nowhere slower: surplus may be spare
+        free, rate = state.free, state.shape.rate[p][j]  # no slower pool: surplus may be spare
         targets = [q for q in roomy if free[q] >= state.shape.width[q][j] and state.shape.rate[q][j] >= rate]
         targets.sort(key=lambda q: (state.free[q] - state.shape.width[q][j], q))
         for q in targets:

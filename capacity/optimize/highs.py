@@ -1,6 +1,6 @@
-"""HiGHS behind two calls, `load` and `run`, and the program cut into its steps.
+"""Wrap HiGHS in two calls, `load` and `run`, and split a program into its steps.
 
-Deterministic: one thread, a fixed seed, no wall-clock choice other than the limits given.
+Deterministic: one thread, a fixed seed, no dependence on time except the given limits.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ INTEGRALITY = 1e-6
 
 @dataclass(frozen=True)
 class Outcome:
-    """`values` None when infeasible. Duals only from the linear program. `bound`: proven lower bound of the objective."""
+    """Result of a solve.
+
+    `values`: None if infeasible. Duals: from a linear program only. `bound`: proven lower bound of the objective.
+    """
 
     values: Floats | None
     objective: float
@@ -39,8 +42,11 @@ _printed = False
 
 
 def _silent() -> highspy.Highs:
-    """A new HiGHS. The first of a process prints its name to file descriptor 1 before any option can be set, which would
-    spoil JSON on standard output, so that one is made while the descriptor points elsewhere."""
+    """Create a HiGHS instance without its banner.
+
+    The first instance of a process prints a banner to file descriptor 1 before any option can be set, which would corrupt
+    JSON on standard output; so the descriptor is redirected meanwhile.
+    """
     global _printed
     with _banner:
         if _printed:
@@ -78,7 +84,10 @@ def compress(program: Program) -> Matrix:
 
 
 def load(program: Program, *, whole: bool, limit: float, gap: float = 0.0, nodes: int = 0) -> highspy.Highs:
-    """A HiGHS instance holding the program. `whole`: with integrality. `limit` seconds; `nodes` of the search, 0 for any."""
+    """Return a HiGHS instance with the program loaded. Raises SolverError if HiGHS rejects it.
+
+    `whole`: with integrality. `limit`: seconds. `nodes`: maximum search nodes, 0 for no limit.
+    """
     solver = _silent()
     solver.setOptionValue("output_flag", False)
     solver.setOptionValue("threads", 1)
@@ -115,13 +124,13 @@ def load(program: Program, *, whole: bool, limit: float, gap: float = 0.0, nodes
 
 
 def run(solver: highspy.Highs, *, whole: bool) -> Outcome:
-    """Solves what is loaded. Raises SolverError on a time limit without a solution, or on numerical failure."""
+    """Solve the loaded program. Raises SolverError on a time limit without a solution, or on numerical failure."""
     solver.run()
     status = solver.getModelStatus()
     info = solver.getInfo()
     known = highspy.HighsModelStatus
     if status in (known.kInfeasible, known.kUnboundedOrInfeasible):
-        # Costs are not negative and variables not below zero, so unbounded is impossible.
+        # Costs and variables are not negative, so unbounded is impossible.
         return Outcome(None, np.inf, np.inf)
     if status != known.kOptimal:
         usable = whole and info.primal_solution_status == int(highspy.SolutionStatus.kSolutionStatusFeasible)
@@ -137,7 +146,7 @@ def run(solver: highspy.Highs, *, whole: bool) -> Outcome:
 
 @dataclass(frozen=True)
 class StepView:
-    """The rows of one step over its own columns, and its coefficients on the step before; the same for every step."""
+    """The matrix of one step: its own columns, and coefficients on the step before. Equal for all steps."""
 
     row: Ints
     col: Ints
@@ -148,7 +157,7 @@ class StepView:
 
 
 def view(program: Program) -> StepView:
-    """All steps share their matrix, so it is cut out of the first two."""
+    """Extract the step matrix from the first two steps, since all steps share it."""
     first = (program.row < program.rows) & (program.col < program.columns)
     cross = (program.row >= program.rows) & (program.row < 2 * program.rows) & (program.col < program.columns)
     return StepView(
@@ -162,7 +171,7 @@ def view(program: Program) -> StepView:
 
 
 def step(program: Program, cut: StepView, t: int, previous: Floats | None) -> Program:
-    """Step `t` alone, after the values `previous` of the step before."""
+    """Return step `t` alone, given the values `previous` of the step before."""
     high, wide = program.rows, program.columns
     row_lower = program.row_lower[t * high : (t + 1) * high]
     row_upper = program.row_upper[t * high : (t + 1) * high]

@@ -1,7 +1,6 @@
-"""From a problem to a plan people and programs can act on: the delta, the idle buffer, money, utilization, shadow prices, and
-the same plan with cold lead times beside it.
+"""Solve a problem into a plan: delta, idle buffer, cost, utilization and shadow prices.
 
-Every plan is checked by `check.py`, which shares no code with the solver, before anybody sees it.
+`check.py`, which shares no code with the solver, checks every plan before it is returned.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ NOTHING = 1e-9
 
 @dataclass(frozen=True)
 class Shadow:
-    """What one more unit of a constraint would save, dollars an hour, at the margin of the linear program."""
+    """Shadow price: dollars per hour saved by one more unit of a constraint, at the margin of the linear program."""
 
     constraint: str
     unit: str
@@ -32,7 +31,7 @@ class Shadow:
 
 @dataclass(frozen=True)
 class Plan:
-    """Arrays are [step, pool] or [step, pool, service]. `gap`: rounded over exact (or over the bound) less one."""
+    """A plan. Arrays are [step, pool] or [step, pool, service]."""
 
     problem: Problem
     need: need.Need
@@ -48,10 +47,10 @@ class Plan:
     rounded_cost: float
     shadows: tuple[Shadow, ...]
     seconds: float
-    blocks: tuple[dict[tuple[int, int], int], ...]  # [step] (pool, GPUs a block) -> how many
-    block_sizes: tuple[tuple[int, int], ...]  # (pool, GPUs a block) that there could be
-    proven: bool  # the integer program was solved to the end
-    bound: float  # dollars: no plan in whole numbers costs less
+    blocks: tuple[dict[tuple[int, int], int], ...]  # [step] (pool, GPUs per block) -> count
+    block_sizes: tuple[tuple[int, int], ...]  # possible (pool, GPUs per block)
+    proven: bool  # the integer program was solved to optimality
+    bound: float  # dollars: lower bound of all integer plans
 
     @property
     def hours(self) -> float:
@@ -59,7 +58,7 @@ class Plan:
 
     @property
     def hourly_cost(self) -> Floats:
-        """Dollars an hour of what is held, [step]."""
+        """Dollars per hour of held instances, [step]."""
         prices = np.array([pool.price for pool in self.problem.pools])
         cost: Floats = self.instances.astype(np.float64) @ prices
         return cost
@@ -90,7 +89,7 @@ class Plan:
         return float(self.busy.sum()) / paid if paid else 1.0
 
     def idle_by_type(self, step: int = 0) -> dict[str, float]:
-        """GPUs held that the median demand leaves idle, by type: hot spares, idle blocks and what is left over."""
+        """Return the GPUs left idle by the median demand, by type: hot spares, idle blocks and the rest."""
         found: dict[str, float] = {}
         capacity = (self.replicas[step] * self.need.rate).sum(axis=0)
         load = np.divide(self.need.median[:, step], capacity, out=np.zeros(len(capacity)), where=capacity > 0)
@@ -103,7 +102,7 @@ class Plan:
         return dict(sorted(found.items()))
 
     def buffer_by_type(self, step: int = 0) -> dict[str, int]:
-        """GPUs reserved as idle blocks, by type."""
+        """Return the GPUs reserved as idle blocks, by type."""
         found: dict[str, int] = {}
         for i, pool in enumerate(self.problem.pools):
             found[pool.gpu] = found.get(pool.gpu, 0) + int(self.idle[step, i])
@@ -121,11 +120,11 @@ def solve(
     stay: bool = False,
     limit: float = 60.0,
 ) -> Plan:
-    """The plan of a problem with lead times of `kind`; at most `limit` seconds for each of the solves.
+    """Plan a problem with lead times of `kind`; each solve takes at most `limit` seconds.
 
-    `quick` builds whole numbers by construction only where that succeeds; `thorough` improves them by search at any size.
-    `explained` finds out why when there is no plan. `stay` allows no start and no stop in the first step. Raises InfeasibleError
-    with the conflict and the nearest change, SolverError when HiGHS gives up.
+    `quick` uses integer construction only, where that succeeds; `thorough` improves it by search at any size. `explained`
+    finds the conflict if there is no plan. `stay` forbids starts and stops in the first step. Raises InfeasibleError with
+    the conflict and the nearest change, SolverError if HiGHS gives up.
     """
     began = time.perf_counter()
     required = need.compute(problem, kind)
@@ -152,7 +151,7 @@ def solve(
 
 
 def _blocks(built: program.Program, values: Floats) -> tuple[dict[tuple[int, int], int], ...]:
-    """Idle blocks of each step: (pool, GPUs a block) -> how many."""
+    """Return the idle blocks of each step: (pool, GPUs per block) -> count."""
     table = values.reshape(built.steps, built.columns)[:, built.at_b : built.at_s]
     return tuple(
         {(int(i), int(w)): round(v) for (i, w), v in zip(built.blocks, row, strict=True) if v > 0.5} for row in table
@@ -222,7 +221,7 @@ _UNITS = {
 
 
 def _shadows(problem: Problem, built: program.Program, relaxed: highs.Outcome) -> tuple[Shadow, ...]:
-    """Duals of the bounds a person can move, summed over the horizon, in dollars an hour saved; largest first."""
+    """Return the duals of movable bounds, summed over the horizon, as dollars saved per hour, largest first."""
     if relaxed.row_dual is None or relaxed.column_dual is None:
         return ()
     hours = built.steps * problem.step_seconds / 3600

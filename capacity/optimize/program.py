@@ -1,9 +1,9 @@
-"""The linear program as arrays: one block of rows and columns a step, the same matrix for each, only bounds differ.
+"""Build the linear program as arrays: one block of rows and columns per step; all steps share the matrix, only bounds differ.
 
-Columns of a step: n (instances held, a pool), u (instances started, a pool), x (replicas, a pool-service pair that fits),
-b (idle blocks, a pool and slot size), B (idle blocks of a place, over its zones), h (surplus of
-a service that counts as spare), y (capacity in the largest zone, a service that spans zones). docs/capacity.md states the
-rows as equations. Each row and each bounded column carries the name of the constraint it belongs to, for `explain.py`.
+Columns of a step: n (instances held, per pool), u (instances started, per pool), x (replicas, per fitting pool-service
+pair), b (idle blocks, per pool and slot size), B (idle blocks of a place, over its zones), h (surplus of a service that
+counts as spare), y (capacity in the largest zone, per service over several zones). docs/capacity.md states the rows as
+equations. Each row and each bounded column has the name of its constraint, for `explain.py`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Name:
-    """What a constraint is: its sort, the thing in the file it is about, and how it reads."""
+    """Name of a constraint: its sort, the key of the object in the file, and its text."""
 
     sort: str
     key: str
@@ -30,7 +30,7 @@ class Name:
 
 @dataclass(frozen=True)
 class Program:
-    """min cost·z, row_lower <= A z <= row_upper, lower <= z <= upper; `columns` a step, step-major. A is in triplets."""
+    """min cost·z, row_lower <= A z <= row_upper, lower <= z <= upper. A is in triplets; `columns` per step, step-major."""
 
     steps: int
     columns: int
@@ -44,14 +44,14 @@ class Program:
     upper: Floats
     cost: Floats
     integer: npt.NDArray[np.bool_]
-    row_names: tuple[Name, ...]  # one a row of a step
-    column_names: dict[int, Name]  # column of a step -> whose upper bound it is
+    row_names: tuple[Name, ...]  # one per row of a step
+    column_names: dict[int, Name]  # column of a step -> name of its upper bound
     pairs: Ints  # [x column, 2]: pool, service
     blocks: Ints  # [b column, 2]: pool, slot size
     sums: tuple[tuple[int, int], ...]  # [B column]: place, slot size
     spare: tuple[int, ...]  # services with an h column
     spread: tuple[int, ...]  # services with a y column
-    spread_unit: tuple[float, ...]  # what y counts: replicas of this rate, or 1.0 a second
+    spread_unit: tuple[float, ...]  # unit of y: replicas of this rate, or 1.0 per second
     at_u: int
     at_x: int
     at_b: int
@@ -59,10 +59,8 @@ class Program:
     at_h: int
     at_y: int
     price_scale: float
-    pair_price: Floats  # [x column] dollars a unit of demand served there; which places to try first
-    stand_in: (
-        Ints  # [pool] the cheapest of the pools that differ from it in no more than price, quota, supply and boot time
-    )
+    pair_price: Floats  # [x column] dollars per unit of demand served; orders the places to try
+    stand_in: Ints  # [pool] the cheapest pool that differs only in price, quota, supply and boot time
 
 
 class _Rows:
@@ -89,13 +87,13 @@ class _Rows:
 
 
 def whole_up(values: Floats) -> Floats:
-    """The next whole number, with room for rounding errors of a division."""
+    """Return the next integers, tolerating rounding errors of a division."""
     result: Floats = np.ceil(values - 1e-9)
     return result
 
 
 def build(problem: Problem, need: Need) -> Program:
-    """The program of a problem. Prices are divided by the largest, so that a solver's tolerances do not see the currency."""
+    """Build the program of a problem. Prices are divided by the largest, so that solver tolerances do not depend on the currency."""
     pools, services, policy, steps = problem.pools, problem.services, problem.policy, problem.demand.steps
     count = len(pools)
     gpus = np.array([p.gpus for p in pools], dtype=np.float64)
@@ -152,7 +150,7 @@ def build(problem: Problem, need: Need) -> Program:
         name = Name("demand", service.name, f"demand of service {service.name} (up to {peak:.6g} {service.unit}/s)")
         speeds = np.unique(served[by_service[j]])
         if len(speeds) == 1:
-            # Replicas alike everywhere: counted, so that the linear program sees whole replicas.
+            # All rates are equal: count replicas, so that the linear program sees integers.
             rows.add(name, cols, np.ones(len(cols)), whole_up(need.target[j] / speeds[0]), free)
         else:
             rows.add(name, cols, served[by_service[j]], need.target[j], free)
@@ -194,7 +192,7 @@ def build(problem: Problem, need: Need) -> Program:
         where = f" in {quota.region}" if quota.region else ""
         name = Name("quota", quota.name, f"quota {quota.name} of {quota.gpus} {quota.gpu}{where}")
         rows.add(name, inside, gpus[inside], none, np.full(steps, float(quota.gpus)))
-        # Started before stopped: while both run, both count.
+        # Starts precede stops: while both run, both count.
         upper = np.full(steps, float(quota.gpus))
         upper[0] = max(0.0, quota.gpus - float((gpus * held)[inside].sum()))
         index = rows.add(name, at_u + inside, gpus[inside], none, upper)
@@ -248,13 +246,13 @@ def build(problem: Problem, need: Need) -> Program:
 
 
 def _positions(values: Ints, count: int) -> list[Ints]:
-    """Where each of 0 … count - 1 stands in `values`, in order."""
+    """Return, for each of 0 … count - 1, its positions in `values`, in order."""
     order = np.argsort(values, kind="stable")
     return np.split(order, np.cumsum(np.bincount(values, minlength=count))[:-1])
 
 
 def _sort_of(pool: Pool) -> tuple[str, float, str, str, int]:
-    """Pools of one sort hold the same replicas at the same rate, and count in the same zone."""
+    """Return a key of pools that hold the same replicas at the same rate and are in the same zone."""
     return pool.gpu, pool.memory, pool.region, pool.zone, pool.gpus
 
 
@@ -310,7 +308,7 @@ def _tile(
     cost[:, :count] = price / scale * (1 + loss) * (problem.step_seconds / 3600)
     cost[:, at_u : at_u + count] = price / scale * problem.policy.switching_cost
     integer = np.ones((steps, columns), dtype=np.bool_)
-    integer[:, count : 2 * count] = False  # starts are whole when instances are
+    integer[:, count : 2 * count] = False  # starts are integers if instances are
     integer[:, at_h:] = False
     return Program(
         steps=steps,
@@ -346,10 +344,10 @@ def _tile(
 
 
 def stay(program: Program, held: list[int]) -> Program:
-    """The program in which the first step holds what is held now."""
+    """Fix the first step to the instances held now."""
     lower, upper = program.lower.copy(), program.upper.copy()
     count = len(held)
     lower[:count] = held
-    upper[:count] = np.minimum(upper[:count], held)  # what is held over a quota is no plan
+    upper[:count] = np.minimum(upper[:count], held)  # holding more than a quota makes it infeasible
     upper[program.at_u : program.at_u + count] = 0.0
     return replace(program, lower=lower, upper=upper)

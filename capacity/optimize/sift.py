@@ -1,11 +1,11 @@
-"""The linear program when it is large: columns as they are needed, and steps one after the other first.
+"""Solve a large linear program by adding columns as needed, step by step first.
 
 Three ideas, all exact (the last solve prices every column of the whole program):
-- pools that differ only in price, quota, supply or boot time share the columns of replicas and blocks and the row that counts
-  GPUs: what runs on them together can be divided among them as their instances are;
-- sifting (Forrest; Bixby et al. 1992): only the cheapest places of each service enter at first, the rest when their
-  reduced cost asks for it;
-- the steps share one matrix, so each is solved from the basis of the step before, and the bases of all steps together are a
+- Pools that differ only in price, quota, supply or boot time share the columns of replicas and blocks and the row that
+  counts GPUs: their common load can be divided like their instances.
+- Sifting (Forrest; Bixby et al. 1992): only the cheapest places of each service enter at first, the others when their
+  reduced cost requires it.
+- All steps share one matrix, so each is solved from the basis of the step before, and the bases of all steps together are a
   nearly optimal basis of the whole.
 """
 
@@ -23,10 +23,10 @@ from capacity.optimize import highs
 from capacity.optimize.highs import Outcome
 from capacity.optimize.program import Ints, Program
 
-FIRST = 6  # cheapest pairs of a service that enter at first
-MORE = 16  # pairs of a service that enter a round
+FIRST = 6  # cheapest pairs per service that enter at first
+MORE = 16  # pairs per service that enter per round
 ROUNDS = 60
-ALONE = 0.1  # of the switching cost, in a step alone: what it starts runs in later steps too
+ALONE = 0.1  # share of the switching cost in a single step: instances started there run in later steps too
 PRICE = 1e-7
 PRIMAL = 4  # HiGHS: simplex_strategy
 Flags = npt.NDArray[np.bool_]
@@ -34,14 +34,14 @@ Flags = npt.NDArray[np.bool_]
 
 @dataclass
 class _Basis:
-    """Status of every column and row of one step, by HiGHS's own values."""
+    """Status of every column and row of one step, as HiGHS values."""
 
     columns: npt.NDArray[np.object_]
     rows: list[Any]
 
 
 def relax(program: Program, *, limit: float) -> Outcome:
-    """Same answer as a plain solve, sooner; falls back to the plain solve whenever a shortcut does not hold."""
+    """Solve the linear program faster than a plain solve, to the same optimum; falls back to the plain solve if a shortcut fails."""
     if (program.stand_in == np.arange(program.at_u)).all():
         return _relax(program, limit)
     together, row_of = merged(program)
@@ -49,7 +49,7 @@ def relax(program: Program, *, limit: float) -> Outcome:
 
 
 def merged(program: Program) -> tuple[Program, Ints]:
-    """The program with replicas and blocks counted on stand-ins only; and where each row of a step has gone."""
+    """Count replicas and blocks on stand-in pools only. Return that program, and the new position of each row of a step."""
     stand_in, pools = program.stand_in, program.at_u
     stands = stand_in == np.arange(pools)
     keep = np.ones(program.columns, dtype=np.bool_)
@@ -57,7 +57,7 @@ def merged(program: Program) -> tuple[Program, Ints]:
     keep[program.at_b : program.at_s] = stands[program.blocks[:, 0]]
     part, _ = masked(program, keep)
     stays = np.ones(program.rows, dtype=np.bool_)
-    stays[:pools] = stands  # the first rows count the GPUs of a pool each
+    stays[:pools] = stands  # the first rows count the GPUs, one row per pool
     position = np.cumsum(stays) - 1
     row_of = position.copy()
     row_of[:pools] = position[stand_in]
@@ -85,7 +85,7 @@ def merged(program: Program) -> tuple[Program, Ints]:
 
 
 def _divided(program: Program, together: Program, row_of: Ints, outcome: Outcome) -> Outcome:
-    """A solution of the merged program, given to the pools in proportion to their instances."""
+    """Divide a solution of the merged program among the pools in proportion to their instances."""
     if outcome.values is None or outcome.row_dual is None:
         return outcome
     steps, stand_in = program.steps, program.stand_in
@@ -122,7 +122,7 @@ def _relax(program: Program, limit: float) -> Outcome:
             step = replace(step, cost=cost)
         outcome, basis, keep = _sift(step, keep, basis, limit)
         if outcome.values is None:
-            break  # alone, this step cannot follow the one before: only the whole program can tell
+            break  # alone, this step cannot follow the one before: solve the whole program
         bases.append(basis)
         previous = outcome.values
         if program.steps == 1:
@@ -135,7 +135,7 @@ def _relax(program: Program, limit: float) -> Outcome:
 
 
 def cheapest(program: Program, first: int = FIRST) -> Flags:
-    """Which columns of a step enter at first: of the pairs of each service only the `first` cheapest."""
+    """Return which columns of a step enter at first: the `first` cheapest pairs of each service, and all other columns."""
     keep = np.ones(program.columns, dtype=np.bool_)
     pairs = program.pairs
     if not len(pairs):
@@ -148,13 +148,13 @@ def cheapest(program: Program, first: int = FIRST) -> Flags:
 
 
 def _rank(groups: Ints) -> Ints:
-    """0, 1, 2, … within each run of equal values."""
+    """Return 0, 1, 2, … within each run of equal values."""
     starts = np.flatnonzero(np.r_[True, groups[1:] != groups[:-1]])
     return np.arange(len(groups)) - np.repeat(starts, np.diff(np.r_[starts, len(groups)]))
 
 
 def masked(program: Program, keep: Flags) -> tuple[Program, Ints]:
-    """The program without the columns of a step that are not kept; and which (of all) remain."""
+    """Drop the columns of a step that are not kept. Return that program, and the indices of the remaining columns."""
     every = np.tile(keep, program.steps)
     columns = np.flatnonzero(every)
     position = np.full(len(every), -1, dtype=np.int64)
@@ -181,7 +181,7 @@ def _reduced(program: Program, row_dual: Floats) -> Floats:
 
 
 def _enter(program: Program, reduced: Floats, keep: Flags) -> Flags:
-    """Columns to add: of each service the pairs with the most negative reduced cost over the steps."""
+    """Add columns: of each service, the pairs with the most negative reduced cost over the steps."""
     worst = reduced.reshape(program.steps, program.columns).min(axis=0)
     candidates = np.flatnonzero((worst < -PRICE) & ~keep)
     added = keep.copy()
@@ -200,7 +200,7 @@ def _spread_out(program: Program, part: Outcome, columns: Ints, row_dual: Floats
 
 
 def _sift(step: Program, keep: Flags, basis: _Basis | None, limit: float) -> tuple[Outcome, _Basis, Flags]:
-    """One step to optimality, from a basis if there is one."""
+    """Solve one step to optimality, from a basis if given."""
     warm, first = basis, FIRST
     for _ in range(ROUNDS):
         part, columns = masked(step, keep)
@@ -213,7 +213,7 @@ def _sift(step: Program, keep: Flags, basis: _Basis | None, limit: float) -> tup
         if outcome.values is None or outcome.row_dual is None:
             if keep.all():
                 return outcome, _Basis(np.array([]), []), keep
-            first *= 4  # too few places to fit: let in more before all
+            first *= 4  # too few places: admit more before all
             keep = keep | cheapest(step, first)
             warm = None
             continue

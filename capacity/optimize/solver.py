@@ -1,10 +1,10 @@
-"""The three solves: the linear program with its duals, a rounding that keeps every constraint, the exact integer program.
+"""The three solves: the linear program with duals, a rounding that satisfies every constraint, the exact integer program.
 
-The rounding works step by step, the step before it fixed. A small step is an integer program of its own, and then windows of
-two steps are solved again with the rest fixed (fix-and-optimize, Helber and Sahling 2010). A larger one is built by
-`greedy.py` and improved by solving it again with the pools of one region free and the others as they are (large neighbourhood
-search, Shaw 1998), unless it is so large that this is left to those who ask for it. When nothing can be built, the whole
-numbers next to the linear program are searched (relaxation-enforced neighbourhoods, Berthold 2014), and then all.
+The rounding works step by step, with the step before fixed. A small step is its own integer program; then windows of two
+steps are solved again with the rest fixed (fix-and-optimize, Helber and Sahling 2010). `greedy.py` constructs a larger
+step. Solving it again with the pools of one region free and the others fixed improves it (large neighbourhood search, Shaw
+1998); for very large programs only on request. If construction fails, the integers next to the linear program's solution
+are searched (relaxation-enforced neighbourhoods, Berthold 2014), then all.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from capacity.optimize.highs import INTEGRALITY, Outcome
 from capacity.optimize.program import Program
 from capacity.requirements import Need
 
-SMALL = 4000  # columns up to which a plain solve is the fastest
-FREE = 120  # whole-number columns of a step up to which it is searched as one
-MIDDLING = 1500  # whole-number columns of all steps up to which constructed steps are improved without being asked
-# Work is limited by nodes and rounds, not by time, so that a busy machine plans the same.
+SMALL = 4000  # columns up to which a plain solve is fastest
+FREE = 120  # integer columns of a step up to which it is solved as one program
+MIDDLING = 1500  # integer columns of all steps up to which constructed steps are improved by default
+# Nodes and rounds limit the work, not time, so that a busy machine computes the same plan.
 STEP_GAP = 1e-4
 STEP_NODES = 500
 POLISH_NODES = 50
 POLISH_ROUNDS = 2
-SHADE = 1e-3  # of a price, where duals do not decide
+SHADE = 1e-3  # share of the price added where duals do not decide
 NEIGHBOUR_NODES = 30
 NEIGHBOUR_GAP = 2e-3
 NEIGHBOUR_LIMIT = 30.0
@@ -38,15 +38,18 @@ WINDOW = 8  # pools
 
 
 def relax(program: Program, *, limit: float = 60.0) -> Outcome:
-    """The linear program. Large ones go through `sift.py`, which finds the same optimum sooner."""
+    """Solve the linear program; large ones through `sift.py`, which finds the same optimum faster."""
     if program.columns * program.steps <= SMALL:
         return highs.run(highs.load(program, whole=False, limit=limit), whole=False)
     return sift.relax(program, limit=limit)
 
 
 def exact(program: Program, *, start: Floats, bound: float, limit: float = 60.0) -> Outcome:
-    """The integer program, to a gap of zero; `start` is a known plan and `bound` what none can be cheaper than. `proven` is False
-    when time ran out before; the best found is at least as good as `start`."""
+    """Solve the integer program to a gap of zero.
+
+    `start`: a known plan. `bound`: a lower bound of the cost. If time runs out, `proven` is False and the best plan found
+    is at least as good as `start`. Raises SolverError.
+    """
     solver = highs.load(program, whole=True, limit=limit)
     known = highspy.HighsSolution()
     known.col_value = list(start)
@@ -65,7 +68,7 @@ def exact(program: Program, *, start: Floats, bound: float, limit: float = 60.0)
 
 
 def snap(program: Program, values: Floats) -> Floats:
-    """Whole numbers exactly whole."""
+    """Round the integer columns to exact integers."""
     result: Floats = np.maximum(np.where(program.integer, np.round(values), values), 0.0)
     return result
 
@@ -80,9 +83,9 @@ def round_whole(
     thorough: bool = False,
     limit: float = 30.0,
 ) -> Outcome:
-    """A whole-number plan near `relaxed`, all constraints kept; falls back to the integer program over all steps.
+    """Return an integer plan near `relaxed` that satisfies all constraints; falls back to the integer program over all steps.
 
-    Returns an Outcome without values when even the integer program is infeasible.
+    Returns an Outcome without values if even the integer program is infeasible.
     """
     deadline = time.perf_counter() + limit
     better = thorough or (not quick and int(program.integer.sum()) <= MIDDLING)
@@ -106,13 +109,13 @@ def round_whole(
 def _constructed(
     program: Program, relaxed: Outcome, problem: Problem, need: Need, *, thorough: bool, hasty: bool
 ) -> Floats | None:
-    """By `greedy.py`, step after step; None when any constraint is not kept."""
+    """Construct the plan with `greedy.py`, step by step; None if any constraint is violated."""
     assert relaxed.values is not None
     worth = _worth(program, relaxed)
     shared = greedy.shape(problem, need, program)
     pairs = len(program.pairs)
     careful = thorough or (not hasty and pairs * program.steps <= greedy.MANY)
-    first = thorough or (not hasty and pairs <= greedy.MANY)  # what is acted upon
+    first = thorough or (not hasty and pairs <= greedy.MANY)  # the step that is acted upon
     before = [pool.held for pool in problem.pools]
     found: list[Floats] = []
     for t in range(program.steps):
@@ -142,8 +145,11 @@ def _constructed(
 
 
 def _worth(program: Program, relaxed: Outcome) -> Floats:
-    """What one GPU of a pool costs in a step by the linear program, [step, pool]: the dual of the row that counts its GPUs,
-    and a little of its price, which decides where duals are equal or zero."""
+    """Return the shadow price of one GPU of a pool in a step, [step, pool].
+
+    It is the dual of the row that counts the pool's GPUs, plus a small share of its price, which decides between equal or
+    zero duals.
+    """
     pools = program.at_u
     price = program.cost.reshape(program.steps, program.columns)[:, :pools]
     if relaxed.row_dual is None:
@@ -157,7 +163,7 @@ def _worth(program: Program, relaxed: Outcome) -> Floats:
 
 
 def _neighbours(program: Program, t: int, values: Floats, before: list[int], problem: Problem) -> Floats:
-    """The step again with the pools of one region free and all others as they are, region after region."""
+    """Solve the step again, region after region, with that region's pools free and all others fixed."""
     previous = np.zeros(program.columns)
     previous[: len(before)] = before
     one = highs.step(program, highs.view(program), t, previous if t else None)
@@ -175,7 +181,7 @@ def _neighbours(program: Program, t: int, values: Floats, before: list[int], pro
             solver = highs.load(part, whole=True, limit=NEIGHBOUR_LIMIT, gap=NEIGHBOUR_GAP, nodes=NEIGHBOUR_NODES)
             outcome = highs.run(solver, whole=True)
         except SolverError:
-            continue  # no better plan within the nodes
+            continue  # no better plan within the node limit
         if outcome.values is not None:
             found = snap(part, outcome.values)
             if float(part.cost @ found) < float(part.cost @ best) - 1e-9:
@@ -184,7 +190,7 @@ def _neighbours(program: Program, t: int, values: Floats, before: list[int], pro
 
 
 def _windows(problem: Problem) -> list[list[int]]:
-    """Pools that can stand in for each other: of a region, at most WINDOW at a time."""
+    """Return groups of pools that can replace each other: of one region, at most WINDOW each."""
     found = []
     for region in sorted({pool.region for pool in problem.pools}):
         inside = [i for i, pool in enumerate(problem.pools) if pool.region == region]
@@ -195,7 +201,10 @@ def _windows(problem: Problem) -> list[list[int]]:
 
 
 def _by_step(program: Program, relaxed: Floats, reach: int | None, deadline: float) -> Floats | None:
-    """`reach`: how far beyond the neighbouring whole numbers instances may go; None is anywhere."""
+    """Solve each step as an integer program. `reach`: how far instances may be from the neighbouring integers; None: anywhere.
+
+    Returns None if a step fails or time runs out.
+    """
     cut = highs.view(program)
     steps, wide, count = program.steps, program.columns, program.at_u
     whole = relaxed.reshape(steps, wide)
@@ -228,7 +237,7 @@ def _by_step(program: Program, relaxed: Floats, reach: int | None, deadline: flo
 
 
 def _polish(program: Program, values: Floats, deadline: float) -> Floats:
-    """Solves windows of two steps again, the others fixed, while that saves money and time is left."""
+    """Solve windows of two steps again, the others fixed, while that saves money and time is left."""
     steps, wide = program.steps, program.columns
     if steps == 1 or program.integer.sum() > FREE * 8:
         return values
@@ -243,7 +252,7 @@ def _polish(program: Program, values: Floats, deadline: float) -> Floats:
             window = slice(t * wide, (t + 2) * wide)
             lower[window], upper[window] = program.lower[window], program.upper[window]
             after = (t + 2) * wide
-            if after < len(best):  # what is started next follows from what is held now
+            if after < len(best):  # the next starts depend on the instances held now
                 starts = slice(after + program.at_u, after + program.at_x)
                 lower[starts], upper[starts] = program.lower[starts], program.upper[starts]
             part = replace(program, lower=lower, upper=upper)

@@ -1,1 +1,1 @@
-"""Replay a trace against policies side by side."""
+"""Replay a trace against several policies and compare them."""

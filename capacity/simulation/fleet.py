@@ -1,9 +1,9 @@
-"""The simulated fleet: instances that boot, replicas that start, requests that wait for one, in order of arrival.
+"""The simulated fleet: instances boot, replicas start, requests wait for a replica in order of arrival.
 
-Time moves in ticks; inside a tick requests are served at their exact times. A request waits from its arrival until a slot of a
-ready replica takes it. A replica has `concurrency` slots and serves its rate when all are busy. Instances are paid from the
-moment they are asked for and granted until they are gone; a replica that is removed finishes what it has begun. An
-interrupted instance takes its replicas along, and their requests wait again, at the head of the queue.
+Time advances in ticks; within a tick requests are served at their exact times. A request waits from its arrival until a
+slot of a ready replica takes it. A replica has `concurrency` slots and serves its rate when all are busy. Instances are
+paid from the granted request until they are gone. A removed replica finishes its running requests. An interrupted instance
+removes its replicas, and their requests wait again at the head of the queue.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ class Replica:
     service: int
     hosts: list[Instance]
     ready: float
-    seconds: float  # of one slot for one unit of work
-    inflight: list[int]  # request of each slot, -1 before the first
+    seconds: float  # per unit of work in one slot
+    inflight: list[int]  # request in each slot, -1 before the first
     alive: bool = True
     drained: float = NEVER
-    finishing: list[tuple[float, int]] = field(default_factory=list)  # end, request: of one that is removed
+    finishing: list[tuple[float, int]] = field(default_factory=list)  # end, request: of a removed replica
 
 
 @dataclass
@@ -47,7 +47,7 @@ class Queue:
     at: list[float]
     work: list[float]
     waits: Floats
-    total: Floats  # work of all before each request
+    total: Floats  # cumulative work before each request
     head: int = 0
     retry: list[int] = field(default_factory=list)
     slots: list[tuple[float, int, int, Replica]] = field(default_factory=list)
@@ -55,7 +55,7 @@ class Queue:
 
 
 class Fleet:
-    """State and what can be done to it. `kind` says which lead times replicas have."""
+    """State of the fleet and the operations on it. `kind`: which lead times the replicas have."""
 
     def __init__(
         self,
@@ -101,10 +101,10 @@ class Fleet:
     def sample(self, samples: tuple[float, ...]) -> float:
         return samples[int(self.random.integers(len(samples)))]
 
-    # What policies do.
+    # Operations for policies.
 
     def room(self, i: int) -> int:
-        """Instances of a pool that its quotas still allow."""
+        """Return how many more instances of a pool its quotas allow."""
         pool = self.problem.pools[i]
         left = 10**9 if pool.quota is None else pool.quota - len(self.instances[i])
         for quota in self.problem.quotas:
@@ -118,7 +118,7 @@ class Fleet:
         return max(0, left)
 
     def start_instances(self, i: int, count: int, *, booted: bool = False) -> int:
-        """Ask for instances; returns how many were granted. `booted`: there from the beginning."""
+        """Request instances; return how many were granted. `booted`: ready from the beginning."""
         pool = self.problem.pools[i]
         count = min(count, self.room(i))
         granted = 0
@@ -135,7 +135,7 @@ class Fleet:
         return granted
 
     def stop_empty(self, i: int, count: int) -> int:
-        """Stop up to `count` instances of a pool that hold no replica, the youngest first."""
+        """Stop up to `count` instances of a pool without replicas, the youngest first; return how many."""
         stopped = 0
         for instance in reversed(self.instances[i]):
             if stopped == count:
@@ -157,8 +157,10 @@ class Fleet:
         self.cost += seconds / 3600 * pool.price
 
     def start_replica(self, j: int, *, booting: bool = True, warm: bool = False) -> bool:
-        """Start one replica where GPUs are free, the fullest booted instance first; then, with `booting`, on one that
-        boots. `warm`: running from the beginning. False when there is no room."""
+        """Start one replica on free GPUs, on the fullest booted instance first, then, with `booting`, on a booting one.
+
+        `warm`: it runs from the beginning. Returns False if there is no room.
+        """
         service = self.problem.services[j]
         best: tuple[tuple[float, int, int], list[Instance]] | None = None
         for rank, i in enumerate(self.cheapest[j]):
@@ -198,7 +200,7 @@ class Fleet:
         return True
 
     def stop_replica(self, j: int) -> bool:
-        """Stop the replica of a service whose instance is the emptiest, not yet ready ones first."""
+        """Stop a replica of a service: one that is not ready, else the one on the emptiest instance. Returns False if it has none."""
         live = self.replicas[j]
         if not live:
             return False
@@ -220,10 +222,10 @@ class Fleet:
             host.free += min(self.width[host.pool][replica.service], pool.gpus)
             host.replicas.remove(replica)
 
-    # What time does.
+    # The passage of time.
 
     def advance(self, until: float) -> None:
-        """Serve all that starts before `until`, then let go what is drained or interrupted."""
+        """Serve all requests that begin before `until`, then remove drained replicas and interrupted instances."""
         for j, queue in enumerate(self.queues):
             if queue.slots and (queue.retry or (queue.head < len(queue.at) and queue.at[queue.head] < until)):
                 self._serve(j, queue, until)
@@ -296,7 +298,7 @@ class Fleet:
         self._leave(replica)
 
     def finish(self) -> None:
-        """Close the books at the end of the trace: what still runs is paid, and has worked, up to now."""
+        """Settle the accounts at the end of the trace: running instances and requests count up to now."""
         for j, queue in enumerate(self.queues):
             size = self.problem.services[j].gpus / self.problem.services[j].concurrency
             ends = [free for free, _, _, _ in queue.slots]
@@ -306,10 +308,10 @@ class Fleet:
             for instance in held:
                 self._pay(instance)
 
-    # What policies may look at.
+    # State visible to policies.
 
     def waiting(self, j: int) -> tuple[int, float]:
-        """Requests of a service that have arrived and not begun, and their work."""
+        """Return the number of arrived requests of a service that have not begun, and their work."""
         queue = self.queues[j]
         tail = bisect_left(queue.at, self.now, queue.head)
         work = float(queue.total[tail] - queue.total[queue.head]) + sum(queue.work[r] for r in queue.retry)
@@ -320,7 +322,7 @@ class Fleet:
         return all(queue.head == len(queue.at) and not queue.retry for queue in self.queues)
 
     def idle_gpus(self) -> int:
-        """GPUs of booted instances on which nothing runs or starts."""
+        """Return the GPUs of booted instances on which nothing runs or starts."""
         return sum(inst.free for held in self.instances for inst in held if inst.ready <= self.now)
 
     def held_gpus(self) -> int:

@@ -1,4 +1,4 @@
-"""The picture of a simulation: demand, replicas, idle buffer and waits over time, as PNG and SVG. Needs matplotlib."""
+"""Plot a simulation as PNG and SVG: demand, replicas, idle buffer and waits over time. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from capacity.simulation.simulate import Result
 
 
 def draw(results: list[Result], stem: Path, *, title: str = "") -> list[Path]:
-    """Writes STEM.png and STEM.svg; the same results give the same bytes of SVG. Raises CapacityError (no-matplotlib)."""
+    """Write STEM.png and STEM.svg; equal results give equal SVG bytes. Raises CapacityError (no-matplotlib)."""
     try:
         import matplotlib
 
@@ -63,7 +63,7 @@ def draw(results: list[Result], stem: Path, *, title: str = "") -> list[Path]:
 
 
 def _worst(result: Result, edges: Floats) -> tuple[Floats, Floats]:
-    """99th percentile of the waits of those that arrived in each bin; NaN, a gap in the line, where nobody did."""
+    """Return the 99th percentile of the waits of requests that arrived in each bin; NaN, a gap in the line, for empty bins."""
     where = np.digitize(result.arrivals, edges) - 1
     order = np.argsort(where, kind="stable")
     bins, starts = np.unique(where[order], return_index=True)

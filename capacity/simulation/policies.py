@@ -1,10 +1,11 @@
-"""What decides in the simulation: no buffer, a fixed buffer, a reactive autoscaler, and the linear program.
+"""Simulated policies: no buffer, a fixed buffer, a reactive autoscaler, and the linear program.
 
-A policy sees the fleet as it is and the past of the demand (`Past`), nothing else. The reactive autoscaler follows the documented
-rules of Kubernetes' HorizontalPodAutoscaler: desired = ceil(current * metric / target), a tolerance of 10 %, a decision each
-15 s, scaling up by at most the larger of 100 % and 4 a decision, scaling down to the largest wish of the last 300 s; replicas
-that are not ready count as using nothing. Its metric is the work that arrived a second over the last minute. Machines come and
-go with the replicas at once, which favours it: the cluster autoscaler's default waits ten minutes before it removes one.
+A policy sees only the current fleet and the past demand (`Past`). The reactive autoscaler follows the documented rules of
+Kubernetes' HorizontalPodAutoscaler: desired = ceil(current * metric / target), a tolerance of 10 %, a decision every 15 s,
+scaling up by at most the larger of 100 % and 4 per decision, scaling down to the largest desired count of the last 300 s;
+unready replicas count as using nothing. Its metric is the work that arrived per second over the last minute. Instances
+start and stop with the replicas at once, which favours it: the cluster autoscaler waits ten minutes by default before it
+removes one.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from capacity.simulation.fleet import Fleet
 
 BIN = 15.0
 MINUTE = 4  # bins
-DRAIN = 60.0  # seconds within which what waits is to be served, for policies that know no lead time
+DRAIN = 60.0  # seconds to serve the waiting requests, for policies that know no lead time
 REMEMBER = 8 * 3600.0
 
 
 class Past:
-    """Rates of each service in whole bins; only bins that have ended are shown."""
+    """Rates of each service in whole bins; shows only bins that have ended."""
 
     def __init__(self, rates: Floats, bin_seconds: float = BIN) -> None:
         self._rates = rates
@@ -43,14 +44,14 @@ class Past:
         return mean
 
     def until(self, now: float) -> tuple[Floats, Floats]:
-        """Rates and levels (the mean of the last minute) up to `now`: [service, bin]."""
+        """Return rates and levels (the mean of the last minute) up to `now`: [service, bin]."""
         end = int(now / self.bin_seconds + 1e-9)
         start = max(0, end - int(REMEMBER / self.bin_seconds))
         return self._rates[:, start:end], self._levels[:, start:end]
 
 
 class Autoscaler:
-    """The part that all policies share: replicas to a wish, instances to what replicas and an idle buffer need."""
+    """Base of all policies: scales replicas to a desired count, and instances to the replicas and an idle buffer."""
 
     name = ""
     kind: Kind = "cold"
@@ -81,7 +82,7 @@ class Autoscaler:
 
     @staticmethod
     def set_buffer(fleet: Fleet, blocks: list[int]) -> None:
-        """Idle instances enough for `blocks[service]` more replicas; empty ones beyond that are stopped."""
+        """Keep idle instances for `blocks[service]` more replicas; stop empty instances beyond that."""
         needed: dict[int, int] = {}
         for j, count in enumerate(blocks):
             i = fleet.cheapest[j][0]
@@ -97,7 +98,7 @@ class Autoscaler:
 
 
 def wanted(fleet: Fleet, past: Past, j: int, share: float) -> float:
-    """Replicas that the last minute's work and what waits need at a utilization of `share`."""
+    """Return the replicas needed for the last minute's work and the waiting requests at a utilization of `share`."""
     service = fleet.problem.services[j]
     _, levels = past.until(fleet.now)
     level = float(levels[j, -1]) if levels.shape[1] else 0.0
@@ -108,7 +109,7 @@ def wanted(fleet: Fleet, past: Past, j: int, share: float) -> float:
 
 @dataclass
 class Buffered(Autoscaler):
-    """Follows demand each 15 s with `buffer` idle replicas' worth of GPUs a service held on top; 0 is no buffer."""
+    """Follows demand every 15 s and holds idle GPUs for `buffer` more replicas per service; 0 is no buffer."""
 
     name: str = "none"
     kind: Kind = "cold"
@@ -136,7 +137,7 @@ class Buffered(Autoscaler):
 
 @dataclass
 class Hpa(Autoscaler):
-    """Kubernetes' HorizontalPodAutoscaler with its defaults; `target` is the average utilization asked for."""
+    """Kubernetes' HorizontalPodAutoscaler with its defaults; `target` is the desired average utilization."""
 
     name: str = "hpa"
     kind: Kind = "cold"
@@ -171,14 +172,14 @@ class Hpa(Autoscaler):
         self.set_buffer(fleet, [0] * len(self.wishes))
 
     def _wish(self, current: int, ready: int, load: float) -> int:
-        """`load` in replicas at full rate."""
+        """Return the desired replicas; `load` is in replicas at full rate."""
         if current == 0:
             return 1 if load > 0 else 0
         ratio = load / max(1, ready) / self.target
         if abs(ratio - 1) <= self.tolerance:
             return current
         if ratio > 1 and ready < current:
-            # Not ready counts as using nothing when scaling up; if that turns the direction, nothing is done.
+            # Unready replicas count as using nothing when scaling up; if that flips the direction, do not scale.
             ratio = load / current / self.target
             if ratio <= 1 + self.tolerance:
                 return current
@@ -191,11 +192,11 @@ class Hpa(Autoscaler):
 
 @dataclass
 class Program(Autoscaler):
-    """The linear program on an interval, hysteresis on what it stops, and a waker that uses idle GPUs in between."""
+    """Solves the linear program on an interval, with hysteresis on stops, and starts replicas on idle GPUs in between."""
 
     name: str = "lp-restored"
     kind: Kind = "restored"
-    interval: float | None = None  # None: 15 s, for traces of over three hours 30 s
+    interval: float | None = None  # None: 15 s; 30 s for traces of over three hours
     nearest: float = 0.3
     probability: float | None = None
     target_wait: float | None = None
@@ -225,7 +226,7 @@ class Program(Autoscaler):
         hold = problem.policy.hysteresis.hold_down
         for i, seen in enumerate(self.instances):
             held = len(fleet.instances[i])
-            # Infeasible: take all there is, as the demand is beyond what the file allows.
+            # Infeasible: take all there is, because the demand exceeds what the file allows.
             want = held + fleet.room(i) if solved is None else int(solved.instances[0, i])
             want = self._held(seen, fleet.now, want, hold)
             if want > held:
@@ -242,7 +243,7 @@ class Program(Autoscaler):
 
     @staticmethod
     def _held(seen: deque[tuple[float, int]], now: float, want: int, hold: float) -> int:
-        """The largest wish of the last `hold` seconds."""
+        """Return the largest desired count of the last `hold` seconds."""
         seen.append((now, want))
         while seen[0][0] < now - hold:
             seen.popleft()
@@ -277,7 +278,7 @@ class Program(Autoscaler):
             return None
 
     def _wake(self, fleet: Fleet, past: Past) -> None:
-        """What the proxy does when a request is held: start a replica on an idle GPU, now."""
+        """Start a replica on an idle GPU at once, as the proxy does for a held request."""
         for j, service in enumerate(fleet.problem.services):
             count, work = fleet.waiting(j)
             if not count:

@@ -1,7 +1,7 @@
-"""Replays a trace against policies side by side and counts what each makes people wait and pay.
+"""Replay a trace against several policies and compare their waits and costs.
 
-Deterministic under a seed. Supply failures (a start that is refused) and interruptions (a multiple of each pool's rate) are
-injected. The same trace, fleet and start for every policy: one replica a service (or its minimum) running at time zero.
+Deterministic for a seed. Supply failures (a refused start) and interruptions (a multiple of each pool's rate) are injected.
+Every policy gets the same trace, fleet and start: one replica per service (or its minimum) running at time zero.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ AFTER = 3600.0  # seconds after the last arrival within which all must be served
 
 @dataclass(frozen=True)
 class Options:
-    """`wake`: seconds of a tick. `refusals`: chance that a start is refused. `interruptions`: multiple of the pools' rates."""
+    """`wake`: seconds per tick. `refusals`: probability that a start is refused. `interruptions`: multiple of the pools' rates."""
 
     seed: int = 1
     wake: float | None = None
@@ -35,7 +35,7 @@ class Options:
 
 @dataclass
 class Series:
-    """What the plot shows, at each sample: replicas ready, GPUs held, GPUs idle, requests that wait."""
+    """Samples for the plot: ready replicas, held GPUs, idle GPUs, waiting requests."""
 
     at: list[float] = field(default_factory=list)
     replicas: list[int] = field(default_factory=list)
@@ -46,7 +46,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Result:
-    """Seconds, dollars, GPU-hours. `unserved` requests count with the time they had waited when the run was ended."""
+    """Result of a policy in seconds, dollars and GPU-hours. `unserved` requests count with their waiting time at the end of the run."""
 
     policy: str
     requests: int
@@ -65,7 +65,7 @@ class Result:
 
 
 def default_policies(fixed: int = 1) -> list[Autoscaler]:
-    """The five that are compared."""
+    """Return the five policies that are compared."""
     return [
         Buffered(name="no buffer"),
         Buffered(name=f"fixed buffer {fixed}", buffer=fixed),
@@ -76,7 +76,7 @@ def default_policies(fixed: int = 1) -> list[Autoscaler]:
 
 
 def restored_baselines(fixed: int = 1) -> list[Autoscaler]:
-    """The three that are not programs, given restored lead times: what restoring alone is worth."""
+    """Return the three baselines with restored lead times, which show the benefit of restoring alone."""
     return [
         Buffered(name="no buffer, restored", kind="restored"),
         Buffered(name=f"fixed buffer {fixed}, restored", kind="restored", buffer=fixed),
@@ -85,10 +85,10 @@ def restored_baselines(fixed: int = 1) -> list[Autoscaler]:
 
 
 def equal_wait(problem: Problem, trace: Trace, options: Options, results: list[Result]) -> list[Result]:
-    """The reactive autoscaler, and for each program the setting with the fewest GPU hours whose p99 wait is no longer.
+    """Return the autoscaler's result and, per program, the setting with the fewest GPU hours whose p99 wait is no longer.
 
-    The settings tried are a grid of target wait, probability and hold-down; what is compared is thus what each can reach,
-    not what one setting happens to give. Programs for which no setting is as good are left out.
+    Searches a grid of target wait, probability and hold-down, so it compares what each can reach, not the result of one
+    setting. Leaves out programs without such a setting.
     """
     bar = next((r for r in results if r.policy == "hpa"), None) or run(problem, trace, Hpa(), options)
     found = [bar]
@@ -115,7 +115,10 @@ def _settings(p99: float) -> list[tuple[float, float]]:
 
 
 def arrivals_of(problem: Problem, trace: Trace) -> list[tuple[Floats, Floats]]:
-    """Arrival times and work of each service. A trace without service names is of the only service."""
+    """Return the arrival times and work of each service. A trace without service names belongs to the only service.
+
+    Raises InputError (unknown-name).
+    """
     names = list(trace.services)
     if names == [""] and len(problem.services) == 1:
         names = [problem.services[0].name]
@@ -138,7 +141,7 @@ def arrivals_of(problem: Problem, trace: Trace) -> list[tuple[Floats, Floats]]:
 
 
 def run(problem: Problem, trace: Trace, policy: Autoscaler, options: Options) -> Result:
-    """One policy over the whole trace."""
+    """Run one policy over the whole trace."""
     arrivals = arrivals_of(problem, trace)
     end = trace.seconds
     wake = options.wake if options.wake is not None else (1.0 if end <= 3 * 3600 else 5.0)

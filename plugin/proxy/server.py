@@ -302,8 +302,13 @@ class ProxyServer:
                 if back is not None and client.transport is not None and not client.transport.is_closing():
                     exchange.replica_name = replica.name
                     with adapters.watched(pool, replica, request, exchange):
-                        if await self._forward(client, request, exchange, replica, back):
-                            return
+                        try:
+                            if await self._forward(client, request, exchange, replica, back):
+                                return
+                        except asyncio.CancelledError:
+                            if adapters.changed_by(request) and not self.draining:
+                                await adapters.settled(request, exchange)
+                            raise
                     continue
                 if back is not None:
                     back.abort()

@@ -6,6 +6,7 @@ import http.server
 import json
 import os
 import sys
+import time
 
 
 class Engine(http.server.BaseHTTPRequestHandler):
@@ -19,7 +20,9 @@ class Engine(http.server.BaseHTTPRequestHandler):
         if self.headers.get("x-echo"):
             answer["body"] = body.decode()
         body = json.dumps(answer).encode()
-        self.send_response(200)
+        refused = self.path.startswith("/refuse/")
+        time.sleep(0.3 * (refused or self.path.startswith("/slow/")))
+        self.send_response(401 if refused else 200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()

@@ -637,3 +637,47 @@ models:
         status, answer = call(f"{url}/v1/x", {"model": "blue"})
         assert status == 503 and answer["error"]["code"] == "adapters-loaded"
         assert call(f"{url}/v1/x", {"model": "red"})[0] == 200
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("body", [b"{}", b"{"], ids=["left-before-the-refusal", "never-whole"])
+def test_a_client_that_asks_for_adapters_in_vain_and_leaves_keeps_nothing_awake(tmp_path, workers, body):
+    config = models_file(
+        tmp_path,
+        f"""
+max_awake: 1
+min_awake: 0
+models:
+  red:  {{command: "{engine("${PORT}", "red")}"}}
+  blue: {{command: "{engine("${PORT}", "blue")}"}}
+""",
+    )
+    with command("--config", config, "--workers", workers) as (_, url):
+        assert call(f"{url}/v1/x", {"model": "red"})[0] == 200
+        with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as client:
+            head = b"POST /refuse/load_lora_adapter?model=red HTTP/1.1\r\nHost: t\r\nContent-Length: 2\r\n\r\n"
+            client.sendall(head + body)
+            time.sleep(0.15)
+        status, answer = call(f"{url}/v1/x", {"model": "blue"})
+        assert status == 200, answer
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_adapters_that_load_while_the_place_is_asked_for_keep_it(tmp_path, workers):
+    config = models_file(
+        tmp_path,
+        f"""
+max_awake: 1
+min_awake: 0
+models:
+  red:  {{command: "{engine("${PORT}", "red")}"}}
+  blue: {{command: "{engine("${PORT}", "blue")}"}}
+""",
+    )
+    with command("--config", config, "--workers", workers) as (_, url), ThreadPoolExecutor(1) as pool:
+        assert call(f"{url}/v1/x", {"model": "red"})[0] == 200
+        load = pool.submit(call, f"{url}/slow/load_lora_adapter?model=red", {"lora_name": "sql"})
+        time.sleep(0.1)
+        status, answer = call(f"{url}/v1/x", {"model": "blue"})
+        assert load.result()[0] == 200
+        assert status == 503 and "adapters" in answer["error"]["message"], answer

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from plugin.proxy.pool.pool import ReplicaPool
     from plugin.proxy.pool.replica import Replica
 
+SETTLE_LIMIT_S = 30.0
 log = logging.getLogger("quickthaw.proxy")
 
 
@@ -26,20 +29,31 @@ def changed_by(request: Request) -> bool:
     return "load_lora_adapter" in canonical(target).rpartition("/")[2]
 
 
+async def settled(request: Request, exchange: Exchange) -> None:
+    """Wait for the engine's answer after the client of such a request has left: only the answer tells whether it was accepted.
+
+    Otherwise any client could keep an engine awake for ever, and other models asleep, with a refused request.
+    """
+    limit = time.monotonic() + SETTLE_LIMIT_S
+    while not exchange.status and request.complete and time.monotonic() < limit:
+        if exchange.back is None or not exchange.back.alive():
+            return
+        await asyncio.sleep(0.02)
+
+
 @contextlib.contextmanager
 def watched(pool: ReplicaPool, replica: Replica, request: Request, exchange: Exchange) -> Iterator[None]:
     """Wrap the forwarding of a request: if it changes the engine's adapters and the engine accepts it, keep the engine awake."""
-    if replica.adapters_loaded or not changed_by(request):
+    if not changed_by(request):
         yield
         return
-    replica.adapters_loaded = True
+    generation = replica.generation
     try:
         yield
     finally:
-        if exchange.status >= 400:
-            replica.adapters_loaded = False
-        else:  # loaded, or unknown because the client left early
-            say(pool, replica)
+        # Without a status nobody knows, unless the engine never had the whole request.
+        if exchange.status < 400 and request.complete and replica.generation == generation:
+            note(pool, replica)
 
 
 def note(pool: ReplicaPool, replica: Replica) -> None:

@@ -116,6 +116,11 @@ class Sleeper:
         if failure is not None:
             raise failure
 
+    def refuse_loaded(self) -> None:
+        """Raise StartFailed if the requests that were drained loaded adapters."""
+        if self.pool.kept_awake:
+            raise StartFailed("adapters-loaded", f"{self.pool.name} has LoRA adapters that a start would not have")
+
     async def drained(self, quiet: Awaitable[Any]) -> Any:
         """Await `quiet` within the limits of the current sleep. Raises the same errors as `evict`."""
         task = asyncio.ensure_future(quiet)
@@ -150,6 +155,7 @@ class Sleeper:
                 if replica.outstanding:
                     await self.drained(replica.quiet())
                 self.pool.close_idle(replica)
+            self.refuse_loaded()
             # An owner with other processes drains them in its hook, so the hook gets that time too.
             limit_s = self.limit_s + (0.0 if drain_s == math.inf else drain_s)
             async with asyncio.timeout(limit_s):

@@ -356,6 +356,7 @@ class Supervisor:
                 raise StartFailed("worker-silent", "a worker did not say whether it has a request for it") from None
             if not quiet:
                 raise StartFailed("busy", "a worker has a request for it")
+            pool.sleeper.refuse_loaded()
             await sleep()
             await asyncio.sleep(0)  # the phase change, queued on the loop, must be sent before the release
         finally:
@@ -467,21 +468,25 @@ class Mirror:
             replica.held_back = True
         for replica in pool.replicas.values():
             await replica.quiet()
+        self._report()  # before the answer: what the last requests did to the engine
         return True
 
     async def report(self, every_s: float = 0.1) -> None:
         """Send the supervisor each pool's number of requests here: on every change, and repeatedly while there are any."""
         while True:
-            counts = {name: pool.held + pool.outstanding for name, pool in self.pools.items()}
-            loaded = {
-                name: [replica.name for replica in pool.replicas.values() if replica.adapters_loaded]
-                for name, pool in self.pools.items()
-                if pool.kept_awake
-            }
-            if (counts, loaded) != self._told or any(counts.values()):
-                self.line.send(op="busy", pools=counts, adapters=loaded)
-                self._told = (counts, loaded)
+            self._report()
             await asyncio.sleep(every_s)
+
+    def _report(self) -> None:
+        counts = {name: pool.held + pool.outstanding for name, pool in self.pools.items()}
+        loaded = {
+            name: [replica.name for replica in pool.replicas.values() if replica.adapters_loaded]
+            for name, pool in self.pools.items()
+            if any(replica.adapters_loaded for replica in pool.replicas.values())
+        }
+        if (counts, loaded) != self._told or any(counts.values()):
+            self.line.send(op="busy", pools=counts, adapters=loaded)
+            self._told = (counts, loaded)
 
 
 def listening_sockets(host: str, port: int, count: int, backlog: int) -> list[socket.socket]:

@@ -64,6 +64,15 @@ class Sglang(Engine):
             "/configure_logging",
             "/start_profile",
             "/stop_profile",
+            "/hicache/storage-backend",
+            "/dumper",
+            "/set_trace_level",
+            "/start_expert_distribution_record",
+            "/stop_expert_distribution_record",
+            "/dump_expert_distribution_record",
+            "/add_external_corpus",
+            "/remove_external_corpus",
+            "/load_lora_adapter_from_tensors",  # pickled tensors
         }
     )
 

@@ -1,6 +1,7 @@
 """Prints the routes of a real engine's application as JSON, built in its own interpreter without starting the engine.
 
-`engine_routes.py vllm|sglang ARGUMENTS…`: under the environment and with the arguments that it is given. Sockets and mounts
+`engine_routes.py vllm|sglang ARGUMENTS…`: under the environment and with the arguments that it is given. With OPERATORS_ONLY set,
+those that SGLang keeps for its operators, where it has a key for them. Sockets and mounts
 are routes too; `openapi.json` names only some.
 """
 
@@ -38,6 +39,7 @@ def main(engine, *arguments):
     found = {
         (method, route.path)
         for route in flat(app.routes)
+        if "OPERATORS_ONLY" not in os.environ or getattr(route.endpoint, "_auth_level", "normal") != "normal"
         for method in (getattr(route, "methods", None) or {type(route).__name__.upper()})
     }
     with os.fdopen(int(os.environ["ROUTES_FD"]), "w") as file:

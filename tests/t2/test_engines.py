@@ -27,6 +27,7 @@ from launchers.base import INNER_PORT
 from launchers.engine_site import engine_site
 from plugin.bench import client as measure
 from plugin.bench.presets import preset
+from plugin.proxy.http.path_rules import PathRules, Verdict
 from plugin.runtime.config import state_home
 from tests.attacks import spellings
 from tests.leftovers import Watch
@@ -210,6 +211,28 @@ def test_nothing_is_open_that_the_engine_alone_would_not_open(rig):
         # … and it serves as before.
         again = measure.stream_completion(port, str(rig.preset.model), time.monotonic(), 16, 60.0)
         assert again.text == rig.cold_text
+
+
+LEFT_OPEN = {
+    "/load_lora_adapter",
+    "/unload_lora_adapter",
+    "/abort_request",
+    "/get_weights_by_name",
+    "/list_external_corpora",
+    "/get_remote_instance_transfer_engine_info",
+    "/remote_instance_transfer_engine_info",
+}
+"""As without us, and said in docs/security.md; nothing of it changes the engine but its adapters."""
+
+
+def test_what_sglang_keeps_for_its_operators_is_denied_but_for_what_the_docs_name(rig):
+    if rig.engine != "sglang":
+        pytest.skip("vLLM has no such mark")
+    engine = launchers.engine(rig.engine)
+    kept = routes(rig, rig.preset.arguments, {"OPERATORS_ONLY": "1", "DUMPER_SERVER_PORT": "reuse"})
+    rules = PathRules("/-", engine.denied_paths)
+    assert len(kept) > 40
+    assert {path for _, path in kept if rules.judge(path.encode()) is not Verdict.DENIED} == LEFT_OPEN
 
 
 def test_ten_restores_in_a_row_all_verify_and_answer_the_same(rig):

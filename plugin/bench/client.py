@@ -19,7 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launchers.bare import free_port as free_port  # shared by all benchmarks; the proxy does not import launchers
+from launchers.bare import free_port as free_port
+from launchers.bare import (
+    listening_users as listening_users,  # shared by all benchmarks; the proxy does not import launchers
+)
 
 PROMPT = "Water boils at one hundred"
 """Differs from the canary's prompt: an engine's prefix cache would already hold most of that, unlike a user's request."""

@@ -681,3 +681,39 @@ models:
         status, answer = call(f"{url}/v1/x", {"model": "blue"})
         assert load.result()[0] == 200
         assert status == 503 and "adapters" in answer["error"]["message"], answer
+
+
+SQUAT = """
+import os, socket, sys
+os.setuid(65534)
+server = socket.create_server(("127.0.0.1", int(sys.argv[1])))
+print("up", flush=True)
+while True:
+    sock, _ = server.accept()
+    print(sock.recv(65536), file=sys.stderr, flush=True)
+    sock.sendall(b"HTTP/1.1 200 OK\\r\\nConnection: close\\r\\nContent-Length: 2\\r\\n\\r\\n{}")
+    sock.close()
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
+def test_another_user_at_a_models_port_gets_no_request_of_its_clients(tmp_path):
+    ports = tmp_path / "port"
+    wait = f"echo ${{PORT}} > {ports}; sleep 60"  # an engine that is still being imported
+    config = models_file(tmp_path, f"""models: {{red: {{command: "{wait}", wake_timeout: 3}}}}""")
+    with command("--config", config) as (_, url), ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(call, f"{url}/v1/x", {"model": "red"}, Authorization="Bearer clients-key")
+        limit = time.monotonic() + 20
+        while not (ports.exists() and ports.read_text()) and time.monotonic() < limit:
+            time.sleep(0.01)
+        argv = [sys.executable, "-S", "-c", SQUAT, ports.read_text().strip()]
+        with (tmp_path / "stolen").open("w") as stolen:
+            thief = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=stolen, text=True)
+        try:
+            assert thief.stdout.readline() == "up\n"
+            status, answer = asked.result()
+        finally:
+            thief.kill()
+            thief.communicate()
+        assert "clients-key" not in (tmp_path / "stolen").read_text()
+        assert status == 503 and "engine-port-taken" in answer["error"]["message"], answer

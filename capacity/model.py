@@ -58,7 +58,10 @@ class Pool:
 
 @dataclass(frozen=True)
 class Service:
-    """One model behind one endpoint. `rates` maps a GPU type ("*": any type) to the units per second that a replica serves."""
+    """One model behind one endpoint.
+
+    `rates` maps a GPU type ("*": any type) to the units per second that a replica serves.
+    """
 
     name: str
     gpus: int

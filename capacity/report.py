@@ -27,7 +27,10 @@ def delta(plan: Plan) -> list[dict[str, Any]]:
 
 
 def to_json(plan: Plan, other: Plan | None = None) -> dict[str, Any]:
-    """Return the plan as plain values. `other` is the plan of the same problem with the other lead times."""
+    """Return the plan as plain values.
+
+    `other` is the plan of the same problem with the other lead times.
+    """
     problem = plan.problem
     steps = []
     for t in range(len(plan.instances)):

@@ -42,7 +42,10 @@ class Group:
 
 @dataclass(frozen=True)
 class Need:
-    """The requirements of a problem. Arrays are [service, step] in units per second unless noted otherwise."""
+    """The requirements of a problem.
+
+    Arrays are [service, step] in units per second unless noted otherwise.
+    """
 
     kind: Kind
     lead: Floats  # [service] seconds

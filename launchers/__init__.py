@@ -11,7 +11,10 @@ ENGINES = ("vllm", "sglang")
 
 
 def engine(name: str) -> Engine:
-    """Return the launcher of an engine by its name. Raises Usage (unknown-engine), listing the known names."""
+    """Return the launcher of an engine by its name.
+
+    Raises Usage (unknown-engine), listing the known names.
+    """
     if name == "vllm":
         from launchers.vllm import Vllm
 

@@ -36,7 +36,10 @@ class BareProcess:
         stdout: int | None = None,
         stderr: int | None = None,
     ) -> int:
-        """Start the engine and return its pid. Raises LauncherError (engine-not-started) if it cannot be executed."""
+        """Start the engine and return its pid.
+
+        Raises LauncherError (engine-not-started) if it cannot be executed.
+        """
         try:
             self._process = subprocess.Popen(
                 list(argv),
@@ -76,10 +79,11 @@ class BareProcess:
             return None
 
     def connect(self, port: int, host: str = "127.0.0.1") -> socket.socket:
-        """Return a non-blocking TCP socket whose connect has been started. Raises OSError if another user listens at that port.
+        """Return a non-blocking TCP socket whose connect has been started.
 
-        The port is on the engine's command line, which every user can read, and stays free until the engine has been imported:
-        another user who listens there first would receive the clients' requests and keys.
+        Raises OSError if another user listens at that port. The port is on the engine's command line, which every user can
+        read, and stays free until the engine has been imported: another user who listens there first would receive the
+        clients' requests and keys.
         """
         sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         sock.setblocking(False)

@@ -25,8 +25,10 @@ INNER_PORT = 8000
 """The engine's port inside its sandbox: the same for every replica, since each has its own network."""
 ENGINE_SITE = f"{RUN_DIR}/engine"
 CANARY_PROMPT = "Once upon"
-"""Prompt of the canary. Short, because a replica's readiness waits for its prefill, whose time on a CPU grows with its
-length; and with an answer so likely that another batch or processor does not round it to another token.
+"""Prompt of the canary.
+
+Short, because a replica's readiness waits for its prefill, whose time on a CPU grows with its length; and with an answer so
+likely that another batch or processor does not round it to another token.
 """
 CANARY_TOKENS, CANARY_TOKENS_ON_GPU = 1, 2
 """Number of canary tokens generated, besides the choices that the prompt's prefill yields.
@@ -183,12 +185,12 @@ class Engine(abc.ABC):
     def environment(
         self, user: Mapping[str, str], command: EngineCommand, *, sandboxed: bool, site: str, cache: str
     ) -> dict[str, str]:
-        """Return the engine's environment: the user's variables, those that our hooks need, and no telemetry (the sandbox
-        has no outside network).
+        """Return the engine's environment: the user's variables plus the variables that our hooks need.
 
-        A variable set by the user keeps its value, unless a snapshot would not work with it (TMPDIR). quickthaw's own
-        variables are not passed on: they hold its keys, and a snapshot contains the engine's environment. `site` and
-        `cache` are empty if the state folder cannot be written; the engine then runs without them.
+        Telemetry is disabled, because the sandbox has no outside network. A variable set by the user keeps its value,
+        unless a snapshot would not work with it (TMPDIR). quickthaw's own variables are not passed on: they hold its keys,
+        and a snapshot contains the engine's environment. `site` and `cache` are empty if the state folder cannot be
+        written; the engine then runs without them.
         """
         env = without_ours(user)
         env.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -220,9 +222,9 @@ class Engine(abc.ABC):
     # Its life
 
     def wait_ready(self, client: Client, probe: Probe, on_listening: Callable[[], None]) -> None:
-        """Wait until the engine generates; a bound port is not enough. Calls `on_listening` at the engine's first HTTP answer.
+        """Wait until the engine generates; a bound port is not enough.
 
-        Raises EngineDied or EngineFailed.
+        Calls `on_listening` at the engine's first HTTP answer. Raises EngineDied or EngineFailed.
         """
         listening = False
         while True:
@@ -293,8 +295,9 @@ class Engine(abc.ABC):
         return False
 
     def released(self, client: Client, path: str, body: object = None) -> bool:
-        """Request a release of GPU memory; return whether the engine granted it. Otherwise the driver's checkpoint carries
-        the memory.
+        """Request a release of GPU memory; return whether the engine granted it.
+
+        Otherwise the driver's checkpoint carries the memory.
         """
         status, data = client.call("POST", path, body, timeout_s=RELOAD_LIMIT_S)
         if status != 200:

@@ -44,7 +44,10 @@ class _Answer:
 
 @dataclass
 class Client:
-    """HTTP client of one engine. `connect` returns a new non-blocking socket whose connect has been started."""
+    """HTTP client of one engine.
+
+    `connect` returns a new non-blocking socket whose connect has been started.
+    """
 
     connect: Connect
     token: str | None = None
@@ -143,7 +146,10 @@ class Client:
         return data
 
     def json(self, method: str, path: str, body: object = None, timeout_s: float = 30.0) -> Any:
-        """Send a request that must succeed and return its decoded JSON answer. Raises EngineFailed as `ok` does, or engine-garbled."""
+        """Send a request that must succeed and return its decoded JSON answer.
+
+        Raises EngineFailed as `ok` does, or engine-garbled.
+        """
         data = self.ok(method, path, body, timeout_s)
         try:
             return json.loads(data)

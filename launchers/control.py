@@ -1,7 +1,8 @@
-"""Launcher side of the signals handled by every engine process (plugin/engine/control.py): trim before a dump, wake after a restore.
+"""Launcher side of the engine processes' signals: trim before a dump, wake after a restore.
 
-Also writes the key that a control call to vLLM needs (plugin/engine/vllm_control.py). Only processes that have installed
-the handler are signalled: the default action of a real-time signal kills a process.
+The engine side is plugin/engine/control.py. This module also writes the key that a control call to vLLM needs
+(plugin/engine/vllm_control.py). Only processes that have installed the handler are signalled: the default action of a
+real-time signal kills a process.
 """
 
 from __future__ import annotations
@@ -121,7 +122,10 @@ def ask_for_thin(answers: Path, wanted: bool) -> None:
 
 @contextlib.contextmanager
 def key(folder: Path) -> Iterator[str]:
-    """Write a new key into the control folder for one control call, and remove it after the call. Raises OSError."""
+    """Write a new key into the control folder for one control call, and remove it after the call.
+
+    Raises OSError.
+    """
     text = secrets.token_hex(32)
     new, file = folder / ".key", folder / "key"
     new.unlink(missing_ok=True)

@@ -35,7 +35,10 @@ class BadModel(LauncherError):
 
 
 class EngineDied(LauncherError):
-    """The engine exited before it served. `exit_code` is negative for a signal; `last_words` are its last lines of output."""
+    """The engine exited before it served.
+
+    `exit_code` is negative for a signal; `last_words` are its last lines of output.
+    """
 
     def __init__(self, code: str, message: str, exit_code: int, last_words: str) -> None:
         super().__init__(code, f"{message}; its last words: {last_words}")
@@ -49,4 +52,4 @@ class EngineDied(LauncherError):
 
 
 class EngineFailed(LauncherError):
-    """The engine runs but fails to do what was requested."""
+    """The engine runs but a requested operation fails."""

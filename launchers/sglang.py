@@ -1,6 +1,7 @@
-"""Launcher for SGLang: `python -m sglang.launch_server`, controlled through its own endpoints, which the proxy does not forward.
+"""Launcher for SGLang: `python -m sglang.launch_server`, controlled through SGLang's own endpoints.
 
-Tested with sglang 0.5.23 (CPU, `--device cpu --attention-backend torch_native`, SGLANG_USE_CPU_ENGINE=1).
+The proxy does not forward these endpoints. Tested with sglang 0.5.23 (CPU, `--device cpu --attention-backend torch_native`,
+SGLANG_USE_CPU_ENGINE=1).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ WORKS_WHILE_IDLE = (
     "--enable-pdmux",
 )
 """With these flags an idle scheduler still serves the work of other processes (or a config file decides, which is not read
-here): a scheduler that wakes once a second would delay them.
+here): a scheduler that wakes once per second would delay them.
 """
 
 
@@ -77,11 +78,11 @@ class Sglang(Engine):
     )
 
     def parse(self, arguments: Sequence[str], environment: Mapping[str, str], spin: bool = False) -> EngineCommand:
-        """Parse as for every engine. Unless `spin`, add --sleep-on-idle: an idle scheduler then waits for its sockets
-        instead of busy polling.
+        """Parse as for every engine.
 
-        SGLang's default takes a whole core of the host per idle replica, away from replicas that restore or serve. The flag
-        becomes part of the arguments, and so of the snapshot's identity.
+        Unless `spin`, add --sleep-on-idle: an idle scheduler then waits for its sockets instead of busy polling. SGLang's
+        default takes a whole core of the host per idle replica, away from replicas that restore or serve. The flag becomes
+        part of the arguments, and so of the snapshot's identity.
         """
         command = super().parse(arguments, environment, spin)
         if spin or has_flag(command, SLEEP_ON_IDLE, *WORKS_WHILE_IDLE):
@@ -161,7 +162,10 @@ class Sglang(Engine):
         return ("--enable-memory-saver",)
 
     def put_away(self, client: Client, command: EngineCommand, thin: bool) -> bool:
-        """Release the KV cache, and with `thin` the weights. Without the memory saver SGLang would answer but release nothing."""
+        """Release the KV cache, and with `thin` the weights.
+
+        Without the memory saver SGLang would answer but release nothing.
+        """
         if not has_flag(command, "--enable-memory-saver"):
             return False
         tags = ["kv_cache", "weights"] if thin else ["kv_cache"]

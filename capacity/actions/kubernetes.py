@@ -28,7 +28,10 @@ _LABEL_VALUE = re.compile(r"[A-Za-z0-9](?:[-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
 
 
 def name(pool: str, gpus: int) -> str:
-    """Return a DNS label of at most 63 characters. Invalid characters are replaced; a digest keeps such names distinct."""
+    """Return a DNS label of at most 63 characters.
+
+    Invalid characters are replaced; a digest keeps such names distinct.
+    """
     clean = re.sub(r"[^a-z0-9-]+", "-", pool.lower()).strip("-") or "pool"
     if clean != pool or len(clean) > 45:
         clean = f"{clean[:38].strip('-')}-{hashlib.sha256(pool.encode()).hexdigest()[:6]}"
@@ -36,7 +39,10 @@ def name(pool: str, gpus: int) -> str:
 
 
 def _selector(pool: Pool) -> dict[str, str]:
-    """Return the node labels of a pool, of those that the file names. Raises InputError for an invalid label value."""
+    """Return the node labels of a pool, of those that the file names.
+
+    Raises InputError for an invalid label value.
+    """
     found: dict[str, str] = {}
     for field, label in (
         ("instance", "node.kubernetes.io/instance-type"),

@@ -53,7 +53,10 @@ class State:
 
     @classmethod
     def read(cls, path: Path) -> State:
-        """Read the state; a missing file gives an empty state. Raises InputError (bad-state) if the file is damaged."""
+        """Read the state; a missing file gives an empty state.
+
+        Raises InputError (bad-state) if the file is damaged.
+        """
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
             state = cls(**raw)
@@ -110,9 +113,9 @@ class State:
 
 @dataclass(frozen=True)
 class Decision:
-    """Result of one planning round. `starts` and `stops` passed the gates, instances per pool; `held_back` maps pools to
-    the gate that stopped them.
+    """Result of one planning round.
 
+    `starts` and `stops` passed the gates, instances per pool; `held_back` maps pools to the gate that stopped them.
     `served`: if no plan satisfies every constraint (`conflict`), the share of its demand that each service gets.
     """
 
@@ -146,9 +149,10 @@ def banded(problem: Problem, state: State) -> Problem:
 
 
 def decide(problem: Problem, state: State, now: float, *, exact: bool = False, limit: float = 60.0) -> Decision:
-    """Plan, and apply the gates at time `now` (seconds, any monotonic clock). Changes `state`, except `held`.
+    """Plan, and apply the gates at time `now` (seconds, any monotonic clock).
 
-    `limit`: seconds for each solve. Raises InfeasibleError if not even a plan for less demand exists, SolverError.
+    Changes `state`, except `held`. `limit`: seconds for each solve. Raises InfeasibleError if not even a plan for less
+    demand exists, SolverError.
     """
     pools = tuple(
         replace(
@@ -190,7 +194,10 @@ def decide(problem: Problem, state: State, now: float, *, exact: bool = False, l
 
 
 def _solve(problem: Problem, exact: bool, limit: float) -> tuple[Plan, InfeasibleError | None, dict[str, float]]:
-    """Solve; if infeasible, retry without refusals, then for less demand. Returns the plan, the conflict and the served shares."""
+    """Solve; if infeasible, retry without refusals, then for less demand.
+
+    Returns the plan, the conflict and the served shares.
+    """
     try:
         return planning.solve(problem, exact=exact, limit=limit), None, {}
     except InfeasibleError as bad:

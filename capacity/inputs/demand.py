@@ -18,9 +18,9 @@ LEVELS = (0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
 
 
 def learn(field: Field, services: tuple[Service, ...], level: float, step: float, path: Path) -> Demand:
-    """Learn demand from `trace: {path, service, bin, steps}`. `service` names the service if the CSV has no Service column.
+    """Learn demand from `trace: {path, service, bin, steps}`.
 
-    Raises InputError.
+    `service` names the service if the CSV has no Service column. Raises InputError.
     """
     e = field.mapping(("path", "service", "bin", "steps"))
     if "path" not in e:

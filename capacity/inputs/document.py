@@ -104,7 +104,10 @@ class Field:
         return int(value)
 
     def quantity(self, kind: str, low: float = 0.0, high: float = math.inf, *, open_low: bool = False) -> float:
-        """Return a number in the base unit of `kind` (see units.py). Raises InputError outside [low, high]."""
+        """Return a number in the base unit of `kind` (see units.py).
+
+        Raises InputError outside [low, high].
+        """
         said = self.scalar()
         try:
             value = parse(said, kind)
@@ -151,7 +154,10 @@ def read(path: Path) -> Field:
 
 
 def parse_text(text: str, file: str) -> Field:
-    """Return the root of YAML text; `file` is the name used in errors. Raises InputError (not-yaml, empty)."""
+    """Return the root of YAML text; `file` is the name used in errors.
+
+    Raises InputError (not-yaml, empty).
+    """
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as bad:

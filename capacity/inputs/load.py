@@ -30,7 +30,10 @@ def load(path: Path) -> Problem:
 
 
 def from_field(root: Field, path: Path) -> Problem:
-    """Load the problem of a parsed document; relative paths in it are relative to the folder of `path`. Raises InputError."""
+    """Load the problem of a parsed document; relative paths in it are relative to the folder of `path`.
+
+    Raises InputError.
+    """
     top = root.mapping(("version", "step", "pools", "services", "quotas", "demand", "policy"))
     if "version" in top and top["version"].integer() != 1:
         raise top["version"].error("unknown-version", "this program reads version 1")

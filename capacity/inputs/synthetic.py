@@ -21,7 +21,10 @@ from capacity.model import Floats
 
 @dataclass(frozen=True)
 class Day:
-    """Parameters of a day. `requests`: expected total. `swing`: the daily rhythm's share of the mean, in [0, 1)."""
+    """Parameters of a day.
+
+    `requests`: expected total. `swing`: the daily rhythm's share of the mean, in [0, 1).
+    """
 
     services: tuple[str, ...] = ("chat", "code", "embed")
     requests: int = 100_000

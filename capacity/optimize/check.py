@@ -1,6 +1,7 @@
-"""Check a plan against every constraint. Written from docs/capacity.md with plain loops; shares no code with the solver.
+"""Check a plan against every constraint.
 
-Imports only the model, takes integers, and names each violated constraint with its step.
+Written from docs/capacity.md with plain loops; shares no code with the solver. Imports only the model, takes integers, and
+names each violated constraint with its step.
 """
 
 from __future__ import annotations

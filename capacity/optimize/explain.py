@@ -42,7 +42,10 @@ class _Elastic:
 
 
 def infeasible(problem: Problem, program: Program, *, whole: bool, limit: float = LIMIT) -> InfeasibleError:
-    """Return the error to raise for a program without a solution. `limit` in seconds, for each of conflict and nearest change."""
+    """Return the error to raise for a program without a solution.
+
+    `limit` in seconds, for each of conflict and nearest change.
+    """
     deadline = time.perf_counter() + limit
     elastic = _elastic(program)
     names, smallest = _conflict(elastic, whole, deadline)
@@ -131,7 +134,10 @@ def _elastic(program: Program) -> _Elastic:
 
 
 def _solve(elastic: _Elastic, hard: set[int], deadline: float, *, whole: bool) -> highs.Outcome:
-    """Find the cheapest violation in which the constraints in `hard` hold. Raises SolverError when out of time."""
+    """Find the cheapest violation in which the constraints in `hard` hold.
+
+    Raises SolverError when out of time.
+    """
     left = deadline - time.perf_counter()
     if left <= 0:
         raise SolverError("solver-gave-up", "no time left")
@@ -248,7 +254,10 @@ def _nearest(problem: Problem, elastic: _Elastic, deadline: float) -> tuple[Chan
 
 
 def _change(problem: Problem, name: Name, amount: float, t: int, table: Floats) -> Change:
-    """Describe one change. `amount` is missing at step `t`, the worst one; `table` is a solution as [step, column]."""
+    """Describe one change.
+
+    `amount` is missing at step `t`, the worst one; `table` is a solution as [step, column].
+    """
     up = float(math.ceil(amount - TOLERANCE))
     pools = {pool.name: pool for pool in problem.pools}
     services = {service.name: service for service in problem.services}

@@ -252,7 +252,10 @@ def step(
 def _fill(
     state: _State, order: list[int], table: list[dict[int, float]], prices: list[Floats], effort: int
 ) -> int | None:
-    """Place every service at the first prices, then again at the others. Return a service without room, else None."""
+    """Place every service at the first prices, then again at the others.
+
+    Return a service without room, else None.
+    """
     for worth in prices:
         for j in order:
             if not _place(state, j, table[j], worth, effort):
@@ -298,7 +301,10 @@ def _start(problem: Problem, need: Need, program: Program, t: int, before: list[
 
 
 def _seat(state: _State, j: int, p: int, count: int) -> bool:
-    """Place `count` replicas of service j on pool p, opening instances if allowed; all or none. Return whether it succeeded."""
+    """Place `count` replicas of service j on pool p, opening instances if allowed; all or none.
+
+    Return whether it succeeded.
+    """
     width, gpus = state.shape.width[p][j], state.problem.pools[p].gpus
     lacking = -(-max(0, width * count - state.free[p]) // gpus)
     if lacking:
@@ -404,7 +410,10 @@ def _lay_blocks(state: _State, fraction: list[float], price: list[float]) -> boo
 
 
 def _trim(state: _State, price: list[float]) -> bool:
-    """Remove unneeded replicas; return whether any was. Rounding up for demand and for zones may have added the same one twice."""
+    """Remove unneeded replicas; return whether any was.
+
+    Rounding up for demand and for zones may have added the same one twice.
+    """
     taken = False
     uses: list[list[int]] = [[] for _ in state.served]
     for g, group in enumerate(state.need.groups):
@@ -463,7 +472,10 @@ def _short(state: _State, g: int) -> bool:
 
 
 def _close(state: _State, price: list[float]) -> None:
-    """Close empty instances, and those whose tenants fit elsewhere. Reopen instances above the stop limit."""
+    """Close empty instances, and those whose tenants fit elsewhere.
+
+    Reopen instances above the stop limit.
+    """
     for p in range(len(price)):
         state.release(p)
     for _ in range(SWEEPS):

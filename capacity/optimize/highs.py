@@ -124,7 +124,10 @@ def load(program: Program, *, whole: bool, limit: float, gap: float = 0.0, nodes
 
 
 def run(solver: highspy.Highs, *, whole: bool) -> Outcome:
-    """Solve the loaded program. Raises SolverError on a time limit without a solution, or on numerical failure."""
+    """Solve the loaded program.
+
+    Raises SolverError on a time limit without a solution, or on numerical failure.
+    """
     solver.run()
     status = solver.getModelStatus()
     info = solver.getInfo()

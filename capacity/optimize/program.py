@@ -30,7 +30,10 @@ class Name:
 
 @dataclass(frozen=True)
 class Program:
-    """min cost·z, row_lower <= A z <= row_upper, lower <= z <= upper. A is in triplets; `columns` per step, step-major."""
+    """The linear program: min cost·z with row_lower <= A z <= row_upper and lower <= z <= upper.
+
+    A is in triplets; `columns` per step, step-major.
+    """
 
     steps: int
     columns: int
@@ -93,7 +96,10 @@ def whole_up(values: Floats) -> Floats:
 
 
 def build(problem: Problem, need: Need) -> Program:
-    """Build the program of a problem. Prices are divided by the largest, so that solver tolerances do not depend on the currency."""
+    """Build the program of a problem.
+
+    Prices are divided by the largest, so that solver tolerances do not depend on the currency.
+    """
     pools, services, policy, steps = problem.pools, problem.services, problem.policy, problem.demand.steps
     count = len(pools)
     gpus = np.array([p.gpus for p in pools], dtype=np.float64)

@@ -49,7 +49,10 @@ def relax(program: Program, *, limit: float) -> Outcome:
 
 
 def merged(program: Program) -> tuple[Program, Ints]:
-    """Count replicas and blocks on stand-in pools only. Return that program, and the new position of each row of a step."""
+    """Count replicas and blocks on stand-in pools only.
+
+    Return that program, and the new position of each row of a step.
+    """
     stand_in, pools = program.stand_in, program.at_u
     stands = stand_in == np.arange(pools)
     keep = np.ones(program.columns, dtype=np.bool_)
@@ -154,7 +157,10 @@ def _rank(groups: Ints) -> Ints:
 
 
 def masked(program: Program, keep: Flags) -> tuple[Program, Ints]:
-    """Drop the columns of a step that are not kept. Return that program, and the indices of the remaining columns."""
+    """Drop the columns of a step that are not kept.
+
+    Return that program, and the indices of the remaining columns.
+    """
     every = np.tile(keep, program.steps)
     columns = np.flatnonzero(every)
     position = np.full(len(every), -1, dtype=np.int64)

@@ -201,9 +201,10 @@ def _windows(problem: Problem) -> list[list[int]]:
 
 
 def _by_step(program: Program, relaxed: Floats, reach: int | None, deadline: float) -> Floats | None:
-    """Solve each step as an integer program. `reach`: how far instances may be from the neighbouring integers; None: anywhere.
+    """Solve each step as an integer program.
 
-    Returns None if a step fails or time runs out.
+    `reach`: how far instances may be from the neighbouring integers; None: anywhere. Returns None if a step fails or time
+    runs out.
     """
     cut = highs.view(program)
     steps, wide, count = program.steps, program.columns, program.at_u

@@ -157,7 +157,7 @@ class Fleet:
         self.cost += seconds / 3600 * pool.price
 
     def start_replica(self, j: int, *, booting: bool = True, warm: bool = False) -> bool:
-        """Start one replica on free GPUs, on the fullest booted instance first, then, with `booting`, on a booting one.
+        """Start one replica on free GPUs: on the fullest booted instance, else, with `booting`, on a booting one.
 
         `warm`: it runs from the beginning. Returns False if there is no room.
         """
@@ -200,7 +200,10 @@ class Fleet:
         return True
 
     def stop_replica(self, j: int) -> bool:
-        """Stop a replica of a service: one that is not ready, else the one on the emptiest instance. Returns False if it has none."""
+        """Stop a replica of a service: one that is not ready, else the one on the emptiest instance.
+
+        Returns False if it has none.
+        """
         live = self.replicas[j]
         if not live:
             return False

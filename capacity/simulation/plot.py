@@ -12,7 +12,10 @@ from capacity.simulation.simulate import Result
 
 
 def draw(results: list[Result], stem: Path, *, title: str = "") -> list[Path]:
-    """Write STEM.png and STEM.svg; equal results give equal SVG bytes. Raises CapacityError (no-matplotlib)."""
+    """Write STEM.png and STEM.svg; equal results give equal SVG bytes.
+
+    Raises CapacityError (no-matplotlib).
+    """
     try:
         import matplotlib
 

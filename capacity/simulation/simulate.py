@@ -24,7 +24,10 @@ AFTER = 3600.0  # seconds after the last arrival within which all must be served
 
 @dataclass(frozen=True)
 class Options:
-    """`wake`: seconds per tick. `refusals`: probability that a start is refused. `interruptions`: multiple of the pools' rates."""
+    """Options of a simulation run.
+
+    `wake`: seconds per tick. `refusals`: probability that a start is refused. `interruptions`: multiple of the pools' rates.
+    """
 
     seed: int = 1
     wake: float | None = None
@@ -46,7 +49,10 @@ class Series:
 
 @dataclass(frozen=True)
 class Result:
-    """Result of a policy in seconds, dollars and GPU-hours. `unserved` requests count with their waiting time at the end of the run."""
+    """Result of a policy in seconds, dollars and GPU-hours.
+
+    `unserved` requests count with their waiting time at the end of the run.
+    """
 
     policy: str
     requests: int
@@ -115,9 +121,9 @@ def _settings(p99: float) -> list[tuple[float, float]]:
 
 
 def arrivals_of(problem: Problem, trace: Trace) -> list[tuple[Floats, Floats]]:
-    """Return the arrival times and work of each service. A trace without service names belongs to the only service.
+    """Return the arrival times and work of each service.
 
-    Raises InputError (unknown-name).
+    A trace without service names belongs to the only service. Raises InputError (unknown-name).
     """
     names = list(trace.services)
     if names == [""] and len(problem.services) == 1:

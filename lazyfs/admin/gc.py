@@ -42,10 +42,10 @@ class Collected:
 def collect(
     chunks: ChunkStore, *, grace_s: float = GRACE_S, untagged: bool = False, dry_run: bool = False
 ) -> Collected:
-    """Delete chunks that no manifest mentions. `untagged` first deletes weights without a tag (never snapshots).
+    """Delete chunks that no manifest mentions.
 
-    Raises Integrity for an unreadable manifest or a ref without one, since needed chunks would count as garbage; Busy
-    (store-busy) during an import into a local store.
+    `untagged` first deletes weights without a tag (never snapshots). Raises Integrity for an unreadable manifest or a ref
+    without one, since needed chunks would count as garbage; Busy (store-busy) during an import into a local store.
     """
     with contextlib.nullcontext() if dry_run else store_lock(chunks, exclusive=True):
         job = _Collection(chunks, grace_s, untagged)

@@ -96,9 +96,10 @@ def unnamed(chunks: ChunkStore) -> tuple[int, int]:
 def named_manifests(
     chunks: ChunkStore, manifests: set[str] | None = None
 ) -> tuple[dict[tuple[str, str], str], dict[tuple[str, str], str]]:
-    """Resolve all tags and snapshot names by (kind, name). Return the digests of intact ones, and the reasons why others are broken.
+    """Resolve all tags and snapshot names by (kind, name).
 
-    A name is intact if it points at one of `manifests` (if given), or at a manifest that exists by now.
+    Return the digests of intact ones, and the reasons why others are broken. A name is intact if it points at one of
+    `manifests` (if given), or at a manifest that exists by now.
     """
     good, broken = {}, {}
     for kind in ("tags", "snapshots"):
@@ -121,7 +122,10 @@ def named_manifests(
 
 
 def complete(chunks: ChunkStore, digest: str) -> bool:
-    """Return whether the store has the intact manifest and all its chunks, in plausible sizes. Reads no chunk."""
+    """Return whether the store has the intact manifest and all its chunks, in plausible sizes.
+
+    Reads no chunk.
+    """
     try:
         manifest = certain(lambda: retrying(lambda: chunks.get_manifest(digest), RetryPolicy()))
     except (Integrity, NotFound):

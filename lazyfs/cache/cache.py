@@ -97,7 +97,7 @@ class Image:
         finally:
             fcntl.flock(self.have_fd, fcntl.LOCK_UN)
 
-    # -- what is there
+    # -- state
 
     def state(self, index: int) -> int:
         """Return ABSENT, PRESENT or UNPROVEN (unverified)."""
@@ -126,7 +126,7 @@ class Image:
         """Return the chunk's bytes as stored on disk, unverified."""
         return os.pread(self.data_fd, self.file.chunks[index].length, self.file.offsets[index])
 
-    # -- changing it
+    # -- modification
 
     def write(self, index: int, data: bytes | memoryview, *, hole: bool = False) -> None:
         """Store a chunk that the caller has verified. `hole`: the chunk is all zeros.
@@ -159,7 +159,10 @@ class Image:
 
     @contextlib.contextmanager
     def chunk_lock(self, index: int, limit_s: float) -> Iterator[None]:
-        """Lock the chunk against other threads and processes. Raises Temporary (cache-locked) after `limit_s` seconds."""
+        """Lock the chunk against other threads and processes.
+
+        Raises Temporary (cache-locked) after `limit_s` seconds.
+        """
         deadline, pause = time.monotonic() + limit_s, 0.001
         spot = _HEADER.size + index
         # The kernel's lock belongs to the descriptor, which all threads share; this set excludes threads from each other.
@@ -339,7 +342,10 @@ class Cache:
             )
 
     def claim_memory(self, size: int) -> None:
-        """Reserve `size` bytes of memory out of the limit for the life of this process. Call once, before using it."""
+        """Reserve `size` bytes of memory out of the limit for the life of this process.
+
+        Call once, before using it.
+        """
         try:
             self._claim = Claim(self.root, memory=size)
         except (OSError, LazyfsError) as error:
@@ -373,9 +379,10 @@ class Cache:
             self._touched_files.add(file.digest)
 
     def reserve(self, need: int) -> bool:
-        """Reserve room for `need` more bytes under the limit, evicting least recently used cache files. Return False if impossible.
+        """Reserve room for `need` more bytes under the limit, evicting least recently used cache files.
 
-        The caller must return a granted reservation with `written`, whether it wrote the bytes or not.
+        Return False if impossible. The caller must return a granted reservation with `written`, whether it wrote the bytes
+        or not.
         """
         if self.limit is None:
             return True

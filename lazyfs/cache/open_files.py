@@ -22,7 +22,10 @@ _MOST = 256
 
 
 def raise_descriptor_limit() -> None:
-    """Raise the soft descriptor limit to the hard limit. The usual soft limit of 1024 is for programs that call select()."""
+    """Raise the soft descriptor limit to the hard limit.
+
+    The usual soft limit of 1024 is for programs that call select().
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         with contextlib.suppress(OSError, ValueError):

@@ -29,8 +29,9 @@ _COUNT_S = 10.0
 
 
 class Claim:
-    """One process's reservation on the cache at `root`, until `close` or process exit. Raises OSError if the disk has no
-    room for it.
+    """One process's reservation on the cache at `root`, until `close` or process exit.
+
+    Raises OSError if the disk has no room for it.
     """
 
     def __init__(self, root: Path, *, memory: int = 0, pins: Iterable[str] = ()) -> None:

@@ -29,9 +29,10 @@ def tier_mb(memory_mb: int, limit: int) -> int:
 
 
 class SlotMemory:
-    """The server's side. A slot is free, allocated to the fetcher for writing, or holds a chunk; held slots are reused LRU.
+    """The server's side.
 
-    `on_first_use` is called once, before the first slot is allocated.
+    A slot is free, allocated to the fetcher for writing, or holds a chunk; held slots are reused LRU. `on_first_use` is
+    called once, before the first slot is allocated.
     """
 
     def __init__(self, megabytes: int, on_first_use: Callable[[], None] | None = None) -> None:

@@ -192,7 +192,10 @@ class ChunkStore:
         return body
 
     def has(self, digest: str, length: int) -> bool:
-        """Return whether the store has the chunk in any encoding, with a plausible size. Does not read its bytes."""
+        """Return whether the store has the chunk in any encoding, with a plausible size.
+
+        Does not read its bytes.
+        """
         return any(self._sound(digest, length, encoding) is not None for encoding in (RAW, ZSTD))
 
     def _sound(self, digest: str, length: int, encoding: int) -> ObjectInfo | None:
@@ -305,7 +308,10 @@ class ChunkStore:
         self.store.flush()
 
     def get_ref(self, kind: str, name: str) -> str:
-        """Return the manifest digest that the ref points at. Raises NotFound, or Integrity for a damaged ref."""
+        """Return the manifest digest that the ref points at.
+
+        Raises NotFound, or Integrity for a damaged ref.
+        """
         self._check_ref(kind, name)
         try:
             body = msgspec.json.decode(self.store.get(self.ref_key(kind, name)), type=dict[str, str | int])

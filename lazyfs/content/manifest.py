@@ -77,8 +77,9 @@ class Directory(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One directory tree. `kind`: `weights`, `snapshot`, or `source` (read-through of `source`). `meta`: free-form string
-    pairs set by the writer.
+    """One directory tree.
+
+    `kind`: `weights`, `snapshot`, or `source` (read-through of `source`). `meta`: free-form string pairs set by the writer.
     """
 
     version: Literal[1]
@@ -106,10 +107,11 @@ def encode(manifest: Manifest) -> tuple[str, bytes]:
 
 
 def decode(data: bytes, digest: str, *, local: bool = False) -> Manifest:
-    """Decode and validate the manifest in `data`. Raises Integrity if it does not match `digest` or is malformed.
+    """Decode and validate the manifest in `data`.
 
-    `local`: this host wrote the manifest, so it may describe a source that is read in place. A manifest from a store may
-    not (Integrity, foreign-source): it could make the daemon open any file or URL with the daemon's credentials.
+    Raises Integrity if it does not match `digest` or is malformed. `local`: this host wrote the manifest, so it may
+    describe a source that is read in place. A manifest from a store may not (Integrity, foreign-source): it could make the
+    daemon open any file or URL with the daemon's credentials.
     """
     if blake3.blake3(data).hexdigest() != digest:
         raise Integrity(f"manifest {digest[:12]} does not match its digest; fetch or import it again")

@@ -20,7 +20,10 @@ _FORMAT = 1
 
 
 def parse(data: bytes) -> list[tuple[int, int]]:
-    """Parse the (file index, chunk index) touches of an access log. Raises ValueError if it is malformed."""
+    """Parse the (file index, chunk index) touches of an access log.
+
+    Raises ValueError if it is malformed.
+    """
     try:
         document = json.loads(data)
         if document["format"] != _FORMAT:
@@ -70,7 +73,10 @@ class Trace:
                 self._events.append((file, chunk, round(time.monotonic() - self._start, 4)))
 
     def settled(self, quiet_s: float) -> bool:
-        """Return whether a saved recording has been quiet for `quiet_s` since it was last shared. True once per recording."""
+        """Return whether a saved recording has been quiet for `quiet_s` since it was last shared.
+
+        True once per recording.
+        """
         with self._lock:
             if not self.recording or len(self._events) == self._shared or self._saved != len(self._events):
                 return False

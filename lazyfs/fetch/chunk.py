@@ -33,7 +33,10 @@ _local = threading.local()
 
 
 class Undecodable(Integrity):
-    """A body that cannot be decoded or has the wrong length. `body` is valid until the thread's next fetch."""
+    """A body that cannot be decoded or has the wrong length.
+
+    `body` is valid until the thread's next fetch.
+    """
 
     def __init__(self, message: str, body: bytes | memoryview) -> None:
         super().__init__(message)
@@ -60,7 +63,10 @@ class FetchStats:
 
 
 def scratch() -> memoryview:
-    """Return this thread's buffer of one chunk. A fetch may return a view of it, valid until the thread's next fetch."""
+    """Return this thread's buffer of one chunk.
+
+    A fetch may return a view of it, valid until the thread's next fetch.
+    """
     view: memoryview | None = getattr(_local, "scratch", None)
     if view is None:
         # Page-aligned: some processors copy unaligned memory at a third of the speed.
@@ -100,7 +106,10 @@ class ReadThroughSource:
         self.store = store
 
     def fetch(self, file: File, index: int, *, fresh: bool = False) -> bytes | memoryview:
-        """Return the chunk. Raises Permanent (source-changed) if the source is not the one that the manifest describes."""
+        """Return the chunk.
+
+        Raises Permanent (source-changed) if the source is not the one that the manifest describes.
+        """
         length = file.chunks[index].length
         data = self.store.get(file.path, file.offsets[index], length, file.version, scratch())
         if len(data) != length:
@@ -203,8 +212,9 @@ class ChunkFetcher:
             return attempt(True)
 
     def _proves(self, file: File, index: int, data: bytes) -> bool:
-        """Return whether bytes that survived a power cut are the chunk. Without a recorded digest nothing can be verified:
-        the next fetch records it anew.
+        """Return whether bytes that survived a power cut are the chunk.
+
+        Without a recorded digest nothing can be verified: the next fetch records it anew.
         """
         if not file.chunks[index].digest and (self.digests is None or not self.digests.expected(file, index)):
             return False

@@ -163,7 +163,10 @@ class FetcherLink:
             log.exception("what is waited for was not asked for again")
 
     def replace_silent(self, limit_s: float) -> None:
-        """Kill a fetcher that sent nothing for `limit_s` seconds: it is stopped or stuck. The next one takes over its work."""
+        """Kill a fetcher that sent nothing for `limit_s` seconds: it is stopped or stuck.
+
+        The next one takes over its work.
+        """
         with self._lock:
             silent = time.monotonic() - self._heard
             if self.process is None or silent <= limit_s or self._closing:

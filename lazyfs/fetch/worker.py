@@ -259,7 +259,10 @@ class Fetcher:
             self.queue.close()
 
     def _plan(self) -> None:
-        """Queue the recorded access log in its order, then the remaining chunks in the background. Pin the files that the log names."""
+        """Queue the recorded access log in its order, then the remaining chunks in the background.
+
+        Pin the files that the log names.
+        """
         files = self.manifest.files
         absent = [i for i, f in enumerate(files) if f.path not in self.engine.origins]
         wanted = set(absent)
@@ -448,7 +451,7 @@ class Fetcher:
                 self.postponed[file, chunk] = urgency
             self._send(wire.FAILED, file, chunk, to_errno(error), slot, began)
         except Exception as error:
-            # Answer after any exception: a reader waits for it, and the worker must go on.
+            # Answer after any exception: a reader waits for the answer, and the worker must continue.
             log.exception("%s chunk %d failed", self.manifest.files[file].path, chunk)
             self._send(wire.FAILED, file, chunk, to_errno(error), slot, began)
 
@@ -487,7 +490,7 @@ def build(config: MountConfig, manifest: Manifest) -> ChunkFetcher:
 
 
 def main() -> None:
-    """Run `python -m lazyfs.fetch.worker CHANNEL-FD MEMORY-FD CONFIG-FD`; the server starts it."""
+    """Run the fetcher: `python -m lazyfs.fetch.worker CHANNEL-FD MEMORY-FD CONFIG-FD`, started by the server."""
     from lazyfs.logs import configure
     from lazyfs.mount.manifest_source import load_manifest
 

@@ -54,7 +54,7 @@ class MountHandle(NamedTuple):
         return ask(self.socket, {"op": op, **values})
 
     def daemon(self) -> Literal["runs", "stopped", "gone"]:
-        """What the kernel says of its daemon, which is not asked itself: one that has no time to answer runs as well."""
+        """Return the kernel's state of the daemon, without a request to it: a daemon too busy to answer also runs."""
         if _recorded_pid(state_dir("mounts") / f"{_name(str(self.mountpoint))}.json") != self.pid:
             return "gone"
         if _runs(self.pid):
@@ -64,7 +64,7 @@ class MountHandle(NamedTuple):
     def unmount(self, *, force: bool = False, limit_s: float = 10.0) -> bool:
         """Unmount and wait for the daemon to exit; return whether it exited.
 
-        The daemon goes on while another mount namespace (a sandbox) still shows the mount, and exits with that one. Raises
+        The daemon keeps running while another mount namespace (a sandbox) still shows the mount, and exits with that one. Raises
         Busy while files are open below it here; `force` cuts those files off instead.
         """
         return _unmount(str(self.mountpoint), self.socket, self.pid, force=force, limit_s=limit_s)
@@ -183,8 +183,9 @@ def _healthy(socket: Path) -> MountHandle | None:
 
 
 def _slow(socket: Path, name: str) -> MountHandle | None:
-    """Wait for the mount of a slow daemon. Return None at once if it does not run (exited or stopped), and after
-    `_PATIENCE_S` if it hangs.
+    """Wait for the mount of a slow daemon.
+
+    Return None at once if it does not run (exited or stopped), and after `_PATIENCE_S` if it hangs.
     """
     pid = _recorded_pid(state_dir("mounts") / f"{name}.json")
     deadline = time.monotonic() + _PATIENCE_S
@@ -293,7 +294,10 @@ def _not_of_another_home(where: str, name: str) -> None:
 
 
 def _recover(where: str, name: str, socket: Path) -> None:
-    """Remove what a killed or unresponsive daemon left behind. Raises Busy if another file system is mounted there."""
+    """Remove what a killed or unresponsive daemon left behind.
+
+    Raises Busy if another file system is mounted there.
+    """
     from lazyfs.mount import kernel
 
     state_file = state_dir("mounts") / f"{name}.json"

@@ -92,7 +92,10 @@ class MountConfig:
         return json.dumps(asdict(self))
 
     def to_fd(self) -> int:
-        """Return a descriptor from which a child process reads the settings (`load_fd`). The caller closes it."""
+        """Return a descriptor from which a child process reads the settings (`load_fd`).
+
+        The caller closes it.
+        """
         fd = os.memfd_create("quickthaw-mount", os.MFD_CLOEXEC)
         with open(os.dup(fd), "wb") as file:
             file.write(self.dump().encode())

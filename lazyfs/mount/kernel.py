@@ -137,9 +137,10 @@ def read_ahead(mountpoint: str) -> int:
 
 
 def abort(device: str) -> bool:
-    """Abort a FUSE connection: every request waiting in it fails. `device` is major:minor. Return False if it does not exist.
+    """Abort a FUSE connection: every request waiting in it fails.
 
-    Also works where fusectl is not mounted (containers): a mount attached to no namespace serves as well.
+    `device` is major:minor. Return False if it does not exist. Also works where fusectl is not mounted (containers): a
+    mount attached to no namespace serves as well.
     """
     name = f"{device.partition(':')[2]}/abort"
     try:

@@ -18,9 +18,10 @@ from lazyfs.stores.urls import local_path
 
 
 def load_manifest(config: MountConfig) -> Manifest:
-    """Load and verify the manifest. Raises NotFound, Integrity (after two fetches), or what the store raises after retries.
+    """Load and verify the manifest.
 
-    Only this host may name sources that are read in place: their manifests are in a folder that holds nothing from a store.
+    Raises NotFound, Integrity (after two fetches), or what the store raises after retries. Only this host may name sources
+    that are read in place: their manifests are in a folder that holds nothing from a store.
     """
     with contextlib.suppress(FileNotFoundError):
         own = source_folder(Path(config.cache_dir)) / config.manifest

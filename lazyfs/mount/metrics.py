@@ -26,7 +26,10 @@ _TIERS = {"store_bytes": "store", "origin_bytes": "origin", "proven_bytes": "dis
 
 
 class Histogram:
-    """Counts of durations by bucket. A count lost to a thread race would not matter; none is lost under the GIL."""
+    """Counts of durations by bucket.
+
+    A count lost to a thread race would not matter; none is lost under the GIL.
+    """
 
     def __init__(self) -> None:
         self.counts = [0] * (len(BUCKETS_S) + 1)

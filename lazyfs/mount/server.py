@@ -41,7 +41,10 @@ _ROOM_S = 5.0
 
 
 def serve(config_text: str, ready: Callable[[dict[str, Any]], None]) -> None:
-    """Mount, call `ready` once the mount is served, return when the mount is gone. Raises the error that prevented mounting."""
+    """Mount, call `ready` once the mount is served, return when the mount is gone.
+
+    Raises the error that prevented mounting.
+    """
     configure("mount")
     raise_descriptor_limit()
     # Reads need the interpreter briefly; a waiting thread should not wait the default 5 ms for it.
@@ -200,8 +203,9 @@ class Server:
         }
 
     def _prefetch(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Queue all absent chunks of the files. Raises DiskFull if they cannot all be kept, Temporary if the fetcher
-        accepts no request.
+        """Queue all absent chunks of the files.
+
+        Raises DiskFull if they cannot all be kept, Temporary if the fetcher accepts no request.
         """
         nodes = self._named(request)
         cached = [n for n in nodes if not self.service.in_place(n.file)]
@@ -226,7 +230,7 @@ class Server:
             raise Temporary(f"the fetcher took no request within {_ROOM_S:g} s; try again", code="fetcher-busy")
 
     def _asked_again(self) -> None:
-        """Repeat requests to a new fetcher: chunks that readers wait for, and files that commands asked for."""
+        """Repeat requests to a new fetcher: chunks that readers wait for, and files that commands requested."""
         self.service.resend()
         for index in list(self._wanted):
             file = self.manifest.files[index]

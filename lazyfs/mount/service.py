@@ -37,7 +37,10 @@ log = logging.getLogger("lazyfs.mount.service")
 
 
 class Span(NamedTuple):
-    """Bytes in a file of this host. `fd` is valid until the reply is sent: the kernel closes the open only then."""
+    """Bytes in a file of this host.
+
+    `fd` is valid until the reply is sent: the kernel closes the open only then.
+    """
 
     fd: int
     offset: int
@@ -45,7 +48,10 @@ class Span(NamedTuple):
 
 
 def read_span(span: Span) -> bytes:
-    """Read the bytes of a span. Raises OSError if they cannot be read: a failing disk, or a truncated original."""
+    """Read the bytes of a span.
+
+    Raises OSError if they cannot be read: a failing disk, or a truncated original.
+    """
     data = os.pread(span.fd, span.size, span.offset)
     if len(data) != span.size:
         raise OSError(errno.EIO, "the file is shorter than it was")
@@ -104,7 +110,10 @@ class Backing:
         return st.st_size, st.st_mtime_ns
 
     def changed(self) -> bool:
-        """Return whether an original was written to since it was opened. A replaced or removed one keeps its bytes."""
+        """Return whether an original was written to since it was opened.
+
+        A replaced or removed one keeps its bytes.
+        """
         return self.image is None and self._stamp() != self._written
 
     def complete(self) -> bool:
@@ -121,7 +130,10 @@ class Backing:
 
 @dataclass
 class Opened:
-    """One inode while the kernel has it open. `cached` counts opens served by reads, `native` counts passthrough opens."""
+    """One inode while the kernel has it open.
+
+    `cached` counts opens served by reads, `native` counts passthrough opens.
+    """
 
     node: Node
     file: File
@@ -138,7 +150,10 @@ class Opened:
 
 
 class Service:
-    """State and request handling of one mount. `link` is the fetcher. All public methods may be called from any thread."""
+    """State and request handling of one mount.
+
+    `link` is the fetcher. All public methods may be called from any thread.
+    """
 
     def __init__(
         self, config: MountConfig, manifest: Manifest, cache: Cache, link: FetcherLink, memory: SlotMemory
@@ -457,7 +472,10 @@ class Service:
             self._serve(waiter.opened, waiter.offset, end, waiter.unique, waiter.reply, waiter.started)
 
     def _failed(self, file: int, chunk: int, number: int, began: float) -> None:
-        """Fail the reads that began before this fetch. The failure does not apply to later ones: repeat their request."""
+        """Fail the reads that began before this fetch.
+
+        The failure does not apply to later ones: repeat their request.
+        """
         with self.lock:
             waiters = self.waiting.pop((file, chunk), [])
             failed = [w for w in waiters if w.started <= began and self.by_unique.pop(w.unique, None) is w]

@@ -1,4 +1,7 @@
-"""The manifest as inodes, for lookup, getattr, readdir and readlink. Immutable, so answers may be cached forever."""
+"""The manifest as inodes, for lookup, getattr, readdir and readlink.
+
+Immutable, so answers may be cached forever.
+"""
 
 from __future__ import annotations
 

@@ -69,7 +69,10 @@ class FaultyStore:
         return bytes(spoiled)
 
     def _hit(self, call: str, key: str) -> tuple[str, float]:
-        """Raise the fault configured for this call. Return (fault, seconds) if the fault concerns the body, else ("", 0.0)."""
+        """Raise the fault configured for this call.
+
+        Return (fault, seconds) if the fault concerns the body, else ("", 0.0).
+        """
         settings = self._settings()
         fault = settings.get("fault")
         named = call in settings.get("calls", ["get"]) and key.startswith(settings.get("only", ""))

@@ -243,7 +243,10 @@ class WebStore:
 
 
 class _Timed(http.client.HTTPResponse):
-    """An answer that is whole at `deadline`, however slowly its head or its body comes. Raises TimeoutError."""
+    """An HTTP response that must be complete at `deadline`, however slowly its head or body arrives.
+
+    Raises TimeoutError.
+    """
 
     def __init__(
         self, sock: socket.socket, *arguments: Any, deadline: float, inactivity_s: float, **named: Any
@@ -254,7 +257,7 @@ class _Timed(http.client.HTTPResponse):
 
 
 class _TimedReads(io.RawIOBase):
-    """A socket's bytes; each receipt has what is left of the time."""
+    """Raw reads from a socket; each read may take the time left until the deadline."""
 
     def __init__(self, sock: socket.socket, deadline: float, inactivity_s: float) -> None:
         self._sock, self._deadline, self._inactivity_s = sock, deadline, inactivity_s
@@ -280,7 +283,10 @@ class _TimedReads(io.RawIOBase):
 
 
 def _place(url: str) -> tuple[str, str, int]:
-    """Return scheme, host and port, which credentials are bound to. Raises ValueError for an invalid port."""
+    """Return scheme, host and port, which credentials are bound to.
+
+    Raises ValueError for an invalid port.
+    """
     parts = urlsplit(url)
     return parts.scheme, (parts.hostname or "").lower(), parts.port or (443 if parts.scheme == "https" else 80)
 

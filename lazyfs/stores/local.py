@@ -59,7 +59,7 @@ class LocalStore:
         into: memoryview | None = None,
     ) -> bytes | memoryview:
         try:
-            # Whoever writes into a shared folder may leave a pipe there: to open one blocks for ever.
+            # Another writer to a shared folder may leave a pipe there, and opening a pipe blocks forever.
             fd = os.open(self.path(key), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except FileNotFoundError:
             raise NotFound(f"{self.url} has no {key}") from None

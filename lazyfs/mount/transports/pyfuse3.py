@@ -42,7 +42,10 @@ _T_NS = 1_000_000_000 * 10**9
 
 
 class Pyfuse3Transport:
-    """One mounted connection. `start` mounts and serves in a thread; `wait` reports when the mount is gone."""
+    """One mounted connection.
+
+    `start` mounts and serves in a thread; `wait` reports when the mount is gone.
+    """
 
     name = "pyfuse3"
     passthrough = False
@@ -264,7 +267,10 @@ class _Operations(pyfuse3.Operations):  # type: ignore[misc]
 
 
 def _mapped(span: Span) -> memoryview:
-    """Return the span in a mapping that lives as long as the answer. Raises OSError if its pages cannot be populated."""
+    """Return the span in a mapping that lives as long as the answer.
+
+    Raises OSError if its pages cannot be populated.
+    """
     start = span.offset & -_PAGE
     mapping = mmap.mmap(span.fd, span.offset + span.size - start, mmap.MAP_SHARED, mmap.PROT_READ, offset=start)
     mapping.madvise(_MADV_POPULATE_READ)

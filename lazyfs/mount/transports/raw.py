@@ -118,7 +118,10 @@ class Pipe:
 
 
 class RawTransport:
-    """One mounted connection. `start` mounts and serves in threads; `wait` reports when the mount is gone."""
+    """One mounted connection.
+
+    `start` mounts and serves in threads; `wait` reports when the mount is gone.
+    """
 
     name = "raw"
 
@@ -168,7 +171,10 @@ class RawTransport:
         }
 
     def start(self) -> None:
-        """Mount, answer the kernel's INIT request and start serving. Raises HostLacks if the host does not allow it."""
+        """Mount, answer the kernel's INIT request and start serving.
+
+        Raises HostLacks if the host does not allow it.
+        """
         try:
             self.fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:

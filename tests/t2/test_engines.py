@@ -475,7 +475,7 @@ def test_a_thin_snapshot_carries_no_weights_and_answers_the_same(rig):
     assert thin.weights == "thin"
     # Weights smaller than a megabyte, those that share a page with something else, and those that are packed stay. What else
     # is in an image differs by tens of megabytes from one start to the next.
-    assert weights_in(rig, full) - weights_in(rig, thin) > (50e6 if packs(rig.engine) else 150e6)
+    assert weights_in(rig, full) - weights_in(rig, thin) > (30e6 if packs(rig.engine) else 150e6)
     for _ in range(2):
         with rig.running("--weights", "thin", "--name", "thin", limit_s=120.0) as (port, answer, _, _):
             assert answer.text == rig.cold_text

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from capacity.model import Floats, History, Kind, Problem, quantile, slot
 
 MAX_GROUPS = 128
-FEWEST = 40  # with fewer past moments than this, use all of them
+FEWEST = 40  # minimum number of past moments to choose
 PoolKind = tuple[str, float, str, int]
 
 

@@ -272,7 +272,10 @@ class Engine(abc.ABC):
         """
 
     def name_weights(self, client: Client) -> None:  # noqa: B027 - nothing to do if the canary does it
-        """Have our hooks record the weights' addresses if nothing is trimmed, unless the canary has done so (launchers/control.py)."""
+        """Have our hooks record the weights' addresses (launchers/control.py).
+
+        Called if nothing is trimmed. A no-op for engines whose canary records them.
+        """
 
     @abc.abstractmethod
     def reload_weights(self, client: Client, model: str) -> None:
@@ -281,8 +284,9 @@ class Engine(abc.ABC):
     # GPU: memory offloaded here need not go through the images; the driver's own checkpoint moves the rest into host memory.
 
     def gpu_arguments(self, command: EngineCommand, packages: Mapping[str, str]) -> tuple[str, ...]:
-        """Return the arguments that `put_away` needs and the user has not given; none if a required package is missing
-        from `packages`.
+        """Return the arguments that `put_away` needs and the user has not given.
+
+        Returns none if a required package is missing from `packages`.
         """
         return ()
 

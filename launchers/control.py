@@ -48,9 +48,10 @@ def tell(init_pid: int, number: int) -> list[int]:
 
 
 def renew(answers: Path, then: Collection[str], now: Mapping[str, str]) -> None:
-    """Write the environment for every process of a restored engine to the control folder, before WAKE (plugin/engine/renewal.py).
+    """Write the environment for every process of a restored engine to the control folder, before WAKE.
 
-    `then`: the names set before the snapshot; those missing from `now` are removed. Raises OSError.
+    plugin/engine/renewal.py reads it. `then`: the names set before the snapshot; those missing from `now` are removed.
+    Raises OSError.
     """
     records = [name for name in then if name not in now] + [f"{name}={value}" for name, value in now.items()]
     fd = os.open(answers / ENVIRONMENT, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
@@ -84,8 +85,9 @@ def shrink_all(init_pid: int, answers: Path, limit_s: float = 10.0) -> int:
 
 
 def bytes_dropped(answers: Path, what: str) -> int:
-    """Return the bytes of `kv` cache or `weights` that the engine's processes reported dropped at the last trim; removes
-    the reports.
+    """Return the bytes of `kv` cache or `weights` dropped at the last trim, as reported by the engine's processes.
+
+    Removes the reports.
     """
     total = 0
     for note in answers.glob(f"*.{what}"):

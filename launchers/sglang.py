@@ -78,11 +78,11 @@ class Sglang(Engine):
     )
 
     def parse(self, arguments: Sequence[str], environment: Mapping[str, str], spin: bool = False) -> EngineCommand:
-        """Parse as for every engine.
+        """Parse as for every engine; unless `spin`, add --sleep-on-idle.
 
-        Unless `spin`, add --sleep-on-idle: an idle scheduler then waits for its sockets instead of busy polling. SGLang's
-        default takes a whole core of the host per idle replica, away from replicas that restore or serve. The flag becomes
-        part of the arguments, and so of the snapshot's identity.
+        An idle scheduler then waits for its sockets. SGLang's default, busy polling, takes a whole core of the host per
+        idle replica, away from replicas that restore or serve. The flag becomes part of the arguments, and so of the
+        snapshot's identity.
         """
         command = super().parse(arguments, environment, spin)
         if spin or has_flag(command, SLEEP_ON_IDLE, *WORKS_WHILE_IDLE):

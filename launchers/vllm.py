@@ -154,8 +154,9 @@ class Vllm(Engine):
         return () if has_flag(command, "--enable-sleep-mode", "--no-enable-sleep-mode") else ("--enable-sleep-mode",)
 
     def put_away(self, client: Client, command: EngineCommand, thin: bool) -> bool:
-        """Sleep at level 2, which drops weights and KV cache, or level 1, which keeps the weights in host memory (for 0.26
-        see docs/measurements.md).
+        """Put vLLM to sleep: level 2 drops weights and KV cache, level 1 keeps the weights in host memory.
+
+        For vLLM 0.26 see docs/measurements.md. Raises EngineFailed if the outcome is unknown.
         """
         if not has_flag(command, "--enable-sleep-mode"):
             return False

@@ -50,7 +50,10 @@ def learn(field: Field, services: tuple[Service, ...], level: float, step: float
 
 
 def from_history(history: History, services: tuple[Service, ...], level: float, step: float, steps: int) -> Demand:
-    """Return a flat forecast: the quantiles of the rates over the last step's length (or all there is), each averaged over a bin."""
+    """Return a flat forecast: the quantiles of the rates over the last step's length.
+
+    Each rate is averaged over a bin. A shorter history is used as a whole.
+    """
     bins = max(1, round(step / history.bin_seconds))
     forecasts: dict[str, Forecast] = {}
     for j, service in enumerate(services):

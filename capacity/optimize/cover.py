@@ -85,7 +85,10 @@ def cheapest(options: Options, near: Ints, effort: int = 1) -> Ints | None:
 
 
 def _spread(options: Options) -> Ints | None:
-    """Return the cheapest of even spreads over 1, 2, … zones, with each zone's cheapest option, and with one rate everywhere."""
+    """Return the cheapest of even spreads over 1, 2, … zones.
+
+    Tries each zone's cheapest option, and each rate used everywhere.
+    """
     unit = options.cost / options.rate
     order = np.argsort(unit, kind="stable").tolist()
     rates, zones, rooms = options.rate.tolist(), options.zone.tolist(), options.room.tolist()

@@ -41,7 +41,10 @@ class _Basis:
 
 
 def relax(program: Program, *, limit: float) -> Outcome:
-    """Solve the linear program faster than a plain solve, to the same optimum; falls back to the plain solve if a shortcut fails."""
+    """Solve the linear program faster than a plain solve, to the same optimum.
+
+    Falls back to the plain solve if a shortcut fails.
+    """
     if (program.stand_in == np.arange(program.at_u)).all():
         return _relax(program, limit)
     together, row_of = merged(program)

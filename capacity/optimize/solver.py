@@ -83,9 +83,9 @@ def round_whole(
     thorough: bool = False,
     limit: float = 30.0,
 ) -> Outcome:
-    """Return an integer plan near `relaxed` that satisfies all constraints; falls back to the integer program over all steps.
+    """Return an integer plan near `relaxed` that satisfies all constraints.
 
-    Returns an Outcome without values if even the integer program is infeasible.
+    Falls back to the integer program over all steps. Returns an Outcome without values if even that is infeasible.
     """
     deadline = time.perf_counter() + limit
     better = thorough or (not quick and int(program.integer.sum()) <= MIDDLING)

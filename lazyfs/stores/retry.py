@@ -34,7 +34,7 @@ class RetryPolicy:
 def retrying(
     call: Callable[[], T], policy: RetryPolicy, *, on_retry: Callable[[Temporary, int], None] | None = None
 ) -> T:
-    """Call until the call returns, raises an error other than Temporary, or the policy is exhausted.
+    """Retry `call` until it returns, raises an error other than Temporary, or the policy is exhausted.
 
     Raises the last Temporary if the policy is exhausted.
     """
@@ -57,7 +57,7 @@ def retrying(
 
 
 def certain(call: Callable[[], T]) -> T:
-    """Call, and call once more if it raises Integrity: the bytes may have been damaged in transit.
+    """Run `call`, and once more if it raises Integrity: the bytes may have been damaged in transit.
 
     Raises the second Integrity.
     """

@@ -442,8 +442,9 @@ class RawTransport:
 
 
 def _sized(value: bytes, size: int) -> bytes:
-    """Format the reply of getxattr and listxattr: `size` 0 asks for the length. Raises OSError (ERANGE) if the value is
-    longer than `size`.
+    """Format the reply of getxattr and listxattr: `size` 0 asks for the length.
+
+    Raises OSError (ERANGE) if the value is longer than `size`.
     """
     if size == 0:
         return struct.pack("<II", len(value), 0)

@@ -88,7 +88,12 @@ def choose_transport(service: Service, config: MountConfig) -> Transport:
         raise HostLacks(
             "passthrough needs the raw transport and the right to mount (CAP_SYS_ADMIN); or use --native auto"
         )
-    from lazyfs.mount.transports.pyfuse3 import Pyfuse3Transport
+    try:
+        from lazyfs.mount.transports.pyfuse3 import Pyfuse3Transport
+    except ImportError as error:
+        raise HostLacks(
+            f"mounting without CAP_SYS_ADMIN needs pyfuse3 ({error}); pip install 'quickthaw[fuse]', or run as root"
+        ) from error
 
     return Pyfuse3Transport(service, config.mountpoint, source, allow_other=config.allow_other)
 

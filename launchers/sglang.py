@@ -71,6 +71,7 @@ class Sglang(Engine):
             "/start_expert_distribution_record",
             "/stop_expert_distribution_record",
             "/dump_expert_distribution_record",
+            "/scale_elastic_ep",
             "/add_external_corpus",
             "/remove_external_corpus",
             "/load_lora_adapter_from_tensors",  # pickled tensors

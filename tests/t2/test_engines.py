@@ -218,6 +218,7 @@ LEFT_OPEN = {
     "/unload_lora_adapter",
     "/abort_request",
     "/get_weights_by_name",
+    "/is_scaling_elastic_ep",
     "/list_external_corpora",
     "/get_remote_instance_transfer_engine_info",
     "/remote_instance_transfer_engine_info",

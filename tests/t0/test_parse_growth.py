@@ -101,6 +101,16 @@ JSON = {
 }
 
 
+def test_a_compressed_body_costs_what_the_client_has_sent():
+    body = zlib.compress(b'{"a":[' + b"1," * (24 << 20) + b'1],"model":"a"}', 9)
+    assert len(body) < 64 << 10
+    began = time.process_time()
+    assert routed(body, b"application/json", b"deflate") == "body-too-large"
+    assert time.process_time() - began < NOTICEABLE_S
+    text = b'{"a":"' + b"".join(b"%d " % (n * n) for n in range(300_000)) + b'","model":"a"}'
+    assert isinstance(routed(zlib.compress(text), b"application/json", b"deflate"), ReplicaPool)
+
+
 @pytest.mark.parametrize("name", JSON)
 @pytest.mark.parametrize("coding", [b"", b"deflate"])
 def test_a_json_body(name, coding):

@@ -11,6 +11,8 @@ import json
 import os
 import signal
 import subprocess
+import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +22,8 @@ from capacity.errors import CapacityError
 APPLY_LIMIT_S = 600.0
 OBSERVE_LIMIT_S = 60.0
 TERM_LIMIT_S = 5.0
-"""Seconds that a timed-out command has to exit after SIGTERM."""
+"""Seconds that an interrupted command has to exit after SIGTERM."""
+LOOK_S = 0.2
 MOST_INSTANCES = 10_000_000
 
 
@@ -37,7 +40,13 @@ class Applied:
     error: CapacityError | None = None
 
 
-def apply(starts: Mapping[str, int], stops: Mapping[str, int], command: str, limit: float = APPLY_LIMIT_S) -> Applied:
+def apply(
+    starts: Mapping[str, int],
+    stops: Mapping[str, int],
+    command: str,
+    limit: float = APPLY_LIMIT_S,
+    stop: threading.Event | None = None,
+) -> Applied:
     """Run `command` with the delta as JSON on its standard input, starts first.
 
     The command may print JSON lines, each `{"granted": {pool: started}, "stopped": {pool: stopped}, "held": {pool: held
@@ -47,8 +56,8 @@ def apply(starts: Mapping[str, int], stops: Mapping[str, int], command: str, lim
     """
     delta = [{"action": "start", "pool": pool, "count": n} for pool, n in starts.items()]
     delta += [{"action": "stop", "pool": pool, "count": n} for pool, n in stops.items()]
-    code, out, last = _run(command, json.dumps({"delta": delta}), limit)
-    failure = _failure("apply", code, last, limit)
+    code, out, last = _run(command, json.dumps({"delta": delta}), limit, stop)
+    failure = _failure("apply", code, last, limit, stop)
     said, problem = _answers(out)
     problems = [problem] if problem else []
     counts: dict[str, dict[str, int]] = {}
@@ -68,13 +77,13 @@ def apply(starts: Mapping[str, int], stops: Mapping[str, int], command: str, lim
     return Applied(counts["granted"], counts["stopped"], held, failure)
 
 
-def observe(command: str, limit: float = OBSERVE_LIMIT_S) -> dict[str, int]:
+def observe(command: str, limit: float = OBSERVE_LIMIT_S, stop: threading.Event | None = None) -> dict[str, int]:
     """Run `command` and return the held instances that it prints as `{"held": {pool: instances}}`.
 
     Raises CapacityError if it fails, times out or prints anything else.
     """
-    code, out, last = _run(command, "", limit)
-    failure = _failure("observe", code, last, limit)
+    code, out, last = _run(command, "", limit, stop)
+    failure = _failure("observe", code, last, limit, stop)
     if failure is not None:
         raise failure
     said, problem = _answers(out)
@@ -84,11 +93,8 @@ def observe(command: str, limit: float = OBSERVE_LIMIT_S) -> dict[str, int]:
     return held
 
 
-def _run(command: str, text: str, limit: float) -> tuple[int | None, str, str]:
-    """Return exit code (None: timed out), standard output, and the last line of standard error.
-
-    Kills the process group on a timeout.
-    """
+def _run(command: str, text: str, limit: float, stop: threading.Event | None) -> tuple[int | None, str, str]:
+    """Exit code (None: cut short, by the limit or by `stop`), standard output, last line of standard error. The whole process group has ended when this returns."""
     process = subprocess.Popen(
         command,
         shell=True,  # the user's own command, as in a shell
@@ -100,7 +106,7 @@ def _run(command: str, text: str, limit: float) -> tuple[int | None, str, str]:
         start_new_session=True,
     )
     try:
-        out, err = process.communicate(text, timeout=limit)
+        out, err = _communicate(process, text, limit, stop)
         code: int | None = process.returncode
     except subprocess.TimeoutExpired:
         code = None
@@ -117,13 +123,33 @@ def _run(command: str, text: str, limit: float) -> tuple[int | None, str, str]:
     return code, out, (err.strip().splitlines() or [""])[-1]
 
 
+def _communicate(
+    process: subprocess.Popen[str], text: str, limit: float, stop: threading.Event | None
+) -> tuple[str, str]:
+    """`communicate`, that also raises TimeoutExpired soon after `stop` is set."""
+    deadline, given = time.monotonic() + limit, text or None
+    while True:
+        try:
+            return process.communicate(given, timeout=max(0.0, min(LOOK_S, deadline - time.monotonic())))
+        except subprocess.TimeoutExpired:
+            given = None  # it has been taken over
+            if time.monotonic() >= deadline or (stop is not None and stop.is_set()):
+                raise
+
+
 def _signal(group: int, number: signal.Signals) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(group, number)
 
 
-def _failure(which: str, code: int | None, last: str, limit: float) -> CapacityError | None:
+def _failure(
+    which: str, code: int | None, last: str, limit: float, stop: threading.Event | None
+) -> CapacityError | None:
     if code is None:
+        if stop is not None and stop.is_set():
+            return CapacityError(
+                f"{which}-interrupted", f"the {which} command was ended, since the plan was told to end"
+            )
         return CapacityError(f"{which}-timeout", f"the {which} command took over {limit:g} s and was ended")
     if code:
         return CapacityError(f"{which}-failed", f"the {which} command exited with {code}: {last}")

@@ -265,7 +265,7 @@ def loop(
         try:
             problem = load()
             state = unwritten or State.read(state_path)
-            state.observe(problem, None if observe is None else applying.observe(observe))
+            state.observe(problem, None if observe is None else applying.observe(observe, stop=stop))
             decision = decide(problem, state, time.time(), exact=exact, limit=limit)
             state.write(state_path)
             unwritten = None
@@ -273,7 +273,7 @@ def loop(
             if command is not None:
                 outcome = Applied({}, {}, {})
                 if not decision.quiet:
-                    outcome = applying.apply(decision.starts, decision.stops, command)
+                    outcome = applying.apply(decision.starts, decision.stops, command, stop=stop)
                     unwritten = state
                 record(state, problem, decision, outcome)
                 error = outcome.error

@@ -66,3 +66,25 @@ def test_watch_follows_the_file_and_ends_on_a_signal(tmp_path):
         process.wait(LIMIT)
         process.stdout.close()
         process.stderr.close()
+
+
+def test_a_signal_ends_the_apply_command_too_and_what_it_did_is_kept(tmp_path):
+    plan, state = tmp_path / "plan.yaml", tmp_path / "state.json"
+    plan.write_text((REPO / "examples" / "plan_trace.yaml").read_text())
+    mark = tmp_path / "mark"
+    script = f"""echo '{{"granted": {{"h100-a": 1}}}}'; touch {mark}; sleep 100"""
+    command = [sys.executable, "-c", "from capacity.cli import plan; plan()", str(plan), "--watch", "60", "--json"]
+    command += ["--state", str(state), "--apply", script]
+    process = subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        deadline = time.monotonic() + LIMIT
+        while not mark.exists():
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        out, _ = process.communicate(timeout=30)
+        assert process.returncode == 1 and b"apply-interrupted" in out
+        assert json.loads(state.read_text())["held"]["h100-a"] == 1
+    finally:
+        process.kill()
+        process.communicate()

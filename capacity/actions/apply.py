@@ -94,7 +94,10 @@ def observe(command: str, limit: float = OBSERVE_LIMIT_S, stop: threading.Event 
 
 
 def _run(command: str, text: str, limit: float, stop: threading.Event | None) -> tuple[int | None, str, str]:
-    """Exit code (None: cut short, by the limit or by `stop`), standard output, last line of standard error. The whole process group has ended when this returns."""
+    """Run a command in a process group of its own, which has ended when this returns.
+
+    Returns its exit code (None: interrupted by the limit or by `stop`), its standard output, and the last line of its standard error.
+    """
     process = subprocess.Popen(
         command,
         shell=True,  # the user's own command, as in a shell

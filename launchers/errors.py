@@ -52,4 +52,13 @@ class EngineDied(LauncherError):
 
 
 class EngineFailed(LauncherError):
-    """The engine runs but a requested operation fails."""
+    """The engine runs but a requested operation fails. `words`: what it said about it, which no client sees."""
+
+    def __init__(self, code: str, message: str, words: str = "") -> None:
+        super().__init__(code, f"{message}: {words}" if words else message)
+        self._public = f"{message}; see the launcher's log" if words else message
+
+    @property
+    def public(self) -> str:
+        """The message without the engine's words."""
+        return self._public

@@ -151,7 +151,7 @@ class Sglang(Engine):
             "POST", "/update_weights_from_disk", {"model_path": model}, timeout_s=RELOAD_LIMIT_S
         )
         if not answer.get("success"):
-            raise EngineFailed("reload-failed", f"SGLang did not reload its weights: {answer.get('message')}")
+            raise EngineFailed("reload-failed", "SGLang did not reload its weights", str(answer.get("message")))
 
     def gpu_arguments(self, command: EngineCommand, packages: Mapping[str, str]) -> tuple[str, ...]:
         """Enable the memory saver if its package is installed: without it the flag prevents the engine from starting."""

@@ -129,7 +129,7 @@ class Vllm(Engine):
             ) from error
         except (ValueError, LookupError, TypeError) as error:
             raise EngineFailed(
-                "engine-garbled", f"{CONTROL_PATH} answered {data[:80]!r}; see the engine's log"
+                "engine-garbled", f"{CONTROL_PATH} answered what is no result; see the engine's log", repr(data[:80])
             ) from error
 
     def shrink(self, client: Client) -> None:

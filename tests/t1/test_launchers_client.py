@@ -8,6 +8,7 @@ import pytest
 
 from launchers.client import Client
 from launchers.errors import EngineFailed
+from plugin.proxy.errors import start_failed
 
 pytestmark = pytest.mark.t1
 
@@ -94,3 +95,12 @@ def test_nobody_there():
 
     with pytest.raises(EngineFailed, match="engine-unreachable"):
         Client(connect).json("GET", "/x")
+
+
+def test_what_an_engine_says_in_a_refusal_is_for_the_log_and_no_client(peer):
+    client = peer(b"HTTP/1.1 500 X\r\nContent-Length: 12\r\n\r\n/root/secret")
+    with pytest.raises(EngineFailed) as caught:
+        client.ok("POST", "/v1/completions")
+    failure = start_failed(caught.value)
+    assert "/root/secret" in str(caught.value) and "/root/secret" in failure.detail
+    assert "/root/secret" not in failure.message and "answered 500" in failure.message

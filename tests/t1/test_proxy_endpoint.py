@@ -357,3 +357,22 @@ def test_what_somebody_else_started_is_not_a_measured_start():
             assert not any(rig.pool.history.seen(kind) for kind in Kind)
 
     run(main())
+
+
+def test_what_an_engine_answers_to_the_first_generation_reaches_no_client():
+    async def refuse(up, seen, reader, writer):
+        if seen.method == "POST":
+            writer.write(answer(b"/root/secret", "500 Internal Server Error"))
+        else:
+            writer.write(answer())
+        return True
+
+    async def main():
+        async with upstream(refuse) as up:
+            spec = EndpointSpec(tcp("127.0.0.1", up.port), wake="exec sleep 60", ready_model="m", wake_limit_s=0.3)
+            async with in_front_of(spec) as (rig, _):
+                got = await rig.get("/v1/completions", method="POST", body=b"{}")
+                assert got.status == 503 and got.json()["error"]["code"] == "wake-no-generation"
+                assert b"secret" not in got.raw + got.body
+
+    run(main())

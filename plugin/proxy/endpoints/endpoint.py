@@ -400,7 +400,8 @@ class Endpoint:
         while (why := await self._generation(_GENERATION_LIMIT_S)) is not None:
             waited = time.monotonic() - began
             if waited > self.spec.wake_limit_s:
-                raise StartFailed("wake-no-generation", f"no token after {self.spec.wake_limit_s:g} s: {why}")
+                public = f"no token after {self.spec.wake_limit_s:g} s"
+                raise StartFailed("wake-no-generation", f"{public}; see the proxy's log", detail=f"{public}: {why}")
             await asyncio.sleep(_pause_s(waited))
 
     async def _generation(self, limit_s: float) -> str | None:

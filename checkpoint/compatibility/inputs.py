@@ -138,9 +138,13 @@ class Inputs:
     def of_variable(self, name: str, value: str) -> str:
         """Digest the files that an environment variable refers to.
 
-        Folders count only if the name says that they hold configurations.
+        Folders count only if the name says that they hold configurations; those of PYTHONPATH count by their own modules
+        (a sitecustomize.py), not by the packages below them.
         """
         found: dict[str, str] = {}
+        if name == "PYTHONPATH":
+            for folder in filter(os.path.isabs, value.split(os.pathsep)):
+                found |= self._sources(sorted(Path(folder).glob("*.py")))
         if name.endswith(_MODULE_VARIABLES):
             for word in re.split(r"[\s,:]+", value):
                 found |= self._module(word)

@@ -155,3 +155,18 @@ def test_no_snapshot_is_taken_of_what_was_changed_while_the_engine_started(launc
         assert "inputs-changed" in started.text() and "arguments-differ: --chat-template" in started.text()
     assert launch_rig.library.names() == []
     launch_rig.take(**options)  # the next start does
+
+
+def test_an_edited_module_on_the_python_path_makes_another_launch(launch_rig):
+    folder = launch_rig.folder / "patches"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text("patched = 1")
+    env = {"PYTHONPATH": f"{launch_rig.env()['PYTHONPATH']}:{folder}"}
+    launch_rig.take("--name", "one", env=env)
+    with launch_rig.running("--name", "one", env=env) as started:
+        started.ask()
+        assert started.phases()[0][1] == "restoring"
+    (folder / "sitecustomize.py").write_text("patched = 2")
+    with launch_rig.running("--name", "one", "--no-snapshot", env=env) as started:
+        started.ask()
+        assert "environment-differs: PYTHONPATH" in started.text()

@@ -3,6 +3,7 @@
 import ctypes
 import queue
 import struct
+import subprocess
 import sys
 import threading
 import time
@@ -88,6 +89,11 @@ def test_no_client_makes_an_engine_wait_by_the_name_of_its_request(monkeypatch, 
     assert clients(begin) == 0, "it was never woken"
     monkeypatch.setattr(joining, "allowed", True)
     assert clients(begin) == 1, "one wait for each wake, whoever takes it"
+
+
+def test_a_wake_allows_the_wait():
+    woken = "from plugin.engine import control, joining; control._on_wake(0, None); print(joining.allowed)"
+    assert subprocess.run([sys.executable, "-c", woken], capture_output=True, text=True, check=True).stdout == "True\n"
 
 
 def test_what_inductor_compiled_itself_is_not_refused_by_vllm_when_it_is_loaded():

@@ -129,7 +129,15 @@ def test_a_record_that_cannot_be_written_or_read_costs_the_record_only(home, cap
 
 def test_the_end_of_the_terminal_ends_the_proxy_in_order():
     port = free_port()
-    with command("--upstream", f"http://127.0.0.1:{port}", "--wake", engine(port)) as (process, url):
+    # Where the tests themselves run under nohup, the signal would be ignored, as it should.
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    with contextlib.ExitStack() as stack:
+        try:
+            process, url = stack.enter_context(
+                command("--upstream", f"http://127.0.0.1:{port}", "--wake", engine(port))
+            )
+        finally:
+            signal.signal(signal.SIGHUP, before)
         pid = call(f"{url}/v1/x", {})[1]["pid"]
         process.send_signal(signal.SIGHUP)
         assert process.wait(60) == 0

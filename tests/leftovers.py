@@ -54,7 +54,7 @@ class Watch:
         found = {f"process {pid}: {_name(pid)}" for pid in processes(self._marker)}
         return found | {f"mount {where}" for where in mounts(self.home)} | state(self.home)
 
-    def gone(self, limit_s=30.0):
+    def gone(self, limit_s=60.0):
         """Wait for everything to go; what is still there after `limit_s` seconds."""
         limit = time.monotonic() + limit_s
         while (left := self.new()) and time.monotonic() < limit:

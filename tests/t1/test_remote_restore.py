@@ -289,13 +289,13 @@ def test_several_replicas_share_what_arrives(host: Host, far: str) -> None:
 
 
 def test_a_flip_on_the_way_is_kept_aside_and_fetched_again(host: Host, faulty: Callable[..., str]) -> None:
-    remote = host.fetch(faulty(fault="corrupt", share=0.2, only="chunks/"))
-    time.sleep(0.3)
-    faulty()
     try:
+        remote = host.fetch(faulty(fault="corrupt", share=0.2, only="chunks/"))
+        time.sleep(0.3)
+        faulty()
         remote.wait_complete()
     except Integrity:
-        return  # flipped twice: refused, which is the next test's
+        return  # the same chunk flipped twice, which is the next test's: refused
     assert remote.arrival
     kept = list((host.library.home / "cache/quarantine").glob("*"))
     assert len(kept) == min(16, remote.arrival.quarantined)

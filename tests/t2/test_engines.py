@@ -321,7 +321,7 @@ def test_a_pulled_cache_under_another_home_spares_the_compilation(rig, tmp_path)
     if rig.engine == "sglang":
         return  # on a CPU with the native attention SGLang compiles nothing
     other = Rig(rig.engine, tmp_path / "another home")
-    other.home.mkdir(mode=0o700, exist_ok=True)
+    other.arguments = rig.arguments  # the same launch, its tokenizer too
     (other.home / "criu").symlink_to(state_home() / "criu")
     store = ("--snapshot-store", str(rig.home / "kept"), "--no-restore", "--no-snapshot")
     with other.running(*store) as (_, answer, _, command):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import signal
 import sys
 import threading
@@ -187,11 +186,11 @@ def _watch(
 ) -> int:
     """Plan until a signal or for `rounds` rounds; return the exit code of the last round."""
     from capacity.actions.watch import loop
+    from capacity.inputs.lead_times import home
     from capacity.inputs.load import load
 
     if state is None:
-        home = Path(os.environ.get("QUICKTHAW_HOME") or Path.home() / ".cache" / "quickthaw")
-        state = home / f"plan-{hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:12]}.json"
+        state = home() / f"plan-{hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:12]}.json"
     stop = threading.Event()
     before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

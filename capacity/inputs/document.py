@@ -13,6 +13,7 @@ from pathlib import Path
 import yaml
 
 from capacity.errors import InputError
+from capacity.files import read_text
 from capacity.inputs.units import parse
 
 MAX_BYTES = 32 * 1024 * 1024
@@ -144,13 +145,7 @@ def _kind(node: yaml.Node) -> str:
 
 def read(path: Path) -> Field:
     """Return the root of a YAML file. Raises InputError (unreadable, too-large, not-yaml, empty)."""
-    try:
-        if path.stat().st_size > MAX_BYTES:
-            raise InputError("too-large", f"over {MAX_BYTES} bytes", file=str(path))
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as bad:
-        raise InputError("unreadable", f"cannot be read: {bad}", file=str(path)) from bad
-    return parse_text(text, str(path))
+    return parse_text(read_text(path, MAX_BYTES), str(path))
 
 
 def parse_text(text: str, file: str) -> Field:

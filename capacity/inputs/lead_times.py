@@ -23,6 +23,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from capacity.errors import InputError
+from capacity.files import read_text
 
 JOURNAL, SNAPSHOTS, MANIFEST = "lead-times.jsonl", "snapshots", "manifest.json"
 NEWEST = 200
@@ -63,16 +64,13 @@ def _wanted(entry: dict[str, Any], model: str | None, engine: str | None, seen: 
 
 
 def _file(path: Path, model: str | None, engine: str | None, seen: set[str]) -> Samples:
-    try:
-        if path.stat().st_size > MAX_BYTES:
-            raise InputError("too-large", f"over {MAX_BYTES} bytes", file=str(path))
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as bad:
-        raise InputError("unreadable", f"cannot be read: {bad}", file=str(path)) from bad
+    text = read_text(path, MAX_BYTES)
     try:
         whole = json.loads(text)
     except json.JSONDecodeError:
         whole = None
+    except RecursionError as bad:
+        raise InputError("not-json", "is nested too deeply", file=str(path)) from bad
     if isinstance(whole, dict) and "cold_s" in whole:
         return _manifest(whole, path, model, engine, seen)
     if isinstance(whole, dict) and "kind" not in whole:

@@ -7,14 +7,13 @@ adds a permanent step that rises over ten minutes. Token counts are log-normal.
 from __future__ import annotations
 
 import csv
-import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from capacity.errors import InputError
+from capacity.files import replacing
 from capacity.inputs.trace import Trace
 from capacity.model import Floats
 
@@ -81,20 +80,12 @@ def generate(day: Day) -> Trace:
 
 
 def write(trace: Trace, path: Path) -> None:
-    """Write the trace as CSV, under a temporary name first."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    try:
-        with os.fdopen(handle, "w", newline="", encoding="utf-8") as file:
-            rows = csv.writer(file)
-            rows.writerow(("TIMESTAMP", "ContextTokens", "GeneratedTokens", "Service"))
-            names = [trace.services[k] for k in trace.service]
-            rows.writerows(
-                (f"{t:.6f}", int(c), int(g), name)
-                for t, c, g, name in zip(trace.at, trace.context, trace.generated, names, strict=True)
-            )
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    """Write the trace as CSV. Raises OSError."""
+    names = [trace.services[k] for k in trace.service]
+    with replacing(path) as file:
+        rows = csv.writer(file)
+        rows.writerow(("TIMESTAMP", "ContextTokens", "GeneratedTokens", "Service"))
+        rows.writerows(
+            (f"{t:.6f}", int(c), int(g), name)
+            for t, c, g, name in zip(trace.at, trace.context, trace.generated, names, strict=True)
+        )

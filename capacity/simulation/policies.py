@@ -56,6 +56,17 @@ class Autoscaler:
     name = ""
     kind: Kind = "cold"
 
+    def __post_init__(self) -> None:
+        self.next = 0.0
+        self.wishes: list[deque[tuple[float, int]]] = []  # [service]
+
+    def due(self, now: float, interval: float) -> bool:
+        """Return whether the next decision is due; if so, schedule the one after it."""
+        if now < self.next - 1e-9:
+            return False
+        self.next = now + interval
+        return True
+
     def tick(self, fleet: Fleet, past: Past) -> None:
         raise NotImplementedError
 
@@ -107,6 +118,14 @@ def wanted(fleet: Fleet, past: Past, j: int, share: float) -> float:
     return (level / share + work / max(service.target_wait, DRAIN)) / rate
 
 
+def largest(seen: deque[tuple[float, int]], now: float, want: int, hold: float) -> int:
+    """Add a desired count, drop those older than `hold` seconds, and return the largest that is left."""
+    seen.append((now, want))
+    while seen[0][0] < now - hold:
+        seen.popleft()
+    return max(w for _, w in seen)
+
+
 @dataclass
 class Buffered(Autoscaler):
     """Follows demand every 15 s and holds idle GPUs for `buffer` more replicas per service; 0 is no buffer."""
@@ -118,20 +137,13 @@ class Buffered(Autoscaler):
     interval: float = 15.0
     hold: float = 60.0
 
-    def __post_init__(self) -> None:
-        self.next = 0.0
-        self.wishes: list[deque[tuple[float, int]]] = []
-
     def tick(self, fleet: Fleet, past: Past) -> None:
-        if fleet.now < self.next - 1e-9:
+        if not self.due(fleet.now, self.interval):
             return
-        self.next = fleet.now + self.interval
         self.wishes = self.wishes or [deque() for _ in fleet.problem.services]
         for j, seen in enumerate(self.wishes):
-            seen.append((fleet.now, math.ceil(wanted(fleet, past, j, self.utilization) - 1e-9)))
-            while seen[0][0] < fleet.now - self.hold:
-                seen.popleft()
-            self.set_replicas(fleet, j, max(wish for _, wish in seen), start_instances=True)
+            wish = math.ceil(wanted(fleet, past, j, self.utilization) - 1e-9)
+            self.set_replicas(fleet, j, largest(seen, fleet.now, wish, self.hold), start_instances=True)
         self.set_buffer(fleet, [self.buffer] * len(self.wishes))
 
 
@@ -148,14 +160,9 @@ class Hpa(Autoscaler):
     most_pods: int = 4
     most_share: float = 1.0
 
-    def __post_init__(self) -> None:
-        self.next = 0.0
-        self.wishes: list[deque[tuple[float, int]]] = []
-
     def tick(self, fleet: Fleet, past: Past) -> None:
-        if fleet.now < self.next - 1e-9:
+        if not self.due(fleet.now, self.interval):
             return
-        self.next = fleet.now + self.interval
         self.wishes = self.wishes or [deque() for _ in fleet.problem.services]
         rates, _ = past.until(fleet.now)
         for j, service in enumerate(fleet.problem.services):
@@ -163,11 +170,8 @@ class Hpa(Autoscaler):
             rate = service.rate_on(fleet.problem.pools[fleet.cheapest[j][0]].gpu) or 1.0
             load = float(rates[j, -MINUTE:].mean()) if rates.shape[1] else 0.0
             wish = self._wish(current, sum(r.ready <= fleet.now for r in fleet.replicas[j]), load / rate)
-            seen = self.wishes[j]
-            seen.append((fleet.now, wish))
-            while seen[0][0] < fleet.now - self.stabilization:
-                seen.popleft()
-            wish = wish if wish >= current else min(current, max(w for _, w in seen))
+            recent = largest(self.wishes[j], fleet.now, wish, self.stabilization)
+            wish = wish if wish >= current else min(current, recent)
             self.set_replicas(fleet, j, wish, start_instances=True)
         self.set_buffer(fleet, [0] * len(self.wishes))
 
@@ -203,15 +207,14 @@ class Program(Autoscaler):
     headroom: float | None = None
 
     def __post_init__(self) -> None:
-        self.next = 0.0
+        super().__post_init__()
         self.every = 15.0
         self.instances: list[deque[tuple[float, int]]] = []
         self.replicas: list[deque[tuple[float, int]]] = []
 
     def tick(self, fleet: Fleet, past: Past) -> None:
         self.every = self.interval or (15.0 if fleet.last <= 3 * 3600 else 30.0)
-        if fleet.now >= self.next - 1e-9:
-            self.next = fleet.now + self.every
+        if self.due(fleet.now, self.every):
             self._plan(fleet, past)
         self._wake(fleet, past)
 
@@ -228,26 +231,18 @@ class Program(Autoscaler):
             held = len(fleet.instances[i])
             # Infeasible: take all there is, because the demand exceeds what the file allows.
             want = held + fleet.room(i) if solved is None else int(solved.instances[0, i])
-            want = self._held(seen, fleet.now, want, hold)
+            want = largest(seen, fleet.now, want, hold)
             if want > held:
                 bound = problem.pools[i].start_bound(False)
                 fleet.start_instances(i, int(min(want - held, bound)))
         for j, seen in enumerate(self.replicas):
             want = 10**6 if solved is None else int(solved.replicas[0, :, j].sum())
-            want = self._held(seen, fleet.now, want, hold)
+            want = largest(seen, fleet.now, want, hold)
             self.set_replicas(fleet, j, want, start_instances=False)
         for i, seen in enumerate(self.instances):
             extra = len(fleet.instances[i]) - max(w for _, w in seen)
             if extra > 0:
                 fleet.stop_empty(i, extra)
-
-    @staticmethod
-    def _held(seen: deque[tuple[float, int]], now: float, want: int, hold: float) -> int:
-        """Return the largest desired count of the last `hold` seconds."""
-        seen.append((now, want))
-        while seen[0][0] < now - hold:
-            seen.popleft()
-        return max(w for _, w in seen)
 
     def _problem(self, fleet: Fleet, rates: Floats, levels: Floats, width: float) -> Problem:
         problem = fleet.problem

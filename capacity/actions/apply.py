@@ -94,20 +94,24 @@ def observe(command: str, limit: float = OBSERVE_LIMIT_S, stop: threading.Event 
 
 
 def _run(command: str, text: str, limit: float, stop: threading.Event | None) -> tuple[int | None, str, str]:
-    """Run a command in a process group of its own, which has ended when this returns.
+    """Run a command in a process group of its own, and wait until it and all that hold its output have ended.
 
-    Returns its exit code (None: interrupted by the limit or by `stop`), its standard output, and the last line of its standard error.
+    Returns its exit code (None: interrupted by the limit or by `stop`), its standard output, and the last line of its standard
+    error. Raises CapacityError (no-process) if it cannot be started.
     """
-    process = subprocess.Popen(
-        command,
-        shell=True,  # the user's own command, as in a shell
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    )
+    try:
+        process = subprocess.Popen(
+            command,
+            shell=True,  # the user's own command, as in a shell
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+    except (OSError, ValueError) as bad:
+        raise CapacityError("no-process", f"{command[:80]!r} cannot be started: {bad}") from bad
     try:
         out, err = _communicate(process, text, limit, stop)
         code: int | None = process.returncode
@@ -118,7 +122,7 @@ def _run(command: str, text: str, limit: float, stop: threading.Event | None) ->
             out, err = process.communicate(timeout=TERM_LIMIT_S)
         except subprocess.TimeoutExpired:
             _signal(process.pid, signal.SIGKILL)
-            out, err = process.communicate()
+            out, err = _drain(process)
     except BaseException:
         _signal(process.pid, signal.SIGKILL)
         process.wait()
@@ -138,6 +142,20 @@ def _communicate(
             given = None  # it has been taken over
             if time.monotonic() >= deadline or (stop is not None and stop.is_set()):
                 raise
+
+
+def _drain(process: subprocess.Popen[str]) -> tuple[str, str]:
+    """Read what a killed command has written, without waiting for a descendant that left its process group."""
+    try:
+        return process.communicate(timeout=TERM_LIMIT_S)
+    except subprocess.TimeoutExpired as held_open:
+        process.wait()
+        for pipe in (process.stdin, process.stdout, process.stderr):
+            if pipe is not None:
+                with contextlib.suppress(OSError):
+                    pipe.close()
+        out, err = ((text or b"").decode(errors="replace") for text in (held_open.output, held_open.stderr))
+        return out, err
 
 
 def _signal(group: int, number: signal.Signals) -> None:
@@ -167,6 +185,8 @@ def _answers(out: str) -> tuple[dict[str, Any], str]:
     said: dict[str, Any] = {}
     try:
         documents = [json.loads(out)] if out.strip() else []
+    except RecursionError:
+        return said, "nested too deeply"
     except ValueError:
         documents = []
         for line in filter(None, map(str.strip, out.splitlines())):

@@ -14,8 +14,6 @@ as they allow (capacity/optimize/best_effort.py), and nothing is stopped. The st
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -28,6 +26,7 @@ import numpy as np
 from capacity.actions import apply as applying
 from capacity.actions.apply import Applied
 from capacity.errors import CapacityError, InfeasibleError, InputError
+from capacity.files import replacing
 from capacity.model import Demand, Forecast, Problem
 from capacity.optimize import plan as planning
 from capacity.optimize.best_effort import best_effort
@@ -65,7 +64,7 @@ class State:
                     raise TypeError("held")
         except FileNotFoundError:
             return cls()
-        except (OSError, ValueError, TypeError, AttributeError) as bad:
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as bad:
             raise InputError("bad-state", f"is damaged ({bad}); remove it to start afresh", file=str(path)) from bad
         return state
 
@@ -73,16 +72,8 @@ class State:
         """Write the state atomically. Raises CapacityError (state-not-written) if the disk refuses."""
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-            try:
-                with os.fdopen(handle, "w", encoding="utf-8") as file:
-                    json.dump(vars(self), file)
-                    file.flush()
-                    os.fsync(file.fileno())
-                Path(name).replace(path)
-            except BaseException:
-                Path(name).unlink(missing_ok=True)
-                raise
+            with replacing(path) as file:
+                json.dump(vars(self), file)
         except OSError as bad:
             raise CapacityError(
                 "state-not-written", f"{path}: {bad.strerror}; make room, or name another file with --state"
@@ -256,25 +247,25 @@ def loop(
     """Run until `stop` is set, or for `rounds` plans; return the exit code of the last round.
 
     An error in a round (a partially written file, a failed command) is reported, and the next round tries again. The state
-    is also written before applying, so that nothing is applied whose outcome could not be recorded.
+    file is read once and kept in memory after that. It is also written before applying, so that nothing is applied whose outcome
+    could not be recorded.
     """
     done = code = 0
-    unwritten: State | None = None
+    state: State | None = None
     while not stop.is_set():
         began = time.monotonic()
         try:
             problem = load()
-            state = unwritten or State.read(state_path)
+            if state is None:
+                state = State.read(state_path)
             state.observe(problem, None if observe is None else applying.observe(observe, stop=stop))
             decision = decide(problem, state, time.time(), exact=exact, limit=limit)
             state.write(state_path)
-            unwritten = None
             error = None
             if command is not None:
                 outcome = Applied({}, {}, {})
                 if not decision.quiet:
                     outcome = applying.apply(decision.starts, decision.stops, command, stop=stop)
-                    unwritten = state
                 record(state, problem, decision, outcome)
                 error = outcome.error
             report(decision)
@@ -282,7 +273,6 @@ def loop(
                 report(error)
             code = error.exit_code if error is not None else SHORT_EXIT if decision.conflict is not None else 0
             state.write(state_path)
-            unwritten = None
         except CapacityError as bad:
             code = bad.exit_code
             report(bad)

@@ -1,6 +1,9 @@
 """Hysteresis: a wobble changes nothing, starts pass at once, stops wait, refusals bound the next plan."""
 
 import json
+import os
+import signal
+import subprocess
 import threading
 import time
 from dataclasses import replace
@@ -265,6 +268,54 @@ def test_a_command_that_times_out_takes_its_children_along(tmp_path):
     assert done.error.code == "apply-timeout"
     time.sleep(2)
     assert not mark.exists()
+
+
+def test_a_command_that_leaves_its_process_group_does_not_hold_up_the_next_round(tmp_path, monkeypatch):
+    """A descendant in a session of its own keeps the pipes open; the limit holds all the same."""
+    monkeypatch.setattr("capacity.actions.apply.TERM_LIMIT_S", 0.3)
+    pid = tmp_path / "pid"
+    script = f"""echo '{{"granted": {{"p0": 2}}}}'; setsid sh -c 'echo $$ > {pid}; exec sleep 30' & wait"""
+    began = time.monotonic()
+    try:
+        done = apply({"p0": 5}, {}, script, limit=0.5)
+        assert time.monotonic() - began < 20
+    finally:
+        os.kill(int(pid.read_text()), signal.SIGKILL)
+    assert done.granted == {"p0": 2}
+    assert done.error.code == "apply-timeout"
+
+
+def test_what_cannot_be_started_or_read_is_an_error_of_the_round():
+    with pytest.raises(CapacityError) as caught:
+        apply({"p0": 1}, {}, "true\0")
+    assert caught.value.code == "no-process"
+    assert apply({"p0": 1}, {}, "printf '[%.0s' $(seq 100000)").error.code == "apply-answer"
+
+
+@pytest.mark.parametrize("spoil", ["rm -rf home", "echo '{' > home/state.json"])
+def test_a_state_that_is_removed_or_damaged_meanwhile_asks_for_nothing_twice(tmp_path, spoil):
+    problem, seen, rounds = steady(band=0.05, saving=0.0, hold_down=0.0), tmp_path / "seen", []
+
+    def load():
+        if rounds:
+            subprocess.run(spoil, shell=True, check=True, cwd=tmp_path)
+        rounds.append(None)
+        return problem
+
+    code = watch.loop(
+        load,
+        tmp_path / "home" / "state.json",
+        0.01,
+        threading.Event(),
+        lambda _: None,
+        command=f"cat >> {seen}",
+        rounds=3,
+    )
+    assert code == 0
+    assert seen.read_text().count("start") == 1
+    assert watch.State.read(tmp_path / "home" / "state.json").held == {
+        "p0": json.loads(seen.read_text())["delta"][0]["count"]
+    }
 
 
 def test_after_a_partial_failure_only_the_rest_is_asked_for():

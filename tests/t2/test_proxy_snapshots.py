@@ -5,7 +5,6 @@ for another, and is restored again.
 import json
 import os
 import re
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -13,28 +12,13 @@ from pathlib import Path
 import pytest
 
 from plugin.bench import client as measure
-from plugin.runtime.config import state_home
-from tests.t2.test_engines import NAME, REPO, Rig, post
+from tests.t2.engine_kit import NAME, REPO, post
 
 pytestmark = [pytest.mark.t2, pytest.mark.timeout(1200)]
 TOY = Path(__file__).parents[1] / "t1" / "proxy_engine.py"
 
 
-@pytest.fixture(scope="module")
-def rig(tmp_path_factory):
-    """One cold start of SGLang, for its snapshot."""
-    home = tmp_path_factory.mktemp("proxied")
-    shared = state_home()
-    (shared / "compile").mkdir(mode=0o700, exist_ok=True)
-    (home / "compile").symlink_to(shared / "compile")
-    (home / "criu").symlink_to(shared / "criu")
-    rig = Rig("sglang", home)
-    with rig.running():
-        pass
-    yield rig
-    shutil.rmtree(home, ignore_errors=True)
-
-
+@pytest.mark.engine("sglang")  # the same code for both engines
 def test_a_snapshot_is_woken_by_a_request_put_to_sleep_for_another_and_woken_again(rig):
     config = rig.home / "models.yaml"
     config.write_text(f"""

@@ -10,16 +10,15 @@ mix, start limits, maximum replicas) and falls back to an integer program.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
 
 import numpy as np
 
-from capacity.model import Floats, Problem, slot
-from capacity.optimize import cover
-from capacity.optimize.program import Ints, Program
+from capacity.model import Floats, Problem
+from capacity.optimize import cover, step_state
+from capacity.optimize.program import Program
+from capacity.optimize.step_state import EPS, Known, Shape, State
 from capacity.requirements import Need
 
-EPS = 1e-7
 SWEEPS = 3
 RETRIES = 6  # orders of the services that are tried
 MANY = 20_000  # maximum pool-service pairs for careful construction
@@ -29,173 +28,6 @@ SLOWLY = (1.0, 0.7, 0.4, 0.2, 0.0)
 FIRST = (1.0, 0.0)
 HUGE = (0.3,)
 NEXT = (0.0,)
-
-
-@dataclass(frozen=True)
-class _Known:
-    """The constant part of a service's options over `pools`."""
-
-    pools: list[int]
-    index: Ints
-    zone: Ints
-    rate: Floats
-    width: Floats
-    zones: int
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Data shared by all steps of a problem."""
-
-    quotas_of: list[list[int]]  # [pool]
-    width: list[list[int]]  # [pool][service] GPUs
-    rate: list[list[float]]  # [pool][service] units per second
-    zone: list[str]  # [pool]
-    spread: frozenset[int]  # services over several zones
-    fits: list[list[int]]  # [service] pools
-    alike: list[list[int]]  # [place] pools
-    cells_of: list[list[list[int]]]  # [service] pools it fits, grouped by type and zone
-    known: dict[int, _Known] = field(default_factory=dict)  # [service]
-
-
-def shape(problem: Problem, need: Need, program: Program) -> Shape:
-    """Compute the data shared by all steps, once per problem."""
-    pools, services = problem.pools, problem.services
-    widths = {gpus: [slot(s.gpus, gpus) for s in services] for gpus in {p.gpus for p in pools}}
-    cells: dict[tuple[str, float, str, str, int], list[int]] = {}
-    for p, pool in enumerate(pools):
-        cells.setdefault((pool.gpu, pool.memory, pool.region, pool.zone, pool.gpus), []).append(p)
-    together = list(cells.values())
-    return Shape(
-        quotas_of=[[q for q, quota in enumerate(problem.quotas) if quota.covers(pool)] for pool in pools],
-        width=[widths[p.gpus] for p in pools],
-        rate=need.rate.tolist(),
-        zone=[f"{p.region}/{p.zone}" for p in pools],
-        spread=frozenset(program.spread),
-        fits=[[int(p) for p in np.flatnonzero(need.rate[:, j] > 0)] for j in range(len(services))],
-        cells_of=[[cell for cell in together if need.rate[cell[0], j] > 0] for j in range(len(services))],
-        alike=[[p for p in range(len(pools)) if need.place[p] == k] for k in range(max(need.place) + 1)],
-    )
-
-
-@dataclass
-class _State:
-    """A step under construction. `tenants[pool][service]` replicas, `blocks[pool][size]` idle blocks."""
-
-    problem: Problem
-    need: Need
-    t: int
-    before: list[int]  # instances held in the step before
-    most: list[int]  # maximum instances per pool in this step
-    n: list[int]
-    free: list[int]
-    tenants: list[dict[int, int]]
-    blocks: list[dict[int, int]]
-    served: list[float]
-    total: list[int]
-    by_zone: list[dict[str, float]]
-    quota_left: list[int]  # GPUs
-    least: list[int]  # minimum instances per pool
-    shape: Shape
-    # [service] units per second: to serve, thereof demand, maximum that counts as spare, and required without the largest zone
-    target: list[float]
-    base: list[float]
-    cap: list[float]
-    rest: list[float]
-    with_blocks: dict[int, None] = field(default_factory=dict)  # pools; ordered, so that sums are reproducible
-
-    def can_open(self, p: int) -> bool:
-        return self.more(p) > 0
-
-    def more(self, p: int) -> int:
-        """Return how many more instances may be opened.
-
-        Instances held before count towards a quota until all starts are done, so only starts use up the rest of a quota.
-        """
-        bound = self.most[p] - self.n[p]
-        if not self.shape.quotas_of[p]:
-            return bound
-        again = max(0, self.before[p] - self.n[p])
-        gpus = self.problem.pools[p].gpus
-        starts = min(self.quota_left[q] // gpus for q in self.shape.quotas_of[p])
-        return min(bound, again + max(0, starts))
-
-    def room(self, p: int) -> int:
-        """Return the GPUs that are free or on instances that may still be opened."""
-        return self.free[p] + max(0, self.more(p)) * self.problem.pools[p].gpus
-
-    def open(self, p: int, count: int = 1) -> None:
-        """Open instances, or close them (negative `count`)."""
-        gpus = self.problem.pools[p].gpus
-        started = max(0, self.n[p] + count - self.before[p]) - max(0, self.n[p] - self.before[p])
-        self.n[p] += count
-        self.free[p] += gpus * count
-        for q in self.shape.quotas_of[p]:
-            self.quota_left[q] -= gpus * started
-
-    def release(self, p: int) -> None:
-        """Close empty instances."""
-        spare = min(self.free[p] // self.problem.pools[p].gpus, self.n[p] - self.least[p])
-        if spare > 0:
-            self.open(p, -spare)
-
-    def put(self, p: int, j: int, count: int) -> None:
-        self.tenants[p][j] = self.tenants[p].get(j, 0) + count
-        if not self.tenants[p][j]:
-            del self.tenants[p][j]
-        self.free[p] -= self.shape.width[p][j] * count
-        self.served[j] += self.shape.rate[p][j] * count
-        self.total[j] += count
-        zone = self.shape.zone[p]
-        self.by_zone[j][zone] = self.by_zone[j].get(zone, 0.0) + self.shape.rate[p][j] * count
-
-    def lacks(self, j: int) -> bool:
-        """Return whether demand or the minimum is not met yet."""
-        target = self.target[j]
-        return self.served[j] < target - EPS * max(1.0, target) or self.total[j] < self.problem.services[j].minimum
-
-    def zone_lacks(self, j: int) -> bool:
-        if j not in self.shape.spread:
-            return False
-        rest = self.rest[j]
-        return self.served[j] - max(self.by_zone[j].values(), default=0.0) < rest - EPS * max(1.0, rest)
-
-    def zone_would_lack(self, j: int, q: int) -> bool:
-        """Return `zone_lacks` for one more replica on pool q."""
-        if j not in self.shape.spread:
-            return False
-        rest, rate, zones = self.rest[j], self.shape.rate[q][j], self.by_zone[j]
-        largest = max(max(zones.values(), default=0.0), zones.get(self.shape.zone[q], 0.0) + rate)
-        return self.served[j] + rate - largest < rest - EPS * max(1.0, rest)
-
-    def surplus(self, j: int) -> float:
-        """Return the rate beyond the plan that counts as spare, in units per second."""
-        return min(self.cap[j], max(0.0, self.served[j] - self.base[j]))
-
-    def block_worth(self, g: int) -> float:
-        group = self.need.groups[g]
-        worth = 0.0
-        for j, each in group.relief.items():
-            over = self.served[j] - self.base[j]
-            if over > 0:
-                worth += min(self.cap[j], over) * each
-        for p in self.with_blocks:
-            weight = group.weights.get(self.need.place[p])
-            if weight is not None:
-                for size, many in self.blocks[p].items():
-                    if size >= weight[0]:
-                        worth += size * many * weight[1]
-        return worth
-
-    def add_block(self, p: int, size: int, count: int) -> None:
-        self.blocks[p][size] = self.blocks[p].get(size, 0) + count
-        if not self.blocks[p][size]:
-            del self.blocks[p][size]
-        if self.blocks[p]:
-            self.with_blocks[p] = None
-        else:
-            self.with_blocks.pop(p, None)
-        self.free[p] -= size * count
 
 
 def step(
@@ -233,7 +65,7 @@ def step(
     else:
         keeps = HUGE if len(program.pairs) > MANY else FIRST
     for _ in range(RETRIES):
-        state = _start(problem, need, program, t, before, shared)
+        state = step_state.start(problem, need, program, t, before, shared)
         failed = _fill(state, order, table, [own + keep * (worth - own) for keep in keeps], 2 if careful else 1)
         if failed is None:
             break
@@ -250,7 +82,7 @@ def step(
 
 
 def _fill(
-    state: _State, order: list[int], table: list[dict[int, float]], prices: list[Floats], effort: int
+    state: State, order: list[int], table: list[dict[int, float]], prices: list[Floats], effort: int
 ) -> int | None:
     """Place every service at the first prices, then again at the others.
 
@@ -263,44 +95,7 @@ def _fill(
     return None
 
 
-def _start(problem: Problem, need: Need, program: Program, t: int, before: list[int], shared: Shape) -> _State:
-    pools, count = problem.pools, len(problem.pools)
-    bounds = slice(t * program.columns, t * program.columns + count)
-    most = [
-        int(min(10**9, upper, before[p] + pool.start_bound(t == 0)))
-        for p, (pool, upper) in enumerate(zip(pools, program.upper[bounds], strict=True))
-    ]
-    state = _State(
-        problem=problem,
-        need=need,
-        t=t,
-        before=before,
-        most=most,
-        n=[0] * count,
-        free=[0] * count,
-        tenants=[{} for _ in pools],
-        blocks=[{} for _ in pools],
-        served=[0.0] * len(problem.services),
-        total=[0] * len(problem.services),
-        by_zone=[{} for _ in problem.services],
-        quota_left=[
-            quota.gpus - sum(pool.gpus * before[p] for p, pool in enumerate(pools) if quota.covers(pool))
-            for quota in problem.quotas
-        ],
-        least=[int(v) for v in program.lower[bounds]],
-        shape=shared,
-        target=need.target[:, t].tolist(),
-        base=need.base[:, t].tolist(),
-        cap=need.cap[:, t].tolist(),
-        rest=(need.median[:, t] * problem.policy.zone_loss).tolist(),
-    )
-    for p, least in enumerate(state.least):
-        if least:
-            state.open(p, least)
-    return state
-
-
-def _seat(state: _State, j: int, p: int, count: int) -> bool:
+def _seat(state: State, j: int, p: int, count: int) -> bool:
     """Place `count` replicas of service j on pool p, opening instances if allowed; all or none.
 
     Return whether it succeeded.
@@ -315,7 +110,7 @@ def _seat(state: _State, j: int, p: int, count: int) -> bool:
     return True
 
 
-def _place(state: _State, j: int, share: dict[int, float], worth: Floats, effort: int) -> bool:
+def _place(state: State, j: int, share: dict[int, float], worth: Floats, effort: int) -> bool:
     """Place the cheapest replicas of a service at the GPU prices `worth`, where there is room; return whether it is covered.
 
     Replicas that it already has are put back if nothing cheaper is found.
@@ -342,7 +137,7 @@ def _place(state: _State, j: int, share: dict[int, float], worth: Floats, effort
     return bool(had) or not (state.lacks(j) or state.zone_lacks(j))
 
 
-def _options(state: _State, j: int, worth: Floats) -> tuple[cover.Options, list[int]]:
+def _options(state: State, j: int, worth: Floats) -> tuple[cover.Options, list[int]]:
     """Return the options of a service: of similar pools (type, zone), the cheapest ones that hold all it could need."""
     target = state.target[j]
     rest = state.rest[j] if j in state.shape.spread else 0.0
@@ -362,7 +157,7 @@ def _options(state: _State, j: int, worth: Floats) -> tuple[cover.Options, list[
     known = state.shape.known.get(j)
     if known is None or known.pools != chosen:
         numbers: dict[str, int] = {}
-        known = state.shape.known[j] = _Known(
+        known = state.shape.known[j] = Known(
             chosen,
             np.array(chosen, dtype=np.int64),
             np.array([numbers.setdefault(state.shape.zone[p], len(numbers)) for p in chosen], dtype=np.int64),
@@ -375,7 +170,7 @@ def _options(state: _State, j: int, worth: Floats) -> tuple[cover.Options, list[
     return cover.Options(cost, known.rate, known.zone, most, target, rest, least, known.zones), chosen
 
 
-def _lay_blocks(state: _State, fraction: list[float], price: list[float]) -> bool:
+def _lay_blocks(state: State, fraction: list[float], price: list[float]) -> bool:
     groups = state.need.groups
     order = sorted(range(len(groups)), key=lambda g: (-groups[g].size, len(groups[g].weights)))
     for g in order:
@@ -409,7 +204,7 @@ def _lay_blocks(state: _State, fraction: list[float], price: list[float]) -> boo
     return True
 
 
-def _trim(state: _State, price: list[float]) -> bool:
+def _trim(state: State, price: list[float]) -> bool:
     """Remove unneeded replicas; return whether any was.
 
     Rounding up for demand and for zones may have added the same one twice.
@@ -436,7 +231,7 @@ def _trim(state: _State, price: list[float]) -> bool:
     return taken
 
 
-def _run_spares(state: _State) -> None:
+def _run_spares(state: State) -> None:
     """Replace idle blocks held for one service only by replicas: same cost, without a wait for their start."""
     groups, t = state.need.groups, state.t
     if not state.with_blocks or all(len(group.services) > 1 for group in groups):
@@ -466,12 +261,12 @@ def _run_spares(state: _State) -> None:
                 slack = after
 
 
-def _short(state: _State, g: int) -> bool:
+def _short(state: State, g: int) -> bool:
     required = float(state.need.groups[g].required[state.t])
     return state.block_worth(g) < required - EPS * max(1.0, required)
 
 
-def _close(state: _State, price: list[float]) -> None:
+def _close(state: State, price: list[float]) -> None:
     """Close empty instances, and those whose tenants fit elsewhere.
 
     Reopen instances above the stop limit.
@@ -495,7 +290,7 @@ def _close(state: _State, price: list[float]) -> None:
                 over -= 1
 
 
-def _empty_one(state: _State, p: int) -> bool:
+def _empty_one(state: State, p: int) -> bool:
     """Move tenants until one whole instance of pool p is free, then close it; all or nothing."""
     gpus = state.problem.pools[p].gpus
     undo: list[tuple[str, int, int, int]] = []
@@ -513,7 +308,7 @@ def _empty_one(state: _State, p: int) -> bool:
     return True
 
 
-def _move_replica(state: _State, p: int, undo: list[tuple[str, int, int, int]]) -> bool:
+def _move_replica(state: State, p: int, undo: list[tuple[str, int, int, int]]) -> bool:
     roomy = [q for q, free in enumerate(state.free) if free > 0 and q != p]
     for j in sorted(state.tenants[p], key=lambda j: state.shape.width[p][j]):
         state.put(p, j, -1)
@@ -529,7 +324,7 @@ def _move_replica(state: _State, p: int, undo: list[tuple[str, int, int, int]]) 
     return False
 
 
-def _move_block(state: _State, p: int, undo: list[tuple[str, int, int, int]]) -> bool:
+def _move_block(state: State, p: int, undo: list[tuple[str, int, int, int]]) -> bool:
     for size in sorted(state.blocks[p]):
         for q in state.shape.alike[state.need.place[p]]:
             if q != p and state.free[q] >= size:
@@ -540,7 +335,7 @@ def _move_block(state: _State, p: int, undo: list[tuple[str, int, int, int]]) ->
     return False
 
 
-def _values(state: _State, program: Program, before: list[int]) -> Floats:
+def _values(state: State, program: Program, before: list[int]) -> Floats:
     count = len(state.n)
     values = np.zeros(program.columns)
     values[:count] = state.n

@@ -17,7 +17,7 @@ import numpy as np
 
 from capacity.errors import SolverError
 from capacity.model import Floats, Problem
-from capacity.optimize import greedy, highs, sift
+from capacity.optimize import greedy, highs, sift, step_state
 from capacity.optimize.highs import INTEGRALITY, Outcome
 from capacity.optimize.program import Program
 from capacity.requirements import Need
@@ -112,7 +112,7 @@ def _constructed(
     """Construct the plan with `greedy.py`, step by step; None if any constraint is violated."""
     assert relaxed.values is not None
     worth = _worth(program, relaxed)
-    shared = greedy.shape(problem, need, program)
+    shared = step_state.shape(problem, need, program)
     pairs = len(program.pairs)
     careful = thorough or (not hasty and pairs * program.steps <= greedy.MANY)
     first = thorough or (not hasty and pairs <= greedy.MANY)  # the step that is acted upon

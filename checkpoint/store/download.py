@@ -434,8 +434,6 @@ class Arrival:
         from lazyfs.fetch.chunk import scratch
         from lazyfs.stores.retry import RetryPolicy, retrying
 
-        from lazyfs.content.chunk_store import chunk_key  # isort: skip
-
         deadline = time.monotonic() + self.limit_s
 
         def body() -> tuple[int, bytes | memoryview]:
@@ -443,7 +441,7 @@ class Arrival:
                 raise lazyfs.errors.Permanent("stopped")
             for encoding in (chunk.encoding, ZSTD if chunk.encoding == RAW else RAW):
                 with contextlib.suppress(lazyfs.errors.NotFound):
-                    return encoding, self.chunks.store.get(chunk_key(chunk.digest, encoding), into=scratch())
+                    return encoding, self.chunks.body(chunk.digest, encoding, scratch())
             raise lazyfs.errors.NotFound(f"chunk {chunk.digest[:12]} is not in {self.chunks.store.url}")
 
         for last in (False, True):

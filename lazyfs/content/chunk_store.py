@@ -157,7 +157,7 @@ class ChunkStore:
             raise Usage(f"{digest!r} is not a chunk digest")
         for form in (encoding, ZSTD if encoding == RAW else RAW):
             try:
-                body = self.store.get(chunk_key(digest, form))
+                body = self.body(digest, form)
             except NotFound:
                 continue
             data = self.decode(digest, body, form, length)
@@ -168,6 +168,19 @@ class ChunkStore:
                 )
             return bytes(data) if isinstance(data, memoryview) else data
         raise NotFound(f"chunk {digest[:12]} is not in {self.store.url}")
+
+    def body(self, digest: str, encoding: int, into: memoryview | None = None) -> bytes | memoryview:
+        """Return a chunk as it is stored, not verified; `into` as in `Store.get`.
+
+        Raises NotFound, Integrity (too-large) for a body longer than any chunk's, or what the store raises.
+        """
+        try:
+            # A compressed body is stored only if it is smaller than the plain one.
+            return self.store.get(chunk_key(digest, encoding), into=into, limit=MAX_CHUNK)
+        except Permanent as error:
+            if error.code != "too-large":
+                raise
+            raise Integrity(f"chunk {digest[:12]}: {error}", code=error.code) from error
 
     @staticmethod
     def decode(digest: str, body: bytes | memoryview, encoding: int, length: int | None) -> bytes | memoryview:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from lazyfs.cache.cache import PRESENT, UNPROVEN, AnyImage, Cache
-from lazyfs.content.chunk_store import ChunkStore, chunk_key, digest_of, mismatch, zero_digest
+from lazyfs.content.chunk_store import ChunkStore, digest_of, mismatch, zero_digest
 from lazyfs.content.chunking import MAX_CHUNK
 from lazyfs.content.manifest import RAW, ZSTD, File
 from lazyfs.content.source_digests import DigestLog
@@ -87,7 +87,7 @@ class StoreSource:
         missing: NotFound | None = None
         for encoding in (chunk.encoding, ZSTD if chunk.encoding == RAW else RAW):
             try:
-                body = self.chunks.store.get(chunk_key(chunk.digest, encoding), into=scratch())
+                body = self.chunks.body(chunk.digest, encoding, scratch())
             except NotFound as error:
                 missing = missing or error
                 continue

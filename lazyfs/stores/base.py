@@ -12,7 +12,7 @@ from typing import Protocol
 
 from lazyfs.errors import Permanent
 
-# Largest object that lazyfs writes. A store may not send more than this into memory.
+# Largest object that lazyfs writes. A store may not send more than this into memory, nor more than a caller's own limit.
 MOST_BYTES = 64 << 20
 
 
@@ -50,12 +50,15 @@ class Store(Protocol):
         length: int | None = None,
         version: str = "",
         into: memoryview | None = None,
+        *,
+        limit: int = MOST_BYTES,
     ) -> bytes | memoryview:
         """Read bytes from `start`; fewer than `length` only at the object's end.
 
         `version` (of an ObjectInfo): raise Permanent (source-changed) unless the object still has it. `into`: memory that
         the implementation may read into and return a view of; allocating fresh memory for every 8 MiB costs more than the
-        copy. Raises NotFound, or Permanent (too-large) for a body of more than `length` bytes (MOST_BYTES if None).
+        copy. `limit`: the largest whole body to accept. Raises NotFound, or Permanent (too-large) for a body of more than
+        `length` bytes (`limit` if None).
         """
 
     def put(self, key: str, data: bytes | memoryview) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lazyfs.errors import NotFound, Permanent, Temporary, Usage
-from lazyfs.stores.base import ObjectInfo, Store
+from lazyfs.stores.base import MOST_BYTES, ObjectInfo, Store
 
 FAULTS = ("truncate", "corrupt", "longer", "empty", "stall", "slow", "reset", "429", "503", "forbidden", "missing")
 
@@ -49,9 +49,11 @@ class FaultyStore:
         length: int | None = None,
         version: str = "",
         into: memoryview | None = None,
+        *,
+        limit: int = MOST_BYTES,
     ) -> bytes | memoryview:
         fault, seconds = self._hit("get", key)
-        data = self.inner.get(key, start, length, version)
+        data = self.inner.get(key, start, length, version, limit=limit)
         if not fault:
             return data
         if fault == "slow":

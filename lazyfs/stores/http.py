@@ -59,6 +59,8 @@ class WebStore:
         length: int | None = None,
         version: str = "",
         into: memoryview | None = None,
+        *,
+        limit: int = MOST_BYTES,
     ) -> bytes | memoryview:
         if length == 0:
             return b""
@@ -67,7 +69,7 @@ class WebStore:
             headers["Range"] = f"bytes={start}-{'' if length is None else start + length - 1}"
         if version:
             headers["If-Match"] = version
-        status, answer, body = self._request("GET", key, headers, into, MOST_BYTES if length is None else length)
+        status, answer, body = self._request("GET", key, headers, into, limit if length is None else length)
         if status == 416:
             return b""
         etag = answer.get("ETag", "")

@@ -57,6 +57,8 @@ class LocalStore:
         length: int | None = None,
         version: str = "",
         into: memoryview | None = None,
+        *,
+        limit: int = MOST_BYTES,
     ) -> bytes | memoryview:
         try:
             # Another writer to a shared folder may leave a pipe there, and opening a pipe blocks forever.
@@ -73,8 +75,8 @@ class LocalStore:
                 raise Permanent(f"{self.path(key)} was changed; mount or import it again", code="source-changed")
             if length is None:
                 length = max(0, there.st_size - start)
-                if length > MOST_BYTES:
-                    raise too_large(str(self.path(key)), MOST_BYTES)
+                if length > limit:
+                    raise too_large(str(self.path(key)), limit)
             own = None
             if into is not None and len(into) >= length:
                 view = into[:length]

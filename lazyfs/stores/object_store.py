@@ -77,10 +77,12 @@ class ObstoreStore:
         length: int | None = None,
         version: str = "",
         into: memoryview | None = None,
+        *,
+        limit: int = MOST_BYTES,
     ) -> bytes | memoryview:
         if length == 0:
             return b""
-        limit = MOST_BYTES if length is None else length
+        limit = limit if length is None else length
         options: dict[str, Any] | None = None
         if length is not None or start or version:
             options = {"range": (start, start + length) if length is not None else {"offset": start}}

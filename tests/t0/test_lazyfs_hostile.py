@@ -14,6 +14,7 @@ import zstandard
 
 from checkpoint.errors import CheckpointError
 from checkpoint.store.archive import open_chunks
+from lazyfs.admin.verify import verify
 from lazyfs.content.chunk_store import ChunkStore, chunk_key, digest_of
 from lazyfs.content.chunking import MAX_CHUNK
 from lazyfs.content.manifest import RAW, VERSION, ZSTD, Chunk, Directory, File, Manifest, Symlink, decode, encode
@@ -201,12 +202,34 @@ def test_the_largest_chunk_comes_back_at_any_level(tmp_path):
         store.put(bytes(MAX_CHUNK + 1))
 
 
+@pytest.mark.parametrize("encoding", [RAW, ZSTD])
+def test_a_chunk_of_a_directory_is_bounded_by_what_a_chunk_can_be(chunks, encoding):
+    """Not by the largest object of a store, eight times that: each thread of a fetcher may hold one."""
+    path = chunks.store.path(chunk_key(D, encoding))
+    path.parent.mkdir(parents=True)
+    with open(path, "wb") as file:
+        file.truncate(MAX_CHUNK + 1)
+    for take in (lambda: chunks.get(D), lambda: StoreSource(chunks).fetch(File("a", 0o644, 9, (Chunk(D, 9),)), 0)):
+        peak, error = peak_of(take)
+        assert isinstance(error, Integrity) and error.code == "too-large" and peak < MAX_CHUNK
+
+
+def test_a_chunk_that_is_too_long_is_damage_and_repaired(chunks):
+    """It is one chunk's, and no reason to stop looking at the others."""
+    good = chunks.put_chunk(b"good").chunk
+    digest = plant(chunks, document(files=[File("a", 0o644, 9, (Chunk(D, 9),)), File("b", 0o644, 4, (good,))]))
+    chunks.store.put(chunk_key(D), bytes(MAX_CHUNK + 1))
+    report = verify(chunks, [digest], repair=True)
+    assert report.bad == {D: "a"} and report.chunks == 2
+    assert chunks.store.head(chunk_key(D)) is None and chunks.has(good.digest, 4)
+
+
 def test_an_object_of_a_directory_is_bounded(chunks):
-    path = chunks.store.path(chunk_key(D, RAW))
+    path = chunks.store.path("manifests/" + D)
     path.parent.mkdir(parents=True)
     with open(path, "wb") as file:
         file.truncate(MOST_BYTES + 1)
-    peak, error = peak_of(lambda: chunks.get(D))
+    peak, error = peak_of(lambda: chunks.get_manifest(D))
     assert error.code == "too-large" and peak < MAX_CHUNK
 
 
@@ -312,6 +335,13 @@ def test_a_body_without_end_is_not_taken_into_memory(site, web, chunked, length)
     assert peak < MOST_BYTES + (8 << 20)
     server.answer = fine
     assert store.get("x") == b"body"
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+def test_a_chunk_without_end_takes_no_more_than_a_chunk(site, web, chunked):
+    source = StoreSource(ChunkStore(web(f"http://127.0.0.1:{site(endless(chunked)).port}")))
+    peak, error = peak_of(lambda: source.fetch(File("a", 0o644, 9, (Chunk(D, 9),)), 0))
+    assert isinstance(error, Integrity) and error.code == "too-large" and peak < 2 * MAX_CHUNK
 
 
 def test_a_long_page_that_says_not_found_is_still_not_found(site, web):

@@ -32,7 +32,6 @@ import time
 from collections import deque
 
 from checkpoint.criu.pagemap import PAGE, argument_pages
-from checkpoint.lazy_pages import pagemap_cache as index
 from checkpoint.lazy_pages import uffd
 from checkpoint.lazy_pages.address_space import CHUNK, CLAIMED, Again, Gone, Plan, Space, zero_source
 from checkpoint.lazy_pages.copy_plan import PageMap
@@ -481,10 +480,8 @@ class Daemon:
             self.ahead.submit(self.fetch_number, parts)
 
     def begin_rest(self) -> None:
-        if not self.known.indexed:
-            if error := index.keep(self.images_dir, self.images):
-                self.warn("the next restore reads all page maps again", error)
-            self.known.indexed = True
+        if error := self.known.keep_maps():
+            self.warn("the next restore reads all page maps again", error)
         if self.reading:
             self.known.keep(self.working_set, _HOT, self.reading, self.namespace)
         self.phase, self.plans = "rest", {}

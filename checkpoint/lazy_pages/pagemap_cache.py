@@ -19,32 +19,35 @@ except ImportError:
 from checkpoint.criu.pagemap import ProcessImage, process_ids, read_process
 from checkpoint.lazy_pages import cache_file
 
+Stamps = list[tuple[str, int, int, int, int, int]]
+
 FILE_NAME = ".verified-pages"
 _VERSION = 4
 
 
-def read(images: str) -> tuple[dict[int, ProcessImage], bool]:
+def read(images: str, now: Stamps) -> tuple[dict[int, ProcessImage], bool]:
     """Return the page map of every process in a folder of images, and whether it came from the cache.
 
-    Raises BadImage, or OSError when a file is missing.
+    `now`: what `stamps` has just returned. Raises BadImage, or OSError when a file is missing.
     """
-    known = _known(images)
+    known = _known(images, now)
     if known is not None:
         return known, True
     return {pid: read_process(images, pid) for pid in process_ids(images)}, False
 
 
-def keep(images: str, found: dict[int, ProcessImage]) -> OSError | None:
+def keep(images: str, read_from: Stamps, found: dict[int, ProcessImage]) -> OSError | None:
     """Cache the result of `read` for the next restore.
 
-    Return the error if it could not be written; then images are read again.
+    `read_from`: the stamps that were given to `read`. By now the folder may hold another snapshot's images, which the
+    cache must not be believed of. Return the error if it could not be written; then images are read again.
     """
     processes, sections = [], []
     for image in found.values():
         processes.append([image.pid, image.pages_file])
         sections += [cache_file.flat(runs) for runs in (image.runs, image.mapped, image.eager, image.wiped_on_fork)]
         sections.append(cache_file.flat([image.borders]))
-    head = {"version": _VERSION, "images": stamps(images), "processes": processes}
+    head = {"version": _VERSION, "images": read_from, "processes": processes}
     return write(images, FILE_NAME, cache_file.packed(head, sections))
 
 
@@ -79,10 +82,10 @@ def checked(images: str, name: str) -> memoryview:
     return body
 
 
-def _known(images: str) -> dict[int, ProcessImage] | None:
+def _known(images: str, now: Stamps) -> dict[int, ProcessImage] | None:
     try:
         head, sections = cache_file.unpacked(checked(images, FILE_NAME))
-        if head["version"] != _VERSION or not same(head["images"], stamps(images)):
+        if head["version"] != _VERSION or not same(head["images"], now):
             return None
         found = {}
         parts = iter(sections)
@@ -95,7 +98,7 @@ def _known(images: str) -> dict[int, ProcessImage] | None:
     return found
 
 
-def same(kept_stamps: object, now: list[tuple[str, int, int, int, int, int]]) -> bool:
+def same(kept_stamps: object, now: Stamps) -> bool:
     """Return whether cached fingerprints equal the files' current ones."""
     return kept_stamps == [list(stamp) for stamp in now]
 
@@ -105,7 +108,7 @@ def path(images: str, name: str) -> str:
     return os.path.join(os.path.dirname(images.rstrip("/")), name)
 
 
-def stamps(images: str) -> list[tuple[str, int, int, int, int, int]]:
+def stamps(images: str) -> Stamps:
     """Return fingerprints of the files that define where pages lie."""
     found = []
     with os.scandir(images) as entries:

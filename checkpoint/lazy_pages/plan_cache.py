@@ -21,6 +21,7 @@ _VERSION = 3
 
 def keep(
     images: str,
+    stamps: pagemap_cache.Stamps,
     working_set: bytes,
     found: Mapping[int, Plan],
     of: Mapping[int, ProcessImage],
@@ -28,7 +29,7 @@ def keep(
 ) -> bool:
     """Cache sealed plans for the next restore from the folder `images` with this working set.
 
-    Return whether a pack was written.
+    `stamps`: of the images that the plans were made of (see pagemap_cache.keep). Return whether a pack was written.
     """
     place = pagemap_cache.path(images, pack.FILE_NAME)
     places = pack.write(place, found)
@@ -50,7 +51,7 @@ def keep(
         return False  # removed meanwhile
     head = {
         "version": _VERSION,
-        "images": pagemap_cache.stamps(images),
+        "images": stamps,
         "working_set": working_set.hex(),
         "pack": packed,
     }
@@ -59,19 +60,24 @@ def keep(
 
 
 def read(
-    images: str, working_set: bytes, of: Mapping[int, ProcessImage], sources: Mapping[str, Source], zeros: int
+    images: str,
+    stamps: pagemap_cache.Stamps,
+    working_set: bytes,
+    of: Mapping[int, ProcessImage],
+    sources: Mapping[str, Source],
+    zeros: int,
 ) -> tuple[dict[int, Plan], Source | None] | None:
     """Return the cached plans, and the pack they copy from, if any; None if nothing matches.
 
-    The pack must live as long as the plans. The plans refer to `sources` as mapped in this process, and to `zeros`, our
-    own address of zeros.
+    `stamps`: of the images that are mapped as `sources`, to whose addresses in this process the plans refer, and to
+    `zeros`, our own address of zeros. The pack must live as long as the plans.
     """
     packed = None
     try:
         head, sections = cache_file.unpacked(pagemap_cache.checked(images, FILE_NAME))
         if head["version"] != _VERSION or head["working_set"] != working_set.hex():
             return None
-        if not pagemap_cache.same(head["images"], pagemap_cache.stamps(images)):
+        if not pagemap_cache.same(head["images"], stamps):
             return None
         if head["pack"] is not None:
             packed = Source(pagemap_cache.path(images, pack.FILE_NAME))

@@ -33,7 +33,8 @@ class Known:
     _lock = threading.Lock()
 
     def __init__(self, folder: str, presence: Presence | None) -> None:
-        self.images, self.indexed = pagemap_cache.read(folder)
+        self._stamps = pagemap_cache.stamps(folder)
+        self.images, self._indexed = pagemap_cache.read(folder, self._stamps)
         self.sources = {
             image.pages_file: open_source(f"{folder}/{image.pages_file}", presence)
             for image in self.images.values()
@@ -97,7 +98,7 @@ class Known:
         """
         with self._planning:
             if self._kept is None or self._kept[0] != working_set.digest:
-                found = plans.read(self._folder, working_set.digest, self.images, self.sources, zeros)
+                found = plans.read(self._folder, self._stamps, working_set.digest, self.images, self.sources, zeros)
                 if found is None:
                     return None
                 kept, pack = found
@@ -126,6 +127,14 @@ class Known:
                 keeper.start()
                 self._keeper = keeper
 
+    def keep_maps(self) -> OSError | None:
+        """Cache the page maps, once. Return the error if that failed, and the snapshot is still there."""
+        if self._indexed:
+            return None
+        self._indexed = True
+        error = pagemap_cache.keep(self._folder, self._stamps, self.images)
+        return None if isinstance(error, FileNotFoundError) else error
+
     def packed(self, plan: Plan, piece: int) -> tuple[Source, int, int] | None:
         """Return where an extent lies in the pack, or None if it is copied from the images."""
         for pack in self._packs:
@@ -136,8 +145,9 @@ class Known:
 
     def _keep(self, working_set: WorkingSet, made: dict[int, Plan], reading: Reading, namespace: int) -> None:
         used = touched(namespace, self.images, working_set.before_first_token)
-        packed = plans.keep(self._folder, working_set.digest, made, self.images, self.sources)
-        reading.keep(working_set, self.images, used, packed)
+        packed = plans.keep(self._folder, self._stamps, working_set.digest, made, self.images, self.sources)
+        with contextlib.suppress(FileNotFoundError):  # the snapshot was removed
+            reading.keep(working_set, self.images, used, packed)
 
     def settle(self, timeout_s: float) -> None:
         """Wait for the thread that `keep` started."""

@@ -228,9 +228,10 @@ def test_nothing_in_a_file_of_ours_is_run() -> None:
 
 def test_kept_page_maps_of_another_form_are_not_read(snapshot: Path) -> None:
     images = str(snapshot / "images")
-    found, _ = pagemap_cache.read(images)
-    pagemap_cache.write(images, pagemap_cache.FILE_NAME, marshal.dumps((3, "x", pagemap_cache.stamps(images), [])))
-    again, kept = pagemap_cache.read(images)
+    stamps = pagemap_cache.stamps(images)
+    found, _ = pagemap_cache.read(images, stamps)
+    pagemap_cache.write(images, pagemap_cache.FILE_NAME, marshal.dumps((3, "x", stamps, [])))
+    again, kept = pagemap_cache.read(images, stamps)
     assert not kept and set(again) == set(found)
 
 

@@ -18,6 +18,14 @@ def told(found: dict[int, ProcessImage]) -> dict[int, list[object]]:
     return {pid: [getattr(image, field) for field in FIELDS] for pid, image in found.items()}
 
 
+def read(images: Path) -> tuple[dict[int, ProcessImage], bool]:
+    return pagemap_cache.read(str(images), pagemap_cache.stamps(str(images)))
+
+
+def keep(images: Path, found: dict[int, ProcessImage]) -> OSError | None:
+    return pagemap_cache.keep(str(images), pagemap_cache.stamps(str(images)), found)
+
+
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
     folder = tmp_path / "images"
@@ -29,42 +37,42 @@ def images(tmp_path: Path) -> Path:
 
 
 def test_kept_and_read_again(images: Path) -> None:
-    first, kept = pagemap_cache.read(str(images))
+    first, kept = read(images)
     assert not kept and set(first) == {7, 9}
-    assert pagemap_cache.keep(str(images), first) is None
-    again, kept = pagemap_cache.read(str(images))
+    assert keep(images, first) is None
+    again, kept = read(images)
     assert kept and told(again) == told(first)
     assert (images.parent / pagemap_cache.FILE_NAME).stat().st_mode & 0o777 == 0o600
 
 
 @pytest.mark.parametrize("at", [0, 70, -1])
 def test_a_damaged_index_is_not_believed(images: Path, at: int) -> None:
-    found, _ = pagemap_cache.read(str(images))
-    pagemap_cache.keep(str(images), found)
+    found, _ = read(images)
+    keep(images, found)
     file = images.parent / pagemap_cache.FILE_NAME
     data = bytearray(file.read_bytes())
     data[at] ^= 1
     file.write_bytes(data)
-    again, kept = pagemap_cache.read(str(images))
+    again, kept = read(images)
     assert not kept and told(again) == told(found)
 
 
 @pytest.mark.parametrize("what", ["pagemap-7.img", "mm-9.img"])
 def test_an_index_of_other_images_is_not_believed(images: Path, what: str) -> None:
-    found, _ = pagemap_cache.read(str(images))
-    pagemap_cache.keep(str(images), found)
+    found, _ = read(images)
+    keep(images, found)
     file = images / what
     copy = file.with_name("copy")
     copy.write_bytes(file.read_bytes())
     copy.replace(file)
-    assert not pagemap_cache.read(str(images))[1]
-    pagemap_cache.keep(str(images), found)
-    assert pagemap_cache.read(str(images))[1]
+    assert not read(images)[1]
+    keep(images, found)
+    assert read(images)[1]
 
 
 def test_a_folder_that_cannot_be_written_only_means_reading_again(images: Path) -> None:
-    found, _ = pagemap_cache.read(str(images))
+    found, _ = read(images)
     (images.parent / pagemap_cache.FILE_NAME).mkdir()
-    assert isinstance(pagemap_cache.keep(str(images), found), IsADirectoryError)
+    assert isinstance(keep(images, found), IsADirectoryError)
     assert not list(images.parent.glob(f"{pagemap_cache.FILE_NAME}.*"))
-    assert not pagemap_cache.read(str(images))[1]
+    assert not read(images)[1]

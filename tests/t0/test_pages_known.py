@@ -73,7 +73,7 @@ def test_the_pack_of_an_earlier_working_set_stays_mapped_for_who_still_copies_fr
     first: dict[int, Plan] = {}
     for digest in (b"first", b"second"):
         made, _ = known._plan(RANGES, 0, 1)
-        assert plan_cache.keep(str(images), digest, made, known.images, known.sources)
+        assert plan_cache.keep(str(images), known._stamps, digest, made, known.images, known.sources)
         working_set = WorkingSet(RANGES, len(RANGES))
         working_set.digest = digest
         found = known.kept_plans(working_set, 0)

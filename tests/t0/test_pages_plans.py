@@ -37,14 +37,18 @@ def folder(tmp_path):
 
 def keep(folder, digest=b"set"):
     image = ProcessImage(7, "pages-1.img")
-    plan_cache.keep(str(folder), digest, {7: made()}, {7: image}, {"pages-1.img": Source()})
+    plan_cache.keep(
+        str(folder), pagemap_cache.stamps(str(folder)), digest, {7: made()}, {7: image}, {"pages-1.img": Source()}
+    )
     return image
 
 
 def read(folder, image, digest=b"set", base=BASE, zeros=ZEROS):
     source = Source()
     source.address = base
-    found = plan_cache.read(str(folder), digest, {7: image}, {"pages-1.img": source}, zeros)
+    found = plan_cache.read(
+        str(folder), pagemap_cache.stamps(str(folder)), digest, {7: image}, {"pages-1.img": source}, zeros
+    )
     return found and found[0]
 
 

@@ -50,14 +50,21 @@ def made(source):
 
 def kept(folder):
     source = Source(str(folder / "pages-1.img"))
-    packed = plan_cache.keep(str(folder), DIGEST, made(source), {7: image()}, {"pages-1.img": source})
+    packed = plan_cache.keep(
+        str(folder), pagemap_cache.stamps(str(folder)), DIGEST, made(source), {7: image()}, {"pages-1.img": source}
+    )
     return source, packed
+
+
+def read(folder, source):
+    stamps = pagemap_cache.stamps(str(folder))
+    return plan_cache.read(str(folder), stamps, DIGEST, {7: image()}, {"pages-1.img": source}, 0)
 
 
 def test_plans_from_a_pack_bring_what_plans_from_the_images_bring(folder):
     source, packed = kept(folder)
     assert packed and (folder.parent / pack.FILE_NAME).stat().st_size == 8 * PAGE
-    found, pack_source = plan_cache.read(str(folder), DIGEST, {7: image()}, {"pages-1.img": source}, 0)
+    found, pack_source = read(folder, source)
     plan = found[7]
     expected = made(source)[7]
     assert (plan.starts, plan.ends, plan.zero) == (expected.starts, expected.ends, expected.zero)
@@ -75,9 +82,9 @@ def test_a_pack_that_is_another_file_or_gone_is_not_copied_from(folder):
     copy = place.with_name("copy")
     copy.write_bytes(data)
     copy.replace(place)
-    assert plan_cache.read(str(folder), DIGEST, {7: image()}, {"pages-1.img": source}, 0) is None
+    assert read(folder, source) is None
     place.unlink()
-    assert plan_cache.read(str(folder), DIGEST, {7: image()}, {"pages-1.img": source}, 0) is None
+    assert read(folder, source) is None
 
 
 def test_a_pack_that_the_disk_refuses_leaves_plans_that_copy_from_the_images(folder, monkeypatch):
@@ -87,7 +94,7 @@ def test_a_pack_that_the_disk_refuses_leaves_plans_that_copy_from_the_images(fol
     monkeypatch.setattr(os, "posix_fallocate", full)
     source, packed = kept(folder)
     assert not packed and sorted(path.name for path in folder.parent.iterdir()) == [plan_cache.FILE_NAME, "images"]
-    found, none = plan_cache.read(str(folder), DIGEST, {7: image()}, {"pages-1.img": source}, 0)
+    found, none = read(folder, source)
     assert none is None and found[7].source(0) == source.address + 30 * PAGE
 
 

@@ -217,6 +217,36 @@ def test_a_damaged_working_set_is_left_aside(frozen: Frozen) -> None:
     frozen.warnings.clear()
 
 
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_snapshot_removed_or_replaced_while_its_pages_come(frozen: Frozen, replaced: bool) -> None:
+    """A replica is brought to its end from the files that it began with, and no cache of theirs is believed of others."""
+    (frozen.folder / pagemap_cache.FILE_NAME).unlink(missing_ok=True)
+    server, work = frozen.serve(known=False)
+    old = frozen.folder / "removed"
+    with server, frozen.sandbox() as sandbox:
+        frozen.restore(sandbox, work)
+        frozen.images.rename(old)
+        try:
+            if replaced:
+                shutil.copytree(old, frozen.images)
+            frozen.order(sandbox, seed=1, touch=50)
+            assert frozen.result(sandbox)["errors"] == []
+            server.first_token()
+            server.requests_done()
+            assert server.wait_complete(LIMIT_S), frozen.deaths
+            assert not (replaced and believed(frozen))
+        finally:
+            shutil.rmtree(frozen.images, ignore_errors=True)
+            old.rename(frozen.images)
+    assert not frozen.deaths
+
+
+def believed(frozen: Frozen) -> bool:
+    """Whether page maps that are kept beside the images are taken for theirs."""
+    images = str(frozen.images)
+    return pagemap_cache.read(images, pagemap_cache.stamps(images))[1]
+
+
 def test_images_tell_what_is_lazy(frozen: Frozen) -> None:
     """CRIU's own page maps, read by us: offsets and lengths add up to the pages files."""
     for pid in process_ids(str(frozen.images)):

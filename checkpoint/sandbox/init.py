@@ -182,8 +182,11 @@ def prepare_mounts(config: Message) -> None:
     mount("shm", "/dev/shm", "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777")
     root = config["run_dir"]
     mount("quickthaw", root, "tmpfs", MS_NOSUID | MS_NODEV, "mode=0755")
-    for name in ("tmp", "cache", "control"):
+    for name in ("tmp", "cache", "control", "queues"):
         os.mkdir(f"{root}/{name}", 0o700)
+    # Lists the sandbox's POSIX message queues, which no snapshot can hold (checkpoint.snapshot.frozen).
+    with contextlib.suppress(OSError):  # a kernel without message queues
+        mount("queues", f"{root}/queues", "mqueue", MS_NOSUID | MS_NODEV | MS_NOEXEC)
     # Inductor writes precompiled headers (150 MB) below TMPDIR regardless of its cache setting; link them into the
     # cache.
     os.symlink(f"{root}/cache/tmp-inductor", f"{root}/tmp/torchinductor_{config['user']}")

@@ -37,6 +37,8 @@ RUN_DIR = "/run/quickthaw"
 TMP_DIR = f"{RUN_DIR}/tmp"
 CACHE_DIR = f"{RUN_DIR}/cache"
 CONTROL_DIR = f"{RUN_DIR}/control"
+QUEUES_DIR = f"{RUN_DIR}/queues"
+"""A mount of the sandbox's POSIX message queues (mq_overview(7)), one file each."""
 READY_TIMEOUT_S = 10.0
 REQUEST_TIMEOUT_S = 30.0
 _PACKET_BYTES = 64 << 10  # the kernel takes at most SO_SNDBUF, some 200 KiB
@@ -444,7 +446,7 @@ class Sandbox:
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         error = sock.connect_ex((host, port))
-        if error not in (0, 115, 11):  # EINPROGRESS, EAGAIN
+        if error not in (0, errno.EINPROGRESS, errno.EAGAIN):
             sock.close()
             raise ConnectionRefusedError(error, os.strerror(error))
         return sock

@@ -89,6 +89,7 @@ def take(
     longer runs and the caller must kill it.
     """
     check_page_size()
+    frozen.refuse_open_queues(Path(f"/proc/{sandbox.init_pid}/root"))
     pids = processes(sandbox.init_pid)
     on_gpu = cuda.memory_in_use(driver, pids) if driver else 0
     room.check_memory(on_gpu)
@@ -100,9 +101,7 @@ def take(
         images = folder / "images"
         images.mkdir(mode=0o700)
         script = folder / "while-frozen.sh"
-        script.write_text(
-            _WHILE_FROZEN.format(folder=folder, tmp=TMP_DIR) + frozen.COPY.format(folder=folder / frozen.FOLDER)
-        )
+        script.write_text(_WHILE_FROZEN.format(folder=folder, tmp=TMP_DIR) + frozen.script(folder / frozen.FOLDER))
         script.chmod(0o700)
         mapped = _mapped_cache_files(pids)
         suspended: list[int] = []

@@ -1,7 +1,7 @@
 """Reject process trees that a restore could not bring back, by what the dump shows beside their memory.
 
-A dump can succeed although it misses objects in the sandbox's namespaces that belong to no process (SysV IPC), or a
-process outside the dumped tree. It can also contain what CRIU refuses to restore: a host file whose size has changed
+A dump can succeed although it misses objects in the sandbox's namespaces that belong to no process (SysV IPC, POSIX
+message queues), or a process outside the dumped tree. It can also contain what CRIU refuses to restore: a host file whose size has changed
 by then, or a connection that is still being made. `examine` reads the images and a few files of /proc that were
 copied while the tree was frozen, and rejects such a snapshot with a specific error. The engine keeps running, and no
 later restore fails.
@@ -10,23 +10,24 @@ later restore fails.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from checkpoint.criu.images import Message, messages, nested, number, text
 from checkpoint.errors import Failed
+from checkpoint.sandbox.sandbox import QUEUES_DIR
 
 FOLDER = "frozen"
-"""Subfolder of the snapshot folder that holds COPY's output while the snapshot is taken."""
+"""Subfolder of the snapshot folder that holds `script`'s output while the snapshot is taken."""
 
-COPY = """\
+_COPY = """\
 mkdir "{folder}"
 echo "$PPID" > "{folder}/criu"
 cat /proc/[0-9]*/stat > "{folder}/stat" 2>/dev/null || :
 cat /proc/sysvipc/sem /proc/sysvipc/msg /proc/sysvipc/shm > "{folder}/sysvipc" 2>/dev/null || :
+ls -A {queues} > "{folder}/queues" 2>/dev/null || :
 """
-"""Shell lines that CRIU runs inside the sandbox while the process tree is frozen."""
 
 _STOPPED = 3  # TASK_STOPPED, criu/include/image.h
 _SYN_SENT = 2  # include/net/tcp_states.h
@@ -56,16 +57,22 @@ class Frozen:
     stopped: list[int] = field(default_factory=list)
 
 
+def script(folder: Path) -> str:
+    """Return the shell lines that CRIU runs inside the sandbox while the process tree is frozen; they write to `folder`."""
+    return _COPY.format(folder=folder, queues=QUEUES_DIR)
+
+
 def examine(folder: Path, images: Path, kept: Iterable[str]) -> Frozen:
-    """Read COPY's output in `folder` and CRIU's in `images`, and reject what a restore could not bring back.
+    """Read `script`'s output in `folder` and CRIU's in `images`, and reject what a restore could not bring back.
 
     `kept` names the sandbox folders whose files are part of the snapshot. Raises Failed (process-left-out, sysv-ipc,
-    open-file-grows, connection-half-open), or Integrity when an image is garbled.
+    message-queue, open-file-grows, connection-half-open), or Integrity when an image is garbled.
     """
     tree = {number(entry, _PID) for entry in messages(images / "pstree.img")}
     processes = {process.pid: process for process in _processes(folder / "stat")}
     _refuse_left_out(processes, tree, int(_read(folder / "criu") or 0))
     _refuse_sysv(_read(folder / "sysvipc"))
+    _refuse_queues(_read(folder / "queues").splitlines())
     entries = list(messages(images / "files.img"))
     _refuse_growing(entries, _remapped(images), tuple(f"{path.rstrip('/')}/" for path in kept))
     _refuse_half_open(entries)
@@ -130,6 +137,23 @@ def sysv_refused(what: str) -> Failed:
         f"the engine holds a SysV {what}, which a restore would lose; "
         "have it use POSIX ones (shm_open, sem_open), or launch with --no-snapshot",
     )
+
+
+def refuse_open_queues(root: Path) -> None:
+    """Raise Failed (message-queue) before the dump if the sandbox with this root folder has queues: CRIU fails on open ones."""
+    try:
+        _refuse_queues(os.listdir(f"{root}{QUEUES_DIR}"))
+    except OSError:
+        return  # a kernel without message queues
+
+
+def _refuse_queues(names: Sequence[str]) -> None:
+    if names:
+        raise Failed(
+            "message-queue",
+            f"the engine holds the POSIX message queue {', '.join(f'/{name}' for name in sorted(names)[:5])}, "
+            "which a restore would lose; have it use a socket or a pipe, or launch with --no-snapshot",
+        )
 
 
 def _remapped(images: Path) -> set[int]:

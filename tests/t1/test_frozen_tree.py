@@ -240,6 +240,22 @@ def test_sysv_objects_are_refused_by_name(bench, what, made):
     assert bench.library.names() == []
 
 
+QUEUE = "queue = libc.mq_open(b'/jobs', os.O_CREAT | os.O_RDWR, 0o600, None)\nassert queue >= 0\n"
+
+
+def test_message_queues_are_refused_by_name(bench):
+    with pytest.raises(Failed, match="message-queue.*/jobs"):
+        bench.taken(QUEUE)
+    assert bench.library.names() == []
+
+
+def test_a_message_queue_made_just_before_the_dump_is_refused_by_name(bench, monkeypatch):
+    monkeypatch.setattr("checkpoint.snapshot.frozen.refuse_open_queues", lambda root: None)
+    with pytest.raises(Failed, match="message-queue.*/jobs"):
+        bench.taken(f"{QUEUE}os.close(queue)\n")
+    assert bench.library.names() == []
+
+
 def test_a_host_file_that_is_written_is_refused_by_name(bench):
     log = bench.home / "written.log"
     with pytest.raises(Failed, match=r"open-file-grows.*written\.log"):

@@ -36,6 +36,28 @@ def test_every_file_that_a_document_names_is_there():
     assert missing == set()
 
 
+def test_every_module_that_a_document_names_alone_is_there():
+    """`second.py` outlives a renaming more easily than a path, since nothing else looks at it."""
+    here = {file.name for file in REPO.rglob("*.py") if not {".git", "build"} & set(file.relative_to(REPO).parts)}
+    elsewhere = {"sitecustomize.py", "environ.py"}
+    missing = {
+        f"{page.name}: {name}"
+        for page in PAGES
+        for name in re.findall(r"`(\w+\.py)`", page.read_text())
+        if name not in here | elsewhere
+    }
+    assert missing == set()
+
+
+def test_every_module_of_the_proxy_that_its_page_names_is_there():
+    text = (REPO / "docs" / "proxy.md").read_text()
+    table = text[text.index("| module of `plugin/proxy/` |") :].split("\n\n")[0]
+    named = re.findall(r"`([\w./]+)`", "\n".join(row.split("|")[1] for row in table.splitlines()[2:]))
+    assert named
+    proxy = REPO / "plugin" / "proxy"
+    assert [name for name in named if not (proxy / name).exists() and not (proxy / f"{name}.py").exists()] == []
+
+
 def test_every_link_between_documents_leads_somewhere():
     missing = {
         f"{page.name}: {target}"

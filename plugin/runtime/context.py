@@ -1,4 +1,4 @@
-"""The view of a replica (`replica.Replica`) that the steps of a start depend on, so that they need not import it."""
+"""The views of a replica (`replica.Replica`) that the steps of a start depend on, so that they need not import it."""
 
 from __future__ import annotations
 
@@ -6,17 +6,24 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    import threading
+
     from checkpoint.compatibility.check import Here
+    from checkpoint.compatibility.check import Identity as IdentityRecord
     from checkpoint.criu.binary import Criu
     from checkpoint.cuda.driver import Driver
     from checkpoint.errors import Incompatible
     from checkpoint.snapshot.library import Library
     from checkpoint.snapshot.manifest import Snapshot
+    from checkpoint.snapshot.restore import Cancellation
     from launchers.base import Engine, EngineCommand
     from plugin.runtime.capabilities import Layers
     from plugin.runtime.config import LaunchSettings
+    from plugin.runtime.engine_process import Running
     from plugin.runtime.model_mount import Weights
+    from plugin.runtime.paging import Following
     from plugin.runtime.phases import PhaseTracker, Span
+    from plugin.runtime.snapshot_fetch import Fetching
 
 
 class StartContext(Protocol):
@@ -60,3 +67,44 @@ class StartContext(Protocol):
 
     def turn_off(self, why: str, error: Exception | None = None) -> None:
         """Turn all capabilities off: start the engine from now on as it would start alone."""
+
+
+class RestoreContext(StartContext, Protocol):
+    """A start that restores a snapshot: besides, what pages that arrive later and requests that wait need."""
+
+    fetching: Fetching
+    following: Following
+    underway: threading.Event
+    """Set when other processes do the work of the start."""
+    cancellation: Cancellation
+    """Cancels the restore that is running."""
+    lost: str
+    """Why pages of the restored engine will never arrive, or ""."""
+    eager: bool
+    """True if the snapshot holds GPU state: it cannot be restored lazily."""
+    restored: bool
+    spans: dict[str, float]
+    """Parts of the restore in seconds."""
+
+    @property
+    def expects(self) -> Callable[[], bool]:
+        """Return True if a waiting request will run beside the canary."""
+
+    @property
+    def recall(self) -> Callable[[], bool]:
+        """Cancel the requests that run beside the canary and return True if there were any."""
+
+    def mounting(self) -> None:
+        """Change the phase to mounting, where a start begins."""
+
+    def check_identity(self, snapshot: Snapshot) -> IdentityRecord:
+        """Return the snapshot's identity. Raises Incompatible when it may not be restored here."""
+
+    def on_pages_lost(self, reason: str) -> None:
+        """Kill the engine, whose missing pages will never arrive."""
+
+    def now_running(self, running: Running) -> None:
+        """Set the running engine. Raises EngineFailed if a stop was requested meanwhile."""
+
+    def serve(self) -> None:
+        """Change the phase to serving. Raises EngineFailed if the engine has ended."""

@@ -257,7 +257,7 @@ class Launch:
             return
         elif not silent:
             log.warning("%sthe engine ended with %s while it served; starting it again", who, how)
-        replica._clear()
+        replica.clear()
         self._start_one(replica)
 
     def _silent(self, behind: ProxyReplica, why: str) -> None:
@@ -277,7 +277,7 @@ class Launch:
 
     def _give_up(self, replica: Replica, deaths: int, how: str, code: int) -> None:
         """Stop restarting a replica that keeps dying. End the launch if no other replica serves or starts."""
-        replica._clear()
+        replica.clear()
         others = self._count(0) or sum(r.tracker.phase in SERVES for r in self.replicas)
         text = "%sengine-keeps-dying: %d deaths within a minute, the last with %s; giving up"
         log.error(text + (" on this replica, the others go on" if others else ""), self._who(replica), deaths, how)

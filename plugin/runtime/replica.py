@@ -14,9 +14,8 @@ import contextlib
 import logging
 import signal
 import threading
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,20 +26,16 @@ from checkpoint.sandbox.sandbox import Sandbox
 from checkpoint.snapshot import restore, speculative
 from checkpoint.snapshot.library import Library
 from checkpoint.snapshot.manifest import Snapshot
-from launchers import control
 from launchers.base import Engine
 from launchers.errors import EngineFailed, LauncherError
-from plugin.records import restore_rates
-from plugin.runtime import take_snapshot
+from plugin.runtime import restore_snapshot, take_snapshot
 from plugin.runtime.capabilities import Layers
 from plugin.runtime.config import LaunchSettings
-from plugin.runtime.engine_output import Output
-from plugin.runtime.engine_process import Running, client_of
+from plugin.runtime.engine_process import Running
 from plugin.runtime.home import unusable
-from plugin.runtime.model_mount import Weights, model_place
+from plugin.runtime.model_mount import Weights
 from plugin.runtime.paging import Following
 from plugin.runtime.phases import Phase, PhaseTracker, Span
-from plugin.runtime.sandbox_binds import binds, compile_cache
 from plugin.runtime.snapshot_fetch import Fetching
 
 if TYPE_CHECKING:
@@ -91,16 +86,16 @@ class Replica:
         self._stopped = False
         self._starts = 0  # number of engine processes started; at most one is alive
         self._lazy_works = True
-        self._eager = False  # True if the snapshot holds GPU state: it cannot be restored lazily
+        self.eager = False  # True if the snapshot holds GPU state: it cannot be restored lazily
         self._no_snapshot = False  # set after taking a snapshot cost the engine's life
-        self._restoring = restore.Cancellation()
+        self.cancellation = restore.Cancellation()
         self.lost = ""
         """Why pages of the restored engine will never arrive, or ""; the engine is killed for it."""
         self._losses = 0
         self.silent = ""
         """Why the engine was killed for not answering, or ""; reset when another engine serves."""
-        self._fetching = Fetching(self.settings)
-        self._following = Following(self._fetching, lambda: self.served(), lambda: self.running is not None)
+        self.fetching = Fetching(self.settings)
+        self.following = Following(self.fetching, lambda: self.served(), lambda: self.running is not None)
         self._cuda: Helper | None = None
         self._identity: Here | None = None
         self._multi_gpu: bool | None = None
@@ -123,11 +118,11 @@ class Replica:
             if self.running is not None and self.tracker.phase in SERVES:
                 return
             # Change the phase first: reading a model for the first time takes a while, and the start must be visible.
-            self._mounting()
+            self.mounting()
             try:
                 self._start(before_cold)
             except BaseException as error:
-                self._clear()
+                self.clear()
                 if not self._stopped and self.tracker.phase is not Phase.FAILED:
                     self.tracker.to(Phase.FAILED, str(error))
                 raise
@@ -144,7 +139,7 @@ class Replica:
             if self._start_from_snapshot():
                 return
         except OSError as error:
-            self._clear()
+            self.clear()
             self.turn_off(unusable(self.settings.home) or f"host-io: {error.strerror or error}", error)
         if before_cold is not None:
             before_cold()
@@ -163,7 +158,8 @@ class Replica:
             compatibility.explain(self.library, self.snapshot_name, self.identity)
         self._cold()
 
-    def _mounting(self) -> None:
+    def mounting(self) -> None:
+        """Change the phase to mounting, unless it is that already."""
         if self.tracker.phase is not Phase.MOUNTING:
             self.tracker.to(Phase.MOUNTING)
 
@@ -180,16 +176,16 @@ class Replica:
         for lazy in ways:
             assert name is not None
             try:
-                with self._fetching.held(self.library, name):
-                    self._restore(name, lazy)
+                with self.fetching.held(self.library, name):
+                    restore_snapshot.run(self, name, lazy)
                 return True
             except (CheckpointError, LauncherError) as failure:
                 # Lost pages cause any error that follows them, so do not blame the snapshot.
                 error = Failed("pages-lost", self.lost) if self.lost else failure
                 if self._stopped:
-                    self._clear()
+                    self.clear()
                     raise
-                again = lazy and not self._eager and not isinstance(error, Incompatible | Integrity | HostLacks | Busy)
+                again = lazy and not self.eager and not isinstance(error, Incompatible | Integrity | HostLacks | Busy)
                 self._restore_failed(name, error, again)
                 if again:
                     self._lazy_works = bool(self.lost)
@@ -207,6 +203,12 @@ class Replica:
 
             self._identity = compatibility.gather(self.settings, self.weights, self.criu)
         return self._identity
+
+    def check_identity(self, snapshot: Snapshot) -> IdentityRecord:
+        """Return the snapshot's identity. Raises Incompatible when it may not be restored here."""
+        from plugin.runtime import compatibility
+
+        return compatibility.check(snapshot, self.identity, self.settings, self.weights)
 
     @property
     def snapshot_name(self) -> str:
@@ -236,7 +238,7 @@ class Replica:
             )
             return None
         if not self.library.has(name):
-            found = self._fetching.find(name, self._check_identity)
+            found = self.fetching.find(name, self.check_identity)
             if found is None:
                 return None
             self.library = found
@@ -258,137 +260,33 @@ class Replica:
         return self._multi_gpu
 
     def _restore_failed(self, name: str, error: Exception, again: bool) -> None:
-        self._clear()
+        self.clear()
         self.tracker.to(Phase.FAILED, str(error))
         if again:
             log.warning("restoring %s with its working set first failed (%s); restoring the plain way", name, error)
             return
         if isinstance(error, Incompatible):
             self.refused = error
-        elif not isinstance(error, HostLacks | Busy | NotFound) and not self._fetching.outage():
+        elif not isinstance(error, HostLacks | Busy | NotFound) and not self.fetching.outage():
             self.library.failed(name, str(error))
-        self._fetching.give_up()
+        self.fetching.give_up()
         self.library = Library(self.settings.home)
         what = take_snapshot.refusal(error) if isinstance(error, Incompatible) else error
         then = "" if self.settings.strict or self.settings.named else "; starting cold under the same held requests"
         log.warning("restore of %s failed: %s%s", name, what, then)
 
-    # Restore
-
-    def _restore(self, name: str, lazy: bool) -> None:
-        assert self.criu is not None
-        began = time.monotonic()
-        self.lost = ""
-        self._mounting()
-        snapshot = self.library.load(name)
-        self._eager = snapshot.gpu.processes > 0
-        if self.settings.trust_keys and not self._fetching.unfinished:
-            from checkpoint.snapshot.signatures import check_folder
-
-            check_folder(self.library.path(name), self.settings.trust_keys)
-        recorded = self._check_identity(snapshot)
-        if snapshot.weights == "thin":
-            # Mount in a thread: the mount prefetches what the last load read while CRIU is at work.
-            threading.Thread(target=self.weights.mount, name="weights", daemon=True).start()
-        mounted = self.weights.mounted()
-        place = model_place(snapshot, self.weights, self.settings.named)
-        shown = binds(self.settings, self.weights, mounted, place)
-        self.spans = {"identity": time.monotonic() - began}
-        self._restoring = restore.Cancellation()
-        self._fetching.watch(self._pages_lost)
-        self.tracker.to(Phase.RESTORING)
-        outputs = {
-            "stdout": Output(self.stdout, pipe=speculative.pipe("stdout")),
-            "stderr": Output(self.stderr, pipe=speculative.pipe("stderr")),
-        }
-        later = self._lazy(name) if lazy else None
-        try:
-            if not self._fetching.ready(lazy, snapshot):
-                self._verify(name, snapshot)
-            self._check_cpu(name, recorded)
-            restored = restore.restore(
-                self.library,
-                self.criu,
-                snapshot,
-                shown,
-                compile_cache(self.settings),
-                {stream: output.write_fd for stream, output in outputs.items()},
-                on_exit=self.on_exit(),
-                lazy=later,
-                driver=self.driver(),
-                gpu_pairs=self._gpu_pairs(recorded),
-                underway=self.underway.set,
-                cancellation=self._restoring,
-            )
-        finally:
-            for output in outputs.values():
-                output.handed_over()
-        self.spans |= restored.spans
-        parts = {part: round(took, 4) for part, took in self.spans.items()}
-        log.debug("parts of the restore%s: %s", ", begun beforehand" if restored.foreseen else "", parts)
-        sandbox = restored.sandbox
-        client = client_of(sandbox, snapshot.port, self.settings.command)
-        self._now_running(Running(sandbox, restored.root_pid, snapshot.port, client, outputs, restored))
-        if self.lost:  # lost before `running` was set
-            raise Failed("pages-lost", self.lost)
-        self.tracker.to(Phase.WAKING)
-        try:
-            control.renew(sandbox.control_dir, recorded.renewed, self.identity.renewed)
-        except OSError as error:
-            raise Failed("sandbox-gone", f"the sandbox ended while it was woken ({error.strerror})") from error
-        control.tell(sandbox.init_pid, control.WAKE)
-        if snapshot.weights == "thin" and mounted is None:
-            self._wait_weights(sandbox, place)
-        if snapshot.asleep:
-            self.engine.take_up(client, snapshot.model, snapshot.weights == "thin")
-        elif snapshot.weights == "thin":
-            self.engine.reload_weights(client, snapshot.model)
-        self._compare(snapshot)
-        self.library.succeeded(name)
-        self.snapshot, self.restored = snapshot, True
-        self._serve()
-        if restored.plan and not self.settings.trust_keys:
-            speculative.note(restored.plan)
-        if restored.pages:
-            recording = bool(later and later.record)
-            if recording:
-                log.info("this first restore records the snapshot's working set; those after it begin with it")
-            self._following.begin(self.library, snapshot, restored.pages, recording=recording)
-        else:
-            restore_rates.remember(
-                self.settings.home, snapshot.image_bytes, restored.spans["criu"], bool(snapshot.gpu.processes)
-            )
-
-    def _check_identity(self, snapshot: Snapshot) -> IdentityRecord:
-        """Return the snapshot's identity. Raises Incompatible when it may not be restored here."""
-        from plugin.runtime import compatibility
-
-        return compatibility.check(snapshot, self.identity, self.settings, self.weights)
-
     # Pages that arrive after the restore
 
-    def _lazy(self, name: str) -> restore.LazyRestore:
-        known = self.library.working_set(name)
-        recorded = known.exists()
-        return restore.LazyRestore(
-            known if recorded else None,
-            not recorded,
-            self._pages_lost,
-            lambda text: log.warning("%s", text),
-            self._fetching.arriving,
-            pack=self.settings.verify != "always",
-        )
-
-    def _pages_lost(self, reason: str) -> None:
+    def on_pages_lost(self, reason: str) -> None:
         """Kill the replica because missing pages will never arrive, as when the page server died: a fault would block forever.
 
         Called from any thread, at any moment during or after a restore. It kills all processes at once: those that
         outlive the first one would hit its end. The replica is restarted another way.
         """
         first = not self.lost
-        # Set this before reading `running`: _restore sets `running` first and then reads `lost`.
+        # Set this before reading `running`: restore_snapshot sets `running` first and then reads `lost`.
         self.lost = self.lost or reason
-        cancelled = self._restoring.cancel(Failed("pages-lost", reason))
+        cancelled = self.cancellation.cancel(Failed("pages-lost", reason))
         running = self.running
         restored = running.restored if running else None
         self._losses += first and bool(cancelled or restored)
@@ -426,7 +324,7 @@ class Replica:
 
     def page_counts(self) -> dict[str, float]:
         """Return the page servers' totals over all restores (Following.counts), and how often pages were `lost`."""
-        return {**self._following.counts(), "lost": self._losses}
+        return {**self.following.counts(), "lost": self._losses}
 
     def driver(self) -> Driver | None:
         """Return the CUDA driver's checkpoint API, or None without an NVIDIA device. One helper process lives as long as this replica."""
@@ -435,56 +333,6 @@ class Replica:
 
             self._cuda = Helper()
         return self._cuda
-
-    def _gpu_pairs(self, recorded: IdentityRecord) -> list[tuple[str, str]]:
-        if not recorded.host.gpus:
-            return []
-        from checkpoint.cuda.checkpoint import gpu_pairs
-
-        return gpu_pairs(recorded.host.gpus, self.identity.host.gpus)
-
-    def _verify(self, name: str, snapshot: Snapshot) -> None:
-        if self.settings.verify == "never":
-            return
-        from checkpoint.snapshot.digests import verify
-
-        verify(self.library.path(name), snapshot.files, always=self.settings.verify == "always")
-
-    def _check_cpu(self, name: str, recorded: IdentityRecord) -> None:
-        """Run CRIU's own CPU check if this processor differs from the snapshot's."""
-        from checkpoint.compatibility.check import same_cpu
-
-        assert self.criu is not None
-        if not same_cpu(recorded.host, self.identity.host):
-            self.criu.check_cpu(self.library.path(name) / "images")
-
-    def _compare(self, snapshot: Snapshot) -> None:
-        """Run the canary and compare its tokens. Raises Integrity (canary-differs) if they differ.
-
-        The canary is sent first. A waiting request runs beside it, and its answer is held until the canary has ended.
-        """
-        got = self._answer(snapshot, lambda: self.tracker.to(Phase.VERIFYING), self.expects())
-        if got != snapshot.canary.token_ids and self.recall():
-            # Rounding may differ between a batch of two and a batch of one, so repeat it alone.
-            log.debug("the canary gave %s beside a request; once more, alone", got)
-            got = self._answer(snapshot)
-        if got != snapshot.canary.token_ids:
-            raise Integrity(
-                "canary-differs", f"the restored engine generates {got} where {snapshot.canary.token_ids} was recorded"
-            )
-
-    def _answer(self, snapshot: Snapshot, sent: Callable[[], None] | None = None, joined: bool = False) -> list[int]:
-        assert self.running is not None
-        client = replace(self.running.client, sent=sent)
-        try:
-            return self.engine.answer(client, snapshot.canary, joined)
-        except LauncherError as error:
-            raise Failed("canary-failed", f"the restored engine does not generate: {error}") from error
-
-    def _wait_weights(self, sandbox: Sandbox, place: str) -> None:
-        mounted = self.weights.mount()
-        if mounted:
-            sandbox.attach(mounted, Path(place))
 
     # Cold start
 
@@ -498,7 +346,7 @@ class Replica:
             without = " without a snapshot" * self._no_snapshot
             log.warning("%s; a new one starts%s, under the same held requests", error, without)
             self.tracker.to(Phase.FAILED, str(error))
-            self._clear()
+            self.clear()
             self._cold()
 
     def _cold_once(self) -> None:
@@ -508,7 +356,7 @@ class Replica:
         prestart.settled()
         self.lost = ""
         self.underway.set()
-        self._mounting()
+        self.mounting()
         if not self.layers.sandbox and (why := unusable(self.settings.home)):
             self.turn_off(why)
         cache = cold_start.kept_cache(self)
@@ -517,7 +365,7 @@ class Replica:
         mounted = None if self.layers.mount or not self.settings.mount else self.weights.mount()
         self.tracker.to(Phase.STARTING)
         running = cold_start.begin(self, mounted)
-        self._now_running(running)
+        self.now_running(running)
         self.tracker.to(Phase.LOADING)
         trial = take_snapshot.begin_trial(self)
         place = running.place
@@ -530,7 +378,7 @@ class Replica:
             # Warm up only for a snapshot. Without one, the held requests are served at once, as the engine alone would.
             self.engine.warm_up(running.client, self.settings.command)
             take_snapshot.take(self, place, running, cold_s)
-        self._serve()
+        self.serve()
         if cache:
             cache.push_later()
 
@@ -542,7 +390,8 @@ class Replica:
 
     # Common parts
 
-    def _serve(self) -> None:
+    def serve(self) -> None:
+        """Change the phase to serving. Raises EngineFailed (engine-died) if the engine has ended."""
         running = self.running
         if running is None or running.place.exit_code(running.pid) is not None:
             raise EngineFailed("engine-died", "the engine ended just before it served; see its log")
@@ -563,15 +412,16 @@ class Replica:
 
         return ended
 
-    def _now_running(self, running: Running) -> None:
+    def now_running(self, running: Running) -> None:
         """Set the running engine. From here on its end counts as a death, unless a stop was requested."""
         self._expected_end = self._stopped
         self.running = running
         if self._stopped:
-            self._clear()
+            self.clear()
             raise EngineFailed("stopped", "told to stop while the engine started")
 
-    def _clear(self) -> None:
+    def clear(self) -> None:
+        """End the engine, if one runs, and release everything made for it."""
         running, self.running = self.running, None
         if running:
             self._expected_end = True
@@ -582,7 +432,7 @@ class Replica:
     def stop(self, grace_s: float | None = None) -> int:
         """Stop the engine and return its exit code: send SIGTERM, wait up to `grace_s` seconds, then close the sandbox."""
         self._expected_end = self._stopped = True
-        cut_short = self._restoring.cancel(Failed("stopped", "told to stop while the engine started"))
+        cut_short = self.cancellation.cancel(Failed("stopped", "told to stop while the engine started"))
         if cut_short and self._starting.acquire(timeout=UNWIND_LIMIT_S):  # until the cancelled restore has cleaned up
             self._starting.release()
         running = self.running
@@ -590,12 +440,12 @@ class Replica:
         if running:
             code = running.place.exit_code(running.pid)
             if code is None:
-                self._following.leave()
+                self.following.leave()
                 with contextlib.suppress(CheckpointError, OSError):
                     running.place.signal(running.pid, signal.SIGTERM)
                     code = running.place.wait(running.pid, self.settings.grace_s if grace_s is None else grace_s)
-            self._clear()
-        self._fetching.close()
+            self.clear()
+        self.fetching.close()
         if self._cuda:
             self._cuda.close()
             self._cuda = None
@@ -609,6 +459,6 @@ class Replica:
         """End the idle engine; its snapshot brings it back."""
         self._expected_end = True
         # The pool sends no requests here by now. Change the phase last, when nothing of the engine is left.
-        self._following.leave()
-        self._clear()
+        self.following.leave()
+        self.clear()
         self.tracker.to(Phase.ASLEEP)

@@ -111,7 +111,7 @@ class Serving(Replica):
     def pages_lost(self):
         return self.lost
 
-    def _clear(self):
+    def clear(self):
         pass
 
     def start(self, before_cold=None):

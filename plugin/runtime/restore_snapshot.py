@@ -1,0 +1,211 @@
+"""Restore a replica from its snapshot: check that it fits, let CRIU restore it, wake the engine, run the canary.
+
+Counterpart of take_snapshot. Which snapshot is tried, which way, and what follows a failure is up to the replica.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from checkpoint.errors import Failed, Integrity
+from checkpoint.snapshot import restore, speculative
+from launchers import control
+from launchers.errors import LauncherError
+from plugin.records import restore_rates
+from plugin.runtime.engine_output import Output
+from plugin.runtime.engine_process import Running, client_of
+from plugin.runtime.model_mount import model_place
+from plugin.runtime.phases import Phase
+from plugin.runtime.sandbox_binds import binds, compile_cache
+
+if TYPE_CHECKING:
+    from checkpoint.compatibility.check import Identity as IdentityRecord
+    from checkpoint.sandbox.sandbox import Sandbox
+    from checkpoint.snapshot.manifest import Snapshot
+    from plugin.runtime.context import RestoreContext
+
+log = logging.getLogger("quickthaw")
+
+
+def run(replica: RestoreContext, name: str, lazy: bool) -> None:
+    """Restore the snapshot `name` and return once the replica serves. `lazy`: with the working set first.
+
+    The caller holds the snapshot's lock (`Fetching.held`) and ends what is left after an error. Raises CheckpointError
+    or LauncherError.
+    """
+    assert replica.criu is not None
+    began = time.monotonic()
+    replica.lost = ""
+    replica.mounting()
+    snapshot = replica.library.load(name)
+    replica.eager = snapshot.gpu.processes > 0
+    if replica.settings.trust_keys and not replica.fetching.unfinished:
+        from checkpoint.snapshot.signatures import check_folder
+
+        check_folder(replica.library.path(name), replica.settings.trust_keys)
+    recorded = replica.check_identity(snapshot)
+    if snapshot.weights == "thin":
+        # Mount in a thread: the mount prefetches what the last load read while CRIU is at work.
+        threading.Thread(target=replica.weights.mount, name="weights", daemon=True).start()
+    mounted = replica.weights.mounted()
+    place = model_place(snapshot, replica.weights, replica.settings.named)
+    shown = binds(replica.settings, replica.weights, mounted, place)
+    replica.spans = {"identity": time.monotonic() - began}
+    replica.cancellation = restore.Cancellation()
+    replica.fetching.watch(replica.on_pages_lost)
+    replica.tracker.to(Phase.RESTORING)
+    outputs = {
+        "stdout": Output(replica.stdout, pipe=speculative.pipe("stdout")),
+        "stderr": Output(replica.stderr, pipe=speculative.pipe("stderr")),
+    }
+    later = _lazy(replica, name) if lazy else None
+    try:
+        if not replica.fetching.ready(lazy, snapshot):
+            _verify(replica, name, snapshot)
+        _check_cpu(replica, name, recorded)
+        restored = restore.restore(
+            replica.library,
+            replica.criu,
+            snapshot,
+            shown,
+            compile_cache(replica.settings),
+            {stream: output.write_fd for stream, output in outputs.items()},
+            on_exit=replica.on_exit(),
+            lazy=later,
+            driver=replica.driver(),
+            gpu_pairs=_gpu_pairs(replica, recorded),
+            underway=replica.underway.set,
+            cancellation=replica.cancellation,
+        )
+    finally:
+        for output in outputs.values():
+            output.handed_over()
+    replica.spans |= restored.spans
+    parts = {part: round(took, 4) for part, took in replica.spans.items()}
+    log.debug("parts of the restore%s: %s", ", begun beforehand" if restored.foreseen else "", parts)
+    sandbox = restored.sandbox
+    client = client_of(sandbox, snapshot.port, replica.settings.command)
+    running = Running(sandbox, restored.root_pid, snapshot.port, client, outputs, restored)
+    replica.now_running(running)
+    if replica.lost:  # lost before `running` was set
+        raise Failed("pages-lost", replica.lost)
+    replica.tracker.to(Phase.WAKING)
+    _wake(replica, running, snapshot, recorded, None if mounted else place)
+    check_canary(replica, running, snapshot)
+    replica.library.succeeded(name)
+    replica.snapshot, replica.restored = snapshot, True
+    replica.serve()
+    if restored.plan and not replica.settings.trust_keys:
+        speculative.note(restored.plan)
+    if restored.pages:
+        recording = bool(later and later.record)
+        if recording:
+            log.info("this first restore records the snapshot's working set; those after it begin with it")
+        replica.following.begin(replica.library, snapshot, restored.pages, recording=recording)
+    else:
+        restore_rates.remember(
+            replica.settings.home, snapshot.image_bytes, restored.spans["criu"], bool(snapshot.gpu.processes)
+        )
+
+
+def _lazy(replica: RestoreContext, name: str) -> restore.LazyRestore:
+    known = replica.library.working_set(name)
+    recorded = known.exists()
+    return restore.LazyRestore(
+        known if recorded else None,
+        not recorded,
+        replica.on_pages_lost,
+        lambda text: log.warning("%s", text),
+        replica.fetching.arriving,
+        pack=replica.settings.verify != "always",
+    )
+
+
+def _verify(replica: RestoreContext, name: str, snapshot: Snapshot) -> None:
+    if replica.settings.verify == "never":
+        return
+    from checkpoint.snapshot.digests import verify
+
+    verify(replica.library.path(name), snapshot.files, always=replica.settings.verify == "always")
+
+
+def _check_cpu(replica: RestoreContext, name: str, recorded: IdentityRecord) -> None:
+    """Run CRIU's own CPU check if this processor differs from the snapshot's."""
+    from checkpoint.compatibility.check import same_cpu
+
+    assert replica.criu is not None
+    if not same_cpu(recorded.host, replica.identity.host):
+        replica.criu.check_cpu(replica.library.path(name) / "images")
+
+
+def _gpu_pairs(replica: RestoreContext, recorded: IdentityRecord) -> list[tuple[str, str]]:
+    if not recorded.host.gpus:
+        return []
+    from checkpoint.cuda.checkpoint import gpu_pairs
+
+    return gpu_pairs(recorded.host.gpus, replica.identity.host.gpus)
+
+
+def _wake(
+    replica: RestoreContext, running: Running, snapshot: Snapshot, recorded: IdentityRecord, unmounted: str | None
+) -> None:
+    """Renew the engine's environment, signal its processes, and reload what was left out of the snapshot.
+
+    `unmounted`: where the engine reads its model, if the lazy mount was not up when the sandbox was made.
+    """
+    assert running.restored is not None
+    sandbox = running.restored.sandbox
+    thin = snapshot.weights == "thin"
+    try:
+        control.renew(sandbox.control_dir, recorded.renewed, replica.identity.renewed)
+    except OSError as error:
+        raise Failed("sandbox-gone", f"the sandbox ended while it was woken ({error.strerror})") from error
+    control.tell(sandbox.init_pid, control.WAKE)
+    if thin and unmounted is not None:
+        _wait_weights(replica, sandbox, unmounted)
+    if snapshot.asleep:
+        replica.engine.take_up(running.client, snapshot.model, thin)
+    elif thin:
+        replica.engine.reload_weights(running.client, snapshot.model)
+
+
+def _wait_weights(replica: RestoreContext, sandbox: Sandbox, place: str) -> None:
+    mounted = replica.weights.mount()
+    if mounted:
+        sandbox.attach(mounted, Path(place))
+
+
+def check_canary(replica: RestoreContext, running: Running, snapshot: Snapshot) -> None:
+    """Run the canary and compare its tokens. Raises Integrity (canary-differs) if they differ.
+
+    The canary is sent first. A waiting request runs beside it, and its answer is held until the canary has ended.
+    """
+    got = _answer(replica, running, snapshot, lambda: replica.tracker.to(Phase.VERIFYING), replica.expects())
+    if got != snapshot.canary.token_ids and replica.recall():
+        # Rounding may differ between a batch of two and a batch of one, so repeat it alone.
+        log.debug("the canary gave %s beside a request; once more, alone", got)
+        got = _answer(replica, running, snapshot)
+    if got != snapshot.canary.token_ids:
+        raise Integrity(
+            "canary-differs", f"the restored engine generates {got} where {snapshot.canary.token_ids} was recorded"
+        )
+
+
+def _answer(
+    replica: RestoreContext,
+    running: Running,
+    snapshot: Snapshot,
+    sent: Callable[[], None] | None = None,
+    joined: bool = False,
+) -> list[int]:
+    client = replace(running.client, sent=sent)
+    try:
+        return replica.engine.answer(client, snapshot.canary, joined)
+    except LauncherError as error:
+        raise Failed("canary-failed", f"the restored engine does not generate: {error}") from error

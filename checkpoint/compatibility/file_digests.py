@@ -60,15 +60,17 @@ class FileDigests:
             self._new[key] = (stamp, digest)
         return digest
 
-    def of_folder(self, path: Path) -> str | None:
-        """Return the digest of all files below a folder, by relative name; links are followed.
+    def of_folder(self, path: Path, endings: tuple[str, ...] = ("",)) -> str | None:
+        """Return the digest of all files below a folder whose names end so, by relative name; links are followed.
 
-        Return None above FILES_LIMIT files.
+        Return None above FILES_LIMIT files of any name.
         """
         digest = blake3.blake3()
         for count, (name, file) in enumerate(sorted(_walk(path))):
             if count >= FILES_LIMIT:
                 return None
+            if not name.endswith(endings):
+                continue
             try:
                 found = self.of_file(file)
             except OSError as error:

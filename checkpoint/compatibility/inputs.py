@@ -10,6 +10,7 @@ The model itself is not read here, because its manifest's digest covers it. Path
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -41,6 +42,7 @@ _REVISIONS = {
 _MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+(:[A-Za-z_][\w.]*)?")
 _MODULE_VARIABLES = ("_PACKAGE", "_MODULE", "_MODULES")
 _FOLDER_VARIABLES = re.compile(r"_CONFIGS?_(DIR|FOLDER|PATH)$")
+_CODE = (".py", ".so")
 _CODE_ELSEWHERE = re.compile(r"([\w.-]+/[\w.-]+)--[\w.]+")
 _CONFIG_LINE = re.compile(r"""^\s*["']?([A-Za-z_-]+)["']?\s*:\s*["']?([^"'\s,#]+)""", re.MULTILINE)
 _CONFIG_LIMIT = 1 << 20
@@ -138,13 +140,12 @@ class Inputs:
     def of_variable(self, name: str, value: str) -> str:
         """Digest the files that an environment variable refers to.
 
-        Folders count only if the name says that they hold configurations; those of PYTHONPATH count by their own modules
-        (a sitecustomize.py), not by the packages below them.
+        Folders count only if the name says that they hold configurations; those of PYTHONPATH count by their code.
         """
         found: dict[str, str] = {}
         if name == "PYTHONPATH":
-            for folder in filter(os.path.isabs, value.split(os.pathsep)):
-                found |= self._sources(sorted(Path(folder).glob("*.py")))
+            for folder in filter(None, value.split(os.pathsep)):
+                found |= self._importable(Path(folder))
         if name.endswith(_MODULE_VARIABLES):
             for word in re.split(r"[\s,:]+", value):
                 found |= self._module(word)
@@ -157,8 +158,8 @@ class Inputs:
 
     def remote_code(self) -> str:
         """With `--trust-remote-code`, digest the code in other repositories that the model's configuration refers to."""
-        given = {word.replace("_", "-") for word in self.arguments}
-        if self.model is None or "--trust-remote-code" not in given:
+        given = {word.partition("=")[0].replace("_", "-") for word in self.arguments}
+        if self.model is None or not ("--trust-remote-code" in given or self._option("trust-remote-code")):
             return ""
         found: dict[str, str] = {}
         for file in ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json"):
@@ -193,7 +194,7 @@ class Inputs:
             return module
         return self._repository(candidate, revision)
 
-    def _path(self, path: Path) -> dict[str, str]:
+    def _path(self, path: Path, endings: tuple[str, ...] = ("",)) -> dict[str, str]:
         name = os.path.abspath(path)
         if name == "/" or name in self._covered or (self._covered and os.path.realpath(path) in self._covered):
             return {}
@@ -201,7 +202,7 @@ class Inputs:
             if path.is_file():
                 return {name: self.digests.of_file(path)}
             if path.is_dir():
-                digest = self.digests.of_folder(path)
+                digest = self.digests.of_folder(path, endings)
                 if digest is None:
                     log.warning("%s holds over %d files: changes in it are not seen by a restore", name, FILES_LIMIT)
                 return {name: digest or "too many files"}
@@ -228,13 +229,32 @@ class Inputs:
         for place in (*own, *self._editable()):
             package, file = place / parts[0], place / f"{parts[0]}.py"
             if (package / "__init__.py").is_file() or (package.is_dir() and _deepest(place, parts)):
-                return self._sources(sorted(package.rglob("*.py")))
+                return self._path(package, _CODE)
             if file.is_file():
-                return self._sources(sorted(place.glob("*.py")))
+                return {name: digest for source in place.glob("*.py") for name, digest in self._path(source).items()}
         for place in self._packages:
             if found := _deepest(place, parts):
-                return self._sources([found])
+                return self._path(found)
         return {}
+
+    def _importable(self, folder: Path) -> dict[str, str]:
+        """Digest everything that Python can import from a folder.
+
+        Installed distributions count by their lists of files (RECORD), as those beside the engine count by version.
+        """
+        if any(folder.resolve() == place.resolve() for place in self._packages):
+            return {}
+        found: dict[str, str] = {}
+        installed: set[str] = set()
+        for record in sorted(folder.glob("*.dist-info/RECORD")):
+            found |= self._path(record)
+            with contextlib.suppress(OSError), record.open(errors="replace") as lines:
+                installed.update(line.partition("/")[0] for line in lines)
+        for entry in sorted(folder.glob("*")):
+            package = entry.name.isidentifier() and entry.name not in installed and entry.is_dir()
+            if package or entry.name.endswith(_CODE):
+                found |= self._path(entry, _CODE)
+        return found
 
     def _editable(self) -> Iterator[Path]:
         """Yield folders that the installation's `.pth` files add."""
@@ -243,12 +263,6 @@ class Inputs:
                 for line in _text(file).splitlines():
                     if line.startswith("/"):
                         yield Path(line.strip())
-
-    def _sources(self, files: Sequence[Path]) -> dict[str, str]:
-        found: dict[str, str] = {}
-        for file in files[:FILES_LIMIT]:
-            found |= self._path(file)
-        return found
 
 
 def _deepest(place: Path, parts: Sequence[str]) -> Path | None:

@@ -190,6 +190,44 @@ def test_an_installed_module_counts_by_its_own_file_and_the_engine_by_its_build(
     assert not counts(line, lambda: edit(site / "vllm" / "own.py"), tmp_path / "kept", **more)
 
 
+def test_what_is_on_the_python_path_counts_by_its_code(work: Path, tmp_path: Path) -> None:
+    folder = modules(tmp_path / "lib")
+    package = folder / "installed"
+    for at in (folder / "namespace" / "deep", package, folder / "installed-1.dist-info", tmp_path / "site" / "beside"):
+        at.mkdir(parents=True)
+    (folder / "mine" / "notes.txt").write_text("words")
+    (folder / "mine" / "fast.so").write_bytes(b"code")
+    (folder / "LICENSE").write_text("words")
+    (folder / "namespace" / "deep" / "part.py").write_text("x = 1\n")
+    (package / "__init__.py").write_text("x = 1\n")
+    (folder / "installed-1.dist-info" / "RECORD").write_text("installed/__init__.py,sha256=abc,6\n")
+    beside = tmp_path / "site" / "beside" / "__init__.py"
+    beside.write_text("x = 1\n")
+
+    def read(value: str) -> str:
+        return Inputs([], modules=[tmp_path / "site"]).of_variable("PYTHONPATH", value)
+
+    value = f":/nowhere:{folder}:{tmp_path / 'site'}"
+    for name, seen in (
+        ("mine/helper.py", True),
+        ("mine/fast.so", True),
+        ("namespace/deep/part.py", True),
+        ("single.py", True),
+        ("installed-1.dist-info/RECORD", True),
+        ("installed/__init__.py", False),
+        ("mine/notes.txt", False),
+        ("LICENSE", False),
+    ):
+        before = read(value)
+        edit(folder / name)
+        assert (read(value) != before) is seen, name
+    before = read(value)
+    edit(beside)
+    assert read(value) == before
+    os.chdir(tmp_path)
+    assert read("lib") == read(str(folder))
+
+
 def repository(cache: Path, name: str, **refs: str) -> Path:
     repo = cache / f"models--{name.replace('/', '--')}"
     for ref, commit in refs.items():
@@ -234,7 +272,9 @@ def test_code_that_a_trusted_model_takes_from_elsewhere_counts(work: Path, tmp_p
         environment = {"HF_HUB_CACHE": str(cache)}
         return Inputs(["--model", "m", *words], environment, model=work / "adapter", model_name="m").remote_code()
 
+    (work / "config.yaml").write_text("trust-remote-code: true\n")
     assert code() == ""
+    assert code("--config", "config.yaml") == code("--trust-remote-code=true") == code("--trust-remote-code")
     before, pinned = code("--trust-remote-code"), code("--trust_remote_code", "--code-revision", "v2")
     assert before and pinned and before != pinned
     (repo / "snapshots" / "aaaa" / "config.json").write_text("edited")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from plugin.proxy.durations import limit, seconds
 
@@ -45,7 +47,9 @@ class Limit(Seconds):
     read = staticmethod(limit)
 
 
-def _prefix(ctx: click.Context, param: click.Parameter, value: str) -> str:
+def _prefix(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    if value is None:
+        return None
     if len(value) < 2 or not value.startswith("/") or value.endswith("/"):
         raise click.BadParameter(f"{value!r} has to start with a slash, name a folder, and not end in a slash")
     return value
@@ -99,11 +103,43 @@ _SHARED = (
 )
 
 
+# Old names, which work for one version more.
+_RENAMED = {"token": "admin_token", "own_prefix": "admin_prefix", "own_listen": "admin_listen"}
+_OLD_NAMES = (
+    click.option("--token", callback=_token, hidden=True),
+    click.option("--own-prefix", callback=_prefix, hidden=True),
+    click.option("--own-listen", type=Place(), hidden=True),
+)
+
+
+def _take_old_names(options: dict[str, Any]) -> None:
+    """Move the values given by old names to the new ones, with a warning. A new name that is given too wins."""
+    ctx = click.get_current_context()
+    for old, new in _RENAMED.items():
+        value = options.pop(old)
+        if value is None:
+            continue
+        names = f"--{old} is now --{new}".replace("_", "-")
+        text = f"warning: {names}; the next version drops the old name"
+        if ctx.get_parameter_source(new) is ParameterSource.DEFAULT:
+            options[new] = value
+        else:
+            text += "; ignored here, because the new one is given too"
+        click.echo(text, err=True)
+
+
 def shared(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the shared options to a command."""
-    for option in reversed(_SHARED):
-        command = option(command)
-    return command
+
+    @functools.wraps(command)
+    def renamed(*arguments: Any, **options: Any) -> Any:
+        _take_old_names(options)
+        return command(*arguments, **options)
+
+    wrapped: Callable[..., Any] = renamed
+    for option in reversed((*_SHARED, *_OLD_NAMES)):
+        wrapped = option(wrapped)
+    return wrapped
 
 
 def knobs(options: dict[str, Any]) -> dict[str, Any]:

@@ -306,3 +306,57 @@ def test_a_log_line_for_people_says_why_and_which():
     assert TextFormatter().format(record).endswith("info    r0: asleep → waking (woken)")
     record.event, record.fields = "request", {"request_id": "abc", "reason": "x"}
     assert TextFormatter().format(record).endswith("waking [abc]")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected", "warnings"),
+    [
+        (["--token", "t"], ("t", "/-", None), 1),
+        (["--own-prefix", "/x", "--own-listen", "[::1]:9"], (None, "/x", ("::1", 9)), 2),
+        (["--token", "old", "--admin-token", "new"], ("new", "/-", None), 1),
+        (["--admin-prefix", "/x"], (None, "/x", None), 0),
+    ],
+)
+def test_options_of_the_admin_pages_work_by_their_old_names_with_a_warning(given, expected, warnings):
+    import click
+    from click.testing import CliRunner
+
+    from plugin.proxy.options import shared
+
+    seen = []
+
+    @click.command()
+    @shared
+    def command(**options):
+        seen.append((options["admin_token"], options["admin_prefix"], options["admin_listen"]))
+        assert not {"token", "own_prefix", "own_listen"} & options.keys()
+
+    result = CliRunner().invoke(command, given)
+    assert (result.exit_code, seen) == (0, [expected]), result.output
+    assert result.output.count("warning: --") == warnings and result.output.count("is now --admin-") == warnings
+    assert "--token" not in CliRunner().invoke(command, ["--help"]).output.replace("--admin-token", "")
+
+
+@pytest.mark.parametrize("given", [["--token", " "], ["--own-prefix", "x"], ["--own-listen", "nowhere"]])
+def test_an_old_name_takes_what_the_new_one_takes(given):
+    import click
+    from click.testing import CliRunner
+
+    from plugin.proxy.options import shared
+
+    assert CliRunner().invoke(click.command()(shared(lambda **_: None)), given).exit_code == 2
+
+
+@pytest.mark.parametrize("of", ["launch", "restore"])
+def test_launch_and_restore_know_the_old_names_too(of, monkeypatch):
+    """Otherwise `launch` would pass on to the engine what it does not know."""
+    import importlib
+
+    import click
+
+    command = getattr(importlib.import_module(f"plugin.{of}"), of)
+    monkeypatch.setenv("QUICKTHAW_TOKEN", "t")
+    names = {name for option in command.params if isinstance(option, click.Option) for name in option.opts}
+    assert names >= {"--token", "--own-prefix", "--own-listen", "--admin-token"}
+    token = next(option for option in command.params if option.name == "token")
+    assert token.resolve_envvar_value(click.Context(command, **command.context_settings)) == "t"

@@ -301,14 +301,11 @@ class ProxyServer:
                 back = await self._connection(pool, replica)
                 if back is not None and client.transport is not None and not client.transport.is_closing():
                     exchange.replica_name = replica.name
-                    with adapters.watched(pool, replica, request, exchange):
-                        try:
-                            if await self._forward(client, request, exchange, replica, back):
-                                return
-                        except asyncio.CancelledError:
-                            if adapters.changed_by(request) and not self.draining:
-                                await adapters.settled(request, exchange)
-                            raise
+                    forwarding: Awaitable[bool] = self._forward(client, request, exchange, replica, back)
+                    if adapters.changed_by(request):
+                        forwarding = adapters.watched(forwarding, pool, replica, request, exchange)
+                    if await forwarding:
+                        return
                     continue
                 if back is not None:
                     back.abort()

@@ -316,9 +316,10 @@ class ClientConnection(asyncio.Protocol):
         assert request is not None
         if self._in_head:
             request.headers.append((name.lower(), name, value))
+            count = len(request.headers)
         else:
-            self._trailers += 1  # a request's trailers are dropped (wire.last_chunk)
-        if max(len(request.headers), self._trailers) > self.settings.max_headers:
+            count = self._trailers = self._trailers + 1  # a request's trailers are dropped (wire.last_chunk)
+        if count > self.settings.max_headers:
             raise ClientFault("too-many-headers", f"over {self.settings.max_headers} headers", status=431)
 
     def on_headers_complete(self) -> None:

@@ -58,7 +58,6 @@ class Request:
         "path",
         "sink",
         "target",
-        "token",
         "upgrade",
     )
 
@@ -79,7 +78,6 @@ class Request:
         self.id = b""
         self.hold_s = math.inf
         """Maximum seconds that the client wants to be held."""
-        self.token = b""
         self.body = bytearray()
         self.buffered = 0
         self.body_bytes = 0
@@ -94,7 +92,6 @@ class Request:
 
     def judge(self, method: bytes, version: str, keep_alive: bool) -> None:
         """Validate the head and extract what the proxy needs. Raises ClientFault for a head that a strict server refuses."""
-        self.find_path()  # first, because the shape of an error response depends on the path
         self.method = method
         self.http11 = version == "1.1"
         self.keep_alive = keep_alive and self.http11
@@ -163,7 +160,7 @@ class Request:
         self.path = _path(target)
 
     def find_path(self) -> None:
-        """Set `path` from a target that is not validated, for the shape of an error response."""
+        """Set `path` from a target that was not validated: the shape of an error response depends on it."""
         absolute = path_rules.absolute_form(self.target)
         self.path = _path(self.target if absolute is None else absolute[1])
 

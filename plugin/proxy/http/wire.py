@@ -135,8 +135,7 @@ def response_head(
         if lower == b"x-request-id":
             has_id = True
         out.append(b"%b: %b\r\n" % (name, value))
-    extra = named_in_connection(connection) - {b"close", b"keep-alive", b"upgrade"}
-    if extra:
+    if connection and (extra := named_in_connection(connection) - {b"close", b"keep-alive", b"upgrade"}):
         out[1:] = [line for line in out[1:] if line.partition(b":")[0].lower() not in extra]
     if not has_id:
         out.append(b"x-request-id: %b\r\n" % request_id)

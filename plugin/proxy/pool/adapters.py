@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable
 from typing import TYPE_CHECKING
 
 from plugin.proxy.http.path_rules import canonical
@@ -41,15 +40,17 @@ async def settled(request: Request, exchange: Exchange) -> None:
         await asyncio.sleep(0.02)
 
 
-@contextlib.contextmanager
-def watched(pool: ReplicaPool, replica: Replica, request: Request, exchange: Exchange) -> Iterator[None]:
-    """Wrap the forwarding of a request: if it changes the engine's adapters and the engine accepts it, keep the engine awake."""
-    if not changed_by(request):
-        yield
-        return
+async def watched(
+    forwarding: Awaitable[bool], pool: ReplicaPool, replica: Replica, request: Request, exchange: Exchange
+) -> bool:
+    """Await the forwarding of a request that changes the engine's adapters. If the engine accepts it, keep the engine awake."""
     generation = replica.generation
     try:
-        yield
+        return await forwarding
+    except asyncio.CancelledError:
+        if not pool.closed:
+            await settled(request, exchange)
+        raise
     finally:
         # Without a status nobody knows, unless the engine never had the whole request.
         if exchange.status < 400 and request.complete and replica.generation == generation:

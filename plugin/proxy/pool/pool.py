@@ -210,6 +210,11 @@ class ReplicaPool:
         return len(self._waiters)
 
     @property
+    def closed(self) -> bool:
+        """Return True once the pool answers no more requests."""
+        return self._closed is not None
+
+    @property
     def kept_awake(self) -> bool:
         """Return True if an engine holds state that no start restores (plugin.proxy.pool.adapters)."""
         return any(replica.adapters_loaded for replica in self.replicas.values())

@@ -15,7 +15,7 @@ from proxy_rig import Seen, Upstream, answer, ordinary, run, until, upstream
 from test_proxy_endpoint import ENGINE, SleepMode, in_front_of
 
 from launchers.bare import free_port
-from plugin.proxy.endpoints.endpoint import EndpointSpec
+from plugin.proxy.endpoints.endpoint import Endpoint, EndpointSpec
 from plugin.proxy.endpoints.models import ModelConfig, spec_of
 from plugin.proxy.endpoints.watch import Pace
 from plugin.proxy.http.address import tcp
@@ -167,5 +167,24 @@ def test_where_nothing_starts_the_engine_nothing_is_promised():
                 got = await rig.get("/v1/completions", "Content-Type: application/json", method="POST", body=body)
                 assert words.encode() in got.body, got.body
                 assert (b"waking" in got.body) is (spec is with_wake), got.body
+
+    run(main())
+
+
+def test_a_port_that_another_user_took_between_the_look_and_the_probe_is_not_believed(monkeypatch):
+    looks = []
+
+    def seen_at_the_second_look(port: int, pid: int | None) -> int | None:
+        looks.append(port)
+        return 65534 if len(looks) > 1 else None
+
+    monkeypatch.setattr("plugin.proxy.endpoints.port_owner.stranger_at", seen_at_the_second_look)
+
+    async def main():
+        async with upstream() as up:
+            endpoint = Endpoint("default", EndpointSpec(tcp("127.0.0.1", up.port), wake="exit 1", only_ours=True))
+            why = await endpoint.ready()
+            assert why is not None and "engine-port-taken: user 65534" in why and len(up.seen) == 1
+            assert "engine-port-taken" in (await endpoint.ready() or "") and len(up.seen) == 1, "nor is it asked again"
 
     run(main())

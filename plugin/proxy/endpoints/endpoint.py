@@ -359,19 +359,19 @@ class Endpoint:
 
     async def ready(self) -> str | None:
         """Return None if the readiness path answers 200, else the reason."""
-        stranger = self._stranger()
-        if stranger is not None:
-            return f"refused (engine-port-taken: user {stranger} listens at its port)"
+        if (taken := self._taken()) is not None:
+            return taken
         try:
             status, _ = await fetch(self.spec.upstream, "GET", self.spec.ready_path, limit_s=_PROBE_LIMIT_S)
         except UpstreamFault as exc:
             return exc.message
         except OSError as exc:
             return f"refused ({type(exc).__name__})"
-        return None if status == 200 else f"{self.spec.ready_path} answers {status}"
+        # Again, because the port was still free at the first look if another user took it just before the probe.
+        return self._taken() if status == 200 else f"{self.spec.ready_path} answers {status}"
 
-    def _stranger(self) -> int | None:
-        """Return the user who took the port that was chosen for an engine of ours; None if nobody did, or it cannot be known."""
+    def _taken(self) -> str | None:
+        """Return why the port is not asked: another user took it before our engine did. None if nobody did, or it cannot be known."""
         process = self._process
         if not self.spec.only_ours or self.spec.upstream.spec is None:
             return None
@@ -380,9 +380,10 @@ class Endpoint:
         from plugin.proxy.endpoints.port_owner import stranger_at
 
         try:
-            return stranger_at(int(self.spec.upstream.spec["port"]), process.pid if process is not None else None)
+            stranger = stranger_at(int(self.spec.upstream.spec["port"]), process.pid if process is not None else None)
         except OSError:
             return None
+        return None if stranger is None else f"refused (engine-port-taken: user {stranger} listens at its port)"
 
     async def is_up(self) -> bool:
         """Return True if it is ready and, if a model is named, generates a token."""

@@ -340,7 +340,7 @@ def test_the_phases_of_a_restore_behind_it_are_followed():
     async def main():
         async with upstream(thawing) as up:
             where = {"ready_path": "/-/ready?strict=1", "admin_token": "s3cret"}
-            spec = EndpointSpec(tcp("127.0.0.1", up.port), restores=True, **where)
+            spec = EndpointSpec(tcp("127.0.0.1", up.port), wake="true", restores=True, **where)
             async with in_front_of(spec) as (rig, endpoint):
                 assert (await rig.get("/x")).status == 200
                 assert [str(s.phase) for s in rig.pool.history.last[Kind.RESTORED]] == phases[:-1]

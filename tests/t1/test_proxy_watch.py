@@ -171,6 +171,29 @@ def test_where_nothing_starts_the_engine_nothing_is_promised():
     run(main())
 
 
+def test_where_nothing_starts_the_engine_a_client_may_ask_again_soon_and_no_wait_counts_as_a_start():
+    """No start is measured there: what was waited says nothing of the next time."""
+
+    async def main():
+        port = free_port()
+        async with in_front_of(EndpointSpec(tcp("127.0.0.1", port), pace=QUICK)) as (rig, endpoint):
+            for wait in ("0", "0.3"):
+                got = await rig.get("/x", f"Prefer: wait={wait}")
+                assert got.status == 503 and got.json()["error"]["code"] == "hold-deadline"
+                assert got.headers["retry-after"] == "5"
+            (pool,) = (await rig.get("/-/status")).json()["pools"]
+            assert pool["progress"]["phase"] == "starting", "a request has waited"
+            assert pool["progress"]["expected_s"] is pool["progress"]["left_s"] is None
+            waiting = asyncio.create_task(rig.get("/x"))
+            await until(lambda: rig.pool.held == 1)
+            with engine(port):
+                assert (await waiting).status == 200
+            (pool,) = (await rig.get("/-/status")).json()["pools"]
+            assert pool["starts"] == {} and pool["progress"]["left_s"] == 0.0
+
+    run(main())
+
+
 def test_a_port_that_another_user_took_between_the_look_and_the_probe_is_not_believed(monkeypatch):
     looks = []
 

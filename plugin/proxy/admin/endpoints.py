@@ -30,6 +30,7 @@ _JSON = [(b"content-type", b"application/json"), (b"cache-control", b"no-store")
 def pool_document(pool: ReplicaPool) -> dict[str, Any]:
     """Return the state of one pool as plain data."""
     progress = pool.progress()
+    left_s = round(progress.left_s, 3) if progress.started_here else None
     failure = pool.last_failure
     return {
         "name": pool.name,
@@ -45,8 +46,8 @@ def pool_document(pool: ReplicaPool) -> dict[str, Any]:
             "phase": progress.phase,
             "kind": progress.kind,
             "elapsed_s": round(progress.elapsed_s, 3),
-            "expected_s": round(progress.expected_s, 3),
-            "left_s": 0.0 if progress.phase is Phase.SERVING else round(progress.left_s, 3),
+            "expected_s": round(progress.expected_s, 3) if progress.started_here else None,
+            "left_s": 0.0 if progress.phase is Phase.SERVING else left_s,
         },
         "last_failure": None
         if failure is None

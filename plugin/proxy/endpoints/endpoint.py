@@ -207,7 +207,7 @@ class Endpoint:
             if tracker.phase is not Phase.VERIFYING:
                 self._rise(ladder, ladder[-1])
             self._slept = False
-            tracker.to(Phase.SERVING)
+            tracker.to(Phase.SERVING, "" if spec.can_start else FOUND_UP)
             self._watch()
         except BaseException as exc:
             cancelled = isinstance(exc, asyncio.CancelledError)

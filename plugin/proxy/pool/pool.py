@@ -31,7 +31,7 @@ from plugin.proxy.pool.backoff import Backoff
 from plugin.proxy.pool.replica import FOUND_UP, STARTING, Replica
 from plugin.proxy.pool.sleeper import Sleeper
 from plugin.proxy.pool.start_times import History
-from plugin.proxy.pool.waiting import Progress, Waiter
+from plugin.proxy.pool.waiting import UNKNOWN_LEFT_S, Progress, Waiter
 from plugin.runtime.phases import Phase, PhaseTracker, Span
 
 log = logging.getLogger("quickthaw.proxy")
@@ -368,15 +368,16 @@ class ReplicaPool:
     def progress(self) -> Progress:
         """Return the progress of the start that requests wait for."""
         best = max(self.replicas.values(), key=lambda r: (r.tracker.phase in STARTING, r.start_age_s), default=None)
-        if best is None or best.tracker.phase not in STARTING:
-            kind = self.history.guess_kind()
-            expected = self.history.typical(kind)
-            phase = best.tracker.phase if best else Phase.IDLE
-            return Progress(phase, kind, 0.0, expected, expected, self.started_here)
-        kind = best.start_kind or self.history.guess_kind()
-        elapsed = best.start_age_s
-        left = self.history.left(kind, elapsed, best.tracker.phase, best.tracker.seconds_in_phase)
-        return Progress(best.tracker.phase, kind, elapsed, elapsed + left, left, self.started_here)
+        phase = best.tracker.phase if best else Phase.IDLE
+        if best is None or phase not in STARTING:
+            kind, elapsed = self.history.guess_kind(), 0.0
+            left = self.history.typical(kind)
+        else:
+            kind, elapsed = best.start_kind or self.history.guess_kind(), best.start_age_s
+            left = self.history.left(kind, elapsed, phase, best.tracker.seconds_in_phase)
+        if not self.started_here:
+            left = UNKNOWN_LEFT_S
+        return Progress(phase, kind, elapsed, elapsed + left, left, self.started_here)
 
     def left_s(self) -> float:
         """Return the seconds until a replica is expected to serve, for Retry-After."""

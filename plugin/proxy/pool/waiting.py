@@ -9,6 +9,9 @@ from plugin.proxy.pool.replica import STARTING, Replica
 from plugin.proxy.pool.start_times import Kind
 from plugin.runtime.phases import Phase
 
+UNKNOWN_LEFT_S = 5.0
+"""Retry-After for an engine that is not started from here: it may come at any moment, or never."""
+
 
 @dataclass(eq=False)
 class Waiter:
@@ -26,7 +29,10 @@ class Waiter:
 
 @dataclass(frozen=True)
 class Progress:
-    """Progress of the start that requests wait for: phase, age, expected total, seconds left (measured, or a fixed guess)."""
+    """Progress of the start that requests wait for: phase, age, expected total, seconds left (measured, or a fixed guess).
+
+    If nothing here starts the engine, `expected_s` means nothing and `left_s` is `UNKNOWN_LEFT_S`.
+    """
 
     phase: Phase
     kind: Kind

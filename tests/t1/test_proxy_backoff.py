@@ -85,12 +85,17 @@ def ended_at_last(pid_file: Path):
 
 
 async def endless(up: Upstream, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
-    """A stream without an end for /endless; else as ever."""
+    """A stream without an end for /endless, a flood for /endless/unread, a WebSocket for /endless/websocket; else as ever."""
     if not seen.target.startswith("/endless"):
         return await ordinary(up, seen, reader, writer)
-    writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")
+    if "websocket" in seen.target:
+        writer.write(b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
+        event = b"\x81\x01x"
+    else:
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")
+        event = b"4\r\n: x\n\r\n"
     while True:
-        writer.write(b"4\r\n: x\n\r\n")
+        writer.write(event * 10_000 if "unread" in seen.target else event)
         await writer.drain()
         await asyncio.sleep(0.05)
 
@@ -118,19 +123,36 @@ class Serving:
 
 
 @contextlib.contextmanager
-def streaming(url: str, model: str):
-    """A client that has read the first bytes of a stream without an end."""
+def streaming(url: str, model: str, kind: str):
+    """A client that has read the first bytes of a stream without an end, and reads no more of it."""
     host, port = url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), 10) as sock:
-        body = json.dumps({"model": model}).encode()
-        sock.sendall(b"POST /endless HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
-        assert sock.recv(4096).startswith(b"HTTP/1.1 200")
+        if kind == "websocket":
+            head = f"GET /endless/websocket?model={model} HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+            sock.sendall(
+                f"{head}Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n\r\n".encode()
+            )
+            assert sock.recv(4096).startswith(b"HTTP/1.1 101")
+        else:
+            body = json.dumps({"model": model}).encode()
+            head = f"POST /endless/{kind} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+            sock.sendall(head.encode() + body)
+            assert sock.recv(4096).startswith(b"HTTP/1.1 200")
         yield sock
 
 
-@pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("waits", [True, False])
-def test_draining_ends_with_an_error_for_who_waits_and_the_busy_model_goes_on(tmp_path, workers, waits):
+@pytest.mark.parametrize(
+    ("workers", "waits", "kind"),
+    [
+        ("1", True, "stream"),
+        ("1", False, "stream"),
+        ("1", True, "websocket"),
+        ("1", True, "unread"),
+        pytest.param("2", True, "stream", marks=pytest.mark.slow),
+        pytest.param("2", False, "stream", marks=pytest.mark.slow),
+    ],
+)
+def test_draining_ends_with_an_error_for_who_waits_and_the_busy_model_goes_on(tmp_path, workers, waits, kind):
     """Also when who waited has left: then the busy model goes on at once."""
     other = f'{{command: "exec {sys.executable} -S {ENGINE} ${{PORT}} other"}}'
     with Serving() as up:
@@ -141,7 +163,7 @@ def test_draining_ends_with_an_error_for_who_waits_and_the_busy_model_goes_on(tm
             f"max_awake: 1\nmin_awake: 0\ndrain: {drain}\nmodels:\n"
             f'  busy: {{upstream: "{busy}", sleep_url: "{busy}/sleep"}}\n  other: {other}\n',
         )
-        with command("--config", config, "--workers", workers) as (_, url), streaming(url, "busy") as stream:
+        with command("--config", config, "--workers", workers) as (_, url), streaming(url, "busy", kind) as stream:
             if waits:
                 status, body = call(f"{url}/v1/x", {"model": "other"})
                 assert status == 503 and body["error"]["code"] == "no-room", body

@@ -52,6 +52,7 @@ def snapshot(home: Path) -> Path:
     (folder / "shm/link_remap.1").hardlink_to(folder / "shm/sem")
     (folder / "tmp/link").symlink_to("nowhere")
     (folder / "cache/code.so").write_bytes(b"\x7fELF")
+    (folder / "cache/table").write_bytes(b"t" * 32)
     seal(folder)
     return folder
 
@@ -112,7 +113,10 @@ FORGED: dict[str, Forge] = {
     "a hard link to the manifest": with_links(["manifest.json", "shm/link_remap.1"]),
     "a hard link in place of other content": with_links(["shm/sem", "shm/link_remap.1", "cache/code.so"]),
     "a hard link to a hard link": with_links(["shm/sem", "shm/link_remap.1"], ["shm/link_remap.1", "shm/sem"]),
+    "a hard link in place of as much other content": with_links(["shm/sem", "shm/link_remap.1", "cache/table"]),
     "another target": with_symlinks(("tmp/link", "elsewhere")),
+    "another target of the same length": with_symlinks(("tmp/link", "nowhery")),
+    "an image that no manifest names": with_file("images/extra.img"),
     "a link out of the compiled code": with_symlinks(("tmp/link", "nowhere"), ("cache/x.so", "/etc/shadow")),
     "a link in the root": with_symlinks(("tmp/link", "nowhere"), ("working-set", "/etc/shadow")),
     "no link": with_symlinks(),
@@ -120,6 +124,17 @@ FORGED: dict[str, Forge] = {
         m, files=tuple(f for f in m.files if f.path != "cache/code.so")
     ),
     "a file of another size": swapped("cache/code.so"),
+}
+# By what each is refused; else as an entry that is no part of a snapshot. All before anything is written.
+CODES = {
+    "a hard link in place of other content": "file-size-differs",
+    "a hard link in place of as much other content": "file-digest-differs",
+    "another target": "file-size-differs",
+    "another target of the same length": "file-digest-differs",
+    "an image that no manifest names": "file-unexpected",
+    "no link": "file-missing",
+    "a file fewer": "file-missing",
+    "a file of another size": "file-size-differs",
 }
 
 
@@ -142,6 +157,8 @@ def test_nothing_comes_but_what_the_manifest_names(
         forge(chunks, FORGED[what])
     with pytest.raises(Integrity) as caught:
         pull("snap", chunks, tmp_path / "other/snap")
+    assert caught.value.code == CODES.get(what, "archive-entry-refused")
+    assert "the archive" in str(caught.value), "refused by what it says it holds, not by what was written"
     assert "\n" not in str(caught.value)
     assert list((tmp_path / "other").iterdir()) == []
 

@@ -36,10 +36,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from checkpoint.lazy_pages.read_order import Reading
 
+TYPE_CHECKING = False  # importing typing would delay a restore by 3 ms
 if TYPE_CHECKING:
     from checkpoint.lazy_pages.fault_handler import Daemon
 

@@ -14,20 +14,14 @@ import os
 from array import array
 from collections.abc import Mapping
 
-from checkpoint.lazy_pages.address_space import Plan
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from checkpoint.lazy_pages.address_space import Plan  # needs most of the page server; read_order only our name
 
 FILE_NAME = ".verified-pack"
 _MOST = 256 << 20
 """Maximum size in bytes. A larger working set is not worth storing twice: if nothing is mapped, most of it is weights."""
 _AT_ONCE = 512  # extents per system call, below IOV_MAX
-
-Stamp = tuple[int, int, int, int, int]
-
-
-def stamp(path: str) -> Stamp:
-    """Return a file's fingerprint. Raises OSError."""
-    info = os.stat(path)
-    return info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns
 
 
 def write(path: str, plans: Mapping[int, Plan]) -> dict[int, array[int]] | None:

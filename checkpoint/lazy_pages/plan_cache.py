@@ -1,17 +1,16 @@
-"""Cache the plans made of a working set for later restores, as `.verified-plans`.
+"""Cache the plans made of a working set for later restores, as `.verified-plans` (checkpoint.lazy_pages.cache_file).
 
-The file lies beside the page maps (checkpoint.lazy_pages.pagemap_cache). The cache holds fingerprints of its image
-files and working set, and a digest of itself, because a wrong offset would put wrong bytes into memory. If anything
-differs, the plans are made again. Standard library only.
+If the fingerprints of images, working set or pack differ, the plans are made again. Standard library only.
 """
 
 from __future__ import annotations
 
+import os
 from array import array
 from collections.abc import Mapping
 
 from checkpoint.criu.pagemap import ProcessImage
-from checkpoint.lazy_pages import cache_file, pack, pagemap_cache, uffd
+from checkpoint.lazy_pages import cache_file, pack, uffd
 from checkpoint.lazy_pages.address_space import CHUNK, Plan
 from checkpoint.lazy_pages.readahead import Source
 
@@ -21,7 +20,7 @@ _VERSION = 3
 
 def keep(
     images: str,
-    stamps: pagemap_cache.Stamps,
+    stamps: cache_file.Stamps,
     working_set: bytes,
     found: Mapping[int, Plan],
     of: Mapping[int, ProcessImage],
@@ -29,9 +28,9 @@ def keep(
 ) -> bool:
     """Cache sealed plans for the next restore from the folder `images` with this working set.
 
-    `stamps`: of the images that the plans were made of (see pagemap_cache.keep). Return whether a pack was written.
+    `stamps`: of the images that the plans were made of (see pagemap_cache). Return whether a pack was written.
     """
-    place = pagemap_cache.path(images, pack.FILE_NAME)
+    place = cache_file.path(images, pack.FILE_NAME)
     places = pack.write(place, found)
     processes, sections = [], []
     for pid, plan in found.items():
@@ -46,22 +45,17 @@ def keep(
         processes.append(pid)
         sections += [starts.tobytes(), ends.tobytes(), offsets.tobytes(), bytes(zero), by_address.tobytes()]
     try:
-        packed = pack.stamp(place) if places else None
+        packed = cache_file.stamp(os.stat(place)) if places else None
     except OSError:
         return False  # removed meanwhile
-    head = {
-        "version": _VERSION,
-        "images": stamps,
-        "working_set": working_set.hex(),
-        "pack": packed,
-    }
-    pagemap_cache.write(images, FILE_NAME, cache_file.packed({**head, "processes": processes}, sections))
+    head = {"images": stamps, "working_set": working_set.hex(), "pack": packed, "processes": processes}
+    cache_file.write(images, FILE_NAME, _VERSION, head, sections)
     return bool(places)
 
 
 def read(
     images: str,
-    stamps: pagemap_cache.Stamps,
+    stamps: cache_file.Stamps,
     working_set: bytes,
     of: Mapping[int, ProcessImage],
     sources: Mapping[str, Source],
@@ -74,14 +68,12 @@ def read(
     """
     packed = None
     try:
-        head, sections = cache_file.unpacked(pagemap_cache.checked(images, FILE_NAME))
-        if head["version"] != _VERSION or head["working_set"] != working_set.hex():
-            return None
-        if not pagemap_cache.same(head["images"], stamps):
+        head, sections = cache_file.read(images, FILE_NAME, _VERSION)
+        if head["working_set"] != working_set.hex() or head["images"] != stamps:
             return None
         if head["pack"] is not None:
-            packed = Source(pagemap_cache.path(images, pack.FILE_NAME))
-            if list(packed.stamp()) != head["pack"]:
+            packed = Source(cache_file.path(images, pack.FILE_NAME))
+            if packed.stamp() != head["pack"]:
                 return None
             uffd.prefer_large(packed.address, packed.size)
         found = {}

@@ -14,7 +14,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
-from checkpoint.lazy_pages import uffd
+from checkpoint.lazy_pages import cache_file, uffd
 
 # Readahead size: large enough for full disk speed, small enough that a fault's own read does not wait long behind it.
 _ADVISE = 8 << 20
@@ -55,10 +55,9 @@ class Source:
         self.address, self.size = uffd.map_file(path)
         self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
-    def stamp(self) -> tuple[int, int, int, int, int]:
-        """Return the file's fingerprint: device, inode, size, mtime and ctime in ns. Raises OSError."""
-        info = os.fstat(self._fd)
-        return info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns
+    def stamp(self) -> list[int]:
+        """Return the file's fingerprint (see cache_file.stamp). Raises OSError."""
+        return cache_file.stamp(os.fstat(self._fd))
 
     def resident(self, offset: int, length: int) -> bool:
         """Return whether a copy from there would not wait for a disk."""

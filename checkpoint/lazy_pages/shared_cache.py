@@ -7,13 +7,11 @@ a plan and changes nothing else here. The state lives as long as a tree uses it.
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 from _weakref import ref  # importing weakref itself would delay a start by 1 ms
 
 from checkpoint.criu.pagemap import BadImage, ProcessImage
-from checkpoint.lazy_pages import pagemap_cache
-from checkpoint.lazy_pages import plan_cache as plans
+from checkpoint.lazy_pages import cache_file, pagemap_cache, plan_cache
 from checkpoint.lazy_pages.address_space import Plan
 from checkpoint.lazy_pages.read_order import Reading
 from checkpoint.lazy_pages.readahead import Source
@@ -33,7 +31,7 @@ class Known:
     _lock = threading.Lock()
 
     def __init__(self, folder: str, presence: Presence | None) -> None:
-        self._stamps = pagemap_cache.stamps(folder)
+        self._stamps = cache_file.stamps(folder)
         self.images, self._indexed = pagemap_cache.read(folder, self._stamps)
         self.sources = {
             image.pages_file: open_source(f"{folder}/{image.pages_file}", presence)
@@ -61,7 +59,8 @@ class Known:
         """
         if presence:
             return cls(folder, presence)
-        key = _stamps(folder)
+        files = cache_file.stamps(folder, ("pagemap-", "mm-", "pages-"))
+        key = folder, tuple(map(tuple, files))
         with cls._lock:
             for old in [old for old, known in cls._all.items() if known() is None]:
                 del cls._all[old]  # no tree uses it any more
@@ -98,7 +97,9 @@ class Known:
         """
         with self._planning:
             if self._kept is None or self._kept[0] != working_set.digest:
-                found = plans.read(self._folder, self._stamps, working_set.digest, self.images, self.sources, zeros)
+                found = plan_cache.read(
+                    self._folder, self._stamps, working_set.digest, self.images, self.sources, zeros
+                )
                 if found is None:
                     return None
                 kept, pack = found
@@ -145,7 +146,7 @@ class Known:
 
     def _keep(self, working_set: WorkingSet, made: dict[int, Plan], reading: Reading, namespace: int) -> None:
         used = touched(namespace, self.images, working_set.before_first_token)
-        packed = plans.keep(self._folder, self._stamps, working_set.digest, made, self.images, self.sources)
+        packed = plan_cache.keep(self._folder, self._stamps, working_set.digest, made, self.images, self.sources)
         with contextlib.suppress(FileNotFoundError):  # the snapshot was removed
             reading.keep(working_set, self.images, used, packed)
 
@@ -184,14 +185,3 @@ def _plan_piece(plan: Plan, image: ProcessImage, source: Source, start: int, end
         position = high
     plan.add(position, end, zeros, True, batch)
     return parts
-
-
-def _stamps(folder: str) -> object:
-    """Return fingerprints of the image files."""
-    stamps = []
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith(("pagemap-", "mm-", "pages-")):
-                info = entry.stat()
-                stamps.append((entry.name, info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns))
-    return folder, tuple(sorted(stamps))

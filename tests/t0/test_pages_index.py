@@ -8,7 +8,7 @@ import pytest
 from criu_image_kit import ANON_PRIVATE, PAGE, process, vma
 
 from checkpoint.criu.pagemap import ProcessImage
-from checkpoint.lazy_pages import pagemap_cache
+from checkpoint.lazy_pages import cache_file, pagemap_cache
 
 pytestmark = pytest.mark.t0
 FIELDS = [name for name in ProcessImage.__slots__ if not name.startswith("_")]
@@ -19,11 +19,11 @@ def told(found: dict[int, ProcessImage]) -> dict[int, list[object]]:
 
 
 def read(images: Path) -> tuple[dict[int, ProcessImage], bool]:
-    return pagemap_cache.read(str(images), pagemap_cache.stamps(str(images)))
+    return pagemap_cache.read(str(images), cache_file.stamps(str(images)))
 
 
 def keep(images: Path, found: dict[int, ProcessImage]) -> OSError | None:
-    return pagemap_cache.keep(str(images), pagemap_cache.stamps(str(images)), found)
+    return pagemap_cache.keep(str(images), cache_file.stamps(str(images)), found)
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from checkpoint.criu.pagemap import ProcessImage
-from checkpoint.lazy_pages import pagemap_cache, plan_cache, uffd
+from checkpoint.lazy_pages import cache_file, plan_cache, uffd
 from checkpoint.lazy_pages.address_space import DONE, Plan, Space
 from checkpoint.lazy_pages.copy_plan import PageMap
 
@@ -38,7 +38,7 @@ def folder(tmp_path):
 def keep(folder, digest=b"set"):
     image = ProcessImage(7, "pages-1.img")
     plan_cache.keep(
-        str(folder), pagemap_cache.stamps(str(folder)), digest, {7: made()}, {7: image}, {"pages-1.img": Source()}
+        str(folder), cache_file.stamps(str(folder)), digest, {7: made()}, {7: image}, {"pages-1.img": Source()}
     )
     return image
 
@@ -47,7 +47,7 @@ def read(folder, image, digest=b"set", base=BASE, zeros=ZEROS):
     source = Source()
     source.address = base
     found = plan_cache.read(
-        str(folder), pagemap_cache.stamps(str(folder)), digest, {7: image}, {"pages-1.img": source}, zeros
+        str(folder), cache_file.stamps(str(folder)), digest, {7: image}, {"pages-1.img": source}, zeros
     )
     return found and found[0]
 
@@ -75,7 +75,7 @@ def test_nothing_is_read_for_another_working_set_other_images_or_a_damaged_file(
     assert read(folder, image) is None
     file.unlink()
     assert read(folder, image) is None
-    assert pagemap_cache.stamps(str(folder))
+    assert cache_file.stamps(str(folder))
 
 
 def test_many_spans_cut_at_once_leave_what_one_after_the_other_leaves():

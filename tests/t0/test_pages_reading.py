@@ -10,7 +10,7 @@ import time
 import pytest
 
 from checkpoint.criu.pagemap import ProcessImage
-from checkpoint.lazy_pages import pack, pagemap_cache, plan_cache, uffd
+from checkpoint.lazy_pages import cache_file, pack, plan_cache, read_order, uffd
 from checkpoint.lazy_pages.address_space import Plan
 from checkpoint.lazy_pages.read_order import FILE_NAME, Reading
 from checkpoint.lazy_pages.readahead import Source
@@ -51,13 +51,13 @@ def made(source):
 def kept(folder):
     source = Source(str(folder / "pages-1.img"))
     packed = plan_cache.keep(
-        str(folder), pagemap_cache.stamps(str(folder)), DIGEST, made(source), {7: image()}, {"pages-1.img": source}
+        str(folder), cache_file.stamps(str(folder)), DIGEST, made(source), {7: image()}, {"pages-1.img": source}
     )
     return source, packed
 
 
 def read(folder, source):
-    stamps = pagemap_cache.stamps(str(folder))
+    stamps = cache_file.stamps(str(folder))
     return plan_cache.read(str(folder), stamps, DIGEST, {7: image()}, {"pages-1.img": source}, 0)
 
 
@@ -180,7 +180,7 @@ def test_a_damaged_list_or_one_whose_files_are_gone_is_none(folder):
     (folder.parent / pack.FILE_NAME).unlink()
     gone = Reading(str(folder))
     assert gone.working_set == b"" and not gone.cold
-    assert pagemap_cache.checked(str(folder), FILE_NAME)
+    assert cache_file.read(str(folder), FILE_NAME, read_order._VERSION)
 
 
 def test_what_is_present_of_this_process_is_what_it_has_written(tmp_path):

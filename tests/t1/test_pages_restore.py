@@ -115,10 +115,10 @@ def rot(frozen: Frozen) -> None:
     pack_file = frozen.images.parent / pack.FILE_NAME
     pack_file.write_bytes(bytes(byte ^ 0xFF for byte in pack_file.read_bytes()))
     images = str(frozen.images)
-    head, sections = cache_file.unpacked(pagemap_cache.checked(images, plan_cache.FILE_NAME))
-    now = list(pack.stamp(str(pack_file)))
+    head, sections = cache_file.read(images, plan_cache.FILE_NAME, plan_cache._VERSION)
+    now = cache_file.stamp(pack_file.stat())
     assert head["pack"] and head["pack"] != now
-    pagemap_cache.write(images, plan_cache.FILE_NAME, cache_file.packed({**head, "pack": now}, sections))
+    cache_file.write(images, plan_cache.FILE_NAME, plan_cache._VERSION, {**head, "pack": now}, sections)
 
 
 def drive(frozen: Frozen, seed: int, steps: int, known: bool, rate: float) -> dict[str, float]:
@@ -244,7 +244,7 @@ def test_a_snapshot_removed_or_replaced_while_its_pages_come(frozen: Frozen, rep
 def believed(frozen: Frozen) -> bool:
     """Whether page maps that are kept beside the images are taken for theirs."""
     images = str(frozen.images)
-    return pagemap_cache.read(images, pagemap_cache.stamps(images))[1]
+    return pagemap_cache.read(images, cache_file.stamps(images))[1]
 
 
 def test_images_tell_what_is_lazy(frozen: Frozen) -> None:

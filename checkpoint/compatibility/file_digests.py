@@ -63,9 +63,9 @@ class FileDigests:
     def of_folder(self, path: Path, endings: tuple[str, ...] = ("",)) -> str | None:
         """Return the digest of all files below a folder whose names end so, by relative name; links are followed.
 
-        Return None above FILES_LIMIT files of any name.
+        Return "" for none, and None above FILES_LIMIT files of any name.
         """
-        digest = blake3.blake3()
+        digest, empty = blake3.blake3(), True
         for count, (name, file) in enumerate(sorted(_walk(path))):
             if count >= FILES_LIMIT:
                 return None
@@ -76,7 +76,8 @@ class FileDigests:
             except OSError as error:
                 found = f"unreadable {error.errno}"  # unreadable for the engine, too
             digest.update(f"{name}\0{found}\n".encode(errors="surrogateescape"))
-        return digest.hexdigest()[:32]
+            empty = False
+        return "" if empty else digest.hexdigest()[:32]
 
     def _known(self) -> _Entries:
         if self._entries is None:

@@ -205,7 +205,8 @@ class Inputs:
                 digest = self.digests.of_folder(path, endings)
                 if digest is None:
                     log.warning("%s holds over %d files: changes in it are not seen by a restore", name, FILES_LIMIT)
-                return {name: digest or "too many files"}
+                    return {name: "too many files"}
+                return {name: digest} if digest else {}
         except OSError as error:
             return {name: f"unreadable {error.errno}"}
         return {}
@@ -245,13 +246,13 @@ class Inputs:
         if any(folder.resolve() == place.resolve() for place in self._packages):
             return {}
         found: dict[str, str] = {}
-        installed: set[str] = set()
+        no_package = {"__pycache__"}
         for record in sorted(folder.glob("*.dist-info/RECORD")):
             found |= self._path(record)
             with contextlib.suppress(OSError), record.open(errors="replace") as lines:
-                installed.update(line.partition("/")[0] for line in lines)
+                no_package.update(line.partition("/")[0] for line in lines)
         for entry in sorted(folder.glob("*")):
-            package = entry.name.isidentifier() and entry.name not in installed and entry.is_dir()
+            package = entry.name.isidentifier() and entry.name not in no_package and entry.is_dir()
             if package or entry.name.endswith(_CODE):
                 found |= self._path(entry, _CODE)
         return found

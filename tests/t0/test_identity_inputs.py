@@ -223,6 +223,9 @@ def test_what_is_on_the_python_path_counts_by_its_code(work: Path, tmp_path: Pat
         assert (read(value) != before) is seen, name
     before = read(value)
     edit(beside)
+    for name in ("__pycache__", "logs"):  # made by the engine itself
+        (folder / name).mkdir()
+        (folder / name / "x.pyc").write_text("x")
     assert read(value) == before
     os.chdir(tmp_path)
     assert read("lib") == read(str(folder))

@@ -148,7 +148,7 @@ class Weights:
             self._handle = handle
             if self._lease is None:
                 with contextlib.suppress(OSError):
-                    self._lease = os.open(handle.mountpoint / "config.json", os.O_RDONLY | os.O_CLOEXEC)
+                    self._lease = _open_smallest(handle.mountpoint)
         return handle.mountpoint
 
     def watch(self) -> None:
@@ -182,6 +182,16 @@ class Weights:
 
             with contextlib.suppress(LazyfsError, OSError):  # busy: its last user unmounts it
                 handle.unmount(limit_s=5.0)
+
+
+def _open_smallest(folder: Path) -> int | None:
+    """Open the smallest file of a model directory, which may have no config.json (GGUF). Return None if it has no file.
+
+    A file that is open before it is complete is not passed through to others.
+    """
+    files = [entry for entry in os.scandir(folder) if entry.is_file()]
+    smallest = min(files, key=lambda entry: entry.stat().st_size, default=None)
+    return None if smallest is None else os.open(smallest.path, os.O_RDONLY | os.O_CLOEXEC)
 
 
 def looks_like_path(model: str) -> bool:

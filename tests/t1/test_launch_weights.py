@@ -7,8 +7,10 @@ import signal
 import pytest
 
 import launchers
+from lazyfs.api import find_mount
+from lazyfs.mount import kernel
 from plugin.records import restore_rates
-from plugin.runtime import take_snapshot
+from plugin.runtime import model_mount, take_snapshot
 from plugin.runtime.config import LaunchSettings
 
 pytestmark = [pytest.mark.t1]
@@ -124,3 +126,21 @@ def test_a_mount_that_is_lost_while_the_engine_reads_costs_another_start(launch_
     assert started.stop() == 143
     with launch_rig.running() as started:
         assert started.ask() == answer
+
+
+@pytest.mark.skipif(not kernel.may_mount(), reason="needs /dev/fuse and CAP_SYS_ADMIN")
+def test_the_mount_of_a_model_without_config_json_is_held(tmp_path, monkeypatch):
+    """Else its daemon ends once the engine, asleep or slow to start, has no file of it open."""
+    monkeypatch.setenv("QUICKTHAW_HOME", str(tmp_path / "home"))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model.gguf").write_bytes(b"GGUF" + bytes(9000))
+    (tmp_path / "model" / "README.md").write_text("a model")
+    weights = model_mount.Weights(str(tmp_path / "model"), tmp_path / "home", None, enabled=True)
+    try:
+        where = weights.mount()
+        assert find_mount(where).status()["open_files"] == 1
+        # An open file that is not complete is not passed through: it is not the large one.
+        assert os.readlink(f"/proc/self/fd/{weights._lease}") == str(where / "README.md")
+    finally:
+        weights.close()
+    assert find_mount(where) is None

@@ -21,6 +21,8 @@ log = logging.getLogger("lazyfs.fetch.supervisor")
 # A fetcher that dies at every start must not be restarted in a tight loop.
 _RESTART_PAUSE_S = (0.05, 5.0)
 _END_S = 10.0
+# A killed fetcher that waits for a disk outlives its mount by that wait.
+_CLOSE_S = 5.0
 
 
 class FetcherLink:
@@ -176,7 +178,10 @@ class FetcherLink:
             self._heard = time.monotonic()
 
     def close(self) -> None:
-        """Stop the fetcher."""
+        """Kill the fetcher.
+
+        It would have nothing to finish, and notices a closed channel only after its start-up, or when it is not stopped.
+        """
         with self._lock:
             self._closing = True
             channel, process = self._channel, self.process
@@ -187,9 +192,6 @@ class FetcherLink:
             except OSError:
                 pass
         if process is not None:
-            try:
-                process.wait(5)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(5)
+            process.kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_CLOSE_S)

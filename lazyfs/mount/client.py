@@ -445,8 +445,9 @@ def _unmount(where: str, socket: Path, pid: int, *, force: bool, limit_s: float)
         if error.code == "busy":
             raise Busy(str(error)) from None
         raise
-    # The exit takes milliseconds, unless another namespace keeps the mount.
-    if _gone(pid, min(limit_s, _END_S)):
+    # While another namespace or an open file keeps the mount, its daemon goes on. Otherwise it exits, on a busy host slowly.
+    kept = entry is not None and kernel.exists(entry.device)
+    if _gone(pid, min(limit_s, _END_S) if kept else limit_s):
         return True
     if not force:
         return False

@@ -33,7 +33,7 @@ class MountConfig:
     read_limit_s: a read fails with an error after this time.
     idle_exit_s: unmount after this time without an open file (0: never).
     orphan_exit_s: after unmounting, exit after this time without an open file, even if another mount namespace still shows
-    the mount.
+    the mount; after idle_exit_s where that is shorter.
     background_mb_s: rate limit for completing files in the background (0: no completion).
     record: "auto" records an access log if none is known; "always"; "never".
     """

@@ -115,6 +115,11 @@ def _fusermount(mountpoint: str, *, lazy: bool) -> None:
         raise HostLacks(f"cannot unmount {mountpoint}: {done.stderr.strip() or 'fusermount3 failed'}")
 
 
+def exists(device: str) -> bool:
+    """Return whether any namespace, or an open file, still keeps the mount. `device` is major:minor."""
+    return Path(f"/sys/class/bdi/{device}").exists()
+
+
 def set_read_ahead(mountpoint: str, kib: int = READ_AHEAD_KIB) -> bool:
     """Set the mount's readahead; call before the first open. Return False if sysfs does not allow it."""
     entry = mount_at(mountpoint)

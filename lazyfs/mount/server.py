@@ -305,8 +305,10 @@ class Server:
 
     def _orphaned(self) -> bool:
         """Return whether only copies of the mount in other namespaces, with no open files, keep this process alive."""
-        idle = time.monotonic() - self.service.last_use
-        return self.control.closed and not self.service.open_files and idle > self.config.orphan_exit_s
+        limit, idle = self.config.orphan_exit_s, time.monotonic() - self.service.last_use
+        if self.config.idle_exit_s:
+            limit = min(limit, self.config.idle_exit_s)
+        return self.control.closed and not self.service.open_files and idle > limit
 
     def _on_signal(self) -> None:
         # In a thread: the signal interrupts the main thread anywhere.

@@ -124,6 +124,19 @@ class Rig:
                     wait_for(lambda pid=handle.pid: not is_daemon(pid), limit_s=10, kill=handle.pid)
 
 
+@contextlib.contextmanager
+def copied_namespace():
+    """A process of a mount namespace of its own, which keeps a copy of every mount, as a sandbox's does. Its pid."""
+    # The shell's "ready" comes after the copy.
+    command = ["unshare", "-m", "--propagation", "private", "sh", "-c", "echo ready; exec sleep 600"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as inner:
+        try:
+            assert inner.stdout.readline() == "ready\n"
+            yield inner.pid
+        finally:
+            inner.kill()
+
+
 def fetcher_pid(daemon: int) -> int | None:
     try:
         children = Path(f"/proc/{daemon}/task/{daemon}/children").read_text().split()

@@ -14,11 +14,11 @@ import threading
 import time
 
 import pytest
-from lazyfs_rig import LIMIT_S, ROOT, Rig, is_daemon, wait_for, write_model
+from lazyfs_rig import LIMIT_S, ROOT, Rig, copied_namespace, is_daemon, wait_for, write_model
 
 from lazyfs.api import find_mount, import_directory, read_through, unmount
 from lazyfs.errors import Busy, LazyfsError, NotFound
-from lazyfs.mount import kernel
+from lazyfs.mount import client, kernel
 from lazyfs.mount.client import no_mount
 from lazyfs.mount.control import ask
 
@@ -220,7 +220,8 @@ def test_unmounting(shared, rig, tmp_path, transport):
 def test_a_mount_used_in_another_namespace_goes_on(shared, rig, tmp_path, transport):
     """What an engine's sandbox does: it binds the mount into a namespace of its own, and the host unmounts."""
     model, digest = shared
-    first = rig.mount(digest, transport=transport)
+    # Shorter than the last wait below: a sandbox of another test may have copied the mount, too.
+    first = rig.mount(digest, transport=transport, orphan_exit_s=30.0)
     (tmp_path / "inner").mkdir()
     script = f"""
 import os, sys
@@ -248,6 +249,53 @@ print(data, flush=True)
         inner.wait(LIMIT_S)
     wait_for(lambda: not is_daemon(first.pid))
     assert find_mount(first.mountpoint).pid == second.pid
+
+
+@both
+def test_an_idle_mount_does_not_live_on_in_the_sandboxes_of_others(shared, rig, transport):
+    """Where mounts are private, as in a container, a sandbox keeps a copy of each, and nobody there reads it."""
+    _, digest = shared
+    handle = rig.mount(digest, transport=transport, idle_exit_s=1.0, orphan_exit_s=3600.0)
+    with copied_namespace():
+        handle.unmount()
+        wait_for(lambda: not is_daemon(handle.pid))
+
+
+@both
+def test_a_mount_ends_at_once_though_its_fetcher_does_not_answer(shared, rig, transport):
+    """It is stopped, stuck in a disk, or still being started on a busy host."""
+    _, digest = shared
+    handle = rig.mount(digest, transport=transport, use_origin=False, orphan_exit_s=0.1)
+    fetcher = rig.fetcher_of(handle)
+    os.kill(fetcher, signal.SIGSTOP)
+    started = time.monotonic()
+    handle.unmount()
+    wait_for(lambda: not is_daemon(handle.pid))
+    assert time.monotonic() - started < 5
+    wait_for(lambda: not os.path.exists(f"/proc/{fetcher}/exe"))
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_unmounting_waits_for_a_daemon_that_is_slow_to_end(shared, rig, monkeypatch, kept):
+    """On a busy host that takes more than the second for a mount that is kept by another namespace."""
+    _, digest = shared
+    limits = []
+    monkeypatch.setattr(client, "_gone", lambda pid, limit_s: limits.append(limit_s) or True)
+    monkeypatch.setattr(kernel, "exists", lambda device: kept)
+    rig.mount(digest).unmount(limit_s=7.0)
+    assert limits == [client._END_S if kept else 7.0]
+
+
+def test_a_mount_exists_as_long_as_any_namespace_shows_it(shared, rig):
+    _, digest = shared
+    handle = rig.mount(digest, orphan_exit_s=1.0)
+    device = kernel.mount_at(str(handle.mountpoint)).device
+    with copied_namespace():
+        kernel.unmount(str(handle.mountpoint))
+        assert kernel.exists(device)
+    wait_for(lambda: not is_daemon(handle.pid))
+    # Unless another test has mounted meanwhile, and has been given the same number.
+    wait_for(lambda: not kernel.exists(device))
 
 
 @both
@@ -539,7 +587,8 @@ def test_a_mount_point_that_is_a_link(shared, rig, tmp_path):
     wait_for(lambda: not is_daemon(first.pid))
     second = rig.mount(digest, "one")
     assert second.pid != first.pid
-    assert unmount(tmp_path / "one") and kernel.mount_at(str(first.mountpoint)) is None
+    unmount(tmp_path / "one")
+    assert kernel.mount_at(str(first.mountpoint)) is None
     (tmp_path / "a").symlink_to("b")
     (tmp_path / "b").symlink_to("a")
     with pytest.raises(LazyfsError) as caught:

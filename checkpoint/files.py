@@ -1,8 +1,13 @@
-"""Make private folders, and write files atomically: readers never see a partial file, and concurrent writers do not disturb each other."""
+"""Private folders, atomic writes, folder locks, the data of sparse files, and the boot id.
+
+Standard library only: every start of a command imports this module (checkpoint.snapshot.speculative).
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,8 +29,8 @@ def private_folder(path: Path) -> None:
 def aside(target: Path) -> Iterator[Path]:
     """Yield a new, unique path beside `target`; when the block ends without an error, the file there replaces `target`.
 
-    The name is random because threads of one process (replicas) write the same files, so a process number would not
-    suffice. Raises OSError.
+    So readers never see a partial file. The name is random because threads of one process (replicas) write the same
+    files, so a process number would not suffice. Raises OSError.
     """
     new = target.with_name(f".{target.name}.{os.urandom(6).hex()}")
     try:
@@ -33,3 +38,50 @@ def aside(target: Path) -> Iterator[Path]:
         new.replace(target)
     finally:
         new.unlink(missing_ok=True)
+
+
+def locked(folder: Path, operation: int) -> int:
+    """Open a folder and lock it (fcntl.LOCK_SH or LOCK_EX) without waiting.
+
+    Return the descriptor, whose close releases the lock. Other processes may rename, exchange and remove folders of
+    that name: returns -1, with nothing locked, if the name refers to another folder, or none, by the time of the lock;
+    the caller should then try again. Raises BlockingIOError if another process holds a conflicting lock,
+    FileNotFoundError, OSError.
+    """
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, operation | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(fd), folder.stat()):
+            found, fd = fd, -1
+            return found
+    except FileNotFoundError:
+        pass
+    finally:
+        if fd >= 0:
+            os.close(fd)
+    return -1
+
+
+def extents(fd: int, size: int) -> Iterator[tuple[int, int]]:
+    """Yield (start, end) of each data extent in the first `size` bytes of an open file.
+
+    Extents are ascending, with holes between them. Engines map hundreds of megabytes of shared memory and write a few
+    pages of them. Raises OSError.
+    """
+    at = 0
+    while at < size:
+        try:
+            start = os.lseek(fd, at, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return  # a hole to the end
+            raise
+        if start >= size:
+            return
+        at = min(os.lseek(fd, start, os.SEEK_HOLE), size)
+        yield start, at
+
+
+def boot_id() -> str:
+    """Return the id of this boot; what was read in an earlier one may have been lost in a power cut."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()

@@ -19,7 +19,7 @@ from typing import Any
 
 from checkpoint.criu.images import messages, nested
 from checkpoint.errors import Failed, HostLacks, Incompatible, Integrity
-from checkpoint.files import aside, private_folder
+from checkpoint.files import aside, boot_id, private_folder
 from checkpoint.sandbox.privileges import Privileges
 from checkpoint.sandbox.sandbox import Sandbox
 from checkpoint.snapshot import speculative
@@ -146,8 +146,7 @@ class Criu:
         try as missing.
         """
         stat = self.program.stat()
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
-        return home / "run" / f"criu-kernel-{boot}-{stat.st_size}-{stat.st_mtime_ns}-{Privileges.here().key}"
+        return home / "run" / f"criu-kernel-{boot_id()[:8]}-{stat.st_size}-{stat.st_mtime_ns}-{Privileges.here().key}"
 
     def keep_kernel_facts(self, sandbox: Sandbox) -> None:
         """Save CRIU's kernel features from a sandbox's own /run, unless saved before.

@@ -21,7 +21,6 @@ Neither mode covers a change between the verification and CRIU's read of the sam
 
 from __future__ import annotations
 
-import contextlib
 import os
 import stat
 import time
@@ -34,6 +33,7 @@ import msgspec
 
 from checkpoint import disk
 from checkpoint.errors import Failed, Integrity
+from checkpoint.files import aside, boot_id
 from checkpoint.snapshot import file_backed
 from checkpoint.snapshot.manifest import SnapshotFile
 from lazyfs.content.records import ready
@@ -212,32 +212,19 @@ def _sealed(files: Mapping[str, SnapshotFile]) -> str:
     return blake3.blake3(msgspec.json.encode(dict(files), order="deterministic")).hexdigest()
 
 
-def _boot() -> str:
-    """Return the boot id.
-
-    Data hashed in the page cache may be lost in a power cut, so each boot hashes once.
-    """
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-
-
 def _read_ledger(folder: Path, files: Mapping[str, SnapshotFile]) -> _Ledger | None:
     try:
         ledger = msgspec.json.decode((folder / LEDGER).read_bytes(), type=ready(_Ledger))
     except (OSError, msgspec.MsgspecError):
         return None  # none yet, or damaged: hash everything
-    return ledger if ledger.sealed == _sealed(files) and ledger.boot == _boot() else None
+    return ledger if ledger.sealed == _sealed(files) and ledger.boot == boot_id() else None
 
 
 def _write_ledger(folder: Path, files: Mapping[str, SnapshotFile], stamps: dict[str, _Stamp]) -> None:
-    new = folder / f"{LEDGER}.{os.getpid()}.{os.urandom(4).hex()}"
-    data = msgspec.json.encode(_Ledger(_sealed(files), _boot(), stamps))
-    with disk.optional(f"the next restore of {folder.name} hashes all of it again", "ledger-not-kept"):
-        try:
-            fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            with os.fdopen(fd, "wb") as file:
-                file.write(data)
-            new.replace(folder / LEDGER)
-        except OSError:
-            with contextlib.suppress(OSError):
-                new.unlink(missing_ok=True)
-            raise
+    data = msgspec.json.encode(_Ledger(_sealed(files), boot_id(), stamps))
+    with (
+        disk.optional(f"the next restore of {folder.name} hashes all of it again", "ledger-not-kept"),
+        aside(folder / LEDGER) as new,
+    ):
+        new.touch(mode=0o600)
+        new.write_bytes(data)

@@ -26,8 +26,7 @@ import msgspec
 
 from checkpoint import disk
 from checkpoint.errors import Busy, NotFound
-from checkpoint.files import aside, private_folder
-from checkpoint.locks import locked
+from checkpoint.files import aside, locked, private_folder
 from checkpoint.snapshot import manifest, speculative
 from checkpoint.snapshot.manifest import Snapshot
 from lazyfs.content.records import ready

@@ -25,8 +25,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from checkpoint.files import aside
-from checkpoint.locks import locked
+from checkpoint.files import aside, boot_id, locked
 from checkpoint.sandbox import prestart
 from checkpoint.sandbox.prestart import Started
 
@@ -181,7 +180,7 @@ def foresee(home: Path, arguments: Sequence[str]) -> None:
         number = zlib.crc32(json.dumps([list(arguments), ours, os.getcwd()]).encode())
         _note = home / "run" / f"next-{number:08x}.json"
         known = json.loads(_note.read_bytes())
-        if known["version"] != _VERSION or known["boot"] != _boot():
+        if known["version"] != _VERSION or known["boot"] != boot_id():
             return
         plan = known["plan"]
         for stream in plan["criu"]["keep"]:
@@ -243,7 +242,7 @@ def note(plan: Plan) -> None:
         return
     from checkpoint import disk
 
-    data = json.dumps({"version": _VERSION, "boot": _boot(), "plan": plan}).encode()
+    data = json.dumps({"version": _VERSION, "boot": boot_id(), "plan": plan}).encode()
     with disk.optional("the next restore begins a little later", "restore-plan-not-kept"):
         if _note.exists() and _note.read_bytes() == data:
             os.utime(_note)  # the oldest are removed first
@@ -263,7 +262,3 @@ def forget(run: Path, snapshot: Path) -> None:
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
             if json.loads(path.read_bytes())["plan"]["snapshot"] == str(snapshot):
                 path.unlink()
-
-
-def _boot() -> str:
-    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()

@@ -32,8 +32,7 @@ from typing import TYPE_CHECKING
 
 from checkpoint import disk
 from checkpoint.errors import Busy, CheckpointError, Failed, Integrity, NotFound
-from checkpoint.files import private_folder
-from checkpoint.locks import locked
+from checkpoint.files import locked, private_folder
 from checkpoint.snapshot import digests, entries, signatures
 from checkpoint.snapshot import manifest as manifests
 from checkpoint.store import layout as layouts

@@ -31,11 +31,11 @@ from typing import TYPE_CHECKING
 import blake3
 
 from checkpoint.errors import Busy, CheckpointError, Failed, Integrity
+from checkpoint.files import extents
 from checkpoint.snapshot import digests
 from checkpoint.snapshot import manifest as manifests
 from checkpoint.snapshot.digests import digest_symlink
 from checkpoint.snapshot.library import Library
-from checkpoint.sparse import extents
 from checkpoint.store import archive as archives
 from checkpoint.store.download import EVERYTHING, FIRST, LATER, START, Arrival
 from checkpoint.store.upload import translated

@@ -20,7 +20,7 @@ import msgspec
 
 from checkpoint import disk
 from checkpoint.errors import Busy, CheckpointError, Failed, HostLacks, Integrity, NotFound
-from checkpoint.sparse import extents
+from checkpoint.files import extents
 from checkpoint.store.layout import Piece
 
 if TYPE_CHECKING:

@@ -228,7 +228,7 @@ def test_a_note_that_cannot_be_used_begins_nothing(command: Command, damage: byt
 
 
 def test_a_note_of_an_earlier_boot_begins_nothing(command: Command, monkeypatch) -> None:
-    monkeypatch.setattr(speculative, "_boot", lambda: "another")
+    monkeypatch.setattr(speculative, "boot_id", lambda: "another")
     assert command.foresee() is None
 
 

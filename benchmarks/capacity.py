@@ -31,7 +31,7 @@ from capacity.model import Demand, Forecast, Policy, Pool, Problem, Service  # n
 from capacity.optimize import plan  # noqa: E402
 from capacity.simulation import simulate  # noqa: E402
 from capacity.simulation.policies import Hpa, Program  # noqa: E402
-from tests.t0.capacity_kit import naive, random_problem  # noqa: E402
+from tests.kits.capacity_kit import naive, random_problem  # noqa: E402
 
 TYPES = (("H100", 8, 80.0, 24.0), ("A100", 8, 80.0, 14.0), ("L40S", 4, 48.0, 6.0), ("H200", 8, 141.0, 33.0))
 

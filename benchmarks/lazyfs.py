@@ -354,7 +354,7 @@ class Bench:
             environment = {**os.environ, f"QUICKTHAW_{what.split()[-1].upper()}": str(count)}
             # Its own home, as every test has.
             environment.pop("QUICKTHAW_HOME")
-            tests = [str(ROOT / "tests" / "t1" / f"test_lazyfs_{f}.py") for f in ("kill", "reference")]
+            tests = [str(ROOT / "tests" / "t1" / "lazyfs" / f"test_{f}.py") for f in ("kill", "reference")]
             command = [sys.executable, "-m", "pytest", "-q", "-m", "slow", "-k", name, "--timeout=7200", *tests]
             started = time.monotonic()
             done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)

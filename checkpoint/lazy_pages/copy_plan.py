@@ -5,7 +5,7 @@ it need nothing from the image: either they are in place already, or the process
 Correctness requires three things: an interval is cut when its pages are placed; it is cut when they are dropped or
 unmapped, before any listed page is placed; and it moves when the process moves it.
 
-Standard library only. tests/t0/test_pages_pagemap.py compares it with a reference implementation.
+Standard library only. tests/t0/checkpoint/criu/test_pagemap.py compares it with a reference implementation.
 """
 
 from __future__ import annotations

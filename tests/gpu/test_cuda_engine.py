@@ -17,10 +17,10 @@ from typing import Any
 
 import psutil
 import pytest
-from gpu_kit import GPU_PYTHON, why_not
 
 from checkpoint.cuda.checkpoint import resume, suspend
 from checkpoint.cuda.helper import Helper
+from tests.kits.gpu_kit import GPU_PYTHON, why_not
 
 MODEL = os.environ.get("QUICKTHAW_GPU_MODEL", "")
 pytestmark = [

@@ -1,4 +1,4 @@
-"""The cases of tests/t1/test_cuda_suspend.py with the real driver and a PyTorch process. Skipped, with the reason, without a GPU."""
+"""The cases of tests/t1/checkpoint/cuda/test_cuda_suspend.py with the real driver and a PyTorch process. Skipped, with the reason, without a GPU."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from gpu_kit import Torch, why_no_torch, why_not
 
 from checkpoint.compatibility.gpu import gpu_facts
 from checkpoint.cuda.checkpoint import (
@@ -23,6 +22,7 @@ from checkpoint.cuda.checkpoint import (
 from checkpoint.cuda.driver import DriverError, State
 from checkpoint.cuda.helper import Helper
 from checkpoint.errors import Failed, Incompatible
+from tests.kits.gpu_kit import Torch, why_no_torch, why_not
 
 pytestmark = [
     pytest.mark.gpu,

@@ -9,7 +9,7 @@ for each cache folder and maps what it compiled. On a "GPU" (ENGINE_DOUBLE_GPU=1
 generate while
 something is away, and a redundant resume ends SGLang's worker.
 
-Standard library, and the double of torch beside it. tests/launch_rig.py lays it out as an environment of its own.
+Standard library, and the double of torch beside it. tests/kits/launch_rig.py lays it out as an environment of its own.
 """
 
 import asyncio

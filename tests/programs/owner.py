@@ -16,8 +16,8 @@ from checkpoint.snapshot.library import Library
 from checkpoint.snapshot.restore import LazyRestore, restore
 from plugin.runtime.config import state_home
 from plugin.runtime.engine_output import Output
-from tests.t1.checkpoint_kit import draft
-from tests.t1.test_checkpoint_tree import ask, start_tree
+from tests.kits.checkpoint_kit import draft
+from tests.t1.checkpoint.test_process_tree import ask, start_tree
 
 
 def main():

@@ -8,7 +8,7 @@ import pytest
 
 from plugin.bench import client as measure
 from plugin.runtime.config import state_home
-from tests.t2.engine_kit import Rig
+from tests.kits.engine_kit import Rig
 
 
 def pytest_collection_modifyitems(config, items):

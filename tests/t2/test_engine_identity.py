@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.t2.engine_kit import NAME, REPO, inner_pid, post
+from tests.kits.engine_kit import NAME, REPO, inner_pid, post
 
 pytestmark = [pytest.mark.t2, pytest.mark.timeout(1200)]
 

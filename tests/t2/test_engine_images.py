@@ -13,7 +13,7 @@ from checkpoint.snapshot.manifest import dump
 from checkpoint.store.archive import open_chunks
 from checkpoint.store.cache_archive import pull_cache
 from plugin.runtime.config import state_home
-from tests.t2.engine_kit import NAME, REPO, Rig, phases
+from tests.kits.engine_kit import NAME, REPO, Rig, phases
 
 pytestmark = [pytest.mark.t2, pytest.mark.timeout(1200)]
 

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from plugin.bench import client as measure
-from tests.t2.engine_kit import NAME, engine_root, phases, post
+from tests.kits.engine_kit import NAME, engine_root, phases, post
 
 pytestmark = [pytest.mark.t2, pytest.mark.timeout(1200)]
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from plugin.bench import client as measure
-from tests.t2.engine_kit import NAME, REPO, post
+from tests.kits.engine_kit import NAME, REPO, post
 
 pytestmark = [pytest.mark.t2, pytest.mark.timeout(1200)]
-TOY = Path(__file__).parents[1] / "t1" / "proxy_engine.py"
+TOY = Path(__file__).parents[1] / "programs" / "proxy_engine.py"
 
 
 @pytest.mark.engine("sglang")  # the same code for both engines

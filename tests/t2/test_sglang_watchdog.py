@@ -13,7 +13,7 @@ import pytest
 from checkpoint.sandbox.process_tree import processes
 from plugin.bench import client as measure
 from plugin.runtime.config import state_home
-from tests.t2.engine_kit import Rig, post
+from tests.kits.engine_kit import Rig, post
 
 pytestmark = [pytest.mark.t2, pytest.mark.timeout(600)]
 

@@ -1,0 +1,301 @@
+"""Launches with the engine double (tests/programs/engine_double.py): quickthaw itself is real, from the command line to CRIU.
+
+`environment(folder)` lays out an interpreter with the double installed as `sglang` and `vllm`; `Rig` runs commands against it.
+"""
+
+import contextlib
+import http.client
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from checkpoint.snapshot.library import Library
+from launchers.bare import free_port
+from plugin.runtime.config import state_home
+from tests.kits.leftovers import Watch
+
+REPO = Path(__file__).parents[2]
+PROGRAMS = Path(__file__).parents[1] / "programs"
+WEIGHT_BYTES = 4 << 20
+PROMPT = "The quick brown fox"
+
+_TORCH = '''\
+"""A double of torch: tensors are anonymous memory, the generator is a number."""
+import ctypes, types
+
+class Storage:
+    def __init__(self, memory): self.memory = memory
+    def data_ptr(self): return ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
+    def nbytes(self): return len(self.memory)
+
+class Tensor:
+    device = types.SimpleNamespace(type="cpu")
+    def __init__(self, memory): self.memory = memory
+    @property
+    def data(self): return self
+    def is_shared(self): return False
+    def is_pinned(self): return False
+    def untyped_storage(self): return Storage(self.memory)
+
+class Generator:
+    state = 1
+    def manual_seed(self, seed): self.state = seed
+
+default_generator = Generator()
+cuda = types.SimpleNamespace(is_initialized=lambda: False)
+'''
+_HOOKS = """\
+class HookType:
+    AFTER = "after"
+
+class HookRegistry:
+    hooks = {}
+    @classmethod
+    def register(cls, target, hook, kind): cls.hooks[target.rpartition(".")[2]] = hook
+    @classmethod
+    def after(cls, name, result, *arguments):
+        hook = cls.hooks.get(name)
+        return hook(result, *arguments) if hook else result
+"""
+_FILES = {
+    "torch/__init__.py": _TORCH,
+    "sglang/__init__.py": "",
+    "sglang/launch_server.py": "import engine_double\nengine_double.main('sglang')\n",
+    "sglang/srt/__init__.py": "",
+    "sglang/srt/plugins/__init__.py": "",
+    "sglang/srt/plugins/hook_registry.py": _HOOKS,
+    "vllm/__init__.py": "",
+    "vllm/entrypoints/__init__.py": "",
+    "vllm/entrypoints/openai/__init__.py": "",
+    "vllm/entrypoints/openai/api_server.py": "import engine_double\nengine_double.main('vllm')\n",
+    "vllm/v1/__init__.py": "",
+    "vllm/v1/worker/__init__.py": "",
+    "vllm/v1/worker/worker_base.py": "class WorkerBase:\n    pass\n",
+    **{
+        f"{name}-0.0.1.dist-info/{file}": text
+        for name in ("sglang", "vllm", "torch_memory_saver")
+        for file, text in (("METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.0.1\n"), ("RECORD", ""))
+    },
+}
+
+
+def environment(folder: Path) -> Path:
+    """An interpreter with the double as both engines, in a virtual environment made by hand; its path."""
+    base = Path(getattr(sys, "_base_executable", sys.executable)).resolve()
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    site = folder / "lib" / f"python{version}" / "site-packages"
+    for name, text in _FILES.items():
+        file = site / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    (site / "engine_double.py").write_text((PROGRAMS / "engine_double.py").read_text())
+    (folder / "bin").mkdir()
+    (folder / "bin" / "python").symlink_to(base)
+    (folder / "pyvenv.cfg").write_text(f"home = {base.parent}\nversion = {sys.version.split()[0]}\n")
+    return folder / "bin" / "python"
+
+
+def model(folder: Path, seed: int = 1) -> Path:
+    """A model directory whose weights are a valid safetensors file of WEIGHT_BYTES."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"architectures": ["Double"]}))
+    tensor = {"dtype": "U8", "shape": [WEIGHT_BYTES], "data_offsets": [0, WEIGHT_BYTES]}
+    header = json.dumps({"weights": tensor}).encode()
+    header += b" " * (-len(header) % 8)
+    body = bytes((i * 7 + seed) % 251 for i in range(4096)) * (WEIGHT_BYTES // 4096)
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + body)
+    return folder
+
+
+def call(port, method, path, body=None, limit_s=60.0):
+    """One request; status and decoded answer."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=limit_s)
+    with contextlib.closing(connection):
+        connection.request(method, path, json.dumps(body) if body is not None else None)
+        response = connection.getresponse()
+        data = response.read()
+    try:
+        return response.status, json.loads(data)
+    except ValueError:
+        return response.status, data.decode()
+
+
+class Started:
+    """A launch that runs: its port, process, and log."""
+
+    def __init__(self, port, process, log):
+        self.port, self.process, self.log = port, process, log
+
+    def complete(self, prompt=PROMPT, **more):
+        """The answer to a completion; asked for again until the port is bound, held until a replica is ready."""
+        limit = time.monotonic() + 60
+        while True:
+            try:
+                status, answer = call(
+                    self.port, "POST", "/v1/completions", {"prompt": prompt, "max_tokens": 4, "temperature": 0, **more}
+                )
+                break
+            except ConnectionRefusedError:
+                assert self.process.poll() is None, self.text()[-3000:]
+                assert time.monotonic() < limit
+                time.sleep(0.01)
+        assert status == 200, (answer, self.text()[-3000:])
+        return answer
+
+    def ask(self, prompt=PROMPT, **more):
+        """The token ids of a completion."""
+        return self.complete(prompt, **more)["choices"][0]["token_ids"]
+
+    def facts(self):
+        """What the double says of its processes; only with one replica."""
+        return call(self.port, "GET", "/facts")[1]
+
+    def status(self):
+        """The replicas; none before the port is bound."""
+        try:
+            return call(self.port, "GET", "/-/status")[1]["pools"][0]["replicas"]
+        except ConnectionRefusedError:
+            assert self.process.poll() is None, self.text()[-3000:]
+            return []
+
+    def get(self, path):
+        """Any page's text, or decoded JSON."""
+        return call(self.port, "GET", path)[1]
+
+    def phases(self):
+        return [[span["phase"] for span in replica["timeline"]] for replica in self.status()]
+
+    def text(self):
+        return self.log.read_text(errors="replace")
+
+    def ours(self):
+        """quickthaw's own lines."""
+        return "\n".join(line for line in self.text().splitlines() if line.startswith(("quickthaw:", "Traceback")))
+
+    def wait_for(self, words, limit_s=30.0, times=1):
+        limit = time.monotonic() + limit_s
+        while self.text().count(words) < times:
+            assert time.monotonic() < limit, self.text()[-3000:]
+            time.sleep(0.02)
+
+    def wait_serving(self, limit_s=60.0):
+        limit = time.monotonic() + limit_s
+        while {replica["phase"] for replica in self.status()} != {"serving"}:
+            assert time.monotonic() < limit, self.text()[-3000:]
+            time.sleep(0.02)
+
+    def stop(self, number=signal.SIGTERM, limit_s=60.0):
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        return self.process.wait(limit_s)
+
+
+class Rig:
+    """One state folder, one model, one engine."""
+
+    def __init__(self, folder, python, engine="sglang"):
+        self.folder, self.python, self.engine = folder, python, engine
+        self.home = folder / "home"
+        self.home.mkdir()
+        self.model = model(folder / "model")
+        self.watch = Watch(folder)
+        self.environment = {}
+        self._criu(self.home)
+
+    @staticmethod
+    def _criu(home):
+        (home / "criu").symlink_to(state_home() / "criu")
+
+    @property
+    def library(self):
+        return Library(self.home)
+
+    @property
+    def name(self):
+        """The only snapshot's name."""
+        (name,) = self.library.names()
+        return name
+
+    def fresh_home(self, name="elsewhere"):
+        """Another state folder with nothing in it but CRIU, and use it from now on; the one before."""
+        before, self.home = self.home, self.folder / name
+        self.home.mkdir()
+        self._criu(self.home)
+        return before
+
+    def env(self, **more):
+        env = {
+            **os.environ,
+            **self.watch.environment,
+            "QUICKTHAW_HOME": str(self.home),
+            "SGLANG_USE_CPU_ENGINE": "1",
+            "PYTHONPATH": str(REPO),  # in every run, since it counts in a snapshot's identity
+            **self.environment,
+            **{name: value for name, value in more.items() if value is not None},
+        }
+        for name in [name for name, value in more.items() if value is None]:
+            env.pop(name, None)
+        return env
+
+    def argv(self, *options, arguments=(), words=("launch",), model=None, port=None):
+        argv = [sys.executable, "-m", "plugin", *words, *map(str, options)]
+        if words == ("launch",):
+            flag = "--model-path" if self.engine == "sglang" else "--model"
+            argv += ["--engine-python", str(self.python), self.engine, flag, str(model or self.model), *arguments]
+        return [*argv, "--host", "127.0.0.1", "--port", str(port)]
+
+    def start(self, *options, prefix=(), cwd=REPO, new_session=False, env=None, port=None, **more):
+        port = port or free_port()
+        log = self.folder / f"log-{port}"
+        with log.open("wb") as out:
+            process = subprocess.Popen(
+                [*prefix, *self.argv(*options, port=port, **more)],
+                env=self.env(**(env or {})),
+                cwd=cwd,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                start_new_session=new_session,
+            )
+        return Started(port, process, log)
+
+    @contextlib.contextmanager
+    def running(self, *options, **more):
+        """A command that runs; ended with SIGTERM, gracefully, with nothing of it left."""
+        started = self.start(*options, **more)
+        try:
+            yield started
+        except BaseException as error:
+            error.add_note(f"the launch ended with {started.process.poll()}, and said:\n{started.text()[-4000:]}")
+            raise
+        finally:
+            code = started.stop()
+        assert "Traceback" not in started.ours(), started.text()[-4000:]
+        assert code in (0, 143), (code, started.text()[-3000:])
+        assert self.watch.gone() == set()
+
+    def take(self, *options, **more):
+        """A cold start that leaves a snapshot; what it answered."""
+        with self.running(*options, **more) as started:
+            answer = started.ask()
+            started.wait_serving()
+            assert "snapshotted" in started.text() or self.library.names(), started.text()[-3000:]
+        return answer
+
+    def cli(self, *words, limit_s=60.0, **env):
+        """Another command, to its end."""
+        return subprocess.run(
+            [sys.executable, "-m", "plugin", *map(str, words)],
+            env=self.env(**env),
+            cwd=REPO,
+            capture_output=True,
+            text=True,
+            timeout=limit_s,
+            stdin=subprocess.DEVNULL,
+            check=False,
+        )

@@ -1,0 +1,79 @@
+"""A dumped workload that knows what its memory must hold, and ways to bring it back with a page server (see pages_workload)."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from checkpoint.criu.binary import Criu
+from checkpoint.lazy_pages.client import PageServer, told
+from checkpoint.sandbox.sandbox import TMP_DIR, Sandbox, SandboxConfig
+from checkpoint.snapshot import speculative
+from tests.kits.checkpoint_kit import LIMIT_S, inside, wait_for
+
+HOME = Path(os.environ.get("QUICKTHAW_HOME", Path.home() / ".cache" / "quickthaw"))
+
+
+class Frozen:
+    """A dumped workload, and the ways to bring it back."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.images = folder / "images"
+        self.images.mkdir()
+        self.criu = Criu.find(HOME)
+        self.working_set = folder / "working-set.qws"
+        self.deaths: list[str] = []
+        self.warnings: list[str] = []
+        self.count = itertools.count(1)
+        script = folder / "frozen.sh"
+        script.write_text("#!/bin/sh\nexit 0\n")
+        script.chmod(0o755)
+        with Sandbox() as sandbox:
+            workload = str(Path(__file__).parents[1] / "programs" / "pages_workload.py")
+            # Not through a virtual environment's link: the path that is mapped is the one that CRIU opens.
+            python = os.path.realpath(sys.executable)
+            self.root = sandbox.start([python, "-I", "-S", workload, TMP_DIR], {}, "/")
+            wait_for(inside(sandbox) / "ready")
+            self.monotonic_ns = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+            self.criu.dump(sandbox, self.root, self.images, script, LIMIT_S)
+
+    def sandbox(self) -> Sandbox:
+        return Sandbox(SandboxConfig(monotonic_ns=self.monotonic_ns))
+
+    def serve(
+        self,
+        record: bool = False,
+        known: bool = True,
+        rate: float = 800e6,
+        images: Path | None = None,
+        deaths: list[str] | None = None,
+        pack: bool = True,
+    ) -> tuple[PageServer, Path]:
+        work = self.folder / f"work-{next(self.count)}"
+        work.mkdir()
+        known_set = self.working_set if known and not record else None
+        config = told(images or self.images, self.folder, known_set, record, rate, pack=pack)
+        started = speculative.begin_pages(config, work)
+        dead = (self.deaths if deaths is None else deaths).append
+        return PageServer(*started, work / speculative.LAZY_PAGES_SOCKET, dead, self.warnings.append), work
+
+    def restore(self, sandbox: Sandbox, work: Path, images: Path | None = None) -> None:
+        self.criu.restore(sandbox, self.root, images or self.images, LIMIT_S, work, {}, lazy_pages=True)
+
+    @staticmethod
+    def order(sandbox: Sandbox, **what: int) -> None:
+        folder = inside(sandbox)
+        (folder / "go.tmp").write_text(json.dumps(what))
+        (folder / "go.tmp").rename(folder / "go")
+
+    @staticmethod
+    def result(sandbox: Sandbox) -> dict[str, object]:
+        path = inside(sandbox) / "result"
+        found: dict[str, object] = json.loads(wait_for(path))
+        path.unlink()
+        return found

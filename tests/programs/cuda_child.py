@@ -1,0 +1,37 @@
+"""A process that "uses CUDA" as tests/kits/cuda_double.py has it: it counts as long as its calls are not held back.
+
+`python cuda_child.py FOLDER SIZE GPU`; standard library only, and little of that, since tests start many.
+"""
+
+import json
+import os
+import sys
+import time
+
+
+def write(path: str, value: object) -> None:
+    with open(f"{path}.new-{os.getpid()}", "w") as file:
+        json.dump(value, file)
+    os.replace(file.name, path)
+
+
+def main(folder: str, size: int, gpu: str) -> None:
+    me = f"{folder}/{os.getpid()}"
+    parent = os.getppid()
+    with open(f"{me}.vram", "w") as file:
+        file.write(f"contents of {os.getpid()}")
+    write(f"{me}.json", {"state": "RUNNING", "memory": {gpu: size}})
+    count = 0
+    while os.getppid() == parent:
+        with open(f"{me}.json") as file:
+            running = json.load(file)["state"] == "RUNNING"
+        if running:
+            count += 1
+            write(f"{me}.count", count)
+        with open(f"{me}.blocked", "w") as file:
+            file.write("no" if running else "yes")
+        time.sleep(0.002)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])

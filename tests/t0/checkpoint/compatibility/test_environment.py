@@ -1,0 +1,142 @@
+"""Which variables of an environment make another launch, which a restored engine is given anew, and which neither."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from checkpoint.compatibility import check as identity
+from checkpoint.compatibility.check import Here, check, here
+from checkpoint.compatibility.engine import declared_variables
+from checkpoint.compatibility.environment import KEPT, RENEWED, by_kind
+from tests.t0.checkpoint.compatibility.test_facts import venv
+
+pytestmark = pytest.mark.t0
+
+KUBERNETES = {
+    "HOSTNAME": "pod-7",
+    "POD_IP": "10.1.2.3",
+    "KUBERNETES_PORT": "tcp://10.0.0.1:443",
+    "KUBERNETES_SERVICE_HOST": "10.0.0.1",
+    "REDIS_SERVICE_HOST": "10.0.0.2",
+    "REDIS_SERVICE_PORT": "6379",
+    "REDIS_SERVICE_PORT_TLS": "6380",
+    "REDIS_PORT": "tcp://10.0.0.2:6379",
+    "REDIS_PORT_6379_TCP": "tcp://10.0.0.2:6379",
+    "REDIS_PORT_6379_TCP_ADDR": "10.0.0.2",
+    "REDIS_PORT_6379_TCP_PROTO": "tcp",
+}
+SESSION = {"PWD": "/srv", "SSH_CONNECTION": "1.2.3.4 5", "TERM": "xterm", "XDG_SESSION_ID": "3", "_": "/usr/bin/env"}
+MATTER = {
+    "DISABLE_OPENAPI_DOC": "1",
+    "MY_TOKEN": "hunter2",
+    "ANYTHING": "x",
+    "HOME": "/root",
+    "LANG": "C",
+    "LD_PRELOAD": "/x.so",
+    "OMP_NUM_THREADS": "2",
+    "PYTHONHASHSEED": "0",
+    "TRITON_OVERRIDE_DIR": "/o",
+    "MASTER_PORT": "29500",
+    "REDIS_PORT": "6379",
+    "XDG_CONFIG_HOME": "/c",
+}
+
+
+def test_what_is_not_known_to_be_irrelevant_matters() -> None:
+    assert by_kind(MATTER).matter == MATTER
+    assert by_kind(MATTER).renewed == {}
+
+
+def test_where_the_engine_runs_and_in_which_session_is_given_anew() -> None:
+    found = by_kind(KUBERNETES | SESSION)
+    assert found.renewed == KUBERNETES | SESSION
+    assert found.matter == {}
+
+
+def test_what_quickthaw_takes_the_place_of_neither_matters_nor_is_given_anew() -> None:
+    found = by_kind({"VLLM_PORT": "5", "TMPDIR": "/t", "VLLM_LOGGING_LEVEL": "DEBUG", "QUICKTHAW_TOKEN": "t"})
+    assert (found.matter, found.renewed) == ({}, {})
+
+
+@given(st.text("ABCDEFGHIJKLMNOPQRSTUVWXYZ_0123456789", min_size=1, max_size=12), st.text(max_size=8))
+def test_each_variable_is_of_one_kind_and_an_unknown_one_matters(name: str, value: str) -> None:
+    found = by_kind({f"X{name}": value})
+    assert len(found.matter) + len(found.renewed) <= 1
+    # Not even the name of a service that resembles a path decides about names that no list has.
+    if not name.endswith(("_HOST", "_PORT", "_TCP", "_UDP", "_SCTP", "_ADDR", "_PROTO")) and "_PORT_" not in name:
+        assert found.matter == {f"X{name}": value} or f"X{name}".startswith("XDG_SESSION_")
+
+
+def test_no_name_is_on_two_lists() -> None:
+    assert not KEPT & RENEWED
+
+
+def test_a_pattern_never_covers_what_the_engine_itself_declares(tmp_path: Path) -> None:
+    declarations = tmp_path / "sglang/srt/environ.py"
+    declarations.parent.mkdir(parents=True)
+    declarations.write_text("class Envs:\n    MY_POD_MODE = EnvStr(None)\n    SLURM_AWARE = EnvBool(False)\n")
+    names = {"MY_POD_MODE": "a", "MY_POD_IP": "b", "SLURM_AWARE": "1", "SLURM_JOB_ID": "2"}
+    found = by_kind(names, "sglang", lambda few: declared_variables("sglang", [tmp_path], few))
+    assert set(found.matter) == {"MY_POD_MODE", "SLURM_AWARE"}
+    many = names | {f"POD_{i}": "" for i in range(100)}
+    found = by_kind(many, "sglang", lambda all_: declared_variables("sglang", [tmp_path], all_))
+    assert set(found.matter) == {"MY_POD_MODE", "SLURM_AWARE"}
+
+
+def test_without_the_engines_list_no_pattern_covers_names_that_look_like_its_own() -> None:
+    found = by_kind({"VLLM_SERVICE_HOST": "h", "REDIS_SERVICE_HOST": "h"}, "vllm", lambda _: None)
+    assert (set(found.matter), set(found.renewed)) == ({"VLLM_SERVICE_HOST"}, {"REDIS_SERVICE_HOST"})
+
+
+def launch(tmp_path: Path, **environment: str) -> Here:
+    interpreter = tmp_path / "venv/bin/python"
+    if not interpreter.exists():
+        venv(tmp_path / "venv", {"vllm": "0.32.0"}, configuration=f"version = {sys.version.split()[0]}\n")
+    return here("vllm", interpreter, ["--model", "/m"], environment, gpus=())
+
+
+def test_a_launch_records_names_of_what_is_given_anew_and_no_values(tmp_path: Path) -> None:
+    before = launch(tmp_path, HOSTNAME="pod-7", HF_TOKEN="hf_" + "x" * 30, POD_IP="10.1.2.3", MY_TOKEN="hunter2")
+    recorded = before.record()
+    assert recorded.renewed == ("HF_TOKEN", "HOSTNAME", "POD_IP")
+    text = str(recorded.encode()) + repr(before)
+    assert "pod-7" not in text and "hf_x" not in text and "hunter2" not in text
+    after = launch(tmp_path, HOSTNAME="pod-8", MY_TOKEN="hunter2")
+    assert check(recorded, after) == () and before.key == after.key
+    other = launch(tmp_path, HOSTNAME="pod-8", MY_TOKEN="hunter3")
+    assert [m.code for m in check(recorded, other)] == ["secret-differs: MY_TOKEN"]
+    more = launch(tmp_path, MY_TOKEN="hunter2", DISABLE_OPENAPI_DOC="1")
+    assert [m.code for m in check(recorded, more)] == ["environment-differs: DISABLE_OPENAPI_DOC"]
+
+
+def test_a_file_that_a_variable_names_counts_by_its_content(tmp_path: Path) -> None:
+    library, folder = tmp_path / "hook.so", tmp_path / "tuned"
+    library.write_bytes(b"x" * 200_000)
+    folder.mkdir()
+    (folder / "moe.json").write_text("{}")
+    given = {"LD_PRELOAD": f"/lib/other.so {library}", "VLLM_TUNED_CONFIG_FOLDER": str(folder)}
+    before = launch(tmp_path, **given)
+    assert launch(tmp_path, **given).key == before.key
+    library.write_bytes(b"y" * 200_000)
+    assert [m.code for m in check(before.record(), launch(tmp_path, **given))] == ["environment-differs: LD_PRELOAD"]
+    (folder / "moe.json").write_text('{"block": 1}')
+    assert "environment-differs: VLLM_TUNED_CONFIG_FOLDER" in [
+        m.code for m in check(before.record(), launch(tmp_path, **given))
+    ]
+
+
+def test_another_time_zone_of_the_host_is_another_launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(identity, "LOCALTIME", tmp_path / "localtime")
+    utc = launch(tmp_path)
+    (tmp_path / "localtime").write_bytes(b"TZif2...\nUTC0\n")
+    assert launch(tmp_path).key == utc.key  # which it is where there is no file
+    (tmp_path / "localtime").write_bytes(b"TZif2...\nCET-1CEST,M3.5.0,M10.5.0/3\n")
+    berlin = launch(tmp_path)
+    assert [m.code for m in check(utc.record(), berlin)] == [f"environment-differs: {tmp_path}/localtime"]
+    assert "CET-1CEST" in check(utc.record(), berlin)[0].message
+    assert launch(tmp_path, TZ="Asia/Tokyo").environment == {"TZ": "Asia/Tokyo"}  # the file is not looked at

@@ -1,0 +1,78 @@
+"""The kept page maps of a snapshot: the same as read from its images, and never believed where anything differs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from checkpoint.criu.pagemap import ProcessImage
+from checkpoint.lazy_pages import cache_file, pagemap_cache
+from tests.kits.criu_image_kit import ANON_PRIVATE, PAGE, process, vma
+
+pytestmark = pytest.mark.t0
+FIELDS = [name for name in ProcessImage.__slots__ if not name.startswith("_")]
+
+
+def told(found: dict[int, ProcessImage]) -> dict[int, list[object]]:
+    return {pid: [getattr(image, field) for field in FIELDS] for pid, image in found.items()}
+
+
+def read(images: Path) -> tuple[dict[int, ProcessImage], bool]:
+    return pagemap_cache.read(str(images), cache_file.stamps(str(images)))
+
+
+def keep(images: Path, found: dict[int, ProcessImage]) -> OSError | None:
+    return pagemap_cache.keep(str(images), cache_file.stamps(str(images)), found)
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for pid in (7, 9):
+        area = vma(0x10000, 8, ANON_PRIVATE)
+        process(folder, pid, "p", [area], [(0x10000, [b"a" * PAGE] * 3), (0x15000, [b"b" * PAGE])])
+    return folder
+
+
+def test_kept_and_read_again(images: Path) -> None:
+    first, kept = read(images)
+    assert not kept and set(first) == {7, 9}
+    assert keep(images, first) is None
+    again, kept = read(images)
+    assert kept and told(again) == told(first)
+    assert (images.parent / pagemap_cache.FILE_NAME).stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("at", [0, 70, -1])
+def test_a_damaged_index_is_not_believed(images: Path, at: int) -> None:
+    found, _ = read(images)
+    keep(images, found)
+    file = images.parent / pagemap_cache.FILE_NAME
+    data = bytearray(file.read_bytes())
+    data[at] ^= 1
+    file.write_bytes(data)
+    again, kept = read(images)
+    assert not kept and told(again) == told(found)
+
+
+@pytest.mark.parametrize("what", ["pagemap-7.img", "mm-9.img"])
+def test_an_index_of_other_images_is_not_believed(images: Path, what: str) -> None:
+    found, _ = read(images)
+    keep(images, found)
+    file = images / what
+    copy = file.with_name("copy")
+    copy.write_bytes(file.read_bytes())
+    copy.replace(file)
+    assert not read(images)[1]
+    keep(images, found)
+    assert read(images)[1]
+
+
+def test_a_folder_that_cannot_be_written_only_means_reading_again(images: Path) -> None:
+    found, _ = read(images)
+    (images.parent / pagemap_cache.FILE_NAME).mkdir()
+    assert isinstance(keep(images, found), IsADirectoryError)
+    assert not list(images.parent.glob(f"{pagemap_cache.FILE_NAME}.*"))
+    assert not read(images)[1]

@@ -1,0 +1,26 @@
+"""Limits for hangs grow with the work; a kernel with other pages is refused by name."""
+
+import msgspec
+import pytest
+
+from checkpoint.errors import HostLacks
+from checkpoint.snapshot.manifest import SnapshotFile
+from checkpoint.snapshot.restore import check_page_size, limits
+from tests.kits.checkpoint_kit import draft
+
+pytestmark = pytest.mark.t0
+
+
+def test_limits_grow_with_what_is_unpacked_and_restored():
+    small = draft("x", 1001)
+    files = {"shm/weights": SnapshotFile(100 << 30, ""), "images/pages-1.img": SnapshotFile(1 << 40, "")}
+    large = msgspec.structs.replace(small, files=files, image_bytes=1 << 40)
+    assert limits(small) == (30.0, 600.0)
+    unpack_s, restore_s = limits(large)
+    assert 2000 < unpack_s < 3000 and restore_s > 20000
+
+
+def test_other_pages_than_images_count_in_are_refused():
+    check_page_size()
+    with pytest.raises(HostLacks, match="page-size.*65536 bytes"):
+        check_page_size(65536)

@@ -1,0 +1,362 @@
+"""The proxy's pure parts: paths, heads, measured starts, errors, settings, logs."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+import string
+import tracemalloc
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from plugin.proxy.admin.stats import Histogram, Stats, merged
+from plugin.proxy.errors import ClientFault, StartFailed, Unavailable, UpstreamFault, render
+from plugin.proxy.http import wire
+from plugin.proxy.http.address import from_spec, from_url, tcp, unix
+from plugin.proxy.http.path_rules import PathRules, Verdict, absolute_form, canonical, readings
+from plugin.proxy.http.request import Request
+from plugin.proxy.logs import JsonFormatter, TextFormatter
+from plugin.proxy.pool.start_times import History, Kind, kind_of
+from plugin.proxy.settings import Settings
+from plugin.runtime.phases import Phase, Span
+from tests.kits.attacks import MATCHED_BY_PREFIX, spellings
+
+pytestmark = pytest.mark.t0
+
+
+@given(st.text(alphabet=string.ascii_letters + "/.%2fF5cC;?#\\ \t", max_size=40))
+def test_canonical_is_a_fixed_point_without_dots_or_doubles(text):
+    seen = canonical(b"/" + text.encode())
+    assert canonical(seen.encode()) == seen
+    assert seen.startswith("/") and "//" not in seen and "/./" not in seen and "/../" not in seen
+
+
+@given(st.data())
+def test_every_percent_spelling_of_a_denied_path_is_denied(data):
+    path = "/release_memory_occupation"
+    spelled = "".join(
+        c
+        if c == "/" or not data.draw(st.booleans())
+        else data.draw(st.sampled_from([f"%{ord(c):02x}", f"%25{ord(c):02X}"]))
+        for c in path
+    )
+    rules = PathRules("/-", frozenset({path}))
+    assert rules.judge(spelled.encode() + b"?x=1") is Verdict.DENIED
+    assert rules.judge(b"/v1/completions") is Verdict.PASS
+
+
+@pytest.mark.parametrize("path", ["/sleep", "/metrics", "/v1/load_lora_adapter"])
+def test_no_spelling_of_a_denied_path_passes(path):
+    rules = PathRules("/-", frozenset({path}), "/api")
+    for target in spellings(path, "/api"):
+        plain = absolute_form(target.encode())
+        assert rules.judge(plain[1] if plain else target.encode()) is Verdict.DENIED, target
+
+
+def test_what_engines_match_by_its_beginning_is_denied_by_its_beginning():
+    rules = PathRules("/-", frozenset({"/metrics", "/sleep"}))
+    assert {rules.judge(target.encode()) for target in MATCHED_BY_PREFIX} == {Verdict.DENIED}
+    assert rules.judge(b"/sleepy") is Verdict.PASS
+
+
+@given(st.text(alphabet=string.ascii_letters + "/.-_~:%2f;", max_size=30))
+def test_the_resolved_path_is_among_the_readings(text):
+    assert canonical(b"/" + text.encode()) in readings(b"/" + text.encode())
+
+
+@pytest.mark.parametrize("path", ["", "/", "//", "/.", "/x/..", "%2f", "?x", "/;a", "#"])
+def test_a_denied_path_that_names_nothing_or_everything_is_refused(path):
+    with pytest.raises(ValueError, match="cannot deny"):
+        Settings(denied_paths=frozenset({path}))
+
+
+def test_a_long_path_passes_only_where_it_is_plain():
+    rules = PathRules("/-", frozenset({"/sleep"}), "/a")
+    assert rules.judge(b"/v1/" + b"x" * 20_000) is Verdict.PASS
+    for text in (b"/a;b" * 5_000, b"/.." * 7_000, b"/a%" * 7_000, b"/" + b"%25" * 7_000):
+        assert rules.judge(text) is Verdict.DENIED
+
+
+def test_own_paths_are_own_only_when_spelled_plainly():
+    rules = PathRules("/-", frozenset())
+    assert rules.judge(b"/-/status") is rules.judge(b"/-") is Verdict.OWN
+    for spelling in (b"/%2d/status", b"//-/status", b"/x/../-/status", b"/-/%73tatus"):
+        assert rules.judge(spelling) is Verdict.DENIED
+    assert rules.judge(b"/--/status") is Verdict.PASS
+
+
+def test_verdicts_are_kept_but_not_for_ever():
+    rules = PathRules("/-", frozenset({"/sleep"}))
+    for n in range(10_000):
+        assert rules.judge(b"/%d" % n) is Verdict.PASS
+    assert len(rules._cache) <= 4096
+
+
+def test_verdicts_of_long_paths_are_not_kept():
+    rules = PathRules("/-", frozenset({"/sleep"}))
+    tracemalloc.start()
+    for number in range(100):
+        assert rules.judge(b"/%060000d" % number) is Verdict.PASS
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert kept < 1 << 20
+
+
+def test_absolute_form():
+    assert absolute_form(b"http://h:1/a?b") == (b"h:1", b"/a?b")
+    assert absolute_form(b"http://h?b") == (b"h", b"/?b")
+    assert absolute_form(b"/a") is None
+
+
+def test_what_a_start_is_called():
+    assert kind_of([Phase.MOUNTING]) is None
+    assert kind_of([Phase.MOUNTING, Phase.RESTORING, Phase.WAKING]) is Kind.RESTORED
+    assert kind_of([Phase.MOUNTING, Phase.RESTORING, Phase.FAILED, Phase.MOUNTING, Phase.STARTING]) is Kind.COLD
+    assert kind_of([Phase.WAKING]) is Kind.WOKEN
+
+
+def test_deadlines_and_what_is_left_follow_what_was_measured():
+    history = History()
+    assert history.deadline(Kind.RESTORED) == 30.0 and history.typical(Kind.COLD) == 120.0
+    for seconds in (0.5, 0.6, 20.0):
+        history.record(Kind.RESTORED, seconds, (Span(Phase.RESTORING, 0.0, seconds),))
+    assert history.typical(Kind.RESTORED) == 0.6
+    assert history.deadline(Kind.RESTORED) == 80.0
+    assert history.left(Kind.RESTORED, 0.1) == 0.5
+    assert history.left(Kind.RESTORED, 5.0) == 15.0
+    assert history.left(Kind.RESTORED, 40.0) == 20.0
+    assert history.last[Kind.RESTORED][0].took_s == 20.0
+    for _ in range(1000):
+        history.record(Kind.COLD, 1.0)
+    assert len(history.seen(Kind.COLD)) == 64
+
+
+def test_what_is_left_is_told_by_the_phase():
+    history = History()
+    phases = ((Phase.MOUNTING, 1.0), (Phase.STARTING, 10.0), (Phase.LOADING, 4.0), (Phase.WARMING, 20.0))
+    for factor in (1.0, 1.0, 2.0):
+        spans, at = [], 0.0
+        for phase, took in phases:
+            spans.append(Span(phase, at, took * factor))
+            at += took * factor
+        history.record(Kind.COLD, at, tuple(spans))
+    # mounting took far longer than ever; what follows it takes no longer for that
+    assert history.left(Kind.COLD, 100.0, Phase.STARTING, 0.0) == 34.0
+    assert history.left(Kind.COLD, 100.0, Phase.WARMING, 5.0) == 15.0
+    assert history.left(Kind.COLD, 100.0, Phase.WARMING, 25.0) == 15.0, "to the slowest that was seen"
+    assert history.left(Kind.COLD, 100.0, Phase.WARMING, 50.0) == 25.0, "then half its age again"
+    assert history.left(Kind.COLD, 5.0, Phase.RESTORING, 1.0) == 30.0, "a phase that was never measured"
+    # a restore that failed comes first in the one timeline: its mounting is not the one meant
+    failed = (Span(Phase.MOUNTING, 0, 3.0), Span(Phase.RESTORING, 3, 2.0), Span(Phase.MOUNTING, 5, 1.0))
+    history.record(Kind.COLD, 8.0, (*failed, Span(Phase.STARTING, 6, 2.0)))
+    assert history.left(Kind.COLD, 6.0, Phase.MOUNTING, 0.5) == 0.5 + 10.0
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [
+        (b"wait=10", 10.0),
+        (b"respond-async, wait=3.5; x=y", 3.5),
+        (b"Wait = 2", 2.0),
+        (b"respond-async", math.inf),
+        (b"wait=soon", math.inf),
+        (b"wait=-1", math.inf),
+        (b"wait=nan", math.inf),
+        (b"", math.inf),
+    ],
+)
+def test_a_preference_is_advice(value, seconds):
+    request = Request()
+    request.target = b"/"
+    request.headers = [(b"host", b"Host", b"t"), (b"prefer", b"Prefer", value)]
+    request.judge(b"GET", "1.1", True)
+    assert request.hold_s == seconds
+
+
+@given(st.lists(st.floats(0.001, 1000), min_size=1, max_size=64), st.floats(0, 5000))
+def test_something_is_always_left(durations, elapsed):
+    history = History(cold=durations)
+    assert 0 < history.left(Kind.COLD, elapsed) <= max(*durations, 1.0, elapsed)
+
+
+def test_error_shapes():
+    status, headers, body = render(Unavailable("hold-deadline", "m", retry_after_s=1.2), "/v1/completions", "id")
+    assert status == 503 and (b"retry-after", b"2") in headers
+    assert json.loads(body)["error"] == {"message": "m", "type": "server_error", "param": None, "code": "hold-deadline"}
+    status, _, body = render(ClientFault("x", "m", status=413), "/v1/messages", "id")
+    document = json.loads(body)
+    assert status == 413 and document["type"] == "error" and document["error"]["type"] == "request_too_large"
+    assert render(UpstreamFault("u", "m", status=504), "/", "id")[0] == 504
+
+
+def test_an_error_for_thousands_keeps_its_kind_and_not_its_traceback():
+    try:
+        raise StartFailed("no-gpu", "no GPU", retry_after_s=3)
+    except StartFailed as error:
+        twin = error.fresh()
+    assert type(twin) is StartFailed and (twin.code, twin.message, twin.retry_after_s) == ("no-gpu", "no GPU", 3)
+    assert twin.__traceback__ is None and str(twin) == "no GPU"
+
+
+def test_trailers_that_steer_are_dropped():
+    fields = [(b"x-a", b"X-A", b"1"), (b"content-length", b"Content-Length", b"5"), (b"host", b"Host", b"h")]
+    assert wire.last_chunk(fields) == b"0\r\nX-A: 1\r\n\r\n"
+    assert wire.last_chunk(fields[1:]) == b"0\r\n\r\n"
+
+
+def test_request_ids():
+    assert wire.usable_request_id(b"req_1-x") and not wire.usable_request_id(b"") and not wire.usable_request_id(b"a b")
+    assert not wire.usable_request_id("é".encode()) and not wire.usable_request_id(b"a" * 129)
+    assert len(wire.new_request_id()) == 24
+
+
+@pytest.mark.parametrize(
+    "bad", [{"max_held": -1}, {"own_prefix": "x"}, {"own_prefix": "/"}, {"own_prefix": "/-/"}, {"drain_s": -0.1}]
+)
+def test_settings_refuse_nonsense(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        Settings(**bad)
+
+
+def test_upstreams_from_urls_and_specs():
+    assert from_url("http://127.0.0.1:81").name == "127.0.0.1:81"
+    assert from_url("127.0.0.1:81").authority == b"127.0.0.1:81"
+    assert from_url("unix:/run/x.sock").name == "unix:/run/x.sock"
+    assert from_url("https://example.test").tls is not None
+    for bad in ("ftp://x", "http://x/path", "unix:relative", "http://u:p@x", "http://"):
+        with pytest.raises(ValueError):
+            from_url(bad)
+    for upstream in (tcp("127.0.0.1", 1), unix("/x"), from_url("https://example.test")):
+        assert upstream.spec is not None
+        twin = from_spec(upstream.spec)
+        assert (twin.name, twin.tls, twin.server_hostname) == (upstream.name, upstream.tls, upstream.server_hostname)
+    with pytest.raises(ValueError, match="kind"):
+        from_spec({"kind": "pigeon"})
+
+
+def test_histograms():
+    histogram = Histogram((1.0, 2.0))
+    for value in (0.5, 1.0, 1.5, 9.0):
+        histogram.add(value)
+    assert histogram.counts == [2, 1, 1] and histogram.total == 12.0
+    assert histogram.document() == {"bounds": [1.0, 2.0], "counts": [2, 1, 1], "sum": 12.0}
+
+
+def test_workers_counts_add_up():
+    one, two = Stats(), Stats()
+    one.outcomes["forwarded"] += 2
+    two.outcomes["forwarded"] += 3
+    two.upstream_errors["upstream-cut"] += 1
+    one.held.add(0.2)
+    two.held.add(400.0)
+    one.requests, two.requests = 2, 4
+    both = merged([one.document(), two.document()])
+    assert both["outcomes"] == {"forwarded": 5} and both["upstream_errors"] == {"upstream-cut": 1}
+    assert both["requests"] == 6 and sum(both["held_seconds"]["counts"]) == 2 and both["held_seconds"]["sum"] == 400.2
+
+
+def test_the_metrics_are_those_that_are_documented():
+    from plugin.proxy.admin.endpoints import status_document
+    from plugin.proxy.admin.metrics import exposition
+    from plugin.proxy.pool.pool import ReplicaPool
+    from plugin.proxy.server import ProxyServer
+
+    text = exposition(status_document(ProxyServer(ReplicaPool()))).decode()
+    page = (Path(__file__).parents[4] / "docs" / "proxy.md").read_text("utf-8")
+    for prefix, kind in (("quickthaw_proxy_", "quickthaw_proxy_"), ("quickthaw_", "quickthaw_(?!proxy_)")):
+        exported = set(re.findall(rf"^# TYPE {kind}(\w+)", text, re.MULTILINE))
+        table = page.partition(f"| metric (`{prefix}…`)")[2].partition("\n\n")[0]
+        rows = [row.split("|")[1] for row in table.splitlines() if row.startswith("| `")]
+        assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} == exported
+
+
+def test_a_restore_that_was_over_before_the_proxy_listened_is_known():
+    from plugin.proxy.admin.endpoints import pool_document
+    from plugin.proxy.pool.pool import ReplicaPool
+    from plugin.runtime.phases import Phase, PhaseTracker
+
+    clock = iter(range(100))
+    tracker = PhaseTracker(clock=lambda: float(next(clock)))
+    for phase in (Phase.MOUNTING, Phase.RESTORING, Phase.WAKING, Phase.VERIFYING, Phase.SERVING):
+        tracker.to(phase)
+    pool = ReplicaPool()
+    pool.add("r0", tracker)
+    shown = pool_document(pool)
+    assert [span["phase"] for span in shown["starts"]["restored"]] == ["mounting", "restoring", "waking", "verifying"]
+    assert pool.history.seen(Kind.RESTORED) == (pytest.approx(4.0, abs=0.5),)
+    assert shown["progress"]["left_s"] == 0.0
+
+
+def test_a_log_line_is_one_json_object():
+    record = logging.LogRecord("quickthaw.proxy", logging.INFO, __file__, 1, "request", (), None)
+    record.event = "request"
+    record.fields = {"request_id": "a\nb", "held_s": 0.5}
+    line = JsonFormatter().format(record)
+    assert "\n" not in line and json.loads(line)["request_id"] == "a\nb" and json.loads(line)["event"] == "request"
+
+
+def test_a_log_line_for_people_says_why_and_which():
+    record = logging.LogRecord("quickthaw.proxy", logging.INFO, __file__, 1, "r0: asleep → waking", (), None)
+    record.event, record.fields = "phase", {"reason": "woken"}
+    assert TextFormatter().format(record).endswith("info    r0: asleep → waking (woken)")
+    record.event, record.fields = "request", {"request_id": "abc", "reason": "x"}
+    assert TextFormatter().format(record).endswith("waking [abc]")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected", "warnings"),
+    [
+        (["--token", "t"], ("t", "/-", None), 1),
+        (["--own-prefix", "/x", "--own-listen", "[::1]:9"], (None, "/x", ("::1", 9)), 2),
+        (["--token", "old", "--admin-token", "new"], ("new", "/-", None), 1),
+        (["--admin-prefix", "/x"], (None, "/x", None), 0),
+    ],
+)
+def test_options_of_the_admin_pages_work_by_their_old_names_with_a_warning(given, expected, warnings):
+    import click
+    from click.testing import CliRunner
+
+    from plugin.proxy.options import shared
+
+    seen = []
+
+    @click.command()
+    @shared
+    def command(**options):
+        seen.append((options["admin_token"], options["admin_prefix"], options["admin_listen"]))
+        assert not {"token", "own_prefix", "own_listen"} & options.keys()
+
+    result = CliRunner().invoke(command, given)
+    assert (result.exit_code, seen) == (0, [expected]), result.output
+    assert result.output.count("warning: --") == warnings and result.output.count("is now --admin-") == warnings
+    assert "--token" not in CliRunner().invoke(command, ["--help"]).output.replace("--admin-token", "")
+
+
+@pytest.mark.parametrize("given", [["--token", " "], ["--own-prefix", "x"], ["--own-listen", "nowhere"]])
+def test_an_old_name_takes_what_the_new_one_takes(given):
+    import click
+    from click.testing import CliRunner
+
+    from plugin.proxy.options import shared
+
+    assert CliRunner().invoke(click.command()(shared(lambda **_: None)), given).exit_code == 2
+
+
+@pytest.mark.parametrize("of", ["launch", "restore"])
+def test_launch_and_restore_know_the_old_names_too(of, monkeypatch):
+    """Otherwise `launch` would pass on to the engine what it does not know."""
+    import importlib
+
+    import click
+
+    command = getattr(importlib.import_module(f"plugin.{of}"), of)
+    monkeypatch.setenv("QUICKTHAW_TOKEN", "t")
+    names = {name for option in command.params if isinstance(option, click.Option) for name in option.opts}
+    assert names >= {"--token", "--own-prefix", "--own-listen", "--admin-token"}
+    token = next(option for option in command.params if option.name == "token")
+    assert token.resolve_envvar_value(click.Context(command, **command.context_settings)) == "t"

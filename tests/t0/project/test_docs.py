@@ -1,0 +1,68 @@
+"""What the documents name is there: tests, files and folders."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.t0
+
+REPO = Path(__file__).resolve().parents[3]
+PAGES = sorted([*REPO.glob("*.md"), *(REPO / "docs").glob("*.md")])
+
+
+def test_every_test_that_a_document_names_is_there():
+    """docs/security.md stands on them: a threat whose test was renamed away is shown by nothing."""
+    tests = "\n".join(file.read_text() for file in (REPO / "tests").rglob("*.py"))
+    known = set(re.findall(r"def (test_\w+)", tests)) | {file.stem for file in (REPO / "tests").rglob("test_*.py")}
+    missing = {
+        f"{page.name}: {name}"
+        for page in PAGES
+        for name in re.findall(r"`(test_\w+?)(?:\.py)?`", page.read_text())
+        if name not in known and not any(one.startswith(name) for one in known)
+    }
+    assert missing == set()
+
+
+def test_every_file_that_a_document_names_is_there():
+    missing = set()
+    for page in PAGES:
+        for path in re.findall(
+            r"`((?:plugin|checkpoint|lazyfs|launchers|capacity|tests|docs|benchmarks|setup|examples)/[\w./-]+)`",
+            page.read_text(),
+        ):
+            if not (REPO / path).exists():
+                missing.add(f"{page.name}: {path}")
+    assert missing == set()
+
+
+def test_every_module_that_a_document_names_alone_is_there():
+    """`second.py` outlives a renaming more easily than a path, since nothing else looks at it."""
+    here = {file.name for file in REPO.rglob("*.py") if not {".git", "build"} & set(file.relative_to(REPO).parts)}
+    elsewhere = {"sitecustomize.py", "environ.py"}
+    missing = {
+        f"{page.name}: {name}"
+        for page in PAGES
+        for name in re.findall(r"`(\w+\.py)`", page.read_text())
+        if name not in here | elsewhere
+    }
+    assert missing == set()
+
+
+def test_every_module_of_the_proxy_that_its_page_names_is_there():
+    text = (REPO / "docs" / "proxy.md").read_text()
+    table = text[text.index("| module of `plugin/proxy/` |") :].split("\n\n")[0]
+    named = re.findall(r"`([\w./]+)`", "\n".join(row.split("|")[1] for row in table.splitlines()[2:]))
+    assert named
+    proxy = REPO / "plugin" / "proxy"
+    assert [name for name in named if not (proxy / name).exists() and not (proxy / f"{name}.py").exists()] == []
+
+
+def test_every_link_between_documents_leads_somewhere():
+    missing = {
+        f"{page.name}: {target}"
+        for page in PAGES
+        for target in re.findall(r"\]\(([^)#]+)(?:#[\w-]*)?\)", page.read_text())
+        if "://" not in target and not (page.parent / target).exists()
+    }
+    assert missing == set()

@@ -1,0 +1,119 @@
+"""The order in which folders may import each other, from docs/architecture.md: an import against it is a defect."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.t0
+
+REPO = Path(__file__).resolve().parents[3]
+MAY_IMPORT = {
+    "lazyfs": set(),
+    "capacity": set(),
+    "checkpoint": {"lazyfs"},
+    "launchers": {"checkpoint"},
+    "plugin": {"lazyfs", "capacity", "checkpoint", "launchers"},
+}
+
+
+def imports(file):
+    """Every module that a file imports absolutely, wherever in the file."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield node.module
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_a_package_imports_only_what_lies_below_it(package):
+    files = list((REPO / package).rglob("*.py"))
+    assert files
+    wrong = [
+        f"{file.relative_to(REPO)} imports {module}"
+        for file in files
+        for module in imports(file)
+        if module.split(".")[0] in MAY_IMPORT.keys() - MAY_IMPORT[package] - {package}
+    ]
+    assert wrong == []
+
+
+def test_what_runs_inside_an_engine_imports_the_standard_library_and_the_engine_only():
+    allowed = set(sys.stdlib_module_names) | {"torch", "vllm", "sglang"}
+    wrong = [
+        f"{file.name} imports {module}"
+        for file in (REPO / "plugin" / "engine").glob("*.py")
+        for module in imports(file)
+        if module.split(".")[0] not in allowed
+    ]
+    assert wrong == []
+
+
+def test_process_one_of_a_sandbox_imports_the_standard_library_only():
+    allowed = set(sys.stdlib_module_names)
+    assert [m for m in imports(REPO / "checkpoint" / "sandbox" / "init.py") if m.split(".")[0] not in allowed] == []
+
+
+def test_the_proxy_knows_nothing_of_engines_and_snapshots():
+    wrong = [
+        f"{file.name} imports {module}"
+        for file in (REPO / "plugin" / "proxy").rglob("*.py")
+        for module in imports(file)
+        if module.split(".")[0] in ("checkpoint", "launchers", "lazyfs", "capacity")
+    ]
+    assert wrong == []
+
+
+def _modules():
+    """Every module of the product by its dotted name, and its file."""
+    found = {}
+    for package in MAY_IMPORT:
+        for file in (REPO / package).rglob("*.py"):
+            parts = file.relative_to(REPO).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
+    return found
+
+
+def _imported(name, file, known):
+    """The product's modules that one of them imports, inside functions and for type checking too."""
+    package = name if file.name == "__init__.py" else name.rpartition(".")[0]
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in known)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parts = package.split(".")
+                base = ".".join(parts[: len(parts) - node.level + 1] + ([node.module] if node.module else []))
+            for alias in node.names:
+                if f"{base}.{alias.name}" in known:
+                    yield f"{base}.{alias.name}"
+                elif base in known:
+                    yield base
+
+
+def circles(graph):
+    """Sets of modules that import each other in a circle, however long: leaves are taken away until none is left."""
+    left = {name: set(targets) & graph.keys() - {name} for name, targets in graph.items()}
+    while leaves := [name for name, targets in left.items() if not targets]:
+        for name in leaves:
+            del left[name]
+        for targets in left.values():
+            targets.difference_update(leaves)
+    return left
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    known = _modules()
+    assert circles({name: set(_imported(name, file, known)) for name, file in known.items()}) == {}
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}, "e": set()}).keys() == {"a", "b", "c", "d"}
+
+
+def test_a_folder_holds_no_more_modules_than_one_finds_a_way_in():
+    """About twelve; the page server's is the exception until its caches are one."""
+    most = {"checkpoint/lazy_pages": 19, "plugin/runtime": 22}
+    for folder in {file.parent for file in _modules().values()}:
+        name = str(folder.relative_to(REPO))
+        assert len(list(folder.glob("*.py"))) <= most.get(name, 14), name

@@ -1,0 +1,149 @@
+"""The helper process: the same calls through it, and what happens when it hangs, dies, or cannot start."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from checkpoint.cuda.checkpoint import Needs, resume, suspend
+from checkpoint.cuda.driver import DeviceMemory, DriverError, State, uuid_bytes
+from checkpoint.cuda.helper import Helper, _answer
+from checkpoint.errors import Failed, HostLacks
+from tests.kits.cuda_double import GPU0, TOTAL, Children, alive, wait_until
+
+pytestmark = pytest.mark.t1
+
+
+@pytest.fixture
+def children(tmp_path: Path) -> Iterator[Children]:
+    found = Children(tmp_path)
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def helper(children: Children) -> Iterator[Helper]:
+    with Helper("cuda_double:Double", str(children.folder), move_timeout_s=2.0) as found:
+        yield found
+
+
+def test_off_the_gpu_and_back_through_the_helper(children: Children, helper: Helper, tmp_path: Path) -> None:
+    pids = [children.start(), children.start()]
+    first = helper.pid
+    assert helper.version() == "580.159.03"
+    assert helper.devices() == [DeviceMemory(GPU0, "Double", TOTAL - (2 << 20), TOTAL)]
+    assert helper.usage(pids[0]) == {GPU0: 1 << 20}
+    assert helper.state(pids[0]) is State.RUNNING
+    assert helper.state(1) is None
+    found, needs = suspend(helper, pids)
+    assert (found, needs) == (pids, Needs(2, {GPU0: 2 << 20}))
+    resume(helper, pids, needs, lock_folders=[tmp_path])
+    for pid in pids:
+        children.goes_on(pid)
+    assert helper.pid == first
+
+
+def test_a_refusal_of_the_driver_keeps_its_name(children: Children, helper: Helper) -> None:
+    pid = children.start()
+    with pytest.raises(DriverError) as caught:
+        helper.unlock(pid)
+    assert caught.value.result == "CUDA_ERROR_ILLEGAL_STATE"
+
+
+@pytest.mark.parametrize(
+    ("operation", "how"), [("checkpoint", {"hang": 60}), ("checkpoint", {"exit": True}), ("lock", {"exit": True})]
+)
+def test_a_helper_that_hangs_or_dies_is_replaced_and_everything_brought_back(
+    children: Children, helper: Helper, operation: str, how: dict[str, object]
+) -> None:
+    pids = [children.start(), children.start()]
+    children.faults({"op": operation, "pid": pids[1], **how})
+    first = helper.pid
+    with pytest.raises(Failed) as caught:
+        suspend(helper, pids, lock_timeout_s=0.1)
+    assert caught.value.code == f"cuda-{operation}-failed"
+    assert "QUICKTHAW_STALLED" in str(caught.value)
+    assert helper.pid not in (None, first)
+    assert first is not None
+    assert not alive(first)
+    for pid in pids:
+        children.goes_on(pid)
+
+
+def test_a_killed_helper_is_replaced_at_the_next_call(children: Children, helper: Helper) -> None:
+    pid = children.start()
+    assert helper.state(pid) is State.RUNNING
+    assert helper.pid is not None
+    os.kill(helper.pid, signal.SIGKILL)
+    wait_until(lambda: helper.pid is None)
+    assert helper.state(pid) is State.RUNNING
+
+
+def test_it_ends_with_its_owner(helper: Helper) -> None:
+    helper.version()
+    pid = helper.pid
+    assert pid is not None
+    assert helper._socket is not None
+    helper._socket.close()  # what the kernel does when the owner dies
+    wait_until(lambda: not alive(pid))
+
+
+def test_closing_twice_is_fine(helper: Helper) -> None:
+    helper.close()
+    helper.close()
+    assert helper.pid is None
+
+
+def test_closing_does_not_wait_for_a_call_under_way(children: Children) -> None:
+    """A moving call may take 900 s; whoever stops a launch does not wait for it."""
+    helper = Helper("cuda_double:Double", str(children.folder), move_timeout_s=900.0)
+    pid = children.start()
+    helper.lock(pid, 1000)
+    children.faults({"op": "checkpoint", "hang": 600})
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(helper.checkpoint, pid)
+        wait_until(lambda: ("checkpoint", pid) in children.calls())
+        closing = threading.Thread(target=helper.close, daemon=True)
+        closing.start()
+        closing.join(30.0)
+        ended = not closing.is_alive()
+        if not ended:
+            os.kill(helper.pid or 0, signal.SIGKILL)
+        with pytest.raises(DriverError, match="QUICKTHAW_STALLED"):
+            call.result(30.0)
+    assert ended
+    with pytest.raises(DriverError, match="closed"):
+        helper.state(pid)
+
+
+def test_a_host_without_the_driver_is_told_so_by_name() -> None:
+    if Path("/dev/nvidiactl").exists():
+        pytest.skip("this host has a GPU driver; tests/gpu covers it")
+    with Helper() as helper, pytest.raises(HostLacks) as caught:
+        helper.version()
+    assert caught.value.code == "cuda-unavailable"
+    assert "\n" not in str(caught.value)
+
+
+def test_a_factory_that_does_not_exist_is_no_driver() -> None:
+    with Helper("json:loads", "{") as helper, pytest.raises(HostLacks, match="cuda-unavailable"):
+        helper.version()
+
+
+def test_an_unknown_operation_is_refused(children: Children) -> None:
+    from tests.kits.cuda_double import Double
+
+    assert "error" in _answer(Double(str(children.folder)), ["_record", 1])
+
+
+def test_the_uuid_of_a_gpu_in_bytes() -> None:
+    assert uuid_bytes("GPU-00010203-0405-0607-0809-0a0b0c0d0e0f") == bytes(range(16))
+    for other in ("MIG-00010203-0405-0607-0809-0a0b0c0d0e0f", "GPU-1", ""):
+        with pytest.raises(DriverError, match="not the UUID of a whole GPU"):
+            uuid_bytes(other)

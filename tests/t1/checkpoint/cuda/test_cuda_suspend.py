@@ -1,0 +1,538 @@
+"""Off the GPU and back, with real processes and a double of the driver that fails at any call it is told to."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from checkpoint.compatibility.gpu import Gpu
+from checkpoint.cuda import checkpoint as cuda
+from checkpoint.cuda.checkpoint import (
+    MARGIN,
+    Needs,
+    bring_back,
+    check_memory,
+    check_released,
+    free_memory,
+    give_back,
+    gpu_pairs,
+    holders,
+    refuse_parallel,
+    refuse_slice,
+    resume,
+    suspend,
+)
+from checkpoint.cuda.driver import DeviceMemory, DriverError, State
+from checkpoint.errors import Busy, CheckpointError, Failed, HostLacks, Incompatible
+from tests.kits.cuda_double import GPU0, GPU1, TOTAL, Children, Double, write
+
+pytestmark = pytest.mark.t1
+
+
+@pytest.fixture
+def children(tmp_path: Path) -> Iterator[Children]:
+    found = Children(tmp_path)
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def driver(children: Children) -> Double:
+    return Double(str(children.folder))
+
+
+@pytest.fixture
+def pids(children: Children) -> list[int]:
+    return [children.start(), children.start(2 << 20)]
+
+
+def test_off_the_gpu_and_back(children: Children, driver: Double, pids: list[int], tmp_path: Path) -> None:
+    tree = [children.plain(), *pids]
+    assert holders(driver, tree) == pids
+    found, needs = suspend(driver, tree)
+    assert found == pids
+    assert needs == Needs(2, {GPU0: 3 << 20})
+    assert children.states(pids) == ["CHECKPOINTED"] * 2
+    for pid in pids:
+        children.blocked(pid)
+        assert not (children.folder / f"{pid}.vram").exists()
+    assert driver.devices()[0].free == TOTAL
+    assert resume(driver, tree, needs, lock_folders=[tmp_path / "locks"]) == pids
+    for pid in pids:
+        children.goes_on(pid)
+    a, b = pids
+    assert children.calls() == [
+        *[("lock", a), ("lock", b), ("checkpoint", a), ("checkpoint", b)],
+        *[("restore", a), ("restore", b), ("unlock", a), ("unlock", b)],
+    ]
+
+
+def test_a_tree_without_cuda_needs_nothing(children: Children, driver: Double) -> None:
+    tree = [children.plain(), 2**22 - 1]
+    assert suspend(driver, tree) == ([], Needs())
+    assert resume(driver, tree, Needs()) == []
+    assert not (children.folder / "calls").read_text().count("lock")
+
+
+FAULTS: dict[str, tuple[str, str | None, type[CheckpointError], str]] = {
+    "lock times out": ("lock", "CUDA_ERROR_NOT_READY", Failed, "cuda-lock-timeout"),
+    "lock fails": ("lock", "CUDA_ERROR_UNKNOWN", Failed, "cuda-lock-failed"),
+    "lock in a wrong state": ("lock", "CUDA_ERROR_ILLEGAL_STATE", Failed, "cuda-lock-failed"),
+    "an old driver": ("lock", "CUDA_ERROR_NOT_SUPPORTED", HostLacks, "cuda-not-supported"),
+    "checkpoint fails": ("checkpoint", "CUDA_ERROR_UNKNOWN", Failed, "cuda-checkpoint-failed"),
+    "memory cannot be asked for": ("devices", "NVML: gone", Failed, "cuda-query-failed"),
+    "usage cannot be asked for": ("usage", "NVML: gone", Failed, "cuda-query-failed"),
+}
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("what", FAULTS)
+def test_an_error_on_the_way_brings_everything_back(
+    children: Children, driver: Double, pids: list[int], what: str, which: int
+) -> None:
+    operation, result, kind, code = FAULTS[what]
+    children.faults({"op": operation, "pid": None if operation == "devices" else pids[which], "result": result})
+    with pytest.raises(kind) as caught:
+        suspend(driver, pids)
+    assert caught.value.code == code
+    assert "\n" not in str(caught.value)
+    for pid in pids:
+        children.goes_on(pid)
+
+
+def test_memory_that_cannot_be_asked_for_after_the_checkpoint(
+    children: Children, driver: Double, pids: list[int]
+) -> None:
+    asked = 0
+    real = driver.devices
+
+    def second_fails() -> Any:
+        nonlocal asked
+        asked += 1
+        if asked == 2:
+            raise DriverError("NVML: gone")
+        return real()
+
+    driver.devices = second_fails  # type: ignore[method-assign]
+    with pytest.raises(Failed, match="cuda-query-failed"):
+        suspend(driver, pids)
+    for pid in pids:
+        children.goes_on(pid)
+
+
+@pytest.mark.parametrize("operation", ["lock", "checkpoint"])
+def test_a_process_that_dies_on_the_way_does_not_hold_the_others(
+    children: Children, driver: Double, pids: list[int], operation: str
+) -> None:
+    children.faults({"op": operation, "pid": pids[1], "kill": True})
+    with pytest.raises(Failed, match=r"cuda-(lock|checkpoint)-failed"):
+        suspend(driver, pids)
+    children.goes_on(pids[0])
+
+
+def test_a_process_that_cannot_be_brought_back_is_named(children: Children, driver: Double, pids: list[int]) -> None:
+    children.faults({"op": "checkpoint", "pid": pids[1], "result": "CUDA_ERROR_UNKNOWN", "state": "FAILED"})
+    with pytest.raises(Failed) as caught:
+        suspend(driver, pids)
+    assert caught.value.code == "cuda-stuck"
+    assert f"process {pids[1]}: is FAILED" in str(caught.value)
+    assert str(pids[0]) not in str(caught.value).partition("not brought back")[2]
+    children.goes_on(pids[0])
+
+
+def test_an_interrupt_brings_everything_back_too(children: Children, driver: Double, pids: list[int]) -> None:
+    def interrupted(_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        suspend(driver, pids, released=interrupted)
+    for pid in pids:
+        children.goes_on(pid)
+
+
+def test_a_handle_that_is_still_open_is_named_and_undone(
+    children: Children, driver: Double, pids: list[int], tmp_path: Path
+) -> None:
+    file = tmp_path / "nvidiactl"
+    with file.open("w"):
+        assert cuda.nvidia_files(os.getpid(), str(file)) == [str(file)]
+        with pytest.raises(Failed) as caught:
+            suspend(driver, pids, released=lambda tree: check_released([*tree, os.getpid()], str(file)))
+    assert caught.value.code == "gpu-handle-open"
+    assert str(file) in str(caught.value)
+    for pid in pids:
+        children.goes_on(pid)
+    assert cuda.nvidia_files(2**22 - 1) == []
+    check_released([os.getpid(), *pids])
+
+
+# The way back
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("operation", ["restore", "unlock"])
+def test_an_error_on_the_way_back_frees_the_others(
+    children: Children, driver: Double, pids: list[int], tmp_path: Path, operation: str, which: int
+) -> None:
+    _, needs = suspend(driver, pids)
+    children.faults({"op": operation, "pid": pids[which], "result": "CUDA_ERROR_UNKNOWN"})
+    with pytest.raises(Failed) as caught:
+        resume(driver, pids, needs, lock_folders=[tmp_path])
+    assert caught.value.code == f"cuda-{operation}-failed"
+    for pid in pids:
+        children.goes_on(pid)  # the second attempt of bring_back succeeds
+
+
+def test_memory_that_is_not_free_is_refused_before_anything_is_lost(
+    children: Children, driver: Double, pids: list[int], tmp_path: Path
+) -> None:
+    _, needs = suspend(driver, pids)
+    other = children.start(TOTAL - (2 << 20))
+    with pytest.raises(Incompatible) as caught:
+        resume(driver, pids, needs, lock_folders=[tmp_path])
+    assert caught.value.code == "gpu-memory-short"
+    assert children.states(pids) == ["CHECKPOINTED"] * 2
+    assert "restore" not in dict(children.calls())
+    children.processes[-1].kill()
+    children.processes[-1].wait()
+    assert other not in holders(driver, [other])
+    resume(driver, pids, needs, lock_folders=[tmp_path])
+    for pid in pids:
+        children.goes_on(pid)
+
+
+def test_running_out_of_memory_all_the_same_names_the_lost_process(
+    children: Children, driver: Double, pids: list[int], tmp_path: Path
+) -> None:
+    suspend(driver, pids)
+    children.start(TOTAL - (1 << 20))
+    with pytest.raises(Failed) as caught:
+        resume(driver, pids, Needs(2, {}), lock_folders=[tmp_path])
+    assert caught.value.code == "cuda-stuck"
+    assert f"process {pids[1]}: is FAILED" in str(caught.value)
+    assert children.state(pids[0]) == "RUNNING"
+
+
+def test_another_number_of_processes_is_refused(children: Children, driver: Double, pids: list[int]) -> None:
+    _, needs = suspend(driver, pids)
+    with pytest.raises(Failed, match="cuda-processes-differ"):
+        resume(driver, pids[:1], needs)
+    assert children.states(pids) == ["CHECKPOINTED"] * 2
+
+
+def test_a_process_that_was_never_suspended_is_refused(
+    children: Children, driver: Double, pids: list[int], tmp_path: Path
+) -> None:
+    with pytest.raises(Failed, match="cuda-state-unexpected"):
+        resume(driver, pids, Needs(2, {}), lock_folders=[tmp_path])
+    for pid in pids:
+        children.goes_on(pid)
+
+
+def test_restores_on_one_gpu_take_turns(
+    children: Children, driver: Double, pids: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda, "TURN_TIMEOUT_S", 0.05)
+    _, needs = suspend(driver, pids)
+    with cuda._alone_on([tmp_path], [GPU0]), pytest.raises(Busy, match="gpu-busy"):
+        resume(driver, pids, needs, lock_folders=[tmp_path])
+    assert children.states(pids) == ["CHECKPOINTED"] * 2
+    resume(driver, pids, needs, lock_folders=[tmp_path])
+
+
+# Other GPUs
+
+
+def test_another_gpu_takes_the_place(children: Children, driver: Double, pids: list[int], tmp_path: Path) -> None:
+    _, needs = suspend(driver, pids)
+    write(children.folder / "gpus.json", {GPU1: TOTAL})
+    with pytest.raises(Incompatible, match="gpu-gone"):
+        resume(driver, pids, needs, lock_folders=[tmp_path])
+    pairs = gpu_pairs([Gpu("Double", TOTAL, GPU0)], [Gpu("Double", TOTAL, GPU1)])
+    assert pairs == [(GPU0, GPU1)]
+    resume(driver, pids, needs, pairs, lock_folders=[tmp_path])
+    assert driver.usage(pids[0]) == {GPU1: 1 << 20}
+    for pid in pids:
+        children.goes_on(pid)
+
+
+def test_the_same_gpus_need_no_pairs() -> None:
+    gpus = [Gpu("a", 1, GPU0), Gpu("a", 1, GPU1)]
+    assert gpu_pairs(gpus, gpus) == []
+    assert gpu_pairs(gpus, gpus[::-1]) == [(GPU0, GPU1), (GPU1, GPU0)]
+    with pytest.raises(Incompatible, match="gpu-count-differs"):
+        gpu_pairs(gpus, gpus[:1])
+
+
+def test_memory_is_summed_where_two_gpus_become_one(children: Children, driver: Double) -> None:
+    size = TOTAL // 2
+    check_memory(driver, Needs(1, {GPU1: size}), [(GPU1, GPU0)])
+    with pytest.raises(Incompatible, match="gpu-memory-short"):
+        check_memory(driver, Needs(2, {GPU0: size, GPU1: size}), [(GPU0, GPU0), (GPU1, GPU0)])
+
+
+def test_several_gpus_are_refused_by_name(children: Children, driver: Double, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(children.folder / "gpus.json", {GPU0: TOTAL, GPU1: TOTAL})
+    pids = [children.start(gpu=GPU0), children.start(gpu=GPU1)]
+    with pytest.raises(Incompatible) as caught:
+        suspend(driver, pids)
+    assert caught.value.code == "multi-gpu"
+    assert "--snapshot-store" in str(caught.value)
+    assert children.states(pids) == ["RUNNING"] * 2
+    monkeypatch.setattr(cuda, "MULTI_GPU_SINCE", (580,))
+    assert suspend(driver, pids)[1] == Needs(2, {GPU0: 1 << 20, GPU1: 1 << 20})
+    assert bring_back(driver, pids) == {}
+
+
+class Contained(Double):
+    """The double as a container sees it: NVML numbers processes as the host does, so it knows none of ours."""
+
+    def usage(self, pid: int) -> dict[str, int]:
+        return {}
+
+
+def test_several_gpus_are_refused_where_nvml_knows_no_process_of_ours(children: Children) -> None:
+    write(children.folder / "gpus.json", {GPU0: 4 * TOTAL, GPU1: 4 * TOTAL})
+    contained = Contained(str(children.folder))
+    pids = [children.start(TOTAL, gpu=GPU0), children.start(TOTAL, gpu=GPU1)]
+    with pytest.raises(Incompatible, match="multi-gpu"):
+        suspend(contained, pids)
+    for pid in pids:
+        children.goes_on(pid)
+    found, needs = suspend(contained, pids[:1])
+    assert needs == Needs(1, {GPU0: TOTAL})
+    give_back(contained, found, needs, [children.folder / "locks"])
+    children.goes_on(pids[0])
+
+
+class Neighbour(Double):
+    """Frees memory of another GPU while our process is checkpointed, as a neighbour does that ends."""
+
+    def checkpoint(self, pid: int) -> None:
+        super().checkpoint(pid)
+        write(self.folder / "gpus.json", {GPU0: TOTAL, GPU1: TOTAL})
+
+
+@pytest.mark.parametrize("visible", [None, [GPU0]])
+@pytest.mark.parametrize("told", [True, False], ids=["nvml-knows-us", "in-a-container"])
+def test_memory_that_a_neighbour_frees_on_another_gpu_is_not_needed(
+    children: Children, monkeypatch: pytest.MonkeyPatch, visible: list[str] | None, told: bool
+) -> None:
+    if not told and visible is None:
+        pytest.skip("nothing tells then whose memory it was")
+    write(children.folder / "gpus.json", {GPU0: TOTAL, GPU1: TOTAL // 2})
+    driver = Neighbour(str(children.folder))
+    if not told:
+        monkeypatch.setattr(Neighbour, "usage", lambda self, pid: {})
+    pid = children.start(MARGIN * 2)
+    found, needs = suspend(driver, [pid], visible=visible)
+    assert needs == Needs(1, {GPU0: MARGIN * 2})
+    give_back(driver, found, needs, [children.folder / "locks"])
+
+
+def test_what_the_engine_put_away_before_is_needed_too(children: Children, driver: Double) -> None:
+    pid = children.start(4 << 20)
+    awake = free_memory(driver)
+    record = json.loads((children.folder / f"{pid}.json").read_text())
+    write(children.folder / f"{pid}.json", {**record, "memory": {GPU0: 1 << 20}})  # three of four put away
+    found, needs = suspend(driver, [pid], awake=awake)
+    assert needs == Needs(1, {GPU0: 4 << 20})
+    assert give_back(driver, found, needs, [children.folder / "locks"]) is None
+
+
+def test_the_dumped_tree_gets_its_gpu_back_although_the_lock_is_held_and_memory_short_for_a_while(
+    children: Children, driver: Double, tmp_path: Path
+) -> None:
+    pid = children.start(4 << 20)
+    found, needs = suspend(driver, [pid])
+    write(children.folder / "gpus.json", {GPU0: 1 << 20})
+    freed = threading.Timer(0.5, lambda: write(children.folder / "gpus.json", {GPU0: TOTAL}))
+    freed.start()
+    locks = tmp_path / "locks"
+    locks.mkdir()
+    with (locks / f"gpu-{GPU0}.lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        give_back(driver, found, needs, [locks], timeout_s=2.0)
+    freed.join()
+    children.goes_on(pid)
+
+
+def test_a_dumped_tree_that_does_not_get_its_gpu_back_is_named(
+    children: Children, driver: Double, tmp_path: Path
+) -> None:
+    pid = children.start(4 << 20)
+    found, needs = suspend(driver, [pid])
+    write(children.folder / "gpus.json", {GPU0: 1 << 20})
+    with pytest.raises(Failed) as caught:
+        give_back(driver, found, needs, [tmp_path / "locks"], timeout_s=0.3)
+    assert caught.value.code == "cuda-stuck"
+    assert f"process {pid}: CUDA_ERROR_OUT_OF_MEMORY" in str(caught.value)
+
+
+def test_restores_of_containers_that_share_a_state_folder_take_turns(
+    children: Children, driver: Double, tmp_path: Path
+) -> None:
+    """Each has a /run of its own."""
+    pid = children.start()
+    _, needs = suspend(driver, [pid])
+    shared, mine = tmp_path / "state" / "run", tmp_path / "run"
+    shared.mkdir(parents=True)
+    with (shared / f"gpu-{GPU0}.lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(Busy, match="gpu-busy"), cuda._alone_on([mine, shared], needs.memory, 0.2):
+            pass
+    # A folder that cannot be written is no reason to refuse where another can.
+    resume(driver, [pid], needs, lock_folders=[Path("/proc/none"), shared])
+    children.goes_on(pid)
+    with pytest.raises(Failed, match="gpu-lock-failed"), cuda._alone_on([Path("/proc/none")], needs.memory):
+        pass
+
+
+class Divided(Double):
+    def devices(self) -> list[DeviceMemory]:
+        return [msgspec.structs.replace(device, mig=device.uuid == GPU0) for device in super().devices()]
+
+
+def test_a_divided_gpu_is_refused_by_name_and_a_neighbours_is_not(children: Children) -> None:
+    write(children.folder / "gpus.json", {GPU0: TOTAL, GPU1: TOTAL})
+    driver = Divided(str(children.folder))
+    pid, other = children.start(gpu=GPU0), children.start(gpu=GPU1)
+    with pytest.raises(Incompatible, match="gpu-mig"):
+        suspend(driver, [pid])
+    found, needs = suspend(driver, [other])
+    give_back(driver, found, needs, [children.folder / "locks"])
+    with pytest.raises(Incompatible, match="gpu-mig: MIG-12"):
+        refuse_slice("MIG-12")
+    refuse_slice("0,1")
+    refuse_slice(None)
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "refused"),
+    [
+        ("tensor-parallel-size: 2", {}, True),
+        ("tensor_parallel_size: 2", {}, True),
+        ("tensor-parallel-size: 2", {"--tensor-parallel-size": (("1",),)}, False),
+        ("tp-size: 1", {}, False),
+        ("- a list", {}, False),
+        ("{", {}, False),
+    ],
+)
+def test_a_parallel_config_file_is_refused_before_the_start(
+    tmp_path: Path, text: str, arguments: dict[str, tuple[tuple[str, ...], ...]], refused: bool
+) -> None:
+    file = tmp_path / "engine.yaml"
+    file.write_text(text)
+    arguments = {"--config": ((str(file),),), **arguments}
+    if refused:
+        with pytest.raises(Incompatible, match=rf"multi-gpu: .* in {file} 2"):
+            refuse_parallel(arguments)
+    else:
+        refuse_parallel(arguments)
+    refuse_parallel({"--config": ((str(tmp_path / "none"),),)})
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "refused"),
+    [("--tensor-parallel-size", "2", True), ("-tp", "4", True), ("--tp", "1", False), ("--seed", "2", False)],
+)
+def test_a_parallel_command_line_is_refused_before_the_start(flag: str, value: str, refused: bool) -> None:
+    if refused:
+        with pytest.raises(Incompatible, match=r"multi-gpu.*" + flag):
+            refuse_parallel({flag: ((value,),)})
+    else:
+        refuse_parallel({flag: ((value,),), "--enforce-eager": ((),)})
+
+
+# The double is as strict as the driver, and every mixture of faults ends well
+
+LEGAL = {
+    "lock": (State.RUNNING, State.LOCKED),
+    "checkpoint": (State.LOCKED, State.CHECKPOINTED),
+    "restore": (State.CHECKPOINTED, State.LOCKED),
+    "unlock": (State.LOCKED, State.RUNNING),
+}
+
+
+def test_the_double_refuses_every_illegal_transition(children: Children, driver: Double) -> None:
+    pid = children.start()
+    extra: dict[str, list[Any]] = {"lock": [10], "restore": [[]]}
+    state = State.RUNNING
+    # A walk through every state, trying every operation in each.
+    for step in ("lock", "checkpoint", "restore", "unlock"):
+        for operation, (needed, _) in LEGAL.items():
+            if needed is not state:
+                with pytest.raises(DriverError, match="CUDA_ERROR_ILLEGAL_STATE"):
+                    getattr(driver, operation)(pid, *extra.get(operation, []))
+                assert driver.state(pid) is state
+        getattr(driver, step)(pid, *extra.get(step, []))
+        state = LEGAL[step][1]
+        assert driver.state(pid) is state
+    for operation in LEGAL:
+        with pytest.raises(DriverError, match="CUDA_ERROR_INVALID_VALUE"):
+            getattr(driver, operation)(children.plain(), *extra.get(operation, []))
+
+
+fault = st.fixed_dictionaries(
+    {
+        "op": st.sampled_from(["lock", "checkpoint", "restore", "unlock", "usage", "devices"]),
+        "which": st.integers(0, 1),
+        "result": st.sampled_from(["CUDA_ERROR_NOT_READY", "CUDA_ERROR_UNKNOWN", "CUDA_ERROR_ILLEGAL_STATE"]),
+        "state": st.sampled_from([None, None, None, "FAILED"]),
+    }
+)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(fault, max_size=3), st.lists(fault, max_size=3))
+def test_any_mixture_of_faults_ends_all_running_all_off_or_named(
+    children: Children, driver: Double, tmp_path: Path, going: list[dict[str, Any]], coming: list[dict[str, Any]]
+) -> None:
+    while len(children.processes) < 2:
+        children.start()
+    pids = [process.pid for process in children.processes]
+    for pid in pids:
+        (children.folder / f"{pid}.vram").write_text(f"contents of {pid}")
+        write(children.folder / f"{pid}.json", {"state": "RUNNING", "memory": {GPU0: 1 << 20}})
+
+    def told(faults: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        moving = ("lock", "checkpoint", "restore", "unlock")
+        return [
+            {
+                **f,
+                "pid": None if f["op"] == "devices" else pids[f["which"]],
+                "state": f["state"] if f["op"] in moving else None,  # a question harms no process
+            }
+            for f in faults
+        ]
+
+    def ended_well(error: CheckpointError) -> None:
+        for pid in pids:
+            named = f"process {pid}:" in str(error).partition("not brought back")[2]
+            assert named if children.state(pid) != "RUNNING" else not named
+
+    children.faults(*told(going))
+    try:
+        _, needs = suspend(driver, pids)
+    except CheckpointError as error:
+        ended_well(error)
+        return
+    assert children.states(pids) == ["CHECKPOINTED"] * 2
+    children.faults(*told(coming))
+    try:
+        resume(driver, pids, needs, lock_folders=[tmp_path])
+    except CheckpointError as error:
+        if children.states(pids) != ["CHECKPOINTED"] * 2:
+            ended_well(error)
+        return
+    assert children.states(pids) == ["RUNNING"] * 2

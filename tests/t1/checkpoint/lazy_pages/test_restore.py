@@ -1,0 +1,257 @@
+"""The page server under a real CRIU: memory comes back as it was, whatever the processes do to it while it is being brought."""
+
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from checkpoint.criu.pagemap import process_ids, read_process
+from checkpoint.lazy_pages import cache_file, pack, pagemap_cache, plan_cache
+from checkpoint.lazy_pages.working_set import WorkingSet
+from checkpoint.sandbox.process_tree import processes
+from tests.kits.checkpoint_kit import LIMIT_S, inside
+from tests.kits.pages_kit import Frozen
+
+pytestmark = pytest.mark.t1
+
+LOOP = 4
+
+
+@pytest.fixture(autouse=True)
+def nothing_unexpected(frozen: Frozen):  # type: ignore[no-untyped-def]
+    frozen.deaths.clear()
+    frozen.warnings.clear()
+    yield
+    assert not frozen.warnings
+    assert not list(frozen.folder.glob("work-*/lazy-pages.socket"))
+    for work in frozen.folder.glob("work-*"):
+        shutil.rmtree(work)
+
+
+def test_command_line_and_environment_are_there_before_the_first_token(frozen: Frozen) -> None:
+    """/proc/PID/cmdline and environ of a restored process are not empty, at the restore that records and at those after it."""
+    frozen.working_set.unlink(missing_ok=True)
+    for record in (True, False):
+        server, work = frozen.serve(record=record)
+        with server, frozen.sandbox() as sandbox:
+            frozen.restore(sandbox, work)
+            for pid in processes(sandbox.init_pid):
+                limit = time.monotonic() + 5
+                while not (line := Path(f"/proc/{pid}/cmdline").read_bytes()) and time.monotonic() < limit:
+                    time.sleep(0.01)
+                assert b"pages_workload" in line
+            if record:
+                server.first_token()
+                server.requests_done(save=frozen.working_set)
+                assert server.wait_saved(LIMIT_S)
+    frozen.working_set.unlink()
+
+
+def test_recorded_then_replayed(frozen: Frozen) -> None:
+    """What the first restore touched is in place before it is touched at the second one, and the server then goes away."""
+    server, work = frozen.serve(record=True)
+    with server, frozen.sandbox() as sandbox:
+        frozen.restore(sandbox, work)
+        frozen.order(sandbox, seed=1, touch=1500)
+        assert frozen.result(sandbox)["errors"] == []
+        server.first_token()
+        frozen.order(sandbox, seed=1, touch=1800)
+        assert frozen.result(sandbox)["errors"] == []
+        recorded = server.stats()
+        server.requests_done(save=frozen.working_set)
+        assert server.wait_saved(LIMIT_S)
+        assert server.wait_complete(LIMIT_S)
+    assert not frozen.deaths
+    known = WorkingSet.load(str(frozen.working_set))
+    assert known.first > 0
+    assert recorded["faults_before_first_token"] >= 1500
+    assert sum(end - start for _, start, end in known.before_first_token) >= 1500 * 4096
+    assert sum(end - start for _, start, end in known.after_first_token) >= 250 * 4096
+
+    kept_plans = frozen.images.parent / plan_cache.FILE_NAME
+    for turn in ("makes the plans and keeps them", "has them from there"):
+        assert kept_plans.exists() == turn.startswith("has")
+        server, work = frozen.serve()
+        with server, frozen.sandbox() as sandbox:
+            frozen.restore(sandbox, work)
+            # Let it place the working set before anything is touched, so that what still faults was missed by it.
+            limit = time.monotonic() + LIMIT_S
+            while not server.stats()["hot_done_s"]:
+                assert time.monotonic() < limit
+            frozen.order(sandbox, seed=1, touch=1500)
+            assert frozen.result(sandbox)["errors"] == []
+            replayed = server.stats()
+            server.first_token()
+            server.requests_done()
+            assert server.wait_complete(LIMIT_S)
+            frozen.order(sandbox, seed=1, steps=50)
+            assert frozen.result(sandbox)["errors"] == []
+        assert not frozen.deaths
+        assert replayed["faults"] < recorded["faults_before_first_token"] / 10
+        assert replayed["bytes_ahead"] >= 1500 * 4096
+    assert kept_plans.stat().st_mode & 0o777 == 0o600
+    rot(frozen)
+    try:
+        server, work = frozen.serve(pack=False)
+        with server, frozen.sandbox() as sandbox:
+            frozen.restore(sandbox, work)
+            frozen.order(sandbox, seed=1, touch=1800)
+            assert frozen.result(sandbox)["errors"] == []
+            assert server.stats()["bytes_ahead"] >= 1500 * 4096
+            server.first_token()
+            server.requests_done()
+            assert server.wait_complete(LIMIT_S)
+    finally:
+        # The other tests restore the same images, and would believe it.
+        for file in (kept_plans, frozen.images.parent / pack.FILE_NAME):
+            file.unlink()
+
+
+def rot(frozen: Frozen) -> None:
+    """Change every byte of the pack, as a disk may that tells nobody: the plans still take it for theirs."""
+    pack_file = frozen.images.parent / pack.FILE_NAME
+    pack_file.write_bytes(bytes(byte ^ 0xFF for byte in pack_file.read_bytes()))
+    images = str(frozen.images)
+    head, sections = cache_file.read(images, plan_cache.FILE_NAME, plan_cache._VERSION)
+    now = cache_file.stamp(pack_file.stat())
+    assert head["pack"] and head["pack"] != now
+    cache_file.write(images, plan_cache.FILE_NAME, plan_cache._VERSION, {**head, "pack": now}, sections)
+
+
+def drive(frozen: Frozen, seed: int, steps: int, known: bool, rate: float) -> dict[str, float]:
+    server, work = frozen.serve(known=known, rate=rate)
+    with server, frozen.sandbox() as sandbox:
+        frozen.restore(sandbox, work)
+        frozen.order(sandbox, seed=seed, steps=steps)
+        server.first_token()
+        result = frozen.result(sandbox)
+        assert result["errors"] == [], f"seed {seed}: {result['errors']}"
+        assert result["children"]
+        counts = server.stats()
+        server.requests_done()
+        assert server.wait_complete(LIMIT_S), f"seed {seed}"
+        frozen.order(sandbox, seed=seed + 1, steps=steps // 2)
+        assert frozen.result(sandbox)["errors"] == [], f"seed {seed}, after completion"
+    assert not frozen.deaths
+    return counts
+
+
+@pytest.mark.slow
+def test_memory_is_as_it_was_while_pages_come(frozen: Frozen) -> None:
+    """Random munmap, mremap, madvise, mprotect and fork, with a reading thread, while the rest is brought slowly."""
+    counts = drive(frozen, seed=11, steps=240, known=True, rate=20e6)
+    assert counts["removed"] and counts["moved"] and counts["forks"] and counts["faults"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("rate", [5e6, 40e6, 4e9])
+def test_memory_is_as_it_was_many(frozen: Frozen, known: bool, rate: float) -> None:
+    """The same, with other seeds, at rates between "everything faults" and "everything is copied at once"."""
+    for round_number in range(LOOP):
+        drive(frozen, seed=int(rate) + 100 * round_number + known, steps=400, known=known, rate=rate)
+
+
+def test_a_dead_server_never_shows_zeros(frozen: Frozen) -> None:
+    """The owner is told at once, and the processes wait (they read nothing wrong) until it has killed them."""
+    server, work = frozen.serve(known=False)
+    with server, frozen.sandbox() as sandbox:
+        frozen.restore(sandbox, work)
+        frozen.order(sandbox, seed=1, touch=5)
+        assert frozen.result(sandbox)["errors"] == []
+        os.kill(server.pid, signal.SIGKILL)
+        assert server.ended.wait(LIMIT_S)
+        assert len(frozen.deaths) == 1 and "page server" in frozen.deaths[0]
+        assert not server.wait_complete(0.1)
+        frozen.order(sandbox, seed=1, touch=1900)
+        # It must not finish: a page of its is neither there nor replaced by zeros. Half a second is ample for 1,900 reads.
+        time.sleep(0.5)
+        assert not (inside(sandbox) / "result").exists()
+        began = time.monotonic()
+        sandbox.close()
+        assert time.monotonic() - began < LIMIT_S
+
+
+def test_a_dead_owner_ends_the_server(frozen: Frozen) -> None:
+    """Nothing is left of a server whose owner closed its side."""
+    server, _ = frozen.serve()
+    pid = server.pid
+    server.close()
+    assert not Path(f"/proc/{pid}").exists()
+    assert not frozen.deaths
+
+
+def test_criu_that_breaks_off_is_its_owner_s_to_report(frozen: Frozen) -> None:
+    """The owner has CRIU's exit code and log, so a page server that loses its client first reports no cause of its own."""
+    import socket
+
+    server, work = frozen.serve()
+    with server:
+        client = socket.socket(socket.AF_UNIX)
+        client.connect(str(work / "lazy-pages.socket"))
+        client.close()
+        assert not server.ended.wait(0.3)
+    assert server.ended.is_set() and not frozen.deaths
+
+
+def test_a_damaged_working_set_is_left_aside(frozen: Frozen) -> None:
+    """The restore goes on without it, and says so."""
+    bad = frozen.folder / "bad.qws"
+    bad.write_bytes(b"QTWS\xff\xff")
+    good, frozen.working_set = frozen.working_set, bad
+    try:
+        server, work = frozen.serve()
+    finally:
+        frozen.working_set = good
+    with server, frozen.sandbox() as sandbox:
+        frozen.restore(sandbox, work)
+        frozen.order(sandbox, seed=1, touch=50)
+        assert frozen.result(sandbox)["errors"] == []
+        server.first_token()
+        server.requests_done()
+        assert server.wait_complete(LIMIT_S)
+    assert len(frozen.warnings) == 1 and "restoring without it" in frozen.warnings[0]
+    frozen.warnings.clear()
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_snapshot_removed_or_replaced_while_its_pages_come(frozen: Frozen, replaced: bool) -> None:
+    """A replica is brought to its end from the files that it began with, and no cache of theirs is believed of others."""
+    (frozen.folder / pagemap_cache.FILE_NAME).unlink(missing_ok=True)
+    server, work = frozen.serve(known=False)
+    old = frozen.folder / "removed"
+    with server, frozen.sandbox() as sandbox:
+        frozen.restore(sandbox, work)
+        frozen.images.rename(old)
+        try:
+            if replaced:
+                shutil.copytree(old, frozen.images)
+            frozen.order(sandbox, seed=1, touch=50)
+            assert frozen.result(sandbox)["errors"] == []
+            server.first_token()
+            server.requests_done()
+            assert server.wait_complete(LIMIT_S), frozen.deaths
+            assert not (replaced and believed(frozen))
+        finally:
+            shutil.rmtree(frozen.images, ignore_errors=True)
+            old.rename(frozen.images)
+    assert not frozen.deaths
+
+
+def believed(frozen: Frozen) -> bool:
+    """Whether page maps that are kept beside the images are taken for theirs."""
+    images = str(frozen.images)
+    return pagemap_cache.read(images, cache_file.stamps(images))[1]
+
+
+def test_images_tell_what_is_lazy(frozen: Frozen) -> None:
+    """CRIU's own page maps, read by us: offsets and lengths add up to the pages files."""
+    for pid in process_ids(str(frozen.images)):
+        image = read_process(str(frozen.images), pid)
+        size = (frozen.images / image.pages_file).stat().st_size
+        assert (image.lazy_pages + image.eager_pages) * 4096 == size
+        assert all(start < end and offset + end - start <= size for start, end, offset in image.runs)
+        assert any(end - start == 8 * 4096 for start, end in image.wiped_on_fork)

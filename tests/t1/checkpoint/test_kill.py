@@ -1,0 +1,94 @@
+"""kill -9 at each phase of a take and of a restore: nothing is left behind, what is in the library is whole, and the next run works."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from checkpoint.snapshot.digests import verify
+from checkpoint.snapshot.library import Library
+from tests.kits.leftovers import Watch, processes
+
+pytestmark = [pytest.mark.t1, pytest.mark.xdist_group("criu"), pytest.mark.slow, pytest.mark.timeout(400)]
+OWNER = Path(__file__).parents[2] / "programs" / "owner.py"
+
+
+@pytest.fixture
+def rig(tmp_path):
+    (tmp_path / "compile").mkdir()
+    watch = Watch(tmp_path)
+
+    def start(rounds):
+        env = {**os.environ, **watch.environment}
+        argv = [sys.executable, str(OWNER), str(tmp_path), str(rounds)]
+        return subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def finish(rounds):
+        """Run to the end, and well."""
+        with start(rounds) as process:
+            out, errors = process.communicate(timeout=120)
+        assert process.returncode == 0 and out.splitlines()[-1] == "done", errors[-2000:]
+
+    yield tmp_path, watch, start, finish
+
+
+def sound(home):
+    """Every snapshot that has a name is whole."""
+    library = Library(home)
+    for name in library.names():
+        verify(library.path(name), library.load(name).files, always=True)
+    return library
+
+
+@pytest.mark.parametrize("victim", ["owner", "criu", "init", "tree"])
+@pytest.mark.parametrize("moment", ["sandbox", "take", "restore"])
+def test_killed_at_a_phase(rig, moment, victim):
+    home, watch, start, finish = rig
+    draw = random.Random(f"{moment} {victim}")
+    # What a restore needs is there, whatever moment is chosen.
+    finish(1)
+    process = start(3)
+    with process:
+        for line in process.stdout:
+            if line.strip() == moment:
+                break
+        time.sleep(draw.uniform(0.0, 0.3))
+        if victim == "owner":
+            process.kill()
+        else:
+            name = {"criu": b"criu.bin", "init": b"init.py", "tree": b"tree.py"}[victim]
+            for pid in processes(watch._marker):
+                try:
+                    if name in Path(f"/proc/{pid}/cmdline").read_bytes():
+                        os.kill(pid, signal.SIGKILL)
+                except (OSError, ProcessLookupError):
+                    continue
+        # Whatever it says about it, it ends: with an error, or (nothing was there to be killed) well.
+        _, errors = process.communicate(timeout=120)
+        assert "Traceback" not in errors or "checkpoint.errors" in errors or "AssertionError" in errors, errors[-2000:]
+    assert {left for left in watch.gone() if not left.startswith(str(home))} == set()
+    sound(home)
+    finish(1)
+    Library(home).sweep()
+    assert watch.gone() == set()
+
+
+def test_killed_at_any_moment(rig):
+    home, watch, start, finish = rig
+    draw = random.Random(7)
+    for _ in range(12):
+        with start(2) as process:
+            time.sleep(draw.uniform(0.2, 3.0))
+            process.kill()
+            process.communicate(timeout=60)
+    assert {left for left in watch.gone() if not left.startswith(str(home))} == set()
+    library = sound(home)
+    library.sweep()
+    assert watch.gone() == set()
+    assert [p.name for p in library.folder.glob(".partial-*")] == []
+    finish(1)

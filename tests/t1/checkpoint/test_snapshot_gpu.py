@@ -1,0 +1,178 @@
+"""Taking and restoring a tree that "uses CUDA": the driver's calls stand in the right order around CRIU's, and what they need is recorded.
+
+The tree and CRIU are real; the driver is the double of cuda_double.py, whose state follows a process through its images as the real one's
+does.
+"""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from checkpoint.criu.binary import Criu
+from checkpoint.errors import Failed, HostLacks
+from checkpoint.sandbox.process_tree import processes
+from checkpoint.sandbox.sandbox import CACHE_DIR, Bind, Sandbox, SandboxConfig
+from checkpoint.snapshot import dump, room
+from checkpoint.snapshot import restore as restore_module
+from checkpoint.snapshot.digests import seal
+from checkpoint.snapshot.dump import take
+from checkpoint.snapshot.library import Library
+from checkpoint.snapshot.restore import restore
+from plugin.runtime.config import state_home
+from plugin.runtime.engine_output import Output
+from tests.kits.checkpoint_kit import draft
+from tests.kits.cuda_double import GPU0, Double, write
+from tests.kits.leftovers import Watch
+from tests.t1.checkpoint.test_process_tree import ask, start_tree
+
+pytestmark = [pytest.mark.t1, pytest.mark.xdist_group("criu")]
+
+
+def inner_pid_of(pid):
+    """What a process is called in its own pid namespace; empty where it is gone."""
+    status = Path(f"/proc/{pid}/status").read_text() if Path(f"/proc/{pid}").exists() else ""
+    return next((line.split()[-1] for line in status.splitlines() if line.startswith("NSpid:")), "")
+
+
+class Following(Double):
+    """The double, whose record of a restored process is the one it had at the dump: the real driver's lies in the process's memory."""
+
+    def __init__(self, folder, inner_pid):
+        super().__init__(folder)
+        self.inner_pid = inner_pid
+
+    def _record(self, pid):
+        file = self.folder / f"{pid}.json"
+        if not file.exists() and inner_pid_of(pid) == str(self.inner_pid):
+            (self.folder / f"{pid}.host").write_text("contents")
+            write(file, json.loads((self.folder / "dumped.json").read_text()))
+        return super()._record(pid)
+
+    def checkpoint(self, pid):
+        super().checkpoint(pid)
+        write(self.folder / "dumped.json", json.loads((self.folder / f"{pid}.json").read_text()))
+
+
+@pytest.fixture
+def rig(tmp_path, monkeypatch):
+    watch = Watch(tmp_path)
+    for name, value in watch.environment.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "compile").mkdir()
+    gpu = tmp_path / "gpu"
+    gpu.mkdir()
+    write(gpu / "gpus.json", {GPU0: 1 << 30})
+    library, output = Library(tmp_path), Output(None)
+    with Sandbox(SandboxConfig(binds=[Bind(tmp_path / "compile", Path(CACHE_DIR), read_only=False)])) as sandbox:
+        pid = start_tree(sandbox, output, 1)
+        # Not the least of them: pids begin anew at pid_max.
+        root = next(p for p in processes(sandbox.init_pid) if inner_pid_of(p) == str(pid))
+        write(gpu / f"{root}.json", {"state": "RUNNING", "memory": {GPU0: 1 << 20}})
+        (gpu / f"{root}.vram").write_text("contents")
+        yield library, sandbox, draft("tree", pid, {"stdout": output.name}), Following(str(gpu), pid), root
+    assert watch.gone() == set()
+
+
+def calls(driver):
+    """The driver's calls that change something, in order."""
+    lines = (driver.folder / "calls").read_text().splitlines()
+    return [line.split()[0] for line in lines if line.split()[0] in ("lock", "checkpoint", "restore", "unlock")]
+
+
+def test_the_gpu_is_left_for_the_dump_and_taken_again_by_everybody(rig):
+    library, sandbox, wanted, driver, _ = rig
+    snapshot = take(library, Criu.find(state_home()), sandbox, wanted, library.home / "compile", seal, driver=driver)
+    assert calls(driver) == ["lock", "checkpoint", "restore", "unlock"]
+    assert snapshot.gpu.processes == 1
+    assert snapshot.gpu.memory[GPU0] >= 1 << 20
+    assert library.load("tree").gpu == snapshot.gpu
+    assert ask(sandbox, op="count")["count"] == 2
+    output = Output(None)
+    replica = restore(
+        library,
+        Criu.find(state_home()),
+        snapshot,
+        [Bind(library.home / "compile", Path(CACHE_DIR), read_only=False)],
+        library.home / "compile",
+        {"stdout": output.write_fd},
+        driver=driver,
+    )
+    output.handed_over()
+    try:
+        assert calls(driver) == ["lock", "checkpoint", "restore", "unlock", "restore", "unlock"]
+        assert ask(replica.sandbox, op="count")["count"] == 2
+    finally:
+        replica.close()
+
+
+def test_a_dump_that_fails_gives_the_gpu_back(rig):
+    library, sandbox, wanted, driver, root = rig
+    broken = library.home / "criu"
+    broken.write_text("#!/bin/sh\nexit 1\n")
+    broken.chmod(0o755)
+    with pytest.raises(Failed, match="criu-dump-failed"):
+        take(library, Criu(broken), sandbox, wanted, library.home / "compile", seal, driver=driver)
+    assert json.loads((driver.folder / f"{root}.json").read_text())["state"] == "RUNNING"
+    assert library.names() == []
+    assert ask(sandbox, op="count")["count"] == 2
+
+
+def test_a_snapshot_with_gpu_state_is_refused_by_name_without_a_gpu(rig):
+    library, sandbox, wanted, driver, _ = rig
+    snapshot = take(library, Criu.find(state_home()), sandbox, wanted, library.home / "compile", seal, driver=driver)
+    read, write_end = os.pipe()
+    try:
+        with pytest.raises(HostLacks, match="gpu-missing"):
+            restore(library, Criu.find(state_home()), snapshot, [], library.home / "compile", {"stdout": write_end})
+    finally:
+        os.close(read)
+        os.close(write_end)
+
+
+def test_the_clock_of_a_snapshot_is_that_of_the_frozen_tree(rig):
+    """What the driver takes before the dump has passed for the tree, too: a restore must not turn its monotonic clock back."""
+    library, sandbox, wanted, driver, root = rig
+    write(driver.folder / "faults.json", [{"op": "checkpoint", "hang": 1.5}])
+    before = time.monotonic_ns()
+    snapshot = take(library, Criu.find(state_home()), sandbox, wanted, library.home / "compile", seal, driver=driver)
+    assert before + 1_500_000_000 <= snapshot.monotonic_ns <= time.monotonic_ns()
+
+
+def test_gpu_memory_counts_for_the_room_that_a_dump_needs(rig):
+    library, sandbox, wanted, driver, root = rig
+    record = json.loads((driver.folder / f"{root}.json").read_text())
+    write(driver.folder / f"{root}.json", {**record, "memory": {GPU0: 1 << 50}})
+    with pytest.raises(Failed, match="host-memory-short"):
+        take(library, Criu.find(state_home()), sandbox, wanted, library.home / "compile", seal, driver=driver)
+    assert calls(driver) == []
+
+
+def test_the_limit_of_a_dump_counts_what_the_driver_moved_into_host_memory(rig, monkeypatch):
+    library, sandbox, wanted, driver, _ = rig
+    sizes = iter([1 << 20, 10 << 30, 10 << 30])
+    monkeypatch.setattr(dump, "private_bytes", lambda pids: next(sizes))
+    monkeypatch.setattr(room, "check_disk", lambda folder, wanted: seen.append(wanted))
+    seen = []
+
+    class Watched(Criu):
+        def dump(self, *arguments, **more):
+            seen.append(arguments[-1])
+            raise Failed("criu-dump-failed", "enough")
+
+    criu = Watched(Criu.find(state_home()).program)
+    with pytest.raises(Failed, match="enough"):
+        take(library, criu, sandbox, wanted, library.home / "compile", seal, driver=driver)
+    assert 10 << 30 <= seen[1] < 11 << 30  # and what lies in /dev/shm and TMPDIR
+    assert seen[2] > (10 << 30) / restore_module.DUMP_SLOWEST
+
+
+def test_a_dump_after_which_the_gpu_is_lost_says_so_and_keeps_no_snapshot(rig):
+    library, sandbox, wanted, driver, root = rig
+    write(driver.folder / "faults.json", [{"op": "restore", "result": "CUDA_ERROR_OUT_OF_MEMORY", "state": "FAILED"}])
+    with pytest.raises(Failed) as caught:
+        take(library, Criu.find(state_home()), sandbox, wanted, library.home / "compile", seal, driver=driver)
+    assert caught.value.code == "cuda-stuck"
+    assert library.names() == []

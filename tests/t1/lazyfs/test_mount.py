@@ -1,0 +1,633 @@
+"""Real mounts: what they show, how they come and go, and that complete files are passed through."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pty
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from lazyfs.api import find_mount, import_directory, read_through, unmount
+from lazyfs.errors import Busy, LazyfsError, NotFound
+from lazyfs.mount import client, kernel
+from lazyfs.mount.client import no_mount
+from lazyfs.mount.control import ask
+from tests.kits.lazyfs_rig import LIMIT_S, ROOT, Rig, copied_namespace, is_daemon, wait_for, write_model
+
+pytestmark = [
+    pytest.mark.t1,
+    pytest.mark.skipif(not kernel.may_mount(), reason="needs /dev/fuse and CAP_SYS_ADMIN"),
+]
+SIZES = [1000, 5 << 20, 70_001, 2 << 20, 3 << 20, 9 << 20]
+
+
+COMMAND = (
+    "import click; from lazyfs.cli import mount, weights\nclick.Group(commands={'weights': weights, 'mount': mount})()"
+)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """One model and one home for the module: importing is tested elsewhere."""
+    folder = tmp_path_factory.mktemp("lazyfs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QUICKTHAW_HOME", str(folder / "home"))
+        patch.delenv("QUICKTHAW_STORE", raising=False)
+        model = write_model(folder / "model", SIZES)
+        yield model, import_directory(model)
+
+
+@pytest.fixture
+def rig(tmp_path):
+    rig = Rig(tmp_path)
+    yield rig
+    rig.close()
+
+
+# Both carry the same service; test-fast runs the one that root gets.
+TRANSPORTS = ["raw", pytest.param("pyfuse3", marks=pytest.mark.slow)]
+both = pytest.mark.parametrize("transport", TRANSPORTS)
+
+
+def assert_same(reader, model, mountpoint):
+    for path in sorted(p for p in model.rglob("*") if p.is_file()):
+        there = mountpoint / path.relative_to(model)
+        assert reader.ask("digest", str(there)) == reader.ask("digest", str(path)), path
+
+
+@pytest.mark.parametrize(
+    ("transport", "native", "use_origin"),
+    [
+        ("raw", "auto", True),
+        ("raw", "auto", False),
+        pytest.param("raw", "off", True, marks=pytest.mark.slow),
+        pytest.param("raw", "off", False, marks=pytest.mark.slow),
+        pytest.param("pyfuse3", "auto", True, marks=pytest.mark.slow),
+        ("pyfuse3", "auto", False),
+    ],
+)
+def test_every_byte_and_name(shared, rig, tmp_path, transport, native, use_origin):
+    model, digest = shared
+    handle = rig.mount(digest, transport=transport, native=native, use_origin=use_origin, cache_dir=tmp_path / "cache")
+    reader = rig.reader()
+    assert_same(reader, model, handle.mountpoint)
+    listing = reader.ask("call", f"sorted(os.listdir({str(handle.mountpoint)!r}))")
+    assert listing == sorted(os.listdir(model))
+    assert reader.ask("call", f"os.readlink({str(handle.mountpoint / 'link')!r})") == "sub/tokenizer.json"
+    status = handle.status()
+    assert status["transport"] == transport
+    assert status["counters"]["failed"] == 0
+    if transport == "raw" and native == "auto":
+        assert status["counters"]["native_opens"] > 0
+    else:
+        assert status["counters"]["native_opens"] == 0
+    if native == "auto" and transport == "raw" and use_origin:
+        assert status["counters"]["reads"] == 0
+    handle.unmount(force=True)
+    assert kernel.mount_at(str(handle.mountpoint)) is None
+    assert not is_daemon(handle.pid)
+
+
+@both
+def test_errno_of_everything_but_reading(shared, rig, transport):
+    _, digest = shared
+    handle = rig.mount(digest, transport=transport)
+    reader = rig.reader()
+    m = str(handle.mountpoint)
+
+    def number(expression):
+        answer = reader.ask("call", expression)
+        return answer["errno"] if isinstance(answer, dict) else answer
+
+    assert number(f"os.open('{m}/none', os.O_RDONLY)") == errno.ENOENT
+    assert number(f"os.open('{m}/config.json/x', os.O_RDONLY)") == errno.ENOTDIR
+    assert number(f"os.open('{m}/{'x' * 300}', os.O_RDONLY)") == errno.ENAMETOOLONG
+    assert number(f"os.open('{m}/config.json', os.O_WRONLY)") == errno.EROFS
+    assert number(f"os.open('{m}/new', os.O_WRONLY | os.O_CREAT)") == errno.EROFS
+    assert number(f"os.unlink('{m}/config.json')") == errno.EROFS
+    assert number(f"os.mkdir('{m}/d')") == errno.EROFS
+    assert number(f"os.rename('{m}/config.json', '{m}/x')") == errno.EROFS
+    assert number(f"os.truncate('{m}/config.json', 0)") == errno.EROFS
+    assert number(f"os.chmod('{m}/config.json', 0o777)") == errno.EROFS
+    assert number(f"os.symlink('a', '{m}/s')") == errno.EROFS
+    assert number(f"os.setxattr('{m}/config.json', 'user.a', b'1')") == errno.EROFS
+    assert number(f"os.getxattr('{m}/config.json', 'user.none')") == errno.ENODATA
+    assert number(f"os.readlink('{m}/config.json')") == errno.EINVAL
+    assert number(f"os.read(os.open('{m}/sub', os.O_RDONLY), 1)") == errno.EISDIR
+    assert number(f"os.pread(os.open('{m}/config.json', os.O_RDONLY), 10, 1 << 40).hex()") == ""
+    assert number(f"os.fsync(os.open('{m}/config.json', os.O_RDONLY))") is None
+    assert number(f"os.fsync(os.open('{m}/sub', os.O_RDONLY))") is None
+
+
+@pytest.mark.parametrize("transport", ["raw", "pyfuse3"])
+def test_extended_attributes(shared, rig, tmp_path, transport):
+    _, digest = shared
+    handle = rig.mount(
+        digest, transport=transport, use_origin=False, cache_dir=tmp_path / "c", background_mb_s=0.0, prefetch=False
+    )
+    reader, path = rig.reader(), str(handle.mountpoint / "model.safetensors")
+    names = reader.ask("call", f"os.listxattr({path!r})")
+    assert names == ["user.quickthaw.digest", "user.quickthaw.chunks", "user.quickthaw.cached"]
+    share = f"os.getxattr({path!r}, 'user.quickthaw.cached').decode()"
+    assert reader.ask("call", share) == "0.0000"
+    reader.ask("digest", path)
+    assert reader.ask("call", share) == "1.0000"
+    assert len(reader.ask("call", f"os.getxattr({path!r}, 'user.quickthaw.digest').decode()")) == 64
+    top = f"os.getxattr({str(handle.mountpoint)!r}, 'user.quickthaw.manifest').decode()"
+    assert reader.ask("call", top) == digest
+
+
+@both
+def test_mounting_again_is_the_same_mount(shared, rig, tmp_path, transport):
+    _, digest = shared
+    first = rig.mount(digest, transport=transport)
+    assert rig.mount(digest, transport=transport).pid == first.pid
+    assert find_mount(tmp_path / "mnt").pid == first.pid
+    with pytest.raises(Busy) as caught:
+        rig.mount("0" * 64)
+    assert caught.value.code == "mounted-otherwise"
+
+
+def test_many_at_once_start_one_daemon(shared, rig):
+    _, digest = shared
+    pids, failures = [], []
+
+    def go():
+        try:
+            pids.append(rig.mount(digest).pid)
+        except LazyfsError as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=go) for _ in range(6)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join(LIMIT_S)
+    assert not failures and len(pids) == 6 and len(set(pids)) == 1
+
+
+@both
+def test_a_killed_daemon_is_replaced(shared, rig, transport):
+    model, digest = shared
+    first = rig.mount(digest, transport=transport)
+    os.kill(first.pid, signal.SIGKILL)
+    reader = rig.reader()
+    wait_for(lambda: not is_daemon(first.pid))
+    assert reader.ask("call", f"os.listdir({str(first.mountpoint)!r})") == {"errno": errno.ENOTCONN}
+    second = rig.mount(digest, transport=transport)
+    assert second.pid != first.pid
+    assert_same(reader, model, second.mountpoint)
+
+
+@pytest.mark.slow
+def test_a_stopped_daemon_is_replaced(shared, rig, monkeypatch):
+    _, digest = shared
+    monkeypatch.setattr("lazyfs.mount.client._PING_S", 0.3)
+    first = rig.mount(digest)
+    os.kill(first.pid, signal.SIGSTOP)
+    second = rig.mount(digest)
+    assert second.pid != first.pid and not is_daemon(first.pid)
+
+
+@both
+def test_unmounting(shared, rig, tmp_path, transport):
+    _, digest = shared
+    handle = rig.mount(digest, native="off", transport=transport)
+    reader = rig.reader()
+    assert reader.ask("open", "f", str(handle.mountpoint / "config.json")) is True
+    with pytest.raises(Busy):
+        handle.unmount()
+    assert handle.status()["open_files"] == 1
+    handle.unmount(force=True)
+    assert not is_daemon(handle.pid)
+    with pytest.raises(NotFound):
+        unmount(tmp_path / "mnt")
+    with pytest.raises(NotFound):
+        handle.status()
+    leftovers = [p.name for p in handle.socket.parent.parent.glob("mounts/*.json")]
+    assert not handle.socket.exists() and not leftovers
+
+
+@both
+def test_a_mount_used_in_another_namespace_goes_on(shared, rig, tmp_path, transport):
+    """What an engine's sandbox does: it binds the mount into a namespace of its own, and the host unmounts."""
+    model, digest = shared
+    # Shorter than the last wait below: a sandbox of another test may have copied the mount, too.
+    first = rig.mount(digest, transport=transport, orphan_exit_s=30.0)
+    (tmp_path / "inner").mkdir()
+    script = f"""
+import os, sys
+sys.stdin.readline()
+data = open({str(tmp_path / "inner" / "config.json")!r}).read()
+print(data, flush=True)
+"""
+    inner = subprocess.Popen(
+        [
+            "unshare", "-m", "--propagation", "private", "sh", "-c",
+            f"mount --bind {first.mountpoint} {tmp_path / 'inner'} && echo bound && exec {sys.executable} -c \"$0\"",
+            script,
+        ],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert inner.stdout.readline() == "bound\n"
+        assert first.unmount(limit_s=0.5) is False
+        second = rig.mount(digest, transport=transport)
+        assert second.pid != first.pid and is_daemon(first.pid)
+        out, _ = inner.communicate("go\n", timeout=LIMIT_S)
+        assert out == (model / "config.json").read_text() + "\n"
+    finally:
+        inner.kill()
+        inner.wait(LIMIT_S)
+    wait_for(lambda: not is_daemon(first.pid))
+    assert find_mount(first.mountpoint).pid == second.pid
+
+
+@both
+def test_an_idle_mount_does_not_live_on_in_the_sandboxes_of_others(shared, rig, transport):
+    """Where mounts are private, as in a container, a sandbox keeps a copy of each, and nobody there reads it."""
+    _, digest = shared
+    handle = rig.mount(digest, transport=transport, idle_exit_s=1.0, orphan_exit_s=3600.0)
+    with copied_namespace():
+        handle.unmount()
+        wait_for(lambda: not is_daemon(handle.pid))
+
+
+@both
+def test_a_mount_ends_at_once_though_its_fetcher_does_not_answer(shared, rig, transport):
+    """It is stopped, stuck in a disk, or still being started on a busy host."""
+    _, digest = shared
+    handle = rig.mount(digest, transport=transport, use_origin=False, orphan_exit_s=0.1)
+    fetcher = rig.fetcher_of(handle)
+    os.kill(fetcher, signal.SIGSTOP)
+    started = time.monotonic()
+    handle.unmount()
+    wait_for(lambda: not is_daemon(handle.pid))
+    assert time.monotonic() - started < 5
+    wait_for(lambda: not os.path.exists(f"/proc/{fetcher}/exe"))
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_unmounting_waits_for_a_daemon_that_is_slow_to_end(shared, rig, monkeypatch, kept):
+    """On a busy host that takes more than the second for a mount that is kept by another namespace."""
+    _, digest = shared
+    limits = []
+    monkeypatch.setattr(client, "_gone", lambda pid, limit_s: limits.append(limit_s) or True)
+    monkeypatch.setattr(kernel, "exists", lambda device: kept)
+    rig.mount(digest).unmount(limit_s=7.0)
+    assert limits == [client._END_S if kept else 7.0]
+
+
+def test_a_mount_exists_as_long_as_any_namespace_shows_it(shared, rig):
+    _, digest = shared
+    handle = rig.mount(digest, orphan_exit_s=1.0)
+    device = kernel.mount_at(str(handle.mountpoint)).device
+    with copied_namespace():
+        kernel.unmount(str(handle.mountpoint))
+        assert kernel.exists(device)
+    wait_for(lambda: not is_daemon(handle.pid))
+    # Unless another test has mounted meanwhile, and has been given the same number.
+    wait_for(lambda: not kernel.exists(device))
+
+
+@both
+@pytest.mark.slow
+def test_it_unmounts_itself_when_idle(shared, rig, transport):
+    _, digest = shared
+    handle = rig.mount(digest, transport=transport, idle_exit_s=0.2, orphan_exit_s=0.2)
+    wait_for(lambda: kernel.mount_at(str(handle.mountpoint)) is None)
+    wait_for(lambda: not is_daemon(handle.pid))
+
+
+def test_a_manifest_that_is_not_there(rig, shared, tmp_path):
+    with pytest.raises(NotFound) as caught:
+        rig.mount("0" * 64)
+    assert "weights ls" in str(caught.value)
+    assert kernel.mount_at(str(tmp_path / "mnt")) is None
+
+
+@both
+@pytest.mark.slow
+def test_unmounted_while_it_is_read(shared, rig, tmp_path, transport):
+    """A reader in the middle of a file when its mount is forced away gets an error at once, and the daemon is gone."""
+    _, digest = shared
+    handle = rig.mount(digest, transport=transport, native="off", cache_dir=tmp_path / "c", use_origin=False)
+    reader, path = rig.reader(), handle.mountpoint / "model.safetensors"
+    assert reader.ask("open", "m", str(path)) is True
+    reader.ask("pread", "m", 0, 10)
+    with pytest.raises(Busy):
+        handle.unmount()
+    assert handle.unmount(force=True) is True
+    assert not is_daemon(handle.pid)
+    size = sum(SIZES)
+    answers = [reader.ask("pread", "m", place, 4096) for place in range(0, size, 1 << 20)]
+    failed = [a for a in answers if isinstance(a, dict)]
+    # What the kernel's page cache holds is still right; everything else is refused, not waited for.
+    assert failed and {a["errno"] for a in failed} <= {errno.ENOTCONN, errno.ECONNABORTED, errno.EIO}
+    assert kernel.mount_at(str(handle.mountpoint)) is None
+
+
+@both
+@pytest.mark.slow
+def test_a_file_in_place_that_is_cut_short_fails_and_hurts_nobody(rig, tmp_path, shared, transport):
+    """Read in place, truncated while open: EIO for what is gone, and the daemon goes on."""
+    model = write_model(tmp_path / "own", [5 << 20, 3 << 20])
+    handle = rig.mount(read_through(model), transport=transport, native="off", cache_dir=None)
+    reader, path = rig.reader(), handle.mountpoint / "model.safetensors"
+    assert reader.ask("open", "m", str(path)) is True
+    os.truncate(model / "model.safetensors", 1 << 20)
+    assert reader.ask("pread", "m", 6 << 20, 4096) == {"errno": errno.EIO}
+    assert reader.ask("digest", str(handle.mountpoint / "config.json")) == reader.ask(
+        "digest", str(model / "config.json")
+    )
+    assert is_daemon(handle.pid)
+
+
+@pytest.mark.slow
+def test_direct_reads_of_any_alignment(shared, rig, tmp_path):
+    """O_DIRECT past the page cache: offsets and lengths reach the daemon as they are, and need more pages than fit."""
+    model, digest = shared
+    handle = rig.mount(digest, transport="raw", native="off", cache_dir=tmp_path / "c", use_origin=False)
+    reader, path = rig.reader(), str(handle.mountpoint / "model.safetensors")
+    data = (model / "model.safetensors").read_bytes()
+    for place, length in ((0, 4096), (1, 1 << 20), (4095, (1 << 20) + 1), (70_001, 3 << 20), (len(data) - 5, 4096)):
+        call = f"os.pread(os.open({path!r}, os.O_RDONLY | os.O_DIRECT), {length}, {place}).hex()"
+        got = bytes.fromhex(reader.ask("call", call))
+        assert got == data[place : place + len(got)] and len(got) > 0
+        assert len(got) == min(length, len(data) - place) or length > 1 << 20
+
+
+@pytest.mark.slow
+def test_an_image_that_only_the_disk_has(shared, rig, tmp_path):
+    """Its pages dropped from memory: the same bytes, however many read at once."""
+    model, digest = shared
+    cache = tmp_path / "c"
+    handle = rig.mount(digest, transport="raw", native="off", cache_dir=cache, use_origin=False)
+    wait_for(lambda: handle.status()["cached_bytes"] == handle.status()["bytes"])
+    for path in cache.glob("images/*/*/data"):
+        with open(path, "rb") as f:
+            os.fsync(f.fileno())
+            os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    readers, data = [rig.reader() for _ in range(4)], (model / "model.safetensors").read_bytes()
+    for number, reader in enumerate(readers):
+        assert reader.ask("open", "m", str(handle.mountpoint / "model.safetensors")) is True
+        reader.send("pread", "m", number * (4 << 20), 2 << 20)
+    for number, reader in enumerate(readers):
+        assert reader.receive() == data[number * (4 << 20) :][: 2 << 20].hex()
+
+
+def test_not_over_another_file_system(shared, rig, tmp_path):
+    _, digest = shared
+    (tmp_path / "mnt").mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "none", tmp_path / "mnt"], check=True, timeout=LIMIT_S)
+    try:
+        with pytest.raises(Busy):
+            rig.mount(digest)
+    finally:
+        subprocess.run(["umount", tmp_path / "mnt"], check=True, timeout=LIMIT_S)
+
+
+@both
+def test_a_changed_original_is_not_served(shared, rig, tmp_path, transport):
+    model = write_model(tmp_path / "own", [5 << 20])
+    digest = import_directory(model)
+    handle = rig.mount(digest, transport=transport)
+    reader, path = rig.reader(), model / "config.json"
+    before = reader.ask("digest", str(path))
+    stat = path.stat()
+    path.write_text(path.read_text().replace("toy", "bad"))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert reader.ask("digest", str(handle.mountpoint / "config.json")) == before != reader.ask("digest", str(path))
+
+
+@both
+@pytest.mark.parametrize("native", ["auto", "off"])
+def test_an_original_that_changes_while_it_is_open(rig, tmp_path, shared, transport, native):
+    """Who has it open sees its new bytes, as in the plain directory; nobody else does."""
+    model = write_model(tmp_path / "own", [5 << 20])
+    handle = rig.mount(import_directory(model), transport=transport, native=native)
+    path, reader = str(handle.mountpoint / "config.json"), rig.reader()
+    wanted = reader.ask("digest", path)
+    reader.ask("open", 0, path)
+    (model / "sub" / "tokenizer.json").unlink()  # A file that is only removed is still what it was.
+    with open(model / "config.json", "r+b") as original:
+        original.write(b"EVIL")
+    assert reader.ask("open", 1, path) == {"errno": errno.EIO}
+    reader.ask("close", 0)
+    # The kernel tells of the last close a moment later.
+    wait_for(lambda: reader.ask("digest", path) == wanted)
+
+
+def test_a_mount_of_another_home_is_left_alone(rig, tmp_path, shared, monkeypatch):
+    _, digest = shared
+    first = rig.mount(digest)
+    store = first.store_url
+    monkeypatch.setenv("QUICKTHAW_HOME", str(tmp_path / "another"))
+    with pytest.raises(Busy) as caught:
+        rig.mount(digest, store_url=store)
+    assert caught.value.code == "mounted-otherwise"
+    assert is_daemon(first.pid) and rig.reader().ask("call", f"os.listdir({str(first.mountpoint)!r})")
+    os.kill(first.pid, signal.SIGKILL)
+    wait_for(lambda: not is_daemon(first.pid))
+    assert rig.mount(digest, store_url=store).pid != first.pid
+
+
+def test_reading_a_directory_in_place(rig, tmp_path, shared):
+    model = write_model(tmp_path / "own", [5 << 20, 1000])
+    handle = rig.mount(read_through(model), cache_dir=None)
+    reader = rig.reader()
+    assert_same(reader, model, handle.mountpoint)
+    assert handle.status()["counters"]["reads"] == 0
+    handle.unmount()
+    cached = rig.mount(read_through(model), use_origin=False, cache_dir=None)
+    assert_same(reader, model, cached.mountpoint)
+    (model / "sub" / "tokenizer.json").write_bytes(b"y" * 100_000)
+    stale = rig.mount(cached.manifest, "second", use_origin=False, cache_dir=None)
+    assert_same_or_error(reader, stale.mountpoint / "sub" / "tokenizer.json", 100_000)
+
+
+def assert_same_or_error(reader, path, size):
+    """Of a source that changed under a mount: the old bytes (cached) or an error, never the new ones."""
+    answer = reader.ask("call", f"open({str(path)!r}, 'rb').read().count(b'y')")
+    assert isinstance(answer, dict) or answer < size // 2
+
+
+def test_an_original_that_is_gone_is_not_counted_as_cached(rig, tmp_path, shared):
+    model = write_model(tmp_path / "own", [5 << 20])
+    digest = import_directory(model)
+    handle = rig.mount(digest, cache_dir=tmp_path / "c")
+    size = handle.status()["bytes"]
+    assert handle.status()["cached_bytes"] == size
+    assert handle.control("pin").items() >= {"files": 4, "in_place": 4, "absent_chunks": 0, "absent_bytes": 0}.items()
+    shutil.rmtree(model)
+    assert handle.status()["cached_bytes"] == 0
+    handle.unmount()
+    # A mount after that fetches all of it in the background, as any other.
+    again = rig.mount(digest, "again", cache_dir=tmp_path / "c")
+    wait_for(lambda: again.status()["cached_bytes"] == size)
+
+
+def test_a_stopped_daemon_is_named(shared, rig, monkeypatch):
+    monkeypatch.setattr("lazyfs.mount.client._PING_S", 0.2)
+    _, digest = shared
+    handle = rig.mount(digest)
+    assert no_mount(rig.tmp / "elsewhere").code == "not-found"
+    os.kill(handle.pid, signal.SIGSTOP)
+    try:
+        assert find_mount(handle.mountpoint) is None
+        reason = no_mount(handle.mountpoint)
+        assert reason.code == "daemon-silent" and str(handle.pid) in str(reason)
+    finally:
+        os.kill(handle.pid, signal.SIGCONT)
+
+
+@both
+def test_control_socket(shared, rig, tmp_path, transport):
+    _, digest = shared
+    cache = tmp_path / "c"
+    handle = rig.mount(
+        digest, use_origin=False, cache_dir=cache, transport=transport, background_mb_s=0.0, prefetch=False
+    )
+    assert handle.status()["cached_bytes"] == 0
+    assert handle.control("prefetch", path="model.safetensors")["absent_chunks"] > 3
+    wait_for(lambda: handle.status()["cached_bytes"] >= sum(SIZES))
+    assert handle.control("prefetch", path="model.safetensors")["absent_bytes"] == 0
+    assert (handle.socket.stat().st_mode & 0o777) == 0o600
+    for bad in ({"op": "nonsense"}, {"op": "prefetch", "path": "none"}):
+        with pytest.raises(LazyfsError) as caught:
+            ask(handle.socket, bad)
+        assert caught.value.code == "usage"
+    assert handle.control("pin")["files"] == 4
+    assert handle.control("drop")["files"] == 4
+    wait_for(lambda: handle.status()["cached_bytes"] == 0)
+    with pytest.raises(NotFound):
+        ask(tmp_path / "nobody.sock", {"op": "ping"})
+
+
+def run(*arguments, code=0):
+    """One `quickthaw weights …` or `quickthaw mount …`, ended with that exit code."""
+    done = subprocess.run(
+        [sys.executable, "-c", COMMAND, *map(str, arguments)],
+        capture_output=True, text=True, timeout=LIMIT_S, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    return done
+
+
+@pytest.mark.slow
+def test_the_command_line_prefetches_pins_and_drops(shared, rig, tmp_path):
+    _, digest = shared
+    cache = tmp_path / "c"
+    handle = rig.mount(digest, use_origin=False, cache_dir=cache, background_mb_s=0.0, prefetch=False)
+    mnt = handle.mountpoint
+    size = (mnt / "config.json").stat().st_size
+    asked = {"files": 1, "in_place": 0, "absent_chunks": 1, "absent_bytes": size}
+    assert json.loads(run("mount", "--pin", mnt / "config.json", "--json").stdout) == asked
+    assert run("mount", "--prefetch", mnt).stdout.startswith("files: 4  in_place: 0  absent_chunks: ")
+    wait_for(lambda: handle.status()["cached_bytes"] == handle.status()["bytes"])
+    assert json.loads(run("mount", "--drop", mnt, "--json").stdout)["files"] == 4
+    wait_for(lambda: handle.status()["cached_bytes"] == 0)
+    assert "[usage]" in run("mount", "--prefetch", mnt / "none", code=1).stderr
+    assert "[not-found]" in run("mount", "--drop", tmp_path, code=1).stderr
+
+
+def test_the_command_line(shared, tmp_path):
+    _, digest = shared
+    assert digest in run("weights", "ls", "--json").stdout
+    mnt = tmp_path / "m"
+    try:
+        answer = json.loads(run("mount", digest[:12], mnt, "--detach", "--json").stdout)
+        assert answer["manifest"] == digest
+        assert json.loads(run("mount", "--status", mnt, "--json").stdout)["pid"] == answer["pid"]
+    finally:
+        run("mount", "--unmount", mnt, "--force")
+    refused = run("mount", "nothing-like-it", mnt, code=1)
+    assert refused.stderr.count("\n") == 1 and "[not-found]" in refused.stderr
+    assert "[not-found]" in run("weights", "import", tmp_path / "none", code=1).stderr
+    run("mount", code=2)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_mount_in_the_foreground_goes_with_its_terminal(shared, tmp_path, number):
+    _, digest = shared
+    mnt = tmp_path / "m"
+    # Where the tests themselves run under nohup, the signal would be ignored, as it should.
+    foreground = subprocess.Popen(
+        ["env", "--default-signal=HUP", sys.executable, "-c", COMMAND, "mount", digest, str(mnt)],
+        stdout=subprocess.PIPE, text=True, cwd=ROOT,
+    )  # fmt: skip
+    try:
+        assert foreground.stdout.readline().startswith("ready: ")
+        foreground.send_signal(number)
+        assert foreground.wait(LIMIT_S) == 0
+    finally:
+        foreground.kill()
+        foreground.stdout.close()
+    assert kernel.mount_at(str(mnt)) is None
+
+
+def test_a_mount_point_that_is_a_link(shared, rig, tmp_path):
+    """One mount, whichever way it is named; also once its daemon is gone and the path answers nobody."""
+    _, digest = shared
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "one").symlink_to("two")
+    (tmp_path / "two").symlink_to("deep/../deep/mnt")
+    first = rig.mount(digest, "one")
+    assert first.mountpoint == tmp_path / "deep" / "mnt"
+    assert rig.mount(digest, "deep/mnt").pid == first.pid == find_mount(tmp_path / "two").pid
+    os.kill(first.pid, signal.SIGKILL)
+    wait_for(lambda: not is_daemon(first.pid))
+    second = rig.mount(digest, "one")
+    assert second.pid != first.pid
+    unmount(tmp_path / "one")
+    assert kernel.mount_at(str(first.mountpoint)) is None
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    with pytest.raises(LazyfsError) as caught:
+        rig.mount(digest, "a")
+    assert caught.value.code == "usage"
+
+
+@pytest.mark.slow
+def test_an_import_shows_its_progress_on_a_terminal(shared, tmp_path):
+    model = write_model(tmp_path / "own", [5 << 20, 4 << 20], seed=4)
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-c", COMMAND, "weights", "import", str(model), "--json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs, cwd=ROOT, text=True)
+    os.close(theirs)
+    shown = b""
+    try:
+        while part := os.read(ours, 4096):
+            shown += part
+    except OSError as error:
+        # What the reading end of a terminal says when the last writer has gone.
+        assert error.errno == errno.EIO
+    finally:
+        os.close(ours)
+    out, _ = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == 0 and json.loads(out)["bytes"] > 9 << 20
+    shares = [float(line.split(b"%")[0]) for line in shown.split(b"\r") if b"%" in line]
+    assert len(shares) >= 2 and shares == sorted(shares) and shares[-1] == 100.0 and b" of 9.5 MB" in shown
+
+
+@pytest.mark.slow
+def test_thousand_files(rig, tmp_path, shared):
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for i in range(1000):
+        (folder / f"f{i:04}").write_text(f"file {i}")
+    digest = import_directory(folder)
+    started = time.monotonic()
+    handle = rig.mount(digest, use_origin=False, cache_dir=tmp_path / "c")
+    reader = rig.reader()
+    assert reader.ask("call", f"open('{handle.mountpoint}/f0777').read()") == "file 777"
+    assert time.monotonic() - started < LIMIT_S
+    assert reader.ask("call", f"len(os.listdir('{handle.mountpoint}'))") == 1000

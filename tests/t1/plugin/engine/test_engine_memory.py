@@ -1,0 +1,48 @@
+"""What an engine's process gives back before a dump: the allocator's free pages to the kernel, the CUDA caching allocator's to the
+driver."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.t1]
+REPO = Path(__file__).parents[4]
+
+# Blocks too small to be mappings of their own; every hundredth stays, so that the heap's end cannot simply come down.
+CHILD = """
+import ctypes, sys, types, weakref
+sys.path.insert(0, sys.argv[1])
+from plugin.engine import memory
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, (ctypes.c_void_p,)
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096 >> 20
+size = 64 << 10
+blocks = [libc.malloc(size) for _ in range(1000)]
+for block in blocks:
+    ctypes.memset(block, 1, size)
+for index, block in enumerate(blocks):
+    if index % 100:
+        libc.free(block)
+emptied = []
+cuda = types.SimpleNamespace(is_initialized=lambda: sys.argv[2] == "yes", empty_cache=lambda: emptied.append(1))
+if sys.argv[2] != "none":
+    sys.modules["torch"] = types.SimpleNamespace(cuda=cuda)
+class Loop: pass
+loop = Loop(); loop.loop = loop
+gone = weakref.ref(loop); del loop
+before = resident()
+memory.trim()
+print(before - resident() > 40, gone() is None, len(emptied))
+"""
+
+
+@pytest.mark.parametrize(("cuda", "emptied"), [("none", 0), ("no", 0), ("yes", 1)])
+def test_free_memory_goes_back_and_a_gpu_is_only_asked_where_there_is_a_context(cuda, emptied):
+    out = subprocess.run(
+        [sys.executable, "-c", CHILD, str(REPO), cuda], capture_output=True, text=True, timeout=30, check=True
+    )
+    assert out.stdout.split() == ["True", "True", str(emptied)]

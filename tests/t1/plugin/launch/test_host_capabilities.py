@@ -1,0 +1,30 @@
+"""What a host or container must grant, tried out with everything else taken away (setpriv(1) bounds what a command may have)."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.t1
+REPO = Path(__file__).parents[4]
+ENOUGH = "-all,+sys_admin,+net_admin,+setpcap,+sys_chroot"
+"""docs/deploy.md names these, and CAP_SYS_PTRACE for pages on demand."""
+
+
+def doctor(bounds):
+    """The findings of `quickthaw doctor` by what was tried, with capabilities bounded so."""
+    argv = ["setpriv", "--bounding-set", bounds, sys.executable, "-m", "plugin", "doctor", "--json"]
+    result = subprocess.run(
+        argv, cwd=REPO, env=dict(os.environ), capture_output=True, text=True, timeout=60, check=False
+    )
+    assert "Traceback" not in result.stderr, result.stderr
+    return {finding["what"]: finding for finding in json.loads(result.stdout)}
+
+
+def test_the_least_set_of_capabilities_dumps_and_restores():
+    found = doctor(ENOUGH)
+    assert found["sandbox"]["state"] == "ok", found
+    assert found["dump and restore"]["state"] == "ok", found

@@ -1,0 +1,243 @@
+"""Bad input to the commands: one clear line that names the cause and the way out, the right exit code, and nothing left behind."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launchers.bare import free_port
+from tests.kits.leftovers import Watch
+
+pytestmark = [pytest.mark.t1, pytest.mark.xdist_group("launch")]
+REPO = Path(__file__).parents[4]
+
+
+@pytest.fixture
+def rig(tmp_path):
+    """Run `quickthaw …` with a state folder of its own, and prove at the end that nothing is left."""
+    home = tmp_path / "home"
+    home.mkdir()
+    watch = Watch(home)
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    (model / "model.safetensors").write_bytes(bytes(64))
+
+    def run(*words, limit_s=60.0, **environment):
+        env = {**os.environ, "QUICKTHAW_HOME": str(home), **watch.environment, **environment}
+        argv = [sys.executable, "-m", "plugin", *words]
+        return subprocess.run(
+            argv, env=env, cwd=REPO, capture_output=True, text=True, timeout=limit_s, stdin=subprocess.DEVNULL
+        )
+
+    run.model, run.home, run.watch = str(model), home, watch
+    yield run
+    assert watch.gone() == set()
+
+
+def only_line(result, code):
+    """The one line that says what went wrong."""
+    lines = [line for line in result.stderr.splitlines() if code in line]
+    assert len(lines) == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    return lines[0]
+
+
+def test_an_unknown_engine(rig):
+    result = rig("launch", "llama.cpp", "--model", rig.model)
+    assert result.returncode == 2
+    assert "vllm and sglang" in only_line(result, "unknown-engine")
+
+
+def test_no_model(rig):
+    result = rig("launch", "vllm", "--port", str(free_port()))
+    assert result.returncode == 2
+    assert "--model DIR" in only_line(result, "no-model")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "code"),
+    [
+        (lambda model: (model / "model.safetensors").unlink(), "model-without-weights"),
+        (lambda model: (model / "config.json").unlink(), "model-without-config"),
+    ],
+)
+def test_a_model_directory_that_cannot_be_served(rig, spoil, code):
+    spoil(Path(rig.model))
+    result = rig("launch", "vllm", "--model", rig.model, "--port", str(free_port()))
+    assert result.returncode == 2
+    assert rig.model in only_line(result, code)
+
+
+def test_a_model_directory_that_is_not_there(rig):
+    result = rig("launch", "sglang", "--model-path", rig.model + "-gone", "--port", str(free_port()))
+    assert result.returncode == 2
+    only_line(result, "model-missing")
+
+
+def test_a_port_in_use(rig):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        result = rig("launch", "vllm", "--model", rig.model, "--host", "127.0.0.1", "--port", port)
+    assert result.returncode == 2
+    assert "--port" in only_line(result, "port-in-use")
+
+
+def test_a_port_that_is_none(rig):
+    result = rig("launch", "vllm", "--model", rig.model, "--port", "http")
+    assert result.returncode == 2
+    only_line(result, "bad-port")
+
+
+def test_an_interpreter_that_is_none(rig):
+    result = rig(
+        "launch", "--engine-python", "/nowhere/python", "vllm", "--model", rig.model, "--port", str(free_port())
+    )
+    assert result.returncode == 2
+    only_line(result, "engine-python")
+
+
+def test_an_engine_that_dies_at_once_gives_its_own_code_and_last_words(rig, tmp_path):
+    engine = tmp_path / "engine"
+    engine.write_text("#!/bin/sh\necho 'RuntimeError: out of luck' >&2\nexit 17\n")
+    engine.chmod(0o755)
+    result = rig(
+        "launch",
+        "--engine-python",
+        str(engine),
+        "vllm",
+        "--model",
+        rig.model,
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(free_port()),
+    )
+    assert result.returncode == 17
+    line = only_line(result, "quickthaw: engine-died")
+    assert "code 17" in line and "out of luck" in line
+    assert result.stderr.count("engine-died") == 1, "said once"
+
+
+@pytest.mark.parametrize(
+    "words", [("--help",), ("-h",), ("--version",), ("--model", "x", "--help=all"), ("serve", "--help")]
+)
+@pytest.mark.parametrize("name", ["vllm", "sglang"])
+def test_the_engines_own_help_is_printed(rig, tmp_path, name, words):
+    engine = tmp_path / "engine"
+    engine.write_text('#!/bin/sh\necho "usage of $*"\nexit 0\n')
+    engine.chmod(0o755)
+    result = rig("launch", "--engine-python", str(engine), name, *words)
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    told = "usage of -c" if "--version" in words else f"usage of -m {name}"
+    assert result.stdout.startswith(told) and (words[-1] in result.stdout or result.stdout.endswith(f"{name}\n"))
+    assert not list(rig.home.iterdir()), "no port, no sandbox, no state"
+
+
+def test_a_request_that_waits_for_an_engine_that_dies_is_told_why(rig, tmp_path):
+    engine = tmp_path / "engine"
+    engine.write_text("#!/bin/sh\nsleep 1\nexit 4\n")
+    engine.chmod(0o755)
+    port = str(free_port())
+    env = {**os.environ, "QUICKTHAW_HOME": str(rig.home), **rig.watch.environment}
+    argv = [sys.executable, "-m", "plugin", "launch", "--engine-python", str(engine), "vllm"]
+    argv += ["--model", rig.model, "--host", "127.0.0.1", "--port", port]
+    with subprocess.Popen(argv, env=env, cwd=REPO, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
+        limit = time.monotonic() + 20
+        while True:
+            try:
+                sock = socket.create_connection(("127.0.0.1", int(port)), timeout=30)
+                break
+            except ConnectionRefusedError:
+                assert time.monotonic() < limit
+                time.sleep(0.02)
+        with sock, sock.makefile("rb") as file:
+            sock.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}")
+            head = file.readline()
+            body = file.read()
+        assert b" 503 " in head or b" 502 " in head
+        error = json.loads(body.partition(b"\r\n\r\n")[2])["error"]
+        assert error["code"] == "engine-died" and "last words" not in error["message"]
+        process.communicate(timeout=30)
+        assert process.returncode == 4
+
+
+@pytest.mark.parametrize("command", [("snapshot", "inspect", "nope"), ("snapshot", "rm", "nope"), ("restore", "nope")])
+def test_a_snapshot_that_is_not_there(rig, command):
+    result = rig(*command)
+    assert result.returncode == 1
+    only_line(result, "snapshot-not-found")
+
+
+def test_a_snapshot_whose_manifest_is_garbled(rig):
+    folder = rig.home / "snapshots" / "bad"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text('{"format": 1, "name": ')
+    result = rig("restore", "bad")
+    assert result.returncode == 1
+    assert "quickthaw snapshot rm bad" in only_line(result, "manifest-garbled")
+    rows = json.loads(rig("snapshot", "ls", "--json").stdout)
+    assert rows[0]["name"] == "bad" and "manifest-garbled" in rows[0]["damaged"]
+    assert rig("snapshot", "rm", "bad").returncode == 0
+
+
+def test_a_snapshot_of_a_newer_format(rig):
+    folder = rig.home / "snapshots" / "new"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text('{"format": 999, "shape": "unknown"}')
+    result = rig("restore", "new")
+    assert result.returncode == 1
+    assert "upgrade" in only_line(result, "format-newer")
+
+
+def test_help_of_every_command_has_an_example(rig):
+    from plugin.cli import COMMANDS
+
+    assert rig("--help").returncode == 0
+    for name in COMMANDS:
+        result = rig(name, "--help")
+        assert result.returncode == 0, result.stderr
+        assert f"quickthaw {name}" in result.stdout, f"{name} has no example"
+
+
+def test_stopping_before_the_engine_serves_leaves_nothing(rig, tmp_path):
+    engine = tmp_path / "engine"
+    engine.write_text("#!/bin/sh\nexec sleep 600\n")
+    engine.chmod(0o755)
+    port = str(free_port())
+    env = {**os.environ, "QUICKTHAW_HOME": str(rig.home), **rig.watch.environment}
+    argv = [sys.executable, "-m", "plugin", "launch", "--engine-python", str(engine), "vllm"]
+    argv += ["--model", rig.model, "--host", "127.0.0.1", "--port", port]
+    with subprocess.Popen(
+        argv, env=env, cwd=REPO, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    ) as process:
+        for line in process.stderr:
+            if "loading" in line:
+                break
+        process.terminate()
+        process.communicate(timeout=40)
+        assert process.returncode == 143
+
+
+@pytest.mark.slow  # the lazy mount outlives its last user by 15 s
+@pytest.mark.parametrize("moment", ["mounting", "starting", "loading"])
+def test_kill_9_of_the_launcher_leaves_nothing(rig, tmp_path, moment):
+    engine = tmp_path / "engine"
+    engine.write_text("#!/bin/sh\nexec sleep 600\n")
+    engine.chmod(0o755)
+    env = {**os.environ, "QUICKTHAW_HOME": str(rig.home), **rig.watch.environment}
+    argv = [sys.executable, "-m", "plugin", "launch", "--engine-python", str(engine), "vllm"]
+    argv += ["--model", rig.model, "--host", "127.0.0.1", "--port", str(free_port())]
+    with subprocess.Popen(
+        argv, env=env, cwd=REPO, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    ) as process:
+        for line in process.stderr:
+            if moment in line:
+                break
+        process.kill()
+        process.communicate(timeout=40)

@@ -1,0 +1,172 @@
+"""A snapshot is restored only where what the engine has read is still what it was, and what says where it runs is given anew."""
+
+import json
+import os
+import time
+
+import pytest
+
+from tests.kits.launch_rig import call
+
+pytestmark = [pytest.mark.t1, pytest.mark.timeout(120)]
+FLAG = b"seen"
+
+
+def edit_in_place(file):
+    """Change the last bytes of a file and leave its size, mtime and inode as they were."""
+    before = file.stat()
+    with file.open("r+b") as data:
+        data.seek(-len(FLAG), os.SEEK_END)
+        data.write(FLAG)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    after = file.stat()
+    assert (after.st_size, after.st_mtime_ns, after.st_ino) == (before.st_size, before.st_mtime_ns, before.st_ino)
+
+
+def test_every_process_of_a_restored_engine_gets_this_launchs_variables(launch_rig):
+    then = {"HOSTNAME": "pod-7", "POD_IP": "10.0.0.7", "HF_TOKEN": "hf_old", "OMP_NUM_THREADS": "2"}
+    now = {"HOSTNAME": "pod-8", "REDIS_SERVICE_HOST": "10.0.0.9", "OMP_NUM_THREADS": "2"}
+    launch_rig.take(env=then)
+    unset = {"POD_IP": None, "HF_TOKEN": None}
+    for words, options in ((("launch",), ()), (("restore",), (launch_rig.name,))):
+        with launch_rig.running(*options, words=words, env=now | unset) as started:
+            started.ask()
+            facts = started.facts()
+            assert started.phases()[0][1] == "restoring"
+            assert facts["server"]["values"] == now
+            assert facts["worker"]["values"] == now
+    manifest = (launch_rig.library.path(launch_rig.name) / "manifest.json").read_text()
+    assert "pod-7" not in manifest and "hf_old" not in manifest and '"HF_TOKEN"' in manifest
+
+
+def test_an_unknown_variable_makes_another_launch(launch_rig):
+    launch_rig.take("--name", "one")
+    with launch_rig.running("--name", "one", "--no-snapshot", env={"DISABLE_OPENAPI_DOC": "1"}) as started:
+        started.ask()
+        assert "environment-differs: DISABLE_OPENAPI_DOC" in started.text()
+        assert started.phases()[0][-1] == "warming"
+
+
+def test_a_cold_start_says_in_what_the_snapshot_of_its_model_differs(launch_rig):
+    launch_rig.take()
+    name = launch_rig.name
+    with launch_rig.running("--no-snapshot", env={"DISABLE_OPENAPI_DOC": "1"}) as started:
+        started.ask()
+        assert f"{name} differs: environment-differs: DISABLE_OPENAPI_DOC" in started.text()
+
+
+def test_a_thin_snapshot_restored_by_name_refuses_other_weights(launch_rig):
+    """Also where size, mtime and inode are what they were: the weights are read again, and nothing else would say so."""
+    answer = launch_rig.take("--weights", "thin", "--name", "thin")
+    with launch_rig.running("thin", words=("restore",)) as started:
+        assert started.ask() == answer
+    edit_in_place(launch_rig.model / "model.safetensors")
+    started = launch_rig.start("thin", words=("restore",))
+    assert started.process.wait(60) == 1
+    assert "model-differs" in started.text()
+    # A launch sees it too, and serves the weights that are there.
+    with launch_rig.running("--weights", "thin", "--name", "thin", "--no-snapshot") as started:
+        assert started.ask() != answer
+        assert "model-differs" in started.text()
+
+
+def hub_model(rig, revision):
+    """The rig's model as a hub's cache holds it, of which `revision` and the default branch point to commits of their own."""
+    repo = rig.folder / "hub" / "models--acme--tiny"
+    (repo / "refs").mkdir(parents=True)
+    for number, (ref, commit) in enumerate((("main", "aaaa"), (revision, "bbbb"), ("next", "cccc"))):
+        snapshot = repo / "snapshots" / commit
+        snapshot.mkdir(parents=True)
+        for file in rig.model.iterdir():
+            data = bytearray(file.read_bytes())
+            if file.suffix == ".safetensors":
+                data[-1] = number
+            (snapshot / file.name).write_bytes(data)
+        (repo / "refs" / ref).write_text(commit)
+    return repo
+
+
+def test_a_moved_revision_of_a_hub_model_is_another_model(launch_rig):
+    repo = hub_model(launch_rig, "dev")
+    launch_rig.environment = {"HF_HUB_CACHE": str(launch_rig.folder / "hub")}
+    options = {"model": "acme/tiny", "arguments": ("--revision", "dev")}
+    launch_rig.take("--name", "hub", **options)
+    folder = launch_rig.library.load("hub").model_path
+    assert folder == str(repo / "snapshots" / "bbbb")
+    (repo / "refs" / "main").write_text("cccc")  # nobody asked for that one
+    with launch_rig.running("--name", "hub", **options) as started:
+        started.ask()
+        assert started.phases()[0][1] == "restoring"
+    (repo / "refs" / "dev").write_text("cccc")
+    with launch_rig.running("--name", "hub", "--no-snapshot", **options) as started:
+        started.ask()
+        assert "model-differs" in started.text()
+
+
+def test_an_edited_file_of_a_folder_named_by_a_flag_makes_another_launch(launch_rig):
+    tokenizer, adapter = launch_rig.folder / "tokenizer", launch_rig.folder / "adapter"
+    for folder in (tokenizer, adapter):
+        folder.mkdir()
+        (folder / "weights.bin").write_bytes(b"x" * (2 << 20))
+    (tokenizer / "chat_template.jinja").write_text("{{ messages }}")
+    lora = json.dumps({"lora_name": "sql", "lora_path": str(adapter)})
+    options = {"arguments": ("--tokenizer-path", str(tokenizer), "--lora-paths", lora)}
+    launch_rig.take("--name", "one", **options)
+    with launch_rig.running("--name", "one", **options) as started:
+        started.ask()
+        assert started.phases()[0][1] == "restoring"
+    (tokenizer / "chat_template.jinja").write_text("{{ message }}")
+    edit_in_place(adapter / "weights.bin")
+    with launch_rig.running("--name", "one", "--no-snapshot", **options) as started:
+        started.ask()
+        assert "arguments-differ: --lora-paths" in started.text()
+        assert "arguments-differ: --tokenizer-path" in started.text()
+
+
+def test_an_engine_with_adapters_loaded_while_it_serves_is_not_put_to_sleep(launch_rig):
+    def load(started, name):
+        return call(started.port, "POST", "/load_lora_adapter", {"lora_name": name, "lora_path": "/loras/sql"})[0]
+
+    with launch_rig.running("--idle-timeout", "0.3") as started:
+        started.ask()
+        started.wait_serving()
+        started.wait_for("asleep")  # it does sleep, and wakes again
+        started.ask()
+        assert load(started, "bad") == 400
+        started.wait_for("asleep", times=2)  # what was refused has changed nothing
+        started.ask()
+        assert load(started, "sql") == 200
+        started.wait_for("adapters-loaded")
+        time.sleep(1.0)
+        assert started.phases()[0][-1] == "verifying" and started.status()[0]["phase"] == "serving"
+        assert started.ours().count("asleep") == 2 and started.ours().count("adapters-loaded") == 1
+
+
+def test_no_snapshot_is_taken_of_what_was_changed_while_the_engine_started(launch_rig):
+    template = launch_rig.folder / "chat.jinja"
+    template.write_text("{{ messages }}")
+    slow = {"ENGINE_DOUBLE_COMPILE_S": "2"}
+    options = {"arguments": ("--chat-template", str(template)), "env": slow}
+    with launch_rig.running(**options) as started:
+        started.wait_for("loading")
+        template.write_text("{{ message }}")
+        started.ask()
+        started.wait_serving()
+        assert "inputs-changed" in started.text() and "arguments-differ: --chat-template" in started.text()
+    assert launch_rig.library.names() == []
+    launch_rig.take(**options)  # the next start does
+
+
+def test_an_edited_module_on_the_python_path_makes_another_launch(launch_rig):
+    folder = launch_rig.folder / "patches"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text("patched = 1")
+    env = {"PYTHONPATH": f"{launch_rig.env()['PYTHONPATH']}:{folder}"}
+    launch_rig.take("--name", "one", env=env)
+    with launch_rig.running("--name", "one", env=env) as started:
+        started.ask()
+        assert started.phases()[0][1] == "restoring"
+    (folder / "sitecustomize.py").write_text("patched = 2")
+    with launch_rig.running("--name", "one", "--no-snapshot", env=env) as started:
+        started.ask()
+        assert "environment-differs: PYTHONPATH" in started.text()

@@ -1,0 +1,250 @@
+"""The admin pages: who may read them, what ready and live mean, and what an engine's last words never reach."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from contextlib import asynccontextmanager
+
+import pytest
+
+from launchers.errors import EngineDied
+from plugin.proxy.admin.access import is_local
+from plugin.proxy.errors import StartFailed
+from plugin.proxy.http.request import Request
+from plugin.proxy.pool.pool import ReplicaPool
+from plugin.proxy.server import ProxyServer
+from plugin.proxy.settings import Settings
+from plugin.runtime.phases import Phase
+from tests.kits.proxy_rig import Rig, answer, proxy, read_answer, run, until, upstream
+
+pytestmark = pytest.mark.t1
+
+CLOSED = ["/-/status", "/-/metrics", "/-/", "/-", "/-/anything"]
+OPEN = ["/-/live", "/-/ready", "/-/ready?strict=1"]
+BEARER = "Authorization: Bearer s3cret"
+THROUGH_A_PROXY = [
+    "X-Forwarded-For: 10.0.0.9",
+    "X-Forwarded-For: 127.0.0.1",
+    "X-Forwarded-Proto: https",
+    "Forwarded: for=127.0.0.1",
+    "X-Real-IP: 10.0.0.9",
+    "Via: 1.1 nginx",
+]
+
+
+def a_host_address() -> str:
+    """An address of this host other than loopback, or a skip."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # sends nothing
+            found = probe.getsockname()[0]
+        except OSError:
+            pytest.skip("this host has no address but loopback")
+    if found.startswith("127."):
+        pytest.skip("this host has no address but loopback")
+    return str(found)
+
+
+async def get(address: str, port: int, path: str, *more: str, host: str = "127.0.0.1"):
+    reader, writer = await asyncio.open_connection(address, port)
+    writer.write("\r\n".join([f"GET {path} HTTP/1.1", f"Host: {host}", *more]).encode() + b"\r\n\r\n")
+    try:
+        return await read_answer(reader)
+    finally:
+        writer.close()
+
+
+@asynccontextmanager
+async def everywhere(settings: Settings | None = None, *, own: bool = False):
+    """A proxy on every address of this host, and its admin port where it has one."""
+    sock = socket.create_server(("0.0.0.0", 0))
+    own_sock = socket.create_server(("0.0.0.0", 0)) if own else None
+    pool = ReplicaPool()
+    server = ProxyServer(pool, settings or Settings())
+    await server.start(sock, own_sock=own_sock)
+    try:
+        yield Rig(server, pool, (own_sock or sock).getsockname()[1])
+    finally:
+        await server.shutdown(0.02)
+
+
+def test_clients_of_this_host_alone_read_the_pages():
+    async def main():
+        address = a_host_address()
+        async with upstream() as up, everywhere() as rig:
+            rig.add("a", up.port)
+            for path in CLOSED:
+                assert (await get("127.0.0.1", rig.port, path)).status in (200, 404), path
+                found = await get(address, rig.port, path, host="localhost")
+                assert found.status == 403 and found.json()["error"]["code"] == "admin-local-only", path
+            for path in OPEN:
+                assert (await get(address, rig.port, path, host=address)).status == 200, path
+            assert not up.seen
+
+    run(main())
+
+
+@pytest.mark.parametrize("header", THROUGH_A_PROXY)
+def test_what_came_through_a_reverse_proxy_on_this_host_is_not_of_this_host(header):
+    async def main():
+        async with proxy() as rig:
+            for path in CLOSED:
+                assert (await rig.get(path, header)).status == 403, path
+            assert (await rig.get("/-/live", header)).status == 200
+
+    run(main())
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:8000", "10.0.0.9", "localhost.evil.example", "127.0.0.1.evil"]
+)
+def test_a_web_page_cannot_read_them_through_a_browser_of_this_host(host):
+    """DNS rebinding: the browser connects to 127.0.0.1 and sends the page's own name."""
+
+    async def main():
+        async with proxy() as rig:
+            assert (await get("127.0.0.1", rig.port, "/-/status", host=host)).status == 403
+
+    run(main())
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:80", "127.0.0.1", "127.1.2.3:9", "[::1]", "[::1]:8000"])
+@pytest.mark.parametrize("peer", [b"127.0.0.1", b"127.9.9.9", b"::1", b"::ffff:127.0.0.1"])
+def test_loopback_in_all_its_forms(host, peer):
+    request = Request()
+    request.host = host.encode()
+    assert is_local(request, peer)
+    for other in (b"10.0.0.1", b"::ffff:10.0.0.1", b"fe80::1%eth0", b"unix", b""):
+        assert not is_local(request, other), "a UNIX socket is where a reverse proxy connects"
+
+
+def test_a_token_opens_them_from_everywhere_and_to_nobody_else():
+    async def main():
+        address = a_host_address()
+        async with everywhere(Settings(admin_token="s3cret")) as rig:
+            for path in ("/-/status", "/-/metrics", "/-/"):
+                assert (await get(address, rig.port, path, BEARER)).status == 200
+                assert (await get(address, rig.port, path, BEARER, "X-Forwarded-For: 10.0.0.9")).status == 200
+            for wrong in (
+                "",
+                "Authorization: Bearer s3cre",
+                "Authorization: Bearer s3crets",
+                "Authorization: Basic s3cret",
+            ):
+                refused = await get("127.0.0.1", rig.port, "/-/status", wrong or "X: y")
+                assert refused.status == 401 and "s3cret" not in refused.body.decode()
+                assert refused.headers["www-authenticate"].startswith("Bearer")
+            for path in OPEN[:2]:
+                assert (await get(address, rig.port, path, host=address)).status in (200, 503)
+
+    run(main())
+
+
+def test_a_port_of_their_own_answers_whoever_reaches_it():
+    async def main():
+        address = a_host_address()
+        async with everywhere(Settings(own_on_main=False), own=True) as rig:
+            assert (await get(address, rig.port, "/-/status", host=address)).status == 200
+        async with everywhere(Settings(own_on_main=False, admin_token="s3cret"), own=True) as rig:
+            assert (await get(address, rig.port, "/-/status", host=address)).status == 401
+
+    run(main())
+
+
+def test_an_engines_last_words_reach_the_log_and_the_admin_pages_and_no_client(caplog):
+    died = EngineDied(
+        "engine-died", "the engine exited with code 3 before it served", 3, "hf_token=secret in /srv/app.py"
+    )
+
+    async def main():
+        async def wake() -> None:
+            raise died
+
+        async with proxy(wake=wake) as rig:
+            rig.add("a", 1, phase=Phase.ASLEEP)
+            told = await rig.get("/v1/x")
+            assert told.status == 503 and told.json()["error"]["code"] == "engine-died"
+            assert "code 3" in told.json()["error"]["message"] and "secret" not in told.body.decode()
+            rig.pool.start_failed(died)
+            again = await rig.get("/v1/messages")
+            assert again.json()["error"]["code"] == "engine-died" and "secret" not in again.body.decode()
+            failure = (await rig.get("/-/status")).json()["pools"][0]["last_failure"]
+            assert failure["code"] == "engine-died" and "hf_token=secret" in failure["message"]
+
+    run(main())
+    assert "hf_token=secret" in caplog.text
+
+
+def test_ready_means_that_a_request_is_accepted_and_strict_that_it_is_answered():
+    async def main():
+        async with upstream() as up, proxy(Settings(max_held=1)) as rig:
+
+            async def ready() -> tuple[int, int, int]:
+                paths = ("/-/live", "/-/ready", "/-/ready?strict=1")
+                one, two, three = [(await rig.get(path)).status for path in paths]
+                assert (await rig.get("/-/ready?strict")).status == three
+                assert (await rig.get("/-/ready?strict=0")).status == two
+                return one, two, three
+
+            rig.add("a", up.port, phase=Phase.IDLE)
+            assert await ready() == (200, 200, 503), "it starts: a request waits"
+            waiting = asyncio.create_task(rig.get("/x"))
+            await until(lambda: rig.pool.held == 1)
+            assert await ready() == (200, 503, 503), "no more may wait"
+            rig.restore("a")
+            await waiting
+            assert await ready() == (200, 200, 200)
+            rig.trackers["a"].to(Phase.ASLEEP)
+            await until(lambda: rig.pool.replicas["a"].tracker.phase is Phase.ASLEEP)
+            assert await ready() == (200, 200, 503), "a request wakes it"
+            rig.trackers["a"].to(Phase.FAILED, "x")
+            rig.pool.start_failed(StartFailed("engine-died", "it ended"))
+            assert await ready() == (200, 503, 503), "a request is refused"
+            rig.restore("a")
+            await until(lambda: rig.pool.try_acquire() is not None)
+            rig.pool.release(rig.pool.replicas["a"])
+            assert await ready() == (200, 200, 200)
+
+    run(main())
+
+
+def test_ready_after_a_failed_wake_is_again_when_the_next_request_would_wake():
+    async def main():
+        async def wake() -> None:
+            raise StartFailed("wake-command-failed", "no")
+
+        async with proxy(wake=wake) as rig:
+            rig.add("a", 1, phase=Phase.ASLEEP)
+            assert (await rig.get("/-/ready")).status == 200
+            assert (await rig.get("/x")).status == 503
+            assert (await rig.get("/-/ready")).status == 503, "a request now is refused at once"
+            async with asyncio.timeout(20):
+                while (await rig.get("/-/ready")).status != 200:  # noqa: ASYNC110 - asked from outside
+                    await asyncio.sleep(0.05)
+            assert (await rig.get("/x")).status == 503 and rig.pool.wakes == 2
+
+    run(main())
+
+
+def test_an_answer_that_takes_long_is_waited_for_as_long_as_the_pool_says():
+    async def slow(up, seen, reader, writer) -> bool:
+        await asyncio.sleep(0.6)
+        writer.write(answer())
+        return True
+
+    async def main():
+        async with upstream(slow) as up, proxy(Settings(upstream_timeout_s=0.2)) as rig:
+            rig.add("a", up.port)
+            late = await rig.get("/x")
+            assert late.status == 504 and late.json()["error"]["code"] == "upstream-timeout"
+            assert "--upstream-timeout" in late.json()["error"]["message"]
+            rig.pool.upstream_timeout_s = float("inf")
+            assert (await rig.get("/x")).status == 200
+        async with upstream(slow) as up, proxy(Settings(upstream_timeout_s=float("inf"))) as rig:
+            rig.add("a", up.port)
+            assert (await rig.get("/x")).status == 200
+            assert json.loads(json.dumps(float("inf"))) == float("inf"), "so it reaches worker processes"
+
+    run(main())

@@ -1,0 +1,210 @@
+"""How `quickthaw proxy` ends: by SIGHUP, by kill -9 with another proxy after it, and one worker of several by SIGTERM."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from test_proxy_command import ENGINE, alive, call, command, engine, eventually, models_file
+
+from launchers.bare import free_port
+from plugin.proxy.endpoints.started_processes import Identity, Orphan, Started
+
+pytestmark = pytest.mark.t1
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("QUICKTHAW_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+def killed(arguments: list[str], path: str = "/v1/x", body: dict[str, object] | None = None) -> int:
+    """A proxy that has woken its engine, and is killed; the engine's number."""
+    log = (Path(os.environ["QUICKTHAW_HOME"]).parent / "log").open("w+")
+    argv = [sys.executable, "-c", "from plugin.proxy.cli import proxy; proxy()", *arguments]
+    with log:
+        port = free_port()
+        process = subprocess.Popen(
+            [*argv, "--listen", f"127.0.0.1:{port}"],
+            stderr=log,
+            env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[4])},
+        )
+        try:
+            eventually(lambda: "listening on" in Path(log.name).read_text(), "it listens")
+            status, answer = call(f"http://127.0.0.1:{port}{path}", body or {})
+            assert status == 200
+        finally:
+            process.kill()
+            process.wait()
+    pid = int(answer["pid"])
+    assert alive(pid), "it outlives the proxy"
+    return pid
+
+
+@contextlib.contextmanager
+def gone_at_last(pid: int):
+    try:
+        yield
+    finally:
+        if alive(pid) and str(ENGINE).encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_the_next_proxy_takes_the_engine_of_a_killed_one_over_and_puts_it_to_sleep(home):
+    port = free_port()
+    arguments = ["--upstream", f"http://127.0.0.1:{port}", "--wake", engine(port), "--idle-timeout", "0.5"]
+    pid = killed(arguments)
+    said: list[str] = []
+    with gone_at_last(pid):
+        with command(*arguments, kept=said) as (_, url):
+            assert call(f"{url}/v1/x", {})[1]["pid"] == pid
+            eventually(lambda: not alive(pid), "the idle engine is stopped")
+            eventually(lambda: not list(home.glob("run/proxy/*.json")), "its record goes with it")
+            assert call(f"{url}/v1/x", {})[0] == 200
+        assert f"taking over process {pid}" in "".join(said) and "did not go to sleep" not in "".join(said)
+    assert not list(home.glob("run/proxy/*"))
+
+
+def test_an_engine_left_on_another_port_is_ended(tmp_path):
+    text = f'models:\n  m: {{command: "exec {sys.executable} -S {ENGINE} ${{PORT}} m"}}\n'
+    config = models_file(tmp_path, text)
+    pid = killed(["--config", config], body={"model": "m"})
+    with gone_at_last(pid), command("--config", config) as (_, url):
+        assert not alive(pid), "before it listens"
+        assert call(f"{url}/v1/x", {"model": "m"})[1]["pid"] != pid
+
+
+def test_a_process_that_is_not_the_recorded_one_is_left_alone():
+    with subprocess.Popen(["sleep", "60"], start_new_session=True) as process:
+        try:
+            mine = Identity.of(process.pid)
+            assert mine is not None and mine.alive()
+            dead = replace(Identity.of(os.getpid()), start=1)
+            started = Started("key", "u")
+            for wrong in (
+                replace(mine, start=mine.start - 1),
+                replace(mine, boot="another"),
+                replace(mine, pid_namespace="pid:[1]"),
+            ):
+                assert not wrong.alive()
+                with pytest.raises(ProcessLookupError):
+                    Orphan(wrong)
+                started.note(process.pid)
+                (file,) = started._folder.glob("*.json")
+                record = json.loads(file.read_text())
+                record |= {"process": wrong.__dict__, "owner": dead.__dict__}
+                file.write_text(json.dumps(record))
+                assert started.orphans() == [] and not file.exists()
+            started.note(process.pid)
+            assert started.orphans() == [], "its proxy lives"
+            assert list(started._folder.glob("*.json"))
+        finally:
+            process.kill()
+
+
+def test_a_record_that_cannot_be_written_or_read_costs_the_record_only(home, caplog):
+    home.write_text("a file where a folder should be")
+    Started("key", "u").note(os.getpid())
+    assert "record-not-written" in caplog.text
+    assert Started("key", "u").orphans() == []
+    home.unlink()
+    started = Started("key", "u")
+    started.note(os.getpid())
+    (file,) = started._folder.glob("*.json")
+    file.write_text("{")
+    assert started.orphans() == [] and not file.exists()
+
+
+def test_the_end_of_the_terminal_ends_the_proxy_in_order():
+    port = free_port()
+    # Where the tests themselves run under nohup, the signal would be ignored, as it should.
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    with contextlib.ExitStack() as stack:
+        try:
+            process, url = stack.enter_context(
+                command("--upstream", f"http://127.0.0.1:{port}", "--wake", engine(port))
+            )
+        finally:
+            signal.signal(signal.SIGHUP, before)
+        pid = call(f"{url}/v1/x", {})[1]["pid"]
+        process.send_signal(signal.SIGHUP)
+        assert process.wait(60) == 0
+        assert not alive(pid)
+
+
+class Slow(BaseHTTPRequestHandler):
+    """An event every 0.1 s, thirty of them."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        if self.path != "/stream":
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        self.send_header("Content-Length", str(30 * 9))
+        self.end_headers()
+        for n in range(30):
+            self.wfile.write(b"data %02d\n\n" % n)
+            self.wfile.flush()
+            time.sleep(0.1)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("who", ["every worker", "the group"])
+def test_a_stream_goes_on_to_its_end_when_workers_are_told_to_end(who):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Slow)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        upstream = f"http://127.0.0.1:{server.server_address[1]}"
+        with command("--upstream", upstream, "--workers", "2") as (process, url):
+            with getting(url, "/") as answer:
+                assert answer.status == 200
+            streams = contextlib.ExitStack()
+            answer = streams.enter_context(getting(url, "/stream"))
+            got = answer.read(9)
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            workers = [
+                int(p) for p in children if b"plugin.proxy.workers.worker" in Path(f"/proc/{p}/cmdline").read_bytes()
+            ]
+            assert len(workers) == 2
+            for pid in [*workers, *([process.pid] if who == "the group" else [])]:
+                os.kill(pid, signal.SIGTERM)
+            if who == "every worker":
+                with getting(url, "/again") as another:
+                    assert another.status == 200, "others serve at once"
+            with streams:
+                got += answer.read()
+            assert len(got) == 30 * 9
+            if who == "every worker":
+                eventually(lambda: call(f"{url}/-/status")[1]["workers"] == 2, "those that were told have ended")
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@contextlib.contextmanager
+def getting(url: str, path: str):
+    """The answer to a request on a connection of its own."""
+    host, port = url.removeprefix("http://").split(":")
+    connection = http.client.HTTPConnection(host, int(port), timeout=60)
+    with contextlib.closing(connection):
+        connection.request("GET", path)
+        with connection.getresponse() as answer:
+            yield answer

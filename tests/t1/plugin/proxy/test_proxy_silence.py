@@ -1,0 +1,175 @@
+"""A replica that runs and answers nothing: it gets no new requests, its owner is told, and what it held is asked again."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from contextlib import asynccontextmanager
+
+import pytest
+
+from plugin.proxy.pool.silence import Silence
+from plugin.runtime.phases import Phase
+from tests.kits.proxy_rig import Rig, Seen, Upstream, ordinary, proxy, run, until, upstream
+
+pytestmark = pytest.mark.t1
+BODY = json.dumps({"model": "m", "prompt": "x"}).encode()
+
+
+class Freezes:
+    """An engine that answers nothing at all while it is frozen, and is slow with a generation."""
+
+    def __init__(self, slow_s: float = 0.0) -> None:
+        self.thawed, self.slow_s = asyncio.Event(), slow_s
+        self.asked = 0
+
+    async def __call__(self, up: Upstream, seen: Seen, reader, writer) -> bool:
+        await self.thawed.wait()
+        if seen.target == "/v1/models":
+            self.asked += 1
+        else:
+            await asyncio.sleep(self.slow_s)
+        return await ordinary(up, seen, reader, writer)
+
+
+def watched(rig: Rig, name: str, port: int, told: list[str]):
+    replica = rig.add(name, port)
+    replica.guarded = True
+    replica.lost = lambda: "silent" if name in told else ""
+    return replica
+
+
+@asynccontextmanager
+async def watching(rig: Rig, limit_s: float, told: list[str]):
+    silence = asyncio.create_task(Silence(rig.pool, limit_s, lambda replica, why: told.append(replica.name)).run())
+    try:
+        yield
+    finally:
+        silence.cancel()
+        await asyncio.gather(silence, return_exceptions=True)
+
+
+def test_it_gets_no_new_requests_and_what_it_held_is_answered_by_another():
+    async def main():
+        told: list[str] = []
+        frozen = Freezes()
+        async with upstream(frozen) as one, upstream() as two, proxy() as rig, watching(rig, 0.9, told):
+            bad = watched(rig, "bad", one.port, told)
+            bodies = [BODY, BODY]
+            asked = [asyncio.create_task(rig.get("/v1/completions", method="POST", body=b)) for b in bodies]
+            await until(lambda: bad.outstanding == 2)
+            watched(rig, "good", two.port, told)
+            await until(lambda: bad.tracker.phase is Phase.SUSPECT)
+            assert not told, "first it is only suspect"
+            for n in range(4):
+                assert (await rig.get(f"/new/{n}")).status == 200
+            assert {s.target for s in two.seen} == {f"/new/{n}" for n in range(4)}
+            await until(lambda: told == ["bad"])
+            bad.tracker.to(Phase.FAILED, "replica-silent")  # what an owner does: it ends it
+            for client in rig.server.clients:
+                if client.exchange is not None and client.exchange.back is not None:
+                    client.exchange.back.transport.abort()
+            got = await asyncio.gather(*asked)
+            assert {a.status for a in got} == {200} and all(a.json()["length"] == len(BODY) for a in got)
+            await asyncio.sleep(0.5)
+            assert told == ["bad"], "said once"
+
+    run(main())
+
+
+def test_what_is_no_generation_is_not_asked_again():
+    async def main():
+        told: list[str] = []
+        async with upstream(Freezes()) as one, upstream() as two, proxy() as rig, watching(rig, 0.6, told):
+            bad = watched(rig, "bad", one.port, told)
+            asked = asyncio.create_task(rig.get("/v1/files", method="POST", body=BODY))
+            await until(lambda: bad.outstanding == 1)
+            watched(rig, "good", two.port, told)
+            await until(lambda: told == ["bad"])
+            bad.tracker.to(Phase.FAILED, "replica-silent")
+            next(iter(rig.server.clients)).exchange.back.transport.abort()
+            assert (await asked).status == 502 and not two.seen
+
+    run(main())
+
+
+def test_an_engine_that_computes_for_longer_than_the_limit_is_left_alone():
+    async def main():
+        told: list[str] = []
+        busy = Freezes(slow_s=2.0)
+        busy.thawed.set()
+        async with upstream(busy) as up, proxy() as rig, watching(rig, 0.6, told):
+            replica = watched(rig, "busy", up.port, told)
+            got = await rig.get("/v1/completions", method="POST", body=BODY)
+            assert got.status == 200 and not told and replica.tracker.phase is Phase.SERVING
+            assert 1 <= busy.asked <= 40, "asked only while there was a doubt"
+            await asyncio.sleep(0.4)
+            asked = busy.asked
+            await asyncio.sleep(0.6)
+            assert busy.asked == asked, "an idle replica is not asked"
+
+    run(main())
+
+
+def test_one_that_answers_again_serves_again():
+    async def main():
+        told: list[str] = []
+        engine = Freezes()
+        async with upstream(engine) as up, proxy() as rig, watching(rig, 6.0, told):
+            replica = watched(rig, "r", up.port, told)
+            first = asyncio.create_task(rig.get("/v1/completions", method="POST", body=BODY))
+            await until(lambda: replica.tracker.phase is Phase.SUSPECT)
+            second = asyncio.create_task(rig.get("/second"))
+            await until(lambda: rig.pool.held == 1)
+            engine.thawed.set()
+            assert (await first).status == 200 and (await second).status == 200
+            assert replica.tracker.phase is Phase.SERVING and not told
+
+    run(main())
+
+
+def test_clients_that_give_up_do_not_hide_it():
+    async def main():
+        told: list[str] = []
+        async with upstream(Freezes()) as up, proxy() as rig, watching(rig, 0.9, told):
+            replica = watched(rig, "r", up.port, told)
+            asked = asyncio.create_task(rig.get("/v1/completions", method="POST", body=BODY))
+            await until(lambda: len(up.seen) > 1)
+            asked.cancel()
+            await until(lambda: replica.outstanding == 0)
+            await until(lambda: told == ["r"])
+
+    run(main())
+
+
+def test_a_body_that_comes_after_its_head_is_kept_too():
+    async def main():
+        told: list[str] = []
+        async with upstream() as up, proxy() as rig:
+            watched(rig, "r", up.port, told)
+            reader, writer = await asyncio.open_connection("127.0.0.1", rig.port)
+            head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(BODY)
+            writer.write(head + BODY[:3])
+            await until(lambda: rig.pool.outstanding == 1)
+            await asyncio.sleep(0.05)
+            assert not up.seen, "a half-sent body is not the engine's business yet"
+            writer.write(BODY[3:])
+            assert (await reader.readuntil(b"\r\n")).startswith(b"HTTP/1.1 200")
+            writer.close()
+            assert up.seen[0].body == BODY
+
+    run(main())
+
+
+def test_pages_that_are_still_to_come_are_another_watchs_business():
+    async def main():
+        told: list[str] = []
+        async with upstream(Freezes()) as up, proxy() as rig, watching(rig, 0.3, told):
+            replica = watched(rig, "r", up.port, told)
+            replica.coming = lambda: True
+            asked = asyncio.create_task(rig.get("/x"))
+            await asyncio.sleep(0.8)
+            assert not told and replica.tracker.phase is Phase.SERVING
+            asked.cancel()
+
+    run(main())

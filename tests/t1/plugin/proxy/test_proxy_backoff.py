@@ -17,13 +17,13 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from test_proxy_command import ENGINE, alive, call, command, models_file
 
 from launchers.bare import free_port
 from plugin.proxy.pool.backoff import Backoff
 from plugin.proxy.settings import Settings
 from plugin.runtime.phases import Phase
 from tests.kits.proxy_rig import Seen, Upstream, ordinary, proxy, run, until, upstream
+from tests.t1.plugin.proxy.test_proxy_command import ENGINE, alive, call, command, models_file
 
 pytestmark = pytest.mark.t1
 

@@ -16,10 +16,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from test_proxy_command import ENGINE, alive, call, command, engine, eventually, models_file
 
 from launchers.bare import free_port
 from plugin.proxy.endpoints.started_processes import Identity, Orphan, Started
+from tests.t1.plugin.proxy.test_proxy_command import ENGINE, alive, call, command, engine, eventually, models_file
 
 pytestmark = pytest.mark.t1
 

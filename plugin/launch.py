@@ -284,7 +284,7 @@ def launch(engine: str, engine_arguments: tuple[str, ...], **options: Any) -> in
             trust_keys=options["trust_keys"],
             environment=environment,
             proxy=knobs(options),
-            own_listen=options["admin_listen"],
+            admin_listen=options["admin_listen"],
         )
     )
 

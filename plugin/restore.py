@@ -143,7 +143,7 @@ def restore(snapshot: str, **options: Any) -> int:
             silence_limit_s=options["silence_timeout"],
             strict=False,
             proxy=knobs(options),
-            own_listen=options["admin_listen"],
+            admin_listen=options["admin_listen"],
         )
     )
 

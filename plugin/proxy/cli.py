@@ -184,7 +184,7 @@ async def _serve(options: dict[str, Any], settings: Settings) -> None:
             _not_itself(replica.upstream, host, port)
     raise_files()
     sockets = listening_sockets(host, port, options["workers"], settings.backlog)
-    own_sock = listening_sockets(own_place[0], own_place[1], 1, 128)[0] if own_place else None
+    admin_sock = listening_sockets(own_place[0], own_place[1], 1, 128)[0] if own_place else None
     supervisor: Supervisor | None = None
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -203,18 +203,18 @@ async def _serve(options: dict[str, Any], settings: Settings) -> None:
     for number in stopping():
         loop.add_signal_handler(number, interrupted if number == signal.SIGINT else stop.set)
     where = _url(sockets[0])
-    page = f"(for people: {_url(own_sock) if own_sock else where}{settings.own_prefix}/)"
+    page = f"(for people: {_url(admin_sock) if admin_sock else where}{settings.admin_prefix}/)"
     await owner.start()
     if options["workers"] == 1:
         server = ProxyServer(target, settings)
-        await server.start(sockets[0], own_sock=own_sock)
+        await server.start(sockets[0], admin_sock=admin_sock)
         click.echo(f"listening on {where} {page}", err=True)
         await stop.wait()
         await server.shutdown()
     else:
         config_path = str(options["config"]) if options["config"] is not None else None
         log = (options["log_level"], options["log_format"])
-        supervisor = Supervisor(list(pools.values()), settings, sockets, config=config_path, own_sock=own_sock, log=log)
+        supervisor = Supervisor(list(pools.values()), settings, sockets, config=config_path, admin_sock=admin_sock, log=log)
         await supervisor.start()
         click.echo(f"listening on {where} with {options['workers']} workers {page}", err=True)
         await stop.wait()

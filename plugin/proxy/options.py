@@ -150,7 +150,7 @@ def knobs(options: dict[str, Any]) -> dict[str, Any]:
         "upstream_timeout_s": options["upstream_timeout"],
         "body_total_s": options["body_timeout"],
         "admin_token": options["admin_token"],
-        "own_prefix": options["admin_prefix"],
-        "own_on_main": options["admin_listen"] is None,
+        "admin_prefix": options["admin_prefix"],
+        "admin_on_public_port": options["admin_listen"] is None,
         "access_log": options["access_log"],
     }

@@ -87,7 +87,7 @@ class ProxyServer:
         self.emptied: asyncio.Event | None = None
         self.started_at = time.time()
         self.loop: asyncio.AbstractEventLoop = None  # type: ignore[assignment]  # set by start
-        self.rules = PathRules(self.settings.own_prefix, self.settings.denied_paths, self.settings.root_path)
+        self.rules = PathRules(self.settings.admin_prefix, self.settings.denied_paths, self.settings.root_path)
         self._servers: list[asyncio.Server] = []
         self._chores: list[asyncio.Task[None]] = []
         self._sweeper: asyncio.Task[None] | None = None
@@ -108,8 +108,8 @@ class ProxyServer:
 
     # -- the owner's API ---------------------------------------------------------------------------
 
-    async def start(self, sock: socket.socket, *, own_sock: socket.socket | None = None) -> None:
-        """Accept clients on `sock` (bound and listening). `own_sock`, if given, serves the admin endpoints on a port of their own."""
+    async def start(self, sock: socket.socket, *, admin_sock: socket.socket | None = None) -> None:
+        """Accept clients on `sock` (bound and listening). `admin_sock`, if given, serves the admin endpoints on a port of their own."""
         self.loop = asyncio.get_running_loop()
         self._stopped = asyncio.Event()
         for pool in self.router.pools():
@@ -118,8 +118,8 @@ class ProxyServer:
             if pool.idle_timeout_s is not None:
                 self._chores.append(self.loop.create_task(pool.sleeper.watch_idle()))
         await self._listen(sock, own_port=False)
-        if own_sock is not None:
-            await self._listen(own_sock, own_port=True)
+        if admin_sock is not None:
+            await self._listen(admin_sock, own_port=True)
         self._sweeper = self.loop.create_task(self._sweep())
 
     async def _listen(self, sock: socket.socket, *, own_port: bool) -> None:
@@ -525,7 +525,7 @@ class ProxyServer:
     async def _serve_own(
         self, client: ClientConnection, request: Request, exchange: Exchange, verdict: Verdict
     ) -> None:
-        if verdict is not Verdict.OWN or not (client.own_port or self.settings.own_on_main):
+        if verdict is not Verdict.OWN or not (client.own_port or self.settings.admin_on_public_port):
             raise ClientFault("not-found", "there is no such path", status=404)
         from plugin.proxy.admin.endpoints import serve_own
 
@@ -538,11 +538,11 @@ async def serve(
     sock: socket.socket,
     settings: Settings | None = None,
     *,
-    own_sock: socket.socket | None = None,
+    admin_sock: socket.socket | None = None,
 ) -> None:
     """Serve until this coroutine is cancelled, then shut down in order."""
     server = ProxyServer(target, settings)
-    await server.start(sock, own_sock=own_sock)
+    await server.start(sock, admin_sock=admin_sock)
     try:
         await server.wait_stopped()
     finally:

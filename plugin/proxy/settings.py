@@ -14,13 +14,13 @@ Denied = Callable[[str], bool]
 class Settings:
     """All settings of one proxy. Raises ValueError naming the field when a value is out of range."""
 
-    own_prefix: str = "/-"
+    admin_prefix: str = "/-"
     """Path prefix of the admin endpoints; never forwarded, in any spelling."""
     admin_token: str | None = None
     """If set, the admin endpoints (except `ready` and `live`) require `Authorization: Bearer …` or `?token=`. Otherwise
     they answer clients of this host only, unless they have a port of their own.
     """
-    own_on_main: bool = True
+    admin_on_public_port: bool = True
     """False when the admin endpoints have a port of their own; the main port then answers 404 for them."""
     denied_paths: frozenset[str] = frozenset()
     """Engine paths that are not reachable through the proxy, including everything below them."""
@@ -72,9 +72,9 @@ class Settings:
                 raise ValueError(f"{item.name} must not be negative, it is {value}")
         if self.admin_token == "":
             raise ValueError("admin_token must not be empty")
-        if not self.own_prefix.startswith("/") or len(self.own_prefix) < 2 or self.own_prefix.endswith("/"):
+        if not self.admin_prefix.startswith("/") or len(self.admin_prefix) < 2 or self.admin_prefix.endswith("/"):
             raise ValueError(
-                f"own_prefix must start with a slash, name a folder and not end in a slash: {self.own_prefix!r}"
+                f"admin_prefix must start with a slash, name a folder and not end in a slash: {self.admin_prefix!r}"
             )
         for path in self.denied_paths:
             check_denied(path)

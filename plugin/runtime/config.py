@@ -29,7 +29,7 @@ class LaunchSettings:
     - restores_at_once: maximum of concurrent restores; 0 chooses by processors (plugin/runtime/restore_limit.py).
     - strict: fail, instead of continuing without, when a capability is off or a restore fails.
     - proxy: the user's values for plugin.proxy.settings.Settings.
-    - own_listen: host and port of a separate listener for the admin endpoints.
+    - admin_listen: host and port of a separate listener for the admin endpoints.
     """
 
     engine: str
@@ -58,7 +58,7 @@ class LaunchSettings:
     sign_key: Path | None = None
     trust_keys: tuple[Path, ...] = ()
     proxy: Mapping[str, Any] = field(default_factory=dict)
-    own_listen: tuple[str, int] | None = None
+    admin_listen: tuple[str, int] | None = None
     environment: dict[str, str] = field(default_factory=lambda: dict(os.environ))
 
     def __post_init__(self) -> None:

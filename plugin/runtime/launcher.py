@@ -81,7 +81,7 @@ class Launch:
     settings: LaunchSettings
     sock: socket.socket
     layers: Layers
-    own_sock: socket.socket | None = None
+    admin_sock: socket.socket | None = None
     replicas: list[Replica] = field(default_factory=list)
     weights: Weights | None = None
     exit_code: int = 0
@@ -344,7 +344,7 @@ class Launch:
         # Raised only now: the first sandbox's init has started with the old limit, and both engines raise their own.
         raise_files()
         self._server = ProxyServer(pool, behaviour)
-        await self._server.start(self.sock, own_sock=self.own_sock)
+        await self._server.start(self.sock, admin_sock=self.admin_sock)
         self._accepts_since = time.monotonic()
         if self._ending.is_set():
             stop.set()
@@ -487,8 +487,8 @@ def launch(settings: LaunchSettings, stdout: int | None = 1, stderr: int | None 
         )
     with contextlib.ExitStack() as bound:
         sock = bound.enter_context(bind(settings.command.host, settings.command.port))
-        own_sock = bound.enter_context(bind(*settings.own_listen)) if settings.own_listen else None
-        return _run(Launch(settings, sock, layers, own_sock, stdout=stdout, stderr=stderr), criu, engine, weights)
+        admin_sock = bound.enter_context(bind(*settings.admin_listen)) if settings.admin_listen else None
+        return _run(Launch(settings, sock, layers, admin_sock, stdout=stdout, stderr=stderr), criu, engine, weights)
 
 
 def _run(run: Launch, criu: Criu | None, engine: Engine, weights: Weights) -> int:

@@ -32,7 +32,7 @@ def build(server: StatusSource) -> Starlette:
             "referrer-policy": "no-referrer",
             "x-content-type-options": "nosniff",
         }
-        html = page.replace("NONCE", nonce).replace("OWN_PREFIX", server.settings.own_prefix)
+        html = page.replace("NONCE", nonce).replace("OWN_PREFIX", server.settings.admin_prefix)
         return HTMLResponse(html, headers=headers)
 
     async def metrics(request: Request) -> Response:

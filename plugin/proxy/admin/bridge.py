@@ -31,12 +31,12 @@ async def serve_page(server: StatusSource, client: ClientConnection, request: Re
         "path": "/" + name,
         "raw_path": path,
         "query_string": query,
-        "root_path": server.settings.own_prefix,
+        "root_path": server.settings.admin_prefix,
         "headers": [(lower, value) for lower, _, value in request.headers],
         "client": None,
         "server": None,
     }
-    scope["path"] = server.settings.own_prefix + scope["path"]
+    scope["path"] = server.settings.admin_prefix + scope["path"]
     status, headers, body = 500, list[tuple[bytes, bytes]](), b""
 
     async def receive() -> dict[str, Any]:

@@ -108,7 +108,7 @@ def is_ready(server: StatusSource, *, strict: bool = False) -> bool:
 
 async def serve_own(server: StatusSource, client: ClientConnection, request: Request) -> int:
     """Answer one admin request and return the status."""
-    name = request.path.removeprefix(server.settings.own_prefix).strip("/")
+    name = request.path.removeprefix(server.settings.admin_prefix).strip("/")
     if request.method not in (b"GET", b"HEAD"):
         raise ClientFault("method-not-allowed", "the proxy's own pages are read with GET", status=405, headers=_ALLOW)
     if name == "live":

@@ -113,8 +113,8 @@ class PathRules:
     behind it too.
     """
 
-    def __init__(self, own_prefix: str, denied: frozenset[str], root_path: str = "") -> None:
-        self._own = own_prefix.encode()
+    def __init__(self, admin_prefix: str, denied: frozenset[str], root_path: str = "") -> None:
+        self._own = admin_prefix.encode()
         self._own_canonical = canonical(self._own)
         self._denied = frozenset(canonical(path.encode()) for path in denied)
         self._denied_prefixes = tuple(path for path in self._denied if path in PREFIX_MATCHED)

@@ -123,16 +123,16 @@ class Supervisor:
         sockets: Sequence[socket.socket],
         *,
         config: str | None = None,
-        own_sock: socket.socket | None = None,
+        admin_sock: socket.socket | None = None,
         log: tuple[str, str] = ("info", "auto"),
     ) -> None:
         """Create the supervisor; `start` starts the workers.
 
         `sockets` are bound and listening, one per worker. `config` is the path of the models' file, if there are
-        several models. `own_sock` serves the admin endpoints, if they have a port of their own. `log` is the level and
+        several models. `admin_sock` serves the admin endpoints, if they have a port of their own. `log` is the level and
         the format of the workers' logs.
         """
-        self.own_sock, self.log = own_sock, log
+        self.admin_sock, self.log = admin_sock, log
         self.pools = {pool.name: pool for pool in pools}
         self.settings, self.config = settings, config
         self.workers = [_Worker(n, sock) for n, sock in enumerate(sockets)]
@@ -167,8 +167,8 @@ class Supervisor:
             if worker.line is not None:
                 worker.line.send(op="shutdown", limit_s=limit_s)
             worker.sock.close()  # a listening socket accepts for as long as any process has it open
-        if self.own_sock is not None:
-            self.own_sock.close()
+        if self.admin_sock is not None:
+            self.admin_sock.close()
         processes = [w.process for w in self.workers if w.process is not None]
         try:
             async with asyncio.timeout(limit_s + 5.0):
@@ -214,8 +214,8 @@ class Supervisor:
             return
         ours, theirs = socket.socketpair()
         fds = [theirs.fileno(), worker.sock.fileno()]
-        if self.own_sock is not None and worker.number == 0:
-            fds.append(self.own_sock.fileno())
+        if self.admin_sock is not None and worker.number == 0:
+            fds.append(self.admin_sock.fileno())
         try:
             worker.process = process = await asyncio.create_subprocess_exec(
                 sys.executable,

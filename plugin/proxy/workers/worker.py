@@ -52,8 +52,8 @@ async def work(control_fd: int, listen_fd: int, own_fd: int | None = None) -> No
         return status_document(server)
 
     server.gather = gather
-    own_sock = None if own_fd is None else socket.socket(fileno=own_fd)
-    await server.start(socket.socket(fileno=listen_fd), own_sock=own_sock)
+    admin_sock = None if own_fd is None else socket.socket(fileno=own_fd)
+    await server.start(socket.socket(fileno=listen_fd), admin_sock=admin_sock)
     ending: list[asyncio.Task[None]] = []
 
     def handle(message: dict[str, Any]) -> Awaitable[Any] | None:

@@ -216,7 +216,7 @@ def test_request_ids():
 
 
 @pytest.mark.parametrize(
-    "bad", [{"max_held": -1}, {"own_prefix": "x"}, {"own_prefix": "/"}, {"own_prefix": "/-/"}, {"drain_s": -0.1}]
+    "bad", [{"max_held": -1}, {"admin_prefix": "x"}, {"admin_prefix": "/"}, {"admin_prefix": "/-/"}, {"drain_s": -0.1}]
 )
 def test_settings_refuse_nonsense(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):

@@ -60,12 +60,12 @@ async def get(address: str, port: int, path: str, *more: str, host: str = "127.0
 async def everywhere(settings: Settings | None = None, *, own: bool = False):
     """A proxy on every address of this host, and its admin port where it has one."""
     sock = socket.create_server(("0.0.0.0", 0))
-    own_sock = socket.create_server(("0.0.0.0", 0)) if own else None
+    admin_sock = socket.create_server(("0.0.0.0", 0)) if own else None
     pool = ReplicaPool()
     server = ProxyServer(pool, settings or Settings())
-    await server.start(sock, own_sock=own_sock)
+    await server.start(sock, admin_sock=admin_sock)
     try:
-        yield Rig(server, pool, (own_sock or sock).getsockname()[1])
+        yield Rig(server, pool, (admin_sock or sock).getsockname()[1])
     finally:
         await server.shutdown(0.02)
 
@@ -145,9 +145,9 @@ def test_a_token_opens_them_from_everywhere_and_to_nobody_else():
 def test_a_port_of_their_own_answers_whoever_reaches_it():
     async def main():
         address = a_host_address()
-        async with everywhere(Settings(own_on_main=False), own=True) as rig:
+        async with everywhere(Settings(admin_on_public_port=False), own=True) as rig:
             assert (await get(address, rig.port, "/-/status", host=address)).status == 200
-        async with everywhere(Settings(own_on_main=False, admin_token="s3cret"), own=True) as rig:
+        async with everywhere(Settings(admin_on_public_port=False, admin_token="s3cret"), own=True) as rig:
             assert (await get(address, rig.port, "/-/status", host=address)).status == 401
 
     run(main())

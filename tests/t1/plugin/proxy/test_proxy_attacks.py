@@ -178,7 +178,7 @@ def test_no_spelling_of_a_closed_path_reaches_the_engine():
 )
 def test_paths_that_only_look_like_them_pass(target):
     async def main():
-        async with upstream() as up, proxy(Settings(denied_paths=frozenset(DENIED), own_prefix="/own")) as rig:
+        async with upstream() as up, proxy(Settings(denied_paths=frozenset(DENIED), admin_prefix="/own")) as rig:
             rig.add("a", up.port)
             got = await rig.get(target, method="OPTIONS" if target == "*" else "GET")
             assert got.status == 200 and up.seen[0].target == target

@@ -214,7 +214,9 @@ async def _serve(options: dict[str, Any], settings: Settings) -> None:
     else:
         config_path = str(options["config"]) if options["config"] is not None else None
         log = (options["log_level"], options["log_format"])
-        supervisor = Supervisor(list(pools.values()), settings, sockets, config=config_path, admin_sock=admin_sock, log=log)
+        supervisor = Supervisor(
+            list(pools.values()), settings, sockets, config=config_path, admin_sock=admin_sock, log=log
+        )
         await supervisor.start()
         click.echo(f"listening on {where} with {options['workers']} workers {page}", err=True)
         await stop.wait()

@@ -41,8 +41,8 @@ class Plan:
     """The extents one process needs, in order, stored as ready-made kernel requests.
 
     Extents are disjoint, at most CHUNK long, and never cross the border of a mapping. Each one is image data or
-    zeros. `batches` holds, for each extent, the number of the fetcher's job that loads its source; it is empty when
-    all sources are in memory.
+    zeros. `batches` holds, for each extent, the number of the fetcher's job that loads its source. `resident`:
+    whether all sources are in memory already.
     """
 
     __slots__ = (
@@ -55,6 +55,7 @@ class Plan:
         "done",
         "ends",
         "left",
+        "resident",
         "starts",
         "zero",
     )
@@ -64,6 +65,7 @@ class Plan:
         self.ends: list[int] = []
         self.zero: list[bool] = []
         self.batches: list[int] = []
+        self.resident = False
         self.done = bytearray()
         self.cursor = 0
         self.left = 0
@@ -99,6 +101,7 @@ class Plan:
     ) -> Plan:
         """Build a sealed plan, with all sources in memory, from the parts of an earlier one."""
         plan = cls()
+        plan.resident = True
         plan.starts, plan.ends, plan.zero = starts.tolist(), ends.tolist(), zero
         plan._buffer = array("Q", bytes(uffd.REQUEST_BYTES * len(starts)))
         plan._buffer[0::5], plan._buffer[1::5] = starts, sources
@@ -118,16 +121,6 @@ class Plan:
             self.zero,
             array("Q", self._by_address),
         )
-
-    def fresh(self) -> Plan:
-        """Return a copy of a sealed plan in which nothing is done, for another tree."""
-        twin = Plan()
-        twin.starts, twin.ends, twin.zero, twin.batches = self.starts, self.ends, self.zero, self.batches
-        twin._sorted, twin._by_address = self._sorted, self._by_address
-        twin._buffer = self._buffer[:]  # the kernel writes its answers into the requests
-        twin.address = twin._buffer.buffer_info()[0]
-        twin.done, twin.left = bytearray(len(self.starts)), len(self.starts)
-        return twin
 
     def source(self, index: int) -> int:
         """Return our own address from which an extent is copied."""
@@ -353,5 +346,5 @@ class Space:
 
 @functools.cache
 def zero_source() -> int:
-    """Return our own address of CHUNK zero bytes, shared by all trees that this process serves."""
+    """Return our own address of CHUNK zero bytes."""
     return uffd.zero_pages(CHUNK)

@@ -1,6 +1,6 @@
 """The owner's side of the page server: start it, report the replica's progress, and learn when it completes or fails.
 
-    server = PageServer(*early.begin_pages(told(images, …), work), …)
+    server = PageServer(*speculative.begin_pages(server_config(images, …), work), …)
     criu.restore(…, lazy_pages=True, work=work)
     … first token …
     server.first_token()
@@ -8,8 +8,7 @@
     server.requests_done()
     server.wait_complete(60)
 
-One server process serves all replicas restored with one run folder: a process started here serves, or hands its tree
-off to the running server (checkpoint.lazy_pages.main). If the server dies or fails while pages are missing,
+Each replica has its own server process (checkpoint.lazy_pages.main). If it dies or fails while pages are missing,
 `on_death` is called at once; if it is stopped or stuck and does not answer, after 10 s. The owner must then kill the
 sandbox and restore without lazy pages, because faults would wait forever. They do not read zeros, because this
 object holds duplicates of the userfaultfds.
@@ -32,9 +31,9 @@ from checkpoint.sandbox import prestart
 
 REST_BYTES_PER_S = 800e6
 FIRST_TOKEN_TIMEOUT_S = 60.0
-_ASK_EVERY_S = 1.0
+_PING_EVERY_S = 1.0
 _UNANSWERED = 10
-# Timeout for a process to end after it reported that it serves no more trees, or was killed.
+# Timeout for the process to end after its control socket was closed, or it was killed.
 _END_S = 1.0
 
 
@@ -45,16 +44,15 @@ class Arriving(Protocol):
     def presence(self) -> Path:
         """Path of the residency bitmap (checkpoint.lazy_pages.residency.Presence)."""
 
-    def listen(self, told: Callable[[], None]) -> None:
-        """Call `told` whenever pages have arrived."""
+    def listen(self, on_arrival: Callable[[], None]) -> None:
+        """Call `on_arrival` whenever pages have arrived."""
 
     def wanted(self, path: str, offset: int, length: int) -> None:
         """Report that a process waits for these bytes of a page file."""
 
 
-def told(
+def server_config(
     images: Path,
-    meeting: Path,
     working_set: Path | None,
     record: bool = False,
     rest_bytes_per_s: float = REST_BYTES_PER_S,
@@ -64,15 +62,14 @@ def told(
 ) -> dict[str, Any]:
     """Build the server's configuration (checkpoint.lazy_pages.main).
 
-    `meeting`: rendezvous folder of this host's page servers. `working_set`: the file recorded earlier; if it is None
-    or missing, only single faults are served until the first token. `record`: serve single pages and remember their
+    `working_set`: the file recorded earlier; if it is None or missing, only single faults are served until the first
+    token. `record`: serve single pages and remember their
     order. `rest_bytes_per_s`: rate limit for background pages after the first token. They start after
     `first_token_timeout_s` even if no first token is reported. `arriving`: the images are being filled from a store.
     `pack`: allow copying from a local copy of image bytes that was not hashed since (checkpoint.lazy_pages.pack).
     """
     return {
         "images": str(images.resolve()),
-        "meeting": str(meeting.resolve()),
         "working_set": str(working_set.resolve()) if working_set else "",
         "record": record,
         "rest_bytes_per_s": rest_bytes_per_s,
@@ -112,13 +109,11 @@ class PageServer:
         self._saved = 0
         self._closing = False
         self._failure = ""
-        self._server_pid = 0  # as reported by the server; 0: not yet
-        self._over = self._alone = False  # whether it reported this tree's end, and that it served no other
         self.complete = threading.Event()
         """Set when every page is in place."""
         self.ended = threading.Event()
-        """Set when no process serves this replica any more, for whatever reason. A process that served only this
-        replica has exited by then."""
+        """Set when the server serves this replica no more, for whatever reason. Unless stuck, its process has exited by
+        then."""
         self._reader = threading.Thread(target=self._read, name="page-server-reader", daemon=True)
         self._reader.start()
         threading.Thread(target=self._watch, name="page-server-watch", daemon=True).start()
@@ -127,19 +122,14 @@ class PageServer:
 
     @property
     def pid(self) -> int:
-        """Process number of the server on the host: started here or received the handoff.
-
-        Waits until it is known.
-        """
-        with self._answered:
-            self._answered.wait_for(lambda: self._server_pid or self.ended.is_set(), _END_S)
-        return self._server_pid or self._process.pid
+        """Process number of the server."""
+        return self._process.pid
 
     # Sending
 
     def first_token(self) -> None:
         """Report the first token: background pages may be copied now."""
-        self._tell(op="first-token")
+        self._send(op="first-token")
 
     def requests_done(self, save: Path | None = None) -> None:
         """Report the end of the working set, after a few requests.
@@ -147,7 +137,7 @@ class PageServer:
         With `save`, write the recorded working set to that file. If nothing is recorded, the saved set is the known
         working set plus every fault that it missed.
         """
-        self._tell(op="requests-done", save=str(save) if save else "")
+        self._send(op="requests-done", save=str(save) if save else "")
 
     def arrived(self) -> None:
         """Report that pages have arrived which the server may wait for."""
@@ -155,7 +145,7 @@ class PageServer:
             # If the queue is full, the server still has unread messages of ours and will check again after them.
             self._control.send(b'{"op": "arrived"}', socket.MSG_DONTWAIT)
 
-    def _tell(self, **message: Any) -> None:
+    def _send(self, **message: Any) -> None:
         with contextlib.suppress(OSError):  # gone: on_death was or will be called, or every page is in place
             self._control.send(json.dumps(message).encode())
 
@@ -163,15 +153,15 @@ class PageServer:
 
     def _read(self) -> None:
         try:
-            while (heard := self._receive()) is not None:
-                message, fds = heard
-                self._hear(message.pop("event"), message, fds)
+            while (received := self._receive()) is not None:
+                message, fds = received
+                self._handle(message.pop("event"), message, fds)
         except Exception as error:  # noqa: BLE001 - whatever it is, report it to the owner
             # Without this reader we would miss new userfaultfds, and a dying server would make faults read zeros. So
             # end it now.
             self._failure = str(error) or repr(error)
-            self._kill_own()
-            self._cut()
+            self._process.kill()
+            self._shut_down()
         finally:
             self._end()
 
@@ -197,7 +187,7 @@ class PageServer:
                 )
             return json.loads(data), fds
 
-    def _hear(self, event: str, message: dict[str, Any], fds: list[int]) -> None:
+    def _handle(self, event: str, message: dict[str, Any], fds: list[int]) -> None:
         if event == "space":
             with self._lock:
                 self._spaces[message["number"]] = fds[0]
@@ -208,7 +198,7 @@ class PageServer:
             if fd is not None:
                 os.close(fd)
             if event == "placed":
-                self._tell(op="released", number=message["number"])
+                self._send(op="released", number=message["number"])
         elif event == "wanted":
             if self._arriving:
                 self._arriving.wanted(message["path"], message["offset"], message["length"])
@@ -217,11 +207,7 @@ class PageServer:
                 self._on_warning(message["message"])
         elif event == "failed":
             self._failure = message["message"]
-        elif event == "over":
-            self._over, self._alone = True, message["others"] == 0
         else:
-            if event == "listening":
-                self._server_pid = message["pid"]
             if event in ("stats", "complete"):
                 self._stats = message
             with self._answered:
@@ -232,31 +218,23 @@ class PageServer:
                 self.complete.set()
 
     def _end(self) -> None:
+        code = None
         try:
+            if not self._failure:
+                code = self._exit_code(_END_S)
             if not self.complete.is_set() and not self._closing and self._on_death:
-                reason = self._failure or self._why()
+                reason = self._failure or (
+                    "it closed its control socket" if code is None else f"it ended with code {code}"
+                )
                 self._on_death(f"the page server is gone before every page was in place: {reason}")
-            if self._alone:
-                self._exit_code(_END_S)
+            if code is None:
+                code = self._exit_code(_END_S)
         finally:
             self.ended.set()
             with self._answered:
                 self._answered.notify_all()
-        if self._process.poll() is None:  # it serves other trees
-            threading.Thread(target=self._process.wait, name="page-server-reaper", daemon=True).start()
-
-    def _why(self) -> str:
-        """Explain the end of the control socket when the server reported no reason."""
-        if self._over:
-            return "it closed its control socket"
-        if self._server_pid not in (0, self._process.pid):
-            return f"process {self._server_pid}, which serves all replicas of this host, ended"
-        code = self._exit_code(_END_S)
         if code is None:
-            return "it closed its control socket"
-        if code == 0 and not self._server_pid:
-            return "it handed over to a process that ended"
-        return f"it ended with code {code}"
+            threading.Thread(target=self._process.wait, name="page-server-reaper", daemon=True).start()
 
     def _exit_code(self, timeout_s: float) -> int | None:
         """Return the exit code of the process started here, or None on timeout."""
@@ -271,27 +249,22 @@ class PageServer:
         Pings are counted instead of seconds because this process may have been stopped as well.
         """
         unanswered = 0
-        while not self.ended.wait(0 if unanswered else _ASK_EVERY_S) and not self._closing:
-            unanswered = 0 if self._asked(_ASK_EVERY_S) else unanswered + 1
+        while not self.ended.wait(0 if unanswered else _PING_EVERY_S) and not self._closing:
+            unanswered = 0 if self._ping(_PING_EVERY_S) else unanswered + 1
             if unanswered == _UNANSWERED:
-                self._failure = f"it has not answered for {_UNANSWERED * _ASK_EVERY_S:.0f} s"
-                self._kill_own()
-                self._cut()
+                self._failure = f"it has not answered for {_UNANSWERED * _PING_EVERY_S:.0f} s"
+                self._process.kill()
+                self._shut_down()
                 return
 
-    def _kill_own(self) -> None:
-        """Kill a server that does not answer; it is useless to its other trees too, whose owners see it die."""
-        if self._server_pid in (0, self._process.pid):
-            self._process.kill()
-
-    def _cut(self) -> None:
+    def _shut_down(self) -> None:
         """Shut the control socket down, which ends the reader."""
         with contextlib.suppress(OSError):
             self._control.shutdown(socket.SHUT_RDWR)
 
     # Pings
 
-    def _asked(self, timeout_s: float) -> bool:
+    def _ping(self, timeout_s: float) -> bool:
         """Ping the server. Return whether it answered or has ended; its counts are then up to date."""
         with self._answered:
             before = self._answers
@@ -312,7 +285,7 @@ class PageServer:
         Among them are faults, stall_s, bytes_ahead, bytes_faulted, bytes_rest, bytes_zero and bytes_cold. Returns the
         last known counts if the server is gone or does not answer in time.
         """
-        self._asked(timeout_s)
+        self._ping(timeout_s)
         return dict(self._stats)
 
     def wait_saved(self, timeout_s: float) -> bool:
@@ -337,10 +310,9 @@ class PageServer:
         with contextlib.suppress(OSError):
             self._control.shutdown(socket.SHUT_WR)
         if not self.ended.wait(timeout_s):
-            self._kill_own()
-            if self._server_pid in (0, self._process.pid):
-                self._exit_code(timeout_s)
-            self._cut()
+            self._process.kill()
+            self._exit_code(timeout_s)
+            self._shut_down()
         self._reader.join(timeout_s)
         with self._lock:
             fds, self._spaces = list(self._spaces.values()), {}

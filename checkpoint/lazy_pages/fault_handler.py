@@ -1,7 +1,6 @@
 """The page server's work for one process tree: placing the pages of the restored processes.
 
-checkpoint.lazy_pages.main runs it in its own thread, in a process that may serve other trees too. Standard library
-only.
+Standard library only.
 
 Order of work: the recorded working set, as soon as CRIU has registered a process's memory (while CRIU continues with
 the rest); single faults in between; once the owner reports the first token, the pages of the next requests; then all
@@ -39,7 +38,7 @@ from checkpoint.lazy_pages.copy_worker import SecondCopier
 from checkpoint.lazy_pages.read_order import Reading
 from checkpoint.lazy_pages.readahead import Bell, Fetcher
 from checkpoint.lazy_pages.residency import ArrivingSource, Presence, Waiting
-from checkpoint.lazy_pages.shared_cache import Known
+from checkpoint.lazy_pages.shared_cache import Planner
 from checkpoint.lazy_pages.stats import Stats
 from checkpoint.lazy_pages.touched_pages import namespace_of
 from checkpoint.lazy_pages.working_set import BadWorkingSet, Range, WorkingSet
@@ -56,8 +55,6 @@ _WINDOW = 32
 _STEP_BYTES = CHUNK
 _STEP_PIECES = 64
 _RETRY_S = 0.0005
-# Number of the fetcher's first job of the first phase.
-_HOT = 1
 # Timeout at a tree's end for writing its caches: some 100 MB to disk, once.
 _SETTLE_S = 1.0
 # Number of working-set ranges sampled for residency in the page cache.
@@ -96,8 +93,8 @@ class Daemon:
         self.reading = reading
         self.awaiting = False  # whether the first phase waits until all of it was requested from the disk
         self.namespace = 0  # of the tree's process numbers, by inode
-        self.known = Known.of(self.images_dir, presence)
-        self.images, self.sources = self.known.images, self.known.sources
+        self.planner = Planner(self.images_dir, presence)
+        self.images, self.sources = self.planner.images, self.planner.sources
         self.zeros = zero_source()
         self.working_set = self.load_working_set(str(config["working_set"] or ""))
         ring = self.bell.ring
@@ -111,6 +108,7 @@ class Daemon:
         # The phase: what is placed ahead of faults now.
         self.phase = ""
         self.plans: dict[int, Plan] = {}  # of the phases hot and later, by process
+        self.made: dict[int, Plan] = {}  # the plans of the phase hot, if not from the cache: to be cached
         self.rest: deque[Range] = deque()
         self.rest_batch = 0
         self.rest_queued = 0
@@ -131,7 +129,7 @@ class Daemon:
         if not path or not os.path.exists(path):
             return WorkingSet()
         try:
-            return self.known.working_set(path)
+            return self.planner.working_set(path)
         except BadWorkingSet as error:
             self.tell(event="warning", message=f"{error}; restoring without it, and the next restore records it anew")
             with contextlib.suppress(OSError):
@@ -171,7 +169,7 @@ class Daemon:
     def run(self) -> None:
         """Run until every page is in place or the owner is gone."""
         self.stats.listening_s = self.now()
-        self.tell(event="listening", pid=os.getpid())
+        self.tell(event="listening")
         for fd in (self.control.fileno(), self.listener.fileno(), self.bell.fd):
             self.epoll.register(fd, select.EPOLLIN)
         while True:
@@ -409,7 +407,7 @@ class Daemon:
             offset, low, high = offset + address - low, address, address + PAGE  # do not wait for the neighbours
         part = (space.source, offset, high - low)
         if plan and piece is not None:
-            part = self.known.packed(plan, piece) or part
+            part = self.planner.packed(plan, piece) or part
         if not part[0].resident(*part[1:]):
             self.cold_number += 1
             self.cold_faults[self.cold_number] = (space, address, since)
@@ -463,27 +461,29 @@ class Daemon:
         # If images are still arriving, samples do not represent the rest.
         self.helped = not isinstance(self.ahead, Waiting) and (listed or self.warm(ranges))
         if self.helped and listed and reading:
-            if kept := self.known.kept_plans(self.working_set, self.zeros):
-                self.plans = kept
+            if cached := self.planner.cached_plans(self.working_set, self.zeros):
+                self.plans = cached
                 self.awaiting = reading.cold and not reading.asked.is_set()
                 return
             reading.working_set = b""  # the plans cached with it are gone: make both anew
             self.helped = not reading.cold
         first = self.fetch_number + 1
-        self.plans, jobs = self.known.plans(ranges, self.zeros, first)
+        self.plans, jobs = self.planner.plans(ranges, self.zeros, first)
+        if phase == "hot":
+            self.made = self.plans
         if self.helped:
             for plan in self.plans.values():
-                plan.batches = []
-            self.fetch_number += len(jobs)  # counted even if not fetched: its first number identifies a phase
+                plan.resident = True
             return
         for self.fetch_number, parts in enumerate(jobs, first):
             self.ahead.submit(self.fetch_number, parts)
 
     def begin_rest(self) -> None:
-        if error := self.known.keep_maps():
+        if error := self.planner.keep_maps():
             self.warn("the next restore reads all page maps again", error)
-        if self.reading:
-            self.known.keep(self.working_set, _HOT, self.reading, self.namespace)
+        if self.reading and self.made:
+            self.planner.keep(self.working_set, self.made, self.reading, self.namespace)
+            self.made = {}
         self.phase, self.plans = "rest", {}
         self.rest = deque(
             (space.number, low, min(low + CHUNK // 2, end))
@@ -541,7 +541,7 @@ class Daemon:
         """Return the next extent of a process that can be placed, ignoring its retry time."""
         plan = self.plans[pid]
         index = None if self.awaiting else plan.next()
-        if index is None or (plan.batches and plan.batches[index] not in self.fetched):
+        if index is None or not (plan.resident or plan.batches[index] in self.fetched):
             return None
         return index if self.restored or any(space.pid == pid for space in self.spaces.values()) else None
 
@@ -561,7 +561,7 @@ class Daemon:
             space for space in self.spaces.values() if space.pid == pid
         ]
         placed, pieces = 0, _STEP_PIECES
-        if spaces and not plan.batches and not spaces[0].changed:
+        if spaces and plan.resident and not spaces[0].changed:
             copied, zeros = spaces[0].burst(plan, _STEP_PIECES, _STEP_BYTES)
             self.stats.bytes_ahead += copied
             self.stats.bytes_zero += zeros
@@ -672,4 +672,4 @@ class Daemon:
         if self.criu is not None:
             self.criu.close()
         self.epoll.close()
-        self.known.settle(_SETTLE_S)
+        self.planner.settle(_SETTLE_S)

@@ -1,14 +1,12 @@
-"""State that trees of the same snapshot share in one process.
+"""Plan the copies of one restore: page maps and mapped image files, the plans made of a working set, and their caches.
 
-It consists of the page maps, the mapped image files, and the plans of a working set. Each tree works on its own copy of
-a plan and changes nothing else here. The state lives as long as a tree uses it. Standard library only.
+Standard library only.
 """
 
 from __future__ import annotations
 
 import contextlib
 import threading
-from _weakref import ref  # importing weakref itself would delay a start by 1 ms
 
 from checkpoint.criu.pagemap import BadImage, ProcessImage
 from checkpoint.lazy_pages import cache_file, pagemap_cache, plan_cache
@@ -24,17 +22,15 @@ BATCH = 32
 Parts = list[tuple[Source, int, int]]
 
 
-class Known:
-    """The shared state of one folder of images."""
+class Planner:
+    """Plans the copies from one folder of images."""
 
-    _all: dict[object, ref[Known]] = {}
-    _lock = threading.Lock()
-
-    def __init__(self, folder: str, presence: Presence | None) -> None:
+    def __init__(self, folder: str, residency: Presence | None) -> None:
+        """Read the page maps and map the pages files. Raises BadImage, OSError."""
         self._stamps = cache_file.stamps(folder)
         self.images, self._indexed = pagemap_cache.read(folder, self._stamps)
         self.sources = {
-            image.pages_file: open_source(f"{folder}/{image.pages_file}", presence)
+            image.pages_file: open_source(f"{folder}/{image.pages_file}", residency)
             for image in self.images.values()
             if image.runs
         }
@@ -42,34 +38,9 @@ class Known:
             if image.runs and image.reach > self.sources[image.pages_file].size:
                 # A copy from beyond the file's end would read this process's own memory.
                 raise BadImage(f"the page map of process {image.pid} names more pages than {image.pages_file} has")
-        # One entry for each phase, by its first batch.
-        self._plans: dict[int, tuple[list[Range], dict[int, Plan], list[Parts]]] = {}
-        self._kept: tuple[bytes, dict[int, Plan]] | None = None
-        # Packs that kept plans copy from. All are kept: a tree may still use plans of an earlier working set.
-        self._packs: list[Source] = []
+        self._pack: Source | None = None
         self._keeper: threading.Thread | None = None
         self._folder = folder
-        self._planning = threading.Lock()
-
-    @classmethod
-    def of(cls, folder: str, presence: Presence | None) -> Known:
-        """Return the shared state for exactly these files. Raises BadImage, OSError.
-
-        Files that are still arriving are not shared between restores.
-        """
-        if presence:
-            return cls(folder, presence)
-        files = cache_file.stamps(folder, ("pagemap-", "mm-", "pages-"))
-        key = folder, tuple(map(tuple, files))
-        with cls._lock:
-            for old in [old for old, known in cls._all.items() if known() is None]:
-                del cls._all[old]  # no tree uses it any more
-            kept = cls._all.get(key)
-            found = kept() if kept else None
-            if found is None:
-                found = cls(folder, None)
-                cls._all[key] = ref(found)
-            return found
 
     def working_set(self, path: str) -> WorkingSet:
         """Read a working set and check it against these images. Raises BadWorkingSet, OSError."""
@@ -79,83 +50,10 @@ class Known:
         return found
 
     def plans(self, ranges: list[Range], zeros: int, first: int) -> tuple[dict[int, Plan], list[Parts]]:
-        """Return fresh plans of these ranges by process, and the image parts that each batch needs.
+        """Return plans of these ranges by process, and the image parts that each batch needs.
 
         Batches are numbered from `first`.
         """
-        with self._planning:  # a second caller waits and reuses the result
-            known = self._plans.get(first)
-            if known is None or known[0] != ranges:
-                known = self._plans[first] = (ranges, *self._plan(ranges, zeros, first))
-        _, made, jobs = known
-        return {pid: plan.fresh() for pid, plan in made.items()}, jobs
-
-    def kept_plans(self, working_set: WorkingSet, zeros: int) -> dict[int, Plan] | None:
-        """Return the plans cached by an earlier restore for the time before the first token.
-
-        All of their sources are in memory.
-        """
-        with self._planning:
-            if self._kept is None or self._kept[0] != working_set.digest:
-                found = plan_cache.read(
-                    self._folder, self._stamps, working_set.digest, self.images, self.sources, zeros
-                )
-                if found is None:
-                    return None
-                kept, pack = found
-                if pack is not None:
-                    self._packs.append(pack)
-                self._kept = (working_set.digest, kept)
-            return {pid: plan.fresh() for pid, plan in self._kept[1].items()}
-
-    def keep(self, working_set: WorkingSet, first: int, reading: Reading, namespace: int) -> None:
-        """Cache, in its own thread, the plans that `plans` made with `first`, and the list of reads for a cold disk.
-
-        Happens once, just after a first token, while the processes (of this pid namespace) run.
-        """
-        with self._planning:
-            made = self._plans.get(first)
-            digest = working_set.digest
-            if not digest or not made or made[0] != working_set.before_first_token or self._keeper is not None:
-                return
-            if reading.working_set == digest:
-                return
-            reading.working_set = digest
-            keeper = threading.Thread(
-                target=self._keep, args=(working_set, made[1], reading, namespace), name="keeper", daemon=True
-            )
-            with contextlib.suppress(RuntimeError):  # no more threads: the next restore tries again
-                keeper.start()
-                self._keeper = keeper
-
-    def keep_maps(self) -> OSError | None:
-        """Cache the page maps, once. Return the error if that failed, and the snapshot is still there."""
-        if self._indexed:
-            return None
-        self._indexed = True
-        error = pagemap_cache.keep(self._folder, self._stamps, self.images)
-        return None if isinstance(error, FileNotFoundError) else error
-
-    def packed(self, plan: Plan, piece: int) -> tuple[Source, int, int] | None:
-        """Return where an extent lies in the pack, or None if it is copied from the images."""
-        for pack in self._packs:
-            offset = plan.source(piece) - pack.address
-            if 0 <= offset < pack.size:
-                return pack, offset, plan.ends[piece] - plan.starts[piece]
-        return None
-
-    def _keep(self, working_set: WorkingSet, made: dict[int, Plan], reading: Reading, namespace: int) -> None:
-        used = touched(namespace, self.images, working_set.before_first_token)
-        packed = plan_cache.keep(self._folder, self._stamps, working_set.digest, made, self.images, self.sources)
-        with contextlib.suppress(FileNotFoundError):  # the snapshot was removed
-            reading.keep(working_set, self.images, used, packed)
-
-    def settle(self, timeout_s: float) -> None:
-        """Wait for the thread that `keep` started."""
-        if self._keeper is not None:
-            self._keeper.join(timeout_s)
-
-    def _plan(self, ranges: list[Range], zeros: int, first: int) -> tuple[dict[int, Plan], list[Parts]]:
         made = {pid: Plan() for pid in self.images}
         jobs: list[Parts] = []
         for at in range(0, len(ranges), BATCH):
@@ -173,6 +71,58 @@ class Known:
         for plan in made.values():
             plan.seal()
         return made, jobs
+
+    def cached_plans(self, working_set: WorkingSet, zeros: int) -> dict[int, Plan] | None:
+        """Return the plans cached by an earlier restore for the time before the first token, if they fit.
+
+        All of their sources are in memory.
+        """
+        found = plan_cache.read(self._folder, self._stamps, working_set.digest, self.images, self.sources, zeros)
+        if found is None:
+            return None
+        plans, self._pack = found
+        return plans
+
+    def keep(self, working_set: WorkingSet, plans: dict[int, Plan], reading: Reading, namespace: int) -> None:
+        """Cache, in a thread, the plans made before the first token, and the list of reads for a cold disk.
+
+        Call it just after the first token, while the processes (of this pid namespace) run.
+        """
+        if self._keeper is not None or not working_set.digest or reading.working_set == working_set.digest:
+            return
+        reading.working_set = working_set.digest
+        keeper = threading.Thread(
+            target=self._keep, args=(working_set, plans, reading, namespace), name="keeper", daemon=True
+        )
+        with contextlib.suppress(RuntimeError):  # no more threads: the next restore tries again
+            keeper.start()
+            self._keeper = keeper
+
+    def keep_maps(self) -> OSError | None:
+        """Cache the page maps, once. Return the error if that failed, and the snapshot is still there."""
+        if self._indexed:
+            return None
+        self._indexed = True
+        error = pagemap_cache.keep(self._folder, self._stamps, self.images)
+        return None if isinstance(error, FileNotFoundError) else error
+
+    def packed(self, plan: Plan, index: int) -> tuple[Source, int, int] | None:
+        """Return where an extent lies in the pack, or None if it is copied from the images."""
+        if self._pack is None:
+            return None
+        offset = plan.source(index) - self._pack.address
+        return (self._pack, offset, plan.ends[index] - plan.starts[index]) if 0 <= offset < self._pack.size else None
+
+    def _keep(self, working_set: WorkingSet, plans: dict[int, Plan], reading: Reading, namespace: int) -> None:
+        used = touched(namespace, self.images, working_set.before_first_token)
+        packed = plan_cache.keep(self._folder, self._stamps, working_set.digest, plans, self.images, self.sources)
+        with contextlib.suppress(FileNotFoundError):  # the snapshot was removed
+            reading.keep(working_set, self.images, used, packed)
+
+    def settle(self, timeout_s: float) -> None:
+        """Wait for the thread that `keep` started."""
+        if self._keeper is not None:
+            self._keeper.join(timeout_s)
 
 
 def _plan_piece(plan: Plan, image: ProcessImage, source: Source, start: int, end: int, zeros: int, batch: int) -> Parts:

@@ -25,7 +25,7 @@ from checkpoint.cuda import checkpoint as cuda
 from checkpoint.cuda.driver import Driver
 from checkpoint.errors import CheckpointError, Failed, HostLacks
 from checkpoint.files import aside, private_folder
-from checkpoint.lazy_pages.client import Arriving, PageServer, told
+from checkpoint.lazy_pages.client import Arriving, PageServer, server_config
 from checkpoint.sandbox.process_tree import processes
 from checkpoint.sandbox.sandbox import TMP_DIR, Bind, Sandbox, SandboxConfig, make_run_dir
 from checkpoint.snapshot import file_backed, speculative
@@ -292,7 +292,7 @@ def _plan(
         "init": config.told(),
         "unpack": [[str(folder / "shm"), "/dev/shm"], [str(folder / "tmp"), TMP_DIR]],
         "criu": criu.told(snapshot.root_pid, images, named, lazy_pages=lazy is not None),
-        "pages": told(images, run_folder, lazy.working_set, lazy.record, arriving=lazy.arriving, pack=lazy.pack)
+        "pages": server_config(images, lazy.working_set, lazy.record, arriving=lazy.arriving, pack=lazy.pack)
         if lazy
         else None,
     }

@@ -80,7 +80,7 @@ class Begun:
         if self.pages:
             process, control = self.pages
             control.close()
-            # It may serve other process trees by now (checkpoint.lazy_pages.main), so do not kill it or wait for it.
+            # Its end does not delay the next attempt.
             threading.Thread(target=process.wait, name="page-server-reaper", daemon=True).start()
         import shutil  # imported only on failure: takes 4 ms
 

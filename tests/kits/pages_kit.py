@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from checkpoint.criu.binary import Criu
-from checkpoint.lazy_pages.client import PageServer, told
+from checkpoint.lazy_pages.client import PageServer, server_config
 from checkpoint.sandbox.sandbox import TMP_DIR, Sandbox, SandboxConfig
 from checkpoint.snapshot import speculative
 from tests.kits.checkpoint_kit import LIMIT_S, inside, wait_for
@@ -57,7 +57,7 @@ class Frozen:
         work = self.folder / f"work-{next(self.count)}"
         work.mkdir()
         known_set = self.working_set if known and not record else None
-        config = told(images or self.images, self.folder, known_set, record, rate, pack=pack)
+        config = server_config(images or self.images, known_set, record, rate, pack=pack)
         started = speculative.begin_pages(config, work)
         dead = (self.deaths if deaths is None else deaths).append
         return PageServer(*started, work / speculative.LAZY_PAGES_SOCKET, dead, self.warnings.append), work

@@ -63,7 +63,7 @@ class Served:
 
 @pytest.fixture
 def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(pages, "_ASK_EVERY_S", 0.02)
+    monkeypatch.setattr(pages, "_PING_EVERY_S", 0.02)
     made = Served(tmp_path)
     yield made
     made.close()
@@ -82,11 +82,6 @@ def test_one_whose_queue_is_full_as_well(served: Served) -> None:
         except OSError:
             break
     assert served.died.wait(LIMIT_S) and "has not answered" in served.deaths[0]
-
-
-def test_one_that_serves_others_is_left_to_its_own_owner(served: Served) -> None:
-    served.theirs.send(json.dumps({"event": "listening", "pid": 123}).encode())
-    assert served.died.wait(LIMIT_S) and not served.process.killed.is_set()
 
 
 def test_one_that_answers_now_and_then_lives_and_its_counts_are_known(served: Served, monkeypatch) -> None:

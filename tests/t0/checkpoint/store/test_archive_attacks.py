@@ -17,7 +17,7 @@ from checkpoint.errors import Integrity
 from checkpoint.lazy_pages import cache_file, pagemap_cache
 from checkpoint.lazy_pages.read_order import FILE_NAME as READING
 from checkpoint.lazy_pages.read_order import Reading
-from checkpoint.lazy_pages.shared_cache import Known
+from checkpoint.lazy_pages.shared_cache import Planner
 from checkpoint.lazy_pages.working_set import BadWorkingSet, WorkingSet
 from checkpoint.snapshot import digests, signatures
 from checkpoint.store.archive import open_chunks, pull, push
@@ -286,7 +286,7 @@ def test_a_page_map_that_names_more_than_its_file_holds_is_refused(snapshot: Pat
     number = next(images.glob("pages-*.img")).stem.partition("-")[2]
     image(images / "pagemap-7.img", [message((1, int(number))), message((1, HEAP), (2, 4), (4, LAZY | PRESENT))])
     with pytest.raises(BadImage, match="more pages"):
-        Known.of(str(images), None)
+        Planner(str(images), None)
 
 
 @pytest.mark.parametrize(
@@ -300,14 +300,14 @@ def test_a_page_map_that_lists_memory_twice_or_nowhere_is_refused(
 
 
 def test_a_working_set_of_terabytes_is_not_planned(snapshot: Path) -> None:
-    known = Known.of(str(snapshot / "images"), None)
+    planner = Planner(str(snapshot / "images"), None)
     path = str(snapshot / "working-set")
     WorkingSet([(7, HEAP, HEAP + 8 * PAGE)], 1).save(path)
-    assert known.working_set(path).first == 1
+    assert planner.working_set(path).first == 1
     for ranges in ([(7, HEAP, HEAP + (1 << 40))], [(7, HEAP, HEAP + (1 << 29))] * 3, [(8, 0, 2 << 30)]):
         WorkingSet(ranges, 1).save(path)
         with pytest.raises(BadWorkingSet, match="more than its image"):
-            known.working_set(path)
+            planner.working_set(path)
 
 
 # Compiled code

@@ -1,4 +1,4 @@
-"""Private folders, atomic writes, folder locks, the data of sparse files, and the boot id.
+"""Private folders, atomic writes, fingerprints, folder locks, the data of sparse files, and the boot id.
 
 Standard library only: every start of a command imports this module (checkpoint.snapshot.speculative).
 """
@@ -25,6 +25,18 @@ def private_folder(path: Path) -> None:
         path.mkdir(mode=0o700, exist_ok=True)
 
 
+Fingerprint = tuple[int, int, int, int, int]
+"""Device, inode, size in bytes, mtime and ctime in ns: the kernel sets ctime at every write, and no program can set it."""
+RACY_NS = 100_000_000
+"""A file whose last change is younger than this could change again within the same tick of the file system's clock and
+keep its times, so its fingerprint is not trusted yet. A tick is at most 10 ms on Linux' own file systems."""
+
+
+def fingerprint(info: os.stat_result) -> Fingerprint:
+    """Return what identifies a file's content without reading it."""
+    return (info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
+
+
 @contextlib.contextmanager
 def aside(target: Path) -> Iterator[Path]:
     """Yield a new, unique path beside `target`; when the block ends without an error, the file there replaces `target`.
@@ -38,6 +50,13 @@ def aside(target: Path) -> Iterator[Path]:
         new.replace(target)
     finally:
         new.unlink(missing_ok=True)
+
+
+def write_private(target: Path, data: bytes) -> None:
+    """Write a file of mode 0600 that replaces `target` in one step. Raises OSError; then `target` is unchanged."""
+    with aside(target) as new:
+        new.touch(mode=0o600)
+        new.write_bytes(data)
 
 
 def locked(folder: Path, operation: int) -> int:

@@ -1,8 +1,7 @@
 """Digests of files, cached between starts, so that a large file is read only once until it changes.
 
-A file counts as unchanged if device, inode, size, mtime and ctime are as they were when it was hashed, at least
-RACY_NS after its last change. The kernel sets ctime at every write and no program can set it, so an edit that
-restores size and mtime is detected. The cache is one file in the state folder. If it is lost, files are read again.
+A file counts as unchanged while its fingerprint is the one it had when it was hashed, at least RACY_NS after its last
+change (checkpoint.files). The cache is one file in the state folder. If it is lost, files are read again.
 """
 
 from __future__ import annotations
@@ -17,21 +16,18 @@ from pathlib import Path
 import blake3
 import msgspec
 
-from checkpoint.files import aside, private_folder
+from checkpoint.files import RACY_NS, Fingerprint, fingerprint, private_folder, write_private
 from lazyfs.content.records import ready
 
-RACY_NS = 100_000_000
-"""A file changed less than this before it was hashed may change again within the same tick of the file system's clock."""
 SMALL = 64 << 10
 """Files up to this many bytes are read each time, which takes no longer than a cache look-up."""
 FILES_LIMIT = 10_000
 """Most files read in one folder; a larger folder is not a model, tokenizer or adapter."""
 _KEPT = 4096
 _DEPTH = 32
-_BUFFER = 4 << 20
 
-_Stamp = tuple[int, int, int]
-_Entries = dict[str, tuple[_Stamp, str]]
+_Entries = dict[str, tuple[Fingerprint, str]]
+"""By device and inode: the fingerprint when hashed, and the digest."""
 
 
 class FileDigests:
@@ -50,14 +46,16 @@ class FileDigests:
         info = path.stat()
         if info.st_size <= SMALL:
             return blake3.blake3(path.read_bytes()).hexdigest()[:32]
-        key, stamp = f"{info.st_dev}-{info.st_ino}", _stamp(info)
+        key, before = f"{info.st_dev}-{info.st_ino}", fingerprint(info)
         known = self._new.get(key) or self._known().get(key)
-        if known and known[0] == stamp:
+        if known and known[0] == before:
             return known[1]
+        from checkpoint.snapshot.digests import digest_file
+
         began = time.time_ns()
-        digest = _read(path)
-        if _stamp(path.stat()) == stamp and info.st_ctime_ns + RACY_NS <= began:
-            self._new[key] = (stamp, digest)
+        digest = digest_file(path.resolve(), info.st_size)[:32]
+        if fingerprint(path.stat()) == before and info.st_ctime_ns + RACY_NS <= began:
+            self._new[key] = (before, digest)
         return digest
 
     def of_folder(self, path: Path, endings: tuple[str, ...] = ("",)) -> str | None:
@@ -96,24 +94,8 @@ class FileDigests:
         entries = dict(list(entries.items())[-_KEPT:])
         with contextlib.suppress(OSError):
             private_folder(self.kept.parent)
-            with aside(self.kept) as new:
-                new.touch(mode=0o600)
-                new.write_bytes(msgspec.json.encode(entries))
+            write_private(self.kept, msgspec.json.encode(entries))
             self._entries, self._new = entries, {}
-
-
-def _stamp(info: os.stat_result) -> _Stamp:
-    return (info.st_size, info.st_mtime_ns, info.st_ctime_ns)
-
-
-def _read(path: Path) -> str:
-    digest = blake3.blake3(max_threads=blake3.blake3.AUTO)
-    buffer = bytearray(_BUFFER)
-    view = memoryview(buffer)
-    with path.open("rb", buffering=0) as file:
-        while read := file.readinto(buffer):
-            digest.update(view[:read])
-    return digest.hexdigest()[:32]
 
 
 def _walk(root: Path) -> Iterator[tuple[str, Path]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,38 +21,39 @@ class Gpu(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     uuid: str = ""
 
 
-# GPUs, through NVML
-
-
-class _Memory(ctypes.Structure):
-    _fields_ = [("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong)]
-
-
 def gpu_facts(environment: Mapping[str, str] | None = None) -> tuple[tuple[Gpu, ...], str]:
     """Return the GPUs visible under CUDA_VISIBLE_DEVICES, in its order, and the driver's version.
 
-    Returns `((), "")` without a driver. NVML is opened only if /dev/nvidiactl exists, because its start takes tens of
-    milliseconds. Raises HostLacks (nvml-missing, nvml-failed).
+    Returns `((), "")` without a driver. NVML is imported and started only if /dev/nvidiactl exists, because that takes
+    tens of milliseconds. Raises HostLacks (nvml-missing, nvml-failed).
     """
     if not _NVML_CONTROL.exists():
         return (), ""
+    import pynvml
+
     visible = (os.environ if environment is None else environment).get("CUDA_VISIBLE_DEVICES")
     try:
-        nvml = ctypes.CDLL("libnvidia-ml.so.1")
-    except OSError as error:
+        pynvml.nvmlInit()
+        try:
+            handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+            found = tuple(
+                Gpu(
+                    pynvml.nvmlDeviceGetName(handle),
+                    pynvml.nvmlDeviceGetMemoryInfo(handle).total,
+                    pynvml.nvmlDeviceGetUUID(handle),
+                )
+                for handle in handles
+            )
+            driver = pynvml.nvmlSystemGetDriverVersion()
+        finally:
+            pynvml.nvmlShutdown()
+    except pynvml.NVMLError_LibraryNotFound as error:
         raise HostLacks(
-            "nvml-missing", f"there is a GPU and no NVML ({error}); install the driver's libnvidia-ml"
+            "nvml-missing", "this host has a GPU but no libnvidia-ml.so.1; install the driver's libnvidia-ml"
         ) from error
-    _nvml(nvml.nvmlInit_v2())
-    try:
-        count = ctypes.c_uint()
-        _nvml(nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)))
-        found = [_nvml_gpu(nvml, index) for index in range(count.value)]
-        text = ctypes.create_string_buffer(96)
-        _nvml(nvml.nvmlSystemGetDriverVersion(text, 96))
-    finally:
-        nvml.nvmlShutdown()
-    return select_visible(tuple(found), visible), text.value.decode()
+    except pynvml.NVMLError as error:
+        raise HostLacks("nvml-failed", f"NVML: {error}; see whether nvidia-smi works on this host") from error
+    return select_visible(found, visible), driver
 
 
 def select_visible(gpus: tuple[Gpu, ...], visible: str | None) -> tuple[Gpu, ...]:
@@ -70,18 +70,3 @@ def select_visible(gpus: tuple[Gpu, ...], visible: str | None) -> tuple[Gpu, ...
             break
         chosen.append(matching[0])
     return tuple(chosen)
-
-
-def _nvml_gpu(nvml: ctypes.CDLL, index: int) -> Gpu:
-    handle, memory = ctypes.c_void_p(), _Memory()
-    name, uuid = ctypes.create_string_buffer(96), ctypes.create_string_buffer(96)
-    _nvml(nvml.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(handle)))
-    _nvml(nvml.nvmlDeviceGetName(handle, name, 96))
-    _nvml(nvml.nvmlDeviceGetUUID(handle, uuid, 96))
-    _nvml(nvml.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(memory)))
-    return Gpu(name=name.value.decode(), memory=memory.total, uuid=uuid.value.decode())
-
-
-def _nvml(code: int) -> None:
-    if code:
-        raise HostLacks("nvml-failed", f"NVML answers with error {code}; does nvidia-smi work on this host?")

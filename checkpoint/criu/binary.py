@@ -19,7 +19,7 @@ from typing import Any
 
 from checkpoint.criu.images import messages, nested
 from checkpoint.errors import Failed, HostLacks, Incompatible, Integrity
-from checkpoint.files import aside, boot_id, private_folder
+from checkpoint.files import boot_id, private_folder, write_private
 from checkpoint.sandbox.privileges import Privileges
 from checkpoint.sandbox.sandbox import Sandbox
 from checkpoint.snapshot import speculative
@@ -123,8 +123,7 @@ class Criu:
         version = self.version
         with contextlib.suppress(OSError):  # a full or read-only disk costs the next launch 15 ms
             private_folder(note.parent)
-            with aside(note) as new:
-                new.write_text(f"{key}\n{version}")
+            write_private(note, f"{key}\n{version}".encode())
         return version
 
     @cached_property
@@ -159,8 +158,7 @@ class Criu:
         with contextlib.suppress(OSError):  # /run is the host's, or the disk is full: then CRIU probes the kernel again
             data = Path(f"/proc/{sandbox.init_pid}/root/run/criu.kdat").read_bytes()
             private_folder(target.parent)
-            with aside(target) as new:
-                new.write_bytes(data)
+            write_private(target, data)
 
     def dump(
         self,
@@ -369,9 +367,8 @@ def kept(log: Path, logs: Path | None, name: str) -> str:
     target = logs / f"criu-{name}.log"
     try:
         private_folder(logs)
-        with log.open("rb") as file, aside(target) as new:
-            new.touch(mode=0o600)
-            new.write_bytes(file.read(_LOG_BYTES))
+        with log.open("rb") as file:
+            write_private(target, file.read(_LOG_BYTES))
         for old in sorted(logs.glob("criu-*.log"), key=lambda path: path.stat().st_mtime_ns)[:-_LOGS_KEPT]:
             old.unlink(missing_ok=True)
     except OSError:

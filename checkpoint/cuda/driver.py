@@ -129,7 +129,7 @@ class RealDriver:
             found = self._nvml.nvmlSystemGetDriverVersion()
         except self._nvml.NVMLError as error:
             self._refused(error)
-        return found.decode() if isinstance(found, bytes) else str(found)
+        return str(found)
 
     def devices(self) -> list[DeviceMemory]:
         try:
@@ -141,8 +141,8 @@ class RealDriver:
         handle = self._nvml.nvmlDeviceGetHandleByIndex(index)
         memory = self._nvml.nvmlDeviceGetMemoryInfo(handle)
         return DeviceMemory(
-            _text(self._nvml.nvmlDeviceGetUUID(handle)),
-            _text(self._nvml.nvmlDeviceGetName(handle)),
+            self._nvml.nvmlDeviceGetUUID(handle),
+            self._nvml.nvmlDeviceGetName(handle),
             memory.free,
             memory.total,
             self._divided(handle),
@@ -161,7 +161,7 @@ class RealDriver:
                 handle = self._nvml.nvmlDeviceGetHandleByIndex(index)
                 for process in self._nvml.nvmlDeviceGetComputeRunningProcesses(handle):
                     if process.pid == pid:
-                        found[_text(self._nvml.nvmlDeviceGetUUID(handle))] = process.usedGpuMemory or 0
+                        found[self._nvml.nvmlDeviceGetUUID(handle)] = process.usedGpuMemory or 0
         except self._nvml.NVMLError as error:
             self._refused(error)
         return found
@@ -221,10 +221,6 @@ def uuid_bytes(uuid: str) -> bytes:
     if len(found) != 16:
         raise DriverError(f"CUDA_ERROR_INVALID_DEVICE ({uuid} is not the UUID of a whole GPU)")
     return found
-
-
-def _text(value: Any) -> str:
-    return value.decode() if isinstance(value, bytes) else str(value)
 
 
 def _has_cuda(pid: int) -> bool:

@@ -33,32 +33,27 @@ import msgspec
 
 from checkpoint import disk
 from checkpoint.errors import Failed, Integrity
-from checkpoint.files import aside, boot_id
+from checkpoint.files import RACY_NS, Fingerprint, boot_id, fingerprint, write_private
 from checkpoint.snapshot import file_backed
 from checkpoint.snapshot.manifest import SnapshotFile
 from lazyfs.content.records import ready
 
 LEDGER = ".verified"
-RACY_NS = 100_000_000
-"""A file changed less than this before it was hashed could change again within one tick of the file system's clock and
-keep its times, so its ledger entry is not trusted. A tick is at most 10 ms on Linux' own file systems."""
 _BUFFER = 1 << 20
 _PARALLEL = 64 << 20  # files of at least this size are hashed by several threads
 _PARALLEL_BUFFER = 8 << 20
-
-_Stamp = tuple[int, int, int, int, int]
 
 
 class _Ledger(msgspec.Struct, forbid_unknown_fields=True):
     """The ledger's format.
 
     `sealed`: digest of the manifest's file list that it belongs to. `boot`: id of the boot that hashed. `stamps`:
-    fingerprint of each file when hashed (device, inode, size, mtime, ctime).
+    fingerprint of each file when hashed.
     """
 
     sealed: str
     boot: str
-    stamps: dict[str, _Stamp]
+    stamps: dict[str, Fingerprint]
 
 
 class Verified(msgspec.Struct, frozen=True):
@@ -86,7 +81,7 @@ def seal(folder: Path) -> dict[str, SnapshotFile]:
         digests, stamps = _hash(folder, found)
     except OSError as error:
         raise Failed("seal-failed", f"{error.filename}: {error.strerror}; the snapshot is not kept") from error
-    files = {name: SnapshotFile(_size(found[name]), digests[name]) for name in sorted(found)}
+    files = {name: SnapshotFile(found[name].st_size, digests[name]) for name in sorted(found)}
     _write_ledger(folder, files, stamps)
     return files
 
@@ -103,13 +98,13 @@ def verify(folder: Path, files: Mapping[str, SnapshotFile], always: bool = False
             raise Integrity("file-unexpected", f"{folder / name} is not in the manifest{_way_out(folder)}")
         if name not in found:
             raise Integrity("file-missing", f"{folder / name} is gone{_way_out(folder)}")
-        size = _size(found[name])
+        size = found[name].st_size
         if size != files[name].size:
             raise Integrity(
                 "file-size-differs", f"{folder / name} has {size} bytes instead of {files[name].size}{_way_out(folder)}"
             )
     ledger = None if always else _read_ledger(folder, files)
-    trusted = {name: info for name, info in found.items() if ledger and ledger.stamps.get(name) == _stamp(info)}
+    trusted = {name: info for name, info in found.items() if ledger and ledger.stamps.get(name) == fingerprint(info)}
     doubtful = {name: info for name, info in found.items() if name not in trusted}
     try:
         digests, stamps = _hash(folder, doubtful)
@@ -119,11 +114,11 @@ def verify(folder: Path, files: Mapping[str, SnapshotFile], always: bool = False
         if digests[name] != files[name].blake3:
             raise Integrity("file-digest-differs", f"{folder / name} is not what was written{_way_out(folder)}")
     if stamps:
-        _write_ledger(folder, files, {**{name: _stamp(info) for name, info in trusted.items()}, **stamps})
+        _write_ledger(folder, files, {**{name: fingerprint(info) for name, info in trusted.items()}, **stamps})
     return Verified(
         files=len(files),
-        hashed=sum(_size(info) for info in doubtful.values()),
-        trusted=sum(_size(info) for info in trusted.values()),
+        hashed=sum(info.st_size for info in doubtful.values()),
+        trusted=sum(info.st_size for info in trusted.values()),
         took_s=time.monotonic() - began,
     )
 
@@ -148,21 +143,13 @@ def _walk(folder: Path, below: str = "") -> Iterator[tuple[str, os.stat_result]]
             yield name, entry.stat(follow_symlinks=False)
 
 
-def _size(info: os.stat_result) -> int:
-    return info.st_size
-
-
-def _stamp(info: os.stat_result) -> _Stamp:
-    return (info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
-
-
-def _hash(folder: Path, files: Mapping[str, os.stat_result]) -> tuple[dict[str, str], dict[str, _Stamp]]:
+def _hash(folder: Path, files: Mapping[str, os.stat_result]) -> tuple[dict[str, str], dict[str, Fingerprint]]:
     """Return the files' digests, and the fingerprints of those that may be trusted next time.
 
     OSError carries the file's name.
     """
     digests: dict[str, str] = {}
-    stamps: dict[str, _Stamp] = {}
+    stamps: dict[str, Fingerprint] = {}
     order = sorted(files, key=lambda name: -files[name].st_size)
 
     def one(name: str) -> None:
@@ -173,8 +160,8 @@ def _hash(folder: Path, files: Mapping[str, os.stat_result]) -> tuple[dict[str, 
         else:
             digests[name] = digest_file(path, files[name].st_size)
         after = path.lstat()
-        if _stamp(after) == _stamp(files[name]) and after.st_ctime_ns + RACY_NS <= started:
-            stamps[name] = _stamp(after)
+        if fingerprint(after) == fingerprint(files[name]) and after.st_ctime_ns + RACY_NS <= started:
+            stamps[name] = fingerprint(after)
 
     with ThreadPoolExecutor(max(1, min(4, len(os.sched_getaffinity(0)))), thread_name_prefix="seal") as pool:
         for outcome in [pool.submit(one, name) for name in order]:
@@ -220,11 +207,7 @@ def _read_ledger(folder: Path, files: Mapping[str, SnapshotFile]) -> _Ledger | N
     return ledger if ledger.sealed == _sealed(files) and ledger.boot == boot_id() else None
 
 
-def _write_ledger(folder: Path, files: Mapping[str, SnapshotFile], stamps: dict[str, _Stamp]) -> None:
+def _write_ledger(folder: Path, files: Mapping[str, SnapshotFile], stamps: dict[str, Fingerprint]) -> None:
     data = msgspec.json.encode(_Ledger(_sealed(files), boot_id(), stamps))
-    with (
-        disk.optional(f"the next restore of {folder.name} hashes all of it again", "ledger-not-kept"),
-        aside(folder / LEDGER) as new,
-    ):
-        new.touch(mode=0o600)
-        new.write_bytes(data)
+    with disk.optional(f"the next restore of {folder.name} hashes all of it again", "ledger-not-kept"):
+        write_private(folder / LEDGER, data)

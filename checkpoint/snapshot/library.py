@@ -26,7 +26,7 @@ import msgspec
 
 from checkpoint import disk
 from checkpoint.errors import Busy, NotFound
-from checkpoint.files import aside, locked, private_folder
+from checkpoint.files import locked, private_folder, write_private
 from checkpoint.snapshot import manifest, speculative
 from checkpoint.snapshot.manifest import Snapshot
 from lazyfs.content.records import ready
@@ -289,10 +289,8 @@ class Library:
         health = self.health(name)
         health.failures += 1
         health.reason, health.at = reason, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        file = self._health_file(name)
-        with disk.optional(f"the failed restore of {name} is not counted", "health-not-kept"), aside(file) as new:
-            new.touch(0o600)
-            new.write_bytes(msgspec.json.encode(health))
+        with disk.optional(f"the failed restore of {name} is not counted", "health-not-kept"):
+            write_private(self._health_file(name), msgspec.json.encode(health))
         return health
 
     def succeeded(self, name: str) -> None:

@@ -25,7 +25,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from checkpoint.files import aside, boot_id, locked
+from checkpoint.files import boot_id, locked, write_private
 from checkpoint.sandbox import prestart
 from checkpoint.sandbox.prestart import Started
 
@@ -247,9 +247,7 @@ def note(plan: Plan) -> None:
         if _note.exists() and _note.read_bytes() == data:
             os.utime(_note)  # the oldest are removed first
             return
-        with aside(_note) as new:
-            new.touch(mode=0o600)
-            new.write_bytes(data)
+        write_private(_note, data)
         with contextlib.suppress(FileNotFoundError):  # another start removes the same files
             notes = sorted(_note.parent.glob("next-*.json"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
             for old in notes[_NOTES_KEPT:]:

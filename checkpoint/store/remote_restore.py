@@ -31,8 +31,7 @@ from typing import TYPE_CHECKING
 import blake3
 
 from checkpoint.errors import Busy, CheckpointError, Failed, Integrity
-from checkpoint.files import extents
-from checkpoint.snapshot import digests
+from checkpoint.files import RACY_NS, extents
 from checkpoint.snapshot import manifest as manifests
 from checkpoint.snapshot.digests import digest_symlink
 from checkpoint.snapshot.library import Library
@@ -291,7 +290,7 @@ class Remote:
         arrival.settle()
         if not self._verified:
             self.opened.link(self.folder)
-        time.sleep(digests.RACY_NS / 1e9)  # so that the next restore can trust the digests computed now
+        time.sleep(RACY_NS / 1e9)  # so that the next restore can trust the digests computed now
         self.opened.check(self.folder)
         with self._changed:
             while self._uses:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import pynvml
 import pytest
 
 from checkpoint.compatibility import engine, gpu
@@ -162,7 +164,7 @@ def test_visible_devices_are_chosen_as_cuda_does(visible: str | None, expected: 
 
 
 class Nvml:
-    """What libnvidia-ml answers, for two GPUs; `fails` names a function that returns an error."""
+    """The answers of libnvidia-ml for two GPUs; `fails` names a function that returns an error."""
 
     def __init__(self, fails: str = "") -> None:
         self.fails = fails
@@ -179,7 +181,7 @@ class Nvml:
             if name == "nvmlDeviceGetCount_v2":
                 last.value = 2  # type: ignore[attr-defined]
             elif name == "nvmlDeviceGetHandleByIndex_v2":
-                last.value = 100 + int(first)  # type: ignore[attr-defined,call-overload]
+                last.value = 100 + first.value  # type: ignore[attr-defined,union-attr]
             elif name == "nvmlDeviceGetMemoryInfo":
                 last.total = 80 << 30  # type: ignore[attr-defined]
             elif name in ("nvmlDeviceGetName", "nvmlDeviceGetUUID"):
@@ -191,10 +193,17 @@ class Nvml:
         return call
 
 
+def install(monkeypatch: pytest.MonkeyPatch, folder: Path, load: Callable[[str], object]) -> None:
+    """Let nvidia-ml-py load its library with `load`, on a host that has a GPU's control device."""
+    monkeypatch.setattr(gpu, "_NVML_CONTROL", folder)
+    monkeypatch.setattr(pynvml, "CDLL", load)
+    monkeypatch.setattr(pynvml, "nvmlLib", None)
+    monkeypatch.setattr(pynvml, "_nvmlGetFunctionPointer_cache", {})
+
+
 def test_gpus_are_read_where_there_is_a_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "_NVML_CONTROL", tmp_path)
     nvml = Nvml()
-    monkeypatch.setattr(gpu.ctypes, "CDLL", lambda _: nvml)
+    install(monkeypatch, tmp_path, lambda _: nvml)
     gpus, driver = gpu.gpu_facts({})
     assert gpus == (Gpu("H100", 80 << 30, "GPU-100"), Gpu("H100", 80 << 30, "GPU-101"))
     assert driver == "580.159.03"
@@ -203,24 +212,21 @@ def test_gpus_are_read_where_there_is_a_driver(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize(
-    "function", ["nvmlInit_v2", "nvmlDeviceGetCount_v2", "nvmlDeviceGetUUID", "nvmlSystemGetDriverVersion"]
+    "function", ["nvmlInitWithFlags", "nvmlDeviceGetCount_v2", "nvmlDeviceGetUUID", "nvmlSystemGetDriverVersion"]
 )
 def test_a_driver_that_does_not_answer_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str) -> None:
-    monkeypatch.setattr(gpu, "_NVML_CONTROL", tmp_path)
     nvml = Nvml(function)
-    monkeypatch.setattr(gpu.ctypes, "CDLL", lambda _: nvml)
+    install(monkeypatch, tmp_path, lambda _: nvml)
     with pytest.raises(HostLacks, match="nvml-failed"):
         gpu.gpu_facts({})
-    assert (nvml.calls[-1] == "nvmlShutdown") == (function != "nvmlInit_v2")
+    assert (nvml.calls[-1] == "nvmlShutdown") == (function != "nvmlInitWithFlags")
 
 
 def test_a_driver_without_nvml_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "_NVML_CONTROL", tmp_path)
-
     def missing(_: str) -> object:
         raise OSError("libnvidia-ml.so.1: cannot open shared object file")
 
-    monkeypatch.setattr(gpu.ctypes, "CDLL", missing)
+    install(monkeypatch, tmp_path, missing)
     with pytest.raises(HostLacks, match="nvml-missing"):
         gpu.gpu_facts({})
 

@@ -29,7 +29,7 @@ def children(tmp_path: Path) -> Iterator[Children]:
 
 @pytest.fixture
 def helper(children: Children) -> Iterator[Helper]:
-    with Helper("cuda_double:Double", str(children.folder), move_timeout_s=2.0) as found:
+    with Helper("tests.kits.cuda_double:Double", str(children.folder), move_timeout_s=2.0) as found:
         yield found
 
 
@@ -102,7 +102,7 @@ def test_closing_twice_is_fine(helper: Helper) -> None:
 
 def test_closing_does_not_wait_for_a_call_under_way(children: Children) -> None:
     """A moving call may take 900 s; whoever stops a launch does not wait for it."""
-    helper = Helper("cuda_double:Double", str(children.folder), move_timeout_s=900.0)
+    helper = Helper("tests.kits.cuda_double:Double", str(children.folder), move_timeout_s=900.0)
     pid = children.start()
     helper.lock(pid, 1000)
     children.faults({"op": "checkpoint", "hang": 600})

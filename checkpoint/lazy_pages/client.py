@@ -42,7 +42,7 @@ class Arriving(Protocol):
 
     @property
     def presence(self) -> Path:
-        """Path of the residency bitmap (checkpoint.lazy_pages.residency.Presence)."""
+        """Path of the residency bitmap (checkpoint.lazy_pages.residency.ResidencyBitmap)."""
 
     def listen(self, on_arrival: Callable[[], None]) -> None:
         """Call `on_arrival` whenever pages have arrived."""

@@ -18,7 +18,8 @@ from collections import deque
 from collections.abc import Callable
 
 from checkpoint.lazy_pages import uffd
-from checkpoint.lazy_pages.address_space import Plan, Space
+from checkpoint.lazy_pages.address_space import Space
+from checkpoint.lazy_pages.copy_plan import Plan
 
 LARGE = 128 << 10
 """Smallest extent in bytes worth passing to this thread. Below, interpreter overhead dominates."""

@@ -32,12 +32,12 @@ from collections import deque
 
 from checkpoint.criu.pagemap import PAGE, argument_pages
 from checkpoint.lazy_pages import uffd
-from checkpoint.lazy_pages.address_space import CHUNK, CLAIMED, Again, Gone, Plan, Space, zero_source
-from checkpoint.lazy_pages.copy_plan import PageMap
+from checkpoint.lazy_pages.address_space import Again, Gone, PendingPages, Space, zero_source
+from checkpoint.lazy_pages.copy_plan import CHUNK, CLAIMED, Plan
 from checkpoint.lazy_pages.copy_worker import SecondCopier
 from checkpoint.lazy_pages.read_order import Reading
-from checkpoint.lazy_pages.readahead import Bell, Fetcher
-from checkpoint.lazy_pages.residency import ArrivingSource, Presence, Waiting
+from checkpoint.lazy_pages.readahead import ArrivingSource, Bell, Fetcher, Waiting
+from checkpoint.lazy_pages.residency import ResidencyBitmap
 from checkpoint.lazy_pages.shared_cache import Planner
 from checkpoint.lazy_pages.stats import Stats
 from checkpoint.lazy_pages.touched_pages import namespace_of
@@ -89,7 +89,7 @@ class Daemon:
         self.faults: deque[tuple[Space, int, float]] = deque()  # (space, address, since when)
         self.trace_before: list[tuple[int, int]] = []
         self.trace_after: list[tuple[int, int]] = []
-        presence = Presence.open(str(config["arriving"])) if config.get("arriving") else None
+        presence = ResidencyBitmap.open(str(config["arriving"])) if config.get("arriving") else None
         self.reading = reading
         self.awaiting = False  # whether the first phase waits until all of it was requested from the disk
         self.namespace = 0  # of the tree's process numbers, by inode
@@ -293,7 +293,7 @@ class Daemon:
             if image is None:
                 raise RuntimeError(f"CRIU restores process {number}, which is not in {self.images_dir}")
             source = self.sources.get(image.pages_file) or next(iter(self.sources.values()))
-            self.add(Space(0, number, fds[0], PageMap(image.runs), image, source))
+            self.add(Space(0, number, fds[0], PendingPages(image.runs), image, source))
 
     def add(self, space: Space) -> None:
         os.set_inheritable(space.fd, False)

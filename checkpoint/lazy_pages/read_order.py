@@ -16,7 +16,7 @@ import threading
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from checkpoint.lazy_pages import cache_file, pack, uffd
+from checkpoint.lazy_pages import cache, uffd
 from checkpoint.lazy_pages.uffd import PAGE
 
 TYPE_CHECKING = False  # importing typing would delay a restore by 3 ms
@@ -71,12 +71,12 @@ class Reading:
         self._whole: list[str] = []
         self._small, self._copied, self._mapped = array("Q"), array("Q"), array("Q")
         try:
-            head, lists = cache_file.read(images, FILE_NAME, _VERSION)
+            head, lists = cache.read(images, FILE_NAME, _VERSION)
             for pieces, body in zip((self._small, self._copied, self._mapped), lists, strict=True):
                 pieces.frombytes(body)
-            paths = [os.path.join(images, cache_file.pages_file(name)) for name in head["names"]]
+            paths = [os.path.join(images, cache.checked_pages_file(name)) for name in head["names"]]
             if head["packed"]:
-                paths.append(cache_file.path(images, pack.FILE_NAME))
+                paths.append(cache.path(images, cache.PACK))
             for path in paths:
                 self._fds.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
             if any(os.path.basename(name) != name for name in head["whole"]):
@@ -141,12 +141,12 @@ class Reading:
                 mapped += [(file, low, high - low) for low, high in _of_file(found.mapped_within(start, end))]
         large: list[Piece] = []
         if packed:
-            large = _in_blocks([(len(names), 0, os.stat(cache_file.path(self._images, pack.FILE_NAME)).st_size)])
+            large = _in_blocks([(len(names), 0, os.stat(cache.path(self._images, cache.PACK)).st_size)])
         else:
             small += [(file, low, high - low) for file, runs in copied.items() for low, high in _near(runs, _NEAR)]
         head = {"working_set": working_set.digest.hex(), "names": names, "packed": packed, "whole": whole}
-        lists = [cache_file.flat(pieces) for pieces in (small, large, _in_blocks(mapped))]
-        cache_file.write(self._images, FILE_NAME, _VERSION, head, lists)
+        lists = [cache.flat(pieces) for pieces in (small, large, _in_blocks(mapped))]
+        cache.write(self._images, FILE_NAME, _VERSION, head, lists)
 
     def stop(self) -> None:
         """Skip the reads not yet requested. The thread is not joined."""

@@ -14,7 +14,8 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
-from checkpoint.lazy_pages import cache_file, uffd
+from checkpoint.lazy_pages import uffd
+from checkpoint.lazy_pages.residency import ResidencyBitmap
 
 # Readahead size: large enough for full disk speed, small enough that a fault's own read does not wait long behind it.
 _ADVISE = 8 << 20
@@ -42,6 +43,11 @@ class Bell:
             os.close(self.fd)
 
 
+def fingerprint(info: os.stat_result) -> list[int]:
+    """Return a file's device, inode, size, mtime and ctime in ns."""
+    return [info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns]
+
+
 class Source:
     """One image file, mapped shared, so that all replicas on a host read the same copy in the page cache.
 
@@ -55,9 +61,9 @@ class Source:
         self.address, self.size = uffd.map_file(path)
         self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
-    def stamp(self) -> list[int]:
-        """Return the file's fingerprint (see cache_file.stamp). Raises OSError."""
-        return cache_file.stamp(os.fstat(self._fd))
+    def fingerprint(self) -> list[int]:
+        """Return the file's fingerprint. Raises OSError."""
+        return fingerprint(os.fstat(self._fd))
 
     def resident(self, offset: int, length: int) -> bool:
         """Return whether a copy from there would not wait for a disk."""
@@ -87,6 +93,26 @@ class Source:
             uffd.unmap(self.address, self.size)
         if self._fd >= 0:
             os.close(self._fd)
+
+
+class ArrivingSource(Source):
+    """A page file that is being filled. No page is read before it is in place."""
+
+    def __init__(self, path: str, presence: ResidencyBitmap) -> None:
+        super().__init__(path)
+        self.name = f"images/{os.path.basename(path)}"
+        self.presence = presence
+
+    def resident(self, offset: int, length: int) -> bool:
+        return self.presence.has(self.name, offset, length)
+
+    def absent(self, offset: int, length: int) -> bool:
+        return not self.presence.has(self.name, offset, length)
+
+
+def open_source(path: str, presence: ResidencyBitmap | None) -> Source:
+    """Open the page file at `path`; with a bitmap, as one that is being filled."""
+    return ArrivingSource(path, presence) if presence else Source(path)
 
 
 FAILED = -1
@@ -174,3 +200,52 @@ class Fetcher(threading.Thread):
             for source, offset, length in absent:
                 source.advise(offset, length)
             self._asked.put((job, cold))
+
+
+class Waiting:
+    """Jobs that wait for pages to arrive; replaces checkpoint.lazy_pages.readahead.Fetcher, without a thread.
+
+    `ask`, if given, is called for missing pages: (name of the file, offset, length).
+    """
+
+    def __init__(self, notify: Callable[[], None], ask: Callable[[str, int, int], None] | None = None) -> None:
+        self.done: deque[tuple[int, int, int]] = deque()
+        self._notify = notify
+        self._ask = ask
+        # Each job, its missing parts (the last is checked first), and the bytes that were missing.
+        self._jobs: list[tuple[Job, list[tuple[Source, int, int]], int]] = []
+
+    def start(self) -> None:
+        return
+
+    def stop(self) -> None:
+        """Drop all jobs and request nothing more."""
+        self._ask, self._jobs = None, []
+
+    def submit(self, number: int, parts: list[tuple[Source, int, int]]) -> None:
+        absent = [part for part in reversed(parts) if not part[0].resident(part[1], part[2])]
+        if self._ask:
+            for source, offset, length in absent:
+                assert isinstance(source, ArrivingSource)
+                self._ask(source.name, offset, length)
+        self._jobs.append(((number, parts), absent, sum(length for _, _, length in absent)))
+        if not absent:
+            self.look()
+
+    def look(self) -> None:
+        """Finish the jobs whose pages have all arrived."""
+        waiting = []
+        for job, absent, cold in self._jobs:
+            while absent and absent[-1][0].resident(absent[-1][1], absent[-1][2]):
+                absent.pop()
+            if absent:
+                waiting.append((job, absent, cold))
+                continue
+            number, parts = job
+            failed = 0
+            for source, offset, length in parts:
+                failed = uffd.populate(source.address + offset, length) or failed
+            self.done.append((number, failed, cold))
+        self._jobs = waiting
+        if self.done:
+            self._notify()

@@ -1,4 +1,4 @@
-"""Images that are still arriving from a remote store: which pages are in place, and which jobs wait for others.
+"""The residency bitmap of images that are still arriving from a remote store: which pages are in place.
 
 The owner (checkpoint.store.download) fills sparse page files with verified pages and marks each in the residency
 bitmap, a file of one byte per page that page servers have mapped. A page is read here only after it was marked.
@@ -11,17 +11,13 @@ import json
 import mmap
 import os
 import struct
-from collections import deque
-from collections.abc import Callable, Mapping
-
-from checkpoint.lazy_pages import uffd
-from checkpoint.lazy_pages.readahead import Job, Source
+from collections.abc import Mapping
 
 _MAGIC = b"QTPM"
 PAGE = 4096
 
 
-class Presence:
+class ResidencyBitmap:
     """The residency bitmap.
 
     File format: `QTPM`, a 32-bit length, a JSON head (pages of each file), then a byte for every page, 1 once it is in
@@ -37,7 +33,7 @@ class Presence:
         self._one = b"\1" * 4096
 
     @classmethod
-    def make(cls, path: str, sizes: Mapping[str, int]) -> Presence:
+    def make(cls, path: str, sizes: Mapping[str, int]) -> ResidencyBitmap:
         """Create a bitmap with no page in place; `sizes` in bytes.
 
         Raises OSError when the disk has no room for all of it.
@@ -54,7 +50,7 @@ class Presence:
             os.close(fd)
 
     @classmethod
-    def open(cls, path: str) -> Presence:
+    def open(cls, path: str) -> ResidencyBitmap:
         """Open a bitmap that another process fills. Raises OSError, or ValueError for an invalid file."""
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -85,72 +81,3 @@ class Presence:
 
     def close(self) -> None:
         self._memory.close()
-
-
-class ArrivingSource(Source):
-    """A page file that is being filled. No page is read before it is in place."""
-
-    def __init__(self, path: str, presence: Presence) -> None:
-        super().__init__(path)
-        self.name = f"images/{os.path.basename(path)}"
-        self.presence = presence
-
-    def resident(self, offset: int, length: int) -> bool:
-        return self.presence.has(self.name, offset, length)
-
-    def absent(self, offset: int, length: int) -> bool:
-        return not self.presence.has(self.name, offset, length)
-
-
-def open_source(path: str, presence: Presence | None) -> Source:
-    """Open the page file at `path`; with a bitmap, as one that is being filled."""
-    return ArrivingSource(path, presence) if presence else Source(path)
-
-
-class Waiting:
-    """Jobs that wait for pages to arrive; replaces checkpoint.lazy_pages.readahead.Fetcher, without a thread.
-
-    `ask`, if given, is called for missing pages: (name of the file, offset, length).
-    """
-
-    def __init__(self, notify: Callable[[], None], ask: Callable[[str, int, int], None] | None = None) -> None:
-        self.done: deque[tuple[int, int, int]] = deque()
-        self._notify = notify
-        self._ask = ask
-        # Each job, its missing parts (the last is checked first), and the bytes that were missing.
-        self._jobs: list[tuple[Job, list[tuple[Source, int, int]], int]] = []
-
-    def start(self) -> None:
-        return
-
-    def stop(self) -> None:
-        """Drop all jobs and request nothing more."""
-        self._ask, self._jobs = None, []
-
-    def submit(self, number: int, parts: list[tuple[Source, int, int]]) -> None:
-        absent = [part for part in reversed(parts) if not part[0].resident(part[1], part[2])]
-        if self._ask:
-            for source, offset, length in absent:
-                assert isinstance(source, ArrivingSource)
-                self._ask(source.name, offset, length)
-        self._jobs.append(((number, parts), absent, sum(length for _, _, length in absent)))
-        if not absent:
-            self.look()
-
-    def look(self) -> None:
-        """Finish the jobs whose pages have all arrived."""
-        waiting = []
-        for job, absent, cold in self._jobs:
-            while absent and absent[-1][0].resident(absent[-1][1], absent[-1][2]):
-                absent.pop()
-            if absent:
-                waiting.append((job, absent, cold))
-                continue
-            number, parts = job
-            failed = 0
-            for source, offset, length in parts:
-                failed = uffd.populate(source.address + offset, length) or failed
-            self.done.append((number, failed, cold))
-        self._jobs = waiting
-        if self.done:
-            self._notify()

@@ -9,11 +9,11 @@ import contextlib
 import threading
 
 from checkpoint.criu.pagemap import BadImage, ProcessImage
-from checkpoint.lazy_pages import cache_file, pagemap_cache, plan_cache
-from checkpoint.lazy_pages.address_space import Plan
+from checkpoint.lazy_pages import cache
+from checkpoint.lazy_pages.copy_plan import Plan
 from checkpoint.lazy_pages.read_order import Reading
-from checkpoint.lazy_pages.readahead import Source
-from checkpoint.lazy_pages.residency import Presence, open_source
+from checkpoint.lazy_pages.readahead import Source, open_source
+from checkpoint.lazy_pages.residency import ResidencyBitmap
 from checkpoint.lazy_pages.touched_pages import touched
 from checkpoint.lazy_pages.working_set import Range, WorkingSet
 
@@ -25,10 +25,10 @@ Parts = list[tuple[Source, int, int]]
 class Planner:
     """Plans the copies from one folder of images."""
 
-    def __init__(self, folder: str, residency: Presence | None) -> None:
+    def __init__(self, folder: str, residency: ResidencyBitmap | None) -> None:
         """Read the page maps and map the pages files. Raises BadImage, OSError."""
-        self._stamps = cache_file.stamps(folder)
-        self.images, self._indexed = pagemap_cache.read(folder, self._stamps)
+        self._fingerprints = cache.fingerprints(folder)
+        self.images, self._indexed = cache.read_page_maps(folder, self._fingerprints)
         self.sources = {
             image.pages_file: open_source(f"{folder}/{image.pages_file}", residency)
             for image in self.images.values()
@@ -77,7 +77,7 @@ class Planner:
 
         All of their sources are in memory.
         """
-        found = plan_cache.read(self._folder, self._stamps, working_set.digest, self.images, self.sources, zeros)
+        found = cache.read_plans(self._folder, self._fingerprints, working_set.digest, self.images, self.sources, zeros)
         if found is None:
             return None
         plans, self._pack = found
@@ -103,7 +103,7 @@ class Planner:
         if self._indexed:
             return None
         self._indexed = True
-        error = pagemap_cache.keep(self._folder, self._stamps, self.images)
+        error = cache.write_page_maps(self._folder, self._fingerprints, self.images)
         return None if isinstance(error, FileNotFoundError) else error
 
     def packed(self, plan: Plan, index: int) -> tuple[Source, int, int] | None:
@@ -115,7 +115,9 @@ class Planner:
 
     def _keep(self, working_set: WorkingSet, plans: dict[int, Plan], reading: Reading, namespace: int) -> None:
         used = touched(namespace, self.images, working_set.before_first_token)
-        packed = plan_cache.keep(self._folder, self._stamps, working_set.digest, plans, self.images, self.sources)
+        packed = cache.write_plans(
+            self._folder, self._fingerprints, working_set.digest, plans, self.images, self.sources
+        )
         with contextlib.suppress(FileNotFoundError):  # the snapshot was removed
             reading.keep(working_set, self.images, used, packed)
 

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from threading import get_ident
 
 from checkpoint.criu.pagemap import PAGE, ProcessImage
-from checkpoint.lazy_pages.cache_file import blake2b
+from checkpoint.lazy_pages.cache import blake2b
 
 Range = tuple[int, int, int]
 """(process, first address, end address)"""

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING
 
 from checkpoint.errors import CheckpointError, Failed
 from checkpoint.files import private_folder
-from checkpoint.lazy_pages.residency import Presence
+from checkpoint.lazy_pages.residency import ResidencyBitmap
 from checkpoint.store.layout import BYTES, INDEX, REST, Layout, Piece
 from checkpoint.store.upload import Progress, translated
 
@@ -104,7 +104,7 @@ class Arrival:
         )
         self.kept = self.fetched = self.moved = self.quarantined = 0
         self.failure: CheckpointError | None = None
-        self.presence: Presence | None = None
+        self.presence: ResidencyBitmap | None = None
         self.files: dict[str, tuple[int, int]] = {}
         """Files of the folder: size and mode."""
         self._listeners: list[Callable[[], None]] = []
@@ -172,7 +172,7 @@ class Arrival:
                     os.ftruncate(fd, 0)
                     os.ftruncate(fd, size)
         if presence is not None and self.layout is not None:
-            self.presence = Presence.make(str(presence), self.layout.index.sizes)
+            self.presence = ResidencyBitmap.make(str(presence), self.layout.index.sizes)
         for index in range(self.workers):
             thread = threading.Thread(target=self._work, args=(index,), name=f"arrival-{index}", daemon=True)
             self._threads.append(thread)

@@ -14,7 +14,7 @@ import pytest
 from checkpoint import disk
 from checkpoint.criu.binary import Criu
 from checkpoint.errors import Failed
-from checkpoint.lazy_pages.residency import Presence
+from checkpoint.lazy_pages.residency import ResidencyBitmap
 from checkpoint.snapshot import digests, speculative
 from checkpoint.snapshot.library import Library
 from checkpoint.store.archive import open_chunks, pull, push
@@ -149,7 +149,7 @@ def test_a_map_of_pages_has_all_of_its_blocks_or_is_not_made(home):
     with (home / "filler").open("rb+") as file:
         file.truncate((home / "filler").stat().st_size - 16384)
     with pytest.raises(OSError) as caught:
-        Presence.make(str(home / "map"), {"images/pages-1.img": 4096 * 100_000})
+        ResidencyBitmap.make(str(home / "map"), {"images/pages-1.img": 4096 * 100_000})
     assert caught.value.errno == errno.ENOSPC
 
 
@@ -158,13 +158,13 @@ def test_a_map_that_was_made_can_be_marked_on_a_disk_that_is_full_by_then(home):
 import sys
 sys.path.insert(0, sys.argv[2])
 from pathlib import Path
-from checkpoint.lazy_pages.residency import Presence
-made = Presence.make(sys.argv[1] + "/map", {"images/pages-1.img": 4096 * 100_000})
+from checkpoint.lazy_pages.residency import ResidencyBitmap
+made = ResidencyBitmap.make(sys.argv[1] + "/map", {"images/pages-1.img": 4096 * 100_000})
 try:
     Path(sys.argv[1], "filler").write_bytes(bytes(2 << 20))
 except OSError:
     made.mark("images/pages-1.img", 0, 4096 * 100_000)
-    print(Presence.open(sys.argv[1] + "/map").has("images/pages-1.img", 0, 4096 * 100_000))
+    print(ResidencyBitmap.open(sys.argv[1] + "/map").has("images/pages-1.img", 0, 4096 * 100_000))
 """
     done = subprocess.run(
         [sys.executable, "-c", script, home, REPO], capture_output=True, text=True, timeout=30, check=False

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from checkpoint.lazy_pages.copy_plan import PageMap
+from checkpoint.lazy_pages.address_space import PendingPages
 
 pytestmark = pytest.mark.t0
 
@@ -45,7 +45,7 @@ class Reference:
         self.pages.update({a + target - source: offset for a, offset in moved.items()})
 
 
-def pages_of(page_map: PageMap) -> dict[int, int]:
+def pages_of(page_map: PendingPages) -> dict[int, int]:
     return {a: o + a - s for s, e, o in page_map for a in range(s, e, PAGE)}
 
 
@@ -61,8 +61,8 @@ steps = st.lists(
 
 @given(runs(), steps)
 def test_against_single_pages(start: list[tuple[int, int, int]], operations: list[tuple[object, ...]]) -> None:
-    page_map, reference = PageMap(start), Reference(start)
-    before_fork: list[tuple[PageMap, dict[int, int]]] = []
+    page_map, reference = PendingPages(start), Reference(start)
+    before_fork: list[tuple[PendingPages, dict[int, int]]] = []
     for operation in operations:
         if operation[0] == "fork":
             before_fork.append((page_map, dict(reference.pages)))
@@ -90,7 +90,7 @@ def test_against_single_pages(start: list[tuple[int, int, int]], operations: lis
 
 @given(runs(), spans)
 def test_looking_up(start: list[tuple[int, int, int]], span: tuple[int, int]) -> None:
-    page_map, reference = PageMap(start), Reference(start)
+    page_map, reference = PendingPages(start), Reference(start)
     low, high = span
     found = {a: o + a - s for s, e, o in page_map.within(low, high) for a in range(s, e, PAGE)}
     assert found == {a: o for a, o in reference.pages.items() if low <= a < high}

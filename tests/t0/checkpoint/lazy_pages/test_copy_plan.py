@@ -1,134 +1,53 @@
-"""Kept plans are the plans that were made, for these very files and this working set alone; a burst leaves what singles would leave."""
+"""Plans made of a working set and the images: what they copy from where, and what the caches keep of them."""
 
-import random
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
 
 import pytest
 
-from checkpoint.criu.pagemap import ProcessImage
-from checkpoint.lazy_pages import cache_file, plan_cache, uffd
-from checkpoint.lazy_pages.address_space import DONE, Plan, Space
-from checkpoint.lazy_pages.copy_plan import PageMap
+from checkpoint.criu.pagemap import LAZY, PRESENT
+from checkpoint.lazy_pages import cache
+from checkpoint.lazy_pages.shared_cache import Planner
+from checkpoint.lazy_pages.working_set import WorkingSet
+from tests.kits.criu_image_kit import ANON_PRIVATE, PAGE, process, vma
 
 pytestmark = pytest.mark.t0
-PAGE, BASE, ZEROS = 4096, 0x7000_0000_0000, 0x6000_0000_0000
-
-
-class Source:
-    address, size = BASE, 1 << 30
-
-
-def made(base=BASE, zeros=ZEROS):
-    plan = Plan()
-    for number in range(40):
-        start = 0x1000_0000 + (number * 7 % 40) * 16 * PAGE
-        nothing = number % 5 == 0
-        plan.add(start, start + (1 + number % 3) * PAGE, zeros if nothing else base + number * 4 * PAGE, nothing, 1)
-    plan.seal()
-    return plan
+START = 0x10000
+RANGES = [(7, START, START + 3 * PAGE), (7, START + 4 * PAGE, START + 5 * PAGE), (8, START, START + PAGE)]
 
 
 @pytest.fixture
-def folder(tmp_path):
-    images = tmp_path / "images"
-    images.mkdir()
-    (images / "pagemap-1.img").write_bytes(b"map")
-    return images
+def images(tmp_path: Path) -> Path:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    process(folder, 7, "p", [vma(START, 8, ANON_PRIVATE)], [(START, [b"a" * PAGE] * 3)], flags=LAZY | PRESENT)
+    return folder
 
 
-def keep(folder, digest=b"set"):
-    image = ProcessImage(7, "pages-1.img")
-    plan_cache.keep(
-        str(folder), cache_file.stamps(str(folder)), digest, {7: made()}, {7: image}, {"pages-1.img": Source()}
-    )
-    return image
+def test_a_plan_copies_image_data_and_zeros_in_the_order_of_need(images: Path) -> None:
+    plans, jobs = Planner(str(images), None).plans(RANGES, 0, 1)
+    assert [(offset, length) for _, offset, length in jobs[0]] == [(0, 3 * PAGE)]
+    plan = plans[7]
+    assert plan.starts == [START, START + 4 * PAGE] and plan.zero == [False, True] and plan.batches == [1, 1]
+    assert not plan.resident and (plan.left, plan.next()) == (2, 0)
+    plan.finish(0)
+    assert (plan.left, plan.next()) == (1, 1) and plan.find(START) is None
 
 
-def read(folder, image, digest=b"set", base=BASE, zeros=ZEROS):
-    source = Source()
-    source.address = base
-    found = plan_cache.read(
-        str(folder), cache_file.stamps(str(folder)), digest, {7: image}, {"pages-1.img": source}, zeros
-    )
-    return found and found[0]
-
-
-def test_a_kept_plan_is_the_one_that_was_made_wherever_its_sources_are_mapped_now(folder):
-    image = keep(folder)
-    for base, zeros in ((BASE, ZEROS), (0x5000_0000_0000, 0x4000_0000_0000)):
-        (found,), expected = read(folder, image, base=base, zeros=zeros).values(), made(base, zeros)
-        assert (found.starts, found.ends, found.zero, found.left) == (expected.starts, expected.ends, expected.zero, 40)
-        assert found._buffer == expected._buffer and found.address == found._buffer.buffer_info()[0]
-        assert [found.find(at) for at in sorted(found.starts)] == [expected.find(at) for at in sorted(found.starts)]
-        assert found.batches == []
-
-
-def test_nothing_is_read_for_another_working_set_other_images_or_a_damaged_file(folder):
-    image = keep(folder)
-    assert read(folder, image, digest=b"other") is None
-    file = folder.parent / plan_cache.FILE_NAME
-    data = bytearray(file.read_bytes())
-    data[200] ^= 1
-    file.write_bytes(data)
-    assert read(folder, image) is None
-    keep(folder)
-    (folder / "pagemap-1.img").write_bytes(b"another map")
-    assert read(folder, image) is None
-    file.unlink()
-    assert read(folder, image) is None
-    assert cache_file.stamps(str(folder))
-
-
-def test_many_spans_cut_at_once_leave_what_one_after_the_other_leaves():
-    draw = random.Random(5)
-    for _ in range(300):
-        runs, at = [], 0
-        while at < 400:
-            low = at + draw.randrange(0, 6)
-            at = low + draw.randrange(1, 12)
-            runs.append((low * PAGE, at * PAGE, low * 3 * PAGE))
-        spans, at = [], 0
-        while at < 420:
-            low = at + draw.randrange(0, 9)
-            at = low + draw.randrange(1, 15)
-            spans.append((low * PAGE, at * PAGE))
-        one, all_at_once = PageMap(runs), PageMap(runs)
-        for low, high in spans:
-            one.cut(low, high)
-        all_at_once.cut_all(spans)
-        assert list(one) == list(all_at_once)
-
-
-@pytest.mark.parametrize("refused_at", [0, 3, 1000])
-def test_a_burst_stops_before_what_is_refused_and_the_map_knows_of_the_rest(monkeypatch, refused_at):
-    plan = made()
-    plan.batches = []
-    runs = sorted(
-        (start, end, 0) for start, end, zero in zip(plan.starts, plan.ends, plan.zero, strict=True) if not zero
-    )
-    space = Space(1, 7, -1, PageMap(runs), ProcessImage(7, "pages-1.img"), Source())
-    asked = []
-
-    def request(fd, address):
-        asked.append((address - plan.address) // uffd.REQUEST_BYTES)
-        return 11 if asked[-1] == refused_at else 0
-
-    monkeypatch.setattr(uffd, "request", request)
-    copied, zeros = space.burst(plan, 1000, 1 << 40)
-    placed = min(refused_at, 40)
-    assert asked == list(range(min(refused_at + 1, 40)))
-    assert list(plan.done) == [DONE] * placed + [0] * (40 - placed) and plan.left == 40 - placed
-    sizes = [end - start for start, end in zip(plan.starts, plan.ends, strict=True)]
-    assert zeros == sum(size for size, zero in zip(sizes[:placed], plan.zero, strict=False) if zero)
-    assert copied == sum(sizes[:placed]) - zeros
-    assert space.rough_map.size == sum(end - start for start, end, _ in runs)  # not cut yet
-    assert space.map.size == sum(end - start for start, end, _ in runs) - copied
-
-
-def test_a_burst_ends_after_so_many_pieces_or_bytes(monkeypatch):
-    monkeypatch.setattr(uffd, "request", lambda fd, address: 0)
-    plan = made()
-    space = Space(1, 7, -1, PageMap(), ProcessImage(7, "pages-1.img"), Source())
-    space.burst(plan, 5, 1 << 40)
-    assert plan.left == 35
-    copied, zeros = space.burst(plan, 1000, 6 * PAGE)
-    assert 6 * PAGE <= copied + zeros < 9 * PAGE
+def test_a_cached_plan_copies_from_the_pack(images: Path) -> None:
+    planner = Planner(str(images), None)
+    plans, _ = planner.plans(RANGES, 0, 1)
+    plans[7].resident = True
+    assert cache.write_plans(str(images), planner._fingerprints, b"digest", plans, planner.images, planner.sources)
+    working_set = WorkingSet(RANGES, len(RANGES))
+    working_set.digest = b"digest"
+    cached = planner.cached_plans(working_set, 0)
+    assert cached is not None and cached[7].resident
+    source, offset, length = planner.packed(cached[7], 0) or (None, 0, 0)
+    assert source not in (None, *planner.sources.values()) and (offset, length) == (0, 3 * PAGE)
+    assert ctypes.string_at(cached[7].source(0), length) == b"a" * length
+    assert planner.packed(plans[7], 0) is None
+    working_set.digest = b"another"
+    assert planner.cached_plans(working_set, 0) is None

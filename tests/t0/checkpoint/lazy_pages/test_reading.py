@@ -10,8 +10,8 @@ import time
 import pytest
 
 from checkpoint.criu.pagemap import ProcessImage
-from checkpoint.lazy_pages import cache_file, pack, plan_cache, read_order, uffd
-from checkpoint.lazy_pages.address_space import Plan
+from checkpoint.lazy_pages import cache, read_order, uffd
+from checkpoint.lazy_pages.copy_plan import Plan
 from checkpoint.lazy_pages.read_order import FILE_NAME, Reading
 from checkpoint.lazy_pages.readahead import Source
 from checkpoint.lazy_pages.touched_pages import _beside, _present
@@ -50,20 +50,20 @@ def made(source):
 
 def kept(folder):
     source = Source(str(folder / "pages-1.img"))
-    packed = plan_cache.keep(
-        str(folder), cache_file.stamps(str(folder)), DIGEST, made(source), {7: image()}, {"pages-1.img": source}
+    packed = cache.write_plans(
+        str(folder), cache.fingerprints(str(folder)), DIGEST, made(source), {7: image()}, {"pages-1.img": source}
     )
     return source, packed
 
 
 def read(folder, source):
-    stamps = cache_file.stamps(str(folder))
-    return plan_cache.read(str(folder), stamps, DIGEST, {7: image()}, {"pages-1.img": source}, 0)
+    stamps = cache.fingerprints(str(folder))
+    return cache.read_plans(str(folder), stamps, DIGEST, {7: image()}, {"pages-1.img": source}, 0)
 
 
 def test_plans_from_a_pack_bring_what_plans_from_the_images_bring(folder):
     source, packed = kept(folder)
-    assert packed and (folder.parent / pack.FILE_NAME).stat().st_size == 8 * PAGE
+    assert packed and (folder.parent / cache.PACK).stat().st_size == 8 * PAGE
     found, pack_source = read(folder, source)
     plan = found[7]
     expected = made(source)[7]
@@ -77,7 +77,7 @@ def test_plans_from_a_pack_bring_what_plans_from_the_images_bring(folder):
 
 def test_a_pack_that_is_another_file_or_gone_is_not_copied_from(folder):
     source, _ = kept(folder)
-    place = folder.parent / pack.FILE_NAME
+    place = folder.parent / cache.PACK
     data = place.read_bytes()
     copy = place.with_name("copy")
     copy.write_bytes(data)
@@ -93,7 +93,7 @@ def test_a_pack_that_the_disk_refuses_leaves_plans_that_copy_from_the_images(fol
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     source, packed = kept(folder)
-    assert not packed and sorted(path.name for path in folder.parent.iterdir()) == [plan_cache.FILE_NAME, "images"]
+    assert not packed and sorted(path.name for path in folder.parent.iterdir()) == [cache.PLANS, "images"]
     found, none = read(folder, source)
     assert none is None and found[7].source(0) == source.address + 30 * PAGE
 
@@ -108,7 +108,7 @@ def list_of(folder, packed):
 def test_a_cold_list_is_read_and_told_once(folder):
     kept(folder)
     list_of(folder, True)
-    files = [folder / "pages-1.img", folder.parent / pack.FILE_NAME]
+    files = [folder / "pages-1.img", folder.parent / cache.PACK]
     for file in files:
         with file.open("rb+") as open_file:
             os.fsync(open_file.fileno())
@@ -177,10 +177,10 @@ def test_a_damaged_list_or_one_whose_files_are_gone_is_none(folder):
     assert Reading(str(folder)).working_set == b""
     place.write_bytes(whole)
     assert Reading(str(folder)).working_set == DIGEST
-    (folder.parent / pack.FILE_NAME).unlink()
+    (folder.parent / cache.PACK).unlink()
     gone = Reading(str(folder))
     assert gone.working_set == b"" and not gone.cold
-    assert cache_file.read(str(folder), FILE_NAME, read_order._VERSION)
+    assert cache.read(str(folder), FILE_NAME, read_order._VERSION)
 
 
 def test_what_is_present_of_this_process_is_what_it_has_written(tmp_path):

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from checkpoint.cli import snapshot as cli
 from checkpoint.criu.pagemap import LAZY, PRESENT, BadImage, read_process
 from checkpoint.errors import Integrity
-from checkpoint.lazy_pages import cache_file, pagemap_cache
+from checkpoint.lazy_pages import cache as page_cache
 from checkpoint.lazy_pages.read_order import FILE_NAME as READING
 from checkpoint.lazy_pages.read_order import Reading
 from checkpoint.lazy_pages.shared_cache import Planner
@@ -245,15 +245,15 @@ def test_nothing_in_a_file_of_ours_is_run() -> None:
 
 def plant(images: str, name: str, body: bytes) -> None:
     """Write a cache of any content with the right digest."""
-    Path(cache_file.path(images, name)).write_bytes(cache_file.blake2b(body).digest() + body)
+    Path(page_cache.path(images, name)).write_bytes(page_cache.blake2b(body).digest() + body)
 
 
 def test_kept_page_maps_of_another_form_are_not_read(snapshot: Path) -> None:
     images = str(snapshot / "images")
-    stamps = cache_file.stamps(images)
-    found, _ = pagemap_cache.read(images, stamps)
-    plant(images, pagemap_cache.FILE_NAME, marshal.dumps((3, "x", stamps, [])))
-    again, kept = pagemap_cache.read(images, stamps)
+    stamps = page_cache.fingerprints(images)
+    found, _ = page_cache.read_page_maps(images, stamps)
+    plant(images, page_cache.PAGE_MAPS, marshal.dumps((3, "x", stamps, [])))
+    again, kept = page_cache.read_page_maps(images, stamps)
     assert not kept and set(again) == set(found)
 
 
@@ -263,7 +263,7 @@ def test_no_path_is_taken_from_a_kept_list(snapshot: Path, tmp_path: Path) -> No
     images = str(snapshot / "images")
     Reading(images).keep(working_set, {7: read_process(images, 7)}, {}, False)
     assert Reading(images).working_set == b"digest"
-    data = Path(cache_file.path(images, READING)).read_bytes()[64:]
+    data = Path(page_cache.path(images, READING)).read_bytes()[64:]
     for name in (b"../../x.im", b"/etc/shado"):
         assert b"pages-7.img" in data
         plant(images, READING, data.replace(b"pages-7.img", name + b"g", 1))

@@ -12,7 +12,7 @@ import pytest
 
 from checkpoint.errors import Integrity
 from checkpoint.inspect.picture import marks, shares
-from checkpoint.lazy_pages.residency import Presence
+from checkpoint.lazy_pages.residency import ResidencyBitmap
 from checkpoint.lazy_pages.working_set import WorkingSet
 from checkpoint.snapshot import file_backed
 from checkpoint.snapshot.digests import seal
@@ -168,8 +168,10 @@ def test_a_forged_index_is_refused(how: str) -> None:
 
 
 def test_pages_are_said_to_be_there_once_they_are(tmp_path: Path) -> None:
-    made = Presence.make(str(tmp_path / "map"), {"images/pages-1.img": 10 * PAGE, "images/pages-2.img": 6000 * PAGE})
-    seen = Presence.open(str(tmp_path / "map"))
+    made = ResidencyBitmap.make(
+        str(tmp_path / "map"), {"images/pages-1.img": 10 * PAGE, "images/pages-2.img": 6000 * PAGE}
+    )
+    seen = ResidencyBitmap.open(str(tmp_path / "map"))
     made.mark("images/pages-2.img", 3 * PAGE, 5000 * PAGE)
     made.mark("shm/large", 0, 10)  # no page file
     assert seen.has("images/pages-2.img", 3 * PAGE, 5000 * PAGE)
@@ -178,7 +180,7 @@ def test_pages_are_said_to_be_there_once_they_are(tmp_path: Path) -> None:
     assert not seen.has("images/pages-1.img", 9 * PAGE, PAGE)
     with pytest.raises(ValueError, match="no map"):
         (tmp_path / "other").write_bytes(b"x" * 100)
-        Presence.open(str(tmp_path / "other"))
+        ResidencyBitmap.open(str(tmp_path / "other"))
 
 
 def test_pulls_that_nobody_goes_on_with_are_swept(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from checkpoint.criu.pagemap import process_ids, read_process
-from checkpoint.lazy_pages import cache_file, pack, pagemap_cache, plan_cache
+from checkpoint.lazy_pages import cache
+from checkpoint.lazy_pages.readahead import fingerprint
 from checkpoint.lazy_pages.working_set import WorkingSet
 from checkpoint.sandbox.process_tree import processes
 from tests.kits.checkpoint_kit import LIMIT_S, inside
@@ -71,7 +72,7 @@ def test_recorded_then_replayed(frozen: Frozen) -> None:
     assert sum(end - start for _, start, end in known.before_first_token) >= 1500 * 4096
     assert sum(end - start for _, start, end in known.after_first_token) >= 250 * 4096
 
-    kept_plans = frozen.images.parent / plan_cache.FILE_NAME
+    kept_plans = frozen.images.parent / cache.PLANS
     for turn in ("makes the plans and keeps them", "has them from there"):
         assert kept_plans.exists() == turn.startswith("has")
         server, work = frozen.serve()
@@ -106,19 +107,19 @@ def test_recorded_then_replayed(frozen: Frozen) -> None:
             assert server.wait_complete(LIMIT_S)
     finally:
         # The other tests restore the same images, and would believe it.
-        for file in (kept_plans, frozen.images.parent / pack.FILE_NAME):
+        for file in (kept_plans, frozen.images.parent / cache.PACK):
             file.unlink()
 
 
 def rot(frozen: Frozen) -> None:
     """Change every byte of the pack, as a disk may that tells nobody: the plans still take it for theirs."""
-    pack_file = frozen.images.parent / pack.FILE_NAME
+    pack_file = frozen.images.parent / cache.PACK
     pack_file.write_bytes(bytes(byte ^ 0xFF for byte in pack_file.read_bytes()))
     images = str(frozen.images)
-    head, sections = cache_file.read(images, plan_cache.FILE_NAME, plan_cache._VERSION)
-    now = cache_file.stamp(pack_file.stat())
+    head, sections = cache.read(images, cache.PLANS, cache._PLANS_VERSION)
+    now = fingerprint(pack_file.stat())
     assert head["pack"] and head["pack"] != now
-    cache_file.write(images, plan_cache.FILE_NAME, plan_cache._VERSION, {**head, "pack": now}, sections)
+    cache.write(images, cache.PLANS, cache._PLANS_VERSION, {**head, "pack": now}, sections)
 
 
 def drive(frozen: Frozen, seed: int, steps: int, known: bool, rate: float) -> dict[str, float]:
@@ -220,7 +221,7 @@ def test_a_damaged_working_set_is_left_aside(frozen: Frozen) -> None:
 @pytest.mark.parametrize("replaced", [False, True])
 def test_a_snapshot_removed_or_replaced_while_its_pages_come(frozen: Frozen, replaced: bool) -> None:
     """A replica is brought to its end from the files that it began with, and no cache of theirs is believed of others."""
-    (frozen.folder / pagemap_cache.FILE_NAME).unlink(missing_ok=True)
+    (frozen.folder / cache.PAGE_MAPS).unlink(missing_ok=True)
     server, work = frozen.serve(known=False)
     old = frozen.folder / "removed"
     with server, frozen.sandbox() as sandbox:
@@ -244,7 +245,7 @@ def test_a_snapshot_removed_or_replaced_while_its_pages_come(frozen: Frozen, rep
 def believed(frozen: Frozen) -> bool:
     """Whether page maps that are kept beside the images are taken for theirs."""
     images = str(frozen.images)
-    return pagemap_cache.read(images, cache_file.stamps(images))[1]
+    return cache.read_page_maps(images, cache.fingerprints(images))[1]
 
 
 def test_images_tell_what_is_lazy(frozen: Frozen) -> None:

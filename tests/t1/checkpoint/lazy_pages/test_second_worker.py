@@ -14,8 +14,8 @@ import pytest
 
 from checkpoint.criu.pagemap import ProcessImage
 from checkpoint.lazy_pages import uffd
-from checkpoint.lazy_pages.address_space import CLAIMED, OPEN, Plan, Space
-from checkpoint.lazy_pages.copy_plan import PageMap
+from checkpoint.lazy_pages.address_space import PendingPages, Space
+from checkpoint.lazy_pages.copy_plan import CLAIMED, OPEN, Plan
 from checkpoint.lazy_pages.copy_worker import LARGE, SecondCopier
 
 pytestmark = pytest.mark.t1
@@ -41,7 +41,7 @@ def space() -> Iterator[Space]:
     register = ctypes.create_string_buffer(struct.pack("<4Q", address, SIZE, 1, 0))
     assert _libc.ioctl(fd, ctypes.c_ulong(_REGISTER), register) == 0
     image = ProcessImage(1, "pages-1.img")
-    made = Space(1, 1, fd, PageMap([(address, address + SIZE, 0)]), image, None)  # type: ignore[arg-type]
+    made = Space(1, 1, fd, PendingPages([(address, address + SIZE, 0)]), image, None)  # type: ignore[arg-type]
     yield made
     os.close(fd)
 

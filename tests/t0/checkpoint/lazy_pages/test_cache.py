@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from checkpoint.criu.pagemap import ProcessImage
-from checkpoint.lazy_pages import cache_file, pagemap_cache
+from checkpoint.lazy_pages import cache
 from tests.kits.criu_image_kit import ANON_PRIVATE, PAGE, process, vma
 
 pytestmark = pytest.mark.t0
@@ -19,11 +19,11 @@ def told(found: dict[int, ProcessImage]) -> dict[int, list[object]]:
 
 
 def read(images: Path) -> tuple[dict[int, ProcessImage], bool]:
-    return pagemap_cache.read(str(images), cache_file.stamps(str(images)))
+    return cache.read_page_maps(str(images), cache.fingerprints(str(images)))
 
 
 def keep(images: Path, found: dict[int, ProcessImage]) -> OSError | None:
-    return pagemap_cache.keep(str(images), cache_file.stamps(str(images)), found)
+    return cache.write_page_maps(str(images), cache.fingerprints(str(images)), found)
 
 
 @pytest.fixture
@@ -42,14 +42,14 @@ def test_kept_and_read_again(images: Path) -> None:
     assert keep(images, first) is None
     again, kept = read(images)
     assert kept and told(again) == told(first)
-    assert (images.parent / pagemap_cache.FILE_NAME).stat().st_mode & 0o777 == 0o600
+    assert (images.parent / cache.PAGE_MAPS).stat().st_mode & 0o777 == 0o600
 
 
 @pytest.mark.parametrize("at", [0, 70, -1])
 def test_a_damaged_index_is_not_believed(images: Path, at: int) -> None:
     found, _ = read(images)
     keep(images, found)
-    file = images.parent / pagemap_cache.FILE_NAME
+    file = images.parent / cache.PAGE_MAPS
     data = bytearray(file.read_bytes())
     data[at] ^= 1
     file.write_bytes(data)
@@ -72,7 +72,7 @@ def test_an_index_of_other_images_is_not_believed(images: Path, what: str) -> No
 
 def test_a_folder_that_cannot_be_written_only_means_reading_again(images: Path) -> None:
     found, _ = read(images)
-    (images.parent / pagemap_cache.FILE_NAME).mkdir()
+    (images.parent / cache.PAGE_MAPS).mkdir()
     assert isinstance(keep(images, found), IsADirectoryError)
-    assert not list(images.parent.glob(f"{pagemap_cache.FILE_NAME}.*"))
+    assert not list(images.parent.glob(f"{cache.PAGE_MAPS}.*"))
     assert not read(images)[1]

@@ -1,8 +1,8 @@
 """Read the memory layout of processes from CRIU's images.
 
-The layout consists of a process's pages, their offsets in `pages-N.img`, and the borders of its mappings. Standard
-library only, and fast: the page server reads every page map of a snapshot while CRIU itself starts. The format is
-CRIU's (images/pagemap.proto, images/mm.proto): two magic words, then messages of a 32-bit length and a protocol buffer.
+The layout consists of a process's pages, their offsets in `pages-N.img`, and the borders of its mappings
+(images/pagemap.proto, images/mm.proto). Standard library only, and fast: the page server reads every page map of a
+snapshot while CRIU itself starts.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ import struct
 from bisect import bisect_right
 from collections.abc import Sequence
 
+from checkpoint.criu.images import Value, fields, payloads
+
 PAGE = 4096
 
 # enum of pagemap_entry.flags in images/pagemap.proto
-LAZY, PRESENT = 2, 4
+PARENT, LAZY, PRESENT = 1, 2, 4
 # Bits of VmaEntry.status in criu/include/image.h. CRIU never dumps a private file mapping's pages as lazy; lazy ones
 # are from our own page maps.
 FILE_PRIVATE = 1 << 6
@@ -120,81 +122,12 @@ def _append(runs: list[tuple[int, int, int]], start: int, size: int, offset: int
         runs.append((start, start + size, offset))
 
 
-def _messages(path: str) -> list[bytes]:
-    with open(path, "rb") as file:
-        data = file.read()
-    at, found = 8, []
-    while at < len(data):
-        if at + 4 > len(data):
-            raise BadImage(f"{path} ends in the middle of a message")
-        (size,) = struct.unpack_from("<I", data, at)
-        at += 4
-        if at + size > len(data):
-            raise BadImage(f"{path} ends in the middle of a message")
-        found.append(data[at : at + size])
-        at += size
-    if not found:
-        raise BadImage(f"{path} is empty")
-    return found
-
-
-def _fields(message: bytes) -> list[tuple[int, int | bytes]]:
-    """Return (field number, value) of every field of a protocol buffer.
-
-    Nested messages and strings stay bytes.
-    """
-    at, size, found = 0, len(message), []
-    value: int | bytes
-    while at < size:
-        key = message[at]
-        at += 1
-        if key & 0x80:
-            shift = 7
-            key &= 0x7F
-            while True:
-                byte = message[at]
-                at += 1
-                key |= (byte & 0x7F) << shift
-                if byte < 0x80:
-                    break
-                shift += 7
-        kind = key & 7
-        if kind == 0 or kind == 2:
-            number = message[at]
-            at += 1
-            if number & 0x80:
-                number &= 0x7F
-                shift = 7
-                while True:
-                    byte = message[at]
-                    at += 1
-                    number |= (byte & 0x7F) << shift
-                    if byte < 0x80:
-                        break
-                    shift += 7
-            if kind == 2:
-                value = message[at : at + number]
-                at += number
-            else:
-                value = number
-        elif kind == 1:
-            value = int.from_bytes(message[at : at + 8], "little")
-            at += 8
-        elif kind == 5:
-            value = int.from_bytes(message[at : at + 4], "little")
-            at += 4
-        else:
-            raise BadImage(f"a protocol buffer with wire type {kind}")
-        found.append((key >> 3, value))
-    return found
-
-
 def _mappings(path: str) -> list[tuple[int, int, int, int]]:
     """Return (start, end, madvise bits, status) of every mapping of a process, ascending."""
     found = []
-    for number, value in _fields(_messages(path)[0]):
+    for number, value in fields(_payloads(path)[0]):
         if number == 14 and isinstance(value, bytes):  # MmEntry.vmas
-            vma = dict(_fields(value))
+            vma = dict(fields(value))
             start, end, madv, status = vma.get(1, 0), vma.get(2, 0), vma.get(9, 0), vma.get(7, 0)
             if isinstance(start, int) and isinstance(end, int) and isinstance(madv, int) and isinstance(status, int):
                 found.append((start, end, madv, status))
@@ -208,47 +141,69 @@ def argument_pages(folder: str, pid: int) -> tuple[int, int]:
     The kernel reads them for /proc/PID/cmdline and environ, and shows empty files until they are in place.
     """
     try:
-        found = dict(_fields(_messages(f"{folder}/mm-{pid}.img")[0]))
-    except (OSError, BadImage, IndexError):
+        found = dict(fields(_payloads(f"{folder}/mm-{pid}.img")[0]))
+    except (OSError, ValueError, IndexError):
         return 0, 0  # a process without memory; damaged images were rejected before
     places = [value for number in _ARGUMENTS if isinstance(value := found.get(number), int) and value]
     start, end = (min(places) & -PAGE, -(-max(places) // PAGE) * PAGE) if places else (0, 0)
     return (start, end) if end - start <= _MOST_ARGUMENTS else (0, 0)
 
 
+def read_page_map(path: str) -> tuple[str, list[tuple[int, int, int, bool]]]:
+    """Read a page map: the name of its pages file, and every run of pages in there as (start, end, offset, lazy).
+
+    Addresses ascend. Raises BadImage, or OSError when the file is missing.
+    """
+    try:
+        head, *entries = _payloads(path)
+        pages_file = f"pages-{_integer(dict(fields(head))[1])}.img"
+        runs, offset, reached = [], 0, 0
+        for payload in entries:
+            entry = dict(fields(payload))
+            start, flags = _integer(entry[1]), _integer(entry.get(4, PRESENT))
+            # 64 bits since CRIU 4.1, 32 before
+            end = start + _integer(entry.get(5) or entry[2]) * PAGE
+            if start < reached or start % PAGE or end <= start or end > _END:
+                raise BadImage(f"{path} lists memory twice, or where none can be")
+            reached = end
+            if flags & (PARENT | PRESENT) == PRESENT:
+                runs.append((start, end, offset, bool(flags & LAZY)))
+                offset += end - start
+    except (ValueError, LookupError, struct.error) as error:
+        raise error if isinstance(error, BadImage) else BadImage(f"{path} is not a page map: {error}") from error
+    return pages_file, runs
+
+
+def _integer(value: Value) -> int:
+    if not isinstance(value, int):
+        raise ValueError("text where a number belongs")
+    return value
+
+
+def _payloads(path: str) -> list[bytes]:
+    with open(path, "rb") as file:
+        return payloads(file.read())
+
+
 def read_process(folder: str, pid: int) -> ProcessImage:
     """Read the page map of one process. Raises BadImage, or OSError when a file is missing."""
-    path = f"{folder}/pagemap-{pid}.img"
+    pages_file, runs = read_page_map(f"{folder}/pagemap-{pid}.img")
+    path = f"{folder}/mm-{pid}.img"
     try:
-        messages = _messages(path)
-        head = dict(_fields(messages[0]))
-        image = ProcessImage(pid, f"pages-{int(head[1])}.img")
-        mappings = _mappings(f"{folder}/mm-{pid}.img")
+        mappings = _mappings(path)
+        image = ProcessImage(pid, pages_file)
         image.wiped_on_fork = [(start, end) for start, end, madv, _ in mappings if madv >> _MADV_WIPEONFORK & 1]
         image.borders = sorted({border for start, end, _, _ in mappings for border in (start, end)})
         of_files = {start for start, _, _, status in mappings if status & FILE_PRIVATE}
-        offset = reached = 0
-        for message in messages[1:]:
-            entry = dict(_fields(message))
-            start, flags = entry[1], entry.get(4, PRESENT)
-            pages = entry.get(5) or entry[2]
-            if not isinstance(start, int) or not isinstance(pages, int) or not isinstance(flags, int):
-                raise BadImage(f"{path} is not a page map")
-            if start < reached or start % PAGE or pages <= 0 or start + pages * PAGE > _END:
-                raise BadImage(f"{path} lists memory twice, or where none can be")
-            reached = start + pages * PAGE
-            if not flags & PRESENT:
+        for start, end, offset, lazy in runs:
+            if not lazy:
+                _append(image.eager, start, end - start, offset)
                 continue
-            if not flags & LAZY:
-                _append(image.eager, start, pages * PAGE, offset)
-                offset += pages * PAGE
-                continue
-            for low, high in image.split(start, start + pages * PAGE):
+            for low, high in image.split(start, end):
                 border = image.borders[bisect_right(image.borders, low) - 1]
-                (image.mapped if border in of_files else image.runs).append((low, high, offset))
-                offset += high - low
-    except (KeyError, IndexError) as error:
-        raise BadImage(f"{path} or mm-{pid}.img is damaged") from error
+                (image.mapped if border in of_files else image.runs).append((low, high, offset + low - start))
+    except (ValueError, LookupError, struct.error) as error:
+        raise BadImage(f"{path} is damaged: {error}") from error
     return image
 
 

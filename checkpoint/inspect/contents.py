@@ -18,14 +18,16 @@ import numpy.typing as npt
 import xxhash
 
 from checkpoint.criu.images import Message, messages, nested, number, text
+from checkpoint.criu.pagemap import PAGE, read_page_map
 from checkpoint.errors import Integrity
+from checkpoint.store.chunking import page_hashes
 
 LARGE = 32 << 20
 """A private anonymous mapping with at least this many dumped bytes counts as `large`: buffers, pools, arenas. Weights
 are distinguished if the engine reported their addresses (Snapshot.weight_areas), because its allocator may have put
 them into the heap."""
 KINDS = ("weights", "heap", "stack", "anonymous", "large", "private file", "shared", "other")
-_BLOCK = 4 << 20
+_LARGEST = 6  # areas listed of each process
 _NAMED = 8 << 20
 """Areas from this many bytes on get a line of their own in the text."""
 
@@ -33,8 +35,6 @@ _NAMED = 8 << 20
 _STACK, _HEAP, _FILE_PRIVATE, _FILE_SHARED, _ANON_SHARED, _ANON_PRIVATE, _SYSVIPC, _MEMFD = (
     1 << bit for bit in (1, 5, 6, 7, 8, 9, 10, 14)
 )
-# Bits of PagemapEntry.flags.
-_PARENT, _PRESENT = 1, 4
 
 _Counts = npt.NDArray[np.int64]
 
@@ -95,38 +95,31 @@ class Contents(msgspec.Struct):
     other: int
 
 
-class _Run(msgspec.Struct):
-    """A run of dumped pages: address, and index and number of pages in the pages file."""
-
-    start: int
-    first: int
-    pages: int
-
-
+_Run = tuple[int, int, int, bool]
+"""A run of pages in a page map (checkpoint.criu.pagemap)."""
 Places = Mapping[str, Sequence[tuple[int, int]]]
 """By process number, (address, bytes) of its weights."""
 
 
-def inspect(folder: Path, page: int = 4096, largest: int = 6, weights: Places | None = None) -> Contents:
+def inspect(folder: Path, weights: Places | None = None) -> Contents:
     """Read the images of a snapshot folder (which contains `images/` and optionally `shm/`).
 
-    `page`: page size in bytes of the machine it was taken on. `largest`: how many areas to list per process.
     `weights`: a manifest's `weight_areas`; pages wholly inside them count as weights instead of by their mapping's
     kind. Raises Integrity if images are missing or garbled.
     """
     images = folder / "images"
     try:
-        return _Reader(images, page, largest, weights or {}).read(folder)
+        return _Reader(images, weights or {}).read(folder)
+    except OSError as error:
+        raise Integrity("image-unreadable", f"{error.filename}: {error.strerror}") from error
     except (ValueError, KeyError) as error:
         raise Integrity("image-garbled", f"{images} holds an image that does not fit the others: {error}") from error
 
 
 class _Reader:
-    def __init__(self, images: Path, page: int, largest: int, weights: Places) -> None:
+    def __init__(self, images: Path, weights: Places) -> None:
         self.weights = weights
         self.images = images
-        self.page = page
-        self.largest = largest
         self.files = {
             number(m, 2): text(reg, 6) for m in self._optional("files.img") for reg in nested(m, 3)
         }  # FileEntry.id → RegFileEntry.name
@@ -136,14 +129,15 @@ class _Reader:
 
     def read(self, folder: Path) -> Contents:
         tree = [(number(m, 1), number(m, 2), len(m.get(5, []))) for m in messages(self.images / "pstree.img")]
-        maps = {f"{pid}": self._pagemap(f"pagemap-{pid}.img") for pid, _, _ in tree if self._has_memory(pid)}
-        for file in sorted(self.images.glob("pagemap-shmem-*.img")):
-            maps[file.name.removeprefix("pagemap-").removesuffix(".img")] = self._pagemap(file.name)
-        hashes = {name: self._hashes(pages_id) for name, (pages_id, _) in maps.items()}
-        for name, (pages_id, runs) in maps.items():
-            if sum(run.pages for run in runs) > len(hashes[name]):
-                raise ValueError(f"pages-{pages_id}.img has only {len(hashes[name])} pages")
-        zero_hash = xxhash.xxh3_64_intdigest(bytes(self.page))
+        # A zombie, or a process that shares its parent's memory, has no memory of its own.
+        names = [f"{pid}" for pid, _, _ in tree if (self.images / f"pagemap-{pid}.img").exists()]
+        names += sorted(file.stem.removeprefix("pagemap-") for file in self.images.glob("pagemap-shmem-*.img"))
+        maps = {name: read_page_map(str(self.images / f"pagemap-{name}.img")) for name in names}
+        hashes = {name: page_hashes(self.images / pages_file) for name, (pages_file, _) in maps.items()}
+        for name, (pages_file, runs) in maps.items():
+            if runs and runs[-1][2] + runs[-1][1] - runs[-1][0] > len(hashes[name]) * PAGE:
+                raise ValueError(f"{pages_file} has only {len(hashes[name])} pages")
+        zero_hash = xxhash.xxh3_64_intdigest(bytes(PAGE))
         between, sums = _count(hashes, zero_hash)
 
         processes = []
@@ -155,68 +149,31 @@ class _Reader:
         for share in [p.total for p in processes] + list(shared.values()):
             total.add(share)
         return Contents(
-            page=self.page,
+            page=PAGE,
             total=total,
-            between_processes=between * self.page,
+            between_processes=between * PAGE,
             processes=processes,
             shared=shared,
             shared_memory=_occupied(folder / "shm"),
             other=sum(f.lstat().st_size for f in folder.rglob("*") if f.is_file() and not _counted(f, folder)),
         )
 
-    def _has_memory(self, pid: int) -> bool:
-        # A zombie, or a process that shares its parent's memory, has no memory of its own.
-        return (self.images / f"pagemap-{pid}.img").exists()
-
-    def _pagemap(self, name: str) -> tuple[int, list[_Run]]:
-        entries = messages(self.images / name)
-        pages_id = number(next(entries), 1)
-        runs, at = [], 0
-        for entry in entries:
-            flags = number(entry, 4, _PRESENT)
-            count = number(entry, 5) or number(entry, 2)  # nr_pages of 64 bits since CRIU 4.1, of 32 before
-            if flags & _PARENT or not flags & _PRESENT:
-                continue
-            runs.append(_Run(number(entry, 1), at, count))
-            at += count
-        return pages_id, runs
-
-    def _hashes(self, pages_id: int) -> npt.NDArray[np.uint64]:
-        path = self.images / f"pages-{pages_id}.img"
-        digest, page = xxhash.xxh3_64_intdigest, self.page
-        try:
-            size = path.stat().st_size
-            found = np.empty(size // page, dtype=np.uint64)
-            block = bytearray(_BLOCK // page * page)
-            view, at = memoryview(block), 0
-            with path.open("rb", buffering=0) as file:
-                while at < len(found):
-                    read = file.readinto(block) or 0
-                    whole = read // page
-                    if read % page or not whole:
-                        raise Integrity("image-garbled", f"{path} ends within a page")
-                    found[at : at + whole] = [digest(view[i : i + page]) for i in range(0, read, page)]
-                    at += whole
-        except OSError as error:
-            raise Integrity("image-unreadable", f"{path}: {error.strerror}") from error
-        return found
-
     def _share(self, sums: tuple[_Counts, _Counts], first: int, pages: int) -> Share:
         zeros, duplicates = (int(s[first + pages] - s[first]) for s in sums)
-        return Share(pages * self.page, zeros * self.page, duplicates * self.page)
+        return Share(pages * PAGE, zeros * PAGE, duplicates * PAGE)
 
     def _process(self, pid: int, parent: int, threads: int, runs: list[_Run], sums: tuple[_Counts, _Counts]) -> Process:
         areas = self._areas(pid)
         starts = [area.start for area in areas]
-        for run in runs:
-            at, first, left = run.start, run.first, run.pages
-            while left:
+        for start, end, offset, _ in runs:
+            at = start
+            while at < end:
                 area = areas[bisect_right(starts, at) - 1]
-                inside = min(left, (area.start + area.mapped - at) // self.page)
+                inside = min(end, area.start + area.mapped) - at
                 if inside <= 0:
                     raise ValueError(f"process {pid} has pages at {at:#x}, where nothing is mapped")
-                area.dumped.add(self._share(sums, first, inside))
-                at, first, left = at + inside * self.page, first + inside, left - inside
+                area.dumped.add(self._share(sums, (offset + at - start) // PAGE, inside // PAGE))
+                at += inside
         kinds: dict[str, Share] = {}
         total = Share()
         for area in areas:
@@ -225,7 +182,7 @@ class _Reader:
             if area.dumped.bytes:
                 kinds.setdefault(area.kind, Share()).add(area.dumped)
                 total.add(area.dumped)
-        largest = sorted((a for a in areas if a.dumped.bytes), key=lambda a: (-a.dumped.bytes, a.start))[: self.largest]
+        largest = sorted((a for a in areas if a.dumped.bytes), key=lambda a: (-a.dumped.bytes, a.start))[:_LARGEST]
         return Process(
             pid=pid,
             parent=parent,
@@ -245,12 +202,12 @@ class _Reader:
             file = self.files.get(number(vma, 4), "") if status & (_FILE_PRIVATE | _FILE_SHARED) else ""
             kind = "stack" if start <= main_stack < end else _kind(status)
             areas.append(Area(kind, start, end - start, Share(), file))
-        return _with_weights(sorted(areas, key=lambda area: area.start), self.weights.get(str(pid), ()), self.page)
+        return _with_weights(sorted(areas, key=lambda area: area.start), self.weights.get(str(pid), ()))
 
 
-def _with_weights(areas: list[Area], weights: Sequence[tuple[int, int]], page: int) -> list[Area]:
+def _with_weights(areas: list[Area], weights: Sequence[tuple[int, int]]) -> list[Area]:
     """Split the areas where whole pages of weights begin and end; keep their order."""
-    whole = [(-(-start // page) * page, (start + size) // page * page) for start, size in weights]
+    whole = [(-(-start // PAGE) * PAGE, (start + size) // PAGE * PAGE) for start, size in weights]
     found: list[Area] = []
     for area in areas:
         at, end = area.start, area.start + area.mapped

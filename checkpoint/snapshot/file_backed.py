@@ -35,7 +35,7 @@ import blake3
 import msgspec
 
 from checkpoint import disk
-from checkpoint.criu.images import Message, decode, encode, encoded, fields, framed, head_size, number, payloads
+from checkpoint.criu.images import Message, Value, decode, encode, framed, head_size, number, payloads
 from checkpoint.criu.pagemap import (
     FILE_PRIVATE,
     LAZY,
@@ -236,12 +236,11 @@ def _map(path: Path, weights: Sequence[_Piece], libraries: Sequence[_Piece], fil
     """Rewrite an `mm-N.img` so that eligible extents map `file`; return it with the extents mapped."""
     data = path.read_bytes()
     (payload,) = payloads(data)
-    parts, shown = [], []
-    for field, value, raw in fields(payload):
-        if field != _VMAS or not isinstance(value, bytes):
-            parts.append(raw)
-            continue
-        vma = decode(value)
+    memory = decode(payload)
+    vmas: list[Value] = []
+    shown: list[_Piece] = []
+    for value in memory.get(_VMAS, []):
+        vma = decode(value) if isinstance(value, bytes) else {}
         first, end = number(vma, _START), number(vma, _END)
         inside: list[_Piece] = []
         if _plain(vma):
@@ -253,7 +252,7 @@ def _map(path: Path, weights: Sequence[_Piece], libraries: Sequence[_Piece], fil
                 if piece[1] - piece[0] >= (_LEAST_WHOLE if piece[:2] == (first, end) else LEAST)
             ]
         if not inside:
-            parts.append(raw)
+            vmas.append(value)
             continue
         start = first
         for low, high, offset in [*inside, (end, end, 0)]:
@@ -261,14 +260,14 @@ def _map(path: Path, weights: Sequence[_Piece], libraries: Sequence[_Piece], fil
                 rest = vma | {_START: [start], _END: [low]}
                 if number(vma, _STATUS) & FILE_PRIVATE:
                     rest |= {_PGOFF: [number(vma, _PGOFF) + start - first]}
-                parts.append(encoded(_VMAS, encode(rest)))
+                vmas.append(encode(rest))
             if low < high:
                 mapping = vma | {_START: [low], _END: [high], _PGOFF: [offset], _SHMID: [file], _FLAGS: [_PRIVATE]}
                 mapping |= {_STATUS: [_REGULAR | FILE_PRIVATE], _FDFLAGS: [os.O_RDONLY]}
-                parts.append(encoded(_VMAS, encode(mapping)))
+                vmas.append(encode(mapping))
             start = high
         shown += inside
-    return data[: head_size(data)] + framed(b"".join(parts)), shown
+    return data[: head_size(data)] + framed(encode(memory | {_VMAS: vmas})), shown
 
 
 def _left_to_mappings(page_map: Path, shown: Sequence[_Piece]) -> bytes:

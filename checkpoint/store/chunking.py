@@ -20,6 +20,7 @@ import numpy.typing as npt
 import xxhash
 
 from checkpoint.criu.images import messages, nested, number
+from checkpoint.criu.pagemap import BadImage, read_page_map
 from checkpoint.errors import Integrity
 
 PAGE = 4096
@@ -64,10 +65,11 @@ def plan(images: Path, holes: Mapping[str, Sequence[tuple[int, int]]] = {}, long
                 np.arange(start // PAGE, end // PAGE, dtype=np.uint64) + low
             )
     cuts, zero, copies = _cuts(joined, ends)
+    mappings = _mappings(images)
     lengths = {}
     for index, file in enumerate(files):
         low, high = int(bounds[index]), int(bounds[index + 1])
-        own = {int(c) - low for c in cuts[(cuts > low) & (cuts < high)]} | set(_mappings(images, file.name))
+        own = {int(c) - low for c in cuts[(cuts > low) & (cuts < high)]} | mappings.get(file.name, set())
         lengths[file.name] = _split(
             sorted(c for c in own if 0 < c < high - low), high - low, file.stat().st_size, longest
         )
@@ -75,18 +77,19 @@ def plan(images: Path, holes: Mapping[str, Sequence[tuple[int, int]]] = {}, long
 
 
 def page_hashes(file: Path) -> npt.NDArray[np.uint64]:
-    """Return the XXH3 of every whole page; a shorter remainder is skipped."""
+    """Return the XXH3 of every whole page; a shorter remainder is skipped. Raises Integrity (image-unreadable)."""
     digest = xxhash.xxh3_64_intdigest
     block = bytearray(_BLOCK)
-    view = memoryview(block)
-    found: list[int] = []
+    view, at = memoryview(block), 0
     try:
+        found = np.empty(file.stat().st_size // PAGE, dtype=np.uint64)
         with file.open("rb") as source:
-            while read := source.readinto(block):
-                found += [digest(view[at : at + PAGE]) for at in range(0, read - PAGE + 1, PAGE)]
+            while at < len(found) and (pages := source.readinto(block) // PAGE):
+                found[at : at + pages] = [digest(view[i : i + PAGE]) for i in range(0, pages * PAGE, PAGE)]
+                at += pages
     except OSError as error:
         raise Integrity("image-unreadable", f"{file}: {error.strerror}") from error
-    return np.array(found, dtype=np.uint64)
+    return found[:at]
 
 
 def _cuts(pages: npt.NDArray[np.uint64], ends: _Ints) -> tuple[_Ints, int, int]:
@@ -130,30 +133,26 @@ def _cuts(pages: npt.NDArray[np.uint64], ends: _Ints) -> tuple[_Ints, int, int]:
     return cuts, int(lengths[zeros].sum()), int(copy_lengths.sum())
 
 
-def _mappings(images: Path, pages_file: str) -> list[int]:
-    """Return the page numbers within a page file at which the pages of large mappings begin."""
-    pages_id = int(pages_file.removeprefix("pages-").removesuffix(".img"))
-    for pagemap in images.glob("pagemap-*.img"):
-        entries = messages(pagemap)
-        if number(next(entries, {}), 1) != pages_id:
-            continue
-        memory = images / pagemap.name.replace("pagemap-", "mm-")
+def _mappings(images: Path) -> dict[str, set[int]]:
+    """Return, by pages file, the page numbers in it at which the pages of large mappings begin."""
+    found: dict[str, set[int]] = {}
+    for page_map in images.glob("pagemap-*.img"):
+        memory = images / page_map.name.replace("pagemap-", "mm-")
         if not memory.exists():
-            return []  # shared memory: one mapping
+            continue  # shared memory: one mapping
+        try:
+            pages_file, runs = read_page_map(str(page_map))
+        except (BadImage, OSError) as error:
+            raise Integrity("image-garbled", str(error)) from error
         starts = np.array(sorted(number(v, 1) for m in messages(memory) for v in nested(m, 14)), dtype=np.uint64)
         first: dict[int, int] = {}
-        pages: dict[int, int] = {}
-        at = 0
-        for entry in entries:
-            if number(entry, 4, 4) & 5 != 4:  # in the parent's image, or not present
-                continue
-            mapping = int(np.searchsorted(starts, np.uint64(number(entry, 1)), side="right"))
-            first.setdefault(mapping, at)
-            count = number(entry, 5) or number(entry, 2)
-            pages[mapping] = pages.get(mapping, 0) + count
-            at += count
-        return [first[mapping] for mapping, count in pages.items() if count * PAGE >= MAPPING]
-    return []
+        size: dict[int, int] = {}
+        for start, end, offset, _ in runs:
+            mapping = int(np.searchsorted(starts, np.uint64(start), side="right"))
+            first.setdefault(mapping, offset // PAGE)
+            size[mapping] = size.get(mapping, 0) + end - start
+        found[pages_file] = {first[mapping] for mapping in first if size[mapping] >= MAPPING}
+    return found
 
 
 def _split(cuts: list[int], pages: int, size: int, longest: int) -> list[int]:

@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from checkpoint.criu.images import messages, number
 from checkpoint.errors import Integrity
 from lazyfs.content.records import ready
 
@@ -238,6 +237,7 @@ def plan(folder: Path, files: Sequence[tuple[str, int, int]], links: Mapping[str
     try:
         known = WorkingSet.load(str(folder / _WORKING_SET))
         images = {pid: read_process(str(folder / "images"), pid) for pid in process_ids(str(folder / "images"))}
+        by_criu = _read_by_criu(folder, pages)
     except (OSError, BadWorkingSet, ValueError):
         return None
     if not known.first or any(size % PAGE for size in pages.values()):
@@ -247,7 +247,7 @@ def plan(folder: Path, files: Sequence[tuple[str, int, int]], links: Mapping[str
     paths = [*small, *pages]
     numbers = {path: index for index, path in enumerate(paths)}
     start = [(numbers[path], 0, sizes[path]) for path in small]
-    start += [(numbers[path], low, high - low) for path, low, high in _read_by_criu(folder, pages)]
+    start += [(numbers[path], low, high - low) for path, low, high in by_criu]
     before = known.file_ranges(images)
     after = known.file_ranges(images, before_first_token=False)
     taken: dict[int, list[tuple[int, int]]] = {number_: [] for number_ in numbers.values()}
@@ -303,22 +303,18 @@ def _read_by_criu(folder: Path, pages: Mapping[str, int]) -> list[tuple[str, int
     These are images of shared memory, and pages that the page maps mark as not lazy (private file mappings, locked
     memory and the like).
     """
+    from checkpoint.criu.pagemap import read_page_map
+
     found: list[tuple[str, int, int]] = []
-    for pagemap in sorted((folder / "images").glob("pagemap-*.img")):
-        entries = messages(pagemap)
-        path = f"images/pages-{number(next(entries, {}), 1)}.img"
-        if path not in pages:
-            continue
-        at = 0
-        for entry in entries:
-            flags = number(entry, 4, 4)
-            if not flags & 4:
+    for page_map in sorted((folder / "images").glob("pagemap-*.img")):
+        pages_file, runs = read_page_map(str(page_map))
+        path = f"images/{pages_file}"
+        for start, end, offset, lazy in runs if path in pages else ():
+            if lazy:
                 continue
-            size = (number(entry, 5) or number(entry, 2)) * PAGE
-            if not flags & 2:
-                if found and found[-1][0] == path and found[-1][2] == at:
-                    found[-1] = (path, found[-1][1], at + size)
-                else:
-                    found.append((path, at, at + size))
-            at += size
+            after = offset + end - start
+            if found and found[-1][0] == path and found[-1][2] == offset:
+                found[-1] = (path, found[-1][1], after)
+            else:
+                found.append((path, offset, after))
     return found

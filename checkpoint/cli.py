@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,23 @@ import click
 import msgspec
 
 from checkpoint.errors import CheckpointError, Failed, NotFound
-from checkpoint.snapshot.library import Library
+from checkpoint.snapshot.library import Health, Library
 from checkpoint.snapshot.manifest import Snapshot
 from lazyfs.errors import one_line
+
+_json = click.option(
+    "--json", "as_json", is_flag=True, envvar="QUICKTHAW_JSON", show_envvar=True, help="Print JSON instead of text."
+)
+_trust_keys = click.option(
+    "--trust-key",
+    "trust_keys",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    envvar="QUICKTHAW_TRUST_KEY",
+    show_envvar=True,
+    help="Require a signature by one of these keys.",
+)
+_store = click.argument("store", required=False, envvar="QUICKTHAW_STORE")
 
 
 def _library() -> Library:
@@ -56,7 +71,7 @@ def snapshot() -> None:
 
 
 @snapshot.command("ls")
-@click.option("--json", "as_json", is_flag=True, help="Plain data instead of the table.")
+@_json
 def ls(as_json: bool) -> None:
     """List the snapshots of this host, oldest first.
 
@@ -92,15 +107,31 @@ def ls(as_json: bool) -> None:
 
 @snapshot.command("inspect")
 @click.argument("name")
-@click.option("--check", "check_here", is_flag=True, help="Say what speaks against a restore on this host.")
-@click.option("--contents", is_flag=True, help="Say what the bytes are: by process and kind, zero and duplicate pages.")
+@click.option(
+    "--check",
+    "check_here",
+    is_flag=True,
+    envvar="QUICKTHAW_SNAPSHOT_CHECK",
+    show_envvar=True,
+    help="List every reason against a restore on this host.",
+)
+@click.option(
+    "--contents",
+    "with_contents",
+    is_flag=True,
+    envvar="QUICKTHAW_SNAPSHOT_CONTENTS",
+    show_envvar=True,
+    help="Break the bytes down by process and kind of memory, with zero and duplicate pages.",
+)
 @click.option(
     "--picture",
     type=click.Path(path_type=Path),
-    help="Draw the working set, address space by order of need (.svg or .png).",
+    envvar="QUICKTHAW_SNAPSHOT_PICTURE",
+    show_envvar=True,
+    help="Draw the working set into this file (.svg or .png): address space by order of need.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Plain data.")
-def inspect(name: str, check_here: bool, contents: bool, picture: Path | None, as_json: bool) -> int:
+@_json
+def inspect(name: str, check_here: bool, with_contents: bool, picture: Path | None, as_json: bool) -> int:
     """Show what a snapshot is, and why it would or would not be restored here.
 
     \b
@@ -108,89 +139,79 @@ def inspect(name: str, check_here: bool, contents: bool, picture: Path | None, a
     quickthaw snapshot inspect NAME --contents
     quickthaw snapshot inspect NAME --picture working-set.svg
     """
-    library = _library()
-    with library.in_use(name):
-        return _inspect(library, name, check_here, contents, picture, as_json)
-
-
-def _inspect(library: Library, name: str, check_here: bool, contents: bool, picture: Path | None, as_json: bool) -> int:
+    from checkpoint.inspect import contents
     from checkpoint.inspect import picture as pictures
 
-    found = library.load(name)
-    data: dict[str, Any] = msgspec.to_builtins(found)
-    files = data.pop("files")
-    del data["weight_areas"]
-    data["file_bytes"] = sum(file["size"] for file in files.values())
-    data["health"] = msgspec.to_builtins(library.health(name)) | {"quarantined": library.health(name).quarantined}
-    data["secrets_present"] = found.identity.get("secret_names", [])
-    mismatches: list[dict[str, str]] = []
-    if check_here:
-        mismatches = [{"code": code, "message": message} for code, message in _against(library, found)]
-        data["mismatches"] = mismatches
-    inside = None
-    if contents:
-        from checkpoint.inspect import contents as reader
-
-        inside = reader.inspect(library.path(name), weights=found.weight_areas)
-        data["contents"] = msgspec.to_builtins(inside)
-    needed: list[pictures.ProcessShare] = []
-    state = "not recorded yet; the first restore does"
-    try:
-        needed = pictures.shares(library.path(name))
-    except NotFound:
-        pass  # the first restore records it
-    except Failed as error:
-        state = f"[{error.code}] {error}; the next two restores record it anew"
-        data["working_set_error"] = {"code": error.code, "message": str(error)}
-    data["working_set"] = msgspec.to_builtins(needed)
-    if picture:
-        pictures.draw(library.path(name), picture)
-        click.echo(f"wrote {picture}", err=True)
+    library = _library()
+    with library.in_use(name) as folder:
+        found = library.load(name)
+        data: dict[str, Any] = msgspec.to_builtins(found)
+        del data["weight_areas"]
+        data["file_bytes"] = sum(file["size"] for file in data.pop("files").values())
+        health = library.health(name)
+        data["health"] = msgspec.to_builtins(health) | {"quarantined": health.quarantined}
+        data["secrets_present"] = found.identity.get("secret_names", [])
+        if check_here:
+            data["mismatches"] = [{"code": code, "message": text} for code, text in _reasons_against(library, found)]
+        memory = contents.inspect(folder, found.weight_areas) if with_contents else None
+        if memory:
+            data["contents"] = msgspec.to_builtins(memory)
+        shares: list[pictures.ProcessShare] = []
+        state = "not recorded yet; the first restore records it"
+        try:
+            shares = pictures.shares(folder)
+        except NotFound:
+            pass
+        except Failed as error:
+            state = f"[{error.code}] {error}; the next two restores record it again"
+            data["working_set_error"] = {"code": error.code, "message": str(error)}
+        data["working_set"] = msgspec.to_builtins(shares)
+        if picture:
+            pictures.draw(folder, picture)
+            click.echo(f"wrote {picture}", err=True)
     if as_json:
         click.echo(json.dumps(data, indent=1))
-        return 1 if mismatches else 0
+    else:
+        for line in _described(found, health, data):
+            click.echo(line)
+        for line in ("", *pictures.render(shares)) if shares else (f"{'working set':<22} {state}",):
+            click.echo(one_line(line))
+        for line in ("", *contents.render(memory)) if memory else ():
+            click.echo(one_line(line))
+    return 1 if data.get("mismatches") else 0
+
+
+def _described(found: Snapshot, health: Health, data: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the lines of `inspect` that need no images."""
+
+    def row(name: str, text: str) -> str:
+        return f"{name:<22} {text}"
+
     for key in ("name", "created", "engine", "model", "model_digest"):
-        click.echo(f"{key.replace('_', ' '):<22} {data[key]}")
-    where = "left out; read again at a restore" if found.weights == "thin" else "in the images"
-    click.echo(f"{'weights':<22} {found.weights} ({where})")
-    click.echo(
-        f"{'images':<22} {found.image_bytes / 1e9:.3f} GB, without {found.kv_cache_bytes / 1e9:.3f} GB of empty KV cache"
+        yield row(key.replace("_", " "), data[key])
+    where = "left out; a restore reads them again" if found.weights == "thin" else "in the images"
+    yield row("weights", f"{found.weights} ({where})")
+    yield row(
+        "images", f"{found.image_bytes / 1e9:.3f} GB, without {found.kv_cache_bytes / 1e9:.3f} GB of empty KV cache"
     )
     if found.gpu.processes:
         memory = ", ".join(f"{size / 1e9:.1f} GB on {uuid}" for uuid, size in found.gpu.memory.items())
-        click.echo(f"{'GPU':<22} {found.gpu.processes} processes, {memory or 'nothing on it'}")
-    parts = ", ".join(f"{p.phase} {p.took_s:.1f}" for p in found.timeline if p.took_s >= 0.05)
-    click.echo(f"{'saves a cold start of':<22} {found.cold_s:.1f} s ({parts})")
-    click.echo(f"{'canary':<22} {found.canary.prompt!r} → {found.canary.token_ids}")
-    click.echo(
-        f"{'secrets present':<22} {', '.join(data['secrets_present']) or 'none recognised'} (names only; --scrub-env leaves them out)"
-    )
-    health = library.health(name)
-    click.echo(f"{'failed restores':<22} {health.failures}{' (last: ' + health.reason + ')' if health.reason else ''}")
+        yield row("GPU", f"{found.gpu.processes} processes, {memory or 'no memory in use'}")
+    phases = ", ".join(f"{phase.phase} {phase.took_s:.1f}" for phase in found.timeline if phase.took_s >= 0.05)
+    yield row("saves a cold start of", f"{found.cold_s:.1f} s ({phases})")
+    yield row("canary", f"{found.canary.prompt!r} → {found.canary.token_ids}")
+    secrets = ", ".join(data["secrets_present"]) or "none recognised"
+    yield row("secrets present", f"{secrets} (names only; --scrub-env leaves them out)")
+    yield row("failed restores", f"{health.failures}{f' (last: {health.reason})' if health.reason else ''}")
     if health.quarantined:
-        click.echo(
-            f"{'quarantined':<22} since {health.at}; launches pass it over until it is removed: quickthaw snapshot rm {name}"
-        )
-    if check_here:
-        for one in mismatches:
-            click.echo(f"{'against a restore':<22} {one['code']}: {one['message']}")
-        if not mismatches:
-            click.echo(f"{'against a restore':<22} nothing on this host")
-    if needed:
-        click.echo()
-        for line in pictures.render(needed):
-            click.echo(one_line(line))
-    else:
-        click.echo(f"{'working set':<22} {state}")
-    if inside is not None:
-        click.echo()
-        for line in reader.render(inside):
-            click.echo(one_line(line))
-    return 1 if mismatches else 0
+        yield row("quarantined", f"since {health.at}; launches skip it until: quickthaw snapshot rm {found.name}")
+    if "mismatches" in data:
+        for one in data["mismatches"] or ({"code": "none", "message": "this host can restore it"},):
+            yield row("against a restore", f"{one['code']}: {one['message']}")
 
 
-def _against(library: Library, found: Snapshot) -> list[tuple[str, str]]:
-    """List all reasons against a restore here, independent of the launch: (stable code, one line)."""
+def _reasons_against(library: Library, found: Snapshot) -> list[tuple[str, str]]:
+    """List every reason against a restore here that does not depend on the launch: (stable code, one line)."""
     from checkpoint.compatibility import check as identity
     from checkpoint.compatibility.engine import engine_facts
     from checkpoint.compatibility.host import host_facts
@@ -219,7 +240,7 @@ def _against(library: Library, found: Snapshot) -> list[tuple[str, str]]:
         reasons.append((error.code, str(error.args[0])))
     for folder, code in ((found.model_path, "model-path-missing"), (found.cwd, "working-folder-missing")):
         if folder and not Path(folder).is_dir():
-            reasons.append((code, f"the engine expects the folder {folder}, which is not here"))
+            reasons.append((code, f"the engine uses the folder {folder}, which does not exist here"))
     if found.model_path and Path(found.model_path).is_dir():
         digest = known_digest(Path(found.model_path))
         if digest and recorded.model and digest != recorded.model:
@@ -232,22 +253,18 @@ def _against(library: Library, found: Snapshot) -> list[tuple[str, str]]:
         reasons.append((error.code, str(error.args[0])))
     health = library.health(found.name)
     if health.quarantined:
-        reasons.append(("quarantined", f"{health.failures} restores in a row failed, the last with {health.reason}"))
+        reasons.append(
+            ("quarantined", f"{health.failures} restores in a row failed, the last one with {health.reason}")
+        )
     return reasons
 
 
 @snapshot.command("verify")
 @click.argument("names", nargs=-1)
-@click.option("--json", "as_json", is_flag=True, help="Plain data.")
-@click.option(
-    "--trust-key",
-    "trust_keys",
-    type=click.Path(path_type=Path),
-    multiple=True,
-    help="Ask for a signature by one of these keys.",
-)
+@_json
+@_trust_keys
 def verify(names: tuple[str, ...], as_json: bool, trust_keys: tuple[Path, ...]) -> int:
-    """Read every byte of snapshots and compare with their digests (all of them, where none is named).
+    """Compare every byte of the named snapshots, or of all, with their digests.
 
     \b
     quickthaw snapshot verify
@@ -280,7 +297,7 @@ def verify(names: tuple[str, ...], as_json: bool, trust_keys: tuple[Path, ...]) 
 @snapshot.command("rm")
 @click.argument("names", nargs=-1, required=True)
 def rm(names: tuple[str, ...]) -> None:
-    """Remove snapshots. One that is being restored is left alone, with an error.
+    """Remove snapshots. Fails for one that is being restored.
 
     \b
     quickthaw snapshot rm NAME NAME
@@ -291,23 +308,21 @@ def rm(names: tuple[str, ...]) -> None:
         click.echo(f"removed {name}")
 
 
-def _store(url: str | None) -> str:
-    return url or os.environ.get("QUICKTHAW_STORE") or str(_library().home / "store")
-
-
 @snapshot.command("push")
 @click.argument("name")
-@click.argument("store", required=False)
+@_store
 @click.option(
     "--sign-key",
     type=click.Path(path_type=Path),
-    help="Sign the archive, so that hosts with a trust key can restore before all of it is there.",
+    envvar="QUICKTHAW_SIGN_KEY",
+    show_envvar=True,
+    help="Sign the archive, so that a host with --trust-key can begin a restore before it has fetched all of it.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Plain data.")
+@_json
 def push(name: str, store: str | None, sign_key: Path | None, as_json: bool) -> None:
-    """Store a snapshot as content-addressed chunks; what the store has already is not sent again.
+    """Store a snapshot as content-addressed chunks. Chunks that the store already has are not sent again.
 
-    What a restore needs first lies together in the archive, as the snapshot's restores have recorded it.
+    The archive begins with the recorded working set, so that a restore can begin before it has fetched the rest.
 
     \b
     quickthaw snapshot push NAME s3://bucket/quickthaw
@@ -317,40 +332,35 @@ def push(name: str, store: str | None, sign_key: Path | None, as_json: bool) -> 
     from checkpoint.store import archive
 
     library = _library()
+    url = store or str(library.home / "store")
     with library.in_use(name) as folder:
         done = archive.push(
             folder,
-            archive.open_chunks(_store(store)),
+            archive.open_chunks(url),
             progress=None if as_json else _meter("pushed"),
             sign=signatures.signer(sign_key) if sign_key else None,
         )
     if as_json:
         click.echo(json.dumps(msgspec.to_builtins(done)))
-    else:
-        again = done.zero + done.copies + done.shared
-        click.echo(
-            f"pushed {name} to {_store(store)}: {done.size / 1e9:.2f} GB, {done.stored / 1e9:.2f} GB of it written compressed, "
-            f"{again / 1e9:.2f} GB empty or there already"
-        )
-        if not library.working_set(name).exists():
-            click.echo(
-                "its working set is not known yet (its first restore records it): a restore from there waits for all of it"
-            )
+        return
+    reused = done.zero + done.copies + done.shared
+    click.echo(
+        f"pushed {name} to {url}: {done.size / 1e9:.2f} GB, of which {done.stored / 1e9:.2f} GB were written (compressed) "
+        f"and {reused / 1e9:.2f} GB were zeros or already stored"
+    )
+    if not library.working_set(name).exists():
+        click.echo("no working set recorded yet (the first restore does): restores from the store wait for all of it")
 
 
 @snapshot.command("pull")
 @click.argument("name")
-@click.argument("store", required=False)
-@click.option(
-    "--trust-key",
-    "trust_keys",
-    type=click.Path(path_type=Path),
-    multiple=True,
-    help="Ask for a signature by one of these keys.",
-)
-@click.option("--json", "as_json", is_flag=True, help="Plain data.")
+@_store
+@_trust_keys
+@_json
 def pull(name: str, store: str | None, trust_keys: tuple[Path, ...], as_json: bool) -> None:
-    """Fetch a snapshot from a store; every byte is verified before the snapshot gets its name. An interrupted pull goes on where it was.
+    """Fetch a snapshot from a store. Every byte is verified before the snapshot gets its name.
+
+    An interrupted pull continues where it stopped.
 
     \b
     quickthaw snapshot pull NAME s3://bucket/quickthaw
@@ -359,14 +369,14 @@ def pull(name: str, store: str | None, trust_keys: tuple[Path, ...], as_json: bo
     from checkpoint.store import archive
 
     library = _library()
-    chunks = archive.open_chunks(_store(store))
+    chunks = archive.open_chunks(store or str(library.home / "store"))
     progress = None if as_json else _meter("pulled")
     done = archive.pull(name, chunks, library.path(name), progress=progress, trust_keys=trust_keys)
     if as_json:
         click.echo(json.dumps(msgspec.to_builtins(done)))
     else:
         click.echo(
-            f"pulled {name}: {done.size / 1e9:.2f} GB in {done.files} files, {done.fetched / 1e9:.2f} GB of it fetched"
+            f"pulled {name}: {done.size / 1e9:.2f} GB in {done.files} files, of which {done.fetched / 1e9:.2f} GB were fetched"
         )
 
 
@@ -377,19 +387,19 @@ def _meter(word: str) -> Any:
 
     last = [0.0]
 
-    def tell(progress: Any) -> None:
+    def show(progress: Any) -> None:
         now = time.monotonic()
         if now - last[0] > 0.1 and sys.stderr.isatty():
             last[0] = now
             click.echo(f"\r{word} {progress.done / 1e9:.2f} of {progress.total / 1e9:.2f} GB ", nl=False, err=True)
 
-    return tell
+    return show
 
 
 @snapshot.command("gc")
 def gc() -> None:
-    """Remove what killed launches and interrupted pulls left half-written; to go on with a pull, pull again instead."""
-    click.echo(f"removed {_library().sweep(pulls_older_s=0.0)} unfinished")
+    """Remove the leftovers of killed launches and interrupted pulls. To continue a pull, pull again instead."""
+    click.echo(f"removed {_library().sweep(pulls_older_s=0.0)} unfinished snapshots")
 
 
 @snapshot.command("keygen")

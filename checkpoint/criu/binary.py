@@ -1,7 +1,7 @@
 """Find the CRIU binary, run it with the right options, and extract errors from its log.
 
 CRIU runs inside the sandbox that it dumps or restores, so images contain no namespaces. They contain the process
-tree; checkpoint.sandbox.init creates what it sees (its /proc, mounts and network) anew before a restore.
+tree; checkpoint.sandbox.namespaces creates what it sees (its /proc, mounts and network) anew before a restore.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ class Criu:
     def keep_kernel_facts(self, sandbox: Sandbox) -> None:
         """Save CRIU's kernel features from a sandbox's own /run, unless saved before.
 
-        See cover_run in checkpoint.sandbox.init.
+        See cover_run in checkpoint.sandbox.namespaces.
         """
         target = sandbox.config.kernel_facts
         if target is None or target.exists():
@@ -221,14 +221,16 @@ class Criu:
         server listens in `work`. `seen_at` is the path of `work` from here, if `work`, a folder of the sandbox, has
         another path on the host. Raises Failed with CRIU's own last error.
         """
-        told = self.told(root_pid, images, dict(zip(pipes, pipes, strict=True)), lazy_pages)
-        argv = [word.replace(speculative.WORK, str(work)) for word in told["argv"]]
-        keep = {speculative.FIRST_KEPT + index: fd for index, fd in enumerate(pipes.values())}
-        code = sandbox.execute(argv, told["env"], timeout_s, keep_fds=keep, adopts=root_pid)
-        self.restored(sandbox, code, seen_at or work)
-        sandbox.go_on()
+        request = self.restore_request(root_pid, images, dict(zip(pipes, pipes, strict=True)), lazy_pages)
+        argv = [word.replace(speculative.WORK, str(work)) for word in request["argv"]]
+        fds = {speculative.FIRST_KEPT + index: fd for index, fd in enumerate(pipes.values())}
+        code = sandbox.execute(argv, request["env"], timeout_s, fds=fds, adopt=root_pid)
+        self.check_restored(sandbox, code, seen_at or work)
+        sandbox.resume()
 
-    def told(self, root_pid: int, images: Path, pipes: Mapping[str, str], lazy_pages: bool) -> dict[str, Any]:
+    def restore_request(
+        self, root_pid: int, images: Path, pipes: Mapping[str, str], lazy_pages: bool
+    ) -> dict[str, Any]:
         """Build the request for a restore that leaves every process stopped.
 
         Its form is that of checkpoint.snapshot.speculative's Plan. `pipes` maps streams of the engine to the name of a
@@ -248,10 +250,10 @@ class Criu:
             *(["--lazy-pages"] if lazy_pages else []),
             *_COMMON,
         ]
-        return {"argv": argv, "env": _environment(), "adopts": root_pid, "keep": list(pipes)}
+        return {"argv": argv, "env": _environment(), "adopt": root_pid, "keep": list(pipes)}
 
-    def restored(self, sandbox: Sandbox, code: int, work: Path, logs: Path | None = None) -> None:
-        """Handle the exit code of CRIU after a restore; `logs` keeps the log of a failed restore.
+    def check_restored(self, sandbox: Sandbox, code: int, work: Path, logs: Path | None = None) -> None:
+        """Raise an error if CRIU's exit code says that a restore failed; `logs` keeps the log of a failed restore.
 
         Raises Incompatible (open-file-changed, open-file-missing) if a file that the engine held open has changed or
         is missing, and Failed with CRIU's own error for everything else.
@@ -310,7 +312,7 @@ def _take_clock(images: Path) -> int:
     """Remove CRIU's record of the clocks from the images and return the monotonic clock, in nanoseconds.
 
     With the record, a restore would create its own time namespace, which needs CAP_SYS_TIME in the host's user
-    namespace. The sandbox already has one, set to the snapshot's clock (checkpoint.sandbox.init), and CRIU keeps it
+    namespace. The sandbox already has one, set to the snapshot's clock (checkpoint.sandbox.namespaces), and CRIU keeps it
     if the image is missing. Raises Failed (criu-dump-failed) if CRIU left no clock.
     """
     image = images / "timens-0.img"

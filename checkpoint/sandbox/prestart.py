@@ -14,13 +14,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import importlib
 import os
 import select
 import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -94,14 +94,17 @@ class Forked:
 Started = tuple[Child, socket.socket]
 
 _PR_SET_NAME = 15
-_PAGE_SERVER = "import sys; sys.path.insert(0, sys.argv[1]); from checkpoint.lazy_pages.main import main; sys.exit(main(int(sys.argv[2])))"
+_INIT, _PAGE_SERVER = "checkpoint.sandbox.init", "checkpoint.lazy_pages.main"
+"""The modules of the helpers. Each has a `main(control_fd)` that returns an exit code."""
+_PROGRAM = "import sys; sys.path.insert(0, sys.argv[1]); from {} import main; sys.exit(main(int(sys.argv[2])))"
+_PACKAGES = str(Path(__file__).resolve().parents[2])
 _END_LIMIT_S = 5.0
 _SYS_CLOSE_RANGE, _MOST_FDS = 436, (1 << 32) - 1  # the same on every architecture
 _init: list[Started] = []
 _page_server: list[Started] = []
 
 
-def _fork(name: str, main: Callable[[int], int]) -> Started:
+def _fork(name: str, module: str) -> Started:
     """Fork a helper from this process. Only safe while this process has one thread."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     pid = os.fork()
@@ -110,12 +113,12 @@ def _fork(name: str, main: Callable[[int], int]) -> Started:
         return Forked(pid), ours
     code = 1
     try:
-        code = _become(name, main, theirs.detach())
+        code = _become(name, module, theirs.detach())
     finally:
         os._exit(code)
 
 
-def _become(name: str, main: Callable[[int], int], control_fd: int) -> int:
+def _become(name: str, module: str, control_fd: int) -> int:
     """Turn a forked child into a helper: detach it from the parent's session and close all of the parent's descriptors."""
     os.setsid()  # see _spawn
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -126,7 +129,7 @@ def _become(name: str, main: Callable[[int], int], control_fd: int) -> int:
     _close(3, control_fd - 1)
     _close(control_fd + 1, _MOST_FDS)
     ctypes.CDLL(None).prctl(_PR_SET_NAME, name.encode())
-    return main(control_fd)
+    return int(importlib.import_module(module).main(control_fd))
 
 
 def _close(first: int, last: int) -> None:
@@ -139,8 +142,8 @@ def _close(first: int, last: int) -> None:
                 os.close(int(name))
 
 
-def _spawn(*program: str) -> Started:
-    """Start a helper that waits for its configuration on a socket.
+def _spawn(module: str) -> Started:
+    """Start a helper in an interpreter of its own; it waits for its configuration on a socket.
 
     Return the process and our end of the socket.
     """
@@ -149,7 +152,7 @@ def _spawn(*program: str) -> Started:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
         process = subprocess.Popen(
-            [sys.executable, "-I", "-S", *program, str(theirs.fileno())],
+            [sys.executable, "-I", "-S", "-c", _PROGRAM.format(module), _PACKAGES, str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -160,26 +163,14 @@ def _spawn(*program: str) -> Started:
     return process, ours
 
 
-def _init_main(control_fd: int) -> int:
-    from checkpoint.sandbox import init
-
-    return init.main(control_fd)
-
-
-def _page_server_main(control_fd: int) -> int:
-    from checkpoint.lazy_pages import main as host
-
-    return host.main(control_fd)
-
-
 def start() -> None:
     """Prestart one helper of each kind, and tune this interpreter for a fast start.
 
     The thread switch interval drops from 5 ms to 0.5 ms, because the restoring thread waits for the interpreter
     after every other wait. Garbage collection is off until `settled`.
     """
-    _init.append(_fork("quickthaw-outer", _init_main))
-    _page_server.append(_fork("quickthaw-pages", _page_server_main))
+    _init.append(_fork("quickthaw-outer", _INIT))
+    _page_server.append(_fork("quickthaw-pages", _PAGE_SERVER))
     gc.disable()
     sys.setswitchinterval(0.0005)
 
@@ -223,9 +214,9 @@ def _take(waiting: list[Started]) -> Started | None:
 
 def take_init() -> Started:
     """Return the prestarted init of a sandbox, or start a new one."""
-    return _take(_init) or _spawn(str(Path(__file__).with_name("init.py")))
+    return _take(_init) or _spawn(_INIT)
 
 
 def take_page_server() -> Started:
     """Return the prestarted page server, or start a new one."""
-    return _take(_page_server) or _spawn("-c", _PAGE_SERVER, str(Path(__file__).resolve().parents[2]))
+    return _take(_page_server) or _spawn(_PAGE_SERVER)

@@ -91,7 +91,7 @@ class Privileges(NamedTuple):
             del wanted["CAP_SYS_PTRACE"]
         if "snapshots" in layers:
             wanted |= {"CAP_SYS_PTRACE": None} if self.traces_children_only else {}
-            # The clock of a restored engine: our own user namespace suffices, too (checkpoint.sandbox.init).
+            # The clock of a restored engine: our own user namespace suffices, too (checkpoint.sandbox.namespaces).
             wanted |= {} if self.user_namespaces else {"CAP_SYS_TIME": None}
         return tuple(name for name in wanted if not self.has(name))
 

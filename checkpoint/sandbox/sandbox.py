@@ -69,8 +69,8 @@ class SandboxConfig:
     monotonic_ns: int = 0
     kernel_facts: Path | None = None
 
-    def told(self) -> dict[str, Any]:
-        """Return the configuration that init receives (checkpoint.sandbox.init)."""
+    def message(self) -> dict[str, Any]:
+        """Return the first message to init (checkpoint.sandbox.init)."""
         return {
             "binds": [[str(b.source), str(b.target), b.read_only] for b in self.binds],
             "refuse_io_uring": self.refuse_io_uring,
@@ -155,7 +155,7 @@ class Sandbox:
             self._process, self._control = prestart.take_init()
         try:
             if not self._begun:
-                self._control.send(json.dumps(self.config.told()).encode())
+                self._control.send(json.dumps(self.config.message()).encode())
             self._wait_ready()
             self._enter()
         except OSError as error:
@@ -214,7 +214,7 @@ class Sandbox:
     def _read(self) -> None:
         try:
             while (data := self._receive()) is not None:
-                self._hear(json.loads(data))
+                self._on_message(json.loads(data))
         finally:
             with self._lock:
                 self._closed = True
@@ -224,7 +224,7 @@ class Sandbox:
                 if not future.done():
                     future.set_exception(Failed("sandbox-gone", "the sandbox ended under the operation"))
             for pid in running:
-                self._lost(pid)
+                self._report_killed(pid)
 
     def _receive(self) -> bytes | None:
         try:
@@ -232,24 +232,24 @@ class Sandbox:
         except OSError:
             return None
 
-    def _hear(self, message: dict[str, Any]) -> None:
+    def _on_message(self, message: dict[str, Any]) -> None:
         if message.get("event") == "exit":
-            self._ended(message["pid"], message["code"])
+            self._report_exit(message["pid"], message["code"])
             return
         with self._lock:
             future = self._pending.pop(message["id"], None)
         if future and not future.done():
             future.set_result(message)
 
-    def _lost(self, pid: int) -> None:
+    def _report_killed(self, pid: int) -> None:
         """Report the end of a root process that ended together with init, which cannot report it.
 
         An owner that calls `close` gets no report.
         """
         if not self._closing:
-            self._ended(pid, -signal.SIGKILL)
+            self._report_exit(pid, -signal.SIGKILL)
 
-    def _ended(self, pid: int, code: int) -> None:
+    def _report_exit(self, pid: int, code: int) -> None:
         self._exits[pid] = code
         if self.on_exit:
             try:
@@ -259,13 +259,13 @@ class Sandbox:
                 log.exception("sandbox: handling the exit of process %d failed", pid)
 
     def _ask(
-        self, timeout_s: float = REQUEST_TIMEOUT_S, lent: Mapping[str, int | None] | None = None, **message: Any
+        self, timeout_s: float = REQUEST_TIMEOUT_S, fds: Mapping[str, int | None] | None = None, **message: Any
     ) -> dict[str, Any]:
         """Send a request and return its answer.
 
-        `lent` maps names to descriptors that init holds for the duration of the request.
+        `fds` maps names to descriptors that init receives for this request; a value of None is left out.
         """
-        given = {name: fd for name, fd in (lent or {}).items() if fd is not None}
+        passed = {name: fd for name, fd in (fds or {}).items() if fd is not None}
         future: Future[dict[str, Any]] = Future()
         with self._lock:
             if self._closed:
@@ -274,7 +274,7 @@ class Sandbox:
             message["id"] = self._next_id
             self._pending[self._next_id] = future
             try:
-                self._send(message, given)
+                self._send(message, passed)
             except OSError as error:
                 self._pending.pop(self._next_id, None)
                 if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.ETOOMANYREFS):
@@ -282,22 +282,22 @@ class Sandbox:
                 raise Failed("sandbox-gone", "the sandbox has ended") from error
         return self._answer(future, timeout_s, message["op"], message["id"])
 
-    def _send(self, message: Mapping[str, Any], given: Mapping[str, int]) -> None:
+    def _send(self, message: Mapping[str, Any], fds: Mapping[str, int]) -> None:
         """Send a request.
 
         A message longer than a packet (an environment may have hundreds of KB) is sent as a file.
         """
-        data = json.dumps({**message, "lent": list(given)}).encode()
+        data = json.dumps({**message, "fds": list(fds)}).encode()
         if len(data) <= _PACKET_BYTES:
-            socket.send_fds(self._control, [data], list(given.values()))
+            socket.send_fds(self._control, [data], list(fds.values()))
             return
         body = os.memfd_create("quickthaw-request", os.MFD_CLOEXEC)
         with open(body, "wb", buffering=0) as file:
             view = memoryview(data)
             while view:
                 view = view[file.write(view) :]
-            head = {"id": message["id"], "op": message["op"], "lent": ["body", *given]}
-            socket.send_fds(self._control, [json.dumps(head).encode()], [body, *given.values()])
+            head = {"id": message["id"], "op": message["op"], "fds": ["body", *fds]}
+            socket.send_fds(self._control, [json.dumps(head).encode()], [body, *fds.values()])
 
     def _answer(self, future: Future[dict[str, Any]], timeout_s: float, op: str, number: int) -> dict[str, Any]:
         try:
@@ -305,7 +305,7 @@ class Sandbox:
         except TimeoutError as error:
             if op == "exec":
                 # A hung CRIU keeps the process tree frozen; killing it releases the tree.
-                self._ask(op="abandon", command=number)
+                self._ask(op="cancel", command=number)
             raise Failed("sandbox-stalled", f"{op} took longer than {timeout_s:.0f} s") from error
         if "error" in answer:
             raise Failed("sandbox-operation", answer["error"])
@@ -323,9 +323,9 @@ class Sandbox:
 
         Returns its number inside the sandbox. Raises Failed when it cannot be executed.
         """
-        lent = {"stdout": stdout, "stderr": stderr}
-        pid = int(self._ask(lent=lent, op="start", argv=list(argv), env=dict(env), cwd=cwd)["pid"])
-        self._runs(pid)
+        fds = {"stdout": stdout, "stderr": stderr}
+        pid = int(self._ask(fds=fds, op="start", argv=list(argv), env=dict(env), cwd=cwd)["pid"])
+        self._add_root(pid)
         return pid
 
     def execute(
@@ -333,54 +333,52 @@ class Sandbox:
         argv: Sequence[str],
         env: Mapping[str, str],
         timeout_s: float,
-        cwd: str = "/",
-        keep_fds: Mapping[int, int] | None = None,
-        adopts: int | None = None,
+        fds: Mapping[int, int] | None = None,
+        adopt: int | None = None,
     ) -> int:
         """Run a helper (CRIU) to its end and return its exit code.
 
-        `keep_fds` maps a number in the helper to one of this process's descriptors. `adopts` is the process that a
-        successful helper leaves behind as a root process of the sandbox.
+        `fds` maps a number in the helper to one of this process's descriptors. `adopt` is the process that a successful
+        helper leaves behind as a root process of the sandbox.
         """
         answer = self._ask(
             timeout_s,
-            {str(to): fd for to, fd in (keep_fds or {}).items()},
+            {str(to): fd for to, fd in (fds or {}).items()},
             op="exec",
             argv=list(argv),
             env=dict(env),
-            cwd=cwd,
-            **({"adopts": adopts} if adopts else {}),
+            cwd="/",
+            adopt=adopt,
         )
-        return self._adopted(int(answer["code"]), adopts)
+        return self._adopted(int(answer["code"]), adopt)
 
-    def unpacked(self, timeout_s: float = REQUEST_TIMEOUT_S) -> None:
-        """Wait until the begun unpacking (checkpoint.snapshot.speculative) has put its folders in place.
-
-        Raises Failed.
-        """
+    def wait_unpacked(self, timeout_s: float = REQUEST_TIMEOUT_S) -> None:
+        """Wait until init has unpacked the folders, as requested by checkpoint.snapshot.speculative. Raises Failed."""
         self._answer(self._begun[speculative.UNPACK], timeout_s, "unpack", speculative.UNPACK)
 
-    def executed(self, timeout_s: float, adopts: int) -> int:
-        """Wait for the begun CRIU (checkpoint.snapshot.speculative), which leaves process `adopts` behind, and return its exit code. Raises
-        Failed."""
+    def wait_criu(self, timeout_s: float, root: int) -> int:
+        """Wait for CRIU, as requested by checkpoint.snapshot.speculative, and return its exit code.
+
+        It leaves process `root` behind as a root process of the sandbox. Raises Failed.
+        """
         code = int(self._answer(self._begun[speculative.EXEC], timeout_s, "exec", speculative.EXEC)["code"])
-        return self._adopted(code, adopts)
+        return self._adopted(code, root)
 
     def _adopted(self, code: int, root: int | None) -> int:
         if root is not None and not code:
-            self._runs(root)
+            self._add_root(root)
         return code
 
-    def _runs(self, root: int) -> None:
+    def _add_root(self, root: int) -> None:
         with self._lock:
             self._roots.add(root)
             gone = self._closed
         if gone and root not in self._exits:
-            self._lost(root)
+            self._report_killed(root)
 
-    def go_on(self, stopped: Sequence[int] = ()) -> None:
+    def resume(self, stopped: Sequence[int] = ()) -> None:
         """Resume every process that CRIU left stopped, except those that were stopped at the dump."""
-        self._ask(op="go-on", stopped=list(stopped))
+        self._ask(op="resume", stopped=list(stopped))
 
     def signal(self, pid: int, number: int) -> None:
         """Send a signal to a process by its number inside the sandbox. Raises Failed when it is gone."""
@@ -401,7 +399,7 @@ class Sandbox:
             error = ctypes.get_errno()
             raise Failed("attach-failed", f"{source} cannot be shown in the sandbox: {os.strerror(error)}")
         try:
-            self._ask(lent={"mount": fd}, op="attach", target=str(target))
+            self._ask(fds={"mount": fd}, op="attach", target=str(target))
         finally:
             os.close(fd)
 
@@ -492,13 +490,3 @@ class Sandbox:
         while (code := self._exits.get(pid)) is None and time.monotonic() < limit and not self._closed:
             time.sleep(0.005)
         return self._exits.get(pid, code)
-
-
-def stop_gently(sandbox: Sandbox, pid: int, grace_s: float) -> int | None:
-    """Send SIGTERM to a root process and wait up to `grace_s` seconds.
-
-    Return its exit code, or None on timeout.
-    """
-    with contextlib.suppress(Failed):
-        sandbox.signal(pid, signal.SIGTERM)
-    return sandbox.wait(pid, grace_s)

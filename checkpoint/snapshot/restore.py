@@ -289,9 +289,9 @@ def _plan(
     return {
         "run": str(run_folder),
         "snapshot": str(folder),
-        "init": config.told(),
+        "init": config.message(),
         "unpack": [[str(folder / "shm"), "/dev/shm"], [str(folder / "tmp"), TMP_DIR]],
-        "criu": criu.told(snapshot.root_pid, images, named, lazy_pages=lazy is not None),
+        "criu": criu.restore_request(snapshot.root_pid, images, named, lazy_pages=lazy is not None),
         "pages": server_config(images, lazy.working_set, lazy.record, arriving=lazy.arriving, pack=lazy.pack)
         if lazy
         else None,
@@ -323,13 +323,13 @@ def _bring_back(
         cancellation.check(sandbox)
         up = time.monotonic()
         unpack_s, restore_s = limits(snapshot)
-        sandbox.unpacked(unpack_s)
+        sandbox.wait_unpacked(unpack_s)
         unpacked = time.monotonic()
-        criu.restored(sandbox, sandbox.executed(restore_s, snapshot.root_pid), work, logs)
+        criu.check_restored(sandbox, sandbox.wait_criu(restore_s, snapshot.root_pid), work, logs)
         sandbox.raise_pids(snapshot.top_pid)
         # plugin/engine/start_times.py reads this file, so write it before the first process looks.
         (sandbox.control_dir / START_TIMES).write_text(json.dumps(snapshot.start_ticks))
-        sandbox.go_on(snapshot.stopped)
+        sandbox.resume(snapshot.stopped)
         begun.release()
         spans = {"sandbox": up - began, "unpack": unpacked - up, "criu": time.monotonic() - unpacked}
         plan = begun.plan if lazy and not lazy.record and not lazy.arriving else None

@@ -34,7 +34,7 @@ Plan = dict[str, Any]
 
 `run`, `snapshot`: folders. `init`: the sandbox's configuration. `unpack`: pairs of [source, target inside the
 sandbox]. `pages`: the page server's configuration, or None. `criu`: argv (WORK stands for the work folder), env,
-adopts (the root's process number), keep (the engine's streams, passed to CRIU as descriptors from FIRST_KEPT on).
+adopt (the root's process number), keep (the engine's streams, passed to CRIU as descriptors from FIRST_KEPT on).
 """
 
 WORK = "{work}"
@@ -43,7 +43,7 @@ UNPACK, EXEC = -1, -2
 """Ids of these requests to init; a Sandbox's own ids are above 0."""
 LAZY_PAGES_SOCKET = "lazy-pages.socket"
 """Socket name that CRIU expects in its work folder."""
-_VERSION = 1
+_VERSION = 2
 _NOTES_KEPT = 64
 
 
@@ -110,8 +110,8 @@ def begin(plan: Plan, outputs: Mapping[str, int]) -> Begun:
             "argv": [word.replace(WORK, str(begun.work)) for word in criu["argv"]],
             "env": criu["env"],
             "cwd": "/",
-            "adopts": criu["adopts"],
-            "lent": [str(FIRST_KEPT + index) for index in range(len(criu["keep"]))],
+            "adopt": criu["adopt"],
+            "fds": [str(FIRST_KEPT + index) for index in range(len(criu["keep"]))],
         }
         socket.send_fds(control, [json.dumps(message).encode()], [outputs[stream] for stream in criu["keep"]])
     except BaseException:

@@ -61,7 +61,7 @@ def test_killed_at_a_phase(rig, moment, victim):
         if victim == "owner":
             process.kill()
         else:
-            name = {"criu": b"criu.bin", "init": b"init.py", "tree": b"tree.py"}[victim]
+            name = {"criu": b"criu.bin", "init": b"sandbox.init", "tree": b"tree.py"}[victim]
             for pid in processes(watch._marker):
                 try:
                     if name in Path(f"/proc/{pid}/cmdline").read_bytes():

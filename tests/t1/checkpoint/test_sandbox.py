@@ -145,7 +145,7 @@ def test_the_end_of_process_1_is_an_end_of_what_runs_in_it(restored):
     with Sandbox(on_exit=lambda pid, code: ended.append((pid, code))) as sandbox:
         if restored:  # as CRIU does: a helper leaves a process behind
             pid = 3  # the shell is 2
-            assert sandbox.execute(["/bin/sh", "-c", "sleep 1000 &"], {"PATH": os.environ["PATH"]}, 10, adopts=pid) == 0
+            assert sandbox.execute(["/bin/sh", "-c", "sleep 1000 &"], {"PATH": os.environ["PATH"]}, 10, adopt=pid) == 0
         else:
             pid = sandbox.start(["/bin/sleep", "1000"], {}, "/")
         assert sandbox.exit_code(pid) is None

@@ -1,6 +1,6 @@
-"""One address space being filled: a restored process, or a child that it has forked since.
+"""The restored process tree, and each address space of it that is being filled.
 
-This module neither waits nor reads events. The daemon's one thread does both in turn, which makes placing pages safe
+`Space` neither waits nor reads events. The server's one thread does both in turn, which makes placing pages safe
 (see fault_handler). Standard library only.
 """
 
@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import errno
 import functools
+import json
 import os
-import threading
-from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+import select
+import socket
+import time
 
 from checkpoint.criu.pagemap import PAGE, ProcessImage
 from checkpoint.lazy_pages import uffd
-from checkpoint.lazy_pages.copy_plan import CHUNK, DONE, OPEN, Plan
+from checkpoint.lazy_pages.copy_plan import CHUNK, DONE, OPEN, PendingPages, Plan
 from checkpoint.lazy_pages.readahead import Source
 
 # Below this many spans, a map is cut span by span (10 µs each). One pass over a map costs as much as a hundred cuts.
@@ -33,126 +34,11 @@ class Again(Exception):
     """
 
 
-class PendingPages:
-    """Which pages of an address space must still be copied from the image: disjoint intervals [start, end) → offset, in bytes.
-
-    Pages outside it need nothing from the image: they are in place already, or the process dropped them and they read
-    as zeros. Correctness requires three things: an interval is cut when its pages are placed; it is cut when they are
-    dropped or unmapped, before any listed page is placed; and it moves when the process moves it.
-    tests/t0/checkpoint/criu/test_pagemap.py compares it with a reference implementation.
-    """
-
-    __slots__ = ("_ends", "_offsets", "_starts")
-
-    def __init__(self, runs: Iterable[tuple[int, int, int]] = ()) -> None:
-        """Build a map from `runs`, which are disjoint, ascending (start, end, offset)."""
-        self._starts: list[int] = []
-        self._ends: list[int] = []
-        self._offsets: list[int] = []
-        for start, end, offset in runs:
-            self._starts.append(start)
-            self._ends.append(end)
-            self._offsets.append(offset)
-
-    def __bool__(self) -> bool:
-        return bool(self._starts)
-
-    def __iter__(self) -> Iterator[tuple[int, int, int]]:
-        return iter(list(zip(self._starts, self._ends, self._offsets, strict=True)))
-
-    @property
-    def size(self) -> int:
-        """Bytes still to be copied."""
-        return sum(self._ends) - sum(self._starts)
-
-    def copy(self) -> PendingPages:
-        """Copy the map for a forked child."""
-        twin = PendingPages()
-        twin._starts, twin._ends, twin._offsets = self._starts[:], self._ends[:], self._offsets[:]
-        return twin
-
-    def find(self, address: int) -> tuple[int, int, int] | None:
-        """Return the interval that contains `address`."""
-        index = bisect_right(self._starts, address) - 1
-        if index >= 0 and address < self._ends[index]:
-            return self._starts[index], self._ends[index], self._offsets[index]
-        return None
-
-    def at_or_after(self, address: int) -> tuple[int, int, int] | None:
-        """Return the first interval, or remainder of one, at or above `address`."""
-        index = bisect_right(self._ends, address)
-        if index == len(self._starts):
-            return None
-        start, end, offset = self._starts[index], self._ends[index], self._offsets[index]
-        if start < address:
-            return address, end, offset + address - start
-        return start, end, offset
-
-    def within(self, start: int, end: int) -> list[tuple[int, int, int]]:
-        """Return the parts of intervals that lie in [start, end), ascending."""
-        found = []
-        index = bisect_right(self._ends, start)
-        while index < len(self._starts) and self._starts[index] < end:
-            low, high = max(start, self._starts[index]), min(end, self._ends[index])
-            found.append((low, high, self._offsets[index] + low - self._starts[index]))
-            index += 1
-        return found
-
-    def cut(self, start: int, end: int) -> None:
-        """Remove [start, end): placed, dropped or unmapped."""
-        low = bisect_right(self._ends, start)
-        high = bisect_left(self._starts, end)
-        if low >= high:
-            return
-        starts, ends, offsets = [], [], []
-        if self._starts[low] < start:
-            starts.append(self._starts[low])
-            ends.append(start)
-            offsets.append(self._offsets[low])
-        if self._ends[high - 1] > end:
-            starts.append(end)
-            ends.append(self._ends[high - 1])
-            offsets.append(self._offsets[high - 1] + end - self._starts[high - 1])
-        self._starts[low:high], self._ends[low:high], self._offsets[low:high] = starts, ends, offsets
-
-    def cut_all(self, spans: Sequence[tuple[int, int]]) -> None:
-        """Remove many disjoint spans, given in ascending order, in one pass over the map."""
-        starts, ends, offsets = [], [], []
-        at, count = 0, len(spans)
-        for start, end, offset in zip(self._starts, self._ends, self._offsets, strict=True):
-            low = start
-            while at < count and spans[at][0] < end:
-                first, last = spans[at]
-                if first > low:
-                    starts.append(low)
-                    ends.append(first)
-                    offsets.append(offset + low - start)
-                low = max(low, last)
-                if last > end:
-                    break  # it reaches into the next interval
-                at += 1
-            if low < end:
-                starts.append(low)
-                ends.append(end)
-                offsets.append(offset + low - start)
-        self._starts, self._ends, self._offsets = starts, ends, offsets
-
-    def move(self, source: int, target: int, length: int) -> None:
-        """Apply an mremap: the pages due at `source` are now due at `target`, and none are due at `source`."""
-        moved = self.within(source, source + length)
-        self.cut(source, source + length)
-        self.cut(target, target + length)
-        if not moved:
-            return
-        shift = target - source
-        index = bisect_left(self._starts, target)
-        self._starts[index:index] = [start + shift for start, _, _ in moved]
-        self._ends[index:index] = [end + shift for _, end, _ in moved]
-        self._offsets[index:index] = [offset for _, _, offset in moved]
-
-
 class Space:
-    """An address space (see the module's docstring). `map` lists what must still be copied from the image."""
+    """The address space of a restored process, or of a child that it has forked since.
+
+    `pending` lists what must still be copied from the image.
+    """
 
     __slots__ = (
         "_uncut",
@@ -160,10 +46,8 @@ class Space:
         "fd",
         "image",
         "number",
-        "open",
         "pid",
-        "placing",
-        "rough_map",
+        "rough_pending",
         "settled",
         "source",
     )
@@ -174,21 +58,18 @@ class Space:
         self.number = number
         self.pid = pid
         self.fd = fd
-        self.rough_map = pages
-        """Like `map`, but may still list what `burst` has placed. The kernel refuses to place such pages again."""
+        self.rough_pending = pages
+        """Like `pending`, but may still list what `burst` has placed. The kernel refuses to place such pages again."""
         self._uncut: list[tuple[int, int]] = []
         self.image = image
         self.source = source
         self.settled = False
         """Whether every mapping is registered. Before, ENOENT means not yet registered; after, no longer registered."""
         self.changed = False
-        """Whether the process has dropped, moved or unmapped anything. From then on every placement consults the map."""
-        self.open = True
-        self.placing = threading.Lock()
-        """Lock held by the second copier while it places, and by the daemon while it reads events or closes the descriptor."""
+        """Whether the process has dropped, moved or unmapped anything. From then on every placement consults `pending`."""
 
     @property
-    def map(self) -> PendingPages:
+    def pending(self) -> PendingPages:
         """The part of the image still to be copied.
 
         The first access after a burst takes about a millisecond.
@@ -197,10 +78,10 @@ class Space:
             spans, self._uncut = sorted(self._uncut), []
             if len(spans) < _FEW:
                 for start, end in spans:
-                    self.rough_map.cut(start, end)
+                    self.rough_pending.cut(start, end)
             else:
-                self.rough_map.cut_all(spans)
-        return self.rough_map
+                self.rough_pending.cut_all(spans)
+        return self.rough_pending
 
     def burst(self, plan: Plan, pieces: int, size: int) -> tuple[int, int]:
         """Place up to `pieces` extents, or about `size` bytes, of a plan with all sources in memory.
@@ -237,7 +118,7 @@ class Space:
         Raises Again, Gone, OSError.
         """
         placed = 0
-        for low, high, offset in self.map.within(start, end):
+        for low, high, offset in self.pending.within(start, end):
             if self.source.absent(offset, high - low):
                 raise Again  # moved here from memory that has not arrived yet
             placed += self._place(low, high, self.source.address + offset)
@@ -264,12 +145,12 @@ class Space:
                     continue
                 self._refused(code, "UFFDIO_COPY")
                 done = PAGE
-            self.map.cut(start, start + done)
+            self.pending.cut(start, start + done)
             start, source = start + done, source + done
         return placed
 
     def zero(self, start: int, end: int, zeros: int) -> int:
-        """Place zero pages where none exist in [start, end), none of which is in the map.
+        """Place zero pages where none exist in [start, end), none of which is pending.
 
         `zeros` is our own address of CHUNK zeros.
         """
@@ -303,7 +184,7 @@ class Space:
         if not self.changed and uffd.request(self.fd, plan.address + uffd.REQUEST_BYTES * index) == 0:
             return self.placed(plan, index)
         placed, position = 0, start
-        for low, high, offset in self.map.within(start, end):
+        for low, high, offset in self.pending.within(start, end):
             placed += self.zero(position, low, zeros)
             if not plan.zero[index] and self.unmoved(low, high, offset) and not self.source.absent(offset, high - low):
                 placed += self._place(
@@ -335,6 +216,122 @@ class Space:
         if code == errno.ESRCH:
             raise Gone
         raise OSError(code, f"{what} in process {self.pid}: {os.strerror(code)}")
+
+
+class Stats:
+    """Counters reported to the owner, in bytes and seconds.
+
+    Points in time count from when the server received its configuration.
+    """
+
+    __slots__ = (
+        "bytes_ahead",
+        "bytes_cold",
+        "bytes_faulted",
+        "bytes_rest",
+        "bytes_zero",
+        "faults",
+        "faults_before_first_token",
+        "faults_missed",
+        "faults_zero",
+        "first_placed_s",
+        "forks",
+        "listening_s",
+        "moved",
+        "removed",
+        "restored_s",
+        "spaces_s",
+        "stall_s",
+        "stall_worst_s",
+        "startup_done_s",
+    )
+    bytes_ahead: float
+    bytes_rest: float
+    bytes_cold: float
+    bytes_faulted: float
+    bytes_zero: float
+    faults: float
+    faults_before_first_token: float
+    faults_missed: float
+    faults_zero: float
+    first_placed_s: float
+    forks: float
+    listening_s: float
+    moved: float
+    removed: float
+    restored_s: float
+    spaces_s: float
+    stall_s: float
+    stall_worst_s: float
+    startup_done_s: float
+
+    def __init__(self) -> None:
+        for name in self.__slots__:
+            setattr(self, name, 0)
+
+    def as_dict(self) -> dict[str, float]:
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+class ProcessTree:
+    """The process tree being served: its address spaces, its progress, and the messages to its owner.
+
+    `control` is the owner's socket. `record`: every fault is served and traced page by page. `restored`: CRIU has
+    finished; `first_token`, `after_requests`: the owner has reported the first token, and the end of the working set.
+    """
+
+    def __init__(self, control: socket.socket, record: bool) -> None:
+        self.control = control
+        self.record = record
+        self.stats = Stats()
+        self.epoll = select.epoll()
+        self.spaces: dict[int, Space] = {}  # by descriptor
+        self.restored = self.first_token = self.after_requests = False
+        self.namespace = 0  # of the tree's process numbers, by inode; 0 if unknown
+        self._started = time.monotonic()
+        self._count = 0
+
+    def now(self) -> float:
+        """Return seconds since the start."""
+        return time.monotonic() - self._started
+
+    def send(self, fds: tuple[int, ...] = (), **message: object) -> None:
+        """Send a message to the owner. Raises OSError if it is gone."""
+        socket.send_fds(self.control, [json.dumps(message).encode()], list(fds))
+
+    def warn(self, what: str, error: OSError) -> None:
+        """Report a disk error as a warning with a code."""
+        from checkpoint.disk import failure  # its imports take 5 ms
+
+        self.send(event="warning", message=str(failure(what, error)))
+
+    def send_stats(self, event: str) -> None:
+        left = sum(space.pending.size for space in self.spaces.values())
+        self.send(event=event, left=left, **self.stats.as_dict())  # type: ignore[arg-type]  # no count is named fds
+
+    def add(self, space: Space) -> None:
+        """Serve another address space, and give the owner a duplicate of its descriptor."""
+        os.set_inheritable(space.fd, False)
+        self._count += 1
+        space.number = self._count
+        self.stats.spaces_s = self.now()
+        self.spaces[space.fd] = space
+        self.send((space.fd,), event="space", number=space.number, pid=space.pid, left=space.pending.size)
+        self.epoll.register(space.fd, select.EPOLLIN)
+
+    def drop(self, space: Space) -> None:
+        """Serve an address space no longer."""
+        if self.spaces.pop(space.fd, None) is not None:
+            self.epoll.unregister(space.fd)
+            os.close(space.fd)
+            self.send(event="gone", number=space.number)
+
+    def close(self) -> None:
+        """Close all descriptors but the control socket. Idempotent."""
+        for space in self.spaces.values():
+            os.close(space.fd)
+        self.spaces.clear()
+        self.epoll.close()
 
 
 @functools.cache

@@ -16,7 +16,7 @@ import signal
 import socket
 import sys
 
-from checkpoint.lazy_pages.read_order import Reading
+from checkpoint.lazy_pages.read_order import ColdReads
 
 _MESSAGE_BYTES = 1 << 16
 # Thread switch interval, seconds. With the default, a fault would wait 5 ms for planning, and the disk for our imports.
@@ -30,13 +30,13 @@ def serve(control: socket.socket, listener: socket.socket, config: dict[str, obj
     exceptions that no image and no process can cause.
     """
     # Request the disk reads before even importing the rest, so the disk's queue is filled in the order of need.
-    reading = Reading.begun(config)
-    from checkpoint.lazy_pages.fault_handler import Daemon
+    cold_reads = ColdReads.start(config)
+    from checkpoint.lazy_pages.fault_handler import FaultHandler
 
-    daemon: Daemon | None = None
+    handler: FaultHandler | None = None
     try:
-        daemon = Daemon(control, listener, config, reading)
-        daemon.run()
+        handler = FaultHandler(control, listener, config, cold_reads)
+        handler.run()
     except (OSError, RuntimeError, ValueError) as error:
         _report_failure(control, str(error))
     except Exception as error:
@@ -45,8 +45,8 @@ def serve(control: socket.socket, listener: socket.socket, config: dict[str, obj
     finally:
         control.close()
         listener.close()
-        if daemon:
-            daemon.close()
+        if handler:
+            handler.close()
 
 
 def _report_failure(control: socket.socket, message: str) -> None:

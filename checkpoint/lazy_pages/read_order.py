@@ -27,32 +27,32 @@ if TYPE_CHECKING:
 FILE_NAME = ".verified-reading"
 _VERSION = 4
 # Gap in bytes up to which a disk reads two extents at once as fast as separately.
-_NEAR = 16 << 10
+_MERGE_GAP = 16 << 10
 # Mapped pages and the pack are read in blocks of a file of the largest folio size, in the order of need. If a smaller
-# share than _WHOLE of a block is needed, only that part is read. Reading single pages of a block first would keep it
+# share than _WHOLE_SHARE of a block is needed, only that part is read. Reading single pages of a block first would keep it
 # from becoming one folio.
 _BLOCK = 2 << 20
-_WHOLE = 0.25
+_WHOLE_SHARE = 0.25
 # Number of reader threads: with one, the disk would idle while it waits for a CPU.
 _READERS = 2
 # Blocks per system call; a stop waits for one call.
-_AT_ONCE = 32
+_BLOCKS_PER_CALL = 32
 _SAMPLES = 200
 
-Piece = tuple[int, int, int]
+Extent = tuple[int, int, int]
 """(number of the file, offset, length)"""
 
 
-class Reading:
+class ColdReads:
     """The cached list of a folder of images, and the thread that requests its reads from the disk.
 
     `working_set` is the digest of the working set that the list was made with, empty if there is no list. `cold`:
-    whether part of the list is not in the page cache. `asked` is set, and listeners are notified, once everything
+    whether part of the list is not in the page cache. `requested` is set, and listeners are notified, once everything
     that will be copied was requested; mapped pages follow.
     """
 
     @classmethod
-    def begun(cls, config: Mapping[str, object]) -> Reading | None:
+    def start(cls, config: Mapping[str, object]) -> ColdReads | None:
         """Begin the reads for a page server's configuration.
 
         Returns None if a working set is being recorded, images are still arriving, or only the images may be used.
@@ -63,25 +63,25 @@ class Reading:
     def __init__(self, images: str) -> None:
         self.working_set = b""
         self.cold = False
-        self.asked = threading.Event()
+        self.requested = threading.Event()
         self._images = images
         self._notify: Callable[[], None] = lambda: None
         self._stopping = False
         self._fds: list[int] = []
-        self._whole: list[str] = []
+        self._whole_files: list[str] = []
         self._small, self._copied, self._mapped = array("Q"), array("Q"), array("Q")
         try:
             head, lists = cache.read(images, FILE_NAME, _VERSION)
-            for pieces, body in zip((self._small, self._copied, self._mapped), lists, strict=True):
-                pieces.frombytes(body)
+            for extents, body in zip((self._small, self._copied, self._mapped), lists, strict=True):
+                extents.frombytes(body)
             paths = [os.path.join(images, cache.checked_pages_file(name)) for name in head["names"]]
             if head["packed"]:
                 paths.append(cache.path(images, cache.PACK))
             for path in paths:
                 self._fds.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
             if any(os.path.basename(name) != name for name in head["whole"]):
-                raise ValueError("a file that is no image")
-            self._whole, self.working_set = head["whole"], bytes.fromhex(head["working_set"])
+                raise ValueError("not an image file")
+            self._whole_files, self.working_set = head["whole"], bytes.fromhex(head["working_set"])
             self.cold = not self._cached()
         except (OSError, ValueError, TypeError, LookupError):
             self.working_set, self.cold = b"", False  # none yet, of another version, or damaged
@@ -90,7 +90,7 @@ class Reading:
                 # Issue these hundreds of calls here: another thread would wait for the interpreter lock at each of
                 # them.
                 for file, offset, length in _triples(self._small):
-                    self._ask(self._fds[file], offset, length)
+                    self._request(self._fds[file], offset, length)
                 threading.Thread(target=self._read, name="reading", daemon=True).start()
                 return
             except (
@@ -102,17 +102,17 @@ class Reading:
         self._close()
 
     def listen(self, notify: Callable[[], None]) -> None:
-        """Have a thread call `notify` when `asked` is set; call it at once if it is set already."""
+        """Have a thread call `notify` when `requested` is set; call it at once if it is set already."""
         self._notify = notify
-        if self.asked.is_set():
+        if self.requested.is_set():
             notify()
 
     @property
     def size(self) -> int:
         """Bytes listed, without the files that are read whole."""
-        return sum(sum(pieces[2::3]) for pieces in (self._small, self._copied, self._mapped))
+        return sum(sum(extents[2::3]) for extents in (self._small, self._copied, self._mapped))
 
-    def keep(
+    def write(
         self,
         working_set: WorkingSet,
         of: Mapping[int, ProcessImage],
@@ -129,23 +129,25 @@ class Reading:
         names = sorted({image.pages_file for image in of.values()})
         number = {name: at for at, name in enumerate(names)}
         copied: dict[int, list[tuple[int, int]]] = {}
-        mapped: list[Piece] = []
-        small: list[Piece] = []
+        mapped: list[Extent] = []
+        small: list[Extent] = []
         for pid, image in of.items():
             runs = _of_file([*image.eager, *used.get(pid, ())])
-            small += [(number[image.pages_file], low, high - low) for low, high in _near(runs, _NEAR)]
+            small += [(number[image.pages_file], low, high - low) for low, high in _merged(runs, _MERGE_GAP)]
         for pid, start, end in working_set.before_first_token:
             if found := of.get(pid):
                 file = number[found.pages_file]
                 copied.setdefault(file, []).extend(_of_file(found.within(start, end)))
                 mapped += [(file, low, high - low) for low, high in _of_file(found.mapped_within(start, end))]
-        large: list[Piece] = []
+        large: list[Extent] = []
         if packed:
             large = _in_blocks([(len(names), 0, os.stat(cache.path(self._images, cache.PACK)).st_size)])
         else:
-            small += [(file, low, high - low) for file, runs in copied.items() for low, high in _near(runs, _NEAR)]
+            small += [
+                (file, low, high - low) for file, runs in copied.items() for low, high in _merged(runs, _MERGE_GAP)
+            ]
         head = {"working_set": working_set.digest.hex(), "names": names, "packed": packed, "whole": whole}
-        lists = [cache.flat(pieces) for pieces in (small, large, _in_blocks(mapped))]
+        lists = [cache.flat(extents) for extents in (small, large, _in_blocks(mapped))]
         cache.write(self._images, FILE_NAME, _VERSION, head, lists)
 
     def stop(self) -> None:
@@ -158,9 +160,9 @@ class Reading:
         for fd in self._fds:
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # without it, reading one page brings its neighbours
         try:
-            for pieces in (self._small, self._copied, self._mapped):
-                for at in range(0, len(pieces), 3 * max(1, len(pieces) // (3 * _SAMPLES))):
-                    file, offset, _ = pieces[at : at + 3]
+            for extents in (self._small, self._copied, self._mapped):
+                for at in range(0, len(extents), 3 * max(1, len(extents) // (3 * _SAMPLES))):
+                    file, offset, _ = extents[at : at + 3]
                     os.preadv(self._fds[file], [byte], offset, os.RWF_NOWAIT)
         except BlockingIOError:
             return False
@@ -172,13 +174,13 @@ class Reading:
     def _read(self) -> None:
         try:
             try:
-                for name in self._whole:  # opened here: opening forty files takes 10 ms during a start
+                for name in self._whole_files:  # opened here: opening forty files takes 10 ms during a start
                     fd = os.open(os.path.join(self._images, name), os.O_RDONLY | os.O_CLOEXEC)
-                    self._ask(fd, 0, 0)
+                    self._request(fd, 0, 0)
                     os.close(fd)
                 self._read_large(self._copied)
             finally:
-                self.asked.set()
+                self.requested.set()
                 self._notify()
             self._read_large(self._mapped)
         except (OSError, LookupError, RuntimeError):
@@ -186,16 +188,16 @@ class Reading:
         finally:
             self._close()
 
-    def _ask(self, fd: int, offset: int, length: int) -> None:
+    def _request(self, fd: int, offset: int, length: int) -> None:
         if not self._stopping:
             os.posix_fadvise(fd, offset, length, os.POSIX_FADV_WILLNEED)
 
-    def _read_large(self, pieces: array[int]) -> None:
+    def _read_large(self, extents: array[int]) -> None:
         """Read through mappings that prefer large pages: 2 MB folios load at full disk speed, and cost little more than 4 KB ones."""
         sources: dict[int, tuple[int, int, bool]] = {}
         try:
             whole: list[tuple[int, int]] = []
-            for file, offset, length in _triples(pieces):
+            for file, offset, length in _triples(extents):
                 if file not in sources:
                     address, size = uffd.map_file(f"/proc/self/fd/{self._fds[file]}")
                     sources[file] = (address, size, size > 0 and uffd.prefer_large(address, size))
@@ -203,7 +205,7 @@ class Reading:
                 if large and length == _BLOCK and offset < size:
                     whole.append((address + offset, min(length, -(-size // PAGE) * PAGE - offset)))
                 else:
-                    self._ask(self._fds[file], offset, length)
+                    self._request(self._fds[file], offset, length)
             others = [
                 threading.Thread(target=self._populate, args=(whole[first::_READERS],), name="reading", daemon=True)
                 for first in range(1, _READERS)
@@ -219,9 +221,9 @@ class Reading:
                     uffd.unmap(address, size)
 
     def _populate(self, blocks: list[tuple[int, int]]) -> None:
-        for at in range(0, len(blocks), _AT_ONCE):
+        for at in range(0, len(blocks), _BLOCKS_PER_CALL):
             if not self._stopping:
-                uffd.populate_all(blocks[at : at + _AT_ONCE])
+                uffd.populate_all(blocks[at : at + _BLOCKS_PER_CALL])
 
     def _close(self) -> None:
         fds, self._fds = self._fds, []
@@ -234,7 +236,7 @@ def _of_file(runs: Iterable[tuple[int, int, int]]) -> list[tuple[int, int]]:
     return [(offset, offset + end - start) for start, end, offset in runs]
 
 
-def _near(runs: Iterable[tuple[int, int]], gap: int) -> list[tuple[int, int]]:
+def _merged(runs: Iterable[tuple[int, int]], gap: int) -> list[tuple[int, int]]:
     """Sort the runs, and merge those at most `gap` bytes apart."""
     found: list[tuple[int, int]] = []
     for low, high in sorted(runs):
@@ -245,14 +247,14 @@ def _near(runs: Iterable[tuple[int, int]], gap: int) -> list[tuple[int, int]]:
     return found
 
 
-def _in_blocks(pieces: Sequence[Piece]) -> list[Piece]:
+def _in_blocks(extents: Sequence[Extent]) -> list[Extent]:
     """Group extents into file blocks, ordered by the mean position of each block's bytes in the order of need.
 
     Of blocks with little needed data, only that part is returned.
     """
     parts: dict[tuple[int, int], list[tuple[int, int]]] = {}
     when: dict[tuple[int, int], tuple[int, int]] = {}
-    for at, (file, offset, length) in enumerate(pieces):
+    for at, (file, offset, length) in enumerate(extents):
         for low in range(offset // _BLOCK * _BLOCK, offset + length, _BLOCK):
             start, end = max(low, offset), min(low + _BLOCK, offset + length)
             parts.setdefault((file, low), []).append((start, end))
@@ -261,13 +263,13 @@ def _in_blocks(pieces: Sequence[Piece]) -> list[Piece]:
     order = sorted(parts, key=lambda block: when[block][0] / when[block][1])
     found = []
     for file, block in order:
-        near = _near(parts[file, block], _NEAR)
-        if sum(high - low for low, high in near) >= _WHOLE * _BLOCK:
-            near = [(block, block + _BLOCK)]
-        found += [(file, low, high - low) for low, high in near]
+        merged = _merged(parts[file, block], _MERGE_GAP)
+        if sum(high - low for low, high in merged) >= _WHOLE_SHARE * _BLOCK:
+            merged = [(block, block + _BLOCK)]
+        found += [(file, low, high - low) for low, high in merged]
     return found
 
 
-def _triples(numbers: array[int]) -> Iterable[Piece]:
+def _triples(numbers: array[int]) -> Iterable[Extent]:
     three = iter(numbers)
     return zip(three, three, three, strict=True)

@@ -1,7 +1,7 @@
 """Read source pages into the page cache ahead of the copier, so that the copier never waits for a disk or a network.
 
-Standard library only. A fetcher's threads touch only this process's read-only mappings of image files. Only the
-copier places pages and reads events, so they need no common lock.
+Standard library only. Readers' threads touch only this process's read-only mappings of image files. Only the main
+thread places pages and reads events, so they need no common lock.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ _ADVISE = 8 << 20
 _WINDOW = 512 << 20
 
 
-class Bell:
-    """Wakes one daemon's loop from any thread.
+class Waker:
+    """Wakes the page server's loop from any thread.
 
-    Every object that may ring keeps the descriptor open, so its number is never reused.
+    Every object that may wake it keeps the descriptor open, so its number is never reused.
     """
 
     def __init__(self) -> None:
         self.fd = -1
         self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
-    def ring(self) -> None:
+    def wake(self) -> None:
         with contextlib.suppress(BlockingIOError):
             os.eventfd_write(self.fd, 1)
 
@@ -98,21 +98,21 @@ class Source:
 class ArrivingSource(Source):
     """A page file that is being filled. No page is read before it is in place."""
 
-    def __init__(self, path: str, presence: ResidencyBitmap) -> None:
+    def __init__(self, path: str, residency: ResidencyBitmap) -> None:
         super().__init__(path)
         self.name = f"images/{os.path.basename(path)}"
-        self.presence = presence
+        self.residency = residency
 
     def resident(self, offset: int, length: int) -> bool:
-        return self.presence.has(self.name, offset, length)
+        return self.residency.has(self.name, offset, length)
 
     def absent(self, offset: int, length: int) -> bool:
-        return not self.presence.has(self.name, offset, length)
+        return not self.residency.has(self.name, offset, length)
 
 
-def open_source(path: str, presence: ResidencyBitmap | None) -> Source:
+def open_source(path: str, residency: ResidencyBitmap | None) -> Source:
     """Open the page file at `path`; with a bitmap, as one that is being filled."""
-    return ArrivingSource(path, presence) if presence else Source(path)
+    return ArrivingSource(path, residency) if residency else Source(path)
 
 
 FAILED = -1
@@ -121,21 +121,56 @@ Job = tuple[int, list[tuple[Source, int, int]]]
 """(a number chosen by the caller, [(source, offset, length)])"""
 
 
-class Fetcher(threading.Thread):
-    """Populates its jobs' ranges in order, and reports each finished job's number.
+class PageReader:
+    """Reads the pages of submitted jobs, and notifies its caller of finished ones."""
+
+    def __init__(self, notify: Callable[[], None]) -> None:
+        self._notify = notify
+        self._done: deque[tuple[int, int, int]] = deque()  # (number, errno, bytes that were not resident before)
+
+    def start(self) -> None:
+        """Start the threads, if any."""
+
+    def stop(self) -> None:
+        """Drop the jobs not yet begun. Threads end, but are not joined."""
+        raise NotImplementedError
+
+    def submit(self, number: int, parts: list[tuple[Source, int, int]]) -> None:
+        """Add a job. A finished one calls `notify`."""
+        raise NotImplementedError
+
+    def collect(self) -> tuple[list[int], int]:
+        """Return the numbers of the jobs finished since, and the bytes that were not resident when submitted.
+
+        Raises OSError if an image file cannot be read.
+        """
+        numbers, cold = [], 0
+        while self._done:
+            number, code, absent = self._done.popleft()
+            if code:
+                raise OSError(code, f"an image file cannot be read: {os.strerror(code)}")
+            numbers.append(number)
+            cold += absent
+        return numbers, cold
+
+    def _finish(self, number: int, code: int, absent: int) -> None:
+        self._done.append((number, code, absent))
+        self._notify()
+
+
+class Fetcher(PageReader):
+    """Reads local files: a thread populates the jobs' ranges in order.
 
     A second thread requests the following jobs from the disk: one job at a time, with a wait after each, reads at
-    half the disk's speed. `done` is a queue that the caller reads after `notify` was called: (number, errno, bytes
-    that were not in the page cache before).
+    half the disk's speed.
     """
 
     def __init__(self, name: str, notify: Callable[[], None]) -> None:
-        super().__init__(name=name, daemon=True)
-        self.done: deque[tuple[int, int, int]] = deque()
+        super().__init__(notify)
+        self.name = name
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self._asked: queue.SimpleQueue[tuple[Job, int] | None] = queue.SimpleQueue()
-        self._notify = notify
-        self._under_way = 0  # bytes requested and not yet waited for
+        self._requested: queue.SimpleQueue[tuple[Job, int] | None] = queue.SimpleQueue()
+        self._in_flight = 0  # bytes requested and not yet waited for
         self._room = threading.Condition()
         self._stopping = False
 
@@ -143,83 +178,71 @@ class Fetcher(threading.Thread):
         self._jobs.put((number, parts))
 
     def stop(self) -> None:
-        """Drop the jobs not yet begun. Both threads end, but are not joined."""
         with self._room:
             self._stopping = True
             self._room.notify()
         self._jobs.put(None)
 
-    def run(self) -> None:
+    def start(self) -> None:
         try:
-            threading.Thread(target=self._told_of, args=(self._ask,), name=f"{self.name}-ask", daemon=True).start()
+            for work, name in ((self._populate, self.name), (self._request, f"{self.name}-request")):
+                threading.Thread(target=self._run, args=(work,), name=name, daemon=True).start()
         except RuntimeError:  # no more threads
-            self._fail(errno.EAGAIN)
-            return
-        self._told_of(self._populate)
+            self._finish(FAILED, errno.EAGAIN, 0)
 
-    def _told_of(self, work: Callable[[], None]) -> None:
+    def _run(self, work: Callable[[], None]) -> None:
         """Run one thread's work, and report an error to the caller as a FAILED job."""
         try:
             work()
         except OSError as error:
-            self._fail(error.errno or errno.EIO)
+            self._finish(FAILED, error.errno or errno.EIO, 0)
         except Exception:
-            self._fail(errno.EIO)
+            self._finish(FAILED, errno.EIO, 0)
             raise
-
-    def _fail(self, code: int) -> None:
-        self.done.append((FAILED, code, 0))
-        self._notify()
 
     def _populate(self) -> None:
         while True:
-            asked = self._asked.get()
-            if asked is None or self._stopping:
+            requested = self._requested.get()
+            if requested is None or self._stopping:
                 return
-            (number, parts), cold = asked
+            (number, parts), absent = requested
             failed = 0
             for source, offset, length in parts:
                 failed = source.populate(offset, length) or failed
             with self._room:
-                self._under_way -= cold
+                self._in_flight -= absent
                 self._room.notify()
-            self.done.append((number, failed, cold))
-            self._notify()
+            self._finish(number, failed, absent)
 
-    def _ask(self) -> None:
+    def _request(self) -> None:
         while True:
             job = self._jobs.get()
             if job is None or self._stopping:
-                self._asked.put(None)
+                self._requested.put(None)
                 return
-            absent = [part for part in job[1] if not part[0].resident(part[1], part[2])]
-            cold = sum(length for _, _, length in absent)
+            parts = [part for part in job[1] if not part[0].resident(part[1], part[2])]
+            absent = sum(length for _, _, length in parts)
             with self._room:
-                self._room.wait_for(lambda: self._under_way < _WINDOW or self._stopping)
-                self._under_way += cold
-            for source, offset, length in absent:
+                self._room.wait_for(lambda: self._in_flight < _WINDOW or self._stopping)
+                self._in_flight += absent
+            for source, offset, length in parts:
                 source.advise(offset, length)
-            self._asked.put((job, cold))
+            self._requested.put((job, absent))
 
 
-class Waiting:
-    """Jobs that wait for pages to arrive; replaces checkpoint.lazy_pages.readahead.Fetcher, without a thread.
+class ArrivalWaiter(PageReader):
+    """Waits for pages to arrive, without a thread.
 
     `ask`, if given, is called for missing pages: (name of the file, offset, length).
     """
 
     def __init__(self, notify: Callable[[], None], ask: Callable[[str, int, int], None] | None = None) -> None:
-        self.done: deque[tuple[int, int, int]] = deque()
-        self._notify = notify
+        super().__init__(notify)
         self._ask = ask
         # Each job, its missing parts (the last is checked first), and the bytes that were missing.
         self._jobs: list[tuple[Job, list[tuple[Source, int, int]], int]] = []
 
-    def start(self) -> None:
-        return
-
     def stop(self) -> None:
-        """Drop all jobs and request nothing more."""
         self._ask, self._jobs = None, []
 
     def submit(self, number: int, parts: list[tuple[Source, int, int]]) -> None:
@@ -230,9 +253,9 @@ class Waiting:
                 self._ask(source.name, offset, length)
         self._jobs.append(((number, parts), absent, sum(length for _, _, length in absent)))
         if not absent:
-            self.look()
+            self.check()
 
-    def look(self) -> None:
+    def check(self) -> None:
         """Finish the jobs whose pages have all arrived."""
         waiting = []
         for job, absent, cold in self._jobs:
@@ -245,7 +268,5 @@ class Waiting:
             failed = 0
             for source, offset, length in parts:
                 failed = uffd.populate(source.address + offset, length) or failed
-            self.done.append((number, failed, cold))
+            self._finish(number, failed, cold)
         self._jobs = waiting
-        if self.done:
-            self._notify()

@@ -130,7 +130,7 @@ class Sandbox:
     on_exit: Callable[[int, int], None] | None = None
     """Called as `on_exit(pid, exit code)` from the sandbox's reader thread when a started or restored root process ends,
     even if it ends because init did."""
-    begun: speculative.Begun | None = None
+    begun: speculative.BegunRestore | None = None
     """A begun restore whose init already has this configuration and the first requests. This object takes it over."""
 
     def __post_init__(self) -> None:

@@ -72,7 +72,7 @@ _REGULAR_FILE = 1  # FileEntry.type
 
 Areas = Mapping[str, Sequence[tuple[int, int]]]
 """By process number, (address, bytes) of each area."""
-_Piece = tuple[int, int, int]
+_Extent = tuple[int, int, int]
 """An extent: (start, end, offset in the pages file)."""
 
 
@@ -95,16 +95,16 @@ def find(folder: Path) -> Path | None:
 
     Returns None if none match. Takes about 1 ms.
     """
-    facts = _fitting(folder)
+    facts = _matching(folder)
     return folder / FOLDER / "images" if facts and facts.mapped else None
 
 
 def made(folder: Path) -> bool:
     """Return whether matching file-backed images exist, even if they map nothing."""
-    return _fitting(folder) is not None
+    return _matching(folder) is not None
 
 
-def _fitting(folder: Path) -> _Facts | None:
+def _matching(folder: Path) -> _Facts | None:
     view = folder / FOLDER
     try:
         facts = msgspec.json.decode((view / _FACTS).read_bytes(), type=ready(_Facts))
@@ -139,11 +139,11 @@ def make(folder: Path, areas: Areas) -> int:
         finally:
             os.close(held)
     except BlockingIOError:
-        raise Busy("mapping-being-made", f"another process is making the view of {folder.name}") from None
+        raise Busy("mapping-being-made", f"another process is making the file-backed images of {folder.name}") from None
     except OSError as error:
-        raise disk.failure(f"no view of {folder.name}", error, "mapping-not-made") from error
+        raise disk.failure(f"no file-backed images of {folder.name}", error, "mapping-not-made") from error
     except (BadImage, Integrity, ValueError, struct.error, IndexError) as error:
-        raise Failed("mapping-not-made", f"{images} holds an image that does not fit the others: {error}") from error
+        raise Failed("mapping-not-made", f"{images} holds images that do not match: {error}") from error
     return mapped
 
 
@@ -195,7 +195,7 @@ def _rewrite(images: Path, areas: Areas) -> tuple[dict[str, bytes], int]:
     for pid in process_ids(str(images)):
         image = read_process(str(images), pid)
         pages, page_map = images / image.pages_file, images / f"pagemap-{pid}.img"
-        weights = _pieces(image, pages, areas.get(str(pid), ()))
+        weights = _extents(image, pages, areas.get(str(pid), ()))
         data, shown = _map(images / f"mm-{pid}.img", weights, image.eager, next_id)
         if not shown:
             continue
@@ -209,14 +209,14 @@ def _rewrite(images: Path, areas: Areas) -> tuple[dict[str, bytes], int]:
     return changed, mapped
 
 
-def _pieces(image: ProcessImage, pages: Path, areas: Sequence[tuple[int, int]]) -> list[_Piece]:
+def _extents(image: ProcessImage, pages: Path, areas: Sequence[tuple[int, int]]) -> list[_Extent]:
     """Return the extents of the areas that can be mapped, ascending."""
     found = []
     with open(pages, "rb") as file:
         for start, size in areas:
             low, high = -(-start // PAGE) * PAGE, (start + size) // PAGE * PAGE
             if high - low >= LEAST and _from_malloc(image, file.fileno(), start, size):
-                found += [piece for piece in image.within(low, high) if piece[1] - piece[0] >= LEAST]
+                found += [extent for extent in image.within(low, high) if extent[1] - extent[0] >= LEAST]
     return sorted(found)
 
 
@@ -232,24 +232,26 @@ def _from_malloc(image: ProcessImage, file: int, start: int, size: int) -> bool:
     return False
 
 
-def _map(path: Path, weights: Sequence[_Piece], libraries: Sequence[_Piece], file: int) -> tuple[bytes, list[_Piece]]:
+def _map(
+    path: Path, weights: Sequence[_Extent], libraries: Sequence[_Extent], file: int
+) -> tuple[bytes, list[_Extent]]:
     """Rewrite an `mm-N.img` so that eligible extents map `file`; return it with the extents mapped."""
     data = path.read_bytes()
     (payload,) = payloads(data)
     memory = decode(payload)
     vmas: list[Value] = []
-    shown: list[_Piece] = []
+    mapped: list[_Extent] = []
     for value in memory.get(_VMAS, []):
         vma = decode(value) if isinstance(value, bytes) else {}
         first, end = number(vma, _START), number(vma, _END)
-        inside: list[_Piece] = []
+        inside: list[_Extent] = []
         if _plain(vma):
-            inside = [piece for piece in weights if first <= piece[0] and piece[1] <= end]
+            inside = [extent for extent in weights if first <= extent[0] and extent[1] <= end]
         elif number(vma, _STATUS) == _REGULAR | FILE_PRIVATE and not number(vma, _MADV):
             inside = [
-                piece
-                for piece in within(libraries, first, end)
-                if piece[1] - piece[0] >= (_LEAST_WHOLE if piece[:2] == (first, end) else LEAST)
+                extent
+                for extent in within(libraries, first, end)
+                if extent[1] - extent[0] >= (_LEAST_WHOLE if extent[:2] == (first, end) else LEAST)
             ]
         if not inside:
             vmas.append(value)
@@ -266,11 +268,11 @@ def _map(path: Path, weights: Sequence[_Piece], libraries: Sequence[_Piece], fil
                 mapping |= {_STATUS: [_REGULAR | FILE_PRIVATE], _FDFLAGS: [os.O_RDONLY]}
                 vmas.append(encode(mapping))
             start = high
-        shown += inside
-    return data[: head_size(data)] + framed(encode(memory | {_VMAS: vmas})), shown
+        mapped += inside
+    return data[: head_size(data)] + framed(encode(memory | {_VMAS: vmas})), mapped
 
 
-def _left_to_mappings(page_map: Path, shown: Sequence[_Piece]) -> bytes:
+def _left_to_mappings(page_map: Path, mapped: Sequence[_Extent]) -> bytes:
     """Rewrite a `pagemap-N.img` so that these extents are lazy; those of weights are lazy already."""
     data = page_map.read_bytes()
     head, *entries = _entries(page_map)
@@ -279,7 +281,7 @@ def _left_to_mappings(page_map: Path, shown: Sequence[_Piece]) -> bytes:
         start, flags = number(entry, _ADDRESS), number(entry, _PAGE_FLAGS, PRESENT)
         end = start + _pages(entry) * PAGE
         eager = flags & PRESENT and not flags & LAZY
-        for low, high, _ in [*(within(shown, start, end) if eager else ()), (end, end, 0)]:
+        for low, high, _ in [*(within(mapped, start, end) if eager else ()), (end, end, 0)]:
             for until, bits in ((low, flags), (high, flags | LAZY)):
                 if start < until:
                     parts.append(framed(encode(_cut(entry, start, until, bits))))

@@ -148,7 +148,7 @@ class Library:
     def _forget(self, name: str) -> None:
         """Remove health record and plans of a removed snapshot."""
         self.succeeded(name)
-        speculative.forget(self.home / "run", self.path(name))
+        speculative.remove_plans(self.home / "run", self.path(name))
 
     @contextlib.contextmanager
     def writing(self, name: str) -> Iterator[Path]:

@@ -135,13 +135,13 @@ class Restored:
     sandbox: Sandbox
     root_pid: int
     work: Path
-    held: int
+    lock_fd: int
     """File descriptor that keeps the work folder locked."""
     spans: dict[str, float] = field(default_factory=dict)
     """Seconds by part: sandbox, unpack, criu."""
     pages: PageServer | None = None
     """Page server that fills in the remaining pages. Close it after the sandbox, or when it has filled in every page."""
-    foreseen: bool = False
+    begun_speculatively: bool = False
     """Whether the restore began speculatively (checkpoint.snapshot.speculative)."""
     plan: speculative.Plan | None = None
     """Plan for a speculative restore at the next start of this command line (checkpoint.snapshot.speculative). None if
@@ -153,9 +153,9 @@ class Restored:
         if self.pages:
             self.pages.close()
         shutil.rmtree(self.work, ignore_errors=True)
-        if self.held >= 0:
-            os.close(self.held)
-            self.held = -1
+        if self.lock_fd >= 0:
+            os.close(self.lock_fd)
+            self.lock_fd = -1
 
 
 def limits(snapshot: Snapshot) -> tuple[float, float]:
@@ -239,19 +239,19 @@ def restore(
             plan = _plan(criu, snapshot, folder, run_folder, config, pipes, lazy)
             if unpack_cache(folder, compile_cache):
                 speculative.discard()  # The speculative restore may have mapped the old files.
-            foreseen = speculative.take(plan, pipes)
-            begun = foreseen or speculative.begin(plan, pipes)
+            claimed = speculative.claim(plan, pipes)
+            begun = claimed or speculative.begin(plan, pipes)
             logs = library.home / LOGS
             underway()
             try:
-                restored = _bring_back(begun, config, snapshot, criu, on_exit, lazy, cancellation, logs)
-                restored.foreseen = foreseen is not None
+                restored = _complete(begun, config, snapshot, criu, on_exit, lazy, cancellation, logs)
+                restored.begun_speculatively = claimed is not None
             except CheckpointError as error:
-                if not foreseen or not lazy or cancellation.error:
+                if not claimed or not lazy or cancellation.error:
                     raise
-                # The plan fitted an earlier restore; a restore from the start finds what is wrong now.
-                lazy.on_warning(f"what was begun beforehand failed ({error}); once more, from the start")
-                restored = _bring_back(
+                # The plan matched an earlier restore; a restore from the start finds out what is wrong now.
+                lazy.on_warning(f"the speculative restore failed ({error}); restoring once more from the start")
+                restored = _complete(
                     speculative.begin(plan, pipes), config, snapshot, criu, on_exit, lazy, cancellation, logs
                 )
             try:
@@ -298,8 +298,8 @@ def _plan(
     }
 
 
-def _bring_back(
-    begun: speculative.Begun,
+def _complete(
+    begun: speculative.BegunRestore,
     config: SandboxConfig,
     snapshot: Snapshot,
     criu: Criu,
@@ -334,7 +334,7 @@ def _bring_back(
         spans = {"sandbox": up - began, "unpack": unpacked - up, "criu": time.monotonic() - unpacked}
         plan = begun.plan if lazy and not lazy.record and not lazy.arriving else None
         cancellation.settle()
-        return Restored(sandbox, snapshot.root_pid, work, begun.held, spans, pages, plan=plan)
+        return Restored(sandbox, snapshot.root_pid, work, begun.lock_fd, spans, pages, plan=plan)
     except BaseException as error:
         if sandbox:
             sandbox.close()

@@ -1,11 +1,11 @@
 """Begin a restore speculatively, before the command that restores has imported what it needs to validate it.
 
 The helpers do most of a restore: the sandbox's init, the page server, CRIU. `begin` sends all their configurations
-at once, as a serializable `Plan`. `note` saves the plan of a successful restore under its command line. `foresee`,
+at once, as a serializable `Plan`. `save_plan` saves the plan of a successful restore under its command line. `begin_saved`,
 at the next start of the same command line, begins that plan again while the command still imports.
 
 No process of a snapshot runs before validation: CRIU leaves the process tree stopped, and
-checkpoint.snapshot.restore resumes it only after it has validated the snapshot, made the plan again, and `take`
+checkpoint.snapshot.restore resumes it only after it has validated the snapshot, made the plan again, and `claim`
 found both plans equal. A speculative restore that does not match is ended; it only costs some CPU time. With
 required signatures, CRIU must not even read the images before the check, so no plan is saved. This module imports
 little, and only from the standard library, because it delays every start.
@@ -44,22 +44,22 @@ UNPACK, EXEC = -1, -2
 LAZY_PAGES_SOCKET = "lazy-pages.socket"
 """Socket name that CRIU expects in its work folder."""
 _VERSION = 2
-_NOTES_KEPT = 64
+_MAX_PLANS = 64
 
 
-class Begun:
+class BegunRestore:
     """A begun restore that is not yet claimed.
 
     `close` ends it; a caller that continues it takes over its parts.
     """
 
-    def __init__(self, plan: Plan, work: Path, held: int, outputs: Mapping[str, int]) -> None:
+    def __init__(self, plan: Plan, work: Path, lock_fd: int, outputs: Mapping[str, int]) -> None:
         self.plan = plan
         self.work = work
         self.outputs = dict(outputs)
-        self.held = held
+        self.lock_fd = lock_fd
         """Descriptor that keeps the work folder locked; `Library.sweep` removes unlocked ones as leftovers of killed restores."""
-        self.in_use = -1
+        self.snapshot_lock_fd = -1
         """Descriptor that locks the snapshot against removal (Library.remove) until CRIU has opened its files; -1 if
         the caller holds that lock."""
         self.init: Started | None = None
@@ -67,9 +67,9 @@ class Begun:
 
     def release(self) -> None:
         """Unlock the snapshot for removal, once CRIU has opened its files."""
-        if self.in_use >= 0:
-            os.close(self.in_use)
-            self.in_use = -1
+        if self.snapshot_lock_fd >= 0:
+            os.close(self.snapshot_lock_fd)
+            self.snapshot_lock_fd = -1
 
     def close(self) -> None:
         """End every helper and remove the work folder."""
@@ -86,16 +86,16 @@ class Begun:
 
         shutil.rmtree(self.work, ignore_errors=True)
         self.release()
-        os.close(self.held)
+        os.close(self.lock_fd)
 
 
-def begin(plan: Plan, outputs: Mapping[str, int]) -> Begun:
+def begin(plan: Plan, outputs: Mapping[str, int]) -> BegunRestore:
     """Send the helpers their configurations; takes about 2 ms.
 
     `outputs` maps `stdout`, `stderr` to the engine's output descriptors. The caller must keep the snapshot from being
     removed (Library.in_use). Raises OSError; then nothing is left.
     """
-    begun = Begun(plan, *_work_folder(Path(plan["run"])), outputs)
+    begun = BegunRestore(plan, *_work_folder(Path(plan["run"])), outputs)
     try:
         begun.init = prestart.take_init()
         _, control = begun.init
@@ -163,23 +163,23 @@ def _bind(listener: socket.socket, work: Path) -> None:
 # State of the one speculative restore, for the command line that started this process.
 
 _lock = threading.Lock()
-_note: Path | None = None
-_begun: Begun | None = None
+_plan_file: Path | None = None
+_unclaimed: BegunRestore | None = None
 _pipes: dict[str, tuple[int, int]] = {}
 
 
-def foresee(home: Path, arguments: Sequence[str]) -> None:
+def begin_saved(home: Path, arguments: Sequence[str]) -> None:
     """Begin the plan saved for this command line, if any.
 
     Never raises: after an error the normal restore starts from scratch.
     """
-    global _note, _begun
-    # A hash collision or a changed environment only wastes work; `take` rejects the plan.
+    global _plan_file, _unclaimed
+    # A hash collision or a changed environment only wastes work; `claim` rejects the plan.
     ours = sorted((key, value) for key, value in os.environ.items() if key.startswith("QUICKTHAW_"))
     try:
         number = zlib.crc32(json.dumps([list(arguments), ours, os.getcwd()]).encode())
-        _note = home / "run" / f"next-{number:08x}.json"
-        known = json.loads(_note.read_bytes())
+        _plan_file = home / "run" / f"next-{number:08x}.json"
+        known = json.loads(_plan_file.read_bytes())
         if known["version"] != _VERSION or known["boot"] != boot_id():
             return
         plan = known["plan"]
@@ -189,32 +189,32 @@ def foresee(home: Path, arguments: Sequence[str]) -> None:
         if in_use < 0:
             return
         try:
-            _begun = begin(plan, {stream: ends[1] for stream, ends in _pipes.items()})
+            _unclaimed = begin(plan, {stream: ends[1] for stream, ends in _pipes.items()})
         except BaseException:
             os.close(in_use)
             raise
-        _begun.in_use = in_use
+        _unclaimed.snapshot_lock_fd = in_use
         atexit.register(discard)  # for a command that fails before it restores anything
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return
 
 
-def pipe(stream: str) -> tuple[int, int]:
+def take_pipe(stream: str) -> tuple[int, int]:
     """Return a pipe (read end, write end) for an engine stream: the speculative restore's, or a new one."""
     return _pipes.pop(stream, None) or os.pipe()
 
 
-def _taken() -> Begun | None:
+def _claim() -> BegunRestore | None:
     """Hand the speculative restore to one thread only."""
-    global _begun
+    global _unclaimed
     with _lock:
-        begun, _begun = _begun, None
+        begun, _unclaimed = _unclaimed, None
     return begun
 
 
-def take(plan: Plan, outputs: Mapping[str, int]) -> Begun | None:
+def claim(plan: Plan, outputs: Mapping[str, int]) -> BegunRestore | None:
     """Return the speculative restore if it matches `plan` and `outputs`; otherwise end it and return None."""
-    begun = _taken()
+    begun = _claim()
     if begun is None:
         return None
     if begun.plan == plan and begun.outputs == {stream: outputs.get(stream) for stream in plan["criu"]["keep"]}:
@@ -225,7 +225,7 @@ def take(plan: Plan, outputs: Mapping[str, int]) -> Begun | None:
 
 def discard() -> None:
     """End an unclaimed speculative restore and close its pipes."""
-    begun = _taken()
+    begun = _claim()
     if begun is not None:
         begun.close()
     while _pipes:
@@ -233,28 +233,30 @@ def discard() -> None:
             os.close(fd)
 
 
-def note(plan: Plan) -> None:
+def save_plan(plan: Plan) -> None:
     """Save the plan for the next start of this command line.
 
     Disk errors only cost time, so they are reported as warnings.
     """
-    if _note is None:
+    if _plan_file is None:
         return
     from checkpoint import disk
 
     data = json.dumps({"version": _VERSION, "boot": boot_id(), "plan": plan}).encode()
     with disk.optional("the next restore begins a little later", "restore-plan-not-kept"):
-        if _note.exists() and _note.read_bytes() == data:
-            os.utime(_note)  # the oldest are removed first
+        if _plan_file.exists() and _plan_file.read_bytes() == data:
+            os.utime(_plan_file)  # the oldest are removed first
             return
-        write_private(_note, data)
+        write_private(_plan_file, data)
         with contextlib.suppress(FileNotFoundError):  # another start removes the same files
-            notes = sorted(_note.parent.glob("next-*.json"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
-            for old in notes[_NOTES_KEPT:]:
+            plans = sorted(
+                _plan_file.parent.glob("next-*.json"), key=lambda path: path.stat().st_mtime_ns, reverse=True
+            )
+            for old in plans[_MAX_PLANS:]:
                 old.unlink(missing_ok=True)
 
 
-def forget(run: Path, snapshot: Path) -> None:
+def remove_plans(run: Path, snapshot: Path) -> None:
     """Remove all plans of a removed snapshot."""
     for path in run.glob("next-*.json"):
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):

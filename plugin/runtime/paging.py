@@ -25,13 +25,13 @@ log = logging.getLogger("quickthaw")
 FIRST_ANSWER_WAIT_S = 2.0
 WORKING_SET_REQUESTS = 3
 WORKING_SET_WAIT_S = 10.0
-LEAVE_WAIT_S = 5.0
+SAVE_WAIT_S = 5.0
 """Maximum seconds that a stop waits for a working set being recorded. Writing it took over 1 s on a busy machine; without
 it the next restore takes 4 s longer.
 """
 DRIFT_FAULTS = 32
 """Faults outside a known working set above which the missed pages are added to it. From a store, each fault waits for a 1 MiB chunk."""
-SAID_EVERY_S = 600.0
+LOG_EVERY_S = 600.0
 """Seconds between log lines while pages are still arriving."""
 COUNTS = ("faults", "stall_s", "bytes_ahead", "bytes_faulted", "bytes_rest", "bytes_zero", "bytes_cold")
 """Counters of a page server that are exported (checkpoint.lazy_pages.stats)."""
@@ -49,9 +49,9 @@ class Following:
     lives: Callable[[], bool]
 
     def __post_init__(self) -> None:
-        self._leaving = threading.Event()
-        self._kept = threading.Event()
-        self._kept.set()
+        self._stopping = threading.Event()
+        self._saved = threading.Event()
+        self._saved.set()
         self._pages: PageServer | None = None
         self._before = dict.fromkeys(COUNTS, 0.0)  # totals of earlier restores
 
@@ -64,8 +64,8 @@ class Following:
 
     def begin(self, library: Library, snapshot: Snapshot, pages: PageServer, recording: bool) -> None:
         """Follow a serving replica whose pages are still arriving. `recording`: its working set is being recorded."""
-        self._leaving.clear()
-        self._kept.clear()
+        self._stopping.clear()
+        self._saved.clear()
         self._before |= {name: count for name, count in self.counts().items() if name in COUNTS}
         self._pages = pages
         threading.Thread(
@@ -74,8 +74,8 @@ class Following:
 
     def leave(self) -> None:
         """Call before ending the engine: save the working set recorded so far, which makes the next restore fast."""
-        self._leaving.set()
-        self._kept.wait(LEAVE_WAIT_S)
+        self._stopping.set()
+        self._saved.wait(SAVE_WAIT_S)
 
     def _follow(self, library: Library, snapshot: Snapshot, pages: PageServer, recording: bool) -> None:
         """Follow one restore to its last page. The background pages wait for the first token, so as not to compete with it."""
@@ -87,20 +87,24 @@ class Following:
         log.debug("pages at the first token: %s", early)
         pages.first_token()
         self.fetching.first_token()
-        placing_s = early.get("hot_done_s", 0.0) - early.get("first_placed_s", 0.0)
+        placing_s = early.get("startup_done_s", 0.0) - early.get("first_placed_s", 0.0)
         restore_rates.remember(library.home, early.get("bytes_ahead", 0.0), placing_s, gpu=False)
         self._wait_served(WORKING_SET_REQUESTS, WORKING_SET_WAIT_S)
         # `exists` is checked because a damaged working set has been removed by now, and its misses prove nothing.
         drifted = not recording and known.exists() and pages.stats().get("faults_missed", 0) > DRIFT_FAULTS
         # Save nothing if the replica ended before its first answer: the set would be incomplete.
-        save = (recording or drifted) and self.served() > 0 and _is(library, snapshot)
+        save = (recording or drifted) and self.served() > 0 and _still_named(library, snapshot)
         pages.requests_done(save=known if save else None)
         if save:
-            pages.wait_saved(LEAVE_WAIT_S)
-        self._kept.set()
+            pages.wait_saved(SAVE_WAIT_S)
+        self._saved.set()
         # Never give up on a slow disk or link: closing before the last page arrived would leave zeros in its place.
-        while not pages.wait_complete(SAID_EVERY_S) and not pages.ended.is_set():
-            log.info("pages of %s are still coming: %.0f MB to go", snapshot.name, pages.stats().get("left", 0.0) / 1e6)
+        while not pages.wait_complete(LOG_EVERY_S) and not pages.ended.is_set():
+            log.info(
+                "snapshot %s: pages are still being copied, %.0f MB left",
+                snapshot.name,
+                pages.stats().get("left", 0.0) / 1e6,
+            )
         log.debug("pages: %s", pages.stats())
         pages.close()
         if not self.fetching.arriving:
@@ -109,11 +113,11 @@ class Following:
     def _wait_served(self, count: int, limit_s: float) -> None:
         limit = time.monotonic() + limit_s
         while self.served() < count and time.monotonic() < limit and self.lives():
-            if self._leaving.wait(0.02):
+            if self._stopping.wait(0.02):
                 break
 
 
-def _is(library: Library, snapshot: Snapshot) -> bool:
+def _still_named(library: Library, snapshot: Snapshot) -> bool:
     """Return True if the name still refers to this snapshot: its working set is of no use to another snapshot."""
     try:
         return library.load(snapshot.name).digest == snapshot.digest
@@ -132,4 +136,4 @@ def map_pages(library: Library, snapshot: Snapshot) -> None:
                 size = file_backed.make(folder, library.load(snapshot.name).weight_areas)
                 log.debug("the next restores map %.0f MB", size / 1e6)
     except CheckpointError as error:
-        log.info("the next restores of %s copy every page: %s", snapshot.name, error)
+        log.info("snapshot %s: the next restores copy every page: %s", snapshot.name, error)

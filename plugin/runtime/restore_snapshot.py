@@ -61,8 +61,8 @@ def run(replica: RestoreContext, name: str, lazy: bool) -> None:
     replica.fetching.watch(replica.on_pages_lost)
     replica.tracker.to(Phase.RESTORING)
     outputs = {
-        "stdout": Output(replica.stdout, pipe=speculative.pipe("stdout")),
-        "stderr": Output(replica.stderr, pipe=speculative.pipe("stderr")),
+        "stdout": Output(replica.stdout, pipe=speculative.take_pipe("stdout")),
+        "stderr": Output(replica.stderr, pipe=speculative.take_pipe("stderr")),
     }
     later = _lazy(replica, name) if lazy else None
     try:
@@ -88,7 +88,7 @@ def run(replica: RestoreContext, name: str, lazy: bool) -> None:
             output.handed_over()
     replica.spans |= restored.spans
     parts = {part: round(took, 4) for part, took in replica.spans.items()}
-    log.debug("parts of the restore%s: %s", ", begun beforehand" if restored.foreseen else "", parts)
+    log.debug("parts of the restore%s: %s", ", begun speculatively" if restored.begun_speculatively else "", parts)
     sandbox = restored.sandbox
     client = client_of(sandbox, snapshot.port, replica.settings.command)
     running = Running(sandbox, restored.root_pid, snapshot.port, client, outputs, restored)
@@ -102,7 +102,7 @@ def run(replica: RestoreContext, name: str, lazy: bool) -> None:
     replica.snapshot, replica.restored = snapshot, True
     replica.serve()
     if restored.plan and not replica.settings.trust_keys:
-        speculative.note(restored.plan)
+        speculative.save_plan(restored.plan)
     if restored.pages:
         recording = bool(later and later.record)
         if recording:

@@ -36,7 +36,7 @@ def begin(arguments: Sequence[str]) -> None:
     """
     stand_in()
     prestart.start()
-    speculative.foresee(state_home(), arguments)
+    speculative.begin_saved(state_home(), arguments)
     if arguments[0] == "restore":
         ahead.start(arguments[1:])
 

@@ -123,8 +123,8 @@ def test_what_a_restore_remembers(home, caplog, monkeypatch, refuse, code):
     program.write_text("#!/bin/sh\necho Version: 4.2.1\n")
     program.chmod(0o755)
     assert Criu(program).cached_version(home) == "4.2.1"
-    monkeypatch.setattr(speculative, "_note", home / "run" / "next-1.json")
-    speculative.note({})
+    monkeypatch.setattr(speculative, "_plan_file", home / "run" / "next-1.json")
+    speculative.save_plan({})
     assert [line.message.partition(":")[0] for line in caplog.records] == [code]
 
 

@@ -34,20 +34,20 @@ WORDS = ["restore", "counter"]
 
 
 class Command:
-    """What one command does: foresee, restore, note."""
+    """What one command does: begin_saved, restore, note."""
 
     def __init__(self, home: Path, snapshot: Snapshot, criu: Criu) -> None:
         self.library, self.snapshot, self.criu = Library(home), snapshot, criu
         self.home = home
         self.told: list[str] = []
 
-    def foresee(self) -> speculative.Begun | None:
-        speculative.foresee(self.home, WORDS)
-        return speculative._begun
+    def begin_saved(self) -> speculative.BegunRestore | None:
+        speculative.begin_saved(self.home, WORDS)
+        return speculative._unclaimed
 
     @contextlib.contextmanager
     def restored(self, *binds: Bind) -> Iterator[tuple[Restored, Output]]:
-        output = Output(None, pipe=speculative.pipe("stdout"))
+        output = Output(None, pipe=speculative.take_pipe("stdout"))
         how = LazyRestore(None, False, self.told.append, self.told.append)
         try:
             replica = restore(
@@ -94,23 +94,23 @@ def snapshot(tmp_path_factory) -> tuple[Path, Snapshot, Criu]:
 def command(snapshot) -> Iterator[Command]:
     """The second start of a command line: its first one has noted what it did."""
     command = Command(*(snapshot[0], snapshot[1], snapshot[2]))
-    assert command.foresee() is None
+    assert command.begin_saved() is None
     with command.restored() as (replica, _):
         assert replica.plan is not None
-        speculative.note(replica.plan)
+        speculative.save_plan(replica.plan)
     yield command
     speculative.discard()
-    assert speculative._note is not None
-    speculative._note.unlink(missing_ok=True)
+    assert speculative._plan_file is not None
+    speculative._plan_file.unlink(missing_ok=True)
     assert command.work_folders() == []
 
 
-def tree_of(begun: speculative.Begun) -> list[int]:
+def tree_of(begun: speculative.BegunRestore) -> list[int]:
     assert begun.init is not None
     return processes(begun.init[0].pid)
 
 
-def wait_stopped(begun: speculative.Begun) -> int:
+def wait_stopped(begun: speculative.BegunRestore) -> int:
     """The number of the program on the host, once CRIU has left it stopped."""
     limit = time.monotonic() + 20
     while time.monotonic() < limit:
@@ -145,7 +145,7 @@ def counts_on(pid: int, limit_s: float = 10.0) -> bool:
 
 
 def test_what_was_begun_stays_stopped_until_it_is_taken_and_then_runs_with_its_output(command: Command) -> None:
-    begun = command.foresee()
+    begun = command.begin_saved()
     assert begun is not None
     pid = wait_stopped(begun)
     assert not counts_on(pid, 0.3)
@@ -166,7 +166,7 @@ def test_what_was_begun_stays_stopped_until_it_is_taken_and_then_runs_with_its_o
 
 
 def test_another_plan_ends_what_was_begun(command: Command, tmp_path: Path) -> None:
-    begun = command.foresee()
+    begun = command.begin_saved()
     assert begun is not None
     pid = wait_stopped(begun)
     with command.restored(Bind(tmp_path, Path("/run/quickthaw/more"))) as (replica, _):
@@ -178,7 +178,7 @@ def test_another_plan_ends_what_was_begun(command: Command, tmp_path: Path) -> N
 
 
 def test_compiled_code_that_had_to_be_put_back_ends_what_was_begun(command: Command, monkeypatch) -> None:
-    begun = command.foresee()
+    begun = command.begin_saved()
     assert begun is not None
     monkeypatch.setattr(restore_module, "unpack_cache", lambda *_: True)
     with command.restored() as (replica, _):
@@ -186,7 +186,7 @@ def test_compiled_code_that_had_to_be_put_back_ends_what_was_begun(command: Comm
 
 
 def test_what_was_begun_and_broke_is_done_again(command: Command) -> None:
-    begun = command.foresee()
+    begun = command.begin_saved()
     assert begun is not None
     pid = wait_stopped(begun)
     assert begun.init is not None
@@ -194,7 +194,7 @@ def test_what_was_begun_and_broke_is_done_again(command: Command) -> None:
     assert gone(pid)  # the kernel has ended process 1 with its parent, and the tree with process 1
     with command.restored() as (replica, _):
         assert replica.work != begun.work
-        assert [text for text in command.told if "once more, from the start" in text]
+        assert [text for text in command.told if "once more from the start" in text]
         (pid,) = processes(replica.sandbox.init_pid)
         assert counts_on(pid)
 
@@ -203,13 +203,13 @@ def test_a_snapshot_that_is_gone_is_not_begun(command: Command) -> None:
     folder = command.library.path("counter")
     folder.rename(folder.with_name("moved"))
     try:
-        assert command.foresee() is None
+        assert command.begin_saved() is None
     finally:
         folder.with_name("moved").rename(folder)
 
 
 def test_what_was_begun_ends_with_its_owner(command: Command) -> None:
-    begun = command.foresee()
+    begun = command.begin_saved()
     assert begun is not None
     pid = wait_stopped(begun)
     # As the kernel closes it when the command is killed.
@@ -222,28 +222,28 @@ def test_what_was_begun_ends_with_its_owner(command: Command) -> None:
 
 @pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"version": 0}', b'{"version": 1, "boot": "", "plan": {}}'])
 def test_a_note_that_cannot_be_used_begins_nothing(command: Command, damage: bytes) -> None:
-    assert speculative._note is not None
-    speculative._note.write_bytes(damage)
-    assert command.foresee() is None
+    assert speculative._plan_file is not None
+    speculative._plan_file.write_bytes(damage)
+    assert command.begin_saved() is None
 
 
 def test_a_note_of_an_earlier_boot_begins_nothing(command: Command, monkeypatch) -> None:
     monkeypatch.setattr(speculative, "boot_id", lambda: "another")
-    assert command.foresee() is None
+    assert command.begin_saved() is None
 
 
 def test_other_words_another_folder_and_other_settings_are_other_command_lines(
     command: Command, monkeypatch, tmp_path
 ) -> None:
-    speculative.foresee(command.home, [*WORDS, "--port", "1"])
-    assert speculative._begun is None
+    speculative.begin_saved(command.home, [*WORDS, "--port", "1"])
+    assert speculative._unclaimed is None
     with monkeypatch.context() as patched:
         patched.setenv("QUICKTHAW_VERIFY", "always")
-        assert command.foresee() is None
+        assert command.begin_saved() is None
     with monkeypatch.context() as patched:
         patched.chdir(tmp_path)
-        assert command.foresee() is None
-    assert command.foresee() is not None
+        assert command.begin_saved() is None
+    assert command.begin_saved() is not None
 
 
 def test_a_working_folder_that_is_gone_is_no_defect(command: Command, monkeypatch, tmp_path: Path) -> None:
@@ -251,25 +251,25 @@ def test_a_working_folder_that_is_gone_is_no_defect(command: Command, monkeypatc
     with monkeypatch.context() as patched:
         patched.chdir(tmp_path / "gone")
         (tmp_path / "gone").rmdir()
-        assert command.foresee() is None
+        assert command.begin_saved() is None
 
 
 def test_old_notes_are_forgotten(tmp_path: Path, command: Command) -> None:
     plan = {"run": str(tmp_path)}
-    for number in range(speculative._NOTES_KEPT + 3):
-        speculative.foresee(tmp_path, ["restore", str(number)])
+    for number in range(speculative._MAX_PLANS + 3):
+        speculative.begin_saved(tmp_path, ["restore", str(number)])
         (tmp_path / "run").mkdir(exist_ok=True)
-        speculative.note(plan)
+        speculative.save_plan(plan)
     notes = list((tmp_path / "run").glob("next-*.json"))
-    assert len(notes) == speculative._NOTES_KEPT
+    assert len(notes) == speculative._MAX_PLANS
     assert {path.stat().st_mode & 0o777 for path in notes} == {0o600}
     shutil.rmtree(tmp_path / "run")
-    speculative.note(plan)  # nowhere to write: only time is lost
-    command.foresee()
+    speculative.save_plan(plan)  # nowhere to write: only time is lost
+    command.begin_saved()
 
 
 def test_a_snapshot_is_not_removed_under_what_was_begun(command: Command) -> None:
-    assert command.foresee() is not None
+    assert command.begin_saved() is not None
     with pytest.raises(Busy):
         command.library.remove("counter")
     speculative.discard()
@@ -278,10 +278,10 @@ def test_a_snapshot_is_not_removed_under_what_was_begun(command: Command) -> Non
 
 def test_notes_of_a_snapshot_go_with_it(command: Command) -> None:
     with command.restored() as (replica, _):
-        speculative.note(replica.plan)
+        speculative.save_plan(replica.plan)
     notes = command.home / "run"
     (notes / "next-other.json").write_text('{"plan": {"snapshot": "/another"}}')
     (notes / "next-broken.json").write_text("{")
     assert len(list(notes.glob("next-*.json"))) == 3  # with its own
-    speculative.forget(notes, command.library.path(command.snapshot.name))
+    speculative.remove_plans(notes, command.library.path(command.snapshot.name))
     assert {path.name for path in notes.glob("next-*.json")} == {"next-other.json", "next-broken.json"}

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from checkpoint.lazy_pages.address_space import PendingPages
+from checkpoint.lazy_pages.copy_plan import PendingPages
 
 pytestmark = pytest.mark.t0
 

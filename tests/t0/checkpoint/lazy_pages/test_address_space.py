@@ -6,8 +6,8 @@ import pytest
 
 from checkpoint.criu.pagemap import ProcessImage
 from checkpoint.lazy_pages import cache, uffd
-from checkpoint.lazy_pages.address_space import PendingPages, Space
-from checkpoint.lazy_pages.copy_plan import DONE, Plan
+from checkpoint.lazy_pages.address_space import Space
+from checkpoint.lazy_pages.copy_plan import DONE, PendingPages, Plan
 
 pytestmark = pytest.mark.t0
 PAGE, BASE, ZEROS = 4096, 0x7000_0000_0000, 0x6000_0000_0000
@@ -120,8 +120,8 @@ def test_a_burst_stops_before_what_is_refused_and_the_map_knows_of_the_rest(monk
     sizes = [end - start for start, end in zip(plan.starts, plan.ends, strict=True)]
     assert zeros == sum(size for size, zero in zip(sizes[:placed], plan.zero, strict=False) if zero)
     assert copied == sum(sizes[:placed]) - zeros
-    assert space.rough_map.size == sum(end - start for start, end, _ in runs)  # not cut yet
-    assert space.map.size == sum(end - start for start, end, _ in runs) - copied
+    assert space.rough_pending.size == sum(end - start for start, end, _ in runs)  # not cut yet
+    assert space.pending.size == sum(end - start for start, end, _ in runs) - copied
 
 
 def test_a_burst_ends_after_so_many_pieces_or_bytes(monkeypatch):

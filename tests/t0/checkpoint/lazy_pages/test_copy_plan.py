@@ -9,7 +9,7 @@ import pytest
 
 from checkpoint.criu.pagemap import LAZY, PRESENT
 from checkpoint.lazy_pages import cache
-from checkpoint.lazy_pages.shared_cache import Planner
+from checkpoint.lazy_pages.copier import Planner
 from checkpoint.lazy_pages.working_set import WorkingSet
 from tests.kits.criu_image_kit import ANON_PRIVATE, PAGE, process, vma
 

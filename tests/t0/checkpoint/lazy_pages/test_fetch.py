@@ -1,4 +1,4 @@
-"""Reading ahead of the copier: the disk is asked for what follows while the first is waited for, and for no more than a window of it."""
+"""ColdReads ahead of the copier: the disk is asked for what follows while the first is waited for, and for no more than a window of it."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ class Disk:
     """A source none of whose pages are cached; `populate` waits until it is let go on."""
 
     def __init__(self) -> None:
-        self.asked: list[int] = []
+        self.requested: list[int] = []
         self.go_on = threading.Semaphore(0)
 
     def resident(self, offset: int, length: int) -> bool:
         return False
 
     def advise(self, offset: int, length: int) -> None:
-        self.asked.append(offset)
+        self.requested.append(offset)
 
     def populate(self, offset: int, length: int) -> int:
         assert self.go_on.acquire(timeout=10.0)
@@ -40,10 +40,10 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
 
 def until(disk: Disk, asked: list[int]) -> None:
     limit = time.monotonic() + 10.0
-    while disk.asked != asked and time.monotonic() < limit:
+    while disk.requested != asked and time.monotonic() < limit:
         time.sleep(0.001)
     time.sleep(0.02)  # and no further
-    assert disk.asked == asked
+    assert disk.requested == asked
 
 
 def test_what_follows_is_asked_for_within_the_window_and_told_in_order(disk: Disk) -> None:
@@ -59,7 +59,7 @@ def test_what_follows_is_asked_for_within_the_window_and_told_in_order(disk: Dis
     for _ in range(3):
         disk.go_on.release()
         assert told.acquire(timeout=10.0)
-    assert list(fetcher.done) == [(0, 0, 100), (1, 0, 100), (2, 5, 100), (3, 0, 100)]
+    assert list(fetcher._done) == [(0, 0, 100), (1, 0, 100), (2, 5, 100), (3, 0, 100)]
 
 
 def test_a_job_larger_than_the_window_is_asked_for_as_a_whole(disk: Disk) -> None:
@@ -70,7 +70,7 @@ def test_a_job_larger_than_the_window_is_asked_for_as_a_whole(disk: Disk) -> Non
     until(disk, [0, 1, 2])
     for _ in range(3):
         disk.go_on.release()
-    assert told.acquire(timeout=10.0) and fetcher.done[0] == (7, 5, 900)
+    assert told.acquire(timeout=10.0) and fetcher._done[0] == (7, 5, 900)
 
 
 def test_a_thread_that_fails_is_found_among_what_is_done(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,5 +83,5 @@ def test_a_thread_that_fails_is_found_among_what_is_done(disk: Disk, monkeypatch
     fetcher.start()
     fetcher.submit(0, [(disk, 0, 100)])  # type: ignore[list-item]
     assert told.acquire(timeout=10.0)
-    assert list(fetcher.done) == [(readahead.FAILED, 5, 0)]
+    assert list(fetcher._done) == [(readahead.FAILED, 5, 0)]
     fetcher.stop()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from checkpoint.criu.pagemap import LAZY, PRESENT
-from checkpoint.lazy_pages.fault_handler import Daemon
+from checkpoint.lazy_pages.fault_handler import FaultHandler
 from checkpoint.lazy_pages.main import serve
 from checkpoint.lazy_pages.readahead import Fetcher
 from tests.kits.criu_image_kit import ANON_PRIVATE, PAGE, process, vma
@@ -73,10 +73,10 @@ def test_a_failure_is_reported_and_nothing_stays_open(tmp_path: Path, owner: Own
 
 
 def test_a_defect_is_reported_too(monkeypatch: pytest.MonkeyPatch, images: Path, owner: Owner) -> None:
-    def broken(self: Daemon) -> None:
+    def broken(self: FaultHandler) -> None:
         raise KeyError("a defect")
 
-    monkeypatch.setattr(Daemon, "run", broken)
+    monkeypatch.setattr(FaultHandler, "run", broken)
     with pytest.raises(KeyError):
         serve(owner.theirs, owner.listener, config(images))
     assert messages(owner.control) == [{"event": "failed", "message": "KeyError('a defect')"}]
@@ -112,9 +112,8 @@ def test_a_fetcher_that_is_stopped_leaves_what_it_has_not_begun() -> None:
     assert source.begun.wait(LIMIT_S)
     fetcher.stop()
     source.go_on.set()
-    fetcher.join(LIMIT_S)
     limit = time.monotonic() + LIMIT_S
-    while named(("stopped", "stopped-ask")):
+    while named(("stopped", "stopped-request")):
         assert time.monotonic() < limit
         time.sleep(0.001)
     assert source.count == 1

@@ -12,7 +12,7 @@ import pytest
 from checkpoint.criu.pagemap import ProcessImage
 from checkpoint.lazy_pages import cache, read_order, uffd
 from checkpoint.lazy_pages.copy_plan import Plan
-from checkpoint.lazy_pages.read_order import FILE_NAME, Reading
+from checkpoint.lazy_pages.read_order import FILE_NAME, ColdReads
 from checkpoint.lazy_pages.readahead import Source
 from checkpoint.lazy_pages.touched_pages import _beside, _present
 from checkpoint.lazy_pages.working_set import WorkingSet
@@ -102,7 +102,7 @@ def list_of(folder, packed):
     working_set = WorkingSet([(7, START, START + 5 * PAGE), (7, START + 40 * PAGE, START + 45 * PAGE)], 2)
     working_set.digest = DIGEST
     used = {7: [(START + 58 * PAGE, START + 60 * PAGE, 58 * PAGE)]}
-    Reading(str(folder)).keep(working_set, {7: image()}, used, packed)
+    ColdReads(str(folder)).write(working_set, {7: image()}, used, packed)
 
 
 def test_a_cold_list_is_read_and_told_once(folder):
@@ -114,21 +114,21 @@ def test_a_cold_list_is_read_and_told_once(folder):
             os.fsync(open_file.fileno())
             os.posix_fadvise(open_file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     told = threading.Event()
-    reading = Reading(str(folder))
+    reading = ColdReads(str(folder))
     reading.listen(told.set)
     assert reading.working_set == DIGEST
     if reading.cold:  # not every file system lets go of what it has cached (tmpfs)
-        assert told.wait(10) and reading.asked.is_set()
+        assert told.wait(10) and reading.requested.is_set()
     # Eager and used pages, the pack, and what is mapped.
     assert reading.size == (4 + 2 + 8 + 5) * PAGE
     source = Source(str(files[1]))
     assert source.populate(0, source.size) == 0
-    assert not Reading(str(folder)).cold or reading.cold
+    assert not ColdReads(str(folder)).cold or reading.cold
 
 
 def test_without_a_pack_the_working_sets_pieces_are_listed(folder):
     list_of(folder, False)
-    assert Reading(str(folder)).size == (4 + 2 + 5 + 5) * PAGE
+    assert ColdReads(str(folder)).size == (4 + 2 + 5 + 5) * PAGE
 
 
 @pytest.mark.parametrize("kernel_knows", [True, False])
@@ -148,11 +148,11 @@ def test_of_a_block_that_is_much_used_all_is_read_and_of_another_what_is_used(fo
     used = [(block + 7, block + 7 + block // 2), (3 * block + 9, pages), (2 * block + 40, 2 * block + 50)]
     working_set = WorkingSet([(8, START + first * PAGE, START + end * PAGE) for first, end in used], 3)
     working_set.digest = DIGEST
-    Reading(str(folder)).keep(working_set, {8: process}, {}, False)
+    ColdReads(str(folder)).write(working_set, {8: process}, {}, False)
     with large.open("rb+") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    reading = Reading(str(folder))
+    reading = ColdReads(str(folder))
     if not reading.cold:
         pytest.skip("this file system keeps what it has cached")
     wanted = [*range(block, 2 * block), *range(2 * block + 40, 2 * block + 50), *range(3 * block, pages)]
@@ -174,11 +174,11 @@ def test_a_damaged_list_or_one_whose_files_are_gone_is_none(folder):
     place = folder.parent / FILE_NAME
     whole = place.read_bytes()
     place.write_bytes(whole[:100] + bytes([whole[100] ^ 1]) + whole[101:])
-    assert Reading(str(folder)).working_set == b""
+    assert ColdReads(str(folder)).working_set == b""
     place.write_bytes(whole)
-    assert Reading(str(folder)).working_set == DIGEST
+    assert ColdReads(str(folder)).working_set == DIGEST
     (folder.parent / cache.PACK).unlink()
-    gone = Reading(str(folder))
+    gone = ColdReads(str(folder))
     assert gone.working_set == b"" and not gone.cold
     assert cache.read(str(folder), FILE_NAME, read_order._VERSION)
 

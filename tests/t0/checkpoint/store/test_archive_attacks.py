@@ -15,9 +15,9 @@ from checkpoint.cli import snapshot as cli
 from checkpoint.criu.pagemap import LAZY, PRESENT, BadImage, read_process
 from checkpoint.errors import Integrity
 from checkpoint.lazy_pages import cache as page_cache
+from checkpoint.lazy_pages.copier import Planner
 from checkpoint.lazy_pages.read_order import FILE_NAME as READING
-from checkpoint.lazy_pages.read_order import Reading
-from checkpoint.lazy_pages.shared_cache import Planner
+from checkpoint.lazy_pages.read_order import ColdReads
 from checkpoint.lazy_pages.working_set import BadWorkingSet, WorkingSet
 from checkpoint.snapshot import digests, signatures
 from checkpoint.store.archive import open_chunks, pull, push
@@ -261,13 +261,13 @@ def test_no_path_is_taken_from_a_kept_list(snapshot: Path, tmp_path: Path) -> No
     working_set = WorkingSet([(7, HEAP, HEAP + PAGE)], 1)
     working_set.digest = b"digest"
     images = str(snapshot / "images")
-    Reading(images).keep(working_set, {7: read_process(images, 7)}, {}, False)
-    assert Reading(images).working_set == b"digest"
+    ColdReads(images).keep(working_set, {7: read_process(images, 7)}, {}, False)
+    assert ColdReads(images).working_set == b"digest"
     data = Path(page_cache.path(images, READING)).read_bytes()[64:]
     for name in (b"../../x.im", b"/etc/shado"):
         assert b"pages-7.img" in data
         plant(images, READING, data.replace(b"pages-7.img", name + b"g", 1))
-        assert Reading(images).working_set == b""
+        assert ColdReads(images).working_set == b""
 
 
 # What is believed of images and working sets

@@ -80,7 +80,7 @@ def test_recorded_then_replayed(frozen: Frozen) -> None:
             frozen.restore(sandbox, work)
             # Let it place the working set before anything is touched, so that what still faults was missed by it.
             limit = time.monotonic() + LIMIT_S
-            while not server.stats()["hot_done_s"]:
+            while not server.stats()["startup_done_s"]:
                 assert time.monotonic() < limit
             frozen.order(sandbox, seed=1, touch=1500)
             assert frozen.result(sandbox)["errors"] == []

@@ -51,7 +51,7 @@ def test_the_same_command_line_is_begun_beforehand_from_its_second_restore_on(la
             assert started.ask() == answer
             started.wait_serving()
             assert started.phases() == [RESTORED]
-            begun.append("begun beforehand" in started.ours())
+            begun.append("begun speculatively" in started.ours())
     assert begun[0] is False and begun[-1] is True, begun
 
 

@@ -70,7 +70,9 @@ async def run(requests: int = 10) -> list[str]:
     async with asyncio.timeout(30):
         while engine.tracker.phase is not Phase.ASLEEP:  # noqa: ASYNC110 - only to show it
             await asyncio.sleep(0.05)
-    print(f"{requests} requests, {engine.pool.wakes} wake, {engine.pool.sleeper.sleeps} sleep; the last: {answers[-1]}")
+    print(
+        f"{requests} requests, {engine.pool.waker.wakes} wake, {engine.pool.sleeper.sleeps} sleep; the last: {answers[-1]}"
+    )
     await proxy.shutdown(5)
     return answers
 

@@ -145,7 +145,8 @@ async def _serve(options: dict[str, Any], settings: Settings) -> None:
     from plugin.proxy.http.address import from_url
     from plugin.proxy.limits import raise_files
     from plugin.proxy.pool.pool import ReplicaPool
-    from plugin.proxy.server import ProxyServer, Router
+    from plugin.proxy.pool.router import Router
+    from plugin.proxy.server import ProxyServer
     from plugin.proxy.workers.supervisor import Supervisor, listening_sockets
     from plugin.runtime.signals import stopping
 

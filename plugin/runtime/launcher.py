@@ -125,7 +125,7 @@ class Launch:
 
         A client that connects before the proxy accepts has most likely sent a request already.
         """
-        return (self._pool is not None and self._pool.expects()) or self._connecting()
+        return (self._pool is not None and self._pool.wants_speculation()) or self._connecting()
 
     def _connecting(self) -> bool:
         """Return True if the listening socket has a connection that the proxy has not accepted yet."""
@@ -323,7 +323,7 @@ class Launch:
             wake=self._wake if self.settings.idle_timeout_s else None,
             sleep=self._sleep if self.settings.idle_timeout_s else None,
             idle_timeout_s=self.settings.idle_timeout_s or None,
-            ahead=True,
+            speculative=True,
         )
         for index, replica in enumerate(self.replicas):
             behind = pool.add(f"r{index}", replica.tracker, Upstream(self._connector(replica), f"r{index}"))
@@ -366,7 +366,9 @@ class Launch:
         def recall() -> bool:
             assert self._loop is not None
             try:
-                return asyncio.run_coroutine_threadsafe(pool.recall(name), self._loop).result(RECALL_LIMIT_S)
+                return asyncio.run_coroutine_threadsafe(pool.cancel_speculation(name), self._loop).result(
+                    RECALL_LIMIT_S
+                )
             except TimeoutError:
                 log.warning("a request beside the check of %s did not end within %.0f s", name, RECALL_LIMIT_S)
                 return False

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from plugin.proxy.admin.source import StatusSource
-    from plugin.proxy.http.downstream import ClientConnection
+    from plugin.proxy.http.client import Client
     from plugin.proxy.http.request import Request
 
 
-async def serve_page(server: StatusSource, client: ClientConnection, request: Request, name: str) -> int:
+async def serve_page(server: StatusSource, client: Client, request: Request, name: str) -> int:
     """Answer one admin request through the app and return the status."""
     if server.pages_app is None:
         module = await asyncio.to_thread(importlib.import_module, "plugin.proxy.admin.app")

@@ -19,7 +19,7 @@ from plugin.runtime.phases import Phase
 
 if TYPE_CHECKING:
     from plugin.proxy.admin.source import StatusSource
-    from plugin.proxy.http.downstream import ClientConnection
+    from plugin.proxy.http.client import Client
     from plugin.proxy.http.request import Request
     from plugin.proxy.pool.pool import ReplicaPool
 
@@ -31,15 +31,15 @@ def pool_document(pool: ReplicaPool) -> dict[str, Any]:
     """Return the state of one pool as plain data."""
     progress = pool.progress()
     left_s = round(progress.left_s, 3) if progress.started_here else None
-    failure = pool.last_failure
+    failure = pool.waker.last_failure
     return {
         "name": pool.name,
         "ready": serves(pool),
         "held": pool.held,
         "outstanding": pool.outstanding,
-        "wakes": pool.wakes,
+        "wakes": pool.waker.wakes,
         "sleeps": pool.sleeper.sleeps,
-        "failed_starts": pool.failed_starts,
+        "failed_starts": pool.waker.failed_starts,
         "idle_timeout_s": pool.idle_timeout_s,
         "idle_s": round(time.monotonic() - pool.last_active, 3),
         "progress": {
@@ -65,7 +65,7 @@ def pool_document(pool: ReplicaPool) -> dict[str, Any]:
                 "upstream": replica.upstream.name if replica.upstream else None,
                 "outstanding": replica.outstanding,
                 "served": replica.served,
-                "held_back": replica.held_back,
+                "held_back": replica.draining,
                 "pages": {name: round(value, 6) for name, value in replica.pages().items()},
                 "timeline": [
                     {"phase": s.phase, "at_s": round(s.at_s, 4), "took_s": round(s.took_s, 4)} for s in replica.spans
@@ -90,7 +90,7 @@ def status_document(server: StatusSource) -> dict[str, Any]:
 
 def serves(pool: ReplicaPool) -> bool:
     """Return True if a replica of the pool answers requests at once."""
-    return any(r.tracker.phase is Phase.SERVING and not r.held_back for r in pool.replicas.values())
+    return any(r.tracker.phase is Phase.SERVING and not r.draining for r in pool.replicas.values())
 
 
 def is_ready(server: StatusSource, *, strict: bool = False) -> bool:
@@ -106,7 +106,7 @@ def is_ready(server: StatusSource, *, strict: bool = False) -> bool:
     return any(serves(pool) or (pool.accepts() and not full) for pool in server.router.pools())
 
 
-async def serve_own(server: StatusSource, client: ClientConnection, request: Request) -> int:
+async def serve_own(server: StatusSource, client: Client, request: Request) -> int:
     """Answer one admin request and return the status."""
     name = request.path.removeprefix(server.settings.admin_prefix).strip("/")
     if request.method not in (b"GET", b"HEAD"):

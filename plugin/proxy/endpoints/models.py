@@ -28,10 +28,10 @@ import msgspec
 from plugin.bench.client import free_port
 from plugin.proxy.durations import limit, seconds
 from plugin.proxy.endpoints.endpoint import Endpoint, EndpointSpec
+from plugin.proxy.endpoints.forms import form_field
 from plugin.proxy.errors import ClientFault, ProxyError, StartFailed, Unavailable, Unneeded
 from plugin.proxy.http.address import from_url
-from plugin.proxy.http.downstream import ClientConnection
-from plugin.proxy.http.forms import form_field
+from plugin.proxy.http.client import Client
 from plugin.proxy.http.request import Request
 from plugin.proxy.pool.pool import ReplicaPool
 from plugin.proxy.pool.replica import STARTING
@@ -330,7 +330,7 @@ class ModelRouter:
         phase = next(str(replica.tracker.phase) for replica in self._pools[name].replicas.values())
         return {"id": name, "object": "model", "created": 0, "owned_by": "quickthaw", "phase": phase}
 
-    async def route(self, client: ClientConnection, request: Request) -> ReplicaPool:
+    async def route(self, client: Client, request: Request) -> ReplicaPool:
         """Return the pool of the model that the request names, reading the whole body if needed.
 
         Raises ClientFault when the request names no model or an unknown one.
@@ -376,7 +376,7 @@ class ModelRouter:
             return body
         return await asyncio.to_thread(_decoded, body, coding, self.config.max_body)
 
-    async def _name(self, client: ClientConnection, request: Request) -> str | None:
+    async def _name(self, client: Client, request: Request) -> str | None:
         query = request.target.partition(b"?")[2]
         if query:
             given = parse_qs(query.decode("ascii", "replace")).get("model")

@@ -56,7 +56,7 @@ class _Collector:
     def tunnel_closed(self) -> None:
         pass
 
-    def hold_client(self, on: bool) -> None:
+    def pause_client(self, on: bool) -> None:
         pass
 
 

@@ -11,18 +11,18 @@ import asyncio
 import select
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, cast
 
 import httptools
 
-from plugin.proxy.errors import ClientFault, ProxyError, Unavailable, render
+from plugin.proxy.errors import ClientFault, ProxyError, Unavailable
 from plugin.proxy.http import wire
+from plugin.proxy.http.client import Client, Host
+from plugin.proxy.http.exchange import WireExchange
 from plugin.proxy.http.request import Request
 
 if TYPE_CHECKING:
-    from plugin.proxy.http.exchange import Exchange
     from plugin.proxy.http.upstream_connection import BackConnection
-    from plugin.proxy.settings import Settings
 
 _MAX_PIPELINED = 32
 _LINGER_S = 2.0
@@ -33,42 +33,14 @@ _GONE = select.POLLRDHUP | select.POLLHUP | select.POLLERR | select.POLLNVAL
 _SYNTHETIC = b"POST / HTTP/1.1\r\nhost: x\r\n%b\r\n\r\n"
 
 
-class Host(Protocol):
-    """The part of the server that a connection needs."""
-
-    settings: Settings
-    clients: set[ClientConnection]
-    draining: bool
-    buffered: int
-    max_clients: int
-    loop: asyncio.AbstractEventLoop
-
-    def forget(self, client: ClientConnection) -> None:
-        """Remove a client that has disconnected."""
-
-    def no_room(self) -> ProxyError:
-        """Return the error for request bodies that exceed the limit on held bytes."""
-
-    async def serve_request(self, client: ClientConnection, request: Request) -> None:
-        """Answer `request` exactly once."""
-
-
-class ClientConnection(asyncio.Protocol):
+class ClientConnection(Client, asyncio.Protocol):
     """The server side of one client connection."""
 
+    exchange_type = WireExchange
+
     def __init__(self, host: Host, *, own_port: bool = False) -> None:
-        self.host, self.own_port = host, own_port
-        self.settings = host.settings
+        super().__init__(host, own_port=own_port)
         self.transport: asyncio.Transport | None = None
-        self.peer = b""
-        self.exchange: Exchange | None = None
-        self.tunnel: BackConnection | None = None
-        self.current: Request | None = None
-        self.last_in = self.last_out = time.monotonic()
-        self.writing_paused = False
-        self.running = False
-        """True from the first to the last step of the task that serves the current request."""
-        self._task: asyncio.Task[None] | None = None
         self._queue: deque[Request] = deque()
         self._parsing: Request | None = None
         self._parser = httptools.HttpRequestParser(self)
@@ -80,11 +52,8 @@ class ClientConnection(asyncio.Protocol):
         self._stopped = False
         self._synthetic = False
         self._ignored_upgrade = False
-        self._held: set[str] = set()
         self._watching = False
-        self._wide = 0
         self._early_tunnel = b""
-        self._swept = self._body_s = 0.0
         self._linger_until = 0.0
         self._lingered = 0
 
@@ -106,21 +75,10 @@ class ClientConnection(asyncio.Protocol):
         if close:
             request.keep_alive = False
 
-    def refuse(self, request: Request, error: ProxyError) -> None:
-        """Respond with an error; close the connection if the request's body is incomplete."""
-        status, headers, body = render(error, request.path, request.id.decode("ascii", "replace"))
-        self.respond(request, status, headers, body, close=not request.complete)
-
     def cut(self) -> None:
         """Abort the connection, so that a partial answer cannot pass for a complete one."""
         if self.transport is not None:
             self.transport.abort()
-
-    def interrupt(self, error: ProxyError) -> None:
-        """Cancel the current request with `error` (a fault in the body, a timeout, the server's shutdown)."""
-        if self.current is not None and self.current.interrupt is None:
-            self.current.interrupt = error
-            self._cancel()
 
     def open_tunnel(self, back: BackConnection) -> None:
         """Relay bytes unparsed in both directions from here on."""
@@ -128,38 +86,28 @@ class ClientConnection(asyncio.Protocol):
         early, self._early_tunnel = self._early_tunnel, b""
         if early:
             back.write_tunnel(early)
-        self.hold("upgrade", False)
+        self.pause("upgrade", False)
         if self.writing_paused:
             back.pause(True)
 
-    async def whole_body(self, request: Request, limit: int) -> bool:
-        """Wait for the whole body. Return False if it exceeds `limit` bytes; about that much of it is then buffered."""
-        if not request.complete and request.sink is None:
-            self._wide = limit
-            request.enough = self.host.loop.create_future()
-            if request.buffered <= limit:
-                self.hold("body", False)
-                await request.enough
-        return request.complete
+    def is_closing(self) -> bool:
+        """Return True once the connection is closed or closing."""
+        return self.transport is None or self.transport.is_closing()
 
-    def hold(self, why: str, on: bool) -> None:
-        """Add or remove a reason to pause reading; reading is paused while any reason holds."""
-        before = bool(self._held)
-        if on:
-            self._held.add(why)
-        else:
-            self._held.discard(why)
-        transport = self.transport
-        if bool(self._held) == before or transport is None or transport.is_closing():
-            return
-        if self._held:
-            transport.pause_reading()
-            if not self._watching:
-                self._watching = True
-                self.host.loop.call_later(_WATCH_S, self._watch)
-        else:
-            self.last_in = time.monotonic()
-            transport.resume_reading()
+    def send_continue(self) -> None:
+        """Send 100 Continue."""
+        self.write(wire.CONTINUE)
+
+    def _pause_reading(self) -> None:
+        assert self.transport is not None
+        self.transport.pause_reading()
+        if not self._watching:
+            self._watching = True
+            self.host.loop.call_later(_WATCH_S, self._watch)
+
+    def _resume_reading(self) -> None:
+        assert self.transport is not None
+        self.transport.resume_reading()
 
     def gone(self) -> bool:
         """Return True if the client has disconnected, even while reading is paused and its last bytes are unread."""
@@ -200,10 +148,8 @@ class ClientConnection(asyncio.Protocol):
         elif self.current is None:
             if not self._in_head and now - self.last_in > settings.keepalive_s:
                 self.close()
-        elif not self.current.complete and not self._held:
-            self._body_s += passed  # time in which the proxy pauses the client does not count
-            if now - self.last_in > settings.body_timeout_s or self._body_s > settings.body_total_s:
-                self.interrupt(ClientFault("body-timeout", "the request's body took too long", status=408))
+        else:
+            self._sweep_body(self.current, now, passed)
 
     # -- asyncio.Protocol --------------------------------------------------------------------------
 
@@ -230,7 +176,7 @@ class ClientConnection(asyncio.Protocol):
                 self.cut()
             return
         if self._stopped:
-            if "upgrade" in self._held:
+            if "upgrade" in self._pauses:
                 self._early_tunnel += data
             return
         self._feed(data)
@@ -267,23 +213,10 @@ class ClientConnection(asyncio.Protocol):
         self._cancel()
         self._drop_queue()
 
-    def pause_writing(self) -> None:
-        """Pause the replica too, because the client's socket is full."""
-        self.writing_paused = True
-        self.last_out = time.monotonic()
-        if self.exchange is not None and self.exchange.back is not None:
-            self.exchange.back.pause(True)
-
-    def resume_writing(self) -> None:
-        """Resume the replica."""
-        self.writing_paused = False
-        if self.exchange is not None and self.exchange.back is not None:
-            self.exchange.back.pause(False)
-
     def _watch(self) -> None:
         """Poll the kernel for a disconnect, which cannot be read while reading is paused."""
         self._watching = False
-        if self.transport is None or self.transport.is_closing() or not self._held:
+        if self.transport is None or self.transport.is_closing() or not self._pauses:
             return
         if self.gone():
             self.cut()
@@ -344,7 +277,7 @@ class ClientConnection(asyncio.Protocol):
             raise ClientFault("pipeline", f"over {_MAX_PIPELINED} requests at once on one connection", status=429)
         self._queue.append(request)
         if self.current is not None:
-            self.hold("pipeline", True)
+            self.pause("pipeline", True)
         else:
             self._next()
 
@@ -353,15 +286,7 @@ class ClientConnection(asyncio.Protocol):
         request = self._parsing
         assert request is not None
         self._unparsed = 0
-        kept = request.feed(data)
-        if kept:
-            self.host.buffered += kept
-            if self.host.buffered > self.settings.max_held_bytes and request is self.current:
-                self.interrupt(self.host.no_room())
-            if request.buffered > (self.settings.body_buffer if request.enough is None else self._wide):
-                self.hold("body", True)
-                if request.enough is not None and not request.enough.done():
-                    request.enough.set_result(None)
+        self.take_body(request, data)
 
     def on_message_complete(self) -> None:
         """Finish the request."""
@@ -381,7 +306,7 @@ class ClientConnection(asyncio.Protocol):
         """Handle an Upgrade, at which the parser stops: hold a WebSocket until its 101, ignore any other (RFC 9110 7.8)."""
         if not self._ignored_upgrade:
             self._early_tunnel = rest
-            self.hold("upgrade", True)
+            self.pause("upgrade", True)
             return
         self._ignored_upgrade = False
         request = self._parsing
@@ -439,17 +364,12 @@ class ClientConnection(asyncio.Protocol):
             else:
                 self._linger()
             return
-        self.hold("body", False)
-        self.hold("upstream", False)
+        self.pause("body", False)
+        self.pause("upstream", False)
         if self._queue:
             self._next()
         if not self._queue:
-            self.hold("pipeline", False)
-
-    def _cancel(self) -> None:
-        """Cancel the serving task, unless it has not run yet: a task cancelled before its first step skips its cleanup."""
-        if self._task is not None and self.running:
-            self._task.cancel()
+            self.pause("pipeline", False)
 
     def _drop_queue(self) -> None:
         for request in self._queue:
@@ -465,6 +385,6 @@ class ClientConnection(asyncio.Protocol):
         self._linger_until = time.monotonic() + _LINGER_S
         if transport.can_write_eof():
             transport.write_eof()
-        if self._held:
-            self._held.clear()
+        if self._pauses:
+            self._pauses.clear()
             transport.resume_reading()

@@ -7,13 +7,15 @@ answer that is no stream, or an error, becomes an error event in the shape that 
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from plugin.proxy.errors import ProxyError, UpstreamFault, document, speaks_anthropic
-from plugin.proxy.http import wire
 
 if TYPE_CHECKING:
-    from plugin.proxy.http.downstream import ClientConnection
+    import asyncio
+
+    from plugin.proxy.http import wire
+    from plugin.proxy.http.client import Client
     from plugin.proxy.http.exchange import Exchange
     from plugin.proxy.http.request import Request
     from plugin.proxy.pool.pool import ReplicaPool
@@ -40,8 +42,11 @@ def wants_stream(request: Request) -> bool:
 class EarlyStream:
     """An answer that begins before its replica is up."""
 
-    def __init__(self, client: ClientConnection, exchange: Exchange, pool: ReplicaPool, every_s: float) -> None:
-        self.client, self.exchange, self.pool, self.every_s = client, exchange, pool, every_s
+    def __init__(
+        self, exchange: Exchange, pool: ReplicaPool, every_s: float, loop: asyncio.AbstractEventLoop
+    ) -> None:
+        """Send the head at once, and from then on a comment every `every_s` seconds."""
+        self.exchange, self.pool, self.every_s, self.loop = exchange, pool, every_s, loop
         self.answered = False
         """True once the stream carries the replica's own events, or has ended with an error event."""
         self._passing = False
@@ -49,18 +54,18 @@ class EarlyStream:
         self._body = b""
         headers = [(b"content-type",) * 2 + (b"text/event-stream; charset=utf-8",)]
         headers.append((b"cache-control",) * 2 + (b"no-cache",))
-        head = wire.response_head(
-            200, b"OK", headers, request_id=exchange.request.id, chunked=True, close=exchange.close_after
-        )
-        client.write(head)
+        exchange.length_known = False
+        exchange.put_head(200, b"OK", headers)
+        exchange.flush()
         exchange.head_sent = True
-        self._timer = client.host.loop.call_later(0, self._comment)
+        self._timer = loop.call_later(0, self._comment)
 
     def _comment(self) -> None:
         started = self.exchange.back is not None
         text = ": waiting for the first event\n\n" if started else f": {self.pool.progress().sentence()}\n\n"
-        self.client.write(wire.chunk(text.encode()))
-        self._timer = self.client.host.loop.call_later(self.every_s, self._comment)
+        self.exchange.put_data(text.encode())
+        self.exchange.flush()
+        self._timer = self.loop.call_later(self.every_s, self._comment)
 
     def head(self, status: int, headers: list[wire.Field]) -> None:
         """Receive the replica's head: relay its events from here on, or turn its error into an event. Comments continue until then."""
@@ -73,7 +78,7 @@ class EarlyStream:
         if self._passing:
             self._timer.cancel()
             self.answered = True
-            self.exchange.out.append(wire.chunk(data))
+            self.exchange.put_data(data)
         elif len(self._body) < _MAX_ERROR_BODY:
             self._body += data
 
@@ -82,7 +87,7 @@ class EarlyStream:
         self._timer.cancel()
         if self._passing:
             self.answered = True
-            self.exchange.out.append(wire.LAST_CHUNK)
+            self.exchange.put_end([])
             return
         text = self._body.decode("utf-8", "replace").strip()
         try:
@@ -105,7 +110,9 @@ class EarlyStream:
         self.answered = True
         name = b"event: error\n" if speaks_anthropic(self.exchange.request.path) else b""
         data = name + b"data: " + json.dumps(body, separators=(",", ":")).encode() + b"\n\n"
-        self.client.write(wire.chunk(data) + wire.LAST_CHUNK)
+        self.exchange.put_data(data)
+        self.exchange.put_end([])
+        self.exchange.flush()
 
     def close(self) -> None:
         """Stop the comments."""
@@ -113,9 +120,9 @@ class EarlyStream:
 
 
 async def begin_early(
-    client: ClientConnection, request: Request, exchange: Exchange, pool: ReplicaPool, settings: Settings
+    client: Client, request: Request, exchange: Exchange, pool: ReplicaPool, settings: Settings
 ) -> None:
     """Start the stream early if the request asks for one. The wake starts at once; the body (up to a limit) is awaited first."""
-    pool.nudge()
+    pool.wake_soon()
     if await client.whole_body(request, settings.early_body_buffer) and wants_stream(request):
-        exchange.early = EarlyStream(client, exchange, pool, settings.early_comment_every_s)
+        exchange.early = EarlyStream(exchange, pool, settings.early_comment_every_s, client.host.loop)

@@ -1,11 +1,15 @@
 """One request and its answer: receive what a replica sends and write it to the client in the same call.
 
+`Exchange` decides what is written and when; a subclass decides how: `WireExchange` as HTTP/1.1, `asgi_client.AsgiExchange`
+as ASGI messages.
+
 Guarantees: nothing is written before the replica's status line, unless the stream was started early. Once anything was
 written, the rest comes from the same replica or the answer is cut. A cut answer closes the client's connection, so it
 cannot pass for complete.
 
 A speculative request's answer is withheld until its replica's check has passed. A `cautious` answer, whose request may
-have to be retried, is withheld until its body has begun (a stream) or is complete (an answer of known length).
+have to be sent again (`plugin.proxy.retry_rules`), is withheld until its body has begun (a stream) or is complete (an
+answer of known length).
 """
 
 from __future__ import annotations
@@ -13,15 +17,16 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from plugin.proxy.errors import UpstreamFault
 from plugin.proxy.http import wire
 
 if TYPE_CHECKING:
     from plugin.proxy.http.request import Request
-    from plugin.proxy.http.sinks import ClientSink, EarlySink
+    from plugin.proxy.http.sinks import ClientSink, EarlySink, WireSink
     from plugin.proxy.http.upstream_connection import BackConnection
+
 
 # Bytes of a withheld answer above which its replica is not read any further.
 _WITHHELD_BYTES = 1 << 20
@@ -34,7 +39,6 @@ class Exchange:
         "answered",
         "back",
         "cautious",
-        "chunked",
         "client",
         "close_after",
         "done",
@@ -43,6 +47,7 @@ class Exchange:
         "head_sent",
         "held_s",
         "kept",
+        "length_known",
         "out",
         "outcome",
         "pool_name",
@@ -60,10 +65,10 @@ class Exchange:
         self.done: asyncio.Future[None] = loop.create_future()
         self.back: BackConnection | None = None
         self.early: EarlySink | None = None
-        self.out: list[bytes] = []
+        self.out: list[Any] = []  # what the subclass has put together and `flush` has yet to write
         self.kept = 0  # body bytes in `out`
         self.head_sent = False
-        self.chunked = False
+        self.length_known = True
         self.close_after = not request.keep_alive or request.upgrade is not None
         self.tunnel = False
         self.withheld = self.cautious = False
@@ -76,11 +81,34 @@ class Exchange:
         self.outcome = ""
         self.pool_name = self.replica_name = ""
 
+    # -- how an answer is written, by the subclass -------------------------------------------------
+
+    def put_interim(self, status: int, phrase: bytes, headers: list[wire.Field]) -> None:
+        """Put an informational response into `out`."""
+        raise NotImplementedError
+
+    def put_head(self, status: int, phrase: bytes, headers: list[wire.Field]) -> None:
+        """Put the head of the answer into `out`."""
+        raise NotImplementedError
+
+    def put_data(self, data: bytes) -> None:
+        """Put a part of the body into `out`."""
+        raise NotImplementedError
+
+    def put_end(self, trailers: list[wire.Field]) -> None:
+        """Put the end of the body into `out`."""
+        raise NotImplementedError
+
+    def write_out(self) -> None:
+        """Write what is in `out`, and count it in `written`."""
+        raise NotImplementedError
+
+    # -- what a replica sends (`upstream_connection.Answer`) ---------------------------------------
+
     def interim(self, status: int, phrase: bytes, headers: list[wire.Field]) -> None:
         """Relay an informational response, if the client speaks HTTP/1.1."""
         if self.request.http11 and self.early is None:
-            head = wire.response_head(status, phrase, headers, request_id=self.request.id, chunked=False, close=False)
-            self.out.append(head)
+            self.put_interim(status, phrase, headers)
 
     def head(self, status: int, phrase: bytes, headers: list[wire.Field], length_known: bool) -> None:
         """Write the replica's head with framing of the proxy's own."""
@@ -89,21 +117,11 @@ class Exchange:
         if self.early is not None:
             self.early.head(status, headers)
             return
-        request = self.request
-        self.chunked = not length_known and request.http11
-        if not request.http11:
+        self.length_known = length_known
+        if not self.request.http11:
             self.close_after = True
         self.head_sent = not (self.withheld or self.cautious)
-        self.out.append(
-            wire.response_head(
-                status,
-                phrase or wire.reason(status),
-                headers,
-                request_id=request.id,
-                chunked=self.chunked,
-                close=self.close_after,
-            )
-        )
+        self.put_head(status, phrase or wire.reason(status), headers)
 
     def data(self, data: bytes) -> None:
         """Relay a part of the body."""
@@ -111,16 +129,14 @@ class Exchange:
         self.kept += len(data)
         if self.early is not None:
             self.early.data(data)
-        elif self.chunked:
-            self.out.append(wire.chunk(data))
         else:
-            self.out.append(data)
+            self.put_data(data)
         if self.cautious and self._begun():
             self._commit()
 
     def _begun(self) -> bool:
         """Return True if enough of the body has arrived that relaying it is better than keeping the option to retry."""
-        return self.answered and (self.chunked or self.kept > _WITHHELD_BYTES)
+        return self.answered and (not self.length_known or self.kept > _WITHHELD_BYTES)
 
     def _commit(self) -> None:
         """Stop being cautious: what has arrived goes to the client."""
@@ -128,18 +144,14 @@ class Exchange:
 
     def flush(self) -> None:
         """Write what one read of the replica's socket brought."""
-        out = self.out
         if self.withheld:
             if self.back is not None and self.kept > _WITHHELD_BYTES:
                 self.back.pause(True)
-        elif out and not self.cautious:
-            data = out[0] if len(out) == 1 else b"".join(out)
-            out.clear()
+        elif self.out and not self.cautious:
             self.kept = 0
-            self.written += len(data)
-            self.client.write(data)
+            self.write_out()
 
-    def let_go(self, cautious: bool = False) -> None:
+    def release(self, cautious: bool = False) -> None:
         """Stop withholding the answer and write it; if `cautious`, only what may be written. Afterwards relay as usual."""
         self.withheld = False
         self.cautious = cautious and not self._begun() and not self.done.done()
@@ -159,7 +171,8 @@ class Exchange:
         self.done = self.done.get_loop().create_future()
         self.out.clear()
         self.kept = 0
-        self.withheld = self.cautious = self.chunked = self.answered = False
+        self.withheld = self.cautious = self.answered = False
+        self.length_known = True
         self.status, self.first_byte, self.replica_name = 0, 0.0, ""
 
     def end(self, trailers: list[wire.Field]) -> None:
@@ -168,8 +181,8 @@ class Exchange:
             self._commit()
         if self.early is not None:
             self.early.end()
-        elif self.chunked:
-            self.out.append(wire.last_chunk(trailers))
+        else:
+            self.put_end(trailers)
         self.flush()
         if not self.done.done():
             self.done.set_result(None)
@@ -179,6 +192,63 @@ class Exchange:
         self.flush()
         if not self.done.done():
             self.done.set_exception(error)
+
+    def switched(self, phrase: bytes, headers: list[wire.Field], rest: bytes) -> None:
+        """Turn the connection into a tunnel. Only `WireExchange` forwards an upgrade."""
+        raise NotImplementedError
+
+    def tunnel_data(self, data: bytes) -> None:
+        """Relay tunnel bytes to the client."""
+        raise NotImplementedError
+
+    def tunnel_closed(self) -> None:
+        """End the tunnel after the replica closed it."""
+        raise NotImplementedError
+
+    def pause_client(self, on: bool) -> None:
+        """Pause or resume the client, as the replica's socket fills or drains."""
+        self.client.pause("upstream", on)
+
+
+class WireExchange(Exchange):
+    """Write an answer as HTTP/1.1, with framing of the proxy's own."""
+
+    __slots__ = ("chunked",)
+    client: WireSink
+
+    def __init__(self, client: ClientSink, request: Request, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(client, request, loop)
+        self.chunked = False
+
+    def put_interim(self, status: int, phrase: bytes, headers: list[wire.Field]) -> None:
+        """Put an informational response into `out`."""
+        head = wire.response_head(status, phrase, headers, request_id=self.request.id, chunked=False, close=False)
+        self.out.append(head)
+
+    def put_head(self, status: int, phrase: bytes, headers: list[wire.Field]) -> None:
+        """Put the head of the answer into `out`."""
+        self.chunked = not self.length_known and self.request.http11
+        head = wire.response_head(
+            status, phrase, headers, request_id=self.request.id, chunked=self.chunked, close=self.close_after
+        )
+        self.out.append(head)
+
+    def put_data(self, data: bytes) -> None:
+        """Put a part of the body into `out`."""
+        self.out.append(wire.chunk(data) if self.chunked else data)
+
+    def put_end(self, trailers: list[wire.Field]) -> None:
+        """Put the end of a chunked body into `out`; any other ends by its length, or with the connection."""
+        if self.chunked:
+            self.out.append(wire.last_chunk(trailers))
+
+    def write_out(self) -> None:
+        """Write what is in `out` in one call."""
+        out = self.out
+        data = out[0] if len(out) == 1 else b"".join(out)
+        out.clear()
+        self.written += len(data)
+        self.client.write(data)
 
     def switched(self, phrase: bytes, headers: list[wire.Field], rest: bytes) -> None:
         """Answer 101 after the replica accepted the upgrade, and connect the two sockets."""
@@ -202,7 +272,3 @@ class Exchange:
         self.client.tunnel = None
         if not self.done.done():
             self.done.set_result(None)
-
-    def hold_client(self, on: bool) -> None:
-        """Pause or resume the client, as the replica's socket fills or drains."""
-        self.client.hold("upstream", on)

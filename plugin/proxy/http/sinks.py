@@ -14,16 +14,21 @@ if TYPE_CHECKING:
 
 
 class ClientSink(Protocol):
-    """The client's connection (`downstream.ClientConnection`). No call blocks."""
+    """A client of either face (`client.Client`). No call blocks."""
 
     writing_paused: bool
+
+    def pause(self, reason: str, on: bool) -> None:
+        """Add or remove one reason to pause reading the client."""
+
+
+class WireSink(ClientSink, Protocol):
+    """A client's connection (`downstream.ClientConnection`)."""
+
     tunnel: BackConnection | None
 
     def write(self, data: bytes) -> None:
         """Send bytes to the client."""
-
-    def hold(self, reason: str, on: bool) -> None:
-        """Add or remove one reason to pause reading the client."""
 
     def open_tunnel(self, back: BackConnection) -> None:
         """Connect the client's socket to the replica's after an upgrade."""

@@ -68,7 +68,7 @@ class Answer(Protocol):
     def tunnel_closed(self) -> None:
         """Report that the replica closed the tunnel."""
 
-    def hold_client(self, on: bool) -> None:
+    def pause_client(self, on: bool) -> None:
         """Pause or resume reading the client, as the replica's socket fills or drains."""
 
 
@@ -242,12 +242,12 @@ class BackConnection(asyncio.Protocol):
     def pause_writing(self) -> None:
         """Pause the client, because the replica's socket is full."""
         if self.answer is not None:
-            self.answer.hold_client(True)
+            self.answer.pause_client(True)
 
     def resume_writing(self) -> None:
         """Resume the client."""
         if self.answer is not None:
-            self.answer.hold_client(False)
+            self.answer.pause_client(False)
 
     # -- llhttp callbacks --------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ Guarantees:
 
 - At most one wake runs at a time.
 - A request gets a replica only while that replica serves and is not draining (sleep, `quiesced`). This is decided in one step with
-  its count of outstanding requests. With `ahead`, a speculative request may also use a replica during its check; its answer is
+  its count of outstanding requests. With `speculative`, a speculative request may also use a replica during its check; its answer is
   withheld until the check passes.
 - A waiting request ends with a replica, a coded error, or its own cancellation.
 - A failed start ends waiting requests only when the owner reports it as final (`start_failed`, or `wake` raising).
@@ -24,22 +24,21 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 
-from plugin.proxy.errors import ProxyError, StartFailed, Unavailable, Unneeded
+from plugin.proxy.errors import ProxyError, Unavailable
 from plugin.proxy.errors import start_failed as coded
 from plugin.proxy.http.address import Upstream
-from plugin.proxy.pool.backoff import Backoff
+from plugin.proxy.pool import speculation
 from plugin.proxy.pool.replica import FOUND_UP, STARTING, Replica
 from plugin.proxy.pool.sleeper import Sleeper
 from plugin.proxy.pool.start_times import History
 from plugin.proxy.pool.waiting import UNKNOWN_LEFT_S, Progress, Waiter
+from plugin.proxy.pool.waker import Waker
 from plugin.runtime.phases import Phase, PhaseTracker, Span
 
 log = logging.getLogger("quickthaw.proxy")
 
 _TICK_S = 0.1
 _RECENT_S = 2.0
-# Speculative requests per replica under check: one keeps the check short, and its latency is the one that users notice.
-_AHEAD = 1
 
 
 class ReplicaPool:
@@ -54,7 +53,7 @@ class ReplicaPool:
         suspect: Callable[[Replica, str], None] | None = None,
         history: History | None = None,
         idle_timeout_s: float | None = None,
-        ahead: bool = False,
+        speculative: bool = False,
         wake_limit_s: float = 1800.0,
         sleep_limit_s: float = 300.0,
         drain_limit_s: float = 60.0,
@@ -63,18 +62,13 @@ class ReplicaPool:
         self.name = name
         self.replicas: dict[str, Replica] = {}
         self.history = history or History()
-        self.wakes = 0
-        self.failed_starts = 0
         self.idle_timeout_s = idle_timeout_s
-        self.ahead = ahead
+        self.speculative = speculative
         self.max_held = 4096
         self.max_hold_s = 3600.0
         self.last_active = time.monotonic()
-        self.last_failure: ProxyError | None = None
         self.on_phase: list[Callable[[Replica, Phase, str], None]] = []
         """Callbacks (replica, phase, reason), run on the loop after each change of phase."""
-        self.on_failed: list[Callable[[ProxyError], None]] = []
-        """Callbacks (error), run on the loop when a start has finally failed."""
         self.chores: list[Callable[[], Coroutine[None, None, None]]] = []
         """Coroutine functions that run on the loop for as long as the pool is served."""
         self.elsewhere: Callable[[], int] = lambda: 0
@@ -83,17 +77,14 @@ class ReplicaPool:
         """False when this process cannot start a replica; requests then wait for another process to start one."""
         self.upstream_timeout_s: float | None = None
         """Maximum seconds that a replica may be silent within an answer; None uses the proxy's setting."""
-        self._wake_hook, self._suspect_hook = wake, suspect
-        self._wake_limit_s = wake_limit_s
+        self._suspect_hook = suspect
+        self.waker = Waker(self, wake, wake_limit_s)
         self.sleeper = Sleeper(self, sleep, sleep_limit_s, drain_limit_s)
         self._waiters: dict[Waiter, None] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._early: list[tuple[Replica, Phase, Phase, str, tuple[Span, ...]]] = []
-        self._wake_task: asyncio.Task[None] | None = None
         self._ticking = False
         self._closed: ProxyError | None = None
-        self._wake_pause = Backoff(1.0, 30.0)
-        self._final: ProxyError | None = None
         self._turn = 0
 
     # -- the owner's API ---------------------------------------------------------------------------
@@ -118,17 +109,17 @@ class ReplicaPool:
             if known and replica.start_kind is not None:
                 self.history.record(replica.start_kind, replica.start_age_s, replica.spans)
         self.replicas[name] = replica
-        tracker.listen(lambda old, new, reason: self._heard(replica, old, new, reason))
+        tracker.listen(lambda old, new, reason: self._on_transition(replica, old, new, reason))
         if self._loop is not None:
             self._note_check(replica, tracker.phase)
-            self._dispatch()
+            self.dispatch()
         return replica
 
     def remove(self, name: str) -> None:
         """Remove a replica from the pool. Its requests in flight continue to their end."""
         replica = self.replicas.pop(name, None)
         if replica is not None:
-            replica.held_back = True
+            replica.draining = True
             self.close_idle(replica)
 
     def start_failed(self, error: Exception) -> None:
@@ -142,28 +133,16 @@ class ReplicaPool:
         except RuntimeError:
             here = False
         if here:
-            self._finally_failed(coded(error))
+            self.waker.fail_finally(coded(error))
         else:
-            self._loop.call_soon_threadsafe(self._finally_failed, coded(error))
-
-    def _finally_failed(self, error: ProxyError) -> None:
-        self._final = error
-        self._fail(error)
-
-    def wake_failed(self, error: ProxyError) -> None:
-        """Report, on the loop, that a wake in another process has failed.
-
-        Held requests end with its code. The next request after its `retry_after_s` wakes again.
-        """
-        self._wake_pause.hold(error.retry_after_s or 0.0)
-        self._fail(error)
+            self._loop.call_soon_threadsafe(self.waker.fail_finally, coded(error))
 
     async def wake(self) -> None:
         """Return when at least one replica serves; start a wake unless one is running.
 
         Raises ProxyError with the owner's code when the start has finally failed.
         """
-        self.release(await self.acquire(self._wake_limit_s, unbounded=True))
+        self.release(await self.acquire(self.waker.limit_s, unbounded=True))
 
     async def sleep(self) -> bool:
         """Put the pool to sleep if no request is in flight or held. Return True if it went to sleep."""
@@ -176,29 +155,29 @@ class ReplicaPool:
         Raises TimeoutError if it was still answering after `limit_s` seconds.
         """
         replica = self.replicas[name]
-        replica.held_back = True
+        replica.draining = True
         try:
             async with asyncio.timeout(limit_s):
                 await replica.quiet()
             self.close_idle(replica)
             yield replica
         finally:
-            replica.held_back = False
-            self._dispatch()
+            replica.draining = False
+            self.dispatch()
 
     def close(self, error: ProxyError) -> None:
         """End all held and all future requests with `error`; cancel a wake or sleep in progress."""
         self._closed = error
-        self._fail(error)
+        self.waker.fail(error)
         for replica in self.replicas.values():
             self.close_idle(replica)
-        for task in (self._wake_task, self.sleeper.task):
+        for task in (self.waker.task, self.sleeper.task):
             if task is not None:
                 task.cancel()
 
     async def settled(self, limit_s: float = 20.0) -> None:
         """Wait, after `close`, until the wake or sleep that it cancelled has cleaned up."""
-        tasks = [task for task in (self._wake_task, self.sleeper.task) if task is not None]
+        tasks = [task for task in (self.waker.task, self.sleeper.task) if task is not None]
         if tasks:
             await asyncio.wait(tasks, timeout=limit_s)
 
@@ -246,7 +225,7 @@ class ReplicaPool:
         at_most_s: float = math.inf,
         since: float | None = None,
         unbounded: bool = False,
-        ahead: bool = False,
+        speculative: bool = False,
     ) -> Replica:
         """Return a serving replica, waking the pool and waiting if necessary.
 
@@ -255,7 +234,7 @@ class ReplicaPool:
             at_most_s: the client's own limit in seconds; it lowers the deadline and never raises it.
             since: arrival of the request (monotonic seconds), where its deadline starts; None is now.
             unbounded: do not count against `max_held` (an owner's own wait).
-            ahead: accept a replica that is under check and not serving yet (`Replica.check`).
+            speculative: accept a replica that is under check and not serving yet (`Replica.check`).
 
         Raises:
             Unavailable: too many are held, or the deadline passed.
@@ -270,24 +249,21 @@ class ReplicaPool:
             raise Unavailable(
                 "held-too-many", f"{self.max_held} requests are held already", retry_after_s=self.left_s()
             )
-        if self._final is not None:
-            raise self._final.fresh()
-        pause = self._wake_pause.left_s
-        if pause and self.last_failure is not None:
-            raise StartFailed(self.last_failure.code, self.last_failure.message, retry_after_s=pause)
+        if (refusal := self.waker.refusal()) is not None:
+            raise refusal
         now = time.monotonic()
         since = now if since is None else since
         least = at_most_s if limit_s is None else min(limit_s, at_most_s)
         if now - since >= least:
-            self.nudge()
+            self.wake_soon()
             raise Unavailable(
                 "hold-deadline", f"no replica was ready within {least:.1f} s", retry_after_s=self.left_s()
             )
         loop = asyncio.get_running_loop()
-        waiter = Waiter(loop.create_future(), limit_s, at_most_s, since, ahead, client=not unbounded)
+        waiter = Waiter(loop.create_future(), limit_s, at_most_s, since, speculative, client=not unbounded)
         self._waiters[waiter] = None
-        self._run_ahead()
-        self._demand()
+        self._speculate()
+        self.waker.demand()
         self._tick_soon(loop)
         try:
             return await waiter.ready
@@ -302,44 +278,29 @@ class ReplicaPool:
     @property
     def waking(self) -> bool:
         """Return True while a wake is running."""
-        return self._wake_task is not None
-
-    @property
-    def can_wake(self) -> bool:
-        """Return True if the owner gave a wake hook."""
-        return self._wake_hook is not None
+        return self.waker.task is not None
 
     def accepts(self) -> bool:
         """Return True if a new request would be held or answered rather than refused at once."""
-        if self._closed is not None or self._final is not None or len(self._waiters) >= self.max_held:
-            return False
-        return not self._wake_pause.left_s or self.last_failure is None
+        return self._closed is None and len(self._waiters) < self.max_held and self.waker.refusal() is None
 
-    def expects(self) -> bool:
-        """Return True if a waiting request may run speculatively beside a replica's check. Callable from any thread."""
-        return self.ahead and any(waiter.ahead and not waiter.ready.done() for waiter in list(self._waiters))
+    def wants_speculation(self) -> bool:
+        """Return True if a waiting request may run beside a replica's check. Callable from any thread."""
+        return self.speculative and any(
+            waiter.speculative and not waiter.ready.done() for waiter in list(self._waiters)
+        )
 
-    async def recall(self, name: str) -> bool:
+    async def cancel_speculation(self, name: str) -> bool:
         """Cancel the speculative requests on a replica whose check needs the engine alone. Return True if there were any.
 
         No speculative request runs on it again until it serves.
         """
-        replica = self.replicas[name]
-        check = replica.check
-        if check is None or check.done() or not replica.outstanding:
-            return False
-        check.set_result(False)
-        await replica.quiet()
-        return True
+        return await speculation.cancel(self.replicas[name])
 
-    def poke(self) -> None:
-        """Retry the waiting requests: a replica has stopped draining."""
-        self._dispatch()
-
-    def nudge(self) -> None:
+    def wake_soon(self) -> None:
         """Start a wake, if one is needed, for a request that will be held but is not waiting yet."""
         self.last_active = time.monotonic()
-        self._demand()
+        self.waker.demand()
 
     def release(self, replica: Replica) -> None:
         """Release a replica that `acquire` returned; call it exactly once per acquire."""
@@ -397,7 +358,7 @@ class ReplicaPool:
         else:
             candidates = list(replicas.values())
         for replica in candidates:
-            if replica.tracker.phase is not Phase.SERVING or replica.held_back or replica.suspect_until > now:
+            if replica.tracker.phase is not Phase.SERVING or replica.draining or replica.suspect_until > now:
                 continue
             if replica.upstream is None:
                 continue
@@ -405,7 +366,7 @@ class ReplicaPool:
                 best, load = replica, replica.outstanding
         return best
 
-    def _heard(self, replica: Replica, old: Phase, new: Phase, reason: str) -> None:
+    def _on_transition(self, replica: Replica, old: Phase, new: Phase, reason: str) -> None:
         """Handle a tracker's transition, in the thread that made it."""
         if new is Phase.SERVING:
             replica.generation += 1  # increment now: a refusal by the old incarnation may still be queued on the loop
@@ -425,13 +386,13 @@ class ReplicaPool:
         fields = {"pool": self.name, "replica": replica.name, "from": str(old), "to": str(new), "reason": reason}
         log.info("%s: %s → %s", replica.name, old, new, extra={"event": "phase", "fields": fields})
         if new in STARTING:
-            self._final = None
+            self.waker.final = None
         if old is Phase.SERVING and new is not Phase.SERVING:
             self.close_idle(replica)
             replica.adapters_loaded = False
         if new is Phase.SERVING:
             replica.suspect_until = 0.0
-            self._wake_pause.succeeded()
+            self.waker.pause.succeeded()
             if old in STARTING:
                 replica.accepts()
                 self.sleeper.pause.succeeded()
@@ -450,38 +411,23 @@ class ReplicaPool:
                 text = "%s: serving after %.2f s (%s)"
                 log.info(text, replica.name, replica.start_age_s, kind, extra={"event": "started", "fields": fields})
             self.last_active = time.monotonic()
-        for told in self.on_phase:
-            told(replica, new, reason)
-        self._dispatch()
+        for notify in self.on_phase:
+            notify(replica, new, reason)
+        self.dispatch()
 
-    def _note_check(self, replica: Replica, new: Phase) -> None:
-        if new is Phase.VERIFYING and self.ahead and self._loop is not None:
-            if replica.check is None or replica.check.done():
-                replica.check = self._loop.create_future()
-        elif replica.check is not None:
-            if not replica.check.done():
-                replica.check.set_result(new is Phase.SERVING)
-            if new is Phase.SERVING:
-                replica.check = None
+    def _note_check(self, replica: Replica, phase: Phase) -> None:
+        if self.speculative and self._loop is not None:
+            speculation.note_check(replica, phase, self._loop)
 
-    def _run_ahead(self) -> None:
-        """Hand a replica under check to the first waiting requests that may run speculatively."""
-        for replica in self.replicas.values():
-            check = replica.check
-            if check is None or check.done() or replica.upstream is None or replica.held_back:
-                continue
-            for waiter in list(self._waiters):
-                if replica.outstanding >= _AHEAD:
-                    break
-                if waiter.ahead and not waiter.ready.done():
-                    self._hand(waiter, replica)
+    def _speculate(self) -> None:
+        speculation.hand_out(self.replicas.values(), self._waiters, self._hand)
 
     def _hand(self, waiter: Waiter, replica: Replica) -> None:
         replica.outstanding += 1
         waiter.ready.set_result(replica)
         self._waiters.pop(waiter, None)
 
-    def _dispatch(self) -> None:
+    def dispatch(self) -> None:
         """Hand ready replicas to waiting requests in order of arrival, then start a wake if one is needed."""
         if self._closed is None:
             for waiter in list(self._waiters):
@@ -492,68 +438,12 @@ class ReplicaPool:
                     break
                 self._hand(waiter, replica)
             if self._waiters:
-                self._run_ahead()
+                self._speculate()
             if self._waiters:
-                self._demand()
+                self.waker.demand()
 
-    def _demand(self) -> None:
-        """Start a wake, unless one is running or a replica serves or will soon serve by itself."""
-        if self._wake_hook is None or self._wake_task is not None or self._closed is not None:
-            return
-        if self._returns() or self.ready() is not None:
-            return
-        if any(replica.refusal_woken for replica in self.replicas.values()):
-            return
-        assert self._loop is not None, "the pool is bound to a loop before it serves"
-        self._wake_task = self._loop.create_task(self._run_wake())
-
-    async def _run_wake(self) -> None:
-        assert self._wake_hook is not None
-        failure: ProxyError | None = None
-        self.wakes += 1
-        for replica in self.replicas.values():
-            replica.woken_at = replica.refusals.failures
-        try:
-            async with asyncio.timeout(self._wake_limit_s):
-                await self._wake_hook()
-        except Unneeded as exc:
-            log.debug("%s was not woken: %s", self.name, exc.message)
-            self._wake_task = None
-            self._dispatch()
-            return
-        except TimeoutError:
-            failure = StartFailed("wake-timeout", f"the wake was not done after {self._wake_limit_s:.0f} s")
-        except Exception as exc:  # noqa: BLE001 - an owner's hook may raise anything; waiting requests get its code
-            failure = coded(exc)
-        finally:
-            self._wake_task = None
-        for replica in self.replicas.values():
-            if replica.refusals.failures <= 1:  # a replica that keeps refusing stays paused
-                replica.suspect_until = 0.0
-        refusing = any(replica.refusal_woken for replica in self.replicas.values())
-        if failure is None and self.ready() is None and not refusing and not self._returns():
-            failure = StartFailed("wake-without-replica", "the wake ended, and no replica serves")
-        if failure is not None:
-            failure.retry_after_s = self._wake_pause.failed()
-            self._fail(failure)
-        else:
-            self._dispatch()
-
-    def _returns(self) -> bool:
-        """Return True if a replica will take requests again by itself."""
-        return any(replica.returns for replica in self.replicas.values())
-
-    def _fail(self, error: ProxyError) -> None:
-        self.last_failure = error
-        for replica in self.replicas.values():
-            replica.over = replica.over or replica.tracker.phase is Phase.FAILED
-        if self._closed is None:
-            self.failed_starts += 1
-            reason = error.detail or error.message
-            fields = {"pool": self.name, "code": error.code, "reason": reason}
-            log.error("%s: %s", error.code, reason, extra={"event": "start-failed", "fields": fields})
-            for told in self.on_failed:
-                told(error)
+    def end_waiting(self, error: ProxyError) -> None:
+        """End all waiting requests with `error`."""
         for waiter in list(self._waiters):
             if not waiter.ready.done():
                 waiter.ready.set_exception(error.fresh())
@@ -587,6 +477,6 @@ class ReplicaPool:
                 message = f"no replica was ready within {limit:.1f} s ({progress.sentence()})"
                 waiter.ready.set_exception(Unavailable("hold-deadline", message, retry_after_s=progress.left_s))
                 self._waiters.pop(waiter, None)
-        self._dispatch()
+        self.dispatch()
         if self._waiters:
             self._tick_soon(loop)

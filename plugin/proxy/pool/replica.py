@@ -31,7 +31,7 @@ class Replica:
         self.name, self.tracker, self.upstream = name, tracker, upstream
         self.outstanding = 0
         self.served = 0
-        self.held_back = False
+        self.draining = False
         """True while the replica drains (`quiesced`, or going to sleep): it finishes its requests and gets no new ones."""
         self.suspect_until = 0.0
         self.adapters_loaded = False
@@ -104,7 +104,7 @@ class Replica:
     @property
     def returns(self) -> bool:
         """Return True if it will take requests again by itself: it is starting, draining, or suspect."""
-        return self.held_back or self.tracker.phase in STARTING or self.tracker.phase is Phase.SUSPECT
+        return self.draining or self.tracker.phase in STARTING or self.tracker.phase is Phase.SUSPECT
 
     @property
     def spans(self) -> tuple[Span, ...]:

@@ -80,7 +80,7 @@ class Silence:
         # Once in doubt, probe until it answers, even when the waiting clients have given up.
         doubt = replica.outstanding > 0 or state.asked_at > replica.last_byte or phase is Phase.SUSPECT
         # While pages are still to come, the page server's own check decides instead.
-        if phase not in (Phase.SERVING, Phase.SUSPECT) or not doubt or replica.held_back or replica.coming():
+        if phase not in (Phase.SERVING, Phase.SUSPECT) or not doubt or replica.draining or replica.coming():
             state.silent_s = 0.0
             return
         if replica.last_byte > state.asked_at or state.asked_at == 0.0:

@@ -54,7 +54,7 @@ class Sleeps(Protocol):
     def close_idle(self, replica: Replica) -> None:
         """Close the unused connections to a replica."""
 
-    def poke(self) -> None:
+    def dispatch(self) -> None:
         """Retry the waiting requests."""
 
 
@@ -147,7 +147,7 @@ class Sleeper:
         """Drain, then sleep. Return the failure, if any; the pool then continues to serve."""
         assert self.hook is not None
         for replica in self.pool.replicas.values():
-            replica.held_back = True
+            replica.draining = True
         self._until, self._wanted = time.monotonic() + drain_s, wanted
         failure: ProxyError | None = None
         try:
@@ -169,10 +169,10 @@ class Sleeper:
             failure = start_failed(exc)
         finally:
             for replica in self.pool.replicas.values():
-                replica.held_back = False
+                replica.draining = False
             self.task = None
             self.pool.last_active = time.monotonic()
-            self.pool.poke()
+            self.pool.dispatch()
         # Otherwise a new request has won over the sleep.
         if failure is not None and failure.code not in ("busy", Unneeded.CODE):
             self._failed(failure, drain_s)

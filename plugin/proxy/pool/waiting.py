@@ -21,7 +21,7 @@ class Waiter:
     limit_s: float | None
     at_most_s: float
     began: float
-    ahead: bool = False
+    speculative: bool = False
     """True if it may run speculatively on a replica under check."""
     client: bool = True
     """False for an owner's own wait."""

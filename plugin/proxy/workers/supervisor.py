@@ -148,7 +148,7 @@ class Supervisor:
             pool.bind(loop, max_held=1 << 30, max_hold_s=86400.0)
             pool.elsewhere = lambda name=pool.name: sum(w.busy.get(name, 0) for w in self.workers)  # type: ignore[misc]
             pool.on_phase.append(lambda replica, new, reason, pool=pool: self._tell_phase(pool, replica, new, reason))  # type: ignore[misc]
-            pool.on_failed.append(lambda error, pool=pool: self._tell_failed(pool, error))  # type: ignore[misc]
+            pool.waker.on_failed.append(lambda error, pool=pool: self._tell_failed(pool, error))  # type: ignore[misc]
             pool.sleeper.around(lambda inner, pool=pool: self._sleep_when_quiet(pool, inner))  # type: ignore[misc]
             if pool.idle_timeout_s is not None:
                 self._tasks.append(loop.create_task(pool.sleeper.watch_idle()))
@@ -297,7 +297,7 @@ class Supervisor:
         history = {str(kind): list(pool.history.seen(kind)) for kind in Kind}
         return {
             "name": pool.name,
-            "wakes": pool.can_wake,
+            "wakes": pool.waker.hook is not None,
             "started_here": pool.started_here,
             "replicas": replicas,
             "history": history,
@@ -451,13 +451,15 @@ class Mirror:
             replica.tracker.to(Phase(message["to"]), message["reason"])
             replica.generation = message["generation"]
         elif op == "failed":
-            pool.wake_failed(StartFailed(message["code"], message["message"], retry_after_s=message["retry_after_s"]))
+            pool.waker.fail_elsewhere(
+                StartFailed(message["code"], message["message"], retry_after_s=message["retry_after_s"])
+            )
         elif op == "quiet":
             return self._quiet(pool, wait=message["wait"])
         elif op == "release":
             for replica in pool.replicas.values():
-                replica.held_back = False
-            pool.poke()
+                replica.draining = False
+            pool.dispatch()
         return None
 
     async def _quiet(self, pool: ReplicaPool, *, wait: bool) -> bool:
@@ -465,7 +467,7 @@ class Mirror:
         if not wait and (pool.held or pool.outstanding):
             return False
         for replica in pool.replicas.values():
-            replica.held_back = True
+            replica.draining = True
         for replica in pool.replicas.values():
             await replica.quiet()
         self._report()  # before the answer: what the last requests did to the engine

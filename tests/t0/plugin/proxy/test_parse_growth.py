@@ -18,10 +18,10 @@ from capacity.errors import InputError
 from capacity.inputs.units import parse
 from checkpoint.compatibility.launch_options import looks_secret
 from lazyfs.content.chunk_store import _REF
+from plugin.proxy.endpoints.forms import form_field
 from plugin.proxy.endpoints.models import Config, ModelConfig, ModelRouter
 from plugin.proxy.errors import ClientFault
 from plugin.proxy.http import wire
-from plugin.proxy.http.forms import form_field
 from plugin.proxy.http.path_rules import PathRules
 from plugin.proxy.http.request import Request
 from plugin.proxy.pool.pool import ReplicaPool

@@ -81,7 +81,7 @@ def test_a_canary_is_told_of_a_request_that_waits_before_the_proxy_accepts():
         sock.accept()[0].close()
         assert not launch._expects()
     held = True
-    launch._pool = SimpleNamespace(expects=lambda: held)
+    launch._pool = SimpleNamespace(wants_speculation=lambda: held)
     assert launch._expects()
     held = False
     assert not launch._expects()

@@ -223,7 +223,7 @@ def test_ready_after_a_failed_wake_is_again_when_the_next_request_would_wake():
             async with asyncio.timeout(20):
                 while (await rig.get("/-/ready")).status != 200:  # noqa: ASYNC110 - asked from outside
                     await asyncio.sleep(0.05)
-            assert (await rig.get("/x")).status == 503 and rig.pool.wakes == 2
+            assert (await rig.get("/x")).status == 503 and rig.pool.waker.wakes == 2
 
     run(main())
 

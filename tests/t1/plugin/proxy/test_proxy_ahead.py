@@ -30,7 +30,7 @@ async def raw_client(
 
 def test_nothing_reaches_the_client_before_the_check_is_passed():
     async def main():
-        async with upstream() as up, proxy(ahead=True) as rig:
+        async with upstream() as up, proxy(speculative=True) as rig:
             replica = rig.add("a", up.port, phase=Phase.IDLE)
             reader, writer = await raw_client(rig)
             await until(lambda: rig.pool.held == 1)
@@ -50,7 +50,7 @@ def test_nothing_reaches_the_client_before_the_check_is_passed():
 
 def test_a_replica_that_was_in_its_check_before_the_proxy_was_up_takes_one_as_well():
     async def main():
-        async with upstream() as up, proxy(ahead=True) as rig:
+        async with upstream() as up, proxy(speculative=True) as rig:
             rig.add("a", up.port, phase=Phase.VERIFYING)
             waiting = asyncio.create_task(rig.get(PATH, method="POST", body=b"{}"))
             await until(lambda: len(up.seen) == 1)
@@ -62,7 +62,7 @@ def test_a_replica_that_was_in_its_check_before_the_proxy_was_up_takes_one_as_we
 
 def test_one_runs_ahead_and_the_others_wait_for_the_check():
     async def main():
-        async with upstream() as up, proxy(ahead=True) as rig:
+        async with upstream() as up, proxy(speculative=True) as rig:
             rig.add("a", up.port, phase=Phase.IDLE)
             waiting = [asyncio.create_task(rig.get(PATH, method="POST", body=b"%d" % n)) for n in range(5)]
             await until(lambda: rig.pool.held == 5)
@@ -80,7 +80,7 @@ def test_one_runs_ahead_and_the_others_wait_for_the_check():
 @pytest.mark.parametrize("target", ["/v1/load_lora_adapter", "/v1/files", "/"])
 def test_only_what_generates_runs_ahead(target):
     async def main():
-        async with upstream() as up, proxy(ahead=True) as rig:
+        async with upstream() as up, proxy(speculative=True) as rig:
             rig.add("a", up.port, phase=Phase.IDLE)
             waiting = asyncio.create_task(rig.get(target, method="POST", body=b"{}"))
             await until(lambda: rig.pool.held == 1)
@@ -114,7 +114,7 @@ def test_a_check_that_fails_drops_the_answer_and_the_request_goes_to_who_passes(
         return True
 
     async def main():
-        async with upstream(wrong) as bad, upstream() as good, proxy(ahead=True) as rig:
+        async with upstream(wrong) as bad, upstream() as good, proxy(speculative=True) as rig:
             replica = rig.add("a", bad.port, phase=Phase.IDLE)
             waiting = asyncio.create_task(rig.get(PATH, method="POST", body=b"x" * 70_000))
             await until(lambda: rig.pool.held == 1)
@@ -140,7 +140,7 @@ def test_a_replica_that_breaks_the_connection_during_its_check(passes):
         return False
 
     async def main():
-        async with upstream(breaks) as up, proxy(ahead=True) as rig:
+        async with upstream(breaks) as up, proxy(speculative=True) as rig:
             rig.add("a", up.port, phase=Phase.IDLE)
             waiting = asyncio.create_task(rig.get(PATH, method="POST", body=b"{}"))
             await until(lambda: rig.pool.held == 1)
@@ -168,16 +168,16 @@ def test_recalled_it_is_aborted_and_sent_anew_once_the_replica_serves():
         return await ordinary(up, seen, reader, writer)
 
     async def main():
-        async with upstream(slow) as up, proxy(ahead=True) as rig:
+        async with upstream(slow) as up, proxy(speculative=True) as rig:
             replica = rig.add("a", up.port, phase=Phase.IDLE)
             waiting = asyncio.create_task(rig.get(PATH, method="POST", body=b"12345"))
             await until(lambda: rig.pool.held == 1)
-            assert not await rig.pool.recall("a")
+            assert not await rig.pool.cancel_speculation("a")
             checking(rig)
             await until(lambda: len(up.seen) == 1)
-            assert await rig.pool.recall("a") and replica.outstanding == 0
+            assert await rig.pool.cancel_speculation("a") and replica.outstanding == 0
             await until(lambda: up.seen[0].gone and rig.pool.held == 1)
-            assert not await rig.pool.recall("a") and len(up.seen) == 1
+            assert not await rig.pool.cancel_speculation("a") and len(up.seen) == 1
             rig.trackers["a"].to(Phase.SERVING)
             assert (await waiting).json()["length"] == 5 and len(up.seen) == 2
 
@@ -191,7 +191,7 @@ def test_a_client_that_leaves_frees_the_replica():
         return False
 
     async def main():
-        async with upstream(never) as up, proxy(ahead=True) as rig:
+        async with upstream(never) as up, proxy(speculative=True) as rig:
             replica = rig.add("a", up.port, phase=Phase.IDLE)
             _, writer = await raw_client(rig)
             await until(lambda: rig.pool.held == 1)
@@ -211,7 +211,7 @@ def test_the_deadline_of_a_held_request_holds_while_its_replica_is_checked():
         return False
 
     async def main():
-        async with upstream(never) as up, proxy(ahead=True) as rig:
+        async with upstream(never) as up, proxy(speculative=True) as rig:
             replica = rig.add("a", up.port, phase=Phase.IDLE)
             waiting = asyncio.create_task(rig.get(PATH, "X-Quickthaw-Hold: 0.3", method="POST", body=b"{}"))
             await until(lambda: rig.pool.held == 1)
@@ -236,7 +236,7 @@ def test_a_long_stream_is_kept_back_within_bounds_and_arrives_whole():
         return True
 
     async def main():
-        async with upstream(stream) as up, proxy(ahead=True) as rig:
+        async with upstream(stream) as up, proxy(speculative=True) as rig:
             rig.add("a", up.port, phase=Phase.IDLE)
             reader, writer = await raw_client(rig)
             await until(lambda: rig.pool.held == 1)

@@ -243,7 +243,7 @@ def test_an_engine_of_ours_that_dies_is_known_to_be_down_before_anybody_asks():
             endpoint.tracker._since -= 1000.0  # it has been down for long, and was up for longer
             endpoint.tracker._began -= 5000.0
             assert (await rig.get("/")).json()["pid"] != first
-            assert rig.pool.wakes == 2
+            assert rig.pool.waker.wakes == 2
             assert max(rig.pool.history.seen(Kind.COLD)) < 100, "a start lasts from its own beginning"
             spans = rig.pool.history.last[Kind.COLD]
             assert [str(s.phase) for s in spans] == ["mounting", "starting", "loading", "warming"]

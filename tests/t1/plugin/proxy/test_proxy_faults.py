@@ -220,7 +220,7 @@ def test_a_host_without_connections_to_give_is_no_death_of_the_replica(monkeypat
             got = await rig.get("/")
             assert got.status == 503 and got.json()["error"]["code"] == "no-connection" and "retry-after" in got.headers
             monkeypatch.setattr(module, "connect", working)
-            assert (await rig.get("/")).status == 200 and rig.pool.wakes == 0
+            assert (await rig.get("/")).status == 200 and rig.pool.waker.wakes == 0
 
     run(main())
 
@@ -333,7 +333,7 @@ def test_a_dead_replica_is_woken_again():
                 alive = tcp("127.0.0.1", up.port)
                 rig.add("a", dead_port)
                 got = await asyncio.gather(*(rig.get("/") for _ in range(10)))
-                assert {a.status for a in got} == {200} and len(up.seen) == 10 and rig.pool.wakes == 1
+                assert {a.status for a in got} == {200} and len(up.seen) == 10 and rig.pool.waker.wakes == 1
 
     run(main())
 

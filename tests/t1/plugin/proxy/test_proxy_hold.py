@@ -52,7 +52,7 @@ def test_one_wake_for_all_who_wait():
             async with proxy(wake=wake) as rig:
                 rig.add("a", up.port, phase=Phase.IDLE)
                 got = await asyncio.gather(*(rig.get("/") for _ in range(50)))
-                assert {a.status for a in got} == {200} and wakes == 1 and rig.pool.wakes == 1
+                assert {a.status for a in got} == {200} and wakes == 1 and rig.pool.waker.wakes == 1
 
     run(main())
 
@@ -100,7 +100,7 @@ def test_a_start_that_has_finally_failed_ends_the_held_with_its_code():
                 }
             # the next request does not hammer a start that has just failed
             again = await rig.get("/v1/messages")
-            assert again.status == 503 and again.json()["error"]["code"] == "engine-died" and rig.pool.wakes == 1
+            assert again.status == 503 and again.json()["error"]["code"] == "engine-died" and rig.pool.waker.wakes == 1
             assert again.json()["type"] == "error" and again.json()["error"]["type"] == "overloaded_error"
 
     run(main())

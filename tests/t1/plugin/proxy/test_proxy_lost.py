@@ -54,7 +54,7 @@ def add(rig: Rig, port: int, phase: Phase = Phase.SERVING) -> None:
 @pytest.mark.parametrize("said", [b"", HEAD, HEAD + b'{"ok":', STREAM], ids=["nothing", "head", "part", "stream"])
 def test_it_is_asked_again_whole(said):
     async def main():
-        async with upstream(dies(said)) as up, proxy(ahead=True) as rig:
+        async with upstream(dies(said)) as up, proxy(speculative=True) as rig:
             add(rig, up.port)
             waiting = asyncio.create_task(rig.get(PATH, method="POST", body=b"12345"))
             await until(lambda: len(up.seen) == 1)
@@ -71,7 +71,7 @@ def test_it_is_asked_again_whole(said):
 
 def test_one_whose_body_comes_after_its_head_as_well():
     async def main():
-        async with upstream(dies(b"")) as up, proxy(ahead=True) as rig:
+        async with upstream(dies(b"")) as up, proxy(speculative=True) as rig:
             add(rig, up.port)
             reader, writer = await asyncio.open_connection("127.0.0.1", rig.port)
             writer.write(f"POST {PATH} HTTP/1.1\r\nHost: t\r\nConnection: close\r\nContent-Length: 5\r\n\r\n1".encode())
@@ -90,7 +90,7 @@ def test_one_whose_body_comes_after_its_head_as_well():
 
 def test_one_that_ran_ahead_of_the_check_as_well():
     async def main():
-        async with upstream(dies(HEAD)) as up, proxy(ahead=True) as rig:
+        async with upstream(dies(HEAD)) as up, proxy(speculative=True) as rig:
             add(rig, up.port, Phase.IDLE)
             waiting = asyncio.create_task(rig.get(PATH, method="POST", body=b"12345"))
             await until(lambda: rig.pool.held == 1)
@@ -109,7 +109,7 @@ def test_one_that_ran_ahead_of_the_check_as_well():
 
 def test_a_stream_that_has_begun_is_cut():
     async def main():
-        async with upstream(dies(STREAM + EVENT)) as up, proxy(ahead=True) as rig:
+        async with upstream(dies(STREAM + EVENT)) as up, proxy(speculative=True) as rig:
             add(rig, up.port)
             reader, writer = await asyncio.open_connection("127.0.0.1", rig.port)
             writer.write(f"POST {PATH} HTTP/1.1\r\nHost: t\r\nContent-Length: 2\r\n\r\n{{}}".encode())
@@ -124,7 +124,7 @@ def test_a_stream_that_has_begun_is_cut():
 @pytest.mark.parametrize("why", ["not lost", "nothing was to come", "no generation"])
 def test_other_failures_are_answered_as_ever(why):
     async def main():
-        async with upstream(dies(b"")) as up, proxy(ahead=True) as rig:
+        async with upstream(dies(b"")) as up, proxy(speculative=True) as rig:
             add(rig, up.port)
             if why == "nothing was to come":
                 rig.pool.replicas["a"].coming = lambda: False
@@ -146,7 +146,7 @@ def test_a_whole_answer_waits_for_nothing():
         return True
 
     async def main():
-        async with upstream(says) as up, proxy(ahead=True) as rig:
+        async with upstream(says) as up, proxy(speculative=True) as rig:
             add(rig, up.port)
             got = await rig.get(PATH, method="POST", body=b"{}")
             assert got.status == 200 and got.body == b"x" * (3 << 20)

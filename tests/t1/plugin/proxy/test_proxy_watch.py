@@ -54,7 +54,7 @@ def test_an_engine_that_comes_up_later_and_one_that_is_killed_are_noticed_withou
             await until(lambda: rig.pool.held == 1)
             with engine(port):
                 assert (await waiting).status == 200
-            assert rig.pool.wakes == 1 and not rig.pool.failed_starts
+            assert rig.pool.waker.wakes == 1 and not rig.pool.waker.failed_starts
 
     run(main())
 

@@ -9,7 +9,7 @@ import asyncio
 import math
 import time
 from collections.abc import Awaitable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from plugin.proxy import retry_rules
 from plugin.proxy.errors import ProxyError, Unavailable, UpstreamFault

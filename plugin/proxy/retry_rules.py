@@ -16,7 +16,7 @@ an engine, and only a complete one.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from plugin.proxy.http.client import Client

@@ -7,7 +7,7 @@ answer that is no stream, or an error, becomes an error event in the shape that 
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from plugin.proxy.errors import ProxyError, UpstreamFault, document, speaks_anthropic
 
@@ -42,9 +42,7 @@ def wants_stream(request: Request) -> bool:
 class EarlyStream:
     """An answer that begins before its replica is up."""
 
-    def __init__(
-        self, exchange: Exchange, pool: ReplicaPool, every_s: float, loop: asyncio.AbstractEventLoop
-    ) -> None:
+    def __init__(self, exchange: Exchange, pool: ReplicaPool, every_s: float, loop: asyncio.AbstractEventLoop) -> None:
         """Send the head at once, and from then on a comment every `every_s` seconds."""
         self.exchange, self.pool, self.every_s, self.loop = exchange, pool, every_s, loop
         self.answered = False

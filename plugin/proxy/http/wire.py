@@ -113,32 +113,34 @@ def request_head(
 REQUEST_DROP = HOP_BY_HOP | {b"host", b"expect", b"x-request-id"}
 
 
+def answer_fields(headers: list[Field], request_id: bytes) -> list[Field]:
+    """Return the fields of a replica's answer that are relayed, with the request id unless the replica set one."""
+    kept = [field for field in headers if field[0] not in HOP_BY_HOP]
+    if len(kept) < len(headers):
+        connection = [value for lower, _, value in headers if lower == b"connection"]
+        if connection and (extra := named_in_connection(connection) - {b"close", b"keep-alive", b"upgrade"}):
+            kept = [field for field in kept if field[0] not in extra]
+    for field in kept:
+        if field[0] == b"x-request-id":
+            break
+    else:
+        kept.append((b"x-request-id", b"x-request-id", request_id))
+    return kept
+
+
 def response_head(
     status: int,
     phrase: bytes,
-    headers: Iterable[Field],
+    headers: list[Field],
     *,
     request_id: bytes,
     chunked: bool,
     close: bool,
     upgrade: bytes | None = None,
 ) -> bytes:
-    """Build the client's head for a replica's answer: drop hop-by-hop fields, add the request id unless the replica set one."""
+    """Build the client's head for a replica's answer: drop hop-by-hop headers, set the framing's own."""
     out = [b"HTTP/1.1 %d %b\r\n" % (status, phrase)]
-    connection: list[bytes] = []
-    has_id = False
-    for lower, name, value in headers:
-        if lower in HOP_BY_HOP:
-            if lower == b"connection":
-                connection.append(value)
-            continue
-        if lower == b"x-request-id":
-            has_id = True
-        out.append(b"%b: %b\r\n" % (name, value))
-    if connection and (extra := named_in_connection(connection) - {b"close", b"keep-alive", b"upgrade"}):
-        out[1:] = [line for line in out[1:] if line.partition(b":")[0].lower() not in extra]
-    if not has_id:
-        out.append(b"x-request-id: %b\r\n" % request_id)
+    out += [b"%b: %b\r\n" % (name, value) for _, name, value in answer_fields(headers, request_id)]
     if chunked:
         out.append(b"transfer-encoding: chunked\r\n")
     if upgrade is not None:

@@ -283,7 +283,7 @@ def test_a_start_after_one_that_failed_counts_from_its_own_beginning(tmp_path):
             assert (await rig.get("/")).status == 503
             endpoint.tracker._since -= 1000.0
             rig.pool.replicas["default"]._began -= 1000.0
-            rig.pool._wake_pause.succeeded()
+            rig.pool.waker.pause.succeeded()
             (tmp_path / "ok").touch()
             assert (await rig.get("/")).status == 200
             assert 0 < max(rig.pool.history.seen(Kind.COLD)) < 100

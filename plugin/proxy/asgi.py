@@ -1,0 +1,204 @@
+"""The proxy for whoever has a gateway in Starlette or FastAPI: an application to mount, and a middleware.
+
+`hold_app(pool)` is a Starlette application that holds, forwards and streams as `quickthaw proxy` does: the same pool,
+deadlines, path rules, errors, retries and admin endpoints. `HoldMiddleware(app, pool)` only holds: a request waits until
+a replica serves, and then `app` answers it, with a forwarding of its own.
+
+Both work in the event loop of any ASGI server. `launch` does not use them: its own port (`plugin.proxy.server`) needs no
+Starlette at a restore, and is several times faster (docs/proxy.md).
+
+Known limits: no WebSockets through `hold_app` (501 `websocket-unsupported`), no trailers, no informational responses.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncIterator, MutableMapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.routing import Mount
+from starlette.types import ASGIApp
+
+from plugin.proxy.errors import ProxyError, Unavailable, render
+from plugin.proxy.http.asgi_client import AsgiClient, Message, Receive, Send, request_of, websocket_fault
+from plugin.proxy.http.path_rules import Verdict
+from plugin.proxy.http.request import Request
+from plugin.proxy.pool.pool import ReplicaPool
+from plugin.proxy.pool.replica import Replica
+from plugin.proxy.pool.router import Router
+from plugin.proxy.server import Proxy
+from plugin.proxy.settings import Settings
+
+Scope = MutableMapping[str, Any]
+
+
+def hold_app(target: ReplicaPool | Router, settings: Settings | None = None) -> Starlette:
+    """Return an application that holds, forwards and streams every request that reaches it.
+
+    Its lifespan begins and ends the proxy; a mounted application has none, so the outer one enters it
+    (`async with inner.router.lifespan_context(inner)`). Without a lifespan the first request begins the proxy.
+    `app.state.proxy` is the `Proxy`; call its `drain` when the server is told to stop, since an ASGI server ends the
+    lifespan only after the last request.
+    """
+    proxy = Proxy(target, settings)
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        proxy.begin()
+        yield
+        await proxy.shutdown()
+
+    app = Starlette(routes=[Mount("/", app=_Forwarding(proxy))], lifespan=lifespan)
+    app.state.proxy = proxy
+    return app
+
+
+class _Forwarding:
+    """The innermost ASGI application of `hold_app`."""
+
+    def __init__(self, proxy: Proxy) -> None:
+        self.proxy = proxy
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            await _refuse_websocket(scope, send, websocket_fault())
+            return
+        if self.proxy.loop is None:
+            self.proxy.begin()
+        await AsgiClient(self.proxy, scope, receive, send).run()
+
+
+class HoldMiddleware:
+    """Hold requests until a replica serves, then let the application answer them.
+
+    The replica is in `request.state.replica`; it counts the request as outstanding until the application returns. A
+    request that cannot be held any longer is answered here with the proxy's errors. Denied paths are answered with 404.
+    """
+
+    def __init__(
+        self, app: ASGIApp, pool: ReplicaPool, settings: Settings | None = None, *, paths: tuple[str, ...] = ("/",)
+    ) -> None:
+        """`paths`: only requests to these and below are held; the application's health checks belong elsewhere."""
+        self.app, self.pool = app, pool
+        self.proxy = Proxy(pool, settings)
+        self._paths = tuple(path.rstrip("/") for path in paths)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one ASGI scope."""
+        if scope["type"] == "lifespan":
+            await self._lifespan(scope, receive, send)
+        elif any(f"{scope['path']}/".startswith(f"{path}/") for path in self._paths):
+            await self._held(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
+
+    async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def begin_and_end() -> Message:
+            message = await receive()
+            if message["type"] == "lifespan.startup":
+                self.proxy.begin()
+            else:
+                await self.proxy.shutdown()
+            return message
+
+        await self.app(scope, begin_and_end, send)
+
+    async def _held(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self.proxy.loop is None:
+            self.proxy.begin()
+        websocket = scope["type"] == "websocket"
+        request = request_of({"method": "GET", **scope, "headers": [] if websocket else scope["headers"]})
+        inbox = _Inbox(receive, self.proxy.settings.body_buffer)
+        try:
+            replica = await self._acquire(request, None if websocket else inbox)
+        except ProxyError as error:
+            self.proxy.stats.outcomes[error.code] += 1
+            if websocket:
+                await _refuse_websocket(scope, send, error)
+            else:
+                await _refuse(request, send, error)
+            return
+        finally:
+            self.proxy.stats.requests += 1
+        if replica is None:
+            self.proxy.stats.outcomes["client-gone"] += 1
+            return
+        try:
+            scope.setdefault("state", {})["replica"] = replica
+            await self.app(scope, inbox.receive, send)
+            replica.served += 1
+            self.proxy.stats.outcomes["forwarded"] += 1
+        finally:
+            self.pool.release(replica)
+
+    async def _acquire(self, request: Request, inbox: _Inbox | None) -> Replica | None:
+        """Return a serving replica, or None when the client has disconnected. Raises ProxyError."""
+        proxy, pool = self.proxy, self.pool
+        if proxy.rules.judge(request.target) is Verdict.DENIED:
+            raise ProxyError("not-found", "there is no such path", status=404)
+        if proxy.draining:
+            raise Unavailable("shutting-down", "the proxy is shutting down")
+        replica = pool.try_acquire()
+        if replica is not None:
+            return replica
+        waiting = asyncio.ensure_future(
+            pool.acquire(proxy.settings.hold_timeout_s, at_most_s=request.hold_s, since=request.arrived)
+        )
+        watching = asyncio.ensure_future(asyncio.Event().wait() if inbox is None else inbox.until_disconnect())
+        proxy.stats.held_total += 1
+        try:
+            await asyncio.wait((waiting, watching), return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:
+            if waiting.done() and waiting.exception() is None:
+                pool.release(waiting.result())
+            raise
+        finally:
+            proxy.stats.held.add(time.monotonic() - request.arrived)
+            watching.cancel()
+            waiting.cancel()
+        return waiting.result() if waiting.done() else None
+
+
+class _Inbox:
+    """Read a request's messages while it is held, to notice a disconnect, and hand them to the application afterwards."""
+
+    def __init__(self, receive: Receive, limit: int) -> None:
+        """`limit`: bytes of the body after which nothing more is read while the request is held."""
+        self._receive, self._left = receive, limit
+        self._messages: deque[Message] = deque()
+
+    async def until_disconnect(self) -> None:
+        """Return once the client has disconnected."""
+        while self._left > 0:
+            message = await self._receive()
+            self._messages.append(message)
+            self._left -= len(message.get("body", b""))
+            if message["type"] == "http.disconnect":
+                return
+        await asyncio.Event().wait()
+
+    async def receive(self) -> Message:
+        """Return the next message: first those that were read while the request was held."""
+        return self._messages.popleft() if self._messages else await self._receive()
+
+
+async def _refuse(request: Request, send: Send, error: ProxyError) -> None:
+    status, headers, body = render(error, request.path, request.id.decode("ascii", "replace"))
+    headers += [(b"content-length", b"%d" % len(body)), (b"x-request-id", request.id)]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def _refuse_websocket(scope: Scope, send: Send, error: ProxyError) -> None:
+    """Answer a WebSocket's handshake with the error, or close it where the server has no extension for that."""
+    if "websocket.http.response" not in scope.get("extensions", {}):
+        await send({"type": "websocket.close", "code": 1013, "reason": error.code})
+        return
+    status, headers, body = render(error, scope["path"], "")
+    headers.append((b"content-length", b"%d" % len(body)))
+    await send({"type": "websocket.http.response.start", "status": status, "headers": headers})
+    await send({"type": "websocket.http.response.body", "body": body})

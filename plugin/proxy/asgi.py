@@ -7,7 +7,9 @@ a replica serves, and then `app` answers it, with a forwarding of its own.
 Both work in the event loop of any ASGI server. `launch` does not use them: its own port (`plugin.proxy.server`) needs no
 Starlette at a restore, and is several times faster (docs/proxy.md).
 
-Known limits: no WebSockets through `hold_app` (501 `websocket-unsupported`), no trailers, no informational responses.
+Known limits of `hold_app`: no WebSockets (501 `websocket-unsupported`), no trailers, no informational responses. An
+answer that breaks off ends in an exception, at which the server closes the connection; Starlette's BaseHTTPMiddleware
+around it ends an answer without a length as if it were whole, so use plain ASGI middleware there.
 """
 
 from __future__ import annotations
@@ -67,7 +69,7 @@ class _Forwarding:
         if scope["type"] == "websocket":
             await _refuse_websocket(scope, send, websocket_fault())
             return
-        if self.proxy.loop is None:
+        if not self.proxy.begun:
             self.proxy.begin()
         await AsgiClient(self.proxy, scope, receive, send).run()
 
@@ -108,7 +110,7 @@ class HoldMiddleware:
         await self.app(scope, begin_and_end, send)
 
     async def _held(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self.proxy.loop is None:
+        if not self.proxy.begun:
             self.proxy.begin()
         websocket = scope["type"] == "websocket"
         request = request_of({"method": "GET", **scope, "headers": [] if websocket else scope["headers"]})

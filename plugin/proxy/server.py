@@ -66,6 +66,11 @@ class Proxy:
 
         return status_document(self)
 
+    @property
+    def begun(self) -> bool:
+        """Return True once `begin` was called."""
+        return self._sweeper is not None
+
     # -- begin and end -----------------------------------------------------------------------------
 
     def begin(self) -> None:

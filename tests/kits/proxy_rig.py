@@ -13,17 +13,19 @@ import contextlib
 import json
 import socket
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import uvicorn
 import uvloop
 
+from plugin.proxy.asgi import hold_app
 from plugin.proxy.http.address import tcp
 from plugin.proxy.pool.pool import ReplicaPool
 from plugin.proxy.pool.replica import Replica
-from plugin.proxy.server import ProxyServer
+from plugin.proxy.server import Proxy, ProxyServer
 from plugin.proxy.settings import Settings
 from plugin.runtime.phases import Phase, PhaseTracker
 
@@ -173,9 +175,13 @@ async def upstream(handler: Handler = ordinary, **more: Any) -> AsyncIterator[Up
 class Rig:
     """A running proxy with its pool."""
 
-    server: ProxyServer
+    server: Proxy
     pool: ReplicaPool
     port: int
+    stop: Callable[[float], Awaitable[None]]
+    """Stop as on SIGTERM: hold no request any more, wait up to so many seconds for those in flight."""
+    connections: Callable[[], int]
+    """How many clients are connected, idle ones included."""
     trackers: dict[str, PhaseTracker] = field(default_factory=dict)
 
     @property
@@ -220,14 +226,61 @@ class Rig:
 
 @asynccontextmanager
 async def proxy(settings: Settings | None = None, **pool_options: Any) -> AsyncIterator[Rig]:
+    """The proxy behind its own port, as `launch` uses it."""
     sock = socket.create_server(("127.0.0.1", 0), backlog=4096)
     pool = ReplicaPool(**pool_options)
     server = ProxyServer(pool, settings or Settings())
     await server.start(sock)
     try:
-        yield Rig(server, pool, sock.getsockname()[1])
+        yield Rig(server, pool, sock.getsockname()[1], server.shutdown, lambda: len(server.clients))
     finally:
         await server.shutdown(0.02)
+
+
+class _Uvicorn(uvicorn.Server):
+    """uvicorn without its signal handlers: a test ends it itself."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+@asynccontextmanager
+async def served_by_uvicorn(app: Any, **options: Any) -> AsyncIterator[tuple[int, _Uvicorn]]:
+    """An ASGI application on a port of its own; the port, and the server."""
+    sock = socket.create_server(("127.0.0.1", 0), backlog=4096)
+    server = _Uvicorn(
+        uvicorn.Config(app, lifespan="on", log_config=None, server_header=False, proxy_headers=False, **options)
+    )
+    task = asyncio.create_task(server.serve(sockets=[sock]))
+    await until(lambda: server.started or task.done(), "uvicorn to start")
+    try:
+        yield sock.getsockname()[1], server
+    finally:
+        server.should_exit = True
+        await task
+
+
+@asynccontextmanager
+async def asgi_proxy(settings: Settings | None = None, **pool_options: Any) -> AsyncIterator[Rig]:
+    """The same proxy as a Starlette application under uvicorn."""
+    pool = ReplicaPool(**pool_options)
+    app = hold_app(pool, settings or Settings())
+    async with served_by_uvicorn(app, date_header=False) as (port, uvicorn_server):
+        server: Proxy = app.state.proxy
+
+        async def stop(limit_s: float) -> None:
+            server.drain()
+            uvicorn_server.should_exit = True
+            await server.shutdown(limit_s)
+
+        try:
+            yield Rig(server, pool, port, stop, lambda: len(uvicorn_server.server_state.connections))
+        finally:
+            await server.shutdown(0.02)
+
+
+FACES = {"port": proxy, "asgi": asgi_proxy}
 
 
 @dataclass

@@ -19,7 +19,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 from urllib.parse import quote, unquote_to_bytes
 
-from plugin.proxy.errors import ClientFault, ProxyError, Unavailable
+from plugin.proxy.errors import ClientFault, ProxyError, Unavailable, UpstreamFault
 from plugin.proxy.http import wire
 from plugin.proxy.http.client import Client, Host
 from plugin.proxy.http.exchange import Exchange
@@ -206,7 +206,10 @@ class AsgiClient(Client):
         self._continued.set()
 
     def cut(self) -> None:
-        """Drop the rest of the answer; `run` then raises."""
+        """Drop the rest of the answer, after which `run` raises; an answer that has not begun becomes a 502."""
+        if self.running and self.exchange is not None and not self.exchange.head_sent:
+            self.interrupt(UpstreamFault("answer-cut", "the proxy has ended this request before its answer came"))
+            return
         self._cut = True
         self._end()
 

@@ -6,11 +6,16 @@ import asyncio
 import json
 import os
 import runpy
+import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+
+from launchers.bare import free_port
+from tests.t1.plugin.proxy.test_proxy_command import ENGINE, LIMIT_S, call, eventually, refused
 
 pytestmark = pytest.mark.t1
 
@@ -23,6 +28,35 @@ def test_an_engine_of_your_own(capsys):
     answers = asyncio.run(example["run"](5))
     assert [json.loads(a)["you asked for"] for a in answers] == [f"/{n}" for n in range(5)]
     assert "5 requests, 1 wake, 1 sleep" in capsys.readouterr().out
+
+
+def test_a_gateway_in_starlette():
+    """Held until the engine comes; refused without a key; on SIGTERM what is held is answered at once."""
+    port, engine_port = free_port(), free_port()
+    script = [sys.executable, str(EXAMPLES / "proxy_in_gateway.py")]
+    arguments = ["--upstream", f"http://127.0.0.1:{engine_port}", "--port", str(port)]
+    paths = os.environ | {"PYTHONPATH": str(EXAMPLES.parent)}
+    url, key = f"http://127.0.0.1:{port}", {"Authorization": "Bearer team-a"}
+    with subprocess.Popen([*script, *arguments], env=paths, stderr=subprocess.DEVNULL) as gateway:
+        try:
+            eventually(lambda: not refused(port), "the gateway listens")
+            assert call(f"{url}/health") == (200, {"ok": True})
+            assert call(f"{url}/llm/v1/models")[0] == 401
+            with ThreadPoolExecutor(1) as pool:
+                waiting = pool.submit(call, f"{url}/llm/v1/models", **key)
+                eventually(lambda: call(f"{url}/llm/-/status", **key)[1]["pools"][0]["held"] == 1, "held")
+                with subprocess.Popen([sys.executable, "-S", str(ENGINE), str(engine_port)]) as engine:
+                    status, answer = waiting.result()
+                    engine.kill()
+                assert status == 200 and answer["path"] == "/v1/models"
+                eventually(lambda: call(f"{url}/llm/-/ready?strict=1", **key)[0] == 503, "the engine has gone")
+                waiting = pool.submit(call, f"{url}/llm/v1/models", **key)
+                eventually(lambda: call(f"{url}/llm/-/status", **key)[1]["pools"][0]["held"] == 1, "held again")
+                gateway.send_signal(signal.SIGTERM)
+                assert waiting.result()[1]["error"]["code"] == "shutting-down"
+            gateway.wait(LIMIT_S)
+        finally:
+            gateway.kill()
 
 
 def test_the_models_file_is_accepted():

@@ -9,7 +9,7 @@ import asyncio
 import pytest
 
 from plugin.runtime.phases import Phase
-from tests.kits.proxy_rig import Handler, Rig, Seen, Upstream, answer, ordinary, proxy, run, until, upstream
+from tests.kits.proxy_rig import Handler, Rig, Seen, Upstream, answer, ordinary, run, until, upstream
 
 pytestmark = pytest.mark.t1
 PATH = "/v1/completions"
@@ -52,7 +52,7 @@ def add(rig: Rig, port: int, phase: Phase = Phase.SERVING) -> None:
 
 
 @pytest.mark.parametrize("said", [b"", HEAD, HEAD + b'{"ok":', STREAM], ids=["nothing", "head", "part", "stream"])
-def test_it_is_asked_again_whole(said):
+def test_it_is_asked_again_whole(proxy, said):
     async def main():
         async with upstream(dies(said)) as up, proxy(speculative=True) as rig:
             add(rig, up.port)
@@ -69,7 +69,7 @@ def test_it_is_asked_again_whole(said):
     run(main())
 
 
-def test_one_whose_body_comes_after_its_head_as_well():
+def test_one_whose_body_comes_after_its_head_as_well(proxy):
     async def main():
         async with upstream(dies(b"")) as up, proxy(speculative=True) as rig:
             add(rig, up.port)
@@ -88,7 +88,7 @@ def test_one_whose_body_comes_after_its_head_as_well():
     run(main())
 
 
-def test_one_that_ran_ahead_of_the_check_as_well():
+def test_one_that_ran_ahead_of_the_check_as_well(proxy):
     async def main():
         async with upstream(dies(HEAD)) as up, proxy(speculative=True) as rig:
             add(rig, up.port, Phase.IDLE)
@@ -107,7 +107,7 @@ def test_one_that_ran_ahead_of_the_check_as_well():
     run(main())
 
 
-def test_a_stream_that_has_begun_is_cut():
+def test_a_stream_that_has_begun_is_cut(proxy):
     async def main():
         async with upstream(dies(STREAM + EVENT)) as up, proxy(speculative=True) as rig:
             add(rig, up.port)
@@ -122,7 +122,7 @@ def test_a_stream_that_has_begun_is_cut():
 
 
 @pytest.mark.parametrize("why", ["not lost", "nothing was to come", "no generation"])
-def test_other_failures_are_answered_as_ever(why):
+def test_other_failures_are_answered_as_ever(proxy, why):
     async def main():
         async with upstream(dies(b"")) as up, proxy(speculative=True) as rig:
             add(rig, up.port)
@@ -140,7 +140,7 @@ def test_other_failures_are_answered_as_ever(why):
     run(main())
 
 
-def test_a_whole_answer_waits_for_nothing():
+def test_a_whole_answer_waits_for_nothing(proxy):
     async def says(up: Upstream, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         writer.write(answer(b"x" * (3 << 20)))
         return True

@@ -1,0 +1,11 @@
+"""The proxy behind its own port, and as an ASGI application: what holds for both is tested on both."""
+
+import pytest
+
+from tests.kits.proxy_rig import FACES
+
+
+@pytest.fixture(params=FACES)
+def proxy(request):
+    """Start a proxy of either face, as `tests.kits.proxy_rig.proxy` does."""
+    return FACES[request.param]

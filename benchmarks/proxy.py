@@ -1,16 +1,16 @@
-"""What the proxy costs, side by side in one run: the bare upstream, this proxy, nginx and LiteLLM's proxy (those that
-are installed).
+"""What the proxy costs, side by side in one run: the bare upstream, the proxy's own port, the same proxy as an ASGI
+application under uvicorn, the Starlette and aiohttp proxy that one would write in an afternoon (`proxy_peer`), nginx and
+LiteLLM's proxy.
 
-    python benchmarks/proxy.py                       everything, about three minutes
+    python benchmarks/proxy.py                       everything, about six minutes
     python benchmarks/proxy.py --quick               the same, shorter
     python benchmarks/proxy.py --only latency,held   some of: latency, throughput, streams, cancel, held, body, imports
+    python benchmarks/proxy.py --against DIR         and the port of another checkout in DIR, as `before`
     python benchmarks/proxy.py --litellm /path/to/venv/bin/litellm --json out.json
 
-LiteLLM is not a dependency: install `litellm[proxy]` in an environment of its own and name its `litellm` script. A
-peer that is absent is
-said to be absent. `throughput` needs wrk (Debian's package). The upstream, the proxies and the load run on the same
-cores, so
-compare the columns of one run with each other, not with another machine's.
+LiteLLM is not a dependency: install `litellm[proxy]` in an environment of its own and name its `litellm` script. A peer
+that is not installed is named and left out. `throughput` needs wrk (Debian's package). The upstream, the proxies and the
+load run on the same cores, so compare the columns of one run with each other, not with another machine's.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,43 @@ async def ours(port: int, upstream_port: int, held: bool) -> None:
     asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, release)
     await server.wait_stopped()
 
+
+def asgi(port: int, upstream_port: int, held: bool) -> None:
+    """The same proxy as an application under uvicorn."""
+    import uvicorn
+
+    from plugin.proxy.asgi import hold_app
+    from plugin.proxy.http.address import tcp
+    from plugin.proxy.pool.pool import ReplicaPool
+    from plugin.runtime.phases import Phase, PhaseTracker
+
+    pool = ReplicaPool()
+    tracker = PhaseTracker(phase=Phase.IDLE if held else Phase.SERVING)
+    pool.add("r0", tracker, tcp("127.0.0.1", upstream_port))
+
+    def release(*_: object) -> None:
+        for phase in (Phase.MOUNTING, Phase.RESTORING, Phase.WAKING, Phase.VERIFYING, Phase.SERVING):
+            tracker.to(phase)
+
+    signal.signal(signal.SIGUSR1, release)
+    uvicorn.run(hold_app(pool), **UVICORN, port=port)
+
+
+def starlette(port: int, upstream_port: int) -> None:
+    """The peer that one would write in an afternoon."""
+    import uvicorn
+    from proxy_peer import app
+
+    uvicorn.run(app(f"http://127.0.0.1:{upstream_port}"), **UVICORN, port=port)
+
+
+UVICORN: dict[str, Any] = {
+    "loop": "uvloop",
+    "http": "httptools",
+    "access_log": False,
+    "log_level": "error",
+    "backlog": 4096,
+}
 
 # -- starting and stopping ---------------------------------------------------------------------------
 
@@ -363,11 +401,15 @@ def body_part(ports: Ports, pid: int, quick: bool) -> tuple[dict[str, Any], list
     return got, met
 
 
-def held_part(stack: contextlib.ExitStack, up: int, ports: Ports, peer: Ports) -> tuple[dict[str, Any], list[bool]]:
+def held_part(up: int, ports: Ports, peer: Ports) -> tuple[dict[str, Any], list[bool]]:
     """2,000 requests while no replica serves; what the others say when nothing listens behind them."""
-    port = free_port()
-    process = stack.enter_context(running(me("_ours", str(port), str(up), "held"), port))
-    r = asyncio.run(held(port, up, process, 2000))
+    got: dict[str, dict[str, Any]] = {}
+    for name, face in (("quickthaw", "_ours"), ("quickthaw, ASGI", "_asgi")):
+        if name in ports:
+            port, own_up = free_port(), free_port()  # an upstream of its own counts this face's requests only
+            arguments = me(face, str(port), str(own_up), "held")
+            with running(me("_upstream", str(own_up)), own_up), running(arguments, port) as process:
+                got[name] = asyncio.run(held(port, own_up, process, 2000))
     names = (
         "2,000 held, then released",
         "200s",
@@ -377,17 +419,24 @@ def held_part(stack: contextlib.ExitStack, up: int, ports: Ports, peer: Ports) -
         "MB peak",
         "released in s",
     )
-    once = r["upstream_requests"] == r["upstream_distinct"] == 2000
-    memory = [f"{r[k]:.0f}" for k in ("rss_before_mb", "rss_holding_mb", "rss_peak_mb")]
-    ours_ = ["quickthaw", f"{r['answered_200']:,}", "yes" if once else "NO", *memory, f"{r['released_in_s']:.2f}"]
-    rows = [list(names), ours_]
+    rows = [list(names)]
+    for name, r in got.items():
+        once = r["upstream_requests"] == r["upstream_distinct"] == 2000
+        memory = [f"{r[k]:.0f}" for k in ("rss_before_mb", "rss_holding_mb", "rss_peak_mb")]
+        rows.append([name, f"{r['answered_200']:,}", "yes" if once else "NO", *memory, f"{r['released_in_s']:.2f}"])
     others: dict[str, int] = {}
     if "nginx" in ports:
         with nginx(free_port()) as lone:
             others["nginx"] = asyncio.run(without_upstream(lone, "m"))
+    if "Starlette + aiohttp" in ports:
+        lone = free_port()
+        with running(me("_starlette", str(lone), str(free_port())), lone):
+            others["Starlette + aiohttp"] = asyncio.run(without_upstream(lone, "m"))
     others |= {name: asyncio.run(without_upstream(p, "down")) for name, p in peer.items()}
     rows += [[name, f"answers {status} at once", "", "", "", "", ""] for name, status in others.items()]
     table("Held requests", rows)
+    r = got["quickthaw"]
+    once = r["upstream_requests"] == r["upstream_distinct"] == 2000
     met = [verdict("memory with 2,000 held and released", r["rss_peak_mb"], 150, "MB")]
     met.append(verdict("answered, each once", r["answered_200"] if once else 0, 2000, "requests", least=True))
     return r | {"others": others}, met
@@ -398,6 +447,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--only", default="latency,throughput,streams,cancel,held,body,imports")
     parser.add_argument("--litellm", default=os.environ.get("LITELLM") or shutil.which("litellm"))
+    parser.add_argument("--against", type=Path, help="another checkout, whose port is measured too, as `before`")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     parts, quick = options.only.split(","), options.quick
@@ -410,6 +460,19 @@ def main() -> None:
         our_port = free_port()
         process = stack.enter_context(running(me("_ours", str(our_port), str(up)), our_port))
         ports, peer = {"bare": up, "quickthaw": our_port}, Ports()
+        if options.against:
+            old = [sys.executable, str(options.against / "benchmarks" / "proxy.py"), "_ours"]
+            port = ports["before"] = free_port()
+            stack.enter_context(running([*old, str(port), str(up)], port))
+        for name, kind, needs in (
+            ("quickthaw, ASGI", "_asgi", ("uvicorn",)),
+            ("Starlette + aiohttp", "_starlette", ("uvicorn", "aiohttp")),
+        ):
+            if missing := [module for module in needs if find_spec(module) is None]:
+                results["absent"] += missing
+            else:
+                port = ports[name] = free_port()
+                stack.enter_context(running(me(kind, str(port), str(up)), port))
         if shutil.which("nginx") or Path("/usr/sbin/nginx").exists():
             ports["nginx"] = stack.enter_context(nginx(up))
         else:
@@ -429,17 +492,17 @@ def main() -> None:
             "streams": lambda: streams_part(ports, peer, quick),
             "cancel": lambda: cancel_part(ports, peer, up, quick),
             "body": lambda: body_part(ports, process.pid, quick),
-            "held": lambda: held_part(stack, up, ports, peer),
+            "held": lambda: held_part(up, ports, peer),
         }
         for name, run in runs.items():
             if name in parts:
                 results[name], verdicts = run()
                 met += verdicts
         if "imports" in parts:
-            r = results["imports"] = imports()
-            took, asyncios = r["import_ms"], r["of_which_asyncio_ms"]
-            print(f"\nImports on the restore path: {took:.0f} ms, of which asyncio itself {asyncios:.0f} ms")
-            met.append(verdict("imports", took, 150, "ms"))
+            results["imports"] = r = imports()
+            rows = [["imports before the port answers", "ms"], *([name, f"{ms:.0f}"] for name, ms in r.items())]
+            table("Imports", rows)
+            met.append(verdict("imports", r["quickthaw"], 150, "ms"))
     results["met"] = all(met)
     if options.json:
         options.json.write_text(json.dumps(results, indent=1))
@@ -455,5 +518,9 @@ if __name__ == "__main__":
         import uvloop
 
         uvloop.run(ours(int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:5] == ["held"]))
+    elif sys.argv[1:2] == ["_asgi"]:
+        asgi(int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:5] == ["held"])
+    elif sys.argv[1:2] == ["_starlette"]:
+        starlette(int(sys.argv[2]), int(sys.argv[3]))
     else:
         main()

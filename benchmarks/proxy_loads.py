@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -251,8 +252,8 @@ async def big_body(port: int, pid: int | None, size: int) -> dict[str, Any]:
     }
 
 
-def imports() -> dict[str, Any]:
-    """Wall time of a process that imports all that the restore path needs, less a process that imports nothing."""
+def imports() -> dict[str, float]:
+    """Wall time in ms of a process that imports what each proxy needs, less a process that imports nothing."""
 
     def median(code: str) -> float:
         taken = []
@@ -262,8 +263,13 @@ def imports() -> dict[str, Any]:
             taken.append(time.perf_counter() - began)
         return statistics.median(taken)
 
-    needed = "import uvloop, plugin.proxy.server, plugin.proxy.admin.endpoints, plugin.proxy.http.address"
-    return {
-        "import_ms": 1000 * (median(needed) - median("pass")),
-        "of_which_asyncio_ms": 1000 * (median("import asyncio") - median("pass")),
+    nothing = median("pass")
+    needed = {
+        "asyncio alone": "import asyncio",
+        "quickthaw": "import uvloop, plugin.proxy.server, plugin.proxy.admin.endpoints, plugin.proxy.http.address",
+        "quickthaw, ASGI": "import uvloop, uvicorn, plugin.proxy.asgi, plugin.proxy.http.address",
+        "Starlette + aiohttp": "import sys, uvloop, uvicorn; sys.path.insert(0, 'benchmarks'); import proxy_peer",
     }
+    if not all(find_spec(module) for module in ("uvicorn", "aiohttp")):
+        needed = {name: code for name, code in needed.items() if "uvicorn" not in code}
+    return {name: 1000 * (median(code) - nothing) for name, code in needed.items()}

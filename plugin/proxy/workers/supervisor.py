@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import json
 import logging
 import socket
 import sys
@@ -25,82 +24,17 @@ from typing import Any
 from plugin.proxy.admin.endpoints import pool_document
 from plugin.proxy.admin.stats import merged
 from plugin.proxy.errors import ProxyError, StartFailed, Unavailable
-from plugin.proxy.http.address import from_spec
 from plugin.proxy.pool import adapters
 from plugin.proxy.pool.pool import ReplicaPool
 from plugin.proxy.pool.replica import Replica
 from plugin.proxy.pool.start_times import Kind
 from plugin.proxy.settings import Settings
-from plugin.runtime.phases import Phase, PhaseTracker
+from plugin.proxy.workers.control import LONGEST_LINE, REPLY_S, ControlChannel, error_message
+from plugin.runtime.phases import Phase
 
 log = logging.getLogger("quickthaw.proxy")
 
-_REPLY_S = 2.0
 _RESPAWN_S = (0.1, 0.5, 2.0, 10.0)
-_LINE = 4 << 20
-
-
-class Line:
-    """One end of a control connection: one JSON object per line, some of them questions with an answer."""
-
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.reader, self.writer = reader, writer
-        self._asked: dict[int, asyncio.Future[Any]] = {}
-        self._next = 0
-
-    def send(self, **message: Any) -> None:
-        """Send one message. A closed peer is detected by `run`."""
-        if not self.writer.is_closing():
-            self.writer.write(json.dumps(message).encode() + b"\n")
-
-    async def ask(self, limit_s: float, **message: Any) -> Any:
-        """Send a question and return its answer. Raises TimeoutError, ConnectionError."""
-        self._next += 1
-        number = self._next
-        future = self._asked[number] = asyncio.get_running_loop().create_future()
-        self.send(**message, ask=number)
-        try:
-            async with asyncio.timeout(limit_s):
-                return await future
-        finally:
-            del self._asked[number]
-
-    async def run(self, handle: Callable[[dict[str, Any]], Awaitable[Any] | None]) -> None:
-        """Read until the peer closes: route answers to their `ask`, all other messages to `handle`."""
-        tasks: set[asyncio.Task[None]] = set()
-        try:
-            while line := await self.reader.readline():
-                message = json.loads(line)
-                if "answer" in message:
-                    future = self._asked.get(message["answer"])
-                    if future is not None and not future.done():
-                        future.set_result(message.get("value"))
-                    continue
-                work = handle(message)
-                if work is not None:
-                    task = asyncio.ensure_future(self._reply(message, work))
-                    tasks.add(task)
-                    task.add_done_callback(tasks.discard)
-        except ConnectionError:
-            log.debug("a control connection was reset")
-        finally:
-            for task in tasks:
-                task.cancel()
-            for future in self._asked.values():
-                if not future.done():
-                    future.set_exception(ConnectionError("the other process has gone"))
-            self.writer.close()
-
-    async def _reply(self, message: dict[str, Any], work: Awaitable[Any]) -> None:
-        try:
-            value = await work
-        except Exception as error:
-            text = "control-failed: %s: %r; please report it"
-            log.exception(text, message.get("op"), error, extra={"event": "defect"})
-            self.writer.close()  # the peer notices the close, and the worker is replaced
-            return
-        if "ask" in message:
-            self.send(answer=message["ask"], value=value)
 
 
 @dataclasses.dataclass
@@ -108,7 +42,7 @@ class _Worker:
     number: int
     sock: socket.socket
     process: asyncio.subprocess.Process | None = None
-    line: Line | None = None
+    control: ControlChannel | None = None
     leaving: bool = False
     busy: dict[str, int] = dataclasses.field(default_factory=dict)
 
@@ -147,8 +81,8 @@ class Supervisor:
         for pool in self.pools.values():
             pool.bind(loop, max_held=1 << 30, max_hold_s=86400.0)
             pool.elsewhere = lambda name=pool.name: sum(w.busy.get(name, 0) for w in self.workers)  # type: ignore[misc]
-            pool.on_phase.append(lambda replica, new, reason, pool=pool: self._tell_phase(pool, replica, new, reason))  # type: ignore[misc]
-            pool.waker.on_failed.append(lambda error, pool=pool: self._tell_failed(pool, error))  # type: ignore[misc]
+            pool.on_phase.append(lambda replica, new, reason, pool=pool: self._send_phase(pool, replica, new, reason))  # type: ignore[misc]
+            pool.waker.on_failed.append(lambda error, pool=pool: self._send_failed(pool, error))  # type: ignore[misc]
             pool.sleeper.around(lambda inner, pool=pool: self._sleep_when_quiet(pool, inner))  # type: ignore[misc]
             if pool.idle_timeout_s is not None:
                 self._tasks.append(loop.create_task(pool.sleeper.watch_idle()))
@@ -164,8 +98,8 @@ class Supervisor:
         for pool in self.pools.values():
             pool.close(Unavailable("shutting-down", "the proxy is shutting down"))
         for worker in tuple(self.workers):
-            if worker.line is not None:
-                worker.line.send(op="shutdown", limit_s=limit_s)
+            if worker.control is not None:
+                worker.control.send(op="shutdown", limit_s=limit_s)
             worker.sock.close()  # a listening socket accepts for as long as any process has it open
         if self.admin_sock is not None:
             self.admin_sock.close()
@@ -227,9 +161,9 @@ class Supervisor:
             )
         finally:
             theirs.close()
-        reader, writer = await asyncio.open_connection(sock=ours, limit=_LINE)
-        worker.line = line = Line(reader, writer)
-        line.send(
+        reader, writer = await asyncio.open_connection(sock=ours, limit=LONGEST_LINE)
+        worker.control = control = ControlChannel(reader, writer)
+        control.send(
             op="hello",
             settings=self._settings(),
             config=self.config,
@@ -252,9 +186,9 @@ class Supervisor:
             return None
 
         try:
-            await line.run(handle)
+            await control.run(handle)
         finally:
-            worker.line = None
+            worker.control = None
             worker.busy = {}
             if process.returncode is None:
                 if not self.stopping:
@@ -303,11 +237,11 @@ class Supervisor:
             "history": history,
         }
 
-    def _tell_phase(self, pool: ReplicaPool, replica: Replica, new: Phase, reason: str) -> None:
+    def _send_phase(self, pool: ReplicaPool, replica: Replica, new: Phase, reason: str) -> None:
         upstream = replica.upstream
         for worker in self.workers:
-            if worker.line is not None:
-                worker.line.send(
+            if worker.control is not None:
+                worker.control.send(
                     op="phase",
                     pool=pool.name,
                     replica=replica.name,
@@ -318,10 +252,10 @@ class Supervisor:
                     authority=(upstream.authority or b"").decode() if upstream else "",
                 )
 
-    def _tell_failed(self, pool: ReplicaPool, error: ProxyError) -> None:
+    def _send_failed(self, pool: ReplicaPool, error: ProxyError) -> None:
         for worker in self.workers:
-            if worker.line is not None:
-                worker.line.send(op="failed", pool=pool.name, **_plain(error))
+            if worker.control is not None:
+                worker.control.send(op="failed", pool=pool.name, **error_message(error))
 
     def _busy(self, worker: _Worker, message: dict[str, Any]) -> None:
         worker.busy = message["pools"]
@@ -341,15 +275,17 @@ class Supervisor:
         try:
             await pool.wake()
         except ProxyError as error:
-            return _plain(error)
+            return error_message(error)
         return None
 
     async def _sleep_when_quiet(self, pool: ReplicaPool, sleep: Callable[[], Awaitable[None]]) -> None:
-        lines = [w.line for w in self.workers if w.line is not None]
+        controls = [w.control for w in self.workers if w.control is not None]
         wait = pool.sleeper.evicting
         try:
-            limit_s = _REPLY_S + (pool.sleeper.drain_limit_s if wait else 0.0)
-            asked = asyncio.gather(*(line.ask(limit_s, op="quiet", pool=pool.name, wait=wait) for line in lines))
+            limit_s = REPLY_S + (pool.sleeper.drain_limit_s if wait else 0.0)
+            asked = asyncio.gather(
+                *(control.request(limit_s, op="quiet", pool=pool.name, wait=wait) for control in controls)
+            )
             try:
                 quiet = all(await pool.sleeper.drained(asked))
             except TimeoutError:
@@ -360,18 +296,18 @@ class Supervisor:
             await sleep()
             await asyncio.sleep(0)  # the phase change, queued on the loop, must be sent before the release
         finally:
-            for line in lines:
-                line.send(op="release", pool=pool.name)
+            for control in controls:
+                control.send(op="release", pool=pool.name)
 
     async def _gather(self) -> dict[str, Any]:
         """Merge the documents of all workers: sum their counters, and add their requests to this process's pools."""
         documents: list[dict[str, Any]] = []
 
-        async def one(line: Line) -> None:
+        async def one(control: ControlChannel) -> None:
             with contextlib.suppress(TimeoutError, ConnectionError):  # skip a worker that hangs or has ended
-                documents.append(await line.ask(_REPLY_S, op="document"))
+                documents.append(await control.request(REPLY_S, op="document"))
 
-        await asyncio.gather(*(one(w.line) for w in self.workers if w.line is not None))
+        await asyncio.gather(*(one(w.control) for w in self.workers if w.control is not None))
         pools = []
         for pool in self.pools.values():
             document = pool_document(pool)
@@ -392,103 +328,6 @@ class Supervisor:
             **merged(documents),
             "pools": pools,
         }
-
-
-def _plain(error: ProxyError) -> dict[str, Any]:
-    return {"code": error.code, "message": error.message, "retry_after_s": error.retry_after_s or 1.0}
-
-
-class Mirror:
-    """The worker's side: pools that mirror the supervisor's."""
-
-    def __init__(self, line: Line) -> None:
-        self.line = line
-        self.pools: dict[str, ReplicaPool] = {}
-        self._told: tuple[dict[str, int], dict[str, list[str]]] = ({}, {})
-
-    def build(self, pools: list[dict[str, Any]]) -> None:
-        """Create the mirrors that the hello message describes."""
-        for description in pools:
-            name = description["name"]
-            pool = ReplicaPool(
-                name=name,
-                wake=self._waker(name) if description["wakes"] else None,
-                wake_limit_s=86400.0,
-            )
-            pool.started_here = description["started_here"]
-            for kind, seconds in description["history"].items():
-                for value in seconds:
-                    pool.history.record(Kind(kind), value)
-            for r in description["replicas"]:
-                replica = pool.add(r["name"], PhaseTracker(phase=Phase(r["phase"])))
-                self._place(replica, r)
-            self.pools[name] = pool
-
-    @staticmethod
-    def _place(replica: Replica, message: dict[str, Any]) -> None:
-        replica.generation = message["generation"]
-        if message["spec"] is not None:
-            authority = message["authority"].encode() or None
-            replica.upstream = dataclasses.replace(from_spec(message["spec"]), authority=authority)
-
-    def _waker(self, name: str) -> Callable[[], Awaitable[None]]:
-        async def wake() -> None:
-            now = time.monotonic()
-            pool = self.pools[name]
-            refused = [(r.name, r.generation) for r in pool.replicas.values() if r.suspect_until > now]
-            error = await self.line.ask(86400.0, op="wake", pool=name, refused=refused)
-            if error is not None:
-                raise StartFailed(error["code"], error["message"], retry_after_s=error["retry_after_s"])
-
-        return wake
-
-    def handle(self, message: dict[str, Any]) -> Awaitable[Any] | None:
-        """Handle a message from the supervisor."""
-        op, pool = message["op"], self.pools[message["pool"]]
-        if op == "phase":
-            replica = pool.replicas[message["replica"]]
-            self._place(replica, message)  # set its address before it may serve
-            replica.tracker.to(Phase(message["to"]), message["reason"])
-            replica.generation = message["generation"]
-        elif op == "failed":
-            pool.waker.fail_elsewhere(
-                StartFailed(message["code"], message["message"], retry_after_s=message["retry_after_s"])
-            )
-        elif op == "quiet":
-            return self._quiet(pool, wait=message["wait"])
-        elif op == "release":
-            for replica in pool.replicas.values():
-                replica.draining = False
-            pool.dispatch()
-        return None
-
-    async def _quiet(self, pool: ReplicaPool, *, wait: bool) -> bool:
-        """Drain the pool and return True once no request is in flight. Without `wait`, return False if any is held or in flight."""
-        if not wait and (pool.held or pool.outstanding):
-            return False
-        for replica in pool.replicas.values():
-            replica.draining = True
-        for replica in pool.replicas.values():
-            await replica.quiet()
-        self._report()  # before the answer: what the last requests did to the engine
-        return True
-
-    async def report(self, every_s: float = 0.1) -> None:
-        """Send the supervisor each pool's number of requests here: on every change, and repeatedly while there are any."""
-        while True:
-            self._report()
-            await asyncio.sleep(every_s)
-
-    def _report(self) -> None:
-        counts = {name: pool.held + pool.outstanding for name, pool in self.pools.items()}
-        loaded = {
-            name: [replica.name for replica in pool.replicas.values() if replica.adapters_loaded]
-            for name, pool in self.pools.items()
-            if any(replica.adapters_loaded for replica in pool.replicas.values())
-        }
-        if (counts, loaded) != self._told or any(counts.values()):
-            self.line.send(op="busy", pools=counts, adapters=loaded)
-            self._told = (counts, loaded)
 
 
 def listening_sockets(host: str, port: int, count: int, backlog: int) -> list[socket.socket]:

@@ -20,17 +20,18 @@ from plugin.proxy import logs
 from plugin.proxy.admin.endpoints import status_document
 from plugin.proxy.server import ProxyServer
 from plugin.proxy.settings import Settings
-from plugin.proxy.workers.supervisor import _LINE, _REPLY_S, Line, Mirror
+from plugin.proxy.workers.control import LONGEST_LINE, REPLY_S, ControlChannel
+from plugin.proxy.workers.mirror import Mirror
 
 log = logging.getLogger("quickthaw.proxy")
 
 
 async def work(control_fd: int, listen_fd: int, own_fd: int | None = None) -> None:
     """Serve until the supervisor stops this worker or closes the control connection."""
-    control = socket.socket(fileno=control_fd)
-    reader, writer = await asyncio.open_connection(sock=control, limit=_LINE)
-    line = Line(reader, writer)
-    mirror = Mirror(line)
+    sock = socket.socket(fileno=control_fd)
+    reader, writer = await asyncio.open_connection(sock=sock, limit=LONGEST_LINE)
+    control = ControlChannel(reader, writer)
+    mirror = Mirror(control)
     async with asyncio.timeout(30.0):
         hello = await _first(reader)
     logs.configure(*hello["log"])
@@ -45,7 +46,7 @@ async def work(control_fd: int, listen_fd: int, own_fd: int | None = None) -> No
         server = ProxyServer(ModelRouter(load(Path(hello["config"])), mirror.pools), Settings(**values))
 
     async def gather() -> dict[str, Any]:
-        document: dict[str, Any] = await line.ask(2 * _REPLY_S, op="gather")
+        document: dict[str, Any] = await control.request(2 * REPLY_S, op="gather")
         return document
 
     async def own_document() -> dict[str, Any]:
@@ -66,23 +67,23 @@ async def work(control_fd: int, listen_fd: int, own_fd: int | None = None) -> No
 
     loop = asyncio.get_running_loop()
 
-    def told_to_end() -> None:
+    def on_sigterm() -> None:
         """Handle SIGTERM to this process or its group: finish the requests in flight and get replaced."""
         if not ending:
-            line.send(op="leaving")
+            control.send(op="leaving")
             ending.append(loop.create_task(server.shutdown()))
 
-    loop.add_signal_handler(signal.SIGTERM, told_to_end)
+    loop.add_signal_handler(signal.SIGTERM, on_sigterm)
     report = loop.create_task(mirror.report())
-    listening = loop.create_task(line.run(handle))
-    line.send(op="ready")
+    listening = loop.create_task(control.run(handle))
+    control.send(op="ready")
     stopped = loop.create_task(server.wait_stopped())
     await asyncio.wait((listening, report, stopped), return_when=asyncio.FIRST_COMPLETED)
     for task in (listening, report):
         if task.done() and (error := task.exception()) is not None:
             text = "control-failed: this worker cannot follow its supervisor any more (%r); it ends, and is replaced"
             log.error(text, error, exc_info=error, extra={"event": "defect"})
-            line.send(op="leaving")
+            control.send(op="leaving")
     if not ending:
         await server.shutdown()  # the supervisor has ended, or its messages cannot be handled
     await stopped

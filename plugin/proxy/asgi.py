@@ -140,7 +140,7 @@ class HoldMiddleware:
     async def _acquire(self, request: Request, inbox: _Inbox | None) -> Replica | None:
         """Return a serving replica, or None when the client has disconnected. Raises ProxyError."""
         proxy, pool = self.proxy, self.pool
-        if proxy.rules.judge(request.target) is Verdict.DENIED:
+        if proxy.rules.classify(request.target) is Verdict.DENIED:
             raise ProxyError("not-found", "there is no such path", status=404)
         if proxy.draining:
             raise Unavailable("shutting-down", "the proxy is shutting down")

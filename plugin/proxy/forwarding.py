@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 from plugin.proxy import retry_rules
 from plugin.proxy.errors import ProxyError, Unavailable, UpstreamFault
 from plugin.proxy.http import wire
-from plugin.proxy.http.upstream_connection import BackConnection, connect
+from plugin.proxy.http.upstream_connection import UpstreamConnection, connect
 from plugin.proxy.limits import SHORTAGE
 from plugin.proxy.pool import adapters
 
@@ -60,8 +60,8 @@ async def forward(host: Host, client: Client, request: Request, exchange: Exchan
             if back is not None and not client.is_closing():
                 exchange.replica_name = replica.name
                 forwarding: Awaitable[bool] = send(host, client, request, exchange, replica, back)
-                if adapters.changed_by(request):
-                    forwarding = adapters.watched(forwarding, pool, replica, request, exchange)
+                if adapters.changes_adapters(request):
+                    forwarding = adapters.forward_and_note(forwarding, pool, replica, request, exchange)
                 if await forwarding:
                     return
                 continue
@@ -95,7 +95,7 @@ async def hold(host: Host, client: Client, request: Request, exchange: Exchange,
     return replica
 
 
-async def open_connection(host: Host, pool: ReplicaPool, replica: Replica) -> BackConnection | None:
+async def open_connection(host: Host, pool: ReplicaPool, replica: Replica) -> UpstreamConnection | None:
     """Return an open connection, reused or new; None if the replica could not be reached, in which case nothing was sent."""
     idle = replica.idle
     generation = replica.generation
@@ -111,13 +111,15 @@ async def open_connection(host: Host, pool: ReplicaPool, replica: Replica) -> Ba
         try:
             back = await connect(replica, host.settings.connect_timeout_s)
             if back.alive():
-                replica.accepts()
+                replica.clear_refusals()
                 return back
             why = "it closed the connection before anything was sent"
             back.abort()
         except OSError as exc:
             if exc.errno in SHORTAGE:
-                raise Unavailable("no-connection", f"this host has no connection to give: {exc}") from exc
+                raise Unavailable(
+                    "no-connection", f"this host has no descriptor or port left for a connection: {exc}"
+                ) from exc
             why = f"{type(exc).__name__}: {exc}"
     host.stats.upstream_errors["upstream-refused"] += 1
     pool.refused(replica, generation, why)
@@ -125,7 +127,7 @@ async def open_connection(host: Host, pool: ReplicaPool, replica: Replica) -> Ba
 
 
 async def send(
-    host: Host, client: Client, request: Request, exchange: Exchange, replica: Replica, back: BackConnection
+    host: Host, client: Client, request: Request, exchange: Exchange, replica: Replica, back: UpstreamConnection
 ) -> bool:
     """Write the request once and relay its answer. Return True when it was answered.
 
@@ -193,7 +195,9 @@ async def send_speculatively(
         return False
     cautious = retry_rules.is_cautious(request, exchange, replica)
     exchange.release(cautious)
-    return await _answered(host, client, request, exchange, replica, body if cautious or replica.guarded else None)
+    return await _answered(
+        host, client, request, exchange, replica, body if cautious or replica.killed_when_silent else None
+    )
 
 
 async def _checked(host: Host, request: Request, check: asyncio.Future[bool]) -> bool:
@@ -209,7 +213,7 @@ async def _checked(host: Host, request: Request, check: asyncio.Future[bool]) ->
 
 
 def _write(
-    host: Host, client: Client, request: Request, exchange: Exchange, replica: Replica, back: BackConnection
+    host: Host, client: Client, request: Request, exchange: Exchange, replica: Replica, back: UpstreamConnection
 ) -> None:
     upstream = replica.upstream
     assert upstream is not None

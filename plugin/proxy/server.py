@@ -79,7 +79,7 @@ class Proxy:
         self._stopped = asyncio.Event()
         for pool in self.router.pools():
             pool.bind(self.loop, max_held=self.settings.max_held, max_hold_s=self.settings.max_hold_s)
-            self._tasks += [self.loop.create_task(chore()) for chore in pool.chores]
+            self._tasks += [self.loop.create_task(background_task()) for background_task in pool.background]
             if pool.idle_timeout_s is not None:
                 self._tasks.append(self.loop.create_task(pool.sleeper.watch_idle()))
         self._sweeper = self.loop.create_task(self._sweep())
@@ -170,7 +170,7 @@ class Proxy:
     def no_room(self) -> ProxyError:
         """Return the error for request bodies that exceed the limit on held bytes."""
         left = min(pool.left_s() for pool in self.router.pools())
-        return Unavailable("held-bytes", "the held requests' bodies take all the room there is", retry_after_s=left)
+        return Unavailable("held-bytes", "held request bodies exceed the limit on held bytes", retry_after_s=left)
 
     async def serve_request(self, client: Client, request: Request) -> None:
         """Answer `request` exactly once. In every case, call the connection's `finished` and update the counters."""
@@ -192,7 +192,10 @@ class Proxy:
                 self._answer_error(client, request, exchange, request.interrupt)
         except Exception:
             fields = {"request_id": request.id.decode()}
-            log.exception("a defect of the proxy", extra={"event": "defect", "fields": fields})
+            log.exception(
+                "proxy-defect: the proxy failed on a request; please report it",
+                extra={"event": "defect", "fields": fields},
+            )
             fault = ProxyError("proxy-defect", "the proxy failed on this request", status=500)
             self._answer_error(client, request, exchange, fault)
         finally:
@@ -223,7 +226,7 @@ class Proxy:
     async def _serve(self, client: Client, request: Request, exchange: Exchange) -> None:
         if request.fault is not None:
             raise request.fault
-        verdict = self.rules.judge(request.target)
+        verdict = self.rules.classify(request.target)
         if verdict is not Verdict.PASS or client.own_port:
             await self._serve_own(client, request, exchange, verdict)
             return

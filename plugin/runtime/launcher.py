@@ -328,12 +328,13 @@ class Launch:
         for index, replica in enumerate(self.replicas):
             behind = pool.add(f"r{index}", replica.tracker, Upstream(self._connector(replica), f"r{index}"))
             replica.served = self._counter(behind)
-            behind.coming, behind.lost, behind.pages = replica.pages_coming, replica.ended_for, replica.page_counts
+            behind.pages_coming, behind.pages = replica.pages_coming, replica.page_counts
+            behind.killed_because = replica.ended_for
             behind.stopped = replica.stopped
-            behind.guarded = self.settings.silence_limit_s > 0
+            behind.killed_when_silent = self.settings.silence_limit_s > 0
             replica.recall = self._recaller(pool, behind.name)
         if self.settings.silence_limit_s:
-            pool.chores.append(Silence(pool, self.settings.silence_limit_s, self._silent).run)
+            pool.background.append(Silence(pool, self.settings.silence_limit_s, self._silent).run)
         behaviour = Settings(
             denied_paths=self.replicas[0].engine.denied_paths,
             root_path=self.settings.command.root_path,

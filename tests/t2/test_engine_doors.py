@@ -84,4 +84,4 @@ def test_what_sglang_keeps_for_its_operators_is_denied_but_for_what_the_docs_nam
     kept = routes(rig, rig.preset.arguments, {"OPERATORS_ONLY": "1", "DUMPER_SERVER_PORT": "reuse"})
     rules = PathRules("/-", engine.denied_paths)
     assert len(kept) > 40
-    assert {path for _, path in kept if rules.judge(path.encode()) is not Verdict.DENIED} == LEFT_OPEN
+    assert {path for _, path in kept if rules.classify(path.encode()) is not Verdict.DENIED} == LEFT_OPEN

@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 
 from plugin.proxy.endpoints.request import fetch, hook_place, post_url
 from plugin.proxy.endpoints.started_processes import Orphan, Started, end
-from plugin.proxy.endpoints.watch import Pace, Watch
+from plugin.proxy.endpoints.watch import Watch, WatchIntervals
 from plugin.proxy.errors import ProxyError, StartFailed, UpstreamFault
 from plugin.proxy.http.address import Upstream
 from plugin.proxy.pool.pool import ReplicaPool
@@ -80,9 +80,9 @@ class EndpointSpec:
     """True for a `quickthaw restore`, which reports its phases at `/-/status`."""
     admin_token: str | None = None
     """The bearer token for `/-/status`."""
-    only_ours: bool = False
+    exclusive_port: bool = False
     """True if only this proxy starts it: anything else that listens at its port is a different process."""
-    pace: Pace = field(default_factory=Pace)
+    pace: WatchIntervals = field(default_factory=WatchIntervals)
     key: str = ""
     """Identifies the wake command to the next proxy; "" uses the command itself and its upstream."""
 
@@ -116,7 +116,7 @@ class Endpoint:
         self._started = Started(f"{name}\n{spec.key or (spec.wake, spec.upstream.name)}", spec.upstream.name)
         self._watcher: asyncio.Task[None] | None = None
         self._watching: asyncio.Task[None] | None = None
-        self.turn = 0
+        self.actions = 0
         self.acting = False
         self._slept = False
         """True from a sleep to the next successful wake: until then a ready answer proves nothing."""
@@ -141,16 +141,16 @@ class Endpoint:
         self._watching = asyncio.get_running_loop().create_task(Watch(self, self.spec.pace).run())
 
     async def _wake(self) -> None:
-        with self._acts():
+        with self._acting():
             await self.wake()
 
     async def _sleep(self) -> None:
-        with self._acts():
+        with self._acting():
             await self.sleep()
 
     @contextlib.contextmanager
-    def _acts(self) -> Iterator[None]:
-        self.turn += 1
+    def _acting(self) -> Iterator[None]:
+        self.actions += 1
         self.acting = True
         try:
             yield
@@ -167,7 +167,7 @@ class Endpoint:
             takes = self._process is None and record.upstream == self.spec.upstream.name and await self.ready() is None
             what = "taking over" if takes else "ending"
             fields = {"pool": self.name, "pid": orphan.pid}
-            text = "%s: %s process %d, which a proxy that was killed has left"
+            text = "%s: %s process %d, left by a killed proxy"
             log.warning(text, self.name, what, orphan.pid, extra={"event": "orphan", "fields": fields})
             if takes:
                 self._process = orphan
@@ -189,12 +189,12 @@ class Endpoint:
                 return
             self._slept = spec.wake_url is not None  # up but not generating: if it sleeps, the hook wakes it
         asleep = up and self._slept
-        ladder = _RESTORED if spec.restores else _COLD
+        phases = _RESTORED if spec.restores else _COLD
         why = "woken" if spec.can_start else "waited for: nothing here starts it"
         tracker.to(Phase.WAKING if asleep and tracker.phase is Phase.ASLEEP else Phase.MOUNTING, why)
         try:
             if not up or self._slept:
-                await self._kick(asleep)
+                await self._start_or_wake(asleep)
             if tracker.phase is Phase.MOUNTING and not spec.restores:
                 tracker.to(Phase.STARTING)
             await self._until_ready(began, asleep)
@@ -202,10 +202,10 @@ class Endpoint:
                 tracker.to(Phase.VERIFYING)
             if spec.ready_model is not None:
                 if tracker.phase is not Phase.VERIFYING:
-                    self._rise(ladder, ladder[-1])
+                    self._advance(phases, phases[-1])
                 await self._generate(began)
             if tracker.phase is not Phase.VERIFYING:
-                self._rise(ladder, ladder[-1])
+                self._advance(phases, phases[-1])
             self._slept = False
             tracker.to(Phase.SERVING, "" if spec.can_start else FOUND_UP)
             self._watch()
@@ -236,7 +236,7 @@ class Endpoint:
                 self._watch()
                 raise
             fields = {"pool": self.name, "code": exc.code, "reason": exc.message}
-            text = "%s: %s; it answers no more, and counts as asleep"
+            text = "%s: %s; it no longer answers and counts as asleep"
             log.warning(text, self.name, exc.message, extra={"event": "sleep-failed", "fields": fields})
         if spec.wake is None or spec.wake_url is None:
             await self._stop_process()  # otherwise it stays, asleep, for the wake hook
@@ -263,9 +263,9 @@ class Endpoint:
         return self.spec.upstream
 
     @property
-    def may_rise(self) -> bool:
+    def may_start_elsewhere(self) -> bool:
         """Return True if others may start it, and a ready answer then proves that it serves."""
-        return not (self._slept or self.spec.only_ours)
+        return not (self._slept or self.spec.exclusive_port)
 
     def lost(self, why: str) -> None:
         """Mark it as failed because it no longer serves; requests wait for the next wake."""
@@ -279,13 +279,13 @@ class Endpoint:
             self.tracker.to(Phase.SERVING, FOUND_UP)
         elif self.tracker.phase is not Phase.SERVING:
             self.tracker.to(Phase.MOUNTING)
-            self._rise(_COLD, Phase.WARMING)
+            self._advance(_COLD, Phase.WARMING)
             self.tracker.to(Phase.SERVING, FOUND_UP)
 
-    def _rise(self, ladder: tuple[Phase, ...], phase: Phase) -> None:
+    def _advance(self, phases: tuple[Phase, ...], phase: Phase) -> None:
         """Make the transitions of a start up to `phase`, one by one, as the state machine requires."""
-        at = ladder.index(self.tracker.phase)
-        for step in ladder[at + 1 : ladder.index(phase) + 1]:
+        at = phases.index(self.tracker.phase)
+        for step in phases[at + 1 : phases.index(phase) + 1]:
             self.tracker.to(step)
 
     def _watch(self) -> None:
@@ -306,7 +306,7 @@ class Endpoint:
         if await self.ready() is not None and self._process is process and self.tracker.phase is Phase.SERVING:
             self.tracker.to(Phase.FAILED, f"engine-died: the wake command ended with code {code}")
 
-    async def _kick(self, asleep: bool) -> None:
+    async def _start_or_wake(self, asleep: bool) -> None:
         spec = self.spec
         if spec.wake_url is not None and (asleep or spec.wake is None):
             await self._hook(spec.wake_url, spec.wake_limit_s, "wake")
@@ -330,7 +330,7 @@ class Endpoint:
                 return
             proof = proof or why is not None
             if why is not None and not why.startswith("refused"):
-                await self._listens(why)
+                await self._note_unready(why)
             if code not in (None, 0):
                 raise StartFailed("wake-command-failed", f"the wake command ended with code {code}")
             waited = time.monotonic() - began
@@ -339,16 +339,16 @@ class Endpoint:
                 raise StartFailed("wake-timeout", f"not ready after {self.spec.wake_limit_s:g} s: {why}")
             await asyncio.sleep(_pause_s(waited))
 
-    async def _listens(self, why: str) -> None:
+    async def _note_unready(self, why: str) -> None:
         """Update the phase of an endpoint that answers but is not ready."""
         if self.tracker.phase is Phase.STARTING:
             self.tracker.to(Phase.LOADING, why)
         if self.spec.restores and self.tracker.phase in _RESTORED:
-            phase = await self._inner_phase()
+            phase = await self._reported_phase()
             if phase in _RESTORED and _RESTORED.index(phase) > _RESTORED.index(self.tracker.phase):
-                self._rise(_RESTORED, phase)
+                self._advance(_RESTORED, phase)
 
-    async def _inner_phase(self) -> Phase | None:
+    async def _reported_phase(self) -> Phase | None:
         """Return the phase that a quickthaw behind this proxy reports, or None if it reports none that is known."""
         try:
             token = self.spec.admin_token
@@ -359,7 +359,7 @@ class Endpoint:
 
     async def ready(self) -> str | None:
         """Return None if the readiness path answers 200, else the reason."""
-        if (taken := self._taken()) is not None:
+        if (taken := self._port_taken()) is not None:
             return taken
         try:
             status, _ = await fetch(self.spec.upstream, "GET", self.spec.ready_path, limit_s=_PROBE_LIMIT_S)
@@ -368,12 +368,12 @@ class Endpoint:
         except OSError as exc:
             return f"refused ({type(exc).__name__})"
         # Again, because the port was still free at the first look if another user took it just before the probe.
-        return self._taken() if status == 200 else f"{self.spec.ready_path} answers {status}"
+        return self._port_taken() if status == 200 else f"{self.spec.ready_path} answers {status}"
 
-    def _taken(self) -> str | None:
+    def _port_taken(self) -> str | None:
         """Return why the port is not asked: another user took it before our engine did. None if nobody did, or it cannot be known."""
         process = self._process
-        if not self.spec.only_ours or self.spec.upstream.spec is None:
+        if not self.spec.exclusive_port or self.spec.upstream.spec is None:
             return None
         if process is not None and process.returncode == 0:
             return None  # the command started the engine elsewhere

@@ -178,41 +178,41 @@ def spec_of(model: ModelConfig, idle_timeout: float | None) -> EndpointSpec:
         key=f"{model.command}\n{model.snapshot}" if model.upstream is None else "",
         restores=model.snapshot is not None,
         admin_token=environment.get("QUICKTHAW_ADMIN_TOKEN"),
-        only_ours=model.upstream is None,
+        exclusive_port=model.upstream is None,
     )
 
 
-class Room:
+class AwakeLimit:
     """Limit the number of endpoints awake: make room for one by putting others to sleep, one wake at a time."""
 
     def __init__(self, limit: int, order: str, min_awake_s: float, drain_s: float) -> None:
         self.limit, self.order, self.min_awake_s, self.drain_s = limit, order, min_awake_s, drain_s
         self.endpoints: list[tuple[Endpoint, int]] = []
         self.up_since: dict[str, float] = {}
-        self._turn = asyncio.Lock()
-        self._claimed: set[str] = set()
+        self._one_wake = asyncio.Lock()
+        self._reserved: set[str] = set()
 
     def guard(self, name: str, wake: Callable[[], Awaitable[None]]) -> Callable[[], Awaitable[None]]:
         """Return `wake`, wrapped to run only once there is room for `name`."""
 
-        async def guarded() -> None:
-            async with self._turn:
+        async def within_limit() -> None:
+            async with self._one_wake:
                 await self._make_room(name)
-                self._claimed.add(name)
+                self._reserved.add(name)
             try:
                 await wake()
                 self.up_since[name] = time.monotonic()
             finally:
-                self._claimed.discard(name)
+                self._reserved.discard(name)
 
-        return guarded
+        return within_limit
 
     def _awake(self, but: str) -> list[tuple[Endpoint, int]]:
         down = (Phase.ASLEEP, Phase.FAILED, Phase.IDLE, Phase.STOPPED)
         return [
             (endpoint, priority)
             for endpoint, priority in self.endpoints
-            if endpoint.name != but and (endpoint.tracker.phase not in down or endpoint.name in self._claimed)
+            if endpoint.name != but and (endpoint.tracker.phase not in down or endpoint.name in self._reserved)
         ]
 
     async def _make_room(self, name: str) -> None:
@@ -227,7 +227,7 @@ class Room:
             settled = [
                 pair
                 for pair in awake
-                if pair[0].tracker.phase not in STARTING and pair[0].name not in self._claimed | refused.keys()
+                if pair[0].tracker.phase not in STARTING and pair[0].name not in self._reserved | refused.keys()
             ]
             if not settled:
                 if len(refused) >= len(awake):
@@ -269,7 +269,7 @@ class Models:
     def __init__(self, config: Config) -> None:
         from plugin.records.lead_times import history_of_snapshot  # only this mode needs what it imports
 
-        room = Room(config.max_awake, config.evict, config.min_awake, config.drain)
+        room = AwakeLimit(config.max_awake, config.evict, config.min_awake, config.drain)
         self.endpoints: dict[str, Endpoint] = {}
         for name, model in config.models.items():
             endpoint = Endpoint(

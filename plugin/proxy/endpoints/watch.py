@@ -28,7 +28,7 @@ class Watched(Protocol):
 
     tracker: PhaseTracker
     pool: ReplicaPool
-    turn: int
+    actions: int
     """Counts its wakes and sleeps: an observation before one says nothing after it."""
     acting: bool
     """True during a wake or a sleep, which checks the endpoint itself."""
@@ -38,7 +38,7 @@ class Watched(Protocol):
         """Return the endpoint's address."""
 
     @property
-    def may_rise(self) -> bool:
+    def may_start_elsewhere(self) -> bool:
         """Return True if others may start it, and a ready answer then proves that it serves."""
 
     async def ready(self) -> str | None:
@@ -55,11 +55,11 @@ class Watched(Protocol):
 
 
 @dataclass(frozen=True)
-class Pace:
+class WatchIntervals:
     """Intervals and thresholds of a watch, in seconds."""
 
     every_s: float = 1.0
-    ask_every_s: float = 10.0
+    probe_every_s: float = 10.0
     refusals: int = 2
     unready_s: float = 30.0
     unready_busy_s: float = 120.0
@@ -69,37 +69,37 @@ class Pace:
 class Watch:
     """Watch one endpoint until cancelled."""
 
-    def __init__(self, watched: Watched, pace: Pace) -> None:
+    def __init__(self, watched: Watched, pace: WatchIntervals) -> None:
         self.watched, self.pace = watched, pace
-        self._begin_anew()
+        self._reset()
 
-    def _begin_anew(self) -> None:
+    def _reset(self) -> None:
         self._refusals = 0
         self._unready_since: float | None = None
-        self._ask_at = 0.0
-        self._asked_in_vain = 0
+        self._probe_at = 0.0
+        self._vain_probes = 0
 
     async def run(self) -> None:
         """Check the endpoint at intervals until cancelled."""
-        turn, phase = -1, Phase.IDLE
+        actions, phase = -1, Phase.IDLE
         while True:
             await asyncio.sleep(self.pace.every_s)
             watched = self.watched
-            if (watched.turn, watched.tracker.phase) != (turn, phase):
-                turn, phase = watched.turn, watched.tracker.phase
-                self._begin_anew()
+            if (watched.actions, watched.tracker.phase) != (actions, phase):
+                actions, phase = watched.actions, watched.tracker.phase
+                self._reset()
             if watched.acting or phase in STARTING or phase is Phase.STOPPED:
                 continue
             if phase is Phase.SERVING:
-                why = await self._missing()
-                if why is not None and self._still(turn, phase):
+                why = await self._reason_lost()
+                if why is not None and self._still(actions, phase):
                     watched.lost(why)
-            elif watched.may_rise and await self._risen() and self._still(turn, phase):
+            elif watched.may_start_elsewhere and await self._has_come_up() and self._still(actions, phase):
                 watched.found_up()
 
-    def _still(self, turn: int, phase: Phase) -> bool:
+    def _still(self, actions: int, phase: Phase) -> bool:
         """Return True if an observation still applies: no wake, sleep or change of phase has come in between."""
-        return self.watched.turn == turn and self.watched.tracker.phase is phase and not self.watched.acting
+        return self.watched.actions == actions and self.watched.tracker.phase is phase and not self.watched.acting
 
     async def _connects(self) -> bool | None:
         """Return True if it accepts a connection, None if this host cannot tell."""
@@ -112,34 +112,34 @@ class Watch:
         back.abort()
         return True
 
-    async def _missing(self) -> str | None:
+    async def _reason_lost(self) -> str | None:
         """Return why a serving endpoint counts as lost, or None."""
         if await self._connects() is False:
             self._refusals += 1
             return "it refuses connections" if self._refusals >= self.pace.refusals else None
         self._refusals = 0
         now = time.monotonic()
-        if self._unready_since is None and now < self._ask_at:
+        if self._unready_since is None and now < self._probe_at:
             return None
-        self._ask_at = now + self.pace.ask_every_s
+        self._probe_at = now + self.pace.probe_every_s
         why = await self.watched.ready()
         if why is None:
             self._unready_since = None
             return None
         self._unready_since = self._unready_since or now
         pool = self.watched.pool
-        busy = pool.outstanding or pool.elsewhere()
+        busy = pool.outstanding or pool.busy_elsewhere()
         unready_s = time.monotonic() - self._unready_since
         limit = self.pace.unready_busy_s if busy else self.pace.unready_s
         return f"not ready for {unready_s:.0f} s: {why}" if unready_s >= limit else None
 
-    async def _risen(self) -> bool:
+    async def _has_come_up(self) -> bool:
         """Return True if a stopped endpoint serves. Pauses grow while it listens but does not serve, since each check may cost a token."""
         now = time.monotonic()
-        if now < self._ask_at or not await self._connects():
+        if now < self._probe_at or not await self._connects():
             return False
         if await self.watched.is_up():
             return True
-        self._asked_in_vain += 1
-        self._ask_at = now + min(self.pace.ask_every_s, self.pace.every_s * 2**self._asked_in_vain)
+        self._vain_probes += 1
+        self._probe_at = now + min(self.pace.probe_every_s, self.pace.every_s * 2**self._vain_probes)
         return False

@@ -252,7 +252,7 @@ def request_of(scope: MutableMapping[str, Any]) -> Request:
             raise ClientFault("malformed-request", "a header holds a line break")
         if _NOT_IN_TARGET.search(request.target):
             raise ClientFault("target", "the request target holds a space or a control character")
-        request.judge(scope["method"].encode(), scope["http_version"] if http1 else "1.1", True)
+        request.validate(scope["method"].encode(), scope["http_version"] if http1 else "1.1", True)
         if request.upgrade is not None:
             raise websocket_fault()
         if not http1 and request.length is None and scope["method"] not in ("GET", "HEAD", "OPTIONS"):

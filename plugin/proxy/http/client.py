@@ -15,7 +15,7 @@ from plugin.proxy.errors import ClientFault, ProxyError, render
 if TYPE_CHECKING:
     from plugin.proxy.http.exchange import Exchange
     from plugin.proxy.http.request import Request
-    from plugin.proxy.http.upstream_connection import BackConnection
+    from plugin.proxy.http.upstream_connection import UpstreamConnection
     from plugin.proxy.settings import Settings
 
 
@@ -50,7 +50,7 @@ class Client:
         self.settings = host.settings
         self.peer = b""
         self.exchange: Exchange | None = None
-        self.tunnel: BackConnection | None = None
+        self.tunnel: UpstreamConnection | None = None
         self.current: Request | None = None
         self.last_in = self.last_out = time.monotonic()
         self.writing_paused = False

@@ -22,7 +22,7 @@ from plugin.proxy.http.exchange import WireExchange
 from plugin.proxy.http.request import Request
 
 if TYPE_CHECKING:
-    from plugin.proxy.http.upstream_connection import BackConnection
+    from plugin.proxy.http.upstream_connection import UpstreamConnection
 
 _MAX_PIPELINED = 32
 _LINGER_S = 2.0
@@ -80,7 +80,7 @@ class ClientConnection(Client, asyncio.Protocol):
         if self.transport is not None:
             self.transport.abort()
 
-    def open_tunnel(self, back: BackConnection) -> None:
+    def open_tunnel(self, back: UpstreamConnection) -> None:
         """Relay bytes unparsed in both directions from here on."""
         self.tunnel = back
         early, self._early_tunnel = self._early_tunnel, b""
@@ -268,7 +268,7 @@ class ClientConnection(Client, asyncio.Protocol):
         if size > self.settings.max_head:
             raise ClientFault("head-too-large", f"the head is over {self.settings.max_head} bytes", status=431)
         parser = self._parser
-        request.judge(parser.get_method(), parser.get_http_version(), parser.should_keep_alive())
+        request.validate(parser.get_method(), parser.get_http_version(), parser.should_keep_alive())
         if parser.should_upgrade() and request.upgrade is None:
             self._ignored_upgrade = True
         if self.host.draining:

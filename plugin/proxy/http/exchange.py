@@ -25,7 +25,7 @@ from plugin.proxy.http import wire
 if TYPE_CHECKING:
     from plugin.proxy.http.request import Request
     from plugin.proxy.http.sinks import ClientSink, EarlySink, WireSink
-    from plugin.proxy.http.upstream_connection import BackConnection
+    from plugin.proxy.http.upstream_connection import UpstreamConnection
 
 
 # Bytes of a withheld answer above which its replica is not read any further.
@@ -63,7 +63,7 @@ class Exchange:
     def __init__(self, client: ClientSink, request: Request, loop: asyncio.AbstractEventLoop) -> None:
         self.client, self.request = client, request
         self.done: asyncio.Future[None] = loop.create_future()
-        self.back: BackConnection | None = None
+        self.back: UpstreamConnection | None = None
         self.early: EarlySink | None = None
         self.out: list[Any] = []  # what the subclass has put together and `flush` has yet to write
         self.kept = 0  # body bytes in `out`

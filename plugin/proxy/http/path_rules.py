@@ -122,12 +122,12 @@ class PathRules:
         self._root = "" if root == "/" else root
         self._cache: dict[bytes, Verdict] = {}
 
-    def judge(self, target: bytes) -> Verdict:
+    def classify(self, target: bytes) -> Verdict:
         """Return OWN for the plainly spelled own prefix, DENIED for its other spellings and for denied paths, else PASS."""
         path = target.partition(b"?")[0]
         verdict = self._cache.get(path)
         if verdict is None:
-            verdict = self._judge(path)
+            verdict = self._classify(path)
             if len(path) > _CACHED:
                 return verdict
             if len(self._cache) >= _CACHE_MAX:
@@ -135,7 +135,7 @@ class PathRules:
             self._cache[path] = verdict
         return verdict
 
-    def _judge(self, path: bytes) -> Verdict:
+    def _classify(self, path: bytes) -> Verdict:
         if len(path) > _LONGEST and not _PLAIN.fullmatch(path):
             return Verdict.DENIED
         seen = readings(path)

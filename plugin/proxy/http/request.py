@@ -1,6 +1,6 @@
 """One request as `downstream` read it: its validated head, and its body on the way from the client to a replica.
 
-Only `Request.judge` refuses a head. A body is buffered (up to the limit that pauses the client) until a sink takes it.
+Only `Request.validate` refuses a head. A body is buffered (up to the limit that pauses the client) until a sink takes it.
 """
 
 from __future__ import annotations
@@ -90,13 +90,13 @@ class Request:
         self.interrupt: ProxyError | None = None
         """Why the serving task was cancelled, unless the client disconnected."""
 
-    def judge(self, method: bytes, version: str, keep_alive: bool) -> None:
+    def validate(self, method: bytes, version: str, keep_alive: bool) -> None:
         """Validate the head and extract what the proxy needs. Raises ClientFault for a head that a strict server refuses."""
         self.method = method
         self.http11 = version == "1.1"
         self.keep_alive = keep_alive and self.http11
         if version not in ("1.1", "1.0"):
-            raise ClientFault("http-version", f"HTTP/{version} is not spoken here", status=505)
+            raise ClientFault("http-version", f"HTTP/{version} is not supported", status=505)
         if method in _TOKEN_METHODS_REFUSED:
             raise ClientFault("method-not-allowed", f"{method.decode('ascii', 'replace')} is not forwarded", status=405)
         hosts = 0
@@ -131,7 +131,7 @@ class Request:
             raise ClientFault("host", "exactly one Host header is needed")
         if self.chunked and self.length is not None:
             raise ClientFault("two-lengths", "Content-Length and Transfer-Encoding together are refused")
-        self._judge_target()
+        self._validate_target()
         if connection:
             named = wire.named_in_connection(connection)
             extra = named - {b"close", b"keep-alive"}
@@ -144,7 +144,7 @@ class Request:
         if not self.id:
             self.id = wire.new_request_id().encode()
 
-    def _judge_target(self) -> None:
+    def _validate_target(self) -> None:
         target = self.target
         if not target.startswith(b"/"):
             absolute = path_rules.absolute_form(target)

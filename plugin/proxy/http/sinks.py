@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from plugin.proxy.errors import ProxyError
     from plugin.proxy.http import wire
-    from plugin.proxy.http.upstream_connection import BackConnection
+    from plugin.proxy.http.upstream_connection import UpstreamConnection
 
 
 class ClientSink(Protocol):
@@ -25,12 +25,12 @@ class ClientSink(Protocol):
 class WireSink(ClientSink, Protocol):
     """A client's connection (`downstream.ClientConnection`)."""
 
-    tunnel: BackConnection | None
+    tunnel: UpstreamConnection | None
 
     def write(self, data: bytes) -> None:
         """Send bytes to the client."""
 
-    def open_tunnel(self, back: BackConnection) -> None:
+    def open_tunnel(self, back: UpstreamConnection) -> None:
         """Connect the client's socket to the replica's after an upgrade."""
 
 

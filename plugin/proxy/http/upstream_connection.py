@@ -31,7 +31,7 @@ class Owner(Protocol):
 
     name: str
     upstream: Upstream | None
-    idle: list[BackConnection]
+    idle: list[UpstreamConnection]
     last_byte: float
     """When it last sent anything (monotonic seconds)."""
 
@@ -72,7 +72,7 @@ class Answer(Protocol):
         """Pause or resume reading the client, as the replica's socket fills or drains."""
 
 
-class BackConnection(asyncio.Protocol):
+class UpstreamConnection(asyncio.Protocol):
     """One connection to one replica: one request at a time, reusable while both sides keep it open."""
 
     def __init__(self, replica: Owner, sock: socket.socket) -> None:
@@ -254,7 +254,7 @@ class BackConnection(asyncio.Protocol):
     def on_message_begin(self) -> None:
         """Begin a head. Raises ValueError for a head after the answer: it answers no request."""
         if self.answer is None:
-            raise ValueError("an answer that nobody asked for")
+            raise ValueError("an answer to no request")
         self._headers, self._phrase, self._in_head = [], b"", True
 
     def on_status(self, phrase: bytes) -> None:
@@ -328,7 +328,7 @@ class BackConnection(asyncio.Protocol):
             answer.fault(UpstreamFault(code, message))
 
 
-async def connect(replica: Owner, limit_s: float) -> BackConnection:
+async def connect(replica: Owner, limit_s: float) -> UpstreamConnection:
     """Return a new connection to `replica`.
 
     Raises OSError when refused, unreachable, or not accepted within `limit_s` seconds (TimeoutError is an OSError).
@@ -345,7 +345,7 @@ async def connect(replica: Owner, limit_s: float) -> BackConnection:
                 await _established(loop, sock)
             else:
                 sock = await _resolved(loop, *upstream.name_to_resolve)
-            back = BackConnection(replica, sock)
+            back = UpstreamConnection(replica, sock)
             if sock.family == socket.AF_UNIX:
                 await loop.create_unix_connection(lambda: back, sock=sock)
             elif upstream.tls is not None:

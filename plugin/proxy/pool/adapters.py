@@ -20,7 +20,7 @@ SETTLE_LIMIT_S = 30.0
 log = logging.getLogger("quickthaw.proxy")
 
 
-def changed_by(request: Request) -> bool:
+def changes_adapters(request: Request) -> bool:
     """Return True if a request loads or unloads an adapter, on either engine (`/v1/load_lora_adapter`, …)."""
     target = request.target.lower()
     if request.method != b"POST" or not (b"lora_adapter" in target or b"%" in target):
@@ -28,8 +28,8 @@ def changed_by(request: Request) -> bool:
     return "load_lora_adapter" in canonical(target).rpartition("/")[2]
 
 
-async def settled(request: Request, exchange: Exchange) -> None:
-    """Wait for the engine's answer after the client of such a request has left: only the answer tells whether it was accepted.
+async def wait_for_answer(request: Request, exchange: Exchange) -> None:
+    """Wait for the engine's answer after the client of such a request has disconnected: only the answer shows whether it was accepted.
 
     Otherwise any client could keep an engine awake for ever, and other models asleep, with a refused request.
     """
@@ -40,7 +40,7 @@ async def settled(request: Request, exchange: Exchange) -> None:
         await asyncio.sleep(0.02)
 
 
-async def watched(
+async def forward_and_note(
     forwarding: Awaitable[bool], pool: ReplicaPool, replica: Replica, request: Request, exchange: Exchange
 ) -> bool:
     """Await the forwarding of a request that changes the engine's adapters. If the engine accepts it, keep the engine awake."""
@@ -49,24 +49,24 @@ async def watched(
         return await forwarding
     except asyncio.CancelledError:
         if not pool.closed:
-            await settled(request, exchange)
+            await wait_for_answer(request, exchange)
         raise
     finally:
-        # Without a status nobody knows, unless the engine never had the whole request.
+        # Without a status it may have been accepted, unless the engine never had the whole request.
         if exchange.status < 400 and request.complete and replica.generation == generation:
-            note(pool, replica)
+            mark_loaded(pool, replica)
 
 
-def note(pool: ReplicaPool, replica: Replica) -> None:
+def mark_loaded(pool: ReplicaPool, replica: Replica) -> None:
     """Keep a replica awake from now on, because another process saw an adapter change."""
     if not replica.adapters_loaded:
         replica.adapters_loaded = True
-        say(pool, replica)
+        log_kept_awake(pool, replica)
 
 
-def say(pool: ReplicaPool, replica: Replica) -> None:
+def log_kept_awake(pool: ReplicaPool, replica: Replica) -> None:
     """Log that a replica is kept awake, if the pool has an idle timeout."""
     if pool.idle_timeout_s is not None:
         fields = {"pool": pool.name, "replica": replica.name}
-        text = "%s: adapters-loaded: LoRA adapters were loaded while it serves, and a start would not have them; it is not put to sleep"
+        text = "%s: adapters-loaded: clients have loaded LoRA adapters, which no start restores; it stays awake"
         log.warning(text, replica.name, extra={"event": "adapters-loaded", "fields": fields})

@@ -69,9 +69,9 @@ class ReplicaPool:
         self.last_active = time.monotonic()
         self.on_phase: list[Callable[[Replica, Phase, str], None]] = []
         """Callbacks (replica, phase, reason), run on the loop after each change of phase."""
-        self.chores: list[Callable[[], Coroutine[None, None, None]]] = []
+        self.background: list[Callable[[], Coroutine[None, None, None]]] = []
         """Coroutine functions that run on the loop for as long as the pool is served."""
-        self.elsewhere: Callable[[], int] = lambda: 0
+        self.busy_elsewhere: Callable[[], int] = lambda: 0
         """Returns how many requests are held or in flight in worker processes that share this pool."""
         self.started_here = True
         """False when this process cannot start a replica; requests then wait for another process to start one."""
@@ -82,10 +82,10 @@ class ReplicaPool:
         self.sleeper = Sleeper(self, sleep, sleep_limit_s, drain_limit_s)
         self._waiters: dict[Waiter, None] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._early: list[tuple[Replica, Phase, Phase, str, tuple[Span, ...]]] = []
+        self._unbound: list[tuple[Replica, Phase, Phase, str, tuple[Span, ...]]] = []
         self._ticking = False
         self._closed: ProxyError | None = None
-        self._turn = 0
+        self._rotation = 0
 
     # -- the owner's API ---------------------------------------------------------------------------
 
@@ -93,8 +93,8 @@ class ReplicaPool:
         """Attach the pool to the loop that serves it and process the transitions so far. `ProxyServer.start` calls this."""
         self._loop = loop
         self.max_held, self.max_hold_s = max_held, max_hold_s
-        early, self._early = self._early, []
-        for change in early:
+        unbound, self._unbound = self._unbound, []
+        for change in unbound:
             self._moved(*change)
         for replica in self.replicas.values():
             # A fast restore may be in its check before this process has finished its imports.
@@ -207,7 +207,7 @@ class ReplicaPool:
     def wanted(self) -> bool:
         """Return True if a client waits for this pool, here or in a worker, or did within the last 2 s."""
         recent = time.monotonic() - self.last_active < _RECENT_S
-        return recent or any(waiter.client for waiter in self._waiters) or bool(self.elsewhere())
+        return recent or any(waiter.client for waiter in self._waiters) or bool(self.busy_elsewhere())
 
     def try_acquire(self) -> Replica | None:
         """Return the least loaded serving replica, counting the request as outstanding; None if the request must be held."""
@@ -305,8 +305,8 @@ class ReplicaPool:
     def release(self, replica: Replica) -> None:
         """Release a replica that `acquire` returned; call it exactly once per acquire."""
         replica.outstanding -= 1
-        if replica.outstanding == 0 and replica.emptied is not None:
-            replica.emptied.set()
+        if replica.outstanding == 0 and replica.drained_event is not None:
+            replica.drained_event.set()
         self.last_active = time.monotonic()
 
     def refused(self, replica: Replica, generation: int, why: str) -> None:
@@ -351,9 +351,9 @@ class ReplicaPool:
         now, best, load = time.monotonic(), None, 0
         replicas = self.replicas
         if len(replicas) > 1:
-            self._turn += 1
+            self._rotation += 1
             order = list(replicas.values())
-            cut = self._turn % len(order)
+            cut = self._rotation % len(order)
             candidates = order[cut:] + order[:cut]
         else:
             candidates = list(replicas.values())
@@ -372,7 +372,7 @@ class ReplicaPool:
             replica.generation += 1  # increment now: a refusal by the old incarnation may still be queued on the loop
         before = replica.tracker.timeline
         if self._loop is None:
-            self._early.append((replica, old, new, reason, before))
+            self._unbound.append((replica, old, new, reason, before))
             return
         try:
             self._loop.call_soon_threadsafe(self._moved, replica, old, new, reason, before)
@@ -380,7 +380,7 @@ class ReplicaPool:
             log.debug("a replica moved after the proxy's loop had closed", extra={"fields": {"phase": str(new)}})
 
     def _moved(self, replica: Replica, old: Phase, new: Phase, reason: str, before: tuple[Span, ...]) -> None:
-        replica.note(old, new, before)
+        replica.record(old, new, before)
         self._note_check(replica, new)
         fields: dict[str, object]
         fields = {"pool": self.name, "replica": replica.name, "from": str(old), "to": str(new), "reason": reason}
@@ -394,7 +394,7 @@ class ReplicaPool:
             replica.suspect_until = 0.0
             self.waker.pause.succeeded()
             if old in STARTING:
-                replica.accepts()
+                replica.clear_refusals()
                 self.sleeper.pause.succeeded()
             kind = replica.start_kind
             if kind is not None and old in STARTING and reason != FOUND_UP:
@@ -420,9 +420,9 @@ class ReplicaPool:
             speculation.note_check(replica, phase, self._loop)
 
     def _speculate(self) -> None:
-        speculation.hand_out(self.replicas.values(), self._waiters, self._hand)
+        speculation.hand_out(self.replicas.values(), self._waiters, self._assign)
 
-    def _hand(self, waiter: Waiter, replica: Replica) -> None:
+    def _assign(self, waiter: Waiter, replica: Replica) -> None:
         replica.outstanding += 1
         waiter.ready.set_result(replica)
         self._waiters.pop(waiter, None)
@@ -436,7 +436,7 @@ class ReplicaPool:
                 replica = self.ready()
                 if replica is None:
                     break
-                self._hand(waiter, replica)
+                self._assign(waiter, replica)
             if self._waiters:
                 self._speculate()
             if self._waiters:

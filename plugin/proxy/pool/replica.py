@@ -13,7 +13,7 @@ from plugin.proxy.pool.start_times import Kind, kind_of
 from plugin.runtime.phases import Phase, PhaseTracker, Span
 
 if TYPE_CHECKING:
-    from plugin.proxy.http.upstream_connection import BackConnection
+    from plugin.proxy.http.upstream_connection import UpstreamConnection
 
 STARTING = frozenset(
     {Phase.MOUNTING, Phase.STARTING, Phase.LOADING, Phase.WARMING, Phase.SHRINKING, Phase.CHECKPOINTING}
@@ -42,10 +42,10 @@ class Replica:
         """Number of refusals at the time of the last wake."""
         self.generation = 0
         """How often it has reached serving. A refusal by an earlier incarnation does not count against this one."""
-        self.idle: list[BackConnection] = []
+        self.idle: list[UpstreamConnection] = []
         self.connecting: asyncio.Semaphore | None = None
-        self.emptied: asyncio.Event | None = None
-        self.over = True
+        self.drained_event: asyncio.Event | None = None
+        self.start_ended = True
         """True once the last start has ended, in success or final failure; the next phase then begins a new start. A
         failed restore that continues as a cold start is one start.
         """
@@ -53,11 +53,11 @@ class Replica:
         """Pending while a restored replica is compared with its snapshot. Resolves to True when the check passes, to False
         when it fails or when the speculative requests are cancelled.
         """
-        self.coming: Callable[[], bool] = lambda: False
-        """Returns True if pages are still to come from a page server; the replica may then be killed under its requests (`lost`)."""
-        self.lost: Callable[[], str] = str
+        self.pages_coming: Callable[[], bool] = lambda: False
+        """Returns True if pages are still to come from a page server; the replica may be killed under its requests until then."""
+        self.killed_because: Callable[[], str] = str
         """Returns why its owner killed it (missing pages, or silence), else ""."""
-        self.guarded = False
+        self.killed_when_silent = False
         """True if its owner kills it when it is silent (`silence`); requests without an answer are then retried."""
         self.stopped: Callable[[], bool] = lambda: False
         """Returns True if the owner sees that one of its processes is stopped (SIGSTOP); may block."""
@@ -69,40 +69,40 @@ class Replica:
         self._began = time.monotonic()
         self._skip = 0
 
-    def note(self, old: Phase, new: Phase, before: tuple[Span, ...] = ()) -> None:
+    def record(self, old: Phase, new: Phase, before: tuple[Span, ...] = ()) -> None:
         """Update the current start's kind, age and spans. `before` is the tracker's timeline at this change."""
-        if new in STARTING and (self.over or old is not Phase.FAILED) and old not in STARTING:
-            self._phases, self.over = [], False
+        if new in STARTING and (self.start_ended or old is not Phase.FAILED) and old not in STARTING:
+            self._phases, self.start_ended = [], False
             self._began = time.monotonic()
             self._skip = len(before)
         self._phases.append(new)
         if new is Phase.SERVING:
-            self.over = True
+            self.start_ended = True
 
     def catch_up(self) -> None:
         """Reconstruct a start that began, and may have ended, before this replica was added."""
         phase, spans = self.tracker.phase, self.tracker.timeline
         old = Phase.IDLE
         for new in (*(span.phase for span in spans), phase):
-            self.note(old, new)
+            self.record(old, new)
             old = new
         in_phase = 0.0 if phase is Phase.SERVING else self.tracker.seconds_in_phase
         self._began = time.monotonic() - in_phase - sum(span.took_s for span in spans)
 
-    def accepts(self) -> None:
+    def clear_refusals(self) -> None:
         """Reset its refusals after an accepted connection."""
         if self.refusals.failures:
             self.refusals.succeeded()
             self.woken_at = 0
 
     @property
-    def refusal_woken(self) -> bool:
+    def refuses_after_wake(self) -> bool:
         """Return True if it is paused for refusing connections and no wake is worth trying: one since its last refusal did not help."""
         paused = self.suspect_until > time.monotonic() and self.tracker.phase is Phase.SERVING
         return paused and self.refusals.failures > 1 and self.woken_at == self.refusals.failures
 
     @property
-    def returns(self) -> bool:
+    def returns_by_itself(self) -> bool:
         """Return True if it will take requests again by itself: it is starting, draining, or suspect."""
         return self.draining or self.tracker.phase in STARTING or self.tracker.phase is Phase.SUSPECT
 
@@ -115,9 +115,9 @@ class Replica:
     async def quiet(self) -> None:
         """Return once no request is outstanding. The requests' own limits bound the wait, and so may the caller."""
         while self.outstanding:
-            self.emptied = self.emptied or asyncio.Event()
-            self.emptied.clear()
-            await self.emptied.wait()
+            self.drained_event = self.drained_event or asyncio.Event()
+            self.drained_event.clear()
+            await self.drained_event.wait()
 
     @property
     def start_kind(self) -> Kind | None:

@@ -23,14 +23,14 @@ log = logging.getLogger("quickthaw.proxy")
 Hook = Callable[[], Awaitable[None]]
 
 
-class Sleeps(Protocol):
+class SleepingPool(Protocol):
     """The part of a pool (`pool.ReplicaPool`) that a `Sleeper` needs."""
 
     name: str
     replicas: dict[str, Replica]
     idle_timeout_s: float | None
     last_active: float
-    elsewhere: Callable[[], int]
+    busy_elsewhere: Callable[[], int]
 
     @property
     def held(self) -> int:
@@ -61,7 +61,7 @@ class Sleeps(Protocol):
 class Sleeper:
     """Put one pool to sleep; at most one attempt runs at a time."""
 
-    def __init__(self, pool: Sleeps, hook: Hook | None, limit_s: float, drain_limit_s: float) -> None:
+    def __init__(self, pool: SleepingPool, hook: Hook | None, limit_s: float, drain_limit_s: float) -> None:
         """Limits in seconds: `limit_s` for the hook; `drain_limit_s` for requests in flight when another pool needs the room."""
         self.pool, self.hook, self.limit_s, self.drain_limit_s = pool, hook, limit_s, drain_limit_s
         self.task: asyncio.Task[ProxyError | None] | None = None
@@ -80,7 +80,7 @@ class Sleeper:
         if (
             self.pool.held
             or self.pool.outstanding
-            or self.pool.elsewhere()
+            or self.pool.busy_elsewhere()
             or self.pool.kept_awake
             or self.pool.ready() is None
         ):
@@ -121,7 +121,7 @@ class Sleeper:
         if self.pool.kept_awake:
             raise StartFailed("adapters-loaded", f"{self.pool.name} has LoRA adapters that a start would not have")
 
-    async def drained(self, quiet: Awaitable[Any]) -> Any:
+    async def wait_drained(self, quiet: Awaitable[Any]) -> Any:
         """Await `quiet` within the limits of the current sleep. Raises the same errors as `evict`."""
         task = asyncio.ensure_future(quiet)
         try:
@@ -133,11 +133,11 @@ class Sleeper:
                 if left <= 0:
                     raise Unavailable("still-answering", f"{self.pool.name} did not finish its requests in time")
                 if not self._wanted():
-                    raise Unneeded(f"nobody waits for the place of {self.pool.name} any more")
+                    raise Unneeded(f"no request waits for the place of {self.pool.name} any more")
         finally:
             task.cancel()
 
-    def around(self, wrap: Callable[[Callable[[], Awaitable[None]]], Awaitable[None]]) -> None:
+    def wrap_hook(self, wrap: Callable[[Callable[[], Awaitable[None]]], Awaitable[None]]) -> None:
         """Replace the sleep hook with `wrap(hook)`, for an owner that must drain other processes first."""
         inner = self.hook
         if inner is not None:
@@ -153,7 +153,7 @@ class Sleeper:
         try:
             for replica in self.pool.replicas.values():
                 if replica.outstanding:
-                    await self.drained(replica.quiet())
+                    await self.wait_drained(replica.quiet())
                 self.pool.close_idle(replica)
             self.refuse_loaded()
             # An owner with other processes drains them in its hook, so the hook gets that time too.
@@ -186,14 +186,14 @@ class Sleeper:
         failure.retry_after_s = pause
         fields = {"pool": self.pool.name, "code": failure.code, "reason": failure.message}
         level = logging.DEBUG if known is not None and known.code == failure.code else logging.WARNING
-        text = "%s did not go to sleep: %s; it goes on serving, and the pauses between tries grow"
+        text = "%s did not go to sleep: %s; it continues to serve, and is tried again after growing pauses"
         log.log(level, text, self.pool.name, failure.message, extra={"event": "sleep-failed", "fields": fields})
 
     async def watch_idle(self) -> None:
         """Put the pool to sleep whenever it was idle for `idle_timeout_s` seconds. Runs until the server's shutdown cancels it."""
         while self.pool.idle_timeout_s is not None:
             idle = time.monotonic() - self.pool.last_active
-            if self.pool.outstanding or self.pool.held or self.pool.elsewhere() or self.pool.ready() is None:
+            if self.pool.outstanding or self.pool.held or self.pool.busy_elsewhere() or self.pool.ready() is None:
                 idle = 0.0
             if idle >= self.pool.idle_timeout_s:
                 await self.sleep()

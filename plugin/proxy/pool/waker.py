@@ -21,7 +21,7 @@ log = logging.getLogger("quickthaw.proxy")
 Hook = Callable[[], Awaitable[None]]
 
 
-class Wakes(Protocol):
+class WokenPool(Protocol):
     """The part of a pool (`pool.ReplicaPool`) that a `Waker` needs."""
 
     name: str
@@ -44,7 +44,7 @@ class Wakes(Protocol):
 class Waker:
     """Wake one pool when a request needs it; at most one wake runs at a time."""
 
-    def __init__(self, pool: Wakes, hook: Hook | None, limit_s: float) -> None:
+    def __init__(self, pool: WokenPool, hook: Hook | None, limit_s: float) -> None:
         """`hook` brings at least one replica to serving within `limit_s` seconds; None if the pool waits for others to do it."""
         self.pool, self.hook, self.limit_s = pool, hook, limit_s
         self.task: asyncio.Task[None] | None = None
@@ -107,11 +107,11 @@ class Waker:
 
     def _returns(self) -> bool:
         """Return True if a replica will take requests again by itself."""
-        return any(replica.returns for replica in self.pool.replicas.values())
+        return any(replica.returns_by_itself for replica in self.pool.replicas.values())
 
     def _refusing(self) -> bool:
         """Return True if a replica refuses connections, and a wake since has not helped."""
-        return any(replica.refusal_woken for replica in self.pool.replicas.values())
+        return any(replica.refuses_after_wake for replica in self.pool.replicas.values())
 
     def fail_finally(self, error: ProxyError) -> None:
         """End waiting requests with `error`, and new ones until another start begins."""
@@ -127,7 +127,7 @@ class Waker:
         """Record that a start has failed, and end waiting requests with `error`."""
         self.last_failure = error
         for replica in self.pool.replicas.values():
-            replica.over = replica.over or replica.tracker.phase is Phase.FAILED
+            replica.start_ended = replica.start_ended or replica.tracker.phase is Phase.FAILED
         if not self.pool.closed:
             self.failed_starts += 1
             reason = error.detail or error.message

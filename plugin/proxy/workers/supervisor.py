@@ -80,10 +80,10 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         for pool in self.pools.values():
             pool.bind(loop, max_held=1 << 30, max_hold_s=86400.0)
-            pool.elsewhere = lambda name=pool.name: sum(w.busy.get(name, 0) for w in self.workers)  # type: ignore[misc]
+            pool.busy_elsewhere = lambda name=pool.name: sum(w.busy.get(name, 0) for w in self.workers)  # type: ignore[misc]
             pool.on_phase.append(lambda replica, new, reason, pool=pool: self._send_phase(pool, replica, new, reason))  # type: ignore[misc]
             pool.waker.on_failed.append(lambda error, pool=pool: self._send_failed(pool, error))  # type: ignore[misc]
-            pool.sleeper.around(lambda inner, pool=pool: self._sleep_when_quiet(pool, inner))  # type: ignore[misc]
+            pool.sleeper.wrap_hook(lambda inner, pool=pool: self._sleep_when_quiet(pool, inner))  # type: ignore[misc]
             if pool.idle_timeout_s is not None:
                 self._tasks.append(loop.create_task(pool.sleeper.watch_idle()))
         ready = [loop.create_future() for _ in self.workers]
@@ -203,7 +203,7 @@ class Supervisor:
         worker.leaving = True
         fields = {"worker": worker.number}
         log.warning(
-            "worker %d was told to end; replacing it",
+            "worker %d got SIGTERM and finishes its requests; it is replaced",
             worker.number,
             extra={"event": "worker-leaving", "fields": fields},
         )
@@ -262,7 +262,7 @@ class Supervisor:
         for name, replicas in message["adapters"].items():
             for replica in replicas:
                 if replica in self.pools[name].replicas:
-                    adapters.note(self.pools[name], self.pools[name].replicas[replica])
+                    adapters.mark_loaded(self.pools[name], self.pools[name].replicas[replica])
         for name, count in worker.busy.items():
             if count:
                 self.pools[name].last_active = time.monotonic()
@@ -287,9 +287,9 @@ class Supervisor:
                 *(control.request(limit_s, op="quiet", pool=pool.name, wait=wait) for control in controls)
             )
             try:
-                quiet = all(await pool.sleeper.drained(asked))
+                quiet = all(await pool.sleeper.wait_drained(asked))
             except TimeoutError:
-                raise StartFailed("worker-silent", "a worker did not say whether it has a request for it") from None
+                raise StartFailed("worker-silent", "a worker did not report whether it has requests for it") from None
             if not quiet:
                 raise StartFailed("busy", "a worker has a request for it")
             pool.sleeper.refuse_loaded()

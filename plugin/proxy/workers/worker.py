@@ -81,7 +81,7 @@ async def work(control_fd: int, listen_fd: int, own_fd: int | None = None) -> No
     await asyncio.wait((listening, report, stopped), return_when=asyncio.FIRST_COMPLETED)
     for task in (listening, report):
         if task.done() and (error := task.exception()) is not None:
-            text = "control-failed: this worker cannot follow its supervisor any more (%r); it ends, and is replaced"
+            text = "control-failed: this worker cannot handle a message of its supervisor (%r); it ends and is replaced"
             log.error(text, error, exc_info=error, extra={"event": "defect"})
             control.send(op="leaving")
     if not ending:

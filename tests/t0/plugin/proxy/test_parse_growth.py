@@ -124,7 +124,7 @@ def test_a_json_body(name, coding):
 )
 def test_a_path(unit):
     def judge(path: bytes) -> None:
-        PathRules("/-", frozenset({"/sleep", "/v1/load_lora_adapter"})).judge(b"/" + path)
+        PathRules("/-", frozenset({"/sleep", "/v1/load_lora_adapter"})).classify(b"/" + path)
 
     growth(judge, unit, HEAD)
 
@@ -136,7 +136,7 @@ def test_a_head(name):
         request.target = b"/"
         request.headers = [(b"host", b"Host", b"h"), (name, name, value)]
         try:
-            request.judge(b"GET", "1.1", True)
+            request.validate(b"GET", "1.1", True)
         except ClientFault:
             return
 

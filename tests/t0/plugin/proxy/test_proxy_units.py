@@ -46,8 +46,8 @@ def test_every_percent_spelling_of_a_denied_path_is_denied(data):
         for c in path
     )
     rules = PathRules("/-", frozenset({path}))
-    assert rules.judge(spelled.encode() + b"?x=1") is Verdict.DENIED
-    assert rules.judge(b"/v1/completions") is Verdict.PASS
+    assert rules.classify(spelled.encode() + b"?x=1") is Verdict.DENIED
+    assert rules.classify(b"/v1/completions") is Verdict.PASS
 
 
 @pytest.mark.parametrize("path", ["/sleep", "/metrics", "/v1/load_lora_adapter"])
@@ -55,13 +55,13 @@ def test_no_spelling_of_a_denied_path_passes(path):
     rules = PathRules("/-", frozenset({path}), "/api")
     for target in spellings(path, "/api"):
         plain = absolute_form(target.encode())
-        assert rules.judge(plain[1] if plain else target.encode()) is Verdict.DENIED, target
+        assert rules.classify(plain[1] if plain else target.encode()) is Verdict.DENIED, target
 
 
 def test_what_engines_match_by_its_beginning_is_denied_by_its_beginning():
     rules = PathRules("/-", frozenset({"/metrics", "/sleep"}))
-    assert {rules.judge(target.encode()) for target in MATCHED_BY_PREFIX} == {Verdict.DENIED}
-    assert rules.judge(b"/sleepy") is Verdict.PASS
+    assert {rules.classify(target.encode()) for target in MATCHED_BY_PREFIX} == {Verdict.DENIED}
+    assert rules.classify(b"/sleepy") is Verdict.PASS
 
 
 @given(st.text(alphabet=string.ascii_letters + "/.-_~:%2f;", max_size=30))
@@ -77,23 +77,23 @@ def test_a_denied_path_that_names_nothing_or_everything_is_refused(path):
 
 def test_a_long_path_passes_only_where_it_is_plain():
     rules = PathRules("/-", frozenset({"/sleep"}), "/a")
-    assert rules.judge(b"/v1/" + b"x" * 20_000) is Verdict.PASS
+    assert rules.classify(b"/v1/" + b"x" * 20_000) is Verdict.PASS
     for text in (b"/a;b" * 5_000, b"/.." * 7_000, b"/a%" * 7_000, b"/" + b"%25" * 7_000):
-        assert rules.judge(text) is Verdict.DENIED
+        assert rules.classify(text) is Verdict.DENIED
 
 
 def test_own_paths_are_own_only_when_spelled_plainly():
     rules = PathRules("/-", frozenset())
-    assert rules.judge(b"/-/status") is rules.judge(b"/-") is Verdict.OWN
+    assert rules.classify(b"/-/status") is rules.classify(b"/-") is Verdict.OWN
     for spelling in (b"/%2d/status", b"//-/status", b"/x/../-/status", b"/-/%73tatus"):
-        assert rules.judge(spelling) is Verdict.DENIED
-    assert rules.judge(b"/--/status") is Verdict.PASS
+        assert rules.classify(spelling) is Verdict.DENIED
+    assert rules.classify(b"/--/status") is Verdict.PASS
 
 
 def test_verdicts_are_kept_but_not_for_ever():
     rules = PathRules("/-", frozenset({"/sleep"}))
     for n in range(10_000):
-        assert rules.judge(b"/%d" % n) is Verdict.PASS
+        assert rules.classify(b"/%d" % n) is Verdict.PASS
     assert len(rules._cache) <= 4096
 
 
@@ -101,7 +101,7 @@ def test_verdicts_of_long_paths_are_not_kept():
     rules = PathRules("/-", frozenset({"/sleep"}))
     tracemalloc.start()
     for number in range(100):
-        assert rules.judge(b"/%060000d" % number) is Verdict.PASS
+        assert rules.classify(b"/%060000d" % number) is Verdict.PASS
     kept, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert kept < 1 << 20
@@ -174,7 +174,7 @@ def test_a_preference_is_advice(value, seconds):
     request = Request()
     request.target = b"/"
     request.headers = [(b"host", b"Host", b"t"), (b"prefer", b"Prefer", value)]
-    request.judge(b"GET", "1.1", True)
+    request.validate(b"GET", "1.1", True)
     assert request.hold_s == seconds
 
 

@@ -34,8 +34,8 @@ class Freezes:
 
 def watched(rig: Rig, name: str, port: int, told: list[str]):
     replica = rig.add(name, port)
-    replica.guarded = True
-    replica.lost = lambda: "silent" if name in told else ""
+    replica.killed_when_silent = True
+    replica.killed_because = lambda: "silent" if name in told else ""
     return replica
 
 
@@ -166,7 +166,7 @@ def test_pages_that_are_still_to_come_are_another_watchs_business():
         told: list[str] = []
         async with upstream(Freezes()) as up, proxy() as rig, watching(rig, 0.3, told):
             replica = watched(rig, "r", up.port, told)
-            replica.coming = lambda: True
+            replica.pages_coming = lambda: True
             asked = asyncio.create_task(rig.get("/x"))
             await asyncio.sleep(0.8)
             assert not told and replica.tracker.phase is Phase.SERVING

@@ -15,7 +15,7 @@ import pytest
 from launchers.bare import free_port
 from plugin.proxy.endpoints.endpoint import Endpoint, EndpointSpec
 from plugin.proxy.endpoints.models import ModelConfig, spec_of
-from plugin.proxy.endpoints.watch import Pace
+from plugin.proxy.endpoints.watch import WatchIntervals
 from plugin.proxy.http.address import tcp
 from plugin.runtime.phases import Phase
 from tests.kits.proxy_rig import Seen, Upstream, answer, ordinary, run, until, upstream
@@ -23,7 +23,7 @@ from tests.t1.plugin.proxy.test_proxy_endpoint import ENGINE, SleepMode, in_fron
 
 pytestmark = pytest.mark.t1
 
-QUICK = Pace(every_s=0.02, ask_every_s=0.05, unready_s=0.2, unready_busy_s=0.6, connect_s=1.0)
+QUICK = WatchIntervals(every_s=0.02, probe_every_s=0.05, unready_s=0.2, unready_busy_s=0.6, connect_s=1.0)
 
 
 @contextlib.contextmanager
@@ -89,7 +89,7 @@ def test_a_busy_engine_whose_health_page_is_slow_goes_on_serving():
     async def main():
         nonlocal unready
         async with upstream(busy) as up:
-            spec = EndpointSpec(tcp("127.0.0.1", up.port), pace=Pace(0.02, 0.02, 2, 0.1, 30.0, 1.0))
+            spec = EndpointSpec(tcp("127.0.0.1", up.port), pace=WatchIntervals(0.02, 0.02, 2, 0.1, 30.0, 1.0))
             async with in_front_of(spec) as (rig, endpoint):
                 unready = True
                 assert (await rig.get("/long")).status == 200
@@ -122,7 +122,9 @@ def test_one_that_listens_and_does_not_generate_is_asked_ever_less_often():
     async def main():
         mode = SleepMode(awake=False)
         async with upstream(mode) as up:
-            spec = EndpointSpec(tcp("127.0.0.1", up.port), ready_model="m", pace=Pace(every_s=0.02, ask_every_s=30.0))
+            spec = EndpointSpec(
+                tcp("127.0.0.1", up.port), ready_model="m", pace=WatchIntervals(every_s=0.02, probe_every_s=30.0)
+            )
             async with in_front_of(spec) as (_, endpoint):
                 asked = [s for s in up.seen if s.target == "/v1/completions"]
                 await asyncio.sleep(0.7)
@@ -135,13 +137,13 @@ def test_one_that_listens_and_does_not_generate_is_asked_ever_less_often():
 
 def test_what_only_we_start_is_not_looked_for_at_its_port():
     for model in (ModelConfig(command="x"), ModelConfig(snapshot="x")):
-        assert spec_of(model, None).only_ours
-    assert not spec_of(ModelConfig(upstream="http://127.0.0.1:1"), None).only_ours
+        assert spec_of(model, None).exclusive_port
+    assert not spec_of(ModelConfig(upstream="http://127.0.0.1:1"), None).exclusive_port
 
     async def main():
         async with upstream() as up:
             spec = EndpointSpec(
-                tcp("127.0.0.1", up.port), wake="exit 1", only_ours=True, ready_path="/later", pace=QUICK
+                tcp("127.0.0.1", up.port), wake="exit 1", exclusive_port=True, ready_path="/later", pace=QUICK
             )
             async with in_front_of(spec) as (_, endpoint):
                 endpoint.tracker.to(Phase.FAILED, "x")
@@ -205,7 +207,7 @@ def test_a_port_that_another_user_took_between_the_look_and_the_probe_is_not_bel
 
     async def main():
         async with upstream() as up:
-            endpoint = Endpoint("default", EndpointSpec(tcp("127.0.0.1", up.port), wake="exit 1", only_ours=True))
+            endpoint = Endpoint("default", EndpointSpec(tcp("127.0.0.1", up.port), wake="exit 1", exclusive_port=True))
             why = await endpoint.ready()
             assert why is not None and "engine-port-taken: user 65534" in why and len(up.seen) == 1
             assert "engine-port-taken" in (await endpoint.ready() or "") and len(up.seen) == 1, "nor is it asked again"

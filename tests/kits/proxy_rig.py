@@ -178,11 +178,15 @@ class Rig:
     server: Proxy
     pool: ReplicaPool
     port: int
-    stop: Callable[[float], Awaitable[None]]
-    """Stop as on SIGTERM: hold no request any more, wait up to so many seconds for those in flight."""
-    connections: Callable[[], int]
-    """How many clients are connected, idle ones included."""
     trackers: dict[str, PhaseTracker] = field(default_factory=dict)
+    stop: Callable[[float], Awaitable[None]] | None = None
+    """Stop as on SIGTERM: hold no request any more, wait up to so many seconds for those in flight."""
+    connections: Callable[[], int] | None = None
+    """How many clients are connected, idle ones included."""
+
+    def __post_init__(self) -> None:
+        self.stop = self.stop or self.server.shutdown
+        self.connections = self.connections or (lambda: len(self.server.clients))
 
     @property
     def url(self) -> str:
@@ -232,7 +236,7 @@ async def proxy(settings: Settings | None = None, **pool_options: Any) -> AsyncI
     server = ProxyServer(pool, settings or Settings())
     await server.start(sock)
     try:
-        yield Rig(server, pool, sock.getsockname()[1], server.shutdown, lambda: len(server.clients))
+        yield Rig(server, pool, sock.getsockname()[1])
     finally:
         await server.shutdown(0.02)
 
@@ -275,7 +279,7 @@ async def asgi_proxy(settings: Settings | None = None, **pool_options: Any) -> A
             await server.shutdown(limit_s)
 
         try:
-            yield Rig(server, pool, port, stop, lambda: len(uvicorn_server.server_state.connections))
+            yield Rig(server, pool, port, stop=stop, connections=lambda: len(uvicorn_server.server_state.connections))
         finally:
             await server.shutdown(0.02)
 

@@ -44,7 +44,7 @@ pytestmark = pytest.mark.t1
 async def gateway(app, proxy, pool):
     """A rig around a Starlette application that contains a proxy."""
     async with served_by_uvicorn(app, date_header=False) as (port, server):
-        yield Rig(proxy, pool, port, proxy.shutdown, lambda: len(server.server_state.connections)), server
+        yield Rig(proxy, pool, port), server
 
 
 def mounted(settings: Settings | None = None, *middleware: Middleware):

@@ -206,7 +206,7 @@ def test_a_host_without_connections_to_give_is_no_death_of_the_replica(monkeypat
     """The proxy's own lack of descriptors must not wake a second engine beside one that is well."""
     import errno
 
-    from plugin.proxy import server as module
+    from plugin.proxy import forwarding as module
 
     async def main():
         async with upstream() as up, proxy(wake=lambda: pytest.fail("woken")) as rig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -215,9 +216,9 @@ def _reasons_against(library: Library, found: Snapshot) -> list[tuple[str, str]]
     from checkpoint.compatibility import check as identity
     from checkpoint.compatibility.engine import engine_facts
     from checkpoint.compatibility.host import host_facts
+    from checkpoint.compatibility.model_files import ModelFiles
     from checkpoint.criu.binary import Criu
     from checkpoint.snapshot import digests
-    from lazyfs.content.stat_index import known_digest
 
     recorded = identity.Identity.decode(found.identity)
     reasons: list[tuple[str, str]] = []
@@ -239,14 +240,13 @@ def _reasons_against(library: Library, found: Snapshot) -> list[tuple[str, str]]
     except CheckpointError as error:
         reasons.append((error.code, str(error.args[0])))
     for folder, code in ((found.model_path, "model-path-missing"), (found.cwd, "working-folder-missing")):
-        if folder and not Path(folder).is_dir():
-            reasons.append((code, f"the engine uses the folder {folder}, which does not exist here"))
-    if found.model_path and Path(found.model_path).is_dir():
-        digest = known_digest(Path(found.model_path))
-        if digest and recorded.model and digest != recorded.model:
-            reasons.append(
-                ("model-differs", f"model manifest {recorded.model[:12]} in the snapshot, {digest[:12]} here")
-            )
+        if folder and not Path(folder).exists():
+            reasons.append((code, f"the engine uses {folder}, which does not exist here"))
+    if found.model_path and Path(found.model_path).exists():
+        with contextlib.suppress(OSError):
+            digest = ModelFiles(Path(found.model_path), library.home).known_digest()
+            if digest and recorded.model:
+                reasons += [(m.code, m.message) for m in identity.check_model(recorded.model, digest)]
     try:
         digests.verify(library.path(found.name), found.files)
     except CheckpointError as error:

@@ -19,6 +19,7 @@ from checkpoint.sandbox.sandbox import CONTROL_DIR, RUN_DIR, TMP_DIR
 from checkpoint.snapshot.manifest import Canary
 from launchers.client import Client
 from launchers.errors import BadModel, EngineDied, EngineFailed, Usage
+from launchers.given_options import given_options, last
 
 log = logging.getLogger("quickthaw")
 INNER_PORT = 8000
@@ -43,6 +44,16 @@ request, so that one engine step serves both.
 RELOAD_LIMIT_S = 600.0
 """Limit for moving or reading all of a model's weights."""
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".npz")
+ANYWHERE_FORMATS = (
+    "dummy",
+    "tensorizer",
+    "runai_streamer",
+    "runai_streamer_sharded",
+    "remote",
+    "remote_instance",
+    "private",
+)
+"""Values of --load-format with which a model's folder need not hold weights."""
 
 
 def without_ours(environment: Mapping[str, str]) -> dict[str, str]:
@@ -148,14 +159,12 @@ class Engine(abc.ABC):
                 kept += words[index : index + used]
             index += used
         if any(word.partition("=")[0] == "--config" for word in kept):
-            from checkpoint.compatibility.inputs import option
-
+            written = given_options(kept)
             for flag, name in takes.items():
-                if name in ("api_key", "admin_key", "root_path", "seed") and name not in values:
-                    written = option(kept, flag.removeprefix("--"))
-                    values |= {name: written.strip("[]")} if written else {}
+                if name not in values and (value := last(written, flag.removeprefix("--"))):
+                    values[name] = value
         if "model" not in values:
-            raise Usage("no-model", f"no model given; add {self.model_flags[0]} DIR to the engine's arguments")
+            raise Usage("no-model", f"no model given; add {self.model_flags[0]} MODEL to the engine's arguments")
         try:
             port = int(values.get("port", self.default_port))
             if not 0 <= port < 65536:
@@ -187,10 +196,10 @@ class Engine(abc.ABC):
     ) -> dict[str, str]:
         """Return the engine's environment: the user's variables plus the variables that our hooks need.
 
-        Telemetry is disabled, because the sandbox has no outside network. A variable set by the user keeps its value,
-        unless a snapshot would not work with it (TMPDIR). quickthaw's own variables are not passed on: they hold its keys,
-        and a snapshot contains the engine's environment. `site` and `cache` are empty if the state folder cannot be
-        written; the engine then runs without them.
+        Telemetry is disabled. A variable set by the user keeps its value, unless a sandbox would not work with it: it has
+        no outside network, so hub models come from the cache, and it has its own TMPDIR. quickthaw's own variables are not
+        passed on: they hold its keys, and a snapshot contains the engine's environment. `site` and `cache` are empty if the
+        state folder cannot be written; the engine then runs without them.
         """
         env = without_ours(user)
         env.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -207,16 +216,20 @@ class Engine(abc.ABC):
             env.setdefault("TRITON_CACHE_DIR", f"{cache}/triton")
             env.setdefault("FLASHINFER_WORKSPACE_BASE", f"{cache}/flashinfer")
         if sandboxed:
-            env["TMPDIR"] = TMP_DIR
+            env |= {"TMPDIR": TMP_DIR, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
             env["QUICKTHAW_CONTROL_DIR"] = CONTROL_DIR
         return env
 
     def defaults(self) -> dict[str, str]:
         """Return the default variables, which the user's variables override."""
-        return {"DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+        return {"DO_NOT_TRACK": "1"}
 
     def control_arguments(self) -> tuple[str, ...]:
         """Return the arguments that our control of the engine needs; they give no other client access."""
+        return ()
+
+    def hub_arguments(self, command: EngineCommand, user: Mapping[str, str]) -> tuple[str, ...]:
+        """Return the arguments with which a sandboxed engine serves a hub model as it does with the `user`'s environment."""
         return ()
 
     # Its life
@@ -343,17 +356,26 @@ def has_flag(command: EngineCommand, *flags: str) -> bool:
     return not given.isdisjoint(flags)
 
 
-def check_model(model: Path) -> None:
-    """Check that a model directory can be served. Raises BadModel with what is missing and the remedy."""
+def check_model(model: Path, command: EngineCommand | None = None) -> None:
+    """Check that a model directory can be served. Raises BadModel with what is missing and the remedy.
+
+    What `command` says may make up for it: weights that come from elsewhere or nowhere, a configuration of its own.
+    """
     if not model.exists():
         raise BadModel(
             "model-missing", f"there is no model directory {model}; give the path of one with config.json and weights"
         )
     if not model.is_dir():
-        raise BadModel("model-not-a-directory", f"{model} is a file; give the directory that holds it")
+        return  # a file, such as GGUF: the engine judges it
+    options = given_options(command.arguments) if command else {}
     names = [entry.name for entry in os.scandir(model)]
-    if "config.json" not in names and "params.json" not in names and not any(name.endswith(".gguf") for name in names):
+    if any(name.endswith(".gguf") for name in names):
+        return
+    configured = options.keys() & {"hf-config-path", "config-format"} or {"config.json", "params.json"} & set(names)
+    if not configured:
         raise BadModel("model-without-config", f"{model} has no config.json; is it the right directory?")
+    if last(options, "load-format") in ANYWHERE_FORMATS or "model-weights" in options:
+        return
     if not any(name.endswith(WEIGHT_SUFFIXES) for name in names):
         raise BadModel(
             "model-without-weights",

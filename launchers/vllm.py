@@ -17,6 +17,7 @@ from launchers import control
 from launchers.base import RELOAD_LIMIT_S, Engine, EngineCommand, canary_id, has_flag
 from launchers.client import Client
 from launchers.errors import EngineFailed
+from launchers.given_options import given_options
 
 log = logging.getLogger("quickthaw")
 CONTROL_PATH = "/quickthaw-control"
@@ -66,6 +67,18 @@ class Vllm(Engine):
         if env.get("VLLM_PLUGINS"):
             env["VLLM_PLUGINS"] += ",quickthaw"
         return env
+
+    def hub_arguments(self, command: EngineCommand, user: Mapping[str, str]) -> tuple[str, ...]:
+        """Keep the name that clients use: offline, vLLM puts the cache's folder in the place of a hub name (EngineArgs)."""
+        offline = (user.get("HF_HUB_OFFLINE") or user.get("TRANSFORMERS_OFFLINE") or "").upper() in (
+            "1",
+            "ON",
+            "YES",
+            "TRUE",
+        )
+        if offline or "served-model-name" in given_options(command.arguments):
+            return ()
+        return ("--served-model-name", command.model)
 
     def served_name(self, client: Client) -> str:
         """Return the model's name as clients write it."""

@@ -9,7 +9,7 @@ snapshot. `check` then compares the recorded identity with this one, and reports
     libc-differs                      the C library's version or build   criu-older
     engine-differs  engine-version-differs  engine-build-differs  interpreter-differs  dependency-differs: torch
     arguments-differ: --max-model-len environment-differs: OMP_NUM_THREADS   secret-differs: VLLM_API_KEY
-    model-differs  weights-differ     the model manifest's digest; whether the weights are in the snapshot
+    model-differs  weights-differ     the digest of the model's files; whether the weights are in the snapshot
     gpu-count-differs  gpu-model-differs  gpu-memory-smaller  driver-older  driver-newer
 
 Policies. Kernel: the recorded release or a newer one, at most KERNEL_MAJOR_RANGE major versions ahead; patch levels
@@ -92,7 +92,7 @@ class Identity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The identity stored in a snapshot's manifest; it contains no secret.
 
     `secrets`: relevant secrets as digests under `salt` (hex). `secret_names`: names of all variables that look like
-    secrets. `model`: digest of the model's manifest, "" if the model is not managed. `weights`: `full` or `thin`.
+    secrets. `model`: digest of the model's files, "" if they are not on this host. `weights`: `full` or `thin`.
     `renewed`: names of the engine's variables whose values are replaced in a restored engine
     (checkpoint.compatibility.environment).
     """
@@ -136,12 +136,17 @@ class Mismatch(msgspec.Struct, frozen=True, order=True):
 
 @dataclass(frozen=True)
 class Here:
-    """The identity of a launch on this host. It still contains the secrets; `record` digests them."""
+    """The identity of a launch on this host. It still contains the secrets; `record` digests them.
+
+    `sketch` selects a snapshot by its model, `model` proves it (checkpoint.compatibility.model_files). `model` is "" until
+    a snapshot has been found, or one is taken: reading all of a large model takes minutes.
+    """
 
     host: HostFacts
     engine: EngineFacts
     arguments: Arguments
     environment: Mapping[str, str]
+    sketch: str = ""
     model: str = ""
     weights: str = "full"
     secret_names: tuple[str, ...] = ()
@@ -158,10 +163,10 @@ class Here:
             "arguments": self.arguments,
             "environment": dict(self.environment),
             "secrets": {name: blake3.blake3(value.encode()).hexdigest()[:4] for name, value in self.secrets.items()},
-            "model": self.model,
+            "model": self.sketch,
             "weights": self.weights,
         }
-        return blake3.blake3(b"quickthaw identity 2\0" + msgspec.json.encode(parts, order="deterministic")).hexdigest()[
+        return blake3.blake3(b"quickthaw identity 3\0" + msgspec.json.encode(parts, order="deterministic")).hexdigest()[
             :24
         ]
 
@@ -221,7 +226,7 @@ def here(
     arguments: Sequence[str],
     environment: Mapping[str, str],
     *,
-    model: str = "",
+    sketch: str = "",
     model_paths: Sequence[str] = (),
     model_folder: Path | None = None,
     kept: Path | None = None,
@@ -233,7 +238,7 @@ def here(
     """Gather the identity of a launch on this host.
 
     `arguments`: the words after the engine's module, as the engine will receive them. `environment`: the engine's
-    environment. `model`: digest of the model's manifest. `model_paths`: possible names of its folder on the command
+    environment. `sketch`: the model's (ModelFiles.sketch). `model_paths`: possible names of its folder on the command
     line (see normalised_arguments). `model_folder`: that folder. `kept`: file that caches digests of large files
     between starts. `criu`: CRIU's version. `gpus`, `driver`: as reported by a running CUDA helper; otherwise NVML is
     queried if there is a device. Raises HostLacks if the interpreter or the engine is missing.
@@ -271,7 +276,7 @@ def here(
         engine=engine_facts(engine, interpreter),
         arguments=shown,
         environment={name: value for name, value in relevant.items() if name not in hidden},
-        model=model,
+        sketch=sketch,
         weights=weights,
         secret_names=secret_names(environment),
         secrets=hidden,
@@ -407,12 +412,10 @@ def check_engine(then: EngineFacts, now: EngineFacts) -> tuple[Mismatch, ...]:
 
 
 def check_model(then: str, now: str) -> tuple[Mismatch, ...]:
-    """Run the part of `check` about the model: compare its manifest digests."""
+    """Run the part of `check` about the model: compare the digests of its files."""
     if then == now:
         return ()
-    return (
-        Mismatch("model-differs", f"model manifest {then[:12] or 'none'} in the snapshot, {now[:12] or 'none'} here"),
-    )
+    return (Mismatch("model-differs", f"model files {then[:12] or 'none'} in the snapshot, {now[:12] or 'none'} here"),)
 
 
 def _check_launch(recorded: Identity, now: Here) -> list[Mismatch]:

@@ -49,6 +49,11 @@ def begin(replica: StartContext, mounted: Path | None) -> Running:
         cache=cache,
     )
     command = replica.settings.command
+    if sandboxed and replica.weights.hub_cache:
+        environment["HF_HUB_CACHE"] = replica.weights.hub_cache
+    if sandboxed and replica.weights.hub and replica.weights.hub.names_model:
+        more = replica.engine.hub_arguments(command, replica.settings.given_environment)
+        command = replace(command, arguments=(*command.arguments, *more))
     if sandboxed:
         command = replace(command, arguments=(*command.arguments, *replica.engine.control_arguments()))
     if sandboxed and take_snapshot.on_gpu(replica):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,8 +30,8 @@ def gather(settings: LaunchSettings, weights: Weights, criu: Criu | None) -> Her
         Path(settings.engine_python),
         settings.command.arguments,
         settings.given_environment,
-        # A named snapshot is compared by host and engine only, so skip reading the model.
-        model="" if settings.named else weights.digest,
+        # A named snapshot is compared by host and engine only.
+        sketch="" if settings.named else weights.sketch,
         model_paths=(settings.command.model, str(model)) if model else (),
         model_folder=model,
         kept=settings.home / "file-digests.json",
@@ -50,7 +51,10 @@ def check(snapshot: Snapshot, here: Here, settings: LaunchSettings, weights: Wei
             *_check_weights(snapshot, recorded, weights),
         )
     else:
-        reasons = identity.check(recorded, here)
+        # The model's digest comes last: computing it may mean to read all of the model.
+        reasons = identity.check(recorded, replace(here, model=recorded.model))
+        if not reasons:
+            reasons = identity.check_model(recorded.model, weights.digest)
     identity.refuse(reasons)
     return recorded
 
@@ -69,23 +73,28 @@ def explain(library: Library, name: str, here: Here) -> None:
         for other in reversed(library.names()):
             if other.rpartition("-")[0] != model:
                 continue
-            reasons = identity.check(Identity.decode(library.load(other).identity), here)
-            if reasons:
-                log.info(
-                    "no snapshot of this launch; %s differs: %s", other, ", ".join(reason.code for reason in reasons)
-                )
+            recorded = Identity.decode(library.load(other).identity)
+            codes = [reason.code for reason in identity.check(recorded, replace(here, model=recorded.model))]
+            # Of what selects a snapshot only the model's sketch is left.
+            log.info("no snapshot of this launch; %s differs: %s", other, ", ".join(codes or ["model-differs"]))
             return
 
 
-def check_unchanged(settings: LaunchSettings, weights: Weights, criu: Criu | None, before: Here) -> None:
-    """Raise Incompatible (inputs-changed) if what the engine has read changed since the launch computed its identity."""
-    from plugin.runtime.model_mount import Weights
+def check_unchanged(
+    settings: LaunchSettings, weights: Weights, criu: Criu | None, before: Here, limit_s: float
+) -> Here:
+    """Return the identity with the digest of the model, waiting up to `limit_s` seconds for that.
 
-    now = gather(settings, Weights.of(settings, enabled=weights.enabled), criu)
-    differing = identity.check(before.record(), now)
+    Raises Incompatible (inputs-changed, model-unread) if what the engine has read changed since the launch computed its
+    identity, or is not known.
+    """
+    proven = replace(before, model=weights.content.proven(limit_s) if weights.content else "")
+    now = replace(gather(settings, weights, criu), model=proven.model)
+    differing = identity.check(proven.record(), now)
     if now.key != before.key or differing:
         what = ", ".join(reason.code for reason in differing) or "a secret"
         raise Incompatible(
             "inputs-changed",
             f"what the engine reads was changed while it started ({what}); the next start takes the snapshot",
         )
+    return proven

@@ -477,12 +477,8 @@ def launch(settings: LaunchSettings, stdout: int | None = 1, stderr: int | None 
     if full and not Library(settings.home).names():
         layers = Layers.none(full)  # a restore from an existing snapshot writes almost nothing and may still succeed
     weights = Weights.of(settings, enabled=settings.mount and not layers.mount)
-    if weights.path is None and not settings.named:
-        layers = Layers(
-            mount="the model is not a directory on this host; download it first, and give its path",
-            sandbox=layers.sandbox or "the engine has to download the model, and a sandbox has no network",
-            snapshots=layers.snapshots or "no sandbox",
-        )
+    if not settings.named and (why := _why_plain(settings, weights)):
+        layers = Layers(mount=why, sandbox=layers.sandbox or why, snapshots=layers.snapshots or why)
     layers.say()
     if settings.strict and layers.off():
         raise LauncherError(
@@ -492,6 +488,17 @@ def launch(settings: LaunchSettings, stdout: int | None = 1, stderr: int | None 
         sock = bound.enter_context(bind(settings.command.host, settings.command.port))
         admin_sock = bound.enter_context(bind(*settings.admin_listen)) if settings.admin_listen else None
         return _run(Launch(settings, sock, layers, admin_sock, stdout=stdout, stderr=stderr), criu, engine, weights)
+
+
+def _why_plain(settings: LaunchSettings, weights: Weights) -> str | None:
+    """Return why the engine starts as it would alone, whatever this host can do, or None."""
+    from launchers.model_source import why_plain
+
+    if why := why_plain(settings.command, settings.given_environment):
+        return why
+    if weights.path is None and not (weights.hub and weights.hub.names_model):
+        return f"model-missing: {settings.command.model} is no folder or file of this host, and no hub name"
+    return None
 
 
 def _run(run: Launch, criu: Criu | None, engine: Engine, weights: Weights) -> int:

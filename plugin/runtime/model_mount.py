@@ -20,6 +20,8 @@ from checkpoint.compatibility import hub
 from checkpoint.compatibility.inputs import option
 from checkpoint.errors import Incompatible
 from launchers.base import WEIGHT_SUFFIXES, check_model
+from plugin.runtime.hub_models import HubModels, NotDownloaded
+from plugin.runtime.model_content import ModelContent
 
 if TYPE_CHECKING:
     from checkpoint.snapshot.manifest import Snapshot
@@ -37,7 +39,7 @@ DEATHS = 2
 
 
 class Weights:
-    """One model directory. `digest` identifies its contents; `shown_at` is the path where the engine reads it."""
+    """One model. `content` identifies it; `shown_at` is the path where the engine reads it."""
 
     def __init__(
         self,
@@ -53,13 +55,12 @@ class Weights:
         """Resolve `model`. `arguments` and `environment` are the engine's: for a hub model they give the revision and the cache folder."""
         self.home, self.store_url, self.enabled = home, store_url, enabled
         self.progress = progress
-        self.path = local_directory(model, arguments, os.environ if environment is None else environment)
-        if enabled and self.path is None and looks_like_path(model):
-            check_model(Path(model))
-        if enabled and self.path is not None:
-            check_model(self.path)
+        self.hub: HubModels | None = None
+        self.path: Path | None = None
+        self.content: ModelContent | None = None
         self._lock = threading.Lock()
-        self._digest: str | None = None
+        self._fetching = threading.Lock()
+        self._resolve(local_model(model, arguments, os.environ if environment is None else environment))
         self._handle: MountHandle | None = None
         self._lease: int | None = None
         self._stopped_since: float | None = None
@@ -67,9 +68,9 @@ class Weights:
 
     @classmethod
     def of(cls, settings: LaunchSettings, enabled: bool) -> Weights:
-        """Return the model that a launch names."""
+        """Return the model that a launch names. Raises BadModel for a local one that cannot be served."""
         command = settings.command
-        return cls(
+        weights = cls(
             command.model,
             settings.home,
             settings.store_url,
@@ -77,6 +78,43 @@ class Weights:
             arguments=command.arguments,
             environment=settings.environment,
         )
+        weights.hub = HubModels(settings)
+        if enabled and not weights.hub.names_model and (weights.path is not None or looks_like_path(command.model)):
+            check_model(weights.path or Path(command.model), command)
+        if weights.hub.names_model and weights.path is None:
+            log.info("%s is not in the hub's cache; it is downloaded first", command.model)
+        return weights
+
+    @property
+    def hub_cache(self) -> str:
+        """Return the cache in which an engine without a network finds its hub models, where the environment does not say it."""
+        return str(Path(self.hub.download_dir).expanduser().absolute()) if self.hub and self.hub.download_dir else ""
+
+    def _resolve(self, path: Path | None) -> None:
+        self.path = path
+        self.content = ModelContent(path, self.home) if path is not None else None
+        self._manifest_digest = ""
+
+    @property
+    def repositories(self) -> bool:
+        """Return whether the launch names anything on a hub."""
+        return self.hub is not None and bool(self.hub.repositories)
+
+    def fetch(self, stderr: int | None) -> None:
+        """Bring what the launch names on a hub into the cache. Raises NotDownloaded with the reason in one line."""
+        assert self.hub is not None
+        with self._fetching:
+            try:
+                folders = self.hub.fetch(stderr)
+            except NotDownloaded as error:
+                if error.code != "hub-no-client" or (self.hub.names_model and self.path is None):
+                    raise
+                log.info("%s; what the cache has is taken as it is", error)
+                return
+            if self.hub.names_model and (
+                self.content is None or folders[0] != self.path or not self.content.files.unchanged()
+            ):
+                self._resolve(folders[0])
 
     @property
     def shown_at(self) -> str:
@@ -85,55 +123,78 @@ class Weights:
         return os.path.abspath(self.path)
 
     @property
+    def sketch(self) -> str:
+        """Return what selects a snapshot by its model, or "" for a model that is not on this host. Raises OSError."""
+        return self.content.sketch() if self.content else ""
+
+    @property
     def digest(self) -> str:
-        """Return the manifest's root digest, or "" for a model that is not a local directory. Imports a new directory first.
+        """Return what proves the model, or "" for a model that is not on this host. Reads files whose digest is not known.
 
-        Raises OSError when the import fails: the state folder is full, a file is unreadable, the store does not answer.
+        Raises OSError, and Incompatible (inputs-changed) if a file changes meanwhile.
         """
-        with self._lock:
-            if self._digest is None:
-                if self.path is None:
-                    self._digest = ""
-                else:
-                    from lazyfs.api import import_directory
-                    from lazyfs.errors import LazyfsError
+        return self.content.digest() if self.content else ""
 
-                    try:
-                        self._digest = import_directory(self.path, self.store_url, progress=self.progress)
-                    except LazyfsError as error:
-                        raise OSError(error.errno, f"{error.code}: {error}") from error
-            return self._digest
+    @property
+    def _manifest(self) -> str:
+        """Return the digest of the manifest that the mount shows.
+
+        The directory is read in place. Where the user named a store, it is imported there and read as chunks. Raises
+        LazyfsError.
+        """
+        assert self.path is not None
+        with self._lock:
+            if not self._manifest_digest:
+                from lazyfs.api import import_directory, read_through
+
+                self._manifest_digest = (
+                    import_directory(self.path, self.store_url, progress=self.progress)
+                    if self.store_url
+                    else read_through(self.path.absolute())
+                )
+            return self._manifest_digest
 
     @property
     def size(self) -> int:
-        """Return the total size of the directory's weight files in bytes."""
+        """Return the total size of the model's weight files in bytes."""
         if self.path is None:
             return 0
+        if not self.path.is_dir():
+            return self.path.stat().st_size
         return sum(entry.stat().st_size for entry in os.scandir(self.path) if entry.name.endswith(WEIGHT_SUFFIXES))
 
+    @property
+    def _mountable(self) -> bool:
+        return self.enabled and self.path is not None and self.path.is_dir()
+
     def _mountpoint(self) -> Path:
-        return self.home / "mounts" / self.digest[:16]
+        return self.home / "mounts" / self._manifest[:16]
 
     def mounted(self) -> Path | None:
         """Return the mount point if a healthy daemon serves it already, else None; never start a daemon."""
-        if self.path is None or not self.enabled or not (self.home / "mounts").is_dir():
-            return None  # no mount below this home: skip computing the model's digest
+        if not self._mountable or not (self.home / "mounts").is_dir():
+            return None  # no mount below this home
         from lazyfs.api import find_mount
+        from lazyfs.errors import LazyfsError
 
-        handle = find_mount(self._mountpoint())
-        if handle is None or handle.manifest != self.digest:
+        try:
+            handle = find_mount(self._mountpoint())
+            if handle is None or handle.manifest != self._manifest:
+                return None
+        except (LazyfsError, OSError) as error:
+            log.warning("lazy weights are off: %s; the engine reads %s itself", error, self.path)
             return None
         return self._hold(handle)
 
     def mount(self) -> Path | None:
         """Return the mount point, starting a daemon if needed. Log the reason and return None when mounting fails."""
-        if self.path is None or not self.enabled or self._deaths >= DEATHS:
+        if not self._mountable or self._deaths >= DEATHS:
             return None
         from lazyfs.api import mount
         from lazyfs.errors import LazyfsError
 
         try:
-            handle = mount(self.digest, self._mountpoint(), store_url=self.store_url, idle_exit_s=IDLE_EXIT_S)
+            handle = mount(self._manifest, self._mountpoint(), store_url=self.store_url, idle_exit_s=IDLE_EXIT_S)
         except (LazyfsError, OSError) as error:
             log.warning("lazy weights are off: %s; the engine reads %s itself", error, self.path)
             return None
@@ -172,6 +233,10 @@ class Weights:
 
     def close(self) -> None:
         """Release the mount, and unmount it unless another launch uses it."""
+        if self.content:
+            self.content.close()
+        if self.hub:
+            self.hub.close()
         with self._lock:
             if self._lease is not None:
                 os.close(self._lease)
@@ -195,20 +260,20 @@ def _open_smallest(folder: Path) -> int | None:
 
 
 def looks_like_path(model: str) -> bool:
-    """Return True if a model argument can only be a path, not a hub name."""
+    """Return True if a model argument can only be a path, not a hub name or a URL."""
+    if "://" in model or model.endswith(".gguf"):
+        return model.startswith(("/", "./", "../", "~"))
     return model.startswith(("/", "./", "../", "~")) or model.count("/") > 1
 
 
-def local_directory(
-    model: str, arguments: Sequence[str] = (), environment: Mapping[str, str] = os.environ
-) -> Path | None:
-    """Return a model's directory on this host, or None.
+def local_model(model: str, arguments: Sequence[str] = (), environment: Mapping[str, str] = os.environ) -> Path | None:
+    """Return a model's directory or file on this host, or None.
 
     That is the path itself, or a hub name's folder in the local hub cache at the revision that the engine's `arguments`
     name.
     """
     path = Path(model).expanduser()
-    if path.is_dir():
+    if path.is_dir() or path.is_file():
         return path
     if looks_like_path(model):
         return None
@@ -227,8 +292,6 @@ def model_place(snapshot: Snapshot, weights: Weights, named: bool) -> str:
     if named and snapshot.weights == "full":
         return place  # the images hold the weights
     for folder, code in ((place, "model-path-missing"), (snapshot.cwd, "working-folder-missing")):
-        if folder and not Path(folder).is_dir():
-            raise Incompatible(
-                code, f"the engine of {snapshot.name} expects the folder {folder}, which is not here; make it"
-            )
+        if folder and not Path(folder).exists():
+            raise Incompatible(code, f"the engine of {snapshot.name} expects {folder}, which is not here; make it")
     return place

@@ -28,6 +28,7 @@ from checkpoint.snapshot.library import Library
 from checkpoint.snapshot.manifest import Snapshot
 from launchers.base import Engine
 from launchers.errors import EngineFailed, LauncherError
+from launchers.given_options import given_options, last
 from plugin.runtime import restore_snapshot, take_snapshot
 from plugin.runtime.capabilities import Layers
 from plugin.runtime.config import LaunchSettings
@@ -147,6 +148,8 @@ class Replica:
                 raise EngineFailed("stopped", "told to stop while the engine started")
             if self._start_from_snapshot():
                 return
+        if not self.settings.named and self._fetch_model() and self._start_from_snapshot():
+            return
         if self.settings.named:
             raise HostLacks(
                 "cannot-restore",
@@ -157,6 +160,28 @@ class Replica:
 
             compatibility.explain(self.library, self.snapshot_name, self.identity)
         self._cold()
+
+    def _fetch_model(self) -> bool:
+        """Bring hub models into the cache; return whether that makes this another launch than before.
+
+        If they cannot be had, the engine starts as it would alone, and says so itself.
+        """
+        from plugin.runtime.hub_models import NotDownloaded
+
+        if self.layers.sandbox or not self.weights.repositories:
+            return False
+        before = self._identity.key if self._identity else ""
+        try:
+            self.weights.fetch(self.stderr)
+        except NotDownloaded as error:
+            if self._stopped:
+                raise EngineFailed("stopped", "told to stop while the model was downloaded") from error
+            self.turn_off(f"{error}; the engine loads its model itself", error)
+            return False
+        if self._stopped:
+            raise EngineFailed("stopped", "told to stop while the model was downloaded")
+        self._identity = None
+        return self.settings.use_snapshot and self.identity.key != before
 
     def mounting(self) -> None:
         """Change the phase to mounting, unless it is that already."""
@@ -225,6 +250,8 @@ class Replica:
         """Return the name of the snapshot to restore, or None. Log the reason where it is not obvious."""
         if not self.settings.use_snapshot or self.layers.snapshots:
             return None
+        if self.weights.path is None and not self.settings.named:
+            return None  # not downloaded yet
         name = self.snapshot_name
         if self.multi_gpu():
             return None
@@ -252,12 +279,17 @@ class Replica:
             self._multi_gpu = False
             if self.identity.host.gpus:
                 try:
-                    refuse_parallel(self.identity.arguments)
+                    refuse_parallel({**self.identity.arguments, **self._config_file()})
                     refuse_slice(self.settings.environment.get("CUDA_VISIBLE_DEVICES"))
                 except Incompatible as error:
                     log.warning("no snapshots: %s", error)
                     self._multi_gpu = True
         return self._multi_gpu
+
+    def _config_file(self) -> dict[str, tuple[tuple[str, ...], ...]]:
+        """Return the path of `--config`, in the place of the digest that it has in an identity."""
+        path = last(given_options(self.settings.command.arguments), "config")
+        return {"--config": ((path,),)} if path else {}
 
     def _restore_failed(self, name: str, error: Exception, again: bool) -> None:
         self.clear()
@@ -368,6 +400,8 @@ class Replica:
         self.now_running(running)
         self.tracker.to(Phase.LOADING)
         trial = take_snapshot.begin_trial(self)
+        if trial and self.weights.content:
+            self.weights.content.begin()
         place = running.place
         cold_start.wait_ready(self, running)
         self.tracker.to(Phase.WARMING)

@@ -25,6 +25,7 @@ from launchers import control
 from launchers.base import CANARY_PROMPT
 from launchers.client import Client
 from launchers.errors import EngineFailed, LauncherError
+from launchers.model_source import can_reload
 from plugin.records import restore_rates
 from plugin.runtime import compatibility, paging
 from plugin.runtime.phases import Phase
@@ -42,6 +43,8 @@ SMALL = 64 << 20
 """Bytes of weights below which neither way (included, excluded) is measured."""
 WORTH_S = 0.5
 """Seconds of restore time below which weights are included without trying a reload: excluding them could gain too little."""
+LEAST_PROOF_S, PROOF_SHARE = 10.0, 0.25
+"""How long a snapshot waits for the digest of the model: seconds, and a share of the cold start. Requests wait meanwhile."""
 DAMAGED = ("manifest-", "file-", "canary-differs", "signature-")
 """Prefixes of restore failures that mean the snapshot's own bytes are wrong: the next cold start takes it anew."""
 PASSING = ("gpu-memory-short", "gpu-gone", "format-newer")
@@ -116,7 +119,8 @@ def take(replica: StartContext, sandbox: Sandbox, running: Running, cold_s: floa
     awake: dict[str, int] | None = None
     try:
         tracker.to(Phase.SHRINKING)
-        compatibility.check_unchanged(settings, replica.weights, replica.criu, replica.identity)
+        limit_s = max(LEAST_PROOF_S, PROOF_SHARE * cold_s)
+        identity = compatibility.check_unchanged(settings, replica.weights, replica.criu, replica.identity, limit_s)
         driver = replica.driver()
         gpu = driver is not None and _uses_gpu(driver, sandbox)
         canary = engine.record(client, gpu)
@@ -144,9 +148,9 @@ def take(replica: StartContext, sandbox: Sandbox, running: Running, cold_s: floa
             created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             engine=settings.engine,
             model=settings.command.model,
-            model_digest=replica.weights.digest,
+            model_digest=identity.model,
             weights="thin" if weight_bytes or (asleep and thin) else "full",
-            identity=replica.identity.record().encode(),
+            identity=identity.record().encode(),
             root_pid=running.pid,
             top_pid=running.pid,
             port=running.port,
@@ -260,6 +264,9 @@ def _thin(replica: StartContext, client: Client, gpu: bool) -> bool:
     told = replica.settings.weights
     if told != "auto":
         return told == "thin"
+    if not can_reload(replica.settings.command) or (replica.weights.path and not replica.weights.path.is_dir()):
+        log.info("weights full: what --load-format or a single file loads is not read a second time")
+        return False
     size, home = replica.weights.size, replica.settings.home
     if size < SMALL:
         log.info("weights full: %.0f MB cost a restore next to nothing", size / 1e6)

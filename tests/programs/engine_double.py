@@ -42,7 +42,7 @@ KV_BYTES = 24 << 20
 def read_weights(model):
     """The model's weight files in anonymous memory, as tensors of whole files."""
     found = []
-    for file in sorted(Path(model).glob("*.safetensors")):
+    for file in [Path(model)] if os.path.isfile(model) else sorted(Path(model).glob("*.safetensors")):
         data = file.read_bytes()
         memory = mmap.mmap(-1, len(data))
         memory[:] = data
@@ -50,10 +50,27 @@ def read_weights(model):
     return found
 
 
+def found(model):
+    """The folder of a model: itself, or a hub name's in the cache, or what a test lets the engine have by itself."""
+    if os.path.exists(model) or not os.environ.get("ENGINE_DOUBLE_HUB"):
+        return model
+    cache = os.environ.get("HF_HUB_CACHE") or f"{os.environ.get('HF_HOME')}/hub"
+    repo = Path(cache) / f"models--{model.replace('/', '--')}"
+    revision = options_of(sys.argv[1:]).get("revision", "main")
+    try:
+        return str(repo / "snapshots" / (repo / "refs" / revision).read_text())
+    except OSError:
+        own = os.environ["ENGINE_DOUBLE_HUB"]
+        if os.path.isdir(own) and "HF_HUB_OFFLINE" not in os.environ:
+            return own
+        print(f"engine double: no model {model}", flush=True)
+        sys.exit(3)
+
+
 class Model:
     def __init__(self, path):
-        self.path = path
-        self.tensors = read_weights(path)
+        self.path = found(path)
+        self.tensors = read_weights(self.path)
 
     def modules(self):
         return [self]
@@ -258,6 +275,11 @@ def options_of(words):
         if not equals and index < len(words) and not words[index].startswith("-"):
             value, index = words[index], index + 1
         found[flag.replace("model-path", "model")] = value
+    if "config" in found:
+        lines = Path(found["config"]).read_text().splitlines()
+        found = {
+            key.replace("model-path", "model"): value for key, _, value in (line.partition(": ") for line in lines)
+        } | found
     return found
 
 
@@ -328,7 +350,9 @@ def middleware_of(options):
 
 def handler(engine, ask, options):
     middleware = middleware_of(options)
-    name = options.get("served-model-name", options["model"])
+    # Offline, vLLM puts the cache's folder in the place of a hub name.
+    own_name = found(options["model"]) if engine == "vllm" and "HF_HUB_OFFLINE" in os.environ else options["model"]
+    name = options.get("served-model-name", own_name)
 
     def chosen(prompt):
         """What a greedy generation would put after each word of the prompt but the last."""
@@ -358,6 +382,7 @@ def handler(engine, ask, options):
             if path == "/facts":
                 own = {"random": random.random(), "pid": os.getpid(), "torch": torch.default_generator.state}
                 own["values"] = values()
+                own["environment"] = sorted(os.environ)
                 return self.reply({"server": own, "worker": ask("facts")})
             return self.reply({"error": "not found"}, 404)
 
@@ -444,7 +469,7 @@ def handler(engine, ask, options):
 
 
 def collective_reload(self, path):
-    if path != self.model_runner.model.path:
+    if found(path) != self.model_runner.model.path:
         raise RuntimeError(f"{path} is not the path that the engine was started with")
     self.model_runner.model.reload()
 
@@ -454,6 +479,7 @@ Worker.collective_reload = collective_reload
 
 def main(engine):
     options = options_of(sys.argv[1:])
+    found(options["model"])
     if name := os.environ.get("ENGINE_DOUBLE_OPENS"):
         # A lock file that stays open, beside the model.
         held = open(Path(options["model"]).parent / name, "w")

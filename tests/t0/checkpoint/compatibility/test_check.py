@@ -49,6 +49,7 @@ HERE = Here(
     engine=ENGINE,
     arguments={"--max-model-len": (("4096",),), "--model": (("{model}",),)},
     environment={"OMP_NUM_THREADS": "8", "VLLM_USE_V1": "1"},
+    sketch="5" * 32,
     model="d" * 64,
     weights="full",
     secret_names=("HF_TOKEN", "VLLM_API_KEY"),
@@ -167,12 +168,17 @@ KEYED = [
     "argument gone",
     "argument added",
 ]
-KEYED += ["environment", "environment gone", "secret", "secret gone", "secret added", "model", "weights"]
+KEYED += ["environment", "environment gone", "secret", "secret gone", "secret added", "weights"]
 
 
 @pytest.mark.parametrize("what", KEYED)
 def test_what_selects_a_snapshot_changes_its_key(what: str) -> None:
     assert RELEVANT[what][0].key != HERE.key
+
+
+def test_a_model_selects_by_its_sketch_and_is_compared_by_its_digest() -> None:
+    assert replace(HERE, sketch="6" * 32).key != HERE.key
+    assert codes(replace(HERE, sketch="6" * 32)) == []
 
 
 def test_a_host_that_cannot_restore_still_asks_for_the_same_snapshot() -> None:
@@ -183,7 +189,7 @@ def test_a_host_that_cannot_restore_still_asks_for_the_same_snapshot() -> None:
 def test_the_key_is_stable_across_versions_of_this_code() -> None:
     # Raise the number in Here.key on purpose when what it covers changes: snapshots of earlier keys are then not found any more.
     assert re.fullmatch(r"[0-9a-f]{24}", HERE.key)
-    assert HERE.key == "66bf2bb121114c18c8489dec"
+    assert HERE.key == "794f94c0edbab5b0bfe00d88"
 
 
 def test_a_compile_cache_is_shared_where_nothing_differs_that_enters_compiled_code() -> None:

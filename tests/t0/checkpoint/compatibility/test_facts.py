@@ -242,7 +242,7 @@ def test_a_whole_launch_and_its_secret_arguments(tmp_path: Path) -> None:
     environment = {"VLLM_API_KEY": "shibboleth", "OMP_NUM_THREADS": "2", "HF_TOKEN": "hf", "HOME": "/root"}
 
     def launch(line: list[str], environment: dict[str, str]) -> Here:
-        return here("vllm", interpreter, line, environment, model="d", model_paths=["/m"], gpus=())
+        return here("vllm", interpreter, line, environment, sketch="d", model_paths=["/m"], gpus=())
 
     now = launch(line, environment)
     record = now.record()

@@ -1,16 +1,20 @@
-"""However a model's folder is changed, a launch sees it: the digest of its manifest is another one (a stat cache answers when nothing
-changed)."""
+"""However a model's folder is changed, a launch sees it: the digest of its files is another one (an index of stat fields answers when
+nothing changed). What is no part of the content does not count."""
 
 from __future__ import annotations
 
 import mmap
 import os
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from checkpoint.compatibility import model_files
+from checkpoint.compatibility.model_files import ModelFiles
+from checkpoint.errors import Incompatible
 from plugin.runtime.model_mount import Weights
 
 pytestmark = pytest.mark.t0
@@ -100,11 +104,26 @@ CHANGES: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_changed_model_has_another_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
-    home = tmp_path / "home"
-    home.mkdir()
-    monkeypatch.setenv("QUICKTHAW_HOME", str(home))
+UNCHANGED: dict[str, Callable[[Path], object]] = {
+    "its mode": lambda path: path.chmod(0o600),
+    "its times": lambda path: os.utime(path, (1, 1)),
+    "a copy of the same content": lambda path: (
+        shutil.copy(path, path.with_name("n")),
+        path.with_name("n").replace(path),
+    ),
+    "the hub's notes on a download": lambda path: (
+        (path.parent / ".cache").mkdir(),
+        (path.parent / ".cache" / "model.metadata").write_text("x"),
+    ),
+    "the folder's name": lambda path: (
+        path.parent.rename(path.parent.with_name("other")),
+        path.parent.symlink_to(path.parent.with_name("other")),
+    ),
+}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
     folder = tmp_path / "model"
     folder.mkdir()
     for number, name in enumerate(("first.safetensors", "second.safetensors")):
@@ -113,13 +132,85 @@ def test_a_changed_model_has_another_digest(tmp_path: Path, monkeypatch: pytest.
         (tmp_path / name).write_bytes(bytes([number + 1]) * 5000)
     (folder / "linked.safetensors").symlink_to(tmp_path / "blob")
     (folder / "config.json").write_text('{"a": 1, "architectures": []}')
+    return folder
 
-    def digest() -> str:
-        return Weights(str(folder), home, None, True).digest
 
-    before = digest()
-    assert digest() == before
-    CHANGES[change](folder / "first.safetensors")
-    after = digest()
+def weights(model: Path) -> Weights:
+    return Weights(str(model), model.parent / "home", None, True)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_model_has_another_digest(model: Path, change: str) -> None:
+    before = weights(model).digest
+    assert weights(model).digest == before
+    CHANGES[change](model / "first.safetensors")
+    after = weights(model).digest
     assert after != before
-    assert digest() == after
+    assert weights(model).digest == after
+
+
+@pytest.mark.parametrize("change", UNCHANGED)
+def test_what_is_no_content_does_not_count(model: Path, change: str) -> None:
+    before = weights(model)
+    sketch, digest = before.sketch, before.digest
+    UNCHANGED[change](model / "first.safetensors")
+    after = weights(model)
+    assert (after.sketch, after.digest) == (sketch, digest)
+
+
+def test_a_known_digest_takes_no_reading(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = weights(model)
+    sketch, digest = first.sketch, first.digest
+    monkeypatch.setattr(model_files, "_read", None)
+    monkeypatch.setattr(model_files.ModelFiles, "_sample", None)
+    again = weights(model)
+    assert again.content and again.content.files.known_digest() == digest
+    assert again.content.proven(0.0) == digest
+    monkeypatch.undo()
+    assert again.sketch == sketch
+
+
+def test_a_model_that_changes_while_the_engine_starts_is_refused_by_name(model: Path) -> None:
+    started = weights(model)
+    assert started.content and started.sketch
+    started.content.begin()
+    overwrite(model / "first.safetensors")
+    with pytest.raises(Incompatible, match="was changed while the engine started") as caught:
+        started.content.proven(10.0)
+    assert caught.value.code == "inputs-changed"
+
+
+def test_a_snapshot_does_not_wait_for_a_slow_digest_but_the_next_start_has_it(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go = threading.Event()
+    read = model_files._read
+    monkeypatch.setattr(model_files, "_read", lambda *arguments: go.wait(30) and read(*arguments))
+    started = weights(model)
+    assert started.content
+    started.content.begin()
+    with pytest.raises(Incompatible) as caught:
+        started.content.proven(0.05)
+    assert caught.value.code == "model-unread"
+    go.set()
+    digest = started.content.proven(10.0)
+    assert weights(model).content.files.known_digest() == digest  # type: ignore[union-attr]
+
+
+def test_two_models_of_the_same_headers_have_other_sketches(tmp_path: Path) -> None:
+    """Fine-tunes of one model: the same names, sizes and headers, other values."""
+    found = set()
+    for seed in (1, 2):
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        (folder / "model.safetensors").write_bytes(bytes(1 << 17) + bytes([seed]) * (1 << 20))
+        found.add(weights(folder).sketch)
+    assert len(found) == 2
+
+
+def test_a_model_of_one_file_counts_with_its_shards_and_its_tokenizer(tmp_path: Path) -> None:
+    model = tmp_path / "m-00001-of-00002.gguf"
+    for name in (model.name, "m-00002-of-00002.gguf", "tokenizer.json", "other.gguf", "notes.md"):
+        (tmp_path / name).write_text(name)
+    assert set(ModelFiles(model, tmp_path / "home").files) == {model.name, "m-00002-of-00002.gguf", "tokenizer.json"}

@@ -57,7 +57,7 @@ def test_an_unknown_engine(rig):
 def test_no_model(rig):
     result = rig("launch", "vllm", "--port", str(free_port()))
     assert result.returncode == 2
-    assert "--model DIR" in only_line(result, "no-model")
+    assert "--model MODEL" in only_line(result, "no-model")
 
 
 @pytest.mark.parametrize(

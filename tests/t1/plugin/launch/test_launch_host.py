@@ -228,10 +228,31 @@ def test_strict_names_a_state_folder_that_is_full(outside, small_disk):
     assert "layer-off" in started.ours() and "state-folder-full" in started.ours() and "Traceback" not in started.text()
 
 
-def test_a_model_that_cannot_be_imported_is_served_plainly_by_every_replica(launch_rig):
-    (launch_rig.home / "store").write_text("a file where the chunks would lie")
+def test_a_model_that_cannot_be_read_is_served_plainly_by_every_replica(launch_rig):
+    (launch_rig.model / "notes.bin").symlink_to("/proc/self/mem")  # a file that nobody can read from its beginning
     with launch_rig.running("--replicas", "2") as started:
         assert started.ask()
         started.wait_serving()
         (line,) = off(started)
         assert line.startswith("quickthaw: lazy weights, sandbox, snapshots off: host-io: "), line
+
+
+def test_a_store_that_cannot_be_written_costs_the_mount_only(launch_rig):
+    store = launch_rig.folder / "store"
+    store.write_text("a file where the chunks would lie")
+    answer = launch_rig.take("--store", store)
+    with launch_rig.running("--store", store) as started:
+        assert started.ask() == answer
+        assert started.phases()[0][1] == "restoring"
+
+
+def test_a_launch_copies_nothing_of_its_model(launch_rig):
+    """Sparse files stand for a large model: what was written counts, not what was read."""
+    with (launch_rig.model / "large.bin").open("wb") as file:
+        file.truncate(30 << 30)
+    with launch_rig.running("--no-snapshot") as started:
+        started.ask()
+        started.wait_serving()
+    assert not list(launch_rig.home.rglob("chunks"))
+    written = sum(f.stat().st_blocks * 512 for f in launch_rig.home.rglob("*") if f.is_file() and not f.is_symlink())
+    assert written < 4 << 20

@@ -1,0 +1,132 @@
+"""Where an engine finds its model: a folder or file of this host, a hub, or a place that only the engine itself can read.
+
+What a hub has is downloaded before the engine starts, since a sandbox has no network (plugin.runtime.hub_models). For the
+rest the engine starts as it would alone.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launchers.base import EngineCommand
+from launchers.given_options import given_options, last
+
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+_QUANTIZED = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+|/.+\.gguf)")
+_TRUE = ("1", "true", "yes", "on", "y")
+_MODELSCOPE = {"vllm": "VLLM_USE_MODELSCOPE", "sglang": "SGLANG_USE_MODELSCOPE"}
+_TEXT_ONLY = {
+    "tokenizer": ("tokenizer-revision", "revision"),
+    "tokenizer-path": ("tokenizer-revision", "revision"),
+    "hf-config-path": ("revision",),
+}
+_DRAFTS = {
+    "speculative-draft-model-path": ("speculative-draft-model-revision",),
+    "speculative-draft-model": ("speculative-draft-model-revision",),
+    "speculative-model": ("speculative-model-revision",),
+    "speculative-config.model": ("speculative-config.revision",),
+}
+_ADAPTERS = ("lora-modules", "lora-paths")
+_CONFIGURED_DRAFTS = ("speculative-config", "sc")
+_ELSEWHERE_FORMATS = ("remote", "remote_instance", "rdma", "modelexpress", "ipc_cache")
+"""Load formats that take the weights from another process or host."""
+_RELOADED_FORMATS = ("", "auto", "hf", "safetensors", "pt", "mistral")
+"""Load formats that both engines can load a second time into a running engine."""
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A hub repository that a command line names. `part`: `model` (one format of its weights), `text` (no weights), or `all`."""
+
+    name: str
+    revision: str | None
+    part: str
+
+
+def load_format(command: EngineCommand) -> str:
+    """Return the format that `--load-format` gives, or ""."""
+    return last(given_options(command.arguments), "load-format").lower()
+
+
+def can_reload(command: EngineCommand) -> bool:
+    """Return whether a running engine can read its weights again, as a snapshot without weights needs it."""
+    return load_format(command) in _RELOADED_FORMATS
+
+
+def repositories(command: EngineCommand) -> tuple[Repository, ...]:
+    """Return the hub repositories that a command line names, the model's first if it is one."""
+    options = given_options(command.arguments)
+    found: dict[str, Repository] = {}
+
+    def add(name: str, revision: str, part: str) -> None:
+        if is_hub_name(name):
+            found.setdefault(name, Repository(name, revision or None, part))
+
+    add(command.model, last(options, "revision"), "model")
+    for option, revisions in _TEXT_ONLY.items():
+        add(last(options, option), last(options, *revisions), "text")
+    for option, revisions in _DRAFTS.items():
+        if "/" in last(options, option):  # a bare word is a method, such as ngram
+            add(last(options, option), last(options, *revisions), "model")
+    for option in _CONFIGURED_DRAFTS:
+        draft = _json(last(options, option))
+        if isinstance(draft, dict) and "/" in str(draft.get("model")):
+            add(str(draft["model"]), str(draft.get("revision") or ""), "model")
+    for option in _ADAPTERS:
+        for value in options.get(option, ()):
+            for name in _adapters(value):
+                if "/" in name:
+                    add(name, "", "all")
+    return tuple(found.values())
+
+
+def why_plain(command: EngineCommand, environment: Mapping[str, str]) -> str | None:
+    """Return why the engine must load its model by itself, in one line, or None.
+
+    It then starts as it would alone: a sandbox has no network, and a snapshot would not know what the engine has read.
+    """
+    options = given_options(command.arguments)
+    model, variable = command.model, _MODELSCOPE[command.engine]
+    values = (model, last(options, "tokenizer", "tokenizer-path"), *options.get("model-loader-extra-config", ()))
+    if any(_URL.search(value) and "file://" not in value for value in values):
+        return "model-elsewhere: the engine reads its model from a URL itself; for snapshots give a local folder"
+    if (form := load_format(command)) in _ELSEWHERE_FORMATS:
+        return (
+            f"model-elsewhere: --load-format {form} takes the weights from elsewhere; for snapshots give a local folder"
+        )
+    if environment.get(variable, "").lower() in _TRUE and not Path(model).expanduser().exists():
+        return f"model-elsewhere: with {variable} the engine downloads its model itself; for snapshots give its local folder"
+    if _QUANTIZED.fullmatch(model) and not Path(model).exists():
+        return f"model-elsewhere: the engine chooses one GGUF file of {model} itself; for snapshots give a file's local path"
+    return None
+
+
+def is_hub_name(value: str) -> bool:
+    """Return whether a value names a hub repository, as the engines decide: it has that form, and no such path exists."""
+    return bool(_NAME.fullmatch(value)) and not Path(value).exists()
+
+
+def _adapters(value: str) -> Iterator[str]:
+    """Yield the paths or names of adapters in one value: `NAME=PATH`, PATH, or JSON."""
+    document = _json(value)
+    for entry in document if isinstance(document, list) else [document]:
+        if isinstance(entry, dict):
+            yield str(entry.get("path") or entry.get("lora_path") or "")
+        elif isinstance(entry, str):
+            yield entry.partition("=")[2] or entry
+
+
+def _json(value: str) -> Any:
+    """Return what JSON says, or the value itself."""
+    if value.strip()[:1] in ("{", "["):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            pass
+    return value

@@ -1,0 +1,96 @@
+"""Download the hub models of a launch before its engine starts, outside the sandbox.
+
+The engine's own interpreter does it (plugin/engine/hub_download.py), with the user's environment. Replicas share one
+download; it is resumed where an interrupted one ended, because huggingface_hub does that.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import threading
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from launchers.errors import LauncherError
+from launchers.given_options import given_options, last
+from launchers.model_source import Repository, load_format, repositories
+
+if TYPE_CHECKING:
+    from plugin.runtime.config import LaunchSettings
+
+log = logging.getLogger("quickthaw")
+PROGRAM = Path(__file__).parents[1] / "engine" / "hub_download.py"
+
+
+class NotDownloaded(LauncherError):
+    """What the launch names is not in the cache and could not be downloaded."""
+
+
+class HubModels:
+    """The hub repositories that a launch's command line names."""
+
+    def __init__(self, settings: LaunchSettings) -> None:
+        self.settings = settings
+        self.repositories: tuple[Repository, ...] = () if settings.named else repositories(settings.command)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._lock = threading.Lock()
+        self._ended = False
+
+    @property
+    def names_model(self) -> bool:
+        """Return whether the model itself is a hub model."""
+        return bool(self.repositories) and self.repositories[0].name == self.settings.command.model
+
+    @property
+    def download_dir(self) -> str:
+        """Return the cache that the command line names, or ""."""
+        return last(given_options(self.settings.command.arguments), "download-dir")
+
+    def fetch(self, stderr: int | None) -> list[Path]:
+        """Bring every repository up to date in the cache; return their snapshot folders. Progress goes to `stderr`.
+
+        Raises NotDownloaded, with a stable code and the remedy, if one is neither at the hub nor complete in the cache.
+        """
+        command = self.settings.command
+        options = given_options(command.arguments)
+        request = {
+            "cache": str(Path(self.download_dir).expanduser()) if self.download_dir else None,
+            "engine": command.engine,
+            "load_format": load_format(command) or "auto",
+            "remote_code": "trust-remote-code" in options,
+            "code_revision": last(options, "code-revision") or None,
+            "repositories": [asdict(repository) for repository in self.repositories],
+        }
+        with self._lock:
+            if self._ended:
+                raise NotDownloaded("stopped", "told to stop before the download")
+            try:
+                process = self._process = subprocess.Popen(
+                    [self.settings.engine_python, str(PROGRAM)],
+                    env=self.settings.given_environment,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL if stderr is None else stderr,
+                )
+            except OSError as error:
+                raise NotDownloaded("hub-not-asked", f"{self.settings.engine_python}: {error.strerror}") from error
+        out, _ = process.communicate(json.dumps(request).encode())
+        try:
+            answer = json.loads(out)
+        except ValueError:
+            raise NotDownloaded(
+                "hub-not-asked", f"the download ended with code {process.returncode}; its own output says why"
+            ) from None
+        if "code" in answer:
+            raise NotDownloaded(answer["code"], answer["message"])
+        return [Path(folder) for folder in answer["folders"]]
+
+    def close(self) -> None:
+        """End a running download."""
+        with self._lock:
+            self._ended = True
+            if self._process is not None and self._process.poll() is None:
+                self._process.kill()

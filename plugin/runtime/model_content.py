@@ -1,0 +1,107 @@
+"""Prove a launch's model: its sketch when the launch begins, its digest in the background while the engine reads the files.
+
+A restore waits for the digest, because it must not run on another model. A cold start does not wait; only the snapshot at
+its end does, for a limited time. All of it is kept by stat fields (checkpoint.compatibility.model_files).
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from pathlib import Path
+
+from checkpoint.compatibility.model_files import ModelFiles
+from checkpoint.errors import CheckpointError, Incompatible
+
+log = logging.getLogger("quickthaw")
+NOTED_BYTES = 4 << 30
+"""A model of this size or more is announced before it is read."""
+BACKGROUND_THREADS = 1
+"""Threads of a digest that is computed while the engine loads: reading waits for the disk, and the processors are the engine's."""
+
+
+class ModelContent:
+    """The content of one model on this host. Replicas share it."""
+
+    def __init__(self, path: Path, home: Path) -> None:
+        self._path, self._home = path, home
+        self._files: ModelFiles | None = None
+        self._listing = threading.Lock()
+        self._reading = threading.Lock()
+        self._background: threading.Thread | None = None
+        self._closed = threading.Event()
+        self._failure: Exception | None = None
+
+    @property
+    def files(self) -> ModelFiles:
+        """Return the files as they were when they were first asked for. Raises OSError."""
+        with self._listing:
+            if self._files is None:
+                self._files = ModelFiles(self._path, self._home)
+            return self._files
+
+    def sketch(self) -> str:
+        """Return what selects a snapshot by its model. Raises OSError, also if the model changes meanwhile."""
+        try:
+            return self.files.sketch()
+        except Incompatible as error:
+            raise OSError(0, str(error)) from error
+
+    def digest(self) -> str:
+        """Return the proof, reading what has changed since it was last read.
+
+        Raises OSError, and Incompatible (inputs-changed) if a file has changed since the launch began.
+        """
+        files = self.files
+        if not files.unchanged():  # as when an idle engine wakes
+            raise Incompatible("inputs-changed", f"{self._path} was changed since this launch began; start it anew")
+        if known := files.known_digest():
+            return known
+        if files.size >= NOTED_BYTES:
+            log.info("reading %.0f GB of %s, to prove that a snapshot is of this model", files.size / 1e9, self._path)
+        with self._reading:
+            return files.digest()
+
+    def begin(self) -> None:
+        """Start to compute the digest in the background, unless it is known."""
+        if self._background is None and not self.files.known_digest():
+            self._background = threading.Thread(target=self._compute, name="model-digest", daemon=True)
+            self._background.start()
+
+    def _compute(self) -> None:
+        began = time.monotonic()
+        try:
+            with self._reading:
+                self.files.digest(BACKGROUND_THREADS, self._closed.is_set)
+        except (OSError, CheckpointError) as error:
+            self._failure = error
+            return
+        log.debug("the model's digest took %.1f s", time.monotonic() - began)
+
+    def proven(self, limit_s: float) -> str:
+        """Return the digest of what the engine has read, waiting up to `limit_s` seconds for the background.
+
+        Raises Incompatible: inputs-changed if a file has changed since the launch began, model-unread if the digest takes
+        longer. It is kept, so the next start has it.
+        """
+        if self._background is not None:
+            self._background.join(limit_s)
+        if not self.files.unchanged() or isinstance(self._failure, Incompatible):
+            raise Incompatible(
+                "inputs-changed",
+                f"{self._path} was changed while the engine started; the next start takes the snapshot",
+            )
+        if self._failure is not None:
+            raise Incompatible("model-unread", f"{self._path} cannot be read ({self._failure}); see its permissions")
+        if self._background is not None and self._background.is_alive():
+            raise Incompatible(
+                "model-unread",
+                f"the digest of {self._path} is not complete {limit_s:.0f} s after the engine was; it is computed on, "
+                "and the next start takes the snapshot",
+            )
+        return self.files.known_digest() or self.digest()
+
+    def close(self) -> None:
+        """End the background."""
+        self._closed.set()

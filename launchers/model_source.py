@@ -1,6 +1,6 @@
 """Where an engine finds its model: a folder or file of this host, a hub, or a place that only the engine itself can read.
 
-What a hub has is downloaded before the engine starts, since a sandbox has no network (plugin.runtime.hub_models). For the
+What a hub has is downloaded before the engine starts, since a sandbox has no network (plugin.model.hub). For the
 rest the engine starts as it would alone.
 """
 

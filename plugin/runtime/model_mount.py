@@ -20,8 +20,8 @@ from checkpoint.compatibility import hub
 from checkpoint.compatibility.inputs import option
 from checkpoint.errors import Incompatible
 from launchers.base import WEIGHT_SUFFIXES, check_model
-from plugin.runtime.hub_models import HubModels, NotDownloaded
-from plugin.runtime.model_content import ModelContent
+from plugin.model.content import ModelContent
+from plugin.model.hub import HubModels, NotDownloaded
 
 if TYPE_CHECKING:
     from checkpoint.snapshot.manifest import Snapshot

@@ -166,7 +166,7 @@ class Replica:
 
         If they cannot be had, the engine starts as it would alone, and says so itself.
         """
-        from plugin.runtime.hub_models import NotDownloaded
+        from plugin.model.hub import NotDownloaded
 
         if self.layers.sandbox or not self.weights.repositories:
             return False

@@ -1,0 +1,121 @@
+"""How soon a large model begins to load on a host that has never seen it, and what a launch writes for it.
+
+    python benchmarks/first_start.py [--gigabytes 30] [--runs 3] [--json]
+
+The model is shards of 4 GB: sparse files with a header of safetensors and a random head each. The engine is the tests' double, so what
+is left is quickthaw's own. Each run has a state folder of its own, with nothing in it but CRIU. Printed: seconds from the command until the
+engine's process runs (the phase `loading`), and bytes that the launch wrote into its state folder by the time the engine serves.
+
+Target: 30 GB begin to load in under 1 s, and no chunk is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import signal
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:] = [str(ROOT), *[p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]]
+
+from launchers.bare import free_port  # noqa: E402
+from plugin.runtime.config import state_home  # noqa: E402
+from tests.kits.launch_rig import environment, model  # noqa: E402
+
+TARGET_S = 1.0
+SHARD, HEAD = 4 << 30, 1 << 20
+
+
+def large_model(folder: Path, gigabytes: int) -> Path:
+    """Make a model of that size in the double's form, whose own weights are small."""
+    model(folder)
+    for number in range(-(-(gigabytes << 30) // SHARD)):
+        header = json.dumps({"w": {"dtype": "U8", "shape": [SHARD - 72], "data_offsets": [0, SHARD - 72]}}).encode()
+        with (folder / f"shard-{number:05}.bin").open("wb") as file:
+            file.write(struct.pack("<Q", len(header)) + header + os.urandom(HEAD))
+            file.truncate(SHARD)
+    return folder
+
+
+def first_start(python: Path, folder: Path, home: Path) -> tuple[float, int]:
+    """Return seconds until the engine loads, and bytes written into the state folder by the time it serves."""
+    home.mkdir()
+    (home / "criu").symlink_to(state_home() / "criu")
+    env = {**os.environ, "QUICKTHAW_HOME": str(home), "PYTHONPATH": str(ROOT)}
+    argv = [
+        sys.executable,
+        "-m",
+        "plugin",
+        "launch",
+        "--engine-python",
+        str(python),
+        "sglang",
+        "--model-path",
+        str(folder),
+    ]
+    loading = -1.0
+    began = time.monotonic()
+    with subprocess.Popen(
+        [*argv, "--host", "127.0.0.1", "--port", str(free_port())],
+        cwd=ROOT,
+        env=env,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("quickthaw: loading"):
+                loading = time.monotonic() - began
+            if re.match("quickthaw: (warming|shrinking)", line):
+                written = sum(
+                    file.stat().st_blocks * 512
+                    for part in home.iterdir()
+                    if part.name not in ("mounts", "criu")  # what the mount shows is the model itself
+                    for file in part.rglob("*")
+                    if file.is_file()
+                )
+                break
+        process.send_signal(signal.SIGTERM)
+        process.stderr.read()
+    return loading, written
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gigabytes", type=int, default=30)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+        python = environment(place / "venv")
+        folder = large_model(place / "model", options.gigabytes)
+        runs = []
+        for number in range(options.runs):
+            runs.append(first_start(python, folder, place / f"home-{number}"))
+            shutil.rmtree(place / f"home-{number}", ignore_errors=True)
+    seconds, written = statistics.median(run[0] for run in runs), max(run[1] for run in runs)
+    if options.json:
+        print(json.dumps({"loading_s": [run[0] for run in runs], "written_bytes": [run[1] for run in runs]}))
+        return
+    spread = f"{min(run[0] for run in runs):.2f} – {max(run[0] for run in runs):.2f}"
+    print(
+        f"{options.gigabytes} GB begin to load after {seconds:.2f} s ({spread}), {options.runs} runs; written: {written / 1e6:.2f} MB"
+    )
+    print(f"target {TARGET_S} s: {'met' if seconds < TARGET_S else 'missed'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -56,7 +56,7 @@ def load_format(command: EngineCommand) -> str:
 
 def can_reload(command: EngineCommand) -> bool:
     """Return whether a running engine can read its weights again, as a snapshot without weights needs it."""
-    return load_format(command) in _RELOADED_FORMATS
+    return load_format(command) in _RELOADED_FORMATS and not Path(command.model).expanduser().is_file()
 
 
 def repositories(command: EngineCommand) -> tuple[Repository, ...]:

@@ -264,7 +264,7 @@ def _thin(replica: StartContext, client: Client, gpu: bool) -> bool:
     told = replica.settings.weights
     if told != "auto":
         return told == "thin"
-    if not can_reload(replica.settings.command) or (replica.weights.path and not replica.weights.path.is_dir()):
+    if not can_reload(replica.settings.command):
         log.info("weights full: what --load-format or a single file loads is not read a second time")
         return False
     size, home = replica.weights.size, replica.settings.home

@@ -1,11 +1,16 @@
-"""Ways to bring a snapshot's pages back, in one run on the same snapshot: plain CRIU, CRIU's own lazy-pages daemon, ours with everything
-copied, ours with weights (where the snapshot's engine said where they lie) and libraries' data mapped; and how much that is.
+"""Compare ways to restore a snapshot's pages, in turn on the same snapshot:
+
+- plain: CRIU copies every page.
+- criu-lazy: CRIU's own lazy-pages daemon.
+- copied: our page server, everything copied.
+- ours: our page server, with weights (whose areas the engine reported) and libraries' data mapped. Prints how much is mapped.
 
     python benchmarks/pages.py NAME [--runs 5] [--json]
-    python benchmarks/pages.py NAME --criu-log          what CRIU does when, by its own log (which makes it slower)
+    python benchmarks/pages.py NAME --criu-log          when CRIU does what, from its own log (which makes it slower)
 
-For each: seconds until CRIU returns, until the first token of a greedy generation, and of the second. The images are in the page
-cache. Without the launcher, the proxy and the canary: what they add is in `quickthaw bench coldstart`. NAME: see `quickthaw snapshot ls`.
+For each way: seconds until CRIU returns, until the first token of a greedy generation, and of the second generation. The images
+are in the page cache. Launcher, proxy and canary are not included: `quickthaw bench coldstart` measures with them. NAME: see
+`quickthaw snapshot ls`.
 """
 
 from __future__ import annotations
@@ -47,7 +52,7 @@ WAYS = ("plain", "criu-lazy", "copied", "ours")
 
 
 def ask(sandbox: Sandbox, snapshot: Snapshot) -> tuple[float, float]:
-    """Seconds of the first and of the second generation of one token."""
+    """Return the seconds of the first and of the second generation of one token."""
     client, engine = Client(lambda: sandbox.connect(snapshot.port)), launchers.engine(snapshot.engine)
     control.tell(sandbox.init_pid, control.WAKE)  # as the launcher does: no tile of AMX may be used before
     took = []
@@ -63,7 +68,7 @@ def ask(sandbox: Sandbox, snapshot: Snapshot) -> tuple[float, float]:
 
 
 def run(way: str, library: Library, criu: Criu, snapshot: Snapshot, record: bool = False) -> dict[str, float]:
-    """One restore; seconds, and the faults that our server saw."""
+    """Restore once; return the seconds, and the faults that our server served."""
     home = library.home
     cache = home / "compile" / snapshot.engine
     site = engine_site(home, ROOT / "plugin" / "engine")
@@ -139,7 +144,7 @@ def _criu_lazy(
 
 
 def print_criu_log(text: str) -> None:
-    """Seconds since CRIU's start, by process: its first line, its last page read, its restorer's first line, its last line."""
+    """Print the seconds since CRIU's start, by process: its first line, last page read, restorer's first line, last line."""
     seen: dict[int, list[float]] = {}
     last = 0.0
     for line in text.splitlines():
@@ -161,26 +166,26 @@ def print_criu_log(text: str) -> None:
 
 
 def mapped_bytes(folder: Path) -> dict[str, int]:
-    """What the view of a snapshot maps, and what CRIU itself reads from the images without it and with it."""
+    """Return the bytes that the file-backed images map, and those that CRIU itself reads without and with them."""
     plain = folder / "images"
-    view = file_backed.find(folder) or plain
+    mapped = file_backed.find(folder) or plain
     found = {"mapped_bytes": 0, "eager_bytes": 0, "eager_bytes_mapped": 0}
     for pid in process_ids(str(plain)):
-        shown = read_process(str(view), pid)
-        found["mapped_bytes"] += sum(end - start for start, end, _ in shown.mapped)
+        image = read_process(str(mapped), pid)
+        found["mapped_bytes"] += sum(end - start for start, end, _ in image.mapped)
         found["eager_bytes"] += read_process(str(plain), pid).eager_pages * PAGE
-        found["eager_bytes_mapped"] += shown.eager_pages * PAGE
+        found["eager_bytes_mapped"] += image.eager_pages * PAGE
     return found
 
 
 def main() -> None:
-    """Run and print."""
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--json", action="store_true")
     parser.add_argument(
-        "--criu-log", action="store_true", help="one restore with CRIU's log at its most talkative, by time"
+        "--criu-log", action="store_true", help="print the times of one restore from CRIU's most verbose log"
     )
     options = parser.parse_args()
     library, criu = Library(state_home()), Criu.find(state_home())

@@ -1,22 +1,21 @@
-"""Marks of the working set: the images cold on the disk, an image twice as large, and the requests just after a restore; and what it is
-worth to begin a restore before its command has imported what it needs.
+"""Marks of the working set: restores from a cold disk, an image twice as large, the requests just after a restore; and the gain
+of a speculative restore.
 
     python benchmarks/working_set.py cold NAME [--runs 5]
     python benchmarks/working_set.py requests NAME [--runs 5]
     python benchmarks/working_set.py early NAME [--runs 5]
     python benchmarks/working_set.py doubled vllm|sglang [--runs 5] [--keep]
 
-All go through the command a user gives (`quickthaw restore`), with its proxy and its canary. NAME: see `quickthaw snapshot ls`; a snapshot
-whose working set is not recorded yet is restored once more before anything is timed.
+All use the command that a user types (`quickthaw restore`), with its proxy and its canary. NAME: see `quickthaw snapshot ls`. A snapshot
+without a recorded working set is restored once more before the timed runs.
 
 cold: first token of a waiting request with the snapshot's files in the page cache, and after they were dropped from it (POSIX_FADV_DONTNEED
-on these files; what is still cached of them is printed). The engine's own files stay cached. Mark: 1.5 times.
-requests: the second to the tenth request, one after the other, at once after the first token; and nine more of the same, once every page
-is in place. A request is 16 tokens, from asking to the last one. Mark: medians 1.5 times apart.
-early: first token of a waiting request with what this command line was told last time, and without (checkpoint.snapshot.speculative); pairs
-in turns.
-No mark but to be sooner.
-doubled: takes two snapshots of one engine, one as ever, one with a KV cache left in it that makes the images more than twice as large
+on these files; prints how much of them is still cached). The engine's own files stay cached. Mark: 1.5 times.
+requests: the second to the tenth request, one after the other, right after the first token; and nine more of the same, once every page
+is in place. A request is 16 tokens, from the request to the last token. Mark: medians 1.5 times apart.
+early: first token of a waiting request with a saved plan of this command line (checkpoint.snapshot.speculative) and without; pairs in
+turn. No mark but to be faster.
+doubled: takes two snapshots of one engine, a normal one and one that includes a KV cache which makes the images more than twice as large
 (`--no-shrink`, and the engine's own option), and restores both in turn. Mark: first tokens 10 % apart. Takes two cold starts.
 """
 
@@ -57,7 +56,7 @@ LARGER = {
 
 
 def drop(files: list[Path]) -> None:
-    """Ask the kernel to forget what it has cached of these files; what is dirty is written first."""
+    """Drop these files from the page cache; dirty pages are written first."""
     for file in files:
         fd = os.open(file, os.O_RDONLY)
         try:
@@ -68,7 +67,7 @@ def drop(files: list[Path]) -> None:
 
 
 def read(files: list[Path]) -> None:
-    """Bring files into the page cache."""
+    """Read files into the page cache."""
     block = memoryview(mmap.mmap(-1, 8 << 20))
     for file in files:
         with file.open("rb", buffering=0) as source:
@@ -77,7 +76,7 @@ def read(files: list[Path]) -> None:
 
 
 def cached(files: list[Path]) -> int:
-    """Bytes of these files in the page cache."""
+    """Return how many bytes of these files are in the page cache."""
     total = 0
     for file in files:
         address, size = uffd.map_file(str(file))
@@ -87,7 +86,7 @@ def cached(files: list[Path]) -> int:
 
 
 def restored(name: str, log: Path, later: Callable[[int, str, Any], None] | None = None) -> float:
-    """Seconds from the command to the first token of a waiting request. `later` is given the port, model and process."""
+    """Return the seconds from the command to the first token of a waiting request; then call `later` with port, model and process."""
     model = Library(state_home()).load(name).model
     port = service_port()
     argv = [sys.executable, "-m", "plugin.restore", name, "--port", str(port)]
@@ -103,12 +102,12 @@ def restored(name: str, log: Path, later: Callable[[int, str, Any], None] | None
 
 
 def nine(port: int, model: str, process: Any) -> list[float]:
-    """Nine requests, each from asking to its last token."""
+    """Send nine requests; return the seconds of each, to its last token."""
     return [waiting_client(port, model, time.monotonic(), LIMIT_S, process).end_s for _ in range(9)]
 
 
 def recorded(name: str, log: Path) -> None:
-    """Two restores before anything is timed: they record the working set, or bring what this command reads into the page cache."""
+    """Restore twice before the timed runs: records the working set if needed, and fills the page cache."""
     for _ in range(2):
         restored(name, log, nine)
     if not Library(state_home()).working_set(name).exists():
@@ -135,20 +134,20 @@ def cold(options: argparse.Namespace, log: Path) -> dict[str, Any]:
 
 
 def settled(port: int) -> None:
-    """Wait until every page is in place: the page server of this replica is gone."""
+    """Wait until every page is in place: the page server has exited."""
     limit = time.monotonic() + SETTLE_S
     while any(servers()) and time.monotonic() < limit:
         time.sleep(0.1)
     if any(servers()):
-        raise SystemExit("the pages did not all come")
+        raise SystemExit("not every page was copied in time")
     status(port)
 
 
 def servers() -> Iterator[int]:
-    """Page servers of the restore under measurement."""
+    """Yield the process numbers of page servers."""
     for entry in Path("/proc").glob("[0-9]*"):
         try:
-            # Forked beforehand it has its owner's command line, and a name of its own (checkpoint.sandbox.prestart).
+            # A prestarted one has its owner's command line, and its own name (checkpoint.sandbox.prestart).
             name, line = (entry / "comm").read_text().strip(), (entry / "cmdline").read_bytes()
             if name == "quickthaw-pages" or b"checkpoint.lazy_pages.main" in line:
                 yield int(entry.name)
@@ -157,7 +156,7 @@ def servers() -> Iterator[int]:
 
 
 def requests(options: argparse.Namespace, log: Path) -> dict[str, Any]:
-    """The second to tenth request against later ones."""
+    """Compare the second to tenth request with later ones."""
     recorded(options.name, log)
     soon: list[float] = []
     warm: list[float] = []
@@ -177,15 +176,15 @@ def requests(options: argparse.Namespace, log: Path) -> dict[str, Any]:
 
 
 def early(options: argparse.Namespace, log: Path) -> dict[str, Any]:
-    """A restore that is begun at once against one that is begun when its command knows what it wants."""
+    """Compare speculative restores with others."""
     recorded(options.name, log)
-    restored(options.name, log)  # the first that is not recording leaves a note
+    restored(options.name, log)  # the first that does not record saves its plan
     with_s, without_s = [], []
     for _ in range(options.runs):
         with_s.append(restored(options.name, log))
-        for note in (state_home() / "run").glob("next-*.json"):
-            note.unlink()
-        without_s.append(restored(options.name, log))  # and leaves the note for the next pair
+        for plan in (state_home() / "run").glob("next-*.json"):
+            plan.unlink()
+        without_s.append(restored(options.name, log))  # saves the plan for the next pair
     sooner = statistics.median(after - before for before, after in zip(with_s, without_s, strict=True))
     return {
         "snapshot": options.name, "with_s": with_s, "without_s": without_s, "median_with_s": round(statistics.median(with_s), 3),
@@ -194,7 +193,7 @@ def early(options: argparse.Namespace, log: Path) -> dict[str, Any]:
 
 
 def doubled(options: argparse.Namespace, log: Path) -> dict[str, Any]:
-    """An image against one more than twice as large."""
+    """Compare an image with one more than twice as large."""
     engine, library = options.name, Library(state_home())
     usual = preset(engine, state_home())
     environment, arguments = LARGER[engine]
@@ -225,12 +224,12 @@ def doubled(options: argparse.Namespace, log: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run and print."""
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("cold", "requests", "early", "doubled"))
     parser.add_argument("name", help="a snapshot; for `doubled` an engine")
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--keep", action="store_true", help="keep the two snapshots of `doubled`, for the next time")
+    parser.add_argument("--keep", action="store_true", help="keep the two snapshots of `doubled` for the next run")
     options = parser.parse_args()
     if options.what == "doubled" and options.name not in LARGER:
         parser.error("doubled takes an engine: vllm or sglang")

@@ -1,5 +1,4 @@
-"""Weights and libraries' data that are mapped from the snapshot's own pages file: the same bytes, nobody else's writes, and only memory
-that may be mapped."""
+"""File-backed images: the same bytes, private writes, and only eligible memory is mapped."""
 
 from __future__ import annotations
 
@@ -34,7 +33,7 @@ SIZE = 1 << 20
 
 
 class Taken:
-    """A snapshot of the program, and what its memory held."""
+    """A snapshot of the program, and the content of its memory."""
 
     def __init__(self, home: Path) -> None:
         self.library, self.criu = Library(home), Criu.find(state_home())
@@ -95,7 +94,7 @@ def is_mapped(shown: object) -> bool:
     return isinstance(shown, list) and bool(shown) and "pages-" in shown[0]
 
 
-def test_the_same_bytes_mapped_where_they_may_be(taken):
+def test_eligible_memory_is_mapped_with_the_same_bytes(taken):
     assert file_backed.find(taken.folder) is None
     size = file_backed.make(taken.folder, taken.snapshot.weight_areas)
     assert size >= 3.5 * SIZE - 4 * 4096
@@ -103,7 +102,7 @@ def test_the_same_bytes_mapped_where_they_may_be(taken):
     with taken.restored() as replica:
         found = ask(replica)
         assert found["sums"] == taken.ready["sums"]
-        # What another thread's arena or mmap itself handed out may have to read as zeros one day.
+        # Memory of another thread's arena or of mmap itself may have to read as zeros later.
         assert {name for name, shown in found["maps"].items() if is_mapped(shown)} == {"alone", "heap", "full", "part"}
         assert replica.pages is not None
         replica.pages.first_token()
@@ -113,7 +112,7 @@ def test_the_same_bytes_mapped_where_they_may_be(taken):
     assert not verify(taken.folder, taken.snapshot.files, always=True).trusted
 
 
-def test_a_write_stays_with_the_replica_that_made_it(taken):
+def test_a_write_stays_private(taken):
     file_backed.make(taken.folder, taken.snapshot.weight_areas)
     with taken.restored() as one, taken.restored() as other:
         written = ["alone", "heap", "full", "part"]
@@ -123,14 +122,14 @@ def test_a_write_stays_with_the_replica_that_made_it(taken):
     verify(taken.folder, taken.snapshot.files, always=True)
 
 
-def test_memory_that_is_mapped_can_be_freed(taken):
+def test_mapped_memory_can_be_freed(taken):
     file_backed.make(taken.folder, taken.snapshot.weight_areas)
     with taken.restored() as replica:
         found = ask(replica, free=["alone", "heap"])
         assert found["sums"] == {name: taken.ready["sums"][name] for name in ("arena", "bare", "full", "part")}
 
 
-def test_a_snapshot_that_is_removed_leaves_its_replicas_their_weights(taken, tmp_path):
+def test_replicas_of_a_removed_snapshot_keep_their_weights(taken, tmp_path):
     copy = Library(tmp_path)
     copy.folder.mkdir()
     shutil.copytree(taken.folder, copy.path("weights"), symlinks=True)
@@ -150,7 +149,7 @@ def test_a_snapshot_that_is_removed_leaves_its_replicas_their_weights(taken, tmp
         replica.close()
 
 
-def test_a_restore_that_is_not_lazy_copies_everything(taken):
+def test_an_eager_restore_copies_everything(taken):
     file_backed.make(taken.folder, taken.snapshot.weight_areas)
     with taken.restored(lazy=False) as replica:
         found = ask(replica)
@@ -174,7 +173,7 @@ def truncate_facts(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("spoil", [damage_view, touch_pages, truncate_facts])
-def test_a_view_that_does_not_fit_is_not_believed_and_made_anew(taken, spoil):
+def test_images_that_do_not_match_are_ignored_and_made_again(taken, spoil):
     assert file_backed.make(taken.folder, taken.snapshot.weight_areas)
     spoil(taken.folder)
     assert file_backed.find(taken.folder) is None
@@ -183,7 +182,7 @@ def test_a_view_that_does_not_fit_is_not_believed_and_made_anew(taken, spoil):
     assert [entry.name for entry in taken.folder.iterdir() if entry.name.startswith(".mapped")] == [".mapped"]
 
 
-def test_what_a_killed_maker_left_goes_and_two_do_not_make_it_at_once(taken):
+def test_leftovers_are_removed_and_only_one_process_makes_images(taken):
     for left in (".mapped.new", ".mapped.old"):
         (taken.folder / left / "images").mkdir(parents=True)
     with open_folder(taken.folder / "images") as held:
@@ -195,7 +194,7 @@ def test_what_a_killed_maker_left_goes_and_two_do_not_make_it_at_once(taken):
     assert [entry.name for entry in taken.folder.iterdir() if entry.name.startswith(".mapped")] == [".mapped"]
 
 
-def test_images_that_do_not_fit_are_named(taken, tmp_path):
+def test_inconsistent_images_are_reported(taken, tmp_path):
     shutil.copytree(taken.folder, tmp_path / "copy", symlinks=True)
     (tmp_path / "copy/images/files.img").write_bytes(b"none")
     with pytest.raises(Failed) as caught:
@@ -212,7 +211,7 @@ def test_without_areas_only_libraries_are_mapped(taken):
         assert {name for name, shown in found["maps"].items() if is_mapped(shown)} == {"full", "part"}
 
 
-def test_where_nothing_can_be_mapped_that_is_remembered_and_all_is_copied(taken, monkeypatch):
+def test_images_that_map_nothing_are_remembered(taken, monkeypatch):
     monkeypatch.setattr(file_backed, "LEAST", 1 << 40)
     monkeypatch.setattr(file_backed, "_LEAST_WHOLE", 1 << 40)
     assert file_backed.make(taken.folder, taken.snapshot.weight_areas) == 0
@@ -222,7 +221,7 @@ def test_where_nothing_can_be_mapped_that_is_remembered_and_all_is_copied(taken,
         assert found["sums"] == taken.ready["sums"] and not any(map(is_mapped, found["maps"].values()))
 
 
-def test_what_the_loader_wrote_is_no_longer_read_by_criu(taken):
+def test_library_data_is_not_read_by_criu(taken):
     eager = {
         pid: read_process(str(taken.folder / "images"), pid).eager_pages
         for pid in process_ids(str(taken.folder / "images"))

@@ -1,4 +1,4 @@
-"""A restore that is begun before its command has judged it: nothing of it runs until then, and nothing is left where it is not wanted."""
+"""A speculative restore: no process of it runs before validation, and a rejected one leaves nothing."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ WORDS = ["restore", "counter"]
 
 
 class Command:
-    """What one command does: begin_saved, restore, note."""
+    """The steps of one command: begin_saved, restore, save_plan."""
 
     def __init__(self, home: Path, snapshot: Snapshot, criu: Criu) -> None:
         self.library, self.snapshot, self.criu = Library(home), snapshot, criu
@@ -92,7 +92,7 @@ def snapshot(tmp_path_factory) -> tuple[Path, Snapshot, Criu]:
 
 @pytest.fixture
 def command(snapshot) -> Iterator[Command]:
-    """The second start of a command line: its first one has noted what it did."""
+    """The second start of a command line, whose first start saved its plan."""
     command = Command(*(snapshot[0], snapshot[1], snapshot[2]))
     assert command.begin_saved() is None
     with command.restored() as (replica, _):
@@ -111,12 +111,12 @@ def tree_of(begun: speculative.BegunRestore) -> list[int]:
 
 
 def wait_stopped(begun: speculative.BegunRestore) -> int:
-    """The number of the program on the host, once CRIU has left it stopped."""
+    """Wait until CRIU has left the program stopped; return its process number on the host."""
     limit = time.monotonic() + 20
     while time.monotonic() < limit:
         for pid in tree_of(begun):
             with contextlib.suppress(OSError):
-                # Not its command line: that lies in memory which the page server brings.
+                # Not by its command line: that lies in memory which the page server copies.
                 name, _, fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")
                 if "(python" in name and fields.split()[0] == "T":
                     return pid
@@ -144,7 +144,7 @@ def counts_on(pid: int, limit_s: float = 10.0) -> bool:
     return False
 
 
-def test_what_was_begun_stays_stopped_until_it_is_taken_and_then_runs_with_its_output(command: Command) -> None:
+def test_a_speculative_restore_stays_stopped_until_claimed(command: Command) -> None:
     begun = command.begin_saved()
     assert begun is not None
     pid = wait_stopped(begun)
@@ -165,7 +165,7 @@ def test_what_was_begun_stays_stopped_until_it_is_taken_and_then_runs_with_its_o
     assert not Path(f"/proc/{pid}").exists()
 
 
-def test_another_plan_ends_what_was_begun(command: Command, tmp_path: Path) -> None:
+def test_another_plan_ends_a_speculative_restore(command: Command, tmp_path: Path) -> None:
     begun = command.begin_saved()
     assert begun is not None
     pid = wait_stopped(begun)
@@ -177,7 +177,7 @@ def test_another_plan_ends_what_was_begun(command: Command, tmp_path: Path) -> N
     assert not command.told
 
 
-def test_compiled_code_that_had_to_be_put_back_ends_what_was_begun(command: Command, monkeypatch) -> None:
+def test_unpacked_compiled_code_ends_a_speculative_restore(command: Command, monkeypatch) -> None:
     begun = command.begin_saved()
     assert begun is not None
     monkeypatch.setattr(restore_module, "unpack_cache", lambda *_: True)
@@ -185,7 +185,7 @@ def test_compiled_code_that_had_to_be_put_back_ends_what_was_begun(command: Comm
         assert replica.work != begun.work
 
 
-def test_what_was_begun_and_broke_is_done_again(command: Command) -> None:
+def test_a_failed_speculative_restore_is_repeated(command: Command) -> None:
     begun = command.begin_saved()
     assert begun is not None
     pid = wait_stopped(begun)
@@ -199,7 +199,7 @@ def test_what_was_begun_and_broke_is_done_again(command: Command) -> None:
         assert counts_on(pid)
 
 
-def test_a_snapshot_that_is_gone_is_not_begun(command: Command) -> None:
+def test_a_removed_snapshot_is_not_begun(command: Command) -> None:
     folder = command.library.path("counter")
     folder.rename(folder.with_name("moved"))
     try:
@@ -208,7 +208,7 @@ def test_a_snapshot_that_is_gone_is_not_begun(command: Command) -> None:
         folder.with_name("moved").rename(folder)
 
 
-def test_what_was_begun_ends_with_its_owner(command: Command) -> None:
+def test_a_speculative_restore_ends_with_its_owner(command: Command) -> None:
     begun = command.begin_saved()
     assert begun is not None
     pid = wait_stopped(begun)
@@ -221,20 +221,18 @@ def test_what_was_begun_ends_with_its_owner(command: Command) -> None:
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"version": 0}', b'{"version": 1, "boot": "", "plan": {}}'])
-def test_a_note_that_cannot_be_used_begins_nothing(command: Command, damage: bytes) -> None:
+def test_an_invalid_plan_begins_nothing(command: Command, damage: bytes) -> None:
     assert speculative._plan_file is not None
     speculative._plan_file.write_bytes(damage)
     assert command.begin_saved() is None
 
 
-def test_a_note_of_an_earlier_boot_begins_nothing(command: Command, monkeypatch) -> None:
+def test_a_plan_of_an_earlier_boot_begins_nothing(command: Command, monkeypatch) -> None:
     monkeypatch.setattr(speculative, "boot_id", lambda: "another")
     assert command.begin_saved() is None
 
 
-def test_other_words_another_folder_and_other_settings_are_other_command_lines(
-    command: Command, monkeypatch, tmp_path
-) -> None:
+def test_a_plan_belongs_to_words_folder_and_settings(command: Command, monkeypatch, tmp_path) -> None:
     speculative.begin_saved(command.home, [*WORDS, "--port", "1"])
     assert speculative._unclaimed is None
     with monkeypatch.context() as patched:
@@ -246,7 +244,7 @@ def test_other_words_another_folder_and_other_settings_are_other_command_lines(
     assert command.begin_saved() is not None
 
 
-def test_a_working_folder_that_is_gone_is_no_defect(command: Command, monkeypatch, tmp_path: Path) -> None:
+def test_a_removed_working_folder_is_tolerated(command: Command, monkeypatch, tmp_path: Path) -> None:
     (tmp_path / "gone").mkdir()
     with monkeypatch.context() as patched:
         patched.chdir(tmp_path / "gone")
@@ -254,7 +252,7 @@ def test_a_working_folder_that_is_gone_is_no_defect(command: Command, monkeypatc
         assert command.begin_saved() is None
 
 
-def test_old_notes_are_forgotten(tmp_path: Path, command: Command) -> None:
+def test_old_plans_are_removed(tmp_path: Path, command: Command) -> None:
     plan = {"run": str(tmp_path)}
     for number in range(speculative._MAX_PLANS + 3):
         speculative.begin_saved(tmp_path, ["restore", str(number)])
@@ -264,11 +262,11 @@ def test_old_notes_are_forgotten(tmp_path: Path, command: Command) -> None:
     assert len(notes) == speculative._MAX_PLANS
     assert {path.stat().st_mode & 0o777 for path in notes} == {0o600}
     shutil.rmtree(tmp_path / "run")
-    speculative.save_plan(plan)  # nowhere to write: only time is lost
+    speculative.save_plan(plan)  # not writable: only costs time
     command.begin_saved()
 
 
-def test_a_snapshot_is_not_removed_under_what_was_begun(command: Command) -> None:
+def test_a_snapshot_is_not_removed_during_a_speculative_restore(command: Command) -> None:
     assert command.begin_saved() is not None
     with pytest.raises(Busy):
         command.library.remove("counter")
@@ -276,7 +274,7 @@ def test_a_snapshot_is_not_removed_under_what_was_begun(command: Command) -> Non
     assert command.library.has("counter")
 
 
-def test_notes_of_a_snapshot_go_with_it(command: Command) -> None:
+def test_plans_of_a_removed_snapshot_are_removed(command: Command) -> None:
     with command.restored() as (replica, _):
         speculative.save_plan(replica.plan)
     notes = command.home / "run"

@@ -1,4 +1,4 @@
-"""Kept plans are the plans that were made, for these very files and this working set alone; a burst leaves what singles would leave."""
+"""Cached plans equal the plans that were made, for the same files and working set only; a burst places what single calls would place."""
 
 import random
 
@@ -52,7 +52,7 @@ def read(folder, image, digest=b"set", base=BASE, zeros=ZEROS):
     return found and found[0]
 
 
-def test_a_kept_plan_is_the_one_that_was_made_wherever_its_sources_are_mapped_now(folder):
+def test_a_cached_plan_equals_the_original_with_new_source_addresses(folder):
     image = keep(folder)
     for base, zeros in ((BASE, ZEROS), (0x5000_0000_0000, 0x4000_0000_0000)):
         (found,), expected = read(folder, image, base=base, zeros=zeros).values(), made(base, zeros)
@@ -62,7 +62,7 @@ def test_a_kept_plan_is_the_one_that_was_made_wherever_its_sources_are_mapped_no
         assert found.batches == []
 
 
-def test_nothing_is_read_for_another_working_set_other_images_or_a_damaged_file(folder):
+def test_a_cached_plan_is_ignored_for_other_files_and_when_damaged(folder):
     image = keep(folder)
     assert read(folder, image, digest=b"other") is None
     file = folder.parent / cache.PLANS
@@ -78,7 +78,7 @@ def test_nothing_is_read_for_another_working_set_other_images_or_a_damaged_file(
     assert cache.fingerprints(str(folder))
 
 
-def test_many_spans_cut_at_once_leave_what_one_after_the_other_leaves():
+def test_cutting_many_spans_at_once_equals_cutting_them_one_by_one():
     draw = random.Random(5)
     for _ in range(300):
         runs, at = [], 0
@@ -99,7 +99,7 @@ def test_many_spans_cut_at_once_leave_what_one_after_the_other_leaves():
 
 
 @pytest.mark.parametrize("refused_at", [0, 3, 1000])
-def test_a_burst_stops_before_what_is_refused_and_the_map_knows_of_the_rest(monkeypatch, refused_at):
+def test_a_burst_stops_before_a_refused_extent_and_the_rest_stays_pending(monkeypatch, refused_at):
     plan = made()
     plan.batches = []
     runs = sorted(
@@ -124,7 +124,7 @@ def test_a_burst_stops_before_what_is_refused_and_the_map_knows_of_the_rest(monk
     assert space.pending.size == sum(end - start for start, end, _ in runs) - copied
 
 
-def test_a_burst_ends_after_so_many_pieces_or_bytes(monkeypatch):
+def test_a_burst_ends_after_its_limit_of_extents_or_bytes(monkeypatch):
     monkeypatch.setattr(uffd, "request", lambda fd, address: 0)
     plan = made()
     space = Space(1, 7, -1, PendingPages(), ProcessImage(7, "pages-1.img"), Source())

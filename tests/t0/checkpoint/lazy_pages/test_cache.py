@@ -1,4 +1,4 @@
-"""The kept page maps of a snapshot: the same as read from its images, and never believed where anything differs."""
+"""Cached page maps: equal to those read from the images, and ignored if anything differs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def images(tmp_path: Path) -> Path:
     return folder
 
 
-def test_kept_and_read_again(images: Path) -> None:
+def test_cached_page_maps_equal_the_images(images: Path) -> None:
     first, kept = read(images)
     assert not kept and set(first) == {7, 9}
     assert keep(images, first) is None
@@ -46,7 +46,7 @@ def test_kept_and_read_again(images: Path) -> None:
 
 
 @pytest.mark.parametrize("at", [0, 70, -1])
-def test_a_damaged_index_is_not_believed(images: Path, at: int) -> None:
+def test_damaged_page_maps_are_ignored(images: Path, at: int) -> None:
     found, _ = read(images)
     keep(images, found)
     file = images.parent / cache.PAGE_MAPS
@@ -58,7 +58,7 @@ def test_a_damaged_index_is_not_believed(images: Path, at: int) -> None:
 
 
 @pytest.mark.parametrize("what", ["pagemap-7.img", "mm-9.img"])
-def test_an_index_of_other_images_is_not_believed(images: Path, what: str) -> None:
+def test_page_maps_of_other_images_are_ignored(images: Path, what: str) -> None:
     found, _ = read(images)
     keep(images, found)
     file = images / what
@@ -70,7 +70,7 @@ def test_an_index_of_other_images_is_not_believed(images: Path, what: str) -> No
     assert read(images)[1]
 
 
-def test_a_folder_that_cannot_be_written_only_means_reading_again(images: Path) -> None:
+def test_without_write_access_images_are_read_again(images: Path) -> None:
     found, _ = read(images)
     (images.parent / cache.PAGE_MAPS).mkdir()
     assert isinstance(keep(images, found), IsADirectoryError)

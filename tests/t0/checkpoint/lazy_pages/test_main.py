@@ -22,7 +22,7 @@ LIMIT_S = 10.0
 
 
 class Owner:
-    """The owner's end of the control socket, and what it gives a server."""
+    """The owner's end of the control socket, and the sockets that it passes to a server."""
 
     def __init__(self) -> None:
         self.control, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -86,7 +86,7 @@ def named(names: tuple[str, ...]) -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name in names]
 
 
-def test_a_fetcher_that_is_stopped_leaves_what_it_has_not_begun() -> None:
+def test_a_stopped_fetcher_drops_the_jobs_not_begun() -> None:
     class Slow:
         def __init__(self) -> None:
             self.begun, self.go_on = threading.Event(), threading.Event()
@@ -108,7 +108,7 @@ def test_a_fetcher_that_is_stopped_leaves_what_it_has_not_begun() -> None:
     fetcher = Fetcher("stopped", lambda: None)
     fetcher.start()
     for number in range(5):
-        fetcher.submit(number, [(source, 0, 1 << 30)])  # type: ignore[list-item]  # more than the window: the asking waits for room
+        fetcher.submit(number, [(source, 0, 1 << 30)])  # type: ignore[list-item]  # more than the window, so requests wait
     assert source.begun.wait(LIMIT_S)
     fetcher.stop()
     source.go_on.set()

@@ -1,4 +1,4 @@
-"""The page server under a real CRIU: memory comes back as it was, whatever the processes do to it while it is being brought."""
+"""The page server under a real CRIU: memory is restored exactly, whatever the processes do to it meanwhile."""
 
 import os
 import shutil
@@ -33,7 +33,7 @@ def nothing_unexpected(frozen: Frozen):  # type: ignore[no-untyped-def]
 
 
 def test_command_line_and_environment_are_there_before_the_first_token(frozen: Frozen) -> None:
-    """/proc/PID/cmdline and environ of a restored process are not empty, at the restore that records and at those after it."""
+    """/proc/PID/cmdline and environ of a restored process are not empty, in a recording restore and in later ones."""
     frozen.working_set.unlink(missing_ok=True)
     for record in (True, False):
         server, work = frozen.serve(record=record)
@@ -52,7 +52,7 @@ def test_command_line_and_environment_are_there_before_the_first_token(frozen: F
 
 
 def test_recorded_then_replayed(frozen: Frozen) -> None:
-    """What the first restore touched is in place before it is touched at the second one, and the server then goes away."""
+    """Pages touched in the first restore are in place before they are touched in the second one; then the server exits."""
     server, work = frozen.serve(record=True)
     with server, frozen.sandbox() as sandbox:
         frozen.restore(sandbox, work)
@@ -78,7 +78,7 @@ def test_recorded_then_replayed(frozen: Frozen) -> None:
         server, work = frozen.serve()
         with server, frozen.sandbox() as sandbox:
             frozen.restore(sandbox, work)
-            # Let it place the working set before anything is touched, so that what still faults was missed by it.
+            # Let it place the working set before any page is touched, so remaining faults are outside of it.
             limit = time.monotonic() + LIMIT_S
             while not server.stats()["startup_done_s"]:
                 assert time.monotonic() < limit
@@ -106,13 +106,13 @@ def test_recorded_then_replayed(frozen: Frozen) -> None:
             server.requests_done()
             assert server.wait_complete(LIMIT_S)
     finally:
-        # The other tests restore the same images, and would believe it.
+        # The other tests restore the same images, and would use them.
         for file in (kept_plans, frozen.images.parent / cache.PACK):
             file.unlink()
 
 
 def rot(frozen: Frozen) -> None:
-    """Change every byte of the pack, as a disk may that tells nobody: the plans still take it for theirs."""
+    """Change every byte of the pack, like silent disk corruption: its fingerprint still matches the plans."""
     pack_file = frozen.images.parent / cache.PACK
     pack_file.write_bytes(bytes(byte ^ 0xFF for byte in pack_file.read_bytes()))
     images = str(frozen.images)
@@ -142,7 +142,7 @@ def drive(frozen: Frozen, seed: int, steps: int, known: bool, rate: float) -> di
 
 @pytest.mark.slow
 def test_memory_is_as_it_was_while_pages_come(frozen: Frozen) -> None:
-    """Random munmap, mremap, madvise, mprotect and fork, with a reading thread, while the rest is brought slowly."""
+    """Random munmap, mremap, madvise, mprotect and fork, with a reading thread, while background pages are copied slowly."""
     counts = drive(frozen, seed=11, steps=240, known=True, rate=20e6)
     assert counts["removed"] and counts["moved"] and counts["forks"] and counts["faults"]
 
@@ -157,7 +157,7 @@ def test_memory_is_as_it_was_many(frozen: Frozen, known: bool, rate: float) -> N
 
 
 def test_a_dead_server_never_shows_zeros(frozen: Frozen) -> None:
-    """The owner is told at once, and the processes wait (they read nothing wrong) until it has killed them."""
+    """The owner is notified at once, and the processes wait, without reading wrong bytes, until it has killed them."""
     server, work = frozen.serve(known=False)
     with server, frozen.sandbox() as sandbox:
         frozen.restore(sandbox, work)
@@ -168,7 +168,7 @@ def test_a_dead_server_never_shows_zeros(frozen: Frozen) -> None:
         assert len(frozen.deaths) == 1 and "page server" in frozen.deaths[0]
         assert not server.wait_complete(0.1)
         frozen.order(sandbox, seed=1, touch=1900)
-        # It must not finish: a page of its is neither there nor replaced by zeros. Half a second is ample for 1,900 reads.
+        # It must not finish: a page is missing, and not replaced by zeros. Half a second is ample for 1,900 reads.
         time.sleep(0.5)
         assert not (inside(sandbox) / "result").exists()
         began = time.monotonic()
@@ -177,7 +177,7 @@ def test_a_dead_server_never_shows_zeros(frozen: Frozen) -> None:
 
 
 def test_a_dead_owner_ends_the_server(frozen: Frozen) -> None:
-    """Nothing is left of a server whose owner closed its side."""
+    """A server exits when its owner closes the control socket."""
     server, _ = frozen.serve()
     pid = server.pid
     server.close()
@@ -185,8 +185,8 @@ def test_a_dead_owner_ends_the_server(frozen: Frozen) -> None:
     assert not frozen.deaths
 
 
-def test_criu_that_breaks_off_is_its_owner_s_to_report(frozen: Frozen) -> None:
-    """The owner has CRIU's exit code and log, so a page server that loses its client first reports no cause of its own."""
+def test_a_disconnected_criu_is_not_reported_as_a_failure(frozen: Frozen) -> None:
+    """The owner has CRIU's exit code and log, so a page server that loses its client reports no failure."""
     import socket
 
     server, work = frozen.serve()
@@ -198,8 +198,8 @@ def test_criu_that_breaks_off_is_its_owner_s_to_report(frozen: Frozen) -> None:
     assert server.ended.is_set() and not frozen.deaths
 
 
-def test_a_damaged_working_set_is_left_aside(frozen: Frozen) -> None:
-    """The restore goes on without it, and says so."""
+def test_a_damaged_working_set_is_ignored(frozen: Frozen) -> None:
+    """The restore continues without it, with a warning."""
     bad = frozen.folder / "bad.qws"
     bad.write_bytes(b"QTWS\xff\xff")
     good, frozen.working_set = frozen.working_set, bad
@@ -219,8 +219,8 @@ def test_a_damaged_working_set_is_left_aside(frozen: Frozen) -> None:
 
 
 @pytest.mark.parametrize("replaced", [False, True])
-def test_a_snapshot_removed_or_replaced_while_its_pages_come(frozen: Frozen, replaced: bool) -> None:
-    """A replica is brought to its end from the files that it began with, and no cache of theirs is believed of others."""
+def test_a_snapshot_removed_or_replaced_during_a_restore(frozen: Frozen, replaced: bool) -> None:
+    """A replica is completed from the files it began with, and their caches are not used for other files."""
     (frozen.folder / cache.PAGE_MAPS).unlink(missing_ok=True)
     server, work = frozen.serve(known=False)
     old = frozen.folder / "removed"
@@ -235,21 +235,21 @@ def test_a_snapshot_removed_or_replaced_while_its_pages_come(frozen: Frozen, rep
             server.first_token()
             server.requests_done()
             assert server.wait_complete(LIMIT_S), frozen.deaths
-            assert not (replaced and believed(frozen))
+            assert not (replaced and used_cached_maps(frozen))
         finally:
             shutil.rmtree(frozen.images, ignore_errors=True)
             old.rename(frozen.images)
     assert not frozen.deaths
 
 
-def believed(frozen: Frozen) -> bool:
-    """Whether page maps that are kept beside the images are taken for theirs."""
+def used_cached_maps(frozen: Frozen) -> bool:
+    """Return whether cached page maps are used for the images."""
     images = str(frozen.images)
     return cache.read_page_maps(images, cache.fingerprints(images))[1]
 
 
-def test_images_tell_what_is_lazy(frozen: Frozen) -> None:
-    """CRIU's own page maps, read by us: offsets and lengths add up to the pages files."""
+def test_page_maps_add_up_to_the_pages_files(frozen: Frozen) -> None:
+    """Offsets and lengths of CRIU's page maps, as read by us, add up to the pages files."""
     for pid in process_ids(str(frozen.images)):
         image = read_process(str(frozen.images), pid)
         size = (frozen.images / image.pages_file).stat().st_size

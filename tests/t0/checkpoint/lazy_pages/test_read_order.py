@@ -1,5 +1,4 @@
-"""A pack holds the pieces of plans and nothing else; the list of what a cold restore reads names all of it once; what is damaged is not
-used."""
+"""A pack holds exactly the extents of plans; the list of cold reads names every page once; damaged files are ignored."""
 
 import ctypes
 import errno
@@ -61,7 +60,7 @@ def read(folder, source):
     return cache.read_plans(str(folder), stamps, DIGEST, {7: image()}, {"pages-1.img": source}, 0)
 
 
-def test_plans_from_a_pack_bring_what_plans_from_the_images_bring(folder):
+def test_plans_with_a_pack_copy_the_same_bytes(folder):
     source, packed = kept(folder)
     assert packed and (folder.parent / cache.PACK).stat().st_size == 8 * PAGE
     found, pack_source = read(folder, source)
@@ -75,7 +74,7 @@ def test_plans_from_a_pack_bring_what_plans_from_the_images_bring(folder):
             assert ctypes.string_at(plan.source(piece), size) == ctypes.string_at(expected.source(piece), size)
 
 
-def test_a_pack_that_is_another_file_or_gone_is_not_copied_from(folder):
+def test_a_replaced_or_missing_pack_is_not_copied_from(folder):
     source, _ = kept(folder)
     place = folder.parent / cache.PACK
     data = place.read_bytes()
@@ -87,7 +86,7 @@ def test_a_pack_that_is_another_file_or_gone_is_not_copied_from(folder):
     assert read(folder, source) is None
 
 
-def test_a_pack_that_the_disk_refuses_leaves_plans_that_copy_from_the_images(folder, monkeypatch):
+def test_without_room_for_a_pack_plans_copy_from_the_images(folder, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
@@ -105,7 +104,7 @@ def list_of(folder, packed):
     ColdReads(str(folder)).write(working_set, {7: image()}, used, packed)
 
 
-def test_a_cold_list_is_read_and_told_once(folder):
+def test_listed_pages_are_read_once(folder):
     kept(folder)
     list_of(folder, True)
     files = [folder / "pages-1.img", folder.parent / cache.PACK]
@@ -117,22 +116,22 @@ def test_a_cold_list_is_read_and_told_once(folder):
     reading = ColdReads(str(folder))
     reading.listen(told.set)
     assert reading.working_set == DIGEST
-    if reading.cold:  # not every file system lets go of what it has cached (tmpfs)
+    if reading.cold:  # tmpfs cannot drop its pages
         assert told.wait(10) and reading.requested.is_set()
-    # Eager and used pages, the pack, and what is mapped.
+    # Eager and used pages, the pack, and mapped pages.
     assert reading.size == (4 + 2 + 8 + 5) * PAGE
     source = Source(str(files[1]))
     assert source.populate(0, source.size) == 0
     assert not ColdReads(str(folder)).cold or reading.cold
 
 
-def test_without_a_pack_the_working_sets_pieces_are_listed(folder):
+def test_without_a_pack_the_working_set_is_listed(folder):
     list_of(folder, False)
     assert ColdReads(str(folder)).size == (4 + 2 + 5 + 5) * PAGE
 
 
 @pytest.mark.parametrize("kernel_knows", [True, False])
-def test_of_a_block_that_is_much_used_all_is_read_and_of_another_what_is_used(folder, monkeypatch, kernel_knows):
+def test_mostly_used_blocks_are_read_whole_and_others_in_part(folder, monkeypatch, kernel_knows):
     if not kernel_knows:  # before 6.13
 
         def unknown(*_):
@@ -168,7 +167,7 @@ def test_of_a_block_that_is_much_used_all_is_read_and_of_another_what_is_used(fo
         uffd.unmap(address, size)
 
 
-def test_a_damaged_list_or_one_whose_files_are_gone_is_none(folder):
+def test_a_damaged_list_or_one_of_missing_files_is_ignored(folder):
     kept(folder)
     list_of(folder, True)
     place = folder.parent / FILE_NAME
@@ -183,7 +182,7 @@ def test_a_damaged_list_or_one_whose_files_are_gone_is_none(folder):
     assert cache.read(str(folder), FILE_NAME, read_order._VERSION)
 
 
-def test_what_is_present_of_this_process_is_what_it_has_written(tmp_path):
+def test_present_pages_are_the_written_ones(tmp_path):
     memory = ctypes.create_string_buffer(8 * PAGE)
     start = -(-ctypes.addressof(memory) // PAGE) * PAGE
     libc = ctypes.CDLL(None)
@@ -200,6 +199,6 @@ def test_what_is_present_of_this_process_is_what_it_has_written(tmp_path):
         os.close(fd)
 
 
-def test_known_ranges_are_left_out_of_what_is_looked_at():
+def test_known_ranges_are_not_inspected():
     found = _beside(image(), [(START + 38 * PAGE, START + 42 * PAGE), (START + 50 * PAGE, START + 51 * PAGE)])
     assert found == [(START + 42 * PAGE, START + 50 * PAGE), (START + 51 * PAGE, START + 60 * PAGE)]

@@ -1,4 +1,4 @@
-"""The owner's side of a page server that does not answer, and of one that does."""
+"""The owner's side of a page server: it detects one that does not answer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LIMIT_S = 10.0
 
 
 class Process:
-    """A process as prefork gives it, which lives until it is killed."""
+    """A stand-in for a prestarted process, which lives until it is killed."""
 
     pid = 999_999_999
 
@@ -69,13 +69,13 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     made.close()
 
 
-def test_one_that_answers_nothing_is_ended_and_its_owner_is_told(served: Served) -> None:
+def test_a_server_that_does_not_answer_is_killed_and_reported(served: Served) -> None:
     assert served.died.wait(LIMIT_S)
     assert "it has not answered for" in served.deaths[0] and len(served.deaths) == 1
     assert served.process.killed.is_set()
 
 
-def test_one_whose_queue_is_full_as_well(served: Served) -> None:
+def test_a_server_that_does_not_read_is_killed_and_reported(served: Served) -> None:
     while True:
         try:
             served.server._control.send(b'{"op": "arrived"}' * 100, socket.MSG_DONTWAIT)
@@ -84,13 +84,13 @@ def test_one_whose_queue_is_full_as_well(served: Served) -> None:
     assert served.died.wait(LIMIT_S) and "has not answered" in served.deaths[0]
 
 
-def test_one_that_answers_now_and_then_lives_and_its_counts_are_known(served: Served, monkeypatch) -> None:
+def test_a_slow_server_lives_and_its_counts_are_known(served: Served, monkeypatch) -> None:
     monkeypatch.setattr(pages, "_UNANSWERED", 40)  # 0.8 s: a busy machine may be late with an answer
     until = time.monotonic() + 1.5
     answers = 0
     while time.monotonic() < until:
         served.theirs.recv(1 << 16)
-        time.sleep(0.1)  # five questions
+        time.sleep(0.1)  # five pings
         answers += 1
         served.theirs.send(json.dumps({"event": "stats", "faults": answers, "left": 7}).encode())
     assert not served.deaths and not served.process.killed.is_set()
@@ -107,7 +107,7 @@ class Sandbox:
         self.ends += 1
 
 
-def test_a_restore_is_cancelled_before_it_begins_while_it_waits_and_not_after_it() -> None:
+def test_a_restore_can_be_cancelled_until_it_is_over() -> None:
     why, later, sandbox = Failed("one", "why"), Failed("two", "later"), Sandbox()
     early = Cancellation()
     assert not early.cancel(why)
@@ -129,7 +129,7 @@ def test_a_restore_is_cancelled_before_it_begins_while_it_waits_and_not_after_it
     assert not done.cancel(why) and sandbox.ends == 2
 
 
-def test_an_owner_without_descriptors_hears_of_it_instead_of_waiting(tmp_path: Path) -> None:
+def test_an_owner_without_free_descriptors_reports_it(tmp_path: Path) -> None:
     served = Served(tmp_path)
     try:
         fd = os.open("/dev/null", os.O_RDONLY)
@@ -147,7 +147,7 @@ def test_an_owner_without_descriptors_hears_of_it_instead_of_waiting(tmp_path: P
         served.close()
 
 
-def test_a_word_that_is_none_ends_the_serving_with_its_reason(tmp_path: Path) -> None:
+def test_an_invalid_message_ends_the_server_with_a_reason(tmp_path: Path) -> None:
     served = Served(tmp_path)
     try:
         served.theirs.send(b"{garbled")

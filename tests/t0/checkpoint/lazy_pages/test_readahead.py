@@ -1,4 +1,4 @@
-"""ColdReads ahead of the copier: the disk is asked for what follows while the first is waited for, and for no more than a window of it."""
+"""Reading ahead of the copier: following jobs are requested from the disk while the first is waited for, within a window."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.t0
 
 
 class Disk:
-    """A source none of whose pages are cached; `populate` waits until it is let go on."""
+    """A source without cached pages; `populate` waits for `go_on`."""
 
     def __init__(self) -> None:
         self.requested: list[int] = []
@@ -46,7 +46,7 @@ def until(disk: Disk, asked: list[int]) -> None:
     assert disk.requested == asked
 
 
-def test_what_follows_is_asked_for_within_the_window_and_told_in_order(disk: Disk) -> None:
+def test_jobs_are_requested_within_the_window_and_finish_in_order(disk: Disk) -> None:
     told = threading.Semaphore(0)
     fetcher = Fetcher("test", told.release)
     for number in range(4):
@@ -62,7 +62,7 @@ def test_what_follows_is_asked_for_within_the_window_and_told_in_order(disk: Dis
     assert list(fetcher._done) == [(0, 0, 100), (1, 0, 100), (2, 5, 100), (3, 0, 100)]
 
 
-def test_a_job_larger_than_the_window_is_asked_for_as_a_whole(disk: Disk) -> None:
+def test_a_job_larger_than_the_window_is_requested_as_a_whole(disk: Disk) -> None:
     told = threading.Semaphore(0)
     fetcher = Fetcher("test", told.release)
     fetcher.start()
@@ -73,7 +73,7 @@ def test_a_job_larger_than_the_window_is_asked_for_as_a_whole(disk: Disk) -> Non
     assert told.acquire(timeout=10.0) and fetcher._done[0] == (7, 5, 900)
 
 
-def test_a_thread_that_fails_is_found_among_what_is_done(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_thread_is_reported(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(offset: int, length: int) -> None:
         raise OSError(5, "the disk")
 

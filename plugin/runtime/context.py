@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from plugin.runtime.config import LaunchSettings
     from plugin.runtime.engine_process import Running
     from plugin.runtime.model_mount import Weights
-    from plugin.runtime.paging import Following
+    from plugin.runtime.paging import PageFollower
     from plugin.runtime.phases import PhaseTracker, Span
     from plugin.runtime.snapshot_fetch import Fetching
 
@@ -73,7 +73,7 @@ class RestoreContext(StartContext, Protocol):
     """A start that restores a snapshot: besides, what pages that arrive later and requests that wait need."""
 
     fetching: Fetching
-    following: Following
+    page_follower: PageFollower
     underway: threading.Event
     """Set when other processes do the work of the start."""
     cancellation: Cancellation

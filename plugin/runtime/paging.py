@@ -38,7 +38,7 @@ COUNTS = ("faults", "stall_s", "bytes_ahead", "bytes_faulted", "bytes_rest", "by
 
 
 @dataclass
-class Following:
+class PageFollower:
     """Follow one replica's restores, one after the other.
 
     `served` returns how many requests the replica has answered, `lives` whether it still runs.
@@ -72,8 +72,8 @@ class Following:
             target=self._follow, args=(library, snapshot, pages, recording), name="page-follower", daemon=True
         ).start()
 
-    def leave(self) -> None:
-        """Call before ending the engine: save the working set recorded so far, which makes the next restore fast."""
+    def save_working_set(self) -> None:
+        """Save the working set recorded so far, before the engine ends, and wait for it. It makes the next restore fast."""
         self._stopping.set()
         self._saved.wait(SAVE_WAIT_S)
 

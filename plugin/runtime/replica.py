@@ -35,7 +35,7 @@ from plugin.runtime.config import LaunchSettings
 from plugin.runtime.engine_process import Running
 from plugin.runtime.home import unusable
 from plugin.runtime.model_mount import Weights
-from plugin.runtime.paging import Following
+from plugin.runtime.paging import PageFollower
 from plugin.runtime.phases import Phase, PhaseTracker, Span
 from plugin.runtime.snapshot_fetch import Fetching
 
@@ -96,7 +96,7 @@ class Replica:
         self.silent = ""
         """Why the engine was killed for not answering, or ""; reset when another engine serves."""
         self.fetching = Fetching(self.settings)
-        self.following = Following(self.fetching, lambda: self.served(), lambda: self.running is not None)
+        self.page_follower = PageFollower(self.fetching, lambda: self.served(), lambda: self.running is not None)
         self._cuda: Helper | None = None
         self._identity: Here | None = None
         self._multi_gpu: bool | None = None
@@ -355,8 +355,8 @@ class Replica:
         return self.lost if self.restored else ""
 
     def page_counts(self) -> dict[str, float]:
-        """Return the page servers' totals over all restores (Following.counts), and how often pages were `lost`."""
-        return {**self.following.counts(), "lost": self._losses}
+        """Return the page servers' totals over all restores (PageFollower.counts), and how often pages were `lost`."""
+        return {**self.page_follower.counts(), "lost": self._losses}
 
     def driver(self) -> Driver | None:
         """Return the CUDA driver's checkpoint API, or None without an NVIDIA device. One helper process lives as long as this replica."""
@@ -474,7 +474,7 @@ class Replica:
         if running:
             code = running.place.exit_code(running.pid)
             if code is None:
-                self.following.leave()
+                self.page_follower.save_working_set()
                 with contextlib.suppress(CheckpointError, OSError):
                     running.place.signal(running.pid, signal.SIGTERM)
                     code = running.place.wait(running.pid, self.settings.grace_s if grace_s is None else grace_s)
@@ -493,6 +493,6 @@ class Replica:
         """End the idle engine; its snapshot brings it back."""
         self._expected_end = True
         # The pool sends no requests here by now. Change the phase last, when nothing of the engine is left.
-        self.following.leave()
+        self.page_follower.save_working_set()
         self.clear()
         self.tracker.to(Phase.ASLEEP)

@@ -107,7 +107,7 @@ def run(replica: RestoreContext, name: str, lazy: bool) -> None:
         recording = bool(later and later.record)
         if recording:
             log.info("this first restore records the snapshot's working set; those after it begin with it")
-        replica.following.begin(replica.library, snapshot, restored.pages, recording=recording)
+        replica.page_follower.begin(replica.library, snapshot, restored.pages, recording=recording)
     else:
         restore_rates.remember(
             replica.settings.home, snapshot.image_bytes, restored.spans["criu"], bool(snapshot.gpu.processes)

@@ -19,10 +19,9 @@ from checkpoint.criu.pagemap import BadImage, ProcessImage
 from checkpoint.lazy_pages import cache
 from checkpoint.lazy_pages.address_space import Again, Gone, ProcessTree, zero_source
 from checkpoint.lazy_pages.copy_plan import CHUNK, Plan
-from checkpoint.lazy_pages.read_order import ColdReads
+from checkpoint.lazy_pages.read_order import ColdReads, touched_pages
 from checkpoint.lazy_pages.readahead import ArrivalWaiter, PageReader, Source, open_source
 from checkpoint.lazy_pages.residency import ResidencyBitmap
-from checkpoint.lazy_pages.touched_pages import touched
 from checkpoint.lazy_pages.working_set import Range, WorkingSet
 
 _STARTUP, _WARM, _BACKGROUND = "startup", "warm", "background"
@@ -138,7 +137,7 @@ class Planner:
         return (self._pack, offset, plan.ends[index] - plan.starts[index]) if 0 <= offset < self._pack.size else None
 
     def _write(self, working_set: WorkingSet, plans: dict[int, Plan], cold_reads: ColdReads, namespace: int) -> None:
-        used = touched(namespace, self.images, working_set.before_first_token)
+        used = touched_pages(namespace, self.images, working_set.before_first_token)
         packed = cache.write_plans(
             self._folder, self._fingerprints, working_set.digest, plans, self.images, self.sources
         )

@@ -35,10 +35,9 @@ from checkpoint.lazy_pages import uffd
 from checkpoint.lazy_pages.address_space import Again, Gone, ProcessTree, Space, zero_source
 from checkpoint.lazy_pages.copier import Copier, Planner
 from checkpoint.lazy_pages.copy_plan import PendingPages
-from checkpoint.lazy_pages.read_order import ColdReads
+from checkpoint.lazy_pages.read_order import ColdReads, namespace_of
 from checkpoint.lazy_pages.readahead import ArrivalWaiter, ArrivingSource, Fetcher, Waker
 from checkpoint.lazy_pages.residency import ResidencyBitmap
-from checkpoint.lazy_pages.touched_pages import namespace_of
 from checkpoint.lazy_pages.working_set import BadWorkingSet, Range, WorkingSet
 
 # Sent by CRIU instead of a process number when every process runs (LAZY_PAGES_RESTORE_FINISHED in criu/uffd.c).

@@ -3,8 +3,8 @@
 They are cached in `.verified-reading`. From a cold disk, every part of a restore would read its own pages: CRIU the
 images, the page server the working set, the engine its mapped files. Small reads then wait behind large ones, and each
 fault on a mapped library reads megabytes of neighbours. So everything is requested at once, before the other reads:
-images that CRIU parses, pages it copies, used pages of mapped libraries (checkpoint.lazy_pages.touched_pages), pages
-that the page server copies, and then mapped pages, in the order of need.
+images that CRIU parses, pages it copies, used pages of mapped libraries (`touched_pages`), pages that the page server
+copies, and then mapped pages, in the order of need.
 
 The list only affects speed: a wrong one reads unneeded pages. Standard library only.
 """
@@ -12,16 +12,18 @@ The list only affects speed: a wrong one reads unneeded pages. Standard library 
 from __future__ import annotations
 
 import os
+import socket
+import struct
 import threading
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from checkpoint.criu.pagemap import ProcessImage, within
 from checkpoint.lazy_pages import cache, uffd
 from checkpoint.lazy_pages.uffd import PAGE
 
 TYPE_CHECKING = False  # importing typing would delay a restore by 3 ms
 if TYPE_CHECKING:
-    from checkpoint.criu.pagemap import ProcessImage
     from checkpoint.lazy_pages.working_set import WorkingSet
 
 FILE_NAME = ".verified-reading"
@@ -38,6 +40,9 @@ _READERS = 2
 # Blocks per system call; a stop waits for one call.
 _BLOCKS_PER_CALL = 32
 _SAMPLES = 200
+# A page table entry (Documentation/admin-guide/mm/pagemap.rst).
+_PRESENT = 1 << 63
+_ENTRY_BYTES = 8
 
 Extent = tuple[int, int, int]
 """(number of the file, offset, length)"""
@@ -273,3 +278,96 @@ def _in_blocks(extents: Sequence[Extent]) -> list[Extent]:
 def _triples(numbers: array[int]) -> Iterable[Extent]:
     three = iter(numbers)
     return zip(three, three, three, strict=True)
+
+
+# Used pages of mapped files
+
+
+def namespace_of(peer: socket.socket) -> int:
+    """Return the inode of the connected process's pid namespace; 0 if unknown."""
+    process, _, _ = struct.unpack("3i", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    try:
+        return os.stat(f"/proc/{process}/ns/pid").st_ino
+    except OSError:
+        return 0
+
+
+def _processes(namespace: int) -> dict[int, int]:
+    """Map the process numbers inside a namespace to those outside."""
+    found = {}
+    for name in os.listdir("/proc"):
+        if not name.isdigit():
+            continue
+        try:
+            if os.stat(f"/proc/{name}/ns/pid").st_ino == namespace:
+                with open(f"/proc/{name}/status", encoding="ascii", errors="replace") as file:
+                    numbers = next(line for line in file if line.startswith("NSpid:")).split()
+                found[int(numbers[-1])] = int(name)
+        except (OSError, StopIteration):
+            continue  # it has ended, or we may not read it
+    return found
+
+
+def touched_pages(
+    namespace: int, images: Mapping[int, ProcessImage], known: Iterable[tuple[int, int, int]]
+) -> dict[int, list[tuple[int, int, int]]]:
+    """Return each process's used mapped memory outside the `known` ranges, as (first address, end address, offset).
+
+    The kernel's page tables show it; userfaultfd does not. A process that cannot be inspected has an empty list.
+    """
+    ranges: dict[int, list[tuple[int, int]]] = {}
+    for pid, start, end in known:
+        ranges.setdefault(pid, []).append((start, end))
+    here = _processes(namespace)
+    found: dict[int, list[tuple[int, int, int]]] = {}
+    for pid, image in images.items():
+        found[pid] = []
+        if pid in here and image.mapped:
+            try:
+                fd = os.open(f"/proc/{here[pid]}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+            except OSError:
+                continue
+            try:
+                for start, end in _beside(image, ranges.get(pid, [])):
+                    found[pid] += [
+                        run for low, high in _present(fd, start, end) for run in within(image.mapped, low, high)
+                    ]
+            except OSError:
+                continue
+            finally:
+                os.close(fd)
+    return found
+
+
+def _beside(image: ProcessImage, known: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return the mapped ranges without the known ranges."""
+    found = []
+    known.sort()
+    at = 0
+    for start, end, _ in image.mapped:
+        while at < len(known) and known[at][1] <= start:
+            at += 1
+        position, index = start, at
+        while index < len(known) and known[index][0] < end:
+            if position < known[index][0]:
+                found.append((position, known[index][0]))
+            position = max(position, known[index][1])
+            index += 1
+        if position < end:
+            found.append((position, end))
+    return found
+
+
+def _present(fd: int, start: int, end: int) -> list[tuple[int, int]]:
+    """Return the runs of pages in [start, end) that are present in the page table."""
+    entries = array("Q")
+    entries.frombytes(os.pread(fd, (end - start) // PAGE * _ENTRY_BYTES, start // PAGE * _ENTRY_BYTES))
+    found: list[tuple[int, int]] = []
+    for at, entry in enumerate(entries):
+        if entry & _PRESENT:
+            low = start + at * PAGE
+            if found and found[-1][1] == low:
+                found[-1] = (found[-1][0], low + PAGE)
+            else:
+                found.append((low, low + PAGE))
+    return found

@@ -11,9 +11,8 @@ import pytest
 from checkpoint.criu.pagemap import ProcessImage
 from checkpoint.lazy_pages import cache, read_order, uffd
 from checkpoint.lazy_pages.copy_plan import Plan
-from checkpoint.lazy_pages.read_order import FILE_NAME, ColdReads
+from checkpoint.lazy_pages.read_order import FILE_NAME, ColdReads, _beside, _present
 from checkpoint.lazy_pages.readahead import Source
-from checkpoint.lazy_pages.touched_pages import _beside, _present
 from checkpoint.lazy_pages.working_set import WorkingSet
 
 pytestmark = pytest.mark.t0

@@ -1,6 +1,5 @@
-"""The page server (userfaultfd).
+"""The page server (userfaultfd): restored processes run before their memory is in place.
 
-Restored processes run before their memory is in place, and the pages needed first are copied first. `client` is the
-owner's side, `main` the server process, `fault_handler` its work for one process tree, `working_set` the pages that it
-copies first.
+`client` is the owner's side, `main` the server process, `fault_handler` serves faults, `copier` copies the recorded
+working set first, then everything else.
 """

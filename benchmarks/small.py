@@ -35,7 +35,16 @@ LIMIT_S = 900.0
 def take(engine: str, model: Path | None, home: Path, name: str, *options: str) -> None:
     """A cold start that leaves the snapshot `name` in `home`."""
     port, one = measure.free_port(), preset(engine, state_home(), model)
-    argv = [sys.executable, "-m", "plugin.launch", "--engine-python", str(one.python), "--name", name, *options]
+    argv = [
+        sys.executable,
+        "-m",
+        "plugin.launch",
+        "--engine-python",
+        str(one.python),
+        "--snapshot-name",
+        name,
+        *options,
+    ]
     argv += [engine, *one.arguments, "--host", "127.0.0.1", "--port", str(port)]
     env = {**os.environ, **one.environment, "QUICKTHAW_HOME": str(home)}
     env.pop("PYTHONDONTWRITEBYTECODE", None)

@@ -1,13 +1,18 @@
-"""Engine launchers: command line, environment, readiness, warm-up, and trimming before a dump, per engine."""
+"""Engine launchers: command line, environment, readiness, warm-up, and trimming before a dump, per engine.
+
+To add an engine: write a subclass of `launchers.base.Engine` in a module of its own and name it in `ENGINES`.
+"""
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from launchers.base import Engine
 
-ENGINES = ("vllm", "sglang")
+ENGINES = {"vllm": ("launchers.vllm", "Vllm"), "sglang": ("launchers.sglang", "Sglang")}
+"""Module and class of each engine, by its name on the command line."""
 
 
 def engine(name: str) -> Engine:
@@ -15,14 +20,10 @@ def engine(name: str) -> Engine:
 
     Raises Usage (unknown-engine), listing the known names.
     """
-    if name == "vllm":
-        from launchers.vllm import Vllm
+    if name not in ENGINES:
+        from launchers.errors import Usage
 
-        return Vllm()
-    if name == "sglang":
-        from launchers.sglang import Sglang
-
-        return Sglang()
-    from launchers.errors import Usage
-
-    raise Usage("unknown-engine", f"there is no engine {name!r}; quickthaw knows {' and '.join(ENGINES)}")
+        raise Usage("unknown-engine", f"there is no engine {name!r}; quickthaw knows {' and '.join(ENGINES)}")
+    module, kind = ENGINES[name]
+    found: Engine = getattr(importlib.import_module(module), kind)()
+    return found

@@ -11,6 +11,9 @@ import sys
 from collections.abc import Sequence
 
 import click
+from click.shell_completion import CompletionItem, ShellComplete, get_completion_class
+
+from plugin.options import variable
 
 COMMANDS = {
     "launch": ("plugin.launch", "launch", "Start an engine with its own arguments, in about a second when it can."),
@@ -22,9 +25,12 @@ COMMANDS = {
     "plan": ("capacity.cli", "plan", "How many replicas and idle GPUs to hold, and what a faster restore is worth."),
     "doctor": ("plugin.doctor", "doctor", "What this host can do, and what to do about what it cannot."),
     "bench": ("plugin.bench.cli", "bench", "Measure cold starts against restores, side by side."),
-    "demo": ("plugin.bench.demo", "demo", "The whole story in three minutes, with a real engine."),
+    "demo": ("plugin.bench.demo", "demo", "Show a cold start, a snapshot and a restore in three minutes, with a real engine."),
+    "completion": ("plugin.cli", "completion", "Print the script that completes quickthaw's commands and options in a shell."),
 }
 EXIT_FAILED, EXIT_USAGE, EXIT_HOST = 1, 2, 3
+ACTIONS = frozenset({"unmount", "force", "status", "metrics", "prefetch", "pin", "drop", "check", "contents", "picture"})
+"""Options that say what to do, not how. No variable sets them: each later command would do the same."""
 
 
 class LazyGroup(click.Group):
@@ -41,12 +47,33 @@ class LazyGroup(click.Group):
         module, attribute, _ = COMMANDS[cmd_name]
         command = getattr(importlib.import_module(module), attribute)
         assert isinstance(command, click.Command)
+        _show_variables(command)
         return command
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Complete a command's name from `COMMANDS`, without importing every module."""
+        names = [CompletionItem(name, help=text) for name, (_, _, text) in COMMANDS.items() if name.startswith(incomplete)]
+        return names + click.Command.shell_complete(self, ctx, incomplete)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the help from `COMMANDS`, without importing every module."""
         with formatter.section("Commands"):
             formatter.write_dl([(name, text) for name, (_, _, text) in COMMANDS.items()])
+
+
+def _show_variables(command: click.Command) -> None:
+    """Let every option of a command and its subcommands read the variable QUICKTHAW_NAME, and show it in the help."""
+    if isinstance(command, click.Group):
+        for one in command.commands.values():
+            _show_variables(one)
+    for option in command.params:
+        if isinstance(option, click.Option) and (long := _long_name(option)) not in ACTIONS:
+            option.envvar = option.envvar or variable(long)
+            option.show_envvar = True
+
+
+def _long_name(option: click.Option) -> str:
+    return next(name for name in option.opts if name.startswith("--")).removeprefix("--")
 
 
 @click.command(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -59,6 +86,22 @@ def cli() -> None:
     quickthaw doctor                                  what this host can do
     quickthaw bench coldstart --engine vllm --model DIR --engine-python PYTHON
     """
+
+
+@click.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the script that completes quickthaw's commands and options in a shell.
+
+    \b
+    quickthaw completion bash > ~/.local/share/bash-completion/completions/quickthaw
+    source <(quickthaw completion zsh)
+    quickthaw completion fish > ~/.config/fish/completions/quickthaw.fish
+    """
+    kind = get_completion_class(shell)
+    assert kind is not None
+    # The base class's method: bash's own starts a bash to ask for its version.
+    click.echo(ShellComplete.source(kind(cli, {}, "quickthaw", "_QUICKTHAW_COMPLETE")))
 
 
 def exit_code_of(error: Exception) -> int | None:
@@ -76,21 +119,55 @@ def exit_code_of(error: Exception) -> int | None:
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Run one command line and exit the process with its exit code."""
+    """Run one command line and exit the process with its exit code. Each error is one line on standard error."""
     try:
         code = cli.main(list(arguments), prog_name="quickthaw", standalone_mode=False)
+        sys.stdout.flush()
     except click.exceptions.Abort:
         code = 130
-    except click.ClickException as error:
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         code = error.exit_code
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        code = 0
+    except click.ClickException as error:
+        code = _fail(_in_one_line(error), error.exit_code)
+    except OSError as error:
+        code = _io_failed(error)
     except Exception as error:
         known = exit_code_of(error)
         if known is None:
             raise
-        click.echo(f"quickthaw: {error}", err=True)
-        code = known
+        code = _fail(coded(error), known)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(text: str, code: int) -> int:
+    click.echo(f"quickthaw: {text}", err=True)
+    return code
+
+
+def coded(error: Exception) -> str:
+    """Return the message of one of quickthaw's own errors with its code in front."""
+    code, text = getattr(error, "code", ""), str(error)
+    return text if text.startswith(f"{code}: ") else f"{code}: {text}"
+
+
+def _in_one_line(error: click.ClickException) -> str:
+    text = " ".join(error.format_message().split()).rstrip(".")
+    if isinstance(error, click.UsageError):
+        command = error.ctx.command_path if error.ctx else "quickthaw"
+        return f"usage: {text}; see {command} --help"
+    return text
+
+
+def _io_failed(error: OSError) -> int:
+    """Print an OSError and return the exit code. A reader that has closed the pipe is no failure."""
+    try:
+        sys.stdout.flush()
+    except OSError as unwritten:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter flushes again when it exits
+        if isinstance(unwritten, BrokenPipeError):
+            return 0
+        text = f"output-failed: cannot write to standard output; {unwritten.strerror}; redirect it elsewhere"
+        return _fail(text, EXIT_FAILED)
+    what = f"{error.filename}; " if error.filename else ""
+    return _fail(f"host-io: {what}{error.strerror or error}; quickthaw doctor checks this host", EXIT_FAILED)

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import click
 
-from plugin.runtime.config import state_home
+from plugin.options import option
+from plugin.runtime.home import state_home
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ def _findings() -> list[Finding]:
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="Plain data instead of the table.")
+@option("--json", "as_json", is_flag=True, help="Print JSON instead of the table.")
 def doctor(as_json: bool) -> int:
     """What this host can do, tried out, and what to do about what it cannot. Exit code 3 where a layer is off.
 

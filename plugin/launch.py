@@ -18,85 +18,42 @@ if __name__ == "__main__":
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from plugin.proxy.options import Seconds, knobs, shared
+from plugin.options import Seconds, log_level, option, replica, serving, settings_of, using, warn
 
 if TYPE_CHECKING:
     from launchers.base import Engine
 
 # All arguments after the engine's name belong to the engine.
-PASS_THROUGH = {"allow_interspersed_args": False, "ignore_unknown_options": True, "auto_envvar_prefix": "QUICKTHAW"}
+PASS_THROUGH = {"allow_interspersed_args": False, "ignore_unknown_options": True}
 
 
-def start_log(quiet: bool = False) -> None:
+def start_log(options: Mapping[str, Any]) -> None:
     """Log quickthaw's own lines to standard error, beside the engine's."""
+    level = log_level(options)
+    if os.environ.get("QUICKTHAW_DEBUG"):
+        warn("QUICKTHAW_DEBUG is now QUICKTHAW_LOG_LEVEL=debug; the next version drops the old name")
+        level = "debug"
     log = logging.getLogger("quickthaw")
     if not log.handlers:
         handler = logging.StreamHandler(sys.stderr)
-        debug = bool(os.environ.get("QUICKTHAW_DEBUG"))
-        handler.setFormatter(logging.Formatter(f"quickthaw: {'%(created).4f ' if debug else ''}%(message)s"))
+        if options["log_format"] == "json":
+            from plugin.proxy.logs import JsonFormatter
+
+            handler.setFormatter(JsonFormatter())
+        else:
+            handler.setFormatter(
+                logging.Formatter(f"quickthaw: {'%(created).4f ' if level == 'debug' else ''}%(message)s")
+            )
         log.addHandler(handler)
     # Log no line per request: that belongs in an access log, and the phases tell enough here.
     logging.getLogger("quickthaw.proxy").setLevel(logging.WARNING)
-    log.setLevel(logging.WARNING if quiet else logging.DEBUG if os.environ.get("QUICKTHAW_DEBUG") else logging.INFO)
-
-
-# Options that launch and restore share.
-replicas_option = click.option(
-    "--replicas",
-    type=click.IntRange(1),
-    default=1,
-    show_default=True,
-    show_envvar=True,
-    help="Replicas behind the one port.",
-)
-lazy_option = click.option(
-    "--lazy/--no-lazy",
-    default=True,
-    show_default=True,
-    show_envvar=True,
-    help="Restore the recorded working set first and the rest after the first token.",
-)
-verify_option = click.option(
-    "--verify",
-    type=click.Choice(["auto", "always", "never"]),
-    default="auto",
-    show_default=True,
-    show_envvar=True,
-    help="Digests: of files that changed since the last check, of all, or of none.",
-)
-trust_keys_option = click.option(
-    "--trust-key",
-    "trust_keys",
-    type=click.Path(path_type=Path),
-    multiple=True,
-    show_envvar=True,
-    help="Restore only what one of these keys has signed. Repeatable.",
-)
-grace_option = click.option(
-    "--grace", type=Seconds(), default="30s", show_default=True, show_envvar=True, help="How long a stop may take."
-)
-silence_option = click.option(
-    "--silence-timeout",
-    type=Seconds(),
-    default="1m",
-    show_default=True,
-    show_envvar=True,
-    help="Restart an engine that has requests and answers nothing at all, not even a probe, for so long; 0: never.",
-)
-quiet_option = click.option("--quiet", is_flag=True, show_envvar=True, help="Only warnings and errors of ours.")
-restores_at_once_option = click.option(
-    "--restores-at-once",
-    type=click.IntRange(0),
-    default=0,
-    show_envvar=True,
-    help="How many replicas are restored beside each other.  [default: one for every two processors]",
-)
+    log.setLevel(level.upper())
 
 
 VERSION = """import sys, importlib.metadata as m
@@ -126,116 +83,58 @@ def show_help(engine: Engine, python: str, arguments: Sequence[str]) -> int:
 
 
 @click.command(context_settings=PASS_THROUGH)
-@click.option(
-    "--engine-python", metavar="PYTHON", show_envvar=True, help="The engine's interpreter.  [default: this one]"
+@using(
+    option("--engine-python", metavar="PYTHON", show_default="this one", help="The engine's interpreter."),
+    option(
+        "--snapshot-name",
+        metavar="NAME",
+        old=["--name"],
+        show_default="engine, model and a digest of what matters",
+        help="The snapshot's name.",
+    ),
+    option(
+        "--weights",
+        type=click.Choice(["auto", "full", "thin"]),
+        default="auto",
+        help="full: the snapshot includes the weights; thin: a restore reads them again; auto: what is faster here.",
+    ),
+    option("--mount/--no-mount", default=True, help="Show the weights through the lazy mount."),
+    option("--snapshot/--no-snapshot", default=True, help="Take a snapshot if there is none."),
+    option("--restore/--no-restore", default=True, help="Restore if there is a snapshot."),
+    option(
+        "--shrink/--no-shrink",
+        default=True,
+        help="Leave the empty KV cache out of the snapshot; --no-shrink only measures what that gains.",
+    ),
+    option(
+        "--strict",
+        is_flag=True,
+        help="Fail if a capability is off or a restore fails, instead of continuing without.",
+    ),
+    option(
+        "--spin-idle",
+        is_flag=True,
+        help="Keep SGLang's busy polling when idle; otherwise --sleep-on-idle is added.",
+    ),
+    option("--start-timeout", type=Seconds(0.1), default="30m", help="How long a cold start may take."),
+    option(
+        "--scrub-env",
+        metavar="NAME",
+        multiple=True,
+        help="Remove a variable from the engine's environment, and so from its snapshot. Repeatable.",
+    ),
+    option("--sign-key", type=click.Path(path_type=Path), help="Sign the snapshot with this Ed25519 key."),
+    *replica,
+    *serving,
 )
-@click.option(
-    "--name",
-    metavar="NAME",
-    show_envvar=True,
-    help="The snapshot's name.  [default: engine, model and a digest of what matters]",
-)
-@replicas_option
-@restores_at_once_option
-@click.option(
-    "--weights",
-    type=click.Choice(["auto", "full", "thin"]),
-    default="auto",
-    show_default=True,
-    show_envvar=True,
-    help="Carry the weights in the snapshot, or read them again at a restore.",
-)
-@click.option(
-    "--store",
-    metavar="URL",
-    show_envvar=True,
-    help="Where weights are kept as chunks.  [default: a folder in $QUICKTHAW_HOME]",
-)
-@click.option(
-    "--snapshot-store",
-    metavar="URL",
-    show_envvar=True,
-    help="Where to fetch what this host has not: a snapshot, restored while it comes, or compile caches (stored there, too).",
-)
-@click.option(
-    "--mount/--no-mount",
-    default=True,
-    show_default=True,
-    show_envvar=True,
-    help="Show the weights through the lazy mount.",
-)
-@click.option(
-    "--snapshot/--no-snapshot",
-    default=True,
-    show_default=True,
-    show_envvar=True,
-    help="Take a snapshot where there is none.",
-)
-@click.option(
-    "--restore/--no-restore",
-    default=True,
-    show_default=True,
-    show_envvar=True,
-    help="Restore where there is a snapshot.",
-)
-@click.option(
-    "--shrink/--no-shrink",
-    default=True,
-    show_default=True,
-    show_envvar=True,
-    help="Leave the empty KV cache out of the snapshot; the other way only to measure what that is worth.",
-)
-@lazy_option
-@verify_option
-@click.option(
-    "--strict",
-    is_flag=True,
-    show_envvar=True,
-    help="Fail where a layer is off or a restore fails, instead of going on without.",
-)
-@click.option(
-    "--idle-timeout",
-    type=Seconds(),
-    default="0",
-    show_envvar=True,
-    help="Stop the engine after so long without a request; the next wakes it.",
-)
-@click.option(
-    "--spin-idle",
-    is_flag=True,
-    show_envvar=True,
-    help="Let an idle SGLang poll without a pause, as it does by default; else it is given --sleep-on-idle.",
-)
-@click.option(
-    "--start-timeout",
-    type=Seconds(),
-    default="30m",
-    show_default=True,
-    show_envvar=True,
-    help="How long a cold start may take.",
-)
-@grace_option
-@silence_option
-@click.option(
-    "--scrub-env",
-    metavar="NAME",
-    multiple=True,
-    show_envvar=True,
-    help="Keep a variable from the engine (and its snapshot). Repeatable.",
-)
-@click.option(
-    "--sign-key", type=click.Path(path_type=Path), show_envvar=True, help="Sign the snapshot with this Ed25519 key."
-)
-@trust_keys_option
-@shared
-@quiet_option
 @click.argument("engine", metavar="vllm|sglang")
 @click.argument("engine_arguments", nargs=-1, type=click.UNPROCESSED, metavar="ENGINE-ARGS…")
 def launch(engine: str, engine_arguments: tuple[str, ...], **options: Any) -> int:
     """Start an engine with its own arguments; the second time in about a second.
 
-    Restores where a snapshot of this very launch exists; else starts cold through the lazy mount, warms up, takes a snapshot, and serves.
-    The port answers from the first moment; requests are held until a replica is verified.
+    Restores if a snapshot of this very launch exists; otherwise starts cold through the lazy mount, warms up, takes a
+    snapshot, and serves. The port accepts requests from the first moment and holds them until a replica is verified.
+    Options of quickthaw come before the engine's name.
 
     \b
     quickthaw launch vllm --model /models/llama --port 8000
@@ -248,7 +147,7 @@ def launch(engine: str, engine_arguments: tuple[str, ...], **options: Any) -> in
     from plugin.runtime.config import LaunchSettings, state_home
     from plugin.runtime.launcher import launch as start
 
-    start_log(options["quiet"])
+    start_log(options)
     environment = dict(os.environ)
     python = options["engine_python"] or sys.executable
     if asks_for_help(engine_arguments) and os.access(python, os.X_OK):
@@ -264,9 +163,9 @@ def launch(engine: str, engine_arguments: tuple[str, ...], **options: Any) -> in
             home=state_home(),
             store_url=options["store"],
             snapshot_store=options["snapshot_store"],
-            name=options["name"],
+            name=options["snapshot_name"],
             replicas=options["replicas"],
-            restores_at_once=options["restores_at_once"],
+            restore_concurrency=options["restore_concurrency"],
             weights=options["weights"],
             mount=options["mount"],
             take_snapshot=options["snapshot"],
@@ -281,9 +180,9 @@ def launch(engine: str, engine_arguments: tuple[str, ...], **options: Any) -> in
             silence_limit_s=options["silence_timeout"],
             scrub_env=options["scrub_env"],
             sign_key=options["sign_key"],
-            trust_keys=options["trust_keys"],
+            trust_keys=options["trust_key"],
             environment=environment,
-            proxy=knobs(options),
+            proxy=settings_of(options),
             admin_listen=options["admin_listen"],
         )
     )

@@ -21,18 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from plugin.launch import (
-    grace_option,
-    lazy_option,
-    quiet_option,
-    replicas_option,
-    restores_at_once_option,
-    silence_option,
-    start_log,
-    trust_keys_option,
-    verify_option,
-)
-from plugin.proxy.options import Seconds, knobs, shared
+from plugin.launch import start_log
+from plugin.options import option, replica, serving, settings_of, using
 
 if TYPE_CHECKING:
     from launchers.base import Engine
@@ -46,46 +36,16 @@ def _root_path(engine: Engine, identity: Mapping[str, Any]) -> str:
     return ""
 
 
-@click.command(context_settings={"auto_envvar_prefix": "QUICKTHAW"})
+@click.command()
 @click.argument("snapshot")
-@click.option(
-    "--host", default=None, show_envvar=True, help="Address to listen on.  [default: the engine's own default]"
+@using(
+    option("--host", show_default="the engine's own", help="Address to listen on."),
+    option("--port", type=click.IntRange(0, 65535), show_default="the engine's own", help="Port to listen on."),
+    option("--api-key", help="The key that the engine was started with, for the canary."),
+    option("--admin-api-key", help="SGLang's key for its control endpoints, if it was started with one."),
+    *replica,
+    *serving,
 )
-@click.option(
-    "--port",
-    type=click.IntRange(0, 65535),
-    default=None,
-    show_envvar=True,
-    help="Port.  [default: the engine's own default]",
-)
-@replicas_option
-@restores_at_once_option
-@click.option("--api-key", default=None, show_envvar=True, help="The key the engine was started with, for the canary.")
-@click.option(
-    "--admin-api-key", default=None, show_envvar=True, help="SGLang's key for control, where it was given one."
-)
-@click.option("--store", default=None, metavar="URL", show_envvar=True, help="Where weights are kept as chunks.")
-@click.option(
-    "--snapshot-store",
-    default=None,
-    metavar="URL",
-    show_envvar=True,
-    help="Where to fetch the snapshot from if this host has it not, restoring it meanwhile.",
-)
-@lazy_option
-@verify_option
-@trust_keys_option
-@click.option(
-    "--idle-timeout",
-    type=Seconds(),
-    default="0",
-    show_envvar=True,
-    help="Stop after so long without a request; the next wakes it.",
-)
-@grace_option
-@silence_option
-@shared
-@quiet_option
 def restore(snapshot: str, **options: Any) -> int:
     """Serve a replica from a named snapshot.
 
@@ -102,9 +62,9 @@ def restore(snapshot: str, **options: Any) -> int:
     from plugin.runtime.launcher import launch
     from plugin.runtime.snapshot_fetch import manifest_of
 
-    start_log(options["quiet"])
+    start_log(options)
     home = state_home()
-    found = manifest_of(Library(home), options["snapshot_store"], snapshot, options["trust_keys"])
+    found = manifest_of(Library(home), options["snapshot_store"], snapshot, options["trust_key"])
     engine = launchers.engine(found.engine)
     host = options["host"] or engine.default_host
     port = engine.default_port if options["port"] is None else options["port"]
@@ -131,18 +91,18 @@ def restore(snapshot: str, **options: Any) -> int:
             snapshot_store=options["snapshot_store"],
             name=snapshot,
             replicas=options["replicas"],
-            restores_at_once=options["restores_at_once"],
+            restore_concurrency=options["restore_concurrency"],
             mount=Path(model).is_dir(),
             take_snapshot=False,
             named=True,
             lazy_restore=options["lazy"],
             verify=options["verify"],
-            trust_keys=options["trust_keys"],
+            trust_keys=options["trust_key"],
             idle_timeout_s=options["idle_timeout"],
             grace_s=options["grace"],
             silence_limit_s=options["silence_timeout"],
             strict=False,
-            proxy=knobs(options),
+            proxy=settings_of(options),
             admin_listen=options["admin_listen"],
         )
     )

@@ -22,8 +22,11 @@ import click
 from plugin.bench import client as measure
 from plugin.bench.page_cache import PageCache
 from plugin.bench.presets import Preset, preset
+from launchers import ENGINES
+from launchers import engine as launcher_of
 from plugin.launch import PASS_THROUGH
-from plugin.runtime.config import state_home
+from plugin.options import Seconds, option, using
+from plugin.runtime.home import state_home
 
 KINDS = ("alone", "cold", "restored")
 MEANING = {
@@ -100,7 +103,7 @@ class Bench:
             sys.executable,
             "-m",
             "plugin.launch",
-            "--name",
+            "--snapshot-name",
             self.name,
             "--engine-python",
             str(self.preset.python),
@@ -197,27 +200,27 @@ def bench() -> None:
 
 
 @bench.command(context_settings=PASS_THROUGH)
-@click.option("--engine", type=click.Choice(["vllm", "sglang"]), required=True)
-@click.option(
-    "--model",
-    type=click.Path(path_type=Path, exists=True, file_okay=False),
-    help="Model directory.  [default: the demo's]",
+@using(
+    option("--engine", type=click.Choice(list(ENGINES)), required=True, help="Which engine to measure."),
+    option(
+        "--model",
+        type=click.Path(path_type=Path, exists=True, file_okay=False),
+        show_default="the demo's",
+        help="Model directory.",
+    ),
+    option(
+        "--engine-python",
+        type=click.Path(path_type=Path, exists=True),
+        show_default="make setup's",
+        help="The engine's interpreter.",
+    ),
+    option("--runs", type=click.IntRange(1, 100), default=5, help="Timed starts of each kind."),
+    option("--kinds", default="alone,restored", help="Which starts, in turn: alone, cold, restored."),
+    option("--limit", "limit_s", type=Seconds(0.1), default="15m", help="How long one start may take."),
+    option("--launch-option", "launch_options", multiple=True, help="An option for quickthaw launch. Repeatable."),
+    option("--keep", is_flag=True, help="Keep the snapshot and the logs."),
+    option("--json", "as_json", is_flag=True, help="Print JSON instead of the table."),
 )
-@click.option(
-    "--engine-python",
-    type=click.Path(path_type=Path, exists=True),
-    help="The engine's interpreter.  [default: make setup's]",
-)
-@click.option("--runs", type=click.IntRange(1, 100), default=5, show_default=True)
-@click.option(
-    "--kinds", default="alone,restored", show_default=True, help="Which starts, in turn: alone, cold, restored."
-)
-@click.option(
-    "--limit", "limit_s", type=float, default=900.0, show_default=True, help="Seconds that one start may take."
-)
-@click.option("--launch-option", "launch_options", multiple=True, help="An option for quickthaw launch. Repeatable.")
-@click.option("--keep", is_flag=True, help="Keep the snapshot and the logs.")
-@click.option("--json", "as_json", is_flag=True, help="Plain data instead of the table.")
 @click.argument("engine_arguments", nargs=-1, type=click.UNPROCESSED, metavar="[ENGINE-ARGS…]")
 def coldstart(
     engine: str,
@@ -246,7 +249,7 @@ def coldstart(
 
     found = preset(engine, state_home(), model) if engine_python is None else None
     if found is None:
-        flag = "--model" if engine == "vllm" else "--model-path"
+        flag = launcher_of(engine).model_flags[0]
         assert engine_python is not None
         if model is None:
             raise click.UsageError("--engine-python needs --model too")

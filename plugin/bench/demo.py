@@ -23,8 +23,10 @@ import click
 
 from plugin.bench import client as measure
 from plugin.bench.presets import preset
+from launchers import ENGINES
 from plugin.launch import PASS_THROUGH
-from plugin.runtime.config import state_home
+from plugin.options import option
+from plugin.runtime.home import state_home
 
 ASK = "Which city is the capital of France? Answer in one sentence."
 WORDS = {
@@ -142,9 +144,11 @@ def chat(port: int, model: str, timeout_s: float) -> tuple[str, float, float]:
 
 @click.command(context_settings=PASS_THROUGH)
 @click.option("--engine", type=click.Choice(["vllm", "sglang"]), default="vllm", show_default=True)
-@click.option("--keep", is_flag=True, help="Keep the snapshot, so that `quickthaw launch --name demo-…` restores it.")
+@click.option(
+    "--keep", is_flag=True, help="Keep the snapshot, so that `quickthaw launch --snapshot-name demo-…` restores it."
+)
 def demo(engine: str, keep: bool) -> int:
-    """The whole story in three minutes, with a real engine and a real model.
+    """Show a cold start, a snapshot and a restore in three minutes, with a real engine and a real model.
 
     \b
     make demo                    installs what it needs first
@@ -162,7 +166,7 @@ def demo(engine: str, keep: bool) -> int:
     with contextlib.suppress(CheckpointError):
         library.remove(name)
     logs = Path(tempfile.mkdtemp(prefix="quickthaw-demo-"))
-    options = ["--name", name, "--idle-timeout", "1.5s", "--engine-python", str(setting.python)]
+    options = ["--snapshot-name", name, "--idle-timeout", "1.5s", "--engine-python", str(setting.python)]
     argv = [
         sys.executable,
         "-m",

@@ -2,36 +2,46 @@
 
 from __future__ import annotations
 
+import functools
+import logging
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from plugin.proxy.options import Place, Seconds, knobs, shared
+from plugin.options import (
+    Address,
+    Seconds,
+    consume_variables,
+    log_level,
+    option,
+    serving,
+    settings_of,
+    using,
+    warn,
+)
 
 if TYPE_CHECKING:
     import socket
+    from collections.abc import Awaitable, Callable
 
     from plugin.proxy.http.address import Upstream
     from plugin.proxy.settings import Settings
 
+log = logging.getLogger("quickthaw.proxy")
 EPILOG = """\b
 Examples:
   # in front of an engine that may be down, starting or scaled to zero
-  quickthaw proxy --listen 0.0.0.0:8000 --upstream http://127.0.0.1:8001
+  quickthaw proxy --listen :8000 --upstream http://127.0.0.1:8001
 \b
   # start the engine when a request comes, stop it after ten idle minutes
-  quickthaw proxy --upstream http://127.0.0.1:8001 --idle-timeout 600 \\
+  quickthaw proxy --upstream http://127.0.0.1:8001 --idle-timeout 10m \\
       --wake 'exec vllm serve my-model --port 8001' --ready-model my-model
 \b
   # several models, at most one awake
   quickthaw proxy --config models.yaml
 """
-
-
-def _url(sock: socket.socket) -> str:
-    host, port = sock.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _not_itself(upstream: Upstream | None, host: str, port: int) -> None:
@@ -43,64 +53,55 @@ def _not_itself(upstream: Upstream | None, host: str, port: int) -> None:
         raise click.UsageError(f"the upstream {spec['host']}:{port} is where this proxy itself listens")
 
 
-def _denied(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
-    from plugin.proxy.http.path_rules import check_denied
+def _read_file(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
+    """Take the file's settings as defaults of the other options: a variable or an option takes precedence."""
+    if value is not None and not ctx.resilient_parsing:
+        from plugin.proxy.endpoints.models import settings_in
 
-    try:
-        return tuple(check_denied(path) for path in value)
-    except ValueError as error:
-        raise click.BadParameter(str(error)) from error
+        try:
+            ctx.default_map = settings_in(value, warn)
+        except ValueError as error:
+            raise click.UsageError(str(error)) from error
+    return value
 
 
-@click.command(epilog=EPILOG, context_settings={"show_default": True, "auto_envvar_prefix": "QUICKTHAW_PROXY"})
-@click.option("--upstream", help="Where the engine listens: http://host:port, https://host or unix:/path.")
-@click.option(
-    "--config", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="A YAML file of several models."
-)
-@click.option(
-    "--listen", type=Place(), default="127.0.0.1:8000", help="HOST:PORT of the public port; port 0 takes a free one."
-)
-@click.option("--wake", help="A command that brings the engine up. It may return, or stay as the engine itself.")
-@click.option("--sleep", help="A command that puts it down. Without one, a wake command that stays is ended.")
-@click.option(
-    "--wake-url", help="A URL to POST to instead of a command; beside one, it wakes an engine that sleeps and stays up."
-)
-@click.option("--sleep-url", help="A URL to POST to instead of running a command.")
-@click.option("--ready-path", default="/health", help="Answers 200 once the engine is ready.")
-@click.option("--ready-model", help="Also generate one token with this model before it counts as ready.")
-@click.option("--wake-timeout", type=click.FloatRange(min=0.1), default=600.0, help="Seconds a wake may take.")
-@click.option("--idle-timeout", type=Seconds(), default="0", help="How long idle before sleep; 0: never.")
-@click.option("--max-held", type=click.IntRange(min=0), default=4096, help="Requests that may wait at once.")
-@click.option("--max-held-mb", type=click.IntRange(min=0), default=256, help="Megabytes of their bodies that are kept.")
-@click.option(
-    "--deny",
-    multiple=True,
-    callback=_denied,
-    help="A path of the engine that must not be reached; may be given several times.",
-)
-@click.option("--root-path", default="", help="The engine's --root-path, behind which --deny holds as well.")
-@click.option(
-    "--workers", type=click.IntRange(1, 64), default=1, help="Processes on the one port; they share one wake."
-)
-@click.option(
-    "--trust-forwarded", is_flag=True, help="Keep X-Forwarded-* of the client: a trusted proxy stands in front."
-)
-@click.option("--drain", type=Seconds(), default="30s", help="How long for what is in flight, at the end.")
-@shared
-@click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info")
-@click.option(
-    "--log-format", type=click.Choice(["auto", "json", "text"]), default="auto", help="auto: text at a terminal."
+@click.command(epilog=EPILOG)
+@using(
+    option("--upstream", help="Where the engine listens: http://host:port, https://host or unix:/path."),
+    option(
+        "--config",
+        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        is_eager=True,
+        callback=_read_file,
+        help="A YAML file of several models; it may set the options below too, as idle_timeout: 10m.",
+    ),
+    option(
+        "--listen",
+        type=Address(),
+        default="127.0.0.1:8000",
+        help="HOST:PORT of the public port. :8000 listens on every interface; port 0 takes a free one.",
+    ),
+    option("--wake", help="A command that starts the engine. It may return, or stay as the engine itself."),
+    option("--sleep", help="A command that stops the engine. Without one, a wake command that stays is ended."),
+    option(
+        "--wake-url",
+        help="A URL to POST to instead of a command; beside one, it wakes an engine that sleeps and stays up.",
+    ),
+    option("--sleep-url", help="A URL to POST to instead of running a command."),
+    option("--ready-path", default="/health", help="The path that answers 200 once the engine is ready."),
+    option("--ready-model", help="Also generate one token with this model before the engine counts as ready."),
+    option("--wake-timeout", type=Seconds(0.1), default="10m", help="How long a wake may take."),
+    option("--root-path", default="", help="The engine's --root-path; --deny and --allow apply behind it too."),
+    option("--workers", type=click.IntRange(1, 64), default=1, help="Processes on the one port; they share one wake."),
+    *serving,
 )
 def proxy(**options: Any) -> None:
     """Hold requests while an engine is down, starting or asleep, and forward each exactly once.
 
-    In front of one endpoint (--upstream), woken by a command or a hook when a request comes and put to sleep when
-    idle; or of several models
-    behind one port (--config). The log goes to standard error (JSON lines, text at a terminal); /-/ is a page for people, /-/metrics for
-    Prometheus.
-
-    Every option can be set by a variable: --idle-timeout is QUICKTHAW_PROXY_IDLE_TIMEOUT.
+    In front of one endpoint (--upstream), which a command or a URL wakes when a request comes and puts to sleep when
+    idle; or of several models behind one port (--config). /-/ is the admin page, /-/metrics is for Prometheus.
     """
+    consume_variables(click.get_current_context().command, os.environ)
     if (options["upstream"] is None) == (options["config"] is None):
         raise click.UsageError("give either --upstream or --config")
     settings = _settings(options)
@@ -111,34 +112,34 @@ def proxy(**options: Any) -> None:
 
     from plugin.proxy import logs
 
-    logs.configure(options["log_level"], options["log_format"])
+    logs.configure(log_level(options), options["log_format"])
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_serve(options, settings))
+
+
+def _listen(option_name: str, address: tuple[str, int], count: int, backlog: int) -> list[socket.socket]:
+    """Return `count` listening sockets of one address. Raises ClickException (port-in-use)."""
+    from plugin.proxy.workers.supervisor import listening_sockets
+    from plugin.runtime.listening import refused
+
     try:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_serve(options, settings))
+        return listening_sockets(*address, count, backlog)
     except OSError as exc:
-        raise click.ClickException(f"cannot listen: {exc.strerror or exc}") from exc
+        why = refused(*address, exc, f"choose another with {option_name}")
+        raise click.ClickException(f"port-in-use: {why}") from exc
 
 
 def _settings(options: dict[str, Any]) -> Settings:
     from plugin.proxy.settings import Settings
 
     try:
-        return Settings(
-            **knobs(options),
-            denied_paths=frozenset(options["deny"]),
-            root_path=options["root_path"],
-            max_held=options["max_held"],
-            max_held_bytes=options["max_held_mb"] << 20,
-            trust_forwarded=options["trust_forwarded"],
-            drain_s=options["drain"],
-        )
+        return Settings(**settings_of(options), root_path=options["root_path"])
     except ValueError as exc:
         raise click.UsageError(str(exc)) from exc
 
 
 async def _serve(options: dict[str, Any], settings: Settings) -> None:
     import asyncio
-    import os
     import signal
 
     from plugin.proxy.endpoints.endpoint import Endpoint, EndpointSpec
@@ -147,11 +148,11 @@ async def _serve(options: dict[str, Any], settings: Settings) -> None:
     from plugin.proxy.pool.pool import ReplicaPool
     from plugin.proxy.pool.router import Router
     from plugin.proxy.server import ProxyServer
-    from plugin.proxy.workers.supervisor import Supervisor, listening_sockets
+    from plugin.proxy.workers.supervisor import Supervisor
+    from plugin.runtime.listening import announcement, url
     from plugin.runtime.signals import stopping
 
     host, port = options["listen"]
-    own_place = options["admin_listen"]
     owner: Any
     target: ReplicaPool | Router
     try:
@@ -159,7 +160,7 @@ async def _serve(options: dict[str, Any], settings: Settings) -> None:
             from plugin.proxy.endpoints.models import ModelRouter, Models, load
 
             config = load(options["config"])
-            owner = Models(config)
+            owner = Models(config, options["idle_timeout"])
             pools = owner.pools
             target = ModelRouter(config, pools)
         else:
@@ -184,8 +185,8 @@ async def _serve(options: dict[str, Any], settings: Settings) -> None:
         for replica in pool.replicas.values():
             _not_itself(replica.upstream, host, port)
     raise_files()
-    sockets = listening_sockets(host, port, options["workers"], settings.backlog)
-    admin_sock = listening_sockets(own_place[0], own_place[1], 1, 128)[0] if own_place else None
+    sockets = _listen("--listen", options["listen"], options["workers"], settings.backlog)
+    admin_sock = _listen("--admin-listen", options["admin_listen"], 1, 128)[0] if options["admin_listen"] else None
     supervisor: Supervisor | None = None
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -203,23 +204,26 @@ async def _serve(options: dict[str, Any], settings: Settings) -> None:
 
     for number in stopping():
         loop.add_signal_handler(number, interrupted if number == signal.SIGINT else stop.set)
-    where = _url(sockets[0])
-    page = f"(for people: {_url(admin_sock) if admin_sock else where}{settings.admin_prefix}/)"
     await owner.start()
+    end: Callable[[], Awaitable[None]]
     if options["workers"] == 1:
         server = ProxyServer(target, settings)
         await server.start(sockets[0], admin_sock=admin_sock)
-        click.echo(f"listening on {where} {page}", err=True)
-        await stop.wait()
-        await server.shutdown()
+        end = server.shutdown
     else:
-        config_path = str(options["config"]) if options["config"] is not None else None
-        log = (options["log_level"], options["log_format"])
         supervisor = Supervisor(
-            list(pools.values()), settings, sockets, config=config_path, admin_sock=admin_sock, log=log
+            list(pools.values()),
+            settings,
+            sockets,
+            config=str(options["config"]) if options["config"] is not None else None,
+            admin_sock=admin_sock,
+            log=(log_level(options), options["log_format"]),
         )
         await supervisor.start()
-        click.echo(f"listening on {where} with {options['workers']} workers {page}", err=True)
-        await stop.wait()
-        await supervisor.shutdown(settings.drain_s)
+        end = functools.partial(supervisor.shutdown, settings.drain_s)
+    fields = {"url": url(sockets[0]), "admin_url": url(admin_sock or sockets[0]), "workers": options["workers"]}
+    text = announcement(sockets[0], admin_sock, settings.admin_prefix)
+    log.info("%s", text, extra={"event": "listening", "fields": fields})
+    await stop.wait()
+    await end()
     await owner.close()

@@ -48,7 +48,12 @@ class Proxy:
         self.max_clients = self.settings.max_clients or most_clients()
         self.started_at = time.time()
         self.loop: asyncio.AbstractEventLoop = None  # type: ignore[assignment]  # set by begin
-        self.rules = PathRules(self.settings.admin_prefix, self.settings.denied_paths, self.settings.root_path)
+        self.rules = PathRules(
+            self.settings.admin_prefix,
+            self.settings.denied_paths,
+            self.settings.root_path,
+            self.settings.allowed_paths,
+        )
         self.pages_app: Any = None
         self.gather: Callable[[], Awaitable[dict[str, Any]]] | None = None
         """Set in a worker of several: returns the combined document of all workers."""

@@ -24,6 +24,8 @@ class Settings:
     """False when the admin endpoints have a port of their own; the main port then answers 404 for them."""
     denied_paths: frozenset[str] = frozenset()
     """Engine paths that are not reachable through the proxy, including everything below them."""
+    allowed_paths: frozenset[str] = frozenset()
+    """Exceptions from `denied_paths`, including everything below them."""
     root_path: str = ""
     """A prefix that the engine strips before it matches a path; denied paths are denied behind it too."""
     max_clients: int | None = None
@@ -76,5 +78,5 @@ class Settings:
             raise ValueError(
                 f"admin_prefix must start with a slash, name a folder and not end in a slash: {self.admin_prefix!r}"
             )
-        for path in self.denied_paths:
+        for path in (*self.denied_paths, *self.allowed_paths):
             check_denied(path)

@@ -26,7 +26,7 @@ class LaunchSettings:
     - shrink: False leaves the KV cache in the snapshot (to measure what excluding it gains).
     - snapshot_store: URL of the store for snapshots that this host lacks, and for compile caches.
     - silence_limit_s: restart an engine that has not answered for this long; 0 never.
-    - restores_at_once: maximum of concurrent restores; 0 chooses by processors (plugin/runtime/restore_limit.py).
+    - restore_concurrency: maximum of concurrent restores; 0 chooses by processors (plugin/runtime/restore_limit.py).
     - strict: fail, instead of continuing without, when a capability is off or a restore fails.
     - proxy: the user's values for plugin.proxy.settings.Settings.
     - admin_listen: host and port of a separate listener for the admin endpoints.
@@ -41,7 +41,7 @@ class LaunchSettings:
     name: str | None = None
     named: bool = False
     replicas: int = 1
-    restores_at_once: int = 0
+    restore_concurrency: int = 0
     weights: str = "auto"
     mount: bool = True
     take_snapshot: bool = True
@@ -68,8 +68,8 @@ class LaunchSettings:
             raise ValueError(f"--verify must be auto, always or never, not {self.verify!r}")
         if self.replicas < 1:
             raise ValueError(f"--replicas must be at least 1, not {self.replicas}")
-        if self.restores_at_once < 0:
-            raise ValueError(f"--restores-at-once must not be negative, not {self.restores_at_once}")
+        if self.restore_concurrency < 0:
+            raise ValueError(f"--restore-concurrency must not be negative, not {self.restore_concurrency}")
         if min(self.idle_timeout_s, self.grace_s, self.silence_limit_s) < 0 or self.start_timeout_s <= 0:
             raise ValueError("times must not be negative, and --start-timeout must be above 0")
 

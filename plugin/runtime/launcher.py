@@ -21,10 +21,11 @@ from checkpoint.errors import CheckpointError
 from checkpoint.sandbox import prestart
 from checkpoint.snapshot import speculative
 from checkpoint.snapshot.library import Library
-from launchers.errors import EngineDied, LauncherError, Usage
+from launchers.errors import EngineDied, LauncherError
 from plugin.runtime.capabilities import Layers, detect
 from plugin.runtime.config import LaunchSettings
 from plugin.runtime.home import unusable
+from plugin.runtime.listening import announcement, bind
 from plugin.runtime.model_mount import Weights
 from plugin.runtime.phases import Phase, PhaseTracker
 from plugin.runtime.replica import SERVES, Replica
@@ -47,31 +48,6 @@ RECALL_LIMIT_S = 5.0
 LET_IN_S = 0.5
 UNDERWAY_S = 0.2
 """Seconds the event loop's imports (60 ms) wait until the restoring thread has started CRIU. Both threads compete for the GIL."""
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """Bind the public port and return the listening socket.
-
-    Raises Usage (port-in-use) when the port is taken, needs privileges, or the host has no such address.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind((host, port))
-        sock.listen(4096)
-    except OSError as error:
-        sock.close()
-        why = {
-            98: "another process listens there",
-            13: "this user may not bind it",
-            99: "this host has no such address",
-        }
-        reason = why.get(error.errno or 0, error.strerror)
-        raise Usage(
-            "port-in-use", f"cannot listen on {host}:{port} ({reason}); choose another with the engine's --port"
-        ) from error
-    return sock
 
 
 @dataclass
@@ -102,7 +78,7 @@ class Launch:
         self._failure: Exception | None = None
         self._starting = 0
         self._counting = threading.Lock()
-        self._turns = Turns(self.settings.restores_at_once)
+        self._turns = Turns(self.settings.restore_concurrency)
 
     # Replicas: each start runs in a thread
 
@@ -335,11 +311,9 @@ class Launch:
             replica.recall = self._recaller(pool, behind.name)
         if self.settings.silence_limit_s:
             pool.background.append(Silence(pool, self.settings.silence_limit_s, self._silent).run)
-        behaviour = Settings(
-            denied_paths=self.replicas[0].engine.denied_paths,
-            root_path=self.settings.command.root_path,
-            **self.settings.proxy,
-        )
+        given = dict(self.settings.proxy)
+        denied = self.replicas[0].engine.denied_paths | given.pop("denied_paths", frozenset())
+        behaviour = Settings(denied_paths=denied, root_path=self.settings.command.root_path, **given)
         if behaviour.access_log:
             logging.getLogger("quickthaw.proxy").setLevel(logging.INFO)
         # Raised only now: the first sandbox's init has started with the old limit, and both engines raise their own.
@@ -485,8 +459,12 @@ def launch(settings: LaunchSettings, stdout: int | None = 1, stderr: int | None 
             "layer-off", f"--strict, and {', '.join(layers.off())} cannot be had here; see quickthaw doctor"
         )
     with contextlib.ExitStack() as bound:
-        sock = bound.enter_context(bind(settings.command.host, settings.command.port))
-        admin_sock = bound.enter_context(bind(*settings.admin_listen)) if settings.admin_listen else None
+        remedy = "choose another with the engine's --port"
+        sock = bound.enter_context(bind(settings.command.host, settings.command.port, remedy))
+        admin_sock = None
+        if settings.admin_listen:
+            admin_sock = bound.enter_context(bind(*settings.admin_listen, "choose another with --admin-listen"))
+        log.info("%s", announcement(sock, admin_sock, settings.proxy.get("admin_prefix", "/-")))
         return _run(Launch(settings, sock, layers, admin_sock, stdout=stdout, stderr=stderr), criu, engine, weights)
 
 

@@ -79,7 +79,10 @@ def wanted(replica: StartContext) -> bool:
         # Keep an existing snapshot that this launch did not restore, or could not for a passing reason.
         return False
     if settings.name and refused.code not in STALE:
-        log.info("snapshot %s is another launch's or host's and is left alone; give another --name, or remove it", name)
+        log.info(
+            "snapshot %s is another launch's or host's and is left alone; give another --snapshot-name, or remove it",
+            name,
+        )
         return False
     log.info("snapshot %s fits this host no longer and is taken anew", name)
     return True

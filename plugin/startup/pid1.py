@@ -28,12 +28,16 @@ _PASSED_ON = {
     signal.SIGWINCH,
 }
 
+_PRINTS_ONLY = frozenset({"-h", "--help", "--version"})
+
 
 def begin(arguments: Sequence[str]) -> None:
     """Start the helper processes and, if the last run of this command line ended in a restore, that restore speculatively.
 
-    `arguments` is the command line, such as `restore NAME …`.
+    `arguments` is the command line, such as `restore NAME …`. One that asks for help starts nothing.
     """
+    if not _PRINTS_ONLY.isdisjoint(arguments):
+        return
     stand_in()
     prestart.start()
     speculative.begin_saved(state_home(), arguments)

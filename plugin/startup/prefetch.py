@@ -26,7 +26,8 @@ def named(argv: Sequence[str], environment: Mapping[str, str]) -> tuple[str, str
     Plainly: the snapshot comes first, and the store is an option of its own or in the environment. None also when trust
     keys are given, because fetching must not start before the signature is verified.
     """
-    if not argv or argv[0].startswith("-") or "--help" in argv or environment.get("QUICKTHAW_TRUST_KEYS"):
+    required = environment.get("QUICKTHAW_TRUST_KEY") or environment.get("QUICKTHAW_TRUST_KEYS")
+    if not argv or argv[0].startswith("-") or "--help" in argv or required:
         return None
     url = environment.get("QUICKTHAW_SNAPSHOT_STORE", "")
     for index, word in enumerate(argv):
@@ -53,7 +54,7 @@ def start(argv: Sequence[str]) -> threading.Thread | None:
 def _begin(url: str, name: str) -> None:
     from checkpoint.errors import CheckpointError
     from checkpoint.snapshot.library import Library
-    from plugin.runtime.config import state_home
+    from plugin.runtime.home import state_home
     from plugin.runtime.snapshot_fetch import manifest_of
 
     with contextlib.suppress(CheckpointError):  # the code that needs the snapshot retries and reports the error

@@ -58,7 +58,7 @@ class Rig:
             argv += [
                 "--engine-python",
                 str(self.preset.python),
-                *([] if "--name" in options else ["--name", NAME]),
+                *([] if "--snapshot-name" in options else ["--snapshot-name", NAME]),
                 # What `auto` would choose depends on how busy the machine is.
                 *([] if "--weights" in options else ["--weights", "full"]),
                 self.engine,

@@ -6,7 +6,7 @@ buffered (up to `max_body`).
 
 Guarantees: at most `max_awake` models are awake or waking. A model goes to sleep only when it answers no request, and
 new requests for it wait for its next wake. While it has requests, it stays awake for at least `min_awake_s`, so that
-two models in demand alternate instead of thrashing. A model that still answers after `drain_s`, or fails to sleep,
+two models in demand alternate instead of thrashing. A model that still answers after `evict_grace`, or fails to sleep,
 continues to serve, and the requests that need its place get an error.
 """
 
@@ -26,7 +26,7 @@ from urllib.parse import parse_qs, unquote
 import msgspec
 
 from plugin.bench.client import free_port
-from plugin.proxy.durations import limit, seconds
+from plugin.options import limit, seconds
 from plugin.proxy.endpoints.endpoint import Endpoint, EndpointSpec
 from plugin.proxy.endpoints.forms import form_field
 from plugin.proxy.errors import ClientFault, ProxyError, StartFailed, Unavailable, Unneeded
@@ -81,13 +81,42 @@ class ModelConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     idle_timeout: Seconds | None = None
     wake_timeout: Seconds = Seconds(600.0)
     upstream_timeout: Limit | None = None
-    """Maximum time that the engine may send nothing while it answers; None uses the file's or the command line's."""
+    """Maximum time that the engine may send nothing while it answers; None uses the option --upstream-timeout."""
     priority: int = 0
     """Models with a lower priority are put to sleep first."""
 
 
+SETTINGS = frozenset(
+    {
+        "listen",
+        "root_path",
+        "workers",
+        "idle_timeout",
+        "grace",
+        "hold_timeout",
+        "early_stream",
+        "upstream_timeout",
+        "body_timeout",
+        "max_held",
+        "max_held_mb",
+        "deny",
+        "allow",
+        "trust_forwarded",
+        "admin_token",
+        "admin_prefix",
+        "admin_listen",
+        "access_log",
+        "log_level",
+        "log_format",
+        "quiet",
+    }
+)
+"""Keys of the file that are options of `quickthaw proxy`, by their names (plugin/options.py)."""
+_OLD_KEYS = {"drain": "evict_grace"}
+
+
 class Config(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """The whole file."""
+    """The file, without the options of the command (`SETTINGS`)."""
 
     models: dict[str, ModelConfig]
     max_awake: Annotated[int, msgspec.Meta(ge=0)] = 0
@@ -95,27 +124,44 @@ class Config(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     evict: Literal["lru", "priority"] = "lru"
     """Order of sleeping: `lru` is the longest idle first; `priority` is the lowest priority first, then the longest idle."""
     min_awake: Seconds = Seconds(5.0)
-    drain: Seconds = Seconds(60.0)
+    evict_grace: Seconds = Seconds(60.0)
     """Time for a model to finish its requests before it sleeps for another; after that it continues to serve."""
     default: str | None = None
-    idle_timeout: Seconds | None = None
-    upstream_timeout: Limit | None = None
     max_body: Annotated[int, msgspec.Meta(ge=1024)] = 64 << 20
 
 
+def _read(path: Path, warn: Callable[[str], None]) -> dict[str, Any]:
+    """Return the file's keys and values, by their current names. Raises ValueError if it is not a YAML mapping, OSError."""
+    import yaml
+
+    try:
+        document = yaml.safe_load(path.read_text("utf-8"))
+    except yaml.YAMLError as exc:
+        raise ValueError(f"{path}: not YAML: {' '.join(str(exc).split())}") from exc
+    if not isinstance(document, dict):
+        raise ValueError(f"{path}: expected keys and values, such as `models:`; see examples/proxy_models.yaml")
+    for old, new in _OLD_KEYS.items():
+        if old in document:
+            warn(f"{path}: {old} is now {new}; the next version drops the old name")
+            document.setdefault(new, document.pop(old))
+    return document
+
+
+def settings_in(path: Path, warn: Callable[[str], None]) -> dict[str, Any]:
+    """Return the options of `quickthaw proxy` that the file sets. `warn` is called for each old key. Raises ValueError, OSError."""
+    return {key: value for key, value in _read(path, warn).items() if key in SETTINGS}
+
+
 def load(path: Path) -> Config:
-    """Read and validate the file.
+    """Read and validate the file, without the options in it.
 
     Raises:
         ValueError: it is not YAML, or not this configuration; the message names the place.
         OSError: it cannot be read.
     """
-    import yaml
-
+    document = {key: value for key, value in _read(path, lambda _: None).items() if key not in SETTINGS}
     try:
-        config = msgspec.convert(yaml.safe_load(path.read_text("utf-8")), Config, dec_hook=_times)
-    except yaml.YAMLError as exc:
-        raise ValueError(f"{path}: not YAML: {' '.join(str(exc).split())}") from exc
+        config = msgspec.convert(document, Config, dec_hook=_times)
     except msgspec.ValidationError as exc:
         raise ValueError(f"{path}: {exc}") from exc
     if not config.models:
@@ -138,8 +184,8 @@ def load(path: Path) -> Config:
     return config
 
 
-def spec_of(model: ModelConfig, idle_timeout: float | None) -> EndpointSpec:
-    """Return the endpoint for a model's configuration, choosing the port of a command."""
+def spec_of(model: ModelConfig, idle_timeout: float) -> EndpointSpec:
+    """Return the endpoint for a model's configuration, choosing the port of a command. `idle_timeout`: the command's, in seconds."""
     idle = model.idle_timeout if model.idle_timeout is not None else idle_timeout
     wake, upstream, environment = model.wake, model.upstream, dict[str, str]()
     if upstream is None:
@@ -149,14 +195,8 @@ def spec_of(model: ModelConfig, idle_timeout: float | None) -> EndpointSpec:
         if model.command is not None:
             wake = model.command.replace("${PORT}", str(port))
         else:
-            options = [
-                "--host",
-                "127.0.0.1",
-                "--port",
-                str(port),
-                "--upstream-timeout",
-                "none",
-            ]  # this proxy's own limit applies
+            # No limit on silence: this proxy's own applies.
+            options = ["--host", "127.0.0.1", "--port", str(port), "--upstream-timeout", "none"]
             # Only this proxy reads its admin endpoints, whatever token is in this process's environment.
             environment["QUICKTHAW_ADMIN_TOKEN"] = secrets.token_hex(16)
             wake = "exec " + shlex.join([sys.executable, "-m", "plugin.restore", *options, model.snapshot or ""])
@@ -266,14 +306,15 @@ class AwakeLimit:
 class Models:
     """Own the endpoints of all models, and the limit that they share."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, idle_timeout: float = 0.0) -> None:
+        """`idle_timeout` (seconds; 0 never) applies to models that set none."""
         from plugin.records.lead_times import history_of_snapshot  # only this mode needs what it imports
 
-        room = AwakeLimit(config.max_awake, config.evict, config.min_awake, config.drain)
+        room = AwakeLimit(config.max_awake, config.evict, config.min_awake, config.evict_grace)
         self.endpoints: dict[str, Endpoint] = {}
         for name, model in config.models.items():
             endpoint = Endpoint(
-                name, spec_of(model, config.idle_timeout), room=room.guard, history=history_of_snapshot(model.snapshot)
+                name, spec_of(model, idle_timeout), room=room.guard, history=history_of_snapshot(model.snapshot)
             )
             self.endpoints[name] = endpoint
             room.endpoints.append((endpoint, model.priority))
@@ -304,8 +345,7 @@ class ModelRouter:
         self.config, self._pools = config, pools
         for name, model in config.models.items():
             if name in pools:  # this also runs in a worker, whose pools are mirrors
-                own = config.upstream_timeout if model.upstream_timeout is None else model.upstream_timeout
-                pools[name].upstream_timeout_s = own
+                pools[name].upstream_timeout_s = model.upstream_timeout
         self._names = {alias: name for name, model in config.models.items() for alias in (name, *model.aliases)}
 
     def pools(self) -> Sequence[ReplicaPool]:

@@ -87,10 +87,12 @@ def readings(path: bytes) -> set[str]:
     return found
 
 
-def check_denied(path: str) -> str:
-    """Return the path if it can be denied. Raises ValueError if it matches every path, or none."""
+def check_denied(path: str, verb: str = "deny") -> str:
+    """Return the path if it can be denied (or allowed). Raises ValueError if it matches every path, or none."""
     if canonical(path.encode()) == "/":
-        raise ValueError(f"cannot deny {path!r}, which is every path of the engine or none; name one, such as /metrics")
+        raise ValueError(
+            f"cannot {verb} {path!r}, which is every path of the engine or none; name one, such as /metrics"
+        )
     return path
 
 
@@ -110,13 +112,16 @@ class PathRules:
     """Decide on targets for one proxy; up to 4,096 verdicts are cached.
 
     `root_path`: a prefix that the engine strips before it matches (vLLM's `--root-path`); denied paths are denied
-    behind it too.
+    behind it too. `allowed`: exceptions from the denied paths, with everything below them.
     """
 
-    def __init__(self, admin_prefix: str, denied: frozenset[str], root_path: str = "") -> None:
+    def __init__(
+        self, admin_prefix: str, denied: frozenset[str], root_path: str = "", allowed: frozenset[str] = frozenset()
+    ) -> None:
         self._own = admin_prefix.encode()
         self._own_canonical = canonical(self._own)
         self._denied = frozenset(canonical(path.encode()) for path in denied)
+        self._allowed = frozenset(canonical(path.encode()) for path in allowed)
         self._denied_prefixes = tuple(path for path in self._denied if path in PREFIX_MATCHED)
         root = canonical(root_path.encode())
         self._root = "" if root == "/" else root
@@ -150,7 +155,8 @@ class PathRules:
 
     def _is_denied(self, reading: str) -> bool:
         for _ in range(_STRIPPED):
-            if reading.startswith(self._denied_prefixes) or any(_below(reading, path) for path in self._denied):
+            denied = reading.startswith(self._denied_prefixes) or any(_below(reading, path) for path in self._denied)
+            if denied and not any(_below(reading, path) for path in self._allowed):
                 return True
             if not self._root or not _below(reading, self._root):
                 return False

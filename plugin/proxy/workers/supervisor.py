@@ -214,7 +214,8 @@ class Supervisor:
 
     def _settings(self) -> dict[str, Any]:
         values = dataclasses.asdict(self.settings)
-        values["denied_paths"] = sorted(self.settings.denied_paths)
+        for name in ("denied_paths", "allowed_paths"):
+            values[name] = sorted(values[name])
         return values
 
     def _mirror(self, pool: ReplicaPool) -> dict[str, Any]:

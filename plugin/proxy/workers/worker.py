@@ -36,7 +36,8 @@ async def work(control_fd: int, listen_fd: int, own_fd: int | None = None) -> No
         hello = await _first(reader)
     logs.configure(*hello["log"])
     values = hello["settings"]
-    values["denied_paths"] = frozenset(values["denied_paths"])
+    for name in ("denied_paths", "allowed_paths"):
+        values[name] = frozenset(values[name])
     mirror.build(hello["pools"])
     if hello["config"] is None:
         server = ProxyServer(next(iter(mirror.pools.values())), Settings(**values))

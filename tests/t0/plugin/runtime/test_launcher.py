@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from launchers.errors import EngineDied, EngineFailed
-from plugin.runtime.launcher import Launch, bind
+from plugin.runtime.launcher import Launch
+from plugin.runtime.listening import bind
 from plugin.runtime.phases import Phase, PhaseTracker
 
 pytestmark = pytest.mark.t0
@@ -31,7 +32,7 @@ class Replica:
 
 
 def test_one_failed_start_does_not_end_those_that_go_on_and_the_last_does():
-    launch = Launch(SimpleNamespace(idle_timeout_s=None, restores_at_once=3), None, None)
+    launch = Launch(SimpleNamespace(idle_timeout_s=None, restore_concurrency=3), None, None)
     launch.replicas = replicas = [Replica() for _ in range(3)]
     threading.Thread(target=launch._start_all, daemon=True).start()
     for replica in replicas[:0:-1]:
@@ -45,7 +46,7 @@ def test_one_failed_start_does_not_end_those_that_go_on_and_the_last_does():
 
 
 def test_told_to_restore_one_at_once_the_next_replica_starts_when_the_one_before_has_failed():
-    launch = Launch(SimpleNamespace(idle_timeout_s=None, restores_at_once=1), None, None)
+    launch = Launch(SimpleNamespace(idle_timeout_s=None, restore_concurrency=1), None, None)
     launch.replicas = replicas = [Replica() for _ in range(3)]
     for replica in replicas[1:]:
         replica.fail.set()
@@ -58,7 +59,7 @@ def test_told_to_restore_one_at_once_the_next_replica_starts_when_the_one_before
 
 
 def test_told_to_stop_as_a_start_ends_leaves_the_engine_to_the_way_down_and_its_grace():
-    launch = Launch(SimpleNamespace(idle_timeout_s=None, restores_at_once=1), None, None)
+    launch = Launch(SimpleNamespace(idle_timeout_s=None, restore_concurrency=1), None, None)
     told = []
 
     class Started(Replica):
@@ -74,7 +75,7 @@ def test_told_to_stop_as_a_start_ends_leaves_the_engine_to_the_way_down_and_its_
 
 def test_a_canary_is_told_of_a_request_that_waits_before_the_proxy_accepts():
     sock = bind("127.0.0.1", 0)
-    launch = Launch(SimpleNamespace(idle_timeout_s=None, restores_at_once=1), sock, None)
+    launch = Launch(SimpleNamespace(idle_timeout_s=None, restore_concurrency=1), sock, None)
     assert not launch._expects()
     with socket.create_connection(sock.getsockname()):
         assert launch._expects()
@@ -91,7 +92,7 @@ def test_a_canary_is_told_of_a_request_that_waits_before_the_proxy_accepts():
 
 def launch_of(replicas):
     """A launch of doubles whose engines end when `died` is called with their code."""
-    settings = SimpleNamespace(idle_timeout_s=None, restores_at_once=4, replicas=len(replicas))
+    settings = SimpleNamespace(idle_timeout_s=None, restore_concurrency=4, replicas=len(replicas))
     launch = Launch(settings, None, None)
     launch.replicas = replicas
     for replica in replicas:

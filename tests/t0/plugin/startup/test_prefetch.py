@@ -31,6 +31,7 @@ URL = "s3://bucket/models"
         ),  # which word is the name, only the command knows
         (["snap-1", "--snapshot-store", URL, "--trust-key", "k"], {}, None),  # a signature is judged first
         (["snap-1", "--snapshot-store", URL], {"QUICKTHAW_TRUST_KEYS": "k"}, None),
+        (["snap-1", "--snapshot-store", URL], {"QUICKTHAW_TRUST_KEY": "k"}, None),
         (["snap-1", "--help"], {"QUICKTHAW_SNAPSHOT_STORE": URL}, None),
         ([], {"QUICKTHAW_SNAPSHOT_STORE": URL}, None),
     ],

@@ -244,8 +244,8 @@ def holding(folder, text):
 def test_secrets_are_named_never_told_and_can_be_kept_out(launch_rig):
     rig = launch_rig
     rig.environment = {"ACME_API_KEY": SECRET}
-    rig.take("--name", "plain")
-    rig.take("--name", "scrubbed", "--scrub-env", "ACME_API_KEY")
+    rig.take("--snapshot-name", "plain")
+    rig.take("--snapshot-name", "scrubbed", "--scrub-env", "ACME_API_KEY")
     plain, scrubbed = rig.library.path("plain"), rig.library.path("scrubbed")
     # This is why: the engine's memory holds its environment. Nothing else of the snapshot does.
     assert holding(plain, SECRET) and all(name.startswith("images/pages-") for name in holding(plain, SECRET))
@@ -256,7 +256,7 @@ def test_secrets_are_named_never_told_and_can_be_kept_out(launch_rig):
         "ACME_API_KEY" not in json.loads(rig.cli("snapshot", "inspect", "scrubbed", "--json").stdout)["secrets_present"]
     )
     assert SECRET not in rig.cli("snapshot", "inspect", "plain").stdout
-    with rig.running("--name", "scrubbed", "--scrub-env", "ACME_API_KEY") as started:
+    with rig.running("--snapshot-name", "scrubbed", "--scrub-env", "ACME_API_KEY") as started:
         started.ask()
         assert "ACME_API_KEY" not in started.facts()["worker"]["environment"]
 
@@ -265,9 +265,9 @@ def test_a_file_that_the_engine_held_open_and_that_grew_costs_one_cold_start(lau
     """Tried once, named with CRIU's own words and a log that is there, and the snapshot is taken anew: the next start restores."""
     launch_rig.environment["ENGINE_DOUBLE_OPENS"] = "engine.lock"
     lock = launch_rig.model.parent / "engine.lock"
-    answer = launch_rig.take("--name", "mine")
+    answer = launch_rig.take("--snapshot-name", "mine")
     lock.write_text("of somebody else\n")
-    with launch_rig.running("--name", "mine") as started:
+    with launch_rig.running("--snapshot-name", "mine") as started:
         assert started.ask() == answer
         started.wait_serving()
         said = started.ours()
@@ -275,6 +275,6 @@ def test_a_file_that_the_engine_held_open_and_that_grew_costs_one_cold_start(lau
         log = said.partition("(log: ")[2].partition(")")[0]
         assert "engine.lock" in Path(log).read_text()
         assert "page server" not in said
-    with launch_rig.running("--name", "mine") as started:
+    with launch_rig.running("--snapshot-name", "mine") as started:
         assert started.ask() == answer
         assert "restoring" in str(started.phases())

@@ -63,7 +63,9 @@ def engines(rig):
 
 def test_a_controlled_vllm_opens_nothing_that_it_alone_would_not(launch_rig):
     launch_rig.engine = "vllm"
-    with launch_rig.running("--weights", "thin", "--name", "thin", arguments=["--root-path", "/api"]) as started:
+    with launch_rig.running(
+        "--weights", "thin", "--snapshot-name", "thin", arguments=["--root-path", "/api"]
+    ) as started:
         answer = started.ask()
         started.wait_serving()
         calls = started.facts()["worker"]["calls"]
@@ -110,7 +112,7 @@ def test_without_a_sandbox_the_engine_is_started_as_it_would_be_alone(launch_rig
 
 def test_quickthaws_own_variables_reach_neither_the_engine_nor_its_snapshot(launch_rig):
     ours = {"QUICKTHAW_TOKEN": SECRET, "QUICKTHAW_HTTP_TOKEN": SECRET, "QUICKTHAW_SIGN_KEY_TEXT": SECRET}
-    with launch_rig.running("--name", "it", env={**ours, "MY_OWN": "passes"}) as started:
+    with launch_rig.running("--snapshot-name", "it", env={**ours, "MY_OWN": "passes"}) as started:
         started.ask()
         started.wait_for("serving (")
         facts = started.facts()["worker"]
@@ -124,7 +126,7 @@ def test_quickthaws_own_variables_reach_neither_the_engine_nor_its_snapshot(laun
 
 def test_an_sglang_with_keys_is_controlled_with_its_own(launch_rig):
     keys = ["--api-key", "clients", "--admin-api-key", "operators"]
-    with launch_rig.running("--weights", "thin", "--name", "keyed", arguments=keys) as started:
+    with launch_rig.running("--weights", "thin", "--snapshot-name", "keyed", arguments=keys) as started:
         started.wait_serving()
         assert post(started.port, "/v1/completions") == 401
         assert launch_rig.library.load("keyed").weights == "thin"
@@ -140,7 +142,7 @@ def test_the_state_folder_is_its_owners_alone_whatever_the_umask(launch_rig):
     launch_rig.home = launch_rig.folder / "not-there-yet" / "home"
     before = os.umask(0)
     try:
-        with launch_rig.running("--name", "it", env={"QUICKTHAW_CRIU": str(criu)}) as started:
+        with launch_rig.running("--snapshot-name", "it", env={"QUICKTHAW_CRIU": str(criu)}) as started:
             started.ask()
             started.wait_serving()
     finally:

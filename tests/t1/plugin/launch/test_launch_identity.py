@@ -40,8 +40,8 @@ def test_every_process_of_a_restored_engine_gets_this_launchs_variables(launch_r
 
 
 def test_an_unknown_variable_makes_another_launch(launch_rig):
-    launch_rig.take("--name", "one")
-    with launch_rig.running("--name", "one", "--no-snapshot", env={"DISABLE_OPENAPI_DOC": "1"}) as started:
+    launch_rig.take("--snapshot-name", "one")
+    with launch_rig.running("--snapshot-name", "one", "--no-snapshot", env={"DISABLE_OPENAPI_DOC": "1"}) as started:
         started.ask()
         assert "environment-differs: DISABLE_OPENAPI_DOC" in started.text()
         assert started.phases()[0][-1] == "warming"
@@ -57,7 +57,7 @@ def test_a_cold_start_says_in_what_the_snapshot_of_its_model_differs(launch_rig)
 
 def test_a_thin_snapshot_restored_by_name_refuses_other_weights(launch_rig):
     """Also where size, mtime and inode are what they were: the weights are read again, and nothing else would say so."""
-    answer = launch_rig.take("--weights", "thin", "--name", "thin")
+    answer = launch_rig.take("--weights", "thin", "--snapshot-name", "thin")
     with launch_rig.running("thin", words=("restore",)) as started:
         assert started.ask() == answer
     edit_in_place(launch_rig.model / "model.safetensors")
@@ -65,7 +65,7 @@ def test_a_thin_snapshot_restored_by_name_refuses_other_weights(launch_rig):
     assert started.process.wait(60) == 1
     assert "model-differs" in started.text()
     # A launch sees it too, and serves the weights that are there.
-    with launch_rig.running("--weights", "thin", "--name", "thin", "--no-snapshot") as started:
+    with launch_rig.running("--weights", "thin", "--snapshot-name", "thin", "--no-snapshot") as started:
         assert started.ask() != answer
         assert "model-differs" in started.text()
 
@@ -90,15 +90,15 @@ def test_a_moved_revision_of_a_hub_model_is_another_model(launch_rig):
     repo = hub_model(launch_rig, "dev")
     launch_rig.environment = {"HF_HUB_CACHE": str(launch_rig.folder / "hub")}
     options = {"model": "acme/tiny", "arguments": ("--revision", "dev")}
-    launch_rig.take("--name", "hub", **options)
+    launch_rig.take("--snapshot-name", "hub", **options)
     folder = launch_rig.library.load("hub").model_path
     assert folder == str(repo / "snapshots" / "bbbb")
     (repo / "refs" / "main").write_text("cccc")  # nobody asked for that one
-    with launch_rig.running("--name", "hub", **options) as started:
+    with launch_rig.running("--snapshot-name", "hub", **options) as started:
         started.ask()
         assert started.phases()[0][1] == "restoring"
     (repo / "refs" / "dev").write_text("cccc")
-    with launch_rig.running("--name", "hub", "--no-snapshot", **options) as started:
+    with launch_rig.running("--snapshot-name", "hub", "--no-snapshot", **options) as started:
         started.ask()
         assert "model-differs" in started.text()
 
@@ -111,13 +111,13 @@ def test_an_edited_file_of_a_folder_named_by_a_flag_makes_another_launch(launch_
     (tokenizer / "chat_template.jinja").write_text("{{ messages }}")
     lora = json.dumps({"lora_name": "sql", "lora_path": str(adapter)})
     options = {"arguments": ("--tokenizer-path", str(tokenizer), "--lora-paths", lora)}
-    launch_rig.take("--name", "one", **options)
-    with launch_rig.running("--name", "one", **options) as started:
+    launch_rig.take("--snapshot-name", "one", **options)
+    with launch_rig.running("--snapshot-name", "one", **options) as started:
         started.ask()
         assert started.phases()[0][1] == "restoring"
     (tokenizer / "chat_template.jinja").write_text("{{ message }}")
     edit_in_place(adapter / "weights.bin")
-    with launch_rig.running("--name", "one", "--no-snapshot", **options) as started:
+    with launch_rig.running("--snapshot-name", "one", "--no-snapshot", **options) as started:
         started.ask()
         assert "arguments-differ: --lora-paths" in started.text()
         assert "arguments-differ: --tokenizer-path" in started.text()
@@ -162,11 +162,11 @@ def test_an_edited_module_on_the_python_path_makes_another_launch(launch_rig):
     folder.mkdir()
     (folder / "sitecustomize.py").write_text("patched = 1")
     env = {"PYTHONPATH": f"{launch_rig.env()['PYTHONPATH']}:{folder}"}
-    launch_rig.take("--name", "one", env=env)
-    with launch_rig.running("--name", "one", env=env) as started:
+    launch_rig.take("--snapshot-name", "one", env=env)
+    with launch_rig.running("--snapshot-name", "one", env=env) as started:
         started.ask()
         assert started.phases()[0][1] == "restoring"
     (folder / "sitecustomize.py").write_text("patched = 2")
-    with launch_rig.running("--name", "one", "--no-snapshot", env=env) as started:
+    with launch_rig.running("--snapshot-name", "one", "--no-snapshot", env=env) as started:
         started.ask()
         assert "environment-differs: PYTHONPATH" in started.text()

@@ -118,9 +118,9 @@ def test_a_working_folder_that_is_gone_is_refused_by_name(launch_rig, tmp_path):
 
 def test_a_named_snapshot_of_another_launch_is_left_alone(launch_rig):
     rig = launch_rig
-    rig.take("--name", "prod")
+    rig.take("--snapshot-name", "prod")
     before = (rig.library.path("prod") / "manifest.json").read_bytes()
-    with rig.running("--name", "prod", arguments=["--context-length", "77"]) as started:
+    with rig.running("--snapshot-name", "prod", arguments=["--context-length", "77"]) as started:
         started.ask()
         started.wait_serving()
         ours = started.ours()

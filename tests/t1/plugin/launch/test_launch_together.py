@@ -15,7 +15,7 @@ RESTORED = ["mounting", "restoring", "waking", "verifying"]
 def test_four_replicas_restored_at_the_same_moment_all_verify_and_share_the_work(launch_rig):
     rig = launch_rig
     answer = rig.take()
-    with rig.running("--replicas", 4, "--restores-at-once", 4) as started:
+    with rig.running("--replicas", 4, "--restore-concurrency", 4) as started:
         assert started.ask() == answer
         started.wait_serving()
         assert started.phases() == [RESTORED] * 4

@@ -160,7 +160,7 @@ def test_draining_ends_with_an_error_for_who_waits_and_the_busy_model_goes_on(tm
         drain = 1.0 if waits else 300
         config = models_file(
             tmp_path,
-            f"max_awake: 1\nmin_awake: 0\ndrain: {drain}\nmodels:\n"
+            f"max_awake: 1\nmin_awake: 0\nevict_grace: {drain}\nmodels:\n"
             f'  busy: {{upstream: "{busy}", sleep_url: "{busy}/sleep"}}\n  other: {other}\n',
         )
         with command("--config", config, "--workers", workers) as (_, url), streaming(url, "busy", kind) as stream:

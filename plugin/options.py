@@ -1,0 +1,376 @@
+"""The vocabulary of options: name, unit, variable, default and help of each option that several commands share.
+
+`launch`, `restore`, `proxy` and the file of `proxy --config` take these definitions, so they agree. Every option reads
+the variable QUICKTHAW_NAME, after its long name. An old name works for one version more and logs the new one.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from pathlib import Path
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+PREFIX = "QUICKTHAW_"
+EVERY_INTERFACE = "0.0.0.0"
+_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def seconds(text: str) -> float:
+    """Return `90`, `90s`, `10m` or `1h` as seconds. Raises ValueError."""
+    unit = _UNITS.get(text[-1:])
+    try:
+        value = float(text[:-1]) * unit if unit else float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise ValueError(f"{text!r} is not a time; write 90, 90s, 10m or 1h")
+    if value < 0:
+        raise ValueError("a time must not be negative")
+    return value
+
+
+def limit(text: str) -> float:
+    """Return a duration parsed by `seconds`; `0` and `none` mean no limit (infinity). Raises ValueError."""
+    return (math.inf if text.lower() == "none" else seconds(text)) or math.inf
+
+
+# Types
+
+
+class Seconds(click.ParamType[float]):
+    """A duration with an optional unit, of at least `least` seconds."""
+
+    name = "duration"
+    read = staticmethod(seconds)
+
+    def __init__(self, least: float = 0.0) -> None:
+        self._least = least
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Convert to seconds."""
+        try:
+            found = value if isinstance(value, float) else self.read(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+        if found < self._least:
+            self.fail(f"{value!r} is too short; give at least {self._least:g} s", param, ctx)
+        return found
+
+
+class Limit(Seconds):
+    """A duration with an optional unit; 0 or `none` for no limit."""
+
+    read = staticmethod(limit)
+
+
+class Address(click.ParamType[tuple[str, int]]):
+    """An address of the form HOST:PORT; without a host it means every interface."""
+
+    name = "host:port"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, int]:
+        """Convert to (host, port); an IPv6 host is in brackets."""
+        if isinstance(value, tuple):
+            return value
+        host, colon, port = str(value).rpartition(":")
+        if not colon or not port.isdigit() or int(port) > 65535:
+            self.fail(f"{value!r} is not HOST:PORT, such as 127.0.0.1:8000, [::1]:8000 or :8000", param, ctx)
+        return host.strip("[]") or EVERY_INTERFACE, int(port)
+
+
+# Options
+
+
+def variable(name: str) -> str:
+    """Return the variable that an option reads: `--idle-timeout` and `idle_timeout` give QUICKTHAW_IDLE_TIMEOUT."""
+    return PREFIX + name.lstrip("-").replace("-", "_").upper()
+
+
+def warn(text: str) -> None:
+    """Print a warning to standard error."""
+    click.echo(f"quickthaw: warning: {text}", err=True)
+
+
+class Option(click.Option):
+    """An option that reads the variable of its long name; its help shows the variable and the default.
+
+    `old`: former long names. `old_variables`: former variables that no former name yields.
+    """
+
+    def __init__(
+        self, param_decls: list[str], *, old: Iterable[str] = (), old_variables: Iterable[str] = (), **attributes: Any
+    ) -> None:
+        super().__init__(param_decls, **({"show_envvar": True, "show_default": True} | attributes))
+        self._long = next(name for name in self.opts if name.startswith("--"))
+        self.old = tuple(old)
+        self._old_variables = tuple(old_variables)
+        self.envvar = variable(self._long)
+
+    def add_to_parser(self, parser: Any, ctx: click.Context) -> None:
+        """Let the parser know the old names too."""
+        super().add_to_parser(parser, ctx)
+        for old in self.old:
+            parser.add_option(obj=self, opts=[old], dest=old, action="append" if self.multiple else "store", nargs=1)
+
+    def consume_value(self, ctx: click.Context, opts: Any) -> tuple[Any, ParameterSource]:
+        """Take a value given by an old name, with a warning. A new name that is given too takes precedence."""
+        found = dict(opts)
+        for old in self.old:
+            if old in found:
+                ignored = "; ignored here, because the new one is given too" if self.name in opts else ""
+                _warn_renamed(old, self._long, ignored)
+                found.setdefault(str(self.name), found[old])
+        return super().consume_value(ctx, found)
+
+    def resolve_envvar_value(self, ctx: click.Context) -> str | None:
+        """Return the value of the variable, or of an old one, with a warning."""
+        value = super().resolve_envvar_value(ctx)
+        if value is not None:
+            # Kubernetes sets QUICKTHAW_PORT=tcp://… in every pod beside a service that is called quickthaw.
+            return None if value.startswith("tcp://") else value
+        old = [*map(variable, self.old), *self._old_variables]
+        if ctx.command.name == "proxy":
+            old += [variable(f"proxy-{name.lstrip('-')}") for name in (self._long, *self.old)]
+        for name in old:
+            if value := os.environ.get(name):
+                _warn_renamed(name, str(self.envvar))
+                return value
+        return None
+
+
+def _warn_renamed(old: str, new: str, more: str = "") -> None:
+    warn(f"{old} is now {new}; the next version drops the old name{more}")
+
+
+option: Callable[..., Decorator] = functools.partial(click.option, cls=Option)
+
+
+def using(*options: Decorator) -> Decorator:
+    """Return a decorator that adds options to a command, in this order."""
+
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        for one in reversed(options):
+            command = one(command)
+        return command
+
+    return add
+
+
+def _check_prefix(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    if len(value) < 2 or not value.startswith("/") or value.endswith("/"):
+        raise click.BadParameter(f"{value!r} must start with a slash, name a folder, and not end in a slash")
+    return value
+
+
+def _check_token(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    if value is not None and not value.strip():
+        raise click.BadParameter("the token is empty; leave the option out to answer clients of this host only")
+    return value
+
+
+def _check_paths(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
+    if not value:
+        return ()
+    from plugin.proxy.http.path_rules import canonical, check_denied
+
+    try:
+        paths = tuple(check_denied(path, str(param.name)) for path in value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+    for path in paths:
+        if param.name == "allow" and canonical(path.encode()).startswith("/quickthaw"):
+            raise click.BadParameter(f"{path} is how quickthaw controls the engine; clients must not reach it")
+    return paths
+
+
+serving = (
+    option(
+        "--idle-timeout",
+        type=Seconds(),
+        default="0",
+        help="Stop the engine after so long without a request; the next request wakes it. 0: never.",
+    ),
+    option(
+        "--grace",
+        type=Seconds(),
+        default="30s",
+        old=["--drain"],
+        help="How long requests in flight may take when the command stops.",
+    ),
+    option(
+        "--hold-timeout",
+        type=Seconds(),
+        show_default="from the measured starts, with a margin",
+        help="How long a request may wait for the engine.",
+    ),
+    option(
+        "--early-stream", is_flag=True, help="Answer waiting streams at once, with comments on the start's progress."
+    ),
+    option(
+        "--upstream-timeout",
+        type=Limit(),
+        default="1h",
+        help="How long an engine may send nothing while it answers. 0 or none: no limit.",
+    ),
+    option(
+        "--body-timeout",
+        type=Limit(),
+        default="15m",
+        help="How long a client may take to send one body. 0 or none: no limit.",
+    ),
+    option("--max-held", type=click.IntRange(min=0), default=4096, help="Requests that may wait at once."),
+    option(
+        "--max-held-mb",
+        type=click.IntRange(min=0),
+        default=256,
+        help="Megabytes of waiting requests' bodies in memory.",
+    ),
+    option(
+        "--deny",
+        multiple=True,
+        metavar="PATH",
+        callback=_check_paths,
+        help="A path of the engine that clients must not reach, nor anything below it. Repeatable.",
+    ),
+    option(
+        "--allow",
+        multiple=True,
+        metavar="PATH",
+        callback=_check_paths,
+        help="A path that clients may reach although it is denied: by --deny, or as a control path of the engine. Repeatable.",
+    ),
+    option(
+        "--trust-forwarded",
+        is_flag=True,
+        help="Keep X-Forwarded-* of the client, because it is a trusted proxy; otherwise they are replaced.",
+    ),
+    option(
+        "--admin-token",
+        callback=_check_token,
+        old=["--token"],
+        show_default="none; they answer clients of this host only",
+        help="Bearer token that status, metrics and the admin page require.",
+    ),
+    option(
+        "--admin-prefix",
+        default="/-",
+        callback=_check_prefix,
+        old=["--own-prefix"],
+        help="Where the admin endpoints are: PREFIX/live, /ready, /status, /metrics, and the page PREFIX/.",
+    ),
+    option(
+        "--admin-listen",
+        type=Address(),
+        old=["--own-listen"],
+        help="HOST:PORT for the admin endpoints alone; they leave the public port.",
+    ),
+    option("--access-log", is_flag=True, help="Log every request, not only those that waited or failed."),
+    option(
+        "--log-level",
+        type=click.Choice(["debug", "info", "warning", "error"]),
+        default="info",
+        help="The least severe lines that are logged, on standard error.",
+    ),
+    option(
+        "--log-format",
+        type=click.Choice(["auto", "json", "text"]),
+        default="auto",
+        help="auto: text at a terminal and beside an engine's own output, else JSON lines.",
+    ),
+    option("--quiet", is_flag=True, help="Log only warnings and errors: --log-level warning."),
+)
+"""Options of every command that serves requests: `launch`, `restore`, `proxy`. The file of `proxy --config` takes them too."""
+
+replica = (
+    option("--replicas", type=click.IntRange(1), default=1, help="Replicas behind the one port."),
+    option(
+        "--restore-concurrency",
+        type=click.IntRange(0),
+        default=0,
+        old=["--restores-at-once"],
+        show_default="one for every two processors",
+        help="How many replicas are restored at the same time.",
+    ),
+    option(
+        "--store",
+        metavar="URL",
+        show_default="a folder in $QUICKTHAW_HOME",
+        help="Where weights are kept as chunks.",
+    ),
+    option(
+        "--snapshot-store",
+        metavar="URL",
+        help="Remote store for snapshots (streamed during a restore) and compile caches.",
+    ),
+    option(
+        "--lazy/--no-lazy",
+        default=True,
+        help="Restore the recorded working set first and the rest after the first token.",
+    ),
+    option(
+        "--verify",
+        type=click.Choice(["auto", "always", "never"]),
+        default="auto",
+        help="Which digests to verify before a restore: of changed files, all, none.",
+    ),
+    option(
+        "--trust-key",
+        type=click.Path(path_type=Path),
+        multiple=True,
+        old_variables=["QUICKTHAW_TRUST_KEYS"],
+        help="Restore only snapshots that one of these keys has signed. Repeatable.",
+    ),
+    option(
+        "--silence-timeout",
+        type=Seconds(),
+        default="1m",
+        help="Restart an engine that has requests and answers nothing for so long, not even a probe. 0: never.",
+    ),
+)
+"""Options of the commands that run replicas: `launch` and `restore`."""
+
+
+def settings_of(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the `serving` options as keyword arguments of `plugin.proxy.settings.Settings`."""
+    return {
+        "hold_timeout_s": options["hold_timeout"],
+        "early_stream": options["early_stream"],
+        "upstream_timeout_s": options["upstream_timeout"],
+        "body_total_s": options["body_timeout"],
+        "max_held": options["max_held"],
+        "max_held_bytes": options["max_held_mb"] << 20,
+        "denied_paths": frozenset(options["deny"]),
+        "allowed_paths": frozenset(options["allow"]),
+        "trust_forwarded": options["trust_forwarded"],
+        "admin_token": options["admin_token"],
+        "admin_prefix": options["admin_prefix"],
+        "admin_on_public_port": options["admin_listen"] is None,
+        "access_log": options["access_log"],
+        "drain_s": options["grace"],
+    }
+
+
+def log_level(options: Mapping[str, Any]) -> str:
+    """Return the log level that --quiet and --log-level ask for."""
+    return "warning" if options["quiet"] and options["log_level"] in ("debug", "info") else str(options["log_level"])
+
+
+_INHERITED = ("log_level", "log_format", "quiet")
+
+
+def consume_variables(command: click.Command, environment: MutableMapping[str, str]) -> None:
+    """Remove the variables of a command's options, so that commands which it starts do not read them as theirs.
+
+    The log's level and format remain.
+    """
+    for one in command.params:
+        if isinstance(one, Option) and one.name not in _INHERITED:
+            environment.pop(str(one.envvar), None)

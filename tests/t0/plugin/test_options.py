@@ -1,0 +1,214 @@
+"""One vocabulary of options: every command's options have a variable, agree with each other, and stand in the documents."""
+
+import re
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from plugin.cli import ACTIONS, COMMANDS, cli
+from plugin.options import PREFIX, Address, Option, Seconds, replica, serving, settings_of, using
+
+pytestmark = pytest.mark.t0
+REPO = Path(__file__).resolve().parents[3]
+EVERY = {option.name for option in using(*serving)(click.command()(lambda **_: None)).params}
+REPLICAS = {option.name for option in using(*replica)(click.command()(lambda **_: None)).params}
+
+
+def walk(command, path=()):
+    """Every command without subcommands, with the words that call it."""
+    if isinstance(command, click.Group):
+        for name in command.list_commands(click.Context(command)):
+            yield from walk(command.get_command(click.Context(command), name), (*path, name))
+    else:
+        yield path, command
+
+
+def options_of(command):
+    return [one for one in command.params if isinstance(one, click.Option)]
+
+
+def command_named(name):
+    return cli.get_command(click.Context(cli), name)
+
+
+def run(command, *arguments, env=None):
+    """The parsed options of a command line, and what is said about them. Nothing is started."""
+    seen = {}
+    parsed = click.Command(command.name, params=command.params, callback=lambda **options: seen.update(options))
+    parsed.context_settings = command.context_settings
+    result = CliRunner().invoke(parsed, [str(word) for word in arguments], env=env)
+    return result, seen
+
+
+def test_every_option_of_every_command_reads_a_variable_and_shows_it():
+    wrong = []
+    for path, command in walk(cli):
+        shown = " ".join(command.get_help(click.Context(command)).split())
+        for one in options_of(command):
+            long = next(name for name in one.opts if name.startswith("--"))
+            if one.hidden or long.removeprefix("--") in ACTIONS:
+                continue
+            name = one.envvar
+            if not (isinstance(name, str) and name.startswith(PREFIX) and one.show_envvar and name in shown.replace(" ", "")):
+                wrong.append((*path, long, name))
+            if not one.help:
+                wrong.append((*path, long, "no help"))
+    assert wrong == []
+
+
+@pytest.mark.parametrize(
+    ("names", "commands"), [(EVERY, ("launch", "restore", "proxy")), (REPLICAS, ("launch", "restore"))], ids=["serving", "replica"]
+)
+def test_commands_agree_on_the_options_that_they_share(names, commands):
+    def said(one):
+        kind = (one.type.name, getattr(one.type, "choices", None), getattr(one.type, "min", None))
+        return (one.opts, one.secondary_opts, kind, one.default, one.multiple, one.help, one.envvar, one.old)
+
+    found = [{one.name: said(one) for one in options_of(command_named(name)) if one.name in names} for name in commands]
+    assert found[0].keys() == names and all(one == found[0] for one in found)
+
+
+def test_no_two_commands_mean_different_things_by_one_option():
+    meanings = {}
+    for name in ("launch", "restore", "proxy"):
+        for one in options_of(command_named(name)):
+            meanings.setdefault(one.opts[0], set()).add((one.type.name, one.envvar))
+    assert {name: kinds for name, kinds in meanings.items() if len(kinds) > 1} == {}
+
+
+def test_the_document_lists_every_option_and_its_variable():
+    page = (REPO / "docs" / "options.md").read_text()
+    missing = []
+    for name in ("launch", "restore", "proxy"):
+        for one in options_of(command_named(name)):
+            for word in (*one.opts, *one.secondary_opts, *one.old, one.envvar):
+                if f"`{word}`" not in page and f"`{word} " not in page:
+                    missing.append((name, word))
+    assert missing == []
+
+
+def test_the_file_takes_the_options_of_the_command():
+    from plugin.proxy.endpoints.models import SETTINGS
+
+    assert SETTINGS == EVERY | {"listen", "root_path", "workers"}
+
+
+@pytest.mark.parametrize("command", ["launch", "restore", "proxy"])
+@pytest.mark.parametrize(
+    ("given", "expected", "warnings"),
+    [
+        (["--token", "t"], ("t", "/-", None, 30.0), 1),
+        (["--own-prefix", "/x", "--own-listen", "[::1]:9"], (None, "/x", ("::1", 9), 30.0), 2),
+        (["--token", "old", "--admin-token", "new"], ("new", "/-", None, 30.0), 1),
+        (["--drain", "2m"], (None, "/-", None, 120.0), 1),
+        (["--admin-prefix", "/x", "--grace", "5"], (None, "/x", None, 5.0), 0),
+    ],
+)
+def test_old_names_work_with_a_warning_that_names_the_new_one(command, given, expected, warnings):
+    words = {"launch": ["vllm"], "restore": ["snap"], "proxy": []}[command]
+    result, seen = run(command_named(command), *given, *words)
+    assert result.exit_code == 0, result.output
+    assert tuple(seen[name] for name in ("admin_token", "admin_prefix", "admin_listen", "grace")) == expected
+    assert result.output.count("quickthaw: warning: --") == warnings
+    assert result.output.count(" is now --") == warnings and result.output.count("the next version drops the old name") == warnings
+
+
+def test_old_names_do_not_stand_in_the_help():
+    for name in ("launch", "restore", "proxy"):
+        command = command_named(name)
+        words = set(re.findall(r"--[a-z-]+", command.get_help(click.Context(command))))
+        assert not words & {old for one in options_of(command) for old in one.old}
+
+
+@pytest.mark.parametrize("given", [["--token", " "], ["--own-prefix", "x"], ["--own-listen", "nowhere"], ["--drain", "soon"]])
+def test_an_old_name_takes_what_the_new_one_takes(given):
+    result, _ = run(command_named("proxy"), *given)
+    assert result.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "name", "value", "expected"),
+    [
+        ("launch", ["vllm"], "QUICKTHAW_NAME", "x", ("snapshot_name", "x")),
+        ("launch", ["vllm"], "QUICKTHAW_RESTORES_AT_ONCE", "3", ("restore_concurrency", 3)),
+        ("restore", ["s"], "QUICKTHAW_TRUST_KEYS", "/a:/b", ("trust_key", (Path("/a"), Path("/b")))),
+        ("proxy", [], "QUICKTHAW_PROXY_IDLE_TIMEOUT", "10m", ("idle_timeout", 600.0)),
+        ("proxy", [], "QUICKTHAW_PROXY_DRAIN", "5", ("grace", 5.0)),
+        ("proxy", [], "QUICKTHAW_TOKEN", "t", ("admin_token", "t")),
+    ],
+)
+def test_old_variables_work_with_a_warning(command, words, name, value, expected):
+    result, seen = run(command_named(command), *words, env={name: value})
+    assert result.exit_code == 0 and seen[expected[0]] == expected[1]
+    assert f"quickthaw: warning: {name} is now QUICKTHAW_{expected[0].upper()};" in result.output
+    new = f"QUICKTHAW_{expected[0].upper()}"
+    assert "warning" not in run(command_named(command), *words, env={name: value, new: value})[0].output
+
+
+def test_a_variable_of_proxy_means_nothing_to_launch():
+    result, seen = run(command_named("launch"), "vllm", env={"QUICKTHAW_PROXY_IDLE_TIMEOUT": "10m"})
+    assert seen["idle_timeout"] == 0.0 and "warning" not in result.output
+
+
+def test_what_kubernetes_says_of_a_service_called_quickthaw_is_no_port():
+    result, seen = run(command_named("restore"), "s", env={"QUICKTHAW_PORT": "tcp://10.0.0.1:8000"})
+    assert result.exit_code == 0, result.output
+    assert seen["port"] is None
+    assert run(command_named("restore"), "s", env={"QUICKTHAW_PORT": "8001"})[1]["port"] == 8001
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [(":8000", ("0.0.0.0", 8000)), ("[::1]:9", ("::1", 9)), ("127.0.0.1:0", ("127.0.0.1", 0)), ("[::]:1", ("::", 1))],
+)
+def test_an_address_without_a_host_is_every_interface(text, place):
+    assert Address().convert(text, None, None) == place
+
+
+@pytest.mark.parametrize("text", ["8000", "host", ":", "h:99999", "h:-1"])
+def test_what_is_no_address_is_refused(text):
+    with pytest.raises(click.BadParameter, match="HOST:PORT"):
+        Address().convert(text, None, None)
+
+
+@pytest.mark.parametrize(
+    "option", ["--idle-timeout", "--grace", "--hold-timeout", "--upstream-timeout", "--body-timeout", "--wake-timeout"]
+)
+def test_every_duration_takes_a_unit_and_a_plain_number_is_seconds(option):
+    for text, value in (("90s", 90.0), ("10m", 600.0), ("1h", 3600.0), ("90", 90.0), ("0.5", 0.5)):
+        result, seen = run(command_named("proxy"), option, text)
+        assert result.exit_code == 0 and seen[option[2:].replace("-", "_")] == value, result.output
+
+
+def test_a_duration_can_have_a_least():
+    with pytest.raises(click.BadParameter, match="too short"):
+        Seconds(0.1).convert("0", None, None)
+
+
+@pytest.mark.parametrize("path", ["/quickthaw-control", "/QUICKTHAW-control/", "/./quickthaw-control/x"])
+def test_the_control_path_of_vllm_cannot_be_allowed(path):
+    result, _ = run(command_named("launch"), "--allow", path, "vllm")
+    assert result.exit_code == 2 and "controls the engine" in result.output
+
+
+def test_every_serving_option_reaches_the_proxy():
+    """Each is a setting of the proxy, or one of those that the commands themselves read."""
+    from plugin.proxy.settings import Settings
+
+    seen = set()
+
+    class Seen(dict):
+        def __getitem__(self, key):
+            seen.add(key)
+            return super().__getitem__(key)
+
+    _, options = run(command_named("proxy"))
+    Settings(**settings_of(Seen(options)))
+    assert EVERY - seen == {"idle_timeout", "log_level", "log_format", "quiet"}
+
+
+def test_options_of_the_three_commands_are_of_the_class_that_knows_old_names():
+    assert all(isinstance(one, Option) for name in ("launch", "restore", "proxy") for one in options_of(command_named(name)))
+    assert set(COMMANDS) >= {"launch", "restore", "proxy", "completion"}

@@ -228,7 +228,7 @@ def _watch(
     is_flag=True,
     help="Also the cheapest setting of each program whose p99 is no worse than the autoscaler's.",
 )
-@option("--seed", type=int, default=1, show_default=True)
+@option("--seed", type=int, default=1, show_default=True, help="Seed of the random numbers.")
 @option("--refusals", type=Number(0, 1), default=0.0, show_default=True, help="Chance that a start is refused.")
 @option(
     "--interruptions",
@@ -294,12 +294,14 @@ def simulate_command(
 @plan.command("generate", short_help="Write a synthetic day of requests as CSV.")
 @click.argument("file", type=click.Path(path_type=Path))
 @option("--requests", type=click.IntRange(min=1), default=100_000, show_default=True, help="Expected number.")
-@option("--hours", type=Number(min=0, min_open=True), default=24.0, show_default=True)
+@option(
+    "--hours", type=Number(min=0, min_open=True), default=24.0, show_default=True, help="Hours of the day that is made."
+)
 @option("--services", default="chat,code,embed", show_default=True, help="Names, with commas.")
 @option("--bursts", type=Number(min=0), default=6.0, show_default=True, help="A service and day.")
 @option("--launches", type=click.IntRange(min=0), default=1, show_default=True, help="Services whose demand steps up.")
 @option("--swing", type=Number(0, 0.99), default=0.6, show_default=True, help="Of the daily rhythm.")
-@option("--seed", type=int, default=1, show_default=True)
+@option("--seed", type=int, default=1, show_default=True, help="Seed of the random numbers.")
 def generate_command(
     file: Path, requests: int, hours: float, services: str, bursts: float, launches: int, swing: float, seed: int
 ) -> None:

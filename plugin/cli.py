@@ -5,9 +5,11 @@ Only this module converts an error to an exit code: 0 done, 1 failed, 2 usage, 3
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 import click
@@ -25,11 +27,21 @@ COMMANDS = {
     "plan": ("capacity.cli", "plan", "How many replicas and idle GPUs to hold, and what a faster restore is worth."),
     "doctor": ("plugin.doctor", "doctor", "What this host can do, and what to do about what it cannot."),
     "bench": ("plugin.bench.cli", "bench", "Measure cold starts against restores, side by side."),
-    "demo": ("plugin.bench.demo", "demo", "Show a cold start, a snapshot and a restore in three minutes, with a real engine."),
-    "completion": ("plugin.cli", "completion", "Print the script that completes quickthaw's commands and options in a shell."),
+    "demo": (
+        "plugin.bench.demo",
+        "demo",
+        "Show a cold start, a snapshot and a restore in three minutes, with a real engine.",
+    ),
+    "completion": (
+        "plugin.cli",
+        "completion",
+        "Print the script that completes quickthaw's commands and options in a shell.",
+    ),
 }
 EXIT_FAILED, EXIT_USAGE, EXIT_HOST = 1, 2, 3
-ACTIONS = frozenset({"unmount", "force", "status", "metrics", "prefetch", "pin", "drop", "check", "contents", "picture"})
+ACTIONS = frozenset(
+    {"unmount", "force", "status", "metrics", "prefetch", "pin", "drop", "check", "contents", "picture"}
+)
 """Options that say what to do, not how. No variable sets them: each later command would do the same."""
 
 
@@ -52,7 +64,9 @@ class LazyGroup(click.Group):
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         """Complete a command's name from `COMMANDS`, without importing every module."""
-        names = [CompletionItem(name, help=text) for name, (_, _, text) in COMMANDS.items() if name.startswith(incomplete)]
+        names = [
+            CompletionItem(name, help=text) for name, (_, _, text) in COMMANDS.items() if name.startswith(incomplete)
+        ]
         return names + click.Command.shell_complete(self, ctx, incomplete)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -161,13 +175,16 @@ def _in_one_line(error: click.ClickException) -> str:
 
 def _io_failed(error: OSError) -> int:
     """Print an OSError and return the exit code. A reader that has closed the pipe is no failure."""
-    try:
-        sys.stdout.flush()
-    except OSError as unwritten:
+    if error.errno == errno.EMFILE:
+        from plugin.proxy.limits import too_few
+
+        return _fail(str(too_few()), EXIT_FAILED)
+    frames = traceback.extract_tb(error.__traceback__)
+    if error.filename is None and frames[-1].name in ("echo", "run"):  # click.echo, or the flush above
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter flushes again when it exits
-        if isinstance(unwritten, BrokenPipeError):
+        if isinstance(error, BrokenPipeError):
             return 0
-        text = f"output-failed: cannot write to standard output; {unwritten.strerror}; redirect it elsewhere"
+        text = f"output-failed: cannot write to standard output; {error.strerror}; redirect it elsewhere"
         return _fail(text, EXIT_FAILED)
     what = f"{error.filename}; " if error.filename else ""
     return _fail(f"host-io: {what}{error.strerror or error}; quickthaw doctor checks this host", EXIT_FAILED)

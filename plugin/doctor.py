@@ -129,12 +129,15 @@ def _gpu() -> Finding:
 
 def _state_folder() -> Finding:
     """Check by a write, as a launch does, that the state folder is usable, and how much room it has."""
-    from plugin.runtime.home import unusable
+    from plugin.runtime.home import exposed, unusable
 
     home = state_home()
     if why := unusable(home):
         what, _, remedy = why.rpartition("; ")
         return Finding("state folder", "off", what, remedy)
+    if why := exposed(home):
+        what, _, remedy = why.rpartition("; ")
+        return Finding("state folder", "note", what, remedy)
     free = shutil.disk_usage(home).free
     state = "ok" if free > 10e9 else "note"
     return Finding(

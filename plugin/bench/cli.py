@@ -19,11 +19,11 @@ from typing import Any
 
 import click
 
+from launchers import ENGINES
+from launchers import engine as launcher_of
 from plugin.bench import client as measure
 from plugin.bench.page_cache import PageCache
 from plugin.bench.presets import Preset, preset
-from launchers import ENGINES
-from launchers import engine as launcher_of
 from plugin.launch import PASS_THROUGH
 from plugin.options import Seconds, option, using
 from plugin.runtime.home import state_home

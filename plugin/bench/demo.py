@@ -23,9 +23,7 @@ import click
 
 from plugin.bench import client as measure
 from plugin.bench.presets import preset
-from launchers import ENGINES
 from plugin.launch import PASS_THROUGH
-from plugin.options import option
 from plugin.runtime.home import state_home
 
 ASK = "Which city is the capital of France? Answer in one sentence."

@@ -110,8 +110,9 @@ def proxy(**options: Any) -> None:
 
     import uvloop
 
-    from plugin.proxy import logs
+    from plugin.proxy import limits, logs
 
+    limits.require_files(limits.LEAST_FILES)
     logs.configure(log_level(options), options["log_format"])
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_serve(options, settings))

@@ -37,3 +37,15 @@ def unusable(home: Path) -> str | None:
     if there.f_bavail * there.f_frsize < LEAST_ROOM:
         return f"state-folder-full: {home} has {there.f_bavail * there.f_frsize / 1e6:.0f} MB free; {remedy}"
     return None
+
+
+def exposed(home: Path) -> str | None:
+    """Return a warning, with the remedy, if other users of this host may enter `home`; None if not, or if it does not exist."""
+    try:
+        mode = home.stat().st_mode & 0o777
+    except OSError:
+        return None
+    if not mode & 0o077:
+        return None
+    what = "replace" if mode & 0o022 else "list"
+    return f"state-folder-open: {home} has mode {mode:o}, so other users of this host can {what} its files; chmod 700 {home}"

@@ -24,7 +24,7 @@ from checkpoint.snapshot.library import Library
 from launchers.errors import EngineDied, LauncherError
 from plugin.runtime.capabilities import Layers, detect
 from plugin.runtime.config import LaunchSettings
-from plugin.runtime.home import unusable
+from plugin.runtime.home import exposed, unusable
 from plugin.runtime.listening import announcement, bind
 from plugin.runtime.model_mount import Weights
 from plugin.runtime.phases import Phase, PhaseTracker
@@ -444,7 +444,11 @@ def _remember(settings: LaunchSettings, replica: Replica, seconds: float) -> Non
 def launch(settings: LaunchSettings, stdout: int | None = 1, stderr: int | None = 2) -> int:
     """Run a launch to its end and return the exit code. Raises LauncherError for errors found before any process has started."""
     import launchers
+    from plugin.proxy.limits import LEAST_FILES_WITH_ENGINE, require_files
 
+    require_files(LEAST_FILES_WITH_ENGINE)
+    if open_to_others := exposed(settings.home):
+        log.warning("%s", open_to_others)
     engine = launchers.engine(settings.engine)
     layers, criu = detect(settings.home)
     full = unusable(settings.home)

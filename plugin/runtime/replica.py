@@ -303,9 +303,10 @@ class Replica:
             self.library.failed(name, str(error))
         self.fetching.give_up()
         self.library = Library(self.settings.home)
+        if self.settings.strict or self.settings.named:
+            return  # this error ends the start, and is reported as such
         what = take_snapshot.refusal(error) if isinstance(error, Incompatible) else error
-        then = "" if self.settings.strict or self.settings.named else "; starting cold under the same held requests"
-        log.warning("restore of %s failed: %s%s", name, what, then)
+        log.warning("restore of %s failed: %s; starting cold under the same held requests", name, what)
 
     # Pages that arrive after the restore
 

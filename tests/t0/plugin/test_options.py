@@ -7,30 +7,14 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from plugin.cli import ACTIONS, COMMANDS, cli
+from plugin.cli import ACTIONS, COMMANDS
 from plugin.options import PREFIX, Address, Option, Seconds, replica, serving, settings_of, using
+from tests.kits.commands import command_named, options_of, walk
 
 pytestmark = pytest.mark.t0
 REPO = Path(__file__).resolve().parents[3]
 EVERY = {option.name for option in using(*serving)(click.command()(lambda **_: None)).params}
 REPLICAS = {option.name for option in using(*replica)(click.command()(lambda **_: None)).params}
-
-
-def walk(command, path=()):
-    """Every command without subcommands, with the words that call it."""
-    if isinstance(command, click.Group):
-        for name in command.list_commands(click.Context(command)):
-            yield from walk(command.get_command(click.Context(command), name), (*path, name))
-    else:
-        yield path, command
-
-
-def options_of(command):
-    return [one for one in command.params if isinstance(one, click.Option)]
-
-
-def command_named(name):
-    return cli.get_command(click.Context(cli), name)
 
 
 def run(command, *arguments, env=None):
@@ -44,14 +28,16 @@ def run(command, *arguments, env=None):
 
 def test_every_option_of_every_command_reads_a_variable_and_shows_it():
     wrong = []
-    for path, command in walk(cli):
+    for path, command in walk():
         shown = " ".join(command.get_help(click.Context(command)).split())
         for one in options_of(command):
             long = next(name for name in one.opts if name.startswith("--"))
             if one.hidden or long.removeprefix("--") in ACTIONS:
                 continue
             name = one.envvar
-            if not (isinstance(name, str) and name.startswith(PREFIX) and one.show_envvar and name in shown.replace(" ", "")):
+            if not (
+                isinstance(name, str) and name.startswith(PREFIX) and one.show_envvar and name in shown.replace(" ", "")
+            ):
                 wrong.append((*path, long, name))
             if not one.help:
                 wrong.append((*path, long, "no help"))
@@ -59,7 +45,9 @@ def test_every_option_of_every_command_reads_a_variable_and_shows_it():
 
 
 @pytest.mark.parametrize(
-    ("names", "commands"), [(EVERY, ("launch", "restore", "proxy")), (REPLICAS, ("launch", "restore"))], ids=["serving", "replica"]
+    ("names", "commands"),
+    [(EVERY, ("launch", "restore", "proxy")), (REPLICAS, ("launch", "restore"))],
+    ids=["serving", "replica"],
 )
 def test_commands_agree_on_the_options_that_they_share(names, commands):
     def said(one):
@@ -92,7 +80,7 @@ def test_the_document_lists_every_option_and_its_variable():
 def test_the_file_takes_the_options_of_the_command():
     from plugin.proxy.endpoints.models import SETTINGS
 
-    assert SETTINGS == EVERY | {"listen", "root_path", "workers"}
+    assert EVERY | {"listen", "root_path", "workers"} == SETTINGS
 
 
 @pytest.mark.parametrize("command", ["launch", "restore", "proxy"])
@@ -112,7 +100,10 @@ def test_old_names_work_with_a_warning_that_names_the_new_one(command, given, ex
     assert result.exit_code == 0, result.output
     assert tuple(seen[name] for name in ("admin_token", "admin_prefix", "admin_listen", "grace")) == expected
     assert result.output.count("quickthaw: warning: --") == warnings
-    assert result.output.count(" is now --") == warnings and result.output.count("the next version drops the old name") == warnings
+    assert (
+        result.output.count(" is now --") == warnings
+        and result.output.count("the next version drops the old name") == warnings
+    )
 
 
 def test_old_names_do_not_stand_in_the_help():
@@ -122,7 +113,9 @@ def test_old_names_do_not_stand_in_the_help():
         assert not words & {old for one in options_of(command) for old in one.old}
 
 
-@pytest.mark.parametrize("given", [["--token", " "], ["--own-prefix", "x"], ["--own-listen", "nowhere"], ["--drain", "soon"]])
+@pytest.mark.parametrize(
+    "given", [["--token", " "], ["--own-prefix", "x"], ["--own-listen", "nowhere"], ["--drain", "soon"]]
+)
 def test_an_old_name_takes_what_the_new_one_takes(given):
     result, _ = run(command_named("proxy"), *given)
     assert result.exit_code == 2
@@ -210,5 +203,7 @@ def test_every_serving_option_reaches_the_proxy():
 
 
 def test_options_of_the_three_commands_are_of_the_class_that_knows_old_names():
-    assert all(isinstance(one, Option) for name in ("launch", "restore", "proxy") for one in options_of(command_named(name)))
+    assert all(
+        isinstance(one, Option) for name in ("launch", "restore", "proxy") for one in options_of(command_named(name))
+    )
     assert set(COMMANDS) >= {"launch", "restore", "proxy", "completion"}

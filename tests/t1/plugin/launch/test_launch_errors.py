@@ -241,3 +241,35 @@ def test_kill_9_of_the_launcher_leaves_nothing(rig, tmp_path, moment):
                 break
         process.kill()
         process.communicate(timeout=40)
+
+
+@pytest.mark.parametrize("files", [20, 40, 80])
+def test_too_few_open_files_are_named_with_the_remedy(rig, files):
+    """It was `engine-not-started: Invalid argument; give the engine's interpreter`, or a traceback."""
+    words = ("launch", "vllm", "--model", rig.model, "--port", str(free_port()))
+    argv = ["prlimit", f"--nofile={files}:{files}", sys.executable, "-m", "plugin", *words]
+    env = {**os.environ, "QUICKTHAW_HOME": str(rig.home), **rig.watch.environment}
+    result = subprocess.run(argv, env=env, cwd=REPO, capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 1
+    assert "ulimit -n" in only_line(result, "open-files")
+
+
+def test_few_open_files_are_enough_if_the_limit_can_be_raised(rig):
+    argv = ["prlimit", "--nofile=40:4096", sys.executable, "-m", "plugin", "restore", "nope"]
+    env = {**os.environ, "QUICKTHAW_HOME": str(rig.home), **rig.watch.environment}
+    result = subprocess.run(argv, env=env, cwd=REPO, capture_output=True, text=True, timeout=60, check=False)
+    assert "snapshot-not-found" in only_line(result, "snapshot-not-found")
+
+
+@pytest.mark.parametrize(("mode", "what"), [(0o777, "replace"), (0o750, "list"), (0o700, None)])
+def test_a_state_folder_that_others_can_enter_is_named(rig, mode, what):
+    rig.home.chmod(mode)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        result = rig("launch", "vllm", "--model", rig.model, "--host", "127.0.0.1", "--port", port)
+    assert result.returncode == 2 and "another process listens there" in only_line(result, "port-in-use")
+    if what is None:
+        assert "state-folder-open" not in result.stderr
+    else:
+        line = only_line(result, "state-folder-open")
+        assert f"can {what} its files; chmod 700 {rig.home}" in line

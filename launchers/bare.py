@@ -99,7 +99,10 @@ class BareProcess:
             raise
         if others:
             sock.close()
-            text = f"engine-port-taken: user {min(others)} listens at port {port}, which was chosen for the engine; no request is sent there; start again, which chooses another"
+            text = (
+                f"engine-port-taken: user {min(others)} listens at port {port}, which was chosen for the engine; "
+                "no request is sent there; start again, which chooses another"
+            )
             if not self._warned:
                 self._warned = True
                 log.warning("%s", text)

@@ -141,7 +141,7 @@ def chat(port: int, model: str, timeout_s: float) -> tuple[str, float, float]:
 
 
 @click.command(context_settings=PASS_THROUGH)
-@click.option("--engine", type=click.Choice(["vllm", "sglang"]), default="vllm", show_default=True)
+@option("--engine", type=click.Choice(list(ENGINES)), default="vllm", help="Which engine to show.")
 @click.option(
     "--keep", is_flag=True, help="Keep the snapshot, so that `quickthaw launch --snapshot-name demo-…` restores it."
 )

@@ -388,7 +388,9 @@ def test_a_port_in_use_is_one_line():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         arguments = ["--upstream", "http://127.0.0.1:1", "--listen", f"127.0.0.1:{taken.getsockname()[1]}"]
         result = CliRunner().invoke(entry, arguments)
-    assert result.exit_code == 1 and "in use" in result.output
+    assert (
+        result.exit_code == 1 and "port-in-use: " in result.output and "another process listens there" in result.output
+    )
 
 
 def test_how_long_an_answer_may_take_is_set_for_all_and_for_each_model(tmp_path):

@@ -21,9 +21,11 @@ from typing import Any
 
 import click
 
+from launchers import ENGINES
 from plugin.bench import client as measure
 from plugin.bench.presets import preset
 from plugin.launch import PASS_THROUGH
+from plugin.options import option
 from plugin.runtime.home import state_home
 
 ASK = "Which city is the capital of France? Answer in one sentence."
@@ -142,7 +144,7 @@ def chat(port: int, model: str, timeout_s: float) -> tuple[str, float, float]:
 
 @click.command(context_settings=PASS_THROUGH)
 @option("--engine", type=click.Choice(list(ENGINES)), default="vllm", help="Which engine to show.")
-@click.option(
+@option(
     "--keep", is_flag=True, help="Keep the snapshot, so that `quickthaw launch --snapshot-name demo-…` restores it."
 )
 def demo(engine: str, keep: bool) -> int:

@@ -45,8 +45,8 @@ from launchers.base import ENGINE_SITE  # noqa: E402
 from launchers.client import Client  # noqa: E402
 from launchers.engine_site import engine_site  # noqa: E402
 from plugin.runtime.config import state_home  # noqa: E402
-from plugin.runtime.engine_output import Output  # noqa: E402
-from plugin.runtime.paging import map_pages  # noqa: E402
+from plugin.runtime.steps.engine_output import Output  # noqa: E402
+from plugin.runtime.steps.paging import map_pages  # noqa: E402
 
 WAYS = ("plain", "criu-lazy", "copied", "ours")
 

@@ -176,9 +176,9 @@ def _in_one_line(error: click.ClickException) -> str:
 def _io_failed(error: OSError) -> int:
     """Print an OSError and return the exit code. A reader that has closed the pipe is no failure."""
     if error.errno == errno.EMFILE:
-        from plugin.proxy.limits import too_few
+        from plugin.proxy.limits import TooFewFiles
 
-        return _fail(str(too_few()), EXIT_FAILED)
+        return _fail(coded(TooFewFiles()), EXIT_FAILED)
     frames = traceback.extract_tb(error.__traceback__)
     if error.filename is None and frames[-1].name in ("echo", "run"):  # click.echo, or the flush above
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter flushes again when it exits

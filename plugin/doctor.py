@@ -68,7 +68,7 @@ def _sandbox() -> Finding:
     from checkpoint.sandbox.privileges import Privileges
     from checkpoint.sandbox.sandbox import Sandbox
     from plugin.runtime.capabilities import judge
-    from plugin.runtime.trial import sandbox_reason
+    from plugin.runtime.steps.trial import sandbox_reason
 
     if judge(Privileges.here()).sandbox:
         return Finding("sandbox", "off", "not tried", "see privileges above")
@@ -92,12 +92,12 @@ def _criu() -> Finding:
 
 
 def _roundtrip() -> Finding:
-    """Dump and restore a small process for real, as a host's first cold start does (plugin.runtime.trial)."""
+    """Dump and restore a small process for real, as a host's first cold start does (plugin.runtime.steps.trial)."""
     from checkpoint.criu.binary import Criu
     from checkpoint.errors import CheckpointError
     from checkpoint.sandbox.privileges import Privileges
-    from plugin.runtime import trial
     from plugin.runtime.capabilities import judge
+    from plugin.runtime.steps import trial
 
     if judge(Privileges.here()).snapshots:
         return Finding("dump and restore", "off", "not tried", "see privileges above")

@@ -60,7 +60,7 @@ def restore(snapshot: str, **options: Any) -> int:
     from launchers.base import EngineCommand
     from plugin.runtime.config import LaunchSettings, state_home
     from plugin.runtime.launcher import launch
-    from plugin.runtime.snapshot_fetch import manifest_of
+    from plugin.runtime.steps.snapshot_fetch import manifest_of
 
     start_log(options)
     home = state_home()

@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import resource
 
-from launchers.errors import LauncherError
-
 _WANTED = 65535  # the limit that vLLM and SGLang set for themselves
 LEAST_FILES, LEAST_FILES_WITH_ENGINE = 64, 256
 """Open files that a proxy needs for a few clients, and that a launch needs besides: pipes, the sandbox, the page server."""
@@ -17,23 +15,26 @@ host lacks the replica's address family.
 """
 
 
-def too_few() -> LauncherError:
-    """Return the error of a limit on open files that is too low, with the remedy."""
-    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return LauncherError(
-        "open-files",
-        f"this process may open {files} files, which is too few; "
-        "raise the limit: ulimit -n 65535, LimitNOFILE= of systemd, --ulimit nofile= of a container",
-    )
+class TooFewFiles(Exception):
+    """The limit on open files is too low."""
+
+    code = "open-files"
+
+    def __init__(self) -> None:
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        super().__init__(
+            f"this process may open {files} files, which is too few; "
+            "raise the limit: ulimit -n 65535, LimitNOFILE= of systemd, --ulimit nofile= of a container"
+        )
 
 
 def require_files(least: int) -> None:
-    """Raise the soft limit on open files to `least` if it is lower. Raises LauncherError (open-files) if it cannot be raised."""
+    """Raise the soft limit on open files to `least` if it is lower. Raises TooFewFiles if it cannot be raised."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= least:
         return
     if hard != resource.RLIM_INFINITY and hard < least:
-        raise too_few()
+        raise TooFewFiles
     resource.setrlimit(resource.RLIMIT_NOFILE, (least, hard))
 
 

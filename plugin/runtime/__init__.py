@@ -1,5 +1,4 @@
 """Run a launch.
 
-`launcher` owns it, `replica` drives one engine through its phases; `restore_snapshot`, `cold_start` and `take_snapshot`
-are its longest steps.
+`launcher` owns it, `replica` drives one engine through its phases, `steps` holds what a start does.
 """

@@ -1,7 +1,7 @@
 """Detect which capabilities this host has, in a few system calls, and log once which are off.
 
 A missing capability never stops a launch (unless `--strict`): the engine starts as it would alone, with the remaining
-ones. What only shows in use is tested during a cold start (plugin.runtime.trial).
+ones. What only shows in use is tested during a cold start (plugin.runtime.steps.trial).
 """
 
 from __future__ import annotations

@@ -26,11 +26,11 @@ from plugin.runtime.capabilities import Layers, detect
 from plugin.runtime.config import LaunchSettings
 from plugin.runtime.home import exposed, unusable
 from plugin.runtime.listening import announcement, bind
-from plugin.runtime.model_mount import Weights
 from plugin.runtime.phases import Phase, PhaseTracker
 from plugin.runtime.replica import SERVES, Replica
 from plugin.runtime.restore_limit import Turns
 from plugin.runtime.signals import stopping
+from plugin.runtime.steps.model_mount import Weights
 
 if TYPE_CHECKING:
     import asyncio

@@ -29,15 +29,15 @@ from checkpoint.snapshot.manifest import Snapshot
 from launchers.base import Engine
 from launchers.errors import EngineFailed, LauncherError
 from launchers.given_options import given_options, last
-from plugin.runtime import restore_snapshot, take_snapshot
 from plugin.runtime.capabilities import Layers
 from plugin.runtime.config import LaunchSettings
-from plugin.runtime.engine_process import Running
 from plugin.runtime.home import unusable
-from plugin.runtime.model_mount import Weights
-from plugin.runtime.paging import PageFollower
 from plugin.runtime.phases import Phase, PhaseTracker, Span
-from plugin.runtime.snapshot_fetch import Fetching
+from plugin.runtime.steps import restore_snapshot, take_snapshot
+from plugin.runtime.steps.engine_process import Running
+from plugin.runtime.steps.model_mount import Weights
+from plugin.runtime.steps.paging import PageFollower
+from plugin.runtime.steps.snapshot_fetch import Fetching
 
 if TYPE_CHECKING:
     from checkpoint.compatibility.check import Here
@@ -156,7 +156,7 @@ class Replica:
                 self.layers.snapshots or f"snapshot {self.settings.name} is in quarantine; see snapshot inspect",
             )
         if self.settings.use_snapshot and not self.layers.snapshots and not self.settings.name and self.refused is None:
-            from plugin.runtime import compatibility
+            from plugin.runtime.steps import compatibility
 
             compatibility.explain(self.library, self.snapshot_name, self.identity)
         self._cold()
@@ -224,14 +224,14 @@ class Replica:
     def identity(self) -> Here:
         """Return the identity of this launch, used to select and check a snapshot."""
         if self._identity is None:
-            from plugin.runtime import compatibility
+            from plugin.runtime.steps import compatibility
 
             self._identity = compatibility.gather(self.settings, self.weights, self.criu)
         return self._identity
 
     def check_identity(self, snapshot: Snapshot) -> IdentityRecord:
         """Return the snapshot's identity. Raises Incompatible when it may not be restored here."""
-        from plugin.runtime import compatibility
+        from plugin.runtime.steps import compatibility
 
         return compatibility.check(snapshot, self.identity, self.settings, self.weights)
 
@@ -370,7 +370,7 @@ class Replica:
     # Cold start
 
     def _cold(self) -> None:
-        from plugin.runtime.cold_start import ModelLost
+        from plugin.runtime.steps.cold_start import ModelLost
 
         try:
             self._cold_once()
@@ -383,7 +383,7 @@ class Replica:
             self._cold()
 
     def _cold_once(self) -> None:
-        from plugin.runtime import cold_start
+        from plugin.runtime.steps import cold_start
 
         speculative.discard()
         prestart.settled()

@@ -55,7 +55,7 @@ def _begin(url: str, name: str) -> None:
     from checkpoint.errors import CheckpointError
     from checkpoint.snapshot.library import Library
     from plugin.runtime.home import state_home
-    from plugin.runtime.snapshot_fetch import manifest_of
+    from plugin.runtime.steps.snapshot_fetch import manifest_of
 
     with contextlib.suppress(CheckpointError):  # the code that needs the snapshot retries and reports the error
         manifest_of(Library(state_home()), url, name, ())

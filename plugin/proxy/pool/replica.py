@@ -64,7 +64,7 @@ class Replica:
         self.last_byte = 0.0
         """When it last sent anything (monotonic seconds)."""
         self.pages: Callable[[], dict[str, float]] = dict
-        """Returns its page servers' totals so far (plugin.runtime.paging); empty if it never had one."""
+        """Returns its page servers' totals so far (plugin.runtime.steps.paging); empty if it never had one."""
         self._phases: list[Phase] = []
         self._began = time.monotonic()
         self._skip = 0

@@ -29,8 +29,8 @@ from lazyfs.stores.base import MOST_BYTES
 from lazyfs.stores.http import WebStore
 from lazyfs.stores.local import LocalStore
 from lazyfs.stores.urls import normal_url, shown_url
-from plugin.runtime.compile_cache import CompileCache
-from plugin.runtime.snapshot_fetch import Fetching
+from plugin.runtime.steps.compile_cache import CompileCache
+from plugin.runtime.steps.snapshot_fetch import Fetching
 
 pytestmark = pytest.mark.t0
 D = "a" * 64

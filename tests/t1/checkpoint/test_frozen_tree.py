@@ -18,7 +18,7 @@ from checkpoint.snapshot.library import Library
 from checkpoint.snapshot.restore import Cancellation, LazyRestore, restore
 from launchers import control
 from plugin.runtime.config import state_home
-from plugin.runtime.engine_output import Output
+from plugin.runtime.steps.engine_output import Output
 from tests.kits.checkpoint_kit import draft, inside, wait_for
 from tests.kits.leftovers import Watch
 

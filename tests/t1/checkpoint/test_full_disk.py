@@ -18,7 +18,7 @@ from checkpoint.lazy_pages.residency import ResidencyBitmap
 from checkpoint.snapshot import digests, speculative
 from checkpoint.snapshot.library import Library
 from checkpoint.store.archive import open_chunks, pull, push
-from plugin.runtime.compile_cache import CompileCache
+from plugin.runtime.steps.compile_cache import CompileCache
 
 pytestmark = pytest.mark.t1
 REPO = Path(__file__).parents[3]

@@ -22,7 +22,7 @@ from checkpoint.snapshot.dump import take
 from checkpoint.snapshot.library import Library
 from checkpoint.snapshot.restore import restore
 from plugin.runtime.config import state_home
-from plugin.runtime.engine_output import Output
+from plugin.runtime.steps.engine_output import Output
 from tests.kits.checkpoint_kit import draft
 from tests.kits.cuda_double import GPU0, Double, write
 from tests.kits.leftovers import Watch

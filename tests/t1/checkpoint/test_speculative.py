@@ -25,7 +25,7 @@ from checkpoint.snapshot.library import Library
 from checkpoint.snapshot.manifest import Snapshot
 from checkpoint.snapshot.restore import LazyRestore, Restored, restore
 from plugin.runtime.config import state_home
-from plugin.runtime.engine_output import Output
+from plugin.runtime.steps.engine_output import Output
 from tests.kits.checkpoint_kit import draft, inside, wait_for
 
 pytestmark = [pytest.mark.t1, pytest.mark.slow, pytest.mark.xdist_group("criu")]

@@ -19,7 +19,7 @@ from checkpoint.errors import Busy, Failed, NotFound
 from checkpoint.snapshot import speculative
 from checkpoint.snapshot.library import Library
 from checkpoint.store.remote_restore import ArrivingLibrary
-from plugin.runtime.snapshot_fetch import Fetching
+from plugin.runtime.steps.snapshot_fetch import Fetching
 
 pytestmark = pytest.mark.t0
 

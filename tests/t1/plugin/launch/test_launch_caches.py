@@ -107,7 +107,7 @@ def test_code_compiled_for_other_arguments_or_threads_is_not_fetched(launch_rig,
 
 
 def test_a_store_that_stalls_is_waited_for_only_so_long(tmp_path, caplog):
-    from plugin.runtime.compile_cache import CompileCache
+    from plugin.runtime.steps.compile_cache import CompileCache
 
     held = threading.Event()
 

@@ -17,9 +17,9 @@ from checkpoint.compatibility.gpu import Gpu
 from checkpoint.criu.binary import Criu
 from plugin.runtime.capabilities import Layers
 from plugin.runtime.config import LaunchSettings, state_home
-from plugin.runtime.model_mount import Weights
 from plugin.runtime.phases import Phase, PhaseTracker
 from plugin.runtime.replica import Replica
+from plugin.runtime.steps.model_mount import Weights
 from tests.kits.cuda_double import GPU0, TOTAL, Double, wait_until, write
 
 pytestmark = [pytest.mark.t1, pytest.mark.xdist_group("launch"), pytest.mark.slow]

@@ -10,8 +10,8 @@ import launchers
 from lazyfs.api import find_mount
 from lazyfs.mount import kernel
 from plugin.records import restore_rates
-from plugin.runtime import model_mount, take_snapshot
 from plugin.runtime.config import LaunchSettings
+from plugin.runtime.steps import model_mount, take_snapshot
 
 pytestmark = [pytest.mark.t1]
 GB = 1_000_000_000

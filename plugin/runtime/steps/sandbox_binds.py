@@ -12,7 +12,7 @@ from launchers.engine_site import engine_site
 
 if TYPE_CHECKING:
     from plugin.runtime.config import LaunchSettings
-    from plugin.runtime.model_mount import Weights
+    from plugin.runtime.steps.model_mount import Weights
 
 
 def compile_cache(settings: LaunchSettings) -> Path:
@@ -30,7 +30,7 @@ def binds(settings: LaunchSettings, weights: Weights, mounted: Path | None, plac
     """
     found = [
         Bind(compile_cache(settings), Path(CACHE_DIR), read_only=False),
-        Bind(engine_site(settings.home, Path(__file__).parents[1] / "engine"), Path(ENGINE_SITE)),
+        Bind(engine_site(settings.home, Path(__file__).parents[2] / "engine"), Path(ENGINE_SITE)),
     ]
     if mounted:
         found.append(Bind(mounted, Path(place)))

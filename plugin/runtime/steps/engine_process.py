@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from checkpoint.snapshot.restore import Restored
     from launchers.bare import BareProcess
     from launchers.base import EngineCommand
-    from plugin.runtime.engine_output import Output
+    from plugin.runtime.steps.engine_output import Output
 
 
 def client_of(place: Sandbox | BareProcess, port: int, command: EngineCommand) -> Client:

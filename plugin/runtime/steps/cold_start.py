@@ -14,16 +14,16 @@ from launchers.bare import BareProcess, free_port
 from launchers.base import ENGINE_SITE, INNER_PORT, Probe
 from launchers.engine_site import engine_site
 from launchers.errors import EngineDied, LauncherError
-from plugin.runtime import take_snapshot
-from plugin.runtime.engine_output import Output
-from plugin.runtime.engine_process import Running, client_of
 from plugin.runtime.home import unusable
-from plugin.runtime.sandbox_binds import binds, compile_cache
-from plugin.runtime.trial import sandbox_reason
+from plugin.runtime.steps import take_snapshot
+from plugin.runtime.steps.engine_output import Output
+from plugin.runtime.steps.engine_process import Running, client_of
+from plugin.runtime.steps.sandbox_binds import binds, compile_cache
+from plugin.runtime.steps.trial import sandbox_reason
 
 if TYPE_CHECKING:
-    from plugin.runtime.compile_cache import CompileCache
-    from plugin.runtime.context import StartContext
+    from plugin.runtime.steps.compile_cache import CompileCache
+    from plugin.runtime.steps.context import StartContext
 
 log = logging.getLogger("quickthaw")
 
@@ -115,7 +115,7 @@ def _folders(replica: StartContext) -> tuple[str, str]:
     if unusable(replica.settings.home):
         return "", ""
     try:
-        return str(engine_site(replica.settings.home, Path(__file__).parents[1] / "engine")), str(
+        return str(engine_site(replica.settings.home, Path(__file__).parents[2] / "engine")), str(
             compile_cache(replica.settings)
         )
     except OSError as error:
@@ -133,7 +133,7 @@ def kept_cache(replica: StartContext) -> CompileCache | None:
     except CheckpointError as error:
         log.warning("compile cache not used: %s", error)
         return None
-    from plugin.runtime.compile_cache import CompileCache
+    from plugin.runtime.steps.compile_cache import CompileCache
 
     keys, sign_key = replica.settings.trust_keys, replica.settings.sign_key
     return CompileCache(compile_cache(replica.settings), url, name, keys, sign_key)

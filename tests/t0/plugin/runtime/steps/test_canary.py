@@ -9,7 +9,7 @@ import pytest
 from checkpoint.errors import Integrity
 from launchers.client import Client
 from plugin.runtime.phases import Phase, PhaseTracker
-from plugin.runtime.restore_snapshot import check_canary
+from plugin.runtime.steps.restore_snapshot import check_canary
 
 pytestmark = pytest.mark.t0
 RIGHT, WRONG = [1, 2], [1, 3]

@@ -15,7 +15,7 @@ import pytest
 from checkpoint.compatibility import model_files
 from checkpoint.compatibility.model_files import ModelFiles
 from checkpoint.errors import Incompatible
-from plugin.runtime.model_mount import Weights
+from plugin.runtime.steps.model_mount import Weights
 
 pytestmark = pytest.mark.t0
 

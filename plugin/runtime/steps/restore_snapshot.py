@@ -18,17 +18,17 @@ from checkpoint.snapshot import restore, speculative
 from launchers import control
 from launchers.errors import LauncherError
 from plugin.records import restore_rates
-from plugin.runtime.engine_output import Output
-from plugin.runtime.engine_process import Running, client_of
-from plugin.runtime.model_mount import model_place
 from plugin.runtime.phases import Phase
-from plugin.runtime.sandbox_binds import binds, compile_cache
+from plugin.runtime.steps.engine_output import Output
+from plugin.runtime.steps.engine_process import Running, client_of
+from plugin.runtime.steps.model_mount import model_place
+from plugin.runtime.steps.sandbox_binds import binds, compile_cache
 
 if TYPE_CHECKING:
     from checkpoint.compatibility.check import Identity as IdentityRecord
     from checkpoint.sandbox.sandbox import Sandbox
     from checkpoint.snapshot.manifest import Snapshot
-    from plugin.runtime.context import RestoreContext
+    from plugin.runtime.steps.context import RestoreContext
 
 log = logging.getLogger("quickthaw")
 

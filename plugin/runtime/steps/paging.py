@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from checkpoint.lazy_pages.client import PageServer
     from checkpoint.snapshot.library import Library
     from checkpoint.snapshot.manifest import Snapshot
-    from plugin.runtime.snapshot_fetch import Fetching
+    from plugin.runtime.steps.snapshot_fetch import Fetching
 
 log = logging.getLogger("quickthaw")
 FIRST_ANSWER_WAIT_S = 2.0

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from checkpoint.snapshot.library import Library
     from checkpoint.snapshot.manifest import Snapshot
     from plugin.runtime.config import LaunchSettings
-    from plugin.runtime.model_mount import Weights
+    from plugin.runtime.steps.model_mount import Weights
 
 log = logging.getLogger("quickthaw")
 

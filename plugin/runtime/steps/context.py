@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from launchers.base import Engine, EngineCommand
     from plugin.runtime.capabilities import Layers
     from plugin.runtime.config import LaunchSettings
-    from plugin.runtime.engine_process import Running
-    from plugin.runtime.model_mount import Weights
-    from plugin.runtime.paging import PageFollower
     from plugin.runtime.phases import PhaseTracker, Span
-    from plugin.runtime.snapshot_fetch import Fetching
+    from plugin.runtime.steps.engine_process import Running
+    from plugin.runtime.steps.model_mount import Weights
+    from plugin.runtime.steps.paging import PageFollower
+    from plugin.runtime.steps.snapshot_fetch import Fetching
 
 
 class StartContext(Protocol):

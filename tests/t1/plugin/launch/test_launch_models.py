@@ -93,11 +93,11 @@ def test_another_gguf_file_at_the_same_path_is_another_model(rig):
     if rig.engine == "vllm":
         pytest.skip("the same code for both engines")
     model, _ = gguf(rig)
-    answer = rig.take("--name", "gguf", model=model)
+    answer = rig.take("--snapshot-name", "gguf", model=model)
     data = bytearray(model.read_bytes())
     data[-1] ^= 255
     model.write_bytes(data)
-    with rig.running("--name", "gguf", "--no-snapshot", model=model) as started:
+    with rig.running("--snapshot-name", "gguf", "--no-snapshot", model=model) as started:
         assert started.ask() != answer
         assert "model-differs" in started.text()
 

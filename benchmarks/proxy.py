@@ -214,6 +214,10 @@ def wait_port(port: int, process: subprocess.Popen[bytes], limit_s: float, path:
     raise TimeoutError(f"nothing listens on {port} after {limit_s:g} s")
 
 
+PIDS: dict[int, int] = {}
+"""The process that serves each port."""
+
+
 @contextmanager
 def running(
     arguments: list[str], port: int, *, limit_s: float = 20, path: str | None = None, **env: str
@@ -226,6 +230,7 @@ def running(
             except (RuntimeError, TimeoutError) as exc:
                 log.seek(0)
                 raise RuntimeError(f"{exc}: {log.read()[-500:].decode('utf-8', 'replace')}") from exc
+            PIDS[port] = process.pid
             yield process
         finally:
             with contextlib.suppress(ProcessLookupError):
@@ -342,12 +347,16 @@ def latency_part(ports: Ports, peer: Ports, quick: bool) -> tuple[dict[str, Any]
 def throughput_part(ports: Ports, peer: Ports, quick: bool) -> tuple[dict[str, Any], list[bool]]:
     """Closed loop at rising concurrency."""
     levels = (1, 16, 64, 256)
-    got = {n: [throughput(port, c, 2 if quick else 4) for c in levels] for n, port in (ports | peer).items()}
+    seconds = 2 if quick else 4
+    got = {n: [throughput(p, PIDS[p], c, seconds) for c in levels] for n, p in (ports | peer).items()}
     rows = [["requests a second (p99 ms), one worker", *(f"{c} clients" for c in levels)]]
     for name, series in got.items():
         cells = [f"{r['requests_per_s']:,.0f} ({r['p99_ms']:.1f})" + ("!" if r["errors"] else "") for r in series]
         rows.append([name, *cells])
     table("Throughput, closed loop, small JSON ('!': some failed)", rows)
+    rows = [["processor time for a request, microseconds", *(f"{c} clients" for c in levels)]]
+    rows += [[name, *(f"{r['cpu_us']:.0f}" for r in series)] for name, series in got.items()]
+    table("Processor time of the proxy alone, which a busy machine changes least", rows)
     met = [
         verdict("throughput", max(r["requests_per_s"] for r in got["quickthaw"]), 1800, "requests/s", least=True),
         verdict("failed", sum(r["errors"] for r in got["quickthaw"]), 0, "requests"),

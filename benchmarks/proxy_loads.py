@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import statistics
 import subprocess
@@ -88,7 +89,15 @@ async def latency(ports: dict[str, int], rate: float, seconds: float) -> dict[st
     return out
 
 
-def throughput(port: int, connections: int, seconds: float) -> dict[str, Any]:
+def cpu_s(pid: int) -> float:
+    """Processor time of a process and its children so far, in seconds."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK") + sum(cpu_s(int(child)) for child in children)
+
+
+def throughput(port: int, pid: int, connections: int, seconds: float) -> dict[str, Any]:
+    """Requests a second in a closed loop of `connections` clients, and the processor time that process `pid` took for each."""
     with tempfile.NamedTemporaryFile("w", suffix=".lua") as script:
         script.write(
             'wrk.method="POST"; wrk.headers["Content-Type"]="application/json"; '
@@ -100,9 +109,16 @@ def throughput(port: int, connections: int, seconds: float) -> dict[str, Any]:
         script.flush()
         url = f"http://127.0.0.1:{port}/v1/chat/completions"
         arguments = ["wrk", "-t1", f"-c{connections}", f"-d{seconds:g}", "-s", script.name, url]
+        before = cpu_s(pid)
         text = subprocess.run(arguments, capture_output=True, text=True, check=True, timeout=60 + seconds).stdout
     rate, p99, errors = text.strip().rsplit("\n", 1)[-1].split()
-    return {"connections": connections, "requests_per_s": float(rate), "p99_ms": float(p99), "errors": int(errors)}
+    return {
+        "connections": connections,
+        "requests_per_s": float(rate),
+        "p99_ms": float(p99),
+        "errors": int(errors),
+        "cpu_us": 1e6 * (cpu_s(pid) - before) / max(1.0, float(rate) * seconds),
+    }
 
 
 async def streams(port: int, count: int, tokens: int) -> dict[str, Any]:

@@ -5,8 +5,6 @@ and `HoldMiddleware`. What it shares with the port is tested in `test_proxy_hold
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import os
 from contextlib import asynccontextmanager
 
 import pytest
@@ -95,95 +93,6 @@ def test_without_a_lifespan_the_first_request_begins_the_proxy():
             rig.add("a", up.port)
             assert (await rig.get("/llm/x")).json()["target"] == "/x"
             await rig.server.shutdown(0.02)
-
-    run(main())
-
-
-@pytest.mark.parametrize("size", [0, 1, 3_000_000])
-def test_bodies_pass_both_ways_unchanged(size):
-    async def echo(up: Upstream, seen: Seen, reader, writer) -> bool:
-        writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
-        for at in range(0, len(seen.body), 100_000):
-            part = seen.body[at : at + 100_000]
-            writer.write(b"%x\r\n%b\r\n" % (len(part), part))
-        writer.write(b"0\r\nX-Sum: 7\r\n\r\n")
-        return True
-
-    async def main():
-        body = os.urandom(size)
-        async with upstream(echo) as up, asgi_proxy() as rig:
-            rig.add("a", up.port)
-            assert (await rig.get("/", method="POST", body=body)).body == body
-            chunked = b"".join(
-                b"%x\r\n%b\r\n" % (len(p), p) for at in range(0, size, 70_000) if (p := body[at : at + 70_000])
-            )
-            head = b"POST / HTTP/1.1\r\nHost: t\r\nTransfer-Encoding: chunked\r\n\r\n"
-            reader, writer = await asyncio.open_connection("127.0.0.1", rig.port)
-            writer.write(head + chunked + b"0\r\n\r\n")
-            async with asyncio.timeout(LIMIT_S):
-                got = await read_answer(reader)
-            assert got.whole and got.body == body and [s.body for s in up.seen] == [body, body]
-            writer.close()
-
-    run(main())
-
-
-def test_events_pass_one_by_one_and_a_slow_client_pauses_the_replica():
-    sent = 0
-
-    async def flood(up: Upstream, seen: Seen, reader, writer) -> bool:
-        nonlocal sent
-        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % (64 << 20))
-        for _ in range(64):
-            writer.write(bytes(1 << 20))
-            await writer.drain()
-            sent += 1
-        return True
-
-    async def main():
-        async with upstream(flood) as up, asgi_proxy() as rig:
-            rig.add("a", up.port)
-            reader, writer = await asyncio.open_connection("127.0.0.1", rig.port, limit=1 << 16)
-            writer.write(b"GET / HTTP/1.1\r\nHost: t\r\n\r\n")
-            await reader.readuntil(b"\r\n\r\n")
-            last = -1
-            while last != sent:  # until it has stopped by itself
-                last = sent
-                await asyncio.sleep(0.3)
-            assert sent < 48, "the replica went on although nobody read"
-            digest, total = hashlib.sha256(), 0
-            async with asyncio.timeout(LIMIT_S):
-                while total < 64 << 20:
-                    data = await reader.read(1 << 20)
-                    digest.update(data)
-                    total += len(data)
-            assert digest.digest() == hashlib.sha256(bytes(64 << 20)).digest()
-            writer.close()
-
-    run(main())
-
-
-def test_the_client_goes_and_its_request_upstream_ends():
-    async def endless(up: Upstream, seen: Seen, reader, writer) -> bool:
-        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")
-        writer.write(b"5\r\nhello\r\n")
-        await writer.drain()
-        await reader.read(1)
-        seen.gone = True
-        return False
-
-    async def main():
-        async with upstream(endless) as up, asgi_proxy() as rig:
-            replica = rig.add("a", up.port)
-            for _ in range(10):
-                reader, writer = await asyncio.open_connection("127.0.0.1", rig.port)
-                writer.write(b"GET / HTTP/1.1\r\nHost: t\r\n\r\n")
-                await reader.readuntil(b"hello")
-                writer.transport.abort()
-                await until(lambda: up.seen[-1].gone, "the replica to see its client go")
-            await until(lambda: rig.server.stats.outcomes["client-gone"] == 10)
-            assert rig.pool.outstanding == 0 and replica.served == 10
-            await until(lambda: not rig.server.clients)
 
     run(main())
 

@@ -257,7 +257,7 @@ serving = (
         callback=_check_token,
         old=["--token"],
         show_default="none; they answer clients of this host only",
-        help="Bearer token that status, metrics and the admin page require.",
+        help="Token that status, metrics and the admin page require: a bearer token, or signed in with in a browser.",
     ),
     option(
         "--admin-prefix",

@@ -146,6 +146,7 @@ async def _serve(options: dict[str, Any], settings: Settings) -> None:
     from plugin.proxy.endpoints.endpoint import Endpoint, EndpointSpec
     from plugin.proxy.http.address import from_url
     from plugin.proxy.limits import raise_files
+    from plugin.proxy.pool.facts import Facts
     from plugin.proxy.pool.pool import ReplicaPool
     from plugin.proxy.pool.router import Router
     from plugin.proxy.server import ProxyServer
@@ -175,6 +176,7 @@ async def _serve(options: dict[str, Any], settings: Settings) -> None:
                 ready_model=options["ready_model"],
                 wake_limit_s=options["wake_timeout"],
                 idle_timeout_s=options["idle_timeout"] or None,
+                facts=Facts(model=options["ready_model"] or ""),
             )
             owner = Endpoint("default", spec)
             target = owner.pool

@@ -16,7 +16,7 @@ import logging
 import socket
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from plugin.proxy.admin.stats import Stats
 from plugin.proxy.errors import ClientFault, ProxyError, Unavailable, UpstreamFault
@@ -30,6 +30,9 @@ from plugin.proxy.limits import most_clients
 from plugin.proxy.pool.pool import ReplicaPool
 from plugin.proxy.pool.router import Router, SinglePool
 from plugin.proxy.settings import Settings
+
+if TYPE_CHECKING:
+    from plugin.proxy.admin.access import Sessions
 
 log = logging.getLogger("quickthaw.proxy")
 
@@ -55,6 +58,8 @@ class Proxy:
             self.settings.allowed_paths,
         )
         self.pages_app: Any = None
+        self.sessions: Sessions | None = None
+        self.listens_at = ""
         self.gather: Callable[[], Awaitable[dict[str, Any]]] | None = None
         """Set in a worker of several: returns the combined document of all workers."""
         self._single = target if isinstance(target, ReplicaPool) else None
@@ -69,7 +74,7 @@ class Proxy:
             return await self.gather()
         from plugin.proxy.admin.endpoints import status_document
 
-        return status_document(self)
+        return await status_document(self)
 
     @property
     def begun(self) -> bool:
@@ -299,7 +304,10 @@ class ProxyServer(Proxy):
 
     async def start(self, sock: socket.socket, *, admin_sock: socket.socket | None = None) -> None:
         """Accept clients on `sock` (bound and listening). `admin_sock`, if given, serves the admin endpoints on a port of their own."""
+        from plugin.runtime.listening import url
+
         self.begin()
+        self.listens_at = url(sock)
         await self._listen(sock, own_port=False)
         if admin_sock is not None:
             await self._listen(admin_sock, own_port=True)

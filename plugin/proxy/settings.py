@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 from plugin.proxy.http.path_rules import check_denied
 
@@ -17,9 +18,11 @@ class Settings:
     admin_prefix: str = "/-"
     """Path prefix of the admin endpoints; never forwarded, in any spelling."""
     admin_token: str | None = None
-    """If set, the admin endpoints (except `ready` and `live`) require `Authorization: Bearer …` or `?token=`. Otherwise
-    they answer clients of this host only, unless they have a port of their own.
+    """If set, the admin endpoints (except `ready` and `live`) require `Authorization: Bearer …`, or a session of a browser
+    that signed in with it. Otherwise they answer clients of this host only, unless they have a port of their own.
     """
+    session_key: str = field(default_factory=lambda: os.urandom(32).hex(), repr=False)
+    """Signs the sessions of browsers. All workers share it; a new proxy makes a new one, which ends all sessions."""
     admin_on_public_port: bool = True
     """False when the admin endpoints have a port of their own; the main port then answers 404 for them."""
     denied_paths: frozenset[str] = frozenset()

@@ -19,27 +19,25 @@ FILE = "lead-times.jsonl"
 KEPT = 200  # latest starts that are read
 
 
-def remember(settings: LaunchSettings, kind: str, seconds: float) -> None:
-    """Append one start (`cold` or `restored`, in seconds)."""
-    jsonl.append(
-        settings.home / FILE,
-        {
-            "model": settings.command.model,
-            "engine": settings.engine,
-            "kind": kind,
-            "seconds": round(seconds, 4),
-            "at": datetime.now(UTC).isoformat(timespec="seconds"),
-        },
-    )
+def remember(settings: LaunchSettings, kind: str, seconds: float, *, first: bool = False) -> None:
+    """Append one start (`cold` or `restored`, in seconds). `first`: a restore that recorded its working set meanwhile."""
+    entry = {
+        "model": settings.command.model,
+        "engine": settings.engine,
+        "kind": kind,
+        "seconds": round(seconds, 4),
+        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    jsonl.append(settings.home / FILE, entry | ({"first": True} if first else {}))
 
 
 def lead_times(settings: LaunchSettings) -> dict[str, list[float]]:
-    """Return the latest starts of this engine with this model, in seconds by kind."""
-    found: dict[str, list[float]] = {"cold": [], "restored": []}
+    """Return the latest starts of this engine with this model, in seconds by kind (the arguments of `History`)."""
+    found: dict[str, list[float]] = {"cold": [], "restored": [], "first_restore": []}
     for entry in jsonl.latest(settings.home / FILE, KEPT):
         try:
             if entry["engine"] == settings.engine and entry["model"] == settings.command.model:
-                found[entry["kind"]].append(float(entry["seconds"]))
+                found["first_restore" if entry.get("first") else entry["kind"]].append(float(entry["seconds"]))
         except (ValueError, KeyError, TypeError):
             continue  # written by another version
     return found

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from checkpoint.errors import CheckpointError
@@ -286,9 +287,11 @@ class Launch:
         from plugin.proxy.limits import raise_files
         from plugin.proxy.pool.pool import ReplicaPool
         from plugin.proxy.pool.silence import Silence
+        from plugin.proxy.pool.start_times import Kind
         from plugin.proxy.server import ProxyServer
         from plugin.proxy.settings import Settings
         from plugin.records.lead_times import history_for
+        from plugin.runtime.about import address, engine_pid, facts
 
         self._stop = stop = asyncio.Event()
         self._loop = loop = asyncio.get_running_loop()
@@ -301,12 +304,16 @@ class Launch:
             idle_timeout_s=self.settings.idle_timeout_s or None,
             speculative=True,
         )
+        pool.facts = partial(facts, self.replicas[0])
+        pool.next_kind = lambda: Kind.RESTORED if self.replicas[0].snapshot is not None else None
         for index, replica in enumerate(self.replicas):
             behind = pool.add(f"r{index}", replica.tracker, Upstream(self._connector(replica), f"r{index}"))
             replica.served = self._counter(behind)
             behind.pages_coming, behind.pages = replica.pages_coming, replica.page_counts
             behind.killed_because = replica.ended_for
             behind.stopped = replica.stopped
+            behind.records = partial(getattr, replica, "records")
+            behind.engine_pid, behind.address = partial(engine_pid, replica), partial(address, replica)
             behind.killed_when_silent = self.settings.silence_limit_s > 0
             replica.recall = self._recaller(pool, behind.name)
         if self.settings.silence_limit_s:
@@ -438,7 +445,7 @@ def _remember(settings: LaunchSettings, replica: Replica, seconds: float) -> Non
     """Add this start to the measured lead times, which the proxy's deadlines and the capacity plan use."""
     from plugin.records.lead_times import remember
 
-    remember(settings, "restored" if replica.restored else "cold", seconds)
+    remember(settings, "restored" if replica.restored else "cold", seconds, first=replica.restored and replica.records)
 
 
 def launch(settings: LaunchSettings, stdout: int | None = 1, stderr: int | None = 2) -> int:

@@ -39,7 +39,9 @@ def refused(host: str, port: int, error: OSError, remedy: str) -> str:
 
 
 def url(sock: socket.socket) -> str:
-    """Return the URL of a listening socket, with the port that the kernel chose for port 0."""
+    """Return the URL of a listening socket, with the port that the kernel chose for port 0, or `unix:` and its path."""
+    if sock.family == socket.AF_UNIX:
+        return f"unix:{sock.getsockname()}"
     host, port = sock.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 

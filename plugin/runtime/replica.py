@@ -104,6 +104,8 @@ class Replica:
         """What the engine was started with: the user's command plus, on a GPU, the arguments that `put_away` needs."""
         self.refused: Incompatible | None = None
         """Why the last restore was refused, if it was."""
+        self.records = False
+        """True if the last restore recorded the snapshot's working set."""
 
     # Starting
 
@@ -227,6 +229,11 @@ class Replica:
             from plugin.runtime.steps import compatibility
 
             self._identity = compatibility.gather(self.settings, self.weights, self.criu)
+        return self._identity
+
+    @property
+    def known_identity(self) -> Here | None:
+        """Return the identity of this launch if it has been computed by now."""
         return self._identity
 
     def check_identity(self, snapshot: Snapshot) -> IdentityRecord:

@@ -112,11 +112,11 @@ def model(folder: Path, seed: int = 1) -> Path:
     return folder
 
 
-def call(port, method, path, body=None, limit_s=60.0):
+def call(port, method, path, body=None, limit_s=60.0, **headers):
     """One request; status and decoded answer."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=limit_s)
     with contextlib.closing(connection):
-        connection.request(method, path, json.dumps(body) if body is not None else None)
+        connection.request(method, path, json.dumps(body) if body is not None else None, headers)
         response = connection.getresponse()
         data = response.read()
     try:

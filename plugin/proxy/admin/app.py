@@ -21,7 +21,13 @@ if TYPE_CHECKING:
 
 def build(server: StatusSource) -> Starlette:
     """Build the app for one server."""
-    page = resources.files("plugin.proxy.admin").joinpath("page.html").read_text("utf-8")
+    page, style, script = (
+        resources.files("plugin.proxy.admin").joinpath(name).read_text("utf-8")
+        for name in ("page.html", "page.css", "page.js")
+    )
+    page = page.replace("PAGE_CSS", style).replace("PAGE_JS", script)
+    page = page.replace("OWN_PREFIX", server.settings.admin_prefix)
+    page = page.replace("SIGN_IN", "true" if server.settings.admin_token is not None else "false")
 
     async def people(request: Request) -> Response:
         nonce = base64.b64encode(os.urandom(12)).decode()
@@ -32,8 +38,7 @@ def build(server: StatusSource) -> Starlette:
             "referrer-policy": "no-referrer",
             "x-content-type-options": "nosniff",
         }
-        html = page.replace("NONCE", nonce).replace("OWN_PREFIX", server.settings.admin_prefix)
-        return HTMLResponse(html, headers=headers)
+        return HTMLResponse(page.replace("NONCE", nonce), headers=headers)
 
     async def metrics(request: Request) -> Response:
         return Response(exposition(await server.document()), media_type=CONTENT_TYPE)

@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from plugin.proxy.http.request import Request
 
 
-async def serve_page(server: StatusSource, client: Client, request: Request, name: str) -> int:
-    """Answer one admin request through the app and return the status."""
+async def serve_page(
+    server: StatusSource, client: Client, request: Request, name: str, *, status: int | None = None
+) -> int:
+    """Answer one admin request through the app and return the status. `status` replaces the app's own."""
     if server.pages_app is None:
         module = await asyncio.to_thread(importlib.import_module, "plugin.proxy.admin.app")
         server.pages_app = module.build(server)
@@ -37,19 +39,20 @@ async def serve_page(server: StatusSource, client: Client, request: Request, nam
         "server": None,
     }
     scope["path"] = server.settings.admin_prefix + scope["path"]
-    status, headers, body = 500, list[tuple[bytes, bytes]](), b""
+    answered, headers, body = 500, list[tuple[bytes, bytes]](), b""
 
     async def receive() -> dict[str, Any]:
         return {"type": "http.request", "body": b"", "more_body": False}
 
     async def send(message: dict[str, Any]) -> None:
-        nonlocal status, headers, body
+        nonlocal answered, headers, body
         if message["type"] == "http.response.start":
-            status = message["status"]
+            answered = message["status"]
             headers = [(key, value) for key, value in message["headers"] if key != b"content-length"]
         else:
             body += message.get("body", b"")
 
     await server.pages_app(scope, receive, send)
+    status = answered if status is None else status
     client.respond(request, status, headers, body)
     return status

@@ -3,18 +3,24 @@
 A Starlette app, imported in a thread on first use, answers the rest (`bridge`).
 
 `live`: this process answers. `ready`: a request sent now is accepted, and will be held or answered. `ready?strict=1`: a
-replica answers it at once. `live` and `ready` are open to every client; the rest is restricted (`access`).
+replica answers it at once. `live` and `ready` are open to every client; the rest is restricted (`access`). `sign-in`
+and `sign-out` begin and end a browser's session. A browser that may not read the page gets it without data: it shows
+the sign-in form, or why the client is refused.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import socket
 import time
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs
 
-from plugin.proxy.admin.access import check_access
+from plugin.proxy.admin import costs
+from plugin.proxy.admin.access import Sessions, check_local
 from plugin.proxy.errors import ClientFault
+from plugin.proxy.pool.start_times import Kind
 from plugin.runtime.phases import Phase
 
 if TYPE_CHECKING:
@@ -24,6 +30,7 @@ if TYPE_CHECKING:
     from plugin.proxy.pool.pool import ReplicaPool
 
 _ALLOW = ((b"allow", b"GET, HEAD"),)
+_MAX_FORM = 4096
 _JSON = [(b"content-type", b"application/json"), (b"cache-control", b"no-store")]
 
 
@@ -31,9 +38,13 @@ def pool_document(pool: ReplicaPool) -> dict[str, Any]:
     """Return the state of one pool as plain data."""
     progress = pool.progress()
     left_s = round(progress.left_s, 3) if progress.started_here else None
-    failure = pool.waker.last_failure
+    failure, facts, refused_s = pool.waker.last_failure, pool.facts(), pool.waker.refused_for_s
     return {
         "name": pool.name,
+        "model": facts.model,
+        "engine": facts.engine,
+        "snapshot": {"name": facts.snapshot, "bytes": facts.snapshot_bytes or None} if facts.snapshot else None,
+        "gpus": list(facts.gpus),
         "ready": serves(pool),
         "held": pool.held,
         "outstanding": pool.outstanding,
@@ -42,6 +53,13 @@ def pool_document(pool: ReplicaPool) -> dict[str, Any]:
         "failed_starts": pool.waker.failed_starts,
         "idle_timeout_s": pool.idle_timeout_s,
         "idle_s": round(time.monotonic() - pool.last_active, 3),
+        "woken_by_requests": pool.waker.hook is not None and pool.started_here,
+        "refused_for_s": None if refused_s == math.inf else round(refused_s, 1),
+        "usual": {
+            kind: {"median_s": round(median, 4), "starts": len(pool.history.seen(kind))}
+            for kind in Kind
+            if (median := pool.history.median(kind)) is not None
+        },
         "progress": {
             "phase": progress.phase,
             "kind": progress.kind,
@@ -63,6 +81,10 @@ def pool_document(pool: ReplicaPool) -> dict[str, Any]:
                 "reason": replica.tracker.reason,
                 "seconds_in_phase": round(replica.tracker.seconds_in_phase, 3),
                 "upstream": replica.upstream.name if replica.upstream else None,
+                "address": replica.address(),
+                "pid": replica.engine_pid(),
+                "memory_bytes": replica.memory_bytes,
+                "gpu_bytes": replica.gpu_bytes,
                 "outstanding": replica.outstanding,
                 "served": replica.served,
                 "held_back": replica.draining,
@@ -76,9 +98,12 @@ def pool_document(pool: ReplicaPool) -> dict[str, Any]:
     }
 
 
-def status_document(server: StatusSource) -> dict[str, Any]:
+async def status_document(server: StatusSource) -> dict[str, Any]:
     """Return the state of this worker as plain data, for `/-/status`, the page and the metrics."""
+    await costs.measure(server.router.pools())
     return {
+        "host": socket.gethostname(),
+        "listens_at": server.listens_at,
         "uptime_s": round(time.time() - server.started_at, 1),
         "draining": server.draining,
         "clients": len(server.clients),
@@ -108,7 +133,12 @@ def is_ready(server: StatusSource, *, strict: bool = False) -> bool:
 
 async def serve_own(server: StatusSource, client: Client, request: Request) -> int:
     """Answer one admin request and return the status."""
-    name = request.path.removeprefix(server.settings.admin_prefix).strip("/")
+    settings = server.settings
+    name = request.path.removeprefix(settings.admin_prefix).strip("/")
+    if settings.admin_token is not None and server.sessions is None:
+        server.sessions = Sessions(settings)
+    if server.sessions is not None and request.method == b"POST" and name in ("sign-in", "sign-out"):
+        return await _serve_session(server.sessions, client, request, name)
     if request.method not in (b"GET", b"HEAD"):
         raise ClientFault("method-not-allowed", "the proxy's own pages are read with GET", status=405, headers=_ALLOW)
     if name == "live":
@@ -120,10 +150,34 @@ async def serve_own(server: StatusSource, client: Client, request: Request) -> i
         ready = is_ready(server, strict=strict)
         client.respond(request, 200 if ready else 503, _JSON, b'{"ready":true}' if ready else b'{"ready":false}')
         return 200 if ready else 503
-    check_access(request, client.peer, token=server.settings.admin_token, own_port=client.own_port)
+    from plugin.proxy.admin.bridge import serve_page
+
+    try:
+        if server.sessions is not None:
+            server.sessions.check(request, client.peer)
+        elif not client.own_port:
+            check_local(request, client.peer)
+    except ClientFault as fault:
+        if name == "" and b"text/html" in request.header(b"accept"):
+            return await serve_page(server, client, request, name, status=fault.status)
+        raise
     if name == "status":
         client.respond(request, 200, _JSON, json.dumps(await server.document()).encode())
         return 200
-    from plugin.proxy.admin.bridge import serve_page
-
     return await serve_page(server, client, request, name)
+
+
+async def _serve_session(sessions: Sessions, client: Client, request: Request, name: str) -> int:
+    """Begin a session for the token in the form, or end the request's session. Raises ClientFault: 401, 413 or 429."""
+    if not await client.whole_body(request, _MAX_FORM):
+        raise ClientFault("body-too-large", f"a sign-in has at most {_MAX_FORM} bytes", status=413)
+    if name == "sign-in":
+        form = parse_qs(bytes(request.body).decode("utf-8", "replace"))
+        sessions.check_token(form.get("token", [""])[0].encode(), client.peer)
+        cookie = sessions.begin(request)
+    else:
+        cookie = sessions.sign_out(request)
+    client.respond(
+        request, 200, [*_JSON, (b"set-cookie", cookie)], json.dumps({"signed_in": name == "sign-in"}).encode()
+    )
+    return 200

@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    from plugin.proxy.admin.access import Sessions
     from plugin.proxy.admin.stats import Stats
     from plugin.proxy.pool.pool import ReplicaPool
     from plugin.proxy.settings import Settings
@@ -27,6 +28,10 @@ class StatusSource(Protocol):
     draining: bool
     buffered: int
     pages_app: Any
+    sessions: Sessions | None
+    """None without an admin token, and before the first admin request."""
+    listens_at: str
+    """Where clients connect, for people."""
 
     @property
     def router(self) -> Pools:

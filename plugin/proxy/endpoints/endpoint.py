@@ -32,9 +32,10 @@ from plugin.proxy.endpoints.started_processes import Orphan, Started, end
 from plugin.proxy.endpoints.watch import Watch, WatchIntervals
 from plugin.proxy.errors import ProxyError, StartFailed, UpstreamFault
 from plugin.proxy.http.address import Upstream
+from plugin.proxy.pool.facts import Facts
 from plugin.proxy.pool.pool import ReplicaPool
 from plugin.proxy.pool.replica import FOUND_UP
-from plugin.proxy.pool.start_times import History
+from plugin.proxy.pool.start_times import History, Kind
 from plugin.runtime.phases import Phase, PhaseTracker
 
 log = logging.getLogger("quickthaw.proxy")
@@ -85,6 +86,7 @@ class EndpointSpec:
     pace: WatchIntervals = field(default_factory=WatchIntervals)
     key: str = ""
     """Identifies the wake command to the next proxy; "" uses the command itself and its upstream."""
+    facts: Facts = field(default_factory=Facts)
 
     def __post_init__(self) -> None:
         """Validate the hooks. Raises ValueError for one that is no URL."""
@@ -120,6 +122,8 @@ class Endpoint:
         self.acting = False
         self._slept = False
         """True from a sleep to the next successful wake: until then a ready answer proves nothing."""
+        self._records = False
+        """True if the restore behind this proxy reports that it records its snapshot's working set."""
         self.pool = ReplicaPool(
             name=name,
             wake=self._wake if room is None else room(name, self._wake),
@@ -130,7 +134,11 @@ class Endpoint:
             history=history,
         )
         self.pool.started_here = spec.can_start
-        self.pool.add(name, self.tracker, spec.upstream)
+        self.pool.facts = lambda: spec.facts
+        self.pool.next_kind = lambda: Kind.RESTORED if spec.restores else None
+        replica = self.pool.add(name, self.tracker, spec.upstream)
+        replica.records = lambda: self._records
+        replica.engine_pid = self._pid
 
     async def start(self) -> None:
         """Take over what a killed proxy left running, check if the endpoint is up, and watch it from then on."""
@@ -257,6 +265,10 @@ class Endpoint:
         await self._stop_process()
         self.tracker.to(Phase.STOPPED)
 
+    def _pid(self) -> int | None:
+        process = self._process
+        return process.pid if process is not None and process.returncode is None else None
+
     @property
     def upstream(self) -> Upstream:
         """Return the endpoint's address."""
@@ -353,7 +365,9 @@ class Endpoint:
         try:
             token = self.spec.admin_token
             _, body = await fetch(self.spec.upstream, "GET", "/-/status", limit_s=_PROBE_LIMIT_S, token=token)
-            return Phase(json.loads(body)["pools"][0]["replicas"][0]["phase"])
+            inner = json.loads(body)["pools"][0]
+            self._records = inner["progress"]["kind"] == Kind.FIRST_RESTORE
+            return Phase(inner["replicas"][0]["phase"])
         except (OSError, UpstreamFault, ValueError, LookupError, TypeError):
             return None
 

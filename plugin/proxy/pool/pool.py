@@ -28,9 +28,10 @@ from plugin.proxy.errors import ProxyError, Unavailable
 from plugin.proxy.errors import start_failed as coded
 from plugin.proxy.http.address import Upstream
 from plugin.proxy.pool import speculation
+from plugin.proxy.pool.facts import Facts
 from plugin.proxy.pool.replica import FOUND_UP, STARTING, Replica
 from plugin.proxy.pool.sleeper import Sleeper
-from plugin.proxy.pool.start_times import History
+from plugin.proxy.pool.start_times import History, Kind
 from plugin.proxy.pool.waiting import UNKNOWN_LEFT_S, Progress, Waiter
 from plugin.proxy.pool.waker import Waker
 from plugin.runtime.phases import Phase, PhaseTracker, Span
@@ -73,6 +74,10 @@ class ReplicaPool:
         """Coroutine functions that run on the loop for as long as the pool is served."""
         self.busy_elsewhere: Callable[[], int] = lambda: 0
         """Returns how many requests are held or in flight in worker processes that share this pool."""
+        self.facts: Callable[[], Facts] = Facts
+        """Returns the names and sizes of what it serves."""
+        self.next_kind: Callable[[], Kind | None] = lambda: None
+        """Returns the kind of the next start, or None where the owner does not know it before it runs."""
         self.started_here = True
         """False when this process cannot start a replica; requests then wait for another process to start one."""
         self.upstream_timeout_s: float | None = None
@@ -330,11 +335,12 @@ class ReplicaPool:
         """Return the progress of the start that requests wait for."""
         best = max(self.replicas.values(), key=lambda r: (r.tracker.phase in STARTING, r.start_age_s), default=None)
         phase = best.tracker.phase if best else Phase.IDLE
+        expected = self.next_kind() or self.history.guess_kind()
         if best is None or phase not in STARTING:
-            kind, elapsed = self.history.guess_kind(), 0.0
+            kind, elapsed = expected, 0.0
             left = self.history.typical(kind)
         else:
-            kind, elapsed = best.start_kind or self.history.guess_kind(), best.start_age_s
+            kind, elapsed = best.start_kind or expected, best.start_age_s
             left = self.history.left(kind, elapsed, phase, best.tracker.seconds_in_phase)
         if not self.started_here:
             left = UNKNOWN_LEFT_S

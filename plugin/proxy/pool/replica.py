@@ -65,6 +65,16 @@ class Replica:
         """When it last sent anything (monotonic seconds)."""
         self.pages: Callable[[], dict[str, float]] = dict
         """Returns its page servers' totals so far (plugin.runtime.steps.paging); empty if it never had one."""
+        self.records: Callable[[], bool] = lambda: False
+        """Returns True if its restore records the snapshot's working set, which takes longer than a later restore."""
+        self.engine_pid: Callable[[], int | None] = lambda: None
+        """Returns the host's number of the process above its engine's processes, or None: none runs, or it is unknown."""
+        self.address: Callable[[], str] = lambda: self.upstream.name if self.upstream else ""
+        """Returns where its engine listens, for people."""
+        self.memory_bytes: int | None = None
+        """Memory that its processes held at `measured_at` (monotonic seconds; plugin.proxy.admin.costs), None if unknown."""
+        self.gpu_bytes: int | None = None
+        self.measured_at = 0.0
         self._phases: list[Phase] = []
         self._began = time.monotonic()
         self._skip = 0
@@ -122,7 +132,8 @@ class Replica:
     @property
     def start_kind(self) -> Kind | None:
         """Return the kind of the current start, or None while it is unknown."""
-        return kind_of(self._phases)
+        kind = kind_of(self._phases)
+        return Kind.FIRST_RESTORE if kind is Kind.RESTORED and self.records() else kind
 
     @property
     def start_age_s(self) -> float:

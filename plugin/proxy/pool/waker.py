@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Protocol
 
@@ -65,6 +66,11 @@ class Waker:
         if pause_s and self.last_failure is not None:
             return StartFailed(self.last_failure.code, self.last_failure.message, retry_after_s=pause_s)
         return None
+
+    @property
+    def refused_for_s(self) -> float:
+        """Return for how many seconds new requests are still refused after a failed start; infinite until another start begins."""
+        return math.inf if self.final is not None else self.pause.left_s
 
     def demand(self) -> None:
         """Start a wake, unless one is running or a replica serves or will soon serve by itself."""

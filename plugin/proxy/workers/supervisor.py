@@ -21,6 +21,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
+from plugin.proxy.admin import costs
 from plugin.proxy.admin.endpoints import pool_document
 from plugin.proxy.admin.stats import merged
 from plugin.proxy.errors import ProxyError, StartFailed, Unavailable
@@ -30,6 +31,7 @@ from plugin.proxy.pool.replica import Replica
 from plugin.proxy.pool.start_times import Kind
 from plugin.proxy.settings import Settings
 from plugin.proxy.workers.control import LONGEST_LINE, REPLY_S, ControlChannel, error_message
+from plugin.runtime.listening import url
 from plugin.runtime.phases import Phase
 
 log = logging.getLogger("quickthaw.proxy")
@@ -71,6 +73,7 @@ class Supervisor:
         self.settings, self.config = settings, config
         self.workers = [_Worker(n, sock) for n, sock in enumerate(sockets)]
         """The running workers, including replaced ones that still finish their requests (`leaving`)."""
+        self.listens_at = url(sockets[0])
         self.stopping = False
         self.started_at = time.time()
         self._tasks: list[asyncio.Task[None]] = []
@@ -183,6 +186,8 @@ class Supervisor:
                 return self._wake(message)
             elif message["op"] == "gather":
                 return self._gather()
+            elif message["op"] == "signed-out":
+                self._pass_on(worker, message)
             return None
 
         try:
@@ -195,6 +200,12 @@ class Supervisor:
                     with contextlib.suppress(ProcessLookupError):  # it has just ended
                         process.terminate()
                 await process.wait()
+
+    def _pass_on(self, sender: _Worker, message: dict[str, Any]) -> None:
+        """Send a worker's message to all other workers."""
+        for worker in self.workers:
+            if worker is not sender and worker.control is not None:
+                worker.control.send(**message)
 
     def _replace(self, worker: _Worker) -> None:
         """Start a replacement for a worker that got SIGTERM and is finishing its requests."""
@@ -309,6 +320,7 @@ class Supervisor:
                 documents.append(await control.request(REPLY_S, op="document"))
 
         await asyncio.gather(*(one(w.control) for w in self.workers if w.control is not None))
+        await costs.measure(self.pools.values())
         pools = []
         for pool in self.pools.values():
             document = pool_document(pool)
@@ -321,6 +333,8 @@ class Supervisor:
                 replica["served"] = sum(r["served"] for r in same)
             pools.append(document)
         return {
+            "host": socket.gethostname(),
+            "listens_at": self.listens_at,
             "uptime_s": round(time.time() - self.started_at, 1),
             "draining": self.stopping,
             "workers": len(documents),

@@ -17,6 +17,7 @@ from typing import Any
 import uvloop
 
 from plugin.proxy import logs
+from plugin.proxy.admin.access import Sessions
 from plugin.proxy.admin.endpoints import status_document
 from plugin.proxy.server import ProxyServer
 from plugin.proxy.settings import Settings
@@ -50,17 +51,21 @@ async def work(control_fd: int, listen_fd: int, own_fd: int | None = None) -> No
         document: dict[str, Any] = await control.request(2 * REPLY_S, op="gather")
         return document
 
-    async def own_document() -> dict[str, Any]:
-        return status_document(server)
-
     server.gather = gather
+    if server.settings.admin_token is not None:
+        server.sessions = Sessions(server.settings)
+        server.sessions.announce = lambda session: control.send(op="signed-out", session=session)
     admin_sock = None if own_fd is None else socket.socket(fileno=own_fd)
     await server.start(socket.socket(fileno=listen_fd), admin_sock=admin_sock)
     ending: list[asyncio.Task[None]] = []
 
     def handle(message: dict[str, Any]) -> Awaitable[Any] | None:
         if message["op"] == "document":
-            return own_document()
+            return status_document(server)
+        if message["op"] == "signed-out":
+            if server.sessions is not None:
+                server.sessions.end(message["session"])
+            return None
         if message["op"] == "shutdown":
             ending.append(asyncio.get_running_loop().create_task(server.shutdown(message["limit_s"])))
             return None

@@ -59,12 +59,13 @@ def run(replica: RestoreContext, name: str, lazy: bool) -> None:
     replica.spans = {"identity": time.monotonic() - began}
     replica.cancellation = restore.Cancellation()
     replica.fetching.watch(replica.on_pages_lost)
+    later = _lazy(replica, name) if lazy else None
+    replica.records = bool(later and later.record)
     replica.tracker.to(Phase.RESTORING)
     outputs = {
         "stdout": Output(replica.stdout, pipe=speculative.take_pipe("stdout")),
         "stderr": Output(replica.stderr, pipe=speculative.take_pipe("stderr")),
     }
-    later = _lazy(replica, name) if lazy else None
     try:
         if not replica.fetching.ready(lazy, snapshot):
             _verify(replica, name, snapshot)
@@ -104,10 +105,9 @@ def run(replica: RestoreContext, name: str, lazy: bool) -> None:
     if restored.plan and not replica.settings.trust_keys:
         speculative.save_plan(restored.plan)
     if restored.pages:
-        recording = bool(later and later.record)
-        if recording:
+        if replica.records:
             log.info("this first restore records the snapshot's working set; those after it begin with it")
-        replica.page_follower.begin(replica.library, snapshot, restored.pages, recording=recording)
+        replica.page_follower.begin(replica.library, snapshot, restored.pages, recording=replica.records)
     else:
         restore_rates.remember(
             replica.settings.home, snapshot.image_bytes, restored.spans["criu"], bool(snapshot.gpu.processes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import math
@@ -136,6 +137,34 @@ def test_deadlines_and_what_is_left_follow_what_was_measured():
     assert len(history.seen(Kind.COLD)) == 64
 
 
+def test_one_slow_start_changes_no_estimate():
+    history = History(restored=(0.4, 13.4))
+    assert history.typical(Kind.RESTORED) == 0.4, "the lower of two"
+    history = History(restored=(0.4, 0.5, 0.4), cold=(90.0,))
+    history.record(Kind.RESTORED, 13.4, (Span(Phase.MOUNTING, 0.0, 0.4), Span(Phase.RESTORING, 0.4, 13.0)))
+    assert history.left(Kind.RESTORED, 0.3, Phase.MOUNTING, 0.3) == pytest.approx(0.1), "its phases, measured once"
+    history.record(Kind.FIRST_RESTORE, 40.0)
+    assert history.typical(Kind.RESTORED) == 0.4 and history.median(Kind.FIRST_RESTORE) == 40.0
+    assert history.deadline(Kind.RESTORED) == 160.0, "a restore may turn out to be a first one"
+
+
+def test_the_kind_of_the_next_start_is_known_before_it_shows():
+    from plugin.proxy.pool.pool import ReplicaPool
+    from plugin.runtime.phases import PhaseTracker
+
+    pool = ReplicaPool(history=History(cold=(13.4,)))
+    tracker = PhaseTracker()
+    replica = pool.add("r0", tracker)
+    tracker.to(Phase.MOUNTING)
+    assert pool.progress().kind is Kind.COLD
+    pool.next_kind = lambda: Kind.RESTORED
+    assert pool.progress().kind is Kind.RESTORED and pool.progress().expected_s < 13
+    replica.note(Phase.IDLE, Phase.MOUNTING)
+    replica.note(Phase.MOUNTING, Phase.RESTORING)
+    replica.records = lambda: True
+    assert replica.start_kind is Kind.FIRST_RESTORE
+
+
 def test_what_is_left_is_told_by_the_phase():
     history = History()
     phases = ((Phase.MOUNTING, 1.0), (Phase.STARTING, 10.0), (Phase.LOADING, 4.0), (Phase.WARMING, 20.0))
@@ -266,7 +295,7 @@ def test_the_metrics_are_those_that_are_documented():
     from plugin.proxy.pool.pool import ReplicaPool
     from plugin.proxy.server import ProxyServer
 
-    text = exposition(status_document(ProxyServer(ReplicaPool()))).decode()
+    text = exposition(asyncio.run(status_document(ProxyServer(ReplicaPool())))).decode()
     page = (Path(__file__).parents[4] / "docs" / "proxy.md").read_text("utf-8")
     for prefix, kind in (("quickthaw_proxy_", "quickthaw_proxy_"), ("quickthaw_", "quickthaw_(?!proxy_)")):
         exported = set(re.findall(rf"^# TYPE {kind}(\w+)", text, re.MULTILINE))

@@ -30,9 +30,12 @@ def test_own_pages_move_to_another_port_and_ask_for_a_token(launch_rig):
         answer = started.ask()
         assert len(answer) == 4
         assert call(own, "GET", "/ops/status")[0] == 401 and call(own, "GET", "/ops/live")[0] == 200
-        status, found = call(own, "GET", "/ops/status?token=secret")
+        status, found = call(own, "GET", "/ops/status", Authorization="Bearer secret")
         assert status == 200 and found["pools"][0]["replicas"][0]["phase"] == "serving"
-        assert call(started.port, "GET", "/ops/status?token=secret")[0] == 404
+        pool, replica = found["pools"][0], found["pools"][0]["replicas"][0]
+        assert pool["model"] and "vllm" in pool["engine"] and f":{started.port}" in found["listens_at"]
+        assert f"process {replica['pid']}" in replica["address"] and replica["memory_bytes"] > 1 << 20
+        assert call(started.port, "GET", "/ops/status", Authorization="Bearer secret")[0] == 404
 
 
 def test_the_admin_pages_of_a_model_that_is_a_snapshot_answer_its_proxy_alone(launch_rig, tmp_path):

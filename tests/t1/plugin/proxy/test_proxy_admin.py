@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import time
 from contextlib import asynccontextmanager
 
 import pytest
 
 from launchers.errors import EngineDied
-from plugin.proxy.admin.access import is_local
+from plugin.proxy.admin.access import SESSION_S, is_local
 from plugin.proxy.errors import StartFailed
 from plugin.proxy.http.request import Request
 from plugin.proxy.pool.pool import ReplicaPool
@@ -140,6 +141,107 @@ def test_a_token_opens_them_from_everywhere_and_to_nobody_else():
                 assert (await get(address, rig.port, path, host=address)).status in (200, 503)
 
     run(main())
+
+
+async def post(rig: Rig, name: str, form: str = "", *more: str, source: str = "127.0.0.1"):
+    reader, writer = await asyncio.open_connection("127.0.0.1", rig.port, local_addr=(source, 0))
+    head = [f"POST /-/{name} HTTP/1.1", "Host: 127.0.0.1", f"Content-Length: {len(form)}", *more]
+    writer.write(("\r\n".join(head) + "\r\n\r\n" + form).encode())
+    try:
+        return await read_answer(reader)
+    finally:
+        writer.close()
+
+
+def test_a_session_is_begun_by_the_token_and_ended_by_signing_out():
+    async def main():
+        async with upstream() as up, proxy(Settings(admin_token="s3cret&+")) as rig:
+            rig.add("a", up.port)
+            for form in ("", "token=", "token=s3cret", "s3cret&+", "token=" + "x" * 5000):
+                refused = await post(rig, "sign-in", form)
+                assert refused.status in (401, 413) and "set-cookie" not in refused.headers
+            signed = await post(rig, "sign-in", "token=s3cret%26%2B")
+            assert signed.status == 200 and signed.headers["cache-control"] == "no-store"
+            cookie, *attributes = signed.headers["set-cookie"].split("; ")
+            assert attributes == ["Path=/-", "Max-Age=43200", "HttpOnly", "SameSite=Strict"]
+            assert "s3cret" not in cookie
+            for path in ("/-/status", "/-/metrics", "/-/"):
+                assert (await rig.get(path, f"Cookie: other=1; {cookie}; more=2")).status == 200, path
+            value = cookie.partition("=")[2]
+            body, _, signature = value.rpartition(".")
+            forged = [value[:-1], f"9{body}.{signature}", f".{signature}", "", "..", body, "\u00e9.a.b"]
+            for wrong in forged:
+                assert (await rig.get("/-/status", f"Cookie: quickthaw_session={wrong}")).status == 401, wrong
+            behind_tls = await post(rig, "sign-in", "token=s3cret%26%2B", "X-Forwarded-Proto: https")
+            assert behind_tls.headers["set-cookie"].endswith("; Secure")
+            async with proxy(Settings(admin_token="s3cret&+")) as other:
+                assert (await other.get("/-/status", f"Cookie: {cookie}")).status == 401, "of another proxy"
+            gone = await post(rig, "sign-out", "", f"Cookie: {cookie}")
+            assert gone.status == 200 and "Max-Age=0" in gone.headers["set-cookie"]
+            assert (await rig.get("/-/status", f"Cookie: {cookie}")).status == 401
+            assert (await rig.get("/-/sign-in", BEARER + "&+")).status == 404, "only POST signs in"
+            assert not up.seen
+
+    run(main())
+
+
+def test_a_session_ends_after_its_time(monkeypatch):
+    async def main():
+        async with proxy(Settings(admin_token="s3cret")) as rig:
+            cookie = (await post(rig, "sign-in", "token=s3cret")).headers["set-cookie"].partition(";")[0]
+            now = time.time()
+            for later, status in ((SESSION_S - 60, 200), (SESSION_S + 1, 401)):
+                monkeypatch.setattr("plugin.proxy.admin.access.time.time", lambda later=later: now + later)
+                assert (await rig.get("/-/status", f"Cookie: {cookie}")).status == status
+
+    run(main())
+
+
+def test_wrong_tokens_are_limited_by_the_address_they_come_from():
+    async def main():
+        async with proxy(Settings(admin_token="s3cret")) as rig:
+            signed = (await post(rig, "sign-in", "token=s3cret")).headers["set-cookie"].partition(";")[0]
+            statuses = [(await post(rig, "sign-in", "token=wrong")).status for _ in range(5)]
+            statuses += [(await rig.get("/-/status", "Authorization: Bearer wrong")).status for _ in range(7)]
+            assert statuses == [401] * 9 + [429] * 3
+            refused = await post(rig, "sign-in", "token=s3cret")
+            assert refused.status == 429 and refused.json()["error"]["code"] == "admin-throttled"
+            assert 1 <= int(refused.headers["retry-after"]) <= 60
+            assert (await rig.get("/-/status", BEARER)).status == 429, "guessing gets no answer for a minute"
+            assert (await rig.get("/-/status", f"Cookie: {signed}")).status == 200, "who has signed in reads on"
+            assert (await post(rig, "sign-in", "token=s3cret", source="127.0.0.2")).status == 200
+            assert (await rig.get("/-/ready")).status in (200, 503)
+
+    run(main())
+
+
+def test_a_browser_that_may_not_read_the_page_gets_it_without_data():
+    async def main():
+        html = "Accept: text/html,*/*"
+        async with upstream() as up, proxy(Settings(admin_token="s3cret")) as rig:
+            rig.add("a-name", up.port)
+            page = await rig.get("/-/", html)
+            assert page.status == 401 and b"Admin token" in page.body and b"a-name" not in page.body
+            assert (await rig.get("/-/status", html)).json()["error"]["code"] == "admin-token"
+        async with proxy() as rig:
+            page = await rig.get("/-/", html, THROUGH_A_PROXY[0])
+            assert page.status == 403 and page.body.startswith(b"<!doctype html>")
+            assert (await post(rig, "sign-in", "token=x")).status == 405, "there is no token to sign in with"
+
+    run(main())
+
+
+def test_a_token_in_a_url_opens_nothing_and_is_not_logged(caplog):
+    async def main():
+        async with proxy(Settings(admin_token="s3cret", access_log=True)) as rig:
+            for path in ("/-/?token=s3cret", "/-/status?token=s3cret", "/-/metrics?token=s3cret"):
+                assert (await rig.get(path)).status == 401
+            assert (await rig.get("/x?token=s3cret", "Prefer: wait=0")).status == 503
+
+    with caplog.at_level("DEBUG", "quickthaw.proxy"):
+        run(main())
+    assert "/-/status" in caplog.text and "s3cret" not in caplog.text
+    assert "s3cret" not in str([vars(record) for record in caplog.records])
 
 
 def test_a_port_of_their_own_answers_whoever_reaches_it():

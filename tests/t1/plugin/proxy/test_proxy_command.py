@@ -455,6 +455,27 @@ def test_own_pages_on_a_port_of_their_own(workers):
 
 
 @pytest.mark.slow
+def test_a_session_holds_in_every_worker_and_ends_in_every_worker():
+    port = free_port()
+    with command("--upstream", f"http://127.0.0.1:{port}", "--admin-token", "s3cret", "--workers", "3") as (_, url):
+
+        def everywhere(cookie: str) -> set[int]:
+            """What 24 connections get, which the kernel spreads over the workers."""
+            return {call(f"{url}/-/status", Cookie=cookie)[0] for _ in range(24)}
+
+        asked = urllib.request.Request(f"{url}/-/sign-in", b"token=s3cret")
+        with urllib.request.urlopen(asked, timeout=LIMIT_S) as answer:
+            cookie = answer.headers["set-cookie"].partition(";")[0]
+        assert everywhere(cookie) == {200} and everywhere("") == {401}
+        found = call(f"{url}/-/status", Cookie=cookie)[1]
+        assert found["listens_at"] == url and found["workers"] == 3
+        assert call(f"{url}/-/sign-out", {}, Cookie=cookie)[0] == 200
+        limit = time.monotonic() + LIMIT_S
+        while everywhere(cookie) != {401}:
+            assert time.monotonic() < limit
+
+
+@pytest.mark.slow
 def test_own_pages_moved_and_the_log_read_by_a_machine(tmp_path):
     port = free_port()
     arguments = ["--upstream", f"http://127.0.0.1:{port}", "--wake", engine(port), "--admin-prefix", "/admin"]
@@ -466,7 +487,8 @@ def test_own_pages_moved_and_the_log_read_by_a_machine(tmp_path):
         assert refused.value.code == 401 and refused.value.headers["www-authenticate"].startswith("Bearer")
         refused.value.close()
         assert call(f"{url}/admin/status", Authorization="bearer s3cret")[0] == 200
-        with urllib.request.urlopen(f"{url}/admin/?token=s3cret", timeout=LIMIT_S) as answer:
+        asked = urllib.request.Request(f"{url}/admin/", headers={"Authorization": "Bearer s3cret"})
+        with urllib.request.urlopen(asked, timeout=LIMIT_S) as answer:
             assert '"/admin/status"' in answer.read().decode()
     lines = [json.loads(line) for line in "".join(kept).splitlines()]
     held = next(line for line in lines if line["event"] == "request" and line["request_id"] == "mine-1")

@@ -1,182 +1,272 @@
-"""The page for people in a real headless Chromium: what it says, what it paints, and that it follows a start while it
-goes on.
-"""
+"""The page for people in a real headless Chromium: what a reader sees, at both widths and in both schemes, while the proxy goes on."""
 
 from __future__ import annotations
 
 import asyncio
-import base64
 import io
-import itertools
-import json
-import shutil
-import urllib.request
-from collections.abc import AsyncIterator, Awaitable, Callable
+import os
+import socket
+from collections import Counter
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
-from typing import Any
 
 import pytest
 
+from plugin.proxy.errors import StartFailed
+from plugin.proxy.http.address import tcp
+from plugin.proxy.pool.facts import Facts
+from plugin.proxy.pool.pool import ReplicaPool
 from plugin.proxy.pool.start_times import Kind
+from plugin.proxy.server import ProxyServer
 from plugin.proxy.settings import Settings
-from plugin.runtime.phases import Phase, Span
+from plugin.runtime.phases import Phase, PhaseTracker, Span
+from tests.kits.browser_kit import Page, browser
 from tests.kits.proxy_rig import proxy, run, until, upstream
 
-pytestmark = pytest.mark.t1
+pytestmark = [pytest.mark.t1, pytest.mark.slow, pytest.mark.xdist_group("browser")]
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-FLAGS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--hide-scrollbars",
-    "--window-size=1180,1000",
-]
+COLD = ((Phase.STARTING, 11.2), (Phase.LOADING, 4.6), (Phase.WARMING, 24.5))
+RESTORED = ((Phase.RESTORING, 0.22), (Phase.WAKING, 0.04), (Phase.VERIFYING, 0.14))
+QWEN = Facts("Qwen2.5-7B", "vllm 0.32.0", "vllm-qwen-3f9a1c2b7d", 17_900_000_000, ("NVIDIA H200", "NVIDIA H200"))
+SMOL = Facts("SmolLM2-135M", "sglang 0.5.23", "sglang-smol-9e02d1aa40", 2_390_000_000)
+TOO_SMALL = """[...document.querySelectorAll("body *")].filter(node => node.checkVisibility() && node.innerText
+  && [...node.childNodes].some(child => child.nodeType === 3 && child.nodeValue.trim())
+  && parseFloat(getComputedStyle(node).fontSize) < 12).map(node => node.innerText)"""
+TOO_WIDE = "document.documentElement.scrollWidth > document.documentElement.clientWidth"
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
-def test_the_page_in_a_real_browser(tmp_path):
+async def never() -> None:
+    """A wake that goes on until it is cancelled."""
+    await asyncio.Event().wait()
+
+
+def measured(pool: ReplicaPool, kind: Kind, phases: tuple[tuple[Phase, float], ...], times: int = 1) -> None:
+    at, spans = 0.0, []
+    for phase, took in phases:
+        spans.append(Span(phase, at, took))
+        at += took
+    for _ in range(times):
+        pool.history.record(kind, at, tuple(spans))
+
+
+async def fits_a_phone(page: Page, *words: str) -> None:
+    """The page at 390 px says `words`, in letters of 12 px and more, and does not scroll sideways."""
+    await page.size(390)
+    await page.says(*words)
+    assert await page.run(TOO_SMALL) == [] and not await page.run(TOO_WIDE)
+    await page.size(1280)
+
+
+async def colours(page: Page) -> Counter[tuple[int, ...]]:
+    from PIL import Image
+
+    with Image.open(io.BytesIO(await page.picture())) as image:
+        return Counter({colour: n for n, colour in image.convert("RGB").getcolors(1 << 22)})
+
+
+def test_the_page_follows_one_engine_from_asleep_to_gone_and_back(tmp_path):
+    """One page, never loaded anew."""
+
     async def main():
-        async with upstream() as up, proxy() as rig:
-            rig.add("first", up.port)
-            rig.add("<b>second</b>", up.port, phase=Phase.ASLEEP)
-            for kind, phases in (
-                (Kind.COLD, [("starting", 11.2), ("loading", 4.6), ("warming", 24.5)]),
-                (Kind.RESTORED, [("restoring", 0.29), ("waking", 0.11), ("verifying", 0.08)]),
-            ):
-                at, spans = 0.0, []
-                for name, took in phases:
-                    spans.append(Span(Phase(name), at, took))
-                    at += took
-                rig.pool.history.record(kind, at, tuple(spans))
-            for n in range(7):
-                await rig.get(f"/{n}")
+        async with upstream() as up, browser(tmp_path / "profile") as page:
+            async with proxy(wake=never, idle_timeout_s=600) as rig:
+                replica = rig.add("a", up.port, phase=Phase.ASLEEP)
+                rig.pool.facts = lambda: QWEN
+                measured(rig.pool, Kind.COLD, COLD)
+                for phases in (RESTORED, ((Phase.RESTORING, 13.4),), RESTORED):
+                    measured(rig.pool, Kind.RESTORED, phases)
+                await page.open(f"{rig.url}/-/")
+                asleep = "Asleep: the next request wakes it, usually 0.4 s"
+                text = await page.says(asleep, "Qwen2.5-7B", "vllm 0.32.0", "vllm-qwen-3f9a1c2b7d 18 GB", rig.url)
+                assert "none: no engine runs" in text and "2 × NVIDIA H200, nothing held" in text, "what it costs"
+                assert f"on {socket.gethostname()}" in text and "after 10 min without a request" in text
+                assert "101 times faster" in text, "medians: the one slow restore does not count"
+                await fits_a_phone(page, asleep)
 
-            async def browse(*arguments: str) -> bytes:
-                assert CHROMIUM is not None
-                profile = tmp_path / f"profile{len(list(tmp_path.iterdir()))}"
-                process = await asyncio.create_subprocess_exec(
-                    CHROMIUM,
-                    *FLAGS,
-                    f"--user-data-dir={profile}",
-                    "--virtual-time-budget=3000",
-                    *arguments,
-                    f"{rig.url}/-/",
-                    stdout=asyncio.subprocess.PIPE,
-                    stderr=asyncio.subprocess.DEVNULL,
-                )
-                async with asyncio.timeout(60):
-                    return (await process.communicate())[0]
+                waiting = [asyncio.create_task(rig.get(f"/{n}")) for n in range(7)]
+                for phase in (Phase.MOUNTING, Phase.RESTORING):
+                    rig.trackers["a"].to(phase)
+                text = await page.says("Restoring: ", "so far, ", "7 requests wait for it", "held\n7", "now, ")
+                assert "13.4" not in text.partition("so far")[2].partition(";")[0]
+                await fits_a_phone(page, "the usual 0.4 s", "7 requests wait for it")
+                assert (await colours(page))[0x16, 0x99, 0xB8] > 500, "the bar of the restore under way is painted"
+                replica.engine_pid = os.getpid
+                for phase in (Phase.WAKING, Phase.VERIFYING, Phase.SERVING):
+                    rig.trackers["a"].to(phase)
+                assert {(await task).status for task in waiting} == {200}
+                text = await page.says("Serving for ", "held\n0", "answered\n7", " MB held", "forwarded 7")
+                assert f"127.0.0.1:{up.port}, process {os.getpid()}" in text
+                assert await page.run("document.getElementById('said').innerText") == "Qwen2.5-7B: serving"
+                assert await page.run("document.getElementById('said').ariaLive") == "polite"
+                assert "status\nmetrics" in text, "links"
 
-            dom = (await browse("--dump-dom")).decode()
-            assert "84 times faster" in dom and "first" in dom and "<td>&lt;b&gt;second&lt;/b&gt;</td>" in dom
-            assert dom.count("<rect ") == 6 and "40.3 s" in dom and "0.48 s" in dom
-            assert ">up " in dom, "the page has heard from the proxy"
-            shot = tmp_path / "page.png"
-            await browse(f"--screenshot={shot}")
-            from PIL import Image
-
-            with Image.open(shot) as image:
-                assert image.size == (1180, 1000)
-                colours = {colour: n for n, colour in image.convert("RGB").getcolors(1 << 20)}
-            # the bars of restoring and of loading are really painted
-            assert colours.get((0x16, 0x99, 0xB8), 0) > 500 and colours.get((0xE3, 0xAB, 0x3D), 0) > 500
+                rig.trackers["a"].to(Phase.ASLEEP)
+                rig.trackers["a"].to(Phase.MOUNTING)
+                rig.trackers["a"].to(Phase.FAILED, "engine-died")
+                await until(lambda: rig.pool.replicas["a"].tracker.phase is Phase.FAILED)
+                rig.pool.wake_failed(StartFailed("engine-died", "it exited with code 3", retry_after_s=25.0))
+                await page.says("Failed: new requests are refused for ", "engine-died: it exited with code 3")
+                await fits_a_phone(page, "Failed: ")
+                place = (("127.0.0.1", rig.port),)
+            await page.says("The proxy does not answer", "Its last answer came ")
+            assert await page.run("parseFloat(getComputedStyle(document.querySelector('#gone h2')).fontSize)") >= 24
+            assert await page.run("document.title") == "Gone · quickthaw"
+            await fits_a_phone(page, "The proxy does not answer")
+            server = ProxyServer(ReplicaPool(), Settings())
+            await server.start(socket.create_server(*place))
+            try:
+                await page.run("tick()")
+                assert "does not answer" not in await page.text() and "up 0 s" in await page.text()
+            finally:
+                await server.shutdown(0.02)
             assert not any(seen.target.startswith("/-") for seen in up.seen)
-            raw = (await rig.get("/-/")).body.decode()
-            assert "http://" not in raw.replace("http://www.w3.org/2000/svg", "") and "https://" not in raw
 
     run(main())
 
 
-Command = Callable[..., Awaitable[dict[str, Any]]]
-
-
 @asynccontextmanager
-async def browsing(profile: Path, url: str) -> AsyncIterator[Command]:
-    """A page opened at `url`; what is yielded sends a command of the DevTools protocol and returns its result."""
-    from websockets.asyncio.client import connect
+async def two_models() -> AsyncIterator[tuple[list[ReplicaPool], str]]:
+    pools = [ReplicaPool(name="qwen", wake=never), ReplicaPool(name="<b>smol</b>", wake=never)]
 
-    assert CHROMIUM is not None
-    arguments = [*FLAGS, f"--user-data-dir={profile}", "--remote-debugging-port=0", url]
-    quiet = {"stdout": asyncio.subprocess.DEVNULL, "stderr": asyncio.subprocess.DEVNULL}
-    process = await asyncio.create_subprocess_exec(CHROMIUM, *arguments, **quiet)
+    class Both:
+        def pools(self):
+            return pools
+
+    server = ProxyServer(Both(), Settings())
+    sock = socket.create_server(("127.0.0.1", 0))
+    await server.start(sock)
     try:
-        place = profile / "DevToolsActivePort"
-        await until(lambda: place.exists() and place.read_text().count("\n") == 1)
-        port = place.read_text().split("\n")[0]
-
-        def targets() -> list[dict[str, str]]:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/json/list", timeout=30) as answer:
-                return [t for t in json.loads(answer.read()) if t["type"] == "page" and t["url"].startswith(url)]
-
-        while not (found := await asyncio.to_thread(targets)):  # noqa: ASYNC110 - another process
-            await asyncio.sleep(0.05)
-        async with connect(found[0]["webSocketDebuggerUrl"], max_size=None) as line:
-            numbers = itertools.count(1)
-
-            async def command(method: str, **params: Any) -> dict[str, Any]:
-                number = next(numbers)
-                await line.send(json.dumps({"id": number, "method": method, "params": params}))
-                while (message := json.loads(await line.recv())).get("id") != number:
-                    pass
-                return message["result"]
-
-            yield command
+        yield pools, f"http://127.0.0.1:{sock.getsockname()[1]}/-/"
     finally:
-        process.terminate()
-        await process.wait()
+        await server.shutdown(0.02)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
-def test_the_page_follows_a_start_while_it_goes_on(tmp_path):
-    """One page, never loaded anew: asleep, restoring with who waits and its waterfall so far, serving, stopped."""
+def test_two_models_stand_side_by_side_each_with_its_place_and_its_costs(tmp_path):
+    boxes = "[...document.querySelectorAll('.pool')].map(({ offsetLeft, offsetTop }) => [offsetLeft, offsetTop])"
+    cards = "[...document.querySelectorAll('.pool')].map(card => card.innerText)"
 
     async def main():
-        async with upstream() as up, proxy(Settings(admin_token="s3cret")) as rig:
-            rig.add("a", up.port, phase=Phase.ASLEEP)
-            spans = (Span(Phase.STARTING, 0.0, 30.0), Span(Phase.WARMING, 30.0, 14.0))
-            rig.pool.history.record(Kind.COLD, 44.0, spans)
-            async with browsing(tmp_path / "profile", f"{rig.url}/-/?token=s3cret") as command:
+        async with two_models() as (pools, url), browser(tmp_path / "profile") as page:
+            for pool, facts, port, phase in zip(
+                pools, (QWEN, SMOL), (8001, 8002), (Phase.SERVING, Phase.ASLEEP), strict=True
+            ):
+                replica = pool.add(pool.name, PhaseTracker(phase=phase), tcp("127.0.0.1", port))
+                pool.facts = lambda facts=facts: facts
+                replica.engine_pid = os.getpid
+                measured(pool, Kind.COLD, COLD)
+                measured(pool, Kind.RESTORED, RESTORED, 3)
+            await page.size(1280)
+            await page.open(url)
+            await page.says("Serving", "Asleep", "<b>smol</b>")
+            qwen, smol = await page.run(cards)
+            for text, facts, size, port in ((qwen, QWEN, "18 GB", 8001), (smol, SMOL, "2.4 GB", 8002)):
+                assert facts.model in text and facts.engine in text and f"{facts.snapshot} {size}" in text
+                assert f"127.0.0.1:{port}" in text and f"on {socket.gethostname()}" in text
+                assert "0.40 s restore, median of 3" in text and "40.3 s cold start, measured once" in text
+            assert " MB held" in qwen and "2 × NVIDIA H200" in qwen
+            assert "none: no engine runs" in smol and "GPU\nnone" in smol
+            (left, top), (right, same) = await page.run(boxes)
+            assert left < right and top == same
+            assert (await colours(page))[0xE3, 0xAB, 0x3D] > 500, "the bars of loading are painted"
+            await fits_a_phone(page, "Serving", "Asleep")
+            await page.size(390)
+            (left, top), (same, below) = await page.run(boxes)
+            assert left == same and top < below
 
-                async def said() -> str:
-                    result = await command("Runtime.evaluate", expression="document.body?.innerText ?? ''")
-                    return str(result["result"]["value"])
+    run(main())
 
-                async def says(*words: str) -> str:
-                    async with asyncio.timeout(30):
-                        while True:
-                            text = await said()
-                            if all(word in text for word in words):
-                                return text
-                            await asyncio.sleep(0.02)
 
-                await says("Asleep", "cold, 44.0 s")
-                waiting = [asyncio.create_task(rig.get(f"/{n}")) for n in range(7)]
-                for phase in (Phase.MOUNTING, Phase.RESTORING):
-                    rig.trackers["a"].to(phase)
-                text = await says("Restoring, ", "so far", "now", "7\nheld now")
-                assert "times faster" not in text, "nothing is claimed of a start that is not over"
-                shot = base64.b64decode((await command("Page.captureScreenshot"))["data"])
-                for phase in (Phase.WAKING, Phase.VERIFYING, Phase.SERVING):
-                    rig.trackers["a"].to(phase)
-                assert {(await task).status for task in waiting} == {200}
-                await says("Serving", "0\nheld now", "7\nanswered by replicas", "times faster", "restored, ")
-                painted = await command("Runtime.evaluate", expression="document.querySelectorAll('svg rect').length")
-                assert painted["result"]["value"] == 3  # what took no time is no bar
-                await rig.server.shutdown(0.1)
-                await says("no answer from the proxy")
-            from PIL import Image
+def test_a_selection_and_the_nodes_survive_the_refresh(tmp_path):
+    async def main():
+        async with upstream() as up, proxy() as rig, browser(tmp_path / "profile") as page:
+            rig.add("a", up.port)
+            measured(rig.pool, Kind.RESTORED, RESTORED)
+            await page.open(f"{rig.url}/-/")
+            await page.says("Serving for 0 s", "restoring")
+            await page.run("window.kept = [...document.querySelectorAll('#pools *, #proxy *')], null")
+            # From inside a text that changes every second to the end of one that does not.
+            await page.run(
+                "getSelection().setBaseAndExtent(document.querySelector('[data-text=say]').firstChild, 1,"
+                " document.querySelector('[data-text=startsTitle]').firstChild, 4), null"
+            )
+            for n in range(3):
+                await rig.get(f"/{n}")
+            await page.says("Serving for 2 s", "forwarded 3")
+            chosen = await page.run("getSelection().toString()")
+            assert chosen.startswith("for ") and chosen.endswith("Last")
+            assert await page.run("kept.every(node => node.isConnected)"), "changed in place"
 
-            with Image.open(io.BytesIO(shot)) as image:
-                colours = {colour: n for n, colour in image.convert("RGB").getcolors(1 << 20)}
-            assert colours.get((0x16, 0x99, 0xB8), 0) > 500, "the bar of the restore under way is painted"
+    run(main())
+
+
+def test_the_schemes_and_what_the_page_may_load(tmp_path):
+    async def main():
+        async with upstream() as up, proxy() as rig, browser(tmp_path / "profile") as page:
+            rig.add("a", up.port)
+            shades = {}
+            for scheme in ("light", "dark"):
+                await page.scheme(scheme)
+                await page.open(f"{rig.url}/-/")
+                await page.says("Serving")
+                ((shades[scheme], _),) = (await colours(page)).most_common(1)
+            assert min(shades["light"]) > 200 and max(shades["dark"]) < 50
+            assert await page.run("getComputedStyle(document.documentElement).colorScheme") == "light dark"
+            loaded = await page.run("performance.getEntriesByType('resource').map(entry => entry.name)")
+            assert {name for name in loaded if not name.startswith("data:")} == {f"{rig.url}/-/status"}
+            refused = "fetch('http://127.0.0.2:1/').catch(error => error.message)"
+            assert "Content Security Policy" in await page.run(
+                f"new Promise(done => {{ addEventListener('securitypolicyviolation', () => done('Content Security Policy')); {refused}; }})"
+            )
+            raw = await rig.get("/-/")
+            assert raw.headers["content-security-policy"].startswith("default-src 'none'; style-src 'nonce-")
+            assert "form-action 'none'" in raw.headers["content-security-policy"]
+            text = raw.body.decode().replace("http://www.w3.org/2000/svg", "")
+            assert "http://" not in text and "https://" not in text
+
+    run(main())
+
+
+def test_a_browser_signs_in_and_out(tmp_path, caplog):
+    caplog.set_level("DEBUG", "quickthaw.proxy")
+
+    async def main():
+        settings = Settings(admin_token="s3cret", access_log=True)
+        async with upstream() as up, proxy(settings) as rig, browser(tmp_path / "profile") as page:
+            rig.add("a", up.port)
+            await page.open(f"{rig.url}/-/?token=s3cret")
+            await page.says("Admin token")
+            assert "Serving" not in await page.text(), "a token in the URL opens nothing"
+            await page.open(f"{rig.url}/-/")
+            await page.says("Admin token")
+            await fits_a_phone(page, "Sign in")
+            await page.type("wrong")
+            await page.enter()
+            await page.says("This is not the admin token.")
+            await page.type("s3cret")
+            await page.enter()
+            text = await page.says("Serving", "sign out")
+            assert "Admin token" not in text
+            assert await page.run("document.cookie") == "", "no script can read the session"
+            assert await page.run("location.href") == f"{rig.url}/-/"
+            (cookie,) = (await page.command("Network.getCookies", urls=[f"{rig.url}/-/"]))["cookies"]
+            assert cookie["httpOnly"] and cookie["sameSite"] == "Strict" and cookie["path"] == "/-"
+            session = f"Cookie: {cookie['name']}={cookie['value']}"
+            assert (await rig.get("/-/status", session)).status == 200
+            await page.run("document.getElementById('sign-out').click()")
+            text = await page.says("Admin token", "signed out")
+            assert "Serving" not in text
+            assert (await rig.get("/-/status", session)).status == 401, "signed out, not only forgotten"
+
+    run(main())
+    assert "s3cret" not in caplog.text
+
+
+def test_a_client_of_another_host_reads_why_it_is_refused(tmp_path):
+    async def main():
+        async with proxy() as rig, browser(tmp_path / "profile") as page:
+            await page.command("Network.enable")
+            await page.command("Network.setExtraHTTPHeaders", headers={"X-Forwarded-For": "10.0.0.9"})
+            await page.open(f"{rig.url}/-/")
+            await page.says("This page is not for this client", "--admin-token")
 
     run(main())

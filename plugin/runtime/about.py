@@ -1,0 +1,73 @@
+"""What a replica is and where it runs, for the admin page: names and sizes from its snapshot, its identity and its engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from plugin.proxy.pool.facts import Facts
+
+if TYPE_CHECKING:
+    from checkpoint.snapshot.manifest import Snapshot
+    from plugin.runtime.replica import Replica
+
+
+def facts_of(snapshot: Snapshot) -> Facts:
+    """Return what a snapshot's manifest says of its engine, its model and its size."""
+    recorded: dict[str, Any] = snapshot.identity
+    engine = recorded.get("engine", {}).get("version") or snapshot.engine
+    gpus = tuple(str(gpu["name"]) for gpu in recorded.get("host", {}).get("gpus", ()))
+    size = sum(file.size for file in snapshot.files.values())
+    return Facts(_short(snapshot.model), str(engine), snapshot.name, size, gpus)
+
+
+def facts_of_named(name: str | None) -> Facts:
+    """Return what the manifest of a snapshot in the library says; empty if there is none that can be read."""
+    from checkpoint.errors import CheckpointError
+    from checkpoint.snapshot.library import Library
+    from plugin.runtime.config import state_home
+
+    if name is None:
+        return Facts()
+    try:
+        return facts_of(Library(state_home()).load(name))
+    except CheckpointError:
+        return Facts(snapshot=name)
+
+
+def facts(replica: Replica) -> Facts:
+    """Return what a launch serves, as far as it is known by now. Reads no file."""
+    if replica.snapshot is not None:
+        return facts_of(replica.snapshot)
+    here, settings = replica.known_identity, replica.settings
+    engine = here.engine.version if here is not None else settings.engine
+    gpus = tuple(gpu.name for gpu in here.host.gpus) if here is not None else ()
+    return Facts(_short(settings.command.model), engine, settings.name or "", 0, gpus)
+
+
+def engine_pid(replica: Replica) -> int | None:
+    """Return the host's number of the process above the engine's processes, or None while none runs."""
+    from checkpoint.sandbox.sandbox import Sandbox
+
+    running = replica.running
+    if running is None:
+        return None
+    return running.place.init_pid if isinstance(running.place, Sandbox) else running.pid
+
+
+def address(replica: Replica) -> str:
+    """Return where the engine listens, or "" while none runs."""
+    from checkpoint.sandbox.sandbox import Sandbox
+
+    running = replica.running
+    if running is None:
+        return ""
+    where = f"port {running.port}"
+    if isinstance(running.place, Sandbox):
+        return f"{where} in the sandbox of process {running.place.init_pid}"
+    return f"{where} of process {running.pid}"
+
+
+def _short(model: str) -> str:
+    """Return a model's name without the folders above it, if it is a path on this host."""
+    return Path(model).name if model.startswith(("/", "./", "../")) else model

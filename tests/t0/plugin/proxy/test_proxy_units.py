@@ -159,8 +159,8 @@ def test_the_kind_of_the_next_start_is_known_before_it_shows():
     assert pool.progress().kind is Kind.COLD
     pool.next_kind = lambda: Kind.RESTORED
     assert pool.progress().kind is Kind.RESTORED and pool.progress().expected_s < 13
-    replica.note(Phase.IDLE, Phase.MOUNTING)
-    replica.note(Phase.MOUNTING, Phase.RESTORING)
+    replica.record(Phase.IDLE, Phase.MOUNTING)
+    replica.record(Phase.MOUNTING, Phase.RESTORING)
     replica.records = lambda: True
     assert replica.start_kind is Kind.FIRST_RESTORE
 

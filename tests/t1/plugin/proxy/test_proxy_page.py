@@ -128,7 +128,7 @@ def test_the_page_follows_one_engine_from_asleep_to_gone_and_back(tmp_path):
 
 @asynccontextmanager
 async def two_models() -> AsyncIterator[tuple[list[ReplicaPool], str]]:
-    pools = [ReplicaPool(name="qwen", wake=never), ReplicaPool(name="smol", wake=never, idle_timeout_s=600)]
+    pools = [ReplicaPool(name="qwen", wake=never, idle_timeout_s=600), ReplicaPool(name="smol", wake=never, idle_timeout_s=600)]
 
     class Both:
         def pools(self):
@@ -154,7 +154,7 @@ def test_two_models_stand_side_by_side_each_with_its_place_and_its_costs(tmp_pat
             ):
                 replica = pool.add(pool.name, PhaseTracker(phase=phase), tcp("127.0.0.1", port))
                 pool.facts = lambda facts=facts: facts
-                replica.engine_pid = os.getpid
+                replica.engine_pid = lambda serving=phase is Phase.SERVING: os.getpid() if serving else None
                 measured(pool, Kind.COLD, COLD)
                 measured(pool, Kind.RESTORED, RESTORED, 3)
             await page.size(1280)

@@ -128,7 +128,10 @@ def test_the_page_follows_one_engine_from_asleep_to_gone_and_back(tmp_path):
 
 @asynccontextmanager
 async def two_models() -> AsyncIterator[tuple[list[ReplicaPool], str]]:
-    pools = [ReplicaPool(name="qwen", wake=never, idle_timeout_s=600), ReplicaPool(name="smol", wake=never, idle_timeout_s=600)]
+    pools = [
+        ReplicaPool(name="qwen", wake=never, idle_timeout_s=600),
+        ReplicaPool(name="smol", wake=never, idle_timeout_s=600),
+    ]
 
     class Both:
         def pools(self):

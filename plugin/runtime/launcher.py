@@ -290,8 +290,8 @@ class Launch:
         from plugin.proxy.pool.start_times import Kind
         from plugin.proxy.server import ProxyServer
         from plugin.proxy.settings import Settings
+        from plugin.records.about import address, engine_pid, facts
         from plugin.records.lead_times import history_for
-        from plugin.runtime.about import address, engine_pid, facts
 
         self._stop = stop = asyncio.Event()
         self._loop = loop = asyncio.get_running_loop()

@@ -6,6 +6,7 @@ Measured on request only, in a thread, at most every `EVERY_S` seconds, and neve
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -41,14 +42,22 @@ async def measure(pools: Iterable[ReplicaPool]) -> None:
 
 
 def _held(roots: set[int]) -> dict[int, tuple[int, int | None]]:
-    from checkpoint.sandbox.process_tree import processes
-
-    trees = {root: {root, *processes(root)} for root in roots}
     gpu = _gpu_bytes() if _NVIDIA.exists() else {}
     found = {}
-    for root, pids in trees.items():
+    for root in roots:
+        pids = _tree(root)
         on_gpu = sum(gpu.get(pid, 0) for pid in pids)
         found[root] = (sum(memory_bytes(pid) for pid in pids), on_gpu or None)
+    return found
+
+
+def _tree(root: int) -> list[int]:
+    """List a process and all below it."""
+    found = [root]
+    for pid in found:
+        with contextlib.suppress(OSError):  # ended meanwhile
+            for thread in Path(f"/proc/{pid}/task").iterdir():
+                found += map(int, (thread / "children").read_text().split())
     return found
 
 

@@ -200,7 +200,7 @@ def spec_of(model: ModelConfig, idle_timeout: float) -> EndpointSpec:
             # Only this proxy reads its admin endpoints, whatever token is in this process's environment.
             environment["QUICKTHAW_ADMIN_TOKEN"] = secrets.token_hex(16)
             wake = "exec " + shlex.join([sys.executable, "-m", "plugin.restore", *options, model.snapshot or ""])
-    from plugin.runtime.about import facts_of_named  # only this mode needs what it imports
+    from plugin.records.about import facts_of_named  # only this mode needs what it imports
 
     ready_path = (
         "/-/ready?strict=1" if model.snapshot is not None and model.ready_path == "/health" else model.ready_path

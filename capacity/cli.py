@@ -39,6 +39,27 @@ class Number(click.FloatRange):
         return number
 
 
+class Duration(click.ParamType):
+    """A duration such as `90s` or `10m`; a bare number is seconds. Returns seconds, at least `low`."""
+
+    name = "duration"
+
+    def __init__(self, low: float) -> None:
+        self.low = low
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Return seconds. Fails as click does."""
+        from capacity.inputs.units import parse
+
+        try:
+            number = parse(value, "duration")
+        except InputError as bad:
+            self.fail(bad.message, param, ctx)
+        if number < self.low:
+            self.fail(f"{value} is shorter than {self.low:g}s.", param, ctx)
+        return number
+
+
 def option(*names: str, **attributes: Any) -> Callable[[Any], Any]:
     """Define a click option that a QUICKTHAW_PLAN_… variable also sets."""
     word = next(name for name in names if name.startswith("--")).split("/")[0]
@@ -71,44 +92,44 @@ def fail(error: CapacityError, *, file: Path | None = None, as_json: bool = Fals
 
 @click.group(cls=PlanGroup, invoke_without_command=False, no_args_is_help=True)
 def plan() -> None:
-    """How many GPUs to hold, where, and how many of them idle.
+    """Plan how many GPUs to hold, where, and how many of them idle.
 
     \b
     quickthaw plan plan.yaml                     what to start and stop now
-    quickthaw plan plan.yaml --exact --explain   the optimum, and why each number
+    quickthaw plan plan.yaml --exact --explain   the optimum, and the reasons
     quickthaw plan plan.yaml --json              for programs
     quickthaw plan plan.yaml --emit kubernetes --pause-image IMAGE   the idle buffer as objects
-    quickthaw plan plan.yaml --watch 60          plan again each minute
+    quickthaw plan plan.yaml --watch 60s         plan again each minute
     quickthaw plan simulate plan.yaml --trace requests.csv --plot day
     quickthaw plan generate day.csv --requests 100000
 
-    What the file holds: docs/capacity.md, and examples/plan.yaml to start from. All options of a plan: quickthaw plan solve --help
+    Fields of the file: docs/capacity.md; a first file: examples/plan.yaml. All options: quickthaw plan solve --help
     """
 
 
-@plan.command("solve", short_help="The plan of FILE; the word may be left out.")
+@plan.command("solve", short_help="Plan FILE; the word may be omitted.")
 @click.argument("file", type=click.Path(path_type=Path))
 @option("--json", "as_json", is_flag=True, help="Print JSON.")
-@option("--exact", is_flag=True, help="Solve the integer program too, and print the gap of the rounding.")
+@option("--exact", is_flag=True, help="Also solve the integer program to optimality, and print the gap of the first plan.")
 @option(
-    "--thorough", is_flag=True, help="Search for a better rounding at any size; large plans are constructed otherwise."
+    "--thorough", is_flag=True, help="Improve a large plan by search, too; by default only smaller plans are improved."
 )
-@option("--explain", is_flag=True, help="Say where each number comes from.")
-@option("--emit", type=click.Choice(["kubernetes"]), help="Print the idle buffer as objects instead.")
-@option("--idle-by", type=click.Choice(["pause-pods", "capacity-buffer"]), help="With --emit: only this way.")
+@option("--explain", is_flag=True, help="Show what each service needs, and why.")
+@option("--emit", type=click.Choice(["kubernetes"]), help="Print the idle buffer as Kubernetes objects instead of the plan.")
+@option("--idle-by", type=click.Choice(["pause-pods", "capacity-buffer"]), help="With --emit: print only these objects; default both.")
 @option("--namespace", default="default", show_default=True, help="With --emit: namespace of the objects.")
 @option(
     "--pause-image",
-    help="With --emit: image of the pods that hold GPUs; one that waits, such as your cluster's own pause image.",
+    help="With --emit: image of the pods that hold GPUs; it only waits, such as your cluster's pause image.",
 )
-@option("--watch", type=Number(min=0.1), metavar="SECONDS", help="Plan again on this interval.")
-@option("--apply", "command", metavar="COMMAND", help="With --watch: run this with the delta as JSON on its input.")
-@option("--observe", metavar="COMMAND", help="With --watch: run this first; it prints what is held as JSON.")
+@option("--watch", type=Duration(0.1), metavar="INTERVAL", help="Plan again on this interval, such as 60s or 5m.")
+@option("--apply", "command", metavar="COMMAND", help="With --watch: shell command that starts and stops instances; gets the delta as JSON on standard input.")
+@option("--observe", metavar="COMMAND", help="With --watch: shell command that prints the held instances as JSON, before each plan.")
 @option(
-    "--state", type=click.Path(path_type=Path), help="With --watch: where to remember; default under QUICKTHAW_HOME."
+    "--state", type=click.Path(path_type=Path), help="With --watch: state file; default under QUICKTHAW_HOME."
 )
-@option("--rounds", type=click.IntRange(min=0), default=0, help="With --watch: end after this many plans; 0 is never.")
-@option("--limit", type=Number(min=1), default=60.0, show_default=True, help="Seconds for each solve.")
+@option("--rounds", type=click.IntRange(min=0), default=0, help="With --watch: exit after this many plans; 0 means never.")
+@option("--limit", type=Duration(1.0), default="60s", show_default=True, help="Time limit of each solve.")
 def solve_command(
     file: Path,
     as_json: bool,
@@ -126,12 +147,12 @@ def solve_command(
     rounds: int,
     limit: float,
 ) -> None:
-    """The plan of FILE: what to start and stop, and what a faster start is worth. The word `solve` may be left out.
+    """Plan FILE: what to start and stop, and what a faster start saves. The word `solve` may be omitted.
 
     \b
     quickthaw plan plan.yaml
-    quickthaw plan plan.yaml --exact --limit 300
-    quickthaw plan plan.yaml --watch 60 --apply ./apply-delta
+    quickthaw plan plan.yaml --exact --limit 5m
+    quickthaw plan plan.yaml --watch 60s --apply ./apply-delta
     """
     from capacity.inputs.load import load
     from capacity.optimize.plan import solve
@@ -213,29 +234,29 @@ def _watch(
 
 @plan.command("simulate")
 @click.argument("file", type=click.Path(path_type=Path))
-@option("--trace", "trace_file", type=click.Path(path_type=Path), required=True, help="CSV of requests.")
-@option("--policy", "chosen", multiple=True, help="Only these (a name as printed); default all five.")
+@option("--trace", "trace_file", type=click.Path(path_type=Path), required=True, help="CSV file of requests.")
+@option("--policy", "chosen", multiple=True, help="Simulate only this policy (name as printed); repeatable. Default all five.")
 @option(
     "--fixed",
     type=click.IntRange(min=0),
     default=1,
     show_default=True,
-    help="Replicas' worth of GPUs a service in the fixed buffer.",
+    help="Idle replicas per service that the fixed buffer policy holds.",
 )
-@option("--restored-baselines", is_flag=True, help="Also the others with restored lead times.")
+@option("--restored-baselines", is_flag=True, help="Also simulate the other policies with restored lead times.")
 @option(
     "--equal-wait",
     is_flag=True,
-    help="Also the cheapest setting of each program whose p99 is no worse than the autoscaler's.",
+    help="Also search each program's cheapest settings whose p99 wait is no longer than the autoscaler's.",
 )
-@option("--seed", type=int, default=1, show_default=True, help="Seed of the random numbers.")
-@option("--refusals", type=Number(0, 1), default=0.0, show_default=True, help="Chance that a start is refused.")
+@option("--seed", type=int, default=1, show_default=True, help="Random seed.")
+@option("--refusals", type=Number(0, 1), default=0.0, show_default=True, help="Probability that a start is refused.")
 @option(
     "--interruptions",
     type=Number(min=0),
     default=1.0,
     show_default=True,
-    help="Multiple of the pools' rates.",
+    help="Factor on the pools' interruption rates.",
 )
 @option("--plot", type=click.Path(path_type=Path), metavar="STEM", help="Write STEM.png and STEM.svg.")
 @option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -293,15 +314,13 @@ def simulate_command(
 
 @plan.command("generate", short_help="Write a synthetic day of requests as CSV.")
 @click.argument("file", type=click.Path(path_type=Path))
-@option("--requests", type=click.IntRange(min=1), default=100_000, show_default=True, help="Expected number.")
-@option(
-    "--hours", type=Number(min=0, min_open=True), default=24.0, show_default=True, help="Hours of the day that is made."
-)
-@option("--services", default="chat,code,embed", show_default=True, help="Names, with commas.")
-@option("--bursts", type=Number(min=0), default=6.0, show_default=True, help="A service and day.")
-@option("--launches", type=click.IntRange(min=0), default=1, show_default=True, help="Services whose demand steps up.")
-@option("--swing", type=Number(0, 0.99), default=0.6, show_default=True, help="Of the daily rhythm.")
-@option("--seed", type=int, default=1, show_default=True, help="Seed of the random numbers.")
+@option("--requests", type=click.IntRange(min=1), default=100_000, show_default=True, help="Expected number of requests.")
+@option("--hours", type=Number(min=0, min_open=True), default=24.0, show_default=True, help="Length of the day in hours.")
+@option("--services", default="chat,code,embed", show_default=True, help="Service names, separated by commas.")
+@option("--bursts", type=Number(min=0), default=6.0, show_default=True, help="Bursts per service and day.")
+@option("--launches", type=click.IntRange(min=0), default=1, show_default=True, help="Number of services whose demand rises for good.")
+@option("--swing", type=Number(0, 0.99), default=0.6, show_default=True, help="Amplitude of the daily rhythm, as a share of the mean.")
+@option("--seed", type=int, default=1, show_default=True, help="Random seed.")
 def generate_command(
     file: Path, requests: int, hours: float, services: str, bursts: float, launches: int, swing: float, seed: int
 ) -> None:

@@ -127,7 +127,7 @@ def print_plan(console: Console, plan: Plan, other: Plan | None, *, explain: boo
     buffer = ", ".join(f"{gpus} {gpu}" for gpu, gpus in plan.buffer_by_type().items() if gpus) or "none"
     console.print(f"Idle buffer now: {buffer}. GPU Allocation Utilization over the plan: {plan.utilization:.1%}")
     if other is not None:
-        table = Table(title="What a faster start is worth (mean of the steps)", title_justify="left")
+        table = Table(title="What a faster start saves (mean of the steps)", title_justify="left")
         for heading in ("lead times", "GPUs", "idle GPUs", "of them buffer", "$/h", "utilization"):
             table.add_column(heading, justify="left" if heading == "lead times" else "right")
         for one in (other, plan):
@@ -138,7 +138,7 @@ def print_plan(console: Console, plan: Plan, other: Plan | None, *, explain: boo
         console.print(table)
         spare = float(other.gpus.mean() - plan.gpus.mean())
         saved = float(other.hourly_cost.mean() - plan.hourly_cost.mean())
-        console.print(f"restoring instead of starting cold saves {spare:.1f} GPUs and ${saved:.2f} an hour")
+        console.print(f"Restoring instead of starting cold saves {spare:.1f} GPUs and ${saved:.2f} an hour")
     else:
         console.print("With cold lead times there is no feasible plan.")
     console.print(_solved(plan))

@@ -1,9 +1,9 @@
 """Find the cheapest replicas of one service that cover its demand, also without its largest zone.
 
-A plan step decomposes by service once every GPU has a price, which the linear program gives (the dual of the row that
-counts a pool's GPUs). What remains per service is a small covering problem over its options, one per GPU type and zone.
-Starting points are even spreads over 1, 2, … zones and the linear program's solution. The cheapest one is improved by
-exchanging up to three replicas of one option for up to three of another while that is cheaper.
+A plan step decomposes by service once every GPU has a price. What remains per service is a small covering problem over its
+options, one per GPU type and zone. Starting points are even spreads over 1, 2, … zones and the linear program's solution.
+The cheapest one is improved by exchanging up to three replicas of one option for up to three of another while that is
+cheaper.
 """
 
 from __future__ import annotations
@@ -61,27 +61,15 @@ class Options:
         return self.missing(self.loads(count)) <= self.slack and int(count.sum()) >= self.least
 
 
-def cheapest(options: Options, near: Ints, effort: int = 1) -> Ints | None:
+def cheapest(options: Options, near: Ints) -> Ints | None:
     """Return the number of replicas per option; None if there is no room.
 
-    `near` is the first starting point: already a solution, or the linear program's solution rounded down. `effort` 0 starts
-    there only, unless that leads nowhere; 1 takes the cheapest of all starting points if `near` is not a solution; 2
-    improves all of them.
+    `near`: the first starting point, completed if it does not suffice.
     """
-    start = np.minimum(near, options.room)
-    done = options.enough(start)
-    found = [start] if done else [c for c in (_complete(options, start),) if c is not None]
-    if not found or effort > 0:
-        found += [c for c in (_spread(options),) if c is not None]
+    found = [c for c in (_complete(options, np.minimum(near, options.room)), _spread(options)) if c is not None]
     if not found:
         return None
-
-    def price(count: Ints) -> float:
-        return float(options.cost @ count)
-
-    if effort > 1:
-        return min((_exchange(options, count) for count in found), key=price)
-    return _exchange(options, min(found, key=price))
+    return _exchange(options, min(found, key=lambda count: float(options.cost @ count)))
 
 
 def _spread(options: Options) -> Ints | None:

@@ -1,9 +1,9 @@
-"""Explain infeasibility: the smallest set of conflicting constraints, in the file's names, and the nearest feasible change.
+"""Explain infeasibility: an irreducible set of conflicting constraints, in the file's names, and the nearest feasible change.
 
-Finds the smallest conflict by implicit hitting sets (Ignatiev et al. 2015): a set that hits every known correction set and
-still conflicts is the smallest. Each correction set comes from an elastic program (Chinneck 2008), in which every
-constraint of the file may be violated at a price, except those under test. On timeout the certificate of that program is
-reported instead: a conflict that may not be the smallest, and is marked as such.
+Starts with the constraints in the Farkas certificate of an elastic program (Chinneck 2008), in which every constraint of the
+file may be violated at a price, and leaves out one after the other while the rest still conflict (deletion filter). HiGHS'
+own IIS is not used: it knows rows, of which a constraint of the file has one per step and zone, and no integers. On timeout
+the conflict may contain more than is needed, and is marked as such.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from capacity.optimize.program import Ints, Name, Program
 
 TOLERANCE = 1e-6
 LIMIT = 15.0
-ROUNDS = 200
 # Constraints that people change first. The rest (demand, idle GPUs, zones, minimum) is the purpose of the plan.
 MOVABLE = frozenset(
     ("quota", "pool-quota", "supply", "start-limit", "stop-limit", "maximum", "region-min", "region-max")
 )
+# Order in which the deletion filter leaves constraints out; all others come first.
+ORDER = {**dict.fromkeys(MOVABLE, 2), "supply": 1, "quota": 3, "demand": 4}
 FIXED = frozenset(("capacity", "flow", "blocks"))
 
 
@@ -41,14 +42,14 @@ class _Elastic:
     weight: Floats  # [slack]
 
 
-def infeasible(problem: Problem, program: Program, *, whole: bool, limit: float = LIMIT) -> InfeasibleError:
+def infeasible(problem: Problem, program: Program, *, integers: bool, limit: float = LIMIT) -> InfeasibleError:
     """Return the error to raise for a program without a solution.
 
     `limit` in seconds, for each of conflict and nearest change.
     """
     deadline = time.perf_counter() + limit
     elastic = _elastic(program)
-    names, smallest = _conflict(elastic, whole, deadline)
+    names, smallest = _conflict(elastic, integers, deadline)
     changes = _nearest(problem, elastic, deadline + limit)
     return InfeasibleError(Conflict(tuple(elastic.names[n].text for n in names), smallest, changes))
 
@@ -133,7 +134,7 @@ def _elastic(program: Program) -> _Elastic:
     )
 
 
-def _solve(elastic: _Elastic, hard: set[int], deadline: float, *, whole: bool) -> highs.Outcome:
+def _solve(elastic: _Elastic, hard: set[int], deadline: float, *, integers: bool) -> highs.Outcome:
     """Find the cheapest violation in which the constraints in `hard` hold.
 
     Raises SolverError when out of time.
@@ -145,74 +146,24 @@ def _solve(elastic: _Elastic, hard: set[int], deadline: float, *, whole: bool) -
     upper = elastic.program.upper.copy()
     upper[elastic.columns :][closed] = 0.0
     part = replace(elastic.program, upper=upper)
-    return highs.run(highs.load(part, whole=whole, limit=left), whole=whole)
+    return highs.run(highs.load(part, integers=integers, limit=left), integers=integers)
 
 
-def _hitting(sets: list[frozenset[int]], deadline: float) -> set[int]:
-    """Return a smallest set that intersects each of `sets`. Raises SolverError."""
-    members = sorted(set().union(*sets))
-    place = {name: k for k, name in enumerate(members)}
-    rows = np.concatenate([np.full(len(s), r) for r, s in enumerate(sets)]).astype(np.int64)
-    cols = np.array([place[name] for s in sets for name in sorted(s)], dtype=np.int64)
-    program = Program(
-        steps=1,
-        columns=len(members),
-        rows=len(sets),
-        row=rows,
-        col=cols,
-        val=np.ones(len(cols)),
-        row_lower=np.ones(len(sets)),
-        row_upper=np.full(len(sets), np.inf),
-        lower=np.zeros(len(members)),
-        upper=np.ones(len(members)),
-        cost=np.ones(len(members)),
-        integer=np.ones(len(members), dtype=np.bool_),
-        row_names=(),
-        column_names={},
-        pairs=np.zeros((0, 2), dtype=np.int64),
-        blocks=np.zeros((0, 2), dtype=np.int64),
-        sums=(),
-        spare=(),
-        spread=(),
-        spread_unit=(),
-        at_u=0,
-        at_x=0,
-        at_b=0,
-        at_s=0,
-        at_h=0,
-        at_y=0,
-        price_scale=1.0,
-        pair_price=np.zeros(0),
-        stand_in=np.zeros(0, dtype=np.int64),
-    )
-    left = max(0.05, deadline - time.perf_counter())
-    outcome = highs.run(highs.load(program, whole=True, limit=left), whole=True)
-    if outcome.values is None:
-        raise SolverError("solver-gave-up", "no hitting set")
-    return {members[k] for k in np.flatnonzero(outcome.values > 0.5)}
-
-
-def _conflict(elastic: _Elastic, whole: bool, deadline: float) -> tuple[list[int], bool]:
-    certificate: list[int] = []
+def _conflict(elastic: _Elastic, integers: bool, deadline: float) -> tuple[list[int], bool]:
+    """Return named constraints that conflict, and whether none of them can be left out; False if time ran out."""
+    names = list(range(len(elastic.names)))
     try:
-        first = _solve(elastic, set(), deadline, whole=False)
+        first = _solve(elastic, set(), deadline, integers=False)
         if first.values is not None and first.row_dual is not None and first.objective > TOLERANCE:
-            certificate = _certificate(elastic, first.row_dual)
-        corrections: list[frozenset[int]] = []
-        hard: set[int] = set()
-        for _ in range(ROUNDS):
-            outcome = _solve(elastic, hard, deadline, whole=whole)
-            if outcome.values is None:
-                return sorted(hard), True
-            passed = outcome.values[elastic.columns :] > TOLERANCE
-            correction = frozenset(int(name) for name in elastic.owner[passed])
-            if not correction:
-                break
-            corrections.append(correction)
-            hard = _hitting(corrections, deadline)
+            names = _certificate(elastic, first.row_dual)
+        # Demand is tried last, so that the conflict names it rather than what follows from it.
+        for name in sorted(names, key=lambda n: (ORDER.get(elastic.names[n].sort, 0), n)):
+            rest = set(names) - {name}
+            if _solve(elastic, rest, deadline, integers=integers).values is None:
+                names = sorted(rest)
     except SolverError:
-        pass  # out of time: the certificate is still a conflict
-    return certificate or list(range(len(elastic.names))), False
+        return names, False
+    return names, True
 
 
 def _certificate(elastic: _Elastic, duals: Floats) -> list[int]:
@@ -229,9 +180,9 @@ def _nearest(problem: Problem, elastic: _Elastic, deadline: float) -> tuple[Chan
     kept = {n for n, name in enumerate(elastic.names) if name.sort not in MOVABLE}
     outcome: highs.Outcome | None = None
     for hard in (kept, set()):
-        for whole in (True, False):
+        for integers in (True, False):
             try:
-                outcome = _solve(elastic, hard, deadline, whole=whole)
+                outcome = _solve(elastic, hard, deadline, integers=integers)
             except SolverError:
                 continue
             break

@@ -1,4 +1,4 @@
-"""Wrap HiGHS in two calls, `load` and `run`, and split a program into its steps.
+"""Wrap HiGHS in two calls, `load` and `run`.
 
 Deterministic: one thread, a fixed seed, no dependence on time except the given limits.
 """
@@ -9,7 +9,7 @@ import ctypes
 import os
 import sys
 import threading
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import highspy
 import numpy as np
@@ -67,26 +67,10 @@ def _silent() -> highspy.Highs:
         return solver
 
 
-@dataclass(frozen=True)
-class Matrix:
-    """Row-wise compressed constraint matrix."""
-
-    start: Ints
-    index: Ints
-    value: Floats
-
-
-def compress(program: Program) -> Matrix:
-    high = program.rows * program.steps
-    order = np.argsort(program.row, kind="stable")
-    start = np.concatenate([[0], np.cumsum(np.bincount(program.row, minlength=high))])
-    return Matrix(start.astype(np.int32), program.col[order].astype(np.int32), program.val[order])
-
-
-def load(program: Program, *, whole: bool, limit: float, gap: float = 0.0, nodes: int = 0) -> highspy.Highs:
+def load(program: Program, *, integers: bool, limit: float, gap: float = 0.0, nodes: int = 0) -> highspy.Highs:
     """Return a HiGHS instance with the program loaded. Raises SolverError if HiGHS rejects it.
 
-    `whole`: with integrality. `limit`: seconds. `nodes`: maximum search nodes, 0 for no limit.
+    `integers`: with integrality. `limit`: seconds. `nodes`: maximum search nodes, 0 for no limit.
     """
     solver = _silent()
     solver.setOptionValue("output_flag", False)
@@ -99,12 +83,13 @@ def load(program: Program, *, whole: bool, limit: float, gap: float = 0.0, nodes
         solver.setOptionValue("mip_max_nodes", nodes)
     solver.setOptionValue("mip_rel_gap", gap)
     solver.setOptionValue("mip_abs_gap", 1e-9 if gap == 0 else 0.0)
-    matrix = compress(program)
+    order = np.argsort(program.row, kind="stable")
+    starts = np.searchsorted(program.row[order], np.arange(len(program.row_lower))).astype(np.int32)
     # As arrays: filling a HighsLp field by field takes seven times as long.
     status = solver.passModel(
         len(program.cost),
         len(program.row_lower),
-        len(matrix.value),
+        len(program.val),
         int(highspy.MatrixFormat.kRowwise),
         int(highspy.ObjSense.kMinimize),
         0.0,
@@ -113,17 +98,17 @@ def load(program: Program, *, whole: bool, limit: float, gap: float = 0.0, nodes
         program.upper,
         program.row_lower,
         program.row_upper,
-        matrix.start,
-        matrix.index,
-        matrix.value,
-        program.integer.astype(np.int32) if whole else np.zeros(len(program.cost), dtype=np.int32),
+        starts,
+        program.col[order].astype(np.int32),
+        program.val[order],
+        program.integer.astype(np.int32) if integers else np.zeros(len(program.cost), dtype=np.int32),
     )
     if status == highspy.HighsStatus.kError:
         raise SolverError("solver-rejected", "HiGHS rejected the program; a coefficient is out of its range")
     return solver
 
 
-def run(solver: highspy.Highs, *, whole: bool) -> Outcome:
+def run(solver: highspy.Highs, *, integers: bool) -> Outcome:
     """Solve the loaded program.
 
     Raises SolverError on a time limit without a solution, or on numerical failure.
@@ -136,62 +121,12 @@ def run(solver: highspy.Highs, *, whole: bool) -> Outcome:
         # Costs and variables are not negative, so unbounded is impossible.
         return Outcome(None, np.inf, np.inf)
     if status != known.kOptimal:
-        usable = whole and info.primal_solution_status == int(highspy.SolutionStatus.kSolutionStatusFeasible)
+        usable = integers and info.primal_solution_status == int(highspy.SolutionStatus.kSolutionStatusFeasible)
         if not usable:
             raise SolverError("solver-gave-up", f"HiGHS stopped without a plan: {solver.modelStatusToString(status)}")
     solution = solver.getSolution()
     values = np.array(solution.col_value)
     objective = float(info.objective_function_value)
-    if whole:
+    if integers:
         return Outcome(values, objective, float(info.mip_dual_bound), proven=status == known.kOptimal)
     return Outcome(values, objective, objective, np.array(solution.row_dual), np.array(solution.col_dual))
-
-
-@dataclass(frozen=True)
-class StepView:
-    """The matrix of one step: its own columns, and coefficients on the step before. Equal for all steps."""
-
-    row: Ints
-    col: Ints
-    val: Floats
-    before_row: Ints
-    before_col: Ints
-    before_val: Floats
-
-
-def view(program: Program) -> StepView:
-    """Extract the step matrix from the first two steps, since all steps share it."""
-    first = (program.row < program.rows) & (program.col < program.columns)
-    cross = (program.row >= program.rows) & (program.row < 2 * program.rows) & (program.col < program.columns)
-    return StepView(
-        program.row[first],
-        program.col[first],
-        program.val[first],
-        program.row[cross] - program.rows,
-        program.col[cross],
-        program.val[cross],
-    )
-
-
-def step(program: Program, cut: StepView, t: int, previous: Floats | None) -> Program:
-    """Return step `t` alone, given the values `previous` of the step before."""
-    high, wide = program.rows, program.columns
-    row_lower = program.row_lower[t * high : (t + 1) * high]
-    row_upper = program.row_upper[t * high : (t + 1) * high]
-    if t > 0 and previous is not None and len(cut.before_row):
-        shift = np.bincount(cut.before_row, cut.before_val * previous[cut.before_col], minlength=high)
-        row_lower, row_upper = row_lower - shift, row_upper - shift
-    columns = slice(t * wide, (t + 1) * wide)
-    return replace(
-        program,
-        steps=1,
-        row=cut.row,
-        col=cut.col,
-        val=cut.val,
-        row_lower=row_lower,
-        row_upper=row_upper,
-        lower=program.lower[columns],
-        upper=program.upper[columns],
-        cost=program.cost[columns],
-        integer=program.integer[columns],
-    )

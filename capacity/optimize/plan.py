@@ -122,8 +122,8 @@ def solve(
 ) -> Plan:
     """Plan a problem with lead times of `kind`; each solve takes at most `limit` seconds.
 
-    `quick` uses integer construction only, where that succeeds; `thorough` improves it by search at any size. `explained`
-    finds the conflict if there is no plan. `stay` forbids starts and stops in the first step. Raises InfeasibleError with
+    `exact` also solves the integer program to optimality; `quick` only constructs a plan, where that succeeds; `thorough`
+    improves plans of any size. `explained` finds the conflict if there is no plan. `stay` forbids starts and stops in the first step. Raises InfeasibleError with
     the conflict and the nearest change, SolverError if HiGHS gives up.
     """
     began = time.perf_counter()
@@ -135,11 +135,11 @@ def solve(
             raise InfeasibleError(Conflict((), False))
     relaxed = solver.relax(built, limit=limit)
     if relaxed.values is None:
-        raise explain.infeasible(problem, built, whole=False) if explained else InfeasibleError(Conflict((), False))
-    rounded = solver.round_whole(built, relaxed, problem, required, quick=quick, thorough=thorough, limit=limit)
+        raise explain.infeasible(problem, built, integers=False) if explained else InfeasibleError(Conflict((), False))
+    rounded = solver.integers(built, relaxed, problem, required, quick=quick, thorough=thorough, limit=limit)
     if rounded.values is None:
-        raise explain.infeasible(problem, built, whole=True) if explained else InfeasibleError(Conflict((), False))
-    best = solver.exact(built, start=rounded.values, bound=relaxed.objective, limit=limit) if exact else None
+        raise explain.infeasible(problem, built, integers=True) if explained else InfeasibleError(Conflict((), False))
+    best = solver.search(built, start=rounded.values, bound=relaxed.objective, limit=limit) if exact else None
     values = rounded.values if best is None else best.values
     assert values is not None
     seconds = time.perf_counter() - began

@@ -1,6 +1,6 @@
 """The state of one step under construction: instances, replicas and idle blocks placed so far, and the room left for more.
 
-`greedy.py` makes the moves; this module keeps the sums that they change, such as free GPUs, quotas and served demand.
+`construct.py` makes the moves; this module keeps the sums that they change, such as free GPUs, quotas and served demand.
 """
 
 from __future__ import annotations
@@ -9,23 +9,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from capacity.model import Floats, Problem, slot
-from capacity.optimize.program import Ints, Program
+from capacity.model import Problem, slot
+from capacity.optimize.program import Program
 from capacity.requirements import Need
 
 EPS = 1e-7
-
-
-@dataclass(frozen=True)
-class Known:
-    """The constant part of a service's options over `pools`."""
-
-    pools: list[int]
-    index: Ints
-    zone: Ints
-    rate: Floats
-    width: Floats
-    zones: int
 
 
 @dataclass(frozen=True)
@@ -40,7 +28,6 @@ class Shape:
     fits: list[list[int]]  # [service] pools
     alike: list[list[int]]  # [place] pools
     cells_of: list[list[list[int]]]  # [service] pools it fits, grouped by type and zone
-    known: dict[int, Known] = field(default_factory=dict)  # [service]
 
 
 def shape(problem: Problem, need: Need, program: Program) -> Shape:
@@ -89,9 +76,6 @@ class State:
     rest: list[float]
     with_blocks: dict[int, None] = field(default_factory=dict)  # pools; ordered, so that sums are reproducible
 
-    def can_open(self, p: int) -> bool:
-        return self.more(p) > 0
-
     def more(self, p: int) -> int:
         """Return how many more instances may be opened.
 
@@ -118,12 +102,6 @@ class State:
         for q in self.shape.quotas_of[p]:
             self.quota_left[q] -= gpus * started
 
-    def release(self, p: int) -> None:
-        """Close empty instances."""
-        spare = min(self.free[p] // self.problem.pools[p].gpus, self.n[p] - self.least[p])
-        if spare > 0:
-            self.open(p, -spare)
-
     def put(self, p: int, j: int, count: int) -> None:
         self.tenants[p][j] = self.tenants[p].get(j, 0) + count
         if not self.tenants[p][j]:
@@ -134,19 +112,8 @@ class State:
         zone = self.shape.zone[p]
         self.by_zone[j][zone] = self.by_zone[j].get(zone, 0.0) + self.shape.rate[p][j] * count
 
-    def lacks(self, j: int) -> bool:
-        """Return whether demand or the minimum is not met yet."""
-        target = self.target[j]
-        return self.served[j] < target - EPS * max(1.0, target) or self.total[j] < self.problem.services[j].minimum
-
-    def zone_lacks(self, j: int) -> bool:
-        if j not in self.shape.spread:
-            return False
-        rest = self.rest[j]
-        return self.served[j] - max(self.by_zone[j].values(), default=0.0) < rest - EPS * max(1.0, rest)
-
     def zone_would_lack(self, j: int, q: int) -> bool:
-        """Return `zone_lacks` for one more replica on pool q."""
+        """Return whether a service with one more replica on pool q serves too little without its largest zone."""
         if j not in self.shape.spread:
             return False
         rest, rate, zones = self.rest[j], self.shape.rate[q][j], self.by_zone[j]
@@ -157,20 +124,21 @@ class State:
         """Return the rate beyond the plan that counts as spare, in units per second."""
         return min(self.cap[j], max(0.0, self.served[j] - self.base[j]))
 
-    def block_worth(self, g: int) -> float:
+    def covered(self, g: int) -> float:
+        """Return the normalised GPUs of a group that surplus and idle blocks cover."""
         group = self.need.groups[g]
-        worth = 0.0
+        total = 0.0
         for j, each in group.relief.items():
             over = self.served[j] - self.base[j]
             if over > 0:
-                worth += min(self.cap[j], over) * each
+                total += min(self.cap[j], over) * each
         for p in self.with_blocks:
             weight = group.weights.get(self.need.place[p])
             if weight is not None:
                 for size, many in self.blocks[p].items():
                     if size >= weight[0]:
-                        worth += size * many * weight[1]
-        return worth
+                        total += size * many * weight[1]
+        return total
 
     def add_block(self, p: int, size: int, count: int) -> None:
         self.blocks[p][size] = self.blocks[p].get(size, 0) + count

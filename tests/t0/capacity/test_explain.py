@@ -70,9 +70,9 @@ def test_every_constraint_of_the_conflict_is_needed(problem):
     deadline = 1e18
     named, smallest = explain._conflict(elastic, False, deadline)
     assert smallest
-    assert explain._solve(elastic, set(named), deadline, whole=False).values is None
+    assert explain._solve(elastic, set(named), deadline, integers=False).values is None
     for rest in combinations(named, len(named) - 1):
-        assert explain._solve(elastic, set(rest), deadline, whole=False).values is not None
+        assert explain._solve(elastic, set(rest), deadline, integers=False).values is not None
 
 
 @pytest.mark.parametrize(

@@ -110,25 +110,42 @@ def plan() -> None:
 @plan.command("solve", short_help="Plan FILE; the word may be omitted.")
 @click.argument("file", type=click.Path(path_type=Path))
 @option("--json", "as_json", is_flag=True, help="Print JSON.")
-@option("--exact", is_flag=True, help="Also solve the integer program to optimality, and print the gap of the first plan.")
+@option(
+    "--exact", is_flag=True, help="Also solve the integer program to optimality, and print the gap of the first plan."
+)
 @option(
     "--thorough", is_flag=True, help="Improve a large plan by search, too; by default only smaller plans are improved."
 )
 @option("--explain", is_flag=True, help="Show what each service needs, and why.")
-@option("--emit", type=click.Choice(["kubernetes"]), help="Print the idle buffer as Kubernetes objects instead of the plan.")
-@option("--idle-by", type=click.Choice(["pause-pods", "capacity-buffer"]), help="With --emit: print only these objects; default both.")
+@option(
+    "--emit", type=click.Choice(["kubernetes"]), help="Print the idle buffer as Kubernetes objects instead of the plan."
+)
+@option(
+    "--idle-by",
+    type=click.Choice(["pause-pods", "capacity-buffer"]),
+    help="With --emit: print only these objects; default both.",
+)
 @option("--namespace", default="default", show_default=True, help="With --emit: namespace of the objects.")
 @option(
     "--pause-image",
     help="With --emit: image of the pods that hold GPUs; it only waits, such as your cluster's pause image.",
 )
 @option("--watch", type=Duration(0.1), metavar="INTERVAL", help="Plan again on this interval, such as 60s or 5m.")
-@option("--apply", "command", metavar="COMMAND", help="With --watch: shell command that starts and stops instances; gets the delta as JSON on standard input.")
-@option("--observe", metavar="COMMAND", help="With --watch: shell command that prints the held instances as JSON, before each plan.")
 @option(
-    "--state", type=click.Path(path_type=Path), help="With --watch: state file; default under QUICKTHAW_HOME."
+    "--apply",
+    "command",
+    metavar="COMMAND",
+    help="With --watch: shell command that starts and stops instances; gets the delta as JSON on standard input.",
 )
-@option("--rounds", type=click.IntRange(min=0), default=0, help="With --watch: exit after this many plans; 0 means never.")
+@option(
+    "--observe",
+    metavar="COMMAND",
+    help="With --watch: shell command that prints the held instances as JSON, before each plan.",
+)
+@option("--state", type=click.Path(path_type=Path), help="With --watch: state file; default under QUICKTHAW_HOME.")
+@option(
+    "--rounds", type=click.IntRange(min=0), default=0, help="With --watch: exit after this many plans; 0 means never."
+)
 @option("--limit", type=Duration(1.0), default="60s", show_default=True, help="Time limit of each solve.")
 def solve_command(
     file: Path,
@@ -235,7 +252,12 @@ def _watch(
 @plan.command("simulate")
 @click.argument("file", type=click.Path(path_type=Path))
 @option("--trace", "trace_file", type=click.Path(path_type=Path), required=True, help="CSV file of requests.")
-@option("--policy", "chosen", multiple=True, help="Simulate only this policy (name as printed); repeatable. Default all five.")
+@option(
+    "--policy",
+    "chosen",
+    multiple=True,
+    help="Simulate only this policy (name as printed); repeatable. Default all five.",
+)
 @option(
     "--fixed",
     type=click.IntRange(min=0),
@@ -314,12 +336,28 @@ def simulate_command(
 
 @plan.command("generate", short_help="Write a synthetic day of requests as CSV.")
 @click.argument("file", type=click.Path(path_type=Path))
-@option("--requests", type=click.IntRange(min=1), default=100_000, show_default=True, help="Expected number of requests.")
-@option("--hours", type=Number(min=0, min_open=True), default=24.0, show_default=True, help="Length of the day in hours.")
+@option(
+    "--requests", type=click.IntRange(min=1), default=100_000, show_default=True, help="Expected number of requests."
+)
+@option(
+    "--hours", type=Number(min=0, min_open=True), default=24.0, show_default=True, help="Length of the day in hours."
+)
 @option("--services", default="chat,code,embed", show_default=True, help="Service names, separated by commas.")
 @option("--bursts", type=Number(min=0), default=6.0, show_default=True, help="Bursts per service and day.")
-@option("--launches", type=click.IntRange(min=0), default=1, show_default=True, help="Number of services whose demand rises for good.")
-@option("--swing", type=Number(0, 0.99), default=0.6, show_default=True, help="Amplitude of the daily rhythm, as a share of the mean.")
+@option(
+    "--launches",
+    type=click.IntRange(min=0),
+    default=1,
+    show_default=True,
+    help="Number of services whose demand rises for good.",
+)
+@option(
+    "--swing",
+    type=Number(0, 0.99),
+    default=0.6,
+    show_default=True,
+    help="Amplitude of the daily rhythm, as a share of the mean.",
+)
 @option("--seed", type=int, default=1, show_default=True, help="Random seed.")
 def generate_command(
     file: Path, requests: int, hours: float, services: str, bursts: float, launches: int, swing: float, seed: int

@@ -16,7 +16,7 @@ import numpy as np
 
 from capacity.errors import SolverError
 from capacity.model import Floats
-from capacity.optimize.program import Ints, Program
+from capacity.optimize.program import Program
 
 FEASIBILITY = 1e-7
 INTEGRALITY = 1e-6

@@ -123,8 +123,8 @@ def solve(
     """Plan a problem with lead times of `kind`; each solve takes at most `limit` seconds.
 
     `exact` also solves the integer program to optimality; `quick` only constructs a plan, where that succeeds; `thorough`
-    improves plans of any size. `explained` finds the conflict if there is no plan. `stay` forbids starts and stops in the first step. Raises InfeasibleError with
-    the conflict and the nearest change, SolverError if HiGHS gives up.
+    improves plans of any size. `explained` finds the conflict if there is no plan. `stay` forbids starts and stops in the
+    first step. Raises InfeasibleError with the conflict and the nearest change, SolverError if HiGHS gives up.
     """
     began = time.perf_counter()
     required = need.compute(problem, kind)

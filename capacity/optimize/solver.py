@@ -174,6 +174,4 @@ def search(
     values = np.maximum(np.where(program.integer, np.round(outcome.values), outcome.values), 0.0)
     if start is not None and outcome.objective > price:
         values = start
-    return replace(
-        outcome, values=values, objective=min(price, outcome.objective), bound=max(bound, outcome.bound)
-    )
+    return replace(outcome, values=values, objective=min(price, outcome.objective), bound=max(bound, outcome.bound))

@@ -39,7 +39,7 @@ class Number(click.FloatRange):
         return number
 
 
-class Duration(click.ParamType):
+class Duration(click.ParamType[float]):
     """A duration such as `90s` or `10m`; a bare number is seconds. Returns seconds, at least `low`."""
 
     name = "duration"

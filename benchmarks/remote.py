@@ -32,7 +32,7 @@ sys.path[:] = [str(ROOT), *[p for p in sys.path if Path(p or ".").resolve() != P
 from benchmarks.lazyfs import far_origin  # noqa: E402
 from checkpoint.snapshot.library import Library  # noqa: E402
 from checkpoint.snapshot.manifest import Snapshot  # noqa: E402
-from checkpoint.store.archive import LEVEL_REMOTE, Opened, open_chunks, push  # noqa: E402
+from checkpoint.store.archive import LEVEL_REMOTE, OpenedArchive, open_chunks, push  # noqa: E402
 from checkpoint.store.layout import BYTES  # noqa: E402
 from lazyfs.content.chunk_store import chunk_key, zero_digest  # noqa: E402
 from plugin.bench.client import Command, free_port, waiting_client  # noqa: E402
@@ -62,7 +62,7 @@ print(total[0], time.perf_counter() - t)
 
 def working_set_keys(url: str, name: str) -> list[str]:
     """The objects of the store that hold what a restore needs before its first token."""
-    opened = Opened.of(name, open_chunks(url))
+    opened = OpenedArchive.of(name, open_chunks(url))
     if opened.layout is None:
         raise SystemExit(f"{name} has no recorded working set; restore it once (quickthaw restore {name})")
     file = next(file for file in opened.archive.files if file.path == BYTES)

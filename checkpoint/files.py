@@ -81,7 +81,7 @@ def locked(folder: Path, operation: int) -> int:
     return -1
 
 
-def extents(fd: int, size: int) -> Iterator[tuple[int, int]]:
+def data_extents(fd: int, size: int) -> Iterator[tuple[int, int]]:
     """Yield (start, end) of each data extent in the first `size` bytes of an open file.
 
     Extents are ascending, with holes between them. Engines map hundreds of megabytes of shared memory and write a few

@@ -38,16 +38,16 @@ _END_S = 1.0
 
 
 class Arriving(Protocol):
-    """Images that are being filled from a store (checkpoint.store.remote_restore.Remote)."""
+    """Images that are being filled from a store (checkpoint.store.remote_restore.RemoteSnapshot)."""
 
     @property
-    def presence(self) -> Path:
+    def residency(self) -> Path:
         """Path of the residency bitmap (checkpoint.lazy_pages.residency.ResidencyBitmap)."""
 
-    def listen(self, on_arrival: Callable[[], None]) -> None:
+    def on_progress(self, on_arrival: Callable[[], None]) -> None:
         """Call `on_arrival` whenever pages have arrived."""
 
-    def wanted(self, path: str, offset: int, length: int) -> None:
+    def prioritize(self, path: str, offset: int, length: int) -> None:
         """Report that a process waits for these bytes of a page file."""
 
 
@@ -74,7 +74,7 @@ def server_config(
         "record": record,
         "rest_bytes_per_s": rest_bytes_per_s,
         "first_token_timeout_s": first_token_timeout_s,
-        "arriving": str(arriving.presence.resolve()) if arriving else "",
+        "arriving": str(arriving.residency.resolve()) if arriving else "",
         "pack": pack,
     }
 
@@ -118,7 +118,7 @@ class PageServer:
         self._reader.start()
         threading.Thread(target=self._watch, name="page-server-watch", daemon=True).start()
         if arriving:
-            arriving.listen(self.arrived)
+            arriving.on_progress(self.arrived)
 
     @property
     def pid(self) -> int:
@@ -201,7 +201,7 @@ class PageServer:
                 self._send(op="released", number=message["number"])
         elif event == "wanted":
             if self._arriving:
-                self._arriving.wanted(message["path"], message["offset"], message["length"])
+                self._arriving.prioritize(message["path"], message["offset"], message["length"])
         elif event == "warning":
             if self._on_warning:
                 self._on_warning(message["message"])

@@ -33,14 +33,14 @@ import msgspec
 
 from checkpoint import disk
 from checkpoint.errors import Failed, Integrity
-from checkpoint.files import RACY_NS, Fingerprint, boot_id, fingerprint, write_private
+from checkpoint.files import RACY_NS, Fingerprint, boot_id, data_extents, fingerprint, write_private
 from checkpoint.snapshot import file_backed
 from checkpoint.snapshot.manifest import SnapshotFile
 from lazyfs.content.records import ready
 
 LEDGER = ".verified"
 _BUFFER = 1 << 20
-_PARALLEL = 64 << 20  # files of at least this size are hashed by several threads
+_PARALLEL = 8 << 20  # files of at least this size are hashed by several threads
 _PARALLEL_BUFFER = 8 << 20
 
 
@@ -175,18 +175,25 @@ def digest_symlink(target: str) -> str:
 
 
 def digest_file(path: Path, size: int) -> str:
-    """Return the BLAKE3 of a file.
+    """Return the BLAKE3 of the first `size` bytes of a file. Raises OSError with the file's name.
 
-    The file is read, not mapped: if a mapped file shrank or its disk failed, the process would be killed.
+    Holes are not read: untouched shared memory is hundreds of megabytes of them. The file is read, not mapped: if a
+    mapped file shrank or its disk failed, the process would be killed.
     """
     several = size >= _PARALLEL
     digest = blake3.blake3(max_threads=blake3.blake3.AUTO if several else 1)
-    buffer = bytearray(min(max(size, 1), _PARALLEL_BUFFER if several else _BUFFER))
-    view = memoryview(buffer)
+    view = memoryview(bytearray(min(max(size, 1), _PARALLEL_BUFFER if several else _BUFFER)))
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
-        while read := os.readv(fd, [buffer]):
-            digest.update(view[:read])
+        at = 0
+        for start, end in (*data_extents(fd, size), (size, size)):
+            zeros = bytes(min(start - at, _BUFFER))
+            for hole in range(at, start, _BUFFER):
+                digest.update(zeros[: start - hole])
+            at = start
+            while at < end and (read := os.preadv(fd, [view[: end - at]], at)):
+                digest.update(view[:read])
+                at += read
     except OSError as error:
         error.filename = str(path)
         raise

@@ -36,8 +36,8 @@ from checkpoint.files import locked, private_folder
 from checkpoint.snapshot import digests, entries, signatures
 from checkpoint.snapshot import manifest as manifests
 from checkpoint.store import layout as layouts
-from checkpoint.store.download import EVERYTHING, Arrival
-from checkpoint.store.upload import WORKERS, Listing, Progress, Push, Pushed, get, translated
+from checkpoint.store.download import BACKGROUND, Download
+from checkpoint.store.upload import WORKERS, Listing, Progress, Push, Pushed, get, translate_errors
 
 if TYPE_CHECKING:
     from lazyfs.content.chunk_store import ChunkStore
@@ -83,7 +83,7 @@ def open_chunks(url: str, level: int | None = None) -> ChunkStore:
     from lazyfs.stores import open_store
     from lazyfs.stores.urls import shown_url
 
-    with translated(f"cannot open {shown_url(url)}"):
+    with translate_errors(f"cannot open {shown_url(url)}"):
         store = open_store(url)
         return ChunkStore(store, zstd=level or (LEVEL_REMOTE if store.remote else LEVEL_LOCAL))
 
@@ -109,7 +109,7 @@ def push(
     """
     from checkpoint.store.chunking import CHUNK, plan
 
-    with translated(f"cannot push {folder.name}"):
+    with translate_errors(f"cannot push {folder.name}"):
         listing = _list(folder, entries.belongs if kind == KIND else lambda _: True)
         layout = None
         lengths: dict[str, list[int]] = {}
@@ -176,7 +176,7 @@ def _push_by_layout(
         folder,
         layouts.BYTES,
         layout.lengths(),
-        lambda offset, length: layout.pieces(layouts.BYTES, offset, length),
+        lambda offset, length: layout.extents(layouts.BYTES, offset, length),
         {path: sizes[path] for path in layout.index.paths},
     )
     other_names = {path for names in listing.names.values() for path in names[1:]}
@@ -188,8 +188,8 @@ def _push_by_layout(
             modes[path] = mode
             continue
         rest = layouts.rest_of(path)
-        pieces = partial(layout.pieces, rest)
-        job.gathered(folder, rest, lengths[path], pieces, {path: size})
+        extents = partial(layout.extents, rest)
+        job.gathered(folder, rest, lengths[path], extents, {path: size})
         modes[rest] = mode
     return modes
 
@@ -233,7 +233,7 @@ def pull(
     """Fetch the archive `name` (or a manifest's digest) into the new snapshot folder `folder`.
 
     `accept` receives the snapshot's manifest and its signature file (None if there is none) before anything else is
-    fetched; an exception it raises ends the pull. `trust_keys` requires a signature (see Opened.of). A failed pull
+    fetched; an exception it raises ends the pull. `trust_keys` requires a signature (see OpenedArchive.of). A failed pull
     keeps its data in a hidden folder for the next attempt.
 
     Raises NotFound, Busy (another process pulls it), Integrity (a chunk or the whole is wrong), Failed (the folder
@@ -244,34 +244,34 @@ def pull(
             "snapshot-exists", f"{folder.name} is here already; remove it first: quickthaw snapshot rm {folder.name}"
         )
     with partial_folder(folder) as (partial, lock):
-        opened = Opened.of(name, chunks, trust_keys)
+        opened = OpenedArchive.of(name, chunks, trust_keys)
         opened.check_name(folder.name)
         if accept:
             accept(opened.document, opened.signature)
         opened.prepare(partial)
-        arrival = Arrival(
+        download = Download(
             chunks, opened.archive, opened.layout, partial, opened.links, workers=WORKERS, progress=progress
         )
         try:
-            arrival.begin()
-            arrival.wait(EVERYTHING)
-            arrival.settle()
+            download.begin()
+            download.wait(BACKGROUND)
+            download.sync()
         finally:
-            arrival.close()
+            download.close()
         opened.link(partial)
         opened.check(partial)
         put_in_place(partial, folder, lock)
-        size = sum(size for size, _ in arrival.files.values())
-        return Pulled(opened.digest, len(arrival.files) + len(opened.links), size, arrival.kept, arrival.fetched)
+        size = sum(size for size, _ in download.files.values())
+        return Pulled(opened.digest, len(download.files) + len(opened.links), size, download.kept, download.fetched)
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenedArchive:
     """A snapshot's archive of which only the manifests were fetched and checked against each other.
 
     `document`, `signature`: the snapshot's own manifest and its signature file. `files`: the manifest's entry for
-    each file. `links`: further names of files. `vouched`: whether a trusted signature covers the archive as a whole,
-    including what is not in `files`. `leave_out`: files that no signature covers, although one was required.
+    each file. `links`: further names of files. `trusted`: whether a trusted signature covers the archive as a whole,
+    including what is not in `files`. `excluded`: files that no signature covers, although one was required.
     """
 
     digest: str
@@ -282,11 +282,11 @@ class Opened:
     links: dict[str, str]
     name: str
     files: dict[str, manifests.SnapshotFile]
-    vouched: bool
-    leave_out: tuple[str, ...]
+    trusted: bool
+    excluded: tuple[str, ...]
 
     @classmethod
-    def of(cls, name: str, chunks: ChunkStore, trust_keys: Sequence[Path] = ()) -> Opened:
+    def of(cls, name: str, chunks: ChunkStore, trust_keys: Sequence[Path] = ()) -> OpenedArchive:
         """Read the manifests and the layout, and validate the archive.
 
         It must hold exactly what the snapshot's manifest names.
@@ -310,17 +310,17 @@ class Opened:
         with ThreadPoolExecutor(len(wanted), thread_name_prefix="open") as pool:
             read = dict(zip(wanted, pool.map(lambda path: content(by_path[path], chunks), wanted), strict=True))
         document, signature = read[manifests.FILE_NAME], read.get(signatures.FILE_NAME)
-        vouched = False
+        trusted = False
         if trust_keys:
             signatures.check(document, signature, trust_keys)
-            vouched = signed_as_a_whole(digest, chunks, trust_keys)
+            trusted = signed_as_a_whole(digest, chunks, trust_keys)
         layout = layouts.decode(read[layouts.INDEX]) if layouts.INDEX in read else None
         if layout:
             layout.check(archive)
         links, named = entries.hard_links(archive), entries.essentials(document)
         entries.check(archive, layout, links, named.files)
-        leave_out = (entries.WORKING_SET,) if trust_keys and not vouched else ()
-        return cls(digest, archive, layout, document, signature, links, named.name, named.files, vouched, leave_out)
+        excluded = (entries.WORKING_SET,) if trust_keys and not trusted else ()
+        return cls(digest, archive, layout, document, signature, links, named.name, named.files, trusted, excluded)
 
     def check_name(self, name: str) -> None:
         """Raise Integrity (manifest-misplaced) unless this is the snapshot `name`."""
@@ -346,7 +346,7 @@ class Opened:
         for link in self.archive.symlinks:
             (partial / link.path).unlink(missing_ok=True)
             (partial / link.path).symlink_to(link.target)
-        for path in self.leave_out:
+        for path in self.excluded:
             (partial / path).unlink(missing_ok=True)
         for directory in reversed(self.archive.directories):
             (partial / directory.path).chmod(directory.mode & 0o777)
@@ -374,7 +374,7 @@ def partial_folder(folder: Path) -> Iterator[tuple[Path, int]]:
     partial = folder.with_name(f".pull-{folder.name}")
     lock = _lock_partial(partial, folder.name)
     try:
-        with translated(f"cannot pull {folder.name}"):
+        with translate_errors(f"cannot pull {folder.name}"):
             yield partial, lock
     except CheckpointError as error:
         # Another attempt can continue after a failure of the store or the link; after other errors, remove the folder.

@@ -21,7 +21,7 @@ import msgspec
 from checkpoint.errors import Integrity, NotFound
 from checkpoint.files import aside, private_folder
 from checkpoint.store import archive as archives
-from checkpoint.store.upload import MTIMES, Pushed, translated
+from checkpoint.store.upload import MTIMES, Pushed, translate_errors
 
 if TYPE_CHECKING:
     from lazyfs.content.chunk_store import ChunkStore
@@ -45,7 +45,7 @@ def pull_cache(name: str, chunks: ChunkStore, folder: Path, trust_keys: Sequence
 
     Raises NotFound, Integrity or Failed.
     """
-    with translated(f"cannot pull {name}"):
+    with translate_errors(f"cannot pull {name}"):
         digest = chunks.resolve(name)
         archive = chunks.get_manifest(digest)
         if archive.kind != KIND:

@@ -2,11 +2,11 @@
 
 Each is verified before any byte of it can be read.
 
-    arrival = Arrival(chunks, archive, layout, folder)
-    arrival.begin()                    # workers fetch what CRIU needs, the working set, …
-    arrival.wait(START)                # … until everything of that urgency is in place
-    arrival.wanted(path, offset, n)    # a process waits for these bytes: fetch them next
-    arrival.release(REST)              # then fetch everything, at a limited rate
+    download = Download(chunks, archive, layout, folder, links)
+    download.begin(FIRST_TOKEN)             # workers fetch the files that CRIU reads, and the working set
+    download.wait(STARTUP)                  # until everything of that or a higher urgency is in place
+    download.prioritize(path, offset, n)    # a process waits for these bytes: fetch them next
+    download.allow(BACKGROUND)              # now fetch the rest, at a limited rate
 
 A chunk is named by the BLAKE3 of its plain bytes, which is checked after decompression. A chunk that differs is
 quarantined and fetched once more, and a second mismatch is an error. The residency bitmap shared with page servers
@@ -33,8 +33,8 @@ from typing import TYPE_CHECKING
 from checkpoint.errors import CheckpointError, Failed
 from checkpoint.files import private_folder
 from checkpoint.lazy_pages.residency import ResidencyBitmap
-from checkpoint.store.layout import BYTES, INDEX, REST, Layout, Piece
-from checkpoint.store.upload import Progress, translated
+from checkpoint.store.layout import BYTES, INDEX, REST, Extent, Layout
+from checkpoint.store.upload import Progress, translate_errors
 
 if TYPE_CHECKING:
     from lazyfs.content.chunk_store import ChunkStore
@@ -42,11 +42,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("quickthaw")
 
-WANTED, START, FIRST, LATER, EVERYTHING = range(5)
+ON_DEMAND, STARTUP, FIRST_TOKEN, WARM, BACKGROUND = range(5)
 """Urgencies: a process waits for it; CRIU reads it; needed before the first token; needed soon after it; the rest."""
+_ORDER = (ON_DEMAND, STARTUP, FIRST_TOKEN, WARM, BACKGROUND)
+_WORKING_SET_FIRST = (ON_DEMAND, FIRST_TOKEN, STARTUP, WARM, BACKGROUND)
+"""Every other worker prefers the working set, so that neither kind waits for the other's round trips."""
 WORKERS = 12
 """Concurrent fetches while a process waits: enough to fill a link of 1 Gbit/s over 20 ms, few enough not to delay each other."""
-WORKERS_REST = 4
+WORKERS_BACKGROUND = 4
 LIMIT_S = 30.0
 """Timeout of one chunk with all its retries, seconds: as long as a process may wait for a page."""
 _GRACE_S = 5.0
@@ -72,7 +75,7 @@ class _Job:
         self.taken = self.done = False
 
 
-class Arrival:
+class Download:
     """A running download (see the module's docstring). Thread-safe.
 
     `folder` holds every directory of the archive, and possibly data of an earlier attempt. `rate` limits background
@@ -104,23 +107,23 @@ class Arrival:
         )
         self.kept = self.fetched = self.moved = self.quarantined = 0
         self.failure: CheckpointError | None = None
-        self.presence: ResidencyBitmap | None = None
+        self.residency: ResidencyBitmap | None = None
         self.files: dict[str, tuple[int, int]] = {}
         """Files of the folder: size and mode."""
         self._listeners: list[Callable[[], None]] = []
         self._fds: dict[str, int] = {}
         self._fresh: set[str] = set()  # files that were empty before
-        self._allowed = EVERYTHING
+        self._allowed = BACKGROUND
         self._closed = False
-        self._presence_open = True
+        self._residency_open = True
         self._not_before = 0.0
         self._busy = 0
         self._threads: list[threading.Thread] = []
         self._changed = threading.Condition()
-        self._telling = threading.Lock()
+        self._notifying = threading.Lock()
         self._jobs: dict[str, _Job] = {}
-        self._queues: list[deque[_Job]] = [deque() for _ in range(EVERYTHING + 1)]
-        self._left = [0] * (EVERYTHING + 1)
+        self._queues: list[deque[_Job]] = [deque() for _ in range(BACKGROUND + 1)]
+        self._left = [0] * (BACKGROUND + 1)
         self._offsets: dict[str, tuple[int, ...]] = {}
         self._chunks: dict[str, tuple[Chunk, ...]] = {}
         self.size = self.done = 0
@@ -150,19 +153,17 @@ class Arrival:
 
     def _urgency(self, path: str, offset: int) -> int:
         if self.layout is None:
-            return START
+            return STARTUP
         if path == BYTES:
-            return START if offset < self.layout.start else FIRST if offset < self.layout.first else LATER
-        return EVERYTHING if path.endswith(REST) and self.layout.target(path) in self.layout.holes else START
+            return STARTUP if offset < self.layout.start else FIRST_TOKEN if offset < self.layout.first else WARM
+        return BACKGROUND if path.endswith(REST) and self.layout.target(path) in self.layout.holes else STARTUP
 
     # The owner's side
 
-    def begin(self, allowed: int = EVERYTHING, presence: Path | None = None) -> None:
+    def begin(self, allowed: int = BACKGROUND, residency: Path | None = None) -> None:
         """Create the files, and start to fetch up to urgency `allowed`.
 
-        `presence` is the path of the residency bitmap to create.
-
-        Raises OSError, Integrity.
+        `residency` is the path of the residency bitmap to create. Raises OSError, Integrity.
         """
         self._allowed = allowed
         for path, (size, _) in self.files.items():
@@ -171,19 +172,19 @@ class Arrival:
                     self._fresh.add(path)
                     os.ftruncate(fd, 0)
                     os.ftruncate(fd, size)
-        if presence is not None and self.layout is not None:
-            self.presence = ResidencyBitmap.make(str(presence), self.layout.index.sizes)
+        if residency is not None and self.layout is not None:
+            self.residency = ResidencyBitmap.make(str(residency), self.layout.index.sizes)
         for index in range(self.workers):
-            thread = threading.Thread(target=self._work, args=(index,), name=f"arrival-{index}", daemon=True)
+            thread = threading.Thread(target=self._run_worker, args=(index,), name=f"download-{index}", daemon=True)
             self._threads.append(thread)
             thread.start()
 
-    def listen(self, told: Callable[[], None]) -> None:
-        """Call `told` from a worker's thread whenever pages have arrived, and at the end."""
+    def on_progress(self, callback: Callable[[], None]) -> None:
+        """Call `callback` from a worker's thread whenever pages have arrived, and at the end."""
         with self._changed:
-            self._listeners.append(told)
+            self._listeners.append(callback)
 
-    def release(self, allowed: int, rate: float | None = None) -> None:
+    def allow(self, allowed: int, rate: float | None = None) -> None:
         """Allow the workers to fetch less urgent chunks, too."""
         with self._changed:
             self._allowed = max(self._allowed, allowed)
@@ -191,7 +192,7 @@ class Arrival:
                 self.rate = rate
             self._changed.notify_all()
 
-    def wanted(self, path: str, offset: int, length: int) -> None:
+    def prioritize(self, path: str, offset: int, length: int) -> None:
         """Fetch these bytes of a page file before anything else."""
         assert self.layout is not None
         end = offset + length
@@ -199,11 +200,11 @@ class Arrival:
             while offset < end:
                 stored, at, following = self.layout.locate(path, offset)
                 job = self._jobs[self._chunks[stored][bisect_right(self._offsets[stored], at) - 1].digest]
-                if not job.taken and job.urgency != WANTED:
+                if not job.taken and job.urgency != ON_DEMAND:
                     self._left[job.urgency] -= 1
-                    job.urgency = WANTED
-                    self._left[WANTED] += 1
-                    self._queues[WANTED].append(job)
+                    job.urgency = ON_DEMAND
+                    self._left[ON_DEMAND] += 1
+                    self._queues[ON_DEMAND].append(job)
                     self._changed.notify()
                 offset += following
 
@@ -221,10 +222,13 @@ class Arrival:
         deadline = time.monotonic() + limit_s if limit_s is not None else None
         with self._changed:
             while not self.in_place(urgency):
-                self._refuse()
+                self._raise_failure()
                 left = 1.0 if deadline is None else deadline - time.monotonic()
                 if left <= 0:
-                    raise Failed("remote-slow", f"{self.chunks.store.url} did not deliver within {limit_s:g} s")
+                    raise Failed(
+                        "remote-slow",
+                        f"{self.chunks.store.url} took longer than {limit_s:g} s; check the link, or pull the snapshot first",
+                    )
                 self._changed.wait(min(1.0, left))
 
     def wait_file(self, paths: Sequence[str]) -> str:
@@ -232,16 +236,16 @@ class Arrival:
         with self._changed:
             while True:
                 for path in paths:
-                    if self.has(path):
+                    if self.is_complete(path):
                         return path
-                self._refuse()
+                self._raise_failure()
                 self._changed.wait(1.0)
 
-    def _refuse(self) -> None:
+    def _raise_failure(self) -> None:
         if self.failure is not None:
             raise self.failure
         if self._threads and not any(thread.is_alive() for thread in self._threads) and any(self._left):
-            raise Failed("remote-failed", f"fetching {self.name}: its workers have ended")
+            raise Failed("remote-failed", f"fetching {self.name}: every worker thread has ended")
         if self._closed:
             raise Failed("remote-stopped", f"fetching {self.name} was stopped")
 
@@ -255,17 +259,17 @@ class Arrival:
         for thread in others:
             thread.join(max(0.0, deadline - time.monotonic()))
         if any(thread.is_alive() for thread in others):
-            log.warning("fetching %s: a worker does not end; its files stay open", self.name)
+            log.warning("fetching %s: a worker thread does not end; its files stay open", self.name)
             return
-        with self._changed:  # both the owner and the thread in `Remote._run` may close
+        with self._changed:  # both the owner and the thread in `RemoteSnapshot._run` may close
             fds, self._fds = self._fds, {}
-            presence, self._presence_open = (self.presence if self._presence_open else None), False
+            residency, self._residency_open = (self.residency if self._residency_open else None), False
         for fd in fds.values():
             os.close(fd)
-        if presence:
-            presence.close()
+        if residency:
+            residency.close()
 
-    def settle(self) -> None:
+    def sync(self) -> None:
         """Set the modes and fsync the contents, once everything has arrived. Raises OSError."""
         for path, (_, mode) in self.files.items():
             with self._opened(path) as fd:
@@ -278,7 +282,7 @@ class Arrival:
         for path, (_, mode) in self.files.items():
             (self.folder / path).chmod(mode & 0o777)
 
-    def has(self, path: str) -> bool:
+    def is_complete(self, path: str) -> bool:
         """Return whether a file is complete that is neither a page file nor a small file."""
         return all(self._jobs[chunk.digest].done for chunk in self._chunks.get(path, ()))
 
@@ -301,21 +305,20 @@ class Arrival:
 
     # The workers
 
-    def _work(self, index: int) -> None:
-        # Every other worker prefers the working set, so that neither kind waits for the other's round trips.
-        order = (WANTED, START, FIRST, LATER, EVERYTHING) if index % 2 else (WANTED, FIRST, START, LATER, EVERYTHING)
+    def _run_worker(self, index: int) -> None:
+        order = _ORDER if index % 2 else _WORKING_SET_FIRST
         while (job := self._next(index, order)) is not None:
             try:
-                with translated(f"cannot fetch {self.name}"):
-                    self._bring(job)
+                with translate_errors(f"cannot fetch {self.name}"):
+                    self._process(job)
             except CheckpointError as error:
-                self._end(error)
+                self._fail(error)
                 return
             except Exception as error:
                 if self._closed:
                     return  # `close` closed its connection
                 log.exception("fetching %s", self.name)
-                self._end(Failed("remote-failed", f"fetching {self.name}: {error}"))
+                self._fail(Failed("remote-failed", f"fetching {self.name}: {error}"))
                 return
             with self._changed:
                 job.done = True
@@ -324,20 +327,20 @@ class Arrival:
                 self._busy -= 1
                 self._changed.notify_all()
                 listeners = list(self._listeners)
-                said = Progress(self.size, self.done, self.moved)
-            self._say(listeners, said)
+                progress = Progress(self.size, self.done, self.moved)
+            self._notify(listeners, progress)
 
-    def _say(self, listeners: Sequence[Callable[[], None]], said: Progress | None = None) -> None:
+    def _notify(self, listeners: Sequence[Callable[[], None]], progress: Progress | None = None) -> None:
         """Call the listeners.
 
         Log exceptions: this worker must continue, because processes wait for its chunks.
         """
         try:
-            for told in listeners:
-                told()
-            if self.progress and said:
-                with self._telling:
-                    self.progress(said)
+            for listener in listeners:
+                listener()
+            if self.progress and progress:
+                with self._notifying:
+                    self.progress(progress)
         except Exception:
             log.exception("fetching %s: a listener failed", self.name)
 
@@ -353,12 +356,12 @@ class Arrival:
                         queue.popleft()
                     if not queue:
                         continue
-                    if urgency == EVERYTHING and self.rate and (index >= WORKERS_REST or now < self._not_before):
+                    if urgency == BACKGROUND and self.rate and (index >= WORKERS_BACKGROUND or now < self._not_before):
                         continue
                     job = queue.popleft()
                     job.taken = True
                     self._busy += 1
-                    if urgency == EVERYTHING and self.rate:
+                    if urgency == BACKGROUND and self.rate:
                         self._not_before = max(self._not_before, now - 0.5) + job.chunk.length / self.rate
                     return job
                 if not any(self._left):
@@ -366,66 +369,66 @@ class Arrival:
                 self._changed.wait(max(0.001, self._not_before - now) if self._not_before > now else 1.0)
             return None
 
-    def _end(self, error: CheckpointError) -> None:
+    def _fail(self, error: CheckpointError) -> None:
         with self._changed:
             if self.failure is None and not self._closed:
                 self.failure = error
             self._busy -= 1
             self._changed.notify_all()
             listeners = list(self._listeners)
-        self._say(listeners)
+        self._notify(listeners)
 
-    def _pieces(self, path: str, offset: int, length: int) -> list[Piece]:
-        return self.layout.pieces(path, offset, length) if self.layout else [(path, offset, 0, length)]
+    def _extents(self, path: str, offset: int, length: int) -> list[Extent]:
+        return self.layout.extents(path, offset, length) if self.layout else [(path, offset, 0, length)]
 
-    def _bring(self, job: _Job) -> None:
+    def _process(self, job: _Job) -> None:
         from lazyfs.content.chunk_store import zero_digest
 
         chunk = job.chunk
         zero = chunk.digest == zero_digest(chunk.length)
         missing = []
         for path, offset in job.places:
-            pieces = self._pieces(path, offset, chunk.length)
-            fresh = all(name in self._fresh for name, _, _, _ in pieces)
+            extents = self._extents(path, offset, chunk.length)
+            fresh = all(name in self._fresh for name, _, _, _ in extents)
             if fresh and zero:
-                self._mark(pieces)
-            elif not fresh and self._holds(pieces, chunk):
+                self._mark(extents)
+            elif not fresh and self._already_has(extents, chunk):
                 self.kept += chunk.length
-                self._mark(pieces)
+                self._mark(extents)
             else:
-                missing.append(pieces)
+                missing.append(extents)
         if not missing:
             return
         data = bytes(chunk.length) if zero else self._fetch(chunk)
-        for pieces in missing:
-            self._write(data, pieces)
-            self._mark(pieces)
+        for extents in missing:
+            self._write(data, extents)
+            self._mark(extents)
 
-    def _write(self, data: bytes | bytearray | memoryview, pieces: list[Piece]) -> None:
+    def _write(self, data: bytes | bytearray | memoryview, extents: list[Extent]) -> None:
         view = memoryview(data)
         address = ctypes.cast(ctypes.c_char_p(data), ctypes.c_void_p).value if isinstance(data, bytes) else None
-        for name, at, source, length in pieces:
+        for name, at, source, length in extents:
             fd = self._fds.get(name)
             if address and fd is not None and length <= _SMALL and _pwrite(fd, address + source, length, at) == length:
                 continue
             with self._opened(name) as fd:
                 _write_fully(fd, view[source : source + length], at)
 
-    def _holds(self, pieces: list[Piece], chunk: Chunk) -> bool:
+    def _already_has(self, extents: list[Extent], chunk: Chunk) -> bool:
         from lazyfs.content.chunk_store import digest_of
 
         found = bytearray(chunk.length)
         view = memoryview(found)
-        for name, at, source, length in pieces:
+        for name, at, source, length in extents:
             with self._opened(name) as fd:
                 if os.preadv(fd, [view[source : source + length]], at) != length:
                     return False
         return digest_of(view) == chunk.digest
 
-    def _mark(self, pieces: list[Piece]) -> None:
-        if self.presence:
-            for name, at, _, length in pieces:
-                self.presence.mark(name, at, length)
+    def _mark(self, extents: list[Extent]) -> None:
+        if self.residency:
+            for name, at, _, length in extents:
+                self.residency.mark(name, at, length)
 
     def _fetch(self, chunk: Chunk) -> bytes | bytearray | memoryview:
         import lazyfs.errors

@@ -4,13 +4,12 @@ Such an archive has three kinds of files:
 
     first.index            which extents of which files `first.bytes` consists of, in order
     first.bytes            small files and the pages that CRIU itself copies; then the working set up to the first
-    token, in
-                           the order of need; then the pages of the next requests
+                           token, in the order of need; then the pages of the next requests
     images/pages-N.rest    pages-N.img with zeros in place of the pages in `first.bytes` (zeros compress to nothing)
 
 All other files (large ones, the manifest, its signature) are stored unchanged. The suffix `.rest` keeps programs
 from using such a file as an image when a mount shows the archive, because its missing pages read as zeros.
-`Layout.pieces` maps each byte of an archive to its place in the snapshot's folder, and `Layout.locate` maps back.
+`Layout.extents` maps each byte of an archive to its place in the snapshot's folder, and `Layout.locate` maps back.
 The index is validated: it may only name whole pages of page files, or whole small files, each once.
 """
 
@@ -46,14 +45,14 @@ _PAGES = re.compile(r"images/pages-\d+\.img")
 _ALONE = ("manifest.json", "manifest.sig")
 _WORKING_SET = "working-set"
 
-Piece = tuple[str, int, int, int]
+Extent = tuple[str, int, int, int]
 """(path below the snapshot's folder, offset there, offset within the requested range, length)"""
 
 
 class _Index(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The index file.
 
-    `pieces`: (number of the path, offset, length). The first `start` pieces are read by CRIU or before it, those up
+    `extents`: (number of the path, offset, length). The first `start` extents are read by CRIU or before it, those up
     to `first` before the first token. `modes`: of the paths. `sizes`: of the page files, by path.
     """
 
@@ -61,7 +60,7 @@ class _Index(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     paths: list[str]
     modes: list[int]
     sizes: dict[str, int]
-    pieces: list[tuple[int, int, int]]
+    extents: list[tuple[int, int, int]] = msgspec.field(name="pieces")
     start: int
     first: int
 
@@ -76,7 +75,7 @@ class Layout:
         self.index = index
         self.ends: list[int] = []
         at = 0
-        for _, _, length in index.pieces:
+        for _, _, length in index.extents:
             at += length
             self.ends.append(at)
         self.size = at
@@ -84,12 +83,12 @@ class Layout:
         self.first = self.ends[index.first - 1] if index.first else 0
         self.small = {  # path → (size, mode)
             index.paths[path]: (length, index.modes[path])
-            for path, _, length in index.pieces
+            for path, _, length in index.extents
             if index.paths[path] not in index.sizes
         }
         # For each page file: holes in `.rest`, ascending, as (start, end, offset in first.bytes).
         self.holes: dict[str, list[tuple[int, int, int]]] = {path: [] for path in index.sizes}
-        for (path, offset, length), end in zip(index.pieces, self.ends, strict=True):
+        for (path, offset, length), end in zip(index.extents, self.ends, strict=True):
             name = index.paths[path]
             if name in self.holes:
                 self.holes[name].append((offset, offset + length, end - length))
@@ -101,7 +100,7 @@ class Layout:
         """Return the snapshot's file to which a file of the archive contributes."""
         return path.removesuffix(REST) + ".img" if path.endswith(REST) else path
 
-    def pieces(self, path: str, offset: int, length: int) -> list[Piece]:
+    def extents(self, path: str, offset: int, length: int) -> list[Extent]:
         """Return where [offset, offset + length) of an archive file belongs.
 
         Zeros that stand for pages in `first.bytes` are skipped.
@@ -125,12 +124,12 @@ class Layout:
             found.append((name, at, at - offset, end - at))
         return found
 
-    def _of_first(self, offset: int, length: int) -> list[Piece]:
+    def _of_first(self, offset: int, length: int) -> list[Extent]:
         found = []
         position, end = offset, offset + length
         number_ = bisect_right(self.ends, offset)
         while position < end:
-            path, at, size = self.index.pieces[number_]
+            path, at, size = self.index.extents[number_]
             begin = self.ends[number_] - size
             take = min(self.ends[number_], end) - position
             found.append((self.index.paths[path], at + position - begin, position - offset, take))
@@ -171,7 +170,7 @@ class Layout:
         rests = {self.target(path): size for path, size in files.items() if path.endswith(REST)}
         clash = any(path in files or path.rpartition("/")[0] not in folders for path in self.small)
         if files.get(BYTES) != self.size or rests != self.index.sizes or clash or any(path in files for path in rests):
-            raise Integrity("layout-garbled", "the archive is not what its own index says")
+            raise Integrity("layout-garbled", "the archive does not match its own index; push the snapshot again")
 
     def encode(self) -> bytes:
         """Encode the index file."""
@@ -197,16 +196,16 @@ def decode(data: bytes) -> Layout:
 
 def _check(index: _Index) -> None:
     whole = len(set(index.paths)) == len(index.paths) == len(index.modes)
-    if not whole or not 0 <= index.start <= index.first <= len(index.pieces):
-        raise Integrity("layout-garbled", "the archive's index does not add up")
+    if not whole or not 0 <= index.start <= index.first <= len(index.extents):
+        raise Integrity("layout-garbled", "the archive's index contradicts itself; push the snapshot again")
     for name in (*index.paths, *index.sizes):
         within = "/" in name and "\0" not in name and not any(part in ("", ".", "..") for part in name.split("/"))
         if not within and name != _WORKING_SET:
-            raise Integrity("layout-garbled", f"the archive's index has a bad path: {name!r}")
+            raise Integrity("layout-garbled", f"the archive's index holds the invalid path {name!r}")
     by_path: dict[int, list[tuple[int, int]]] = {}
-    for path, offset, length in index.pieces:
+    for path, offset, length in index.extents:
         if not 0 <= path < len(index.paths) or offset < 0 or length <= 0:
-            raise Integrity("layout-garbled", "the archive's index names what cannot be")
+            raise Integrity("layout-garbled", "the archive's index holds an impossible extent")
         by_path.setdefault(path, []).append((offset, offset + length))
     for path, ranges in by_path.items():
         name = index.paths[path]
@@ -215,7 +214,9 @@ def _check(index: _Index) -> None:
             aligned = all(low % PAGE == 0 and high % PAGE == 0 for low, high in ranges)
             apart = all(a[1] <= b[0] for a, b in itertools.pairwise(ranges))
             if not _PAGES.fullmatch(name) or not aligned or not apart or ranges[-1][1] > index.sizes[name]:
-                raise Integrity("layout-garbled", f"the archive's index places pages of {name} where none can be")
+                raise Integrity(
+                    "layout-garbled", f"the archive's index places pages of {name} outside the file, or twice"
+                )
         elif len(ranges) != 1 or ranges[0][0] or ranges[0][1] >= SMALL or name in _ALONE:
             raise Integrity("layout-garbled", f"the archive's index holds parts of {name}")
 
@@ -281,17 +282,17 @@ def _once(
         known = taken[path]
         index = max(0, bisect_right(known, (low, 1 << 62)) - 1)
         at = low
-        pieces = []
+        extents = []
         while index < len(known) and known[index][0] < high:
             a, b = known[index]
             if b > at:
                 if a > at:
-                    pieces.append((at, a))
+                    extents.append((at, a))
                 at = max(at, b)
             index += 1
         if at < high:
-            pieces.append((at, high))
-        for a, b in pieces:
+            extents.append((at, high))
+        for a, b in extents:
             insort(known, (a, b))
             found.append((path, a, b - a))
     return found

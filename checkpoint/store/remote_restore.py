@@ -1,18 +1,17 @@
 """Restore directly from a store: a replica is restored while its snapshot is still being fetched.
 
-    remote = Remote.open(library, url, name)   # fetches the manifests only, and rejects what may not be restored
+    remote = RemoteSnapshot.open(library, url, name)   # fetches and validates the manifests only
     remote.begin()
-    remote.wait_start()                        # the files that CRIU reads are in place, and verified against the
-    manifest
-    … criu restore, a page server that reads `remote.presence` …
-    remote.first_token()                       # now the rest follows, at a limited rate
-    … complete: verified in full, the snapshot gets its name in the library …
+    remote.wait_startup()                      # the files that CRIU reads are in place, and match the manifest
+    … criu restore, a page server that reads `remote.residency` …
+    remote.first_token()                       # now the rest is fetched, at a limited rate
+    remote.wait_complete()                     # verified in full; the snapshot has its name in the library
 
 Every chunk is verified before a process can read it (checkpoint.store.download), and the finished snapshot again
 against its own manifest. If fetching fails for good, `failure` holds the reason and the `on_failure` callbacks are
 called; replicas that run on missing pages must then be ended. The folder is `.pull-NAME`, as in `snapshot pull`, so
 either can continue the other's interrupted work; it is locked while this process lives. One process fetches a
-snapshot at a time, and its replicas share one `Remote`.
+snapshot at a time, and its replicas share one `RemoteSnapshot`.
 """
 
 from __future__ import annotations
@@ -28,52 +27,52 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import blake3
-
 from checkpoint.errors import Busy, CheckpointError, Failed, Integrity
-from checkpoint.files import RACY_NS, extents
+from checkpoint.files import RACY_NS
 from checkpoint.snapshot import manifest as manifests
-from checkpoint.snapshot.digests import digest_symlink
+from checkpoint.snapshot.digests import digest_file, digest_symlink
 from checkpoint.snapshot.library import Library
 from checkpoint.store import archive as archives
-from checkpoint.store.download import EVERYTHING, FIRST, LATER, START, Arrival
-from checkpoint.store.upload import translated
+from checkpoint.store.download import BACKGROUND, FIRST_TOKEN, STARTUP, WARM, Download
+from checkpoint.store.upload import translate_errors
 
 if TYPE_CHECKING:
     from lazyfs.content.chunk_store import ChunkStore
 
 log = logging.getLogger("quickthaw")
 
-REST_BYTES_PER_S = 100e6
+BACKGROUND_BYTES_PER_S = 100e6
 """Rate limit for background pages after the first token, in plain bytes per second: the serving replica uses the same link and cores."""
 FIRST_TOKEN_LIMIT_S = 60.0
 """Fetch the rest after this many seconds even if no first token is reported."""
-PRESENCE = ".arriving"
-_HASHED_AT_ONCE = 8 << 20
+RESIDENCY = ".arriving"
+"""File name of the residency bitmap, beside the images while they are fetched."""
 
-_open: dict[tuple[Path, str], Remote] = {}
+_open: dict[tuple[Path, str], RemoteSnapshot] = {}
 _open_lock = threading.Lock()
 
 
-class Remote:
+class RemoteSnapshot:
     """A snapshot being fetched (see the module's docstring). Create it with `open`. Thread-safe."""
 
-    def __init__(self, library: Library, name: str, chunks: ChunkStore, opened: archives.Opened, whole: str) -> None:
+    def __init__(
+        self, library: Library, name: str, chunks: ChunkStore, opened: archives.OpenedArchive, complete_first: str
+    ) -> None:
         self.library, self.name, self.chunks, self.opened = library, name, chunks, opened
-        self.whole = whole
+        self.complete_first = complete_first
         """Why a restore may only begin once everything is fetched; empty if it may begin before."""
         self.target = library.path(name)
         self.folder = self.target.with_name(f".pull-{name}")
         """Where the snapshot is: the partial folder, or the snapshot's own folder once it is complete."""
         self.complete = threading.Event()
         self.snapshot = manifests.parse(opened.document, self.folder, name)
-        self.arrival: Arrival | None = None
+        self.download: Download | None = None
         self.spans: dict[str, float] = {}
         """Seconds since `begin` until: start, verified, first, all, complete."""
         self.moved_at_first_token = 0
         self._failure: CheckpointError | None = None
         self._on_failure: list[Callable[[str], None]] = []
-        self._told = threading.Event()
+        self._first_token = threading.Event()
         self._ended = threading.Event()
         self._uses = 0
         self._changed = threading.Condition()
@@ -89,7 +88,7 @@ class Remote:
         name: str,
         accept: Callable[[bytes, bytes | None], None] | None = None,
         trust_keys: Sequence[Path] = (),
-    ) -> Remote:
+    ) -> RemoteSnapshot:
         """Open the snapshot `name` in the store at `url`, or return the one that this process is already fetching.
 
         `accept` receives the snapshot's manifest and its signatures, and may raise. With `trust_keys`, the snapshot
@@ -108,12 +107,12 @@ class Remote:
                     accept(found.opened.document, found.opened.signature)
                 return found
             chunks = archives.open_chunks(url)
-            with translated(f"cannot fetch {name}"):
-                opened = archives.Opened.of(name, chunks, trust_keys)
+            with translate_errors(f"cannot fetch {name}"):
+                opened = archives.OpenedArchive.of(name, chunks, trust_keys)
             opened.check_name(name)
             if accept:
                 accept(opened.document, opened.signature)
-            made = cls(library, name, chunks, opened, _must_be_whole(opened, trust_keys))
+            made = cls(library, name, chunks, opened, _reason_to_complete_first(opened, trust_keys))
             _open[key] = made
             return made
 
@@ -125,91 +124,94 @@ class Remote:
         Raises Busy, Failed (disk-full), Integrity.
         """
         with self._changed:
-            if self.arrival is not None:
+            if self.download is not None:
                 return
             stack = contextlib.ExitStack()
             try:
                 partial, lock = stack.enter_context(archives.partial_folder(self.target))
-                with translated(f"cannot fetch {self.name}"):
+                with translate_errors(f"cannot fetch {self.name}"):
                     self.opened.prepare(partial)
-                    arrival = Arrival(
+                    download = Download(
                         self.chunks,
                         self.opened.archive,
                         self.opened.layout,
                         partial,
                         self.opened.links,
-                        rate=0.0 if self.whole else REST_BYTES_PER_S,
+                        rate=0.0 if self.complete_first else BACKGROUND_BYTES_PER_S,
                         quarantine=self.library.home / "cache" / "quarantine",
                     )
                     self._began = time.monotonic()
-                    arrival.begin(EVERYTHING if self.whole else FIRST, None if self.whole else partial / PRESENCE)
+                    download.begin(
+                        BACKGROUND if self.complete_first else FIRST_TOKEN,
+                        None if self.complete_first else partial / RESIDENCY,
+                    )
             except BaseException:
                 stack.close()
                 with _open_lock:
                     _open.pop((self.library.home, self.name), None)
                 raise
-            self.arrival = arrival
+            self.download = download
         threading.Thread(target=self._run, args=(stack, lock), name="remote", daemon=True).start()
 
     @property
-    def presence(self) -> Path:
+    def residency(self) -> Path:
         """The residency bitmap, for page servers."""
-        return self.folder / PRESENCE
+        return self.folder / RESIDENCY
 
     @property
     def failure(self) -> CheckpointError | None:
         """The error that ended the download, or None."""
-        return self._failure or (self.arrival.failure if self.arrival else None)
+        return self._failure or (self.download.failure if self.download else None)
 
     def check(self) -> None:
         """Raise the error that ended the download, if any."""
         if self.failure is not None:
             raise self.failure
 
-    def wait_start(self) -> None:
+    def wait_startup(self) -> None:
         """Wait until all files that CRIU reads are in place and verified against the snapshot's manifest.
 
         Raises Integrity, Failed.
         """
-        assert self.arrival is not None
+        assert self.download is not None
         with self._verifying:
             if not self._verified:
-                with translated(f"cannot fetch {self.name}"):
+                with translate_errors(f"cannot fetch {self.name}"):
                     self._verify_start()
                 self._verified = True
 
     def first_token(self) -> None:
         """Report the first token: the rest may be fetched now."""
-        if not self._told.is_set() and self.arrival is not None:
-            self.moved_at_first_token = self.arrival.moved
-            self._told.set()
+        if not self._first_token.is_set() and self.download is not None:
+            self.moved_at_first_token = self.download.moved
+            self._first_token.set()
 
-    def wanted(self, path: str, offset: int, length: int) -> None:
+    def prioritize(self, path: str, offset: int, length: int) -> None:
         """Report that a process waits for these bytes of a page file."""
-        if self.arrival is not None:
-            self.arrival.wanted(path, offset, length)
+        if self.download is not None:
+            self.download.prioritize(path, offset, length)
 
-    def listen(self, told: Callable[[], None]) -> None:
-        """Call `told` whenever pages have arrived."""
-        assert self.arrival is not None
-        self.arrival.listen(told)
+    def on_progress(self, callback: Callable[[], None]) -> None:
+        """Call `callback` whenever pages have arrived."""
+        assert self.download is not None
+        self.download.on_progress(callback)
 
-    def on_failure(self, told: Callable[[str], None]) -> None:
-        """Call `told(reason)` when the missing pages will not arrive; at once if that is already known."""
+    def on_failure(self, callback: Callable[[str], None]) -> None:
+        """Call `callback(reason)` when the missing pages will not arrive; at once if that is already known."""
         with self._changed:
-            self._on_failure.append(told)
+            self._on_failure.append(callback)
             failure = self.failure
         if failure is not None:
-            told(str(failure))
+            callback(str(failure))
 
     def wait_complete(self) -> None:
         """Wait until the snapshot is in the library, and fetch the rest at full speed.
 
         Raises the error that prevented it.
         """
-        if self.arrival is not None:
-            self._told.set()
-            self.arrival.release(EVERYTHING, rate=0.0)
+        if self.download is not None:
+            self._first_token.set()
+            self.download.allow(BACKGROUND, rate=0.0)
         self._ended.wait()
         self.check()
 
@@ -228,11 +230,11 @@ class Remote:
 
     def close(self, discard: bool = False) -> None:
         """Stop fetching. Keep the data for another attempt, unless `discard`."""
-        if self.arrival is not None:
+        if self.download is not None:
             if self._failure is None and not self.complete.is_set():
                 self._failure = Failed("remote-stopped", f"fetching {self.name} was stopped")
-            self._told.set()
-            self.arrival.close()
+            self._first_token.set()
+            self.download.close()
             self._ended.wait(10.0)
         else:
             self._close_store()
@@ -251,10 +253,10 @@ class Remote:
     # The thread that completes the download
 
     def _run(self, held: contextlib.ExitStack, lock: int) -> None:
-        assert self.arrival is not None
+        assert self.download is not None
         try:
-            with held, translated(f"cannot fetch {self.name}"):
-                self._see_through(self.arrival, lock)
+            with held, translate_errors(f"cannot fetch {self.name}"):
+                self._finish(self.download, lock)
         except CheckpointError as error:
             self._failure = self._failure or error
         except Exception as error:
@@ -262,7 +264,7 @@ class Remote:
             self._failure = Failed("remote-failed", f"fetching {self.name}: {error}")
         finally:
             try:
-                self.arrival.close()
+                self.download.close()
                 self._close_store()
             finally:
                 self._ended.set()  # in any case: a thread may wait for it
@@ -270,24 +272,24 @@ class Remote:
                     if _open.get((self.library.home, self.name)) is self:
                         del _open[(self.library.home, self.name)]
         with self._changed:
-            told = list(self._on_failure) if self.failure is not None else []
+            callbacks = list(self._on_failure) if self.failure is not None else []
             self._changed.notify_all()
-        for one in told:
-            one(str(self.failure))
+        for callback in callbacks:
+            callback(str(self.failure))
 
-    def _see_through(self, arrival: Arrival, lock: int) -> None:
-        arrival.wait(FIRST)
+    def _finish(self, download: Download, lock: int) -> None:
+        download.wait(FIRST_TOKEN)
         self.spans["first"] = time.monotonic() - self._began
-        arrival.release(LATER)  # the link would be idle otherwise
-        while not self._told.wait(1.0):
-            if arrival.failure is not None:
-                raise arrival.failure
+        download.allow(WARM)  # the link would be idle otherwise
+        while not self._first_token.wait(1.0):
+            if download.failure is not None:
+                raise download.failure
             if self._verified and time.monotonic() - self._began > FIRST_TOKEN_LIMIT_S:
                 break
-        arrival.release(EVERYTHING)
-        arrival.wait(EVERYTHING)
+        download.allow(BACKGROUND)
+        download.wait(BACKGROUND)
         self.spans["all"] = time.monotonic() - self._began
-        arrival.settle()
+        download.sync()
         if not self._verified:
             self.opened.link(self.folder)
         time.sleep(RACY_NS / 1e9)  # so that the next restore can trust the digests computed now
@@ -295,7 +297,7 @@ class Remote:
         with self._changed:
             while self._uses:
                 self._changed.wait(1.0)
-            (self.folder / PRESENCE).unlink(missing_ok=True)
+            (self.folder / RESIDENCY).unlink(missing_ok=True)
             archives.put_in_place(self.folder, self.target, lock)
             self.folder = self.target
             self.complete.set()
@@ -303,8 +305,8 @@ class Remote:
         log.info(
             "snapshot %s is complete here: %.2f GB, %.2f GB of it fetched",
             self.name,
-            arrival.size / 1e9,
-            arrival.moved / 1e9,
+            download.size / 1e9,
+            download.moved / 1e9,
         )
 
     # Verifying what CRIU reads
@@ -314,21 +316,21 @@ class Remote:
 
         Large files come first: they have few chunks.
         """
-        arrival = self.arrival
-        assert arrival is not None
+        download = self.download
+        assert download is not None
         files = self.snapshot.files
         pages = self.opened.layout.holes if self.opened.layout else {}
         small = self.opened.layout.small if self.opened.layout else {}
-        large = [path for path in arrival.files if path in files and path not in pages and path not in small]
+        large = [path for path in download.files if path in files and path not in pages and path not in small]
         while large:
-            path = arrival.wait_file(large)
+            path = download.wait_file(large)
             self._verify_file(path)
             large.remove(path)
-        arrival.wait(START)
+        download.wait(STARTUP)
         self.spans["start"] = time.monotonic() - self._began
         for path in small:
             self._verify_file(path)
-        arrival.set_modes()
+        download.set_modes()
         self.opened.link(self.folder)
         for below, folders, names in os.walk(self.folder):
             for entry in (*names, *folders):
@@ -353,45 +355,23 @@ class Remote:
                 raise Integrity("file-unexpected", f"{self.name}: {path} is not in the manifest")
             return
         size = (self.folder / path).stat().st_size
-        if size != wanted.size or digest_sparse(self.folder / path, size) != wanted.blake3:
+        if size != wanted.size or digest_file(self.folder / path, size) != wanted.blake3:
             raise Integrity("file-digest-differs", f"{self.name}: {path} is not what was written")
 
 
-def _must_be_whole(opened: archives.Opened, trust_keys: Sequence[Path]) -> str:
+def _reason_to_complete_first(opened: archives.OpenedArchive, trust_keys: Sequence[Path]) -> str:
     if opened.layout is None:
         return "its working set was not known when it was pushed"
-    if trust_keys and not opened.vouched:
+    if trust_keys and not opened.trusted:
         return "its archive is not signed (snapshot push --sign-key), and a signature is asked for"
     return ""
 
 
-def digest_sparse(path: Path, size: int) -> str:
-    """Return the BLAKE3 of a file without reading its holes: untouched shared memory is hundreds of megabytes of holes."""
-    digest = blake3.blake3(max_threads=blake3.blake3.AUTO if size > _HASHED_AT_ONCE else 1)
-    zeros = memoryview(bytes(min(size, _HASHED_AT_ONCE) or 1))
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    try:
-        at = 0
-        for start, end in (*extents(fd, size), (size, size)):
-            for hole in range(at, start, len(zeros)):
-                digest.update(zeros[: start - hole])
-            at = start
-            while at < end:
-                block = os.pread(fd, min(_HASHED_AT_ONCE, end - at), at)
-                if not block:
-                    raise Integrity("file-size-differs", f"{path} became shorter")
-                digest.update(block)
-                at += len(block)
-    finally:
-        os.close(fd)
-    return digest.hexdigest()
-
-
 @dataclass(frozen=True)
-class ArrivingLibrary(Library):
+class DownloadingLibrary(Library):
     """A host's library with one snapshot that is still arriving, found in its current folder."""
 
-    remote: Remote
+    remote: RemoteSnapshot
 
     def path(self, name: str) -> Path:
         """Return the folder of a snapshot."""

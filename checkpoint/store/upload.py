@@ -20,8 +20,8 @@ import msgspec
 
 from checkpoint import disk
 from checkpoint.errors import Busy, CheckpointError, Failed, HostLacks, Integrity, NotFound
-from checkpoint.files import extents
-from checkpoint.store.layout import Piece
+from checkpoint.files import data_extents
+from checkpoint.store.layout import Extent
 
 if TYPE_CHECKING:
     from lazyfs.content.chunk_store import ChunkStore
@@ -102,7 +102,7 @@ class Push:
         folder: Path,
         path: str,
         lengths: list[int],
-        pieces: Callable[[int, int], list[Piece]],
+        extents: Callable[[int, int], list[Extent]],
         sizes: Mapping[str, int],
     ) -> None:
         """Store an archive file that consists of extents of the folder's files, with zeros between them.
@@ -118,7 +118,7 @@ class Push:
                 while len(self.pending) >= 2 * WORKERS:
                     self._collect()
                 data = bytearray(length)
-                for name, at, within, size in pieces(offset, length):
+                for name, at, within, size in extents(offset, length):
                     _read_fully(fds[name], at, memoryview(data)[within : within + size], name)
                 self.pending.add(self.pool.submit(self._put, memoryview(data), digests, index))
                 offset += length
@@ -224,7 +224,7 @@ def by_holes(path: Path, size: int) -> list[int]:
     borders, at = {0, size}, 0
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
-        for start, end in (*extents(fd, size), (size, size)):
+        for start, end in (*data_extents(fd, size), (size, size)):
             if start - at >= _HOLE:
                 borders |= {at, start}
             at = end
@@ -258,7 +258,7 @@ def get(chunks: ChunkStore, chunk: Chunk) -> bytes:
 
 
 @contextlib.contextmanager
-def translated(what: str) -> Iterator[None]:
+def translate_errors(what: str) -> Iterator[None]:
     """Translate errors of lazyfs and the operating system into this package's errors."""
     from lazyfs import errors as lazy
 

@@ -19,7 +19,7 @@ from checkpoint.snapshot.library import Library
 
 if TYPE_CHECKING:
     from checkpoint.snapshot.manifest import Snapshot
-    from checkpoint.store.remote_restore import Remote
+    from checkpoint.store.remote_restore import RemoteSnapshot
     from plugin.runtime.config import LaunchSettings
 
 log = logging.getLogger("quickthaw")
@@ -33,7 +33,7 @@ class Fetching:
 
     def __init__(self, settings: LaunchSettings) -> None:
         self.settings = settings
-        self.remote: Remote | None = None
+        self.remote: RemoteSnapshot | None = None
         self._works = True
 
     def find(self, name: str, accept: Callable[[Snapshot], object]) -> Library | None:
@@ -55,7 +55,7 @@ class Fetching:
             return None
 
     def _find(self, store: str, name: str, accept: Callable[[Snapshot], object]) -> Library | None:
-        from checkpoint.store.remote_restore import ArrivingLibrary
+        from checkpoint.store.remote_restore import DownloadingLibrary
 
         library = Library(self.settings.home)
         limit = time.monotonic() + OTHER_FETCHER_LIMIT_S
@@ -80,10 +80,10 @@ class Fetching:
                 waited = True
                 time.sleep(_POLL_S)
         log.info("fetching snapshot %s from %s", name, _shown(store))
-        if remote.whole:
-            log.info("all of it before the restore: %s", remote.whole)
+        if remote.complete_first:
+            log.info("fetching all of it before the restore: %s", remote.complete_first)
         self.remote = remote
-        return ArrivingLibrary(library.home, remote)
+        return DownloadingLibrary(library.home, remote)
 
     @contextlib.contextmanager
     def held(self, library: Library, name: str) -> Iterator[None]:
@@ -102,16 +102,18 @@ class Fetching:
         remote = self.remote
         if remote is None or remote.complete.is_set():
             return False
-        if not lazy or remote.whole or snapshot.gpu.processes:
+        if not lazy or remote.complete_first or snapshot.gpu.processes:
             remote.wait_complete()
             return False
-        remote.wait_start()
+        remote.wait_startup()
         return True
 
     @property
-    def arriving(self) -> Remote | None:
+    def arriving(self) -> RemoteSnapshot | None:
         """Return the download that a page server must wait on, or None when everything is here."""
-        return None if self.remote is None or self.remote.complete.is_set() or self.remote.whole else self.remote
+        return (
+            None if self.remote is None or self.remote.complete.is_set() or self.remote.complete_first else self.remote
+        )
 
     def watch(self, lost: Callable[[str], None]) -> None:
         """Call `lost(reason)` if missing pages will never arrive."""
@@ -151,11 +153,11 @@ class Fetching:
     def figures(self) -> dict[str, float]:
         """Return bytes received over the link (in all and by the first token) and time spans in seconds since the download began."""
         remote = self.remote
-        if remote is None or remote.arrival is None:
+        if remote is None or remote.download is None:
             return {}
         return {
-            "moved": float(remote.arrival.moved),
-            "fetched": float(remote.arrival.fetched),
+            "moved": float(remote.download.moved),
+            "fetched": float(remote.download.fetched),
             "moved_at_first_token": float(remote.moved_at_first_token),
             **remote.spans,
         }
@@ -163,14 +165,14 @@ class Fetching:
 
 def _open(
     library: Library, store: str, name: str, accept: Callable[[Snapshot], object], trust_keys: Sequence[Path]
-) -> Remote:
+) -> RemoteSnapshot:
     from checkpoint.snapshot import manifest
-    from checkpoint.store.remote_restore import Remote
+    from checkpoint.store.remote_restore import RemoteSnapshot
 
     def judge(document: bytes, _: bytes | None) -> None:
         accept(manifest.parse(document, library.path(name), name))
 
-    return Remote.open(library, store, name, judge, trust_keys)
+    return RemoteSnapshot.open(library, store, name, judge, trust_keys)
 
 
 def manifest_of(library: Library, store: str | None, name: str, trust_keys: Sequence[Path]) -> Snapshot:

@@ -18,7 +18,7 @@ import pytest
 from checkpoint.errors import Busy, Failed, NotFound
 from checkpoint.snapshot import speculative
 from checkpoint.snapshot.library import Library
-from checkpoint.store.remote_restore import ArrivingLibrary
+from checkpoint.store.remote_restore import DownloadingLibrary
 from plugin.runtime.steps.snapshot_fetch import Fetching
 
 pytestmark = pytest.mark.t0
@@ -197,7 +197,7 @@ def test_one_that_was_fetched_and_replaced_since_is_not_restored_by_the_manifest
         opened=SimpleNamespace(document=b"fetched"),
     )
     remote.complete.set()
-    arrived = ArrivingLibrary(library.home, remote)  # type: ignore[arg-type]
+    arrived = DownloadingLibrary(library.home, remote)  # type: ignore[arg-type]
     with arrived.in_use("snap"):
         pass
     write(library, "another")

@@ -77,7 +77,7 @@ def test_what_is_needed_first_lies_first(snapshot: Path) -> None:
     assert found.start == small + 8 * PAGE  # and what CRIU puts in place itself
     assert found.first - found.start == 63 * PAGE
     assert found.size - found.first == PAGE
-    assert found.pieces(layout.BYTES, found.start, 3 * PAGE) == [
+    assert found.extents(layout.BYTES, found.start, 3 * PAGE) == [
         ("images/pages-1.img", 7 * PAGE, 0, 2 * PAGE),
         ("images/pages-2.img", 0, 2 * PAGE, PAGE),
     ]
@@ -95,7 +95,7 @@ def test_every_byte_has_one_place_and_is_found_there(snapshot: Path) -> None:
             at = 0
             while at < whole:
                 step = min(whole - at, rng.randrange(1, 40) * 1000)
-                for path, offset, within, length in found.pieces(stored, at, step):
+                for path, offset, within, length in found.extents(stored, at, step):
                     assert within + length <= step
                     if path == name:
                         assert not any(covered[offset : offset + length])

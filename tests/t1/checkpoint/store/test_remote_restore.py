@@ -28,7 +28,7 @@ from checkpoint.snapshot.restore import LazyRestore, Restored, restore
 from checkpoint.store import archive, download, layout
 from checkpoint.store import remote_restore as remotes
 from checkpoint.store.archive import open_chunks, pull, push
-from checkpoint.store.remote_restore import ArrivingLibrary, Remote
+from checkpoint.store.remote_restore import DownloadingLibrary, RemoteSnapshot
 from tests.kits.checkpoint_kit import LIMIT_S, draft, inside, wait_for
 
 pytestmark = [pytest.mark.t1, pytest.mark.slow, pytest.mark.xdist_group("criu")]
@@ -64,16 +64,16 @@ class Host:
         self.warnings: list[str] = []
         self.lost: list[str] = []
         self.replicas: list[Restored] = []
-        self.remotes: list[Remote] = []
+        self.remotes: list[RemoteSnapshot] = []
 
-    def fetch(self, url: str, **how: object) -> Remote:
-        found = Remote.open(self.library, url, "workload", **how)  # type: ignore[arg-type]
+    def fetch(self, url: str, **how: object) -> RemoteSnapshot:
+        found = RemoteSnapshot.open(self.library, url, "workload", **how)  # type: ignore[arg-type]
         self.remotes.append(found)
         found.begin()
         return found
 
-    def restore(self, remote: Remote | None = None, record: bool = False) -> Restored:
-        library = ArrivingLibrary(self.library.home, remote) if remote else self.library
+    def restore(self, remote: RemoteSnapshot | None = None, record: bool = False) -> Restored:
+        library = DownloadingLibrary(self.library.home, remote) if remote else self.library
         snapshot = library.load("workload")
         known = library.working_set("workload")
         lazy = LazyRestore(None if record else known, record, self.deaths.append, self.warnings.append, remote)
@@ -197,7 +197,7 @@ def tree(folder: Path) -> dict[str, tuple[bytes, int]]:
 
 def test_pushed_by_working_set_and_pulled_byte_for_byte(taken: Path, store: Path, tmp_path: Path) -> None:
     chunks = open_chunks(f"file://{store}")
-    opened = archive.Opened.of("workload", chunks)
+    opened = archive.OpenedArchive.of("workload", chunks)
     assert opened.layout
     assert opened.layout.start < opened.layout.first <= opened.layout.size
     # What the first token needs is a part of the whole, and lies nowhere else.
@@ -219,13 +219,13 @@ def test_a_working_set_costs_its_pages_once(taken: Path, store: Path, tmp_path: 
 
 def test_a_replica_runs_before_the_rest_has_come(host: Host, store: Path) -> None:
     remote = host.fetch(f"file://{store}")
-    remote.wait_start()
+    remote.wait_startup()
     replica = host.restore(remote)
     order(replica.sandbox, seed=1, touch=TOUCHED)
     assert result(replica.sandbox) == []
-    assert remote.arrival and remote.opened.layout and replica.pages
-    total = remote.arrival.size
-    assert remote.arrival.fetched < remote.opened.layout.first + 2 * layout.CHUNK < total
+    assert remote.download and remote.opened.layout and replica.pages
+    total = remote.download.size
+    assert remote.download.fetched < remote.opened.layout.first + 2 * layout.CHUNK < total
     assert not remote.complete.is_set()
     replica.pages.first_token()
     remote.first_token()
@@ -251,7 +251,7 @@ def test_memory_is_as_it_was_while_pages_arrive_over_http(
     monkeypatch.setattr(remotes, "REST_BYTES_PER_S", rate)
     Slow.resets = 3
     remote = host.fetch(far)
-    remote.wait_start()
+    remote.wait_startup()
     replica = host.restore(remote)
     assert replica.pages
     order(replica.sandbox, seed=int(rate), steps=240)
@@ -271,7 +271,7 @@ def test_memory_is_as_it_was_while_pages_arrive_over_http(
 def test_several_replicas_share_what_arrives(host: Host, far: str) -> None:
     remote = host.fetch(far)
     assert host.fetch(far) is remote
-    remote.wait_start()
+    remote.wait_startup()
     replicas = [host.restore(remote) for _ in range(2)]
     for replica in replicas:
         order(replica.sandbox, seed=1, touch=TOUCHED)
@@ -296,16 +296,16 @@ def test_a_flip_on_the_way_is_kept_aside_and_fetched_again(host: Host, faulty: C
         remote.wait_complete()
     except Integrity:
         return  # the same chunk flipped twice, which is the next test's: refused
-    assert remote.arrival
+    assert remote.download
     kept = list((host.library.home / "cache/quarantine").glob("*"))
-    assert len(kept) == min(16, remote.arrival.quarantined)
+    assert len(kept) == min(16, remote.download.quarantined)
 
 
 def test_a_wrong_chunk_ends_the_replica(host: Host, faulty: Callable[..., str]) -> None:
     """What is wrong in the store is fetched twice, and then the replica that waits for it is ended; nothing of it is kept."""
     remote = host.fetch(faulty())
-    remote.wait_start()
-    remote.arrival.wait(download.FIRST)  # type: ignore[union-attr]
+    remote.wait_startup()
+    remote.download.wait(download.FIRST_TOKEN)  # type: ignore[union-attr]
     replica = host.restore(remote)
     order(replica.sandbox, seed=1, touch=100)
     assert result(replica.sandbox) == []
@@ -329,7 +329,7 @@ def test_what_criu_reads_is_never_wrong(host: Host, store: Path, tmp_path: Path)
     there = pull_and_change(store, tmp_path, "images/files.img")
     remote = host.fetch(f"file://{there}")
     with pytest.raises(Integrity, match="file-digest-differs"):
-        remote.wait_start()
+        remote.wait_startup()
     remote.close(discard=True)
     assert not list(host.library.folder.iterdir())
 
@@ -337,7 +337,7 @@ def test_what_criu_reads_is_never_wrong(host: Host, store: Path, tmp_path: Path)
 def test_a_page_that_differs_from_the_manifest_ends_the_replica(host: Host, store: Path, tmp_path: Path) -> None:
     there = pull_and_change(store, tmp_path, "images/pages-1.img")
     remote = host.fetch(f"file://{there}")
-    remote.wait_start()
+    remote.wait_startup()
     replica = host.restore(remote)
     remote.first_token()
     with pytest.raises(Integrity, match="file-digest-differs"):
@@ -360,9 +360,9 @@ def pull_and_change(store: Path, tmp_path: Path, name: str) -> Path:
 
 def test_a_store_that_goes_silent_ends_the_replica_in_time(host: Host, faulty: Callable[..., str]) -> None:
     remote = host.fetch(faulty())
-    remote.wait_start()
-    remote.arrival.wait(download.FIRST)  # type: ignore[union-attr]
-    remote.arrival.limit_s = 2.0  # type: ignore[union-attr]
+    remote.wait_startup()
+    remote.download.wait(download.FIRST_TOKEN)  # type: ignore[union-attr]
+    remote.download.limit_s = 2.0  # type: ignore[union-attr]
     replica = host.restore(remote)
     faulty(fault="stall", seconds=0.5, only="chunks/")
     began = time.monotonic()
@@ -379,7 +379,7 @@ def test_a_store_that_goes_silent_ends_the_replica_in_time(host: Host, faulty: C
     faulty()
     again = host.fetch(faulty())
     again.wait_complete()
-    assert again.arrival and again.arrival.kept > 0
+    assert again.download and again.download.kept > 0
     assert host.library.has("workload")
 
 
@@ -422,10 +422,10 @@ CHILD = """
 import sys, time
 from pathlib import Path
 from checkpoint.snapshot.library import Library
-from checkpoint.store.remote_restore import Remote
-remote = Remote.open(Library(Path(sys.argv[1])), sys.argv[2], "workload")
+from checkpoint.store.remote_restore import RemoteSnapshot
+remote = RemoteSnapshot.open(Library(Path(sys.argv[1])), sys.argv[2], "workload")
 remote.begin()
-remote.wait_start()
+remote.wait_startup()
 remote.first_token()
 print("begun", flush=True)
 remote.wait_complete()
@@ -471,15 +471,15 @@ def test_a_trust_key_vouches_for_every_chunk(host: Host, taken: Path, tmp_path: 
     trusted = [tmp_path / "key.pub"]
     url = f"file://{tmp_path}/signed-store"
     push(folder, open_chunks(url))
-    assert "not signed" in Remote.open(host.library, url, "workload", trust_keys=trusted).whole
+    assert "not signed" in RemoteSnapshot.open(host.library, url, "workload", trust_keys=trusted).complete_first
     push(folder, open_chunks(url), sign=signatures.signer(key))
     remotes._open.clear()
-    assert Remote.open(host.library, url, "workload", trust_keys=trusted).whole == ""
+    assert RemoteSnapshot.open(host.library, url, "workload", trust_keys=trusted).complete_first == ""
     remotes._open.clear()
     other = tmp_path / "other"
     signatures.keygen(other)
     with pytest.raises(Integrity, match="signature-wrong"):
-        Remote.open(host.library, url, "workload", trust_keys=[tmp_path / "other.pub"])
+        RemoteSnapshot.open(host.library, url, "workload", trust_keys=[tmp_path / "other.pub"])
     assert remotes._open == {}
 
 
@@ -489,17 +489,17 @@ def test_an_archive_without_working_set_is_fetched_whole(host: Host, taken: Path
     url = f"file://{tmp_path}/bare-store"
     push(bare, open_chunks(url))
     remote = host.fetch(url)
-    assert "working set" in remote.whole
+    assert "working set" in remote.complete_first
     remote.wait_complete()
     assert tree(host.library.path("workload")) == tree(bare)
 
 
 def test_closing_it_while_it_arrives_leaves_what_has_come(host: Host, far: str) -> None:
     remote = host.fetch(far)
-    remote.wait_start()
+    remote.wait_startup()
     remote.close()
     assert isinstance(remote.failure, CheckpointError)
-    assert not [t for t in threading.enumerate() if t.name.startswith("arrival-")]
+    assert not [t for t in threading.enumerate() if t.name.startswith("download-")]
     again = host.fetch(far)
     again.wait_complete()
-    assert again.arrival and again.arrival.kept > 0
+    assert again.download and again.download.kept > 0

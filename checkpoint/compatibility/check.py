@@ -116,7 +116,7 @@ class Identity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             return msgspec.convert(builtins, ready(cls))
         except msgspec.ValidationError as error:
             raise Integrity(
-                "identity-garbled", f"the snapshot's identity cannot be read ({error}); take it anew"
+                "identity-garbled", f"the snapshot's identity cannot be read ({error}); take a new snapshot"
             ) from error
 
     def encode(self) -> dict[str, Any]:
@@ -337,7 +337,7 @@ def check_host(recorded: Identity, host: HostFacts, reads: int = FORMAT) -> tupl
         differs("page-size-differs", "page size", then.page_size, host.page_size)
     was, now = _release(then.kernel), _release(host.kernel)
     if was is None or now is None:
-        differs("kernel-unknown", "a kernel release that is no number", then.kernel, host.kernel)
+        differs("kernel-unknown", "kernel release (not a version number)", then.kernel, host.kernel)
     elif now < was:
         differs("kernel-older", "kernel", then.kernel, host.kernel)
     elif now[0] > was[0] + KERNEL_MAJOR_RANGE:
@@ -346,7 +346,8 @@ def check_host(recorded: Identity, host: HostFacts, reads: int = FORMAT) -> tupl
     if missing:
         found.append(
             Mismatch(
-                f"cpu-features-missing: {' '.join(missing)}", f"taken on {then.cpu_model}, here is {host.cpu_model}"
+                f"cpu-features-missing: {' '.join(missing)}",
+                f"taken on {then.cpu_model}, this host has {host.cpu_model}",
             )
         )
     if then.criu and _numbers(host.criu) < _numbers(then.criu):
@@ -422,15 +423,13 @@ def _check_launch(recorded: Identity, now: Here) -> list[Mismatch]:
     found: list[Mismatch] = [*check_model(recorded.model, now.model)]
     if recorded.weights != now.weights:
         found.append(
-            Mismatch("weights-differ", f"weights: {recorded.weights} in the snapshot, {now.weights} asked for")
+            Mismatch("weights-differ", f"weights: {recorded.weights} in the snapshot, {now.weights} requested")
         )
     for flag in sorted(recorded.arguments.keys() | now.arguments.keys()):
         a, b = recorded.arguments.get(flag), now.arguments.get(flag)
         if a != b:
             found.append(
-                Mismatch(
-                    f"arguments-differ: {flag or 'positional'}", f"{_spoken(a)} in the snapshot, {_spoken(b)} here"
-                )
+                Mismatch(f"arguments-differ: {flag or 'positional'}", f"{_shown(a)} in the snapshot, {_shown(b)} here")
             )
     for name in sorted(recorded.environment.keys() | now.environment.keys()):
         was, value = recorded.environment.get(name), now.environment.get(name)
@@ -442,13 +441,14 @@ def _check_launch(recorded: Identity, now: Here) -> list[Mismatch]:
         if not hmac.compare_digest(recorded.secrets.get(name, ""), digest):
             found.append(
                 Mismatch(
-                    f"secret-differs: {name}", "its value is another one than at the snapshot, or it is there only once"
+                    f"secret-differs: {name}",
+                    "its value differs from the one at the snapshot, or only one of the two launches has it",
                 )
             )
     return found
 
 
-def _spoken(occurrences: tuple[tuple[str, ...], ...] | None) -> str:
+def _shown(occurrences: tuple[tuple[str, ...], ...] | None) -> str:
     if occurrences is None:
         return "not given"
     return ", ".join(" ".join(values) or "given" for values in occurrences)

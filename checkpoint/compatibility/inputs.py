@@ -204,7 +204,11 @@ class Inputs:
             if path.is_dir():
                 digest = self.digests.of_folder(path, endings)
                 if digest is None:
-                    log.warning("%s holds over %d files: changes in it are not seen by a restore", name, FILES_LIMIT)
+                    log.warning(
+                        "%s has more than %d files and is not compared: a restore does not notice changes in it",
+                        name,
+                        FILES_LIMIT,
+                    )
                     return {name: "too many files"}
                 return {name: digest} if digest else {}
         except OSError as error:

@@ -95,7 +95,7 @@ class Criu:
             raise HostLacks("criu-broken", f"{self.program} does not start ({error}); run setup/criu.sh") from error
         match = re.search(r"Version: (\d+)\.(\d+)(\S*)", out)
         if not match:
-            raise HostLacks("criu-broken", f"{self.program} --version says nothing of use; run setup/criu.sh")
+            raise HostLacks("criu-broken", f"{self.program} --version printed no version; run setup/criu.sh")
         if (int(match[1]), int(match[2])) < MINIMUM_VERSION:
             raise HostLacks(
                 "criu-too-old",
@@ -264,12 +264,12 @@ class Criu:
             if found := _CHANGED.search(cause):
                 raise Incompatible(
                     "open-file-changed",
-                    f"/{found[1].lstrip('/')}, which the engine held open, is not what it was at the dump: {cause}{where}",
+                    f"/{found[1].lstrip('/')}, which the engine had open, has changed since the dump: {cause}{where}",
                 )
             if found := _MISSING.search(cause):
                 raise Incompatible(
                     "open-file-missing",
-                    f"/{found[1].lstrip('/')}, which the engine held open, is not here: {cause}{where}",
+                    f"/{found[1].lstrip('/')}, which the engine had open, does not exist here: {cause}{where}",
                 )
             raise Failed("criu-restore-failed", f"CRIU could not restore: {cause}{where}")
         self.keep_kernel_facts(sandbox)
@@ -282,7 +282,7 @@ class Criu:
         if os.uname().machine == "x86_64":
             words = self._cpuinfo("dump", images)
             if words:
-                raise Failed("criu-cpuinfo-failed", f"CRIU could not read the processor's features: {words}")
+                raise Failed("criu-cpuinfo-failed", f"CRIU could not read the CPU's features: {words}")
 
     def check_cpu(self, images: Path) -> None:
         """Compare this CPU with the images' CPU features. Raises Incompatible (cpu-features-missing: criu).
@@ -293,7 +293,7 @@ class Criu:
         if (images / _CPUINFO).exists():  # older snapshots have no such image
             words = self._cpuinfo("check", images)
             if words:
-                raise Incompatible("cpu-features-missing: criu", f"CRIU compared the processors: {words}")
+                raise Incompatible("cpu-features-missing: criu", f"CRIU compared the CPU features: {words}")
 
     def _cpuinfo(self, action: str, images: Path) -> str:
         """Run `criu cpuinfo`. Return CRIU's first error, or an empty string on success."""
@@ -322,7 +322,7 @@ def _take_clock(images: Path) -> int:
         seconds, nanoseconds = (int(value) for (value,) in (clock[1], clock[2]))
         image.unlink()
     except (Integrity, OSError, ValueError, LookupError, TypeError) as error:
-        raise Failed("criu-dump-failed", f"CRIU left no clock among its images: {error}") from error
+        raise Failed("criu-dump-failed", f"CRIU wrote no usable image of the clock: {error}") from error
     return seconds * 10**9 + nanoseconds
 
 

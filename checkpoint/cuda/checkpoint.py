@@ -68,9 +68,7 @@ def holders(driver: Driver, pids: Iterable[int]) -> list[int]:
     try:
         return [pid for pid in pids if driver.state(pid) is not None]
     except DriverError as error:
-        raise Failed(
-            "cuda-query-failed", f"the driver does not tell which processes use CUDA: {error.result}"
-        ) from error
+        raise Failed("cuda-query-failed", f"the driver did not say which processes use CUDA: {error.result}") from error
 
 
 def free_memory(driver: Driver) -> dict[str, int]:
@@ -246,7 +244,7 @@ def _alone_on(folders: Iterable[Path], gpus: Iterable[str], timeout_s: float | N
                 _lock(fd, uuid, limit, timeout_s)
             if not opened and refused:
                 raise Failed(
-                    "gpu-lock-failed", f"restores on GPU {uuid} cannot take turns: {refused}; make the folder writable"
+                    "gpu-lock-failed", f"cannot lock GPU {uuid} for a restore: {refused}; make the folder writable"
                 )
         yield
     finally:
@@ -277,12 +275,12 @@ def check_memory(driver: Driver, needs: Needs, pairs: Sequence[tuple[str, str]] 
         if uuid not in free:
             raise Incompatible(
                 "gpu-gone",
-                f"the snapshot was taken on GPU {uuid}, which is not here, and no other is named in its place",
+                f"the snapshot was taken on GPU {uuid}, which this host does not have, and no other GPU was named in its place",
             )
         if free[uuid] < size + margin:
             raise Incompatible(
                 "gpu-memory-short",
-                f"the restore takes {size >> 20} MiB on {uuid}, {free[uuid] >> 20} MiB are free; stop what else runs there",
+                f"the restore needs {size >> 20} MiB on {uuid}, which has {free[uuid] >> 20} MiB free; stop other programs on it",
             )
 
 
@@ -326,7 +324,7 @@ def refuse_slice(visible: str | None) -> None:
 def mig_refusal(subject: str) -> Incompatible:
     """Build the error for a divided GPU, with what works there."""
     return Incompatible(
-        "gpu-mig", f"{subject} is divided (MIG), which no driver was seen to checkpoint; the engine starts cold there"
+        "gpu-mig", f"{subject} is divided (MIG), and no known driver checkpoints a slice; the engine starts cold"
     )
 
 
@@ -369,7 +367,7 @@ def multi_gpu_refusal(subject: str) -> Incompatible:
     return Incompatible(
         "multi-gpu",
         f"{subject} cannot checkpoint memory shared between GPUs; "
-        "it starts cold, each rank reading the lazy mount; --snapshot-store keeps its compiled code for other hosts",
+        "the engine starts cold, each rank reads the lazy mount, and --snapshot-store shares compiled code between hosts",
     )
 
 
@@ -397,7 +395,7 @@ def check_released(pids: Sequence[int], prefix: str = "/dev/nvidia") -> None:
             name = Path(f"/proc/{pid}/comm").read_text().strip() if Path(f"/proc/{pid}/comm").exists() else "gone"
             raise Failed(
                 "gpu-handle-open",
-                f"process {pid} ({name}) still holds {', '.join(files)}; NVML has to be shut down in it first",
+                f"process {pid} ({name}) still has {', '.join(files)} open; shut down NVML in it first",
             )
 
 
@@ -438,7 +436,7 @@ def _undo(driver: Driver, pids: Sequence[int], cause: BaseException, pairs: Sequ
 
 def _stuck(when: str, stuck: Mapping[int, str]) -> Failed:
     named = "; ".join(f"process {pid}: {why}" for pid, why in stuck.items())
-    return Failed("cuda-stuck", f"{when}, not brought back to the GPU: {named}; the engine has to be ended")
+    return Failed("cuda-stuck", f"{when}: some processes did not return to the GPU ({named}); end the engine")
 
 
 def _expect(driver: Driver, pid: int, state: State) -> None:
@@ -455,11 +453,11 @@ def _step(what: str, pid: int, call: Callable[..., None], *arguments: object) ->
     except DriverError as error:
         if what == "lock" and error.result.startswith("CUDA_ERROR_NOT_READY"):
             raise Failed(
-                "cuda-lock-timeout", f"process {pid} has GPU work under way that does not end; it goes on running"
+                "cuda-lock-timeout", f"GPU work of process {pid} did not end in time; the process keeps running"
             ) from error
         if error.result.startswith("CUDA_ERROR_NOT_SUPPORTED"):
             raise HostLacks(
-                "cuda-not-supported", f"no {what} of process {pid}: {error.result}; it takes driver 570 or newer"
+                "cuda-not-supported", f"cannot {what} process {pid}: {error.result}; install driver 570 or newer"
             ) from error
         raise Failed(f"cuda-{what}-failed", f"process {pid}: {error.result}") from error
 
@@ -468,4 +466,6 @@ def _ask(call: Callable[[], T]) -> T:
     try:
         return call()
     except DriverError as error:
-        raise Failed("cuda-query-failed", f"the driver does not answer: {error.result}") from error
+        raise Failed(
+            "cuda-query-failed", f"the CUDA driver failed: {error.result}; see whether nvidia-smi works"
+        ) from error

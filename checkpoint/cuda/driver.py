@@ -99,7 +99,7 @@ class RealDriver:
             import pynvml
             from cuda.bindings import driver
         except ImportError as error:
-            raise DriverError(f"cuda-bindings or nvidia-ml-py missing ({error})") from error
+            raise DriverError(f"cuda-bindings or nvidia-ml-py is missing ({error})") from error
         self._nvml = pynvml
         self._cuda = driver
         if not hasattr(driver, "cuCheckpointProcessLock"):

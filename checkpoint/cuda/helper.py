@@ -159,7 +159,7 @@ class Helper:
             self._end()
             raise HostLacks(
                 "cuda-unavailable",
-                f"the CUDA driver cannot be used: {why}; it takes driver 570 or newer and a working nvidia-smi",
+                f"the CUDA driver cannot be used: {why}; install driver 570 or newer and quickthaw[cuda], and see whether nvidia-smi works",
             )
         self._ready = True
 

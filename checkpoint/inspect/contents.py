@@ -113,7 +113,7 @@ def inspect(folder: Path, weights: Places | None = None) -> Contents:
     except OSError as error:
         raise Integrity("image-unreadable", f"{error.filename}: {error.strerror}") from error
     except (ValueError, KeyError) as error:
-        raise Integrity("image-garbled", f"{images} holds an image that does not fit the others: {error}") from error
+        raise Integrity("image-garbled", f"the images in {images} contradict each other: {error}") from error
 
 
 class _Reader:

@@ -99,7 +99,7 @@ def make_run_dir() -> None:
     except OSError as error:
         raise HostLacks(
             "sandbox-run-dir",
-            f"cannot make {RUN_DIR} ({error.strerror}); run as root, with a read-only root put an empty folder or a tmpfs there",
+            f"cannot create {RUN_DIR} ({error.strerror}); run as root, and mount a tmpfs there if the root file system is read-only",
         ) from error
 
 
@@ -161,7 +161,8 @@ class Sandbox:
         except OSError as error:
             self.close()
             raise Failed(
-                "sandbox-died", f"the sandbox ended while it was made ({error.strerror or error}); see quickthaw doctor"
+                "sandbox-died",
+                f"the sandbox died while it was created ({error.strerror or error}); see quickthaw doctor",
             ) from error
         except BaseException:
             self.close()
@@ -175,13 +176,13 @@ class Sandbox:
         try:
             answer = self._control.recv(1 << 20)
         except TimeoutError as error:
-            raise Failed("sandbox-stalled", f"the sandbox did not come up within {READY_TIMEOUT_S:.0f} s") from error
+            raise Failed("sandbox-stalled", f"the sandbox did not start within {READY_TIMEOUT_S:.0f} s") from error
         if not answer:
-            raise ConnectionResetError(0, "process 1 died")
+            raise ConnectionResetError(0, "init died")
         first = json.loads(answer)
         if first["event"] != "ready":
             raise HostLacks(
-                "sandbox-refused", f"cannot make a sandbox: {first['error']}; quickthaw doctor names what is missing"
+                "sandbox-refused", f"cannot create a sandbox: {first['error']}; quickthaw doctor lists what is missing"
             )
         self._control.settimeout(None)
 
@@ -189,7 +190,7 @@ class Sandbox:
         """Find init's process number and open the sandbox's network namespace."""
         children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text().split()
         if not children:
-            raise ConnectionResetError(0, "process 1 died")
+            raise ConnectionResetError(0, "init died")
         self._init_pid = int(children[0])
         self._network = os.open(f"/proc/{self._init_pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
 
@@ -222,7 +223,7 @@ class Sandbox:
                 running = self._roots - self._exits.keys()
             for future in pending:
                 if not future.done():
-                    future.set_exception(Failed("sandbox-gone", "the sandbox ended under the operation"))
+                    future.set_exception(Failed("sandbox-gone", "the sandbox ended during the operation"))
             for pid in running:
                 self._report_killed(pid)
 
@@ -397,7 +398,7 @@ class Sandbox:
         fd = _libc.syscall(_SYS_OPEN_TREE, _AT_FDCWD, str(source).encode(), _OPEN_TREE_CLONE | os.O_CLOEXEC)
         if fd < 0:
             error = ctypes.get_errno()
-            raise Failed("attach-failed", f"{source} cannot be shown in the sandbox: {os.strerror(error)}")
+            raise Failed("attach-failed", f"cannot show {source} in the sandbox: {os.strerror(error)}")
         try:
             self._ask(fds={"mount": fd}, op="attach", target=str(target))
         finally:
@@ -440,7 +441,10 @@ class Sandbox:
                 back = _libc.setns(home, _CLONE_NEWNET)
         if back:  # own_network has seen it work, so this process has lost a privilege since
             sock.close()
-            raise HostLacks("sandbox-network", "a thread cannot leave the sandbox's network; keep CAP_SYS_ADMIN")
+            raise HostLacks(
+                "sandbox-network",
+                "cannot leave the sandbox's network any more; keep CAP_SYS_ADMIN for this process",
+            )
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         error = sock.connect_ex((host, port))

@@ -95,13 +95,13 @@ def verify(folder: Path, files: Mapping[str, SnapshotFile], always: bool = False
     found = dict(_walk(folder))
     for name in sorted(files.keys() | found.keys()):
         if name not in files:
-            raise Integrity("file-unexpected", f"{folder / name} is not in the manifest{_way_out(folder)}")
+            raise Integrity("file-unexpected", f"{folder / name} is not in the manifest{_remedy(folder)}")
         if name not in found:
-            raise Integrity("file-missing", f"{folder / name} is gone{_way_out(folder)}")
+            raise Integrity("file-missing", f"{folder / name} is missing{_remedy(folder)}")
         size = found[name].st_size
         if size != files[name].size:
             raise Integrity(
-                "file-size-differs", f"{folder / name} has {size} bytes instead of {files[name].size}{_way_out(folder)}"
+                "file-size-differs", f"{folder / name} has {size} bytes instead of {files[name].size}{_remedy(folder)}"
             )
     ledger = None if always else _read_ledger(folder, files)
     trusted = {name: info for name, info in found.items() if ledger and ledger.stamps.get(name) == fingerprint(info)}
@@ -109,10 +109,10 @@ def verify(folder: Path, files: Mapping[str, SnapshotFile], always: bool = False
     try:
         digests, stamps = _hash(folder, doubtful)
     except OSError as error:
-        raise Integrity("file-unreadable", f"{error.filename}: {error.strerror}{_way_out(folder)}") from error
+        raise Integrity("file-unreadable", f"{error.filename}: {error.strerror}{_remedy(folder)}") from error
     for name in sorted(digests):
         if digests[name] != files[name].blake3:
-            raise Integrity("file-digest-differs", f"{folder / name} is not what was written{_way_out(folder)}")
+            raise Integrity("file-digest-differs", f"{folder / name} has changed since it was written{_remedy(folder)}")
     if stamps:
         _write_ledger(folder, files, {**{name: fingerprint(info) for name, info in trusted.items()}, **stamps})
     return Verified(
@@ -123,7 +123,7 @@ def verify(folder: Path, files: Mapping[str, SnapshotFile], always: bool = False
     )
 
 
-def _way_out(folder: Path) -> str:
+def _remedy(folder: Path) -> str:
     return f"; remove the snapshot (quickthaw snapshot rm {folder.name}) or pull it again"
 
 
@@ -132,7 +132,7 @@ def _walk(folder: Path, below: str = "") -> Iterator[tuple[str, os.stat_result]]
     try:
         entries = list(os.scandir(folder / below))
     except OSError as error:
-        raise Integrity("file-unreadable", f"{folder / below}: {error.strerror}{_way_out(folder)}") from error
+        raise Integrity("file-unreadable", f"{folder / below}: {error.strerror}{_remedy(folder)}") from error
     for entry in entries:
         name = f"{below}/{entry.name}" if below else entry.name
         if not below and entry.name.startswith(file_backed.FOLDER):
@@ -216,5 +216,5 @@ def _read_ledger(folder: Path, files: Mapping[str, SnapshotFile]) -> _Ledger | N
 
 def _write_ledger(folder: Path, files: Mapping[str, SnapshotFile], stamps: dict[str, Fingerprint]) -> None:
     data = msgspec.json.encode(_Ledger(_sealed(files), boot_id(), stamps))
-    with disk.optional(f"the next restore of {folder.name} hashes all of it again", "ledger-not-kept"):
+    with disk.optional(f"the next restore of {folder.name} hashes every file again", "ledger-not-kept"):
         write_private(folder / LEDGER, data)

@@ -93,7 +93,7 @@ def take(
     pids = processes(sandbox.init_pid)
     on_gpu = cuda.memory_in_use(driver, pids) if driver else 0
     room.check_memory(on_gpu)
-    with disk.required(f"{draft.name} is not written", "snapshot-not-written"):
+    with disk.required(f"{draft.name} cannot be written", "snapshot-not-written"):
         private_folder(library.folder)
     shared = room.tmpfs_bytes(Path(f"/proc/{sandbox.init_pid}/root"), ("/dev/shm", TMP_DIR))
     room.check_disk(library.folder, private_bytes(pids) + on_gpu + shared)

@@ -80,13 +80,15 @@ def check(
     symlinks = {link.path: link.target for link in archive.symlinks}
     for path in (*folders, *files, *symlinks):
         if not belongs(path) or (path in FOLDERS and path not in folders) or (path in ROOT_FILES and path not in files):
-            raise Integrity("archive-entry-refused", f"the archive holds {path!r}, which is no part of a snapshot")
+            raise Integrity("archive-entry-refused", f"the archive holds {path!r}, which does not belong to a snapshot")
     for path in symlinks:
         if path.partition("/")[0] not in _WITH_SYMLINKS:
             raise Integrity("archive-entry-refused", f"the archive holds {path!r} as a symbolic link")
     for path, original in links.items():
         if not _is_another_name(path, original, files, links, folders, symlinks, layout):
-            raise Integrity("archive-entry-refused", f"the archive makes {path!r} another name of {original!r}")
+            raise Integrity(
+                "archive-entry-refused", f"the archive makes {path!r} a hard link to {original!r}, which is not allowed"
+            )
         files[path] = files[original]
     here = {path: size for path, size in files.items() if path not in ROOT_FILES}
     here |= {path: len(os.fsencode(target)) for path, target in symlinks.items()}
@@ -94,17 +96,17 @@ def check(
         if path not in named:
             raise Integrity("file-unexpected", f"the archive holds {path}, which is not in the snapshot's manifest")
         if path not in here:
-            raise Integrity("file-missing", f"the archive holds no {path}, which is in the snapshot's manifest")
+            raise Integrity("file-missing", f"the archive lacks {path}, which is in the snapshot's manifest")
         if here[path] != named[path].size:
             raise Integrity(
                 "file-size-differs", f"the archive has {here[path]} bytes of {path} instead of {named[path].size}"
             )
     for path, target in symlinks.items():
         if digest_symlink(target) != named[path].blake3:
-            raise Integrity("file-digest-differs", f"the archive's {path} is not what was written")
+            raise Integrity("file-digest-differs", f"the archive's {path} does not match the snapshot's manifest")
     for path, original in links.items():
         if named[path].blake3 != named[original].blake3:
-            raise Integrity("file-digest-differs", f"the archive's {path} is not what was written")
+            raise Integrity("file-digest-differs", f"the archive's {path} does not match the snapshot's manifest")
 
 
 def _files(archive: Manifest, layout: Layout | None) -> dict[str, int]:

@@ -69,7 +69,7 @@ class Library:
     def path(self, name: str) -> Path:
         """Return the folder of a snapshot. Raises NotFound (snapshot-name) for an invalid name."""
         if not _NAME.fullmatch(name):
-            raise NotFound("snapshot-name", f"{name!r} cannot be the name of a snapshot; see: quickthaw snapshot ls")
+            raise NotFound("snapshot-name", f"{name!r} is not a valid name of a snapshot; see: quickthaw snapshot ls")
         return self.folder / name
 
     def names(self) -> list[str]:
@@ -196,7 +196,7 @@ class Library:
                 return
             finally:
                 os.close(old)
-        raise Busy("snapshot-in-use", f"{name} is replaced by others again and again; this snapshot is dropped")
+        raise Busy("snapshot-in-use", f"other processes keep replacing {name}; the new snapshot is dropped")
 
     @contextlib.contextmanager
     def _unused(self, folder: str) -> Iterator[None]:
@@ -206,7 +206,7 @@ class Library:
         except BlockingIOError:
             raise Busy("in-use", f"{folder} is in use") from None
         if fd < 0:
-            raise Busy("in-use", f"{folder} is another one by now")
+            raise Busy("in-use", f"{folder} was replaced")
         try:
             yield
         finally:
@@ -253,7 +253,7 @@ class Library:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise Busy(
-                    "snapshot-being-taken", f"another process is taking {name}; this replica goes on without"
+                    "snapshot-being-taken", f"another process is taking {name}; this replica continues without"
                 ) from None
             yield
         finally:

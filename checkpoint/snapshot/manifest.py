@@ -121,23 +121,29 @@ def parse(data: bytes, folder: Path, name: str) -> Snapshot:
         found = msgspec.json.decode(data, type=dict[str, msgspec.Raw]).get("format")
         version = msgspec.json.decode(found, type=int) if found is not None else None
     except msgspec.MsgspecError as error:
-        raise Integrity("manifest-garbled", f"{file} is damaged ({error}); quickthaw snapshot rm {name}") from error
+        raise Integrity(
+            "manifest-garbled", f"{file} is damaged ({error}); remove it: quickthaw snapshot rm {name}"
+        ) from error
     if version is None or version > FORMAT:
         raise Incompatible(
             "format-newer",
-            f"{name} has format {version} and this quickthaw knows {FORMAT}; upgrade, or take it anew",
+            f"{name} has format {version} and this quickthaw reads up to {FORMAT}; upgrade, or take a new snapshot",
         )
     try:
         snapshot = msgspec.json.decode(data, type=ready(Snapshot))
     except msgspec.MsgspecError as error:
-        raise Integrity("manifest-garbled", f"{file} is damaged ({error}); quickthaw snapshot rm {name}") from error
+        raise Integrity(
+            "manifest-garbled", f"{file} is damaged ({error}); remove it: quickthaw snapshot rm {name}"
+        ) from error
     if snapshot.digest and snapshot.digest != _digest(data):
         raise Integrity(
             "manifest-garbled",
-            f"{file} is damaged (its digest is not the one it names); quickthaw snapshot rm {name}",
+            f"{file} is damaged (wrong digest); remove it: quickthaw snapshot rm {name}",
         )
     if snapshot.name != name:
-        raise Integrity("manifest-misplaced", f"{file} belongs to {snapshot.name}; quickthaw snapshot rm {name}")
+        raise Integrity(
+            "manifest-misplaced", f"{file} belongs to {snapshot.name}; remove it: quickthaw snapshot rm {name}"
+        )
     return snapshot
 
 

@@ -40,7 +40,7 @@ def check_memory(wanted: int, cgroup: Path = _CGROUP) -> None:
     if wanted and free < wanted + _MARGIN:
         raise Failed(
             "host-memory-short",
-            f"the dump moves {wanted / 1e9:.1f} GB of GPU memory into host memory, of which {free / 1e9:.1f} GB are free; "
+            f"the dump moves {wanted / 1e9:.1f} GB of GPU memory into host memory, which has {free / 1e9:.1f} GB free; "
             "leave the weights out (--weights thin), or give the container more memory",
         )
 

@@ -102,7 +102,7 @@ def check(manifest: bytes, signatures: bytes | None, trusted: Sequence[Path]) ->
     wanted = ", ".join(sorted(keys))
     if not signatures or not signatures.strip():
         raise Integrity(
-            "signature-missing", f"the snapshot is not signed, and a signature by {wanted} is asked for (--trust-key)"
+            "signature-missing", f"the snapshot is not signed, and --trust-key requires a signature by {wanted}"
         )
     others = []
     for line in signatures[:_MAX_SIGNATURES].splitlines():
@@ -111,7 +111,7 @@ def check(manifest: bytes, signatures: bytes | None, trusted: Sequence[Path]) ->
             continue
         name = words[1].decode("ascii", "replace")
         if name not in keys:
-            others.append(name if name.isalnum() and len(name) == 16 else "something that is no key id")
+            others.append(name if name.isalnum() and len(name) == 16 else "an invalid key id")
             continue
         try:
             keys[name].verify(base64.b64decode(words[2], validate=True), _PREFIX + manifest)
@@ -125,7 +125,7 @@ def check(manifest: bytes, signatures: bytes | None, trusted: Sequence[Path]) ->
         )
     raise Integrity(
         "signature-wrong",
-        "the signature does not belong to this manifest: one of them was changed; pull the snapshot again",
+        "the signature does not match this manifest: one of them was changed; pull the snapshot again",
     )
 
 
@@ -140,7 +140,8 @@ def check_folder(folder: Path, trusted: Sequence[Path]) -> bytes:
         manifest = (folder / MANIFEST).read_bytes()
     except OSError as error:
         raise Integrity(
-            "manifest-unreadable", f"{folder / MANIFEST}: {error.strerror}; quickthaw snapshot rm {folder.name}"
+            "manifest-unreadable",
+            f"{folder / MANIFEST}: {error.strerror}; remove it: quickthaw snapshot rm {folder.name}",
         ) from error
     try:
         signatures = (folder / FILE_NAME).read_bytes()
@@ -171,7 +172,9 @@ def _private_key(path: Path) -> Ed25519PrivateKey:
         # TypeError: the key has a passphrase, which an unattended start cannot ask for.
         raise Failed("key-wrong-kind", f"{path} holds no unencrypted PEM private key") from error
     if not isinstance(key, Ed25519PrivateKey):
-        raise Failed("key-wrong-kind", f"{path} holds a key of another kind than Ed25519")
+        raise Failed(
+            "key-wrong-kind", f"{path} holds a key that is not Ed25519; make one with: quickthaw snapshot keygen"
+        )
     return key
 
 
@@ -194,7 +197,9 @@ def _public_keys(path: Path) -> list[Ed25519PublicKey]:
         except (ValueError, UnsupportedAlgorithm) as error:
             raise Failed("key-wrong-kind", f"{path} is damaged: it holds no PEM public key where one begins") from error
         if not isinstance(key, Ed25519PublicKey):
-            raise Failed("key-wrong-kind", f"{path} holds a key of another kind than Ed25519")
+            raise Failed(
+                "key-wrong-kind", f"{path} holds a key that is not Ed25519; make one with: quickthaw snapshot keygen"
+            )
         found.append(key)
     if not found:
         raise Failed(

@@ -241,7 +241,7 @@ def pull(
     """
     if folder.exists():
         raise Failed(
-            "snapshot-exists", f"{folder.name} is here already; remove it first: quickthaw snapshot rm {folder.name}"
+            "snapshot-exists", f"{folder.name} already exists; remove it first: quickthaw snapshot rm {folder.name}"
         )
     with partial_folder(folder) as (partial, lock):
         opened = OpenedArchive.of(name, chunks, trust_keys)
@@ -306,7 +306,9 @@ class OpenedArchive:
         wanted = [path for path in _READ_FIRST if path in by_path]
         for path in wanted:
             if by_path[path].size > _READ_FIRST[path]:
-                raise Integrity("archive-entry-refused", f"the archive's {path} has {by_path[path].size} bytes")
+                raise Integrity(
+                    "archive-entry-refused", f"the archive's {path} has {by_path[path].size} bytes, which is too large"
+                )
         with ThreadPoolExecutor(len(wanted), thread_name_prefix="open") as pool:
             read = dict(zip(wanted, pool.map(lambda path: content(by_path[path], chunks), wanted), strict=True))
         document, signature = read[manifests.FILE_NAME], read.get(signatures.FILE_NAME)
@@ -360,7 +362,7 @@ class OpenedArchive:
             file = partial / path
             if (file.read_bytes() if os.path.lexists(file) else None) != judged:
                 raise Integrity(
-                    "manifest-differs", f"{path} of {self.name} is not the one that was checked; pull it again"
+                    "manifest-differs", f"{path} of {self.name} differs from the one that was checked; pull it again"
                 )
         digests.verify(partial, self.files, always=True)
 
@@ -448,7 +450,8 @@ def put_in_place(partial: Path, folder: Path, lock: int) -> None:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
         raise Failed(
-            "snapshot-exists", f"{folder.name} appeared meanwhile ({error.strerror}); it is left alone"
+            "snapshot-exists",
+            f"another process has created {folder.name} meanwhile ({error.strerror}); it is kept, this one is dropped",
         ) from error
     fd = os.open(folder.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:

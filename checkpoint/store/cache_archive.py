@@ -55,11 +55,13 @@ def pull_cache(name: str, chunks: ChunkStore, folder: Path, trust_keys: Sequence
         if trust_keys and not archives.signed_as_a_whole(digest, chunks, trust_keys):
             raise Integrity(
                 "compile-cache-unsigned",
-                f"{name} in {chunks.store.url} is not signed, and a signature is asked for (--trust-key)",
+                f"{name} in {chunks.store.url} is not signed, and --trust-key requires a signature",
             )
         if archive.meta.get("snapshot") != name:
             # The name contains engine, compilers and CPU, so an archive with another name is for another host.
-            raise Integrity("compile-cache-misplaced", f"{name} in {chunks.store.url} is another host's archive")
+            raise Integrity(
+                "compile-cache-misplaced", f"{name} in {chunks.store.url} is an archive made for another name or host"
+            )
         mtimes = _mtimes(archive)
         _check_symlinks(archive)
         private_folder(folder)
@@ -67,7 +69,9 @@ def pull_cache(name: str, chunks: ChunkStore, folder: Path, trust_keys: Sequence
         for directory in archive.directories:
             target = folder / directory.path
             if target.is_symlink():
-                raise Integrity("archive-entry-refused", f"{target} is a symbolic link, and a folder in the archive")
+                raise Integrity(
+                    "archive-entry-refused", f"{target} is a symbolic link here and a folder in the archive"
+                )
             target.mkdir(mode=0o700, exist_ok=True)
         written = 0
         for file in archive.files:
@@ -100,7 +104,7 @@ def _check_symlinks(archive: Manifest) -> None:
     for link in archive.symlinks:
         place = posixpath.normpath(posixpath.join(posixpath.dirname(link.path), link.target))
         if link.target.startswith("/") or place == ".." or place.startswith("../"):
-            raise Integrity("archive-entry-refused", f"the archive's {link.path!r} leads out of it")
+            raise Integrity("archive-entry-refused", f"the archive's {link.path!r} points outside of the archive")
 
 
 def _build_folders(archive: Manifest, folder: Path) -> set[str]:

@@ -189,7 +189,9 @@ def decode(data: bytes) -> Layout:
     except msgspec.MsgspecError as error:
         raise Integrity("layout-garbled", f"the archive's index is damaged: {error}") from error
     if index.version != _VERSION:
-        raise Integrity("layout-garbled", f"the archive's index has version {index.version}, and this reads {_VERSION}")
+        raise Integrity(
+            "layout-garbled", f"the archive's index has version {index.version}, and this quickthaw reads {_VERSION}"
+        )
     _check(index)
     return Layout(index)
 

@@ -342,10 +342,10 @@ class RemoteSnapshot:
                     raise Integrity("file-unexpected", f"{self.name}: {path} is not in the manifest")
                 links = stat.S_ISLNK(info.st_mode)
                 if links and digest_symlink(str(Path(below, entry).readlink())) != files[path].blake3:
-                    raise Integrity("file-digest-differs", f"{self.name}: {path} is not what was written")
+                    raise Integrity("file-digest-differs", f"{self.name}: {path} does not match the manifest")
         for path in files:
             if not os.path.lexists(self.folder / path):
-                raise Integrity("file-missing", f"{self.name}: the archive holds no {path}")
+                raise Integrity("file-missing", f"{self.name}: the archive lacks {path}")
         self.spans["verified"] = time.monotonic() - self._began
 
     def _verify_file(self, path: str) -> None:
@@ -356,14 +356,14 @@ class RemoteSnapshot:
             return
         size = (self.folder / path).stat().st_size
         if size != wanted.size or digest_file(self.folder / path, size) != wanted.blake3:
-            raise Integrity("file-digest-differs", f"{self.name}: {path} is not what was written")
+            raise Integrity("file-digest-differs", f"{self.name}: {path} does not match the manifest")
 
 
 def _reason_to_complete_first(opened: archives.OpenedArchive, trust_keys: Sequence[Path]) -> str:
     if opened.layout is None:
         return "its working set was not known when it was pushed"
     if trust_keys and not opened.trusted:
-        return "its archive is not signed (snapshot push --sign-key), and a signature is asked for"
+        return "its archive is not signed (snapshot push --sign-key), and --trust-key requires a signature"
     return ""
 
 

@@ -146,7 +146,7 @@ def test_a_process_that_cannot_be_brought_back_is_named(children: Children, driv
         suspend(driver, pids)
     assert caught.value.code == "cuda-stuck"
     assert f"process {pids[1]}: is FAILED" in str(caught.value)
-    assert str(pids[0]) not in str(caught.value).partition("not brought back")[2]
+    assert str(pids[0]) not in str(caught.value).partition("did not return to the GPU")[2]
     children.goes_on(pids[0])
 
 
@@ -518,7 +518,7 @@ def test_any_mixture_of_faults_ends_all_running_all_off_or_named(
 
     def ended_well(error: CheckpointError) -> None:
         for pid in pids:
-            named = f"process {pid}:" in str(error).partition("not brought back")[2]
+            named = f"process {pid}:" in str(error).partition("did not return to the GPU")[2]
             assert named if children.state(pid) != "RUNNING" else not named
 
     children.faults(*told(going))

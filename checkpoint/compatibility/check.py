@@ -166,9 +166,7 @@ class Here:
             "model": self.sketch,
             "weights": self.weights,
         }
-        return blake3.blake3(b"quickthaw identity 3\0" + msgspec.json.encode(parts, order="deterministic")).hexdigest()[
-            :24
-        ]
+        return _digest_over("quickthaw identity 3", parts)[:24]
 
     @property
     def compile_cache(self) -> str:
@@ -178,26 +176,18 @@ class Here:
         (threads) and the number of CPUs affect compiled code. The engines' own cache keys cover most of them, but not
         all; so code compiled for another launch or host is not used at all.
         """
-        compilers = {name: self.engine.packages.get(name, "") for name in _COMPILERS}
-        features = sorted(set(self.host.cpu_flags) - _IGNORED_CPU_FLAGS)
-        parts: list[object] = [
-            self.engine.version,
-            self.engine.build,
-            self.engine.python,
-            self.engine.python_build,
-            self.engine.libc,
-            compilers,
-            self.host.machine,
-            features,
-            self.host.cpus,
+        engine, host = self.engine, self.host
+        parts = [
+            *(engine.version, engine.build, engine.python, engine.python_build, engine.libc),
+            {name: engine.packages.get(name, "") for name in _COMPILERS},
+            host.machine,
+            sorted(set(host.cpu_flags) - _IGNORED_CPU_FLAGS),
+            host.cpus,
             self.arguments,
             dict(self.environment),
+            [[gpu.name for gpu in host.gpus], host.driver],
         ]
-        parts.append([[gpu.name for gpu in self.host.gpus], self.host.driver])
-        digest = blake3.blake3(
-            b"quickthaw compile cache 2\0" + msgspec.json.encode(parts, order="deterministic")
-        ).hexdigest()
-        return f"compile-{self.engine.name}-{digest[:16]}"
+        return f"compile-{engine.name}-{_digest_over('quickthaw compile cache 2', parts)[:16]}"
 
     def record(self, salt: str | None = None) -> Identity:
         """Return the identity for a manifest, with secrets digested under `salt`.
@@ -220,6 +210,11 @@ class Here:
         )
 
 
+def _digest_over(purpose: str, parts: object) -> str:
+    data = f"{purpose}\0".encode() + msgspec.json.encode(parts, order="deterministic")
+    return blake3.blake3(data).hexdigest()
+
+
 def here(
     engine: str,
     interpreter: Path,
@@ -233,15 +228,14 @@ def here(
     weights: str = "full",
     criu: str = "",
     gpus: tuple[Gpu, ...] | None = None,
-    driver: str = "",
 ) -> Here:
     """Gather the identity of a launch on this host.
 
     `arguments`: the words after the engine's module, as the engine will receive them. `environment`: the engine's
     environment. `sketch`: the model's (ModelFiles.sketch). `model_paths`: possible names of its folder on the command
     line (see normalised_arguments). `model_folder`: that folder. `kept`: file that caches digests of large files
-    between starts. `criu`: CRIU's version. `gpus`, `driver`: as reported by a running CUDA helper; otherwise NVML is
-    queried if there is a device. Raises HostLacks if the interpreter or the engine is missing.
+    between starts. `criu`: CRIU's version. `gpus`: those of this host; by default NVML is queried if there is a device.
+    Raises HostLacks if the interpreter or the engine is missing.
     """
     folders = package_folders(interpreter)
     variables = by_kind(environment, engine, lambda names: declared_variables(engine, folders, names))
@@ -272,7 +266,7 @@ def here(
         else:
             shown[flag] = occurrences
     return Here(
-        host=host_facts(criu, gpus, driver, environment),
+        host=host_facts(criu, gpus, environment),
         engine=engine_facts(engine, interpreter),
         arguments=shown,
         environment={name: value for name, value in relevant.items() if name not in hidden},
@@ -319,41 +313,40 @@ def refuse(mismatches: Sequence[Mismatch]) -> None:
         )
 
 
+def _differs(code: str, what: str, then: object, now: object) -> Mismatch:
+    return Mismatch(code, f"{what}: {then} in the snapshot, {now} here")
+
+
 def check_host(recorded: Identity, host: HostFacts, reads: int = FORMAT) -> tuple[Mismatch, ...]:
     """Run the part of `check` that needs no launch: layout, kernel, CPU, CRIU and GPUs."""
     then = recorded.host
     found: list[Mismatch] = []
-
-    def differs(code: str, what: str, a: object, b: object) -> None:
-        found.append(Mismatch(code, f"{what}: {a} in the snapshot, {b} here"))
-
     if recorded.format > reads:
-        differs("format-newer", "layout version", recorded.format, reads)
+        found.append(_differs("format-newer", "layout version", recorded.format, reads))
     elif recorded.format < OLDEST_FORMAT:
-        differs("format-too-old", "layout version", recorded.format, f"{OLDEST_FORMAT} to {reads}")
+        found.append(_differs("format-too-old", "layout version", recorded.format, f"{OLDEST_FORMAT} to {reads}"))
     if then.machine != host.machine:
-        differs("machine-differs", "processor architecture", then.machine, host.machine)
+        found.append(_differs("machine-differs", "processor architecture", then.machine, host.machine))
     if then.page_size != host.page_size:
-        differs("page-size-differs", "page size", then.page_size, host.page_size)
-    was, now = _release(then.kernel), _release(host.kernel)
-    if was is None or now is None:
-        differs("kernel-unknown", "kernel release (not a version number)", then.kernel, host.kernel)
-    elif now < was:
-        differs("kernel-older", "kernel", then.kernel, host.kernel)
-    elif now[0] > was[0] + KERNEL_MAJOR_RANGE:
-        differs("kernel-newer", f"kernel (at most {KERNEL_MAJOR_RANGE} major version newer)", then.kernel, host.kernel)
-    missing = sorted(set(then.cpu_flags) - set(host.cpu_flags) - _IGNORED_CPU_FLAGS)
-    if missing:
-        found.append(
-            Mismatch(
-                f"cpu-features-missing: {' '.join(missing)}",
-                f"taken on {then.cpu_model}, this host has {host.cpu_model}",
-            )
-        )
+        found.append(_differs("page-size-differs", "page size", then.page_size, host.page_size))
+    found += _check_kernel(then.kernel, host.kernel)
+    if missing := sorted(set(then.cpu_flags) - set(host.cpu_flags) - _IGNORED_CPU_FLAGS):
+        code = f"cpu-features-missing: {' '.join(missing)}"
+        found.append(Mismatch(code, f"taken on {then.cpu_model}, this host has {host.cpu_model}"))
     if then.criu and _numbers(host.criu) < _numbers(then.criu):
-        differs("criu-older", "CRIU", then.criu, host.criu or "none")
-    found += _check_gpus(then, host)
-    return tuple(found)
+        found.append(_differs("criu-older", "CRIU", then.criu, host.criu or "none"))
+    return (*found, *_check_gpus(then, host))
+
+
+def _check_kernel(then: str, now: str) -> list[Mismatch]:
+    was, here_ = _release(then), _release(now)
+    if was is None or here_ is None:
+        return [_differs("kernel-unknown", "kernel release (not a version number)", then, now)]
+    if here_ < was:
+        return [_differs("kernel-older", "kernel", then, now)]
+    if here_[0] > was[0] + KERNEL_MAJOR_RANGE:
+        return [_differs("kernel-newer", f"kernel (at most {KERNEL_MAJOR_RANGE} major version newer)", then, now)]
+    return []
 
 
 def same_cpu(then: HostFacts, host: HostFacts) -> bool:
@@ -362,53 +355,44 @@ def same_cpu(then: HostFacts, host: HostFacts) -> bool:
 
 
 def _check_gpus(then: HostFacts, host: HostFacts) -> list[Mismatch]:
-    found: list[Mismatch] = []
     if len(then.gpus) != len(host.gpus):
-        return [Mismatch("gpu-count-differs", f"visible GPUs: {len(then.gpus)} in the snapshot, {len(host.gpus)} here")]
+        return [_differs("gpu-count-differs", "visible GPUs", len(then.gpus), len(host.gpus))]
+    found = []
     for index, (was, now) in enumerate(zip(then.gpus, host.gpus, strict=True)):
         if was.name != now.name:
-            found.append(Mismatch("gpu-model-differs", f"GPU {index}: {was.name} in the snapshot, {now.name} here"))
+            found.append(_differs("gpu-model-differs", f"GPU {index}", was.name, now.name))
         elif now.memory < was.memory:
             # The same model reports less memory with ECC or in a slice. More memory is fine.
-            found.append(
-                Mismatch(
-                    "gpu-memory-smaller",
-                    f"GPU {index}: {was.memory >> 20} MiB in the snapshot, {now.memory >> 20} here",
-                )
-            )
+            found.append(_differs("gpu-memory-smaller", f"MiB of GPU {index}", was.memory >> 20, now.memory >> 20))
     if then.gpus and then.driver != host.driver:
         code = "driver-older" if _numbers(host.driver) < _numbers(then.driver) else "driver-newer"
-        found.append(Mismatch(code, f"GPU driver: {then.driver} in the snapshot, {host.driver or 'none'} here"))
+        found.append(_differs(code, "GPU driver", then.driver, host.driver or "none"))
     return found
 
 
 def check_engine(then: EngineFacts, now: EngineFacts) -> tuple[Mismatch, ...]:
     """Run the part of `check` about the installation: engine, interpreter, C library and dependencies."""
     found: list[Mismatch] = []
-
-    def differs(code: str, what: str, a: object, b: object) -> None:
-        found.append(Mismatch(code, f"{what}: {a} in the snapshot, {b} here"))
-
     if then.name != now.name:
-        differs("engine-differs", "engine", then.name, now.name)
+        found.append(_differs("engine-differs", "engine", then.name, now.name))
     elif then.version != now.version:
-        differs("engine-version-differs", then.name, then.version, now.version)
+        found.append(_differs("engine-version-differs", then.name, then.version, now.version))
     elif then.build != now.build:
-        differs("engine-build-differs", f"files of {then.version}", then.build[:12], now.build[:12])
+        found.append(_differs("engine-build-differs", f"files of {then.version}", then.build[:12], now.build[:12]))
     for what, a, b in (
         ("interpreter", then.interpreter, now.interpreter),
         ("Python", then.python, now.python),
         ("build of Python", then.python_build, now.python_build),
     ):
         if a != b:
-            differs("interpreter-differs", what, a, b)
+            found.append(_differs("interpreter-differs", what, a, b))
             break
     if then.libc != now.libc:
-        differs("libc-differs", "C library", then.libc, now.libc)
+        found.append(_differs("libc-differs", "C library", then.libc, now.libc))
     for name in sorted(then.packages.keys() | now.packages.keys()):
         a, b = then.packages.get(name, "absent"), now.packages.get(name, "absent")
         if a != b:
-            differs(f"dependency-differs: {name}", name, a, b)
+            found.append(_differs(f"dependency-differs: {name}", name, a, b))
     return tuple(found)
 
 
@@ -416,35 +400,28 @@ def check_model(then: str, now: str) -> tuple[Mismatch, ...]:
     """Run the part of `check` about the model: compare the digests of its files."""
     if then == now:
         return ()
-    return (Mismatch("model-differs", f"model files {then[:12] or 'none'} in the snapshot, {now[:12] or 'none'} here"),)
+    return (_differs("model-differs", "model files", then[:12] or "none", now[:12] or "none"),)
 
 
 def _check_launch(recorded: Identity, now: Here) -> list[Mismatch]:
-    found: list[Mismatch] = [*check_model(recorded.model, now.model)]
+    found = [*check_model(recorded.model, now.model)]
     if recorded.weights != now.weights:
-        found.append(
-            Mismatch("weights-differ", f"weights: {recorded.weights} in the snapshot, {now.weights} requested")
-        )
+        found.append(_differs("weights-differ", "weights", recorded.weights, now.weights))
     for flag in sorted(recorded.arguments.keys() | now.arguments.keys()):
         a, b = recorded.arguments.get(flag), now.arguments.get(flag)
         if a != b:
-            found.append(
-                Mismatch(f"arguments-differ: {flag or 'positional'}", f"{_shown(a)} in the snapshot, {_shown(b)} here")
-            )
+            name = flag or "positional"
+            found.append(_differs(f"arguments-differ: {name}", name, _shown(a), _shown(b)))
     for name in sorted(recorded.environment.keys() | now.environment.keys()):
         was, value = recorded.environment.get(name), now.environment.get(name)
         if was != value:
-            then_said, now_said = ("unset" if v is None else repr(v) for v in (was, value))
-            found.append(Mismatch(f"environment-differs: {name}", f"{then_said} in the snapshot, {now_said} here"))
+            then_shown, now_shown = ("unset" if v is None else repr(v) for v in (was, value))
+            found.append(_differs(f"environment-differs: {name}", name, then_shown, now_shown))
     for name in sorted(recorded.secrets.keys() | now.secrets.keys()):
         digest = _salted(recorded.salt, name, now.secrets[name]) if name in now.secrets else ""
         if not hmac.compare_digest(recorded.secrets.get(name, ""), digest):
-            found.append(
-                Mismatch(
-                    f"secret-differs: {name}",
-                    "its value differs from the one at the snapshot, or only one of the two launches has it",
-                )
-            )
+            why = "its value differs from the one at the snapshot, or only one of the two launches has it"
+            found.append(Mismatch(f"secret-differs: {name}", why))
     return found
 
 

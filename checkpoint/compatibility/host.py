@@ -30,17 +30,16 @@ class HostFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def host_facts(
     criu: str = "",
     gpus: tuple[Gpu, ...] | None = None,
-    driver: str = "",
     environment: Mapping[str, str] | None = None,
 ) -> HostFacts:
     """Identify this machine.
 
-    `criu`: CRIU's version, if known. `gpus` and `driver`: as reported by a running CUDA helper, which saves NVML's
-    start. `environment`: the engine's, which decides which GPUs it sees. Raises HostLacks if there is an NVIDIA
-    driver but NVML does not answer.
+    `criu`: CRIU's version, if known. `gpus`: those of this host; by default NVML is queried. `environment`: the engine's,
+    which decides which GPUs it sees. Raises HostLacks if there is an NVIDIA driver but NVML does not answer.
     """
     uname = os.uname()
     model, flags = _cpu()
+    driver = ""
     if gpus is None:
         gpus, driver = gpu_facts(environment)
     return HostFacts(

@@ -38,22 +38,11 @@ IRRELEVANT_ARGUMENTS: dict[str, dict[str, int]] = {
 
 # A secret is recognised by its name, word by word (`MAX_TOKENS` and `TOKENIZERS_…` do not match) …
 _SECRET_WORDS = frozenset(
-    (
-        *(
-            "key",
-            "apikey",
-            "token",
-            "secret",
-            "secrets",
-            "password",
-            "passwd",
-            "passphrase",
-            "credential",
-            "credentials",
-        ),
-        *("auth", "authorization", "cookie", "dsn", "jwt"),
-    )
-)
+    [
+        "key", "apikey", "token", "secret", "secrets", "password", "passwd", "passphrase", "credential", "credentials",
+        "auth", "authorization", "cookie", "dsn", "jwt",
+    ]
+)  # fmt: skip
 # … or by the form of its value: vendor prefixes, a JSON web token, a PEM block, or a password in a URL.
 _SECRET_VALUE = re.compile(
     r"\b(sk-[A-Za-z0-9_-]{16,}|hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}|xox[abprs]-[\w-]{10,}"

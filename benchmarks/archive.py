@@ -27,7 +27,7 @@ sys.path[:] = [str(ROOT), *[p for p in sys.path if Path(p or ".").resolve() != P
 import msgspec  # noqa: E402
 
 from checkpoint.inspect.contents import inspect  # noqa: E402
-from checkpoint.snapshot.digests import LEDGER, seal, verify  # noqa: E402
+from checkpoint.snapshot.digests import LEDGER, digest_folder, verify  # noqa: E402
 from checkpoint.store.archive import open_chunks, pull, push  # noqa: E402
 
 
@@ -67,7 +67,7 @@ def measure(source: Path, scratch: Path, levels: list[int], runs: int) -> dict[s
         contents.total.zero,
         contents.total.duplicate,
     )
-    files = seal(folder)
+    files = digest_folder(folder)
     document = {"format": 1, "name": folder.name, "files": msgspec.to_builtins(files)}
     (folder / "manifest.json").unlink(missing_ok=True)
     (folder / "manifest.json").write_bytes(msgspec.json.encode(document))

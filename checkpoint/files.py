@@ -38,7 +38,7 @@ def fingerprint(info: os.stat_result) -> Fingerprint:
 
 
 @contextlib.contextmanager
-def aside(target: Path) -> Iterator[Path]:
+def replacing(target: Path) -> Iterator[Path]:
     """Yield a new, unique path beside `target`; when the block ends without an error, the file there replaces `target`.
 
     So readers never see a partial file. The name is random because threads of one process (replicas) write the same
@@ -54,12 +54,12 @@ def aside(target: Path) -> Iterator[Path]:
 
 def write_private(target: Path, data: bytes) -> None:
     """Write a file of mode 0600 that replaces `target` in one step. Raises OSError; then `target` is unchanged."""
-    with aside(target) as new:
+    with replacing(target) as new:
         new.touch(mode=0o600)
         new.write_bytes(data)
 
 
-def locked(folder: Path, operation: int) -> int:
+def lock_folder(folder: Path, operation: int) -> int:
     """Open a folder and lock it (fcntl.LOCK_SH or LOCK_EX) without waiting.
 
     Return the descriptor, whose close releases the lock. Other processes may rename, exchange and remove folders of

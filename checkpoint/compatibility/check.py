@@ -36,7 +36,7 @@ import blake3
 import msgspec
 
 from checkpoint.compatibility.engine import EngineFacts, declared_variables, engine_facts, package_folders
-from checkpoint.compatibility.environment import by_kind
+from checkpoint.compatibility.environment import classify
 from checkpoint.compatibility.gpu import Gpu
 from checkpoint.compatibility.host import HostFacts, host_facts
 from checkpoint.compatibility.inputs import Inputs
@@ -224,7 +224,7 @@ def here(
     sketch: str = "",
     model_paths: Sequence[str] = (),
     model_folder: Path | None = None,
-    kept: Path | None = None,
+    cache: Path | None = None,
     weights: str = "full",
     criu: str = "",
     gpus: tuple[Gpu, ...] | None = None,
@@ -233,19 +233,19 @@ def here(
 
     `arguments`: the words after the engine's module, as the engine will receive them. `environment`: the engine's
     environment. `sketch`: the model's (ModelFiles.sketch). `model_paths`: possible names of its folder on the command
-    line (see normalised_arguments). `model_folder`: that folder. `kept`: file that caches digests of large files
+    line (see normalised_arguments). `model_folder`: that folder. `cache`: file that caches digests of large files
     between starts. `criu`: CRIU's version. `gpus`: those of this host; by default NVML is queried if there is a device.
     Raises HostLacks if the interpreter or the engine is missing.
     """
     folders = package_folders(interpreter)
-    variables = by_kind(environment, engine, lambda names: declared_variables(engine, folders, names))
+    variables = classify(environment, engine, lambda names: declared_variables(engine, folders, names))
     inputs = Inputs(
         arguments,
         environment,
         model=model_folder,
         model_name=model_paths[0] if model_paths else "",
         modules=folders,
-        kept=kept,
+        cache=cache,
         engine=engine,
     )
     normalised = normalised_arguments(engine, arguments, model_paths, inputs)
@@ -254,7 +254,7 @@ def here(
     hidden = {name: value for name, value in variables.matter.items() if looks_secret(name, value)}
     relevant = dict(variables.matter)
     for name, value in variables.matter.items():
-        if name not in hidden and (read := inputs.of_variable(name, value)):
+        if name not in hidden and (read := inputs.variable(name, value)):
             relevant[name] = f"{value} [{read}]"
     inputs.digests.save()
     if zone := _time_zone(environment):

@@ -87,7 +87,7 @@ class Variables:
     renewed: Mapping[str, str]
 
 
-def by_kind(
+def classify(
     environment: Mapping[str, str],
     engine: str = "",
     declared: Callable[[Collection[str]], Collection[str] | None] = lambda names: (),

@@ -33,11 +33,11 @@ _Entries = dict[str, tuple[Fingerprint, str]]
 class FileDigests:
     """Digests of files and folders.
 
-    `kept` is the cache file for large files, None for no cache. Call `save` at the end.
+    `cache` is the cache file for large files, None for no cache. Call `save` at the end.
     """
 
-    def __init__(self, kept: Path | None = None) -> None:
-        self.kept = kept
+    def __init__(self, cache: Path | None = None) -> None:
+        self.cache = cache
         self._entries: _Entries | None = None
         self._new: _Entries = {}
 
@@ -80,21 +80,21 @@ class FileDigests:
     def _known(self) -> _Entries:
         if self._entries is None:
             self._entries = {}
-            if self.kept is not None:
+            if self.cache is not None:
                 # If it is missing or garbled, hash everything.
                 with contextlib.suppress(OSError, msgspec.MsgspecError):
-                    self._entries = msgspec.json.decode(self.kept.read_bytes(), type=ready(_Entries))
+                    self._entries = msgspec.json.decode(self.cache.read_bytes(), type=ready(_Entries))
         return self._entries
 
     def save(self) -> None:
         """Write the cache. Errors are ignored, because a missing cache only costs time."""
-        if self.kept is None or not self._new:
+        if self.cache is None or not self._new:
             return
         entries = {**self._known(), **self._new}
         entries = dict(list(entries.items())[-_KEPT:])
         with contextlib.suppress(OSError):
-            private_folder(self.kept.parent)
-            write_private(self.kept, msgspec.json.encode(entries))
+            private_folder(self.cache.parent)
+            write_private(self.cache, msgspec.json.encode(entries))
             self._entries, self._new = entries, {}
 
 

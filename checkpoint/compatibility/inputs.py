@@ -84,7 +84,7 @@ class Inputs:
     """Digests of everything a launch reads, except its model.
 
     `arguments`: its command line. `environment`: the engine's. `model`: the folder covered by the manifest's digest.
-    `model_name`: its name on the command line. `modules`: folders of installed packages. `kept`: cache file for
+    `model_name`: its name on the command line. `modules`: folders of installed packages. `cache`: cache file for
     digests of large files.
     """
 
@@ -96,12 +96,12 @@ class Inputs:
         model: Path | None = None,
         model_name: str = "",
         modules: Sequence[Path] = (),
-        kept: Path | None = None,
+        cache: Path | None = None,
         engine: str = "",
     ) -> None:
         self.arguments, self.environment = arguments, environment or {}
         self.model, self.model_name, self.engine = model, model_name, engine
-        self.digests = FileDigests(kept)
+        self.digests = FileDigests(cache)
         self._packages = modules
         self._covered = tuple({os.path.abspath(model), os.path.realpath(model)}) if model else ()
         self._options: dict[str, str | None] = {}
@@ -122,12 +122,12 @@ class Inputs:
         if whole:
             shown = f"file:{whole}"
         else:
-            found = self._look(name, value)
+            found = self._references_in(name, value)
         if whole and name == "config":
             for key, token in _tokens(_text(Path(value).expanduser())):
                 if key not in _MODEL_FLAGS | _NAMES and not _WRITTEN.search(key):
-                    found |= self._look(key, token)
-        return f"{shown} [{_over(found)}]" if found else shown
+                    found |= self._references_in(key, token)
+        return f"{shown} [{_combined(found)}]" if found else shown
 
     def _whole_file(self, value: str) -> str:
         """Return the digest of the file at this path; "" if there is none."""
@@ -137,7 +137,7 @@ class Inputs:
         except (OSError, ValueError, RuntimeError):
             return ""
 
-    def of_variable(self, name: str, value: str) -> str:
+    def variable(self, name: str, value: str) -> str:
         """Digest the files that an environment variable refers to.
 
         Folders count only if the name says that they hold configurations; those of PYTHONPATH count by their code.
@@ -154,7 +154,7 @@ class Inputs:
                 at = Path(path).expanduser()
                 if at.is_file() or (_FOLDER_VARIABLES.search(name) and at.is_dir()):
                     found |= self._path(at)
-        return _over(found)
+        return _combined(found)
 
     def remote_code(self) -> str:
         """With `--trust-remote-code`, digest the code in other repositories that the model's configuration refers to."""
@@ -165,9 +165,9 @@ class Inputs:
         for file in ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json"):
             for repo in set(_CODE_ELSEWHERE.findall(_text(self.model / file))):
                 found |= self._repository(repo, self._option("code-revision"))
-        return _over(found)
+        return _combined(found)
 
-    def _look(self, name: str, value: str) -> dict[str, str]:
+    def _references_in(self, name: str, value: str) -> dict[str, str]:
         """Map everything that a value refers to to its digest."""
         found: dict[str, str] = {}
         if name == "code-revision":
@@ -175,7 +175,7 @@ class Inputs:
         flags = _REVISIONS.get(name) or (f"{name}-revision", f"{name.removesuffix('-path')}-revision")
         revision = next(filter(None, map(self._option, flags)), None)
         for candidate, own_revision in _candidates(value):
-            found |= self._one(candidate, own_revision or revision)
+            found |= self._resolve(candidate, own_revision or revision)
         return found
 
     def _option(self, name: str) -> str | None:
@@ -183,7 +183,7 @@ class Inputs:
             self._options[name] = option(self.arguments, name)
         return self._options[name]
 
-    def _one(self, candidate: str, revision: str | None) -> dict[str, str]:
+    def _resolve(self, candidate: str, revision: str | None) -> dict[str, str]:
         try:
             path = Path(candidate.removeprefix("file://")).expanduser()
             if path.exists():
@@ -329,7 +329,7 @@ def _tokens(text: str) -> Iterator[tuple[str, str]]:
     yield from list(seen)[: _MOST_CANDIDATES * 8]
 
 
-def _over(found: Mapping[str, str]) -> str:
+def _combined(found: Mapping[str, str]) -> str:
     if not found:
         return ""
     lines = "".join(f"{name}\0{digest}\n" for name, digest in sorted(found.items()))

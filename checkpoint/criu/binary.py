@@ -147,7 +147,7 @@ class Criu:
         stat = self.program.stat()
         return home / "run" / f"criu-kernel-{boot_id()[:8]}-{stat.st_size}-{stat.st_mtime_ns}-{Privileges.here().key}"
 
-    def keep_kernel_facts(self, sandbox: Sandbox) -> None:
+    def save_kernel_facts(self, sandbox: Sandbox) -> None:
         """Save CRIU's kernel features from a sandbox's own /run, unless saved before.
 
         See cover_run in checkpoint.sandbox.namespaces.
@@ -167,17 +167,17 @@ class Criu:
         images: Path,
         while_frozen: Path,
         timeout_s: float,
-        seen_at: Path | None = None,
+        host_path: Path | None = None,
         logs: Path | None = None,
     ) -> int:
         """Dump the process tree into `images` and let it resume.
 
         Return its monotonic clock, in ns, as read by CRIU. `while_frozen` is a script that CRIU runs after it has
-        written the images and before the tree resumes. `seen_at` is the path of `images` from here, if `images`, a
+        written the images and before the tree resumes. `host_path` is the path of `images` from here, if `images`, a
         folder of the sandbox, has another path on the host. `logs` keeps the log of a failed dump. Raises Failed with
         CRIU's own error.
         """
-        seen_at = seen_at or images
+        host_path = host_path or images
         argv = [
             *self._argv,
             "dump",
@@ -193,15 +193,15 @@ class Criu:
         ]
         code = sandbox.execute(argv, _environment(), timeout_s)
         if code:
-            cause = cause_in(seen_at / "dump.log", code)
+            cause = error_in_log(host_path / "dump.log", code)
             if "SysVIPC" in cause:  # attached by a process; other objects are found later (checkpoint.snapshot.frozen)
                 raise sysv_refused("shared memory segment")
             raise Failed(
                 "criu-dump-failed",
-                f"CRIU could not dump the engine: {cause}{kept(seen_at / 'dump.log', logs, f'dump-{images.parent.name}')}",
+                f"CRIU could not dump the engine: {cause}{keep_log(host_path / 'dump.log', logs, f'dump-{images.parent.name}')}",
             )
-        self.keep_kernel_facts(sandbox)
-        return _take_clock(seen_at)
+        self.save_kernel_facts(sandbox)
+        return _take_clock(host_path)
 
     def restore(
         self,
@@ -212,20 +212,20 @@ class Criu:
         work: Path,
         pipes: dict[str, int],
         lazy_pages: bool = False,
-        seen_at: Path | None = None,
+        host_path: Path | None = None,
     ) -> None:
         """Restore a dumped process tree inside `sandbox`; return when every process runs.
 
         `work` is a folder for the log and CRIU's sockets (images may be read-only). `pipes` maps the name of a pipe
         whose other end was outside the tree (`pipe:[123]`) to one of our descriptors. With `lazy_pages`, a page
-        server listens in `work`. `seen_at` is the path of `work` from here, if `work`, a folder of the sandbox, has
+        server listens in `work`. `host_path` is the path of `work` from here, if `work`, a folder of the sandbox, has
         another path on the host. Raises Failed with CRIU's own last error.
         """
         request = self.restore_request(root_pid, images, dict(zip(pipes, pipes, strict=True)), lazy_pages)
         argv = [word.replace(speculative.WORK, str(work)) for word in request["argv"]]
         fds = {speculative.FIRST_KEPT + index: fd for index, fd in enumerate(pipes.values())}
         code = sandbox.execute(argv, request["env"], timeout_s, fds=fds, adopt=root_pid)
-        self.check_restored(sandbox, code, seen_at or work)
+        self.check_restored(sandbox, code, host_path or work)
         sandbox.resume()
 
     def restore_request(
@@ -259,8 +259,8 @@ class Criu:
         is missing, and Failed with CRIU's own error for everything else.
         """
         if code:
-            cause = cause_in(work / "restore.log", code)
-            where = kept(work / "restore.log", logs, work.name)
+            cause = error_in_log(work / "restore.log", code)
+            where = keep_log(work / "restore.log", logs, work.name)
             if found := _CHANGED.search(cause):
                 raise Incompatible(
                     "open-file-changed",
@@ -272,7 +272,7 @@ class Criu:
                     f"/{found[1].lstrip('/')}, which the engine had open, does not exist here: {cause}{where}",
                 )
             raise Failed("criu-restore-failed", f"CRIU could not restore: {cause}{where}")
-        self.keep_kernel_facts(sandbox)
+        self.save_kernel_facts(sandbox)
 
     def dump_cpu(self, images: Path) -> None:
         """Write this CPU's features, as CRIU determines them, into the images.
@@ -347,7 +347,7 @@ _LOGS_KEPT = 8
 _LOG_BYTES = 1 << 20
 
 
-def cause_in(log: Path, code: int) -> str:
+def error_in_log(log: Path, code: int) -> str:
     """Return the first relevant error line of a CRIU log, for a one-line message."""
     try:
         lines = log.read_text(errors="replace").splitlines()
@@ -359,7 +359,7 @@ def cause_in(log: Path, code: int) -> str:
     return re.sub(r"^(\(\d+\.\d+\))?\s*(\d+: )?", "", errors[0])
 
 
-def kept(log: Path, logs: Path | None, name: str) -> str:
+def keep_log(log: Path, logs: Path | None, name: str) -> str:
     """Copy a log out of a folder that will be removed, and keep the newest few.
 
     Return ` (log: …)` for a message, or "" on failure.

@@ -1,7 +1,7 @@
 """Move a process tree's GPU state into host memory and back, around CRIU's dump and restore.
 
     suspend(driver, pids)             lock all → checkpoint all; then CRIU dumps the tree
-    give_back(driver, pids, needs)    after the dump: the dumped tree must resume, even if it has to wait
+    resume_after_dump(driver, pids, needs)    after the dump: the dumped tree must resume, even if it has to wait
     resume(driver, pids, needs, …)    after CRIU's restore: check memory → restore all → unlock all
 
 `driver` is a checkpoint.cuda.helper.Helper. PIDs are this process's numbers for the tree's processes. All processes
@@ -34,8 +34,8 @@ T = TypeVar("T")
 LOCK_TIMEOUT_S = 10.0
 MARGIN = 64 << 20
 """Bytes of GPU memory that a restore may need beyond what was freed: contexts are allocated anew."""
-TURN_TIMEOUT_S = 300.0
-GIVE_BACK_TIMEOUT_S = 60.0
+LOCK_WAIT_TIMEOUT_S = 300.0
+RESUME_TIMEOUT_S = 60.0
 """Timeout for resuming after a dump to get its turn and enough free memory. After it, the resume is tried anyway."""
 LOCKS = Path("/run/quickthaw")
 MULTI_GPU_SINCE: tuple[int, ...] | None = None
@@ -144,12 +144,12 @@ def suspend(
     return found, Needs(len(found), dict(sorted(memory.items())))
 
 
-def give_back(
+def resume_after_dump(
     driver: Driver,
     pids: Sequence[int],
     needs: Needs,
     lock_folders: Sequence[Path] = (LOCKS,),
-    timeout_s: float = GIVE_BACK_TIMEOUT_S,
+    timeout_s: float = RESUME_TIMEOUT_S,
 ) -> None:
     """After a dump, bring every process of `pids` (as returned by `suspend`) back to RUNNING.
 
@@ -160,7 +160,7 @@ def give_back(
     with contextlib.ExitStack() as turn:
         # Busy, or no folder for locks: resume without the locks.
         with contextlib.suppress(Busy, Failed):
-            turn.enter_context(_alone_on(lock_folders, needs.memory, timeout_s))
+            turn.enter_context(_gpu_locks(lock_folders, needs.memory, timeout_s))
         while time.monotonic() < limit:
             try:
                 check_memory(driver, needs, margin=0)
@@ -168,8 +168,8 @@ def give_back(
             except Incompatible:
                 time.sleep(0.1)
             except (Failed, HostLacks):
-                break  # the driver does not answer: bring_back reports the result for each process
-        stuck = bring_back(driver, pids)
+                break  # the driver does not answer: bring_to_running reports the result for each process
+        stuck = bring_to_running(driver, pids)
     if stuck:
         raise _stuck("after the dump", stuck)
 
@@ -199,7 +199,7 @@ def resume(
     if not found:
         return []
     where = dict(pairs)
-    with _alone_on(lock_folders, {where.get(uuid, uuid) for uuid in needs.memory}):
+    with _gpu_locks(lock_folders, {where.get(uuid, uuid) for uuid in needs.memory}):
         check_memory(driver, needs, pairs)
         _restore_all(driver, found, pairs)
     return found
@@ -219,13 +219,13 @@ def _restore_all(driver: Driver, found: Sequence[int], pairs: Sequence[tuple[str
 
 
 @contextlib.contextmanager
-def _alone_on(folders: Iterable[Path], gpus: Iterable[str], timeout_s: float | None = None) -> Iterator[None]:
+def _gpu_locks(folders: Iterable[Path], gpus: Iterable[str], timeout_s: float | None = None) -> Iterator[None]:
     """Allow one restore at a time on each GPU: if two restores both found the memory free, one replica would be lost.
 
     A folder that is not writable is skipped if another one is. Raises Busy (gpu-busy), Failed (gpu-lock-failed).
     """
     fds: list[int] = []
-    timeout_s = TURN_TIMEOUT_S if timeout_s is None else timeout_s
+    timeout_s = LOCK_WAIT_TIMEOUT_S if timeout_s is None else timeout_s
     limit = time.monotonic() + timeout_s
     try:
         # The same order in every process prevents deadlocks.
@@ -399,7 +399,7 @@ def check_released(pids: Sequence[int], prefix: str = "/dev/nvidia") -> None:
             )
 
 
-def bring_back(driver: Driver, pids: Sequence[int], pairs: Sequence[tuple[str, str]] = ()) -> dict[int, str]:
+def bring_to_running(driver: Driver, pids: Sequence[int], pairs: Sequence[tuple[str, str]] = ()) -> dict[int, str]:
     """Bring every process to RUNNING from any state; return those that failed, each with the reason.
 
     A process that has ended needs nothing. Each step is tried once: a driver that refuses it would refuse it again.
@@ -429,7 +429,7 @@ def bring_back(driver: Driver, pids: Sequence[int], pairs: Sequence[tuple[str, s
 
 
 def _undo(driver: Driver, pids: Sequence[int], cause: BaseException, pairs: Sequence[tuple[str, str]] = ()) -> None:
-    stuck = bring_back(driver, pids, pairs)
+    stuck = bring_to_running(driver, pids, pairs)
     if stuck:
         raise _stuck(str(cause), stuck) from cause
 

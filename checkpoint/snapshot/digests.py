@@ -1,6 +1,6 @@
 """Digest every file of a snapshot, and verify the digests before any byte reaches a process.
 
-`seal` reads a finished snapshot once and returns the size and BLAKE3 of each file, for the manifest. `verify`
+`digest_folder` reads a finished snapshot once and returns the size and BLAKE3 of each file, for the manifest. `verify`
 compares a folder with them, and names a missing, truncated, longer, changed or additional file. A symbolic link is
 digested by its target.
 
@@ -65,7 +65,7 @@ class Verified(msgspec.Struct, frozen=True):
     took_s: float
 
 
-def seal(folder: Path) -> dict[str, SnapshotFile]:
+def digest_folder(folder: Path) -> dict[str, SnapshotFile]:
     """Return size and digest of every file below the folder's subfolders, by relative path; the bytes must be final.
 
     Files directly in the folder (manifest, signature, ledger) are not covered. Sockets are skipped because they hold
@@ -87,7 +87,7 @@ def seal(folder: Path) -> dict[str, SnapshotFile]:
 
 
 def verify(folder: Path, files: Mapping[str, SnapshotFile], always: bool = False) -> Verified:
-    """Compare the folder with `seal`'s result; without `always`, trust the ledger (see the module's docstring).
+    """Compare the folder with `digest_folder`'s result; without `always`, trust the ledger (see the module's docstring).
 
     Raises Integrity: file-missing, file-size-differs, file-digest-differs, file-unexpected, file-unreadable.
     """

@@ -71,7 +71,7 @@ def take(
     sandbox: Sandbox,
     draft: Snapshot,
     compile_cache: Path,
-    seal: Callable[[Path], Mapping[str, SnapshotFile]],
+    digest_folder: Callable[[Path], Mapping[str, SnapshotFile]],
     sign: Callable[[bytes], bytes] | None = None,
     driver: Driver | None = None,
     visible: Sequence[str] | None = None,
@@ -80,7 +80,7 @@ def take(
     """Dump the process tree below `draft.root_pid` into the library as `draft.name`.
 
     The engine resumes afterwards, even on failure. `draft` is the manifest without the fields that only the dump can
-    fill in. `seal` computes the digests of a folder's files. `driver` is the CUDA driver on hosts with a GPU: processes
+    fill in. `digest_folder` computes the digests of a folder's files. `driver` is the CUDA driver on hosts with a GPU: processes
     with a CUDA context are suspended for the dump and resumed after it. `visible` and `awake` are passed to
     checkpoint.cuda.checkpoint.suspend.
 
@@ -116,7 +116,7 @@ def take(
             monotonic_ns = criu.dump(sandbox, draft.root_pid, images, script, limit_s, logs=library.home / LOGS)
         finally:
             if driver and suspended:
-                cuda.give_back(driver, suspended, needs, gpu_locks(library))
+                cuda.resume_after_dump(driver, suspended, needs, gpu_locks(library))
         script.unlink()
         found = frozen.examine(folder / frozen.FOLDER, images, ("/dev/shm", TMP_DIR))
         shutil.rmtree(folder / frozen.FOLDER)
@@ -140,7 +140,7 @@ def take(
             monotonic_ns=monotonic_ns,
             top_pid=max(inner_numbers(pids), default=draft.root_pid),
             image_bytes=image_bytes(images),
-            files=dict(seal(folder)),
+            files=dict(digest_folder(folder)),
             gpu=needs,
             start_ticks=found.start_ticks,
             stopped=found.stopped,

@@ -26,7 +26,7 @@ import msgspec
 
 from checkpoint import disk
 from checkpoint.errors import Busy, NotFound
-from checkpoint.files import locked, private_folder, write_private
+from checkpoint.files import lock_folder, private_folder, write_private
 from checkpoint.snapshot import manifest, speculative
 from checkpoint.snapshot.manifest import Snapshot
 from lazyfs.content.records import ready
@@ -116,7 +116,7 @@ class Library:
         """Open and lock the folder that currently has the name; return its descriptor."""
         for _ in range(_ATTEMPTS):
             try:
-                fd = locked(self.path(name), operation)
+                fd = lock_folder(self.path(name), operation)
             except BlockingIOError:
                 raise busy from None
             except FileNotFoundError:
@@ -131,23 +131,23 @@ class Library:
 
     def remove(self, name: str) -> None:
         """Remove a snapshot. Raises NotFound, Busy while a restore reads it, Failed when the disk refuses."""
-        fd = self._exclusive(name)
+        fd = self._lock_exclusively(name)
         try:
             doomed = self.folder / f".removed-{name}-{os.urandom(6).hex()}"
             with disk.required(f"{name} is not removed", "snapshot-not-removed"):
                 self.path(name).rename(doomed)
-            self._forget(name)
+            self._forget_restores(name)
             shutil.rmtree(doomed, ignore_errors=True)  # `sweep` removes leftovers
         finally:
             os.close(fd)
 
-    def _exclusive(self, name: str) -> int:
+    def _lock_exclusively(self, name: str) -> int:
         busy = Busy("snapshot-in-use", f"a replica is being restored from {name}; try again in a moment")
         return self._locked(name, fcntl.LOCK_EX, busy)
 
-    def _forget(self, name: str) -> None:
+    def _forget_restores(self, name: str) -> None:
         """Remove health record and plans of a removed snapshot."""
-        self.succeeded(name)
+        self.clear_failures(name)
         speculative.remove_plans(self.home / "run", self.path(name))
 
     @contextlib.contextmanager
@@ -162,16 +162,16 @@ class Library:
         self.path(name)
         partial = self.folder / f".partial-{name}"
         what = f"{name} could not be written"
-        with disk.required(what, "snapshot-not-written"), self._only_writer(name):
+        with disk.required(what, "snapshot-not-written"), self._writer_lock(name):
             shutil.rmtree(partial, ignore_errors=True)  # a killed writer's: we hold its lock
             try:
                 partial.mkdir(mode=0o700)
                 yield partial
-                self._put_in_place(partial, name)
+                self._publish(partial, name)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
 
-    def _put_in_place(self, partial: Path, name: str) -> None:
+    def _publish(self, partial: Path, name: str) -> None:
         """Rename a finished folder to its name; an existing snapshot of that name moves to `partial`.
 
         Raises Busy, OSError.
@@ -179,7 +179,7 @@ class Library:
         target = self.path(name)
         for _ in range(_ATTEMPTS):
             if not os.path.lexists(target):
-                self._forget(name)
+                self._forget_restores(name)
                 try:
                     partial.rename(target)
                     return
@@ -187,11 +187,11 @@ class Library:
                     if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                         raise
             try:
-                old = self._exclusive(name)
+                old = self._lock_exclusively(name)
             except NotFound:
                 continue  # removed meanwhile
             try:
-                self._forget(name)
+                self._forget_restores(name)
                 exchange(partial, target)
                 return
             finally:
@@ -199,10 +199,10 @@ class Library:
         raise Busy("snapshot-in-use", f"other processes keep replacing {name}; the new snapshot is dropped")
 
     @contextlib.contextmanager
-    def _unused(self, folder: str) -> Iterator[None]:
+    def _exclusive_lock(self, folder: str) -> Iterator[None]:
         """Lock a folder exclusively. Raises Busy when it is locked already or gone."""
         try:
-            fd = locked(Path(folder), fcntl.LOCK_EX)
+            fd = lock_folder(Path(folder), fcntl.LOCK_EX)
         except BlockingIOError:
             raise Busy("in-use", f"{folder} is in use") from None
         if fd < 0:
@@ -219,32 +219,34 @@ class Library:
         """
         removed = 0
         for work in (self.home / "run").glob("restore-*"):
-            removed += self._swept(work, self._unused(str(work)))
+            removed += self._remove_if_unlocked(work, self._exclusive_lock(str(work)))
         if not self.folder.is_dir():
             return removed
         for entry in list(os.scandir(self.folder)):
             path = Path(entry.path)
             if entry.name.startswith(".partial-"):
-                removed += self._swept(path, self._only_writer(entry.name.removeprefix(".partial-")))
+                removed += self._remove_if_unlocked(path, self._writer_lock(entry.name.removeprefix(".partial-")))
             elif entry.name.startswith(".removed-"):
-                removed += self._swept(path, self._unused(entry.path))
+                removed += self._remove_if_unlocked(path, self._exclusive_lock(entry.path))
             elif entry.name.startswith(".pull-"):
-                removed += self._swept(path, self._unused(entry.path), pulls_older_s)
+                removed += self._remove_if_unlocked(path, self._exclusive_lock(entry.path), pulls_older_s)
         return removed
 
-    def _swept(self, folder: Path, holding: contextlib.AbstractContextManager[None], older_s: float = 0.0) -> bool:
+    def _remove_if_unlocked(
+        self, folder: Path, holding: contextlib.AbstractContextManager[None], older_s: float = 0.0
+    ) -> bool:
         """Remove a folder that is not locked and was not written to for `older_s` seconds.
 
         Return whether it is gone.
         """
         with contextlib.suppress(Busy, OSError), holding:
-            if not older_s or time.time() - _touched(folder) >= older_s:
+            if not older_s or time.time() - _last_write(folder) >= older_s:
                 shutil.rmtree(folder, ignore_errors=True)
                 return not folder.exists()
         return False
 
     @contextlib.contextmanager
-    def _only_writer(self, name: str) -> Iterator[None]:
+    def _writer_lock(self, name: str) -> Iterator[None]:
         """Hold the writer's lock of a name. Raises Busy, OSError."""
         private_folder(self.folder)
         lock = os.open(self.folder / f".{name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -281,7 +283,7 @@ class Library:
         except (OSError, msgspec.MsgspecError):
             return Health()
 
-    def failed(self, name: str, reason: str) -> Health:
+    def record_failure(self, name: str, reason: str) -> Health:
         """Count a failed restore and return the updated record.
 
         It is not written when the disk is full or read-only.
@@ -293,7 +295,7 @@ class Library:
             write_private(self._health_file(name), msgspec.json.encode(health))
         return health
 
-    def succeeded(self, name: str) -> None:
+    def clear_failures(self, name: str) -> None:
         """Clear the recorded failures."""
         file = self._health_file(name)
         if os.path.lexists(file):
@@ -318,6 +320,6 @@ def exchange(one: Path, other: Path) -> None:
     between.rename(one)
 
 
-def _touched(folder: Path) -> float:
+def _last_write(folder: Path) -> float:
     """Return when anything below a folder was last written, in seconds since the epoch."""
     return max(path.lstat().st_mtime for path in (folder, *folder.glob("*"), *folder.glob("images/*")))

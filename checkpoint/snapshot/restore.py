@@ -24,7 +24,7 @@ from checkpoint.criu.pagemap import PAGE
 from checkpoint.cuda import checkpoint as cuda
 from checkpoint.cuda.driver import Driver
 from checkpoint.errors import CheckpointError, Failed, HostLacks
-from checkpoint.files import aside, private_folder
+from checkpoint.files import private_folder, replacing
 from checkpoint.lazy_pages.client import Arriving, PageServer, server_config
 from checkpoint.sandbox.process_tree import processes
 from checkpoint.sandbox.sandbox import TMP_DIR, Bind, Sandbox, SandboxConfig, make_run_dir
@@ -185,7 +185,7 @@ def unpack_cache(folder: Path, compile_cache: Path) -> bool:
             if mode in (target.stat().st_mode & 0o777, 0o600) and filecmp.cmp(file, target, shallow=False):
                 continue
         private_folder(target.parent)
-        with aside(target) as new:
+        with replacing(target) as new:
             shutil.copyfile(file, new)
             new.chmod(mode)
         changed = True

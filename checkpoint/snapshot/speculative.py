@@ -25,7 +25,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from checkpoint.files import boot_id, locked, write_private
+from checkpoint.files import boot_id, lock_folder, write_private
 from checkpoint.sandbox import prestart
 from checkpoint.sandbox.prestart import Started
 
@@ -127,7 +127,7 @@ def _work_folder(run: Path) -> tuple[Path, int]:
         work.mkdir(mode=0o700)
         # `sweep` may remove the folder before it is locked; then try again.
         with contextlib.suppress(BlockingIOError, FileNotFoundError):
-            if (held := locked(work, fcntl.LOCK_EX)) >= 0:
+            if (held := lock_folder(work, fcntl.LOCK_EX)) >= 0:
                 return work, held
 
 
@@ -185,7 +185,7 @@ def begin_saved(home: Path, arguments: Sequence[str]) -> None:
         plan = known["plan"]
         for stream in plan["criu"]["keep"]:
             _pipes[stream] = os.pipe()
-        in_use = locked(Path(plan["snapshot"]), fcntl.LOCK_SH)  # as Library.in_use does
+        in_use = lock_folder(Path(plan["snapshot"]), fcntl.LOCK_SH)  # as Library.in_use does
         if in_use < 0:
             return
         try:

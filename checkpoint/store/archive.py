@@ -32,12 +32,12 @@ from typing import TYPE_CHECKING
 
 from checkpoint import disk
 from checkpoint.errors import Busy, CheckpointError, Failed, Integrity, NotFound
-from checkpoint.files import locked, private_folder
+from checkpoint.files import lock_folder, private_folder
 from checkpoint.snapshot import digests, entries, signatures
 from checkpoint.snapshot import manifest as manifests
 from checkpoint.store import layout as layouts
 from checkpoint.store.download import BACKGROUND, Download
-from checkpoint.store.upload import WORKERS, Listing, Progress, Push, Pushed, get, translate_errors
+from checkpoint.store.upload import WORKERS, Listing, Progress, Push, Pushed, get_chunk, translate_errors
 
 if TYPE_CHECKING:
     from lazyfs.content.chunk_store import ChunkStore
@@ -110,16 +110,16 @@ def push(
     from checkpoint.store.chunking import CHUNK, plan
 
     with translate_errors(f"cannot push {folder.name}"):
-        listing = _list(folder, entries.belongs if kind == KIND else lambda _: True)
+        listing = _list_folder(folder, entries.belongs if kind == KIND else lambda _: True)
         layout = None
         lengths: dict[str, list[int]] = {}
         if (folder / "images").is_dir():
             links = {path: names[0] for names in listing.names.values() for path in names[1:]}
             layout = layouts.plan(folder, listing.files, links) if kind == KIND else None
-            cuts = plan(
+            boundaries = plan(
                 folder / "images", layout.holes_by_name() if layout else {}, layouts.REST_CHUNK if layout else CHUNK
             )
-            lengths = {f"images/{file}": cut for file, cut in cuts.lengths.items()}
+            lengths = {f"images/{file}": cut for file, cut in boundaries.lengths.items()}
         job = Push(chunks, sum(size for _, size, _ in listing.files), progress)
         from lazyfs.admin.listing import store_lock
 
@@ -130,13 +130,13 @@ def push(
                 else:
                     modes = {path: mode for path, _, mode in listing.files}
                     for path, size, _ in listing.files:
-                        job.file(folder, path, size, lengths.get(path))
+                        job.add_file(folder, path, size, lengths.get(path))
                 job.drain()
             finally:
                 job.pool.shutdown(cancel_futures=True)
             done = job.finish(listing, kind, name or folder.name, modes, times=kind != KIND)
             if sign:
-                chunks.store.put(signature_key(done.digest), sign(signed_words(done.digest)))
+                chunks.store.put(signature_key(done.digest), sign(signed_message(done.digest)))
             return done
 
 
@@ -145,7 +145,7 @@ def signature_key(digest: str) -> str:
     return f"manifests/{digest}.sig"
 
 
-def signed_words(digest: str) -> bytes:
+def signed_message(digest: str) -> bytes:
     """Return the bytes that an archive's signature signs (checkpoint.snapshot.signatures prepends its own prefix)."""
     return f"archive {digest}".encode()
 
@@ -161,7 +161,7 @@ def signed_as_a_whole(digest: str, chunks: ChunkStore, trust_keys: Sequence[Path
         signature = bytes(chunks.store.get(signature_key(digest)))
     except Missing:
         return False
-    signatures.check(signed_words(digest), signature, trust_keys)
+    signatures.check(signed_message(digest), signature, trust_keys)
     return True
 
 
@@ -171,8 +171,8 @@ def _push_by_layout(
     """Store the archive's files, those needed first before the others. Return their modes."""
     modes = {layouts.INDEX: 0o600, layouts.BYTES: 0o600}
     sizes = {path: size for path, size, _ in listing.files}
-    job.made(layouts.INDEX, layout.encode())
-    job.gathered(
+    job.add_bytes(layouts.INDEX, layout.encode())
+    job.add_gathered(
         folder,
         layouts.BYTES,
         layout.lengths(),
@@ -184,17 +184,17 @@ def _push_by_layout(
         if path in layout.small or path in other_names:
             continue
         if path not in layout.holes:
-            job.file(folder, path, size, None)
+            job.add_file(folder, path, size, None)
             modes[path] = mode
             continue
         rest = layouts.rest_of(path)
         extents = partial(layout.extents, rest)
-        job.gathered(folder, rest, lengths[path], extents, {path: size})
+        job.add_gathered(folder, rest, lengths[path], extents, {path: size})
         modes[rest] = mode
     return modes
 
 
-def _list(folder: Path, wanted: Callable[[str], bool]) -> Listing:
+def _list_folder(folder: Path, wanted: Callable[[str], bool]) -> Listing:
     """List every entry that `wanted` accepts, except sockets and pipes, which hold no data."""
     found = Listing()
 
@@ -260,7 +260,7 @@ def pull(
             download.close()
         opened.link(partial)
         opened.check(partial)
-        put_in_place(partial, folder, lock)
+        publish(partial, folder, lock)
         size = sum(size for size, _ in download.files.values())
         return Pulled(opened.digest, len(download.files) + len(opened.links), size, download.kept, download.fetched)
 
@@ -310,7 +310,7 @@ class OpenedArchive:
                     "archive-entry-refused", f"the archive's {path} has {by_path[path].size} bytes, which is too large"
                 )
         with ThreadPoolExecutor(len(wanted), thread_name_prefix="open") as pool:
-            read = dict(zip(wanted, pool.map(lambda path: content(by_path[path], chunks), wanted), strict=True))
+            read = dict(zip(wanted, pool.map(lambda path: read_file(by_path[path], chunks), wanted), strict=True))
         document, signature = read[manifests.FILE_NAME], read.get(signatures.FILE_NAME)
         trusted = False
         if trust_keys:
@@ -393,7 +393,7 @@ def _lock_partial(partial: Path, name: str) -> int:
         try:
             private_folder(partial.parent)
             partial.mkdir(mode=0o700, exist_ok=True)
-            fd = locked(partial, fcntl.LOCK_EX)
+            fd = lock_folder(partial, fcntl.LOCK_EX)
         except BlockingIOError:
             break
         except FileNotFoundError:
@@ -435,12 +435,12 @@ def _check_room(partial: Path, archive: Manifest) -> None:
         )
 
 
-def content(file: File, chunks: ChunkStore) -> bytes:
+def read_file(file: File, chunks: ChunkStore) -> bytes:
     """Return the bytes of a file of an archive. Raises the store's errors."""
-    return b"".join(get(chunks, chunk) for chunk in file.chunks)
+    return b"".join(get_chunk(chunks, chunk) for chunk in file.chunks)
 
 
-def put_in_place(partial: Path, folder: Path, lock: int) -> None:
+def publish(partial: Path, folder: Path, lock: int) -> None:
     """Rename a finished folder to its name. Raises Failed (snapshot-exists)."""
     # Downgrade to the shared lock of a restore, so that processes waiting for the name find it usable.
     fcntl.flock(lock, fcntl.LOCK_SH)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from checkpoint.errors import Integrity, NotFound
-from checkpoint.files import aside, private_folder
+from checkpoint.files import private_folder, replacing
 from checkpoint.store import archive as archives
 from checkpoint.store.upload import MTIMES, Pushed, translate_errors
 
@@ -78,9 +78,9 @@ def pull_cache(name: str, chunks: ChunkStore, folder: Path, trust_keys: Sequence
             target = folder / file.path
             if os.path.lexists(target) or any(file.path.startswith(f"{built}/") for built in kept):
                 continue
-            with aside(target) as new:
+            with replacing(target) as new:
                 new.touch(0o600)
-                new.write_bytes(archives.content(file, chunks))
+                new.write_bytes(archives.read_file(file, chunks))
                 new.chmod(file.mode & 0o777)
                 if file.path in mtimes:
                     os.utime(new, ns=(mtimes[file.path], mtimes[file.path]))

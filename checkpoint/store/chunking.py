@@ -64,12 +64,14 @@ def plan(images: Path, holes: Mapping[str, Sequence[tuple[int, int]]] = {}, long
             joined[low + start // PAGE : low + end // PAGE] = (
                 np.arange(start // PAGE, end // PAGE, dtype=np.uint64) + low
             )
-    cuts, zero, copies = _cuts(joined, ends)
+    boundaries, zero, copies = _boundaries(joined, ends)
     mappings = _mappings(images)
     lengths = {}
     for index, file in enumerate(files):
         low, high = int(bounds[index]), int(bounds[index + 1])
-        own = {int(c) - low for c in cuts[(cuts > low) & (cuts < high)]} | mappings.get(file.name, set())
+        own = {int(c) - low for c in boundaries[(boundaries > low) & (boundaries < high)]} | mappings.get(
+            file.name, set()
+        )
         lengths[file.name] = _split(
             sorted(c for c in own if 0 < c < high - low), high - low, file.stat().st_size, longest
         )
@@ -92,7 +94,7 @@ def page_hashes(file: Path) -> npt.NDArray[np.uint64]:
     return found[:at]
 
 
-def _cuts(pages: npt.NDArray[np.uint64], ends: _Ints) -> tuple[_Ints, int, int]:
+def _boundaries(pages: npt.NDArray[np.uint64], ends: _Ints) -> tuple[_Ints, int, int]:
     """Return the page numbers (over all files) at which a chunk must begin.
 
     Also returns the number of pages in zero runs and in copies.
@@ -129,8 +131,8 @@ def _cuts(pages: npt.NDArray[np.uint64], ends: _Ints) -> tuple[_Ints, int, int]:
     ):
         low, high = np.searchsorted(originals, [start - distant, start - distant + length])
         edges.append(originals[low:high] + distant)
-    cuts = np.unique(np.concatenate([originals, *edges]))
-    return cuts, int(lengths[zeros].sum()), int(copy_lengths.sum())
+    boundaries = np.unique(np.concatenate([originals, *edges]))
+    return boundaries, int(lengths[zeros].sum()), int(copy_lengths.sum())
 
 
 def _mappings(images: Path) -> dict[str, set[int]]:
@@ -155,10 +157,10 @@ def _mappings(images: Path) -> dict[str, set[int]]:
     return found
 
 
-def _split(cuts: list[int], pages: int, size: int, longest: int) -> list[int]:
+def _split(boundaries: list[int], pages: int, size: int, longest: int) -> list[int]:
     """Return chunk lengths in bytes: none exceeds `longest`, and equal runs are split alike."""
     lengths: list[int] = []
-    for low, high in zip([0, *cuts], [*cuts, pages], strict=True):
+    for low, high in zip([0, *boundaries], [*boundaries, pages], strict=True):
         left = (high - low) * PAGE
         while left > 0:
             lengths.append(min(left, longest))

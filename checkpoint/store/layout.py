@@ -106,7 +106,7 @@ class Layout:
         Zeros that stand for pages in `first.bytes` are skipped.
         """
         if path == BYTES:
-            return self._of_first(offset, length)
+            return self._extents_of_first_bytes(offset, length)
         name = self.target(path)
         if name == path or name not in self.holes:
             return [(path, offset, 0, length)]
@@ -124,7 +124,7 @@ class Layout:
             found.append((name, at, at - offset, end - at))
         return found
 
-    def _of_first(self, offset: int, length: int) -> list[Extent]:
+    def _extents_of_first_bytes(self, offset: int, length: int) -> list[Extent]:
         found = []
         position, end = offset, offset + length
         number_ = bisect_right(self.ends, offset)
@@ -256,8 +256,8 @@ def plan(folder: Path, files: Sequence[tuple[str, int, int]], links: Mapping[str
     taken: dict[int, list[tuple[int, int]]] = {number_: [] for number_ in numbers.values()}
     for number_, low, length in start:
         taken[number_].append((low, low + length))
-    first = _once(((numbers[f"images/{name}"], low, length) for name, low, length in before), taken)
-    later = _once(((numbers[f"images/{name}"], low, length) for name, low, length in after), taken)
+    first = _without_overlaps(((numbers[f"images/{name}"], low, length) for name, low, length in before), taken)
+    later = _without_overlaps(((numbers[f"images/{name}"], low, length) for name, low, length in after), taken)
     return Layout(
         _Index(
             _VERSION,
@@ -271,7 +271,7 @@ def plan(folder: Path, files: Sequence[tuple[str, int, int]], links: Mapping[str
     )
 
 
-def _once(
+def _without_overlaps(
     ranges: Iterable[tuple[int, int, int]], taken: dict[int, list[tuple[int, int]]]
 ) -> list[tuple[int, int, int]]:
     """Return the ranges without those already taken.

@@ -298,7 +298,7 @@ class RemoteSnapshot:
             while self._uses:
                 self._changed.wait(1.0)
             (self.folder / RESIDENCY).unlink(missing_ok=True)
-            archives.put_in_place(self.folder, self.target, lock)
+            archives.publish(self.folder, self.target, lock)
             self.folder = self.target
             self.complete.set()
         self.spans["complete"] = time.monotonic() - self._began

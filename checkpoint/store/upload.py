@@ -91,13 +91,13 @@ class Push:
         self.claimed: set[str] = set()
         self.lock = threading.Lock()
 
-    def file(self, folder: Path, path: str, size: int, lengths: list[int] | None) -> None:
+    def add_file(self, folder: Path, path: str, size: int, lengths: list[int] | None) -> None:
         """Store one file unchanged."""
         if lengths is None or sum(lengths) != size:
             lengths = by_holes(folder / path, size)
-        self.gathered(folder, path, lengths, lambda offset, length: [(path, offset, 0, length)], {path: size})
+        self.add_gathered(folder, path, lengths, lambda offset, length: [(path, offset, 0, length)], {path: size})
 
-    def gathered(
+    def add_gathered(
         self,
         folder: Path,
         path: str,
@@ -132,7 +132,7 @@ class Push:
                 raise Integrity("file-changed", f"{name} was written to while it was pushed; push again")
         self.files.append((path, digests))
 
-    def made(self, path: str, data: bytes) -> None:
+    def add_bytes(self, path: str, data: bytes) -> None:
         """Store an archive file that has no counterpart in the folder."""
         from lazyfs.content.chunking import MAX_CHUNK
 
@@ -242,7 +242,7 @@ def _read_fully(fd: int, offset: int, into: memoryview, path: str) -> None:
         into, offset = into[got:], offset + got
 
 
-def get(chunks: ChunkStore, chunk: Chunk) -> bytes:
+def get_chunk(chunks: ChunkStore, chunk: Chunk) -> bytes:
     """Return the plain bytes of a chunk, verified; retry when the store or the connection fails."""
     import lazyfs.errors
     from lazyfs.stores.retry import RetryPolicy, retrying

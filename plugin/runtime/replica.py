@@ -307,7 +307,7 @@ class Replica:
         if isinstance(error, Incompatible):
             self.refused = error
         elif not isinstance(error, HostLacks | Busy | NotFound) and not self.fetching.outage():
-            self.library.failed(name, str(error))
+            self.library.record_failure(name, str(error))
         self.fetching.give_up()
         self.library = Library(self.settings.home)
         if self.settings.strict or self.settings.named:

@@ -11,7 +11,7 @@ import pytest
 from checkpoint.compatibility.gpu import gpu_facts
 from checkpoint.cuda.checkpoint import (
     Needs,
-    bring_back,
+    bring_to_running,
     check_memory,
     check_released,
     holders,
@@ -123,7 +123,7 @@ def test_the_driver_refuses_illegal_transitions_as_the_double_does(helper: Helpe
         with pytest.raises(DriverError):
             call(pid)
         assert helper.state(pid) is State.LOCKED
-    assert bring_back(helper, [pid]) == {}
+    assert bring_to_running(helper, [pid]) == {}
     assert helper.state(pid) is State.RUNNING
 
 

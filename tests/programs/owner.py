@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from checkpoint.criu.binary import Criu
 from checkpoint.sandbox.sandbox import CACHE_DIR, Bind, Sandbox, SandboxConfig
-from checkpoint.snapshot.digests import seal, verify
+from checkpoint.snapshot.digests import digest_folder, verify
 from checkpoint.snapshot.dump import take
 from checkpoint.snapshot.library import Library
 from checkpoint.snapshot.restore import LazyRestore, restore
@@ -31,7 +31,9 @@ def main():
         with Sandbox(SandboxConfig(binds=binds)) as sandbox:
             pid = start_tree(sandbox, output, 8)
             print("take", flush=True)
-            snapshot = take(library, criu, sandbox, draft("tree", pid, {"stdout": output.name}), home / "compile", seal)
+            snapshot = take(
+                library, criu, sandbox, draft("tree", pid, {"stdout": output.name}), home / "compile", digest_folder
+            )
             print("taken", flush=True)
             ask(sandbox, op="count")
         for lazy in (None, LazyRestore(None, True, print, print)):

@@ -24,7 +24,7 @@ def test_an_edited_tokenizer_and_an_unknown_variable_are_refused_by_name(rig):
         assert f"arguments-differ: --{'tokenizer' if rig.engine == 'vllm' else 'tokenizer-path'}" in text
     finally:
         template.unlink() if before is None else template.write_bytes(before)
-    rig.library.succeeded(NAME)
+    rig.library.clear_failures(NAME)
     assert rig.watch.gone() == set()
     with rig.running("--strict", limit_s=120.0) as (_, answer, _, _):  # by content: what was put back is the same
         assert answer.text == rig.cold_text
@@ -47,7 +47,7 @@ def test_every_process_of_a_restored_engine_is_given_this_launchs_variables(rig)
 def test_no_variable_that_the_engine_declares_is_given_anew(rig):
     """The engine's own list, from its own interpreter, against ours: what is on neither of our lists matters."""
     from checkpoint.compatibility.engine import declared_variables, package_folders
-    from checkpoint.compatibility.environment import KEPT, by_kind
+    from checkpoint.compatibility.environment import KEPT, classify
 
     code = {
         "vllm": "import vllm.envs; print(*vllm.envs.environment_variables)",
@@ -62,7 +62,7 @@ def test_no_variable_that_the_engine_declares_is_given_anew(rig):
     assert len(names) > 100
     folders = package_folders(rig.preset.python)
     assert declared_variables(rig.engine, folders, names) == names
-    found = by_kind(dict.fromkeys(names, "x"), rig.engine, lambda few: declared_variables(rig.engine, folders, few))
+    found = classify(dict.fromkeys(names, "x"), rig.engine, lambda few: declared_variables(rig.engine, folders, few))
     assert found.renewed == {}
     assert names - found.matter.keys() <= KEPT
 

@@ -83,7 +83,7 @@ def test_a_damaged_snapshot_is_refused_by_name_and_serves_nothing(rig):
         with open(largest, "r+b") as file:
             file.seek(1 << 20)
             file.write(byte)
-    rig.library.succeeded(NAME)
+    rig.library.clear_failures(NAME)
     assert rig.watch.gone() == set()
 
 
@@ -114,7 +114,7 @@ def test_a_wrong_canary_goes_the_cold_way_under_the_same_held_request(rig):
             assert "canary-differs" in command.log.read_text()
     finally:
         manifest.write_bytes(good)
-        rig.library.succeeded(NAME)
+        rig.library.clear_failures(NAME)
 
 
 def test_the_snapshot_commands_tell_the_truth(rig):

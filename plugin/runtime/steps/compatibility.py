@@ -34,7 +34,7 @@ def gather(settings: LaunchSettings, weights: Weights, criu: Criu | None) -> Her
         sketch="" if settings.named else weights.sketch,
         model_paths=(settings.command.model, str(model)) if model else (),
         model_folder=model,
-        kept=settings.home / "file-digests.json",
+        cache=settings.home / "file-digests.json",
         weights="thin" if settings.weights == "thin" else "full",
         criu=criu.cached_version(settings.home) if criu else "",
     )

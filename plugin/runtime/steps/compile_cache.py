@@ -24,7 +24,7 @@ from pathlib import Path
 import blake3
 
 from checkpoint import disk
-from checkpoint.files import aside, private_folder
+from checkpoint.files import private_folder, replacing
 
 log = logging.getLogger("quickthaw")
 PULL_LIMIT_S = 60.0
@@ -67,7 +67,7 @@ class CompileCache:
 
     def _remember(self, listing: str) -> None:
         """Record the listing that the store has now."""
-        with aside(self._note) as new:
+        with replacing(self._note) as new:
             new.write_text(f"{self.shown}\n{listing}")
 
     def pull(self, limit_s: float = PULL_LIMIT_S) -> None:

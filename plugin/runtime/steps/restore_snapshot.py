@@ -99,7 +99,7 @@ def run(replica: RestoreContext, name: str, lazy: bool) -> None:
     replica.tracker.to(Phase.WAKING)
     _wake(replica, running, snapshot, recorded, None if mounted else place)
     check_canary(replica, running, snapshot)
-    replica.library.succeeded(name)
+    replica.library.clear_failures(name)
     replica.snapshot, replica.restored = snapshot, True
     replica.serve()
     if restored.plan and not replica.settings.trust_keys:

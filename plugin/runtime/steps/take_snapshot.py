@@ -170,7 +170,7 @@ def take(replica: StartContext, sandbox: Sandbox, running: Running, cold_s: floa
             cwd=os.getcwd(),
             weight_areas=control.weight_areas(sandbox.control_dir),
         )
-        from checkpoint.snapshot.digests import seal
+        from checkpoint.snapshot.digests import digest_folder
 
         replica.snapshot = dump.take(
             replica.library,
@@ -178,13 +178,13 @@ def take(replica: StartContext, sandbox: Sandbox, running: Running, cold_s: floa
             sandbox,
             draft,
             compile_cache(replica.settings),
-            seal,
+            digest_folder,
             _signer(replica),
             driver,
             visible=[gpu.uuid for gpu in replica.identity.host.gpus],
             awake=awake,
         )
-        replica.library.succeeded(draft.name)
+        replica.library.clear_failures(draft.name)
         paging.map_pages(replica.library, replica.snapshot)
     except Busy as error:
         log.info("no snapshot by this launch: %s", error)
@@ -221,7 +221,7 @@ def _drop(replica: StartContext, why: str) -> None:
         replica.library.remove(name)
     except CheckpointError as error:
         log.warning("snapshot %s is not removed: %s", name, error)
-        replica.library.failed(name, why)
+        replica.library.record_failure(name, why)
 
 
 def _go_on(replica: StartContext, client: Client, asleep: bool, dropped: bool, thin: bool) -> list[int]:

@@ -45,10 +45,10 @@ def run(criu: Criu) -> None:
                 "sandbox-unreachable", f"{outside}: {error.strerror}; is /proc mounted with hidepid?"
             ) from error
         pid = sandbox.start(["/bin/sleep", "60"], {}, "/")
-        criu.dump(sandbox, pid, inside, Path("/bin/true"), LIMIT_S, seen_at=outside)
+        criu.dump(sandbox, pid, inside, Path("/bin/true"), LIMIT_S, host_path=outside)
         sandbox.signal(pid, signal.SIGKILL)
         sandbox.wait(pid, LIMIT_S)
-        criu.restore(sandbox, pid, inside, LIMIT_S, inside, {}, seen_at=outside)
+        criu.restore(sandbox, pid, inside, LIMIT_S, inside, {}, host_path=outside)
         sandbox.signal(pid, 0)  # check that it is alive
 
 

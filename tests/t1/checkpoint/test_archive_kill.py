@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from checkpoint.snapshot.digests import seal
+from checkpoint.snapshot.digests import digest_folder
 from checkpoint.store.archive import open_chunks, pull, push
 from lazyfs.admin.verify import verify
 
@@ -40,7 +40,7 @@ def snapshot(tmp_path: Path) -> Path:
     (folder / "images").mkdir(parents=True)
     for index in range(1, 13):
         (folder / f"images/core-{index}.img").write_bytes(random.Random(index).randbytes(700_000))
-    files = {name: msgspec.to_builtins(f) for name, f in seal(folder).items()}
+    files = {name: msgspec.to_builtins(f) for name, f in digest_folder(folder).items()}
     (folder / "manifest.json").write_text(json.dumps({"name": "snap", "files": files}))
     return folder
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from checkpoint.snapshot.digests import seal
+from checkpoint.snapshot.digests import digest_folder
 from checkpoint.store.archive import open_chunks, push
 from tests.kits.lazyfs_rig import Rig
 
@@ -41,7 +41,7 @@ def test_a_mounted_archive_shows_the_snapshot(rig: Rig, tmp_path: Path) -> None:
     (folder / "images/core-1.img").write_bytes(b"core")
     (folder / "shm/sem").write_bytes(bytes(32))
     (folder / "shm/link_remap.1").hardlink_to(folder / "shm/sem")
-    files = {name: msgspec.to_builtins(f) for name, f in seal(folder).items()}
+    files = {name: msgspec.to_builtins(f) for name, f in digest_folder(folder).items()}
     (folder / "manifest.json").write_text(json.dumps({"name": "snap", "files": files}))
     url = f"file://{tmp_path}/store"
     digest = push(folder, open_chunks(url)).digest

@@ -19,7 +19,7 @@ from checkpoint.criu.pagemap import process_ids, read_process
 from checkpoint.errors import Busy, Failed, HostLacks
 from checkpoint.sandbox.sandbox import TMP_DIR, Sandbox
 from checkpoint.snapshot import file_backed
-from checkpoint.snapshot.digests import seal, verify
+from checkpoint.snapshot.digests import digest_folder, verify
 from checkpoint.snapshot.dump import take
 from checkpoint.snapshot.library import Library
 from checkpoint.snapshot.manifest import Snapshot
@@ -49,7 +49,7 @@ class Taken:
                 ]
             }
             manifest = msgspec.structs.replace(draft("weights", pid), weight_areas=areas)
-            self.snapshot: Snapshot = take(self.library, self.criu, sandbox, manifest, home / "compile", seal)
+            self.snapshot: Snapshot = take(self.library, self.criu, sandbox, manifest, home / "compile", digest_folder)
         self.folder = self.library.path("weights")
 
     @contextlib.contextmanager

@@ -12,7 +12,7 @@ from checkpoint.criu.binary import Criu
 from checkpoint.errors import Failed, Incompatible
 from checkpoint.sandbox.process_tree import processes
 from checkpoint.sandbox.sandbox import CONTROL_DIR, TMP_DIR, Sandbox, SandboxConfig
-from checkpoint.snapshot.digests import seal
+from checkpoint.snapshot.digests import digest_folder
 from checkpoint.snapshot.dump import take
 from checkpoint.snapshot.library import Library
 from checkpoint.snapshot.restore import Cancellation, LazyRestore, restore
@@ -72,7 +72,7 @@ class Bench:
                     sandbox,
                     draft("frozen", pid, {"stdout": output.name}),
                     self.home / "compile",
-                    seal,
+                    digest_folder,
                 )
             finally:
                 assert sandbox.exit_code(pid) is None  # the engine goes on, whatever became of its snapshot
@@ -171,7 +171,7 @@ def test_a_process_beside_the_engine_is_refused_by_name(bench):
         sandbox.start(["/bin/sleep", "1000"], env, "/")
         pid = sandbox.start(["/bin/sleep", "1001"], env, "/")
         with pytest.raises(Failed, match=r"process-left-out.* \(sleep\)"):
-            take(bench.library, bench.criu, sandbox, draft("frozen", pid), bench.home / "compile", seal)
+            take(bench.library, bench.criu, sandbox, draft("frozen", pid), bench.home / "compile", digest_folder)
         assert bench.library.names() == []
 
 

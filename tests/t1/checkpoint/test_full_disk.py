@@ -58,7 +58,7 @@ def snapshot(library):
         for name in ("images", "shm", "tmp"):
             (folder / name).mkdir()
         (folder / "images/core-1.img").write_bytes(os.urandom(300_000))
-        files = {name: msgspec.to_builtins(file) for name, file in digests.seal(folder).items()}
+        files = {name: msgspec.to_builtins(file) for name, file in digests.digest_folder(folder).items()}
         (folder / "manifest.json").write_bytes(msgspec.json.encode({"format": 1, "name": "snap", "files": files}))
     return library.path("snap")
 
@@ -74,12 +74,12 @@ def refused(code):
 def test_a_library_says_it_and_goes_on(home, caplog, refuse, code):
     library = Library(home)
     folder = snapshot(library)
-    library.failed("snap", "criu-restore-failed")
+    library.record_failure("snap", "criu-restore-failed")
     (folder / digests.LEDGER).unlink()
     refuse(home)
     caplog.clear()
-    assert library.failed("snap", "again").failures == 2
-    files = {"images/core-1.img": digests.seal(folder)["images/core-1.img"]}
+    assert library.record_failure("snap", "again").failures == 2
+    files = {"images/core-1.img": digests.digest_folder(folder)["images/core-1.img"]}
     digests.verify(folder, files)
     with library.in_use("snap"):
         pass
@@ -91,7 +91,7 @@ def test_a_library_says_it_and_goes_on(home, caplog, refuse, code):
     assert len(caplog.records) >= 3
     library.sweep()
     if code == "disk-read-only":
-        library.succeeded("snap")
+        library.clear_failures("snap")
         with refused(code):
             library.remove("snap")
     else:
@@ -101,7 +101,7 @@ def test_a_library_says_it_and_goes_on(home, caplog, refuse, code):
 
 def test_nothing_is_said_of_what_is_not_there(home, caplog):
     make_read_only(home)
-    Library(home).succeeded("snap")
+    Library(home).clear_failures("snap")
     assert caplog.records == []
 
 

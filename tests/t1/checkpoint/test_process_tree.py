@@ -15,7 +15,7 @@ from checkpoint.criu.binary import Criu
 from checkpoint.criu.images import decode, encode, framed, head_size, nested, payloads
 from checkpoint.errors import Busy, CheckpointError, Failed, HostLacks, Incompatible, Integrity, NotFound
 from checkpoint.sandbox.sandbox import CACHE_DIR, TMP_DIR, Bind, Sandbox, SandboxConfig
-from checkpoint.snapshot.digests import seal, verify
+from checkpoint.snapshot.digests import digest_folder, verify
 from checkpoint.snapshot.dump import take
 from checkpoint.snapshot.library import Library
 from checkpoint.snapshot.restore import restore
@@ -86,7 +86,9 @@ def taken(home, criu):
     with Sandbox(SandboxConfig(binds=[Bind(home / "compile", Path(CACHE_DIR), read_only=False)])) as sandbox:
         pid = start_tree(sandbox, output)
         ask(sandbox, op="count")
-        snapshot = take(library, criu, sandbox, draft("tree", pid, {"stdout": output.name}), home / "compile", seal)
+        snapshot = take(
+            library, criu, sandbox, draft("tree", pid, {"stdout": output.name}), home / "compile", digest_folder
+        )
         yield library, snapshot, sandbox
 
 
@@ -120,7 +122,7 @@ def test_a_sandbox_shows_the_hosts_run_and_keeps_what_criu_learns_apart(home, cr
             (run / "criu.kdat").write_bytes(b"learnt here")
             assert not Path("/run/criu.kdat").exists()
             facts.unlink()
-            criu.keep_kernel_facts(sandbox)
+            criu.save_kernel_facts(sandbox)
             assert facts.read_bytes() == b"learnt here"
 
 
@@ -302,7 +304,7 @@ def test_a_restore_that_criu_refuses_leaves_nothing(taken, criu):
 def test_two_writers_of_one_name_never_meet(taken, criu):
     library, snapshot, sandbox = taken
     with library.writing("tree"), pytest.raises(Busy):
-        take(library, criu, sandbox, snapshot, library.home / "compile", seal)
+        take(library, criu, sandbox, snapshot, library.home / "compile", digest_folder)
     assert ask(sandbox, op="count")["count"] == 3
 
 
@@ -314,13 +316,13 @@ def test_a_full_disk_costs_the_snapshot_and_not_the_engine(taken, criu, monkeypa
     try:
         other = Library(small)
         with pytest.raises(Failed) as caught:
-            take(other, criu, sandbox, snapshot, library.home / "compile", seal)
+            take(other, criu, sandbox, snapshot, library.home / "compile", digest_folder)
         assert caught.value.code == "disk-full"
         # The estimate said no beforehand; let it lie, and meet the wall in the middle of CRIU's writing.
         monkeypatch.setattr("checkpoint.sandbox.process_tree.private_bytes", lambda pids: 0)
         monkeypatch.setattr("checkpoint.snapshot.room._MARGIN", 0)
         with pytest.raises(Failed):
-            take(other, criu, sandbox, snapshot, library.home / "compile", seal)
+            take(other, criu, sandbox, snapshot, library.home / "compile", digest_folder)
         assert [p.name for p in other.folder.iterdir() if p.name.startswith(".partial")] == []
         assert other.names() == []
         assert ask(sandbox, op="count")["count"] == 3

@@ -17,7 +17,7 @@ from checkpoint.sandbox.process_tree import processes
 from checkpoint.sandbox.sandbox import CACHE_DIR, Bind, Sandbox, SandboxConfig
 from checkpoint.snapshot import dump, room
 from checkpoint.snapshot import restore as restore_module
-from checkpoint.snapshot.digests import seal
+from checkpoint.snapshot.digests import digest_folder
 from checkpoint.snapshot.dump import take
 from checkpoint.snapshot.library import Library
 from checkpoint.snapshot.restore import restore
@@ -84,7 +84,9 @@ def calls(driver):
 
 def test_the_gpu_is_left_for_the_dump_and_taken_again_by_everybody(rig):
     library, sandbox, wanted, driver, _ = rig
-    snapshot = take(library, Criu.find(state_home()), sandbox, wanted, library.home / "compile", seal, driver=driver)
+    snapshot = take(
+        library, Criu.find(state_home()), sandbox, wanted, library.home / "compile", digest_folder, driver=driver
+    )
     assert calls(driver) == ["lock", "checkpoint", "restore", "unlock"]
     assert snapshot.gpu.processes == 1
     assert snapshot.gpu.memory[GPU0] >= 1 << 20
@@ -114,7 +116,7 @@ def test_a_dump_that_fails_gives_the_gpu_back(rig):
     broken.write_text("#!/bin/sh\nexit 1\n")
     broken.chmod(0o755)
     with pytest.raises(Failed, match="criu-dump-failed"):
-        take(library, Criu(broken), sandbox, wanted, library.home / "compile", seal, driver=driver)
+        take(library, Criu(broken), sandbox, wanted, library.home / "compile", digest_folder, driver=driver)
     assert json.loads((driver.folder / f"{root}.json").read_text())["state"] == "RUNNING"
     assert library.names() == []
     assert ask(sandbox, op="count")["count"] == 2
@@ -122,7 +124,9 @@ def test_a_dump_that_fails_gives_the_gpu_back(rig):
 
 def test_a_snapshot_with_gpu_state_is_refused_by_name_without_a_gpu(rig):
     library, sandbox, wanted, driver, _ = rig
-    snapshot = take(library, Criu.find(state_home()), sandbox, wanted, library.home / "compile", seal, driver=driver)
+    snapshot = take(
+        library, Criu.find(state_home()), sandbox, wanted, library.home / "compile", digest_folder, driver=driver
+    )
     read, write_end = os.pipe()
     try:
         with pytest.raises(HostLacks, match="gpu-missing"):
@@ -137,7 +141,9 @@ def test_the_clock_of_a_snapshot_is_that_of_the_frozen_tree(rig):
     library, sandbox, wanted, driver, root = rig
     write(driver.folder / "faults.json", [{"op": "checkpoint", "hang": 1.5}])
     before = time.monotonic_ns()
-    snapshot = take(library, Criu.find(state_home()), sandbox, wanted, library.home / "compile", seal, driver=driver)
+    snapshot = take(
+        library, Criu.find(state_home()), sandbox, wanted, library.home / "compile", digest_folder, driver=driver
+    )
     assert before + 1_500_000_000 <= snapshot.monotonic_ns <= time.monotonic_ns()
 
 
@@ -146,7 +152,7 @@ def test_gpu_memory_counts_for_the_room_that_a_dump_needs(rig):
     record = json.loads((driver.folder / f"{root}.json").read_text())
     write(driver.folder / f"{root}.json", {**record, "memory": {GPU0: 1 << 50}})
     with pytest.raises(Failed, match="host-memory-short"):
-        take(library, Criu.find(state_home()), sandbox, wanted, library.home / "compile", seal, driver=driver)
+        take(library, Criu.find(state_home()), sandbox, wanted, library.home / "compile", digest_folder, driver=driver)
     assert calls(driver) == []
 
 
@@ -164,7 +170,7 @@ def test_the_limit_of_a_dump_counts_what_the_driver_moved_into_host_memory(rig, 
 
     criu = Watched(Criu.find(state_home()).program)
     with pytest.raises(Failed, match="enough"):
-        take(library, criu, sandbox, wanted, library.home / "compile", seal, driver=driver)
+        take(library, criu, sandbox, wanted, library.home / "compile", digest_folder, driver=driver)
     assert 10 << 30 <= seen[1] < 11 << 30  # and what lies in /dev/shm and TMPDIR
     assert seen[2] > (10 << 30) / restore_module.DUMP_SLOWEST
 
@@ -173,6 +179,6 @@ def test_a_dump_after_which_the_gpu_is_lost_says_so_and_keeps_no_snapshot(rig):
     library, sandbox, wanted, driver, root = rig
     write(driver.folder / "faults.json", [{"op": "restore", "result": "CUDA_ERROR_OUT_OF_MEMORY", "state": "FAILED"}])
     with pytest.raises(Failed) as caught:
-        take(library, Criu.find(state_home()), sandbox, wanted, library.home / "compile", seal, driver=driver)
+        take(library, Criu.find(state_home()), sandbox, wanted, library.home / "compile", digest_folder, driver=driver)
     assert caught.value.code == "cuda-stuck"
     assert library.names() == []

@@ -19,7 +19,7 @@ from checkpoint.sandbox.process_tree import processes
 from checkpoint.sandbox.sandbox import TMP_DIR, Bind, Sandbox
 from checkpoint.snapshot import restore as restore_module
 from checkpoint.snapshot import speculative
-from checkpoint.snapshot.digests import seal
+from checkpoint.snapshot.digests import digest_folder
 from checkpoint.snapshot.dump import take
 from checkpoint.snapshot.library import Library
 from checkpoint.snapshot.manifest import Snapshot
@@ -85,7 +85,7 @@ def snapshot(tmp_path_factory) -> tuple[Path, Snapshot, Criu]:
         pid = sandbox.start([python, "-I", "-S", str(PROGRAM), TMP_DIR], {}, "/", output.write_fd, output.write_fd)
         wait_for(inside(sandbox) / "count")
         manifest = draft("counter", pid, {"stdout": output.name})
-        found = take(Library(home), criu, sandbox, manifest, home / "compile", seal)
+        found = take(Library(home), criu, sandbox, manifest, home / "compile", digest_folder)
     output.handed_over()
     return home, found, criu
 

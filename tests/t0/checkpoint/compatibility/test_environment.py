@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from checkpoint.compatibility import check as identity
 from checkpoint.compatibility.check import Here, check, here
 from checkpoint.compatibility.engine import declared_variables
-from checkpoint.compatibility.environment import KEPT, RENEWED, by_kind
+from checkpoint.compatibility.environment import KEPT, RENEWED, classify
 from tests.t0.checkpoint.compatibility.test_facts import venv
 
 pytestmark = pytest.mark.t0
@@ -48,24 +48,24 @@ MATTER = {
 
 
 def test_what_is_not_known_to_be_irrelevant_matters() -> None:
-    assert by_kind(MATTER).matter == MATTER
-    assert by_kind(MATTER).renewed == {}
+    assert classify(MATTER).matter == MATTER
+    assert classify(MATTER).renewed == {}
 
 
 def test_where_the_engine_runs_and_in_which_session_is_given_anew() -> None:
-    found = by_kind(KUBERNETES | SESSION)
+    found = classify(KUBERNETES | SESSION)
     assert found.renewed == KUBERNETES | SESSION
     assert found.matter == {}
 
 
 def test_what_quickthaw_takes_the_place_of_neither_matters_nor_is_given_anew() -> None:
-    found = by_kind({"VLLM_PORT": "5", "TMPDIR": "/t", "VLLM_LOGGING_LEVEL": "DEBUG", "QUICKTHAW_TOKEN": "t"})
+    found = classify({"VLLM_PORT": "5", "TMPDIR": "/t", "VLLM_LOGGING_LEVEL": "DEBUG", "QUICKTHAW_TOKEN": "t"})
     assert (found.matter, found.renewed) == ({}, {})
 
 
 @given(st.text("ABCDEFGHIJKLMNOPQRSTUVWXYZ_0123456789", min_size=1, max_size=12), st.text(max_size=8))
 def test_each_variable_is_of_one_kind_and_an_unknown_one_matters(name: str, value: str) -> None:
-    found = by_kind({f"X{name}": value})
+    found = classify({f"X{name}": value})
     assert len(found.matter) + len(found.renewed) <= 1
     # Not even the name of a service that resembles a path decides about names that no list has.
     if not name.endswith(("_HOST", "_PORT", "_TCP", "_UDP", "_SCTP", "_ADDR", "_PROTO")) and "_PORT_" not in name:
@@ -81,15 +81,15 @@ def test_a_pattern_never_covers_what_the_engine_itself_declares(tmp_path: Path) 
     declarations.parent.mkdir(parents=True)
     declarations.write_text("class Envs:\n    MY_POD_MODE = EnvStr(None)\n    SLURM_AWARE = EnvBool(False)\n")
     names = {"MY_POD_MODE": "a", "MY_POD_IP": "b", "SLURM_AWARE": "1", "SLURM_JOB_ID": "2"}
-    found = by_kind(names, "sglang", lambda few: declared_variables("sglang", [tmp_path], few))
+    found = classify(names, "sglang", lambda few: declared_variables("sglang", [tmp_path], few))
     assert set(found.matter) == {"MY_POD_MODE", "SLURM_AWARE"}
     many = names | {f"POD_{i}": "" for i in range(100)}
-    found = by_kind(many, "sglang", lambda all_: declared_variables("sglang", [tmp_path], all_))
+    found = classify(many, "sglang", lambda all_: declared_variables("sglang", [tmp_path], all_))
     assert set(found.matter) == {"MY_POD_MODE", "SLURM_AWARE"}
 
 
 def test_without_the_engines_list_no_pattern_covers_names_that_look_like_its_own() -> None:
-    found = by_kind({"VLLM_SERVICE_HOST": "h", "REDIS_SERVICE_HOST": "h"}, "vllm", lambda _: None)
+    found = classify({"VLLM_SERVICE_HOST": "h", "REDIS_SERVICE_HOST": "h"}, "vllm", lambda _: None)
     assert (set(found.matter), set(found.renewed)) == ({"VLLM_SERVICE_HOST"}, {"REDIS_SERVICE_HOST"})
 
 

@@ -44,7 +44,7 @@ def counts(line: list[str], change: Callable[[], object], kept: Path, **more: ob
     """Whether a change on the disk makes another launch of a command line; nothing changed makes none."""
 
     def now() -> object:
-        inputs = Inputs(line, kept=kept, **more)  # type: ignore[arg-type]
+        inputs = Inputs(line, cache=kept, **more)  # type: ignore[arg-type]
         found = normalised_arguments("vllm", line, (), inputs)
         inputs.digests.save()
         return found
@@ -205,7 +205,7 @@ def test_what_is_on_the_python_path_counts_by_its_code(work: Path, tmp_path: Pat
     beside.write_text("x = 1\n")
 
     def read(value: str) -> str:
-        return Inputs([], modules=[tmp_path / "site"]).of_variable("PYTHONPATH", value)
+        return Inputs([], modules=[tmp_path / "site"]).variable("PYTHONPATH", value)
 
     value = f":/nowhere:{folder}:{tmp_path / 'site'}"
     for name, seen in (

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from checkpoint.errors import Failed, Integrity
 from checkpoint.snapshot import digests
-from checkpoint.snapshot.digests import LEDGER, digest_file, seal, verify
+from checkpoint.snapshot.digests import LEDGER, digest_file, digest_folder, verify
 from checkpoint.snapshot.manifest import SnapshotFile
 
 pytestmark = pytest.mark.t0
@@ -44,7 +44,7 @@ def snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_everything_below_the_subfolders_is_sealed_and_verifies(snapshot: Path) -> None:
-    files = seal(snapshot)
+    files = digest_folder(snapshot)
     assert list(files) == ["images/core-1.img", "images/empty.img", "images/pages-1.img", "shm/deep/sem", "shm/link"]
     assert files["images/pages-1.img"].size == 300_000
     assert verify(snapshot, files).files == 5
@@ -96,7 +96,7 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], object], str]] = {
 @pytest.mark.parametrize("what", DAMAGE)
 def test_damage_is_refused_by_name(snapshot: Path, what: str, always: bool) -> None:
     name, damage, code = DAMAGE[what]
-    files = seal(snapshot)
+    files = digest_folder(snapshot)
     damage(snapshot / name)
     with pytest.raises(Integrity) as caught:
         verify(snapshot, files, always=always)
@@ -106,7 +106,7 @@ def test_damage_is_refused_by_name(snapshot: Path, what: str, always: bool) -> N
 
 
 def test_every_single_bit_counts(snapshot: Path) -> None:
-    files = seal(snapshot)
+    files = digest_folder(snapshot)
     file = snapshot / "images/pages-1.img"
     before = file.read_bytes()
 
@@ -123,7 +123,7 @@ def test_every_single_bit_counts(snapshot: Path) -> None:
 
 
 def test_what_was_hashed_here_is_not_read_again(snapshot: Path) -> None:
-    files = seal(snapshot)
+    files = digest_folder(snapshot)
     total = sum(f.size for f in files.values())
     first = verify(snapshot, files)
     assert (first.hashed, first.trusted) == (0, total)
@@ -133,7 +133,7 @@ def test_what_was_hashed_here_is_not_read_again(snapshot: Path) -> None:
 
 
 def test_a_copy_is_hashed_in_full(snapshot: Path) -> None:
-    files = seal(snapshot)
+    files = digest_folder(snapshot)
     copy = snapshot.with_name("copy")
     shutil.copytree(snapshot, copy, symlinks=True, ignore=shutil.ignore_patterns("sock"))
     assert (copy / LEDGER).exists()
@@ -141,7 +141,7 @@ def test_a_copy_is_hashed_in_full(snapshot: Path) -> None:
 
 
 def test_a_file_changed_just_now_is_not_trusted_next_time(snapshot: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    files = seal(snapshot)
+    files = digest_folder(snapshot)
     (snapshot / LEDGER).unlink()
     monkeypatch.setattr(digests, "RACY_NS", 10**18)
     assert verify(snapshot, files).trusted == 0
@@ -149,7 +149,7 @@ def test_a_file_changed_just_now_is_not_trusted_next_time(snapshot: Path, monkey
 
 
 def test_a_ledger_of_another_manifest_is_not_believed(snapshot: Path) -> None:
-    files = seal(snapshot)
+    files = digest_folder(snapshot)
     other = {**files, "images/core-1.img": SnapshotFile(4, "0" * 64)}
     with pytest.raises(Integrity, match=r"file-digest-differs.*core-1"):
         verify(snapshot, other)
@@ -157,14 +157,14 @@ def test_a_ledger_of_another_manifest_is_not_believed(snapshot: Path) -> None:
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"\xff", b'{"sealed": 1, "stamps": {}}'])
 def test_a_damaged_ledger_only_costs_time(snapshot: Path, content: bytes) -> None:
-    files = seal(snapshot)
+    files = digest_folder(snapshot)
     (snapshot / LEDGER).write_bytes(content)
     assert verify(snapshot, files).trusted == 0
     assert verify(snapshot, files).hashed == 0
 
 
 def test_a_failed_verification_writes_no_ledger(snapshot: Path) -> None:
-    files = seal(snapshot)
+    files = digest_folder(snapshot)
     (snapshot / LEDGER).unlink()
     flip(snapshot / "images/pages-1.img")
     with pytest.raises(Integrity):
@@ -173,7 +173,7 @@ def test_a_failed_verification_writes_no_ledger(snapshot: Path) -> None:
 
 
 def test_the_ledger_is_private_and_leaves_no_temporary_file(snapshot: Path) -> None:
-    seal(snapshot)
+    digest_folder(snapshot)
     assert (snapshot / LEDGER).stat().st_mode & 0o777 == 0o600
     assert sorted(p.name for p in snapshot.iterdir()) == [LEDGER, "images", "manifest.json", "shm"]
 
@@ -186,7 +186,7 @@ def test_a_file_that_goes_away_while_it_is_sealed_is_said(snapshot: Path, monkey
 
     monkeypatch.setattr(digests, "digest_file", vanish)
     with pytest.raises(Failed) as caught:
-        seal(snapshot)
+        digest_folder(snapshot)
     assert caught.value.code == "seal-failed"
     assert "core-1.img" in str(caught.value)
 

@@ -96,7 +96,7 @@ def test_a_name_is_never_without_a_snapshot_while_one_replaces_another(library: 
 
 def test_one_that_is_being_restored_is_not_replaced_and_stays_as_it_was(library: Library) -> None:
     write(library, "old")
-    library.failed("snap", "criu-restore-failed")
+    library.record_failure("snap", "criu-restore-failed")
     with library.in_use("snap"):
         with pytest.raises(Busy, match="snapshot-in-use"):
             write(library, "new")

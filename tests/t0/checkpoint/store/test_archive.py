@@ -17,7 +17,7 @@ import pytest
 
 from checkpoint.errors import Busy, CheckpointError, Failed, Integrity, NotFound
 from checkpoint.snapshot import digests, entries
-from checkpoint.snapshot.digests import seal, verify
+from checkpoint.snapshot.digests import digest_folder, verify
 from checkpoint.store import archive, download, upload
 from checkpoint.store.archive import Progress, discard, open_chunks, pull, push
 from checkpoint.store.cache_archive import pull_cache, push_cache
@@ -70,7 +70,7 @@ def snapshot(tmp_path: Path) -> Path:
     for file in folder.rglob("*"):
         if file.is_file() and not file.is_symlink() and file.suffix == ".img":
             file.chmod(0o600)
-    files = {name: msgspec.to_builtins(f) for name, f in seal(folder).items()}
+    files = {name: msgspec.to_builtins(f) for name, f in digest_folder(folder).items()}
     (folder / "manifest.json").write_text(json.dumps({"format": 1, "name": "snap", "files": files, "canary": {}}))
     return folder
 

@@ -58,7 +58,7 @@ def snapshot(home: Path) -> Path:
 
 
 def seal(folder: Path) -> None:
-    files = {name: msgspec.to_builtins(f) for name, f in digests.seal(folder).items()}
+    files = {name: msgspec.to_builtins(f) for name, f in digests.digest_folder(folder).items()}
     (folder / "manifest.json").write_bytes(msgspec.json.encode({"format": 1, "name": "snap", "files": files}))
 
 

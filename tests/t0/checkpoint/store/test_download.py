@@ -42,7 +42,7 @@ def test_a_listener_that_fails_keeps_nobody_waiting(download: Download, tmp_path
 def test_workers_that_are_gone_are_noticed(download: Download, monkeypatch) -> None:
     monkeypatch.setattr(download, "_next", lambda index, order: None)
     download.begin()
-    with pytest.raises(Failed, match="remote-failed.*workers have ended"):
+    with pytest.raises(Failed, match="remote-failed.*every worker thread has ended"):
         download.wait(BACKGROUND, limit_s=20)
     with pytest.raises(Failed, match="remote-failed"):
         download.wait_file(["a"])

@@ -15,7 +15,7 @@ from checkpoint.inspect.picture import marks, shares
 from checkpoint.lazy_pages.residency import ResidencyBitmap
 from checkpoint.lazy_pages.working_set import WorkingSet
 from checkpoint.snapshot import file_backed
-from checkpoint.snapshot.digests import seal
+from checkpoint.snapshot.digests import digest_folder
 from checkpoint.snapshot.library import Library
 from checkpoint.store import layout
 from checkpoint.store.archive import open_chunks, pull, push
@@ -58,7 +58,7 @@ def snapshot(tmp_path: Path) -> Path:
     first = [(1, HEAP + 7 * PAGE, HEAP + 9 * PAGE), (2, HEAP, HEAP + PAGE), (1, HEAP + 100 * PAGE, HEAP + 160 * PAGE)]
     later = [(1, HEAP, HEAP + PAGE)]
     WorkingSet([*first, *later], len(first)).save(str(folder / "working-set"))
-    files = {name: msgspec.to_builtins(f) for name, f in seal(folder).items()}
+    files = {name: msgspec.to_builtins(f) for name, f in digest_folder(folder).items()}
     (folder / "manifest.json").write_bytes(msgspec.json.encode({"name": "snap", "files": files}))
     return folder
 

@@ -1,4 +1,4 @@
-"""Journals of measurements, and files that are written aside."""
+"""Journals of measurements, and files that are written replacing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint.files import aside
+from checkpoint.files import replacing
 from plugin.records import jsonl
 
 pytestmark = pytest.mark.t0
@@ -41,7 +41,7 @@ def test_threads_put_the_same_file_in_place(tmp_path: Path) -> None:
 
     def write(text: str) -> None:
         try:
-            with aside(target) as new:
+            with replacing(target) as new:
                 new.write_text(text)
                 both.wait(10)
         except BaseException as error:
@@ -57,7 +57,7 @@ def test_threads_put_the_same_file_in_place(tmp_path: Path) -> None:
 def test_what_fails_leaves_what_was_there(tmp_path: Path) -> None:
     target = tmp_path / "file"
     target.write_text("old")
-    with pytest.raises(ValueError, match="stop"), aside(target) as new:
+    with pytest.raises(ValueError, match="stop"), replacing(target) as new:
         new.write_text("half")
         raise ValueError("stop")
     assert target.read_text() == "old" and list(tmp_path.iterdir()) == [target]

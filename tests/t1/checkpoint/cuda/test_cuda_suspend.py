@@ -20,16 +20,16 @@ from checkpoint.cuda import checkpoint as cuda
 from checkpoint.cuda.checkpoint import (
     MARGIN,
     Needs,
-    bring_back,
+    bring_to_running,
     check_memory,
     check_released,
     free_memory,
-    give_back,
     gpu_pairs,
     holders,
     refuse_parallel,
     refuse_slice,
     resume,
+    resume_after_dump,
     suspend,
 )
 from checkpoint.cuda.driver import DeviceMemory, DriverError, State
@@ -190,7 +190,7 @@ def test_an_error_on_the_way_back_frees_the_others(
         resume(driver, pids, needs, lock_folders=[tmp_path])
     assert caught.value.code == f"cuda-{operation}-failed"
     for pid in pids:
-        children.goes_on(pid)  # the second attempt of bring_back succeeds
+        children.goes_on(pid)  # the second attempt of bring_to_running succeeds
 
 
 def test_memory_that_is_not_free_is_refused_before_anything_is_lost(
@@ -242,9 +242,9 @@ def test_a_process_that_was_never_suspended_is_refused(
 def test_restores_on_one_gpu_take_turns(
     children: Children, driver: Double, pids: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cuda, "TURN_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(cuda, "LOCK_WAIT_TIMEOUT_S", 0.05)
     _, needs = suspend(driver, pids)
-    with cuda._alone_on([tmp_path], [GPU0]), pytest.raises(Busy, match="gpu-busy"):
+    with cuda._gpu_locks([tmp_path], [GPU0]), pytest.raises(Busy, match="gpu-busy"):
         resume(driver, pids, needs, lock_folders=[tmp_path])
     assert children.states(pids) == ["CHECKPOINTED"] * 2
     resume(driver, pids, needs, lock_folders=[tmp_path])
@@ -291,7 +291,7 @@ def test_several_gpus_are_refused_by_name(children: Children, driver: Double, mo
     assert children.states(pids) == ["RUNNING"] * 2
     monkeypatch.setattr(cuda, "MULTI_GPU_SINCE", (580,))
     assert suspend(driver, pids)[1] == Needs(2, {GPU0: 1 << 20, GPU1: 1 << 20})
-    assert bring_back(driver, pids) == {}
+    assert bring_to_running(driver, pids) == {}
 
 
 class Contained(Double):
@@ -311,7 +311,7 @@ def test_several_gpus_are_refused_where_nvml_knows_no_process_of_ours(children: 
         children.goes_on(pid)
     found, needs = suspend(contained, pids[:1])
     assert needs == Needs(1, {GPU0: TOTAL})
-    give_back(contained, found, needs, [children.folder / "locks"])
+    resume_after_dump(contained, found, needs, [children.folder / "locks"])
     children.goes_on(pids[0])
 
 
@@ -337,7 +337,7 @@ def test_memory_that_a_neighbour_frees_on_another_gpu_is_not_needed(
     pid = children.start(MARGIN * 2)
     found, needs = suspend(driver, [pid], visible=visible)
     assert needs == Needs(1, {GPU0: MARGIN * 2})
-    give_back(driver, found, needs, [children.folder / "locks"])
+    resume_after_dump(driver, found, needs, [children.folder / "locks"])
 
 
 def test_what_the_engine_put_away_before_is_needed_too(children: Children, driver: Double) -> None:
@@ -347,7 +347,7 @@ def test_what_the_engine_put_away_before_is_needed_too(children: Children, drive
     write(children.folder / f"{pid}.json", {**record, "memory": {GPU0: 1 << 20}})  # three of four put away
     found, needs = suspend(driver, [pid], awake=awake)
     assert needs == Needs(1, {GPU0: 4 << 20})
-    assert give_back(driver, found, needs, [children.folder / "locks"]) is None
+    assert resume_after_dump(driver, found, needs, [children.folder / "locks"]) is None
 
 
 def test_the_dumped_tree_gets_its_gpu_back_although_the_lock_is_held_and_memory_short_for_a_while(
@@ -362,7 +362,7 @@ def test_the_dumped_tree_gets_its_gpu_back_although_the_lock_is_held_and_memory_
     locks.mkdir()
     with (locks / f"gpu-{GPU0}.lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        give_back(driver, found, needs, [locks], timeout_s=2.0)
+        resume_after_dump(driver, found, needs, [locks], timeout_s=2.0)
     freed.join()
     children.goes_on(pid)
 
@@ -374,7 +374,7 @@ def test_a_dumped_tree_that_does_not_get_its_gpu_back_is_named(
     found, needs = suspend(driver, [pid])
     write(children.folder / "gpus.json", {GPU0: 1 << 20})
     with pytest.raises(Failed) as caught:
-        give_back(driver, found, needs, [tmp_path / "locks"], timeout_s=0.3)
+        resume_after_dump(driver, found, needs, [tmp_path / "locks"], timeout_s=0.3)
     assert caught.value.code == "cuda-stuck"
     assert f"process {pid}: CUDA_ERROR_OUT_OF_MEMORY" in str(caught.value)
 
@@ -389,12 +389,12 @@ def test_restores_of_containers_that_share_a_state_folder_take_turns(
     shared.mkdir(parents=True)
     with (shared / f"gpu-{GPU0}.lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        with pytest.raises(Busy, match="gpu-busy"), cuda._alone_on([mine, shared], needs.memory, 0.2):
+        with pytest.raises(Busy, match="gpu-busy"), cuda._gpu_locks([mine, shared], needs.memory, 0.2):
             pass
     # A folder that cannot be written is no reason to refuse where another can.
     resume(driver, [pid], needs, lock_folders=[Path("/proc/none"), shared])
     children.goes_on(pid)
-    with pytest.raises(Failed, match="gpu-lock-failed"), cuda._alone_on([Path("/proc/none")], needs.memory):
+    with pytest.raises(Failed, match="gpu-lock-failed"), cuda._gpu_locks([Path("/proc/none")], needs.memory):
         pass
 
 
@@ -410,7 +410,7 @@ def test_a_divided_gpu_is_refused_by_name_and_a_neighbours_is_not(children: Chil
     with pytest.raises(Incompatible, match="gpu-mig"):
         suspend(driver, [pid])
     found, needs = suspend(driver, [other])
-    give_back(driver, found, needs, [children.folder / "locks"])
+    resume_after_dump(driver, found, needs, [children.folder / "locks"])
     with pytest.raises(Incompatible, match="gpu-mig: MIG-12"):
         refuse_slice("MIG-12")
     refuse_slice("0,1")

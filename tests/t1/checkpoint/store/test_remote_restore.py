@@ -108,7 +108,7 @@ def taken(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         program = str(Path(__file__).parents[3] / "programs" / "pages_workload.py")
         pid = sandbox.start([os.path.realpath(sys.executable), "-I", "-S", program, TMP_DIR], {}, "/")
         wait_for(inside(sandbox) / "ready")
-        take(host.library, criu, sandbox, draft("workload", pid), host.library.home / "compile", digests.seal)
+        take(host.library, criu, sandbox, draft("workload", pid), host.library.home / "compile", digests.digest_folder)
     replica = host.restore(record=True)
     assert replica.pages
     order(replica.sandbox, seed=1, touch=TOUCHED)
@@ -248,7 +248,7 @@ def test_memory_is_as_it_was_while_pages_arrive_over_http(
     host: Host, far: str, rate: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Random munmap, mremap, madvise and fork, while what they move is not there yet."""
-    monkeypatch.setattr(remotes, "REST_BYTES_PER_S", rate)
+    monkeypatch.setattr(remotes, "BACKGROUND_BYTES_PER_S", rate)
     Slow.resets = 3
     remote = host.fetch(far)
     remote.wait_startup()

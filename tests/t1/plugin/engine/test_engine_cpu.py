@@ -9,7 +9,7 @@ import pytest
 
 from checkpoint.criu.binary import Criu
 from checkpoint.sandbox.sandbox import CONTROL_DIR, TMP_DIR, Sandbox, SandboxConfig
-from checkpoint.snapshot.digests import seal
+from checkpoint.snapshot.digests import digest_folder
 from checkpoint.snapshot.dump import take
 from checkpoint.snapshot.library import Library
 from checkpoint.snapshot.restore import restore
@@ -79,7 +79,7 @@ def test_a_woken_process_may_use_what_it_used_before_its_dump(tmp_path, watch):
         output.handed_over()
         before, now = masks(sandbox)
         assert before == now
-        take(library, criu, sandbox, draft("cpu", pid, {"stdout": output.name}), tmp_path / "compile", seal)
+        take(library, criu, sandbox, draft("cpu", pid, {"stdout": output.name}), tmp_path / "compile", digest_folder)
     finally:
         sandbox.close()
     again = Output(None)

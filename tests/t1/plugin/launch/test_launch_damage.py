@@ -65,7 +65,7 @@ def test_one_flipped_byte_in_each_kind_of_file(taken):
         ours = goes_cold(rig, answer, "file-digest-differs", "--no-snapshot")
         assert str(file) in ours, kind
         file.write_bytes(good)
-        rig.library.succeeded(rig.name)
+        rig.library.clear_failures(rig.name)
     with rig.running() as started:
         assert started.ask() == answer
         started.wait_serving()
@@ -82,7 +82,7 @@ def test_a_flipped_byte_in_shared_memory_and_in_temporary_files(launch_rig):
         extra.write_bytes(b"x")
         goes_cold(rig, answer, "file-unexpected", "--no-snapshot")
         extra.unlink()
-        rig.library.succeeded(rig.name)
+        rig.library.clear_failures(rig.name)
 
 
 def test_every_flipped_bit_of_the_manifest_is_refused(taken):
@@ -108,7 +108,7 @@ def test_a_truncated_and_a_missing_file(taken):
     pages = first(folder, "images/pages-*.img")
     os.truncate(pages, pages.stat().st_size - 4096)
     goes_cold(rig, answer, "file-size-differs", "--no-snapshot")
-    rig.library.succeeded(rig.name)
+    rig.library.clear_failures(rig.name)
     pages.unlink()
     goes_cold(rig, answer, "file-missing", "--no-snapshot")
 

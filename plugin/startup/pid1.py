@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from checkpoint.sandbox import prestart
 from checkpoint.snapshot import speculative
 from plugin.runtime.home import state_home
-from plugin.startup import prefetch as ahead
 
 _PASSED_ON = {
     signal.SIGTERM,
@@ -41,8 +40,6 @@ def begin(arguments: Sequence[str]) -> None:
     stand_in()
     prestart.start()
     speculative.begin_saved(state_home(), arguments)
-    if arguments[0] == "restore":
-        ahead.start(arguments[1:])
 
 
 def stand_in() -> None:

@@ -166,12 +166,12 @@ function drawPool(card, pool, doc) {
   const replica = shown(pool), phase = doc.draining ? "draining" : replica ? replica.phase : "idle";
   const several = pool.replicas.length > 1, p = pool.progress, one = !several && replica;
   const title = pool.name !== "default" ? pool.name : pool.model || pool.engine || (replica && replica.address) || "engine";
-  const failure = phase !== "serving" && !STARTING.has(phase) && pool.last_failure;
+  const failure = pool.last_failure, recent = failure && (pool.refused_for_s !== 0 || replica.reason.startsWith(failure.code));
   const rising = STARTING.has(phase) && p.expected_s !== null && pool.usual[p.kind] !== undefined;
   const waits = pool.held && phase !== "serving" ? `${count(pool.held, "request")} wait${pool.held === 1 ? "s" : ""} for it` : "";
   fill(card, {
     title, state: phase === "draining" ? "Shutting down" : capital(phase), say: (replica ? sentence(pool, phase, replica) : "") + (waits && `; ${waits}`), bar: rising,
-    why: failure ? `${failure.code}: ${failure.message}` : ["failed", "suspect"].includes(phase) ? replica.reason : "",
+    why: phase !== "failed" && phase !== "suspect" ? "" : recent ? `${failure.code}: ${failure.message}` : replica.reason,
     held: number(pool.held), outstanding: number(pool.outstanding), served: number(pool.replicas.reduce((n, r) => n + r.served, 0)),
     wakes: number(pool.wakes), sleeps: number(pool.sleeps), failed: pool.failed_starts ? number(pool.failed_starts) : "",
     model: pool.model && pool.model !== title ? pool.model : "", engine: pool.engine === title ? "" : pool.engine,

@@ -105,9 +105,12 @@ def test_the_page_follows_one_engine_from_asleep_to_gone_and_back(tmp_path):
                 rig.trackers["a"].to(Phase.MOUNTING)
                 rig.trackers["a"].to(Phase.FAILED, "engine-died")
                 await until(lambda: rig.pool.replicas["a"].tracker.phase is Phase.FAILED)
-                rig.pool.wake_failed(StartFailed("engine-died", "it exited with <b>code 3</b>", retry_after_s=25.0))
+                rig.pool.waker.fail_elsewhere(StartFailed("engine-died", "it exited with <b>code 3</b>", retry_after_s=25.0))
                 await page.says("Failed: new requests are refused for ", "engine-died: it exited with <b>code 3</b>")
                 await fits_a_phone(page, "Failed: ")
+                rig.restore("a")
+                rig.trackers["a"].to(Phase.ASLEEP)
+                assert "engine-died" not in await page.says("Asleep: "), "a failure that is over"
                 place = (("127.0.0.1", rig.port),)
             await page.says("The proxy does not answer", "Its last answer came ")
             assert await page.run("parseFloat(getComputedStyle(document.querySelector('#gone h2')).fontSize)") >= 24

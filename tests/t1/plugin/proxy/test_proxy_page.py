@@ -105,7 +105,9 @@ def test_the_page_follows_one_engine_from_asleep_to_gone_and_back(tmp_path):
                 rig.trackers["a"].to(Phase.MOUNTING)
                 rig.trackers["a"].to(Phase.FAILED, "engine-died")
                 await until(lambda: rig.pool.replicas["a"].tracker.phase is Phase.FAILED)
-                rig.pool.waker.fail_elsewhere(StartFailed("engine-died", "it exited with <b>code 3</b>", retry_after_s=25.0))
+                rig.pool.waker.fail_elsewhere(
+                    StartFailed("engine-died", "it exited with <b>code 3</b>", retry_after_s=25.0)
+                )
                 await page.says("Failed: new requests are refused for ", "engine-died: it exited with <b>code 3</b>")
                 await fits_a_phone(page, "Failed: ")
                 rig.restore("a")

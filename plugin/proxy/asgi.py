@@ -79,6 +79,7 @@ class HoldMiddleware:
 
     The replica is in `request.state.replica`; it counts the request as outstanding until the application returns. A
     request that cannot be held any longer is answered here with the proxy's errors. Denied paths are answered with 404.
+    Close the pool when the server is told to stop: held requests then end with the error given to `pool.close`.
     """
 
     def __init__(
@@ -113,7 +114,7 @@ class HoldMiddleware:
         if not self.proxy.begun:
             self.proxy.begin()
         websocket = scope["type"] == "websocket"
-        request = request_of({"method": "GET", **scope, "headers": [] if websocket else scope["headers"]})
+        request = request_of({"method": "GET", **scope})  # a WebSocket's scope has no method
         inbox = _Inbox(receive, self.proxy.settings.body_buffer)
         try:
             replica = await self._acquire(request, None if websocket else inbox)
@@ -140,6 +141,8 @@ class HoldMiddleware:
     async def _acquire(self, request: Request, inbox: _Inbox | None) -> Replica | None:
         """Return a serving replica, or None when the client has disconnected. Raises ProxyError."""
         proxy, pool = self.proxy, self.pool
+        if request.fault is not None and inbox is not None:
+            raise request.fault
         if proxy.rules.classify(request.target) is Verdict.DENIED:
             raise ProxyError("not-found", "there is no such path", status=404)
         if proxy.draining:

@@ -12,7 +12,7 @@ from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.responses import JSONResponse
-from starlette.routing import Mount, Route
+from starlette.routing import Mount, Route, WebSocketRoute
 
 from plugin.proxy.asgi import HoldMiddleware, hold_app
 from plugin.proxy.http.address import tcp
@@ -331,6 +331,8 @@ def test_the_middleware_refuses_by_the_same_codes():
             got = await rig.get("/v1/x")
             assert got.status == 503 and got.json()["error"]["code"] == "hold-deadline" and "retry-after" in got.headers
             assert (await rig.get("/v1/%73ecret")).status == 404
+            assert (await rig.get("/v1/x", "X-Quickthaw-Hold: soon")).json()["error"]["code"] == "hold"
+            assert (await rig.get("/v1/x", "X-Quickthaw-Hold: 0")).json()["error"]["code"] == "hold-deadline"
             rig.server.drain()
             assert (await rig.get("/v1/x")).json()["error"]["code"] == "shutting-down"
 
@@ -349,5 +351,37 @@ def test_a_client_that_goes_while_the_middleware_holds_it_reaches_nobody():
             await until(lambda: rig.pool.held == 0)
             rig.restore("a")
             assert rig.pool.outstanding == 0 and rig.pool.replicas["a"].served == 0
+
+    run(main())
+
+
+def test_the_middleware_holds_a_websocket_and_refuses_one_by_name():
+    websockets = pytest.importorskip("websockets.asyncio.client")
+    from websockets.exceptions import InvalidStatus
+
+    async def echo(websocket):
+        await websocket.accept()
+        await websocket.send_text(f"{websocket.state.replica.name}: {await websocket.receive_text()}")
+        await websocket.close()
+
+    async def main():
+        pool = ReplicaPool()
+        held = HoldMiddleware(
+            Starlette(routes=[WebSocketRoute("/v1/realtime", echo)]), pool, Settings(hold_timeout_s=20)
+        )
+        async with gateway(held, held.proxy, pool) as (rig, _):
+            rig.pool.add("a", tracker := PhaseTracker(), tcp("127.0.0.1", 1))
+            rig.trackers["a"] = tracker
+            url = f"ws://127.0.0.1:{rig.port}/v1/realtime"
+            asyncio.get_running_loop().call_later(0.1, rig.restore, "a")
+            async with websockets.connect(url) as client:
+                await client.send("hello")
+                assert await client.recv() == "a: hello"
+            await until(lambda: pool.outstanding == 0)
+            held.proxy.drain()
+            with pytest.raises(InvalidStatus) as refused:
+                async with websockets.connect(url):
+                    pass
+            assert refused.value.response.status_code == 503 and b"shutting-down" in refused.value.response.body
 
     run(main())

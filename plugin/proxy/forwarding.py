@@ -147,7 +147,7 @@ async def _answered(
     try:
         await exchange.done
     except UpstreamFault:
-        if body is None or not retry_rules.may_resend(body, exchange, replica, client):
+        if body is None or not retry_rules.may_resend(exchange, replica, client):
             raise
         exchange.forget()
         host.buffered += request.put_back(body)

@@ -61,6 +61,6 @@ def needs_whole_body(request: Request, replica: Replica, limit: int) -> bool:
     return replica.pages_coming() or (replica.killed_when_silent and small)
 
 
-def may_resend(body: bytes | None, exchange: Exchange, replica: Replica, client: Client) -> bool:
+def may_resend(exchange: Exchange, replica: Replica, client: Client) -> bool:
     """Return True if a request whose replica failed is sent again: its owner killed the replica, and nothing was answered."""
-    return body is not None and not exchange.head_sent and bool(replica.killed_because()) and not client.gone()
+    return not exchange.head_sent and bool(replica.killed_because()) and not client.gone()

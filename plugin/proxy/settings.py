@@ -63,7 +63,6 @@ class Settings:
     """
     connect_timeout_s: float = 5.0
     max_connecting: int = 64
-    max_idle_connections: int = 256
     trust_forwarded: bool = False
     """Keep the client's X-Forwarded-* headers (behind a trusted proxy); otherwise they are replaced."""
     access_log: bool = False

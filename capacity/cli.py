@@ -80,11 +80,11 @@ def fail(error: CapacityError, *, file: Path | None = None, as_json: bool = Fals
     """
     if isinstance(error, InfeasibleError) and error.conflict.constraints:
         first, *rest = error.lines()
-        click.echo(f"quickthaw plan: {f'{file}: ' if file else ''}{first} [{error.code}]", err=True)
+        click.echo(f"quickthaw: {error.code}: {f'{file}: ' if file else ''}{first}", err=True)
         for line in rest:
             click.echo(line, err=True)
     else:
-        click.echo(f"quickthaw plan: {error}", err=True)
+        click.echo(f"quickthaw: {error}", err=True)
     if as_json:
         click.echo(json.dumps(report.error_json(error), indent=2))
     sys.exit(error.exit_code)

@@ -22,7 +22,7 @@ class CapacityError(Exception):
         self.message = message
 
     def __str__(self) -> str:
-        return f"{self.message} [{self.code}]"
+        return f"{self.code}: {self.message}"
 
 
 class InputError(CapacityError):
@@ -70,9 +70,9 @@ class InfeasibleError(CapacityError):
 
     def __init__(self, conflict: Conflict) -> None:
         cause = "; ".join(conflict.constraints) or "the constraints contradict each other"
-        way_out = "; ".join(str(change) for change in conflict.changes)
+        remedy = "; ".join(str(change) for change in conflict.changes)
         super().__init__(
-            "infeasible", f"these cannot hold together: {cause}" + (f" | nearest change: {way_out}" if way_out else "")
+            "infeasible", f"these cannot hold together: {cause}" + (f"; nearest change: {remedy}" if remedy else "")
         )
         self.conflict = conflict
 

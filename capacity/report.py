@@ -202,7 +202,7 @@ def print_round(outcome: Decision | CapacityError, *, as_json: bool) -> None:
         if as_json:
             click.echo(json.dumps(error_json(outcome)))
         else:
-            click.echo(f"quickthaw plan: {outcome}", err=True)
+            click.echo(f"quickthaw: {outcome}", err=True)
         return
     if as_json:
         click.echo(
@@ -219,7 +219,7 @@ def print_round(outcome: Decision | CapacityError, *, as_json: bool) -> None:
         )
         return
     if outcome.conflict is not None:
-        click.echo(f"quickthaw plan: {outcome.conflict}", err=True)
+        click.echo(f"quickthaw: {outcome.conflict}", err=True)
     words = [f"start {n} {pool}" for pool, n in outcome.starts.items()]
     words += [f"stop {n} {pool}" for pool, n in outcome.stops.items()]
     words += [f"{pool} held back by {why}" for pool, why in outcome.held_back.items()]

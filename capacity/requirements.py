@@ -246,8 +246,8 @@ def _groups(
             regions = sorted({p[2] for p in family})
             own = cap[ids]
             ratio = np.where(own > 1e-9, adds / np.maximum(own, 1e-9), np.inf).min(axis=1)
-            worth = np.where(np.isfinite(ratio), np.minimum(ratio, per_unit[ids]), 0.0)
-            relief = {j: float(v) for j, v in zip(members, worth, strict=True) if v > 1e-9}
+            share = np.where(np.isfinite(ratio), np.minimum(ratio, per_unit[ids]), 0.0)
+            relief = {j: float(v) for j, v in zip(members, share, strict=True) if v > 1e-9}
             names = ", ".join(services[j].name for j in members[:3]) + (", …" if len(members) > 3 else "")
             name = f"idle {'/'.join(gpus)} in {'/'.join(regions)} for {names}"
             groups.append(Group(name, members, size, weights, relief, required))

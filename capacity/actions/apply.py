@@ -169,7 +169,7 @@ def _failure(
     if code is None:
         if stop is not None and stop.is_set():
             return CapacityError(
-                f"{which}-interrupted", f"the {which} command was ended, since the plan was told to end"
+                f"{which}-interrupted", f"the {which} command was ended because the plan is stopping"
             )
         return CapacityError(f"{which}-timeout", f"the {which} command took over {limit:g} s and was ended")
     if code:

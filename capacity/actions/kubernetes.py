@@ -70,7 +70,7 @@ def _apart(pools: tuple[Pool, ...]) -> None:
         if labels in seen:
             raise InputError(
                 "same-nodes",
-                f"its nodes cannot be told from those of {seen[labels]}; give each its instance (the label "
+                f"its nodes have the same labels as those of {seen[labels]}; give each its instance (the label "
                 f"node.kubernetes.io/instance-type) or its zone",
                 where=f"pool {pool.name}",
             )

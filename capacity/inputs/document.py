@@ -97,9 +97,9 @@ class Field:
     def integer(self, low: int = 0, high: int = 10_000_000) -> int:
         value = self.scalar()
         if isinstance(value, float) and not math.isfinite(value):
-            raise self.error("not-a-number", f"expected a whole number, found {value}")
+            raise self.error("not-a-number", f"expected an integer, found {value}")
         if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value):
-            raise self.error("wrong-type", f"expected a whole number, found {value!r}")
+            raise self.error("wrong-type", f"expected an integer, found {value!r}")
         if not low <= value <= high:
             raise self.error("out-of-range", f"must be between {low} and {high}, found {value}")
         return int(value)

@@ -1,6 +1,6 @@
 """Read measured lead times: from `quickthaw bench coldstart`, from the journal of every launch, and from snapshots.
 
-The formats are told apart by their content:
+The formats are distinguished by their content:
 - One JSON object `{"engine": …, "cold": {"runs_s": [..]}, "restored": {"runs_s": [..]}}`, as the benchmark prints it.
 - JSON lines, one per start: `{"model": …, "engine": …, "kind": "cold"|"restored", "seconds": 1.2, "at": ISO time}`. This is
   the journal `$QUICKTHAW_HOME/lead-times.jsonl`, to which every start appends, including the benchmark's. A truncated last
@@ -66,15 +66,15 @@ def _wanted(entry: dict[str, Any], model: str | None, engine: str | None, seen: 
 def _file(path: Path, model: str | None, engine: str | None, seen: set[str]) -> Samples:
     text = read_text(path, MAX_BYTES)
     try:
-        whole = json.loads(text)
+        document = json.loads(text)
     except json.JSONDecodeError:
-        whole = None
+        document = None
     except RecursionError as bad:
         raise InputError("not-json", "is nested too deeply", file=str(path)) from bad
-    if isinstance(whole, dict) and "cold_s" in whole:
-        return _manifest(whole, path, model, engine, seen)
-    if isinstance(whole, dict) and "kind" not in whole:
-        return _bench(whole, path, model, engine, seen)
+    if isinstance(document, dict) and "cold_s" in document:
+        return _manifest(document, path, model, engine, seen)
+    if isinstance(document, dict) and "kind" not in document:
+        return _bench(document, path, model, engine, seen)
     return _journal(text, path, model, engine, seen)
 
 

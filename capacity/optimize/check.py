@@ -81,13 +81,13 @@ def _idle(
     for j, served in enumerate(_served(problem, placed)[0]):
         surplus.append(min(float(need.cap[j][t]), max(0.0, served - float(need.base[j][t]))))
     for group in need.groups:
-        worth = sum(surplus[j] * each for j, each in group.relief.items())
+        covered = sum(surplus[j] * each for j, each in group.relief.items())
         for (i, width), many in blocks.items():
             weight = group.weights.get(need.place[i])
             if weight is not None and width >= weight[0]:
-                worth += many * width * weight[1]
-        if _over(float(group.required[t]), worth):
-            found.append(f"{group.name}: {worth:g} of {group.required[t]:g} GPUs")
+                covered += many * width * weight[1]
+        if _over(float(group.required[t]), covered):
+            found.append(f"{group.name}: {covered:g} of {group.required[t]:g} GPUs")
     return found
 
 

@@ -2,7 +2,7 @@
 
 A plan step decomposes by service once every GPU has a price. What remains per service is a small covering problem over its
 options, one per GPU type and zone. Starting points are even spreads over 1, 2, … zones and the linear program's solution.
-The cheapest one is improved by exchanging up to three replicas of one option for up to three of another while that is
+Each is improved by exchanging up to three replicas of one option for up to three of another while that is
 cheaper.
 """
 
@@ -66,10 +66,9 @@ def cheapest(options: Options, near: Ints) -> Ints | None:
 
     `near`: the first starting point, completed if it does not suffice.
     """
-    found = [c for c in (_complete(options, np.minimum(near, options.room)), _spread(options)) if c is not None]
-    if not found:
-        return None
-    return _exchange(options, min(found, key=lambda count: float(options.cost @ count)))
+    starts = [c for c in (_complete(options, np.minimum(near, options.room)), _spread(options)) if c is not None]
+    improved = [_exchange(options, count) for count in starts]
+    return min(improved, key=lambda count: float(options.cost @ count), default=None)
 
 
 def _spread(options: Options) -> Ints | None:
@@ -135,7 +134,7 @@ def _complete(options: Options, start: Ints) -> Ints | None:
 def _exchange(options: Options, count: Ints) -> Ints:
     """Exchange replicas while that is cheaper and the requirements stay met."""
     cost, rate, zone = options.cost, options.rate, options.zone
-    take = _worth_taking(options)
+    take = _undominated(options)
     its_cost, its_rate, its_zone = cost[take][None, None, :], rate[take][None, None, :], zone[take]
     won, paid = TAKE * its_rate, TAKE * its_cost
     gained = TAKE - GIVE
@@ -176,7 +175,7 @@ def _exchange(options: Options, count: Ints) -> Ints:
     return count
 
 
-def _worth_taking(options: Options) -> Ints:
+def _undominated(options: Options) -> Ints:
     """Return the options that no option of the same zone beats in both cost and rate."""
     cost, rate = options.cost, options.rate
     order = np.lexsort((-rate, cost, options.zone))

@@ -89,7 +89,7 @@ class _Rows:
         return index
 
 
-def whole_up(values: Floats) -> Floats:
+def round_up(values: Floats) -> Floats:
     """Return the next integers, tolerating rounding errors of a division."""
     result: Floats = np.ceil(values - 1e-9)
     return result
@@ -157,7 +157,7 @@ def build(problem: Problem, need: Need) -> Program:
         speeds = np.unique(served[by_service[j]])
         if len(speeds) == 1:
             # All rates are equal: count replicas, so that the linear program sees integers.
-            rows.add(name, cols, np.ones(len(cols)), whole_up(need.target[j] / speeds[0]), free)
+            rows.add(name, cols, np.ones(len(cols)), round_up(need.target[j] / speeds[0]), free)
         else:
             rows.add(name, cols, served[by_service[j]], need.target[j], free)
         if service.minimum > 0:
@@ -226,7 +226,7 @@ def build(problem: Problem, need: Need) -> Program:
             rows.add(name, cols, np.concatenate([[1.0], -served[inside] / unit]), zero, free)
         cols = np.concatenate([[at_y + k], at_x + mine])
         vals = np.concatenate([[-1.0], served[mine] / unit])
-        rows.add(name, cols, vals, whole_up(rest) if len(speeds) == 1 else rest, free)
+        rows.add(name, cols, vals, round_up(rest) if len(speeds) == 1 else rest, free)
     if policy.max_start is not None:
         name = Name("start-limit", "", f"policy max_start {policy.max_start}")
         rows.add(name, at_u + everywhere, np.ones(count), none, np.full(steps, float(policy.max_start)))

@@ -172,12 +172,12 @@ class Fleet:
                         if best is None or key < best[0]:
                             best = key, [instance]
             else:
-                whole = [
+                empty = [
                     inst for inst in self.instances[i] if inst.free == gpus and (booting or inst.ready <= self.now)
                 ]
-                whole.sort(key=lambda inst: inst.ready)
-                if len(whole) >= width // gpus:
-                    chosen = whole[: width // gpus]
+                empty.sort(key=lambda inst: inst.ready)
+                if len(empty) >= width // gpus:
+                    chosen = empty[: width // gpus]
                     key = (max(chosen[-1].ready, self.now), rank, 0)
                     if best is None or key < best[0]:
                         best = key, chosen

@@ -72,13 +72,13 @@ def test_exact_says_when_time_ran_out():
 def test_errors_are_clear_and_have_an_exit_code(tmp_path):
     missing = typed(tmp_path / "none.yaml", code=2)
     assert missing.stderr.count("\n") == 1
-    assert "[unreadable]" in missing.stderr
+    assert missing.stderr.startswith("quickthaw: unreadable: ")
     tight = Path(EXAMPLE).read_text().replace("quota: 24", "quota: 1").replace("min: 1", "min: 2")
     (tmp_path / "tight.yaml").write_text(tight)
     infeasible = typed(tmp_path / "tight.yaml", code=1)
     first, *rest = infeasible.stderr.splitlines()
     assert "tight.yaml: no plan is possible" in first
-    assert "[infeasible]" in first
+    assert first.startswith("quickthaw: infeasible: ")
     assert rest == [
         "  - demand of service code (up to 13200 tokens/s)",
         "  - quota of pool h100-a, 1 instances",

@@ -248,5 +248,5 @@ def test_nodes_are_selected_by_what_the_file_names_only(tmp_path):
 
 def test_two_pools_whose_nodes_cannot_be_told_apart_are_refused(plan):
     pools = tuple(replace(pool, region="east", labelled=frozenset({"region"})) for pool in plan.problem.pools)
-    with pytest.raises(InputError, match="cannot be told from those of"):
+    with pytest.raises(InputError, match="same labels as those of"):
         objects(replace(plan, problem=replace(plan.problem, pools=pools)))

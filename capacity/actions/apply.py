@@ -168,9 +168,7 @@ def _failure(
 ) -> CapacityError | None:
     if code is None:
         if stop is not None and stop.is_set():
-            return CapacityError(
-                f"{which}-interrupted", f"the {which} command was ended because the plan is stopping"
-            )
+            return CapacityError(f"{which}-interrupted", f"the {which} command was ended because the plan is stopping")
         return CapacityError(f"{which}-timeout", f"the {which} command took over {limit:g} s and was ended")
     if code:
         return CapacityError(f"{which}-failed", f"the {which} command exited with {code}: {last}")

@@ -24,7 +24,7 @@ def configure(role: str, level: int = logging.INFO) -> None:
     root.setLevel(level)
 
 
-class Repeats:
+class RepeatLimiter:
     """Rate-limit repeated log messages. Thread-safe.
 
     The first event of a kind is logged at once; later ones are counted and logged once per `every_s` seconds. A store that
@@ -32,13 +32,13 @@ class Repeats:
     """
 
     def __init__(self, log: logging.Logger, every_s: float = 60.0, clock: Callable[[], float] = time.monotonic) -> None:
-        self.log = log
+        self._log = log
         self.every_s = every_s
         self.clock = clock
         self._kinds: dict[str, tuple[float, int, int, str]] = {}
         self._lock = threading.Lock()
 
-    def say(self, level: int, kind: str, message: str) -> None:
+    def log(self, level: int, kind: str, message: str) -> None:
         """Record an event of this kind; log it if it is the first."""
         now = self.clock()
         with self._lock:
@@ -46,7 +46,7 @@ class Repeats:
             first = since < 0
             self._kinds[kind] = (now if first else since, max(level, level_before), 0 if first else count + 1, message)
         if first:
-            self.log.log(level, "%s", message)
+            self._log.log(level, "%s", message)
 
     def tick(self) -> None:
         """Log the repeats counted since the kind was last logged, once `every_s` has passed.
@@ -64,4 +64,4 @@ class Repeats:
                 else:
                     del self._kinds[kind]
         for level, count, message in said:
-            self.log.log(level, "%d more like this one within %.0f s: %s", count, self.every_s, message)
+            self._log.log(level, "%d more like this one within %.0f s: %s", count, self.every_s, message)

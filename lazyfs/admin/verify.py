@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from lazyfs.admin.listing import named_manifests
-from lazyfs.cache.cache import PRESENT, UNPROVEN, Cache
+from lazyfs.cache.cache import Cache
+from lazyfs.cache.sparse_file import ABSENT, PRESENT, UNVERIFIED
 from lazyfs.content.chunk_store import ChunkStore, chunk_key, digest_of, mismatch
 from lazyfs.content.manifest import RAW, ZSTD, Chunk, File, Manifest, decode, is_digest
 from lazyfs.errors import DiskFull, Integrity, LazyfsError, NotFound, Permanent
@@ -109,30 +110,30 @@ def verify_cache(cache: Cache, chunks: ChunkStore | None, report: Damage, digest
             if file.digest in seen or file.version or not (cache.folder(file) / "have").exists():
                 continue
             seen.add(file.digest)
-            _verify_image(cache, file, report)
+            _verify_file(cache, file, report)
 
 
-def _verify_image(cache: Cache, file: File, report: Damage) -> None:
+def _verify_file(cache: Cache, file: File, report: Damage) -> None:
     try:
-        image = cache.open(file)
+        sparse_file = cache.open(file)
     except DiskFull:
         report.cache_skipped += 1
         return
     try:
         for index, chunk in enumerate(file.chunks):
-            if image.state(index) not in (PRESENT, UNPROVEN):
+            if sparse_file.state(index) not in (PRESENT, UNVERIFIED):
                 continue
             report.cache_chunks += 1
-            data = image.read(index)
+            data = sparse_file.read(index)
             if digest_of(data) == chunk.digest:
-                image.mark(index, PRESENT)
+                sparse_file.mark(index, PRESENT)
             else:
                 report.cache_bad += 1
-                image.mark(index, 0)
+                sparse_file.mark(index, ABSENT)
                 why = f"chunk {index} of {file.path}, in the cache of this host: {mismatch(data, chunk.digest, chunk.length)}"
                 cache.quarantine(chunk.digest, data, why)
     finally:
-        image.close()
+        sparse_file.close()
 
 
 def known_manifests(cache: Cache, chunks: ChunkStore | None, digests: list[str] | None = None) -> Iterator[Manifest]:

@@ -1,19 +1,8 @@
-"""The cache on local disk: one sparse cache file per file, filled chunk by chunk, shared by all mounts of a host.
+"""The cache on local disk, shared by all mounts of a host: its sparse files, its size limit, its quarantine.
 
-    images/ab/<file digest>/data    the file itself, with holes where a chunk is absent
-    images/ab/<file digest>/have    the chunk bitmap: a header, then one byte per chunk: ABSENT, PRESENT or UNPROVEN
-    images/ab/<file digest>/lock    locked shared by each process that pins the file, exclusively by an evicting process
-    quarantine/                     bodies that failed verification, for a post-mortem
-    claims/                         reservations of the processes that share the cache (`lazyfs.cache.reservations`)
-
-Guarantees:
-- A byte of `have` becomes PRESENT only after the whole chunk was written and matched its digest. Killing any process at any
-  moment loses only work.
-- A power cut may lose written pages. `have` records the boot in which it was written. In another boot, every PRESENT of a
-  cache file that was not sealed (fsynced when complete) becomes UNPROVEN (unverified), to be hashed before it is served.
-- One byte-range lock per chunk on `have` makes fetching single-flight across processes. The kernel releases it when its
-  holder dies.
-- A complete cache file has no holes, so the kernel may pass reads through to it.
+images/ab/<file digest>/    one sparse cache file (`lazyfs.cache.sparse_file`)
+quarantine/, reasons/       bodies that failed verification, and why
+claims/                     reservations of the processes that share the cache (`lazyfs.cache.reservations`)
 """
 
 from __future__ import annotations
@@ -21,239 +10,22 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import logging
-import mmap
 import os
 import shutil
-import struct
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
-from lazyfs.cache.reservations import Claim, counting, kept, others
+from lazyfs.cache.reservations import Reservation, count_lock, kept_digests, reserved_by_others
+from lazyfs.cache.sparse_file import HEADER, PRESENT, AnySparseFile, NoSparseFile, SparseFile
 from lazyfs.content.manifest import File
-from lazyfs.errors import DiskFull, LazyfsError, NotFound, Permanent, Temporary, from_os_error
+from lazyfs.errors import DiskFull, LazyfsError, NotFound, Permanent, Temporary
 from lazyfs.paths import private_dir
 
 log = logging.getLogger("lazyfs.cache.cache")
-ABSENT, PRESENT, UNPROVEN = 0, 1, 2
-_HEADER = struct.Struct("<4sI36sI16x")
-_MAGIC = b"QTI1"
-_FLAGS, _SEALED = 44, 1
-# This header byte changes when a present chunk is revoked; readers then check again whether the file is complete.
-_REVOKED = 48
 # An evicting process may remove the folder while another opens it, repeatedly.
 _OPEN_TRIES = 100
-_FLOCK = struct.Struct("hhqqi4x")
-
-
-def boot_id() -> bytes:
-    """Return the kernel's boot id (36 bytes)."""
-    return Path("/proc/sys/kernel/random/boot_id").read_bytes().strip()
-
-
-class Image:
-    """One open sparse cache file. Safe to share between threads; `close` when done."""
-
-    def __init__(self, folder: Path, file: File) -> None:
-        self.folder = folder
-        self.file = file
-        opened: list[int] = []
-        try:
-            private_dir(folder)
-            for name in ("lock", "data", "have"):
-                opened.append(os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-            self.lock_fd, self.data_fd, self.have_fd = opened
-            self._prepare()
-        except BaseException as error:
-            for fd in opened:
-                os.close(fd)
-            if not isinstance(error, OSError):
-                raise
-            raise from_os_error(error, f"cannot open the cache image {folder}") from error
-        self._complete = False
-        self._seen = -1
-        self._busy: set[int] = set()
-        self._free = threading.Condition()
-
-    def _prepare(self) -> None:
-        count = len(self.file.chunks)
-        size = _HEADER.size + count
-        fcntl.flock(self.have_fd, fcntl.LOCK_EX)
-        try:
-            header = os.pread(self.have_fd, _HEADER.size, 0)
-            good = len(header) == _HEADER.size and os.fstat(self.have_fd).st_size == size
-            magic, n, boot, flags = _HEADER.unpack(header) if good else (b"", 0, b"", 0)
-            if magic != _MAGIC or n != count or os.fstat(self.data_fd).st_size != self.file.size:
-                os.ftruncate(self.have_fd, 0)
-                os.ftruncate(self.data_fd, self.file.size)
-                os.pwrite(self.have_fd, _HEADER.pack(_MAGIC, count, boot_id(), 0) + bytes(count), 0)
-            elif boot != boot_id() and not flags & _SEALED:
-                states = os.pread(self.have_fd, count, _HEADER.size)
-                states = states.replace(bytes([PRESENT]), bytes([UNPROVEN]))
-                os.pwrite(self.have_fd, states, _HEADER.size)
-                os.pwrite(self.have_fd, _HEADER.pack(_MAGIC, count, boot_id(), 0), 0)
-            self.states = mmap.mmap(self.have_fd, size)
-        finally:
-            fcntl.flock(self.have_fd, fcntl.LOCK_UN)
-
-    # -- state
-
-    def state(self, index: int) -> int:
-        """Return ABSENT, PRESENT or UNPROVEN (unverified)."""
-        return self.states[_HEADER.size + index]
-
-    def complete(self) -> bool:
-        """Return whether every chunk is present."""
-        revoked = self.states[_REVOKED]
-        if not self._complete or revoked != self._seen:
-            self._seen = revoked
-            self._complete = self.states[_HEADER.size :].count(PRESENT) == len(self.file.chunks)
-        return self._complete
-
-    def sealed(self) -> bool:
-        """Return whether the complete file was fsynced."""
-        return bool(self.states[_FLAGS] & _SEALED)
-
-    def present_bytes(self) -> int:
-        """Return how many bytes of the file are present."""
-        if self.complete():
-            return self.file.size
-        states = self.states[_HEADER.size :]
-        return sum(c.length for c, s in zip(self.file.chunks, states, strict=True) if s == PRESENT)
-
-    def read(self, index: int) -> bytes:
-        """Return the chunk's bytes as stored on disk, unverified."""
-        return os.pread(self.data_fd, self.file.chunks[index].length, self.file.offsets[index])
-
-    # -- modification
-
-    def write(self, index: int, data: bytes | memoryview, *, hole: bool = False) -> None:
-        """Store a chunk that the caller has verified. `hole`: the chunk is all zeros.
-
-        Raises DiskFull if it does not fit, or what `from_os_error` maps the OSError to.
-        """
-        if not (hole and self.state(index) == ABSENT):
-            view, offset = memoryview(data), self.file.offsets[index]
-            try:
-                while view:
-                    n = os.pwrite(self.data_fd, view, offset)
-                    view, offset = view[n:], offset + n
-            except OSError as error:
-                raise from_os_error(error, f"cannot write to the cache image {self.folder}") from error
-        self.mark(index, PRESENT)
-
-    def mark(self, index: int, state: int) -> None:
-        """Set a chunk's state."""
-        self.states[_HEADER.size + index] = state
-        if state != PRESENT:
-            self.states[_REVOKED] = (self.states[_REVOKED] + 1) % 256
-            # Later writes are not fsynced yet, so clear the seal.
-            self.states[_FLAGS : _FLAGS + 4] = struct.pack("<I", 0)
-
-    def seal(self) -> None:
-        """fsync a complete cache file, so that it need not be verified again after a power cut."""
-        os.fdatasync(self.data_fd)
-        os.pwrite(self.have_fd, struct.pack("<I", _SEALED), _FLAGS)
-        os.fdatasync(self.have_fd)
-
-    @contextlib.contextmanager
-    def chunk_lock(self, index: int, limit_s: float) -> Iterator[None]:
-        """Lock the chunk against other threads and processes.
-
-        Raises Temporary (cache-locked) after `limit_s` seconds.
-        """
-        deadline, pause = time.monotonic() + limit_s, 0.001
-        spot = _HEADER.size + index
-        # The kernel's lock belongs to the descriptor, which all threads share; this set excludes threads from each other.
-        with self._free:
-            if not self._free.wait_for(lambda: index not in self._busy, limit_s):
-                raise Temporary(f"chunk {index} of {self.file.path} is being fetched already", code="cache-locked")
-            self._busy.add(index)
-        try:
-            while not self._lock(spot, fcntl.F_WRLCK):
-                if time.monotonic() > deadline:
-                    raise Temporary(f"chunk {index} of {self.file.path} is held elsewhere", code="cache-locked")
-                time.sleep(pause)
-                pause = min(0.05, pause * 1.5)
-            try:
-                yield
-            finally:
-                self._lock(spot, fcntl.F_UNLCK)
-        finally:
-            with self._free:
-                self._busy.discard(index)
-                self._free.notify_all()
-
-    def _lock(self, spot: int, kind: int) -> bool:
-        try:
-            fcntl.fcntl(self.have_fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, spot, 1, 0))
-        except BlockingIOError:
-            return False
-        return True
-
-    def pin(self) -> None:
-        """Protect the cache file from eviction until it is closed, and mark it as used now."""
-        fcntl.flock(self.lock_fd, fcntl.LOCK_SH)
-        os.utime(self.lock_fd)
-
-    def read_only(self) -> None:
-        """Close the chunk bitmap's descriptor, which only writers need: a mount may read thousands of files."""
-        os.close(self.have_fd)
-        self.have_fd = -1
-
-    def close(self) -> None:
-        """Close all descriptors, which also releases locks and pins."""
-        self.states.close()
-        for fd in (self.data_fd, self.have_fd, self.lock_fd):
-            if fd >= 0:
-                os.close(fd)
-
-
-class NoImage:
-    """Stand-in for a cache file when the disk has no room even for an empty one; every chunk is absent."""
-
-    data_fd = -1
-
-    def __init__(self, file: File) -> None:
-        self.file = file
-
-    def state(self, index: int) -> int:
-        return ABSENT
-
-    def complete(self) -> bool:
-        return False
-
-    def present_bytes(self) -> int:
-        return 0
-
-    def read(self, index: int) -> bytes:
-        return b""
-
-    def write(self, index: int, data: bytes | memoryview, *, hole: bool = False) -> None:
-        raise DiskFull("no room for a cache image")
-
-    def mark(self, index: int, state: int) -> None:
-        return
-
-    def sealed(self) -> bool:
-        return False
-
-    def seal(self) -> None:
-        return
-
-    @contextlib.contextmanager
-    def chunk_lock(self, index: int, limit_s: float) -> Iterator[None]:
-        yield
-
-    def read_only(self) -> None:
-        return
-
-    def close(self) -> None:
-        return
-
-
-AnyImage = Image | NoImage
 
 
 class Cache:
@@ -269,9 +41,9 @@ class Cache:
         self._room = 0
         self._unwritten = 0
         self._reserving = threading.Lock()
-        self._claim: Claim | None = None
-        self._pins: Claim | None = None
-        self._touched: Claim | None = None
+        self._reservation: Reservation | None = None
+        self._pins: Reservation | None = None
+        self._touched: Reservation | None = None
         self._touched_files: set[str] = set()
         self._touching = threading.Lock()
 
@@ -279,36 +51,39 @@ class Cache:
         """Return the folder of the file's sparse cache file."""
         return self.root / "images" / file.digest[:2] / file.digest
 
-    def open(self, file: File) -> Image:
+    def open(self, file: File) -> SparseFile:
         """Open the file's sparse cache file, created empty if needed; it stays pinned while it is open.
 
         Raises DiskFull, Permanent, or Temporary (cache-locked).
         """
         for attempt in range(_OPEN_TRIES):
             try:
-                image = Image(self.folder(file), file)
+                sparse_file = SparseFile(self.folder(file), file)
             except NotFound:
                 # An evicting process removed the folder after it was created.
                 if attempt == _OPEN_TRIES - 1:
                     raise
                 continue
-            image.pin()
+            sparse_file.pin()
             # It may also have removed the folder between our open and our pin.
             try:
-                if os.fstat(image.lock_fd).st_ino == (image.folder / "lock").stat().st_ino:
-                    return image
+                if os.fstat(sparse_file.lock_fd).st_ino == (sparse_file.folder / "lock").stat().st_ino:
+                    return sparse_file
             except FileNotFoundError:
                 pass
-            image.close()
-        raise Temporary(f"the cache image {self.folder(file)} is evicted as fast as it is made", code="cache-locked")
+            sparse_file.close()
+        raise Temporary(
+            f"the sparse cache file {self.folder(file)} was evicted each time it was created; raise --cache-limit",
+            code="cache-locked",
+        )
 
-    def open_any(self, file: File) -> AnyImage:
+    def open_any(self, file: File) -> AnySparseFile:
         """Open the sparse cache file, or return a stand-in if it cannot be created (full or read-only disk)."""
         try:
             return self.open(file)
         except (DiskFull, Permanent) as error:
-            log.warning("no cache for %s: %s", file.path, error)
-            return NoImage(file)
+            log.warning("%s is served without the cache: %s", file.path, error)
+            return NoSparseFile(file)
 
     def present_bytes(self, file: File) -> int:
         """Return how many bytes of the file are present and verified, without opening or pinning the cache file."""
@@ -316,7 +91,7 @@ class Cache:
             body = (self.folder(file) / "have").read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             return 0
-        states = body[_HEADER.size :]
+        states = body[HEADER.size :]
         if len(states) != len(file.chunks):
             return 0
         return sum(c.length for c, s in zip(file.chunks, states, strict=True) if s == PRESENT)
@@ -338,19 +113,19 @@ class Cache:
             )
         if self.limit is not None and held > self.limit:
             raise DiskFull(
-                f"{held} bytes do not fit into the cache's limit of {self.limit}; mount with a larger --cache-limit"
+                f"{held} bytes do not fit into the cache limit of {self.limit}; mount with a larger --cache-limit"
             )
 
-    def claim_memory(self, size: int) -> None:
+    def reserve_memory(self, size: int) -> None:
         """Reserve `size` bytes of memory out of the limit for the life of this process.
 
         Call once, before using it.
         """
         try:
-            self._claim = Claim(self.root, memory=size)
+            self._reservation = Reservation(self.root, memory=size)
         except (OSError, LazyfsError) as error:
             # Continue without the reservation: the memory matters most when the disk is full.
-            log.warning("the memory tier is not counted: %s", error)
+            log.warning("cannot reserve the memory tier; the cache limit may be exceeded by it: %s", error)
 
     def pin_files(self, digests: Iterable[str], *, keep: bool = False) -> None:
         """Protect the cache files of these files from eviction, existing or not, until this process ends or calls again.
@@ -359,9 +134,9 @@ class Cache:
         """
         before = self._pins
         try:
-            self._pins = Claim(self.root, pins=(f"={d}" if keep else d for d in digests))
+            self._pins = Reservation(self.root, pins=(f"={d}" if keep else d for d in digests))
         except (OSError, LazyfsError) as error:
-            log.warning("nothing is pinned: %s", error)
+            log.warning("cannot pin files: %s", error)
             return
         if before is not None:
             before.close()
@@ -372,10 +147,10 @@ class Cache:
             if file.digest in self._touched_files:
                 return
             try:
-                self._touched = self._touched or Claim(self.root)
+                self._touched = self._touched or Reservation(self.root)
                 self._touched.add(file.digest)
             except (OSError, LazyfsError) as error:
-                log.warning("%s is not pinned: %s", file.path, error)
+                log.warning("cannot pin %s: %s", file.path, error)
             self._touched_files.add(file.digest)
 
     def reserve(self, need: int) -> bool:
@@ -391,8 +166,8 @@ class Cache:
             if self._room < need:
                 # Counting walks the folder: reserve 64 MiB at a time, and let one process count at a time.
                 batch = max(need, min(64 << 20, self.limit // 8))
-                with counting(self.root):
-                    free = self.limit - self.usage() - self._unwritten - others(self.root, self._own())[0]
+                with count_lock(self.root):
+                    free = self.limit - self.usage() - self._unwritten - reserved_by_others(self.root, self._own())[0]
                     if free < batch:
                         free += self.evict(batch - free)
                     if free < need:
@@ -410,24 +185,24 @@ class Cache:
                 self._unwritten -= need
                 self._account()
 
-    def _own(self) -> Claim | None:
-        if self._claim is None:
+    def _own(self) -> Reservation | None:
+        if self._reservation is None:
             try:
-                self._claim = Claim(self.root)
+                self._reservation = Reservation(self.root)
             except (OSError, LazyfsError) as error:
-                log.warning("others cannot see what is being written: %s", error)
-        return self._claim
+                log.warning("cannot write a reservation; other processes may exceed the cache limit: %s", error)
+        return self._reservation
 
     def _account(self) -> None:
-        if self._claim is not None:
-            self._claim.granted = self._room + self._unwritten
+        if self._reservation is not None:
+            self._reservation.granted = self._room + self._unwritten
 
     def evict(self, amount: int) -> int:
         """Remove cache files, least recently used first, until `amount` bytes are free; return the bytes freed.
 
         Skips files that a process has open and files pinned by a live mount.
         """
-        pinned = others(self.root)[1]
+        pinned = reserved_by_others(self.root)[1]
         ages = []
         for lock in self.root.glob("images/*/*/lock"):
             if lock.parent.name not in pinned:
@@ -462,7 +237,7 @@ class Cache:
 
     def drop(self, file: File) -> int:
         """Remove one file's cache file unless it is in use or kept by a mount; return the bytes freed."""
-        return 0 if file.digest in kept(self.root) else self._remove(self.folder(file) / "lock")
+        return 0 if file.digest in kept_digests(self.root) else self._remove(self.folder(file) / "lock")
 
     def quarantine(self, digest: str, data: bytes | memoryview, why: str, keep: int = 16) -> Path | None:
         """Keep a body that failed verification and the reason: the newest `keep` bodies, without duplicates.

@@ -28,7 +28,7 @@ _HEAD = 16
 _COUNT_S = 10.0
 
 
-class Claim:
+class Reservation:
     """One process's reservation on the cache at `root`, until `close` or process exit.
 
     Raises OSError if the disk has no room for it.
@@ -43,7 +43,7 @@ class Claim:
         try:
             fcntl.flock(self.fd, fcntl.LOCK_EX)
             if os.write(self.fd, body) != len(body):
-                raise OSError(errno.ENOSPC, "no room for a claim on the cache")
+                raise OSError(errno.ENOSPC, "no room for a reservation on the cache")
             self._map = mmap.mmap(self.fd, _HEAD)
             temporary.rename(self.path)
         except BaseException:
@@ -66,7 +66,7 @@ class Claim:
         """Add one pin. Raises OSError if the disk has no room for it."""
         line = f"{pin}\n".encode()
         if os.write(self.fd, line) != len(line):
-            raise OSError(errno.ENOSPC, "no room for a claim on the cache")
+            raise OSError(errno.ENOSPC, "no room for a reservation on the cache")
 
     def close(self) -> None:
         """Remove the reservation."""
@@ -76,18 +76,18 @@ class Claim:
         os.close(self.fd)
 
 
-def others(root: Path, own: Claim | None = None) -> tuple[int, set[str]]:
+def reserved_by_others(root: Path, own: Reservation | None = None) -> tuple[int, set[str]]:
     """Return the bytes reserved by live processes (memory and granted; only the memory of `own`), and the digests they pin."""
     taken, pins = _living(root, own)
     return taken, {pin.removeprefix("=") for pin in pins}
 
 
-def kept(root: Path) -> set[str]:
+def kept_digests(root: Path) -> set[str]:
     """Return the digests of files whose cache files no command may drop, because a live mount keeps them."""
     return {pin[1:] for pin in _living(root, None)[1] if pin.startswith("=")}
 
 
-def _living(root: Path, own: Claim | None) -> tuple[int, set[str]]:
+def _living(root: Path, own: Reservation | None) -> tuple[int, set[str]]:
     taken, pinned = 0, set[str]()
     for path in (root / "claims").glob("[!.]*"):
         try:
@@ -112,7 +112,7 @@ def _living(root: Path, own: Claim | None) -> tuple[int, set[str]]:
 
 
 @contextlib.contextmanager
-def counting(root: Path) -> Iterator[None]:
+def count_lock(root: Path) -> Iterator[None]:
     """Hold the cache's count lock while counting and granting.
 
     Continues without the lock after 10 s, or if the disk has no room for a lock file.
@@ -129,7 +129,9 @@ def counting(root: Path) -> Iterator[None]:
                 time.sleep(pause)
                 pause = min(0.02, pause * 2)
         else:
-            log.warning("another process has been counting %s for %.0f s; going on without it", root, _COUNT_S)
+            log.warning(
+                "another process has held the count lock of %s for %.0f s; continuing without it", root, _COUNT_S
+            )
     except OSError as error:
         log.warning("cannot lock %s/claims: %s", root, error)
     try:

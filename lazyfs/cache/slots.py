@@ -43,18 +43,18 @@ class SlotMemory:
         os.ftruncate(self.fd, max(1, self.count) * MAX_CHUNK)
         self._view = memoryview(mmap.mmap(self.fd, max(1, self.count) * MAX_CHUNK))
         self._free = list(range(self.count))
-        self._lent: dict[Key, int] = {}
+        self._allocated: dict[Key, int] = {}
         self._held: OrderedDict[Key, int] = OrderedDict()
         self._lock = threading.Lock()
 
-    def lend(self, key: Key) -> int:
+    def allocate(self, key: Key) -> int:
         """Allocate a slot for the fetcher to fill with that chunk; -1 if no slot is free or the chunk already has one.
 
         Only the answer to that very request ends the allocation: a second worker on the same chunk must never write where
         another chunk has moved in.
         """
         with self._lock:
-            if key in self._held or key in self._lent:
+            if key in self._held or key in self._allocated:
                 return -1
             if self.on_first_use is not None:
                 first, self.on_first_use = self.on_first_use, None
@@ -63,32 +63,32 @@ class SlotMemory:
                 self._free.append(self._held.popitem(last=False)[1])
             if not self._free:
                 return -1
-            self._lent[key] = self._free.pop()
-            return self._lent[key]
+            self._allocated[key] = self._free.pop()
+            return self._allocated[key]
 
     def filled(self, key: Key, slot: int) -> None:
         """Mark the allocated slot as holding the chunk."""
         with self._lock:
-            if self._lent.get(key) == slot:
-                del self._lent[key]
+            if self._allocated.get(key) == slot:
+                del self._allocated[key]
                 self._held[key] = slot
 
-    def take_back(self, key: Key, slot: int) -> None:
+    def free(self, key: Key, slot: int) -> None:
         """Free an allocated slot that the fetcher did not need or failed to fill."""
         with self._lock:
-            if self._lent.get(key) == slot:
-                del self._lent[key]
+            if self._allocated.get(key) == slot:
+                del self._allocated[key]
                 self._free.append(slot)
 
-    def pending(self, key: Key) -> bool:
+    def allocated(self, key: Key) -> bool:
         """Return whether a slot is allocated for the chunk, so that an answer will come."""
-        return key in self._lent
+        return key in self._allocated
 
     def reset(self) -> None:
         """Free all allocated slots after the fetcher died."""
         with self._lock:
-            self._free.extend(self._lent.values())
-            self._lent.clear()
+            self._free.extend(self._allocated.values())
+            self._allocated.clear()
 
     def copy(self, key: Key, begin: int, end: int, length: int) -> bytes | None:
         """Return bytes `begin` to `end` of a held chunk of `length` bytes, or None if it is not held."""

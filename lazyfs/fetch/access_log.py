@@ -30,7 +30,7 @@ def parse(data: bytes) -> list[tuple[int, int]]:
             return []
         return [(int(f), int(c)) for f, c, _ in document["touches"] if f >= 0 and c >= 0]
     except (KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise ValueError(f"not a trace: {error}") from error
+        raise ValueError(f"not an access log: {error}") from error
 
 
 def shared_key(manifest: str) -> str:
@@ -38,7 +38,7 @@ def shared_key(manifest: str) -> str:
     return f"traces/{manifest}"
 
 
-class Trace:
+class AccessLog:
     """Access log of one manifest.
 
     `known` is the recorded order as (file index, chunk index). `record`: "auto" records chunks not known yet, "always"
@@ -62,7 +62,7 @@ class Trace:
         except FileNotFoundError:
             return []
         except ValueError as error:
-            log.warning("the trace %s is ignored: %s", self.path, error)
+            log.warning("ignoring the access log %s: %s", self.path, error)
             return []
 
     def touch(self, file: int, chunk: int) -> None:
@@ -96,6 +96,6 @@ class Trace:
             private_dir(self.path.parent)
             write_atomic(self.path, json.dumps({"format": _FORMAT, "touches": events}).encode(), sync=False)
         except LazyfsError as error:
-            log.warning("the trace could not be saved: %s", error)
+            log.warning("cannot save the access log: %s", error)
             return False
         return True

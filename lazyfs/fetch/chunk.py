@@ -16,15 +16,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from lazyfs.cache.cache import PRESENT, UNPROVEN, AnyImage, Cache
+from lazyfs.cache.cache import Cache
+from lazyfs.cache.sparse_file import PRESENT, UNVERIFIED, AnySparseFile
 from lazyfs.content.chunk_store import ChunkStore, digest_of, mismatch, zero_digest
 from lazyfs.content.chunking import MAX_CHUNK
 from lazyfs.content.manifest import RAW, ZSTD, File
 from lazyfs.content.source_digests import DigestLog
 from lazyfs.content.stat_index import stats_of
 from lazyfs.errors import DiskFull, Integrity, NotFound, Permanent, Temporary
-from lazyfs.logs import Repeats
-from lazyfs.mount.metrics import Histogram
+from lazyfs.logs import RepeatLimiter
+from lazyfs.mount.counters import Histogram
 from lazyfs.stores.base import Store
 from lazyfs.stores.retry import RetryPolicy, retrying
 
@@ -134,26 +135,26 @@ class ChunkFetcher:
         self.limit_s = limit_s
         self.digests = digests
         self.stats = FetchStats()
-        self.repeats = Repeats(log)
+        self.repeats = RepeatLimiter(log)
         # A reader is blocked: retry Temporary errors up to the time limit, however many attempts that takes.
         self.policy = RetryPolicy(attempts=None, limit=limit_s)
 
-    def fill(self, image: AnyImage, index: int) -> bytes | memoryview | None:
-        """Make the chunk PRESENT in `image` and return None; if the disk has no room, return the verified bytes instead.
+    def fill(self, sparse_file: AnySparseFile, index: int) -> bytes | memoryview | None:
+        """Make the chunk PRESENT in the sparse file and return None; if the disk has no room, return the verified bytes instead.
 
         Raises Integrity, NotFound, Temporary (limit reached) or Permanent. Afterwards `source_of_last` returns the chunk's
         source.
         """
         _local.source = "other"
-        if image.state(index) == PRESENT:
+        if sparse_file.state(index) == PRESENT:
             return None
-        with image.chunk_lock(index, self.limit_s):
-            state = image.state(index)
+        with sparse_file.chunk_lock(index, self.limit_s):
+            state = sparse_file.state(index)
             if state == PRESENT:
                 return None
-            file, chunk = image.file, image.file.chunks[index]
-            if state == UNPROVEN and self._proves(file, index, image.read(index)):
-                image.mark(index, PRESENT)
+            file, chunk = sparse_file.file, sparse_file.file.chunks[index]
+            if state == UNVERIFIED and self._verify(file, index, sparse_file.read(index)):
+                sparse_file.mark(index, PRESENT)
                 self.stats.tiers["proven"] += chunk.length
                 _local.source = "proof"
                 return None
@@ -161,9 +162,9 @@ class ChunkFetcher:
             if not self.cache.reserve(chunk.length):
                 return data
             try:
-                image.write(index, data, hole=chunk.digest == zero_digest(chunk.length))
+                sparse_file.write(index, data, hole=chunk.digest == zero_digest(chunk.length))
             except DiskFull as error:
-                self.repeats.say(logging.WARNING, error.code, f"streaming {file.path} without the cache: {error}")
+                self.repeats.log(logging.WARNING, error.code, f"{file.path} is served from memory: {error}")
                 return data
             finally:
                 self.cache.written(chunk.length)
@@ -199,19 +200,19 @@ class ChunkFetcher:
                     lambda: self.source.fetch(file, index, fresh=fresh), self.policy, on_retry=self._retried
                 )
             except Undecodable as error:
-                raise self._aside(file, index, error.body, str(error)) from error
+                raise self._quarantine(file, index, error.body, str(error)) from error
             if not self._matches(file, index, data):
                 expected = chunk.digest or (self.digests.expected(file, index) if self.digests else "")
-                raise self._aside(file, index, data, mismatch(data, expected, chunk.length))
+                raise self._quarantine(file, index, data, mismatch(data, expected, chunk.length))
             return data
 
         try:
             return attempt(False)
         except Integrity as error:
-            self.repeats.say(logging.WARNING, error.code, f"{error}; fetching it once more")
+            self.repeats.log(logging.WARNING, error.code, f"{error}; fetching it once more")
             return attempt(True)
 
-    def _proves(self, file: File, index: int, data: bytes) -> bool:
+    def _verify(self, file: File, index: int, data: bytes) -> bool:
         """Return whether bytes that survived a power cut are the chunk.
 
         Without a recorded digest nothing can be verified: the next fetch records it anew.
@@ -220,7 +221,7 @@ class ChunkFetcher:
             return False
         return self._matches(file, index, data)
 
-    def _aside(self, file: File, index: int, body: bytes | memoryview, why: str) -> Integrity:
+    def _quarantine(self, file: File, index: int, body: bytes | memoryview, why: str) -> Integrity:
         """Quarantine a body and return the Integrity error that reports it."""
         self.stats.quarantined += 1
         name = file.chunks[index].digest or f"{file.digest}-{index}"
@@ -255,7 +256,7 @@ class ChunkFetcher:
 
     def _retried(self, error: Temporary, attempt: int) -> None:
         self.stats.retries += 1
-        self.repeats.say(logging.WARNING, error.code, f"trying again: {error}")
+        self.repeats.log(logging.WARNING, error.code, f"retrying: {error}")
 
 
 @contextlib.contextmanager

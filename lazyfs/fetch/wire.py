@@ -6,13 +6,13 @@ import struct
 
 # server → fetcher: kind (also its urgency: lower is sooner), file index, chunk index, allocated slot in shared memory or -1
 REQUEST = struct.Struct("<BIIi")
-DEMAND, AHEAD, COMPLETE, SEAL, DROP, PUBLISH = 1, 2, 3, 4, 8, 9
-FILE = 10  # all chunks of the file as AHEAD: one record, because thousands would not fit into the socket
+ON_DEMAND, READAHEAD, BACKGROUND, FSYNC, DROP, SHARE_LOG = 1, 2, 3, 4, 8, 9
+FILE = 10  # all chunks of the file as READAHEAD: one record, because thousands would not fit into the socket
 
 # fetcher → server: kind, file index, chunk index, argument, the slot that this answer frees (or fills) or -1, and the
 # start of the fetch (CLOCK_MONOTONIC, shared by all processes): an answer does not apply to requests made after that
 ANSWER = struct.Struct("<BIIiid")
-STORED = 1  # the chunk is in the cache file; `argument` is its source (index into SOURCES)
+STORED = 1  # the chunk is in the sparse cache file; `argument` is its source (index into SOURCES)
 SLOT = 2  # the disk is full, the chunk is in the named slot; `argument` as above
 FAILED = 3  # `argument` is an errno; the reason is in the log
 STATS = 4  # `argument` is the low 31 bits of a counter, `chunk` its high bits; `file` is the index into STAT_NAMES

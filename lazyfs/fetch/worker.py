@@ -8,7 +8,6 @@ end of the socket closes. Killing it at any moment loses only work; the server s
 from __future__ import annotations
 
 import errno
-import heapq
 import logging
 import os
 import socket
@@ -20,17 +19,17 @@ from functools import partial
 from pathlib import Path
 
 from lazyfs.cache.cache import Cache
-from lazyfs.cache.open_files import OpenImages, raise_descriptor_limit
+from lazyfs.cache.open_sparse_files import OpenSparseFiles, raise_descriptor_limit
 from lazyfs.cache.slots import SlotWriter
 from lazyfs.content.chunk_store import ChunkStore
-from lazyfs.content.chunking import MAX_CHUNK
 from lazyfs.content.manifest import Manifest
 from lazyfs.content.source_digests import DigestLog
 from lazyfs.errors import LazyfsError, NotFound, Temporary, to_errno
 from lazyfs.fetch import wire
-from lazyfs.fetch.access_log import Trace, parse, shared_key
+from lazyfs.fetch.access_log import AccessLog, parse, shared_key
 from lazyfs.fetch.chunk import ChunkFetcher, ReadThroughSource, StoreSource
-from lazyfs.logs import Repeats
+from lazyfs.fetch.queue import Queue, RateLimit, Window
+from lazyfs.logs import RepeatLimiter
 from lazyfs.mount.config import MountConfig
 from lazyfs.mount.manifest_source import origins_of
 from lazyfs.stores import open_store
@@ -43,157 +42,6 @@ _IDLE_TICK_S = 5.0
 _POSTPONED_TICKS = 30
 # Number of attempts to drop a cache file that another process has open, and the pause between them: a close may be on its way.
 _DROP_TRIES, _DROP_PAUSE_S = 100, 0.05
-
-
-class Queue:
-    """Chunks to fetch, most urgent first; a repeated put with higher urgency moves a chunk up. Thread-safe."""
-
-    def __init__(self) -> None:
-        self._heap: list[tuple[int, int, tuple[int, int]]] = []
-        self._urgency: dict[tuple[int, int], int] = {}
-        self._taken: dict[int, int] = {}
-        self._order = 0
-        lock = threading.Lock()
-        self._ready = threading.Condition(lock)
-        # Workers limited to on-demand chunks wait on their own condition, so that other chunks do not wake them.
-        self._demanded = threading.Condition(lock)
-        self.closed = False
-
-    def put(self, key: tuple[int, int], urgency: int) -> None:
-        """Add a chunk, or raise its urgency."""
-        with self._ready:
-            if self._urgency.get(key, 99) <= urgency:
-                return
-            self._urgency[key] = urgency
-            self._order += 1
-            heapq.heappush(self._heap, (urgency, self._order, key))
-            self._ready.notify()
-            if urgency == wire.DEMAND:
-                self._demanded.notify()
-
-    def get(
-        self, worst: Callable[[], int], limit_s: float, pause: Callable[[], float] = lambda: 0.0
-    ) -> tuple[tuple[int, int], int] | None:
-        """Take the most urgent chunk if it is at least as urgent as `worst()`; None after `limit_s` seconds or when closed.
-
-        The caller must call `done` afterwards. `pause()`: seconds after which `worst()` may have changed by itself; 0: it
-        does not change.
-        """
-        with self._ready:
-            deadline = time.monotonic() + limit_s
-            while not self.closed:
-                while self._heap and self._urgency.get(self._heap[0][2]) != self._heap[0][0]:
-                    heapq.heappop(self._heap)
-                if self._heap and self._heap[0][0] <= worst():
-                    urgency, _, key = heapq.heappop(self._heap)
-                    del self._urgency[key]
-                    self._taken[key[0]] = self._taken.get(key[0], 0) + 1
-                    return key, urgency
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    return None
-                (self._demanded if worst() == wire.DEMAND else self._ready).wait(min(left, pause() or left))
-            return None
-
-    def done(self, file: int) -> None:
-        """Mark one taken chunk of the file as handled."""
-        with self._ready:
-            self._taken[file] -= 1
-
-    def taken(self, file: int) -> int:
-        """Return how many taken chunks of the file are not done."""
-        return self._taken.get(file, 0)
-
-    def forget(self, file: int) -> list[tuple[int, int]]:
-        """Remove and return the file's queued chunks that no reader waits for."""
-        with self._ready:
-            keys = [k for k, u in self._urgency.items() if k[0] == file and u != wire.DEMAND]
-            for key in keys:
-                del self._urgency[key]
-            return keys
-
-    def wake(self) -> None:
-        """Wake all waiting workers: the result of `worst()` has changed."""
-        with self._ready:
-            self._ready.notify_all()
-            self._demanded.notify_all()
-
-    def close(self) -> None:
-        """Close the queue and wake all waiting workers."""
-        with self._ready:
-            self.closed = True
-            self._ready.notify_all()
-            self._demanded.notify_all()
-
-    def __len__(self) -> int:
-        return len(self._urgency)
-
-
-class Window:
-    """Adapts the number of concurrent non-demand fetches: doubles it as long as throughput grows.
-
-    Every chunk in flight takes bandwidth from the one that a reader will want first, so filling more than the link costs
-    latency at the start and at the end. A store that is slow per connection needs many fetches. Two batches are measured at
-    each width (the first one fills the pipe). The widening ends when the second one gains less than a fifth.
-    """
-
-    START, GAIN = 4, 1.2
-
-    def __init__(self, most: int) -> None:
-        self.most = most
-        self.width = min(self.START, most)
-        self._best = 0.0
-        self._batch = 0
-        self._bytes = 0
-        self._since = time.monotonic()
-        self._settled = self.width == most
-        self._lock = threading.Lock()
-
-    def fetched(self, size: int) -> bool:
-        """Count a finished fetch of `size` bytes. Return whether the width has changed."""
-        with self._lock:
-            if self._settled:
-                return False
-            self._bytes += size
-            if self._bytes < self.width * MAX_CHUNK:
-                return False
-            now = time.monotonic()
-            rate = self._bytes / max(1e-6, now - self._since)
-            self._bytes, self._since, self._batch = 0, now, self._batch + 1
-            if self._batch % 2:
-                return False
-            if rate < self.GAIN * self._best:
-                self.width = max(self.START, self.width // 2)
-                self._settled = True
-            else:
-                self._best = rate
-                self.width = min(self.most, self.width * 2)
-                self._settled = self.width == self.most
-            return True
-
-
-class Rate:
-    """Rate limit in bytes per second for background fetches; 0: no limit. Thread-safe."""
-
-    def __init__(self, megabytes_s: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self.bytes_s = megabytes_s * 1e6
-        self.clock = clock
-        self._next = 0.0
-        self._lock = threading.Lock()
-
-    def wait_s(self) -> float:
-        """Return the seconds until more may be taken."""
-        return max(0.0, self._next - self.clock())
-
-    def take(self, size: int) -> bool:
-        """Take `size` bytes now; return False if it is too early."""
-        with self._lock:
-            now = self.clock()
-            if now < self._next:
-                return False
-            if self.bytes_s > 0:
-                self._next = now + size / self.bytes_s
-            return True
 
 
 class Fetcher:
@@ -213,9 +61,9 @@ class Fetcher:
         self.channel = channel
         self.memory = memory
         self.slots: dict[tuple[int, int], int] = {}
-        self.trace_was_shared = False
+        self.access_log_is_shared = False
         self.queue = Queue()
-        self.images = OpenImages(engine.cache, manifest.files)
+        self.sparse_files = OpenSparseFiles(engine.cache, manifest.files)
         self.dropping: dict[int, int] = {}
         self.dropping_lock = threading.Lock()
         # Non-demand chunks that the store could not deliver; retried later.
@@ -223,8 +71,8 @@ class Fetcher:
         self.sending = threading.Lock()
         self.threads = config.fetch_threads or (_REMOTE_THREADS if engine.source.store.remote else _LOCAL_THREADS)
         self.window = Window(self.threads)
-        self.background = Rate(config.background_mb_s)
-        self.repeats = Repeats(log)
+        self.background = RateLimit(config.background_mb_s)
+        self.repeats = RepeatLimiter(log)
 
     def run(self) -> None:
         """Serve until the server closes the channel."""
@@ -240,15 +88,15 @@ class Fetcher:
                 if len(message) < wire.REQUEST.size:
                     return
                 kind, file, chunk, slot = wire.REQUEST.unpack(message)
-                if kind == wire.PUBLISH:
-                    threading.Thread(target=self.publish_trace, daemon=True).start()
+                if kind == wire.SHARE_LOG:
+                    threading.Thread(target=self.share_access_log, daemon=True).start()
                     continue
                 if kind == wire.DROP:
                     self.drop(file)
                     continue
                 if kind == wire.FILE:
                     for each in range(len(self.manifest.files[file].chunks)):
-                        self.queue.put((file, each), wire.AHEAD)
+                        self.queue.put((file, each), wire.READAHEAD)
                     continue
                 if slot >= 0:
                     self.slots[file, chunk] = slot
@@ -266,48 +114,48 @@ class Fetcher:
         files = self.manifest.files
         absent = [i for i, f in enumerate(files) if f.path not in self.engine.origins]
         wanted = set(absent)
-        known = self._known_trace()
-        traced = {files[file].digest for file, _ in known if file in wanted}
-        if self.config.cache_limit and traced:
-            self.engine.cache.pin_files(sorted(traced))
+        known = self._known_accesses()
+        logged = {files[file].digest for file, _ in known if file in wanted}
+        if self.config.cache_limit and logged:
+            self.engine.cache.pin_files(sorted(logged))
         if not self.config.prefetch:
             return
         for file, chunk in known:
             if file in wanted and chunk < len(files[file].chunks):
-                self.queue.put((file, chunk), wire.AHEAD)
+                self.queue.put((file, chunk), wire.READAHEAD)
         if self.config.background_mb_s > 0:
             for file in absent:
                 for chunk in range(len(files[file].chunks)):
-                    self.queue.put((file, chunk), wire.COMPLETE)
+                    self.queue.put((file, chunk), wire.BACKGROUND)
 
-    def _known_trace(self) -> list[tuple[int, int]]:
+    def _known_accesses(self) -> list[tuple[int, int]]:
         """Return this host's access log, else the one that another host shared in a remote store."""
-        local = Trace(Path(self.config.home) / "traces" / f"{self.config.manifest}.json", record="never").known
+        local = AccessLog(Path(self.config.home) / "traces" / f"{self.config.manifest}.json", record="never").known
         store = self.engine.source.store
         if local or not (store.remote and self.config.prefetch) or self.manifest.kind == "source":
             return local
         try:
             policy = RetryPolicy(limit=self.config.fetch_limit_s)
             found = parse(bytes(retrying(lambda: store.get(shared_key(self.config.manifest)), policy)))
-            self.trace_was_shared = True
+            self.access_log_is_shared = True
             return found
         except NotFound:
             return []
         except (LazyfsError, ValueError) as error:
-            log.warning("no trace from %s: %s", store.url, error)
+            log.warning("no access log from %s: %s", store.url, error)
             return []
 
-    def publish_trace(self) -> None:
+    def share_access_log(self) -> None:
         """Upload this host's access log to a remote store that had none, for the first start on other hosts."""
         store = self.engine.source.store
         path = Path(self.config.home) / "traces" / f"{self.config.manifest}.json"
-        if not store.remote or self.manifest.kind == "source" or self.trace_was_shared or not path.exists():
+        if not store.remote or self.manifest.kind == "source" or self.access_log_is_shared or not path.exists():
             return
         try:
             store.put(shared_key(self.config.manifest), path.read_bytes())
         except LazyfsError as error:
             # A read-only store is not an error of the mount.
-            log.info("the trace was not shared: %s", error)
+            log.info("cannot share the access log: %s", error)
 
     def drop(self, index: int) -> None:
         """Close a file's cache file and remove it, once no worker fills or fsyncs it; not if another process has it open."""
@@ -343,7 +191,7 @@ class Fetcher:
     def _try_to_drop(self, index: int) -> bool:
         """Return whether the file is dropped, or no further attempt is due."""
         # Count only attempts that other processes block: an fsync on a busy disk may take any time.
-        if self.queue.taken(index) or not self.images.close(index):
+        if self.queue.taken(index) or not self.sparse_files.close(index):
             return False
         file = self.manifest.files[index]
         self.dropping[index] -= 1
@@ -364,20 +212,20 @@ class Fetcher:
         try:
             step()
         except Exception:
-            log.exception("a thread of the fetcher met a defect, and goes on")
+            log.exception("defect in a thread of the fetcher; the thread continues")
 
     def _work(self, number: int) -> None:
-        def worst() -> int:
+        def least_urgent() -> int:
             if number >= self.window.width:
-                return wire.DEMAND
+                return wire.ON_DEMAND
             # Worker 0 never takes background chunks, so that a reader does not wait behind them.
             if (number == 0 and self.threads > 1) or self.background.wait_s() > 0:
-                return wire.AHEAD
-            return wire.SEAL
+                return wire.READAHEAD
+            return wire.FSYNC
 
         while not self.queue.closed:
             # A worker must not sleep until the rate limit allows more: readers would wait for it.
-            taken = self.queue.get(worst, _IDLE_TICK_S, self.background.wait_s)
+            taken = self.queue.get(least_urgent, _IDLE_TICK_S, self.background.wait_s)
             if taken is None:
                 continue
             (file, chunk), urgency = taken
@@ -387,15 +235,15 @@ class Fetcher:
                 self.queue.done(file)
 
     def _do(self, file: int, chunk: int, urgency: int) -> None:
-        if urgency == wire.SEAL:
-            self._seal(file)
+        if urgency == wire.FSYNC:
+            self._fsync(file)
             return
         size = self.manifest.files[file].chunks[chunk].length
-        if urgency == wire.COMPLETE and not self.background.take(size):
+        if urgency == wire.BACKGROUND and not self.background.take(size):
             # Another worker took the allowance.
             self.queue.put((file, chunk), urgency)
             return
-        self._answer(file, chunk, urgency)
+        self._fetch(file, chunk, urgency)
         if self.window.fetched(size):
             self.queue.wake()
 
@@ -418,26 +266,26 @@ class Fetcher:
             self._guarded(self.engine.repeats.tick)
             beat += 1
             if beat % _POSTPONED_TICKS == 0:
-                self._guarded(self._again)
+                self._guarded(self._requeue_postponed)
             time.sleep(1.0)
 
-    def _again(self) -> None:
+    def _requeue_postponed(self) -> None:
         """Queue the postponed chunks again."""
         for key in list(self.postponed):
             self.queue.put(key, self.postponed.pop(key))
 
-    def _answer(self, file: int, chunk: int, urgency: int) -> None:
+    def _fetch(self, file: int, chunk: int, urgency: int) -> None:
         slot = self.slots.pop((file, chunk), -1)
         began = time.monotonic()
         try:
-            with self.images.use(file) as image:
-                data = self.engine.fill(image, chunk)
-                complete = data is None and image.complete() and not image.sealed()
+            with self.sparse_files.use(file) as sparse_file:
+                data = self.engine.fill(sparse_file, chunk)
+                complete = data is None and sparse_file.complete() and not sparse_file.fsynced()
             source = wire.SOURCES.index(self.engine.source_of_last())
             if data is None:
                 self._send(wire.STORED, file, chunk, source, slot, began)
                 if complete:
-                    self.queue.put((file, 0), wire.SEAL)
+                    self.queue.put((file, 0), wire.FSYNC)
             elif slot >= 0:
                 self.memory.write(slot, data)
                 self._send(wire.SLOT, file, chunk, source, slot, began)
@@ -446,8 +294,8 @@ class Fetcher:
         except (LazyfsError, OSError) as error:
             code = error.code if isinstance(error, LazyfsError) else "io-error"
             message = f"{self.manifest.files[file].path} chunk {chunk}: {code}: {error}"
-            self.repeats.say(logging.ERROR, code, message)
-            if isinstance(error, Temporary) and urgency != wire.DEMAND:
+            self.repeats.log(logging.ERROR, code, message)
+            if isinstance(error, Temporary) and urgency != wire.ON_DEMAND:
                 self.postponed[file, chunk] = urgency
             self._send(wire.FAILED, file, chunk, to_errno(error), slot, began)
         except Exception as error:
@@ -455,19 +303,19 @@ class Fetcher:
             log.exception("%s chunk %d failed", self.manifest.files[file].path, chunk)
             self._send(wire.FAILED, file, chunk, to_errno(error), slot, began)
 
-    def _seal(self, file: int) -> None:
+    def _fsync(self, file: int) -> None:
         if not self.engine.cache.folder(self.manifest.files[file]).exists():
             # Dropped since; opening would create it again.
             return
-        with self.images.use(file) as image:
-            # It may have been dropped and started again; an incomplete cache file must not count as fsynced.
-            if image.complete() and not image.sealed():
+        with self.sparse_files.use(file) as sparse_file:
+            # It may have been dropped and started again; an incomplete file must not count as fsynced.
+            if sparse_file.complete() and not sparse_file.fsynced():
                 try:
-                    image.seal()
+                    sparse_file.fsync()
                 except OSError as error:
-                    # An unsealed file is verified again after a power cut, which suits a disk that fails to fsync.
-                    log.warning("cannot flush the image of %s: %s", image.file.path, error)
-        self.images.close(file)
+                    # Without fsync the file is verified again after a power cut.
+                    log.warning("cannot fsync the sparse cache file of %s: %s", sparse_file.file.path, error)
+        self.sparse_files.close(file)
 
     def _send(self, kind: int, file: int, chunk: int, argument: int, slot: int = -1, began: float = 0.0) -> None:
         with self.sending:

@@ -1,93 +1,89 @@
-"""Render a mount's metrics in Prometheus text format: bytes by tier, hits, fetch latency, queue, and read waits."""
+"""Render a mount's status for Prometheus: bytes by tier, hits, fetch latency, queue, and read waits."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import accumulate
 from typing import Any
 
-from lazyfs.fetch.wire import BUCKETS_S, SOURCES
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
 
+from lazyfs.fetch.wire import BUCKETS_S, SOURCES
+from lazyfs.mount.counters import Histogram
+
+_P = "quickthaw_lazyfs_"
 _COUNTERS = {
-    "reads": ("reads_total", "Reads that the kernel sent"),
-    "bytes_read": ("read_bytes_total", "Bytes answered"),
-    "hits": ("read_hits_total", "Reads answered at once, from what was here"),
-    "waits": ("read_waits_total", "Reads that had to wait for a chunk"),
-    "failed": ("read_failures_total", "Reads answered with an error"),
-    "opens": ("opens_total", "Files opened"),
-    "native_opens": ("native_opens_total", "Files opened that the kernel passes through"),
-    "streamed": ("streamed_bytes_total", "Bytes answered out of memory since the disk was full"),
+    "reads": ("reads", "Reads that the kernel sent"),
+    "bytes_read": ("read_bytes", "Bytes answered"),
+    "hits": ("read_hits", "Reads answered at once, from chunks on this host"),
+    "waits": ("read_waits", "Reads that waited for a chunk"),
+    "failed": ("read_failures", "Reads answered with an error"),
+    "opens": ("opens", "Files opened"),
+    "native_opens": ("native_opens", "Files opened with kernel passthrough"),
+    "streamed": ("streamed_bytes", "Bytes answered from memory because the disk was full"),
 }
 _FETCHER = {
-    "fetches": ("fetches_total", "Chunks fetched"),
-    "retries": ("fetch_retries_total", "Attempts repeated after a temporary failure"),
-    "quarantined": ("quarantined_total", "Bodies that did not hash to their digest"),
+    "fetches": ("fetches", "Chunks fetched"),
+    "retries": ("fetch_retries", "Attempts repeated after a temporary failure"),
+    "quarantined": ("quarantined", "Bodies that did not hash to their digest"),
+}
+_GAUGES = {
+    "cached_bytes": ("cached_bytes", "Bytes of the manifest that are on this host"),
+    "bytes": ("bytes", "Bytes of the manifest"),
+    "open_files": ("open_files", "Files open now"),
+    "waiting": ("waiting_reads", "Reads that wait now"),
 }
 _TIERS = {"store_bytes": "store", "origin_bytes": "origin", "proven_bytes": "disk"}
 
 
-class Histogram:
-    """Counts of durations by bucket.
-
-    A count lost to a thread race would not matter; none is lost under the GIL.
-    """
-
-    def __init__(self) -> None:
-        self.counts = [0] * (len(BUCKETS_S) + 1)
-        self.total = 0.0
-
-    def add(self, seconds: float) -> None:
-        """Count one duration."""
-        place = next((i for i, bound in enumerate(BUCKETS_S) if seconds <= bound), len(BUCKETS_S))
-        self.counts[place] += 1
-        self.total += seconds
-
-
 def render(status: dict[str, Any], waits: Histogram) -> str:
     """Return the text of one scrape, from the result of `status`."""
-    label = f'{{manifest="{status["manifest"][:16]}"}}'
-    out: list[str] = []
-
-    def metric(name: str, kind: str, text: str, value: float, labels: str = label) -> None:
-        out.append(f"# HELP quickthaw_lazyfs_{name} {text}\n# TYPE quickthaw_lazyfs_{name} {kind}")
-        out.append(f"quickthaw_lazyfs_{name}{labels} {value:g}")
-
-    for key, (name, text) in _COUNTERS.items():
-        metric(name, "counter", text, status["counters"][key])
-    metric("first_byte_seconds", "gauge", "From the mount to the first byte read", status["counters"]["first_byte_s"])
-    metric("cached_bytes", "gauge", "Bytes of the manifest that are on this host", status["cached_bytes"])
-    metric("bytes", "gauge", "Bytes of the manifest", status["bytes"])
-    metric("open_files", "gauge", "Files open now", status["open_files"])
-    metric("waiting_reads", "gauge", "Reads that wait now", status["waiting"])
-    metric("fetcher_restarts_total", "counter", "Fetchers started after one died", status["fetcher_restarts"])
-    fetcher = status["fetcher"]
-    for key, (name, text) in _FETCHER.items():
-        metric(name, "counter", text, fetcher.get(key, 0))
-    metric("queued_chunks", "gauge", "Chunks waiting to be fetched", fetcher.get("queued", 0))
-    out.append("# HELP quickthaw_lazyfs_tier_bytes_total Bytes by where they came from")
-    out.append("# TYPE quickthaw_lazyfs_tier_bytes_total counter")
-    for key, tier in _TIERS.items():
-        out.append(f'quickthaw_lazyfs_tier_bytes_total{{tier="{tier}"}} {fetcher.get(key, 0):g}')
-    counters = status["counters"]
-    out.append("# HELP quickthaw_lazyfs_answered_bytes_total Bytes answered to readers, by where they lay")
-    out.append("# TYPE quickthaw_lazyfs_answered_bytes_total counter")
-    for tier, value in (("memory", counters["streamed"]), ("disk", counters["bytes_read"] - counters["streamed"])):
-        out.append(f'quickthaw_lazyfs_answered_bytes_total{{tier="{tier}"}} {value:g}')
-    out.append("# HELP quickthaw_lazyfs_waited_seconds_total What reads waited for")
-    out.append("# TYPE quickthaw_lazyfs_waited_seconds_total counter")
-    for source in SOURCES:
-        out.append(
-            f'quickthaw_lazyfs_waited_seconds_total{{source="{source}"}} {status["waited_for"].get(source, 0):g}'
-        )
-    fetches = [fetcher.get(f"fetches_{i}", 0) for i in range(len(BUCKETS_S) + 1)]
-    out += _histogram("fetch_seconds", "How long fetches of chunks took", fetches, fetcher.get("fetch_ms", 0) / 1000)
-    out += _histogram("wait_seconds", "How long reads waited for chunks", waits.counts, waits.total)
-    return "\n".join(out) + "\n"
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Status(status, waits))
+    return generate_latest(registry).decode()
 
 
-def _histogram(name: str, text: str, counts: Iterable[int], total: float) -> list[str]:
-    name = f"quickthaw_lazyfs_{name}"
-    out, running = [f"# HELP {name} {text}\n# TYPE {name} histogram"], 0
-    for bound, count in zip((*map(str, BUCKETS_S), "+Inf"), counts, strict=True):
-        running += count
-        out.append(f'{name}_bucket{{le="{bound}"}} {running}')
-    return [*out, f"{name}_sum {total:g}\n{name}_count {running}"]
+class _Status(Collector):
+    def __init__(self, status: dict[str, Any], waits: Histogram) -> None:
+        self.status = status
+        self.waits = waits
+
+    def collect(self) -> Iterator[Metric]:
+        status, manifest = self.status, self.status["manifest"][:16]
+        counters, fetcher = status["counters"], status["fetcher"]
+        for names, values in ((_COUNTERS, counters), (_FETCHER, fetcher)):
+            for key, (name, text) in names.items():
+                yield _labelled(CounterMetricFamily, name, text, "manifest", {manifest: values.get(key, 0)})
+        yield _labelled(
+            CounterMetricFamily, "fetcher_restarts", "Fetchers started after one died", "manifest",
+            {manifest: status["fetcher_restarts"]},
+        )  # fmt: skip
+        gauges = [(name, text, status[key]) for key, (name, text) in _GAUGES.items()]
+        gauges.append(("first_byte_seconds", "From the mount to the first byte read", counters["first_byte_s"]))
+        gauges.append(("queued_chunks", "Chunks waiting to be fetched", fetcher.get("queued", 0)))
+        for name, text, value in gauges:
+            yield _labelled(GaugeMetricFamily, name, text, "manifest", {manifest: value})
+        tiers = {tier: fetcher.get(key, 0) for key, tier in _TIERS.items()}
+        yield _labelled(CounterMetricFamily, "tier_bytes", "Bytes by the tier that they came from", "tier", tiers)
+        streamed = counters["streamed"]
+        answered = {"memory": streamed, "disk": counters["bytes_read"] - streamed}
+        yield _labelled(CounterMetricFamily, "answered_bytes", "Bytes answered, by where they were", "tier", answered)
+        waited = {source: status["waited_for"].get(source, 0) for source in SOURCES}
+        yield _labelled(CounterMetricFamily, "waited_seconds", "Time that reads waited, by source", "source", waited)
+        fetches = [fetcher.get(f"fetches_{i}", 0) for i in range(len(BUCKETS_S) + 1)]
+        yield _histogram("fetch_seconds", "Durations of chunk fetches", fetches, fetcher.get("fetch_ms", 0) / 1000)
+        yield _histogram("wait_seconds", "Durations that reads waited for chunks", self.waits.counts, self.waits.total)
+
+
+def _labelled(kind: Any, name: str, text: str, label: str, values: dict[str, float]) -> Metric:
+    family: Metric = kind(_P + name, text, labels=[label])
+    for key, value in values.items():
+        family.add_metric([key], value)  # type: ignore[attr-defined]
+    return family
+
+
+def _histogram(name: str, text: str, counts: Iterable[int], total: float) -> Metric:
+    buckets = list(zip((*map(str, BUCKETS_S), "+Inf"), accumulate(counts), strict=True))
+    return HistogramMetricFamily(_P + name, text, buckets=buckets, sum_value=total)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lazyfs.cache.cache import Cache
-from lazyfs.cache.open_files import raise_descriptor_limit
+from lazyfs.cache.open_sparse_files import raise_descriptor_limit
 from lazyfs.cache.slots import SlotMemory, tier_mb
 from lazyfs.content.chunking import MAX_CHUNK
 from lazyfs.content.manifest import Manifest
@@ -27,7 +27,6 @@ from lazyfs.mount import kernel
 from lazyfs.mount.config import MountConfig
 from lazyfs.mount.control_server import ControlServer
 from lazyfs.mount.manifest_source import check_not_covered, load_manifest, origins_of
-from lazyfs.mount.metrics import render
 from lazyfs.mount.service import Service
 from lazyfs.paths import write_atomic
 from lazyfs.stores.urls import shown_url
@@ -108,34 +107,34 @@ class Server:
         self.memory = memory
         if config.cache_limit:
             # A mount that finds everything on disk never uses the memory tier, and reserves nothing of the limit.
-            memory.on_first_use = lambda: self.cache.claim_memory(memory.count * MAX_CHUNK)
+            memory.on_first_use = lambda: self.cache.reserve_memory(memory.count * MAX_CHUNK)
         self.link = link
         self.service = Service(config, manifest, self.cache, self.link, self.memory)
-        self.service.origins = origins_of(config, manifest)
-        self.link.on_restart = self._asked_again
+        self.service.files.origins = origins_of(config, manifest)
+        self.link.on_restart = self._resend
         self.transport = choose_transport(self.service, config)
         self.control = ControlServer(
             Path(config.socket),
             {
                 "ping": lambda request: self.identity(),
                 "status": lambda request: self.status(),
-                "metrics": lambda request: {"text": render(self.status(), self.service.waits)},
+                "metrics": self._metrics,
                 "prefetch": self._prefetch,
                 "drop": self._drop,
                 "pin": self._pin,
                 "unmount": self._unmount,
-                "withdraw": self._detach,
+                "withdraw": self._on_withdraw,
             },
         )
-        self._withdrawing = threading.Lock()
+        self._releasing = threading.Lock()
         # Files that a command asked to fetch, and those of them that are pinned.
         self._wanted: set[int] = set()
         self._pinned: set[int] = set()
-        self._to_publish = False
+        self._to_share = False
 
     def start(self) -> None:
         """Mount and start serving."""
-        needed = [f for f in self.manifest.files if f.path not in self.service.origins]
+        needed = [f for f in self.manifest.files if f.path not in self.service.files.origins]
         if needed:
             self.link.ensure()
         self.transport.start()
@@ -143,8 +142,7 @@ class Server:
         try:
             write_atomic(Path(self.config.state_file), json.dumps(self.identity()).encode(), sync=False)
         except DiskFull as error:
-            # Without the record, a later mount cannot kill this process if it stops answering.
-            log.warning("no record of this mount is kept: %s", error)
+            log.warning("cannot record this mount; if its daemon hangs, the next mount cannot kill it: %s", error)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._on_signal())
         log.info("mounted %s at %s", self.config.manifest[:12], self.config.mountpoint)
@@ -159,21 +157,21 @@ class Server:
                     # Readers depend on the mount; retry housekeeping at the next tick.
                     log.exception("housekeeping failed")
                 if self._orphaned():
-                    log.info("unmounted, and nothing open in any other namespace for long: ending")
+                    log.info("exiting: unmounted here, and no file of the other namespaces' copies was open lately")
                     break
         finally:
-            self.service.trace.save()
+            self.service.access_log.save()
             self.link.close()
-            self._withdraw()
+            self._release_name()
             log.info("unmounted %s", self.config.mountpoint)
 
     def _tick(self) -> None:
         self.service.expire()
-        self.service.trace.save()
-        self._to_publish = self.service.trace.settled(_QUIET_S) or self._to_publish
-        if self._to_publish and self.link.request(wire.PUBLISH, 0, 0):
-            self._to_publish = False
-        self._idle()
+        self.service.access_log.save()
+        self._to_share = self.service.access_log.settled(_QUIET_S) or self._to_share
+        if self._to_share and self.link.request(wire.SHARE_LOG, 0, 0):
+            self._to_share = False
+        self._unmount_if_idle()
 
     def identity(self) -> dict[str, Any]:
         """Return the fields by which a caller recognises this mount."""
@@ -190,7 +188,7 @@ class Server:
         """Return identity, counters, and how much of the manifest is cached."""
         counters = self.service.counters
         size = self.manifest.size
-        here = sum(self.service.cached_share(n) * n.size for n in self.service.tree.files)
+        here = sum(self.service.files.cached_fraction(n) * n.size for n in self.service.tree.files)
         return {
             **self.identity(),
             "transport": self.transport.name,
@@ -199,7 +197,7 @@ class Server:
             "files": len(self.manifest.files),
             "bytes": size,
             "cached_bytes": int(here),
-            "open_files": len(self.service.open_files),
+            "open_files": len(self.service.files),
             "waiting": len(self.service.by_unique),
             "fetcher_restarts": self.link.restarts,
             "counters": dict(vars(counters)),
@@ -207,34 +205,40 @@ class Server:
             "fetcher": dict(self.service.fetcher_stats),
         }
 
+    def _metrics(self, request: dict[str, Any]) -> dict[str, Any]:
+        # Imported at the first scrape: it would delay every mount.
+        from lazyfs.mount.metrics import render
+
+        return {"text": render(self.status(), self.service.waits)}
+
     def _prefetch(self, request: dict[str, Any]) -> dict[str, Any]:
         """Queue all absent chunks of the files.
 
         Raises DiskFull if they cannot all be kept, Temporary if the fetcher accepts no request.
         """
-        nodes = self._named(request)
-        cached = [n for n in nodes if not self.service.in_place(n.file)]
+        nodes = self._nodes(request)
+        cached = [n for n in nodes if not self.service.files.reads_origin(n.file)]
         absent = {n.index: n.size - self.cache.present_bytes(n.file) for n in cached}
         held = self._pinned | set(absent)
         self.cache.need_room(sum(absent.values()), sum(self.manifest.files[i].size for i in held))
-        asked = 0
+        queued = 0
         for index, size in absent.items():
             if size:
-                self._ask(wire.FILE, index)
+                self._request(wire.FILE, index)
                 self._wanted.add(index)
-                asked += len(self.manifest.files[index].chunks)
+                queued += len(self.manifest.files[index].chunks)
         return {
             "files": len(nodes),
             "in_place": len(nodes) - len(cached),
-            "absent_chunks": asked,
+            "absent_chunks": queued,
             "absent_bytes": sum(absent.values()),
         }
 
-    def _ask(self, kind: int, index: int) -> None:
+    def _request(self, kind: int, index: int) -> None:
         if not self.link.request(kind, index, 0, limit_s=_ROOM_S):
-            raise Temporary(f"the fetcher took no request within {_ROOM_S:g} s; try again", code="fetcher-busy")
+            raise Temporary(f"the fetcher accepted no request within {_ROOM_S:g} s; try again", code="fetcher-busy")
 
-    def _asked_again(self) -> None:
+    def _resend(self) -> None:
         """Repeat requests to a new fetcher: chunks that readers wait for, and files that commands requested."""
         self.service.resend()
         for index in list(self._wanted):
@@ -244,27 +248,27 @@ class Server:
 
     def _pin(self, request: dict[str, Any]) -> dict[str, Any]:
         """Pin the cache files for the life of this mount, and fetch what is absent."""
-        asked = self._prefetch(request)
-        self._pinned |= {n.index for n in self._named(request) if not self.service.in_place(n.file)}
-        self._keep()
-        return asked
+        queued = self._prefetch(request)
+        self._pinned |= {n.index for n in self._nodes(request) if not self.service.files.reads_origin(n.file)}
+        self._update_pins()
+        return queued
 
-    def _keep(self) -> None:
+    def _update_pins(self) -> None:
         self.cache.pin_files(sorted(self.manifest.files[i].digest for i in self._pinned), keep=True)
 
     def _drop(self, request: dict[str, Any]) -> dict[str, Any]:
         """Ask the fetcher to remove cache files that are not open. It does so after this call returns."""
-        nodes = self._named(request)
+        nodes = self._nodes(request)
         dropped = {node.index for node in nodes}
         self._wanted -= dropped
         if self._pinned & dropped:
             self._pinned -= dropped
-            self._keep()
+            self._update_pins()
         for index in sorted(dropped):
-            self._ask(wire.DROP, index)
+            self._request(wire.DROP, index)
         return {"files": len(nodes)}
 
-    def _named(self, request: dict[str, Any]) -> list[Any]:
+    def _nodes(self, request: dict[str, Any]) -> list[Any]:
         path = request.get("path")
         if path is None:
             return self.service.tree.files
@@ -274,48 +278,48 @@ class Server:
         return [node]
 
     def _unmount(self, request: dict[str, Any]) -> dict[str, Any]:
-        self._take_down(lazy=bool(request.get("force")))
+        self._unmount_here(lazy=bool(request.get("force")))
         return {}
 
-    def _take_down(self, *, lazy: bool) -> None:
+    def _unmount_here(self, *, lazy: bool) -> None:
         """Unmount here. Other mount namespaces may still show the mount; it is served until the last of them is gone."""
         kernel.unmount(self.config.mountpoint, lazy=lazy)
-        self._withdraw()
+        self._release_name()
 
-    def _withdraw(self) -> None:
+    def _release_name(self) -> None:
         """Give up the name: a new daemon may serve this mount point, even while the old mount is in use."""
-        with self._withdrawing:
+        with self._releasing:
             if not self.control.closed:
                 self.control.close()
                 Path(self.config.state_file).unlink(missing_ok=True)
 
-    def _detach(self, request: dict[str, Any]) -> dict[str, Any]:
+    def _on_withdraw(self, request: dict[str, Any]) -> dict[str, Any]:
         if kernel.mount_at(self.config.mountpoint) is None:
-            self._withdraw()
+            self._release_name()
         return {}
 
-    def _idle(self) -> None:
+    def _unmount_if_idle(self) -> None:
         limit = self.config.idle_exit_s
-        if limit and not self.service.open_files and time.monotonic() - self.service.last_use > limit:
+        if limit and not self.service.files and time.monotonic() - self.service.files.last_use > limit:
             try:
-                self._take_down(lazy=False)
+                self._unmount_here(lazy=False)
             except LazyfsError as error:
                 # In use (perhaps as a working directory), or unmounted here while another namespace shows it.
-                log.debug("idle, and not unmounted: %s", error)
+                log.debug("idle, but cannot unmount: %s", error)
 
     def _orphaned(self) -> bool:
         """Return whether only copies of the mount in other namespaces, with no open files, keep this process alive."""
-        limit, idle = self.config.orphan_exit_s, time.monotonic() - self.service.last_use
+        limit, idle = self.config.orphan_exit_s, time.monotonic() - self.service.files.last_use
         if self.config.idle_exit_s:
             limit = min(limit, self.config.idle_exit_s)
-        return self.control.closed and not self.service.open_files and idle > limit
+        return self.control.closed and not self.service.files and idle > limit
 
     def _on_signal(self) -> None:
         # In a thread: the signal interrupts the main thread anywhere.
-        threading.Thread(target=self._end, daemon=True).start()
+        threading.Thread(target=self._unmount_on_signal, daemon=True).start()
 
-    def _end(self) -> None:
+    def _unmount_on_signal(self) -> None:
         try:
-            self._take_down(lazy=True)
+            self._unmount_here(lazy=True)
         except LazyfsError as error:
             log.error("cannot unmount on a signal: %s", error)

@@ -25,7 +25,7 @@ def get_xattr(service: Service, node: Node, name: bytes) -> bytes:
         if name == _FILE[1]:
             return str(len(node.file.chunks)).encode()
         if name == _FILE[2]:
-            return f"{service.cached_share(node):.4f}".encode()
+            return f"{service.files.cached_fraction(node):.4f}".encode()
     if node.ino == ROOT and name == _TOP[0]:
         return service.config.manifest.encode()
     raise OSError(errno.ENODATA, "no such attribute")

@@ -16,7 +16,6 @@ SCHEMES = {
     "az": "lazyfs.stores.object_store:open_url",
     "http": "lazyfs.stores.http:open_url",
     "https": "lazyfs.stores.http:open_url",
-    "faulty": "lazyfs.stores.faulty:open_url",
 }
 
 
@@ -52,7 +51,7 @@ def normal_url(url: str) -> str:
         return f"file://{os.path.abspath(Path(url).expanduser())}"
     if scheme not in SCHEMES:
         raise Usage(
-            f"unknown store URL {shown_url(url)!r}: use a path or one of {', '.join(f'{s}://' for s in SCHEMES if s != 'faulty')}"
+            f"unknown store URL {shown_url(url)!r}: use a path or one of {', '.join(f'{s}://' for s in SCHEMES)}"
         )
     if scheme == "file":
         if not url.startswith("file:///"):

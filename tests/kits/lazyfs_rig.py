@@ -13,12 +13,17 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from lazyfs.mount import kernel
 from lazyfs.mount.client import MountHandle, mount
 
 ROOT = Path(__file__).resolve().parents[2]
 # Generous, since a loaded CI machine is slow; a wait that ends sooner costs nothing.
 LIMIT_S = 60
+# Both transports carry the same service; test-fast runs the one that root gets.
+TRANSPORTS = ["raw", pytest.param("pyfuse3", marks=pytest.mark.slow)]
+both = pytest.mark.parametrize("transport", TRANSPORTS)
 
 # Runs in a process of its own and answers one JSON line per request: reading one's own mount from the process that
 # controls it could never be undone.
@@ -192,3 +197,15 @@ def write_model(folder: Path, sizes: list[int], seed: int = 1) -> Path:
     (folder / "link").symlink_to("sub/tokenizer.json")
     (folder / "empty").touch()
     return folder
+
+
+def assert_same(reader, model, mountpoint):
+    """Assert that every file of a model has the same bytes below the mount point."""
+    for path in sorted(p for p in model.rglob("*") if p.is_file()):
+        there = mountpoint / path.relative_to(model)
+        assert reader.ask("digest", str(there)) == reader.ask("digest", str(path)), path
+
+
+def digest_or_errno(reader, path):
+    answer = reader.ask("digest", str(path))
+    return answer["errno"] if isinstance(answer, dict) else answer

@@ -24,14 +24,15 @@ import trio
 
 from lazyfs.errors import HostLacks, LazyfsError, to_errno
 from lazyfs.mount import kernel
-from lazyfs.mount.service import Opened, Service, Span, read_span
+from lazyfs.mount.open_files import OpenFile, Span, read_span
+from lazyfs.mount.service import Service
 from lazyfs.mount.tree import Node
 from lazyfs.mount.xattrs import get_xattr, list_xattrs
 
 log = logging.getLogger("lazyfs.pyfuse3")
 _FOREVER_S = 86400 * 365
 # Longer than libfuse's INIT handshake takes on a busy machine. Missing it costs throughput, not correctness.
-_GREETING_S = 1.0
+_HANDSHAKE_S = 1.0
 # libfuse's largest request; a larger one would get memory of its own.
 _BUFFER = 1 << 20
 _WORTH_MAPPING = 128 << 10
@@ -72,7 +73,7 @@ class Pyfuse3Transport:
         # value that disappears shows that it has happened. Unprivileged, neither can be set, and 128 KiB remain.
         settable = kernel.set_read_ahead(self.mountpoint)
         self._thread.start()
-        deadline = time.monotonic() + _GREETING_S
+        deadline = time.monotonic() + _HANDSHAKE_S
         while settable and time.monotonic() < deadline:
             if kernel.read_ahead(self.mountpoint) != kernel.READ_AHEAD_KIB:
                 kernel.set_read_ahead(self.mountpoint)
@@ -92,7 +93,7 @@ class Pyfuse3Transport:
             pyfuse3.close(unmount=False)
 
 
-def _answered(operation: F) -> F:
+def _errors_as_errno(operation: F) -> F:
     """Convert every exception of an operation to an errno for its reader: any other exception would end the mount."""
 
     @functools.wraps(operation)
@@ -104,7 +105,7 @@ def _answered(operation: F) -> F:
         except OSError as error:
             raise pyfuse3.FUSEError(error.errno or errno.EIO) from error
         except LazyfsError as error:
-            self.service.repeats.say(logging.ERROR, error.code, f"{error.code}: {error}")
+            self.service.repeats.log(logging.ERROR, error.code, f"{error.code}: {error}")
             raise pyfuse3.FUSEError(to_errno(error)) from error
         except Exception as error:
             log.exception("%s failed", operation.__name__)
@@ -120,7 +121,7 @@ class _Operations(pyfuse3.Operations):  # type: ignore[misc]
     def __init__(self, service: Service) -> None:
         super().__init__()
         self.service = service
-        self.handles: dict[int, Opened] = {}
+        self.handles: dict[int, OpenFile] = {}
         self.next_handle = 1
         self.next_unique = 1
         self.buffer = memoryview(mmap.mmap(-1, _BUFFER))
@@ -141,7 +142,7 @@ class _Operations(pyfuse3.Operations):  # type: ignore[misc]
         entry.entry_timeout = entry.attr_timeout = _FOREVER_S
         return entry
 
-    @_answered
+    @_errors_as_errno
     async def lookup(self, parent_inode: int, name: bytes, ctx: Any = None) -> Any:
         parent = self._node(parent_inode)
         node = {b".": parent, b"..": self._node(parent.parent)}.get(name) or parent.children.get(name)
@@ -149,24 +150,24 @@ class _Operations(pyfuse3.Operations):  # type: ignore[misc]
             raise pyfuse3.FUSEError(errno.ENAMETOOLONG if len(name) > 255 else errno.ENOENT)
         return self._attributes(node)
 
-    @_answered
+    @_errors_as_errno
     async def getattr(self, inode: int, ctx: Any = None) -> Any:
         return self._attributes(self._node(inode))
 
-    @_answered
+    @_errors_as_errno
     async def readlink(self, inode: int, ctx: Any) -> bytes:
         node = self._node(inode)
         if not node.target:
             raise pyfuse3.FUSEError(errno.EINVAL)
         return node.target
 
-    @_answered
+    @_errors_as_errno
     async def opendir(self, inode: int, ctx: Any) -> int:
         if not self._node(inode).is_dir:
             raise pyfuse3.FUSEError(errno.ENOTDIR)
         return inode
 
-    @_answered
+    @_errors_as_errno
     async def readdir(self, fh: int, start_id: int, token: Any) -> None:
         children = list(self._node(fh).children.items())
         for position in range(start_id, len(children)):
@@ -174,7 +175,7 @@ class _Operations(pyfuse3.Operations):  # type: ignore[misc]
             if not pyfuse3.readdir_reply(token, name, self._attributes(node), position + 1):
                 return
 
-    @_answered
+    @_errors_as_errno
     async def open(self, inode: int, flags: int, ctx: Any) -> Any:
         node = self._node(inode)
         if flags & os.O_ACCMODE != os.O_RDONLY:
@@ -182,12 +183,12 @@ class _Operations(pyfuse3.Operations):  # type: ignore[misc]
         if node.file is None:
             raise pyfuse3.FUSEError(errno.EISDIR if node.is_dir else errno.EINVAL)
         # In a thread: the disk, or a network file system with the original, must not block other requests.
-        opened, _ = await trio.to_thread.run_sync(functools.partial(self.service.open, node, may_pass=False))
+        opened, _ = await trio.to_thread.run_sync(functools.partial(self.service.files.open, node, may_pass=False))
         handle, self.next_handle = self.next_handle, self.next_handle + 1
         self.handles[handle] = opened
         return pyfuse3.FileInfo(fh=handle, keep_cache=True)
 
-    @_answered
+    @_errors_as_errno
     async def read(self, fh: int, off: int, size: int) -> memoryview | bytes:
         opened = self.handles.get(fh)
         if opened is None:
@@ -216,7 +217,7 @@ class _Operations(pyfuse3.Operations):  # type: ignore[misc]
             raise pyfuse3.FUSEError(data)
         if not isinstance(data, Span):
             return data
-        if data.size >= _WORTH_MAPPING and opened.backing.image is not None and data.fd == opened.backing.fd:
+        if data.size >= _WORTH_MAPPING and opened.backing.sparse_file is not None and data.fd == opened.backing.fd:
             try:
                 return _mapped(data)
             except OSError:
@@ -238,13 +239,13 @@ class _Operations(pyfuse3.Operations):  # type: ignore[misc]
             raise pyfuse3.FUSEError(error.errno or errno.EIO) from error
         return self.buffer[: span.size]
 
-    @_answered
+    @_errors_as_errno
     async def release(self, fh: int) -> None:
         opened = self.handles.pop(fh, None)
         if opened is not None:
-            self.service.release(opened, native=False)
+            self.service.files.release(opened, native=False)
 
-    @_answered
+    @_errors_as_errno
     async def statfs(self, ctx: Any) -> Any:
         stats = pyfuse3.StatvfsData()
         stats.f_bsize = stats.f_frsize = 4096
@@ -252,16 +253,16 @@ class _Operations(pyfuse3.Operations):  # type: ignore[misc]
         stats.f_files, stats.f_namemax = len(self.service.tree.nodes) - 1, 255
         return stats
 
-    @_answered
+    @_errors_as_errno
     async def getxattr(self, inode: int, name: bytes, ctx: Any) -> bytes:
         value: bytes = await trio.to_thread.run_sync(get_xattr, self.service, self._node(inode), name)
         return value
 
-    @_answered
+    @_errors_as_errno
     async def listxattr(self, inode: int, ctx: Any) -> Sequence[bytes]:
         return [n for n in list_xattrs(self._node(inode)).split(b"\0") if n]
 
-    @_answered
+    @_errors_as_errno
     async def forget(self, inode_list: Any) -> None:
         return
 

@@ -21,7 +21,8 @@ from collections.abc import Callable
 
 from lazyfs.errors import HostLacks, LazyfsError, to_errno
 from lazyfs.mount import kernel
-from lazyfs.mount.service import Opened, Service, Span, read_span
+from lazyfs.mount.open_files import OpenFile, Span, read_span
+from lazyfs.mount.service import Service
 from lazyfs.mount.tree import Node
 from lazyfs.mount.xattrs import get_xattr, list_xattrs
 
@@ -150,7 +151,7 @@ class RawTransport:
         self._threads: list[threading.Thread] = []
         self._from_disk: queue.SimpleQueue[tuple[int, int, Span]] = queue.SimpleQueue()
         self._slow: queue.SimpleQueue[tuple[int, int, int, int, bytes]] = queue.SimpleQueue()
-        self._handles: dict[int, tuple[Opened, bool]] = {}
+        self._handles: dict[int, tuple[OpenFile, bool]] = {}
         self._next_handle = 1
         self._lock = threading.Lock()
         self._local = threading.local()
@@ -181,9 +182,9 @@ class RawTransport:
             raise HostLacks(
                 f"cannot open /dev/fuse: {error.strerror}; load the fuse module or pass the device in"
             ) from error
-        self.service.on_closed = self._closed
+        self.service.files.on_closed = self._on_closed
         kernel.mount_fuse(self.fd, self.mountpoint, self.source, allow_other=self.allow_other)
-        self._greet()
+        self._handshake()
         kernel.set_read_ahead(self.mountpoint, min(kernel.READ_AHEAD_KIB, _MOST_PAGES * _PAGE >> 10))
         for number in range(self.thread_count):
             fd = self.fd
@@ -194,9 +195,9 @@ class RawTransport:
             thread.start()
             self._threads.append(thread)
         for number in range(_DISK_THREADS):
-            threading.Thread(target=self._wait_for_disk, name=f"disk-{number}", daemon=True).start()
+            threading.Thread(target=self._serve_from_disk, name=f"disk-{number}", daemon=True).start()
         for number in range(_SLOW_THREADS):
-            threading.Thread(target=self._wait_for_opens, name=f"open-{number}", daemon=True).start()
+            threading.Thread(target=self._serve_slow, name=f"open-{number}", daemon=True).start()
 
     def wait(self, limit_s: float) -> bool:
         """Wait up to `limit_s` seconds; return whether the mount is gone."""
@@ -205,7 +206,7 @@ class RawTransport:
             thread.join(max(0.0, deadline - time.monotonic()))
         return not any(t.is_alive() for t in self._threads)
 
-    def _greet(self) -> None:
+    def _handshake(self) -> None:
         message = os.read(self.fd, _BUFFER)
         _, opcode, unique, *_ = _IN.unpack_from(message)
         major, minor, readahead, flags, flags2 = struct.unpack_from("<IIIII", message, _IN.size)
@@ -237,7 +238,7 @@ class RawTransport:
                     return
                 if error.errno not in (errno.EINTR, errno.EAGAIN, errno.ENOENT):
                     # Out of memory, for example. Ending this thread would block its readers forever.
-                    self.service.repeats.say(logging.ERROR, "read", f"cannot read a request: {error.strerror}")
+                    self.service.repeats.log(logging.ERROR, "read", f"cannot read a request: {error.strerror}")
                     time.sleep(_REFUSED_PAUSE_S)
                 continue
             _, opcode, unique, nodeid, *_ = _IN.unpack_from(buffer)
@@ -265,7 +266,7 @@ class RawTransport:
             return error.errno or errno.EIO, b""
         except LazyfsError as error:
             name = node.name.decode(errors="replace")
-            self.service.repeats.say(logging.ERROR, error.code, f"{name}: {error.code}: {error}")
+            self.service.repeats.log(logging.ERROR, error.code, f"{name}: {error.code}: {error}")
             return to_errno(error), b""
         except Exception:
             # One bad request must not end the mount for all readers: this reader gets EIO, the log the reason.
@@ -280,12 +281,12 @@ class RawTransport:
             if error.errno not in (errno.ENOENT, errno.ENODEV, errno.ECONNABORTED):
                 log.error("a reply was refused: %s", error.strerror)
 
-    def _wait_for_opens(self) -> None:
+    def _serve_slow(self) -> None:
         while True:
             fd, unique, opcode, nodeid, body = self._slow.get()
             self._reply(fd, unique, *self._handle(opcode, nodeid, memoryview(body)))
 
-    def _wait_for_disk(self) -> None:
+    def _serve_from_disk(self) -> None:
         while True:
             self._reply_span(*self._from_disk.get())
 
@@ -344,7 +345,7 @@ class RawTransport:
             raise OSError(errno.EROFS, "read-only")
         if node.file is None:
             raise OSError(errno.EISDIR if node.is_dir else errno.EINVAL, "not a file")
-        opened, native = self.service.open(node, may_pass=self.passthrough)
+        opened, native = self.service.files.open(node, may_pass=self.passthrough)
         if native:
             try:
                 with self._lock:
@@ -354,8 +355,8 @@ class RawTransport:
                 # A file system that does not support backing (stacked too deep): serve by reads from now on.
                 log.warning("no passthrough for %s: %s", opened.file.path, error.strerror)
                 self.passthrough = False
-                self.service.release(opened, native=True)
-                opened, native = self.service.open(node, may_pass=False)
+                self.service.files.release(opened, native=True)
+                opened, native = self.service.files.open(node, may_pass=False)
         with self._lock:
             handle = self._next_handle
             self._next_handle += 1
@@ -377,10 +378,10 @@ class RawTransport:
             found = self._handles.pop(handle, None)
         if found is not None:
             opened, native = found
-            self.service.release(opened, native=native)
+            self.service.files.release(opened, native=native)
         return b""
 
-    def _closed(self, opened: Opened) -> None:
+    def _on_closed(self, opened: OpenFile) -> None:
         if opened.backing_id:
             try:
                 fcntl.ioctl(self.fd, _BACKING_CLOSE, struct.pack("<I", opened.backing_id))

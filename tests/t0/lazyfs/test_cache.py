@@ -21,7 +21,7 @@ pytestmark = pytest.mark.t0
 MB = 1 << 20
 
 
-def image(cache, name, size, age):
+def sparse_file(cache, name, size, age):
     """What an image looks like to whoever makes room."""
     folder = cache.folder(SimpleNamespace(digest=name * 32))
     folder.mkdir(parents=True)
@@ -33,7 +33,7 @@ def image(cache, name, size, age):
 
 def test_two_threads_that_need_room_at_once_both_get_it(tmp_path, monkeypatch):
     cache = Cache(tmp_path, limit=24 * MB)
-    oldest, other = image(cache, "aa", 11 * MB, 100), image(cache, "bb", 11 * MB, 200)
+    oldest, other = sparse_file(cache, "aa", 11 * MB, 100), sparse_file(cache, "bb", 11 * MB, 200)
     evict = Cache.evict
 
     def slowly(self, amount):
@@ -61,7 +61,7 @@ import sys, time
 from pathlib import Path
 from lazyfs.cache.cache import Cache
 cache = Cache(Path(sys.argv[1]), limit=int(sys.argv[2]))
-cache.claim_memory(int(sys.argv[3]))
+cache.reserve_memory(int(sys.argv[3]))
 cache.pin_files(sys.argv[4:])
 print("claimed", flush=True)
 time.sleep(60)
@@ -71,7 +71,7 @@ time.sleep(60)
 def test_memory_and_disk_share_one_bound_until_the_owner_is_killed(tmp_path):
     """Another process's memory leaves the disk only the rest; its SIGKILL gives all of it back."""
     cache = Cache(tmp_path, limit=100 * MB)
-    pinned, other = image(cache, "aa", 6 * MB, 100), image(cache, "bb", 6 * MB, 200)
+    pinned, other = sparse_file(cache, "aa", 6 * MB, 100), sparse_file(cache, "bb", 6 * MB, 200)
     arguments = [sys.executable, "-c", HOLDER, str(tmp_path), "0", str(64 * MB), pinned.name]
     holder = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[3])
     try:
@@ -100,7 +100,7 @@ def test_two_processes_are_not_granted_the_same_room(tmp_path):
 
 def test_pins_are_replaced_by_the_next_ones(tmp_path):
     cache = Cache(tmp_path, limit=10 * MB)
-    first, second = image(cache, "aa", 4 * MB, 100), image(cache, "bb", 4 * MB, 200)
+    first, second = sparse_file(cache, "aa", 4 * MB, 100), sparse_file(cache, "bb", 4 * MB, 200)
     cache.pin_files([first.name])
     cache.pin_files([second.name])
     assert cache.evict(8 * MB) < 8 * MB
@@ -130,7 +130,7 @@ def test_memory_is_claimed_at_its_first_use_only():
     memory = SlotMemory(64, lambda: claimed.append(True))
     try:
         assert not claimed
-        assert memory.lend((0, 0)) >= 0 and memory.lend((0, 1)) >= 0
+        assert memory.allocate((0, 0)) >= 0 and memory.allocate((0, 1)) >= 0
         assert claimed == [True]
     finally:
         os.close(memory.fd)

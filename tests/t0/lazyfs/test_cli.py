@@ -13,7 +13,9 @@ import pytest
 from click.testing import CliRunner
 
 from checkpoint.errors import Failed
-from lazyfs.cli import mount, weights
+from lazyfs.cli.mount import _resolve, mount
+from lazyfs.cli.options import Duration
+from lazyfs.cli.weights import weights
 from lazyfs.content.chunk_store import ChunkStore, chunk_key
 from lazyfs.content.manifest import RAW, Chunk, File, Manifest, encode
 from lazyfs.content.stat_index import import_directory
@@ -21,14 +23,7 @@ from lazyfs.errors import LazyfsError
 from lazyfs.stores.local import LocalStore
 from tests.kits.lazyfs_kit import make_model
 
-pytestmark = pytest.mark.t0
-
-
-@pytest.fixture(autouse=True)
-def home(tmp_path, monkeypatch):
-    monkeypatch.setenv("QUICKTHAW_HOME", str(tmp_path / "home"))
-    monkeypatch.delenv("QUICKTHAW_STORE", raising=False)
-    return tmp_path / "home"
+pytestmark = [pytest.mark.t0, pytest.mark.usefixtures("home")]
 
 
 @pytest.fixture
@@ -75,7 +70,7 @@ def a_chunk_of(chunks, digest):
     ["", "/mnt/x"], ["model:v1", ""], ["model:v1"], ["--unmount", ""], ["--status", "/x", "--unmount", "/x"],
     ["model:v1", "--status", "/x"], ["model:v1", "/mnt/x", "--force"], ["model:v1", "/mnt/x", "--cache-limit", "nan"],
     ["model:v1", "/mnt/x", "--cache-limit", "inf"], ["model:v1", "/mnt/x", "--idle-exit", "nan"],
-    ["model:v1", "/mnt/x", "--idle-exit", "-1"], ["s3://", "/mnt/x"], ["model:v1", "/mnt/x", "--store", "s3://"],
+    ["model:v1", "/mnt/x", "--idle-exit", "-1"], ["model:v1", "/mnt/x", "--idle-exit", "5x"], ["model:v1", "/mnt/x", "--idle-exit", "s"], ["s3://", "/mnt/x"], ["model:v1", "/mnt/x", "--store", "s3://"],
     ["--unmount", "--force", "/mnt/x"], ["model:v1", "/mnt/x", "--store", "http://[::1"], ["model:v1", "/mnt/x", "--store", "http://h:99999/"],
     ["model:v1", "/mnt/x", "--store", "file://"], ["model:v1", "/mnt/x", "--store", "file://host/x"],
     ["model:v1", "/mnt/x", "--store", "file:x"],
@@ -92,24 +87,32 @@ def test_a_command_that_cannot_be_meant(words):
     run(weights, *words, code=2)
 
 
+@pytest.mark.parametrize(
+    ("text", "bare", "seconds"),
+    [("90s", "s", 90), ("10m", "s", 600), ("24h", "h", 86400), ("24", "h", 86400), ("1.5", "s", 1.5), ("0", "h", 0)],
+)
+def test_durations_have_a_unit_or_the_options_own(text, bare, seconds):
+    assert Duration(bare).convert(text, None, None) == seconds
+
+
 @pytest.mark.parametrize("words", [["ls"], ["verify"], ["gc"], ["rm", "model"]])
 def test_a_directory_that_is_none_is_not_an_empty_store(tmp_path, words):
-    assert "[not-found]" in run(weights, *words, "--store", tmp_path / "none", code=1).output
+    assert "quickthaw: not-found: " in run(weights, *words, "--store", tmp_path / "none", code=1).output
     assert not (tmp_path / "none").exists()
 
 
 def test_the_store_of_a_new_home_is_empty():
     assert "nothing in" in run(weights, "ls").output
-    assert "[not-found]" in run(weights, "rm", "0" * 64, code=1).output
+    assert "quickthaw: not-found: " in run(weights, "rm", "0" * 64, code=1).output
     assert "8 digits" in run(weights, "rm", "0" * 7, code=1).output
 
 
 def test_a_file_in_place_of_a_folder_is_named(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("QUICKTHAW_HOME", str(tmp_path / "file"))
-    assert "[not-a-folder]" in run(weights, "ls", code=1).output
+    assert "quickthaw: not-a-folder: " in run(weights, "ls", code=1).output
     monkeypatch.setenv("QUICKTHAW_HOME", str(tmp_path / "file" / "below"))
-    assert "[not-a-folder]" in run(weights, "ls", code=1).output
+    assert "quickthaw: not-a-folder: " in run(weights, "ls", code=1).output
 
 
 @pytest.mark.parametrize("spoil", ["missing", "short", "manifest", "manifest missing"])
@@ -138,7 +141,7 @@ def test_the_way_out_that_verify_names_is_one(tmp_path, chunks):
     assert "damaged chunk" in found and "NOT clean" in found
     assert "`quickthaw weights verify --repair`, then `quickthaw weights import`" in found
     run(weights, "verify", "--repair", code=1)
-    assert "way out: `quickthaw weights import`" in run(weights, "verify", code=1).output
+    assert "remedy: `quickthaw weights import`" in run(weights, "verify", code=1).output
     run(weights, "import", model)
     assert run(weights, "verify").output.endswith("clean\n")
 
@@ -162,7 +165,7 @@ def test_what_is_damaged_does_not_hide_the_rest(tmp_path, chunks):
     found = run(weights, "verify", code=1).output
     assert f"manifest {bad[:16]}" in found and "tag torn:v1: " in found and "tag lost:v1: " in found
     # What garbage is cannot be known while a name or a manifest is unreadable.
-    assert "[integrity]" in run(weights, "gc", "--grace", "0", code=1).output
+    assert "quickthaw: integrity: " in run(weights, "gc", "--grace", "0", code=1).output
     assert run(weights, "rm", "torn:v1").output == "removed tag torn:v1\n"
     assert run(weights, "rm", "lost:v1").output == "removed tag lost:v1\n"
     assert f"removed manifest {bad}" in run(weights, "rm", bad).output
@@ -184,7 +187,7 @@ def test_a_store_behind_http_is_verified_by_digest(tmp_path, chunks, serve):
     digest = import_directory(make_model(tmp_path / "model", megabytes=5))
     url = serve(chunks.store.root)
     assert run(weights, "verify", digest, "--store", url).output.endswith("clean\n")
-    assert "[no-listing]" in run(weights, "verify", "--store", url, code=1).output
+    assert "quickthaw: no-listing: " in run(weights, "verify", "--store", url, code=1).output
     a_chunk_of(chunks, digest).unlink()
     assert "missing chunk" in run(weights, "verify", digest, "--store", url, code=1).output
 
@@ -194,7 +197,7 @@ def test_a_web_page_is_no_store(tmp_path, serve):
     folder.mkdir(parents=True)
     (folder / ("0" * 64)).write_text("<!doctype html><title>Not here</title>")
     url = serve(tmp_path / "site")
-    assert "[not-a-store]" in run(weights, "verify", "0" * 64, "--store", url, code=1).output
+    assert "quickthaw: not-a-store: " in run(weights, "verify", "0" * 64, "--store", url, code=1).output
 
 
 def test_a_tag_means_what_was_imported_last_under_it(tmp_path, chunks):
@@ -243,7 +246,7 @@ def test_a_dry_run_writes_nothing_and_other_folders_are_no_stores(tmp_path, chun
     assert not lock.exists()
     (tmp_path / "folder").mkdir()
     for words in (["ls"], ["verify"], ["gc"]):
-        assert "[not-found]" in run(weights, *words, "--store", tmp_path / "folder", code=1).output
+        assert "quickthaw: not-found: " in run(weights, *words, "--store", tmp_path / "folder", code=1).output
     assert not list((tmp_path / "folder").iterdir())
 
 
@@ -251,7 +254,7 @@ def test_names_that_nobody_can_be_called_are_removed(tmp_path, chunks):
     import_directory(make_model(tmp_path / "model", megabytes=1), tag="toy:v1")
     for name in ("evil", "extra%3A1"):
         chunks.store.path(f"refs/tags/{name}").write_bytes(b"x")
-        assert "[integrity]" in run(weights, "gc", "--grace", "0", code=1).output
+        assert "quickthaw: integrity: " in run(weights, "gc", "--grace", "0", code=1).output
         assert run(weights, "rm", name).output == f"removed tag {name}\n"
     assert "deleted 0 chunks" in run(weights, "gc", "--grace", "0").output
 
@@ -274,20 +277,18 @@ def test_a_chunk_that_the_disk_cannot_read_is_named_beside_the_rest(tmp_path, ch
 
 def test_a_name_is_a_tag_whatever_lies_in_the_working_directory(tmp_path, chunks, monkeypatch):
     """The mount itself is left out: only what would be mounted counts."""
-    from lazyfs.cli import _what
-
     model = make_model(tmp_path / "imported", megabytes=1)
     digest = import_directory(model, tag="model:latest")
     other = make_model(tmp_path / "here" / "model", megabytes=1, seed=2)
     (other / "sub").rename(other / "v1")
     monkeypatch.chdir(other.parent)
-    assert _what("model", None)[0] == digest
-    in_place = _what("./model", None)[0]
-    assert in_place != digest and in_place == _what("model/", None)[0] == _what(str(other), None)[0]
+    assert _resolve("model", None)[0] == digest
+    in_place = _resolve("./model", None)[0]
+    assert in_place != digest and in_place == _resolve("model/", None)[0] == _resolve(str(other), None)[0]
     other.rename(other.with_name("other"))
     for name in ("other", "other/v1"):
         result = run(mount, name, tmp_path / "mnt", code=1)
-        assert f"write ./{name}" in result.output and "[not-found]" in result.output
+        assert f"write ./{name}" in result.output and "quickthaw: not-found: " in result.output
 
 
 def test_a_folder_with_a_file_that_cannot_be_read_is_one_line(tmp_path, monkeypatch):
@@ -302,7 +303,7 @@ def test_a_folder_with_a_file_that_cannot_be_read_is_one_line(tmp_path, monkeypa
 
     monkeypatch.setattr(os, "open", refuse)
     result = run(mount, model, tmp_path / "mnt", code=1)
-    assert "tokenizer.json" in result.output and "[permission-denied]" in result.output
+    assert "tokenizer.json" in result.output and "quickthaw: permission-denied: " in result.output
     assert len(result.output.splitlines()) == 1
 
 
@@ -311,7 +312,7 @@ def test_any_other_error_of_the_system_is_one_line(chunks, monkeypatch, command)
     def fail(*_):
         raise OSError(errno.ENFILE, "Too many open files in system", "/somewhere")
 
-    monkeypatch.setattr("lazyfs.cli._chunks", fail)
+    monkeypatch.setattr("lazyfs.cli.weights.open_chunks", fail)
     result = run(weights, command, code=1)
     assert "/somewhere: Too many open files" in result.output and len(result.output.splitlines()) == 1
 

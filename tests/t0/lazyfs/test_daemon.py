@@ -15,17 +15,19 @@ import pyfuse3
 import pytest
 import trio
 
-from lazyfs.cache.cache import PRESENT, Cache, Image
-from lazyfs.cache.open_files import OpenImages
-from lazyfs.cache.reservations import others
+from lazyfs.cache.cache import Cache
+from lazyfs.cache.open_sparse_files import OpenSparseFiles
+from lazyfs.cache.reservations import reserved_by_others
 from lazyfs.cache.slots import SlotMemory, SlotWriter
+from lazyfs.cache.sparse_file import PRESENT, SparseFile
 from lazyfs.content.chunk_store import ChunkStore
 from lazyfs.content.importer import import_tree
 from lazyfs.errors import Temporary
 from lazyfs.fetch import wire
+from lazyfs.fetch.queue import RateLimit
 from lazyfs.fetch.supervisor import FetcherLink
-from lazyfs.fetch.worker import Fetcher, Rate, build
-from lazyfs.logs import Repeats
+from lazyfs.fetch.worker import Fetcher, build
+from lazyfs.logs import RepeatLimiter
 from lazyfs.mount.config import MountConfig
 from lazyfs.mount.control import ask
 from lazyfs.mount.control_server import ControlServer
@@ -95,14 +97,14 @@ def answer_of(fetcher):
 
 @pytest.mark.parametrize("defect", [ValueError("a defect"), MemoryError(), RecursionError()])
 def test_a_reader_gets_an_answer_whatever_happens_to_the_worker(fetcher, monkeypatch, defect):
-    def fill(image, index):
+    def fill(sparse_file, index):
         raise defect
 
     monkeypatch.setattr(fetcher.engine, "fill", fill)
     worker = threading.Thread(target=fetcher._work, args=(0,), daemon=True)
     worker.start()
     for file in (0, 1):
-        fetcher.queue.put((file, 0), wire.DEMAND)
+        fetcher.queue.put((file, 0), wire.ON_DEMAND)
         kind, number, _, code, _, _ = answer_of(fetcher)
         assert (kind, number) == (wire.FAILED, file) and code in (errno.EIO, errno.ENOMEM)
     assert worker.is_alive()
@@ -110,7 +112,7 @@ def test_a_reader_gets_an_answer_whatever_happens_to_the_worker(fetcher, monkeyp
 
 def test_the_rate_of_the_background_is_a_bound():
     now = [100.0]
-    rate = Rate(1.0, clock=lambda: now[0])
+    rate = RateLimit(1.0, clock=lambda: now[0])
     taken = 0
     for _ in range(1000):
         if rate.take(8_000_000):
@@ -118,19 +120,19 @@ def test_the_rate_of_the_background_is_a_bound():
         now[0] += 0.1
     assert 96_000_000 <= taken <= 108_000_000
     assert rate.wait_s() > 0
-    free = Rate(0.0, clock=lambda: now[0])
+    free = RateLimit(0.0, clock=lambda: now[0])
     assert all(free.take(1 << 40) for _ in range(10)) and free.wait_s() == 0
 
 
 def test_no_worker_sleeps_out_the_bound_on_the_background(fetcher, model):
     """All of them would be asleep when a reader comes."""
     # A clock that stands still: nothing more may be taken after the first chunk.
-    fetcher.background = Rate(0.001, clock=lambda: 1.0)
+    fetcher.background = RateLimit(0.001, clock=lambda: 1.0)
     thread = threading.Thread(target=fetcher.run, daemon=True)
     thread.start()
     assert answer_of(fetcher)[0] == wire.STORED
     for file in range(FILES - 8, FILES):
-        fetcher.ours.send(wire.REQUEST.pack(wire.DEMAND, file, 0, -1))
+        fetcher.ours.send(wire.REQUEST.pack(wire.ON_DEMAND, file, 0, -1))
     assert sorted(answer_of(fetcher)[1] for _ in range(8)) == list(range(FILES - 8, FILES))
     assert sum(model.cache.present_bytes(f) > 0 for f in model.manifest.files) == 9
     fetcher.ours.shutdown(socket.SHUT_RDWR)
@@ -139,7 +141,7 @@ def test_no_worker_sleeps_out_the_bound_on_the_background(fetcher, model):
 
 def test_one_request_fetches_all_of_a_file(fetcher):
     fetcher.config = None
-    fetcher.background = Rate(0.001, clock=lambda: 1.0)
+    fetcher.background = RateLimit(0.001, clock=lambda: 1.0)
     fetcher._plan = lambda: None
     thread = threading.Thread(target=fetcher.run, daemon=True)
     thread.start()
@@ -152,47 +154,47 @@ def test_one_request_fetches_all_of_a_file(fetcher):
 def test_what_the_store_could_not_give_is_asked_for_again(fetcher, monkeypatch):
     real, failures = fetcher.engine.fill, [Temporary("the store is gone")]
 
-    def fill(image, index):
+    def fill(sparse_file, index):
         if failures:
             raise failures.pop()
-        return real(image, index)
+        return real(sparse_file, index)
 
     monkeypatch.setattr(fetcher.engine, "fill", fill)
-    fetcher.queue.put((0, 0), wire.AHEAD)
+    fetcher.queue.put((0, 0), wire.READAHEAD)
     threading.Thread(target=fetcher._work, args=(0,), daemon=True).start()
     assert answer_of(fetcher)[0] == wire.FAILED
     wait_for(lambda: fetcher.postponed)
-    fetcher._again()
+    fetcher._requeue_postponed()
     assert answer_of(fetcher)[:2] == (wire.STORED, 0)
 
 
 def test_few_images_are_open_however_many_files_there_are(model):
-    images = OpenImages(model.cache, model.manifest.files)
-    images.most = 4
+    sparse_files = OpenSparseFiles(model.cache, model.manifest.files)
+    sparse_files.most = 4
     before = len(os.listdir("/proc/self/fd"))
-    with images.use(0) as first:
+    with sparse_files.use(0) as first:
         for index in range(FILES):
-            with images.use(index) as image:
-                assert image.file is model.manifest.files[index]
+            with sparse_files.use(index) as sparse_file:
+                assert sparse_file.file is model.manifest.files[index]
         assert first.state(0) == 0, "what is in use is not closed"
-    assert len(images) <= 4
+    assert len(sparse_files) <= 4
     # Four each, and the claim that pins all forty.
     assert len(os.listdir("/proc/self/fd")) <= before + 4 * 4 + 2
-    assert others(model.cache.root)[1] == {f.digest for f in model.manifest.files}
+    assert reserved_by_others(model.cache.root)[1] == {f.digest for f in model.manifest.files}
     assert model.cache.evict(1 << 40) == 0 and model.cache.folder(model.manifest.files[5]).exists()
-    images.close_all()
-    assert len(images) == 0
+    sparse_files.close_all()
+    assert len(sparse_files) == 0
 
 
 def test_one_kind_of_failure_is_said_once_and_then_counted(caplog):
     now = [0.0]
-    repeats = Repeats(logging.getLogger("test"), every_s=60.0, clock=lambda: now[0])
+    repeats = RepeatLimiter(logging.getLogger("test"), every_s=60.0, clock=lambda: now[0])
     with caplog.at_level("INFO"):
         for second in range(600):
             now[0] = float(second)
             for chunk in range(10):
-                repeats.say(logging.ERROR, "temporary", f"chunk {chunk} failed")
-            repeats.say(logging.WARNING, "other", "another")
+                repeats.log(logging.ERROR, "temporary", f"chunk {chunk} failed")
+            repeats.log(logging.WARNING, "other", "another")
             repeats.tick()
     assert len(caplog.records) == 2 + 2 * 9
     assert caplog.messages[0] == "chunk 0 failed" and "more like this one" in caplog.messages[-1]
@@ -202,7 +204,7 @@ def test_one_kind_of_failure_is_said_once_and_then_counted(caplog):
     now[0] += 61
     repeats.tick()
     caplog.clear()
-    repeats.say(logging.ERROR, "temporary", "again")
+    repeats.log(logging.ERROR, "temporary", "again")
     assert caplog.messages == ["again"]
 
 
@@ -216,7 +218,7 @@ def test_a_full_socket_holds_up_no_reader_and_loses_no_command(model, memory):
     ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
     link._channel = ours
     sent = 0
-    while link.request(wire.DEMAND, sent, 0):
+    while link.request(wire.ON_DEMAND, sent, 0):
         sent += 1
         assert sent < 100_000
     assert not link.request(wire.FILE, sent, 0)
@@ -232,9 +234,9 @@ def test_a_full_socket_holds_up_no_reader_and_loses_no_command(model, memory):
     draining.join(LIMIT_S)
     assert got == list(range(sent + 1))
     theirs.close()
-    assert not link.request(wire.DEMAND, 0, 0)
+    assert not link.request(wire.ON_DEMAND, 0, 0)
     ours.close()
-    assert not link.request(wire.DEMAND, 0, 0, limit_s=LIMIT_S)
+    assert not link.request(wire.ON_DEMAND, 0, 0, limit_s=LIMIT_S)
 
 
 # -- the cache
@@ -251,10 +253,10 @@ def test_an_open_that_races_eviction_begins_again(tmp_path, model, monkeypatch):
             shutil.rmtree(path)
         return path
 
-    monkeypatch.setattr("lazyfs.cache.cache.private_dir", make)
-    image = model.cache.open(file)
-    assert len(made) == 4 and image.state(0) == 0
-    image.close()
+    monkeypatch.setattr("lazyfs.cache.sparse_file.private_dir", make)
+    sparse_file = model.cache.open(file)
+    assert len(made) == 4 and sparse_file.state(0) == 0
+    sparse_file.close()
 
 
 def test_an_image_that_lost_a_chunk_is_complete_no_more(model):
@@ -262,22 +264,22 @@ def test_an_image_that_lost_a_chunk_is_complete_no_more(model):
     file = model.manifest.files[0]
     ours, theirs = model.cache.open(file), model.cache.open(file)
     ours.write(0, model.chunks.get(file.chunks[0].digest))
-    ours.seal()
-    assert ours.complete() and theirs.complete() and theirs.sealed()
+    ours.fsync()
+    assert ours.complete() and theirs.complete() and theirs.fsynced()
     theirs.mark(0, 0)
-    assert not ours.complete() and not ours.sealed() and ours.present_bytes() == 0
+    assert not ours.complete() and not ours.fsynced() and ours.present_bytes() == 0
     ours.write(0, model.chunks.get(file.chunks[0].digest))
     assert ours.state(0) == PRESENT and theirs.complete()
-    for image in (ours, theirs):
-        image.close()
+    for sparse_file in (ours, theirs):
+        sparse_file.close()
 
 
 def test_what_a_mount_keeps_is_not_dropped_by_another(model):
     file, other = model.manifest.files[0], Cache(model.cache.root)
     for cache in (model.cache, other):
-        image = cache.open(file)
-        image.write(0, model.chunks.get(file.chunks[0].digest))
-        image.close()
+        sparse_file = cache.open(file)
+        sparse_file.write(0, model.chunks.get(file.chunks[0].digest))
+        sparse_file.close()
     model.cache.pin_files([file.digest], keep=True)
     assert other.drop(file) == 0 and other.evict(1 << 40) == 0
     model.cache.pin_files([file.digest])
@@ -307,10 +309,12 @@ def test_an_open_that_waits_for_the_disk_holds_up_no_other(service, model, monke
     before = len(os.listdir("/proc/self/fd"))
     opened = []
     node, other = service.tree.files[0], service.tree.files[1]
-    waiting = threading.Thread(target=lambda: opened.append(service.open(node, may_pass=False)[0]), daemon=True)
+    waiting = threading.Thread(target=lambda: opened.append(service.files.open(node, may_pass=False)[0]), daemon=True)
     waiting.start()
     assert begun.wait(LIMIT_S)
-    beside = threading.Thread(target=lambda: opened.extend(service.open(n, may_pass=False)[0] for n in (other, node)))
+    beside = threading.Thread(
+        target=lambda: opened.extend(service.files.open(n, may_pass=False)[0] for n in (other, node))
+    )
     beside.start()
     beside.join(5)
     held_up = beside.is_alive()
@@ -318,12 +322,12 @@ def test_an_open_that_waits_for_the_disk_holds_up_no_other(service, model, monke
     for thread in (waiting, beside):
         thread.join(LIMIT_S)
     assert not held_up
-    assert opened[1] is opened[2] and opened[1].cached == 2 and len(service.open_files) == 2
+    assert opened[1] is opened[2] and opened[1].cached == 2 and len(service.files) == 2
     closed = []
-    service.on_closed = closed.append
+    service.files.on_closed = closed.append
     for each in opened:
-        service.release(each, native=False)
-    assert service.open_files == {} and [c.node.index for c in closed] == [1, 0]
+        service.files.release(each, native=False)
+    assert service.files.by_inode == {} and [c.node.index for c in closed] == [1, 0]
     assert len(os.listdir("/proc/self/fd")) == before
 
 
@@ -337,15 +341,15 @@ def test_a_read_that_could_not_be_asked_for_is_asked_for_again(service, monkeypa
         return room[0]
 
     monkeypatch.setattr(service.link, "request", request)
-    opened, _ = service.open(service.tree.files[2], may_pass=False)
+    opened, _ = service.files.open(service.tree.files[2], may_pass=False)
     service.read(opened, 0, 100, 1, lambda data: None)
     service.expire()
     assert not sent
     room[0] = True
     service.expire()
-    assert sent == [(wire.DEMAND, 2, 0)] and not service.unsent
+    assert sent == [(wire.ON_DEMAND, 2, 0)] and not service.unsent
     service.interrupt(1)
-    service.release(opened, native=False)
+    service.files.release(opened, native=False)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a defect"), ValueError("mmap"), OSError(errno.ENOMEM, "no memory")])
@@ -358,8 +362,8 @@ def test_pyfuse3_outlives_any_error_of_an_operation(service, monkeypatch, error)
     operations = _Operations(service)
     operations.handles[1] = None
     monkeypatch.setattr(service, "read", fail)
-    monkeypatch.setattr(service, "open", fail)
-    monkeypatch.setattr(service, "release", fail)
+    monkeypatch.setattr(service.files, "open", fail)
+    monkeypatch.setattr(service.files, "release", fail)
     operations.handles[1] = SimpleNamespace()
     for operation, *arguments in (
         (operations.read, 1, 0, 10),
@@ -395,15 +399,15 @@ def test_names_are_flushed_as_what_they_name(tmp_path, monkeypatch):
 
 
 def test_an_image_is_sealed_once(fetcher, model, monkeypatch):
-    sealed, real = [], Image.seal
-    monkeypatch.setattr(Image, "seal", lambda self: sealed.append(self.file.path) or real(self))
+    fsynced, real = [], SparseFile.fsync
+    monkeypatch.setattr(SparseFile, "fsync", lambda self: fsynced.append(self.file.path) or real(self))
     for _ in range(3):
-        fetcher.queue.put((0, 0), wire.AHEAD)
-        while taken := fetcher.queue.get(lambda: wire.SEAL, 0):
+        fetcher.queue.put((0, 0), wire.READAHEAD)
+        while taken := fetcher.queue.get(lambda: wire.FSYNC, 0):
             (file, chunk), urgency = taken
             fetcher._do(file, chunk, urgency)
             fetcher.queue.done(file)
-    assert sealed == ["00.bin"] and len(fetcher.images) == 1
+    assert fsynced == ["00.bin"] and len(fetcher.sparse_files) == 1
 
 
 def test_a_control_socket_outlives_a_moment_without_descriptors(tmp_path, monkeypatch):

@@ -10,8 +10,9 @@ import time
 
 import pytest
 
-from lazyfs.cache.cache import PRESENT, Cache, Image
+from lazyfs.cache.cache import Cache
 from lazyfs.cache.slots import SlotMemory, SlotWriter
+from lazyfs.cache.sparse_file import PRESENT, SparseFile
 from lazyfs.content.chunk_store import ChunkStore
 from lazyfs.content.importer import import_tree
 from lazyfs.fetch import wire, worker
@@ -44,7 +45,7 @@ class Host:
 
     def take(self):
         """What a worker's next turn would be of."""
-        (file, chunk), urgency = self.fetcher.queue.get(lambda: wire.SEAL, 0)
+        (file, chunk), urgency = self.fetcher.queue.get(lambda: wire.FSYNC, 0)
         return file, chunk, urgency
 
     def do(self, taken):
@@ -54,7 +55,7 @@ class Host:
     def fill(self):
         """Fetch all of the file; what is left to do is to flush it."""
         for chunk in range(len(self.file.chunks)):
-            self.fetcher.queue.put((0, chunk), wire.AHEAD)
+            self.fetcher.queue.put((0, chunk), wire.READAHEAD)
             self.do(self.take())
         assert self.cache.present_bytes(self.file) == self.file.size
 
@@ -63,7 +64,7 @@ class Host:
 
     def close(self):
         self.fetcher.queue.close()
-        self.fetcher.images.close_all()
+        self.fetcher.sparse_files.close_all()
         self.ours.close()
         self.fetcher.channel.close()
         os.close(self.memory.fd)
@@ -108,30 +109,30 @@ def test_a_flush_on_a_busy_disk_takes_as_long_as_it_takes(host, monkeypatch):
 
 def test_what_a_worker_took_before_the_drop_does_not_come_back_after_it(host, monkeypatch):
     monkeypatch.setattr(worker, "_DROP_PAUSE_S", 0.001)
-    host.fetcher.queue.put((0, 0), wire.AHEAD)
+    host.fetcher.queue.put((0, 0), wire.READAHEAD)
     taken = host.take()
     host.fetcher.drop(0)
     time.sleep(0.03)
     host.do(taken)
     wait_for(lambda: host.gone() and not host.fetcher.dropping)
-    assert len(host.fetcher.images) == 0
+    assert len(host.fetcher.sparse_files) == 0
 
 
 def test_a_flush_that_comes_after_the_drop_makes_no_image_that_passes_for_flushed(host, monkeypatch):
     monkeypatch.setattr(worker, "_DROP_PAUSE_S", 0.001)
     host.fill()
     taken = host.take()
-    assert taken[2] == wire.SEAL
+    assert taken[2] == wire.FSYNC
     host.fetcher.queue.done(0)
     host.fetcher.drop(0)
     wait_for(host.gone)
-    host.fetcher._seal(0)
+    host.fetcher._fsync(0)
     assert host.gone()
     # Nor one that was begun again meanwhile.
-    with host.fetcher.images.use(0):
+    with host.fetcher.sparse_files.use(0):
         pass
-    monkeypatch.setattr(Image, "seal", lambda self: pytest.fail("flushed an image with holes"))
-    host.fetcher._seal(0)
+    monkeypatch.setattr(SparseFile, "fsync", lambda self: pytest.fail("flushed an image with holes"))
+    host.fetcher._fsync(0)
 
 
 def test_what_somebody_else_has_open_stays(host, monkeypatch, caplog):
@@ -149,9 +150,9 @@ def test_what_somebody_else_has_open_stays(host, monkeypatch, caplog):
 
 
 def test_the_slot_of_what_is_not_fetched_any_more_is_given_back(host):
-    slot = host.memory.lend((0, 1))
+    slot = host.memory.allocate((0, 1))
     host.fetcher.slots[0, 1] = slot
-    host.fetcher.queue.put((0, 1), wire.AHEAD)
+    host.fetcher.queue.put((0, 1), wire.READAHEAD)
     host.fetcher.drop(0)
     kind, file, chunk, number, given, began = wire.ANSWER.unpack(host.ours.recv(wire.BUFFER))
     assert (kind, file, chunk, number, given, began) == (wire.FAILED, 0, 1, errno.ECANCELED, slot, 0.0)
@@ -162,12 +163,12 @@ def test_a_flushed_image_that_loses_a_chunk_is_proven_again_after_a_power_cut(ho
     """What is written there anew has not been flushed."""
     host.fill()
     host.do(host.take())
-    image = host.cache.open(host.file)
-    data = image.read(0)
-    image.mark(0, 0)
-    image.write(0, data)
-    image.close()
-    monkeypatch.setattr("lazyfs.cache.cache.boot_id", lambda: b"0" * 36)
+    sparse_file = host.cache.open(host.file)
+    data = sparse_file.read(0)
+    sparse_file.mark(0, 0)
+    sparse_file.write(0, data)
+    sparse_file.close()
+    monkeypatch.setattr("lazyfs.cache.sparse_file.boot_id", lambda: b"0" * 36)
     again = host.cache.open(host.file)
     try:
         assert PRESENT not in [again.state(i) for i in range(len(host.file.chunks))]

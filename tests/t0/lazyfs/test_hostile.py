@@ -37,11 +37,6 @@ D = "a" * 64
 LIMIT_S = 30
 
 
-@pytest.fixture
-def chunks(tmp_path):
-    return ChunkStore(LocalStore(tmp_path / "store"))
-
-
 def document(kind="weights", files=(), symlinks=(), directories=(), source=""):
     return Manifest(VERSION, kind, tuple(directories), tuple(files), tuple(symlinks), {}, source)
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from lazyfs.fetch import wire
-from lazyfs.mount.metrics import Histogram, render
-from lazyfs.mount.service import Counters
+from lazyfs.mount.counters import Counters, Histogram
+from lazyfs.mount.metrics import render
 
 
 def scrape(text):

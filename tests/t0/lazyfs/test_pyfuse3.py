@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from lazyfs.mount.service import Span
+from lazyfs.mount.open_files import Span
 from lazyfs.mount.transports import pyfuse3
 
 pytestmark = pytest.mark.t0

@@ -10,7 +10,7 @@ import struct
 
 import pytest
 
-from lazyfs.mount.service import Span
+from lazyfs.mount.open_files import Span
 from lazyfs.mount.transports.raw import RawTransport, in_memory
 
 pytestmark = pytest.mark.t0

@@ -16,10 +16,10 @@ import pytest
 from checkpoint.snapshot.digests import digest_folder
 from checkpoint.store.archive import open_chunks, pull, push
 from lazyfs.admin.verify import verify
+from tests.kits import faulty_store
 
 pytestmark = pytest.mark.t1
 
-REPO = Path(__file__).resolve().parents[3]
 CHILD = """
 import sys
 from pathlib import Path
@@ -58,7 +58,7 @@ def killed_after(what: str, url: str, folder: Path, lines: int) -> bool:
     """Run a push or pull and kill it after so many lines of progress; whether it was killed before it finished."""
     process = subprocess.Popen(
         [sys.executable, "-c", CHILD, what, url, str(folder)],
-        env={**os.environ, "PYTHONPATH": str(REPO)},
+        env={**os.environ, "PYTHONPATH": faulty_store.PYTHONPATH},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         text=True,

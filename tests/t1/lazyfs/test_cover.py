@@ -7,22 +7,14 @@ import pytest
 from lazyfs.api import import_directory, read_through, unmount
 from lazyfs.errors import Usage
 from lazyfs.mount import kernel
-from tests.kits.lazyfs_rig import LIMIT_S, Rig, is_daemon, wait_for, write_model
+from tests.kits.lazyfs_rig import LIMIT_S, is_daemon, wait_for, write_model
 
 pytestmark = [
+    pytest.mark.usefixtures("home"),
     pytest.mark.t1,
     pytest.mark.skipif(not kernel.may_mount(), reason="needs /dev/fuse and CAP_SYS_ADMIN"),
 ]
 FILES = ["config.json", "model.safetensors", "sub/tokenizer.json"]
-
-
-@pytest.fixture
-def rig(tmp_path, monkeypatch):
-    monkeypatch.setenv("QUICKTHAW_HOME", str(tmp_path / "home"))
-    monkeypatch.delenv("QUICKTHAW_STORE", raising=False)
-    rig = Rig(tmp_path)
-    yield rig
-    rig.close()
 
 
 @pytest.mark.parametrize(

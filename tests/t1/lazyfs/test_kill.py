@@ -19,7 +19,7 @@ from lazyfs.cache.cache import Cache
 from lazyfs.content.chunk_store import ChunkStore
 from lazyfs.mount import kernel
 from lazyfs.stores.local import LocalStore
-from tests.kits.lazyfs_rig import LIMIT_S, ROOT, Rig, is_daemon, wait_for, write_model
+from tests.kits.lazyfs_rig import LIMIT_S, ROOT, is_daemon, wait_for, write_model
 
 pytestmark = [
     pytest.mark.t1,
@@ -29,20 +29,6 @@ pytestmark = [
 KILLS = int(os.environ.get("QUICKTHAW_KILLS", "40"))
 SEED = int(os.environ.get("QUICKTHAW_SEED", "1"))
 IMPORT = "import sys; from pathlib import Path; from lazyfs.api import import_directory\nprint(import_directory(Path(sys.argv[1])))"
-
-
-@pytest.fixture
-def home(tmp_path, monkeypatch):
-    monkeypatch.setenv("QUICKTHAW_HOME", str(tmp_path / "home"))
-    monkeypatch.delenv("QUICKTHAW_STORE", raising=False)
-    return tmp_path / "home"
-
-
-@pytest.fixture
-def rig(tmp_path):
-    rig = Rig(tmp_path)
-    yield rig
-    rig.close()
 
 
 def importer(model):

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
-import pty
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,12 +12,18 @@ import time
 
 import pytest
 
-from lazyfs.api import find_mount, import_directory, read_through, unmount
+from lazyfs.api import find_mount, import_directory, unmount
 from lazyfs.errors import Busy, LazyfsError, NotFound
 from lazyfs.mount import client, kernel
-from lazyfs.mount.client import no_mount
-from lazyfs.mount.control import ask
-from tests.kits.lazyfs_rig import LIMIT_S, ROOT, Rig, copied_namespace, is_daemon, wait_for, write_model
+from tests.kits.lazyfs_rig import (
+    LIMIT_S,
+    assert_same,
+    both,
+    copied_namespace,
+    is_daemon,
+    wait_for,
+    write_model,
+)
 
 pytestmark = [
     pytest.mark.t1,
@@ -29,38 +32,11 @@ pytestmark = [
 SIZES = [1000, 5 << 20, 70_001, 2 << 20, 3 << 20, 9 << 20]
 
 
-COMMAND = (
-    "import click; from lazyfs.cli import mount, weights\nclick.Group(commands={'weights': weights, 'mount': mount})()"
-)
-
-
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory):
+def shared(module_folder):
     """One model and one home for the module: importing is tested elsewhere."""
-    folder = tmp_path_factory.mktemp("lazyfs")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("QUICKTHAW_HOME", str(folder / "home"))
-        patch.delenv("QUICKTHAW_STORE", raising=False)
-        model = write_model(folder / "model", SIZES)
-        yield model, import_directory(model)
-
-
-@pytest.fixture
-def rig(tmp_path):
-    rig = Rig(tmp_path)
-    yield rig
-    rig.close()
-
-
-# Both carry the same service; test-fast runs the one that root gets.
-TRANSPORTS = ["raw", pytest.param("pyfuse3", marks=pytest.mark.slow)]
-both = pytest.mark.parametrize("transport", TRANSPORTS)
-
-
-def assert_same(reader, model, mountpoint):
-    for path in sorted(p for p in model.rglob("*") if p.is_file()):
-        there = mountpoint / path.relative_to(model)
-        assert reader.ask("digest", str(there)) == reader.ask("digest", str(path)), path
+    model = write_model(module_folder / "model", SIZES)
+    return model, import_directory(model)
 
 
 @pytest.mark.parametrize(
@@ -335,22 +311,6 @@ def test_unmounted_while_it_is_read(shared, rig, tmp_path, transport):
     assert kernel.mount_at(str(handle.mountpoint)) is None
 
 
-@both
-@pytest.mark.slow
-def test_a_file_in_place_that_is_cut_short_fails_and_hurts_nobody(rig, tmp_path, shared, transport):
-    """Read in place, truncated while open: EIO for what is gone, and the daemon goes on."""
-    model = write_model(tmp_path / "own", [5 << 20, 3 << 20])
-    handle = rig.mount(read_through(model), transport=transport, native="off", cache_dir=None)
-    reader, path = rig.reader(), handle.mountpoint / "model.safetensors"
-    assert reader.ask("open", "m", str(path)) is True
-    os.truncate(model / "model.safetensors", 1 << 20)
-    assert reader.ask("pread", "m", 6 << 20, 4096) == {"errno": errno.EIO}
-    assert reader.ask("digest", str(handle.mountpoint / "config.json")) == reader.ask(
-        "digest", str(model / "config.json")
-    )
-    assert is_daemon(handle.pid)
-
-
 @pytest.mark.slow
 def test_direct_reads_of_any_alignment(shared, rig, tmp_path):
     """O_DIRECT past the page cache: offsets and lengths reach the daemon as they are, and need more pages than fit."""
@@ -395,37 +355,6 @@ def test_not_over_another_file_system(shared, rig, tmp_path):
         subprocess.run(["umount", tmp_path / "mnt"], check=True, timeout=LIMIT_S)
 
 
-@both
-def test_a_changed_original_is_not_served(shared, rig, tmp_path, transport):
-    model = write_model(tmp_path / "own", [5 << 20])
-    digest = import_directory(model)
-    handle = rig.mount(digest, transport=transport)
-    reader, path = rig.reader(), model / "config.json"
-    before = reader.ask("digest", str(path))
-    stat = path.stat()
-    path.write_text(path.read_text().replace("toy", "bad"))
-    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert reader.ask("digest", str(handle.mountpoint / "config.json")) == before != reader.ask("digest", str(path))
-
-
-@both
-@pytest.mark.parametrize("native", ["auto", "off"])
-def test_an_original_that_changes_while_it_is_open(rig, tmp_path, shared, transport, native):
-    """Who has it open sees its new bytes, as in the plain directory; nobody else does."""
-    model = write_model(tmp_path / "own", [5 << 20])
-    handle = rig.mount(import_directory(model), transport=transport, native=native)
-    path, reader = str(handle.mountpoint / "config.json"), rig.reader()
-    wanted = reader.ask("digest", path)
-    reader.ask("open", 0, path)
-    (model / "sub" / "tokenizer.json").unlink()  # A file that is only removed is still what it was.
-    with open(model / "config.json", "r+b") as original:
-        original.write(b"EVIL")
-    assert reader.ask("open", 1, path) == {"errno": errno.EIO}
-    reader.ask("close", 0)
-    # The kernel tells of the last close a moment later.
-    wait_for(lambda: reader.ask("digest", path) == wanted)
-
-
 def test_a_mount_of_another_home_is_left_alone(rig, tmp_path, shared, monkeypatch):
     _, digest = shared
     first = rig.mount(digest)
@@ -438,140 +367,6 @@ def test_a_mount_of_another_home_is_left_alone(rig, tmp_path, shared, monkeypatc
     os.kill(first.pid, signal.SIGKILL)
     wait_for(lambda: not is_daemon(first.pid))
     assert rig.mount(digest, store_url=store).pid != first.pid
-
-
-def test_reading_a_directory_in_place(rig, tmp_path, shared):
-    model = write_model(tmp_path / "own", [5 << 20, 1000])
-    handle = rig.mount(read_through(model), cache_dir=None)
-    reader = rig.reader()
-    assert_same(reader, model, handle.mountpoint)
-    assert handle.status()["counters"]["reads"] == 0
-    handle.unmount()
-    cached = rig.mount(read_through(model), use_origin=False, cache_dir=None)
-    assert_same(reader, model, cached.mountpoint)
-    (model / "sub" / "tokenizer.json").write_bytes(b"y" * 100_000)
-    stale = rig.mount(cached.manifest, "second", use_origin=False, cache_dir=None)
-    assert_same_or_error(reader, stale.mountpoint / "sub" / "tokenizer.json", 100_000)
-
-
-def assert_same_or_error(reader, path, size):
-    """Of a source that changed under a mount: the old bytes (cached) or an error, never the new ones."""
-    answer = reader.ask("call", f"open({str(path)!r}, 'rb').read().count(b'y')")
-    assert isinstance(answer, dict) or answer < size // 2
-
-
-def test_an_original_that_is_gone_is_not_counted_as_cached(rig, tmp_path, shared):
-    model = write_model(tmp_path / "own", [5 << 20])
-    digest = import_directory(model)
-    handle = rig.mount(digest, cache_dir=tmp_path / "c")
-    size = handle.status()["bytes"]
-    assert handle.status()["cached_bytes"] == size
-    assert handle.control("pin").items() >= {"files": 4, "in_place": 4, "absent_chunks": 0, "absent_bytes": 0}.items()
-    shutil.rmtree(model)
-    assert handle.status()["cached_bytes"] == 0
-    handle.unmount()
-    # A mount after that fetches all of it in the background, as any other.
-    again = rig.mount(digest, "again", cache_dir=tmp_path / "c")
-    wait_for(lambda: again.status()["cached_bytes"] == size)
-
-
-def test_a_stopped_daemon_is_named(shared, rig, monkeypatch):
-    monkeypatch.setattr("lazyfs.mount.client._PING_S", 0.2)
-    _, digest = shared
-    handle = rig.mount(digest)
-    assert no_mount(rig.tmp / "elsewhere").code == "not-found"
-    os.kill(handle.pid, signal.SIGSTOP)
-    try:
-        assert find_mount(handle.mountpoint) is None
-        reason = no_mount(handle.mountpoint)
-        assert reason.code == "daemon-silent" and str(handle.pid) in str(reason)
-    finally:
-        os.kill(handle.pid, signal.SIGCONT)
-
-
-@both
-def test_control_socket(shared, rig, tmp_path, transport):
-    _, digest = shared
-    cache = tmp_path / "c"
-    handle = rig.mount(
-        digest, use_origin=False, cache_dir=cache, transport=transport, background_mb_s=0.0, prefetch=False
-    )
-    assert handle.status()["cached_bytes"] == 0
-    assert handle.control("prefetch", path="model.safetensors")["absent_chunks"] > 3
-    wait_for(lambda: handle.status()["cached_bytes"] >= sum(SIZES))
-    assert handle.control("prefetch", path="model.safetensors")["absent_bytes"] == 0
-    assert (handle.socket.stat().st_mode & 0o777) == 0o600
-    for bad in ({"op": "nonsense"}, {"op": "prefetch", "path": "none"}):
-        with pytest.raises(LazyfsError) as caught:
-            ask(handle.socket, bad)
-        assert caught.value.code == "usage"
-    assert handle.control("pin")["files"] == 4
-    assert handle.control("drop")["files"] == 4
-    wait_for(lambda: handle.status()["cached_bytes"] == 0)
-    with pytest.raises(NotFound):
-        ask(tmp_path / "nobody.sock", {"op": "ping"})
-
-
-def run(*arguments, code=0):
-    """One `quickthaw weights …` or `quickthaw mount …`, ended with that exit code."""
-    done = subprocess.run(
-        [sys.executable, "-c", COMMAND, *map(str, arguments)],
-        capture_output=True, text=True, timeout=LIMIT_S, cwd=ROOT,
-    )  # fmt: skip
-    assert done.returncode == code, done.stderr
-    return done
-
-
-@pytest.mark.slow
-def test_the_command_line_prefetches_pins_and_drops(shared, rig, tmp_path):
-    _, digest = shared
-    cache = tmp_path / "c"
-    handle = rig.mount(digest, use_origin=False, cache_dir=cache, background_mb_s=0.0, prefetch=False)
-    mnt = handle.mountpoint
-    size = (mnt / "config.json").stat().st_size
-    asked = {"files": 1, "in_place": 0, "absent_chunks": 1, "absent_bytes": size}
-    assert json.loads(run("mount", "--pin", mnt / "config.json", "--json").stdout) == asked
-    assert run("mount", "--prefetch", mnt).stdout.startswith("files: 4  in_place: 0  absent_chunks: ")
-    wait_for(lambda: handle.status()["cached_bytes"] == handle.status()["bytes"])
-    assert json.loads(run("mount", "--drop", mnt, "--json").stdout)["files"] == 4
-    wait_for(lambda: handle.status()["cached_bytes"] == 0)
-    assert "[usage]" in run("mount", "--prefetch", mnt / "none", code=1).stderr
-    assert "[not-found]" in run("mount", "--drop", tmp_path, code=1).stderr
-
-
-def test_the_command_line(shared, tmp_path):
-    _, digest = shared
-    assert digest in run("weights", "ls", "--json").stdout
-    mnt = tmp_path / "m"
-    try:
-        answer = json.loads(run("mount", digest[:12], mnt, "--detach", "--json").stdout)
-        assert answer["manifest"] == digest
-        assert json.loads(run("mount", "--status", mnt, "--json").stdout)["pid"] == answer["pid"]
-    finally:
-        run("mount", "--unmount", mnt, "--force")
-    refused = run("mount", "nothing-like-it", mnt, code=1)
-    assert refused.stderr.count("\n") == 1 and "[not-found]" in refused.stderr
-    assert "[not-found]" in run("weights", "import", tmp_path / "none", code=1).stderr
-    run("mount", code=2)
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_mount_in_the_foreground_goes_with_its_terminal(shared, tmp_path, number):
-    _, digest = shared
-    mnt = tmp_path / "m"
-    # Where the tests themselves run under nohup, the signal would be ignored, as it should.
-    foreground = subprocess.Popen(
-        ["env", "--default-signal=HUP", sys.executable, "-c", COMMAND, "mount", digest, str(mnt)],
-        stdout=subprocess.PIPE, text=True, cwd=ROOT,
-    )  # fmt: skip
-    try:
-        assert foreground.stdout.readline().startswith("ready: ")
-        foreground.send_signal(number)
-        assert foreground.wait(LIMIT_S) == 0
-    finally:
-        foreground.kill()
-        foreground.stdout.close()
-    assert kernel.mount_at(str(mnt)) is None
 
 
 def test_a_mount_point_that_is_a_link(shared, rig, tmp_path):
@@ -594,28 +389,6 @@ def test_a_mount_point_that_is_a_link(shared, rig, tmp_path):
     with pytest.raises(LazyfsError) as caught:
         rig.mount(digest, "a")
     assert caught.value.code == "usage"
-
-
-@pytest.mark.slow
-def test_an_import_shows_its_progress_on_a_terminal(shared, tmp_path):
-    model = write_model(tmp_path / "own", [5 << 20, 4 << 20], seed=4)
-    ours, theirs = pty.openpty()
-    command = [sys.executable, "-c", COMMAND, "weights", "import", str(model), "--json"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs, cwd=ROOT, text=True)
-    os.close(theirs)
-    shown = b""
-    try:
-        while part := os.read(ours, 4096):
-            shown += part
-    except OSError as error:
-        # What the reading end of a terminal says when the last writer has gone.
-        assert error.errno == errno.EIO
-    finally:
-        os.close(ours)
-    out, _ = process.communicate(timeout=LIMIT_S)
-    assert process.returncode == 0 and json.loads(out)["bytes"] > 9 << 20
-    shares = [float(line.split(b"%")[0]) for line in shown.split(b"\r") if b"%" in line]
-    assert len(shares) >= 2 and shares == sorted(shares) and shares[-1] == 100.0 and b" of 9.5 MB" in shown
 
 
 @pytest.mark.slow

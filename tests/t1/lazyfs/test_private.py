@@ -15,29 +15,15 @@ import pytest
 from click.testing import CliRunner
 
 from lazyfs.api import import_directory
-from lazyfs.cli import mount
+from lazyfs.cli.mount import mount
 from lazyfs.mount import kernel
-from tests.kits.lazyfs_rig import Rig, write_model
+from tests.kits.lazyfs_rig import write_model
 
 pytestmark = [
     pytest.mark.t1,
     pytest.mark.skipif(not kernel.may_mount(), reason="needs /dev/fuse and CAP_SYS_ADMIN"),
 ]
 NOBODY = 65534
-
-
-@pytest.fixture
-def home(tmp_path, monkeypatch):
-    monkeypatch.setenv("QUICKTHAW_HOME", str(tmp_path / "home"))
-    monkeypatch.delenv("QUICKTHAW_STORE", raising=False)
-    return tmp_path / "home"
-
-
-@pytest.fixture
-def rig(tmp_path):
-    rig = Rig(tmp_path)
-    yield rig
-    rig.close()
 
 
 def as_somebody_else(path):

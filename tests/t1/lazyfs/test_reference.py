@@ -26,19 +26,15 @@ FILES = ("model.safetensors", "config.json", "sub/tokenizer.json", "link", "empt
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("lazyfs")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("QUICKTHAW_HOME", str(folder / "home"))
-        patch.delenv("QUICKTHAW_STORE", raising=False)
-        model = write_model(folder / "model", [5 << 20, 1000, 4 << 20, 70_001])
-        yield folder, model, import_directory(model)
+def imported(module_folder):
+    model = write_model(module_folder / "model", [5 << 20, 1000, 4 << 20, 70_001])
+    return module_folder, model, import_directory(model)
 
 
 @pytest.fixture(scope="module", params=["raw", "raw-not-native", "pyfuse3", "streaming"])
-def pair(request, home):
+def pair(request, imported):
     """A mount that begins with an empty cache, and three readers."""
-    folder, model, digest = home
+    folder, model, digest = imported
     rig = Rig(folder)
     options = {
         "raw": {"transport": "raw"},
@@ -114,8 +110,8 @@ def test_many_random_reads(pair):
     check_operations(pair, operations)
 
 
-def test_safetensors_reads_the_mount(home, tmp_path):
-    folder, _, _ = home
+def test_safetensors_reads_the_mount(imported, tmp_path):
+    folder, _, _ = imported
     rig = Rig(tmp_path)
     try:
         script = f"""
@@ -177,7 +173,7 @@ else:
 @pytest.mark.slow
 @pytest.mark.skipif(TORCH is None, reason="needs an engine's interpreter with torch (make setup)")
 @pytest.mark.parametrize("options", [{"native": "off"}, {"transport": "pyfuse3"}, {}], ids=["raw", "pyfuse3", "native"])
-def test_torch_maps_the_mount(home, tmp_path, options):
+def test_torch_maps_the_mount(imported, tmp_path, options):
     """torch.load(mmap=True) and safetensors into torch tensors, equal to the plain directory's."""
     plain, rig = tmp_path / "torch", Rig(tmp_path)
     plain.mkdir()
@@ -203,7 +199,7 @@ def test_torch_maps_the_mount(home, tmp_path, options):
 
 @pytest.mark.skipif(shutil.which("fio") is None, reason="needs fio")
 @pytest.mark.slow
-def test_fio_verifies(home, tmp_path):
+def test_fio_verifies(imported, tmp_path):
     """fio writes a file whose every block carries its own checksum, and verifies it through the mount."""
     rig = Rig(tmp_path)
     (tmp_path / "fio").mkdir()

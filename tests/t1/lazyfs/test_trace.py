@@ -19,30 +19,16 @@ from lazyfs.admin.verify import verify
 from lazyfs.api import import_directory, read_through
 from lazyfs.content.chunk_store import ChunkStore
 from lazyfs.errors import NotFound, Permanent
-from lazyfs.fetch.access_log import Trace
+from lazyfs.fetch.access_log import AccessLog
 from lazyfs.mount import kernel
 from lazyfs.stores import open_store
-from tests.kits.lazyfs_rig import LIMIT_S, Rig, wait_for, write_model
+from tests.kits.lazyfs_rig import LIMIT_S, wait_for, write_model
 
 pytestmark = [
     pytest.mark.t1,
     pytest.mark.skipif(not kernel.may_mount(), reason="needs /dev/fuse and CAP_SYS_ADMIN"),
 ]
 SIZES = [5 << 20, 1000, 4 << 20, 6 << 20]
-
-
-@pytest.fixture
-def home(tmp_path, monkeypatch):
-    monkeypatch.setenv("QUICKTHAW_HOME", str(tmp_path / "home"))
-    monkeypatch.delenv("QUICKTHAW_STORE", raising=False)
-    return tmp_path / "home"
-
-
-@pytest.fixture
-def rig(tmp_path):
-    rig = Rig(tmp_path)
-    yield rig
-    rig.close()
 
 
 @pytest.mark.slow
@@ -60,7 +46,7 @@ def test_a_trace_is_recorded_and_replayed(home, rig, tmp_path):
     path = home / "traces" / f"{digest}.json"
     wait_for(path.exists)
     first.unmount(force=True)
-    known = Trace(path).known
+    known = AccessLog(path).known
     assert known and known[0][1] > known[-1][1] and len({f for f, _ in known}) == 1
     second = rig.mount(digest, "again", cache_dir=tmp_path / "c2", **settings)
     wait_for(lambda: second.status()["cached_bytes"] > 0)
@@ -68,8 +54,8 @@ def test_a_trace_is_recorded_and_replayed(home, rig, tmp_path):
     assert second.status()["counters"]["reads"] == 0
     again = rig.reader()
     again.ask("digest", str(second.mountpoint / "config.json"))
-    wait_for(lambda: len(Trace(path).known) == len(known) + 1)
-    assert Trace(path).known[: len(known)] == known
+    wait_for(lambda: len(AccessLog(path).known) == len(known) + 1)
+    assert AccessLog(path).known[: len(known)] == known
     text = second.control("metrics")["text"]
     assert f'quickthaw_lazyfs_cached_bytes{{manifest="{digest[:16]}"}}' in text
     assert 'quickthaw_lazyfs_wait_seconds_bucket{le="+Inf"} 1' in text

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import resource
 import signal
@@ -26,7 +25,7 @@ from lazyfs.mount import kernel
 from lazyfs.mount.config import MountConfig
 from lazyfs.mount.control import address
 from lazyfs.stores.local import LocalStore
-from tests.kits.lazyfs_rig import LIMIT_S, Rig, fetcher_pid, wait_for, write_model
+from tests.kits.lazyfs_rig import LIMIT_S, fetcher_pid, wait_for
 
 pytestmark = [
     pytest.mark.t1,
@@ -37,24 +36,14 @@ MANY = 900
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory):
+def shared(module_folder, stored):
     """A home whose store has a model, and a directory of very many files."""
-    folder = tmp_path_factory.mktemp("lazyfs")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("QUICKTHAW_HOME", str(folder / "home"))
-        patch.delenv("QUICKTHAW_STORE", raising=False)
-        model = write_model(folder / "model", [5 << 20, 1000, 4 << 20, 6 << 20])
-        (folder / "many").mkdir()
-        for number in range(MANY):
-            (folder / "many" / f"{number:04}").write_bytes(number.to_bytes(4, "little") * 10)
-        yield model, import_directory(model), folder / "many", import_directory(folder / "many")
-
-
-@pytest.fixture
-def rig(tmp_path):
-    rig = Rig(tmp_path)
-    yield rig
-    rig.close()
+    model, digest, _ = stored
+    many = module_folder / "many"
+    many.mkdir()
+    for number in range(MANY):
+        (many / f"{number:04}").write_bytes(number.to_bytes(4, "little") * 10)
+    return model, digest, many, import_directory(many)
 
 
 def descriptors(pid):
@@ -220,19 +209,16 @@ def test_a_fetcher_that_cannot_be_started_is_tried_again(tmp_path, monkeypatch):
     wait_for(lambda: len(os.listdir("/proc/self/fd")) <= before)
 
 
-def test_a_dead_store_is_said_once(shared, rig, tmp_path):
+def test_a_dead_store_is_said_once(shared, rig, tmp_path, control):
     """Not for each chunk and each attempt: the log of an hour without network has to be read by somebody."""
     _, digest, *_ = shared
-    control = tmp_path / "control.json"
-    store = f"file://{Path(os.environ['QUICKTHAW_HOME']) / 'store'}"
-    control.write_text(json.dumps({"store": store, "fault": "reset", "only": "chunks/"}))
+    control("reset")
     settings = {"fetch_limit_s": 1.0, "read_limit_s": 4.0, "use_origin": False, "log_file": tmp_path / "log"}
-    handle = rig.mount(digest, store_url=f"faulty://{control}", cache_dir=tmp_path / "c", **settings)
+    handle = rig.mount(digest, store_url=control.url, cache_dir=tmp_path / "c", **settings)
     reader = rig.reader()
     assert "errno" in reader.ask("digest", str(handle.mountpoint / "model.safetensors"))
     wait_for(lambda: handle.status()["fetcher"].get("retries", 0) >= 20)
     lines = (tmp_path / "log").read_text().splitlines()
     assert 2 <= len(lines) <= 8 and any("reset by peer" in line for line in lines), lines
-    control.with_suffix(".new").write_text(json.dumps({"store": store}))
-    control.with_suffix(".new").rename(control)
+    control()
     assert "errno" not in reader.ask("digest", str(handle.mountpoint / "model.safetensors"))

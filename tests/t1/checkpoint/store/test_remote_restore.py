@@ -29,12 +29,12 @@ from checkpoint.store import archive, download, layout
 from checkpoint.store import remote_restore as remotes
 from checkpoint.store.archive import open_chunks, pull, push
 from checkpoint.store.remote_restore import DownloadingLibrary, RemoteSnapshot
+from tests.kits import faulty_store
 from tests.kits.checkpoint_kit import LIMIT_S, draft, inside, wait_for
 
 pytestmark = [pytest.mark.t1, pytest.mark.slow, pytest.mark.xdist_group("criu")]
 
 HOME = Path(os.environ.get("QUICKTHAW_HOME", Path.home() / ".cache" / "quickthaw"))
-REPO = Path(__file__).resolve().parents[4]
 TOUCHED = 1500  # pages that the recorded restore read
 
 
@@ -147,9 +147,7 @@ def faulty(store: Path, tmp_path: Path) -> Callable[..., str]:
     control = tmp_path / "faults.json"
 
     def set_fault(**fault: object) -> str:
-        new = control.with_suffix(".new")
-        new.write_text(json.dumps({"store": f"file://{store}", **fault}))
-        new.replace(control)
+        faulty_store.set_fault(control, store, **fault)
         return f"faulty://{control}"
 
     return set_fault
@@ -439,7 +437,7 @@ def test_killed_at_any_moment(host: Host, faulty: Callable[..., str], moment: fl
     url = faulty(fault="slow", seconds=0.05, only="chunks/")
     child = subprocess.Popen(
         [sys.executable, "-c", CHILD, str(host.library.home), url],
-        env={**os.environ, "PYTHONPATH": str(REPO)},
+        env={**os.environ, "PYTHONPATH": faulty_store.PYTHONPATH},
         stdout=subprocess.PIPE,
         text=True,
     )

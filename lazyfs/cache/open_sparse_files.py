@@ -1,6 +1,6 @@
-"""The fetcher's open cache files: a bounded number, however many files a mount has.
+"""The fetcher's open sparse cache files: a bounded number, however many files a mount has.
 
-An open cache file takes four descriptors. The least recently used one is closed first; files in use are never closed. A
+An open one takes four descriptors. The least recently used one is closed first; files in use are never closed. A
 touched file is protected from eviction without being open (`Cache.touched`).
 """
 
@@ -13,7 +13,8 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from lazyfs.cache.cache import AnyImage, Cache, Image
+from lazyfs.cache.cache import Cache
+from lazyfs.cache.sparse_file import AnySparseFile, SparseFile
 from lazyfs.content.manifest import File
 
 _FDS_EACH = 4
@@ -34,11 +35,11 @@ def raise_descriptor_limit() -> None:
 
 @dataclass
 class _Entry:
-    image: AnyImage
+    sparse_file: AnySparseFile
     users: int = 0
 
 
-class OpenImages:
+class OpenSparseFiles:
     """Open cache files by the file's index in the manifest. Thread-safe."""
 
     def __init__(self, cache: Cache, files: Sequence[File]) -> None:
@@ -51,19 +52,19 @@ class OpenImages:
         self._lock = threading.Lock()
 
     @contextlib.contextmanager
-    def use(self, index: int) -> Iterator[AnyImage]:
+    def use(self, index: int) -> Iterator[AnySparseFile]:
         """Yield the file's cache file, opened if needed. Raises what `Cache.open_any` raises."""
         with self._lock:
             entry = self._open.get(index)
             if entry is None:
-                image = self.cache.open_any(self.files[index])
-                if isinstance(image, Image):
-                    self.cache.touched(image.file)
-                entry = self._open[index] = _Entry(image)
+                sparse_file = self.cache.open_any(self.files[index])
+                if isinstance(sparse_file, SparseFile):
+                    self.cache.touched(sparse_file.file)
+                entry = self._open[index] = _Entry(sparse_file)
             self._open.move_to_end(index)
             entry.users += 1
         try:
-            yield entry.image
+            yield entry.sparse_file
         finally:
             with self._lock:
                 entry.users -= 1
@@ -72,7 +73,7 @@ class OpenImages:
     def _trim(self) -> None:
         idle = (index for index, entry in list(self._open.items()) if not entry.users)
         while len(self._open) > self.most and (index := next(idle, None)) is not None:
-            self._open.pop(index).image.close()
+            self._open.pop(index).sparse_file.close()
 
     def close(self, index: int) -> bool:
         """Close the file's cache file unless it is in use. Return whether it is closed."""
@@ -83,7 +84,7 @@ class OpenImages:
             if entry.users:
                 return False
             del self._open[index]
-            entry.image.close()
+            entry.sparse_file.close()
             return True
 
     def close_all(self) -> None:

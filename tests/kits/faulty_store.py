@@ -1,8 +1,9 @@
-"""A store wrapper that injects faults on command, for fault drills and for the project's own tests.
+"""A store that injects faults on command: what a mount, an import or a restore does when its store fails.
 
 `faulty://PATH` names a JSON file that is read at every call, so faults begin and end while a mount is running:
 `{"store": "file:///…", "fault": "corrupt", "share": 0.5, "seconds": 1.0, "only": "chunks/", "calls": ["get"]}`.
 Without "fault" every call passes. "calls" lists the calls that may fail (default: get); bodies are damaged in get only.
+Importing this module makes `open_store` know the scheme; processes that a test starts need `PYTHONPATH` in their environment.
 """
 
 from __future__ import annotations
@@ -15,7 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from lazyfs.errors import NotFound, Permanent, Temporary, Usage
+from lazyfs.stores import open_store
 from lazyfs.stores.base import MOST_BYTES, ObjectInfo, Store
+from lazyfs.stores.urls import SCHEMES
+
+SCHEMES["faulty"] = f"{__name__}:open_url"
+ROOT = Path(__file__).resolve().parents[2]
+PYTHONPATH = f"{ROOT}:{ROOT / 'tests' / 'programs' / 'faulty_site'}"
 
 FAULTS = ("truncate", "corrupt", "longer", "empty", "stall", "slow", "reset", "429", "503", "forbidden", "missing")
 
@@ -25,12 +32,17 @@ def open_url(url: str) -> FaultyStore:
     return FaultyStore(Path(url.removeprefix("faulty://")))
 
 
+def set_fault(control: Path, store: Path, fault: str | None = None, **values: Any) -> None:
+    """Write the control file, atomically."""
+    new = control.with_suffix(".new")
+    new.write_text(json.dumps({"store": f"file://{store}", "fault": fault, **values}))
+    new.rename(control)
+
+
 class FaultyStore:
     """Delegate to the store named in the control file, failing a share of the calls whose key begins with "only"."""
 
     def __init__(self, control: Path, *, remote: bool = True) -> None:
-        from lazyfs.stores import open_store
-
         self.control = control
         self.url = f"faulty://{control}"
         self.inner: Store = open_store(str(self._settings()["store"]))

@@ -1,0 +1,1 @@
+"""The command lines of lazyfs: `quickthaw weights` and `quickthaw mount`."""

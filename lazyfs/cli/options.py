@@ -1,0 +1,118 @@
+"""What the commands of lazyfs share: option types, common options, error reports, the store that `--store` names."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+import click
+
+from lazyfs.errors import LazyfsError, from_os_error
+
+if TYPE_CHECKING:
+    from lazyfs.content.chunk_store import ChunkStore
+
+F = TypeVar("F", bound=Callable[..., Any])
+option = functools.partial(click.option, show_envvar=True)
+store_option = option(
+    "--store",
+    envvar="QUICKTHAW_STORE",
+    metavar="URL",
+    help="A directory, s3://, gs://, az:// or http(s)://.  [default: store/ under $QUICKTHAW_HOME]",
+)
+json_option = option("--json", "as_json", is_flag=True, envvar="QUICKTHAW_JSON", help="Print JSON instead of text.")
+
+
+def reports_errors(command: F) -> F:
+    """Print an error of the command as one line on standard error, and exit with its exit code."""
+
+    @functools.wraps(command)
+    def inner(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except LazyfsError as error:
+            _fail(error)
+        except OSError as error:
+            # A closed pipe, or a path that the command itself checks.
+            _fail(from_os_error(error, str(error.filename or command.__name__.rstrip("_"))))
+
+    return inner  # type: ignore[return-value]
+
+
+def _fail(error: LazyfsError) -> NoReturn:
+    click.echo(f"quickthaw: {error.code}: {error}", err=True)
+    sys.exit(error.exit_code)
+
+
+class Number(click.ParamType[float]):
+    """A finite number of 0 or more. (click.FloatRange accepts "nan" and "inf".)"""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if not 0 <= number < math.inf:
+            self.fail(f"{value!r} is not a number of 0 or more", param, ctx)
+        return number
+
+
+class Duration(Number):
+    """A duration such as 90s, 10m or 24h, in seconds. `bare`: the unit of a number without one."""
+
+    name = "time"
+    UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
+
+    def __init__(self, bare: str = "s") -> None:
+        self.bare = bare
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        text = str(value)
+        unit = text[-1:] if text[-1:] in self.UNITS else ""
+        try:
+            return super().convert(text.removesuffix(unit), None, None) * self.UNITS[unit or self.bare]
+        except click.BadParameter:
+            self.fail(f"{text!r} is not a duration; write 90s, 10m or 24h", param, ctx)
+
+
+class PathArgument(click.Path):
+    """A path. Rejects an empty one, which an unset variable leaves and which would mean the current directory."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("the path is empty", param, ctx)
+        if str(value).startswith("--"):
+            self.fail(f"expected a path, got the option {value!r}", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+def open_chunks(store: str | None) -> ChunkStore:
+    """Open the store. Raises NotFound for a named directory that is not a store: it would look like an empty one."""
+    from lazyfs.content.chunk_store import ChunkStore
+    from lazyfs.errors import NotFound
+    from lazyfs.paths import default_store_url
+    from lazyfs.stores import open_store
+    from lazyfs.stores.urls import local_path
+
+    url = store or default_store_url()
+    folder = local_path(url)
+    if store is not None and folder is not None:
+        try:
+            inside = set(os.listdir(folder))
+        except OSError as error:
+            inside = set()
+            if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+                raise from_os_error(error, f"cannot read {folder}") from error
+        if not inside & {"chunks", "manifests", "refs"}:
+            raise NotFound(f"no store at {folder}; `quickthaw weights import DIRECTORY --store {folder}` creates one")
+    return ChunkStore(open_store(url))

@@ -1,0 +1,269 @@
+"""The commands `quickthaw weights …`: import, list, verify, remove and collect what a store holds."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from lazyfs.cli.options import Duration, PathArgument, json_option, open_chunks, option, reports_errors, store_option
+from lazyfs.errors import one_line
+
+if TYPE_CHECKING:
+    from lazyfs.content.importer import Progress
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+@click.group()
+def weights() -> None:
+    """Keep model weights as content-addressed chunks in a store.
+
+    \b
+    quickthaw weights import ./SmolLM2 --tag smollm2:v1
+    quickthaw mount smollm2:v1 /mnt/smollm2
+    """
+
+
+@weights.command("import")
+@click.argument("directory", type=PathArgument())
+@option(
+    "--tag",
+    envvar="QUICKTHAW_TAG",
+    metavar="NAME[:TAG]",
+    help="Name of the manifest; the tag is `latest` unless given.",
+)
+@option(
+    "--zstd",
+    envvar="QUICKTHAW_ZSTD",
+    default="auto",
+    show_default=True,
+    metavar="auto|never|1-19",
+    help="Whether to compress: where a sample shows that it pays, never, or always at this level.",
+)
+@store_option
+@json_option
+@reports_errors
+def import_(directory: Path, tag: str | None, zstd: str, store: str | None, as_json: bool) -> None:
+    """Store DIRECTORY as chunks and print the digest of its manifest.
+
+    Chunks that the store has are skipped: an interrupted import resumes, and a fine-tune stores only what differs.
+
+    \b
+    quickthaw weights import ./model --tag model:v2
+    quickthaw weights import ./model --store s3://bucket/weights
+    """
+    from lazyfs.content.stat_index import import_directory
+
+    level: int | str | None = "auto" if zstd == "auto" else None
+    if zstd not in ("auto", "never"):
+        try:
+            level = int(zstd)
+        except ValueError:
+            raise click.UsageError("--zstd must be auto, never or a level from 1 to 19") from None
+    last: list[Progress] = []
+    show = sys.stderr.isatty()
+    started = time.monotonic()
+
+    def progress(now: Progress) -> None:
+        last[:] = [now]
+        if show:
+            share = 100 * now.done / max(1, now.total)
+            click.echo(
+                f"\r{share:5.1f} %  {_size(now.done)} of {_size(now.total)}  {now.path[-40:]:40}", nl=False, err=True
+            )
+
+    digest = import_directory(directory, store, tag=tag, progress=progress, zstd=level, thorough=True)
+    if show and last:
+        click.echo("\r" + " " * 78 + "\r", nl=False, err=True)
+    final = last[0] if last else None
+    answer = {
+        "manifest": digest,
+        "tag": tag,
+        "bytes": final.total if final else 0,
+        "stored_bytes": final.stored if final else 0,
+        "shared_bytes": final.skipped if final else 0,
+        "unchanged": final is None,
+        "seconds": round(time.monotonic() - started, 3),
+    }
+    if as_json:
+        click.echo(json.dumps(answer))
+        return
+    click.echo(digest)
+    if final is None:
+        click.echo("unchanged since the last import", err=True)
+    else:
+        shared = f"{_size(final.skipped)} shared with what the store had"
+        click.echo(f"{_size(final.total)} read, {_size(final.stored)} written, {shared}", err=True)
+
+
+@weights.command()
+@store_option
+@json_option
+@reports_errors
+def ls(store: str | None, as_json: bool) -> None:
+    """List the manifests of a store.
+
+    Prints kind, size, bytes shared with others and names. Damaged manifests, and names without a manifest, are marked DAMAGED.
+    """
+    from lazyfs.admin.listing import listing, unnamed
+
+    chunks = open_chunks(store)
+    entries = listing(chunks)
+    if as_json:
+        click.echo(json.dumps([asdict(e) for e in entries]))
+        return
+    if not entries:
+        count, size = unnamed(chunks)
+        if count:
+            click.echo(
+                f"no manifest in {chunks.store.url}, only {count} unreferenced chunks ({_size(size)}); "
+                "`quickthaw weights gc` deletes those older than a day",
+                err=True,
+            )
+        else:
+            click.echo(
+                f"nothing in {chunks.store.url} yet; `quickthaw weights import DIRECTORY` adds a model", err=True
+            )
+    for e in entries:
+        shared = _size(e.size - e.unshared)
+        name = ", ".join(e.names) or "-"
+        if e.damage:
+            click.echo(one_line(f"{e.manifest[:16]:16}  DAMAGED   {name}: {e.damage}"))
+            continue
+        click.echo(
+            one_line(
+                f"{e.manifest[:16]}  {e.kind:8}  {_size(e.size):>9}  shared {shared:>9}  {e.files:5} files  {name}"
+            )
+        )
+
+
+@weights.command()
+@click.argument("names", nargs=-1, metavar="[MANIFEST]...")
+@option(
+    "--repair",
+    is_flag=True,
+    envvar="QUICKTHAW_REPAIR",
+    help="Delete damaged chunks and manifests, so that the next import writes them again. Empty the quarantine.",
+)
+@option(
+    "--cache/--no-cache",
+    "with_cache",
+    default=True,
+    envvar="QUICKTHAW_VERIFY_CACHE",
+    show_default=True,
+    help="Whether to verify this host's cache too.",
+)
+@store_option
+@json_option
+@reports_errors
+def verify(names: tuple[str, ...], repair: bool, with_cache: bool, store: str | None, as_json: bool) -> None:
+    """Read and hash every chunk of the manifests (default: all). The exit code is 1 if anything is damaged or missing."""
+    from lazyfs.admin.verify import verify as check
+    from lazyfs.admin.verify import verify_cache
+    from lazyfs.cache.cache import Cache
+    from lazyfs.paths import home
+
+    chunks = open_chunks(store)
+    digests = [chunks.resolve(n) for n in names] or None
+    report = check(chunks, digests, repair=repair)
+    cache = Cache(home() / "cache")
+    if with_cache:
+        verify_cache(cache, chunks, report, digests)
+    quarantined = cache.quarantined()
+    if as_json:
+        kept = [{"name": name, "reason": why} for name, why in quarantined]
+        click.echo(json.dumps({**asdict(report), "quarantine": kept, "clean": report.clean}))
+    else:
+        click.echo(f"{report.manifests} manifests, {report.chunks} chunks, {_size(report.bytes)} read", err=True)
+        for kind, found in (("damaged", report.bad), ("missing", report.missing)):
+            for digest, path in found.items():
+                click.echo(one_line(f"{kind} chunk {digest[:16]} of {path}"))
+        for digest, why in report.broken_manifests.items():
+            removed = "; removed" if repair and not chunks.has_manifest(digest) else ""
+            click.echo(one_line(f"manifest {digest[:16]}: {why}{removed}"))
+        for name, why in report.broken_names.items():
+            click.echo(one_line(f"{name}: {why}"))
+        if report.cache_bad:
+            click.echo(f"{report.cache_bad} damaged chunks of the cache removed; they will be fetched again")
+        if report.cache_skipped:
+            click.echo(f"{report.cache_skipped} cached files not verified: the disk has no room to open them", err=True)
+        if quarantined:
+            click.echo(
+                f"quarantine ({cache.root / 'quarantine'}{', emptied now' if repair else ''}): {len(quarantined)} bodies "
+                "that did not match their digest and were not served",
+                err=True,
+            )
+            for name, why in quarantined:
+                click.echo(one_line(f"  {name}: {why}"), err=True)
+        if report.bad or report.missing or report.broken_manifests:
+            first = (
+                ""
+                if repair or chunks.store.url.startswith("http") or not (report.bad or report.broken_manifests)
+                else "`quickthaw weights verify --repair`, then "
+            )
+            click.echo(f"remedy: {first}`quickthaw weights import` of the original writes what is missing", err=True)
+        click.echo("clean" if report.clean else "NOT clean")
+    if repair:
+        cache.clear_quarantine()
+    sys.exit(0 if report.clean else 1)
+
+
+@weights.command()
+@click.argument("name", metavar="MANIFEST")
+@store_option
+@json_option
+@reports_errors
+def rm(name: str, store: str | None, as_json: bool) -> None:
+    """Remove a tag or a manifest.
+
+    The last name of a manifest removes the manifest; the digest of a manifest removes it with all its names.
+
+    `quickthaw weights gc` then deletes the chunks. A mount of the manifest loses what is neither cached nor in the original
+    directory: unmount it first.
+    """
+    from lazyfs.admin.listing import remove
+
+    removed = remove(open_chunks(store), name)
+    click.echo(json.dumps({"removed": removed}) if as_json else "\n".join(f"removed {r}" for r in removed))
+
+
+@weights.command()
+@option(
+    "--grace",
+    type=Duration(bare="h"),
+    default="24h",
+    show_default=True,
+    envvar="QUICKTHAW_GC_GRACE",
+    metavar="TIME",
+    help="Keep what is younger than this; a bare number counts hours.",
+)
+@option("--untagged", is_flag=True, envvar="QUICKTHAW_GC_UNTAGGED", help="Remove weights without a tag too.")
+@option("--dry-run", is_flag=True, envvar="QUICKTHAW_DRY_RUN", help="Only print what would be deleted.")
+@store_option
+@json_option
+@reports_errors
+def gc(grace: float, untagged: bool, dry_run: bool, store: str | None, as_json: bool) -> None:
+    """Delete the chunks that no manifest mentions."""
+    from lazyfs.admin.gc import collect
+
+    done = collect(open_chunks(store), grace_s=grace, untagged=untagged, dry_run=dry_run)
+    if as_json:
+        click.echo(json.dumps({**asdict(done), "dry_run": dry_run}))
+        return
+    verb = "would delete" if dry_run else "deleted"
+    click.echo(
+        f"{verb} {done.chunks} chunks ({_size(done.bytes)}) and {done.manifests} manifests; "
+        f"{done.kept} in use, {done.young} younger than --grace"
+    )

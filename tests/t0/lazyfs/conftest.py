@@ -1,0 +1,20 @@
+"""Fixtures of lazyfs's tests without mounts: a state folder, and a chunk store in its own folder."""
+
+from __future__ import annotations
+
+import pytest
+
+from lazyfs.content.chunk_store import ChunkStore
+from lazyfs.stores.local import LocalStore
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("QUICKTHAW_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("QUICKTHAW_STORE", raising=False)
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def chunks(tmp_path):
+    return ChunkStore(LocalStore(tmp_path / "store"))

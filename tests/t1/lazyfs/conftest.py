@@ -1,0 +1,59 @@
+"""Fixtures of the tests with real mounts: a state folder, a rig that unmounts everything, a store whose faults are set."""
+
+from __future__ import annotations
+
+import pytest
+
+from lazyfs.api import import_directory
+from tests.kits import faulty_store
+from tests.kits.lazyfs_rig import Rig, write_model
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("QUICKTHAW_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("QUICKTHAW_STORE", raising=False)
+    return tmp_path / "home"
+
+
+@pytest.fixture(scope="module")
+def module_folder(tmp_path_factory):
+    """A folder for a whole module, with `home` in it as the state folder."""
+    folder = tmp_path_factory.mktemp("lazyfs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QUICKTHAW_HOME", str(folder / "home"))
+        patch.delenv("QUICKTHAW_STORE", raising=False)
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def stored(module_folder):
+    """A model, its digest, and the store that it is imported into."""
+    model = write_model(module_folder / "model", [5 << 20, 1000, 4 << 20, 6 << 20])
+    return model, import_directory(model), module_folder / "home" / "store"
+
+
+@pytest.fixture
+def rig(tmp_path):
+    rig = Rig(tmp_path)
+    yield rig
+    rig.close()
+
+
+@pytest.fixture
+def faulty(monkeypatch):
+    """Make daemons and fetchers know faulty:// URLs."""
+    monkeypatch.setenv("PYTHONPATH", faulty_store.PYTHONPATH)
+
+
+@pytest.fixture
+def control(tmp_path, stored, faulty):
+    """Set the fault of a store while a mount uses it."""
+    path = tmp_path / "control.json"
+
+    def set_fault(fault=None, **values):
+        faulty_store.set_fault(path, stored[2], fault, **{"only": "chunks/", **values})
+
+    set_fault()
+    set_fault.url = f"faulty://{path}"
+    return set_fault

@@ -22,7 +22,7 @@ log = logging.getLogger("lazyfs.fetch.supervisor")
 _RESTART_PAUSE_S = (0.05, 5.0)
 _END_S = 10.0
 # A killed fetcher that waits for a disk outlives its mount by that wait.
-_CLOSE_S = 5.0
+_CLOSE_S = 1.0
 
 
 class FetcherLink:

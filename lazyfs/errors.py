@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import errno
 
-_UNSEEN = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))} | {
+_ESCAPES = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))} | {
     code: f"\\u{code:04x}" for code in (*range(0x2028, 0x202F), *range(0x2066, 0x206A))
 }
 
@@ -27,7 +27,7 @@ def one_line(text: str) -> str:
 
     Also escapes bidirectional controls. A name then cannot end a line, move the cursor or hide the text beside it.
     """
-    return text.translate(_UNSEEN)
+    return text.translate(_ESCAPES)
 
 
 class LazyfsError(Exception):
@@ -127,7 +127,7 @@ def from_os_error(error: OSError, what: str) -> LazyfsError:
     """Convert an OSError raised while doing `what` into the matching LazyfsError, with the cause in the message."""
     reason = error.strerror or str(error)
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return DiskFull(f"{what}: {reason}; free some space or point QUICKTHAW_HOME / --store at a larger disk")
+        return DiskFull(f"{what}: {reason}; free some space, or move QUICKTHAW_HOME or --store to a larger disk")
     if error.errno in (errno.ENOENT, errno.ENOTDIR):
         return NotFound(f"{what}: {reason}")
     if error.errno in (errno.EACCES, errno.EPERM):

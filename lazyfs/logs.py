@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 
 
-def configure(role: str, level: int = logging.INFO) -> None:
+def configure(role: str) -> None:
     """Send the process's log records to standard error as `time role level message`.
 
     SIGUSR1 dumps the stacks of all threads there, to diagnose a mount that seems stuck.
@@ -21,7 +21,7 @@ def configure(role: str, level: int = logging.INFO) -> None:
     handler.setFormatter(logging.Formatter(f"%(asctime)s {role}[%(process)d] %(levelname)s %(message)s"))
     root = logging.getLogger()
     root.handlers[:] = [handler]
-    root.setLevel(level)
+    root.setLevel(logging.INFO)
 
 
 class RepeatLimiter:

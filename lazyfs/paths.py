@@ -11,7 +11,9 @@ Standard library only: this module is on the critical path of a restore.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
+import time
 from pathlib import Path
 
 from lazyfs.errors import Permanent, from_os_error
@@ -49,6 +51,26 @@ def default_store_url() -> str:
     return os.environ.get("QUICKTHAW_STORE") or f"file://{home() / 'store'}"
 
 
+def child_environment() -> dict[str, str]:
+    """Return the environment of a Python child process that finds this package, wherever the caller runs."""
+    root = str(Path(__file__).resolve().parents[1])
+    return {**os.environ, "PYTHONPATH": root + os.pathsep + os.environ.get("PYTHONPATH", "")}
+
+
+def flock_within(fd: int, limit_s: float) -> bool:
+    """Lock the file exclusively; return False if another process holds it for `limit_s` seconds. Raises OSError."""
+    deadline, pause = time.monotonic() + limit_s, 0.0005
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(pause)
+            pause = min(0.05, pause * 1.5)
+
+
 def sync_folder(path: Path) -> None:
     """fsync a folder, so that its entries survive a power cut. Raises OSError."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -58,7 +80,7 @@ def sync_folder(path: Path) -> None:
         os.close(fd)
 
 
-def write_atomic(path: Path, data: bytes, *, sync: bool = True) -> None:
+def write_atomic(path: Path, data: bytes | memoryview, *, sync: bool = True) -> None:
     """Write a file of mode 0600 under a temporary name, fsync it (`sync`), rename it.
 
     Removes the temporary file on failure. Raises what `from_os_error` maps the OSError to.

@@ -51,7 +51,7 @@ def collect(
         job = _Collection(chunks, grace_s, untagged)
         job.mark()
         if dry_run:
-            job.result.manifests = len(job.doomed)
+            job.result.manifests = len(job.to_delete)
             job.result.chunks = len(job.garbage)
             job.result.bytes = sum(info.size for info in job.garbage)
         else:
@@ -67,7 +67,7 @@ class _Collection:
         self.result = Collected()
         self.known: set[str] = set()
         self.used: set[str] = set()
-        self.doomed: dict[str, Manifest] = {}
+        self.to_delete: dict[str, Manifest] = {}
         self.garbage: list[ObjectInfo] = []
 
     def mark(self) -> None:
@@ -80,7 +80,7 @@ class _Collection:
                 and manifest.kind == "weights"
                 and self._old(f"manifests/{digest}")
             ):
-                self.doomed[digest] = manifest
+                self.to_delete[digest] = manifest
             else:
                 self.used |= manifest.chunk_digests()
         for info in self.chunks.store.list("chunks/"):
@@ -97,26 +97,26 @@ class _Collection:
         batches = range(0, max(1, len(self.garbage)), _BATCH)
         with ThreadPoolExecutor(workers, thread_name_prefix="collect") as pool:
             for number, at in enumerate(batches):
-                self._leave_mark(number, running=True)
-                self._look_again()
+                self._write_mark(number, running=True)
+                self._recheck()
                 for info, gone in pool.map(self._delete, self.garbage[at : at + _BATCH]):
                     self.result.chunks += gone
                     self.result.bytes += info.size if gone else 0
                     self.result.kept += not gone
-        self._leave_mark(len(batches), running=False)
+        self._write_mark(len(batches), running=False)
 
-    def _look_again(self) -> None:
+    def _recheck(self) -> None:
         for _, manifest in self._new_manifests():
             self.used |= manifest.chunk_digests()
-        named = self._named() if self.doomed else set()
-        for digest, manifest in self.doomed.items():
+        named = self._named() if self.to_delete else set()
+        for digest, manifest in self.to_delete.items():
             # Tagged since, or imported again.
             if digest in named or not self._old(f"manifests/{digest}"):
                 self.used |= manifest.chunk_digests()
             else:
                 self.chunks.store.delete(f"manifests/{digest}")
                 self.result.manifests += 1
-        self.doomed = {}
+        self.to_delete = {}
 
     def _delete(self, info: ObjectInfo) -> tuple[ObjectInfo, bool]:
         if _digest(info) in self.used or not self._old(info.key):
@@ -142,7 +142,7 @@ class _Collection:
                 with contextlib.suppress(NotFound):  # removed since it was listed
                     yield digest, self.chunks.get_manifest(digest)
 
-    def _leave_mark(self, batch: int, *, running: bool) -> None:
+    def _write_mark(self, batch: int, *, running: bool) -> None:
         if self.chunks.store.remote:
             self.chunks.store.put(GC_MARK, msgspec.json.encode({"batch": batch, "running": running}))
 

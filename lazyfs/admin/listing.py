@@ -15,7 +15,7 @@ from lazyfs.content.manifest import Manifest
 from lazyfs.errors import Busy, Integrity, NotFound, Usage, from_os_error
 from lazyfs.paths import private_dir
 from lazyfs.stores.local import LocalStore
-from lazyfs.stores.retry import RetryPolicy, certain, retrying
+from lazyfs.stores.retry import RetryPolicy, retry_damaged, retrying
 
 
 @contextlib.contextmanager
@@ -37,7 +37,7 @@ def store_lock(chunks: ChunkStore, *, exclusive: bool) -> Iterator[None]:
             fcntl.flock(fd, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
         except BlockingIOError:
             other = "an import is" if exclusive else "a garbage collection is"
-            raise Busy(f"{other} running on {chunks.store.url}; try again after it", code="store-busy") from None
+            raise Busy(f"{other} running on {chunks.store.url}; try again later", code="store-busy") from None
         yield
     finally:
         os.close(fd)
@@ -87,7 +87,7 @@ def listing(chunks: ChunkStore) -> list[Entry]:
     return sorted(entries, key=lambda e: (not e.names, e.names, e.manifest)) + damaged
 
 
-def unnamed(chunks: ChunkStore) -> tuple[int, int]:
+def unreferenced_chunks(chunks: ChunkStore) -> tuple[int, int]:
     """Return the number of chunks and their bytes in a store without manifests."""
     sizes = [info.size for info in chunks.store.list("chunks/")]
     return len(sizes), sum(sizes)
@@ -110,14 +110,14 @@ def named_manifests(
                 broken[kind, name] = str(error)
                 continue
             except Usage:
-                broken[kind, name] = f"nothing can be called so; `quickthaw weights rm {shlex.quote(name)}` removes it"
+                broken[kind, name] = f"not a valid name; `quickthaw weights rm {shlex.quote(name)}` removes it"
                 continue
             # A manifest imported after the listing is not in `manifests`.
             if manifests is None or digest in manifests or chunks.has_manifest(digest):
                 good[kind, name] = digest
             else:
-                lost = f"names manifest {digest[:12]}, which is not there"
-                broken[kind, name] = f"{lost}; bring it back, or `quickthaw weights rm {name}`"
+                lost = f"names manifest {digest[:12]}, which does not exist"
+                broken[kind, name] = f"{lost}; import it again, or `quickthaw weights rm {name}`"
     return good, broken
 
 
@@ -127,7 +127,7 @@ def complete(chunks: ChunkStore, digest: str) -> bool:
     Reads no chunk.
     """
     try:
-        manifest = certain(lambda: retrying(lambda: chunks.get_manifest(digest), RetryPolicy()))
+        manifest = retry_damaged(lambda: retrying(lambda: chunks.get_manifest(digest), RetryPolicy()))
     except (Integrity, NotFound):
         return False
     lengths = {c.digest: c.length for f in manifest.files for c in f.chunks}
@@ -164,7 +164,7 @@ def remove(chunks: ChunkStore, name: str) -> list[str]:
             others += 1
     there = chunks.has_manifest(digest)
     if not there and not removed:
-        raise NotFound(f"no manifest {digest[:12]} in {chunks.store.url}; `quickthaw weights ls` shows what is there")
+        raise NotFound(f"no manifest {digest[:12]} in {chunks.store.url}; `quickthaw weights ls` lists its manifests")
     if there and not others:
         chunks.store.delete(f"manifests/{digest}")
         removed.append(f"manifest {digest}")

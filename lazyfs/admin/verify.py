@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,7 +14,7 @@ from lazyfs.cache.sparse_file import ABSENT, PRESENT, UNVERIFIED
 from lazyfs.content.chunk_store import ChunkStore, chunk_key, digest_of, mismatch
 from lazyfs.content.manifest import RAW, ZSTD, Chunk, File, Manifest, decode, is_digest
 from lazyfs.errors import DiskFull, Integrity, LazyfsError, NotFound, Permanent
-from lazyfs.stores.retry import RetryPolicy, certain, retrying
+from lazyfs.stores.retry import RetryPolicy, retry_damaged, retrying
 
 _WORKERS = 4
 
@@ -43,13 +43,7 @@ class Damage:
         return not (self.bad or self.missing or self.broken_manifests or self.broken_names or self.cache_bad)
 
 
-def verify(
-    chunks: ChunkStore,
-    digests: list[str] | None = None,
-    *,
-    repair: bool = False,
-    progress: Callable[[int, int], None] | None = None,
-) -> Damage:
+def verify(chunks: ChunkStore, digests: list[str] | None = None, *, repair: bool = False) -> Damage:
     """Read and hash every chunk that the manifests mention (default: all manifests, and then all names too).
 
     A mismatch is read once more before it counts as damage. `repair` deletes damaged chunks and manifests, so that the next
@@ -63,7 +57,7 @@ def verify(
         report.broken_names = {f"{kind.removesuffix('s')} {name}": why for (kind, name), why in broken.items()}
     for digest in digests:
         try:
-            manifest = certain(partial(retrying, partial(chunks.get_manifest, digest), RetryPolicy()))
+            manifest = retry_damaged(partial(retrying, partial(chunks.get_manifest, digest), RetryPolicy()))
         except (Integrity, NotFound) as error:
             report.broken_manifests[digest] = str(error)
             if repair and isinstance(error, Integrity):
@@ -77,7 +71,9 @@ def verify(
     def one(item: tuple[Chunk, str]) -> None:
         chunk, path = item
         try:
-            certain(lambda: retrying(lambda: chunks.get(chunk.digest, chunk.length, chunk.encoding), RetryPolicy()))
+            retry_damaged(
+                lambda: retrying(lambda: chunks.get(chunk.digest, chunk.length, chunk.encoding), RetryPolicy())
+            )
         except (Integrity, Permanent) as error:
             # An I/O error counts as damage of this chunk; a permission error concerns the whole store.
             if not isinstance(error, Integrity) and error.code != "io-error":
@@ -90,8 +86,6 @@ def verify(
             report.missing[chunk.digest] = path
         report.chunks += 1
         report.bytes += chunk.length
-        if progress is not None:
-            progress(report.chunks, len(wanted))
 
     with ThreadPoolExecutor(_WORKERS) as pool:
         for _ in pool.map(one, wanted.values()):

@@ -108,9 +108,7 @@ class Cache:
         """Raise DiskFull if `more` bytes to fetch exceed the free disk space, or `held` bytes in total exceed the limit."""
         free = shutil.disk_usage(self.root).free
         if more > free:
-            raise DiskFull(
-                f"{more} bytes are to be fetched and the disk of {self.root} has {free} left; free some space first"
-            )
+            raise DiskFull(f"{more} bytes to fetch, but only {free} free on the disk of {self.root}; free some space")
         if self.limit is not None and held > self.limit:
             raise DiskFull(
                 f"{held} bytes do not fit into the cache limit of {self.limit}; mount with a larger --cache-limit"
@@ -273,12 +271,6 @@ class Cache:
                 # The writer only logged its reason, or the disk had no room for it.
                 found.append((path.name, "see the log"))
         return found
-
-    def clear(self) -> None:
-        """Remove every cache file that is not in use, and the quarantine."""
-        for lock in self.root.glob("images/*/*/lock"):
-            self._remove(lock)
-        self.clear_quarantine()
 
     def clear_quarantine(self) -> None:
         """Remove quarantined bodies and their reasons."""

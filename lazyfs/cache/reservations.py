@@ -16,11 +16,10 @@ import fcntl
 import logging
 import mmap
 import os
-import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from lazyfs.paths import private_dir
+from lazyfs.paths import flock_within, private_dir
 
 log = logging.getLogger("lazyfs.cache.reservations")
 _HEAD = 16
@@ -120,15 +119,7 @@ def count_lock(root: Path) -> Iterator[None]:
     fd = -1
     try:
         fd = os.open(private_dir(root / "claims") / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        deadline, pause = time.monotonic() + _COUNT_S, 0.0005
-        while time.monotonic() < deadline:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                time.sleep(pause)
-                pause = min(0.02, pause * 2)
-        else:
+        if not flock_within(fd, _COUNT_S):
             log.warning(
                 "another process has held the count lock of %s for %.0f s; continuing without it", root, _COUNT_S
             )

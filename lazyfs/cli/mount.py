@@ -201,17 +201,17 @@ def _act(action: str, path: Path, *, force: bool, as_json: bool) -> None:
 
 
 def _live_mount(where: Path) -> MountHandle:
-    from lazyfs.mount.client import find_mount, no_mount
+    from lazyfs.mount.client import find_mount, no_mount_error
 
     found = find_mount(where)
     if found is None:
-        raise no_mount(where)
+        raise no_mount_error(where)
     return found
 
 
 def _request(op: str, path: Path) -> dict[str, object]:
     """Send a request about a mount, or about one file below it. Never touches the path: its mount may hang."""
-    from lazyfs.mount.client import find_mount, no_mount
+    from lazyfs.mount.client import find_mount, no_mount_error
 
     where = path.expanduser().absolute()
     for folder in (*reversed(where.parents), where):
@@ -219,7 +219,7 @@ def _request(op: str, path: Path) -> dict[str, object]:
         if found is not None:
             below = str(where.relative_to(folder))
             return found.control(op, **({} if below == "." else {"path": below}))
-        reason = no_mount(folder)
+        reason = no_mount_error(folder)
         if not isinstance(reason, NotFound):
             raise reason
     raise NotFound(f"no daemon serves {path}; `quickthaw mount MANIFEST {path}` starts one")

@@ -117,7 +117,7 @@ def ls(store: str | None, as_json: bool) -> None:
 
     Prints kind, size, bytes shared with others and names. Damaged manifests, and names without a manifest, are marked DAMAGED.
     """
-    from lazyfs.admin.listing import listing, unnamed
+    from lazyfs.admin.listing import listing, unreferenced_chunks
 
     chunks = open_chunks(store)
     entries = listing(chunks)
@@ -125,7 +125,7 @@ def ls(store: str | None, as_json: bool) -> None:
         click.echo(json.dumps([asdict(e) for e in entries]))
         return
     if not entries:
-        count, size = unnamed(chunks)
+        count, size = unreferenced_chunks(chunks)
         if count:
             click.echo(
                 f"no manifest in {chunks.store.url}, only {count} unreferenced chunks ({_size(size)}); "

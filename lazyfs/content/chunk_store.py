@@ -122,10 +122,10 @@ class ChunkStore:
         """
         length = len(data)
         if length > MAX_CHUNK:
-            raise Usage(f"a chunk has at most {MAX_CHUNK} bytes, not {length}; cut it")
+            raise Usage(f"a chunk has at most {MAX_CHUNK} bytes, not {length}; split it")
         digest = digest or digest_of(data)
         for encoding in (RAW, ZSTD):
-            info = self._sound(digest, length, encoding)
+            info = self._stored_intact(digest, length, encoding)
             if info is not None:
                 if time.time() - info.modified > GRACE_S / 2:
                     self.store.touch(info.key)
@@ -194,12 +194,12 @@ class ChunkStore:
                 # zstandard trusts the size stated in the frame and allocates that much, whatever the limit.
                 stated = zstandard.frame_content_size(body)
                 if stated > limit:
-                    raise Integrity(f"chunk {digest[:12]} would become {stated} bytes instead of at most {limit}")
+                    raise Integrity(f"chunk {digest[:12]} claims to decompress to {stated} bytes, more than {limit}")
                 body = zstandard.ZstdDecompressor(max_window_size=_WINDOW).decompress(body, max_output_size=limit)
             except zstandard.ZstdError as error:
                 raise Integrity(f"chunk {digest[:12]} does not decompress: {error}") from error
         if length is None and len(body) > MAX_CHUNK:
-            raise Integrity(f"chunk {digest[:12]} has {len(body)} bytes, and no chunk has more than {MAX_CHUNK}")
+            raise Integrity(f"chunk {digest[:12]} has {len(body)} bytes, more than the maximum of {MAX_CHUNK}")
         if length is not None and len(body) != length:
             raise Integrity(f"chunk {digest[:12]} has {len(body)} bytes instead of {length}")
         return body
@@ -209,9 +209,9 @@ class ChunkStore:
 
         Does not read its bytes.
         """
-        return any(self._sound(digest, length, encoding) is not None for encoding in (RAW, ZSTD))
+        return any(self._stored_intact(digest, length, encoding) is not None for encoding in (RAW, ZSTD))
 
-    def _sound(self, digest: str, length: int, encoding: int) -> ObjectInfo | None:
+    def _stored_intact(self, digest: str, length: int, encoding: int) -> ObjectInfo | None:
         info = self.store.head(chunk_key(digest, encoding))
         # A power cut leaves objects of a wrong size: treat them as missing.
         right = info is not None and info.size > 0 and (encoding == ZSTD or info.size == length)
@@ -242,10 +242,10 @@ class ChunkStore:
             if info is not None and time.time() - info.modified > GRACE_S / 2:
                 self.store.touch(key)
         if self.store.remote:
-            self._confirm(manifest, key, was_there=there == data)
+            self._check_not_collected(manifest, key, was_there=there == data)
         return digest
 
-    def _confirm(self, manifest: Manifest, key: str, *, was_there: bool) -> None:
+    def _check_not_collected(self, manifest: Manifest, key: str, *, was_there: bool) -> None:
         """Check that no chunk was deleted while the manifest was written.
 
         Costs one HEAD request unless a garbage collection has run since this object was created.
@@ -262,7 +262,7 @@ class ChunkStore:
             if not was_there:
                 self.store.delete(key)
             raise Busy(
-                f"a garbage collection of {self.store.url} took {lost} chunks meanwhile; import or push again",
+                f"a garbage collection of {self.store.url} deleted {lost} chunks of this import; import or push again",
                 code="collected-meanwhile",
             )
 
@@ -275,7 +275,7 @@ class ChunkStore:
         now = first
         while now.running and now == first and time.time() - mark.modified < _GC_SILENT_S:
             if time.monotonic() > deadline:
-                raise Busy(f"a garbage collection runs on {self.store.url}; try again after it", code="store-busy")
+                raise Busy(f"a garbage collection is running on {self.store.url}; try again later", code="store-busy")
             time.sleep(0.2)
             now, mark = self._mark(), self.store.head(GC_MARK) or mark
 
@@ -293,10 +293,10 @@ class ChunkStore:
         try:
             data = bytes(self.store.get(f"manifests/{digest}"))
         except NotFound:
-            raise NotFound(f"no manifest {digest[:12]} in {self.store.url}; {self._way_out()}") from None
+            raise NotFound(f"no manifest {digest[:12]} in {self.store.url}; {self._hint()}") from None
         if self.store.remote and data.lstrip()[:1] == b"<":
             raise Permanent(
-                f"{self.store.url} answers with a web page instead of manifest {digest[:12]}; is that the store's URL?",
+                f"{self.store.url} answers with a web page instead of manifest {digest[:12]}; check the store URL",
                 code="not-a-store",
             )
         return decode(data, digest)
@@ -334,7 +334,7 @@ class ChunkStore:
             raise Integrity(self._damaged_ref(kind, name, str(error))) from error
         digest = body.get("manifest")
         if not isinstance(digest, str) or not is_digest(digest):
-            raise Integrity(self._damaged_ref(kind, name, "it names no manifest"))
+            raise Integrity(self._damaged_ref(kind, name, "it does not name a manifest"))
         return digest
 
     def delete_ref(self, kind: str, name: str) -> None:
@@ -364,20 +364,20 @@ class ChunkStore:
             if len(found) == 1:
                 return found[0]
             if found:
-                raise Usage(f"{name!r} is the beginning of {len(found)} manifests; give more digits")
+                raise Usage(f"{name!r} matches {len(found)} manifests; give more digits")
         for kind, full in (("tags", name if ":" in name else f"{name}:latest"), ("snapshots", name)):
             try:
                 return self.get_ref(kind, full)
             except (NotFound, Usage):
                 continue
         if re.fullmatch(r"[0-9a-f]{1,7}", name):
-            raise NotFound(f"no tag {name!r} in {self.store.url}; the beginning of a digest needs 8 digits or more")
-        raise NotFound(f"no manifest, tag or snapshot {name!r} in {self.store.url}; {self._way_out()}")
+            raise NotFound(f"no tag {name!r} in {self.store.url}; a digest prefix needs at least 8 digits")
+        raise NotFound(f"no manifest, tag or snapshot {name!r} in {self.store.url}; {self._hint()}")
 
-    def _way_out(self) -> str:
+    def _hint(self) -> str:
         if self.store.url.startswith("http"):
-            return "an HTTP store cannot be listed: give a tag or the whole digest as the import printed it"
-        return "`quickthaw weights ls` shows what is there"
+            return "an HTTP store cannot be listed: give a tag, or the whole digest that the import printed"
+        return "`quickthaw weights ls` lists its manifests"
 
     @staticmethod
     def _damaged_ref(kind: str, name: str, why: str) -> str:

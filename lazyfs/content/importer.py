@@ -17,7 +17,7 @@ from pathlib import Path
 from lazyfs.admin.listing import store_lock
 from lazyfs.content.chunk_store import ChunkStore, PutResult
 from lazyfs.content.chunking import chunk_lengths
-from lazyfs.content.manifest import VERSION, Directory, File, Manifest, Symlink, refuse_links_out
+from lazyfs.content.manifest import VERSION, Directory, File, Manifest, Symlink, reject_escaping_links
 from lazyfs.errors import NotFound, Permanent, Usage, from_os_error
 from lazyfs.stores.retry import RetryPolicy, retrying
 
@@ -76,9 +76,7 @@ def _walk(folder: Path, real_root: Path, prefix: str, out: Listing, above: froze
             try:
                 entry.name.encode()
             except UnicodeEncodeError:
-                raise Permanent(
-                    f"{path!r}: a name that is not UTF-8 cannot be imported; rename it", code="bad-name"
-                ) from None
+                raise Permanent(f"{path!r}: the name is not UTF-8; rename it", code="bad-name") from None
             if entry.is_symlink():
                 target = str(Path(entry.path).readlink())
                 # Keep a link only if its text stays inside too: "../<this folder>" would not resolve below a mount.
@@ -91,8 +89,8 @@ def _walk(folder: Path, real_root: Path, prefix: str, out: Listing, above: froze
                     outside = not inside
                     if outside:
                         raise Permanent(
-                            f"{path}: a symbolic link to {target}, which cannot be followed ({error.strerror}); "
-                            "remove the link, or complete what it leads to",
+                            f"{path}: cannot follow the symbolic link to {target} ({error.strerror}); "
+                            "remove the link, or create its target",
                             code="dangling-link",
                         ) from None
                 if inside and not outside:
@@ -102,15 +100,15 @@ def _walk(folder: Path, real_root: Path, prefix: str, out: Listing, above: froze
             if stat.S_ISDIR(st.st_mode):
                 real = Path(entry.path).resolve()
                 if real in above:
-                    raise Permanent(f"{path}: a symbolic link that leads back to a folder above it", code="link-loop")
+                    raise Permanent(
+                        f"{path}: the symbolic link leads to a folder above it; remove it", code="link-loop"
+                    )
                 out.directories.append(Directory(path, stat.S_IMODE(st.st_mode)))
                 _walk(Path(entry.path), real_root, path + "/", out, above | {real})
             elif stat.S_ISREG(st.st_mode):
                 out.files.append((path, Path(entry.path), st))
             else:
-                raise Permanent(
-                    f"{path}: neither a file, a directory nor a link; it cannot be imported", code="bad-file-type"
-                )
+                raise Permanent(f"{path}: not a file, directory or link; remove it", code="bad-file-type")
     except OSError as error:
         raise from_os_error(error, f"cannot read {error.filename or folder}") from error
 
@@ -196,7 +194,7 @@ class _Import:
             tuple(listing.symlinks),
             meta,
         )
-        refuse_links_out(manifest, "of this import")
+        reject_escaping_links(manifest, "of this import")
         return retrying(lambda: self.chunks.put_manifest(manifest), RetryPolicy()), manifest
 
     def _store(self, data: bytes) -> PutResult:
@@ -225,6 +223,4 @@ def _read(fd: int, offset: int, length: int, source: Path) -> bytes:
 
 
 def _changed(source: Path) -> Permanent:
-    return Permanent(
-        f"{source} changed while it was imported; try again when nothing writes to it", code="source-changed"
-    )
+    return Permanent(f"{source} changed during the import; try again when nothing writes to it", code="source-changed")

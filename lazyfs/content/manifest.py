@@ -122,7 +122,7 @@ def decode(data: bytes, digest: str, *, local: bool = False) -> Manifest:
     _check(manifest, digest)
     if not local and is_source(manifest):
         raise Integrity(
-            f"manifest {digest[:12]} names a source to read in place, which only this host may; mount the source itself",
+            f"manifest {digest[:12]} names a source to read in place, which a manifest from a store must not; mount the source itself",
             code="foreign-source",
         )
     return manifest
@@ -150,7 +150,7 @@ def _check(manifest: Manifest, digest: str) -> None:
         seen.add(path)
     modes = [d.mode for d in manifest.directories] + [f.mode for f in manifest.files]
     if any(not 0 <= mode <= 0o7777 for mode in modes):
-        raise Integrity(f"manifest {digest[:12]} has a mode that no file can have")
+        raise Integrity(f"manifest {digest[:12]} has an invalid mode")
     for file in manifest.files:
         if file.size != file.offsets[-1] or any(c.length <= 0 for c in file.chunks):
             raise Integrity(f"manifest {digest[:12]}: the chunks of {file.path} do not add up to its size")
@@ -159,24 +159,24 @@ def _check(manifest: Manifest, digest: str) -> None:
         if any(c.digest and not is_digest(c.digest) for c in file.chunks):
             raise Integrity(f"manifest {digest[:12]}: {file.path} has a malformed chunk digest")
     if any(not s.target or "\0" in s.target or len(s.target) > 4095 for s in manifest.symlinks):
-        raise Integrity(f"manifest {digest[:12]} has a link that leads nowhere")
+        raise Integrity(f"manifest {digest[:12]} has an invalid link target")
     # Snapshots of process trees hold whatever links their programs made: those are validated where they are mounted or written.
     if manifest.kind in ("weights", "source"):
-        refuse_links_out(manifest, digest)
+        reject_escaping_links(manifest, digest)
 
 
-def refuse_links_out(manifest: Manifest, digest: str) -> None:
+def reject_escaping_links(manifest: Manifest, digest: str) -> None:
     """Raise Integrity (link-out) if a symbolic link leads out of the tree, directly or through other links."""
     links = {s.path: s.target for s in manifest.symlinks}
     for path, target in links.items():
-        if _leads_out(path, links):
+        if _escapes(path, links):
             raise Integrity(
-                f"manifest {digest[:12]}: the link {path} leads out of the tree, to {target}; it is not followed",
+                f"manifest {digest[:12]}: the link {path} leads out of the tree, to {target}",
                 code="link-out",
             )
 
 
-def _leads_out(path: str, links: Mapping[str, str]) -> bool:
+def _escapes(path: str, links: Mapping[str, str]) -> bool:
     at = path.split("/")[:-1]
     rest, followed = deque([path.rpartition("/")[2]]), 0
     while rest:

@@ -61,13 +61,13 @@ def _describe_prefix(store: Store, url: str) -> Manifest:
         if not key or (key in folders and info.size == 0):
             continue
         if key in folders:
-            raise Permanent(f"{url}: {key} is an object and a folder of others; rename one of them", code="name-clash")
+            raise Permanent(f"{url}: {key} is both an object and a folder; rename one of them", code="name-clash")
         if not info.version:
-            raise Permanent(f"{url}: the store gives no version for {key}; import it instead", code="no-version")
+            raise Permanent(f"{url}: the store has no version for {key}; import the model instead", code="no-version")
         lengths = chunk_lengths(key, info.size, _object_reader(store, info.key))
         files.append(File(key, 0o644, info.size, tuple(Chunk("", n) for n in lengths), info.version))
     if not files:
-        raise NotFound(f"nothing lies under {url}")
+        raise NotFound(f"no objects under {url}; check the URL")
     directories = tuple(Directory(p, 0o755) for p in sorted(folders))
     return Manifest(VERSION, "source", directories, tuple(sorted(files, key=lambda f: f.path)), (), {}, url)
 

@@ -56,7 +56,7 @@ def import_directory(
         record is not None
         and stats is not None
         and record["stats"] == stats
-        and _still_there(url, record["manifest"], thorough)
+        and _still_stored(url, record["manifest"], thorough)
     ):
         digest = str(record["manifest"])
         if tag is not None:
@@ -149,7 +149,7 @@ def _tag(url: str, tag: str, digest: str) -> None:
     retrying(lambda: chunks.set_ref("tags", name, digest), RetryPolicy())
 
 
-def _still_there(url: str, digest: str, thorough: bool) -> bool:
+def _still_stored(url: str, digest: str, thorough: bool) -> bool:
     if thorough:
         from lazyfs.admin.listing import complete
         from lazyfs.content.chunk_store import ChunkStore

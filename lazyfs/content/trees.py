@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lazyfs.content.chunk_store import ChunkStore, zero_digest
 from lazyfs.content.importer import Progress, import_tree
-from lazyfs.content.manifest import File, refuse_links_out
+from lazyfs.content.manifest import File, reject_escaping_links
 from lazyfs.errors import Permanent, from_os_error
 from lazyfs.paths import private_dir, sync_folder
 from lazyfs.stores.retry import RetryPolicy, retrying
@@ -51,9 +51,9 @@ def get_tree(digest: str, chunks: ChunkStore, folder: Path, *, policy: RetryPoli
     of the tree), DiskFull, or what the store raises after retries.
     """
     if folder.exists():
-        raise Permanent(f"{folder} exists; give a path that does not", code="exists")
+        raise Permanent(f"{folder} exists; give a new path", code="exists")
     manifest = chunks.get_manifest(digest)
-    refuse_links_out(manifest, digest)
+    reject_escaping_links(manifest, digest)
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     limits = policy or RetryPolicy()
     try:

@@ -114,7 +114,9 @@ class ReadThroughSource:
         length = file.chunks[index].length
         data = self.store.get(file.path, file.offsets[index], length, file.version, scratch())
         if len(data) != length:
-            raise Permanent(f"{file.path} ends early; the source has changed, mount it again", code="source-changed")
+            raise Permanent(
+                f"{file.path} is shorter than before: the source changed; mount it again", code="source-changed"
+            )
         return data
 
 

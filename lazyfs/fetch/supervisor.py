@@ -12,10 +12,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 from lazyfs.fetch import wire
 from lazyfs.mount.config import MountConfig
+from lazyfs.paths import child_environment
 
 log = logging.getLogger("lazyfs.fetch.supervisor")
 # A fetcher that dies at every start must not be restarted in a tight loop.
@@ -41,7 +41,7 @@ class FetcherLink:
         self._channel: socket.socket | None = None
         self._lock = threading.Lock()
         self._closing = False
-        self._heard = 0.0
+        self._last_message = 0.0
         self._pause = _RESTART_PAUSE_S[0]
 
     def request(self, kind: int, file: int, chunk: int, slot: int = -1, *, limit_s: float = 0.0) -> bool:
@@ -55,7 +55,7 @@ class FetcherLink:
             try:
                 channel = self._channel or self._start()
             except OSError as error:
-                log.error("the fetcher cannot be started: %s", error)
+                log.error("cannot start the fetcher: %s", error)
                 return False
         deadline = time.monotonic() + limit_s
         while True:
@@ -88,20 +88,13 @@ class FetcherLink:
             for end in (ours, theirs):
                 # Many small records: the buffer holds the requests for a whole manifest.
                 end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
-            root = str(Path(__file__).resolve().parents[2])
             config_fd = self.config.to_fd()
+            passed = [theirs.fileno(), self.memory_fd, config_fd]
             self.process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "lazyfs.fetch.worker",
-                    str(theirs.fileno()),
-                    str(self.memory_fd),
-                    str(config_fd),
-                ],
-                pass_fds=[theirs.fileno(), self.memory_fd, config_fd],
+                [sys.executable, "-m", "lazyfs.fetch.worker", *map(str, passed)],
+                pass_fds=passed,
                 stdin=subprocess.DEVNULL,
-                env={**os.environ, "PYTHONPATH": root + os.pathsep + os.environ.get("PYTHONPATH", "")},
+                env=child_environment(),
             )
         except BaseException:
             ours.close()
@@ -111,11 +104,11 @@ class FetcherLink:
             if config_fd >= 0:
                 os.close(config_fd)
         self._channel = ours
-        self._heard = time.monotonic()
-        threading.Thread(target=self._hear, args=(ours, self.process), name="answers", daemon=True).start()
+        self._last_message = time.monotonic()
+        threading.Thread(target=self._receive, args=(ours, self.process), name="answers", daemon=True).start()
         return ours
 
-    def _hear(self, channel: socket.socket, process: subprocess.Popen[bytes]) -> None:
+    def _receive(self, channel: socket.socket, process: subprocess.Popen[bytes]) -> None:
         while True:
             try:
                 message = channel.recv(wire.BUFFER)
@@ -124,12 +117,12 @@ class FetcherLink:
             if len(message) < wire.ANSWER.size:
                 break
             self._pause = _RESTART_PAUSE_S[0]
-            self._heard = time.monotonic()
+            self._last_message = time.monotonic()
             try:
                 self.on_answer(*wire.ANSWER.unpack(message))
             except Exception:
                 # One answer that cannot be handled must not stop the thread.
-                log.exception("an answer of the fetcher was lost")
+                log.exception("cannot handle an answer of the fetcher")
         if self._closing:
             channel.close()
         else:
@@ -158,11 +151,11 @@ class FetcherLink:
                     self._start()
                     break
                 except OSError as error:
-                    log.error("the fetcher cannot be started: %s; trying again", error)
+                    log.error("cannot start the fetcher: %s; trying again", error)
         try:
             self.on_restart()
         except Exception:
-            log.exception("what is waited for was not asked for again")
+            log.exception("cannot repeat the pending requests")
 
     def replace_silent(self, limit_s: float) -> None:
         """Kill a fetcher that sent nothing for `limit_s` seconds: it is stopped or stuck.
@@ -170,12 +163,12 @@ class FetcherLink:
         The next one takes over its work.
         """
         with self._lock:
-            silent = time.monotonic() - self._heard
+            silent = time.monotonic() - self._last_message
             if self.process is None or silent <= limit_s or self._closing:
                 return
-            log.error("the fetcher (pid %d) said nothing for %.0f s", self.process.pid, silent)
+            log.error("killing the fetcher (pid %d): no message for %.0f s", self.process.pid, silent)
             self.process.kill()
-            self._heard = time.monotonic()
+            self._last_message = time.monotonic()
 
     def close(self) -> None:
         """Kill the fetcher.

@@ -204,7 +204,7 @@ class Fetcher:
             log.info("dropped %s: %d bytes freed", file.path, freed)
             return True
         if not self.dropping[index]:
-            log.info("%s is in use and was not dropped", file.path)
+            log.info("not dropped, because it is in use: %s", file.path)
         return not self.dropping[index]
 
     def _guarded(self, step: Callable[[], None]) -> None:
@@ -300,7 +300,7 @@ class Fetcher:
             self._send(wire.FAILED, file, chunk, to_errno(error), slot, began)
         except Exception as error:
             # Answer after any exception: a reader waits for the answer, and the worker must continue.
-            log.exception("%s chunk %d failed", self.manifest.files[file].path, chunk)
+            log.exception("cannot fetch chunk %d of %s", chunk, self.manifest.files[file].path)
             self._send(wire.FAILED, file, chunk, to_errno(error), slot, began)
 
     def _fsync(self, file: int) -> None:

@@ -6,7 +6,6 @@ Standard library only. The fast path (a healthy daemon already serves this manif
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import select
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from lazyfs.errors import Busy, HostLacks, LazyfsError, NotFound, Permanent, Temporary, Usage, from_os_error
 from lazyfs.mount.control import ask
-from lazyfs.paths import default_store_url, home, private_dir, state_dir
+from lazyfs.paths import child_environment, default_store_url, flock_within, home, private_dir, state_dir
 from lazyfs.stores.urls import normal_url, shown_url
 
 if TYPE_CHECKING:
@@ -90,17 +89,17 @@ def mount(
     url = normal_url(store_url or default_store_url())
     name = _name(where)
     socket = state_dir("run") / f"{name}.sock"
-    found = _healthy(socket)
+    found = _ping_or_none(socket)
     if found is not None:
-        return _matching(found, manifest_digest, where)
+        return _check_same_manifest(found, manifest_digest, where)
     with _locked(state_dir("mounts") / f"{name}.lock"):
-        found = _healthy(socket)
+        found = _ping_or_none(socket)
         if found is not None:
-            return _matching(found, manifest_digest, where)
-        found = _slow(socket, name)
+            return _check_same_manifest(found, manifest_digest, where)
+        found = _wait_for_slow_daemon(socket, name)
         if found is not None:
-            return _matching(found, manifest_digest, where)
-        _not_of_another_home(where, name)
+            return _check_same_manifest(found, manifest_digest, where)
+        _refuse_other_home(where, name)
         _recover(where, name, socket)
         from lazyfs.mount.config import MountConfig
 
@@ -121,17 +120,17 @@ def mount(
 def find_mount(mountpoint: Path) -> MountHandle | None:
     """Return the live mount at that path, or None."""
     where = _absolute(mountpoint)
-    return _healthy(state_dir("run") / f"{_name(where)}.sock")
+    return _ping_or_none(state_dir("run") / f"{_name(where)}.sock")
 
 
-def no_mount(mountpoint: Path) -> LazyfsError:
+def no_mount_error(mountpoint: Path) -> LazyfsError:
     """Return the error to raise if `find_mount` returns None: Temporary if a daemon exists but does not answer, else NotFound."""
     where = _absolute(mountpoint)
     pid = _recorded_pid(state_dir("mounts") / f"{_name(where)}.json")
     if pid is None:
         return NotFound(f"no daemon serves {where}")
     return Temporary(
-        f"the daemon of {where} (pid {pid}) does not answer; mounting there again replaces it", code="daemon-silent"
+        f"the daemon of {where} (pid {pid}) does not answer; mount there again to replace it", code="daemon-silent"
     )
 
 
@@ -145,9 +144,9 @@ def unmount(mountpoint: Path, *, force: bool = False, limit_s: float = 10.0) -> 
     where = _absolute(mountpoint)
     name = _name(where)
     socket = state_dir("run") / f"{name}.sock"
-    found = _healthy(socket)
+    found = _ping_or_none(socket)
     if found is None and not force:
-        found = _slow(socket, name)
+        found = _wait_for_slow_daemon(socket, name)
     if found is not None:
         return found.unmount(force=force, limit_s=limit_s)
     if kernel.mount_at(where) is None:
@@ -175,14 +174,14 @@ def _name(where: str) -> str:
     return hashlib.blake2b(where.encode(errors="surrogateescape"), digest_size=8).hexdigest()
 
 
-def _healthy(socket: Path) -> MountHandle | None:
+def _ping_or_none(socket: Path) -> MountHandle | None:
     try:
         return _ping(socket)
     except LazyfsError:
         return None
 
 
-def _slow(socket: Path, name: str) -> MountHandle | None:
+def _wait_for_slow_daemon(socket: Path, name: str) -> MountHandle | None:
     """Wait for the mount of a slow daemon.
 
     Return None at once if it does not run (exited or stopped), and after `_PATIENCE_S` if it hangs.
@@ -231,7 +230,7 @@ def _handle(answer: dict[str, Any]) -> MountHandle:
     )
 
 
-def _matching(found: MountHandle, manifest_digest: str, where: str) -> MountHandle:
+def _check_same_manifest(found: MountHandle, manifest_digest: str, where: str) -> MountHandle:
     if found.manifest == manifest_digest and str(found.mountpoint) == where:
         return found
     raise Busy(
@@ -247,22 +246,16 @@ def _locked(path: Path) -> Iterator[None]:
     except OSError as error:
         raise from_os_error(error, f"cannot create {path}") from error
     try:
-        deadline, pause = time.monotonic() + _LOCK_S, 0.002
-        while True:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise Temporary(f"another process is mounting and holds {path}", code="mount-locked") from None
-                time.sleep(pause)
-                pause = min(0.1, pause * 1.5)
+        if not flock_within(fd, _LOCK_S):
+            raise Temporary(
+                f"another process that mounts there has held {path} for {_LOCK_S:.0f} s", code="mount-locked"
+            )
         yield
     finally:
         os.close(fd)
 
 
-def _not_of_another_home(where: str, name: str) -> None:
+def _refuse_other_home(where: str, name: str) -> None:
     """Raise Busy if a daemon of another QUICKTHAW_HOME serves the mount point and answers."""
     import threading
 
@@ -359,38 +352,20 @@ def _start(config: MountConfig, limit_s: float) -> MountHandle:
         log_fd = os.open(config.log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise from_os_error(error, f"cannot prepare {config.mountpoint}") from error
-    root = str(Path(__file__).resolve().parents[2])
-    environment = {**os.environ, "PYTHONPATH": root + os.pathsep + os.environ.get("PYTHONPATH", "")}
     read_end, write_end = os.pipe()
-    config_fd = config.to_fd()
-    try:
-        with open(log_fd, "ab") as log:
+    with open(read_end, "rb", buffering=0), open(config.to_fd(), "rb", buffering=0) as passed:
+        with open(write_end, "wb", buffering=0), open(log_fd, "ab") as log:
             launcher = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "lazyfs.mount.daemon",
-                    config.socket,
-                    str(config_fd),
-                    str(write_end),
-                    "detached",
-                ],
-                pass_fds=[config_fd, write_end],
+                [sys.executable, "-m", "lazyfs.mount.daemon", config.socket, str(passed.fileno()), str(write_end)],
+                pass_fds=[passed.fileno(), write_end],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env=environment,
+                env=child_environment(),
                 start_new_session=True,
             )
-        os.close(write_end)
-        write_end = -1
-        answer = _await(read_end, limit_s)
+        answer = _read_answer(read_end, limit_s)
         launcher.wait(10)
-    finally:
-        os.close(read_end)
-        os.close(config_fd)
-        if write_end >= 0:
-            os.close(write_end)
     if made and not (answer and answer.get("ok")):
         with contextlib.suppress(OSError):
             Path(config.mountpoint).rmdir()
@@ -398,16 +373,16 @@ def _start(config: MountConfig, limit_s: float) -> MountHandle:
         with contextlib.suppress(LazyfsError):
             _recover(config.mountpoint, _name(config.mountpoint), Path(config.socket))
         raise Temporary(
-            f"the mount at {config.mountpoint} was not ready within {limit_s:g} s (store: {shown_url(config.store_url)}); "
+            f"the mount at {config.mountpoint} is not ready after {limit_s:g} s (store: {shown_url(config.store_url)}); "
             f"see {config.log_file}",
             code="mount-slow",
         )
     if not answer.get("ok"):
-        raise _same_kind(answer, config)
+        raise _error_of(answer, config)
     return _handle(answer)
 
 
-def _await(fd: int, limit_s: float) -> dict[str, Any] | None:
+def _read_answer(fd: int, limit_s: float) -> dict[str, Any] | None:
     """Read the daemon's one-line answer; an error answer if it exits without one; None after `limit_s` seconds."""
     deadline, data = time.monotonic() + limit_s, b""
     while not data.endswith(b"\n"):
@@ -416,13 +391,13 @@ def _await(fd: int, limit_s: float) -> dict[str, Any] | None:
             return None
         part = os.read(fd, 65536)
         if not part:
-            return {"ok": False, "code": "daemon-died", "error": "the mount's daemon ended before it was ready"}
+            return {"ok": False, "code": "daemon-died", "error": "the mount's daemon exited before it was ready"}
         data += part
     answer: dict[str, Any] = json.loads(data)
     return answer
 
 
-def _same_kind(answer: dict[str, Any], config: MountConfig) -> LazyfsError:
+def _error_of(answer: dict[str, Any], config: MountConfig) -> LazyfsError:
     from lazyfs import errors
 
     kinds = {c.__name__: c for c in vars(errors).values() if isinstance(c, type) and issubclass(c, LazyfsError)}
@@ -461,7 +436,7 @@ def _unmount(where: str, socket: Path, pid: int, *, force: bool, limit_s: float)
     if entry is not None and entry.fstype == kernel.FSTYPE:
         kernel.abort(entry.device)
     if not _gone(pid, limit_s):
-        raise Busy(f"the daemon of {where} (pid {pid}) does not end")
+        raise Busy(f"the daemon of {where} (pid {pid}) does not exit after SIGKILL")
     return True
 
 

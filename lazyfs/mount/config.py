@@ -70,17 +70,8 @@ class MountConfig:
             raise Usage(f"record must be auto, always or never, not {self.record!r}")
         if min(self.read_limit_s, self.fetch_limit_s) <= 0:
             raise Usage("read_limit_s and fetch_limit_s must be above 0")
-        if (
-            min(
-                self.idle_exit_s,
-                self.orphan_exit_s,
-                self.background_mb_s,
-                self.cache_limit,
-                self.fetch_threads,
-                self.memory_mb,
-            )
-            < 0
-        ):
+        limits = (self.idle_exit_s, self.orphan_exit_s, self.background_mb_s, self.cache_limit, self.fetch_threads)
+        if min(limits) < 0:
             raise Usage("limits and rates must not be negative")
         if self.memory_mb < LEAST_MB:
             raise Usage(f"memory_mb must be at least {LEAST_MB}: reads that span chunks need several slots at once")

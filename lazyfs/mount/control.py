@@ -57,7 +57,7 @@ def ask(path: Path, request: dict[str, Any], limit_s: float = LIMIT_S) -> dict[s
             f"the mount's daemon did not answer on {path} within {limit_s:g} s", code="daemon-silent"
         ) from None
     except BlockingIOError:
-        raise Temporary(f"the mount's daemon takes no more requests on {path}", code="daemon-silent") from None
+        raise Temporary(f"the mount's daemon accepts no more requests on {path}", code="daemon-silent") from None
     except (FileNotFoundError, ConnectionError):
         raise NotFound(f"no daemon listens on {path}", code="daemon-gone") from None
     except OSError as error:
@@ -65,7 +65,7 @@ def ask(path: Path, request: dict[str, Any], limit_s: float = LIMIT_S) -> dict[s
     try:
         answer: dict[str, Any] = json.loads(line)
     except ValueError:
-        raise NotFound(f"the daemon on {path} ended before it answered", code="daemon-gone") from None
+        raise NotFound(f"the daemon on {path} exited before it answered", code="daemon-gone") from None
     if not answer.get("ok"):
         raise LazyfsError(str(answer.get("error", "refused")), code=str(answer.get("code", "refused")))
     return answer

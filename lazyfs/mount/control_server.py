@@ -53,7 +53,7 @@ class ControlServer:
                     return
                 # Out of descriptors or memory at the moment. Keep accepting: a daemon without a control socket would be
                 # taken for dead.
-                log.error("a control client could not be taken: %s", error)
+                log.error("cannot accept a control client: %s", error)
                 time.sleep(_REFUSED_PAUSE_S)
                 continue
             threading.Thread(target=self._one, args=(channel,), daemon=True).start()
@@ -68,7 +68,7 @@ class ControlServer:
                     return
                 channel.sendall(json.dumps(self._answer(line)).encode() + b"\n")
             except OSError as error:
-                log.info("a control client went away: %s", error)
+                log.info("a control client disconnected: %s", error)
 
     def _answer(self, line: bytes) -> dict[str, Any]:
         try:

@@ -89,7 +89,7 @@ def unmount(mountpoint: str, *, lazy: bool = False) -> None:
 
 def _in_use(mountpoint: str) -> Busy:
     return Busy(
-        f"{mountpoint} is in use; stop what reads it, or cut it off: `quickthaw mount --unmount {mountpoint} --force`"
+        f"{mountpoint} is in use; stop its readers, or cut them off with `quickthaw mount --unmount {mountpoint} --force`"
     )
 
 
@@ -108,7 +108,7 @@ def _fusermount(mountpoint: str, *, lazy: bool) -> None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
     except FileNotFoundError:
-        raise HostLacks(f"cannot unmount {mountpoint}: neither CAP_SYS_ADMIN nor fusermount3 is here") from None
+        raise HostLacks(f"cannot unmount {mountpoint}: CAP_SYS_ADMIN or fusermount3 is needed") from None
     if done.returncode != 0:
         if "busy" in done.stderr.lower():
             raise _in_use(mountpoint)

@@ -7,13 +7,13 @@ import os
 from pathlib import Path
 
 from lazyfs.content.chunk_store import ChunkStore
-from lazyfs.content.manifest import Manifest, decode, encode, refuse_links_out
+from lazyfs.content.manifest import Manifest, decode, encode, reject_escaping_links
 from lazyfs.content.stat_index import is_unchanged, origins, source_folder
 from lazyfs.errors import Integrity, LazyfsError, Usage
 from lazyfs.mount.config import MountConfig
 from lazyfs.paths import private_dir, write_atomic
 from lazyfs.stores import open_store
-from lazyfs.stores.retry import RetryPolicy, certain, retrying
+from lazyfs.stores.retry import RetryPolicy, retry_damaged, retrying
 from lazyfs.stores.urls import local_path
 
 
@@ -27,7 +27,7 @@ def load_manifest(config: MountConfig) -> Manifest:
         own = source_folder(Path(config.cache_dir)) / config.manifest
         return decode(own.read_bytes(), config.manifest, local=True)
     manifest = _from_cache_or_store(config)
-    refuse_links_out(manifest, config.manifest)
+    reject_escaping_links(manifest, config.manifest)
     return manifest
 
 
@@ -41,7 +41,7 @@ def _from_cache_or_store(config: MountConfig) -> Manifest:
         copy.unlink(missing_ok=True)
     chunks = ChunkStore(open_store(config.store_url))
     policy = RetryPolicy(limit=config.fetch_limit_s)
-    manifest = certain(lambda: retrying(lambda: chunks.get_manifest(config.manifest), policy))
+    manifest = retry_damaged(lambda: retrying(lambda: chunks.get_manifest(config.manifest), policy))
     try:
         private_dir(copy.parent)
         write_atomic(copy, encode(manifest)[1], sync=False)
@@ -102,7 +102,7 @@ def _not_covered(config: MountConfig, paths: set[str]) -> None:
 
 def _would_cover(config: MountConfig, what: str) -> Usage:
     return Usage(
-        f"a mount at {config.mountpoint} would cover {what}, which it needs; mount somewhere else",
+        f"a mount at {config.mountpoint} would cover {what}, which it reads; choose another mount point",
         code="mount-over-source",
     )
 

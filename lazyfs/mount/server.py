@@ -85,7 +85,7 @@ def choose_transport(service: Service, config: MountConfig) -> Transport:
         return RawTransport(service, config.mountpoint, source, native=native, allow_other=config.allow_other)
     if config.native == "passthrough":
         raise HostLacks(
-            "passthrough needs the raw transport and the right to mount (CAP_SYS_ADMIN); or use --native auto"
+            "--native passthrough needs the raw transport and CAP_SYS_ADMIN; run as root, or use --native auto"
         )
     try:
         from lazyfs.mount.transports.pyfuse3 import Pyfuse3Transport

@@ -166,7 +166,9 @@ class Service:
                 data = self._gather(opened, offset, end)
             except OSError as error:
                 # This may be the thread that receives the fetcher's answers, which every other reader depends on.
-                log.error("%s: %d bytes at %d: %s", opened.file.path, end - offset, offset, error.strerror)
+                log.error(
+                    "cannot read %d bytes at %d of %s: %s", end - offset, offset, opened.file.path, error.strerror
+                )
                 counters.failed += 1
                 reply(error.errno or errno.EIO)
                 return
@@ -340,7 +342,7 @@ class Service:
         for read in late:
             path, limit = read.opened.file.path, self.config.read_limit_s
             self.repeats.log(
-                logging.ERROR, "late", f"{path}: no data within {limit:.0f} s for the read at {read.offset}"
+                logging.ERROR, "late", f"{path}: the read at {read.offset} got no data within {limit:.0f} s"
             )
             self._fail(read, errno.ETIMEDOUT)
         if waits:

@@ -18,9 +18,7 @@ MOST_BYTES = 64 << 20
 
 def too_large(what: str, limit: int) -> Permanent:
     """Return the Permanent (too-large) error for a body longer than the limit."""
-    return Permanent(
-        f"{what} is larger than the {limit} bytes that it can have; is that the right store?", code="too-large"
-    )
+    return Permanent(f"{what} is larger than the maximum of {limit} bytes; check the store URL", code="too-large")
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from lazyfs.stores.urls import shown_url
 
 INACTIVITY_S, WHOLE_S = 10.0, 60.0
 _REDIRECTS = 5
-_PIECE = 1 << 20
+_BLOCK = 1 << 20
 _COPY = 65536
 
 
@@ -79,7 +79,7 @@ class WebStore:
             # The server ignored the range.
             return body[start : None if length is None else start + length]
         if status == 206 and not answer.get("Content-Range", "").startswith(f"bytes {start}-"):
-            raise Temporary(f"{self.url}/{key}: the server sent another range than was asked for")
+            raise Temporary(f"{self.url}/{key}: the server sent another range than requested")
         return body if length is None else body[:length]
 
     def head(self, key: str) -> ObjectInfo | None:
@@ -101,7 +101,9 @@ class WebStore:
         raise self._read_only()
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        raise Permanent(f"{self.url}: HTTP has no listing; name the manifest by its whole digest", code="no-listing")
+        raise Permanent(
+            f"{self.url}: an HTTP store cannot be listed; give the whole digest of the manifest", code="no-listing"
+        )
 
     def flush(self) -> None:
         return
@@ -116,21 +118,21 @@ class WebStore:
         deadline = time.monotonic() + self.whole_s
         for _ in range(_REDIRECTS):
             try:
-                status, answer, body = self._once(method, url, headers, deadline, into, limit)
+                status, answer, body = self._send(method, url, headers, deadline, into, limit)
             except (OSError, http.client.HTTPException) as error:
-                self._drop(url)
+                self._close_connection(url)
                 raise Temporary(f"{shown_url(url)}: {error or type(error).__name__}") from error
             except LazyfsError:
                 # Close the connection: the rest of the body would be parsed as the next response.
-                self._drop(url)
+                self._close_connection(url)
                 raise
             if status in (301, 302, 303, 307, 308):
                 url = self._redirected(url, answer.get("Location", ""))
                 continue
             if status in (200, 206, 416):
                 return status, answer, body
-            raise self._refusal(status, shown_url(url), answer)
-        raise Permanent(f"{shown_url(url)}: too many redirections")
+            raise self._status_error(status, shown_url(url), answer)
+        raise Permanent(f"{shown_url(url)}: too many redirects")
 
     @staticmethod
     def _redirected(url: str, location: str) -> str:
@@ -140,28 +142,30 @@ class WebStore:
         """
         try:
             there = urljoin(url, location)
-            place = _place(there)
+            place = _origin(there)
         except ValueError:
             place = ("", "", 0)
         if place[0] not in ("http", "https") or not place[1]:
-            raise Permanent(f"{shown_url(url)}: redirects to what is no HTTP URL", code="bad-redirect")
-        if _place(url)[0] == "https" and place[0] == "http":
+            raise Permanent(f"{shown_url(url)}: redirects to a target that is not an HTTP URL", code="bad-redirect")
+        if _origin(url)[0] == "https" and place[0] == "http":
             raise Permanent(
-                f"{shown_url(url)}: redirects to {shown_url(there)}, which is not encrypted; name that URL itself to use it",
+                f"{shown_url(url)}: redirects to {shown_url(there)}, which is not encrypted; give that URL to use it",
                 code="bad-redirect",
             )
         return there
 
-    def _once(
+    def _send(
         self, method: str, url: str, headers: dict[str, str], deadline: float, into: memoryview | None, limit: int
     ) -> tuple[int, http.client.HTTPMessage, bytes | memoryview]:
         parts = urlsplit(url)
         connection = self._connection(url)
-        connection.response_class = functools.partial(_Timed, deadline=deadline, inactivity_s=self.inactivity_s)  # type: ignore[assignment]
+        connection.response_class = functools.partial(
+            _DeadlineResponse, deadline=deadline, inactivity_s=self.inactivity_s
+        )  # type: ignore[assignment]
         if connection.sock is not None:
             connection.sock.settimeout(self.inactivity_s)
         sent = {**self._headers, **headers}
-        if _place(url) != _place(self.base):
+        if _origin(url) != _origin(self.base):
             # Send credentials only to the scheme, host and port that they are for.
             sent.pop("Authorization", None)
         target = parts.path + (f"?{parts.query}" if parts.query else "")
@@ -180,7 +184,7 @@ class WebStore:
         response.close()
         if response.will_close or not used:
             # Do not read a long error page to its end.
-            self._drop(url)
+            self._close_connection(url)
         return response.status, response.headers, body
 
     def _body(
@@ -190,17 +194,17 @@ class WebStore:
         if length is not None and length > limit:
             raise too_large(url, limit)
         if length is None:
-            pieces, got = [], 0
-            while piece := response.read1(_PIECE):
-                pieces.append(piece)
+            parts, got = [], 0
+            while piece := response.read1(_BLOCK):
+                parts.append(piece)
                 got += len(piece)
                 if got > limit:
                     raise too_large(url, limit)
-            return b"".join(pieces)
+            return b"".join(parts)
         view = memoryview(bytearray(length)) if into is None or len(into) < length else into[:length]
         got = 0
         while got < length:
-            n = response.readinto(view[got : got + _PIECE])
+            n = response.readinto(view[got : got + _BLOCK])
             if not n:
                 raise http.client.IncompleteRead(bytes(view[:got]), length - got)
             got += n
@@ -216,7 +220,7 @@ class WebStore:
             self._all.append(kept[place])
         return kept[place]
 
-    def _drop(self, url: str) -> None:
+    def _close_connection(self, url: str) -> None:
         parts = urlsplit(url)
         connection = self._local.__dict__.get("kept", {}).pop((parts.scheme, parts.netloc), None)
         if connection is not None:
@@ -229,7 +233,7 @@ class WebStore:
         while self._all:
             self._all.pop().close()
 
-    def _refusal(self, status: int, url: str, answer: http.client.HTTPMessage) -> LazyfsError:
+    def _status_error(self, status: int, url: str, answer: http.client.HTTPMessage) -> LazyfsError:
         text = f"{url}: HTTP {status}"
         if status in (404, 410):
             return NotFound(text)
@@ -244,7 +248,7 @@ class WebStore:
         return Permanent(text, code="refused")
 
 
-class _Timed(http.client.HTTPResponse):
+class _DeadlineResponse(http.client.HTTPResponse):
     """An HTTP response that must be complete at `deadline`, however slowly its head or body arrives.
 
     Raises TimeoutError.
@@ -255,10 +259,10 @@ class _Timed(http.client.HTTPResponse):
     ) -> None:
         super().__init__(sock, *arguments, **named)
         self.fp.close()
-        self.fp = io.BufferedReader(_TimedReads(sock, deadline, inactivity_s))
+        self.fp = io.BufferedReader(_DeadlineReader(sock, deadline, inactivity_s))
 
 
-class _TimedReads(io.RawIOBase):
+class _DeadlineReader(io.RawIOBase):
     """Raw reads from a socket; each read may take the time left until the deadline."""
 
     def __init__(self, sock: socket.socket, deadline: float, inactivity_s: float) -> None:
@@ -284,7 +288,7 @@ class _TimedReads(io.RawIOBase):
         super().close()
 
 
-def _place(url: str) -> tuple[str, str, int]:
+def _origin(url: str) -> tuple[str, str, int]:
     """Return scheme, host and port, which credentials are bound to.
 
     Raises ValueError for an invalid port.

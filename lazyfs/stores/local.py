@@ -6,7 +6,6 @@ it first. A chunk that a power cut truncated is detected by its size at the next
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import errno
 import os
@@ -16,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lazyfs.errors import NotFound, Permanent, from_os_error
-from lazyfs.paths import private_dir
+from lazyfs.paths import private_dir, write_atomic
 from lazyfs.stores.base import MOST_BYTES, ObjectInfo, too_large
 from lazyfs.stores.urls import local_path
 
@@ -72,7 +71,7 @@ class LocalStore:
             if not stat.S_ISREG(there.st_mode):
                 raise Permanent(f"{self.path(key)} is not a regular file; remove it", code="not-a-file")
             if version and _version(there) != version:
-                raise Permanent(f"{self.path(key)} was changed; mount or import it again", code="source-changed")
+                raise Permanent(f"{self.path(key)} changed; mount or import it again", code="source-changed")
             if length is None:
                 length = max(0, there.st_size - start)
                 if length > limit:
@@ -100,21 +99,8 @@ class LocalStore:
 
     def put(self, key: str, data: bytes | memoryview) -> None:
         path = self.path(key)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
-        try:
-            private_dir(path.parent)
-            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            try:
-                view = memoryview(data)
-                while view:
-                    view = view[os.write(fd, view) :]
-            finally:
-                os.close(fd)
-            temporary.rename(path)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise from_os_error(error, f"cannot write {path}") from error
+        private_dir(path.parent)
+        write_atomic(path, data, sync=False)
 
     def head(self, key: str) -> ObjectInfo | None:
         try:

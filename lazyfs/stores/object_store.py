@@ -68,7 +68,7 @@ class ObstoreStore:
                 url, config=config or None, client_options=options, retry_config={"max_retries": 0}
             )
         except (failures.BaseError, ValueError) as error:
-            raise Permanent(f"cannot open {self.url}: {_line(error)}", code="store-config") from error
+            raise Permanent(f"cannot open {self.url}: {_first_line(error)}", code="store-config") from error
 
     def get(
         self,
@@ -90,9 +90,9 @@ class ObstoreStore:
                 options["if_match"] = version
         try:
             # A body within the limit arrives as one piece. Anything beyond it is never collected.
-            pieces = obstore.get(self._store, key, options=options).stream(min_chunk_size=limit + 1)
-            body = bytes(next(pieces, b""))
-            if len(body) <= limit and next(pieces, None) is None:
+            parts = obstore.get(self._store, key, options=options).stream(min_chunk_size=limit + 1)
+            body = bytes(next(parts, b""))
+            if len(body) <= limit and next(parts, None) is None:
                 return body
         except Exception as error:
             raise self._translate(error, f"get {key}") from error
@@ -139,9 +139,9 @@ class ObstoreStore:
         """Return the lazyfs error for an obstore error. Re-raise any other exception, which is a defect."""
         if isinstance(error, LazyfsError):
             return error
-        text = f"{self.url}: {what}: {_line(error)}"
+        text = f"{self.url}: {what}: {_first_line(error)}"
         if _NO_BUCKET.search(str(error)):
-            return Permanent(f"{self.url}: there is no such bucket; create it, or name another", code="no-bucket")
+            return Permanent(f"{self.url}: the bucket does not exist; create it or give another", code="no-bucket")
         if isinstance(error, (failures.NotFoundError, FileNotFoundError)):
             return NotFound(text)
         if isinstance(error, failures.PreconditionError):
@@ -174,5 +174,5 @@ def _info(meta: Any) -> ObjectInfo:
     return ObjectInfo(meta["path"], meta["size"], meta["last_modified"].timestamp(), meta.get("e_tag") or "")
 
 
-def _line(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     return " ".join(str(error).split("\n", 1)[0].split())[:300]

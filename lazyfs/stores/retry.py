@@ -56,7 +56,7 @@ def retrying(
             time.sleep(pause)
 
 
-def certain(call: Callable[[], T]) -> T:
+def retry_damaged(call: Callable[[], T]) -> T:
     """Run `call`, and once more if it raises Integrity: the bytes may have been damaged in transit.
 
     Raises the second Integrity.

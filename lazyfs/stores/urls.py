@@ -58,12 +58,12 @@ def normal_url(url: str) -> str:
             raise Usage(f"{url!r} is not absolute: write file:///an/absolute/path, or the path itself")
         return url
     if not url.removeprefix(f"{scheme}://").strip("/"):
-        raise Usage(f"{shown_url(url)!r} names no bucket or host: {scheme}://NAME/…")
+        raise Usage(f"{shown_url(url)!r} has no bucket or host; write {scheme}://NAME/…")
     try:
         urlsplit(url).port  # noqa: B018
     except ValueError as error:
         # urlsplit's own message would repeat the text in place of the port, which may be part of a password.
-        raise Usage(f"{shown_url(url)!r}: the port is no number") from error
+        raise Usage(f"{shown_url(url)!r}: the port is not a number") from error
     return url.rstrip("/")
 
 

@@ -67,7 +67,7 @@ class Pyfuse3Transport:
             pyfuse3.init(_Operations(self.service), self.mountpoint, options)
         except RuntimeError as error:
             raise HostLacks(
-                f"cannot mount at {self.mountpoint}: {error}; is /dev/fuse there, and fusermount3?"
+                f"cannot mount at {self.mountpoint}: {error}; check that /dev/fuse and fusermount3 exist"
             ) from error
         # The kernel resets the readahead to libfuse's default at the INIT handshake, which the loop handles. A marker
         # value that disappears shows that it has happened. Unprivileged, neither can be set, and 128 KiB remain.
@@ -235,7 +235,7 @@ class _Operations(pyfuse3.Operations):  # type: ignore[misc]
             if os.preadv(span.fd, [self.buffer[: span.size]], span.offset) < span.size:
                 raise OSError(errno.EIO, "the file is shorter than it was")
         except OSError as error:
-            log.error("%d bytes at %d cannot be read: %s", span.size, span.offset, error.strerror)
+            log.error("cannot read %d bytes at %d: %s", span.size, span.offset, error.strerror)
             raise pyfuse3.FUSEError(error.errno or errno.EIO) from error
         return self.buffer[: span.size]
 

@@ -39,15 +39,15 @@ _STATFS = struct.Struct("<QQQQQIIII24x")
 _DIRENT = struct.Struct("<QQII")
 
 (_LOOKUP, _FORGET, _GETATTR, _READLINK, _OPEN, _READ_OP, _STATFS_OP, _RELEASE) = (1, 2, 3, 5, 14, 15, 17, 18)
-(_GETXATTR, _LISTXATTR, _FLUSH, _INIT, _OPENDIR, _READDIR, _RELEASEDIR) = (22, 23, 25, 26, 27, 28, 29)
-(_ACCESS, _INTERRUPT, _DESTROY, _IOCTL, _BATCH_FORGET, _READDIRPLUS, _LSEEK) = (34, 36, 38, 39, 42, 44, 46)
+(_GETXATTR, _LISTXATTR, _INIT, _OPENDIR, _READDIR, _RELEASEDIR) = (22, 23, 26, 27, 28, 29)
+(_ACCESS, _INTERRUPT, _DESTROY, _IOCTL, _BATCH_FORGET) = (34, 36, 38, 39, 42)
 # All modifying operations. The read-only mount stops these in the kernel, except an ioctl or a remount. (fsync is not
 # among them: unimplemented, it succeeds, as on any read-only file system.)
 _WRITES = frozenset({4, 6, 8, 9, 10, 11, 12, 13, 16, 21, 24, 35, 43, 45, 47})
 
 _CLONE, _BACKING_OPEN, _BACKING_CLOSE = 0x8004E500, 0x4010E501, 0x4004E502
-_ASYNC_READ, _EXPORT, _PARALLEL_DIROPS, _MAX_PAGES = 1, 1 << 4, 1 << 18, 1 << 22
-_CACHE_SYMLINKS, _NO_OPENDIR, _INIT_EXT, _PASSTHROUGH = 1 << 23, 1 << 24, 1 << 30, 1 << 37
+_ASYNC_READ, _PARALLEL_DIROPS, _MAX_PAGES = 1, 1 << 18, 1 << 22
+_CACHE_SYMLINKS, _INIT_EXT, _PASSTHROUGH = 1 << 23, 1 << 30, 1 << 37
 _KEEP_CACHE, _NOFLUSH, _FOPEN_PASSTHROUGH = 2, 32, 128
 # The manifest is immutable: names and attributes never change while the mount lives.
 _FOREVER_S = 86400 * 365
@@ -270,7 +270,7 @@ class RawTransport:
             return to_errno(error), b""
         except Exception:
             # One bad request must not end the mount for all readers: this reader gets EIO, the log the reason.
-            log.exception("operation %d on inode %d failed", opcode, nodeid)
+            log.exception("cannot answer operation %d on inode %d", opcode, nodeid)
             return errno.EIO, b""
 
     def _reply(self, fd: int, unique: int, number: int, body: bytes | memoryview) -> None:
@@ -279,7 +279,7 @@ class RawTransport:
         except OSError as error:
             # ENOENT: the request was interrupted meanwhile. ENODEV: unmounted.
             if error.errno not in (errno.ENOENT, errno.ENODEV, errno.ECONNABORTED):
-                log.error("a reply was refused: %s", error.strerror)
+                log.error("the kernel refused a reply: %s", error.strerror)
 
     def _serve_slow(self) -> None:
         while True:
@@ -304,12 +304,12 @@ class RawTransport:
                 pipe.close()
             if error.errno in (errno.ENOENT, errno.ENODEV, errno.ECONNABORTED):
                 return
-            log.debug("%d bytes at %d could not be spliced: %s", span.size, span.offset, error.strerror)
+            log.debug("cannot splice %d bytes at %d: %s", span.size, span.offset, error.strerror)
         # Copy what cannot be spliced; only a read error reaches the reader.
         try:
             self._reply(fd, unique, 0, read_span(span))
         except OSError as error:
-            log.error("%d bytes at %d cannot be read: %s", span.size, span.offset, error.strerror)
+            log.error("cannot read %d bytes at %d: %s", span.size, span.offset, error.strerror)
             self._reply(fd, unique, error.errno or errno.EIO, b"")
 
     # -- reading
@@ -336,7 +336,7 @@ class RawTransport:
             self.service.read(found[0], offset, size, unique, reply)
         except Exception:
             # As in `_handle`: neither this thread nor this reader's reply may be lost.
-            log.exception("the read of %d bytes at %d failed", size, offset)
+            log.exception("cannot answer the read of %d bytes at %d", size, offset)
             reply(errno.EIO)
 
     def _open(self, node: Node, body: memoryview) -> bytes:
@@ -387,7 +387,7 @@ class RawTransport:
                 fcntl.ioctl(self.fd, _BACKING_CLOSE, struct.pack("<I", opened.backing_id))
             except OSError as error:
                 # The connection is gone, and its backing files with it.
-                log.debug("a backing file was not given back: %s", error.strerror)
+                log.debug("cannot close a backing file: %s", error.strerror)
 
     # -- names and attributes
 

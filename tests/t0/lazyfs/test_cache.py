@@ -118,7 +118,7 @@ def test_the_memory_tier_of_a_bounded_cache(memory_mb, limit, tier):
 def test_what_does_not_fit_is_said_before_it_is_fetched(tmp_path):
     free = shutil.disk_usage(tmp_path).free
     Cache(tmp_path / "c").need_room(0, 1 << 60)
-    with pytest.raises(DiskFull, match="are to be fetched"):
+    with pytest.raises(DiskFull, match="bytes to fetch"):
         Cache(tmp_path / "c").need_room(free + (1 << 30), 0)
     Cache(tmp_path / "c", 1 << 20).need_room(10, 1 << 20)
     with pytest.raises(DiskFull, match="limit"):

@@ -142,7 +142,7 @@ def test_what_somebody_else_has_open_stays(host, monkeypatch, caplog):
     other = host.cache.open(host.file)
     with caplog.at_level("INFO"):
         host.fetcher.drop(0)
-        wait_for(lambda: "in use and was not dropped" in caplog.text)
+        wait_for(lambda: "not dropped, because it is in use" in caplog.text)
     assert host.cache.present_bytes(host.file) == host.file.size
     other.close()
     host.fetcher.drop(0)

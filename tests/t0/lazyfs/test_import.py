@@ -83,7 +83,7 @@ def test_links_that_lead_out_are_followed(tmp_path, chunks):
     assert caught.value.code == "link-loop"
     (tmp_path / "snapshot" / "loop").unlink()
     (tmp_path / "snapshot" / "broken").symlink_to("../blobs/gone")
-    with pytest.raises(Permanent, match="broken: a symbolic link to ../blobs/gone") as caught:
+    with pytest.raises(Permanent, match="broken: cannot follow the symbolic link to ../blobs/gone") as caught:
         import_tree(tmp_path / "snapshot", chunks)
     assert caught.value.code == "dangling-link"
 
@@ -227,6 +227,6 @@ def test_objects_that_stand_for_folders(monkeypatch, objects, files, folders):
 
 def test_an_object_that_is_a_folder_too_is_named(monkeypatch):
     monkeypatch.setattr("lazyfs.content.read_through.open_store", lambda url: Listed({"a": b"1", "a/b": b"2"}))
-    with pytest.raises(Permanent, match="a is an object and a folder") as caught:
+    with pytest.raises(Permanent, match="a is both an object and a folder") as caught:
         describe("s3://bucket/m")
     assert caught.value.code == "name-clash"

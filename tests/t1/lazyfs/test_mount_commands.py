@@ -15,7 +15,7 @@ import pytest
 from lazyfs.api import find_mount, import_directory
 from lazyfs.errors import LazyfsError, NotFound
 from lazyfs.mount import kernel
-from lazyfs.mount.client import no_mount
+from lazyfs.mount.client import no_mount_error
 from lazyfs.mount.control import ask
 from tests.kits.lazyfs_rig import (
     LIMIT_S,
@@ -58,11 +58,11 @@ def test_a_stopped_daemon_is_named(shared, rig, monkeypatch):
     monkeypatch.setattr("lazyfs.mount.client._PING_S", 0.2)
     _, digest = shared
     handle = rig.mount(digest)
-    assert no_mount(rig.tmp / "elsewhere").code == "not-found"
+    assert no_mount_error(rig.tmp / "elsewhere").code == "not-found"
     os.kill(handle.pid, signal.SIGSTOP)
     try:
         assert find_mount(handle.mountpoint) is None
-        reason = no_mount(handle.mountpoint)
+        reason = no_mount_error(handle.mountpoint)
         assert reason.code == "daemon-silent" and str(handle.pid) in str(reason)
     finally:
         os.kill(handle.pid, signal.SIGCONT)

@@ -9,6 +9,7 @@ only this host may name.
 from __future__ import annotations
 
 import functools
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Mapping
 from typing import Literal
@@ -64,6 +65,10 @@ class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
             at += chunk.length
             out.append(at)
         return tuple(out)
+
+    def chunk_range(self, offset: int, end: int) -> range:
+        """Return the indexes of the chunks that hold the bytes from `offset` to `end`, which is greater."""
+        return range(bisect_right(self.offsets, offset) - 1, bisect_right(self.offsets, end - 1))
 
 
 class Symlink(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -12,7 +12,6 @@ import errno
 import logging
 import threading
 import time
-from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,16 +114,15 @@ class Service:
             self.counters.hits += 1
             self._serve(opened, offset, end, unique, reply, started)
             if self.access_log.recording:
-                self._touch(opened, offset, end)
+                self._touch(opened, file.chunk_range(offset, end))
             return
-        first = bisect_right(file.offsets, offset) - 1
-        last = bisect_right(file.offsets, end - 1) - 1
-        self._touch(opened, offset, end)
-        missing = {i for i in range(first, last + 1) if not self._available(opened, sparse_file, i)}
+        wanted = file.chunk_range(offset, end)
+        self._touch(opened, wanted)
+        missing = {i for i in wanted if not self._available(opened, sparse_file, i)}
         if not missing:
             self.counters.hits += 1
             self._serve(opened, offset, end, unique, reply, started)
-            self._read_ahead(opened, sparse_file, first, last)
+            self._read_ahead(opened, sparse_file, wanted)
             return
         if any(key[0] == opened.node.index and key[1] in missing for key in self.expired):
             # After a failed readahead the kernel repeats the page that the reader wanted: do not wait a second time.
@@ -140,7 +138,7 @@ class Service:
                 self.waiting.setdefault((opened.node.index, index), []).append(read)
         for index in sorted(missing):
             self._request(wire.ON_DEMAND, opened.node.index, index)
-        self._read_ahead(opened, sparse_file, first, last)
+        self._read_ahead(opened, sparse_file, wanted)
         # A chunk may have arrived between the check and the registration.
         for index in missing.copy():
             if self._available(opened, sparse_file, index):
@@ -184,12 +182,11 @@ class Service:
     def _gather(self, opened: OpenFile, offset: int, end: int) -> Span | bytes | None:
         sparse_file, file = opened.backing.sparse_file, opened.file
         assert sparse_file is not None
-        first = bisect_right(file.offsets, offset) - 1
-        last = bisect_right(file.offsets, end - 1) - 1
-        if all(sparse_file.state(i) == PRESENT for i in range(first, last + 1)):
+        wanted = file.chunk_range(offset, end)
+        if all(sparse_file.state(i) == PRESENT for i in wanted):
             return Span(opened.backing.fd, offset, end - offset)
         parts: list[bytes] = []
-        for index in range(first, last + 1):
+        for index in wanted:
             low, high = max(offset, file.offsets[index]), min(end, file.offsets[index + 1])
             if sparse_file.state(index) == PRESENT:
                 parts.append(read_span(Span(opened.backing.fd, low, high - low)))
@@ -202,22 +199,22 @@ class Service:
         self.counters.streamed += end - offset
         return b"".join(parts)
 
-    def _touch(self, opened: OpenFile, offset: int, end: int) -> None:
-        file = opened.file
-        for index in range(bisect_right(file.offsets, offset) - 1, bisect_right(file.offsets, end - 1)):
+    def _touch(self, opened: OpenFile, wanted: range) -> None:
+        for index in wanted:
             if index not in opened.touched:
                 opened.touched.add(index)
                 self.access_log.touch(opened.node.index, index)
 
-    def _read_ahead(self, opened: OpenFile, sparse_file: AnySparseFile, first: int, last: int) -> None:
+    def _read_ahead(self, opened: OpenFile, sparse_file: AnySparseFile, wanted: range) -> None:
         """Request chunks ahead of a sequential reader, in a window that doubles as long as the reader stays sequential."""
+        last = wanted[-1]
         if last == opened.last_chunk:
             return
         low, high = _READAHEAD
         if self.streaming:
             # Without the disk, readahead must fit beside the chunks being read.
             high = max(1, min(high, self.memory.count // 4))
-        opened.window = min(high, opened.window * 2) if 0 <= first - opened.last_chunk <= 1 else low
+        opened.window = min(high, opened.window * 2) if 0 <= wanted[0] - opened.last_chunk <= 1 else low
         opened.last_chunk = last
         for index in range(last + 1, min(last + 1 + opened.window, len(opened.file.chunks))):
             if not self._available(opened, sparse_file, index):

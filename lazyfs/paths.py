@@ -54,7 +54,9 @@ def default_store_url() -> str:
 def child_environment() -> dict[str, str]:
     """Return the environment of a Python child process that finds this package, wherever the caller runs."""
     root = str(Path(__file__).resolve().parents[1])
-    return {**os.environ, "PYTHONPATH": root + os.pathsep + os.environ.get("PYTHONPATH", "")}
+    # An empty entry would mean the working directory.
+    entries = [root, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(filter(None, entries)))}
 
 
 def flock_within(fd: int, limit_s: float) -> bool:

@@ -91,7 +91,7 @@ class FetcherLink:
             config_fd = self.config.to_fd()
             passed = [theirs.fileno(), self.memory_fd, config_fd]
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "lazyfs.fetch.worker", *map(str, passed)],
+                [sys.executable, "-P", "-m", "lazyfs.fetch.worker", *map(str, passed)],
                 pass_fds=passed,
                 stdin=subprocess.DEVNULL,
                 env=child_environment(),

@@ -356,7 +356,15 @@ def _start(config: MountConfig, limit_s: float) -> MountHandle:
     with open(read_end, "rb", buffering=0), open(config.to_fd(), "rb", buffering=0) as passed:
         with open(write_end, "wb", buffering=0), open(log_fd, "ab") as log:
             launcher = subprocess.Popen(
-                [sys.executable, "-m", "lazyfs.mount.daemon", config.socket, str(passed.fileno()), str(write_end)],
+                [
+                    sys.executable,
+                    "-P",
+                    "-m",
+                    "lazyfs.mount.daemon",
+                    config.socket,
+                    str(passed.fileno()),
+                    str(write_end),
+                ],
                 pass_fds=[passed.fileno(), write_end],
                 stdin=subprocess.DEVNULL,
                 stdout=log,

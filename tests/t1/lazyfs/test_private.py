@@ -84,6 +84,20 @@ def guarded(home):
     server.server_close()
 
 
+def test_the_daemon_imports_nothing_from_the_working_directory(home, rig, tmp_path, monkeypatch):
+    """Neither does its fetcher: a folder of somebody else's files may hold a json.py."""
+    model = write_model(tmp_path / "model", [1000])
+    digest, reader = import_directory(model), rig.reader()
+    trap = tmp_path / "trap"
+    trap.mkdir()
+    for name in ("json.py", "blake3.py", "lazyfs.py"):
+        (trap / name).write_text("import os; os._exit(1)")
+    monkeypatch.chdir(trap)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    where = rig.mount(digest, use_origin=False).mountpoint / "config.json"
+    assert reader.ask("digest", str(where)) == reader.ask("digest", str(model / "config.json"))
+
+
 def test_a_password_in_a_stores_url_is_seen_nowhere(home, rig, tmp_path, guarded):
     model = write_model(tmp_path / "model", [5 << 20, 1000])
     digest = import_directory(model)

@@ -20,7 +20,7 @@ _WORKERS = 4
 
 
 @dataclass
-class Damage:
+class VerifyReport:
     """Result of `verify`.
 
     `bad` chunks are damaged, `missing` ones do not exist; both map digest to path. `broken_names`: tags and snapshots
@@ -43,13 +43,13 @@ class Damage:
         return not (self.bad or self.missing or self.broken_manifests or self.broken_names or self.cache_bad)
 
 
-def verify(chunks: ChunkStore, digests: list[str] | None = None, *, repair: bool = False) -> Damage:
+def verify(chunks: ChunkStore, digests: list[str] | None = None, *, repair: bool = False) -> VerifyReport:
     """Read and hash every chunk that the manifests mention (default: all manifests, and then all names too).
 
     A mismatch is read once more before it counts as damage. `repair` deletes damaged chunks and manifests, so that the next
     import writes them again. Raises errors other than damage (an unreachable store).
     """
-    report = Damage()
+    report = VerifyReport()
     wanted: dict[str, tuple[Chunk, str]] = {}
     if digests is None:
         digests = list(chunks.manifests())
@@ -93,7 +93,9 @@ def verify(chunks: ChunkStore, digests: list[str] | None = None, *, repair: bool
     return report
 
 
-def verify_cache(cache: Cache, chunks: ChunkStore | None, report: Damage, digests: list[str] | None = None) -> None:
+def verify_cache(
+    cache: Cache, chunks: ChunkStore | None, report: VerifyReport, digests: list[str] | None = None
+) -> None:
     """Hash every present chunk of every cache file whose manifest is known (see `known_manifests`).
 
     Damaged chunks become absent, so that they are fetched again.
@@ -107,7 +109,7 @@ def verify_cache(cache: Cache, chunks: ChunkStore | None, report: Damage, digest
             _verify_file(cache, file, report)
 
 
-def _verify_file(cache: Cache, file: File, report: Damage) -> None:
+def _verify_file(cache: Cache, file: File, report: VerifyReport) -> None:
     try:
         sparse_file = cache.open(file)
     except DiskFull:

@@ -139,7 +139,7 @@ class Cache:
         if before is not None:
             before.close()
 
-    def touched(self, file: File) -> None:
+    def pin_touched(self, file: File) -> None:
         """Protect the file's cache file from eviction for the life of this process, without a descriptor per file."""
         with self._touching:
             if file.digest in self._touched_files:
@@ -151,10 +151,10 @@ class Cache:
                 log.warning("cannot pin %s: %s", file.path, error)
             self._touched_files.add(file.digest)
 
-    def reserve(self, need: int) -> bool:
+    def reserve_room(self, need: int) -> bool:
         """Reserve room for `need` more bytes under the limit, evicting least recently used cache files.
 
-        Return False if impossible. The caller must return a granted reservation with `written`, whether it wrote the bytes
+        Return False if impossible. The caller must return a granted reservation with `release_room`, whether it wrote the bytes
         or not.
         """
         if self.limit is None:
@@ -165,7 +165,12 @@ class Cache:
                 # Counting walks the folder: reserve 64 MiB at a time, and let one process count at a time.
                 batch = max(need, min(64 << 20, self.limit // 8))
                 with count_lock(self.root):
-                    free = self.limit - self.usage() - self._unwritten - reserved_by_others(self.root, self._own())[0]
+                    free = (
+                        self.limit
+                        - self.usage()
+                        - self._unwritten
+                        - reserved_by_others(self.root, self._own_reservation())[0]
+                    )
                     if free < batch:
                         free += self.evict(batch - free)
                     if free < need:
@@ -176,14 +181,14 @@ class Cache:
             self._unwritten += need
         return True
 
-    def written(self, need: int) -> None:
+    def release_room(self, need: int) -> None:
         """Return a reservation: its bytes are on disk, where `usage` counts them, or will not be written."""
         if self.limit is not None:
             with self._reserving:
                 self._unwritten -= need
                 self._account()
 
-    def _own(self) -> Reservation | None:
+    def _own_reservation(self) -> Reservation | None:
         if self._reservation is None:
             try:
                 self._reservation = Reservation(self.root)

@@ -1,7 +1,7 @@
 """The fetcher's open sparse cache files: a bounded number, however many files a mount has.
 
 An open one takes four descriptors. The least recently used one is closed first; files in use are never closed. A
-touched file is protected from eviction without being open (`Cache.touched`).
+touched file is protected from eviction without being open (`Cache.pin_touched`).
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class OpenSparseFiles:
             if entry is None:
                 sparse_file = self.cache.open_any(self.files[index])
                 if isinstance(sparse_file, SparseFile):
-                    self.cache.touched(sparse_file.file)
+                    self.cache.pin_touched(sparse_file.file)
                 entry = self._open[index] = _Entry(sparse_file)
             self._open.move_to_end(index)
             entry.users += 1

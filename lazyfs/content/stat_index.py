@@ -231,11 +231,11 @@ def origins(digest: str, url: str) -> dict[str, tuple[str, list[int]]]:
 def is_unchanged(path: str, stats: list[int]) -> bool:
     """Return whether the file still has the size, mtime, ctime and inode recorded at import."""
     try:
-        return stats_of(Path(path).stat()) == stats
+        return fingerprint(Path(path).stat()) == stats
     except OSError:
         return False
 
 
-def stats_of(st: os.stat_result) -> list[int]:
+def fingerprint(st: os.stat_result) -> list[int]:
     """Return the fields that detect a changed original: [size, mtime_ns, ctime_ns, inode]."""
     return [st.st_size, st.st_mtime_ns, st.st_ctime_ns, st.st_ino]

@@ -22,7 +22,7 @@ from lazyfs.content.chunk_store import ChunkStore, digest_of, mismatch, zero_dig
 from lazyfs.content.chunking import MAX_CHUNK
 from lazyfs.content.manifest import RAW, ZSTD, File
 from lazyfs.content.source_digests import DigestLog
-from lazyfs.content.stat_index import stats_of
+from lazyfs.content.stat_index import fingerprint
 from lazyfs.errors import DiskFull, Integrity, NotFound, Permanent, Temporary
 from lazyfs.logs import RepeatLimiter
 from lazyfs.mount.counters import Histogram
@@ -161,7 +161,7 @@ class ChunkFetcher:
                 _local.source = "proof"
                 return None
             data = self._get(file, index)
-            if not self.cache.reserve(chunk.length):
+            if not self.cache.reserve_room(chunk.length):
                 return data
             try:
                 sparse_file.write(index, data, hole=chunk.digest == zero_digest(chunk.length))
@@ -169,7 +169,7 @@ class ChunkFetcher:
                 self.repeats.log(logging.WARNING, error.code, f"{file.path} is served from memory: {error}")
                 return data
             finally:
-                self.cache.written(chunk.length)
+                self.cache.release_room(chunk.length)
         return None
 
     @staticmethod
@@ -270,6 +270,6 @@ def open_origin(path: str, stats: list[int]) -> Iterator[int | None]:
         yield None
         return
     try:
-        yield fd if stats_of(os.fstat(fd)) == stats else None
+        yield fd if fingerprint(os.fstat(fd)) == stats else None
     finally:
         os.close(fd)

@@ -75,7 +75,7 @@ class FetcherLink:
                 log.debug("request lost: the fetcher is gone")
                 return False
 
-    def ensure(self) -> None:
+    def ensure_started(self) -> None:
         """Start the fetcher now, so that its start-up overlaps with the mount's."""
         with self._lock:
             if self._channel is None and not self._closing:

@@ -51,25 +51,27 @@ class Fetcher:
         self,
         config: MountConfig,
         manifest: Manifest,
-        engine: ChunkFetcher,
+        chunk_fetcher: ChunkFetcher,
         channel: socket.socket,
         memory: SlotWriter,
     ) -> None:
         self.config = config
         self.manifest = manifest
-        self.engine = engine
+        self.chunk_fetcher = chunk_fetcher
         self.channel = channel
         self.memory = memory
         self.slots: dict[tuple[int, int], int] = {}
         self.access_log_is_shared = False
         self.queue = Queue()
-        self.sparse_files = OpenSparseFiles(engine.cache, manifest.files)
+        self.sparse_files = OpenSparseFiles(chunk_fetcher.cache, manifest.files)
         self.dropping: dict[int, int] = {}
         self.dropping_lock = threading.Lock()
         # Non-demand chunks that the store could not deliver; retried later.
         self.postponed: dict[tuple[int, int], int] = {}
         self.sending = threading.Lock()
-        self.threads = config.fetch_threads or (_REMOTE_THREADS if engine.source.store.remote else _LOCAL_THREADS)
+        self.threads = config.fetch_threads or (
+            _REMOTE_THREADS if chunk_fetcher.source.store.remote else _LOCAL_THREADS
+        )
         self.window = Window(self.threads)
         self.background = RateLimit(config.background_mb_s)
         self.repeats = RepeatLimiter(log)
@@ -112,12 +114,12 @@ class Fetcher:
         Pin the files that the log names.
         """
         files = self.manifest.files
-        absent = [i for i, f in enumerate(files) if f.path not in self.engine.origins]
+        absent = [i for i, f in enumerate(files) if f.path not in self.chunk_fetcher.origins]
         wanted = set(absent)
         known = self._known_accesses()
         logged = {files[file].digest for file, _ in known if file in wanted}
         if self.config.cache_limit and logged:
-            self.engine.cache.pin_files(sorted(logged))
+            self.chunk_fetcher.cache.pin_files(sorted(logged))
         if not self.config.prefetch:
             return
         for file, chunk in known:
@@ -131,7 +133,7 @@ class Fetcher:
     def _known_accesses(self) -> list[tuple[int, int]]:
         """Return this host's access log, else the one that another host shared in a remote store."""
         local = AccessLog(Path(self.config.home) / "traces" / f"{self.config.manifest}.json", record="never").known
-        store = self.engine.source.store
+        store = self.chunk_fetcher.source.store
         if local or not (store.remote and self.config.prefetch) or self.manifest.kind == "source":
             return local
         try:
@@ -147,7 +149,7 @@ class Fetcher:
 
     def share_access_log(self) -> None:
         """Upload this host's access log to a remote store that had none, for the first start on other hosts."""
-        store = self.engine.source.store
+        store = self.chunk_fetcher.source.store
         path = Path(self.config.home) / "traces" / f"{self.config.manifest}.json"
         if not store.remote or self.manifest.kind == "source" or self.access_log_is_shared or not path.exists():
             return
@@ -196,11 +198,11 @@ class Fetcher:
         file = self.manifest.files[index]
         self.dropping[index] -= 1
         try:
-            freed = self.engine.cache.drop(file)
+            freed = self.chunk_fetcher.cache.drop(file)
         except OSError as error:
             log.error("cannot drop %s: %s", file.path, error)
             return True
-        if freed or not self.engine.cache.folder(file).exists():
+        if freed or not self.chunk_fetcher.cache.folder(file).exists():
             log.info("dropped %s: %d bytes freed", file.path, freed)
             return True
         if not self.dropping[index]:
@@ -249,7 +251,7 @@ class Fetcher:
 
     def report(self) -> None:
         """Send the counters to the server."""
-        stats = self.engine.stats
+        stats = self.chunk_fetcher.stats
         tiers = stats.tiers
         values = (
             tiers["store"], tiers["origin"], tiers["proven"], stats.fetches, int(stats.latency.total * 1000),
@@ -263,7 +265,7 @@ class Fetcher:
         while not self.queue.closed:
             self._guarded(self.report)
             self._guarded(self.repeats.tick)
-            self._guarded(self.engine.repeats.tick)
+            self._guarded(self.chunk_fetcher.repeats.tick)
             beat += 1
             if beat % _POSTPONED_TICKS == 0:
                 self._guarded(self._requeue_postponed)
@@ -279,9 +281,9 @@ class Fetcher:
         began = time.monotonic()
         try:
             with self.sparse_files.use(file) as sparse_file:
-                data = self.engine.fill(sparse_file, chunk)
+                data = self.chunk_fetcher.fill(sparse_file, chunk)
                 complete = data is None and sparse_file.complete() and not sparse_file.fsynced()
-            source = wire.SOURCES.index(self.engine.source_of_last())
+            source = wire.SOURCES.index(self.chunk_fetcher.source_of_last())
             if data is None:
                 self._send(wire.STORED, file, chunk, source, slot, began)
                 if complete:
@@ -304,7 +306,7 @@ class Fetcher:
             self._send(wire.FAILED, file, chunk, to_errno(error), slot, began)
 
     def _fsync(self, file: int) -> None:
-        if not self.engine.cache.folder(self.manifest.files[file]).exists():
+        if not self.chunk_fetcher.cache.folder(self.manifest.files[file]).exists():
             # Dropped since; opening would create it again.
             return
         with self.sparse_files.use(file) as sparse_file:

@@ -54,7 +54,7 @@ def serve(config_text: str, ready: Callable[[dict[str, Any]], None]) -> None:
     link = FetcherLink(config, memory.fd)
     if not (config.use_origin and origins(config.manifest, config.store_url)):
         # Start the fetcher now: its start-up takes as long as ours.
-        link.ensure()
+        link.ensure_started()
     manifest = load_manifest(config)
     server = Server(config, manifest, link, memory)
     server.start()
@@ -136,7 +136,7 @@ class Server:
         """Mount and start serving."""
         needed = [f for f in self.manifest.files if f.path not in self.service.files.origins]
         if needed:
-            self.link.ensure()
+            self.link.ensure_started()
         self.transport.start()
         self.control.start()
         try:

@@ -42,7 +42,7 @@ def test_two_threads_that_need_room_at_once_both_get_it(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Cache, "evict", slowly)
     granted = []
-    threads = [threading.Thread(target=lambda n=n: granted.append(cache.reserve(n * MB))) for n in (6, 5)]
+    threads = [threading.Thread(target=lambda n=n: granted.append(cache.reserve_room(n * MB))) for n in (6, 5)]
     [t.start() for t in threads]
     [t.join() for t in threads]
     assert granted == [True, True]
@@ -51,9 +51,9 @@ def test_two_threads_that_need_room_at_once_both_get_it(tmp_path, monkeypatch):
 
 def test_what_is_granted_and_not_written_yet_is_not_granted_twice(tmp_path):
     cache = Cache(tmp_path, limit=24 * MB)
-    assert [cache.reserve(8 * MB) for _ in range(4)] == [True, True, True, False]
-    cache.written(8 * MB)  # it failed, say: nothing of it is on the disk
-    assert cache.reserve(8 * MB)
+    assert [cache.reserve_room(8 * MB) for _ in range(4)] == [True, True, True, False]
+    cache.release_room(8 * MB)  # it failed, say: nothing of it is on the disk
+    assert cache.reserve_room(8 * MB)
 
 
 HOLDER = """
@@ -76,26 +76,26 @@ def test_memory_and_disk_share_one_bound_until_the_owner_is_killed(tmp_path):
     holder = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[3])
     try:
         assert holder.stdout.readline() == "claimed\n"
-        assert not cache.reserve(31 * MB), "64 MB of memory and 6 MB pinned by name leave 30"
+        assert not cache.reserve_room(31 * MB), "64 MB of memory and 6 MB pinned by name leave 30"
         assert pinned.exists() and not other.exists(), "the older image is pinned"
-        assert cache.reserve(29 * MB)
-        cache.written(29 * MB)
+        assert cache.reserve_room(29 * MB)
+        cache.release_room(29 * MB)
     finally:
         holder.kill()
         holder.wait(30)
         holder.stdout.close()
-    assert cache.reserve(93 * MB) and pinned.exists()
-    assert cache.reserve(6 * MB) and not pinned.exists(), "nobody lives who pins it"
+    assert cache.reserve_room(93 * MB) and pinned.exists()
+    assert cache.reserve_room(6 * MB) and not pinned.exists(), "nobody lives who pins it"
     assert len(list((tmp_path / "claims").glob("[!.]*"))) == 1, "what the dead left behind is gone"
 
 
 def test_two_processes_are_not_granted_the_same_room(tmp_path):
     one, two = Cache(tmp_path, limit=24 * MB), Cache(tmp_path, limit=24 * MB)
-    granted = [[cache.reserve(8 * MB) for _ in range(2)] for cache in (one, two)]
+    granted = [[cache.reserve_room(8 * MB) for _ in range(2)] for cache in (one, two)]
     assert granted == [[True, True], [True, False]]
     for _ in range(2):
-        one.written(8 * MB)
-    assert two.reserve(8 * MB), "it failed there, say: nothing of it is on the disk"
+        one.release_room(8 * MB)
+    assert two.reserve_room(8 * MB), "it failed there, say: nothing of it is on the disk"
 
 
 def test_pins_are_replaced_by_the_next_ones(tmp_path):

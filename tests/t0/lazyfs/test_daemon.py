@@ -100,7 +100,7 @@ def test_a_reader_gets_an_answer_whatever_happens_to_the_worker(fetcher, monkeyp
     def fill(sparse_file, index):
         raise defect
 
-    monkeypatch.setattr(fetcher.engine, "fill", fill)
+    monkeypatch.setattr(fetcher.chunk_fetcher, "fill", fill)
     worker = threading.Thread(target=fetcher._work, args=(0,), daemon=True)
     worker.start()
     for file in (0, 1):
@@ -152,14 +152,14 @@ def test_one_request_fetches_all_of_a_file(fetcher):
 
 
 def test_what_the_store_could_not_give_is_asked_for_again(fetcher, monkeypatch):
-    real, failures = fetcher.engine.fill, [Temporary("the store is gone")]
+    real, failures = fetcher.chunk_fetcher.fill, [Temporary("the store is gone")]
 
     def fill(sparse_file, index):
         if failures:
             raise failures.pop()
         return real(sparse_file, index)
 
-    monkeypatch.setattr(fetcher.engine, "fill", fill)
+    monkeypatch.setattr(fetcher.chunk_fetcher, "fill", fill)
     fetcher.queue.put((0, 0), wire.READAHEAD)
     threading.Thread(target=fetcher._work, args=(0,), daemon=True).start()
     assert answer_of(fetcher)[0] == wire.FAILED

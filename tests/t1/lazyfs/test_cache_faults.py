@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from lazyfs.admin.verify import Damage, verify_cache
+from lazyfs.admin.verify import VerifyReport, verify_cache
 from lazyfs.api import import_directory
 from lazyfs.cache.cache import Cache
 from lazyfs.cache.reservations import reserved_by_others
@@ -45,7 +45,7 @@ def test_a_full_disk_streams(stored, rig, tmp_path):
         handle.unmount(force=True)
         # Looking at images takes a few bytes, too; what was written while there was no room is what is looked at.
         subprocess.run(["mount", "-o", "remount,size=64m", small], check=True, timeout=LIMIT_S)
-        report = Damage()
+        report = VerifyReport()
         verify_cache(Cache(small / "c"), None, report)
         assert report.clean
     finally:
@@ -73,7 +73,7 @@ def test_mounting_pinning_and_verifying_on_a_full_disk(stored, rig, tmp_path, mo
         with pytest.raises(LazyfsError) as caught:
             handle.control("pin")
         assert caught.value.code == "disk-full"
-        report = Damage()
+        report = VerifyReport()
         verify_cache(Cache(small / "home" / "cache"), ChunkStore(LocalStore(store)), report)
         assert report.clean
         handle.unmount(force=True)
@@ -141,7 +141,7 @@ def test_a_damaged_cache_is_found_and_mended(stored, rig, tmp_path):
     with open(data, "r+b") as f:
         f.seek(6 << 20)
         f.write(b"damaged by somebody")
-    report = Damage()
+    report = VerifyReport()
     verify_cache(cache, chunks, report)
     assert report.cache_bad == 1 and not report.clean
     handle = rig.mount(digest, use_origin=False, cache_dir=tmp_path / "c")

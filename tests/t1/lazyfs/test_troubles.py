@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from lazyfs.admin.verify import Damage, verify_cache
+from lazyfs.admin.verify import VerifyReport, verify_cache
 from lazyfs.api import import_directory
 from lazyfs.cache.cache import Cache
 from lazyfs.cache.slots import SlotMemory
@@ -91,7 +91,7 @@ def test_a_chunk_that_verify_took_out_is_fetched_again_at_once(shared, rig, tmp_
     with open(cache.folder(file) / "data", "r+b") as data:
         data.seek(file.offsets[2] + 100)
         data.write(b"damaged by somebody")
-    report = Damage()
+    report = VerifyReport()
     verify_cache(cache, chunks, report)
     assert report.cache_bad == 1
     right = (model / "model.safetensors").read_bytes()[file.offsets[2] :][:1000].hex()
@@ -200,7 +200,7 @@ def test_a_fetcher_that_cannot_be_started_is_tried_again(tmp_path, monkeypatch):
     monkeypatch.setattr(supervisor.subprocess, "Popen", Popen)
     before = len(os.listdir("/proc/self/fd"))
     try:
-        channel.ensure()
+        channel.ensure_started()
         assert asked.wait(LIMIT_S)
         assert len(calls) >= 4
     finally:

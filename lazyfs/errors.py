@@ -15,7 +15,9 @@ Each exception has a stable `code` in kebab-case and a one-line message with the
 
 from __future__ import annotations
 
+import contextlib
 import errno
+from collections.abc import Iterator
 
 _ESCAPES = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))} | {
     code: f"\\u{code:04x}" for code in (*range(0x2028, 0x202F), *range(0x2066, 0x206A))
@@ -135,3 +137,12 @@ def from_os_error(error: OSError, what: str) -> LazyfsError:
     if error.errno in (errno.EINTR, errno.EAGAIN, errno.ETIMEDOUT, errno.ECONNRESET, errno.EMFILE, errno.ENFILE):
         return Temporary(f"{what}: {reason}")
     return Permanent(f"{what}: {reason}", code="io-error")
+
+
+@contextlib.contextmanager
+def os_errors(what: str) -> Iterator[None]:
+    """Raise an OSError of the block as the matching LazyfsError. `what`: the failed action, such as "cannot read PATH"."""
+    try:
+        yield
+    except OSError as error:
+        raise from_os_error(error, what) from error

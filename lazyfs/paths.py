@@ -14,6 +14,7 @@ import contextlib
 import fcntl
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from lazyfs.errors import Permanent, from_os_error
@@ -73,13 +74,25 @@ def flock_within(fd: int, limit_s: float) -> bool:
             pause = min(0.05, pause * 1.5)
 
 
-def sync_folder(path: Path) -> None:
-    """fsync a folder, so that its entries survive a power cut. Raises OSError."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+@contextlib.contextmanager
+def open_fd(path: Path | str, flags: int) -> Iterator[int]:
+    """Yield a descriptor of the file, created with mode 0600 if `flags` say so. Raises OSError."""
+    fd = os.open(path, flags | os.O_CLOEXEC, 0o600)
     try:
-        os.fsync(fd)
+        yield fd
     finally:
         os.close(fd)
+
+
+def fingerprint(st: os.stat_result) -> list[int]:
+    """Return the fields that detect a changed file: [size, mtime_ns, ctime_ns, inode]."""
+    return [st.st_size, st.st_mtime_ns, st.st_ctime_ns, st.st_ino]
+
+
+def sync_folder(path: Path) -> None:
+    """fsync a folder, so that its entries survive a power cut. Raises OSError."""
+    with open_fd(path, os.O_RDONLY | os.O_DIRECTORY) as fd:
+        os.fsync(fd)
 
 
 def write_atomic(path: Path, data: bytes | memoryview, *, sync: bool = True) -> None:
@@ -89,15 +102,12 @@ def write_atomic(path: Path, data: bytes | memoryview, *, sync: bool = True) -> 
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
     try:
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
+        with open_fd(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as fd:
             view = memoryview(data)
             while view:
                 view = view[os.write(fd, view) :]
             if sync:
                 os.fdatasync(fd)
-        finally:
-            os.close(fd)
         temporary.rename(path)
         if sync:
             sync_folder(path.parent)

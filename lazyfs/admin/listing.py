@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from lazyfs.content.chunk_store import HEADS, ChunkStore
 from lazyfs.content.manifest import Manifest
-from lazyfs.errors import Busy, Integrity, NotFound, Usage, from_os_error
-from lazyfs.paths import private_dir
+from lazyfs.errors import Busy, Integrity, NotFound, Usage, os_errors
+from lazyfs.paths import open_fd, private_dir
 from lazyfs.stores.local import LocalStore
 from lazyfs.stores.retry import RetryPolicy, retry_damaged, retrying
 
@@ -28,19 +28,15 @@ def store_lock(chunks: ChunkStore, *, exclusive: bool) -> Iterator[None]:
         yield
         return
     path = private_dir(chunks.store.root) / ".lock"
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise from_os_error(error, f"cannot lock {path}") from error
-    try:
+    with contextlib.ExitStack() as held:
+        with os_errors(f"cannot lock {path}"):
+            fd = held.enter_context(open_fd(path, os.O_RDWR | os.O_CREAT))
         try:
             fcntl.flock(fd, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
         except BlockingIOError:
             other = "an import is" if exclusive else "a garbage collection is"
             raise Busy(f"{other} running on {chunks.store.url}; try again later", code="store-busy") from None
         yield
-    finally:
-        os.close(fd)
 
 
 @dataclass(frozen=True)

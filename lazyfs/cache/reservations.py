@@ -19,7 +19,7 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from lazyfs.paths import flock_within, private_dir
+from lazyfs.paths import flock_within, open_fd, private_dir
 
 log = logging.getLogger("lazyfs.cache.reservations")
 _HEAD = 16
@@ -116,17 +116,13 @@ def count_lock(root: Path) -> Iterator[None]:
 
     Continues without the lock after 10 s, or if the disk has no room for a lock file.
     """
-    fd = -1
-    try:
-        fd = os.open(private_dir(root / "claims") / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        if not flock_within(fd, _COUNT_S):
-            log.warning(
-                "another process has held the count lock of %s for %.0f s; continuing without it", root, _COUNT_S
-            )
-    except OSError as error:
-        log.warning("cannot lock %s/claims: %s", root, error)
-    try:
+    with contextlib.ExitStack() as held:
+        try:
+            fd = held.enter_context(open_fd(private_dir(root / "claims") / ".lock", os.O_RDWR | os.O_CREAT))
+            if not flock_within(fd, _COUNT_S):
+                log.warning(
+                    "another process has held the count lock of %s for %.0f s; continuing without it", root, _COUNT_S
+                )
+        except OSError as error:
+            log.warning("cannot lock %s/claims: %s", root, error)
         yield
-    finally:
-        if fd >= 0:
-            os.close(fd)

@@ -27,7 +27,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lazyfs.content.manifest import File
-from lazyfs.errors import DiskFull, Temporary, from_os_error
+from lazyfs.errors import DiskFull, Temporary, from_os_error, os_errors
 from lazyfs.paths import private_dir
 
 ABSENT, PRESENT, UNVERIFIED = 0, 1, 2
@@ -127,12 +127,10 @@ class SparseFile:
         """
         if not (hole and self.state(index) == ABSENT):
             view, offset = memoryview(data), self.file.offsets[index]
-            try:
+            with os_errors(f"cannot write to the sparse cache file {self.folder}"):
                 while view:
                     n = os.pwrite(self.data_fd, view, offset)
                     view, offset = view[n:], offset + n
-            except OSError as error:
-                raise from_os_error(error, f"cannot write to the sparse cache file {self.folder}") from error
         self.mark(index, PRESENT)
 
     def mark(self, index: int, state: int) -> None:

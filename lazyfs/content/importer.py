@@ -18,7 +18,8 @@ from lazyfs.admin.listing import store_lock
 from lazyfs.content.chunk_store import ChunkStore, PutResult
 from lazyfs.content.chunking import chunk_lengths
 from lazyfs.content.manifest import VERSION, Directory, File, Manifest, Symlink, reject_escaping_links
-from lazyfs.errors import NotFound, Permanent, Usage, from_os_error
+from lazyfs.errors import NotFound, Permanent, Usage, from_os_error, os_errors
+from lazyfs.paths import open_fd
 from lazyfs.stores.retry import RetryPolicy, retrying
 
 # At most two chunks per worker are in flight, which bounds memory. Remote stores have high latency and accept more
@@ -54,14 +55,12 @@ def walk(root: Path) -> Listing:
 
     Raises NotFound, Usage (not a directory), or Permanent (unreadable, bad-name, dangling-link, link-loop, bad-file-type).
     """
-    try:
+    with os_errors(f"cannot open {root}"):
         if not root.is_dir():
             if not root.exists():
                 raise NotFound(f"{root} does not exist; give the directory that holds the model's files")
             raise Usage(f"{root} is not a directory; give the directory that holds the model's files")
         real = root.resolve(strict=True)
-    except OSError as error:
-        raise from_os_error(error, f"cannot open {root}") from error
     listing = Listing()
     _walk(root, real, "", listing, frozenset({real}))
     return listing
@@ -152,23 +151,17 @@ class _Import:
     ) -> tuple[str, int, int, list[Future[PutResult]]]:
         """Read one file and submit its chunks to the pool, at most two per worker at a time."""
         futures: list[Future[PutResult]] = []
-        try:
-            fd = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-                offset = 0
-                for length in chunk_lengths(source.name, st.st_size, lambda at, n: _read(fd, at, n, source)):
-                    while len(self.pending) >= 2 * self.workers:
-                        self._collect(path)
-                    future = pool.submit(self._store, _read(fd, offset, length, source))
-                    futures.append(future)
-                    self.pending.add(future)
-                    offset += length
-                after = os.fstat(fd)
-            finally:
-                os.close(fd)
-        except OSError as error:
-            raise from_os_error(error, f"cannot read {source}") from error
+        with os_errors(f"cannot read {source}"), open_fd(source, os.O_RDONLY) as fd:
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+            offset = 0
+            for length in chunk_lengths(source.name, st.st_size, lambda at, n: _read(fd, at, n, source)):
+                while len(self.pending) >= 2 * self.workers:
+                    self._collect(path)
+                future = pool.submit(self._store, _read(fd, offset, length, source))
+                futures.append(future)
+                self.pending.add(future)
+                offset += length
+            after = os.fstat(fd)
         if (after.st_size, after.st_mtime_ns, after.st_ctime_ns) != (st.st_size, st.st_mtime_ns, st.st_ctime_ns):
             raise _changed(source)
         return path, stat.S_IMODE(st.st_mode), st.st_size, futures

@@ -13,7 +13,8 @@ from pathlib import Path
 from lazyfs.content.chunking import ReadAt, chunk_lengths
 from lazyfs.content.importer import walk
 from lazyfs.content.manifest import VERSION, Chunk, Directory, File, Manifest
-from lazyfs.errors import NotFound, Permanent, from_os_error
+from lazyfs.errors import NotFound, Permanent, os_errors
+from lazyfs.paths import fingerprint, open_fd
 from lazyfs.stores import Store, open_store
 from lazyfs.stores.retry import RetryPolicy, retrying
 from lazyfs.stores.urls import local_path, normal_url
@@ -35,15 +36,9 @@ def _describe_folder(folder: Path, url: str) -> Manifest:
     listing = walk(folder)
     files = []
     for path, source, st in listing.files:
-        try:
-            fd = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                lengths = chunk_lengths(path, st.st_size, _reader(fd))
-            finally:
-                os.close(fd)
-        except OSError as error:
-            raise from_os_error(error, f"cannot read {source}") from error
-        version = f"{st.st_size}-{st.st_mtime_ns}-{st.st_ctime_ns}-{st.st_ino}"
+        with os_errors(f"cannot read {source}"), open_fd(source, os.O_RDONLY) as fd:
+            lengths = chunk_lengths(path, st.st_size, _reader(fd))
+        version = "-".join(map(str, fingerprint(st)))
         chunks = tuple(Chunk("", n) for n in lengths)
         files.append(File(path, st.st_mode & 0o7777, st.st_size, chunks, version))
     directories, links = tuple(listing.directories), tuple(listing.symlinks)

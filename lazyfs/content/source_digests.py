@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lazyfs.content.chunk_store import digest_of
 from lazyfs.content.manifest import File
-from lazyfs.paths import private_dir
+from lazyfs.paths import open_fd, private_dir
 
 _DIGEST = 32
 
@@ -21,19 +21,13 @@ class DigestLog:
     def expected(self, file: File, index: int) -> str:
         """Return the digest recorded for the chunk, or ""."""
         try:
-            fd = os.open(self.folder / file.digest, os.O_RDONLY | os.O_CLOEXEC)
+            with open_fd(self.folder / file.digest, os.O_RDONLY) as fd:
+                raw = os.pread(fd, _DIGEST, index * _DIGEST)
         except FileNotFoundError:
             return ""
-        try:
-            raw = os.pread(fd, _DIGEST, index * _DIGEST)
-        finally:
-            os.close(fd)
         return raw.hex() if any(raw) and len(raw) == _DIGEST else ""
 
     def record(self, file: File, index: int, data: bytes | memoryview) -> None:
         """Record the digest of a chunk at its first read."""
-        fd = os.open(private_dir(self.folder) / file.digest, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
+        with open_fd(private_dir(self.folder) / file.digest, os.O_WRONLY | os.O_CREAT) as fd:
             os.pwrite(fd, bytes.fromhex(digest_of(data)), index * _DIGEST)
-        finally:
-            os.close(fd)

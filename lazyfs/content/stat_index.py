@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lazyfs.errors import Integrity, LazyfsError, NotFound
-from lazyfs.paths import default_store_url, home, private_dir, state_dir, write_atomic
+from lazyfs.paths import default_store_url, fingerprint, home, private_dir, state_dir, write_atomic
 from lazyfs.stores.urls import local_path, normal_url, without_user
 
 if TYPE_CHECKING:
@@ -234,8 +234,3 @@ def is_unchanged(path: str, stats: list[int]) -> bool:
         return fingerprint(Path(path).stat()) == stats
     except OSError:
         return False
-
-
-def fingerprint(st: os.stat_result) -> list[int]:
-    """Return the fields that detect a changed original: [size, mtime_ns, ctime_ns, inode]."""
-    return [st.st_size, st.st_mtime_ns, st.st_ctime_ns, st.st_ino]

@@ -16,7 +16,7 @@ from lazyfs.content.chunk_store import ChunkStore, zero_digest
 from lazyfs.content.importer import Progress, import_tree
 from lazyfs.content.manifest import File, reject_escaping_links
 from lazyfs.errors import Permanent, from_os_error
-from lazyfs.paths import private_dir, sync_folder
+from lazyfs.paths import open_fd, private_dir, sync_folder
 from lazyfs.stores.retry import RetryPolicy, retrying
 
 _WORKERS = 4
@@ -80,8 +80,7 @@ def get_tree(digest: str, chunks: ChunkStore, folder: Path, *, policy: RetryPoli
 
 
 def _write(file: File, path: Path, chunks: ChunkStore, pool: ThreadPoolExecutor, policy: RetryPolicy) -> None:
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    try:
+    with open_fd(path, os.O_RDWR | os.O_CREAT | os.O_EXCL) as fd:
         os.ftruncate(fd, file.size)
 
         def one(index: int) -> None:
@@ -98,5 +97,3 @@ def _write(file: File, path: Path, chunks: ChunkStore, pool: ThreadPoolExecutor,
             pass
         os.fchmod(fd, file.mode & _MODE)
         os.fdatasync(fd)
-    finally:
-        os.close(fd)

@@ -15,9 +15,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from lazyfs.errors import Busy, HostLacks, LazyfsError, NotFound, Permanent, Temporary, Usage, from_os_error
+from lazyfs.errors import Busy, LazyfsError, NotFound, Permanent, Temporary, Usage, os_errors
 from lazyfs.mount.control import ask
-from lazyfs.paths import child_environment, default_store_url, flock_within, home, private_dir, state_dir
+from lazyfs.paths import child_environment, default_store_url, flock_within, home, open_fd, private_dir, state_dir
 from lazyfs.stores.urls import normal_url, shown_url
 
 if TYPE_CHECKING:
@@ -66,7 +66,39 @@ class MountHandle(NamedTuple):
         The daemon keeps running while another mount namespace (a sandbox) still shows the mount, and exits with that one. Raises
         Busy while files are open below it here; `force` cuts those files off instead.
         """
-        return _unmount(str(self.mountpoint), self.socket, self.pid, force=force, limit_s=limit_s)
+        from lazyfs.mount import kernel
+
+        where = str(self.mountpoint)
+        entry = kernel.mount_at(where)
+        try:
+            ask(self.socket, {"op": "unmount", "force": force}, limit_s)
+        except NotFound:
+            # The daemon exited before it could answer; the mount may be gone too.
+            left = kernel.mount_at(where)
+            if left is not None and left.fstype == kernel.FSTYPE:
+                kernel.unmount(where, lazy=True)
+        except LazyfsError as error:
+            if error.code == "busy":
+                raise Busy(str(error)) from None
+            raise
+        # While another namespace or an open file keeps the mount, its daemon goes on. Otherwise it exits, on a busy host slowly.
+        kept = entry is not None and kernel.exists(entry.device)
+        if _gone(self.pid, min(limit_s, _END_S) if kept else limit_s):
+            return True
+        if not force:
+            return False
+        # SIGKILL closes the connection, which cuts off every remaining user (another namespace, an open file).
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+        if _gone(self.pid, _END_S):
+            return True
+        # A thread of the daemon waits for this very mount. Abort it only now: the kernel reuses the device number of a mount
+        # that is gone.
+        if entry is not None and entry.fstype == kernel.FSTYPE:
+            kernel.abort(entry.device)
+        if not _gone(self.pid, limit_s):
+            raise Busy(f"the daemon of {where} (pid {self.pid}) does not exit after SIGKILL")
+        return True
 
 
 def mount(
@@ -241,18 +273,14 @@ def _check_same_manifest(found: MountHandle, manifest_digest: str, where: str) -
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise from_os_error(error, f"cannot create {path}") from error
-    try:
+    with contextlib.ExitStack() as held:
+        with os_errors(f"cannot create {path}"):
+            fd = held.enter_context(open_fd(path, os.O_RDWR | os.O_CREAT))
         if not flock_within(fd, _LOCK_S):
             raise Temporary(
                 f"another process that mounts there has held {path} for {_LOCK_S:.0f} s", code="mount-locked"
             )
         yield
-    finally:
-        os.close(fd)
 
 
 def _refuse_other_home(where: str, name: str) -> None:
@@ -346,12 +374,10 @@ def _start(config: MountConfig, limit_s: float) -> MountHandle:
     import subprocess
 
     made = not os.path.lexists(config.mountpoint)
-    try:
+    with os_errors(f"cannot prepare {config.mountpoint}"):
         private_dir(Path(config.mountpoint))
         private_dir(Path(config.log_file).parent)
         log_fd = os.open(config.log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise from_os_error(error, f"cannot prepare {config.mountpoint}") from error
     read_end, write_end = os.pipe()
     with open(read_end, "rb", buffering=0), open(config.to_fd(), "rb", buffering=0) as passed:
         with open(write_end, "wb", buffering=0), open(log_fd, "ab") as log:
@@ -411,41 +437,3 @@ def _error_of(answer: dict[str, Any], config: MountConfig) -> LazyfsError:
     kinds = {c.__name__: c for c in vars(errors).values() if isinstance(c, type) and issubclass(c, LazyfsError)}
     kind = kinds.get(str(answer.get("kind")), Permanent)
     return kind(f"{answer['error']} (log: {config.log_file})", code=str(answer["code"]))
-
-
-def _unmount(where: str, socket: Path, pid: int, *, force: bool, limit_s: float) -> bool:
-    from lazyfs.mount import kernel
-
-    entry = kernel.mount_at(where)
-    try:
-        ask(socket, {"op": "unmount", "force": force}, limit_s)
-    except NotFound:
-        # The daemon exited before it could answer; the mount may be gone too.
-        left = kernel.mount_at(where)
-        if left is not None and left.fstype == kernel.FSTYPE:
-            kernel.unmount(where, lazy=True)
-    except LazyfsError as error:
-        if error.code == "busy":
-            raise Busy(str(error)) from None
-        raise
-    # While another namespace or an open file keeps the mount, its daemon goes on. Otherwise it exits, on a busy host slowly.
-    kept = entry is not None and kernel.exists(entry.device)
-    if _gone(pid, min(limit_s, _END_S) if kept else limit_s):
-        return True
-    if not force:
-        return False
-    # SIGKILL closes the connection, which cuts off every remaining user (another namespace, an open file).
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
-    if _gone(pid, _END_S):
-        return True
-    # A thread of the daemon waits for this very mount. Abort it only now: the kernel reuses the device number of a mount
-    # that is gone.
-    if entry is not None and entry.fstype == kernel.FSTYPE:
-        kernel.abort(entry.device)
-    if not _gone(pid, limit_s):
-        raise Busy(f"the daemon of {where} (pid {pid}) does not exit after SIGKILL")
-    return True
-
-
-__all__ = ["HostLacks", "MountHandle", "find_mount", "mount", "unmount"]

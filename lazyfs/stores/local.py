@@ -6,6 +6,7 @@ it first. A chunk that a power cut truncated is detected by its size at the next
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -14,8 +15,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from lazyfs.errors import NotFound, Permanent, from_os_error
-from lazyfs.paths import private_dir, write_atomic
+from lazyfs.errors import Permanent, from_os_error, os_errors
+from lazyfs.paths import fingerprint, open_fd, private_dir, write_atomic
 from lazyfs.stores.base import MOST_BYTES, ObjectInfo, too_large
 from lazyfs.stores.urls import local_path
 
@@ -33,7 +34,7 @@ def open_url(url: str) -> LocalStore:
 
 
 def _version(st: os.stat_result) -> str:
-    return f"{st.st_size}-{st.st_mtime_ns}-{st.st_ctime_ns}-{st.st_ino}"
+    return "-".join(map(str, fingerprint(st)))
 
 
 class LocalStore:
@@ -59,23 +60,18 @@ class LocalStore:
         *,
         limit: int = MOST_BYTES,
     ) -> bytes | memoryview:
-        try:
-            # Another writer to a shared folder may leave a pipe there, and opening a pipe blocks forever.
-            fd = os.open(self.path(key), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        except FileNotFoundError:
-            raise NotFound(f"{self.url} has no {key}") from None
-        except OSError as error:
-            raise from_os_error(error, f"cannot open {self.path(key)}") from error
-        try:
+        path = self.path(key)
+        # Not blocking: another writer to a shared folder may leave a pipe there, and opening a pipe blocks forever.
+        with os_errors(f"cannot read {path}"), open_fd(path, os.O_RDONLY | os.O_NONBLOCK) as fd:
             there = os.fstat(fd)
             if not stat.S_ISREG(there.st_mode):
-                raise Permanent(f"{self.path(key)} is not a regular file; remove it", code="not-a-file")
+                raise Permanent(f"{path} is not a regular file; remove it", code="not-a-file")
             if version and _version(there) != version:
-                raise Permanent(f"{self.path(key)} changed; mount or import it again", code="source-changed")
+                raise Permanent(f"{path} changed; mount or import it again", code="source-changed")
             if length is None:
                 length = max(0, there.st_size - start)
                 if length > limit:
-                    raise too_large(str(self.path(key)), limit)
+                    raise too_large(str(path), limit)
             own = None
             if into is not None and len(into) >= length:
                 view = into[:length]
@@ -92,10 +88,6 @@ class LocalStore:
                 # A bytearray serves as bytes for every reader; a copy of 8 MiB would be noticeable.
                 return own  # type: ignore[return-value]
             return view[:got] if length >= _COPY else bytes(view[:got])
-        except OSError as error:
-            raise from_os_error(error, f"cannot read {self.path(key)}") from error
-        finally:
-            os.close(fd)
 
     def put(self, key: str, data: bytes | memoryview) -> None:
         path = self.path(key)
@@ -103,21 +95,16 @@ class LocalStore:
         write_atomic(path, data, sync=False)
 
     def head(self, key: str) -> ObjectInfo | None:
-        try:
-            st = self.path(key).stat()
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise from_os_error(error, f"cannot stat {self.path(key)}") from error
+        with os_errors(f"cannot stat {self.path(key)}"):
+            try:
+                st = self.path(key).stat()
+            except FileNotFoundError:
+                return None
         return ObjectInfo(key, st.st_size, st.st_mtime, _version(st))
 
     def touch(self, key: str) -> None:
-        try:
+        with os_errors(f"cannot touch {self.path(key)}"):
             os.utime(self.path(key))
-        except FileNotFoundError:
-            raise NotFound(f"{self.url} has no {key}") from None
-        except OSError as error:
-            raise from_os_error(error, f"cannot touch {self.path(key)}") from error
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         base = self.path(prefix.rstrip("/")) if prefix else self.root
@@ -142,26 +129,19 @@ class LocalStore:
                     yield info
 
     def delete(self, key: str) -> None:
-        try:
+        with os_errors(f"cannot delete {self.path(key)}"):
             self.path(key).unlink(missing_ok=True)
-        except OSError as error:
-            raise from_os_error(error, f"cannot delete {self.path(key)}") from error
 
     def flush(self) -> None:
         if not self.root.is_dir():
             return
-        fd = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
+        with os_errors(f"cannot sync {self.root}"), open_fd(self.root, os.O_RDONLY | os.O_DIRECTORY) as fd:
             libc = ctypes.CDLL(None, use_errno=True)
             if libc.syncfs(fd) != 0:
-                raise from_os_error(OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno())), f"syncfs {self.root}")
-        finally:
-            os.close(fd)
+                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
     def _sweep(self, temporary: Path) -> None:
         """Remove a temporary file that is too old to belong to a live writer."""
-        try:
+        with contextlib.suppress(FileNotFoundError):
             if time.time() - temporary.stat().st_mtime > _STALE_S:
                 temporary.unlink()
-        except FileNotFoundError:
-            pass

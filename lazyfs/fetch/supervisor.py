@@ -21,8 +21,8 @@ log = logging.getLogger("lazyfs.fetch.supervisor")
 # A fetcher that dies at every start must not be restarted in a tight loop.
 _RESTART_PAUSE_S = (0.05, 5.0)
 _END_S = 10.0
-# A killed fetcher that waits for a disk outlives its mount by that wait.
-_CLOSE_S = 1.0
+# A killed fetcher in an fsync on a busy disk ends seconds later; init reaps it.
+_CLOSE_S = 0.5
 
 
 class FetcherLink:

@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import socket
+import subprocess
 import threading
 import time
 from types import SimpleNamespace
@@ -446,3 +447,16 @@ def test_housekeeping_that_fails_does_not_end_the_mount(model, memory, monkeypat
     monkeypatch.setattr(server.transport, "wait", lambda limit_s: len(ticks) >= 3)
     server.run()
     assert len(ticks) == 3 and "housekeeping failed" in caplog.text
+
+
+def test_a_fetcher_in_an_fsync_does_not_delay_the_end_of_its_daemon(model, memory):
+    """SIGKILL takes effect only after the fsync, which may take many seconds on a busy disk."""
+    link, waited = FetcherLink(model.config, memory.fd), []
+
+    def wait(limit_s):
+        waited.append(limit_s)
+        raise subprocess.TimeoutExpired("fetcher", limit_s)
+
+    link.process = SimpleNamespace(kill=lambda: waited.append(0.0), wait=wait)
+    link.close()
+    assert waited[0] == 0.0 and sum(waited) <= 1.0

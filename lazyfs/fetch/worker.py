@@ -132,7 +132,7 @@ class Fetcher:
 
     def _known_accesses(self) -> list[tuple[int, int]]:
         """Return this host's access log, else the one that another host shared in a remote store."""
-        local = AccessLog(Path(self.config.home) / "traces" / f"{self.config.manifest}.json", record="never").known
+        local = AccessLog(self.config.access_log, record="never").known
         store = self.chunk_fetcher.source.store
         if local or not (store.remote and self.config.prefetch) or self.manifest.kind == "source":
             return local
@@ -150,7 +150,7 @@ class Fetcher:
     def share_access_log(self) -> None:
         """Upload this host's access log to a remote store that had none, for the first start on other hosts."""
         store = self.chunk_fetcher.source.store
-        path = Path(self.config.home) / "traces" / f"{self.config.manifest}.json"
+        path = self.config.access_log
         if not store.remote or self.manifest.kind == "source" or self.access_log_is_shared or not path.exists():
             return
         try:

@@ -78,9 +78,10 @@ class MountConfig:
         if not Path(self.mountpoint).is_absolute():
             raise Usage(f"the mount point must be an absolute path, not {self.mountpoint!r}")
 
-    def dump(self) -> str:
-        """Return the settings as JSON."""
-        return json.dumps(asdict(self))
+    @property
+    def access_log(self) -> Path:
+        """Return the path of the manifest's access log."""
+        return Path(self.home) / "traces" / f"{self.manifest}.json"
 
     def to_fd(self) -> int:
         """Return a descriptor from which a child process reads the settings (`load_fd`).
@@ -89,7 +90,7 @@ class MountConfig:
         """
         fd = os.memfd_create("quickthaw-mount", os.MFD_CLOEXEC)
         with open(os.dup(fd), "wb") as file:
-            file.write(self.dump().encode())
+            file.write(json.dumps(asdict(self)).encode())
         return fd
 
     @classmethod

@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from lazyfs.cache.cache import Cache
 from lazyfs.cache.slots import SlotMemory
@@ -82,7 +81,7 @@ class Service:
         self.by_unique: dict[int, DeferredRead] = {}
         # Chunks that a read has just failed to get in time, and until when that is remembered.
         self.expired: dict[tuple[int, int], float] = {}
-        self.access_log = AccessLog(Path(config.home) / "traces" / f"{config.manifest}.json", record=config.record)
+        self.access_log = AccessLog(config.access_log, record=config.record)
         self.fetcher_stats: dict[str, int] = {}
         link.on_answer = self._on_answer
 

@@ -1,4 +1,4 @@
-"""Use the chunk store for something that is no model: keep versions of a folder, each costing only what changed.
+"""Keep versions of a folder in the chunk store; each version stores only what changed.
 
 python examples/lazyfs_blobs.py FOLDER STORE
 """
@@ -14,7 +14,7 @@ from lazyfs.stores import open_store
 
 
 def run(folder: Path, store: str) -> str:
-    """Store the folder twice (the second time costs nothing), fetch it back; the digest of its manifest."""
+    """Store the folder twice (the second time writes nothing), read it back, and return the digest of its manifest."""
     chunks = ChunkStore(open_store(store), zstd=1)
     blob = chunks.put(b"a chunk of one's own")
     assert chunks.get(blob) == b"a chunk of one's own"

@@ -1,4 +1,4 @@
-"""Import a model directory, mount it, read it, look at what the mount did, unmount.
+"""Import a model directory, mount it, read it, print the counters of the mount, unmount it.
 
 python examples/lazyfs_weights.py MODEL-DIRECTORY MOUNT-POINT
 """
@@ -13,7 +13,7 @@ from lazyfs.api import import_directory, mount
 
 
 def run(model: Path, where: Path) -> dict[str, object]:
-    """What the mount says of itself after every file was read once."""
+    """Read every file once and return the status of the mount."""
     started = time.perf_counter()
     digest = import_directory(model, tag="example")
     print(f"{digest[:16]} imported in {time.perf_counter() - started:.3f} s")

@@ -7,7 +7,6 @@ import json
 import os
 import random
 import signal
-import struct
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ import pytest
 
 from lazyfs.mount import kernel
 from lazyfs.mount.client import MountHandle, mount
+from tests.kits.lazyfs_kit import write_safetensors
 
 ROOT = Path(__file__).resolve().parents[2]
 # Generous, since a loaded CI machine is slow; a wait that ends sooner costs nothing.
@@ -181,16 +181,7 @@ def write_model(folder: Path, sizes: list[int], seed: int = 1) -> Path:
     """A model directory whose safetensors file has tensors of those sizes, and two small files."""
     rng = random.Random(seed)
     folder.mkdir()
-    header, at = {}, 0
-    for i, size in enumerate(sizes):
-        header[f"t{i}"] = {"dtype": "U8", "shape": [size], "data_offsets": [at, at + size]}
-        at += size
-    raw = json.dumps(header).encode()
-    raw += b" " * (-len(raw) % 8)
-    with open(folder / "model.safetensors", "wb") as f:
-        f.write(struct.pack("<Q", len(raw)) + raw)
-        for size in sizes:
-            f.write(rng.randbytes(size))
+    write_safetensors(folder / "model.safetensors", {f"t{i}": rng.randbytes(size) for i, size in enumerate(sizes)})
     (folder / "config.json").write_text('{"model_type": "toy"}')
     (folder / "sub").mkdir()
     (folder / "sub" / "tokenizer.json").write_bytes(rng.randbytes(100_000))

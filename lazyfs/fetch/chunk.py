@@ -22,9 +22,9 @@ from lazyfs.content.chunk_store import ChunkStore, digest_of, mismatch, zero_dig
 from lazyfs.content.chunking import MAX_CHUNK
 from lazyfs.content.manifest import RAW, ZSTD, File
 from lazyfs.content.source_digests import DigestLog
+from lazyfs.counters import Histogram
 from lazyfs.errors import DiskFull, Integrity, NotFound, Permanent, Temporary
 from lazyfs.logs import RepeatLimiter
-from lazyfs.mount.counters import Histogram
 from lazyfs.paths import fingerprint
 from lazyfs.stores.base import Store
 from lazyfs.stores.retry import RetryPolicy, retrying

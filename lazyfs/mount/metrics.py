@@ -10,8 +10,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from lazyfs.counters import Histogram
 from lazyfs.fetch.wire import BUCKETS_S, SOURCES
-from lazyfs.mount.counters import Histogram
 
 _P = "quickthaw_lazyfs_"
 _COUNTERS = {

@@ -18,9 +18,9 @@ from lazyfs.cache.cache import Cache
 from lazyfs.cache.sparse_file import AnySparseFile
 from lazyfs.content.manifest import File
 from lazyfs.content.stat_index import is_unchanged
+from lazyfs.counters import Counters
 from lazyfs.errors import Permanent
 from lazyfs.fetch.chunk import open_origin
-from lazyfs.mount.counters import Counters
 from lazyfs.mount.tree import Node
 
 

@@ -19,12 +19,12 @@ from lazyfs.cache.cache import Cache
 from lazyfs.cache.slots import SlotMemory
 from lazyfs.cache.sparse_file import PRESENT, AnySparseFile
 from lazyfs.content.manifest import Manifest
+from lazyfs.counters import Counters, Histogram
 from lazyfs.fetch import wire
 from lazyfs.fetch.access_log import AccessLog
 from lazyfs.fetch.supervisor import FetcherLink
 from lazyfs.logs import RepeatLimiter
 from lazyfs.mount.config import MountConfig
-from lazyfs.mount.counters import Counters, Histogram
 from lazyfs.mount.open_files import OpenFile, OpenFiles, Span, read_span
 from lazyfs.mount.tree import Tree
 

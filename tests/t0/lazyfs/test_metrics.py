@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from lazyfs.counters import Counters, Histogram
 from lazyfs.fetch import wire
-from lazyfs.mount.counters import Counters, Histogram
 from lazyfs.mount.metrics import render
 
 

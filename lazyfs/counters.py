@@ -1,4 +1,4 @@
-"""Counters of a mount: plain numbers, so that counting is cheap."""
+"""Counters of a mount and of its fetcher: plain numbers, so that counting is cheap."""
 
 from __future__ import annotations
 

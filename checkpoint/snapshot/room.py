@@ -16,8 +16,13 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 def check_disk(folder: Path, wanted: int) -> None:
     """Raise Failed (disk-full) unless `folder` has room for a snapshot of `wanted` bytes of memory."""
+    require_free(folder, int(wanted * 1.05) + _MARGIN)
+
+
+def require_free(folder: Path, wanted: int) -> None:
+    """Raise Failed (disk-full) unless the file system of `folder` has `wanted` bytes free."""
     free = shutil.disk_usage(folder).free
-    if free < wanted * 1.05 + _MARGIN:
+    if free < wanted:
         raise Failed(
             "disk-full",
             f"the snapshot needs about {wanted / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB free; "

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING
 from checkpoint import disk
 from checkpoint.errors import Busy, CheckpointError, Failed, Integrity, NotFound
 from checkpoint.files import lock_folder, private_folder
-from checkpoint.snapshot import digests, entries, signatures
+from checkpoint.snapshot import digests, entries, room, signatures
 from checkpoint.snapshot import manifest as manifests
 from checkpoint.store import layout as layouts
 from checkpoint.store.download import BACKGROUND, Download
@@ -426,13 +426,7 @@ def _check_room(partial: Path, archive: Manifest) -> None:
 
     size = sum(c.length for file in archive.files for c in file.chunks if c.digest != zero_digest(c.length))
     here = sum(f.stat().st_blocks * 512 for f in partial.rglob("*") if f.is_file())
-    free = shutil.disk_usage(partial).free
-    if size - here > free:
-        raise Failed(
-            "disk-full",
-            f"the snapshot needs {size / 1e9:.1f} GB and {partial.parent} has {free / 1e9:.1f} GB free; "
-            "make room (quickthaw snapshot rm, quickthaw weights gc) or set QUICKTHAW_HOME",
-        )
+    room.require_free(partial.parent, size - here)
 
 
 def read_file(file: File, chunks: ChunkStore) -> bytes:
@@ -442,6 +436,8 @@ def read_file(file: File, chunks: ChunkStore) -> bytes:
 
 def publish(partial: Path, folder: Path, lock: int) -> None:
     """Rename a finished folder to its name. Raises Failed (snapshot-exists)."""
+    from lazyfs.paths import sync_folder
+
     # Downgrade to the shared lock of a restore, so that processes waiting for the name find it usable.
     fcntl.flock(lock, fcntl.LOCK_SH)
     try:
@@ -453,8 +449,4 @@ def publish(partial: Path, folder: Path, lock: int) -> None:
             "snapshot-exists",
             f"another process has created {folder.name} meanwhile ({error.strerror}); it is kept, this one is dropped",
         ) from error
-    fd = os.open(folder.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    sync_folder(folder.parent)

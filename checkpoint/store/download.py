@@ -53,6 +53,7 @@ WORKERS_BACKGROUND = 4
 LIMIT_S = 30.0
 """Timeout of one chunk with all its retries, seconds: as long as a process may wait for a page."""
 _GRACE_S = 5.0
+_QUARANTINED_KEPT = 16
 PAGE = 4096
 _SMALL = 64 << 10
 """Writes up to this many bytes keep the interpreter lock. A working-set chunk has dozens of places; if each small write
@@ -98,13 +99,8 @@ class Download:
     ) -> None:
         self.chunks, self.archive, self.layout, self.folder = chunks, archive, layout, folder
         self.name = folder.name.removeprefix(".pull-")
-        self.rate, self.workers, self.limit_s, self.quarantine, self.progress = (
-            rate,
-            workers,
-            limit_s,
-            quarantine,
-            progress,
-        )
+        self.rate, self.workers, self.limit_s = rate, workers, limit_s
+        self.quarantine, self.progress = quarantine, progress
         self.kept = self.fetched = self.moved = self.quarantined = 0
         self.failure: CheckpointError | None = None
         self.residency: ResidencyBitmap | None = None
@@ -117,7 +113,6 @@ class Download:
         self._closed = False
         self._residency_open = True
         self._not_before = 0.0
-        self._busy = 0
         self._threads: list[threading.Thread] = []
         self._changed = threading.Condition()
         self._notifying = threading.Lock()
@@ -250,7 +245,7 @@ class Download:
             raise Failed("remote-stopped", f"fetching {self.name} was stopped")
 
     def close(self) -> None:
-        """Stop the download. Workers finish their current chunk; nothing is written after this returns."""
+        """Stop the download. Workers finish their current chunk; nothing is written after this returns. Idempotent."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -324,7 +319,6 @@ class Download:
                 job.done = True
                 self._left[job.urgency] -= 1
                 self.done += job.chunk.length * len(job.places)
-                self._busy -= 1
                 self._changed.notify_all()
                 listeners = list(self._listeners)
                 progress = Progress(self.size, self.done, self.moved)
@@ -360,7 +354,6 @@ class Download:
                         continue
                     job = queue.popleft()
                     job.taken = True
-                    self._busy += 1
                     if urgency == BACKGROUND and self.rate:
                         self._not_before = max(self._not_before, now - 0.5) + job.chunk.length / self.rate
                     return job
@@ -373,7 +366,6 @@ class Download:
         with self._changed:
             if self.failure is None and not self._closed:
                 self.failure = error
-            self._busy -= 1
             self._changed.notify_all()
             listeners = list(self._listeners)
         self._notify(listeners)
@@ -467,7 +459,7 @@ class Download:
             return data
         raise AssertionError("unreachable")
 
-    def _quarantine(self, digest: str, stored: bytes | memoryview, keep: int = 16) -> Path | None:
+    def _quarantine(self, digest: str, stored: bytes | memoryview) -> Path | None:
         with self._changed:
             self.quarantined += 1
         if self.quarantine is None:
@@ -478,7 +470,7 @@ class Download:
             fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             with os.fdopen(fd, "wb") as file:
                 file.write(stored)
-            for old in sorted(self.quarantine.iterdir(), key=lambda p: p.name.rpartition(".")[2])[:-keep]:
+            for old in sorted(self.quarantine.iterdir(), key=lambda p: p.name.rpartition(".")[2])[:-_QUARANTINED_KEPT]:
                 old.unlink(missing_ok=True)
         except OSError:
             return None  # the copy only serves for inspection

@@ -312,7 +312,7 @@ class Launch:
             behind.pages_coming, behind.pages = replica.pages_coming, replica.page_counts
             behind.killed_because = replica.ended_for
             behind.stopped = replica.stopped
-            behind.records = partial(getattr, replica, "records")
+            behind.recording = partial(getattr, replica, "recording")
             behind.engine_pid, behind.address = partial(engine_pid, replica), partial(address, replica)
             behind.killed_when_silent = self.settings.silence_limit_s > 0
             replica.recall = self._recaller(pool, behind.name)
@@ -445,7 +445,7 @@ def _remember(settings: LaunchSettings, replica: Replica, seconds: float) -> Non
     """Add this start to the measured lead times, which the proxy's deadlines and the capacity plan use."""
     from plugin.records.lead_times import remember
 
-    remember(settings, "restored" if replica.restored else "cold", seconds, first=replica.restored and replica.records)
+    remember(settings, "restored" if replica.restored else "cold", seconds, first=replica.restored and replica.recording)
 
 
 def launch(settings: LaunchSettings, stdout: int | None = 1, stderr: int | None = 2) -> int:

@@ -104,7 +104,7 @@ class Replica:
         """What the engine was started with: the user's command plus, on a GPU, the arguments that `put_away` needs."""
         self.refused: Incompatible | None = None
         """Why the last restore was refused, if it was."""
-        self.records = False
+        self.recording = False
         """True if the last restore recorded the snapshot's working set."""
 
     # Starting

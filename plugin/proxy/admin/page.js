@@ -138,7 +138,7 @@ function drawStarts(card, pool) {
   const fast = pool.usual.restored ?? pool.usual.woken, ratio = fast && pool.usual.cold ? pool.usual.cold.median_s / fast.median_s : 0;
   fill(card, {
     starts: kinds.length > 0,
-    startsTitle: kinds.length === 1 && kinds[0] === "now" ? "The first start" : "Last starts",
+    startsTitle: kinds.length === 1 && kinds[0] === "now" ? "The first start" : kinds.length === 1 ? "Last start" : "Last starts",
     ratio: ratio > 1 ? `${ratio < 10 ? ratio.toFixed(1) : ratio.toFixed(0)} times faster` : "",
   });
   list(slot(card, "race"), "race", kinds.length > 1 ? kinds : [], kind => kind, (row, kind) => {

@@ -65,7 +65,7 @@ class Replica:
         """When it last sent anything (monotonic seconds)."""
         self.pages: Callable[[], dict[str, float]] = dict
         """Returns its page servers' totals so far (plugin.runtime.steps.paging); empty if it never had one."""
-        self.records: Callable[[], bool] = lambda: False
+        self.recording: Callable[[], bool] = lambda: False
         """Returns True if its restore records the snapshot's working set, which takes longer than a later restore."""
         self.engine_pid: Callable[[], int | None] = lambda: None
         """Returns the host's number of the process above its engine's processes, or None: none runs, or it is unknown."""
@@ -133,7 +133,7 @@ class Replica:
     def start_kind(self) -> Kind | None:
         """Return the kind of the current start, or None while it is unknown."""
         kind = kind_of(self._phases)
-        return Kind.FIRST_RESTORE if kind is Kind.RESTORED and self.records() else kind
+        return Kind.FIRST_RESTORE if kind is Kind.RESTORED and self.recording() else kind
 
     @property
     def start_age_s(self) -> float:

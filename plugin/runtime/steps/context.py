@@ -83,7 +83,7 @@ class RestoreContext(StartContext, Protocol):
     eager: bool
     """True if the snapshot holds GPU state: it cannot be restored lazily."""
     restored: bool
-    records: bool
+    recording: bool
     """True if this restore records the snapshot's working set."""
     spans: dict[str, float]
     """Parts of the restore in seconds."""

@@ -60,7 +60,7 @@ def run(replica: RestoreContext, name: str, lazy: bool) -> None:
     replica.cancellation = restore.Cancellation()
     replica.fetching.watch(replica.on_pages_lost)
     later = _lazy(replica, name) if lazy else None
-    replica.records = bool(later and later.record)
+    replica.recording = bool(later and later.record)
     replica.tracker.to(Phase.RESTORING)
     outputs = {
         "stdout": Output(replica.stdout, pipe=speculative.take_pipe("stdout")),
@@ -105,9 +105,9 @@ def run(replica: RestoreContext, name: str, lazy: bool) -> None:
     if restored.plan and not replica.settings.trust_keys:
         speculative.save_plan(restored.plan)
     if restored.pages:
-        if replica.records:
+        if replica.recording:
             log.info("this first restore records the snapshot's working set; those after it begin with it")
-        replica.page_follower.begin(replica.library, snapshot, restored.pages, recording=replica.records)
+        replica.page_follower.begin(replica.library, snapshot, restored.pages, recording=replica.recording)
     else:
         restore_rates.remember(
             replica.settings.home, snapshot.image_bytes, restored.spans["criu"], bool(snapshot.gpu.processes)

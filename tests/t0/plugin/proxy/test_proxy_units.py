@@ -161,7 +161,7 @@ def test_the_kind_of_the_next_start_is_known_before_it_shows():
     assert pool.progress().kind is Kind.RESTORED and pool.progress().expected_s < 13
     replica.record(Phase.IDLE, Phase.MOUNTING)
     replica.record(Phase.MOUNTING, Phase.RESTORING)
-    replica.records = lambda: True
+    replica.recording = lambda: True
     assert replica.start_kind is Kind.FIRST_RESTORE
 
 

@@ -445,7 +445,9 @@ def _remember(settings: LaunchSettings, replica: Replica, seconds: float) -> Non
     """Add this start to the measured lead times, which the proxy's deadlines and the capacity plan use."""
     from plugin.records.lead_times import remember
 
-    remember(settings, "restored" if replica.restored else "cold", seconds, first=replica.restored and replica.recording)
+    remember(
+        settings, "restored" if replica.restored else "cold", seconds, first=replica.restored and replica.recording
+    )
 
 
 def launch(settings: LaunchSettings, stdout: int | None = 1, stderr: int | None = 2) -> int:

@@ -138,19 +138,15 @@ class Replica:
         self.layers.say()
 
     def _start(self, before_cold: Callable[[], object] | None) -> None:
-        try:
-            if self._start_from_snapshot():
-                return
-        except OSError as error:
-            self.clear()
-            self.turn_off(unusable(self.settings.home) or f"host-io: {error.strerror or error}", error)
+        if self._or_plainly(self._start_from_snapshot):
+            return
         if before_cold is not None:
             before_cold()
             if self._stopped:
                 raise EngineFailed("stopped", "told to stop while the engine started")
-            if self._start_from_snapshot():
+            if self._or_plainly(self._start_from_snapshot):
                 return
-        if not self.settings.named and self._fetch_model() and self._start_from_snapshot():
+        if not self.settings.named and self._or_plainly(lambda: self._fetch_model() and self._start_from_snapshot()):
             return
         if self.settings.named:
             raise HostLacks(
@@ -163,27 +159,39 @@ class Replica:
             compatibility.explain(self.library, self.snapshot_name, self.identity)
         self._cold()
 
+    def _or_plainly(self, step: Callable[[], bool]) -> bool:
+        """Return what `step` returns. If a file cannot be read or written, the engine starts as it would alone."""
+        try:
+            return step()
+        except OSError as error:
+            self.clear()
+            self.turn_off(unusable(self.settings.home) or f"host-io: {error.strerror or error}", error)
+            return False
+
     def _fetch_model(self) -> bool:
         """Bring hub models into the cache; return whether that makes this another launch than before.
 
-        If they cannot be had, the engine starts as it would alone, and says so itself.
+        If they cannot be had, the engine starts as it would alone, and says so itself. Raises OSError if the model cannot
+        be read.
         """
         from plugin.model.hub import NotDownloaded
 
-        if self.layers.sandbox or not self.weights.repositories:
+        if self.layers.sandbox:
             return False
         before = self._identity.key if self._identity else ""
-        try:
-            self.weights.fetch(self.stderr)
-        except NotDownloaded as error:
+        if self.weights.repositories:
+            try:
+                self.weights.fetch(self.stderr)
+            except NotDownloaded as error:
+                if not self._stopped:
+                    self.turn_off(f"{error}; the engine loads its model itself", error)
+                    return False
             if self._stopped:
-                raise EngineFailed("stopped", "told to stop while the model was downloaded") from error
-            self.turn_off(f"{error}; the engine loads its model itself", error)
+                raise EngineFailed("stopped", "told to stop while the model was downloaded")
+            self._identity = None
+        if self.layers.snapshots or not (self.settings.use_snapshot or self.settings.take_snapshot):
             return False
-        if self._stopped:
-            raise EngineFailed("stopped", "told to stop while the model was downloaded")
-        self._identity = None
-        return self.settings.use_snapshot and self.identity.key != before
+        return self.identity.key != before and self.settings.use_snapshot
 
     def mounting(self) -> None:
         """Change the phase to mounting, unless it is that already."""

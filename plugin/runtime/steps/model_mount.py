@@ -81,8 +81,6 @@ class Weights:
         weights.hub = HubModels(settings)
         if enabled and not weights.hub.names_model and (weights.path is not None or looks_like_path(command.model)):
             check_model(weights.path or Path(command.model), command)
-        if weights.hub.names_model and weights.path is None:
-            log.info("%s is not in the hub's cache; it is downloaded first", command.model)
         return weights
 
     @property
@@ -104,6 +102,8 @@ class Weights:
         """Bring what the launch names on a hub into the cache. Raises NotDownloaded with the reason in one line."""
         assert self.hub is not None
         with self._fetching:
+            if self.hub.names_model and self.path is None:
+                log.info("%s is not in the hub's cache; it is downloaded first", self.hub.repositories[0].name)
             try:
                 folders = self.hub.fetch(stderr)
             except NotDownloaded as error:

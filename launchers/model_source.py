@@ -34,6 +34,8 @@ _DRAFTS = {
 }
 _ADAPTERS = ("lora-modules", "lora-paths")
 _CONFIGURED_DRAFTS = ("speculative-config", "sc")
+_CONFIGURATIONS = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
+_CODE_ELSEWHERE = re.compile(r"([\w.-]+/[\w.-]+)--[\w.]+")
 _ELSEWHERE_FORMATS = ("remote", "remote_instance", "rdma", "modelexpress", "ipc_cache")
 """Load formats that take the weights from another process or host."""
 _RELOADED_FORMATS = ("", "auto", "hf", "safetensors", "pt", "mistral")
@@ -78,6 +80,10 @@ def repositories(command: EngineCommand) -> tuple[Repository, ...]:
         draft = _json(last(options, option))
         if isinstance(draft, dict) and "/" in str(draft.get("model")):
             add(str(draft["model"]), str(draft.get("revision") or ""), "model")
+    if "trust-remote-code" in options and (folder := Path(command.model).expanduser()).is_dir():
+        for file in _CONFIGURATIONS:
+            for name in _CODE_ELSEWHERE.findall(_text(folder / file)):
+                add(name, last(options, "code-revision"), "text")
     for option in _ADAPTERS:
         for value in options.get(option, ()):
             for name in _adapters(value):
@@ -104,12 +110,21 @@ def why_plain(command: EngineCommand, environment: Mapping[str, str]) -> str | N
         return f"model-elsewhere: with {variable} the engine downloads its model itself; for snapshots give its local folder"
     if _QUANTIZED.fullmatch(model) and not Path(model).exists():
         return f"model-elsewhere: the engine chooses one GGUF file of {model} itself; for snapshots give a file's local path"
+    if (file := last(options, "speculative-token-map")).count("/") > 1 and not Path(file).exists():
+        return f"model-elsewhere: the engine downloads {file} itself; for snapshots give a local path"
     return None
 
 
 def is_hub_name(value: str) -> bool:
     """Return whether a value names a hub repository, as the engines decide: it has that form, and no such path exists."""
     return bool(_NAME.fullmatch(value)) and not Path(value).exists()
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(errors="replace")
+    except OSError:
+        return ""
 
 
 def _adapters(value: str) -> Iterator[str]:

@@ -4,9 +4,10 @@ Run by the engine's interpreter, outside the sandbox and with the user's environ
 and progress bars are what they are when the engine downloads for itself. Reads one JSON request from standard input and
 writes one JSON answer to standard output; progress goes to standard error.
 
-Request: {"cache": FOLDER or null, "engine": NAME, "load_format": FORMAT, "remote_code": BOOL, "code_revision": REVISION or null,
-"repositories": [{"name", "revision", "part"}]}, where part is `model` (one format of its weights), `text` (no weights) or
-`all`. Answer: {"folders": [FOLDER, …]} in the same order, or {"code", "message"} of the first failure.
+Request: {"parent": PID, "cache": FOLDER or null, "engine": NAME, "load_format": FORMAT, "remote_code": BOOL,
+"code_revision": REVISION or null, "repositories": [{"name", "revision", "part"}]}, where part is `model` (one format of its
+weights), `text` (no weights) or `all`. Answer: {"folders": [FOLDER, …]} in the same order, or {"code", "message"} of the
+first failure.
 """
 
 from __future__ import annotations
@@ -84,10 +85,22 @@ class Download:
             if cached is None:
                 raise self._refusal(name, revision, error) from error
             folder = cached
-        if part == "model" and self.remote_code:
-            for other in sorted(set(CODE_ELSEWHERE.findall(_configurations(folder)))):
-                self.repository(other, self.code_revision, "text")
+        if part == "model":
+            self._named_by(name, revision, _configurations(folder))
         return folder
+
+    def _named_by(self, name: str, revision: str | None, configurations: str) -> None:
+        """Download the code that a model's configuration names, if it may run. Raises Refused if it names another model."""
+        if '"speculators_config"' in configurations:
+            raise Refused(
+                "hub-speculators", f"the configuration of {name} names another model, which the engine loads too"
+            )
+        if not self.remote_code:
+            return
+        if self.code_revision and self.code_revision != revision:
+            self.repository(name, self.code_revision, "text")
+        for other in sorted(set(CODE_ELSEWHERE.findall(configurations))):
+            self.repository(other, self.code_revision, "text")
 
     def _newest(self, name: str, revision: str | None, part: str) -> str:
         listed = [file.rfilename for file in self.hub.HfApi().model_info(name, revision=revision).siblings or ()]
@@ -222,6 +235,8 @@ def main() -> None:
     out = os.dup(1)
     os.dup2(2, 1)  # whatever else is printed
     request = json.loads(sys.stdin.buffer.read())
+    if os.getppid() != request["parent"]:
+        return  # it ended before this process had asked to end with it
     os.write(out, json.dumps(answer(request)).encode())
 
 

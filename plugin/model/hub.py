@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import subprocess
 import threading
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from launchers.base import without_ours
 from launchers.errors import LauncherError
 from launchers.given_options import given_options, last
 from launchers.model_source import Repository, load_format, repositories
@@ -56,7 +58,11 @@ class HubModels:
         """
         command = self.settings.command
         options = given_options(command.arguments)
+        environment = without_ours(self.settings.environment)  # with a token that --scrub-env keeps from the engine
+        if token := last(options, "hf-token"):
+            environment["HF_TOKEN"] = token
         request = {
+            "parent": os.getpid(),
             "cache": str(Path(self.download_dir).expanduser()) if self.download_dir else None,
             "engine": command.engine,
             "load_format": load_format(command) or "auto",
@@ -70,7 +76,7 @@ class HubModels:
             try:
                 process = self._process = subprocess.Popen(
                     [self.settings.engine_python, str(PROGRAM)],
-                    env=self.settings.given_environment,
+                    env=environment,
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.DEVNULL if stderr is None else stderr,

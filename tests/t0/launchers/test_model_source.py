@@ -77,6 +77,13 @@ def test_what_is_no_hub_name(name: str) -> None:
     assert not any(r[0] == name for r in named("vllm", f"--model={name}"))
 
 
+def test_code_that_a_trusted_local_model_takes_from_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"auto_map": {"AutoModel": "acme/code--modeling.Model"}}')
+    line = ["--model", str(tmp_path), "--code-revision", "v1"]
+    assert named("vllm", *line) == []
+    assert named("vllm", *line, "--trust-remote-code") == [("acme/code", "v1", "text")]
+
+
 def test_a_folder_of_that_name_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "acme" / "m").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)

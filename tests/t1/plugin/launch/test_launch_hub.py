@@ -105,12 +105,13 @@ def test_a_revision_a_token_and_a_download_folder_are_heeded(one):
     folder = one.folder / "downloads"
     one.environment["HF_TOKEN"] = "hf_right"
     arguments = ("--revision", "dev", "--download-dir", str(folder))
-    with one.running(model=NAME, arguments=arguments) as started:
+    with one.running("--scrub-env", "HF_TOKEN", model=NAME, arguments=arguments) as started:
         answer = started.ask()
         started.wait_serving()
+        assert "HF_TOKEN" not in started.facts()["worker"]["environment"]
     assert [path.name for path in (folder / "models--acme--tiny" / "snapshots").iterdir()] == [repository.refs["dev"]]
     assert not snapshots(one).exists()
-    with one.running(model=NAME, arguments=arguments) as started:
+    with one.running("--scrub-env", "HF_TOKEN", model=NAME, arguments=arguments) as started:
         assert started.ask() == answer
         assert started.phases()[0][1] == "restoring"
     with one.running() as started:
@@ -207,6 +208,19 @@ def test_a_download_that_was_cut_off_is_resumed(one):
     with one.running(model=NAME) as started:
         started.ask()
         assert "off:" not in started.ours()
+
+
+def test_a_download_ends_with_a_launch_that_is_killed(one):
+    one.hub.hold = threading.Event()
+    started = one.start(model=NAME)
+    limit = time.monotonic() + 30
+    while "model.safetensors" not in one.hub.downloads():
+        assert time.monotonic() < limit, started.text()
+        time.sleep(0.02)
+    started.process.kill()
+    started.process.wait(10)
+    assert one.watch.gone() == set()
+    one.hub.hold.set()
 
 
 def test_a_request_is_held_while_the_model_comes(one):

@@ -33,25 +33,36 @@ def hub():
     found.close()
 
 
+@pytest.fixture
+def rig_of(tmp_path, hub_double, hub):
+    """A rig of an engine whose hub has the rig's model, in a cache of its own."""
+    made = []
+
+    def make(engine):
+        rig = Rig(tmp_path, hub_double, engine)
+        made.append(rig)
+        (rig.model / "tokenizer.json").write_text("{}")
+        (rig.model / "model.onnx").write_bytes(b"x" * 20000)  # of no use to an engine
+        (rig.model / "pytorch_model.bin").write_bytes(b"x" * 20000)
+        rig.hub = hub
+        hub.add(NAME, rig.model)
+        rig.environment = hub.environment(tmp_path / "hf", ENGINE_DOUBLE_HUB="1")
+        return rig
+
+    yield make
+    for rig in made:
+        assert rig.watch.gone() == set()
+
+
 @pytest.fixture(params=["vllm", "sglang"])
-def rig(request, tmp_path, hub_double, hub):
-    rig = Rig(tmp_path, hub_double, request.param)
-    (rig.model / "tokenizer.json").write_text("{}")
-    (rig.model / "model.onnx").write_bytes(b"x" * 20000)  # of no use to an engine
-    (rig.model / "pytorch_model.bin").write_bytes(b"x" * 20000)
-    rig.hub = hub
-    hub.add(NAME, rig.model)
-    rig.environment = hub.environment(tmp_path / "hf", ENGINE_DOUBLE_HUB="1")
-    yield rig
-    assert rig.watch.gone() == set()
+def rig(request, rig_of):
+    return rig_of(request.param)
 
 
 @pytest.fixture
-def one(rig):
+def one(rig_of):
     """For what is the same with both engines."""
-    if rig.engine == "vllm":
-        pytest.skip("the same code for both engines")
-    return rig
+    return rig_of("sglang")
 
 
 def snapshots(rig):

@@ -10,11 +10,29 @@ from tests.kits.launch_rig import Rig
 pytestmark = [pytest.mark.t1]
 
 
+@pytest.fixture
+def rig_of(tmp_path, double):
+    """A rig of an engine."""
+    made = []
+
+    def make(engine):
+        made.append(Rig(tmp_path, double, engine))
+        return made[-1]
+
+    yield make
+    for rig in made:
+        assert rig.watch.gone() == set()
+
+
 @pytest.fixture(params=["vllm", "sglang"])
-def rig(request, tmp_path, double):
-    rig = Rig(tmp_path, double, request.param)
-    yield rig
-    assert rig.watch.gone() == set()
+def rig(request, rig_of):
+    return rig_of(request.param)
+
+
+@pytest.fixture
+def one(rig_of):
+    """For what is the same with both engines."""
+    return rig_of("vllm")
 
 
 ELSEWHERE = {
@@ -77,10 +95,9 @@ SOUND = {
 }
 
 
-@pytest.mark.parametrize("what", SOUND)
-def test_what_lies_on_this_host_is_snapshotted_and_restored(rig, what):
-    if rig.engine == "sglang" and what != "GGUF by path":
-        pytest.skip("the same code for both engines")
+@pytest.mark.parametrize(("what", "engine"), [*((what, "vllm") for what in SOUND), ("GGUF by path", "sglang")])
+def test_what_lies_on_this_host_is_snapshotted_and_restored(rig_of, what, engine):
+    rig = rig_of(engine)
     model, arguments = SOUND[what](rig)
     answer = rig.take(model=model, arguments=arguments)
     with rig.running(model=model, arguments=arguments) as started:
@@ -89,24 +106,22 @@ def test_what_lies_on_this_host_is_snapshotted_and_restored(rig, what):
         assert "off:" not in started.ours()
 
 
-def test_another_gguf_file_at_the_same_path_is_another_model(rig):
-    if rig.engine == "vllm":
-        pytest.skip("the same code for both engines")
-    model, _ = gguf(rig)
-    answer = rig.take("--snapshot-name", "gguf", model=model)
+def test_another_gguf_file_at_the_same_path_is_another_model(one):
+    model, _ = gguf(one)
+    answer = one.take("--snapshot-name", "gguf", model=model)
     data = bytearray(model.read_bytes())
     data[-1] ^= 255
     model.write_bytes(data)
-    with rig.running("--snapshot-name", "gguf", "--no-snapshot", model=model) as started:
+    with one.running("--snapshot-name", "gguf", "--no-snapshot", model=model) as started:
         assert started.ask() != answer
         assert "model-differs" in started.text()
 
 
-def test_a_mode_is_no_content(rig):
-    answer = rig.take()
-    for file in rig.model.iterdir():
+def test_a_mode_is_no_content(one):
+    answer = one.take()
+    for file in one.model.iterdir():
         file.chmod(0o600)
-    with rig.running() as started:
+    with one.running() as started:
         assert started.ask() == answer
         assert started.phases()[0][1] == "restoring"
 

@@ -83,8 +83,8 @@ class Space:
                 self.rough_pending.cut_all(spans)
         return self.rough_pending
 
-    def burst(self, plan: Plan, pieces: int, size: int) -> tuple[int, int]:
-        """Place up to `pieces` extents, or about `size` bytes, of a plan with all sources in memory.
+    def burst(self, plan: Plan, count: int, size: int) -> tuple[int, int]:
+        """Place up to `count` extents, or about `size` bytes, of a plan with all sources in memory.
 
         Return (image bytes, zero bytes). Only for a space whose mappings have not changed. Stops before an extent that
         the kernel refuses; `run` handles it.
@@ -92,7 +92,7 @@ class Space:
         fd, address, done = self.fd, plan.address, plan.done
         starts, ends, zero, uncut = plan.starts, plan.ends, plan.zero, self._uncut
         copied = zeros = 0
-        for _ in range(pieces):
+        for _ in range(count):
             index = done.find(OPEN, plan.cursor)
             if index < 0:
                 plan.cursor = len(done)

@@ -30,9 +30,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from threading import get_ident
 
 from checkpoint.criu.pagemap import ProcessImage, process_ids, read_process
+from checkpoint.files import fingerprint
 from checkpoint.lazy_pages import uffd
 from checkpoint.lazy_pages.copy_plan import CHUNK, Plan
-from checkpoint.lazy_pages.readahead import Source, fingerprint
+from checkpoint.lazy_pages.readahead import Source
 
 try:
     from _blake2 import blake2b as blake2b
@@ -166,7 +167,7 @@ def write_page_maps(images: str, known: Fingerprints, found: dict[int, ProcessIm
     """Cache the result of `read_page_maps` for the next restore.
 
     `known`: those given to `read_page_maps`. By now the folder may hold another snapshot's images, and the cache must not be
-    believed of those. Return the error if it could not be written; then images are read again.
+    used for those. Return the error if it could not be written; then images are read again.
     """
     processes, sections = [], []
     for image in found.values():
@@ -251,7 +252,7 @@ def read_plans(
             return None
         if head["pack"] is not None:
             packed = Source(path(images, PACK))
-            if packed.fingerprint() != head["pack"]:
+            if list(packed.fingerprint()) != head["pack"]:
                 return None
             uffd.prefer_large(packed.address, packed.size)
         found = {}

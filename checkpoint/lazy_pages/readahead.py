@@ -14,6 +14,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
+from checkpoint.files import Fingerprint, fingerprint
 from checkpoint.lazy_pages import uffd
 from checkpoint.lazy_pages.residency import ResidencyBitmap
 
@@ -43,11 +44,6 @@ class Waker:
             os.close(self.fd)
 
 
-def fingerprint(info: os.stat_result) -> list[int]:
-    """Return a file's device, inode, size, mtime and ctime in ns."""
-    return [info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns]
-
-
 class Source:
     """One image file, mapped shared, so that all replicas on a host read the same copy in the page cache.
 
@@ -61,7 +57,7 @@ class Source:
         self.address, self.size = uffd.map_file(path)
         self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
-    def fingerprint(self) -> list[int]:
+    def fingerprint(self) -> Fingerprint:
         """Return the file's fingerprint. Raises OSError."""
         return fingerprint(os.fstat(self._fd))
 

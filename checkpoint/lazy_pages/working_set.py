@@ -210,11 +210,11 @@ def _coalesce(
         image = images.get(process)
         borders = borders_of.setdefault(process, set(image.borders if image else ()))
         for low, high in ranges:
-            for piece in image.split(low, high) if image else [(low, high)]:
+            for part in image.split(low, high) if image else [(low, high)]:
                 last = found[-1] if found else (0, 0, 0)
-                joined = last[0] == process and last[2] == piece[0]
-                if joined and piece[0] not in borders:
-                    found[-1] = (process, last[1], piece[1])
+                joined = last[0] == process and last[2] == part[0]
+                if joined and part[0] not in borders:
+                    found[-1] = (process, last[1], part[1])
                 else:
-                    found.append((process, *piece))
+                    found.append((process, *part))
     return found

@@ -48,6 +48,7 @@ from checkpoint.criu.pagemap import (
     within,
 )
 from checkpoint.errors import Busy, Failed, Integrity
+from checkpoint.files import Fingerprint, fingerprint
 from lazyfs.content.records import ready
 
 FOLDER = ".mapped"
@@ -85,7 +86,7 @@ class _Facts(msgspec.Struct, forbid_unknown_fields=True):
 
     version: int
     images: str
-    stamps: dict[str, tuple[int, int, int, int, int]]
+    fingerprints: dict[str, Fingerprint] = msgspec.field(name="stamps")
     digests: dict[str, str]
     mapped: int
 
@@ -105,15 +106,15 @@ def made(folder: Path) -> bool:
 
 
 def _matching(folder: Path) -> _Facts | None:
-    view = folder / FOLDER
+    made_folder = folder / FOLDER
     try:
-        facts = msgspec.json.decode((view / _FACTS).read_bytes(), type=ready(_Facts))
+        facts = msgspec.json.decode((made_folder / _FACTS).read_bytes(), type=ready(_Facts))
         if facts.version != _VERSION or facts.images != str(folder / "images"):
             return None
-        if facts.stamps != _stamps(folder / "images"):
+        if facts.fingerprints != _fingerprints(folder / "images"):
             return None
         for name, digest in facts.digests.items():
-            if "/" in name or blake3.blake3((view / "images" / name).read_bytes()).hexdigest() != digest:
+            if "/" in name or blake3.blake3((made_folder / "images" / name).read_bytes()).hexdigest() != digest:
                 return None
     except (OSError, msgspec.MsgspecError):
         return None  # none yet, or damaged: copy everything
@@ -132,10 +133,10 @@ def make(folder: Path, areas: Areas) -> int:
         held = os.open(images, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            stamps = _stamps(images)
+            fingerprints = _fingerprints(images)
             changed, mapped = _rewrite(images, areas)
             digests = {name: blake3.blake3(data).hexdigest() for name, data in changed.items()}
-            _write(folder, images, changed, _Facts(_VERSION, str(images), stamps, digests, mapped))
+            _write(folder, images, changed, _Facts(_VERSION, str(images), fingerprints, digests, mapped))
         finally:
             os.close(held)
     except BlockingIOError:
@@ -174,14 +175,13 @@ def _write(folder: Path, images: Path, changed: dict[str, bytes], facts: _Facts)
             shutil.rmtree(left, ignore_errors=True)
 
 
-def _stamps(images: Path) -> dict[str, tuple[int, int, int, int, int]]:
+def _fingerprints(images: Path) -> dict[str, Fingerprint]:
     """Return fingerprints of every file that file-backed images derive from."""
     found = {}
     with os.scandir(images) as entries:
         for entry in entries:
             if entry.name.startswith(("mm-", "pagemap-", "pages-")) or entry.name == "files.img":
-                info = entry.stat()
-                found[entry.name] = (info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
+                found[entry.name] = fingerprint(entry.stat())
     return found
 
 

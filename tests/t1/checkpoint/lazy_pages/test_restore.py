@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from checkpoint.criu.pagemap import process_ids, read_process
+from checkpoint.files import fingerprint
 from checkpoint.lazy_pages import cache
-from checkpoint.lazy_pages.readahead import fingerprint
 from checkpoint.lazy_pages.working_set import WorkingSet
 from checkpoint.sandbox.process_tree import processes
 from tests.kits.checkpoint_kit import LIMIT_S, inside
@@ -117,7 +117,7 @@ def rot(frozen: Frozen) -> None:
     pack_file.write_bytes(bytes(byte ^ 0xFF for byte in pack_file.read_bytes()))
     images = str(frozen.images)
     head, sections = cache.read(images, cache.PLANS, cache._PLANS_VERSION)
-    now = fingerprint(pack_file.stat())
+    now = list(fingerprint(pack_file.stat()))
     assert head["pack"] and head["pack"] != now
     cache.write(images, cache.PLANS, cache._PLANS_VERSION, {**head, "pack": now}, sections)
 

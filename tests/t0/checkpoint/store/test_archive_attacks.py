@@ -261,7 +261,7 @@ def test_no_path_is_taken_from_a_kept_list(snapshot: Path, tmp_path: Path) -> No
     working_set = WorkingSet([(7, HEAP, HEAP + PAGE)], 1)
     working_set.digest = b"digest"
     images = str(snapshot / "images")
-    ColdReads(images).keep(working_set, {7: read_process(images, 7)}, {}, False)
+    ColdReads(images).write(working_set, {7: read_process(images, 7)}, {}, False)
     assert ColdReads(images).working_set == b"digest"
     data = Path(page_cache.path(images, READING)).read_bytes()[64:]
     for name in (b"../../x.im", b"/etc/shado"):

@@ -227,6 +227,7 @@ def _write(
         host=upstream.authority or request.host or b"localhost",
         client_host=request.host,
         peer=client.peer,
+        scheme=request.scheme,
         request_id=request.id,
         trust_forwarded=host.settings.trust_forwarded,
         chunked=request.chunked,

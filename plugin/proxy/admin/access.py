@@ -106,8 +106,10 @@ class Sessions:
 
     def _cookie(self, request: Request, value: bytes, age_s: int) -> bytes:
         # A reverse proxy that terminates TLS says so; the browser then keeps the cookie off plain connections.
-        secure = b"; Secure" if request.header(b"x-forwarded-proto") == b"https" else b""
-        return b"%b=%b; Path=%b; Max-Age=%d; HttpOnly; SameSite=Strict%b" % (COOKIE, value, self._path, age_s, secure)
+        encrypted = b"https" in (request.scheme, request.header(b"x-forwarded-proto"))
+        secure = b"; Secure" if encrypted else b""
+        path = request.mount + self._path
+        return b"%b=%b; Path=%b; Max-Age=%d; HttpOnly; SameSite=Strict%b" % (COOKIE, value, path, age_s, secure)
 
 
 def check_local(request: Request, peer: bytes) -> None:

@@ -26,7 +26,6 @@ def build(server: StatusSource) -> Starlette:
         for name in ("page.html", "page.css", "page.js")
     )
     page = page.replace("PAGE_CSS", style).replace("PAGE_JS", script)
-    page = page.replace("OWN_PREFIX", server.settings.admin_prefix)
     page = page.replace("SIGN_IN", "true" if server.settings.admin_token is not None else "false")
 
     async def people(request: Request) -> Response:
@@ -38,7 +37,8 @@ def build(server: StatusSource) -> Starlette:
             "referrer-policy": "no-referrer",
             "x-content-type-options": "nosniff",
         }
-        return HTMLResponse(page.replace("NONCE", nonce), headers=headers)
+        html = page.replace("NONCE", nonce).replace("OWN_PREFIX", request.scope["root_path"])
+        return HTMLResponse(html, headers=headers)
 
     async def metrics(request: Request) -> Response:
         return Response(exposition(await server.document()), media_type=CONTENT_TYPE)

@@ -24,21 +24,21 @@ async def serve_page(
         module = await asyncio.to_thread(importlib.import_module, "plugin.proxy.admin.app")
         server.pages_app = module.build(server)
     path, _, query = request.target.partition(b"?")
+    root_path = request.mount.decode() + server.settings.admin_prefix
     scope: dict[str, Any] = {
         "type": "http",
         "asgi": {"version": "3.0", "spec_version": "2.4"},
         "http_version": "1.1",
         "method": request.method.decode("ascii"),
         "scheme": "http",
-        "path": "/" + name,
+        "path": f"{root_path}/{name}",
         "raw_path": path,
         "query_string": query,
-        "root_path": server.settings.admin_prefix,
+        "root_path": root_path,
         "headers": [(lower, value) for lower, _, value in request.headers],
         "client": None,
         "server": None,
     }
-    scope["path"] = server.settings.admin_prefix + scope["path"]
     answered, headers, body = 500, list[tuple[bytes, bytes]](), b""
 
     async def receive() -> dict[str, Any]:

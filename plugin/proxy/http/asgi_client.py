@@ -243,6 +243,8 @@ def request_of(scope: MutableMapping[str, Any]) -> Request:
     request = Request()
     request.headers = [(name, name, value) for name, value in scope["headers"]]
     request.target = target_of(scope)
+    request.mount = quote(scope.get("root_path", "").rstrip("/")).encode()
+    request.scheme = b"https" if scope.get("scheme") in ("https", "wss") else b"http"
     http1 = scope.get("http_version", "1.1").startswith("1.")
     try:
         lengths = [value for name, value in scope["headers"] if name == b"content-length"]

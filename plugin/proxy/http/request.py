@@ -55,7 +55,9 @@ class Request:
         "keep_alive",
         "length",
         "method",
+        "mount",
         "path",
+        "scheme",
         "sink",
         "target",
         "upgrade",
@@ -66,6 +68,9 @@ class Request:
         self.method = b""
         self.target = b""
         self.path = ""
+        self.mount = b""
+        """The path under which an ASGI gateway has mounted the proxy; `target` and `path` begin below it."""
+        self.scheme = b"http"
         self.headers: list[wire.Field] = []
         self.host = b""
         self.http11 = True

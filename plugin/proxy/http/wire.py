@@ -76,6 +76,7 @@ def request_head(
     host: bytes,
     client_host: bytes,
     peer: bytes,
+    scheme: bytes,
     request_id: bytes,
     trust_forwarded: bool,
     chunked: bool,
@@ -99,7 +100,7 @@ def request_head(
         out.append(b"%b: %b\r\n" % (name, value))
     out.append(b"x-request-id: %b\r\nx-forwarded-for: %b%b\r\n" % (request_id, came_through, peer))
     if not proto:
-        out.append(b"x-forwarded-proto: http\r\n")
+        out.append(b"x-forwarded-proto: %b\r\n" % scheme)
     if not forwarded_host and client_host:
         out.append(b"x-forwarded-host: %b\r\n" % client_host)
     if chunked:

@@ -77,7 +77,21 @@ def test_mounted_under_a_path_the_engine_sees_the_rest_of_it():
                 assert (await rig.get(path)).json()["error"]["code"] == "not-found"
             assert (await rig.get("/llm/-/ready?strict=1")).status == 200
             assert (await rig.get("/llm/-/status")).json()["pools"][0]["ready"] is True
+            page = (await rig.get("/llm/-/")).body
+            assert b'"/llm/-/status"' in page and b'"/-/status"' not in page, "its links lead below the mount"
             assert {seen.target for seen in up.seen} == {"/v1/models?q=%20", "/a%2Fb%20c", "/x"}
+
+    run(main())
+
+
+def test_a_sign_in_below_a_mount_sets_a_cookie_for_that_path():
+    async def main():
+        async with gateway(*mounted(Settings(admin_token="s3cret"))) as (rig, _):
+            got = await rig.get("/llm/-/sign-in", method="POST", body=b"token=s3cret")
+            assert got.status == 200 and "; Path=/llm/-;" in got.headers["set-cookie"]
+            cookie = got.headers["set-cookie"].partition(";")[0]
+            assert (await rig.get("/llm/-/status")).status == 401
+            assert (await rig.get("/llm/-/status", f"Cookie: {cookie}")).status == 200
 
     run(main())
 
@@ -268,7 +282,7 @@ def test_a_body_of_another_length_than_announced_is_refused(sent):
 )
 def test_a_scope_that_no_strict_server_would_make_is_refused(changed, code):
     assert request_of(SCOPE | changed).fault.code == code
-    assert request_of(SCOPE).fault is None
+    assert request_of(SCOPE).fault is None and request_of(SCOPE | {"scheme": "https"}).scheme == b"https"
 
 
 @pytest.mark.parametrize(

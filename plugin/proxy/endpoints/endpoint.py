@@ -122,8 +122,6 @@ class Endpoint:
         self.acting = False
         self._slept = False
         """True from a sleep to the next successful wake: until then a ready answer proves nothing."""
-        self._recording = False
-        """True if the restore behind this proxy reports that it records its snapshot's working set."""
         self.pool = ReplicaPool(
             name=name,
             wake=self._wake if room is None else room(name, self._wake),
@@ -137,7 +135,6 @@ class Endpoint:
         self.pool.facts = lambda: spec.facts
         self.pool.next_kind = lambda: Kind.RESTORED if spec.restores else None
         replica = self.pool.add(name, self.tracker, spec.upstream)
-        replica.recording = lambda: self._recording
         replica.engine_pid = self._pid
 
     async def start(self) -> None:
@@ -365,9 +362,7 @@ class Endpoint:
         try:
             token = self.spec.admin_token
             _, body = await fetch(self.spec.upstream, "GET", "/-/status", limit_s=_PROBE_LIMIT_S, token=token)
-            inner = json.loads(body)["pools"][0]
-            self._recording = inner["progress"]["kind"] == Kind.FIRST_RESTORE
-            return Phase(inner["replicas"][0]["phase"])
+            return Phase(json.loads(body)["pools"][0]["replicas"][0]["phase"])
         except (OSError, UpstreamFault, ValueError, LookupError, TypeError):
             return None
 

@@ -33,7 +33,9 @@ def test_own_pages_move_to_another_port_and_ask_for_a_token(launch_rig):
         status, found = call(own, "GET", "/ops/status", Authorization="Bearer secret")
         assert status == 200 and found["pools"][0]["replicas"][0]["phase"] == "serving"
         pool, replica = found["pools"][0], found["pools"][0]["replicas"][0]
-        assert pool["model"] and pool["engine"].startswith(launch_rig.engine) and f":{started.port}" in found["listens_at"]
+        assert (
+            pool["model"] and pool["engine"].startswith(launch_rig.engine) and f":{started.port}" in found["listens_at"]
+        )
         assert f"process {replica['pid']}" in replica["address"] and replica["memory_bytes"] > 1 << 20
         assert call(started.port, "GET", "/ops/status", Authorization="Bearer secret")[0] == 404
 

@@ -54,7 +54,7 @@ WAYS = ("plain", "criu-lazy", "copied", "ours")
 def ask(sandbox: Sandbox, snapshot: Snapshot) -> tuple[float, float]:
     """Return the seconds of the first and of the second generation of one token."""
     client, engine = Client(lambda: sandbox.connect(snapshot.port)), launchers.engine(snapshot.engine)
-    control.tell(sandbox.init_pid, control.WAKE)  # as the launcher does: no tile of AMX may be used before
+    control.notify(sandbox.init_pid, control.WAKE)  # as the launcher does: no tile of AMX may be used before
     took = []
     for _ in range(2):
         began = time.monotonic()

@@ -297,17 +297,17 @@ class Engine(abc.ABC):
     # GPU: memory offloaded here need not go through the images; the driver's own checkpoint moves the rest into host memory.
 
     def gpu_arguments(self, command: EngineCommand, packages: Mapping[str, str]) -> tuple[str, ...]:
-        """Return the arguments that `put_away` needs and the user has not given.
+        """Return the arguments that `offload` needs and the user has not given.
 
         Returns none if a required package is missing from `packages`.
         """
         return ()
 
-    def put_away(self, client: Client, command: EngineCommand, thin: bool) -> bool:
+    def offload(self, client: Client, command: EngineCommand, thin: bool) -> bool:
         """Offload: release the KV cache, and with `thin` the weights, from GPU memory.
 
         Return False if the engine was started without support for it, or refuses. The engine generates nothing until
-        `take_up`. Raises EngineFailed, or OSError if it does not answer.
+        `reload`. Raises EngineFailed, or OSError if it does not answer.
         """
         return False
 
@@ -322,8 +322,8 @@ class Engine(abc.ABC):
             log.info("%s answered %d to %s (%s); the driver carries its GPU memory", self.name, status, path, words)
         return status == 200
 
-    def take_up(self, client: Client, model: str, thin: bool) -> None:
-        """Reload after `put_away`, also in a restored engine: allocate the weights, read them from `model`, then the KV cache.
+    def reload(self, client: Client, model: str, thin: bool) -> None:
+        """Reload after `offload`, also in a restored engine: allocate the weights, read them from `model`, then the KV cache.
 
         Raises EngineFailed.
         """

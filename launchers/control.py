@@ -34,17 +34,17 @@ def _answers(pid: int, number: int) -> bool:
     return False
 
 
-def tell(init_pid: int, number: int) -> list[int]:
+def notify(init_pid: int, number: int) -> list[int]:
     """Signal every process of the sandbox that handles the signal; return their pids on the host."""
-    told = []
+    notified = []
     for pid in processes(init_pid):
         if _answers(pid, number):
             try:
                 os.kill(pid, number)
             except ProcessLookupError:
                 continue
-            told.append(pid)
-    return told
+            notified.append(pid)
+    return notified
 
 
 def renew(answers: Path, then: Collection[str], now: Mapping[str, str]) -> None:
@@ -73,7 +73,7 @@ def shrink_all(init_pid: int, answers: Path, limit_s: float = 10.0) -> int:
     correctness.
     """
     wanted = []
-    for pid in tell(init_pid, SHRINK):
+    for pid in notify(init_pid, SHRINK):
         try:
             wanted.append(answers / f"{_inner_pid(pid)}.shrunk")
         except OSError:

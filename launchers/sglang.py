@@ -162,7 +162,7 @@ class Sglang(Engine):
             return ()
         return ("--enable-memory-saver",)
 
-    def put_away(self, client: Client, command: EngineCommand, thin: bool) -> bool:
+    def offload(self, client: Client, command: EngineCommand, thin: bool) -> bool:
         """Release the KV cache, and with `thin` the weights.
 
         Without the memory saver SGLang would answer but release nothing.
@@ -172,7 +172,7 @@ class Sglang(Engine):
         tags = ["kv_cache", "weights"] if thin else ["kv_cache"]
         return self.released(client.admin(), "/release_memory_occupation", {"tags": tags})
 
-    def take_up(self, client: Client, model: str, thin: bool) -> None:
+    def reload(self, client: Client, model: str, thin: bool) -> None:
         """Resume each tag exactly once: resuming memory that is not released kills SGLang's scheduler."""
         if thin:
             self._resume(client, "weights")

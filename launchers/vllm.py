@@ -166,7 +166,7 @@ class Vllm(Engine):
         """Enable sleep mode: memory is released and reallocated at the same addresses, so captured graphs stay valid."""
         return () if has_flag(command, "--enable-sleep-mode", "--no-enable-sleep-mode") else ("--enable-sleep-mode",)
 
-    def put_away(self, client: Client, command: EngineCommand, thin: bool) -> bool:
+    def offload(self, client: Client, command: EngineCommand, thin: bool) -> bool:
         """Put vLLM to sleep: level 2 drops weights and KV cache, level 1 keeps the weights in host memory.
 
         For vLLM 0.26 see docs/measurements.md. Raises EngineFailed if the outcome is unknown.
@@ -182,7 +182,7 @@ class Vllm(Engine):
             return False
         return True
 
-    def take_up(self, client: Client, model: str, thin: bool) -> None:
+    def reload(self, client: Client, model: str, thin: bool) -> None:
         """Wake the weights first, because the KV cache takes the remaining memory.
 
         Level 1 restores the weights by itself. Same order as vllm/snapshot/server.py.

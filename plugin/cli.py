@@ -25,7 +25,7 @@ COMMANDS = {
     "mount": ("lazyfs.cli.mount", "mount", "Show a model of the store as files."),
     "snapshot": ("checkpoint.cli", "snapshot", "List, inspect, verify, move and remove snapshots."),
     "plan": ("capacity.cli", "plan", "How many replicas and idle GPUs to hold, and what a faster restore is worth."),
-    "doctor": ("plugin.doctor", "doctor", "What this host can do, and what to do about what it cannot."),
+    "doctor": ("plugin.doctor", "doctor", "Test what this host can do, and print the remedy for what it cannot."),
     "bench": ("plugin.bench.cli", "bench", "Measure cold starts against restores, side by side."),
     "demo": (
         "plugin.bench.demo",

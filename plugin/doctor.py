@@ -23,7 +23,7 @@ class Finding:
     what: str
     state: str
     detail: str
-    way_out: str = ""
+    remedy: str = ""
 
 
 def _kernel() -> Finding:
@@ -49,9 +49,9 @@ def _kernel() -> Finding:
 def _privileges() -> list[Finding]:
     """Check the privileges of every capability, by name, as a launch does (plugin.runtime.capabilities)."""
     from checkpoint.sandbox.privileges import Privileges
-    from plugin.runtime.capabilities import judge
+    from plugin.runtime.capabilities import from_privileges
 
-    off = judge(Privileges.here()).off()
+    off = from_privileges(Privileges.here()).off()
     if not off:
         return [Finding("privileges", "ok", "every capability and device that is needed")]
     return [
@@ -67,10 +67,10 @@ def _sandbox() -> Finding:
     from checkpoint.errors import CheckpointError
     from checkpoint.sandbox.privileges import Privileges
     from checkpoint.sandbox.sandbox import Sandbox
-    from plugin.runtime.capabilities import judge
+    from plugin.runtime.capabilities import from_privileges
     from plugin.runtime.steps.trial import sandbox_reason
 
-    if judge(Privileges.here()).sandbox:
+    if from_privileges(Privileges.here()).sandbox:
         return Finding("sandbox", "off", "not tried", "see privileges above")
     try:
         with Sandbox() as sandbox:
@@ -96,10 +96,10 @@ def _roundtrip() -> Finding:
     from checkpoint.criu.binary import Criu
     from checkpoint.errors import CheckpointError
     from checkpoint.sandbox.privileges import Privileges
-    from plugin.runtime.capabilities import judge
+    from plugin.runtime.capabilities import from_privileges
     from plugin.runtime.steps import trial
 
-    if judge(Privileges.here()).snapshots:
+    if from_privileges(Privileges.here()).snapshots:
         return Finding("dump and restore", "off", "not tried", "see privileges above")
     try:
         criu = Criu.find(state_home())
@@ -170,7 +170,7 @@ def _findings() -> list[Finding]:
 @click.command()
 @option("--json", "as_json", is_flag=True, help="Print JSON instead of the table.")
 def doctor(as_json: bool) -> int:
-    """What this host can do, tried out, and what to do about what it cannot. Exit code 3 where a layer is off.
+    """Test what this host can do, and print the remedy for what it cannot. Exit code 3 if a capability is off.
 
     \b
     quickthaw doctor
@@ -184,6 +184,6 @@ def doctor(as_json: bool) -> int:
         for finding in findings:
             mark, colour = marks[finding.state]
             click.echo(f"{click.style(mark, fg=colour)} {finding.what:<17} {finding.detail}")
-            if finding.way_out:
-                click.echo(f"  {'':<17} → {finding.way_out}")
+            if finding.remedy:
+                click.echo(f"  {'':<17} → {finding.remedy}")
     return 3 if any(finding.state == "off" for finding in findings) else 0

@@ -143,32 +143,32 @@ class Bench:
         replica = measure.status(port)["pools"][0]["replicas"][0]
         names = [span["phase"] for span in replica["timeline"]]
         if kind == "restored" and "restoring" not in names:
-            raise measure.MeasureError("it did not restore but start cold")
+            raise measure.MeasureError("it started cold instead of restoring")
         for span in replica["timeline"]:
             series.phases.setdefault(span["phase"], []).append(span["took_s"])
 
 
-def compare(bench: Bench, kinds: tuple[str, ...], runs: int, tell: Any) -> dict[str, Any]:
+def compare(bench: Bench, kinds: tuple[str, ...], runs: int, report: Any) -> dict[str, Any]:
     """Warm up each kind (the first also takes the snapshot), then run the kinds in turn. Return all measurements as plain data."""
     from checkpoint.snapshot.library import Library
 
     series = {kind: Series() for kind in kinds}
     cache = bench.page_cache()
     for kind in kinds:
-        tell(f"warming up: {MEANING[kind]}")
+        report(f"warming up: {MEANING[kind]}")
         bench.run(kind, "warm-up", None)
         if kind == "restored":
             # The first run took the snapshot; this one records its working set. The timed runs are like every later restore.
-            tell("warming up: the first restore, which records the working set")
+            report("warming up: the first restore, which records the working set")
             bench.run(kind, "recording", None)
-            tell("warming up: the second restore, which notes what the next can begin with")
+            report("warming up: the second restore, which saves the plan of the next")
             bench.run(kind, "noting", None)
         cache.remember()
     for index in range(runs):
         for kind in kinds:
             cache.bring_back()
             answer = bench.run(kind, str(index + 1), series[kind])
-            tell(f"run {index + 1} of {runs}: {kind} {answer.first_s:.2f} s to the first token")
+            report(f"run {index + 1} of {runs}: {kind} {answer.first_s:.2f} s to the first token")
     found: dict[str, Any] = {
         "engine": bench.preset.engine,
         "model": bench.preset.model.name,
@@ -192,7 +192,7 @@ def compare(bench: Bench, kinds: tuple[str, ...], runs: int, tell: Any) -> dict[
 
 @click.group()
 def bench() -> None:
-    """Measure, side by side in one run.
+    """Measure kinds of starts in turn, in one run.
 
     \b
     quickthaw bench coldstart --engine vllm --runs 5
@@ -261,11 +261,11 @@ def coldstart(
     logs = Path(tempfile.mkdtemp(prefix="quickthaw-bench-"))
     library = Library(state_home())
 
-    def tell(text: str) -> None:
+    def report(text: str) -> None:
         click.echo(f"bench: {text}", err=True)
 
     try:
-        result = compare(Bench(found, name, logs, limit_s, launch_options), chosen, runs, tell)
+        result = compare(Bench(found, name, logs, limit_s, launch_options), chosen, runs, report)
     except measure.MeasureError as error:
         click.echo(f"quickthaw: no-first-token: {error}", err=True)
         return 1

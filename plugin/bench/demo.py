@@ -34,10 +34,10 @@ WORDS = {
     "starting": "engine process in its sandbox",
     "loading": "engine start: imports, weights, compilation",
     "warming": "warm-up requests",
-    "shrinking": "KV cache emptied, memory given back",
+    "shrinking": "KV cache emptied, memory released",
     "checkpointing": "CRIU writes the process tree",
-    "resuming": "the engine goes on",
-    "restoring": "CRIU brings the process tree back",
+    "resuming": "the engine resumes",
+    "restoring": "CRIU restores the process tree",
     "waking": "random generators reseeded",
     "verifying": "canary: the same token ids as before",
 }
@@ -193,7 +193,7 @@ def demo(engine: str, keep: bool) -> int:
         snapshot = library.load(name)
         story.say(f"  first answer: [italic]{cold_text.strip()!r}[/italic]\n")
         story.say(
-            "[bold]2. Nobody asks; the engine is stopped[/bold] (--idle-timeout), and nothing runs behind the port"
+            "[bold]2. No requests; the engine is stopped[/bold] (--idle-timeout), and nothing runs behind the port"
         )
         _wait_asleep(port)
         story.say(f"  [green]✓[/green] asleep: {_engine_processes(process.pid)} engine processes\n")
@@ -202,7 +202,7 @@ def demo(engine: str, keep: bool) -> int:
         )
         text, recording = _restored(story, process, port, model)
         story.say(
-            "[bold]4. Asleep, and asked once more[/bold]: that restore recorded which pages are touched first; now they come first"
+            "[bold]4. Asleep, and another request[/bold]: that restore recorded which pages are touched first; now they are loaded first"
         )
         _wait_asleep(port)
         again, first = _restored(story, process, port, model)

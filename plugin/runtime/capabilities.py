@@ -15,11 +15,11 @@ from checkpoint.errors import HostLacks
 from checkpoint.sandbox.privileges import Privileges, remedy
 
 log = logging.getLogger("quickthaw")
-_said: set[str] = set()
+_logged: set[str] = set()
 
 
 @dataclass(frozen=True)
-class Layers:
+class Capabilities:
     """For each capability None if it works, else why it is off and the remedy, in one line.
 
     `pages`: on-demand paging, which lets a restore resume while pages are still to come (working set first). Without it
@@ -42,39 +42,39 @@ class Layers:
                 together.setdefault(why, []).append(name)
         return {", ".join(names): why for why, names in together.items()}
 
-    def say(self) -> None:
+    def log_off(self) -> None:
         """Log each reason once, however many replicas find it."""
         for names, why in self.off().items():
-            if why not in _said:
-                _said.add(why)
+            if why not in _logged:
+                _logged.add(why)
                 log.warning("%s off: %s", names, why)
 
     @classmethod
-    def none(cls, why: str) -> Layers:
+    def none(cls, why: str) -> Capabilities:
         """Return capabilities that are all off for one reason."""
         return cls(why, why, why, why)
 
 
-def judge(found: Privileges) -> Layers:
+def from_privileges(found: Privileges) -> Capabilities:
     """Return the capabilities that these privileges allow.
 
     Without the privileges for a sandbox all are off, and the reason names everything that all of them need.
     """
     if found.missing("sandbox"):
-        return Layers.none(remedy(found.missing("mount", "sandbox", "snapshots", "pages")))
-    reasons = {layer: found.missing(layer) for layer in ("mount", "snapshots", "pages")}
-    return Layers(**{layer: remedy(names) if names else None for layer, names in reasons.items()})
+        return Capabilities.none(remedy(found.missing("mount", "sandbox", "snapshots", "pages")))
+    reasons = {name: found.missing(name) for name in ("mount", "snapshots", "pages")}
+    return Capabilities(**{name: remedy(names) if names else None for name, names in reasons.items()})
 
 
-def detect(home: Path) -> tuple[Layers, Criu | None]:
+def detect(home: Path) -> tuple[Capabilities, Criu | None]:
     """Return this host's capabilities and its CRIU, if any.
 
     Takes under 1 ms, except the first time, when CRIU is run for its version.
     """
-    layers = judge(Privileges.here())
-    if layers.snapshots:
-        return layers, None
+    capabilities = from_privileges(Privileges.here())
+    if capabilities.snapshots:
+        return capabilities, None
     try:
-        return layers, Criu.find(home)
+        return capabilities, Criu.find(home)
     except HostLacks as error:
-        return Layers(layers.mount, layers.sandbox, str(error), layers.pages), None
+        return Capabilities(capabilities.mount, capabilities.sandbox, str(error), capabilities.pages), None

@@ -23,13 +23,13 @@ from checkpoint.sandbox import prestart
 from checkpoint.snapshot import speculative
 from checkpoint.snapshot.library import Library
 from launchers.errors import EngineDied, LauncherError
-from plugin.runtime.capabilities import Layers, detect
+from plugin.runtime.capabilities import Capabilities, detect
 from plugin.runtime.config import LaunchSettings
 from plugin.runtime.home import exposed, unusable
 from plugin.runtime.listening import announcement, bind
 from plugin.runtime.phases import Phase, PhaseTracker
 from plugin.runtime.replica import SERVES, Replica
-from plugin.runtime.restore_limit import Turns
+from plugin.runtime.restore_limit import RestoreLimit
 from plugin.runtime.signals import stopping
 from plugin.runtime.steps.model_mount import Weights
 
@@ -45,8 +45,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("quickthaw")
 RESTARTS_IN_A_MINUTE = 3
 SWEEP_AFTER_S = 5.0
-RECALL_LIMIT_S = 5.0
-LET_IN_S = 0.5
+CANCEL_LIMIT_S = 5.0
+CONNECTING_WAIT_S = 0.5
 UNDERWAY_S = 0.2
 """Seconds the event loop's imports (60 ms) wait until the restoring thread has started CRIU. Both threads compete for the GIL."""
 
@@ -57,7 +57,7 @@ class Launch:
 
     settings: LaunchSettings
     sock: socket.socket
-    layers: Layers
+    capabilities: Capabilities
     admin_sock: socket.socket | None = None
     replicas: list[Replica] = field(default_factory=list)
     weights: Weights | None = None
@@ -71,7 +71,7 @@ class Launch:
         self._server: ProxyServer | None = None
         self._ending = threading.Event()
         self._stop: asyncio.Event | None = None
-        self._told = False
+        self._signalled_once = False
         self._deaths: dict[int, list[float]] = {}
         """Times at which each replica's engine died, by replica index; deaths caused by a failed page server are not counted."""
         self._began = time.monotonic()
@@ -79,7 +79,7 @@ class Launch:
         self._failure: Exception | None = None
         self._starting = 0
         self._counting = threading.Lock()
-        self._turns = Turns(self.settings.restore_concurrency)
+        self._restore_limit = RestoreLimit(self.settings.restore_concurrency)
 
     # Replicas: each start runs in a thread
 
@@ -89,11 +89,11 @@ class Launch:
         for index in range(self.settings.replicas):
             tracker = PhaseTracker()
             replica = Replica(
-                self.settings, engine, self.layers, criu, weights, tracker, stdout=self.stdout, stderr=self.stderr
+                self.settings, engine, self.capabilities, criu, weights, tracker, stdout=self.stdout, stderr=self.stderr
             )
             replica.on_death = self._death_of(replica)
             replica.expects = self._expects
-            tracker.listen(self._teller(index))
+            tracker.listen(self._phase_logger(index))
             self.replicas.append(replica)
         threading.Thread(target=self._start_all, name="starter", daemon=True).start()
 
@@ -113,15 +113,15 @@ class Launch:
             return False
         return bool(connections.poll(0))
 
-    def _teller(self, index: int) -> Callable[[Phase, Phase, str], None]:
+    def _phase_logger(self, index: int) -> Callable[[Phase, Phase, str], None]:
         who = f"replica {index}: " if self.settings.replicas > 1 else ""
 
-        def tell(old: Phase, new: Phase, reason: str) -> None:
+        def log_phase(old: Phase, new: Phase, reason: str) -> None:
             took = time.monotonic() - self._began
             # The code that decides what happens next logs the reason of a failure.
             log.info("%s%s (%.2f s)%s", who, new, took, f": {reason}" if reason and new is not Phase.FAILED else "")
 
-        return tell
+        return log_phase
 
     def _start_all(self) -> None:
         first, *others = self.replicas
@@ -130,10 +130,10 @@ class Launch:
         together = others and self._something_to_restore(first)
         # Count all starts before they run: a start that fails at once must not end the launch.
         self._count(len(self.replicas) if together else 1)
-        with contextlib.ExitStack() as turn:
+        with contextlib.ExitStack() as slot:
             if together:
                 # The first replica acquires a slot first: it uses the pre-started helper processes.
-                turn.enter_context(self._turns.turn(first.tracker))
+                slot.enter_context(self._restore_limit.slot(first.tracker))
                 self._start_in_threads(others, first_done.wait)
             try:
                 served = self._start_counted(first)
@@ -151,7 +151,7 @@ class Launch:
 
     def _start_in_threads(self, replicas: list[Replica], before_cold: Callable[[], object] | None) -> None:
         for replica in replicas:
-            threading.Thread(target=self._start_in_turn, args=(replica, before_cold), daemon=True).start()
+            threading.Thread(target=self._start_throttled, args=(replica, before_cold), daemon=True).start()
 
     @staticmethod
     def _something_to_restore(replica: Replica) -> bool:
@@ -168,10 +168,10 @@ class Launch:
 
     def _start_one(self, replica: Replica) -> bool:
         self._count(1)
-        return self._start_in_turn(replica)
+        return self._start_throttled(replica)
 
-    def _start_in_turn(self, replica: Replica, before_cold: Callable[[], object] | None = None) -> bool:
-        with self._turns.turn(replica.tracker):
+    def _start_throttled(self, replica: Replica, before_cold: Callable[[], object] | None = None) -> bool:
+        with self._restore_limit.slot(replica.tracker):
             return self._start_counted(replica, before_cold)
 
     def _start_counted(self, replica: Replica, before_cold: Callable[[], object] | None = None) -> bool:
@@ -199,7 +199,7 @@ class Launch:
     def _start_failed(self, error: Exception, others: int) -> None:
         """End the launch, unless another replica serves or `others` (a count) are still starting."""
         if self._ending.is_set():
-            log.debug("a start that was interrupted by the stop: %s", error)
+            log.debug("the stop interrupted a start: %s", error)
             return
         if others or any(r.tracker.phase in SERVES for r in self.replicas):
             log.error("%s", error)
@@ -228,19 +228,19 @@ class Launch:
             return
         who = self._who(replica)
         if lost:
-            log.warning("%sits pages were lost while it served; bringing it back the plain way", who)
+            log.warning("%sits pages were lost while it served; restoring it the plain way", who)
         elif (deaths := self._died(replica)) > RESTARTS_IN_A_MINUTE:
             self._give_up(replica, deaths, how, code)
             return
         elif not silent:
-            log.warning("%sthe engine ended with %s while it served; starting it again", who, how)
+            log.warning("%sthe engine ended with %s while it served; restarting it", who, how)
         replica.clear()
         self._start_one(replica)
 
     def _silent(self, behind: ProxyReplica, why: str) -> None:
         """Kill a replica that no longer answers; `on_death` then restarts it. Runs on the event loop."""
         replica = self.replicas[int(behind.name.removeprefix("r"))]
-        log.warning("%sreplica-silent: %s; ending the engine and starting it again", self._who(replica), why)
+        log.warning("%sreplica-silent: %s; restarting the engine", self._who(replica), why)
         threading.Thread(target=replica.end_silent, args=(why,), name="silent", daemon=True).start()
 
     def _who(self, replica: Replica) -> str:
@@ -257,14 +257,16 @@ class Launch:
         replica.clear()
         others = self._count(0) or sum(r.tracker.phase in SERVES for r in self.replicas)
         text = "%sengine-keeps-dying: %d deaths within a minute, the last with %s; giving up"
-        log.error(text + (" on this replica, the others go on" if others else ""), self._who(replica), deaths, how)
+        log.error(
+            text + (" on this replica; the others keep serving" if others else ""), self._who(replica), deaths, how
+        )
         if not others:
             self.exit_code = _shell_code(code)
             self.end()
 
     # Proxy: the event loop in the main thread
 
-    def heed_signals(self) -> None:
+    def install_signal_handlers(self) -> None:
         """Install handlers that end the launch in order, for signals that arrive before the event loop runs."""
         for number in stopping():
             signal.signal(number, lambda *_: self._signalled())
@@ -315,7 +317,7 @@ class Launch:
             behind.recording = partial(getattr, replica, "recording")
             behind.engine_pid, behind.address = partial(engine_pid, replica), partial(address, replica)
             behind.killed_when_silent = self.settings.silence_limit_s > 0
-            replica.recall = self._recaller(pool, behind.name)
+            replica.cancel_requests = self._canceller(pool, behind.name)
         if self.settings.silence_limit_s:
             pool.background.append(Silence(pool, self.settings.silence_limit_s, self._silent).run)
         given = dict(self.settings.proxy)
@@ -342,20 +344,20 @@ class Launch:
 
         return served
 
-    def _recaller(self, pool: ReplicaPool, name: str) -> Callable[[], bool]:
+    def _canceller(self, pool: ReplicaPool, name: str) -> Callable[[], bool]:
         import asyncio
 
-        def recall() -> bool:
+        def cancel_requests() -> bool:
             assert self._loop is not None
             try:
                 return asyncio.run_coroutine_threadsafe(pool.cancel_speculation(name), self._loop).result(
-                    RECALL_LIMIT_S
+                    CANCEL_LIMIT_S
                 )
             except TimeoutError:
-                log.warning("a request beside the check of %s did not end within %.0f s", name, RECALL_LIMIT_S)
+                log.warning("a request beside the check of %s did not end within %.0f s", name, CANCEL_LIMIT_S)
                 return False
 
-        return recall
+        return cancel_requests
 
     @staticmethod
     def _connector(replica: Replica) -> Callable[[], socket.socket]:
@@ -396,34 +398,34 @@ class Launch:
             self._loop.call_soon_threadsafe(self._stop.set)
 
     def _signalled(self) -> None:
-        if self._told:
-            log.warning("told a second time: killing the engine")
+        if self._signalled_once:
+            log.warning("second signal: killing the engine")
             for replica in self.replicas:
                 if replica.running:
                     replica.running.close()
             os._exit(130)
-        self._told = True
+        self._signalled_once = True
         if not self._ending.is_set():
-            log.info("stopping: no new requests, finishing what is in flight")
+            log.info("stopping: no new requests, finishing those in flight")
         self._ending.set()
         if self._stop is not None:
             self._stop.set()
 
-    async def _let_in(self) -> None:
+    async def _answer_connecting(self) -> None:
         """Answer clients that have connected by now instead of resetting them: a launch may end as soon as its proxy accepts."""
         import asyncio
 
-        deadline = time.monotonic() + LET_IN_S
+        deadline = time.monotonic() + CONNECTING_WAIT_S
         while self._connecting() and time.monotonic() < deadline:  # noqa: ASYNC110 – the kernel does not notify of its accept queue
             await asyncio.sleep(0.005)
-        if time.monotonic() - self._accepts_since < LET_IN_S:
+        if time.monotonic() - self._accepts_since < CONNECTING_WAIT_S:
             await asyncio.sleep(0.05)  # the connections' own tasks read what these clients have sent
 
     async def _shut_down(self) -> None:
         import asyncio
 
         assert self._server is not None and self._pool is not None
-        await self._let_in()
+        await self._answer_connecting()
         if self._failure is not None:
             # The pool logs the failure and answers the held requests with it.
             self._pool.start_failed(self._failure)
@@ -459,17 +461,21 @@ def launch(settings: LaunchSettings, stdout: int | None = 1, stderr: int | None 
     if open_to_others := exposed(settings.home):
         log.warning("%s", open_to_others)
     engine = launchers.engine(settings.engine)
-    layers, criu = detect(settings.home)
+    capabilities, criu = detect(settings.home)
     full = unusable(settings.home)
     if full and not Library(settings.home).names():
-        layers = Layers.none(full)  # a restore from an existing snapshot writes almost nothing and may still succeed
-    weights = Weights.of(settings, enabled=settings.mount and not layers.mount)
+        capabilities = Capabilities.none(
+            full
+        )  # a restore from an existing snapshot writes almost nothing and may still succeed
+    weights = Weights.of(settings, enabled=settings.mount and not capabilities.mount)
     if not settings.named and (why := _why_plain(settings, weights)):
-        layers = Layers(mount=why, sandbox=layers.sandbox or why, snapshots=layers.snapshots or why)
-    layers.say()
-    if settings.strict and layers.off():
+        capabilities = Capabilities(
+            mount=why, sandbox=capabilities.sandbox or why, snapshots=capabilities.snapshots or why
+        )
+    capabilities.log_off()
+    if settings.strict and capabilities.off():
         raise LauncherError(
-            "layer-off", f"--strict, and {', '.join(layers.off())} cannot be had here; see quickthaw doctor"
+            "capability-off", f"--strict, and {', '.join(capabilities.off())} are off here; see quickthaw doctor"
         )
     with contextlib.ExitStack() as bound:
         remedy = "choose another with the engine's --port"
@@ -478,7 +484,9 @@ def launch(settings: LaunchSettings, stdout: int | None = 1, stderr: int | None 
         if settings.admin_listen:
             admin_sock = bound.enter_context(bind(*settings.admin_listen, "choose another with --admin-listen"))
         log.info("%s", announcement(sock, admin_sock, settings.proxy.get("admin_prefix", "/-")))
-        return _run(Launch(settings, sock, layers, admin_sock, stdout=stdout, stderr=stderr), criu, engine, weights)
+        return _run(
+            Launch(settings, sock, capabilities, admin_sock, stdout=stdout, stderr=stderr), criu, engine, weights
+        )
 
 
 def _why_plain(settings: LaunchSettings, weights: Weights) -> str | None:
@@ -493,7 +501,7 @@ def _why_plain(settings: LaunchSettings, weights: Weights) -> str | None:
 
 
 def _run(run: Launch, criu: Criu | None, engine: Engine, weights: Weights) -> int:
-    run.heed_signals()
+    run.install_signal_handlers()
     try:
         run.begin(criu, engine, weights)
         return run.run()

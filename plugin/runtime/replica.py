@@ -29,7 +29,7 @@ from checkpoint.snapshot.manifest import Snapshot
 from launchers.base import Engine
 from launchers.errors import EngineFailed, LauncherError
 from launchers.given_options import given_options, last
-from plugin.runtime.capabilities import Layers
+from plugin.runtime.capabilities import Capabilities
 from plugin.runtime.config import LaunchSettings
 from plugin.runtime.home import unusable
 from plugin.runtime.phases import Phase, PhaseTracker, Span
@@ -58,7 +58,7 @@ class Replica:
 
     settings: LaunchSettings
     engine: Engine
-    layers: Layers
+    capabilities: Capabilities
     criu: Criu | None
     weights: Weights
     tracker: PhaseTracker
@@ -70,7 +70,7 @@ class Replica:
     """Returns how many requests this replica has answered since it began to serve; set by the proxy."""
     expects: Callable[[], bool] = lambda: False
     """Returns True if a waiting request will run beside the canary of a restore; set by the proxy."""
-    recall: Callable[[], bool] = lambda: False
+    cancel_requests: Callable[[], bool] = lambda: False
     """Cancels the requests that run beside the canary and returns True if there were any; set by the proxy."""
     underway: threading.Event = field(default_factory=threading.Event)
     """Set when other processes do the work of the start and this process has time for something else."""
@@ -101,7 +101,7 @@ class Replica:
         self._identity: Here | None = None
         self._multi_gpu: bool | None = None
         self.command = self.settings.command
-        """What the engine was started with: the user's command plus, on a GPU, the arguments that `put_away` needs."""
+        """What the engine was started with: the user's command plus, on a GPU, the arguments that `offload` needs."""
         self.refused: Incompatible | None = None
         """Why the last restore was refused, if it was."""
         self.recording = False
@@ -134,8 +134,8 @@ class Replica:
         """Turn all capabilities off and log why, once. Raises HostLacks with `--strict`, or for a named snapshot."""
         if self.settings.strict or self.settings.named:
             raise HostLacks(*why.split(": ", 1)) from error
-        self.layers = Layers.none(why)
-        self.layers.say()
+        self.capabilities = Capabilities.none(why)
+        self.capabilities.log_off()
 
     def _start(self, before_cold: Callable[[], object] | None) -> None:
         if self._or_plainly(self._start_from_snapshot):
@@ -143,7 +143,7 @@ class Replica:
         if before_cold is not None:
             before_cold()
             if self._stopped:
-                raise EngineFailed("stopped", "told to stop while the engine started")
+                raise EngineFailed("stopped", "stopped while the engine started")
             if self._or_plainly(self._start_from_snapshot):
                 return
         if not self.settings.named and self._or_plainly(lambda: self._fetch_model() and self._start_from_snapshot()):
@@ -151,9 +151,14 @@ class Replica:
         if self.settings.named:
             raise HostLacks(
                 "cannot-restore",
-                self.layers.snapshots or f"snapshot {self.settings.name} is in quarantine; see snapshot inspect",
+                self.capabilities.snapshots or f"snapshot {self.settings.name} is in quarantine; see snapshot inspect",
             )
-        if self.settings.use_snapshot and not self.layers.snapshots and not self.settings.name and self.refused is None:
+        if (
+            self.settings.use_snapshot
+            and not self.capabilities.snapshots
+            and not self.settings.name
+            and self.refused is None
+        ):
             from plugin.runtime.steps import compatibility
 
             compatibility.explain(self.library, self.snapshot_name, self.identity)
@@ -176,7 +181,7 @@ class Replica:
         """
         from plugin.model.hub import NotDownloaded
 
-        if self.layers.sandbox:
+        if self.capabilities.sandbox:
             return False
         before = self._identity.key if self._identity else ""
         if self.weights.repositories:
@@ -187,9 +192,9 @@ class Replica:
                     self.turn_off(f"{error}; the engine loads its model itself", error)
                     return False
             if self._stopped:
-                raise EngineFailed("stopped", "told to stop while the model was downloaded")
+                raise EngineFailed("stopped", "stopped while the model was downloaded")
             self._identity = None
-        if self.layers.snapshots or not (self.settings.use_snapshot or self.settings.take_snapshot):
+        if self.capabilities.snapshots or not (self.settings.use_snapshot or self.settings.take_snapshot):
             return False
         return self.identity.key != before and self.settings.use_snapshot
 
@@ -206,7 +211,7 @@ class Replica:
         self.refused = None
         name = self.restorable()
         # After a failed page server, restore all pages first: what ended the page server may end the next one.
-        lazy_first = self.settings.lazy_restore and self._lazy_works and not self.lost and not self.layers.pages
+        lazy_first = self.settings.lazy_restore and self._lazy_works and not self.lost and not self.capabilities.pages
         ways = ((True, False) if lazy_first else (False,)) if name else ()
         for lazy in ways:
             assert name is not None
@@ -263,7 +268,7 @@ class Replica:
 
     def restorable(self) -> str | None:
         """Return the name of the snapshot to restore, or None. Log the reason where it is not obvious."""
-        if not self.settings.use_snapshot or self.layers.snapshots:
+        if not self.settings.use_snapshot or self.capabilities.snapshots:
             return None
         if self.weights.path is None and not self.settings.named:
             return None  # not downloaded yet
@@ -341,7 +346,7 @@ class Replica:
         if restored is None:
             return
         if self.tracker.phase is Phase.SERVING:
-            log.warning("%s; ending the replica and bringing it back another way", reason)
+            log.warning("%s; ending the replica and restoring it another way", reason)
         assert running is not None
         running.kill()  # no process may run once the userfaultfds are closed
 
@@ -405,12 +410,12 @@ class Replica:
         self.lost = ""
         self.underway.set()
         self.mounting()
-        if not self.layers.sandbox and (why := unusable(self.settings.home)):
+        if not self.capabilities.sandbox and (why := unusable(self.settings.home)):
             self.turn_off(why)
         cache = cold_start.kept_cache(self)
         if cache:
             cache.pull()
-        mounted = None if self.layers.mount or not self.settings.mount else self.weights.mount()
+        mounted = None if self.capabilities.mount or not self.settings.mount else self.weights.mount()
         self.tracker.to(Phase.STARTING)
         running = cold_start.begin(self, mounted)
         self.now_running(running)
@@ -468,7 +473,7 @@ class Replica:
         self.running = running
         if self._stopped:
             self.clear()
-            raise EngineFailed("stopped", "told to stop while the engine started")
+            raise EngineFailed("stopped", "stopped while the engine started")
 
     def clear(self) -> None:
         """End the engine, if one runs, and release everything made for it."""
@@ -482,7 +487,7 @@ class Replica:
     def stop(self, grace_s: float | None = None) -> int:
         """Stop the engine and return its exit code: send SIGTERM, wait up to `grace_s` seconds, then close the sandbox."""
         self._expected_end = self._stopped = True
-        cut_short = self.cancellation.cancel(Failed("stopped", "told to stop while the engine started"))
+        cut_short = self.cancellation.cancel(Failed("stopped", "stopped while the engine started"))
         if cut_short and self._starting.acquire(timeout=UNWIND_LIMIT_S):  # until the cancelled restore has cleaned up
             self._starting.release()
         running = self.running
@@ -506,7 +511,7 @@ class Replica:
         return code
 
     def sleep(self) -> None:
-        """End the idle engine; its snapshot brings it back."""
+        """End the idle engine; its snapshot restores it."""
         self._expected_end = True
         # The pool sends no requests here by now. Change the phase last, when nothing of the engine is left.
         self.page_follower.save_working_set()

@@ -5,7 +5,7 @@ the engine's own threads, which spin while they wait for each other); four at on
 a row.
 
 Guarantees: a slot is released when its replica serves, fails or starts cold, so a cold start never blocks a restore. A
-replica waits at most `TURN_LIMIT_S`, whatever happens to those before it.
+replica waits at most `SLOT_WAIT_S`, whatever happens to those before it.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from collections.abc import Iterator
 
 from plugin.runtime.phases import Phase, PhaseTracker
 
-CORES_A_RESTORE = 2
+PROCESSORS_PER_RESTORE = 2
 """Processors that one restore uses: one process places pages while another, or the engine, runs."""
-TURN_LIMIT_S = 10.0
+SLOT_WAIT_S = 10.0
 
-_IN_TURN = frozenset({Phase.MOUNTING, Phase.RESTORING, Phase.WAKING, Phase.VERIFYING})
+_RESTORING_PHASES = frozenset({Phase.MOUNTING, Phase.RESTORING, Phase.WAKING, Phase.VERIFYING})
 
 
-class Turns:
+class RestoreLimit:
     """Allow `at_once` concurrent restores; 0: one per two processors that this process may use, at least one."""
 
-    def __init__(self, at_once: int = 0, cores: int | None = None, limit_s: float = TURN_LIMIT_S) -> None:
+    def __init__(self, at_once: int = 0, cores: int | None = None, limit_s: float = SLOT_WAIT_S) -> None:
         cores = len(os.sched_getaffinity(0)) if cores is None else cores
-        self._free = threading.Semaphore(at_once or max(1, cores // CORES_A_RESTORE))
+        self._free = threading.Semaphore(at_once or max(1, cores // PROCESSORS_PER_RESTORE))
         self._limit_s = limit_s
 
     @contextlib.contextmanager
-    def turn(self, tracker: PhaseTracker) -> Iterator[bool]:
+    def slot(self, tracker: PhaseTracker) -> Iterator[bool]:
         """Acquire a slot, waiting at most the limit, and yield whether it was acquired.
 
         The slot is released when the restore ends, at the latest on exit.
@@ -46,7 +46,7 @@ class Turns:
                 self._free.release()
 
         def changed(old: Phase, new: Phase, reason: str) -> None:
-            if new not in _IN_TURN:
+            if new not in _RESTORING_PHASES:
                 end()
 
         tracker.listen(changed)

@@ -34,7 +34,7 @@ def begin(replica: StartContext, mounted: Path | None) -> Running:
     Raises LauncherError (engine-not-started), leaving no process or sandbox behind.
     """
     outputs = {"stdout": Output(replica.stdout), "stderr": Output(replica.stderr)}
-    place: Sandbox | BareProcess | None = None if replica.layers.sandbox else _sandbox(replica, mounted)
+    place: Sandbox | BareProcess | None = None if replica.capabilities.sandbox else _sandbox(replica, mounted)
     sandboxed = place is not None
     if place is not None:
         port, site, cache = INNER_PORT, ENGINE_SITE, CACHE_DIR

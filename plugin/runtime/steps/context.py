@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from checkpoint.snapshot.manifest import Snapshot
     from checkpoint.snapshot.restore import Cancellation
     from launchers.base import Engine, EngineCommand
-    from plugin.runtime.capabilities import Layers
+    from plugin.runtime.capabilities import Capabilities
     from plugin.runtime.config import LaunchSettings
     from plugin.runtime.phases import PhaseTracker, Span
     from plugin.runtime.steps.engine_process import Running
@@ -31,7 +31,7 @@ class StartContext(Protocol):
 
     settings: LaunchSettings
     engine: Engine
-    layers: Layers
+    capabilities: Capabilities
     criu: Criu | None
     weights: Weights
     tracker: PhaseTracker
@@ -93,7 +93,7 @@ class RestoreContext(StartContext, Protocol):
         """Return True if a waiting request will run beside the canary."""
 
     @property
-    def recall(self) -> Callable[[], bool]:
+    def cancel_requests(self) -> Callable[[], bool]:
         """Cancel the requests that run beside the canary and return True if there were any."""
 
     def mounting(self) -> None:

@@ -85,7 +85,7 @@ class Weights:
 
     @property
     def hub_cache(self) -> str:
-        """Return the cache in which an engine without a network finds its hub models, where the environment does not say it."""
+        """Return the cache in which an engine without a network finds its hub models, where the environment does not log_off it."""
         return str(Path(self.hub.download_dir).expanduser().absolute()) if self.hub and self.hub.download_dir else ""
 
     def _resolve(self, path: Path | None) -> None:

@@ -166,11 +166,11 @@ def _wake(
         control.renew(sandbox.control_dir, recorded.renewed, replica.identity.renewed)
     except OSError as error:
         raise Failed("sandbox-gone", f"the sandbox ended while it was woken ({error.strerror})") from error
-    control.tell(sandbox.init_pid, control.WAKE)
+    control.notify(sandbox.init_pid, control.WAKE)
     if thin and unmounted is not None:
         _wait_weights(replica, sandbox, unmounted)
     if snapshot.asleep:
-        replica.engine.take_up(running.client, snapshot.model, thin)
+        replica.engine.reload(running.client, snapshot.model, thin)
     elif thin:
         replica.engine.reload_weights(running.client, snapshot.model)
 
@@ -187,7 +187,7 @@ def check_canary(replica: RestoreContext, running: Running, snapshot: Snapshot) 
     The canary is sent first. A waiting request runs beside it, and its answer is held until the canary has ended.
     """
     got = _answer(replica, running, snapshot, lambda: replica.tracker.to(Phase.VERIFYING), replica.expects())
-    if got != snapshot.canary.token_ids and replica.recall():
+    if got != snapshot.canary.token_ids and replica.cancel_requests():
         # Rounding may differ between a batch of two and a batch of one, so repeat it alone.
         log.debug("the canary gave %s beside a request; once more, alone", got)
         got = _answer(replica, running, snapshot)

@@ -48,27 +48,27 @@ LEAST_PROOF_S, PROOF_SHARE = 10.0, 0.25
 DAMAGED = ("manifest-", "file-", "canary-differs", "signature-")
 """Prefixes of restore failures that mean the snapshot's own bytes are wrong: the next cold start takes it anew."""
 PASSING = ("gpu-memory-short", "gpu-gone", "format-newer")
-"""Mismatches that say nothing against the snapshot: it stays."""
+"""Mismatches that log_off nothing against the snapshot: it stays."""
 
 STALE = ("open-file-changed", "open-file-missing")
-"""Mismatches that change over time for the same launch: the snapshot is taken anew, whoever named it."""
+"""Mismatches that change over time for the same launch: the snapshot is taken anew, even if the user named it."""
 
 
 class NotResumed(EngineFailed):
     """The engine did not resume after its snapshot was taken or attempted; it must be ended."""
 
     def __init__(self, cause: Exception) -> None:
-        super().__init__("engine-not-resumed", f"the engine did not go on after its dump: {one_line(cause)}")
+        super().__init__("engine-not-resumed", f"the engine did not resume after its dump: {one_line(cause)}")
 
 
 def wanted(replica: StartContext) -> bool:
     """Return True if this cold start should end with a snapshot. Log the reason where it is not obvious."""
     settings = replica.settings
-    if not settings.take_snapshot or replica.layers.snapshots:
+    if not settings.take_snapshot or replica.capabilities.snapshots:
         return False
     name = replica.snapshot_name
     if settings.trust_keys and settings.sign_key is None:
-        log.info("no snapshot by this launch: --trust-key without --sign-key would refuse it")
+        log.info("not taking a snapshot: without --sign-key, --trust-key could not accept it")
         return False
     if replica.multi_gpu():
         return False
@@ -80,17 +80,17 @@ def wanted(replica: StartContext) -> bool:
         return False
     if settings.name and refused.code not in STALE:
         log.info(
-            "snapshot %s is another launch's or host's and is left alone; give another --snapshot-name, or remove it",
+            "snapshot %s: kept, because another launch or host took it; give another --snapshot-name, or remove it",
             name,
         )
         return False
-    log.info("snapshot %s fits this host no longer and is taken anew", name)
+    log.info("snapshot %s: no longer fits this host; taking it again", name)
     return True
 
 
 def begin_trial(replica: StartContext) -> Trial | None:
     """Start to test, while the engine loads, whether this host can dump and restore; None if the result is not needed."""
-    if replica.criu is None or replica.layers.snapshots or not replica.settings.take_snapshot:
+    if replica.criu is None or replica.capabilities.snapshots or not replica.settings.take_snapshot:
         return None
     from plugin.runtime.steps.trial import Trial  # needed by cold starts only
 
@@ -98,14 +98,14 @@ def begin_trial(replica: StartContext) -> Trial | None:
 
 
 def works(replica: StartContext, trial: Trial | None) -> bool:
-    """Return True unless the trial failed; log the reason of a failure. Raises HostLacks (layer-off) on a failure with `--strict`."""
+    """Return True unless the trial failed; log the reason of a failure. Raises HostLacks (capability-off) on a failure with `--strict`."""
     why = trial.wait() if trial else None
     if why is None:
         return True
-    replica.layers = dataclasses.replace(replica.layers, snapshots=why)
-    replica.layers.say()
+    replica.capabilities = dataclasses.replace(replica.capabilities, snapshots=why)
+    replica.capabilities.log_off()
     if replica.settings.strict:
-        raise HostLacks("layer-off", f"--strict, and snapshots cannot be had here: {why}")
+        raise HostLacks("capability-off", f"--strict, and snapshots are off here: {why}")
     return False
 
 
@@ -135,7 +135,7 @@ def take(replica: StartContext, sandbox: Sandbox, running: Running, cold_s: floa
             control.ask_for_thin(sandbox.control_dir, False)
             if driver is not None and gpu:
                 awake = _free_memory(driver)
-                asleep = engine.put_away(client, replica.command, thin)
+                asleep = engine.offload(client, replica.command, thin)
             kv_bytes = control.bytes_dropped(sandbox.control_dir, "kv")
             weight_bytes = control.bytes_dropped(sandbox.control_dir, "weights")
             control.shrink_all(sandbox.init_pid, sandbox.control_dir)
@@ -187,7 +187,7 @@ def take(replica: StartContext, sandbox: Sandbox, running: Running, cold_s: floa
         replica.library.clear_failures(draft.name)
         paging.map_pages(replica.library, replica.snapshot)
     except Busy as error:
-        log.info("no snapshot by this launch: %s", error)
+        log.info("not taking a snapshot: %s", error)
     except (CheckpointError, LauncherError, OSError) as error:
         stuck = isinstance(error, CheckpointError) and error.code == "cuda-stuck"
         log.warning("no snapshot: %s%s", one_line(error), "" if stuck else "; the engine serves without one")
@@ -197,7 +197,7 @@ def take(replica: StartContext, sandbox: Sandbox, running: Running, cold_s: floa
             raise NotResumed(error) from error
     tracker.to(Phase.RESUMING)
     try:
-        again = _go_on(replica, client, asleep, bool(weight_bytes), thin)
+        again = _resume(replica, client, asleep, bool(weight_bytes), thin)
     except (LauncherError, OSError) as error:
         if settings.strict:
             raise
@@ -224,11 +224,11 @@ def _drop(replica: StartContext, why: str) -> None:
         replica.library.record_failure(name, why)
 
 
-def _go_on(replica: StartContext, client: Client, asleep: bool, dropped: bool, thin: bool) -> list[int]:
+def _resume(replica: StartContext, client: Client, asleep: bool, dropped: bool, thin: bool) -> list[int]:
     """Reload what was offloaded and return the answer to the canary, or to a plain prompt if there is no snapshot."""
     engine, model = replica.engine, replica.settings.command.model
     if asleep:
-        engine.take_up(client, model, thin)
+        engine.reload(client, model, thin)
     elif dropped:
         engine.reload_weights(client, model)
     if replica.snapshot is None:
@@ -241,7 +241,7 @@ def on_gpu(replica: StartContext) -> bool:
     settings = replica.settings
     return (
         settings.take_snapshot
-        and not replica.layers.snapshots
+        and not replica.capabilities.snapshots
         and replica.driver() is not None
         and bool(replica.identity.host.gpus)
         and not replica.multi_gpu()

@@ -138,7 +138,7 @@ while not os.path.exists(f"{tmp}/child"):
     try:
         assert answer(replica, "asked") == str((True,) * 5)
         assert wait_for(inside(replica.sandbox) / "heard", 10) == b"SIGQUIT"
-        assert len(control.tell(replica.sandbox.init_pid, control.WAKE)) == 2
+        assert len(control.notify(replica.sandbox.init_pid, control.WAKE)) == 2
     finally:
         replica.close()
 

@@ -1,4 +1,4 @@
-"""Turns of replicas that are restored beside each other."""
+"""RestoreLimit of replicas that are restored beside each other."""
 
 import contextlib
 import threading
@@ -7,7 +7,7 @@ import time
 import pytest
 
 from plugin.runtime.phases import Phase, PhaseTracker
-from plugin.runtime.restore_limit import Turns
+from plugin.runtime.restore_limit import RestoreLimit
 
 pytestmark = pytest.mark.t0
 RESTORE = (Phase.MOUNTING, Phase.RESTORING, Phase.WAKING, Phase.VERIFYING)
@@ -22,7 +22,7 @@ def through(tracker: PhaseTracker, *phases: Phase) -> None:
     "told, cores, at_once", [(0, 1, 1), (0, 2, 1), (0, 3, 1), (0, 4, 2), (0, 9, 4), (3, 2, 3), (1, 8, 1)]
 )
 def test_one_restore_for_every_two_processors_or_as_many_as_told(told, cores, at_once):
-    turns = Turns(told, cores, limit_s=0.01)
+    turns = RestoreLimit(told, cores, limit_s=0.01)
     with contextlib.ExitStack() as stack:
         got = [stack.enter_context(turns.turn(PhaseTracker())) for _ in range(at_once + 1)]
     assert got == [True] * at_once + [False]
@@ -33,7 +33,7 @@ def test_one_restore_for_every_two_processors_or_as_many_as_told(told, cores, at
     [(RESTORE, Phase.SERVING), (RESTORE[:2], Phase.FAILED), (RESTORE[:1], Phase.STARTING), ((), Phase.STOPPED)],
 )
 def test_a_turn_ends_when_the_replica_serves_fails_stops_or_starts_cold(before, end):
-    turns, tracker = Turns(cores=2, limit_s=0.01), PhaseTracker()
+    turns, tracker = RestoreLimit(cores=2, limit_s=0.01), PhaseTracker()
     with turns.turn(tracker) as mine:
         through(tracker, *before)
         with turns.turn(PhaseTracker()) as early:
@@ -45,7 +45,7 @@ def test_a_turn_ends_when_the_replica_serves_fails_stops_or_starts_cold(before, 
 
 
 def test_a_turn_ends_once_however_often_it_could():
-    turns, tracker = Turns(cores=2, limit_s=0.01), PhaseTracker()
+    turns, tracker = RestoreLimit(cores=2, limit_s=0.01), PhaseTracker()
     with turns.turn(tracker):
         through(tracker, *RESTORE, Phase.SERVING, Phase.ASLEEP)
     with turns.turn(PhaseTracker()) as one, turns.turn(PhaseTracker()) as two:
@@ -55,7 +55,7 @@ def test_a_turn_ends_once_however_often_it_could():
 
 
 def test_who_waited_too_long_goes_on_and_gives_nothing_back():
-    turns = Turns(cores=2, limit_s=0.01)
+    turns = RestoreLimit(cores=2, limit_s=0.01)
     with turns.turn(PhaseTracker()):
         with turns.turn(PhaseTracker()) as impatient:
             assert not impatient
@@ -64,7 +64,7 @@ def test_who_waited_too_long_goes_on_and_gives_nothing_back():
 
 
 def test_the_next_goes_at_once_when_a_turn_ends():
-    turns, tracker, went = Turns(cores=2, limit_s=30.0), PhaseTracker(), threading.Event()
+    turns, tracker, went = RestoreLimit(cores=2, limit_s=30.0), PhaseTracker(), threading.Event()
 
     def other() -> None:
         with turns.turn(PhaseTracker()):

@@ -86,7 +86,7 @@ def test_a_woken_process_may_use_what_it_used_before_its_dump(tmp_path, watch):
     back = restore(library, criu, library.load("cpu"), [], tmp_path / "compile", {"stdout": again.write_fd})
     try:
         again.handed_over()
-        told = control.tell(back.sandbox.init_pid, control.WAKE)
+        told = control.notify(back.sandbox.init_pid, control.WAKE)
         assert len(told) == 1
         try:
             wait_for(back.sandbox.control_dir / f"{back.root_pid}.woken", 10)

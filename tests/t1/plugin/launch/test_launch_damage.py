@@ -122,7 +122,7 @@ def test_a_manifest_of_another_version(taken):
     assert json.loads(file.read_bytes())["format"] == 99, (
         "a newer quickthaw's snapshot is not an older one's to replace"
     )
-    assert "taken anew" not in ours
+    assert "taking it again" not in ours
     file.write_bytes(good)
 
 
@@ -191,7 +191,7 @@ def test_strict_fails_where_others_go_on(taken):
     assert "starting cold" not in started.ours() and "engine double" not in started.text()
     assert rig.watch.gone() == set()
     started = rig.start("--strict", env={"QUICKTHAW_CRIU": "/nowhere/criu"})
-    assert started.process.wait(60) == 1 and "layer-off" in started.ours()
+    assert started.process.wait(60) == 1 and "capability-off" in started.ours()
 
 
 def test_nobody_else_can_read_a_snapshot(taken):
@@ -271,7 +271,7 @@ def test_a_file_that_the_engine_held_open_and_that_grew_costs_one_cold_start(lau
         assert started.ask() == answer
         started.wait_serving()
         said = started.ours()
-        assert said.count("open-file-changed") == 1 and "is taken anew" in said, said
+        assert said.count("open-file-changed") == 1 and "taking it again" in said, said
         log = said.partition("(log: ")[2].partition(")")[0]
         assert "engine.lock" in Path(log).read_text()
         assert "page server" not in said

@@ -15,7 +15,7 @@ import launchers
 from checkpoint.compatibility import host
 from checkpoint.compatibility.gpu import Gpu
 from checkpoint.criu.binary import Criu
-from plugin.runtime.capabilities import Layers
+from plugin.runtime.capabilities import Capabilities
 from plugin.runtime.config import LaunchSettings, state_home
 from plugin.runtime.phases import Phase, PhaseTracker
 from plugin.runtime.replica import Replica
@@ -92,7 +92,7 @@ def gpu_rig(launch_rig, monkeypatch, tmp_path):
                 **settings,
             ),
             launcher,
-            Layers(),
+            Capabilities(),
             criu or Criu.find(state_home()),
             Weights(str(launch_rig.model), launch_rig.home, None, True),
             PhaseTracker(),
@@ -169,7 +169,7 @@ def test_an_engine_started_without_its_sleep_mode_is_carried_by_the_driver(gpu_r
     cold = gpu_rig(engine)
     cold.start()
     assert not cold.snapshot.asleep
-    # Neither is asked: vLLM's engine would raise, SGLang would say yes and release nothing.
+    # Neither is asked: vLLM's engine would raise, SGLang would log_off yes and release nothing.
     assert worker(cold)["calls"] == (
         [["collective_rpc", "quickthaw_shrink"]] if engine == "vllm" else [["flush_cache"]]
     )

@@ -85,7 +85,7 @@ def test_what_is_missing_is_named_and_the_engine_serves(launch_rig, prefix, laye
 def test_strict_refuses_what_is_missing(launch_rig):
     started = launch_rig.start("--strict", prefix=without("net_admin"))
     assert started.process.wait(30) == 1
-    assert "layer-off" in started.ours() and "CAP_NET_ADMIN" in started.ours()
+    assert "capability-off" in started.ours() and "CAP_NET_ADMIN" in started.ours()
 
 
 def test_without_sys_ptrace_and_sys_time_a_snapshot_is_taken_and_restored(launch_rig):
@@ -225,7 +225,11 @@ def test_strict_names_a_state_folder_that_is_full(outside, small_disk):
     small_disk("64k")
     started = outside.start("--strict")
     assert started.process.wait(30) == 1
-    assert "layer-off" in started.ours() and "state-folder-full" in started.ours() and "Traceback" not in started.text()
+    assert (
+        "capability-off" in started.ours()
+        and "state-folder-full" in started.ours()
+        and "Traceback" not in started.text()
+    )
 
 
 def test_a_model_that_cannot_be_read_is_served_plainly_by_every_replica(launch_rig):

@@ -87,7 +87,7 @@ def test_a_request_under_way_is_asked_again(launch_rig):
         asking.join(30)
         assert got == [answer], started.text()
         ours = started.ours()
-        assert "bringing it back" in ours and COLD not in ours, ours
+        assert "restoring it" in ours and COLD not in ours, ours
         (replica,) = started.status()
         assert replica["pages"]["lost"] == 1
         assert [span["phase"] for span in replica["timeline"]] == RESTORED

@@ -97,7 +97,7 @@ def test_a_model_path_that_is_gone_is_refused_by_name_and_the_snapshot_taken_ane
         assert started.ask() == answer
         started.wait_serving()
         assert "model-path-missing" in started.ours() and str(rig.model) in started.ours()
-        assert "taken anew" in started.ours()
+        assert "taking it again" in started.ours()
     with rig.running(arguments=SERVED, model=elsewhere) as started:
         assert started.ask() == answer
         assert restored(started)
@@ -124,7 +124,7 @@ def test_a_named_snapshot_of_another_launch_is_left_alone(launch_rig):
         started.ask()
         started.wait_serving()
         ours = started.ours()
-    assert "arguments-differ: --context-length" in ours and "left alone" in ours
+    assert "arguments-differ: --context-length" in ours and "kept, because another launch" in ours
     assert (rig.library.path("prod") / "manifest.json").read_bytes() == before
 
 
@@ -165,7 +165,7 @@ def test_a_snapshot_of_another_host_of_the_same_launch_is_replaced(launch_rig):
     with rig.running() as started:
         started.ask()
         started.wait_serving()
-        assert "taken anew" in started.ours()
+        assert "taking it again" in started.ours()
     with rig.running() as started:
         started.ask()
         assert restored(started)

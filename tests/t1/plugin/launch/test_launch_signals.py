@@ -61,7 +61,7 @@ def test_a_second_interrupt_ends_at_once_and_leaves_nothing(launch_rig):
     assert time.monotonic() - began < 5
     thread.join(10)
     assert isinstance(answers[0], Exception)
-    assert "told a second time" in started.ours()
+    assert "second signal" in started.ours()
     assert rig.watch.gone() == set()
 
 

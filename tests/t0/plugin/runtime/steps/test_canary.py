@@ -24,14 +24,17 @@ def replica(answers: list[list[int]], ran_beside: bool) -> tuple[SimpleNamespace
             client.sent()
         return answers.pop(0)
 
-    def recall() -> bool:
+    def cancel_requests() -> bool:
         told.append("recalled")
         return ran_beside
 
     tracker = PhaseTracker(phase=Phase.WAKING)
     tracker.listen(lambda old, new, reason: told.append(str(new)))
     made = SimpleNamespace(
-        engine=SimpleNamespace(answer=answer), tracker=tracker, recall=recall, expects=lambda: ran_beside
+        engine=SimpleNamespace(answer=answer),
+        tracker=tracker,
+        cancel_requests=cancel_requests,
+        expects=lambda: ran_beside,
     )
     return made, told
 

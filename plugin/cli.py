@@ -11,11 +11,14 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import click
-from click.shell_completion import CompletionItem, ShellComplete, get_completion_class
 
 from plugin.options import variable
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 COMMANDS = {
     "launch": ("plugin.launch", "launch", "Start an engine with its own arguments, in about a second when it can."),
@@ -64,6 +67,8 @@ class LazyGroup(click.Group):
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         """Complete a command's name from `COMMANDS`, without importing every module."""
+        from click.shell_completion import CompletionItem
+
         names = [
             CompletionItem(name, help=text) for name, (_, _, text) in COMMANDS.items() if name.startswith(incomplete)
         ]
@@ -112,6 +117,8 @@ def completion(shell: str) -> None:
     source <(quickthaw completion zsh)
     quickthaw completion fish > ~/.config/fish/completions/quickthaw.fish
     """
+    from click.shell_completion import ShellComplete, get_completion_class
+
     kind = get_completion_class(shell)
     assert kind is not None
     # The base class's method: bash's own starts a bash to ask for its version.

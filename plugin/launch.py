@@ -145,7 +145,7 @@ def launch(engine: str, engine_arguments: tuple[str, ...], **options: Any) -> in
     import launchers
     from launchers.errors import Usage
     from plugin.runtime.config import LaunchSettings, state_home
-    from plugin.runtime.launcher import launch as start
+    from plugin.runtime.run import launch as start
 
     start_log(options)
     environment = dict(os.environ)

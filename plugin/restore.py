@@ -59,7 +59,7 @@ def restore(snapshot: str, **options: Any) -> int:
     from checkpoint.snapshot.library import Library
     from launchers.base import EngineCommand
     from plugin.runtime.config import LaunchSettings, state_home
-    from plugin.runtime.launcher import launch
+    from plugin.runtime.run import launch
     from plugin.runtime.steps.snapshot_fetch import manifest_of
 
     start_log(options)

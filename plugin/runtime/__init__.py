@@ -1,4 +1,4 @@
 """Run a launch.
 
-`launcher` owns it, `replica` drives one engine through its phases, `steps` holds what a start does.
+`run` prepares it, `launcher` owns it, `replica` drives one engine through its phases, `steps` holds what a start does.
 """

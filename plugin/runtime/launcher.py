@@ -21,12 +21,8 @@ from typing import TYPE_CHECKING, Any
 from checkpoint.errors import CheckpointError
 from checkpoint.sandbox import prestart
 from checkpoint.snapshot import speculative
-from checkpoint.snapshot.library import Library
 from launchers.errors import EngineDied, LauncherError
-from plugin.runtime.capabilities import Capabilities, detect
 from plugin.runtime.config import LaunchSettings
-from plugin.runtime.home import exposed, unusable
-from plugin.runtime.listening import announcement, bind
 from plugin.runtime.phases import Phase, PhaseTracker
 from plugin.runtime.replica import SERVES, Replica
 from plugin.runtime.restore_limit import RestoreLimit
@@ -41,6 +37,7 @@ if TYPE_CHECKING:
     from plugin.proxy.pool.pool import ReplicaPool
     from plugin.proxy.pool.replica import Replica as ProxyReplica
     from plugin.proxy.server import ProxyServer
+    from plugin.runtime.capabilities import Capabilities
 
 log = logging.getLogger("quickthaw")
 RESTARTS_IN_A_MINUTE = 3
@@ -447,6 +444,7 @@ def _remember(settings: LaunchSettings, replica: Replica, seconds: float) -> Non
     """Add this start to the measured lead times, which the proxy's deadlines and the capacity plan use."""
     from plugin.records.lead_times import remember
 
+<<<<<<< HEAD
     remember(
         settings, "restored" if replica.restored else "cold", seconds, first=replica.restored and replica.recording
     )
@@ -510,3 +508,6 @@ def _run(run: Launch, criu: Criu | None, engine: Engine, weights: Weights) -> in
             if replica.running:
                 replica.running.close()
         weights.close()
+=======
+    remember(settings, "restored" if replica.restored else "cold", seconds, first=replica.restored and replica.records)
+>>>>>>> e03c10f (runtime: run prepares a launch and hands it to the launcher; snapshot names with the identity; both modules under 500 lines)

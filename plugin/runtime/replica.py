@@ -33,7 +33,7 @@ from plugin.runtime.capabilities import Capabilities
 from plugin.runtime.config import LaunchSettings
 from plugin.runtime.home import unusable
 from plugin.runtime.phases import Phase, PhaseTracker, Span
-from plugin.runtime.steps import restore_snapshot, take_snapshot
+from plugin.runtime.steps import compatibility, restore_snapshot, take_snapshot
 from plugin.runtime.steps.engine_process import Running
 from plugin.runtime.steps.model_mount import Weights
 from plugin.runtime.steps.paging import PageFollower
@@ -159,8 +159,6 @@ class Replica:
             and not self.settings.name
             and self.refused is None
         ):
-            from plugin.runtime.steps import compatibility
-
             compatibility.explain(self.library, self.snapshot_name, self.identity)
         self._cold()
 
@@ -239,8 +237,6 @@ class Replica:
     def identity(self) -> Here:
         """Return the identity of this launch, used to select and check a snapshot."""
         if self._identity is None:
-            from plugin.runtime.steps import compatibility
-
             self._identity = compatibility.gather(self.settings, self.weights, self.criu)
         return self._identity
 
@@ -251,20 +247,12 @@ class Replica:
 
     def check_identity(self, snapshot: Snapshot) -> IdentityRecord:
         """Return the snapshot's identity. Raises Incompatible when it may not be restored here."""
-        from plugin.runtime.steps import compatibility
-
         return compatibility.check(snapshot, self.identity, self.settings, self.weights)
 
     @property
     def snapshot_name(self) -> str:
         """Return the user's name for the snapshot, or one made of engine, model and identity."""
-        if self.settings.name:
-            return self.settings.name
-        # With a served model name the folder's name does not matter: the identity holds the model's digest.
-        served = self.identity.arguments.get("--served-model-name", ())
-        model = served[-1][0] if served and served[-1] else Path(self.settings.command.model).name or "model"
-        slug = "".join(c if c.isalnum() or c in "._" else "-" for c in model.lower()).strip("-.")[:60] or "model"
-        return f"{self.settings.engine}-{slug}-{self.identity.key[:10]}"
+        return self.settings.name or compatibility.snapshot_name(self.settings, self.identity)
 
     def restorable(self) -> str | None:
         """Return the name of the snapshot to restore, or None. Log the reason where it is not obvious."""

@@ -66,6 +66,15 @@ def _check_weights(snapshot: Snapshot, recorded: Identity, weights: Weights) -> 
     return identity.check_model(recorded.model, weights.digest)
 
 
+def snapshot_name(settings: LaunchSettings, here: Here) -> str:
+    """Return the name of a launch's snapshot, made of engine, model and identity."""
+    # With a served model name the folder's name does not matter: the identity holds the model's digest.
+    served = here.arguments.get("--served-model-name", ())
+    model = served[-1][0] if served and served[-1] else Path(settings.command.model).name or "model"
+    slug = "".join(c if c.isalnum() or c in "._" else "-" for c in model.lower()).strip("-.")[:60] or "model"
+    return f"{settings.engine}-{slug}-{here.key[:10]}"
+
+
 def explain(library: Library, name: str, here: Here) -> None:
     """Log how the newest snapshot of the same model differs from this launch: the difference costs a cold start."""
     model = name.rpartition("-")[0]

@@ -22,9 +22,9 @@ def through(tracker: PhaseTracker, *phases: Phase) -> None:
     "told, cores, at_once", [(0, 1, 1), (0, 2, 1), (0, 3, 1), (0, 4, 2), (0, 9, 4), (3, 2, 3), (1, 8, 1)]
 )
 def test_one_restore_for_every_two_processors_or_as_many_as_told(told, cores, at_once):
-    turns = RestoreLimit(told, cores, limit_s=0.01)
+    limit = RestoreLimit(told, cores, limit_s=0.01)
     with contextlib.ExitStack() as stack:
-        got = [stack.enter_context(turns.turn(PhaseTracker())) for _ in range(at_once + 1)]
+        got = [stack.enter_context(limit.slot(PhaseTracker())) for _ in range(at_once + 1)]
     assert got == [True] * at_once + [False]
 
 
@@ -33,44 +33,44 @@ def test_one_restore_for_every_two_processors_or_as_many_as_told(told, cores, at
     [(RESTORE, Phase.SERVING), (RESTORE[:2], Phase.FAILED), (RESTORE[:1], Phase.STARTING), ((), Phase.STOPPED)],
 )
 def test_a_turn_ends_when_the_replica_serves_fails_stops_or_starts_cold(before, end):
-    turns, tracker = RestoreLimit(cores=2, limit_s=0.01), PhaseTracker()
-    with turns.turn(tracker) as mine:
+    limit, tracker = RestoreLimit(cores=2, limit_s=0.01), PhaseTracker()
+    with limit.slot(tracker) as mine:
         through(tracker, *before)
-        with turns.turn(PhaseTracker()) as early:
+        with limit.slot(PhaseTracker()) as early:
             pass
         tracker.to(end)
-        with turns.turn(PhaseTracker()) as then:
+        with limit.slot(PhaseTracker()) as then:
             pass
     assert (mine, early, then) == (True, False, True)
 
 
 def test_a_turn_ends_once_however_often_it_could():
-    turns, tracker = RestoreLimit(cores=2, limit_s=0.01), PhaseTracker()
-    with turns.turn(tracker):
+    limit, tracker = RestoreLimit(cores=2, limit_s=0.01), PhaseTracker()
+    with limit.slot(tracker):
         through(tracker, *RESTORE, Phase.SERVING, Phase.ASLEEP)
-    with turns.turn(PhaseTracker()) as one, turns.turn(PhaseTracker()) as two:
+    with limit.slot(PhaseTracker()) as one, limit.slot(PhaseTracker()) as two:
         pass
     assert (one, two) == (True, False)
     assert not tracker._listeners
 
 
 def test_who_waited_too_long_goes_on_and_gives_nothing_back():
-    turns = RestoreLimit(cores=2, limit_s=0.01)
-    with turns.turn(PhaseTracker()):
-        with turns.turn(PhaseTracker()) as impatient:
+    limit = RestoreLimit(cores=2, limit_s=0.01)
+    with limit.slot(PhaseTracker()):
+        with limit.slot(PhaseTracker()) as impatient:
             assert not impatient
-        with turns.turn(PhaseTracker()) as still_taken:
+        with limit.slot(PhaseTracker()) as still_taken:
             assert not still_taken
 
 
 def test_the_next_goes_at_once_when_a_turn_ends():
-    turns, tracker, went = RestoreLimit(cores=2, limit_s=30.0), PhaseTracker(), threading.Event()
+    limit, tracker, went = RestoreLimit(cores=2, limit_s=30.0), PhaseTracker(), threading.Event()
 
     def other() -> None:
-        with turns.turn(PhaseTracker()):
+        with limit.slot(PhaseTracker()):
             went.set()
 
-    with turns.turn(tracker):
+    with limit.slot(tracker):
         thread = threading.Thread(target=other)
         thread.start()
         time.sleep(0.05)

@@ -282,16 +282,7 @@ class Replica:
     def multi_gpu(self) -> bool:
         """Return True if no driver can checkpoint this launch (several GPUs, or a MIG slice). Log it once, with the remedy."""
         if self._multi_gpu is None:
-            from checkpoint.cuda.checkpoint import refuse_parallel, refuse_slice
-
-            self._multi_gpu = False
-            if self.identity.host.gpus:
-                try:
-                    refuse_parallel({**self.identity.arguments, **self._config_file()})
-                    refuse_slice(self.settings.environment.get("CUDA_VISIBLE_DEVICES"))
-                except Incompatible as error:
-                    log.warning("no snapshots: %s", error)
-                    self._multi_gpu = True
+            self._multi_gpu = compatibility.multi_gpu(self.settings, self.identity)
         return self._multi_gpu
 
     def _config_file(self) -> dict[str, tuple[tuple[str, ...], ...]]:

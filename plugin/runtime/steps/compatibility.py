@@ -75,6 +75,20 @@ def snapshot_name(settings: LaunchSettings, here: Here) -> str:
     return f"{settings.engine}-{slug}-{here.key[:10]}"
 
 
+def multi_gpu(settings: LaunchSettings, here: Here) -> bool:
+    """Return True if no driver can checkpoint this launch (several GPUs, or a MIG slice), and log it with the remedy."""
+    from checkpoint.cuda.checkpoint import refuse_parallel, refuse_slice
+
+    if here.host.gpus:
+        try:
+            refuse_parallel(here.arguments)
+            refuse_slice(settings.environment.get("CUDA_VISIBLE_DEVICES"))
+        except Incompatible as error:
+            log.warning("no snapshots: %s", error)
+            return True
+    return False
+
+
 def explain(library: Library, name: str, here: Here) -> None:
     """Log how the newest snapshot of the same model differs from this launch: the difference costs a cold start."""
     model = name.rpartition("-")[0]

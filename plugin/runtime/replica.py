@@ -28,7 +28,6 @@ from checkpoint.snapshot.library import Library
 from checkpoint.snapshot.manifest import Snapshot
 from launchers.base import Engine
 from launchers.errors import EngineFailed, LauncherError
-from launchers.given_options import given_options, last
 from plugin.runtime.capabilities import Capabilities
 from plugin.runtime.config import LaunchSettings
 from plugin.runtime.home import unusable
@@ -284,11 +283,6 @@ class Replica:
         if self._multi_gpu is None:
             self._multi_gpu = compatibility.multi_gpu(self.settings, self.identity)
         return self._multi_gpu
-
-    def _config_file(self) -> dict[str, tuple[tuple[str, ...], ...]]:
-        """Return the path of `--config`, in the place of the digest that it has in an identity."""
-        path = last(given_options(self.settings.command.arguments), "config")
-        return {"--config": ((path,),)} if path else {}
 
     def _restore_failed(self, name: str, error: Exception, again: bool) -> None:
         self.clear()

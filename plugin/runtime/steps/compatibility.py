@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from checkpoint.compatibility import check as identity
 from checkpoint.compatibility.check import Here, Identity, Mismatch
 from checkpoint.errors import CheckpointError, Incompatible
+from launchers.given_options import given_options, last
 
 if TYPE_CHECKING:
     from checkpoint.criu.binary import Criu
@@ -81,7 +82,9 @@ def multi_gpu(settings: LaunchSettings, here: Here) -> bool:
 
     if here.host.gpus:
         try:
-            refuse_parallel(here.arguments)
+            path = last(given_options(settings.command.arguments), "config")
+            # `refuse_parallel` reads the file, whose digest the identity holds in this place.
+            refuse_parallel({**here.arguments, "--config": ((path,),)} if path else here.arguments)
             refuse_slice(settings.environment.get("CUDA_VISIBLE_DEVICES"))
         except Incompatible as error:
             log.warning("no snapshots: %s", error)

@@ -1,0 +1,28 @@
+"""What a launch is, as its start asks it: several GPUs, by the command line or by a file that it names."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from plugin.runtime.steps import compatibility
+
+pytestmark = pytest.mark.t0
+
+
+def launch(*words, gpus=("gpu",), arguments=None, **environment):
+    settings = SimpleNamespace(command=SimpleNamespace(arguments=words), environment=environment)
+    here = SimpleNamespace(host=SimpleNamespace(gpus=gpus), arguments=arguments or {})
+    return compatibility.multi_gpu(settings, here)
+
+
+def test_several_gpus_of_the_command_line_or_of_its_config_file(tmp_path, caplog):
+    file = tmp_path / "engine.yaml"
+    file.write_text("tensor-parallel-size: 2\n")
+    digest = {"--config": (("blake3:0",),)}
+    assert launch("--config", str(file), arguments=digest), "the identity holds the file's digest, which says nothing"
+    assert "multi-gpu" in caplog.text and "uses several GPUs" in caplog.text
+    assert launch(arguments={"--tensor-parallel-size": (("2",),)})
+    file.write_text("tensor-parallel-size: 1\n")
+    assert not launch("--config", str(file), arguments=digest)
+    assert not launch("--config", str(file), arguments={"--tensor-parallel-size": (("2",),)}, gpus=())
+    assert launch(CUDA_VISIBLE_DEVICES="MIG-0")

@@ -306,12 +306,13 @@ class Launch:
         pool.facts = partial(facts, self.replicas[0])
         pool.next_kind = lambda: Kind.RESTORED if self.replicas[0].snapshot is not None else None
         for index, replica in enumerate(self.replicas):
-            behind = pool.add(f"r{index}", replica.tracker, Upstream(self._connector(replica), f"r{index}"))
+            recording = partial(getattr, replica, "recording")
+            upstream = Upstream(self._connector(replica), f"r{index}")
+            behind = pool.add(f"r{index}", replica.tracker, upstream, recording=recording)
             replica.served = self._counter(behind)
             behind.pages_coming, behind.pages = replica.pages_coming, replica.page_counts
             behind.killed_because = replica.ended_for
             behind.stopped = replica.stopped
-            behind.recording = partial(getattr, replica, "recording")
             behind.engine_pid, behind.address = partial(engine_pid, replica), partial(address, replica)
             behind.killed_when_silent = self.settings.silence_limit_s > 0
             replica.cancel_requests = self._canceller(pool, behind.name)

@@ -105,9 +105,17 @@ class ReplicaPool:
             # A fast restore may be in its check before this process has finished its imports.
             self._note_check(replica, replica.tracker.phase)
 
-    def add(self, name: str, tracker: PhaseTracker, upstream: Upstream | None = None) -> Replica:
-        """Add a replica; it gets requests whenever its tracker is in the serving phase."""
+    def add(
+        self,
+        name: str,
+        tracker: PhaseTracker,
+        upstream: Upstream | None = None,
+        *,
+        recording: Callable[[], bool] = lambda: False,
+    ) -> Replica:
+        """Add a replica; it gets requests whenever its tracker is in the serving phase. `recording`: see `Replica`."""
         replica = Replica(name, tracker, upstream)
+        replica.recording = recording
         if tracker.phase is not Phase.IDLE:
             replica.catch_up()
             known = tracker.phase is Phase.SERVING and tracker.reason != FOUND_UP

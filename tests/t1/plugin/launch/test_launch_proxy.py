@@ -40,6 +40,23 @@ def test_own_pages_move_to_another_port_and_ask_for_a_token(launch_rig):
         assert call(started.port, "GET", "/ops/status", Authorization="Bearer secret")[0] == 404
 
 
+def test_a_first_restore_is_measured_apart_from_those_after_it(launch_rig):
+    """It records the snapshot's working set, and takes longer; its time says nothing of later restores."""
+    launch_rig.take()
+    for kind, usual in (("first-restore", {"first-restore"}), ("restored", {"first-restore", "restored"})):
+        with launch_rig.running() as started:
+            started.ask()
+            pool = call(started.port, "GET", "/-/status")[1]["pools"][0]
+            assert list(pool["starts"]) == [kind] and pool["usual"].keys() == usual | {"cold"}
+            assert pool["snapshot"]["name"] == launch_rig.name and pool["snapshot"]["bytes"] > 1 << 20
+    lines = [json.loads(line) for line in (launch_rig.home / "lead-times.jsonl").read_text().splitlines()]
+    assert [(line["kind"], line.get("first", False)) for line in lines] == [
+        ("cold", False),
+        ("restored", True),
+        ("restored", False),
+    ]
+
+
 def test_the_admin_pages_of_a_model_that_is_a_snapshot_answer_its_proxy_alone(launch_rig, tmp_path):
     launch_rig.take()
     config = tmp_path / "models.yaml"

@@ -102,5 +102,5 @@ def data_extents(fd: int, size: int) -> Iterator[tuple[int, int]]:
 
 
 def boot_id() -> str:
-    """Return the id of this boot; what was read in an earlier one may have been lost in a power cut."""
+    """Return the id of this boot. Data written in an earlier boot may have been lost in a power cut."""
     return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()

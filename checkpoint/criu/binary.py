@@ -1,7 +1,7 @@
 """Find the CRIU binary, run it with the right options, and extract errors from its log.
 
 CRIU runs inside the sandbox that it dumps or restores, so images contain no namespaces. They contain the process
-tree; checkpoint.sandbox.namespaces creates what it sees (its /proc, mounts and network) anew before a restore.
+tree; checkpoint.sandbox.namespaces creates its /proc, mounts and network again before a restore.
 """
 
 from __future__ import annotations
@@ -253,7 +253,7 @@ class Criu:
         return {"argv": argv, "env": _environment(), "adopt": root_pid, "keep": list(pipes)}
 
     def check_restored(self, sandbox: Sandbox, code: int, work: Path, logs: Path | None = None) -> None:
-        """Raise an error if CRIU's exit code says that a restore failed; `logs` keeps the log of a failed restore.
+        """Raise an error if CRIU's exit code reports a failed restore; `logs` keeps the log of a failed restore.
 
         Raises Incompatible (open-file-changed, open-file-missing) if a file that the engine held open has changed or
         is missing, and Failed with CRIU's own error for everything else.

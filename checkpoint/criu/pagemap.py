@@ -164,7 +164,7 @@ def read_page_map(path: str) -> tuple[str, list[tuple[int, int, int, bool]]]:
             # 64 bits since CRIU 4.1, 32 before
             end = start + _integer(entry.get(5) or entry[2]) * PAGE
             if start < reached or start % PAGE or end <= start or end > _END:
-                raise BadImage(f"{path} lists memory twice, or where none can be")
+                raise BadImage(f"{path} lists an address twice, or an impossible one")
             reached = end
             if flags & (PARENT | PRESENT) == PRESENT:
                 runs.append((start, end, offset, bool(flags & LAZY)))

@@ -33,10 +33,10 @@ from checkpoint.errors import Busy, Failed, HostLacks, Incompatible
 T = TypeVar("T")
 LOCK_TIMEOUT_S = 10.0
 MARGIN = 64 << 20
-"""Bytes of GPU memory that a restore may need beyond what was freed: contexts are allocated anew."""
+"""Bytes of GPU memory that a restore may need beyond what was freed: contexts are allocated again."""
 LOCK_WAIT_TIMEOUT_S = 300.0
 RESUME_TIMEOUT_S = 60.0
-"""Timeout for resuming after a dump to get its turn and enough free memory. After it, the resume is tried anyway."""
+"""How long a resume after a dump waits for the GPU's lock and for free memory, seconds. Then it is tried anyway."""
 LOCKS = Path("/run/quickthaw")
 MULTI_GPU_SINCE: tuple[int, ...] | None = None
 """The first driver version that checkpoints processes which share memory between GPUs (NCCL, CUDA IPC); None: no version is known to."""
@@ -136,9 +136,9 @@ def suspend(
     for uuid in own:
         # Take the larger figure: per-process figures are missing across PID namespaces, and other processes change free
         # memory.
-        told = sum(u.get(uuid, 0) for u in usage.values())
+        reported = sum(u.get(uuid, 0) for u in usage.values())
         free_awake = min(before[uuid], (awake or before).get(uuid, before[uuid]))
-        needed = max(told, after.get(uuid, 0) - free_awake)
+        needed = max(reported, after.get(uuid, 0) - free_awake)
         if needed > 0:
             memory[uuid] = needed
     return found, Needs(len(found), dict(sorted(memory.items())))
@@ -153,14 +153,14 @@ def resume_after_dump(
 ) -> None:
     """After a dump, bring every process of `pids` (as returned by `suspend`) back to RUNNING.
 
-    The engine cannot run otherwise. So this function waits up to `timeout_s` for its turn and for free memory, and
-    then tries anyway. Raises only Failed (cuda-stuck); the tree must then be killed.
+    The engine cannot run otherwise. So this function waits up to `timeout_s` for the GPU's lock and for free memory,
+    and then tries anyway. Raises only Failed (cuda-stuck); the tree must then be killed.
     """
     limit = time.monotonic() + timeout_s
-    with contextlib.ExitStack() as turn:
+    with contextlib.ExitStack() as locks:
         # Busy, or no folder for locks: resume without the locks.
         with contextlib.suppress(Busy, Failed):
-            turn.enter_context(_gpu_locks(lock_folders, needs.memory, timeout_s))
+            locks.enter_context(_gpu_locks(lock_folders, needs.memory, timeout_s))
         while time.monotonic() < limit:
             try:
                 check_memory(driver, needs, margin=0)
@@ -220,7 +220,7 @@ def _restore_all(driver: Driver, found: Sequence[int], pairs: Sequence[tuple[str
 
 @contextlib.contextmanager
 def _gpu_locks(folders: Iterable[Path], gpus: Iterable[str], timeout_s: float | None = None) -> Iterator[None]:
-    """Allow one restore at a time on each GPU: if two restores both found the memory free, one replica would be lost.
+    """Lock GPUs for one restore: if two restores both found the memory free, one replica would be lost.
 
     A folder that is not writable is skipped if another one is. Raises Busy (gpu-busy), Failed (gpu-lock-failed).
     """

@@ -1,6 +1,6 @@
 """Detect this process's privileges: capabilities, seccomp, user namespace, devices.
 
-Takes well under a millisecond. `missing` lists everything that a capability layer needs and this process lacks;
+Takes well under a millisecond. `missing` lists everything that a feature of quickthaw needs and this process lacks;
 `remedy` says how to grant it. docs/deploy.md has the list.
 """
 
@@ -24,7 +24,7 @@ FUSE = "/dev/fuse"
 SECCOMP = "seccomp=unconfined"
 HOST_USERS = "the host's user namespace"
 OWN_NETWORK = "a network of this user namespace"
-LAYERS: dict[str, tuple[str, ...]] = {
+FEATURES: dict[str, tuple[str, ...]] = {
     "mount": ("CAP_SYS_ADMIN", FUSE),
     # unshare(2), mount(2); setns(2) back into the own network after connecting into a sandbox.
     "sandbox": ("CAP_SYS_ADMIN", OWN_NETWORK),
@@ -74,7 +74,7 @@ class Privileges(NamedTuple):
         )
 
     def has(self, name: str) -> bool:
-        """Return whether a capability, or another privilege named in LAYERS, is granted."""
+        """Return whether a capability, or another privilege named in FEATURES, is granted."""
         if name in CAPABILITIES:
             return bool(self.effective >> CAPABILITIES[name] & 1)
         return {
@@ -84,12 +84,12 @@ class Privileges(NamedTuple):
             OWN_NETWORK: self.own_network,
         }[name]
 
-    def missing(self, *layers: str) -> tuple[str, ...]:
-        """Return everything that these layers need and this process lacks, without duplicates."""
-        wanted = dict.fromkeys(name for layer in layers for name in LAYERS[layer])
-        if "pages" in layers and self.page_faults:
+    def missing(self, *features: str) -> tuple[str, ...]:
+        """Return everything that these features need and this process lacks, without duplicates."""
+        wanted = dict.fromkeys(name for feature in features for name in FEATURES[feature])
+        if "pages" in features and self.page_faults:
             del wanted["CAP_SYS_PTRACE"]
-        if "snapshots" in layers:
+        if "snapshots" in features:
             wanted |= {"CAP_SYS_PTRACE": None} if self.traces_children_only else {}
             # The clock of a restored engine: our own user namespace suffices, too (checkpoint.sandbox.namespaces).
             wanted |= {} if self.user_namespaces else {"CAP_SYS_TIME": None}

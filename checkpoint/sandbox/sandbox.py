@@ -131,7 +131,7 @@ class Sandbox:
     """Called as `on_exit(pid, exit code)` from the sandbox's reader thread when a started or restored root process ends,
     even if it ends because init did."""
     begun: speculative.BegunRestore | None = None
-    """A begun restore whose init already has this configuration and the first requests. This object takes it over."""
+    """A speculative restore whose init already has this configuration and the first requests. This object takes it over."""
 
     def __post_init__(self) -> None:
         self._pending: dict[int, Future[dict[str, Any]]] = {}
@@ -439,7 +439,7 @@ class Sandbox:
                 sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
             finally:
                 back = _libc.setns(home, _CLONE_NEWNET)
-        if back:  # own_network has seen it work, so this process has lost a privilege since
+        if back:  # it worked in own_network, so this process has lost a privilege since
             sock.close()
             raise HostLacks(
                 "sandbox-network",

@@ -47,13 +47,13 @@ _PARALLEL_BUFFER = 8 << 20
 class _Ledger(msgspec.Struct, forbid_unknown_fields=True):
     """The ledger's format.
 
-    `sealed`: digest of the manifest's file list that it belongs to. `boot`: id of the boot that hashed. `stamps`:
-    fingerprint of each file when hashed.
+    `listed`: digest of the manifest's file list that it belongs to. `boot`: id of the boot that hashed. `fingerprints`: of
+    each file when hashed.
     """
 
-    sealed: str
+    listed: str = msgspec.field(name="sealed")
     boot: str
-    stamps: dict[str, Fingerprint]
+    fingerprints: dict[str, Fingerprint] = msgspec.field(name="stamps")
 
 
 class Verified(msgspec.Struct, frozen=True):
@@ -78,11 +78,11 @@ def digest_folder(folder: Path) -> dict[str, SnapshotFile]:
     if 0 < wait <= RACY_NS:
         time.sleep(wait / 1e9)
     try:
-        digests, stamps = _hash(folder, found)
+        digests, fingerprints = _hash(folder, found)
     except OSError as error:
         raise Failed("seal-failed", f"{error.filename}: {error.strerror}; the snapshot is not kept") from error
     files = {name: SnapshotFile(found[name].st_size, digests[name]) for name in sorted(found)}
-    _write_ledger(folder, files, stamps)
+    _write_ledger(folder, files, fingerprints)
     return files
 
 
@@ -104,17 +104,19 @@ def verify(folder: Path, files: Mapping[str, SnapshotFile], always: bool = False
                 "file-size-differs", f"{folder / name} has {size} bytes instead of {files[name].size}{_remedy(folder)}"
             )
     ledger = None if always else _read_ledger(folder, files)
-    trusted = {name: info for name, info in found.items() if ledger and ledger.stamps.get(name) == fingerprint(info)}
+    trusted = {
+        name: info for name, info in found.items() if ledger and ledger.fingerprints.get(name) == fingerprint(info)
+    }
     doubtful = {name: info for name, info in found.items() if name not in trusted}
     try:
-        digests, stamps = _hash(folder, doubtful)
+        digests, fingerprints = _hash(folder, doubtful)
     except OSError as error:
         raise Integrity("file-unreadable", f"{error.filename}: {error.strerror}{_remedy(folder)}") from error
     for name in sorted(digests):
         if digests[name] != files[name].blake3:
             raise Integrity("file-digest-differs", f"{folder / name} has changed since it was written{_remedy(folder)}")
-    if stamps:
-        _write_ledger(folder, files, {**{name: fingerprint(info) for name, info in trusted.items()}, **stamps})
+    if fingerprints:
+        _write_ledger(folder, files, {**{name: fingerprint(info) for name, info in trusted.items()}, **fingerprints})
     return Verified(
         files=len(files),
         hashed=sum(info.st_size for info in doubtful.values()),
@@ -149,7 +151,7 @@ def _hash(folder: Path, files: Mapping[str, os.stat_result]) -> tuple[dict[str, 
     OSError carries the file's name.
     """
     digests: dict[str, str] = {}
-    stamps: dict[str, Fingerprint] = {}
+    fingerprints: dict[str, Fingerprint] = {}
     order = sorted(files, key=lambda name: -files[name].st_size)
 
     def one(name: str) -> None:
@@ -161,12 +163,12 @@ def _hash(folder: Path, files: Mapping[str, os.stat_result]) -> tuple[dict[str, 
             digests[name] = digest_file(path, files[name].st_size)
         after = path.lstat()
         if fingerprint(after) == fingerprint(files[name]) and after.st_ctime_ns + RACY_NS <= started:
-            stamps[name] = fingerprint(after)
+            fingerprints[name] = fingerprint(after)
 
-    with ThreadPoolExecutor(max(1, min(4, len(os.sched_getaffinity(0)))), thread_name_prefix="seal") as pool:
+    with ThreadPoolExecutor(max(1, min(4, len(os.sched_getaffinity(0)))), thread_name_prefix="digest") as pool:
         for outcome in [pool.submit(one, name) for name in order]:
             outcome.result()
-    return digests, stamps
+    return digests, fingerprints
 
 
 def digest_symlink(target: str) -> str:
@@ -202,7 +204,7 @@ def digest_file(path: Path, size: int) -> str:
     return digest.hexdigest()
 
 
-def _sealed(files: Mapping[str, SnapshotFile]) -> str:
+def _list_digest(files: Mapping[str, SnapshotFile]) -> str:
     return blake3.blake3(msgspec.json.encode(dict(files), order="deterministic")).hexdigest()
 
 
@@ -211,10 +213,10 @@ def _read_ledger(folder: Path, files: Mapping[str, SnapshotFile]) -> _Ledger | N
         ledger = msgspec.json.decode((folder / LEDGER).read_bytes(), type=ready(_Ledger))
     except (OSError, msgspec.MsgspecError):
         return None  # none yet, or damaged: hash everything
-    return ledger if ledger.sealed == _sealed(files) and ledger.boot == boot_id() else None
+    return ledger if ledger.listed == _list_digest(files) and ledger.boot == boot_id() else None
 
 
-def _write_ledger(folder: Path, files: Mapping[str, SnapshotFile], stamps: dict[str, Fingerprint]) -> None:
-    data = msgspec.json.encode(_Ledger(_sealed(files), boot_id(), stamps))
+def _write_ledger(folder: Path, files: Mapping[str, SnapshotFile], fingerprints: dict[str, Fingerprint]) -> None:
+    data = msgspec.json.encode(_Ledger(_list_digest(files), boot_id(), fingerprints))
     with disk.optional(f"the next restore of {folder.name} hashes every file again", "ledger-not-kept"):
         write_private(folder / LEDGER, data)

@@ -169,7 +169,7 @@ def _private_key(path: Path) -> Ed25519PrivateKey:
     try:
         key = load_pem_private_key(data, None)
     except (ValueError, TypeError) as error:
-        # TypeError: the key has a passphrase, which an unattended start cannot ask for.
+        # TypeError: the key has a passphrase, which an unattended start cannot prompt for.
         raise Failed("key-wrong-kind", f"{path} holds no unencrypted PEM private key") from error
     if not isinstance(key, Ed25519PrivateKey):
         raise Failed(

@@ -101,7 +101,7 @@ def push(
 ) -> Pushed:
     """Store a snapshot folder under `name` (default: the folder's).
 
-    The name is set last, so a reader sees a whole archive or none. A snapshot with a known working set is stored in the
+    The name is set last, so a reader sees a complete archive or none. A snapshot with a known working set is stored in the
     order of need (checkpoint.store.layout). `sign` also signs the archive as a whole; then hosts that require
     signatures can use parts of it before all of it is fetched.
 
@@ -236,7 +236,7 @@ def pull(
     fetched; an exception it raises ends the pull. `trust_keys` requires a signature (see OpenedArchive.of). A failed pull
     keeps its data in a hidden folder for the next attempt.
 
-    Raises NotFound, Busy (another process pulls it), Integrity (a chunk or the whole is wrong), Failed (the folder
+    Raises NotFound, Busy (another process pulls it), Integrity (a chunk or the snapshot is damaged), Failed (the folder
     exists, the store fails, or the disk is full).
     """
     if folder.exists():
@@ -293,7 +293,7 @@ class OpenedArchive:
 
         With `trust_keys`, one of them must have signed that manifest. The archive's own signature (`push
         --sign-key`) also covers the working set; without it the working set is skipped, and the first restore
-        records it anew. Raises NotFound, Integrity, and the store's errors.
+        records a new one. Raises NotFound, Integrity, and the store's errors.
         """
         # Look a name up only once if it cannot be a digest or a tag: each look-up costs a restore a round trip.
         digest = chunks.resolve(name) if "-" not in name else chunks.get_ref("snapshots", name)
@@ -358,9 +358,9 @@ class OpenedArchive:
 
         Raises Integrity.
         """
-        for path, judged in ((manifests.FILE_NAME, self.document), (signatures.FILE_NAME, self.signature)):
+        for path, checked in ((manifests.FILE_NAME, self.document), (signatures.FILE_NAME, self.signature)):
             file = partial / path
-            if (file.read_bytes() if os.path.lexists(file) else None) != judged:
+            if (file.read_bytes() if os.path.lexists(file) else None) != checked:
                 raise Integrity(
                     "manifest-differs", f"{path} of {self.name} differs from the one that was checked; pull it again"
                 )

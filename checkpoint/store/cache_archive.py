@@ -40,7 +40,7 @@ def pull_cache(name: str, chunks: ChunkStore, folder: Path, trust_keys: Sequence
     """Write the files of a stored cache into `folder`, except those that exist already.
 
     Return how many were written. Each file is written atomically, so an engine may be using the folder. A ninja build
-    folder is written as a whole, and only if none is there: with another build's log, ninja would trust files that it
+    folder is written completely, and only if none exists here: with another build's log, ninja would trust files that it
     did not make. With `trust_keys`, one of them must have signed the archive.
 
     Raises NotFound, Integrity or Failed.

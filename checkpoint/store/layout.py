@@ -10,7 +10,7 @@ Such an archive has three kinds of files:
 All other files (large ones, the manifest, its signature) are stored unchanged. The suffix `.rest` keeps programs
 from using such a file as an image when a mount shows the archive, because its missing pages read as zeros.
 `Layout.extents` maps each byte of an archive to its place in the snapshot's folder, and `Layout.locate` maps back.
-The index is validated: it may only name whole pages of page files, or whole small files, each once.
+The index is validated: it may only name complete pages of page files, or complete small files, each once.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ CHUNK = 1 << 20
 """Maximum chunk size of `first.bytes`. Chunks in flight share the link, so they arrive together instead of in the order
 of need: twelve of this size take a twentieth of a second at 1 Gbit/s. Shorter chunks cost a request each."""
 REST_CHUNK = 1 << 20
-"""Maximum chunk size of a `.rest` file: a fault on an unforeseen page waits for its whole chunk."""
+"""Maximum chunk size of a `.rest` file: a fault on a page outside the working set waits for its chunk."""
 _VERSION = 1
 _PAGES = re.compile(r"images/pages-\d+\.img")
 _ALONE = ("manifest.json", "manifest.sig")
@@ -197,8 +197,8 @@ def decode(data: bytes) -> Layout:
 
 
 def _check(index: _Index) -> None:
-    whole = len(set(index.paths)) == len(index.paths) == len(index.modes)
-    if not whole or not 0 <= index.start <= index.first <= len(index.extents):
+    consistent = len(set(index.paths)) == len(index.paths) == len(index.modes)
+    if not consistent or not 0 <= index.start <= index.first <= len(index.extents):
         raise Integrity("layout-garbled", "the archive's index contradicts itself; push the snapshot again")
     for name in (*index.paths, *index.sizes):
         within = "/" in name and "\0" not in name and not any(part in ("", ".", "..") for part in name.split("/"))

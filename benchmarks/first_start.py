@@ -101,19 +101,23 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
         python = environment(place / "venv")
-        folder = large_model(place / "model", options.gigabytes)
-        runs = []
+        large, small = large_model(place / "large", options.gigabytes), large_model(place / "small", 0)
+        runs, others = [], []
         for number in range(options.runs):
-            runs.append(first_start(python, folder, place / f"home-{number}"))
-            shutil.rmtree(place / f"home-{number}", ignore_errors=True)
+            for folder, found in ((large, runs), (small, others)):
+                home = place / f"home-{number}"
+                found.append(first_start(python, folder, home))
+                shutil.rmtree(home, ignore_errors=True)
     seconds, written = statistics.median(run[0] for run in runs), max(run[1] for run in runs)
     if options.json:
-        print(json.dumps({"loading_s": [run[0] for run in runs], "written_bytes": [run[1] for run in runs]}))
+        found = {"loading_s": [run[0] for run in runs], "written_bytes": [run[1] for run in runs]}
+        print(json.dumps(found | {"small_loading_s": [run[0] for run in others]}))
         return
     spread = f"{min(run[0] for run in runs):.2f} – {max(run[0] for run in runs):.2f}"
     print(
         f"{options.gigabytes} GB begin to load after {seconds:.2f} s ({spread}), {options.runs} runs; written: {written / 1e6:.2f} MB"
     )
+    print(f"a model of 4 MB, in turn with it: {statistics.median(run[0] for run in others):.2f} s")
     print(f"target {TARGET_S} s: {'met' if seconds < TARGET_S else 'missed'}")
 
 

@@ -1,0 +1,111 @@
+"""Which files of a hub repository are downloaded: those that the engine would download by itself. The hub is a list of names here;
+tests/t1/plugin/launch/test_launch_hub.py asks a real one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from plugin.engine.hub_download import INDEX, Download, Refused, complete
+
+pytestmark = pytest.mark.t0
+TEXT = ["README.md", "config.json", "tokenizer.json", "modeling.py", "chat_template.jinja"]
+
+
+class Listed:
+    """huggingface_hub, for a repository of these names."""
+
+    def __init__(self, folder: Path, names: list[str]) -> None:
+        self.folder, self.names, self.asked = folder, names, []  # type: ignore[var-annotated]
+
+    def HfApi(self) -> Any:
+        siblings = [SimpleNamespace(rfilename=name) for name in self.names]
+        return SimpleNamespace(model_info=lambda name, revision: SimpleNamespace(siblings=siblings))
+
+    def hf_hub_download(self, name: str, file: str, **_: object) -> str:
+        return str(self.folder / file)
+
+    def snapshot_download(self, name: str, *, allow_patterns: list[str], **_: object) -> str:
+        self.asked.append((name, sorted(allow_patterns)))
+        return str(self.folder)
+
+
+def fetched(folder: Path, names: list[str], part: str = "model", **more: object) -> list[str]:
+    """The files that are downloaded of a repository."""
+    hub = Listed(folder, names)
+    request = {"cache": None, "engine": "vllm", "load_format": "auto", "remote_code": False, "code_revision": None}
+    Download(hub, request | more).repository("acme/m", None, part)
+    return hub.asked[0][1]
+
+
+SAFE = ["model-1.safetensors", "model-2.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("names", "more", "expected"),
+    [
+        (
+            [*SAFE, "pytorch_model.bin", "tf_model.h5", "model.onnx", "original/x.safetensors", "original/params.json"],
+            {},
+            SAFE,
+        ),
+        (["pytorch_model.bin", "training.pt", "flax_model.msgpack"], {}, ["pytorch_model.bin"]),
+        ([*SAFE, "consolidated.safetensors"], {}, ["consolidated.safetensors"]),
+        ([*SAFE, "consolidated.safetensors"], {"engine": "sglang"}, [*SAFE, "consolidated.safetensors"]),
+        ([*SAFE, "consolidated.safetensors"], {"load_format": "hf"}, [*SAFE, "consolidated.safetensors"]),
+        ([*SAFE, "pytorch_model.bin"], {"load_format": "npcache"}, ["pytorch_model.bin"]),
+        ([*SAFE, "m.gguf"], {}, SAFE),
+        (SAFE, {"load_format": "dummy"}, []),
+        (["with[brackets].safetensors"], {}, ["with[[]brackets].safetensors"]),
+        (["vae/model.safetensors"], {}, ["vae/model.safetensors"]),
+    ],
+    ids=lambda value: None if isinstance(value, dict) else " ".join(value),
+)
+def test_one_format_of_the_weights_and_everything_else(
+    tmp_path: Path, names: list[str], more: dict[str, object], expected: list[str]
+) -> None:
+    assert fetched(tmp_path, [*names, *TEXT], **more) == sorted([*expected, *TEXT])
+
+
+def test_vllm_takes_what_the_index_names(tmp_path: Path) -> None:
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": SAFE[0], "b": SAFE[1]}}))
+    names = [*SAFE, "extra.safetensors", INDEX]
+    assert fetched(tmp_path, names) == sorted([*SAFE, INDEX])
+    assert fetched(tmp_path, names, engine="sglang") == sorted(names)
+
+
+def test_parts_without_weights_and_whole(tmp_path: Path) -> None:
+    assert fetched(tmp_path, [*SAFE, *TEXT], "text") == sorted(TEXT)
+    assert fetched(tmp_path, [*SAFE, "model.onnx", *TEXT], "all") == sorted([*SAFE, "model.onnx", *TEXT])
+
+
+def test_what_only_the_engine_knows_is_left_to_it(tmp_path: Path) -> None:
+    with pytest.raises(Refused) as caught:
+        fetched(tmp_path, ["m-Q4.gguf", "m-Q8.gguf"])
+    assert caught.value.code == "hub-gguf"
+    (tmp_path / "config.json").write_text('{"speculators_config": {"verifier": {"name_or_path": "acme/large"}}}')
+    with pytest.raises(Refused) as caught:
+        fetched(tmp_path, SAFE)
+    assert caught.value.code == "hub-speculators"
+
+
+def test_code_that_a_trusted_model_names_comes_at_its_revision(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"auto_map": {"AutoModel": "acme/code--modeling.Model"}}')
+    hub = Listed(tmp_path, [*SAFE, "modeling.py"])
+    request = {"cache": None, "engine": "vllm", "load_format": "auto", "remote_code": True, "code_revision": "v1"}
+    Download(hub, request).repository("acme/m", None, "model")
+    assert hub.asked[1:] == [("acme/m", ["modeling.py"]), ("acme/code", ["modeling.py"])]
+
+
+def test_what_looks_complete(tmp_path: Path) -> None:
+    assert not complete(tmp_path, "model")
+    (tmp_path / "config.json").write_text("{}")
+    assert complete(tmp_path, "text") and not complete(tmp_path, "model")
+    (tmp_path / SAFE[0]).write_text("x")
+    assert complete(tmp_path, "model")
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": SAFE[0], "b": SAFE[1]}}))
+    assert not complete(tmp_path, "model")

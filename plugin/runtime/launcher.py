@@ -43,6 +43,8 @@ log = logging.getLogger("quickthaw")
 RESTARTS_IN_A_MINUTE = 3
 SWEEP_AFTER_S = 5.0
 CANCEL_LIMIT_S = 5.0
+TWICE_REPORTED_S = 1.0
+"""A signal that arrives while the event loop starts is reported by the early handler and once more by the loop, within this time."""
 CONNECTING_WAIT_S = 0.5
 UNDERWAY_S = 0.2
 """Seconds the event loop's imports (60 ms) wait until the restoring thread has started CRIU. Both threads compete for the GIL."""
@@ -69,6 +71,8 @@ class Launch:
         self._ending = threading.Event()
         self._stop: asyncio.Event | None = None
         self._signalled_once = False
+        self._early_signal_at = 0.0
+        """When a signal arrived before the event loop had its own handlers; 0.0 if none did."""
         self._deaths: dict[int, list[float]] = {}
         """Times at which each replica's engine died, by replica index; deaths caused by a failed page server are not counted."""
         self._began = time.monotonic()
@@ -266,7 +270,7 @@ class Launch:
     def install_signal_handlers(self) -> None:
         """Install handlers that end the launch in order, for signals that arrive before the event loop runs."""
         for number in stopping():
-            signal.signal(number, lambda *_: self._signalled())
+            signal.signal(number, lambda *_: self._signalled(early=True))
 
     def run(self) -> int:
         """Serve until the launch is stopped and return the exit code."""
@@ -395,7 +399,11 @@ class Launch:
         if self._loop is not None and self._stop is not None:
             self._loop.call_soon_threadsafe(self._stop.set)
 
-    def _signalled(self) -> None:
+    def _signalled(self, early: bool = False) -> None:
+        now = time.monotonic()
+        if self._signalled_once and not early and now - self._early_signal_at < TWICE_REPORTED_S:
+            return
+        self._early_signal_at = now if early else 0.0
         if self._signalled_once:
             log.warning("second signal: killing the engine")
             for replica in self.replicas:

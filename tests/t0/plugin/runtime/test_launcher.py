@@ -151,3 +151,20 @@ def test_a_start_that_ends_with_the_engine_gives_its_code_as_a_shell_does(code, 
     launch = launch_of([])
     launch._start_failed(EngineDied("engine-died", "it died", code, ""), 0)
     assert launch.exit_code == said
+
+
+def test_a_signal_that_is_reported_twice_while_the_loop_starts_is_one(monkeypatch):
+    """`launch` ended with 130, as at a second signal, when SIGTERM came between the loop's start and its handlers."""
+    ended = []
+    monkeypatch.setattr("os._exit", ended.append)
+    launch = Launch(SimpleNamespace(idle_timeout_s=None, restore_concurrency=1), None, None)
+    launch._signalled(early=True)
+    launch._signalled()
+    assert ended == []
+    launch._early_signal_at -= 2.0
+    launch._signalled()
+    assert ended == [130]
+    launch = Launch(SimpleNamespace(idle_timeout_s=None, restore_concurrency=1), None, None)
+    launch._signalled()
+    launch._signalled()
+    assert ended == [130, 130]

@@ -8,6 +8,7 @@ import socket
 from collections.abc import Callable
 from pathlib import Path
 
+import blake3
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -196,6 +197,19 @@ def test_a_large_file_hashed_by_several_threads_has_the_same_digest(
 ) -> None:
     file = tmp_path / "f"
     file.write_bytes(os.urandom(20_000_001))
+    monkeypatch.setattr(digests, "_PARALLEL", 1 << 30)
     alone = digest_file(file, file.stat().st_size)
     monkeypatch.setattr(digests, "_PARALLEL", 1)
     assert digest_file(file, file.stat().st_size) == alone
+
+
+@pytest.mark.parametrize("size", [1, 4096, 3 << 20, 20 << 20])
+def test_holes_count_as_the_zeros_they_stand_for(tmp_path: Path, size: int) -> None:
+    file = tmp_path / "sparse"
+    with file.open("wb") as data:
+        data.truncate(size)
+        for at in range(0, size, 5 << 20):
+            data.seek(at + size // 3)
+            data.write(b"x" * 5000)
+        data.truncate(size)
+    assert digest_file(file, size) == blake3.blake3(file.read_bytes()).hexdigest()

@@ -19,7 +19,7 @@ import pytest
 
 from launchers.bare import free_port
 from plugin.proxy.endpoints.started_processes import Identity, Orphan, Started
-from tests.t1.plugin.proxy.test_proxy_command import ENGINE, alive, call, command, engine, eventually, models_file
+from tests.kits.proxy_commands import ENGINE, alive, call, command, engine, eventually, models_file
 
 pytestmark = pytest.mark.t1
 
@@ -39,7 +39,7 @@ def killed(arguments: list[str], path: str = "/v1/x", body: dict[str, object] | 
         process = subprocess.Popen(
             [*argv, "--listen", f"127.0.0.1:{port}"],
             stderr=log,
-            env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[4])},
+            env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[5])},
         )
         try:
             eventually(lambda: "listening on" in Path(log.name).read_text(), "it listens")

@@ -1,5 +1,5 @@
 """What only the ASGI face has: a lifespan, a path under which it is mounted, middlewares around it, refused WebSockets,
-and `HoldMiddleware`. What it shares with the port is tested in `test_proxy_hold` and the other tests that take `proxy`.
+and `HoldMiddleware`. What it shares with the port is tested in `pool/test_hold.py` and the other tests that take `proxy`.
 """
 
 from __future__ import annotations

@@ -18,8 +18,9 @@ from plugin.proxy.endpoints.models import ModelConfig, spec_of
 from plugin.proxy.endpoints.watch import WatchIntervals
 from plugin.proxy.http.address import tcp
 from plugin.runtime.phases import Phase
+from tests.kits.proxy_commands import ENGINE
+from tests.kits.proxy_endpoints import SleepMode, in_front_of
 from tests.kits.proxy_rig import Seen, Upstream, answer, ordinary, run, until, upstream
-from tests.t1.plugin.proxy.test_proxy_endpoint import ENGINE, SleepMode, in_front_of
 
 pytestmark = pytest.mark.t1
 

@@ -7,41 +7,21 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import socket
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 
 from launchers.bare import free_port
-from plugin.proxy.endpoints.endpoint import Endpoint, EndpointSpec
+from plugin.proxy.endpoints.endpoint import EndpointSpec
 from plugin.proxy.http.address import tcp, unix
 from plugin.proxy.pool.start_times import Kind
-from plugin.proxy.server import ProxyServer
-from plugin.proxy.settings import Settings
 from plugin.runtime.phases import Phase
-from tests.kits.proxy_rig import Rig, Seen, Upstream, answer, ordinary, run, saying, until, upstream
+from tests.kits.proxy_commands import ENGINE
+from tests.kits.proxy_endpoints import SleepMode, in_front_of
+from tests.kits.proxy_rig import Seen, Upstream, answer, ordinary, run, saying, until, upstream
 
 pytestmark = pytest.mark.t1
-
-ENGINE = Path(__file__).parents[3] / "programs" / "proxy_engine.py"
-
-
-@asynccontextmanager
-async def in_front_of(spec: EndpointSpec, settings: Settings | None = None) -> AsyncIterator[tuple[Rig, Endpoint]]:
-    """A proxy before one endpoint, as `quickthaw proxy` makes it."""
-    endpoint = Endpoint("default", spec)
-    sock = socket.create_server(("127.0.0.1", 0))
-    server = ProxyServer(endpoint.pool, settings)
-    await endpoint.start()
-    await server.start(sock)
-    try:
-        yield Rig(server, endpoint.pool, sock.getsockname()[1]), endpoint
-    finally:
-        await server.shutdown(0.02)
-        await endpoint.close()
 
 
 def running(word: str) -> list[int]:
@@ -55,29 +35,6 @@ def running(word: str) -> list[int]:
             except OSError:
                 continue
     return found
-
-
-class SleepMode:
-    """An engine that sleeps and goes on answering its health page, as vLLM's sleep mode does."""
-
-    def __init__(self, *, awake: bool = True, lies: bool = False) -> None:
-        self.awake, self.lies = awake, lies
-        self.calls: list[str] = []
-        self.asked_asleep = 0
-
-    async def __call__(self, up: Upstream, seen: Seen, reader, writer) -> bool:
-        if seen.target in ("/sleep", "/wake_up"):
-            self.calls.append(seen.target)
-            await asyncio.sleep(0.03)
-            self.awake = seen.target == "/wake_up"
-            if self.lies and not self.awake:
-                writer.write(answer(b"no", "500 Internal Server Error"))
-                return True
-        elif seen.target != "/health" and not self.awake:
-            self.asked_asleep += seen.target != "/v1/completions"
-            writer.write(answer(b"asleep", "500 Internal Server Error"))
-            return True
-        return await ordinary(up, seen, reader, writer)
 
 
 @pytest.mark.parametrize("by", ["url", pytest.param("command", marks=pytest.mark.slow)])

@@ -22,8 +22,8 @@ from launchers.bare import free_port
 from plugin.proxy.pool.backoff import Backoff
 from plugin.proxy.settings import Settings
 from plugin.runtime.phases import Phase
+from tests.kits.proxy_commands import ENGINE, alive, call, command, models_file
 from tests.kits.proxy_rig import Seen, Upstream, ordinary, proxy, run, until, upstream
-from tests.t1.plugin.proxy.test_proxy_command import ENGINE, alive, call, command, models_file
 
 pytestmark = pytest.mark.t1
 

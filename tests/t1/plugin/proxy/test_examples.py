@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from launchers.bare import free_port
-from tests.t1.plugin.proxy.test_proxy_command import ENGINE, LIMIT_S, call, eventually, refused
+from tests.kits.proxy_commands import ENGINE, LIMIT_S, call, eventually, refused
 
 pytestmark = pytest.mark.t1
 

@@ -1,0 +1,235 @@
+"""`quickthaw proxy --config` as a process: several models in few places, their file, adapters that keep one awake."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.kits.proxy_commands import call, command, engine, eventually, models_file
+
+pytestmark = pytest.mark.t1
+
+
+def test_several_models_take_turns_in_the_one_place_there_is(tmp_path):
+    config = models_file(
+        tmp_path,
+        f"""
+max_awake: 1
+min_awake: 0
+models:
+  red:   {{command: "{engine("${PORT}", "red")}", aliases: [crimson]}}
+  green: {{command: "{engine("${PORT}", "green")}"}}
+  blue:  {{command: "{engine("${PORT}", "blue")}", served_name: org/blue-7b}}
+""",
+    )
+    with command("--config", config) as (_, url):
+        listed = call(f"{url}/v1/models")[1]
+        assert [m["id"] for m in listed["data"]] == ["red", "green", "blue"]
+        order = ["red", "green", "blue", "crimson", "red", "green"]
+        with ThreadPoolExecutor(6) as pool:
+            got = list(
+                pool.map(lambda name: call(f"{url}/v1/chat/completions", {"messages": [], "model": name}), order)
+            )
+        assert [body["name"] for _, body in got] == ["red", "green", "blue", "red", "red", "green"]
+        phases = [m["phase"] for m in call(f"{url}/v1/models")[1]["data"]]
+        assert phases.count("serving") == 1 and phases.count("asleep") == 2
+        assert call(f"{url}/v1/models/crimson")[1]["id"] == "red" and call(f"{url}/v1/models/pink")[0] == 404
+        assert call(f"{url}/v1/x", {"model": "pink"})[1]["error"]["code"] == "model-not-found"
+        assert call(f"{url}/v1/x", {})[1]["error"]["code"] == "model-missing"
+        assert call(f"{url}/v1/x?model=blue")[1]["name"] == "blue"
+        squeezed = gzip.compress(json.dumps({"model": "blue"}).encode())
+        renamed = '{"model":"org/blue-7b"}'
+        got = call(f"{url}/v1/x", squeezed, **{"Content-Encoding": "gzip", "X-Echo": "1"})
+        assert got[1]["name"] == "blue" and got[1]["body"] == renamed, "named as its engine knows it"
+        text = b'{"seed": 12345678901234567890, "x": {"model": "a"}, "model": "blue", "t": 1.10}'
+        got = call(f"{url}/v1/x", text, **{"X-Echo": "1"})
+        assert got[1]["body"] == '{"seed":12345678901234567890,"x":{"model": "a"},"model":"org/blue-7b","t":1.10}'
+        squeezed = gzip.compress(json.dumps({"model": "green"}).encode())
+        got = call(f"{url}/v1/x", squeezed, **{"Content-Encoding": "gzip"})
+        assert got[1]["name"] == "green" and got[1]["length"] == len(squeezed), "what is sent on stays as it came"
+        assert call(f"{url}/v1/x", b"no gzip", **{"Content-Encoding": "gzip"})[1]["error"]["code"] == "content-encoding"
+        form = b'--b\r\nContent-Disposition: form-data; name="model"\r\n\r\nblue\r\n--b--\r\n'
+        got = call(f"{url}/v1/audio/transcriptions", form, **{"Content-Type": "multipart/form-data; boundary=b"})
+        assert got[1]["name"] == "blue"
+
+
+@pytest.mark.slow
+def test_the_lowest_priority_sleeps_first(tmp_path):
+    config = models_file(
+        tmp_path,
+        f"""
+max_awake: 2
+min_awake: 0
+evict: priority
+models:
+  pet:    {{command: "{engine("${PORT}", "pet")}", priority: 9}}
+  cattle: {{command: "{engine("${PORT}", "cattle")}"}}
+  third:  {{command: "{engine("${PORT}", "third")}"}}
+""",
+    )
+    with command("--config", config, "--workers", "2") as (_, url):
+        for name in ("pet", "cattle", "third"):
+            assert call(f"{url}/v1/x", {"model": name})[1]["name"] == name
+
+        def phases() -> dict[str, str]:
+            return {m["id"]: m["phase"] for m in call(f"{url}/v1/models")[1]["data"]}
+
+        expected = {"pet": "serving", "cattle": "asleep", "third": "serving"}
+        eventually(lambda: phases() == expected, f"{phases()}")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("models: {}", "names no model"),
+        ("models: {a: {}}", "exactly one of"),
+        ("models: {a: {upstream: 'http://x', command: y}}", "exactly one of"),
+        ("models: {a: {upstream: 'http://x', typo: 1}}", "typo"),
+        ("models: {a: {upstream: 'http://x'}}\nmax_awake: 1", "needs `sleep`"),
+        ("models: {a: {command: x}, b: {command: x, aliases: [a]}}", "names both"),
+        ("models: {a: {command: x}}\ndefault: b", "default"),
+        ("models: {a: {command: x}}\nevict: never", "evict"),
+        ("models: {a: {upstream: 'ftp://x'}}", "upstream"),
+        ("models: [", "not YAML"),
+        ("models: {a: {command: x}}\nidle_timeout: soon", "90s, 10m or 1h"),
+        ("models: {a: {command: x, upstream_timeout: -1}}", "negative"),
+        ("models: {a: {command: x, wake_timeout: true}}", "expected a time"),
+    ],
+)
+def test_a_bad_file_is_refused_in_one_line(tmp_path, text, said):
+    from click.testing import CliRunner
+
+    from plugin.proxy.cli import proxy as entry
+
+    result = CliRunner().invoke(entry, ["--config", models_file(tmp_path, text), "--listen", "127.0.0.1:0"])
+    assert result.exit_code == 2 and said in result.output
+    assert "Traceback" not in result.output
+
+
+def test_how_long_an_answer_may_take_is_set_for_all_and_for_each_model(tmp_path):
+    from plugin.options import Limit, Seconds
+    from plugin.proxy.endpoints.models import ModelRouter, load
+    from plugin.proxy.pool.pool import ReplicaPool
+
+    limits = {"a": ReplicaPool(), "b": ReplicaPool(), "c": ReplicaPool()}
+    text = "models: {a: {command: x, upstream_timeout: 90}, b: {command: x}, "
+    config = load(Path(models_file(tmp_path, text + "c: {command: x, upstream_timeout: none, wake_timeout: 1.5m}}")))
+    ModelRouter(config, limits)
+    assert [pool.upstream_timeout_s for pool in limits.values()] == [90.0, None, float("inf")]
+    assert config.models["c"].wake_timeout == 90.0
+    plain = load(Path(models_file(tmp_path, "models: {a: {command: x}}")))
+    ModelRouter(plain, fresh := {"a": ReplicaPool()})
+    assert fresh["a"].upstream_timeout_s is None, "as the command says"
+    for text, value in (("0", float("inf")), ("none", float("inf")), ("1h", 3600.0), ("90", 90.0)):
+        assert Limit().convert(text, None, None) == value
+    assert Seconds().convert("0", None, None) == 0.0
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_model_with_adapters_loaded_while_it_serves_keeps_its_place(tmp_path, workers):
+    config = models_file(
+        tmp_path,
+        f"""
+max_awake: 1
+min_awake: 0
+models:
+  red:  {{command: "{engine("${PORT}", "red")}", idle_timeout: 0.3}}
+  blue: {{command: "{engine("${PORT}", "blue")}"}}
+""",
+    )
+    with command("--config", config, "--workers", workers) as (_, url):
+        assert call(f"{url}/v1/load_lora_adapter?model=red", {"lora_name": "sql", "lora_path": "/l"})[0] == 200
+        time.sleep(1.0)
+        assert [m["phase"] for m in call(f"{url}/v1/models")[1]["data"]] == ["serving", "asleep"]
+        status, answer = call(f"{url}/v1/x", {"model": "blue"})
+        assert status == 503 and answer["error"]["code"] == "adapters-loaded"
+        assert call(f"{url}/v1/x", {"model": "red"})[0] == 200
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("body", [b"{}", b"{"], ids=["left-before-the-refusal", "never-whole"])
+def test_a_client_that_asks_for_adapters_in_vain_and_leaves_keeps_nothing_awake(tmp_path, workers, body):
+    config = models_file(
+        tmp_path,
+        f"""
+max_awake: 1
+min_awake: 0
+models:
+  red:  {{command: "{engine("${PORT}", "red")}"}}
+  blue: {{command: "{engine("${PORT}", "blue")}"}}
+""",
+    )
+    with command("--config", config, "--workers", workers) as (_, url):
+        assert call(f"{url}/v1/x", {"model": "red"})[0] == 200
+        with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as client:
+            head = b"POST /refuse/load_lora_adapter?model=red HTTP/1.1\r\nHost: t\r\nContent-Length: 2\r\n\r\n"
+            client.sendall(head + body)
+            time.sleep(0.15)
+        status, answer = call(f"{url}/v1/x", {"model": "blue"})
+        assert status == 200, answer
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_adapters_that_load_while_the_place_is_asked_for_keep_it(tmp_path, workers):
+    config = models_file(
+        tmp_path,
+        f"""
+max_awake: 1
+min_awake: 0
+models:
+  red:  {{command: "{engine("${PORT}", "red")}"}}
+  blue: {{command: "{engine("${PORT}", "blue")}"}}
+""",
+    )
+    with command("--config", config, "--workers", workers) as (_, url), ThreadPoolExecutor(1) as pool:
+        assert call(f"{url}/v1/x", {"model": "red"})[0] == 200
+        load = pool.submit(call, f"{url}/slow/load_lora_adapter?model=red", {"lora_name": "sql"})
+        time.sleep(0.1)
+        status, answer = call(f"{url}/v1/x", {"model": "blue"})
+        assert load.result()[0] == 200
+        assert status == 503 and "adapters" in answer["error"]["message"], answer
+
+
+SQUAT = """
+import os, socket, sys
+os.setuid(65534)
+server = socket.create_server(("127.0.0.1", int(sys.argv[1])))
+print("up", flush=True)
+while True:
+    sock, _ = server.accept()
+    print(sock.recv(65536), file=sys.stderr, flush=True)
+    sock.sendall(b"HTTP/1.1 200 OK\\r\\nConnection: close\\r\\nContent-Length: 2\\r\\n\\r\\n{}")
+    sock.close()
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
+def test_another_user_at_a_models_port_gets_no_request_of_its_clients(tmp_path):
+    ports = tmp_path / "port"
+    wait = f"echo ${{PORT}} > {ports}; sleep 60"  # an engine that is still being imported
+    config = models_file(tmp_path, f"""models: {{red: {{command: "{wait}", wake_timeout: 3}}}}""")
+    with command("--config", config) as (_, url), ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(call, f"{url}/v1/x", {"model": "red"}, Authorization="Bearer clients-key")
+        limit = time.monotonic() + 20
+        while not (ports.exists() and ports.read_text()) and time.monotonic() < limit:
+            time.sleep(0.01)
+        argv = [sys.executable, "-S", "-c", SQUAT, ports.read_text().strip()]
+        with (tmp_path / "stolen").open("w") as stolen:
+            thief = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=stolen, text=True)
+        try:
+            assert thief.stdout.readline() == "up\n"
+            status, answer = asked.result()
+        finally:
+            thief.kill()
+            thief.communicate()
+        assert "clients-key" not in (tmp_path / "stolen").read_text()
+        assert status == 503 and "engine-port-taken" in answer["error"]["message"], answer

@@ -191,6 +191,7 @@ UVICORN: dict[str, Any] = {
     "access_log": False,
     "log_level": "error",
     "backlog": 4096,
+    "timeout_keep_alive": 75,
 }
 
 # -- starting and stopping ---------------------------------------------------------------------------

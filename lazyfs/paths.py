@@ -76,7 +76,7 @@ def flock_within(fd: int, limit_s: float) -> bool:
 
 @contextlib.contextmanager
 def open_fd(path: Path | str, flags: int) -> Iterator[int]:
-    """Yield a descriptor of the file, created with mode 0600 if `flags` say so. Raises OSError."""
+    """Yield a descriptor of the file, created with mode 0600 if `flags` contains O_CREAT. Raises OSError."""
     fd = os.open(path, flags | os.O_CLOEXEC, 0o600)
     try:
         yield fd

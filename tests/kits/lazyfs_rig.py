@@ -21,6 +21,8 @@ from tests.kits.lazyfs_kit import write_safetensors
 ROOT = Path(__file__).resolve().parents[2]
 # Generous, since a loaded CI machine is slow; a wait that ends sooner costs nothing.
 LIMIT_S = 60
+# Tensors of the tests' model: smaller and larger than a chunk.
+SIZES = [1000, 5 << 20, 70_001, 2 << 20, 3 << 20, 9 << 20]
 # Both transports carry the same service; test-fast runs the one that root gets.
 TRANSPORTS = ["raw", pytest.param("pyfuse3", marks=pytest.mark.slow)]
 both = pytest.mark.parametrize("transport", TRANSPORTS)

@@ -6,7 +6,7 @@ import pytest
 
 from lazyfs.api import import_directory
 from tests.kits import faulty_store
-from tests.kits.lazyfs_rig import Rig, write_model
+from tests.kits.lazyfs_rig import SIZES, Rig, write_model
 
 
 @pytest.fixture
@@ -24,6 +24,13 @@ def module_folder(tmp_path_factory):
         patch.setenv("QUICKTHAW_HOME", str(folder / "home"))
         patch.delenv("QUICKTHAW_STORE", raising=False)
         yield folder
+
+
+@pytest.fixture(scope="module")
+def shared(module_folder):
+    """One model and its digest for the module: importing is tested elsewhere."""
+    model = write_model(module_folder / "model", SIZES)
+    return model, import_directory(model)
 
 
 @pytest.fixture(scope="module")

@@ -17,26 +17,18 @@ from lazyfs.errors import Busy, LazyfsError, NotFound
 from lazyfs.mount import client, kernel
 from tests.kits.lazyfs_rig import (
     LIMIT_S,
+    SIZES,
     assert_same,
     both,
     copied_namespace,
     is_daemon,
     wait_for,
-    write_model,
 )
 
 pytestmark = [
     pytest.mark.t1,
     pytest.mark.skipif(not kernel.may_mount(), reason="needs /dev/fuse and CAP_SYS_ADMIN"),
 ]
-SIZES = [1000, 5 << 20, 70_001, 2 << 20, 3 << 20, 9 << 20]
-
-
-@pytest.fixture(scope="module")
-def shared(module_folder):
-    """One model and one home for the module: importing is tested elsewhere."""
-    model = write_model(module_folder / "model", SIZES)
-    return model, import_directory(model)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import sys
 
 import pytest
 
-from lazyfs.api import find_mount, import_directory
+from lazyfs.api import find_mount
 from lazyfs.errors import LazyfsError, NotFound
 from lazyfs.mount import kernel
 from lazyfs.mount.client import no_mount_error
@@ -20,6 +20,7 @@ from lazyfs.mount.control import ask
 from tests.kits.lazyfs_rig import (
     LIMIT_S,
     ROOT,
+    SIZES,
     both,
     wait_for,
     write_model,
@@ -29,9 +30,6 @@ pytestmark = [
     pytest.mark.t1,
     pytest.mark.skipif(not kernel.may_mount(), reason="needs /dev/fuse and CAP_SYS_ADMIN"),
 ]
-
-
-SIZES = [1000, 5 << 20, 70_001, 2 << 20, 3 << 20, 9 << 20]
 
 
 COMMAND = "import click; from lazyfs.cli.mount import mount; from lazyfs.cli.weights import weights\nclick.Group(commands={'weights': weights, 'mount': mount})()"
@@ -45,13 +43,6 @@ def run(*arguments, code=0):
     )  # fmt: skip
     assert done.returncode == code, done.stderr
     return done
-
-
-@pytest.fixture(scope="module")
-def shared(module_folder):
-    """One model and one home for the module: importing is tested elsewhere."""
-    model = write_model(module_folder / "model", SIZES)
-    return model, import_directory(model)
 
 
 def test_a_stopped_daemon_is_named(shared, rig, monkeypatch):

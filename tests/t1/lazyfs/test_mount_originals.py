@@ -24,16 +24,6 @@ pytestmark = [
 ]
 
 
-SIZES = [1000, 5 << 20, 70_001, 2 << 20, 3 << 20, 9 << 20]
-
-
-@pytest.fixture(scope="module")
-def shared(module_folder):
-    """One model and one home for the module: importing is tested elsewhere."""
-    model = write_model(module_folder / "model", SIZES)
-    return model, import_directory(model)
-
-
 @both
 @pytest.mark.slow
 def test_a_file_in_place_that_is_cut_short_fails_and_hurts_nobody(rig, tmp_path, shared, transport):

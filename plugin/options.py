@@ -302,8 +302,8 @@ replica = (
     option(
         "--store",
         metavar="URL",
-        show_default="a folder in $QUICKTHAW_HOME",
-        help="Where weights are kept as chunks.",
+        show_default="none: a local model is read in place",
+        help="Keep the weights as chunks in this store, too; a model that is new there is imported before the engine starts.",
     ),
     option(
         "--snapshot-store",

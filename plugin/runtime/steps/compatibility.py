@@ -114,6 +114,11 @@ def check_unchanged(
     Raises Incompatible (inputs-changed, model-unread) if what the engine has read changed since the launch computed its
     identity, or is not known.
     """
+    if weights.moved():
+        raise Incompatible(
+            "inputs-changed",
+            "the hub's cache got another commit of the model while the engine started; the next start takes the snapshot",
+        )
     proven = replace(before, model=weights.content.proven(limit_s) if weights.content else "")
     now = replace(gather(settings, weights, criu), model=proven.model)
     differing = identity.check(proven.record(), now)

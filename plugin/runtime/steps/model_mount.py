@@ -7,6 +7,7 @@ served model names and its error messages stay what they would be without quickt
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import signal
@@ -60,7 +61,10 @@ class Weights:
         self.content: ModelContent | None = None
         self._lock = threading.Lock()
         self._fetching = threading.Lock()
-        self._resolve(local_model(model, arguments, os.environ if environment is None else environment))
+        given = os.environ if environment is None else environment
+        self._found = functools.partial(local_model, model, arguments, given)
+        self._fetched = False
+        self._resolve(self._found())
         self._handle: MountHandle | None = None
         self._lease: int | None = None
         self._stopped_since: float | None = None
@@ -93,15 +97,27 @@ class Weights:
         self.content = ModelContent(path, self.home) if path is not None else None
         self._manifest_digest = ""
 
+    def moved(self) -> bool:
+        """Return whether the model's hub name leads to another folder by now: another process may have downloaded a newer commit."""
+        if self.hub is None or not self.hub.names_model:
+            return False
+        found = self._found()
+        return found is None or self.path is None or os.path.realpath(found) != os.path.realpath(self.path)
+
     @property
     def repositories(self) -> bool:
         """Return whether the launch names anything on a hub."""
         return self.hub is not None and bool(self.hub.repositories)
 
     def fetch(self, stderr: int | None) -> None:
-        """Bring what the launch names on a hub into the cache. Raises NotDownloaded with the reason in one line."""
+        """Bring what the launch names on a hub into the cache, once: replicas of a launch serve the same commits.
+
+        Raises NotDownloaded with the reason in one line.
+        """
         assert self.hub is not None
         with self._fetching:
+            if self._fetched:
+                return
             if self.hub.names_model and self.path is None:
                 log.info("%s is not in the hub's cache; it is downloaded first", self.hub.repositories[0].name)
             try:
@@ -111,6 +127,7 @@ class Weights:
                     raise
                 log.info("%s; what the cache has is taken as it is", error)
                 return
+            self._fetched = True
             if self.hub.names_model and (
                 self.content is None or folders[0] != self.path or not self.content.files.unchanged()
             ):

@@ -139,6 +139,19 @@ def test_a_cold_start_takes_the_newest_commit_as_the_engine_alone_would(one):
         assert started.ask() != before
 
 
+def test_a_commit_that_comes_while_the_engine_starts_is_not_taken_for_the_one_before(one):
+    """Another launch may have downloaded it, and nobody can tell which of both the engine has read."""
+    with one.running(model=NAME, env={"ENGINE_DOUBLE_COMPILE_S": "3"}) as started:
+        started.wait_for("loading")
+        (commit,) = snapshots(one).iterdir()
+        shutil.copytree(commit, commit.with_name("f" * 40))
+        (commit.parents[1] / "refs" / "main").write_text("f" * 40)
+        started.ask()
+        started.wait_serving()
+        assert "no snapshot: inputs-changed" in started.ours()
+    assert one.library.names() == []
+
+
 def test_a_read_only_cache_that_is_complete_needs_no_hub(one):
     with one.running("--no-snapshot", model=NAME) as started:
         started.ask()

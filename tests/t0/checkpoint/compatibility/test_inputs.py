@@ -361,7 +361,7 @@ def test_a_folder_of_too_many_files_is_said(
     assert FileDigests().of_folder(tmp_path) is None
     line = ["--tokenizer", str(tmp_path)]
     normalised_arguments("vllm", line, (), Inputs(line))
-    assert f"over {FILES_LIMIT} files" in caplog.text
+    assert f"more than {FILES_LIMIT} files" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -168,7 +168,7 @@ def test_a_work_folder_that_was_swept_before_it_was_locked_is_made_again(
 def test_what_somebody_is_removing_is_left_to_him(library: Library) -> None:
     doomed = library.folder / ".removed-snap-1"
     doomed.mkdir(parents=True)
-    with library._unused(str(doomed)):
+    with library._exclusive_lock(str(doomed)):
         assert library.sweep() == 0 and doomed.exists()
     assert library.sweep() == 1 and not doomed.exists()
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from plugin.options import Seconds, log_level, option, replica, serving, settings_of, using, warn
+from plugin.options import Seconds, log_level, option, replica, replica_settings_of, serving, using, warn
 
 if TYPE_CHECKING:
     from launchers.base import Engine
@@ -161,29 +161,18 @@ def launch(engine: str, engine_arguments: tuple[str, ...], **options: Any) -> in
             command=command,
             engine_python=os.path.abspath(python),
             home=state_home(),
-            store_url=options["store"],
-            snapshot_store=options["snapshot_store"],
             name=options["snapshot_name"],
-            replicas=options["replicas"],
-            restore_concurrency=options["restore_concurrency"],
             weights=options["weights"],
             mount=options["mount"],
             take_snapshot=options["snapshot"],
             use_snapshot=options["restore"],
             strict=options["strict"],
             shrink=options["shrink"],
-            lazy_restore=options["lazy"],
-            verify=options["verify"],
-            idle_timeout_s=options["idle_timeout"],
             start_timeout_s=options["start_timeout"],
-            grace_s=options["grace"],
-            silence_limit_s=options["silence_timeout"],
             scrub_env=options["scrub_env"],
             sign_key=options["sign_key"],
-            trust_keys=options["trust_key"],
             environment=environment,
-            proxy=settings_of(options),
-            admin_listen=options["admin_listen"],
+            **replica_settings_of(options),
         )
     )
 

@@ -358,6 +358,24 @@ def settings_of(options: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def replica_settings_of(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the `replica` and `serving` options as keyword arguments of `plugin.runtime.config.LaunchSettings`."""
+    return {
+        "store_url": options["store"],
+        "snapshot_store": options["snapshot_store"],
+        "replicas": options["replicas"],
+        "restore_concurrency": options["restore_concurrency"],
+        "lazy_restore": options["lazy"],
+        "verify": options["verify"],
+        "trust_keys": options["trust_key"],
+        "idle_timeout_s": options["idle_timeout"],
+        "grace_s": options["grace"],
+        "silence_limit_s": options["silence_timeout"],
+        "proxy": settings_of(options),
+        "admin_listen": options["admin_listen"],
+    }
+
+
 def log_level(options: Mapping[str, Any]) -> str:
     """Return the log level that --quiet and --log-level ask for."""
     return "warning" if options["quiet"] and options["log_level"] in ("debug", "info") else str(options["log_level"])

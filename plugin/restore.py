@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from plugin.launch import start_log
-from plugin.options import option, replica, serving, settings_of, using
+from plugin.options import option, replica, replica_settings_of, serving, using
 
 if TYPE_CHECKING:
     from launchers.base import Engine
@@ -87,23 +87,11 @@ def restore(snapshot: str, **options: Any) -> int:
             ),
             engine_python=str(interpreter),
             home=home,
-            store_url=options["store"],
-            snapshot_store=options["snapshot_store"],
             name=snapshot,
-            replicas=options["replicas"],
-            restore_concurrency=options["restore_concurrency"],
             mount=Path(model).is_dir(),
             take_snapshot=False,
             named=True,
-            lazy_restore=options["lazy"],
-            verify=options["verify"],
-            trust_keys=options["trust_key"],
-            idle_timeout_s=options["idle_timeout"],
-            grace_s=options["grace"],
-            silence_limit_s=options["silence_timeout"],
-            strict=False,
-            proxy=settings_of(options),
-            admin_listen=options["admin_listen"],
+            **replica_settings_of(options),
         )
     )
 

@@ -273,3 +273,24 @@ def test_a_state_folder_that_others_can_enter_is_named(rig, mode, what):
     else:
         line = only_line(result, "state-folder-open")
         assert f"can {what} its files; chmod 700 {rig.home}" in line
+
+
+def test_lines_are_json_where_that_is_asked(rig):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        rig.home.chmod(0o755)
+        result = rig(
+            "launch", "--log-format", "json", "vllm", "--model", rig.model, "--host", "127.0.0.1", "--port", port
+        )
+    lines = [json.loads(line) for line in result.stderr.splitlines() if line.startswith("{")]
+    assert any("state-folder-open" in line["message"] and line["level"] == "warning" for line in lines), result.stderr
+
+
+def test_the_start_prints_the_address_it_serves_on_and_the_admin_page(rig):
+    admin = free_port()
+    words = ("--no-mount", "--no-snapshot", "--admin-listen", f"127.0.0.1:{admin}", "--engine-python", "/bin/false")
+    result = rig("launch", *words, "vllm", "--model", rig.model, "--host", "127.0.0.1", "--port", "0")
+    line = only_line(result, "listening on")
+    url, page = line.removeprefix("quickthaw: listening on ").rstrip(")").split(" (admin page: ")
+    assert url.startswith("http://127.0.0.1:") and not url.endswith(":0")
+    assert page == f"http://127.0.0.1:{admin}/-/"

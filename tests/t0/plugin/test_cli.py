@@ -79,7 +79,7 @@ def code_and_line(capsys, *words):
         (["launch"], 2, r"usage: Missing argument 'vllm\|sglang'; see quickthaw launch --help"),
         (["nope"], 2, r"usage: No such command 'nope'; see quickthaw --help"),
         (["launch", "foo"], 2, r"unknown-engine: .*; quickthaw knows vllm and sglang"),
-        (["launch", "vllm"], 2, r"no-model: no model given; add --model DIR .*"),
+        (["launch", "vllm"], 2, r"no-model: no model given; add --model .*"),
         (["proxy"], 2, r"usage: give either --upstream or --config; see quickthaw proxy --help"),
         (["proxy", "--grace", "soon", "--upstream", "x"], 2, r"usage: .*'soon' is not a time; .*"),
         (

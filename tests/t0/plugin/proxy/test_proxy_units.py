@@ -12,7 +12,7 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from plugin.proxy.admin.stats import Histogram, Stats, merged
@@ -37,7 +37,7 @@ def test_canonical_is_a_fixed_point_without_dots_or_doubles(text):
     assert seen.startswith("/") and "//" not in seen and "/./" not in seen and "/../" not in seen
 
 
-@settings(deadline=None)  # the time of one example says nothing on a busy machine
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # time says nothing on a busy machine
 @given(st.data())
 def test_every_percent_spelling_of_a_denied_path_is_denied(data):
     path = "/release_memory_occupation"

@@ -51,8 +51,11 @@ ELSEWHERE = {
 }
 
 
-@pytest.mark.parametrize("what", ELSEWHERE)
-def test_what_only_the_engine_can_reach_is_served_plainly(rig, what):
+@pytest.mark.parametrize(
+    ("what", "engine"), [*((what, "vllm") for what in ELSEWHERE), ("s3", "sglang"), ("ModelScope", "sglang")]
+)
+def test_what_only_the_engine_can_reach_is_served_plainly(rig_of, what, engine):
+    rig = rig_of(engine)
     model, arguments, env = ELSEWHERE[what]
     with rig.running(
         model=model or rig.model, arguments=arguments, env=env | {"ENGINE_DOUBLE_HUB": str(rig.model)}

@@ -154,6 +154,7 @@ def plan():
     return solve(load(REPO / "examples" / "plan.yaml"), quick=True)
 
 
+@pytest.mark.slow
 def test_core_objects_validate_against_the_newest_schemas(plan):
     kinds = set()
     for item in objects(plan):
@@ -185,6 +186,7 @@ def test_both_ways_hold_the_blocks_of_the_plan(plan):
         assert held == wanted
 
 
+@pytest.mark.slow
 def test_pause_pods_yield_to_every_other(plan):
     items = objects(plan, way="pause-pods")
     (priority,) = [i for i in items if i["kind"] == "PriorityClass"]

@@ -67,6 +67,7 @@ def sound(seed, exact):
     assert plan.cost >= plan.relaxed_cost - 1e-6 * plan.cost
 
 
+@pytest.mark.slow
 @given(seeds, st.data())
 @settings(calm, max_examples=6)
 def test_the_check_finds_what_is_taken_away(seed, data):
@@ -142,6 +143,7 @@ def test_a_longer_lead_time_never_idles_fewer_of_one_type(seed, factor):
     assert sum(long.idle_by_type().values()) >= sum(short.idle_by_type().values()) - 1e-6
 
 
+@pytest.mark.slow
 @given(seeds)
 @settings(calm, max_examples=8)
 def test_doubling_every_price_changes_no_count(seed):

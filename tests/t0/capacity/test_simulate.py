@@ -144,6 +144,7 @@ def test_an_interrupted_instance_sends_its_requests_back_to_the_head(stopped):
     assert one.queues[0].waits.tolist() == [1.0, 10.9]
 
 
+@pytest.mark.slow
 def test_refusals_and_interruptions_happen_by_rate_and_every_request_is_served():
     made = problem(interruptions=20.0)
     trace = requests(np.arange(0, 1800, 0.7))
@@ -155,6 +156,7 @@ def test_refusals_and_interruptions_happen_by_rate_and_every_request_is_served()
         assert result.longest > calm.longest * 0.99
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_run():
     trace = synthetic.generate(synthetic.Day(("s",), 250, 0.06, seed=4))
     made = problem(interruptions=2.0)
@@ -258,6 +260,7 @@ def test_the_plot_is_written_twice_and_the_same(tmp_path):
     assert len(list(tmp_path.iterdir())) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not TRACE.exists(), reason="the Azure code trace is not beside the repository")
 def test_the_real_trace():
     """At the reactive autoscaler's p99 wait, the program with restored lead times uses fewer GPU hours than it and than the

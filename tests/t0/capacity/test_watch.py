@@ -40,6 +40,7 @@ def quiet_pools(problem):
     return replace(problem, pools=tuple(replace(p, refused=None) for p in problem.pools))
 
 
+@pytest.mark.slow
 @given(st.integers(0, 2**31), st.data())
 @settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 def test_the_plan_is_stable_under_a_wobble_inside_the_band(seed, data):
@@ -259,6 +260,7 @@ def test_an_apply_command_gets_starts_before_stops(tmp_path):
     assert [entry["action"] for entry in json.loads(seen.read_text())["delta"]] == ["start", "stop"]
 
 
+@pytest.mark.slow
 def test_a_command_that_times_out_takes_its_children_along(tmp_path):
     """Each child would write its mark a second after the limit; the grants printed before it count."""
     mark = tmp_path / "mark"

@@ -45,6 +45,7 @@ def quickthaw(*words, home, code=WATCHED, **env):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", [(), *PATHS], ids=lambda path: " ".join(path) or "quickthaw")
 def test_help_starts_nothing_and_reads_no_store(path, tmp_path):
     """No helper process, no socket, no file of the state folder; and no library that takes longer than the help."""

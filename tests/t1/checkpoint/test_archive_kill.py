@@ -80,6 +80,7 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name[0] != "."}
 
 
+@pytest.mark.slow
 def test_pulls_killed_at_many_moments(snapshot: Path, slow: str, tmp_path: Path) -> None:
     push(snapshot, open_chunks(slow))
     target = tmp_path / "there/snap"

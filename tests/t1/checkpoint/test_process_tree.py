@@ -209,6 +209,7 @@ def test_two_replicas_serve_at_the_same_time_on_the_same_port(taken, criu):
         [replica.close() for replica in replicas]
 
 
+@pytest.mark.slow
 def test_the_monotonic_clock_goes_on_where_it_stood(taken, criu):
     library, snapshot, sandbox = taken
     before = ask(sandbox, op="clock")["monotonic"]

@@ -136,6 +136,7 @@ def test_a_snapshot_with_gpu_state_is_refused_by_name_without_a_gpu(rig):
         os.close(write_end)
 
 
+@pytest.mark.slow
 def test_the_clock_of_a_snapshot_is_that_of_the_frozen_tree(rig):
     """What the driver takes before the dump has passed for the tree, too: a restore must not turn its monotonic clock back."""
     library, sandbox, wanted, driver, root = rig

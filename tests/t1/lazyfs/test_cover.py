@@ -94,6 +94,7 @@ def test_there_is_room_beside_the_store_and_the_state(rig):
         assert reader.ask("digest", f"{handle.mountpoint}/config.json") == wanted
 
 
+@pytest.mark.slow
 def test_two_mounts_that_read_each_other_are_ended_by_force(rig):
     """Neither covers its own source when it is made, so both are allowed, and a first read waits for ever. SIGKILL does not
     end a daemon that waits in the kernel; cutting the connection does.

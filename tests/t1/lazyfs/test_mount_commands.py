@@ -99,6 +99,7 @@ def test_the_command_line_prefetches_pins_and_drops(shared, rig, tmp_path):
     assert "quickthaw: not-found: " in run("mount", "--drop", tmp_path, code=1).stderr
 
 
+@pytest.mark.slow
 def test_the_command_line(shared, tmp_path):
     _, digest = shared
     assert digest in run("weights", "ls", "--json").stdout

@@ -194,6 +194,7 @@ def test_an_s3_dialect(home, rig, tmp_path, s3):
     assert collect(chunks, grace_s=0).bytes >= sum(SIZES) and not list(chunks.manifests())
 
 
+@pytest.mark.slow
 def test_a_bucket_that_is_not_there_is_named(s3, home, tmp_path):
     with pytest.raises(Permanent) as caught:
         import_directory(write_model(tmp_path / "model", [1000]), "s3://another/here")

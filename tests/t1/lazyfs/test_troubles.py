@@ -50,6 +50,7 @@ def descriptors(pid):
     return len(os.listdir(f"/proc/{pid}/fd"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transport", ["raw", "pyfuse3"])
 def test_a_cold_mount_opens_more_files_than_the_soft_limit_allows(shared, rig, tmp_path, transport):
     """`ulimit -Sn 1024` is usual; one descriptor for a file, and it is over with the 1,000th, with four with the 254th."""
@@ -151,6 +152,7 @@ def test_a_slow_daemon_is_not_killed(shared, rig, monkeypatch):
     assert first.status()["pid"] == first.pid
 
 
+@pytest.mark.slow
 def test_prefetch_requests_are_not_lost(shared, rig, tmp_path):
     """More of them than the socket to the fetcher holds, while it is stopped."""
     _, _, _, digest = shared
@@ -209,6 +211,7 @@ def test_a_fetcher_that_cannot_be_started_is_tried_again(tmp_path, monkeypatch):
     wait_for(lambda: len(os.listdir("/proc/self/fd")) <= before)
 
 
+@pytest.mark.slow
 def test_a_dead_store_is_said_once(shared, rig, tmp_path, control):
     """Not for each chunk and each attempt: the log of an hour without network has to be read by somebody."""
     _, digest, *_ = shared

@@ -262,6 +262,7 @@ values = st.text(min_size=0, max_size=20)
 environments = st.dictionaries(names.map(lambda n: f"VLLM_{n}"), values, max_size=6)
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(environments, environments)
 def test_environments_match_exactly_when_equal(then: dict[str, str], now: dict[str, str]) -> None:

@@ -84,6 +84,7 @@ def test_a_server_that_does_not_read_is_killed_and_reported(served: Served) -> N
     assert served.died.wait(LIMIT_S) and "has not answered" in served.deaths[0]
 
 
+@pytest.mark.slow
 def test_a_slow_server_lives_and_its_counts_are_known(served: Served, monkeypatch) -> None:
     monkeypatch.setattr(pages, "_UNANSWERED", 40)  # 0.8 s: a busy machine may be late with an answer
     until = time.monotonic() + 1.5

@@ -101,6 +101,7 @@ JSON = {
 }
 
 
+@pytest.mark.slow
 def test_a_compressed_body_costs_what_the_client_has_sent():
     body = zlib.compress(b'{"a":[' + b"1," * (24 << 20) + b'1],"model":"a"}', 9)
     assert len(body) < 64 << 10
@@ -169,6 +170,7 @@ def _refused(text: str) -> None:
         return
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXPRESSIONS)
 @pytest.mark.parametrize(
     "unit",

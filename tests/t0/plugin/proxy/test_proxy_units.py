@@ -37,6 +37,7 @@ def test_canonical_is_a_fixed_point_without_dots_or_doubles(text):
     assert seen.startswith("/") and "//" not in seen and "/./" not in seen and "/../" not in seen
 
 
+@pytest.mark.slow
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # time says nothing on a busy machine
 @given(st.data())
 def test_every_percent_spelling_of_a_denied_path_is_denied(data):

@@ -56,6 +56,7 @@ def test_a_refusal_of_the_driver_keeps_its_name(children: Children, helper: Help
     assert caught.value.result == "CUDA_ERROR_ILLEGAL_STATE"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("operation", "how"), [("checkpoint", {"hang": 60}), ("checkpoint", {"exit": True}), ("lock", {"exit": True})]
 )

@@ -350,6 +350,7 @@ def test_what_the_engine_put_away_before_is_needed_too(children: Children, drive
     assert resume_after_dump(driver, found, needs, [children.folder / "locks"]) is None
 
 
+@pytest.mark.slow
 def test_the_dumped_tree_gets_its_gpu_back_although_the_lock_is_held_and_memory_short_for_a_while(
     children: Children, driver: Double, tmp_path: Path
 ) -> None:

@@ -51,6 +51,7 @@ def test_command_line_and_environment_are_there_before_the_first_token(frozen: F
     frozen.working_set.unlink()
 
 
+@pytest.mark.slow
 def test_recorded_then_replayed(frozen: Frozen) -> None:
     """Pages touched in the first restore are in place before they are touched in the second one; then the server exits."""
     server, work = frozen.serve(record=True)

@@ -124,6 +124,7 @@ def test_an_engine_that_dies_at_once_gives_its_own_code_and_last_words(rig, tmp_
     assert result.stderr.count("engine-died") == 1, "said once"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words", [("--help",), ("-h",), ("--version",), ("--model", "x", "--help=all"), ("serve", "--help")]
 )
@@ -139,6 +140,7 @@ def test_the_engines_own_help_is_printed(rig, tmp_path, name, words):
     assert not list(rig.home.iterdir()), "no port, no sandbox, no state"
 
 
+@pytest.mark.slow
 def test_a_request_that_waits_for_an_engine_that_dies_is_told_why(rig, tmp_path):
     engine = tmp_path / "engine"
     engine.write_text("#!/bin/sh\nsleep 1\nexit 4\n")
@@ -195,6 +197,7 @@ def test_a_snapshot_of_a_newer_format(rig):
     assert "upgrade" in only_line(result, "format-newer")
 
 
+@pytest.mark.slow
 def test_help_of_every_command_has_an_example(rig):
     from plugin.cli import COMMANDS
 

@@ -24,6 +24,7 @@ def old_criu(tmp_path):
     return folder
 
 
+@pytest.mark.slow
 def test_an_old_criu_on_the_path_turns_snapshots_off(launch_rig, old_criu):
     (launch_rig.home / "criu").unlink()
     with launch_rig.running(env={"PATH": f"{old_criu}:{os.environ['PATH']}"}) as started:
@@ -33,6 +34,7 @@ def test_an_old_criu_on_the_path_turns_snapshots_off(launch_rig, old_criu):
     assert launch_rig.library.names() == []
 
 
+@pytest.mark.slow
 def test_an_old_criu_on_the_path_does_not_hide_the_private_one(launch_rig, old_criu):
     env = {"PATH": f"{old_criu}:{os.environ['PATH']}"}
     launch_rig.take(env=env)
@@ -41,6 +43,7 @@ def test_an_old_criu_on_the_path_does_not_hide_the_private_one(launch_rig, old_c
         assert off(started) == [] and "restoring" in started.text()
 
 
+@pytest.mark.slow
 def test_a_private_criu_that_does_not_start_is_passed_over(launch_rig, old_criu):
     (launch_rig.home / "criu").unlink()
     (launch_rig.home / "criu").mkdir()
@@ -59,6 +62,7 @@ def without(*capabilities):
     return ["setpriv", "--bounding-set", ",".join(f"-{name}" for name in capabilities)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("prefix", "layers", "named"),
     [
@@ -88,6 +92,7 @@ def test_strict_refuses_what_is_missing(launch_rig):
     assert "capability-off" in started.ours() and "CAP_NET_ADMIN" in started.ours()
 
 
+@pytest.mark.slow
 def test_without_sys_ptrace_and_sys_time_a_snapshot_is_taken_and_restored(launch_rig):
     prefix = without("sys_ptrace", "sys_time", "sys_resource")
     answer = launch_rig.take(prefix=prefix)
@@ -98,6 +103,7 @@ def test_without_sys_ptrace_and_sys_time_a_snapshot_is_taken_and_restored(launch
         assert started.phases() == [["mounting", "restoring", "waking", "verifying"]]
 
 
+@pytest.mark.slow
 def test_a_sandbox_that_is_refused_in_use_gives_a_plain_start(launch_rig):
     """A read-only /run, as in a container with a read-only root, which no look at privileges shows."""
     prefix = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o ro none /run && exec "$@"', "sh"]
@@ -108,6 +114,7 @@ def test_a_sandbox_that_is_refused_in_use_gives_a_plain_start(launch_rig):
     assert launch_rig.library.names() == []
 
 
+@pytest.mark.slow
 def test_no_snapshot_is_taken_where_a_restore_cannot_work(launch_rig, tmp_path):
     """A CRIU that dumps and does not restore: found out beside the loading engine, before anything is dumped."""
     real = launch_rig.home / "criu" / "criu"
@@ -160,6 +167,7 @@ def outside(launch_rig, tmp_path):
     return launch_rig
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "read_only"), [("64k", False), ("256m", True)], ids=["full", "read-only"])
 def test_a_state_folder_that_cannot_be_written_costs_the_layers(outside, small_disk, size, read_only):
     small_disk(size, read_only)
@@ -232,6 +240,7 @@ def test_strict_names_a_state_folder_that_is_full(outside, small_disk):
     )
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_read_is_served_plainly_by_every_replica(launch_rig):
     (launch_rig.model / "notes.bin").symlink_to("/proc/self/mem")  # a file that nobody can read from its beginning
     with launch_rig.running("--replicas", "2") as started:
@@ -241,6 +250,7 @@ def test_a_model_that_cannot_be_read_is_served_plainly_by_every_replica(launch_r
         assert line.startswith("quickthaw: lazy weights, sandbox, snapshots off: host-io: "), line
 
 
+@pytest.mark.slow
 def test_a_store_that_cannot_be_written_costs_the_mount_only(launch_rig):
     store = launch_rig.folder / "store"
     store.write_text("a file where the chunks would lie")
@@ -250,6 +260,7 @@ def test_a_store_that_cannot_be_written_costs_the_mount_only(launch_rig):
         assert started.phases()[0][1] == "restoring"
 
 
+@pytest.mark.slow
 def test_a_launch_copies_nothing_of_its_model(launch_rig):
     """Sparse files stand for a large model: what was written counts, not what was read."""
     with (launch_rig.model / "large.bin").open("wb") as file:

@@ -69,6 +69,7 @@ def snapshots(rig):
     return Path(rig.environment["HF_HOME"]) / "hub" / "models--acme--tiny" / "snapshots"
 
 
+@pytest.mark.slow
 def test_a_hub_name_with_an_empty_cache_is_downloaded_snapshotted_and_restored(rig):
     with rig.running(model=rig.model) as started:
         local = started.ask()
@@ -92,6 +93,7 @@ def test_a_hub_name_with_an_empty_cache_is_downloaded_snapshotted_and_restored(r
         assert rig.hub.requests == []  # a restore asks nobody
 
 
+@pytest.mark.slow
 def test_an_empty_cache_takes_a_snapshot_from_elsewhere(one):
     """Another host: the hub, a store of snapshots, and nothing else."""
     answer = one.take(model=NAME)
@@ -106,6 +108,7 @@ def test_an_empty_cache_takes_a_snapshot_from_elsewhere(one):
     assert one.name == name
 
 
+@pytest.mark.slow
 def test_a_revision_a_token_and_a_download_folder_are_heeded(one):
     repository = one.hub.add(NAME, one.model, token="hf_right")
     shutil.rmtree(one.model)
@@ -129,6 +132,7 @@ def test_a_revision_a_token_and_a_download_folder_are_heeded(one):
         assert started.ask() == answer  # seed 2, by its path
 
 
+@pytest.mark.slow
 def test_a_cold_start_takes_the_newest_commit_as_the_engine_alone_would(one):
     before = one.take(model=NAME)
     repository = one.hub.repositories[NAME]
@@ -139,6 +143,7 @@ def test_a_cold_start_takes_the_newest_commit_as_the_engine_alone_would(one):
         assert started.ask() != before
 
 
+@pytest.mark.slow
 def test_a_commit_that_comes_while_the_engine_starts_is_not_taken_for_the_one_before(one):
     """Another launch may have downloaded it, and nobody can tell which of both the engine has read."""
     with one.running(model=NAME, env={"ENGINE_DOUBLE_COMPILE_S": "3"}) as started:
@@ -152,6 +157,7 @@ def test_a_commit_that_comes_while_the_engine_starts_is_not_taken_for_the_one_be
     assert one.library.names() == []
 
 
+@pytest.mark.slow
 def test_a_read_only_cache_that_is_complete_needs_no_hub(one):
     with one.running("--no-snapshot", model=NAME) as started:
         started.ask()
@@ -168,6 +174,7 @@ def test_a_read_only_cache_that_is_complete_needs_no_hub(one):
 _READ_ONLY = 'mount --make-rprivate / && mount --bind "$0" "$0" && mount -o remount,ro,bind "$0" && exec "$@"'
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("spoil", "code"),
     [
@@ -198,6 +205,7 @@ def test_what_cannot_be_downloaded_is_left_to_the_engine(one, spoil, code):
     assert "Traceback" not in started.ours()
 
 
+@pytest.mark.slow
 def test_a_model_that_only_the_engine_can_reach_is_served_plainly(one):
     """What our download cannot have, the engine has with its own environment: it runs outside a sandbox, not offline."""
     shutil.rmtree(one.folder / "hf", ignore_errors=True)
@@ -208,6 +216,7 @@ def test_a_model_that_only_the_engine_can_reach_is_served_plainly(one):
         assert "HF_HUB_OFFLINE" not in started.facts()["server"]["environment"]
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_named(one):
     disk = one.folder / "hf"
     disk.mkdir()
@@ -216,6 +225,7 @@ def test_a_full_disk_is_named(one):
         started.wait_for("off: hub-disk-full")
 
 
+@pytest.mark.slow
 def test_a_download_that_was_cut_off_is_resumed(one):
     one.hub.hold = threading.Event()
     started = one.start(model=NAME)
@@ -234,6 +244,7 @@ def test_a_download_that_was_cut_off_is_resumed(one):
         assert "off:" not in started.ours()
 
 
+@pytest.mark.slow
 def test_a_download_ends_with_a_launch_that_is_killed(one):
     one.hub.hold = threading.Event()
     started = one.start(model=NAME)
@@ -247,6 +258,7 @@ def test_a_download_ends_with_a_launch_that_is_killed(one):
     one.hub.hold.set()
 
 
+@pytest.mark.slow
 def test_a_request_is_held_while_the_model_comes(one):
     one.hub.hold = threading.Event()
     answers = []
@@ -262,6 +274,7 @@ def test_a_request_is_held_while_the_model_comes(one):
     assert answers
 
 
+@pytest.mark.slow
 def test_a_tokenizer_and_an_adapter_by_name_come_too_and_count(one):
     for name in ("tok", "sql"):
         folder = one.folder / name

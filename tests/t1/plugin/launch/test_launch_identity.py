@@ -23,6 +23,7 @@ def edit_in_place(file):
     assert (after.st_size, after.st_mtime_ns, after.st_ino) == (before.st_size, before.st_mtime_ns, before.st_ino)
 
 
+@pytest.mark.slow
 def test_every_process_of_a_restored_engine_gets_this_launchs_variables(launch_rig):
     then = {"HOSTNAME": "pod-7", "POD_IP": "10.0.0.7", "HF_TOKEN": "hf_old", "OMP_NUM_THREADS": "2"}
     now = {"HOSTNAME": "pod-8", "REDIS_SERVICE_HOST": "10.0.0.9", "OMP_NUM_THREADS": "2"}
@@ -39,6 +40,7 @@ def test_every_process_of_a_restored_engine_gets_this_launchs_variables(launch_r
     assert "pod-7" not in manifest and "hf_old" not in manifest and '"HF_TOKEN"' in manifest
 
 
+@pytest.mark.slow
 def test_an_unknown_variable_makes_another_launch(launch_rig):
     launch_rig.take("--snapshot-name", "one")
     with launch_rig.running("--snapshot-name", "one", "--no-snapshot", env={"DISABLE_OPENAPI_DOC": "1"}) as started:
@@ -47,6 +49,7 @@ def test_an_unknown_variable_makes_another_launch(launch_rig):
         assert started.phases()[0][-1] == "warming"
 
 
+@pytest.mark.slow
 def test_a_cold_start_says_in_what_the_snapshot_of_its_model_differs(launch_rig):
     launch_rig.take()
     name = launch_rig.name
@@ -55,6 +58,7 @@ def test_a_cold_start_says_in_what_the_snapshot_of_its_model_differs(launch_rig)
         assert f"{name} differs: environment-differs: DISABLE_OPENAPI_DOC" in started.text()
 
 
+@pytest.mark.slow
 def test_a_thin_snapshot_restored_by_name_refuses_other_weights(launch_rig):
     """Also where size, mtime and inode are what they were: the weights are read again, and nothing else would say so."""
     answer = launch_rig.take("--weights", "thin", "--snapshot-name", "thin")
@@ -86,6 +90,7 @@ def hub_model(rig, revision):
     return repo
 
 
+@pytest.mark.slow
 def test_a_moved_revision_of_a_hub_model_is_another_model(launch_rig):
     repo = hub_model(launch_rig, "dev")
     launch_rig.environment = {"HF_HUB_CACHE": str(launch_rig.folder / "hub")}
@@ -103,6 +108,7 @@ def test_a_moved_revision_of_a_hub_model_is_another_model(launch_rig):
         assert "model-differs" in started.text()
 
 
+@pytest.mark.slow
 def test_an_edited_file_of_a_folder_named_by_a_flag_makes_another_launch(launch_rig):
     tokenizer, adapter = launch_rig.folder / "tokenizer", launch_rig.folder / "adapter"
     for folder in (tokenizer, adapter):
@@ -123,6 +129,7 @@ def test_an_edited_file_of_a_folder_named_by_a_flag_makes_another_launch(launch_
         assert "arguments-differ: --tokenizer-path" in started.text()
 
 
+@pytest.mark.slow
 def test_an_engine_with_adapters_loaded_while_it_serves_is_not_put_to_sleep(launch_rig):
     def load(started, name):
         return call(started.port, "POST", "/load_lora_adapter", {"lora_name": name, "lora_path": "/loras/sql"})[0]
@@ -142,6 +149,7 @@ def test_an_engine_with_adapters_loaded_while_it_serves_is_not_put_to_sleep(laun
         assert started.ours().count("asleep") == 2 and started.ours().count("adapters-loaded") == 1
 
 
+@pytest.mark.slow
 def test_no_snapshot_is_taken_of_what_was_changed_while_the_engine_started(launch_rig):
     template = launch_rig.folder / "chat.jinja"
     template.write_text("{{ messages }}")
@@ -157,6 +165,7 @@ def test_no_snapshot_is_taken_of_what_was_changed_while_the_engine_started(launc
     launch_rig.take(**options)  # the next start does
 
 
+@pytest.mark.slow
 def test_an_edited_module_on_the_python_path_makes_another_launch(launch_rig):
     folder = launch_rig.folder / "patches"
     folder.mkdir()

@@ -51,6 +51,7 @@ ELSEWHERE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "engine"), [*((what, "vllm") for what in ELSEWHERE), ("s3", "sglang"), ("ModelScope", "sglang")]
 )
@@ -98,6 +99,7 @@ SOUND = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("what", "engine"), [*((what, "vllm") for what in SOUND), ("GGUF by path", "sglang")])
 def test_what_lies_on_this_host_is_snapshotted_and_restored(rig_of, what, engine):
     rig = rig_of(engine)
@@ -109,6 +111,7 @@ def test_what_lies_on_this_host_is_snapshotted_and_restored(rig_of, what, engine
         assert "off:" not in started.ours()
 
 
+@pytest.mark.slow
 def test_another_gguf_file_at_the_same_path_is_another_model(one):
     model, _ = gguf(one)
     answer = one.take("--snapshot-name", "gguf", model=model)
@@ -120,6 +123,7 @@ def test_another_gguf_file_at_the_same_path_is_another_model(one):
         assert "model-differs" in started.text()
 
 
+@pytest.mark.slow
 def test_a_mode_is_no_content(one):
     answer = one.take()
     for file in one.model.iterdir():
@@ -129,6 +133,7 @@ def test_a_mode_is_no_content(one):
         assert started.phases()[0][1] == "restoring"
 
 
+@pytest.mark.slow
 def test_a_model_that_an_options_file_names_is_restored_too(rig):
     file = rig.folder / "engine.yaml"
     flag = "model" if rig.engine == "vllm" else "model-path"

@@ -35,6 +35,7 @@ def below(pid, ancestor):
     return False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["all its processes", pytest.param("its worker", marks=pytest.mark.slow)])
 def test_a_stopped_replica_gets_no_new_requests_and_is_restarted(launch_rig, which):
     rig = launch_rig
@@ -88,6 +89,7 @@ def test_without_a_snapshot_nothing_goes_to_sleep_and_it_is_said_once(launch_rig
         assert started.status()[0]["phase"] == "serving"
 
 
+@pytest.mark.slow
 def test_an_engine_whose_sandbox_is_killed_is_started_again(launch_rig):
     answer = launch_rig.take()
     with launch_rig.running() as started:

@@ -31,6 +31,7 @@ def chat(up: Upstream, seen: Seen) -> bytes:
     return out + b"%x\r\n%b\r\n0\r\n\r\n" % (len(event), event)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize("retries", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_openai_client_waits_and_gets_its_answer(early, retries):

@@ -30,6 +30,7 @@ def test_an_engine_of_your_own(capsys):
     assert "5 requests, 1 wake, 1 sleep" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_gateway_in_starlette():
     """Held until the engine comes; refused without a key; on SIGTERM what is held is answered at once."""
     port, engine_port = free_port(), free_port()

@@ -330,6 +330,7 @@ def test_ready_after_a_failed_wake_is_again_when_the_next_request_would_wake():
     run(main())
 
 
+@pytest.mark.slow
 def test_an_answer_that_takes_long_is_waited_for_as_long_as_the_pool_says():
     async def slow(up, seen, reader, writer) -> bool:
         await asyncio.sleep(0.6)

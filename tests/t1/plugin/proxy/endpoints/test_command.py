@@ -25,6 +25,7 @@ from tests.kits.proxy_rig import Seen, Upstream, run, upstream
 pytestmark = pytest.mark.t1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.slow)])
 def test_woken_by_a_request_once_put_to_sleep_and_woken_again(workers):
     port = free_port()
@@ -213,6 +214,7 @@ def test_a_port_in_use_is_one_line():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.slow)])
 def test_an_engine_that_nobody_asks_for_is_noticed_when_it_comes_and_when_it_goes(workers):
     """From outside: issue 21's balancer, which sends nothing while `/-/ready` says no."""

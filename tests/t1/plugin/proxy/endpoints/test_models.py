@@ -19,6 +19,7 @@ from tests.kits.proxy_commands import call, command, engine, eventually, models_
 pytestmark = pytest.mark.t1
 
 
+@pytest.mark.slow
 def test_several_models_take_turns_in_the_one_place_there_is(tmp_path):
     config = models_file(
         tmp_path,
@@ -134,6 +135,7 @@ def test_how_long_an_answer_may_take_is_set_for_all_and_for_each_model(tmp_path)
     assert Seconds().convert("0", None, None) == 0.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_a_model_with_adapters_loaded_while_it_serves_keeps_its_place(tmp_path, workers):
     config = models_file(
@@ -155,6 +157,7 @@ models:
         assert call(f"{url}/v1/x", {"model": "red"})[0] == 200
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", ["1", "2"])
 @pytest.mark.parametrize("body", [b"{}", b"{"], ids=["left-before-the-refusal", "never-whole"])
 def test_a_client_that_asks_for_adapters_in_vain_and_leaves_keeps_nothing_awake(tmp_path, workers, body):
@@ -178,6 +181,7 @@ models:
         assert status == 200, answer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_adapters_that_load_while_the_place_is_asked_for_keep_it(tmp_path, workers):
     config = models_file(
@@ -212,6 +216,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
 def test_another_user_at_a_models_port_gets_no_request_of_its_clients(tmp_path):
     ports = tmp_path / "port"

@@ -60,6 +60,7 @@ def test_an_engine_that_comes_up_later_and_one_that_is_killed_are_noticed_withou
     run(main())
 
 
+@pytest.mark.slow
 def test_one_that_is_frozen_is_lost_and_found_again():
     async def main():
         port = free_port()

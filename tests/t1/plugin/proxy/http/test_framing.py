@@ -44,6 +44,7 @@ def messages(draw: st.DrawFn) -> tuple[bytes, bytes]:
     return wire + b"0\r\n" + draw(st.sampled_from([b"", b"X-T: 1\r\n"])) + b"\r\n", b"".join(body)
 
 
+@pytest.mark.slow
 @SLOW
 @given(
     exchanges=st.lists(st.tuples(messages(), messages(), cuts, cuts), min_size=1, max_size=4),

@@ -44,6 +44,7 @@ def told(said: str, word: str) -> int:
     return sum(word in line for line in said.splitlines())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["daemonises", "hook fails"])
 def test_a_model_that_cannot_be_put_to_sleep_costs_the_other_an_error_and_nobody_a_core(tmp_path, how):
     port, pid_file, said = free_port(), tmp_path / "pid", []
@@ -141,6 +142,7 @@ def streaming(url: str, model: str, kind: str):
         yield sock
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("workers", "waits", "kind"),
     [
@@ -177,6 +179,7 @@ def test_draining_ends_with_an_error_for_who_waits_and_the_busy_model_goes_on(tm
             stream.close()
 
 
+@pytest.mark.slow
 def test_a_replica_that_refuses_connections_while_it_serves_is_woken_a_few_times_and_said_once(caplog):
     async def main():
         wakes = []
@@ -198,6 +201,7 @@ def test_a_replica_that_refuses_connections_while_it_serves_is_woken_a_few_times
     run(main())
 
 
+@pytest.mark.slow
 def test_a_sleep_that_fails_is_tried_again_ever_more_rarely_and_said_once(caplog):
     async def main():
         tries = []
@@ -253,6 +257,7 @@ def test_a_body_that_trickles_ends_after_a_limit_in_all_and_the_engine_may_sleep
     run(main())
 
 
+@pytest.mark.slow
 def test_a_client_that_keeps_its_connection_does_not_hold_up_the_end():
     async def main():
         gate = asyncio.Event()

@@ -130,6 +130,7 @@ def test_an_owner_without_a_wake_says_when_it_is_final(proxy):
     run(main())
 
 
+@pytest.mark.slow
 def test_deadlines_of_the_setting_and_of_the_client(proxy):
     async def main():
         async with proxy(Settings(hold_timeout_s=0.3)) as rig:

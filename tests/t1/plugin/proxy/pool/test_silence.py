@@ -49,6 +49,7 @@ async def watching(rig: Rig, limit_s: float, told: list[str]):
         await asyncio.gather(silence, return_exceptions=True)
 
 
+@pytest.mark.slow
 def test_it_gets_no_new_requests_and_what_it_held_is_answered_by_another():
     async def main():
         told: list[str] = []
@@ -93,6 +94,7 @@ def test_what_is_no_generation_is_not_asked_again():
     run(main())
 
 
+@pytest.mark.slow
 def test_an_engine_that_computes_for_longer_than_the_limit_is_left_alone():
     async def main():
         told: list[str] = []
@@ -111,6 +113,7 @@ def test_an_engine_that_computes_for_longer_than_the_limit_is_left_alone():
     run(main())
 
 
+@pytest.mark.slow
 def test_one_that_answers_again_serves_again():
     async def main():
         told: list[str] = []

@@ -25,6 +25,7 @@ IMPROVED = 1500  # integer columns up to which a constructed plan is improved by
 # Nodes limit the search, not time, so that a busy machine computes the same plan.
 NODES = 500
 GAP = 1e-4
+FIRST_GAP = 0.03  # relative; the first plan, where none could be constructed
 WINDOW = 8  # pools
 WINDOW_NODES = 30
 WINDOW_GAP = 2e-3
@@ -102,9 +103,13 @@ def integers(
     assert relaxed.values is not None
     size = int(program.integer.sum())
     start = construct.plan(problem, need, program, relaxed.values)
-    if start is None or (size <= SMALL and not quick):
-        nodes = 0 if start is None else NODES
-        return search(program, start=start, bound=relaxed.objective, limit=limit, gap=GAP, nodes=nodes)
+    if start is None:
+        found = search(program, start=None, bound=relaxed.objective, limit=limit, gap=FIRST_GAP)
+        if found.values is None or quick:
+            return found
+        start = found.values
+    if size <= SMALL and not quick:
+        return search(program, start=start, bound=relaxed.objective, limit=limit, gap=GAP, nodes=NODES)
     if thorough or (size <= IMPROVED and not quick):
         start = _improved(program, start, problem, limit)
     return Outcome(start, float(program.cost @ start), relaxed.objective, proven=False)

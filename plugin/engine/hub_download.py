@@ -50,6 +50,8 @@ NOT_READ = (
     "original/*",
 )
 """What the engines never read: other frameworks' weights, and the files that a model was converted from."""
+ANSWER_LIMIT_S = 10.0
+"""Seconds for a hub's first answer; huggingface_hub's own default where it has one."""
 INDEX = "model.safetensors.index.json"
 CONFIGURATIONS = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
 CODE_ELSEWHERE = re.compile(r"([\w.-]+/[\w.-]+)--[\w.]+")
@@ -103,7 +105,10 @@ class Download:
             self.repository(other, self.code_revision, "text")
 
     def _newest(self, name: str, revision: str | None, part: str) -> str:
-        listed = [file.rfilename for file in self.hub.HfApi().model_info(name, revision=revision).siblings or ()]
+        # By itself huggingface_hub waits without a limit for a hub that accepts connections and does not answer.
+        limit_s = float(os.environ.get("HF_HUB_ETAG_TIMEOUT") or ANSWER_LIMIT_S)
+        info = self.hub.HfApi().model_info(name, revision=revision, timeout=limit_s)
+        listed = [file.rfilename for file in info.siblings or ()]
         wanted = listed
         if part != "all":
             listed = [file for file in listed if not _any_of(file, NOT_READ)]

@@ -24,7 +24,7 @@ class Listed:
 
     def HfApi(self) -> Any:
         siblings = [SimpleNamespace(rfilename=name) for name in self.names]
-        return SimpleNamespace(model_info=lambda name, revision: SimpleNamespace(siblings=siblings))
+        return SimpleNamespace(model_info=lambda name, revision, timeout: SimpleNamespace(siblings=siblings))
 
     def hf_hub_download(self, name: str, file: str, **_: object) -> str:
         return str(self.folder / file)

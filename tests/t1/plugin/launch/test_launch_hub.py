@@ -3,6 +3,7 @@ other; and where that cannot be, the engine starts as it would alone and one lin
 
 import os
 import shutil
+import socket
 import threading
 import time
 from pathlib import Path
@@ -217,6 +218,19 @@ def test_a_model_that_only_the_engine_can_reach_is_served_plainly(one):
 
 
 @pytest.mark.slow
+def test_a_hub_that_does_not_answer_holds_nobody_up_for_long(one):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        mute = {"HF_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}", "HF_HUB_ETAG_TIMEOUT": "1"}
+        with one.running(model=NAME, env={**mute, "ENGINE_DOUBLE_HUB": str(one.model)}) as started:
+            started.ask()
+            assert "off: hub-unreachable" in started.ours()
+        with one.running("--no-snapshot", model=NAME) as started:
+            started.ask()
+        with one.running(model=NAME, env=mute) as started:  # the cache is complete
+            started.ask()
+            assert "off:" not in started.ours()
+
+
 def test_a_full_disk_is_named(one):
     disk = one.folder / "hf"
     disk.mkdir()

@@ -3,6 +3,8 @@ SHELL := /bin/bash
 ENGINE ?= vllm
 QUICKTHAW_HOME ?= $(HOME)/.cache/quickthaw
 export QUICKTHAW_HOME
+# Tests start hundreds of Python processes; each module is compiled once.
+unexport PYTHONDONTWRITEBYTECODE
 PYTHON := $(QUICKTHAW_HOME)/venvs/project/bin/python
 PYTEST := $(PYTHON) -m pytest -q
 # CI asks for reports, to count that the engine tests ran.

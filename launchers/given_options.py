@@ -1,6 +1,7 @@
 """Read an engine's options as the engine will: those of the file that `--config` names, then those of the command line.
 
-Only to know what a launch must know (model, port, keys, revisions): the engine itself receives its arguments unchanged.
+`Engine.parse` (launchers/base.py) parses the whole command line; this module looks up single options. The engine itself
+receives its arguments unchanged.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ class HubModels:
         }
         with self._lock:
             if self._ended:
-                raise NotDownloaded("stopped", "told to stop before the download")
+                raise NotDownloaded("stopped", "stopped before the download")
             try:
                 process = self._process = subprocess.Popen(
                     [self.settings.engine_python, str(PROGRAM)],

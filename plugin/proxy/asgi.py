@@ -1,15 +1,15 @@
-"""The proxy for whoever has a gateway in Starlette or FastAPI: an application to mount, and a middleware.
+"""The proxy as part of a Starlette or FastAPI gateway: an application to mount, and a middleware.
 
 `hold_app(pool)` is a Starlette application that holds, forwards and streams as `quickthaw proxy` does: the same pool,
 deadlines, path rules, errors, retries and admin endpoints. `HoldMiddleware(app, pool)` only holds: a request waits until
-a replica serves, and then `app` answers it, with a forwarding of its own.
+a replica serves, and then `app` forwards and answers it.
 
 Both work in the event loop of any ASGI server. `launch` does not use them: its own port (`plugin.proxy.server`) needs no
 Starlette at a restore, and is several times faster (docs/proxy.md).
 
 Known limits of `hold_app`: no WebSockets (501 `websocket-unsupported`), no trailers, no informational responses. An
-answer that breaks off ends in an exception, at which the server closes the connection; Starlette's BaseHTTPMiddleware
-around it ends an answer without a length as if it were whole, so use plain ASGI middleware there.
+answer that breaks off raises an exception, and the server closes the connection. Starlette's BaseHTTPMiddleware would
+end an answer without a length as if it were complete: use plain ASGI middleware around `hold_app`.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ Scope = MutableMapping[str, Any]
 def hold_app(target: ReplicaPool | Router, settings: Settings | None = None) -> Starlette:
     """Return an application that holds, forwards and streams every request that reaches it.
 
-    Its lifespan begins and ends the proxy; a mounted application has none, so the outer one enters it
-    (`async with inner.router.lifespan_context(inner)`). Without a lifespan the first request begins the proxy.
-    `app.state.proxy` is the `Proxy`; call its `drain` when the server is told to stop, since an ASGI server ends the
-    lifespan only after the last request.
+    Its lifespan starts and stops the proxy. A server runs no lifespan of a mounted application, so the outer application
+    must enter it (`async with inner.router.lifespan_context(inner)`). Without a lifespan the first request starts the
+    proxy. `app.state.proxy` is the `Proxy`. Call its `drain` when the server receives a stop signal, because an ASGI
+    server ends the lifespan only after the last request.
     """
     proxy = Proxy(target, settings)
 
@@ -79,13 +79,13 @@ class HoldMiddleware:
 
     The replica is in `request.state.replica`; it counts the request as outstanding until the application returns. A
     request that cannot be held any longer is answered here with the proxy's errors. Denied paths are answered with 404.
-    Close the pool when the server is told to stop: held requests then end with the error given to `pool.close`.
+    Close the pool when the server receives a stop signal: held requests then end with the error given to `pool.close`.
     """
 
     def __init__(
         self, app: ASGIApp, pool: ReplicaPool, settings: Settings | None = None, *, paths: tuple[str, ...] = ("/",)
     ) -> None:
-        """`paths`: only requests to these and below are held; the application's health checks belong elsewhere."""
+        """`paths`: hold only requests to these paths and below; leave out the application's health checks."""
         self.app, self.pool = app, pool
         self.proxy = Proxy(pool, settings)
         self._paths = tuple(path.rstrip("/") for path in paths)

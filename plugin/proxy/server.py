@@ -1,8 +1,8 @@
-"""The proxy: answer each client's request, from here or from a replica, and shut down in order.
+"""The proxy: answer each client's request, itself or through a replica, and shut down in order.
 
-`Proxy` serves a `ReplicaPool`, or a `Router` of several, to clients of any face. `ProxyServer` is the proxy behind its own
+`Proxy` serves a `ReplicaPool`, or a `Router` of several, to clients of any front end. `ProxyServer` is the proxy behind its own
 port: its owner provides the listening sockets, handles signals and calls `shutdown`. `serve` does the same as one
-coroutine. `plugin.proxy.asgi` is the other face.
+coroutine. `plugin.proxy.asgi` is the other front end.
 
 Guarantees: every request that was read gets exactly one answer, or its connection is cut. A request is written to a
 replica at most once, but for the exceptions in `plugin.proxy.retry_rules`.

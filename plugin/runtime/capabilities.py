@@ -1,7 +1,7 @@
 """Detect which capabilities this host has, in a few system calls, and log once which are off.
 
 A missing capability never stops a launch (unless `--strict`): the engine starts as it would alone, with the remaining
-ones. What only shows in use is tested during a cold start (plugin.runtime.steps.trial).
+ones. plugin.runtime.steps.trial tests during a cold start what no system call reports.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _logged: set[str] = set()
 
 @dataclass(frozen=True)
 class Capabilities:
-    """For each capability None if it works, else why it is off and the remedy, in one line.
+    """The capabilities of this host: None for one that works, else why it is off and the remedy, in one line.
 
     `pages`: on-demand paging, which lets a restore resume while pages are still to come (working set first). Without it
     every page is loaded before the engine resumes.

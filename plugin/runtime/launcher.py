@@ -229,7 +229,7 @@ class Launch:
             return
         who = self._who(replica)
         if lost:
-            log.warning("%sits pages were lost while it served; restoring it the plain way", who)
+            log.warning("%sits pages were lost while it served; restoring all pages first", who)
         elif (deaths := self._died(replica)) > RESTARTS_IN_A_MINUTE:
             self._give_up(replica, deaths, how, code)
             return

@@ -11,7 +11,7 @@ from launchers.errors import Usage
 log = logging.getLogger("quickthaw")
 _REASONS = {
     errno.EADDRINUSE: "another process listens there",
-    errno.EACCES: "this user may not bind it",
+    errno.EACCES: "this user lacks the privilege to bind it",
     errno.EADDRNOTAVAIL: "this host has no such address",
 }
 

@@ -171,10 +171,10 @@ class Replica:
             return False
 
     def _fetch_model(self) -> bool:
-        """Bring hub models into the cache; return whether that makes this another launch than before.
+        """Download hub models into the cache; return whether that changed the identity of this launch.
 
-        If they cannot be had, the engine starts as it would alone, and says so itself. Raises OSError if the model cannot
-        be read.
+        If the download fails, the engine starts as it would alone and reports the failure itself. Raises OSError if the
+        model cannot be read.
         """
         from plugin.model.hub import NotDownloaded
 
@@ -288,7 +288,7 @@ class Replica:
         self.clear()
         self.tracker.to(Phase.FAILED, str(error))
         if again:
-            log.warning("restoring %s with its working set first failed (%s); restoring the plain way", name, error)
+            log.warning("restoring %s with its working set first failed (%s); restoring all pages first", name, error)
             return
         if isinstance(error, Incompatible):
             self.refused = error
@@ -307,7 +307,7 @@ class Replica:
         """Kill the replica because missing pages will never arrive, as when the page server died: a fault would block forever.
 
         Called from any thread, at any moment during or after a restore. It kills all processes at once: those that
-        outlive the first one would hit its end. The replica is restarted another way.
+        outlive the first one would notice its end. The replica is then restored with all pages first.
         """
         first = not self.lost
         # Set this before reading `running`: restore_snapshot sets `running` first and then reads `lost`.
@@ -319,7 +319,7 @@ class Replica:
         if restored is None:
             return
         if self.tracker.phase is Phase.SERVING:
-            log.warning("%s; ending the replica and restoring it another way", reason)
+            log.warning("%s; ending the replica and restoring it with all pages first", reason)
         assert running is not None
         running.kill()  # no process may run once the userfaultfds are closed
 

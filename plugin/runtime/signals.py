@@ -1,4 +1,7 @@
-"""The signals that stop a quickthaw command in order."""
+"""The signals that stop a quickthaw command in order.
+
+Their handlers: `Launch.install_signal_handlers` (plugin/runtime/launcher.py) and `quickthaw proxy` (plugin/proxy/cli.py).
+"""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ a sleep mode do; that path then proves nothing until the wake was called. A `qui
 phases at `/-/status`, and they are copied.
 
 Guarantees: at most one wake command runs at a time, in a session of its own; its whole process group ends when the
-endpoint is put down or closed. The end of an engine started here is noticed at once. An engine started or ended by
+endpoint is put to sleep or closed. The end of an engine started here is noticed at once. An engine started or ended by
 others is noticed within seconds, with or without requests (`watch`). What a killed proxy has left running is taken over
 or ended by the next proxy (`started_processes`).
 """
@@ -101,7 +101,7 @@ class EndpointSpec:
 
     @property
     def can_sleep(self) -> bool:
-        """Return True if the proxy can put it down: by a command, a hook, or by ending the wake command."""
+        """Return True if the proxy can put it to sleep: by a command, a hook, or by ending the wake command."""
         return bool(self.sleep or self.sleep_url or self.wake)
 
 
@@ -221,7 +221,7 @@ class Endpoint:
             raise
 
     async def sleep(self) -> None:
-        """Put the endpoint down.
+        """Put the endpoint to sleep.
 
         Raises StartFailed when the command or hook failed and the endpoint still serves. An endpoint that no longer
         answers counts as asleep regardless.
@@ -344,7 +344,7 @@ class Endpoint:
                 raise StartFailed("wake-command-failed", f"the wake command ended with code {code}")
             waited = time.monotonic() - began
             if waited > self.spec.wake_limit_s:
-                why = why or "the wake command goes on"
+                why = why or "the wake command still runs"
                 raise StartFailed("wake-timeout", f"not ready after {self.spec.wake_limit_s:g} s: {why}")
             await asyncio.sleep(_pause_s(waited))
 
@@ -376,11 +376,11 @@ class Endpoint:
             return exc.message
         except OSError as exc:
             return f"refused ({type(exc).__name__})"
-        # Again, because the port was still free at the first look if another user took it just before the probe.
+        # Check again: another user may have taken the port between the first check and the probe.
         return self._port_taken() if status == 200 else f"{self.spec.ready_path} answers {status}"
 
     def _port_taken(self) -> str | None:
-        """Return why the port is not asked: another user took it before our engine did. None if nobody did, or it cannot be known."""
+        """Return why the port must not be probed: another user listens there instead of our engine. None if not so, or unknown."""
         process = self._process
         if not self.spec.exclusive_port or self.spec.upstream.spec is None:
             return None

@@ -58,7 +58,7 @@ def _times(kind: type, value: object) -> Any:
 
 
 _PLAIN_LEAST, _PLAIN_RATIO = 1 << 20, 32
-"""Size of a compressed body's plain form that is always read, and how many times its own size a larger one may have. What grows a
+"""Decompressed size that is always accepted, and the maximum compression ratio of a larger body. A body that grows a
 thousandfold would block the event loop for a third of a second with 60 KB from the client."""
 _LIST_PATHS = ("/v1/models", "/models")
 
@@ -180,7 +180,7 @@ def load(path: Path) -> Config:
         if config.max_awake and not able:
             raise ValueError(f"{path}: with max_awake, model {name!r} needs `sleep` or `sleep_url`")
     if config.default is not None and config.default not in names:
-        raise ValueError(f"{path}: the default {config.default!r} is no model")
+        raise ValueError(f"{path}: the default {config.default!r} is not one of the models")
     return config
 
 
@@ -280,7 +280,7 @@ class AwakeLimit:
             settled = [pair for pair in settled if not pair[0].pool.kept_awake]
             if not settled:
                 raise StartFailed(
-                    "adapters-loaded", "each model that is awake has LoRA adapters that a start would not have"
+                    "adapters-loaded", "each model that is awake has LoRA adapters, which no start restores"
                 )
             victim, _ = min(settled, key=self._rank)
             young = self.min_awake_s - (time.monotonic() - self.up_since.get(victim.name, 0.0))
@@ -430,7 +430,7 @@ class ModelRouter:
         if not await client.whole_body(request, self.config.max_body):
             raise ClientFault(
                 "body-too-large",
-                f"over {self.config.max_body} bytes, which is what is kept to find the model",
+                f"over {self.config.max_body} bytes (max_body), the limit of a body in which the model is looked up",
                 status=413,
             )
         kind = request.header(b"content-type")
@@ -456,12 +456,20 @@ def _decoded(body: bytes, coding: bytes, limit: int) -> bytes:
     Raises ClientFault (content-encoding, body-too-large).
     """
     if coding not in (b"gzip", b"x-gzip", b"deflate"):
-        raise ClientFault("content-encoding", "to find the model, only gzip and deflate are read", status=415)
+        raise ClientFault(
+            "content-encoding",
+            "to find the model, the body must have the content coding gzip, deflate or none",
+            status=415,
+        )
     try:
         engine = zlib.decompressobj(wbits=47 if coding != b"deflate" else zlib.MAX_WBITS)
         plain = engine.decompress(body, min(limit, max(_PLAIN_LEAST, _PLAIN_RATIO * len(body))))
     except zlib.error as exc:
         raise ClientFault("content-encoding", f"the body is not {coding.decode()}: {exc}") from exc
     if engine.unconsumed_tail:
-        raise ClientFault("body-too-large", "the body grows beyond what is kept to find the model", status=413)
+        raise ClientFault(
+            "body-too-large",
+            "the decompressed body exceeds the limit of a body in which the model is looked up",
+            status=413,
+        )
     return plain

@@ -1,7 +1,7 @@
-"""Who listens at a port that this proxy chose for an engine of its own: the engine, or another user of the host who was there first.
+"""Detect another user of this host who listens at the port that the proxy chose for its own engine.
 
-The port stands in the command line, which every user can read, and is free until the engine has started. Whoever listens there before
-the engine would get the clients' requests and keys.
+Every user can read the port on the engine's command line, and it is free until the engine has started. A process that
+listens there first would receive the clients' requests and keys.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from plugin.bench.client import listening_users
 
 
 def stranger_at(port: int, pid: int | None) -> int | None:
-    """Return a user who listens at `port` and is neither this process's nor one of the command's at `pid` or below; None if there is none.
+    """Return the uid of a stranger who listens at `port`, or None.
 
-    A command may start its engine as another user.
+    Our own user is no stranger, nor is a user of the process `pid` or of its descendants: a command may start its engine
+    as another user.
     """
     strangers = listening_users(port) - {os.geteuid()}
     if strangers and pid is not None:

@@ -4,9 +4,9 @@ The server (uvicorn, hypercorn) parses and frames HTTP. Its messages become a `R
 messages to it.
 
 Guarantees: an answer's body is passed on byte for byte, in order, part by part as it comes. When the server reports a
-disconnect, the task that serves the request is cancelled. While the body is held back, at most one more message is read,
-so a disconnect is noticed unless more of the body than that is unread. An answer that was cut ends in an exception, so
-neither the server nor a middleware can take a part for the whole.
+disconnect, the task that serves the request is cancelled. While reading the body is paused, at most one more message is
+read, so a disconnect is noticed unless more than that of the body is unread. An answer that was cut raises an exception,
+so neither the server nor a middleware can mistake a partial answer for a complete one.
 """
 
 from __future__ import annotations
@@ -267,7 +267,7 @@ def request_of(scope: MutableMapping[str, Any]) -> Request:
 
 
 def websocket_fault() -> ClientFault:
-    """Return the error for a WebSocket: ASGI takes it apart into messages, and only its bytes could be passed on."""
+    """Return the error for a WebSocket: ASGI delivers messages, but the proxy could only relay bytes."""
     text = (
         "WebSockets are not forwarded by the ASGI application; use the port of `quickthaw launch` or `quickthaw proxy`"
     )

@@ -1,4 +1,4 @@
-"""One client of either face: buffer its request's body, pause and resume it, interrupt its request, refuse it.
+"""One client of either front end: buffer its request's body, pause and resume it, interrupt its request, refuse it.
 
 `downstream.ClientConnection` is a connection of the proxy's own port, `asgi_client.AsgiClient` one request that an ASGI
 server passed on. Requests of both are served by the same code (`plugin.proxy.server`, `plugin.proxy.forwarding`).
@@ -61,7 +61,7 @@ class Client:
         self._body_limit = 0
         self._swept = self._body_s = 0.0
 
-    # -- what each face does in its own way --------------------------------------------------------
+    # -- implemented by each front end -------------------------------------------------------------
 
     def is_closing(self) -> bool:
         """Return True if nothing that is written now can reach the client."""
@@ -103,7 +103,7 @@ class Client:
     def _resume_reading(self) -> None:
         raise NotImplementedError
 
-    # -- the same for both -------------------------------------------------------------------------
+    # -- shared by both front ends -----------------------------------------------------------------
 
     def refuse(self, request: Request, error: ProxyError) -> None:
         """Respond with an error; close the connection if the request's body is incomplete."""

@@ -1,6 +1,6 @@
 """The write side of an exchange: the client's connection, and a stream answered before its replica was up.
 
-These are protocols, so that `exchange` does not import the modules that import it.
+Protocols, which break the import circle with the modules that import `exchange`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class ClientSink(Protocol):
-    """A client of either face (`client.Client`). No call blocks."""
+    """A client of either front end (`client.Client`). No call blocks."""
 
     writing_paused: bool
 

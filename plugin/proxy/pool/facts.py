@@ -1,4 +1,4 @@
-"""What a pool serves, for people: names and sizes that its owner knows."""
+"""The names and sizes of what a pool serves, for the admin page."""
 
 from __future__ import annotations
 

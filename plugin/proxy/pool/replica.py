@@ -68,9 +68,9 @@ class Replica:
         self.recording: Callable[[], bool] = lambda: False
         """Returns True if its restore records the snapshot's working set, which takes longer than a later restore."""
         self.engine_pid: Callable[[], int | None] = lambda: None
-        """Returns the host's number of the process above its engine's processes, or None: none runs, or it is unknown."""
+        """Returns the host PID of the root of its engine's processes, or None if none runs or it is unknown."""
         self.address: Callable[[], str] = lambda: self.upstream.name if self.upstream else ""
-        """Returns where its engine listens, for people."""
+        """Returns its engine's address, for the admin page."""
         self.memory_bytes: int | None = None
         """Memory that its processes held at `measured_at` (monotonic seconds; plugin.proxy.admin.costs), None if unknown."""
         self.gpu_bytes: int | None = None

@@ -119,7 +119,7 @@ class Sleeper:
     def refuse_loaded(self) -> None:
         """Raise StartFailed if the requests that were drained loaded adapters."""
         if self.pool.kept_awake:
-            raise StartFailed("adapters-loaded", f"{self.pool.name} has LoRA adapters that a start would not have")
+            raise StartFailed("adapters-loaded", f"{self.pool.name} has LoRA adapters, which no start restores")
 
     async def wait_drained(self, quiet: Awaitable[Any]) -> Any:
         """Await `quiet` within the limits of the current sleep. Raises the same errors as `evict`."""

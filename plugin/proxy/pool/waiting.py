@@ -1,4 +1,4 @@
-"""A held request, and the progress of the start that it waits for."""
+"""A held request, and the progress of the start that it waits for. `start_times.History.deadline` computes its time limit."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from plugin.proxy.pool.start_times import Kind
 from plugin.runtime.phases import Phase
 
 UNKNOWN_LEFT_S = 5.0
-"""Retry-After for an engine that is not started from here: it may come at any moment, or never."""
+"""Retry-After for an engine that only others start: when it will serve is unknown."""
 
 
 @dataclass(eq=False)
 class Waiter:
-    """One held request. `limit_s` is its deadline, None the measured one; `at_most_s` lowers it. Seconds."""
+    """One held request. `limit_s`: its deadline in seconds, None uses the measured one; `at_most_s` can only lower it."""
 
     ready: asyncio.Future[Replica]
     limit_s: float | None
@@ -31,7 +31,7 @@ class Waiter:
 class Progress:
     """Progress of the start that requests wait for: phase, age, expected total, seconds left (measured, or a fixed guess).
 
-    If nothing here starts the engine, `expected_s` means nothing and `left_s` is `UNKNOWN_LEFT_S`.
+    If only others start the engine, `expected_s` means nothing and `left_s` is `UNKNOWN_LEFT_S`.
     """
 
     phase: Phase

@@ -52,7 +52,7 @@ def check(snapshot: Snapshot, here: Here, settings: LaunchSettings, weights: Wei
             *_check_weights(snapshot, recorded, weights),
         )
     else:
-        # The model's digest comes last: computing it may mean to read all of the model.
+        # The model's digest comes last: computing it may read the whole model.
         reasons = identity.check(recorded, replace(here, model=recorded.model))
         if not reasons:
             reasons = identity.check_model(recorded.model, weights.digest)
@@ -83,7 +83,7 @@ def multi_gpu(settings: LaunchSettings, here: Here) -> bool:
     if here.host.gpus:
         try:
             path = last(given_options(settings.command.arguments), "config")
-            # `refuse_parallel` reads the file, whose digest the identity holds in this place.
+            # In place of the file's path the identity holds its digest, but `refuse_parallel` reads the file.
             refuse_parallel({**here.arguments, "--config": ((path,),)} if path else here.arguments)
             refuse_slice(settings.environment.get("CUDA_VISIBLE_DEVICES"))
         except Incompatible as error:
@@ -101,7 +101,7 @@ def explain(library: Library, name: str, here: Here) -> None:
                 continue
             recorded = Identity.decode(library.load(other).identity)
             codes = [reason.code for reason in identity.check(recorded, replace(here, model=recorded.model))]
-            # Of what selects a snapshot only the model's sketch is left.
+            # If all codes match, only the model's sketch can differ.
             log.info("no snapshot of this launch; %s differs: %s", other, ", ".join(codes or ["model-differs"]))
             return
 
@@ -117,7 +117,7 @@ def check_unchanged(
     if weights.moved():
         raise Incompatible(
             "inputs-changed",
-            "the hub's cache got another commit of the model while the engine started; the next start takes the snapshot",
+            "the hub's cache received another commit of the model while the engine started; the next start takes the snapshot",
         )
     proven = replace(before, model=weights.content.proven(limit_s) if weights.content else "")
     now = replace(gather(settings, weights, criu), model=proven.model)

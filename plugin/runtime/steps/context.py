@@ -1,4 +1,4 @@
-"""The views of a replica (`replica.Replica`) that the steps of a start depend on, so that they need not import it."""
+"""Protocols of a replica (`replica.Replica`) for the steps of a start, which therefore need not import it."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class StartContext(Protocol):
 
 
 class RestoreContext(StartContext, Protocol):
-    """A start that restores a snapshot: besides, what pages that arrive later and requests that wait need."""
+    """A start that restores a snapshot, with the state for pages that arrive later and for waiting requests."""
 
     fetching: Fetching
     page_follower: PageFollower
@@ -90,11 +90,11 @@ class RestoreContext(StartContext, Protocol):
 
     @property
     def expects(self) -> Callable[[], bool]:
-        """Return True if a waiting request will run beside the canary."""
+        """A function that returns True if a waiting request will run beside the canary."""
 
     @property
     def cancel_requests(self) -> Callable[[], bool]:
-        """Cancel the requests that run beside the canary and return True if there were any."""
+        """A function that cancels the requests that run beside the canary and returns True if there were any."""
 
     def mounting(self) -> None:
         """Change the phase to mounting, where a start begins."""
@@ -103,7 +103,7 @@ class RestoreContext(StartContext, Protocol):
         """Return the snapshot's identity. Raises Incompatible when it may not be restored here."""
 
     def on_pages_lost(self, reason: str) -> None:
-        """Kill the engine, whose missing pages will never arrive."""
+        """Kill the engine because its missing pages will never arrive."""
 
     def now_running(self, running: Running) -> None:
         """Set the running engine. Raises EngineFailed if a stop was requested meanwhile."""

@@ -89,7 +89,7 @@ class Weights:
 
     @property
     def hub_cache(self) -> str:
-        """Return the cache in which an engine without a network finds its hub models, where the environment does not log_off it."""
+        """Return the cache folder of hub models that `--download-dir` names, or "" if the environment alone decides it."""
         return str(Path(self.hub.download_dir).expanduser().absolute()) if self.hub and self.hub.download_dir else ""
 
     def _resolve(self, path: Path | None) -> None:
@@ -98,7 +98,7 @@ class Weights:
         self._manifest_digest = ""
 
     def moved(self) -> bool:
-        """Return whether the model's hub name leads to another folder by now: another process may have downloaded a newer commit."""
+        """Return whether the model's hub name now resolves to another folder: another process may have downloaded a newer commit."""
         if self.hub is None or not self.hub.names_model:
             return False
         found = self._found()
@@ -106,11 +106,11 @@ class Weights:
 
     @property
     def repositories(self) -> bool:
-        """Return whether the launch names anything on a hub."""
+        """Return whether the launch names a hub repository."""
         return self.hub is not None and bool(self.hub.repositories)
 
     def fetch(self, stderr: int | None) -> None:
-        """Bring what the launch names on a hub into the cache, once: replicas of a launch serve the same commits.
+        """Download all hub repositories of the launch into the cache, once, so that its replicas serve the same commits.
 
         Raises NotDownloaded with the reason in one line.
         """
@@ -119,13 +119,13 @@ class Weights:
             if self._fetched:
                 return
             if self.hub.names_model and self.path is None:
-                log.info("%s is not in the hub's cache; it is downloaded first", self.hub.repositories[0].name)
+                log.info("%s is not in the hub's cache; downloading it first", self.hub.repositories[0].name)
             try:
                 folders = self.hub.fetch(stderr)
             except NotDownloaded as error:
                 if error.code != "hub-no-client" or (self.hub.names_model and self.path is None):
                     raise
-                log.info("%s; what the cache has is taken as it is", error)
+                log.info("%s; using the contents of the hub's cache without an update", error)
                 return
             self._fetched = True
             if self.hub.names_model and (
@@ -141,12 +141,12 @@ class Weights:
 
     @property
     def sketch(self) -> str:
-        """Return what selects a snapshot by its model, or "" for a model that is not on this host. Raises OSError."""
+        """Return the sketch of the model, by which snapshots are selected; "" if the model is not on this host. Raises OSError."""
         return self.content.sketch() if self.content else ""
 
     @property
     def digest(self) -> str:
-        """Return what proves the model, or "" for a model that is not on this host. Reads files whose digest is not known.
+        """Return the digest of the model's files; "" if the model is not on this host. Reads the files whose digest is unknown.
 
         Raises OSError, and Incompatible (inputs-changed) if a file changes meanwhile.
         """
@@ -221,7 +221,7 @@ class Weights:
         """Hold a file of the mount open, which keeps the daemon running."""
         with self._lock:
             if self._handle is not None and self._handle.pid != handle.pid and self._lease is not None:
-                os.close(self._lease)  # of a daemon that is gone
+                os.close(self._lease)  # the descriptor belongs to a daemon that is gone
                 self._lease = None
             self._handle = handle
             if self._lease is None:

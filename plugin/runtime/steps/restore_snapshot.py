@@ -1,6 +1,6 @@
 """Restore a replica from its snapshot: check that it fits, let CRIU restore it, wake the engine, run the canary.
 
-Counterpart of take_snapshot. Which snapshot is tried, which way, and what follows a failure is up to the replica.
+Counterpart of take_snapshot. plugin/runtime/replica.py chooses the snapshot and the way, and handles a failure.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def run(replica: RestoreContext, name: str, lazy: bool) -> None:
         speculative.save_plan(restored.plan)
     if restored.pages:
         if replica.recording:
-            log.info("this first restore records the snapshot's working set; those after it begin with it")
+            log.info("this first restore records the snapshot's working set; later restores load it first")
         replica.page_follower.begin(replica.library, snapshot, restored.pages, recording=replica.recording)
     else:
         restore_rates.remember(
@@ -189,7 +189,7 @@ def check_canary(replica: RestoreContext, running: Running, snapshot: Snapshot) 
     got = _answer(replica, running, snapshot, lambda: replica.tracker.to(Phase.VERIFYING), replica.expects())
     if got != snapshot.canary.token_ids and replica.cancel_requests():
         # Rounding may differ between a batch of two and a batch of one, so repeat it alone.
-        log.debug("the canary gave %s beside a request; once more, alone", got)
+        log.debug("the canary gave %s beside a request; repeating it alone", got)
         got = _answer(replica, running, snapshot)
     if got != snapshot.canary.token_ids:
         raise Integrity(

@@ -169,10 +169,10 @@ def _open(
     from checkpoint.snapshot import manifest
     from checkpoint.store.remote_restore import RemoteSnapshot
 
-    def judge(document: bytes, _: bytes | None) -> None:
+    def accept_manifest(document: bytes, _: bytes | None) -> None:
         accept(manifest.parse(document, library.path(name), name))
 
-    return RemoteSnapshot.open(library, store, name, judge, trust_keys)
+    return RemoteSnapshot.open(library, store, name, accept_manifest, trust_keys)
 
 
 def manifest_of(library: Library, store: str | None, name: str, trust_keys: Sequence[Path]) -> Snapshot:

@@ -44,12 +44,12 @@ SMALL = 64 << 20
 WORTH_S = 0.5
 """Seconds of restore time below which weights are included without trying a reload: excluding them could gain too little."""
 LEAST_PROOF_S, PROOF_SHARE = 10.0, 0.25
-"""How long a snapshot waits for the digest of the model: seconds, and a share of the cold start. Requests wait meanwhile."""
+"""Limits of the wait for the model's digest before a snapshot: at least so many seconds, or this share of the cold start. Requests
+wait meanwhile."""
 DAMAGED = ("manifest-", "file-", "canary-differs", "signature-")
 """Prefixes of restore failures that mean the snapshot's own bytes are wrong: the next cold start takes it anew."""
 PASSING = ("gpu-memory-short", "gpu-gone", "format-newer")
-"""Mismatches that log_off nothing against the snapshot: it stays."""
-
+"""Mismatches that may pass and leave the snapshot valid: it is kept."""
 STALE = ("open-file-changed", "open-file-missing")
 """Mismatches that change over time for the same launch: the snapshot is taken anew, even if the user named it."""
 
@@ -264,34 +264,34 @@ def _free_memory(driver: Driver) -> dict[str, int]:
 
 def _thin(replica: StartContext, client: Client, gpu: bool) -> bool:
     """Return True if the snapshot excludes the weights: as configured, or (`auto`) the faster way as measured on this host."""
-    told = replica.settings.weights
-    if told != "auto":
-        return told == "thin"
+    configured = replica.settings.weights
+    if configured != "auto":
+        return configured == "thin"
     if not can_reload(replica.settings.command):
-        log.info("weights full: what --load-format or a single file loads is not read a second time")
+        log.info("weights full: the engine cannot reload weights of this --load-format, or of a single file")
         return False
     size, home = replica.weights.size, replica.settings.home
     if size < SMALL:
-        log.info("weights full: %.0f MB cost a restore next to nothing", size / 1e6)
+        log.info("weights full: %.0f MB delay a restore too little to measure", size / 1e6)
         return False
     known = restore_rates.measured(home, gpu)
     rate, source = (
         (known[0], f"{known[1]} restores here") if known else (restore_rates.probe(home), "a probe, no restore yet")
     )
     carry_s = size / rate
-    said = f"carrying {size / 1e9:.2f} GB costs a restore {carry_s:.2f} s at {rate / 1e9:.1f} GB/s ({source})"
+    estimate = f"carrying {size / 1e9:.2f} GB costs a restore {carry_s:.2f} s at {rate / 1e9:.1f} GB/s ({source})"
     if carry_s < WORTH_S:
-        log.info("weights full: %s, and leaving them out could not win much", said)
+        log.info("weights full: %s, so excluding them could not win much", estimate)
         return False
     began = time.monotonic()
     try:
         replica.engine.reload_weights(client, replica.settings.command.model)
     except LauncherError as error:
-        log.warning("weights full: the engine cannot read them again (%s)", error)
+        log.warning("weights full: the engine cannot reload them (%s)", error)
         return False
     reload_s = time.monotonic() - began
     chosen = "thin" if reload_s < carry_s else "full"
-    log.info("weights %s: %s, reading them again took %.2f s", chosen, said, reload_s)
+    log.info("weights %s: %s, and reloading them took %.2f s", chosen, estimate, reload_s)
     return chosen == "thin"
 
 

@@ -1,4 +1,4 @@
-"""Test what no feature list can promise: dump and restore a small process for real, in 0.2 s.
+"""Try CRIU on this host: dump and restore a small process for real, in 0.2 s.
 
 `quickthaw doctor` and a host's first cold start both call `run`. A cold start runs it in a thread while the engine
 loads, and takes no snapshot if it failed. All files are in the memory of the trial's own sandbox, so a full disk does

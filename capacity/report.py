@@ -210,7 +210,7 @@ def print_round(outcome: Decision | CapacityError, *, as_json: bool) -> None:
                 {
                     "start": outcome.starts,
                     "stop": outcome.stops,
-                    "held_back": outcome.held_back,
+                    "held_back": outcome.blocked,
                     "cost_per_hour": round(float(outcome.plan.hourly_cost[0]), 6),
                     "buffer_gpus": outcome.plan.buffer_by_type(),
                     **({} if outcome.conflict is None else error_json(outcome.conflict) | {"served": outcome.served}),
@@ -222,7 +222,7 @@ def print_round(outcome: Decision | CapacityError, *, as_json: bool) -> None:
         click.echo(f"quickthaw: {outcome.conflict}", err=True)
     words = [f"start {n} {pool}" for pool, n in outcome.starts.items()]
     words += [f"stop {n} {pool}" for pool, n in outcome.stops.items()]
-    words += [f"{pool} held back by {why}" for pool, why in outcome.held_back.items()]
+    words += [f"{pool} blocked by {gate}" for pool, gate in outcome.blocked.items()]
     words += [f"{name} gets {share:.0%} of its demand" for name, share in outcome.served.items() if share < 1]
     click.echo("; ".join(words) or "no change")
 

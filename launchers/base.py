@@ -278,7 +278,7 @@ class Engine(abc.ABC):
         """Send typical requests, so that the first user's request runs code that has run before."""
 
     @abc.abstractmethod
-    def shrink(self, client: Client) -> None:
+    def trim(self, client: Client) -> None:
         """Empty the KV cache and release its pages; our hooks record the number of bytes in `<pid>.kv` (launchers/control.py).
 
         The engine must be idle. Raises EngineFailed (shrink-busy) otherwise.
@@ -303,8 +303,8 @@ class Engine(abc.ABC):
         """
         return ()
 
-    def offload(self, client: Client, command: EngineCommand, thin: bool) -> bool:
-        """Offload: release the KV cache, and with `thin` the weights, from GPU memory.
+    def offload(self, client: Client, command: EngineCommand, excluded: bool) -> bool:
+        """Offload: release the KV cache, and with `excluded` the weights, from GPU memory.
 
         Return False if the engine was started without support for it, or refuses. The engine generates nothing until
         `reload`. Raises EngineFailed, or OSError if it does not answer.
@@ -322,7 +322,7 @@ class Engine(abc.ABC):
             log.info("%s answered %d to %s (%s); the driver carries its GPU memory", self.name, status, path, words)
         return status == 200
 
-    def reload(self, client: Client, model: str, thin: bool) -> None:
+    def reload(self, client: Client, model: str, excluded: bool) -> None:
         """Reload after `offload`, also in a restored engine: allocate the weights, read them from `model`, then the KV cache.
 
         Raises EngineFailed.

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from checkpoint.sandbox.process_tree import processes
 
-SHRINK = signal.SIGRTMIN + 7
+TRIM = signal.SIGRTMIN + 7
 WAKE = signal.SIGRTMIN + 8
 ENVIRONMENT = "environment"
 
@@ -66,14 +66,14 @@ def _inner_pid(pid: int) -> int:
     return pid
 
 
-def shrink_all(init_pid: int, answers: Path, limit_s: float = 10.0) -> int:
+def trim_all(init_pid: int, answers: Path, limit_s: float = 10.0) -> int:
     """Signal every process to collect garbage and trim; wait for their answers in `answers` (as seen from the host).
 
     Returns how many answered within `limit_s` seconds. A process too busy to answer costs memory in the snapshot, not
     correctness.
     """
     wanted = []
-    for pid in notify(init_pid, SHRINK):
+    for pid in notify(init_pid, TRIM):
         try:
             wanted.append(answers / f"{_inner_pid(pid)}.shrunk")
         except OSError:
@@ -113,7 +113,7 @@ def weight_areas(answers: Path) -> dict[str, list[tuple[int, int]]]:
     return found
 
 
-def ask_for_thin(answers: Path, wanted: bool) -> None:
+def exclude_weights(answers: Path, wanted: bool) -> None:
     """Set whether the next trim drops the weights too."""
     flag = answers / "thin"
     if wanted:

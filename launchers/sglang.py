@@ -131,7 +131,7 @@ class Sglang(Engine):
             client.call("POST", "/v1/chat/completions", body | {"model": "default"}, timeout_s=60.0)
         client.call("POST", "/v1/completions", {"model": "default", "prompt": "Hello", "max_tokens": 2}, timeout_s=60.0)
 
-    def shrink(self, client: Client) -> None:
+    def trim(self, client: Client) -> None:
         """Flush the radix cache; our hook then drops the pool's pages (plugin/engine/sglang_hooks.py).
 
         Raises EngineFailed (control-refused, shrink-busy).
@@ -162,19 +162,19 @@ class Sglang(Engine):
             return ()
         return ("--enable-memory-saver",)
 
-    def offload(self, client: Client, command: EngineCommand, thin: bool) -> bool:
-        """Release the KV cache, and with `thin` the weights.
+    def offload(self, client: Client, command: EngineCommand, excluded: bool) -> bool:
+        """Release the KV cache, and with `excluded` the weights.
 
         Without the memory saver SGLang would answer but release nothing.
         """
         if not has_flag(command, "--enable-memory-saver"):
             return False
-        tags = ["kv_cache", "weights"] if thin else ["kv_cache"]
+        tags = ["kv_cache", "weights"] if excluded else ["kv_cache"]
         return self.released(client.admin(), "/release_memory_occupation", {"tags": tags})
 
-    def reload(self, client: Client, model: str, thin: bool) -> None:
+    def reload(self, client: Client, model: str, excluded: bool) -> None:
         """Resume each tag exactly once: resuming memory that is not released kills SGLang's scheduler."""
-        if thin:
+        if excluded:
             self._resume(client, "weights")
             self.reload_weights(client, model)
         self._resume(client, "kv_cache")

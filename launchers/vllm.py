@@ -145,7 +145,7 @@ class Vllm(Engine):
                 "engine-garbled", f"{CONTROL_PATH} answered what is no result; see the engine's log", repr(data[:80])
             ) from error
 
-    def shrink(self, client: Client) -> None:
+    def trim(self, client: Client) -> None:
         """Reset the prefix cache, then drop the pages in every worker (plugin/engine/vllm_hooks.py).
 
         Raises EngineFailed (shrink-busy).
@@ -166,7 +166,7 @@ class Vllm(Engine):
         """Enable sleep mode: memory is released and reallocated at the same addresses, so captured graphs stay valid."""
         return () if has_flag(command, "--enable-sleep-mode", "--no-enable-sleep-mode") else ("--enable-sleep-mode",)
 
-    def offload(self, client: Client, command: EngineCommand, thin: bool) -> bool:
+    def offload(self, client: Client, command: EngineCommand, excluded: bool) -> bool:
         """Put vLLM to sleep: level 2 drops weights and KV cache, level 1 keeps the weights in host memory.
 
         For vLLM 0.26 see docs/measurements.md. Raises EngineFailed if the outcome is unknown.
@@ -174,7 +174,7 @@ class Vllm(Engine):
         if not has_flag(command, "--enable-sleep-mode"):
             return False
         try:
-            self._control(client, RELOAD_LIMIT_S, call="sleep", level=2 if thin else 1)
+            self._control(client, RELOAD_LIMIT_S, call="sleep", level=2 if excluded else 1)
         except EngineFailed as error:
             if error.code != "engine-refused":
                 raise  # unknown whether it sleeps
@@ -182,12 +182,12 @@ class Vllm(Engine):
             return False
         return True
 
-    def reload(self, client: Client, model: str, thin: bool) -> None:
+    def reload(self, client: Client, model: str, excluded: bool) -> None:
         """Wake the weights first, because the KV cache takes the remaining memory.
 
         Level 1 restores the weights by itself. Same order as vllm/snapshot/server.py.
         """
         self._control(client, RELOAD_LIMIT_S, call="wake_up", tags=["weights"])
-        if thin:
+        if excluded:
             self.reload_weights(client, model)
         self._control(client, RELOAD_LIMIT_S, call="wake_up", tags=["kv_cache"])

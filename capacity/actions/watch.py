@@ -106,14 +106,14 @@ class State:
 class Decision:
     """Result of one planning round.
 
-    `starts` and `stops` passed the gates, instances per pool; `held_back` maps pools to the gate that stopped them.
+    `starts` and `stops` passed the gates, instances per pool; `blocked` maps pools to the gate that stopped them.
     `served`: if no plan satisfies every constraint (`conflict`), the share of its demand that each service gets.
     """
 
     plan: Plan
     starts: dict[str, int]
     stops: dict[str, int]
-    held_back: dict[str, str]
+    blocked: dict[str, str]
     served: dict[str, float] = field(default_factory=dict)
     conflict: InfeasibleError | None = None
 
@@ -155,17 +155,17 @@ def decide(problem: Problem, state: State, now: float, *, exact: bool = False, l
     )
     problem = banded(replace(problem, pools=pools), state)
     solved, conflict, served = _solve(problem, exact, limit)
-    held_back: dict[str, str] = {}
+    blocked: dict[str, str] = {}
     wanted_starts = {p.name: int(n) for p, n in zip(pools, solved.starts[0], strict=True) if n}
     wanted_stops = {p.name: int(n) for p, n in zip(pools, solved.stops[0], strict=True) if n}
     if conflict is not None:
-        held_back |= dict.fromkeys(wanted_stops, "shortage")
+        blocked |= dict.fromkeys(wanted_stops, "shortage")
         wanted_stops = {}
     elif wanted_starts or wanted_stops:
         stay = _staying(solved.problem)
         if stay is not None and stay.cost <= solved.cost * (1 + problem.policy.hysteresis.saving) + 1e-9:
             for name in {**wanted_starts, **wanted_stops}:
-                held_back[name] = "saving"
+                blocked[name] = "saving"
             solved, wanted_starts, wanted_stops = stay, {}, {}
     stops: dict[str, int] = {}
     for pool in pools:
@@ -176,12 +176,12 @@ def decide(problem: Problem, state: State, now: float, *, exact: bool = False, l
         if now - since >= problem.policy.hysteresis.hold_down:
             stops[pool.name] = wanted_stops[pool.name]
         else:
-            held_back[pool.name] = "hold_down"
+            blocked[pool.name] = "hold_down"
     state.planned = {
         name: {"levels": list(f.levels), "values": [list(row) for row in f.values]}
         for name, f in problem.demand.forecasts.items()
     }
-    return Decision(solved, wanted_starts, stops, held_back, served, conflict)
+    return Decision(solved, wanted_starts, stops, blocked, served, conflict)
 
 
 def _solve(problem: Problem, exact: bool, limit: float) -> tuple[Plan, InfeasibleError | None, dict[str, float]]:

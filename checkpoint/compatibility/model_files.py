@@ -45,18 +45,18 @@ _BESIDE = re.compile(r".*\.(json|jinja|model|txt|py|tiktoken)|(?i:mmproj).*\.ggu
 _NOT_READ = frozenset({".git", "__pycache__", ".cache"})
 """Folders of a model that no engine reads: version control, compiled code, the hub's notes on a download."""
 
-Stamp = tuple[int, int, int, int]
+Fingerprint = tuple[int, int, int, int]
 """Size, mtime_ns, ctime_ns, inode."""
 
 
 class _File(NamedTuple):
     key: str
     """The file itself, links resolved: two revisions of a hub model share their files."""
-    stamp: Stamp
+    fingerprint: Fingerprint
 
 
 class _Known(NamedTuple):
-    stamp: Stamp
+    fingerprint: Fingerprint
     sample: str
     digest: str = ""
 
@@ -78,7 +78,7 @@ class ModelFiles:
     @property
     def size(self) -> int:
         """Total bytes of all files."""
-        return sum(file.stamp[0] for file in self.files.values())
+        return sum(file.fingerprint[0] for file in self.files.values())
 
     @property
     def _keys(self) -> set[str]:
@@ -117,7 +117,7 @@ class ModelFiles:
                     return ""
                 self._check(file)
                 with self._lock:
-                    self._new[file.key] = _Known(file.stamp, sample, found)
+                    self._new[file.key] = _Known(file.fingerprint, sample, found)
         with self._lock:
             self._save()
         return self.known_digest()
@@ -132,7 +132,7 @@ class ModelFiles:
     def _settled(self) -> tuple[dict[str, _File], dict[str, str]]:
         """List the files, once the newest of them can no longer change without a later ctime."""
         found = _list(self.path)
-        newest = max((file.stamp[2] for file in found[0].values()), default=0)
+        newest = max((file.fingerprint[2] for file in found[0].values()), default=0)
         wait = newest + RACY_NS - time.time_ns()
         if 0 < wait <= RACY_NS:
             time.sleep(wait / 1e9)
@@ -141,7 +141,7 @@ class ModelFiles:
 
     def _entry(self, file: _File) -> _Known | None:
         known = self._new.get(file.key) or self._known.get(file.key)
-        return known if known and known.stamp == file.stamp else None
+        return known if known and known.fingerprint == file.fingerprint else None
 
     def _digest_of(self, file: _File) -> str:
         known = self._entry(file)
@@ -150,7 +150,7 @@ class ModelFiles:
     def _sample(self, file: _File) -> str:
         if known := self._entry(file):
             return known.sample
-        size = file.stamp[0]
+        size = file.fingerprint[0]
         digest = blake3.blake3()
         with open(file.key, "rb", buffering=0) as opened:
             fd = opened.fileno()
@@ -160,11 +160,11 @@ class ModelFiles:
                 digest.update(os.pread(fd, SAMPLE_BYTES, (size - SAMPLE_BYTES) * place // SAMPLES))
         self._check(file)
         sample = digest.hexdigest()
-        self._new[file.key] = _Known(file.stamp, sample, sample if size <= SMALL else "")
+        self._new[file.key] = _Known(file.fingerprint, sample, sample if size <= SMALL else "")
         return sample
 
     def _check(self, file: _File) -> None:
-        if _stamp(Path(file.key).stat()) != file.stamp:
+        if _fingerprint(Path(file.key).stat()) != file.fingerprint:
             raise Incompatible(
                 "inputs-changed", f"{file.key} was changed while it was read; try again when it is complete"
             )
@@ -172,7 +172,7 @@ class ModelFiles:
     def _over(self, what: bytes, content: Mapping[str, str]) -> str:
         digest = blake3.blake3(what)
         for name, file in sorted(self.files.items()):
-            digest.update(f"{name}\0{file.stamp[0]}\0{content[name]}\n".encode(errors="surrogateescape"))
+            digest.update(f"{name}\0{file.fingerprint[0]}\0{content[name]}\n".encode(errors="surrogateescape"))
         for name, target in sorted(self.links.items()):
             digest.update(f"{name}\0link\0{target}\n".encode(errors="surrogateescape"))
         return digest.hexdigest()
@@ -180,7 +180,7 @@ class ModelFiles:
     def _save(self) -> None:
         """Add what was found to the index. Errors are ignored, because a missing entry only costs time."""
         now = time.time_ns()
-        new = {key: known for key, known in self._new.items() if known.stamp[2] + RACY_NS <= now}
+        new = {key: known for key, known in self._new.items() if known.fingerprint[2] + RACY_NS <= now}
         if not new:
             return
         with contextlib.suppress(OSError):
@@ -190,7 +190,7 @@ class ModelFiles:
                 entries = _load(self.index)
                 for key, known in new.items():
                     before = entries.pop(key, None)  # to the end, as the newest
-                    kept = before if before and before.stamp == known.stamp and before.digest else known
+                    kept = before if before and before.fingerprint == known.fingerprint and before.digest else known
                     entries[key] = kept
                 entries = dict(list(entries.items())[-_KEPT:])
                 write_private(self.index, json.dumps({"format": _FORMAT, "files": entries}).encode())
@@ -222,7 +222,7 @@ def _list(path: Path) -> tuple[dict[str, _File], dict[str, str]]:
                         todo.append((entry.path, f"{name}/", depth + 1))
                 elif stat.S_ISREG(info.st_mode):
                     key = os.path.realpath(entry.path) if entry.is_symlink() else f"{real}/{entry.name}"
-                    files[name] = _File(key, _stamp(info))
+                    files[name] = _File(key, _fingerprint(info))
     return files, links
 
 
@@ -235,16 +235,16 @@ def _of_one_file(path: Path) -> Iterator[tuple[str, _File]]:
             with contextlib.suppress(FileNotFoundError):
                 info = entry.stat()
                 if stat.S_ISREG(info.st_mode):
-                    yield entry.name, _File(os.path.realpath(entry.path), _stamp(info))
+                    yield entry.name, _File(os.path.realpath(entry.path), _fingerprint(info))
 
 
-def _stamp(info: os.stat_result) -> Stamp:
+def _fingerprint(info: os.stat_result) -> Fingerprint:
     return info.st_size, info.st_mtime_ns, info.st_ctime_ns, info.st_ino
 
 
 def _read(file: _File, threads: int, stop: Callable[[], bool]) -> str:
     digest = blake3.blake3(max_threads=threads)
-    buffer = bytearray(min(_BUFFER, file.stamp[0] + 1))
+    buffer = bytearray(min(_BUFFER, file.fingerprint[0] + 1))
     view = memoryview(buffer)
     with open(file.key, "rb", buffering=0) as opened:
         os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)

@@ -239,15 +239,15 @@ def restore(
             plan = _plan(criu, snapshot, folder, run_folder, config, pipes, lazy)
             if unpack_cache(folder, compile_cache):
                 speculative.discard()  # The speculative restore may have mapped the old files.
-            claimed = speculative.claim(plan, pipes)
-            begun = claimed or speculative.begin(plan, pipes)
+            taken = speculative.take(plan, pipes)
+            begun = taken or speculative.begin(plan, pipes)
             logs = library.home / LOGS
             underway()
             try:
                 restored = _complete(begun, config, snapshot, criu, on_exit, lazy, cancellation, logs)
-                restored.begun_speculatively = claimed is not None
+                restored.begun_speculatively = taken is not None
             except CheckpointError as error:
-                if not claimed or not lazy or cancellation.error:
+                if not taken or not lazy or cancellation.error:
                     raise
                 # The plan matched an earlier restore; a restore from the start finds out what is wrong now.
                 lazy.on_warning(f"the speculative restore failed ({error}); restoring once more from the start")

@@ -5,7 +5,7 @@ at once, as a serializable `Plan`. `save_plan` saves the plan of a successful re
 at the next start of the same command line, begins that plan again while the command still imports.
 
 No process of a snapshot runs before validation: CRIU leaves the process tree stopped, and
-checkpoint.snapshot.restore resumes it only after it has validated the snapshot, made the plan again, and `claim`
+checkpoint.snapshot.restore resumes it only after it has validated the snapshot, made the plan again, and `take`
 found both plans equal. A speculative restore that does not match is ended; it only costs some CPU time. With
 required signatures, CRIU must not even read the images before the check, so no plan is saved. This module imports
 little, and only from the standard library, because it delays every start.
@@ -164,7 +164,7 @@ def _bind(listener: socket.socket, work: Path) -> None:
 
 _lock = threading.Lock()
 _plan_file: Path | None = None
-_unclaimed: BegunRestore | None = None
+_begun: BegunRestore | None = None
 _pipes: dict[str, tuple[int, int]] = {}
 
 
@@ -173,8 +173,8 @@ def begin_saved(home: Path, arguments: Sequence[str]) -> None:
 
     Never raises: after an error the normal restore starts from scratch.
     """
-    global _plan_file, _unclaimed
-    # A hash collision or a changed environment only wastes work; `claim` rejects the plan.
+    global _plan_file, _begun
+    # A hash collision or a changed environment only wastes work; `take` rejects the plan.
     ours = sorted((key, value) for key, value in os.environ.items() if key.startswith("QUICKTHAW_"))
     try:
         number = zlib.crc32(json.dumps([list(arguments), ours, os.getcwd()]).encode())
@@ -189,11 +189,11 @@ def begin_saved(home: Path, arguments: Sequence[str]) -> None:
         if in_use < 0:
             return
         try:
-            _unclaimed = begin(plan, {stream: ends[1] for stream, ends in _pipes.items()})
+            _begun = begin(plan, {stream: ends[1] for stream, ends in _pipes.items()})
         except BaseException:
             os.close(in_use)
             raise
-        _unclaimed.snapshot_lock_fd = in_use
+        _begun.snapshot_lock_fd = in_use
         atexit.register(discard)  # for a command that fails before it restores anything
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return
@@ -204,17 +204,17 @@ def take_pipe(stream: str) -> tuple[int, int]:
     return _pipes.pop(stream, None) or os.pipe()
 
 
-def _claim() -> BegunRestore | None:
+def _take() -> BegunRestore | None:
     """Hand the speculative restore to one thread only."""
-    global _unclaimed
+    global _begun
     with _lock:
-        begun, _unclaimed = _unclaimed, None
+        begun, _begun = _begun, None
     return begun
 
 
-def claim(plan: Plan, outputs: Mapping[str, int]) -> BegunRestore | None:
+def take(plan: Plan, outputs: Mapping[str, int]) -> BegunRestore | None:
     """Return the speculative restore if it matches `plan` and `outputs`; otherwise end it and return None."""
-    begun = _claim()
+    begun = _take()
     if begun is None:
         return None
     if begun.plan == plan and begun.outputs == {stream: outputs.get(stream) for stream in plan["criu"]["keep"]}:
@@ -225,7 +225,7 @@ def claim(plan: Plan, outputs: Mapping[str, int]) -> BegunRestore | None:
 
 def discard() -> None:
     """End an unclaimed speculative restore and close its pipes."""
-    begun = _claim()
+    begun = _take()
     if begun is not None:
         begun.close()
     while _pipes:

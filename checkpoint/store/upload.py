@@ -88,7 +88,7 @@ class Push:
         self.pending: set[Future[tuple[int, int]]] = set()
         self.files: list[tuple[str, list[str]]] = []  # of the archive, with the digests of their chunks
         self.known: dict[str, Chunk] = {}
-        self.claimed: set[str] = set()
+        self.seen: set[str] = set()
         self.lock = threading.Lock()
 
     def add_file(self, folder: Path, path: str, size: int, lengths: list[int] | None) -> None:
@@ -155,11 +155,11 @@ class Push:
             self.count += 1
             if digest == zero_digest(len(data)):
                 self.zero += len(data)
-            elif digest in self.claimed:
+            elif digest in self.seen:
                 self.copies += len(data)
-            if digest in self.claimed:
+            if digest in self.seen:
                 return len(data), 0
-            self.claimed.add(digest)
+            self.seen.add(digest)
         result = retrying(lambda: self.chunks.put_chunk(data, digest), RetryPolicy())
         with self.lock:
             self.known[digest] = result.chunk

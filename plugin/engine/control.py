@@ -1,4 +1,4 @@
-"""Handle two signals in every process of an engine that loads this plugin: SHRINK before a dump, WAKE after a restore.
+"""Handle two signals in every process of an engine that loads this plugin: TRIM before a dump, WAKE after a restore.
 
 A signal reaches each process, whatever it waits for and whichever engine it belongs to, without a port or an extra
 thread in the snapshot. Each answer is a file `<pid>.<name>` in the folder QUICKTHAW_CONTROL_DIR, written under a
@@ -15,7 +15,7 @@ import threading
 
 from . import cpu, joining, renewal, start_times
 
-SHRINK = signal.SIGRTMIN + 7
+TRIM = signal.SIGRTMIN + 7
 WAKE = signal.SIGRTMIN + 8
 fresh = False
 """True from a wake until the first `_after_overlap_choice` (SGLang) has used it."""
@@ -33,13 +33,13 @@ def answer(name, text):
         os.replace(path + ".new", path)
 
 
-def thin():
+def excludes_weights():
     """Return True if the launcher wants the weights dropped too, during this trim."""
     folder = os.environ.get("QUICKTHAW_CONTROL_DIR")
     return folder is not None and os.path.exists(os.path.join(folder, "thin"))
 
 
-def _on_shrink(number, frame):
+def _on_trim(number, frame):
     from . import memory
 
     start_times.keep()
@@ -82,6 +82,6 @@ def install():
     start_times.keep()
     if threading.current_thread() is not threading.main_thread():
         return
-    if signal.getsignal(SHRINK) in (signal.SIG_DFL, None):
-        signal.signal(SHRINK, _on_shrink)
+    if signal.getsignal(TRIM) in (signal.SIG_DFL, None):
+        signal.signal(TRIM, _on_trim)
         signal.signal(WAKE, _on_wake)

@@ -16,7 +16,7 @@ def _after_flush(result, scheduler, *args, **kwargs):
         pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
         dropped = memory.discard(memory.tensors_in(pool))
         _name_weights(scheduler)
-        if control.thin():
+        if control.excludes_weights():
             control.answer("weights", str(memory.drop_weights(scheduler.tp_worker.model_runner.model)))
         memory.trim()
         control.answer("kv", str(dropped))

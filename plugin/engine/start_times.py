@@ -20,7 +20,7 @@ class _Restored:
     """The processes of the last restore: PID → (start time now, start time at the dump), in clock ticks as bytes."""
 
     def __init__(self):
-        self.stamp = None
+        self.fingerprint = None
         self.ticks = {}
 
     def look(self):
@@ -33,8 +33,8 @@ class _Restored:
             stat = os.stat(path)
         except OSError:
             return self.ticks  # a cold start
-        stamp = (stat.st_dev, stat.st_ino, stat.st_mtime_ns)
-        if stamp != self.stamp:
+        fingerprint = (stat.st_dev, stat.st_ino, stat.st_mtime_ns)
+        if fingerprint != self.fingerprint:
             with open(path) as file:
                 dumped = json.load(file)
             found = {}
@@ -42,7 +42,7 @@ class _Restored:
                 now = _start_time(pid)
                 if now:
                     found[int(pid)] = (now, b"%d" % ticks)
-            self.ticks, self.stamp = found, stamp
+            self.ticks, self.fingerprint = found, fingerprint
         return self.ticks
 
 

@@ -13,12 +13,12 @@ import sys
 from . import control, joining, memory, packed
 
 
-def _shrink(self):
+def _trim(self):
     """Drop the KV cache's pages in this worker and return the bytes dropped. The prefix cache has been reset by then."""
     runner = getattr(self, "worker", self).model_runner
     dropped = memory.discard(_flat(getattr(runner, "kv_caches", ())))
     _name_weights(self)
-    if control.thin():
+    if control.excludes_weights():
         control.answer("weights", str(memory.drop_weights(runner.get_model())))
     memory.trim()
     control.answer("kv", str(dropped))
@@ -107,7 +107,7 @@ def register():
     from vllm.v1.worker.worker_base import WorkerBase
 
     control.install()
-    WorkerBase.quickthaw_shrink = _shrink
+    WorkerBase.quickthaw_shrink = _trim
     WorkerBase.quickthaw_name_weights = _name_weights
     with contextlib.suppress(ImportError, AttributeError):
         import torch.compiler

@@ -161,17 +161,17 @@ def _wake(
     """
     assert running.restored is not None
     sandbox = running.restored.sandbox
-    thin = snapshot.weights == "thin"
+    excluded = snapshot.weights == "thin"
     try:
         control.renew(sandbox.control_dir, recorded.renewed, replica.identity.renewed)
     except OSError as error:
         raise Failed("sandbox-gone", f"the sandbox ended while it was woken ({error.strerror})") from error
     control.notify(sandbox.init_pid, control.WAKE)
-    if thin and unmounted is not None:
+    if excluded and unmounted is not None:
         _wait_weights(replica, sandbox, unmounted)
     if snapshot.asleep:
-        replica.engine.reload(running.client, snapshot.model, thin)
-    elif thin:
+        replica.engine.reload(running.client, snapshot.model, excluded)
+    elif excluded:
         replica.engine.reload_weights(running.client, snapshot.model)
 
 

@@ -118,7 +118,7 @@ def take(replica: StartContext, sandbox: Sandbox, running: Running, cold_s: floa
     client = running.client
     settings, engine, tracker = replica.settings, replica.engine, replica.tracker
     assert replica.criu is not None
-    weight_bytes, asleep, thin = 0, False, False
+    weight_bytes, asleep, excluded = 0, False, False
     awake: dict[str, int] | None = None
     try:
         tracker.to(Phase.SHRINKING)
@@ -127,18 +127,18 @@ def take(replica: StartContext, sandbox: Sandbox, running: Running, cold_s: floa
         driver = replica.driver()
         gpu = driver is not None and _uses_gpu(driver, sandbox)
         canary = engine.record(client, gpu)
-        thin = _thin(replica, client, gpu)
+        excluded = _excludes_weights(replica, client, gpu)
         kv_bytes = 0
         if settings.shrink:
-            control.ask_for_thin(sandbox.control_dir, thin)
-            engine.shrink(client)
-            control.ask_for_thin(sandbox.control_dir, False)
+            control.exclude_weights(sandbox.control_dir, excluded)
+            engine.trim(client)
+            control.exclude_weights(sandbox.control_dir, False)
             if driver is not None and gpu:
                 awake = _free_memory(driver)
-                asleep = engine.offload(client, replica.command, thin)
+                asleep = engine.offload(client, replica.command, excluded)
             kv_bytes = control.bytes_dropped(sandbox.control_dir, "kv")
             weight_bytes = control.bytes_dropped(sandbox.control_dir, "weights")
-            control.shrink_all(sandbox.init_pid, sandbox.control_dir)
+            control.trim_all(sandbox.init_pid, sandbox.control_dir)
         else:
             try:
                 engine.name_weights(client)
@@ -152,7 +152,7 @@ def take(replica: StartContext, sandbox: Sandbox, running: Running, cold_s: floa
             engine=settings.engine,
             model=settings.command.model,
             model_digest=identity.model,
-            weights="thin" if weight_bytes or (asleep and thin) else "full",
+            weights="thin" if weight_bytes or (asleep and excluded) else "full",
             identity=identity.record().encode(),
             root_pid=running.pid,
             top_pid=running.pid,
@@ -197,7 +197,7 @@ def take(replica: StartContext, sandbox: Sandbox, running: Running, cold_s: floa
             raise NotResumed(error) from error
     tracker.to(Phase.RESUMING)
     try:
-        again = _resume(replica, client, asleep, bool(weight_bytes), thin)
+        again = _resume(replica, client, asleep, bool(weight_bytes), excluded)
     except (LauncherError, OSError) as error:
         if settings.strict:
             raise
@@ -224,11 +224,11 @@ def _drop(replica: StartContext, why: str) -> None:
         replica.library.record_failure(name, why)
 
 
-def _resume(replica: StartContext, client: Client, asleep: bool, dropped: bool, thin: bool) -> list[int]:
+def _resume(replica: StartContext, client: Client, asleep: bool, dropped: bool, excluded: bool) -> list[int]:
     """Reload what was offloaded and return the answer to the canary, or to a plain prompt if there is no snapshot."""
     engine, model = replica.engine, replica.settings.command.model
     if asleep:
-        engine.reload(client, model, thin)
+        engine.reload(client, model, excluded)
     elif dropped:
         engine.reload_weights(client, model)
     if replica.snapshot is None:
@@ -262,7 +262,7 @@ def _free_memory(driver: Driver) -> dict[str, int]:
     return cuda.free_memory(driver)
 
 
-def _thin(replica: StartContext, client: Client, gpu: bool) -> bool:
+def _excludes_weights(replica: StartContext, client: Client, gpu: bool) -> bool:
     """Return True if the snapshot excludes the weights: as configured, or (`auto`) the faster way as measured on this host."""
     configured = replica.settings.weights
     if configured != "auto":

@@ -96,7 +96,7 @@ def test_starts_pass_at_once_and_stops_wait():
     for now in (10.0, 200.0, 309.0):
         waiting = watch.decide(less, state, now)
         assert waiting.stops == {}
-        assert waiting.held_back == {"p0": "hold_down"}
+        assert waiting.blocked == {"p0": "hold_down"}
         watch.record(state, less, waiting, done(waiting))
     late = watch.decide(less, state, 310.0)
     assert late.stops["p0"] > 0
@@ -126,7 +126,7 @@ def test_a_saving_that_is_too_small_is_held_back():
     lazy = replace(problem, policy=replace(problem.policy, hysteresis=Hysteresis(0.0, 0.99, 0.0)))
     decision = watch.decide(lazy, state, 1.0)
     assert decision.quiet
-    assert decision.held_back == {"p0": "saving"}
+    assert decision.blocked == {"p0": "saving"}
 
 
 def two_pools():
@@ -187,7 +187,7 @@ def test_where_no_plan_is_possible_as_much_as_possible_is_started_and_nothing_st
     assert decision.served["s1"] == 1.0
     assert decision.served["s0"] == 0.0
     assert decision.stops == {}
-    assert decision.held_back["wide"] == "shortage"
+    assert decision.blocked["wide"] == "shortage"
 
 
 def test_what_is_held_follows_the_file_where_it_changes_and_what_was_observed():

@@ -43,7 +43,7 @@ class Command:
 
     def begin_saved(self) -> speculative.BegunRestore | None:
         speculative.begin_saved(self.home, WORDS)
-        return speculative._unclaimed
+        return speculative._begun
 
     @contextlib.contextmanager
     def restored(self, *binds: Bind) -> Iterator[tuple[Restored, Output]]:
@@ -234,7 +234,7 @@ def test_a_plan_of_an_earlier_boot_begins_nothing(command: Command, monkeypatch)
 
 def test_a_plan_belongs_to_words_folder_and_settings(command: Command, monkeypatch, tmp_path) -> None:
     speculative.begin_saved(command.home, [*WORDS, "--port", "1"])
-    assert speculative._unclaimed is None
+    assert speculative._begun is None
     with monkeypatch.context() as patched:
         patched.setenv("QUICKTHAW_VERIFY", "always")
         assert command.begin_saved() is None

@@ -128,7 +128,7 @@ def plan() -> None:
 @option("--namespace", default="default", show_default=True, help="With --emit: namespace of the objects.")
 @option(
     "--pause-image",
-    help="With --emit: image of the pods that hold GPUs; it only waits, such as your cluster's pause image.",
+    help="With --emit: image of the pods that hold GPUs, such as your cluster's pause image.",
 )
 @option("--watch", type=Duration(0.1), metavar="INTERVAL", help="Plan again on this interval, such as 60s or 5m.")
 @option(
@@ -175,11 +175,11 @@ def solve_command(
     from capacity.optimize.plan import solve
 
     if watch is None and (command is not None or observe is not None or state is not None or rounds):
-        raise click.UsageError("--apply, --observe, --state and --rounds belong to --watch")
+        raise click.UsageError("--apply, --observe, --state and --rounds require --watch")
     if watch is not None and (emit or thorough or explain):
-        raise click.UsageError("--watch takes none of --emit, --thorough and --explain")
+        raise click.UsageError("--watch cannot be combined with --emit, --thorough or --explain")
     if emit is None and idle_by is not None:
-        raise click.UsageError("--idle-by belongs to --emit")
+        raise click.UsageError("--idle-by requires --emit")
     if emit is not None and not pause_image:
         raise click.UsageError("--emit needs --pause-image: an image that only waits and that your nodes can pull")
     try:
@@ -349,7 +349,7 @@ def simulate_command(
     type=click.IntRange(min=0),
     default=1,
     show_default=True,
-    help="Number of services whose demand rises for good.",
+    help="Number of services whose demand rises permanently.",
 )
 @option(
     "--swing",

@@ -81,9 +81,9 @@ class BareProcess:
     def connect(self, port: int, host: str = "127.0.0.1") -> socket.socket:
         """Return a non-blocking TCP socket whose connect has been started.
 
-        Raises OSError if another user listens at that port. The port is on the engine's command line, which every user can
-        read, and stays free until the engine has been imported: another user who listens there first would receive the
-        clients' requests and keys.
+        Raises OSError if another user listens at that port. Every user can read the port on the engine's command line, and
+        it stays free until the engine has been imported. Another user who listens there first would receive the clients'
+        requests and keys.
         """
         sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         sock.setblocking(False)
@@ -100,8 +100,8 @@ class BareProcess:
         if others:
             sock.close()
             text = (
-                f"engine-port-taken: user {min(others)} listens at port {port}, which was chosen for the engine; "
-                "no request is sent there; start again, which chooses another"
+                f"engine-port-taken: user {min(others)} listens at port {port}, which was chosen for the engine, so "
+                "no request is sent there; start again to choose another port"
             )
             if not self._warned:
                 self._warned = True

@@ -42,7 +42,7 @@ JOINED = "quickthaw-joined-"
 request, so that one engine step serves both.
 """
 RELOAD_LIMIT_S = 600.0
-"""Limit for moving or reading all of a model's weights."""
+"""Time limit for moving or reading all of a model's weights."""
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".npz")
 ANYWHERE_FORMATS = (
     "dummy",
@@ -232,7 +232,7 @@ class Engine(abc.ABC):
         """Return the arguments with which a sandboxed engine serves a hub model as it does with the `user`'s environment."""
         return ()
 
-    # Its life
+    # Start, generation, trim, reload
 
     def wait_ready(self, client: Client, probe: Probe, on_listening: Callable[[], None]) -> None:
         """Wait until the engine generates; a bound port is not enough.
@@ -294,7 +294,7 @@ class Engine(abc.ABC):
     def reload_weights(self, client: Client, model: str) -> None:
         """Reload the weights from the model directory (after restoring a snapshot with excluded weights)."""
 
-    # GPU: memory offloaded here need not go through the images; the driver's own checkpoint moves the rest into host memory.
+    # GPU: memory offloaded here is not in the images; the driver's own checkpoint moves the rest into host memory.
 
     def gpu_arguments(self, command: EngineCommand, packages: Mapping[str, str]) -> tuple[str, ...]:
         """Return the arguments that `offload` needs and the user has not given.
@@ -304,7 +304,7 @@ class Engine(abc.ABC):
         return ()
 
     def offload(self, client: Client, command: EngineCommand, excluded: bool) -> bool:
-        """Offload: release the KV cache, and with `excluded` the weights, from GPU memory.
+        """Offload: release the KV cache from GPU memory, and the weights too if the snapshot excludes them (`excluded`).
 
         Return False if the engine was started without support for it, or refuses. The engine generates nothing until
         `reload`. Raises EngineFailed, or OSError if it does not answer.
@@ -327,7 +327,9 @@ class Engine(abc.ABC):
 
         Raises EngineFailed.
         """
-        raise EngineFailed("wake-unknown", f"{self.name} has nothing to be woken from; take the snapshot anew")
+        raise EngineFailed(
+            "wake-unknown", f"{self.name} cannot reload what this snapshot offloaded; take the snapshot again"
+        )
 
     def record(self, client: Client, gpu: bool) -> Canary:
         """Record the canary: a prompt and the answer that a restored replica must give exactly."""
@@ -359,14 +361,14 @@ def has_flag(command: EngineCommand, *flags: str) -> bool:
 def check_model(model: Path, command: EngineCommand | None = None) -> None:
     """Check that a model directory can be served. Raises BadModel with what is missing and the remedy.
 
-    What `command` says may make up for it: weights that come from elsewhere or nowhere, a configuration of its own.
+    Options in `command` may supply what is missing: weights from another place or none at all, or another configuration.
     """
     if not model.exists():
         raise BadModel(
             "model-missing", f"there is no model directory {model}; give the path of one with config.json and weights"
         )
     if not model.is_dir():
-        return  # a file, such as GGUF: the engine judges it
+        return  # a file, such as GGUF: the engine validates it
     options = given_options(command.arguments) if command else {}
     names = [entry.name for entry in os.scandir(model)]
     if any(name.endswith(".gguf") for name in names):

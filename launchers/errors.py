@@ -41,7 +41,7 @@ class EngineDied(LauncherError):
     """
 
     def __init__(self, code: str, message: str, exit_code: int, last_words: str) -> None:
-        super().__init__(code, f"{message}; its last words: {last_words}")
+        super().__init__(code, f"{message}; its last lines: {last_words}")
         self.exit_code = exit_code
         self._public = message
 
@@ -52,7 +52,7 @@ class EngineDied(LauncherError):
 
 
 class EngineFailed(LauncherError):
-    """The engine runs but a requested operation fails. `words`: what it said about it, which no client sees."""
+    """The engine runs but a requested operation fails. `words`: the engine's own message, which is not sent to clients."""
 
     def __init__(self, code: str, message: str, words: str = "") -> None:
         super().__init__(code, f"{message}: {words}" if words else message)

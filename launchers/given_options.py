@@ -1,4 +1,4 @@
-"""Read an engine's options as the engine will: those of the file that `--config` names, then those of the command line.
+"""Read an engine's options as the engine will: first from the file that `--config` names, then from the command line.
 
 `Engine.parse` (launchers/base.py) parses the whole command line; this module looks up single options. The engine itself
 receives its arguments unchanged.
@@ -29,7 +29,10 @@ def last(options: dict[str, list[str]], *names: str) -> str:
 
 
 def config_words(file: Path) -> list[str]:
-    """Return the words that both engines make of a YAML file of options. Empty if it cannot be read: the engine reports that."""
+    """Return the command-line words that both engines make of a YAML file of options.
+
+    Empty if the file cannot be read; the engine reports that.
+    """
     import yaml
 
     try:

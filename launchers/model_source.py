@@ -1,7 +1,7 @@
-"""Where an engine finds its model: a folder or file of this host, a hub, or a place that only the engine itself can read.
+"""Determine where an engine finds its model: a folder or file of this host, a hub, or a place that only the engine can read.
 
-What a hub has is downloaded before the engine starts, since a sandbox has no network (plugin.model.hub). For the
-rest the engine starts as it would alone.
+plugin.model.hub downloads a hub model before the engine starts, because a sandbox has no network. If only the engine can
+read its model, it starts as it would alone.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _CONFIGURED_DRAFTS = ("speculative-config", "sc")
 _CONFIGURATIONS = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
 _CODE_ELSEWHERE = re.compile(r"([\w.-]+/[\w.-]+)--[\w.]+")
 _ELSEWHERE_FORMATS = ("remote", "remote_instance", "rdma", "modelexpress", "ipc_cache")
-"""Load formats that take the weights from another process or host."""
+"""Load formats that read the weights from another process or host."""
 _RELOADED_FORMATS = ("", "auto", "hf", "safetensors", "pt", "mistral")
 """Load formats that both engines can load a second time into a running engine."""
 
@@ -57,7 +57,7 @@ def load_format(command: EngineCommand) -> str:
 
 
 def can_reload(command: EngineCommand) -> bool:
-    """Return whether a running engine can read its weights again, as a snapshot without weights needs it."""
+    """Return whether a running engine can reload its weights, as a snapshot that excludes them requires."""
     return load_format(command) in _RELOADED_FORMATS and not Path(command.model).expanduser().is_file()
 
 
@@ -95,7 +95,7 @@ def repositories(command: EngineCommand) -> tuple[Repository, ...]:
 def why_plain(command: EngineCommand, environment: Mapping[str, str]) -> str | None:
     """Return why the engine must load its model by itself, in one line, or None.
 
-    It then starts as it would alone: a sandbox has no network, and a snapshot would not know what the engine has read.
+    It then starts as it would alone: a sandbox has no network, and quickthaw cannot verify which model the engine has read.
     """
     options = given_options(command.arguments)
     model, variable = command.model, _MODELSCOPE[command.engine]
@@ -138,7 +138,7 @@ def _adapters(value: str) -> Iterator[str]:
 
 
 def _json(value: str) -> Any:
-    """Return what JSON says, or the value itself."""
+    """Return the decoded JSON, or the value itself if it is not JSON."""
     if value.strip()[:1] in ("{", "["):
         try:
             return json.loads(value)

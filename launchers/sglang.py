@@ -120,7 +120,9 @@ class Sglang(Engine):
             places = answer["meta_info"]["input_top_logprobs"]
             return [int(place[0][1]) for place in places if place] + [int(i) for i in answer["output_ids"]]
         except (LookupError, TypeError, ValueError) as error:
-            raise EngineFailed("engine-no-token-ids", "this SGLang reports no choices for a prompt") from error
+            raise EngineFailed(
+                "engine-no-token-ids", "this SGLang reports no log probabilities for a prompt"
+            ) from error
 
     def warm_up(self, client: Client, command: EngineCommand) -> None:
         """Send generations of two lengths, an OpenAI completion, and streamed chats if the model has a template."""
@@ -163,7 +165,7 @@ class Sglang(Engine):
         return ("--enable-memory-saver",)
 
     def offload(self, client: Client, command: EngineCommand, excluded: bool) -> bool:
-        """Release the KV cache, and with `excluded` the weights.
+        """Release the KV cache, and the weights too if the snapshot excludes them (`excluded`).
 
         Without the memory saver SGLang would answer but release nothing.
         """

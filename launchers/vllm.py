@@ -113,7 +113,7 @@ class Vllm(Engine):
             ]
             return [int(i) for i in (*first, *choice["token_ids"])]
         except (LookupError, TypeError, ValueError, StopIteration) as error:
-            raise EngineFailed("engine-no-token-ids", "this vLLM reports no choices for a prompt") from error
+            raise EngineFailed("engine-no-token-ids", "this vLLM reports no log probabilities for a prompt") from error
 
     def warm_up(self, client: Client, command: EngineCommand) -> None:
         """Send completions of two lengths, and streamed chats if the model has a template."""
@@ -142,7 +142,7 @@ class Vllm(Engine):
             ) from error
         except (ValueError, LookupError, TypeError) as error:
             raise EngineFailed(
-                "engine-garbled", f"{CONTROL_PATH} answered what is no result; see the engine's log", repr(data[:80])
+                "engine-garbled", f"{CONTROL_PATH} did not answer with a result; see the engine's log", repr(data[:80])
             ) from error
 
     def trim(self, client: Client) -> None:

@@ -72,7 +72,7 @@ def apply(
     problems += wrong
     if failure is None and problems:
         failure = CapacityError(
-            "apply-answer", f"the apply command printed something else than its grants: {problems[0]}"
+            "apply-answer", f"the apply command must print the granted instances as JSON: {problems[0]}"
         )
     return Applied(counts["granted"], counts["stopped"], held, failure)
 
@@ -89,7 +89,9 @@ def observe(command: str, limit: float = OBSERVE_LIMIT_S, stop: threading.Event 
     said, problem = _answers(out)
     held, wrong = _held(said.get("held"))
     if problem or wrong:
-        raise CapacityError("observe-answer", f"the observe command must print what is held: {problem or wrong[0]}")
+        raise CapacityError(
+            "observe-answer", f"the observe command must print the held instances as JSON: {problem or wrong[0]}"
+        )
     return held
 
 
@@ -133,13 +135,13 @@ def _run(command: str, text: str, limit: float, stop: threading.Event | None) ->
 def _communicate(
     process: subprocess.Popen[str], text: str, limit: float, stop: threading.Event | None
 ) -> tuple[str, str]:
-    """`communicate`, that also raises TimeoutExpired soon after `stop` is set."""
+    """Call `communicate`; also raise TimeoutExpired soon after `stop` is set."""
     deadline, given = time.monotonic() + limit, text or None
     while True:
         try:
             return process.communicate(given, timeout=max(0.0, min(LOOK_S, deadline - time.monotonic())))
         except subprocess.TimeoutExpired:
-            given = None  # it has been taken over
+            given = None  # the first call has already accepted the input
             if time.monotonic() >= deadline or (stop is not None and stop.is_set()):
                 raise
 
@@ -212,7 +214,7 @@ def _within(word: str, said: object, asked: Mapping[str, int], *, complete: bool
     wrong: list[str] = []
     for pool, count in said.items():
         if pool not in asked:
-            wrong.append(f"{word} names {pool!r}, which it was not asked for")
+            wrong.append(f"{word} names {pool!r}, which was not requested")
         elif type(count) is not int or count < 0:
             wrong.append(f"{word} of {pool} is {count!r}, not a count")
         else:
@@ -220,7 +222,7 @@ def _within(word: str, said: object, asked: Mapping[str, int], *, complete: bool
             if count > asked[pool]:
                 wrong.append(f"{word} of {pool} is {count} of {asked[pool]} asked")
     if complete:
-        wrong += [f"{word} leaves out {pool}, of which {asked[pool]} were asked" for pool in asked if pool not in said]
+        wrong += [f"{word} omits {pool}, of which {asked[pool]} were requested" for pool in asked if pool not in said]
     return counts, wrong
 
 

@@ -7,7 +7,7 @@ Three gates, in this order, prevent oscillation and scaling down before up:
 
 The loop is closed on the observed state: the held instances that `--observe` or the apply command reports, else the file's
 `held` where it has changed, else the granted instances. A provider's refusal bounds the next plan, unless no feasible plan
-is left: then the instances are requested again. If no plan satisfies every constraint, as much of the demand is planned for
+is left: then the instances are requested again. If no plan satisfies every constraint, the plan covers as much of the demand
 as they allow (capacity/optimize/best_effort.py), and nothing is stopped. The state is one small JSON file.
 """
 

@@ -35,12 +35,14 @@ def learn(field: Field, services: tuple[Service, ...], level: float, step: float
         only = e["service"].text() if "service" in e else (services[0].name if len(services) == 1 else "")
         if only not in known:
             raise e.get("service", field).error(
-                "unknown-name", "the trace has no Service column: name the service its requests are of"
+                "unknown-name", "the trace has no Service column: give the service of its requests in `service`"
             )
         names = [only]
     for name in names:
         if name not in known:
-            raise e["path"].error("unknown-name", f"the trace has requests of {name}, which is no service here")
+            raise e["path"].error(
+                "unknown-name", f"the trace has requests of {name}, which is not a service of this file"
+            )
     rows = np.zeros((len(services), max(1, int(np.ceil(trace.seconds / width)))))
     for j, service in enumerate(services):
         if service.name in names:

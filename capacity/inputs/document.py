@@ -120,7 +120,9 @@ class Field:
             raise self.error("out-of-range", f"must be {'over' if open_low else 'at least'} {low:g}, found {value:g}")
         if value > high:
             if value == 1 and kind == "fraction":
-                raise self.error("out-of-range", f"must be below 1, found {said}: nothing is enough for every case")
+                raise self.error(
+                    "out-of-range", f"must be below 1, found {said}: no finite number of GPUs covers every case"
+                )
             if kind == "fraction" and value <= 100:
                 raise self.error(
                     "wrong-unit", f"is a fraction of at most {high:g}, found {value:g}; did you mean {value:g}%?"

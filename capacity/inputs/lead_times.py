@@ -105,7 +105,7 @@ def _seconds(value: Any, path: Path, line: int | None) -> float:
 
 def _bench(report: dict[str, Any], path: Path, model: str | None, engine: str | None, seen: set[str]) -> Samples:
     if not ("cold" in report or "restored" in report):
-        raise InputError("bad-sample", "is no report of quickthaw bench coldstart --json", file=str(path))
+        raise InputError("bad-sample", "is not a report of quickthaw bench coldstart --json", file=str(path))
     if not _wanted(report, None if "model" not in report else model, engine, seen):
         return {}
     found: Samples = {}

@@ -315,7 +315,7 @@ def _demand(field: Field, services: tuple[Service, ...], step: float, path: Path
         if level > forecasts[name].levels[-1] + 1e-9:
             raise value.error(
                 "out-of-range",
-                f"ends at quantile {forecasts[name].levels[-1]:g}, and {level:g} is to be served (demand.quantile)",
+                f"ends at quantile {forecasts[name].levels[-1]:g}, below demand.quantile {level:g}; add that quantile",
             )
     for service in services:
         if service.name not in forecasts:

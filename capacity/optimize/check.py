@@ -106,11 +106,11 @@ def _limits(problem: Problem, t: int, before: list[int], now: list[int]) -> list
         both = sum((before[i] + starts[i]) * problem.pools[i].gpus for i in inside)
         already = sum(before[i] * problem.pools[i].gpus for i in inside)
         if held > quota.gpus or both > max(quota.gpus, already):
-            found.append(f"quota {quota.name} is passed")
+            found.append(f"quota {quota.name} is exceeded")
     if problem.policy.max_start is not None and sum(starts) > problem.policy.max_start:
-        found.append("max_start is passed")
+        found.append("max_start is exceeded")
     if problem.policy.max_stop is not None and sum(stops) > problem.policy.max_stop:
-        found.append("max_stop is passed")
+        found.append("max_stop is exceeded")
     return found
 
 

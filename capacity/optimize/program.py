@@ -188,7 +188,7 @@ def build(problem: Problem, need: Need) -> Program:
     demand_of = {name.key: name for name in rows.names if name.sort == "demand"}
     for k, j in enumerate(spare):
         mine = at_x + by_service[j]
-        name = demand_of[services[j].name]  # it asks for the demand, too
+        name = demand_of[services[j].name]  # this row enforces the demand, too
         cols, vals = np.concatenate([[at_h + k], mine]), np.concatenate([[-1.0], served[by_service[j]]])
         rows.add(name, cols, vals, need.base[j], free)
     for quota in problem.quotas:

@@ -1,4 +1,4 @@
-"""The three solves: the linear program with duals, a plan in integers near it, the optimum in integers.
+"""Solve the linear program with duals, find a plan in integers near it, and find the optimum in integers.
 
 A plan in integers is constructed (`construct.py`) and then improved: a small one by one integer program, a larger one by
 solving it again with the pools of one region free in one step and all others fixed (large neighbourhood search, Shaw 1998);
@@ -25,7 +25,7 @@ IMPROVED = 1500  # integer columns up to which a constructed plan is improved by
 # Nodes limit the search, not time, so that a busy machine computes the same plan.
 NODES = 500
 GAP = 1e-4
-FIRST_GAP = 0.03  # relative; the first plan, where none could be constructed
+FIRST_GAP = 0.03  # relative gap of the first plan if construction fails
 WINDOW = 8  # pools
 WINDOW_NODES = 30
 WINDOW_GAP = 2e-3

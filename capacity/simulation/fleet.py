@@ -225,7 +225,7 @@ class Fleet:
             host.free += min(self.width[host.pool][replica.service], pool.gpus)
             host.replicas.remove(replica)
 
-    # The passage of time.
+    # Time.
 
     def advance(self, until: float) -> None:
         """Serve all requests that begin before `until`, then remove drained replicas and interrupted instances."""
@@ -301,7 +301,7 @@ class Fleet:
         self._leave(replica)
 
     def finish(self) -> None:
-        """Settle the accounts at the end of the trace: running instances and requests count up to now."""
+        """Add the costs of running instances and the busy time of running requests up to the end of the trace."""
         for j, queue in enumerate(self.queues):
             size = self.problem.services[j].gpus / self.problem.services[j].concurrency
             ends = [free for free, _, _, _ in queue.slots]

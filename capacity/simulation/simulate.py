@@ -133,11 +133,11 @@ def arrivals_of(problem: Problem, trace: Trace) -> list[tuple[Floats, Floats]]:
     if strange == [""]:
         raise InputError(
             "unknown-name",
-            f"the trace has no Service column, and {problem.source} has {len(problem.services)} services: whose are they?",
+            f"the trace has no Service column, and {problem.source} has {len(problem.services)} services; add the column",
         )
     if strange:
         raise InputError(
-            "unknown-name", f"the trace has requests of {strange[-1]}, which is no service of {problem.source}"
+            "unknown-name", f"the trace has requests of {strange[-1]}, which is not a service of {problem.source}"
         )
     empty = np.zeros(0)
     return [

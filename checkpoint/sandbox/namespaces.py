@@ -1,4 +1,4 @@
-"""What the sandbox's init sets up before it runs anything: namespaces, mounts, network, clock, and a system call filter.
+"""Set up a sandbox's namespaces, mounts, network, clock and system call filter, before init runs anything in it.
 
 Standard library only: every restore waits for init (checkpoint.sandbox.init).
 """

@@ -453,7 +453,7 @@ class Sandbox:
             raise ConnectionRefusedError(error, os.strerror(error))
         return sock
 
-    # The end
+    # Shutdown
 
     def end(self) -> None:
         """Have every process of the sandbox killed. Thread-safe; does not wait.

@@ -1,4 +1,4 @@
-"""Reject process trees that a restore could not bring back, by what the dump shows beside their memory.
+"""Reject process trees that a restore could not bring back, by examining what the dump recorded beside their memory.
 
 A dump can succeed although it misses objects in the sandbox's namespaces that belong to no process (SysV IPC, POSIX
 message queues), or a process outside the dumped tree. It can also contain what CRIU refuses to restore: a host file whose size has changed

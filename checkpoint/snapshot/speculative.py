@@ -48,7 +48,7 @@ _MAX_PLANS = 64
 
 
 class BegunRestore:
-    """A begun restore that is not yet claimed.
+    """A begun restore that no caller has taken yet.
 
     `close` ends it; a caller that continues it takes over its parts.
     """
@@ -80,7 +80,7 @@ class BegunRestore:
         if self.pages:
             process, control = self.pages
             control.close()
-            # Its end does not delay the next attempt.
+            # Do not wait for it: the next attempt must not be delayed.
             threading.Thread(target=process.wait, name="page-server-reaper", daemon=True).start()
         import shutil  # imported only on failure: takes 4 ms
 
@@ -205,7 +205,7 @@ def take_pipe(stream: str) -> tuple[int, int]:
 
 
 def _take() -> BegunRestore | None:
-    """Hand the speculative restore to one thread only."""
+    """Return the speculative restore to the first caller only, else None."""
     global _begun
     with _lock:
         begun, _begun = _begun, None
@@ -224,7 +224,7 @@ def take(plan: Plan, outputs: Mapping[str, int]) -> BegunRestore | None:
 
 
 def discard() -> None:
-    """End an unclaimed speculative restore and close its pipes."""
+    """End a speculative restore that was not taken and close its pipes."""
     begun = _take()
     if begun is not None:
         begun.close()

@@ -81,7 +81,7 @@ class MountHandle(NamedTuple):
             if error.code == "busy":
                 raise Busy(str(error)) from None
             raise
-        # While another namespace or an open file keeps the mount, its daemon goes on. Otherwise it exits, on a busy host slowly.
+        # While another namespace or an open file keeps the mount, its daemon keeps running. Otherwise it exits, slowly on a busy host.
         kept = entry is not None and kernel.exists(entry.device)
         if _gone(self.pid, min(limit_s, _END_S) if kept else limit_s):
             return True

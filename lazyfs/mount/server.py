@@ -157,7 +157,9 @@ class Server:
                     # Readers depend on the mount; retry housekeeping at the next tick.
                     log.exception("housekeeping failed")
                 if self._orphaned():
-                    log.info("exiting: unmounted here, and no file of the other namespaces' copies was open lately")
+                    log.info(
+                        "exiting: unmounted here, and other namespaces' copies of the mount have had no open file for a while"
+                    )
                     break
         finally:
             self.service.access_log.save()

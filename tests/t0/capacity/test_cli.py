@@ -99,10 +99,10 @@ def test_options_have_variables():
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--apply", "true"), "belong to --watch"),
-        (("--rounds", "2"), "belong to --watch"),
-        (("--watch", "1", "--emit", "kubernetes"), "--watch takes none of"),
-        (("--idle-by", "pause-pods", "--pause-image", "waits:1"), "belongs to --emit"),
+        (("--apply", "true"), "require --watch"),
+        (("--rounds", "2"), "require --watch"),
+        (("--watch", "1", "--emit", "kubernetes"), "--watch cannot be combined with"),
+        (("--idle-by", "pause-pods", "--pause-image", "waits:1"), "requires --emit"),
         (("--watch", "0"), "0 is shorter than 0.1s"),
         (("--watch", "1GiB"), "is a memory; expected a time"),
     ],

@@ -190,7 +190,7 @@ def _described(found: Snapshot, health: Health, data: Mapping[str, Any]) -> Iter
 
     for key in ("name", "created", "engine", "model", "model_digest"):
         yield row(key.replace("_", " "), data[key])
-    where = "left out; a restore reads them again" if found.weights == "thin" else "in the images"
+    where = "excluded; a restore reads them again" if found.weights == "thin" else "in the images"
     yield row("weights", f"{found.weights} ({where})")
     yield row(
         "images", f"{found.image_bytes / 1e9:.3f} GB, without {found.kv_cache_bytes / 1e9:.3f} GB of empty KV cache"
@@ -202,7 +202,7 @@ def _described(found: Snapshot, health: Health, data: Mapping[str, Any]) -> Iter
     yield row("saves a cold start of", f"{found.cold_s:.1f} s ({phases})")
     yield row("canary", f"{found.canary.prompt!r} → {found.canary.token_ids}")
     secrets = ", ".join(data["secrets_present"]) or "none recognised"
-    yield row("secrets present", f"{secrets} (names only; --scrub-env leaves them out)")
+    yield row("secrets present", f"{secrets} (names only; --scrub-env excludes them)")
     yield row("failed restores", f"{health.failures}{f' (last: {health.reason})' if health.reason else ''}")
     if health.quarantined:
         yield row("quarantined", f"since {health.at}; launches skip it until: quickthaw snapshot rm {found.name}")
@@ -349,7 +349,9 @@ def push(name: str, store: str | None, sign_key: Path | None, as_json: bool) -> 
         f"and {reused / 1e9:.2f} GB were zeros or already stored"
     )
     if not library.working_set(name).exists():
-        click.echo("no working set recorded yet (the first restore does): restores from the store wait for all of it")
+        click.echo(
+            "no working set recorded yet (the first restore records it): restores from the store wait for the whole snapshot"
+        )
 
 
 @snapshot.command("pull")

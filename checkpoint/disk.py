@@ -18,7 +18,7 @@ _ROOM = "make room (quickthaw snapshot rm, quickthaw weights gc) or set QUICKTHA
 _KINDS = {
     errno.ENOSPC: ("disk-full", _ROOM),
     errno.EDQUOT: ("disk-full", _ROOM),
-    errno.EROFS: ("disk-read-only", "remount it to be written, or set QUICKTHAW_HOME to another disk"),
+    errno.EROFS: ("disk-read-only", "remount it writable, or set QUICKTHAW_HOME to another disk"),
 }
 
 

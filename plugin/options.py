@@ -196,7 +196,7 @@ serving = (
         "--idle-timeout",
         type=Seconds(),
         default="0",
-        help="Stop the engine after so long without a request; the next request wakes it. 0: never.",
+        help="Stop the engine after this time without a request; the next request wakes it. 0: never.",
     ),
     option(
         "--grace",
@@ -332,7 +332,7 @@ replica = (
         "--silence-timeout",
         type=Seconds(),
         default="1m",
-        help="Restart an engine that has requests and answers nothing for so long, not even a probe. 0: never.",
+        help="Restart an engine that has requests and answers nothing for this time, not even a probe. 0: never.",
     ),
 )
 """Options of the commands that run replicas: `launch` and `restore`."""

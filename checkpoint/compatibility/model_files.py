@@ -97,7 +97,7 @@ class ModelFiles:
             return self._sketch
 
     def known_digest(self) -> str:
-        """Return the digest if that takes no reading, else ""."""
+        """Return the digest if no file must be read for it, else ""."""
         if not self._digest and all(self._digest_of(file) for file in self.files.values()):
             digests = {name: self._digest_of(file) for name, file in self.files.items()}
             self._digest = self._over(b"quickthaw model 1\0", digests)
@@ -106,7 +106,7 @@ class ModelFiles:
     def digest(self, threads: int = blake3.blake3.AUTO, stop: Callable[[], bool] = lambda: False) -> str:
         """Return 64 hex digits that prove the content of every file; reads what changed since it was read last.
 
-        `stop`: asked between two blocks; the digest is then "". Raises OSError; Incompatible (inputs-changed) if a file
+        `stop` is called between two blocks; if it returns True, the digest is "". Raises OSError; Incompatible (inputs-changed) if a file
         changes meanwhile.
         """
         for file in self.files.values():
@@ -189,7 +189,7 @@ class ModelFiles:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 entries = _load(self.index)
                 for key, known in new.items():
-                    before = entries.pop(key, None)  # to the end, as the newest
+                    before = entries.pop(key, None)  # moves the entry to the end, as the newest
                     kept = before if before and before.fingerprint == known.fingerprint and before.digest else known
                     entries[key] = kept
                 entries = dict(list(entries.items())[-_KEPT:])

@@ -118,7 +118,7 @@ def number(message: Message, field: int, default: int = 0) -> int:
     """Return a numeric field, or `default` if it is missing."""
     value = message.get(field, [default])[-1]
     if not isinstance(value, int):
-        raise ValueError(f"field {field} is no number")
+        raise ValueError(f"field {field} is not a number")
     return value
 
 

@@ -1,4 +1,4 @@
-"""Download what a launch names from the Hugging Face hub, with the engine's own huggingface_hub.
+"""Download the Hugging Face hub repositories of a launch, with the engine's own huggingface_hub.
 
 Run by the engine's interpreter, outside the sandbox and with the user's environment, so that token, mirror, proxies, caches
 and progress bars are what they are when the engine downloads for itself. Reads one JSON request from standard input and
@@ -49,7 +49,7 @@ NOT_READ = (
     "*.mlpackage/*",
     "original/*",
 )
-"""What the engines never read: other frameworks' weights, and the files that a model was converted from."""
+"""Files that the engines never read: other frameworks' weights, and the files that a model was converted from."""
 ANSWER_LIMIT_S = 10.0
 """Seconds for a hub's first answer; huggingface_hub's own default where it has one."""
 INDEX = "model.safetensors.index.json"
@@ -61,7 +61,7 @@ _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class Refused(Exception):
-    """What cannot be downloaded: a stable code, and one line with the remedy."""
+    """A repository cannot be downloaded. Has a stable code, and one line with the remedy."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
@@ -133,13 +133,15 @@ class Download:
             if found:
                 return found
         if any(file.endswith(".gguf") for file in listed):
-            raise Refused("hub-gguf", f"{name} holds GGUF files, of which the engine itself chooses; it downloads them")
+            raise Refused(
+                "hub-gguf", f"{name} holds GGUF files; only the engine chooses among them, so it downloads its own"
+            )
         return []
 
     def _cached(self, name: str, revision: str | None, part: str) -> str | None:
-        """Return the snapshot folder in the cache if it is there and looks complete: the hub may be out of reach."""
+        """Return the snapshot folder in the cache if it looks complete, else None, for when the hub cannot be reached."""
         try:
-            # With a pattern that matches nothing, the folder is returned whatever is missing in it.
+            # Ignoring all files makes snapshot_download return the folder even if it is incomplete.
             folder = self.hub.snapshot_download(
                 name, revision=revision, cache_dir=self.cache, local_files_only=True, ignore_patterns="*"
             )
@@ -161,7 +163,7 @@ class Download:
         if "RepositoryNotFoundError" in kinds or "HFValidationError" in kinds or status in (401, 404):
             return Refused(
                 "hub-no-model",
-                f"{where} shows no model {name}; see its spelling, and set HF_TOKEN if it is private (a path begins with / or ./)",
+                f"{where} shows no model {name}; check its spelling, and set HF_TOKEN if it is private (a path begins with / or ./)",
             )
         if number in _NO_ROOM or "not enough" in text.lower():
             return Refused(
@@ -170,7 +172,7 @@ class Download:
         if number in _NOT_WRITABLE:
             return Refused(
                 "hub-cache-unwritable",
-                f"the cache for {name} cannot be written ({text}); set HF_HOME to a folder that can",
+                f"the cache for {name} cannot be written ({text}); set HF_HOME to a writable folder",
             )
         if {
             "OfflineModeIsEnabled",
@@ -181,9 +183,11 @@ class Download:
         } & kinds:
             return Refused(
                 "hub-unreachable",
-                f"{name} is not in the cache and {where} does not answer; see HF_ENDPOINT, HTTPS_PROXY ({text})",
+                f"{name} is not in the cache and {where} does not answer; check HF_ENDPOINT and HTTPS_PROXY ({text})",
             )
-        return Refused("hub-download-failed", f"{name} did not come from {where}: {type(error).__name__}: {text}")
+        return Refused(
+            "hub-download-failed", f"{name} could not be downloaded from {where}: {type(error).__name__}: {text}"
+        )
 
 
 def complete(folder: Path, part: str) -> bool:
@@ -235,16 +239,16 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Answer the request on standard input, and end with the process that asked."""
+    """Answer the request on standard input; the kernel ends this process when its parent ends."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     out = os.dup(1)
-    os.dup2(2, 1)  # whatever else is printed
+    os.dup2(2, 1)  # all other output goes to standard error
     request = json.loads(sys.stdin.buffer.read())
     if os.getppid() != request["parent"]:
-        return  # it ended before this process had asked to end with it
+        return  # the parent ended before prctl took effect
     os.write(out, json.dumps(answer(request)).encode())
 
 
 if __name__ == "__main__":
-    sys.path.pop(0)  # this folder's modules are none of the engine's
+    sys.path.pop(0)  # this folder's modules must not shadow the engine's
     main()

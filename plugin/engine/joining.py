@@ -17,7 +17,7 @@ JOINED = "quickthaw-joined-"
 LIMIT_S = 0.06
 POLL_S = 0.0003
 allowed = False
-"""Whether this process was woken and has waited for nothing since."""
+"""True from a wake until the next wait."""
 
 
 def wanted(identifiers):

@@ -1,9 +1,9 @@
 """Find the weights that oneDNN has repacked for vLLM without giving an address (on CPUs with AMX: every linear layer).
 
-Known are the handle of each layer's product, a C++ object that leads to the packed bytes over a few pointers, and their
-size. The search follows pointers from that object, over some hundred objects at most, until it finds a glibc malloc
+vLLM keeps only the handle of each layer's product (a C++ object that leads to the packed bytes over a few pointers) and
+their size. The search follows pointers from that object, over some hundred objects at most, until it finds a glibc malloc
 chunk of just that size. Memory is read through /proc/self/mem, where a wrong pointer is an error instead of a crash.
-Another chunk of that size would be taken for weights, which is harmless (checkpoint.snapshot.file_backed): its bytes
+Another chunk of that size would be mistaken for weights, which is harmless (checkpoint.snapshot.file_backed): its bytes
 are the snapshot's, and later writes to it stay private to the process.
 """
 

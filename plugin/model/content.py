@@ -1,7 +1,7 @@
-"""Prove a launch's model: its sketch when the launch begins, its digest in the background while the engine reads the files.
+"""Identify a launch's model: by its sketch when the launch begins, and by its digest, computed while the engine reads the files.
 
 A restore waits for the digest, because it must not run on another model. A cold start does not wait; only the snapshot at
-its end does, for a limited time. All of it is kept by stat fields (checkpoint.compatibility.model_files).
+its end does, for a limited time. Sketch and digest are cached by stat fields (checkpoint.compatibility.model_files).
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from checkpoint.errors import CheckpointError, Incompatible
 
 log = logging.getLogger("quickthaw")
 NOTED_BYTES = 4 << 30
-"""A model of this size or more is announced before it is read."""
+"""Log a line before reading a model of at least this size."""
 BACKGROUND_THREADS = 1
-"""Threads of a digest that is computed while the engine loads: reading waits for the disk, and the processors are the engine's."""
+"""Threads of a digest that is computed while the engine loads: reading waits for the disk, and the engine needs the processors."""
 
 
 class ModelContent:
@@ -35,31 +35,33 @@ class ModelContent:
 
     @property
     def files(self) -> ModelFiles:
-        """Return the files as they were when they were first asked for. Raises OSError."""
+        """Return the files as they were at the first call. Raises OSError."""
         with self._listing:
             if self._files is None:
                 self._files = ModelFiles(self._path, self._home)
             return self._files
 
     def sketch(self) -> str:
-        """Return what selects a snapshot by its model. Raises OSError, also if the model changes meanwhile."""
+        """Return the sketch, by which snapshots are selected. Raises OSError, also if the model changes meanwhile."""
         try:
             return self.files.sketch()
         except Incompatible as error:
             raise OSError(0, str(error)) from error
 
     def digest(self) -> str:
-        """Return the proof, reading what has changed since it was last read.
+        """Return the digest, reading the files that changed since they were last read.
 
         Raises OSError, and Incompatible (inputs-changed) if a file has changed since the launch began.
         """
         files = self.files
         if not files.unchanged():  # as when an idle engine wakes
-            raise Incompatible("inputs-changed", f"{self._path} was changed since this launch began; start it anew")
+            raise Incompatible(
+                "inputs-changed", f"{self._path} was changed since this launch began; restart the launch"
+            )
         if known := files.known_digest():
             return known
         if files.size >= NOTED_BYTES:
-            log.info("reading %.0f GB of %s, to prove that a snapshot is of this model", files.size / 1e9, self._path)
+            log.info("reading %.0f GB of %s, to check that the snapshot is of this model", files.size / 1e9, self._path)
         with self._reading:
             return files.digest()
 
@@ -83,7 +85,7 @@ class ModelContent:
         """Return the digest of what the engine has read, waiting up to `limit_s` seconds for the background.
 
         Raises Incompatible: inputs-changed if a file has changed since the launch began, model-unread if the digest takes
-        longer. It is kept, so the next start has it.
+        longer; the computed digest is cached for the next start.
         """
         if self._background is not None:
             self._background.join(limit_s)
@@ -97,11 +99,11 @@ class ModelContent:
         if self._background is not None and self._background.is_alive():
             raise Incompatible(
                 "model-unread",
-                f"the digest of {self._path} is not complete {limit_s:.0f} s after the engine was; it is computed on, "
-                "and the next start takes the snapshot",
+                f"the digest of {self._path} is not complete {limit_s:.0f} s after the engine was ready; "
+                "the next start takes the snapshot",
             )
         return self.files.known_digest() or self.digest()
 
     def close(self) -> None:
-        """End the background."""
+        """Stop the background thread."""
         self._closed.set()

@@ -1,7 +1,7 @@
 """Download the hub models of a launch before its engine starts, outside the sandbox.
 
-The engine's own interpreter does it (plugin/engine/hub_download.py), with the user's environment. Replicas share one
-download; it is resumed where an interrupted one ended, because huggingface_hub does that.
+The engine's own interpreter runs the download (plugin/engine/hub_download.py) with the user's environment. Replicas share
+one download. huggingface_hub resumes an interrupted one.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PROGRAM = Path(__file__).parents[1] / "engine" / "hub_download.py"
 
 
 class NotDownloaded(LauncherError):
-    """What the launch names is not in the cache and could not be downloaded."""
+    """A repository of the launch is not in the cache and could not be downloaded."""
 
 
 class HubModels:
@@ -52,7 +52,7 @@ class HubModels:
         return last(given_options(self.settings.command.arguments), "download-dir")
 
     def fetch(self, stderr: int | None) -> list[Path]:
-        """Bring every repository up to date in the cache; return their snapshot folders. Progress goes to `stderr`.
+        """Update every repository in the cache; return their snapshot folders. Progress goes to `stderr`.
 
         Raises NotDownloaded, with a stable code and the remedy, if one is neither at the hub nor complete in the cache.
         """

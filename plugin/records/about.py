@@ -1,4 +1,4 @@
-"""What a replica is and where it runs, for the admin page: names and sizes from its snapshot, its identity and its engine."""
+"""Describe a replica for the admin page: names and sizes from its snapshot, its identity and its engine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def facts_of(snapshot: Snapshot) -> Facts:
-    """Return what a snapshot's manifest says of its engine, its model and its size."""
+    """Return engine, model and size from a snapshot's manifest."""
     recorded: dict[str, Any] = snapshot.identity
     engine = recorded.get("engine", {}).get("version") or snapshot.engine
     gpus = tuple(str(gpu["name"]) for gpu in recorded.get("host", {}).get("gpus", ()))
@@ -22,7 +22,7 @@ def facts_of(snapshot: Snapshot) -> Facts:
 
 
 def facts_of_named(name: str | None) -> Facts:
-    """Return what the manifest of a snapshot in the library says; empty if there is none that can be read."""
+    """Return the facts from the manifest of a snapshot in the library; empty facts if it cannot be read."""
     from checkpoint.errors import CheckpointError
     from checkpoint.snapshot.library import Library
     from plugin.runtime.config import state_home
@@ -46,7 +46,7 @@ def facts(replica: Replica) -> Facts:
 
 
 def engine_pid(replica: Replica) -> int | None:
-    """Return the host's number of the process above the engine's processes, or None while none runs."""
+    """Return the host PID of the root of the engine's processes, or None while none runs."""
     from checkpoint.sandbox.sandbox import Sandbox
 
     running = replica.running

@@ -68,7 +68,9 @@ def holders(driver: Driver, pids: Iterable[int]) -> list[int]:
     try:
         return [pid for pid in pids if driver.state(pid) is not None]
     except DriverError as error:
-        raise Failed("cuda-query-failed", f"the driver did not say which processes use CUDA: {error.result}") from error
+        raise Failed(
+            "cuda-query-failed", f"the driver did not report which processes use CUDA: {error.result}"
+        ) from error
 
 
 def free_memory(driver: Driver) -> dict[str, int]:

@@ -106,7 +106,7 @@ def read(images: str, name: str, version: int) -> tuple[dict[str, Any], list[mem
             raise ValueError(f"{name} is of another version")
         lengths = head["sections"]
     except (struct.error, LookupError, TypeError) as error:
-        raise ValueError(f"{name} is no cache file") from error
+        raise ValueError(f"{name} is not a cache file") from error
     sections, at = [], 4 + size
     for length in lengths:
         if not isinstance(length, int) or not 0 <= length <= len(body) - at:
@@ -146,7 +146,7 @@ def checked_pages_file(name: object) -> str:
     """Return a valid CRIU page file name, which contains no path. Raises ValueError otherwise."""
     if isinstance(name, str) and name.startswith("pages-") and name.endswith(".img") and name[6:-4].isdigit():
         return name
-    raise ValueError(f"{name!r} is no page file")
+    raise ValueError(f"{name!r} is not a page file")
 
 
 # Page maps

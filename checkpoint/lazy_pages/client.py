@@ -63,10 +63,10 @@ def server_config(
     """Build the server's configuration (checkpoint.lazy_pages.main).
 
     `working_set`: the file recorded earlier; if it is None or missing, only single faults are served until the first
-    token. `record`: serve single pages and remember their
-    order. `rest_bytes_per_s`: rate limit for background pages after the first token. They start after
-    `first_token_timeout_s` even if no first token is reported. `arriving`: the images are being filled from a store.
-    `pack`: allow copying from a local copy of image bytes that was not hashed since (checkpoint.lazy_pages.pack).
+    token. `record`: serve single pages and record their order. `rest_bytes_per_s`: rate limit for background pages after
+    the first token. They start after `first_token_timeout_s` even if no first token is reported. `arriving`: the images
+    are being filled from a store. `pack`: allow copying from the pack (checkpoint.lazy_pages.cache), whose bytes were not
+    hashed since they were written.
     """
     return {
         "images": str(images.resolve()),

@@ -87,7 +87,7 @@ class Planner:
                 # Mapped pages are only read ahead, into the page cache.
                 parts += [(source, offset, high - low) for low, high, offset in image.mapped_within(start, end)]
                 for low, high in image.unmapped(start, end):
-                    parts += _plan_piece(made[pid], image, source, low, high, zeros, first + len(jobs))
+                    parts += _plan_range(made[pid], image, source, low, high, zeros, first + len(jobs))
             jobs.append(parts)
         for plan in made.values():
             plan.seal()
@@ -150,7 +150,7 @@ class Planner:
             self._writer.join(timeout_s)
 
 
-def _plan_piece(plan: Plan, image: ProcessImage, source: Source, start: int, end: int, zeros: int, batch: int) -> Parts:
+def _plan_range(plan: Plan, image: ProcessImage, source: Source, start: int, end: int, zeros: int, batch: int) -> Parts:
     """Add a range of the working set to a plan; return the image parts that it needs."""
     parts, position = [], start
     for low, high, offset in image.within(start, end):

@@ -1,4 +1,4 @@
-"""What is copied: the pages of an address space that are still pending, and the extents that one process needs, in order.
+"""Record what must be copied: the pending pages of an address space, and the extents that one process needs, in order.
 
 Standard library only.
 """

@@ -52,7 +52,7 @@ _WRITE_TIMEOUT_S = 1.0
 
 
 class FaultHandler:
-    """Serves one process tree (see the module's docstwake).
+    """Serves one process tree (see the module's docstring).
 
     `control` and `listener` are the owner's sockets, `config` is described in client.server_config. `cold_reads`: the
     reads that were requested from a cold disk.

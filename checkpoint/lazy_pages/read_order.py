@@ -127,7 +127,7 @@ class ColdReads:
         """Cache the list of what a restore with this working set reads.
 
         `used`: of each process, the other mapped memory it used, as (first address, end address, offset in the pages
-        file). `packed`: whether the page server copies from a pack (checkpoint.lazy_pages.pack) instead of the
+        file). `packed`: whether the page server copies from a pack (checkpoint.lazy_pages.cache) instead of the
         images.
         """
         whole = sorted(name for name in os.listdir(self._images) if not name.startswith("pages-"))

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 # Requests about a mount or one file of it, and their help.
 _REQUESTS = {
-    "prefetch": "Fetch what is absent of a mount, or of one file below it.",
+    "prefetch": "Fetch the absent chunks of a mount, or of one file below it.",
     "pin": "Fetch it, and never evict it while the mount lives.",
     "drop": "Remove it from the disk cache, except files in use.",
 }

@@ -1,4 +1,4 @@
-"""What the commands of lazyfs share: option types, common options, error reports, the store that `--store` names."""
+"""Shared by the commands of lazyfs: option types, common options, error reports, the store that `--store` names."""
 
 from __future__ import annotations
 

@@ -247,7 +247,7 @@ def rm(name: str, store: str | None, as_json: bool) -> None:
     show_default=True,
     envvar="QUICKTHAW_GC_GRACE",
     metavar="TIME",
-    help="Keep what is younger than this; a bare number counts hours.",
+    help="Keep chunks younger than this; a number without a unit counts hours.",
 )
 @option("--untagged", is_flag=True, envvar="QUICKTHAW_GC_UNTAGGED", help="Remove weights without a tag too.")
 @option("--dry-run", is_flag=True, envvar="QUICKTHAW_DRY_RUN", help="Only print what would be deleted.")

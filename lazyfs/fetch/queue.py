@@ -1,4 +1,4 @@
-"""What the fetcher fetches next: the queue of chunks by urgency, the number of concurrent fetches, the background rate."""
+"""Choose what the fetcher fetches next: the queue of chunks by urgency, the number of concurrent fetches, the background rate."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class Queue:
 
 
 class Window:
-    """Adapt the number of concurrent non-demand fetches: doubles it as long as throughput grows.
+    """Adapt the number of concurrent readahead and background fetches: double it as long as throughput grows.
 
     Every chunk in flight takes bandwidth from the one that a reader will want first, so filling more than the link costs
     latency at the start and at the end. A store that is slow per connection needs many fetches. Two batches are measured at

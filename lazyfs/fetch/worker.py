@@ -66,7 +66,7 @@ class Fetcher:
         self.sparse_files = OpenSparseFiles(chunk_fetcher.cache, manifest.files)
         self.dropping: dict[int, int] = {}
         self.dropping_lock = threading.Lock()
-        # Non-demand chunks that the store could not deliver; retried later.
+        # Readahead and background chunks that the store could not deliver; retried later.
         self.postponed: dict[tuple[int, int], int] = {}
         self.sending = threading.Lock()
         self.threads = config.fetch_threads or (

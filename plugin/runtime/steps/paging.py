@@ -34,7 +34,7 @@ DRIFT_FAULTS = 32
 LOG_EVERY_S = 600.0
 """Seconds between log lines while pages are still arriving."""
 COUNTS = ("faults", "stall_s", "bytes_ahead", "bytes_faulted", "bytes_rest", "bytes_zero", "bytes_cold")
-"""Counters of a page server that are exported (checkpoint.lazy_pages.stats)."""
+"""Counters of a page server that are exported (checkpoint.lazy_pages.address_space.Stats)."""
 
 
 @dataclass

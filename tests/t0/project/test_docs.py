@@ -49,6 +49,24 @@ def test_every_module_that_a_document_names_alone_is_there():
     assert missing == set()
 
 
+def test_every_module_that_a_docstring_names_is_there():
+    """`checkpoint.lazy_pages.cache` in prose is found by no tool when the module is renamed."""
+    packages = ("lazyfs", "checkpoint", "launchers", "plugin", "capacity")
+    missing = set()
+    for source in sorted(file for package in packages for file in (REPO / package).rglob("*.py")):
+        text = re.sub(r"getLogger\([^)]*\)", "", source.read_text())
+        for name in re.findall(rf"(?<![\w/.])(?:{'|'.join(packages)})(?:\.\w+)+", text):
+            module, *rest = (REPO / name.split(".")[0], *name.split(".")[1:])
+            while rest and (module / rest[0]).is_dir():
+                module /= rest.pop(0)
+            if rest and (module / f"{rest[0]}.py").exists():
+                module = module / f"{rest.pop(0)}.py"
+            defined = (module if module.is_file() else module / "__init__.py").read_text()
+            if rest and rest[0] not in ("py", "md") and not re.search(rf"\b{rest[0]}\b", defined):
+                missing.add(f"{source.relative_to(REPO)}: {name}")
+    assert missing == set()
+
+
 def test_every_module_of_the_proxy_that_its_page_names_is_there():
     text = (REPO / "docs" / "proxy.md").read_text()
     table = text[text.index("| module of `plugin/proxy/` |") :].split("\n\n")[0]

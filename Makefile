@@ -24,7 +24,7 @@ setup-fast:
 
 test: setup
 	@setup/system.sh test-packages.txt
-	# What fails on a machine that two workers keep busy gets one more try, alone; what fails twice has failed.
+	# A test that fails while two workers keep the machine busy is run once more, alone; a second failure counts.
 	$(PYTEST) $(call REPORT,parts) -n 2 --dist loadgroup tests/t0 tests/t1 || $(PYTEST) $(call REPORT,parts-again) --last-failed tests/t0 tests/t1
 	$(PYTEST) $(call REPORT,engines) tests/t2 tests/gpu || $(PYTEST) $(call REPORT,engines-again) --last-failed tests/t2 tests/gpu
 

@@ -1,11 +1,11 @@
-"""What keeping a snapshot costs: verifying it, storing it, and bringing it back, measured on a snapshot that is there.
+"""Measure the costs of verifying, pushing and pulling an existing snapshot.
 
     python benchmarks/archive.py ~/.cache/quickthaw/snapshots/NAME
     python benchmarks/archive.py FOLDER --levels 1 3 9 --naive-mb 3000 --restore-s 0.6 --json
 
-A copy (hard links) is sealed, verified in full and by the ledger, pushed to a store folder beside it at each level, and pulled again.
-`--naive-mb`: bytes of a dump in which nothing was made small, for the ratio. `--restore-s`: seconds of a restore, for verification's share.
-Medians of `--runs`; the store lies on the disk of `--scratch` (default: the folder's own), which has to have room for twice the snapshot.
+A copy (hard links) is digested, verified in full and by the ledger, pushed to a store folder beside it at each level, and pulled again.
+`--naive-mb`: size of an untrimmed dump, for the ratio. `--restore-s`: seconds of a restore, for verification's share.
+Medians of `--runs`; the store lies on the disk of `--scratch` (default: the folder's own), which needs room for twice the snapshot.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Measures what the capacity planner promises, and prints it side by side with the target.
+"""Measure the capacity planner's promises, and print each beside its target.
 
     python benchmarks/capacity.py                 everything; two to four minutes on two cores
     python benchmarks/capacity.py --only solve    one section: solve, gap, scipy, million, trace
     python benchmarks/capacity.py --only bound    how far a large plan can be from the optimum (--seconds for the integer program)
     python benchmarks/capacity.py --json
 
-`trace` needs the Azure code trace (../shared/data/azure_llm_2023_code.csv, or --trace); without it the section is left out and says so.
+`trace` needs the Azure code trace (../shared/data/azure_llm_2023_code.csv, or --trace); without it the section is skipped with a message.
 """
 
 import argparse
@@ -274,7 +274,7 @@ def trace_section(path):
 
 
 def marks(found):
-    """What was to be reached, a line each: the mark, what was measured, and whether that meets it."""
+    """Return one line per target: the target, the measured value, and whether it is met."""
     rows = []
 
     def add(what, mark, measured, met):

@@ -1,9 +1,9 @@
-"""How soon a large model begins to load on a host that has never seen it, and what a launch writes for it.
+"""Measure how soon a large model begins to load on a new host, and how many bytes a launch writes for it.
 
     python benchmarks/first_start.py [--gigabytes 30] [--runs 3] [--json]
 
-The model is shards of 4 GB: sparse files with a header of safetensors and a random head each. The engine is the tests' double, so what
-is left is quickthaw's own. Each run has a state folder of its own, with nothing in it but CRIU. Printed: seconds from the command until the
+The model is shards of 4 GB: sparse files with a header of safetensors and a random head each. The engine is the tests' double, so only
+quickthaw's own time is measured. Each run has a new state folder that contains only CRIU. Printed: seconds from the command until the
 engine's process runs (the phase `loading`), and bytes that the launch wrote into its state folder by the time the engine serves.
 
 Target: 30 GB begin to load in under 1 s, and no chunk is written.

@@ -1,4 +1,4 @@
-"""What lazyfs reaches, side by side with the raw file in the same run, as ratios.
+"""Measure lazyfs against the raw file in the same run, as ratios.
 
     python benchmarks/lazyfs.py                 everything (a few minutes, 4 GB of /dev/shm)
     python benchmarks/lazyfs.py local second    some parts: local, second, remote, first-byte, memory, sharing, peers
@@ -6,11 +6,11 @@
     python benchmarks/lazyfs.py local --json
 
 "First read" has the mount's page cache cold and the bytes in the backing file's page cache, so that the cost of the file
-system itself is measured and not the disk. What is not passed through is compared with a server in C, too, that does nothing
-else (fuse_ceiling.c, where there is a C compiler). Every read is done by a process of its own. Ratios are medians, with the least
-and the greatest beside; a local first read is compared with the mean of a raw read right before it and one right after, and
-the cases take turns. Before each measurement (and never between mounting and a first read over a network, which would
-measure what was fetched meanwhile) the machine is given up to 15 s to come to rest; a row says how often it did not.
+system itself is measured and not the disk. Reads that are not passed through are also compared with a minimal server in C
+(fuse_ceiling.c, if there is a C compiler). Each read runs in a new process. Ratios are medians, with minimum and
+maximum; a local first read is compared with the mean of a raw read right before it and one right after, and
+the cases alternate. Before each measurement (and never between mounting and a first read over a network, which would
+measure what was fetched meanwhile) the benchmark waits up to 15 s for an idle machine; a row reports how often it was not idle.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
-"""A bare engine's cold start from a plain directory, from a complete local mount, and from a far store with a trace.
+"""Compare a bare engine's cold starts from a plain directory, a complete local mount, and a far store with an access log.
 
     python benchmarks/lazyfs_engines.py sglang --rounds 3
     python benchmarks/lazyfs_engines.py vllm --rounds 2 --rate 1gbit --wrap "flock /run/alone.lock"
 
 No sandbox, no proxy, no snapshot: `python -m sglang.launch_server …` as its user would type it, on another path. The clock
-runs from before the mount (where there is one) to the first token. The kinds take turns after one warm-up of each, in
-another order each round; a round runs under one `--wrap`, so that what is compared lies minutes apart at most. Compared
+runs from before the mount (if there is one) to the first token. The kinds alternate after one warm-up of each, in
+another order each round; a round runs under one `--wrap`, so compared starts are at most minutes apart. The results
 are medians, and the median of the rounds' own ratios. `cpu_s` is what all processors of the machine computed from the
 clock's start to the first token, the mount's daemon included: on a quiet machine it varies less than the time does. The
 mount's cache holds the whole model for `local` (and the file it was imported from is not used);
-it is empty for `remote`, whose store is 20 ms and `--rate` away and carries a trace. `remote` is to be compared with a
-download followed by a start, less the download: that is the plain start. The loading phase is what the engine logs of it.
+it is empty for `remote`, whose store is 20 ms and `--rate` away and contains an access log. Compare `remote` with a
+download followed by a start, minus the download: that is the plain start. The loading phase is what the engine logs of it.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ USER_HOME = state_home()
 
 
 def processor_seconds() -> float:
-    """What the machine's processors have computed since it started, in seconds of one processor."""
+    """Return the processor time of the whole machine since its boot, in seconds of one processor."""
     used = psutil.cpu_times()
     return float(used.user + used.nice + used.system + used.irq + used.softirq)
 

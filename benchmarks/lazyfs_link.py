@@ -1,4 +1,4 @@
-"""A far store for benchmarks: an origin in a network namespace of its own, behind a link of a given rate and delay.
+"""Run a far store for benchmarks: an origin in its own network namespace, behind a link of a given rate and delay.
 
 The rate is shaped by tc's tbf. The delay is the origin's, before every answer, where the kernel has no netem: nginx with
 its echo module where that is installed (Debian: nginx and libnginx-mod-http-echo), else `lazyfs_origin.py`.

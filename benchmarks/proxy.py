@@ -1,6 +1,5 @@
-"""What the proxy costs, side by side in one run: the bare upstream, the proxy's own port, the same proxy as an ASGI
-application under uvicorn, the Starlette and aiohttp proxy that one would write in an afternoon (`proxy_peer`), nginx and
-LiteLLM's proxy.
+"""Measure the proxy's overhead, side by side in one run: the bare upstream, the proxy's own port, the same proxy as an ASGI
+application under uvicorn, a simple proxy in Starlette and aiohttp (`proxy_peer`), nginx and LiteLLM's proxy.
 
     python benchmarks/proxy.py                       everything, about six minutes
     python benchmarks/proxy.py --quick               the same, shorter
@@ -8,8 +7,8 @@ LiteLLM's proxy.
     python benchmarks/proxy.py --against DIR         and the port of another checkout in DIR, as `before`
     python benchmarks/proxy.py --litellm /path/to/venv/bin/litellm --json out.json
 
-LiteLLM is not a dependency: install `litellm[proxy]` in an environment of its own and name its `litellm` script. A peer
-that is not installed is named and left out. `throughput` needs wrk (Debian's package). The upstream, the proxies and the
+LiteLLM is not a dependency: install `litellm[proxy]` in an environment of its own and name its `litellm` script. A missing peer
+is reported and skipped. `throughput` needs wrk (Debian's package). The upstream, the proxies and the
 load run on the same cores, so compare the columns of one run with each other, not with another machine's.
 """
 
@@ -178,7 +177,7 @@ def asgi(port: int, upstream_port: int, held: bool) -> None:
 
 
 def starlette(port: int, upstream_port: int) -> None:
-    """The peer that one would write in an afternoon."""
+    """Run the simple peer (`proxy_peer`)."""
     import uvicorn
     from proxy_peer import app
 

@@ -1,4 +1,4 @@
-"""The loads of `benchmarks/proxy.py`: clients that send, wait, read and go, and what they saw."""
+"""The loads of `benchmarks/proxy.py`: clients that send, wait, read and disconnect, and their measurements."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Client:
 
 
 async def latency(ports: dict[str, int], rate: float, seconds: float) -> dict[str, Any]:
-    """Open loop at `rate` a second, the targets in turn, half a second each, so that they share the machine's moods."""
+    """Open loop at `rate` a second, the targets in turn, half a second each, so that the machine's changing speed affects them alike."""
     clients = {name: Client(port) for name, port in ports.items()}
     slice_s = 0.5
     for turn in range(-1, int(seconds / slice_s)):

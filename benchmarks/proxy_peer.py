@@ -1,6 +1,6 @@
-"""The proxy that one would write in an afternoon: Starlette and aiohttp. `benchmarks/proxy.py` measures it as a peer.
+"""A simple proxy in Starlette and aiohttp, which `benchmarks/proxy.py` measures as a peer.
 
-It holds nothing and wakes nothing: it forwards each request to one upstream, and streams the answer.
+It neither holds nor wakes: it forwards each request to one upstream, and streams the answer.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
-"""A host with nothing of a snapshot, a store behind a link of 1 Gbit/s and 20 ms: download it and restore, or restore from there.
+"""Compare restoring from a store with downloading first, on a new host behind a link of 1 Gbit/s and 20 ms.
 
     python benchmarks/remote.py NAME [--runs 3] [--rate 1gbit] [--delay-ms 20] [--ways remote download] [--json]
 
 NAME is a snapshot of this host with a recorded working set (its first restore records it; see `quickthaw snapshot ls`). It is pushed to a
-store of its own, which an HTTP origin in a network namespace serves. The rate is tc's (tbf on the origin's interface); the delay is the
-origin's, before every answer, since netem is missing from many kernels: so connections begin at full speed, which a real link's would not.
-What is timed is from the command to the first token of a request that is already waiting. Each run has a fresh home; the engine's own files
+new store, which an HTTP origin in a network namespace serves. The rate is tc's (tbf on the origin's interface); the delay is the
+origin's, before every answer, because many kernels lack netem. So connections begin at full speed, unlike on a real link.
+Times run from the command to the first token of a request that is already waiting. Each run has a fresh home; the engine's own files
 (interpreter, libraries) are in the page cache, the snapshot is not.
 
-`working set`: what lies in the archive's `first.bytes` up to the first token, compressed, as the store holds it; its time on the link is
-measured in the same run by fetching just these objects with 16 connections and throwing them away.
+`working set`: the compressed objects of the archive's `first.bytes` up to the first token; their time on the link is
+measured in the same run by fetching only these objects with 16 connections and discarding them.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""N replicas of one snapshot restored at the same moment against one, and what the verification of digests costs in that.
+"""Compare N replicas of one snapshot restored at the same moment with one, and measure the cost of verifying digests.
 
     python benchmarks/replicas.py NAME [N] [--runs 3] [--json]
 
 Each run is `quickthaw restore NAME --replicas N` from its first instruction to the moment at which a replica serves, which is when its
-first tokens (the canary's, recorded at the dump) have been generated and compared. NAME: see `quickthaw snapshot ls`. Where the
-processors are few, replicas are restored in turns; QUICKTHAW_RESTORES_AT_ONCE=N shows the other way.
+first tokens (the canary's, recorded at the dump) have been generated and compared. NAME: see `quickthaw snapshot ls`. On few
+processors the number of concurrent restores is limited; QUICKTHAW_RESTORE_CONCURRENCY=N sets another limit.
 
 Target: the last of N in under 2.5 times the time of one, *per core available*: with C cores and N > C replicas, N / C replicas share a
 core, so the measured ratio is divided by N / C. Both are printed. A first run that is not counted warms the page cache and, with a

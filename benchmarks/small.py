@@ -1,9 +1,9 @@
-"""Bytes of a snapshot in the store against those of a naive dump of the same engine, in one command.
+"""Compare the bytes of a snapshot in the store with those of a naive dump of the same engine, in one command.
 
     python benchmarks/small.py [--engine vllm|sglang] [--model DIR] [--home DIR] [--json]
 
-Naive: the engine as it stands after its warm-up, dumped with nothing made small (`--no-shrink`: KV cache in, no garbage collected) and
-nothing compressed. Ours: the same engine made small, `snapshot push` to a store that holds nothing else, at the level of a disk and of
+Naive: the engine as it stands after its warm-up, dumped untrimmed (`--no-shrink`: with the KV cache, without garbage collection) and
+uncompressed. Ours: the same engine trimmed, `snapshot push` to an empty store, at the level of a disk and of
 a link. Both are taken here, one after the other, by `quickthaw launch` (two cold starts: minutes). Target: a quarter, for vLLM with
 SmolLM2.
 """
@@ -90,7 +90,7 @@ def show(found: dict[str, Any]) -> None:
         print(f"{what:<48}{size / 1e6:>9.1f} MB{size / naive:>8.3f} of naive  {note}".rstrip())
 
     print(f"{found['engine']}")
-    row("naive dump: nothing made small or compressed", naive)
+    row("naive dump: not trimmed, not compressed", naive)
     row("snapshot folder", found["folder"], f"without {found['kv_cache_left_out'] / 1e6:.0f} MB of empty KV cache")
     for level, size in found["stored"].items():
         row(

@@ -1,5 +1,5 @@
-"""Marks of the working set: restores from a cold disk, an image twice as large, the requests just after a restore; and the gain
-of a speculative restore.
+"""Measure the targets of the working set: restores from a cold disk, an image twice as large, the requests just after a restore;
+and the gain of a speculative restore.
 
     python benchmarks/working_set.py cold NAME [--runs 5]
     python benchmarks/working_set.py requests NAME [--runs 5]

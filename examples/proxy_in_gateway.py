@@ -3,7 +3,7 @@
     pip install uvicorn
     python examples/proxy_in_gateway.py --upstream http://127.0.0.1:8001 --port 8000
 
-Requests below /llm wait for the engine at `--upstream`, whoever starts it. In FastAPI the same works with
+Requests below /llm wait until the engine at `--upstream` serves; others start it. In FastAPI the same works with
 `app.mount("/llm", engine)`. On SIGTERM held requests are answered at once, and those in flight are finished.
 """
 
@@ -33,7 +33,7 @@ KEYS = {"Bearer team-a", "Bearer team-b"}
 
 
 class CheckKey:
-    """The gateway's own business: who may ask. Not a BaseHTTPMiddleware, which would pass off a cut stream as a whole one."""
+    """The gateway's own access control. Not a BaseHTTPMiddleware, which would end a cut stream as if it were complete."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -67,7 +67,7 @@ def gateway(upstream: str) -> tuple[Starlette, Proxy]:
 
 
 class Server(uvicorn.Server):
-    """uvicorn ends a lifespan after the last request, so the proxy must hear of a signal before."""
+    """Drain the proxy at a stop signal: uvicorn ends the lifespan only after the last request."""
 
     def __init__(self, config: uvicorn.Config, proxy: Proxy) -> None:
         super().__init__(config)

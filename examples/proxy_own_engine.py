@@ -1,9 +1,9 @@
-"""The proxy in front of something of your own: here an HTTP server in this process that takes a second to come up.
+"""The proxy in front of your own engine: here an HTTP server in this process that takes a second to start.
 
     python examples/proxy_own_engine.py
 
-Ten requests are sent while nothing runs; one wake serves them all, in the order they came. After half an idle second
-the engine sleeps.
+Ten requests are sent while nothing runs; one wake serves them all, in order of arrival. After half an idle second
+the engine is put to sleep.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from plugin.runtime.phases import Phase, PhaseTracker
 
 
 class Engine:
-    """The owner: it alone moves the phases."""
+    """The owner: only it changes the phases."""
 
     def __init__(self) -> None:
         self.tracker = PhaseTracker()

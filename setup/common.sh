@@ -1,4 +1,4 @@
-# Sourced by the other scripts of this folder: where things go, and how progress is told.
+# Sourced by the other scripts of this folder: paths, and functions that report progress.
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 repo="$(dirname "$here")"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# setup.sh [vllm] [sglang]: everything that the project needs on a fresh Debian 12, and the engines named. Idempotent; a second when there is
-# nothing to do. Steps that do not wait for each other run side by side.
+# setup.sh [vllm] [sglang]: everything that the project needs on a fresh Debian 12, and the engines named. Idempotent; takes a second if there is
+# nothing to do. Independent steps run in parallel.
 . "$(dirname "$0")/common.sh"
 exec 9>"$home/.setup.lock"
 flock -w 1800 9 || die "another set-up is running for half an hour; see its logs in $home/logs"

@@ -23,7 +23,7 @@ APPLY_LIMIT_S = 600.0
 OBSERVE_LIMIT_S = 60.0
 TERM_LIMIT_S = 5.0
 """Seconds that an interrupted command has to exit after SIGTERM."""
-LOOK_S = 0.2
+POLL_S = 0.2
 MOST_INSTANCES = 10_000_000
 
 
@@ -139,7 +139,7 @@ def _communicate(
     deadline, given = time.monotonic() + limit, text or None
     while True:
         try:
-            return process.communicate(given, timeout=max(0.0, min(LOOK_S, deadline - time.monotonic())))
+            return process.communicate(given, timeout=max(0.0, min(POLL_S, deadline - time.monotonic())))
         except subprocess.TimeoutExpired:
             given = None  # the first call has already accepted the input
             if time.monotonic() >= deadline or (stop is not None and stop.is_set()):

@@ -17,7 +17,7 @@ from capacity.optimize import explain, highs, program, solver
 from capacity.optimize.check import violations
 from capacity.optimize.program import Ints
 
-NOTHING = 1e-9
+NEGLIGIBLE = 1e-9
 
 
 @dataclass(frozen=True)
@@ -230,11 +230,11 @@ def _shadows(problem: Problem, built: program.Program, relaxed: highs.Outcome) -
     columns = columns.reshape(built.steps, built.columns).sum(axis=0)
     found: dict[tuple[str, str], float] = {}
     for index, name in enumerate(built.row_names):
-        if name.sort in _UNITS and rows[index] < -NOTHING:
+        if name.sort in _UNITS and rows[index] < -NEGLIGIBLE:
             key = (name.text, _UNITS[name.sort])
             found[key] = found.get(key, 0.0) - float(rows[index])
     for index, name in built.column_names.items():
-        if columns[index] < -NOTHING:
+        if columns[index] < -NEGLIGIBLE:
             key = (name.text, _UNITS[name.sort])
             found[key] = found.get(key, 0.0) - float(columns[index])
     shadows = [Shadow(text, unit, value * built.price_scale / hours) for (text, unit), value in found.items()]

@@ -79,7 +79,7 @@ class Fleet:
             Queue(at.tolist(), work.tolist(), np.full(len(at), NEVER), np.concatenate([[0.0], np.cumsum(work)]))
             for at, work in arrivals
         ]
-        self.going: list[Replica] = []
+        self.draining: list[Replica] = []
         self.paid_gpu_seconds = 0.0
         self.cost = 0.0
         self.actions = 0
@@ -214,7 +214,7 @@ class Fleet:
         self.queues[j].slots.sort()
         replica.finishing = [(e[0], replica.inflight[e[2]]) for e in entries if replica.inflight[e[2]] >= 0]
         replica.drained = max([self.now] + [end for end, _ in replica.finishing])
-        self.going.append(replica)
+        self.draining.append(replica)
         self.actions += 1
         return True
 
@@ -234,8 +234,8 @@ class Fleet:
                 self._serve(j, queue, until)
         seconds = until - self.now
         self.now = until
-        for replica in [r for r in self.going if r.drained <= until]:
-            self.going.remove(replica)
+        for replica in [r for r in self.draining if r.drained <= until]:
+            self.draining.remove(replica)
             if replica.alive:
                 self._leave(replica)
         if self.interruptions:
@@ -296,8 +296,8 @@ class Fleet:
                 queue.busy_gpu_seconds -= (end - self.now) * size
         keep.sort()
         queue.slots = keep
-        if replica in self.going:
-            self.going.remove(replica)
+        if replica in self.draining:
+            self.draining.remove(replica)
         self._leave(replica)
 
     def finish(self) -> None:
@@ -305,7 +305,7 @@ class Fleet:
         for j, queue in enumerate(self.queues):
             size = self.problem.services[j].gpus / self.problem.services[j].concurrency
             ends = [free for free, _, _, _ in queue.slots]
-            ends += [end for replica in self.going if replica.service == j for end, _ in replica.finishing]
+            ends += [end for replica in self.draining if replica.service == j for end, _ in replica.finishing]
             queue.busy_gpu_seconds -= sum(end - self.now for end in ends if self.now < end < NEVER) * size
         for held in self.instances:
             for instance in held:

@@ -24,7 +24,7 @@ from capacity.simulation.fleet import Fleet
 BIN = 15.0
 MINUTE = 4  # bins
 DRAIN = 60.0  # seconds to serve the waiting requests, for policies that know no lead time
-REMEMBER = 8 * 3600.0
+HISTORY_S = 8 * 3600.0
 
 
 class Past:
@@ -46,7 +46,7 @@ class Past:
     def until(self, now: float) -> tuple[Floats, Floats]:
         """Return rates and levels (the mean of the last minute) up to `now`: [service, bin]."""
         end = int(now / self.bin_seconds + 1e-9)
-        start = max(0, end - int(REMEMBER / self.bin_seconds))
+        start = max(0, end - int(HISTORY_S / self.bin_seconds))
         return self._rates[:, start:end], self._levels[:, start:end]
 
 
@@ -58,7 +58,7 @@ class Autoscaler:
 
     def __post_init__(self) -> None:
         self.next = 0.0
-        self.wishes: list[deque[tuple[float, int]]] = []  # [service]
+        self.recent_desired: list[deque[tuple[float, int]]] = []  # [service]
 
     def due(self, now: float, interval: float) -> bool:
         """Return whether the next decision is due; if so, schedule the one after it."""
@@ -71,14 +71,14 @@ class Autoscaler:
         raise NotImplementedError
 
     @staticmethod
-    def set_replicas(fleet: Fleet, j: int, wish: int, *, start_instances: bool) -> None:
+    def set_replicas(fleet: Fleet, j: int, desired: int, *, start_instances: bool) -> None:
         service = fleet.problem.services[j]
-        wish = max(wish, service.minimum)
+        desired = max(desired, service.minimum)
         if service.maximum is not None:
-            wish = min(wish, service.maximum)
-        while len(fleet.replicas[j]) > wish:
+            desired = min(desired, service.maximum)
+        while len(fleet.replicas[j]) > desired:
             fleet.stop_replica(j)
-        while len(fleet.replicas[j]) < wish:
+        while len(fleet.replicas[j]) < desired:
             if fleet.start_replica(j):
                 continue
             if not start_instances:
@@ -140,11 +140,11 @@ class Buffered(Autoscaler):
     def tick(self, fleet: Fleet, past: Past) -> None:
         if not self.due(fleet.now, self.interval):
             return
-        self.wishes = self.wishes or [deque() for _ in fleet.problem.services]
-        for j, seen in enumerate(self.wishes):
-            wish = math.ceil(wanted(fleet, past, j, self.utilization) - 1e-9)
-            self.set_replicas(fleet, j, largest(seen, fleet.now, wish, self.hold), start_instances=True)
-        self.set_buffer(fleet, [self.buffer] * len(self.wishes))
+        self.recent_desired = self.recent_desired or [deque() for _ in fleet.problem.services]
+        for j, seen in enumerate(self.recent_desired):
+            desired = math.ceil(wanted(fleet, past, j, self.utilization) - 1e-9)
+            self.set_replicas(fleet, j, largest(seen, fleet.now, desired, self.hold), start_instances=True)
+        self.set_buffer(fleet, [self.buffer] * len(self.recent_desired))
 
 
 @dataclass
@@ -163,19 +163,19 @@ class Hpa(Autoscaler):
     def tick(self, fleet: Fleet, past: Past) -> None:
         if not self.due(fleet.now, self.interval):
             return
-        self.wishes = self.wishes or [deque() for _ in fleet.problem.services]
+        self.recent_desired = self.recent_desired or [deque() for _ in fleet.problem.services]
         rates, _ = past.until(fleet.now)
         for j, service in enumerate(fleet.problem.services):
             current = len(fleet.replicas[j])
             rate = service.rate_on(fleet.problem.pools[fleet.cheapest[j][0]].gpu) or 1.0
             load = float(rates[j, -MINUTE:].mean()) if rates.shape[1] else 0.0
-            wish = self._wish(current, sum(r.ready <= fleet.now for r in fleet.replicas[j]), load / rate)
-            recent = largest(self.wishes[j], fleet.now, wish, self.stabilization)
-            wish = wish if wish >= current else min(current, recent)
-            self.set_replicas(fleet, j, wish, start_instances=True)
-        self.set_buffer(fleet, [0] * len(self.wishes))
+            desired = self._desired_replicas(current, sum(r.ready <= fleet.now for r in fleet.replicas[j]), load / rate)
+            recent = largest(self.recent_desired[j], fleet.now, desired, self.stabilization)
+            desired = desired if desired >= current else min(current, recent)
+            self.set_replicas(fleet, j, desired, start_instances=True)
+        self.set_buffer(fleet, [0] * len(self.recent_desired))
 
-    def _wish(self, current: int, ready: int, load: float) -> int:
+    def _desired_replicas(self, current: int, ready: int, load: float) -> int:
         """Return the desired replicas; `load` is in replicas at full rate."""
         if current == 0:
             return 1 if load > 0 else 0
@@ -187,11 +187,11 @@ class Hpa(Autoscaler):
             ratio = load / current / self.target
             if ratio <= 1 + self.tolerance:
                 return current
-            wish = math.ceil(ratio * current - 1e-9)
+            desired = math.ceil(ratio * current - 1e-9)
         else:
-            wish = math.ceil(ratio * max(1, ready) - 1e-9)
+            desired = math.ceil(ratio * max(1, ready) - 1e-9)
         most = max(current + self.most_pods, math.ceil(current * (1 + self.most_share)))
-        return max(1, min(wish, most))
+        return max(1, min(desired, most))
 
 
 @dataclass
@@ -286,9 +286,9 @@ class Program(Autoscaler):
                 continue
             _, levels = past.until(fleet.now)
             level = float(levels[j, -1]) if levels.shape[1] else 0.0
-            wish = min(math.ceil((level + work / drain) / rate), live + math.ceil(work / (rate * drain)))
+            desired = min(math.ceil((level + work / drain) / rate), live + math.ceil(work / (rate * drain)))
             if service.maximum is not None:
-                wish = min(wish, service.maximum)
-            while len(fleet.replicas[j]) < max(wish, 1):
+                desired = min(desired, service.maximum)
+            while len(fleet.replicas[j]) < max(desired, 1):
                 if not fleet.start_replica(j):
                     break

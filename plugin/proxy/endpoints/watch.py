@@ -77,7 +77,7 @@ class Watch:
         self._refusals = 0
         self._unready_since: float | None = None
         self._probe_at = 0.0
-        self._vain_probes = 0
+        self._failed_probes = 0
 
     async def run(self) -> None:
         """Check the endpoint at intervals until cancelled."""
@@ -140,6 +140,6 @@ class Watch:
             return False
         if await self.watched.is_up():
             return True
-        self._vain_probes += 1
-        self._probe_at = now + min(self.pace.probe_every_s, self.pace.every_s * 2**self._vain_probes)
+        self._failed_probes += 1
+        self._probe_at = now + min(self.pace.probe_every_s, self.pace.every_s * 2**self._failed_probes)
         return False

@@ -84,7 +84,7 @@ def request_head(
 ) -> bytes:
     """Build the head for a replica: drop hop-by-hop fields, set the forwarding fields and the request id."""
     out = [b"%b %b HTTP/1.1\r\nhost: %b\r\n" % (method, target, host)]
-    came_through = b""
+    forwarded_for = b""
     proto = forwarded_host = False
     for lower, name, value in headers:
         if lower in drop:
@@ -93,12 +93,12 @@ def request_head(
             if not trust_forwarded:
                 continue
             if lower == b"x-forwarded-for":
-                came_through += value + b", "
+                forwarded_for += value + b", "
                 continue
             proto = proto or lower == b"x-forwarded-proto"
             forwarded_host = forwarded_host or lower == b"x-forwarded-host"
         out.append(b"%b: %b\r\n" % (name, value))
-    out.append(b"x-request-id: %b\r\nx-forwarded-for: %b%b\r\n" % (request_id, came_through, peer))
+    out.append(b"x-request-id: %b\r\nx-forwarded-for: %b%b\r\n" % (request_id, forwarded_for, peer))
     if not proto:
         out.append(b"x-forwarded-proto: %b\r\n" % scheme)
     if not forwarded_host and client_host:

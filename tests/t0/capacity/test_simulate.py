@@ -215,7 +215,7 @@ def test_past_shows_only_bins_that_have_ended():
     ],
 )
 def test_the_documented_rules_of_the_autoscaler(current, ready, load, wish):
-    assert Hpa()._wish(current, ready, load) == wish
+    assert Hpa()._desired_replicas(current, ready, load) == wish
 
 
 def test_the_autoscaler_scales_down_to_the_largest_wish_of_five_minutes():

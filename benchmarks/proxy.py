@@ -49,7 +49,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from plugin.bench.client import free_port  # noqa: E402
-from plugin.proxy.limits import raise_files  # noqa: E402
+from plugin.proxy.descriptor_limit import raise_files  # noqa: E402
 
 # -- the upstream: as fast as Python allows, so that it is not what is measured ----------------------
 

@@ -183,7 +183,7 @@ def _in_one_line(error: click.ClickException) -> str:
 def _io_failed(error: OSError) -> int:
     """Print an OSError and return the exit code. A reader that has closed the pipe is no failure."""
     if error.errno == errno.EMFILE:
-        from plugin.proxy.limits import TooFewFiles
+        from plugin.proxy.descriptor_limit import TooFewFiles
 
         return _fail(coded(TooFewFiles()), EXIT_FAILED)
     frames = traceback.extract_tb(error.__traceback__)

@@ -68,7 +68,7 @@ def _sandbox() -> Finding:
     from checkpoint.sandbox.privileges import Privileges
     from checkpoint.sandbox.sandbox import Sandbox
     from plugin.runtime.capabilities import from_privileges
-    from plugin.runtime.steps.trial import sandbox_reason
+    from plugin.runtime.steps.criu_trial import sandbox_reason
 
     if from_privileges(Privileges.here()).sandbox:
         return Finding("sandbox", "off", "not tried", "see privileges above")
@@ -92,12 +92,12 @@ def _criu() -> Finding:
 
 
 def _roundtrip() -> Finding:
-    """Dump and restore a small process for real, as a host's first cold start does (plugin.runtime.steps.trial)."""
+    """Dump and restore a small process for real, as a host's first cold start does (plugin.runtime.steps.criu_trial)."""
     from checkpoint.criu.binary import Criu
     from checkpoint.errors import CheckpointError
     from checkpoint.sandbox.privileges import Privileges
     from plugin.runtime.capabilities import from_privileges
-    from plugin.runtime.steps import trial
+    from plugin.runtime.steps import criu_trial
 
     if from_privileges(Privileges.here()).snapshots:
         return Finding("dump and restore", "off", "not tried", "see privileges above")
@@ -106,9 +106,9 @@ def _roundtrip() -> Finding:
     except CheckpointError as error:
         return Finding("dump and restore", "off", f"not tried ({error.code})", "see criu above")
     try:
-        trial.run(criu)
+        criu_trial.run(criu)
     except CheckpointError as error:
-        what = trial.sandbox_reason(error)
+        what = criu_trial.sandbox_reason(error)
         return Finding("dump and restore", "off", what, "docs/deploy.md lists what a container must allow")
     return Finding("dump and restore", "ok", "a process was dumped and came back")
 

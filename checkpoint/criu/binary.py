@@ -23,7 +23,7 @@ from checkpoint.files import boot_id, private_folder, write_private
 from checkpoint.sandbox.privileges import Privileges
 from checkpoint.sandbox.sandbox import Sandbox
 from checkpoint.snapshot import speculative
-from checkpoint.snapshot.frozen import sysv_refused
+from checkpoint.snapshot.dump_check import sysv_refused
 
 MINIMUM_VERSION = (4, 2)
 # Earlier versions fail on kernels >= 6.16 at the first TCP socket (SO_PASSCRED), see docs/limits.md.
@@ -194,7 +194,9 @@ class Criu:
         code = sandbox.execute(argv, _environment(), timeout_s)
         if code:
             cause = error_in_log(host_path / "dump.log", code)
-            if "SysVIPC" in cause:  # attached by a process; other objects are found later (checkpoint.snapshot.frozen)
+            if (
+                "SysVIPC" in cause
+            ):  # attached by a process; other objects are found later (checkpoint.snapshot.dump_check)
                 raise sysv_refused("shared memory segment")
             raise Failed(
                 "criu-dump-failed",

@@ -168,7 +168,7 @@ def prepare_mounts(config: Message) -> None:
     mount("quickthaw", root, "tmpfs", MS_NOSUID | MS_NODEV, "mode=0755")
     for name in ("tmp", "cache", "control", "queues"):
         os.mkdir(f"{root}/{name}", 0o700)
-    # Lists the sandbox's POSIX message queues, which no snapshot can hold (checkpoint.snapshot.frozen).
+    # Lists the sandbox's POSIX message queues, which no snapshot can hold (checkpoint.snapshot.dump_check).
     with contextlib.suppress(OSError):  # a kernel without message queues
         mount("queues", f"{root}/queues", "mqueue", MS_NOSUID | MS_NODEV | MS_NOEXEC)
     # Inductor writes precompiled headers (150 MB) below TMPDIR regardless of its cache setting; link them into the

@@ -21,7 +21,7 @@ from checkpoint.cuda.driver import Driver
 from checkpoint.files import private_folder
 from checkpoint.sandbox.process_tree import inner_numbers, private_bytes, processes
 from checkpoint.sandbox.sandbox import CACHE_DIR, TMP_DIR, Sandbox
-from checkpoint.snapshot import frozen, manifest, room
+from checkpoint.snapshot import dump_check, free_space, manifest
 from checkpoint.snapshot.library import Library
 from checkpoint.snapshot.manifest import Snapshot, SnapshotFile
 from checkpoint.snapshot.restore import DUMP_SLOWEST, LOGS, check_page_size, gpu_locks
@@ -89,19 +89,21 @@ def take(
     longer runs and the caller must kill it.
     """
     check_page_size()
-    frozen.refuse_open_queues(Path(f"/proc/{sandbox.init_pid}/root"))
+    dump_check.refuse_open_queues(Path(f"/proc/{sandbox.init_pid}/root"))
     pids = processes(sandbox.init_pid)
     on_gpu = cuda.memory_in_use(driver, pids) if driver else 0
-    room.check_memory(on_gpu)
+    free_space.check_memory(on_gpu)
     with disk.required(f"{draft.name} cannot be written", "snapshot-not-written"):
         private_folder(library.folder)
-    shared = room.tmpfs_bytes(Path(f"/proc/{sandbox.init_pid}/root"), ("/dev/shm", TMP_DIR))
-    room.check_disk(library.folder, private_bytes(pids) + on_gpu + shared)
+    shared = free_space.tmpfs_bytes(Path(f"/proc/{sandbox.init_pid}/root"), ("/dev/shm", TMP_DIR))
+    free_space.check_disk(library.folder, private_bytes(pids) + on_gpu + shared)
     with library.writing(draft.name) as folder:
         images = folder / "images"
         images.mkdir(mode=0o700)
         script = folder / "while-frozen.sh"
-        script.write_text(_WHILE_FROZEN.format(folder=folder, tmp=TMP_DIR) + frozen.script(folder / frozen.FOLDER))
+        script.write_text(
+            _WHILE_FROZEN.format(folder=folder, tmp=TMP_DIR) + dump_check.script(folder / dump_check.FOLDER)
+        )
         script.chmod(0o700)
         mapped = _mapped_cache_files(pids)
         suspended: list[int] = []
@@ -111,15 +113,15 @@ def take(
         try:
             # Check again: the driver has now moved GPU memory into host memory of the processes.
             wanted = private_bytes(pids) + shared
-            room.check_disk(library.folder, wanted)
+            free_space.check_disk(library.folder, wanted)
             limit_s = DUMP_TIMEOUT_S + wanted / DUMP_SLOWEST
             monotonic_ns = criu.dump(sandbox, draft.root_pid, images, script, limit_s, logs=library.home / LOGS)
         finally:
             if driver and suspended:
                 cuda.resume_after_dump(driver, suspended, needs, gpu_locks(library))
         script.unlink()
-        found = frozen.examine(folder / frozen.FOLDER, images, ("/dev/shm", TMP_DIR))
-        shutil.rmtree(folder / frozen.FOLDER)
+        found = dump_check.examine(folder / dump_check.FOLDER, images, ("/dev/shm", TMP_DIR))
+        shutil.rmtree(folder / dump_check.FOLDER)
         criu.dump_cpu(images)
         for name in mapped:
             target = folder / "cache" / name

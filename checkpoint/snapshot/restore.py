@@ -327,7 +327,7 @@ def _complete(
         unpacked = time.monotonic()
         criu.check_restored(sandbox, sandbox.wait_criu(restore_s, snapshot.root_pid), work, logs)
         sandbox.raise_pids(snapshot.top_pid)
-        # plugin/engine/start_times.py reads this file, so write it before the first process looks.
+        # plugin/engine/process_start_times.py reads this file, so write it before the first process looks.
         (sandbox.control_dir / START_TIMES).write_text(json.dumps(snapshot.start_ticks))
         sandbox.resume(snapshot.stopped)
         begun.release()

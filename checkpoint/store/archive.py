@@ -8,7 +8,7 @@ once (checkpoint.store.chunking), and compressed. Each chunk is named by the BLA
 checks the name before it writes the chunk.
 
 The snapshot's manifest is checked before anything else is fetched: its signature, whether the archive holds exactly
-the files that it names (checkpoint.snapshot.entries), and the caller's conditions (`accept`). The finished snapshot
+the files that it names (checkpoint.store.archive_entries), and the caller's conditions (`accept`). The finished snapshot
 is compared with that same manifest before it gets its name.
 
 An interrupted push or pull can be continued: existing chunks are not sent again, and the contents of a partial
@@ -33,8 +33,9 @@ from typing import TYPE_CHECKING
 from checkpoint import disk
 from checkpoint.errors import Busy, CheckpointError, Failed, Integrity, NotFound
 from checkpoint.files import lock_folder, private_folder
-from checkpoint.snapshot import digests, entries, room, signatures
+from checkpoint.snapshot import digests, free_space, signatures
 from checkpoint.snapshot import manifest as manifests
+from checkpoint.store import archive_entries
 from checkpoint.store import layout as layouts
 from checkpoint.store.download import BACKGROUND, Download
 from checkpoint.store.upload import WORKERS, Listing, Progress, Push, Pushed, get_chunk, translate_errors
@@ -110,7 +111,7 @@ def push(
     from checkpoint.store.chunking import CHUNK, plan
 
     with translate_errors(f"cannot push {folder.name}"):
-        listing = _list_folder(folder, entries.belongs if kind == KIND else lambda _: True)
+        listing = _list_folder(folder, archive_entries.belongs if kind == KIND else lambda _: True)
         layout = None
         lengths: dict[str, list[int]] = {}
         if (folder / "images").is_dir():
@@ -319,9 +320,9 @@ class OpenedArchive:
         layout = layouts.decode(read[layouts.INDEX]) if layouts.INDEX in read else None
         if layout:
             layout.check(archive)
-        links, named = entries.hard_links(archive), entries.essentials(document)
-        entries.check(archive, layout, links, named.files)
-        excluded = (entries.WORKING_SET,) if trust_keys and not trusted else ()
+        links, named = archive_entries.hard_links(archive), archive_entries.essentials(document)
+        archive_entries.check(archive, layout, links, named.files)
+        excluded = (archive_entries.WORKING_SET,) if trust_keys and not trusted else ()
         return cls(digest, archive, layout, document, signature, links, named.name, named.files, trusted, excluded)
 
     def check_name(self, name: str) -> None:
@@ -426,7 +427,7 @@ def _check_room(partial: Path, archive: Manifest) -> None:
 
     size = sum(c.length for file in archive.files for c in file.chunks if c.digest != zero_digest(c.length))
     here = sum(f.stat().st_blocks * 512 for f in partial.rglob("*") if f.is_file())
-    room.require_free(partial.parent, size - here)
+    free_space.require_free(partial.parent, size - here)
 
 
 def read_file(file: File, chunks: ChunkStore) -> bytes:

@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 
-from . import cpu, joining, renewal, start_times
+from . import cpu, joining, process_start_times, renewal
 
 TRIM = signal.SIGRTMIN + 7
 WAKE = signal.SIGRTMIN + 8
@@ -42,7 +42,7 @@ def excludes_weights():
 def _on_trim(number, frame):
     from . import memory
 
-    start_times.keep()
+    process_start_times.keep()
     memory.trim()
     memory.close_nvml()
     answer("shrunk", "ok")
@@ -51,7 +51,7 @@ def _on_trim(number, frame):
 def _on_wake(number, frame):
     global fresh
     cpu.regain()
-    start_times.refresh()
+    process_start_times.refresh()
     renewed = renewal.renew()
     fresh = joining.allowed = True
     reseed()
@@ -79,7 +79,7 @@ def reseed():
 
 def install():
     """Install both signal handlers in this process; later calls do nothing. Only the main thread can install them."""
-    start_times.keep()
+    process_start_times.keep()
     if threading.current_thread() is not threading.main_thread():
         return
     if signal.getsignal(TRIM) in (signal.SIG_DFL, None):

@@ -110,9 +110,9 @@ def proxy(**options: Any) -> None:
 
     import uvloop
 
-    from plugin.proxy import limits, logs
+    from plugin.proxy import descriptor_limit, logs
 
-    limits.require_files(limits.LEAST_FILES)
+    descriptor_limit.require_files(descriptor_limit.LEAST_FILES)
     logs.configure(log_level(options), options["log_format"])
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_serve(options, settings))
@@ -143,9 +143,9 @@ async def _serve(options: dict[str, Any], settings: Settings) -> None:
     import asyncio
     import signal
 
+    from plugin.proxy.descriptor_limit import raise_files
     from plugin.proxy.endpoints.endpoint import Endpoint, EndpointSpec
     from plugin.proxy.http.address import from_url
-    from plugin.proxy.limits import raise_files
     from plugin.proxy.pool.facts import Facts
     from plugin.proxy.pool.pool import ReplicaPool
     from plugin.proxy.pool.router import Router

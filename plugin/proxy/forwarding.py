@@ -12,10 +12,10 @@ from collections.abc import Awaitable
 from typing import TYPE_CHECKING, Protocol
 
 from plugin.proxy import retry_rules
+from plugin.proxy.descriptor_limit import SHORTAGE
 from plugin.proxy.errors import ProxyError, Unavailable, UpstreamFault
 from plugin.proxy.http import wire
 from plugin.proxy.http.upstream_connection import UpstreamConnection, connect
-from plugin.proxy.limits import SHORTAGE
 from plugin.proxy.pool import adapters
 
 if TYPE_CHECKING:

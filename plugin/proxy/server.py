@@ -19,6 +19,7 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 from plugin.proxy.admin.stats import Stats
+from plugin.proxy.descriptor_limit import most_clients
 from plugin.proxy.errors import ClientFault, ProxyError, Unavailable, UpstreamFault
 from plugin.proxy.forwarding import forward
 from plugin.proxy.http.client import Client
@@ -26,7 +27,6 @@ from plugin.proxy.http.downstream import ClientConnection
 from plugin.proxy.http.exchange import Exchange
 from plugin.proxy.http.path_rules import PathRules, Verdict
 from plugin.proxy.http.request import Request
-from plugin.proxy.limits import most_clients
 from plugin.proxy.pool.pool import ReplicaPool
 from plugin.proxy.pool.router import Router, SinglePool
 from plugin.proxy.settings import Settings

@@ -1,7 +1,7 @@
 """Detect which capabilities this host has, in a few system calls, and log once which are off.
 
 A missing capability never stops a launch (unless `--strict`): the engine starts as it would alone, with the remaining
-ones. plugin.runtime.steps.trial tests during a cold start what no system call reports.
+ones. plugin.runtime.steps.criu_trial tests during a cold start what no system call reports.
 """
 
 from __future__ import annotations

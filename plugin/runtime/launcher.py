@@ -286,8 +286,8 @@ class Launch:
     async def _serve(self) -> None:
         import asyncio
 
+        from plugin.proxy.descriptor_limit import raise_files
         from plugin.proxy.http.address import Upstream
-        from plugin.proxy.limits import raise_files
         from plugin.proxy.pool.pool import ReplicaPool
         from plugin.proxy.pool.silence import Silence
         from plugin.proxy.pool.start_times import Kind

@@ -10,7 +10,7 @@ import launchers
 from checkpoint.snapshot.library import Library
 from launchers.errors import LauncherError
 from launchers.model_source import why_plain
-from plugin.proxy.limits import LEAST_FILES_WITH_ENGINE, require_files
+from plugin.proxy.descriptor_limit import LEAST_FILES_WITH_ENGINE, require_files
 from plugin.runtime.capabilities import Capabilities, detect
 from plugin.runtime.home import exposed, unusable
 from plugin.runtime.launcher import Launch

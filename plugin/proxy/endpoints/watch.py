@@ -15,9 +15,9 @@ import time
 from dataclasses import dataclass
 from typing import Protocol
 
+from plugin.proxy.descriptor_limit import SHORTAGE
 from plugin.proxy.http.address import Upstream
 from plugin.proxy.http.upstream_connection import connect
-from plugin.proxy.limits import SHORTAGE
 from plugin.proxy.pool.pool import ReplicaPool
 from plugin.proxy.pool.replica import STARTING, Replica
 from plugin.runtime.phases import Phase, PhaseTracker

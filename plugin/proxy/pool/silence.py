@@ -19,9 +19,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from plugin.proxy.descriptor_limit import SHORTAGE
 from plugin.proxy.endpoints.request import fetch
 from plugin.proxy.errors import UpstreamFault
-from plugin.proxy.limits import SHORTAGE
 from plugin.proxy.pool.pool import ReplicaPool
 from plugin.proxy.pool.replica import Replica
 from plugin.runtime.phases import IllegalTransition, Phase

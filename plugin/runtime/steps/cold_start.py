@@ -16,10 +16,10 @@ from launchers.engine_site import engine_site
 from launchers.errors import EngineDied, LauncherError
 from plugin.runtime.home import unusable
 from plugin.runtime.steps import take_snapshot
+from plugin.runtime.steps.criu_trial import sandbox_reason
 from plugin.runtime.steps.engine_output import Output
 from plugin.runtime.steps.engine_process import Running, client_of
 from plugin.runtime.steps.sandbox_binds import binds, compile_cache
-from plugin.runtime.steps.trial import sandbox_reason
 
 if TYPE_CHECKING:
     from plugin.runtime.steps.compile_cache import CompileCache

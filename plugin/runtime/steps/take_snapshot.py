@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from checkpoint.cuda.driver import Driver
     from checkpoint.sandbox.sandbox import Sandbox
     from plugin.runtime.steps.context import StartContext
+    from plugin.runtime.steps.criu_trial import Trial
     from plugin.runtime.steps.engine_process import Running
-    from plugin.runtime.steps.trial import Trial
 
 log = logging.getLogger("quickthaw")
 SMALL = 64 << 20
@@ -92,7 +92,7 @@ def begin_trial(replica: StartContext) -> Trial | None:
     """Start to test, while the engine loads, whether this host can dump and restore; None if the result is not needed."""
     if replica.criu is None or replica.capabilities.snapshots or not replica.settings.take_snapshot:
         return None
-    from plugin.runtime.steps.trial import Trial  # needed by cold starts only
+    from plugin.runtime.steps.criu_trial import Trial  # needed by cold starts only
 
     return Trial(replica.criu, replica.settings.home)
 

@@ -250,7 +250,7 @@ def test_message_queues_are_refused_by_name(bench):
 
 
 def test_a_message_queue_made_just_before_the_dump_is_refused_by_name(bench, monkeypatch):
-    monkeypatch.setattr("checkpoint.snapshot.frozen.refuse_open_queues", lambda root: None)
+    monkeypatch.setattr("checkpoint.snapshot.dump_check.refuse_open_queues", lambda root: None)
     with pytest.raises(Failed, match="message-queue.*/jobs"):
         bench.taken(f"{QUEUE}os.close(queue)\n")
     assert bench.library.names() == []

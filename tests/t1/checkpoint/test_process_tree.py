@@ -321,7 +321,7 @@ def test_a_full_disk_costs_the_snapshot_and_not_the_engine(taken, criu, monkeypa
         assert caught.value.code == "disk-full"
         # The estimate said no beforehand; let it lie, and meet the wall in the middle of CRIU's writing.
         monkeypatch.setattr("checkpoint.sandbox.process_tree.private_bytes", lambda pids: 0)
-        monkeypatch.setattr("checkpoint.snapshot.room._MARGIN", 0)
+        monkeypatch.setattr("checkpoint.snapshot.free_space._MARGIN", 0)
         with pytest.raises(Failed):
             take(other, criu, sandbox, snapshot, library.home / "compile", digest_folder)
         assert [p.name for p in other.folder.iterdir() if p.name.startswith(".partial")] == []

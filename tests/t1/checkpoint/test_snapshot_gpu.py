@@ -15,7 +15,7 @@ from checkpoint.criu.binary import Criu
 from checkpoint.errors import Failed, HostLacks
 from checkpoint.sandbox.process_tree import processes
 from checkpoint.sandbox.sandbox import CACHE_DIR, Bind, Sandbox, SandboxConfig
-from checkpoint.snapshot import dump, room
+from checkpoint.snapshot import dump, free_space
 from checkpoint.snapshot import restore as restore_module
 from checkpoint.snapshot.digests import digest_folder
 from checkpoint.snapshot.dump import take
@@ -161,7 +161,7 @@ def test_the_limit_of_a_dump_counts_what_the_driver_moved_into_host_memory(rig, 
     library, sandbox, wanted, driver, _ = rig
     sizes = iter([1 << 20, 10 << 30, 10 << 30])
     monkeypatch.setattr(dump, "private_bytes", lambda pids: next(sizes))
-    monkeypatch.setattr(room, "check_disk", lambda folder, wanted: seen.append(wanted))
+    monkeypatch.setattr(free_space, "check_disk", lambda folder, wanted: seen.append(wanted))
     seen = []
 
     class Watched(Criu):

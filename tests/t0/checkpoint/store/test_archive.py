@@ -16,9 +16,9 @@ import msgspec
 import pytest
 
 from checkpoint.errors import Busy, CheckpointError, Failed, Integrity, NotFound
-from checkpoint.snapshot import digests, entries
+from checkpoint.snapshot import digests
 from checkpoint.snapshot.digests import digest_folder, verify
-from checkpoint.store import archive, download, upload
+from checkpoint.store import archive, archive_entries, download, upload
 from checkpoint.store.archive import Progress, discard, open_chunks, pull, push
 from checkpoint.store.cache_archive import pull_cache, push_cache
 from lazyfs.admin.verify import verify as verify_store
@@ -116,7 +116,7 @@ def test_its_first_verification_need_not_hash_again(
     monkeypatch.setattr(digests, "RACY_NS", 0)
     push(snapshot, chunks)
     pull("snap", chunks, tmp_path / "other/snap")
-    files = msgspec.json.decode((snapshot / "manifest.json").read_bytes(), type=entries.Essentials).files
+    files = msgspec.json.decode((snapshot / "manifest.json").read_bytes(), type=archive_entries.Essentials).files
     assert verify(tmp_path / "other/snap", files).hashed == 0
 
 

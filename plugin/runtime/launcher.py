@@ -184,7 +184,7 @@ class Launch:
         except Exception as error:
             # A stop interrupts a start at any point, so any exception may follow; do not report it as a defect.
             if not self._ending.is_set():
-                log.exception("a defect of quickthaw's, please report it")
+                log.exception("a defect in quickthaw; please report it")
             failure = error
         others = self._count(-1)
         speculative.discard()

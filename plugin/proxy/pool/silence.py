@@ -130,4 +130,4 @@ class Silence:
         try:
             replica.tracker.to(phase, why)
         except IllegalTransition:
-            log.debug("%s moved on by itself before it was %s", replica.name, phase)
+            log.debug("%s changed its phase by itself before it became %s", replica.name, phase)

@@ -174,5 +174,5 @@ def test_fields_by_kind() -> None:
     assert text(found, 2) == "name"
     assert text(found, 8) == ""
     assert [number(m, 1) for m in nested(found, 3)] == [9]
-    with pytest.raises(ValueError, match="no number"):
+    with pytest.raises(ValueError, match="not a number"):
         number(found, 2)

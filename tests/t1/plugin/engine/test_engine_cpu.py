@@ -92,7 +92,7 @@ def test_a_woken_process_may_use_what_it_used_before_its_dump(tmp_path, watch):
             wait_for(back.sandbox.control_dir / f"{back.root_pid}.woken", 10)
         except AssertionError as error:
             error.add_note(Path(f"/proc/{told[0]}/status").read_text())
-            error.add_note(f"its last words: {again.last()!r}")
+            error.add_note(f"its last lines: {again.last()!r}")
             raise
         os.kill(told[0], signal.SIGUSR1)
         assert masks(back.sandbox) == (before, before)

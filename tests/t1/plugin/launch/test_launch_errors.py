@@ -164,7 +164,7 @@ def test_a_request_that_waits_for_an_engine_that_dies_is_told_why(rig, tmp_path)
             body = file.read()
         assert b" 503 " in head or b" 502 " in head
         error = json.loads(body.partition(b"\r\n\r\n")[2])["error"]
-        assert error["code"] == "engine-died" and "last words" not in error["message"]
+        assert error["code"] == "engine-died" and "last lines" not in error["message"]
         process.communicate(timeout=30)
         assert process.returncode == 4
 

@@ -50,7 +50,7 @@ def notify(init_pid: int, number: int) -> list[int]:
 def renew(answers: Path, then: Collection[str], now: Mapping[str, str]) -> None:
     """Write the environment for every process of a restored engine to the control folder, before WAKE.
 
-    plugin/engine/renewal.py reads it. `then`: the names set before the snapshot; those missing from `now` are removed.
+    plugin/engine/environment_renewal.py reads it. `then`: the names set before the snapshot; those missing from `now` are removed.
     Raises OSError.
     """
     records = [name for name in then if name not in now] + [f"{name}={value}" for name, value in now.items()]

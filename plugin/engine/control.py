@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 
-from . import cpu, joining, process_start_times, renewal
+from . import cpu, environment_renewal, joining, process_start_times
 
 TRIM = signal.SIGRTMIN + 7
 WAKE = signal.SIGRTMIN + 8
@@ -52,7 +52,7 @@ def _on_wake(number, frame):
     global fresh
     cpu.regain()
     process_start_times.refresh()
-    renewed = renewal.renew()
+    renewed = environment_renewal.renew()
     fresh = joining.allowed = True
     reseed()
     answer("woken", f"renewed {renewed}")

@@ -10,7 +10,7 @@ import functools
 import json
 import sys
 
-from . import control, joining, memory, packed
+from . import control, joining, memory, packed_weights
 
 
 def _trim(self):
@@ -29,7 +29,7 @@ def _name_weights(self):
     """Report this worker's weight areas to the launcher, so that restores map them."""
     model = getattr(self, "worker", self).model_runner.get_model()
     try:
-        spans, tensors = packed.weights(model)
+        spans, tensors = packed_weights.weights(model)
     except Exception as error:  # noqa: BLE001 - other vLLM versions' layers may hold anything; without areas a restore is only slower
         sys.stderr.write(f"quickthaw: the search for packed weights failed: {error!r}\n")
         spans, tensors = [], []

@@ -13,7 +13,7 @@ import pytest
 
 from launchers.base import JOINED, Engine, canary_id
 from launchers.errors import EngineFailed
-from plugin.engine import control, joining, packed, sglang_hooks, vllm_hooks
+from plugin.engine import control, joining, packed_weights, sglang_hooks, vllm_hooks
 
 pytestmark = pytest.mark.t0
 
@@ -153,14 +153,14 @@ def test_packed_weights_are_found_over_a_few_pointers_by_the_size_of_their_chunk
         for at, words in ((step, (0x1234, wanted, smaller)), (handle, (smaller, 0xFFFF_FFFF_FFF0, step))):
             ctypes.memset(at, 0, 160)
             ctypes.memmove(at, struct.pack("<3Q", *words), 24)
-        assert packed.find(handle, size) == wanted
-        assert packed.find(handle, size // 2) == smaller
-        assert packed.find(handle, size * 2) is None
+        assert packed_weights.find(handle, size) == wanted
+        assert packed_weights.find(handle, size // 2) == smaller
+        assert packed_weights.find(handle, size * 2) is None
         layer = SimpleNamespace(weight=SimpleNamespace(element_size=lambda: 2))
         held = SimpleNamespace(handler_tensor=SimpleNamespace(item=lambda: handle), n=1024, k=size // 2048)
         layer.cpu_linear = lambda x: held
         model = SimpleNamespace(modules=lambda: [layer, SimpleNamespace(), SimpleNamespace(cpu_linear=print)])
-        assert packed.weights(model) == ([(wanted, size)], [])
+        assert packed_weights.weights(model) == ([(wanted, size)], [])
     finally:
         for at in (wanted, smaller, step, handle):
             libc.free(at)

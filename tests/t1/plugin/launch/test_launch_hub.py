@@ -148,7 +148,7 @@ def test_a_cold_start_takes_the_newest_commit_as_the_engine_alone_would(one):
 def test_a_commit_that_comes_while_the_engine_starts_is_not_taken_for_the_one_before(one):
     """Another launch may have downloaded it, and nobody can tell which of both the engine has read."""
     with one.running(model=NAME, env={"ENGINE_DOUBLE_COMPILE_S": "3"}) as started:
-        started.wait_for("loading")
+        started.wait_for("quickthaw: loading")
         (commit,) = snapshots(one).iterdir()
         shutil.copytree(commit, commit.with_name("f" * 40))
         (commit.parents[1] / "refs" / "main").write_text("f" * 40)

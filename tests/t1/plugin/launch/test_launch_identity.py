@@ -156,7 +156,7 @@ def test_no_snapshot_is_taken_of_what_was_changed_while_the_engine_started(launc
     slow = {"ENGINE_DOUBLE_COMPILE_S": "2"}
     options = {"arguments": ("--chat-template", str(template)), "env": slow}
     with launch_rig.running(**options) as started:
-        started.wait_for("loading")
+        started.wait_for("quickthaw: loading")
         template.write_text("{{ message }}")
         started.ask()
         started.wait_serving()

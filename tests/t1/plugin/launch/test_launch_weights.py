@@ -118,7 +118,7 @@ def test_the_history_forgets_what_is_old_small_or_torn(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
 def test_a_mount_that_is_lost_while_the_engine_reads_costs_another_start(launch_rig, number):
     started = launch_rig.start(env={"ENGINE_DOUBLE_COMPILE_S": "2"})
-    started.wait_for("loading")
+    started.wait_for("quickthaw: loading")
     (record,) = (launch_rig.home / "mounts").glob("*.json")
     os.kill(json.loads(record.read_text())["pid"], number)
     answer = started.ask()

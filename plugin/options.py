@@ -381,13 +381,13 @@ def log_level(options: Mapping[str, Any]) -> str:
     return "warning" if options["quiet"] and options["log_level"] in ("debug", "info") else str(options["log_level"])
 
 
-_INHERITED = ("log_level", "log_format", "quiet")
+_INHERITED = ("log_level", "log_format", "quiet", "api_key")
 
 
 def consume_variables(command: click.Command, environment: MutableMapping[str, str]) -> None:
     """Remove the variables of a command's options, so that commands which it starts do not read them as theirs.
 
-    The log's level and format remain.
+    The log's level and format remain, and the engine's key, which a `quickthaw restore` needs too.
     """
     for one in command.params:
         if isinstance(one, Option) and one.name not in _INHERITED:

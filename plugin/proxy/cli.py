@@ -90,6 +90,10 @@ def _read_file(ctx: click.Context, param: click.Parameter, value: Path | None) -
     option("--sleep-url", help="A URL to POST to instead of running a command."),
     option("--ready-path", default="/health", help="The path that answers 200 once the engine is ready."),
     option("--ready-model", help="Also generate one token with this model before the engine counts as ready."),
+    option(
+        "--api-key",
+        help="The key that the engine was started with, for the readiness check. The variable keeps it out of process lists.",
+    ),
     option("--wake-timeout", type=Seconds(0.1), default="10m", help="How long a wake may take."),
     option("--root-path", default="", help="The engine's --root-path; --deny and --allow apply behind it too."),
     option("--workers", type=click.IntRange(1, 64), default=1, help="Processes on the one port; they share one wake."),
@@ -174,6 +178,7 @@ async def _serve(options: dict[str, Any], settings: Settings) -> None:
                 sleep_url=options["sleep_url"],
                 ready_path=options["ready_path"],
                 ready_model=options["ready_model"],
+                api_key=options["api_key"] or None,
                 wake_limit_s=options["wake_timeout"],
                 idle_timeout_s=options["idle_timeout"] or None,
                 facts=Facts(model=options["ready_model"] or ""),

@@ -27,6 +27,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 
+from plugin.proxy.endpoints.readiness import PATH_LIMIT_S, generation_fault, path_fault
 from plugin.proxy.endpoints.request import fetch, hook_place, post_url
 from plugin.proxy.endpoints.started_processes import Orphan, Started, end
 from plugin.proxy.endpoints.watch import Watch, WatchIntervals
@@ -43,7 +44,6 @@ log = logging.getLogger("quickthaw.proxy")
 Wake = Callable[[], Awaitable[None]]
 Guard = Callable[[str, Wake], Wake]
 
-_PROBE_LIMIT_S = 2.0
 _GENERATION_LIMIT_S = 60.0
 _FIRST_GENERATION_LIMIT_S = 5.0
 _STOP_GRACE_S = 10.0
@@ -73,6 +73,8 @@ class EndpointSpec:
     sleep_url: str | None = None
     ready_path: str = "/health"
     ready_model: str | None = None
+    api_key: str | None = field(default=None, repr=False)
+    """The engine's key, for these two checks."""
     wake_limit_s: float = 600.0
     sleep_limit_s: float = 60.0
     idle_timeout_s: float | None = None
@@ -122,6 +124,8 @@ class Endpoint:
         self.acting = False
         self._slept = False
         """True from a sleep to the next successful wake: until then a ready answer proves nothing."""
+        self._key_refused: StartFailed | None = None
+        """Set by a check that the engine refused for want of its key."""
         self.pool = ReplicaPool(
             name=name,
             wake=self._wake if room is None else room(name, self._wake),
@@ -325,7 +329,7 @@ class Endpoint:
             self._started.note(self._process.pid)
 
     async def _until_ready(self, began: float, asleep: bool) -> None:
-        """Return once it is ready.
+        """Return once it is ready. Raises StartFailed.
 
         A sleeping endpoint always looks ready. There, the wake command must have ended, or the endpoint was seen down
         in between.
@@ -334,7 +338,10 @@ class Endpoint:
         while True:
             process = self._process
             code = process.returncode if process is not None else 0
+            self._key_refused = None
             why = await self.ready()
+            if self._key_refused is not None:
+                raise self._key_refused
             if why is None and (proof or code == 0):
                 return
             proof = proof or why is not None
@@ -361,7 +368,7 @@ class Endpoint:
         """Return the phase that a quickthaw behind this proxy reports, or None if it reports none that is known."""
         try:
             token = self.spec.admin_token
-            _, body = await fetch(self.spec.upstream, "GET", "/-/status", limit_s=_PROBE_LIMIT_S, token=token)
+            _, body = await fetch(self.spec.upstream, "GET", "/-/status", limit_s=PATH_LIMIT_S, token=token)
             return Phase(json.loads(body)["pools"][0]["replicas"][0]["phase"])
         except (OSError, UpstreamFault, ValueError, LookupError, TypeError):
             return None
@@ -371,13 +378,11 @@ class Endpoint:
         if (taken := self._port_taken()) is not None:
             return taken
         try:
-            status, _ = await fetch(self.spec.upstream, "GET", self.spec.ready_path, limit_s=_PROBE_LIMIT_S)
-        except UpstreamFault as exc:
-            return exc.message
-        except OSError as exc:
-            return f"refused ({type(exc).__name__})"
+            why = await path_fault(self.spec.upstream, self.spec.ready_path, self.spec.api_key)
+        except StartFailed as error:
+            self._key_refused, why = error, error.message
         # Check again: another user may have taken the port between the first check and the probe.
-        return self._port_taken() if status == 200 else f"{self.spec.ready_path} answers {status}"
+        return self._port_taken() if why is None else why
 
     def _port_taken(self) -> str | None:
         """Return why the port must not be probed: another user listens there instead of our engine. None if not so, or unknown."""
@@ -400,12 +405,16 @@ class Endpoint:
 
     async def _answers(self) -> bool:
         """Return True if it generates a token within 5 s, or if no model is named."""
-        return self.spec.ready_model is None or await self._generation(_FIRST_GENERATION_LIMIT_S) is None
+        try:
+            return await self._generation(_FIRST_GENERATION_LIMIT_S) is None
+        except StartFailed as error:
+            self._key_refused = error
+            return False
 
     async def _generate(self, began: float) -> None:
         """Wait until it generates one token: a bound port and a health page do not prove that an engine answers.
 
-        Raises StartFailed (wake-no-generation) at the wake's time limit.
+        Raises StartFailed: wake-no-generation at the wake's time limit; api-key-refused.
         """
         while (why := await self._generation(_GENERATION_LIMIT_S)) is not None:
             waited = time.monotonic() - began
@@ -415,13 +424,11 @@ class Endpoint:
             await asyncio.sleep(_pause_s(waited))
 
     async def _generation(self, limit_s: float) -> str | None:
-        """Return None if one token was generated, else the reason."""
-        body = json.dumps({"model": self.spec.ready_model, "prompt": "a", "max_tokens": 1, "temperature": 0}).encode()
-        try:
-            status, answer = await fetch(self.spec.upstream, "POST", "/v1/completions", body, limit_s=limit_s)
-        except (UpstreamFault, OSError) as exc:
-            return f"{exc}" or type(exc).__name__
-        return None if status == 200 else f"{status} {answer[:200].decode('utf-8', 'replace')}"
+        """Return None if one token was generated or no model is named, else the reason. Raises StartFailed (api-key-refused)."""
+        spec = self.spec
+        if spec.ready_model is None:
+            return None
+        return await generation_fault(spec.upstream, spec.ready_model, spec.api_key, limit_s)
 
     async def _spawn(self, command: str) -> asyncio.subprocess.Process:
         starting = asyncio.ensure_future(

@@ -78,6 +78,8 @@ class ModelConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """The engine's own name of the model, which replaces the request's `model` in JSON bodies. None forwards the name unchanged."""
     ready_path: str = "/health"
     ready_model: str | None = None
+    api_key: str | None = None
+    """The key that the engine wants, for the readiness check; a snapshot's restore gets it for its canary."""
     idle_timeout: Seconds | None = None
     wake_timeout: Seconds = Seconds(600.0)
     upstream_timeout: Limit | None = None
@@ -199,6 +201,8 @@ def spec_of(model: ModelConfig, idle_timeout: float) -> EndpointSpec:
             options = ["--host", "127.0.0.1", "--port", str(port), "--upstream-timeout", "none"]
             # Only this proxy reads its admin endpoints, whatever token is in this process's environment.
             environment["QUICKTHAW_ADMIN_TOKEN"] = secrets.token_hex(16)
+            if model.api_key is not None:
+                environment["QUICKTHAW_API_KEY"] = model.api_key
             wake = "exec " + shlex.join([sys.executable, "-m", "plugin.restore", *options, model.snapshot or ""])
     from plugin.records.about import facts_of_named  # only this mode needs what it imports
 
@@ -213,6 +217,7 @@ def spec_of(model: ModelConfig, idle_timeout: float) -> EndpointSpec:
         sleep_url=model.sleep_url,
         ready_path=ready_path,
         ready_model=model.ready_model,
+        api_key=model.api_key,
         wake_limit_s=model.wake_timeout,
         idle_timeout_s=idle or None,
         environment=tuple(environment.items()),

@@ -333,3 +333,57 @@ def test_what_an_engine_answers_to_the_first_generation_reaches_no_client():
                 assert b"secret" not in got.raw + got.body
 
     run(main())
+
+
+class WantsKey:
+    """An engine that answers these paths to one key only."""
+
+    def __init__(self, *paths: str, status: str = "401 Unauthorized") -> None:
+        self.paths, self.status = paths, status
+        self.keys: list[tuple[str, list[str]]] = []
+
+    async def __call__(self, up: Upstream, seen: Seen, reader, writer) -> bool:
+        self.keys.append((seen.target, seen.header("authorization")))
+        if seen.target in self.paths and seen.header("authorization") != ["Bearer s3cret"]:
+            writer.write(answer(b"no", self.status))
+            return True
+        return await ordinary(up, seen, reader, writer)
+
+
+@pytest.mark.parametrize("key", [None, "wr0ng"])
+@pytest.mark.parametrize("path", ["/v1/completions", "/health"])
+@pytest.mark.parametrize("status", ["401 Unauthorized", "403 Forbidden"])
+def test_an_engine_that_wants_a_key_for_the_readiness_check_is_named_at_once(key, path, status, caplog):
+    async def main():
+        async with upstream(WantsKey(path, status=status)) as up:
+            spec = EndpointSpec(tcp("127.0.0.1", up.port), ready_model="m", api_key=key)
+            async with in_front_of(spec) as (rig, endpoint):
+                assert endpoint.tracker.phase is Phase.ASLEEP
+                got = await rig.get("/v1/x")
+                error = got.json()["error"]
+                assert got.status == 503 and error["code"] == "api-key-refused"
+                assert status[:3] in error["message"] and "--api-key or QUICKTHAW_API_KEY" in error["message"]
+                assert ("without a key" if key is None else "with the key that was given") in error["message"]
+                told = json.dumps((await rig.get("/-/status")).json()) + repr(spec) + caplog.text
+                assert "wr0ng" not in told
+
+    run(main(), limit_s=20)
+
+
+def test_with_its_key_such_an_engine_is_found_ready():
+    async def main():
+        engine = WantsKey("/v1/completions")
+        async with upstream(engine) as up:
+            spec = EndpointSpec(tcp("127.0.0.1", up.port), ready_model="m", api_key="s3cret")
+            async with in_front_of(spec) as (rig, endpoint):
+                assert endpoint.tracker.phase is Phase.SERVING
+                assert (await rig.get("/v1/x")).status == 200
+                assert ("/health", []) in engine.keys, "a page that wants no key gets none"
+                assert ("/v1/x", []) in engine.keys, "clients bring their own"
+                assert "s3cret" not in repr(spec)
+        async with upstream(WantsKey("/health")) as up:
+            spec = EndpointSpec(tcp("127.0.0.1", up.port), api_key="s3cret")
+            async with in_front_of(spec) as (rig, endpoint):
+                assert endpoint.tracker.phase is Phase.SERVING
+
+    run(main())

@@ -191,12 +191,40 @@ def _check_paths(ctx: click.Context, param: click.Parameter, value: tuple[str, .
     return paths
 
 
+def _check_wake_on(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
+    if value:
+        from plugin.proxy.http.path_rules import check_wake_on
+
+        try:
+            return tuple(map(check_wake_on, value))
+        except ValueError as error:
+            raise click.BadParameter(str(error)) from error
+    return ()
+
+
+WAKE_ON = (
+    *("/v1", "/v2", "/api", "/inference", "/invocations", "/vertex_generate", "/generate*", "/health_generate"),
+    *("/completion*", "/chat*", "/infill", "/embed*", "/predict*", "/tokenize", "/detokenize", "/apply-template"),
+    *("/pooling", "/classify", "/score", "/rerank", "/encode", "/separate_reasoning", "/parse_function_call"),
+    *("/open_session", "/close_session", "/*lora_adapter*", "/*weight*"),
+    *("/model_info", "/get_model_info", "/server_info", "/get_server_info", "/tokenizer_info"),
+)
+"""What wakes an engine unless --wake-on says otherwise: what vLLM, SGLang, and other servers of models serve to clients."""
+
 serving = (
     option(
         "--idle-timeout",
         type=Seconds(),
         default="0",
         help="Stop the engine after this time without a request; the next request wakes it. 0: never.",
+    ),
+    option(
+        "--wake-on",
+        multiple=True,
+        metavar="PATH",
+        callback=_check_wake_on,
+        show_default="what engines serve to clients: /v1, /generate, …",
+        help="A path whose requests wake the engine and keep it awake, with all below it, or a glob. Probes do neither. Repeatable.",
     ),
     option(
         "--grace",
@@ -349,6 +377,7 @@ def settings_of(options: Mapping[str, Any]) -> dict[str, Any]:
         "max_held_bytes": options["max_held_mb"] << 20,
         "denied_paths": frozenset(options["deny"]),
         "allowed_paths": frozenset(options["allow"]),
+        "wake_on": frozenset(options["wake_on"] or WAKE_ON),
         "trust_forwarded": options["trust_forwarded"],
         "admin_token": options["admin_token"],
         "admin_prefix": options["admin_prefix"],

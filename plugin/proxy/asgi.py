@@ -25,6 +25,7 @@ from starlette.applications import Starlette
 from starlette.routing import Mount
 from starlette.types import ASGIApp
 
+from plugin.proxy import probes
 from plugin.proxy.errors import ProxyError, Unavailable, render
 from plugin.proxy.http.asgi_client import AsgiClient, Message, Receive, Send, request_of, websocket_fault
 from plugin.proxy.http.path_rules import Verdict
@@ -88,6 +89,7 @@ class HoldMiddleware:
         """`paths`: hold only requests to these paths and below; leave out the application's health checks."""
         self.app, self.pool = app, pool
         self.proxy = Proxy(pool, settings)
+        self._no_memory = probes.Memory()
         self._paths = tuple(path.rstrip("/") for path in paths)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -116,7 +118,13 @@ class HoldMiddleware:
         websocket = scope["type"] == "websocket"
         request = request_of({"method": "GET", **scope})  # a WebSocket's scope has no method
         inbox = _Inbox(receive, self.proxy.settings.body_buffer)
+        probe = None if websocket else self._probe(request)
         try:
+            if probe is not None and self.pool.ready() is None and not probes.waits(self.pool):
+                status, headers, body, outcome = probe.answer(self.proxy, self.pool)
+                self.proxy.stats.outcomes[outcome] += 1
+                await _respond(request, send, status, headers, body)
+                return
             replica = await self._acquire(request, None if websocket else inbox)
         except ProxyError as error:
             self.proxy.stats.outcomes[error.code] += 1
@@ -130,13 +138,23 @@ class HoldMiddleware:
         if replica is None:
             self.proxy.stats.outcomes["client-gone"] += 1
             return
+        self.pool.probes += probe is not None
         try:
             scope.setdefault("state", {})["replica"] = replica
             await self.app(scope, inbox.receive, send)
             replica.served += 1
             self.proxy.stats.outcomes["forwarded"] += 1
         finally:
-            self.pool.release(replica)
+            self.pool.probes -= probe is not None
+            self.pool.release(replica, used=probe is None)
+
+    def _probe(self, request: Request) -> probes.Probe | None:
+        """Return the probe that the request is, or None if it counts as use. Answers of the application are not remembered."""
+        rules = self.proxy.rules
+        verdict = rules.classify(request.target)
+        if verdict is Verdict.QUIET or (verdict is Verdict.PASS and not probes.announces_use(request)):
+            return probes.Probe(self._no_memory, request, rules.engine_path(request.target))
+        return None
 
     async def _acquire(self, request: Request, inbox: _Inbox | None) -> Replica | None:
         """Return a serving replica, or None when the client has disconnected. Raises ProxyError."""
@@ -192,10 +210,13 @@ class _Inbox:
 
 
 async def _refuse(request: Request, send: Send, error: ProxyError) -> None:
-    status, headers, body = render(error, request.path, request.id.decode("ascii", "replace"))
-    headers += [(b"content-length", b"%d" % len(body)), (b"x-request-id", request.id)]
+    await _respond(request, send, *render(error, request.path, request.id.decode("ascii", "replace")))
+
+
+async def _respond(request: Request, send: Send, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
+    headers = [*headers, (b"content-length", b"%d" % len(body)), (b"x-request-id", request.id)]
     await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+    await send({"type": "http.response.body", "body": b"" if request.method == b"HEAD" else body})
 
 
 async def _refuse_websocket(scope: Scope, send: Send, error: ProxyError) -> None:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Awaitable
 from typing import TYPE_CHECKING, Protocol
 
-from plugin.proxy import retry_rules
+from plugin.proxy import probes, retry_rules
 from plugin.proxy.descriptor_limit import SHORTAGE
 from plugin.proxy.errors import ProxyError, Unavailable, UpstreamFault
 from plugin.proxy.http import wire
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from plugin.proxy.admin.stats import Stats
     from plugin.proxy.http.client import Client
     from plugin.proxy.http.exchange import Exchange
+    from plugin.proxy.http.path_rules import PathRules
     from plugin.proxy.http.request import Request
     from plugin.proxy.pool.pool import ReplicaPool
     from plugin.proxy.pool.replica import Replica
@@ -32,6 +33,7 @@ class Host(Protocol):
     """The part of the server (`server.Proxy`) that forwarding needs."""
 
     settings: Settings
+    rules: PathRules
     stats: Stats
     buffered: int
 
@@ -42,12 +44,20 @@ class Host(Protocol):
 async def forward(host: Host, client: Client, request: Request, exchange: Exchange, pool: ReplicaPool) -> None:
     """Hold the request until a replica serves, send it, and return once its answer was relayed.
 
-    Raises ProxyError, or CancelledError when the client has disconnected.
+    A request that does not count as use (`Exchange.probe`) is answered here while no replica serves. Raises ProxyError, or
+    CancelledError when the client has disconnected.
     """
+    probe = exchange.probe
     while True:
         replica = pool.try_acquire()
         if replica is None:
+            if probe is not None and not probes.waits(pool):
+                exchange.status, headers, body, exchange.outcome = probe.answer(host, pool)
+                client.respond(request, exchange.status, headers, body, close=not request.complete)
+                return
             replica = await hold(host, client, request, exchange, pool)
+        if probe is not None:
+            pool.probes += 1
         try:
             if replica.check is not None:
                 if await send_speculatively(host, client, request, exchange, replica, replica.check):
@@ -69,7 +79,9 @@ async def forward(host: Host, client: Client, request: Request, exchange: Exchan
                 back.abort()
                 raise asyncio.CancelledError
         finally:
-            pool.release(replica)
+            if probe is not None:
+                pool.probes -= 1
+            pool.release(replica, used=probe is None)
 
 
 async def hold(host: Host, client: Client, request: Request, exchange: Exchange, pool: ReplicaPool) -> Replica:

@@ -15,9 +15,11 @@ import json
 import logging
 import socket
 import time
+from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
+from plugin.proxy import probes
 from plugin.proxy.admin.stats import Stats
 from plugin.proxy.descriptor_limit import most_clients
 from plugin.proxy.errors import ClientFault, ProxyError, Unavailable, UpstreamFault
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
     from plugin.proxy.admin.access import Sessions
 
 log = logging.getLogger("quickthaw.proxy")
+_ORDINARY = frozenset({"forwarded", "own", "tunnel", "client-gone", probes.REMEMBERED, probes.NOT_AWAKE})
+"""Outcomes of requests with which nothing went wrong."""
 
 
 class Proxy:
@@ -56,7 +60,10 @@ class Proxy:
             self.settings.denied_paths,
             self.settings.root_path,
             self.settings.allowed_paths,
+            self.settings.wake_on,
         )
+        self.remembered: defaultdict[str, probes.Memory] = defaultdict(probes.Memory)
+        """What each pool's engine answered last to probes, by the pool's name."""
         self.pages_app: Any = None
         self.sessions: Sessions | None = None
         self.listens_at = ""
@@ -237,7 +244,7 @@ class Proxy:
         if request.fault is not None:
             raise request.fault
         verdict = self.rules.classify(request.target)
-        if verdict is not Verdict.PASS or client.own_port:
+        if (verdict is not Verdict.PASS and verdict is not Verdict.QUIET) or client.own_port:
             await self._serve_own(client, request, exchange, verdict)
             return
         if self.draining:
@@ -254,6 +261,9 @@ class Proxy:
             pool = await self.router.route(client, request)
         exchange.pool_name = pool.name
         exchange.upstream_limit_s = self._upstream_limit(pool)
+        if verdict is Verdict.QUIET or not probes.announces_use(request):
+            path = self.rules.engine_path(request.target)
+            exchange.probe = probes.Probe(self.remembered[pool.name], request, path)
         await forward(self, client, request, exchange, pool)
 
     def _count(self, request: Request, exchange: Exchange) -> None:
@@ -265,7 +275,7 @@ class Proxy:
         if exchange.first_byte:
             stats.first_byte.add(exchange.first_byte - request.arrived)
         level = logging.INFO if self.settings.access_log or exchange.held_s else logging.DEBUG
-        if exchange.outcome not in ("forwarded", "own", "tunnel", "client-gone"):
+        if exchange.outcome not in _ORDINARY:
             level = logging.WARNING
         if log.isEnabledFor(level):
             now = time.monotonic()

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 
-from plugin.proxy.http.path_rules import check_denied
+from plugin.proxy.http.path_rules import check_denied, check_wake_on
 
 Denied = Callable[[str], bool]
 
@@ -31,6 +31,10 @@ class Settings:
     """Exceptions from `denied_paths`, including everything below them."""
     root_path: str = ""
     """A prefix that the engine strips before it matches a path; denied paths are denied behind it too."""
+    wake_on: frozenset[str] = frozenset({"/"})
+    """Engine paths (with everything below them) and globs whose requests wake an engine and count as its use. Probes
+    (`path_rules.PROBES`) do neither, unless named themselves. `quickthaw` sets `plugin.options.WAKE_ON`.
+    """
     max_clients: int | None = None
     """Maximum client connections; None allows as many as the limit on open files, with one connection to a replica for each."""
     max_held: int = 4096
@@ -82,3 +86,5 @@ class Settings:
             )
         for path in (*self.denied_paths, *self.allowed_paths):
             check_denied(path)
+        for path in self.wake_on:
+            check_wake_on(path)

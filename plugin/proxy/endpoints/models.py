@@ -103,6 +103,7 @@ SETTINGS = frozenset(
         "max_held_mb",
         "deny",
         "allow",
+        "wake_on",
         "trust_forwarded",
         "admin_token",
         "admin_prefix",

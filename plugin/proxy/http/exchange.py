@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from plugin.proxy.http.request import Request
     from plugin.proxy.http.sinks import ClientSink, EarlySink, WireSink
     from plugin.proxy.http.upstream_connection import UpstreamConnection
+    from plugin.proxy.probes import Probe
 
 
 # Bytes of a withheld answer above which its replica is not read any further.
@@ -51,6 +52,7 @@ class Exchange:
         "out",
         "outcome",
         "pool_name",
+        "probe",
         "replica_name",
         "request",
         "status",
@@ -65,6 +67,8 @@ class Exchange:
         self.done: asyncio.Future[None] = loop.create_future()
         self.back: UpstreamConnection | None = None
         self.early: EarlySink | None = None
+        self.probe: Probe | None = None
+        """Set if the request does not count as use; its answer may be kept."""
         self.out: list[Any] = []  # what the subclass has put together and `flush` has yet to write
         self.kept = 0  # body bytes in `out`
         self.head_sent = False
@@ -114,6 +118,8 @@ class Exchange:
         """Write the replica's head with framing of the proxy's own."""
         self.status = status
         self.first_byte = time.monotonic()
+        if self.probe is not None:
+            self.probe.head(status, headers)
         if self.early is not None:
             self.early.head(status, headers)
             return
@@ -127,6 +133,8 @@ class Exchange:
         """Relay a part of the body."""
         self.answered = True
         self.kept += len(data)
+        if self.probe is not None:
+            self.probe.data(data)
         if self.early is not None:
             self.early.data(data)
         else:
@@ -177,6 +185,8 @@ class Exchange:
 
     def end(self, trailers: list[wire.Field]) -> None:
         """Complete the answer."""
+        if self.probe is not None:
+            self.probe.end()
         if self.cautious:
             self._commit()
         if self.early is not None:

@@ -3,12 +3,17 @@
 An engine decodes percent escapes once and matches the result, dots included. Intermediaries decode again, merge
 slashes, resolve dots, or cut the path at a decoded `?`. A target is denied when any of these readings is a denied path,
 so no spelling of a denied or own path ever reaches the engine.
+
+A target that passes either wakes an engine and counts as its use, or does neither (`Verdict.QUIET`): probes, scrapes, and
+paths that `--wake-on` does not name.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from enum import Enum
+from fnmatch import translate
 from urllib.parse import unquote_to_bytes
 
 _ABSOLUTE = re.compile(rb"^[a-zA-Z][a-zA-Z0-9+.\-]*://")
@@ -26,12 +31,20 @@ PREFIX_MATCHED = ("/metrics", "/health", "/ready")
 """Paths that engines match by prefix: `/metricsx` serves the metrics on vLLM and SGLang (`^/metrics(?P<path>.*)$`), and
 SGLang asks for no key when a path begins with one of them (srt/utils/auth.py).
 """
+HEALTH = frozenset({"/health", "/ping"})
+"""Probes that only ask whether requests are served."""
+PROBES = HEALTH | {"/metrics", "/v1/models", "/version"}
+"""Paths that monitoring asks for again and again: they wake no engine, unless `--wake-on` names the path itself."""
+_MODEL = "/v1/models/"
+_GLOB = re.compile(r"[*?\[]")
 
 
 class Verdict(Enum):
     """What to do with a path."""
 
     PASS = "pass"
+    QUIET = "quiet"
+    """It passes to an engine that is awake, but wakes none and does not keep one awake."""
     OWN = "own"
     DENIED = "denied"
 
@@ -96,6 +109,15 @@ def check_denied(path: str, verb: str = "deny") -> str:
     return path
 
 
+def check_wake_on(path: str) -> str:
+    """Return the path or glob if it can name what wakes an engine. Raises ValueError unless it begins with a slash."""
+    if not path.startswith("/"):
+        raise ValueError(
+            f"{path!r} names no path; write /v1 for it and all below it, /v1/*/x for a glob, / for every path"
+        )
+    return path
+
+
 def absolute_form(target: bytes) -> tuple[bytes, bytes] | None:
     """Split `http://host/path` into (host, path). Return None if the target is not in absolute form."""
     match = _ABSOLUTE.match(target)
@@ -112,11 +134,17 @@ class PathRules:
     """Decide on targets for one proxy; up to 4,096 verdicts are cached.
 
     `root_path`: a prefix that the engine strips before it matches (vLLM's `--root-path`); denied paths are denied
-    behind it too. `allowed`: exceptions from the denied paths, with everything below them.
+    behind it too. `allowed`: exceptions from the denied paths, with everything below them. `wake_on`: paths, with everything
+    below them, and globs (`*` matches slashes too) that wake an engine; all others are QUIET.
     """
 
     def __init__(
-        self, admin_prefix: str, denied: frozenset[str], root_path: str = "", allowed: frozenset[str] = frozenset()
+        self,
+        admin_prefix: str,
+        denied: frozenset[str],
+        root_path: str = "",
+        allowed: frozenset[str] = frozenset(),
+        wake_on: Iterable[str] = ("/",),
     ) -> None:
         self._own = admin_prefix.encode()
         self._own_canonical = canonical(self._own)
@@ -125,10 +153,14 @@ class PathRules:
         self._denied_prefixes = tuple(path for path in self._denied if path in PREFIX_MATCHED)
         root = canonical(root_path.encode())
         self._root = "" if root == "/" else root
+        self._waking = frozenset(canonical(path.encode()) for path in wake_on if not _GLOB.search(path))
+        self._waking_globs = [path.casefold() for path in wake_on if _GLOB.search(path)]
+        self._waking_glob: re.Pattern[str] | None = None
+        """All globs as one, compiled when a path first needs them: a restore's first request seldom does."""
         self._cache: dict[bytes, Verdict] = {}
 
     def classify(self, target: bytes) -> Verdict:
-        """Return OWN for the plainly spelled own prefix, DENIED for its other spellings and for denied paths, else PASS."""
+        """Return OWN for the plainly spelled own prefix, DENIED for its other spellings and for denied paths, else PASS or QUIET."""
         path = target.partition(b"?")[0]
         verdict = self._cache.get(path)
         if verdict is None:
@@ -151,7 +183,25 @@ class PathRules:
                 if plain and b"%" not in path and b".." not in path and b"//" not in path
                 else Verdict.DENIED
             )
-        return Verdict.DENIED if any(self._is_denied(reading) for reading in seen) else Verdict.PASS
+        if any(self._is_denied(reading) for reading in seen):
+            return Verdict.DENIED
+        return Verdict.PASS if self._wakes(self.engine_path(path)) else Verdict.QUIET
+
+    def engine_path(self, target: bytes) -> str:
+        """Return the path of a target in one spelling, as the engine matches it: canonical, and without its root path."""
+        path = canonical(target.partition(b"?")[0])
+        if self._root and _below(path, self._root):
+            path = path[len(self._root) :] or "/"
+        return path
+
+    def _wakes(self, path: str) -> bool:
+        if path in PROBES or path.startswith(_MODEL):
+            return path in self._waking
+        if any(waking == "/" or _below(path, waking) for waking in self._waking):
+            return True
+        if self._waking_globs and self._waking_glob is None:
+            self._waking_glob = re.compile("|".join(map(translate, self._waking_globs)))
+        return self._waking_glob is not None and self._waking_glob.match(path) is not None
 
     def _is_denied(self, reading: str) -> bool:
         for _ in range(_STRIPPED):

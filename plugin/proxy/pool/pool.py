@@ -68,6 +68,8 @@ class ReplicaPool:
         self.max_held = 4096
         self.max_hold_s = 3600.0
         self.last_active = time.monotonic()
+        self.probes = 0
+        """How many of the outstanding requests do not count as use (`path_rules.Verdict.QUIET`)."""
         self.on_phase: list[Callable[[Replica, Phase, str], None]] = []
         """Callbacks (replica, phase, reason), run on the loop after each change of phase."""
         self.background: list[Callable[[], Coroutine[None, None, None]]] = []
@@ -315,12 +317,13 @@ class ReplicaPool:
         self.last_active = time.monotonic()
         self.waker.demand()
 
-    def release(self, replica: Replica) -> None:
-        """Release a replica that `acquire` returned; call it exactly once per acquire."""
+    def release(self, replica: Replica, used: bool = True) -> None:
+        """Release a replica that `acquire` returned; call it exactly once per acquire. `used`: the request counts as use."""
         replica.outstanding -= 1
         if replica.outstanding == 0 and replica.drained_event is not None:
             replica.drained_event.set()
-        self.last_active = time.monotonic()
+        if used:
+            self.last_active = time.monotonic()
 
     def refused(self, replica: Replica, generation: int, why: str) -> None:
         """Record that a serving replica refused a connection: prefer others for a pause that doubles with each refusal in a row.

@@ -31,6 +31,8 @@ class Replica:
         self.name, self.tracker, self.upstream = name, tracker, upstream
         self.outstanding = 0
         self.served = 0
+        self.first_start = tracker.phase is Phase.IDLE or tracker.phase in STARTING
+        """True until it first serves or sleeps: what asks for it then waits, as for any engine that loads."""
         self.draining = False
         """True while the replica drains (`quiesced`, or going to sleep): it finishes its requests and gets no new ones."""
         self.suspect_until = 0.0
@@ -86,6 +88,7 @@ class Replica:
             self._began = time.monotonic()
             self._skip = len(before)
         self._phases.append(new)
+        self.first_start = self.first_start and new not in (Phase.SERVING, Phase.ASLEEP)
         if new is Phase.SERVING:
             self.start_ended = True
 

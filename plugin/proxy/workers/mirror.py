@@ -90,13 +90,13 @@ class Mirror:
         return True
 
     async def report(self, every_s: float = 0.1) -> None:
-        """Send the supervisor each pool's number of requests here: on every change, and repeatedly while there are any."""
+        """Send the supervisor each pool's number of requests here, probes aside: on every change, and repeatedly while there are any."""
         while True:
             self._report()
             await asyncio.sleep(every_s)
 
     def _report(self) -> None:
-        counts = {name: pool.held + pool.outstanding for name, pool in self.pools.items()}
+        counts = {name: pool.held + pool.outstanding - pool.probes for name, pool in self.pools.items()}
         loaded = {
             name: [replica.name for replica in pool.replicas.values() if replica.adapters_loaded]
             for name, pool in self.pools.items()

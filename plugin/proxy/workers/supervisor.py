@@ -225,7 +225,7 @@ class Supervisor:
 
     def _settings(self) -> dict[str, Any]:
         values = dataclasses.asdict(self.settings)
-        for name in ("denied_paths", "allowed_paths"):
+        for name in ("denied_paths", "allowed_paths", "wake_on"):
             values[name] = sorted(values[name])
         return values
 

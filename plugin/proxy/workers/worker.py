@@ -37,7 +37,7 @@ async def work(control_fd: int, listen_fd: int, own_fd: int | None = None) -> No
         hello = await _first(reader)
     logs.configure(*hello["log"])
     values = hello["settings"]
-    for name in ("denied_paths", "allowed_paths"):
+    for name in ("denied_paths", "allowed_paths", "wake_on"):
         values[name] = frozenset(values[name])
     mirror.build(hello["pools"])
     if hello["config"] is None:

@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from plugin.cli import ACTIONS, COMMANDS
-from plugin.options import PREFIX, Address, Option, Seconds, replica, serving, settings_of, using
+from plugin.options import PREFIX, WAKE_ON, Address, Option, Seconds, replica, serving, settings_of, using
 from tests.kits.commands import command_named, options_of, walk
 
 pytestmark = pytest.mark.t0
@@ -184,6 +184,18 @@ def test_a_duration_can_have_a_least():
 def test_the_control_path_of_vllm_cannot_be_allowed(path):
     result, _ = run(command_named("launch"), "--allow", path, "vllm")
     assert result.exit_code == 2 and "controls the engine" in result.output
+
+
+def test_what_wakes_an_engine_is_what_engines_serve_unless_it_is_named():
+    _, options = run(command_named("launch"), "vllm")
+    assert settings_of(options)["wake_on"] == frozenset(WAKE_ON)
+    _, options = run(command_named("launch"), "--wake-on", "/a", "--wake-on", "/b*", "vllm")
+    assert settings_of(options)["wake_on"] == {"/a", "/b*"}
+    assert run(command_named("proxy"), env={"QUICKTHAW_WAKE_ON": "/a /b"})[1]["wake_on"] == ("/a", "/b")
+    result, _ = run(command_named("proxy"), "--wake-on", "v1")
+    assert result.exit_code == 2 and "names no path" in result.output
+    page = (REPO / "docs" / "proxy.md").read_text()
+    assert [path for path in WAKE_ON if f"`{path}`" not in page] == []
 
 
 def test_every_serving_option_reaches_the_proxy():

@@ -42,16 +42,16 @@ def test_a_gateway_in_starlette():
         try:
             eventually(lambda: not refused(port), "the gateway listens")
             assert call(f"{url}/health") == (200, {"ok": True})
-            assert call(f"{url}/llm/v1/models")[0] == 401
+            assert call(f"{url}/llm/v1/completions")[0] == 401
             with ThreadPoolExecutor(1) as pool:
-                waiting = pool.submit(call, f"{url}/llm/v1/models", **key)
+                waiting = pool.submit(call, f"{url}/llm/v1/completions", **key)
                 eventually(lambda: call(f"{url}/llm/-/status", **key)[1]["pools"][0]["held"] == 1, "held")
                 with subprocess.Popen([sys.executable, "-S", str(ENGINE), str(engine_port)]) as engine:
                     status, answer = waiting.result()
                     engine.kill()
-                assert status == 200 and answer["path"] == "/v1/models"
+                assert status == 200 and answer["path"] == "/v1/completions"
                 eventually(lambda: call(f"{url}/llm/-/ready?strict=1", **key)[0] == 503, "the engine has gone")
-                waiting = pool.submit(call, f"{url}/llm/v1/models", **key)
+                waiting = pool.submit(call, f"{url}/llm/v1/completions", **key)
                 eventually(lambda: call(f"{url}/llm/-/status", **key)[1]["pools"][0]["held"] == 1, "held again")
                 gateway.send_signal(signal.SIGTERM)
                 assert waiting.result()[1]["error"]["code"] == "shutting-down"

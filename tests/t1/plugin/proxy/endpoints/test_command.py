@@ -303,3 +303,54 @@ def test_own_pages_moved_and_the_log_read_by_a_machine(tmp_path):
         ("warming", "serving"),
     }
     assert "s3cret" not in "".join(kept)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_an_engine_that_is_only_probed_goes_to_sleep_and_probes_do_not_wake_it(workers):
+    port = free_port()
+    arguments = ["--upstream", f"http://127.0.0.1:{port}", "--wake", engine(port), "--workers", workers]
+    with command(*arguments, "--idle-timeout", "0.5") as (_, url):
+        pid = call(f"{url}/v1/x", {})[1]["pid"]
+
+        def probed_to_sleep() -> bool:
+            assert call(f"{url}/health")[0] == 200 and call(f"{url}/metrics")[0] in (200, 503)
+            return not alive(pid)
+
+        eventually(probed_to_sleep, "the probed engine is stopped")
+        for _ in range(4):  # of either worker
+            assert call(f"{url}/health")[0] == 200
+            status, body = call(f"{url}/favicon.ico")
+            assert status == 404 and body["error"]["code"] == "engine-asleep"
+        _, document = call(f"{url}/-/status")
+        assert document["pools"][0]["wakes"] == 1 and document["pools"][0]["sleeps"] == 1
+        assert call(f"{url}/v1/x", {})[0] == 200
+
+
+@pytest.mark.slow
+def test_paths_that_wake_come_from_a_variable_and_the_engines_key_too(monkeypatch):
+    async def wants_key(up: Upstream, seen: Seen, reader, writer) -> bool:
+        from tests.kits.proxy_rig import answer
+
+        wrong = seen.target == "/v1/completions" and seen.header("authorization") != ["Bearer s3cret"]
+        writer.write(answer(b'{"ok":true}', "401 Unauthorized" if wrong else "200 OK"))
+        return True
+
+    monkeypatch.setenv("QUICKTHAW_API_KEY", "s3cret")
+    monkeypatch.setenv("QUICKTHAW_WAKE_ON", "/mine /favicon.ico")
+    said: list[str] = []
+
+    async def main():
+        async with upstream(wants_key) as up:
+
+            def client() -> None:
+                base = f"http://127.0.0.1:{up.port}"
+                with command("--upstream", base, "--ready-model", "m", "--log-level", "debug", kept=said) as (_, url):
+                    assert call(f"{url}/mine/x")[0] == 200
+                    assert call(f"{url}/-/ready?strict=1")[0] == 200
+                    assert "s3cret" not in json.dumps(call(f"{url}/-/status")[1])
+
+            await asyncio.to_thread(client)
+
+    run(main())
+    assert "s3cret" not in "".join(said)

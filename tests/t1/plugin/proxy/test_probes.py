@@ -1,0 +1,407 @@
+"""What wakes an engine and what does not: probes of a sleeping engine are answered from what was seen last, for whom it
+was seen, and count as no use.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager
+
+import pytest
+from starlette.applications import Starlette
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+
+from plugin.options import WAKE_ON
+from plugin.proxy.asgi import HoldMiddleware
+from plugin.proxy.errors import StartFailed
+from plugin.proxy.pool.pool import ReplicaPool
+from plugin.proxy.settings import Settings
+from plugin.runtime.phases import Phase
+from tests.kits.proxy_rig import Rig, Seen, Upstream, answer, ordinary, run, served_by_uvicorn, until, upstream
+
+pytestmark = pytest.mark.t1
+
+ONLY_ENGINES = Settings(wake_on=frozenset(WAKE_ON))
+KEY = "Authorization: Bearer right"
+
+
+async def engine(up: Upstream, seen: Seen, reader, writer) -> bool:
+    """An engine whose /v1 wants a key, as vLLM's and SGLang's with --api-key."""
+    if seen.target.startswith("/v1") and seen.header("authorization") != ["Bearer right"]:
+        writer.write(answer(b'{"error":"no key"}', "401 Unauthorized"))
+        return True
+    if seen.target == "/metrics":
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nTransfer-Encoding: chunked\r\n\r\n")
+        writer.write(b"4\r\na 1\n\r\n4\r\nb 2\n\r\n0\r\n\r\n")
+        return True
+    return await ordinary(up, seen, reader, writer)
+
+
+@asynccontextmanager
+async def sleeping_engine(proxy, handler=engine, settings=ONLY_ENGINES, **options):
+    """A proxy whose engine wakes on demand; `rig.pool.sleep()` puts it to sleep."""
+    async with upstream(handler) as up:
+
+        async def wake() -> None:
+            for phase in (Phase.WAKING, Phase.VERIFYING, Phase.SERVING):
+                rig.trackers["a"].to(phase)
+
+        async def sleep() -> None:
+            rig.trackers["a"].to(Phase.ASLEEP)
+
+        async with proxy(settings, wake=wake, sleep=sleep, **options) as rig:
+            rig.add("a", up.port, phase=Phase.ASLEEP)
+            yield rig, up
+
+
+async def put_to_sleep(rig: Rig) -> None:
+    await until(lambda: rig.pool.outstanding == 0 and rig.trackers["a"].phase is Phase.SERVING)
+    assert await rig.pool.sleep()
+    await until(lambda: rig.trackers["a"].phase is Phase.ASLEEP)
+
+
+def test_probes_of_a_sleeping_engine_are_answered_as_it_answered_last_and_wake_nothing(proxy):
+    async def main():
+        async with sleeping_engine(proxy) as (rig, up):
+            assert (await rig.get("/v1/completions", KEY, method="POST", body=b"{}")).status == 200
+            awake = {path: await rig.get(path) for path in ("/health", "/metrics", "/version", "/ping", "/v1/models")}
+            listed = await rig.get("/v1/models", KEY)
+            assert not any("quickthaw-state" in got.headers for got in (*awake.values(), listed))
+            asked = len(up.seen)
+            await put_to_sleep(rig)
+            for path, before in awake.items():
+                got = await rig.get(path)
+                assert (got.status, got.body, got.headers["content-type"]) == (
+                    before.status,
+                    before.body,
+                    before.headers["content-type"],
+                )
+                assert got.headers["quickthaw-state"] == "asleep" and int(got.headers["age"]) >= 0
+                head = await rig.get(path, method="HEAD")
+                assert head.status == before.status and head.headers["quickthaw-state"] == "asleep"
+            got = await rig.get("/v1/models", KEY)
+            assert got.status == 200 and got.body == listed.body
+            assert rig.pool.waker.wakes == 1 and len(up.seen) == asked and rig.pool.held == 0
+            assert (await rig.get("/v1/completions", KEY, method="POST", body=b"{}")).status == 200
+            assert rig.pool.waker.wakes == 2, "a generation wakes it as before"
+
+    run(main())
+
+
+def test_what_the_engine_gave_for_a_key_is_given_to_that_key_only(proxy):
+    async def main():
+        async with sleeping_engine(proxy) as (rig, up):
+            await rig.get("/v1/x", KEY)
+            assert (await rig.get("/v1/models", KEY)).status == 200
+            await put_to_sleep(rig)
+            for others in ((), ("Authorization: Bearer wrong",), ("X-Api-Key: right",), (KEY, "Cookie: a=b")):
+                got = await rig.get("/v1/models", *others)
+                assert got.status == 503 and got.json()["error"]["code"] == "engine-asleep", others
+                assert got.headers["quickthaw-state"] == "asleep"
+            assert (await rig.get("/v1/models", KEY)).status == 200
+            # What the engine refused to a client without a key stays refused, and says nothing to one with a key.
+            await rig.get("/v1/x", KEY)
+            assert (await rig.get("/v1/models")).status == 401
+            await put_to_sleep(rig)
+            assert (await rig.get("/v1/models")).status == 401
+            assert (await rig.get("/v1/models", "Authorization: Bearer wrong")).status == 503
+            # An open page is open to clients that happen to send a key.
+            await rig.get("/v1/x", KEY)
+            await rig.get("/metrics")
+            await put_to_sleep(rig)
+            assert (await rig.get("/metrics", "Authorization: Bearer any")).body == b"a 1\nb 2\n"
+
+    run(main())
+
+
+def test_nothing_was_seen_yet(proxy):
+    async def main():
+        async with sleeping_engine(proxy) as (rig, up):
+            for path in ("/health", "/ping", "/health?x=1", "/Health/"):
+                got = await rig.get(path)
+                assert got.status == 200 and got.json() == {"status": "asleep"}
+                assert got.headers["quickthaw-state"] == "asleep" and "age" not in got.headers
+            assert (await rig.get("/ping", method="POST")).status == 200
+            assert (await rig.get("/-/ready")).status == 200
+            for path in ("/metrics", "/version", "/v1/models", "/v1/models/m"):
+                got = await rig.get(path)
+                assert got.status == 503 and got.json()["error"]["code"] == "engine-asleep"
+            assert not up.seen and rig.pool.waker.wakes == 0
+
+    run(main())
+
+
+def test_health_of_an_engine_that_cannot_be_woken_is_the_refusal_that_a_request_gets(proxy):
+    async def main():
+        async with sleeping_engine(proxy) as (rig, up):
+            await rig.get("/v1/x", KEY)
+            assert (await rig.get("/health")).status == 200
+            await put_to_sleep(rig)
+            rig.pool.start_failed(StartFailed("no-gpu", "the GPU is gone"))
+            got = await rig.get("/health")
+            assert got.status == 503 and got.json()["error"]["code"] == "no-gpu"
+            assert got.headers["quickthaw-state"] == "asleep"
+            assert (await rig.get("/-/ready")).status == 503
+
+    run(main())
+
+
+@pytest.mark.parametrize(
+    ("method", "target", "status"),
+    [
+        ("GET", "/favicon.ico", 404),
+        ("GET", "/robots.txt", 404),
+        ("GET", "/", 404),
+        ("GET", "/.env", 404),
+        ("GET", "/wp-login.php?v1=1", 404),
+        ("HEAD", "/docs", 404),
+        ("POST", "/cgi-bin/x", 503),
+        ("OPTIONS", "/v1/chat/completions", 404),
+        ("OPTIONS", "/x", 404),
+    ],
+)
+def test_what_no_client_of_an_engine_asks_for_wakes_nothing(proxy, method, target, status):
+    async def main():
+        async with sleeping_engine(proxy) as (rig, up):
+            got = await rig.get(target, method=method, body=b"{}" if method == "POST" else b"")
+            assert got.status == status and got.headers["quickthaw-state"] == "asleep"
+            assert method == "HEAD" or got.json()["error"]["code"] == "engine-asleep"
+            assert rig.pool.waker.wakes == 0 and not up.seen
+            await rig.get("/v1/x", KEY)
+            assert (await rig.get(target, method=method, body=b"{}" if method == "POST" else b"")).status in (200, 401)
+            assert up.seen[-1].target == target, "an engine that is awake gets everything"
+
+    run(main())
+
+
+@pytest.mark.parametrize(
+    ("method", "target", "more"),
+    [
+        ("POST", "/v1/chat/completions", ()),
+        ("POST", "//v1/completions", ()),
+        ("POST", "/v1%2Fcompletions", ()),
+        ("GET", "/v1/responses/r1", ()),
+        ("POST", "/generate_stream", ()),
+        ("GET", "/health_generate", ()),
+        ("POST", "/invocations", ()),
+        ("POST", "/update_weights_from_disk", ()),
+        ("GET", "/get_model_info", ()),
+        ("OPTIONS", "/v1/chat/completions", ("Origin: http://a", "Access-Control-Request-Method: POST")),
+    ],
+)
+def test_what_clients_of_an_engine_ask_for_wakes_it(proxy, method, target, more):
+    async def main():
+        async with sleeping_engine(proxy, ordinary) as (rig, up):
+            got = await rig.get(target, *more, method=method, body=b"{}" if method == "POST" else b"")
+            assert got.status == 200 and rig.pool.waker.wakes == 1
+            assert [seen.target for seen in up.seen] == [target]
+
+    run(main())
+
+
+def test_which_paths_wake_is_a_setting(proxy):
+    async def main():
+        settings = Settings(wake_on=frozenset({"/own", "/a/*/run", "/health"}), root_path="/base")
+        async with sleeping_engine(proxy, ordinary, settings) as (rig, up):
+            for path in ("/v1/completions", "/owner", "/a/b", "/metrics", "/base/metrics"):
+                assert (await rig.get(path)).status in (404, 503)
+            assert rig.pool.waker.wakes == 0
+            for n, path in enumerate(("/own", "/own/x", "/a/b/c/run", "/health", "/base/own"), 1):
+                assert (await rig.get(path)).status == 200
+                assert rig.pool.waker.wakes == n
+                await put_to_sleep(rig)
+
+    run(main())
+
+
+def test_an_engine_that_is_only_probed_goes_to_sleep(proxy):
+    async def main():
+        async with sleeping_engine(proxy, idle_timeout_s=0.3) as (rig, up):
+            await rig.get("/v1/x", KEY)
+
+            async def probe(*more: str) -> None:
+                while rig.trackers["a"].phase is not Phase.ASLEEP:
+                    await rig.get(*more)
+                    await asyncio.sleep(0.02)
+
+            async with asyncio.timeout(20):
+                await asyncio.gather(
+                    probe("/health"), probe("/metrics"), probe("/v1/models", KEY), probe("/favicon.ico")
+                )
+            assert rig.pool.probes == 0 and rig.pool.outstanding == 0
+            assert rig.pool.sleeper.sleeps == 1 and rig.pool.waker.wakes == 1
+            document = (await rig.get("/-/status")).json()
+            assert document["pools"][0]["wakes"] == 1
+
+    run(main())
+
+
+def test_a_probe_while_it_wakes_is_answered_and_a_request_is_held(proxy):
+    async def main():
+        go = asyncio.Event()
+        async with upstream(ordinary) as up:
+
+            async def wake() -> None:
+                rig.trackers["a"].to(Phase.WAKING)
+                await go.wait()
+                rig.trackers["a"].to(Phase.VERIFYING)
+                rig.trackers["a"].to(Phase.SERVING)
+
+            async with proxy(ONLY_ENGINES, wake=wake) as rig:
+                rig.add("a", up.port, phase=Phase.ASLEEP)
+                waiting = asyncio.create_task(rig.get("/v1/x"))
+                await until(lambda: rig.pool.held == 1)
+                got = await rig.get("/health")
+                assert got.status == 200 and got.headers["quickthaw-state"] == "waking"
+                got = await rig.get("/favicon.ico")
+                assert got.status == 404 and got.headers["quickthaw-state"] == "waking"
+                go.set()
+                assert (await waiting).status == 200
+
+    run(main())
+
+
+def test_until_the_owner_has_started_it_once_a_probe_waits_like_a_request(proxy):
+    async def main():
+        async with upstream(ordinary) as up, proxy(ONLY_ENGINES) as rig:
+            rig.add("a", up.port, phase=Phase.IDLE)
+            waiting = asyncio.create_task(rig.get("/health"))
+            await until(lambda: rig.pool.held == 1)
+            rig.restore("a")
+            got = await waiting
+            assert got.json()["target"] == "/health" and "quickthaw-state" not in got.headers
+            rig.trackers["a"].to(Phase.FAILED, "died")
+            await until(lambda: rig.pool.ready() is None)
+            got = await rig.get("/health")
+            assert got.status == 200 and got.headers["quickthaw-state"] == "failed", (
+                "held requests wait for its restart"
+            )
+
+    run(main())
+
+
+def test_a_snapshot_that_is_being_taken_holds_no_probe(proxy):
+    async def main():
+        async with sleeping_engine(proxy) as (rig, up):
+            await rig.get("/v1/x", KEY)
+            async with rig.pool.quiesced("a", 5):
+                got = await rig.get("/health")
+                assert got.status == 200 and got.headers["quickthaw-state"] == "busy"
+
+    run(main())
+
+
+def test_denied_paths_stay_denied(proxy):
+    async def main():
+        settings = Settings(wake_on=frozenset(WAKE_ON), denied_paths=frozenset({"/metrics", "/v1/models"}))
+        async with sleeping_engine(proxy, ordinary, settings) as (rig, up):
+            for _ in range(2):
+                for path in ("/metrics", "/metricsx", "/v1/models", "/v1/models/m", "/%6Detrics"):
+                    assert (await rig.get(path)).json()["error"]["code"] == "not-found"
+                await rig.get("/v1/x")
+
+    run(main())
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        "Content-Encoding: gzip",
+        "Set-Cookie: a=b",
+        "Cache-Control: no-store",
+        "Cache-Control: Private",
+        "500 Internal Server Error",
+        "302 Found",
+        "large",
+    ],
+)
+def test_what_is_not_kept(proxy, head):
+    async def other(up: Upstream, seen: Seen, reader, writer) -> bool:
+        if seen.target == "/metrics":
+            body = b"x" * ((256 << 10) + 1) if head == "large" else b"x"
+            status = head if head[0].isdigit() else "200 OK"
+            writer.write(answer(body, status, *([head] if ":" in head else [])))
+            return True
+        return await ordinary(up, seen, reader, writer)
+
+    async def main():
+        async with sleeping_engine(proxy, other) as (rig, up):
+            await rig.get("/v1/x")
+            await rig.get("/metrics")
+            await rig.get("/health", method="HEAD")
+            await put_to_sleep(rig)
+            assert (await rig.get("/metrics")).json()["error"]["code"] == "engine-asleep"
+            assert (await rig.get("/health")).json() == {"status": "asleep"}
+
+    run(main())
+
+
+def test_an_answer_that_was_cut_is_not_kept(proxy):
+    async def cuts(up: Upstream, seen: Seen, reader, writer) -> bool:
+        if seen.target == "/metrics":
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhalf")
+            return False
+        return await ordinary(up, seen, reader, writer)
+
+    async def main():
+        async with sleeping_engine(proxy, cuts) as (rig, up):
+            await rig.get("/v1/x")
+            await rig.get("/metrics")
+            await put_to_sleep(rig)
+            assert (await rig.get("/metrics")).status == 503
+
+    run(main())
+
+
+def test_the_middleware_answers_probes_and_lets_the_application_answer_the_rest():
+    async def answers(request):
+        return JSONResponse({"path": request.url.path})
+
+    async def main():
+        async def wake() -> None:
+            for phase in (Phase.WAKING, Phase.VERIFYING, Phase.SERVING):
+                rig.trackers["a"].to(phase)
+
+        pool = ReplicaPool(wake=wake)
+        app = Starlette(routes=[Route("/{rest:path}", answers, methods=["GET", "POST"])])
+        held = HoldMiddleware(app, pool, ONLY_ENGINES)
+        async with served_by_uvicorn(held, date_header=False) as (port, _):
+            rig = Rig(held.proxy, pool, port)
+            rig.add("a", 1, phase=Phase.ASLEEP)
+            got = await rig.get("/health")
+            assert got.status == 200 and got.json() == {"status": "asleep"}
+            assert (await rig.get("/favicon.ico")).status == 404 and pool.waker.wakes == 0
+            assert (await rig.get("/v1/x")).json() == {"path": "/v1/x"} and pool.waker.wakes == 1
+            active = pool.last_active
+            assert (await rig.get("/health")).json() == {"path": "/health"}, "of the application, once an engine serves"
+            assert pool.last_active == active and pool.probes == 0
+
+    run(main())
+
+
+def test_the_memory_is_bounded_and_keeps_what_is_asked_for():
+    from plugin.proxy.http.request import Request
+    from plugin.proxy.probes import Memory
+    from plugin.proxy.probes import Seen as Answer
+
+    def asked(target: bytes, *headers: tuple[bytes, bytes]) -> Request:
+        request = Request()
+        request.method, request.target = b"GET", target
+        request.headers = [(name, name, value) for name, value in headers]
+        return request
+
+    memory = Memory()
+    memory.keep(asked(b"/health"), Answer(200, b"", b"up"))
+    for n in range(200):
+        memory.keep(asked(b"/v1/models/%d" % n), Answer(200, b"", b"x"))
+        assert memory.find(asked(b"/health")) is not None
+        # Keys that nobody needs keep nothing: neither refused ones, nor those to an open page.
+        memory.keep(asked(b"/health", (b"authorization", b"%d" % n)), Answer(200, b"", b"mine"))
+        memory.keep(asked(b"/v1/models", (b"x-api-key", b"%d" % n)), Answer(401, b"", b"no"))
+    assert len(memory._answers) == 32
+    assert memory.find(asked(b"/health", (b"authorization", b"7"))).body == b"up"
+    assert memory.find(asked(b"/v1/models", (b"x-api-key", b"7"))) is None
+    memory.keep(asked(b"/v1/models", (b"authorization", b"Bearer s3cret")), Answer(200, b"", b"ours"))
+    assert memory.find(asked(b"/v1/models", (b"authorization", b"Bearer s3cret"))).body == b"ours"
+    assert "s3cret" not in repr(vars(memory))

@@ -32,6 +32,7 @@ from plugin.proxy.endpoints.forms import form_field
 from plugin.proxy.errors import ClientFault, ProxyError, StartFailed, Unavailable, Unneeded
 from plugin.proxy.http.address import from_url
 from plugin.proxy.http.client import Client
+from plugin.proxy.http.path_rules import HEALTH
 from plugin.proxy.http.request import Request
 from plugin.proxy.pool.pool import ReplicaPool
 from plugin.proxy.pool.replica import STARTING
@@ -362,9 +363,21 @@ class ModelRouter:
         return list(self._pools.values())
 
     def answer(self, request: Request) -> dict[str, Any] | None:
-        """Answer the list of models, or one of them, without waking any."""
+        """Answer the list of models, or one of them, or a probe that names none, without waking any.
+
+        Raises Unavailable (no-model-ready) if no model would take a request.
+        """
         if request.method not in (b"GET", b"HEAD"):
             return None
+        if (
+            request.path in HEALTH
+            and b"?" not in request.target
+            and self.config.default is None
+            and len(self._pools) > 1
+        ):
+            if not any(pool.ready() is not None or pool.accepts() for pool in self._pools.values()):
+                raise Unavailable("no-model-ready", "no model takes requests now; see the status page")
+            return {"status": "ok"}
         if request.path in _LIST_PATHS:
             return {"object": "list", "data": [self._described(name) for name in self._pools]}
         for folder in _LIST_PATHS:

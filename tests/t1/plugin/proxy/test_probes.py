@@ -217,8 +217,13 @@ def test_which_paths_wake_is_a_setting(proxy):
 
 def test_an_engine_that_is_only_probed_goes_to_sleep(proxy):
     async def main():
-        async with sleeping_engine(proxy, idle_timeout_s=0.3) as (rig, up):
+        async with sleeping_engine(proxy, idle_timeout_s=0.5) as (rig, up):
             await rig.get("/v1/x", KEY)
+            await until(lambda: rig.pool.outstanding == 0)
+            used = rig.pool.last_active
+            assert (await rig.get("/health")).status == 200 and (await rig.get("/favicon.ico")).status == 200
+            await until(lambda: rig.pool.outstanding == 0)
+            assert rig.pool.last_active == used
 
             async def probe(*more: str) -> None:
                 while rig.trackers["a"].phase is not Phase.ASLEEP:

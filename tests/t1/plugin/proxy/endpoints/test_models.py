@@ -33,6 +33,7 @@ models:
 """,
     )
     with command("--config", config) as (_, url):
+        assert call(f"{url}/health") == (200, {"status": "ok"}), "a probe names no model"
         listed = call(f"{url}/v1/models")[1]
         assert [m["id"] for m in listed["data"]] == ["red", "green", "blue"]
         order = ["red", "green", "blue", "crimson", "red", "green"]
@@ -61,6 +62,27 @@ models:
         form = b'--b\r\nContent-Disposition: form-data; name="model"\r\n\r\nblue\r\n--b--\r\n'
         got = call(f"{url}/v1/audio/transcriptions", form, **{"Content-Type": "multipart/form-data; boundary=b"})
         assert got[1]["name"] == "blue"
+
+
+def test_a_probe_that_names_no_model_says_whether_any_takes_a_request(tmp_path):
+    from plugin.proxy.endpoints.models import ModelRouter, load
+    from plugin.proxy.errors import Unavailable
+    from plugin.proxy.http.request import Request
+    from plugin.proxy.pool.pool import ReplicaPool
+
+    config = load(Path(models_file(tmp_path, "models: {red: {command: x}, blue: {command: y}}")))
+    pools = {name: ReplicaPool(name=name) for name in ("red", "blue")}
+    router, request = ModelRouter(config, pools), Request()
+    request.method, request.target, request.path = b"GET", b"/health", "/health"
+    assert router.answer(request) == {"status": "ok"}
+    pools["red"].close(Unavailable("gone", "gone"))
+    assert router.answer(request) == {"status": "ok"}
+    pools["blue"].close(Unavailable("gone", "gone"))
+    with pytest.raises(Unavailable) as failed:
+        router.answer(request)
+    assert failed.value.code == "no-model-ready"
+    request.target = b"/health?model=red"
+    assert router.answer(request) is None, "the model's own"
 
 
 @pytest.mark.slow

@@ -19,7 +19,8 @@ from checkpoint.sandbox.sandbox import CONTROL_DIR, RUN_DIR, TMP_DIR
 from checkpoint.snapshot.manifest import Canary
 from launchers.client import Client
 from launchers.errors import BadModel, EngineDied, EngineFailed, Usage
-from launchers.given_options import given_options, last
+from launchers.given_options import given_options, is_option, last
+from launchers.known_options import KnownOptions
 
 log = logging.getLogger("quickthaw")
 INNER_PORT = 8000
@@ -77,6 +78,8 @@ class EngineCommand:
     """The key that the engine requires for its control endpoints, if different (SGLang's `--admin-api-key`)."""
     root_path: str = ""
     """The prefix that the engine removes from a path before matching it."""
+    shutdown_timeout_s: float = 0.0
+    """How long the engine finishes its requests after SIGTERM (vLLM's `--shutdown-timeout`)."""
 
 
 @dataclass
@@ -109,23 +112,29 @@ class Engine(abc.ABC):
     default_port: int
     default_host: str
     model_flags: tuple[str, ...]
-    switches: frozenset[str] = frozenset()
-    """Flags without a value, which a positional model may follow."""
+    options: KnownOptions
+    """The options of the tested release."""
+    model_anywhere: bool = False
+    """Whether a positional model may follow options; otherwise it comes first."""
     denied_paths: frozenset[str]
     """Control endpoints, which the proxy never forwards to."""
     seed_flags: tuple[str, ...] = ()
     root_path_flags: tuple[str, ...] = ()
     # Command line
 
-    def parse(self, arguments: Sequence[str], environment: Mapping[str, str], spin: bool = False) -> EngineCommand:
+    def parse(
+        self, arguments: Sequence[str], environment: Mapping[str, str], spin: bool = False, python: str = ""
+    ) -> EngineCommand:
         """Parse the engine's own arguments: model, host, port, keys, seed, root path.
 
-        `spin`: keep SGLang's busy polling when idle; otherwise --sleep-on-idle is added. Raises Usage (no-model, bad-port,
+        `spin`: keep SGLang's busy polling when idle; otherwise --sleep-on-idle is added. `python`: the engine's interpreter,
+        whose installation has a say in what an abbreviated option means. Raises Usage (no-model, bad-port,
         argument-without-value).
         """
         words = list(arguments)
         if words and words[0] == "serve":
             words = words[1:]
+        words = self.options.expanded(words, python)
         kept: list[str] = []
         values: dict[str, str] = {}
         takes = dict.fromkeys(self.model_flags, "model") | {
@@ -133,31 +142,37 @@ class Engine(abc.ABC):
             "--port": "port",
             "--api-key": "api_key",
             "--admin-api-key": "admin_key",
+            "--shutdown-timeout": "shutdown_timeout",
         }
         takes |= dict.fromkeys(self.seed_flags, "seed")
         takes |= dict.fromkeys(self.root_path_flags, "root_path")
+        positional: list[str] = []
         index = 0
-        if words and not words[0].startswith("-"):
-            values["model"] = words[0]
-            kept += [self.model_flags[0], words[0]]
-            index = 1
         while index < len(words):
-            flag, equals, inline = words[index].partition("=")
-            name = takes.get(flag.replace("_", "-") if flag.startswith("--") else flag)
-            if name is None:
-                kept.append(words[index])
+            if words[index] == "--":
+                positional += words[index + 1 :]
+                break
+            if not is_option(words[index]):
+                if not index or self.model_anywhere:
+                    positional.append(words[index])
+                else:
+                    kept.append(words[index])
                 index += 1
                 continue
-            if equals:
-                value, used = inline, 1
-            elif index + 1 < len(words):
-                value, used = words[index + 1], 2
-            else:
-                raise Usage("argument-without-value", f"{flag} needs a value")
-            values[name] = value
+            flag, equals, inline = words[index].partition("=")
+            flag = flag.replace("_", "-") if flag.startswith("--") else flag
+            name = takes.get(flag)
+            used = 1 if equals else 1 + self._values_of(flag, words[index + 1 :], 1 if name else 0)
+            if name:
+                if used == 1 and not equals:
+                    raise Usage("argument-without-value", f"{flag} needs a value")
+                values[name] = inline if equals else words[index + 1]
             if name not in ("host", "port"):
                 kept += words[index : index + used]
             index += used
+        if positional:
+            values.setdefault("model", positional[0])
+            kept = [self.model_flags[0], *positional, *kept]
         if any(word.partition("=")[0] == "--config" for word in kept):
             written = given_options(kept)
             for flag, name in takes.items():
@@ -181,7 +196,16 @@ class Engine(abc.ABC):
             "seed" in values,
             values.get("admin_key"),
             values.get("root_path", ""),
+            _seconds(values.get("shutdown_timeout", "")),
         )
+
+    def _values_of(self, option: str, following: Sequence[str], least: int) -> int:
+        """Return how many of the `following` words are values of an option, of which it takes at least `least`."""
+        count = self.options.count(option)
+        if count is not None:
+            return min(count, len(following))
+        ends = (at for at, word in enumerate(following) if at >= least and is_option(word))
+        return next(ends, len(following))
 
     def key_from(self, environment: Mapping[str, str]) -> str | None:
         """Return the API key that clients must send if the environment sets one, else None."""
@@ -197,9 +221,9 @@ class Engine(abc.ABC):
         """Return the engine's environment: the user's variables plus the variables that our hooks need.
 
         Telemetry is disabled. A variable set by the user keeps its value, unless a sandbox would not work with it: it has
-        no outside network, so hub models come from the cache, and it has its own TMPDIR. quickthaw's own variables are not
-        passed on: they hold its keys, and a snapshot contains the engine's environment. `site` and `cache` are empty if the
-        state folder cannot be written; the engine then runs without them.
+        no outside network, so hub models come from the cache, and it has its own folders for temporary files and metrics.
+        quickthaw's own variables are not passed on: they hold its keys, and a snapshot contains the engine's environment.
+        `site` and `cache` are empty if the state folder cannot be written; the engine then runs without them.
         """
         env = without_ours(user)
         env.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -218,6 +242,8 @@ class Engine(abc.ABC):
         if sandboxed:
             env |= {"TMPDIR": TMP_DIR, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
             env["QUICKTHAW_CONTROL_DIR"] = CONTROL_DIR
+            if "PROMETHEUS_MULTIPROC_DIR" in env:  # its files are mapped for writing, which no dump takes from the host
+                env["PROMETHEUS_MULTIPROC_DIR"] = TMP_DIR
         return env
 
     def defaults(self) -> dict[str, str]:
@@ -350,6 +376,14 @@ class Engine(abc.ABC):
 def canary_id(joined: bool) -> str:
     """Return a new request id for a canary, as engines show it in their logs."""
     return f"{JOINED if joined else 'quickthaw-canary-'}{os.urandom(6).hex()}"
+
+
+def _seconds(value: str) -> float:
+    """Return a number of seconds; 0 for what the engine itself will refuse."""
+    try:
+        return max(0.0, float(value))
+    except ValueError:
+        return 0.0
 
 
 def has_flag(command: EngineCommand, *flags: str) -> bool:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from launchers.base import RELOAD_LIMIT_S, Engine, EngineCommand, canary_id, has_flag
 from launchers.client import Client
 from launchers.errors import EngineFailed
+from launchers.known_options import SGLANG
 
 SLEEP_ON_IDLE = "--sleep-on-idle"
 WORKS_WHILE_IDLE = (
@@ -36,6 +37,7 @@ class Sglang(Engine):
     default_port = 30000
     default_host = "127.0.0.1"
     model_flags = ("--model-path", "--model")
+    options = SGLANG
     seed_flags = ("--random-seed",)
     root_path_flags = ("--fastapi-root-path",)
     denied_paths = frozenset(
@@ -78,14 +80,16 @@ class Sglang(Engine):
         }
     )
 
-    def parse(self, arguments: Sequence[str], environment: Mapping[str, str], spin: bool = False) -> EngineCommand:
+    def parse(
+        self, arguments: Sequence[str], environment: Mapping[str, str], spin: bool = False, python: str = ""
+    ) -> EngineCommand:
         """Parse as for every engine; unless `spin`, add --sleep-on-idle.
 
         An idle scheduler then waits for its sockets. SGLang's default, busy polling, takes a whole core of the host per
         idle replica, away from replicas that restore or serve. The flag becomes part of the arguments, and so of the
         snapshot's identity.
         """
-        command = super().parse(arguments, environment, spin)
+        command = super().parse(arguments, environment, spin, python)
         if spin or has_flag(command, SLEEP_ON_IDLE, *WORKS_WHILE_IDLE):
             return command
         return replace(command, arguments=(*command.arguments, SLEEP_ON_IDLE))

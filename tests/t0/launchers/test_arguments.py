@@ -4,6 +4,8 @@ import pytest
 
 import launchers
 from checkpoint.compatibility.launch_options import normalised_arguments
+from launchers.errors import Usage
+from tests.t0.checkpoint.compatibility.test_facts import venv
 
 pytestmark = pytest.mark.t0
 MODEL = ("--model-path", "/m")
@@ -62,3 +64,111 @@ def test_keys_prefix_and_seed_of_a_configuration_file_are_known(name, tmp_path):
     assert command.api_key == "line"
     command = engine.parse([engine.model_flags[0], "m", "--config", "/nowhere"], {})
     assert (command.api_key, command.admin_key, command.root_path, command.fixed_seed) == (None, None, "", False)
+
+
+@pytest.mark.parametrize(
+    ("words", "arguments", "model"),
+    [
+        ("--port 8001 M", "--model M", "M"),
+        ("--enforce-eager M --seed 1", "--model M --enforce-eager --seed 1", "M"),
+        ("--tensor-parallel-size 2 M", "--model M --tensor-parallel-size 2", "M"),
+        ("-tp 2 M", "--model M -tp 2", "M"),
+        ("-O3 M", "--model M -O3", "M"),
+        ("-O 3 M", "--model M -O 3", "M"),
+        ("--served-model-name a b --no-enable-lora M", "--model M --served-model-name a b --no-enable-lora", "M"),
+        ("--compilation-config.mode 3 M", "--model M --compilation-config.mode 3", "M"),
+        ("--dtype=auto M", "--model M --dtype=auto", "M"),
+        ("--api-key a b --enforce-eager M", "--model M --api-key a b --enforce-eager", "M"),
+        ("--enforce-eager -- M", "--model M --enforce-eager", "M"),
+        ("--unknown x --model M", "--unknown x --model M", "M"),
+    ],
+)
+def test_a_positional_model_may_follow_options_of_vllm(words, arguments, model):
+    command = launchers.engine("vllm").parse(words.split(), {})
+    assert (" ".join(command.arguments), command.model) == (arguments, model)
+
+
+def test_sglangs_positional_model_comes_first():
+    parse = launchers.engine("sglang").parse
+    assert parse(["M", "--tp", "2"], {}, True).arguments == ("--model-path", "M", "--tp-size", "2")
+    with pytest.raises(Usage):
+        parse(["--tp", "2", "M"], {})
+
+
+@pytest.mark.parametrize(
+    ("engine", "written", "full"),
+    [
+        ("vllm", "--tensor-par 2", "--tensor-parallel-size 2"),
+        ("vllm", "--tensor_par=2", "--tensor-parallel-size=2"),
+        ("vllm", "--no-enable-pref", "--no-enable-prefix-caching"),
+        ("vllm", "--comp.mode 3", "--compilation-config.mode 3"),
+        ("vllm", "--served a b", "--served-model-name a b"),
+        ("vllm", "--tens --tensor-parallel-size", "--tensor-parallel-size --tensor-parallel-size"),
+        ("vllm", "--enable-l", "--enable-l"),  # ambiguous
+        ("vllm", "--config-f hf", "--config-format hf"),
+        ("vllm", "--conf x", "--conf x"),
+        ("vllm", "--nothing-such x", "--nothing-such x"),
+        ("vllm", "--dtype --por", "--dtype --port"),
+        ("sglang", "--tensor-parallel 2", "--tensor-parallel-size 2"),
+        ("sglang", "--log-level-h info", "--log-level-http info"),
+        ("sglang", "--sleep", "--sleep-on-idle"),
+        ("sglang", "--model-path m -- --por", "--model-path m -- --por"),
+    ],
+)
+def test_abbreviated_options_are_those_that_argparse_takes_them_for(engine, written, full):
+    assert launchers.engine(engine).options.expanded(written.split()) == full.split()
+
+
+@pytest.mark.parametrize("name", ["vllm", "sglang"])
+def test_abbreviations_are_known_wherever_the_full_name_is(name):
+    engine = launchers.engine(name)
+    flag = engine.model_flags[0]
+    command = engine.parse([flag, "m", "--por", "8001", "--hos=::1", "--api-k", "k"], {}, True)
+    assert (command.port, command.host, command.api_key) == (8001, "::1", "k")
+    assert command.arguments == (flag, "m", "--api-key", "k")
+    seed, root = engine.seed_flags[0][:-1], engine.root_path_flags[0][:-1]
+    command = engine.parse([flag, "m", seed, "1", root, "/x"], {})
+    assert (command.fixed_seed, command.root_path) == (True, "/x")
+    full, short = (engine.parse([flag, "m", word, "2"], {}).arguments for word in ("--download-dir", "--download"))
+    assert normalised_arguments(name, short) == normalised_arguments(name, full)
+
+
+def test_the_installed_engine_has_the_last_word_about_an_abbreviation(tmp_path):
+    """Another release may have an option of that very name, or lack the one that the tested release has."""
+    venv(tmp_path / "venv", {"vllm": "0.99"})
+    python = str(tmp_path / "venv/bin/python")
+    (site,) = (tmp_path / "venv").glob("lib/python*/site-packages")
+    expanded = launchers.engine("vllm").options.expanded
+    assert expanded(["--download", "x"], python) == ["--download-dir", "x"]  # nothing is found out there
+    (site / "vllm/engine").mkdir(parents=True)
+    source = site / "vllm/engine/arg_utils.py"
+    source.write_text('    load_group.add_argument("--download-dir", **load_kwargs["download_dir"])\n')
+    assert expanded(["--download", "x"], python) == ["--download-dir", "x"]
+    assert expanded(["--tensor-par", "x"], python) == ["--tensor-par", "x"]
+    source.write_text(source.read_text() + '    load_group.add_argument("--download")\n')
+    assert expanded(["--download", "x"], python) == ["--download", "x"]
+    (site / "vllm/entrypoints/openai").mkdir(parents=True)
+    (site / "vllm/entrypoints/openai/cli_args.py").write_text("    port: int = 8000\n")
+    assert expanded(["--por", "1"], python) == ["--port", "1"]
+
+
+def test_the_engines_own_time_to_shut_down_is_known():
+    parse = launchers.engine("vllm").parse
+    assert parse(["--model", "m", "--shutdown-timeout", "90"], {}).shutdown_timeout_s == 90
+    assert parse(["--model", "m", "--shutdown=90"], {}).shutdown_timeout_s == 90
+    assert parse(["--model", "m", "--shutdown-timeout", "soon"], {}).shutdown_timeout_s == 0
+    assert "--shutdown-timeout" in parse(["--model", "m", "--shutdown-timeout", "90"], {}).arguments
+
+
+@pytest.mark.parametrize("name", ["vllm", "sglang"])
+def test_a_sandbox_has_its_own_folders_and_keeps_the_users_caches(name):
+    engine = launchers.engine(name)
+    command = engine.parse(["m"], {})
+    given = {"TMPDIR": "/t", "PROMETHEUS_MULTIPROC_DIR": "/p", "VLLM_CACHE_ROOT": "/v", "TRITON_CACHE_DIR": "/c"}
+    inside = engine.environment(given, command, sandboxed=True, site="", cache="/own")
+    assert inside["TMPDIR"] == inside["PROMETHEUS_MULTIPROC_DIR"] != "/t"
+    assert (inside["VLLM_CACHE_ROOT"], inside["TRITON_CACHE_DIR"]) == ("/v", "/c")
+    outside = engine.environment(given, command, sandboxed=False, site="", cache="/own")
+    assert given.items() <= outside.items()
+    without = engine.environment({}, command, sandboxed=True, site="", cache="/own")
+    assert "PROMETHEUS_MULTIPROC_DIR" not in without

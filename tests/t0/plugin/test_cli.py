@@ -77,7 +77,7 @@ def code_and_line(capsys, *words):
 @pytest.mark.parametrize(
     ("words", "code", "line"),
     [
-        (["launch"], 2, r"usage: Missing argument 'vllm\|sglang'; see quickthaw launch --help"),
+        (["launch"], 2, r"usage: Missing argument 'vllm\|sglang\|COMMAND'; see quickthaw launch --help"),
         (["nope"], 2, r"usage: No such command 'nope'; see quickthaw --help"),
         (["launch", "foo"], 2, r"unknown-engine: .*; quickthaw knows vllm and sglang"),
         (["launch", "vllm"], 2, r"no-model: no model given; add --model .*"),

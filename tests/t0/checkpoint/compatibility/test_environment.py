@@ -93,6 +93,28 @@ def test_without_the_engines_list_no_pattern_covers_names_that_look_like_its_own
     assert (set(found.matter), set(found.renewed)) == ({"VLLM_SERVICE_HOST"}, {"REDIS_SERVICE_HOST"})
 
 
+def test_a_service_that_is_called_like_an_engine_changes_nothing(tmp_path: Path) -> None:
+    declarations = tmp_path / "sglang/srt/environ.py"
+    declarations.parent.mkdir(parents=True)
+    declarations.write_text("    SGLANG_GRPC_PORT = EnvInt(None)\n")
+    services = {
+        "SGLANG_LLAMA_SERVICE_HOST": "10.0.0.9",
+        "SGLANG_LLAMA_SERVICE_PORT": "80",
+        "SGLANG_LLAMA_SERVICE_PORT_HTTP": "80",
+        "SGLANG_LLAMA_PORT": "tcp://10.0.0.9:80",
+        "SGLANG_LLAMA_PORT_80_TCP": "tcp://10.0.0.9:80",
+        "SGLANG_LLAMA_PORT_80_TCP_ADDR": "10.0.0.9",
+        "SGLANG_GRPC_PORT": "tcp://10.0.0.9:80",
+        "VLLM_PORT": "tcp://10.0.0.9:80",
+        "VLLM_PORT_80_TCP_PROTO": "tcp",
+        "PROMETHEUS_MULTIPROC_DIR": "/tmp/metrics",
+    }
+    found = classify(services, "sglang", lambda few: declared_variables("sglang", [tmp_path], few))
+    assert found.matter == {}
+    ours = classify({"SGLANG_GRPC_PORT": "5000"}, "sglang", lambda _: ())
+    assert set(ours.matter) == {"SGLANG_GRPC_PORT"}
+
+
 def launch(tmp_path: Path, **environment: str) -> Here:
     interpreter = tmp_path / "venv/bin/python"
     if not interpreter.exists():

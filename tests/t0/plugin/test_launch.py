@@ -1,0 +1,62 @@
+"""What `launch` makes of its own options and the engine's, before anything starts."""
+
+import sys
+
+import pytest
+from click.testing import CliRunner
+
+from plugin.cli import cli
+
+pytestmark = pytest.mark.t0
+
+
+@pytest.fixture
+def settings(monkeypatch, tmp_path):
+    """Return the settings with which a command line would start."""
+    import plugin.runtime.run
+
+    monkeypatch.setenv("QUICKTHAW_HOME", str(tmp_path))
+    seen = []
+    monkeypatch.setattr(plugin.runtime.run, "launch", lambda settings: seen.append(settings) or 0)
+
+    def started(*words):
+        result = CliRunner().invoke(cli, ["launch", *words])
+        assert result.exit_code == 0, result.output
+        return seen.pop()
+
+    return started
+
+
+@pytest.mark.parametrize(
+    ("options", "engine", "seconds"),
+    [
+        ((), (), 30),
+        ((), ("--shutdown-timeout", "90"), 90),
+        (("--grace", "10"), ("--shutdown-timeout", "90"), 90),
+        (("--grace", "2m"), ("--shutdown-timeout", "90"), 120),
+        (("--grace", "10"), (), 10),
+    ],
+)
+def test_the_engines_own_time_to_finish_is_not_cut_short(settings, options, engine, seconds):
+    found = settings(*options, "vllm", "--model", "m", *engine)
+    assert (found.grace_s, found.proxy["drain_s"]) == (seconds, seconds)
+
+
+def test_a_shells_assignments_are_the_engines_environment(settings):
+    found = settings("--", "sh", "-c", f"A_VARIABLE='x y' exec {sys.executable} -m sglang.launch_server --model-path m")
+    assert found.environment["A_VARIABLE"] == "x y"
+    assert (found.engine, found.engine_python, found.command.model) == ("sglang", sys.executable, "m")
+
+
+def test_the_interpreter_is_the_option_then_the_commands_then_the_one_on_path(settings, monkeypatch, tmp_path):
+    words = ("--", sys.executable, "-m", "sglang.launch_server", "--model-path", "m")
+    other = tmp_path / "python"
+    other.symlink_to(sys.executable)
+    assert settings(*words).engine_python == sys.executable
+    assert settings("--engine-python", str(other), *words).engine_python == str(other)
+    assert settings("vllm", "serve", "m").engine_python == sys.executable
+    script = tmp_path / "vllm"
+    script.write_text(f"#!{other}\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert settings("vllm", "serve", "m").engine_python == str(other)

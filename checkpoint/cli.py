@@ -200,7 +200,7 @@ def _described(found: Snapshot, health: Health, data: Mapping[str, Any]) -> Iter
         yield row("GPU", f"{found.gpu.processes} processes, {memory or 'no memory in use'}")
     phases = ", ".join(f"{phase.phase} {phase.took_s:.1f}" for phase in found.timeline if phase.took_s >= 0.05)
     yield row("saves a cold start of", f"{found.cold_s:.1f} s ({phases})")
-    yield row("canary", f"{found.canary.prompt!r} → {found.canary.token_ids}")
+    yield row("canary", str(found.canary))
     secrets = ", ".join(data["secrets_present"]) or "none recognised"
     yield row("secrets present", f"{secrets} (names only; --scrub-env excludes them)")
     yield row("failed restores", f"{health.failures}{f' (last: {health.reason})' if health.reason else ''}")

@@ -7,16 +7,21 @@ run in the thread that drives one replica.
 from __future__ import annotations
 
 import abc
+import contextlib
 import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+import msgspec
 
 from checkpoint.compatibility.environment import OURS
 from checkpoint.sandbox.sandbox import CONTROL_DIR, RUN_DIR, TMP_DIR
-from checkpoint.snapshot.manifest import Canary
+from checkpoint.snapshot.manifest import GENERATE, Answer, Canary, Prompt
+from launchers import canary as canaries
+from launchers.canary import CANARY_TOKENS, CANARY_TOKENS_ON_GPU
 from launchers.client import Client
 from launchers.errors import BadModel, EngineDied, EngineFailed, Usage
 from launchers.given_options import given_options, is_option, last
@@ -26,24 +31,10 @@ log = logging.getLogger("quickthaw")
 INNER_PORT = 8000
 """The engine's port inside its sandbox: the same for every replica, since each has its own network."""
 ENGINE_SITE = f"{RUN_DIR}/engine"
-CANARY_PROMPT = "Once upon"
-"""Prompt of the canary.
-
-Short, because a replica's readiness waits for its prefill, whose time on a CPU grows with its length; and with an answer so
-likely that another batch or processor does not round it to another token.
-"""
-CANARY_TOKENS, CANARY_TOKENS_ON_GPU = 1, 2
-"""Number of canary tokens generated, besides the choices that the prompt's prefill yields.
-
-One on a CPU, so that the check of a restored replica is one engine step. A second token comes from a decode step, which on
-a GPU is a captured graph that must be tried.
-"""
-JOINED = "quickthaw-joined-"
-"""Prefix of the id of a canary sent together with a request: our hooks (plugin/engine/joining.py) wait briefly for that
-request, so that one engine step serves both.
-"""
 RELOAD_LIMIT_S = 600.0
 """Time limit for moving or reading all of a model's weights."""
+PATIENCE_S = 30.0
+"""How long a healthy engine is asked again for what it refuses with an internal error, in seconds."""
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".npz")
 ANYWHERE_FORMATS = (
     "dummy",
@@ -260,9 +251,10 @@ class Engine(abc.ABC):
 
     # Start, generation, trim, reload
 
-    def wait_ready(self, client: Client, probe: Probe, on_listening: Callable[[], None]) -> None:
-        """Wait until the engine generates; a bound port is not enough.
+    def wait_ready(self, client: Client, probe: Probe, on_listening: Callable[[], None]) -> Canary | None:
+        """Wait until the engine is healthy and answers a canary; return that, without its answer. A bound port is not enough.
 
+        Returns None if the engine is healthy and refuses every canary that we know: it is as ready as it says.
         Calls `on_listening` at the engine's first HTTP answer. Raises EngineDied or EngineFailed.
         """
         listening = False
@@ -278,20 +270,52 @@ class Engine(abc.ABC):
             if status == 200:
                 break
             time.sleep(0.1)
+        healthy = time.monotonic()
         while True:
             try:
-                self.generate(client, CANARY_PROMPT, 1, timeout_s=120.0)
-                return
+                return self.find_canary(client, patient=time.monotonic() - healthy < PATIENCE_S)
             except EngineFailed:
                 probe.check()
                 time.sleep(0.2)
 
+    def find_canary(self, client: Client, patient: bool = False) -> Canary | None:
+        """Return the first canary that the engine answers, without its answer, or None if it refuses all of them.
+
+        `patient`: as in `launchers.canary.refuses`. Raises EngineFailed if the engine may answer later.
+        """
+        for kind in self.kinds(client):
+            for canary in canaries.of_kind(kind):
+                try:
+                    self.try_out(client, canary)
+                except EngineFailed as error:
+                    if not canaries.refuses(error, patient):
+                        raise
+                    log.debug("%s is no canary of this engine: %s", canary, error)
+                else:
+                    return canary
+        return None
+
+    def try_out(self, client: Client, canary: Canary, timeout_s: float = 120.0) -> None:
+        """Ask for the first of a canary's answers, whatever it is. Raises EngineFailed if there is none."""
+        if canary.kind == GENERATE:
+            self.generate(client, canary.asked[0], 1, timeout_s)
+        else:
+            self.numbers(client, canary.kind, canary.asked[0], timeout_s)
+
     @abc.abstractmethod
-    def generate(self, client: Client, prompt: str, tokens: int, timeout_s: float = 60.0) -> list[int]:
+    def kinds(self, client: Client) -> tuple[str, ...]:
+        """Return the kinds of canary that may be tried with this engine, the best first. Raises EngineFailed."""
+
+    @abc.abstractmethod
+    def generate(self, client: Client, prompt: Prompt, tokens: int, timeout_s: float = 60.0) -> list[int]:
         """Return the token ids of a greedy generation."""
 
     @abc.abstractmethod
-    def choices(self, client: Client, prompt: str, tokens: int, joined: bool = False) -> list[int]:
+    def numbers(self, client: Client, kind: str, prompt: Prompt, timeout_s: float = 60.0) -> list[float]:
+        """Return the numbers (an embedding, logits, scores) that the engine computes of a prompt. Raises EngineFailed."""
+
+    @abc.abstractmethod
+    def choices(self, client: Client, prompt: Prompt, tokens: int, joined: bool = False) -> list[int]:
         """Return the greedy next-token id after each prompt token but the last, then the ids of `tokens` generated tokens.
 
         This checks as many facts about the weights as a generation of that length, in fewer steps. `joined`: another
@@ -299,9 +323,22 @@ class Engine(abc.ABC):
         configured to return no probabilities.
         """
 
+    def warm_up(self, client: Client, canary: Canary) -> None:
+        """Send typical requests of the canary's kind, so that the first user's request runs code that has run before."""
+        ids = isinstance(canary.asked[0], list)
+        for words in (4, 64):
+            prompt: Prompt = [10, 11, 12, 13] * (words // 4) if ids else "one two three four " * (words // 4)
+            if canary.kind == GENERATE:
+                self.generate(client, prompt, 4)
+            else:
+                with contextlib.suppress(EngineFailed):  # too long for some models
+                    self.numbers(client, canary.kind, prompt)
+        if canary.kind == GENERATE:
+            self.warm_up_chats(client)
+
     @abc.abstractmethod
-    def warm_up(self, client: Client, command: EngineCommand) -> None:
-        """Send typical requests, so that the first user's request runs code that has run before."""
+    def warm_up_chats(self, client: Client) -> None:
+        """Send streamed chats, if the model has a template, and what else clients of an engine that generates send."""
 
     @abc.abstractmethod
     def trim(self, client: Client) -> None:
@@ -357,25 +394,30 @@ class Engine(abc.ABC):
             "wake-unknown", f"{self.name} cannot reload what this snapshot offloaded; take the snapshot again"
         )
 
-    def record(self, client: Client, gpu: bool) -> Canary:
-        """Record the canary: a prompt and the answer that a restored replica must give exactly."""
-        tokens = CANARY_TOKENS_ON_GPU if gpu else CANARY_TOKENS
+    def record(self, client: Client, gpu: bool, canary: Canary = canaries.GENERATION) -> Canary:
+        """Return the canary with the engine's answer, which a restored replica must give.
+
+        Raises EngineFailed, with no-canary if the answers would show nothing.
+        """
+        if canary.kind != GENERATE:
+            return canaries.record(canary, lambda prompt: self.numbers(client, canary.kind, prompt))
+        tokens, prompt = CANARY_TOKENS_ON_GPU if gpu else CANARY_TOKENS, canary.asked[0]
         try:
-            return Canary(CANARY_PROMPT, self.choices(client, CANARY_PROMPT, tokens), tokens)
+            return msgspec.structs.replace(canary, token_ids=self.choices(client, prompt, tokens), generated=tokens)
         except EngineFailed as error:
             log.info("the canary is a plain generation: %s", error)
-            return Canary(CANARY_PROMPT, self.generate(client, CANARY_PROMPT, CANARY_TOKENS_ON_GPU))
+            return msgspec.structs.replace(canary, token_ids=self.generate(client, prompt, CANARY_TOKENS_ON_GPU))
 
-    def answer(self, client: Client, canary: Canary, joined: bool = False) -> list[int]:
+    def answer(self, client: Client, canary: Canary, joined: bool = False) -> Answer:
         """Return the engine's current answer to a canary; `joined` as in `choices`. Raises EngineFailed."""
+        if canary.kind != GENERATE:
+            first, *more = canary.asked
+            found = [self.numbers(client, canary.kind, first)]
+            quiet = replace(client, sent=None) if client.sent else client
+            return found + [self.numbers(quiet, canary.kind, prompt) for prompt in more]
         if canary.generated:
-            return self.choices(client, canary.prompt, canary.generated, joined)
-        return self.generate(client, canary.prompt, len(canary.token_ids))
-
-
-def canary_id(joined: bool) -> str:
-    """Return a new request id for a canary, as engines show it in their logs."""
-    return f"{JOINED if joined else 'quickthaw-canary-'}{os.urandom(6).hex()}"
+            return self.choices(client, canary.asked[0], canary.generated, joined)
+        return self.generate(client, canary.asked[0], len(canary.token_ids))
 
 
 def _seconds(value: str) -> float:

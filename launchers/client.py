@@ -142,7 +142,7 @@ class Client:
             raise EngineFailed("engine-unreachable", f"{method} {path}: {error}; see the engine's log") from error
         if status != 200:
             words = " ".join(data.decode(errors="replace").split())[:300]
-            raise EngineFailed("engine-refused", f"{method} {path} answered {status}", words)
+            raise EngineFailed("engine-refused", f"{method} {path} answered {status}", words, status)
         return data
 
     def json(self, method: str, path: str, body: object = None, timeout_s: float = 30.0) -> Any:

@@ -52,11 +52,15 @@ class EngineDied(LauncherError):
 
 
 class EngineFailed(LauncherError):
-    """The engine runs but a requested operation fails. `words`: the engine's own message, which is not sent to clients."""
+    """The engine runs but a requested operation fails.
 
-    def __init__(self, code: str, message: str, words: str = "") -> None:
+    `words`: the engine's own message, which is not sent to clients; `status`: the HTTP status with which it refused, or 0.
+    """
+
+    def __init__(self, code: str, message: str, words: str = "", status: int = 0) -> None:
         super().__init__(code, f"{message}: {words}" if words else message)
         self._public = f"{message}; see the launcher's log" if words else message
+        self.status = status
 
     @property
     def public(self) -> str:

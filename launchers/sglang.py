@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from launchers.base import RELOAD_LIMIT_S, Engine, EngineCommand, canary_id, has_flag
+from checkpoint.snapshot.manifest import GENERATE, Prompt
+from launchers.base import RELOAD_LIMIT_S, Engine, EngineCommand, has_flag
+from launchers.canary import EMBED, canary_id, numbers, refuses
 from launchers.client import Client
 from launchers.errors import EngineFailed
 from launchers.known_options import SGLANG
@@ -98,9 +100,30 @@ class Sglang(Engine):
         """Use the module form, which exists in every release."""
         return [python, "-m", "sglang.launch_server", *command.arguments, f"--host={host}", f"--port={port}"]
 
-    def generate(self, client: Client, prompt: str, tokens: int, timeout_s: float = 60.0) -> list[int]:
+    def kinds(self, client: Client) -> tuple[str, ...]:
+        """Ask SGLang whether its model generates: a generation by one that does not may end its scheduler."""
+        for path in ("/model_info", "/get_model_info"):
+            try:
+                about = client.json("GET", path)
+            except EngineFailed as error:
+                if not refuses(error, patient=False):
+                    raise
+                continue
+            return (EMBED,) if about.get("is_generation") is False else (GENERATE,)
+        return (GENERATE,)
+
+    def numbers(self, client: Client, kind: str, prompt: Prompt, timeout_s: float = 60.0) -> list[float]:
+        """Use SGLang's native endpoint, which serves embeddings, rewards and logits alike."""
+        answer = client.json("POST", "/encode", {**_input(prompt), "rid": canary_id(False)}, timeout_s)
+        try:
+            return numbers(answer["embedding"])
+        except (LookupError, TypeError) as error:
+            raise EngineFailed("engine-no-numbers", "/encode answered without an embedding") from error
+
+    def generate(self, client: Client, prompt: Prompt, tokens: int, timeout_s: float = 60.0) -> list[int]:
         """Use SGLang's native endpoint, which reports the sampled ids."""
-        body = {"text": prompt, "sampling_params": {"max_new_tokens": tokens, "temperature": 0, "ignore_eos": True}}
+        sampling = {"max_new_tokens": tokens, "temperature": 0, "ignore_eos": True}
+        body = {**_input(prompt), "sampling_params": sampling}
         answer = client.json("POST", "/generate", body, timeout_s)
         ids = answer.get("output_ids")
         if not ids:
@@ -109,10 +132,10 @@ class Sglang(Engine):
             )
         return [int(i) for i in ids]
 
-    def choices(self, client: Client, prompt: str, tokens: int, joined: bool = False) -> list[int]:
+    def choices(self, client: Client, prompt: Prompt, tokens: int, joined: bool = False) -> list[int]:
         """Take the most likely token at each position from the native endpoint's log probabilities."""
         body = {
-            "text": prompt,
+            **_input(prompt),
             "sampling_params": {"max_new_tokens": tokens, "temperature": 0, "ignore_eos": True},
             "return_logprob": True,
             "logprob_start_len": 0,
@@ -128,10 +151,8 @@ class Sglang(Engine):
                 "engine-no-token-ids", "this SGLang reports no log probabilities for a prompt"
             ) from error
 
-    def warm_up(self, client: Client, command: EngineCommand) -> None:
-        """Send generations of two lengths, an OpenAI completion, and streamed chats if the model has a template."""
-        for words in (4, 64):
-            self.generate(client, "one two three four " * (words // 4), 4)
+    def warm_up_chats(self, client: Client) -> None:
+        """Send streamed chats, if the model has a template, and an OpenAI completion."""
         body = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4, "stream": True, "temperature": 0.7}
         for _ in range(2):
             client.call("POST", "/v1/chat/completions", body | {"model": "default"}, timeout_s=60.0)
@@ -187,3 +208,8 @@ class Sglang(Engine):
 
     def _resume(self, client: Client, tag: str) -> None:
         client.admin().ok("POST", "/resume_memory_occupation", {"tags": [tag]}, timeout_s=RELOAD_LIMIT_S)
+
+
+def _input(prompt: Prompt) -> dict[str, Prompt]:
+    """Return a prompt as SGLang's native endpoints take it."""
+    return {"text" if isinstance(prompt, str) else "input_ids": prompt}

@@ -13,14 +13,23 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from checkpoint.snapshot.manifest import GENERATE, Prompt
 from launchers import control
-from launchers.base import RELOAD_LIMIT_S, Engine, EngineCommand, canary_id, has_flag
+from launchers.base import RELOAD_LIMIT_S, Engine, EngineCommand, has_flag
+from launchers.canary import CANARY_PROMPT, CLASSIFY, EMBED, POOL, SCORE, canary_id, numbers
 from launchers.client import Client
 from launchers.errors import EngineFailed
 from launchers.given_options import given_options
 from launchers.known_options import VLLM
 
 log = logging.getLogger("quickthaw")
+NUMBERS = {
+    EMBED: ("/v1/embeddings", "embedding"),
+    CLASSIFY: ("/classify", "probs"),
+    SCORE: ("/score", "score"),
+    POOL: ("/pooling", "data"),
+}
+"""Path of each kind of canary, and the key of its numbers."""
 CONTROL_PATH = "/quickthaw-control"
 CONTROL_HEADER = "X-Quickthaw-Key"
 CONTROL_MIDDLEWARE = "quickthaw_engine.vllm_control.ControlMiddleware"
@@ -88,7 +97,24 @@ class Vllm(Engine):
         models = client.json("GET", "/v1/models")["data"]
         return str(models[0]["id"])
 
-    def generate(self, client: Client, prompt: str, tokens: int, timeout_s: float = 60.0) -> list[int]:
+    def kinds(self, client: Client) -> tuple[str, ...]:
+        """Try all of them: vLLM has no path for what its model cannot do, or refuses it."""
+        return (GENERATE, *NUMBERS)
+
+    def numbers(self, client: Client, kind: str, prompt: Prompt, timeout_s: float = 60.0) -> list[float]:
+        """Ask the path of that kind; logits instead of probabilities, which may be 1.0 whatever the weights are."""
+        path, key = NUMBERS[kind]
+        body: dict[str, object] = {"request_id": canary_id(False)}
+        body |= {"text_1": prompt, "text_2": CANARY_PROMPT} if kind == SCORE else {"input": prompt}
+        if kind in (CLASSIFY, SCORE):
+            body["use_activation"] = False
+        answer = client.json("POST", path, body, timeout_s)
+        try:
+            return numbers(answer["data"][0][key])
+        except (LookupError, TypeError) as error:
+            raise EngineFailed("engine-no-numbers", f"{path} answered without {key}") from error
+
+    def generate(self, client: Client, prompt: Prompt, tokens: int, timeout_s: float = 60.0) -> list[int]:
         """Generate greedily; return the ids that vLLM reports."""
         body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "return_token_ids": True, "ignore_eos": True}
         answer = client.json("POST", "/v1/completions", body, timeout_s)
@@ -97,7 +123,7 @@ class Vllm(Engine):
             raise EngineFailed("engine-no-token-ids", "this vLLM reports no token ids; quickthaw needs vLLM >= 0.10.2")
         return [int(i) for i in ids]
 
-    def choices(self, client: Client, prompt: str, tokens: int, joined: bool = False) -> list[int]:
+    def choices(self, client: Client, prompt: Prompt, tokens: int, joined: bool = False) -> list[int]:
         """Take the rank-1 tokens from the prompt's log probabilities."""
         body = {
             "prompt": prompt,
@@ -118,10 +144,8 @@ class Vllm(Engine):
         except (LookupError, TypeError, ValueError, StopIteration) as error:
             raise EngineFailed("engine-no-token-ids", "this vLLM reports no log probabilities for a prompt") from error
 
-    def warm_up(self, client: Client, command: EngineCommand) -> None:
-        """Send completions of two lengths, and streamed chats if the model has a template."""
-        for words in (4, 64):
-            self.generate(client, "one two three four " * (words // 4), 4)
+    def warm_up_chats(self, client: Client) -> None:
+        """Send streamed chats, if the model has a template."""
         body = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4, "stream": True, "temperature": 0.7}
         for _ in range(2):
             client.call(

@@ -7,9 +7,12 @@ detected as they are in images. The digest does not protect against a forged doc
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import blake3
 import msgspec
@@ -30,16 +33,64 @@ class Phase(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     took_s: float
 
 
-class Canary(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The model's greedy answer to a prompt before the dump.
+Prompt = str | list[int]
+"""Text, or token ids for an engine without a tokenizer."""
+Answer = list[int] | list[list[float]]
+"""Token ids, or the numbers for each prompt."""
+GENERATE = "generate"
 
-    A replica that answers differently is not served. `token_ids` holds the choices after each token of the prompt but
-    the last, then the `generated` tokens. `generated` is 0 in older snapshots: there, all token ids are generated.
+
+class Canary(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What the engine answered before the dump. A replica that answers differently is not served.
+
+    `kind` `generate`: the greedy answer to a prompt. `token_ids` holds the choices after each token of the prompt but the
+    last, then the `generated` tokens. `generated` is 0 in older snapshots: there, all token ids are generated.
+    Other kinds (launchers/canary.py): the numbers that the engine computes of each of `prompts`, in `values`, which a
+    replica repeats within `tolerance` (see `distance`).
+    `prompts`: what is asked where it is not `prompt`.
     """
 
     prompt: str
     token_ids: list[int]
     generated: int = 0
+    kind: str = GENERATE
+    prompts: list[str | list[int]] = []
+    values: list[list[float]] = []
+    tolerance: float = 0.0
+
+    @property
+    def asked(self) -> list[Prompt]:
+        """Return what is asked, one request each."""
+        return self.prompts or [self.prompt]
+
+    def difference(self, answer: Answer) -> str:
+        """Return in words how an answer differs from the recorded one, or "" if it does not."""
+        if self.kind == GENERATE:
+            return "" if answer == self.token_ids else f"generates {answer} where {self.token_ids} was recorded"
+        apart = distance(cast("list[list[float]]", answer), self.values)
+        if apart <= self.tolerance:
+            return ""
+        return f"answers to {self.kind} {apart:.3g} away from what was recorded, where {self.tolerance:.3g} is noise"
+
+    def __str__(self) -> str:
+        """Return the prompts and the answer, for people."""
+        prompts = ", ".join(map(repr, self.asked))
+        if self.kind == GENERATE:
+            return f"{prompts} → {self.token_ids}"
+        counts = " and ".join(str(len(numbers)) for numbers in self.values)
+        return f"{self.kind} {prompts} → {counts} numbers, within {self.tolerance:.3g}"
+
+
+def distance(found: Sequence[Sequence[float]], expected: Sequence[Sequence[float]]) -> float:
+    """Return the Euclidean distance of all numbers, relative to the longer of both vectors; infinite if they have other lengths.
+
+    Not a number if one of the numbers is none: no comparison with it is true.
+    """
+    if [len(numbers) for numbers in found] != [len(numbers) for numbers in expected]:
+        return math.inf
+    one, other = list(chain.from_iterable(found)), list(chain.from_iterable(expected))
+    length = max(math.hypot(*one), math.hypot(*other))
+    return math.dist(one, other) / length if length else 0.0
 
 
 class SnapshotFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

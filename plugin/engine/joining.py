@@ -1,7 +1,7 @@
 """Run a restored engine's canary and the waiting request in one step, instead of one step each.
 
 An engine starts with the requests that have arrived; one that arrives a millisecond later waits for a whole step. The
-identifier of a canary that expects a request beside it is marked (launchers/base.py, JOINED). The engine's scheduler
+identifier of a canary that expects a request beside it is marked (launchers/canary.py, JOINED). The engine's scheduler
 process waits for that request once, for at most LIMIT_S. All other requests are scheduled as usual.
 
 An identifier is chosen by the client (X-Request-Id, `rid`), and each wait delays every stream. So only a wake allows

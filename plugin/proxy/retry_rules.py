@@ -25,7 +25,24 @@ if TYPE_CHECKING:
     from plugin.proxy.pool.replica import Replica
 
 GENERATIONS = frozenset(
-    {"/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages", "/v1/embeddings", "/generate"}
+    {
+        "/v1/completions",
+        "/v1/chat/completions",
+        "/v1/responses",
+        "/v1/messages",
+        "/generate",
+        "/v1/embeddings",
+        "/v2/embed",
+        "/encode",
+        "/pooling",
+        "/classify",
+        "/v1/classify",
+        "/score",
+        "/v1/score",
+        "/rerank",
+        "/v1/rerank",
+        "/v2/rerank",
+    }
 )
 """Paths whose requests leave no state in an engine."""
 

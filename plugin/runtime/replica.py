@@ -25,7 +25,7 @@ from checkpoint.sandbox import prestart
 from checkpoint.sandbox.sandbox import Sandbox
 from checkpoint.snapshot import restore, speculative
 from checkpoint.snapshot.library import Library
-from checkpoint.snapshot.manifest import Snapshot
+from checkpoint.snapshot.manifest import Canary, Snapshot
 from launchers.base import Engine
 from launchers.errors import EngineFailed, LauncherError
 from plugin.runtime.capabilities import Capabilities
@@ -101,6 +101,8 @@ class Replica:
         self._multi_gpu: bool | None = None
         self.command = self.settings.command
         """What the engine was started with: the user's command plus, on a GPU, the arguments that `offload` needs."""
+        self.canary: Canary | None = None
+        """What the engine of this cold start answers, without the answer; None if nothing that we can compare."""
         self.refused: Incompatible | None = None
         """Why the last restore was refused, if it was."""
         self.recording = False
@@ -403,8 +405,6 @@ class Replica:
         self.restored = False
         snapshot_wanted = isinstance(place, Sandbox) and not self._no_snapshot and take_snapshot.wanted(self)
         if isinstance(place, Sandbox) and snapshot_wanted and take_snapshot.works(self, trial):
-            # Warm up only for a snapshot. Without one, the held requests are served at once, as the engine alone would.
-            self.engine.warm_up(running.client, self.settings.command)
             take_snapshot.take(self, place, running, cold_s)
         self.serve()
         if cache:

@@ -35,6 +35,8 @@ from pathlib import Path
 
 import torch
 
+NUMBERS = {"embed": ("/v1/embeddings", "embedding"), "classify": ("/classify", "probs"), "reward": ("/pooling", "data")}
+"""Path and key of what a vLLM answers that does not generate."""
 GPU = os.environ.get("ENGINE_DOUBLE_GPU") == "1"
 KV_BYTES = 24 << 20
 
@@ -65,6 +67,13 @@ def found(model):
             return own
         print(f"engine double: no model {model}", flush=True)
         sys.exit(3)
+
+
+def other_kind(options):
+    """What the engine does in place of generating ("" if it generates)."""
+    if options.get("runner") == "pooling":
+        return options["convert"]
+    return "embed" if "is-embedding" in options else "transcribe" if options.get("task") == "transcription" else ""
 
 
 class Model:
@@ -112,6 +121,7 @@ class Worker:
 
     def __init__(self, engine, options):
         self.engine, self.model_runner = engine, Runner(options["model"])
+        self.generates = not other_kind(options)
         self.sleeps = GPU and {"enable-sleep-mode", "enable-memory-saver"} & options.keys()
         self.away = set()
         self.calls = []
@@ -176,7 +186,18 @@ class Worker:
     def wake_up(self, tags):
         self.away -= set(tags or ["weights", "kv_cache"])
 
+    def numbers(self, prompt, count):
+        """Numbers as a function of weights and prompt, with the noise of another batch; POD_SPOILED: of lost weights."""
+        if "POD_SPOILED" in os.environ:
+            for tensor in self.model_runner.model.tensors:
+                tensor.memory[:] = bytes(len(tensor.memory))
+        draw = random.Random(zlib.crc32(json.dumps(prompt).encode(), self.model_runner.model.digest()))
+        noise = random.SystemRandom()
+        return [draw.gauss(0, 1) + noise.gauss(0, 1e-4) for _ in range(count)]
+
     def generate(self, prompt, tokens, temperature):
+        if not self.generates:
+            os._exit(8)
         if self.away:
             raise RuntimeError(f"asleep: {sorted(self.away)}")
         # A KV cache that lost its pages is an empty one; this writes as a prefill does.
@@ -185,7 +206,7 @@ class Worker:
             draw = random.Random(torch.default_generator.state)
             torch.default_generator.state = draw.getrandbits(62)
             return [draw.randrange(50000) for _ in range(tokens)]
-        seed = zlib.crc32(prompt.encode(), self.model_runner.model.digest())
+        seed = zlib.crc32(str(prompt).encode(), self.model_runner.model.digest())
         draw = random.Random(seed)
         return [draw.randrange(50000) for _ in range(tokens)]
 
@@ -225,7 +246,7 @@ class Worker:
     def _answer(self, file):
         for line in file:
             method, arguments = json.loads(line)
-            self.calls.append([method, *arguments]) if method not in ("facts", "generate") else None
+            self.calls.append([method, *arguments]) if method not in ("facts", "generate", "numbers") else None
             try:
                 answer = {"result": getattr(self, method)(*arguments)}
             except Exception as error:
@@ -356,8 +377,8 @@ def handler(engine, ask, options):
 
     def chosen(prompt):
         """What a greedy generation would put after each word of the prompt but the last."""
-        words = prompt.split()
-        return [ask("generate", " ".join(words[:count]), 1, 0)[0] for count in range(1, len(words))]
+        words = prompt if isinstance(prompt, list) else prompt.split()
+        return [ask("generate", " ".join(map(str, words[:count])), 1, 0)[0] for count in range(1, len(words))]
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -371,7 +392,8 @@ def handler(engine, ask, options):
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
-            self.wfile.write(data)
+            with contextlib.suppress(ConnectionError):  # a request beside a canary that differs is dropped
+                self.wfile.write(data)
 
         def do_GET(self):
             path = self.path.partition("?")[0]
@@ -379,6 +401,8 @@ def handler(engine, ask, options):
                 return self.reply(b"")
             if path == "/v1/models":
                 return self.reply({"object": "list", "data": [{"id": name}]})
+            if path == "/model_info" and engine == "sglang":
+                return self.reply({"is_generation": not other_kind(options)})
             if path == "/facts":
                 own = {"random": random.random(), "pid": os.getpid(), "torch": torch.default_generator.state}
                 own["values"] = values()
@@ -399,6 +423,11 @@ def handler(engine, ask, options):
         def answer(self, path, query, body):
             if engine == "sglang" and self.refused(path):
                 return ({"error": "Unauthorized"}, 401)
+            text = body.get("prompt") or body.get("text") or body.get("input")
+            if isinstance(text, str) and "skip-tokenizer-init" in options:
+                return ({"error": "no tokenizer: send token ids"}, 400)
+            if kind := other_kind(options):
+                return self.not_generating(kind, path, query, body)
             if path in ("/v1/completions", "/v1/chat/completions"):
                 prompt = body.get("prompt") or json.dumps(body.get("messages"))
                 if body.get("slow"):
@@ -418,6 +447,18 @@ def handler(engine, ask, options):
                 return self.sglang(path, body)
             return self.vllm(path, query, body)
 
+        def not_generating(self, kind, path, query, body):
+            if engine == "sglang":
+                if path == "/encode":
+                    return ({"embedding": ask("numbers", body.get("text") or body["input_ids"], 64)},)
+                return self.sglang(path, body)
+            if path == NUMBERS.get(kind, ("",))[0]:
+                found = ask("numbers", body["input"], 64 if kind == "embed" else 3)
+                return ({"data": [{NUMBERS[kind][1]: [found] if kind == "reward" else found}]},)
+            if path == "/v1/audio/transcriptions" and kind == "transcribe":
+                return ({"text": "hello"},)
+            return self.vllm(path, query, body)
+
         def refused(self, path):
             """Whether SGLang asks for another key: its own for what controls it, the clients' for the rest (srt/utils/auth.py)."""
             admin, key = options.get("admin-api-key"), options.get("api-key")
@@ -426,11 +467,9 @@ def handler(engine, ask, options):
 
         def sglang(self, path, body):
             if path == "/generate":
-                sampling = body["sampling_params"]
-                ids = ask("generate", body["text"], sampling["max_new_tokens"], sampling["temperature"])
-                places = (
-                    [None, *([[-0.5, i, None]] for i in chosen(body["text"]))] if body.get("return_logprob") else []
-                )
+                sampling, prompt = body["sampling_params"], body.get("text") or body["input_ids"]
+                ids = ask("generate", prompt, sampling["max_new_tokens"], sampling["temperature"])
+                places = [None, *([[-0.5, i, None]] for i in chosen(prompt))] if body.get("return_logprob") else []
                 told = {"input_top_logprobs": places}
                 return ({"text": " ".join(map(str, ids)), "output_ids": ids, "meta_info": told},)
             if path == "/flush_cache":

@@ -80,7 +80,7 @@ class ModelLost(LauncherError):
 
 
 def wait_ready(replica: StartContext, running: Running) -> None:
-    """Wait until the engine generates. Raises LauncherError: ModelLost where another start can help."""
+    """Wait until the engine is ready, and keep the canary that it answers. Raises LauncherError: ModelLost where another start can help."""
 
     def died() -> int | None:
         replica.weights.watch()
@@ -88,7 +88,7 @@ def wait_ready(replica: StartContext, running: Running) -> None:
 
     probe = Probe(died, running.last_words, replica.settings.start_timeout_s)
     try:
-        replica.engine.wait_ready(running.client, probe, lambda: None)
+        replica.canary = replica.engine.wait_ready(running.client, probe, lambda: None)
     except EngineDied as error:
         if isinstance(running.place, Sandbox) and replica.weights.lost():
             raise ModelLost(

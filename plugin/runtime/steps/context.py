@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from checkpoint.cuda.driver import Driver
     from checkpoint.errors import Incompatible
     from checkpoint.snapshot.library import Library
-    from checkpoint.snapshot.manifest import Snapshot
+    from checkpoint.snapshot.manifest import Canary, Snapshot
     from checkpoint.snapshot.restore import Cancellation
     from launchers.base import Engine, EngineCommand
     from plugin.runtime.capabilities import Capabilities
@@ -40,6 +40,8 @@ class StartContext(Protocol):
     stderr: int | None
     command: EngineCommand
     """The command line that the engine is started with."""
+    canary: Canary | None
+    """What the engine of this cold start answers, without the answer; None if nothing that we can compare."""
     snapshot: Snapshot | None
     """The snapshot that was taken or restored."""
     refused: Incompatible | None

@@ -27,7 +27,7 @@ from plugin.runtime.steps.sandbox_binds import binds, compile_cache
 if TYPE_CHECKING:
     from checkpoint.compatibility.check import Identity as IdentityRecord
     from checkpoint.sandbox.sandbox import Sandbox
-    from checkpoint.snapshot.manifest import Snapshot
+    from checkpoint.snapshot.manifest import Answer, Snapshot
     from plugin.runtime.steps.context import RestoreContext
 
 log = logging.getLogger("quickthaw")
@@ -182,19 +182,17 @@ def _wait_weights(replica: RestoreContext, sandbox: Sandbox, place: str) -> None
 
 
 def check_canary(replica: RestoreContext, running: Running, snapshot: Snapshot) -> None:
-    """Run the canary and compare its tokens. Raises Integrity (canary-differs) if they differ.
+    """Run the canary and compare its answer. Raises Integrity (canary-differs) if they differ.
 
     The canary is sent first. A waiting request runs beside it, and its answer is held until the canary has ended.
     """
     got = _answer(replica, running, snapshot, lambda: replica.tracker.to(Phase.VERIFYING), replica.expects())
-    if got != snapshot.canary.token_ids and replica.cancel_requests():
+    if snapshot.canary.difference(got) and replica.cancel_requests():
         # Rounding may differ between a batch of two and a batch of one, so repeat it alone.
-        log.debug("the canary gave %s beside a request; repeating it alone", got)
+        log.debug("beside a request the engine %s; repeating the canary alone", snapshot.canary.difference(got))
         got = _answer(replica, running, snapshot)
-    if got != snapshot.canary.token_ids:
-        raise Integrity(
-            "canary-differs", f"the restored engine generates {got} where {snapshot.canary.token_ids} was recorded"
-        )
+    if differs := snapshot.canary.difference(got):
+        raise Integrity("canary-differs", f"the restored engine {differs}")
 
 
 def _answer(
@@ -203,9 +201,9 @@ def _answer(
     snapshot: Snapshot,
     sent: Callable[[], None] | None = None,
     joined: bool = False,
-) -> list[int]:
+) -> Answer:
     client = replace(running.client, sent=sent)
     try:
         return replica.engine.answer(client, snapshot.canary, joined)
     except LauncherError as error:
-        raise Failed("canary-failed", f"the restored engine does not generate: {error}") from error
+        raise Failed("canary-failed", f"the restored engine does not answer: {error}") from error

@@ -19,10 +19,9 @@ from checkpoint import disk
 from checkpoint.errors import Busy, CheckpointError, HostLacks, Incompatible
 from checkpoint.sandbox import process_tree
 from checkpoint.snapshot import dump
-from checkpoint.snapshot.manifest import FORMAT, Snapshot
+from checkpoint.snapshot.manifest import FORMAT, Answer, Snapshot
 from checkpoint.snapshot.manifest import Phase as TimelinePhase
 from launchers import control
-from launchers.base import CANARY_PROMPT
 from launchers.client import Client
 from launchers.errors import EngineFailed, LauncherError
 from launchers.model_source import can_reload
@@ -48,6 +47,10 @@ LEAST_PROOF_S, PROOF_SHARE = 10.0, 0.25
 wait meanwhile."""
 DAMAGED = ("manifest-", "file-", "canary-differs", "signature-")
 """Prefixes of restore failures that mean the snapshot's own bytes are wrong: the next cold start takes it anew."""
+NO_CANARY = (
+    "no-canary: this {} answers no generation, embedding, classification or score of a text, by which a restore could be "
+    "verified; it starts cold each time"
+)
 PASSING = ("gpu-memory-short", "gpu-gone", "format-newer")
 """Mismatches that may pass and leave the snapshot valid: it is kept."""
 STALE = ("open-file-changed", "open-file-missing")
@@ -71,6 +74,9 @@ def wanted(replica: StartContext) -> bool:
         log.info("not taking a snapshot: without --sign-key, --trust-key could not accept it")
         return False
     if replica.multi_gpu():
+        return False
+    if replica.canary is None:
+        _turn_off(replica, NO_CANARY.format(settings.engine))
         return False
     if not replica.library.has(name) or replica.library.health(name).reason.startswith(DAMAGED):
         return True
@@ -102,22 +108,29 @@ def works(replica: StartContext, trial: Trial | None) -> bool:
     why = trial.wait() if trial else None
     if why is None:
         return True
+    _turn_off(replica, why)
+    return False
+
+
+def _turn_off(replica: StartContext, why: str) -> None:
+    """Turn snapshots off and log why, once. Raises HostLacks (capability-off) with `--strict`."""
     replica.capabilities = dataclasses.replace(replica.capabilities, snapshots=why)
     replica.capabilities.log_off()
     if replica.settings.strict:
         raise HostLacks("capability-off", f"--strict, and snapshots are off here: {why}")
-    return False
 
 
 def take(replica: StartContext, sandbox: Sandbox, running: Running, cold_s: float) -> None:
-    """Trim, dump and resume a warmed-up engine. Failures are logged and the engine then serves without a snapshot.
+    """Warm up, trim, dump and resume an engine. Failures are logged and the engine then serves without a snapshot.
 
     `sandbox` is where the engine is `running`; `cold_s` is the duration of its start in seconds. Raises NotResumed when
     the engine itself is lost; with `strict`, raises any error.
     """
     client = running.client
     settings, engine, tracker = replica.settings, replica.engine, replica.tracker
-    assert replica.criu is not None
+    assert replica.criu is not None and replica.canary is not None
+    # Warm up only for a snapshot. Without one, the held requests are served at once, as the engine alone would.
+    engine.warm_up(client, replica.canary)
     weight_bytes, asleep, excluded = 0, False, False
     awake: dict[str, int] | None = None
     try:
@@ -126,7 +139,7 @@ def take(replica: StartContext, sandbox: Sandbox, running: Running, cold_s: floa
         identity = compatibility.check_unchanged(settings, replica.weights, replica.criu, replica.identity, limit_s)
         driver = replica.driver()
         gpu = driver is not None and _uses_gpu(driver, sandbox)
-        canary = engine.record(client, gpu)
+        canary = engine.record(client, gpu, replica.canary)
         excluded = _excludes_weights(replica, client, gpu)
         kv_bytes = 0
         if settings.shrink:
@@ -203,12 +216,8 @@ def take(replica: StartContext, sandbox: Sandbox, running: Running, cold_s: floa
             raise
         _drop(replica, str(error))
         raise NotResumed(error) from error
-    if replica.snapshot is not None and again != replica.snapshot.canary.token_ids:
-        log.warning(
-            "the engine answers differently after its own dump (%s, %s); the snapshot is removed",
-            again,
-            replica.snapshot.canary,
-        )
+    if replica.snapshot is not None and (differs := replica.snapshot.canary.difference(again)):
+        log.warning("after its own dump the engine %s; the snapshot is removed", differs)
         _drop(replica, "canary-differs: after its own dump")
 
 
@@ -224,15 +233,17 @@ def _drop(replica: StartContext, why: str) -> None:
         replica.library.record_failure(name, why)
 
 
-def _resume(replica: StartContext, client: Client, asleep: bool, dropped: bool, excluded: bool) -> list[int]:
-    """Reload what was offloaded and return the answer to the canary, or to a plain prompt if there is no snapshot."""
+def _resume(replica: StartContext, client: Client, asleep: bool, dropped: bool, excluded: bool) -> Answer:
+    """Reload what was offloaded and return the answer to the canary; [] if there is no snapshot to compare it with."""
     engine, model = replica.engine, replica.settings.command.model
     if asleep:
         engine.reload(client, model, excluded)
     elif dropped:
         engine.reload_weights(client, model)
     if replica.snapshot is None:
-        return engine.generate(client, CANARY_PROMPT, 1)
+        assert replica.canary is not None
+        engine.try_out(client, replica.canary)
+        return []
     return engine.answer(client, replica.snapshot.canary)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from launchers.base import CANARY_PROMPT
+from launchers.canary import CANARY_PROMPT
 from plugin.bench.client import PROMPT
 
 

@@ -11,7 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from launchers.base import JOINED, Engine, canary_id
+from launchers.base import Engine
+from launchers.canary import JOINED, canary_id
 from launchers.errors import EngineFailed
 from plugin.engine import control, joining, packed_weights, sglang_hooks, vllm_hooks
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from checkpoint.errors import Integrity
+from checkpoint.snapshot.manifest import Canary
 from launchers.client import Client
 from plugin.runtime.phases import Phase, PhaseTracker
 from plugin.runtime.steps.restore_snapshot import check_canary
@@ -40,7 +41,7 @@ def replica(answers: list[list[int]], ran_beside: bool) -> tuple[SimpleNamespace
 
 
 RUNNING = SimpleNamespace(client=Client(lambda: pytest.fail("no engine here")))
-SNAPSHOT = SimpleNamespace(canary=SimpleNamespace(prompt="The", token_ids=RIGHT))
+SNAPSHOT = SimpleNamespace(canary=Canary("The", RIGHT))
 
 
 def test_the_canary_is_asked_before_anything_may_run_beside_it():

@@ -1,0 +1,143 @@
+"""Which canary an engine gets, by what it answers, and what its numbers are compared to."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import msgspec
+import pytest
+
+from checkpoint.snapshot.manifest import Canary, distance
+from launchers import engine
+from launchers.canary import CANARY_PROMPT, SECOND_PROMPT, numbers, of_kind, record
+from launchers.client import Client
+from launchers.errors import EngineFailed
+
+pytestmark = pytest.mark.t0
+
+
+class Answers(Client):
+    """A client that gets what is written for a path: an answer, or a status to refuse with (404 if nothing is)."""
+
+    def __init__(self, **paths):
+        super().__init__(lambda: pytest.fail("no engine here"))
+        self.paths, self.asked = {f"/{name.replace('__', '/')}": found for name, found in paths.items()}, []
+
+    def json(self, method, path, body=None, timeout_s=30.0):
+        self.asked.append(path)
+        found = self.paths.get(path, 404)
+        if isinstance(found, int):
+            raise EngineFailed("engine-refused", f"{path} answered {found}", status=found)
+        return found(body) if callable(found) else found
+
+
+TOKENS = {"choices": [{"token_ids": [1]}]}
+
+
+def only_ids(body):
+    if not isinstance(body["prompt"], list):
+        raise EngineFailed("engine-refused", "no tokenizer", status=400)
+    return TOKENS
+
+
+@pytest.mark.parametrize(
+    ("paths", "kind", "prompts"),
+    [
+        ({"v1__completions": TOKENS}, "generate", [CANARY_PROMPT]),
+        ({"v1__completions": only_ids}, "generate", [[10, 11, 12]]),
+        ({"v1__embeddings": {"data": [{"embedding": [0.5]}]}}, "embed", [CANARY_PROMPT, SECOND_PROMPT]),
+        (
+            {"v1__completions": 400, "classify": {"data": [{"probs": [0.5]}]}},
+            "classify",
+            [CANARY_PROMPT, SECOND_PROMPT],
+        ),
+        ({"classify": 501, "score": {"data": [{"score": 0.5}]}}, "score", [CANARY_PROMPT, SECOND_PROMPT]),
+        ({"pooling": {"data": [{"data": [[0.5], [1]]}]}}, "pool", [CANARY_PROMPT, SECOND_PROMPT]),
+    ],
+)
+def test_vllm_s_canary_is_the_first_that_it_answers(paths, kind, prompts):
+    found = engine("vllm").find_canary(Answers(**paths), patient=True)
+    assert found.kind == kind and found.asked == prompts
+
+
+def test_an_engine_that_refuses_everything_has_no_canary():
+    assert engine("vllm").find_canary(Answers(), patient=True) is None
+    assert engine("vllm").find_canary(Answers(v1__completions={"choices": [{}]}), patient=True) is None
+
+
+@pytest.mark.parametrize(("status", "later"), [(503, True), (429, True), (500, False)])
+def test_what_may_pass_is_asked_again_and_an_internal_error_not_for_ever(status, later):
+    with pytest.raises(EngineFailed):
+        engine("vllm").find_canary(Answers(v1__completions=status), patient=True)
+    if later:
+        with pytest.raises(EngineFailed):
+            engine("vllm").find_canary(Answers(v1__completions=status))
+    else:
+        assert engine("vllm").find_canary(Answers(v1__completions=status)) is None
+
+
+def test_an_sglang_that_does_not_generate_is_never_asked_to():
+    client = Answers(model_info={"is_generation": False}, encode={"embedding": [1.0]}, generate={"output_ids": [1]})
+    sglang = engine("sglang")
+    canary = sglang.find_canary(client)
+    assert canary.kind == "embed"
+    sglang.warm_up(client, canary)
+    sglang.answer(client, canary)
+    assert "/generate" not in client.asked
+    assert sglang.find_canary(Answers(generate={"output_ids": [1]})).kind == "generate"  # an older one: no /model_info
+
+
+EMBED = of_kind("embed")[0]
+
+
+def embed(noise):
+    """An engine's embeddings, each time with another of these errors added."""
+    errors = itertools.cycle(noise)
+    return lambda prompt: [float(len(prompt)), 3.0 + next(errors), 5.0]
+
+
+def test_numbers_are_recorded_with_their_noise():
+    quiet = record(EMBED, embed([0.0]))
+    assert quiet.tolerance == 0.02 and quiet.values[0] == [9.0, 3.0, 5.0]
+    assert 0.02 < record(EMBED, embed([0.0, 0.0, 0.2])).tolerance < 0.2
+
+
+@pytest.mark.parametrize(
+    "ask", [embed([0.0, 9.0, 5.0]), lambda prompt: [1.0], lambda prompt: [0.0], lambda p: [math.nan]]
+)
+def test_numbers_that_would_show_nothing_are_no_canary(ask):
+    with pytest.raises(EngineFailed) as caught:
+        record(EMBED, ask)
+    assert caught.value.code == "no-canary"
+
+
+def test_numbers_differ_by_more_than_their_tolerance():
+    canary = record(EMBED, embed([0.0]))
+    assert canary.difference([[9.01, 3.0, 5.0], canary.values[1]]) == ""
+    assert "embed 0.0" in canary.difference([[9.0, 3.0, 7.0], canary.values[1]])
+    for wrong in ([[math.nan] * 3] * 2, [canary.values[0]], [[0.0] * 3] * 2, list(reversed(canary.values))):
+        assert canary.difference(wrong)
+    assert distance([[1.0]], [[1.0]]) == 0 and distance([[1.0]], [[1.0], []]) == math.inf
+
+
+def test_numbers_are_found_in_lists_of_lists():
+    assert (
+        numbers([[1, 2.5], [[3]]]) == [1, 2.5, 3] and numbers(0.5) == [0.5] and len(numbers([[1.0] * 400] * 9)) == 512
+    )
+    with pytest.raises(EngineFailed):
+        numbers("base64")
+
+
+def test_a_generation_s_canary_is_written_as_older_versions_read_it():
+    canary = Canary("Once upon", [1, 2], 1)
+    assert msgspec.json.decode(msgspec.json.encode(canary)) == {
+        "prompt": "Once upon",
+        "token_ids": [1, 2],
+        "generated": 1,
+    }
+    assert (
+        msgspec.json.decode(b'{"prompt": "The", "token_ids": [7], "generated": 0}', type=Canary).difference([7]) == ""
+    )
+    kept = record(EMBED, embed([0.0]))
+    assert msgspec.json.decode(msgspec.json.encode(kept), type=Canary) == kept

@@ -1,0 +1,136 @@
+"""Engines that do not generate: ready when their health says so, snapshotted with a canary of their own kind, never asked to generate.
+
+The double ends when it is asked to generate in one of these modes.
+"""
+
+import time
+
+import pytest
+
+from checkpoint.snapshot.manifest import distance
+from tests.kits.launch_rig import PROMPT, Rig, call
+
+pytestmark = [pytest.mark.t1]
+POOLING = ("--runner", "pooling", "--convert")
+KINDS = {
+    "vLLM, embeddings": ("vllm", (*POOLING, "embed"), "/v1/embeddings", "embed"),
+    "vLLM, classes": ("vllm", (*POOLING, "classify"), "/classify", "classify"),
+    "vLLM, rewards": ("vllm", (*POOLING, "reward"), "/pooling", "pool"),
+    "SGLang, embeddings": ("sglang", ("--is-embedding",), "/encode", "embed"),
+}
+
+
+@pytest.fixture
+def rig_of(tmp_path, double):
+    """A rig of an engine."""
+    made = []
+
+    def make(engine):
+        made.append(Rig(tmp_path, double, engine))
+        return made[-1]
+
+    yield make
+    for rig in made:
+        assert rig.watch.gone() == set()
+
+
+def post(started, path, body):
+    """The answer to a request that waits for a replica, sent as soon as the port is bound."""
+    limit = time.monotonic() + 60
+    while True:
+        try:
+            status, answer = call(started.port, "POST", path, body)
+            break
+        except ConnectionRefusedError:
+            assert started.process.poll() is None and time.monotonic() < limit, started.text()[-3000:]
+            time.sleep(0.01)
+    assert status == 200, (answer, started.text()[-3000:])
+    return answer
+
+
+def ask(started, path):
+    """The numbers of one request."""
+    answer = post(started, path, {"text" if path == "/encode" else "input": PROMPT})
+    if path == "/encode":
+        return answer["embedding"]
+    found = answer["data"][0]
+    (numbers,) = [value for value in found.values() if isinstance(value, list)]
+    return numbers[0] if path == "/pooling" else numbers
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", KINDS)
+def test_an_engine_that_does_not_generate_is_snapshotted_and_restored(rig_of, what):
+    engine, arguments, path, kind = KINDS[what]
+    rig = rig_of(engine)
+    with rig.running(arguments=arguments) as started:
+        first = ask(started, path)
+        started.wait_serving()
+        assert "off:" not in started.ours()
+    canary = rig.library.load(rig.name).canary
+    assert canary.kind == kind and len(canary.values) == 2 and 0 < canary.tolerance < 0.1
+    with rig.running(arguments=arguments) as started:
+        assert distance([ask(started, path)], [first]) < 0.01
+        assert started.phases() == [["mounting", "restoring", "waking", "verifying"]]
+    shown = rig.cli("snapshot", "inspect", rig.name)
+    assert f"{kind} 'Once upon'" in shown.stdout, shown
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["vLLM, embeddings", "vLLM, classes", "SGLang, embeddings"])
+def test_lost_weights_differ_from_the_canary(rig_of, what):
+    engine, arguments, path, _ = KINDS[what]
+    rig = rig_of(engine)
+    with rig.running(arguments=arguments) as started:
+        ask(started, path)
+        started.wait_serving()
+    with rig.running("--no-snapshot", arguments=arguments, env={"POD_SPOILED": "1"}) as started:
+        ask(started, path)
+        assert "failed" in started.phases()[0] and started.phases()[0][-1] == "warming"
+        assert "canary-differs: the restored engine answers to" in started.text()
+
+
+@pytest.mark.slow
+def test_an_engine_without_a_canary_serves_plainly_and_says_so_once(rig_of):
+    rig = rig_of("vllm")
+    with rig.running(arguments=("--task", "transcription")) as started:
+        assert post(started, "/v1/audio/transcriptions", {})["text"] == "hello"
+        assert started.phases() == [["mounting", "starting", "loading", "warming"]]
+        assert started.ours().count("snapshots off: no-canary: this vllm answers no generation") == 1
+    assert rig.library.names() == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_an_engine_without_a_tokenizer_is_asked_in_token_ids(rig_of, engine):
+    rig = rig_of(engine)
+    path, body = {
+        "vllm": ("/v1/completions", {"prompt": [5, 6], "max_tokens": 4, "temperature": 0}),
+        "sglang": ("/generate", {"input_ids": [5, 6], "sampling_params": {"max_new_tokens": 4, "temperature": 0}}),
+    }[engine]
+
+    def tokens(started):
+        answer = post(started, path, body)
+        return answer["output_ids"] if engine == "sglang" else answer["choices"][0]["token_ids"]
+
+    with rig.running(arguments=("--skip-tokenizer-init",)) as started:
+        first = tokens(started)
+        started.wait_serving()
+    canary = rig.library.load(rig.name).canary
+    assert canary.prompts == [[10, 11, 12]] and len(canary.token_ids) == 3
+    with rig.running(arguments=("--skip-tokenizer-init",)) as started:
+        assert tokens(started) == first
+        assert started.phases()[0][1] == "restoring"
+
+
+@pytest.mark.slow
+def test_an_embedding_wakes_a_sleeping_engine(rig_of):
+    engine, arguments, path, _ = KINDS["SGLang, embeddings"]
+    rig = rig_of(engine)
+    with rig.running("--idle-timeout", "0.5", arguments=arguments) as started:
+        first = ask(started, path)
+        limit = time.monotonic() + 60
+        while started.status()[0]["phase"] != "asleep":
+            assert time.monotonic() < limit, started.text()[-3000:]
+            time.sleep(0.05)
+        assert distance([ask(started, path)], [first]) < 0.01

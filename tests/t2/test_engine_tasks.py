@@ -1,0 +1,57 @@
+"""Real engines that do not generate: an embedding, cold and restored, and the canary of that kind."""
+
+import json
+import time
+
+import pytest
+
+from checkpoint.snapshot.manifest import distance
+from plugin.bench import client as measure
+from plugin.runtime.config import state_home
+from tests.kits.engine_kit import NAME, Rig, phases, post
+
+pytestmark = [pytest.mark.t2, pytest.mark.timeout(1200)]
+ARGUMENTS = {"vllm": ("--runner", "pooling", "--convert", "embed")}
+PROMPTS = ("The quick brown fox", "jumps over the lazy dog, and again")
+
+
+@pytest.mark.parametrize("engine", ARGUMENTS)
+def test_an_embedding_engine_is_snapshotted_restored_and_answers_the_same(engine, tmp_path):
+    shared = state_home()
+    (shared / "compile").mkdir(mode=0o700, exist_ok=True)
+    (tmp_path / "compile").symlink_to(shared / "compile")
+    (tmp_path / "criu").symlink_to(shared / "criu")
+    rig = Rig(engine, tmp_path)
+    model = str(rig.preset.model)
+
+    def embeddings(port):
+        answers = [post(port, "/v1/embeddings", {"model": model, "input": text}, 900.0) for text in PROMPTS]
+        assert {status for status, _ in answers} == {200}, answers
+        return [json.loads(data)["data"][0]["embedding"] for _, data in answers]
+
+    found = []
+    for expected in (["mounting", "starting"], ["mounting", "restoring"]):
+        port, command = rig.command(arguments=(*rig.preset.arguments, *ARGUMENTS[engine]))
+        process = command.start()
+        try:
+            limit = time.monotonic() + 900
+            while True:
+                try:
+                    found.append(embeddings(port))
+                    break
+                except ConnectionRefusedError:
+                    assert process.poll() is None and time.monotonic() < limit
+                    time.sleep(0.05)
+            while measure.status(port)["pools"][0]["replicas"][0]["phase"] != "serving":
+                assert time.monotonic() < limit
+                time.sleep(0.2)
+            assert phases(port)[0][:2] == expected and "failed" not in phases(port)[0]
+        finally:
+            command.stop()
+            text = command.log.read_text(errors="replace")
+        assert "off:" not in "\n".join(line for line in text.splitlines() if line.startswith("quickthaw:"))
+        assert rig.watch.gone() == set()
+    cold, restored = found
+    assert distance(restored, cold) < 0.02 < distance(cold[:1], cold[1:])
+    canary = rig.library.load(NAME).canary
+    assert canary.kind == "embed" and canary.tolerance < 0.1

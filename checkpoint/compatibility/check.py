@@ -47,6 +47,7 @@ from lazyfs.content.records import ready
 
 OLDEST_FORMAT = 2
 """The oldest snapshot layout (manifest.FORMAT) that can be restored. Snapshots of format 1 run vLLM in developer mode."""
+NAMED_MISMATCHES = 3  # beside the first; the rest is counted
 KERNEL_MAJOR_RANGE = 1
 """Maximum number of major versions by which a kernel may be newer than the one the snapshot was taken on."""
 LOCALTIME = Path("/etc/localtime")
@@ -304,12 +305,13 @@ def check(recorded: Identity, now: Here) -> tuple[Mismatch, ...]:
 
 
 def refuse(mismatches: Sequence[Mismatch]) -> None:
-    """Raise Incompatible with every code and the first one's message, if there is a mismatch."""
+    """Raise Incompatible with every code and the messages of the first four mismatches, if there is one."""
     if mismatches:
-        first = mismatches[0]
-        more = f", and {len(mismatches) - 1} more" if len(mismatches) > 1 else ""
+        first, *others = mismatches
+        named = "".join(f"; {other.code}: {other.message}" for other in others[:NAMED_MISMATCHES])
+        more = f", and {len(others) - NAMED_MISMATCHES} more" if len(others) > NAMED_MISMATCHES else ""
         raise Incompatible(
-            first.code, f"{first.message}{more}; a cold start takes a new snapshot", tuple(m.code for m in mismatches)
+            first.code, f"{first.message}{named}{more}; a cold start takes a new snapshot", tuple(m.code for m in mismatches)
         )
 
 

@@ -311,7 +311,9 @@ def refuse(mismatches: Sequence[Mismatch]) -> None:
         named = "".join(f"; {other.code}: {other.message}" for other in others[:NAMED_MISMATCHES])
         more = f", and {len(others) - NAMED_MISMATCHES} more" if len(others) > NAMED_MISMATCHES else ""
         raise Incompatible(
-            first.code, f"{first.message}{named}{more}; a cold start takes a new snapshot", tuple(m.code for m in mismatches)
+            first.code,
+            f"{first.message}{named}{more}; a cold start takes a new snapshot",
+            tuple(m.code for m in mismatches),
         )
 
 

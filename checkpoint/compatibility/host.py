@@ -55,6 +55,11 @@ def host_facts(
     )
 
 
+def cpu_flags() -> tuple[str, ...]:
+    """Return the features of CPU 0 as listed by the kernel."""
+    return _cpu()[1]
+
+
 def _cpu() -> tuple[str, tuple[str, ...]]:
     # /proc/cpuinfo has one block per CPU. Read only the first: all of it takes milliseconds on 200 cores.
     with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:

@@ -22,6 +22,7 @@ from checkpoint.errors import CheckpointError
 from checkpoint.sandbox import prestart
 from checkpoint.snapshot import speculative
 from launchers.errors import EngineDied, LauncherError
+from plugin.runtime.batch_rounding import may_share_a_step
 from plugin.runtime.config import LaunchSettings
 from plugin.runtime.phases import Phase, PhaseTracker
 from plugin.runtime.replica import SERVES, Replica
@@ -80,6 +81,7 @@ class Launch:
         self._failure: Exception | None = None
         self._starting = 0
         self._counting = threading.Lock()
+        self._shares_steps = may_share_a_step()
         self._restore_limit = RestoreLimit(self.settings.restore_concurrency)
 
     # Replicas: each start runs in a thread
@@ -103,6 +105,8 @@ class Launch:
 
         A client that connects before the proxy accepts has most likely sent a request already.
         """
+        if not self._shares_steps:
+            return False
         return (self._pool is not None and self._pool.wants_speculation()) or self._connecting()
 
     def _connecting(self) -> bool:
@@ -305,7 +309,7 @@ class Launch:
             wake=self._wake if self.settings.idle_timeout_s else None,
             sleep=self._sleep if self.settings.idle_timeout_s else None,
             idle_timeout_s=self.settings.idle_timeout_s or None,
-            speculative=True,
+            speculative=self._shares_steps,
         )
         pool.facts = partial(facts, self.replicas[0])
         pool.next_kind = lambda: Kind.RESTORED if self.replicas[0].snapshot is not None else None

@@ -231,6 +231,7 @@ class Rig:
     def env(self, **more):
         env = {
             **os.environ,
+            "QUICKTHAW_SHARED_STEP": "1",  # the double rounds nothing, on any processor
             **self.watch.environment,
             "QUICKTHAW_HOME": str(self.home),
             "SGLANG_USE_CPU_ENGINE": "1",

@@ -73,7 +73,8 @@ def test_told_to_stop_as_a_start_ends_leaves_the_engine_to_the_way_down_and_its_
     assert told == []
 
 
-def test_a_canary_is_told_of_a_request_that_waits_before_the_proxy_accepts():
+def test_a_canary_is_told_of_a_request_that_waits_before_the_proxy_accepts(monkeypatch):
+    monkeypatch.setenv("QUICKTHAW_SHARED_STEP", "1")
     sock = bind("127.0.0.1", 0)
     launch = Launch(SimpleNamespace(idle_timeout_s=None, restore_concurrency=1), sock, None)
     assert not launch._expects()

@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 
-from . import cpu, environment_renewal, joining, process_start_times
+from . import cpu, cpu_counters, environment_renewal, joining, process_start_times
 
 TRIM = signal.SIGRTMIN + 7
 WAKE = signal.SIGRTMIN + 8
@@ -51,6 +51,7 @@ def _on_trim(number, frame):
 def _on_wake(number, frame):
     global fresh
     cpu.regain()
+    cpu_counters.accept_smaller_readings()
     process_start_times.refresh()
     renewed = environment_renewal.renew()
     fresh = joining.allowed = True

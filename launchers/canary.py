@@ -40,8 +40,11 @@ EMBED, CLASSIFY, SCORE, POOL = "embed", "classify", "score", "pool"
 GENERATION = Canary(CANARY_PROMPT, [])
 TIMES = 3
 """How often numbers are asked for, to know their noise."""
-LEAST_TOLERANCE, NOISE_MARGIN = 0.02, 4
-"""Tolerance of numbers: at least this (bfloat16 in another batch gives 0.01), and this many times the noise that was measured."""
+LEAST_TOLERANCE, NOISE_MARGIN = 0.1, 4
+"""Tolerance of numbers: at least this, and this many times the noise that was measured.
+
+SGLang on a CPU without AMX was seen to give 0.03 in bfloat16 for a prompt that had run beside another.
+"""
 MOST_NUMBERS = 512
 """Numbers that are kept of one answer."""
 PASSING = (408, 425, 429, 502, 503, 504)

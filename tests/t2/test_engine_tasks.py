@@ -11,7 +11,7 @@ from plugin.runtime.config import state_home
 from tests.kits.engine_kit import NAME, Rig, phases, post
 
 pytestmark = [pytest.mark.t2, pytest.mark.timeout(1200)]
-ARGUMENTS = {"vllm": ("--runner", "pooling", "--convert", "embed")}
+ARGUMENTS = {"sglang": ("--is-embedding",), "vllm": ("--runner", "pooling", "--convert", "embed")}
 PROMPTS = ("The quick brown fox", "jumps over the lazy dog, and again")
 
 
@@ -24,8 +24,8 @@ def test_an_embedding_engine_is_snapshotted_restored_and_answers_the_same(engine
     rig = Rig(engine, tmp_path)
     model = str(rig.preset.model)
 
-    def embeddings(port):
-        answers = [post(port, "/v1/embeddings", {"model": model, "input": text}, 900.0) for text in PROMPTS]
+    def embeddings(port, *texts):
+        answers = [post(port, "/v1/embeddings", {"model": model, "input": text}, 900.0) for text in texts]
         assert {status for status, _ in answers} == {200}, answers
         return [json.loads(data)["data"][0]["embedding"] for _, data in answers]
 
@@ -37,7 +37,7 @@ def test_an_embedding_engine_is_snapshotted_restored_and_answers_the_same(engine
             limit = time.monotonic() + 900
             while True:
                 try:
-                    found.append(embeddings(port))
+                    held = embeddings(port, "Held while the engine starts")
                     break
                 except ConnectionRefusedError:
                     assert process.poll() is None and time.monotonic() < limit
@@ -45,13 +45,17 @@ def test_an_embedding_engine_is_snapshotted_restored_and_answers_the_same(engine
             while measure.status(port)["pools"][0]["replicas"][0]["phase"] != "serving":
                 assert time.monotonic() < limit
                 time.sleep(0.2)
+            # Alone: beside the canary, bfloat16 rounds to another 3 % on some processors.
+            found.append((held, embeddings(port, *PROMPTS)))
             assert phases(port)[0][:2] == expected and "failed" not in phases(port)[0]
         finally:
             command.stop()
             text = command.log.read_text(errors="replace")
         assert "off:" not in "\n".join(line for line in text.splitlines() if line.startswith("quickthaw:"))
         assert rig.watch.gone() == set()
-    cold, restored = found
-    assert distance(restored, cold) < 0.02 < distance(cold[:1], cold[1:])
+    (cold_held, cold), (restored_held, restored) = found
     canary = rig.library.load(NAME).canary
-    assert canary.kind == "embed" and canary.tolerance < 0.1
+    print(engine, canary.tolerance, distance(restored, cold), distance(restored_held, cold_held))
+    assert distance(restored, cold) < 0.01 and distance(restored_held, cold_held) < canary.tolerance
+    assert distance(cold[:1], cold[1:]) > 0.3
+    assert canary.kind == "embed" and canary.tolerance < 0.2

@@ -68,7 +68,7 @@ def test_an_engine_that_does_not_generate_is_snapshotted_and_restored(rig_of, wh
         started.wait_serving()
         assert "off:" not in started.ours()
     canary = rig.library.load(rig.name).canary
-    assert canary.kind == kind and len(canary.values) == 2 and 0 < canary.tolerance < 0.1
+    assert canary.kind == kind and len(canary.values) == 2 and 0 < canary.tolerance < 0.2
     with rig.running(arguments=arguments) as started:
         assert distance([ask(started, path)], [first]) < 0.01
         assert started.phases() == [["mounting", "restoring", "waking", "verifying"]]

@@ -319,7 +319,7 @@ def test_what_somebody_else_started_is_not_a_measured_start():
 def test_what_an_engine_answers_to_the_first_generation_reaches_no_client():
     async def refuse(up, seen, reader, writer):
         if seen.method == "POST":
-            writer.write(answer(b"/home/me/secret", "500 Internal Server Error"))
+            writer.write(answer(b"/models/secret", "500 Internal Server Error"))
         else:
             writer.write(answer())
         return True

@@ -98,7 +98,7 @@ def test_nobody_there():
 
 
 def test_what_an_engine_says_in_a_refusal_is_for_the_log_and_no_client(peer):
-    client = peer(b"HTTP/1.1 500 X\r\nContent-Length: 15\r\n\r\n/models/secret")
+    client = peer(b"HTTP/1.1 500 X\r\nContent-Length: 14\r\n\r\n/models/secret")
     with pytest.raises(EngineFailed) as caught:
         client.ok("POST", "/v1/completions")
     failure = start_failed(caught.value)

@@ -114,10 +114,10 @@ class Client:
                     if not data:
                         if answer.body and not answer.framed:
                             break  # HTTP/1.0: the body ends with the connection
-                        raise ConnectionError(f"{method} {path}: the engine closed the connection")
+                        raise ConnectionError("the engine closed the connection")
                     parser.feed_data(data)
                 except httptools.HttpParserError as error:
-                    raise ConnectionError(f"{method} {path}: {error!r}") from error
+                    raise ConnectionError(f"not HTTP: {error!r}") from error
         return int(parser.get_status_code()), bytes(answer.body)
 
     def ok(

@@ -21,13 +21,6 @@ pytestmark = pytest.mark.t1
 
 
 @pytest.fixture
-def children(tmp_path: Path) -> Iterator[Children]:
-    found = Children(tmp_path)
-    yield found
-    found.close()
-
-
-@pytest.fixture
 def helper(children: Children) -> Iterator[Helper]:
     with Helper("tests.kits.cuda_double:Double", str(children.folder), move_timeout_s=2.0) as found:
         yield found

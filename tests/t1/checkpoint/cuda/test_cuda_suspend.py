@@ -6,54 +6,28 @@ import fcntl
 import json
 import os
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from checkpoint.compatibility.gpu import Gpu
 from checkpoint.cuda import checkpoint as cuda
 from checkpoint.cuda.checkpoint import (
-    MARGIN,
     Needs,
-    bring_to_running,
-    check_memory,
     check_released,
     free_memory,
-    gpu_pairs,
     holders,
-    refuse_parallel,
-    refuse_slice,
     resume,
     resume_after_dump,
     suspend,
 )
-from checkpoint.cuda.driver import DeviceMemory, DriverError, State
+from checkpoint.cuda.driver import DriverError, State
 from checkpoint.errors import Busy, CheckpointError, Failed, HostLacks, Incompatible
-from tests.kits.cuda_double import GPU0, GPU1, TOTAL, Children, Double, write
+from tests.kits.cuda_double import GPU0, TOTAL, Children, Double, write
 
 pytestmark = pytest.mark.t1
-
-
-@pytest.fixture
-def children(tmp_path: Path) -> Iterator[Children]:
-    found = Children(tmp_path)
-    yield found
-    found.close()
-
-
-@pytest.fixture
-def driver(children: Children) -> Double:
-    return Double(str(children.folder))
-
-
-@pytest.fixture
-def pids(children: Children) -> list[int]:
-    return [children.start(), children.start(2 << 20)]
 
 
 def test_off_the_gpu_and_back(children: Children, driver: Double, pids: list[int], tmp_path: Path) -> None:
@@ -250,96 +224,6 @@ def test_restores_on_one_gpu_take_turns(
     resume(driver, pids, needs, lock_folders=[tmp_path])
 
 
-# Other GPUs
-
-
-def test_another_gpu_takes_the_place(children: Children, driver: Double, pids: list[int], tmp_path: Path) -> None:
-    _, needs = suspend(driver, pids)
-    write(children.folder / "gpus.json", {GPU1: TOTAL})
-    with pytest.raises(Incompatible, match="gpu-gone"):
-        resume(driver, pids, needs, lock_folders=[tmp_path])
-    pairs = gpu_pairs([Gpu("Double", TOTAL, GPU0)], [Gpu("Double", TOTAL, GPU1)])
-    assert pairs == [(GPU0, GPU1)]
-    resume(driver, pids, needs, pairs, lock_folders=[tmp_path])
-    assert driver.usage(pids[0]) == {GPU1: 1 << 20}
-    for pid in pids:
-        children.goes_on(pid)
-
-
-def test_the_same_gpus_need_no_pairs() -> None:
-    gpus = [Gpu("a", 1, GPU0), Gpu("a", 1, GPU1)]
-    assert gpu_pairs(gpus, gpus) == []
-    assert gpu_pairs(gpus, gpus[::-1]) == [(GPU0, GPU1), (GPU1, GPU0)]
-    with pytest.raises(Incompatible, match="gpu-count-differs"):
-        gpu_pairs(gpus, gpus[:1])
-
-
-def test_memory_is_summed_where_two_gpus_become_one(children: Children, driver: Double) -> None:
-    size = TOTAL // 2
-    check_memory(driver, Needs(1, {GPU1: size}), [(GPU1, GPU0)])
-    with pytest.raises(Incompatible, match="gpu-memory-short"):
-        check_memory(driver, Needs(2, {GPU0: size, GPU1: size}), [(GPU0, GPU0), (GPU1, GPU0)])
-
-
-def test_several_gpus_are_refused_by_name(children: Children, driver: Double, monkeypatch: pytest.MonkeyPatch) -> None:
-    write(children.folder / "gpus.json", {GPU0: TOTAL, GPU1: TOTAL})
-    pids = [children.start(gpu=GPU0), children.start(gpu=GPU1)]
-    with pytest.raises(Incompatible) as caught:
-        suspend(driver, pids)
-    assert caught.value.code == "multi-gpu"
-    assert "--snapshot-store" in str(caught.value)
-    assert children.states(pids) == ["RUNNING"] * 2
-    monkeypatch.setattr(cuda, "MULTI_GPU_SINCE", (580,))
-    assert suspend(driver, pids)[1] == Needs(2, {GPU0: 1 << 20, GPU1: 1 << 20})
-    assert bring_to_running(driver, pids) == {}
-
-
-class Contained(Double):
-    """The double as a container sees it: NVML numbers processes as the host does, so it knows none of ours."""
-
-    def usage(self, pid: int) -> dict[str, int]:
-        return {}
-
-
-def test_several_gpus_are_refused_where_nvml_knows_no_process_of_ours(children: Children) -> None:
-    write(children.folder / "gpus.json", {GPU0: 4 * TOTAL, GPU1: 4 * TOTAL})
-    contained = Contained(str(children.folder))
-    pids = [children.start(TOTAL, gpu=GPU0), children.start(TOTAL, gpu=GPU1)]
-    with pytest.raises(Incompatible, match="multi-gpu"):
-        suspend(contained, pids)
-    for pid in pids:
-        children.goes_on(pid)
-    found, needs = suspend(contained, pids[:1])
-    assert needs == Needs(1, {GPU0: TOTAL})
-    resume_after_dump(contained, found, needs, [children.folder / "locks"])
-    children.goes_on(pids[0])
-
-
-class Neighbour(Double):
-    """Frees memory of another GPU while our process is checkpointed, as a neighbour does that ends."""
-
-    def checkpoint(self, pid: int) -> None:
-        super().checkpoint(pid)
-        write(self.folder / "gpus.json", {GPU0: TOTAL, GPU1: TOTAL})
-
-
-@pytest.mark.parametrize("visible", [None, [GPU0]])
-@pytest.mark.parametrize("told", [True, False], ids=["nvml-knows-us", "in-a-container"])
-def test_memory_that_a_neighbour_frees_on_another_gpu_is_not_needed(
-    children: Children, monkeypatch: pytest.MonkeyPatch, visible: list[str] | None, told: bool
-) -> None:
-    if not told and visible is None:
-        pytest.skip("nothing tells then whose memory it was")
-    write(children.folder / "gpus.json", {GPU0: TOTAL, GPU1: TOTAL // 2})
-    driver = Neighbour(str(children.folder))
-    if not told:
-        monkeypatch.setattr(Neighbour, "usage", lambda self, pid: {})
-    pid = children.start(MARGIN * 2)
-    found, needs = suspend(driver, [pid], visible=visible)
-    assert needs == Needs(1, {GPU0: MARGIN * 2})
-    resume_after_dump(driver, found, needs, [children.folder / "locks"])
-
-
 def test_what_the_engine_put_away_before_is_needed_too(children: Children, driver: Double) -> None:
     pid = children.start(4 << 20)
     awake = free_memory(driver)
@@ -397,62 +281,6 @@ def test_restores_of_containers_that_share_a_state_folder_take_turns(
     children.goes_on(pid)
     with pytest.raises(Failed, match="gpu-lock-failed"), cuda._gpu_locks([Path("/proc/none")], needs.memory):
         pass
-
-
-class Divided(Double):
-    def devices(self) -> list[DeviceMemory]:
-        return [msgspec.structs.replace(device, mig=device.uuid == GPU0) for device in super().devices()]
-
-
-def test_a_divided_gpu_is_refused_by_name_and_a_neighbours_is_not(children: Children) -> None:
-    write(children.folder / "gpus.json", {GPU0: TOTAL, GPU1: TOTAL})
-    driver = Divided(str(children.folder))
-    pid, other = children.start(gpu=GPU0), children.start(gpu=GPU1)
-    with pytest.raises(Incompatible, match="gpu-mig"):
-        suspend(driver, [pid])
-    found, needs = suspend(driver, [other])
-    resume_after_dump(driver, found, needs, [children.folder / "locks"])
-    with pytest.raises(Incompatible, match="gpu-mig: MIG-12"):
-        refuse_slice("MIG-12")
-    refuse_slice("0,1")
-    refuse_slice(None)
-
-
-@pytest.mark.parametrize(
-    ("text", "arguments", "refused"),
-    [
-        ("tensor-parallel-size: 2", {}, True),
-        ("tensor_parallel_size: 2", {}, True),
-        ("tensor-parallel-size: 2", {"--tensor-parallel-size": (("1",),)}, False),
-        ("tp-size: 1", {}, False),
-        ("- a list", {}, False),
-        ("{", {}, False),
-    ],
-)
-def test_a_parallel_config_file_is_refused_before_the_start(
-    tmp_path: Path, text: str, arguments: dict[str, tuple[tuple[str, ...], ...]], refused: bool
-) -> None:
-    file = tmp_path / "engine.yaml"
-    file.write_text(text)
-    arguments = {"--config": ((str(file),),), **arguments}
-    if refused:
-        with pytest.raises(Incompatible, match=rf"multi-gpu: .* in {file} 2"):
-            refuse_parallel(arguments)
-    else:
-        refuse_parallel(arguments)
-    refuse_parallel({"--config": ((str(tmp_path / "none"),),)})
-
-
-@pytest.mark.parametrize(
-    ("flag", "value", "refused"),
-    [("--tensor-parallel-size", "2", True), ("-tp", "4", True), ("--tp", "1", False), ("--seed", "2", False)],
-)
-def test_a_parallel_command_line_is_refused_before_the_start(flag: str, value: str, refused: bool) -> None:
-    if refused:
-        with pytest.raises(Incompatible, match=r"multi-gpu.*" + flag):
-            refuse_parallel({flag: ((value,),)})
-    else:
-        refuse_parallel({flag: ((value,),), "--enforce-eager": ((),)})
 
 
 # The double is as strict as the driver, and every mixture of faults ends well

@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from checkpoint.criu.binary import Criu
 from checkpoint.lazy_pages.client import PageServer, server_config
@@ -72,8 +73,8 @@ class Frozen:
         (folder / "go.tmp").rename(folder / "go")
 
     @staticmethod
-    def result(sandbox: Sandbox) -> dict[str, object]:
+    def result(sandbox: Sandbox) -> dict[str, Any]:
         path = inside(sandbox) / "result"
-        found: dict[str, object] = json.loads(wait_for(path))
+        found: dict[str, Any] = json.loads(wait_for(path))
         path.unlink()
         return found

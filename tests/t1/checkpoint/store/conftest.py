@@ -1,0 +1,95 @@
+"""A snapshot whose working set is recorded, in a store near and far, whole and with faults."""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from checkpoint.criu.binary import Criu
+from checkpoint.errors import HostLacks
+from checkpoint.sandbox.sandbox import TMP_DIR, Sandbox
+from checkpoint.snapshot import digests
+from checkpoint.snapshot.dump import take
+from checkpoint.store import layout
+from checkpoint.store.archive import open_chunks, push
+from tests.kits import faulty_store
+from tests.kits.checkpoint_kit import LIMIT_S, draft, inside, wait_for
+from tests.kits.pages_kit import HOME
+from tests.kits.remote_restore_kit import TOUCHED, Host, Slow, order, result
+
+
+@pytest.fixture(scope="session")
+def taken(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder of a snapshot whose working set is recorded."""
+    try:
+        criu = Criu.find(HOME)
+        assert criu.version
+    except HostLacks as error:
+        pytest.skip(str(error))
+    host = Host(tmp_path_factory.mktemp("origin"), criu)
+    with Sandbox() as sandbox:
+        program = str(Path(__file__).parents[3] / "programs" / "pages_workload.py")
+        pid = sandbox.start([os.path.realpath(sys.executable), "-I", "-S", program, TMP_DIR], {}, "/")
+        wait_for(inside(sandbox) / "ready")
+        take(host.library, criu, sandbox, draft("workload", pid), host.library.home / "compile", digests.digest_folder)
+    replica = host.restore(record=True)
+    assert replica.pages
+    order(replica.sandbox, seed=1, touch=TOUCHED)
+    assert result(replica.sandbox) == []
+    replica.pages.first_token()
+    replica.pages.requests_done(save=host.library.working_set("workload"))
+    assert replica.pages.wait_saved(LIMIT_S)
+    host.close()
+    assert not host.deaths
+    yield host.library.path("workload")
+
+
+@pytest.fixture(scope="session")
+def store(taken: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("store")
+    with pytest.MonkeyPatch.context() as patch:
+        # The workload's snapshot is small, and so are its chunks, lest everything come at once.
+        patch.setattr(layout, "REST_CHUNK", 64 << 10)
+        patch.setattr(layout, "CHUNK", 256 << 10)
+        push(taken, open_chunks(f"file://{folder}"))
+    return folder
+
+
+@pytest.fixture
+def host(tmp_path: Path, taken: Path) -> Iterator[Host]:
+    found = Host(tmp_path / "home", Criu.find(HOME))
+    yield found
+    found.close()
+    assert not found.deaths
+    assert not found.warnings
+    assert not list((tmp_path / "home/run").glob("restore-*"))
+
+
+@pytest.fixture
+def faulty(store: Path, tmp_path: Path) -> Callable[..., str]:
+    control = tmp_path / "faults.json"
+
+    def set_fault(**fault: object) -> str:
+        faulty_store.set_fault(control, store, **fault)
+        return f"faulty://{control}"
+
+    return set_fault
+
+
+@pytest.fixture
+def far(store: Path) -> Iterator[str]:
+    Slow.resets, Slow.asked = 0, []
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Slow, directory=str(store)))
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    thread.join()
+    server.server_close()

@@ -28,16 +28,33 @@ def rig(tmp_path):
     (model / "config.json").write_text("{}")
     (model / "model.safetensors").write_bytes(bytes(64))
 
+    variables = {**os.environ, "QUICKTHAW_HOME": str(home), **watch.environment}
+
     def run(*words, limit_s=60.0, **environment):
-        env = {**os.environ, "QUICKTHAW_HOME": str(home), **watch.environment, **environment}
+        env = variables | environment
         argv = [sys.executable, "-m", "plugin", *words]
         return subprocess.run(
             argv, env=env, cwd=REPO, capture_output=True, text=True, timeout=limit_s, stdin=subprocess.DEVNULL
         )
 
-    run.model, run.home, run.watch = str(model), home, watch
+    def start(engine, port):
+        """A `quickthaw launch` with this engine that runs on."""
+        argv = [sys.executable, "-m", "plugin", "launch", "--engine-python", engine, "vllm"]
+        argv += ["--model", str(model), "--host", "127.0.0.1", "--port", str(port)]
+        pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
+        return subprocess.Popen(argv, env=variables, cwd=REPO, **pipes)
+
+    run.model, run.home, run.variables, run.start = str(model), home, variables, start
     yield run
     assert watch.gone() == set()
+
+
+def engine_script(tmp_path, *lines):
+    """An engine that is a shell script of these lines."""
+    engine = tmp_path / "engine"
+    engine.write_text("\n".join(("#!/bin/sh", *lines, "")))
+    engine.chmod(0o755)
+    return str(engine)
 
 
 def only_line(result, code):
@@ -103,13 +120,11 @@ def test_an_interpreter_that_is_none(rig):
 
 
 def test_an_engine_that_dies_at_once_gives_its_own_code_and_last_words(rig, tmp_path):
-    engine = tmp_path / "engine"
-    engine.write_text("#!/bin/sh\necho 'RuntimeError: out of luck' >&2\nexit 17\n")
-    engine.chmod(0o755)
+    engine = engine_script(tmp_path, "echo 'RuntimeError: out of luck' >&2", "exit 17")
     result = rig(
         "launch",
         "--engine-python",
-        str(engine),
+        engine,
         "vllm",
         "--model",
         rig.model,
@@ -130,10 +145,8 @@ def test_an_engine_that_dies_at_once_gives_its_own_code_and_last_words(rig, tmp_
 )
 @pytest.mark.parametrize("name", ["vllm", "sglang"])
 def test_the_engines_own_help_is_printed(rig, tmp_path, name, words):
-    engine = tmp_path / "engine"
-    engine.write_text('#!/bin/sh\necho "usage of $*"\nexit 0\n')
-    engine.chmod(0o755)
-    result = rig("launch", "--engine-python", str(engine), name, *words)
+    engine = engine_script(tmp_path, 'echo "usage of $*"', "exit 0")
+    result = rig("launch", "--engine-python", engine, name, *words)
     assert result.returncode == 0 and result.stderr == "", result.stderr
     told = "usage of -c" if "--version" in words else f"usage of -m {name}"
     assert result.stdout.startswith(told) and (words[-1] in result.stdout or result.stdout.endswith(f"{name}\n"))
@@ -142,18 +155,13 @@ def test_the_engines_own_help_is_printed(rig, tmp_path, name, words):
 
 @pytest.mark.slow
 def test_a_request_that_waits_for_an_engine_that_dies_is_told_why(rig, tmp_path):
-    engine = tmp_path / "engine"
-    engine.write_text("#!/bin/sh\nsleep 1\nexit 4\n")
-    engine.chmod(0o755)
-    port = str(free_port())
-    env = {**os.environ, "QUICKTHAW_HOME": str(rig.home), **rig.watch.environment}
-    argv = [sys.executable, "-m", "plugin", "launch", "--engine-python", str(engine), "vllm"]
-    argv += ["--model", rig.model, "--host", "127.0.0.1", "--port", port]
-    with subprocess.Popen(argv, env=env, cwd=REPO, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
+    engine = engine_script(tmp_path, "sleep 1", "exit 4")
+    port = free_port()
+    with rig.start(engine, port) as process:
         limit = time.monotonic() + 20
         while True:
             try:
-                sock = socket.create_connection(("127.0.0.1", int(port)), timeout=30)
+                sock = socket.create_connection(("127.0.0.1", port), timeout=30)
                 break
             except ConnectionRefusedError:
                 assert time.monotonic() < limit
@@ -209,16 +217,8 @@ def test_help_of_every_command_has_an_example(rig):
 
 
 def test_stopping_before_the_engine_serves_leaves_nothing(rig, tmp_path):
-    engine = tmp_path / "engine"
-    engine.write_text("#!/bin/sh\nexec sleep 600\n")
-    engine.chmod(0o755)
-    port = str(free_port())
-    env = {**os.environ, "QUICKTHAW_HOME": str(rig.home), **rig.watch.environment}
-    argv = [sys.executable, "-m", "plugin", "launch", "--engine-python", str(engine), "vllm"]
-    argv += ["--model", rig.model, "--host", "127.0.0.1", "--port", port]
-    with subprocess.Popen(
-        argv, env=env, cwd=REPO, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
-    ) as process:
+    engine = engine_script(tmp_path, "exec sleep 600")
+    with rig.start(engine, free_port()) as process:
         for line in process.stderr:
             if "loading" in line:
                 break
@@ -230,15 +230,8 @@ def test_stopping_before_the_engine_serves_leaves_nothing(rig, tmp_path):
 @pytest.mark.slow  # the lazy mount outlives its last user by 15 s
 @pytest.mark.parametrize("moment", ["mounting", "starting", "loading"])
 def test_kill_9_of_the_launcher_leaves_nothing(rig, tmp_path, moment):
-    engine = tmp_path / "engine"
-    engine.write_text("#!/bin/sh\nexec sleep 600\n")
-    engine.chmod(0o755)
-    env = {**os.environ, "QUICKTHAW_HOME": str(rig.home), **rig.watch.environment}
-    argv = [sys.executable, "-m", "plugin", "launch", "--engine-python", str(engine), "vllm"]
-    argv += ["--model", rig.model, "--host", "127.0.0.1", "--port", str(free_port())]
-    with subprocess.Popen(
-        argv, env=env, cwd=REPO, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
-    ) as process:
+    engine = engine_script(tmp_path, "exec sleep 600")
+    with rig.start(engine, free_port()) as process:
         for line in process.stderr:
             if moment in line:
                 break
@@ -251,16 +244,14 @@ def test_too_few_open_files_are_named_with_the_remedy(rig, files):
     """It was `engine-not-started: Invalid argument; give the engine's interpreter`, or a traceback."""
     words = ("launch", "vllm", "--model", rig.model, "--port", str(free_port()))
     argv = ["prlimit", f"--nofile={files}:{files}", sys.executable, "-m", "plugin", *words]
-    env = {**os.environ, "QUICKTHAW_HOME": str(rig.home), **rig.watch.environment}
-    result = subprocess.run(argv, env=env, cwd=REPO, capture_output=True, text=True, timeout=60, check=False)
+    result = subprocess.run(argv, env=rig.variables, cwd=REPO, capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == 1
     assert "ulimit -n" in only_line(result, "open-files")
 
 
 def test_few_open_files_are_enough_if_the_limit_can_be_raised(rig):
     argv = ["prlimit", "--nofile=40:4096", sys.executable, "-m", "plugin", "restore", "nope"]
-    env = {**os.environ, "QUICKTHAW_HOME": str(rig.home), **rig.watch.environment}
-    result = subprocess.run(argv, env=env, cwd=REPO, capture_output=True, text=True, timeout=60, check=False)
+    result = subprocess.run(argv, env=rig.variables, cwd=REPO, capture_output=True, text=True, timeout=60, check=False)
     assert "snapshot-not-found" in only_line(result, "snapshot-not-found")
 
 

@@ -19,6 +19,20 @@ from tests.kits.proxy_commands import call, command, engine, eventually, models_
 pytestmark = pytest.mark.t1
 
 
+def red_or_blue(tmp_path: Path, red_more: str = "") -> str:
+    """A file of two models of which one at a time may be awake. `red_more`: further keys of the first."""
+    return models_file(
+        tmp_path,
+        f"""
+max_awake: 1
+min_awake: 0
+models:
+  red:  {{command: "{engine("${PORT}", "red")}"{red_more}}}
+  blue: {{command: "{engine("${PORT}", "blue")}"}}
+""",
+    )
+
+
 @pytest.mark.slow
 def test_several_models_take_turns_in_the_one_place_there_is(tmp_path):
     config = models_file(
@@ -160,16 +174,7 @@ def test_how_long_an_answer_may_take_is_set_for_all_and_for_each_model(tmp_path)
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_a_model_with_adapters_loaded_while_it_serves_keeps_its_place(tmp_path, workers):
-    config = models_file(
-        tmp_path,
-        f"""
-max_awake: 1
-min_awake: 0
-models:
-  red:  {{command: "{engine("${PORT}", "red")}", idle_timeout: 0.3}}
-  blue: {{command: "{engine("${PORT}", "blue")}"}}
-""",
-    )
+    config = red_or_blue(tmp_path, red_more=", idle_timeout: 0.3")
     with command("--config", config, "--workers", workers) as (_, url):
         assert call(f"{url}/v1/load_lora_adapter?model=red", {"lora_name": "sql", "lora_path": "/l"})[0] == 200
         time.sleep(1.0)
@@ -183,16 +188,7 @@ models:
 @pytest.mark.parametrize("workers", ["1", "2"])
 @pytest.mark.parametrize("body", [b"{}", b"{"], ids=["left-before-the-refusal", "never-whole"])
 def test_a_client_that_asks_for_adapters_in_vain_and_leaves_keeps_nothing_awake(tmp_path, workers, body):
-    config = models_file(
-        tmp_path,
-        f"""
-max_awake: 1
-min_awake: 0
-models:
-  red:  {{command: "{engine("${PORT}", "red")}"}}
-  blue: {{command: "{engine("${PORT}", "blue")}"}}
-""",
-    )
+    config = red_or_blue(tmp_path)
     with command("--config", config, "--workers", workers) as (_, url):
         assert call(f"{url}/v1/x", {"model": "red"})[0] == 200
         with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as client:
@@ -206,16 +202,7 @@ models:
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_adapters_that_load_while_the_place_is_asked_for_keep_it(tmp_path, workers):
-    config = models_file(
-        tmp_path,
-        f"""
-max_awake: 1
-min_awake: 0
-models:
-  red:  {{command: "{engine("${PORT}", "red")}"}}
-  blue: {{command: "{engine("${PORT}", "blue")}"}}
-""",
-    )
+    config = red_or_blue(tmp_path)
     with command("--config", config, "--workers", workers) as (_, url), ThreadPoolExecutor(1) as pool:
         assert call(f"{url}/v1/x", {"model": "red"})[0] == 200
         load = pool.submit(call, f"{url}/slow/load_lora_adapter?model=red", {"lora_name": "sql"})

@@ -13,19 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from checkpoint.compatibility import hub
 from launchers.base import EngineCommand
 from launchers.given_options import given_options, last
 
-_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _QUANTIZED = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+|/.+\.gguf)")
 _TRUE = ("1", "true", "yes", "on", "y")
 _MODELSCOPE = {"vllm": "VLLM_USE_MODELSCOPE", "sglang": "SGLANG_USE_MODELSCOPE"}
-_TEXT_ONLY = {
-    "tokenizer": ("tokenizer-revision", "revision"),
-    "tokenizer-path": ("tokenizer-revision", "revision"),
-    "hf-config-path": ("revision",),
-}
 _DRAFTS = {
     "speculative-draft-model-path": ("speculative-draft-model-revision",),
     "speculative-draft-model": ("speculative-draft-model-revision",),
@@ -34,8 +29,6 @@ _DRAFTS = {
 }
 _ADAPTERS = ("lora-modules", "lora-paths")
 _CONFIGURED_DRAFTS = ("speculative-config", "sc")
-_CONFIGURATIONS = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
-_CODE_ELSEWHERE = re.compile(r"([\w.-]+/[\w.-]+)--[\w.]+")
 _ELSEWHERE_FORMATS = ("remote", "remote_instance", "rdma", "modelexpress", "ipc_cache")
 """Load formats that read the weights from another process or host."""
 _RELOADED_FORMATS = ("", "auto", "hf", "safetensors", "pt", "mistral")
@@ -71,7 +64,7 @@ def repositories(command: EngineCommand) -> tuple[Repository, ...]:
             found.setdefault(name, Repository(name, revision or None, part))
 
     add(command.model, last(options, "revision"), "model")
-    for option, revisions in _TEXT_ONLY.items():
+    for option, revisions in hub.TEXT_REVISIONS.items():
         add(last(options, option), last(options, *revisions), "text")
     for option, revisions in _DRAFTS.items():
         if "/" in last(options, option):  # a bare word is a method, such as ngram
@@ -81,9 +74,8 @@ def repositories(command: EngineCommand) -> tuple[Repository, ...]:
         if isinstance(draft, dict) and "/" in str(draft.get("model")):
             add(str(draft["model"]), str(draft.get("revision") or ""), "model")
     if "trust-remote-code" in options and (folder := Path(command.model).expanduser()).is_dir():
-        for file in _CONFIGURATIONS:
-            for name in _CODE_ELSEWHERE.findall(_text(folder / file)):
-                add(name, last(options, "code-revision"), "text")
+        for name in hub.code_repositories(folder):
+            add(name, last(options, "code-revision"), "text")
     for option in _ADAPTERS:
         for value in options.get(option, ()):
             for name in _adapters(value):
@@ -117,14 +109,7 @@ def why_plain(command: EngineCommand, environment: Mapping[str, str]) -> str | N
 
 def is_hub_name(value: str) -> bool:
     """Return whether a value names a hub repository, as the engines decide: it has that form, and no such path exists."""
-    return bool(_NAME.fullmatch(value)) and not Path(value).exists()
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text(errors="replace")
-    except OSError:
-        return ""
+    return hub.is_name(value) and not Path(value).exists()
 
 
 def _adapters(value: str) -> Iterator[str]:

@@ -5,12 +5,35 @@ huggingface_hub is not used: importing its look-up takes 180 ms of CPU time, mor
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 DEFAULT_REVISION = "main"
+TEXT_REVISIONS = {
+    "tokenizer": ("tokenizer-revision", "revision"),
+    "tokenizer-path": ("tokenizer-revision", "revision"),
+    "hf-config-path": ("revision",),
+}
+"""Options that name a repository of which only the text is read, and the options of its revision, the first that is given."""
+_CONFIGURATIONS = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
+_CODE_ELSEWHERE = re.compile(r"([\w.-]+/[\w.-]+)--[\w.]+")
+
+
+def is_name(value: str) -> bool:
+    """Return whether a value has the form of a repository's name."""
+    return bool(_NAME.fullmatch(value))
+
+
+def code_repositories(model: Path) -> list[str]:
+    """Return the names of the other repositories whose code the configuration in a model's folder refers to."""
+    found: dict[str, None] = {}
+    for name in _CONFIGURATIONS:
+        with contextlib.suppress(OSError):
+            found |= dict.fromkeys(_CODE_ELSEWHERE.findall((model / name).read_text(errors="replace")))
+    return list(found)
 
 
 def caches(environment: Mapping[str, str], download_dir: str | None = None) -> list[Path]:
@@ -35,7 +58,7 @@ def folder(name: str, revision: str | None, places: list[Path]) -> Path | None:
 
     `revision` is a branch, a tag or a commit; None means the default branch.
     """
-    if not _NAME.fullmatch(name):
+    if not is_name(name):
         return None
     revision = revision or DEFAULT_REVISION
     if ".." in revision.split("/"):

@@ -34,16 +34,10 @@ _WRITTEN = re.compile(
 )
 """Flags and JSON keys for paths that an engine writes to, or reads at each request (`--allowed-local-media-path`)."""
 _MODEL_FLAGS = frozenset({"model", "model-path"})
-_REVISIONS = {
-    "tokenizer": ("tokenizer-revision", "revision"),
-    "tokenizer-path": ("tokenizer-revision", "revision"),
-    "hf-config-path": ("revision",),
-}
 _MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+(:[A-Za-z_][\w.]*)?")
 _MODULE_VARIABLES = ("_PACKAGE", "_MODULE", "_MODULES")
 _FOLDER_VARIABLES = re.compile(r"_CONFIGS?_(DIR|FOLDER|PATH)$")
 _CODE = (".py", ".so")
-_CODE_ELSEWHERE = re.compile(r"([\w.-]+/[\w.-]+)--[\w.]+")
 _CONFIG_LINE = re.compile(r"""^\s*["']?([A-Za-z_-]+)["']?\s*:\s*["']?([^"'\s,#]+)""", re.MULTILINE)
 _CONFIG_LIMIT = 1 << 20
 _LONGEST_PATH = 4096
@@ -162,9 +156,8 @@ class Inputs:
         if self.model is None or not ("--trust-remote-code" in given or self._option("trust-remote-code")):
             return ""
         found: dict[str, str] = {}
-        for file in ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json"):
-            for repo in set(_CODE_ELSEWHERE.findall(_text(self.model / file))):
-                found |= self._repository(repo, self._option("code-revision"))
+        for repo in hub.code_repositories(self.model):
+            found |= self._repository(repo, self._option("code-revision"))
         return _combined(found)
 
     def _references_in(self, name: str, value: str) -> dict[str, str]:
@@ -172,7 +165,7 @@ class Inputs:
         found: dict[str, str] = {}
         if name == "code-revision":
             return self._repository(self.model_name, value)
-        flags = _REVISIONS.get(name) or (f"{name}-revision", f"{name.removesuffix('-path')}-revision")
+        flags = hub.TEXT_REVISIONS.get(name) or (f"{name}-revision", f"{name.removesuffix('-path')}-revision")
         revision = next(filter(None, map(self._option, flags)), None)
         for candidate, own_revision in _candidates(value):
             found |= self._resolve(candidate, own_revision or revision)

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from checkpoint.compatibility import hub
-from checkpoint.compatibility.inputs import option
 from checkpoint.errors import Incompatible
 from launchers.base import WEIGHT_SUFFIXES, check_model
+from launchers.given_options import given_options, last
 from plugin.model.content import ModelContent
 from plugin.model.hub import HubModels, NotDownloaded
 
@@ -294,7 +294,8 @@ def local_model(model: str, arguments: Sequence[str] = (), environment: Mapping[
         return path
     if looks_like_path(model):
         return None
-    return hub.folder(model, option(arguments, "revision"), hub.caches(environment, option(arguments, "download-dir")))
+    options = given_options(arguments)
+    return hub.folder(model, last(options, "revision"), hub.caches(environment, last(options, "download-dir")))
 
 
 def model_place(snapshot: Snapshot, weights: Weights, named: bool) -> str:

@@ -15,7 +15,7 @@ import pytest
 from checkpoint.compatibility import model_files
 from checkpoint.compatibility.model_files import ModelFiles
 from checkpoint.errors import Incompatible
-from plugin.runtime.steps.model_mount import Weights
+from plugin.runtime.steps.model_mount import Weights, local_model
 
 pytestmark = pytest.mark.t0
 
@@ -214,3 +214,15 @@ def test_a_model_of_one_file_counts_with_its_shards_and_its_tokenizer(tmp_path: 
     for name in (model.name, "m-00002-of-00002.gguf", "tokenizer.json", "other.gguf", "notes.md"):
         (tmp_path / name).write_text(name)
     assert set(ModelFiles(model, tmp_path / "home").files) == {model.name, "m-00002-of-00002.gguf", "tokenizer.json"}
+
+
+def test_a_hub_model_is_found_at_the_revision_of_an_options_file(tmp_path: Path) -> None:
+    repository = tmp_path / "hub" / "models--acme--tiny"
+    for revision in ("main", "v2"):
+        (repository / "snapshots" / f"c-{revision}").mkdir(parents=True)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / revision).write_text(f"c-{revision}")
+    file = tmp_path / "engine.yaml"
+    file.write_text("{model: acme/tiny, revision: v2}")
+    found = local_model("acme/tiny", ["--config", str(file)], {"HF_HUB_CACHE": str(tmp_path / "hub")})
+    assert found == repository / "snapshots" / "c-v2"

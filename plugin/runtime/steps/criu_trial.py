@@ -14,6 +14,7 @@ import threading
 import time
 from pathlib import Path
 
+from checkpoint import disk
 from checkpoint.criu.binary import Criu
 from checkpoint.errors import CheckpointError, Failed
 from checkpoint.files import private_folder
@@ -31,6 +32,7 @@ def sandbox_reason(error: Exception) -> str:
     return f"{error}{hint if profile else ''}"
 
 
+@disk.required("a small process was not dumped and restored", "host-io")
 def run(criu: Criu) -> None:
     """Dump and restore a process. Raises CheckpointError naming the step that failed."""
     # Use a clock that differs from the host's, as in every restore.

@@ -145,9 +145,9 @@ class Download:
             folder = self.hub.snapshot_download(
                 name, revision=revision, cache_dir=self.cache, local_files_only=True, ignore_patterns="*"
             )
-        except (OSError, ValueError):
+            return str(folder) if complete(Path(folder), part) else None
+        except (OSError, ValueError):  # not in the cache, or an index there is damaged
             return None
-        return str(folder) if complete(Path(folder), part) else None
 
     def _refusal(self, name: str, revision: str | None, error: Exception) -> Refused:
         kinds = {kind.__name__ for kind in type(error).__mro__}

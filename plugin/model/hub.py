@@ -82,7 +82,10 @@ class HubModels:
                     stderr=subprocess.DEVNULL if stderr is None else stderr,
                 )
             except OSError as error:
-                raise NotDownloaded("hub-not-asked", f"{self.settings.engine_python}: {error.strerror}") from error
+                raise NotDownloaded(
+                    "hub-not-asked",
+                    f"{self.settings.engine_python}: {error.strerror}; give the engine's interpreter with --engine-python",
+                ) from error
         out, _ = process.communicate(json.dumps(request).encode())
         try:
             answer = json.loads(out)

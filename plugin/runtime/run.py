@@ -62,7 +62,7 @@ def _why_plain(settings: LaunchSettings, weights: Weights) -> str | None:
     if why := why_plain(settings.command, settings.given_environment):
         return why
     if weights.path is None and not (weights.hub and weights.hub.names_model):
-        return f"model-missing: {settings.command.model} is neither a folder or file of this host nor a hub name"
+        return f"model-missing: {settings.command.model} is no path on this host and no hub name; check its spelling"
     return None
 
 

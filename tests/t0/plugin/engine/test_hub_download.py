@@ -109,3 +109,20 @@ def test_what_looks_complete(tmp_path: Path) -> None:
     assert complete(tmp_path, "model")
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": SAFE[0], "b": SAFE[1]}}))
     assert not complete(tmp_path, "model")
+
+
+def test_a_damaged_index_in_the_cache_is_reported_as_the_hub_that_does_not_answer(tmp_path: Path) -> None:
+    (tmp_path / INDEX).write_text('{"weight_map": {"a"')
+    (tmp_path / "config.json").write_text("{}")
+
+    class Unreachable(Listed):
+        def HfApi(self) -> Any:
+            raise ConnectionError("refused")
+
+        def snapshot_download(self, name: str, **_: object) -> str:  # type: ignore[override]
+            return str(self.folder)
+
+    request = {"cache": None, "engine": "vllm", "load_format": "auto", "remote_code": False, "code_revision": None}
+    with pytest.raises(Refused) as caught:
+        Download(Unreachable(tmp_path, []), request).repository("acme/m", None, "model")
+    assert caught.value.code == "hub-unreachable"

@@ -3,6 +3,7 @@
 `faulty://PATH` names a JSON file that is read at every call, so faults begin and end while a mount is running:
 `{"store": "file:///…", "fault": "corrupt", "share": 0.5, "seconds": 1.0, "only": "chunks/", "calls": ["get"]}`.
 Without "fault" every call passes. "calls" lists the calls that may fail (default: get); bodies are damaged in get only.
+`"once": true` spares a key that a fault has hit before.
 Importing this module makes `open_store` know the scheme; processes that a test starts need `PYTHONPATH` in their environment.
 """
 
@@ -17,7 +18,7 @@ from typing import Any
 
 from lazyfs.errors import NotFound, Permanent, Temporary, Usage
 from lazyfs.stores import open_store
-from lazyfs.stores.base import MOST_BYTES, ObjectInfo, Store
+from lazyfs.stores.base import ObjectInfo, Store
 from lazyfs.stores.urls import SCHEMES
 
 SCHEMES["faulty"] = f"{__name__}:open_url"
@@ -47,6 +48,7 @@ class FaultyStore:
         self.url = f"faulty://{control}"
         self.inner: Store = open_store(str(self._settings()["store"]))
         self.remote = remote
+        self.keys_hit: set[str] = set()
 
     def _settings(self) -> dict[str, Any]:
         settings: dict[str, Any] = json.loads(self.control.read_bytes())
@@ -54,18 +56,9 @@ class FaultyStore:
             raise Usage(f"unknown fault {settings['fault']!r}; known: {', '.join(FAULTS)}")
         return settings
 
-    def get(
-        self,
-        key: str,
-        start: int = 0,
-        length: int | None = None,
-        version: str = "",
-        into: memoryview | None = None,
-        *,
-        limit: int = MOST_BYTES,
-    ) -> bytes | memoryview:
+    def get(self, key: str, *arguments: Any, **options: Any) -> bytes | memoryview:
         fault, seconds = self._hit("get", key)
-        data = self.inner.get(key, start, length, version, limit=limit)
+        data = self.inner.get(key, *arguments, **options)
         if not fault:
             return data
         if fault == "slow":
@@ -92,6 +85,9 @@ class FaultyStore:
         named = call in settings.get("calls", ["get"]) and key.startswith(settings.get("only", ""))
         if fault is None or not named or random.random() >= float(settings.get("share", 1.0)):
             return "", 0.0
+        if settings.get("once") and key in self.keys_hit:
+            return "", 0.0
+        self.keys_hit.add(key)
         seconds = float(settings.get("seconds", 0.0))
         what = f"{self.url}: {call} {key}"
         if fault == "stall":

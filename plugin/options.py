@@ -57,7 +57,7 @@ class Seconds(click.ParamType[float]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         """Convert to seconds."""
         try:
-            found = value if isinstance(value, float) else self.read(str(value))
+            found = self.read(str(value))
         except ValueError as error:
             self.fail(str(error), param, ctx)
         if found < self._least:
@@ -81,7 +81,7 @@ class Address(click.ParamType[tuple[str, int]]):
         if isinstance(value, tuple):
             return value
         host, colon, port = str(value).rpartition(":")
-        if not colon or not port.isdigit() or int(port) > 65535:
+        if not colon or not port.isdecimal() or int(port) > 65535:
             self.fail(f"{value!r} is not HOST:PORT, such as 127.0.0.1:8000, [::1]:8000 or :8000", param, ctx)
         return host.strip("[]") or EVERY_INTERFACE, int(port)
 
@@ -136,14 +136,18 @@ class Option(click.Option):
         if value is not None:
             # Kubernetes sets QUICKTHAW_PORT=tcp://… in every pod beside a service that is called quickthaw.
             return None if value.startswith("tcp://") else value
-        old = [*map(variable, self.old), *self._old_variables]
-        if ctx.command.name == "proxy":
-            old += [variable(f"proxy-{name.lstrip('-')}") for name in (self._long, *self.old)]
-        for name in old:
+        for name in self.old_variables(ctx.command):
             if value := os.environ.get(name):
                 _warn_renamed(name, str(self.envvar))
                 return value
         return None
+
+    def old_variables(self, command: click.Command) -> list[str]:
+        """Return the former variables that it still reads as an option of `command`."""
+        old = [*map(variable, self.old), *self._old_variables]
+        if command.name == "proxy":
+            old += [variable(f"proxy-{name.lstrip('-')}") for name in (self._long, *self.old)]
+        return old
 
 
 def _warn_renamed(old: str, new: str, more: str = "") -> None:
@@ -420,4 +424,5 @@ def consume_variables(command: click.Command, environment: MutableMapping[str, s
     """
     for one in command.params:
         if isinstance(one, Option) and one.name not in _INHERITED:
-            environment.pop(str(one.envvar), None)
+            for name in (str(one.envvar), *one.old_variables(command)):
+                environment.pop(name, None)

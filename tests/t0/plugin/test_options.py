@@ -1,5 +1,6 @@
 """One vocabulary of options: every command's options have a variable, agree with each other, and stand in the documents."""
 
+import math
 import re
 from pathlib import Path
 
@@ -8,7 +9,19 @@ import pytest
 from click.testing import CliRunner
 
 from plugin.cli import ACTIONS, COMMANDS
-from plugin.options import PREFIX, WAKE_ON, Address, Option, Seconds, replica, serving, settings_of, using
+from plugin.options import (
+    PREFIX,
+    WAKE_ON,
+    Address,
+    Limit,
+    Option,
+    Seconds,
+    consume_variables,
+    replica,
+    serving,
+    settings_of,
+    using,
+)
 from tests.kits.commands import command_named, options_of, walk
 
 pytestmark = pytest.mark.t0
@@ -140,6 +153,14 @@ def test_old_variables_work_with_a_warning(command, words, name, value, expected
     assert "warning" not in run(command_named(command), *words, env={name: value, new: value})[0].output
 
 
+def test_a_command_that_proxy_starts_reads_none_of_its_variables():
+    names = ("IDLE_TIMEOUT", "ADMIN_LISTEN", "OWN_LISTEN", "DRAIN", "PROXY_DRAIN", "PROXY_IDLE_TIMEOUT")
+    inherited = {"QUICKTHAW_LOG_FORMAT": "json", "QUICKTHAW_API_KEY": "k", "PATH": "/bin"}
+    environment = {f"QUICKTHAW_{name}": "x" for name in names} | inherited
+    consume_variables(command_named("proxy"), environment)
+    assert environment == inherited
+
+
 def test_a_variable_of_proxy_means_nothing_to_launch():
     result, seen = run(command_named("launch"), "vllm", env={"QUICKTHAW_PROXY_IDLE_TIMEOUT": "10m"})
     assert seen["idle_timeout"] == 0.0 and "warning" not in result.output
@@ -160,7 +181,7 @@ def test_an_address_without_a_host_is_every_interface(text, place):
     assert Address().convert(text, None, None) == place
 
 
-@pytest.mark.parametrize("text", ["8000", "host", ":", "h:99999", "h:-1"])
+@pytest.mark.parametrize("text", ["8000", "host", ":", "h:99999", "h:-1", "h:²"])
 def test_what_is_no_address_is_refused(text):
     with pytest.raises(click.BadParameter, match="HOST:PORT"):
         Address().convert(text, None, None)
@@ -173,6 +194,14 @@ def test_every_duration_takes_a_unit_and_a_plain_number_is_seconds(option):
     for text, value in (("90s", 90.0), ("10m", 600.0), ("1h", 3600.0), ("90", 90.0), ("0.5", 0.5)):
         result, seen = run(command_named("proxy"), option, text)
         assert result.exit_code == 0 and seen[option[2:].replace("-", "_")] == value, result.output
+
+
+def test_a_number_of_the_file_is_read_as_on_the_command_line():
+    assert Limit().convert(0.0, None, None) == Limit().convert(0, None, None) == math.inf
+    assert Seconds().convert(0.5, None, None) == 0.5
+    for value in (math.nan, math.inf, -1.5, True):
+        with pytest.raises(click.BadParameter):
+            Seconds().convert(value, None, None)
 
 
 def test_a_duration_can_have_a_least():

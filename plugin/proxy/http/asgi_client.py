@@ -100,7 +100,7 @@ class AsgiClient(Client):
         self._gone = self._cut = self._over = False
 
     async def run(self) -> None:
-        """Serve the request. Raises AnswerCut when its answer broke off."""
+        """Serve the request. Raises AnswerCut when its answer broke off, and what `receive` raised."""
         request = self.current = request_of(self._scope)
         host = self.host
         host.clients.add(self)
@@ -116,12 +116,21 @@ class AsgiClient(Client):
             self._gone = True
             reading.cancel()
             self._cancel()
-            await asyncio.gather(reading, self._task, return_exceptions=True)
+            read, _ = await asyncio.gather(reading, self._task, return_exceptions=True)
             host.forget(self)
+        if isinstance(read, Exception):
+            raise read
         if self._cut:
             raise AnswerCut("quickthaw: answer-cut: the answer broke off before its end; the connection is closed")
 
     async def _read(self, request: Request) -> None:
+        try:
+            await self._read_body(request)
+        except Exception:
+            self._disconnected()  # such as a middleware that limits bodies: nothing more can be read
+            raise
+
+    async def _read_body(self, request: Request) -> None:
         if request.expect:
             await self._continued.wait()  # the first `receive` makes the server send 100 Continue
         while True:

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.responses import JSONResponse
@@ -262,6 +263,26 @@ def test_a_body_of_another_length_than_announced_is_refused(sent):
                 await AsgiClient(rig.server, dict(SCOPE), receive, send).run()
             assert said[0]["status"] == 400 and b"body-length" in said[1]["body"]
             assert all(len(seen.body) <= 3 for seen in up.seen)
+
+    run(main())
+
+
+def test_what_a_middleware_raises_while_the_body_is_read_ends_the_request_at_once():
+    async def limiting(scope, receive, send):
+        async def limited():
+            await receive()
+            raise HTTPException(413, "too large")
+
+        await app(scope, limited if scope["type"] == "http" else receive, send)
+
+    app, proxy, pool = mounted()
+
+    async def main():
+        async with upstream() as up, gateway(limiting, proxy, pool) as (rig, _):
+            rig.add("a", up.port)
+            async with asyncio.timeout(LIMIT_S):
+                assert (await rig.get("/llm/x", method="POST", body=b"abc")).status == 413
+            assert proxy.buffered == 0 and not proxy.clients
 
     run(main())
 

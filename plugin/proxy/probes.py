@@ -75,11 +75,11 @@ class Memory:
 
     def keep(self, request: Request, seen: Seen) -> None:
         """Remember an answer, in place of the one that was asked for least recently when there are too many."""
-        digest = self.digest(request)
-        if digest and (seen.status >= 300 or self._public(request.target) is not None):
+        key = target, digest = request.target, self.digest(request)
+        self._answers.pop(key, None)  # what a key got before it was revoked, too
+        if digest and (seen.status >= 300 or self._public(target) is not None):
             return  # neither random keys nor one that nobody needs may displace what others see
-        self._answers[request.target, digest] = seen
-        self._answers.move_to_end((request.target, digest))
+        self._answers[key] = seen
         while len(self._answers) > _ANSWERS:
             self._answers.popitem(last=False)
 

@@ -54,7 +54,7 @@ def may_be_speculative(request: Request, exchange: Exchange) -> bool:
 
 def is_repeatable(request: Request, exchange: Exchange) -> bool:
     """Return True if a request can be sent again once its replica was killed."""
-    return request.complete and request.http11 and exchange.early is None and request.path in GENERATIONS
+    return request.http11 and may_be_speculative(request, exchange)
 
 
 def is_cautious(request: Request, exchange: Exchange, replica: Replica) -> bool:

@@ -410,3 +410,5 @@ def test_the_memory_is_bounded_and_keeps_what_is_asked_for():
     memory.keep(asked(b"/v1/models", (b"authorization", b"Bearer s3cret")), Answer(200, b"", b"ours"))
     assert memory.find(asked(b"/v1/models", (b"authorization", b"Bearer s3cret"))).body == b"ours"
     assert "s3cret" not in repr(vars(memory))
+    memory.keep(asked(b"/v1/models", (b"authorization", b"Bearer s3cret")), Answer(401, b"", b"revoked"))
+    assert memory.find(asked(b"/v1/models", (b"authorization", b"Bearer s3cret"))) is None

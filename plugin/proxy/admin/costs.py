@@ -1,17 +1,17 @@
 """Measure what serving replicas hold: memory of their processes on the host, and on GPUs through NVML.
 
-Measured on request only, in a thread, at most every `EVERY_S` seconds, and never while a replica starts.
+Measured on request only, in a thread, at most every `EVERY_S` seconds. A replica that starts is not measured.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from plugin.proxy.process_tree import process_tree
 from plugin.runtime.phases import Phase
 
 if TYPE_CHECKING:
@@ -29,10 +29,11 @@ async def measure(pools: Iterable[ReplicaPool]) -> None:
     due: list[tuple[Replica, int]] = []
     for pool in pools:
         for replica in pool.replicas.values():
-            if replica.tracker.phase not in (Phase.SERVING, Phase.SUSPECT):
+            pid = replica.engine_pid() if replica.tracker.phase in (Phase.SERVING, Phase.SUSPECT) else None
+            if pid is None:
                 replica.memory_bytes = replica.gpu_bytes = None
                 replica.measured_at = 0.0
-            elif now - replica.measured_at >= EVERY_S and (pid := replica.engine_pid()) is not None:
+            elif now - replica.measured_at >= EVERY_S:
                 replica.measured_at = now
                 due.append((replica, pid))
     if due:
@@ -45,19 +46,9 @@ def _held(roots: set[int]) -> dict[int, tuple[int, int | None]]:
     gpu = _gpu_bytes() if _NVIDIA.exists() else {}
     found = {}
     for root in roots:
-        pids = _tree(root)
+        pids = process_tree(root)
         on_gpu = sum(gpu.get(pid, 0) for pid in pids)
         found[root] = (sum(memory_bytes(pid) for pid in pids), on_gpu or None)
-    return found
-
-
-def _tree(root: int) -> list[int]:
-    """List a process and all below it."""
-    found = [root]
-    for pid in found:
-        with contextlib.suppress(OSError):  # ended meanwhile
-            for thread in Path(f"/proc/{pid}/task").iterdir():
-                found += map(int, (thread / "children").read_text().split())
     return found
 
 

@@ -6,10 +6,13 @@ listens there first would receive the clients' requests and keys.
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from plugin.bench.client import listening_users
+from plugin.proxy.process_tree import process_tree
 
 
 def stranger_at(port: int, pid: int | None) -> int | None:
@@ -20,18 +23,13 @@ def stranger_at(port: int, pid: int | None) -> int | None:
     """
     strangers = listening_users(port) - {os.geteuid()}
     if strangers and pid is not None:
-        strangers -= _users_below(pid)
+        strangers -= _users(process_tree(pid))
     return min(strangers, default=None)
 
 
-def _users_below(pid: int) -> set[int]:
-    users, waiting = set(), [pid]
-    while waiting:
-        process = Path(f"/proc/{waiting.pop()}")
-        try:
-            users.add(process.stat().st_uid)
-            for task in (process / "task").iterdir():
-                waiting.extend(int(child) for child in (task / "children").read_text().split())
-        except OSError:
-            continue  # ended meanwhile
+def _users(pids: Iterable[int]) -> set[int]:
+    users = set()
+    for pid in pids:
+        with contextlib.suppress(OSError):  # ended meanwhile
+            users.add(Path(f"/proc/{pid}").stat().st_uid)
     return users

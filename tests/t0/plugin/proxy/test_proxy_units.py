@@ -6,8 +6,11 @@ import asyncio
 import json
 import logging
 import math
+import os
 import re
 import string
+import subprocess
+import sys
 import tracemalloc
 from pathlib import Path
 
@@ -15,6 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from plugin.proxy.admin import costs
 from plugin.proxy.admin.stats import Histogram, Stats, merged
 from plugin.proxy.errors import ClientFault, StartFailed, Unavailable, UpstreamFault, render
 from plugin.proxy.http import wire
@@ -22,9 +26,11 @@ from plugin.proxy.http.address import from_spec, from_url, tcp, unix
 from plugin.proxy.http.path_rules import PathRules, Verdict, absolute_form, canonical, readings
 from plugin.proxy.http.request import Request
 from plugin.proxy.logs import JsonFormatter, TextFormatter
+from plugin.proxy.pool.pool import ReplicaPool
 from plugin.proxy.pool.start_times import History, Kind, kind_of
+from plugin.proxy.process_tree import process_tree
 from plugin.proxy.settings import Settings
-from plugin.runtime.phases import Phase, Span
+from plugin.runtime.phases import Phase, PhaseTracker, Span
 from tests.kits.attacks import MATCHED_BY_PREFIX, spellings
 
 pytestmark = pytest.mark.t0
@@ -337,3 +343,18 @@ def test_a_log_line_for_people_says_why_and_which():
     assert TextFormatter().format(record).endswith("info    r0: asleep → waking (woken)")
     record.event, record.fields = "request", {"request_id": "abc", "reason": "x"}
     assert TextFormatter().format(record).endswith("waking [abc]")
+
+
+def test_memory_is_measured_of_serving_replicas_whose_process_is_known():
+    pool = ReplicaPool()
+    replica = pool.add("a", PhaseTracker(phase=Phase.SERVING))
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    with child:
+        assert process_tree(os.getpid())[0] == os.getpid() and child.pid in process_tree(os.getpid())
+        replica.engine_pid = lambda: child.pid
+        asyncio.run(costs.measure([pool]))
+        assert replica.memory_bytes > 1 << 20
+        child.communicate()
+    replica.engine_pid = lambda: None
+    asyncio.run(costs.measure([pool]))
+    assert replica.memory_bytes is None and replica.gpu_bytes is None

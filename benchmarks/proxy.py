@@ -34,7 +34,6 @@ from typing import Any
 
 from proxy_loads import (
     KEY,
-    TOKEN_EVERY_S,
     big_body,
     cancels,
     held,
@@ -44,154 +43,13 @@ from proxy_loads import (
     throughput,
     without_upstream,
 )
+from proxy_servers import SERVERS
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from plugin.bench.client import free_port  # noqa: E402
 from plugin.proxy.descriptor_limit import raise_files  # noqa: E402
-
-# -- the upstream: as fast as Python allows, so that it is not what is measured ----------------------
-
-
-async def upstream(port: int) -> None:
-    import httptools
-
-    answer = json.dumps(
-        {
-            "id": "c",
-            "object": "chat.completion",
-            "created": 1,
-            "model": "m",
-            "choices": [
-                {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "hello there"}}
-            ],
-            "usage": {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3},
-        }
-    ).encode()
-    whole = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%b" % (len(answer), answer)
-    seen: dict[bytes, int] = {}
-    gone: list[float] = []
-    loop = asyncio.get_running_loop()
-
-    class Protocol(asyncio.Protocol):
-        def connection_made(self, transport: Any) -> None:
-            self.transport, self.parser = transport, httptools.HttpRequestParser(self)
-            self.url, self.body, self.size = b"", b"", 0
-            self.task: asyncio.Task[None] | None = None
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            if self.task is not None and not self.task.done():
-                gone.append(time.monotonic())
-                self.task.cancel()
-
-        def data_received(self, data: bytes) -> None:
-            self.parser.feed_data(data)
-
-        def on_url(self, url: bytes) -> None:
-            self.url = url
-
-        def on_body(self, body: bytes) -> None:
-            self.size += len(body)
-            if self.size < 10_000:
-                self.body += body
-
-        def on_message_complete(self) -> None:
-            if b'"stream":true' in self.body or b'"stream": true' in self.body:
-                self.task = loop.create_task(self.stream(json.loads(self.body)["max_tokens"]))
-            elif self.url.startswith(b"/gone"):
-                text = json.dumps(gone).encode()
-                gone.clear()
-                self.transport.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(text), text))
-            elif self.url.startswith(b"/count"):
-                text = json.dumps({"requests": sum(seen.values()), "distinct": len(seen)}).encode()
-                self.transport.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(text), text))
-            elif self.url.startswith(b"/size"):
-                text = b"%d" % self.size
-                self.transport.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(text), text))
-            else:
-                if self.url.startswith(b"/held/"):
-                    seen[self.url] = seen.get(self.url, 0) + 1
-                self.transport.write(whole)
-            self.body, self.size = b"", 0
-
-        async def stream(self, tokens: int) -> None:
-            self.transport.write(
-                b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
-            )
-            for _ in range(tokens):
-                await asyncio.sleep(TOKEN_EVERY_S)
-                delta = {"content": f"{time.monotonic():.6f} "}
-                event = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "m"}
-                event["choices"] = [{"index": 0, "delta": delta, "finish_reason": None}]  # type: ignore[assignment]
-                data = b"data: " + json.dumps(event).encode() + b"\n\n"
-                self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
-            data = b"data: [DONE]\n\n"
-            self.transport.write(b"%x\r\n%b\r\n0\r\n\r\n" % (len(data), data))
-
-    server = await loop.create_server(Protocol, "127.0.0.1", port, backlog=8192)
-    await server.serve_forever()
-
-
-async def ours(port: int, upstream_port: int, held: bool) -> None:
-    from plugin.proxy.http.address import tcp
-    from plugin.proxy.pool.pool import ReplicaPool
-    from plugin.proxy.server import ProxyServer
-    from plugin.proxy.settings import Settings
-    from plugin.runtime.phases import Phase, PhaseTracker
-
-    sock = socket.create_server(("127.0.0.1", port), backlog=4096)
-    pool = ReplicaPool()
-    tracker = PhaseTracker(phase=Phase.IDLE if held else Phase.SERVING)
-    pool.add("r0", tracker, tcp("127.0.0.1", upstream_port))
-    server = ProxyServer(pool, Settings())
-    await server.start(sock)
-
-    def release() -> None:
-        for phase in (Phase.MOUNTING, Phase.RESTORING, Phase.WAKING, Phase.VERIFYING, Phase.SERVING):
-            tracker.to(phase)
-
-    asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, release)
-    await server.wait_stopped()
-
-
-def asgi(port: int, upstream_port: int, held: bool) -> None:
-    """The same proxy as an application under uvicorn."""
-    import uvicorn
-
-    from plugin.proxy.asgi import hold_app
-    from plugin.proxy.http.address import tcp
-    from plugin.proxy.pool.pool import ReplicaPool
-    from plugin.runtime.phases import Phase, PhaseTracker
-
-    pool = ReplicaPool()
-    tracker = PhaseTracker(phase=Phase.IDLE if held else Phase.SERVING)
-    pool.add("r0", tracker, tcp("127.0.0.1", upstream_port))
-
-    def release(*_: object) -> None:
-        for phase in (Phase.MOUNTING, Phase.RESTORING, Phase.WAKING, Phase.VERIFYING, Phase.SERVING):
-            tracker.to(phase)
-
-    signal.signal(signal.SIGUSR1, release)
-    uvicorn.run(hold_app(pool), **UVICORN, port=port)
-
-
-def starlette(port: int, upstream_port: int) -> None:
-    """Run the simple peer (`proxy_peer`)."""
-    import uvicorn
-    from proxy_peer import app
-
-    uvicorn.run(app(f"http://127.0.0.1:{upstream_port}"), **UVICORN, port=port)
-
-
-UVICORN: dict[str, Any] = {
-    "loop": "uvloop",
-    "http": "httptools",
-    "access_log": False,
-    "log_level": "error",
-    "backlog": 4096,
-    "timeout_keep_alive": 75,
-}
 
 # -- starting and stopping ---------------------------------------------------------------------------
 
@@ -519,17 +377,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["_upstream"]:
-        import uvloop
-
-        uvloop.run(upstream(int(sys.argv[2])))
-    elif sys.argv[1:2] == ["_ours"]:
-        import uvloop
-
-        uvloop.run(ours(int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:5] == ["held"]))
-    elif sys.argv[1:2] == ["_asgi"]:
-        asgi(int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:5] == ["held"])
-    elif sys.argv[1:2] == ["_starlette"]:
-        starlette(int(sys.argv[2]), int(sys.argv[3]))
+    if sys.argv[1:] and sys.argv[1] in SERVERS:
+        SERVERS[sys.argv[1]](*sys.argv[2:])
     else:
         main()

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -324,21 +324,27 @@ class Engine(abc.ABC):
         """
 
     def warm_up(self, client: Client, canary: Canary) -> None:
-        """Send typical requests of the canary's kind, so that the first user's request runs code that has run before."""
+        """Send typical requests of the canary's kind, so that the first user's request runs code that has run before.
+
+        Raises EngineFailed if the engine does not answer; one that it refuses is skipped.
+        """
         ids = isinstance(canary.asked[0], list)
         for words in (4, 64):
             prompt: Prompt = [10, 11, 12, 13] * (words // 4) if ids else "one two three four " * (words // 4)
-            if canary.kind == GENERATE:
-                self.generate(client, prompt, 4)
-            else:
-                with contextlib.suppress(EngineFailed):  # too long for some models
+            with tolerate_refusal():  # too long for some models
+                if canary.kind == GENERATE:
+                    self.generate(client, prompt, 4)
+                else:
                     self.numbers(client, canary.kind, prompt)
         if canary.kind == GENERATE:
             self.warm_up_chats(client)
 
     @abc.abstractmethod
     def warm_up_chats(self, client: Client) -> None:
-        """Send streamed chats, if the model has a template, and what else clients of an engine that generates send."""
+        """Send streamed chats, if the model has a template, and what else clients of an engine that generates send.
+
+        Raises EngineFailed if the engine does not answer.
+        """
 
     @abc.abstractmethod
     def trim(self, client: Client) -> None:
@@ -418,6 +424,17 @@ class Engine(abc.ABC):
         if canary.generated:
             return self.choices(client, canary.asked[0], canary.generated, joined)
         return self.generate(client, canary.asked[0], len(canary.token_ids))
+
+
+@contextlib.contextmanager
+def tolerate_refusal() -> Iterator[None]:
+    """Continue after a request that the engine answers with an error, which another request need not get."""
+    try:
+        yield
+    except EngineFailed as error:
+        if not error.status:
+            raise
+        log.debug("not part of the warm-up: %s", error)
 
 
 def _seconds(value: str) -> float:

@@ -15,7 +15,7 @@ from typing import Any
 
 from checkpoint.snapshot.manifest import GENERATE, Prompt
 from launchers import control
-from launchers.base import RELOAD_LIMIT_S, Engine, EngineCommand, has_flag
+from launchers.base import RELOAD_LIMIT_S, Engine, EngineCommand, has_flag, tolerate_refusal
 from launchers.canary import CANARY_PROMPT, CLASSIFY, EMBED, POOL, SCORE, canary_id, numbers
 from launchers.client import Client
 from launchers.errors import EngineFailed
@@ -118,10 +118,13 @@ class Vllm(Engine):
         """Generate greedily; return the ids that vLLM reports."""
         body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "return_token_ids": True, "ignore_eos": True}
         answer = client.json("POST", "/v1/completions", body, timeout_s)
-        ids = answer["choices"][0].get("token_ids")
+        try:
+            ids = [int(i) for i in answer["choices"][0]["token_ids"]]
+        except (LookupError, TypeError, ValueError):
+            ids = []
         if not ids:
             raise EngineFailed("engine-no-token-ids", "this vLLM reports no token ids; quickthaw needs vLLM >= 0.10.2")
-        return [int(i) for i in ids]
+        return ids
 
     def choices(self, client: Client, prompt: Prompt, tokens: int, joined: bool = False) -> list[int]:
         """Take the rank-1 tokens from the prompt's log probabilities."""
@@ -148,9 +151,8 @@ class Vllm(Engine):
         """Send streamed chats, if the model has a template."""
         body = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4, "stream": True, "temperature": 0.7}
         for _ in range(2):
-            client.call(
-                "POST", "/v1/chat/completions", body, timeout_s=60.0
-            )  # 400 without a chat template: nothing to warm up
+            with tolerate_refusal():  # 400 without a chat template
+                client.ok("POST", "/v1/chat/completions", body, timeout_s=60.0)
 
     def _control(self, client: Client, timeout_s: float, **asked: object) -> Any:
         """Make one control call (plugin/engine/vllm_control.py); return its result.

@@ -415,6 +415,9 @@ def handler(engine, ask, options):
             text = self.rfile.read(length)
             body = json.loads(text) if text else {}
             path, _, query = self.path.partition("?")
+            if "/chat/" in path and os.environ.get("ENGINE_DOUBLE_NO_CHAT"):
+                self.close_connection = True
+                return
             try:
                 self.reply(*self.answer(path, query, body))
             except RuntimeError as error:
@@ -430,6 +433,8 @@ def handler(engine, ask, options):
                 return self.not_generating(kind, path, query, body)
             if path in ("/v1/completions", "/v1/chat/completions"):
                 prompt = body.get("prompt") or json.dumps(body.get("messages"))
+                if len(prompt.split() if isinstance(prompt, str) else prompt) > int(options.get("max-model-len", 1024)):
+                    return ({"error": "longer than the model's context"}, 400)
                 if body.get("slow"):
                     time.sleep(body["slow"])
                 ids = ask("generate", prompt, body.get("max_tokens", 16), body.get("temperature", 1.0))

@@ -129,8 +129,14 @@ def take(replica: StartContext, sandbox: Sandbox, running: Running, cold_s: floa
     client = running.client
     settings, engine, tracker = replica.settings, replica.engine, replica.tracker
     assert replica.criu is not None and replica.canary is not None
-    # Warm up only for a snapshot. Without one, the held requests are served at once, as the engine alone would.
-    engine.warm_up(client, replica.canary)
+    try:
+        # Warm up only for a snapshot. Without one, the held requests are served at once, as the engine alone would.
+        engine.warm_up(client, replica.canary)
+    except LauncherError as error:
+        if settings.strict:
+            raise
+        log.warning("no snapshot: %s; the engine serves without one", error)
+        return
     weight_bytes, asleep, excluded = 0, False, False
     awake: dict[str, int] | None = None
     try:

@@ -63,7 +63,8 @@ def test_vllm_s_canary_is_the_first_that_it_answers(paths, kind, prompts):
 
 def test_an_engine_that_refuses_everything_has_no_canary():
     assert engine("vllm").find_canary(Answers(), patient=True) is None
-    assert engine("vllm").find_canary(Answers(v1__completions={"choices": [{}]}), patient=True) is None
+    for odd in ({"choices": [{}]}, {"choices": []}, ["?"], None):
+        assert engine("vllm").find_canary(Answers(v1__completions=odd), patient=True) is None
 
 
 @pytest.mark.parametrize(("status", "later"), [(503, True), (429, True), (500, False)])

@@ -134,3 +134,24 @@ def test_an_embedding_wakes_a_sleeping_engine(rig_of):
             assert time.monotonic() < limit, started.text()[-3000:]
             time.sleep(0.05)
         assert distance([ask(started, path)], [first]) < 0.01
+
+
+@pytest.mark.slow
+def test_a_model_of_few_tokens_is_warmed_up_with_shorter_prompts(rig_of):
+    rig = rig_of("vllm")
+    with rig.running(arguments=("--max-model-len", "32")) as started:
+        started.ask()
+        started.wait_serving()
+    assert rig.library.has(rig.name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_an_engine_that_does_not_answer_the_warm_up_serves_without_a_snapshot(rig_of, engine):
+    rig = rig_of(engine)
+    with rig.running(env={"ENGINE_DOUBLE_NO_CHAT": "1"}) as started:
+        started.ask()
+        started.wait_serving()
+        assert "no snapshot: engine-unreachable: POST /v1/chat/completions" in started.ours(), started.ours()
+        assert started.phases() == [["mounting", "starting", "loading", "warming"]]
+    assert rig.library.names() == []

@@ -27,14 +27,13 @@ from typing import NamedTuple
 import blake3
 
 from checkpoint.errors import Incompatible
-from checkpoint.files import private_folder, write_private
+from checkpoint.files import RACY_NS, private_folder, write_private
+from lazyfs.paths import fingerprint
 
 INDEX = "model-digests.json"
 SMALL = 64 << 10
 """Files up to this many bytes count in the sketch by all of their content."""
 SAMPLES, SAMPLE_BYTES = 8, 4 << 10
-RACY_NS = 20_000_000
-"""Kernel timestamps advance with the tick, at most 10 ms apart (CONFIG_HZ=100)."""
 _BUFFER = 8 << 20
 _DEPTH = 32
 _KEPT = 16384
@@ -45,8 +44,8 @@ _BESIDE = re.compile(r".*\.(json|jinja|model|txt|py|tiktoken)|(?i:mmproj).*\.ggu
 _NOT_READ = frozenset({".git", "__pycache__", ".cache"})
 """Folders of a model that no engine reads: version control, compiled code, the hub's notes on a download."""
 
-Fingerprint = tuple[int, int, int, int]
-"""Size, mtime_ns, ctime_ns, inode."""
+Fingerprint = list[int]
+"""Size, mtime_ns, ctime_ns, inode. Not the device, whose number changes with each container."""
 
 
 class _File(NamedTuple):
@@ -164,7 +163,7 @@ class ModelFiles:
         return sample
 
     def _check(self, file: _File) -> None:
-        if _fingerprint(Path(file.key).stat()) != file.fingerprint:
+        if fingerprint(Path(file.key).stat()) != file.fingerprint:
             raise Incompatible(
                 "inputs-changed", f"{file.key} was changed while it was read; try again when it is complete"
             )
@@ -222,7 +221,7 @@ def _list(path: Path) -> tuple[dict[str, _File], dict[str, str]]:
                         todo.append((entry.path, f"{name}/", depth + 1))
                 elif stat.S_ISREG(info.st_mode):
                     key = os.path.realpath(entry.path) if entry.is_symlink() else f"{real}/{entry.name}"
-                    files[name] = _File(key, _fingerprint(info))
+                    files[name] = _File(key, fingerprint(info))
     return files, links
 
 
@@ -235,11 +234,7 @@ def _of_one_file(path: Path) -> Iterator[tuple[str, _File]]:
             with contextlib.suppress(FileNotFoundError):
                 info = entry.stat()
                 if stat.S_ISREG(info.st_mode):
-                    yield entry.name, _File(os.path.realpath(entry.path), _fingerprint(info))
-
-
-def _fingerprint(info: os.stat_result) -> Fingerprint:
-    return info.st_size, info.st_mtime_ns, info.st_ctime_ns, info.st_ino
+                    yield entry.name, _File(os.path.realpath(entry.path), fingerprint(info))
 
 
 def _read(file: _File, threads: int, stop: Callable[[], bool]) -> str:
@@ -262,8 +257,8 @@ def _load(index: Path) -> dict[str, _Known]:
         if document["format"] != _FORMAT:
             return {}
         return {
-            str(key): _Known((int(s[0]), int(s[1]), int(s[2]), int(s[3])), str(sample), str(digest))
-            for key, (s, sample, digest) in document["files"].items()
+            str(key): _Known(list(map(int, found)), str(sample), str(digest))
+            for key, (found, sample, digest) in document["files"].items()
         }
     except (OSError, ValueError, LookupError, TypeError):
         return {}

@@ -183,7 +183,10 @@ class HoldMiddleware:
             proxy.stats.held.add(time.monotonic() - request.arrived)
             watching.cancel()
             waiting.cancel()
-        return waiting.result() if waiting.done() else None
+        if waiting.done():
+            return waiting.result()
+        watching.result()  # raises what the server or a middleware raised instead of a disconnect
+        return None
 
 
 class _Inbox:

@@ -390,6 +390,22 @@ def test_a_client_that_goes_while_the_middleware_holds_it_reaches_nobody():
     run(main())
 
 
+def test_what_another_middleware_raises_while_a_request_is_held_ends_it():
+    async def receive():
+        raise HTTPException(413, "too large")
+
+    async def main():
+        held, proxy, pool = middleware_gateway()
+        async with asyncio.timeout(LIMIT_S):
+            with pytest.raises(HTTPException):
+                await held(SCOPE | {"path": "/v1/x", "raw_path": b"/v1/x"}, receive, None)
+        await until(lambda: pool.held == 0)
+        assert not proxy.stats.outcomes
+        await proxy.shutdown()
+
+    run(main())
+
+
 def test_the_middleware_holds_a_websocket_and_refuses_one_by_name():
     websockets = pytest.importorskip("websockets.asyncio.client")
     from websockets.exceptions import InvalidStatus

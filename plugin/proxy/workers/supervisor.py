@@ -319,8 +319,8 @@ class Supervisor:
             with contextlib.suppress(TimeoutError, ConnectionError):  # skip a worker that hangs or has ended
                 documents.append(await control.request(REPLY_S, op="document"))
 
-        await asyncio.gather(*(one(w.control) for w in self.workers if w.control is not None))
-        await costs.measure(self.pools.values())
+        asked = (one(w.control) for w in self.workers if w.control is not None)
+        await asyncio.gather(costs.measure(self.pools.values()), *asked)
         pools = []
         for pool in self.pools.values():
             document = pool_document(pool)

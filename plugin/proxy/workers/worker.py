@@ -6,6 +6,7 @@ The worker with OWN-FD serves the admin endpoints, when they have a port of thei
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import signal
 import socket
@@ -19,6 +20,7 @@ import uvloop
 from plugin.proxy import logs
 from plugin.proxy.admin.access import Sessions
 from plugin.proxy.admin.endpoints import status_document
+from plugin.proxy.errors import Unavailable
 from plugin.proxy.server import ProxyServer
 from plugin.proxy.settings import Settings
 from plugin.proxy.workers.control import LONGEST_LINE, REPLY_S, ControlChannel
@@ -34,7 +36,7 @@ async def work(control_fd: int, listen_fd: int, own_fd: int | None = None) -> No
     control = ControlChannel(reader, writer)
     mirror = Mirror(control)
     async with asyncio.timeout(30.0):
-        hello = await _first(reader)
+        hello: dict[str, Any] = json.loads(await reader.readline())
     logs.configure(*hello["log"])
     values = hello["settings"]
     for name in ("denied_paths", "allowed_paths", "wake_on"):
@@ -48,7 +50,10 @@ async def work(control_fd: int, listen_fd: int, own_fd: int | None = None) -> No
         server = ProxyServer(ModelRouter(load(Path(hello["config"])), mirror.pools), Settings(**values))
 
     async def gather() -> dict[str, Any]:
-        document: dict[str, Any] = await control.request(2 * REPLY_S, op="gather")
+        try:
+            document: dict[str, Any] = await control.request(2 * REPLY_S, op="gather")
+        except (TimeoutError, ConnectionError) as exc:
+            raise Unavailable("supervisor-silent", "the supervisor does not answer", retry_after_s=1.0) from exc
         return document
 
     server.gather = gather
@@ -96,13 +101,6 @@ async def work(control_fd: int, listen_fd: int, own_fd: int | None = None) -> No
     report.cancel()
     listening.cancel()
     await asyncio.gather(report, listening, return_exceptions=True)
-
-
-async def _first(reader: asyncio.StreamReader) -> dict[str, Any]:
-    import json
-
-    message: dict[str, Any] = json.loads(await reader.readline())
-    return message
 
 
 def main() -> None:

@@ -258,6 +258,21 @@ def test_own_pages_on_a_port_of_their_own(workers):
 
 
 @pytest.mark.slow
+def test_a_supervisor_that_hangs_is_named_and_requests_are_still_answered():
+    port = free_port()
+    arguments = ["--upstream", f"http://127.0.0.1:{port}", "--wake", engine(port), "--workers", "2"]
+    with command(*arguments) as (process, url):
+        assert call(f"{url}/v1/x")[0] == 200
+        process.send_signal(signal.SIGSTOP)
+        try:
+            status, answer = call(f"{url}/-/status")
+            assert (status, answer["error"]["code"]) == (503, "supervisor-silent")
+            assert call(f"{url}/v1/x")[0] == 200
+        finally:
+            process.send_signal(signal.SIGCONT)
+
+
+@pytest.mark.slow
 def test_a_session_holds_in_every_worker_and_ends_in_every_worker():
     port = free_port()
     with command("--upstream", f"http://127.0.0.1:{port}", "--admin-token", "s3cret", "--workers", "3") as (_, url):

@@ -140,7 +140,7 @@ async def serve_own(server: StatusSource, client: Client, request: Request) -> i
     if server.sessions is not None and request.method == b"POST" and name in ("sign-in", "sign-out"):
         return await _serve_session(server.sessions, client, request, name)
     if request.method not in (b"GET", b"HEAD"):
-        raise ClientFault("method-not-allowed", "the proxy's own pages are read with GET", status=405, headers=_ALLOW)
+        raise ClientFault("method-not-allowed", "the admin endpoints are read with GET", status=405, headers=_ALLOW)
     if name == "live":
         client.respond(request, 200, _JSON, b'{"live":true}')
         return 200

@@ -9,8 +9,8 @@ const KINDS = { now: "now", cold: "cold start", "first-restore": "first restore"
 const PHASES = {
   idle: "Nothing has started it yet", mounting: "Prepares the model's files", starting: "The engine's process starts",
   loading: "The engine loads the weights", warming: "The engine compiles and warms up", shrinking: "Memory that a snapshot need not hold is dropped",
-  checkpointing: "The snapshot is written", resuming: "The engine goes on after its snapshot", restoring: "The processes come back from the snapshot",
-  waking: "The engine takes up its environment and its weights", verifying: "It repeats a recorded answer, token by token",
+  checkpointing: "The snapshot is written", resuming: "The engine resumes after its snapshot", restoring: "The processes come back from the snapshot",
+  waking: "The engine reloads its environment and its weights", verifying: "It repeats a recorded answer, token by token",
   serving: "It answers requests", suspect: "It has been silent for too long and gets no new requests", asleep: "No engine runs",
   failed: "The last start, or the engine, has failed", stopped: "It has been stopped for good", draining: "Requests in flight are finished, new ones are refused",
 };
@@ -285,7 +285,7 @@ form.addEventListener("submit", async event => {
   event.preventDefault();
   fill(form, { why: "" });
   try {
-    const answer = await fetch(`${PREFIX}/sign-in`, { method: "POST", body: new URLSearchParams({ token: form.token.value }) });
+    const answer = await fetch(`${PREFIX}/sign-in`, { method: "POST", body: new URLSearchParams({ token: form.token.value }), signal: AbortSignal.timeout(5000) });
     if (!answer.ok) fill(form, { why: capital((await answer.json()).error.message) + "." });
     else form.reset();
   } catch {
@@ -294,7 +294,7 @@ form.addEventListener("submit", async event => {
   form.token.select();
   tick();
 });
-signOut.addEventListener("click", async () => { await fetch(`${PREFIX}/sign-out`, { method: "POST" }).catch(() => null); tick(); });
+signOut.addEventListener("click", async () => { await fetch(`${PREFIX}/sign-out`, { method: "POST", signal: AbortSignal.timeout(5000) }).catch(() => null); tick(); });
 document.addEventListener("visibilitychange", () => { if (!document.hidden) tick(); });
 fill(form, { why: "" });
 fill(header, { listens: "", host: "" });

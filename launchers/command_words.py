@@ -125,7 +125,7 @@ def _of_script(engine: str, words: Sequence[str], python: str, named: bool = Fal
     """Read what follows `vllm` or `sglang`; `named`: as the name of an engine, which needs no `serve`."""
     if words and words[0] == "serve":
         return _served(engine, words[1:], python)
-    other = bool(words) and words[0] in _OTHER_COMMANDS[engine] and not Path(words[0]).exists()
+    other = bool(words) and words[0] in _OTHER_COMMANDS.get(engine, ()) and not Path(words[0]).exists()
     if not other and (named or asks_for_help(words)):
         return Words(engine, tuple(words), python)
     return Words(plain=f"{' '.join([engine, *words[:1]])} starts no server")
@@ -138,7 +138,7 @@ def asks_for_help(words: Sequence[str]) -> bool:
 
 def _served(engine: str, words: Sequence[str], python: str) -> Words:
     """Read the arguments of `serve`, or of a server's module."""
-    if other := _OTHER_SERVERS[engine].intersection(word.replace("_", "-") for word in words):
+    if other := _OTHER_SERVERS.get(engine, frozenset()).intersection(word.replace("_", "-") for word in words):
         return Words(plain=f"{min(other)} serves no HTTP requests for text")
     kept: list[str] = []
     at = 0

@@ -90,7 +90,7 @@ def why_plain(command: EngineCommand, environment: Mapping[str, str]) -> str | N
     It then starts as it would alone: a sandbox has no network, and quickthaw cannot verify which model the engine has read.
     """
     options = given_options(command.arguments)
-    model, variable = command.model, _MODELSCOPE[command.engine]
+    model, variable = command.model, _MODELSCOPE.get(command.engine, "")
     values = (model, last(options, "tokenizer", "tokenizer-path"), *options.get("model-loader-extra-config", ()))
     if any(_URL.search(value) and "file://" not in value for value in values):
         return "model-elsewhere: the engine reads its model from a URL itself; for snapshots give a local folder"

@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from launchers import ENGINES
+from launchers.base import EngineCommand
 from launchers.command_words import Words, read, script_python, unexpanded
 from launchers.errors import Usage
+from launchers.model_source import why_plain
 
 pytestmark = pytest.mark.t0
 PYTHON = os.path.abspath(sys.executable)
@@ -186,3 +189,10 @@ def test_a_version_managers_script_is_asked_for_its_interpreter(tmp_path):
 def test_what_nothing_expanded_is_named():
     words = ("--host", "$(POD_IP)", "--seed=${SEED}", "--x", "$5", "(a)")
     assert unexpanded(words) == ("$(POD_IP)", "--seed=${SEED}")
+
+
+def test_an_engine_that_no_table_names_is_read_too(monkeypatch):
+    monkeypatch.setitem(ENGINES, "other", ("launchers.other", "Other"))
+    assert read(["other", "--model", "M"]) == Words("other", ("--model", "M"))
+    assert read(["other", "serve", "M"]) == Words("other", ("M",))
+    assert why_plain(EngineCommand("other", (), "acme/m", "127.0.0.1", 1), {}) is None

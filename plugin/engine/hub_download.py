@@ -178,6 +178,7 @@ class Download:
             "OfflineModeIsEnabled",
             "ConnectionError",
             "ConnectError",
+            "Timeout",
             "TimeoutException",
             "LocalEntryNotFoundError",
         } & kinds:

@@ -30,9 +30,10 @@ def is_name(value: str) -> bool:
 def code_repositories(model: Path) -> list[str]:
     """Return the names of the other repositories whose code the configuration in a model's folder refers to."""
     found: dict[str, None] = {}
-    for name in _CONFIGURATIONS:
+    for file in (model / name for name in _CONFIGURATIONS):
         with contextlib.suppress(OSError):
-            found |= dict.fromkeys(_CODE_ELSEWHERE.findall((model / name).read_text(errors="replace")))
+            if file.is_file():  # a read of a pipe would block
+                found |= dict.fromkeys(_CODE_ELSEWHERE.findall(file.read_text(errors="replace")))
     return list(found)
 
 

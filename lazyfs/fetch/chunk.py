@@ -265,7 +265,8 @@ class ChunkFetcher:
 def open_origin(path: str, stats: list[int]) -> Iterator[int | None]:
     """Yield a descriptor of the original file, or None if it is gone or its size, mtime, ctime or inode differ."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        # Not blocking: a pipe may be in the original's place, and opening a pipe blocks forever.
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
         yield None
         return

@@ -21,9 +21,10 @@ from lazyfs.content.manifest import RAW, ZSTD, Chunk, File
 from lazyfs.content.source_digests import DigestLog
 from lazyfs.content.trees import get_tree, put_tree
 from lazyfs.errors import Busy, Integrity, LazyfsError, NotFound, Permanent, Temporary, Usage
-from lazyfs.fetch.chunk import ChunkFetcher, ReadThroughSource, StoreSource
+from lazyfs.fetch.chunk import ChunkFetcher, ReadThroughSource, StoreSource, open_origin
 from lazyfs.mount import manifest_source
 from lazyfs.mount.config import MountConfig
+from lazyfs.paths import fingerprint
 from lazyfs.stores import open_store
 from lazyfs.stores.local import LocalStore
 from lazyfs.stores.retry import RetryPolicy, retrying
@@ -117,6 +118,24 @@ def test_a_failed_export_leaves_nothing(tmp_path, chunks):
     with pytest.raises(LazyfsError):
         get_tree(digest, chunks, tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "store"]
+
+
+def test_a_pipe_in_an_original_s_place_holds_up_nobody(tmp_path):
+    original = tmp_path / "model.safetensors"
+    original.write_bytes(b"weights")
+    stats = fingerprint(original.stat())
+    original.unlink()
+    os.mkfifo(original)
+    found = []
+
+    def read():
+        with open_origin(str(original), stats) as fd:
+            found.append(fd)
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    reader.join(10)
+    assert found == [None]
 
 
 def test_a_pipe_in_a_shared_store_holds_up_nobody(tmp_path):

@@ -191,7 +191,7 @@ def test_304_204_and_100_continue():
 
 
 def test_a_websocket_is_refused_by_name_and_wakes_nobody():
-    websockets = pytest.importorskip("websockets.asyncio.client")
+    from websockets.asyncio import client as websockets
     from websockets.exceptions import InvalidStatus
 
     async def main():
@@ -407,7 +407,7 @@ def test_what_another_middleware_raises_while_a_request_is_held_ends_it():
 
 
 def test_the_middleware_holds_a_websocket_and_refuses_one_by_name():
-    websockets = pytest.importorskip("websockets.asyncio.client")
+    from websockets.asyncio import client as websockets
     from websockets.exceptions import InvalidStatus
 
     async def echo(websocket):

@@ -35,7 +35,8 @@ def chat(up: Upstream, seen: Seen) -> bytes:
 @pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize("retries", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_openai_client_waits_and_gets_its_answer(early, retries):
-    openai = pytest.importorskip("openai")
+    import openai
+
     from plugin.proxy.settings import Settings
 
     async def talk(up: Upstream, seen: Seen, reader, writer) -> bool:
@@ -76,7 +77,8 @@ def test_the_openai_client_waits_and_gets_its_answer(early, retries):
 
 
 def test_the_openai_client_reads_an_early_streams_error():
-    openai = pytest.importorskip("openai")
+    import openai
+
     from plugin.proxy.errors import StartFailed
     from plugin.proxy.settings import Settings
 
@@ -135,7 +137,7 @@ def test_curl():
 
 
 def test_a_real_websocket_client_and_server():
-    websockets = pytest.importorskip("websockets.asyncio.client")
+    from websockets.asyncio import client as websockets
     from websockets.asyncio.server import serve
 
     async def main():

@@ -1,4 +1,4 @@
-"""Launches with the engine double (tests/programs/engine_double.py): quickthaw itself is real, from the command line to CRIU.
+"""Launches with the engine double (tests/programs/engine_double): quickthaw itself is real, from the command line to CRIU.
 
 `environment(folder)` lays out an interpreter with the double installed as `sglang` and `vllm`; `Rig` runs commands against it.
 """
@@ -7,6 +7,7 @@ import contextlib
 import http.client
 import json
 import os
+import shutil
 import signal
 import struct
 import subprocess
@@ -93,7 +94,7 @@ def environment(folder: Path) -> Path:
         file = site / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
-    (site / "engine_double.py").write_text((PROGRAMS / "engine_double.py").read_text())
+    shutil.copytree(PROGRAMS / "engine_double", site / "engine_double")
     (folder / "bin").mkdir()
     (folder / "bin" / "python").symlink_to(base)
     (folder / "pyvenv.cfg").write_text(f"home = {base.parent}\nversion = {sys.version.split()[0]}\n")

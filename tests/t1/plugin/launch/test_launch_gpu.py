@@ -1,7 +1,7 @@
 """A replica with a GPU from cold start to restore: the engine puts its memory away, the driver the rest, and both come back in the right
 order.
 
-The engine and the CUDA driver are doubles (tests/programs/engine_double.py, cuda_double.py); CRIU, sandbox and everything of ours are real.
+The engine and the CUDA driver are doubles (tests/programs/engine_double, cuda_double.py); CRIU, sandbox and everything of ours are real.
 """
 
 import json

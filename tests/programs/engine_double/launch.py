@@ -1,0 +1,58 @@
+"""What both processes read of their launch: the engine's options, its model's folder, its environment, its plugins."""
+
+import os
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+
+
+def options_of(words):
+    found, index = {}, 0
+    while index < len(words):
+        flag, equals, value = words[index].lstrip("-").partition("=")
+        index += 1
+        if not equals and index < len(words) and not words[index].startswith("-"):
+            value, index = words[index], index + 1
+        found[flag.replace("model-path", "model")] = value
+    if "config" in found:
+        lines = Path(found["config"]).read_text().splitlines()
+        found = {
+            key.replace("model-path", "model"): value for key, _, value in (line.partition(": ") for line in lines)
+        } | found
+    return found
+
+
+def model_folder(model):
+    """The folder of a model: itself, or a hub name's in the cache, or what a test lets the engine have by itself."""
+    if os.path.exists(model) or not os.environ.get("ENGINE_DOUBLE_HUB"):
+        return model
+    cache = os.environ.get("HF_HUB_CACHE") or f"{os.environ.get('HF_HOME')}/hub"
+    repo = Path(cache) / f"models--{model.replace('/', '--')}"
+    revision = options_of(sys.argv[1:]).get("revision", "main")
+    try:
+        return str(repo / "snapshots" / (repo / "refs" / revision).read_text())
+    except OSError:
+        own = os.environ["ENGINE_DOUBLE_HUB"]
+        if os.path.isdir(own) and "HF_HUB_OFFLINE" not in os.environ:
+            return own
+        print(f"engine double: no model {model}", flush=True)
+        sys.exit(3)
+
+
+def other_kind(options):
+    """What the engine does in place of generating ("" if it generates)."""
+    if options.get("runner") == "pooling":
+        return options["convert"]
+    return "embed" if "is-embedding" in options else "transcribe" if options.get("task") == "transcription" else ""
+
+
+def values():
+    """The variables that tests compare, as this process has them."""
+    names = ("HOSTNAME", "POD_IP", "HF_TOKEN", "REDIS_SERVICE_HOST", "OMP_NUM_THREADS")
+    return {name: os.environ[name] for name in names if name in os.environ}
+
+
+def load_plugins(engine):
+    group = "sglang.srt.plugins" if engine == "sglang" else "vllm.general_plugins"
+    for entry in entry_points(group=group):
+        entry.load()()

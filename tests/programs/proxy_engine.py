@@ -8,15 +8,18 @@ import os
 import sys
 import time
 
+paths: list[str] = []  # of all requests
+
 
 class Engine(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
+        paths.append(self.path)
         length = int(self.headers.get("content-length") or 0)
         body = self.rfile.read(length)
         name = sys.argv[2] if len(sys.argv) > 2 else ""
-        answer = {"pid": os.getpid(), "name": name, "path": self.path, "length": length}
+        answer = {"pid": os.getpid(), "name": name, "path": self.path, "length": length, "paths": paths}
         if self.headers.get("x-echo"):
             answer["body"] = body.decode()
         body = json.dumps(answer).encode()

@@ -283,6 +283,10 @@ def test_a_request_is_held_while_the_model_comes(one):
         while "model.safetensors" not in one.hub.downloads():
             assert time.monotonic() < limit, started.text()
             time.sleep(0.02)
+        while started.get("/-/status")["pools"][0]["held"] != 1:
+            assert time.monotonic() < limit, started.text()
+            time.sleep(0.02)
+        assert not answers
         one.hub.hold.set()
         asking.join(60)
     assert answers

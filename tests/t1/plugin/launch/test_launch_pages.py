@@ -81,7 +81,10 @@ def test_a_request_under_way_is_asked_again(launch_rig):
         got = []
         asking = threading.Thread(target=lambda: got.append(started.ask(slow=2.0)))
         asking.start()
-        time.sleep(0.5)
+        limit = time.monotonic() + 30
+        while started.status()[0]["outstanding"] != 1:
+            assert time.monotonic() < limit, started.text()
+            time.sleep(0.02)
         os.kill(pid, signal.SIGKILL)
         asking.join(30)
         assert got == [answer], started.text()

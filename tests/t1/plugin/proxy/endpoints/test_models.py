@@ -206,7 +206,9 @@ def test_adapters_that_load_while_the_place_is_asked_for_keep_it(tmp_path, worke
     with command("--config", config, "--workers", workers) as (_, url), ThreadPoolExecutor(1) as pool:
         assert call(f"{url}/v1/x", {"model": "red"})[0] == 200
         load = pool.submit(call, f"{url}/slow/load_lora_adapter?model=red", {"lora_name": "sql"})
-        time.sleep(0.1)
+        eventually(
+            lambda: "/slow/load_lora_adapter" in str(call(f"{url}/v1/x", {"model": "red"})[1]["paths"]), "it loads"
+        )
         status, answer = call(f"{url}/v1/x", {"model": "blue"})
         assert load.result()[0] == 200
         assert status == 503 and "adapters" in answer["error"]["message"], answer

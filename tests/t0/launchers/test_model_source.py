@@ -10,7 +10,7 @@ import launchers
 from launchers.base import check_model
 from launchers.errors import BadModel, Usage
 from launchers.given_options import given_options, last
-from launchers.model_source import Repository, can_reload, repositories, why_plain
+from launchers.model_source import can_reload, repositories, why_plain
 
 pytestmark = pytest.mark.t0
 
@@ -69,12 +69,11 @@ def test_every_repository_that_a_command_line_names() -> None:
     ]
     line = ["--model-path", "/m", "--speculative-draft-model-path", "acme/d", "--speculative-draft-model-revision", "v"]
     assert named("sglang", *line, "--lora-paths", "acme/a") == [("acme/d", "v", "model"), ("acme/a", None, "all")]
-    assert Repository("a/b", None, "all") == Repository("a/b", None, "all")
 
 
 @pytest.mark.parametrize("name", ["/m", "./m", "../m", "~/m", "a/b/c", "s3://a/b", "", "-x", "a b/c"])
 def test_what_is_no_hub_name(name: str) -> None:
-    assert not any(r[0] == name for r in named("vllm", f"--model={name}"))
+    assert named("vllm", f"--model={name}") == []
 
 
 def test_code_that_a_trusted_local_model_takes_from_elsewhere(tmp_path: Path) -> None:
@@ -94,7 +93,8 @@ def test_what_only_the_engine_can_reach() -> None:
     assert why_plain(parsed("vllm", "--model", "acme/m"), {}) is None
     assert why_plain(parsed("vllm", "--model", "/m", "--load-format", "runai_streamer"), {}) is None
     assert why_plain(parsed("vllm", "--model", "acme/m"), {"VLLM_USE_MODELSCOPE": "False"}) is None
-    assert "s3" not in (why_plain(parsed("sglang", "--model-path", "s3://key:secret@b/m"), {}) or "")
+    refused = why_plain(parsed("sglang", "--model-path", "s3://key:secret@b/m"), {})
+    assert refused and "secret" not in refused
     for words in (
         ["--model", "s3://b/m"],
         ["--model", "a/b:Q4_K_M"],

@@ -127,4 +127,8 @@ async def browser(profile: Path, url: str = "about:blank") -> AsyncIterator[Page
             yield page
     finally:
         process.terminate()
-        await process.wait()
+        try:
+            await asyncio.wait_for(process.wait(), LIMIT_S)
+        except TimeoutError:
+            process.kill()
+            raise

@@ -66,8 +66,9 @@ class ModelContent:
             return files.digest()
 
     def begin(self) -> None:
-        """Start to compute the digest in the background, unless it is known."""
-        if self._background is None and not self.files.known_digest():
+        """Start to compute the digest in the background, unless it is known or being computed."""
+        if (self._background is None or self._failure is not None) and not self.files.known_digest():
+            self._failure = None
             self._background = threading.Thread(target=self._compute, name="model-digest", daemon=True)
             self._background.start()
 

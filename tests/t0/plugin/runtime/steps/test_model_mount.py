@@ -3,6 +3,7 @@ nothing changed). What is no part of the content does not count."""
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import shutil
@@ -195,6 +196,24 @@ def test_a_snapshot_does_not_wait_for_a_slow_digest_but_the_next_start_has_it(
     go.set()
     digest = started.content.proven(10.0)
     assert weights(model).content.files.known_digest() == digest  # type: ignore[union-attr]
+
+
+def test_a_digest_that_failed_is_computed_again_by_the_next_cold_start(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: object) -> str:
+        raise OSError(errno.EIO, "Input/output error")
+
+    started = weights(model)
+    assert started.content
+    with monkeypatch.context() as broken:
+        broken.setattr(model_files, "_read", failing)
+        started.content.begin()
+        with pytest.raises(Incompatible) as caught:
+            started.content.proven(10.0)
+    assert caught.value.code == "model-unread"
+    started.content.begin()
+    assert len(started.content.proven(10.0)) == 64
 
 
 def test_two_models_of_the_same_headers_have_other_sketches(tmp_path: Path) -> None:

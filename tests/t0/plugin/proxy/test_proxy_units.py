@@ -93,7 +93,7 @@ def test_a_long_path_passes_only_where_it_is_plain():
 
 def test_own_paths_are_own_only_when_spelled_plainly():
     rules = PathRules("/-", frozenset())
-    assert rules.classify(b"/-/status") is rules.classify(b"/-") is Verdict.OWN
+    assert rules.classify(b"/-/status") is rules.classify(b"/-") is Verdict.ADMIN
     for spelling in (b"/%2d/status", b"//-/status", b"/x/../-/status", b"/-/%73tatus"):
         assert rules.classify(spelling) is Verdict.DENIED
     assert rules.classify(b"/--/status") is Verdict.PASS
@@ -348,13 +348,21 @@ def test_a_log_line_for_people_says_why_and_which():
 def test_memory_is_measured_of_serving_replicas_whose_process_is_known():
     pool = ReplicaPool()
     replica = pool.add("a", PhaseTracker(phase=Phase.SERVING))
-    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    with child:
-        assert process_tree(os.getpid())[0] == os.getpid() and child.pid in process_tree(os.getpid())
-        replica.engine_pid = lambda: child.pid
-        asyncio.run(costs.measure([pool]))
-        assert replica.memory_bytes > 1 << 20
-        child.communicate()
+    replica.engine_pid = os.getpid
+    asyncio.run(costs.measure([pool]))
+    assert replica.memory_bytes > 1 << 20
     replica.engine_pid = lambda: None
     asyncio.run(costs.measure([pool]))
     assert replica.memory_bytes is None and replica.gpu_bytes is None
+
+
+def test_a_process_tree_has_what_its_processes_have_started():
+    nested = (
+        "import subprocess, sys; subprocess.run([sys.executable, '-c', 'print(1, flush=True); input()'], check=False)"
+    )
+    with subprocess.Popen([sys.executable, "-c", nested], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        child.stdout.readline()
+        found = process_tree(os.getpid())
+        assert found[0] == os.getpid() and child.pid in found and len(process_tree(child.pid)) == 2
+        child.communicate(b"\n")
+    assert process_tree(child.pid) == [child.pid], "one that has ended has nothing below it"

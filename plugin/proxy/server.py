@@ -244,8 +244,8 @@ class Proxy:
         if request.fault is not None:
             raise request.fault
         verdict = self.rules.classify(request.target)
-        if (verdict is not Verdict.PASS and verdict is not Verdict.QUIET) or client.own_port:
-            await self._serve_own(client, request, exchange, verdict)
+        if (verdict is not Verdict.PASS and verdict is not Verdict.QUIET) or client.on_admin_port:
+            await self._serve_admin(client, request, exchange, verdict)
             return
         if self.draining:
             raise Unavailable("shutting-down", "the proxy is shutting down")
@@ -296,13 +296,13 @@ class Proxy:
             text = "{method} {path}: {status} {outcome}, held {held_s:.2f} s, {total_s:.2f} s in all".format_map(fields)
             log.log(level, "%s", text, extra={"event": "request", "fields": fields})
 
-    async def _serve_own(self, client: Client, request: Request, exchange: Exchange, verdict: Verdict) -> None:
-        if verdict is not Verdict.OWN or not (client.own_port or self.settings.admin_on_public_port):
+    async def _serve_admin(self, client: Client, request: Request, exchange: Exchange, verdict: Verdict) -> None:
+        if verdict is not Verdict.ADMIN or not (client.on_admin_port or self.settings.admin_on_public_port):
             raise ClientFault("not-found", "there is no such path", status=404)
-        from plugin.proxy.admin.endpoints import serve_own
+        from plugin.proxy.admin.endpoints import serve_admin
 
         exchange.outcome = "own"
-        exchange.status = await serve_own(self, client, request)
+        exchange.status = await serve_admin(self, client, request)
 
 
 class ProxyServer(Proxy):
@@ -318,15 +318,15 @@ class ProxyServer(Proxy):
 
         self.begin()
         self.listens_at = url(sock)
-        await self._listen(sock, own_port=False)
+        await self._listen(sock, on_admin_port=False)
         if admin_sock is not None:
-            await self._listen(admin_sock, own_port=True)
+            await self._listen(admin_sock, on_admin_port=True)
 
-    async def _listen(self, sock: socket.socket, *, own_port: bool) -> None:
+    async def _listen(self, sock: socket.socket, *, on_admin_port: bool) -> None:
         sock.setblocking(False)
 
         def protocol() -> ClientConnection:
-            return ClientConnection(self, own_port=own_port)
+            return ClientConnection(self, on_admin_port=on_admin_port)
 
         if sock.family == socket.AF_UNIX:
             server = await self.loop.create_unix_server(protocol, sock=sock, backlog=self.settings.backlog)

@@ -37,7 +37,7 @@ def build(server: StatusSource) -> Starlette:
             "referrer-policy": "no-referrer",
             "x-content-type-options": "nosniff",
         }
-        html = page.replace("NONCE", nonce).replace("OWN_PREFIX", request.scope["root_path"])
+        html = page.replace("NONCE", nonce).replace("ADMIN_PREFIX", request.scope["root_path"])
         return HTMLResponse(html, headers=headers)
 
     async def metrics(request: Request) -> Response:

@@ -131,7 +131,7 @@ def is_ready(server: StatusSource, *, strict: bool = False) -> bool:
     return any(serves(pool) or (pool.accepts() and not full) for pool in server.router.pools())
 
 
-async def serve_own(server: StatusSource, client: Client, request: Request) -> int:
+async def serve_admin(server: StatusSource, client: Client, request: Request) -> int:
     """Answer one admin request and return the status."""
     settings = server.settings
     name = request.path.removeprefix(settings.admin_prefix).strip("/")
@@ -155,7 +155,7 @@ async def serve_own(server: StatusSource, client: Client, request: Request) -> i
     try:
         if server.sessions is not None:
             server.sessions.check(request, client.peer)
-        elif not client.own_port:
+        elif not client.on_admin_port:
             check_local(request, client.peer)
     except ClientFault as fault:
         if name == "" and b"text/html" in request.header(b"accept"):

@@ -45,8 +45,8 @@ class Client:
     exchange_type: type[Exchange]
     """How its answers are written."""
 
-    def __init__(self, host: Host, *, own_port: bool = False) -> None:
-        self.host, self.own_port = host, own_port
+    def __init__(self, host: Host, *, on_admin_port: bool = False) -> None:
+        self.host, self.on_admin_port = host, on_admin_port
         self.settings = host.settings
         self.peer = b""
         self.exchange: Exchange | None = None

@@ -38,8 +38,8 @@ class ClientConnection(Client, asyncio.Protocol):
 
     exchange_type = WireExchange
 
-    def __init__(self, host: Host, *, own_port: bool = False) -> None:
-        super().__init__(host, own_port=own_port)
+    def __init__(self, host: Host, *, on_admin_port: bool = False) -> None:
+        super().__init__(host, on_admin_port=on_admin_port)
         self.transport: asyncio.Transport | None = None
         self._queue: deque[Request] = deque()
         self._parsing: Request | None = None
@@ -160,7 +160,7 @@ class ClientConnection(Client, asyncio.Protocol):
         peer = transport.get_extra_info("peername")
         self.peer = peer[0].encode() if isinstance(peer, tuple) else b"unix"
         self.host.clients.add(self)
-        if len(self.host.clients) > self.host.max_clients and not self.own_port:
+        if len(self.host.clients) > self.host.max_clients and not self.on_admin_port:
             crowd = Unavailable("too-many-clients", f"{self.host.max_clients} clients are connected already")
             self._fault(crowd)
 

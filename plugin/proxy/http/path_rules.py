@@ -1,8 +1,8 @@
-"""Decide which request targets are the proxy's own, which are denied, and which pass, on every reading of the path.
+"""Decide which request targets belong to the admin endpoints, which are denied, and which pass, on every reading of the path.
 
 An engine decodes percent escapes once and matches the result, dots included. Intermediaries decode again, merge
 slashes, resolve dots, or cut the path at a decoded `?`. A target is denied when any of these readings is a denied path,
-so no spelling of a denied or own path ever reaches the engine.
+so no spelling of a denied path or admin endpoint ever reaches the engine.
 
 A target that passes either wakes an engine and counts as its use, or does neither (`Verdict.QUIET`): probes, scrapes, and
 paths that `--wake-on` does not name.
@@ -45,7 +45,7 @@ class Verdict(Enum):
     PASS = "pass"
     QUIET = "quiet"
     """It passes to an engine that is awake, but wakes none and does not keep one awake."""
-    OWN = "own"
+    ADMIN = "admin"
     DENIED = "denied"
 
 
@@ -146,8 +146,8 @@ class PathRules:
         allowed: frozenset[str] = frozenset(),
         wake_on: Iterable[str] = ("/",),
     ) -> None:
-        self._own = admin_prefix.encode()
-        self._own_canonical = canonical(self._own)
+        self._admin = admin_prefix.encode()
+        self._admin_canonical = canonical(self._admin)
         self._denied = frozenset(canonical(path.encode()) for path in denied)
         self._allowed = frozenset(canonical(path.encode()) for path in allowed)
         self._denied_prefixes = tuple(path for path in self._denied if path in PREFIX_MATCHED)
@@ -160,7 +160,7 @@ class PathRules:
         self._cache: dict[bytes, Verdict] = {}
 
     def classify(self, target: bytes) -> Verdict:
-        """Return OWN for the plainly spelled own prefix, DENIED for its other spellings and for denied paths, else PASS or QUIET."""
+        """Return ADMIN for the plainly spelled admin prefix, DENIED for its other spellings and for denied paths, else PASS or QUIET."""
         path = target.partition(b"?")[0]
         verdict = self._cache.get(path)
         if verdict is None:
@@ -176,10 +176,10 @@ class PathRules:
         if len(path) > _LONGEST and not _PLAIN.fullmatch(path):
             return Verdict.DENIED
         seen = readings(path)
-        if any(_below(reading, self._own_canonical) for reading in seen):
-            plain = path == self._own or path.startswith(self._own + b"/")
+        if any(_below(reading, self._admin_canonical) for reading in seen):
+            plain = path == self._admin or path.startswith(self._admin + b"/")
             return (
-                Verdict.OWN
+                Verdict.ADMIN
                 if plain and b"%" not in path and b".." not in path and b"//" not in path
                 else Verdict.DENIED
             )

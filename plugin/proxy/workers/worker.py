@@ -1,6 +1,6 @@
-"""A worker process: `python -m plugin.proxy.workers.worker CONTROL-FD LISTEN-FD [OWN-FD]`, started by `supervisor.Supervisor` only.
+"""A worker process: `python -m plugin.proxy.workers.worker CONTROL-FD LISTEN-FD [ADMIN-FD]`, started by `supervisor.Supervisor` only.
 
-The worker with OWN-FD serves the admin endpoints, when they have a port of their own.
+The worker with ADMIN-FD serves the admin endpoints, when they have a port of their own.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from plugin.proxy.workers.mirror import Mirror
 log = logging.getLogger("quickthaw.proxy")
 
 
-async def work(control_fd: int, listen_fd: int, own_fd: int | None = None) -> None:
+async def work(control_fd: int, listen_fd: int, admin_fd: int | None = None) -> None:
     """Serve until the supervisor stops this worker or closes the control connection."""
     sock = socket.socket(fileno=control_fd)
     reader, writer = await asyncio.open_connection(sock=sock, limit=LONGEST_LINE)
@@ -60,7 +60,7 @@ async def work(control_fd: int, listen_fd: int, own_fd: int | None = None) -> No
     if server.settings.admin_token is not None:
         server.sessions = Sessions(server.settings)
         server.sessions.announce = lambda session: control.send(op="signed-out", session=session)
-    admin_sock = None if own_fd is None else socket.socket(fileno=own_fd)
+    admin_sock = None if admin_fd is None else socket.socket(fileno=admin_fd)
     await server.start(socket.socket(fileno=listen_fd), admin_sock=admin_sock)
     ending: list[asyncio.Task[None]] = []
 

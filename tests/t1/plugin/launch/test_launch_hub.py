@@ -55,11 +55,6 @@ def rig_of(tmp_path, hub_double, hub):
         assert rig.watch.gone() == set()
 
 
-@pytest.fixture(params=["vllm", "sglang"])
-def rig(request, rig_of):
-    return rig_of(request.param)
-
-
 @pytest.fixture
 def one(rig_of):
     """For what is the same with both engines."""

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from checkpoint.snapshot.manifest import distance
-from tests.kits.launch_rig import PROMPT, Rig, call
+from tests.kits.launch_rig import PROMPT, call
 
 pytestmark = [pytest.mark.t1]
 POOLING = ("--runner", "pooling", "--convert")
@@ -18,20 +18,6 @@ KINDS = {
     "vLLM, rewards": ("vllm", (*POOLING, "reward"), "/pooling", "pool"),
     "SGLang, embeddings": ("sglang", ("--is-embedding",), "/encode", "embed"),
 }
-
-
-@pytest.fixture
-def rig_of(tmp_path, double):
-    """A rig of an engine."""
-    made = []
-
-    def make(engine):
-        made.append(Rig(tmp_path, double, engine))
-        return made[-1]
-
-    yield make
-    for rig in made:
-        assert rig.watch.gone() == set()
 
 
 def post(started, path, body):

@@ -184,12 +184,14 @@ def test_recalled_it_is_aborted_and_sent_anew_once_the_replica_serves(proxy):
     run(main())
 
 
-def test_a_client_that_leaves_frees_the_replica(proxy):
-    async def never(up: Upstream, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
-        await asyncio.wait_for(reader.read(1), LIMIT_S)
-        seen.gone = True
-        return False
+async def never(up: Upstream, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+    """Answer nothing until the proxy gives up."""
+    await asyncio.wait_for(reader.read(1), LIMIT_S)
+    seen.gone = True
+    return False
 
+
+def test_a_client_that_leaves_frees_the_replica(proxy):
     async def main():
         async with upstream(never) as up, proxy(speculative=True) as rig:
             replica = rig.add("a", up.port, phase=Phase.IDLE)
@@ -205,11 +207,6 @@ def test_a_client_that_leaves_frees_the_replica(proxy):
 
 
 def test_the_deadline_of_a_held_request_holds_while_its_replica_is_checked(proxy):
-    async def never(up: Upstream, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
-        await asyncio.wait_for(reader.read(1), LIMIT_S)
-        seen.gone = True
-        return False
-
     async def main():
         async with upstream(never) as up, proxy(speculative=True) as rig:
             replica = rig.add("a", up.port, phase=Phase.IDLE)

@@ -1,4 +1,4 @@
-"""Find the weights that oneDNN has repacked for vLLM without giving an address (on CPUs with AMX: every linear layer).
+"""Find the weights that oneDNN has repacked for vLLM without giving an address (on CPUs with AVX-512: every linear layer).
 
 vLLM keeps only the handle of each layer's product (a C++ object that leads to the packed bytes over a few pointers) and
 their size. The search follows pointers from that object, over some hundred objects at most, until it finds a glibc malloc

@@ -116,6 +116,8 @@ SETTINGS = frozenset(
     }
 )
 """Keys of the file that are options of `quickthaw proxy`, by their names (plugin/options.py)."""
+_LISTS = ("deny", "allow", "wake_on")
+"""Those that may be repeated; the file may give one without a list."""
 _OLD_KEYS = {"drain": "evict_grace"}
 
 
@@ -153,7 +155,8 @@ def _read(path: Path, warn: Callable[[str], None]) -> dict[str, Any]:
 
 def settings_in(path: Path, warn: Callable[[str], None]) -> dict[str, Any]:
     """Return the options of `quickthaw proxy` that the file sets. `warn` is called for each old key. Raises ValueError, OSError."""
-    return {key: value for key, value in _read(path, warn).items() if key in SETTINGS}
+    found = {key: value for key, value in _read(path, warn).items() if key in SETTINGS}
+    return {key: [value] if key in _LISTS and isinstance(value, str) else value for key, value in found.items()}
 
 
 def load(path: Path) -> Config:

@@ -58,15 +58,9 @@ async def forward_and_note(
 
 
 def mark_loaded(pool: ReplicaPool, replica: Replica) -> None:
-    """Keep a replica awake from now on, because another process saw an adapter change."""
-    if not replica.adapters_loaded:
-        replica.adapters_loaded = True
-        log_kept_awake(pool, replica)
-
-
-def log_kept_awake(pool: ReplicaPool, replica: Replica) -> None:
-    """Log that a replica is kept awake, if the pool has an idle timeout."""
-    if pool.idle_timeout_s is not None:
+    """Keep a replica awake from now on, because clients have loaded adapters; log it if the pool has an idle timeout."""
+    if not replica.adapters_loaded and pool.idle_timeout_s is not None:
         fields = {"pool": pool.name, "replica": replica.name}
         text = "%s: adapters-loaded: clients have loaded LoRA adapters, which no start restores; it stays awake"
         log.warning(text, replica.name, extra={"event": "adapters-loaded", "fields": fields})
+    replica.adapters_loaded = True

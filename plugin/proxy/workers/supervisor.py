@@ -234,9 +234,7 @@ class Supervisor:
             {
                 "name": r.name,
                 "phase": str(r.tracker.phase),
-                "generation": r.generation,
-                "spec": r.upstream.spec if r.upstream else None,
-                "authority": (r.upstream.authority or b"").decode() if r.upstream else "",
+                **_place(r),
             }
             for r in pool.replicas.values()
         ]
@@ -250,7 +248,6 @@ class Supervisor:
         }
 
     def _send_phase(self, pool: ReplicaPool, replica: Replica, new: Phase, reason: str) -> None:
-        upstream = replica.upstream
         for worker in self.workers:
             if worker.control is not None:
                 worker.control.send(
@@ -259,9 +256,7 @@ class Supervisor:
                     replica=replica.name,
                     to=str(new),
                     reason=reason,
-                    generation=replica.generation,
-                    spec=upstream.spec if upstream else None,
-                    authority=(upstream.authority or b"").decode() if upstream else "",
+                    **_place(replica),
                 )
 
     def _send_failed(self, pool: ReplicaPool, error: ProxyError) -> None:
@@ -343,6 +338,16 @@ class Supervisor:
             **merged(documents),
             "pools": pools,
         }
+
+
+def _place(replica: Replica) -> dict[str, Any]:
+    """Return a replica's generation and address, for its mirrors (`mirror.Mirror`)."""
+    upstream = replica.upstream
+    return {
+        "generation": replica.generation,
+        "spec": upstream.spec if upstream else None,
+        "authority": (upstream.authority or b"").decode() if upstream else "",
+    }
 
 
 def listening_sockets(host: str, port: int, count: int, backlog: int) -> list[socket.socket]:

@@ -96,6 +96,14 @@ def test_the_file_takes_the_options_of_the_command():
     assert EVERY | {"listen", "root_path", "workers"} == SETTINGS
 
 
+def test_one_path_in_the_file_needs_no_list(tmp_path):
+    file = tmp_path / "models.yaml"
+    file.write_text("models: {a: {command: x}}\ndeny: /metrics\nwake_on: [/v1, /x]\n")
+    result, seen = run(command_named("proxy"), "--config", file)
+    assert result.exit_code == 0, result.output
+    assert seen["deny"] == ("/metrics",) and seen["wake_on"] == ("/v1", "/x")
+
+
 @pytest.mark.parametrize("command", ["launch", "restore", "proxy"])
 @pytest.mark.parametrize(
     ("given", "expected", "warnings"),

@@ -34,6 +34,8 @@ STATE = b"quickthaw-state"
 _ANSWERS, _BYTES, _TARGET = 32, 256 << 10, 256
 """How many answers of one pool are kept, how large each may be, and the longest target that has one."""
 _CREDENTIAL_WORDS = (b"auth", b"key", b"token", b"secret", b"cookie", b"session", b"user", b"jwt", b"signature")
+_NO_CREDENTIALS = frozenset({b"user-agent", b"sec-fetch-user"})
+"""Headers that hold one of these words and authorise nothing; nearly every client sends the first."""
 _READING = (b"GET", b"HEAD")
 
 
@@ -65,7 +67,9 @@ class Memory:
     def digest(self, request: Request) -> bytes:
         """Return a salted digest of the headers that may authorise the request, or b"" if it has none."""
         found = [
-            (lower, value) for lower, _, value in request.headers if any(word in lower for word in _CREDENTIAL_WORDS)
+            (lower, value)
+            for lower, _, value in request.headers
+            if lower not in _NO_CREDENTIALS and any(word in lower for word in _CREDENTIAL_WORDS)
         ]
         if not found:
             return b""

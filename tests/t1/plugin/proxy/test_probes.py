@@ -405,6 +405,9 @@ def test_the_memory_is_bounded_and_keeps_what_is_asked_for():
         memory.keep(asked(b"/health", (b"authorization", b"%d" % n)), Answer(200, b"", b"mine"))
         memory.keep(asked(b"/v1/models", (b"x-api-key", b"%d" % n)), Answer(401, b"", b"no"))
     assert len(memory._answers) == 32
+    memory.keep(asked(b"/metrics", (b"user-agent", b"Prometheus/3.1")), Answer(200, b"", b"open"))
+    assert memory.find(asked(b"/metrics", (b"user-agent", b"curl/8"), (b"sec-fetch-user", b"?1"))).body == b"open"
+    assert memory.find(asked(b"/metrics", (b"x-user", b"ann"))).body == b"open"
     assert memory.find(asked(b"/health", (b"authorization", b"7"))).body == b"up"
     assert memory.find(asked(b"/v1/models", (b"x-api-key", b"7"))) is None
     memory.keep(asked(b"/v1/models", (b"authorization", b"Bearer s3cret")), Answer(200, b"", b"ours"))

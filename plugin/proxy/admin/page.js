@@ -166,7 +166,7 @@ function drawPool(card, pool, doc) {
   const replica = shown(pool), phase = doc.draining ? "draining" : replica ? replica.phase : "idle";
   const several = pool.replicas.length > 1, p = pool.progress, one = !several && replica;
   const title = pool.name !== "default" ? pool.name : pool.model || pool.engine || (replica && replica.address) || "engine";
-  const failure = pool.last_failure, recent = failure && (pool.refused_for_s !== 0 || replica.reason.startsWith(failure.code));
+  const failure = pool.last_failure, recent = failure && (pool.refused_for_s !== 0 || replica?.reason.startsWith(failure.code));
   const rising = STARTING.has(phase) && p.expected_s !== null && pool.usual[p.kind] !== undefined;
   const waits = pool.held && phase !== "serving" ? `${count(pool.held, "request")} wait${pool.held === 1 ? "s" : ""} for it` : "";
   fill(card, {

@@ -77,7 +77,7 @@ def first_start(python: Path, folder: Path, home: Path) -> tuple[float, int]:
         for line in process.stderr:
             if line.startswith("quickthaw: loading"):
                 loading = time.monotonic() - began
-            if re.match("quickthaw: (warming|shrinking)", line):
+            if re.match("quickthaw: (warming|trimming)", line):
                 written = sum(
                     file.stat().st_blocks * 512
                     for part in home.iterdir()

@@ -86,7 +86,7 @@ def run(way: str, library: Library, criu: Criu, snapshot: Snapshot, record: bool
     try:
         returned = time.monotonic() - began
         for output in outputs.values():
-            output.handed_over()
+            output.close_write_end()
         first, second = ask(replica.sandbox, snapshot)
         found = {"criu_s": returned, "first_token_s": returned + first, "second_s": second}
         if criu.verbosity > 1:
@@ -135,7 +135,7 @@ def _criu_lazy(
                 criu.restore(sandbox, snapshot.root_pid, folder / "images", 60.0, work, named, lazy_pages=True)
                 returned = time.monotonic() - began
                 for output in outputs.values():
-                    output.handed_over()
+                    output.close_write_end()
                 first, second = ask(sandbox, snapshot)
             return {"criu_s": returned, "first_token_s": returned + first, "second_s": second}
         finally:

@@ -36,7 +36,7 @@ RELOAD_LIMIT_S = 600.0
 PATIENCE_S = 30.0
 """How long a healthy engine is asked again for what it refuses with an internal error, in seconds."""
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".npz")
-ANYWHERE_FORMATS = (
+REMOTE_FORMATS = (
     "dummy",
     "tensorizer",
     "runai_streamer",
@@ -48,7 +48,7 @@ ANYWHERE_FORMATS = (
 """Values of --load-format with which a model's folder need not hold weights."""
 
 
-def without_ours(environment: Mapping[str, str]) -> dict[str, str]:
+def without_own_variables(environment: Mapping[str, str]) -> dict[str, str]:
     """Return the engine's variables: all except quickthaw's own."""
     return {name: value for name, value in environment.items() if not name.startswith(OURS)}
 
@@ -105,7 +105,7 @@ class Engine(abc.ABC):
     model_flags: tuple[str, ...]
     options: KnownOptions
     """The options of the tested release."""
-    model_anywhere: bool = False
+    reads_remote_models: bool = False
     """Whether a positional model may follow options; otherwise it comes first."""
     denied_paths: frozenset[str]
     """Control endpoints, which the proxy never forwards to."""
@@ -144,7 +144,7 @@ class Engine(abc.ABC):
                 positional += words[index + 1 :]
                 break
             if not is_option(words[index]):
-                if not index or self.model_anywhere:
+                if not index or self.reads_remote_models:
                     positional.append(words[index])
                 else:
                     kept.append(words[index])
@@ -216,7 +216,7 @@ class Engine(abc.ABC):
         quickthaw's own variables are not passed on: they hold its keys, and a snapshot contains the engine's environment.
         `site` and `cache` are empty if the state folder cannot be written; the engine then runs without them.
         """
-        env = without_ours(user)
+        env = without_own_variables(user)
         env.pop("PYTHONDONTWRITEBYTECODE", None)
         for name, value in self.defaults().items():
             env.setdefault(name, value)
@@ -286,7 +286,7 @@ class Engine(abc.ABC):
         for kind in self.kinds(client):
             for canary in canaries.of_kind(kind):
                 try:
-                    self.try_out(client, canary)
+                    self.try_canary(client, canary)
                 except EngineFailed as error:
                     if not canaries.refuses(error, patient):
                         raise
@@ -295,7 +295,7 @@ class Engine(abc.ABC):
                     return canary
         return None
 
-    def try_out(self, client: Client, canary: Canary, timeout_s: float = 120.0) -> None:
+    def try_canary(self, client: Client, canary: Canary, timeout_s: float = 120.0) -> None:
         """Ask for the first of a canary's answers, whatever it is. Raises EngineFailed if there is none."""
         if canary.kind == GENERATE:
             self.generate(client, canary.asked[0], 1, timeout_s)
@@ -315,7 +315,7 @@ class Engine(abc.ABC):
         """Return the numbers (an embedding, logits, scores) that the engine computes of a prompt. Raises EngineFailed."""
 
     @abc.abstractmethod
-    def choices(self, client: Client, prompt: Prompt, tokens: int, joined: bool = False) -> list[int]:
+    def greedy_tokens(self, client: Client, prompt: Prompt, tokens: int, joined: bool = False) -> list[int]:
         """Return the greedy next-token id after each prompt token but the last, then the ids of `tokens` generated tokens.
 
         This checks as many facts about the weights as a generation of that length, in fewer steps. `joined`: another
@@ -350,7 +350,7 @@ class Engine(abc.ABC):
     def trim(self, client: Client) -> None:
         """Empty the KV cache and release its pages; our hooks record the number of bytes in `<pid>.kv` (launchers/control.py).
 
-        The engine must be idle. Raises EngineFailed (shrink-busy) otherwise.
+        The engine must be idle. Raises EngineFailed (trim-busy) otherwise.
         """
 
     def name_weights(self, client: Client) -> None:  # noqa: B027 - nothing to do if the canary does it
@@ -380,7 +380,7 @@ class Engine(abc.ABC):
         """
         return False
 
-    def released(self, client: Client, path: str, body: object = None) -> bool:
+    def request_release(self, client: Client, path: str, body: object = None) -> bool:
         """Request a release of GPU memory; return whether the engine granted it.
 
         Otherwise the driver's checkpoint carries the memory.
@@ -409,7 +409,9 @@ class Engine(abc.ABC):
             return canaries.record(canary, lambda prompt: self.numbers(client, canary.kind, prompt))
         tokens, prompt = CANARY_TOKENS_ON_GPU if gpu else CANARY_TOKENS, canary.asked[0]
         try:
-            return msgspec.structs.replace(canary, token_ids=self.choices(client, prompt, tokens), generated=tokens)
+            return msgspec.structs.replace(
+                canary, token_ids=self.greedy_tokens(client, prompt, tokens), generated=tokens
+            )
         except EngineFailed as error:
             log.info("the canary is a plain generation: %s", error)
             return msgspec.structs.replace(canary, token_ids=self.generate(client, prompt, CANARY_TOKENS_ON_GPU))
@@ -422,7 +424,7 @@ class Engine(abc.ABC):
             quiet = replace(client, sent=None) if client.sent else client
             return found + [self.numbers(quiet, canary.kind, prompt) for prompt in more]
         if canary.generated:
-            return self.choices(client, canary.asked[0], canary.generated, joined)
+            return self.greedy_tokens(client, canary.asked[0], canary.generated, joined)
         return self.generate(client, canary.asked[0], len(canary.token_ids))
 
 
@@ -469,7 +471,7 @@ def check_model(model: Path, command: EngineCommand | None = None) -> None:
     configured = options.keys() & {"hf-config-path", "config-format"} or {"config.json", "params.json"} & set(names)
     if not configured:
         raise BadModel("model-without-config", f"{model} has no config.json; is it the right directory?")
-    if last(options, "load-format") in ANYWHERE_FORMATS or "model-weights" in options:
+    if last(options, "load-format") in REMOTE_FORMATS or "model-weights" in options:
         return
     if not any(name.endswith(WEIGHT_SUFFIXES) for name in names):
         raise BadModel(

@@ -75,7 +75,7 @@ def trim_all(init_pid: int, answers: Path, limit_s: float = 10.0) -> int:
     wanted = []
     for pid in notify(init_pid, TRIM):
         try:
-            wanted.append(answers / f"{_inner_pid(pid)}.shrunk")
+            wanted.append(answers / f"{_inner_pid(pid)}.trimmed")
         except OSError:
             continue
     limit = time.monotonic() + limit_s

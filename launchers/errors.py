@@ -37,11 +37,11 @@ class BadModel(LauncherError):
 class EngineDied(LauncherError):
     """The engine exited before it served.
 
-    `exit_code` is negative for a signal; `last_words` are its last lines of output.
+    `exit_code` is negative for a signal; `last_lines` are its last lines of output.
     """
 
-    def __init__(self, code: str, message: str, exit_code: int, last_words: str) -> None:
-        super().__init__(code, f"{message}; its last lines: {last_words}")
+    def __init__(self, code: str, message: str, exit_code: int, last_lines: str) -> None:
+        super().__init__(code, f"{message}; its last lines: {last_lines}")
         self.exit_code = exit_code
         self._public = message
 

@@ -132,7 +132,7 @@ class Sglang(Engine):
             )
         return [int(i) for i in ids]
 
-    def choices(self, client: Client, prompt: Prompt, tokens: int, joined: bool = False) -> list[int]:
+    def greedy_tokens(self, client: Client, prompt: Prompt, tokens: int, joined: bool = False) -> list[int]:
         """Take the most likely token at each position from the native endpoint's log probabilities."""
         body = {
             **_input(prompt),
@@ -164,7 +164,7 @@ class Sglang(Engine):
     def trim(self, client: Client) -> None:
         """Flush the radix cache; our hook then drops the pool's pages (plugin/engine/sglang_hooks.py).
 
-        Raises EngineFailed (control-refused, shrink-busy).
+        Raises EngineFailed (control-refused, trim-busy).
         """
         status, _ = client.admin().call("POST", "/flush_cache", timeout_s=60.0)
         if status in (401, 403):
@@ -173,7 +173,7 @@ class Sglang(Engine):
                 "SGLang asks for a key on /flush_cache; give --admin-api-key or --api-key on the command line",
             )
         if status != 200:
-            raise EngineFailed("shrink-busy", "SGLang did not flush its cache; a request is still running")
+            raise EngineFailed("trim-busy", "SGLang did not flush its cache; a request is still running")
 
     def reload_weights(self, client: Client, model: str) -> None:
         """Use SGLang's own reload, from `model`. Raises EngineFailed (reload-failed)."""
@@ -200,7 +200,7 @@ class Sglang(Engine):
         if not has_flag(command, "--enable-memory-saver"):
             return False
         tags = ["kv_cache", "weights"] if excluded else ["kv_cache"]
-        return self.released(client.admin(), "/release_memory_occupation", {"tags": tags})
+        return self.request_release(client.admin(), "/release_memory_occupation", {"tags": tags})
 
     def reload(self, client: Client, model: str, excluded: bool) -> None:
         """Resume each tag exactly once: resuming memory that is not released kills SGLang's scheduler."""

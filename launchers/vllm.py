@@ -43,7 +43,7 @@ class Vllm(Engine):
     default_host = "0.0.0.0"
     model_flags = ("--model",)
     options = VLLM
-    model_anywhere = True
+    reads_remote_models = True
     seed_flags = ("--seed",)
     denied_paths = frozenset({CONTROL_PATH})
     root_path_flags = ("--root-path",)
@@ -126,7 +126,7 @@ class Vllm(Engine):
             raise EngineFailed("engine-no-token-ids", "this vLLM reports no token ids; quickthaw needs vLLM >= 0.10.2")
         return ids
 
-    def choices(self, client: Client, prompt: Prompt, tokens: int, joined: bool = False) -> list[int]:
+    def greedy_tokens(self, client: Client, prompt: Prompt, tokens: int, joined: bool = False) -> list[int]:
         """Take the rank-1 tokens from the prompt's log probabilities."""
         body = {
             "prompt": prompt,
@@ -177,11 +177,11 @@ class Vllm(Engine):
     def trim(self, client: Client) -> None:
         """Reset the prefix cache, then drop the pages in every worker (plugin/engine/vllm_hooks.py).
 
-        Raises EngineFailed (shrink-busy).
+        Raises EngineFailed (trim-busy).
         """
         if self._control(client, 30.0, call="reset_prefix_cache") is False:
-            raise EngineFailed("shrink-busy", "vLLM did not reset its prefix cache; a request is still running")
-        self._control(client, 90.0, call="collective_rpc", method="quickthaw_shrink", timeout=60)
+            raise EngineFailed("trim-busy", "vLLM did not reset its prefix cache; a request is still running")
+        self._control(client, 90.0, call="collective_rpc", method="quickthaw_trim", timeout=60)
 
     def name_weights(self, client: Client) -> None:
         """Use the workers' own method (plugin/engine/vllm_hooks.py)."""

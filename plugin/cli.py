@@ -157,7 +157,7 @@ def run(arguments: Sequence[str]) -> None:
         known = exit_code_of(error)
         if known is None:
             raise
-        code = _fail(coded(error), known)
+        code = _fail(with_code(error), known)
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -166,7 +166,7 @@ def _fail(text: str, code: int) -> int:
     return code
 
 
-def coded(error: Exception) -> str:
+def with_code(error: Exception) -> str:
     """Return the message of one of quickthaw's own errors with its code in front."""
     code, text = getattr(error, "code", ""), str(error)
     return text if text.startswith(f"{code}: ") else f"{code}: {text}"
@@ -185,7 +185,7 @@ def _io_failed(error: OSError) -> int:
     if error.errno == errno.EMFILE:
         from plugin.proxy.descriptor_limit import TooFewFiles
 
-        return _fail(coded(TooFewFiles()), EXIT_FAILED)
+        return _fail(with_code(TooFewFiles()), EXIT_FAILED)
     frames = traceback.extract_tb(error.__traceback__)
     if error.filename is None and frames[-1].name in ("echo", "run"):  # click.echo, or the flush above
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter flushes again when it exits

@@ -51,7 +51,7 @@ def _privileges() -> list[Finding]:
     from checkpoint.sandbox.privileges import Privileges
     from plugin.runtime.capabilities import from_privileges
 
-    off = from_privileges(Privileges.here()).off()
+    off = from_privileges(Privileges.current()).off()
     if not off:
         return [Finding("privileges", "ok", "every capability and device that is needed")]
     return [
@@ -70,7 +70,7 @@ def _sandbox() -> Finding:
     from plugin.runtime.capabilities import from_privileges
     from plugin.runtime.steps.criu_trial import sandbox_reason
 
-    if from_privileges(Privileges.here()).sandbox:
+    if from_privileges(Privileges.current()).sandbox:
         return Finding("sandbox", "off", "not tried", "see privileges above")
     try:
         with Sandbox() as sandbox:
@@ -91,7 +91,7 @@ def _criu() -> Finding:
         return Finding("criu", "off", str(error), "setup/criu.sh unpacks a recent one privately")
 
 
-def _roundtrip() -> Finding:
+def _dump_and_restore() -> Finding:
     """Dump and restore a small process for real, as a host's first cold start does (plugin.runtime.steps.criu_trial)."""
     from checkpoint.criu.binary import Criu
     from checkpoint.errors import CheckpointError
@@ -99,7 +99,7 @@ def _roundtrip() -> Finding:
     from plugin.runtime.capabilities import from_privileges
     from plugin.runtime.steps import criu_trial
 
-    if from_privileges(Privileges.here()).snapshots:
+    if from_privileges(Privileges.current()).snapshots:
         return Finding("dump and restore", "off", "not tried", "see privileges above")
     try:
         criu = Criu.find(state_home())
@@ -153,7 +153,7 @@ CHECKS: tuple[Callable[[], Finding | list[Finding]], ...] = (
     _privileges,
     _sandbox,
     _criu,
-    _roundtrip,
+    _dump_and_restore,
     _gpu,
     _state_folder,
 )

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from plugin.options import Seconds, log_level, option, replica, replica_settings_of, serving, using, warn
+from plugin.options import Duration, log_level, option, replica, replica_settings_of, serving, using, warn
 
 if TYPE_CHECKING:
     from launchers.base import Engine
@@ -89,7 +89,7 @@ def interpreter_of(engine: str) -> str:
     return sys.executable
 
 
-def run_plainly(words: Words, environment: Mapping[str, str], options: Mapping[str, Any]) -> NoReturn:
+def run_unsupported(words: Words, environment: Mapping[str, str], options: Mapping[str, Any]) -> NoReturn:
     """Become the command that was given, which quickthaw cannot serve. Raises LauncherError."""
     from launchers.command_words import program_of
     from launchers.errors import LauncherError
@@ -147,7 +147,7 @@ def run_plainly(words: Words, environment: Mapping[str, str], options: Mapping[s
         is_flag=True,
         help="Keep SGLang's busy polling when idle; otherwise --sleep-on-idle is added.",
     ),
-    option("--start-timeout", type=Seconds(0.1), default="30m", help="How long a cold start may take."),
+    option("--start-timeout", type=Duration(0.1), default="30m", help="How long a cold start may take."),
     option(
         "--scrub-env",
         metavar="NAME",
@@ -184,7 +184,7 @@ def launch(engine: str, engine_arguments: tuple[str, ...], **options: Any) -> in
     start_log(options)
     words = command_words.read((engine, *engine_arguments))
     if words.plain:
-        run_plainly(words, os.environ, options)
+        run_unsupported(words, os.environ, options)
     environment = {**os.environ, **words.variables}
     python = options["engine_python"] or words.python or interpreter_of(words.engine)
     if command_words.asks_for_help(words.arguments) and os.access(python, os.X_OK):

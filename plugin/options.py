@@ -7,7 +7,6 @@ the variable QUICKTHAW_NAME, after its long name. An old name works for one vers
 from __future__ import annotations
 
 import functools
-import math
 import os
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from pathlib import Path
@@ -16,59 +15,26 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from lazyfs.cli.options import Duration as Duration
+from lazyfs.durations import invalid as invalid
+from lazyfs.durations import limit as limit
+from lazyfs.durations import seconds as seconds
+
 PREFIX = "QUICKTHAW_"
 EVERY_INTERFACE = "0.0.0.0"
-_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
-
-
-def seconds(text: str) -> float:
-    """Return `90`, `90s`, `10m` or `1h` as seconds. Raises ValueError."""
-    unit = _UNITS.get(text[-1:])
-    try:
-        value = float(text[:-1]) * unit if unit else float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise ValueError(f"{text!r} is not a time; write 90, 90s, 10m or 1h")
-    if value < 0:
-        raise ValueError("a time must not be negative")
-    return value
-
-
-def limit(text: str) -> float:
-    """Return a duration parsed by `seconds`; `0` and `none` mean no limit (infinity). Raises ValueError."""
-    return (math.inf if text.lower() == "none" else seconds(text)) or math.inf
 
 
 # Types
 
 
-class Seconds(click.ParamType[float]):
-    """A duration with an optional unit, of at least `least` seconds."""
+class Limit(Duration):
+    """A duration; 0 or `none` for no limit."""
 
-    name = "duration"
-    read = staticmethod(seconds)
-
-    def __init__(self, least: float = 0.0) -> None:
-        self._least = least
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """Convert to seconds."""
-        try:
-            found = self.read(str(value))
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
-        if found < self._least:
-            self.fail(f"{value!r} is too short; give at least {self._least:g} s", param, ctx)
-        return found
-
-
-class Limit(Seconds):
-    """A duration with an optional unit; 0 or `none` for no limit."""
-
-    read = staticmethod(limit)
+    def read(self, text: str) -> float:
+        """Return the limit in seconds, infinity for none. Raises ValueError."""
+        return limit(text)
 
 
 class Address(click.ParamType[tuple[str, int]]):
@@ -218,7 +184,7 @@ WAKE_ON = (
 serving = (
     option(
         "--idle-timeout",
-        type=Seconds(),
+        type=Duration(),
         default="0",
         help="Stop the engine after this time without a request; the next request wakes it. 0: never.",
     ),
@@ -232,14 +198,14 @@ serving = (
     ),
     option(
         "--grace",
-        type=Seconds(),
+        type=Duration(),
         default="30s",
         old=["--drain"],
         help="How long requests in flight may take when the command stops.",
     ),
     option(
         "--hold-timeout",
-        type=Seconds(),
+        type=Duration(),
         show_default="from the measured starts, with a margin",
         help="How long a request may wait for the engine.",
     ),
@@ -362,7 +328,7 @@ replica = (
     ),
     option(
         "--silence-timeout",
-        type=Seconds(),
+        type=Duration(),
         default="1m",
         help="Restart an engine that has requests and answers nothing for this time, not even a probe. 0: never.",
     ),

@@ -1,6 +1,6 @@
 """Identity of a launch: what selects a snapshot, and what must match for a safe restore.
 
-`here(...)` gathers it in a few milliseconds. `Here.key` names the snapshot that a launch needs: a digest over
+`current_identity(...)` gathers it in a few milliseconds. `CurrentIdentity.key` names the snapshot that a launch needs: a digest over
 engine, version, interpreter, arguments, environment, model and weights mode, so two different launches never share a
 snapshot. `check` then compares the recorded identity with this one, and reports every difference by a stable code:
 
@@ -136,7 +136,7 @@ class Mismatch(msgspec.Struct, frozen=True, order=True):
 
 
 @dataclass(frozen=True)
-class Here:
+class CurrentIdentity:
     """The identity of a launch on this host. It still contains the secrets; `record` digests them.
 
     `sketch` selects a snapshot by its model, `model` proves it (checkpoint.compatibility.model_files). `model` is "" until
@@ -216,7 +216,7 @@ def _digest_over(purpose: str, parts: object) -> str:
     return blake3.blake3(data).hexdigest()
 
 
-def here(
+def current_identity(
     engine: str,
     interpreter: Path,
     arguments: Sequence[str],
@@ -229,7 +229,7 @@ def here(
     weights: str = "full",
     criu: str = "",
     gpus: tuple[Gpu, ...] | None = None,
-) -> Here:
+) -> CurrentIdentity:
     """Gather the identity of a launch on this host.
 
     `arguments`: the words after the engine's module, as the engine will receive them. `environment`: the engine's
@@ -252,9 +252,9 @@ def here(
     normalised = normalised_arguments(engine, arguments, model_paths, inputs)
     if code := inputs.remote_code():
         normalised["--trust-remote-code"] = (*normalised.get("--trust-remote-code", ()), (f"[{code}]",))
-    hidden = {name: value for name, value in variables.matter.items() if looks_secret(name, value)}
-    relevant = dict(variables.matter)
-    for name, value in variables.matter.items():
+    hidden = {name: value for name, value in variables.relevant.items() if looks_secret(name, value)}
+    relevant = dict(variables.relevant)
+    for name, value in variables.relevant.items():
         if name not in hidden and (read := inputs.variable(name, value)):
             relevant[name] = f"{value} [{read}]"
     inputs.digests.save()
@@ -266,7 +266,7 @@ def here(
             hidden[flag] = "\0".join("\1".join(values) for values in occurrences)
         else:
             shown[flag] = occurrences
-    return Here(
+    return CurrentIdentity(
         host=host_facts(criu, gpus, environment),
         engine=engine_facts(engine, interpreter),
         arguments=shown,
@@ -295,7 +295,7 @@ def _time_zone(environment: Mapping[str, str]) -> str:
     return "" if rule == "UTC0" else f"{rule} {blake3.blake3(data).hexdigest()[:16]}"
 
 
-def check(recorded: Identity, now: Here) -> tuple[Mismatch, ...]:
+def check(recorded: Identity, now: CurrentIdentity) -> tuple[Mismatch, ...]:
     """Return every reason against restoring the snapshot for this launch, in a stable order; empty if it may be restored."""
     return (
         *check_host(recorded, now.host, now.format),
@@ -407,7 +407,7 @@ def check_model(then: str, now: str) -> tuple[Mismatch, ...]:
     return (_differs("model-differs", "model files", then[:12] or "none", now[:12] or "none"),)
 
 
-def _check_launch(recorded: Identity, now: Here) -> list[Mismatch]:
+def _check_launch(recorded: Identity, now: CurrentIdentity) -> list[Mismatch]:
     found = [*check_model(recorded.model, now.model)]
     if recorded.weights != now.weights:
         found.append(_differs("weights-differ", "weights", recorded.weights, now.weights))

@@ -84,7 +84,7 @@ _LINK_VALUES = ("tcp://", "udp://", "sctp://")
 class Variables:
     """An environment by kind; values as given, including secrets."""
 
-    matter: Mapping[str, str]
+    relevant: Mapping[str, str]
     renewed: Mapping[str, str]
 
 
@@ -97,7 +97,7 @@ def classify(
 
     `declared` returns which of the pattern-matched names the engine declares; None: unknown.
     """
-    matter: dict[str, str] = {}
+    relevant: dict[str, str] = {}
     renewed: dict[str, str] = {}
     matched: dict[str, str] = {}
     for name in sorted(environment):
@@ -109,14 +109,14 @@ def classify(
         elif _matches(name, value):
             matched[name] = value
         else:
-            matter[name] = value
+            relevant[name] = value
     if matched:
         names = declared(matched)
         for name, value in matched.items():
             # If the engine's list cannot be read, names with its prefix count as declared.
             own = name.startswith(f"{engine.upper()}_") if names is None else name in names
-            (matter if own else renewed)[name] = value
-    return Variables(matter, renewed)
+            (relevant if own else renewed)[name] = value
+    return Variables(relevant, renewed)
 
 
 def _matches(name: str, value: str) -> bool:

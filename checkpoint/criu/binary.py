@@ -145,12 +145,14 @@ class Criu:
         try as missing.
         """
         stat = self.program.stat()
-        return home / "run" / f"criu-kernel-{boot_id()[:8]}-{stat.st_size}-{stat.st_mtime_ns}-{Privileges.here().key}"
+        return (
+            home / "run" / f"criu-kernel-{boot_id()[:8]}-{stat.st_size}-{stat.st_mtime_ns}-{Privileges.current().key}"
+        )
 
     def save_kernel_facts(self, sandbox: Sandbox) -> None:
         """Save CRIU's kernel features from a sandbox's own /run, unless saved before.
 
-        See cover_run in checkpoint.sandbox.namespaces.
+        See mount_run in checkpoint.sandbox.namespaces.
         """
         target = sandbox.config.kernel_facts
         if target is None or target.exists():

@@ -23,11 +23,11 @@ from checkpoint.lazy_pages.readahead import Source
 _FEW = 64
 
 
-class Gone(Exception):
+class ProcessGone(Exception):
     """The process has exited; nothing is left to fill."""
 
 
-class Again(Exception):
+class TryAgain(Exception):
     """Nothing can be placed now.
 
     An event is unread, CRIU has not registered this memory yet, or pages are still arriving.
@@ -59,7 +59,7 @@ class Space:
         self.pid = pid
         self.fd = fd
         self.rough_pending = pages
-        """Like `pending`, but may still list what `burst` has placed. The kernel refuses to place such pages again."""
+        """Like `pending`, but may still list what `place_many` has placed. The kernel refuses to place such pages again."""
         self._uncut: list[tuple[int, int]] = []
         self.image = image
         self.source = source
@@ -72,7 +72,7 @@ class Space:
     def pending(self) -> PendingPages:
         """The part of the image still to be copied.
 
-        The first access after a burst takes about a millisecond.
+        The first access after `place_many` takes about a millisecond.
         """
         if self._uncut:
             spans, self._uncut = sorted(self._uncut), []
@@ -83,7 +83,7 @@ class Space:
                 self.rough_pending.cut_all(spans)
         return self.rough_pending
 
-    def burst(self, plan: Plan, count: int, size: int) -> tuple[int, int]:
+    def place_many(self, plan: Plan, count: int, size: int) -> tuple[int, int]:
         """Place up to `count` extents, or about `size` bytes, of a plan with all sources in memory.
 
         Return (image bytes, zero bytes). Only for a space whose mappings have not changed. Stops before an extent that
@@ -115,16 +115,16 @@ class Space:
     def place(self, start: int, end: int) -> int:
         """Copy the image's part of [start, end) into place and return its bytes.
 
-        Raises Again, Gone, OSError.
+        Raises TryAgain, ProcessGone, OSError.
         """
         placed = 0
         for low, high, offset in self.pending.within(start, end):
             if self.source.absent(offset, high - low):
-                raise Again  # moved here from memory that has not arrived yet
+                raise TryAgain  # moved here from memory that has not arrived yet
             placed += self._place(low, high, self.source.address + offset)
         return placed
 
-    def unmoved(self, start: int, end: int, offset: int) -> bool:
+    def is_unmoved(self, start: int, end: int, offset: int) -> bool:
         """Return whether [start, end), listed with this offset, still lies at its original address.
 
         Moved pages differ from the image's at that address.
@@ -179,14 +179,18 @@ class Space:
         return done
 
     def run(self, plan: Plan, index: int, zeros: int) -> int:
-        """Place one extent of the plan and return its bytes. Raises Again, Gone, OSError."""
+        """Place one extent of the plan and return its bytes. Raises TryAgain, ProcessGone, OSError."""
         start, end = plan.starts[index], plan.ends[index]
         if not self.changed and uffd.request(self.fd, plan.address + uffd.REQUEST_BYTES * index) == 0:
             return self.placed(plan, index)
         placed, position = 0, start
         for low, high, offset in self.pending.within(start, end):
             placed += self.zero(position, low, zeros)
-            if not plan.zero[index] and self.unmoved(low, high, offset) and not self.source.absent(offset, high - low):
+            if (
+                not plan.zero[index]
+                and self.is_unmoved(low, high, offset)
+                and not self.source.absent(offset, high - low)
+            ):
                 placed += self._place(
                     low, high, plan.source(index) + low - start
                 )  # its source may be in memory (the pack) where the image is not
@@ -207,14 +211,14 @@ class Space:
     def _refused(self, code: int, what: str) -> None:
         """Interpret the kernel's refusal to place a page.
 
-        Returns if the page exists already or is no longer ours. Raises Again, Gone or OSError otherwise.
+        Returns if the page exists already or is no longer ours. Raises TryAgain, ProcessGone or OSError otherwise.
         """
         if code == errno.EEXIST or (code == errno.ENOENT and self.settled):
             return
         if code in (errno.EAGAIN, errno.ENOENT):
-            raise Again
+            raise TryAgain
         if code == errno.ESRCH:
-            raise Gone
+            raise ProcessGone
         raise OSError(code, f"{what} in process {self.pid}: {os.strerror(code)}")
 
 

@@ -29,7 +29,7 @@ from typing import Any, Protocol
 
 from checkpoint.sandbox import prestart
 
-REST_BYTES_PER_S = 800e6
+BACKGROUND_BYTES_PER_S = 800e6
 FIRST_TOKEN_TIMEOUT_S = 60.0
 _PING_EVERY_S = 1.0
 _UNANSWERED = 10
@@ -37,7 +37,7 @@ _UNANSWERED = 10
 _END_S = 1.0
 
 
-class Arriving(Protocol):
+class DownloadingImages(Protocol):
     """Images that are being filled from a store (checkpoint.store.remote_restore.RemoteSnapshot)."""
 
     @property
@@ -55,16 +55,16 @@ def server_config(
     images: Path,
     working_set: Path | None,
     record: bool = False,
-    rest_bytes_per_s: float = REST_BYTES_PER_S,
+    rest_bytes_per_s: float = BACKGROUND_BYTES_PER_S,
     first_token_timeout_s: float = FIRST_TOKEN_TIMEOUT_S,
-    arriving: Arriving | None = None,
+    downloading: DownloadingImages | None = None,
     pack: bool = True,
 ) -> dict[str, Any]:
     """Build the server's configuration (checkpoint.lazy_pages.main).
 
     `working_set`: the file recorded earlier; if it is None or missing, only single faults are served until the first
     token. `record`: serve single pages and record their order. `rest_bytes_per_s`: rate limit for background pages after
-    the first token. They start after `first_token_timeout_s` even if no first token is reported. `arriving`: the images
+    the first token. They start after `first_token_timeout_s` even if no first token is reported. `downloading`: the images
     are being filled from a store. `pack`: allow copying from the pack (checkpoint.lazy_pages.cache), whose bytes were not
     hashed since they were written.
     """
@@ -74,7 +74,7 @@ def server_config(
         "record": record,
         "rest_bytes_per_s": rest_bytes_per_s,
         "first_token_timeout_s": first_token_timeout_s,
-        "arriving": str(arriving.residency.resolve()) if arriving else "",
+        "downloading": str(downloading.residency.resolve()) if downloading else "",
         "pack": pack,
     }
 
@@ -93,14 +93,14 @@ class PageServer:
         socket_path: Path,
         on_death: Callable[[str], None] | None,
         on_warning: Callable[[str], None] | None,
-        arriving: Arriving | None = None,
+        downloading: DownloadingImages | None = None,
     ) -> None:
         self._process = process
         self._control = control
         self._socket_path = socket_path
         self._on_death = on_death
         self._on_warning = on_warning
-        self._arriving = arriving
+        self._downloading = downloading
         self._lock = threading.Lock()
         self._spaces: dict[int, int] = {}  # the server's number of an address space → our duplicate of its userfaultfd
         self._stats: dict[str, float] = {}
@@ -117,8 +117,8 @@ class PageServer:
         self._reader = threading.Thread(target=self._read, name="page-server-reader", daemon=True)
         self._reader.start()
         threading.Thread(target=self._watch, name="page-server-watch", daemon=True).start()
-        if arriving:
-            arriving.on_progress(self.arrived)
+        if downloading:
+            downloading.on_progress(self.arrived)
 
     @property
     def pid(self) -> int:
@@ -200,8 +200,8 @@ class PageServer:
             if event == "placed":
                 self._send(op="released", number=message["number"])
         elif event == "wanted":
-            if self._arriving:
-                self._arriving.prioritize(message["path"], message["offset"], message["length"])
+            if self._downloading:
+                self._downloading.prioritize(message["path"], message["offset"], message["length"])
         elif event == "warning":
             if self._on_warning:
                 self._on_warning(message["message"])

@@ -17,10 +17,10 @@ from collections import deque
 
 from checkpoint.criu.pagemap import BadImage, ProcessImage
 from checkpoint.lazy_pages import cache
-from checkpoint.lazy_pages.address_space import Again, Gone, ProcessTree, zero_source
+from checkpoint.lazy_pages.address_space import ProcessGone, ProcessTree, TryAgain, zero_source
 from checkpoint.lazy_pages.copy_plan import CHUNK, Plan
 from checkpoint.lazy_pages.read_order import ColdReads, touched_pages
-from checkpoint.lazy_pages.readahead import ArrivalWaiter, PageReader, Source, open_source
+from checkpoint.lazy_pages.readahead import DownloadWaiter, PageReader, Source, open_source
 from checkpoint.lazy_pages.residency import ResidencyBitmap
 from checkpoint.lazy_pages.working_set import Range, WorkingSet
 
@@ -231,7 +231,7 @@ class Copier:
 
         A wrong guess only waits for the disk.
         """
-        if isinstance(self.fetcher, ArrivalWaiter):
+        if isinstance(self.fetcher, DownloadWaiter):
             return False  # of images that are still arriving, samples do not represent the rest
         images, sources = self._planner.images, self._planner.sources
         for process, start, end in [] if listed else ranges[:: max(1, len(ranges) // _SAMPLES)]:
@@ -282,7 +282,7 @@ class Copier:
         spaces.sort(key=lambda space: space.changed)
         placed, extents = 0, _STEP_EXTENTS
         if spaces and plan.resident and not spaces[0].changed:
-            copied, zeros = spaces[0].burst(plan, _STEP_EXTENTS, _STEP_BYTES)
+            copied, zeros = spaces[0].place_many(plan, _STEP_EXTENTS, _STEP_BYTES)
             self._count(copied, zeros)
             if copied or zeros:
                 return
@@ -296,9 +296,9 @@ class Copier:
                 continue
             try:
                 size = spaces[0].run(plan, index, self._zeros)
-            except Gone:
+            except ProcessGone:
                 self._tree.drop(spaces.pop(0))
-            except Again:
+            except TryAgain:
                 self._deferred[pid] = now + _RETRY_S
                 return
             else:
@@ -385,9 +385,9 @@ class Copier:
             if space.number == number:
                 try:
                     size = space.place(start, end)
-                except Gone:
+                except ProcessGone:
                     self._tree.drop(space)
-                except Again:
+                except TryAgain:
                     self._not_before = now + _RETRY_S
                     return
                 else:

@@ -32,11 +32,11 @@ from collections import deque
 
 from checkpoint.criu.pagemap import PAGE, argument_pages
 from checkpoint.lazy_pages import uffd
-from checkpoint.lazy_pages.address_space import Again, Gone, ProcessTree, Space, zero_source
+from checkpoint.lazy_pages.address_space import ProcessGone, ProcessTree, Space, TryAgain, zero_source
 from checkpoint.lazy_pages.copier import Copier, Planner
 from checkpoint.lazy_pages.copy_plan import PendingPages
 from checkpoint.lazy_pages.read_order import ColdReads, namespace_of
-from checkpoint.lazy_pages.readahead import ArrivalWaiter, ArrivingSource, Fetcher, Waker
+from checkpoint.lazy_pages.readahead import DownloadingSource, DownloadWaiter, Fetcher, Waker
 from checkpoint.lazy_pages.residency import ResidencyBitmap
 from checkpoint.lazy_pages.working_set import BadWorkingSet, Range, WorkingSet
 
@@ -73,17 +73,17 @@ class FaultHandler:
         self.faults: deque[tuple[Space, int, float]] = deque()  # (space, address, since when)
         self.trace_before: list[tuple[int, int]] = []  # (process, address) of faults before the first token
         self.trace_after: list[tuple[int, int]] = []
-        residency = ResidencyBitmap.open(str(config["arriving"])) if config.get("arriving") else None
+        residency = ResidencyBitmap.open(str(config["downloading"])) if config.get("downloading") else None
         self.planner = Planner(self.images_dir, residency)
         self.images = self.planner.images
         self.zeros = zero_source()
         self.working_set = self.load_working_set(str(config["working_set"] or ""))
         wake = self.waker.wake
         # Reads for single faults.
-        self.fault_fetcher = ArrivalWaiter(wake, self.request_arrival) if residency else Fetcher("faults", wake)
+        self.fault_fetcher = DownloadWaiter(wake, self.request_download) if residency else Fetcher("faults", wake)
         self.fault_jobs: dict[int, tuple[Space, int, float]] = {}
         self.fault_job = 0
-        ahead = ArrivalWaiter(wake) if residency else Fetcher("ahead", wake)
+        ahead = DownloadWaiter(wake) if residency else Fetcher("ahead", wake)
         rate = float(str(config["rest_bytes_per_s"]))
         self.copier = Copier(self.tree, self.planner, self.working_set, ahead, cold_reads, rate)
         for fetcher in (self.fault_fetcher, ahead):
@@ -123,7 +123,7 @@ class FaultHandler:
         found = [(pid, *argument_pages(self.images_dir, pid)) for pid in self.images]
         return [(pid, low, high) for pid, start, end in found for low, high in self.images[pid].split(start, end)]
 
-    def request_arrival(self, path: str, offset: int, length: int) -> None:
+    def request_download(self, path: str, offset: int, length: int) -> None:
         """Ask the owner for bytes that a fault waits for and that have not arrived."""
         self.tree.send(event="wanted", path=path, offset=offset, length=length)
 
@@ -204,7 +204,7 @@ class FaultHandler:
                 self.save(message["save"])
         elif message["op"] == "arrived":
             for waiter in (self.fault_fetcher, self.copier.fetcher):
-                if isinstance(waiter, ArrivalWaiter):
+                if isinstance(waiter, DownloadWaiter):
                     waiter.check()
         elif message["op"] == "released":
             for space in [space for space in self.spaces.values() if space.number == message["number"]]:
@@ -311,10 +311,10 @@ class FaultHandler:
                 continue
             try:
                 served = self.serve(space, address, since)
-            except Gone:
+            except ProcessGone:
                 self.tree.drop(space)
                 continue
-            except Again:
+            except TryAgain:
                 self.faults.append((space, address, since))
                 return
             if served:
@@ -330,7 +330,7 @@ class FaultHandler:
         plan = self.copier.plans.get(space.pid)
         index = plan.find(address) if plan else None
         found = space.rough_pending.find(address)
-        if space.changed and not (found and space.unmoved(address, address + PAGE, found[2] + address - found[0])):
+        if space.changed and not (found and space.is_unmoved(address, address + PAGE, found[2] + address - found[0])):
             index = None
         if plan and index is not None:
             low, high = plan.starts[index], plan.ends[index]
@@ -360,7 +360,11 @@ class FaultHandler:
                 (space.pid, page) for page in range(max(low, first), min(high, first + _RECORDED_NEIGHBOURS), PAGE)
             )
         offset = found[2] + low - found[0]
-        if index is None and isinstance(space.source, ArrivingSource) and not space.source.resident(offset, high - low):
+        if (
+            index is None
+            and isinstance(space.source, DownloadingSource)
+            and not space.source.resident(offset, high - low)
+        ):
             offset, low, high = offset + address - low, address, address + PAGE  # do not wait for the neighbours
         part = (space.source, offset, high - low)
         if plan and index is not None:

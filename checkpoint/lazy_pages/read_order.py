@@ -62,7 +62,7 @@ class ColdReads:
 
         Returns None if a working set is being recorded, images are still arriving, or only the images may be used.
         """
-        without = config.get("record") or config.get("arriving") or not config.get("pack", True)
+        without = config.get("record") or config.get("downloading") or not config.get("pack", True)
         return None if without else cls(str(config["images"]))
 
     def __init__(self, images: str) -> None:

@@ -91,7 +91,7 @@ class Source:
             os.close(self._fd)
 
 
-class ArrivingSource(Source):
+class DownloadingSource(Source):
     """A page file that is being filled. No page is read before it is in place."""
 
     def __init__(self, path: str, residency: ResidencyBitmap) -> None:
@@ -108,7 +108,7 @@ class ArrivingSource(Source):
 
 def open_source(path: str, residency: ResidencyBitmap | None) -> Source:
     """Open the page file at `path`; with a bitmap, as one that is being filled."""
-    return ArrivingSource(path, residency) if residency else Source(path)
+    return DownloadingSource(path, residency) if residency else Source(path)
 
 
 FAILED = -1
@@ -226,7 +226,7 @@ class Fetcher(PageReader):
             self._requested.put((job, absent))
 
 
-class ArrivalWaiter(PageReader):
+class DownloadWaiter(PageReader):
     """Waits for pages to arrive, without a thread.
 
     `ask`, if given, is called for missing pages: (name of the file, offset, length).
@@ -245,7 +245,7 @@ class ArrivalWaiter(PageReader):
         absent = [part for part in reversed(parts) if not part[0].resident(part[1], part[2])]
         if self._ask:
             for source, offset, length in absent:
-                assert isinstance(source, ArrivingSource)
+                assert isinstance(source, DownloadingSource)
                 self._ask(source.name, offset, length)
         self._jobs.append(((number, parts), absent, sum(length for _, _, length in absent)))
         if not absent:

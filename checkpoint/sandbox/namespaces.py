@@ -20,7 +20,7 @@ CLONE_NEWUSER = 0x10000000
 MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND, MS_REC, MS_SLAVE, MS_RDONLY, MS_REMOUNT = 2, 4, 8, 4096, 16384, 1 << 19, 1, 32
 PR_SET_SECCOMP = 22
 MESSAGE_BYTES = 1 << 20
-KERNEL_FACTS = "/run/criu.kdat"  # CRIU's cache, see cover_run
+KERNEL_FACTS = "/run/criu.kdat"  # CRIU's cache, see mount_run
 
 Message = dict[str, Any]
 libc = ctypes.CDLL(None, use_errno=True)
@@ -43,7 +43,7 @@ def mount(source: str, target: str, kind: str, flags: int, data: str = "") -> No
 
 
 @contextlib.contextmanager
-def doing(what: str) -> Iterator[None]:
+def error_context(what: str) -> Iterator[None]:
     """Prefix an OSError's text with the operation."""
     try:
         yield
@@ -53,7 +53,7 @@ def doing(what: str) -> Iterator[None]:
 
 def loopback_up() -> None:
     """Set the loopback interface up without iproute2 (netdevice(7): SIOCGIFFLAGS, SIOCSIFFLAGS, IFF_UP)."""
-    with doing("loopback up"), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+    with error_context("loopback up"), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         request = struct.pack("16sh22x", b"lo", 0)
         flags = struct.unpack_from("16sh", fcntl.ioctl(sock, 0x8913, request))[1]
         fcntl.ioctl(sock, 0x8914, struct.pack("16sh22x", b"lo", flags | 1))
@@ -66,7 +66,7 @@ def set_monotonic(wanted_ns: int) -> None:
     """
     offset = wanted_ns - time.clock_gettime_ns(time.CLOCK_MONOTONIC)
     seconds, nanoseconds = divmod(offset, 10**9)
-    with doing("set the clock"), open("/proc/self/timens_offsets", "w") as file:
+    with error_context("set the clock"), open("/proc/self/timens_offsets", "w") as file:
         file.write(f"monotonic {seconds} {nanoseconds}\nboottime {seconds} {nanoseconds}\n")
 
 
@@ -126,7 +126,7 @@ def enter_namespaces(config: Message) -> None:
     check(libc.unshare(CLONE_NEWPID), "unshare(processes)")
 
 
-def cover_run(kernel_facts: str) -> None:
+def mount_run(kernel_facts: str) -> None:
     """Mount a tmpfs over a /run that is not one (in most containers), and bind the existing entries into it.
 
     CRIU caches kernel features in /run/criu.kdat, but only on a tmpfs, which a reboot empties. Without the cache,
@@ -161,7 +161,7 @@ def cover_run(kernel_facts: str) -> None:
 def prepare_mounts(config: Message) -> None:
     # Slave: unmounts on the host propagate into the sandbox, so a sandbox never keeps a lazy mount of the host alive.
     mount("none", "/", "", MS_REC | MS_SLAVE)
-    cover_run(config["kernel_facts"])
+    mount_run(config["kernel_facts"])
     mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
     mount("shm", "/dev/shm", "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777")
     root = config["run_dir"]

@@ -113,12 +113,12 @@ def _fork(name: str, module: str) -> Started:
         return Forked(pid), ours
     code = 1
     try:
-        code = _become(name, module, theirs.detach())
+        code = _detach_child(name, module, theirs.detach())
     finally:
         os._exit(code)
 
 
-def _become(name: str, module: str, control_fd: int) -> int:
+def _detach_child(name: str, module: str, control_fd: int) -> int:
     """Turn a forked child into a helper: detach it from the parent's session and close all of the parent's descriptors."""
     os.setsid()  # see _spawn
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -175,7 +175,7 @@ def start() -> None:
     sys.setswitchinterval(0.0005)
 
 
-def settled() -> None:
+def end_start_phase() -> None:
     """End the start phase: restore the interpreter's defaults, and end an unused page server.
 
     Objects imported so far are excluded from later garbage collections.
@@ -191,8 +191,8 @@ def settled() -> None:
 
 
 def end_unused() -> None:
-    """End the start phase as `settled` does, and an unused init too."""
-    settled()
+    """End the start phase as `end_start_phase` does, and an unused init too."""
+    end_start_phase()
     while _init:
         process, ours = _init.pop()
         ours.close()

@@ -58,7 +58,7 @@ class Privileges(NamedTuple):
     user_namespaces: bool = True
 
     @classmethod
-    def here(cls) -> Privileges:
+    def current(cls) -> Privileges:
         """Return this process's privileges. Unreadable ones count as granted; their use will show."""
         status = dict(line.split(":\t", 1) for line in _text("/proc/self/status").splitlines() if ":\t" in line)
         return cls(

@@ -100,7 +100,7 @@ def find(folder: Path) -> Path | None:
     return folder / FOLDER / "images" if facts and facts.mapped else None
 
 
-def made(folder: Path) -> bool:
+def exist(folder: Path) -> bool:
     """Return whether matching file-backed images exist, even if they map nothing."""
     return _matching(folder) is not None
 
@@ -200,7 +200,7 @@ def _rewrite(images: Path, areas: Areas) -> tuple[dict[str, bytes], int]:
         if not shown:
             continue
         changed[f"mm-{pid}.img"] = data
-        changed[page_map.name] = _left_to_mappings(page_map, shown)
+        changed[page_map.name] = _mark_lazy(page_map, shown)
         mapped += sum(end - start for start, end, _ in shown)
         files += framed(_file_entry(next_id, pages))
         next_id += 1
@@ -272,7 +272,7 @@ def _map(
     return data[: head_size(data)] + framed(encode(memory | {_VMAS: vmas})), mapped
 
 
-def _left_to_mappings(page_map: Path, mapped: Sequence[_Extent]) -> bytes:
+def _mark_lazy(page_map: Path, mapped: Sequence[_Extent]) -> bytes:
     """Rewrite a `pagemap-N.img` so that these extents are lazy; those of weights are lazy already."""
     data = page_map.read_bytes()
     head, *entries = _entries(page_map)

@@ -25,7 +25,7 @@ from checkpoint.cuda import checkpoint as cuda
 from checkpoint.cuda.driver import Driver
 from checkpoint.errors import CheckpointError, Failed, HostLacks
 from checkpoint.files import private_folder, replacing
-from checkpoint.lazy_pages.client import Arriving, PageServer, server_config
+from checkpoint.lazy_pages.client import DownloadingImages, PageServer, server_config
 from checkpoint.sandbox.process_tree import processes
 from checkpoint.sandbox.sandbox import TMP_DIR, Bind, Sandbox, SandboxConfig, make_run_dir
 from checkpoint.snapshot import file_backed, speculative
@@ -71,7 +71,7 @@ class LazyRestore:
     record: bool
     on_death: Callable[[str], None]
     on_warning: Callable[[str], None]
-    arriving: Arriving | None = None
+    downloading: DownloadingImages | None = None
     """Set while a store still fills the images (checkpoint.store.remote_restore)."""
     pack: bool = True
     """Copy from the working set's pack if there is one. If False, copy from the images, whose bytes `--verify=always` has just hashed."""
@@ -282,7 +282,7 @@ def _plan(
 ) -> speculative.Plan:
     """Build the configurations that the helpers of this restore receive."""
     images = folder / "images"
-    if lazy and lazy.map_pages and not lazy.record and not lazy.arriving:
+    if lazy and lazy.map_pages and not lazy.record and not lazy.downloading:
         # A recording needs every page fault. Images that are still arriving must not be mapped.
         images = file_backed.find(folder) or images
     named = {stream: snapshot.pipes[stream] for stream in pipes if stream in snapshot.pipes}
@@ -292,7 +292,7 @@ def _plan(
         "init": config.message(),
         "unpack": [[str(folder / "shm"), "/dev/shm"], [str(folder / "tmp"), TMP_DIR]],
         "criu": criu.restore_request(snapshot.root_pid, images, named, lazy_pages=lazy is not None),
-        "pages": server_config(images, lazy.working_set, lazy.record, arriving=lazy.arriving, pack=lazy.pack)
+        "pages": server_config(images, lazy.working_set, lazy.record, downloading=lazy.downloading, pack=lazy.pack)
         if lazy
         else None,
     }
@@ -317,7 +317,7 @@ def _complete(
         if lazy and begun.pages:
             started, begun.pages = begun.pages, None
             pages = PageServer(
-                *started, work / speculative.LAZY_PAGES_SOCKET, lazy.on_death, lazy.on_warning, lazy.arriving
+                *started, work / speculative.LAZY_PAGES_SOCKET, lazy.on_death, lazy.on_warning, lazy.downloading
             )
         sandbox = Sandbox(config, on_exit=on_exit, begun=begun)
         cancellation.check(sandbox)
@@ -332,7 +332,7 @@ def _complete(
         sandbox.resume(snapshot.stopped)
         begun.release()
         spans = {"sandbox": up - began, "unpack": unpacked - up, "criu": time.monotonic() - unpacked}
-        plan = begun.plan if lazy and not lazy.record and not lazy.arriving else None
+        plan = begun.plan if lazy and not lazy.record and not lazy.downloading else None
         cancellation.settle()
         return Restored(sandbox, snapshot.root_pid, work, begun.lock_fd, spans, pages, plan=plan)
     except BaseException as error:

@@ -188,7 +188,7 @@ def _push_by_layout(
             job.add_file(folder, path, size, None)
             modes[path] = mode
             continue
-        rest = layouts.rest_of(path)
+        rest = layouts.rest_path(path)
         extents = partial(layout.extents, rest)
         job.add_gathered(folder, rest, lengths[path], extents, {path: size})
         modes[rest] = mode

@@ -145,7 +145,7 @@ class Layout:
             low, high, at = holes[index]
             return BYTES, at + offset - low, high - offset
         following = holes[index + 1][0] if index + 1 < len(holes) else self.index.sizes[path]
-        return rest_of(path), offset, following - offset
+        return rest_path(path), offset, following - offset
 
     def lengths(self) -> list[int]:
         """Return the chunk lengths of `first.bytes`.
@@ -177,7 +177,7 @@ class Layout:
         return msgspec.json.encode(self.index)
 
 
-def rest_of(path: str) -> str:
+def rest_path(path: str) -> str:
     """Return the archive file that holds the rest of a page file, outside `first.bytes`."""
     return path.removesuffix(".img") + REST
 

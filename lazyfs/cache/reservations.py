@@ -77,16 +77,16 @@ class Reservation:
 
 def reserved_by_others(root: Path, own: Reservation | None = None) -> tuple[int, set[str]]:
     """Return the bytes reserved by live processes (memory and granted; only the memory of `own`), and the digests they pin."""
-    taken, pins = _living(root, own)
+    taken, pins = _live_reservations(root, own)
     return taken, {pin.removeprefix("=") for pin in pins}
 
 
 def kept_digests(root: Path) -> set[str]:
     """Return the digests of files whose cache files no command may drop, because a live mount keeps them."""
-    return {pin[1:] for pin in _living(root, None)[1] if pin.startswith("=")}
+    return {pin[1:] for pin in _live_reservations(root, None)[1] if pin.startswith("=")}
 
 
-def _living(root: Path, own: Reservation | None) -> tuple[int, set[str]]:
+def _live_reservations(root: Path, own: Reservation | None) -> tuple[int, set[str]]:
     taken, pinned = 0, set[str]()
     for path in (root / "claims").glob("[!.]*"):
         try:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
+from lazyfs.durations import seconds
 from lazyfs.errors import LazyfsError, from_os_error
 
 if TYPE_CHECKING:
@@ -64,22 +65,27 @@ class Number(click.ParamType[float]):
         return number
 
 
-class Duration(Number):
-    """A duration such as 90s, 10m or 24h, in seconds. `bare`: the unit of a number without one."""
+class Duration(click.ParamType[float]):
+    """A duration such as 90s, 10m or 24h, in seconds, of at least `least` seconds. `bare`: the unit of a number without one."""
 
-    name = "time"
-    UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
+    name = "duration"
 
-    def __init__(self, bare: str = "s") -> None:
-        self.bare = bare
+    def __init__(self, least: float = 0.0, bare: str = "s") -> None:
+        self._least, self._bare = least, bare
+
+    def read(self, text: str) -> float:
+        """Return the duration in seconds. Raises ValueError."""
+        return seconds(text, self._bare)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        text = str(value)
-        unit = text[-1:] if text[-1:] in self.UNITS else ""
+        """Convert to seconds."""
         try:
-            return super().convert(text.removesuffix(unit), None, None) * self.UNITS[unit or self.bare]
-        except click.BadParameter:
-            self.fail(f"{text!r} is not a duration; write 90s, 10m or 24h", param, ctx)
+            found = self.read(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+        if found < self._least:
+            self.fail(f"{value!r} is too short; give at least {self._least:g} s", param, ctx)
+        return found
 
 
 class PathArgument(click.Path):

@@ -34,7 +34,7 @@ _REF = re.compile(
 )
 # Compress a chunk only if a sample shrinks below this ratio. Decompression costs a core about a second per GB: a network
 # repays that from 20 % savings on, a local disk hardly ever.
-PAYS_REMOTE, PAYS_LOCAL = 0.80, 0.50
+COMPRESS_BELOW_REMOTE, COMPRESS_BELOW_LOCAL = 0.80, 0.50
 _SAMPLE = 256 << 10
 # Largest accepted zstd window: memory that decompression needs besides the output, in bytes.
 _WINDOW = 8 << 20
@@ -140,7 +140,7 @@ class ChunkStore:
         if isinstance(self.zstd, int):
             body = _compressor(self.zstd).compress(data)
             return (ZSTD, body) if len(body) < len(data) else (RAW, data)
-        pays = PAYS_REMOTE if self.store.remote else PAYS_LOCAL
+        pays = COMPRESS_BELOW_REMOTE if self.store.remote else COMPRESS_BELOW_LOCAL
         sample = memoryview(data)[:_SAMPLE]
         if len(sample) < 512 or len(_compressor(1).compress(sample)) > pays * len(sample):
             return RAW, data

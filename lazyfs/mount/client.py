@@ -298,13 +298,13 @@ def _refuse_other_home(where: str, name: str) -> None:
         return
     alive: list[bool] = []
 
-    def ask_it() -> None:
+    def call_statvfs() -> None:
         with contextlib.suppress(OSError):
             os.statvfs(where)  # Never answered by the kernel alone.
             alive.append(True)
 
     # In a thread: if it hangs, it returns when the mount is aborted.
-    thread = threading.Thread(target=ask_it, daemon=True)
+    thread = threading.Thread(target=call_statvfs, daemon=True)
     thread.start()
     thread.join(_PING_S)
     if alive:

@@ -25,7 +25,7 @@ from plugin.bench import client as measure
 from plugin.bench.page_cache import PageCache
 from plugin.bench.presets import Preset, preset
 from plugin.launch import PASS_THROUGH
-from plugin.options import Seconds, option, using
+from plugin.options import Duration, option, using
 from plugin.runtime.home import state_home
 
 KINDS = ("alone", "cold", "restored")
@@ -166,7 +166,7 @@ def compare(bench: Bench, kinds: tuple[str, ...], runs: int, report: Any) -> dic
         cache.remember()
     for index in range(runs):
         for kind in kinds:
-            cache.bring_back()
+            cache.read_again()
             answer = bench.run(kind, str(index + 1), series[kind])
             report(f"run {index + 1} of {runs}: {kind} {answer.first_s:.2f} s to the first token")
     found: dict[str, Any] = {
@@ -216,7 +216,7 @@ def bench() -> None:
     ),
     option("--runs", type=click.IntRange(1, 100), default=5, help="Timed starts of each kind."),
     option("--kinds", default="alone,restored", help="Which starts, in turn: alone, cold, restored."),
-    option("--limit", "limit_s", type=Seconds(0.1), default="15m", help="How long one start may take."),
+    option("--limit", "limit_s", type=Duration(0.1), default="15m", help="How long one start may take."),
     option("--launch-option", "launch_options", multiple=True, help="An option for quickthaw launch. Repeatable."),
     option("--keep", is_flag=True, help="Keep the snapshot and the logs."),
     option("--json", "as_json", is_flag=True, help="Print JSON instead of the table."),

@@ -34,7 +34,7 @@ WORDS = {
     "starting": "engine process in its sandbox",
     "loading": "engine start: imports, weights, compilation",
     "warming": "warm-up requests",
-    "shrinking": "KV cache emptied, memory released",
+    "trimming": "KV cache emptied, memory released",
     "checkpointing": "CRIU writes the process tree",
     "resuming": "the engine resumes",
     "restoring": "CRIU restores the process tree",

@@ -36,7 +36,7 @@ class PageCache:
                 self._pages[path] = both.to_bytes(max(len(pages), len(before)), "little")
         return uffd.PAGE * sum(pages.count(1) for pages in self._pages.values())
 
-    def bring_back(self) -> None:
+    def read_again(self) -> None:
         """Read all remembered pages again; skip files that are missing or shorter now."""
         block = memoryview(bytearray(_BLOCK))
         for path, pages in self._pages.items():

@@ -42,15 +42,15 @@ def excludes_weights():
 def _on_trim(number, frame):
     from . import memory
 
-    process_start_times.keep()
+    process_start_times.patch_psutil()
     memory.trim()
     memory.close_nvml()
-    answer("shrunk", "ok")
+    answer("trimmed", "ok")
 
 
 def _on_wake(number, frame):
     global fresh
-    cpu.regain()
+    cpu.request_components()
     cpu_counters.accept_smaller_readings()
     process_start_times.refresh()
     renewed = environment_renewal.renew()
@@ -80,7 +80,7 @@ def reseed():
 
 def install():
     """Install both signal handlers in this process; later calls do nothing. Only the main thread can install them."""
-    process_start_times.keep()
+    process_start_times.patch_psutil()
     if threading.current_thread() is not threading.main_thread():
         return
     if signal.getsignal(TRIM) in (signal.SIG_DFL, None):

@@ -14,11 +14,11 @@ import sys
 _ARCH_PRCTL = 158
 _GET_SUPPORTED, _GET_PERMITTED, _REQUEST = 0x1021, 0x1022, 0x1023
 
-_here = sys.platform == "linux" and platform.machine() == "x86_64"
+_supported = sys.platform == "linux" and platform.machine() == "x86_64"
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def _asked(question):
+def _query(question):
     """Return a mask of state components, or 0 if this kernel (before 5.16) does not support the request."""
     mask = ctypes.c_uint64()
     return 0 if _libc.syscall(_ARCH_PRCTL, question, ctypes.byref(mask)) else mask.value
@@ -26,19 +26,19 @@ def _asked(question):
 
 def permitted():
     """Return the mask of state components that this process may use."""
-    return _asked(_GET_PERMITTED) if _here else 0
+    return _query(_GET_PERMITTED) if _supported else 0
 
 
-def regain():
+def request_components():
     """Request every component that this process may not use yet, and return the resulting mask.
 
     A process that had not requested them before gets them as well, at no cost until they are used. A component that the
     kernel refuses (because a signal stack is too small for the larger state) was not in use before the dump either: the
     same condition held then.
     """
-    if not _here:
+    if not _supported:
         return 0
-    missing = _asked(_GET_SUPPORTED) & ~permitted()
+    missing = _query(_GET_SUPPORTED) & ~permitted()
     for component in range(missing.bit_length()):
         if missing >> component & 1:
             _libc.syscall(_ARCH_PRCTL, _REQUEST, component)

@@ -23,7 +23,7 @@ class _Restored:
         self.fingerprint = None
         self.ticks = {}
 
-    def look(self):
+    def read(self):
         """Return the current table, reading it again only if the launcher has written a new file."""
         folder = os.environ.get("QUICKTHAW_CONTROL_DIR")
         if not folder:
@@ -58,7 +58,7 @@ def _start_time(pid):
         return None
 
 
-def keep():
+def patch_psutil():
     """Patch psutil to read the start times of the dump, if this process has imported it. May be called again."""
     process = getattr(sys.modules.get("psutil._pslinux"), "Process", None)
     parse = getattr(process, "_parse_stat_file", None)
@@ -68,7 +68,7 @@ def keep():
     @functools.wraps(parse)  # this keeps psutil's own attributes, for its cache
     def parse_stat_file(self):
         stat = parse(self)
-        now, dumped = _restored.look().get(self.pid, (None, None))
+        now, dumped = _restored.read().get(self.pid, (None, None))
         return {**stat, "create_time": dumped} if now is not None and stat.get("create_time") == now else stat
 
     parse_stat_file.__name__ = _OURS
@@ -77,6 +77,6 @@ def keep():
 
 def refresh():
     """Read the restored processes' start times now, before one of their PIDs can be reused."""
-    keep()
+    patch_psutil()
     if "psutil" in sys.modules:
-        _restored.look()
+        _restored.read()

@@ -1,6 +1,6 @@
 """The vLLM plugin (entry-point group vllm.general_plugins): loaded in the API server, the engine core and every worker.
 
-It adds two methods to the workers, called through vLLM's own `/collective_rpc`. `quickthaw_shrink` drops the KV cache's
+It adds two methods to the workers, called through vLLM's own `/collective_rpc`. `quickthaw_trim` drops the KV cache's
 pages and reports the weights' areas; `quickthaw_name_weights` only reports them. The plugin may be loaded more than
 once in a process, as vLLM's contract requires.
 """
@@ -77,7 +77,7 @@ def _finalizable(load):
     return loaded
 
 
-def _for_this_processor(factors_of):
+def _with_processor(factors_of):
     """Wrap vLLM's list of factors in an AOT artefact's hash: on a CPU, add the CPU's features and the number of threads.
 
     Inductor compiles for the present CPU (-march=native) and thread count. vLLM's list has neither, and code for
@@ -107,7 +107,7 @@ def register():
     from vllm.v1.worker.worker_base import WorkerBase
 
     control.install()
-    WorkerBase.quickthaw_shrink = _trim
+    WorkerBase.quickthaw_trim = _trim
     WorkerBase.quickthaw_name_weights = _name_weights
     with contextlib.suppress(ImportError, AttributeError):
         import torch.compiler
@@ -115,7 +115,7 @@ def register():
 
         # Never patch the loader without the hash: vLLM must not load code that was compiled for another CPU.
         if not hasattr(caching.aot_compile_hash_factors, "__wrapped__"):
-            caching.aot_compile_hash_factors = _for_this_processor(caching.aot_compile_hash_factors)
+            caching.aot_compile_hash_factors = _with_processor(caching.aot_compile_hash_factors)
             torch.compiler.load_compiled_function = _finalizable(torch.compiler.load_compiled_function)
     # This is internal to vLLM and only affects speed: a version without this method runs the canary alone.
     with contextlib.suppress(ImportError, AttributeError):

@@ -82,7 +82,7 @@ class ModelContent:
             return
         log.debug("the model's digest took %.1f s", time.monotonic() - began)
 
-    def proven(self, limit_s: float) -> str:
+    def verified_digest(self, limit_s: float) -> str:
         """Return the digest of what the engine has read, waiting up to `limit_s` seconds for the background.
 
         Raises Incompatible: inputs-changed if a file has changed since the launch began, model-unread if the digest takes

@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launchers.base import without_ours
+from launchers.base import without_own_variables
 from launchers.errors import LauncherError
 from launchers.given_options import given_options, last
 from launchers.model_source import Repository, load_format, repositories
@@ -58,7 +58,8 @@ class HubModels:
         """
         command = self.settings.command
         options = given_options(command.arguments)
-        environment = without_ours(self.settings.environment)  # with a token that --scrub-env keeps from the engine
+        # It includes a token that --scrub-env keeps from the engine.
+        environment = without_own_variables(self.settings.environment)
         if token := last(options, "hf-token"):
             environment["HF_TOKEN"] = token
         request = {

@@ -102,7 +102,7 @@ class HoldMiddleware:
             await self.app(scope, receive, send)
 
     async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def begin_and_end() -> Message:
+        async def run_lifespan() -> Message:
             message = await receive()
             if message["type"] == "lifespan.startup":
                 self.proxy.begin()
@@ -110,7 +110,7 @@ class HoldMiddleware:
                 await self.proxy.shutdown()
             return message
 
-        await self.app(scope, begin_and_end, send)
+        await self.app(scope, run_lifespan, send)
 
     async def _held(self, scope: Scope, receive: Receive, send: Send) -> None:
         if not self.proxy.begun:
@@ -120,7 +120,7 @@ class HoldMiddleware:
         inbox = _Inbox(receive, self.proxy.settings.body_buffer)
         probe = None if websocket else self._probe(request)
         try:
-            if probe is not None and self.pool.ready() is None and not probes.waits(self.pool):
+            if probe is not None and self.pool.ready() is None and not probes.should_wait(self.pool):
                 status, headers, body, outcome = probe.answer(self.proxy, self.pool)
                 self.proxy.stats.outcomes[outcome] += 1
                 await _respond(request, send, status, headers, body)

@@ -12,7 +12,7 @@ import click
 
 from plugin.options import (
     Address,
-    Seconds,
+    Duration,
     consume_variables,
     log_level,
     option,
@@ -44,7 +44,7 @@ Examples:
 """
 
 
-def _not_itself(upstream: Upstream | None, host: str, port: int) -> None:
+def _refuse_own_address(upstream: Upstream | None, host: str, port: int) -> None:
     """Raise UsageError if the upstream is the proxy's own port: each request would loop forever."""
     spec = upstream.spec if upstream is not None else None
     if spec is None or spec["kind"] != "tcp" or spec["port"] != port:
@@ -94,7 +94,7 @@ def _read_file(ctx: click.Context, param: click.Parameter, value: Path | None) -
         "--api-key",
         help="The key that the engine was started with, for the readiness check. The variable keeps it out of process lists.",
     ),
-    option("--wake-timeout", type=Seconds(0.1), default="10m", help="How long a wake may take."),
+    option("--wake-timeout", type=Duration(0.1), default="10m", help="How long a wake may take."),
     option("--root-path", default="", help="The engine's --root-path; --deny and --allow apply behind it too."),
     option("--workers", type=click.IntRange(1, 64), default=1, help="Processes on the one port; they share one wake."),
     *serving,
@@ -191,7 +191,7 @@ async def _serve(options: dict[str, Any], settings: Settings) -> None:
 
     for pool in pools.values():
         for replica in pool.replicas.values():
-            _not_itself(replica.upstream, host, port)
+            _refuse_own_address(replica.upstream, host, port)
     raise_files()
     sockets = _listen("--listen", options["listen"], options["workers"], settings.backlog)
     admin_sock = _listen("--admin-listen", options["admin_listen"], 1, 128)[0] if options["admin_listen"] else None

@@ -51,7 +51,7 @@ async def forward(host: Host, client: Client, request: Request, exchange: Exchan
     while True:
         replica = pool.try_acquire()
         if replica is None:
-            if probe is not None and not probes.waits(pool):
+            if probe is not None and not probes.should_wait(pool):
                 exchange.status, headers, body, exchange.outcome = probe.answer(host, pool)
                 client.respond(request, exchange.status, headers, body, close=not request.complete)
                 return
@@ -65,18 +65,18 @@ async def forward(host: Host, client: Client, request: Request, exchange: Exchan
                 continue
             if retry_rules.needs_whole_body(request, replica, host.settings.body_buffer):
                 # Costs little: most clients send the body right after the head.
-                await client.whole_body(request, host.settings.body_buffer)
-            back = await open_connection(host, pool, replica)
-            if back is not None and not client.is_closing():
+                await client.wait_body(request, host.settings.body_buffer)
+            connection = await open_connection(host, pool, replica)
+            if connection is not None and not client.is_closing():
                 exchange.replica_name = replica.name
-                forwarding: Awaitable[bool] = send(host, client, request, exchange, replica, back)
+                forwarding: Awaitable[bool] = send(host, client, request, exchange, replica, connection)
                 if adapters.changes_adapters(request):
                     forwarding = adapters.forward_and_note(forwarding, pool, replica, request, exchange)
                 if await forwarding:
                     return
                 continue
-            if back is not None:
-                back.abort()
+            if connection is not None:
+                connection.abort()
                 raise asyncio.CancelledError
         finally:
             if probe is not None:
@@ -101,7 +101,7 @@ async def hold(host: Host, client: Client, request: Request, exchange: Exchange,
         )
     finally:
         exchange.held_s += time.monotonic() - began
-    if client.gone():
+    if client.is_disconnected():
         pool.release(replica)
         raise asyncio.CancelledError
     return replica
@@ -113,20 +113,20 @@ async def open_connection(host: Host, pool: ReplicaPool, replica: Replica) -> Up
     generation = replica.generation
     now = time.monotonic()
     while idle:
-        back = idle.pop()
-        if now - back.idle_since <= host.settings.upstream_keepalive_s and back.alive():
-            return back
-        back.abort()
+        connection = idle.pop()
+        if now - connection.idle_since <= host.settings.upstream_keepalive_s and connection.alive():
+            return connection
+        connection.abort()
     if replica.connecting is None:
         replica.connecting = asyncio.Semaphore(host.settings.max_connecting)
     async with replica.connecting:
         try:
-            back = await connect(replica, host.settings.connect_timeout_s)
-            if back.alive():
+            connection = await connect(replica, host.settings.connect_timeout_s)
+            if connection.alive():
                 replica.clear_refusals()
-                return back
+                return connection
             why = "it closed the connection before anything was sent"
-            back.abort()
+            connection.abort()
         except OSError as exc:
             if exc.errno in SHORTAGE:
                 raise Unavailable(
@@ -139,7 +139,7 @@ async def open_connection(host: Host, pool: ReplicaPool, replica: Replica) -> Up
 
 
 async def send(
-    host: Host, client: Client, request: Request, exchange: Exchange, replica: Replica, back: UpstreamConnection
+    host: Host, client: Client, request: Request, exchange: Exchange, replica: Replica, connection: UpstreamConnection
 ) -> bool:
     """Write the request once and relay its answer. Return True when it was answered.
 
@@ -148,7 +148,7 @@ async def send(
     """
     exchange.cautious = retry_rules.is_cautious(request, exchange, replica)
     body = bytes(request.body) if retry_rules.keeps_body(request, exchange, replica) else None
-    _write(host, client, request, exchange, replica, back)
+    _write(host, client, request, exchange, replica, connection)
     return await _answered(host, client, request, exchange, replica, body)
 
 
@@ -186,15 +186,15 @@ async def send_speculatively(
     began = time.monotonic()
     body = bytes(request.body)
     try:
-        back = await connect(replica, host.settings.connect_timeout_s)
+        connection = await connect(replica, host.settings.connect_timeout_s)
     except OSError:
         await _checked(host, request, check)
         return False
-    if client.gone():
-        back.abort()
+    if client.is_disconnected():
+        connection.abort()
         raise asyncio.CancelledError
     exchange.withheld, exchange.replica_name = True, replica.name
-    _write(host, client, request, exchange, replica, back)
+    _write(host, client, request, exchange, replica, connection)
     passed = False
     try:
         passed = await _checked(host, request, check)
@@ -225,11 +225,11 @@ async def _checked(host: Host, request: Request, check: asyncio.Future[bool]) ->
 
 
 def _write(
-    host: Host, client: Client, request: Request, exchange: Exchange, replica: Replica, back: UpstreamConnection
+    host: Host, client: Client, request: Request, exchange: Exchange, replica: Replica, connection: UpstreamConnection
 ) -> None:
     upstream = replica.upstream
     assert upstream is not None
-    exchange.back = back
+    exchange.connection = connection
     drop = request.drop if exchange.early is None else request.drop | {b"accept-encoding"}
     head = wire.request_head(
         request.method,
@@ -246,7 +246,7 @@ def _write(
         upgrade=request.upgrade,
     )
     host.buffered -= request.buffered
-    back.begin(exchange, head, chunked=request.chunked)
+    connection.begin(exchange, head, chunked=request.chunked)
     client.pause("body", False)
     if client.writing_paused:
-        back.pause(True)
+        connection.pause(True)

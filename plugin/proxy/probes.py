@@ -175,7 +175,7 @@ def announces_use(request: Request) -> bool:
     return request.method != b"OPTIONS" or bool(request.header(b"access-control-request-method"))
 
 
-def waits(pool: ReplicaPool) -> bool:
+def should_wait(pool: ReplicaPool) -> bool:
     """Return True while an owner starts the pool's first replica: a probe then waits, as for any engine that loads."""
     replicas = pool.replicas.values()
     if not all(replica.first_start for replica in replicas):

@@ -59,7 +59,7 @@ def is_repeatable(request: Request, exchange: Exchange) -> bool:
 
 def is_cautious(request: Request, exchange: Exchange, replica: Replica) -> bool:
     """Return True if the answer is withheld until its body begins, because the replica may be killed for missing pages."""
-    return replica.pages_coming() and is_repeatable(request, exchange)
+    return replica.pages_pending() and is_repeatable(request, exchange)
 
 
 def keeps_body(request: Request, exchange: Exchange, replica: Replica) -> bool:
@@ -75,9 +75,9 @@ def needs_whole_body(request: Request, replica: Replica, limit: int) -> bool:
     if request.path not in GENERATIONS:
         return False
     small = request.length is not None and request.length <= limit
-    return replica.pages_coming() or (replica.killed_when_silent and small)
+    return replica.pages_pending() or (replica.killed_when_silent and small)
 
 
 def may_resend(exchange: Exchange, replica: Replica, client: Client) -> bool:
     """Return True if a request whose replica failed is sent again: its owner killed the replica, and nothing was answered."""
-    return not exchange.head_sent and bool(replica.killed_because()) and not client.gone()
+    return not exchange.head_sent and bool(replica.kill_reason()) and not client.is_disconnected()

@@ -135,11 +135,13 @@ class Proxy:
                 text = "shutdown: %d clients cut, still connected after the time limit"
                 log.warning(text, left, extra={"event": "cut", "fields": {"clients": left}})
         for client in tuple(self.clients):
-            client.cut()
+            client.abort_answer()
         if self._sweeper is not None:  # stopped last: it closes idle keep-alive connections during the wait
             self._sweeper.cancel()
             self._tasks.append(self._sweeper)
-        await asyncio.gather(*self._tasks, *(pool.settled() for pool in self.router.pools()), return_exceptions=True)
+        await asyncio.gather(
+            *self._tasks, *(pool.wait_settled() for pool in self.router.pools()), return_exceptions=True
+        )
         await asyncio.sleep(0)
         if self._stopped is not None:
             self._stopped.set()
@@ -156,11 +158,11 @@ class Proxy:
             for client in tuple(self.clients):
                 client.sweep(now)
                 exchange = client.exchange
-                if exchange is None or exchange.back is None or client.tunnel is not None:
+                if exchange is None or exchange.connection is None or client.tunnel is not None:
                     continue
-                back = exchange.back
-                if back.answer is exchange and not back.reading_paused:
-                    silent = now - max(back.last_byte, client.last_in if not exchange.request.complete else 0.0)
+                connection = exchange.connection
+                if connection.answer is exchange and not connection.reading_paused:
+                    silent = now - max(connection.last_byte, client.last_in if not exchange.request.complete else 0.0)
                     limit = exchange.upstream_limit_s
                     if silent > limit:
                         text = f"the replica sent nothing for {limit:g} s (--upstream-timeout)"
@@ -216,9 +218,9 @@ class Proxy:
             fault = ProxyError("proxy-defect", "the proxy failed on this request", status=500)
             self._answer_error(client, request, exchange, fault)
         finally:
-            back = exchange.back
-            if back is not None and back.answer is exchange and not exchange.tunnel:
-                back.abort()
+            connection = exchange.connection
+            if connection is not None and connection.answer is exchange and not exchange.tunnel:
+                connection.abort()
             request.sink = None
             if exchange.early is not None:
                 exchange.early.close()
@@ -235,7 +237,7 @@ class Proxy:
             exchange.early.error(error)
             exchange.status = error.status
         elif exchange.head_sent:
-            client.cut()
+            client.abort_answer()
         else:
             exchange.status = error.status
             client.refuse(request, error)

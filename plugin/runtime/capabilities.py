@@ -71,7 +71,7 @@ def detect(home: Path) -> tuple[Capabilities, Criu | None]:
 
     Takes under 1 ms, except the first time, when CRIU is run for its version.
     """
-    capabilities = from_privileges(Privileges.here())
+    capabilities = from_privileges(Privileges.current())
     if capabilities.snapshots:
         return capabilities, None
     try:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launchers.base import EngineCommand, without_ours
+from launchers.base import EngineCommand, without_own_variables
 from plugin.runtime.home import state_home as state_home
 
 WEIGHTS = ("auto", "full", "thin")
@@ -76,4 +76,4 @@ class LaunchSettings:
     @property
     def given_environment(self) -> dict[str, str]:
         """Return `environment` for the engine: without quickthaw's own variables and without those in `scrub_env`."""
-        return {k: v for k, v in without_ours(self.environment).items() if k not in self.scrub_env}
+        return {k: v for k, v in without_own_variables(self.environment).items() if k not in self.scrub_env}

@@ -94,7 +94,7 @@ class Launch:
             replica = Replica(
                 self.settings, engine, self.capabilities, criu, weights, tracker, stdout=self.stdout, stderr=self.stderr
             )
-            replica.on_death = self._death_of(replica)
+            replica.on_death = self._death_handler(replica)
             replica.expects = self._expects
             tracker.listen(self._phase_logger(index))
             self.replicas.append(replica)
@@ -132,7 +132,7 @@ class Launch:
         first, *others = self.replicas
         threading.Thread(target=self._sweep, name="sweeper", daemon=True).start()
         first_done = threading.Event()
-        together = others and self._something_to_restore(first)
+        together = others and self._can_restore(first)
         # Count all starts before they run: a start that fails at once must not end the launch.
         self._count(len(self.replicas) if together else 1)
         with contextlib.ExitStack() as slot:
@@ -159,7 +159,7 @@ class Launch:
             threading.Thread(target=self._start_throttled, args=(replica, before_cold), daemon=True).start()
 
     @staticmethod
-    def _something_to_restore(replica: Replica) -> bool:
+    def _can_restore(replica: Replica) -> bool:
         try:
             return replica.restorable() is not None
         except (CheckpointError, LauncherError, OSError):
@@ -195,7 +195,7 @@ class Launch:
         if failure is not None:
             self._start_failed(failure, others)
             return False
-        prestart.settled()
+        prestart.end_start_phase()
         if self._ending.is_set():
             return False  # the shutdown stops it with the usual grace period
         _remember(self.settings, replica, time.monotonic() - self._began)
@@ -214,7 +214,7 @@ class Launch:
         self.exit_code = code if 0 < code < 256 else 1
         self.end()
 
-    def _death_of(self, replica: Replica) -> Callable[[int], None]:
+    def _death_handler(self, replica: Replica) -> Callable[[int], None]:
         def died(code: int) -> None:
             self._restart(replica, code)
 
@@ -226,12 +226,12 @@ class Launch:
         A failed page server does not count as a death: the restore that follows does not use one.
         """
         how = f"signal {-code}" if code < 0 else f"code {code}"
-        lost, silent = replica.pages_lost(), replica.silent
+        lost, silent = replica.page_server_failure(), replica.silent
         died = f"replica-silent: {silent}" if silent else f"engine-died: it ended with {how}"
         replica.tracker.to(Phase.FAILED, f"pages-lost: {lost}" if lost else died)
         if self._ending.is_set():
             return
-        who = self._who(replica)
+        who = self._log_prefix(replica)
         if lost:
             log.warning("%sits pages were lost while it served; restoring all pages first", who)
         elif (deaths := self._died(replica)) > RESTARTS_IN_A_MINUTE:
@@ -245,10 +245,10 @@ class Launch:
     def _silent(self, behind: ProxyReplica, why: str) -> None:
         """Kill a replica that no longer answers; `on_death` then restarts it. Runs on the event loop."""
         replica = self.replicas[int(behind.name.removeprefix("r"))]
-        log.warning("%sreplica-silent: %s; restarting the engine", self._who(replica), why)
+        log.warning("%sreplica-silent: %s; restarting the engine", self._log_prefix(replica), why)
         threading.Thread(target=replica.end_silent, args=(why,), name="silent", daemon=True).start()
 
-    def _who(self, replica: Replica) -> str:
+    def _log_prefix(self, replica: Replica) -> str:
         return f"replica {self.replicas.index(replica)}: " if self.settings.replicas > 1 else ""
 
     def _died(self, replica: Replica) -> int:
@@ -263,7 +263,10 @@ class Launch:
         others = self._count(0) or sum(r.tracker.phase in SERVES for r in self.replicas)
         text = "%sengine-keeps-dying: %d deaths within a minute, the last with %s; giving up"
         log.error(
-            text + (" on this replica; the others keep serving" if others else ""), self._who(replica), deaths, how
+            text + (" on this replica; the others keep serving" if others else ""),
+            self._log_prefix(replica),
+            deaths,
+            how,
         )
         if not others:
             self.exit_code = _shell_code(code)
@@ -318,8 +321,8 @@ class Launch:
             upstream = Upstream(self._connector(replica), f"r{index}")
             behind = pool.add(f"r{index}", replica.tracker, upstream, recording=recording)
             replica.served = self._counter(behind)
-            behind.pages_coming, behind.pages = replica.pages_coming, replica.page_counts
-            behind.killed_because = replica.ended_for
+            behind.pages_pending, behind.pages = replica.pages_pending, replica.page_counts
+            behind.kill_reason = replica.kill_reason
             behind.stopped = replica.stopped
             behind.engine_pid, behind.address = partial(engine_pid, replica), partial(address, replica)
             behind.killed_when_silent = self.settings.silence_limit_s > 0

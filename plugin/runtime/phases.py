@@ -1,6 +1,6 @@
 """The phases of a replica: one state machine, driven by the launch, read by the proxy, the metrics, the log and the display.
 
-Cold start: mounting → starting → loading → warming → shrinking → checkpointing → resuming → serving.
+Cold start: mounting → starting → loading → warming → trimming → checkpointing → resuming → serving.
 
 Restore: mounting → restoring → waking → verifying → serving.
 
@@ -25,7 +25,7 @@ class Phase(StrEnum):
     STARTING = "starting"
     LOADING = "loading"
     WARMING = "warming"
-    SHRINKING = "shrinking"
+    TRIMMING = "trimming"
     CHECKPOINTING = "checkpointing"
     RESUMING = "resuming"
     RESTORING = "restoring"
@@ -44,15 +44,15 @@ _NEXT: dict[Phase, frozenset[Phase]] = {
     Phase.MOUNTING: frozenset({Phase.STARTING, Phase.RESTORING}),
     Phase.STARTING: frozenset({Phase.LOADING}),
     Phase.LOADING: frozenset({Phase.WARMING}),
-    Phase.WARMING: frozenset({Phase.SHRINKING, Phase.SERVING}),
-    Phase.SHRINKING: frozenset({Phase.CHECKPOINTING, Phase.RESUMING}),
+    Phase.WARMING: frozenset({Phase.TRIMMING, Phase.SERVING}),
+    Phase.TRIMMING: frozenset({Phase.CHECKPOINTING, Phase.RESUMING}),
     Phase.CHECKPOINTING: frozenset({Phase.RESUMING}),
     Phase.RESUMING: frozenset({Phase.SERVING}),
     Phase.RESTORING: frozenset({Phase.WAKING}),
     Phase.WAKING: frozenset({Phase.VERIFYING}),
     Phase.VERIFYING: frozenset({Phase.SERVING}),
-    # serving → shrinking: a snapshot taken later; serving → mounting: a restart after a death
-    Phase.SERVING: frozenset({Phase.ASLEEP, Phase.SHRINKING, Phase.MOUNTING, Phase.SUSPECT}),
+    # serving → trimming: a snapshot taken later; serving → mounting: a restart after a death
+    Phase.SERVING: frozenset({Phase.ASLEEP, Phase.TRIMMING, Phase.MOUNTING, Phase.SUSPECT}),
     Phase.SUSPECT: frozenset({Phase.SERVING, Phase.ASLEEP, Phase.MOUNTING}),
     Phase.ASLEEP: frozenset({Phase.WAKING, Phase.MOUNTING, Phase.SERVING}),
     Phase.FAILED: frozenset({Phase.MOUNTING}),

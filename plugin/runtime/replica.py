@@ -39,7 +39,7 @@ from plugin.runtime.steps.paging import PageFollower
 from plugin.runtime.steps.snapshot_fetch import Fetching
 
 if TYPE_CHECKING:
-    from checkpoint.compatibility.check import Here
+    from checkpoint.compatibility.check import CurrentIdentity
     from checkpoint.compatibility.check import Identity as IdentityRecord
     from checkpoint.cuda.driver import Driver
     from checkpoint.cuda.helper import Helper
@@ -89,7 +89,7 @@ class Replica:
         self.eager = False  # True if the snapshot holds GPU state: it cannot be restored lazily
         self._no_snapshot = False  # set after taking a snapshot cost the engine's life
         self.cancellation = restore.Cancellation()
-        self.lost = ""
+        self.page_server_error = ""
         """Why pages of the restored engine will never arrive, or ""; the engine is killed for it."""
         self._losses = 0
         self.silent = ""
@@ -97,7 +97,7 @@ class Replica:
         self.fetching = Fetching(self.settings)
         self.page_follower = PageFollower(self.fetching, lambda: self.served(), lambda: self.running is not None)
         self._cuda: Helper | None = None
-        self._identity: Here | None = None
+        self._identity: CurrentIdentity | None = None
         self._multi_gpu: bool | None = None
         self.command = self.settings.command
         """What the engine was started with: the user's command plus, on a GPU, the arguments that `offload` needs."""
@@ -139,15 +139,17 @@ class Replica:
         self.capabilities.log_off()
 
     def _start(self, before_cold: Callable[[], object] | None) -> None:
-        if self._or_plainly(self._start_from_snapshot):
+        if self._try_or_turn_off(self._start_from_snapshot):
             return
         if before_cold is not None:
             before_cold()
             if self._stopped:
                 raise EngineFailed("stopped", "stopped while the engine started")
-            if self._or_plainly(self._start_from_snapshot):
+            if self._try_or_turn_off(self._start_from_snapshot):
                 return
-        if not self.settings.named and self._or_plainly(lambda: self._fetch_model() and self._start_from_snapshot()):
+        if not self.settings.named and self._try_or_turn_off(
+            lambda: self._fetch_model() and self._start_from_snapshot()
+        ):
             return
         if self.settings.named:
             raise HostLacks(
@@ -163,7 +165,7 @@ class Replica:
             compatibility.explain(self.library, self.snapshot_name, self.identity)
         self._cold()
 
-    def _or_plainly(self, step: Callable[[], bool]) -> bool:
+    def _try_or_turn_off(self, step: Callable[[], bool]) -> bool:
         """Return what `step` returns. If a file cannot be read or written, the engine starts as it would alone."""
         try:
             return step()
@@ -210,7 +212,12 @@ class Replica:
         self.refused = None
         name = self.restorable()
         # After a failed page server, restore all pages first: what ended the page server may end the next one.
-        lazy_first = self.settings.lazy_restore and self._lazy_works and not self.lost and not self.capabilities.pages
+        lazy_first = (
+            self.settings.lazy_restore
+            and self._lazy_works
+            and not self.page_server_error
+            and not self.capabilities.pages
+        )
         ways = ((True, False) if lazy_first else (False,)) if name else ()
         for lazy in ways:
             assert name is not None
@@ -220,14 +227,14 @@ class Replica:
                 return True
             except (CheckpointError, LauncherError) as failure:
                 # Lost pages cause any error that follows them, so do not blame the snapshot.
-                error = Failed("pages-lost", self.lost) if self.lost else failure
+                error = Failed("pages-lost", self.page_server_error) if self.page_server_error else failure
                 if self._stopped:
                     self.clear()
                     raise
                 again = lazy and not self.eager and not isinstance(error, Incompatible | Integrity | HostLacks | Busy)
                 self._restore_failed(name, error, again)
                 if again:
-                    self._lazy_works = bool(self.lost)
+                    self._lazy_works = bool(self.page_server_error)
                     continue
                 if self.settings.strict or self.settings.named:
                     raise
@@ -235,14 +242,14 @@ class Replica:
         return False
 
     @property
-    def identity(self) -> Here:
+    def identity(self) -> CurrentIdentity:
         """Return the identity of this launch, used to select and check a snapshot."""
         if self._identity is None:
             self._identity = compatibility.gather(self.settings, self.weights, self.criu)
         return self._identity
 
     @property
-    def known_identity(self) -> Here | None:
+    def known_identity(self) -> CurrentIdentity | None:
         """Return the identity of this launch if it has been computed by now."""
         return self._identity
 
@@ -305,15 +312,15 @@ class Replica:
 
     # Pages that arrive after the restore
 
-    def on_pages_lost(self, reason: str) -> None:
+    def on_page_server_failed(self, reason: str) -> None:
         """Kill the replica because missing pages will never arrive, as when the page server died: a fault would block forever.
 
         Called from any thread, at any moment during or after a restore. It kills all processes at once: those that
         outlive the first one would notice its end. The replica is then restored with all pages first.
         """
-        first = not self.lost
-        # Set this before reading `running`: restore_snapshot sets `running` first and then reads `lost`.
-        self.lost = self.lost or reason
+        first = not self.page_server_error
+        # Set this before reading `running`: restore_snapshot sets `running` first and then reads `page_server_error`.
+        self.page_server_error = self.page_server_error or reason
         cancelled = self.cancellation.cancel(Failed("pages-lost", reason))
         running = self.running
         restored = running.restored if running else None
@@ -336,19 +343,19 @@ class Replica:
             self.silent = why
             running.kill()
 
-    def ended_for(self) -> str:
+    def kill_reason(self) -> str:
         """Return why quickthaw killed the last engine, or "" if it did not."""
-        return self.pages_lost() or self.silent
+        return self.page_server_failure() or self.silent
 
-    def pages_coming(self) -> bool:
+    def pages_pending(self) -> bool:
         """Return True if pages of the running engine are still to come, or were lost and no new start has begun."""
         running = self.running
         restored = running.restored if running else None
-        return bool(self.lost or (restored and restored.pages and not restored.pages.complete.is_set()))
+        return bool(self.page_server_error or (restored and restored.pages and not restored.pages.complete.is_set()))
 
-    def pages_lost(self) -> str:
+    def page_server_failure(self) -> str:
         """Return why the last restored engine was killed for missing pages, or ""."""
-        return self.lost if self.restored else ""
+        return self.page_server_error if self.restored else ""
 
     def page_counts(self) -> dict[str, float]:
         """Return the page servers' totals over all restores (PageFollower.counts), and how often pages were `lost`."""
@@ -381,8 +388,8 @@ class Replica:
         from plugin.runtime.steps import cold_start
 
         speculative.discard()
-        prestart.settled()
-        self.lost = ""
+        prestart.end_start_phase()
+        self.page_server_error = ""
         self.underway.set()
         self.mounting()
         if not self.capabilities.sandbox and (why := unusable(self.settings.home)):
@@ -393,7 +400,7 @@ class Replica:
         mounted = None if self.capabilities.mount or not self.settings.mount else self.weights.mount()
         self.tracker.to(Phase.STARTING)
         running = cold_start.begin(self, mounted)
-        self.now_running(running)
+        self.set_running(running)
         self.tracker.to(Phase.LOADING)
         trial = take_snapshot.begin_trial(self)
         if trial and self.weights.content:
@@ -401,7 +408,7 @@ class Replica:
         place = running.place
         cold_start.wait_ready(self, running)
         self.tracker.to(Phase.WARMING)
-        cold_s = sum(span.took_s for span in self.this_start())
+        cold_s = sum(span.took_s for span in self.start_spans())
         self.restored = False
         snapshot_wanted = isinstance(place, Sandbox) and not self._no_snapshot and take_snapshot.wanted(self)
         if isinstance(place, Sandbox) and snapshot_wanted and take_snapshot.works(self, trial):
@@ -410,7 +417,7 @@ class Replica:
         if cache:
             cache.push_later()
 
-    def this_start(self) -> tuple[Span, ...]:
+    def start_spans(self) -> tuple[Span, ...]:
         """Return the spans of the current cold start, without those of a failed restore before it."""
         spans = self.tracker.timeline
         starts = [index for index, span in enumerate(spans) if span.phase is Phase.MOUNTING]
@@ -440,7 +447,7 @@ class Replica:
 
         return ended
 
-    def now_running(self, running: Running) -> None:
+    def set_running(self, running: Running) -> None:
         """Set the running engine. From here on its end counts as a death, unless a stop was requested."""
         self._expected_end = self._stopped
         self.running = running

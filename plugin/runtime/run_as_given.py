@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from checkpoint.sandbox import prestart
 from checkpoint.snapshot import speculative
-from launchers.base import without_ours
+from launchers.base import without_own_variables
 from launchers.errors import Usage
 
 
@@ -20,6 +20,6 @@ def run_as_given(words: Sequence[str], environment: Mapping[str, str]) -> NoRetu
     for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them
         signal.signal(number, signal.SIG_DFL)
     try:
-        os.execvpe(words[0], list(words), without_ours(environment))
+        os.execvpe(words[0], list(words), without_own_variables(environment))
     except OSError as error:
         raise Usage("not-executed", f"{words[0]}: {error.strerror}; check the command after launch") from error

@@ -1,6 +1,6 @@
 """Work that a restoring command does before its imports: see `begin`. Standard library only.
 
-As process 1 of a container the command would inherit every orphan and get no default signal actions. `stand_in`
+As process 1 of a container the command would inherit every orphan and get no default signal actions. `fork_from_pid1`
 therefore keeps process 1 for reaping children and forwarding signals, and resumes the command in a child. This costs
 one fork, only in that case.
 """
@@ -37,12 +37,12 @@ def begin(arguments: Sequence[str]) -> None:
     """
     if not _PRINTS_ONLY.isdisjoint(arguments):
         return
-    stand_in()
+    fork_from_pid1()
     prestart.start()
     speculative.begin_saved(state_home(), arguments)
 
 
-def stand_in() -> None:
+def fork_from_pid1() -> None:
     """In process 1, fork and return in the child; process 1 exits with the child's exit code. Elsewhere return at once."""
     if os.getpid() != 1:
         return

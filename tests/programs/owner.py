@@ -42,7 +42,7 @@ def main():
             verify(library.path("tree"), snapshot.files, always=True)
             output = Output(None)
             replica = restore(library, criu, snapshot, binds, home / "compile", {"stdout": output.write_fd}, lazy=lazy)
-            output.handed_over()
+            output.close_write_end()
             print("restored", flush=True)
             assert ask(replica.sandbox, op="ballast")["wrong"] == 0
             replica.close()

@@ -64,7 +64,7 @@ def test_no_variable_that_the_engine_declares_is_given_anew(rig):
     assert declared_variables(rig.engine, folders, names) == names
     found = classify(dict.fromkeys(names, "x"), rig.engine, lambda few: declared_variables(rig.engine, folders, few))
     assert found.renewed == {}
-    assert names - found.matter.keys() <= KEPT
+    assert names - found.relevant.keys() <= KEPT
 
 
 def test_replicas_that_sample_differ_after_a_restore(rig):

@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.t2, pytest.mark.timeout(1200)]
 def test_the_cold_start_answers_serves_on_and_leaves_a_snapshot(rig):
     assert "degrees" in rig.cold_text
     timeline = [span["phase"] for span in rig.cold_status["pools"][0]["replicas"][0]["timeline"]]
-    assert timeline == ["mounting", "starting", "loading", "warming", "shrinking", "checkpointing", "resuming"]
+    assert timeline == ["mounting", "starting", "loading", "warming", "trimming", "checkpointing", "resuming"]
     assert len(rig.mounts) == 1
     snapshot = rig.library.load(NAME)
     assert snapshot.kv_cache_bytes > 300e6

@@ -169,7 +169,7 @@ async def serve_admin(server: StatusSource, client: Client, request: Request) ->
 
 async def _serve_session(sessions: Sessions, client: Client, request: Request, name: str) -> int:
     """Begin a session for the token in the form, or end the request's session. Raises ClientFault: 401, 413 or 429."""
-    if not await client.whole_body(request, _MAX_FORM):
+    if not await client.wait_body(request, _MAX_FORM):
         raise ClientFault("body-too-large", f"a sign-in has at most {_MAX_FORM} bytes", status=413)
     if name == "sign-in":
         form = parse_qs(bytes(request.body).decode("utf-8", "replace"))

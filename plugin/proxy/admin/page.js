@@ -3,12 +3,12 @@
 // Everything shown comes from PREFIX/status. Nodes are made once and changed in place, so that a selection, the focus and
 // a screen reader's place survive a refresh.
 const PREFIX = document.body.dataset.prefix;
-const STARTING = new Set(["mounting", "starting", "loading", "warming", "shrinking", "checkpointing", "resuming", "restoring", "waking", "verifying"]);
+const STARTING = new Set(["mounting", "starting", "loading", "warming", "trimming", "checkpointing", "resuming", "restoring", "waking", "verifying"]);
 const OFF = new Set(["asleep", "idle", "stopped", "failed"]);
 const KINDS = { now: "now", cold: "cold start", "first-restore": "first restore", restored: "restore", woken: "wake" };
 const PHASES = {
   idle: "Nothing has started it yet", mounting: "Prepares the model's files", starting: "The engine's process starts",
-  loading: "The engine loads the weights", warming: "The engine compiles and warms up", shrinking: "Memory that a snapshot need not hold is dropped",
+  loading: "The engine loads the weights", warming: "The engine compiles and warms up", trimming: "Memory that a snapshot need not hold is dropped",
   checkpointing: "The snapshot is written", resuming: "The engine resumes after its snapshot", restoring: "The processes come back from the snapshot",
   waking: "The engine reloads its environment and its weights", verifying: "It repeats a recorded answer, token by token",
   serving: "It answers requests", suspect: "It has been silent for too long and gets no new requests", asleep: "No engine runs",

@@ -85,7 +85,7 @@ class EndpointSpec:
     """The bearer token for `/-/status`."""
     exclusive_port: bool = False
     """True if only this proxy starts it: anything else that listens at its port is a different process."""
-    pace: WatchIntervals = field(default_factory=WatchIntervals)
+    intervals: WatchIntervals = field(default_factory=WatchIntervals)
     key: str = ""
     """Identifies the wake command to the next proxy; "" uses the command itself and its upstream."""
     facts: Facts = field(default_factory=Facts)
@@ -147,7 +147,7 @@ class Endpoint:
         if await self.is_up():
             self.tracker.to(Phase.SERVING, FOUND_UP)
             self._watch()
-        self._watching = asyncio.get_running_loop().create_task(Watch(self, self.spec.pace).run())
+        self._watching = asyncio.get_running_loop().create_task(Watch(self, self.spec.intervals).run())
 
     async def _wake(self) -> None:
         with self._acting():
@@ -194,7 +194,7 @@ class Endpoint:
         up = await self.ready() is None
         if up and not self._slept:
             if await self._answers():
-                self.found_up()
+                self.mark_up()
                 return
             self._slept = spec.wake_url is not None  # up but not generating: if it sleeps, the hook wakes it
         asleep = up and self._slept
@@ -280,13 +280,13 @@ class Endpoint:
         """Return True if others may start it, and a ready answer then proves that it serves."""
         return not (self._slept or self.spec.exclusive_port)
 
-    def lost(self, why: str) -> None:
+    def mark_lost(self, why: str) -> None:
         """Mark it as failed because it no longer serves; requests wait for the next wake."""
         fields = {"pool": self.name, "reason": why}
         log.warning("%s: engine-gone: %s", self.name, why, extra={"event": "engine-gone", "fields": fields})
         self.tracker.to(Phase.FAILED, f"engine-gone: {why}")
 
-    def found_up(self) -> None:
+    def mark_up(self) -> None:
         """Mark it as serving, because others have started it."""
         if self.tracker.phase is Phase.ASLEEP:
             self.tracker.to(Phase.SERVING, FOUND_UP)
@@ -391,10 +391,12 @@ class Endpoint:
             return None
         if process is not None and process.returncode == 0:
             return None  # the command started the engine elsewhere
-        from plugin.proxy.endpoints.port_owner import stranger_at
+        from plugin.proxy.endpoints.port_owner import foreign_listener
 
         try:
-            stranger = stranger_at(int(self.spec.upstream.spec["port"]), process.pid if process is not None else None)
+            stranger = foreign_listener(
+                int(self.spec.upstream.spec["port"]), process.pid if process is not None else None
+            )
         except OSError:
             return None
         return None if stranger is None else f"refused (engine-port-taken: user {stranger} listens at its port)"

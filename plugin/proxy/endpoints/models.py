@@ -26,7 +26,7 @@ from urllib.parse import parse_qs, unquote
 import msgspec
 
 from plugin.bench.client import free_port
-from plugin.options import limit, seconds
+from plugin.options import invalid, limit, seconds
 from plugin.proxy.endpoints.endpoint import Endpoint, EndpointSpec
 from plugin.proxy.endpoints.forms import form_field
 from plugin.proxy.errors import ClientFault, ProxyError, StartFailed, Unavailable, Unneeded
@@ -54,7 +54,7 @@ class Limit(Seconds):
 def _times(kind: type, value: object) -> Any:
     """Decode a type that msgspec does not know. Raises ValueError."""
     if not issubclass(kind, Seconds) or isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        raise ValueError(f"expected a time such as 90, 90s, 10m or 1h, not {value!r}")
+        raise invalid(value)
     return kind(kind.read(str(value)))
 
 
@@ -449,7 +449,7 @@ class ModelRouter:
                 return given[0]
         if not request.has_body:
             return None
-        if not await client.whole_body(request, self.config.max_body):
+        if not await client.wait_body(request, self.config.max_body):
             raise ClientFault(
                 "body-too-large",
                 f"over {self.config.max_body} bytes (max_body), the limit of a body in which the model is looked up",

@@ -15,7 +15,7 @@ from plugin.bench.client import listening_users
 from plugin.proxy.process_tree import process_tree
 
 
-def stranger_at(port: int, pid: int | None) -> int | None:
+def foreign_listener(port: int, pid: int | None) -> int | None:
     """Return the uid of a stranger who listens at `port`, or None.
 
     Our own user is no stranger, nor is a user of the process `pid` or of its descendants: a command may start its engine

@@ -47,10 +47,10 @@ class Watched(Protocol):
     async def is_up(self) -> bool:
         """Return True if it is ready and, if a model is named, generates a token."""
 
-    def found_up(self) -> None:
+    def mark_up(self) -> None:
         """Mark it as serving."""
 
-    def lost(self, why: str) -> None:
+    def mark_lost(self, why: str) -> None:
         """Mark it as no longer serving."""
 
 
@@ -69,8 +69,8 @@ class WatchIntervals:
 class Watch:
     """Watch one endpoint until cancelled."""
 
-    def __init__(self, watched: Watched, pace: WatchIntervals) -> None:
-        self.watched, self.pace = watched, pace
+    def __init__(self, watched: Watched, intervals: WatchIntervals) -> None:
+        self.watched, self.intervals = watched, intervals
         self._reset()
 
     def _reset(self) -> None:
@@ -83,7 +83,7 @@ class Watch:
         """Check the endpoint at intervals until cancelled."""
         actions, phase = -1, Phase.IDLE
         while True:
-            await asyncio.sleep(self.pace.every_s)
+            await asyncio.sleep(self.intervals.every_s)
             watched = self.watched
             if (watched.actions, watched.tracker.phase) != (actions, phase):
                 actions, phase = watched.actions, watched.tracker.phase
@@ -92,36 +92,38 @@ class Watch:
                 continue
             if phase is Phase.SERVING:
                 why = await self._reason_lost()
-                if why is not None and self._still(actions, phase):
-                    watched.lost(why)
-            elif watched.may_start_elsewhere and await self._has_come_up() and self._still(actions, phase):
-                watched.found_up()
+                if why is not None and self._is_current(actions, phase):
+                    watched.mark_lost(why)
+            elif watched.may_start_elsewhere and await self._is_serving() and self._is_current(actions, phase):
+                watched.mark_up()
 
-    def _still(self, actions: int, phase: Phase) -> bool:
+    def _is_current(self, actions: int, phase: Phase) -> bool:
         """Return True if an observation still applies: no wake, sleep or change of phase has come in between."""
         return self.watched.actions == actions and self.watched.tracker.phase is phase and not self.watched.acting
 
     async def _connects(self) -> bool | None:
         """Return True if it accepts a connection, None if this host cannot tell."""
         try:
-            back = await connect(Replica("probe", PhaseTracker(), self.watched.upstream), self.pace.connect_s)
+            connection = await connect(
+                Replica("probe", PhaseTracker(), self.watched.upstream), self.intervals.connect_s
+            )
         except TimeoutError:
             return None
         except OSError as exc:
             return None if exc.errno in SHORTAGE else False
-        back.abort()
+        connection.abort()
         return True
 
     async def _reason_lost(self) -> str | None:
         """Return why a serving endpoint counts as lost, or None."""
         if await self._connects() is False:
             self._refusals += 1
-            return "it refuses connections" if self._refusals >= self.pace.refusals else None
+            return "it refuses connections" if self._refusals >= self.intervals.refusals else None
         self._refusals = 0
         now = time.monotonic()
         if self._unready_since is None and now < self._probe_at:
             return None
-        self._probe_at = now + self.pace.probe_every_s
+        self._probe_at = now + self.intervals.probe_every_s
         why = await self.watched.ready()
         if why is None:
             self._unready_since = None
@@ -130,10 +132,10 @@ class Watch:
         pool = self.watched.pool
         busy = pool.outstanding or pool.busy_elsewhere()
         unready_s = time.monotonic() - self._unready_since
-        limit = self.pace.unready_busy_s if busy else self.pace.unready_s
+        limit = self.intervals.unready_busy_s if busy else self.intervals.unready_s
         return f"not ready for {unready_s:.0f} s: {why}" if unready_s >= limit else None
 
-    async def _has_come_up(self) -> bool:
+    async def _is_serving(self) -> bool:
         """Return True if a stopped endpoint serves. Pauses grow while it listens but does not serve, since each check may cost a token."""
         now = time.monotonic()
         if now < self._probe_at or not await self._connects():
@@ -141,5 +143,5 @@ class Watch:
         if await self.watched.is_up():
             return True
         self._failed_probes += 1
-        self._probe_at = now + min(self.pace.probe_every_s, self.pace.every_s * 2**self._failed_probes)
+        self._probe_at = now + min(self.intervals.probe_every_s, self.intervals.every_s * 2**self._failed_probes)
         return False

@@ -198,7 +198,7 @@ class AsgiClient(Client):
         """Return True once the client has disconnected."""
         return self._gone
 
-    def gone(self) -> bool:
+    def is_disconnected(self) -> bool:
         """Return True once the server has reported a disconnect."""
         return self._gone
 
@@ -214,7 +214,7 @@ class AsgiClient(Client):
         """Begin to read the body, at which the server sends 100 Continue."""
         self._continued.set()
 
-    def cut(self) -> None:
+    def abort_answer(self) -> None:
         """Drop the rest of the answer, after which `run` raises; an answer that has not begun becomes a 502."""
         if self.running and self.exchange is not None and not self.exchange.head_sent:
             self.interrupt(UpstreamFault("answer-cut", "the proxy has ended this request before its answer came"))
@@ -229,7 +229,7 @@ class AsgiClient(Client):
         """Enforce the time limits on bodies; those on heads and idle connections are the server's."""
         passed_s, self._swept = now - (self._swept or now), now
         if self.writing_paused and now - self.last_out > self.settings.body_timeout_s:
-            self.cut()
+            self.abort_answer()
         elif self.current is not None:
             self._sweep_body(self.current, now, passed_s)
 

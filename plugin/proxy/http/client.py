@@ -67,7 +67,7 @@ class Client:
         """Return True if nothing that is written now can reach the client."""
         raise NotImplementedError
 
-    def gone(self) -> bool:
+    def is_disconnected(self) -> bool:
         """Return True if the client has disconnected, as far as this host can know."""
         raise NotImplementedError
 
@@ -81,7 +81,7 @@ class Client:
         """Send 100 Continue."""
         raise NotImplementedError
 
-    def cut(self) -> None:
+    def abort_answer(self) -> None:
         """Abort the answer, so that a part of it cannot pass for the whole."""
         raise NotImplementedError
 
@@ -136,7 +136,7 @@ class Client:
             self.last_in = time.monotonic()
             self._resume_reading()
 
-    async def whole_body(self, request: Request, limit: int) -> bool:
+    async def wait_body(self, request: Request, limit: int) -> bool:
         """Wait for the whole body. Return False if it exceeds `limit` bytes; about that much of it is then buffered."""
         if not request.complete and request.sink is None:
             self._body_limit = limit
@@ -162,14 +162,14 @@ class Client:
         """Pause the replica too, because the client reads too slowly."""
         self.writing_paused = True
         self.last_out = time.monotonic()
-        if self.exchange is not None and self.exchange.back is not None:
-            self.exchange.back.pause(True)
+        if self.exchange is not None and self.exchange.connection is not None:
+            self.exchange.connection.pause(True)
 
     def resume_writing(self) -> None:
         """Resume the replica."""
         self.writing_paused = False
-        if self.exchange is not None and self.exchange.back is not None:
-            self.exchange.back.pause(False)
+        if self.exchange is not None and self.exchange.connection is not None:
+            self.exchange.connection.pause(False)
 
     def _sweep_body(self, request: Request, now: float, passed_s: float) -> None:
         """Interrupt a request whose body takes too long. Time in which the proxy pauses the client does not count."""

@@ -75,20 +75,20 @@ class ClientConnection(Client, asyncio.Protocol):
         if close:
             request.keep_alive = False
 
-    def cut(self) -> None:
+    def abort_answer(self) -> None:
         """Abort the connection, so that a partial answer cannot pass for a complete one."""
         if self.transport is not None:
             self.transport.abort()
 
-    def open_tunnel(self, back: UpstreamConnection) -> None:
+    def open_tunnel(self, connection: UpstreamConnection) -> None:
         """Relay bytes unparsed in both directions from here on."""
-        self.tunnel = back
+        self.tunnel = connection
         early, self._early_tunnel = self._early_tunnel, b""
         if early:
-            back.write_tunnel(early)
+            connection.write_tunnel(early)
         self.pause("upgrade", False)
         if self.writing_paused:
-            back.pause(True)
+            connection.pause(True)
 
     def is_closing(self) -> bool:
         """Return True once the connection is closed or closing."""
@@ -109,7 +109,7 @@ class ClientConnection(Client, asyncio.Protocol):
         assert self.transport is not None
         self.transport.resume_reading()
 
-    def gone(self) -> bool:
+    def is_disconnected(self) -> bool:
         """Return True if the client has disconnected, even while reading is paused and its last bytes are unread."""
         transport = self.transport
         if transport is None or transport.is_closing():
@@ -137,12 +137,12 @@ class ClientConnection(Client, asyncio.Protocol):
         passed, self._swept = now - (self._swept or now), now
         if self._linger_until:
             if now > self._linger_until:
-                self.cut()
+                self.abort_answer()
         elif self.tunnel is not None:
             if now - max(self.last_in, self.tunnel.last_byte) > settings.tunnel_idle_s:
-                self.cut()
+                self.abort_answer()
         elif self.writing_paused and now - self.last_out > settings.body_timeout_s:
-            self.cut()
+            self.abort_answer()
         elif self._in_head and now - self._head_began > settings.head_timeout_s:
             self._fault(ClientFault("head-timeout", "the request's head took too long", status=408))
         elif self.current is None:
@@ -173,7 +173,7 @@ class ClientConnection(Client, asyncio.Protocol):
         if self._linger_until:
             self._lingered += len(data)
             if self._lingered > _LINGER_BYTES:
-                self.cut()
+                self.abort_answer()
             return
         if self._stopped:
             if "upgrade" in self._pauses:
@@ -200,7 +200,7 @@ class ClientConnection(Client, asyncio.Protocol):
     def eof_received(self) -> bool:
         """Treat a half-close as a disconnect: it is the only sign of one."""
         if self.current is not None and self.tunnel is None:
-            self.cut()
+            self.abort_answer()
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -218,8 +218,8 @@ class ClientConnection(Client, asyncio.Protocol):
         self._watching = False
         if self.transport is None or self.transport.is_closing() or not self._pauses:
             return
-        if self.gone():
-            self.cut()
+        if self.is_disconnected():
+            self.abort_answer()
             return
         self._watching = True
         self.host.loop.call_later(_WATCH_S, self._watch)

@@ -59,7 +59,7 @@ class EarlyStream:
         self._timer = loop.call_later(0, self._comment)
 
     def _comment(self) -> None:
-        started = self.exchange.back is not None
+        started = self.exchange.connection is not None
         text = ": waiting for the first event\n\n" if started else f": {self.pool.progress().sentence()}\n\n"
         self.exchange.put_data(text.encode())
         self.exchange.flush()
@@ -121,6 +121,6 @@ async def begin_early(
     client: Client, request: Request, exchange: Exchange, pool: ReplicaPool, settings: Settings
 ) -> None:
     """Start the stream early if the request asks for one. The wake starts at once; the body (up to a limit) is awaited first."""
-    pool.wake_soon()
-    if await client.whole_body(request, settings.early_body_buffer) and wants_stream(request):
+    pool.begin_wake()
+    if await client.wait_body(request, settings.early_body_buffer) and wants_stream(request):
         exchange.early = EarlyStream(exchange, pool, settings.early_comment_every_s, client.host.loop)

@@ -38,10 +38,10 @@ class Exchange:
 
     __slots__ = (
         "answered",
-        "back",
         "cautious",
         "client",
         "close_after",
+        "connection",
         "done",
         "early",
         "first_byte",
@@ -65,7 +65,7 @@ class Exchange:
     def __init__(self, client: ClientSink, request: Request, loop: asyncio.AbstractEventLoop) -> None:
         self.client, self.request = client, request
         self.done: asyncio.Future[None] = loop.create_future()
-        self.back: UpstreamConnection | None = None
+        self.connection: UpstreamConnection | None = None
         self.early: EarlySink | None = None
         self.probe: Probe | None = None
         """Set if the request does not count as use; its answer may be kept."""
@@ -153,8 +153,8 @@ class Exchange:
     def flush(self) -> None:
         """Write what one read of the replica's socket brought."""
         if self.withheld:
-            if self.back is not None and self.kept > _WITHHELD_BYTES:
-                self.back.pause(True)
+            if self.connection is not None and self.kept > _WITHHELD_BYTES:
+                self.connection.pause(True)
         elif self.out and not self.cautious:
             self.kept = 0
             self.write_out()
@@ -166,14 +166,14 @@ class Exchange:
         if self.status and not self.cautious:
             self.head_sent, self.first_byte = True, time.monotonic()
         self.flush()
-        if self.back is not None and not self.client.writing_paused:
-            self.back.pause(False)
+        if self.connection is not None and not self.client.writing_paused:
+            self.connection.pause(False)
 
     def forget(self) -> None:
         """Drop a withheld answer. Nothing of it was written, so another replica may answer."""
-        if self.back is not None:
-            self.back.abort()
-            self.back = None
+        if self.connection is not None:
+            self.connection.abort()
+            self.connection = None
         if self.done.done():
             self.done.exception()  # mark as retrieved: a replica that fails its check breaks its connections
         self.done = self.done.get_loop().create_future()
@@ -269,8 +269,8 @@ class WireExchange(Exchange):
             101, phrase, headers, request_id=self.request.id, chunked=False, close=False, upgrade=self.request.upgrade
         )
         self.client.write(head + rest)
-        assert self.back is not None
-        self.client.open_tunnel(self.back)
+        assert self.connection is not None
+        self.client.open_tunnel(self.connection)
 
     def tunnel_data(self, data: bytes) -> None:
         """Relay tunnel bytes to the client."""

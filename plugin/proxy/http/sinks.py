@@ -30,7 +30,7 @@ class WireSink(ClientSink, Protocol):
     def write(self, data: bytes) -> None:
         """Send bytes to the client."""
 
-    def open_tunnel(self, back: UpstreamConnection) -> None:
+    def open_tunnel(self, connection: UpstreamConnection) -> None:
         """Connect the client's socket to the replica's after an upgrade."""
 
 

@@ -345,20 +345,20 @@ async def connect(replica: Owner, limit_s: float) -> UpstreamConnection:
                 await _established(loop, sock)
             else:
                 sock = await _resolved(loop, *upstream.name_to_resolve)
-            back = UpstreamConnection(replica, sock)
+            connection = UpstreamConnection(replica, sock)
             if sock.family == socket.AF_UNIX:
-                await loop.create_unix_connection(lambda: back, sock=sock)
+                await loop.create_unix_connection(lambda: connection, sock=sock)
             elif upstream.tls is not None:
                 await loop.create_connection(
-                    lambda: back, sock=sock, ssl=upstream.tls, server_hostname=upstream.server_hostname
+                    lambda: connection, sock=sock, ssl=upstream.tls, server_hostname=upstream.server_hostname
                 )
             else:
-                await loop.create_connection(lambda: back, sock=sock)
+                await loop.create_connection(lambda: connection, sock=sock)
     except BaseException:
         if sock is not None:
             sock.close()
         raise
-    return back
+    return connection
 
 
 async def _resolved(loop: asyncio.AbstractEventLoop, host: str, port: int) -> socket.socket:

@@ -35,7 +35,7 @@ async def wait_for_answer(request: Request, exchange: Exchange) -> None:
     """
     limit = time.monotonic() + SETTLE_LIMIT_S
     while not exchange.status and request.complete and time.monotonic() < limit:
-        if exchange.back is None or not exchange.back.alive():
+        if exchange.connection is None or not exchange.connection.alive():
             return
         await asyncio.sleep(0.02)
 

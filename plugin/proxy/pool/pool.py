@@ -25,7 +25,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 
 from plugin.proxy.errors import ProxyError, Unavailable
-from plugin.proxy.errors import start_failed as coded
+from plugin.proxy.errors import start_failed as start_error
 from plugin.proxy.http.address import Upstream
 from plugin.proxy.pool import speculation
 from plugin.proxy.pool.facts import Facts
@@ -148,9 +148,9 @@ class ReplicaPool:
         except RuntimeError:
             here = False
         if here:
-            self.waker.fail_finally(coded(error))
+            self.waker.fail_finally(start_error(error))
         else:
-            self._loop.call_soon_threadsafe(self.waker.fail_finally, coded(error))
+            self._loop.call_soon_threadsafe(self.waker.fail_finally, start_error(error))
 
     async def wake(self) -> None:
         """Return when at least one replica serves; start a wake unless one is running.
@@ -173,7 +173,7 @@ class ReplicaPool:
         replica.draining = True
         try:
             async with asyncio.timeout(limit_s):
-                await replica.quiet()
+                await replica.wait_idle()
             self.close_idle(replica)
             yield replica
         finally:
@@ -190,7 +190,7 @@ class ReplicaPool:
             if task is not None:
                 task.cancel()
 
-    async def settled(self, limit_s: float = 20.0) -> None:
+    async def wait_settled(self, limit_s: float = 20.0) -> None:
         """Wait, after `close`, until the wake or sleep that it cancelled has cleaned up."""
         tasks = [task for task in (self.waker.task, self.sleeper.task) if task is not None]
         if tasks:
@@ -270,7 +270,7 @@ class ReplicaPool:
         since = now if since is None else since
         least = at_most_s if limit_s is None else min(limit_s, at_most_s)
         if now - since >= least:
-            self.wake_soon()
+            self.begin_wake()
             raise Unavailable(
                 "hold-deadline", f"no replica was ready within {least:.1f} s", retry_after_s=self.left_s()
             )
@@ -312,7 +312,7 @@ class ReplicaPool:
         """
         return await speculation.cancel(self.replicas[name])
 
-    def wake_soon(self) -> None:
+    def begin_wake(self) -> None:
         """Start a wake, if one is needed, for a request that will be held but is not waiting yet."""
         self.last_active = time.monotonic()
         self.waker.demand()
@@ -437,7 +437,7 @@ class ReplicaPool:
             speculation.note_check(replica, phase, self._loop)
 
     def _speculate(self) -> None:
-        speculation.hand_out(self.replicas.values(), self._waiters, self._assign)
+        speculation.assign_speculatively(self.replicas.values(), self._waiters, self._assign)
 
     def _assign(self, waiter: Waiter, replica: Replica) -> None:
         replica.outstanding += 1

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from plugin.proxy.http.upstream_connection import UpstreamConnection
 
 STARTING = frozenset(
-    {Phase.MOUNTING, Phase.STARTING, Phase.LOADING, Phase.WARMING, Phase.SHRINKING, Phase.CHECKPOINTING}
+    {Phase.MOUNTING, Phase.STARTING, Phase.LOADING, Phase.WARMING, Phase.TRIMMING, Phase.CHECKPOINTING}
     | {Phase.RESUMING, Phase.RESTORING, Phase.WAKING, Phase.VERIFYING}
 )
 
@@ -55,9 +55,9 @@ class Replica:
         """Pending while a restored replica is compared with its snapshot. Resolves to True when the check passes, to False
         when it fails or when the speculative requests are cancelled.
         """
-        self.pages_coming: Callable[[], bool] = lambda: False
+        self.pages_pending: Callable[[], bool] = lambda: False
         """Returns True if pages are still to come from a page server; the replica may be killed under its requests until then."""
-        self.killed_because: Callable[[], str] = str
+        self.kill_reason: Callable[[], str] = str
         """Returns why its owner killed it (missing pages, or silence), else ""."""
         self.killed_when_silent = False
         """True if its owner kills it when it is silent (`silence`); requests without an answer are then retried."""
@@ -115,7 +115,7 @@ class Replica:
         return paused and self.refusals.failures > 1 and self.woken_at == self.refusals.failures
 
     @property
-    def returns_by_itself(self) -> bool:
+    def will_recover(self) -> bool:
         """Return True if it will take requests again by itself: it is starting, draining, or suspect."""
         return self.draining or self.tracker.phase in STARTING or self.tracker.phase is Phase.SUSPECT
 
@@ -125,7 +125,7 @@ class Replica:
         mine = self.tracker.timeline[self._skip :]
         return tuple(Span(span.phase, span.at_s - mine[0].at_s, span.took_s) for span in mine)
 
-    async def quiet(self) -> None:
+    async def wait_idle(self) -> None:
         """Return once no request is outstanding. The requests' own limits bound the wait, and so may the caller."""
         while self.outstanding:
             self.drained_event = self.drained_event or asyncio.Event()

@@ -80,7 +80,7 @@ class Silence:
         # Once in doubt, probe until it answers, even when the waiting clients have given up.
         doubted = replica.outstanding > 0 or state.probed_at > replica.last_byte or phase is Phase.SUSPECT
         # While pages are still to come, the page server's own check decides instead.
-        if phase not in (Phase.SERVING, Phase.SUSPECT) or not doubted or replica.draining or replica.pages_coming():
+        if phase not in (Phase.SERVING, Phase.SUSPECT) or not doubted or replica.draining or replica.pages_pending():
             state.silent_s = 0.0
             return
         if replica.last_byte > state.probed_at or state.probed_at == 0.0:

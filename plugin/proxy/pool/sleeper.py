@@ -153,7 +153,7 @@ class Sleeper:
         try:
             for replica in self.pool.replicas.values():
                 if replica.outstanding:
-                    await self.wait_drained(replica.quiet())
+                    await self.wait_drained(replica.wait_idle())
                 self.pool.close_idle(replica)
             self.refuse_loaded()
             # An owner with other processes drains them in its hook, so the hook gets that time too.

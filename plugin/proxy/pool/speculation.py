@@ -29,7 +29,9 @@ def note_check(replica: Replica, phase: Phase, loop: asyncio.AbstractEventLoop) 
             replica.check = None
 
 
-def hand_out(replicas: Iterable[Replica], waiters: Iterable[Waiter], hand: Callable[[Waiter, Replica], None]) -> None:
+def assign_speculatively(
+    replicas: Iterable[Replica], waiters: Iterable[Waiter], hand: Callable[[Waiter, Replica], None]
+) -> None:
     """Hand each replica under check to the first waiting request that may be speculative."""
     for replica in replicas:
         check = replica.check
@@ -51,5 +53,5 @@ async def cancel(replica: Replica) -> bool:
     if check is None or check.done() or not replica.outstanding:
         return False
     check.set_result(False)
-    await replica.quiet()
+    await replica.wait_idle()
     return True

@@ -113,7 +113,7 @@ class Waker:
 
     def _returns(self) -> bool:
         """Return True if a replica will take requests again by itself."""
-        return any(replica.returns_by_itself for replica in self.pool.replicas.values())
+        return any(replica.will_recover for replica in self.pool.replicas.values())
 
     def _refusing(self) -> bool:
         """Return True if a replica refuses connections, and a wake since has not helped."""

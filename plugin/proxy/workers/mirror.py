@@ -85,7 +85,7 @@ class Mirror:
         for replica in pool.replicas.values():
             replica.draining = True
         for replica in pool.replicas.values():
-            await replica.quiet()
+            await replica.wait_idle()
         self._report()  # before the answer: what the last requests did to the engine
         return True
 

@@ -116,7 +116,9 @@ class Supervisor:
                     process.kill()
         for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, *(pool.settled() for pool in self.pools.values()), return_exceptions=True)
+        await asyncio.gather(
+            *self._tasks, *(pool.wait_settled() for pool in self.pools.values()), return_exceptions=True
+        )
 
     def kill(self) -> None:
         """Kill all workers at once."""
@@ -187,7 +189,7 @@ class Supervisor:
             elif message["op"] == "gather":
                 return self._gather()
             elif message["op"] == "signed-out":
-                self._pass_on(worker, message)
+                self._broadcast(worker, message)
             return None
 
         try:
@@ -201,7 +203,7 @@ class Supervisor:
                         process.terminate()
                 await process.wait()
 
-    def _pass_on(self, sender: _Worker, message: dict[str, Any]) -> None:
+    def _broadcast(self, sender: _Worker, message: dict[str, Any]) -> None:
         """Send a worker's message to all other workers."""
         for worker in self.workers:
             if worker is not sender and worker.control is not None:

@@ -71,7 +71,7 @@ def begin(replica: StartContext, mounted: Path | None) -> Running:
         ) from error
     finally:
         for output in outputs.values():
-            output.handed_over()
+            output.close_write_end()
     return Running(place, pid, port, client, outputs)
 
 
@@ -86,11 +86,11 @@ def wait_ready(replica: StartContext, running: Running) -> None:
         replica.weights.watch()
         return running.place.exit_code(running.pid)
 
-    probe = Probe(died, running.last_words, replica.settings.start_timeout_s)
+    probe = Probe(died, running.last_line, replica.settings.start_timeout_s)
     try:
         replica.canary = replica.engine.wait_ready(running.client, probe, lambda: None)
     except EngineDied as error:
-        if isinstance(running.place, Sandbox) and replica.weights.lost():
+        if isinstance(running.place, Sandbox) and replica.weights.daemon_died():
             raise ModelLost(
                 "weights-lost", "the daemon of the lazy mount ended while the engine read its model"
             ) from error
@@ -101,7 +101,7 @@ def _sandbox(replica: StartContext, mounted: Path | None) -> Sandbox | None:
     """Return a sandbox for the engine, or None (logged) if this host refuses one. Raises HostLacks with `--strict`."""
     try:
         facts = replica.criu.kernel_facts(replica.settings.home) if replica.criu else None
-        shown = binds(replica.settings, replica.weights, mounted, replica.weights.shown_at if mounted else "")
+        shown = binds(replica.settings, replica.weights, mounted, replica.weights.engine_path if mounted else "")
         return Sandbox(SandboxConfig(binds=shown, kernel_facts=facts), on_exit=replica.on_exit())
     except CheckpointError as error:
         replica.turn_off(sandbox_reason(error), error)

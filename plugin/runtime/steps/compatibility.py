@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from checkpoint.compatibility import check as identity
-from checkpoint.compatibility.check import Here, Identity, Mismatch
+from checkpoint.compatibility.check import CurrentIdentity, Identity, Mismatch
 from checkpoint.errors import CheckpointError, Incompatible
 from launchers.given_options import given_options, last
 
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 log = logging.getLogger("quickthaw")
 
 
-def gather(settings: LaunchSettings, weights: Weights, criu: Criu | None) -> Here:
+def gather(settings: LaunchSettings, weights: Weights, criu: Criu | None) -> CurrentIdentity:
     """Return the identity of a launch on this host. Raises CheckpointError when engine or interpreter are missing."""
     model = weights.path
-    return identity.here(
+    return identity.current_identity(
         settings.engine,
         Path(settings.engine_python),
         settings.command.arguments,
@@ -41,7 +41,7 @@ def gather(settings: LaunchSettings, weights: Weights, criu: Criu | None) -> Her
     )
 
 
-def check(snapshot: Snapshot, here: Here, settings: LaunchSettings, weights: Weights) -> Identity:
+def check(snapshot: Snapshot, here: CurrentIdentity, settings: LaunchSettings, weights: Weights) -> Identity:
     """Return the snapshot's identity. Raises Incompatible when it may not be restored here."""
     recorded = Identity.decode(snapshot.identity)
     if settings.named:
@@ -67,7 +67,7 @@ def _check_weights(snapshot: Snapshot, recorded: Identity, weights: Weights) -> 
     return identity.check_model(recorded.model, weights.digest)
 
 
-def snapshot_name(settings: LaunchSettings, here: Here) -> str:
+def snapshot_name(settings: LaunchSettings, here: CurrentIdentity) -> str:
     """Return the name of a launch's snapshot, made of engine, model and identity."""
     # With a served model name the folder's name does not matter: the identity holds the model's digest.
     served = here.arguments.get("--served-model-name", ())
@@ -76,7 +76,7 @@ def snapshot_name(settings: LaunchSettings, here: Here) -> str:
     return f"{settings.engine}-{slug}-{here.key[:10]}"
 
 
-def multi_gpu(settings: LaunchSettings, here: Here) -> bool:
+def multi_gpu(settings: LaunchSettings, here: CurrentIdentity) -> bool:
     """Return True if no driver can checkpoint this launch (several GPUs, or a MIG slice), and log it with the remedy."""
     from checkpoint.cuda.checkpoint import refuse_parallel, refuse_slice
 
@@ -92,7 +92,7 @@ def multi_gpu(settings: LaunchSettings, here: Here) -> bool:
     return False
 
 
-def explain(library: Library, name: str, here: Here) -> None:
+def explain(library: Library, name: str, here: CurrentIdentity) -> None:
     """Log how the newest snapshot of the same model differs from this launch: the difference costs a cold start."""
     model = name.rpartition("-")[0]
     with contextlib.suppress(CheckpointError):  # skip snapshots that cannot be read
@@ -107,8 +107,8 @@ def explain(library: Library, name: str, here: Here) -> None:
 
 
 def check_unchanged(
-    settings: LaunchSettings, weights: Weights, criu: Criu | None, before: Here, limit_s: float
-) -> Here:
+    settings: LaunchSettings, weights: Weights, criu: Criu | None, before: CurrentIdentity, limit_s: float
+) -> CurrentIdentity:
     """Return the identity with the digest of the model, waiting up to `limit_s` seconds for that.
 
     Raises Incompatible (inputs-changed, model-unread) if what the engine has read changed since the launch computed its
@@ -119,7 +119,7 @@ def check_unchanged(
             "inputs-changed",
             "the hub's cache received another commit of the model while the engine started; the next start takes the snapshot",
         )
-    proven = replace(before, model=weights.content.proven(limit_s) if weights.content else "")
+    proven = replace(before, model=weights.content.verified_digest(limit_s) if weights.content else "")
     now = replace(gather(settings, weights, criu), model=proven.model)
     differing = identity.check(proven.record(), now)
     if now.key != before.key or differing:

@@ -1,7 +1,7 @@
 """Keep the engine's compiled code (torch.compile's, Triton's, FlashInfer's) as a separate archive in the snapshot store.
 
 It is valid wherever engine, compilers, processors and GPUs are the same (checkpoint.compatibility.check,
-`Here.compile_cache`), also where no snapshot can be taken or restored, as with several GPUs. A launch pulls before a
+`CurrentIdentity.compile_cache`), also where no snapshot can be taken or restored, as with several GPUs. A launch pulls before a
 cold start and pushes after it.
 
 Guarantees: neither step fails a start. If the store fails or stalls, the error code is logged and the engine compiles
@@ -105,7 +105,7 @@ class CompileCache:
         except NotFound:
             log.info("compile cache: %s has none for this engine and host yet", self.shown)
         except (CheckpointError, OSError) as error:
-            log.warning("compile cache not pulled: %s; compiling here", _spoken(error))
+            log.warning("compile cache not pulled: %s; compiling here", _describe(error))
         else:
             log.info("compile cache: %d files from %s in %.1f s", written, self.shown, time.monotonic() - began)
 
@@ -141,7 +141,7 @@ class CompileCache:
             pushed = cache_archive.push_cache(self.folder, archive.open_chunks(self.store), self.name, sign)
             self._remember(listing)
         except (CheckpointError, OSError) as error:
-            log.warning("compile cache not pushed: %s", _spoken(error))
+            log.warning("compile cache not pushed: %s", _describe(error))
         else:
             log.info("compile cache: %.1f MB kept in %s as %s", pushed.size / 1e6, self.shown, self.name)
 
@@ -161,5 +161,5 @@ def _link(source: Path, target: Path) -> None:
                 os.link(Path(below, name), folder / name, follow_symlinks=False)
 
 
-def _spoken(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     return str(disk.failure("its folder", error, "compile-cache-io") if isinstance(error, OSError) else error)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     import threading
 
-    from checkpoint.compatibility.check import Here
+    from checkpoint.compatibility.check import CurrentIdentity
     from checkpoint.compatibility.check import Identity as IdentityRecord
     from checkpoint.criu.binary import Criu
     from checkpoint.cuda.driver import Driver
@@ -48,7 +48,7 @@ class StartContext(Protocol):
     """Why the last restore was refused, if it was."""
 
     @property
-    def identity(self) -> Here:
+    def identity(self) -> CurrentIdentity:
         """Return the identity of this launch, used to select and check a snapshot."""
 
     @property
@@ -64,7 +64,7 @@ class StartContext(Protocol):
     def on_exit(self) -> Callable[[int, int], None]:
         """Return the callback that a sandbox calls with (pid, exit code) when the engine ends."""
 
-    def this_start(self) -> tuple[Span, ...]:
+    def start_spans(self) -> tuple[Span, ...]:
         """Return the finished phases of the current start."""
 
     def turn_off(self, why: str, error: Exception | None = None) -> None:
@@ -80,7 +80,7 @@ class RestoreContext(StartContext, Protocol):
     """Set when other processes do the work of the start."""
     cancellation: Cancellation
     """Cancels the restore that is running."""
-    lost: str
+    page_server_error: str
     """Why pages of the restored engine will never arrive, or ""."""
     eager: bool
     """True if the snapshot holds GPU state: it cannot be restored lazily."""
@@ -104,10 +104,10 @@ class RestoreContext(StartContext, Protocol):
     def check_identity(self, snapshot: Snapshot) -> IdentityRecord:
         """Return the snapshot's identity. Raises Incompatible when it may not be restored here."""
 
-    def on_pages_lost(self, reason: str) -> None:
+    def on_page_server_failed(self, reason: str) -> None:
         """Kill the engine because its missing pages will never arrive."""
 
-    def now_running(self, running: Running) -> None:
+    def set_running(self, running: Running) -> None:
         """Set the running engine. Raises EngineFailed if a stop was requested meanwhile."""
 
     def serve(self) -> None:

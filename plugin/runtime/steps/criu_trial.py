@@ -27,7 +27,7 @@ _HOUR_NS = 3600 * 10**9
 
 def sandbox_reason(error: Exception) -> str:
     """Return the error with its usual cause (an AppArmor profile), if that applies."""
-    profile = Privileges.here().apparmor
+    profile = Privileges.current().apparmor
     hint = f"; the AppArmor profile {profile} may forbid it: in a container add --security-opt apparmor=unconfined"
     return f"{error}{hint if profile else ''}"
 

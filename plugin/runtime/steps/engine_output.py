@@ -11,7 +11,7 @@ import threading
 class Output:
     """Pump one pipe from an engine. `target` is a file descriptor to copy to, or None to keep only the last lines.
 
-    `pipe` is an existing (read, write) pair. The engine inherits the write end; call `handed_over` once it has. The
+    `pipe` is an existing (read, write) pair. The engine inherits the write end; call `close_write_end` once it has. The
     read end is closed when the engine ends.
     """
 
@@ -41,7 +41,7 @@ class Output:
             except OSError:
                 self._target = None  # the reader is gone; the engine must not block on it
 
-    def handed_over(self) -> None:
+    def close_write_end(self) -> None:
         """Close this process's write end, so that the pipe reports EOF when the engine ends."""
         if self.write_fd >= 0:
             os.close(self.write_fd)

@@ -63,7 +63,7 @@ class Running:
             return _state(self.pid) == "T"
         return any(_state(pid) == "T" for pid in processes(self.place.init_pid))
 
-    def last_words(self) -> str:
+    def last_line(self) -> str:
         """Return the last line of stderr, or of stdout if stderr is empty."""
         words = self.outputs["stderr"].last()
         return self.outputs["stdout"].last() if words.startswith("(") else words

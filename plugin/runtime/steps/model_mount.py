@@ -40,7 +40,7 @@ DEATHS = 2
 
 
 class Weights:
-    """One model. `content` identifies it; `shown_at` is the path where the engine reads it."""
+    """One model. `content` identifies it; `engine_path` is the path where the engine reads it."""
 
     def __init__(
         self,
@@ -134,7 +134,7 @@ class Weights:
                 self._resolve(folders[0])
 
     @property
-    def shown_at(self) -> str:
+    def engine_path(self) -> str:
         """Return the absolute path where the engine reads the model: the user's own."""
         assert self.path is not None
         return os.path.abspath(self.path)
@@ -241,7 +241,7 @@ class Weights:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._handle.pid, signal.SIGKILL)
 
-    def lost(self) -> bool:
+    def daemon_died(self) -> bool:
         """Whether the daemon of the current mount has ended. Counts each death."""
         if self._handle is None or self._handle.daemon() != "gone":
             return False
@@ -306,7 +306,7 @@ def model_place(snapshot: Snapshot, weights: Weights, named: bool) -> str:
     `named`: the user named the snapshot, so a cold start is not possible. Raises Incompatible (model-path-missing,
     working-folder-missing) when this host lacks that folder or the engine's working directory.
     """
-    place = snapshot.model_path or (weights.shown_at if weights.path else "")
+    place = snapshot.model_path or (weights.engine_path if weights.path else "")
     if named and snapshot.weights == "full":
         return place  # the images hold the weights
     for folder, code in ((place, "model-path-missing"), (snapshot.cwd, "working-folder-missing")):

@@ -107,7 +107,7 @@ class PageFollower:
             )
         log.debug("pages: %s", pages.stats())
         pages.close()
-        if not self.fetching.arriving:
+        if not self.fetching.downloading:
             map_pages(library, snapshot)
 
     def _wait_served(self, count: int, limit_s: float) -> None:
@@ -132,7 +132,7 @@ def map_pages(library: Library, snapshot: Snapshot) -> None:
     try:
         with library.in_use(snapshot.name) as folder:
             # Read the areas of the snapshot that has the name now: another's areas would map wrong memory as weights.
-            if not file_backed.made(folder):
+            if not file_backed.exist(folder):
                 size = file_backed.make(folder, library.load(snapshot.name).weight_areas)
                 log.debug("the next restores map %.0f MB", size / 1e6)
     except CheckpointError as error:

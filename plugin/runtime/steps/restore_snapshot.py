@@ -41,7 +41,7 @@ def run(replica: RestoreContext, name: str, lazy: bool) -> None:
     """
     assert replica.criu is not None
     began = time.monotonic()
-    replica.lost = ""
+    replica.page_server_error = ""
     replica.mounting()
     snapshot = replica.library.load(name)
     replica.eager = snapshot.gpu.processes > 0
@@ -58,7 +58,7 @@ def run(replica: RestoreContext, name: str, lazy: bool) -> None:
     shown = binds(replica.settings, replica.weights, mounted, place)
     replica.spans = {"identity": time.monotonic() - began}
     replica.cancellation = restore.Cancellation()
-    replica.fetching.watch(replica.on_pages_lost)
+    replica.fetching.watch(replica.on_page_server_failed)
     later = _lazy(replica, name) if lazy else None
     replica.recording = bool(later and later.record)
     replica.tracker.to(Phase.RESTORING)
@@ -86,16 +86,16 @@ def run(replica: RestoreContext, name: str, lazy: bool) -> None:
         )
     finally:
         for output in outputs.values():
-            output.handed_over()
+            output.close_write_end()
     replica.spans |= restored.spans
     parts = {part: round(took, 4) for part, took in replica.spans.items()}
     log.debug("parts of the restore%s: %s", ", begun speculatively" if restored.begun_speculatively else "", parts)
     sandbox = restored.sandbox
     client = client_of(sandbox, snapshot.port, replica.settings.command)
     running = Running(sandbox, restored.root_pid, snapshot.port, client, outputs, restored)
-    replica.now_running(running)
-    if replica.lost:  # lost before `running` was set
-        raise Failed("pages-lost", replica.lost)
+    replica.set_running(running)
+    if replica.page_server_error:  # lost before `running` was set
+        raise Failed("pages-lost", replica.page_server_error)
     replica.tracker.to(Phase.WAKING)
     _wake(replica, running, snapshot, recorded, None if mounted else place)
     check_canary(replica, running, snapshot)
@@ -120,9 +120,9 @@ def _lazy(replica: RestoreContext, name: str) -> restore.LazyRestore:
     return restore.LazyRestore(
         known if recorded else None,
         not recorded,
-        replica.on_pages_lost,
+        replica.on_page_server_failed,
         lambda text: log.warning("%s", text),
-        replica.fetching.arriving,
+        replica.fetching.downloading,
         pack=replica.settings.verify != "always",
     )
 

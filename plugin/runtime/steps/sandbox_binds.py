@@ -34,7 +34,7 @@ def binds(settings: LaunchSettings, weights: Weights, mounted: Path | None, plac
     ]
     if mounted:
         found.append(Bind(mounted, Path(place)))
-    elif weights.path and place not in ("", weights.shown_at) and Path(place).is_dir():
+    elif weights.path and place not in ("", weights.engine_path) and Path(place).is_dir():
         # `place` differs from the folder the user named and its contents are unchecked: bind the named folder over it.
         found.append(Bind(weights.path.absolute(), Path(place)))
     return found

@@ -109,7 +109,7 @@ class Fetching:
         return True
 
     @property
-    def arriving(self) -> RemoteSnapshot | None:
+    def downloading(self) -> RemoteSnapshot | None:
         """Return the download that a page server must wait on, or None when everything is here."""
         return (
             None if self.remote is None or self.remote.complete.is_set() or self.remote.complete_first else self.remote

@@ -140,7 +140,7 @@ def take(replica: StartContext, sandbox: Sandbox, running: Running, cold_s: floa
     weight_bytes, asleep, excluded = 0, False, False
     awake: dict[str, int] | None = None
     try:
-        tracker.to(Phase.SHRINKING)
+        tracker.to(Phase.TRIMMING)
         limit_s = max(LEAST_PROOF_S, PROOF_SHARE * cold_s)
         identity = compatibility.check_unchanged(settings, replica.weights, replica.criu, replica.identity, limit_s)
         driver = replica.driver()
@@ -182,10 +182,10 @@ def take(replica: StartContext, sandbox: Sandbox, running: Running, cold_s: floa
             image_bytes=0,
             kv_cache_bytes=kv_bytes,
             cold_s=round(cold_s, 3),
-            timeline=[TimelinePhase(str(span.phase), round(span.took_s, 4)) for span in replica.this_start()],
+            timeline=[TimelinePhase(str(span.phase), round(span.took_s, 4)) for span in replica.start_spans()],
             files={},
             asleep=asleep,
-            model_path=replica.weights.shown_at if replica.weights.path else "",
+            model_path=replica.weights.engine_path if replica.weights.path else "",
             cwd=os.getcwd(),
             weight_areas=control.weight_areas(sandbox.control_dir),
         )
@@ -248,7 +248,7 @@ def _resume(replica: StartContext, client: Client, asleep: bool, dropped: bool, 
         engine.reload_weights(client, model)
     if replica.snapshot is None:
         assert replica.canary is not None
-        engine.try_out(client, replica.canary)
+        engine.try_canary(client, replica.canary)
         return []
     return engine.answer(client, replica.snapshot.canary)
 

@@ -92,7 +92,7 @@ def test_a_command_that_cannot_be_meant(words):
     [("90s", "s", 90), ("10m", "s", 600), ("24h", "h", 86400), ("24", "h", 86400), ("1.5", "s", 1.5), ("0", "h", 0)],
 )
 def test_durations_have_a_unit_or_the_options_own(text, bare, seconds):
-    assert Duration(bare).convert(text, None, None) == seconds
+    assert Duration(bare=bare).convert(text, None, None) == seconds
 
 
 @pytest.mark.parametrize("words", [["ls"], ["verify"], ["gc"], ["rm", "model"]])

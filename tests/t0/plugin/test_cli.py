@@ -11,7 +11,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from plugin.cli import COMMANDS, cli, coded, completion, run
+from plugin.cli import COMMANDS, cli, completion, run, with_code
 from tests.kits.commands import walk
 
 pytestmark = pytest.mark.t0
@@ -82,7 +82,7 @@ def code_and_line(capsys, *words):
         (["launch", "foo"], 2, r"unknown-engine: .*; quickthaw knows vllm and sglang"),
         (["launch", "vllm"], 2, r"no-model: no model given; add --model .*"),
         (["proxy"], 2, r"usage: give either --upstream or --config; see quickthaw proxy --help"),
-        (["proxy", "--grace", "soon", "--upstream", "x"], 2, r"usage: .*'soon' is not a time; .*"),
+        (["proxy", "--grace", "soon", "--upstream", "x"], 2, r"usage: .*'soon' is not a duration of 0 or more; .*"),
         (
             ["proxy", "--upstream", "http://127.0.0.1:1", "--listen", "192.0.2.1:0"],
             1,
@@ -102,9 +102,9 @@ def test_every_error_of_ours_has_its_code_in_front():
     from launchers.errors import Usage
     from lazyfs.errors import Permanent
 
-    assert coded(NotFound("snapshot-not-found", "there is none")) == "snapshot-not-found: there is none"
-    assert coded(Usage("no-model", "no model given")) == "no-model: no model given"
-    assert coded(Permanent("refused", code="store-forbidden")) == "store-forbidden: refused"
+    assert with_code(NotFound("snapshot-not-found", "there is none")) == "snapshot-not-found: there is none"
+    assert with_code(Usage("no-model", "no model given")) == "no-model: no model given"
+    assert with_code(Permanent("refused", code="store-forbidden")) == "store-forbidden: refused"
 
 
 @pytest.mark.parametrize("words", [["doctor", "--json"], ["snapshot", "ls"], ["--help"], ["completion", "bash"]])

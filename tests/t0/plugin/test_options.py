@@ -13,9 +13,9 @@ from plugin.options import (
     PREFIX,
     WAKE_ON,
     Address,
+    Duration,
     Limit,
     Option,
-    Seconds,
     consume_variables,
     replica,
     serving,
@@ -206,15 +206,15 @@ def test_every_duration_takes_a_unit_and_a_plain_number_is_seconds(option):
 
 def test_a_number_of_the_file_is_read_as_on_the_command_line():
     assert Limit().convert(0.0, None, None) == Limit().convert(0, None, None) == math.inf
-    assert Seconds().convert(0.5, None, None) == 0.5
+    assert Duration().convert(0.5, None, None) == 0.5
     for value in (math.nan, math.inf, -1.5, True):
         with pytest.raises(click.BadParameter):
-            Seconds().convert(value, None, None)
+            Duration().convert(value, None, None)
 
 
 def test_a_duration_can_have_a_least():
     with pytest.raises(click.BadParameter, match="too short"):
-        Seconds(0.1).convert("0", None, None)
+        Duration(0.1).convert("0", None, None)
 
 
 @pytest.mark.parametrize("path", ["/quickthaw-control", "/QUICKTHAW-control/", "/./quickthaw-control/x"])

@@ -204,7 +204,7 @@ def test_inconsistent_images_are_reported(taken, tmp_path):
 
 def test_without_areas_only_libraries_are_mapped(taken):
     assert file_backed.make(taken.folder, {}) >= 1.5 * SIZE
-    assert file_backed.find(taken.folder) and file_backed.made(taken.folder)
+    assert file_backed.find(taken.folder) and file_backed.exist(taken.folder)
     with taken.restored() as replica:
         found = ask(replica)
         assert found["sums"] == taken.ready["sums"]
@@ -215,7 +215,7 @@ def test_images_that_map_nothing_are_remembered(taken, monkeypatch):
     monkeypatch.setattr(file_backed, "LEAST", 1 << 40)
     monkeypatch.setattr(file_backed, "_LEAST_WHOLE", 1 << 40)
     assert file_backed.make(taken.folder, taken.snapshot.weight_areas) == 0
-    assert file_backed.find(taken.folder) is None and file_backed.made(taken.folder)
+    assert file_backed.find(taken.folder) is None and file_backed.exist(taken.folder)
     with taken.restored() as replica:
         found = ask(replica)
         assert found["sums"] == taken.ready["sums"] and not any(map(is_mapped, found["maps"].values()))

@@ -59,7 +59,7 @@ class Bench:
         with Sandbox(SandboxConfig()) as sandbox:
             argv = [sys.executable, "-c", BEGIN + program + END, str(Path(__file__).parents[3])]
             pid = sandbox.start(argv, env, "/", output.write_fd, output.write_fd)
-            output.handed_over()
+            output.close_write_end()
             try:
                 wait_for(inside(sandbox) / "ready", 20)
             except AssertionError as error:
@@ -90,7 +90,7 @@ class Bench:
                 {"stdout": output.write_fd},
             )
         finally:
-            output.handed_over()
+            output.close_write_end()
 
 
 @pytest.fixture
@@ -316,7 +316,7 @@ def test_the_cause_of_a_failed_lazy_restore_is_criu_s_and_its_log_is_kept(bench)
             lazy=lazy,
             cancellation=cancellation,
         )
-    output.handed_over()
+    output.close_write_end()
     assert deaths == []
     kept = Path(str(caught.value).rpartition("(log: ")[2].rstrip(")"))
     assert "some.lock" in kept.read_text() and kept.stat().st_mode & 0o077 == 0

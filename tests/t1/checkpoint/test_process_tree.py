@@ -53,7 +53,7 @@ def start_tree(sandbox, output, megabytes=16):
     """The tree inside a sandbox; its process number in there."""
     env = {name: os.environ[name] for name in ("PATH", "RUNNER_TEST_HOME")} | {"TMPDIR": TMP_DIR, "HOME": "/"}
     pid = sandbox.start([sys.executable, str(PROGRAM), str(megabytes)], env, "/", output.write_fd, output.write_fd)
-    output.handed_over()
+    output.close_write_end()
     ask(sandbox, op="count")
     return pid
 
@@ -92,7 +92,7 @@ def taken(home, criu):
         yield library, snapshot, sandbox
 
 
-def bring_back(library, criu, snapshot, output=None):
+def restore_snapshot(library, criu, snapshot, output=None):
     output = output or Output(None)
     try:
         return restore(
@@ -104,7 +104,7 @@ def bring_back(library, criu, snapshot, output=None):
             {"stdout": output.write_fd},
         )
     finally:
-        output.handed_over()
+        output.close_write_end()
 
 
 def test_a_sandbox_shows_the_hosts_run_and_keeps_what_criu_learns_apart(home, criu):
@@ -178,7 +178,7 @@ def test_one_snapshot_restores_again_and_again_while_the_first_goes_on(taken, cr
     verify(library.path("tree"), snapshot.files, always=True)
     assert ask(sandbox, op="count")["count"] == 3
     for _ in range(3):
-        replica = bring_back(library, criu, snapshot)
+        replica = restore_snapshot(library, criu, snapshot)
         try:
             found = ask(replica.sandbox, op="count")
             assert found["count"] == found["shared"] == 3  # 2 at the dump, whatever others counted since
@@ -195,7 +195,7 @@ def test_two_replicas_serve_at_the_same_time_on_the_same_port(taken, criu):
 
     def one():
         try:
-            replicas.append(bring_back(library, criu, snapshot))
+            replicas.append(restore_snapshot(library, criu, snapshot))
         except CheckpointError as error:
             failures.append(error)
 
@@ -214,7 +214,7 @@ def test_the_monotonic_clock_goes_on_where_it_stood(taken, criu):
     library, snapshot, sandbox = taken
     before = ask(sandbox, op="clock")["monotonic"]
     time.sleep(0.5)
-    replica = bring_back(library, criu, snapshot)
+    replica = restore_snapshot(library, criu, snapshot)
     try:
         first = ask(replica.sandbox, op="clock")
         assert snapshot.monotonic_ns / 1e9 <= first["monotonic"] < before + 30
@@ -229,7 +229,7 @@ def test_the_monotonic_clock_goes_on_where_it_stood(taken, criu):
 def test_output_goes_to_the_new_owner(taken, criu):
     library, snapshot, _ = taken
     output = Output(None)
-    replica = bring_back(library, criu, snapshot, output)
+    replica = restore_snapshot(library, criu, snapshot, output)
     try:
         assert ask(replica.sandbox, op="say", text="hello from the past") == {"said": True}
         limit = time.monotonic() + 10
@@ -242,7 +242,7 @@ def test_output_goes_to_the_new_owner(taken, criu):
 
 def test_the_exit_of_a_restored_root_is_told(taken, criu):
     library, snapshot, _ = taken
-    replica = bring_back(library, criu, snapshot)
+    replica = restore_snapshot(library, criu, snapshot)
     try:
         sock = replica.sandbox.connect(8000)
         sock.setblocking(True)
@@ -297,7 +297,7 @@ def test_a_restore_that_criu_refuses_leaves_nothing(taken, criu):
     library, snapshot, _ = taken
     (library.path("tree") / "images" / "inventory.img").write_bytes(b"garbage")
     with pytest.raises(Failed) as caught:
-        bring_back(library, criu, snapshot)
+        restore_snapshot(library, criu, snapshot)
     assert caught.value.code == "criu-restore-failed"
     assert "\n" not in str(caught.value)
 

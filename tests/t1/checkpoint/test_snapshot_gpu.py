@@ -102,7 +102,7 @@ def test_the_gpu_is_left_for_the_dump_and_taken_again_by_everybody(rig):
         {"stdout": output.write_fd},
         driver=driver,
     )
-    output.handed_over()
+    output.close_write_end()
     try:
         assert calls(driver) == ["lock", "checkpoint", "restore", "unlock", "restore", "unlock"]
         assert ask(replica.sandbox, op="count")["count"] == 2

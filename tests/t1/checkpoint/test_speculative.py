@@ -60,7 +60,7 @@ class Command:
                 lazy=how,
             )
         finally:
-            output.handed_over()
+            output.close_write_end()
         try:
             yield replica, output
         finally:
@@ -86,7 +86,7 @@ def snapshot(tmp_path_factory) -> tuple[Path, Snapshot, Criu]:
         wait_for(inside(sandbox) / "count")
         manifest = draft("counter", pid, {"stdout": output.name})
         found = take(Library(home), criu, sandbox, manifest, home / "compile", digest_folder)
-    output.handed_over()
+    output.close_write_end()
     return home, found, criu
 
 

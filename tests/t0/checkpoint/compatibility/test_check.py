@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from checkpoint.compatibility.check import Here, Identity, Mismatch, check, check_host, refuse
+from checkpoint.compatibility.check import CurrentIdentity, Identity, Mismatch, check, check_host, refuse
 from checkpoint.compatibility.engine import EngineFacts
 from checkpoint.compatibility.environment import KEPT, RENEWED, RENEWED_PREFIXES, RENEWED_SUFFIXES
 from checkpoint.compatibility.gpu import Gpu
@@ -44,7 +44,7 @@ ENGINE = EngineFacts(
     libc="glibc 2.36 93ac61ec",
     packages={"torch": "2.13.0+cpu", "numpy": "2.3.5", "triton": "3.9.0"},
 )
-HERE = Here(
+HERE = CurrentIdentity(
     host=HOST,
     engine=ENGINE,
     arguments={"--max-model-len": (("4096",),), "--model": (("{model}",),)},
@@ -58,15 +58,15 @@ HERE = Here(
 RECORDED = HERE.record(salt="5a" * 16)
 
 
-def codes(now: Here, recorded: Identity = RECORDED) -> list[str]:
+def codes(now: CurrentIdentity, recorded: Identity = RECORDED) -> list[str]:
     return [m.code for m in check(recorded, now)]
 
 
-def host(**changes: object) -> Here:
+def host(**changes: object) -> CurrentIdentity:
     return replace(HERE, host=msgspec.structs.replace(HOST, **changes))
 
 
-def engine(**changes: object) -> Here:
+def engine(**changes: object) -> CurrentIdentity:
     return replace(HERE, engine=msgspec.structs.replace(ENGINE, **changes))
 
 
@@ -187,7 +187,7 @@ def test_a_host_that_cannot_restore_still_asks_for_the_same_snapshot() -> None:
 
 
 def test_the_key_is_stable_across_versions_of_this_code() -> None:
-    # Raise the number in Here.key on purpose when what it covers changes: snapshots of earlier keys are then not found any more.
+    # Raise the number in CurrentIdentity.key on purpose when what it covers changes: snapshots of earlier keys are then not found any more.
     assert re.fullmatch(r"[0-9a-f]{24}", HERE.key)
     assert HERE.key == "794f94c0edbab5b0bfe00d88"
 

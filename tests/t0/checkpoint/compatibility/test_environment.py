@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from checkpoint.compatibility import check as identity
-from checkpoint.compatibility.check import Here, check, here
+from checkpoint.compatibility.check import CurrentIdentity, check, current_identity
 from checkpoint.compatibility.engine import declared_variables
 from checkpoint.compatibility.environment import KEPT, RENEWED, classify
 from tests.t0.checkpoint.compatibility.test_facts import venv
@@ -48,28 +48,28 @@ MATTER = {
 
 
 def test_what_is_not_known_to_be_irrelevant_matters() -> None:
-    assert classify(MATTER).matter == MATTER
+    assert classify(MATTER).relevant == MATTER
     assert classify(MATTER).renewed == {}
 
 
 def test_where_the_engine_runs_and_in_which_session_is_given_anew() -> None:
     found = classify(KUBERNETES | SESSION)
     assert found.renewed == KUBERNETES | SESSION
-    assert found.matter == {}
+    assert found.relevant == {}
 
 
 def test_what_quickthaw_takes_the_place_of_neither_matters_nor_is_given_anew() -> None:
     found = classify({"VLLM_PORT": "5", "TMPDIR": "/t", "VLLM_LOGGING_LEVEL": "DEBUG", "QUICKTHAW_TOKEN": "t"})
-    assert (found.matter, found.renewed) == ({}, {})
+    assert (found.relevant, found.renewed) == ({}, {})
 
 
 @given(st.text("ABCDEFGHIJKLMNOPQRSTUVWXYZ_0123456789", min_size=1, max_size=12), st.text(max_size=8))
 def test_each_variable_is_of_one_kind_and_an_unknown_one_matters(name: str, value: str) -> None:
     found = classify({f"X{name}": value})
-    assert len(found.matter) + len(found.renewed) <= 1
+    assert len(found.relevant) + len(found.renewed) <= 1
     # Not even the name of a service that resembles a path decides about names that no list has.
     if not name.endswith(("_HOST", "_PORT", "_TCP", "_UDP", "_SCTP", "_ADDR", "_PROTO")) and "_PORT_" not in name:
-        assert found.matter == {f"X{name}": value} or f"X{name}".startswith("XDG_SESSION_")
+        assert found.relevant == {f"X{name}": value} or f"X{name}".startswith("XDG_SESSION_")
 
 
 def test_no_name_is_on_two_lists() -> None:
@@ -82,15 +82,15 @@ def test_a_pattern_never_covers_what_the_engine_itself_declares(tmp_path: Path) 
     declarations.write_text("class Envs:\n    MY_POD_MODE = EnvStr(None)\n    SLURM_AWARE = EnvBool(False)\n")
     names = {"MY_POD_MODE": "a", "MY_POD_IP": "b", "SLURM_AWARE": "1", "SLURM_JOB_ID": "2"}
     found = classify(names, "sglang", lambda few: declared_variables("sglang", [tmp_path], few))
-    assert set(found.matter) == {"MY_POD_MODE", "SLURM_AWARE"}
+    assert set(found.relevant) == {"MY_POD_MODE", "SLURM_AWARE"}
     many = names | {f"POD_{i}": "" for i in range(100)}
     found = classify(many, "sglang", lambda all_: declared_variables("sglang", [tmp_path], all_))
-    assert set(found.matter) == {"MY_POD_MODE", "SLURM_AWARE"}
+    assert set(found.relevant) == {"MY_POD_MODE", "SLURM_AWARE"}
 
 
 def test_without_the_engines_list_no_pattern_covers_names_that_look_like_its_own() -> None:
     found = classify({"VLLM_SERVICE_HOST": "h", "REDIS_SERVICE_HOST": "h"}, "vllm", lambda _: None)
-    assert (set(found.matter), set(found.renewed)) == ({"VLLM_SERVICE_HOST"}, {"REDIS_SERVICE_HOST"})
+    assert (set(found.relevant), set(found.renewed)) == ({"VLLM_SERVICE_HOST"}, {"REDIS_SERVICE_HOST"})
 
 
 def test_a_service_that_is_called_like_an_engine_changes_nothing(tmp_path: Path) -> None:
@@ -110,16 +110,16 @@ def test_a_service_that_is_called_like_an_engine_changes_nothing(tmp_path: Path)
         "PROMETHEUS_MULTIPROC_DIR": "/tmp/metrics",
     }
     found = classify(services, "sglang", lambda few: declared_variables("sglang", [tmp_path], few))
-    assert found.matter == {}
+    assert found.relevant == {}
     ours = classify({"SGLANG_GRPC_PORT": "5000"}, "sglang", lambda _: ())
-    assert set(ours.matter) == {"SGLANG_GRPC_PORT"}
+    assert set(ours.relevant) == {"SGLANG_GRPC_PORT"}
 
 
-def launch(tmp_path: Path, **environment: str) -> Here:
+def launch(tmp_path: Path, **environment: str) -> CurrentIdentity:
     interpreter = tmp_path / "venv/bin/python"
     if not interpreter.exists():
         venv(tmp_path / "venv", {"vllm": "0.32.0"}, configuration=f"version = {sys.version.split()[0]}\n")
-    return here("vllm", interpreter, ["--model", "/m"], environment, gpus=())
+    return current_identity("vllm", interpreter, ["--model", "/m"], environment, gpus=())
 
 
 def test_a_launch_records_names_of_what_is_given_anew_and_no_values(tmp_path: Path) -> None:

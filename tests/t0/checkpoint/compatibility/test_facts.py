@@ -12,7 +12,7 @@ import pynvml
 import pytest
 
 from checkpoint.compatibility import engine, gpu
-from checkpoint.compatibility.check import Here, check, here
+from checkpoint.compatibility.check import CurrentIdentity, check, current_identity
 from checkpoint.compatibility.engine import Elf, engine_facts, libc_of
 from checkpoint.compatibility.gpu import Gpu, select_visible
 from checkpoint.compatibility.host import host_facts
@@ -241,8 +241,8 @@ def test_a_whole_launch_and_its_secret_arguments(tmp_path: Path) -> None:
     line = ["--model", "/m", "--api-key", "open sesame", "--port", "80"]
     environment = {"VLLM_API_KEY": "shibboleth", "OMP_NUM_THREADS": "2", "HF_TOKEN": "hf", "HOME": "/root"}
 
-    def launch(line: list[str], environment: dict[str, str]) -> Here:
-        return here("vllm", interpreter, line, environment, sketch="d", model_paths=["/m"], gpus=())
+    def launch(line: list[str], environment: dict[str, str]) -> CurrentIdentity:
+        return current_identity("vllm", interpreter, line, environment, sketch="d", model_paths=["/m"], gpus=())
 
     now = launch(line, environment)
     record = now.record()

@@ -1,4 +1,4 @@
-"""Cached plans equal the plans that were made, for the same files and working set only; a burst places what single calls would place."""
+"""Cached plans equal the plans that were made, for the same files and working set only; `place_many` places what single calls would."""
 
 import random
 
@@ -113,7 +113,7 @@ def test_a_burst_stops_before_a_refused_extent_and_the_rest_stays_pending(monkey
         return 11 if asked[-1] == refused_at else 0
 
     monkeypatch.setattr(uffd, "request", request)
-    copied, zeros = space.burst(plan, 1000, 1 << 40)
+    copied, zeros = space.place_many(plan, 1000, 1 << 40)
     placed = min(refused_at, 40)
     assert asked == list(range(min(refused_at + 1, 40)))
     assert list(plan.done) == [DONE] * placed + [0] * (40 - placed) and plan.left == 40 - placed
@@ -128,7 +128,7 @@ def test_a_burst_ends_after_its_limit_of_extents_or_bytes(monkeypatch):
     monkeypatch.setattr(uffd, "request", lambda fd, address: 0)
     plan = made()
     space = Space(1, 7, -1, PendingPages(), ProcessImage(7, "pages-1.img"), Source())
-    space.burst(plan, 5, 1 << 40)
+    space.place_many(plan, 5, 1 << 40)
     assert plan.left == 35
-    copied, zeros = space.burst(plan, 1000, 6 * PAGE)
+    copied, zeros = space.place_many(plan, 1000, 6 * PAGE)
     assert 6 * PAGE <= copied + zeros < 9 * PAGE

@@ -91,7 +91,7 @@ def test_every_byte_has_one_place_and_is_found_there(snapshot: Path) -> None:
     rng = random.Random(5)
     for name, size in found.index.sizes.items():
         covered = bytearray(size)
-        for stored, whole in ((layout.BYTES, found.size), (layout.rest_of(name), size)):
+        for stored, whole in ((layout.BYTES, found.size), (layout.rest_path(name), size)):
             at = 0
             while at < whole:
                 step = min(whole - at, rng.randrange(1, 40) * 1000)

@@ -25,7 +25,7 @@ def test_what_was_cached_is_known_and_nothing_else_and_read_again(tmp_path, monk
     assert cache.remember() == 4 * uffd.PAGE
     read = []
     monkeypatch.setattr(os, "preadv", lambda fd, into, at: read.append((at, len(into[0]))) or len(into[0]))
-    cache.bring_back()
+    cache.read_again()
     assert read == [(0, uffd.PAGE), (3 * uffd.PAGE, 2 * uffd.PAGE), (40 * uffd.PAGE, uffd.PAGE)]
 
 
@@ -37,4 +37,4 @@ def test_a_file_that_is_gone_or_shorter_is_left_out(tmp_path):
     assert cache.remember() == 2 * PAGES * uffd.PAGE
     gone.unlink()
     os.truncate(shorter, uffd.PAGE)
-    cache.bring_back()
+    cache.read_again()

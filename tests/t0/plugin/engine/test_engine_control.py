@@ -72,12 +72,12 @@ def test_with_the_key_the_launchers_calls_are_served(folder):
     client = EngineClient()
     with control.key(folder) as key:
         assert ask(client, {"call": "reset_prefix_cache"}, key) == (200, {"result": False})
-        asked = {"call": "collective_rpc", "method": "quickthaw_shrink", "timeout": 60}
+        asked = {"call": "collective_rpc", "method": "quickthaw_trim", "timeout": 60}
         assert ask(client, asked, key) == (200, {"result": None})
         assert ask(client, {"call": "sleep", "level": 2}, key) == (200, {"result": None})
         status, answer = ask(client, {"call": "wake_up", "tags": ["weights"]}, key)
         assert (status, answer["error"]) == (500, "RuntimeError: no such tag")
-    assert client.calls == ["reset", ("quickthaw_shrink", 60), ("sleep", 2)]
+    assert client.calls == ["reset", ("quickthaw_trim", 60), ("sleep", 2)]
 
 
 @pytest.mark.parametrize(

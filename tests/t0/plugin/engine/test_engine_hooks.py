@@ -114,7 +114,7 @@ def test_what_inductor_compiled_itself_is_not_refused_by_vllm_when_it_is_loaded(
 
 def test_an_artefact_for_a_cpu_is_named_by_its_processor_and_threads(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(get_num_threads=lambda: 2))
-    named = vllm_hooks._for_this_processor(lambda config: ["vLLM's own"])
+    named = vllm_hooks._with_processor(lambda config: ["vLLM's own"])
     on_cpu, on_gpu = (SimpleNamespace(device_config=SimpleNamespace(device_type=kind)) for kind in ("cpu", "cuda"))
     here = named(on_cpu)
     assert here[0] == "vLLM's own" and here == named(on_cpu)

@@ -64,7 +64,7 @@ def routed(body: bytes, kind: bytes, coding: bytes = b"") -> object:
             buffered = 0
 
         @staticmethod
-        async def whole_body(request: Request, limit: int) -> bool:
+        async def wait_body(request: Request, limit: int) -> bool:
             return request.complete
 
     try:

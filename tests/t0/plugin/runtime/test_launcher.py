@@ -110,7 +110,7 @@ class Serving(Replica):
         self.lost, self.silent, self.restored = lost, "", False
         self.starts = 0
 
-    def pages_lost(self):
+    def page_server_failure(self):
         return self.lost
 
     def clear(self):

@@ -28,7 +28,7 @@ import ctypes, mmap, os, signal, sys, time
 sys.path.insert(0, sys.argv[1])
 from plugin.engine import control, cpu
 control.install()
-before = cpu.regain()
+before = cpu.request_components()
 TILES = 1 << 18
 code = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
 # ldtilecfg [rdi]; tilezero tmm0; tilerelease; ret
@@ -76,7 +76,7 @@ def test_a_woken_process_may_use_what_it_used_before_its_dump(tmp_path, watch):
     sandbox = Sandbox(SandboxConfig())
     try:
         pid = sandbox.start([sys.executable, "-c", PROGRAM, repo], env, "/", output.write_fd, output.write_fd)
-        output.handed_over()
+        output.close_write_end()
         before, now = masks(sandbox)
         assert before == now
         take(library, criu, sandbox, draft("cpu", pid, {"stdout": output.name}), tmp_path / "compile", digest_folder)
@@ -85,7 +85,7 @@ def test_a_woken_process_may_use_what_it_used_before_its_dump(tmp_path, watch):
     again = Output(None)
     back = restore(library, criu, library.load("cpu"), [], tmp_path / "compile", {"stdout": again.write_fd})
     try:
-        again.handed_over()
+        again.close_write_end()
         told = control.notify(back.sandbox.init_pid, control.WAKE)
         assert len(told) == 1
         try:

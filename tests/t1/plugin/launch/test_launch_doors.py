@@ -71,7 +71,7 @@ def test_a_controlled_vllm_opens_nothing_that_it_alone_would_not(launch_rig):
         answer = started.ask()
         started.wait_serving()
         calls = started.facts()["worker"]["calls"]
-        assert ["collective_rpc", "quickthaw_shrink"] in calls and ["collective_rpc", "reload_weights"] in calls
+        assert ["collective_rpc", "quickthaw_trim"] in calls and ["collective_rpc", "reload_weights"] in calls
         (pid, *_) = engines(launch_rig)
         for path in DEVELOPER:
             for target in (path, f"/api{path}"):

@@ -120,8 +120,8 @@ def answer(replica):
 
 MODEL = "MODEL"
 ASLEEP = {
-    ("vllm", "full"): [["collective_rpc", "quickthaw_shrink"], ["sleep", 1]],
-    ("vllm", "thin"): [["collective_rpc", "quickthaw_shrink"], ["sleep", 2]],
+    ("vllm", "full"): [["collective_rpc", "quickthaw_trim"], ["sleep", 1]],
+    ("vllm", "thin"): [["collective_rpc", "quickthaw_trim"], ["sleep", 2]],
     ("sglang", "full"): [["flush_cache"], ["release", ["kv_cache"]]],
     ("sglang", "thin"): [["flush_cache"], ["release", ["kv_cache", "weights"]]],
 }
@@ -170,9 +170,7 @@ def test_an_engine_started_without_its_sleep_mode_is_carried_by_the_driver(gpu_r
     cold.start()
     assert not cold.snapshot.asleep
     # Neither is asked: vLLM's engine would raise, SGLang would log_off yes and release nothing.
-    assert worker(cold)["calls"] == (
-        [["collective_rpc", "quickthaw_shrink"]] if engine == "vllm" else [["flush_cache"]]
-    )
+    assert worker(cold)["calls"] == ([["collective_rpc", "quickthaw_trim"]] if engine == "vllm" else [["flush_cache"]])
     expected = answer(cold)
     cold.stop(5.0)
     replica = gpu_rig(engine)

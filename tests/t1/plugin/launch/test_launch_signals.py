@@ -89,7 +89,7 @@ def test_a_stop_right_after_the_first_answer_keeps_the_working_set(launch_rig, a
     assert rig.library.working_set(rig.name).exists() == bool(answers)
 
 
-@pytest.mark.parametrize("moment", ["starting", "shrinking", "checkpointing", "restoring"])
+@pytest.mark.parametrize("moment", ["starting", "trimming", "checkpointing", "restoring"])
 def test_a_stop_in_the_middle_of_a_start_leaves_nothing(launch_rig, moment):
     rig = launch_rig
     env = {"ENGINE_DOUBLE_COMPILE_S": "2"}  # a snapshot taken without it would be another launch's

@@ -166,7 +166,7 @@ def test_a_known_digest_takes_no_reading(model: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(model_files.ModelFiles, "_sample", None)
     again = weights(model)
     assert again.content and again.content.files.known_digest() == digest
-    assert again.content.proven(0.0) == digest
+    assert again.content.verified_digest(0.0) == digest
     monkeypatch.undo()
     assert again.sketch == sketch
 
@@ -177,7 +177,7 @@ def test_a_model_that_changes_while_the_engine_starts_is_refused_by_name(model: 
     started.content.begin()
     overwrite(model / "first.safetensors")
     with pytest.raises(Incompatible, match="was changed while the engine started") as caught:
-        started.content.proven(10.0)
+        started.content.verified_digest(10.0)
     assert caught.value.code == "inputs-changed"
 
 
@@ -191,10 +191,10 @@ def test_a_snapshot_does_not_wait_for_a_slow_digest_but_the_next_start_has_it(
     assert started.content
     started.content.begin()
     with pytest.raises(Incompatible) as caught:
-        started.content.proven(0.05)
+        started.content.verified_digest(0.05)
     assert caught.value.code == "model-unread"
     go.set()
-    digest = started.content.proven(10.0)
+    digest = started.content.verified_digest(10.0)
     assert weights(model).content.files.known_digest() == digest  # type: ignore[union-attr]
 
 
@@ -210,10 +210,10 @@ def test_a_digest_that_failed_is_computed_again_by_the_next_cold_start(
         broken.setattr(model_files, "_read", failing)
         started.content.begin()
         with pytest.raises(Incompatible) as caught:
-            started.content.proven(10.0)
+            started.content.verified_digest(10.0)
     assert caught.value.code == "model-unread"
     started.content.begin()
-    assert len(started.content.proven(10.0)) == 64
+    assert len(started.content.verified_digest(10.0)) == 64
 
 
 def test_two_models_of_the_same_headers_have_other_sketches(tmp_path: Path) -> None:

@@ -183,7 +183,7 @@ def test_hooks_by_url_wake_and_put_to_sleep():
         (["--upstream", "http://127.0.0.1:1", "--admin-prefix", "x"], "--admin-prefix"),
         (["--upstream", "ftp://x", "--listen", "127.0.0.1:0"], "upstream"),
         (["--upstream", "http://127.0.0.1:1", "--admin-token", " "], "the token is empty"),
-        (["--upstream", "http://127.0.0.1:1", "--upstream-timeout", "soon"], "90s, 10m or 1h"),
+        (["--upstream", "http://127.0.0.1:1", "--upstream-timeout", "soon"], "90s, 10m or 24h"),
         (["--upstream", "http://127.0.0.1:1", "--deny", "/"], "cannot deny '/'"),
         (["--upstream", "http://127.0.0.1:1", "--deny", ""], "cannot deny ''"),
         (["--upstream", "http://127.0.0.1:1", "--wake-url", "scaler/up", "--listen", "127.0.0.1:0"], "http"),

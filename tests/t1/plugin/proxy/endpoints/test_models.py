@@ -137,9 +137,9 @@ models:
         ("models: {a: {command: x}}\nevict: never", "evict"),
         ("models: {a: {upstream: 'ftp://x'}}", "upstream"),
         ("models: [", "not YAML"),
-        ("models: {a: {command: x}}\nidle_timeout: soon", "90s, 10m or 1h"),
-        ("models: {a: {command: x, upstream_timeout: -1}}", "negative"),
-        ("models: {a: {command: x, wake_timeout: true}}", "expected a time"),
+        ("models: {a: {command: x}}\nidle_timeout: soon", "90s, 10m or 24h"),
+        ("models: {a: {command: x, upstream_timeout: -1}}", "of 0 or more"),
+        ("models: {a: {command: x, wake_timeout: true}}", "is not a duration"),
     ],
 )
 def test_a_bad_file_is_refused_in_one_line(tmp_path, text, said):
@@ -153,7 +153,7 @@ def test_a_bad_file_is_refused_in_one_line(tmp_path, text, said):
 
 
 def test_how_long_an_answer_may_take_is_set_for_all_and_for_each_model(tmp_path):
-    from plugin.options import Limit, Seconds
+    from plugin.options import Duration, Limit
     from plugin.proxy.endpoints.models import ModelRouter, load
     from plugin.proxy.pool.pool import ReplicaPool
 
@@ -168,7 +168,7 @@ def test_how_long_an_answer_may_take_is_set_for_all_and_for_each_model(tmp_path)
     assert fresh["a"].upstream_timeout_s is None, "as the command says"
     for text, value in (("0", float("inf")), ("none", float("inf")), ("1h", 3600.0), ("90", 90.0)):
         assert Limit().convert(text, None, None) == value
-    assert Seconds().convert("0", None, None) == 0.0
+    assert Duration().convert("0", None, None) == 0.0
 
 
 @pytest.mark.slow

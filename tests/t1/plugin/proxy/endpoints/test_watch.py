@@ -40,7 +40,7 @@ def engine(port: int) -> Iterator[subprocess.Popen[bytes]]:
 def test_an_engine_that_comes_up_later_and_one_that_is_killed_are_noticed_without_a_request():
     async def main():
         port = free_port()
-        async with in_front_of(EndpointSpec(tcp("127.0.0.1", port), pace=QUICK)) as (rig, endpoint):
+        async with in_front_of(EndpointSpec(tcp("127.0.0.1", port), intervals=QUICK)) as (rig, endpoint):
             assert endpoint.tracker.phase is Phase.ASLEEP
             assert (await rig.get("/-/ready")).status == 200 and (await rig.get("/-/ready?strict=1")).status == 503
             for _ in range(2):
@@ -65,7 +65,7 @@ def test_one_that_is_frozen_is_lost_and_found_again():
     async def main():
         port = free_port()
         with engine(port) as process:
-            spec = EndpointSpec(tcp("127.0.0.1", port), pace=QUICK)
+            spec = EndpointSpec(tcp("127.0.0.1", port), intervals=QUICK)
             async with in_front_of(spec) as (_, endpoint):
                 await until(lambda: endpoint.tracker.phase is Phase.SERVING)
                 os.kill(process.pid, signal.SIGSTOP)
@@ -91,7 +91,7 @@ def test_a_busy_engine_whose_health_page_is_slow_goes_on_serving():
     async def main():
         nonlocal unready
         async with upstream(busy) as up:
-            spec = EndpointSpec(tcp("127.0.0.1", up.port), pace=WatchIntervals(0.02, 0.02, 2, 0.1, 30.0, 1.0))
+            spec = EndpointSpec(tcp("127.0.0.1", up.port), intervals=WatchIntervals(0.02, 0.02, 2, 0.1, 30.0, 1.0))
             async with in_front_of(spec) as (rig, endpoint):
                 unready = True
                 assert (await rig.get("/long")).status == 200
@@ -107,7 +107,7 @@ def test_one_that_we_have_put_to_sleep_is_not_taken_for_serving():
         async with upstream(mode) as up:
             base = f"http://127.0.0.1:{up.port}"
             spec = EndpointSpec(
-                tcp("127.0.0.1", up.port), wake_url=f"{base}/wake_up", sleep_url=f"{base}/sleep", pace=QUICK
+                tcp("127.0.0.1", up.port), wake_url=f"{base}/wake_up", sleep_url=f"{base}/sleep", intervals=QUICK
             )
             async with in_front_of(spec) as (rig, endpoint):
                 assert await rig.pool.sleep() and endpoint.tracker.phase is Phase.ASLEEP
@@ -125,7 +125,7 @@ def test_one_that_listens_and_does_not_generate_is_asked_ever_less_often():
         mode = SleepMode(awake=False)
         async with upstream(mode) as up:
             spec = EndpointSpec(
-                tcp("127.0.0.1", up.port), ready_model="m", pace=WatchIntervals(every_s=0.02, probe_every_s=30.0)
+                tcp("127.0.0.1", up.port), ready_model="m", intervals=WatchIntervals(every_s=0.02, probe_every_s=30.0)
             )
             async with in_front_of(spec) as (_, endpoint):
                 asked = [s for s in up.seen if s.target == "/v1/completions"]
@@ -145,7 +145,7 @@ def test_what_only_we_start_is_not_looked_for_at_its_port():
     async def main():
         async with upstream() as up:
             spec = EndpointSpec(
-                tcp("127.0.0.1", up.port), wake="exit 1", exclusive_port=True, ready_path="/later", pace=QUICK
+                tcp("127.0.0.1", up.port), wake="exit 1", exclusive_port=True, ready_path="/later", intervals=QUICK
             )
             async with in_front_of(spec) as (_, endpoint):
                 endpoint.tracker.to(Phase.FAILED, "x")
@@ -161,9 +161,9 @@ def test_where_nothing_starts_the_engine_nothing_is_promised():
 
     async def main():
         port = free_port()
-        with_wake = EndpointSpec(tcp("127.0.0.1", port), wake="sleep 30", pace=QUICK)
+        with_wake = EndpointSpec(tcp("127.0.0.1", port), wake="sleep 30", intervals=QUICK)
         for spec, words in (
-            (EndpointSpec(tcp("127.0.0.1", port), pace=QUICK), "not started from here"),
+            (EndpointSpec(tcp("127.0.0.1", port), intervals=QUICK), "not started from here"),
             (with_wake, "waking,"),
         ):
             async with in_front_of(spec, Settings(early_stream=True, hold_timeout_s=0.3)) as (rig, _):
@@ -180,7 +180,7 @@ def test_where_nothing_starts_the_engine_a_client_may_ask_again_soon_and_no_wait
 
     async def main():
         port = free_port()
-        async with in_front_of(EndpointSpec(tcp("127.0.0.1", port), pace=QUICK)) as (rig, endpoint):
+        async with in_front_of(EndpointSpec(tcp("127.0.0.1", port), intervals=QUICK)) as (rig, endpoint):
             for wait in ("0", "0.3"):
                 got = await rig.get("/x", f"Prefer: wait={wait}")
                 assert got.status == 503 and got.json()["error"]["code"] == "hold-deadline"
@@ -205,7 +205,7 @@ def test_a_port_that_another_user_took_between_the_look_and_the_probe_is_not_bel
         looks.append(port)
         return 65534 if len(looks) > 1 else None
 
-    monkeypatch.setattr("plugin.proxy.endpoints.port_owner.stranger_at", seen_at_the_second_look)
+    monkeypatch.setattr("plugin.proxy.endpoints.port_owner.foreign_listener", seen_at_the_second_look)
 
     async def main():
         async with upstream() as up:

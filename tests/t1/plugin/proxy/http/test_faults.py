@@ -192,7 +192,7 @@ def test_a_slow_replica_pauses_the_client():
                 await asyncio.sleep(0.1)
             assert sent < size // 2, "the client was read although the replica took nothing"
             (client,) = rig.server.clients
-            assert client.exchange.back.transport.get_write_buffer_size() < 1 << 20, "gathered in between"
+            assert client.exchange.connection.transport.get_write_buffer_size() < 1 << 20, "gathered in between"
             listening.set()
             await pushing
             assert (await read_answer(reader)).body == b"all of it"

@@ -35,7 +35,7 @@ def dies(said: bytes) -> Handler:
 def lose(rig: Rig, up: Upstream) -> None:
     """The page server died: the owner marks it, and kills the engine."""
     replica = rig.pool.replicas["a"]
-    replica.killed_because = lambda: "why"
+    replica.kill_reason = lambda: "why"
     up.seen[0].gone = True
 
 
@@ -43,12 +43,12 @@ async def back_again(rig: Rig) -> None:
     rig.trackers["a"].to(Phase.FAILED, "pages-lost")
     await asyncio.sleep(0.05)
     replica = rig.pool.replicas["a"]
-    replica.pages_coming, replica.killed_because = str, str
+    replica.pages_pending, replica.kill_reason = str, str
     rig.restore("a")
 
 
 def add(rig: Rig, port: int, phase: Phase = Phase.SERVING) -> None:
-    rig.add("a", port, phase=phase).pages_coming = lambda: True
+    rig.add("a", port, phase=phase).pages_pending = lambda: True
 
 
 @pytest.mark.parametrize("said", [b"", HEAD, HEAD + b'{"ok":', STREAM], ids=["nothing", "head", "part", "stream"])
@@ -127,13 +127,13 @@ def test_other_failures_are_answered_as_ever(proxy, why):
         async with upstream(dies(b"")) as up, proxy(speculative=True) as rig:
             add(rig, up.port)
             if why == "nothing was to come":
-                rig.pool.replicas["a"].pages_coming = lambda: False
+                rig.pool.replicas["a"].pages_pending = lambda: False
             path = "/v1/files" if why == "no generation" else PATH
             waiting = asyncio.create_task(rig.get(path, method="POST", body=b"{}"))
             await until(lambda: len(up.seen) == 1)
             lose(rig, up)
             if why == "not lost":
-                rig.pool.replicas["a"].killed_because = str
+                rig.pool.replicas["a"].kill_reason = str
             got = await waiting
             assert got.status == 502 and b"upstream-closed" in got.body and len(up.seen) == 1
 

@@ -35,7 +35,7 @@ class Freezes:
 def watched(rig: Rig, name: str, port: int, told: list[str]):
     replica = rig.add(name, port)
     replica.killed_when_silent = True
-    replica.killed_because = lambda: "silent" if name in told else ""
+    replica.kill_reason = lambda: "silent" if name in told else ""
     return replica
 
 
@@ -68,8 +68,8 @@ def test_it_gets_no_new_requests_and_what_it_held_is_answered_by_another():
             await until(lambda: told == ["bad"])
             bad.tracker.to(Phase.FAILED, "replica-silent")  # what an owner does: it ends it
             for client in rig.server.clients:
-                if client.exchange is not None and client.exchange.back is not None:
-                    client.exchange.back.transport.abort()
+                if client.exchange is not None and client.exchange.connection is not None:
+                    client.exchange.connection.transport.abort()
             got = await asyncio.gather(*asked)
             assert {a.status for a in got} == {200} and all(a.json()["length"] == len(BODY) for a in got)
             await asyncio.sleep(0.5)
@@ -88,7 +88,7 @@ def test_what_is_no_generation_is_not_asked_again():
             watched(rig, "good", two.port, told)
             await until(lambda: told == ["bad"])
             bad.tracker.to(Phase.FAILED, "replica-silent")
-            next(iter(rig.server.clients)).exchange.back.transport.abort()
+            next(iter(rig.server.clients)).exchange.connection.transport.abort()
             assert (await asked).status == 502 and not two.seen
 
     run(main())
@@ -169,7 +169,7 @@ def test_pages_that_are_still_to_come_are_another_watchs_business():
         told: list[str] = []
         async with upstream(Freezes()) as up, proxy() as rig, watching(rig, 0.3, told):
             replica = watched(rig, "r", up.port, told)
-            replica.pages_coming = lambda: True
+            replica.pages_pending = lambda: True
             asked = asyncio.create_task(rig.get("/x"))
             await asyncio.sleep(0.8)
             assert not told and replica.tracker.phase is Phase.SERVING

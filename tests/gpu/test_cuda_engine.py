@@ -20,14 +20,14 @@ import pytest
 
 from checkpoint.cuda.checkpoint import resume, suspend
 from checkpoint.cuda.helper import Helper
-from tests.kits.gpu_kit import GPU_PYTHON, why_not
+from tests.kits.gpu_kit import GPU_PYTHON, skip_reason
 
 MODEL = os.environ.get("QUICKTHAW_GPU_MODEL", "")
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.slow,
     pytest.mark.timeout(1200),
-    pytest.mark.skipif(bool(why_not()), reason=why_not() or "a GPU is here"),
+    pytest.mark.skipif(bool(skip_reason()), reason=skip_reason() or "a GPU is here"),
     pytest.mark.skipif(not MODEL, reason="set QUICKTHAW_GPU_MODEL to a folder with a small model"),
 ]
 START_LIMIT_S = 900.0

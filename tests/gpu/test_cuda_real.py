@@ -22,12 +22,12 @@ from checkpoint.cuda.checkpoint import (
 from checkpoint.cuda.driver import DriverError, State
 from checkpoint.cuda.helper import Helper
 from checkpoint.errors import Failed, Incompatible
-from tests.kits.gpu_kit import Torch, why_no_torch, why_not
+from tests.kits.gpu_kit import Torch, skip_reason, torch_skip_reason
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.timeout(600),
-    pytest.mark.skipif(bool(why_not()), reason=why_not() or "a GPU is here"),
+    pytest.mark.skipif(bool(skip_reason()), reason=skip_reason() or "a GPU is here"),
 ]
 
 
@@ -39,7 +39,7 @@ def helper() -> Iterator[Helper]:
 
 @pytest.fixture
 def start() -> Iterator[Callable[[], Torch]]:
-    if reason := why_no_torch():
+    if reason := torch_skip_reason():
         pytest.skip(reason)
     running: list[Torch] = []
 

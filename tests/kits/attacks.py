@@ -1,6 +1,7 @@
-"""Spellings of a path that must stay shut: what a client may write so that one reader sees another path than the next.
+"""Spellings of a denied path: what a client may write so that one reader sees another path than the next.
 
-`spellings(path)` is run against the proxy's rules (t0), the proxy in front of a toy engine (t1), and both real engines (t2).
+`spellings(path)` runs against the proxy's rules (t0), the proxy in front of a toy engine (t1), and both real engines
+(t2).
 """
 
 import json
@@ -9,7 +10,9 @@ import sys
 
 
 def spellings(path: str, prefix: str = "") -> list[str]:
-    """Request targets that some reader takes for `path`, which begins with a slash; `prefix`: a routing prefix to put before it too."""
+    """Return request targets that some reader takes for `path` (with a leading slash). `prefix`: a routing prefix to
+    prepend too.
+    """
     first, rest = path[1], path[2:]
     escaped = "".join(f"%{ord(c):02x}" for c in path[1:])
     found = [
@@ -96,7 +99,9 @@ MATCHED_BY_PREFIX = [
 
 
 def main() -> None:
-    """Send the requests that standard input lists ([method, target], JSON) to a port of this network; print their statuses."""
+    """Read requests from standard input ([method, target] as JSON), send them to a port of this network, print their
+    statuses.
+    """
     found = []
     for method, target in json.load(sys.stdin):
         with socket.create_connection(("127.0.0.1", int(sys.argv[1])), timeout=30) as sock:

@@ -1,6 +1,7 @@
-"""A headless Chromium, driven through the DevTools protocol on a websocket: open a page, read what a reader sees, click, type, take pictures.
+"""A headless Chromium, driven through the DevTools protocol on a websocket: open a page, read its text, click, type,
+take screenshots.
 
-Chromium is a system package (setup/test-packages.txt); `.ci/run` installs it, and refuses skipped tests of it.
+Chromium is a system package (setup/test-packages.txt). `.ci/run` installs it, and fails if its tests are skipped.
 """
 
 from __future__ import annotations
@@ -35,14 +36,14 @@ FLAGS = [
 
 
 class Page:
-    """One tab."""
+    """One browser tab."""
 
     def __init__(self, line: ClientConnection) -> None:
         self._line = line
         self._numbers = itertools.count(1)
 
     async def command(self, method: str, **params: Any) -> dict[str, Any]:
-        """Send a command of the protocol and return its result."""
+        """Send a protocol command and return its result."""
         number = next(self._numbers)
         await self._line.send(json.dumps({"id": number, "method": method, "params": params}))
         async with asyncio.timeout(LIMIT_S):
@@ -52,7 +53,7 @@ class Page:
         return dict(message["result"])
 
     async def run(self, script: str) -> Any:
-        """Return the value of a JavaScript expression; a promise is awaited."""
+        """Evaluate a JavaScript expression and return its value. Awaits a promise."""
         result = await self.command("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in result, result
         return result["result"].get("value")
@@ -65,17 +66,17 @@ class Page:
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False
         )
 
-    async def scheme(self, name: str) -> None:
+    async def set_color_scheme(self, name: str) -> None:
         """Prefer `light` or `dark`, as an operating system tells a browser."""
         features = [{"name": "prefers-color-scheme", "value": name}]
         await self.command("Emulation.setEmulatedMedia", features=features)
 
     async def text(self) -> str:
-        """Return the text that a reader sees."""
+        """Return the visible text."""
         return str(await self.run("document.body?.innerText ?? ''"))
 
-    async def says(self, *words: str) -> str:
-        """Return the page's text once all `words` are in it."""
+    async def wait_text(self, *words: str) -> str:
+        """Wait until the page contains all `words`; return its text."""
         text = ""
         try:
             async with asyncio.timeout(LIMIT_S):
@@ -88,7 +89,7 @@ class Page:
         return text
 
     async def type(self, text: str) -> None:
-        """Type into what has the focus."""
+        """Type into the focused element."""
         await self.command("Input.insertText", text=text)
 
     async def enter(self) -> None:
@@ -97,7 +98,7 @@ class Page:
         await self.command("Input.dispatchKeyEvent", type="keyDown", **key)
         await self.command("Input.dispatchKeyEvent", type="keyUp", **key)
 
-    async def picture(self) -> bytes:
+    async def screenshot(self) -> bytes:
         """Return the whole page as a PNG."""
         size = (await self.command("Page.getLayoutMetrics"))["cssContentSize"]
         clip = {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}

@@ -1,4 +1,4 @@
-"""What the tests with real process trees share."""
+"""Shared by the tests with real process trees."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LIMIT_S = 60.0
 
 
 def draft(name: str, pid: int, pipes: dict[str, str] | None = None) -> Snapshot:
-    """The manifest of a tree that is no engine, before its dump."""
+    """Return the manifest of a tree that is no engine, before its dump."""
     return Snapshot(
         format=FORMAT,
         name=name,
@@ -36,13 +36,13 @@ def draft(name: str, pid: int, pipes: dict[str, str] | None = None) -> Snapshot:
     )
 
 
-def inside(sandbox: Sandbox) -> Path:
-    """The sandbox's TMPDIR, from the host."""
+def sandbox_tmpdir(sandbox: Sandbox) -> Path:
+    """Return the sandbox's TMPDIR as a path of the host."""
     return Path(f"/proc/{sandbox.init_pid}/root{TMP_DIR}")
 
 
 def wait_for(path: Path, limit_s: float = LIMIT_S) -> bytes:
-    """What a file holds, once it is there."""
+    """Wait until a file exists; return its contents."""
     limit = time.monotonic() + limit_s
     while time.monotonic() < limit:
         try:

@@ -1,4 +1,4 @@
-"""All click commands of quickthaw, for tests that hold for each of them."""
+"""All click commands of quickthaw, for tests that apply to each of them."""
 
 import click
 
@@ -6,7 +6,7 @@ from plugin.cli import cli
 
 
 def walk(command=cli, path=()):
-    """Yield every command without subcommands, with the words that call it."""
+    """Yield every command without subcommands, with the words that run it."""
     if isinstance(command, click.Group):
         for name in command.list_commands(click.Context(command)):
             yield from walk(command.get_command(click.Context(command), name), (*path, name))

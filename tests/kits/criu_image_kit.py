@@ -1,4 +1,4 @@
-"""CRIU's image files, written field by field for tests of what reads them."""
+"""Writes CRIU's image files field by field, for tests of their readers."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """A double of the CUDA driver for real child processes.
 
-It keeps the documented state machine (RUNNING, LOCKED, CHECKPOINTED, FAILED), refuses illegal transitions as the driver does, accounts
-for GPU memory, loses a process whose restore runs out of it, and fails where it is told to. Everything lies in one folder, as the real
-driver's state lies with the processes: a helper that dies takes nothing with it.
-The children are cuda_child.py.
+It keeps the documented state machine (RUNNING, LOCKED, CHECKPOINTED, FAILED), refuses illegal transitions as the
+driver does, counts GPU memory, loses a process whose restore runs out of memory, and fails on request. All state lies
+in one folder, as the real driver's state lies in the processes: the death of a helper loses nothing. The children run
+cuda_child.py.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def alive(pid: int) -> bool:
 
 
 class Double:
-    """A Driver over a folder that holds one record for each child, `gpus.json`, `faults.json` and `calls`."""
+    """A Driver over a folder with one record for each child, `gpus.json`, `faults.json` and `calls`."""
 
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
@@ -150,7 +150,7 @@ class Double:
         write(self.folder / f"{pid}.json", self._move(pid, State.LOCKED, State.RUNNING))
 
 
-# The children, and what a test asks of them
+# Child processes and queries about them
 
 
 def wait_until(done: Any, limit_s: float = 30.0) -> None:
@@ -202,14 +202,14 @@ class Children:
     def faults(self, *faults: dict[str, Any]) -> None:
         write(self.folder / "faults.json", list(faults))
 
-    def goes_on(self, pid: int) -> None:
-        """Wait until the child's CUDA calls go through again, with the device memory it had."""
+    def wait_running(self, pid: int) -> None:
+        """Wait until the child's CUDA calls succeed again, with the device memory it had."""
         before = self.count(pid)
         wait_until(lambda: self.count(pid) > before + 1)
         assert (self.folder / f"{pid}.vram").read_text() == f"contents of {pid}"
 
-    def blocked(self, pid: int) -> None:
-        """Wait until the child stands in a CUDA call."""
+    def wait_blocked(self, pid: int) -> None:
+        """Wait until the child is blocked in a CUDA call."""
         wait_until(lambda: (self.folder / f"{pid}.blocked").read_text() == "yes")
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""A launch of a real engine, and what tests ask of it. The fixture `rig` (conftest.py) has one cold start of each engine."""
+"""Launches a real engine and queries it. The fixture `rig` (conftest.py) has one cold start of each engine."""
 
 import contextlib
 import http.client
@@ -28,12 +28,12 @@ COLD_LIMIT_S = 900.0
 
 
 class Rig:
-    """One engine with a state folder of its own; compile caches and CRIU are the machine's."""
+    """One engine with a state folder of its own. Compile caches and CRIU are the machine's."""
 
     def __init__(self, engine, home):
         self.engine, self.home = engine, home
         self.preset = preset(engine, state_home())
-        # A tokenizer in a folder of its own, which a test edits.
+        # The tokenizer has its own folder, because a test edits it.
         self.tokenizer = home / "tokenizer"
         shutil.copytree(self.preset.model, self.tokenizer, ignore=shutil.ignore_patterns("*.safetensors"))
         flag = "--tokenizer" if engine == "vllm" else "--tokenizer-path"
@@ -59,7 +59,7 @@ class Rig:
                 "--engine-python",
                 str(self.preset.python),
                 *([] if "--snapshot-name" in options else ["--snapshot-name", NAME]),
-                # What `auto` would choose depends on how busy the machine is.
+                # `auto` would depend on the machine's load.
                 *([] if "--weights" in options else ["--weights", "full"]),
                 self.engine,
             ]
@@ -69,7 +69,9 @@ class Rig:
 
     @contextlib.contextmanager
     def running(self, *options, limit_s=COLD_LIMIT_S, **more):
-        """A command with its first answer; stopped with SIGTERM at the end, and everything of it gone."""
+        """Run a command until its first answer; at the end stop it with SIGTERM and assert that nothing of it is
+        left.
+        """
         port, command = self.command(*options, **more)
         process = command.start()
         try:
@@ -78,13 +80,13 @@ class Rig:
         finally:
             code = command.stop()
             text = command.log.read_text(errors="replace")
-            assert "Traceback" not in _ours(text), _ours(text)[-3000:]
+            assert "Traceback" not in _own_lines(text), _own_lines(text)[-3000:]
         assert code in (0, 143), text[-2000:]
         assert self.watch.gone() == set()
 
 
-def _ours(text):
-    """The log's lines that are quickthaw's own, with what follows a traceback of ours."""
+def _own_lines(text):
+    """Return the log's lines that are quickthaw's own, with the lines that follow a traceback of quickthaw."""
     return "\n".join(
         line
         for line in text.splitlines()
@@ -112,7 +114,7 @@ def phases(port):
 
 
 def routes(rig, arguments, environment):
-    """What the engine's own application answers to, built in its interpreter: [method, path] of each route."""
+    """Return the routes [method, path] of the engine's own application, built in its interpreter."""
     reader, writer = os.pipe()
     with os.fdopen(reader) as out:
         env = {**os.environ, **rig.preset.environment, **environment, "ROUTES_FD": str(writer)}
@@ -124,7 +126,7 @@ def routes(rig, arguments, environment):
 
 
 def engine_root(process):
-    """The engine's first process, by its number on the host."""
+    """Return the host's PID of the engine's first process."""
     from checkpoint.sandbox.process_tree import processes
 
     ours = os.readlink("/proc/self/ns/pid")

@@ -1,10 +1,10 @@
-"""A store that injects faults on command: what a mount, an import or a restore does when its store fails.
+"""A store that injects faults on command, to test mounts, imports and restores whose store fails.
 
 `faulty://PATH` names a JSON file that is read at every call, so faults begin and end while a mount is running:
 `{"store": "file:///…", "fault": "corrupt", "share": 0.5, "seconds": 1.0, "only": "chunks/", "calls": ["get"]}`.
-Without "fault" every call passes. "calls" lists the calls that may fail (default: get); bodies are damaged in get only.
-`"once": true` spares a key that a fault has hit before.
-Importing this module makes `open_store` know the scheme; processes that a test starts need `PYTHONPATH` in their environment.
+Without "fault" every call succeeds. "calls" lists the calls that may fail (default: get); bodies are damaged in get
+only. `"once": true` spares a key that a fault has hit before. Importing this module registers the scheme with
+`open_store`; processes that a test starts need `PYTHONPATH` in their environment.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class FaultyStore:
         seconds = float(settings.get("seconds", 0.0))
         what = f"{self.url}: {call} {key}"
         if fault == "stall":
-            # What a client with an inactivity limit sees when a server goes silent.
+            # What a client with an inactivity limit gets from a silent server.
             time.sleep(seconds)
             raise Temporary(f"{what}: nothing came for {seconds:g} s")
         if fault == "reset":

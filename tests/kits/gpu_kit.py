@@ -1,4 +1,4 @@
-"""What the tests on a real GPU need: why they are skipped where there is none, and a process that computes."""
+"""For the tests on a real GPU: the reason to skip them, and a process that computes."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ for line in sys.stdin:
 """
 
 
-def why_not() -> str:
-    """Why no test can run on a GPU here; empty where one can."""
+def skip_reason() -> str:
+    """Return why no test can run on a GPU here, or ""."""
     if not Path("/dev/nvidiactl").exists():
         return "no NVIDIA device on this host (/dev/nvidiactl is missing)"
     try:
@@ -58,8 +58,8 @@ def why_not() -> str:
     return ""
 
 
-def why_no_torch() -> str:
-    """Why no PyTorch process can be started on the GPU; empty where one can."""
+def torch_skip_reason() -> str:
+    """Return why no PyTorch process can start on the GPU, or ""."""
     probe = [GPU_PYTHON, "-c", "import torch, sys; sys.exit(0 if torch.cuda.is_available() else 3)"]
     code = subprocess.run(probe, capture_output=True, timeout=120, check=False).returncode
     return "" if code == 0 else f"{GPU_PYTHON} has no PyTorch that sees the GPU; set QUICKTHAW_GPU_PYTHON"

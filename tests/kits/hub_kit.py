@@ -1,6 +1,6 @@
-"""A hub on loopback: as much of the Hugging Face hub's HTTP interface as huggingface_hub uses to download models.
+"""A hub on loopback: the part of the Hugging Face hub's HTTP interface that huggingface_hub uses to download models.
 
-`Hub` serves repositories that are folders; the tests count its requests and have it fail. The client is the real one.
+`Hub` serves folders as repositories. The tests count its requests and inject failures. The client is the real one.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ LARGE = 10 << 10
 
 
 class Repository:
-    """A folder's files as one commit, and the names that lead to it."""
+    """The files of a folder as one commit, and the names that refer to it."""
 
     def __init__(self, folder, token=None, gated=False):
         self.folder, self.token, self.gated = Path(folder), token, gated
@@ -25,7 +25,7 @@ class Repository:
         self.commit("main")
 
     def commit(self, ref="main"):
-        """Make a commit of the folder as it is now, and have `ref` point to it."""
+        """Commit the folder as it is now, and let `ref` point to it."""
         files = {str(f.relative_to(self.folder)): f.read_bytes() for f in self.folder.rglob("*") if f.is_file()}
         sha = hashlib.sha1(
             repr(sorted((n, hashlib.sha1(d).hexdigest()) for n, d in files.items())).encode()
@@ -52,7 +52,7 @@ class Hub:
         return f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def environment(self, home, **more):
-        """Variables of a client of this hub with a cache of its own."""
+        """Return the variables of a client of this hub with a cache of its own."""
         return {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", **more}
 
     def add(self, name, folder, **more):
@@ -60,7 +60,7 @@ class Hub:
         return self.repositories[name]
 
     def downloads(self):
-        """Names of the files whose content was asked for."""
+        """Return the names of the files whose content was requested."""
         return [
             path.split("/resolve/")[1].split("/", 1)[1]
             for method, path in self.requests

@@ -1,6 +1,8 @@
-"""Launches with the engine double (tests/programs/engine_double): quickthaw itself is real, from the command line to CRIU.
+"""Launches with the engine double (tests/programs/engine_double). quickthaw itself is real, from the command line to
+CRIU.
 
-`environment(folder)` lays out an interpreter with the double installed as `sglang` and `vllm`; `Rig` runs commands against it.
+`environment(folder)` makes an interpreter with the double installed as `sglang` and `vllm`. `Rig` runs commands with
+it.
 """
 
 import contextlib
@@ -86,7 +88,7 @@ _FILES = {
 
 
 def environment(folder: Path) -> Path:
-    """An interpreter with the double as both engines, in a virtual environment made by hand; its path."""
+    """Make a virtual environment with the double as both engines; return its interpreter's path."""
     base = Path(getattr(sys, "_base_executable", sys.executable)).resolve()
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     site = folder / "lib" / f"python{version}" / "site-packages"
@@ -102,7 +104,7 @@ def environment(folder: Path) -> Path:
 
 
 def model(folder: Path, seed: int = 1) -> Path:
-    """A model directory whose weights are a valid safetensors file of WEIGHT_BYTES."""
+    """Make a model directory with a valid safetensors file of WEIGHT_BYTES."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({"architectures": ["Double"]}))
     tensor = {"dtype": "U8", "shape": [WEIGHT_BYTES], "data_offsets": [0, WEIGHT_BYTES]}
@@ -114,7 +116,7 @@ def model(folder: Path, seed: int = 1) -> Path:
 
 
 def call(port, method, path, body=None, limit_s=60.0, **headers):
-    """One request; status and decoded answer."""
+    """Send one request; return its status and decoded answer."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=limit_s)
     with contextlib.closing(connection):
         connection.request(method, path, json.dumps(body) if body is not None else None, headers)
@@ -127,13 +129,15 @@ def call(port, method, path, body=None, limit_s=60.0, **headers):
 
 
 class Started:
-    """A launch that runs: its port, process, and log."""
+    """A running launch: its port, process and log."""
 
     def __init__(self, port, process, log):
         self.port, self.process, self.log = port, process, log
 
     def complete(self, prompt=PROMPT, **more):
-        """The answer to a completion; asked for again until the port is bound, held until a replica is ready."""
+        """Request a completion, again until the port is bound; the proxy holds it until a replica is ready. Return
+        the answer.
+        """
         limit = time.monotonic() + 60
         while True:
             try:
@@ -149,15 +153,15 @@ class Started:
         return answer
 
     def ask(self, prompt=PROMPT, **more):
-        """The token ids of a completion."""
+        """Return the token ids of a completion."""
         return self.complete(prompt, **more)["choices"][0]["token_ids"]
 
     def facts(self):
-        """What the double says of its processes; only with one replica."""
+        """Return what the double reports about its processes. For one replica only."""
         return call(self.port, "GET", "/facts")[1]
 
     def status(self):
-        """The replicas; none before the port is bound."""
+        """Return the replicas' status, or an empty list before the port is bound."""
         try:
             return call(self.port, "GET", "/-/status")[1]["pools"][0]["replicas"]
         except ConnectionRefusedError:
@@ -165,7 +169,7 @@ class Started:
             return []
 
     def get(self, path):
-        """Any page's text, or decoded JSON."""
+        """Return a page's text, or its decoded JSON."""
         return call(self.port, "GET", path)[1]
 
     def phases(self):
@@ -175,7 +179,7 @@ class Started:
         return self.log.read_text(errors="replace")
 
     def ours(self):
-        """quickthaw's own lines."""
+        """Return quickthaw's own lines of the log."""
         return "\n".join(line for line in self.text().splitlines() if line.startswith(("quickthaw:", "Traceback")))
 
     def wait_for(self, words, limit_s=30.0, times=1):
@@ -218,12 +222,12 @@ class Rig:
 
     @property
     def name(self):
-        """The only snapshot's name."""
+        """Return the only snapshot's name."""
         (name,) = self.library.names()
         return name
 
     def fresh_home(self, name="elsewhere"):
-        """Another state folder with nothing in it but CRIU, and use it from now on; the one before."""
+        """Use a new state folder that contains only CRIU; return the previous one."""
         before, self.home = self.home, self.folder / name
         self.home.mkdir()
         self._criu(self.home)
@@ -232,11 +236,11 @@ class Rig:
     def env(self, **more):
         env = {
             **os.environ,
-            "QUICKTHAW_SHARED_STEP": "1",  # the double rounds nothing, on any processor
+            "QUICKTHAW_SHARED_STEP": "1",  # the double does not round, on any processor
             **self.watch.environment,
             "QUICKTHAW_HOME": str(self.home),
             "SGLANG_USE_CPU_ENGINE": "1",
-            "PYTHONPATH": str(REPO),  # in every run, since it counts in a snapshot's identity
+            "PYTHONPATH": str(REPO),  # set in every run, because it is part of a snapshot's identity
             **self.environment,
             **{name: value for name, value in more.items() if value is not None},
         }
@@ -268,7 +272,7 @@ class Rig:
 
     @contextlib.contextmanager
     def running(self, *options, **more):
-        """A command that runs; ended with SIGTERM, gracefully, with nothing of it left."""
+        """Run a command; at the end stop it with SIGTERM and assert that nothing of it is left."""
         started = self.start(*options, **more)
         try:
             yield started
@@ -282,7 +286,7 @@ class Rig:
         assert self.watch.gone() == set()
 
     def take(self, *options, **more):
-        """A cold start that leaves a snapshot; what it answered."""
+        """Cold-start and take a snapshot; return the first answer."""
         with self.running(*options, **more) as started:
             answer = started.ask()
             started.wait_serving()
@@ -290,7 +294,7 @@ class Rig:
         return answer
 
     def cli(self, *words, limit_s=60.0, **env):
-        """Another command, to its end."""
+        """Run another command to its end."""
         return subprocess.run(
             [sys.executable, "-m", "plugin", *map(str, words)],
             env=self.env(**env),

@@ -1,4 +1,4 @@
-"""Small model directories for lazyfs's tests: safetensors written by hand, so that sizes and borders are known."""
+"""Small model directories for lazyfs's tests, with hand-written safetensors, so that sizes and offsets are known."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def write_safetensors(path: Path, tensors: dict[str, bytes]) -> None:
-    """A valid safetensors file holding those tensors, as bytes, in that order."""
+    """Write a valid safetensors file with these tensors, as bytes, in this order."""
     header, at = {}, 0
     for name, data in tensors.items():
         header[name] = {"dtype": "U8", "shape": [len(data)], "data_offsets": [at, at + len(data)]}
@@ -23,7 +23,7 @@ def write_safetensors(path: Path, tensors: dict[str, bytes]) -> None:
 
 
 def make_model(folder: Path, *, megabytes: int = 20, seed: int = 1) -> Path:
-    """A directory like a model's: one safetensors file, small JSON files, a subfolder, an empty file, links."""
+    """Make a model-like directory: one safetensors file, small JSON files, a subfolder, an empty file, links."""
     rng = random.Random(seed)
     folder.mkdir(parents=True)
     sizes, left = [], megabytes << 20

@@ -1,4 +1,4 @@
-"""Mounts for lazyfs's tests: always read from another process, always taken down through the kernel if need be."""
+"""Mounts for lazyfs's tests. They are read from another process only, and removed through the kernel if necessary."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ SIZES = [1000, 5 << 20, 70_001, 2 << 20, 3 << 20, 9 << 20]
 TRANSPORTS = ["raw", pytest.param("pyfuse3", marks=pytest.mark.slow)]
 both = pytest.mark.parametrize("transport", TRANSPORTS)
 
-# Runs in a process of its own and answers one JSON line per request: reading one's own mount from the process that
-# controls it could never be undone.
+# Runs in a process of its own and answers one JSON line per request. If the process that controls the mount read it,
+# a blocked read could never be aborted.
 READER = r"""
 import json, mmap, os, sys, hashlib
 fds, maps = {}, {}
@@ -61,7 +61,7 @@ for line in sys.stdin:
 
 
 class Reader:
-    """A process that reads on request. `ask` raises TimeoutError instead of waiting for ever."""
+    """A process that reads on request. `ask` raises TimeoutError instead of blocking forever."""
 
     def __init__(self) -> None:
         self.process = subprocess.Popen(
@@ -91,7 +91,7 @@ class Reader:
 
 
 class Rig:
-    """Mounts and readers of one test; `close` removes them all, through the kernel's abort where nothing else helps."""
+    """Mounts and readers of one test. `close` removes all of them, if necessary by the kernel's abort."""
 
     def __init__(self, tmp: Path) -> None:
         self.tmp = tmp
@@ -112,12 +112,12 @@ class Rig:
         return self.readers[-1]
 
     def fetcher_of(self, handle: MountHandle) -> int:
-        """The pid of the daemon's fetcher; waits for it."""
+        """Wait for the daemon's fetcher and return its PID."""
         return wait_for(lambda: fetcher_pid(handle.pid))
 
     def close(self) -> None:
-        # Even what is unmounted here may live on: a sandbox of another test has copied this namespace's mounts. What no
-        # daemon serves any more is another test's by now: device numbers are used again.
+        # A mount may survive unmounting here if another test's sandbox copied this mount namespace. A mount without
+        # a daemon belongs to another test by now, because device numbers are reused.
         for device, daemon in self.devices.items():
             if is_daemon(daemon):
                 kernel.abort(device)
@@ -133,8 +133,10 @@ class Rig:
 
 @contextlib.contextmanager
 def copied_namespace():
-    """A process of a mount namespace of its own, which keeps a copy of every mount, as a sandbox's does. Its pid."""
-    # The shell's "ready" comes after the copy.
+    """Start a process in its own mount namespace, which keeps a copy of every mount, as a sandbox does. Return its
+    PID.
+    """
+    # The shell prints "ready" after the copy.
     command = ["unshare", "-m", "--propagation", "private", "sh", "-c", "echo ready; exec sleep 600"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as inner:
         try:
@@ -166,7 +168,7 @@ def is_daemon(pid: int) -> bool:
 
 
 def wait_for(check, *, limit_s: float = LIMIT_S, kill: int | None = None):
-    """Poll until `check()` is true; its value. Past the limit: kill the pid given, or fail."""
+    """Poll until `check()` is true and return its value. After the limit, kill the given pid, or fail."""
     deadline = time.monotonic() + limit_s
     while time.monotonic() < deadline:
         value = check()
@@ -180,7 +182,7 @@ def wait_for(check, *, limit_s: float = LIMIT_S, kill: int | None = None):
 
 
 def write_model(folder: Path, sizes: list[int], seed: int = 1) -> Path:
-    """A model directory whose safetensors file has tensors of those sizes, and two small files."""
+    """Write a model directory: a safetensors file with tensors of these sizes, and two small files."""
     rng = random.Random(seed)
     folder.mkdir()
     write_safetensors(folder / "model.safetensors", {f"t{i}": rng.randbytes(size) for i, size in enumerate(sizes)})

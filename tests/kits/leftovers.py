@@ -1,4 +1,6 @@
-"""What must not be left behind: processes in namespaces of their own, mounts of ours, half-written snapshots, work folders."""
+"""Find what a test must not leave behind: processes in their own namespaces, mounts, partly written snapshots, work
+folders.
+"""
 
 import os
 import time
@@ -6,7 +8,9 @@ from pathlib import Path
 
 
 def _marked(pid, marker):
-    """Whether a process was started, directly or not, with `marker` in its environment; process 1 of a sandbox and engines inherit it."""
+    """Return whether a process, or an ancestor of it, was started with `marker` in its environment, which init and
+    engines inherit.
+    """
     try:
         return marker in Path(f"/proc/{pid}/environ").read_bytes()
     except OSError:
@@ -14,7 +18,7 @@ def _marked(pid, marker):
 
 
 def processes(marker):
-    """The numbers of processes that carry the marker, but for this one and its ancestors."""
+    """Return the PIDs of processes that carry the marker, without this one and its ancestors."""
     skip, pid = set(), os.getpid()
     while pid > 1:
         skip.add(pid)
@@ -25,13 +29,13 @@ def processes(marker):
 
 
 def mounts(below):
-    """Mount points below a folder."""
+    """Return the mount points below a folder."""
     lines = Path("/proc/self/mounts").read_text().splitlines()
     return {line.split()[1] for line in lines if line.split()[1].startswith(str(below) + "/")}
 
 
 def state(home):
-    """What is half-written below a state folder."""
+    """Return the partly written files below a state folder."""
     found = set()
     for pattern in ("snapshots/.partial-*", "snapshots/.removed-*", "run/restore-*"):
         found |= {str(path) for path in Path(home).glob(pattern)}
@@ -39,9 +43,10 @@ def state(home):
 
 
 class Watch:
-    """Watches one state folder and the processes that carry its path in their environment, so that other tests beside it do not count.
+    """Watches one state folder and the processes that have its path in their environment, so that parallel tests do
+    not count.
 
-    `environment` is what a test's commands must be given; Sandboxes made in this process inherit it from os.environ.
+    A test's commands must get `environment`. Sandboxes made in this process inherit it from os.environ.
     """
 
     def __init__(self, home):
@@ -50,12 +55,12 @@ class Watch:
         self._marker = f"RUNNER_TEST_HOME={home}\0".encode()
 
     def new(self):
-        """What is there now and must not be once a test is over."""
+        """Return what exists now and must not exist at the end of a test."""
         found = {f"process {pid}: {_name(pid)}" for pid in processes(self._marker)}
         return found | {f"mount {where}" for where in mounts(self.home)} | state(self.home)
 
     def gone(self, limit_s=60.0):
-        """Wait for everything to go; what is still there after `limit_s` seconds."""
+        """Wait until nothing is left; return what still exists after `limit_s` seconds."""
         limit = time.monotonic() + limit_s
         while (left := self.new()) and time.monotonic() < limit:
             time.sleep(0.05)

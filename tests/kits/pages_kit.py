@@ -1,4 +1,4 @@
-"""A dumped workload that knows what its memory must hold, and ways to bring it back with a page server (see pages_workload)."""
+"""A dumped workload that checks its own memory, and ways to restore it with a page server (see pages_workload)."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from checkpoint.criu.binary import Criu
 from checkpoint.lazy_pages.client import PageServer, server_config
 from checkpoint.sandbox.sandbox import TMP_DIR, Sandbox, SandboxConfig
 from checkpoint.snapshot import speculative
-from tests.kits.checkpoint_kit import LIMIT_S, inside, wait_for
+from tests.kits.checkpoint_kit import LIMIT_S, sandbox_tmpdir, wait_for
 
 HOME = Path(os.environ.get("QUICKTHAW_HOME", Path.home() / ".cache" / "quickthaw"))
 
 
 class Frozen:
-    """A dumped workload, and the ways to bring it back."""
+    """A dumped workload, and ways to restore it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -36,10 +36,10 @@ class Frozen:
         script.chmod(0o755)
         with Sandbox() as sandbox:
             workload = str(Path(__file__).parents[1] / "programs" / "pages_workload.py")
-            # Not through a virtual environment's link: the path that is mapped is the one that CRIU opens.
+            # Not the virtual environment's link: CRIU opens the path that is mapped.
             python = os.path.realpath(sys.executable)
             self.root = sandbox.start([python, "-I", "-S", workload, TMP_DIR], {}, "/")
-            wait_for(inside(sandbox) / "ready")
+            wait_for(sandbox_tmpdir(sandbox) / "ready")
             self.monotonic_ns = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
             self.criu.dump(sandbox, self.root, self.images, script, LIMIT_S)
 
@@ -68,13 +68,13 @@ class Frozen:
 
     @staticmethod
     def order(sandbox: Sandbox, **what: int) -> None:
-        folder = inside(sandbox)
+        folder = sandbox_tmpdir(sandbox)
         (folder / "go.tmp").write_text(json.dumps(what))
         (folder / "go.tmp").rename(folder / "go")
 
     @staticmethod
     def result(sandbox: Sandbox) -> dict[str, Any]:
-        path = inside(sandbox) / "result"
+        path = sandbox_tmpdir(sandbox) / "result"
         found: dict[str, Any] = json.loads(wait_for(path))
         path.unlink()
         return found

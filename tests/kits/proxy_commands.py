@@ -1,4 +1,4 @@
-"""A running `quickthaw proxy`, the small engine that it wakes, and what asks it."""
+"""Runs `quickthaw proxy` with a small engine that it wakes, and sends requests to it."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ LIMIT_S = 60
 def command(
     *arguments: str, code: int = 0, kept: list[str] | None = None
 ) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A running `quickthaw proxy`; its URL. Ends it by SIGTERM unless it has ended, and expects `code`; what it said
-    is added to `kept`.
+    """Run `quickthaw proxy` and yield its URL. At the end send SIGTERM, unless it has ended, and expect the exit code
+    `code`. Its output is added to `kept`.
     """
     process = subprocess.Popen(
         [sys.executable, "-c", "from plugin.proxy.cli import proxy; proxy()", "--listen", "127.0.0.1:0", *arguments],
@@ -74,7 +74,7 @@ def call(url: str, body: Any = None, **headers: str) -> tuple[int, Any]:
 
 
 def alive(pid: int) -> bool:
-    """True for a process that runs; a zombie waits only for whoever adopted it."""
+    """Return True if a process runs. A zombie counts as ended: it only waits for whoever adopted it."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):

@@ -1,4 +1,4 @@
-"""A proxy before one endpoint, and an engine with a sleep mode."""
+"""A proxy in front of one endpoint, and an engine with a sleep mode."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from contextlib import asynccontextmanager
 from plugin.proxy.endpoints.endpoint import Endpoint, EndpointSpec
 from plugin.proxy.server import ProxyServer
 from plugin.proxy.settings import Settings
-from tests.kits.proxy_rig import Rig, Seen, Upstream, answer, ordinary
+from tests.kits.proxy_rig import Rig, Seen, Upstream, answer, echo_request
 
 
 @asynccontextmanager
 async def in_front_of(spec: EndpointSpec, settings: Settings | None = None) -> AsyncIterator[tuple[Rig, Endpoint]]:
-    """A proxy before one endpoint, as `quickthaw proxy` makes it."""
+    """Start a proxy in front of one endpoint, as `quickthaw proxy` does."""
     endpoint = Endpoint("default", spec)
     sock = socket.create_server(("127.0.0.1", 0))
     server = ProxyServer(endpoint.pool, settings)
@@ -29,7 +29,7 @@ async def in_front_of(spec: EndpointSpec, settings: Settings | None = None) -> A
 
 
 class SleepMode:
-    """An engine that sleeps and goes on answering its health page, as vLLM's sleep mode does."""
+    """An engine that sleeps and still answers its health page, as vLLM's sleep mode does."""
 
     def __init__(self, *, awake: bool = True, lies: bool = False) -> None:
         self.awake, self.lies = awake, lies
@@ -48,4 +48,4 @@ class SleepMode:
             self.asked_asleep += seen.target != "/v1/completions"
             writer.write(answer(b"asleep", "500 Internal Server Error"))
             return True
-        return await ordinary(up, seen, reader, writer)
+        return await echo_request(up, seen, reader, writer)

@@ -1,9 +1,7 @@
-"""What the proxy's tests stand on: a real upstream on a real socket whose behaviour each request chooses, and a
-running proxy.
+"""For the proxy's tests: a real upstream on a real socket whose behaviour each request chooses, and a running proxy.
 
-The upstream is written on plain asyncio streams, apart from the proxy's own code, and counts every request head it
-has read whole: an
-invariant such as "at most once" is read off `Upstream.seen`.
+The upstream uses plain asyncio streams, independent of the proxy's code. It records every complete request head, so
+`Upstream.seen` shows whether an invariant such as "at most once" holds.
 """
 
 from __future__ import annotations
@@ -33,7 +31,7 @@ LIMIT_S = 30.0
 
 
 def run(coroutine: Coroutine[Any, Any, None], *, loop: str = "uvloop", limit_s: float = 100.0) -> None:
-    """Run one test's coroutine, with a limit, on the loop that production uses (or on asyncio's own)."""
+    """Run one test's coroutine, with a time limit, on the event loop that production uses (or on asyncio's own)."""
 
     async def limited() -> None:
         async with asyncio.timeout(limit_s):
@@ -73,8 +71,8 @@ def answer(body: bytes = b'{"ok":true}', status: str = "200 OK", *more: str) -> 
 Handler = Callable[["Upstream", Seen, asyncio.StreamReader, asyncio.StreamWriter], Awaitable[bool]]
 
 
-async def ordinary(up: Upstream, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
-    """JSON that echoes what came; server-sent events for /stream; True keeps the connection."""
+async def echo_request(up: Upstream, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+    """Answer with JSON that echoes the request, or server-sent events for /stream. True keeps the connection open."""
     if seen.target.startswith("/stream"):
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")
         for n in range(5):
@@ -89,8 +87,8 @@ async def ordinary(up: Upstream, seen: Seen, reader: asyncio.StreamReader, write
     return True
 
 
-def saying(data: bytes, *, keep: bool = True) -> Handler:
-    """Answers every request with these bytes, and keeps the connection or not."""
+def answering(data: bytes, *, keep: bool = True) -> Handler:
+    """Return a handler that answers every request with these bytes, and keeps the connection open or not."""
 
     async def say(up: Upstream, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         writer.write(data)
@@ -101,9 +99,9 @@ def saying(data: bytes, *, keep: bool = True) -> Handler:
 
 @dataclass
 class Upstream:
-    """The engine's stand-in: an HTTP server that does to each request what `handler` says."""
+    """An HTTP server in the engine's place; `handler` answers each request."""
 
-    handler: Handler = ordinary
+    handler: Handler = echo_request
     seen: list[Seen] = field(default_factory=list)
     connections: int = 0
     port: int = 0
@@ -147,7 +145,7 @@ class Upstream:
 
 
 @asynccontextmanager
-async def upstream(handler: Handler = ordinary, **more: Any) -> AsyncIterator[Upstream]:
+async def upstream(handler: Handler = echo_request, **more: Any) -> AsyncIterator[Upstream]:
     up = Upstream(handler, **more)
     tasks: set[asyncio.Task[None]] = set()
 
@@ -198,12 +196,12 @@ class Rig:
         return self.pool.add(name, tracker, tcp("127.0.0.1", port))
 
     def restore(self, name: str) -> None:
-        """Take a replica the whole way of a restore."""
+        """Move a replica through all phases of a restore."""
         for phase in (Phase.MOUNTING, Phase.RESTORING, Phase.WAKING, Phase.VERIFYING, Phase.SERVING):
             self.trackers[name].to(phase)
 
     async def raw(self, data: bytes, *, until_close: bool = False) -> bytes:
-        """Send bytes on a connection of its own; what came back until its end, or one answer's worth."""
+        """Send bytes on a new connection; return what is received until it ends, or one answer."""
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
         try:
             writer.write(data)
@@ -230,7 +228,7 @@ class Rig:
 
 @asynccontextmanager
 async def proxy(settings: Settings | None = None, **pool_options: Any) -> AsyncIterator[Rig]:
-    """The proxy behind its own port, as `launch` uses it."""
+    """Start the proxy behind its own port, as `launch` does."""
     sock = socket.create_server(("127.0.0.1", 0), backlog=4096)
     pool = ReplicaPool(**pool_options)
     server = ProxyServer(pool, settings or Settings())
@@ -242,7 +240,7 @@ async def proxy(settings: Settings | None = None, **pool_options: Any) -> AsyncI
 
 
 class _Uvicorn(uvicorn.Server):
-    """uvicorn without its signal handlers: a test ends it itself."""
+    """uvicorn without its signal handlers, because a test ends it itself."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -251,7 +249,7 @@ class _Uvicorn(uvicorn.Server):
 
 @asynccontextmanager
 async def served_by_uvicorn(app: Any, **options: Any) -> AsyncIterator[tuple[int, _Uvicorn]]:
-    """An ASGI application on a port of its own; the port, and the server."""
+    """Serve an ASGI application on a port of its own; yield the port and the server."""
     sock = socket.create_server(("127.0.0.1", 0), backlog=4096)
     server = _Uvicorn(
         uvicorn.Config(app, lifespan="on", log_config=None, server_header=False, proxy_headers=False, **options)
@@ -267,7 +265,7 @@ async def served_by_uvicorn(app: Any, **options: Any) -> AsyncIterator[tuple[int
 
 @asynccontextmanager
 async def asgi_proxy(settings: Settings | None = None, **pool_options: Any) -> AsyncIterator[Rig]:
-    """The same proxy as a Starlette application under uvicorn."""
+    """Start the same proxy as a Starlette application under uvicorn."""
     pool = ReplicaPool(**pool_options)
     app = hold_app(pool, settings or Settings())
     async with served_by_uvicorn(app, date_header=False) as (port, uvicorn_server):
@@ -303,7 +301,7 @@ class Answer:
 
 
 async def read_answer(reader: asyncio.StreamReader, *, head_only: bool = False) -> Answer:
-    """Read one answer strictly; `whole` is False when the connection ended inside it."""
+    """Read one answer strictly. `whole` is False if the connection ended inside it."""
     head = await reader.readuntil(b"\r\n\r\n")
     first, *rest = head[:-4].decode("latin-1").split("\r\n")
     status = int(first.split(" ")[1])
@@ -336,7 +334,7 @@ async def read_answer(reader: asyncio.StreamReader, *, head_only: bool = False) 
 
 
 async def until(condition: Callable[[], bool], what: str = "the condition") -> None:
-    """Wait, with a limit, until something observable has happened."""
+    """Wait, with a limit, until an observable condition is true."""
     async with asyncio.timeout(LIMIT_S):
         while not condition():  # noqa: ASYNC110 - what is waited for has no event of its own
             await asyncio.sleep(0.005)

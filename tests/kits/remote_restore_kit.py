@@ -1,4 +1,4 @@
-"""A host that restores a workload's snapshot (see pages_workload) from a store while the snapshot is still arriving."""
+"""A host that restores a workload's snapshot (see pages_workload) from a store during the download."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from checkpoint.snapshot.restore import LazyRestore, Restored, restore
 from checkpoint.store.remote_restore import DownloadingLibrary, RemoteSnapshot
 from tests.kits.pages_kit import Frozen
 
-TOUCHED = 1500  # pages that the recorded restore read
+TOUCHED = 1500  # pages read by the recorded restore
 
 order = Frozen.order
 
 
 def result(sandbox: Sandbox) -> list[str]:
-    """What the tree found wrong with its memory."""
+    """Return what the tree found wrong with its memory."""
     errors: list[str] = Frozen.result(sandbox)["errors"]
     return errors
 
@@ -34,7 +34,7 @@ def tree(folder: Path) -> dict[str, tuple[bytes, int]]:
 
 
 class Host:
-    """A host of its own: a home, replicas that are closed at the end, and what they were told."""
+    """A host with a home folder, replicas that are closed at the end, and the failures reported to them."""
 
     def __init__(self, home: Path, criu: Criu) -> None:
         home.mkdir(exist_ok=True)
@@ -60,7 +60,7 @@ class Host:
         found = restore(library, self.criu, snapshot, [], self.library.home / "compile", {}, lazy=lazy)
         self.replicas.append(found)
         if remote:
-            # What a launcher does: end who would wait for ever.
+            # As a launcher does: kill the processes that would block forever.
             def lost(reason: str) -> None:
                 self.lost.append(reason)
                 found.sandbox.close()
@@ -76,7 +76,7 @@ class Host:
 
 
 class Slow(http.server.SimpleHTTPRequestHandler):
-    """A far store: 20 ms before every answer, and resets where it is told to."""
+    """A distant store: 20 ms before every answer, and connection resets on request."""
 
     protocol_version = "HTTP/1.1"
     resets = 0

@@ -1,5 +1,6 @@
-"""Counts in a file of the folder it is given, a hundred times a second, and on its standard output once: whether a tree runs can be
-seen."""
+"""Counts in a file of the given folder, a hundred times a second, and once on standard output, which shows whether a
+tree runs.
+"""
 
 import os
 import sys

@@ -1,6 +1,6 @@
-"""A process that "uses CUDA" as tests/kits/cuda_double.py has it: it counts as long as its calls are not held back.
+"""A process that "uses CUDA" as defined in tests/kits/cuda_double.py: it counts while its calls are not blocked.
 
-`python cuda_child.py FOLDER SIZE GPU`; standard library only, and little of that, since tests start many.
+`python cuda_child.py FOLDER SIZE GPU`. Few imports, all of the standard library, because tests start many of them.
 """
 
 import json

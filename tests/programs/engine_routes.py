@@ -1,8 +1,8 @@
-"""Prints the routes of a real engine's application as JSON, built in its own interpreter without starting the engine.
+"""Print the routes of a real engine's application as JSON, built in its own interpreter without starting the engine.
 
-`engine_routes.py vllm|sglang ARGUMENTS…`: under the environment and with the arguments that it is given. With OPERATORS_ONLY set,
-those that SGLang keeps for its operators, where it has a key for them. Sockets and mounts
-are routes too; `openapi.json` names only some.
+`engine_routes.py vllm|sglang ARGUMENTS…`, with the environment and arguments of the launch. With OPERATORS_ONLY set,
+prints the routes that SGLang reserves for its operators (admin key). Sockets and mounts are routes too;
+`openapi.json` lists only some.
 """
 
 import json
@@ -26,7 +26,7 @@ def sglang(arguments):
 
 
 def flat(routes):
-    """Every route, those of included routers too (newer FastAPIs keep them as routers)."""
+    """Return every route, including those of included routers (newer FastAPIs keep them as routers)."""
     for route in routes:
         if hasattr(route, "path"):
             yield route
@@ -48,4 +48,4 @@ def main(engine, *arguments):
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
-    os._exit(0)  # engines leave threads that wait
+    os._exit(0)  # engines leave blocked threads

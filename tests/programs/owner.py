@@ -1,4 +1,4 @@
-"""An owner that takes snapshots of the tree and restores them, over and over, saying what it does: something to kill at any moment.
+"""An owner that takes and restores snapshots of the tree in a loop and prints its steps; tests kill it at any moment.
 
 owner.py HOME ROUNDS
 """

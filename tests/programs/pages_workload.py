@@ -1,9 +1,10 @@
-"""A process that knows what its memory must hold, and does to it whatever memory can suffer. Run inside a sandbox by the page tests.
+"""A process that knows what its memory must contain and applies every memory operation to it. The page tests run it
+in a sandbox.
 
-`python pages_workload.py FOLDER`: maps and fills memory, writes FOLDER/ready, and waits for FOLDER/go (a JSON object: `seed`, `steps`,
-`touch`). Then it does random reads, writes, madvise, munmap, mremap, mprotect and forks, while a second thread reads, and compares every
-page it
-sees with the model. It writes FOLDER/result (JSON: `errors`, `steps`, `children`) and goes back to waiting for the next FOLDER/go.
+`python pages_workload.py FOLDER`: maps and fills memory, writes FOLDER/ready, and waits for FOLDER/go (a JSON object:
+`seed`, `steps`, `touch`). Then it does random reads, writes, madvise, munmap, mremap, mprotect and forks, while a
+second thread reads, and compares every page with the model. It writes FOLDER/result (JSON: `errors`, `steps`,
+`children`) and waits for the next FOLDER/go.
 """
 
 import ctypes
@@ -58,7 +59,7 @@ def mapping_end(address):
 
 
 def words(address):
-    """The first and the last word of a page, and one in the middle: all of a page's tag."""
+    """Return the first, a middle and the last word of a page: all of a page's tag."""
     return tuple(ctypes.c_uint64.from_address(address + at).value for at in (0, 2040, PAGE - 8))
 
 
@@ -68,18 +69,18 @@ def put(address, tag):
 
 
 class Memory:
-    """Mapped pages, and the model of them: address → tag, 0 for zeros, None where either is right (MADV_FREE)."""
+    """Mapped pages and their model: address → tag, 0 for zeros, None where either is right (MADV_FREE)."""
 
     def __init__(self):
         self.tag = 0
         self.model = {}
-        self.holes = []  # addresses for moves and new mappings: (address, pages), reserved so that nobody else gets them
-        self.alone = False  # no second thread that could map something into a hole before it is reserved again
+        self.holes = []  # addresses for moves and new mappings: (address, pages), reserved so that nothing else is mapped there
+        self.alone = False  # without a second thread that could map something into a hole before it is reserved again
         self.errors = []
         self.readonly = set()
 
     def fill(self, pages, every=1):
-        """A new mapping with every n-th page written, and the others never touched."""
+        """Make a mapping with every n-th page written and the others never touched."""
         start = map_pages(None, pages)
         for index in range(pages):
             address = start + index * PAGE
@@ -101,14 +102,14 @@ class Memory:
             self.errors.append(f"{what}: {address:#x} holds {found}, expected {sorted(right)}")
 
     def run_at(self, rng, longest):
-        """A random run of pages that are mapped and adjacent."""
+        """Return a random run of adjacent mapped pages."""
         address = rng.choice(list(self.model))
         run = [address]
         while len(run) < longest and run[-1] + PAGE in self.model:
             run.append(run[-1] + PAGE)
         return run[: rng.randint(1, len(run))]
 
-    # What memory can suffer
+    # Memory operations
 
     def op_read(self, rng):
         for address in self.run_at(rng, 8):
@@ -203,11 +204,11 @@ class World:
         libc.madvise(start, 1024 * PAGE, HUGEPAGE)
         for pages in (40, 200, 16):
             self.memory.holes.append((reserve(None, pages), pages))
-        # Only read, by a second thread, all the time.
+        # A second thread only reads it, all the time.
         self.steady = Memory()
         self.steady.tag = 1 << 40
         self.steady.fill(2000)
-        # Must be zeros in every child.
+        # Must be zero in every child.
         self.wiped = Memory()
         self.wiped.tag = 1 << 41
         wiped = self.wiped.fill(8)
@@ -220,7 +221,9 @@ class World:
             self.steady.check(rng.choice(addresses), "steady")
 
     def child(self, rng, steps):
-        """In a forked child: what the parent had, some changes of its own, and nothing of what must not be inherited."""
+        """Check in a forked child: the parent's memory, some changes of its own, and none of what must not be
+        inherited.
+        """
         memory = self.memory
         memory.errors = []
         memory.alone = True

@@ -1,6 +1,4 @@
-"""A small engine to be woken by a command: `proxy_engine.py PORT [NAME]`. Standard library only, so that it starts
-at once.
-"""
+"""A small engine that a command wakes: `proxy_engine.py PORT [NAME]`. Standard library only, for a fast start."""
 
 import http.server
 import json
@@ -8,7 +6,7 @@ import os
 import sys
 import time
 
-paths: list[str] = []  # of all requests
+paths: list[str] = []  # counts all requests
 
 
 class Engine(http.server.BaseHTTPRequestHandler):

@@ -1,7 +1,8 @@
-"""A small process tree with what engines have: threads, a listening TCP socket with a kept connection between two of its processes,
-POSIX semaphores, shared memory, a deleted open file, a UNIX socket in TMPDIR, a pipe for output, and memory whose contents are known.
+"""A small process tree with an engine's features: threads, a listening TCP socket with a kept connection between two
+of its processes, POSIX semaphores, shared memory, a deleted open file, a UNIX socket in TMPDIR, an output pipe,
+and memory with known contents.
 
-Speaks one JSON line a request on port 8000: {"op": "count"} → {"count": n}, one higher each time, …
+Reads one JSON line per request on port 8000: {"op": "count"} → {"count": n}, one higher each time, …
 """
 
 import json
@@ -19,7 +20,7 @@ from multiprocessing import shared_memory
 
 
 def worker(address, lock, name):
-    """The child: answers over a TCP connection that is kept open, and writes into the shared memory under the semaphore."""
+    """The child: answers over a kept TCP connection, and writes to the shared memory under the semaphore."""
     shared = shared_memory.SharedMemory(name=name)
     with socket.create_connection(address) as sock:
         file = sock.makefile("rwb")

@@ -1,8 +1,9 @@
-"""A process with memory that lies where an engine's weights lie: `python weights.py FOLDER` names it in FOLDER/ready as JSON, then does
-what FOLDER/go says (`sum`, `write`, `free`) and answers in FOLDER/result.
+"""A process with memory allocated where an engine's weights are. `python weights.py FOLDER` describes it in
+FOLDER/ready as JSON, executes FOLDER/go (`sum`, `write`, `free`) and answers in FOLDER/result.
 
-areas: `alone` from malloc as a mapping of its own, `heap` from the main arena, `arena` from another thread's, `bare` from mmap; `full` and
-`part` lie as a library's data does, in private mappings of a file, written in full and in their middle.
+areas: `alone` from malloc as a mapping of its own, `heap` from the main arena, `arena` from another thread's, `bare`
+from mmap. `full` and `part` are like a library's data: private mappings of a file, written completely and in their
+middle.
 """
 
 import ctypes

@@ -1,12 +1,14 @@
-"""A double of an engine: the world's side of a launch, small enough to start in a second. Everything of ours around it is real.
+"""A double of an engine that starts in a second. Everything around it that belongs to quickthaw is real.
 
-Speaks as much of SGLang's and of vLLM's HTTP interface as quickthaw uses, in two processes (server and worker) that talk over a socket
-pair, as the engines' do. What it generates is a function of the weights it holds in anonymous memory and of the prompt, so weights that
-were dropped and not read again, or those of another model, show in its answers; at a temperature it samples with torch's generator. It
-"compiles" once for each cache folder and maps what it compiled. On a "GPU" (ENGINE_DOUBLE_GPU=1) it sleeps and wakes as the engines do:
-it refuses to generate while something is away, and a redundant resume ends SGLang's worker.
+It implements the part of SGLang's and vLLM's HTTP interface that quickthaw uses, in two processes (server and worker)
+connected by a socket pair, as the engines have. What it generates is a function of the prompt and of the weights in
+anonymous memory, so lost weights, or those of another model, change its answers. At a temperature it samples with
+torch's generator. It "compiles" once for each cache folder and maps the result. On a "GPU" (ENGINE_DOUBLE_GPU=1) it
+sleeps and wakes as the engines do: it refuses to generate while memory is released, and a redundant resume ends
+SGLang's worker.
 
-Standard library, and the double of torch beside it. tests/kits/launch_rig.py lays it out as an environment of its own.
+Standard library, and the double of torch beside it. tests/kits/launch_rig.py installs it in an environment of its
+own.
 """
 
 import atexit
@@ -19,7 +21,7 @@ from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 from .launch import load_plugins, model_folder, options_of
-from .server import Asking, handler
+from .server import WorkerChannel, handler
 from .worker import Worker, compile_once
 
 
@@ -43,7 +45,7 @@ def main(engine):
     load_plugins(engine)
     if "random-seed" in options or "seed" in options:
         random.seed(7)
-    ask = Asking(ours)
+    ask = WorkerChannel(ours)
     ask("facts")
 
     class Server(ThreadingHTTPServer):

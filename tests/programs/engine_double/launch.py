@@ -1,4 +1,4 @@
-"""What both processes read of their launch: the engine's options, its model's folder, its environment, its plugins."""
+"""What both processes know of their launch: the engine's options, the model's folder, the environment, the plugins."""
 
 import os
 import sys
@@ -23,7 +23,7 @@ def options_of(words):
 
 
 def model_folder(model):
-    """The folder of a model: itself, or a hub name's in the cache, or what a test lets the engine have by itself."""
+    """Return the folder of a model: a path, a hub name's folder in the cache, or the one that a test provides."""
     if os.path.exists(model) or not os.environ.get("ENGINE_DOUBLE_HUB"):
         return model
     cache = os.environ.get("HF_HUB_CACHE") or f"{os.environ.get('HF_HOME')}/hub"
@@ -40,14 +40,14 @@ def model_folder(model):
 
 
 def other_kind(options):
-    """What the engine does in place of generating ("" if it generates)."""
+    """Return what the engine does instead of generating, or "" if it generates."""
     if options.get("runner") == "pooling":
         return options["convert"]
     return "embed" if "is-embedding" in options else "transcribe" if options.get("task") == "transcription" else ""
 
 
 def values():
-    """The variables that tests compare, as this process has them."""
+    """Return the variables that tests compare, as this process has them."""
     names = ("HOSTNAME", "POD_IP", "HF_TOKEN", "REDIS_SERVICE_HOST", "OMP_NUM_THREADS")
     return {name: os.environ[name] for name in names if name in os.environ}
 

@@ -1,4 +1,4 @@
-"""The first process: the HTTP interface of either engine, as much of it as quickthaw uses."""
+"""The first process: the part of either engine's HTTP interface that quickthaw uses."""
 
 import asyncio
 import contextlib
@@ -21,8 +21,8 @@ NUMBERS = {"embed": ("/v1/embeddings", "embedding"), "classify": ("/classify", "
 CONTROL = ("/flush_cache", "/update_weights_from_disk", "/release_memory_occupation", "/resume_memory_occupation")
 
 
-class Asking:
-    """The server's side of the socket pair; one question at a time."""
+class WorkerChannel:
+    """The server's end of the socket pair; one request at a time."""
 
     def __init__(self, sock):
         self.file, self.lock = sock.makefile("rwb"), threading.Lock()
@@ -33,7 +33,7 @@ class Asking:
             self.file.flush()
             line = self.file.readline()
         if not line:
-            os._exit(9)  # the engines' servers end with their workers
+            os._exit(9)  # an engine's server ends with its worker
         answer = json.loads(line)
         if "error" in answer:
             raise RuntimeError(answer["error"])
@@ -41,7 +41,7 @@ class Asking:
 
 
 class EngineClient:
-    """vLLM's engine client, as far as control goes."""
+    """The control methods of vLLM's engine client."""
 
     def __init__(self, ask):
         self.ask = ask
@@ -76,7 +76,7 @@ DEVELOPER = (
 
 
 def middleware_of(options):
-    """The class that `--middleware` names, imported as vLLM does it."""
+    """Import the class that `--middleware` names, as vLLM does."""
     if "middleware" not in options:
         return lambda app: app
     module, name = options["middleware"].rsplit(".", 1)
@@ -85,14 +85,14 @@ def middleware_of(options):
 
 def handler(engine, ask, options):
     middleware = middleware_of(options)
-    # Offline, vLLM puts the cache's folder in the place of a hub name.
+    # Offline, vLLM replaces a hub name by the cache's folder.
     own_name = (
         model_folder(options["model"]) if engine == "vllm" and "HF_HUB_OFFLINE" in os.environ else options["model"]
     )
     name = options.get("served-model-name", own_name)
 
-    def chosen(prompt):
-        """What a greedy generation would put after each word of the prompt but the last."""
+    def greedy_choices(prompt):
+        """Return the token that a greedy generation would give after each word of the prompt but the last."""
         words = prompt if isinstance(prompt, list) else prompt.split()
         return [ask("generate", " ".join(map(str, words[:count])), 1, 0)[0] for count in range(1, len(words))]
 
@@ -108,7 +108,9 @@ def handler(engine, ask, options):
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
-            with contextlib.suppress(ConnectionError):  # a request beside a canary that differs is dropped
+            with contextlib.suppress(
+                ConnectionError
+            ):  # the connection of a request beside a differing canary is closed
                 self.wfile.write(data)
 
         def do_GET(self):
@@ -159,7 +161,7 @@ def handler(engine, ask, options):
                 if body.get("prompt_logprobs"):
                     choice["prompt_logprobs"] = [
                         None,
-                        *({"1": {"rank": 7}, str(i): {"rank": 1}} for i in chosen(prompt)),
+                        *({"1": {"rank": 7}, str(i): {"rank": 1}} for i in greedy_choices(prompt)),
                     ]
                 return ({"id": f"cmpl-{uuid.uuid4().hex}", "model": name, "choices": [choice]},)
             if path.endswith("/load_lora_adapter"):
@@ -181,7 +183,9 @@ def handler(engine, ask, options):
             return self.vllm(path, query, body)
 
         def refused(self, path):
-            """Whether SGLang asks for another key: its own for what controls it, the clients' for the rest (srt/utils/auth.py)."""
+            """Return whether SGLang requires another key: its admin key for control, the clients' key otherwise
+            (srt/utils/auth.py).
+            """
             admin, key = options.get("admin-api-key"), options.get("api-key")
             wanted = (admin or key) if path in CONTROL else key
             return wanted is not None and self.headers.get("Authorization") != f"Bearer {wanted}"
@@ -190,7 +194,9 @@ def handler(engine, ask, options):
             if path == "/generate":
                 sampling, prompt = body["sampling_params"], body.get("text") or body["input_ids"]
                 ids = ask("generate", prompt, sampling["max_new_tokens"], sampling["temperature"])
-                places = [None, *([[-0.5, i, None]] for i in chosen(prompt))] if body.get("return_logprob") else []
+                places = (
+                    [None, *([[-0.5, i, None]] for i in greedy_choices(prompt))] if body.get("return_logprob") else []
+                )
                 told = {"input_top_logprobs": places}
                 return ({"text": " ".join(map(str, ids)), "output_ids": ids, "meta_info": told},)
             if path == "/flush_cache":

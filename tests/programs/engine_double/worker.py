@@ -1,4 +1,4 @@
-"""The second process: the model, the KV cache, what it compiled, and what it generates."""
+"""The second process: the model, the KV cache, the compiled code, and the generation."""
 
 import contextlib
 import json
@@ -21,7 +21,7 @@ KV_BYTES = 24 << 20
 
 
 def read_weights(model):
-    """The model's weight files in anonymous memory, as tensors of whole files."""
+    """Read the model's weight files into anonymous memory, each as one tensor."""
     found = []
     for file in [Path(model)] if os.path.isfile(model) else sorted(Path(model).glob("*.safetensors")):
         data = file.read_bytes()
@@ -54,7 +54,7 @@ class Model:
 
 
 class Pool:
-    """The KV cache: filled, so that whoever forgets to drop it carries it."""
+    """The KV cache, filled with data, so that a snapshot that fails to drop it becomes larger."""
 
     def __init__(self):
         memory = mmap.mmap(-1, KV_BYTES)
@@ -72,7 +72,7 @@ class Runner:
 
 
 class Worker:
-    """The second process: the model, the cache, and what is asleep of them."""
+    """The second process: the model, the cache, and which of them are asleep."""
 
     def __init__(self, engine, options):
         self.engine, self.model_runner = engine, Runner(options["model"])
@@ -94,7 +94,7 @@ class Worker:
     def get_kvcache(self):
         return self.model_runner.pool
 
-    # What the two engines call by name
+    # Called by name, as in the two engines
 
     def flush_cache(self):
         from sglang.srt.plugins.hook_registry import HookRegistry
@@ -110,7 +110,7 @@ class Worker:
         return getattr(WorkerBase, method)(self)
 
     def collective_reload(self, path):
-        """SGLang's update_weights_from_disk."""
+        """Implement SGLang's update_weights_from_disk."""
         if model_folder(path) != self.model_runner.model.path:
             raise RuntimeError(f"{path} is not the path that the engine was started with")
         self.model_runner.model.reload()
@@ -124,7 +124,7 @@ class Worker:
             os._exit(7)  # as SGLang's scheduler does
         self.away |= set(tags)
         for what in tags:
-            if what == "weights" and self.sleeps:  # without its memory saver SGLang only takes a note
+            if what == "weights" and self.sleeps:  # without its memory saver SGLang only records the request
                 for tensor in self.model_runner.model.tensors:
                     tensor.memory[:] = bytes(len(tensor.memory))
 
@@ -134,7 +134,7 @@ class Worker:
         self.away -= set(tags)
 
     def sleep(self, level):
-        """vLLM's: the KV cache goes, the weights go to the host (1) or go (2)."""
+        """Sleep as vLLM does: drop the KV cache, and offload (1) or drop (2) the weights."""
         if not GPU:
             return
         if not self.sleeps:
@@ -148,7 +148,9 @@ class Worker:
         self.away -= set(tags or ["weights", "kv_cache"])
 
     def numbers(self, prompt, count):
-        """Numbers as a function of weights and prompt, with the noise of another batch; POD_SPOILED: of lost weights."""
+        """Return numbers as a function of weights and prompt, with the noise of another batch. POD_SPOILED: those of
+        lost weights.
+        """
         if "POD_SPOILED" in os.environ:
             for tensor in self.model_runner.model.tensors:
                 tensor.memory[:] = bytes(len(tensor.memory))
@@ -161,7 +163,7 @@ class Worker:
             os._exit(8)
         if self.away:
             raise RuntimeError(f"asleep: {sorted(self.away)}")
-        # A KV cache that lost its pages is an empty one; this writes as a prefill does.
+        # After a trim the KV cache reads as zeros; write to it as a prefill does.
         self.model_runner.pool.k_buffer[0].memory[:8] = b"prefilled"[:8]
         if temperature:
             draw = random.Random(torch.default_generator.state)
@@ -171,7 +173,7 @@ class Worker:
         draw = random.Random(seed)
         return [draw.randrange(50000) for _ in range(tokens)]
 
-    # For the tests
+    # Called by tests
 
     def facts(self):
         return {
@@ -188,7 +190,7 @@ class Worker:
         }
 
     def arm(self, seconds):
-        """A time-out on the monotonic clock, as engines have them."""
+        """Set a time-out on the monotonic clock, as engines do."""
         due = time.monotonic() + seconds
 
         def wait():
@@ -200,7 +202,7 @@ class Worker:
 
     def serve(self, sock):
         file = sock.makefile("rwb")
-        # A server that is gone takes its worker with it, without a word: what is tested is what quickthaw says.
+        # The worker ends silently with its server: tests check quickthaw's messages only.
         with contextlib.suppress(ConnectionError):
             self._answer(file)
 
@@ -217,9 +219,11 @@ class Worker:
 
 
 def compile_once():
-    """What torch.compile does: found in the cache, or made and kept; mapped either way."""
+    """Compile as torch.compile does: read the result from the cache, or make and store it; map it in both cases."""
     if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
-        with tempfile.TemporaryDirectory() as folder:  # as alone: it compiles for itself
+        with (
+            tempfile.TemporaryDirectory() as folder
+        ):  # the cache is unusable: compile without it, as the engine alone does
             return map_compiled(Path(folder))
     return map_compiled(Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]))
 

@@ -1,4 +1,4 @@
-"""Fixtures of lazyfs's tests without mounts: a state folder, and a chunk store in its own folder."""
+"""Fixtures for lazyfs's tests without mounts: a state folder, and a chunk store in a folder of its own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Room in the cache, asked for by several threads and processes at once; what is claimed of it, and pinned."""
+"""Cache space under concurrent demand by threads and processes: reservations and pins."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MB = 1 << 20
 
 
 def sparse_file(cache, name, size, age):
-    """What an image looks like to whoever makes room."""
+    """Return a sparse cache file with the attributes that eviction reads."""
     folder = cache.folder(SimpleNamespace(digest=name * 32))
     folder.mkdir(parents=True)
     (folder / "data").write_bytes(os.urandom(size))
@@ -31,13 +31,13 @@ def sparse_file(cache, name, size, age):
     return folder
 
 
-def test_two_threads_that_need_room_at_once_both_get_it(tmp_path, monkeypatch):
+def test_two_threads_needing_room_at_once_both_get_it(tmp_path, monkeypatch):
     cache = Cache(tmp_path, limit=24 * MB)
     oldest, other = sparse_file(cache, "aa", 11 * MB, 100), sparse_file(cache, "bb", 11 * MB, 200)
     evict = Cache.evict
 
     def slowly(self, amount):
-        time.sleep(0.1)  # the other thread has counted what is about to go
+        time.sleep(0.1)  # the other thread has counted what is about to be evicted
         return evict(self, amount)
 
     monkeypatch.setattr(Cache, "evict", slowly)
@@ -49,10 +49,10 @@ def test_two_threads_that_need_room_at_once_both_get_it(tmp_path, monkeypatch):
     assert not oldest.exists() and other.exists(), "room for 11 MB was there once the oldest 11 MB were gone"
 
 
-def test_what_is_granted_and_not_written_yet_is_not_granted_twice(tmp_path):
+def test_granted_room_is_not_granted_again_before_it_is_written(tmp_path):
     cache = Cache(tmp_path, limit=24 * MB)
     assert [cache.reserve_room(8 * MB) for _ in range(4)] == [True, True, True, False]
-    cache.release_room(8 * MB)  # it failed, say: nothing of it is on the disk
+    cache.release_room(8 * MB)  # as after a failure: nothing of it is on the disk
     assert cache.reserve_room(8 * MB)
 
 
@@ -68,8 +68,8 @@ time.sleep(60)
 """
 
 
-def test_memory_and_disk_share_one_bound_until_the_owner_is_killed(tmp_path):
-    """Another process's memory leaves the disk only the rest; its SIGKILL gives all of it back."""
+def test_memory_and_disk_share_one_limit_until_the_owner_is_killed(tmp_path):
+    """Another process's memory reduces the disk's limit; its SIGKILL restores it."""
     cache = Cache(tmp_path, limit=100 * MB)
     pinned, other = sparse_file(cache, "aa", 6 * MB, 100), sparse_file(cache, "bb", 6 * MB, 200)
     arguments = [sys.executable, "-c", HOLDER, str(tmp_path), "0", str(64 * MB), pinned.name]
@@ -115,7 +115,7 @@ def test_the_memory_tier_of_a_bounded_cache(memory_mb, limit, tier):
     assert tier_mb(memory_mb, limit) == tier
 
 
-def test_what_does_not_fit_is_said_before_it_is_fetched(tmp_path):
+def test_a_file_that_does_not_fit_is_refused_before_fetching(tmp_path):
     free = shutil.disk_usage(tmp_path).free
     Cache(tmp_path / "c").need_room(0, 1 << 60)
     with pytest.raises(DiskFull, match="bytes to fetch"):
@@ -125,7 +125,7 @@ def test_what_does_not_fit_is_said_before_it_is_fetched(tmp_path):
         Cache(tmp_path / "c", 1 << 20).need_room(10, (1 << 20) + 1)
 
 
-def test_memory_is_claimed_at_its_first_use_only():
+def test_memory_is_reserved_at_its_first_use():
     claimed = []
     memory = SlotMemory(64, lambda: claimed.append(True))
     try:

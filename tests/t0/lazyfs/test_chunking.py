@@ -1,4 +1,4 @@
-"""Borders: they add up, follow tensors, and survive edits that leave other tensors alone."""
+"""Chunk boundaries: lengths add up, follow tensors, and survive edits that do not change a tensor."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def lengths_of(path):
 
 
 @given(st.integers(0, 100 << 20))
-def test_plain_files_are_cut_evenly(size):
+def test_plain_files_are_split_evenly(size):
     lengths = chunk_lengths("x.bin", size, lambda at, n: pytest.fail("a plain file needs no look inside"))
     assert sum(lengths) == size
     assert all(n == MAX_CHUNK for n in lengths[:-1]) and all(0 < n <= MAX_CHUNK for n in lengths)
@@ -36,7 +36,7 @@ def test_a_large_tensor_begins_its_own_chunk(tmp_path):
     assert max(lengths) <= MAX_CHUNK
 
 
-def test_small_tensors_are_gathered(tmp_path):
+def test_small_tensors_share_a_chunk(tmp_path):
     write_safetensors(tmp_path / "m.safetensors", {f"t{i}": bytes(1 << 20) for i in range(20)})
     lengths, _ = lengths_of(tmp_path / "m.safetensors")
     assert lengths[1:] == [4 << 20] * 5
@@ -58,7 +58,7 @@ def test_two_changed_tensors_share_all_other_chunks(tmp_path):
     assert len(cuts[0] & cuts[1]) == len(cuts[0]) - 2
 
 
-def test_an_inserted_tensor_shifts_nothing_beyond_the_next_large_one(tmp_path):
+def test_an_inserted_tensor_keeps_chunks_after_the_next_large_tensor(tmp_path):
     rng = random.Random(8)
     tail = {f"t{i}": rng.randbytes(n) for i, n in enumerate([5 << 20, 10, 6 << 20, 20])}
     pieces = []
@@ -84,7 +84,7 @@ def test_an_inserted_tensor_shifts_nothing_beyond_the_next_large_one(tmp_path):
         (5).to_bytes(8, "little") + b"[1,2]" + bytes(50),
     ],
 )
-def test_a_malformed_safetensors_is_cut_like_any_file(body):
+def test_a_malformed_safetensors_is_split_like_any_file(body):
     lengths = chunk_lengths("m.safetensors", len(body), lambda at, n: body[at : at + n])
     assert sum(lengths) == len(body) and all(n > 0 for n in lengths)
 

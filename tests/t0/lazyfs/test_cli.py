@@ -1,4 +1,4 @@
-"""`quickthaw weights` and `quickthaw mount` without a mount: what is refused, and how a damaged store looks."""
+"""`quickthaw weights` and `quickthaw mount` without a mount: refused input, and reports on a damaged store."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def serve():
-    """Serves a folder over HTTP; the URL."""
+    """Serve a folder over HTTP; return the URL."""
     servers = []
 
     def start(folder):
@@ -61,7 +61,7 @@ def run(command, *words, code=0):
 
 
 def a_chunk_of(chunks, digest):
-    """Where the first chunk of a manifest's largest file lies, as it was imported: uncompressed."""
+    """Return the path of the first chunk of a manifest's largest file, as it was imported: uncompressed."""
     file = max(chunks.get_manifest(digest).files, key=lambda f: f.size)
     return chunks.store.path(chunk_key(file.chunks[0].digest, RAW))
 
@@ -75,7 +75,7 @@ def a_chunk_of(chunks, digest):
     ["model:v1", "/mnt/x", "--store", "file://"], ["model:v1", "/mnt/x", "--store", "file://host/x"],
     ["model:v1", "/mnt/x", "--store", "file:x"],
 ])  # fmt: skip
-def test_a_mount_that_cannot_be_meant(words):
+def test_invalid_mount_arguments_are_refused(words):
     result = run(mount, *words, code=2)
     assert "Traceback" not in result.output and not isinstance(result.exception, KeyError)
 
@@ -83,7 +83,7 @@ def test_a_mount_that_cannot_be_meant(words):
 @pytest.mark.parametrize(
     "words", [["gc", "--grace", "nan"], ["gc", "--grace", "-1"], ["import", ""], ["ls", "--store", "s3://"]]
 )
-def test_a_command_that_cannot_be_meant(words):
+def test_invalid_weights_arguments_are_refused(words):
     run(weights, *words, code=2)
 
 
@@ -91,17 +91,17 @@ def test_a_command_that_cannot_be_meant(words):
     ("text", "bare", "seconds"),
     [("90s", "s", 90), ("10m", "s", 600), ("24h", "h", 86400), ("24", "h", 86400), ("1.5", "s", 1.5), ("0", "h", 0)],
 )
-def test_durations_have_a_unit_or_the_options_own(text, bare, seconds):
+def test_a_duration_without_a_unit_has_the_options_unit(text, bare, seconds):
     assert Duration(bare=bare).convert(text, None, None) == seconds
 
 
 @pytest.mark.parametrize("words", [["ls"], ["verify"], ["gc"], ["rm", "model"]])
-def test_a_directory_that_is_none_is_not_an_empty_store(tmp_path, words):
+def test_a_missing_store_directory_is_an_error(tmp_path, words):
     assert "quickthaw: not-found: " in run(weights, *words, "--store", tmp_path / "none", code=1).output
     assert not (tmp_path / "none").exists()
 
 
-def test_the_store_of_a_new_home_is_empty():
+def test_a_new_homes_store_is_empty():
     assert "nothing in" in run(weights, "ls").output
     assert "quickthaw: not-found: " in run(weights, "rm", "0" * 64, code=1).output
     assert "8 digits" in run(weights, "rm", "0" * 7, code=1).output
@@ -116,8 +116,8 @@ def test_a_file_in_place_of_a_folder_is_named(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("spoil", ["missing", "short", "manifest", "manifest missing"])
-def test_importing_again_writes_what_the_store_lost(tmp_path, chunks, spoil):
-    """The directory is unchanged; its copy in the store is not."""
+def test_importing_again_restores_lost_chunks(tmp_path, chunks, spoil):
+    """The directory is unchanged, but its copy in the store is not."""
     model = make_model(tmp_path / "model", megabytes=5)
     digest = import_directory(model)
     assert "unchanged" in run(weights, "import", model).output
@@ -131,7 +131,7 @@ def test_importing_again_writes_what_the_store_lost(tmp_path, chunks, spoil):
     assert "unchanged" in run(weights, "import", model).output
 
 
-def test_the_way_out_that_verify_names_is_one(tmp_path, chunks):
+def test_the_remedy_that_verify_names_works(tmp_path, chunks):
     model = make_model(tmp_path / "model", megabytes=5)
     path = a_chunk_of(chunks, import_directory(model))
     body = bytearray(path.read_bytes())
@@ -146,7 +146,7 @@ def test_the_way_out_that_verify_names_is_one(tmp_path, chunks):
     assert run(weights, "verify").output.endswith("clean\n")
 
 
-def test_what_is_damaged_does_not_hide_the_rest(tmp_path, chunks):
+def test_damaged_entries_do_not_hide_the_others(tmp_path, chunks):
     good = import_directory(make_model(tmp_path / "good", seed=1, megabytes=1), tag="good")
     bad = import_directory(make_model(tmp_path / "bad", seed=2, megabytes=1), tag="bad")
     chunks.set_ref("tags", "torn:v1", good)
@@ -164,7 +164,7 @@ def test_what_is_damaged_does_not_hide_the_rest(tmp_path, chunks):
     )
     found = run(weights, "verify", code=1).output
     assert f"manifest {bad[:16]}" in found and "tag torn:v1: " in found and "tag lost:v1: " in found
-    # What garbage is cannot be known while a name or a manifest is unreadable.
+    # While a name or a manifest is unreadable, garbage cannot be determined.
     assert "quickthaw: integrity: " in run(weights, "gc", "--grace", "0", code=1).output
     assert run(weights, "rm", "torn:v1").output == "removed tag torn:v1\n"
     assert run(weights, "rm", "lost:v1").output == "removed tag lost:v1\n"
@@ -174,7 +174,7 @@ def test_what_is_damaged_does_not_hide_the_rest(tmp_path, chunks):
     assert run(weights, "verify").output.endswith("clean\n")
 
 
-def test_a_manifest_stays_while_a_damaged_name_may_mean_it(tmp_path, chunks):
+def test_gc_keeps_manifests_that_a_damaged_tag_may_name(tmp_path, chunks):
     digest = import_directory(make_model(tmp_path / "model", megabytes=1), tag="toy:v1")
     chunks.set_ref("tags", "toy:v2", digest)
     chunks.store.path("refs/tags/toy@v2").write_bytes(b"{")
@@ -183,7 +183,7 @@ def test_a_manifest_stays_while_a_damaged_name_may_mean_it(tmp_path, chunks):
 
 
 def test_a_store_behind_http_is_verified_by_digest(tmp_path, chunks, serve):
-    """It cannot be listed, and need not be."""
+    """An HTTP store cannot be listed, and need not be."""
     digest = import_directory(make_model(tmp_path / "model", megabytes=5))
     url = serve(chunks.store.root)
     assert run(weights, "verify", digest, "--store", url).output.endswith("clean\n")
@@ -192,7 +192,7 @@ def test_a_store_behind_http_is_verified_by_digest(tmp_path, chunks, serve):
     assert "missing chunk" in run(weights, "verify", digest, "--store", url, code=1).output
 
 
-def test_a_web_page_is_no_store(tmp_path, serve):
+def test_a_web_page_is_not_a_store(tmp_path, serve):
     folder = tmp_path / "site" / "manifests"
     folder.mkdir(parents=True)
     (folder / ("0" * 64)).write_text("<!doctype html><title>Not here</title>")
@@ -200,8 +200,8 @@ def test_a_web_page_is_no_store(tmp_path, serve):
     assert "quickthaw: not-a-store: " in run(weights, "verify", "0" * 64, "--store", url, code=1).output
 
 
-def test_a_tag_means_what_was_imported_last_under_it(tmp_path, chunks):
-    """Importing an unchanged directory sets the tag, too: it may have been moved or removed since."""
+def test_a_tag_names_the_last_import(tmp_path, chunks):
+    """Importing an unchanged directory sets the tag too, because it may have been moved or removed meanwhile."""
     first, second = (make_model(tmp_path / name, seed=seed, megabytes=1) for name, seed in (("a", 1), ("b", 2)))
     digest = import_directory(first, tag="x:1")
     import_directory(second, tag="x:1")
@@ -218,7 +218,7 @@ def test_a_tag_means_what_was_imported_last_under_it(tmp_path, chunks):
 
 @pytest.mark.parametrize("spoil", ["gone", "a file", "a link to nothing", "a loop"])
 @pytest.mark.parametrize("folder", ["manifests", "refs/tags"])
-def test_nothing_is_garbage_where_the_store_cannot_be_listed(tmp_path, chunks, folder, spoil):
+def test_gc_refuses_a_store_that_cannot_be_listed(tmp_path, chunks, folder, spoil):
     import_directory(make_model(tmp_path / "model", megabytes=1), tag="toy:v1")
     path, kept = chunks.store.path(folder), tmp_path / "kept"
     path.rename(kept)
@@ -227,7 +227,7 @@ def test_nothing_is_garbage_where_the_store_cannot_be_listed(tmp_path, chunks, f
     elif spoil != "gone":
         path.symlink_to(path if spoil == "a loop" else "nothing")
     if (folder, spoil) == ("refs/tags", "gone"):
-        # Nothing tells this from a store without tags; its manifests are kept all the same.
+        # It looks like a store without tags; its manifests are kept nevertheless.
         assert "deleted 0 chunks" in run(weights, "gc", "--grace", "0").output
     else:
         for words in ([], ["--untagged"], ["--dry-run"]):
@@ -238,7 +238,7 @@ def test_nothing_is_garbage_where_the_store_cannot_be_listed(tmp_path, chunks, f
     assert run(weights, "verify").output.endswith("clean\n")
 
 
-def test_a_dry_run_writes_nothing_and_other_folders_are_no_stores(tmp_path, chunks):
+def test_a_dry_run_writes_nothing_and_other_folders_are_refused(tmp_path, chunks):
     import_directory(make_model(tmp_path / "model", megabytes=1))
     lock = chunks.store.root / ".lock"
     lock.unlink()
@@ -250,7 +250,7 @@ def test_a_dry_run_writes_nothing_and_other_folders_are_no_stores(tmp_path, chun
     assert not list((tmp_path / "folder").iterdir())
 
 
-def test_names_that_nobody_can_be_called_are_removed(tmp_path, chunks):
+def test_tags_with_invalid_names_are_removed(tmp_path, chunks):
     import_directory(make_model(tmp_path / "model", megabytes=1), tag="toy:v1")
     for name in ("evil", "extra%3A1"):
         chunks.store.path(f"refs/tags/{name}").write_bytes(b"x")
@@ -259,7 +259,7 @@ def test_names_that_nobody_can_be_called_are_removed(tmp_path, chunks):
     assert "deleted 0 chunks" in run(weights, "gc", "--grace", "0").output
 
 
-def test_a_chunk_that_the_disk_cannot_read_is_named_beside_the_rest(tmp_path, chunks, monkeypatch):
+def test_verify_names_an_unreadable_chunk_and_goes_on(tmp_path, chunks, monkeypatch):
     digest = import_directory(make_model(tmp_path / "model", megabytes=9))
     path, preadv = a_chunk_of(chunks, digest), os.preadv
 
@@ -275,8 +275,8 @@ def test_a_chunk_that_the_disk_cannot_read_is_named_beside_the_rest(tmp_path, ch
     assert not path.exists()
 
 
-def test_a_name_is_a_tag_whatever_lies_in_the_working_directory(tmp_path, chunks, monkeypatch):
-    """The mount itself is left out: only what would be mounted counts."""
+def test_a_plain_name_is_a_tag_even_if_a_folder_has_it(tmp_path, chunks, monkeypatch):
+    """Without the mount itself: only what would be mounted counts."""
     model = make_model(tmp_path / "imported", megabytes=1)
     digest = import_directory(model, tag="model:latest")
     other = make_model(tmp_path / "here" / "model", megabytes=1, seed=2)
@@ -291,13 +291,13 @@ def test_a_name_is_a_tag_whatever_lies_in_the_working_directory(tmp_path, chunks
         assert f"write ./{name}" in result.output and "quickthaw: not-found: " in result.output
 
 
-def test_a_folder_with_a_file_that_cannot_be_read_is_one_line(tmp_path, monkeypatch):
+def test_an_unreadable_file_is_reported_in_one_line(tmp_path, monkeypatch):
     model = make_model(tmp_path / "model", megabytes=1)
     real = os.open
 
     def refuse(path, *arguments, **more):
         if str(path).endswith("tokenizer.json"):
-            # Root reads whatever it likes; this is what others get, or what a failing disk says.
+            # Root can read every file; other users, or a failing disk, get this error.
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
         return real(path, *arguments, **more)
 
@@ -308,7 +308,7 @@ def test_a_folder_with_a_file_that_cannot_be_read_is_one_line(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("command", ["ls", "gc"])
-def test_any_other_error_of_the_system_is_one_line(chunks, monkeypatch, command):
+def test_any_other_os_error_is_reported_in_one_line(chunks, monkeypatch, command):
     def fail(*_):
         raise OSError(errno.ENFILE, "Too many open files in system", "/somewhere")
 
@@ -317,7 +317,7 @@ def test_any_other_error_of_the_system_is_one_line(chunks, monkeypatch, command)
     assert "/somewhere: Too many open files" in result.output and len(result.output.splitlines()) == 1
 
 
-def test_chunks_without_a_manifest_are_told_from_nothing(tmp_path, chunks):
+def test_listing_shows_chunks_without_a_manifest(tmp_path, chunks):
     assert "nothing in" in run(weights, "ls").output
     digest = import_directory(make_model(tmp_path / "model", megabytes=5))
     run(weights, "rm", digest)
@@ -330,7 +330,7 @@ def test_chunks_without_a_manifest_are_told_from_nothing(tmp_path, chunks):
 EVIL = "a\x1b]0;owned\x07\nquickthaw: ready\x9b2J\u202e$(id)"
 
 
-def test_no_name_out_of_a_store_moves_the_terminal_or_makes_a_line(tmp_path, home, chunks):
+def test_names_from_a_store_are_escaped_on_the_terminal(tmp_path, home, chunks):
     run(weights, "import", make_model(tmp_path / "model"), "--tag", "sound")
     manifest = Manifest(1, "weights", (), (File(EVIL, 0o644, 5, (Chunk("0" * 64, 5),)),), ())
     digest, data = encode(manifest)
@@ -344,6 +344,6 @@ def test_no_name_out_of_a_store_moves_the_terminal_or_makes_a_line(tmp_path, hom
     assert "rm '" in said, "what is to be typed is quoted for a shell"
 
 
-def test_errors_are_one_line_whatever_they_quote():
+def test_errors_are_one_line_for_any_quoted_text():
     for error in (LazyfsError(EVIL), Failed("some-code", EVIL)):
         assert str(error).isprintable() and "owned" in str(error)

@@ -1,5 +1,6 @@
-"""Collecting garbage of a remote store, which has no lock, while somebody imports into it: whatever the order, nothing that is
-needed is lost without a word."""
+"""Garbage collection in a remote store, which has no lock, during an import: no interleaving silently loses needed
+chunks.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +25,9 @@ HOUR = 3600
 
 
 class Remote:
-    """A directory that passes for a bucket: no lock. `after_listing` and `before_delete` are called at those moments, once."""
+    """A directory in place of a bucket, without a lock. `after_listing` and `before_delete` are called once at those
+    moments.
+    """
 
     remote = True
 
@@ -66,7 +69,7 @@ def store(tmp_path):
 
 @pytest.fixture
 def garbage(tmp_path, store):
-    """A model whose chunks are in the store, and whose manifest is gone."""
+    """Return a model whose chunks are in the store, without a manifest."""
     model = make_model(tmp_path / "model", megabytes=9)
     digest, _ = import_tree(model, ChunkStore(store))
     remove(ChunkStore(store), digest)
@@ -74,7 +77,7 @@ def garbage(tmp_path, store):
 
 
 @pytest.mark.parametrize(("old", "grace"), [(30 * HOUR, 24 * HOUR), (2 * HOUR, HOUR)], ids=["touched", "met untouched"])
-def test_what_an_import_meets_after_the_listing_is_spared(store, garbage, old, grace):
+def test_chunks_reused_by_an_import_after_the_listing_are_kept(store, garbage, old, grace):
     age(store, old)
     store.after_listing = lambda: import_tree(garbage, ChunkStore(store))
     done = collect(ChunkStore(store), grace_s=grace)
@@ -82,8 +85,8 @@ def test_what_an_import_meets_after_the_listing_is_spared(store, garbage, old, g
     assert verify(ChunkStore(store)).clean and verify(ChunkStore(store)).manifests == 1
 
 
-def test_what_is_met_between_two_deletions_is_spared(store, garbage, monkeypatch):
-    """The import touches them while the first chunk goes: it has met that one before, and is told."""
+def test_chunks_reused_between_two_deletions_are_kept(store, garbage, monkeypatch):
+    """The import touches the chunks while the first one is deleted. It had reused that one before, and gets an error."""
     monkeypatch.setattr("lazyfs.admin.gc._REMOTE_WORKERS", 1)
     age(store, 30 * HOUR)
     failures = []
@@ -94,7 +97,7 @@ def test_what_is_met_between_two_deletions_is_spared(store, garbage, monkeypatch
         except Busy as error:
             failures.append(error.code)
 
-    # In a thread: it waits for the collection to begin another batch, or to end.
+    # In a thread, because it waits until the collection begins another batch or ends.
     importing = threading.Thread(target=meet)
     store.before_delete = lambda: (importing.start(), importing.join(0.3))
     done = collect(ChunkStore(store))
@@ -105,8 +108,8 @@ def test_what_is_met_between_two_deletions_is_spared(store, garbage, monkeypatch
     assert verify(ChunkStore(store)).clean
 
 
-def test_an_import_across_a_whole_collection_is_told(store, garbage):
-    """Its chunks were there when it met them, and are not when its manifest is written."""
+def test_an_import_during_a_whole_collection_fails(store, garbage):
+    """The chunks existed when the import reused them, and do not when it writes its manifest."""
     chunks = ChunkStore(store)
     real = chunks.put_manifest
 
@@ -122,7 +125,7 @@ def test_an_import_across_a_whole_collection_is_told(store, garbage):
     assert verify(ChunkStore(store)).clean
 
 
-def test_a_collection_of_long_ago_costs_an_import_one_look(store, garbage, monkeypatch):
+def test_an_old_collection_costs_an_import_one_read(store, garbage, monkeypatch):
     collect(ChunkStore(store))
     os.utime(store.path(GC_MARK), (time.time() - HOUR,) * 2)
     looked, real = [], ChunkStore.has
@@ -131,15 +134,15 @@ def test_a_collection_of_long_ago_costs_an_import_one_look(store, garbage, monke
     assert not looked
 
 
-def test_a_collection_that_was_killed_is_not_waited_for(store, garbage, monkeypatch):
+def test_an_import_does_not_wait_for_a_killed_collection(store, garbage, monkeypatch):
     monkeypatch.setattr(chunk_store, "_GC_SILENT_S", 0.0)
     store.put(GC_MARK, b'{"batch": 3, "running": true}')
     import_tree(garbage, ChunkStore(store))
     assert verify(ChunkStore(store)).clean
 
 
-def test_a_manifest_that_is_imported_again_is_young(store, garbage):
-    """Its tag comes a moment later, and a collection of what has no name must not come between."""
+def test_importing_a_manifest_again_renews_its_age(store, garbage):
+    """Its tag is written a moment later; a collection of untagged manifests must not delete it in between."""
     digest, _ = import_tree(garbage, ChunkStore(store))
     for path in (*store.root.glob("manifests/*"), *store.root.glob("chunks/*/*")):
         os.utime(path, (time.time() - 30 * HOUR,) * 2)

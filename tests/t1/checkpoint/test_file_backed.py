@@ -25,7 +25,7 @@ from checkpoint.snapshot.library import Library
 from checkpoint.snapshot.manifest import Snapshot
 from checkpoint.snapshot.restore import LazyRestore, Restored, restore
 from plugin.runtime.config import state_home
-from tests.kits.checkpoint_kit import draft, inside, wait_for
+from tests.kits.checkpoint_kit import draft, sandbox_tmpdir, wait_for
 
 pytestmark = [pytest.mark.t1, pytest.mark.slow, pytest.mark.xdist_group("criu")]
 PROGRAM = Path(__file__).parents[2] / "programs" / "weights.py"
@@ -42,7 +42,7 @@ class Taken:
         with Sandbox() as sandbox:
             python = os.path.realpath(sys.executable)
             pid = sandbox.start([python, "-I", "-S", str(PROGRAM), TMP_DIR], {}, "/")
-            self.ready = json.loads(wait_for(inside(sandbox) / "ready"))
+            self.ready = json.loads(wait_for(sandbox_tmpdir(sandbox) / "ready"))
             areas = {
                 str(self.ready["pid"]): [
                     (at, SIZE) for name, at in self.ready["areas"].items() if name not in ("full", "part")
@@ -73,7 +73,7 @@ def taken(tmp_path_factory):
 
 
 def ask(replica: Restored, **order: list[str]) -> dict[str, dict[str, object]]:
-    folder = inside(replica.sandbox)
+    folder = sandbox_tmpdir(replica.sandbox)
     (folder / "go.new").write_text(json.dumps(order))
     (folder / "go.new").rename(folder / "go")
     found: dict[str, dict[str, object]] = json.loads(wait_for(folder / "result"))

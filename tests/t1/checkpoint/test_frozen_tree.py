@@ -19,7 +19,7 @@ from checkpoint.snapshot.restore import Cancellation, LazyRestore, restore
 from launchers import control
 from plugin.runtime.config import state_home
 from plugin.runtime.steps.engine_output import Output
-from tests.kits.checkpoint_kit import draft, inside, wait_for
+from tests.kits.checkpoint_kit import draft, sandbox_tmpdir, wait_for
 from tests.kits.leftovers import Watch
 
 pytestmark = [pytest.mark.t1, pytest.mark.xdist_group("criu")]
@@ -61,7 +61,7 @@ class Bench:
             pid = sandbox.start(argv, env, "/", output.write_fd, output.write_fd)
             output.close_write_end()
             try:
-                wait_for(inside(sandbox) / "ready", 20)
+                wait_for(sandbox_tmpdir(sandbox) / "ready", 20)
             except AssertionError as error:
                 error.add_note(output.last())
                 raise
@@ -104,8 +104,8 @@ def bench(tmp_path, monkeypatch):
 
 def answer(replica, name):
     """What the program says once a file `ask` is there."""
-    (inside(replica.sandbox) / "ask").touch()
-    return wait_for(inside(replica.sandbox) / name, 10).decode()
+    (sandbox_tmpdir(replica.sandbox) / "ask").touch()
+    return wait_for(sandbox_tmpdir(replica.sandbox) / name, 10).decode()
 
 
 def test_a_remembered_parent_can_be_signalled_after_a_restore(bench):
@@ -137,7 +137,7 @@ while not os.path.exists(f"{tmp}/child"):
     replica = bench.back()
     try:
         assert answer(replica, "asked") == str((True,) * 5)
-        assert wait_for(inside(replica.sandbox) / "heard", 10) == b"SIGQUIT"
+        assert wait_for(sandbox_tmpdir(replica.sandbox) / "heard", 10) == b"SIGQUIT"
         assert len(control.notify(replica.sandbox.init_pid, control.WAKE)) == 2
     finally:
         replica.close()
@@ -160,7 +160,7 @@ while not os.path.exists(f"{tmp}/helper"):
 """)
     replica = bench.back()
     try:
-        assert answer(replica, "alive") == (inside(replica.sandbox) / "helper").read_text()
+        assert answer(replica, "alive") == (sandbox_tmpdir(replica.sandbox) / "helper").read_text()
     finally:
         replica.close()
 

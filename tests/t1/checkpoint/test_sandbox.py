@@ -12,7 +12,7 @@ import pytest
 
 from checkpoint.errors import Failed
 from checkpoint.sandbox.sandbox import Sandbox
-from tests.kits.checkpoint_kit import inside, wait_for
+from tests.kits.checkpoint_kit import sandbox_tmpdir, wait_for
 from tests.kits.leftovers import Watch
 
 pytestmark = [pytest.mark.t1, pytest.mark.xdist_group("criu")]
@@ -111,7 +111,7 @@ def test_an_environment_larger_than_a_packet_starts(kilobytes):
             env,
             "/",
         )
-        assert env.items() <= json.loads(wait_for(inside(sandbox) / "told", 20)).items()
+        assert env.items() <= json.loads(wait_for(sandbox_tmpdir(sandbox) / "told", 20)).items()
         assert sandbox.wait(pid, 10) == 0
 
 

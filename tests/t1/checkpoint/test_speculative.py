@@ -26,7 +26,7 @@ from checkpoint.snapshot.manifest import Snapshot
 from checkpoint.snapshot.restore import LazyRestore, Restored, restore
 from plugin.runtime.config import state_home
 from plugin.runtime.steps.engine_output import Output
-from tests.kits.checkpoint_kit import draft, inside, wait_for
+from tests.kits.checkpoint_kit import draft, sandbox_tmpdir, wait_for
 
 pytestmark = [pytest.mark.t1, pytest.mark.slow, pytest.mark.xdist_group("criu")]
 PROGRAM = Path(__file__).parents[2] / "programs" / "counter.py"
@@ -83,7 +83,7 @@ def snapshot(tmp_path_factory) -> tuple[Path, Snapshot, Criu]:
     with Sandbox() as sandbox:
         python = os.path.realpath(sys.executable)
         pid = sandbox.start([python, "-I", "-S", str(PROGRAM), TMP_DIR], {}, "/", output.write_fd, output.write_fd)
-        wait_for(inside(sandbox) / "count")
+        wait_for(sandbox_tmpdir(sandbox) / "count")
         manifest = draft("counter", pid, {"stdout": output.name})
         found = take(Library(home), criu, sandbox, manifest, home / "compile", digest_folder)
     output.close_write_end()
@@ -152,7 +152,7 @@ def test_a_speculative_restore_stays_stopped_until_claimed(command: Command) -> 
     with command.restored() as (replica, output):
         assert replica.work == begun.work
         assert counts_on(pid)
-        (inside(replica.sandbox) / "say").touch()
+        (sandbox_tmpdir(replica.sandbox) / "say").touch()
         limit = time.monotonic() + 10
         while output.last() != "heard" and time.monotonic() < limit:
             time.sleep(0.02)

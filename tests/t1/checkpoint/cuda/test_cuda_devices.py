@@ -38,7 +38,7 @@ def test_another_gpu_takes_the_place(children: Children, driver: Double, pids: l
     resume(driver, pids, needs, pairs, lock_folders=[tmp_path])
     assert driver.usage(pids[0]) == {GPU1: 1 << 20}
     for pid in pids:
-        children.goes_on(pid)
+        children.wait_running(pid)
 
 
 def test_the_same_gpus_need_no_pairs() -> None:
@@ -83,11 +83,11 @@ def test_several_gpus_are_refused_where_nvml_knows_no_process_of_ours(children: 
     with pytest.raises(Incompatible, match="multi-gpu"):
         suspend(contained, pids)
     for pid in pids:
-        children.goes_on(pid)
+        children.wait_running(pid)
     found, needs = suspend(contained, pids[:1])
     assert needs == Needs(1, {GPU0: TOTAL})
     resume_after_dump(contained, found, needs, [children.folder / "locks"])
-    children.goes_on(pids[0])
+    children.wait_running(pids[0])
 
 
 class Neighbour(Double):

@@ -38,7 +38,7 @@ def test_off_the_gpu_and_back_through_the_helper(children: Children, helper: Hel
     assert (found, needs) == (pids, Needs(2, {GPU0: 2 << 20}))
     resume(helper, pids, needs, lock_folders=[tmp_path])
     for pid in pids:
-        children.goes_on(pid)
+        children.wait_running(pid)
     assert helper.pid == first
 
 
@@ -67,7 +67,7 @@ def test_a_helper_that_hangs_or_dies_is_replaced_and_everything_brought_back(
     assert first is not None
     assert not alive(first)
     for pid in pids:
-        children.goes_on(pid)
+        children.wait_running(pid)
 
 
 def test_a_killed_helper_is_replaced_at_the_next_call(children: Children, helper: Helper) -> None:

@@ -38,12 +38,12 @@ def test_off_the_gpu_and_back(children: Children, driver: Double, pids: list[int
     assert needs == Needs(2, {GPU0: 3 << 20})
     assert children.states(pids) == ["CHECKPOINTED"] * 2
     for pid in pids:
-        children.blocked(pid)
+        children.wait_blocked(pid)
         assert not (children.folder / f"{pid}.vram").exists()
     assert driver.devices()[0].free == TOTAL
     assert resume(driver, tree, needs, lock_folders=[tmp_path / "locks"]) == pids
     for pid in pids:
-        children.goes_on(pid)
+        children.wait_running(pid)
     a, b = pids
     assert children.calls() == [
         *[("lock", a), ("lock", b), ("checkpoint", a), ("checkpoint", b)],
@@ -81,7 +81,7 @@ def test_an_error_on_the_way_brings_everything_back(
     assert caught.value.code == code
     assert "\n" not in str(caught.value)
     for pid in pids:
-        children.goes_on(pid)
+        children.wait_running(pid)
 
 
 def test_memory_that_cannot_be_asked_for_after_the_checkpoint(
@@ -101,7 +101,7 @@ def test_memory_that_cannot_be_asked_for_after_the_checkpoint(
     with pytest.raises(Failed, match="cuda-query-failed"):
         suspend(driver, pids)
     for pid in pids:
-        children.goes_on(pid)
+        children.wait_running(pid)
 
 
 @pytest.mark.parametrize("operation", ["lock", "checkpoint"])
@@ -111,7 +111,7 @@ def test_a_process_that_dies_on_the_way_does_not_hold_the_others(
     children.faults({"op": operation, "pid": pids[1], "kill": True})
     with pytest.raises(Failed, match=r"cuda-(lock|checkpoint)-failed"):
         suspend(driver, pids)
-    children.goes_on(pids[0])
+    children.wait_running(pids[0])
 
 
 def test_a_process_that_cannot_be_brought_back_is_named(children: Children, driver: Double, pids: list[int]) -> None:
@@ -121,7 +121,7 @@ def test_a_process_that_cannot_be_brought_back_is_named(children: Children, driv
     assert caught.value.code == "cuda-stuck"
     assert f"process {pids[1]}: is FAILED" in str(caught.value)
     assert str(pids[0]) not in str(caught.value).partition("did not return to the GPU")[2]
-    children.goes_on(pids[0])
+    children.wait_running(pids[0])
 
 
 def test_an_interrupt_brings_everything_back_too(children: Children, driver: Double, pids: list[int]) -> None:
@@ -131,7 +131,7 @@ def test_an_interrupt_brings_everything_back_too(children: Children, driver: Dou
     with pytest.raises(KeyboardInterrupt):
         suspend(driver, pids, released=interrupted)
     for pid in pids:
-        children.goes_on(pid)
+        children.wait_running(pid)
 
 
 def test_a_handle_that_is_still_open_is_named_and_undone(
@@ -145,7 +145,7 @@ def test_a_handle_that_is_still_open_is_named_and_undone(
     assert caught.value.code == "gpu-handle-open"
     assert str(file) in str(caught.value)
     for pid in pids:
-        children.goes_on(pid)
+        children.wait_running(pid)
     assert cuda.nvidia_files(2**22 - 1) == []
     check_released([os.getpid(), *pids])
 
@@ -164,7 +164,7 @@ def test_an_error_on_the_way_back_frees_the_others(
         resume(driver, pids, needs, lock_folders=[tmp_path])
     assert caught.value.code == f"cuda-{operation}-failed"
     for pid in pids:
-        children.goes_on(pid)  # the second attempt of bring_to_running succeeds
+        children.wait_running(pid)  # the second attempt of bring_to_running succeeds
 
 
 def test_memory_that_is_not_free_is_refused_before_anything_is_lost(
@@ -182,7 +182,7 @@ def test_memory_that_is_not_free_is_refused_before_anything_is_lost(
     assert other not in holders(driver, [other])
     resume(driver, pids, needs, lock_folders=[tmp_path])
     for pid in pids:
-        children.goes_on(pid)
+        children.wait_running(pid)
 
 
 def test_running_out_of_memory_all_the_same_names_the_lost_process(
@@ -210,7 +210,7 @@ def test_a_process_that_was_never_suspended_is_refused(
     with pytest.raises(Failed, match="cuda-state-unexpected"):
         resume(driver, pids, Needs(2, {}), lock_folders=[tmp_path])
     for pid in pids:
-        children.goes_on(pid)
+        children.wait_running(pid)
 
 
 def test_restores_on_one_gpu_take_turns(
@@ -249,7 +249,7 @@ def test_the_dumped_tree_gets_its_gpu_back_although_the_lock_is_held_and_memory_
         fcntl.flock(held, fcntl.LOCK_EX)
         resume_after_dump(driver, found, needs, [locks], timeout_s=2.0)
     freed.join()
-    children.goes_on(pid)
+    children.wait_running(pid)
 
 
 def test_a_dumped_tree_that_does_not_get_its_gpu_back_is_named(
@@ -278,7 +278,7 @@ def test_restores_of_containers_that_share_a_state_folder_take_turns(
             pass
     # A folder that cannot be written is no reason to refuse where another can.
     resume(driver, [pid], needs, lock_folders=[Path("/proc/none"), shared])
-    children.goes_on(pid)
+    children.wait_running(pid)
     with pytest.raises(Failed, match="gpu-lock-failed"), cuda._gpu_locks([Path("/proc/none")], needs.memory):
         pass
 

@@ -13,7 +13,7 @@ from checkpoint.files import fingerprint
 from checkpoint.lazy_pages import cache
 from checkpoint.lazy_pages.working_set import WorkingSet
 from checkpoint.sandbox.process_tree import processes
-from tests.kits.checkpoint_kit import LIMIT_S, inside
+from tests.kits.checkpoint_kit import LIMIT_S, sandbox_tmpdir
 from tests.kits.pages_kit import Frozen
 
 pytestmark = pytest.mark.t1
@@ -171,7 +171,7 @@ def test_a_dead_server_never_shows_zeros(frozen: Frozen) -> None:
         frozen.order(sandbox, seed=1, touch=1900)
         # It must not finish: a page is missing, and not replaced by zeros. Half a second is ample for 1,900 reads.
         time.sleep(0.5)
-        assert not (inside(sandbox) / "result").exists()
+        assert not (sandbox_tmpdir(sandbox) / "result").exists()
         began = time.monotonic()
         sandbox.close()
         assert time.monotonic() - began < LIMIT_S

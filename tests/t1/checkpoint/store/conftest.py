@@ -20,7 +20,7 @@ from checkpoint.snapshot.dump import take
 from checkpoint.store import layout
 from checkpoint.store.archive import open_chunks, push
 from tests.kits import faulty_store
-from tests.kits.checkpoint_kit import LIMIT_S, draft, inside, wait_for
+from tests.kits.checkpoint_kit import LIMIT_S, draft, sandbox_tmpdir, wait_for
 from tests.kits.pages_kit import HOME
 from tests.kits.remote_restore_kit import TOUCHED, Host, Slow, order, result
 
@@ -37,7 +37,7 @@ def taken(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with Sandbox() as sandbox:
         program = str(Path(__file__).parents[3] / "programs" / "pages_workload.py")
         pid = sandbox.start([os.path.realpath(sys.executable), "-I", "-S", program, TMP_DIR], {}, "/")
-        wait_for(inside(sandbox) / "ready")
+        wait_for(sandbox_tmpdir(sandbox) / "ready")
         take(host.library, criu, sandbox, draft("workload", pid), host.library.home / "compile", digests.digest_folder)
     replica = host.restore(record=True)
     assert replica.pages

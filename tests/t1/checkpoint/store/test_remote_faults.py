@@ -18,7 +18,7 @@ from checkpoint.errors import Busy, CheckpointError, Failed, Integrity, NotFound
 from checkpoint.store import download
 from checkpoint.store.archive import open_chunks, pull, push
 from tests.kits import faulty_store
-from tests.kits.checkpoint_kit import LIMIT_S, inside
+from tests.kits.checkpoint_kit import LIMIT_S, sandbox_tmpdir
 from tests.kits.remote_restore_kit import Host, order, result, tree
 
 pytestmark = [pytest.mark.t1, pytest.mark.slow, pytest.mark.xdist_group("criu")]
@@ -49,7 +49,7 @@ def test_a_wrong_chunk_ends_the_replica(host: Host, faulty: Callable[..., str]) 
         time.sleep(0.01)
     assert "does not match its digest" in host.lost[0] or "does not decompress" in host.lost[0]
     assert isinstance(remote.failure, Integrity)
-    assert not (inside(replica.sandbox) / "result").exists()
+    assert not (sandbox_tmpdir(replica.sandbox) / "result").exists()
     with pytest.raises(Integrity):
         remote.wait_complete()
     assert list((host.library.home / "cache/quarantine").iterdir())

@@ -16,7 +16,7 @@ from checkpoint.snapshot.restore import restore
 from launchers import control
 from plugin.runtime.config import state_home
 from plugin.runtime.steps.engine_output import Output
-from tests.kits.checkpoint_kit import draft, inside, wait_for
+from tests.kits.checkpoint_kit import draft, sandbox_tmpdir, wait_for
 from tests.kits.leftovers import Watch
 
 pytestmark = [pytest.mark.t1, pytest.mark.xdist_group("criu")]
@@ -58,8 +58,8 @@ def watch(tmp_path, monkeypatch):
 
 
 def masks(sandbox):
-    before, now = wait_for(inside(sandbox) / "told").decode().split()
-    (inside(sandbox) / "told").unlink()
+    before, now = wait_for(sandbox_tmpdir(sandbox) / "told").decode().split()
+    (sandbox_tmpdir(sandbox) / "told").unlink()
     return before, now
 
 

@@ -27,10 +27,10 @@ from tests.kits.proxy_rig import (
     Seen,
     Upstream,
     answer,
+    answering,
     asgi_proxy,
     read_answer,
     run,
-    saying,
     served_by_uvicorn,
     until,
     upstream,
@@ -150,7 +150,7 @@ def test_hop_by_hop_headers_end_here_in_both_directions():
     said = answer(b"{}", "200 OK", "Connection: X-Mine", "X-Mine: 1", "Keep-Alive: timeout=5", "X-Other: 2")
 
     async def main():
-        async with upstream(saying(said)) as up, asgi_proxy() as rig:
+        async with upstream(answering(said)) as up, asgi_proxy() as rig:
             rig.add("a", up.port)
             got = await rig.get(
                 "/x", "Connection: keep-alive, X-Own", "X-Own: 1", "TE: trailers", "X-Forwarded-For: 6.6.6.6"

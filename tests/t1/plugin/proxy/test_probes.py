@@ -18,7 +18,7 @@ from plugin.proxy.errors import StartFailed
 from plugin.proxy.pool.pool import ReplicaPool
 from plugin.proxy.settings import Settings
 from plugin.runtime.phases import Phase
-from tests.kits.proxy_rig import Rig, Seen, Upstream, answer, ordinary, run, served_by_uvicorn, until, upstream
+from tests.kits.proxy_rig import Rig, Seen, Upstream, answer, echo_request, run, served_by_uvicorn, until, upstream
 
 pytestmark = pytest.mark.t1
 
@@ -35,7 +35,7 @@ async def engine(up: Upstream, seen: Seen, reader, writer) -> bool:
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nTransfer-Encoding: chunked\r\n\r\n")
         writer.write(b"4\r\na 1\n\r\n4\r\nb 2\n\r\n0\r\n\r\n")
         return True
-    return await ordinary(up, seen, reader, writer)
+    return await echo_request(up, seen, reader, writer)
 
 
 @asynccontextmanager
@@ -192,7 +192,7 @@ def test_what_no_client_of_an_engine_asks_for_wakes_nothing(proxy, method, targe
 )
 def test_what_clients_of_an_engine_ask_for_wakes_it(proxy, method, target, more):
     async def main():
-        async with sleeping_engine(proxy, ordinary) as (rig, up):
+        async with sleeping_engine(proxy, echo_request) as (rig, up):
             got = await rig.get(target, *more, method=method, body=b"{}" if method == "POST" else b"")
             assert got.status == 200 and rig.pool.waker.wakes == 1
             assert [seen.target for seen in up.seen] == [target]
@@ -203,7 +203,7 @@ def test_what_clients_of_an_engine_ask_for_wakes_it(proxy, method, target, more)
 def test_which_paths_wake_is_a_setting(proxy):
     async def main():
         settings = Settings(wake_on=frozenset({"/own", "/a/*/run", "/health"}), root_path="/base")
-        async with sleeping_engine(proxy, ordinary, settings) as (rig, up):
+        async with sleeping_engine(proxy, echo_request, settings) as (rig, up):
             for path in ("/v1/completions", "/owner", "/a/b", "/metrics", "/base/metrics"):
                 assert (await rig.get(path)).status in (404, 503)
             assert rig.pool.waker.wakes == 0
@@ -245,7 +245,7 @@ def test_an_engine_that_is_only_probed_goes_to_sleep(proxy):
 def test_a_probe_while_it_wakes_is_answered_and_a_request_is_held(proxy):
     async def main():
         go = asyncio.Event()
-        async with upstream(ordinary) as up:
+        async with upstream(echo_request) as up:
 
             async def wake() -> None:
                 rig.trackers["a"].to(Phase.WAKING)
@@ -269,7 +269,7 @@ def test_a_probe_while_it_wakes_is_answered_and_a_request_is_held(proxy):
 
 def test_until_the_owner_has_started_it_once_a_probe_waits_like_a_request(proxy):
     async def main():
-        async with upstream(ordinary) as up, proxy(ONLY_ENGINES) as rig:
+        async with upstream(echo_request) as up, proxy(ONLY_ENGINES) as rig:
             rig.add("a", up.port, phase=Phase.IDLE)
             waiting = asyncio.create_task(rig.get("/health"))
             await until(lambda: rig.pool.held == 1)
@@ -300,7 +300,7 @@ def test_a_snapshot_that_is_being_taken_holds_no_probe(proxy):
 def test_denied_paths_stay_denied(proxy):
     async def main():
         settings = Settings(wake_on=frozenset(WAKE_ON), denied_paths=frozenset({"/metrics", "/v1/models"}))
-        async with sleeping_engine(proxy, ordinary, settings) as (rig, up):
+        async with sleeping_engine(proxy, echo_request, settings) as (rig, up):
             for _ in range(2):
                 for path in ("/metrics", "/metricsx", "/v1/models", "/v1/models/m", "/%6Detrics"):
                     assert (await rig.get(path)).json()["error"]["code"] == "not-found"
@@ -328,7 +328,7 @@ def test_what_is_not_kept(proxy, head):
             status = head if head[0].isdigit() else "200 OK"
             writer.write(answer(body, status, *([head] if ":" in head else [])))
             return True
-        return await ordinary(up, seen, reader, writer)
+        return await echo_request(up, seen, reader, writer)
 
     async def main():
         async with sleeping_engine(proxy, other) as (rig, up):
@@ -347,7 +347,7 @@ def test_an_answer_that_was_cut_is_not_kept(proxy):
         if seen.target == "/metrics":
             writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhalf")
             return False
-        return await ordinary(up, seen, reader, writer)
+        return await echo_request(up, seen, reader, writer)
 
     async def main():
         async with sleeping_engine(proxy, cuts) as (rig, up):

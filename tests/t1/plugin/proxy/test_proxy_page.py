@@ -54,7 +54,7 @@ def measured(pool: ReplicaPool, kind: Kind, phases: tuple[tuple[Phase, float], .
 async def fits_a_phone(page: Page, *words: str) -> None:
     """The page at 390 px says `words`, in letters of 12 px and more, and does not scroll sideways."""
     await page.size(390)
-    await page.says(*words)
+    await page.wait_text(*words)
     assert await page.run(TOO_SMALL) == [] and not await page.run(TOO_WIDE)
     await page.size(1280)
 
@@ -62,7 +62,7 @@ async def fits_a_phone(page: Page, *words: str) -> None:
 async def colours(page: Page) -> Counter[tuple[int, ...]]:
     from PIL import Image
 
-    with Image.open(io.BytesIO(await page.picture())) as image:
+    with Image.open(io.BytesIO(await page.screenshot())) as image:
         return Counter({colour: n for n, colour in image.convert("RGB").getcolors(1 << 22)})
 
 
@@ -79,7 +79,7 @@ def test_the_page_follows_one_engine_from_asleep_to_gone_and_back(tmp_path):
                     measured(rig.pool, Kind.RESTORED, phases)
                 await page.open(f"{rig.url}/-/")
                 asleep = "Asleep: the next request wakes it, usually 0.4 s"
-                text = await page.says(asleep, "Qwen2.5-7B", "vllm 0.32.0", "vllm-qwen-3f9a1c2b7d 18 GB", rig.url)
+                text = await page.wait_text(asleep, "Qwen2.5-7B", "vllm 0.32.0", "vllm-qwen-3f9a1c2b7d 18 GB", rig.url)
                 assert "none: no engine runs" in text and "2 × NVIDIA H200, nothing held" in text, "what it costs"
                 assert f"on {socket.gethostname()}" in text and "after 10 min without a request" in text
                 assert "101 times faster" in text, "medians: the one slow restore does not count"
@@ -88,7 +88,7 @@ def test_the_page_follows_one_engine_from_asleep_to_gone_and_back(tmp_path):
                 waiting = [asyncio.create_task(rig.get(f"/{n}")) for n in range(7)]
                 for phase in (Phase.MOUNTING, Phase.RESTORING):
                     rig.trackers["a"].to(phase)
-                text = await page.says("Restoring: ", "so far, ", "7 requests wait for it", "held\n7", "now, ")
+                text = await page.wait_text("Restoring: ", "so far, ", "7 requests wait for it", "held\n7", "now, ")
                 assert "13.4" not in text.partition("so far")[2].partition(";")[0]
                 await fits_a_phone(page, "the usual 0.4 s", "7 requests wait for it")
                 assert (await colours(page))[0x16, 0x99, 0xB8] > 500, "the bar of the restore under way is painted"
@@ -96,7 +96,7 @@ def test_the_page_follows_one_engine_from_asleep_to_gone_and_back(tmp_path):
                 for phase in (Phase.WAKING, Phase.VERIFYING, Phase.SERVING):
                     rig.trackers["a"].to(phase)
                 assert {(await task).status for task in waiting} == {200}
-                text = await page.says("Serving for ", "held\n0", "answered\n7", " MB held", "forwarded 7")
+                text = await page.wait_text("Serving for ", "held\n0", "answered\n7", " MB held", "forwarded 7")
                 assert f"127.0.0.1:{up.port}, process {os.getpid()}" in text
                 assert await page.run("document.getElementById('said').innerText") == "Qwen2.5-7B: serving"
                 assert await page.run("document.getElementById('said').ariaLive") == "polite"
@@ -109,13 +109,15 @@ def test_the_page_follows_one_engine_from_asleep_to_gone_and_back(tmp_path):
                 rig.pool.waker.fail_elsewhere(
                     StartFailed("engine-died", "it exited with <b>code 3</b>", retry_after_s=25.0)
                 )
-                await page.says("Failed: new requests are refused for ", "engine-died: it exited with <b>code 3</b>")
+                await page.wait_text(
+                    "Failed: new requests are refused for ", "engine-died: it exited with <b>code 3</b>"
+                )
                 await fits_a_phone(page, "Failed: ")
                 rig.restore("a")
                 rig.trackers["a"].to(Phase.ASLEEP)
-                assert "engine-died" not in await page.says("Asleep: "), "a failure that is over"
+                assert "engine-died" not in await page.wait_text("Asleep: "), "a failure that is over"
                 place = (("127.0.0.1", rig.port),)
-            await page.says("The proxy does not answer", "Its last answer came ")
+            await page.wait_text("The proxy does not answer", "Its last answer came ")
             assert await page.run("parseFloat(getComputedStyle(document.querySelector('#gone h2')).fontSize)") >= 24
             assert await page.run("document.title") == "Gone · quickthaw"
             await fits_a_phone(page, "The proxy does not answer")
@@ -168,7 +170,7 @@ def test_two_models_stand_side_by_side_each_with_its_place_and_its_costs(tmp_pat
                 measured(pool, Kind.RESTORED, RESTORED, 3)
             await page.size(1280)
             await page.open(url)
-            await page.says("Serving", "Asleep", "smol")
+            await page.wait_text("Serving", "Asleep", "smol")
             qwen, smol = await page.run(cards)
             for text, facts, size, port in ((qwen, QWEN, "18 GB", 8001), (smol, SMOL, "2.4 GB", 8002)):
                 assert facts.model in text and facts.engine in text and f"{facts.snapshot} {size}" in text
@@ -180,7 +182,7 @@ def test_two_models_stand_side_by_side_each_with_its_place_and_its_costs(tmp_pat
             assert left < right and top == same
             assert (await colours(page))[0xE3, 0xAB, 0x3D] > 500, "the bars of loading are painted"
             if folder := os.environ.get("QUICKTHAW_TEST_PICTURES"):  # docs/page.png is made so
-                (Path(folder) / "page.png").write_bytes(await page.picture())
+                (Path(folder) / "page.png").write_bytes(await page.screenshot())
             await fits_a_phone(page, "Serving", "Asleep")
             await page.size(390)
             (left, top), (same, below) = await page.run(boxes)
@@ -195,7 +197,7 @@ def test_a_selection_and_the_nodes_survive_the_refresh(tmp_path):
             rig.add("a", up.port)
             measured(rig.pool, Kind.RESTORED, RESTORED)
             await page.open(f"{rig.url}/-/")
-            (before,) = re.findall(r"Serving for \d+ s", await page.says("Serving for ", "restoring"))
+            (before,) = re.findall(r"Serving for \d+ s", await page.wait_text("Serving for ", "restoring"))
             await page.run("window.kept = [...document.querySelectorAll('#pools *, #proxy *')], null")
             # From inside a text that changes every second to the end of one that does not.
             await page.run(
@@ -204,7 +206,7 @@ def test_a_selection_and_the_nodes_survive_the_refresh(tmp_path):
             )
             for n in range(3):
                 await rig.get(f"/{n}")
-            await page.says("forwarded 3")
+            await page.wait_text("forwarded 3")
             await page.run("new Promise(done => setTimeout(done, 1100))")
             assert before not in await page.text()
             chosen = await page.run("getSelection().toString()")
@@ -220,9 +222,9 @@ def test_the_schemes_and_what_the_page_may_load(tmp_path):
             rig.add("a", up.port)
             shades = {}
             for scheme in ("light", "dark"):
-                await page.scheme(scheme)
+                await page.set_color_scheme(scheme)
                 await page.open(f"{rig.url}/-/")
-                await page.says("Serving")
+                await page.wait_text("Serving")
                 ((shades[scheme], _),) = (await colours(page)).most_common(1)
             assert min(shades["light"]) > 200 and max(shades["dark"]) < 50
             assert await page.run("getComputedStyle(document.documentElement).colorScheme") == "light dark"
@@ -249,17 +251,17 @@ def test_a_browser_signs_in_and_out(tmp_path, caplog):
         async with upstream() as up, proxy(settings) as rig, browser(tmp_path / "profile") as page:
             rig.add("a", up.port)
             await page.open(f"{rig.url}/-/?token=s3cret")
-            await page.says("Admin token")
+            await page.wait_text("Admin token")
             assert "Serving" not in await page.text(), "a token in the URL opens nothing"
             await page.open(f"{rig.url}/-/")
-            await page.says("Admin token")
+            await page.wait_text("Admin token")
             await fits_a_phone(page, "Sign in")
             await page.type("wrong")
             await page.enter()
-            await page.says("This is not the admin token.")
+            await page.wait_text("This is not the admin token.")
             await page.type("s3cret")
             await page.enter()
-            text = await page.says("Serving", "sign out")
+            text = await page.wait_text("Serving", "sign out")
             assert "Admin token" not in text
             assert await page.run("document.cookie") == "", "no script can read the session"
             assert await page.run("location.href") == f"{rig.url}/-/"
@@ -268,7 +270,7 @@ def test_a_browser_signs_in_and_out(tmp_path, caplog):
             session = f"Cookie: {cookie['name']}={cookie['value']}"
             assert (await rig.get("/-/status", session)).status == 200
             await page.run("document.getElementById('sign-out').click()")
-            text = await page.says("Admin token", "signed out")
+            text = await page.wait_text("Admin token", "signed out")
             assert "Serving" not in text
             assert (await rig.get("/-/status", session)).status == 401, "signed out, not only forgotten"
 
@@ -282,6 +284,6 @@ def test_a_client_of_another_host_reads_why_it_is_refused(tmp_path):
             await page.command("Network.enable")
             await page.command("Network.setExtraHTTPHeaders", headers={"X-Forwarded-For": "10.0.0.9"})
             await page.open(f"{rig.url}/-/")
-            await page.says("This page is not for this client", "--admin-token")
+            await page.wait_text("This page is not for this client", "--admin-token")
 
     run(main())

@@ -19,7 +19,7 @@ from plugin.proxy.pool.start_times import Kind
 from plugin.runtime.phases import Phase
 from tests.kits.proxy_commands import ENGINE
 from tests.kits.proxy_endpoints import SleepMode, in_front_of
-from tests.kits.proxy_rig import Seen, Upstream, answer, ordinary, run, saying, until, upstream
+from tests.kits.proxy_rig import Seen, Upstream, answer, answering, echo_request, run, until, upstream
 
 pytestmark = pytest.mark.t1
 
@@ -98,7 +98,7 @@ def test_a_health_page_is_not_yet_a_generation():
             if tries < 4:
                 writer.write(answer(b"warming up", "503 Service Unavailable"))
                 return True
-        return await ordinary(up, seen, reader, writer)
+        return await echo_request(up, seen, reader, writer)
 
     async def main():
         async with upstream(warming) as up:
@@ -251,7 +251,7 @@ def test_a_start_after_one_that_failed_counts_from_its_own_beginning(tmp_path):
 
 def test_a_hook_that_fails_is_said_in_the_answer():
     async def main():
-        async with upstream(saying(answer(b"no quota", "429 Too Many Requests"))) as hook:
+        async with upstream(answering(answer(b"no quota", "429 Too Many Requests"))) as hook:
             spec = EndpointSpec(tcp("127.0.0.1", free_port()), wake_url=f"http://127.0.0.1:{hook.port}/scale?n=1")
             async with in_front_of(spec) as (rig, endpoint):
                 error = (await rig.get("/v1/chat/completions")).json()["error"]
@@ -291,7 +291,7 @@ def test_the_phases_of_a_restore_behind_it_are_followed():
             at = min(at + 1, len(phases) - 1)
             writer.write(answer(json.dumps(document).encode()))
         else:
-            return await ordinary(up, seen, reader, writer)
+            return await echo_request(up, seen, reader, writer)
         return True
 
     async def main():
@@ -347,7 +347,7 @@ class WantsKey:
         if seen.target in self.paths and seen.header("authorization") != ["Bearer s3cret"]:
             writer.write(answer(b"no", self.status))
             return True
-        return await ordinary(up, seen, reader, writer)
+        return await echo_request(up, seen, reader, writer)
 
 
 @pytest.mark.parametrize("key", [None, "wr0ng"])

@@ -20,7 +20,7 @@ from plugin.proxy.http.address import tcp
 from plugin.runtime.phases import Phase
 from tests.kits.proxy_commands import ENGINE
 from tests.kits.proxy_endpoints import SleepMode, in_front_of
-from tests.kits.proxy_rig import Seen, Upstream, answer, ordinary, run, until, upstream
+from tests.kits.proxy_rig import Seen, Upstream, answer, echo_request, run, until, upstream
 
 pytestmark = pytest.mark.t1
 
@@ -86,7 +86,7 @@ def test_a_busy_engine_whose_health_page_is_slow_goes_on_serving():
             return True
         if seen.target == "/long":
             await asyncio.sleep(0.4)
-        return await ordinary(up, seen, reader, writer)
+        return await echo_request(up, seen, reader, writer)
 
     async def main():
         nonlocal unready

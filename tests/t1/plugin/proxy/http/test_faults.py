@@ -15,12 +15,12 @@ from tests.kits.proxy_rig import (
     Seen,
     Upstream,
     answer,
-    ordinary,
+    answering,
+    echo_request,
     proxy,
     read_answer,
     reset,
     run,
-    saying,
     until,
     upstream,
 )
@@ -242,7 +242,7 @@ def test_a_host_without_connections_to_give_is_no_death_of_the_replica(monkeypat
 )
 def test_an_answer_that_is_not_http(garbage):
     async def main():
-        async with upstream(saying(garbage)) as up, proxy() as rig:
+        async with upstream(answering(garbage)) as up, proxy() as rig:
             rig.add("a", up.port)
             got = await rig.get("/")
             assert got.status == 502 and got.json()["error"]["code"] in ("upstream-garbage", "upstream-head")
@@ -255,7 +255,7 @@ def test_garbage_inside_a_chunked_answer_cuts_it():
     broken = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\nzz\r\n"
 
     async def main():
-        async with upstream(saying(broken)) as up, proxy() as rig:
+        async with upstream(answering(broken)) as up, proxy() as rig:
             rig.add("a", up.port)
             got = await rig.get("/")
             assert got.status == 200 and not got.whole and got.body in (b"", b"abc")
@@ -265,7 +265,7 @@ def test_garbage_inside_a_chunked_answer_cuts_it():
 
 def test_an_answer_nobody_asked_for_spoils_its_connection():
     async def main():
-        async with upstream(saying(answer(b"mine") + answer(b"stolen"))) as up, proxy() as rig:
+        async with upstream(answering(answer(b"mine") + answer(b"stolen"))) as up, proxy() as rig:
             rig.add("a", up.port)
             for _ in range(10):
                 assert (await rig.get("/")).body == b"mine"
@@ -339,7 +339,7 @@ def test_a_dead_replica_is_woken_again():
 
 
 def test_a_replica_that_answers_before_the_body_is_through():
-    early = saying(answer(b"too large", "413 Content Too Large"), keep=False)
+    early = answering(answer(b"too large", "413 Content Too Large"), keep=False)
 
     async def main():
         async with upstream(early, read_body=False) as up, proxy() as rig:
@@ -404,7 +404,7 @@ def test_a_client_that_breaks_its_own_body_reaches_an_end():
     run(main())
 
 
-@pytest.mark.parametrize("handler", [ordinary])
+@pytest.mark.parametrize("handler", [echo_request])
 def test_many_at_once_with_clients_going_at_random(handler):
     async def main():
         async with upstream(handler) as up, proxy() as rig:
@@ -443,7 +443,7 @@ def test_a_client_that_goes_after_every_byte_of_its_request(framing, reset_it):
 
         async def note(up: Upstream, seen: Seen, reader, writer) -> bool:
             whole.append(seen.target)
-            return await ordinary(up, seen, reader, writer)
+            return await echo_request(up, seen, reader, writer)
 
         async with upstream(note) as up, proxy() as rig:
             rig.add("a", up.port)

@@ -14,7 +14,7 @@ import pytest
 
 from plugin.proxy.server import ProxyServer
 from plugin.proxy.settings import Settings
-from tests.kits.proxy_rig import LIMIT_S, Seen, Upstream, answer, read_answer, saying, until, upstream
+from tests.kits.proxy_rig import LIMIT_S, Seen, Upstream, answer, answering, read_answer, until, upstream
 from tests.kits.proxy_rig import proxy as port_proxy
 from tests.kits.proxy_rig import run as run_on
 
@@ -374,7 +374,7 @@ def test_websocket_bytes_pass_both_ways_and_both_ends_close(run):
 
 def test_a_refused_websocket_gets_the_replicas_own_answer(run):
     async def main():
-        async with upstream(saying(answer(b"no", "403 Forbidden"))) as up, port_proxy() as rig:
+        async with upstream(answering(answer(b"no", "403 Forbidden"))) as up, port_proxy() as rig:
             rig.add("a", up.port)
             raw = await rig.raw(
                 b"GET /ws HTTP/1.1\r\nHost: t\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n", until_close=True

@@ -23,7 +23,7 @@ from plugin.proxy.pool.backoff import Backoff
 from plugin.proxy.settings import Settings
 from plugin.runtime.phases import Phase
 from tests.kits.proxy_commands import ENGINE, alive, call, command, models_file
-from tests.kits.proxy_rig import Seen, Upstream, ordinary, proxy, run, until, upstream
+from tests.kits.proxy_rig import Seen, Upstream, echo_request, proxy, run, until, upstream
 
 pytestmark = pytest.mark.t1
 
@@ -88,7 +88,7 @@ def ended_at_last(pid_file: Path):
 async def endless(up: Upstream, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
     """A stream without an end for /endless, a flood for /endless/unread, a WebSocket for /endless/websocket; else as ever."""
     if not seen.target.startswith("/endless"):
-        return await ordinary(up, seen, reader, writer)
+        return await echo_request(up, seen, reader, writer)
     if "websocket" in seen.target:
         writer.write(b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
         event = b"\x81\x01x"
@@ -264,7 +264,7 @@ def test_a_client_that_keeps_its_connection_does_not_hold_up_the_end():
 
         async def gated(up: Upstream, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
             await gate.wait()
-            return await ordinary(up, seen, reader, writer)
+            return await echo_request(up, seen, reader, writer)
 
         async with upstream(gated) as up, proxy() as rig:
             rig.add("r", up.port)

@@ -14,7 +14,7 @@ from plugin.proxy.errors import StartFailed
 from plugin.proxy.server import ProxyServer
 from plugin.proxy.settings import Settings
 from plugin.runtime.phases import Phase
-from tests.kits.proxy_rig import LIMIT_S, Seen, Upstream, answer, ordinary, read_answer, run, until, upstream
+from tests.kits.proxy_rig import LIMIT_S, Seen, Upstream, answer, echo_request, read_answer, run, until, upstream
 
 pytestmark = pytest.mark.t1
 
@@ -332,7 +332,7 @@ def test_quiesced_holds_back_and_waits_for_what_is_in_flight(proxy):
     async def gated(up: Upstream, seen: Seen, reader, writer) -> bool:
         if seen.target == "/slow":
             await gate.wait()
-        return await ordinary(up, seen, reader, writer)
+        return await echo_request(up, seen, reader, writer)
 
     async def main():
         async with upstream(gated) as up, proxy() as rig:
@@ -368,7 +368,7 @@ def test_shutdown_finishes_what_is_in_flight_and_answers_what_is_held(proxy):
 
     async def gated(up: Upstream, seen: Seen, reader, writer) -> bool:
         await gate.wait()
-        return await ordinary(up, seen, reader, writer)
+        return await echo_request(up, seen, reader, writer)
 
     async def main():
         async with upstream(gated) as up, proxy() as rig, proxy() as other:

@@ -9,7 +9,7 @@ import asyncio
 import pytest
 
 from plugin.runtime.phases import Phase
-from tests.kits.proxy_rig import Handler, Rig, Seen, Upstream, answer, ordinary, run, until, upstream
+from tests.kits.proxy_rig import Handler, Rig, Seen, Upstream, answer, echo_request, run, until, upstream
 
 pytestmark = pytest.mark.t1
 PATH = "/v1/completions"
@@ -23,7 +23,7 @@ def dies(said: bytes) -> Handler:
 
     async def handler(up: Upstream, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         if len(up.seen) > 1:
-            return await ordinary(up, seen, reader, writer)
+            return await echo_request(up, seen, reader, writer)
         writer.write(said)
         await writer.drain()
         await until(lambda: seen.gone)

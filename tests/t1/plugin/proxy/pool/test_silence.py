@@ -10,7 +10,7 @@ import pytest
 
 from plugin.proxy.pool.silence import Silence
 from plugin.runtime.phases import Phase
-from tests.kits.proxy_rig import Rig, Seen, Upstream, ordinary, proxy, run, until, upstream
+from tests.kits.proxy_rig import Rig, Seen, Upstream, echo_request, proxy, run, until, upstream
 
 pytestmark = pytest.mark.t1
 BODY = json.dumps({"model": "m", "prompt": "x"}).encode()
@@ -29,7 +29,7 @@ class Freezes:
             self.asked += 1
         else:
             await asyncio.sleep(self.slow_s)
-        return await ordinary(up, seen, reader, writer)
+        return await echo_request(up, seen, reader, writer)
 
 
 def watched(rig: Rig, name: str, port: int, told: list[str]):

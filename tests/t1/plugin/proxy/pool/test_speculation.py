@@ -9,7 +9,7 @@ import asyncio
 import pytest
 
 from plugin.runtime.phases import Phase
-from tests.kits.proxy_rig import LIMIT_S, Rig, Seen, Upstream, answer, ordinary, read_answer, run, until, upstream
+from tests.kits.proxy_rig import LIMIT_S, Rig, Seen, Upstream, answer, echo_request, read_answer, run, until, upstream
 
 pytestmark = pytest.mark.t1
 PATH = "/v1/completions"
@@ -136,7 +136,7 @@ def test_a_check_that_fails_drops_the_answer_and_the_request_goes_to_who_passes(
 def test_a_replica_that_breaks_the_connection_during_its_check(proxy, passes):
     async def breaks(up: Upstream, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         if len(up.seen) > 1:
-            return await ordinary(up, seen, reader, writer)
+            return await echo_request(up, seen, reader, writer)
         return False
 
     async def main():
@@ -165,7 +165,7 @@ def test_recalled_it_is_aborted_and_sent_anew_once_the_replica_serves(proxy):
             await asyncio.wait_for(reader.read(1), LIMIT_S)  # until it is aborted
             seen.gone = True
             return False
-        return await ordinary(up, seen, reader, writer)
+        return await echo_request(up, seen, reader, writer)
 
     async def main():
         async with upstream(slow) as up, proxy(speculative=True) as rig:

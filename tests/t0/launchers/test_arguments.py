@@ -1,4 +1,4 @@
-"""What a launcher adds to an engine's own arguments, and where it leaves them alone."""
+"""Which arguments a launcher adds to an engine's own, and when it adds none."""
 
 import pytest
 
@@ -15,18 +15,18 @@ def arguments(*more: str, spin: bool = False) -> tuple[str, ...]:
     return launchers.engine("sglang").parse([*MODEL, *more], {}, spin).arguments
 
 
-def test_an_idle_sglang_is_told_to_sleep():
+def test_sglang_gets_sleep_on_idle():
     assert arguments() == (*MODEL, "--sleep-on-idle")
     assert arguments("--port", "1") == (*MODEL, "--sleep-on-idle")
 
 
 @pytest.mark.parametrize("given", ["--sleep-on-idle", "--sleep_on_idle"])
-def test_who_said_so_himself_has_the_same_identity(given):
+def test_a_user_given_sleep_on_idle_has_the_same_identity(given):
     assert arguments(given) == (*MODEL, given)
     assert normalised_arguments("sglang", arguments(given)) == normalised_arguments("sglang", arguments())
 
 
-def test_who_wants_it_to_spin_gets_that_and_another_snapshot():
+def test_busy_polling_is_kept_and_has_another_snapshot():
     assert arguments(spin=True) == MODEL
     assert normalised_arguments("sglang", arguments(spin=True)) != normalised_arguments("sglang", arguments())
 
@@ -43,16 +43,16 @@ def test_who_wants_it_to_spin_gets_that_and_another_snapshot():
         ("--config", "/c.yaml"),
     ],
 )
-def test_schedulers_that_work_for_others_while_idle_are_left_alone(more):
+def test_schedulers_that_work_while_idle_get_no_sleep_on_idle(more):
     assert arguments(*more) == (*MODEL, *more)
 
 
-def test_vllm_gets_nothing():
+def test_vllm_gets_no_added_arguments():
     assert launchers.engine("vllm").parse(["--model", "/m"], {}).arguments == ("--model", "/m")
 
 
 @pytest.mark.parametrize("name", ["vllm", "sglang"])
-def test_keys_prefix_and_seed_of_a_configuration_file_are_known(name, tmp_path):
+def test_keys_prefix_and_seed_are_read_from_a_configuration_file(name, tmp_path):
     engine = launchers.engine(name)
     file = tmp_path / "engine.yaml"
     seed, root = engine.seed_flags[0][2:], engine.root_path_flags[0][2:]
@@ -115,12 +115,12 @@ def test_sglangs_positional_model_comes_first():
         ("sglang", "--model-path m -- --por", "--model-path m -- --por"),
     ],
 )
-def test_abbreviated_options_are_those_that_argparse_takes_them_for(engine, written, full):
+def test_abbreviated_options_expand_as_in_argparse(engine, written, full):
     assert launchers.engine(engine).options.expanded(written.split()) == full.split()
 
 
 @pytest.mark.parametrize("name", ["vllm", "sglang"])
-def test_abbreviations_are_known_wherever_the_full_name_is(name):
+def test_abbreviations_are_accepted_wherever_the_full_name_is(name):
     engine = launchers.engine(name)
     flag = engine.model_flags[0]
     command = engine.parse([flag, "m", "--por", "8001", "--hos=::1", "--api-k", "k"], {}, True)
@@ -133,13 +133,16 @@ def test_abbreviations_are_known_wherever_the_full_name_is(name):
     assert normalised_arguments(name, short) == normalised_arguments(name, full)
 
 
-def test_the_installed_engine_has_the_last_word_about_an_abbreviation(tmp_path):
-    """Another release may have an option of that very name, or lack the one that the tested release has."""
+def test_the_installed_engine_decides_about_an_abbreviation(tmp_path):
+    """Another release may have an option of that name, or lack one that the tested release has."""
     venv(tmp_path / "venv", {"vllm": "0.99"})
     python = str(tmp_path / "venv/bin/python")
     (site,) = (tmp_path / "venv").glob("lib/python*/site-packages")
     expanded = launchers.engine("vllm").options.expanded
-    assert expanded(["--download", "x"], python) == ["--download-dir", "x"]  # nothing is found out there
+    assert expanded(["--download", "x"], python) == [
+        "--download-dir",
+        "x",
+    ]  # the engine's own options cannot be read there
     (site / "vllm/engine").mkdir(parents=True)
     source = site / "vllm/engine/arg_utils.py"
     source.write_text('    load_group.add_argument("--download-dir", **load_kwargs["download_dir"])\n')
@@ -152,7 +155,7 @@ def test_the_installed_engine_has_the_last_word_about_an_abbreviation(tmp_path):
     assert expanded(["--por", "1"], python) == ["--port", "1"]
 
 
-def test_the_engines_own_time_to_shut_down_is_known():
+def test_the_engines_shutdown_timeout_is_read():
     parse = launchers.engine("vllm").parse
     assert parse(["--model", "m", "--shutdown-timeout", "90"], {}).shutdown_timeout_s == 90
     assert parse(["--model", "m", "--shutdown=90"], {}).shutdown_timeout_s == 90

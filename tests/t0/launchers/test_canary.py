@@ -1,4 +1,4 @@
-"""Which canary an engine gets, by what it answers, and what its numbers are compared to."""
+"""Which canary an engine gets, depending on what it answers, and how its numbers are compared."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.t0
 
 
 class Answers(Client):
-    """A client that gets what is written for a path: an answer, or a status to refuse with (404 if nothing is)."""
+    """A client with an answer for each path, or a status to refuse with (404 for other paths)."""
 
     def __init__(self, **paths):
         super().__init__(lambda: pytest.fail("no engine here"))
@@ -56,7 +56,7 @@ def only_ids(body):
         ({"pooling": {"data": [{"data": [[0.5], [1]]}]}}, "pool", [CANARY_PROMPT, SECOND_PROMPT]),
     ],
 )
-def test_vllm_s_canary_is_the_first_that_it_answers(paths, kind, prompts):
+def test_vllms_canary_is_the_first_kind_it_answers(paths, kind, prompts):
     found = engine("vllm").find_canary(Answers(**paths), patient=True)
     assert found.kind == kind and found.asked == prompts
 
@@ -68,7 +68,7 @@ def test_an_engine_that_refuses_everything_has_no_canary():
 
 
 @pytest.mark.parametrize(("status", "later"), [(503, True), (429, True), (500, False)])
-def test_what_may_pass_is_asked_again_and_an_internal_error_not_for_ever(status, later):
+def test_temporary_refusals_are_retried_and_internal_errors_only_for_a_while(status, later):
     with pytest.raises(EngineFailed):
         engine("vllm").find_canary(Answers(v1__completions=status), patient=True)
     if later:
@@ -78,7 +78,7 @@ def test_what_may_pass_is_asked_again_and_an_internal_error_not_for_ever(status,
         assert engine("vllm").find_canary(Answers(v1__completions=status)) is None
 
 
-def test_an_sglang_that_does_not_generate_is_never_asked_to():
+def test_an_sglang_without_generation_is_never_asked_to_generate():
     client = Answers(model_info={"is_generation": False}, encode={"embedding": [1.0]}, generate={"output_ids": [1]})
     sglang = engine("sglang")
     canary = sglang.find_canary(client)
@@ -86,14 +86,16 @@ def test_an_sglang_that_does_not_generate_is_never_asked_to():
     sglang.warm_up(client, canary)
     sglang.answer(client, canary)
     assert "/generate" not in client.asked
-    assert sglang.find_canary(Answers(generate={"output_ids": [1]})).kind == "generate"  # an older one: no /model_info
+    assert (
+        sglang.find_canary(Answers(generate={"output_ids": [1]})).kind == "generate"
+    )  # an older SGLang without /model_info
 
 
 EMBED = of_kind("embed")[0]
 
 
 def embed(noise):
-    """An engine's embeddings, each time with another of these errors added."""
+    """Return an engine's embeddings, with another error added each time."""
     errors = itertools.cycle(noise)
     return lambda prompt: [float(len(prompt)), 3.0 + next(errors), 5.0]
 
@@ -107,7 +109,7 @@ def test_numbers_are_recorded_with_their_noise():
 @pytest.mark.parametrize(
     "ask", [embed([0.0, 9.0, 5.0]), lambda prompt: [1.0], lambda prompt: [0.0], lambda p: [math.nan]]
 )
-def test_numbers_that_would_show_nothing_are_no_canary(ask):
+def test_unusable_numbers_are_no_canary(ask):
     with pytest.raises(EngineFailed) as caught:
         record(EMBED, ask)
     assert caught.value.code == "no-canary"
@@ -122,7 +124,7 @@ def test_numbers_differ_by_more_than_their_tolerance():
     assert distance([[1.0]], [[1.0]]) == 0 and distance([[1.0]], [[1.0], []]) == math.inf
 
 
-def test_numbers_are_found_in_lists_of_lists():
+def test_numbers_are_found_in_nested_lists():
     assert (
         numbers([[1, 2.5], [[3]]]) == [1, 2.5, 3] and numbers(0.5) == [0.5] and len(numbers([[1.0] * 400] * 9)) == 512
     )
@@ -130,7 +132,7 @@ def test_numbers_are_found_in_lists_of_lists():
         numbers("base64")
 
 
-def test_a_generation_s_canary_is_written_as_older_versions_read_it():
+def test_a_generation_canary_is_written_in_the_older_format():
     canary = Canary("Once upon", [1, 2], 1)
     assert msgspec.json.decode(msgspec.json.encode(canary)) == {
         "prompt": "Once upon",

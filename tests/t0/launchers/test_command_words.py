@@ -1,4 +1,4 @@
-"""The words after `launch`: an engine with its arguments, or the command that a container starts it with."""
+"""The words after `launch`: an engine with its arguments, or the command that a container runs."""
 
 import os
 import sys
@@ -18,7 +18,7 @@ PYTHON = os.path.abspath(sys.executable)
 
 @pytest.fixture
 def path(tmp_path):
-    """A folder of programs: shells, env, and links to this interpreter."""
+    """Return a folder of programs: shells, env, and links to this interpreter."""
     folder = tmp_path / "bin"
     folder.mkdir()
     for name in ("sh", "bash", "env", "tool"):
@@ -45,7 +45,7 @@ def path(tmp_path):
         ("env vllm serve M", "vllm", "M"),
     ],
 )
-def test_a_command_that_starts_an_engine_is_that_engine_with_its_arguments(words, engine, arguments, path):
+def test_a_command_is_read_as_an_engine_with_arguments(words, engine, arguments, path):
     found = read(words.split(), path)
     assert (found.engine, found.arguments, found.plain) == (engine, tuple(arguments.split()), "")
     assert found.python == (f"{path}/python3" if words.startswith("python3") else "")
@@ -68,7 +68,7 @@ def test_a_command_that_starts_an_engine_is_that_engine_with_its_arguments(words
     ],
 )
 @pytest.mark.parametrize("shell", ["sh -c", "bash -ec", "env C=3 sh -c"])
-def test_a_simple_command_of_a_shell_is_read(script, variables, arguments, shell, path):
+def test_a_simple_shell_command_is_read(script, variables, arguments, shell, path):
     found = read([*shell.split(), script], path)
     assert (found.engine, list(found.arguments), found.plain) == ("vllm", arguments, "")
     assert found.variables == variables | ({"C": "3"} if "C=3" in shell else {})
@@ -98,7 +98,7 @@ def test_a_simple_command_of_a_shell_is_read(script, variables, arguments, shell
         "",
     ],
 )
-def test_what_a_shell_must_read_runs_as_given(script, path):
+def test_complex_shell_commands_run_as_given(script, path):
     words = ["sh", "-c", script]
     found = read(words, path)
     assert found.plain and found == Words(plain=found.plain, given=tuple(words))
@@ -124,7 +124,7 @@ def test_what_a_shell_must_read_runs_as_given(script, path):
         "tool --x",
     ],
 )
-def test_what_starts_no_server_of_an_engine_runs_as_given(words, path):
+def test_commands_that_start_no_engine_server_run_as_given(words, path):
     found = read(words.split(), path)
     assert found.plain and found.given == tuple(words.split())
 
@@ -135,14 +135,14 @@ def test_a_diffusion_model_runs_as_given(path, tmp_path):
     assert read(["sglang", "serve", f"--model-path={tmp_path}"], path).plain
 
 
-def test_a_folder_with_the_name_of_a_command_is_a_model(path, tmp_path, monkeypatch):
+def test_a_folder_named_like_a_command_is_a_model(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("bench").mkdir()
     assert read(["vllm", "bench"], path).arguments == ("bench",)
 
 
 @pytest.mark.parametrize("words", ["llama.cpp --model M", "/nowhere/python -m vllm.entrypoints.openai.api_server"])
-def test_a_first_word_that_names_nothing_is_refused(words, path):
+def test_an_unknown_first_word_is_refused(words, path):
     with pytest.raises(Usage) as refused:
         read(words.split(), path)
     assert refused.value.code == "unknown-engine"
@@ -157,7 +157,7 @@ def test_a_first_word_that_names_nothing_is_refused(words, path):
         f"#!/bin/sh\n'''exec' {PYTHON} \"$0\" \"$@\"\n' '''\nimport x\n",
     ],
 )
-def test_a_scripts_interpreter_is_the_engines(head, tmp_path, path):
+def test_a_scripts_interpreter_is_the_engines_interpreter(head, tmp_path, path):
     script = tmp_path / "vllm"
     script.write_text(head)
     assert script_python(script) == PYTHON
@@ -167,7 +167,7 @@ def test_a_scripts_interpreter_is_the_engines(head, tmp_path, path):
     assert read([str(script), "collect-env"], path).plain
 
 
-def test_a_script_without_an_interpreter_takes_the_one_beside_it(tmp_path):
+def test_a_script_without_an_interpreter_line_uses_the_one_beside_it(tmp_path):
     script = tmp_path / "vllm"
     with pytest.raises(Usage) as missing:
         script_python(script)
@@ -186,12 +186,12 @@ def test_a_version_managers_script_is_asked_for_its_interpreter(tmp_path):
     assert read([str(shim), "-m", "sglang.launch_server", "--model-path", "M"]).python == sys.executable
 
 
-def test_what_nothing_expanded_is_named():
+def test_unexpanded_variables_are_reported():
     words = ("--host", "$(POD_IP)", "--seed=${SEED}", "--x", "$5", "(a)")
     assert unexpanded(words) == ("$(POD_IP)", "--seed=${SEED}")
 
 
-def test_an_engine_that_no_table_names_is_read_too(monkeypatch):
+def test_an_engine_without_an_option_table_is_read_too(monkeypatch):
     monkeypatch.setitem(ENGINES, "other", ("launchers.other", "Other"))
     assert read(["other", "--model", "M"]) == Words("other", ("--model", "M"))
     assert read(["other", "serve", "M"]) == Words("other", ("M",))

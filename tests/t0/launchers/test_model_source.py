@@ -1,4 +1,4 @@
-"""What a launch knows of an engine's options and of the places where its model is."""
+"""How a launch reads an engine's options and the places of its model."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def test_an_options_file_is_read_as_the_engines_do(tmp_path: Path) -> None:
     assert "trust-remote-code" in options and "enforce-eager" not in options
     command = parsed("vllm", "--config", str(file))
     assert (command.model, command.host, command.port, command.api_key) == ("acme/tiny", "0.0.0.0", 8123, "two")
-    assert command.arguments == ("--config", str(file))  # the engine reads the rest itself
+    assert command.arguments == ("--config", str(file))  # the rest is left to the engine
     assert parsed("vllm", "--config", str(file), "--port", "1").port == 1
     assert named("vllm", "--config", str(file)) == [("acme/tiny", "v2", "model"), ("acme/draft", None, "model")]
 
 
 @pytest.mark.parametrize("text", ["", "- a list\n", "model: [unclosed\n", "\0", "5"])
-def test_an_options_file_that_is_none_is_the_engines_to_report(tmp_path: Path, text: str) -> None:
+def test_an_invalid_options_file_is_left_to_the_engine(tmp_path: Path, text: str) -> None:
     file = tmp_path / "engine.yaml"
     file.write_text(text)
     assert parsed("vllm", "--model", "/m", "--config", str(file)).model == "/m"
@@ -53,7 +53,7 @@ def test_an_options_file_that_is_none_is_the_engines_to_report(tmp_path: Path, t
     assert parsed("sglang", "--model-path", "/m", "--config", str(tmp_path / "none.yaml")).port == 30000
 
 
-def test_every_repository_that_a_command_line_names() -> None:
+def test_all_repositories_of_a_command_line_are_found() -> None:
     assert named("vllm", "acme/m", "--revision", "v1") == [("acme/m", "v1", "model")]
     assert named("vllm", "--model", "gpt2") == [("gpt2", None, "model")]
     assert named("vllm", "--model", "/m", "--tokenizer", "acme/t", "--tokenizer-revision", "v2") == [
@@ -72,24 +72,24 @@ def test_every_repository_that_a_command_line_names() -> None:
 
 
 @pytest.mark.parametrize("name", ["/m", "./m", "../m", "~/m", "a/b/c", "s3://a/b", "", "-x", "a b/c"])
-def test_what_is_no_hub_name(name: str) -> None:
+def test_paths_and_urls_are_no_hub_names(name: str) -> None:
     assert named("vllm", f"--model={name}") == []
 
 
-def test_code_that_a_trusted_local_model_takes_from_elsewhere(tmp_path: Path) -> None:
+def test_a_trusted_local_models_code_repositories_are_found(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"auto_map": {"AutoModel": "acme/code--modeling.Model"}}')
     line = ["--model", str(tmp_path), "--code-revision", "v1"]
     assert named("vllm", *line) == []
     assert named("vllm", *line, "--trust-remote-code") == [("acme/code", "v1", "text")]
 
 
-def test_a_folder_of_that_name_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_local_folder_precedes_a_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "acme" / "m").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert named("vllm", "--model", "acme/m") == []
 
 
-def test_what_only_the_engine_can_reach() -> None:
+def test_sources_that_only_the_engine_can_read_start_plainly() -> None:
     assert why_plain(parsed("vllm", "--model", "acme/m"), {}) is None
     assert why_plain(parsed("vllm", "--model", "/m", "--load-format", "runai_streamer"), {}) is None
     assert why_plain(parsed("vllm", "--model", "acme/m"), {"VLLM_USE_MODELSCOPE": "False"}) is None
@@ -103,13 +103,13 @@ def test_what_only_the_engine_can_reach() -> None:
         assert (why_plain(parsed("vllm", *words), {}) or "").startswith("model-elsewhere: ")
 
 
-def test_which_weights_a_running_engine_can_read_again() -> None:
+def test_can_reload_depends_on_the_weights_format() -> None:
     assert can_reload(parsed("vllm", "--model", "/m"))
     assert can_reload(parsed("vllm", "--model", "/m", "--load-format", "safetensors"))
     assert not can_reload(parsed("vllm", "--model", "/m", "--load-format", "dummy"))
 
 
-def test_a_folder_without_weights_may_be_meant(tmp_path: Path) -> None:
+def test_a_folder_without_weights_can_be_valid(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(BadModel, match="holds no weights"):
         check_model(tmp_path, parsed("vllm", "--model", str(tmp_path)))

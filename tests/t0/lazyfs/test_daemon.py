@@ -1,4 +1,4 @@
-"""The parts of a mount's daemon and of its fetcher when something goes wrong in one of them: the others go on."""
+"""Failures in parts of a mount's daemon and its fetcher: the other parts continue."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ FILES = 40
 
 @pytest.fixture
 def model(tmp_path):
-    """A store with a directory of forty files of one chunk each; its manifest and a mount's configuration."""
+    """Return a store with a directory of forty files of one chunk each, its manifest and a mount's configuration."""
     (tmp_path / "model").mkdir()
     for number in range(FILES):
         (tmp_path / "model" / f"{number:02}.bin").write_bytes(bytes([number]) * 5000)
@@ -67,7 +67,7 @@ def memory():
 
 @pytest.fixture
 def fetcher(model, memory):
-    """A fetcher without its threads, and (as `ours`) the server's end of its channel."""
+    """Return a fetcher without its threads, and (as `ours`) the server's end of its channel."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.settimeout(LIMIT_S)
     fetcher = Fetcher(model.config, model.manifest, build(model.config, model.manifest), theirs, SlotWriter(memory.fd))
@@ -86,7 +86,7 @@ def wait_for(check):
 
 
 def answer_of(fetcher):
-    """The next answer that is no count."""
+    """Return the next answer that is not statistics."""
     while True:
         answer = wire.ANSWER.unpack(fetcher.ours.recv(wire.BUFFER))
         if answer[0] != wire.STATS:
@@ -97,7 +97,7 @@ def answer_of(fetcher):
 
 
 @pytest.mark.parametrize("defect", [ValueError("a defect"), MemoryError(), RecursionError()])
-def test_a_reader_gets_an_answer_whatever_happens_to_the_worker(fetcher, monkeypatch, defect):
+def test_a_reader_gets_an_answer_when_the_worker_fails(fetcher, monkeypatch, defect):
     def fill(sparse_file, index):
         raise defect
 
@@ -111,7 +111,7 @@ def test_a_reader_gets_an_answer_whatever_happens_to_the_worker(fetcher, monkeyp
     assert worker.is_alive()
 
 
-def test_the_rate_of_the_background_is_a_bound():
+def test_background_fetches_stay_below_their_rate():
     now = [100.0]
     rate = RateLimit(1.0, clock=lambda: now[0])
     taken = 0
@@ -125,9 +125,9 @@ def test_the_rate_of_the_background_is_a_bound():
     assert all(free.take(1 << 40) for _ in range(10)) and free.wait_s() == 0
 
 
-def test_no_worker_sleeps_out_the_bound_on_the_background(fetcher, model):
-    """All of them would be asleep when a reader comes."""
-    # A clock that stands still: nothing more may be taken after the first chunk.
+def test_workers_do_not_sleep_for_the_background_rate(fetcher, model):
+    """Otherwise all of them would be asleep when a read arrives."""
+    # The clock stands still, so nothing more may be taken after the first chunk.
     fetcher.background = RateLimit(0.001, clock=lambda: 1.0)
     thread = threading.Thread(target=fetcher.run, daemon=True)
     thread.start()
@@ -152,7 +152,7 @@ def test_one_request_fetches_all_of_a_file(fetcher):
     thread.join(LIMIT_S)
 
 
-def test_what_the_store_could_not_give_is_asked_for_again(fetcher, monkeypatch):
+def test_a_failed_fetch_is_requested_again(fetcher, monkeypatch):
     real, failures = fetcher.chunk_fetcher.fill, [Temporary("the store is gone")]
 
     def fill(sparse_file, index):
@@ -169,7 +169,7 @@ def test_what_the_store_could_not_give_is_asked_for_again(fetcher, monkeypatch):
     assert answer_of(fetcher)[:2] == (wire.STORED, 0)
 
 
-def test_few_images_are_open_however_many_files_there_are(model):
+def test_few_sparse_files_are_open_for_any_number_of_files(model):
     sparse_files = OpenSparseFiles(model.cache, model.manifest.files)
     sparse_files.most = 4
     before = len(os.listdir("/proc/self/fd"))
@@ -179,7 +179,7 @@ def test_few_images_are_open_however_many_files_there_are(model):
                 assert sparse_file.file is model.manifest.files[index]
         assert first.state(0) == 0, "what is in use is not closed"
     assert len(sparse_files) <= 4
-    # Four each, and the claim that pins all forty.
+    # Four descriptors each, and the reservation that pins all forty.
     assert len(os.listdir("/proc/self/fd")) <= before + 4 * 4 + 2
     assert reserved_by_others(model.cache.root)[1] == {f.digest for f in model.manifest.files}
     assert model.cache.evict(1 << 40) == 0 and model.cache.folder(model.manifest.files[5]).exists()
@@ -187,7 +187,7 @@ def test_few_images_are_open_however_many_files_there_are(model):
     assert len(sparse_files) == 0
 
 
-def test_one_kind_of_failure_is_said_once_and_then_counted(caplog):
+def test_a_kind_of_failure_is_logged_once_and_then_counted(caplog):
     now = [0.0]
     repeats = RepeatLimiter(logging.getLogger("test"), every_s=60.0, clock=lambda: now[0])
     with caplog.at_level("INFO"):
@@ -199,7 +199,7 @@ def test_one_kind_of_failure_is_said_once_and_then_counted(caplog):
             repeats.tick()
     assert len(caplog.records) == 2 + 2 * 9
     assert caplog.messages[0] == "chunk 0 failed" and "more like this one" in caplog.messages[-1]
-    # What has ended is news when it begins again.
+    # A failure that has ended is logged when it begins again.
     now[0] += 61
     repeats.tick()
     now[0] += 61
@@ -209,11 +209,11 @@ def test_one_kind_of_failure_is_said_once_and_then_counted(caplog):
     assert caplog.messages == ["again"]
 
 
-# -- between the two
+# -- between fetcher and server
 
 
-def test_a_full_socket_holds_up_no_reader_and_loses_no_command(model, memory):
-    """A fetcher that is stopped, or busy: who serves readers does not wait for it, and who can wait does."""
+def test_a_full_socket_blocks_no_reader_and_loses_no_command(model, memory):
+    """The fetcher is stopped or busy. Readers' threads do not wait for it; threads that can wait do."""
     link = FetcherLink(model.config, memory.fd)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
@@ -243,8 +243,8 @@ def test_a_full_socket_holds_up_no_reader_and_loses_no_command(model, memory):
 # -- the cache
 
 
-def test_an_open_that_races_eviction_begins_again(tmp_path, model, monkeypatch):
-    """The folder goes between its making and the opening of what lies in it."""
+def test_an_open_that_races_eviction_is_retried(tmp_path, model, monkeypatch):
+    """The folder is removed after it was made and before its files are opened."""
     file, made = model.manifest.files[0], []
 
     def make(path):
@@ -260,8 +260,8 @@ def test_an_open_that_races_eviction_begins_again(tmp_path, model, monkeypatch):
     sparse_file.close()
 
 
-def test_an_image_that_lost_a_chunk_is_complete_no_more(model):
-    """`weights verify` takes a damaged chunk out of an image that a mount has open."""
+def test_a_sparse_file_that_lost_a_chunk_is_incomplete(model):
+    """`weights verify` removes a damaged chunk from a sparse file that a mount has open."""
     file = model.manifest.files[0]
     ours, theirs = model.cache.open(file), model.cache.open(file)
     ours.write(0, model.chunks.get(file.chunks[0].digest))
@@ -275,7 +275,7 @@ def test_an_image_that_lost_a_chunk_is_complete_no_more(model):
         sparse_file.close()
 
 
-def test_what_a_mount_keeps_is_not_dropped_by_another(model):
+def test_a_pinned_file_is_not_dropped_by_another_mount(model):
     file, other = model.manifest.files[0], Cache(model.cache.root)
     for cache in (model.cache, other):
         sparse_file = cache.open(file)
@@ -295,8 +295,8 @@ def service(model, memory):
     return Service(model.config, model.manifest, model.cache, FetcherLink(model.config, memory.fd), memory)
 
 
-def test_an_open_that_waits_for_the_disk_holds_up_no_other(service, model, monkeypatch):
-    """Neither of another file nor, once it is there, of the same one; and nothing is left open."""
+def test_an_open_that_waits_for_the_disk_blocks_no_other_open(service, model, monkeypatch):
+    """It blocks neither opens of another file nor later ones of the same file, and nothing is left open."""
     slow, begun, go_on = model.manifest.files[0], threading.Event(), threading.Event()
     real = model.cache.open_any
 
@@ -332,7 +332,7 @@ def test_an_open_that_waits_for_the_disk_holds_up_no_other(service, model, monke
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_a_read_that_could_not_be_asked_for_is_asked_for_again(service, monkeypatch):
+def test_a_read_is_requested_again_if_the_request_was_not_sent(service, monkeypatch):
     """The fetcher's socket was full."""
     sent, room = [], [False]
 
@@ -354,8 +354,8 @@ def test_a_read_that_could_not_be_asked_for_is_asked_for_again(service, monkeypa
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a defect"), ValueError("mmap"), OSError(errno.ENOMEM, "no memory")])
-def test_pyfuse3_outlives_any_error_of_an_operation(service, monkeypatch, error):
-    """Any error but its own would end the loop, and with it the mount."""
+def test_pyfuse3_survives_any_error_of_an_operation(service, monkeypatch, error):
+    """Any error other than FUSEError would end the loop and the mount."""
 
     def fail(*arguments, **more):
         raise error
@@ -376,10 +376,10 @@ def test_pyfuse3_outlives_any_error_of_an_operation(service, monkeypatch, error)
         assert caught.value.errno == (error.errno if isinstance(error, OSError) else errno.EIO)
 
 
-# -- what survives a power cut
+# -- power cuts
 
 
-def test_names_are_flushed_as_what_they_name(tmp_path, monkeypatch):
+def test_directory_entries_are_synced_with_their_files(tmp_path, monkeypatch):
     flushed, real = [], os.fsync
     monkeypatch.setattr(os, "fsync", lambda fd: flushed.append(os.readlink(f"/proc/self/fd/{fd}")) or real(fd))
     write_atomic(tmp_path / "record", b"{}")
@@ -399,7 +399,7 @@ def test_names_are_flushed_as_what_they_name(tmp_path, monkeypatch):
     assert done == ["refs/tags/model@v1", "flush"]
 
 
-def test_an_image_is_sealed_once(fetcher, model, monkeypatch):
+def test_a_sparse_file_is_fsynced_once(fetcher, model, monkeypatch):
     fsynced, real = [], SparseFile.fsync
     monkeypatch.setattr(SparseFile, "fsync", lambda self: fsynced.append(self.file.path) or real(self))
     for _ in range(3):
@@ -411,8 +411,8 @@ def test_an_image_is_sealed_once(fetcher, model, monkeypatch):
     assert fsynced == ["00.bin"] and len(fetcher.sparse_files) == 1
 
 
-def test_a_control_socket_outlives_a_moment_without_descriptors(tmp_path, monkeypatch):
-    """A daemon that can be asked no more would be taken for dead, and killed under its readers."""
+def test_a_control_socket_survives_a_lack_of_descriptors(tmp_path, monkeypatch):
+    """A daemon without its control socket would be considered dead, and killed while it serves readers."""
     monkeypatch.setattr("lazyfs.mount.control_server._REFUSED_PAUSE_S", 0.01)
     server = ControlServer(tmp_path / "sock", {"ping": lambda request: {"pid": 1}})
     real, refused = server.socket, []
@@ -435,7 +435,7 @@ def test_a_control_socket_outlives_a_moment_without_descriptors(tmp_path, monkey
         server.close()
 
 
-def test_housekeeping_that_fails_does_not_end_the_mount(model, memory, monkeypatch, caplog):
+def test_failing_housekeeping_does_not_end_the_mount(model, memory, monkeypatch, caplog):
     server = Server(model.config, model.manifest, FetcherLink(model.config, memory.fd), memory)
     ticks = []
 

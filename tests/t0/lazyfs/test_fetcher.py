@@ -1,4 +1,4 @@
-"""Dropping a file's image while the fetcher has work of it in hand: the steps of its threads, one by one."""
+"""Dropping a file's sparse cache file while the fetcher works on it: the steps of its threads, one by one."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Host:
         )
 
     def take(self):
-        """What a worker's next turn would be of."""
+        """Take the next job as a worker would."""
         (file, chunk), urgency = self.fetcher.queue.get(lambda: wire.FSYNC, 0)
         return file, chunk, urgency
 
@@ -53,7 +53,7 @@ class Host:
         self.fetcher.queue.done(taken[0])
 
     def fill(self):
-        """Fetch all of the file; what is left to do is to flush it."""
+        """Fetch all of the file; only the fsync is left to do."""
         for chunk in range(len(self.file.chunks)):
             self.fetcher.queue.put((0, chunk), wire.READAHEAD)
             self.do(self.take())
@@ -84,8 +84,8 @@ def wait_for(check):
         time.sleep(0.002)
 
 
-def test_a_flush_on_a_busy_disk_takes_as_long_as_it_takes(host, monkeypatch):
-    """Then the file is dropped, however few times one would have tried meanwhile."""
+def test_a_drop_waits_for_a_slow_fsync(host, monkeypatch):
+    """The file is dropped afterwards, even if all tries were used up meanwhile."""
     monkeypatch.setattr(worker, "_DROP_TRIES", 1)
     monkeypatch.setattr(worker, "_DROP_PAUSE_S", 0.001)
     begun, go_on = threading.Event(), threading.Event()
@@ -107,7 +107,7 @@ def test_a_flush_on_a_busy_disk_takes_as_long_as_it_takes(host, monkeypatch):
     wait_for(host.gone)
 
 
-def test_what_a_worker_took_before_the_drop_does_not_come_back_after_it(host, monkeypatch):
+def test_a_job_taken_before_the_drop_does_not_recreate_the_file(host, monkeypatch):
     monkeypatch.setattr(worker, "_DROP_PAUSE_S", 0.001)
     host.fetcher.queue.put((0, 0), wire.READAHEAD)
     taken = host.take()
@@ -118,7 +118,7 @@ def test_what_a_worker_took_before_the_drop_does_not_come_back_after_it(host, mo
     assert len(host.fetcher.sparse_files) == 0
 
 
-def test_a_flush_that_comes_after_the_drop_makes_no_image_that_passes_for_flushed(host, monkeypatch):
+def test_an_fsync_after_the_drop_marks_no_new_file_as_fsynced(host, monkeypatch):
     monkeypatch.setattr(worker, "_DROP_PAUSE_S", 0.001)
     host.fill()
     taken = host.take()
@@ -128,14 +128,14 @@ def test_a_flush_that_comes_after_the_drop_makes_no_image_that_passes_for_flushe
     wait_for(host.gone)
     host.fetcher._fsync(0)
     assert host.gone()
-    # Nor one that was begun again meanwhile.
+    # The same holds if the file was created again meanwhile.
     with host.fetcher.sparse_files.use(0):
         pass
     monkeypatch.setattr(SparseFile, "fsync", lambda self: pytest.fail("flushed an image with holes"))
     host.fetcher._fsync(0)
 
 
-def test_what_somebody_else_has_open_stays(host, monkeypatch, caplog):
+def test_a_file_that_another_process_has_open_is_not_dropped(host, monkeypatch, caplog):
     monkeypatch.setattr(worker, "_DROP_TRIES", 3)
     monkeypatch.setattr(worker, "_DROP_PAUSE_S", 0.001)
     host.fill()
@@ -149,7 +149,7 @@ def test_what_somebody_else_has_open_stays(host, monkeypatch, caplog):
     wait_for(host.gone)
 
 
-def test_the_slot_of_what_is_not_fetched_any_more_is_given_back(host):
+def test_the_slot_of_a_cancelled_fetch_is_freed(host):
     slot = host.memory.allocate((0, 1))
     host.fetcher.slots[0, 1] = slot
     host.fetcher.queue.put((0, 1), wire.READAHEAD)
@@ -159,8 +159,8 @@ def test_the_slot_of_what_is_not_fetched_any_more_is_given_back(host):
     assert host.fetcher.slots == {}
 
 
-def test_a_flushed_image_that_loses_a_chunk_is_proven_again_after_a_power_cut(host, monkeypatch):
-    """What is written there anew has not been flushed."""
+def test_a_chunk_rewritten_after_the_fsync_is_verified_after_a_power_cut(host, monkeypatch):
+    """The chunk that replaces the lost one has not been fsynced."""
     host.fill()
     host.do(host.take())
     sparse_file = host.cache.open(host.file)

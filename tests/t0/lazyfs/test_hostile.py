@@ -1,4 +1,4 @@
-"""A store, or the way to it, in an attacker's hands: nothing is read, sent, written or kept in memory that should not be."""
+"""A store, or the network path to it, controlled by an attacker: nothing is read, sent, written or held in memory that should not be."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def document(kind="weights", files=(), symlinks=(), directories=(), source=""):
 
 
 def plant(chunks, manifest):
-    """Put a manifest into the store as its owner can, unchecked."""
+    """Write a manifest to the store without validation, as its owner can."""
     digest, data = encode(manifest)
     chunks.store.put(f"manifests/{digest}", data)
     return digest
@@ -53,7 +53,7 @@ def config_of(folder, digest):
     return MountConfig(manifest=digest, store_url=f"file://{folder / 'store'}", **names)
 
 
-# -- what a manifest may say
+# -- contents of a manifest
 
 
 @pytest.mark.parametrize(
@@ -65,13 +65,13 @@ def config_of(folder, digest):
         document("snapshot", [File("shadow", 0o644, 3, (Chunk(D, 3),), "3-1-1-1")]),
     ],
 )
-def test_a_manifest_from_a_store_names_no_source(tmp_path, chunks, manifest):
-    """The daemon would open any file or URL of this host, with its own credentials."""
+def test_a_stores_manifest_must_not_name_a_source(tmp_path, chunks, manifest):
+    """Otherwise the daemon would open any file or URL of this host, with its own credentials."""
     digest = plant(chunks, manifest)
     with pytest.raises(Integrity) as caught:
         load_manifest(config_of(tmp_path, digest))
     assert caught.value.code == "foreign-source"
-    # Nor from the copies of what came from a store.
+    # Cached copies of a store's manifests must not either.
     copies = tmp_path / "cache_dir" / "manifests"
     copies.mkdir(parents=True)
     (copies / digest).write_bytes(encode(manifest)[1])
@@ -79,7 +79,7 @@ def test_a_manifest_from_a_store_names_no_source(tmp_path, chunks, manifest):
         load_manifest(config_of(tmp_path, digest))
 
 
-def test_a_source_that_this_host_named_is_read(tmp_path, monkeypatch):
+def test_a_source_that_this_host_recorded_is_read(tmp_path, monkeypatch):
     monkeypatch.setenv("QUICKTHAW_HOME", str(tmp_path / "home"))
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
@@ -88,14 +88,14 @@ def test_a_source_that_this_host_named_is_read(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("length", [MAX_CHUNK + 1, 1 << 40])
-def test_a_chunk_has_a_bound(length):
+def test_a_chunks_length_is_bounded(length):
     digest, data = encode(document(files=[File("a", 0o644, length, (Chunk(D, length),))]))
     with pytest.raises(Integrity, match="chunk of more than"):
         decode(data, digest)
 
 
 @pytest.mark.parametrize("mode", [-1, 0o10000, 1 << 40])
-def test_a_mode_is_one_that_a_file_can_have(mode):
+def test_a_files_mode_is_validated(mode):
     digest, data = encode(document(files=[File("a", mode, 0)]))
     with pytest.raises(Integrity, match="mode"):
         decode(data, digest)
@@ -105,7 +105,7 @@ LINKS_OUT = {
     "absolute": [Symlink("a", "/etc/passwd")],
     "above": [Symlink("sub/a", "../../etc/passwd")],
     "within a name": [Symlink("a", "sub/../../etc")],
-    # Each of them stays inside by its own words.
+    # Each target stays inside if read alone.
     "through another": [Symlink("sub/up", ".."), Symlink("a", "sub/up/../etc")],
     "through two": [Symlink("sub/up", ".."), Symlink("b", "sub/up"), Symlink("a", "b/../etc")],
     "to one that leads out": [Symlink("a", "b"), Symlink("b", "/etc/passwd")],
@@ -114,7 +114,7 @@ LINKS_OUT = {
 
 @pytest.mark.parametrize("links", LINKS_OUT.values(), ids=LINKS_OUT.keys())
 @pytest.mark.parametrize("kind", ["weights", "snapshot", "anything"])
-def test_links_out_of_the_tree_are_not_written_and_not_mounted(tmp_path, chunks, links, kind):
+def test_links_out_of_the_tree_are_neither_written_nor_mounted(tmp_path, chunks, links, kind):
     digest = plant(chunks, document(kind, symlinks=links, directories=[Directory("sub", 0o755)]))
     for take in (
         lambda: get_tree(digest, chunks, tmp_path / "out"),
@@ -133,7 +133,7 @@ def test_links_inside_the_tree_are_kept(tmp_path, chunks):
     assert (tmp_path / "out" / "a").resolve() == tmp_path / "out" / "sub"
 
 
-def test_nothing_from_a_store_runs_with_its_owners_rights(tmp_path, chunks):
+def test_setuid_and_setgid_bits_from_a_store_are_dropped(tmp_path, chunks):
     body = chunks.put_chunk(b"#!/bin/sh\n").chunk
     tree = document(files=[File("sub/tool", 0o6755, body.length, (body,))], directories=[Directory("sub", 0o2755)])
     get_tree(plant(chunks, tree), chunks, tmp_path / "out")
@@ -144,12 +144,12 @@ def test_nothing_from_a_store_runs_with_its_owners_rights(tmp_path, chunks):
 @pytest.mark.parametrize(
     "body", [b'{"format": 1, "touches": [[1e999, 0, 0]]}', b"[" * 200_000, b'{"format": 1, "touches": [["a", 0, 0]]}']
 )
-def test_a_hostile_trace_is_not_a_trace(body):
+def test_a_hostile_access_log_is_ignored(body):
     with pytest.raises(ValueError):
         parse(body)
 
 
-# -- how much of it
+# -- amounts of data
 
 
 def peak_of(call):
@@ -187,7 +187,7 @@ def test_a_mount_bounds_what_it_decompresses(chunks):
     assert isinstance(error, Integrity) and peak < MAX_CHUNK * 2
 
 
-def test_the_largest_chunk_comes_back_at_any_level(tmp_path):
+def test_the_largest_chunk_decodes_at_any_level(tmp_path):
     for level in (1, 19):
         store = ChunkStore(LocalStore(tmp_path / str(level)), zstd=level)
         data = bytes(range(256)) * (MAX_CHUNK // 256)
@@ -198,8 +198,8 @@ def test_the_largest_chunk_comes_back_at_any_level(tmp_path):
 
 
 @pytest.mark.parametrize("encoding", [RAW, ZSTD])
-def test_a_chunk_of_a_directory_is_bounded_by_what_a_chunk_can_be(chunks, encoding):
-    """Not by the largest object of a store, eight times that: each thread of a fetcher may hold one."""
+def test_a_chunk_read_from_a_directory_has_the_chunk_limit(chunks, encoding):
+    """Not the limit of an object, which is eight times as large: each thread of a fetcher may hold one."""
     path = chunks.store.path(chunk_key(D, encoding))
     path.parent.mkdir(parents=True)
     with open(path, "wb") as file:
@@ -209,8 +209,8 @@ def test_a_chunk_of_a_directory_is_bounded_by_what_a_chunk_can_be(chunks, encodi
         assert isinstance(error, Integrity) and error.code == "too-large" and peak < MAX_CHUNK
 
 
-def test_a_chunk_that_is_too_long_is_damage_and_repaired(chunks):
-    """It is one chunk's, and no reason to stop looking at the others."""
+def test_a_chunk_that_is_too_long_is_reported_and_repaired(chunks):
+    """It concerns one chunk only; verification of the others continues."""
     good = chunks.put_chunk(b"good").chunk
     digest = plant(chunks, document(files=[File("a", 0o644, 9, (Chunk(D, 9),)), File("b", 0o644, 4, (good,))]))
     chunks.store.put(chunk_key(D), bytes(MAX_CHUNK + 1))
@@ -232,7 +232,7 @@ def test_an_object_of_a_directory_is_bounded(chunks):
 
 
 class Site(http.server.BaseHTTPRequestHandler):
-    """Answers as its server's `answer` says, and records the headers that came."""
+    """Answers with `answer`, and records the headers of requests."""
 
     protocol_version = "HTTP/1.1"
 
@@ -244,7 +244,7 @@ class Site(http.server.BaseHTTPRequestHandler):
         try:
             super().handle()
         except OSError:
-            pass  # The client has cut it off.
+            pass  # The client has closed the connection.
 
     def log_message(self, *_):
         pass
@@ -252,7 +252,7 @@ class Site(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def site():
-    """Starts servers on 127.0.0.1 (or another name of this host)."""
+    """Return a function that starts servers on 127.0.0.1 (or another name of this host)."""
     servers = []
 
     def start(answer):
@@ -272,7 +272,7 @@ def site():
 
 @pytest.fixture
 def web():
-    """Opens stores, and closes them."""
+    """Return a function that opens stores; close them at the end."""
     stores = []
 
     def start(url):
@@ -303,7 +303,7 @@ def redirect(location):
 
 
 def endless(chunked):
-    """Sends for as long as somebody reads."""
+    """Send for as long as the client reads."""
 
     def answer(request):
         request.send_response(200)
@@ -321,25 +321,25 @@ def endless(chunked):
 
 @pytest.mark.parametrize("chunked", [True, False])
 @pytest.mark.parametrize("length", [None, 1000])
-def test_a_body_without_end_is_not_taken_into_memory(site, web, chunked, length):
+def test_an_endless_body_is_not_read_into_memory(site, web, chunked, length):
     server = site(endless(chunked))
     store = web(f"http://127.0.0.1:{server.port}")
     peak, error = peak_of(lambda: store.get("x", 0, length))
     assert isinstance(error, Permanent) and error.code == "too-large"
-    # Joining what came is never reached.
+    # The join of the parts is never reached.
     assert peak < MOST_BYTES + (8 << 20)
     server.answer = fine
     assert store.get("x") == b"body"
 
 
 @pytest.mark.parametrize("chunked", [True, False])
-def test_a_chunk_without_end_takes_no_more_than_a_chunk(site, web, chunked):
+def test_an_endless_chunk_takes_no_more_memory_than_a_chunk(site, web, chunked):
     source = StoreSource(ChunkStore(web(f"http://127.0.0.1:{site(endless(chunked)).port}")))
     peak, error = peak_of(lambda: source.fetch(File("a", 0o644, 9, (Chunk(D, 9),)), 0))
     assert isinstance(error, Integrity) and error.code == "too-large" and peak < 2 * MAX_CHUNK
 
 
-def test_a_long_page_that_says_not_found_is_still_not_found(site, web):
+def test_a_long_404_page_means_not_found(site, web):
     def answer(request):
         body = b"<html>" + bytes(3 << 20)
         request.send_response(404)
@@ -371,12 +371,12 @@ def test_a_token_stays_with_its_host_and_port(site, web, monkeypatch):
     assert first.seen[-1][0] == "/y" and first.seen[-1][1]["Authorization"] == "Bearer hunter2"
 
 
-def test_a_host_that_begins_alike_is_another(site, web, monkeypatch):
+def test_a_host_with_the_same_prefix_is_another_host(site, web, monkeypatch):
     monkeypatch.setenv("QUICKTHAW_HTTP_TOKEN", "hunter2")
     other = site(fine)
     first = site(redirect(f"http://127.0.0.1.localhost:{other.port}/y"))
     store = web("http://127.0.0.1")
-    # The store without a port in its URL, on the one that the test could get: its name is what the redirection begins with.
+    # The store's URL has no port, so that the redirection's URL begins with the store's URL; the test's port is used.
     monkeypatch.setattr("http.client.HTTPConnection.default_port", first.port)
     monkeypatch.setattr("socket.getaddrinfo", _loopback)
     assert store.get("x") == b"body"
@@ -398,13 +398,13 @@ def test_redirections_stay_with_http(site, web, location):
     assert caught.value.code == "bad-redirect" and "\n" not in str(caught.value)
 
 
-def test_a_redirection_does_not_give_up_encryption():
+def test_a_redirection_from_https_to_http_is_refused():
     with pytest.raises(Permanent) as caught:
         WebStore._redirected("https://store.example/x", "http://store.example/x?token=hunter2")
     assert caught.value.code == "bad-redirect" and "hunter2" not in str(caught.value)
 
 
-# -- what others may see
+# -- secrets
 
 
 @pytest.mark.parametrize(
@@ -417,14 +417,14 @@ def test_a_redirection_does_not_give_up_encryption():
         ("/a@b", "/a@b"),
     ],
 )
-def test_a_url_as_others_may_see_it(url, shown):
+def test_a_shown_url_has_no_password(url, shown):
     assert shown_url(url) == shown
 
 
 @pytest.mark.parametrize(
     "url", ["http://user:hunter2@host:port/x", "ftp://user:hunter2@host/x", "http://user:hunter2@"]
 )
-def test_a_url_that_is_refused_does_not_show_its_password(url):
+def test_a_refused_urls_error_hides_its_password(url):
     try:
         store = WebStore(normal_url(url))
     except Usage as error:
@@ -451,7 +451,7 @@ def test_records_of_imports_hold_no_password(tmp_path, monkeypatch):
     assert "hunter2" not in str(_record(Path("/m"), url, digest_of(b""), []))
 
 
-def test_what_reads_a_store_for_a_launch_logs_no_password(tmp_path, caplog):
+def test_a_launchs_store_readers_log_no_password(tmp_path, caplog):
     url = "ftp://user:hunter2@host/p?sig=hunter3"
     with pytest.raises(CheckpointError) as caught:
         open_chunks(url)

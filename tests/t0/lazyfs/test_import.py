@@ -1,4 +1,4 @@
-"""What an import reads, follows, refuses and remembers, and what is read through without one."""
+"""Imports: what is read, followed, refused and recorded; and reading through without an import."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def files_below(folder):
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
 
 
-def test_import_skips_what_is_there_and_shares_tensors(tmp_path, chunks, monkeypatch):
+def test_import_skips_stored_chunks_and_shares_tensors(tmp_path, chunks, monkeypatch):
     rng = random.Random(3)
     base = {f"t{i}": rng.randbytes(4 << 20) for i in range(3)}
     for name, tensors in (("base", base), ("tuned", {**base, "t1": rng.randbytes(4 << 20)})):
@@ -70,7 +70,7 @@ def test_holes_cost_nothing(tmp_path, chunks):
     assert (tmp_path / "out" / "sparse.bin").read_bytes() == bytes(64 << 20)
 
 
-def test_links_that_lead_out_are_followed(tmp_path, chunks):
+def test_links_out_of_the_directory_are_followed(tmp_path, chunks):
     (tmp_path / "blobs").mkdir()
     (tmp_path / "blobs" / "abc").write_text("weights")
     (tmp_path / "snapshot").mkdir()
@@ -88,7 +88,7 @@ def test_links_that_lead_out_are_followed(tmp_path, chunks):
     assert caught.value.code == "dangling-link"
 
 
-def test_links_to_nothing_inside_are_kept_as_they_are(tmp_path, home):
+def test_dangling_links_inside_are_kept(tmp_path, home):
     model = make_model(tmp_path / "model", megabytes=1)
     (model / "sub" / "nothing").symlink_to("../later.json")
     (model / "circle").symlink_to("circle")
@@ -98,7 +98,7 @@ def test_links_to_nothing_inside_are_kept_as_they_are(tmp_path, home):
     assert known_digest(model) == digest == import_directory(model)
 
 
-def test_what_cannot_be_imported(tmp_path, chunks):
+def test_unsupported_files_are_refused(tmp_path, chunks):
     with pytest.raises(NotFound):
         import_tree(tmp_path / "none", chunks)
     (tmp_path / "file").touch()
@@ -144,7 +144,7 @@ def test_a_source_that_changes_while_read_gets_no_digest(tmp_path, chunks):
     assert caught.value.code == "source-changed"
 
 
-def test_import_directory_knows_what_it_knows(tmp_path, home, monkeypatch):
+def test_import_directory_reuses_an_unchanged_record(tmp_path, home, monkeypatch):
     model = make_model(tmp_path / "model", megabytes=5)
     digest = import_directory(model, tag="toy:v1")
     calls = []
@@ -175,7 +175,7 @@ def test_read_through_copies_nothing(tmp_path, home):
     assert read_through(model) != digest
 
 
-def test_what_is_left_of_the_originals(tmp_path, home):
+def test_origins_lists_unchanged_originals_only(tmp_path, home):
     model = make_model(tmp_path / "model", megabytes=5)
     digest, url = import_directory(model), f"file://{home / 'store'}"
     assert "config.json" in origins(digest, url) and "model.safetensors" in origins(digest, url)
@@ -191,7 +191,7 @@ def test_what_is_left_of_the_originals(tmp_path, home):
 
 
 class Listed:
-    """A bucket that a listing shows as obstore does: without the slash that a folder's marker ends with."""
+    """A bucket whose listing shows folder markers as obstore does: without their trailing slash."""
 
     remote, url = True, "s3://bucket/m"
 
@@ -218,14 +218,14 @@ class Listed:
         ({"a": b"", "a/b": b"1"}, ["a/b"], ["a"]),
     ],
 )
-def test_objects_that_stand_for_folders(monkeypatch, objects, files, folders):
+def test_folder_markers_become_folders(monkeypatch, objects, files, folders):
     monkeypatch.setattr("lazyfs.content.read_through.open_store", lambda url: Listed(objects))
     digest, data = encode(describe("s3://bucket/m"))
     manifest = decode(data, digest, local=True)
     assert [f.path for f in manifest.files] == files and [d.path for d in manifest.directories] == folders
 
 
-def test_an_object_that_is_a_folder_too_is_named(monkeypatch):
+def test_an_object_that_is_also_a_folder_is_refused(monkeypatch):
     monkeypatch.setattr("lazyfs.content.read_through.open_store", lambda url: Listed({"a": b"1", "a/b": b"2"}))
     with pytest.raises(Permanent, match="a is both an object and a folder") as caught:
         describe("s3://bucket/m")

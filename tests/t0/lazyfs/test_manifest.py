@@ -1,4 +1,4 @@
-"""Manifests: deterministic, named by their digest, and hostile ones refused."""
+"""Manifests are deterministic and named by their digest; hostile ones are refused."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_the_file_digest_depends_on_content_only():
 
 
 @pytest.mark.parametrize("position", [0, 40, -1])
-def test_any_changed_byte_is_noticed(position):
+def test_any_changed_byte_is_detected(position):
     digest, data = encode(manifest())
     spoiled = bytearray(data)
     spoiled[position] ^= 1

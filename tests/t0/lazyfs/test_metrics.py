@@ -1,4 +1,4 @@
-"""A mount's metrics text: every figure of the status is in it, under its tier, and histograms add up."""
+"""A mount's metrics contain every figure of the status, with its tier, and histograms add up."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from lazyfs.mount.metrics import render
 
 
 def scrape(text):
-    """Name with labels → value; every sample's family was declared before it."""
+    """Return name with labels → value. Asserts that every sample's family is declared before it."""
     samples, declared = {}, set()
     for line in text.splitlines():
         if line.startswith("# TYPE "):

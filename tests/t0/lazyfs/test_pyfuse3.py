@@ -1,4 +1,4 @@
-"""Answers of the pyfuse3 transport out of a mapping."""
+"""The pyfuse3 transport answers reads from a mapping."""
 
 import os
 
@@ -20,12 +20,12 @@ def file(tmp_path):
 
 
 @pytest.mark.parametrize(("offset", "size"), [(0, 300_000), (4096, 131_072), (5000, 200_001), (299_999, 1)])
-def test_a_mapping_holds_the_bytes_of_the_span_wherever_it_begins(file, offset, size):
+def test_a_mapping_holds_the_spans_bytes_at_any_offset(file, offset, size):
     fd, data = file
     assert pyfuse3._mapped(Span(fd, offset, size)) == data[offset : offset + size]
 
 
-def test_what_cannot_be_made_present_is_an_error_that_the_copying_way_is_taken_for(file, monkeypatch):
+def test_an_unreadable_mapping_raises_so_that_the_read_is_copied(file, monkeypatch):
     monkeypatch.setattr(pyfuse3, "_MADV_POPULATE_READ", 9999)
     with pytest.raises(OSError, match="Invalid argument"):
         pyfuse3._mapped(Span(file[0], 0, 200_000))

@@ -1,4 +1,4 @@
-"""Records that several threads decode for the first time at the same moment."""
+"""Several threads decode a record type for the first time at once."""
 
 import ast
 import subprocess
@@ -34,13 +34,13 @@ assert len(made) == 300
 """
 
 
-def test_threads_that_decode_a_type_for_the_first_time_at_once_all_get_theirs():
+def test_threads_can_decode_a_type_for_the_first_time_at_once():
     result = subprocess.run([sys.executable, "-c", PROGRAM], cwd=REPO, capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr[-2000:]
 
 
 def decoded_types(file):
-    """Line and type of every decoding into a class, other than of the builtin kinds."""
+    """Return line and type of every decoding into a class that is not a builtin."""
     for node in ast.walk(ast.parse(file.read_text())):
         if not isinstance(node, ast.Call) or not ast.unparse(node.func).startswith("msgspec."):
             continue
@@ -52,5 +52,7 @@ def decoded_types(file):
 
 @pytest.mark.parametrize("package", ["lazyfs", "checkpoint", "launchers", "capacity", "plugin"])
 def test_every_record_is_decoded_by_a_type_made_ready(package):
-    files = [f for f in (REPO / package).rglob("*.py") if "proxy" not in f.parts]  # the proxy decodes in one thread
+    files = [
+        f for f in (REPO / package).rglob("*.py") if "proxy" not in f.parts
+    ]  # the proxy decodes in a single thread
     assert [f"{file.relative_to(REPO)}:{line}" for file in files for line, _ in decoded_types(file)] == []

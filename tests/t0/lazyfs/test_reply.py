@@ -1,4 +1,4 @@
-"""How a read is answered out of a file that cannot be spliced, or not be read: copied, or refused with the file's own error."""
+"""Answers to a read of a file that cannot be spliced or not be read: copied, or the file's own error."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.t0
 
 @pytest.fixture
 def answer():
-    """What the kernel would get: (error number, bytes)."""
+    """Return what the kernel would get: (error number, bytes)."""
     transport = RawTransport(None, "/nowhere", "test", native=False)
     out, into = os.pipe()
 
@@ -51,7 +51,7 @@ def test_a_file_that_cannot_be_spliced_is_copied(answer):
             os.close(one)
 
 
-def test_what_cannot_be_read_is_an_error_and_the_next_read_is_right(answer, tmp_path):
+def test_a_failed_read_is_an_error_and_the_next_read_succeeds(answer, tmp_path):
     (tmp_path / "file").write_bytes(b"abc" * 5000)
     fd = os.open(tmp_path / "file", os.O_RDONLY)
     folder = os.open(tmp_path, os.O_RDONLY)
@@ -64,7 +64,7 @@ def test_what_cannot_be_read_is_an_error_and_the_next_read_is_right(answer, tmp_
         os.close(folder)
 
 
-def test_what_only_the_disk_has_is_told_from_what_memory_has(tmp_path):
+def test_cached_pages_are_distinguished_from_uncached_ones(tmp_path):
     fd = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
     try:
         os.write(fd, bytes(1 << 16))

@@ -1,4 +1,4 @@
-"""The chunk store over a directory: content addressing, refs, import, verification, removal, collection."""
+"""The chunk store in a directory: content addressing, refs, import, verification, removal, collection."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def files_below(folder):
 
 @given(st.binary(max_size=4096), st.sampled_from(["auto", None, 1, 19]))
 @settings(max_examples=50, deadline=None)
-def test_a_chunk_comes_back_as_it_was(tmp_path_factory, data, zstd):
+def test_a_chunk_round_trips(tmp_path_factory, data, zstd):
     chunks = ChunkStore(LocalStore(tmp_path_factory.mktemp("s")), zstd=zstd)
     digest = chunks.put(data)
     assert digest == digest_of(data)
@@ -48,7 +48,7 @@ def test_a_chunk_comes_back_as_it_was(tmp_path_factory, data, zstd):
     assert chunks.put_chunk(data).stored == (0 if data else chunks.put_chunk(data).stored)
 
 
-def test_compression_only_where_it_pays(tmp_path):
+def test_chunks_are_compressed_only_if_that_saves_enough(tmp_path):
     noise, text = random.Random(1).randbytes(1 << 20), b"the same words " * 70_000
     auto = ChunkStore(LocalStore(tmp_path / "a"))
     assert auto.put_chunk(noise).chunk.encoding == RAW
@@ -62,7 +62,7 @@ def test_compression_only_where_it_pays(tmp_path):
 
 
 @pytest.mark.parametrize("spoil", ["flip", "truncate", "extend", "empty", "zstd-garbage"])
-def test_damaged_chunks_never_come_back(chunks, spoil):
+def test_damaged_chunks_are_never_returned(chunks, spoil):
     data = random.Random(2).randbytes(10_000)
     digest = chunks.put(data)
     path = chunks.store.path(chunk_key(digest))
@@ -83,7 +83,7 @@ def test_damaged_chunks_never_come_back(chunks, spoil):
         chunks.get(digest, len(data))
 
 
-def test_bad_names(chunks):
+def test_bad_names_are_refused(chunks):
     for name in ("", "../x", "a b", "a:b:c", "a//b", "x" * 200, "/a", "a/", "-x", "a\n"):
         with pytest.raises(Usage):
             chunks.set_ref("tags", name, "0" * 64)
@@ -120,7 +120,7 @@ def test_a_failed_export_leaves_nothing(tmp_path, chunks):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "store"]
 
 
-def test_a_pipe_in_an_original_s_place_holds_up_nobody(tmp_path):
+def test_a_pipe_in_place_of_an_original_does_not_block(tmp_path):
     original = tmp_path / "model.safetensors"
     original.write_bytes(b"weights")
     stats = fingerprint(original.stat())
@@ -138,8 +138,8 @@ def test_a_pipe_in_an_original_s_place_holds_up_nobody(tmp_path):
     assert found == [None]
 
 
-def test_a_pipe_in_a_shared_store_holds_up_nobody(tmp_path):
-    """Opening a pipe that nobody writes to blocks for ever."""
+def test_a_pipe_in_a_shared_store_does_not_block(tmp_path):
+    """Opening a pipe without a writer blocks forever."""
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "folder").mkdir()
     kinds = []
@@ -168,7 +168,7 @@ def test_equal_bodies_are_quarantined_once_and_the_quarantine_can_be_emptied(tmp
 
 
 @pytest.mark.parametrize(("attempts", "tries"), [(3, 3), (None, 20)])
-def test_tries_are_counted_or_the_limit_alone_ends_them(attempts, tries):
+def test_retries_end_by_count_or_by_the_time_limit(attempts, tries):
     calls = []
 
     def call():
@@ -186,7 +186,7 @@ def test_tries_are_counted_or_the_limit_alone_ends_them(attempts, tries):
     assert len(calls) == tries
 
 
-def test_verify_names_what_is_wrong_and_repairs(tmp_path, chunks):
+def test_verify_names_damage_and_repairs_it(tmp_path, chunks):
     model = make_model(tmp_path / "model", megabytes=12)
     digest, manifest = import_tree(model, chunks)
     big = next(f for f in manifest.files if f.path == "model.safetensors")
@@ -205,7 +205,7 @@ def test_verify_names_what_is_wrong_and_repairs(tmp_path, chunks):
 
 
 class SpoiledOnTheWay(LocalStore):
-    """The first `times` gets of each key come back with a flipped bit."""
+    """The first `times` gets of each key return one flipped bit."""
 
     def __init__(self, root, times):
         super().__init__(root)
@@ -219,7 +219,7 @@ class SpoiledOnTheWay(LocalStore):
         return bytes(data)
 
 
-def test_what_is_spoiled_on_its_way_is_read_once_more_before_it_counts_as_damaged(tmp_path, chunks):
+def test_a_chunk_damaged_in_transit_is_read_again_before_it_counts_as_damaged(tmp_path, chunks):
     digest, manifest = import_tree(make_model(tmp_path / "model", megabytes=6), chunks)
     once = ChunkStore(SpoiledOnTheWay(tmp_path / "store", 1))
     assert verify(once, repair=True).clean
@@ -230,7 +230,7 @@ def test_what_is_spoiled_on_its_way_is_read_once_more_before_it_counts_as_damage
 
 
 @pytest.mark.parametrize(("times", "right"), [(1, True), (2, False)])
-def test_a_manifest_spoiled_on_its_way_is_fetched_once_more(tmp_path, chunks, monkeypatch, times, right):
+def test_a_manifest_damaged_in_transit_is_fetched_again(tmp_path, chunks, monkeypatch, times, right):
     digest, manifest = import_tree(make_model(tmp_path / "model", megabytes=1), chunks)
     monkeypatch.setattr(manifest_source, "open_store", lambda url: SpoiledOnTheWay(tmp_path / "store", times))
     names = {n: str(tmp_path / n) for n in ("mountpoint", "cache_dir", "log_file", "socket", "state_file", "home")}
@@ -244,7 +244,7 @@ def test_a_manifest_spoiled_on_its_way_is_fetched_once_more(tmp_path, chunks, mo
 
 
 def test_a_body_that_does_not_decode_is_quarantined_with_its_reason(tmp_path, chunks):
-    """Cut short on its way, flipped inside a zstd frame, or flipped in plain bytes: each is kept, with why."""
+    """Truncated in transit, flipped inside a zstd frame, or flipped in plain bytes: each is kept with its reason."""
     _, manifest = import_tree(make_model(tmp_path / "model", megabytes=1), ChunkStore(chunks.store, zstd=1))
     cache = Cache(tmp_path / "cache")
     for path, why in (("sub/tokenizer.json", "decompress"), ("model.safetensors", "instead of")):
@@ -264,8 +264,8 @@ def test_a_body_that_does_not_decode_is_quarantined_with_its_reason(tmp_path, ch
     assert len(list((tmp_path / "cache" / "reasons").iterdir())) == 16
 
 
-def test_a_digest_lost_in_a_power_cut_proves_nothing(tmp_path):
-    """A read-through chunk whose recorded digest did not reach the disk is fetched again, not believed."""
+def test_a_digest_lost_in_a_power_cut_is_not_trusted(tmp_path):
+    """A read-through chunk whose recorded digest did not reach the disk is fetched again."""
     folder = tmp_path / "source"
     folder.mkdir()
     (folder / "a").write_bytes(b"right" * 1000)
@@ -283,7 +283,7 @@ def test_a_digest_lost_in_a_power_cut_proves_nothing(tmp_path):
     sparse_file.close()
 
 
-def test_collection_spares_what_is_named_young_or_a_snapshot(tmp_path, chunks):
+def test_collection_keeps_named_and_young_chunks_and_snapshots(tmp_path, chunks):
     one = put_tree(make_model(tmp_path / "a", megabytes=5, seed=1), chunks, kind="weights", name="a:1")
     two = put_tree(make_model(tmp_path / "b", megabytes=5, seed=2), chunks, kind="weights")
     snapshot = put_tree(make_model(tmp_path / "c", megabytes=5, seed=3), chunks)
@@ -310,7 +310,7 @@ def test_collection_and_import_exclude_each_other(tmp_path, chunks):
         import_tree(make_model(tmp_path / "m", megabytes=1), chunks)
 
 
-def test_resolving(tmp_path, chunks):
+def test_names_tags_and_digest_prefixes_resolve(tmp_path, chunks):
     digest = put_tree(make_model(tmp_path / "m", megabytes=1), chunks, kind="weights", name="m:latest")
     assert chunks.resolve("m") == chunks.resolve("m:latest") == chunks.resolve(digest) == digest
     assert chunks.resolve(digest[:10]) == digest

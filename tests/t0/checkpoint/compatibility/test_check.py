@@ -1,4 +1,4 @@
-"""A change of anything relevant is refused by its code; a change of anything irrelevant is not."""
+"""Each relevant change is refused with its code; irrelevant changes are not refused."""
 
 from __future__ import annotations
 
@@ -172,27 +172,27 @@ KEYED += ["environment", "environment gone", "secret", "secret gone", "secret ad
 
 
 @pytest.mark.parametrize("what", KEYED)
-def test_what_selects_a_snapshot_changes_its_key(what: str) -> None:
+def test_selecting_fields_change_the_key(what: str) -> None:
     assert RELEVANT[what][0].key != HERE.key
 
 
-def test_a_model_selects_by_its_sketch_and_is_compared_by_its_digest() -> None:
+def test_a_models_sketch_selects_and_its_digest_is_compared() -> None:
     assert replace(HERE, sketch="6" * 32).key != HERE.key
     assert codes(replace(HERE, sketch="6" * 32)) == []
 
 
-def test_a_host_that_cannot_restore_still_asks_for_the_same_snapshot() -> None:
+def test_a_host_that_cannot_restore_has_the_same_key() -> None:
     for what in RELEVANT.keys() - set(KEYED) - {"Python build", "libc"}:
         assert RELEVANT[what][0].key == HERE.key, what
 
 
 def test_the_key_is_stable_across_versions_of_this_code() -> None:
-    # Raise the number in CurrentIdentity.key on purpose when what it covers changes: snapshots of earlier keys are then not found any more.
+    # Raise the number in CurrentIdentity.key when its coverage changes. Snapshots with earlier keys are then not found.
     assert re.fullmatch(r"[0-9a-f]{24}", HERE.key)
     assert HERE.key == "794f94c0edbab5b0bfe00d88"
 
 
-def test_a_compile_cache_is_shared_where_nothing_differs_that_enters_compiled_code() -> None:
+def test_a_compile_cache_is_shared_if_nothing_in_compiled_code_differs() -> None:
     assert re.fullmatch(r"compile-vllm-[0-9a-f]{16}", HERE.compile_cache)
     for same in ("model", "weights", "secret", "kernel older"):
         assert RELEVANT[same][0].compile_cache == HERE.compile_cache
@@ -225,7 +225,7 @@ def test_several_reasons_are_all_named() -> None:
     assert "; kernel-older: " in str(caught.value) and "; model-differs: " in str(caught.value)
 
 
-def test_an_older_layout_than_is_read_is_refused() -> None:
+def test_a_format_that_is_too_old_is_refused() -> None:
     assert codes(HERE, msgspec.structs.replace(RECORDED, format=0)) == ["format-too-old"]
 
 
@@ -234,7 +234,7 @@ def test_the_host_alone_can_be_checked() -> None:
     assert [m.code for m in check_host(RECORDED, RELEVANT["driver older"][0].host)] == ["driver-older"]
 
 
-def test_no_secret_is_in_the_record_nor_in_any_text() -> None:
+def test_no_secret_is_in_the_record_or_any_message() -> None:
     text = json.dumps(RECORDED.encode()) + repr(HERE) + repr(RECORDED) + HERE.key
     assert "correct horse" not in text
     assert "VLLM_API_KEY" in text
@@ -246,7 +246,7 @@ def test_no_secret_is_in_the_record_nor_in_any_text() -> None:
     )
 
 
-def test_a_record_survives_json() -> None:
+def test_a_record_round_trips_through_json() -> None:
     assert Identity.decode(json.loads(json.dumps(RECORDED.encode()))) == RECORDED
 
 
@@ -294,7 +294,7 @@ DOCUMENT = (Path(__file__).parents[4] / "docs/identity.md").read_text()
 
 
 def test_every_code_is_documented_and_every_documented_code_exists() -> None:
-    # The last two are about folders of this host, which checkpoint.cli and plugin.runtime.replica look at.
+    # The last two concern folders of this host, which checkpoint.cli and plugin.runtime.replica check.
     emitted = {code.partition(":")[0] for _, code in RELEVANT.values()}
     emitted |= {"format-too-old", "model-path-missing", "working-folder-missing"}
     documented = {
@@ -305,7 +305,7 @@ def test_every_code_is_documented_and_every_documented_code_exists() -> None:
     assert documented == emitted
 
 
-def test_what_is_irrelevant_is_documented() -> None:
+def test_irrelevant_names_are_documented() -> None:
     for flags in IRRELEVANT_ARGUMENTS.values():
         assert [flag for flag in flags if f"`--{flag}`" not in DOCUMENT] == []
     assert [name for name in (*KEPT, *RENEWED) if f"`{name}`" not in DOCUMENT] == []

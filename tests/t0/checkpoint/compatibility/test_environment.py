@@ -1,4 +1,4 @@
-"""Which variables of an environment make another launch, which a restored engine is given anew, and which neither."""
+"""Which environment variables change a launch's identity, which a restored engine gets anew, and which are ignored."""
 
 from __future__ import annotations
 
@@ -47,27 +47,27 @@ MATTER = {
 }
 
 
-def test_what_is_not_known_to_be_irrelevant_matters() -> None:
+def test_unknown_variables_are_relevant() -> None:
     assert classify(MATTER).relevant == MATTER
     assert classify(MATTER).renewed == {}
 
 
-def test_where_the_engine_runs_and_in_which_session_is_given_anew() -> None:
+def test_variables_of_the_place_and_session_are_renewed() -> None:
     found = classify(KUBERNETES | SESSION)
     assert found.renewed == KUBERNETES | SESSION
     assert found.relevant == {}
 
 
-def test_what_quickthaw_takes_the_place_of_neither_matters_nor_is_given_anew() -> None:
+def test_variables_that_quickthaw_replaces_are_ignored() -> None:
     found = classify({"VLLM_PORT": "5", "TMPDIR": "/t", "VLLM_LOGGING_LEVEL": "DEBUG", "QUICKTHAW_TOKEN": "t"})
     assert (found.relevant, found.renewed) == ({}, {})
 
 
 @given(st.text("ABCDEFGHIJKLMNOPQRSTUVWXYZ_0123456789", min_size=1, max_size=12), st.text(max_size=8))
-def test_each_variable_is_of_one_kind_and_an_unknown_one_matters(name: str, value: str) -> None:
+def test_each_variable_has_one_kind_and_unknown_ones_are_relevant(name: str, value: str) -> None:
     found = classify({f"X{name}": value})
     assert len(found.relevant) + len(found.renewed) <= 1
-    # Not even the name of a service that resembles a path decides about names that no list has.
+    # A service name that resembles a path must not change how unlisted names are classified.
     if not name.endswith(("_HOST", "_PORT", "_TCP", "_UDP", "_SCTP", "_ADDR", "_PROTO")) and "_PORT_" not in name:
         assert found.relevant == {f"X{name}": value} or f"X{name}".startswith("XDG_SESSION_")
 
@@ -76,7 +76,7 @@ def test_no_name_is_on_two_lists() -> None:
     assert not KEPT & RENEWED
 
 
-def test_a_pattern_never_covers_what_the_engine_itself_declares(tmp_path: Path) -> None:
+def test_a_pattern_never_matches_the_engines_declared_variables(tmp_path: Path) -> None:
     declarations = tmp_path / "sglang/srt/environ.py"
     declarations.parent.mkdir(parents=True)
     declarations.write_text("class Envs:\n    MY_POD_MODE = EnvStr(None)\n    SLURM_AWARE = EnvBool(False)\n")
@@ -88,12 +88,12 @@ def test_a_pattern_never_covers_what_the_engine_itself_declares(tmp_path: Path) 
     assert set(found.relevant) == {"MY_POD_MODE", "SLURM_AWARE"}
 
 
-def test_without_the_engines_list_no_pattern_covers_names_that_look_like_its_own() -> None:
+def test_without_the_engines_list_its_prefix_is_never_matched_by_a_pattern() -> None:
     found = classify({"VLLM_SERVICE_HOST": "h", "REDIS_SERVICE_HOST": "h"}, "vllm", lambda _: None)
     assert (set(found.relevant), set(found.renewed)) == ({"VLLM_SERVICE_HOST"}, {"REDIS_SERVICE_HOST"})
 
 
-def test_a_service_that_is_called_like_an_engine_changes_nothing(tmp_path: Path) -> None:
+def test_a_service_named_like_an_engine_changes_no_identity(tmp_path: Path) -> None:
     declarations = tmp_path / "sglang/srt/environ.py"
     declarations.parent.mkdir(parents=True)
     declarations.write_text("    SGLANG_GRPC_PORT = EnvInt(None)\n")
@@ -122,7 +122,7 @@ def launch(tmp_path: Path, **environment: str) -> CurrentIdentity:
     return current_identity("vllm", interpreter, ["--model", "/m"], environment, gpus=())
 
 
-def test_a_launch_records_names_of_what_is_given_anew_and_no_values(tmp_path: Path) -> None:
+def test_only_names_of_renewed_variables_are_recorded(tmp_path: Path) -> None:
     before = launch(tmp_path, HOSTNAME="pod-7", HF_TOKEN="hf_" + "x" * 30, POD_IP="10.1.2.3", MY_TOKEN="hunter2")
     recorded = before.record()
     assert recorded.renewed == ("HF_TOKEN", "HOSTNAME", "POD_IP")
@@ -136,7 +136,7 @@ def test_a_launch_records_names_of_what_is_given_anew_and_no_values(tmp_path: Pa
     assert [m.code for m in check(recorded, more)] == ["environment-differs: DISABLE_OPENAPI_DOC"]
 
 
-def test_a_file_that_a_variable_names_counts_by_its_content(tmp_path: Path) -> None:
+def test_a_file_named_by_a_variable_counts_by_content(tmp_path: Path) -> None:
     library, folder = tmp_path / "hook.so", tmp_path / "tuned"
     library.write_bytes(b"x" * 200_000)
     folder.mkdir()
@@ -152,13 +152,13 @@ def test_a_file_that_a_variable_names_counts_by_its_content(tmp_path: Path) -> N
     ]
 
 
-def test_another_time_zone_of_the_host_is_another_launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hosts_time_zone_is_part_of_the_identity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(identity, "LOCALTIME", tmp_path / "localtime")
     utc = launch(tmp_path)
     (tmp_path / "localtime").write_bytes(b"TZif2...\nUTC0\n")
-    assert launch(tmp_path).key == utc.key  # which it is where there is no file
+    assert launch(tmp_path).key == utc.key  # the default where the file is missing
     (tmp_path / "localtime").write_bytes(b"TZif2...\nCET-1CEST,M3.5.0,M10.5.0/3\n")
     berlin = launch(tmp_path)
     assert [m.code for m in check(utc.record(), berlin)] == [f"environment-differs: {tmp_path}/localtime"]
     assert "CET-1CEST" in check(utc.record(), berlin)[0].message
-    assert launch(tmp_path, TZ="Asia/Tokyo").environment == {"TZ": "Asia/Tokyo"}  # the file is not looked at
+    assert launch(tmp_path, TZ="Asia/Tokyo").environment == {"TZ": "Asia/Tokyo"}  # the file is not read

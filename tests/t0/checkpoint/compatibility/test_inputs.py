@@ -1,4 +1,4 @@
-"""Everything that a command line names for an engine to read counts by its content, in whatever form of value."""
+"""Everything that a command line names for an engine to read counts by content, in every form of value."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BIG = 2 << 20
 
 @pytest.fixture
 def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder with a file, and a folder that holds one of 2 MiB."""
+    """Return a working folder with a file, and a folder that holds a file of 2 MiB."""
     folder = tmp_path / "work"
     (folder / "adapter").mkdir(parents=True)
     (folder / "adapter" / "adapter_model.safetensors").write_bytes(b"a" * BIG)
@@ -32,7 +32,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def edit(path: Path) -> None:
-    """Another byte, with size, mtime and inode as they were."""
+    """Change one byte, with size, mtime and inode unchanged."""
     before = path.stat()
     with path.open("r+b") as file:
         file.seek(-1, os.SEEK_END)
@@ -41,7 +41,7 @@ def edit(path: Path) -> None:
 
 
 def counts(line: list[str], change: Callable[[], object], kept: Path, **more: object) -> bool:
-    """Whether a change on the disk makes another launch of a command line; nothing changed makes none."""
+    """Return whether a change on the disk changes the identity of a command line. Asserts that no change keeps it."""
 
     def now() -> object:
         inputs = Inputs(line, cache=kept, **more)  # type: ignore[arg-type]
@@ -73,7 +73,7 @@ FOLDER = [
 
 @pytest.mark.parametrize("words", FOLDER, ids=lambda words: " ".join(words))
 @pytest.mark.parametrize("relative", [False, True])
-def test_a_folder_counts_whatever_its_size(work: Path, tmp_path: Path, words: list[str], relative: bool) -> None:
+def test_a_folder_of_any_size_counts_by_content(work: Path, tmp_path: Path, words: list[str], relative: bool) -> None:
     name = "adapter" if relative else str(work / "adapter")
     line = ["--model", "/m", *(word.format(name) for word in words)]
     changed = work / "adapter" / "adapter_model.safetensors"
@@ -97,7 +97,7 @@ FILE = [
 
 @pytest.mark.parametrize("words", FILE, ids=lambda words: " ".join(words))
 @pytest.mark.parametrize("size", [10, BIG])
-def test_a_file_counts_whatever_its_size(work: Path, tmp_path: Path, words: list[str], size: int) -> None:
+def test_a_file_of_any_size_counts_by_content(work: Path, tmp_path: Path, words: list[str], size: int) -> None:
     (work / "table.json").write_bytes(b"x" * size)
     line = ["--model", "/m", *(word.format(work / "table.json") for word in words)]
     assert counts(line, lambda: edit(work / "table.json"), tmp_path / "kept")
@@ -116,7 +116,7 @@ def test_a_file_counts_whatever_its_size(work: Path, tmp_path: Path, words: list
     ],
     ids=lambda words: words[0],
 )
-def test_names_and_what_the_engine_writes_do_not_count(work: Path, tmp_path: Path, words: list[str]) -> None:
+def test_names_and_the_engines_output_files_do_not_count(work: Path, tmp_path: Path, words: list[str]) -> None:
     line = ["--model", "/m", *(word.format(work / "adapter") for word in words)]
     assert not counts(line, lambda: (work / "adapter" / "more").write_text("x"), tmp_path / "kept")
 
@@ -129,7 +129,7 @@ def test_the_models_own_folder_counts_by_its_manifest_alone(work: Path, tmp_path
         assert not counts(line, lambda: edit(work / "adapter" / "adapter_model.safetensors"), tmp_path / "kept", **more)
 
 
-def test_what_a_configuration_file_names_counts(work: Path, tmp_path: Path) -> None:
+def test_files_named_by_a_configuration_file_count(work: Path, tmp_path: Path) -> None:
     config = work / "config.yaml"
     config.write_text(
         f"# ours\nchat-template: {work}/table.json\nlora-modules:\n  - sql={work}/adapter\nserved-model-name: adapter\n"
@@ -190,7 +190,7 @@ def test_an_installed_module_counts_by_its_own_file_and_the_engine_by_its_build(
     assert not counts(line, lambda: edit(site / "vllm" / "own.py"), tmp_path / "kept", **more)
 
 
-def test_what_is_on_the_python_path_counts_by_its_code(work: Path, tmp_path: Path) -> None:
+def test_modules_on_the_python_path_count_by_their_code(work: Path, tmp_path: Path) -> None:
     folder = modules(tmp_path / "lib")
     package = folder / "installed"
     for at in (folder / "namespace" / "deep", package, folder / "installed-1.dist-info", tmp_path / "site" / "beside"):
@@ -223,7 +223,7 @@ def test_what_is_on_the_python_path_counts_by_its_code(work: Path, tmp_path: Pat
         assert (read(value) != before) is seen, name
     before = read(value)
     edit(beside)
-    for name in ("__pycache__", "logs"):  # made by the engine itself
+    for name in ("__pycache__", "logs"):  # the engine makes it
         (folder / name).mkdir()
         (folder / name / "x.pyc").write_text("x")
     assert read(value) == before
@@ -255,7 +255,7 @@ def repository(cache: Path, name: str, **refs: str) -> Path:
     ],
     ids=str,
 )
-def test_a_name_on_a_hub_counts_at_its_revision(work: Path, tmp_path: Path, words: list[str], moves: str) -> None:
+def test_a_hub_repository_counts_at_its_revision(work: Path, tmp_path: Path, words: list[str], moves: str) -> None:
     cache = tmp_path / "hub"
     repo = repository(cache, "acme/tok", main="aaaa", dev="bbbb")
     (repo / "snapshots" / "cccc").mkdir()
@@ -266,7 +266,7 @@ def test_a_name_on_a_hub_counts_at_its_revision(work: Path, tmp_path: Path, word
     assert counts(line, lambda: (repo / "refs" / moves).write_text("cccc"), tmp_path / "kept", **more)
 
 
-def test_code_that_a_trusted_model_takes_from_elsewhere_counts(work: Path, tmp_path: Path) -> None:
+def test_a_trusted_models_code_from_other_repositories_counts(work: Path, tmp_path: Path) -> None:
     cache = tmp_path / "hub"
     repo = repository(cache, "acme/code", main="aaaa", v2="bbbb")
     (work / "adapter" / "config.json").write_text(json.dumps({"auto_map": {"AutoModel": "acme/code--modeling.Model"}}))
@@ -285,7 +285,7 @@ def test_code_that_a_trusted_model_takes_from_elsewhere_counts(work: Path, tmp_p
     assert code("--trust_remote_code", "--code-revision", "v2") == pinned
 
 
-def test_where_models_of_a_hub_lie(tmp_path: Path) -> None:
+def test_hub_cache_folders_follow_the_environment(tmp_path: Path) -> None:
     home = str(tmp_path)
     assert hub.caches({"HF_HUB_CACHE": "/a", "HF_HOME": "/b"}) == [Path("/a")]
     assert hub.caches({"HF_HOME": "/b", "TRANSFORMERS_CACHE": "/t"}, "/d") == [Path("/d"), Path("/b/hub"), Path("/t")]
@@ -306,7 +306,7 @@ def test_where_models_of_a_hub_lie(tmp_path: Path) -> None:
         assert hub.folder(name, revision, [tmp_path]) is None
 
 
-def test_the_last_word_on_an_option_counts_and_the_command_line_before_a_file(tmp_path: Path) -> None:
+def test_the_last_value_counts_and_the_command_line_precedes_a_file(tmp_path: Path) -> None:
     config = tmp_path / "c.yaml"
     config.write_text("tokenizer: x\nrevision: 'filed' # ours\n")
     assert option(["--revision", "a", "--revision=b"], "revision") == "b"
@@ -316,10 +316,10 @@ def test_the_last_word_on_an_option_counts_and_the_command_line_before_a_file(tm
     assert option(["--revision"], "revision") is None
 
 
-def test_a_large_file_is_read_once_for_as_long_as_it_does_not_change(work: Path, tmp_path: Path) -> None:
+def test_an_unchanged_large_file_is_read_once(work: Path, tmp_path: Path) -> None:
     file, kept = work / "adapter" / "adapter_model.safetensors", tmp_path / "state" / "kept"
     os.utime(file)
-    time.sleep(0.11)  # a file that has only just been written is read again
+    time.sleep(0.11)  # a file written just now is read again
     first = FileDigests(kept)
     digest = first.of_file(file)
     first.save()
@@ -336,7 +336,7 @@ def test_a_large_file_is_read_once_for_as_long_as_it_does_not_change(work: Path,
     unwritable.save()
 
 
-def test_strange_folders_are_digested_all_the_same(tmp_path: Path) -> None:
+def test_folders_with_special_files_are_digested(tmp_path: Path) -> None:
     folder = tmp_path / "f"
     folder.mkdir()
     (folder / "loop").symlink_to(folder)
@@ -352,7 +352,7 @@ def test_strange_folders_are_digested_all_the_same(tmp_path: Path) -> None:
     assert FileDigests().of_folder(folder) != digest
 
 
-def test_a_folder_of_too_many_files_is_said(
+def test_a_folder_with_too_many_files_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("checkpoint.compatibility.file_digests.FILES_LIMIT", 5)
@@ -367,5 +367,5 @@ def test_a_folder_of_too_many_files_is_said(
 @pytest.mark.parametrize(
     "value", ["x" * 5000, "a\0b", "~nobody-here/x", '{"a": ' * 2000, "[" * 5000, "/", ".", "", "-1", "é" * 3000]
 )
-def test_a_value_that_names_nothing_is_a_value(work: Path, value: str) -> None:
+def test_a_value_that_names_no_file_is_a_plain_value(work: Path, value: str) -> None:
     assert Inputs([]).value("--x", value) == value

@@ -1,4 +1,4 @@
-"""Command lines and environments that mean the same launch, or another one."""
+"""Command lines and environments that mean the same launch, and those that mean another."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LINE = ["--model", "/m", "--max-model-len", "4096", "--enforce-eager", "--lora-m
         ["--disable_uvicorn_access_log", *LINE, "--port=1"],
     ],
 )
-def test_one_launch_in_other_words(same: list[str]) -> None:
+def test_equivalent_command_lines_are_one_launch(same: list[str]) -> None:
     assert normalised_arguments("vllm", same) == normalised_arguments("vllm", LINE)
 
 
@@ -55,11 +55,11 @@ def test_one_launch_in_other_words(same: list[str]) -> None:
         ["--model", "/n", "--max-model-len", "4096", "--enforce-eager", "--lora-modules", "a=1", "b=2"],
     ],
 )
-def test_another_launch(other: list[str]) -> None:
+def test_different_options_are_another_launch(other: list[str]) -> None:
     assert normalised_arguments("vllm", other) != normalised_arguments("vllm", LINE)
 
 
-def test_what_follows_an_irrelevant_switch_is_kept() -> None:
+def test_words_after_an_irrelevant_switch_are_kept() -> None:
     assert normalised_arguments("vllm", ["--disable-uvicorn-access-log", "/m"]) == {"": (("/m",),)}
     assert normalised_arguments("sglang", ["--show-time-cost", "--tp", "2", "--log-level", "error"]) == {
         "--tp": (("2",),)
@@ -74,18 +74,18 @@ def test_words_after_two_dashes_are_positional() -> None:
     assert normalised_arguments("vllm", ["--a", "--", "--port", "1"]) == {"": (("--port", "1"),), "--a": ((),)}
 
 
-def test_a_flag_without_its_value_at_the_end_is_no_crash() -> None:
+def test_a_final_flag_without_its_value_is_accepted() -> None:
     assert normalised_arguments("vllm", ["--port"]) == {}
 
 
-def test_the_model_counts_by_its_digest_where_it_has_a_name_to_be_served_under() -> None:
+def test_a_model_with_a_served_name_counts_by_digest_only() -> None:
     named = ["--served-model-name", "chat"]
     here = normalised_arguments("vllm", ["--model", "/models/one", *named], ["/models/one"])
     there = normalised_arguments("vllm", ["--model", "/srv/m", "--served_model_name=chat"], ["/srv/m"])
     assert here == there == {"--model": (("{model}",),), "--served-model-name": (("chat",),)}
 
 
-def test_without_one_its_path_is_the_name_that_clients_ask_for() -> None:
+def test_without_a_served_name_the_models_path_counts() -> None:
     assert normalised_arguments("vllm", ["--model", "/srv/m"], ["/srv/m"]) == {"--model": (("/srv/m",),)}
 
 
@@ -104,7 +104,7 @@ def test_a_value_too_long_for_a_path_is_a_value() -> None:
     assert normalised_arguments("vllm", ["--speculative-config", value]) == {"--speculative-config": ((value,),)}
 
 
-def test_an_unknown_engine_loses_only_what_the_proxy_takes() -> None:
+def test_of_an_unknown_engine_only_the_proxys_options_are_removed() -> None:
     assert normalised_arguments("other", ["--port", "1", "--log-level", "x"]) == {"--log-level": (("x",),)}
 
 
@@ -126,7 +126,7 @@ def test_the_order_of_flags_does_not_matter(line: list[tuple[str, list[str]]], r
 
 
 @pytest.mark.parametrize("engine", IRRELEVANT_ARGUMENTS)
-def test_every_irrelevant_argument_is_taken_out_wherever_it_stands(engine: str) -> None:
+def test_irrelevant_arguments_are_removed_at_any_position(engine: str) -> None:
     base = ["--alpha", "1", "--beta"]
     for name, takes in IRRELEVANT_ARGUMENTS[engine].items():
         extra = [f"--{name}", *["value"] * takes]
@@ -148,7 +148,7 @@ def test_every_irrelevant_argument_is_taken_out_wherever_it_stands(engine: str) 
         ("PEM", "-----BEGIN RSA PRIVATE KEY-----\nMII"),
     ],
 )
-def test_secrets_are_known_by_name_or_by_form(name: str, value: str) -> None:
+def test_secrets_are_recognised_by_name_or_form(name: str, value: str) -> None:
     assert looks_secret(name, value)
 
 
@@ -166,7 +166,7 @@ def test_secrets_are_known_by_name_or_by_form(name: str, value: str) -> None:
         ("--seed", "1"),
     ],
 )
-def test_what_is_no_secret(name: str, value: str) -> None:
+def test_plain_values_are_no_secrets(name: str, value: str) -> None:
     assert not looks_secret(name, value)
 
 

@@ -1,4 +1,4 @@
-"""The page map against a dictionary of single pages."""
+"""Compares the page map with a dictionary of single pages."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ spans = st.tuples(st.integers(0, ADDRESSES), st.integers(1, 16)).map(lambda at: 
 
 @st.composite
 def runs(draw: st.DrawFn) -> list[tuple[int, int, int]]:
-    """Disjoint ascending runs, some of them adjacent, with offsets of their own."""
+    """Return disjoint ascending runs, some of them adjacent, with offsets."""
     found, at, offset = [], 0, draw(st.integers(0, 100)) * PAGE
     for gap, length in draw(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 12)), max_size=8)):
         at += gap * PAGE
@@ -29,7 +29,7 @@ def runs(draw: st.DrawFn) -> list[tuple[int, int, int]]:
 
 
 class Reference:
-    """One entry a page."""
+    """One entry per page."""
 
     def __init__(self, runs_: list[tuple[int, int, int]]) -> None:
         self.pages = {a: o + a - s for s, e, o in runs_ for a in range(s, e, PAGE)}
@@ -60,7 +60,9 @@ steps = st.lists(
 
 
 @given(runs(), steps)
-def test_against_single_pages(start: list[tuple[int, int, int]], operations: list[tuple[object, ...]]) -> None:
+def test_the_page_map_equals_a_model_of_single_pages(
+    start: list[tuple[int, int, int]], operations: list[tuple[object, ...]]
+) -> None:
     page_map, reference = PendingPages(start), Reference(start)
     before_fork: list[tuple[PendingPages, dict[int, int]]] = []
     for operation in operations:
@@ -89,7 +91,7 @@ def test_against_single_pages(start: list[tuple[int, int, int]], operations: lis
 
 
 @given(runs(), spans)
-def test_looking_up(start: list[tuple[int, int, int]], span: tuple[int, int]) -> None:
+def test_pages_are_found_by_address(start: list[tuple[int, int, int]], span: tuple[int, int]) -> None:
     page_map, reference = PendingPages(start), Reference(start)
     low, high = span
     found = {a: o + a - s for s, e, o in page_map.within(low, high) for a in range(s, e, PAGE)}

@@ -1,4 +1,4 @@
-"""What the real driver's answers mean, without a GPU: the answers are those that an H200 gave (driver 580.159)."""
+"""Interpretation of the real driver's answers without a GPU; an H200 gave these answers (driver 580.159)."""
 
 import mmap
 import os
@@ -22,7 +22,7 @@ SUCCESS, NO_CONTEXT, OPERATING_SYSTEM = (
 
 
 def driver(answer):
-    """The driver, with `answer` for the state of every process."""
+    """Return the driver, with `answer` as the state of every process."""
     made = object.__new__(RealDriver)
     made._cuda = types.SimpleNamespace(
         CUresult=types.SimpleNamespace(CUDA_SUCCESS=SUCCESS), cuCheckpointProcessGetState=lambda pid: answer
@@ -30,13 +30,13 @@ def driver(answer):
     return made
 
 
-def test_a_state_a_process_without_a_context_and_one_that_is_gone():
+def test_states_of_running_contextless_and_ended_processes():
     assert driver((SUCCESS, 1)).state(os.getpid()) is State.LOCKED
     assert driver((NO_CONTEXT, None)).state(os.getpid()) is None
     assert driver((OPERATING_SYSTEM, None)).state(GONE) is None
 
 
-def test_a_process_with_cuda_of_which_the_driver_cannot_say_is_an_error(tmp_path):
+def test_an_unknown_state_of_a_cuda_process_is_an_error(tmp_path):
     library = tmp_path / "libcuda.so.580.159.04"
     library.write_bytes(bytes(mmap.PAGESIZE))
     with (

@@ -1,4 +1,4 @@
-"""What a snapshot's bytes are, on images written here field by field."""
+"""Classification of a snapshot's bytes, on images written field by field."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def snapshot(tmp_path: Path) -> Path:
             vma(0x22000, 3, ANON_PRIVATE),
             vma(0x7FFF_0000_0000, 1, ANON_PRIVATE),
         ],
-        # The second run goes over the border between the file's mapping and the anonymous one.
+        # The second run crosses the boundary between the file's mapping and the anonymous one.
         [(0x10000, [A, ZERO, B]), (0x21000, [C, A, ZERO]), (0x7FFF_0000_0000, [D])],
     )
     process(
@@ -53,7 +53,7 @@ def shares(share: contents.Share) -> tuple[int, int, int]:
     return share.bytes // PAGE, share.zero // PAGE, share.duplicate // PAGE
 
 
-def test_by_process_and_kind(snapshot: Path) -> None:
+def test_bytes_are_counted_by_process_and_kind(snapshot: Path) -> None:
     found = inspect(snapshot)
     server, worker = found.processes
     assert (server.pid, server.parent, server.name, server.threads) == (10, 0, "server", 2)
@@ -75,7 +75,7 @@ def test_large_areas_are_named(snapshot: Path, monkeypatch: pytest.MonkeyPatch) 
     assert list(inspect(snapshot).processes[1].kinds) == ["large"]
 
 
-def test_anonymous_shared_memory_and_files_beside(snapshot: Path) -> None:
+def test_anonymous_shared_memory_and_other_files_are_counted(snapshot: Path) -> None:
     image(snapshot / "images/pagemap-shmem-99.img", [message((1, 5)), message((1, 0), (2, 0), (4, 4), (5, 2))])
     (snapshot / "images/pages-5.img").write_bytes(A + ZERO)
     (snapshot / "shm").mkdir()
@@ -96,10 +96,10 @@ def test_pages_of_a_parent_snapshot_are_not_counted(snapshot: Path) -> None:
     assert shares(inspect(snapshot).processes[1].total) == (4, 1, 2)
 
 
-def test_weights_are_told_apart_wherever_the_allocator_put_them(snapshot: Path) -> None:
+def test_weights_are_recognised_in_any_mapping(snapshot: Path) -> None:
     server = inspect(snapshot).processes[0]
     heap = next(area for area in server.largest if area.kind == "heap")
-    # From the middle of the first page on: only what is wholly weights counts as such.
+    # It starts in the middle of the first page; only whole pages of weights count.
     found = inspect(snapshot, weights={"10": [(heap.start + PAGE // 2, 2 * PAGE)]}).processes[0]
     assert found.kinds["weights"].bytes == PAGE
     assert found.kinds["weights"].bytes + found.kinds["heap"].bytes == server.kinds["heap"].bytes
@@ -150,7 +150,7 @@ def test_messages_are_decoded_as_written(fields: list[tuple[int, int | bytes]]) 
 
 @settings(deadline=None)
 @given(st.binary(max_size=200))
-def test_garbage_is_refused_not_believed_nor_crashed_on(data: bytes) -> None:
+def test_garbage_images_are_refused(data: bytes) -> None:
     try:
         decode(data)
     except (ValueError, IndexError):
@@ -159,7 +159,7 @@ def test_garbage_is_refused_not_believed_nor_crashed_on(data: bytes) -> None:
 
 @settings(deadline=None)
 @given(cut=st.integers(9, 40))
-def test_an_image_that_ends_early(tmp_path_factory: pytest.TempPathFactory, cut: int) -> None:
+def test_a_truncated_image_is_refused(tmp_path_factory: pytest.TempPathFactory, cut: int) -> None:
     path = tmp_path_factory.mktemp("i") / "x.img"
     image(path, [message((1, b"0123456789" * 4))])
     path.write_bytes(path.read_bytes()[:cut])
@@ -167,7 +167,7 @@ def test_an_image_that_ends_early(tmp_path_factory: pytest.TempPathFactory, cut:
         list(messages(path))
 
 
-def test_fields_by_kind() -> None:
+def test_fields_are_decoded_by_kind() -> None:
     found = decode(message((1, 5), (1, 6), (2, "name\0"), (3, message((1, 9)))))
     assert number(found, 1) == 6
     assert number(found, 9, 4) == 4

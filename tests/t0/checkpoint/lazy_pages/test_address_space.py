@@ -1,4 +1,4 @@
-"""Cached plans equal the plans that were made, for the same files and working set only; `place_many` places what single calls would."""
+"""Cached plans equal the original plans, for the same files and working set only; `place_many` places the same as single calls."""
 
 import random
 
@@ -78,7 +78,7 @@ def test_a_cached_plan_is_ignored_for_other_files_and_when_damaged(folder):
     assert cache.fingerprints(str(folder))
 
 
-def test_cutting_many_spans_at_once_equals_cutting_them_one_by_one():
+def test_removing_many_spans_equals_removing_them_singly():
     draw = random.Random(5)
     for _ in range(300):
         runs, at = [], 0
@@ -99,7 +99,7 @@ def test_cutting_many_spans_at_once_equals_cutting_them_one_by_one():
 
 
 @pytest.mark.parametrize("refused_at", [0, 3, 1000])
-def test_a_burst_stops_before_a_refused_extent_and_the_rest_stays_pending(monkeypatch, refused_at):
+def test_place_many_stops_before_a_refused_extent(monkeypatch, refused_at):
     plan = made()
     plan.batches = []
     runs = sorted(
@@ -120,11 +120,11 @@ def test_a_burst_stops_before_a_refused_extent_and_the_rest_stays_pending(monkey
     sizes = [end - start for start, end in zip(plan.starts, plan.ends, strict=True)]
     assert zeros == sum(size for size, zero in zip(sizes[:placed], plan.zero, strict=False) if zero)
     assert copied == sum(sizes[:placed]) - zeros
-    assert space.rough_pending.size == sum(end - start for start, end, _ in runs)  # not cut yet
+    assert space.rough_pending.size == sum(end - start for start, end, _ in runs)  # not removed yet
     assert space.pending.size == sum(end - start for start, end, _ in runs) - copied
 
 
-def test_a_burst_ends_after_its_limit_of_extents_or_bytes(monkeypatch):
+def test_place_many_ends_at_its_limit_of_extents_or_bytes(monkeypatch):
     monkeypatch.setattr(uffd, "request", lambda fd, address: 0)
     plan = made()
     space = Space(1, 7, -1, PendingPages(), ProcessImage(7, "pages-1.img"), Source())

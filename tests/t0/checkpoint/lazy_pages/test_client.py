@@ -1,4 +1,4 @@
-"""The owner's side of a page server: it detects one that does not answer."""
+"""The owner's side of a page server detects a server that does not answer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LIMIT_S = 10.0
 
 
 class Process:
-    """A stand-in for a prestarted process, which lives until it is killed."""
+    """In place of a prestarted process; runs until it is killed."""
 
     pid = 999_999_999
 
@@ -85,7 +85,7 @@ def test_a_server_that_does_not_read_is_killed_and_reported(served: Served) -> N
 
 
 @pytest.mark.slow
-def test_a_slow_server_lives_and_its_counts_are_known(served: Served, monkeypatch) -> None:
+def test_a_slow_server_is_kept_and_its_counts_are_known(served: Served, monkeypatch) -> None:
     monkeypatch.setattr(pages, "_UNANSWERED", 40)  # 0.8 s: a busy machine may be late with an answer
     until = time.monotonic() + 1.5
     answers = 0

@@ -1,4 +1,4 @@
-"""Plans made of a working set and the images: what they copy from where, and what the caches keep of them."""
+"""Plans made from a working set and images: their sources, and what the caches store of them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def images(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_plan_copies_image_data_and_zeros_in_the_order_of_need(images: Path) -> None:
+def test_a_plan_follows_the_order_of_the_working_set(images: Path) -> None:
     plans, jobs = Planner(str(images), None).plans(RANGES, 0, 1)
     assert [(offset, length) for _, offset, length in jobs[0]] == [(0, 3 * PAGE)]
     plan = plans[7]

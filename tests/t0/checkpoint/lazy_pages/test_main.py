@@ -28,7 +28,7 @@ class Owner:
         self.control, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.control.settimeout(LIMIT_S)
         self.listener = socket.socket(socket.AF_UNIX)
-        self.listener.bind("")  # a name that the kernel chooses
+        self.listener.bind("")  # the kernel chooses the name
         self.listener.listen(1)
 
 

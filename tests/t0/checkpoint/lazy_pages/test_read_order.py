@@ -30,7 +30,7 @@ def folder(tmp_path):
 
 
 def image():
-    """40 lazy pages, 20 mapped, 4 eager; the file in that order."""
+    """Return 40 lazy pages, 20 mapped and 4 eager ones; the file has this order."""
     found = ProcessImage(7, "pages-1.img")
     found.runs = [(START, START + 40 * PAGE, 0)]
     found.mapped = [(START + 40 * PAGE, START + 60 * PAGE, 40 * PAGE)]
@@ -130,7 +130,7 @@ def test_without_a_pack_the_working_set_is_listed(folder):
 
 
 @pytest.mark.parametrize("kernel_knows", [True, False])
-def test_mostly_used_blocks_are_read_whole_and_others_in_part(folder, monkeypatch, kernel_knows):
+def test_mostly_used_blocks_are_read_completely_and_others_in_part(folder, monkeypatch, kernel_knows):
     if not kernel_knows:  # before 6.13
 
         def unknown(*_):

@@ -1,4 +1,4 @@
-"""Reading ahead of the copier: following jobs are requested from the disk while the first is waited for, within a window."""
+"""Readahead of the copier: within a window, following jobs are requested from the disk while the first one is awaited."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.t0
 
 
 class Disk:
-    """A source without cached pages; `populate` waits for `go_on`."""
+    """A source without cached pages; `populate` blocks until `go_on` is set."""
 
     def __init__(self) -> None:
         self.requested: list[int] = []
@@ -42,7 +42,7 @@ def until(disk: Disk, asked: list[int]) -> None:
     limit = time.monotonic() + 10.0
     while disk.requested != asked and time.monotonic() < limit:
         time.sleep(0.001)
-    time.sleep(0.02)  # and no further
+    time.sleep(0.02)  # and not more
     assert disk.requested == asked
 
 
@@ -62,7 +62,7 @@ def test_jobs_are_requested_within_the_window_and_finish_in_order(disk: Disk) ->
     assert list(fetcher._done) == [(0, 0, 100), (1, 0, 100), (2, 5, 100), (3, 0, 100)]
 
 
-def test_a_job_larger_than_the_window_is_requested_as_a_whole(disk: Disk) -> None:
+def test_a_job_larger_than_the_window_is_requested_at_once(disk: Disk) -> None:
     told = threading.Semaphore(0)
     fetcher = Fetcher("test", told.release)
     fetcher.start()

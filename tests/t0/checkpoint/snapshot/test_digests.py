@@ -1,4 +1,4 @@
-"""One flipped byte, a truncated, missing, additional or exchanged file: refused by name. What was verified here is not read again."""
+"""A flipped byte, or a truncated, missing, additional or exchanged file, is refused by name. Verified files are not read again."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.t0
 
 @pytest.fixture
 def snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    # Still longer than a tick of any Linux file system's clock, and it is waited for in every test.
+    # Longer than a tick of any Linux file system's clock; short, because every test waits for it.
     monkeypatch.setattr(digests, "RACY_NS", 20_000_000)
     folder = tmp_path / "s"
     (folder / "images").mkdir(parents=True)
@@ -44,7 +44,7 @@ def snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_everything_below_the_subfolders_is_sealed_and_verifies(snapshot: Path) -> None:
+def test_all_files_below_the_subfolders_are_digested_and_verified(snapshot: Path) -> None:
     files = digest_folder(snapshot)
     assert list(files) == ["images/core-1.img", "images/empty.img", "images/pages-1.img", "shm/deep/sem", "shm/link"]
     assert files["images/pages-1.img"].size == 300_000
@@ -106,7 +106,7 @@ def test_damage_is_refused_by_name(snapshot: Path, what: str, always: bool) -> N
     assert "\n" not in str(caught.value)
 
 
-def test_every_single_bit_counts(snapshot: Path) -> None:
+def test_every_flipped_bit_is_detected(snapshot: Path) -> None:
     files = digest_folder(snapshot)
     file = snapshot / "images/pages-1.img"
     before = file.read_bytes()
@@ -123,7 +123,7 @@ def test_every_single_bit_counts(snapshot: Path) -> None:
     flipped()
 
 
-def test_what_was_hashed_here_is_not_read_again(snapshot: Path) -> None:
+def test_files_verified_here_are_not_read_again(snapshot: Path) -> None:
     files = digest_folder(snapshot)
     total = sum(f.size for f in files.values())
     first = verify(snapshot, files)
@@ -133,7 +133,7 @@ def test_what_was_hashed_here_is_not_read_again(snapshot: Path) -> None:
     assert (again.hashed, again.trusted) == (300_000, total - 300_000)
 
 
-def test_a_copy_is_hashed_in_full(snapshot: Path) -> None:
+def test_a_copy_is_hashed_completely(snapshot: Path) -> None:
     files = digest_folder(snapshot)
     copy = snapshot.with_name("copy")
     shutil.copytree(snapshot, copy, symlinks=True, ignore=shutil.ignore_patterns("sock"))
@@ -149,7 +149,7 @@ def test_a_file_changed_just_now_is_not_trusted_next_time(snapshot: Path, monkey
     assert verify(snapshot, files).trusted == 0
 
 
-def test_a_ledger_of_another_manifest_is_not_believed(snapshot: Path) -> None:
+def test_a_ledger_of_another_manifest_is_ignored(snapshot: Path) -> None:
     files = digest_folder(snapshot)
     other = {**files, "images/core-1.img": SnapshotFile(4, "0" * 64)}
     with pytest.raises(Integrity, match=r"file-digest-differs.*core-1"):
@@ -179,7 +179,7 @@ def test_the_ledger_is_private_and_leaves_no_temporary_file(snapshot: Path) -> N
     assert sorted(p.name for p in snapshot.iterdir()) == [LEDGER, "images", "manifest.json", "shm"]
 
 
-def test_a_file_that_goes_away_while_it_is_sealed_is_said(snapshot: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_disappears_while_digesting_is_an_error(snapshot: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def vanish(path: Path, size: int) -> str:
         if path.name == "core-1.img":
             path.unlink()
@@ -204,7 +204,7 @@ def test_a_large_file_hashed_by_several_threads_has_the_same_digest(
 
 
 @pytest.mark.parametrize("size", [1, 4096, 3 << 20, 20 << 20])
-def test_holes_count_as_the_zeros_they_stand_for(tmp_path: Path, size: int) -> None:
+def test_holes_count_as_zeros(tmp_path: Path, size: int) -> None:
     file = tmp_path / "sparse"
     with file.open("wb") as data:
         data.truncate(size)

@@ -1,4 +1,4 @@
-"""The library under a race: a name always stands for a whole snapshot, and nothing that somebody holds is removed or replaced."""
+"""The library under races: a name always refers to a complete snapshot, and no locked snapshot is removed or replaced."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def hidden(library: Library) -> list[str]:
     return [path.name for path in library.folder.iterdir() if path.name.startswith((".partial", ".removed", ".pull"))]
 
 
-def once_before(module: Any, name: str, monkeypatch: pytest.MonkeyPatch, act: Callable[..., object]) -> None:
-    """Let somebody else act just before this process calls a function for the first time."""
+def call_before(module: Any, name: str, monkeypatch: pytest.MonkeyPatch, act: Callable[..., object]) -> None:
+    """Call `other` once, just before this process calls a function for the first time."""
     real = getattr(module, name)
 
     def called(*arguments: Any, **options: Any) -> Any:
@@ -57,7 +57,7 @@ def once_before(module: Any, name: str, monkeypatch: pytest.MonkeyPatch, act: Ca
     monkeypatch.setattr(module, name, called)
 
 
-def test_a_sweep_beside_a_writer_loses_neither_snapshot(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sweep_during_a_write_loses_no_snapshot(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
     write(library, "old")
     real = shutil.rmtree
 
@@ -73,7 +73,7 @@ def test_a_sweep_beside_a_writer_loses_neither_snapshot(library: Library, monkey
     assert content(library) == "new" and hidden(library) == []
 
 
-def test_a_name_is_never_without_a_snapshot_while_one_replaces_another(library: Library) -> None:
+def test_a_name_always_has_a_snapshot_during_a_replacement(library: Library) -> None:
     write(library, "x", files=50)
     over = threading.Event()
     missing = []
@@ -94,7 +94,7 @@ def test_a_name_is_never_without_a_snapshot_while_one_replaces_another(library: 
     assert missing == [] and hidden(library) == []
 
 
-def test_one_that_is_being_restored_is_not_replaced_and_stays_as_it_was(library: Library) -> None:
+def test_a_snapshot_being_restored_is_not_replaced(library: Library) -> None:
     write(library, "old")
     library.record_failure("snap", "criu-restore-failed")
     with library.in_use("snap"):
@@ -107,7 +107,7 @@ def test_one_that_is_being_restored_is_not_replaced_and_stays_as_it_was(library:
     assert content(library) == "new" and library.health("snap").failures == 0
 
 
-def test_a_file_system_that_cannot_exchange_gets_one_after_the_other(
+def test_without_rename_exchange_a_snapshot_is_still_replaced(
     library: Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(library, "old")
@@ -118,12 +118,12 @@ def test_a_file_system_that_cannot_exchange_gets_one_after_the_other(
 
 
 @pytest.mark.parametrize("again", ["replaced", "removed"])
-def test_whoever_locks_a_snapshot_has_the_one_of_that_name(
+def test_a_locked_snapshot_is_the_one_of_that_name(
     library: Library, monkeypatch: pytest.MonkeyPatch, again: str
 ) -> None:
     write(library, "old")
     act = (lambda *_: write(library, "new")) if again == "replaced" else (lambda *_: library.remove("snap"))
-    once_before(fcntl, "flock", monkeypatch, act)
+    call_before(fcntl, "flock", monkeypatch, act)
     if again == "removed":
         with pytest.raises(NotFound), library.in_use("snap"):
             pass
@@ -134,10 +134,8 @@ def test_whoever_locks_a_snapshot_has_the_one_of_that_name(
             library.remove("snap")
 
 
-def test_a_remover_does_not_take_a_snapshot_that_has_come_meanwhile(
-    library: Library, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It locked the old one: the new one may be in use."""
+def test_remove_keeps_a_snapshot_published_meanwhile(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It locked the old one; the new one may be in use."""
     write(library, "old")
     held = []
 
@@ -146,26 +144,24 @@ def test_a_remover_does_not_take_a_snapshot_that_has_come_meanwhile(
         held.append(library.in_use("snap"))
         held[0].__enter__()
 
-    once_before(fcntl, "flock", monkeypatch, replace)
+    call_before(fcntl, "flock", monkeypatch, replace)
     with pytest.raises(Busy):
         library.remove("snap")
     held[0].__exit__(None, None, None)
     assert content(library) == "new"
 
 
-def test_a_work_folder_that_was_swept_before_it_was_locked_is_made_again(
-    library: Library, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_work_folder_swept_before_its_lock_is_made_again(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
     run = library.home / "run"
     run.mkdir()
-    once_before(fcntl, "flock", monkeypatch, lambda *_: library.sweep())
+    call_before(fcntl, "flock", monkeypatch, lambda *_: library.sweep())
     work, held = speculative._work_folder(run)
     assert work.is_dir() and list(run.iterdir()) == [work]
     assert library.sweep() == 0 and work.is_dir()
     os.close(held)
 
 
-def test_what_somebody_is_removing_is_left_to_him(library: Library) -> None:
+def test_a_sweep_skips_folders_being_removed(library: Library) -> None:
     doomed = library.folder / ".removed-snap-1"
     doomed.mkdir(parents=True)
     with library._exclusive_lock(str(doomed)):
@@ -173,8 +169,8 @@ def test_what_somebody_is_removing_is_left_to_him(library: Library) -> None:
     assert library.sweep() == 1 and not doomed.exists()
 
 
-def test_the_manifest_and_the_images_of_a_restore_are_of_one_snapshot(library: Library) -> None:
-    """From the reading of the manifest on, nobody replaces the images."""
+def test_a_restores_manifest_and_images_are_of_one_snapshot(library: Library) -> None:
+    """No writer can replace the images once the manifest is read."""
     write(library, "old")
     fetching = Fetching(SimpleNamespace())  # type: ignore[arg-type]
     with fetching.held(library, "snap"):
@@ -186,7 +182,7 @@ def test_the_manifest_and_the_images_of_a_restore_are_of_one_snapshot(library: L
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_one_that_was_fetched_and_replaced_since_is_not_restored_by_the_manifest_that_was_fetched(
+def test_a_replaced_download_is_not_restored_with_the_old_manifest(
     library: Library,
 ) -> None:
     write(library, "fetched")

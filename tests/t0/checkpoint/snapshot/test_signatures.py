@@ -1,4 +1,4 @@
-"""Only what a trusted key has signed passes, byte for byte."""
+"""Only manifests that a trusted key has signed are accepted, byte for byte."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_trusted_signature_passes_and_says_whose_it_is(keys: Path, tmp_path: Path) -> None:
+def test_a_trusted_signature_passes_and_names_its_key(keys: Path, tmp_path: Path) -> None:
     name = keygen(tmp_path / "k", tmp_path / "public.pem")
     signature = signer(tmp_path / "k")(MANIFEST)
     assert check(MANIFEST, signature, [keys / "a.pub", tmp_path / "public.pem"]) == name
@@ -41,19 +41,19 @@ def test_any_of_several_signatures_and_keys_is_enough(keys: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("signature", [None, b"", b" \n"])
-def test_no_signature(keys: Path, signature: bytes | None) -> None:
+def test_a_missing_signature_is_refused(keys: Path, signature: bytes | None) -> None:
     with pytest.raises(Integrity) as caught:
         check(MANIFEST, signature, [keys / "a.pub"])
     assert caught.value.code == "signature-missing"
 
 
-def test_by_another_key(keys: Path) -> None:
+def test_a_signature_by_another_key_is_refused(keys: Path) -> None:
     with pytest.raises(Integrity, match="is signed by") as caught:
         check(MANIFEST, signer(keys / "b")(MANIFEST), [keys / "a.pub"])
     assert caught.value.code == "signature-wrong"
 
 
-def test_another_key_that_calls_itself_by_the_trusted_ones_name(keys: Path) -> None:
+def test_another_key_with_the_trusted_keys_id_is_refused(keys: Path) -> None:
     forged = signer(keys / "b")(MANIFEST).split()
     forged[1] = signer(keys / "a")(MANIFEST).split()[1]
     with pytest.raises(Integrity) as caught:
@@ -63,7 +63,7 @@ def test_another_key_that_calls_itself_by_the_trusted_ones_name(keys: Path) -> N
 
 @settings(deadline=None)
 @given(place=st.integers(0, len(MANIFEST) * 8 - 1))
-def test_one_changed_bit_of_the_manifest(keys: Path, place: int) -> None:
+def test_a_flipped_bit_of_the_manifest_is_refused(keys: Path, place: int) -> None:
     changed = bytearray(MANIFEST)
     changed[place // 8] ^= 1 << place % 8
     with pytest.raises(Integrity, match="signature-wrong"):
@@ -72,9 +72,9 @@ def test_one_changed_bit_of_the_manifest(keys: Path, place: int) -> None:
 
 @settings(deadline=None)
 @given(st.data())
-def test_one_changed_character_of_the_signature(keys: Path, data: st.DataObject) -> None:
+def test_a_changed_character_of_the_signature_is_refused(keys: Path, data: st.DataObject) -> None:
     signature = bytearray(signer(keys / "a")(MANIFEST).rstrip())
-    # The last character before the padding carries two bits that no decoder looks at.
+    # Decoders ignore two bits of the last character before the padding.
     place = data.draw(st.integers(0, len(signature) - 4))
     new = data.draw(st.integers(33, 126).filter(lambda c: c != signature[place]))
     signature[place] = new
@@ -84,12 +84,12 @@ def test_one_changed_character_of_the_signature(keys: Path, data: st.DataObject)
 
 @settings(deadline=None)
 @given(st.binary(max_size=300))
-def test_garbage_is_no_signature(keys: Path, garbage: bytes) -> None:
+def test_a_garbage_signature_is_refused(keys: Path, garbage: bytes) -> None:
     with pytest.raises(Integrity, match="signature-"):
         check(MANIFEST, garbage, [keys / "a.pub"])
 
 
-def test_a_plain_signature_over_the_same_bytes_is_none(keys: Path) -> None:
+def test_a_plain_signature_without_the_prefix_is_refused(keys: Path) -> None:
     key = serialization.load_pem_private_key((keys / "a").read_bytes(), None)
     assert isinstance(key, ed25519.Ed25519PrivateKey)
     words = signer(keys / "a")(MANIFEST).split()
@@ -100,7 +100,7 @@ def test_a_plain_signature_over_the_same_bytes_is_none(keys: Path) -> None:
         check(MANIFEST, b" ".join(words), [keys / "a.pub"])
 
 
-def test_a_folder(keys: Path, tmp_path: Path) -> None:
+def test_a_folders_signature_is_checked(keys: Path, tmp_path: Path) -> None:
     with pytest.raises(Integrity, match="manifest-unreadable"):
         check_folder(tmp_path, [keys / "a.pub"])
     (tmp_path / "manifest.json").write_bytes(MANIFEST)

@@ -1,4 +1,4 @@
-"""Limits for hangs grow with the work; a kernel with other pages is refused by name."""
+"""Hang limits grow with the amount of work; a kernel with another page size is refused by name."""
 
 import msgspec
 import pytest
@@ -11,7 +11,7 @@ from tests.kits.checkpoint_kit import draft
 pytestmark = pytest.mark.t0
 
 
-def test_limits_grow_with_what_is_unpacked_and_restored():
+def test_limits_grow_with_the_bytes_to_unpack_and_restore():
     small = draft("x", 1001)
     files = {"shm/weights": SnapshotFile(100 << 30, ""), "images/pages-1.img": SnapshotFile(1 << 40, "")}
     large = msgspec.structs.replace(small, files=files, image_bytes=1 << 40)
@@ -20,7 +20,7 @@ def test_limits_grow_with_what_is_unpacked_and_restored():
     assert 2000 < unpack_s < 3000 and restore_s > 20000
 
 
-def test_other_pages_than_images_count_in_are_refused():
+def test_another_page_size_is_refused():
     check_page_size()
     with pytest.raises(HostLacks, match="page-size.*65536 bytes"):
         check_page_size(65536)

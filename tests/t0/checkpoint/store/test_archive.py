@@ -1,4 +1,4 @@
-"""Archives: what is pushed comes back byte for byte, what is equal is stored once, and what is damaged is refused."""
+"""Archives: a pulled snapshot equals the pushed one byte for byte, equal content is stored once, damage is refused."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def chunk_files(chunks: ChunkStore) -> list[Path]:
     return [f for f in (root / "chunks").rglob("*") if f.is_file()]
 
 
-def test_a_snapshot_comes_back_byte_for_byte(snapshot: Path, chunks: ChunkStore, tmp_path: Path) -> None:
+def test_a_pulled_snapshot_is_equal_byte_for_byte(snapshot: Path, chunks: ChunkStore, tmp_path: Path) -> None:
     pushed = push(snapshot, chunks)
     pulled = pull("snap", chunks, tmp_path / "other/snap")
     copy = tmp_path / "other/snap"
@@ -110,7 +110,7 @@ def test_a_snapshot_comes_back_byte_for_byte(snapshot: Path, chunks: ChunkStore,
     assert [p.name for p in copy.parent.iterdir()] == ["snap"]
 
 
-def test_its_first_verification_need_not_hash_again(
+def test_a_pulled_snapshots_first_verification_hashes_nothing(
     snapshot: Path, chunks: ChunkStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(digests, "RACY_NS", 0)
@@ -120,7 +120,7 @@ def test_its_first_verification_need_not_hash_again(
     assert verify(tmp_path / "other/snap", files).hashed == 0
 
 
-def test_equal_pages_are_stored_and_fetched_once_and_zeros_not_at_all(
+def test_equal_pages_are_stored_and_fetched_once_and_zeros_never(
     snapshot: Path, chunks: ChunkStore, tmp_path: Path
 ) -> None:
     pushed = push(snapshot, chunks)
@@ -138,7 +138,7 @@ def test_a_second_push_stores_nothing(snapshot: Path, chunks: ChunkStore) -> Non
     assert again.shared > 0
 
 
-def test_snapshots_of_one_engine_share_what_is_equal(snapshot: Path, chunks: ChunkStore) -> None:
+def test_snapshots_of_one_engine_share_equal_content(snapshot: Path, chunks: ChunkStore) -> None:
     first = push(snapshot, chunks)
     (snapshot / "images/core-7.img").write_bytes(b"other")
     other = push(snapshot, chunks, "other")
@@ -166,7 +166,7 @@ def flip(path: Path) -> None:
     "damage",
     [flip, lambda p: os.truncate(p, p.stat().st_size // 2), lambda p: p.write_bytes(b""), lambda p: p.unlink()],
 )
-def test_a_damaged_store_is_refused_and_nothing_is_left(
+def test_a_pull_from_a_damaged_store_leaves_nothing(
     snapshot: Path, chunks: ChunkStore, tmp_path: Path, damage: Callable[[Path], object]
 ) -> None:
     push(snapshot, chunks)
@@ -178,15 +178,13 @@ def test_a_damaged_store_is_refused_and_nothing_is_left(
     assert list((tmp_path / "other").iterdir()) == []
 
 
-def test_a_damaged_store_is_healed_by_verifying_and_pushing_again(
-    snapshot: Path, chunks: ChunkStore, tmp_path: Path
-) -> None:
-    """The way out that the refusal names: a push does not read what is there, so what is wrong has to go first."""
+def test_verify_and_another_push_repair_a_damaged_store(snapshot: Path, chunks: ChunkStore, tmp_path: Path) -> None:
+    """The remedy that the refusal names: a push does not read stored chunks, so the damaged ones must be removed first."""
     push(snapshot, chunks)
     for path in chunk_files(chunks):
         flip(path)
     flip(next((chunks.store.root / "manifests").iterdir()))  # type: ignore[attr-defined]
-    push(snapshot, chunks)  # writes the manifest again, and nothing else
+    push(snapshot, chunks)  # writes only the manifest again
     with pytest.raises(Integrity, match="verify --repair"):
         pull("snap", chunks, tmp_path / "other/snap")
     assert not verify_store(chunks, repair=True).clean
@@ -196,7 +194,7 @@ def test_a_damaged_store_is_healed_by_verifying_and_pushing_again(
     assert tree(tmp_path / "other/snap") == tree(snapshot)
 
 
-def test_a_flip_on_the_way_is_asked_for_again(snapshot: Path, tmp_path: Path, chunks: ChunkStore) -> None:
+def test_a_chunk_damaged_in_transit_is_fetched_again(snapshot: Path, tmp_path: Path, chunks: ChunkStore) -> None:
     push(snapshot, chunks)
     attempts: list[str] = []
     real = chunks.store.get
@@ -214,7 +212,7 @@ def test_a_flip_on_the_way_is_asked_for_again(snapshot: Path, tmp_path: Path, ch
 
 
 def break_after(chunks: ChunkStore, reads: int) -> Callable[[], None]:
-    """Let the store fail as a lost connection does after some reads of chunks; returns what mends it."""
+    """Let the store fail like a lost connection after some chunk reads; return a function that repairs it."""
     from lazyfs.errors import Temporary
 
     real, seen = chunks.store.get, []
@@ -234,7 +232,7 @@ def break_after(chunks: ChunkStore, reads: int) -> Callable[[], None]:
     return mend
 
 
-def test_an_interrupted_pull_goes_on_where_it_stopped(snapshot: Path, chunks: ChunkStore, tmp_path: Path) -> None:
+def test_an_interrupted_pull_resumes(snapshot: Path, chunks: ChunkStore, tmp_path: Path) -> None:
     push(snapshot, chunks)
     mend = break_after(chunks, 6)
     with pytest.raises(Failed) as caught:
@@ -247,7 +245,7 @@ def test_an_interrupted_pull_goes_on_where_it_stopped(snapshot: Path, chunks: Ch
     assert tree(tmp_path / "other/snap") == tree(snapshot)
 
 
-def test_what_a_partial_folder_holds_is_not_believed(snapshot: Path, chunks: ChunkStore, tmp_path: Path) -> None:
+def test_a_partial_folders_content_is_verified(snapshot: Path, chunks: ChunkStore, tmp_path: Path) -> None:
     push(snapshot, chunks)
     mend = break_after(chunks, 5)
     with pytest.raises(Failed):
@@ -265,7 +263,7 @@ def test_what_a_partial_folder_holds_is_not_believed(snapshot: Path, chunks: Chu
     assert tree(tmp_path / "other/snap") == tree(snapshot)
 
 
-def test_what_is_left_of_a_pull_can_be_thrown_away(snapshot: Path, chunks: ChunkStore, tmp_path: Path) -> None:
+def test_a_partial_pull_can_be_discarded(snapshot: Path, chunks: ChunkStore, tmp_path: Path) -> None:
     push(snapshot, chunks)
     break_after(chunks, 6)
     with pytest.raises(Failed):
@@ -284,7 +282,7 @@ def test_no_descriptor_is_left_open(snapshot: Path, chunks: ChunkStore, tmp_path
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_the_manifest_is_seen_before_anything_else_is_fetched(
+def test_the_manifest_is_validated_before_anything_else_is_fetched(
     snapshot: Path, chunks: ChunkStore, tmp_path: Path
 ) -> None:
     (snapshot / "manifest.sig").write_bytes(b"signature")
@@ -319,7 +317,7 @@ def test_an_archive_that_does_not_match_its_own_manifest_is_refused(
         ("weights", "snap", NotFound, "not-a-snapshot"),
     ],
 )
-def test_wrong_names(
+def test_wrong_names_are_refused(
     snapshot: Path, chunks: ChunkStore, tmp_path: Path, name: str, target: str, kind: type[CheckpointError], code: str
 ) -> None:
     push(snapshot, chunks)
@@ -330,7 +328,7 @@ def test_wrong_names(
     assert list((tmp_path / "other").iterdir()) == []
 
 
-def test_a_snapshot_that_is_here_is_left_alone(snapshot: Path, chunks: ChunkStore) -> None:
+def test_an_existing_snapshot_is_not_overwritten(snapshot: Path, chunks: ChunkStore) -> None:
     push(snapshot, chunks)
     before = tree(snapshot)
     with pytest.raises(Failed, match="snapshot-exists"):
@@ -338,7 +336,7 @@ def test_a_snapshot_that_is_here_is_left_alone(snapshot: Path, chunks: ChunkStor
     assert tree(snapshot) == before
 
 
-def test_one_pull_at_a_time(snapshot: Path, chunks: ChunkStore, tmp_path: Path) -> None:
+def test_a_second_concurrent_pull_is_refused(snapshot: Path, chunks: ChunkStore, tmp_path: Path) -> None:
     push(snapshot, chunks)
     (tmp_path / "other/.pull-snap").mkdir(parents=True)
     fd = os.open(tmp_path / "other/.pull-snap", os.O_RDONLY)
@@ -351,7 +349,7 @@ def test_one_pull_at_a_time(snapshot: Path, chunks: ChunkStore, tmp_path: Path) 
     assert pull("snap", chunks, tmp_path / "other/snap").files == 9
 
 
-def test_a_full_disk_is_said_before_anything_is_fetched(
+def test_a_full_disk_is_reported_before_fetching(
     snapshot: Path, chunks: ChunkStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     push(snapshot, chunks)
@@ -363,7 +361,7 @@ def test_a_full_disk_is_said_before_anything_is_fetched(
     assert list((tmp_path / "other").iterdir()) == []
 
 
-def test_a_disk_that_fills_up_meanwhile_leaves_nothing(
+def test_a_disk_that_fills_up_during_a_pull_leaves_nothing(
     snapshot: Path, chunks: ChunkStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     push(snapshot, chunks)
@@ -378,7 +376,7 @@ def test_a_disk_that_fills_up_meanwhile_leaves_nothing(
     assert list((tmp_path / "other").iterdir()) == []
 
 
-def test_a_file_that_changes_under_a_push_makes_no_archive(
+def test_a_file_that_changes_during_a_push_fails_it(
     snapshot: Path, chunks: ChunkStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = upload._read_fully
@@ -395,7 +393,7 @@ def test_a_file_that_changes_under_a_push_makes_no_archive(
     assert list(chunks.refs("snapshots")) == []
 
 
-def test_a_store_that_cannot_be_written_makes_no_archive(snapshot: Path, chunks: ChunkStore) -> None:
+def test_a_push_to_a_read_only_store_fails(snapshot: Path, chunks: ChunkStore) -> None:
     from lazyfs.errors import Permanent
 
     def refuse(key: str, data: bytes) -> None:
@@ -407,7 +405,7 @@ def test_a_store_that_cannot_be_written_makes_no_archive(snapshot: Path, chunks:
     assert caught.value.code == "permission-denied"
 
 
-def test_compile_caches_fill_in_what_is_missing(chunks: ChunkStore, tmp_path: Path) -> None:
+def test_pulled_compile_caches_add_missing_files(chunks: ChunkStore, tmp_path: Path) -> None:
     source, target = tmp_path / "a", tmp_path / "b"
     (source / "inductor/x").mkdir(parents=True)
     (source / "inductor/x/k.py").write_text("kernel")
@@ -424,7 +422,7 @@ def test_compile_caches_fill_in_what_is_missing(chunks: ChunkStore, tmp_path: Pa
         pull_cache("nothing", chunks, target)
 
 
-def test_the_level_of_compression_is_chosen_by_where_the_store_is(tmp_path: Path) -> None:
+def test_the_compression_level_depends_on_the_stores_location(tmp_path: Path) -> None:
     assert open_chunks(f"file://{tmp_path}").zstd == archive.LEVEL_LOCAL
     assert open_chunks(f"file://{tmp_path}", 9).zstd == 9
     with pytest.raises(Failed):

@@ -1,4 +1,4 @@
-"""A store that somebody else can write: what its archives may plant, replace or read on a host is nothing."""
+"""A store that an attacker can write: its archives cannot plant, replace or read anything on a host."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def in_folder(folder: str, path: str) -> Forge:
 
 
 def swapped(path: str) -> Forge:
-    """The content of one file replaced by another of its length."""
+    """Return a change that replaces the content of one file by another of the same length."""
 
     def forge(m: Manifest, chunk: Chunk) -> Manifest:
         files = [
@@ -125,7 +125,7 @@ FORGED: dict[str, Forge] = {
     ),
     "a file of another size": swapped("cache/code.so"),
 }
-# By what each is refused; else as an entry that is no part of a snapshot. All before anything is written.
+# The code by which each is refused; the others as entries that are no part of a snapshot. All before anything is written.
 CODES = {
     "a hard link in place of other content": "file-size-differs",
     "a hard link in place of as much other content": "file-digest-differs",
@@ -139,14 +139,14 @@ CODES = {
 
 
 def forge(chunks: ChunkStore, change: Forge) -> None:
-    """Change the archive in the store as somebody can who may write there."""
+    """Change the archive in the store as an attacker with write access can."""
     chunk = chunks.put_chunk(b"evil").chunk
     manifest = chunks.get_manifest(chunks.get_ref("snapshots", "snap"))
     chunks.set_ref("snapshots", "snap", chunks.put_manifest(change(manifest, chunk)))
 
 
 @pytest.mark.parametrize("what", FORGED)
-def test_nothing_comes_but_what_the_manifest_names(
+def test_only_files_named_by_the_manifest_are_pulled(
     snapshot: Path, chunks: ChunkStore, tmp_path: Path, what: str
 ) -> None:
     push(snapshot, chunks)
@@ -163,7 +163,7 @@ def test_nothing_comes_but_what_the_manifest_names(
     assert list((tmp_path / "other").iterdir()) == []
 
 
-def test_what_is_this_host_s_own_is_not_pushed(snapshot: Path, chunks: ChunkStore, tmp_path: Path) -> None:
+def test_host_specific_files_are_not_pushed(snapshot: Path, chunks: ChunkStore, tmp_path: Path) -> None:
     for name in (".verified-pages", "working-set.12.tmp", "while-frozen.sh"):
         (snapshot / name).write_bytes(b"x")
     push(snapshot, chunks)
@@ -182,7 +182,7 @@ def run(home: Path, *words: object) -> str:
 
 @pytest.fixture
 def signed(snapshot: Path, tmp_path: Path) -> Path:
-    """The public half of the key that the snapshot is signed with."""
+    """Sign the snapshot; return the public key."""
     signatures.keygen(tmp_path / "key")
     (snapshot / "manifest.sig").write_bytes(
         signatures.signer(tmp_path / "key")((snapshot / "manifest.json").read_bytes())
@@ -191,7 +191,7 @@ def signed(snapshot: Path, tmp_path: Path) -> Path:
     return tmp_path / "key.pub"
 
 
-def test_a_signed_manifest_is_not_replaced_after_its_signature_was_checked(
+def test_a_signed_manifest_cannot_be_replaced_after_its_check(
     snapshot: Path, signed: Path, chunks: ChunkStore, tmp_path: Path
 ) -> None:
     push(snapshot, chunks)
@@ -199,7 +199,7 @@ def test_a_signed_manifest_is_not_replaced_after_its_signature_was_checked(
     chunk = chunks.put_chunk(document).chunk
 
     def evil(m: Manifest, _: Chunk) -> Manifest:
-        # Not named by the manifest that is checked, but by the one that takes its place.
+        # The checked manifest does not name it; its replacement does.
         return with_links(["shm/sem", "shm/link_remap.1"], ["tmp/m", "manifest.json"])(
             with_file("tmp/m")(m, chunk), chunk
         )
@@ -211,7 +211,7 @@ def test_a_signed_manifest_is_not_replaced_after_its_signature_was_checked(
 
 
 @pytest.mark.parametrize("whole", [True, False])
-def test_a_working_set_is_taken_from_a_signed_archive_only(
+def test_a_working_set_is_accepted_from_signed_archives_only(
     snapshot: Path, signed: Path, chunks: ChunkStore, tmp_path: Path, whole: bool
 ) -> None:
     words = ["--sign-key", tmp_path / "key"] if whole else []
@@ -224,7 +224,7 @@ def test_a_working_set_is_taken_from_a_signed_archive_only(
     assert (tmp_path / "third/snapshots/snap/working-set").exists()
 
 
-def test_a_forged_working_set_of_a_signed_archive_is_not_taken(
+def test_a_forged_working_set_of_a_signed_archive_is_refused(
     snapshot: Path, signed: Path, chunks: ChunkStore, tmp_path: Path
 ) -> None:
     assert run(snapshot.parents[1], "push", "snap", chunks.store.url, "--sign-key", tmp_path / "key") == ""
@@ -234,10 +234,10 @@ def test_a_forged_working_set_of_a_signed_archive_is_not_taken(
     assert not (tmp_path / "other/snapshots/snap/working-set").exists()
 
 
-# What is kept beside a snapshot
+# Caches beside a snapshot
 
 
-def test_nothing_in_a_file_of_ours_is_run() -> None:
+def test_cache_files_are_never_unmarshalled() -> None:
     modules = [path for folder in ("checkpoint", "lazyfs", "plugin") for path in (REPO / folder).rglob("*.py")]
     bad = [path for path in modules if {"import marshal", "import pickle"} & set(path.read_text().splitlines())]
     assert bad == []
@@ -248,7 +248,7 @@ def plant(images: str, name: str, body: bytes) -> None:
     Path(page_cache.path(images, name)).write_bytes(page_cache.blake2b(body).digest() + body)
 
 
-def test_kept_page_maps_of_another_form_are_not_read(snapshot: Path) -> None:
+def test_cached_page_maps_of_another_format_are_ignored(snapshot: Path) -> None:
     images = str(snapshot / "images")
     stamps = page_cache.fingerprints(images)
     found, _ = page_cache.read_page_maps(images, stamps)
@@ -257,7 +257,7 @@ def test_kept_page_maps_of_another_form_are_not_read(snapshot: Path) -> None:
     assert not kept and set(again) == set(found)
 
 
-def test_no_path_is_taken_from_a_kept_list(snapshot: Path, tmp_path: Path) -> None:
+def test_no_path_is_read_from_a_cached_list(snapshot: Path, tmp_path: Path) -> None:
     working_set = WorkingSet([(7, HEAP, HEAP + PAGE)], 1)
     working_set.digest = b"digest"
     images = str(snapshot / "images")
@@ -270,7 +270,7 @@ def test_no_path_is_taken_from_a_kept_list(snapshot: Path, tmp_path: Path) -> No
         assert ColdReads(images).working_set == b""
 
 
-# What is believed of images and working sets
+# Validation of images and working sets
 
 
 def page_map(folder: Path, *entries: tuple[int, int]) -> str:
@@ -281,7 +281,7 @@ def page_map(folder: Path, *entries: tuple[int, int]) -> str:
     return str(folder)
 
 
-def test_a_page_map_that_names_more_than_its_file_holds_is_refused(snapshot: Path) -> None:
+def test_a_page_map_larger_than_its_file_is_refused(snapshot: Path) -> None:
     images = snapshot / "images"
     number = next(images.glob("pages-*.img")).stem.partition("-")[2]
     image(images / "pagemap-7.img", [message((1, int(number))), message((1, HEAP), (2, 4), (4, LAZY | PRESENT))])
@@ -292,14 +292,14 @@ def test_a_page_map_that_names_more_than_its_file_holds_is_refused(snapshot: Pat
 @pytest.mark.parametrize(
     "entries", [((HEAP, 2), (HEAP + PAGE, 1)), ((HEAP + 1, 1),), ((1 << 60, 1),), ((HEAP, 1 << 60),)]
 )
-def test_a_page_map_that_lists_memory_twice_or_nowhere_is_refused(
+def test_a_page_map_with_overlapping_or_unmapped_pages_is_refused(
     snapshot: Path, entries: tuple[tuple[int, int], ...]
 ) -> None:
     with pytest.raises(BadImage):
         read_process(page_map(snapshot / "images", *entries), 7)
 
 
-def test_a_working_set_of_terabytes_is_not_planned(snapshot: Path) -> None:
+def test_a_working_set_of_terabytes_is_refused(snapshot: Path) -> None:
     planner = Planner(str(snapshot / "images"), None)
     path = str(snapshot / "working-set")
     WorkingSet([(7, HEAP, HEAP + 8 * PAGE)], 1).save(path)
@@ -323,16 +323,14 @@ def cache(tmp_path: Path) -> Path:
     return folder
 
 
-def test_files_keep_their_times_so_that_ninja_builds_nothing_again(
-    cache: Path, chunks: ChunkStore, tmp_path: Path
-) -> None:
+def test_pulled_files_keep_their_mtimes_for_ninja(cache: Path, chunks: ChunkStore, tmp_path: Path) -> None:
     push_cache(cache, chunks, "compile-x")
     pull_cache("compile-x", chunks, tmp_path / "other")
     for path in (path for path in cache.rglob("*") if path.is_file()):
         assert (tmp_path / "other" / path.relative_to(cache)).stat().st_mtime_ns == path.stat().st_mtime_ns
 
 
-def test_a_folder_that_ninja_builds_in_is_taken_whole_or_not_at_all(
+def test_a_ninja_build_folder_is_pulled_completely_or_not_at_all(
     cache: Path, chunks: ChunkStore, tmp_path: Path
 ) -> None:
     (cache / "other.so").write_bytes(b"so")
@@ -344,7 +342,7 @@ def test_a_folder_that_ninja_builds_in_is_taken_whole_or_not_at_all(
     assert [path.name for path in half.parent.iterdir()] == ["op.o"]
 
 
-def test_compiled_code_of_another_host_is_not_taken(cache: Path, chunks: ChunkStore, tmp_path: Path) -> None:
+def test_compiled_code_of_another_host_is_not_pulled(cache: Path, chunks: ChunkStore, tmp_path: Path) -> None:
     push_cache(cache, chunks, "compile-x")
     chunks.set_ref("snapshots", "compile-y", chunks.get_ref("snapshots", "compile-x"))
     with pytest.raises(Integrity, match="compile-cache-misplaced"):
@@ -352,7 +350,9 @@ def test_compiled_code_of_another_host_is_not_taken(cache: Path, chunks: ChunkSt
 
 
 @pytest.mark.parametrize("target", ["/etc", "../../etc", "flashinfer/../../x"])
-def test_compiled_code_has_no_links_that_lead_out(cache: Path, chunks: ChunkStore, tmp_path: Path, target: str) -> None:
+def test_compiled_code_with_links_to_the_outside_is_refused(
+    cache: Path, chunks: ChunkStore, tmp_path: Path, target: str
+) -> None:
     (cache / "link").symlink_to(target)
     push_cache(cache, chunks, "compile-x")
     with pytest.raises(Integrity, match="archive-entry-refused"):
@@ -360,9 +360,7 @@ def test_compiled_code_has_no_links_that_lead_out(cache: Path, chunks: ChunkStor
     assert not os.path.lexists(tmp_path / "other/link")
 
 
-def test_compiled_code_is_signed_where_a_signature_is_asked_for(
-    cache: Path, chunks: ChunkStore, tmp_path: Path
-) -> None:
+def test_compiled_code_needs_a_signature_with_trust_keys(cache: Path, chunks: ChunkStore, tmp_path: Path) -> None:
     signatures.keygen(tmp_path / "key")
     keys = [tmp_path / "key.pub"]
     push_cache(cache, chunks, "compile-x")

@@ -1,4 +1,4 @@
-"""Borders of chunks: they cover a file, keep to the limit, and make equal stretches equal chunks."""
+"""Chunk boundaries cover a file, keep to the size limit, and make equal stretches equal chunks."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def chunks(data: bytes, lengths: list[int]) -> list[bytes]:
 
 @settings(deadline=None, max_examples=80)
 @given(contents)
-def test_borders_cover_every_file_and_long_copies_become_equal_chunks(
+def test_chunks_cover_every_file_and_long_copies_are_equal_chunks(
     tmp_path_factory: pytest.TempPathFactory, files: list[list[tuple[int, int]]]
 ) -> None:
     folder = tmp_path_factory.mktemp("images")
@@ -54,18 +54,18 @@ def test_borders_cover_every_file_and_long_copies_become_equal_chunks(
     total = sum(len(p) for p in pieces)
     zeros = sum(len(p) for p in pieces if not any(p))
     assert zeros >= found.zero
-    # Every copy that was found costs nothing a second time.
+    # Every copy that was found is stored once.
     assert stored <= total - found.zero - found.copies
 
 
-def test_a_long_copy_in_another_file_is_found_wherever_it_lies(tmp_path: Path) -> None:
+def test_a_long_copy_in_another_file_is_found_at_any_offset(tmp_path: Path) -> None:
     write(tmp_path, [[(1, 3), (2, 20)], [(3, 5), (2, 20), (4, 1)]])
     found = plan(tmp_path)
     assert found.copies == 20 * PAGE
     assert found.lengths == {"pages-1.img": [3 * PAGE, 20 * PAGE], "pages-2.img": [5 * PAGE, 20 * PAGE, PAGE]}
 
 
-def test_a_copy_of_a_part_cuts_the_original_and_its_other_copies(tmp_path: Path) -> None:
+def test_a_partial_copy_splits_the_original_and_its_other_copies(tmp_path: Path) -> None:
     middle = [page(2, n) for n in range(5, 15)]
     whole = [page(2, n) for n in range(20)]
     for index, content in enumerate((whole, whole, middle), 1):
@@ -75,12 +75,12 @@ def test_a_copy_of_a_part_cuts_the_original_and_its_other_copies(tmp_path: Path)
     assert found.lengths["pages-3.img"] == [10 * PAGE]
 
 
-def test_short_copies_are_not_worth_a_chunk(tmp_path: Path) -> None:
+def test_short_copies_get_no_chunk_of_their_own(tmp_path: Path) -> None:
     write(tmp_path, [[(1, MIN_RUN - 1), (2, 9)], [(3, 9), (1, MIN_RUN - 1)]])
     assert plan(tmp_path).copies == 0
 
 
-def test_zeros_are_cut_out(tmp_path: Path) -> None:
+def test_zeros_are_excluded(tmp_path: Path) -> None:
     write(tmp_path, [[(1, 4), (0, 30), (2, 4), (0, 2)]])
     assert plan(tmp_path) == Found({"pages-1.img": [4 * PAGE, 30 * PAGE, 6 * PAGE]}, 30 * PAGE, 0)
 
@@ -101,7 +101,7 @@ def test_a_large_mapping_begins_a_chunk(tmp_path: Path) -> None:
     assert plan(tmp_path).lengths["pages-3.img"] == [9 * PAGE, count * PAGE]
 
 
-def test_a_rest_shorter_than_a_page_and_empty_files(tmp_path: Path) -> None:
+def test_a_last_partial_page_and_empty_files_are_covered(tmp_path: Path) -> None:
     assert plan(tmp_path) == Found({}, 0, 0)
     (tmp_path / "pages-1.img").write_bytes(b"x" * (PAGE + 5))
     (tmp_path / "pages-2.img").write_bytes(b"")

@@ -1,4 +1,4 @@
-"""Chunks arriving in a folder: who waits is never left alone, and closing twice closes each descriptor once."""
+"""Chunks downloaded into a folder: no waiter blocks forever, and closing twice closes each descriptor once."""
 
 import os
 import threading
@@ -28,7 +28,7 @@ def download(tmp_path: Path):
     made.close()
 
 
-def test_a_listener_that_fails_keeps_nobody_waiting(download: Download, tmp_path: Path, caplog) -> None:
+def test_a_failing_listener_does_not_block_waiters(download: Download, tmp_path: Path, caplog) -> None:
     def broken() -> None:
         raise ValueError("a defect of the listener's")
 
@@ -39,7 +39,7 @@ def test_a_listener_that_fails_keeps_nobody_waiting(download: Download, tmp_path
     assert "a defect of the listener's" in caplog.text
 
 
-def test_workers_that_are_gone_are_noticed(download: Download, monkeypatch) -> None:
+def test_dead_workers_are_detected(download: Download, monkeypatch) -> None:
     monkeypatch.setattr(download, "_next", lambda index, order: None)
     download.begin()
     with pytest.raises(Failed, match="remote-failed.*every worker thread has ended"):
@@ -48,7 +48,7 @@ def test_workers_that_are_gone_are_noticed(download: Download, monkeypatch) -> N
         download.wait_file(["a"])
 
 
-def test_closing_from_a_listener_and_from_outside_at_once(download: Download) -> None:
+def test_close_can_be_called_by_a_listener_and_another_thread_at_once(download: Download) -> None:
     download.on_progress(download.close)
     closers = [threading.Thread(target=download.close) for _ in range(4)]
     download.begin()

@@ -1,4 +1,4 @@
-"""The order of an archive by its working set: every byte has one place, and an index that somebody forged has none."""
+"""An archive ordered by its working set: every byte has exactly one place, and a forged index is refused."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ HEAP, LIBRARY = 0x10_0000, 0x90_0000
 
 
 def lazy(images: Path, pid: int, lazy_pages: int, eager_pages: int, seed: int) -> None:
-    """A process with a heap that a page server may bring, and a library's data that CRIU puts in place itself."""
+    """Write a process with a heap that a page server may fill, and a library's data that CRIU places itself."""
     rng = random.Random(seed)
     areas = [vma(HEAP, lazy_pages, ANON_PRIVATE), vma(LIBRARY, eager_pages, FILE_PRIVATE)]
     pages = [rng.randbytes(PAGE) for _ in range(lazy_pages + eager_pages)]
@@ -71,10 +71,10 @@ def plan(folder: Path) -> layout.Layout:
     return found
 
 
-def test_what_is_needed_first_lies_first(snapshot: Path) -> None:
+def test_the_working_set_is_stored_first(snapshot: Path) -> None:
     found = plan(snapshot)
     small = sum(size for size, _ in found.small.values())
-    assert found.start == small + 8 * PAGE  # and what CRIU puts in place itself
+    assert found.start == small + 8 * PAGE  # and pages that CRIU places itself
     assert found.first - found.start == 63 * PAGE
     assert found.size - found.first == PAGE
     assert found.extents(layout.BYTES, found.start, 3 * PAGE) == [
@@ -108,7 +108,7 @@ def test_every_byte_has_one_place_and_is_found_there(snapshot: Path) -> None:
     assert layout.decode(found.encode()).index == found.index
 
 
-def test_an_archive_by_working_set_comes_back_byte_for_byte(snapshot: Path, tmp_path: Path) -> None:
+def test_an_archive_by_working_set_is_pulled_byte_for_byte(snapshot: Path, tmp_path: Path) -> None:
     chunks = open_chunks(f"file://{tmp_path}/store")
     pushed = push(snapshot, chunks)
     pulled = pull("snap", chunks, tmp_path / "other/snap")
@@ -121,7 +121,7 @@ def test_an_archive_by_working_set_comes_back_byte_for_byte(snapshot: Path, tmp_
             assert copy.stat().st_nlink == path.stat().st_nlink
 
 
-def test_a_view_of_the_images_is_this_host_s_own(snapshot: Path, tmp_path: Path) -> None:
+def test_file_backed_images_are_not_part_of_an_archive(snapshot: Path, tmp_path: Path) -> None:
     view = snapshot / file_backed.FOLDER / "images"
     view.mkdir(parents=True)
     (view / "mm-1.img").write_bytes(b"x" * 100)
@@ -167,7 +167,7 @@ def test_a_forged_index_is_refused(how: str) -> None:
         layout.decode(msgspec.json.encode(good | FORGED[how]))
 
 
-def test_pages_are_said_to_be_there_once_they_are(tmp_path: Path) -> None:
+def test_pages_are_marked_resident_once_written(tmp_path: Path) -> None:
     made = ResidencyBitmap.make(
         str(tmp_path / "map"), {"images/pages-1.img": 10 * PAGE, "images/pages-2.img": 6000 * PAGE}
     )
@@ -183,7 +183,7 @@ def test_pages_are_said_to_be_there_once_they_are(tmp_path: Path) -> None:
         ResidencyBitmap.open(str(tmp_path / "other"))
 
 
-def test_pulls_that_nobody_goes_on_with_are_swept(tmp_path: Path) -> None:
+def test_abandoned_pulls_are_swept(tmp_path: Path) -> None:
     library = Library(tmp_path)
     old, young = library.folder / ".pull-old", library.folder / ".pull-young"
     for folder in (old, young):
@@ -198,7 +198,7 @@ def test_pulls_that_nobody_goes_on_with_are_swept(tmp_path: Path) -> None:
     assert library.sweep(pulls_older_s=0.0) == 1
 
 
-def test_the_working_set_against_the_image(snapshot: Path) -> None:
+def test_a_working_set_is_checked_against_the_images(snapshot: Path) -> None:
     one, two = shares(snapshot)
     assert (one.image, one.first, one.later) == (205 * PAGE, 62 * PAGE, PAGE)
     assert (two.image, two.first, two.later) == (93 * PAGE, PAGE, 0)
@@ -210,7 +210,7 @@ def test_the_working_set_against_the_image(snapshot: Path) -> None:
     assert [round(y * 1e6) // PAGE for _, _, y, _ in boxes] == [7, 100, 0]
 
 
-def test_holes_are_chunks_of_their_own(tmp_path: Path) -> None:
+def test_holes_are_separate_chunks(tmp_path: Path) -> None:
     path = tmp_path / "shared"
     with path.open("wb") as file:
         file.truncate(21 << 20)
@@ -228,4 +228,4 @@ def test_holes_are_chunks_of_their_own(tmp_path: Path) -> None:
     assert by_holes(tmp_path / "empty", 0) == []
     with path.open("r+b") as file:
         file.truncate(4 << 20)
-    assert sum(by_holes(path, 21 << 20)) == 21 << 20  # it became shorter; whoever reads it notices
+    assert sum(by_holes(path, 21 << 20)) == 21 << 20  # the file became shorter; its reader detects that

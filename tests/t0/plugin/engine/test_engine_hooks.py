@@ -173,7 +173,7 @@ def test_an_engine_that_gives_no_choices_has_a_plain_generation_for_a_canary():
 
     asked = []
     engine = SimpleNamespace(
-        choices=refuse, generate=lambda client, prompt, tokens: asked.append(tokens) or [1] * tokens
+        greedy_tokens=refuse, generate=lambda client, prompt, tokens: asked.append(tokens) or [1] * tokens
     )
     canary = Engine.record(engine, None, False)
     assert canary.generated == 0 and canary.token_ids == [1, 1] and Engine.answer(engine, None, canary) == [1, 1]
@@ -183,7 +183,7 @@ def test_an_engine_that_gives_no_choices_has_a_plain_generation_for_a_canary():
 def test_a_gpu_s_canary_is_decoded_too():
     asked = []
     engine = SimpleNamespace(
-        choices=lambda client, prompt, tokens, joined=False: asked.append((tokens, joined)) or [5, 6, 7]
+        greedy_tokens=lambda client, prompt, tokens, joined=False: asked.append((tokens, joined)) or [5, 6, 7]
     )
     assert Engine.record(engine, None, True).generated == 2
     canary = Engine.record(engine, None, False)

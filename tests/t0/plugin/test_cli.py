@@ -1,4 +1,4 @@
-"""The command line: one error style, help that starts nothing, completion, output that cannot be written."""
+"""The command line: one error style, help that starts nothing, completion, unwritable output."""
 
 import json
 import os
@@ -48,7 +48,7 @@ def quickthaw(*words, home, code=WATCHED, **env):
 @pytest.mark.slow
 @pytest.mark.parametrize("path", [(), *PATHS], ids=lambda path: " ".join(path) or "quickthaw")
 def test_help_starts_nothing_and_reads_no_store(path, tmp_path):
-    """No helper process, no socket, no file of the state folder; and no library that takes longer than the help."""
+    """No helper process, no socket, no file of the state folder, and no library that takes longer than the help."""
     done = quickthaw(*path, "--help", home=tmp_path / "home", QUICKTHAW_SNAPSHOT_STORE="http://127.0.0.1:1/store")
     found = json.loads(done.stderr)
     allowed = {"numpy", "highspy", "rich"} if path[:1] == ("plan",) else set()
@@ -59,7 +59,7 @@ def test_help_starts_nothing_and_reads_no_store(path, tmp_path):
 
 
 @pytest.mark.parametrize("words", [("launch", "vllm", "--help"), ("launch", "-h"), ("restore", "snap", "-h")])
-def test_no_helper_is_started_for_a_command_that_prints_only(words, monkeypatch):
+def test_a_command_that_only_prints_starts_no_helper(words, monkeypatch):
     from plugin.startup import pid1
 
     monkeypatch.setattr(pid1.prestart, "start", lambda: pytest.fail("a helper was started"))
@@ -97,7 +97,7 @@ def test_an_error_is_one_line_with_its_code_in_front(capsys, monkeypatch, tmp_pa
     assert re.fullmatch(f"quickthaw: {line}", found[1]), found[1]
 
 
-def test_every_error_of_ours_has_its_code_in_front():
+def test_every_own_error_has_its_code_in_front():
     from checkpoint.errors import NotFound
     from launchers.errors import Usage
     from lazyfs.errors import Permanent
@@ -108,7 +108,7 @@ def test_every_error_of_ours_has_its_code_in_front():
 
 
 @pytest.mark.parametrize("words", [["doctor", "--json"], ["snapshot", "ls"], ["--help"], ["completion", "bash"]])
-def test_output_that_cannot_be_written_is_one_line(words, tmp_path):
+def test_unwritable_output_is_reported_in_one_line(words, tmp_path):
     environment = {**os.environ, "QUICKTHAW_HOME": str(tmp_path), "PYTHONPATH": str(REPO)}
     with open("/dev/full", "w") as full:
         argv = [sys.executable, "-m", "plugin", *words]
@@ -119,7 +119,7 @@ def test_output_that_cannot_be_written_is_one_line(words, tmp_path):
     assert (done.returncode, done.stderr) == (1, f"quickthaw: {text}\n")
 
 
-def test_a_reader_that_has_gone_is_no_failure(tmp_path):
+def test_a_closed_pipe_is_no_failure(tmp_path):
     read, write = os.pipe()
     os.close(read)
     environment = {**os.environ, "QUICKTHAW_HOME": str(tmp_path), "PYTHONPATH": str(REPO)}
@@ -155,7 +155,7 @@ def test_completion_knows_commands_and_options_and_imports_only_what_it_names(tm
     assert completed("quickthaw proxy --log-format ") == ["auto", "json", "text"]
 
 
-def test_every_command_says_what_it_does():
+def test_every_command_has_a_help_text():
     for path, command in walk():
         assert command.get_short_help_str(), path
     assert isinstance(cli, click.Group) and set(COMMANDS) == {path[0] for path in PATHS}

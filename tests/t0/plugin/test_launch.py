@@ -1,4 +1,4 @@
-"""What `launch` makes of its own options and the engine's, before anything starts."""
+"""How `launch` reads its own options and the engine's, before anything starts."""
 
 import sys
 
@@ -37,18 +37,18 @@ def settings(monkeypatch, tmp_path):
         (("--grace", "10"), (), 10),
     ],
 )
-def test_the_engines_own_time_to_finish_is_not_cut_short(settings, options, engine, seconds):
+def test_the_engines_shutdown_timeout_extends_the_grace(settings, options, engine, seconds):
     found = settings(*options, "vllm", "--model", "m", *engine)
     assert (found.grace_s, found.proxy["drain_s"]) == (seconds, seconds)
 
 
-def test_a_shells_assignments_are_the_engines_environment(settings):
+def test_shell_assignments_become_the_engines_environment(settings):
     found = settings("--", "sh", "-c", f"A_VARIABLE='x y' exec {sys.executable} -m sglang.launch_server --model-path m")
     assert found.environment["A_VARIABLE"] == "x y"
     assert (found.engine, found.engine_python, found.command.model) == ("sglang", sys.executable, "m")
 
 
-def test_the_interpreter_is_the_option_then_the_commands_then_the_one_on_path(settings, monkeypatch, tmp_path):
+def test_the_interpreter_comes_from_the_option_the_command_or_the_path(settings, monkeypatch, tmp_path):
     words = ("--", sys.executable, "-m", "sglang.launch_server", "--model-path", "m")
     other = tmp_path / "python"
     other.symlink_to(sys.executable)

@@ -1,4 +1,4 @@
-"""One vocabulary of options: every command's options have a variable, agree with each other, and stand in the documents."""
+"""One vocabulary of options: every command's options have a variable, agree with each other, and are documented."""
 
 import math
 import re
@@ -31,7 +31,7 @@ REPLICAS = {option.name for option in using(*replica)(click.command()(lambda **_
 
 
 def run(command, *arguments, env=None):
-    """The parsed options of a command line, and what is said about them. Nothing is started."""
+    """Return the parsed options of a command line and its output. Starts nothing."""
     seen = {}
     parsed = click.Command(command.name, params=command.params, callback=lambda **options: seen.update(options))
     parsed.context_settings = command.context_settings
@@ -71,7 +71,7 @@ def test_commands_agree_on_the_options_that_they_share(names, commands):
     assert found[0].keys() == names and all(one == found[0] for one in found)
 
 
-def test_no_two_commands_mean_different_things_by_one_option():
+def test_an_option_means_the_same_in_every_command():
     meanings = {}
     for name in ("launch", "restore", "proxy"):
         for one in options_of(command_named(name)):
@@ -90,13 +90,13 @@ def test_the_document_lists_every_option_and_its_variable():
     assert missing == []
 
 
-def test_the_file_takes_the_options_of_the_command():
+def test_the_file_accepts_the_commands_options():
     from plugin.proxy.endpoints.models import SETTINGS
 
     assert EVERY | {"listen", "root_path", "workers"} == SETTINGS
 
 
-def test_one_path_in_the_file_needs_no_list(tmp_path):
+def test_a_single_path_in_the_file_needs_no_list(tmp_path):
     file = tmp_path / "models.yaml"
     file.write_text("models: {a: {command: x}}\ndeny: /metrics\nwake_on: [/v1, /x]\n")
     result, seen = run(command_named("proxy"), "--config", file)
@@ -127,7 +127,7 @@ def test_old_names_work_with_a_warning_that_names_the_new_one(command, given, ex
     )
 
 
-def test_old_names_do_not_stand_in_the_help():
+def test_old_names_are_not_in_the_help():
     for name in ("launch", "restore", "proxy"):
         command = command_named(name)
         words = set(re.findall(r"--[a-z-]+", command.get_help(click.Context(command))))
@@ -137,7 +137,7 @@ def test_old_names_do_not_stand_in_the_help():
 @pytest.mark.parametrize(
     "given", [["--token", " "], ["--own-prefix", "x"], ["--own-listen", "nowhere"], ["--drain", "soon"]]
 )
-def test_an_old_name_takes_what_the_new_one_takes(given):
+def test_an_old_name_takes_the_same_values(given):
     result, _ = run(command_named("proxy"), *given)
     assert result.exit_code == 2
 
@@ -161,7 +161,7 @@ def test_old_variables_work_with_a_warning(command, words, name, value, expected
     assert "warning" not in run(command_named(command), *words, env={name: value, new: value})[0].output
 
 
-def test_a_command_that_proxy_starts_reads_none_of_its_variables():
+def test_a_command_started_by_proxy_gets_none_of_its_variables():
     names = ("IDLE_TIMEOUT", "ADMIN_LISTEN", "OWN_LISTEN", "DRAIN", "PROXY_DRAIN", "PROXY_IDLE_TIMEOUT")
     inherited = {"QUICKTHAW_LOG_FORMAT": "json", "QUICKTHAW_API_KEY": "k", "PATH": "/bin"}
     environment = {f"QUICKTHAW_{name}": "x" for name in names} | inherited
@@ -169,12 +169,12 @@ def test_a_command_that_proxy_starts_reads_none_of_its_variables():
     assert environment == inherited
 
 
-def test_a_variable_of_proxy_means_nothing_to_launch():
+def test_launch_ignores_proxys_old_variables():
     result, seen = run(command_named("launch"), "vllm", env={"QUICKTHAW_PROXY_IDLE_TIMEOUT": "10m"})
     assert seen["idle_timeout"] == 0.0 and "warning" not in result.output
 
 
-def test_what_kubernetes_says_of_a_service_called_quickthaw_is_no_port():
+def test_a_kubernetes_service_variable_is_no_port():
     result, seen = run(command_named("restore"), "s", env={"QUICKTHAW_PORT": "tcp://10.0.0.1:8000"})
     assert result.exit_code == 0, result.output
     assert seen["port"] is None
@@ -190,7 +190,7 @@ def test_an_address_without_a_host_is_every_interface(text, place):
 
 
 @pytest.mark.parametrize("text", ["8000", "host", ":", "h:99999", "h:-1", "h:²"])
-def test_what_is_no_address_is_refused(text):
+def test_an_invalid_address_is_refused(text):
     with pytest.raises(click.BadParameter, match="HOST:PORT"):
         Address().convert(text, None, None)
 
@@ -198,7 +198,7 @@ def test_what_is_no_address_is_refused(text):
 @pytest.mark.parametrize(
     "option", ["--idle-timeout", "--grace", "--hold-timeout", "--upstream-timeout", "--body-timeout", "--wake-timeout"]
 )
-def test_every_duration_takes_a_unit_and_a_plain_number_is_seconds(option):
+def test_a_duration_takes_a_unit_and_a_plain_number_is_seconds(option):
     for text, value in (("90s", 90.0), ("10m", 600.0), ("1h", 3600.0), ("90", 90.0), ("0.5", 0.5)):
         result, seen = run(command_named("proxy"), option, text)
         assert result.exit_code == 0 and seen[option[2:].replace("-", "_")] == value, result.output
@@ -212,7 +212,7 @@ def test_a_number_of_the_file_is_read_as_on_the_command_line():
             Duration().convert(value, None, None)
 
 
-def test_a_duration_can_have_a_least():
+def test_a_duration_can_have_a_minimum():
     with pytest.raises(click.BadParameter, match="too short"):
         Duration(0.1).convert("0", None, None)
 
@@ -223,7 +223,7 @@ def test_the_control_path_of_vllm_cannot_be_allowed(path):
     assert result.exit_code == 2 and "controls the engine" in result.output
 
 
-def test_what_wakes_an_engine_is_what_engines_serve_unless_it_is_named():
+def test_wake_on_defaults_to_the_paths_that_engines_serve():
     _, options = run(command_named("launch"), "vllm")
     assert settings_of(options)["wake_on"] == frozenset(WAKE_ON)
     _, options = run(command_named("launch"), "--wake-on", "/a", "--wake-on", "/b*", "vllm")
@@ -236,7 +236,7 @@ def test_what_wakes_an_engine_is_what_engines_serve_unless_it_is_named():
 
 
 def test_every_serving_option_reaches_the_proxy():
-    """Each is a setting of the proxy, or one of those that the commands themselves read."""
+    """Each is a setting of the proxy, or one that the commands themselves read."""
     from plugin.proxy.settings import Settings
 
     seen = set()
@@ -251,7 +251,7 @@ def test_every_serving_option_reaches_the_proxy():
     assert EVERY - seen == {"idle_timeout", "log_level", "log_format", "quiet"}
 
 
-def test_options_of_the_three_commands_are_of_the_class_that_knows_old_names():
+def test_all_options_of_the_three_commands_support_old_names():
     assert all(
         isinstance(one, Option) for name in ("launch", "restore", "proxy") for one in options_of(command_named(name))
     )

@@ -1,4 +1,4 @@
-"""What the documents name is there: tests, files and folders."""
+"""Tests, files and folders that the documents name exist."""
 
 import re
 from pathlib import Path
@@ -11,8 +11,8 @@ REPO = Path(__file__).resolve().parents[3]
 PAGES = sorted([*REPO.glob("*.md"), *(REPO / "docs").glob("*.md")])
 
 
-def test_every_test_that_a_document_names_is_there():
-    """docs/security.md stands on them: a threat whose test was renamed away is shown by nothing."""
+def test_every_test_named_in_a_document_exists():
+    """docs/security.md depends on it: without its test, a defence is not shown to work."""
     tests = "\n".join(file.read_text() for file in (REPO / "tests").rglob("*.py"))
     known = set(re.findall(r"def (test_\w+)", tests)) | {file.stem for file in (REPO / "tests").rglob("test_*.py")}
     missing = {
@@ -24,7 +24,7 @@ def test_every_test_that_a_document_names_is_there():
     assert missing == set()
 
 
-def test_every_file_that_a_document_names_is_there():
+def test_every_file_named_in_a_document_exists():
     missing = set()
     for page in PAGES:
         for path in re.findall(
@@ -36,8 +36,8 @@ def test_every_file_that_a_document_names_is_there():
     assert missing == set()
 
 
-def test_every_module_that_a_document_names_alone_is_there():
-    """`second.py` outlives a renaming more easily than a path, since nothing else looks at it."""
+def test_every_module_named_without_its_path_exists():
+    """A bare `second.py` is easily missed by a rename, since no other check covers it."""
     here = {file.name for file in REPO.rglob("*.py") if not {".git", "build"} & set(file.relative_to(REPO).parts)}
     elsewhere = {"sitecustomize.py", "environ.py"}
     missing = {
@@ -49,8 +49,8 @@ def test_every_module_that_a_document_names_alone_is_there():
     assert missing == set()
 
 
-def test_every_module_that_a_docstring_names_is_there():
-    """`checkpoint.lazy_pages.cache` in prose is found by no tool when the module is renamed."""
+def test_every_module_named_in_a_docstring_exists():
+    """No tool finds `checkpoint.lazy_pages.cache` in prose when the module is renamed."""
     packages = ("lazyfs", "checkpoint", "launchers", "plugin", "capacity")
     missing = set()
     for source in sorted(file for package in packages for file in (REPO / package).rglob("*.py")):
@@ -67,7 +67,7 @@ def test_every_module_that_a_docstring_names_is_there():
     assert missing == set()
 
 
-def test_every_module_of_the_proxy_that_its_page_names_is_there():
+def test_every_proxy_module_named_in_its_page_exists():
     text = (REPO / "docs" / "proxy.md").read_text()
     table = text[text.index("| module of `plugin/proxy/` |") :].split("\n\n")[0]
     named = re.findall(r"`([\w./]+)`", "\n".join(row.split("|")[1] for row in table.splitlines()[2:]))
@@ -76,7 +76,7 @@ def test_every_module_of_the_proxy_that_its_page_names_is_there():
     assert [name for name in named if not (proxy / name).exists() and not (proxy / f"{name}.py").exists()] == []
 
 
-def test_every_link_between_documents_leads_somewhere():
+def test_every_link_between_documents_resolves():
     missing = {
         f"{page.name}: {target}"
         for page in PAGES

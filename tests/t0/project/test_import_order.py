@@ -1,4 +1,4 @@
-"""The order in which folders may import each other, from docs/architecture.md: an import against it is a defect."""
+"""The order in which folders may import each other, from docs/architecture.md."""
 
 import ast
 import sys
@@ -19,7 +19,7 @@ MAY_IMPORT = {
 
 
 def imports(file):
-    """Every module that a file imports absolutely, wherever in the file."""
+    """Yield every module that a file imports absolutely, anywhere in the file."""
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -28,7 +28,7 @@ def imports(file):
 
 
 @pytest.mark.parametrize("package", MAY_IMPORT)
-def test_a_package_imports_only_what_lies_below_it(package):
+def test_a_package_imports_only_lower_packages(package):
     files = list((REPO / package).rglob("*.py"))
     assert files
     wrong = [
@@ -40,7 +40,7 @@ def test_a_package_imports_only_what_lies_below_it(package):
     assert wrong == []
 
 
-def test_what_runs_inside_an_engine_imports_the_standard_library_and_the_engine_only():
+def test_code_inside_an_engine_imports_the_standard_library_and_the_engine_only():
     allowed = set(sys.stdlib_module_names) | {"torch", "vllm", "sglang"}
     wrong = [
         f"{file.name} imports {module}"
@@ -51,14 +51,14 @@ def test_what_runs_inside_an_engine_imports_the_standard_library_and_the_engine_
     assert wrong == []
 
 
-def test_process_one_of_a_sandbox_imports_the_standard_library_only():
+def test_a_sandboxs_init_imports_the_standard_library_only():
     allowed = {*sys.stdlib_module_names, "checkpoint.sandbox.namespaces"}
     for file in ("init.py", "namespaces.py"):
         found = imports(REPO / "checkpoint" / "sandbox" / file)
         assert [m for m in found if m not in allowed and m.split(".")[0] not in allowed] == []
 
 
-def test_the_proxy_knows_nothing_of_engines_and_snapshots():
+def test_the_proxy_imports_no_engine_or_snapshot_code():
     wrong = [
         f"{file.name} imports {module}"
         for file in (REPO / "plugin" / "proxy").rglob("*.py")
@@ -69,7 +69,7 @@ def test_the_proxy_knows_nothing_of_engines_and_snapshots():
 
 
 def _modules():
-    """Every module of the product by its dotted name, and its file."""
+    """Return every module of the product by its dotted name, with its file."""
     found = {}
     for package in MAY_IMPORT:
         for file in (REPO / package).rglob("*.py"):
@@ -79,7 +79,7 @@ def _modules():
 
 
 def _imported(name, file, known):
-    """The product's modules that one of them imports, inside functions and for type checking too."""
+    """Yield the product's modules that a module imports, also inside functions and for type checking."""
     package = name if file.name == "__init__.py" else name.rpartition(".")[0]
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
@@ -97,7 +97,7 @@ def _imported(name, file, known):
 
 
 def circles(graph):
-    """Sets of modules that import each other in a circle, however long: leaves are taken away until none is left."""
+    """Return the modules that are part of an import circle or depend on one: leaves are removed until none is left."""
     left = {name: set(targets) & graph.keys() - {name} for name, targets in graph.items()}
     while leaves := [name for name, targets in left.items() if not targets]:
         for name in leaves:
@@ -113,8 +113,8 @@ def test_no_modules_import_each_other_in_a_circle():
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}, "e": set()}).keys() == {"a", "b", "c", "d"}
 
 
-def test_a_folder_holds_no_more_modules_than_one_finds_a_way_in():
-    """About twelve; the page server's is the exception until its caches are one."""
+def test_no_folder_has_too_many_modules():
+    """About twelve; the page server's folder may have more until its caches are one module."""
     most = {"checkpoint/lazy_pages": 19}
     for folder in {file.parent for file in _modules().values()}:
         name = str(folder.relative_to(REPO))

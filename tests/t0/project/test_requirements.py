@@ -12,7 +12,7 @@ REPO = Path(__file__).resolve().parents[3]
 
 
 def normal(name):
-    """A package's name as PEP 503 compares it."""
+    """Return a package's name as PEP 503 compares it."""
     return re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", name)[0]).lower()
 
 

@@ -1,4 +1,4 @@
-"""What a measured request is."""
+"""The request that a benchmark measures."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ from launchers.canary import CANARY_PROMPT
 from plugin.bench.client import PROMPT
 
 
-def test_no_prefix_cache_answers_a_measured_request_with_what_the_canary_left() -> None:
+def test_a_measured_request_shares_no_prefix_with_the_canary() -> None:
     assert PROMPT.split()[0] != CANARY_PROMPT.split()[0]

@@ -1,4 +1,4 @@
-"""What was in the page cache is known by file and page, and read again."""
+"""The page cache's contents are recorded by file and page, and read again."""
 
 import os
 
@@ -11,7 +11,7 @@ pytestmark = pytest.mark.t0
 PAGES = 64
 
 
-def test_what_was_cached_is_known_and_nothing_else_and_read_again(tmp_path, monkeypatch):
+def test_exactly_the_cached_pages_are_remembered_and_read_again(tmp_path, monkeypatch):
     file = tmp_path / "data"
     file.write_bytes(os.urandom(PAGES * uffd.PAGE))
     (tmp_path / "empty").touch()
@@ -19,8 +19,8 @@ def test_what_was_cached_is_known_and_nothing_else_and_read_again(tmp_path, monk
     seen = bytes(1 if page in (3, 4, 40) else 0 for page in range(PAGES))
     monkeypatch.setattr(uffd, "cached", lambda address, size: seen)
     cache = PageCache([tmp_path])
-    assert cache.remember() == 3 * uffd.PAGE  # once, though a link leads there too
-    # Another look adds to it, and takes nothing away.
+    assert cache.remember() == 3 * uffd.PAGE  # once, although a link refers to it too
+    # A second call adds pages and removes none.
     seen = bytes(1 if page == 0 else 0x80 for page in range(PAGES))
     assert cache.remember() == 4 * uffd.PAGE
     read = []
@@ -29,7 +29,7 @@ def test_what_was_cached_is_known_and_nothing_else_and_read_again(tmp_path, monk
     assert read == [(0, uffd.PAGE), (3 * uffd.PAGE, 2 * uffd.PAGE), (40 * uffd.PAGE, uffd.PAGE)]
 
 
-def test_a_file_that_is_gone_or_shorter_is_left_out(tmp_path):
+def test_a_missing_or_shorter_file_is_skipped(tmp_path):
     gone, shorter = tmp_path / "gone", tmp_path / "shorter"
     for file in (gone, shorter):
         file.write_bytes(bytes(PAGES * uffd.PAGE))

@@ -1,4 +1,4 @@
-"""A restored process has used less CPU time than before its dump; counters of it must not fail."""
+"""A restored process has used less CPU time than before its dump; counters of CPU time must not fail."""
 
 import pytest
 from prometheus_client import CollectorRegistry, Counter
@@ -9,7 +9,7 @@ pytestmark = pytest.mark.t0
 
 
 def test_a_counter_of_cpu_time_survives_a_restore(monkeypatch):
-    monkeypatch.setattr(Counter, "inc", Counter.inc)  # put back after the test
+    monkeypatch.setattr(Counter, "inc", Counter.inc)  # restored after the test
     registry = CollectorRegistry()
     counter = Counter("cpu_seconds", "CPU time", registry=registry)
     counter.inc(21.5)

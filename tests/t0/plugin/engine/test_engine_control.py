@@ -1,4 +1,4 @@
-"""vLLM's control middleware: who has the key of the moment is served, everything else passes as if it were not there."""
+"""vLLM's control middleware: requests with the current key are served; all others are passed on unchanged."""
 
 import asyncio
 import json
@@ -38,7 +38,7 @@ class EngineClient:
 
 
 def ask(client, asked, *keys, path=CONTROL_PATH, **more):
-    """Status and answer of one request; status 0 where it passed on to the application."""
+    """Return status and answer of one request; status 0 if it was passed on to the application."""
     sent = []
 
     async def application(scope, receive, send):
@@ -68,7 +68,7 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_with_the_key_the_launchers_calls_are_served(folder):
+def test_the_launchers_calls_are_served_with_the_key(folder):
     client = EngineClient()
     with control.key(folder) as key:
         assert ask(client, {"call": "reset_prefix_cache"}, key) == (200, {"result": False})
@@ -92,14 +92,14 @@ def test_with_the_key_the_launchers_calls_are_served(folder):
         {"call": "sleep"},
     ],
 )
-def test_with_the_key_nothing_is_served_that_the_launcher_does_not_ask(folder, asked):
+def test_other_calls_are_refused_even_with_the_key(folder, asked):
     client = EngineClient()
     with control.key(folder) as key:
         assert ask(client, asked, key)[0] == 500
     assert client.calls == []
 
 
-def test_without_the_key_of_this_call_a_request_passes_on(folder):
+def test_a_request_without_this_calls_key_is_passed_on(folder):
     client = EngineClient()
     asked = {"call": "reset_prefix_cache"}
     with control.key(folder) as old:
@@ -112,12 +112,12 @@ def test_without_the_key_of_this_call_a_request_passes_on(folder):
         for path in ("/api" + CONTROL_PATH, CONTROL_PATH + "/", CONTROL_PATH.upper(), "/v1/models"):
             assert ask(client, asked, key, path=path) == (0, None)
         assert ask(client, asked, key, type="websocket") == (0, None)
-    (folder / "key").write_text("")  # a file that was never filled is no key
+    (folder / "key").write_text("")  # an empty file is no key
     assert ask(client, asked, "") == (0, None)
     assert client.calls == []
 
 
-def test_the_key_is_there_for_one_call_and_for_its_owner_alone(folder, monkeypatch):
+def test_a_key_is_valid_for_one_call_and_private(folder, monkeypatch):
     with control.key(folder) as key:
         assert (folder / "key").stat().st_mode & 0o777 == 0o600
         assert len(bytes.fromhex(key)) == 32
@@ -130,13 +130,13 @@ def test_the_key_is_there_for_one_call_and_for_its_owner_alone(folder, monkeypat
         assert ask(EngineClient(), {"call": "reset_prefix_cache"}, key) == (0, None)
 
 
-def test_both_sides_name_the_same_things():
+def test_launcher_and_engine_use_the_same_names():
     assert CONTROL_PATH == vllm_control.PATH
     assert CONTROL_HEADER.lower().encode() == vllm_control.HEADER
     assert f"quickthaw_engine.vllm_control.{ControlMiddleware.__name__}" == CONTROL_MIDDLEWARE
 
 
-def test_the_users_middlewares_stay_and_ours_is_the_outermost():
+def test_the_users_middlewares_are_kept_inside_the_control_middleware():
     engine = launchers.engine("vllm")
     command = engine.parse(["--model", "m", "--middleware", "a.B", "--middleware=c.D", "--root-path", "/api"], {})
     argv = engine.command("python", command, "127.0.0.1", 8000)
@@ -145,7 +145,7 @@ def test_the_users_middlewares_stay_and_ours_is_the_outermost():
     assert engine.control_arguments() == ("--middleware", CONTROL_MIDDLEWARE)
 
 
-def test_an_engine_is_never_given_an_empty_package(tmp_path):
+def test_the_engine_site_has_no_empty_package(tmp_path):
     (tmp_path / "sources").mkdir()
     with pytest.raises(LauncherError, match="engine-site-missing"):
         engine_site(tmp_path / "home", tmp_path / "sources")

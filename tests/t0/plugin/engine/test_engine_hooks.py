@@ -1,4 +1,4 @@
-"""What our hooks in an engine do, without the engine: a canary waits for its request, packed weights are found, results are passed on."""
+"""The hooks in an engine, without the engine: a canary waits for its request, packed weights are found, results are passed on."""
 
 import ctypes
 import queue
@@ -21,11 +21,11 @@ pytestmark = pytest.mark.t0
 
 @pytest.fixture
 def woken(monkeypatch):
-    """This process was woken, and no canary has been waited for yet."""
+    """Set the state of a process that was woken and has not yet waited for a request."""
     monkeypatch.setattr(joining, "allowed", True)
 
 
-def test_the_hooks_and_the_launchers_mean_the_same_by_a_joined_canary(woken):
+def test_hooks_and_launchers_use_the_same_name_for_a_joined_canary(woken):
     assert joining.JOINED == JOINED
     assert joining.wanted([f"cmpl-{canary_id(True)}-0"]) and not joining.wanted([canary_id(False)])
     assert not joining.wanted([]) and not joining.wanted([canary_id(True), "another"])
@@ -43,7 +43,7 @@ def drain(core):
         core.scheduler.waiting.append(SimpleNamespace(request_id=core.input_queue.get()))
 
 
-def test_vllm_waits_for_the_request_beside_the_canary_and_takes_both(woken):
+def test_vllm_waits_for_the_request_beside_the_canary(woken):
     core = engine_core([canary_id(True)])
     late = threading.Timer(0.002, core.input_queue.put, ["the user's"])
     late.start()
@@ -53,21 +53,21 @@ def test_vllm_waits_for_the_request_beside_the_canary_and_takes_both(woken):
 
 
 @pytest.mark.parametrize("identifiers", [[canary_id(False)], [canary_id(True), "the user's"], ["the user's"], []])
-def test_vllm_does_not_wait_where_nothing_is_to_come(woken, monkeypatch, identifiers):
+def test_vllm_does_not_wait_without_a_joined_canary(woken, monkeypatch, identifiers):
     monkeypatch.setattr(joining, "wait", lambda arrived: pytest.fail("it waited"))
     core = engine_core(identifiers)
     vllm_hooks._join(drain)(core)
     assert len(core.scheduler.waiting) == len(identifiers)
 
 
-def test_a_request_that_does_not_come_is_not_waited_for_long(woken):
+def test_the_wait_for_a_joined_request_is_short(woken):
     core, began = engine_core([canary_id(True)]), time.monotonic()
     vllm_hooks._join(drain)(core)
     assert len(core.scheduler.waiting) == 1 and time.monotonic() - began >= joining.LIMIT_S
 
 
 def clients(begin):
-    """How many of ten clients that name their request as a joined canary the engine waits for."""
+    """Return for how many of ten clients, which name their request as a joined canary, the engine waits."""
     waited = 0
     for _ in range(10):
         before = time.monotonic()
@@ -86,7 +86,7 @@ def sglang_begins(identifier):
 
 
 @pytest.mark.parametrize("begin", [vllm_begins, sglang_begins])
-def test_no_client_makes_an_engine_wait_by_the_name_of_its_request(monkeypatch, begin):
+def test_a_client_cannot_make_an_engine_wait_by_its_requests_name(monkeypatch, begin):
     assert clients(begin) == 0, "it was never woken"
     monkeypatch.setattr(joining, "allowed", True)
     assert clients(begin) == 1, "one wait for each wake, whoever takes it"
@@ -97,7 +97,7 @@ def test_a_wake_allows_the_wait():
     assert subprocess.run([sys.executable, "-c", woken], capture_output=True, text=True, check=True).stdout == "True\n"
 
 
-def test_what_inductor_compiled_itself_is_not_refused_by_vllm_when_it_is_loaded():
+def test_vllm_loads_artefacts_that_inductor_compiled_itself():
     def plain():
         return 7
 
@@ -112,7 +112,7 @@ def test_what_inductor_compiled_itself_is_not_refused_by_vllm_when_it_is_loaded(
     assert vllm_hooks._finalizable(lambda file: "of another PyTorch")(0) == "of another PyTorch"
 
 
-def test_an_artefact_for_a_cpu_is_named_by_its_processor_and_threads(monkeypatch):
+def test_a_cpu_artefacts_hash_has_its_processor_and_threads(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(get_num_threads=lambda: 2))
     named = vllm_hooks._with_processor(lambda config: ["vLLM's own"])
     on_cpu, on_gpu = (SimpleNamespace(device_config=SimpleNamespace(device_type=kind)) for kind in ("cpu", "cuda"))
@@ -126,26 +126,26 @@ def test_an_artefact_for_a_cpu_is_named_by_its_processor_and_threads(monkeypatch
 
 
 @pytest.mark.parametrize(("ranks", "taken"), [(1, 2), (2, 1)])
-def test_sglang_takes_both_where_one_rank_schedules(woken, ranks, taken):
+def test_sglang_joins_both_requests_with_a_single_scheduler(woken, ranks, taken):
     others = [[], [], [SimpleNamespace(rid="the user's")]]
     scheduler = SimpleNamespace(tp_size=ranks, ingest_requests=lambda: others.pop(0))
     assert len(sglang_hooks._after_ingest([SimpleNamespace(rid=canary_id(True))], scheduler)) == taken
 
 
-def test_the_first_result_after_a_wake_is_passed_on_at_once_on_a_cpu(monkeypatch):
+def test_on_a_cpu_the_first_result_after_a_wake_is_sent_at_once(monkeypatch):
     cpu, gpu, batch = SimpleNamespace(device="cpu"), SimpleNamespace(device="cuda"), object()
     choice = sglang_hooks._after_overlap_choice
     monkeypatch.setattr(control, "fresh", False)
     assert choice(False, cpu, batch, last_batch=batch) is False
     for scheduler, expected in ((cpu, True), (gpu, False)):
         monkeypatch.setattr(control, "fresh", True)
-        assert choice(False, scheduler, batch, last_batch=None) is False  # nothing has a result yet
-        assert choice(False, scheduler, None, last_batch=batch) is False  # no step to wait for
+        assert choice(False, scheduler, batch, last_batch=None) is False  # no result yet
+        assert choice(False, scheduler, None, last_batch=batch) is False  # no step is running
         assert choice(False, scheduler, batch, last_batch=batch) is expected
         assert choice(False, scheduler, batch, last_batch=batch) is False  # once
 
 
-def test_packed_weights_are_found_over_a_few_pointers_by_the_size_of_their_chunk():
+def test_packed_weights_are_found_through_pointers_by_their_size():
     libc = ctypes.CDLL(None)
     libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, (ctypes.c_void_p,)
     size = 3 << 20
@@ -167,7 +167,7 @@ def test_packed_weights_are_found_over_a_few_pointers_by_the_size_of_their_chunk
             libc.free(at)
 
 
-def test_an_engine_that_gives_no_choices_has_a_plain_generation_for_a_canary():
+def test_without_log_probabilities_the_canary_is_a_plain_generation():
     def refuse(client, prompt, tokens, joined=False):
         raise EngineFailed("engine-refused", "no log probabilities here")
 
@@ -180,7 +180,7 @@ def test_an_engine_that_gives_no_choices_has_a_plain_generation_for_a_canary():
     assert asked == [2, 2]
 
 
-def test_a_gpu_s_canary_is_decoded_too():
+def test_a_gpus_canary_also_decodes():
     asked = []
     engine = SimpleNamespace(
         greedy_tokens=lambda client, prompt, tokens, joined=False: asked.append((tokens, joined)) or [5, 6, 7]
@@ -191,7 +191,7 @@ def test_a_gpu_s_canary_is_decoded_too():
     assert asked == [(2, False), (1, False), (1, True)]
 
 
-def test_sglangs_first_canary_names_the_weights_once_and_nothing_else_does(monkeypatch):
+def test_only_sglangs_first_canary_names_the_weights(monkeypatch):
     told = []
     monkeypatch.setattr(control, "answer", lambda name, text: told.append(name))
     monkeypatch.setattr(sglang_hooks, "_named", False)

@@ -1,5 +1,6 @@
-"""Which files of a hub repository are downloaded: those that the engine would download by itself. The hub is a list of names here;
-tests/t1/plugin/launch/test_launch_hub.py asks a real one."""
+"""Which files of a hub repository are downloaded: those that the engine would download. The hub is a list of names here;
+tests/t1/plugin/launch uses a server.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ TEXT = ["README.md", "config.json", "tokenizer.json", "modeling.py", "chat_templ
 
 
 class Listed:
-    """huggingface_hub, for a repository of these names."""
+    """huggingface_hub for a repository with these names."""
 
     def __init__(self, folder: Path, names: list[str]) -> None:
         self.folder, self.names, self.asked = folder, names, []  # type: ignore[var-annotated]
@@ -35,7 +36,7 @@ class Listed:
 
 
 def fetched(folder: Path, names: list[str], part: str = "model", **more: object) -> list[str]:
-    """The files that are downloaded of a repository."""
+    """Return the files of a repository that are downloaded."""
     hub = Listed(folder, names)
     request = {"cache": None, "engine": "vllm", "load_format": "auto", "remote_code": False, "code_revision": None}
     Download(hub, request | more).repository("acme/m", None, part)
@@ -65,25 +66,25 @@ SAFE = ["model-1.safetensors", "model-2.safetensors"]
     ],
     ids=lambda value: None if isinstance(value, dict) else " ".join(value),
 )
-def test_one_format_of_the_weights_and_everything_else(
+def test_one_weights_format_and_all_other_files_are_downloaded(
     tmp_path: Path, names: list[str], more: dict[str, object], expected: list[str]
 ) -> None:
     assert fetched(tmp_path, [*names, *TEXT], **more) == sorted([*expected, *TEXT])
 
 
-def test_vllm_takes_what_the_index_names(tmp_path: Path) -> None:
+def test_vllm_downloads_the_files_of_the_index(tmp_path: Path) -> None:
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": SAFE[0], "b": SAFE[1]}}))
     names = [*SAFE, "extra.safetensors", INDEX]
     assert fetched(tmp_path, names) == sorted([*SAFE, INDEX])
     assert fetched(tmp_path, names, engine="sglang") == sorted(names)
 
 
-def test_parts_without_weights_and_whole(tmp_path: Path) -> None:
+def test_parts_of_a_repository_are_downloaded_with_or_without_weights(tmp_path: Path) -> None:
     assert fetched(tmp_path, [*SAFE, *TEXT], "text") == sorted(TEXT)
     assert fetched(tmp_path, [*SAFE, "model.onnx", *TEXT], "all") == sorted([*SAFE, "model.onnx", *TEXT])
 
 
-def test_what_only_the_engine_knows_is_left_to_it(tmp_path: Path) -> None:
+def test_gguf_and_speculators_repositories_are_left_to_the_engine(tmp_path: Path) -> None:
     with pytest.raises(Refused) as caught:
         fetched(tmp_path, ["m-Q4.gguf", "m-Q8.gguf"])
     assert caught.value.code == "hub-gguf"
@@ -93,7 +94,7 @@ def test_what_only_the_engine_knows_is_left_to_it(tmp_path: Path) -> None:
     assert caught.value.code == "hub-speculators"
 
 
-def test_code_that_a_trusted_model_names_comes_at_its_revision(tmp_path: Path) -> None:
+def test_a_trusted_models_code_is_downloaded_at_its_revision(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"auto_map": {"AutoModel": "acme/code--modeling.Model"}}')
     hub = Listed(tmp_path, [*SAFE, "modeling.py"])
     request = {"cache": None, "engine": "vllm", "load_format": "auto", "remote_code": True, "code_revision": "v1"}
@@ -101,7 +102,7 @@ def test_code_that_a_trusted_model_names_comes_at_its_revision(tmp_path: Path) -
     assert hub.asked[1:] == [("acme/m", ["modeling.py"]), ("acme/code", ["modeling.py"])]
 
 
-def test_what_looks_complete(tmp_path: Path) -> None:
+def test_complete_recognises_a_complete_cache(tmp_path: Path) -> None:
     assert not complete(tmp_path, "model")
     (tmp_path / "config.json").write_text("{}")
     assert complete(tmp_path, "text") and not complete(tmp_path, "model")
@@ -112,11 +113,11 @@ def test_what_looks_complete(tmp_path: Path) -> None:
 
 
 class Timeout(OSError):
-    """That of requests, which older versions of huggingface_hub use."""
+    """The timeout of requests, which older versions of huggingface_hub use."""
 
 
 @pytest.mark.parametrize("error", [ConnectionError("refused"), Timeout("read timed out")])
-def test_without_the_hub_a_damaged_index_in_the_cache_is_no_complete_model(tmp_path: Path, error: OSError) -> None:
+def test_without_the_hub_a_damaged_index_means_an_incomplete_model(tmp_path: Path, error: OSError) -> None:
     (tmp_path / INDEX).write_text('{"weight_map": {"a"')
     (tmp_path / "config.json").write_text("{}")
 

@@ -1,7 +1,7 @@
-"""What a client can send is parsed in time that grows no faster than its size.
+"""Client input is parsed in time proportional to its size.
 
-Each case is doubled up to a megabyte. What counts is CPU time: a case fails when four times the input takes
-over ten times as long (quadratic: sixteen times) and the time is one that a user would notice.
+Each case is doubled up to a megabyte. CPU time counts: a case fails if four times the input takes over ten times as long (quadratic:
+sixteen times) and the time is noticeable.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ DISPOSITION = b"Content-Disposition: form-data; "
 
 
 def growth(work: Callable[[bytes], object], unit: bytes, largest: int = LARGEST) -> None:
-    """Double the input up to `largest` bytes, and fail at the first size whose CPU time has grown out of proportion."""
+    """Double the input up to `largest` bytes, and fail at the first size whose CPU time grew disproportionately."""
     took: list[float] = []
     for size in itertools.takewhile(lambda n: n <= largest, (SMALLEST << step for step in itertools.count())):
         data = unit * (size // len(unit))
@@ -50,7 +50,7 @@ def growth(work: Callable[[bytes], object], unit: bytes, largest: int = LARGEST)
 
 
 def routed(body: bytes, kind: bytes, coding: bytes = b"") -> object:
-    """The pool that a request with this body is for, as the router of several models finds it."""
+    """Return the pool that the router of several models finds for a request with this body."""
     request = Request()
     request.headers = [(b"content-type", b"Content-Type", kind)]
     if coding:
@@ -86,7 +86,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_a_form_that_never_names_a_model(name):
+def test_a_form_without_a_model_is_parsed_in_linear_time(name):
     before, unit = FORMS[name]
     growth(lambda data: routed(before + data, KIND), unit)
 
@@ -102,7 +102,7 @@ JSON = {
 
 
 @pytest.mark.slow
-def test_a_compressed_body_costs_what_the_client_has_sent():
+def test_a_compressed_body_costs_no_more_than_the_client_sent():
     body = zlib.compress(b'{"a":[' + b"1," * (24 << 20) + b'1],"model":"a"}', 9)
     assert len(body) < 64 << 10
     began = time.process_time()
@@ -114,7 +114,7 @@ def test_a_compressed_body_costs_what_the_client_has_sent():
 
 @pytest.mark.parametrize("name", JSON)
 @pytest.mark.parametrize("coding", [b"", b"deflate"])
-def test_a_json_body(name, coding):
+def test_a_json_body_is_parsed_in_linear_time(name, coding):
     before, unit = JSON[name]
     pack = zlib.compress if coding else bytes
     growth(lambda data: routed(pack(before + data), b"application/json", coding), unit)
@@ -123,16 +123,16 @@ def test_a_json_body(name, coding):
 @pytest.mark.parametrize(
     "unit", [b"/a", b"/", b"/..", b"/../a", b"%2f", b"%25", b"%2525", b";", b"/;", b"\\", b"/%2e%2e", b"?"]
 )
-def test_a_path(unit):
-    def judge(path: bytes) -> None:
+def test_a_path_is_classified_in_linear_time(unit):
+    def classify(path: bytes) -> None:
         PathRules("/-", frozenset({"/sleep", "/v1/load_lora_adapter"})).classify(b"/" + path)
 
-    growth(judge, unit, HEAD)
+    growth(classify, unit, HEAD)
 
 
 @pytest.mark.parametrize("name", [b"connection", b"prefer", b"x-forwarded-for", b"x-quickthaw-hold", b"cookie"])
-def test_a_head(name):
-    def judge(value: bytes) -> None:
+def test_a_request_head_is_parsed_in_linear_time(name):
+    def classify(value: bytes) -> None:
         request = Request()
         request.target = b"/"
         request.headers = [(b"host", b"Host", b"h"), (name, name, value)]
@@ -142,11 +142,11 @@ def test_a_head(name):
             return
 
     for unit in (b"a,", b"wait=1,", b"1", b" ", b"wait=1;"):
-        growth(judge, unit, HEAD)
+        growth(classify, unit, HEAD)
 
 
-def test_the_head_of_an_answer():
-    """An engine may be anything; back.py reads up to 256 KiB of a head."""
+def test_an_answers_head_is_parsed_in_linear_time():
+    """Any server may be the engine; upstream_connection.py reads up to 256 KiB of a head."""
 
     def head(data: bytes) -> None:
         names = data.split(b",")
@@ -176,12 +176,12 @@ def _refused(text: str) -> None:
     "unit",
     ["1", " ", "1 a", "a", "_", "a/", "://", ":a", "-", "sk-", "eyJaaaaaaaa.", "BEGIN ", ".", "1_", "-eyJaaaaaaaa"],
 )
-def test_an_expression(name, unit):
+def test_regular_expressions_match_in_linear_time(name, unit):
     for before in ("", "1", "1a"):
         growth(lambda data: EXPRESSIONS[name](before + data.decode() + "\x01"), unit.encode(), 256 << 10)  # noqa: B023
 
 
-def test_a_field_is_found_wherever_its_form_has_it():
+def test_a_field_is_found_anywhere_in_its_form():
     file = (
         b"--b\r\n"
         + DISPOSITION

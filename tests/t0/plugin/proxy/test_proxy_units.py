@@ -1,4 +1,4 @@
-"""The proxy's pure parts: paths, heads, measured starts, errors, settings, logs."""
+"""Pure functions of the proxy: paths, heads, measured starts, errors, settings, logs."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ pytestmark = pytest.mark.t0
 
 
 @given(st.text(alphabet=string.ascii_letters + "/.%2fF5cC;?#\\ \t", max_size=40))
-def test_canonical_is_a_fixed_point_without_dots_or_doubles(text):
+def test_canonical_paths_are_stable_without_dots_or_double_slashes(text):
     seen = canonical(b"/" + text.encode())
     assert canonical(seen.encode()) == seen
     assert seen.startswith("/") and "//" not in seen and "/./" not in seen and "/../" not in seen
 
 
 @pytest.mark.slow
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # time says nothing on a busy machine
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # time limits are unreliable on a busy machine
 @given(st.data())
 def test_every_percent_spelling_of_a_denied_path_is_denied(data):
     path = "/release_memory_occupation"
@@ -67,7 +67,7 @@ def test_no_spelling_of_a_denied_path_passes(path):
         assert rules.classify(plain[1] if plain else target.encode()) is Verdict.DENIED, target
 
 
-def test_what_engines_match_by_its_beginning_is_denied_by_its_beginning():
+def test_paths_that_engines_match_by_prefix_are_denied_by_prefix():
     rules = PathRules("/-", frozenset({"/metrics", "/sleep"}))
     assert {rules.classify(target.encode()) for target in MATCHED_BY_PREFIX} == {Verdict.DENIED}
     assert rules.classify(b"/sleepy") is Verdict.PASS
@@ -84,14 +84,14 @@ def test_a_denied_path_that_names_nothing_or_everything_is_refused(path):
         Settings(denied_paths=frozenset({path}))
 
 
-def test_a_long_path_passes_only_where_it_is_plain():
+def test_a_long_path_passes_only_if_it_is_plain():
     rules = PathRules("/-", frozenset({"/sleep"}), "/a")
     assert rules.classify(b"/v1/" + b"x" * 20_000) is Verdict.PASS
     for text in (b"/a;b" * 5_000, b"/.." * 7_000, b"/a%" * 7_000, b"/" + b"%25" * 7_000):
         assert rules.classify(text) is Verdict.DENIED
 
 
-def test_own_paths_are_own_only_when_spelled_plainly():
+def test_admin_paths_are_recognised_only_in_plain_spelling():
     rules = PathRules("/-", frozenset())
     assert rules.classify(b"/-/status") is rules.classify(b"/-") is Verdict.ADMIN
     for spelling in (b"/%2d/status", b"//-/status", b"/x/../-/status", b"/-/%73tatus"):
@@ -99,14 +99,14 @@ def test_own_paths_are_own_only_when_spelled_plainly():
     assert rules.classify(b"/--/status") is Verdict.PASS
 
 
-def test_verdicts_are_kept_but_not_for_ever():
+def test_cached_verdicts_are_evicted():
     rules = PathRules("/-", frozenset({"/sleep"}))
     for n in range(10_000):
         assert rules.classify(b"/%d" % n) is Verdict.PASS
     assert len(rules._cache) <= 4096
 
 
-def test_verdicts_of_long_paths_are_not_kept():
+def test_verdicts_of_long_paths_are_not_cached():
     rules = PathRules("/-", frozenset({"/sleep"}))
     tracemalloc.start()
     for number in range(100):
@@ -116,20 +116,20 @@ def test_verdicts_of_long_paths_are_not_kept():
     assert kept < 1 << 20
 
 
-def test_absolute_form():
+def test_an_absolute_form_target_is_split_into_host_and_path():
     assert absolute_form(b"http://h:1/a?b") == (b"h:1", b"/a?b")
     assert absolute_form(b"http://h?b") == (b"h", b"/?b")
     assert absolute_form(b"/a") is None
 
 
-def test_what_a_start_is_called():
+def test_the_kind_of_a_start_follows_from_its_phases():
     assert kind_of([Phase.MOUNTING]) is None
     assert kind_of([Phase.MOUNTING, Phase.RESTORING, Phase.WAKING]) is Kind.RESTORED
     assert kind_of([Phase.MOUNTING, Phase.RESTORING, Phase.FAILED, Phase.MOUNTING, Phase.STARTING]) is Kind.COLD
     assert kind_of([Phase.WAKING]) is Kind.WOKEN
 
 
-def test_deadlines_and_what_is_left_follow_what_was_measured():
+def test_deadlines_and_remaining_times_follow_measured_starts():
     history = History()
     assert history.deadline(Kind.RESTORED) == 30.0 and history.typical(Kind.COLD) == 120.0
     for seconds in (0.5, 0.6, 20.0):
@@ -156,7 +156,7 @@ def test_one_slow_start_changes_no_estimate():
     assert history.deadline(Kind.RESTORED) == 160.0, "a restore may turn out to be a first one"
 
 
-def test_the_kind_of_the_next_start_is_known_before_it_shows():
+def test_the_kind_of_the_next_start_is_predicted():
     from plugin.proxy.pool.pool import ReplicaPool
     from plugin.runtime.phases import PhaseTracker
 
@@ -173,7 +173,7 @@ def test_the_kind_of_the_next_start_is_known_before_it_shows():
     assert replica.start_kind is Kind.FIRST_RESTORE
 
 
-def test_what_is_left_is_told_by_the_phase():
+def test_the_remaining_time_follows_the_phase():
     history = History()
     phases = ((Phase.MOUNTING, 1.0), (Phase.STARTING, 10.0), (Phase.LOADING, 4.0), (Phase.WARMING, 20.0))
     for factor in (1.0, 1.0, 2.0):
@@ -182,13 +182,13 @@ def test_what_is_left_is_told_by_the_phase():
             spans.append(Span(phase, at, took * factor))
             at += took * factor
         history.record(Kind.COLD, at, tuple(spans))
-    # mounting took far longer than ever; what follows it takes no longer for that
+    # mounting took far longer than ever; the phases after it do not take longer
     assert history.left(Kind.COLD, 100.0, Phase.STARTING, 0.0) == 34.0
     assert history.left(Kind.COLD, 100.0, Phase.WARMING, 5.0) == 15.0
     assert history.left(Kind.COLD, 100.0, Phase.WARMING, 25.0) == 15.0, "to the slowest that was seen"
     assert history.left(Kind.COLD, 100.0, Phase.WARMING, 50.0) == 25.0, "then half its age again"
     assert history.left(Kind.COLD, 5.0, Phase.RESTORING, 1.0) == 30.0, "a phase that was never measured"
-    # a restore that failed comes first in the one timeline: its mounting is not the one meant
+    # the timeline begins with a failed restore, whose mounting does not count
     failed = (Span(Phase.MOUNTING, 0, 3.0), Span(Phase.RESTORING, 3, 2.0), Span(Phase.MOUNTING, 5, 1.0))
     history.record(Kind.COLD, 8.0, (*failed, Span(Phase.STARTING, 6, 2.0)))
     assert history.left(Kind.COLD, 6.0, Phase.MOUNTING, 0.5) == 0.5 + 10.0
@@ -207,7 +207,7 @@ def test_what_is_left_is_told_by_the_phase():
         (b"", math.inf),
     ],
 )
-def test_a_preference_is_advice(value, seconds):
+def test_the_prefer_header_is_a_preference(value, seconds):
     request = Request()
     request.target = b"/"
     request.headers = [(b"host", b"Host", b"t"), (b"prefer", b"Prefer", value)]
@@ -216,12 +216,12 @@ def test_a_preference_is_advice(value, seconds):
 
 
 @given(st.lists(st.floats(0.001, 1000), min_size=1, max_size=64), st.floats(0, 5000))
-def test_something_is_always_left(durations, elapsed):
+def test_the_remaining_time_is_never_zero(durations, elapsed):
     history = History(cold=durations)
     assert 0 < history.left(Kind.COLD, elapsed) <= max(*durations, 1.0, elapsed)
 
 
-def test_error_shapes():
+def test_errors_have_the_shape_of_their_api():
     status, headers, body = render(Unavailable("hold-deadline", "m", retry_after_s=1.2), "/v1/completions", "id")
     assert status == 503 and (b"retry-after", b"2") in headers
     assert json.loads(body)["error"] == {"message": "m", "type": "server_error", "param": None, "code": "hold-deadline"}
@@ -231,7 +231,7 @@ def test_error_shapes():
     assert render(UpstreamFault("u", "m", status=504), "/", "id")[0] == 504
 
 
-def test_an_error_for_thousands_keeps_its_kind_and_not_its_traceback():
+def test_a_fresh_error_keeps_its_type_and_drops_the_traceback():
     try:
         raise StartFailed("no-gpu", "no GPU", retry_after_s=3)
     except StartFailed as error:
@@ -240,7 +240,7 @@ def test_an_error_for_thousands_keeps_its_kind_and_not_its_traceback():
     assert twin.__traceback__ is None and str(twin) == "no GPU"
 
 
-def test_trailers_that_steer_are_dropped():
+def test_framing_and_routing_trailers_are_dropped():
     fields = [(b"x-a", b"X-A", b"1"), (b"content-length", b"Content-Length", b"5"), (b"host", b"Host", b"h")]
     assert wire.last_chunk(fields) == b"0\r\nX-A: 1\r\n\r\n"
     assert wire.last_chunk(fields[1:]) == b"0\r\n\r\n"
@@ -255,7 +255,7 @@ def test_request_ids():
 @pytest.mark.parametrize(
     "bad", [{"max_held": -1}, {"admin_prefix": "x"}, {"admin_prefix": "/"}, {"admin_prefix": "/-/"}, {"drain_s": -0.1}]
 )
-def test_settings_refuse_nonsense(bad):
+def test_invalid_settings_are_refused(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         Settings(**bad)
 
@@ -284,7 +284,7 @@ def test_histograms():
     assert histogram.document() == {"bounds": [1.0, 2.0], "counts": [2, 1, 1], "sum": 12.0}
 
 
-def test_workers_counts_add_up():
+def test_the_workers_counts_are_summed():
     one, two = Stats(), Stats()
     one.outcomes["forwarded"] += 2
     two.outcomes["forwarded"] += 3
@@ -297,7 +297,7 @@ def test_workers_counts_add_up():
     assert both["requests"] == 6 and sum(both["held_seconds"]["counts"]) == 2 and both["held_seconds"]["sum"] == 400.2
 
 
-def test_the_metrics_are_those_that_are_documented():
+def test_the_metrics_match_the_documentation():
     from plugin.proxy.admin.endpoints import status_document
     from plugin.proxy.admin.metrics import exposition
     from plugin.proxy.pool.pool import ReplicaPool
@@ -312,7 +312,7 @@ def test_the_metrics_are_those_that_are_documented():
         assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} == exported
 
 
-def test_a_restore_that_was_over_before_the_proxy_listened_is_known():
+def test_a_restore_that_ended_before_the_proxy_listened_is_recorded():
     from plugin.proxy.admin.endpoints import pool_document
     from plugin.proxy.pool.pool import ReplicaPool
     from plugin.runtime.phases import Phase, PhaseTracker
@@ -337,7 +337,7 @@ def test_a_log_line_is_one_json_object():
     assert "\n" not in line and json.loads(line)["request_id"] == "a\nb" and json.loads(line)["event"] == "request"
 
 
-def test_a_log_line_for_people_says_why_and_which():
+def test_a_text_log_line_has_the_reason_and_the_object():
     record = logging.LogRecord("quickthaw.proxy", logging.INFO, __file__, 1, "r0: asleep → waking", (), None)
     record.event, record.fields = "phase", {"reason": "woken"}
     assert TextFormatter().format(record).endswith("info    r0: asleep → waking (woken)")
@@ -345,7 +345,7 @@ def test_a_log_line_for_people_says_why_and_which():
     assert TextFormatter().format(record).endswith("waking [abc]")
 
 
-def test_memory_is_measured_of_serving_replicas_whose_process_is_known():
+def test_memory_is_measured_for_serving_replicas_with_a_known_process():
     pool = ReplicaPool()
     replica = pool.add("a", PhaseTracker(phase=Phase.SERVING))
     replica.engine_pid = os.getpid
@@ -356,7 +356,7 @@ def test_memory_is_measured_of_serving_replicas_whose_process_is_known():
     assert replica.memory_bytes is None and replica.gpu_bytes is None
 
 
-def test_a_process_tree_has_what_its_processes_have_started():
+def test_a_process_tree_includes_descendants():
     nested = (
         "import subprocess, sys; subprocess.run([sys.executable, '-c', 'print(1, flush=True); input()'], check=False)"
     )

@@ -1,4 +1,4 @@
-"""Journals of measurements, and files that are written replacing."""
+"""JSON-lines files of measurements, and atomic replacement of files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from plugin.records import jsonl
 pytestmark = pytest.mark.t0
 
 
-def test_the_latest_lines_in_order(tmp_path: Path) -> None:
+def test_the_latest_lines_are_returned_in_order(tmp_path: Path) -> None:
     file = tmp_path / "j"
     assert jsonl.latest(file, 3) == []
     for number in range(10):
@@ -23,19 +23,19 @@ def test_the_latest_lines_in_order(tmp_path: Path) -> None:
     assert file.stat().st_mode & 0o777 == 0o600
 
 
-def test_torn_lines_are_left_out(tmp_path: Path) -> None:
+def test_torn_lines_are_skipped(tmp_path: Path) -> None:
     file = tmp_path / "j"
     file.write_bytes(b'": 1}\n{"n": 1}\n[]\n{"n"\n{"n": 2}\n')
     assert jsonl.latest(file, 9) == [{"n": 1}, {"n": 2}]
 
 
-def test_a_line_that_cannot_be_kept_is_said_and_survived(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_line_that_cannot_be_written_is_logged_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "quickthaw"):
         jsonl.append(tmp_path / "none" / "j", {"n": 1})
     assert "not kept" in caplog.text
 
 
-def test_threads_put_the_same_file_in_place(tmp_path: Path) -> None:
+def test_threads_can_replace_the_same_file(tmp_path: Path) -> None:
     target, both = tmp_path / "file", threading.Barrier(2)
     failures: list[BaseException] = []
 
@@ -54,7 +54,7 @@ def test_threads_put_the_same_file_in_place(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_what_fails_leaves_what_was_there(tmp_path: Path) -> None:
+def test_a_failed_replacement_keeps_the_old_file(tmp_path: Path) -> None:
     target = tmp_path / "file"
     target.write_text("old")
     with pytest.raises(ValueError, match="stop"), replacing(target) as new:

@@ -1,4 +1,4 @@
-"""What becomes of a launch whose replicas fail to start, one after the other."""
+"""A launch whose replicas fail to start or die."""
 
 import socket
 import threading
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.t0
 
 
 class Replica:
-    """One that fails when it is told to."""
+    """A replica that fails on request."""
 
     def __init__(self):
         self.fail, self.failed, self.tracker = threading.Event(), threading.Event(), PhaseTracker()
@@ -31,7 +31,7 @@ class Replica:
         raise EngineFailed("no-start", "it does not start")
 
 
-def test_one_failed_start_does_not_end_those_that_go_on_and_the_last_does():
+def test_only_the_last_failed_start_ends_the_launch():
     launch = Launch(SimpleNamespace(idle_timeout_s=None, restore_concurrency=3), None, None)
     launch.replicas = replicas = [Replica() for _ in range(3)]
     threading.Thread(target=launch._start_all, daemon=True).start()
@@ -45,7 +45,7 @@ def test_one_failed_start_does_not_end_those_that_go_on_and_the_last_does():
     assert launch.exit_code == 1 and "it does not start" in str(launch._failure)
 
 
-def test_told_to_restore_one_at_once_the_next_replica_starts_when_the_one_before_has_failed():
+def test_with_restore_concurrency_1_the_next_replica_starts_after_a_failure():
     launch = Launch(SimpleNamespace(idle_timeout_s=None, restore_concurrency=1), None, None)
     launch.replicas = replicas = [Replica() for _ in range(3)]
     for replica in replicas[1:]:
@@ -58,7 +58,7 @@ def test_told_to_restore_one_at_once_the_next_replica_starts_when_the_one_before
     assert launch._ending.wait(10)
 
 
-def test_told_to_stop_as_a_start_ends_leaves_the_engine_to_the_way_down_and_its_grace():
+def test_a_stop_as_a_start_ends_leaves_the_engine_to_the_shutdown():
     launch = Launch(SimpleNamespace(idle_timeout_s=None, restore_concurrency=1), None, None)
     told = []
 
@@ -73,7 +73,7 @@ def test_told_to_stop_as_a_start_ends_leaves_the_engine_to_the_way_down_and_its_
     assert told == []
 
 
-def test_a_canary_is_told_of_a_request_that_waits_before_the_proxy_accepts(monkeypatch):
+def test_a_canary_expects_a_client_that_the_proxy_has_not_accepted_yet(monkeypatch):
     monkeypatch.setenv("QUICKTHAW_SHARED_STEP", "1")
     sock = bind("127.0.0.1", 0)
     launch = Launch(SimpleNamespace(idle_timeout_s=None, restore_concurrency=1), sock, None)
@@ -92,7 +92,7 @@ def test_a_canary_is_told_of_a_request_that_waits_before_the_proxy_accepts(monke
 
 
 def launch_of(replicas):
-    """A launch of doubles whose engines end when `died` is called with their code."""
+    """Return a launch of doubles whose engines end when `died` is called with their code."""
     settings = SimpleNamespace(idle_timeout_s=None, restore_concurrency=4, replicas=len(replicas))
     launch = Launch(settings, None, None)
     launch.replicas = replicas
@@ -103,7 +103,7 @@ def launch_of(replicas):
 
 
 class Serving(Replica):
-    """One that serves again at once."""
+    """A replica that serves again at once."""
 
     def __init__(self, lost=""):
         super().__init__()
@@ -139,7 +139,7 @@ def test_deaths_count_for_the_replica_that_died(monkeypatch):
     assert launch._ending.is_set() and launch.exit_code == 137
 
 
-def test_lost_pages_are_no_deaths(monkeypatch):
+def test_a_failed_page_server_does_not_count_as_a_death(monkeypatch):
     monkeypatch.setattr("plugin.runtime.launcher._remember", lambda *_: None)
     launch = launch_of([Serving(lost="the page server is gone") for _ in range(4)])
     for replica in launch.replicas * 3:
@@ -148,14 +148,14 @@ def test_lost_pages_are_no_deaths(monkeypatch):
 
 
 @pytest.mark.parametrize(("code", "said"), [(-9, 137), (-11, 139), (7, 7), (0, 1)])
-def test_a_start_that_ends_with_the_engine_gives_its_code_as_a_shell_does(code, said):
+def test_an_engine_that_dies_at_a_start_gives_its_code_as_in_a_shell(code, said):
     launch = launch_of([])
     launch._start_failed(EngineDied("engine-died", "it died", code, ""), 0)
     assert launch.exit_code == said
 
 
-def test_a_signal_that_is_reported_twice_while_the_loop_starts_is_one(monkeypatch):
-    """`launch` ended with 130, as at a second signal, when SIGTERM came between the loop's start and its handlers."""
+def test_a_signal_reported_twice_while_the_loop_starts_counts_once(monkeypatch):
+    """`launch` ended with 130, as after a second signal, when SIGTERM arrived between the loop's start and its handlers."""
     ended = []
     monkeypatch.setattr("os._exit", ended.append)
     launch = Launch(SimpleNamespace(idle_timeout_s=None, restore_concurrency=1), None, None)

@@ -1,4 +1,4 @@
-"""RestoreLimit of replicas that are restored beside each other."""
+"""RestoreLimit of replicas that are restored at the same time."""
 
 import contextlib
 import threading
@@ -21,7 +21,7 @@ def through(tracker: PhaseTracker, *phases: Phase) -> None:
 @pytest.mark.parametrize(
     "told, cores, at_once", [(0, 1, 1), (0, 2, 1), (0, 3, 1), (0, 4, 2), (0, 9, 4), (3, 2, 3), (1, 8, 1)]
 )
-def test_one_restore_for_every_two_processors_or_as_many_as_told(told, cores, at_once):
+def test_the_default_is_one_restore_for_every_two_processors(told, cores, at_once):
     limit = RestoreLimit(told, cores, limit_s=0.01)
     with contextlib.ExitStack() as stack:
         got = [stack.enter_context(limit.slot(PhaseTracker())) for _ in range(at_once + 1)]
@@ -32,7 +32,7 @@ def test_one_restore_for_every_two_processors_or_as_many_as_told(told, cores, at
     "before, end",
     [(RESTORE, Phase.SERVING), (RESTORE[:2], Phase.FAILED), (RESTORE[:1], Phase.STARTING), ((), Phase.STOPPED)],
 )
-def test_a_turn_ends_when_the_replica_serves_fails_stops_or_starts_cold(before, end):
+def test_a_slot_ends_when_the_replica_serves_fails_stops_or_starts_cold(before, end):
     limit, tracker = RestoreLimit(cores=2, limit_s=0.01), PhaseTracker()
     with limit.slot(tracker) as mine:
         through(tracker, *before)
@@ -44,7 +44,7 @@ def test_a_turn_ends_when_the_replica_serves_fails_stops_or_starts_cold(before, 
     assert (mine, early, then) == (True, False, True)
 
 
-def test_a_turn_ends_once_however_often_it_could():
+def test_a_slot_is_released_once():
     limit, tracker = RestoreLimit(cores=2, limit_s=0.01), PhaseTracker()
     with limit.slot(tracker):
         through(tracker, *RESTORE, Phase.SERVING, Phase.ASLEEP)
@@ -54,7 +54,7 @@ def test_a_turn_ends_once_however_often_it_could():
     assert not tracker._listeners
 
 
-def test_who_waited_too_long_goes_on_and_gives_nothing_back():
+def test_a_wait_that_times_out_continues_and_releases_no_slot():
     limit = RestoreLimit(cores=2, limit_s=0.01)
     with limit.slot(PhaseTracker()):
         with limit.slot(PhaseTracker()) as impatient:
@@ -63,7 +63,7 @@ def test_who_waited_too_long_goes_on_and_gives_nothing_back():
             assert not still_taken
 
 
-def test_the_next_goes_at_once_when_a_turn_ends():
+def test_the_next_restore_starts_as_soon_as_a_slot_is_released():
     limit, tracker, went = RestoreLimit(cores=2, limit_s=30.0), PhaseTracker(), threading.Event()
 
     def other() -> None:

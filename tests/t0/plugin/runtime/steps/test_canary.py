@@ -1,4 +1,4 @@
-"""The check of a restored replica: exact where it is alone, repeated alone where a request ran beside it."""
+"""Validation of a restored replica: exact if the canary runs alone, repeated alone if a request ran beside it."""
 
 from __future__ import annotations
 
@@ -44,20 +44,20 @@ RUNNING = SimpleNamespace(client=Client(lambda: pytest.fail("no engine here")))
 SNAPSHOT = SimpleNamespace(canary=Canary("The", RIGHT))
 
 
-def test_the_canary_is_asked_before_anything_may_run_beside_it():
+def test_the_canary_is_sent_before_a_request_may_join_it():
     checked, told = replica([RIGHT], True)
     check_canary(checked, RUNNING, SNAPSHOT)
     assert told == ["asked with another", "verifying"]
 
 
-def test_another_answer_beside_a_request_is_tried_again_alone():
+def test_a_differing_canary_beside_a_request_is_repeated_alone():
     checked, told = replica([WRONG, RIGHT], True)
     check_canary(checked, RUNNING, SNAPSHOT)
     assert told == ["asked with another", "verifying", "recalled", "asked"]
 
 
 @pytest.mark.parametrize(("answers", "ran_beside"), [([WRONG], False), ([WRONG, WRONG], True)])
-def test_another_answer_alone_refuses_the_replica(answers, ran_beside):
+def test_a_differing_canary_alone_refuses_the_replica(answers, ran_beside):
     checked, _ = replica(answers, ran_beside)
     with pytest.raises(Integrity) as caught:
         check_canary(checked, RUNNING, SNAPSHOT)

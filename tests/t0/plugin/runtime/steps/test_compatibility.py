@@ -1,4 +1,4 @@
-"""What a launch is, as its start asks it: several GPUs, by the command line or by a file that it names."""
+"""A launch's properties as a start reads them: several GPUs, from the command line or a file that it names."""
 
 from types import SimpleNamespace
 
@@ -15,7 +15,7 @@ def launch(*words, gpus=("gpu",), arguments=None, **environment):
     return compatibility.multi_gpu(settings, here)
 
 
-def test_several_gpus_of_the_command_line_or_of_its_config_file(tmp_path, caplog):
+def test_several_gpus_are_read_from_the_command_line_or_its_config_file(tmp_path, caplog):
     file = tmp_path / "engine.yaml"
     file.write_text("tensor-parallel-size: 2\n")
     digest = {"--config": (("blake3:0",),)}

@@ -1,4 +1,4 @@
-"""A trial that cannot be made counts as failed."""
+"""A trial that cannot be run counts as failed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.t0
 
 
 class Kernel:
-    """What the trial asks of CRIU before it makes a sandbox."""
+    """The methods of Criu that the trial calls before it makes a sandbox."""
 
     def kernel_facts(self, home: Path) -> Path:
         return home / "facts"

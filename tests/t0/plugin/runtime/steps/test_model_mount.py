@@ -1,5 +1,6 @@
-"""However a model's folder is changed, a launch sees it: the digest of its files is another one (an index of stat fields answers when
-nothing changed). What is no part of the content does not count."""
+"""Every way to change a model's folder changes the digest of its files, which an index of stat fields answers if nothing changed. What
+is not content does not change it.
+"""
 
 from __future__ import annotations
 
@@ -151,7 +152,7 @@ def test_a_changed_model_has_another_digest(model: Path, change: str) -> None:
 
 
 @pytest.mark.parametrize("change", UNCHANGED)
-def test_what_is_no_content_does_not_count(model: Path, change: str) -> None:
+def test_metadata_does_not_change_the_digest(model: Path, change: str) -> None:
     before = weights(model)
     sketch, digest = before.sketch, before.digest
     UNCHANGED[change](model / "first.safetensors")
@@ -159,7 +160,7 @@ def test_what_is_no_content_does_not_count(model: Path, change: str) -> None:
     assert (after.sketch, after.digest) == (sketch, digest)
 
 
-def test_a_known_digest_takes_no_reading(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_known_digest_reads_no_file(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = weights(model)
     sketch, digest = first.sketch, first.digest
     monkeypatch.setattr(model_files, "_read", None)
@@ -171,7 +172,7 @@ def test_a_known_digest_takes_no_reading(model: Path, monkeypatch: pytest.Monkey
     assert again.sketch == sketch
 
 
-def test_a_model_that_changes_while_the_engine_starts_is_refused_by_name(model: Path) -> None:
+def test_a_model_that_changes_during_a_start_is_refused_by_name(model: Path) -> None:
     started = weights(model)
     assert started.content and started.sketch
     started.content.begin()
@@ -181,9 +182,7 @@ def test_a_model_that_changes_while_the_engine_starts_is_refused_by_name(model: 
     assert caught.value.code == "inputs-changed"
 
 
-def test_a_snapshot_does_not_wait_for_a_slow_digest_but_the_next_start_has_it(
-    model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_snapshot_does_not_wait_for_a_slow_digest(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     go = threading.Event()
     read = model_files._read
     monkeypatch.setattr(model_files, "_read", lambda *arguments: go.wait(30) and read(*arguments))
@@ -198,9 +197,7 @@ def test_a_snapshot_does_not_wait_for_a_slow_digest_but_the_next_start_has_it(
     assert weights(model).content.files.known_digest() == digest  # type: ignore[union-attr]
 
 
-def test_a_digest_that_failed_is_computed_again_by_the_next_cold_start(
-    model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_digest_is_computed_again_by_the_next_cold_start(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(*_: object) -> str:
         raise OSError(errno.EIO, "Input/output error")
 
@@ -216,8 +213,8 @@ def test_a_digest_that_failed_is_computed_again_by_the_next_cold_start(
     assert len(started.content.verified_digest(10.0)) == 64
 
 
-def test_two_models_of_the_same_headers_have_other_sketches(tmp_path: Path) -> None:
-    """Fine-tunes of one model: the same names, sizes and headers, other values."""
+def test_models_with_equal_headers_have_different_sketches(tmp_path: Path) -> None:
+    """Fine-tunes of one model: the same names, sizes and headers, but other values."""
     found = set()
     for seed in (1, 2):
         folder = tmp_path / str(seed)
@@ -228,14 +225,14 @@ def test_two_models_of_the_same_headers_have_other_sketches(tmp_path: Path) -> N
     assert len(found) == 2
 
 
-def test_a_model_of_one_file_counts_with_its_shards_and_its_tokenizer(tmp_path: Path) -> None:
+def test_a_single_file_model_includes_its_shards_and_tokenizer(tmp_path: Path) -> None:
     model = tmp_path / "m-00001-of-00002.gguf"
     for name in (model.name, "m-00002-of-00002.gguf", "tokenizer.json", "other.gguf", "notes.md"):
         (tmp_path / name).write_text(name)
     assert set(ModelFiles(model, tmp_path / "home").files) == {model.name, "m-00002-of-00002.gguf", "tokenizer.json"}
 
 
-def test_a_hub_model_is_found_at_the_revision_of_an_options_file(tmp_path: Path) -> None:
+def test_a_hub_models_revision_is_read_from_an_options_file(tmp_path: Path) -> None:
     repository = tmp_path / "hub" / "models--acme--tiny"
     for revision in ("main", "v2"):
         (repository / "snapshots" / f"c-{revision}").mkdir(parents=True)

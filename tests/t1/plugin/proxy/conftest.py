@@ -1,4 +1,4 @@
-"""The proxy behind its own port, and as an ASGI application: what holds for both is tested on both."""
+"""The proxy behind its own port, and as an ASGI application: common behaviour is tested on both."""
 
 import pytest
 
@@ -7,5 +7,5 @@ from tests.kits.proxy_rig import FACES
 
 @pytest.fixture(params=FACES)
 def proxy(request):
-    """Start a proxy of either face, as `tests.kits.proxy_rig.proxy` does."""
+    """Start a proxy of either kind, as `tests.kits.proxy_rig.proxy` does."""
     return FACES[request.param]

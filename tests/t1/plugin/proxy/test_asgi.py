@@ -1,5 +1,5 @@
-"""What only the ASGI face has: a lifespan, a path under which it is mounted, middlewares around it, refused WebSockets,
-and `HoldMiddleware`. What it shares with the port is tested in `pool/test_hold.py` and the other tests that take `proxy`.
+"""Features of the ASGI application only: a lifespan, a mount path, middlewares around it, refused WebSockets, and `HoldMiddleware`.
+What it shares with the port is tested in `pool/test_hold.py` and the other tests that take `proxy`.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ pytestmark = pytest.mark.t1
 
 @asynccontextmanager
 async def gateway(app, proxy, pool):
-    """A rig around a Starlette application that contains a proxy."""
+    """Start a rig around a Starlette application that contains a proxy."""
     async with served_by_uvicorn(app, date_header=False) as (port, server):
         yield Rig(proxy, pool, port), server
 
 
 def mounted(settings: Settings | None = None, *middleware: Middleware):
-    """A gateway with a page of its own, and the proxy under /llm."""
+    """Build a gateway with a page of its own, and the proxy under /llm."""
     pool = ReplicaPool()
     inner = hold_app(pool, settings or Settings())
 
@@ -63,7 +63,7 @@ def mounted(settings: Settings | None = None, *middleware: Middleware):
     return Starlette(routes=routes, middleware=middleware, lifespan=lifespan), inner.state.proxy, pool
 
 
-def test_mounted_under_a_path_the_engine_sees_the_rest_of_it():
+def test_below_a_mount_the_engine_sees_the_rest_of_the_path():
     async def main():
         async with upstream() as up, gateway(*mounted(Settings(denied_paths=frozenset({"/sleep"})))) as (rig, _):
             rig.add("a", up.port, phase=Phase.IDLE)
@@ -97,7 +97,7 @@ def test_a_sign_in_below_a_mount_sets_a_cookie_for_that_path():
     run(main())
 
 
-def test_without_a_lifespan_the_first_request_begins_the_proxy():
+def test_without_a_lifespan_the_first_request_starts_the_proxy():
     async def main():
         pool = ReplicaPool()
         inner = hold_app(pool)
@@ -113,7 +113,7 @@ def test_without_a_lifespan_the_first_request_begins_the_proxy():
 
 
 class Passing(BaseHTTPMiddleware):
-    """A middleware as gateways have them; it reads the answer and sends it on."""
+    """A typical gateway middleware: it reads the answer and sends it on."""
 
     async def dispatch(self, request, call_next):
         return await call_next(request)
@@ -124,12 +124,12 @@ class Passing(BaseHTTPMiddleware):
     [
         (b"Content-Length: 100", ()),
         (b"Transfer-Encoding: chunked", ()),
-        # Without a length, Starlette's BaseHTTPMiddleware itself ends an answer that broke off as if it were whole.
+        # Without a length, Starlette's BaseHTTPMiddleware ends an aborted answer as if it were complete.
         (b"Content-Length: 100", (Middleware(Passing),)),
     ],
     ids=["length", "chunked", "length behind a middleware"],
 )
-def test_an_answer_that_breaks_off_cannot_pass_for_whole(framing, middleware):
+def test_an_aborted_answer_does_not_look_complete(framing, middleware):
     async def cuts(up: Upstream, seen: Seen, reader, writer) -> bool:
         writer.write(b"HTTP/1.1 200 OK\r\n" + framing + b"\r\n\r\n5\r\nhello\r\n")
         await writer.drain()
@@ -146,7 +146,7 @@ def test_an_answer_that_breaks_off_cannot_pass_for_whole(framing, middleware):
     run(main())
 
 
-def test_hop_by_hop_headers_end_here_in_both_directions():
+def test_hop_by_hop_headers_are_removed_in_both_directions():
     said = answer(b"{}", "200 OK", "Connection: X-Mine", "X-Mine: 1", "Keep-Alive: timeout=5", "X-Other: 2")
 
     async def main():
@@ -190,7 +190,7 @@ def test_304_204_and_100_continue():
     run(main())
 
 
-def test_a_websocket_is_refused_by_name_and_wakes_nobody():
+def test_a_websocket_is_refused_by_name_and_wakes_no_engine():
     from websockets.asyncio import client as websockets
     from websockets.exceptions import InvalidStatus
 
@@ -205,8 +205,8 @@ def test_a_websocket_is_refused_by_name_and_wakes_nobody():
     run(main())
 
 
-def test_draining_answers_what_is_held_and_finishes_what_is_in_flight():
-    """On SIGTERM: `drain` from the server's signal handler, then the server waits for its requests."""
+def test_draining_answers_held_requests_and_finishes_those_in_flight():
+    """On SIGTERM the server's signal handler calls `drain`, then the server waits for its requests."""
     gate = asyncio.Event()
 
     async def gated(up: Upstream, seen: Seen, reader, writer) -> bool:
@@ -244,7 +244,7 @@ SCOPE = {
 
 @pytest.mark.parametrize("sent", [[b"ab"], [b"ab", b"cd"], [b""]], ids=["shorter", "longer", "none"])
 def test_a_body_of_another_length_than_announced_is_refused(sent):
-    """A middleware may change a body. The engine would take what is too much for the next request's head."""
+    """A middleware may change a body. The engine would read the surplus as the next request's head."""
 
     async def main():
         async with upstream() as up, asgi_proxy() as rig:
@@ -267,7 +267,7 @@ def test_a_body_of_another_length_than_announced_is_refused(sent):
     run(main())
 
 
-def test_what_a_middleware_raises_while_the_body_is_read_ends_the_request_at_once():
+def test_a_middlewares_exception_while_the_body_is_read_ends_the_request():
     async def limiting(scope, receive, send):
         async def limited():
             await receive()
@@ -301,7 +301,7 @@ def test_what_a_middleware_raises_while_the_body_is_read_ends_the_request_at_onc
         ),
     ],
 )
-def test_a_scope_that_no_strict_server_would_make_is_refused(changed, code):
+def test_an_invalid_scope_is_refused(changed, code):
     assert request_of(SCOPE | changed).fault.code == code
     assert request_of(SCOPE).fault is None and request_of(SCOPE | {"scheme": "https"}).scheme == b"https"
 
@@ -317,7 +317,7 @@ def test_a_scope_that_no_strict_server_would_make_is_refused(changed, code):
         ("/outer", "/x", b"/x", b"/x"),
     ],
 )
-def test_the_target_is_what_was_sent_below_the_mount(root, path, raw, target):
+def test_the_target_is_the_sent_path_below_the_mount(root, path, raw, target):
     assert target_of({"root_path": root, "path": path, "raw_path": raw, "query_string": b""}) == target
 
 
@@ -325,7 +325,7 @@ def test_the_target_is_what_was_sent_below_the_mount(root, path, raw, target):
 
 
 def middleware_gateway(settings: Settings | None = None, **pool_options):
-    """An application that answers by itself, behind a HoldMiddleware for /v1."""
+    """Start an application with its own pages behind a HoldMiddleware for /v1."""
     pool = ReplicaPool(**pool_options)
 
     async def engine(request):
@@ -359,7 +359,7 @@ def test_the_middleware_holds_and_the_application_answers():
     run(main())
 
 
-def test_the_middleware_refuses_by_the_same_codes():
+def test_the_middleware_refuses_with_the_same_codes():
     async def main():
         settings = Settings(hold_timeout_s=0.2, denied_paths=frozenset({"/v1/secret"}))
         async with gateway(*middleware_gateway(settings)) as (rig, _):
@@ -374,7 +374,7 @@ def test_the_middleware_refuses_by_the_same_codes():
     run(main())
 
 
-def test_a_client_that_goes_while_the_middleware_holds_it_reaches_nobody():
+def test_the_middleware_drops_held_requests_of_disconnected_clients():
     async def main():
         async with gateway(*middleware_gateway()) as (rig, _):
             rig.pool.add("a", tracker := PhaseTracker(), tcp("127.0.0.1", 1))
@@ -390,7 +390,7 @@ def test_a_client_that_goes_while_the_middleware_holds_it_reaches_nobody():
     run(main())
 
 
-def test_what_another_middleware_raises_while_a_request_is_held_ends_it():
+def test_another_middlewares_exception_ends_a_held_request():
     async def receive():
         raise HTTPException(413, "too large")
 

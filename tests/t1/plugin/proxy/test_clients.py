@@ -1,4 +1,4 @@
-"""Real clients of the proxy: OpenAI's, curl, a WebSocket client."""
+"""Real clients of the proxy: OpenAI's client, curl, a WebSocket client."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_the_openai_client_waits_and_gets_its_answer(early, retries):
                 assert await parts == "hello there"
                 assert len(up.seen) == 2, "each was sent once"
 
-                # a start that has finally failed is an APIStatusError (or, in a stream that was begun early, an
+                # a final start failure is an APIStatusError (or, in an early stream, an
                 # APIError)
                 rig.trackers["a"].to(Phase.FAILED, "gone")
                 from plugin.proxy.errors import StartFailed
@@ -101,7 +101,7 @@ def test_the_openai_client_reads_an_early_streams_error():
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
-def test_curl():
+def test_curl_gets_its_answers():
     async def main():
         async with upstream() as up, proxy() as rig:
             rig.add("a", up.port)
@@ -130,7 +130,7 @@ def test_curl():
             assert "200 OK" in await curl("-I", f"{rig.url}/stream")
             assert json.loads(await curl("--http2", f"{rig.url}/c", "-d", "abc"))["length"] == 3
             assert json.loads(await curl("--http1.0", f"{rig.url}/c"))["target"] == "/c"
-            # curl itself takes dots out of a path unless told not to
+            # curl removes dots from a path unless --path-as-is is given
             assert "not-found" in await curl("--path-as-is", f"{rig.url}/x/../-/status")
 
     run(main())

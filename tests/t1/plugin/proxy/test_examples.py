@@ -1,4 +1,4 @@
-"""The proxy's examples do what they say."""
+"""The proxy's examples work as described."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ EXAMPLES = Path(__file__).parents[4] / "examples"
 
 
 @pytest.mark.slow
-def test_an_engine_of_your_own(capsys):
+def test_the_example_of_an_own_engine(capsys):
     example = runpy.run_path(str(EXAMPLES / "proxy_own_engine.py"))
     answers = asyncio.run(example["run"](5))
     assert [json.loads(a)["you asked for"] for a in answers] == [f"/{n}" for n in range(5)]
@@ -31,8 +31,8 @@ def test_an_engine_of_your_own(capsys):
 
 
 @pytest.mark.slow
-def test_a_gateway_in_starlette():
-    """Held until the engine comes; refused without a key; on SIGTERM what is held is answered at once."""
+def test_the_example_of_a_starlette_gateway():
+    """Requests are held until the engine serves, and refused without a key; on SIGTERM held requests are answered at once."""
     port, engine_port = free_port(), free_port()
     script = [sys.executable, str(EXAMPLES / "proxy_in_gateway.py")]
     arguments = ["--upstream", f"http://127.0.0.1:{engine_port}", "--port", str(port)]
@@ -73,8 +73,8 @@ def test_the_models_file_is_accepted():
 
 
 @pytest.mark.slow
-def test_the_benchmark_runs_and_counts_right(tmp_path):
-    """Its figures are its own affair; that 2,000 held requests are answered once each is not."""
+def test_the_benchmark_runs_and_counts_correctly(tmp_path):
+    """Its figures do not matter here; that 2,000 held requests are answered once each does."""
     script = EXAMPLES.parent / "benchmarks" / "proxy.py"
     out = tmp_path / "out.json"
     arguments = [sys.executable, str(script), "--quick", "--only", "held,body", "--json", str(out)]

@@ -1,5 +1,5 @@
-"""What wakes an engine and what does not: probes of a sleeping engine are answered from what was seen last, for whom it
-was seen, and count as no use.
+"""Which requests wake an engine: probes of a sleeping engine are answered from its last answers, per credentials, and do not count as
+use.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ KEY = "Authorization: Bearer right"
 
 
 async def engine(up: Upstream, seen: Seen, reader, writer) -> bool:
-    """An engine whose /v1 wants a key, as vLLM's and SGLang's with --api-key."""
+    """An engine whose /v1 needs a key, like vLLM and SGLang with --api-key."""
     if seen.target.startswith("/v1") and seen.header("authorization") != ["Bearer right"]:
         writer.write(answer(b'{"error":"no key"}', "401 Unauthorized"))
         return True
@@ -40,7 +40,7 @@ async def engine(up: Upstream, seen: Seen, reader, writer) -> bool:
 
 @asynccontextmanager
 async def sleeping_engine(proxy, handler=engine, settings=ONLY_ENGINES, **options):
-    """A proxy whose engine wakes on demand; `rig.pool.sleep()` puts it to sleep."""
+    """Start a proxy whose engine wakes on demand; `rig.pool.sleep()` puts it to sleep."""
     async with upstream(handler) as up:
 
         async def wake() -> None:
@@ -61,7 +61,7 @@ async def put_to_sleep(rig: Rig) -> None:
     await until(lambda: rig.trackers["a"].phase is Phase.ASLEEP)
 
 
-def test_probes_of_a_sleeping_engine_are_answered_as_it_answered_last_and_wake_nothing(proxy):
+def test_probes_of_a_sleeping_engine_get_its_last_answers_and_do_not_wake_it(proxy):
     async def main():
         async with sleeping_engine(proxy) as (rig, up):
             assert (await rig.get("/v1/completions", KEY, method="POST", body=b"{}")).status == 200
@@ -89,7 +89,7 @@ def test_probes_of_a_sleeping_engine_are_answered_as_it_answered_last_and_wake_n
     run(main())
 
 
-def test_what_the_engine_gave_for_a_key_is_given_to_that_key_only(proxy):
+def test_an_answer_for_a_key_is_repeated_for_that_key_only(proxy):
     async def main():
         async with sleeping_engine(proxy) as (rig, up):
             await rig.get("/v1/x", KEY)
@@ -100,13 +100,13 @@ def test_what_the_engine_gave_for_a_key_is_given_to_that_key_only(proxy):
                 assert got.status == 503 and got.json()["error"]["code"] == "engine-asleep", others
                 assert got.headers["quickthaw-state"] == "asleep"
             assert (await rig.get("/v1/models", KEY)).status == 200
-            # What the engine refused to a client without a key stays refused, and says nothing to one with a key.
+            # A refusal without a key is repeated without a key only.
             await rig.get("/v1/x", KEY)
             assert (await rig.get("/v1/models")).status == 401
             await put_to_sleep(rig)
             assert (await rig.get("/v1/models")).status == 401
             assert (await rig.get("/v1/models", "Authorization: Bearer wrong")).status == 503
-            # An open page is open to clients that happen to send a key.
+            # A page that needs no key is answered with a key too.
             await rig.get("/v1/x", KEY)
             await rig.get("/metrics")
             await put_to_sleep(rig)
@@ -115,7 +115,7 @@ def test_what_the_engine_gave_for_a_key_is_given_to_that_key_only(proxy):
     run(main())
 
 
-def test_nothing_was_seen_yet(proxy):
+def test_probes_before_any_answer_was_seen(proxy):
     async def main():
         async with sleeping_engine(proxy) as (rig, up):
             for path in ("/health", "/ping", "/health?x=1", "/Health/"):
@@ -132,7 +132,7 @@ def test_nothing_was_seen_yet(proxy):
     run(main())
 
 
-def test_health_of_an_engine_that_cannot_be_woken_is_the_refusal_that_a_request_gets(proxy):
+def test_a_health_probe_of_an_unwakable_engine_gets_a_requests_refusal(proxy):
     async def main():
         async with sleeping_engine(proxy) as (rig, up):
             await rig.get("/v1/x", KEY)
@@ -161,7 +161,7 @@ def test_health_of_an_engine_that_cannot_be_woken_is_the_refusal_that_a_request_
         ("OPTIONS", "/x", 404),
     ],
 )
-def test_what_no_client_of_an_engine_asks_for_wakes_nothing(proxy, method, target, status):
+def test_unknown_paths_do_not_wake(proxy, method, target, status):
     async def main():
         async with sleeping_engine(proxy) as (rig, up):
             got = await rig.get(target, method=method, body=b"{}" if method == "POST" else b"")
@@ -190,7 +190,7 @@ def test_what_no_client_of_an_engine_asks_for_wakes_nothing(proxy, method, targe
         ("OPTIONS", "/v1/chat/completions", ("Origin: http://a", "Access-Control-Request-Method: POST")),
     ],
 )
-def test_what_clients_of_an_engine_ask_for_wakes_it(proxy, method, target, more):
+def test_paths_that_engines_serve_wake(proxy, method, target, more):
     async def main():
         async with sleeping_engine(proxy, echo_request) as (rig, up):
             got = await rig.get(target, *more, method=method, body=b"{}" if method == "POST" else b"")
@@ -200,7 +200,7 @@ def test_what_clients_of_an_engine_ask_for_wakes_it(proxy, method, target, more)
     run(main())
 
 
-def test_which_paths_wake_is_a_setting(proxy):
+def test_wake_on_selects_the_paths_that_wake(proxy):
     async def main():
         settings = Settings(wake_on=frozenset({"/own", "/a/*/run", "/health"}), root_path="/base")
         async with sleeping_engine(proxy, echo_request, settings) as (rig, up):
@@ -242,7 +242,7 @@ def test_an_engine_that_is_only_probed_goes_to_sleep(proxy):
     run(main())
 
 
-def test_a_probe_while_it_wakes_is_answered_and_a_request_is_held(proxy):
+def test_during_a_wake_probes_are_answered_and_requests_held(proxy):
     async def main():
         go = asyncio.Event()
         async with upstream(echo_request) as up:
@@ -267,7 +267,7 @@ def test_a_probe_while_it_wakes_is_answered_and_a_request_is_held(proxy):
     run(main())
 
 
-def test_until_the_owner_has_started_it_once_a_probe_waits_like_a_request(proxy):
+def test_before_the_first_start_a_probe_waits_like_a_request(proxy):
     async def main():
         async with upstream(echo_request) as up, proxy(ONLY_ENGINES) as rig:
             rig.add("a", up.port, phase=Phase.IDLE)
@@ -286,7 +286,7 @@ def test_until_the_owner_has_started_it_once_a_probe_waits_like_a_request(proxy)
     run(main())
 
 
-def test_a_snapshot_that_is_being_taken_holds_no_probe(proxy):
+def test_probes_are_not_held_while_a_snapshot_is_taken(proxy):
     async def main():
         async with sleeping_engine(proxy) as (rig, up):
             await rig.get("/v1/x", KEY)
@@ -321,7 +321,7 @@ def test_denied_paths_stay_denied(proxy):
         "large",
     ],
 )
-def test_what_is_not_kept(proxy, head):
+def test_answers_that_are_not_remembered(proxy, head):
     async def other(up: Upstream, seen: Seen, reader, writer) -> bool:
         if seen.target == "/metrics":
             body = b"x" * ((256 << 10) + 1) if head == "large" else b"x"
@@ -342,7 +342,7 @@ def test_what_is_not_kept(proxy, head):
     run(main())
 
 
-def test_an_answer_that_was_cut_is_not_kept(proxy):
+def test_an_aborted_answer_is_not_remembered(proxy):
     async def cuts(up: Upstream, seen: Seen, reader, writer) -> bool:
         if seen.target == "/metrics":
             writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhalf")
@@ -359,7 +359,7 @@ def test_an_answer_that_was_cut_is_not_kept(proxy):
     run(main())
 
 
-def test_the_middleware_answers_probes_and_lets_the_application_answer_the_rest():
+def test_the_middleware_answers_probes_of_its_paths_only():
     async def answers(request):
         return JSONResponse({"path": request.url.path})
 
@@ -385,7 +385,7 @@ def test_the_middleware_answers_probes_and_lets_the_application_answer_the_rest(
     run(main())
 
 
-def test_the_memory_is_bounded_and_keeps_what_is_asked_for():
+def test_the_memory_is_bounded_and_keeps_requested_answers():
     from plugin.proxy.http.request import Request
     from plugin.proxy.probes import Memory
     from plugin.proxy.probes import Seen as Answer
@@ -401,7 +401,7 @@ def test_the_memory_is_bounded_and_keeps_what_is_asked_for():
     for n in range(200):
         memory.keep(asked(b"/v1/models/%d" % n), Answer(200, b"", b"x"))
         assert memory.find(asked(b"/health")) is not None
-        # Keys that nobody needs keep nothing: neither refused ones, nor those to an open page.
+        # Refused keys, and keys for a page that needs none, are not remembered.
         memory.keep(asked(b"/health", (b"authorization", b"%d" % n)), Answer(200, b"", b"mine"))
         memory.keep(asked(b"/v1/models", (b"x-api-key", b"%d" % n)), Answer(401, b"", b"no"))
     assert len(memory._answers) == 32

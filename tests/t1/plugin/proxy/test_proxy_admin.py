@@ -1,4 +1,4 @@
-"""The admin pages: who may read them, what ready and live mean, and what an engine's last words never reach."""
+"""The admin endpoints: who may read them, the meaning of ready and live, and where an engine's last output lines go."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ THROUGH_A_PROXY = [
 
 
 def a_host_address() -> str:
-    """An address of this host other than loopback, or a skip."""
+    """Return an address of this host other than loopback, or skip."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(("192.0.2.1", 9))  # sends nothing
@@ -59,7 +59,7 @@ async def get(address: str, port: int, path: str, *more: str, host: str = "127.0
 
 @asynccontextmanager
 async def everywhere(settings: Settings | None = None, *, own: bool = False):
-    """A proxy on every address of this host, and its admin port where it has one."""
+    """Start a proxy on every address of this host, and on an admin port if it has one."""
     sock = socket.create_server(("0.0.0.0", 0))
     admin_sock = socket.create_server(("0.0.0.0", 0)) if own else None
     pool = ReplicaPool()
@@ -71,7 +71,7 @@ async def everywhere(settings: Settings | None = None, *, own: bool = False):
         await server.shutdown(0.02)
 
 
-def test_clients_of_this_host_alone_read_the_pages():
+def test_only_clients_of_this_host_can_read_the_pages():
     async def main():
         address = a_host_address()
         async with upstream() as up, everywhere() as rig:
@@ -88,7 +88,7 @@ def test_clients_of_this_host_alone_read_the_pages():
 
 
 @pytest.mark.parametrize("header", THROUGH_A_PROXY)
-def test_what_came_through_a_reverse_proxy_on_this_host_is_not_of_this_host(header):
+def test_requests_through_a_local_reverse_proxy_are_not_local(header):
     async def main():
         async with proxy() as rig:
             for path in CLOSED:
@@ -101,8 +101,8 @@ def test_what_came_through_a_reverse_proxy_on_this_host_is_not_of_this_host(head
 @pytest.mark.parametrize(
     "host", ["evil.example", "evil.example:8000", "10.0.0.9", "localhost.evil.example", "127.0.0.1.evil"]
 )
-def test_a_web_page_cannot_read_them_through_a_browser_of_this_host(host):
-    """DNS rebinding: the browser connects to 127.0.0.1 and sends the page's own name."""
+def test_a_web_page_cannot_read_them_through_a_local_browser(host):
+    """DNS rebinding: the browser connects to 127.0.0.1 and sends the web page's own host name."""
 
     async def main():
         async with proxy() as rig:
@@ -113,7 +113,7 @@ def test_a_web_page_cannot_read_them_through_a_browser_of_this_host(host):
 
 @pytest.mark.parametrize("host", ["localhost", "LOCALHOST:80", "127.0.0.1", "127.1.2.3:9", "[::1]", "[::1]:8000"])
 @pytest.mark.parametrize("peer", [b"127.0.0.1", b"127.9.9.9", b"::1", b"::ffff:127.0.0.1"])
-def test_loopback_in_all_its_forms(host, peer):
+def test_all_loopback_addresses_are_recognised(host, peer):
     request = Request()
     request.host = host.encode()
     assert is_local(request, peer)
@@ -121,7 +121,7 @@ def test_loopback_in_all_its_forms(host, peer):
         assert not is_local(request, other), "a UNIX socket is where a reverse proxy connects"
 
 
-def test_a_token_opens_them_from_everywhere_and_to_nobody_else():
+def test_the_token_is_required_and_accepted_from_any_address():
     async def main():
         address = a_host_address()
         async with everywhere(Settings(admin_token="s3cret")) as rig:
@@ -153,7 +153,7 @@ async def post(rig: Rig, name: str, form: str = "", *more: str, source: str = "1
         writer.close()
 
 
-def test_a_session_is_begun_by_the_token_and_ended_by_signing_out():
+def test_a_session_begins_with_the_token_and_ends_by_signing_out():
     async def main():
         async with upstream() as up, proxy(Settings(admin_token="s3cret&+")) as rig:
             rig.add("a", up.port)
@@ -185,7 +185,7 @@ def test_a_session_is_begun_by_the_token_and_ended_by_signing_out():
     run(main())
 
 
-def test_a_session_ends_after_its_time(monkeypatch):
+def test_a_session_expires(monkeypatch):
     async def main():
         async with proxy(Settings(admin_token="s3cret")) as rig:
             cookie = (await post(rig, "sign-in", "token=s3cret")).headers["set-cookie"].partition(";")[0]
@@ -197,7 +197,7 @@ def test_a_session_ends_after_its_time(monkeypatch):
     run(main())
 
 
-def test_wrong_tokens_are_limited_by_the_address_they_come_from():
+def test_wrong_tokens_are_limited_per_address():
     async def main():
         async with proxy(Settings(admin_token="s3cret")) as rig:
             signed = (await post(rig, "sign-in", "token=s3cret")).headers["set-cookie"].partition(";")[0]
@@ -215,7 +215,7 @@ def test_wrong_tokens_are_limited_by_the_address_they_come_from():
     run(main())
 
 
-def test_a_browser_that_may_not_read_the_page_gets_it_without_data():
+def test_an_unauthorised_browser_gets_the_page_without_data():
     async def main():
         html = "Accept: text/html,*/*"
         async with upstream() as up, proxy(Settings(admin_token="s3cret")) as rig:
@@ -231,7 +231,7 @@ def test_a_browser_that_may_not_read_the_page_gets_it_without_data():
     run(main())
 
 
-def test_a_token_in_a_url_opens_nothing_and_is_not_logged(caplog):
+def test_a_token_in_a_url_is_ignored_and_not_logged(caplog):
     async def main():
         async with proxy(Settings(admin_token="s3cret", access_log=True)) as rig:
             for path in ("/-/?token=s3cret", "/-/status?token=s3cret", "/-/metrics?token=s3cret"):
@@ -244,7 +244,7 @@ def test_a_token_in_a_url_opens_nothing_and_is_not_logged(caplog):
     assert "s3cret" not in str([vars(record) for record in caplog.records])
 
 
-def test_a_port_of_their_own_answers_whoever_reaches_it():
+def test_the_admin_port_answers_every_client():
     async def main():
         address = a_host_address()
         async with everywhere(Settings(admin_on_public_port=False), own=True) as rig:
@@ -255,7 +255,7 @@ def test_a_port_of_their_own_answers_whoever_reaches_it():
     run(main())
 
 
-def test_an_engines_last_words_reach_the_log_and_the_admin_pages_and_no_client(caplog):
+def test_an_engines_last_lines_reach_the_log_and_admin_pages_only(caplog):
     died = EngineDied(
         "engine-died", "the engine exited with code 3 before it served", 3, "hf_token=secret in /srv/app.py"
     )
@@ -279,7 +279,7 @@ def test_an_engines_last_words_reach_the_log_and_the_admin_pages_and_no_client(c
     assert "hf_token=secret" in caplog.text
 
 
-def test_ready_means_that_a_request_is_accepted_and_strict_that_it_is_answered():
+def test_ready_means_accepted_and_strict_means_served():
     async def main():
         async with upstream() as up, proxy(Settings(max_held=1)) as rig:
 
@@ -312,7 +312,7 @@ def test_ready_means_that_a_request_is_accepted_and_strict_that_it_is_answered()
     run(main())
 
 
-def test_ready_after_a_failed_wake_is_again_when_the_next_request_would_wake():
+def test_ready_returns_when_the_next_request_would_wake_again():
     async def main():
         async def wake() -> None:
             raise StartFailed("wake-command-failed", "no")
@@ -331,7 +331,7 @@ def test_ready_after_a_failed_wake_is_again_when_the_next_request_would_wake():
 
 
 @pytest.mark.slow
-def test_an_answer_that_takes_long_is_waited_for_as_long_as_the_pool_says():
+def test_the_upstream_timeout_is_the_pools():
     async def slow(up, seen, reader, writer) -> bool:
         await asyncio.sleep(0.6)
         writer.write(answer())

@@ -1,4 +1,4 @@
-"""The page for people in a real headless Chromium: what a reader sees, at both widths and in both schemes, while the proxy goes on."""
+"""The admin page in a real headless Chromium: its text at both widths and in both colour schemes, while the proxy runs."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ TOO_WIDE = "document.documentElement.scrollWidth > document.documentElement.clie
 
 
 async def never() -> None:
-    """A wake that goes on until it is cancelled."""
+    """A wake that runs until it is cancelled."""
     await asyncio.Event().wait()
 
 
@@ -52,7 +52,7 @@ def measured(pool: ReplicaPool, kind: Kind, phases: tuple[tuple[Phase, float], .
 
 
 async def fits_a_phone(page: Page, *words: str) -> None:
-    """The page at 390 px says `words`, in letters of 12 px and more, and does not scroll sideways."""
+    """Assert that the page contains `words` at 390 px, in letters of 12 px and more, and does not scroll sideways."""
     await page.size(390)
     await page.wait_text(*words)
     assert await page.run(TOO_SMALL) == [] and not await page.run(TOO_WIDE)
@@ -67,7 +67,7 @@ async def colours(page: Page) -> Counter[tuple[int, ...]]:
 
 
 def test_the_page_follows_one_engine_from_asleep_to_gone_and_back(tmp_path):
-    """One page, never loaded anew."""
+    """One page, never reloaded."""
 
     async def main():
         async with upstream() as up, browser(tmp_path / "profile") as page:
@@ -154,7 +154,7 @@ async def two_models() -> AsyncIterator[tuple[list[ReplicaPool], str]]:
         await server.shutdown(0.02)
 
 
-def test_two_models_stand_side_by_side_each_with_its_place_and_its_costs(tmp_path):
+def test_two_models_are_shown_side_by_side_with_place_and_costs(tmp_path):
     boxes = "[...document.querySelectorAll('.pool')].map(({ offsetLeft, offsetTop }) => [offsetLeft, offsetTop])"
     cards = "[...document.querySelectorAll('.pool')].map(card => card.innerText)"
 
@@ -181,7 +181,7 @@ def test_two_models_stand_side_by_side_each_with_its_place_and_its_costs(tmp_pat
             (left, top), (right, same) = await page.run(boxes)
             assert left < right and top == same
             assert (await colours(page))[0xE3, 0xAB, 0x3D] > 500, "the bars of loading are painted"
-            if folder := os.environ.get("QUICKTHAW_TEST_PICTURES"):  # docs/page.png is made so
+            if folder := os.environ.get("QUICKTHAW_TEST_PICTURES"):  # docs/page.png is made in this way
                 (Path(folder) / "page.png").write_bytes(await page.screenshot())
             await fits_a_phone(page, "Serving", "Asleep")
             await page.size(390)
@@ -191,7 +191,7 @@ def test_two_models_stand_side_by_side_each_with_its_place_and_its_costs(tmp_pat
     run(main())
 
 
-def test_a_selection_and_the_nodes_survive_the_refresh(tmp_path):
+def test_a_selection_survives_the_refresh(tmp_path):
     async def main():
         async with upstream() as up, proxy() as rig, browser(tmp_path / "profile") as page:
             rig.add("a", up.port)
@@ -199,7 +199,7 @@ def test_a_selection_and_the_nodes_survive_the_refresh(tmp_path):
             await page.open(f"{rig.url}/-/")
             (before,) = re.findall(r"Serving for \d+ s", await page.wait_text("Serving for ", "restoring"))
             await page.run("window.kept = [...document.querySelectorAll('#pools *, #proxy *')], null")
-            # From inside a text that changes every second to the end of one that does not.
+            # From inside a text that changes every second to the end of a constant one.
             await page.run(
                 "getSelection().setBaseAndExtent(document.querySelector('[data-text=say]').firstChild, 1,"
                 " document.querySelector('[data-text=startsTitle]').firstChild, 4), null"
@@ -216,7 +216,7 @@ def test_a_selection_and_the_nodes_survive_the_refresh(tmp_path):
     run(main())
 
 
-def test_the_schemes_and_what_the_page_may_load(tmp_path):
+def test_colour_schemes_and_content_security_policy(tmp_path):
     async def main():
         async with upstream() as up, proxy() as rig, browser(tmp_path / "profile") as page:
             rig.add("a", up.port)
@@ -278,7 +278,7 @@ def test_a_browser_signs_in_and_out(tmp_path, caplog):
     assert "s3cret" not in caplog.text
 
 
-def test_a_client_of_another_host_reads_why_it_is_refused(tmp_path):
+def test_a_client_of_another_host_sees_why_it_is_refused(tmp_path):
     async def main():
         async with proxy() as rig, browser(tmp_path / "profile") as page:
             await page.command("Network.enable")

@@ -1,4 +1,4 @@
-"""`quickthaw proxy` as a process before one endpoint: wake and sleep commands and hooks, several workers, bad options."""
+"""`quickthaw proxy` as a process in front of one endpoint: wake and sleep commands and hooks, several workers, bad options."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.t1
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.slow)])
-def test_woken_by_a_request_once_put_to_sleep_and_woken_again(workers):
+def test_a_request_wakes_an_engine_once_and_again_after_its_sleep(workers):
     port = free_port()
     arguments = [
         "--upstream",
@@ -75,7 +75,7 @@ def test_woken_by_a_request_once_put_to_sleep_and_woken_again(workers):
 
 
 @pytest.mark.slow
-def test_a_worker_that_dies_is_replaced_and_its_port_goes_on(tmp_path):
+def test_a_dead_worker_is_replaced_and_the_port_stays_open(tmp_path):
     port = free_port()
     arguments = ["--upstream", f"http://127.0.0.1:{port}", "--wake", engine(port), "--workers", "2"]
     with command(*arguments) as (process, url):
@@ -94,14 +94,14 @@ def test_a_worker_that_dies_is_replaced_and_its_port_goes_on(tmp_path):
         assert {call(f"{url}/v1/{n}", {})[0] for n in range(10)} == {200}
 
 
-def test_a_wake_command_that_fails_is_said_in_the_answer():
+def test_a_failed_wake_command_is_named_in_the_answer():
     port = free_port()
     with command("--upstream", f"http://127.0.0.1:{port}", "--wake", "exit 7") as (_, url):
         status, body = call(f"{url}/v1/chat/completions", {})
         assert status == 503 and body["error"]["code"] == "wake-command-failed" and "7" in body["error"]["message"]
 
 
-def test_an_engine_that_dies_is_woken_anew():
+def test_an_engine_that_dies_is_woken_again():
     port = free_port()
     with command("--upstream", f"http://127.0.0.1:{port}", "--wake", engine(port)) as (_, url):
         first = call(f"{url}/v1/x", {})[1]["pid"]
@@ -131,7 +131,7 @@ def test_a_second_interrupt_ends_it_at_once_with_its_engine(workers):
         eventually(lambda: not any(alive(n) for n in (pid, *children)), "the engine and the workers end with it")
 
 
-def test_an_endpoint_of_somebody_elses_is_only_waited_for():
+def test_an_endpoint_without_a_wake_is_waited_for():
     port = free_port()
     with command("--upstream", f"http://127.0.0.1:{port}") as (_, url), ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(call, f"{url}/v1/x", {})
@@ -144,7 +144,7 @@ def test_an_endpoint_of_somebody_elses_is_only_waited_for():
             other.wait(LIMIT_S)
 
 
-def test_hooks_by_url_wake_and_put_to_sleep():
+def test_url_hooks_wake_and_put_to_sleep():
     async def main():
         calls = []
 
@@ -201,7 +201,7 @@ def test_bad_options_are_refused_in_one_line(arguments, said):
     assert result.exit_code == 2 and said in result.output
 
 
-def test_a_port_in_use_is_one_line():
+def test_a_port_in_use_is_reported_in_one_line():
     from click.testing import CliRunner
 
     from plugin.proxy.cli import proxy as entry
@@ -216,8 +216,8 @@ def test_a_port_in_use_is_one_line():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.slow)])
-def test_an_engine_that_nobody_asks_for_is_noticed_when_it_comes_and_when_it_goes(workers):
-    """From outside: issue 21's balancer, which sends nothing while `/-/ready` says no."""
+def test_an_engine_without_requests_is_detected_when_it_starts_and_ends(workers):
+    """As a load balancer sees it that sends nothing while `/-/ready` is negative."""
     port = free_port()
     with command("--upstream", f"http://127.0.0.1:{port}", "--workers", workers) as (_, url):
         assert call(f"{url}/-/live")[0] == 200 and call(f"{url}/-/ready")[0] == 200
@@ -230,7 +230,7 @@ def test_an_engine_that_nobody_asks_for_is_noticed_when_it_comes_and_when_it_goe
 
 
 @pytest.mark.slow
-def test_a_wake_that_failed_once_is_tried_again_for_the_workers_requests(tmp_path):
+def test_a_failed_wake_is_retried_for_the_workers_requests(tmp_path):
     port, able = free_port(), tmp_path / "able"
     wake = f"test -e {able} && {engine(port)}"
     with command("--upstream", f"http://127.0.0.1:{port}", "--wake", wake, "--workers", "2") as (_, url):
@@ -248,7 +248,7 @@ def test_the_admin_token_comes_from_the_environment(monkeypatch):
 
 
 @pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.slow)])
-def test_own_pages_on_a_port_of_their_own(workers):
+def test_admin_endpoints_can_have_their_own_port(workers):
     own, port = free_port(), free_port()
     arguments = ["--upstream", f"http://127.0.0.1:{port}", "--admin-listen", f"127.0.0.1:{own}", "--workers", workers]
     with command(*arguments, "--admin-prefix", "/quick/thaw") as (_, url):
@@ -273,28 +273,28 @@ def test_a_supervisor_that_hangs_is_named_and_requests_are_still_answered():
 
 
 @pytest.mark.slow
-def test_a_session_holds_in_every_worker_and_ends_in_every_worker():
+def test_a_session_is_valid_and_ends_in_every_worker():
     port = free_port()
     with command("--upstream", f"http://127.0.0.1:{port}", "--admin-token", "s3cret", "--workers", "3") as (_, url):
 
-        def everywhere(cookie: str) -> set[int]:
-            """What 24 connections get, which the kernel spreads over the workers."""
+        def of_24_connections(cookie: str) -> set[int]:
+            """Return the answers to 24 connections, which the kernel spreads over the workers."""
             return {call(f"{url}/-/status", Cookie=cookie)[0] for _ in range(24)}
 
         asked = urllib.request.Request(f"{url}/-/sign-in", b"token=s3cret")
         with urllib.request.urlopen(asked, timeout=LIMIT_S) as answer:
             cookie = answer.headers["set-cookie"].partition(";")[0]
-        assert everywhere(cookie) == {200} and everywhere("") == {401}
+        assert of_24_connections(cookie) == {200} and of_24_connections("") == {401}
         found = call(f"{url}/-/status", Cookie=cookie)[1]
         assert found["listens_at"] == url and found["workers"] == 3
         assert call(f"{url}/-/sign-out", {}, Cookie=cookie)[0] == 200
         limit = time.monotonic() + LIMIT_S
-        while everywhere(cookie) != {401}:
+        while of_24_connections(cookie) != {401}:
             assert time.monotonic() < limit
 
 
 @pytest.mark.slow
-def test_own_pages_moved_and_the_log_read_by_a_machine(tmp_path):
+def test_the_admin_prefix_and_json_logs(tmp_path):
     port = free_port()
     arguments = ["--upstream", f"http://127.0.0.1:{port}", "--wake", engine(port), "--admin-prefix", "/admin"]
     with command(*arguments, "--admin-token", "s3cret", kept=(kept := [])) as (_, url):
@@ -322,7 +322,7 @@ def test_own_pages_moved_and_the_log_read_by_a_machine(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_an_engine_that_is_only_probed_goes_to_sleep_and_probes_do_not_wake_it(workers):
+def test_probes_neither_keep_an_engine_awake_nor_wake_it(workers):
     port = free_port()
     arguments = ["--upstream", f"http://127.0.0.1:{port}", "--wake", engine(port), "--workers", workers]
     with command(*arguments, "--idle-timeout", "0.5") as (_, url):
@@ -343,7 +343,7 @@ def test_an_engine_that_is_only_probed_goes_to_sleep_and_probes_do_not_wake_it(w
 
 
 @pytest.mark.slow
-def test_paths_that_wake_come_from_a_variable_and_the_engines_key_too(monkeypatch):
+def test_wake_on_and_api_key_are_read_from_variables(monkeypatch):
     async def wants_key(up: Upstream, seen: Seen, reader, writer) -> bool:
         from tests.kits.proxy_rig import answer
 

@@ -1,5 +1,5 @@
-"""An endpoint that exists already: when it is believed to be up, how it is brought up and put down, and what is left
-when a command or hook hangs, fails or lies.
+"""An existing endpoint: when it counts as up, how it is started and stopped, and what is left when a command or hook hangs, fails or
+reports wrongly.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from tests.kits.proxy_rig import Seen, Upstream, answer, answering, echo_request
 pytestmark = pytest.mark.t1
 
 
-def running(word: str) -> list[int]:
-    """Processes with `word` in their command line that are not zombies."""
+def living(word: str) -> list[int]:
+    """Return the processes with `word` in their command line that are not zombies."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -38,7 +38,7 @@ def running(word: str) -> list[int]:
 
 
 @pytest.mark.parametrize("by", ["url", pytest.param("command", marks=pytest.mark.slow)])
-def test_an_engine_that_sleeps_and_looks_healthy_is_woken_all_the_same(by):
+def test_a_sleeping_engine_with_a_healthy_page_is_woken(by):
     async def main():
         engine = SleepMode()
         async with upstream(engine) as up:
@@ -67,7 +67,7 @@ def test_an_engine_that_sleeps_and_looks_healthy_is_woken_all_the_same(by):
     run(main())
 
 
-def test_one_that_was_asleep_before_the_proxy_came_is_found_out_by_the_generation():
+def test_an_engine_asleep_before_the_proxy_started_is_detected_by_a_generation():
     async def main():
         engine = SleepMode(awake=False)
         async with upstream(engine) as up:
@@ -86,7 +86,7 @@ def test_one_that_was_asleep_before_the_proxy_came_is_found_out_by_the_generatio
     run(main())
 
 
-def test_a_health_page_is_not_yet_a_generation():
+def test_a_healthy_engine_serves_only_after_a_generation():
     tries = 0
 
     async def warming(up: Upstream, seen: Seen, reader, writer) -> bool:
@@ -113,24 +113,24 @@ def test_a_health_page_is_not_yet_a_generation():
 
 
 @pytest.mark.slow
-def test_a_wake_that_hangs_is_given_up_with_all_it_started():
+def test_a_hanging_wake_is_ended_with_its_processes():
     async def main():
         word = f"271.{free_port()}"
         spec = EndpointSpec(tcp("127.0.0.1", free_port()), wake=f"sleep {word} & sleep {word}", wake_limit_s=0.3)
         async with in_front_of(spec) as (rig, endpoint):
             waiting = asyncio.create_task(rig.get("/"))
-            await until(lambda: len(running(f"sleep\0{word}")) == 2)
+            await until(lambda: len(living(f"sleep\0{word}")) == 2)
             got = await waiting
             assert got.status == 503 and got.json()["error"]["code"] == "wake-timeout"
             assert got.headers["retry-after"] == "1", "the pause before the next try"
-            await until(lambda: not running(f"sleep\0{word}"))
+            await until(lambda: not living(f"sleep\0{word}"))
 
     run(main())
 
 
 @pytest.mark.slow
 def test_a_proxy_that_ends_while_its_command_starts_leaves_nothing():
-    """However far the start of the command has come when everything is cancelled."""
+    """At every point of the command's start at which everything is cancelled."""
 
     async def main():
         port = free_port()
@@ -144,14 +144,14 @@ def test_a_proxy_that_ends_while_its_command_starts_leaves_nothing():
                     await asyncio.sleep(0)
                 waking.cancel()
                 await asyncio.gather(waking, return_exceptions=True)
-            await until(lambda word=word: not running(f"sleep\0{word}"))
+            await until(lambda word=word: not living(f"sleep\0{word}"))
 
     run(main())
 
 
 @pytest.mark.parametrize("how", ["fails", "hangs"])
-def test_a_sleep_command_that_does_not_do_it(how):
-    """It goes on serving; a command that still runs when the proxy ends does not outlive it."""
+def test_an_ineffective_sleep_command_keeps_the_engine_serving(how):
+    """A command that still runs when the proxy ends does not outlive it."""
 
     async def main():
         word = f"272.{free_port()}"
@@ -164,13 +164,13 @@ def test_a_sleep_command_that_does_not_do_it(how):
                     assert rig.pool.sleeper.sleeps == 0
                     assert (await rig.get("/")).status == 200 and endpoint.tracker.phase is Phase.SERVING
                 else:
-                    await until(lambda: running(f"sleep\0{word}"))
-            await until(lambda: not running(f"sleep\0{word}"))  # its group was killed; its end may take a moment
+                    await until(lambda: living(f"sleep\0{word}"))
+            await until(lambda: not living(f"sleep\0{word}"))  # its process group was killed; the end may take a moment
 
     run(main())
 
 
-def test_a_sleep_hook_that_fails_after_the_engine_slept_leaves_nothing_serving():
+def test_a_sleep_hook_that_fails_after_the_sleep_leaves_the_engine_asleep():
     async def main():
         engine = SleepMode(lies=True)
         async with upstream(engine) as up:
@@ -186,7 +186,7 @@ def test_a_sleep_hook_that_fails_after_the_engine_slept_leaves_nothing_serving()
     run(main())
 
 
-def test_an_engine_of_ours_that_dies_is_known_to_be_down_before_anybody_asks():
+def test_the_death_of_a_started_engine_is_detected_without_a_request():
     async def main():
         port = free_port()
         spec = EndpointSpec(tcp("127.0.0.1", port), wake=f"exec {sys.executable} -S {ENGINE} {port}")
@@ -197,7 +197,7 @@ def test_an_engine_of_ours_that_dies_is_known_to_be_down_before_anybody_asks():
             assert "engine-died" in endpoint.tracker.reason
             assert (await rig.get("/-/ready?strict=1")).status == 503
             assert (await rig.get("/-/ready")).status == 200, "a request wakes it"
-            endpoint.tracker._since -= 1000.0  # it has been down for long, and was up for longer
+            endpoint.tracker._since -= 1000.0  # it was up for a long time, and has been down for long
             endpoint.tracker._began -= 5000.0
             assert (await rig.get("/")).json()["pid"] != first
             assert rig.pool.waker.wakes == 2
@@ -212,7 +212,7 @@ def test_an_engine_of_ours_that_dies_is_known_to_be_down_before_anybody_asks():
 
 
 @pytest.mark.slow
-def test_a_command_that_starts_it_elsewhere_and_returns_is_no_death(tmp_path):
+def test_a_wake_command_that_returns_early_is_no_death(tmp_path):
     async def main():
         port = free_port()
         spec = EndpointSpec(
@@ -232,7 +232,7 @@ def test_a_command_that_starts_it_elsewhere_and_returns_is_no_death(tmp_path):
     run(main())
 
 
-def test_a_start_after_one_that_failed_counts_from_its_own_beginning(tmp_path):
+def test_a_start_after_a_failed_one_is_measured_from_its_own_beginning(tmp_path):
     async def main():
         port = free_port()
         wake = f"test -e {tmp_path}/ok || exit 3; exec {sys.executable} -S {ENGINE} {port}"
@@ -249,7 +249,7 @@ def test_a_start_after_one_that_failed_counts_from_its_own_beginning(tmp_path):
     run(main())
 
 
-def test_a_hook_that_fails_is_said_in_the_answer():
+def test_a_failed_hook_is_named_in_the_answer():
     async def main():
         async with upstream(answering(answer(b"no quota", "429 Too Many Requests"))) as hook:
             spec = EndpointSpec(tcp("127.0.0.1", free_port()), wake_url=f"http://127.0.0.1:{hook.port}/scale?n=1")
@@ -261,7 +261,7 @@ def test_a_hook_that_fails_is_said_in_the_answer():
     run(main())
 
 
-def test_a_unix_socket_that_appears_later(tmp_path):
+def test_a_unix_socket_may_appear_later(tmp_path):
     async def main():
         place = tmp_path / "engine.sock"
         async with in_front_of(EndpointSpec(unix(place))) as (rig, endpoint):
@@ -276,7 +276,7 @@ def test_a_unix_socket_that_appears_later(tmp_path):
     run(main())
 
 
-def test_the_phases_of_a_restore_behind_it_are_followed():
+def test_the_phases_of_a_restore_behind_the_endpoint_are_followed():
     phases = ["mounting", "restoring", "waking", "verifying", "serving"]
     at = 0
 
@@ -306,7 +306,7 @@ def test_the_phases_of_a_restore_behind_it_are_followed():
     run(main())
 
 
-def test_what_somebody_else_started_is_not_a_measured_start():
+def test_a_start_by_others_is_not_measured():
     async def main():
         async with upstream() as up, in_front_of(EndpointSpec(tcp("127.0.0.1", up.port))) as (rig, endpoint):
             endpoint.tracker.to(Phase.FAILED, "it looked dead")
@@ -316,7 +316,7 @@ def test_what_somebody_else_started_is_not_a_measured_start():
     run(main())
 
 
-def test_what_an_engine_answers_to_the_first_generation_reaches_no_client():
+def test_the_answer_to_the_first_generation_reaches_no_client():
     async def refuse(up, seen, reader, writer):
         if seen.method == "POST":
             writer.write(answer(b"/models/secret", "500 Internal Server Error"))
@@ -336,7 +336,7 @@ def test_what_an_engine_answers_to_the_first_generation_reaches_no_client():
 
 
 class WantsKey:
-    """An engine that answers these paths to one key only."""
+    """An engine that accepts one key only on these paths."""
 
     def __init__(self, *paths: str, status: str = "401 Unauthorized") -> None:
         self.paths, self.status = paths, status
@@ -353,7 +353,7 @@ class WantsKey:
 @pytest.mark.parametrize("key", [None, "wr0ng"])
 @pytest.mark.parametrize("path", ["/v1/completions", "/health"])
 @pytest.mark.parametrize("status", ["401 Unauthorized", "403 Forbidden"])
-def test_an_engine_that_wants_a_key_for_the_readiness_check_is_named_at_once(key, path, status, caplog):
+def test_a_readiness_check_that_needs_a_key_is_reported_at_once(key, path, status, caplog):
     async def main():
         async with upstream(WantsKey(path, status=status)) as up:
             spec = EndpointSpec(tcp("127.0.0.1", up.port), ready_model="m", api_key=key)
@@ -370,7 +370,7 @@ def test_an_engine_that_wants_a_key_for_the_readiness_check_is_named_at_once(key
     run(main(), limit_s=20)
 
 
-def test_with_its_key_such_an_engine_is_found_ready():
+def test_a_readiness_check_with_the_key_succeeds():
     async def main():
         engine = WantsKey("/v1/completions")
         async with upstream(engine) as up:

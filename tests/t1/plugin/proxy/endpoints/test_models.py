@@ -1,4 +1,4 @@
-"""`quickthaw proxy --config` as a process: several models in few places, their file, adapters that keep one awake."""
+"""`quickthaw proxy --config` as a process: more models than may be awake, the file, and adapters that keep a model awake."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.t1
 
 
 def red_or_blue(tmp_path: Path, red_more: str = "") -> str:
-    """A file of two models of which one at a time may be awake. `red_more`: further keys of the first."""
+    """Write a file of two models of which one at a time may be awake. `red_more`: further keys of the first."""
     return models_file(
         tmp_path,
         f"""
@@ -34,7 +34,7 @@ models:
 
 
 @pytest.mark.slow
-def test_several_models_take_turns_in_the_one_place_there_is(tmp_path):
+def test_two_models_share_the_only_place(tmp_path):
     config = models_file(
         tmp_path,
         f"""
@@ -78,7 +78,7 @@ models:
         assert got[1]["name"] == "blue"
 
 
-def test_a_probe_that_names_no_model_says_whether_any_takes_a_request(tmp_path):
+def test_a_probe_without_a_model_tells_whether_any_model_accepts_requests(tmp_path):
     from plugin.proxy.endpoints.models import ModelRouter, load
     from plugin.proxy.errors import Unavailable
     from plugin.proxy.http.request import Request
@@ -152,7 +152,7 @@ def test_a_bad_file_is_refused_in_one_line(tmp_path, text, said):
     assert "Traceback" not in result.output
 
 
-def test_how_long_an_answer_may_take_is_set_for_all_and_for_each_model(tmp_path):
+def test_the_upstream_timeout_is_set_for_all_and_for_each_model(tmp_path):
     from plugin.options import Duration, Limit
     from plugin.proxy.endpoints.models import ModelRouter, load
     from plugin.proxy.pool.pool import ReplicaPool
@@ -173,7 +173,7 @@ def test_how_long_an_answer_may_take_is_set_for_all_and_for_each_model(tmp_path)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_a_model_with_adapters_loaded_while_it_serves_keeps_its_place(tmp_path, workers):
+def test_a_model_with_loaded_adapters_stays_awake(tmp_path, workers):
     config = red_or_blue(tmp_path, red_more=", idle_timeout: 0.3")
     with command("--config", config, "--workers", workers) as (_, url):
         assert call(f"{url}/v1/load_lora_adapter?model=red", {"lora_name": "sql", "lora_path": "/l"})[0] == 200
@@ -187,7 +187,7 @@ def test_a_model_with_adapters_loaded_while_it_serves_keeps_its_place(tmp_path, 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", ["1", "2"])
 @pytest.mark.parametrize("body", [b"{}", b"{"], ids=["left-before-the-refusal", "never-whole"])
-def test_a_client_that_asks_for_adapters_in_vain_and_leaves_keeps_nothing_awake(tmp_path, workers, body):
+def test_a_refused_adapter_request_keeps_no_model_awake(tmp_path, workers, body):
     config = red_or_blue(tmp_path)
     with command("--config", config, "--workers", workers) as (_, url):
         assert call(f"{url}/v1/x", {"model": "red"})[0] == 200
@@ -201,7 +201,7 @@ def test_a_client_that_asks_for_adapters_in_vain_and_leaves_keeps_nothing_awake(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_adapters_that_load_while_the_place_is_asked_for_keep_it(tmp_path, workers):
+def test_a_model_that_loads_adapters_during_an_eviction_stays_awake(tmp_path, workers):
     config = red_or_blue(tmp_path)
     with command("--config", config, "--workers", workers) as (_, url), ThreadPoolExecutor(1) as pool:
         assert call(f"{url}/v1/x", {"model": "red"})[0] == 200
@@ -229,9 +229,9 @@ while True:
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
-def test_another_user_at_a_models_port_gets_no_request_of_its_clients(tmp_path):
+def test_a_foreign_listener_on_a_models_port_gets_no_request(tmp_path):
     ports = tmp_path / "port"
-    wait = f"echo ${{PORT}} > {ports}; sleep 60"  # an engine that is still being imported
+    wait = f"echo ${{PORT}} > {ports}; sleep 60"  # an engine that still imports its modules
     config = models_file(tmp_path, f"""models: {{red: {{command: "{wait}", wake_timeout: 3}}}}""")
     with command("--config", config) as (_, url), ThreadPoolExecutor(1) as pool:
         asked = pool.submit(call, f"{url}/v1/x", {"model": "red"}, Authorization="Bearer clients-key")

@@ -1,4 +1,4 @@
-"""How `quickthaw proxy` ends: by SIGHUP, by kill -9 with another proxy after it, and one worker of several by SIGTERM."""
+"""How `quickthaw proxy` ends: by SIGHUP, by kill -9 with another proxy afterwards, and one of several workers by SIGTERM."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def home(tmp_path, monkeypatch):
 
 
 def killed(arguments: list[str], path: str = "/v1/x", body: dict[str, object] | None = None) -> int:
-    """A proxy that has woken its engine, and is killed; the engine's number."""
+    """Start a proxy that wakes its engine, and kill it; return the engine's PID."""
     log = (Path(os.environ["QUICKTHAW_HOME"]).parent / "log").open("w+")
     argv = [sys.executable, "-c", "from plugin.proxy.cli import proxy; proxy()", *arguments]
     with log:
@@ -62,7 +62,7 @@ def gone_at_last(pid: int):
             os.kill(pid, signal.SIGKILL)
 
 
-def test_the_next_proxy_takes_the_engine_of_a_killed_one_over_and_puts_it_to_sleep(home):
+def test_the_next_proxy_takes_over_the_engine_of_a_killed_one(home):
     port = free_port()
     arguments = ["--upstream", f"http://127.0.0.1:{port}", "--wake", engine(port), "--idle-timeout", "0.5"]
     pid = killed(arguments)
@@ -86,7 +86,7 @@ def test_an_engine_left_on_another_port_is_ended(tmp_path):
         assert call(f"{url}/v1/x", {"model": "m"})[1]["pid"] != pid
 
 
-def test_a_process_that_is_not_the_recorded_one_is_left_alone():
+def test_a_process_other_than_the_recorded_one_is_not_touched():
     with subprocess.Popen(["sleep", "60"], start_new_session=True) as process:
         try:
             mine = Identity.of(process.pid)
@@ -114,7 +114,7 @@ def test_a_process_that_is_not_the_recorded_one_is_left_alone():
             process.kill()
 
 
-def test_a_record_that_cannot_be_written_or_read_costs_the_record_only(home, caplog):
+def test_an_unwritable_or_unreadable_record_is_only_lost(home, caplog):
     home.write_text("a file where a folder should be")
     Started("key", "u").note(os.getpid())
     assert "record-not-written" in caplog.text
@@ -127,9 +127,9 @@ def test_a_record_that_cannot_be_written_or_read_costs_the_record_only(home, cap
     assert started.orphans() == [] and not file.exists()
 
 
-def test_the_end_of_the_terminal_ends_the_proxy_in_order():
+def test_sighup_ends_the_proxy_gracefully():
     port = free_port()
-    # Where the tests themselves run under nohup, the signal would be ignored, as it should.
+    # If the tests run under nohup, the signal would rightly be ignored.
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     with contextlib.ExitStack() as stack:
         try:
@@ -145,7 +145,7 @@ def test_the_end_of_the_terminal_ends_the_proxy_in_order():
 
 
 class Slow(BaseHTTPRequestHandler):
-    """An event every 0.1 s, thirty of them."""
+    """Sends an event every 0.1 s, thirty times."""
 
     protocol_version = "HTTP/1.1"
 
@@ -168,7 +168,7 @@ class Slow(BaseHTTPRequestHandler):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("who", ["every worker", "the group"])
-def test_a_stream_goes_on_to_its_end_when_workers_are_told_to_end(who):
+def test_a_stream_is_finished_when_workers_end(who):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Slow)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
@@ -201,7 +201,7 @@ def test_a_stream_goes_on_to_its_end_when_workers_are_told_to_end(who):
 
 @contextlib.contextmanager
 def getting(url: str, path: str):
-    """The answer to a request on a connection of its own."""
+    """Return the answer to a request on a new connection."""
     host, port = url.removeprefix("http://").split(":")
     connection = http.client.HTTPConnection(host, int(port), timeout=60)
     with contextlib.closing(connection):

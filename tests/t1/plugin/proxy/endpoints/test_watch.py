@@ -1,4 +1,4 @@
-"""An endpoint that somebody else starts and ends: its phase follows without any request."""
+"""An endpoint that others start and end: its phase follows without any request."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def engine(port: int) -> Iterator[subprocess.Popen[bytes]]:
             process.kill()
 
 
-def test_an_engine_that_comes_up_later_and_one_that_is_killed_are_noticed_without_a_request():
+def test_a_later_start_and_a_kill_are_detected_without_a_request():
     async def main():
         port = free_port()
         async with in_front_of(EndpointSpec(tcp("127.0.0.1", port), intervals=QUICK)) as (rig, endpoint):
@@ -61,7 +61,7 @@ def test_an_engine_that_comes_up_later_and_one_that_is_killed_are_noticed_withou
 
 
 @pytest.mark.slow
-def test_one_that_is_frozen_is_lost_and_found_again():
+def test_a_frozen_engine_is_lost_and_found_again():
     async def main():
         port = free_port()
         with engine(port) as process:
@@ -77,7 +77,7 @@ def test_one_that_is_frozen_is_lost_and_found_again():
     run(main(), limit_s=60)
 
 
-def test_a_busy_engine_whose_health_page_is_slow_goes_on_serving():
+def test_a_busy_engine_with_a_slow_health_page_keeps_serving():
     unready = False
 
     async def busy(up: Upstream, seen: Seen, reader, writer) -> bool:
@@ -101,7 +101,7 @@ def test_a_busy_engine_whose_health_page_is_slow_goes_on_serving():
     run(main())
 
 
-def test_one_that_we_have_put_to_sleep_is_not_taken_for_serving():
+def test_an_engine_put_to_sleep_does_not_count_as_serving():
     async def main():
         mode = SleepMode()
         async with upstream(mode) as up:
@@ -120,7 +120,7 @@ def test_one_that_we_have_put_to_sleep_is_not_taken_for_serving():
     run(main())
 
 
-def test_one_that_listens_and_does_not_generate_is_asked_ever_less_often():
+def test_an_engine_that_listens_without_generating_is_probed_less_and_less():
     async def main():
         mode = SleepMode(awake=False)
         async with upstream(mode) as up:
@@ -137,7 +137,7 @@ def test_one_that_listens_and_does_not_generate_is_asked_ever_less_often():
     run(main())
 
 
-def test_what_only_we_start_is_not_looked_for_at_its_port():
+def test_an_engine_that_only_the_proxy_starts_is_not_probed():
     for model in (ModelConfig(command="x"), ModelConfig(snapshot="x")):
         assert spec_of(model, None).exclusive_port
     assert not spec_of(ModelConfig(upstream="http://127.0.0.1:1"), None).exclusive_port
@@ -156,7 +156,7 @@ def test_what_only_we_start_is_not_looked_for_at_its_port():
     run(main())
 
 
-def test_where_nothing_starts_the_engine_nothing_is_promised():
+def test_without_a_wake_no_time_is_promised():
     from plugin.proxy.settings import Settings
 
     async def main():
@@ -175,8 +175,8 @@ def test_where_nothing_starts_the_engine_nothing_is_promised():
     run(main())
 
 
-def test_where_nothing_starts_the_engine_a_client_may_ask_again_soon_and_no_wait_counts_as_a_start():
-    """No start is measured there: what was waited says nothing of the next time."""
+def test_without_a_wake_retry_after_is_short_and_no_start_is_measured():
+    """A wait there says nothing about the next start."""
 
     async def main():
         port = free_port()
@@ -198,14 +198,14 @@ def test_where_nothing_starts_the_engine_a_client_may_ask_again_soon_and_no_wait
     run(main())
 
 
-def test_a_port_that_another_user_took_between_the_look_and_the_probe_is_not_believed(monkeypatch):
+def test_a_port_taken_by_another_user_during_the_probe_is_not_trusted(monkeypatch):
     looks = []
 
-    def seen_at_the_second_look(port: int, pid: int | None) -> int | None:
+    def seen_at_the_second_check(port: int, pid: int | None) -> int | None:
         looks.append(port)
         return 65534 if len(looks) > 1 else None
 
-    monkeypatch.setattr("plugin.proxy.endpoints.port_owner.foreign_listener", seen_at_the_second_look)
+    monkeypatch.setattr("plugin.proxy.endpoints.port_owner.foreign_listener", seen_at_the_second_check)
 
     async def main():
         async with upstream() as up:

@@ -1,6 +1,4 @@
-"""Clients that attack: what is malformed, ambiguous or meant for somewhere else is refused, and the engine never
-sees it.
-"""
+"""Attacking clients: malformed, ambiguous or misdirected requests are refused, and the engine never sees them."""
 
 from __future__ import annotations
 
@@ -74,7 +72,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_refused_and_nothing_after_it_is_read(name):
+def test_a_malformed_request_is_refused_and_nothing_after_it_is_read(name):
     async def main():
         async with upstream() as up, proxy() as rig:
             rig.add("a", up.port)
@@ -90,7 +88,7 @@ def test_refused_and_nothing_after_it_is_read(name):
             bodies = [s for s in up.seen if not s.gone]
             assert not [s for s in bodies if "smuggled" in s.target], "the smuggled request arrived"
             assert not [s for s in up.seen if s.target != "/v1/x"], [s.target for s in up.seen]
-            # only faults that come after a good head may have shown the engine that head, and then never a whole body
+            # only a fault after a valid head may show the engine that head, and then never a complete body
             late = ("chunk", "length in a trailer", "endless trailer", "endless chunk")
             assert not up.seen or name.startswith(late)
 
@@ -115,7 +113,7 @@ FAULTS = {
     "path", ["/v1/messages", "/v1/messages/count_tokens?beta=true", "http://t/v1/messages", "/api/v1/messages"]
 )
 @pytest.mark.parametrize(("status", "name"), [(status, name) for status, heads in FAULTS.items() for name in heads])
-def test_a_fault_has_the_shape_that_clients_of_its_path_parse(status, name, path):
+def test_an_error_has_the_shape_of_its_paths_api(status, name, path):
     async def main():
         async with upstream() as up, proxy() as rig:
             rig.add("a", up.port)
@@ -155,7 +153,7 @@ CLOSED = [
 
 
 @pytest.mark.parametrize("face", FACES)
-def test_no_spelling_of_a_closed_path_reaches_the_engine(face):
+def test_no_spelling_of_a_denied_path_reaches_the_engine(face):
     async def main():
         closed = Settings(denied_paths=frozenset(DENIED), root_path="/api")
         async with upstream() as up, FACES[face](closed) as rig:
@@ -163,9 +161,9 @@ def test_no_spelling_of_a_closed_path_reaches_the_engine(face):
             for target in CLOSED:
                 got = await rig.get(target, method="POST")
                 assert got.status in (400, 404), (target, got)
-                if got.headers["content-type"] == "application/json":  # else uvicorn has refused it
+                if got.headers["content-type"] == "application/json":  # otherwise uvicorn has refused it
                     assert got.json()["error"]["code"] in ("not-found", "malformed-request"), target
-                # a WebSocket handshake takes the same way
+                # a WebSocket handshake is checked in the same way
                 raw = await rig.raw(
                     f"GET {target} HTTP/1.1\r\nHost: t\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n".encode()
                 )
@@ -178,7 +176,7 @@ def test_no_spelling_of_a_closed_path_reaches_the_engine(face):
 @pytest.mark.parametrize(
     "target", ["/sleepy", "/v1/sleep", "/-", "/x/-/y", "/v1/models", "/v1/metrics", "/v1/models/a%2fb..c;d", "*"]
 )
-def test_paths_that_only_look_like_them_pass(target):
+def test_paths_similar_to_denied_ones_pass(target):
     async def main():
         async with upstream() as up, proxy(Settings(denied_paths=frozenset(DENIED), admin_prefix="/own")) as rig:
             rig.add("a", up.port)
@@ -188,7 +186,7 @@ def test_paths_that_only_look_like_them_pass(target):
     run(main())
 
 
-def test_the_absolute_form_is_understood_and_sent_on_as_a_path():
+def test_an_absolute_form_target_is_forwarded_as_a_path():
     async def main():
         async with upstream() as up, proxy() as rig:
             rig.add("a", up.port)
@@ -199,7 +197,7 @@ def test_the_absolute_form_is_understood_and_sent_on_as_a_path():
     run(main())
 
 
-def test_a_header_that_names_others_in_connection_cannot_take_what_matters():
+def test_connection_cannot_remove_protected_headers():
     async def main():
         async with upstream() as up, proxy() as rig:
             rig.add("a", up.port)
@@ -223,7 +221,7 @@ def test_a_request_id_that_could_forge_a_log_is_replaced():
     run(main())
 
 
-def test_a_crowd_is_turned_away_with_an_answer_and_those_inside_are_served():
+def test_clients_over_the_limit_get_an_answer_and_the_others_are_served():
     async def main():
         async with upstream() as up, proxy(Settings(max_clients=5)) as rig:
             rig.add("a", up.port)
@@ -242,8 +240,8 @@ def test_a_crowd_is_turned_away_with_an_answer_and_those_inside_are_served():
 
 
 @pytest.mark.parametrize("held", [False, True])
-def test_a_client_that_closes_its_half_is_taken_for_gone(held):
-    """A close and a half-close look alike from here; that nothing runs for nobody weighs more (as nginx has it)."""
+def test_a_half_closed_client_counts_as_disconnected(held):
+    """A close and a half-close look alike here. Not running requests for disconnected clients matters more (nginx does the same)."""
 
     async def main():
         async with upstream() as up, proxy() as rig:
@@ -265,7 +263,7 @@ def test_a_client_that_closes_its_half_is_taken_for_gone(held):
     run(main())
 
 
-def test_a_flood_of_pipelined_requests_is_cut_short():
+def test_a_flood_of_pipelined_requests_is_limited():
     async def main():
         async with upstream() as up, proxy() as rig:
             rig.add("a", up.port)

@@ -1,5 +1,5 @@
-"""Every fault of an upstream at every point of its answer: exactly one answer or a cut, never a second try of what
-may have run.
+"""Every upstream fault at every point of its answer: exactly one answer or an aborted one, and never a second try of a request that may
+have run.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ WHOLE = {
 @pytest.mark.parametrize("framing", WHOLE)
 @pytest.mark.parametrize("fault", ["reset", "close", "stall"])
 def test_a_fault_after_every_byte_of_the_answer(framing, fault):
-    """At each point: a whole and right answer, a coded 502/504, or a cut; the upstream has seen the request once."""
+    """At each point: a complete and correct answer, a 502 or 504 with a code, or an aborted answer. The upstream saw the request once."""
     whole = WHOLE[framing]
     head_end = whole.index(b"\r\n\r\n") + 4
 
@@ -87,7 +87,7 @@ def test_a_fault_after_every_byte_of_the_answer(framing, fault):
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["reset", "close", "stall"])
 def test_a_fault_after_every_byte_of_the_request(fault):
-    """A replica that goes having read so much of the request: what it may have run is never sent to the other one."""
+    """A replica ends after it has read a part of the request: one that may have run is never sent to the other replica."""
     touched: set[str] = set()
     injected = 0
 
@@ -99,7 +99,7 @@ def test_a_fault_after_every_byte_of_the_request(fault):
             while len(got) < point:
                 data = await reader.read(point - len(got))
                 if not data:
-                    return  # less came than that: it was a whole request
+                    return  # fewer bytes came: it was a complete request
                 got += data
             if got:
                 touched.add(got.split(b" ")[1].decode() if got.count(b" ") > 1 else "?")
@@ -139,8 +139,8 @@ def test_a_fault_after_every_byte_of_the_request(fault):
     run(main())
 
 
-def test_an_answer_that_comes_a_byte_at_a_time_comes_whole():
-    """A slow replica is not a silent one: its limit counts from its last byte."""
+def test_an_answer_sent_byte_by_byte_is_relayed_completely():
+    """A slow replica is not silent: its limit counts from its last byte."""
     whole = WHOLE["chunked"]
 
     async def dribble(up: Upstream, seen: Seen, reader, writer) -> bool:
@@ -187,7 +187,7 @@ def test_a_slow_replica_pauses_the_client():
                     sent += len(block)
 
             pushing = asyncio.create_task(push())
-            while last != sent:  # until it has stopped by itself
+            while last != sent:  # until it stops by itself
                 last = sent
                 await asyncio.sleep(0.1)
             assert sent < size // 2, "the client was read although the replica took nothing"
@@ -202,8 +202,8 @@ def test_a_slow_replica_pauses_the_client():
     run(main())
 
 
-def test_a_host_without_connections_to_give_is_no_death_of_the_replica(monkeypatch):
-    """The proxy's own lack of descriptors must not wake a second engine beside one that is well."""
+def test_a_lack_of_descriptors_is_no_death_of_the_replica(monkeypatch):
+    """The proxy's own lack of descriptors must not start a second engine beside a healthy one."""
     import errno
 
     from plugin.proxy import forwarding as module
@@ -240,7 +240,7 @@ def test_a_host_without_connections_to_give_is_no_death_of_the_replica(monkeypat
         b"\0" * 100,
     ],
 )
-def test_an_answer_that_is_not_http(garbage):
+def test_an_answer_that_is_not_http_is_a_502(garbage):
     async def main():
         async with upstream(answering(garbage)) as up, proxy() as rig:
             rig.add("a", up.port)
@@ -251,7 +251,7 @@ def test_an_answer_that_is_not_http(garbage):
     run(main())
 
 
-def test_garbage_inside_a_chunked_answer_cuts_it():
+def test_garbage_inside_a_chunked_answer_aborts_it():
     broken = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\nzz\r\n"
 
     async def main():
@@ -263,7 +263,7 @@ def test_garbage_inside_a_chunked_answer_cuts_it():
     run(main())
 
 
-def test_an_answer_nobody_asked_for_spoils_its_connection():
+def test_an_unrequested_answer_closes_its_connection():
     async def main():
         async with upstream(answering(answer(b"mine") + answer(b"stolen"))) as up, proxy() as rig:
             rig.add("a", up.port)
@@ -274,7 +274,7 @@ def test_an_answer_nobody_asked_for_spoils_its_connection():
     run(main())
 
 
-def test_refused_connections_go_to_another_replica_and_never_twice():
+def test_a_refused_connection_is_retried_once_on_another_replica():
     async def main():
         async with upstream() as dead:
             dead_port = dead.port
@@ -289,7 +289,7 @@ def test_refused_connections_go_to_another_replica_and_never_twice():
     run(main())
 
 
-def test_a_replica_that_accepts_and_closes_before_anything_was_sent_is_passed_over():
+def test_a_replica_that_closes_before_anything_was_sent_is_skipped():
     async def slam(reader, writer):
         reset(writer)
 
@@ -299,7 +299,7 @@ def test_a_replica_that_accepts_and_closes_before_anything_was_sent_is_passed_ov
             rig.add("slams", server.sockets[0].getsockname()[1])
             rig.add("live", up.port)
             got = await asyncio.gather(*(rig.get(f"/{n}") for n in range(20)))
-            # a close that comes after the head was written may have followed a run: that one is a 502, never a second
+            # a close after the head was written may mean that the request ran: then a 502, never a second
             # try
             assert {a.status for a in got} <= {200, 502}
             assert len(up.seen) == sum(a.status == 200 for a in got)
@@ -338,7 +338,7 @@ def test_a_dead_replica_is_woken_again():
     run(main())
 
 
-def test_a_replica_that_answers_before_the_body_is_through():
+def test_a_replica_may_answer_before_the_body_is_complete():
     early = answering(answer(b"too large", "413 Content Too Large"), keep=False)
 
     async def main():
@@ -376,7 +376,7 @@ def test_slow_loris_is_dropped_in_head_and_in_body():
     run(main())
 
 
-def test_idle_clients_are_let_go():
+def test_idle_clients_are_disconnected():
     async def main():
         async with upstream() as up, proxy(Settings(keepalive_s=0.1)) as rig:
             rig.add("a", up.port)
@@ -390,7 +390,7 @@ def test_idle_clients_are_let_go():
     run(main())
 
 
-def test_a_client_that_breaks_its_own_body_reaches_an_end():
+def test_a_request_with_a_broken_body_ends():
     async def main():
         async with upstream() as up, proxy() as rig:
             rig.add("a", up.port)
@@ -405,7 +405,7 @@ def test_a_client_that_breaks_its_own_body_reaches_an_end():
 
 
 @pytest.mark.parametrize("handler", [echo_request])
-def test_many_at_once_with_clients_going_at_random(handler):
+def test_many_requests_with_clients_disconnecting_at_random(handler):
     async def main():
         async with upstream(handler) as up, proxy() as rig:
             rig.add("a", up.port)
@@ -431,8 +431,8 @@ def test_many_at_once_with_clients_going_at_random(handler):
 
 @pytest.mark.parametrize("framing", ["length", "chunked"])
 @pytest.mark.parametrize("reset_it", [False, True])
-def test_a_client_that_goes_after_every_byte_of_its_request(framing, reset_it):
-    """The engine never takes a part of a request for a whole one, and nothing is left behind."""
+def test_a_client_that_disconnects_after_any_byte_of_its_request(framing, reset_it):
+    """The engine never takes a partial request for a complete one, and nothing is left behind."""
     if framing == "length":
         body = b"Content-Length: 5\r\n\r\nhello"
     else:

@@ -1,5 +1,5 @@
-"""The proxy in front of a serving replica: what passes, what is changed on the way, and that nothing is gathered or
-lost. Tests that take `proxy` run over both faces, the others over the port alone.
+"""The proxy in front of a serving replica: what is forwarded, what is changed, and that nothing is buffered or lost. Tests that take
+`proxy` run on both kinds, the others on the port only.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ pytestmark = pytest.mark.t1
 
 @pytest.fixture(params=["uvloop", pytest.param("asyncio", marks=pytest.mark.slow)])
 def run(request):
-    """Both loops: the owner chooses."""
+    """Run on both event loops, since the owner chooses."""
     return functools.partial(run_on, loop=request.param)
 
 
-def test_hop_by_hop_fields_end_here_and_forwarding_fields_are_set(run, proxy):
+def test_hop_by_hop_fields_are_removed_and_forwarding_fields_set(run, proxy):
     async def main():
         async with upstream() as up, proxy() as rig:
             rig.add("a", up.port)
@@ -69,7 +69,7 @@ def test_a_trusted_proxy_in_front_keeps_its_forwarding_fields(run, proxy):
 
 @pytest.mark.parametrize("size", [0, 1, 65536, 3_000_000])
 @pytest.mark.parametrize("chunked", [False, True])
-def test_bodies_pass_both_ways_unchanged(run, proxy, size, chunked):
+def test_bodies_are_forwarded_unchanged_in_both_directions(run, proxy, size, chunked):
     async def echo(up: Upstream, seen: Seen, reader, writer) -> bool:
         if chunked:
             writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
@@ -108,7 +108,7 @@ def test_bodies_pass_both_ways_unchanged(run, proxy, size, chunked):
     run(main())
 
 
-def test_connections_to_the_replica_are_kept_and_one_client_connection_serves_many_requests(run):
+def test_connections_are_reused_on_both_sides(run):
     async def main():
         async with upstream() as up, port_proxy() as rig:
             rig.add("a", up.port)
@@ -137,7 +137,7 @@ def test_pipelined_requests_are_answered_in_order(run):
     run(main())
 
 
-def test_events_pass_one_by_one_and_unchanged(run, proxy):
+def test_events_are_forwarded_one_by_one_and_unchanged(run, proxy):
     gate = asyncio.Event()
 
     async def stepwise(up: Upstream, seen: Seen, reader, writer) -> bool:
@@ -159,7 +159,7 @@ def test_events_pass_one_by_one_and_unchanged(run, proxy):
             head = await reader.readuntil(b"\r\n\r\n")
             assert b"text/event-stream" in head
             for n in range(20):
-                # the upstream sends the next event only after this one has been read here: buffering would hang
+                # the upstream sends the next event only after the client has read this one: buffering would hang
                 async with asyncio.timeout(LIMIT_S):
                     size = int(await reader.readuntil(b"\r\n"), 16)
                     event = (await reader.readexactly(size + 2))[:-2]
@@ -171,7 +171,7 @@ def test_events_pass_one_by_one_and_unchanged(run, proxy):
     run(main())
 
 
-def test_head_304_and_old_clients(run):
+def test_head_requests_304_and_http_1_0_clients(run):
     async def kinds(up: Upstream, seen: Seen, reader, writer) -> bool:
         if seen.target == "/304":
             writer.write(b"HTTP/1.1 304 Not Modified\r\nETag: x\r\n\r\n")
@@ -201,7 +201,7 @@ def test_head_304_and_old_clients(run):
     run(main())
 
 
-def test_expect_continue_is_answered_here(run, proxy):
+def test_expect_continue_is_answered_by_the_proxy(run, proxy):
     async def main():
         async with upstream() as up, proxy() as rig:
             rig.add("a", up.port)
@@ -217,7 +217,7 @@ def test_expect_continue_is_answered_here(run, proxy):
     run(main())
 
 
-def test_an_upgrade_other_than_websocket_is_ignored_and_its_body_kept(run):
+def test_another_upgrade_than_websocket_is_ignored_and_its_body_kept(run):
     async def main():
         async with upstream() as up, port_proxy() as rig:
             rig.add("a", up.port)
@@ -227,7 +227,7 @@ def test_an_upgrade_other_than_websocket_is_ignored_and_its_body_kept(run):
     run(main())
 
 
-def test_the_client_goes_and_the_replica_sees_it_within_the_limit(run, proxy):
+def test_a_disconnect_reaches_the_replica_within_the_limit(run, proxy):
     async def endless(up: Upstream, seen: Seen, reader, writer) -> bool:
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")
         writer.write(b"5\r\nhello\r\n")
@@ -246,13 +246,13 @@ def test_the_client_goes_and_the_replica_sees_it_within_the_limit(run, proxy):
                 writer.transport.abort()
                 await until(lambda: up.seen[-1].gone, "the replica to see its client go")
             await until(lambda: rig.server.stats.outcomes["client-gone"] == 10)
-            # Served all the same: who reads a stream often leaves at its last token, before its end.
+            # It counts as served: clients often disconnect at the last token, before the end of the stream.
             assert rig.pool.outstanding == 0 and replica.served == 10
 
     run(main())
 
 
-def test_who_leaves_before_the_first_token_was_not_served(run, proxy):
+def test_a_client_that_disconnects_before_the_first_token_was_not_served(run, proxy):
     async def silent(up: Upstream, seen: Seen, reader, writer) -> bool:
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")
         await writer.drain()
@@ -307,7 +307,7 @@ def test_a_slow_client_pauses_the_replica(run, proxy):
 
 
 @pytest.mark.slow
-def test_a_gibibyte_passes_in_constant_memory(run, proxy):
+def test_a_gibibyte_is_forwarded_in_constant_memory(run, proxy):
     size = 1 << 30
     digest = hashlib.blake2b()
 
@@ -341,7 +341,7 @@ def test_a_gibibyte_passes_in_constant_memory(run, proxy):
     run(main())
 
 
-def test_websocket_bytes_pass_both_ways_and_both_ends_close(run):
+def test_websocket_bytes_are_forwarded_and_both_ends_close(run):
     async def socket_end(up: Upstream, seen: Seen, reader, writer) -> bool:
         assert seen.header("upgrade") == ["websocket"] and seen.header("connection") == ["upgrade"]
         writer.write(

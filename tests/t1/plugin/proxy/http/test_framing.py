@@ -1,6 +1,4 @@
-"""Any split of bytes, any order of events: the client gets the bytes that the upstream sent, and the upstream those
-that the client sent.
-"""
+"""Any split of bytes and any order of events: client and upstream receive exactly the bytes that the other sent."""
 
 from __future__ import annotations
 
@@ -31,9 +29,7 @@ extensions = st.sampled_from([b"", b";a", b";name=value", b';q="x y"'])
 
 @st.composite
 def messages(draw: st.DrawFn) -> tuple[bytes, bytes]:
-    """(bytes on the wire after the first line, the body they mean), framed by length, by chunks or, for answers, by
-    the end.
-    """
+    """Return (bytes on the wire after the first line, their body), framed by length, by chunks or, for answers, by the end."""
     body = draw(pieces)
     if draw(st.booleans()):
         joined = b"".join(body)
@@ -51,7 +47,7 @@ def messages(draw: st.DrawFn) -> tuple[bytes, bytes]:
     held=st.booleans(),
     pipelined=st.booleans(),
 )
-def test_bytes_are_kept_however_they_are_cut(exchanges, held, pipelined):
+def test_bytes_are_kept_for_any_split(exchanges, held, pipelined):
     async def scripted(up: Upstream, seen: Seen, reader, writer) -> bool:
         _, (wire, _), _, where = exchanges[int(seen.target[1:])]
         for part in split(b"HTTP/1.1 200 OK\r\n" + wire, where):
@@ -95,10 +91,10 @@ def test_bytes_are_kept_however_they_are_cut(exchanges, held, pipelined):
     until_close=st.booleans(),
 )
 def test_any_order_of_events_in_both_directions(up_pieces, down_pieces, order, chunked, until_close):
-    """The replica answers while the request still comes: each gets the bytes that the other sent."""
+    """The replica answers while the request is still being sent: each receives what the other sent."""
     down = b"".join(down_pieces)
     chunked = chunked or not down
-    last = down_pieces[-1] if down_pieces else b""  # kept to the end: an answer that is whole ends the request under it
+    last = down_pieces[-1] if down_pieces else b""  # kept until the end: a complete answer ends its request
 
     async def main():
         turns: asyncio.Queue[bytes | None] = asyncio.Queue()
@@ -146,7 +142,7 @@ def test_any_order_of_events_in_both_directions(up_pieces, down_pieces, order, c
 
 @SLOW
 @given(junk=st.binary(min_size=1, max_size=400), where=cuts, good=st.booleans())
-def test_junk_from_a_client_never_hangs_and_never_reaches_the_engine_as_two(junk, where, good):
+def test_client_junk_never_hangs_and_never_becomes_two_requests(junk, where, good):
     async def main():
         async with upstream() as up, proxy() as rig:
             rig.add("a", up.port)
@@ -174,7 +170,7 @@ def test_junk_from_a_client_never_hangs_and_never_reaches_the_engine_as_two(junk
     where=cuts,
     after=st.sampled_from([b"", b"HTTP/1.1 ", b"HTTP/1.1 200 OK\r\n"]),
 )
-def test_junk_from_a_replica_ends_in_one_answer_or_a_cut(junk, where, after):
+def test_replica_junk_ends_in_one_answer_or_an_aborted_one(junk, where, after):
     async def babble(up: Upstream, seen: Seen, reader, writer) -> bool:
         for part in split(after + junk, where):
             writer.write(part)

@@ -1,4 +1,4 @@
-"""Replicas as the proxy reaches them: by load, by name, over UNIX sockets and TLS, in another network namespace."""
+"""How the proxy reaches replicas: by load, by name, over UNIX sockets and TLS, in another network namespace."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.t1
 
 @pytest.fixture(params=["uvloop", pytest.param("asyncio", marks=pytest.mark.slow)])
 def run(request):
-    """Both loops: the owner chooses."""
+    """Run on both event loops, since the owner chooses."""
     return functools.partial(run_on, loop=request.param)
 
 
@@ -61,7 +61,7 @@ def test_a_kept_connection_that_the_replica_closed_is_not_used(run, proxy):
     run(main())
 
 
-def test_a_host_by_name_and_a_unix_socket_and_tls(run, proxy, tmp_path):
+def test_upstreams_by_host_name_unix_socket_and_tls(run, proxy, tmp_path):
     import datetime
     import ssl
 
@@ -113,7 +113,7 @@ def test_a_host_by_name_and_a_unix_socket_and_tls(run, proxy, tmp_path):
                     assert up.seen[-1].header("host") == ["localhost"]
                 assert len(up.seen) == 2 * (n + 1)
                 rig.pool.remove(kind)
-            # a certificate that is not trusted is a connection that could not be made
+            # an untrusted certificate counts as a failed connection
             untrusted = tcp("127.0.0.1", port, tls=ssl.create_default_context(), server_hostname="localhost")
             rig.pool.add("bad", PhaseTracker(phase=Phase.SERVING), untrusted)
             assert (await rig.get("/x")).json()["error"]["code"] == "hold-deadline"
@@ -144,7 +144,7 @@ def test_a_replica_in_another_network_namespace(run):
                 home = os.readlink("/proc/thread-self/ns/net")
                 tracker = PhaseTracker(phase=Phase.SERVING)
                 rig.pool.add("inside", tracker, place)
-                # held and tried again until the engine in there listens
+                # held and retried until the engine in the namespace listens
                 got = await rig.get("/x")
                 assert got.status == 200 and got.json()["name"] == "inside"
                 assert os.readlink("/proc/thread-self/ns/net") == home, "the thread came home"

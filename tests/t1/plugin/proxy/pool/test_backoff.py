@@ -1,6 +1,4 @@
-"""What a proxy does when an engine will not sleep, will not drain, or refuses connections: it pauses, says so once, and the
-others are answered.
-"""
+"""An engine that does not sleep, does not drain, or refuses connections: the proxy pauses, logs it once, and answers the other clients."""
 
 from __future__ import annotations
 
@@ -28,7 +26,7 @@ from tests.kits.proxy_rig import Seen, Upstream, echo_request, proxy, run, until
 pytestmark = pytest.mark.t1
 
 
-def test_pauses_double_up_to_a_limit_and_begin_anew_after_a_success_or_a_quiet_time():
+def test_pauses_double_up_to_a_limit_and_reset():
     now = 100.0
     backoff = Backoff(1.0, 5.0, lambda: now)
     assert [backoff.failed() for _ in range(4)] == [1, 2, 4, 5] and backoff.left_s == 5
@@ -46,7 +44,7 @@ def told(said: str, word: str) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["daemonises", "hook fails"])
-def test_a_model_that_cannot_be_put_to_sleep_costs_the_other_an_error_and_nobody_a_core(tmp_path, how):
+def test_a_model_that_cannot_sleep_is_an_error_for_the_other_without_busy_waiting(tmp_path, how):
     port, pid_file, said = free_port(), tmp_path / "pid", []
     engine = f"{sys.executable} -S {ENGINE} {port} stays"
     stays = (
@@ -75,7 +73,7 @@ def test_a_model_that_cannot_be_put_to_sleep_costs_the_other_an_error_and_nobody
 
 @contextlib.contextmanager
 def ended_at_last(pid_file: Path):
-    """End the engine of `pid_file`, which nobody else knows of."""
+    """Kill the engine of `pid_file`, which no proxy knows of."""
     try:
         yield
     finally:
@@ -86,7 +84,9 @@ def ended_at_last(pid_file: Path):
 
 
 async def endless(up: Upstream, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
-    """A stream without an end for /endless, a flood for /endless/unread, a WebSocket for /endless/websocket; else as ever."""
+    """Answer with an endless stream for /endless, a flood for /endless/unread, a WebSocket for /endless/websocket, and otherwise as
+    usual.
+    """
     if not seen.target.startswith("/endless"):
         return await echo_request(up, seen, reader, writer)
     if "websocket" in seen.target:
@@ -102,7 +102,7 @@ async def endless(up: Upstream, seen: Seen, reader: asyncio.StreamReader, writer
 
 
 class Serving:
-    """An upstream in a thread of its own, for tests of the command."""
+    """An upstream in its own thread, for tests of the command."""
 
     def __enter__(self) -> Upstream:
         self._loop, self._started = asyncio.new_event_loop(), threading.Event()
@@ -125,7 +125,7 @@ class Serving:
 
 @contextlib.contextmanager
 def streaming(url: str, model: str, kind: str):
-    """A client that has read the first bytes of a stream without an end, and reads no more of it."""
+    """Return a client that has read the first bytes of an endless stream, and reads no more of it."""
     host, port = url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), 10) as sock:
         if kind == "websocket":
@@ -154,8 +154,8 @@ def streaming(url: str, model: str, kind: str):
         pytest.param("2", False, "stream", marks=pytest.mark.slow),
     ],
 )
-def test_draining_ends_with_an_error_for_who_waits_and_the_busy_model_goes_on(tmp_path, workers, waits, kind):
-    """Also when who waited has left: then the busy model goes on at once."""
+def test_a_failed_drain_is_an_error_for_waiting_clients_and_the_busy_model_serves_on(tmp_path, workers, waits, kind):
+    """Also if the waiting client has left: then the busy model continues at once."""
     other = f'{{command: "exec {sys.executable} -S {ENGINE} ${{PORT}} other"}}'
     with Serving() as up:
         busy = f"http://127.0.0.1:{up.port}"
@@ -180,7 +180,7 @@ def test_draining_ends_with_an_error_for_who_waits_and_the_busy_model_goes_on(tm
 
 
 @pytest.mark.slow
-def test_a_replica_that_refuses_connections_while_it_serves_is_woken_a_few_times_and_said_once(caplog):
+def test_a_serving_replica_that_refuses_connections_is_woken_a_few_times(caplog):
     async def main():
         wakes = []
 
@@ -202,7 +202,7 @@ def test_a_replica_that_refuses_connections_while_it_serves_is_woken_a_few_times
 
 
 @pytest.mark.slow
-def test_a_sleep_that_fails_is_tried_again_ever_more_rarely_and_said_once(caplog):
+def test_a_failed_sleep_is_retried_with_growing_pauses(caplog):
     async def main():
         tries = []
 
@@ -223,8 +223,8 @@ def test_a_sleep_that_fails_is_tried_again_ever_more_rarely_and_said_once(caplog
 
 
 @pytest.mark.parametrize("how", ["trickles", "waits for us"])
-def test_a_body_that_trickles_ends_after_a_limit_in_all_and_the_engine_may_sleep(how):
-    """Every byte in time, the whole never; what a client waits for us does not count."""
+def test_a_trickling_body_ends_after_a_total_limit(how):
+    """Each byte is in time, but the body never ends. Time that a client waits for the proxy does not count."""
 
     async def main():
         slept = asyncio.Event()
@@ -258,7 +258,7 @@ def test_a_body_that_trickles_ends_after_a_limit_in_all_and_the_engine_may_sleep
 
 
 @pytest.mark.slow
-def test_a_client_that_keeps_its_connection_does_not_hold_up_the_end():
+def test_a_kept_client_connection_does_not_delay_the_shutdown():
     async def main():
         gate = asyncio.Event()
 

@@ -1,6 +1,4 @@
-"""Requests that arrive while no replica serves: held, released once, refused by code when they cannot be; wake,
-sleep, shutdown.
-"""
+"""Requests that arrive while no replica serves: held, released once, refused by code if they cannot be held; wake, sleep, shutdown."""
 
 from __future__ import annotations
 
@@ -19,7 +17,7 @@ from tests.kits.proxy_rig import LIMIT_S, Seen, Upstream, answer, echo_request, 
 pytestmark = pytest.mark.t1
 
 
-def test_held_until_a_replica_serves_and_each_sent_once(proxy):
+def test_requests_are_held_until_a_replica_serves_and_sent_once(proxy):
     async def main():
         async with upstream() as up, proxy() as rig:
             rig.add("a", up.port, phase=Phase.IDLE)
@@ -38,7 +36,7 @@ def test_held_until_a_replica_serves_and_each_sent_once(proxy):
     run(main())
 
 
-def test_one_wake_for_all_who_wait(proxy):
+def test_all_waiting_requests_share_one_wake(proxy):
     wakes = 0
 
     async def main():
@@ -58,7 +56,7 @@ def test_one_wake_for_all_who_wait(proxy):
     run(main())
 
 
-def test_a_failed_restore_that_goes_cold_keeps_what_is_held(proxy):
+def test_held_requests_survive_a_failed_restore_before_a_cold_start(proxy):
     async def main():
         async with upstream() as up:
 
@@ -80,7 +78,7 @@ def test_a_failed_restore_that_goes_cold_keeps_what_is_held(proxy):
     run(main())
 
 
-def test_a_start_that_has_finally_failed_ends_the_held_with_its_code(proxy):
+def test_a_final_start_failure_ends_held_requests_with_its_code(proxy):
     class Broken(Exception):
         code = "engine-died"
 
@@ -99,7 +97,7 @@ def test_a_start_that_has_finally_failed_ends_the_held_with_its_code(proxy):
                     "param": None,
                     "code": "engine-died",
                 }
-            # the next request does not hammer a start that has just failed
+            # the next request does not retry a start that has just failed
             again = await rig.get("/v1/messages")
             assert again.status == 503 and again.json()["error"]["code"] == "engine-died" and rig.pool.waker.wakes == 1
             assert again.json()["type"] == "error" and again.json()["error"]["type"] == "overloaded_error"
@@ -107,7 +105,7 @@ def test_a_start_that_has_finally_failed_ends_the_held_with_its_code(proxy):
     run(main())
 
 
-def test_an_owner_without_a_wake_says_when_it_is_final(proxy):
+def test_an_owner_without_a_wake_reports_the_final_failure(proxy):
     async def main():
         async with upstream() as up, proxy() as rig:
             rig.add("a", up.port, phase=Phase.IDLE)
@@ -131,7 +129,7 @@ def test_an_owner_without_a_wake_says_when_it_is_final(proxy):
 
 
 @pytest.mark.slow
-def test_deadlines_of_the_setting_and_of_the_client(proxy):
+def test_the_deadline_is_the_settings_or_the_clients(proxy):
     async def main():
         async with proxy(Settings(hold_timeout_s=0.3)) as rig:
             got = await rig.get("/")
@@ -149,7 +147,7 @@ def test_deadlines_of_the_setting_and_of_the_client(proxy):
     run(main())
 
 
-def test_bounds_on_how_many_and_how_much(proxy):
+def test_held_requests_are_limited_in_number_and_bytes(proxy):
     async def main():
         async with proxy(Settings(max_held=3)) as rig:
             waiting = [asyncio.create_task(rig.get("/")) for _ in range(3)]
@@ -173,8 +171,8 @@ def test_bounds_on_how_many_and_how_much(proxy):
 
 
 @pytest.mark.parametrize("sent", [0, 100_000])
-def test_a_client_that_goes_while_held_reaches_nobody(proxy, sent):
-    """Even when more of its body has come than is kept, so that it is paused and its end lies unread."""
+def test_a_held_request_of_a_disconnected_client_is_never_sent(proxy, sent):
+    """Even if more of its body has arrived than is kept, so that it is paused and its end is unread."""
 
     async def main():
         async with upstream() as up, proxy() as rig:
@@ -197,7 +195,7 @@ def test_a_client_that_goes_while_held_reaches_nobody(proxy, sent):
     run(main())
 
 
-def test_nothing_is_sent_before_the_replicas_own_head_unless_asked(proxy):
+def test_nothing_is_sent_before_the_replicas_head_by_default(proxy):
     async def main():
         async with upstream() as up, proxy() as rig:
             rig.add("a", up.port, phase=Phase.IDLE)
@@ -219,7 +217,7 @@ def streaming_body(**more):
     return json.dumps({"model": "m", "stream": True, "messages": [{"role": "user", "content": "hi"}], **more}).encode()
 
 
-def test_early_stream_says_how_far_it_is_and_then_gives_the_events(proxy):
+def test_an_early_stream_reports_progress_and_then_the_events(proxy):
     async def main():
         settings = Settings(early_stream=True, early_comment_every_s=0.05)
         async with upstream() as up, proxy(settings) as rig:
@@ -252,7 +250,7 @@ def test_early_stream_says_how_far_it_is_and_then_gives_the_events(proxy):
     [("/v1/chat/completions", b'data: {"error":'), ("/v1/messages", b'event: error\ndata: {"type":"error"')],
 )
 @pytest.mark.parametrize("how", ["start fails", "replica refuses", "replica cuts"])
-def test_early_stream_ends_with_an_error_event(proxy, path, expected, how):
+def test_an_early_stream_can_end_with_an_error_event(proxy, path, expected, how):
     async def refuse(up: Upstream, seen: Seen, reader, writer) -> bool:
         if how == "replica cuts":
             return False
@@ -277,7 +275,7 @@ def test_early_stream_ends_with_an_error_event(proxy, path, expected, how):
     run(main())
 
 
-def test_idle_goes_to_sleep_and_the_next_request_wakes_it_none_falls_between(proxy):
+def test_an_idle_engine_sleeps_and_wakes_without_losing_a_request(proxy):
     async def main():
         async with upstream() as up:
 
@@ -301,7 +299,7 @@ def test_idle_goes_to_sleep_and_the_next_request_wakes_it_none_falls_between(pro
                     for turn in range(15):
                         assert (await rig.get(f"/{n}/{turn}")).status == 200
                         done += 1
-                        await asyncio.sleep(0.013 * ((n + turn) % 5))  # around the moment of sleep
+                        await asyncio.sleep(0.013 * ((n + turn) % 5))  # around the time of the sleep
 
                 await asyncio.gather(*(client(n) for n in range(3)))
                 await until(lambda: rig.pool.sleeper.sleeps >= 1)
@@ -311,7 +309,7 @@ def test_idle_goes_to_sleep_and_the_next_request_wakes_it_none_falls_between(pro
     run(main())
 
 
-def test_a_replica_that_will_not_sleep_goes_on_serving(proxy):
+def test_a_replica_that_does_not_sleep_keeps_serving(proxy):
     async def main():
         async with upstream() as up:
 
@@ -326,7 +324,7 @@ def test_a_replica_that_will_not_sleep_goes_on_serving(proxy):
     run(main())
 
 
-def test_quiesced_holds_back_and_waits_for_what_is_in_flight(proxy):
+def test_quiesced_holds_new_requests_and_waits_for_those_in_flight(proxy):
     gate = asyncio.Event()
 
     async def gated(up: Upstream, seen: Seen, reader, writer) -> bool:
@@ -363,7 +361,7 @@ def test_quiesced_holds_back_and_waits_for_what_is_in_flight(proxy):
     run(main())
 
 
-def test_shutdown_finishes_what_is_in_flight_and_answers_what_is_held(proxy):
+def test_shutdown_finishes_requests_in_flight_and_answers_held_ones(proxy):
     gate = asyncio.Event()
 
     async def gated(up: Upstream, seen: Seen, reader, writer) -> bool:
@@ -393,7 +391,7 @@ def test_shutdown_finishes_what_is_in_flight_and_answers_what_is_held(proxy):
     run(main())
 
 
-def test_shutdown_cuts_what_outlives_the_limit(proxy):
+def test_shutdown_aborts_answers_after_the_grace(proxy):
     async def never(up: Upstream, seen: Seen, reader, writer) -> bool:
         await reader.read(1)
         return False
@@ -407,14 +405,14 @@ def test_shutdown_cuts_what_outlives_the_limit(proxy):
             if isinstance(rig.server, ProxyServer):
                 with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
                     await flying
-            else:  # an ASGI application cannot cut a connection before its answer begins
+            else:  # an ASGI application cannot close a connection before its answer begins
                 assert (await flying).status == 502
             await until(lambda: rig.pool.outstanding == 0)
 
     run(main())
 
 
-def test_own_pages_need_the_token_and_never_reach_the_engine(proxy):
+def test_admin_endpoints_need_the_token_and_never_reach_the_engine(proxy):
     async def main():
         async with upstream() as up, proxy(Settings(admin_token="s3cret")) as rig:
             rig.add("a", up.port)

@@ -1,5 +1,5 @@
-"""A request whose replica is ended under it since its pages will not come (the page server died): asked again where nothing of an answer
-has reached the client, else cut.
+"""A request whose replica is killed because its page server died: sent again if no part of an answer has reached the client, otherwise
+aborted.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ EVENT = b"9\r\ndata: 1\n\n\r\n"
 
 
 def dies(said: bytes) -> Handler:
-    """Says this of its first answer, and ends when it is told to; later ones are whole."""
+    """Return a handler that sends this as its first answer and ends on request; later answers are complete."""
 
     async def handler(up: Upstream, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         if len(up.seen) > 1:
@@ -33,7 +33,7 @@ def dies(said: bytes) -> Handler:
 
 
 def lose(rig: Rig, up: Upstream) -> None:
-    """The page server died: the owner marks it, and kills the engine."""
+    """Let the page server die: the owner marks the replica, and kills the engine."""
     replica = rig.pool.replicas["a"]
     replica.kill_reason = lambda: "why"
     up.seen[0].gone = True
@@ -52,7 +52,7 @@ def add(rig: Rig, port: int, phase: Phase = Phase.SERVING) -> None:
 
 
 @pytest.mark.parametrize("said", [b"", HEAD, HEAD + b'{"ok":', STREAM], ids=["nothing", "head", "part", "stream"])
-def test_it_is_asked_again_whole(proxy, said):
+def test_the_request_is_sent_again_completely(proxy, said):
     async def main():
         async with upstream(dies(said)) as up, proxy(speculative=True) as rig:
             add(rig, up.port)
@@ -69,7 +69,7 @@ def test_it_is_asked_again_whole(proxy, said):
     run(main())
 
 
-def test_one_whose_body_comes_after_its_head_as_well(proxy):
+def test_a_request_whose_body_follows_later_is_sent_again(proxy):
     async def main():
         async with upstream(dies(b"")) as up, proxy(speculative=True) as rig:
             add(rig, up.port)
@@ -88,7 +88,7 @@ def test_one_whose_body_comes_after_its_head_as_well(proxy):
     run(main())
 
 
-def test_one_that_ran_ahead_of_the_check_as_well(proxy):
+def test_a_speculative_request_is_sent_again(proxy):
     async def main():
         async with upstream(dies(HEAD)) as up, proxy(speculative=True) as rig:
             add(rig, up.port, Phase.IDLE)
@@ -107,13 +107,13 @@ def test_one_that_ran_ahead_of_the_check_as_well(proxy):
     run(main())
 
 
-def test_a_stream_that_has_begun_is_cut(proxy):
+def test_a_stream_that_has_begun_is_aborted(proxy):
     async def main():
         async with upstream(dies(STREAM + EVENT)) as up, proxy(speculative=True) as rig:
             add(rig, up.port)
             reader, writer = await asyncio.open_connection("127.0.0.1", rig.port)
             writer.write(f"POST {PATH} HTTP/1.1\r\nHost: t\r\nContent-Length: 2\r\n\r\n{{}}".encode())
-            await reader.readuntil(b"data: 1\n\n\r\n")  # it is not kept back
+            await reader.readuntil(b"data: 1\n\n\r\n")  # it is not withheld
             lose(rig, up)
             assert b"0\r\n" not in await reader.read() and len(up.seen) == 1
             writer.close()
@@ -122,7 +122,7 @@ def test_a_stream_that_has_begun_is_cut(proxy):
 
 
 @pytest.mark.parametrize("why", ["not lost", "nothing was to come", "no generation"])
-def test_other_failures_are_answered_as_ever(proxy, why):
+def test_other_failures_are_answered_as_usual(proxy, why):
     async def main():
         async with upstream(dies(b"")) as up, proxy(speculative=True) as rig:
             add(rig, up.port)
@@ -140,7 +140,7 @@ def test_other_failures_are_answered_as_ever(proxy, why):
     run(main())
 
 
-def test_a_whole_answer_waits_for_nothing(proxy):
+def test_a_complete_answer_is_not_withheld(proxy):
     async def says(up: Upstream, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         writer.write(answer(b"x" * (3 << 20)))
         return True

@@ -1,4 +1,4 @@
-"""A replica that runs and answers nothing: it gets no new requests, its owner is told, and what it held is asked again."""
+"""A replica that runs but answers nothing: it gets no new requests, its owner is notified, and its requests are sent again."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BODY = json.dumps({"model": "m", "prompt": "x"}).encode()
 
 
 class Freezes:
-    """An engine that answers nothing at all while it is frozen, and is slow with a generation."""
+    """An engine that answers nothing while it is frozen, and whose generation is slow."""
 
     def __init__(self, slow_s: float = 0.0) -> None:
         self.thawed, self.slow_s = asyncio.Event(), slow_s
@@ -50,7 +50,7 @@ async def watching(rig: Rig, limit_s: float, told: list[str]):
 
 
 @pytest.mark.slow
-def test_it_gets_no_new_requests_and_what_it_held_is_answered_by_another():
+def test_a_silent_replica_gets_no_requests_and_another_answers_its_own():
     async def main():
         told: list[str] = []
         frozen = Freezes()
@@ -66,7 +66,7 @@ def test_it_gets_no_new_requests_and_what_it_held_is_answered_by_another():
                 assert (await rig.get(f"/new/{n}")).status == 200
             assert {s.target for s in two.seen} == {f"/new/{n}" for n in range(4)}
             await until(lambda: told == ["bad"])
-            bad.tracker.to(Phase.FAILED, "replica-silent")  # what an owner does: it ends it
+            bad.tracker.to(Phase.FAILED, "replica-silent")  # as an owner does: kill it
             for client in rig.server.clients:
                 if client.exchange is not None and client.exchange.connection is not None:
                     client.exchange.connection.transport.abort()
@@ -78,7 +78,7 @@ def test_it_gets_no_new_requests_and_what_it_held_is_answered_by_another():
     run(main())
 
 
-def test_what_is_no_generation_is_not_asked_again():
+def test_requests_other_than_generations_are_not_sent_again():
     async def main():
         told: list[str] = []
         async with upstream(Freezes()) as one, upstream() as two, proxy() as rig, watching(rig, 0.6, told):
@@ -95,7 +95,7 @@ def test_what_is_no_generation_is_not_asked_again():
 
 
 @pytest.mark.slow
-def test_an_engine_that_computes_for_longer_than_the_limit_is_left_alone():
+def test_an_engine_that_computes_longer_than_the_limit_is_not_suspect():
     async def main():
         told: list[str] = []
         busy = Freezes(slow_s=2.0)
@@ -114,7 +114,7 @@ def test_an_engine_that_computes_for_longer_than_the_limit_is_left_alone():
 
 
 @pytest.mark.slow
-def test_one_that_answers_again_serves_again():
+def test_a_replica_that_answers_again_serves_again():
     async def main():
         told: list[str] = []
         engine = Freezes()
@@ -131,7 +131,7 @@ def test_one_that_answers_again_serves_again():
     run(main())
 
 
-def test_clients_that_give_up_do_not_hide_it():
+def test_disconnecting_clients_do_not_hide_a_silent_replica():
     async def main():
         told: list[str] = []
         async with upstream(Freezes()) as up, proxy() as rig, watching(rig, 0.9, told):
@@ -145,7 +145,7 @@ def test_clients_that_give_up_do_not_hide_it():
     run(main())
 
 
-def test_a_body_that_comes_after_its_head_is_kept_too():
+def test_a_body_that_follows_its_head_is_kept():
     async def main():
         told: list[str] = []
         async with upstream() as up, proxy() as rig:
@@ -164,7 +164,7 @@ def test_a_body_that_comes_after_its_head_is_kept_too():
     run(main())
 
 
-def test_pages_that_are_still_to_come_are_another_watchs_business():
+def test_a_replica_with_pending_pages_is_not_suspect():
     async def main():
         told: list[str] = []
         async with upstream(Freezes()) as up, proxy() as rig, watching(rig, 0.3, told):

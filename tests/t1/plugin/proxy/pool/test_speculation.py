@@ -1,6 +1,4 @@
-"""A request that runs beside the check of a restored replica: its answer is kept back until the check is passed, and dropped where
-it is not.
-"""
+"""A speculative request beside the check of a restored replica: its answer is withheld until the check passes, and dropped if it fails."""
 
 from __future__ import annotations
 
@@ -28,7 +26,7 @@ async def raw_client(
     return reader, writer
 
 
-def test_nothing_reaches_the_client_before_the_check_is_passed(proxy):
+def test_nothing_reaches_the_client_before_the_check_passes(proxy):
     async def main():
         async with upstream() as up, proxy(speculative=True) as rig:
             replica = rig.add("a", up.port, phase=Phase.IDLE)
@@ -48,7 +46,7 @@ def test_nothing_reaches_the_client_before_the_check_is_passed(proxy):
     run(main())
 
 
-def test_a_replica_that_was_in_its_check_before_the_proxy_was_up_takes_one_as_well(proxy):
+def test_a_replica_checked_before_the_proxy_started_takes_a_speculative_request(proxy):
     async def main():
         async with upstream() as up, proxy(speculative=True) as rig:
             rig.add("a", up.port, phase=Phase.VERIFYING)
@@ -60,7 +58,7 @@ def test_a_replica_that_was_in_its_check_before_the_proxy_was_up_takes_one_as_we
     run(main())
 
 
-def test_one_runs_ahead_and_the_others_wait_for_the_check(proxy):
+def test_one_request_is_speculative_and_the_others_wait(proxy):
     async def main():
         async with upstream() as up, proxy(speculative=True) as rig:
             rig.add("a", up.port, phase=Phase.IDLE)
@@ -78,7 +76,7 @@ def test_one_runs_ahead_and_the_others_wait_for_the_check(proxy):
 
 
 @pytest.mark.parametrize("target", ["/v1/load_lora_adapter", "/v1/files", "/"])
-def test_only_what_generates_runs_ahead(proxy, target):
+def test_only_generations_are_speculative(proxy, target):
     async def main():
         async with upstream() as up, proxy(speculative=True) as rig:
             rig.add("a", up.port, phase=Phase.IDLE)
@@ -93,7 +91,7 @@ def test_only_what_generates_runs_ahead(proxy, target):
     run(main())
 
 
-def test_without_the_owner_s_word_nobody_runs_ahead(proxy):
+def test_without_the_owners_consent_no_request_is_speculative(proxy):
     async def main():
         async with upstream() as up, proxy() as rig:
             rig.add("a", up.port, phase=Phase.IDLE)
@@ -108,7 +106,7 @@ def test_without_the_owner_s_word_nobody_runs_ahead(proxy):
     run(main())
 
 
-def test_a_check_that_fails_drops_the_answer_and_the_request_goes_to_who_passes(proxy):
+def test_after_a_failed_check_another_replica_answers(proxy):
     async def wrong(up: Upstream, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         writer.write(answer(b'{"wrong":true}', "200 OK", "X-Wrong: yes"))
         return True
@@ -133,7 +131,7 @@ def test_a_check_that_fails_drops_the_answer_and_the_request_goes_to_who_passes(
 
 
 @pytest.mark.parametrize("passes", [True, False])
-def test_a_replica_that_breaks_the_connection_during_its_check(proxy, passes):
+def test_a_connection_broken_during_the_check_gives_one_answer(proxy, passes):
     async def breaks(up: Upstream, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         if len(up.seen) > 1:
             return await echo_request(up, seen, reader, writer)
@@ -153,13 +151,13 @@ def test_a_replica_that_breaks_the_connection_during_its_check(proxy, passes):
             else:
                 rig.trackers["a"].to(Phase.SERVING)
             got = await waiting
-            # It has its one answer either way: the replica's fault where it goes on serving, else another try's.
+            # One answer in both cases: the replica's fault if it serves on, otherwise the answer of another try.
             assert (got.status, len(up.seen)) == ((502, 1) if passes else (200, 2))
 
     run(main())
 
 
-def test_recalled_it_is_aborted_and_sent_anew_once_the_replica_serves(proxy):
+def test_a_cancelled_speculative_request_is_sent_again(proxy):
     async def slow(up: Upstream, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         if len(up.seen) == 1:
             await asyncio.wait_for(reader.read(1), LIMIT_S)  # until it is aborted
@@ -206,7 +204,7 @@ def test_a_client_that_leaves_frees_the_replica(proxy):
     run(main())
 
 
-def test_the_deadline_of_a_held_request_holds_while_its_replica_is_checked(proxy):
+def test_a_held_requests_deadline_applies_during_the_check(proxy):
     async def main():
         async with upstream(never) as up, proxy(speculative=True) as rig:
             replica = rig.add("a", up.port, phase=Phase.IDLE)
@@ -220,7 +218,7 @@ def test_the_deadline_of_a_held_request_holds_while_its_replica_is_checked(proxy
     run(main())
 
 
-def test_a_long_stream_is_kept_back_within_bounds_and_arrives_whole(proxy):
+def test_a_long_withheld_stream_is_bounded_and_complete(proxy):
     size, parts = 1 << 16, 200
 
     async def stream(up: Upstream, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:

@@ -158,7 +158,9 @@ class Engine(abc.ABC):
                 if used == 1 and not equals:
                     raise Usage("argument-without-value", f"{flag} needs a value")
                 values[name] = inline if equals else words[index + 1]
-            if name not in ("host", "port"):
+            if name == "model":  # SGLang's two names of this option mean the same
+                kept += [self.model_flags[0], values[name]]
+            elif name not in ("host", "port"):
                 kept += words[index : index + used]
             index += used
         if positional:

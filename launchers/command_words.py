@@ -264,6 +264,6 @@ def script_python(script: Path) -> str:
     if words and re.fullmatch(_PYTHON, Path(words[0]).name):
         return _interpreter(words[0])
     for beside in ("python", "python3"):
-        if os.access(script.parent / beside, os.X_OK):
+        if os.access(script.parent / beside, os.X_OK, effective_ids=True):
             return str((script.parent / beside).absolute())
     raise Usage("engine-script", f"{script} names no Python; give the engine's interpreter with --engine-python")

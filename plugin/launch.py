@@ -101,7 +101,7 @@ def run_unsupported(words: Words, environment: Mapping[str, str], options: Mappi
     log.warning("run-as-given: %s", line)
     command, *rest = words.given
     beside = Path(options["engine_python"] or sys.executable).parent / command
-    if program_of(command) is None and os.access(beside, os.X_OK):
+    if program_of(command) is None and os.access(beside, os.X_OK, effective_ids=True):
         command = str(beside)
     run_as_given(
         (command, *rest), {name: value for name, value in environment.items() if name not in options["scrub_env"]}
@@ -187,12 +187,12 @@ def launch(engine: str, engine_arguments: tuple[str, ...], **options: Any) -> in
         run_unsupported(words, os.environ, options)
     environment = {**os.environ, **words.variables}
     python = options["engine_python"] or words.python or interpreter_of(words.engine)
-    if command_words.asks_for_help(words.arguments) and os.access(python, os.X_OK):
+    if command_words.asks_for_help(words.arguments) and os.access(python, os.X_OK, effective_ids=True):
         return show_help(launchers.engine(words.engine), python, words.arguments)
     for word in command_words.unexpanded(words.arguments):
         log.warning("argument-not-expanded: %s is given as written; set the variable, or leave the argument out", word)
     command = launchers.engine(words.engine).parse(words.arguments, environment, options["spin_idle"], python)
-    if not os.access(python, os.X_OK):
+    if not os.access(python, os.X_OK, effective_ids=True):
         raise Usage("engine-python", f"{python} cannot be executed; give the engine's interpreter with --engine-python")
     # What the engine may take to finish its requests is not cut short.
     options["grace"] = max(options["grace"], command.shutdown_timeout_s)

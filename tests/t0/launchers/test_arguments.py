@@ -1,5 +1,7 @@
 """Which arguments a launcher adds to an engine's own, and when it adds none."""
 
+import sys
+
 import pytest
 
 import launchers

@@ -171,6 +171,9 @@ class Engine(abc.ABC):
             for flag, name in takes.items():
                 if name not in values and (value := last(written, flag.removeprefix("--"))):
                     values[name] = value
+        if "model" not in values and (default := self.default_model(python)):
+            values["model"] = default
+            kept = [self.model_flags[0], default, *kept]
         if "model" not in values:
             raise Usage("no-model", f"no model given; add {self.model_flags[0]} MODEL to the engine's arguments")
         try:
@@ -199,6 +202,10 @@ class Engine(abc.ABC):
             return min(count, len(following))
         ends = (at for at, word in enumerate(following) if at >= least and is_option(word))
         return next(ends, len(following))
+
+    def default_model(self, python: str) -> str | None:
+        """Return the model that the engine installed for this interpreter serves when none is named, if there is one."""
+        return None
 
     def key_from(self, environment: Mapping[str, str]) -> str | None:
         """Return the API key that clients must send if the environment sets one, else None."""

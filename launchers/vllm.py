@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from checkpoint.snapshot.manifest import GENERATE, Prompt
@@ -47,6 +49,21 @@ class Vllm(Engine):
     seed_flags = ("--seed",)
     denied_paths = frozenset({CONTROL_PATH})
     root_path_flags = ("--root-path",)
+
+    def default_model(self, python: str) -> str | None:
+        """Return the default of vLLM's ModelConfig, read from its source: importing vLLM takes seconds."""
+        if not python:
+            return None
+        from checkpoint.compatibility.engine import package_folders
+
+        for folder in package_folders(Path(python)):
+            try:
+                text = (folder / "vllm" / "config" / "model.py").read_text(errors="replace")
+            except OSError:
+                continue
+            if found := re.search(r'^    model: str = "([^"]+)"', text, re.MULTILINE):
+                return found[1]
+        return None
 
     def key_from(self, environment: Mapping[str, str]) -> str | None:
         """Return VLLM_API_KEY, which vLLM also reads."""

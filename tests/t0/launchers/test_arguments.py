@@ -177,3 +177,16 @@ def test_a_sandbox_has_its_own_folders_and_keeps_the_users_caches(name):
     assert given.items() <= outside.items()
     without = engine.environment({}, command, sandboxed=True, site="", cache="/own")
     assert "PROMETHEUS_MULTIPROC_DIR" not in without
+
+
+def test_vllm_without_a_model_serves_the_default_of_the_installed_release(tmp_path):
+    source = tmp_path / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages" / "vllm"
+    (source / "config").mkdir(parents=True)
+    (source / "config" / "model.py").write_text('class ModelConfig:\n    model: str = "acme/default"\n')
+    (tmp_path / "pyvenv.cfg").write_text(f"home = /usr/bin\nversion = {sys.version.split()[0]}\n")
+    vllm = launchers.engine("vllm")
+    command = vllm.parse(["serve", "--dtype", "float32"], {}, python=str(tmp_path / "bin" / "python"))
+    assert command.model == "acme/default"
+    assert command.arguments == ("--model", "acme/default", "--dtype", "float32")
+    with pytest.raises(Usage, match="no model given"):
+        vllm.parse(["serve"], {})

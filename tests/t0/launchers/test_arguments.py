@@ -179,6 +179,11 @@ def test_a_sandbox_has_its_own_folders_and_keeps_the_users_caches(name):
     assert "PROMETHEUS_MULTIPROC_DIR" not in without
 
 
+@pytest.mark.parametrize("words", [("--model", "/m"), ("--model=/m",), ("--model-path=/m",)])
+def test_each_name_of_the_model_option_means_the_same_snapshot(words):
+    assert launchers.engine("sglang").parse(words, {}).arguments == arguments()
+
+
 def test_vllm_without_a_model_serves_the_default_of_the_installed_release(tmp_path):
     source = tmp_path / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages" / "vllm"
     (source / "config").mkdir(parents=True)

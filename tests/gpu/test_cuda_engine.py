@@ -1,4 +1,4 @@
-"""A real engine on a real GPU, off it and back with the same answer. Skipped, with the reason, where one of them is missing.
+"""A real engine on a real GPU, suspended and resumed with the same answer. Skipped, with the reason, where either is missing.
 
 QUICKTHAW_GPU_PYTHON: an interpreter with vLLM or SGLang for CUDA. QUICKTHAW_GPU_MODEL: a folder with a small model.
 """
@@ -49,7 +49,7 @@ def ask(port: int, path: str, body: dict[str, Any] | None = None) -> Any:
 
 
 @pytest.mark.parametrize("engine", COMMANDS)
-def test_an_engine_answers_the_same_after_it_was_off_the_gpu(engine: str, tmp_path: Path) -> None:
+def test_an_engine_gives_the_same_answer_after_suspend_and_resume(engine: str, tmp_path: Path) -> None:
     if subprocess.run([GPU_PYTHON, "-c", f"import {engine}"], capture_output=True, timeout=300, check=False).returncode:
         pytest.skip(f"{GPU_PYTHON} has no {engine}; set QUICKTHAW_GPU_PYTHON")
     with socket.socket() as probe:

@@ -52,7 +52,7 @@ def start() -> Iterator[Callable[[], Torch]]:
         process.close()
 
 
-def test_off_the_gpu_and_back(helper: Helper, start: Callable[[], Torch], tmp_path: Path) -> None:
+def test_suspend_and_resume(helper: Helper, start: Callable[[], Torch], tmp_path: Path) -> None:
     reference, subject = start(), start()
     assert reference.ask("step") == subject.ask("step")
     reference.close()
@@ -82,7 +82,7 @@ def test_two_processes_on_one_gpu(helper: Helper, start: Callable[[], Torch], tm
     assert processes[0].ask("step") == processes[1].ask("step")
 
 
-def test_work_that_does_not_end_leaves_the_process_running(helper: Helper, start: Callable[[], Torch]) -> None:
+def test_work_over_the_lock_timeout_leaves_the_process_running(helper: Helper, start: Callable[[], Torch]) -> None:
     busy, idle = start(), start()
     assert busy.ask("sleep") == "sleeping"
     with pytest.raises(Failed) as caught:
@@ -93,7 +93,7 @@ def test_work_that_does_not_end_leaves_the_process_running(helper: Helper, start
     assert idle.ask("step")
 
 
-def test_memory_that_is_not_free_is_refused_before_anything_is_lost(
+def test_a_lack_of_gpu_memory_is_refused_before_anything_is_lost(
     helper: Helper, start: Callable[[], Torch], tmp_path: Path
 ) -> None:
     subject = start()
@@ -109,7 +109,7 @@ def test_memory_that_is_not_free_is_refused_before_anything_is_lost(
         check_memory(helper, Needs(1, {"GPU-00000000-0000-0000-0000-000000000000": 1}))
     assert helper.state(subject.pid) is State.CHECKPOINTED
     resume(helper, [subject.pid], needs, lock_folders=[tmp_path])
-    assert subject.ask("step") != expected  # the graph advances its input: it has gone on from where it was
+    assert subject.ask("step") != expected  # the graph advances its input: it has continued from its old state
 
 
 def test_the_driver_refuses_illegal_transitions_as_the_double_does(helper: Helper, start: Callable[[], Torch]) -> None:
@@ -127,7 +127,7 @@ def test_the_driver_refuses_illegal_transitions_as_the_double_does(helper: Helpe
     assert helper.state(pid) is State.RUNNING
 
 
-def test_processes_without_a_context_are_told_apart(helper: Helper, start: Callable[[], Torch]) -> None:
+def test_processes_without_a_context_are_distinguished(helper: Helper, start: Callable[[], Torch]) -> None:
     subject = start()
     assert holders(helper, [1, os.getpid(), subject.pid, 2**22 - 1]) == [subject.pid]
 

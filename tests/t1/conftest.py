@@ -1,4 +1,4 @@
-"""Launches with the engine double, for the tests that drive the whole command."""
+"""Launches with the engine double, for tests of the whole command."""
 
 import os
 
@@ -12,13 +12,13 @@ from tests.kits.pages_kit import HOME, Frozen
 
 @pytest.fixture(scope="session")
 def double(tmp_path_factory):
-    """The interpreter that has the engine double installed."""
+    """Return the interpreter with the engine double."""
     return environment(tmp_path_factory.mktemp("double") / "venv")
 
 
 @pytest.fixture(scope="module")
 def frozen(tmp_path_factory: pytest.TempPathFactory) -> Frozen:
-    """A dumped workload that knows what its memory must hold."""
+    """Return a dumped workload that knows what its memory must contain."""
     try:
         assert Criu.find(HOME).version
     except HostLacks as error:
@@ -28,11 +28,11 @@ def frozen(tmp_path_factory: pytest.TempPathFactory) -> Frozen:
 
 @pytest.fixture
 def launch_rig(tmp_path, double):
-    """A state folder, a model, and the engine double as SGLang; and proof that nothing is left behind."""
+    """Return a state folder, a model, and the engine double as SGLang; assert at the end that nothing is left behind."""
     rig = Rig(tmp_path, double)
     yield rig
     left = rig.watch.gone()
     for line in left:
         if line.startswith("process "):
-            os.kill(int(line.split()[1].rstrip(":")), 9)  # ours: it carries this test's own marker
+            os.kill(int(line.split()[1].rstrip(":")), 9)  # an own process: it has this test's marker
     assert left == set()

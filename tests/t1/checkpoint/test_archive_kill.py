@@ -1,4 +1,4 @@
-"""kill -9 of a push or a pull at any moment: nobody sees a part, the store stays whole, and the next run goes on."""
+"""kill -9 of a push or a pull at any moment: no partial result is visible, the store stays intact, and the next run resumes."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def slow(tmp_path: Path) -> str:
 
 
 def killed_after(what: str, url: str, folder: Path, lines: int) -> bool:
-    """Run a push or pull and kill it after so many lines of progress; whether it was killed before it finished."""
+    """Run a push or pull and kill it after so many lines of progress. Return whether it was killed before it finished."""
     process = subprocess.Popen(
         [sys.executable, "-c", CHILD, what, url, str(folder)],
         env={**os.environ, "PYTHONPATH": faulty_store.PYTHONPATH},
@@ -100,7 +100,7 @@ def test_pushes_killed_at_many_moments(snapshot: Path, tmp_path: Path) -> None:
         killed_after("push", url, snapshot, lines)
         chunks = open_chunks(url)
         for _, digest in chunks.refs("snapshots"):
-            assert verify(chunks, [digest]).clean  # a name is there only with everything it names
+            assert verify(chunks, [digest]).clean  # a name exists only with everything it refers to
     push(snapshot, open_chunks(url))
     pull("snap", open_chunks(url), tmp_path / "there/snap")
     assert tree(tmp_path / "there/snap") == tree(snapshot)

@@ -1,4 +1,4 @@
-"""An archive is a manifest like any other: a lazy mount shows the snapshot's files, fetched as they are read."""
+"""An archive is an ordinary manifest: a lazy mount shows the snapshot's files, fetched when they are read."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_mounted_archive_shows_the_snapshot(rig: Rig, tmp_path: Path) -> None:
     digest = push(folder, open_chunks(url)).digest
     handle = rig.mount(digest, store_url=url)
     for name in (*files, "manifest.json"):
-        # cmp reads from a process of its own: the mount's daemon may not be waited for by the process that controls it.
+        # cmp reads in a separate process, because the process that controls the mount must not wait for its daemon.
         compared = subprocess.run(
             ["cmp", folder / name, handle.mountpoint / name], capture_output=True, text=True, timeout=60, check=False
         )

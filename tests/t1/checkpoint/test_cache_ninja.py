@@ -1,4 +1,4 @@
-"""A compile cache that was fetched from a store, under the real ninja: nothing of it is built again."""
+"""A compile cache downloaded from a store, used by the real ninja: nothing of it is built again."""
 
 import shutil
 import subprocess
@@ -14,7 +14,7 @@ pytestmark = [
         shutil.which("ninja") is None, reason="there is no ninja on this host (apt install ninja-build)"
     ),
 ]
-# As PyTorch's extensions and FlashInfer write theirs; `cp` takes the compiler's place.
+# Like the build files of PyTorch's extensions and FlashInfer; `cp` is used as the compiler.
 BUILD = """\
 ninja_required_version = 1.3
 rule compile

@@ -102,7 +102,7 @@ def test_eligible_memory_is_mapped_with_the_same_bytes(taken):
     with taken.restored() as replica:
         found = ask(replica)
         assert found["sums"] == taken.ready["sums"]
-        # Memory of another thread's arena or of mmap itself may have to read as zeros later.
+        # Memory of another thread's arena or of a plain mmap may later have to read as zeros.
         assert {name for name, shown in found["maps"].items() if is_mapped(shown)} == {"alone", "heap", "full", "part"}
         assert replica.pages is not None
         replica.pages.first_token()
@@ -173,7 +173,7 @@ def truncate_facts(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("spoil", [damage_view, touch_pages, truncate_facts])
-def test_images_that_do_not_match_are_ignored_and_made_again(taken, spoil):
+def test_images_that_do_not_match_are_ignored_and_rewritten(taken, spoil):
     assert file_backed.make(taken.folder, taken.snapshot.weight_areas)
     spoil(taken.folder)
     assert file_backed.find(taken.folder) is None

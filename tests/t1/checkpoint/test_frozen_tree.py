@@ -1,5 +1,6 @@
 """What a dump must carry or refuse by name, with small programs under real CRIU: start times, helpers, deleted files, SysV objects,
-sockets."""
+sockets.
+"""
 
 import os
 import sys
@@ -42,14 +43,14 @@ while True:
 
 
 class Bench:
-    """One program in a sandbox, its snapshot, and what comes back of it."""
+    """One program in a sandbox, its snapshot, and its restore."""
 
     def __init__(self, home):
         self.home, self.library, self.criu = home, Library(home), Criu.find(state_home())
         (home / "compile").mkdir()
 
     def taken(self, program, meanwhile=lambda: None):
-        """Run a program until it is ready, and take its snapshot; `meanwhile` is called afterwards, while it still runs."""
+        """Run a program until it is ready, and take its snapshot. `meanwhile` is called afterwards, while it still runs."""
         env = {name: os.environ[name] for name in ("PATH", "RUNNER_TEST_HOME")} | {
             "TMPDIR": TMP_DIR,
             "HOME": "/",
@@ -75,10 +76,10 @@ class Bench:
                     digest_folder,
                 )
             finally:
-                assert sandbox.exit_code(pid) is None  # the engine goes on, whatever became of its snapshot
+                assert sandbox.exit_code(pid) is None  # the engine continues whether or not the snapshot succeeded
                 meanwhile()
 
-    def back(self):
+    def restored(self):
         output = Output(None)
         try:
             return restore(
@@ -103,7 +104,7 @@ def bench(tmp_path, monkeypatch):
 
 
 def answer(replica, name):
-    """What the program says once a file `ask` is there."""
+    """Return what the program prints once the file `ask` exists."""
     (sandbox_tmpdir(replica.sandbox) / "ask").touch()
     return wait_for(sandbox_tmpdir(replica.sandbox) / name, 10).decode()
 
@@ -134,7 +135,7 @@ if not child:
 while not os.path.exists(f"{tmp}/child"):
     time.sleep(0.02)
 """)
-    replica = bench.back()
+    replica = bench.restored()
     try:
         assert answer(replica, "asked") == str((True,) * 5)
         assert wait_for(sandbox_tmpdir(replica.sandbox) / "heard", 10) == b"SIGQUIT"
@@ -143,7 +144,7 @@ while not os.path.exists(f"{tmp}/child"):
         replica.close()
 
 
-def test_a_helper_that_has_daemonised_comes_back(bench):
+def test_a_daemonised_helper_is_restored(bench):
     bench.taken("""
 if not os.fork():
     os.setsid()
@@ -158,7 +159,7 @@ os.wait()
 while not os.path.exists(f"{tmp}/helper"):
     time.sleep(0.02)
 """)
-    replica = bench.back()
+    replica = bench.restored()
     try:
         assert answer(replica, "alive") == (sandbox_tmpdir(replica.sandbox) / "helper").read_text()
     finally:
@@ -176,7 +177,7 @@ def test_a_process_beside_the_engine_is_refused_by_name(bench):
 
 
 def _states(replica):
-    """The state of every process that came back, by its name."""
+    """Return the state of every restored process by its name."""
     found = {}
     for pid in processes(replica.sandbox.init_pid):
         name, _, rest = Path(f"/proc/{pid}/stat").read_text().partition("(")[2].rpartition(") ")
@@ -190,7 +191,7 @@ child = subprocess.Popen(["sleep", "1000"])
 os.kill(child.pid, signal.SIGSTOP)
 os.waitpid(child.pid, os.WUNTRACED)
 """)
-    replica = bench.back()
+    replica = bench.restored()
     try:
         limit = time.monotonic() + 5
         while (states := _states(replica)).get("sleep") != "T":
@@ -203,7 +204,7 @@ os.waitpid(child.pid, os.WUNTRACED)
 
 
 @pytest.mark.parametrize("folder", ["/dev/shm", "TMPDIR"])
-def test_a_large_deleted_file_comes_back(bench, folder):
+def test_a_large_deleted_file_is_restored(bench, folder):
     bench.taken(f"""
 path = ({folder!r} if {folder!r} != "TMPDIR" else tmp) + "/gone"
 file = open(path, "w+b")
@@ -218,7 +219,7 @@ if not os.fork():
     text = file.read()
     tell("read", (text[:5], len(text), text[-3:], memory[:5]))
 """)
-    replica = bench.back()
+    replica = bench.restored()
     try:
         assert answer(replica, "read") == str((b"begin", (3 << 20) + 8, b"end", b"begin"))
     finally:
@@ -256,7 +257,7 @@ def test_a_message_queue_made_just_before_the_dump_is_refused_by_name(bench, mon
     assert bench.library.names() == []
 
 
-def test_a_host_file_that_is_written_is_refused_by_name(bench):
+def test_a_host_file_open_for_writing_is_refused_by_name(bench):
     log = bench.home / "written.log"
     with pytest.raises(Failed, match=r"open-file-grows.*written\.log"):
         bench.taken(f"log = open({str(log)!r}, 'w')\nprint('a line', file=log, flush=True)\n")
@@ -267,15 +268,15 @@ def test_a_host_file_that_is_appended_to_may_grow(bench):
     bench.taken(f"log = open({str(log)!r}, 'a')\nprint('a line', file=log, flush=True)\n")
     with log.open("a") as file:
         file.write("another\n")
-    bench.back().close()
+    bench.restored().close()
 
 
-def test_a_host_file_that_grew_after_the_dump_is_named_and_the_snapshot_taken_anew(bench):
-    lock = bench.home / "some.lock"  # empty at the dump, as a lock is: nothing speaks against the snapshot yet
+def test_a_host_file_that_grew_after_the_dump_is_named(bench):
+    lock = bench.home / "some.lock"  # empty at the dump, as a lock file is: the snapshot is still accepted
     bench.taken(f"lock = open({str(lock)!r}, 'w')\n")
     lock.write_text("1234\n")
     with pytest.raises(Incompatible, match=r"open-file-changed.*some\.lock"):
-        bench.back()
+        bench.restored()
 
 
 def test_a_half_open_connection_is_refused_by_name(bench):
@@ -293,7 +294,7 @@ time.sleep(0.1)
     assert bench.library.names() == []
 
 
-def test_the_cause_of_a_failed_lazy_restore_is_criu_s_and_its_log_is_kept(bench):
+def test_a_failed_lazy_restore_reports_criu_s_cause_and_keeps_its_log(bench):
     lock = bench.home / "some.lock"
     snapshot = bench.taken(f"lock = open({str(lock)!r}, 'w')\n")
     lock.unlink()
@@ -324,6 +325,6 @@ def test_the_cause_of_a_failed_lazy_restore_is_criu_s_and_its_log_is_kept(bench)
         (kept.parent / f"criu-restore-{number}.log").touch()
     (kept.parent / "mount-1.log").touch()
     with pytest.raises(Incompatible):
-        bench.back()
+        bench.restored()
     assert len(list(kept.parent.glob("criu-*.log"))) == 8
     assert (kept.parent / "mount-1.log").exists()

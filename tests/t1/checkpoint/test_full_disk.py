@@ -1,5 +1,4 @@
-"""A disk that is full or read-only: whatever the library, an archive or a restore writes, it costs one line with a code and nothing
-else."""
+"""A full or read-only disk: whatever the library, an archive or a restore writes, the failure is one line with a code and nothing else."""
 
 import errno
 import os
@@ -26,7 +25,7 @@ REPO = Path(__file__).parents[3]
 
 @pytest.fixture
 def home(tmp_path):
-    """A state folder of 1 MB."""
+    """Return a state folder of 1 MB."""
     folder = tmp_path / "small"
     folder.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "small", folder], check=True, timeout=10)
@@ -71,7 +70,7 @@ def refused(code):
 
 
 @REFUSED
-def test_a_library_says_it_and_goes_on(home, caplog, refuse, code):
+def test_a_library_reports_a_full_disk_and_keeps_working(home, caplog, refuse, code):
     library = Library(home)
     folder = snapshot(library)
     library.record_failure("snap", "criu-restore-failed")
@@ -95,18 +94,18 @@ def test_a_library_says_it_and_goes_on(home, caplog, refuse, code):
         with refused(code):
             library.remove("snap")
     else:
-        library.remove("snap")  # which makes room
+        library.remove("snap")  # which frees space
         assert library.names() == []
 
 
-def test_nothing_is_said_of_what_is_not_there(home, caplog):
+def test_missing_files_are_not_reported(home, caplog):
     make_read_only(home)
     Library(home).clear_failures("snap")
     assert caplog.records == []
 
 
 @REFUSED
-def test_an_archive_that_does_not_fit(home, tmp_path, refuse, code):
+def test_an_archive_that_does_not_fit_is_refused(home, tmp_path, refuse, code):
     chunks = open_chunks(f"file://{tmp_path}/store")
     push(snapshot(Library(tmp_path)), chunks)
     refuse(home)
@@ -116,7 +115,7 @@ def test_an_archive_that_does_not_fit(home, tmp_path, refuse, code):
 
 
 @REFUSED
-def test_what_a_restore_remembers(home, caplog, monkeypatch, refuse, code):
+def test_a_restores_caches_on_a_full_disk(home, caplog, monkeypatch, refuse, code):
     (home / "run").mkdir()
     refuse(home)
     program = home.parent / "criu"
@@ -129,7 +128,7 @@ def test_what_a_restore_remembers(home, caplog, monkeypatch, refuse, code):
 
 
 @REFUSED
-def test_compiled_code_that_does_not_fit(home, tmp_path, caplog, refuse, code):
+def test_compiled_code_that_does_not_fit_is_refused(home, tmp_path, caplog, refuse, code):
     source = tmp_path / "compile" / "vllm"
     source.mkdir(parents=True)
     (source / "code.so").write_bytes(os.urandom(300_000))
@@ -143,8 +142,8 @@ def test_compiled_code_that_does_not_fit(home, tmp_path, caplog, refuse, code):
     assert not list((home / "compile").rglob("code.so"))
 
 
-def test_a_map_of_pages_has_all_of_its_blocks_or_is_not_made(home):
-    """A sparse one would end this process by SIGBUS when a page is marked, long after its making."""
+def test_a_residency_bitmap_is_fully_allocated_or_not_made(home):
+    """A sparse one would end this process by SIGBUS when a page is marked, long after it was made."""
     fill(home)
     with (home / "filler").open("rb+") as file:
         file.truncate((home / "filler").stat().st_size - 16384)
@@ -153,7 +152,7 @@ def test_a_map_of_pages_has_all_of_its_blocks_or_is_not_made(home):
     assert caught.value.errno == errno.ENOSPC
 
 
-def test_a_map_that_was_made_can_be_marked_on_a_disk_that_is_full_by_then(home):
+def test_a_residency_bitmap_can_be_marked_on_a_full_disk(home):
     script = """
 import sys
 sys.path.insert(0, sys.argv[2])
@@ -181,6 +180,6 @@ except OSError:
         (errno.EIO, "it-failed"),
     ],
 )
-def test_every_error_of_a_disk_has_a_code(number, code):
+def test_every_disk_error_has_a_code(number, code):
     with refused(code), disk.required("nothing is written", "it-failed"):
         raise OSError(number, os.strerror(number), "/state/file")

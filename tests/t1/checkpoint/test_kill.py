@@ -1,4 +1,4 @@
-"""kill -9 at each phase of a take and of a restore: nothing is left behind, what is in the library is whole, and the next run works."""
+"""kill -9 at each phase of a take and of a restore: nothing is left behind, the library is intact, and the next run works."""
 
 import os
 import random
@@ -29,7 +29,7 @@ def rig(tmp_path):
         return subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     def finish(rounds):
-        """Run to the end, and well."""
+        """Run to the end and assert success."""
         with start(rounds) as process:
             out, errors = process.communicate(timeout=120)
         assert process.returncode == 0 and out.splitlines()[-1] == "done", errors[-2000:]
@@ -37,8 +37,8 @@ def rig(tmp_path):
     yield tmp_path, watch, start, finish
 
 
-def sound(home):
-    """Every snapshot that has a name is whole."""
+def intact(home):
+    """Assert that every named snapshot is complete."""
     library = Library(home)
     for name in library.names():
         verify(library.path(name), library.load(name).files, always=True)
@@ -47,10 +47,10 @@ def sound(home):
 
 @pytest.mark.parametrize("victim", ["owner", "criu", "init", "tree"])
 @pytest.mark.parametrize("moment", ["sandbox", "take", "restore"])
-def test_killed_at_a_phase(rig, moment, victim):
+def test_kill_at_a_phase(rig, moment, victim):
     home, watch, start, finish = rig
     draw = random.Random(f"{moment} {victim}")
-    # What a restore needs is there, whatever moment is chosen.
+    # A restore finds what it needs at every moment.
     finish(1)
     process = start(3)
     with process:
@@ -68,11 +68,11 @@ def test_killed_at_a_phase(rig, moment, victim):
                         os.kill(pid, signal.SIGKILL)
                 except (OSError, ProcessLookupError):
                     continue
-        # Whatever it says about it, it ends: with an error, or (nothing was there to be killed) well.
+        # It must end: with an error, or successfully if there was nothing to kill.
         _, errors = process.communicate(timeout=120)
         assert "Traceback" not in errors or "checkpoint.errors" in errors or "AssertionError" in errors, errors[-2000:]
     assert {left for left in watch.gone() if not left.startswith(str(home))} == set()
-    sound(home)
+    intact(home)
     finish(1)
     Library(home).sweep()
     assert watch.gone() == set()
@@ -87,7 +87,7 @@ def test_killed_at_any_moment(rig):
             process.kill()
             process.communicate(timeout=60)
     assert {left for left in watch.gone() if not left.startswith(str(home))} == set()
-    library = sound(home)
+    library = intact(home)
     library.sweep()
     assert watch.gone() == set()
     assert [p.name for p in library.folder.glob(".partial-*")] == []

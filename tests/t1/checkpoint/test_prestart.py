@@ -1,4 +1,4 @@
-"""Helpers forked before anything is known: nothing of their owner's is left open in them, and they end with it."""
+"""Helpers forked before the command is known: they keep nothing of their owner open, and end with it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from checkpoint.sandbox import prestart
 
 ROOT = Path(__file__).resolve().parents[3]
 
-# A command with a descriptor that it inherited, as one started by a supervisor has; it says what its helpers are and waits.
+# A command with an inherited descriptor, as a supervisor passes it; it prints its helpers' PIDs and waits.
 OWNER = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
@@ -28,8 +28,8 @@ sys.stdin.readline()
 """
 
 
-def gone(pid: int, limit_s: float = 5.0) -> bool:
-    """Whether a process has ended (a zombie that nobody reaps counts)."""
+def ended(pid: int, limit_s: float = 5.0) -> bool:
+    """Return whether a process has ended (an unreaped zombie counts as ended)."""
     limit = time.monotonic() + limit_s
     while time.monotonic() < limit:
         try:
@@ -46,7 +46,7 @@ def _name(pid: int) -> str:
 
 
 def _opened(pid: int) -> list[str]:
-    """What a process has open, each kind once; every socket by itself."""
+    """Return the open files of a process, each kind once, and every socket."""
     links = []
     for fd in Path(f"/proc/{pid}/fd").iterdir():
         with contextlib.suppress(FileNotFoundError):
@@ -73,26 +73,26 @@ def owner(tmp_path: Path):
     process.stdout.close()
 
 
-def test_helpers_keep_nothing_of_their_owner_and_end_with_it(owner: subprocess.Popen[str], tmp_path: Path) -> None:
+def test_helpers_keep_nothing_of_their_owner_open_and_end_with_it(owner: subprocess.Popen[str], tmp_path: Path) -> None:
     helpers = [int(pid) for pid in owner.stdout.readline().split()]
     for pid, name in zip(helpers, ["quickthaw-outer", "quickthaw-pages"], strict=True):
-        # It may still be importing, with a file of code open.
+        # It may still import modules, with a file of code open.
         limit = time.monotonic() + 5
         while (
             not (settled := (_name(pid), *_opened(pid)) == (name, "/dev/null", "socket")) and time.monotonic() < limit
         ):
             time.sleep(0.01)
         assert settled, (_name(pid), _opened(pid))
-        assert os.getsid(pid) == pid  # an interrupt typed at the owner's terminal does not reach it
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # as a service manager sends it to everything
+        assert os.getsid(pid) == pid  # an interrupt at the owner's terminal does not reach it
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # as a service manager sends it to all processes
             os.kill(pid, number)
     time.sleep(0.1)
-    assert not any(gone(pid, 0.01) for pid in helpers)
+    assert not any(ended(pid, 0.01) for pid in helpers)
     owner.kill()
-    assert all(gone(pid) for pid in helpers)
+    assert all(ended(pid) for pid in helpers)
 
 
-def test_a_forked_child_answers_as_a_popen_does() -> None:
+def test_a_forked_child_has_the_interface_of_popen() -> None:
     pid = os.fork()
     if not pid:
         time.sleep(60)
@@ -121,4 +121,4 @@ def test_closing_takes_no_longer_where_the_limit_is_high(number):
     done = subprocess.run(
         [sys.executable, "-c", code, str(ROOT), str(number)], capture_output=True, text=True, timeout=20, check=False
     )
-    assert done.stdout == "[0, 1, 2, 3]", done.stderr  # 3: the listing's own
+    assert done.stdout == "[0, 1, 2, 3]", done.stderr  # 3: the descriptor of the listing

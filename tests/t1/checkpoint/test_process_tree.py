@@ -30,7 +30,7 @@ PROGRAM = Path(__file__).parents[2] / "programs" / "tree.py"
 
 
 def ask(sandbox, **request):
-    """One request to the tree, over a socket made inside its network."""
+    """Send one request to the tree, over a socket made inside its network."""
     limit = time.monotonic() + 20
     while True:
         try:
@@ -50,7 +50,7 @@ def ask(sandbox, **request):
 
 
 def start_tree(sandbox, output, megabytes=16):
-    """The tree inside a sandbox; its process number in there."""
+    """Start the tree inside a sandbox; return its PID in there."""
     env = {name: os.environ[name] for name in ("PATH", "RUNNER_TEST_HOME")} | {"TMPDIR": TMP_DIR, "HOME": "/"}
     pid = sandbox.start([sys.executable, str(PROGRAM), str(megabytes)], env, "/", output.write_fd, output.write_fd)
     output.close_write_end()
@@ -73,7 +73,7 @@ def watch(tmp_path, monkeypatch):
 
 @pytest.fixture
 def home(tmp_path, watch):
-    """A state folder, and proof that nothing is left behind."""
+    """Return a state folder; assert at the end that nothing is left behind."""
     (tmp_path / "compile").mkdir()
     yield tmp_path
     assert watch.gone() == set()
@@ -81,7 +81,7 @@ def home(tmp_path, watch):
 
 @pytest.fixture
 def taken(home, criu):
-    """A snapshot of the tree after its counter said 2, and the sandbox it went on running in."""
+    """Take a snapshot of the tree after its counter reached 2; the sandbox continues to run."""
     library, output = Library(home), Output(None)
     with Sandbox(SandboxConfig(binds=[Bind(home / "compile", Path(CACHE_DIR), read_only=False)])) as sandbox:
         pid = start_tree(sandbox, output)
@@ -107,7 +107,7 @@ def restore_snapshot(library, criu, snapshot, output=None):
         output.close_write_end()
 
 
-def test_a_sandbox_shows_the_hosts_run_and_keeps_what_criu_learns_apart(home, criu):
+def test_a_sandbox_shows_the_hosts_run_without_criu_s_cache(home, criu):
     facts = criu.kernel_facts(home)
     facts.parent.mkdir(exist_ok=True)
     facts.write_bytes(b"of an earlier sandbox")
@@ -142,7 +142,7 @@ def test_a_sandbox_hides_the_host_and_refuses_io_uring(home):
     assert sandbox.exit_code(pid) is None
 
 
-def test_an_exit_code_and_a_missing_program_are_told(home):
+def test_an_exit_code_and_a_missing_program_are_reported(home):
     ended = []
     with Sandbox(on_exit=lambda pid, code: ended.append((pid, code))) as sandbox:
         pid = sandbox.start(["/bin/sh", "-c", "exit 7"], {}, "/")
@@ -153,7 +153,7 @@ def test_an_exit_code_and_a_missing_program_are_told(home):
 
 
 @pytest.mark.parametrize("victim", ["owner", "outer", "init"])
-def test_the_death_of_any_part_takes_the_sandbox_down(home, watch, victim):
+def test_the_death_of_any_part_ends_the_sandbox(home, watch, victim):
     script = (
         "import sys, time; sys.path.insert(0, sys.argv[1])\n"
         "from checkpoint.sandbox.sandbox import Sandbox\n"
@@ -173,7 +173,7 @@ def test_the_death_of_any_part_takes_the_sandbox_down(home, watch, victim):
     assert watch.gone() == set()
 
 
-def test_one_snapshot_restores_again_and_again_while_the_first_goes_on(taken, criu):
+def test_one_snapshot_restores_repeatedly_while_the_original_runs(taken, criu):
     library, snapshot, sandbox = taken
     verify(library.path("tree"), snapshot.files, always=True)
     assert ask(sandbox, op="count")["count"] == 3
@@ -181,7 +181,7 @@ def test_one_snapshot_restores_again_and_again_while_the_first_goes_on(taken, cr
         replica = restore_snapshot(library, criu, snapshot)
         try:
             found = ask(replica.sandbox, op="count")
-            assert found["count"] == found["shared"] == 3  # 2 at the dump, whatever others counted since
+            assert found["count"] == found["shared"] == 3  # 2 at the dump, independent of what others counted since
             assert ask(replica.sandbox, op="ballast") == {"wrong": 0, "bytes": 16 << 20}
             assert ask(replica.sandbox, op="deleted") == {"text": "still here"}
         finally:
@@ -210,7 +210,7 @@ def test_two_replicas_serve_at_the_same_time_on_the_same_port(taken, criu):
 
 
 @pytest.mark.slow
-def test_the_monotonic_clock_goes_on_where_it_stood(taken, criu):
+def test_the_monotonic_clock_continues_from_the_dump(taken, criu):
     library, snapshot, sandbox = taken
     before = ask(sandbox, op="clock")["monotonic"]
     time.sleep(0.5)
@@ -240,7 +240,7 @@ def test_output_goes_to_the_new_owner(taken, criu):
         replica.close()
 
 
-def test_the_exit_of_a_restored_root_is_told(taken, criu):
+def test_the_exit_of_a_restored_root_is_reported(taken, criu):
     library, snapshot, _ = taken
     replica = restore_snapshot(library, criu, snapshot)
     try:
@@ -293,7 +293,7 @@ def test_damage_is_named_before_anything_is_restored(taken, harm):
     assert "\n" not in str(caught.value)
 
 
-def test_a_restore_that_criu_refuses_leaves_nothing(taken, criu):
+def test_a_failed_criu_restore_leaves_nothing(taken, criu):
     library, snapshot, _ = taken
     (library.path("tree") / "images" / "inventory.img").write_bytes(b"garbage")
     with pytest.raises(Failed) as caught:
@@ -302,14 +302,14 @@ def test_a_restore_that_criu_refuses_leaves_nothing(taken, criu):
     assert "\n" not in str(caught.value)
 
 
-def test_two_writers_of_one_name_never_meet(taken, criu):
+def test_two_writers_of_one_name_are_serialised(taken, criu):
     library, snapshot, sandbox = taken
     with library.writing("tree"), pytest.raises(Busy):
         take(library, criu, sandbox, snapshot, library.home / "compile", digest_folder)
     assert ask(sandbox, op="count")["count"] == 3
 
 
-def test_a_full_disk_costs_the_snapshot_and_not_the_engine(taken, criu, monkeypatch):
+def test_a_full_disk_fails_the_snapshot_and_keeps_the_engine(taken, criu, monkeypatch):
     library, snapshot, sandbox = taken
     small = library.home / "snapshots" / "small"
     small.mkdir()
@@ -319,7 +319,7 @@ def test_a_full_disk_costs_the_snapshot_and_not_the_engine(taken, criu, monkeypa
         with pytest.raises(Failed) as caught:
             take(other, criu, sandbox, snapshot, library.home / "compile", digest_folder)
         assert caught.value.code == "disk-full"
-        # The estimate said no beforehand; let it lie, and meet the wall in the middle of CRIU's writing.
+        # Disable the estimate that refuses beforehand, so that the disk fills up while CRIU writes.
         monkeypatch.setattr("checkpoint.sandbox.process_tree.private_bytes", lambda pids: 0)
         monkeypatch.setattr("checkpoint.snapshot.free_space._MARGIN", 0)
         with pytest.raises(Failed):
@@ -332,7 +332,7 @@ def test_a_full_disk_costs_the_snapshot_and_not_the_engine(taken, criu, monkeypa
         small.rmdir()
 
 
-def test_a_name_that_is_none_and_a_snapshot_that_is_not_there(home):
+def test_an_invalid_name_and_a_missing_snapshot_are_refused(home):
     library = Library(home)
     with pytest.raises(NotFound, match="snapshot-not-found"):
         library.load("nothing")
@@ -341,14 +341,14 @@ def test_a_name_that_is_none_and_a_snapshot_that_is_not_there(home):
             library.load(name)
 
 
-def test_a_host_without_criu_is_told_what_to_do(home, monkeypatch):
+def test_a_missing_criu_is_reported_with_a_remedy(home, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.delenv("QUICKTHAW_CRIU", raising=False)
     with pytest.raises(HostLacks, match=r"criu-missing.*setup/criu\.sh"):
         Criu.find(home)
 
 
-def test_a_killed_writer_is_swept_up(home):
+def test_a_killed_writers_folder_is_swept(home):
     library = Library(home)
     library.folder.mkdir()
     (library.folder / ".partial-x").mkdir()
@@ -360,7 +360,7 @@ def test_a_killed_writer_is_swept_up(home):
     assert library.names() == ["busy"]
 
 
-def test_a_helper_that_hangs_is_ended_at_its_limit(home):
+def test_a_hanging_helper_is_killed_at_its_limit(home):
     with Sandbox() as sandbox:
         with pytest.raises(Failed, match="sandbox-stalled"):
             sandbox.execute(["/bin/sleep", "1000"], {}, timeout_s=0.3)
@@ -370,7 +370,7 @@ def test_a_helper_that_hangs_is_ended_at_its_limit(home):
             time.sleep(0.02)
 
 
-def test_the_processor_is_compared_as_criu_asks_it(taken, criu):
+def test_the_processor_is_compared_like_criu_cpuinfo(taken, criu):
     library, snapshot, _ = taken
     images = library.path(snapshot.name) / "images"
     assert "images/cpuinfo.img" in snapshot.files
@@ -380,10 +380,10 @@ def test_the_processor_is_compared_as_criu_asks_it(taken, criu):
     (payload,) = payloads(data)
     found = decode(payload)
     (entry,) = nested(found, 1)
-    entry[6][1] |= 0xFFFFFFFF  # every feature of the second word, which no processor has all of
+    entry[6][1] |= 0xFFFFFFFF  # every feature of the second word; no processor has all of them
     image.write_bytes(data[: head_size(data)] + framed(encode({1: [encode(entry)]})))
     with pytest.raises(Incompatible) as caught:
         criu.check_cpu(images)
     assert caught.value.code == "cpu-features-missing: criu" and "capabilities" in str(caught.value)
     image.unlink()
-    criu.check_cpu(images)  # a snapshot from before it was kept
+    criu.check_cpu(images)  # a snapshot from before the CPU information was recorded

@@ -1,4 +1,4 @@
-"""The owner's side of a sandbox under strain: races at its end, a user namespace, large requests, no descriptors left."""
+"""The owner's side of a sandbox under stress: races at its end, a user namespace, large requests, no descriptors left."""
 
 import json
 import os
@@ -83,12 +83,12 @@ def run(*argv, limit_s=60):
     return subprocess.run(argv, capture_output=True, text=True, timeout=limit_s, check=False)
 
 
-def test_connecting_while_the_sandbox_ends_gives_errors_only():
+def test_connecting_while_the_sandbox_ends_only_raises_errors():
     done = run(sys.executable, "-c", RACE, str(REPO))
     assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr[-2000:]
 
 
-def test_in_a_user_namespace_the_owner_is_told_what_is_missing():
+def test_in_a_user_namespace_missing_privileges_are_named():
     done = run("unshare", "-Ur", sys.executable, "-c", USER_NAMESPACE, str(REPO))
     assert done.returncode == 0, (done.returncode, done.stderr[-2000:])
     assert done.stdout.strip() == "sandbox-network"
@@ -96,7 +96,7 @@ def test_in_a_user_namespace_the_owner_is_told_what_is_missing():
 
 @pytest.mark.parametrize("kilobytes", [300, 1500])
 def test_an_environment_larger_than_a_packet_starts(kilobytes):
-    """Kubernetes' service variables of a large namespace alone reach 208 KiB, the most that a packet holds."""
+    """Kubernetes' service variables of a large namespace reach 208 KiB, the maximum of a packet."""
     env = {f"SERVICE_{number}": "x" * 1000 for number in range(kilobytes)} | {"PATH": os.environ["PATH"]}
     with Sandbox() as sandbox:
         script = "import json, os; open('/run/quickthaw/tmp/new', 'w').write(json.dumps(dict(os.environ)));"
@@ -115,7 +115,7 @@ def test_an_environment_larger_than_a_packet_starts(kilobytes):
         assert sandbox.wait(pid, 10) == 0
 
 
-def test_an_owner_without_descriptors_is_told_and_may_try_again():
+def test_a_lack_of_descriptors_is_reported_and_can_be_retried():
     with Sandbox() as sandbox:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         lowest = os.open("/dev/null", os.O_RDONLY)
@@ -140,7 +140,7 @@ def test_a_callback_that_fails_is_logged_and_later_requests_are_answered(caplog)
 
 
 @pytest.mark.parametrize("restored", [False, True])
-def test_the_end_of_process_1_is_an_end_of_what_runs_in_it(restored):
+def test_the_end_of_init_ends_its_programs(restored):
     ended = []
     with Sandbox(on_exit=lambda pid, code: ended.append((pid, code))) as sandbox:
         if restored:  # as CRIU does: a helper leaves a process behind

@@ -1,7 +1,8 @@
-"""Taking and restoring a tree that "uses CUDA": the driver's calls stand in the right order around CRIU's, and what they need is recorded.
+"""Dump and restore of a tree that "uses CUDA": the driver's calls have the right order around CRIU's, and its memory needs are
+recorded.
 
-The tree and CRIU are real; the driver is the double of cuda_double.py, whose state follows a process through its images as the real one's
-does.
+The tree and CRIU are real. The driver is the double of cuda_double.py, whose state follows a process through its images as the real
+one's does.
 """
 
 import json
@@ -32,13 +33,13 @@ pytestmark = [pytest.mark.t1, pytest.mark.xdist_group("criu")]
 
 
 def inner_pid_of(pid):
-    """What a process is called in its own pid namespace; empty where it is gone."""
+    """Return a process's PID in its own PID namespace, or "" if it has ended."""
     status = Path(f"/proc/{pid}/status").read_text() if Path(f"/proc/{pid}").exists() else ""
     return next((line.split()[-1] for line in status.splitlines() if line.startswith("NSpid:")), "")
 
 
 class Following(Double):
-    """The double, whose record of a restored process is the one it had at the dump: the real driver's lies in the process's memory."""
+    """The double whose record of a restored process is that of the dump, as the real driver's state is in the process's memory."""
 
     def __init__(self, folder, inner_pid):
         super().__init__(folder)
@@ -68,7 +69,7 @@ def rig(tmp_path, monkeypatch):
     library, output = Library(tmp_path), Output(None)
     with Sandbox(SandboxConfig(binds=[Bind(tmp_path / "compile", Path(CACHE_DIR), read_only=False)])) as sandbox:
         pid = start_tree(sandbox, output, 1)
-        # Not the least of them: pids begin anew at pid_max.
+        # Not the smallest one: PIDs start again after pid_max.
         root = next(p for p in processes(sandbox.init_pid) if inner_pid_of(p) == str(pid))
         write(gpu / f"{root}.json", {"state": "RUNNING", "memory": {GPU0: 1 << 20}})
         (gpu / f"{root}.vram").write_text("contents")
@@ -77,12 +78,12 @@ def rig(tmp_path, monkeypatch):
 
 
 def calls(driver):
-    """The driver's calls that change something, in order."""
+    """Return the driver's calls that change something, in order."""
     lines = (driver.folder / "calls").read_text().splitlines()
     return [line.split()[0] for line in lines if line.split()[0] in ("lock", "checkpoint", "restore", "unlock")]
 
 
-def test_the_gpu_is_left_for_the_dump_and_taken_again_by_everybody(rig):
+def test_all_processes_leave_the_gpu_for_the_dump_and_resume(rig):
     library, sandbox, wanted, driver, _ = rig
     snapshot = take(
         library, Criu.find(state_home()), sandbox, wanted, library.home / "compile", digest_folder, driver=driver
@@ -110,7 +111,7 @@ def test_the_gpu_is_left_for_the_dump_and_taken_again_by_everybody(rig):
         replica.close()
 
 
-def test_a_dump_that_fails_gives_the_gpu_back(rig):
+def test_a_failed_dump_resumes_the_gpu(rig):
     library, sandbox, wanted, driver, root = rig
     broken = library.home / "criu"
     broken.write_text("#!/bin/sh\nexit 1\n")
@@ -137,8 +138,8 @@ def test_a_snapshot_with_gpu_state_is_refused_by_name_without_a_gpu(rig):
 
 
 @pytest.mark.slow
-def test_the_clock_of_a_snapshot_is_that_of_the_frozen_tree(rig):
-    """What the driver takes before the dump has passed for the tree, too: a restore must not turn its monotonic clock back."""
+def test_a_snapshots_clock_is_the_frozen_trees(rig):
+    """The driver's time before the dump has passed for the tree, too: a restore must not turn its monotonic clock back."""
     library, sandbox, wanted, driver, root = rig
     write(driver.folder / "faults.json", [{"op": "checkpoint", "hang": 1.5}])
     before = time.monotonic_ns()
@@ -148,7 +149,7 @@ def test_the_clock_of_a_snapshot_is_that_of_the_frozen_tree(rig):
     assert before + 1_500_000_000 <= snapshot.monotonic_ns <= time.monotonic_ns()
 
 
-def test_gpu_memory_counts_for_the_room_that_a_dump_needs(rig):
+def test_gpu_memory_counts_in_a_dumps_disk_space(rig):
     library, sandbox, wanted, driver, root = rig
     record = json.loads((driver.folder / f"{root}.json").read_text())
     write(driver.folder / f"{root}.json", {**record, "memory": {GPU0: 1 << 50}})
@@ -157,7 +158,7 @@ def test_gpu_memory_counts_for_the_room_that_a_dump_needs(rig):
     assert calls(driver) == []
 
 
-def test_the_limit_of_a_dump_counts_what_the_driver_moved_into_host_memory(rig, monkeypatch):
+def test_gpu_memory_counts_in_a_dumps_time_limit(rig, monkeypatch):
     library, sandbox, wanted, driver, _ = rig
     sizes = iter([1 << 20, 10 << 30, 10 << 30])
     monkeypatch.setattr(dump, "private_bytes", lambda pids: next(sizes))
@@ -172,11 +173,11 @@ def test_the_limit_of_a_dump_counts_what_the_driver_moved_into_host_memory(rig, 
     criu = Watched(Criu.find(state_home()).program)
     with pytest.raises(Failed, match="enough"):
         take(library, criu, sandbox, wanted, library.home / "compile", digest_folder, driver=driver)
-    assert 10 << 30 <= seen[1] < 11 << 30  # and what lies in /dev/shm and TMPDIR
+    assert 10 << 30 <= seen[1] < 11 << 30  # and the files in /dev/shm and TMPDIR
     assert seen[2] > (10 << 30) / restore_module.DUMP_SLOWEST
 
 
-def test_a_dump_after_which_the_gpu_is_lost_says_so_and_keeps_no_snapshot(rig):
+def test_a_dump_that_loses_the_gpu_keeps_no_snapshot(rig):
     library, sandbox, wanted, driver, root = rig
     write(driver.folder / "faults.json", [{"op": "restore", "result": "CUDA_ERROR_OUT_OF_MEMORY", "state": "FAILED"}])
     with pytest.raises(Failed) as caught:

@@ -92,7 +92,7 @@ def snapshot(tmp_path_factory) -> tuple[Path, Snapshot, Criu]:
 
 @pytest.fixture
 def command(snapshot) -> Iterator[Command]:
-    """The second start of a command line, whose first start saved its plan."""
+    """Start a command line a second time, whose first start saved its plan."""
     command = Command(*(snapshot[0], snapshot[1], snapshot[2]))
     assert command.begin_saved() is None
     with command.restored() as (replica, _):
@@ -111,12 +111,12 @@ def tree_of(begun: speculative.BegunRestore) -> list[int]:
 
 
 def wait_stopped(begun: speculative.BegunRestore) -> int:
-    """Wait until CRIU has left the program stopped; return its process number on the host."""
+    """Wait until CRIU has left the program stopped; return its PID on the host."""
     limit = time.monotonic() + 20
     while time.monotonic() < limit:
         for pid in tree_of(begun):
             with contextlib.suppress(OSError):
-                # Not by its command line: that lies in memory which the page server copies.
+                # Not by its command line, which is in memory that the page server copies.
                 name, _, fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")
                 if "(python" in name and fields.split()[0] == "T":
                     return pid
@@ -191,7 +191,7 @@ def test_a_failed_speculative_restore_is_repeated(command: Command) -> None:
     pid = wait_stopped(begun)
     assert begun.init is not None
     os.kill(begun.init[0].pid, signal.SIGKILL)
-    assert gone(pid)  # the kernel has ended process 1 with its parent, and the tree with process 1
+    assert gone(pid)  # the kernel has killed init with its parent, and the tree with init
     with command.restored() as (replica, _):
         assert replica.work != begun.work
         assert [text for text in command.told if "once more from the start" in text]
@@ -212,7 +212,7 @@ def test_a_speculative_restore_ends_with_its_owner(command: Command) -> None:
     begun = command.begin_saved()
     assert begun is not None
     pid = wait_stopped(begun)
-    # As the kernel closes it when the command is killed.
+    # As the kernel does when the command is killed.
     assert begun.init is not None and begun.pages is not None
     for _, control in (begun.init, begun.pages):
         control.close()

@@ -1,4 +1,4 @@
-"""An engine without a sandbox has its port on the host's loopback: whoever else listens there gets nothing of it."""
+"""An engine without a sandbox has its port on the host's loopback: another user's listener there gets none of its traffic."""
 
 import os
 import socket
@@ -34,7 +34,7 @@ def listener(user, address, port):
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
 @pytest.mark.parametrize("address", ["127.0.0.1", "0.0.0.0", "::"])
-def test_another_user_at_the_engines_port_gets_neither_request_nor_key(address, caplog):
+def test_a_foreign_listener_at_the_engines_port_gets_neither_request_nor_key(address, caplog):
     if ":" in address and not socket.has_dualstack_ipv6():
         pytest.skip("no IPv6 here")
     port = free_port()
@@ -47,7 +47,7 @@ def test_another_user_at_the_engines_port_gets_neither_request_nor_key(address, 
     assert caplog.text.count("engine-port-taken") == 1
 
 
-def test_the_own_users_engine_is_reached():
+def test_an_engine_of_the_same_user_is_reached():
     port = free_port()
     place = BareProcess()
     with listener(os.geteuid(), "127.0.0.1", port):

@@ -1,4 +1,4 @@
-"""The control client against a real socket: whatever a peer does, an answer or an OSError within the limit."""
+"""The control client with a real socket: whatever a peer does, an answer or an OSError within the limit."""
 
 import socket
 import threading
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.t1
 
 @pytest.fixture
 def peer():
-    """A server that answers one connection with given bytes, then closes (or stalls)."""
+    """A server that answers one connection with the given bytes, then closes it or stalls."""
     servers = []
 
     def serve(data, stall_s=0.0, split=None):
@@ -49,7 +49,7 @@ def peer():
 
 
 @pytest.mark.parametrize("split", [None, 1, 7])
-def test_lengths_and_chunks_however_they_are_split(peer, split):
+def test_lengths_and_chunks_are_read_for_any_split(peer, split):
     plain = peer(b'HTTP/1.1 200 OK\r\nContent-Length: 8\r\n\r\n{"a": 1}', split=split)
     assert plain.json("GET", "/x") == {"a": 1}
     assert b"Authorization: Bearer secret" in plain.seen[0]
@@ -59,11 +59,11 @@ def test_lengths_and_chunks_however_they_are_split(peer, split):
     assert chunked.json("POST", "/x", {"b": 1}) == {"a": 2}
 
 
-def test_a_body_that_ends_with_the_connection(peer):
+def test_a_body_may_end_with_the_connection(peer):
     assert peer(b'HTTP/1.0 200 OK\r\n\r\n{"a": 3}').json("GET", "/x") == {"a": 3}
 
 
-def test_an_error_carries_the_engines_own_words(peer):
+def test_an_error_has_the_engines_message(peer):
     with pytest.raises(EngineFailed, match="engine-refused: .* answered 503: no luck today"):
         peer(b"HTTP/1.1 503 X\r\nContent-Length: 13\r\n\r\nno luck today").json("GET", "/x")
 
@@ -74,7 +74,7 @@ def test_no_answer_is_an_error(peer, data):
         peer(data).json("GET", "/x")
 
 
-def test_a_stalling_peer_is_given_up(peer):
+def test_a_stalling_peer_times_out(peer):
     client = peer(b"HTTP/1.1 200 OK\r\n", stall_s=20)
     began = time.monotonic()
     with pytest.raises(EngineFailed, match="engine-stalled"):
@@ -83,7 +83,7 @@ def test_a_stalling_peer_is_given_up(peer):
     assert time.monotonic() - began < 15
 
 
-def test_nobody_there():
+def test_a_refused_connection_is_an_os_error():
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = server.getsockname()
 
@@ -97,7 +97,7 @@ def test_nobody_there():
         Client(connect).json("GET", "/x")
 
 
-def test_what_an_engine_says_in_a_refusal_is_for_the_log_and_no_client(peer):
+def test_an_engines_refusal_text_is_for_the_log_only(peer):
     client = peer(b"HTTP/1.1 500 X\r\nContent-Length: 14\r\n\r\n/models/secret")
     with pytest.raises(EngineFailed) as caught:
         client.ok("POST", "/v1/completions")

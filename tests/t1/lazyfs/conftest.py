@@ -1,4 +1,4 @@
-"""Fixtures of the tests with real mounts: a state folder, a rig that unmounts everything, a store whose faults are set."""
+"""Fixtures of the tests with real mounts: a state folder, a rig that unmounts everything, a store with injected faults."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def home(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def module_folder(tmp_path_factory):
-    """A folder for a whole module, with `home` in it as the state folder."""
+    """Return a folder for a whole module, with `home` in it as the state folder."""
     folder = tmp_path_factory.mktemp("lazyfs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QUICKTHAW_HOME", str(folder / "home"))
@@ -28,14 +28,14 @@ def module_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def shared(module_folder):
-    """One model and its digest for the module: importing is tested elsewhere."""
+    """Return one model and its digest for the module; importing is tested elsewhere."""
     model = write_model(module_folder / "model", SIZES)
     return model, import_directory(model)
 
 
 @pytest.fixture(scope="module")
 def stored(module_folder):
-    """A model, its digest, and the store that it is imported into."""
+    """Return a model, its digest, and the store into which it was imported."""
     model = write_model(module_folder / "model", [5 << 20, 1000, 4 << 20, 6 << 20])
     return model, import_directory(model), module_folder / "home" / "store"
 
@@ -49,13 +49,13 @@ def rig(tmp_path):
 
 @pytest.fixture
 def faulty(monkeypatch):
-    """Make daemons and fetchers know faulty:// URLs."""
+    """Register faulty:// URLs with daemons and fetchers."""
     monkeypatch.setenv("PYTHONPATH", faulty_store.PYTHONPATH)
 
 
 @pytest.fixture
 def control(tmp_path, stored, faulty):
-    """Set the fault of a store while a mount uses it."""
+    """Return a function that sets the fault of a store while a mount uses it."""
     path = tmp_path / "control.json"
 
     def set_fault(fault=None, **values):

@@ -1,4 +1,4 @@
-"""A cache in trouble: a full disk, a limit, damage, a power cut; no wrong byte, no reader that hangs."""
+"""A cache with a full disk, a limit, damage, or after a power cut: no wrong byte, no reader that hangs."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ pytestmark = [
 ]
 
 
-# Long enough for a retry or two, short enough for a test.
+# Long enough for one or two retries, short enough for a test.
 QUICK = {"fetch_limit_s": 1.0, "read_limit_s": 4.0, "use_origin": False, "prefetch": False}
 
 
-def test_a_full_disk_streams(stored, rig, tmp_path):
-    """The cache on a tiny file system: every byte right, nothing fails, nothing half-written stays."""
+def test_reads_are_streamed_on_a_full_disk(stored, rig, tmp_path):
+    """The cache is on a tiny file system: every byte is right, nothing fails, no partial file stays."""
     model, digest, _ = stored
     small = tmp_path / "small"
     small.mkdir()
@@ -43,19 +43,19 @@ def test_a_full_disk_streams(stored, rig, tmp_path):
         assert handle.status()["counters"]["failed"] == 0
         assert handle.status()["counters"]["streamed"] > 0
         handle.unmount(force=True)
-        # Looking at images takes a few bytes, too; what was written while there was no room is what is looked at.
+        # Inspecting sparse files takes a few bytes, too; what was written while the disk was full is inspected.
         subprocess.run(["mount", "-o", "remount,size=64m", small], check=True, timeout=LIMIT_S)
         report = VerifyReport()
         verify_cache(Cache(small / "c"), None, report)
         assert report.clean
     finally:
         rig.close()
-        # The fetcher of a killed daemon ends a moment after it.
+        # The fetcher of a killed daemon ends shortly after it.
         wait_for(lambda: subprocess.run(["umount", small], check=False, timeout=LIMIT_S).returncode == 0)
 
 
 def test_mounting_pinning_and_verifying_on_a_full_disk(stored, rig, tmp_path, monkeypatch):
-    """Not a byte is left for records: the mount serves, what cannot be kept is refused by name, and verifying needs no room."""
+    """Not a byte is free for records: the mount serves, what cannot be stored is refused by name, and verifying needs no space."""
     model, digest, store = stored
     small = tmp_path / "small"
     small.mkdir()
@@ -86,7 +86,7 @@ def test_mounting_pinning_and_verifying_on_a_full_disk(stored, rig, tmp_path, mo
 @pytest.mark.usefixtures("stored")
 def test_a_bounded_cache_stays_bounded_and_evicts_the_oldest(tmp_path, rig):
     reader = rig.reader()
-    # 64 MiB for the memory that streaming needs, the rest for the disk.
+    # 64 MiB are the memory for streaming, the rest is for the disk.
     limit = 88 << 20
     for i in range(3):
         other = write_model(tmp_path / f"m{i}", [6 << 20, 5 << 20], seed=10 + i)
@@ -104,8 +104,8 @@ def test_a_bounded_cache_stays_bounded_and_evicts_the_oldest(tmp_path, rig):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("stored")
-def test_what_is_mounted_and_traced_stays(tmp_path, rig):
-    """A mount whose trace is known has read nothing yet; what fills the cache beside it evicts the others, and not its files."""
+def test_files_of_a_mount_with_an_access_log_are_not_evicted(tmp_path, rig):
+    """A mount with a known access log has read nothing yet; filling the cache evicts other files and not its own."""
     reader, limit = rig.reader(), 100 << 20
     models = [write_model(tmp_path / f"m{i}", [6 << 20, 5 << 20], seed=20 + i) for i in range(4)]
     settings = {"use_origin": False, "cache_dir": tmp_path / "c", "cache_limit": limit, "background_mb_s": 0.0}
@@ -114,7 +114,7 @@ def test_what_is_mounted_and_traced_stays(tmp_path, rig):
         handle = rig.mount(digests[i], f"mnt{i}", **settings)
         assert digest_or_errno(reader, handle.mountpoint / "model.safetensors")
         handle.unmount()
-    # The older one of the two in the cache, mounted and not touched. It has a trace; the younger one is not mounted.
+    # The older one in the cache is mounted, untouched, and has an access log; the younger one is not mounted.
     idle = rig.mount(digests[0], "idle", **{**settings, "prefetch": False})
     wait_for(lambda: reserved_by_others(tmp_path / "c")[1])
     for i in (2, 3):
@@ -128,7 +128,7 @@ def test_what_is_mounted_and_traced_stays(tmp_path, rig):
 
 
 @pytest.mark.slow
-def test_a_damaged_cache_is_found_and_mended(stored, rig, tmp_path):
+def test_a_damaged_cache_is_found_and_repaired(stored, rig, tmp_path):
     _, digest, store = stored
     cache = Cache(tmp_path / "c")
     handle = rig.mount(digest, use_origin=False, cache_dir=tmp_path / "c")
@@ -148,8 +148,8 @@ def test_a_damaged_cache_is_found_and_mended(stored, rig, tmp_path):
     assert digest_or_errno(reader, path) == right
 
 
-def test_after_a_power_cut_everything_is_proven_again(stored, rig, tmp_path):
-    """An image of another boot that was not sealed: what the disk lost is noticed, the rest is used."""
+def test_after_a_power_cut_everything_is_verified_again(stored, rig, tmp_path):
+    """A sparse file of another boot without fsync: what the disk lost is detected, the rest is used."""
     model, digest, store = stored
     cache, chunks = Cache(tmp_path / "c"), ChunkStore(LocalStore(store))
     file = next(f for f in chunks.get_manifest(digest).files if f.path == "model.safetensors")

@@ -1,7 +1,7 @@
-"""Google's and Azure's clients as a store: the same promises as S3's, with the credentials that each ecosystem expects.
+"""Google's and Azure's clients as a store: the same guarantees as S3's, with the credentials of each ecosystem.
 
-Google's client speaks to a double of the XML API (no emulator that can be installed here takes its uploads); Azure's to
-Microsoft's own emulator, where `azurite-blob` is installed (npm install -g azurite).
+Google's client uses a double of the XML API (no installable emulator accepts its uploads); Azure's uses Microsoft's own emulator, where
+`azurite-blob` is installed (npm install -g azurite).
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ pytestmark = [
     pytest.mark.skipif(not kernel.may_mount(), reason="needs /dev/fuse and CAP_SYS_ADMIN"),
 ]
 SIZES = [5 << 20, 1000, 4 << 20]
-# Published by Microsoft for its emulator; it opens nothing else.
+# Published by Microsoft for its emulator only.
 AZURITE_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
 
 
 class GoogleHandler(http.server.BaseHTTPRequestHandler):
-    """The XML API of Cloud Storage, as far as an object store uses it, over one dictionary."""
+    """The part of Cloud Storage's XML API that an object store uses, over one dictionary."""
 
     protocol_version = "HTTP/1.1"
     objects: dict[str, bytes]
@@ -169,7 +169,7 @@ def bucket(request, monkeypatch, tmp_path):
     return request.getfixturevalue(request.param)
 
 
-def test_the_store_keeps_its_promises(bucket):
+def test_a_cloud_store_implements_the_store_interface(bucket):
     store = open_store(f"{bucket}/below")
     store.put("a/b c", b"0123456789")
     version = store.head("a/b c").version
@@ -190,7 +190,7 @@ def test_the_store_keeps_its_promises(bucket):
         store.get("a/b c")
 
 
-def test_weights_come_and_go(bucket, tmp_path):
+def test_weights_are_imported_mounted_and_removed(bucket, tmp_path):
     rig, model = Rig(tmp_path), write_model(tmp_path / "model", SIZES)
     names = ("model.safetensors", "sub/tokenizer.json", "empty")
     try:

@@ -1,4 +1,4 @@
-"""A mount over what it reads from: readers get the bytes or the mount is refused; nothing ever waits for itself."""
+"""A mount over the folders that it reads: readers get the bytes or the mount is refused; no read waits for itself."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ FILES = ["config.json", "model.safetensors", "sub/tokenizer.json"]
     [("models/llama", "models/llama"), ("models/llama", "models"), ("by-name", "models/llama")],
 )
 def test_an_imported_directory_under_its_own_mount_is_read_from_the_store(rig, imported, mountpoint):
-    """Its original is the fastest copy, and out of reach for the daemon once the mount covers it."""
+    """Its original is the fastest copy, but the daemon cannot reach it once the mount covers it."""
     (rig.tmp / "models").mkdir()
     model = write_model(rig.tmp / "models" / "llama", [3 << 20, 70_001])
     (rig.tmp / "by-name").symlink_to("models/llama")
     digest = import_directory(rig.tmp / imported)
     reader = rig.reader()
     wanted = {name: reader.ask("digest", str(model / name)) for name in FILES}
-    # Unmounted here, it may be kept for a moment by a sandbox of another test.
+    # After unmounting, a sandbox of another test may keep it for a moment.
     handle = rig.mount(digest, mountpoint, orphan_exit_s=0.1)
     assert {name: reader.ask("digest", str(handle.mountpoint / name)) for name in FILES} == wanted
     unmount(handle.mountpoint)
@@ -39,7 +39,7 @@ def test_an_imported_directory_under_its_own_mount_is_read_from_the_store(rig, i
 
 @pytest.mark.parametrize("mountpoint", ["models/llama", "models"])
 @pytest.mark.parametrize("use_origin", [True, False])
-def test_a_directory_read_in_place_is_not_mounted_over(rig, mountpoint, use_origin):
+def test_a_mount_must_not_cover_the_directory_it_reads(rig, mountpoint, use_origin):
     (rig.tmp / "models").mkdir()
     digest = read_through(write_model(rig.tmp / "models" / "llama", [70_001]))
     with pytest.raises(Usage, match="would cover") as raised:
@@ -48,8 +48,8 @@ def test_a_directory_read_in_place_is_not_mounted_over(rig, mountpoint, use_orig
     assert kernel.mount_at(str(rig.tmp / mountpoint)) is None
 
 
-def test_a_directory_read_in_place_is_mounted_beside_its_files(rig):
-    """An empty directory of the model itself hides nothing that the mount needs."""
+def test_a_mount_inside_an_empty_folder_of_its_source_is_allowed(rig):
+    """An empty directory of the model hides nothing that the mount needs."""
     model = write_model(rig.tmp / "llama", [70_001])
     (model / "mnt").mkdir()
     handle = rig.mount(read_through(model), "llama/mnt")
@@ -83,8 +83,8 @@ def test_a_mount_does_not_cover_its_store_or_its_cache(rig, mountpoint, settings
     assert kernel.mount_at(str(rig.tmp / mountpoint)) is None
 
 
-def test_there_is_room_beside_the_store_and_the_state(rig):
-    """The launcher mounts below the home folder, and people keep a store and a mount point in one folder."""
+def test_a_mount_beside_the_store_and_the_state_is_allowed(rig):
+    """The launcher mounts below the home folder, and users may keep a store and a mount point in one folder."""
     model = write_model(rig.tmp / "llama", [1000])
     digest = import_directory(model, str(rig.tmp / "data"))
     reader = rig.reader()
@@ -95,9 +95,9 @@ def test_there_is_room_beside_the_store_and_the_state(rig):
 
 
 @pytest.mark.slow
-def test_two_mounts_that_read_each_other_are_ended_by_force(rig):
-    """Neither covers its own source when it is made, so both are allowed, and a first read waits for ever. SIGKILL does not
-    end a daemon that waits in the kernel; cutting the connection does.
+def test_two_mounts_that_read_each_other_can_be_killed(rig):
+    """Neither covers its own source when it is made, so both are allowed, and a first read blocks forever. SIGKILL does not end a
+    daemon that waits in the kernel; aborting the connection does.
     """
     (rig.tmp / "a").mkdir()
     (rig.tmp / "a" / "f").write_bytes(b"x" * 100_000)

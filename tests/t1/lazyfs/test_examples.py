@@ -1,4 +1,4 @@
-"""The examples run, and do what they say."""
+"""The examples run and work as described."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def load(name):
     return module
 
 
-def test_weights(tmp_path, monkeypatch):
+def test_the_weights_example(tmp_path, monkeypatch):
     monkeypatch.setenv("QUICKTHAW_HOME", str(tmp_path / "home"))
     model = write_model(tmp_path / "model", [5 << 20])
     status = load("lazyfs_weights").run(model, tmp_path / "mnt")
@@ -30,7 +30,7 @@ def test_weights(tmp_path, monkeypatch):
     assert kernel.mount_at(str(tmp_path / "mnt")) is None
 
 
-def test_blobs(tmp_path):
+def test_the_blobs_example(tmp_path):
     model = write_model(tmp_path / "model", [5 << 20])
     load("lazyfs_blobs").run(model, str(tmp_path / "store"))
     assert (tmp_path / "model.copy" / "config.json").read_text() == (model / "config.json").read_text()

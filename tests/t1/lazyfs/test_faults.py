@@ -1,4 +1,4 @@
-"""Stores that fail in every way, disks that are full, and damaged caches: no wrong byte, no reader that hangs, recovery."""
+"""Stores that fail in every way, full disks, and damaged caches: no wrong byte, no reader that hangs, recovery."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ pytestmark = [
     pytest.mark.t1,
     pytest.mark.skipif(not kernel.may_mount(), reason="needs /dev/fuse and CAP_SYS_ADMIN"),
 ]
-# Long enough for a retry or two, short enough for a test.
+# Long enough for one or two retries, short enough for a test.
 QUICK = {"fetch_limit_s": 1.0, "read_limit_s": 4.0, "use_origin": False, "prefetch": False}
 
 
-# What test-fast runs; the others differ in how the store fails, hardly in what then happens.
+# test-fast runs these; the others differ in how the store fails, hardly in the consequences.
 FAST = ("corrupt",)
 
 
@@ -44,7 +44,7 @@ def each(faults):
 
 @pytest.mark.parametrize("fault", each(FAULTS))
 def test_a_store_that_fails_always(stored, rig, control, tmp_path, fault):
-    """Every read fails within its limit, none returns a wrong byte, and all is well once the fault ends."""
+    """Every read fails within its limit, none returns a wrong byte, and reads succeed once the fault ends."""
     model, digest, _ = stored
     handle = rig.mount(digest, store_url=control.url, cache_dir=tmp_path / "c", **QUICK)
     reader, path = rig.reader(), handle.mountpoint / "model.safetensors"
@@ -63,7 +63,7 @@ def test_a_store_that_fails_always(stored, rig, control, tmp_path, fault):
 
 @pytest.mark.parametrize("fault", each(["corrupt", "truncate", "503", "empty"]))
 def test_a_store_that_fails_half_the_time(stored, rig, control, tmp_path, fault):
-    """Retries hide what is temporary; a corrupt body is fetched once more, and never served."""
+    """Retries hide temporary faults; a corrupt body is fetched once more, and never served."""
     model, digest, _ = stored
     handle = rig.mount(digest, store_url=control.url, cache_dir=tmp_path / "c", **{**QUICK, "fetch_limit_s": 8.0})
     reader, path = rig.reader(), handle.mountpoint / "model.safetensors"
@@ -79,8 +79,8 @@ def test_a_store_that_fails_half_the_time(stored, rig, control, tmp_path, fault)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["503", "429", "reset", "stall"])
-def test_an_import_into_a_store_that_fails_at_every_call(stored, tmp_path, fault):
-    """A tenth of all calls fail, of every kind: the import gets there, and what it leaves verifies clean."""
+def test_an_import_into_an_unreliable_store_succeeds(stored, tmp_path, fault):
+    """A tenth of all calls of every kind fail: the import succeeds, and verification finds no damage."""
     path = tmp_path / "control.json"
     calls = ["get", "put", "head", "touch", "list", "flush"]
     settings = {"store": f"file://{tmp_path / 'store'}", "fault": fault, "share": 0.1, "seconds": 0.01, "calls": calls}
@@ -95,8 +95,8 @@ def test_an_import_into_a_store_that_fails_at_every_call(stored, tmp_path, fault
 
 
 @pytest.mark.slow
-def test_interleaved_reads_of_tensors_fetch_whole_chunks_once(rig, control, tmp_path, stored):
-    """Three readers hop between tensors in small pieces: the store sees each chunk once, whole."""
+def test_interleaved_reads_fetch_each_chunk_once(rig, control, tmp_path, stored):
+    """Three readers alternate between tensors in small reads: the store serves each complete chunk once."""
     model = write_model(tmp_path / "many", [(1 << 20) + 4096 * i for i in range(24)], seed=9)
     digest = import_directory(model)
     handle = rig.mount(digest, store_url=control.url, cache_dir=tmp_path / "c", **{**QUICK, "fetch_limit_s": 20.0})
@@ -120,17 +120,17 @@ def test_a_corrupt_chunk_is_quarantined(stored, rig, control, tmp_path):
     reader = rig.reader()
     control("corrupt")
     assert digest_or_errno(reader, handle.mountpoint / "config.json") == errno.EIO
-    # The first body and the one fetched to make sure, for each of the kernel's attempts.
+    # The first body and the second one for confirmation, for each of the kernel's attempts.
     assert len(list((tmp_path / "c" / "quarantine").iterdir())) >= 2
     log = handle.log_file.read_text()
     assert "does not hash" in log and "config.json" in log
-    # `weights verify` says the same, of this host's own cache.
+    # `weights verify` reports the same for this host's cache.
     assert all("config.json" in why and "hashes to" in why for _, why in Cache(tmp_path / "c").quarantined())
 
 
 @pytest.mark.slow
-def test_a_reader_waits_for_one_limit_and_not_for_two(stored, rig, tmp_path):
-    """The kernel reads ahead, and asks again for the one page when that failed."""
+def test_a_failing_read_waits_for_one_limit_only(stored, rig, tmp_path):
+    """The kernel reads ahead, and requests the one page again if that failed."""
     _, digest, _ = stored
     limit_s = 5.0
     handle = rig.mount(
@@ -145,7 +145,7 @@ def test_a_reader_waits_for_one_limit_and_not_for_two(stored, rig, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_fetcher_that_says_nothing_is_replaced(stored, rig, tmp_path):
+def test_a_silent_fetcher_is_replaced(stored, rig, tmp_path):
     model, digest, _ = stored
     handle = rig.mount(
         digest, **{**QUICK, "read_limit_s": LIMIT_S, "cache_dir": tmp_path / "c", "background_mb_s": 0.0}
@@ -160,7 +160,7 @@ def test_a_fetcher_that_says_nothing_is_replaced(stored, rig, tmp_path):
 
 
 @pytest.mark.slow
-def test_weights_verify_lists_what_is_quarantined_and_why(stored, rig, control):
+def test_verify_lists_quarantined_chunks_with_reasons(stored, rig, control):
     _, digest, _ = stored
     handle = rig.mount(digest, store_url=control.url, **QUICK)
     control("corrupt")
@@ -175,8 +175,8 @@ def test_weights_verify_lists_what_is_quarantined_and_why(stored, rig, control):
 
 
 @pytest.mark.parametrize("fault", [pytest.param(f, marks=pytest.mark.slow) for f in FAULTS])
-def test_a_manifest_that_cannot_be_read(stored, rig, control, tmp_path, fault):
-    """Mounting fails within its limit, in a way that says why, and leaves nothing; it works once the fault ends."""
+def test_a_mount_without_a_readable_manifest_fails(stored, rig, control, tmp_path, fault):
+    """Mounting fails within its limit with a reason, and leaves nothing; it works once the fault ends."""
     model, digest, _ = stored
     settings = {**QUICK, "store_url": control.url, "cache_dir": tmp_path / "c"}
     control(fault, seconds=0.05, only="manifests/")
@@ -197,8 +197,8 @@ def test_a_manifest_that_cannot_be_read(stored, rig, control, tmp_path, fault):
 
 
 @pytest.mark.parametrize("fault", [pytest.param(f, marks=pytest.mark.slow) for f in FAULTS])
-def test_a_trace_that_cannot_be_read(stored, rig, control, tmp_path, fault):
-    """The store's trace only helps: whatever comes of it, every read is right, and waits for chunks alone."""
+def test_an_unreadable_access_log_is_ignored(stored, rig, control, tmp_path, fault):
+    """The store's access log is optional: every read is right, and waits for chunks only."""
     model, digest, store = stored
     touches = [[0, 0, 0.0], [1, 0, 0.1]]
     LocalStore(store).put(shared_key(digest), json.dumps({"format": 1, "touches": touches}).encode())
@@ -214,8 +214,8 @@ def test_a_trace_that_cannot_be_read(stored, rig, control, tmp_path, fault):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["503", "reset", "stall"])
-def test_a_listing_that_fails_now_and_then(stored, tmp_path, fault):
-    """Describing a prefix in place reads its listing and headers: what is temporary is tried again."""
+def test_temporary_listing_failures_are_retried(stored, tmp_path, fault):
+    """Describing a prefix in place reads its listing and headers."""
     path = tmp_path / "control.json"
     settings = {"store": f"file://{stored[0]}", "fault": fault, "share": 0.2, "seconds": 0.01, "calls": ["list", "get"]}
     path.write_text(json.dumps({**settings, "fault": None}))
@@ -229,7 +229,7 @@ def test_a_listing_that_fails_now_and_then(stored, tmp_path, fault):
 
 
 @pytest.mark.slow
-def test_a_stalled_store_holds_up_nobody_else(stored, rig, control, tmp_path):
+def test_a_stalled_store_blocks_no_other_mount(stored, rig, control, tmp_path):
     _, digest, _ = stored
     handle = rig.mount(digest, store_url=control.url, cache_dir=tmp_path / "c", **QUICK)
     reader, other = rig.reader(), rig.reader()
@@ -242,8 +242,8 @@ def test_a_stalled_store_holds_up_nobody_else(stored, rig, control, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_reader_is_let_go(stored, rig, control, tmp_path):
-    """A reader waiting for the network dies of SIGKILL at once, not when the network answers."""
+def test_a_killed_reader_ends_at_once(stored, rig, control, tmp_path):
+    """A reader that waits for the network dies of SIGKILL at once, not when the network answers."""
     _, digest, _ = stored
     settings = {**QUICK, "read_limit_s": 600.0, "fetch_limit_s": 300.0}
     handle = rig.mount(digest, store_url=control.url, cache_dir=tmp_path / "c", **settings)
@@ -254,13 +254,13 @@ def test_a_killed_reader_is_let_go(stored, rig, control, tmp_path):
     wait_for(lambda: handle.status()["waiting"] > 0)
     reader.process.kill()
     reader.process.wait(LIMIT_S)
-    # Well before its own limits: it did not have to wait for the network.
+    # Well before the limits: it did not have to wait for the network.
     assert time.monotonic() - started < settings["read_limit_s"]
 
 
 @pytest.mark.slow
-def test_a_storm_that_passes_within_the_limit_costs_time_only(stored, rig, control, tmp_path):
-    """However many tries that is: eight of them are over in a few seconds."""
+def test_faults_that_end_within_the_limit_cost_time_only(stored, rig, control, tmp_path):
+    """Independent of the number of tries: eight of them are over in a few seconds."""
     model, digest, _ = stored
     settings = {**QUICK, "fetch_limit_s": 40.0, "read_limit_s": 60.0}
     handle = rig.mount(digest, store_url=control.url, cache_dir=tmp_path / "c", **settings)
@@ -273,7 +273,7 @@ def test_a_storm_that_passes_within_the_limit_costs_time_only(stored, rig, contr
 
 
 @pytest.mark.slow
-def test_a_lost_store_does_not_hurt_what_is_cached(stored, rig, tmp_path):
+def test_cached_files_are_read_without_the_store(stored, rig, tmp_path):
     model = write_model(tmp_path / "own", [5 << 20])
     digest = import_directory(model, str(tmp_path / "store"))
     settings = {"store_url": str(tmp_path / "store"), "use_origin": False, "cache_dir": tmp_path / "c"}
@@ -289,7 +289,7 @@ def test_a_lost_store_does_not_hurt_what_is_cached(stored, rig, tmp_path):
 
 @pytest.mark.slow
 def test_replicas_fetch_a_chunk_once(stored, rig, control, tmp_path):
-    """Two mounts of one manifest over one cache: each chunk crosses the network once."""
+    """Two mounts of one manifest with one cache: each chunk is fetched once."""
     _, digest, _ = stored
     control("slow", seconds=0.3)
     settings = {**QUICK, "fetch_limit_s": 20.0, "read_limit_s": 30.0}
@@ -305,12 +305,12 @@ def test_replicas_fetch_a_chunk_once(stored, rig, control, tmp_path):
 
     size = (stored[0] / "model.safetensors").stat().st_size
     wait_for(lambda: fetched() >= size)
-    # The fetchers report once a second: a second fetch of anything would show by then.
+    # The fetchers report once a second, so a second fetch would be reported by then.
     time.sleep(1.2)
     assert fetched() == size
 
 
-def test_the_wrong_bytes_behind_a_right_name(stored, tmp_path):
+def test_wrong_bytes_under_a_valid_name_are_rejected(stored, tmp_path):
     _, _, store = stored
     chunks = ChunkStore(open_store(str(store)))
     names = [i.key for i in chunks.store.list("chunks/")]

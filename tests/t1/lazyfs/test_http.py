@@ -1,4 +1,4 @@
-"""An HTTP store whose server fails in every way: each failure has its kind, and no silence lasts."""
+"""An HTTP store whose server fails in every way: each failure has its error type, and every silence has a limit."""
 
 from __future__ import annotations
 
@@ -100,8 +100,8 @@ def origin():
         ("wrong-range", Temporary),
     ],
 )
-def test_http_failures_have_their_kind(origin, fault, kind):
-    # A limit that a loaded machine reaches by itself is for the faults that are about limits.
+def test_http_failures_have_their_error_types(origin, fault, kind):
+    # Short limits, which a loaded machine may exceed, are used only for faults about limits.
     store = WebStore(origin, inactivity_s=0.3 if fault.startswith("hang") else LIMIT_S)
     with pytest.raises(kind) as caught:
         store.get(fault, 5, 10_000)
@@ -139,8 +139,8 @@ def test_http_silence_has_a_limit():
 
 
 @pytest.mark.parametrize("head", [b"HTTP/1.1 200 OK\r\nX: ", b"HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\n"])
-def test_an_answer_that_drips_has_a_limit_in_all(head):
-    """Each byte comes well within the limit of silence: only the limit of the whole ends the head, or the body."""
+def test_a_dripping_answer_has_a_total_limit(head):
+    """Each byte comes within the inactivity limit: only the total limit ends the head, or the body."""
     stop = threading.Event()
 
     def drip():

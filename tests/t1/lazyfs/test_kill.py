@@ -1,4 +1,4 @@
-"""SIGKILL of importer, fetcher and server at random moments: store and cache verify clean after each, nothing stays behind."""
+"""SIGKILL of importer, fetcher and server at random moments: store and cache verify without damage after each, nothing is left behind."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.t1,
     pytest.mark.skipif(not kernel.may_mount(), reason="needs /dev/fuse and CAP_SYS_ADMIN"),
 ]
-# The thousand of the nightly run is QUICKTHAW_KILLS=1000; another seed has other moments.
+# The nightly run sets QUICKTHAW_KILLS=1000; another seed gives other moments.
 KILLS = int(os.environ.get("QUICKTHAW_KILLS", "40"))
 SEED = int(os.environ.get("QUICKTHAW_SEED", "1"))
 IMPORT = "import sys; from pathlib import Path; from lazyfs.api import import_directory\nprint(import_directory(Path(sys.argv[1])))"
@@ -46,7 +46,7 @@ def kill_importers(home, tmp_path, count):
         time.sleep(rng.uniform(0.05, 0.35))
         process.kill()
         process.communicate(timeout=LIMIT_S)
-        # Damage is what must never be; that chunks are there without a manifest is what the next import goes on from.
+        # Damage must never occur. Chunks without a manifest are allowed: the next import continues from them.
         assert verify(chunks).clean
         for info in chunks.store.list("chunks/"):
             chunks.get(Path(info.key).name.removesuffix(".zst"))
@@ -57,7 +57,7 @@ def kill_importers(home, tmp_path, count):
 
 
 def kill_mounts(home, tmp_path, rig, count):
-    """The server one time, its fetcher the other, while a reader reads; the bytes it gets are right or an error."""
+    """Kill the server and its fetcher alternately while a reader reads; it gets right bytes or an error."""
     model = write_model(tmp_path / "model", [5 << 20, 1000, 4 << 20, 6 << 20])
     digest = import_directory(model)
     chunks, cache = ChunkStore(LocalStore(home / "store")), Cache(tmp_path / "c")
@@ -128,8 +128,8 @@ import_directory(Path(sys.argv[1]), progress=progress)
 
 
 @pytest.mark.slow
-def test_an_interrupted_import_goes_on(home, tmp_path):
-    """What the killed run had stored is not written again."""
+def test_an_interrupted_import_resumes(home, tmp_path):
+    """Chunks stored by the killed run are not written again."""
     model = write_model(tmp_path / "model", [8 << 20] * 6)
     done = subprocess.run([sys.executable, "-c", KILLED_AT, str(model)], cwd=ROOT, timeout=LIMIT_S, check=False)
     assert done.returncode == -signal.SIGKILL

@@ -1,4 +1,4 @@
-"""Real mounts: what they show, how they come and go, and that complete files are passed through."""
+"""Real mounts: their contents, how they start and end, and that complete files are passed through."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ pytestmark = [
         ("pyfuse3", "auto", False),
     ],
 )
-def test_every_byte_and_name(shared, rig, tmp_path, transport, native, use_origin):
+def test_a_mount_shows_every_byte_and_name(shared, rig, tmp_path, transport, native, use_origin):
     model, digest = shared
     handle = rig.mount(digest, transport=transport, native=native, use_origin=use_origin, cache_dir=tmp_path / "cache")
     reader = rig.reader()
@@ -65,7 +65,7 @@ def test_every_byte_and_name(shared, rig, tmp_path, transport, native, use_origi
 
 
 @both
-def test_errno_of_everything_but_reading(shared, rig, transport):
+def test_operations_other_than_reading_have_their_errno(shared, rig, transport):
     _, digest = shared
     handle = rig.mount(digest, transport=transport)
     reader = rig.reader()
@@ -114,7 +114,7 @@ def test_extended_attributes(shared, rig, tmp_path, transport):
 
 
 @both
-def test_mounting_again_is_the_same_mount(shared, rig, tmp_path, transport):
+def test_mounting_again_returns_the_same_mount(shared, rig, tmp_path, transport):
     _, digest = shared
     first = rig.mount(digest, transport=transport)
     assert rig.mount(digest, transport=transport).pid == first.pid
@@ -124,7 +124,7 @@ def test_mounting_again_is_the_same_mount(shared, rig, tmp_path, transport):
     assert caught.value.code == "mounted-otherwise"
 
 
-def test_many_at_once_start_one_daemon(shared, rig):
+def test_concurrent_mounts_start_one_daemon(shared, rig):
     _, digest = shared
     pids, failures = [], []
 
@@ -166,7 +166,7 @@ def test_a_stopped_daemon_is_replaced(shared, rig, monkeypatch):
 
 
 @both
-def test_unmounting(shared, rig, tmp_path, transport):
+def test_unmounting_removes_mount_and_daemon(shared, rig, tmp_path, transport):
     _, digest = shared
     handle = rig.mount(digest, native="off", transport=transport)
     reader = rig.reader()
@@ -185,10 +185,10 @@ def test_unmounting(shared, rig, tmp_path, transport):
 
 
 @both
-def test_a_mount_used_in_another_namespace_goes_on(shared, rig, tmp_path, transport):
-    """What an engine's sandbox does: it binds the mount into a namespace of its own, and the host unmounts."""
+def test_a_mount_used_in_another_namespace_survives_unmounting(shared, rig, tmp_path, transport):
+    """As an engine's sandbox does: it binds the mount into its own namespace, and the host unmounts."""
     model, digest = shared
-    # Shorter than the last wait below: a sandbox of another test may have copied the mount, too.
+    # Shorter than the last wait below, because a sandbox of another test may have copied the mount, too.
     first = rig.mount(digest, transport=transport, orphan_exit_s=30.0)
     (tmp_path / "inner").mkdir()
     script = f"""
@@ -220,8 +220,8 @@ print(data, flush=True)
 
 
 @both
-def test_an_idle_mount_does_not_live_on_in_the_sandboxes_of_others(shared, rig, transport):
-    """Where mounts are private, as in a container, a sandbox keeps a copy of each, and nobody there reads it."""
+def test_copies_in_other_sandboxes_do_not_keep_an_idle_mount(shared, rig, transport):
+    """Where mounts are private, as in a container, a sandbox keeps a copy of each, which it does not read."""
     _, digest = shared
     handle = rig.mount(digest, transport=transport, idle_exit_s=1.0, orphan_exit_s=3600.0)
     with copied_namespace():
@@ -230,8 +230,8 @@ def test_an_idle_mount_does_not_live_on_in_the_sandboxes_of_others(shared, rig, 
 
 
 @both
-def test_a_mount_ends_at_once_though_its_fetcher_does_not_answer(shared, rig, transport):
-    """It is stopped, stuck in a disk, or still being started on a busy host."""
+def test_a_mount_ends_at_once_with_an_unresponsive_fetcher(shared, rig, transport):
+    """It is stopped, blocked by a disk, or still being started on a busy host."""
     _, digest = shared
     handle = rig.mount(digest, transport=transport, use_origin=False, orphan_exit_s=0.1)
     fetcher = rig.fetcher_of(handle)
@@ -244,8 +244,8 @@ def test_a_mount_ends_at_once_though_its_fetcher_does_not_answer(shared, rig, tr
 
 
 @pytest.mark.parametrize("kept", [True, False])
-def test_unmounting_waits_for_a_daemon_that_is_slow_to_end(shared, rig, monkeypatch, kept):
-    """On a busy host that takes more than the second for a mount that is kept by another namespace."""
+def test_unmounting_waits_for_a_slow_daemon(shared, rig, monkeypatch, kept):
+    """On a busy host its end takes more than the second allowed for a mount that another namespace keeps."""
     _, digest = shared
     limits = []
     monkeypatch.setattr(client, "_gone", lambda pid, limit_s: limits.append(limit_s) or True)
@@ -254,7 +254,7 @@ def test_unmounting_waits_for_a_daemon_that_is_slow_to_end(shared, rig, monkeypa
     assert limits == [client._END_S if kept else 7.0]
 
 
-def test_a_mount_exists_as_long_as_any_namespace_shows_it(shared, rig):
+def test_a_mount_exists_while_any_namespace_has_it(shared, rig):
     _, digest = shared
     handle = rig.mount(digest, orphan_exit_s=1.0)
     device = kernel.mount_at(str(handle.mountpoint)).device
@@ -262,20 +262,20 @@ def test_a_mount_exists_as_long_as_any_namespace_shows_it(shared, rig):
         kernel.unmount(str(handle.mountpoint))
         assert kernel.exists(device)
     wait_for(lambda: not is_daemon(handle.pid))
-    # Unless another test has mounted meanwhile, and has been given the same number.
+    # Unless another test has mounted meanwhile and got the same number.
     wait_for(lambda: not kernel.exists(device))
 
 
 @both
 @pytest.mark.slow
-def test_it_unmounts_itself_when_idle(shared, rig, transport):
+def test_an_idle_mount_unmounts_itself(shared, rig, transport):
     _, digest = shared
     handle = rig.mount(digest, transport=transport, idle_exit_s=0.2, orphan_exit_s=0.2)
     wait_for(lambda: kernel.mount_at(str(handle.mountpoint)) is None)
     wait_for(lambda: not is_daemon(handle.pid))
 
 
-def test_a_manifest_that_is_not_there(rig, shared, tmp_path):
+def test_mounting_an_unknown_manifest_fails(rig, shared, tmp_path):
     with pytest.raises(NotFound) as caught:
         rig.mount("0" * 64)
     assert "weights ls" in str(caught.value)
@@ -284,8 +284,8 @@ def test_a_manifest_that_is_not_there(rig, shared, tmp_path):
 
 @both
 @pytest.mark.slow
-def test_unmounted_while_it_is_read(shared, rig, tmp_path, transport):
-    """A reader in the middle of a file when its mount is forced away gets an error at once, and the daemon is gone."""
+def test_a_forced_unmount_ends_a_read_with_an_error(shared, rig, tmp_path, transport):
+    """A reader in the middle of a file gets an error at once, and the daemon ends."""
     _, digest = shared
     handle = rig.mount(digest, transport=transport, native="off", cache_dir=tmp_path / "c", use_origin=False)
     reader, path = rig.reader(), handle.mountpoint / "model.safetensors"
@@ -298,14 +298,14 @@ def test_unmounted_while_it_is_read(shared, rig, tmp_path, transport):
     size = sum(SIZES)
     answers = [reader.ask("pread", "m", place, 4096) for place in range(0, size, 1 << 20)]
     failed = [a for a in answers if isinstance(a, dict)]
-    # What the kernel's page cache holds is still right; everything else is refused, not waited for.
+    # The kernel's page cache is still right; all other reads fail without waiting.
     assert failed and {a["errno"] for a in failed} <= {errno.ENOTCONN, errno.ECONNABORTED, errno.EIO}
     assert kernel.mount_at(str(handle.mountpoint)) is None
 
 
 @pytest.mark.slow
 def test_direct_reads_of_any_alignment(shared, rig, tmp_path):
-    """O_DIRECT past the page cache: offsets and lengths reach the daemon as they are, and need more pages than fit."""
+    """O_DIRECT bypasses the page cache: offsets and lengths reach the daemon unchanged, and need more pages than fit."""
     model, digest = shared
     handle = rig.mount(digest, transport="raw", native="off", cache_dir=tmp_path / "c", use_origin=False)
     reader, path = rig.reader(), str(handle.mountpoint / "model.safetensors")
@@ -318,8 +318,8 @@ def test_direct_reads_of_any_alignment(shared, rig, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_image_that_only_the_disk_has(shared, rig, tmp_path):
-    """Its pages dropped from memory: the same bytes, however many read at once."""
+def test_an_uncached_sparse_file_is_read_from_disk(shared, rig, tmp_path):
+    """Its pages are dropped from memory: the same bytes, for any number of concurrent readers."""
     model, digest = shared
     cache = tmp_path / "c"
     handle = rig.mount(digest, transport="raw", native="off", cache_dir=cache, use_origin=False)
@@ -336,7 +336,7 @@ def test_an_image_that_only_the_disk_has(shared, rig, tmp_path):
         assert reader.receive() == data[number * (4 << 20) :][: 2 << 20].hex()
 
 
-def test_not_over_another_file_system(shared, rig, tmp_path):
+def test_a_mount_over_another_file_system_is_refused(shared, rig, tmp_path):
     _, digest = shared
     (tmp_path / "mnt").mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "none", tmp_path / "mnt"], check=True, timeout=LIMIT_S)
@@ -347,7 +347,7 @@ def test_not_over_another_file_system(shared, rig, tmp_path):
         subprocess.run(["umount", tmp_path / "mnt"], check=True, timeout=LIMIT_S)
 
 
-def test_a_mount_of_another_home_is_left_alone(rig, tmp_path, shared, monkeypatch):
+def test_a_mount_of_another_home_is_not_touched(rig, tmp_path, shared, monkeypatch):
     _, digest = shared
     first = rig.mount(digest)
     store = first.store_url
@@ -361,8 +361,8 @@ def test_a_mount_of_another_home_is_left_alone(rig, tmp_path, shared, monkeypatc
     assert rig.mount(digest, store_url=store).pid != first.pid
 
 
-def test_a_mount_point_that_is_a_link(shared, rig, tmp_path):
-    """One mount, whichever way it is named; also once its daemon is gone and the path answers nobody."""
+def test_a_mount_point_can_be_a_symlink(shared, rig, tmp_path):
+    """One mount under either name, also once its daemon has ended and the path does not answer."""
     _, digest = shared
     (tmp_path / "deep").mkdir()
     (tmp_path / "one").symlink_to("two")
@@ -384,7 +384,7 @@ def test_a_mount_point_that_is_a_link(shared, rig, tmp_path):
 
 
 @pytest.mark.slow
-def test_thousand_files(rig, tmp_path, shared):
+def test_a_thousand_files(rig, tmp_path, shared):
     folder = tmp_path / "many"
     folder.mkdir()
     for i in range(1000):

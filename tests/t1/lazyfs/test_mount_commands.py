@@ -36,7 +36,7 @@ COMMAND = "import click; from lazyfs.cli.mount import mount; from lazyfs.cli.wei
 
 
 def run(*arguments, code=0):
-    """One `quickthaw weights …` or `quickthaw mount …`, ended with that exit code."""
+    """Run `quickthaw weights …` or `quickthaw mount …`; assert its exit code."""
     done = subprocess.run(
         [sys.executable, "-c", COMMAND, *map(str, arguments)],
         capture_output=True, text=True, timeout=LIMIT_S, cwd=ROOT,
@@ -60,7 +60,7 @@ def test_a_stopped_daemon_is_named(shared, rig, monkeypatch):
 
 
 @both
-def test_control_socket(shared, rig, tmp_path, transport):
+def test_the_control_socket(shared, rig, tmp_path, transport):
     _, digest = shared
     cache = tmp_path / "c"
     handle = rig.mount(
@@ -117,10 +117,10 @@ def test_the_command_line(shared, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_mount_in_the_foreground_goes_with_its_terminal(shared, tmp_path, number):
+def test_a_foreground_mount_ends_with_its_terminal(shared, tmp_path, number):
     _, digest = shared
     mnt = tmp_path / "m"
-    # Where the tests themselves run under nohup, the signal would be ignored, as it should.
+    # If the tests run under nohup, the signal would rightly be ignored.
     foreground = subprocess.Popen(
         ["env", "--default-signal=HUP", sys.executable, "-c", COMMAND, "mount", digest, str(mnt)],
         stdout=subprocess.PIPE, text=True, cwd=ROOT,
@@ -147,7 +147,7 @@ def test_an_import_shows_its_progress_on_a_terminal(shared, tmp_path):
         while part := os.read(ours, 4096):
             shown += part
     except OSError as error:
-        # What the reading end of a terminal says when the last writer has gone.
+        # The error of a terminal's reading end when the last writer has closed it.
         assert error.errno == errno.EIO
     finally:
         os.close(ours)

@@ -1,4 +1,4 @@
-"""Originals that a mount reads in place: they change, shrink, go, or are a directory that was never imported."""
+"""Originals that a mount reads in place: changed, truncated, removed, or in a directory that was never imported."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ pytestmark = [
 
 @both
 @pytest.mark.slow
-def test_a_file_in_place_that_is_cut_short_fails_and_hurts_nobody(rig, tmp_path, shared, transport):
-    """Read in place, truncated while open: EIO for what is gone, and the daemon goes on."""
+def test_a_truncated_original_fails_and_the_daemon_continues(rig, tmp_path, shared, transport):
+    """Truncated while it is open: EIO for the missing part."""
     model = write_model(tmp_path / "own", [5 << 20, 3 << 20])
     handle = rig.mount(read_through(model), transport=transport, native="off", cache_dir=None)
     reader, path = rig.reader(), handle.mountpoint / "model.safetensors"
@@ -55,19 +55,19 @@ def test_a_changed_original_is_not_served(shared, rig, tmp_path, transport):
 
 @both
 @pytest.mark.parametrize("native", ["auto", "off"])
-def test_an_original_that_changes_while_it_is_open(rig, tmp_path, shared, transport, native):
-    """Who has it open sees its new bytes, as in the plain directory; nobody else does."""
+def test_open_files_see_changes_of_an_original(rig, tmp_path, shared, transport, native):
+    """A reader that has it open sees the new bytes, as in the plain directory; other readers do not."""
     model = write_model(tmp_path / "own", [5 << 20])
     handle = rig.mount(import_directory(model), transport=transport, native=native)
     path, reader = str(handle.mountpoint / "config.json"), rig.reader()
     wanted = reader.ask("digest", path)
     reader.ask("open", 0, path)
-    (model / "sub" / "tokenizer.json").unlink()  # A file that is only removed is still what it was.
+    (model / "sub" / "tokenizer.json").unlink()  # A file that is only removed is unchanged.
     with open(model / "config.json", "r+b") as original:
         original.write(b"EVIL")
     assert reader.ask("open", 1, path) == {"errno": errno.EIO}
     reader.ask("close", 0)
-    # The kernel tells of the last close a moment later.
+    # The kernel reports the last close a moment later.
     wait_for(lambda: reader.ask("digest", path) == wanted)
 
 
@@ -86,12 +86,12 @@ def test_reading_a_directory_in_place(rig, tmp_path, shared):
 
 
 def assert_same_or_error(reader, path, size):
-    """Of a source that changed under a mount: the old bytes (cached) or an error, never the new ones."""
+    """Assert that a source that changed under a mount gives the old bytes (cached) or an error, never the new ones."""
     answer = reader.ask("call", f"open({str(path)!r}, 'rb').read().count(b'y')")
     assert isinstance(answer, dict) or answer < size // 2
 
 
-def test_an_original_that_is_gone_is_not_counted_as_cached(rig, tmp_path, shared):
+def test_a_missing_original_does_not_count_as_cached(rig, tmp_path, shared):
     model = write_model(tmp_path / "own", [5 << 20])
     digest = import_directory(model)
     handle = rig.mount(digest, cache_dir=tmp_path / "c")
@@ -101,6 +101,6 @@ def test_an_original_that_is_gone_is_not_counted_as_cached(rig, tmp_path, shared
     shutil.rmtree(model)
     assert handle.status()["cached_bytes"] == 0
     handle.unmount()
-    # A mount after that fetches all of it in the background, as any other.
+    # A later mount fetches all of it in the background, like any other file.
     again = rig.mount(digest, "again", cache_dir=tmp_path / "c")
     wait_for(lambda: again.status()["cached_bytes"] == size)

@@ -1,4 +1,4 @@
-"""What other users of the host see of a mount: no file of it, and no password of its store."""
+"""What other users of the host can see of a mount: no file of it, and no password of its store."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ pytestmark = [
 NOBODY = 65534
 
 
-def as_somebody_else(path):
-    """What listing a folder gives a process of another user: 0, or an errno."""
+def as_another_user(path):
+    """Return the result of listing a folder as another user: 0, or an errno."""
     folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY)
     pid = os.fork()
     if pid == 0:
         try:
-            # Inside the parent folder already: the modes above it are not what is asked about.
+            # Start inside the parent folder, because the modes above it are not tested.
             os.fchdir(folder)
             os.setgroups([])
             os.setresgid(NOBODY, NOBODY, NOBODY)
@@ -48,12 +48,12 @@ def as_somebody_else(path):
 @pytest.mark.skipif(os.geteuid() != 0, reason="changes its user")
 @pytest.mark.parametrize("transport", ["raw", "pyfuse3"])
 @pytest.mark.parametrize("allowed", [False, True])
-def test_a_mount_is_for_its_user_unless_asked_otherwise(home, rig, tmp_path, transport, allowed):
+def test_a_mount_is_private_without_allow_other(home, rig, tmp_path, transport, allowed):
     model = write_model(tmp_path / "model", [1000])
     digest = import_directory(model)
     handle = rig.mount(digest, transport=transport, **({"allow_other": True} if allowed else {}))
     handle.mountpoint.parent.chmod(0o755)
-    assert as_somebody_else(handle.mountpoint) == (0 if allowed else errno.EACCES)
+    assert as_another_user(handle.mountpoint) == (0 if allowed else errno.EACCES)
     reader = rig.reader()
     assert reader.ask("digest", str(handle.mountpoint / "config.json")) == reader.ask(
         "digest", str(model / "config.json")
@@ -61,7 +61,7 @@ def test_a_mount_is_for_its_user_unless_asked_otherwise(home, rig, tmp_path, tra
 
 
 class Guarded(http.server.SimpleHTTPRequestHandler):
-    """A static file server that wants user:hunter2."""
+    """A static file server that requires user:hunter2."""
 
     def send_head(self):
         if self.headers.get("Authorization") != "Basic " + base64.b64encode(b"user:hunter2").decode():
@@ -75,7 +75,7 @@ class Guarded(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def guarded(home):
-    """The URL of the default store behind HTTP, with the password that it wants."""
+    """Return the URL of the default store behind HTTP, with the required password."""
     handler = functools.partial(Guarded, directory=str(home / "store"))
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
@@ -85,7 +85,7 @@ def guarded(home):
 
 
 def test_the_daemon_imports_nothing_from_the_working_directory(home, rig, tmp_path, monkeypatch):
-    """Neither does its fetcher: a folder of somebody else's files may hold a json.py."""
+    """Nor does its fetcher: a folder of foreign files may contain a json.py."""
     model = write_model(tmp_path / "model", [1000])
     digest, reader = import_directory(model), rig.reader()
     trap = tmp_path / "trap"
@@ -98,7 +98,7 @@ def test_the_daemon_imports_nothing_from_the_working_directory(home, rig, tmp_pa
     assert reader.ask("digest", str(where)) == reader.ask("digest", str(model / "config.json"))
 
 
-def test_a_password_in_a_stores_url_is_seen_nowhere(home, rig, tmp_path, guarded):
+def test_a_password_in_a_stores_url_is_shown_nowhere(home, rig, tmp_path, guarded):
     model = write_model(tmp_path / "model", [5 << 20, 1000])
     digest = import_directory(model)
     handle = rig.mount(digest, store_url=guarded, use_origin=False, cache_dir=tmp_path / "c")
@@ -117,7 +117,7 @@ def test_a_password_in_a_stores_url_is_seen_nowhere(home, rig, tmp_path, guarded
     assert kept and not [p for p in kept if b"hunter2" in p.read_bytes()]
 
 
-def test_a_store_that_refuses_is_named_without_its_password(home, tmp_path, guarded):
+def test_a_refusing_store_is_named_without_its_password(home, tmp_path, guarded):
     digest = import_directory(write_model(tmp_path / "model", [1000]))
     wrong = guarded.replace("hunter2", "hunter3")
     result = CliRunner().invoke(mount, [digest, str(tmp_path / "mnt"), "--detach", "--store", wrong])

@@ -1,4 +1,4 @@
-"""The mount against the plain directory: random reads by several processes, and the libraries that people read weights with."""
+"""The mount compared with the plain directory: random reads by several processes, and the libraries that read weights."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def imported(module_folder):
 
 @pytest.fixture(scope="module", params=["raw", "raw-not-native", "pyfuse3", "streaming"])
 def pair(request, imported):
-    """A mount that begins with an empty cache, and three readers."""
+    """Return a mount with an empty cache, and three readers."""
     folder, model, digest = imported
     rig = Rig(folder)
     options = {
@@ -93,7 +93,7 @@ def check_operations(pair, operations):
 
 @pytest.mark.slow
 def test_many_random_reads(pair):
-    """QUICKTHAW_READS of them (1,000); the seed is printed where a long run finds something."""
+    """QUICKTHAW_READS of them (1,000). The seed is printed, so that a failure can be repeated."""
     seed = int(os.environ.get("QUICKTHAW_SEED", "5"))
     print("seed", seed)
     rng = random.Random(seed)
@@ -144,7 +144,7 @@ else:
 
 
 def torch_python() -> Path | None:
-    """An interpreter with torch: an engine's, as `make setup` lays them out (the project itself has none)."""
+    """Return an interpreter with torch: an engine's, as `make setup` installs them (the project's own has none)."""
     found = [state_home() / "venvs" / engine / "bin" / "python" for engine in ("vllm", "sglang")]
     return next((path for path in found if path.exists()), None)
 

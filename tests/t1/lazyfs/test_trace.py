@@ -1,4 +1,4 @@
-"""Recording first touches, replaying them, and an S3 dialect: what one host learned, another starts with."""
+"""Access logs are recorded, replayed and shared, with an S3 dialect: another host starts with what one host recorded."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ SIZES = [5 << 20, 1000, 4 << 20, 6 << 20]
 
 
 @pytest.mark.slow
-def test_a_trace_is_recorded_and_replayed(home, rig, tmp_path):
+def test_an_access_log_is_recorded_and_replayed(home, rig, tmp_path):
     model = write_model(tmp_path / "model", SIZES)
     digest = import_directory(model)
     settings = {"use_origin": False, "background_mb_s": 0.0}
     first = rig.mount(digest, cache_dir=tmp_path / "c1", **settings)
     reader, size = rig.reader(), (model / "model.safetensors").stat().st_size
     reader.ask("open", "m", str(first.mountpoint / "model.safetensors"))
-    # Backwards, and not the smaller files: only what was touched, in that order.
+    # Backwards, without the smaller files: only the touched chunks, in that order.
     for place in (size - 100, 6 << 20, 100):
         reader.ask("pread", "m", place, 10)
     reader.ask("close", "m")
@@ -63,7 +63,7 @@ def test_a_trace_is_recorded_and_replayed(home, rig, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_damaged_trace_is_ignored(home, rig, tmp_path):
+def test_a_damaged_access_log_is_ignored(home, rig, tmp_path):
     model = write_model(tmp_path / "model", [5 << 20])
     digest = import_directory(model)
     (home / "traces").mkdir()
@@ -78,7 +78,7 @@ def test_a_damaged_trace_is_ignored(home, rig, tmp_path):
 
 @pytest.fixture
 def s3(monkeypatch):
-    """moto's server, a real S3 dialect over HTTP, with one bucket."""
+    """moto's server: an S3 dialect over HTTP, with one bucket."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
@@ -125,8 +125,8 @@ http {{
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nginx") is None, reason="needs nginx")
 @pytest.mark.parametrize("transport", ["raw", "pyfuse3"])
-def test_an_nginx_origin(home, rig, tmp_path, transport):
-    """A store that a plain web server gives out: every byte right, by digest, and what it has not is ENOENT."""
+def test_a_store_behind_nginx(home, rig, tmp_path, transport):
+    """A plain web server serves the store: every byte is right, by digest, and missing objects are ENOENT."""
     model = write_model(tmp_path / "model", SIZES)
     digest = import_directory(model)
     with socket.create_server(("127.0.0.1", 0)) as probe:
@@ -163,7 +163,7 @@ def test_an_nginx_origin(home, rig, tmp_path, transport):
 
 
 @pytest.mark.slow
-def test_an_s3_dialect(home, rig, tmp_path, s3):
+def test_a_store_in_s3(home, rig, tmp_path, s3):
     model = write_model(tmp_path / "model", SIZES)
     digest = import_directory(model, s3, tag="toy:v1")
     chunks = ChunkStore(open_store(s3))
@@ -174,7 +174,7 @@ def test_an_s3_dialect(home, rig, tmp_path, s3):
     reader = rig.reader()
     for name in ("model.safetensors", "sub/tokenizer.json", "empty"):
         assert reader.ask("digest", str(handle.mountpoint / name)) == reader.ask("digest", str(model / name))
-    # Another host, which has neither cache nor trace, finds the trace in the store.
+    # Another host without cache and access log finds the log in the store.
     wait_for(lambda: chunks.store.head(f"traces/{digest}") is not None)
     handle.unmount(force=True)
     os.environ["QUICKTHAW_HOME"] = str(tmp_path / "other-host")
@@ -182,7 +182,7 @@ def test_an_s3_dialect(home, rig, tmp_path, s3):
     wait_for(lambda: other.status()["cached_bytes"] >= sum(SIZES))
     assert other.status()["counters"]["reads"] == 0
     other.unmount(force=True)
-    # Read-through: the same files, unconverted, under another prefix.
+    # Read-through: the same plain files under another prefix.
     plain = open_store("s3://weights/plain")
     for name in ("model.safetensors", "sub/tokenizer.json"):
         plain.put(name, (model / name).read_bytes())
@@ -195,7 +195,7 @@ def test_an_s3_dialect(home, rig, tmp_path, s3):
 
 
 @pytest.mark.slow
-def test_a_bucket_that_is_not_there_is_named(s3, home, tmp_path):
+def test_a_missing_bucket_is_named(s3, home, tmp_path):
     with pytest.raises(Permanent) as caught:
         import_directory(write_model(tmp_path / "model", [1000]), "s3://another/here")
     assert caught.value.code == "no-bucket" and "s3://another/here" in str(caught.value)

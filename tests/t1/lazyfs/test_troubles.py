@@ -1,4 +1,4 @@
-"""A mount's daemon and its fetcher in trouble: few descriptors, a slow host, a stopped fetcher, a dead store, a damaged cache."""
+"""A mount's daemon and its fetcher under stress: few descriptors, a slow host, a stopped fetcher, a dead store, a damaged cache."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ MANY = 900
 
 @pytest.fixture(scope="module")
 def shared(module_folder, stored):
-    """A home whose store has a model, and a directory of very many files."""
+    """Return a home whose store has a model, and a directory of very many files."""
     model, digest, _ = stored
     many = module_folder / "many"
     many.mkdir()
@@ -53,7 +53,7 @@ def descriptors(pid):
 @pytest.mark.slow
 @pytest.mark.parametrize("transport", ["raw", "pyfuse3"])
 def test_a_cold_mount_opens_more_files_than_the_soft_limit_allows(shared, rig, tmp_path, transport):
-    """`ulimit -Sn 1024` is usual; one descriptor for a file, and it is over with the 1,000th, with four with the 254th."""
+    """`ulimit -Sn 1024` is usual: with one descriptor per file it is exceeded at the 1,000th file, with four at the 254th."""
     _, _, many, digest = shared
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
@@ -70,13 +70,13 @@ def test_a_cold_mount_opens_more_files_than_the_soft_limit_allows(shared, rig, t
     for number in range(wanted):
         reader.ask("close", number)
     wait_for(lambda: handle.status()["open_files"] == 0)
-    # The fetcher flushes what it has filled, and lets go of it.
+    # The fetcher fsyncs the files that it has filled, and closes them.
     fetcher = rig.fetcher_of(handle)
     wait_for(lambda: descriptors(handle.pid) <= idle + 8 and descriptors(fetcher) < 100)
 
 
-def test_a_chunk_that_verify_took_out_is_fetched_again_at_once(shared, rig, tmp_path):
-    """A mount that had the whole file: its fetcher said that the chunk was there, and its server asked again, for a minute."""
+def test_a_chunk_that_verify_removed_is_fetched_again_at_once(shared, rig, tmp_path):
+    """The mount had the complete file: its fetcher reported the chunk as present, and its server requested it again, for a minute."""
     model, digest, *_ = shared
     handle = rig.mount(digest, cache_dir=tmp_path / "c", native="off", read_limit_s=10.0, **QUIET)
     cache, chunks = Cache(tmp_path / "c"), ChunkStore(LocalStore(Path(os.environ["QUICKTHAW_HOME"]) / "store"))
@@ -86,7 +86,7 @@ def test_a_chunk_that_verify_took_out_is_fetched_again_at_once(shared, rig, tmp_
     handle.control("prefetch")
     wait_for(lambda: handle.status()["cached_bytes"] == handle.status()["bytes"])
     have = cache.folder(file) / "have"
-    # The header says that all was flushed: then the fetcher lets go of it.
+    # The header says that everything is fsynced: then the fetcher closes the file.
     wait_for(lambda: have.read_bytes()[44])
     time.sleep(0.05)
     with open(cache.folder(file) / "data", "r+b") as data:
@@ -101,7 +101,7 @@ def test_a_chunk_that_verify_took_out_is_fetched_again_at_once(shared, rig, tmp_
 
 
 class Delayed:
-    """A daemon's control socket behind a proxy that answers the first few requests late, as a busy host does."""
+    """A daemon's control socket behind a proxy that delays the first few requests, as a busy host does."""
 
     def __init__(self, path, seconds, times):
         self.path, self.seconds, self.times = path, seconds, times
@@ -140,7 +140,7 @@ class Delayed:
 
 
 def test_a_slow_daemon_is_not_killed(shared, rig, monkeypatch):
-    """Engines read through it; two pings that it missed are no reason to end it."""
+    """Engines read through it; two missed pings are no reason to kill it."""
     _, digest, *_ = shared
     monkeypatch.setattr("lazyfs.mount.client._PING_S", 0.2)
     first = rig.mount(digest)
@@ -154,7 +154,7 @@ def test_a_slow_daemon_is_not_killed(shared, rig, monkeypatch):
 
 @pytest.mark.slow
 def test_prefetch_requests_are_not_lost(shared, rig, tmp_path):
-    """More of them than the socket to the fetcher holds, while it is stopped."""
+    """More requests than the fetcher's socket holds, while the fetcher is stopped."""
     _, _, _, digest = shared
     handle = rig.mount(digest, cache_dir=tmp_path / "c", **QUIET)
     assert rig.reader().ask("digest", str(handle.mountpoint / "0000"))
@@ -170,7 +170,7 @@ def test_prefetch_requests_are_not_lost(shared, rig, tmp_path):
     wait_for(lambda: handle.status()["cached_bytes"] == handle.status()["bytes"])
 
 
-def test_what_was_asked_of_a_killed_fetcher_is_asked_of_the_next(shared, rig, tmp_path):
+def test_requests_to_a_killed_fetcher_are_sent_to_the_next(shared, rig, tmp_path):
     _, digest, *_ = shared
     handle = rig.mount(digest, cache_dir=tmp_path / "c", **QUIET)
     assert rig.reader().ask("digest", str(handle.mountpoint / "config.json"))
@@ -182,8 +182,8 @@ def test_what_was_asked_of_a_killed_fetcher_is_asked_of_the_next(shared, rig, tm
     assert fetcher_pid(handle.pid) not in (None, fetcher)
 
 
-def test_a_fetcher_that_cannot_be_started_is_tried_again(tmp_path, monkeypatch):
-    """Each one ends at once, since there is no such manifest; two of them cannot be started at all."""
+def test_a_fetcher_that_cannot_start_is_retried(tmp_path, monkeypatch):
+    """Each one ends at once, because its manifest does not exist; two of them cannot be started at all."""
     names = {n: str(tmp_path / n) for n in ("mountpoint", "cache_dir", "log_file", "socket", "state_file", "home")}
     config = MountConfig(manifest="0" * 64, store_url=f"file://{tmp_path / 'store'}", **names)
     memory = SlotMemory(64)
@@ -212,8 +212,8 @@ def test_a_fetcher_that_cannot_be_started_is_tried_again(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_dead_store_is_said_once(shared, rig, tmp_path, control):
-    """Not for each chunk and each attempt: the log of an hour without network has to be read by somebody."""
+def test_a_dead_store_is_logged_once(shared, rig, tmp_path, control):
+    """Not for each chunk and attempt: the log of an hour without network must be readable."""
     _, digest, *_ = shared
     control("reset")
     settings = {"fetch_limit_s": 1.0, "read_limit_s": 4.0, "use_origin": False, "log_file": tmp_path / "log"}

@@ -1,4 +1,4 @@
-"""The wheel installs into an empty environment without a compiler, and works there without pyfuse3, of which no wheel exists."""
+"""The wheel installs into an empty environment without a compiler, and works without pyfuse3, which has no wheel."""
 
 import json
 import os
@@ -25,7 +25,7 @@ def run(*words, **more):
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """The folder of commands of an environment that holds the wheel and what it requires; nothing in it was compiled."""
+    """Return the folder of commands of an environment with the wheel and its dependencies; nothing in it was compiled."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     source.mkdir()
@@ -48,14 +48,14 @@ def installed(tmp_path_factory):
 
 @pytest.fixture
 def environment(tmp_path):
-    """An empty home, and no path to this checkout."""
+    """Return an environment with an empty home, and no path to this checkout."""
     watch = Watch(tmp_path)
     more = {"QUICKTHAW_HOME": str(tmp_path / "home"), "PYTHONPATH": "", **watch.environment}
     yield {"cwd": tmp_path, "env": {**os.environ, **more}}
     assert watch.gone() == set()
 
 
-def test_every_command_is_there(installed, environment):
+def test_every_command_is_installed(installed, environment):
     out = run(installed / "quickthaw", "--help", **environment)
     for command in ("launch", "restore", "proxy", "snapshot", "weights", "plan", "doctor", "bench"):
         assert command in out
@@ -83,7 +83,7 @@ def test_a_model_is_mounted_without_pyfuse3(installed, environment, tmp_path):
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
 
 
-def test_the_admin_page_and_the_plan_come_along(installed, environment):
+def test_the_admin_page_and_the_plan_are_installed(installed, environment):
     code = "from importlib import resources; print(len(resources.files('plugin.proxy.admin').joinpath('page.html').read_text()))"
     assert int(run(installed / "python", "-c", code, **environment)) > 1000
     plan = json.loads(run(installed / "quickthaw", "plan", REPO / "examples" / "plan.yaml", "--json", **environment))

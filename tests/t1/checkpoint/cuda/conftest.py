@@ -1,4 +1,4 @@
-"""Real processes that a double of the CUDA driver moves off the GPU and back."""
+"""Real processes that a double of the CUDA driver suspends and resumes."""
 
 from __future__ import annotations
 

@@ -28,7 +28,9 @@ from tests.kits.cuda_double import GPU0, GPU1, TOTAL, Children, Double, write
 pytestmark = pytest.mark.t1
 
 
-def test_another_gpu_takes_the_place(children: Children, driver: Double, pids: list[int], tmp_path: Path) -> None:
+def test_another_gpu_can_replace_the_recorded_one(
+    children: Children, driver: Double, pids: list[int], tmp_path: Path
+) -> None:
     _, needs = suspend(driver, pids)
     write(children.folder / "gpus.json", {GPU1: TOTAL})
     with pytest.raises(Incompatible, match="gpu-gone"):
@@ -49,7 +51,7 @@ def test_the_same_gpus_need_no_pairs() -> None:
         gpu_pairs(gpus, gpus[:1])
 
 
-def test_memory_is_summed_where_two_gpus_become_one(children: Children, driver: Double) -> None:
+def test_memory_is_summed_if_one_gpu_replaces_two(children: Children, driver: Double) -> None:
     size = TOTAL // 2
     check_memory(driver, Needs(1, {GPU1: size}), [(GPU1, GPU0)])
     with pytest.raises(Incompatible, match="gpu-memory-short"):
@@ -69,16 +71,16 @@ def test_several_gpus_are_refused_by_name(children: Children, driver: Double, mo
     assert bring_to_running(driver, pids) == {}
 
 
-class Contained(Double):
-    """The double as a container sees it: NVML numbers processes as the host does, so it knows none of ours."""
+class DoubleInContainer(Double):
+    """The double as seen from a container: NVML reports the host's PIDs, so it knows none of the container's."""
 
     def usage(self, pid: int) -> dict[str, int]:
         return {}
 
 
-def test_several_gpus_are_refused_where_nvml_knows_no_process_of_ours(children: Children) -> None:
+def test_several_gpus_are_refused_if_nvml_knows_no_own_process(children: Children) -> None:
     write(children.folder / "gpus.json", {GPU0: 4 * TOTAL, GPU1: 4 * TOTAL})
-    contained = Contained(str(children.folder))
+    contained = DoubleInContainer(str(children.folder))
     pids = [children.start(TOTAL, gpu=GPU0), children.start(TOTAL, gpu=GPU1)]
     with pytest.raises(Incompatible, match="multi-gpu"):
         suspend(contained, pids)
@@ -91,7 +93,7 @@ def test_several_gpus_are_refused_where_nvml_knows_no_process_of_ours(children: 
 
 
 class Neighbour(Double):
-    """Frees memory of another GPU while our process is checkpointed, as a neighbour does that ends."""
+    """Frees memory of another GPU during the checkpoint, like a neighbour process that ends."""
 
     def checkpoint(self, pid: int) -> None:
         super().checkpoint(pid)
@@ -100,10 +102,10 @@ class Neighbour(Double):
 
 @pytest.mark.parametrize(
     ("nvml_knows_us", "visible"),
-    [(True, None), (True, [GPU0]), (False, [GPU0])],  # without either, nothing says whose memory it was
+    [(True, None), (True, [GPU0]), (False, [GPU0])],  # without either, the memory's owner is unknown
     ids=["nvml-knows-us", "nvml-knows-us-one-visible", "in-a-container"],
 )
-def test_memory_that_a_neighbour_frees_on_another_gpu_is_not_needed(
+def test_memory_freed_by_a_neighbour_on_another_gpu_does_not_count(
     children: Children, monkeypatch: pytest.MonkeyPatch, visible: list[str] | None, nvml_knows_us: bool
 ) -> None:
     write(children.folder / "gpus.json", {GPU0: TOTAL, GPU1: TOTAL // 2})
@@ -121,7 +123,7 @@ class Divided(Double):
         return [msgspec.structs.replace(device, mig=device.uuid == GPU0) for device in super().devices()]
 
 
-def test_a_divided_gpu_is_refused_by_name_and_a_neighbours_is_not(children: Children) -> None:
+def test_only_a_used_mig_gpu_is_refused(children: Children) -> None:
     write(children.folder / "gpus.json", {GPU0: TOTAL, GPU1: TOTAL})
     driver = Divided(str(children.folder))
     pid, other = children.start(gpu=GPU0), children.start(gpu=GPU1)

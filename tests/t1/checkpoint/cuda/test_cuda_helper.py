@@ -1,4 +1,4 @@
-"""The helper process: the same calls through it, and what happens when it hangs, dies, or cannot start."""
+"""The helper process: the same calls through it, and what happens if it hangs, dies, or cannot start."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def helper(children: Children) -> Iterator[Helper]:
         yield found
 
 
-def test_off_the_gpu_and_back_through_the_helper(children: Children, helper: Helper, tmp_path: Path) -> None:
+def test_suspend_and_resume_through_the_helper(children: Children, helper: Helper, tmp_path: Path) -> None:
     pids = [children.start(), children.start()]
     first = helper.pid
     assert helper.version() == "580.159.03"
@@ -42,7 +42,7 @@ def test_off_the_gpu_and_back_through_the_helper(children: Children, helper: Hel
     assert helper.pid == first
 
 
-def test_a_refusal_of_the_driver_keeps_its_name(children: Children, helper: Helper) -> None:
+def test_a_driver_error_keeps_its_name(children: Children, helper: Helper) -> None:
     pid = children.start()
     with pytest.raises(DriverError) as caught:
         helper.unlock(pid)
@@ -53,7 +53,7 @@ def test_a_refusal_of_the_driver_keeps_its_name(children: Children, helper: Help
 @pytest.mark.parametrize(
     ("operation", "how"), [("checkpoint", {"hang": 60}), ("checkpoint", {"exit": True}), ("lock", {"exit": True})]
 )
-def test_a_helper_that_hangs_or_dies_is_replaced_and_everything_brought_back(
+def test_a_hanging_or_dead_helper_is_replaced_and_all_processes_run(
     children: Children, helper: Helper, operation: str, how: dict[str, object]
 ) -> None:
     pids = [children.start(), children.start()]
@@ -79,12 +79,12 @@ def test_a_killed_helper_is_replaced_at_the_next_call(children: Children, helper
     assert helper.state(pid) is State.RUNNING
 
 
-def test_it_ends_with_its_owner(helper: Helper) -> None:
+def test_a_helper_ends_with_its_owner(helper: Helper) -> None:
     helper.version()
     pid = helper.pid
     assert pid is not None
     assert helper._socket is not None
-    helper._socket.close()  # what the kernel does when the owner dies
+    helper._socket.close()  # as the kernel does when the owner dies
     wait_until(lambda: not alive(pid))
 
 
@@ -95,7 +95,7 @@ def test_closing_twice_is_fine(helper: Helper) -> None:
 
 
 def test_closing_does_not_wait_for_a_call_under_way(children: Children) -> None:
-    """A moving call may take 900 s; whoever stops a launch does not wait for it."""
+    """A checkpoint call may take 900 s; stopping a launch does not wait for it."""
     helper = Helper("tests.kits.cuda_double:Double", str(children.folder), move_timeout_s=900.0)
     pid = children.start()
     helper.lock(pid, 1000)
@@ -116,7 +116,7 @@ def test_closing_does_not_wait_for_a_call_under_way(children: Children) -> None:
         helper.state(pid)
 
 
-def test_a_host_without_the_driver_is_told_so_by_name() -> None:
+def test_a_missing_driver_is_reported_by_name() -> None:
     if Path("/dev/nvidiactl").exists():
         pytest.skip("this host has a GPU driver; tests/gpu covers it")
     with Helper() as helper, pytest.raises(HostLacks) as caught:
@@ -125,7 +125,7 @@ def test_a_host_without_the_driver_is_told_so_by_name() -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_factory_that_does_not_exist_is_no_driver() -> None:
+def test_an_unknown_factory_is_refused() -> None:
     with Helper("json:loads", "{") as helper, pytest.raises(HostLacks, match="cuda-unavailable"):
         helper.version()
 
@@ -136,7 +136,7 @@ def test_an_unknown_operation_is_refused(children: Children) -> None:
     assert "error" in _answer(Double(str(children.folder)), ["_record", 1])
 
 
-def test_the_uuid_of_a_gpu_in_bytes() -> None:
+def test_a_gpus_uuid_is_converted_to_bytes() -> None:
     assert uuid_bytes("GPU-00010203-0405-0607-0809-0a0b0c0d0e0f") == bytes(range(16))
     for other in ("MIG-00010203-0405-0607-0809-0a0b0c0d0e0f", "GPU-1", ""):
         with pytest.raises(DriverError, match="not the UUID of a whole GPU"):

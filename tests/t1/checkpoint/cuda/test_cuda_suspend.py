@@ -1,4 +1,4 @@
-"""Off the GPU and back, with real processes and a double of the driver that fails at any call it is told to."""
+"""Suspend and resume with real processes and a double of the driver that fails at any call on request."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.kits.cuda_double import GPU0, TOTAL, Children, Double, write
 pytestmark = pytest.mark.t1
 
 
-def test_off_the_gpu_and_back(children: Children, driver: Double, pids: list[int], tmp_path: Path) -> None:
+def test_suspend_and_resume(children: Children, driver: Double, pids: list[int], tmp_path: Path) -> None:
     tree = [children.plain(), *pids]
     assert holders(driver, tree) == pids
     found, needs = suspend(driver, tree)
@@ -71,7 +71,7 @@ FAULTS: dict[str, tuple[str, str | None, type[CheckpointError], str]] = {
 
 @pytest.mark.parametrize("which", [0, 1])
 @pytest.mark.parametrize("what", FAULTS)
-def test_an_error_on_the_way_brings_everything_back(
+def test_a_failed_suspend_resumes_all_processes(
     children: Children, driver: Double, pids: list[int], what: str, which: int
 ) -> None:
     operation, result, kind, code = FAULTS[what]
@@ -84,7 +84,7 @@ def test_an_error_on_the_way_brings_everything_back(
         children.wait_running(pid)
 
 
-def test_memory_that_cannot_be_asked_for_after_the_checkpoint(
+def test_a_failed_memory_query_after_the_checkpoint_resumes_all(
     children: Children, driver: Double, pids: list[int]
 ) -> None:
     asked = 0
@@ -105,7 +105,7 @@ def test_memory_that_cannot_be_asked_for_after_the_checkpoint(
 
 
 @pytest.mark.parametrize("operation", ["lock", "checkpoint"])
-def test_a_process_that_dies_on_the_way_does_not_hold_the_others(
+def test_a_process_that_dies_during_suspend_does_not_block_the_others(
     children: Children, driver: Double, pids: list[int], operation: str
 ) -> None:
     children.faults({"op": operation, "pid": pids[1], "kill": True})
@@ -114,7 +114,7 @@ def test_a_process_that_dies_on_the_way_does_not_hold_the_others(
     children.wait_running(pids[0])
 
 
-def test_a_process_that_cannot_be_brought_back_is_named(children: Children, driver: Double, pids: list[int]) -> None:
+def test_a_process_that_cannot_be_resumed_is_named(children: Children, driver: Double, pids: list[int]) -> None:
     children.faults({"op": "checkpoint", "pid": pids[1], "result": "CUDA_ERROR_UNKNOWN", "state": "FAILED"})
     with pytest.raises(Failed) as caught:
         suspend(driver, pids)
@@ -124,7 +124,7 @@ def test_a_process_that_cannot_be_brought_back_is_named(children: Children, driv
     children.wait_running(pids[0])
 
 
-def test_an_interrupt_brings_everything_back_too(children: Children, driver: Double, pids: list[int]) -> None:
+def test_an_interrupt_resumes_all_processes(children: Children, driver: Double, pids: list[int]) -> None:
     def interrupted(_: object) -> None:
         raise KeyboardInterrupt
 
@@ -134,7 +134,7 @@ def test_an_interrupt_brings_everything_back_too(children: Children, driver: Dou
         children.wait_running(pid)
 
 
-def test_a_handle_that_is_still_open_is_named_and_undone(
+def test_an_open_device_handle_is_named_and_all_processes_resumed(
     children: Children, driver: Double, pids: list[int], tmp_path: Path
 ) -> None:
     file = tmp_path / "nvidiactl"
@@ -150,12 +150,12 @@ def test_a_handle_that_is_still_open_is_named_and_undone(
     check_released([os.getpid(), *pids])
 
 
-# The way back
+# Resume
 
 
 @pytest.mark.parametrize("which", [0, 1])
 @pytest.mark.parametrize("operation", ["restore", "unlock"])
-def test_an_error_on_the_way_back_frees_the_others(
+def test_a_failed_resume_frees_the_others(
     children: Children, driver: Double, pids: list[int], tmp_path: Path, operation: str, which: int
 ) -> None:
     _, needs = suspend(driver, pids)
@@ -167,7 +167,7 @@ def test_an_error_on_the_way_back_frees_the_others(
         children.wait_running(pid)  # the second attempt of bring_to_running succeeds
 
 
-def test_memory_that_is_not_free_is_refused_before_anything_is_lost(
+def test_a_lack_of_gpu_memory_is_refused_before_anything_is_lost(
     children: Children, driver: Double, pids: list[int], tmp_path: Path
 ) -> None:
     _, needs = suspend(driver, pids)
@@ -185,7 +185,7 @@ def test_memory_that_is_not_free_is_refused_before_anything_is_lost(
         children.wait_running(pid)
 
 
-def test_running_out_of_memory_all_the_same_names_the_lost_process(
+def test_running_out_of_memory_later_names_the_lost_process(
     children: Children, driver: Double, pids: list[int], tmp_path: Path
 ) -> None:
     suspend(driver, pids)
@@ -213,7 +213,7 @@ def test_a_process_that_was_never_suspended_is_refused(
         children.wait_running(pid)
 
 
-def test_restores_on_one_gpu_take_turns(
+def test_restores_on_one_gpu_are_serialised(
     children: Children, driver: Double, pids: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cuda, "LOCK_WAIT_TIMEOUT_S", 0.05)
@@ -224,18 +224,18 @@ def test_restores_on_one_gpu_take_turns(
     resume(driver, pids, needs, lock_folders=[tmp_path])
 
 
-def test_what_the_engine_put_away_before_is_needed_too(children: Children, driver: Double) -> None:
+def test_memory_offloaded_before_counts_as_needed(children: Children, driver: Double) -> None:
     pid = children.start(4 << 20)
     awake = free_memory(driver)
     record = json.loads((children.folder / f"{pid}.json").read_text())
-    write(children.folder / f"{pid}.json", {**record, "memory": {GPU0: 1 << 20}})  # three of four put away
+    write(children.folder / f"{pid}.json", {**record, "memory": {GPU0: 1 << 20}})  # three of four offloaded
     found, needs = suspend(driver, [pid], awake=awake)
     assert needs == Needs(1, {GPU0: 4 << 20})
     assert resume_after_dump(driver, found, needs, [children.folder / "locks"]) is None
 
 
 @pytest.mark.slow
-def test_the_dumped_tree_gets_its_gpu_back_although_the_lock_is_held_and_memory_short_for_a_while(
+def test_a_dumped_tree_waits_for_the_lock_and_memory_to_resume(
     children: Children, driver: Double, tmp_path: Path
 ) -> None:
     pid = children.start(4 << 20)
@@ -252,9 +252,7 @@ def test_the_dumped_tree_gets_its_gpu_back_although_the_lock_is_held_and_memory_
     children.wait_running(pid)
 
 
-def test_a_dumped_tree_that_does_not_get_its_gpu_back_is_named(
-    children: Children, driver: Double, tmp_path: Path
-) -> None:
+def test_a_dumped_tree_that_cannot_resume_is_named(children: Children, driver: Double, tmp_path: Path) -> None:
     pid = children.start(4 << 20)
     found, needs = suspend(driver, [pid])
     write(children.folder / "gpus.json", {GPU0: 1 << 20})
@@ -264,10 +262,10 @@ def test_a_dumped_tree_that_does_not_get_its_gpu_back_is_named(
     assert f"process {pid}: CUDA_ERROR_OUT_OF_MEMORY" in str(caught.value)
 
 
-def test_restores_of_containers_that_share_a_state_folder_take_turns(
+def test_restores_of_containers_with_a_shared_state_folder_are_serialised(
     children: Children, driver: Double, tmp_path: Path
 ) -> None:
-    """Each has a /run of its own."""
+    """Each container has its own /run."""
     pid = children.start()
     _, needs = suspend(driver, [pid])
     shared, mine = tmp_path / "state" / "run", tmp_path / "run"
@@ -276,14 +274,14 @@ def test_restores_of_containers_that_share_a_state_folder_take_turns(
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(Busy, match="gpu-busy"), cuda._gpu_locks([mine, shared], needs.memory, 0.2):
             pass
-    # A folder that cannot be written is no reason to refuse where another can.
+    # An unwritable folder is no reason to refuse if another one is writable.
     resume(driver, [pid], needs, lock_folders=[Path("/proc/none"), shared])
     children.wait_running(pid)
     with pytest.raises(Failed, match="gpu-lock-failed"), cuda._gpu_locks([Path("/proc/none")], needs.memory):
         pass
 
 
-# The double is as strict as the driver, and every mixture of faults ends well
+# The double is as strict as the driver, and every mixture of faults ends in a valid state
 
 LEGAL = {
     "lock": (State.RUNNING, State.LOCKED),
@@ -297,7 +295,7 @@ def test_the_double_refuses_every_illegal_transition(children: Children, driver:
     pid = children.start()
     extra: dict[str, list[Any]] = {"lock": [10], "restore": [[]]}
     state = State.RUNNING
-    # A walk through every state, trying every operation in each.
+    # Visit every state and try every operation in it.
     for step in ("lock", "checkpoint", "restore", "unlock"):
         for operation, (needed, _) in LEGAL.items():
             if needed is not state:
@@ -324,7 +322,7 @@ fault = st.fixed_dictionaries(
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(fault, max_size=3), st.lists(fault, max_size=3))
-def test_any_mixture_of_faults_ends_all_running_all_off_or_named(
+def test_any_mixture_of_faults_ends_all_running_all_suspended_or_named(
     children: Children, driver: Double, tmp_path: Path, going: list[dict[str, Any]], coming: list[dict[str, Any]]
 ) -> None:
     while len(children.processes) < 2:
@@ -340,7 +338,7 @@ def test_any_mixture_of_faults_ends_all_running_all_off_or_named(
             {
                 **f,
                 "pid": None if f["op"] == "devices" else pids[f["which"]],
-                "state": f["state"] if f["op"] in moving else None,  # a question harms no process
+                "state": f["state"] if f["op"] in moving else None,  # a query harms no process
             }
             for f in faults
         ]

@@ -1,4 +1,4 @@
-"""The page server under a real CRIU: memory is restored exactly, whatever the processes do to it meanwhile."""
+"""The page server under a real CRIU: memory is restored exactly, whatever the processes do to it during the restore."""
 
 import os
 import shutil
@@ -32,7 +32,7 @@ def nothing_unexpected(frozen: Frozen):  # type: ignore[no-untyped-def]
         shutil.rmtree(work)
 
 
-def test_command_line_and_environment_are_there_before_the_first_token(frozen: Frozen) -> None:
+def test_command_line_and_environment_are_readable_before_the_first_token(frozen: Frozen) -> None:
     """/proc/PID/cmdline and environ of a restored process are not empty, in a recording restore and in later ones."""
     frozen.working_set.unlink(missing_ok=True)
     for record in (True, False):
@@ -52,7 +52,7 @@ def test_command_line_and_environment_are_there_before_the_first_token(frozen: F
 
 
 @pytest.mark.slow
-def test_recorded_then_replayed(frozen: Frozen) -> None:
+def test_a_recorded_working_set_is_replayed(frozen: Frozen) -> None:
     """Pages touched in the first restore are in place before they are touched in the second one; then the server exits."""
     server, work = frozen.serve(record=True)
     with server, frozen.sandbox() as sandbox:
@@ -79,7 +79,7 @@ def test_recorded_then_replayed(frozen: Frozen) -> None:
         server, work = frozen.serve()
         with server, frozen.sandbox() as sandbox:
             frozen.restore(sandbox, work)
-            # Let it place the working set before any page is touched, so remaining faults are outside of it.
+            # Let it place the working set before any page is touched, so that remaining faults are outside of it.
             limit = time.monotonic() + LIMIT_S
             while not server.stats()["startup_done_s"]:
                 assert time.monotonic() < limit
@@ -95,7 +95,7 @@ def test_recorded_then_replayed(frozen: Frozen) -> None:
         assert replayed["faults"] < recorded["faults_before_first_token"] / 10
         assert replayed["bytes_ahead"] >= 1500 * 4096
     assert kept_plans.stat().st_mode & 0o777 == 0o600
-    rot(frozen)
+    corrupt(frozen)
     try:
         server, work = frozen.serve(pack=False)
         with server, frozen.sandbox() as sandbox:
@@ -112,7 +112,7 @@ def test_recorded_then_replayed(frozen: Frozen) -> None:
             file.unlink()
 
 
-def rot(frozen: Frozen) -> None:
+def corrupt(frozen: Frozen) -> None:
     """Change every byte of the pack, like silent disk corruption: its fingerprint still matches the plans."""
     pack_file = frozen.images.parent / cache.PACK
     pack_file.write_bytes(bytes(byte ^ 0xFF for byte in pack_file.read_bytes()))
@@ -142,7 +142,7 @@ def drive(frozen: Frozen, seed: int, steps: int, known: bool, rate: float) -> di
 
 
 @pytest.mark.slow
-def test_memory_is_as_it_was_while_pages_come(frozen: Frozen) -> None:
+def test_memory_is_exact_while_pages_are_copied(frozen: Frozen) -> None:
     """Random munmap, mremap, madvise, mprotect and fork, with a reading thread, while background pages are copied slowly."""
     counts = drive(frozen, seed=11, steps=240, known=True, rate=20e6)
     assert counts["removed"] and counts["moved"] and counts["forks"] and counts["faults"]
@@ -151,7 +151,7 @@ def test_memory_is_as_it_was_while_pages_come(frozen: Frozen) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize("rate", [5e6, 40e6, 4e9])
-def test_memory_is_as_it_was_many(frozen: Frozen, known: bool, rate: float) -> None:
+def test_memory_is_exact_for_many_seeds(frozen: Frozen, known: bool, rate: float) -> None:
     """The same, with other seeds, at rates between "everything faults" and "everything is copied at once"."""
     for round_number in range(LOOP):
         drive(frozen, seed=int(rate) + 100 * round_number + known, steps=400, known=known, rate=rate)
@@ -169,7 +169,7 @@ def test_a_dead_server_never_shows_zeros(frozen: Frozen) -> None:
         assert len(frozen.deaths) == 1 and "page server" in frozen.deaths[0]
         assert not server.wait_complete(0.1)
         frozen.order(sandbox, seed=1, touch=1900)
-        # It must not finish: a page is missing, and not replaced by zeros. Half a second is ample for 1,900 reads.
+        # It must not finish, since a page is missing and must not be replaced by zeros. 1,900 reads take less than half a second.
         time.sleep(0.5)
         assert not (sandbox_tmpdir(sandbox) / "result").exists()
         began = time.monotonic()

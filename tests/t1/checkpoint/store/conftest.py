@@ -1,4 +1,4 @@
-"""A snapshot whose working set is recorded, in a store near and far, whole and with faults."""
+"""A snapshot with a recorded working set, in a near or distant store, intact or with faults."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.kits.remote_restore_kit import TOUCHED, Host, Slow, order, result
 
 @pytest.fixture(scope="session")
 def taken(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The folder of a snapshot whose working set is recorded."""
+    """Return the folder of a snapshot with a recorded working set."""
     try:
         criu = Criu.find(HOME)
         assert criu.version
@@ -55,7 +55,7 @@ def taken(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def store(taken: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("store")
     with pytest.MonkeyPatch.context() as patch:
-        # The workload's snapshot is small, and so are its chunks, lest everything come at once.
+        # Small chunks for the workload's small snapshot, so that it is not downloaded at once.
         patch.setattr(layout, "REST_CHUNK", 64 << 10)
         patch.setattr(layout, "CHUNK", 256 << 10)
         push(taken, open_chunks(f"file://{folder}"))

@@ -1,4 +1,4 @@
-"""Faults while a snapshot arrives under a restored process tree: damage, silence, a full disk, kill -9. No wrong memory, and no way to hang."""
+"""Faults while a restored process tree downloads its snapshot: damage, silence, a full disk, kill -9. No wrong memory, no hang."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ from tests.kits.remote_restore_kit import Host, order, result, tree
 pytestmark = [pytest.mark.t1, pytest.mark.slow, pytest.mark.xdist_group("criu")]
 
 
-def test_a_flip_on_the_way_is_kept_aside_and_fetched_again(host: Host, faulty: Callable[..., str], taken: Path) -> None:
+def test_a_chunk_damaged_in_transit_is_quarantined_and_fetched_again(
+    host: Host, faulty: Callable[..., str], taken: Path
+) -> None:
     remote = host.fetch(faulty(fault="corrupt", only="chunks/", once=True))
     remote.wait_complete()
     assert remote.download and remote.download.quarantined
@@ -34,7 +36,7 @@ def test_a_flip_on_the_way_is_kept_aside_and_fetched_again(host: Host, faulty: C
 
 
 def test_a_wrong_chunk_ends_the_replica(host: Host, faulty: Callable[..., str]) -> None:
-    """What is wrong in the store is fetched twice, and then the replica that waits for it is ended; nothing of it is kept."""
+    """A chunk that is wrong in the store is fetched twice, then the waiting replica is killed; nothing of the chunk is kept."""
     remote = host.fetch(faulty())
     remote.wait_startup()
     remote.download.wait(download.FIRST_TOKEN)  # type: ignore[union-attr]
@@ -42,7 +44,7 @@ def test_a_wrong_chunk_ends_the_replica(host: Host, faulty: Callable[..., str]) 
     order(replica.sandbox, seed=1, touch=100)
     assert result(replica.sandbox) == []
     faulty(fault="corrupt", only="chunks/")
-    order(replica.sandbox, seed=1, steps=200)  # needs pages of the rest
+    order(replica.sandbox, seed=1, steps=200)  # needs background pages
     limit = time.monotonic() + LIMIT_S
     while not host.lost:
         assert time.monotonic() < limit
@@ -56,8 +58,8 @@ def test_a_wrong_chunk_ends_the_replica(host: Host, faulty: Callable[..., str]) 
     assert not list(host.library.folder.glob("*work*"))
 
 
-def test_what_criu_reads_is_never_wrong(host: Host, store: Path, tmp_path: Path) -> None:
-    """An archive that agrees with itself and not with the snapshot's manifest: refused before CRIU sees a byte of it."""
+def test_criu_never_reads_wrong_bytes(host: Host, store: Path, tmp_path: Path) -> None:
+    """An archive that is consistent but differs from the snapshot's manifest is refused before CRIU reads a byte of it."""
     there = pull_and_change(store, tmp_path, "images/files.img")
     remote = host.fetch(f"file://{there}")
     with pytest.raises(Integrity, match="file-digest-differs"):
@@ -80,7 +82,7 @@ def test_a_page_that_differs_from_the_manifest_ends_the_replica(host: Host, stor
 
 
 def pull_and_change(store: Path, tmp_path: Path, name: str) -> Path:
-    """A store whose archive holds a changed file under an unchanged snapshot manifest."""
+    """Make a store whose archive has a changed file under an unchanged snapshot manifest."""
     folder = tmp_path / "changed/workload"
     pull("workload", open_chunks(f"file://{store}"), folder)
     data = bytearray((folder / name).read_bytes())
@@ -106,7 +108,7 @@ def test_a_store_that_goes_silent_ends_the_replica_in_time(host: Host, faulty: C
     with pytest.raises(Failed):
         remote.wait_complete()
     remote.close()
-    # What has come is worth keeping: the next attempt goes on from it.
+    # Downloaded files are kept: the next attempt resumes from them.
     assert (host.library.folder / ".pull-workload").is_dir()
     faulty()
     again = host.fetch(faulty())
@@ -115,7 +117,9 @@ def test_a_store_that_goes_silent_ends_the_replica_in_time(host: Host, faulty: C
     assert host.library.has("workload")
 
 
-def test_a_full_disk_ends_it_and_leaves_nothing(host: Host, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_ends_the_download_and_leaves_nothing(
+    host: Host, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real, written = download._write_fully, []
 
     def full(fd: int, view: memoryview, offset: int) -> None:
@@ -132,12 +136,12 @@ def test_a_full_disk_ends_it_and_leaves_nothing(host: Host, store: Path, monkeyp
     assert not list(host.library.folder.iterdir())
 
 
-def test_a_store_without_it(host: Host, tmp_path: Path) -> None:
+def test_a_store_without_the_snapshot(host: Host, tmp_path: Path) -> None:
     with pytest.raises(NotFound, match="archive-not-found"):
         host.fetch(f"file://{tmp_path}/empty")
 
 
-def test_one_process_at_a_time(host: Host, store: Path) -> None:
+def test_one_process_downloads_at_a_time(host: Host, store: Path) -> None:
     partial = host.library.folder / ".pull-workload"
     partial.mkdir(parents=True)
     fd = os.open(partial, os.O_RDONLY)
@@ -184,7 +188,7 @@ def test_killed_at_any_moment(host: Host, faulty: Callable[..., str], moment: fl
         assert tree(host.library.path("workload")) == tree(taken)
         return
     assert host.library.names() == []
-    assert host.library.sweep() == 0  # it is young: somebody may go on
+    assert host.library.sweep() == 0  # it is young: another process may resume it
     if moment == 0.15:
         assert host.library.sweep(pulls_older_s=0.0) == 1
         assert not list(host.library.folder.glob(".pull-*"))
@@ -194,7 +198,7 @@ def test_killed_at_any_moment(host: Host, faulty: Callable[..., str], moment: fl
     assert tree(host.library.path("workload")) == tree(taken)
 
 
-def test_closing_it_while_it_arrives_leaves_what_has_come(host: Host, far: str) -> None:
+def test_closing_during_a_download_keeps_the_downloaded_files(host: Host, far: str) -> None:
     remote = host.fetch(far)
     remote.wait_startup()
     remote.close()

@@ -1,4 +1,4 @@
-"""A real process tree restored from a store while its snapshot is still arriving: right memory, and little fetched before it runs."""
+"""A real process tree restored from a store during the download: correct memory, and little fetched before it runs."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from tests.kits.remote_restore_kit import TOUCHED, Host, Slow, order, result, tr
 pytestmark = [pytest.mark.t1, pytest.mark.slow, pytest.mark.xdist_group("criu")]
 
 
-def test_pushed_by_working_set_and_pulled_byte_for_byte(taken: Path, store: Path, tmp_path: Path) -> None:
+def test_an_archive_by_working_set_is_pulled_exactly(taken: Path, store: Path, tmp_path: Path) -> None:
     chunks = open_chunks(f"file://{store}")
     opened = archive.OpenedArchive.of("workload", chunks)
     assert opened.layout
     assert opened.layout.start < opened.layout.first <= opened.layout.size
-    # What the first token needs is a part of the whole, and lies nowhere else.
+    # The pages of the first token are a part of the snapshot and are stored once.
     assert opened.layout.first - opened.layout.start >= TOUCHED * 4096
     paths = {file.path for file in opened.archive.files}
     assert {layout.BYTES, layout.INDEX} < paths
@@ -33,7 +33,7 @@ def test_pushed_by_working_set_and_pulled_byte_for_byte(taken: Path, store: Path
     assert tree(tmp_path / "there/workload") == tree(taken)
 
 
-def test_a_working_set_costs_its_pages_once(taken: Path, store: Path, tmp_path: Path) -> None:
+def test_a_working_sets_pages_are_stored_once(taken: Path, store: Path, tmp_path: Path) -> None:
     bare = shutil.copytree(taken, tmp_path / "workload", symlinks=True)
     (bare / "working-set").unlink()
     plain = push(bare, open_chunks(f"file://{tmp_path}/plain"))
@@ -41,7 +41,7 @@ def test_a_working_set_costs_its_pages_once(taken: Path, store: Path, tmp_path: 
     assert stored < plain.stored * 1.1 + (1 << 20)
 
 
-def test_a_replica_runs_before_the_rest_has_come(host: Host, store: Path) -> None:
+def test_a_replica_runs_before_the_download_is_complete(host: Host, store: Path) -> None:
     remote = host.fetch(f"file://{store}")
     remote.wait_startup()
     replica = host.restore(remote)
@@ -60,7 +60,7 @@ def test_a_replica_runs_before_the_rest_has_come(host: Host, store: Path) -> Non
     remote.wait_complete()
     assert host.library.has("workload")
     assert [p.name for p in host.library.folder.iterdir()] == ["workload"]
-    # The next restore is a local one, and its digests need not be computed again.
+    # The next restore is local, and its digests need not be computed again.
     assert digests.verify(host.library.path("workload"), remote.snapshot.files).hashed == 0
     again = host.restore()
     order(again.sandbox, seed=3, touch=TOUCHED)
@@ -68,10 +68,10 @@ def test_a_replica_runs_before_the_rest_has_come(host: Host, store: Path) -> Non
 
 
 @pytest.mark.parametrize("rate", [4e6, 40e6])
-def test_memory_is_as_it_was_while_pages_arrive_over_http(
+def test_memory_is_exact_while_pages_are_downloaded_over_http(
     host: Host, far: str, rate: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Random munmap, mremap, madvise and fork, while what they move is not there yet."""
+    """Random munmap, mremap, madvise and fork on memory whose pages are not downloaded yet."""
     monkeypatch.setattr(remotes, "BACKGROUND_BYTES_PER_S", rate)
     Slow.resets = 3
     remote = host.fetch(far)
@@ -92,7 +92,7 @@ def test_memory_is_as_it_was_while_pages_arrive_over_http(
     assert Slow.resets == 0
 
 
-def test_several_replicas_share_what_arrives(host: Host, far: str) -> None:
+def test_several_replicas_share_a_download(host: Host, far: str) -> None:
     remote = host.fetch(far)
     assert host.fetch(far) is remote
     remote.wait_startup()
@@ -109,11 +109,11 @@ def test_several_replicas_share_what_arrives(host: Host, far: str) -> None:
         assert replica.pages.wait_complete(LIMIT_S)
     remote.wait_complete()
     chunks = [path for path in Slow.asked if path.startswith("/chunks/")]
-    assert len(chunks) - len(set(chunks)) <= 1  # the manifest is read once to be judged, and once to be kept
+    assert len(chunks) - len(set(chunks)) <= 1  # the manifest is read once for validation and once to be stored
 
 
-def test_a_trust_key_vouches_for_every_chunk(host: Host, taken: Path, tmp_path: Path) -> None:
-    """A signed snapshot in an archive that nobody signed is fetched whole before a process sees a byte; a signed archive need not be."""
+def test_with_a_trust_key_every_chunk_is_verified(host: Host, taken: Path, tmp_path: Path) -> None:
+    """A signed snapshot in an unsigned archive is fetched completely before a process reads a byte; a signed archive need not be."""
     key = tmp_path / "key"
     signatures.keygen(key)
     folder = shutil.copytree(taken, tmp_path / "signed/workload", symlinks=True)
@@ -133,7 +133,7 @@ def test_a_trust_key_vouches_for_every_chunk(host: Host, taken: Path, tmp_path: 
     assert remotes._open == {}
 
 
-def test_an_archive_without_working_set_is_fetched_whole(host: Host, taken: Path, tmp_path: Path) -> None:
+def test_an_archive_without_working_set_is_fetched_completely(host: Host, taken: Path, tmp_path: Path) -> None:
     bare = shutil.copytree(taken, tmp_path / "bare/workload", symlinks=True)
     (bare / "working-set").unlink()
     url = f"file://{tmp_path}/bare-store"

@@ -1,4 +1,4 @@
-"""A restored process may use the processor as it did before its dump: AMX's tiles need a permission that CRIU does not carry."""
+"""A restored process may use the processor as before its dump: AMX tiles need a permission that CRIU does not carry."""
 
 import os
 import signal
@@ -63,7 +63,7 @@ def masks(sandbox):
     return before, now
 
 
-def test_a_woken_process_may_use_what_it_used_before_its_dump(tmp_path, watch):
+def test_a_woken_process_has_its_amx_permission_again(tmp_path, watch):
     criu, library = Criu.find(state_home()), Library(tmp_path)
     (tmp_path / "compile").mkdir()
     repo = str(Path(__file__).parents[4])

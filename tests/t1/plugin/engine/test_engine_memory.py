@@ -1,5 +1,6 @@
-"""What an engine's process gives back before a dump: the allocator's free pages to the kernel, the CUDA caching allocator's to the
-driver."""
+"""What an engine's process releases before a dump: the allocator's free pages to the kernel, the CUDA caching allocator's to the
+driver.
+"""
 
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 pytestmark = [pytest.mark.t1]
 REPO = Path(__file__).parents[4]
 
-# Blocks too small to be mappings of their own; every hundredth stays, so that the heap's end cannot simply come down.
+# Blocks too small for their own mappings; every hundredth stays allocated, so that the heap cannot simply shrink.
 CHILD = """
 import ctypes, sys, types, weakref
 sys.path.insert(0, sys.argv[1])
@@ -41,7 +42,7 @@ print(before - resident() > 40, gone() is None, len(emptied))
 
 
 @pytest.mark.parametrize(("cuda", "emptied"), [("none", 0), ("no", 0), ("yes", 1)])
-def test_free_memory_goes_back_and_a_gpu_is_only_asked_where_there_is_a_context(cuda, emptied):
+def test_free_memory_is_released_and_the_gpus_only_with_a_context(cuda, emptied):
     out = subprocess.run(
         [sys.executable, "-c", CHILD, str(REPO), cuda], capture_output=True, text=True, timeout=30, check=True
     )

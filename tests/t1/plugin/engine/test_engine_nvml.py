@@ -1,4 +1,4 @@
-"""NVML is shut down inside the engine as often as it was initialised, so that no process keeps a device file open into a dump."""
+"""NVML is shut down inside the engine as often as it was initialised, so that no device file is open in a dump."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ import pytest
 pytestmark = [pytest.mark.t1]
 REPO = Path(__file__).parents[4]
 
-# Counts as NVML does: the device is open from the first initialisation to the last shutdown; one too many is an error.
+# Counts as NVML does: the device is open from the first initialisation to the last shutdown; an extra one is an error.
 LIBRARY = r"""
 #include <fcntl.h>
 #include <unistd.h>
